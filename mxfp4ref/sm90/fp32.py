@@ -1,0 +1,142 @@
+"""One float32 operation as a CUDA core does it: `.ftz` arithmetic, exact on any machine.
+
+Operands and results are float32 tensors; subnormal operands count as zeros of their sign, subnormal
+results become zeros of their sign, and every NaN that is produced is 0x7FFFFFFF (the specification,
+sections 4 and 9). Sums and products are formed in float64, where a product of two float32 numbers is
+exact and the error of a sum is known exactly; rounding is done once, on the integer view, so nothing
+depends on the machine's rounding or subnormal mode.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "BF16_NAN",
+    "FP32_NAN",
+    "add",
+    "bf16_to_fp64",
+    "flush",
+    "fma",
+    "maximum",
+    "minimum",
+    "mul",
+    "round_fp64",
+    "to_bf16",
+    "widen",
+]
+
+FP32_NAN = 0x7FFFFFFF
+BF16_NAN = 0x7FFF
+
+_FP64_TAIL = 29  # fraction bits that float64 has and float32 lacks
+_FP64_SIGN = -(1 << 63)
+_FP64_INF = 0x7FF << 52
+_FP64_MIN_NORMAL_FP32 = (1023 - 126) << 52  # 2^-126
+_FP64_ABOVE_FP32 = (1023 + 128) << 52  # 2^128
+
+
+def flush(x: Tensor) -> Tensor:
+    """Subnormals become zeros of the same sign, NaNs the canonical NaN; the rest is unchanged."""
+    bits = x.view(torch.int32)
+    magnitude = bits & 0x7FFFFFFF
+    bits = torch.where(magnitude < 0x00800000, bits ^ magnitude, bits)
+    return torch.where(magnitude > 0x7F800000, FP32_NAN, bits).view(torch.float32)
+
+
+def add(a: Tensor, b: Tensor) -> Tensor:
+    """add.rn.ftz.f32: `a + b`."""
+    return round_fp64(*_two_sum(_fp64(a), _fp64(b)))
+
+
+def mul(a: Tensor, b: Tensor) -> Tensor:
+    """mul.rn.ftz.f32: `a * b`."""
+    return round_fp64(_fp64(a) * _fp64(b))
+
+
+def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """fma.rn.ftz.f32: `a * b + c`, rounded once."""
+    return round_fp64(*_two_sum(_fp64(a) * _fp64(b), _fp64(c)))
+
+
+def minimum(a: Tensor, b: Tensor) -> Tensor:
+    """min.ftz.f32: the smaller; the other operand where one is NaN; -0 < +0."""
+    return _select(a, b, smaller=True)
+
+
+def maximum(a: Tensor, b: Tensor) -> Tensor:
+    """max.ftz.f32: the larger; the other operand where one is NaN; -0 < +0."""
+    return _select(a, b, smaller=False)
+
+
+def to_bf16(x: Tensor) -> Tensor:
+    """cvt.rn.bf16.f32: nearest bfloat16, ties to even, every NaN 0x7FFF; subnormals are kept."""
+    bits = x.view(torch.int32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    return torch.where(nan, BF16_NAN, rounded).to(torch.int16).view(torch.bfloat16)
+
+
+def widen(x: Tensor) -> Tensor:
+    """bf16 as float32, subnormals included in every CPU mode; float32 as it is."""
+    if x.dtype == torch.float32:
+        return x
+    return (x.view(torch.int16).to(torch.int32) << 16).view(torch.float32)
+
+
+def bf16_to_fp64(x: Tensor) -> Tensor:
+    """The exact float64 values of bfloat16 numbers, subnormals included in every CPU mode."""
+    bits = x.view(torch.int16).to(torch.int64)
+    magnitude = bits & 0x7FFF
+    exponent = magnitude >> 7
+    fraction = magnitude & 0x7F
+    # float64's exponent is rebiased by 1023 - 127; all-ones stays all-ones (Inf, NaN).
+    wide = ((exponent + torch.where(exponent == 255, 2047 - 255, 896)) << 52) | (fraction << 45)
+    # A bf16 subnormal is fraction * 2^-133, a normal float64: an exact int conversion and product.
+    subnormal = (fraction.to(torch.float64) * 2.0**-133).view(torch.int64)
+    wide = torch.where(exponent == 0, subnormal, wide)
+    return (wide | (bits & _FP64_SIGN)).view(torch.float64)
+
+
+def _fp64(x: Tensor) -> Tensor:
+    return flush(x).to(torch.float64)
+
+
+def _two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Knuth's TwoSum: the float64 sum and its exact error."""
+    total = a + b
+    b_part = total - a
+    return total, (a - (total - b_part)) + (b - b_part)
+
+
+def round_fp64(total: Tensor, error: Tensor | None = None) -> Tensor:
+    """`total + error` rounded to nearest even once, to 24 bits, then flushed or made Inf."""
+    bits = total.view(torch.int64)
+    if error is not None:
+        # Round to odd in float64: where the sum was inexact and came out even, take its neighbour on the
+        # error's side. With 53 >= 24 + 2 bits the second rounding below then sees what it needs.
+        step = torch.where((error < 0) == (total < 0), 1, -1)
+        inexact_even = (error != 0) & ((bits & 1) == 0) & torch.isfinite(total)
+        bits = torch.where(inexact_even, bits + step, bits)
+    sign = bits & _FP64_SIGN
+    magnitude = bits & ~_FP64_SIGN
+    nan = magnitude > _FP64_INF
+    # Nearest even at 24 bits with unlimited exponent: the specification flushes after this rounding.
+    half = (1 << (_FP64_TAIL - 1)) - 1
+    magnitude = (magnitude + half + ((magnitude >> _FP64_TAIL) & 1)) >> _FP64_TAIL << _FP64_TAIL
+    magnitude = torch.where(magnitude < _FP64_MIN_NORMAL_FP32, 0, magnitude)
+    magnitude = torch.where(magnitude >= _FP64_ABOVE_FP32, _FP64_INF, magnitude)
+    value = (sign | magnitude).view(torch.float64).to(torch.float32)
+    return torch.where(nan, FP32_NAN, value.view(torch.int32)).view(torch.float32)
+
+
+def _select(a: Tensor, b: Tensor, *, smaller: bool) -> Tensor:
+    a_bits, b_bits = flush(a).view(torch.int32), flush(b).view(torch.int32)
+    # Sign-magnitude to two's complement: an order of all numbers in which -0 < +0.
+    a_key = torch.where(a_bits < 0, ~(a_bits & 0x7FFFFFFF), a_bits)
+    b_key = torch.where(b_bits < 0, ~(b_bits & 0x7FFFFFFF), b_bits)
+    take_a = (a_key <= b_key) == smaller
+    chosen = torch.where(take_a, a_bits, b_bits)
+    chosen = torch.where(a_bits == FP32_NAN, b_bits, torch.where(b_bits == FP32_NAN, a_bits, chosen))
+    return chosen.view(torch.float32)
