@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mxfp4ref._validate import check_choice, check_int, check_same_device, check_tensor
 from mxfp4ref.experts import Experts
+from mxfp4ref.layout import GENERATIONS
 from mxfp4ref.sm90.gemm_reference import TILE_K, TILE_N
 
 __all__ = ["PADDING_ID", "MoeCall"]
@@ -29,6 +30,7 @@ class MoeCall:
         tp_size, tp_rank: the fc2 bias is added on rank 0 only.
         tile_k: the K tiles of GEMM1's and GEMM2's tactic, each 128, 256 or 512.
         tile_n: their N tiles; visible only where the first two groups of K over- or underflow.
+        generation: the flashinfer generation, one of `layout.GENERATIONS`; visible where `tile_n` is.
         strict: refuse ids that no rank owns and experts that a token names twice. With False they are
             treated as the kernel does: the former skipped, of the latter only the first slot counted.
 
@@ -47,6 +49,7 @@ class MoeCall:
     tp_rank: int = 0
     tile_k: tuple[int, int] = (128, 128)
     tile_n: tuple[int, int] = (16, 16)
+    generation: str = GENERATIONS[-1]
     strict: bool = True
 
     def __post_init__(self) -> None:
@@ -83,6 +86,7 @@ class MoeCall:
                 raise TypeError(f"{name}: expected a pair, one for each GEMM, got {value!r}")
             for tile in value:
                 check_choice(name, tile, choices)
+        check_choice("generation", self.generation, GENERATIONS)
         if self.experts.quantized:
             for gemm, tile, depth in (("GEMM1", self.tile_k[0], hidden), ("GEMM2", self.tile_k[1], inner)):
                 if depth % tile:

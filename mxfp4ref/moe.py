@@ -12,6 +12,7 @@ from torch import Tensor
 from mxfp4ref.call import MoeCall
 from mxfp4ref.dense import dense_gemm
 from mxfp4ref.experts import Experts
+from mxfp4ref.layout import GENERATIONS
 from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.finalize import finalize
 from mxfp4ref.sm90.gemm import group_scaled_gemm
@@ -49,7 +50,7 @@ class Stages:
     """The computation as replaceable stages: `replace(KERNEL, swiglu=...)` is a kernel with another one.
 
     The GEMMs take `(x [B, M, K], weights [B, N, ...], scales [B, N, K/32] or None, *, tile_k, tile_n,
-    positions [B, M])` and return `[B, M, N] float32`; the rounding stages take the float32 result of the
+    positions [B, M], generation)` and return `[B, M, N] float32`; the rounding stages take the float32 result of the
     stage before; the others have the signatures of the functions that are their defaults.
     """
 
@@ -105,6 +106,7 @@ def moe_forward(
     tp_rank: int = 0,
     tile_k: tuple[int, int] = (128, 128),
     tile_n: tuple[int, int] = (16, 16),
+    generation: str = GENERATIONS[-1],
     strict: bool = True,
     stages: Stages | None = None,
 ) -> Tensor:
@@ -127,6 +129,7 @@ def moe_forward(
         tp_rank=tp_rank,
         tile_k=tile_k,
         tile_n=tile_n,
+        generation=generation,
         strict=strict,
     )
     return forward(call, stages)
@@ -186,8 +189,10 @@ def _forward(
             for p in (some.swiglu_alpha, some.swiglu_beta, some.swiglu_limit)
         )
         bias = None if some.fc1_biases is None else some.fc1_biases[:, None]
-        gemm1 = {"tile_k": call.tile_k[0], "tile_n": call.tile_n[0], "positions": batch.position}
-        gemm2 = {"tile_k": call.tile_k[1], "tile_n": call.tile_n[1], "positions": batch.position}
+        gemm1, gemm2 = (
+            {"tile_k": k, "tile_n": n, "positions": batch.position, "generation": call.generation}
+            for k, n in zip(call.tile_k, call.tile_n, strict=True)
+        )
 
         x = call.input[batch.token]
         fc1_accumulators = stages.fc1_gemm(x, some.fc1_weights, some.fc1_scales, **gemm1)

@@ -11,6 +11,7 @@ from mxfp4ref import moe
 from mxfp4ref._validate import check_choice, check_same_device, check_tensor
 from mxfp4ref.call import MoeCall
 from mxfp4ref.experts import Experts, Sm90Experts
+from mxfp4ref.layout import GENERATIONS
 
 __all__ = ["WEIGHT_LAYOUTS", "torch_ref_cutlass_fused_moe"]
 
@@ -64,6 +65,7 @@ def torch_ref_cutlass_fused_moe(
     tile_k: tuple[int, int] = (128, 128),
     tile_n: int | tuple[int, int] = 16,
     weight_layout: str | None = None,
+    generation: str = GENERATIONS[-1],
     strict: bool = True,
     trace: bool = False,
 ) -> Tensor | tuple[Tensor, moe.MoeTrace]:
@@ -93,6 +95,8 @@ def torch_ref_cutlass_fused_moe(
         tile_k: the K tiles of the two GEMMs' tactics; the default tactic has 128.
         tile_n: their N tile, or a pair; matters only where the first two groups of K over- or underflow.
         weight_layout: "sm90" or "logical"; the default is what the real call takes.
+        generation: "0.6.16", the kernel from flashinfer 0.6.16 on, or "0.6.9", the one of 0.6.9 to 0.6.15;
+            they differ only where `tile_n` matters.
         strict: refuse ids that no rank owns and experts a token names twice; False follows the kernel.
         trace: return `(output, MoeTrace)`.
 
@@ -171,6 +175,7 @@ def torch_ref_cutlass_fused_moe(
         tp_rank=tp_rank,
         tile_k=tile_k,
         tile_n=(tile_n, tile_n) if isinstance(tile_n, int) else tile_n,
+        generation=generation,
         strict=strict,
     )
     if output is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mxfp4ref.layout import GENERATIONS
 from mxfp4ref.mxfp4 import GROUP_SIZE, decode_ue8m0, dequantize
 from mxfp4ref.sm90 import fp32, tensor_core
 
@@ -33,11 +34,15 @@ def group_order(num_groups: int, tile_k: int) -> list[int]:
     return order
 
 
-def first_pair_swapped(positions: Tensor, tile_k: int, tile_n: int) -> Tensor:
+def first_pair_swapped(
+    positions: Tensor, tile_k: int, tile_n: int, generation: str = GENERATIONS[-1]
+) -> Tensor:
     """Whether the second product is rounded alone and the first one fused, by the row's position, as bool.
 
     Visible only where one of the two leaves float32's range (the specification, section 3, "The exception").
     """
+    if generation == "0.6.9":
+        return torch.ones_like(positions, dtype=torch.bool)  # read off the machine code of 0.6.15.post1
     row = positions % tile_n
     return (row < 8) & (row % 2 == 0) & ((tile_n, tile_k) in _SWAPPING_TILES)
 
@@ -50,6 +55,7 @@ def group_scaled_gemm_reference(
     tile_k: int = 128,
     tile_n: int = 16,
     positions: Tensor | None = None,
+    generation: str = GENERATIONS[-1],
 ) -> Tensor:
     """The float32 accumulators of the kernel: two tensor-core steps and one FMA a group.
 
@@ -72,7 +78,7 @@ def group_scaled_gemm_reference(
     if len(taken) > 1:
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
-        swapped = first_pair_swapped(positions, tile_k, tile_n)[..., None]
+        swapped = first_pair_swapped(positions, tile_k, tile_n, generation)[..., None]
         acc = torch.where(swapped, fp32.fma(*taken[0], fp32.mul(*taken[1])), fp32.fma(*taken[1], acc))
     for t, scale in taken[2:]:
         acc = fp32.fma(t, scale, acc)

@@ -36,14 +36,11 @@ def swiglu(
     up, gate = value.chunk(2, dim=-1)
     if alpha is None and beta is None and limit is None:
         return fp32.mul(fp32.mul(gate, sigmoid(gate)), up)
-    scaled = gate
-    if limit is not None:
-        # A NaN operand of min or max gives the other one: a NaN gate or up becomes the limit.
-        limit = limit.expand_as(gate)
-        up = fp32.maximum(fp32.minimum(up, limit), -limit)
-        gate = scaled = fp32.minimum(gate, limit)
-    if alpha is not None:
-        scaled = fp32.mul(gate, alpha.expand_as(gate))
+    # A NaN operand of min or max gives the other one: a NaN gate or up becomes the limit, even if that is Inf.
+    limit = torch.full_like(gate, torch.inf) if limit is None else limit.expand_as(gate)
+    up = fp32.maximum(fp32.minimum(up, limit), -limit)
+    gate = fp32.minimum(gate, limit)
+    scaled = gate if alpha is None else fp32.mul(gate, alpha.expand_as(gate))
     shift = torch.zeros_like(up) if beta is None else beta.expand_as(up)
     return fp32.mul(fp32.mul(gate, sigmoid(scaled)), fp32.add(up, shift))
 

@@ -1,0 +1,235 @@
+"""The tensor core's sum over each 32-wide group of K, for many rows and columns at once.
+
+A group is two steps of 16 products (the specification, section 3). Three ways to the same bits:
+
+- Exact: where no term can be truncated, whatever the weights, a step is the exact sum cut to 24 bits. All
+  partial sums are multiples of one unit and below 2^53 of them, so a float64 matrix product holds them
+  exactly in whatever order a BLAS adds; the cut is a mask on the bits.
+- Wide: elements of x so small beside the largest that their products may be truncated are left out of the
+  matrix product, truncated one by one and added; the sum is exact again.
+- Direct: every term by itself, where x is infinite or a step may overflow.
+
+Which way a row takes in a group is decided from x alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mxfp4ref.mxfp4 import E2M1_VALUES, GROUP_SIZE
+from mxfp4ref.sm90 import fp32
+from mxfp4ref.sm90.tensor_core import FRACTION_BITS, STEP_SIZE
+
+__all__ = ["Blocks", "analyse", "group_sums", "spans", "unpack_groups"]
+
+_WEIGHT_BOUND = 6.0 * (1 + 2.0**-40)  # the largest weight, and room for the rounding of a bound itself
+_LARGEST_WEIGHT_EXPONENT = 2
+_SMALLEST_WEIGHT_EXPONENT = -1  # of 0.5, which is also the unit of all weights
+_LOWEST = -256  # below the exponent of any product
+_NONE = 1 << 12  # the unit of zeros, and minus the exponent of zeros: beyond any other
+_FP64_BIAS = 1023
+_RZ24 = -(1 << 29)  # keeps the 24 leading bits of a float64's significand
+_ROWS_AT_ONCE = 1 << 17  # elements of a temporary in the wide and direct ways, to stay in the cache
+_HALVES = (slice(0, STEP_SIZE), slice(STEP_SIZE, GROUP_SIZE))
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Rows of x by K group, `[B, G, M, ...]`, and what can be said of them without the weights."""
+
+    values: Tensor  # [B, G, M, 32] float64
+    exponents: Tensor  # [B, G, M, 32] int16; -4096 for zeros
+    risky: Tensor  # [B, G, M, 32] bool: the product may be truncated
+    wide: Tensor  # [B, G, M] bool: a product, or the first step's result in the second step, may be
+    direct: Tensor  # [B, G, M] bool: not finite, or a step may overflow
+    bound: Tensor  # [B, G, M] float64: |t| is at most this; Inf where x is not finite
+    unit: Tensor  # [B, G, M] int64: t is a multiple of 2^unit
+
+
+def analyse(x: Tensor) -> Blocks:
+    """Split `[B, M, K] bf16` into groups and decide how each row takes each of them."""
+    batch, num_rows, depth = x.shape
+    grouped = x.reshape(batch, num_rows, depth // GROUP_SIZE, GROUP_SIZE).transpose(1, 2).contiguous()
+    values = fp32.bf16_to_fp64(grouped)
+    magnitude = grouped.view(torch.int16).to(torch.int64) & 0x7FFF
+    field = magnitude >> 7
+    significand = (magnitude & 0x7F) | ((field != 0).to(torch.int64) << 7)
+    exponent = torch.where(significand == 0, -_NONE, field.clamp(min=1) - 127)
+    lowest_bit = exponent - 7 + _trailing_zeros(x.device)[significand]
+    unit = torch.where(significand == 0, _NONE, lowest_bit + _SMALLEST_WEIGHT_EXPONENT)
+
+    halves = (*values.shape[:-1], 2, STEP_SIZE)
+    largest = exponent.view(halves).amax(-1) + _LARGEST_WEIGHT_EXPONENT
+    bound = _WEIGHT_BOUND * values.abs().view(halves).sum(-1)
+    # The second step also takes the first one's result, whose exponent is bounded by its magnitude.
+    carried = torch.frexp(bound[..., 0]).exponent.to(torch.int64) - 1
+    largest[..., 1] = torch.maximum(largest[..., 1], torch.where(bound[..., 0] == 0, -_NONE, carried))
+
+    risky = unit.view(halves) < largest.unsqueeze(-1) - FRACTION_BITS
+    smallest = unit.view(halves).amin(-1)
+    carry_cut = smallest[..., 0] < largest[..., 1] - FRACTION_BITS
+    total = bound.sum(-1).nan_to_num(torch.inf, torch.inf)
+    direct = total >= 2.0**127
+    return Blocks(
+        values=values,
+        exponents=exponent.to(torch.int16),
+        risky=risky.view(values.shape) & ~direct.unsqueeze(-1),
+        wide=(risky.any(-1).any(-1) | carry_cut) & ~direct,
+        direct=direct,
+        bound=total,
+        unit=smallest.amin(-1),
+    )
+
+
+def group_sums(blocks: Blocks, groups: slice, packed: Tensor) -> Tensor:
+    """`t` of some groups, `[B, G, M, N] float64` that are float32 numbers, for `[B, N, K/2]` packed codes."""
+    weights = unpack_groups(packed, groups).flatten(0, 1)  # [B * G, N, 32] float64
+    x = blocks.values[:, groups].masked_fill(blocks.risky[:, groups], 0.0).flatten(0, 1)
+    wide = _WideRows.find(blocks, groups, weights)
+    t = torch.bmm(x[..., _HALVES[0]], weights[..., _HALVES[0]].transpose(1, 2))
+    if wide is not None:
+        t[wide.block, wide.row] += wide.truncated_terms(0, torch.zeros_like(t[wide.block, wide.row]))
+    t.view(torch.int64).bitwise_and_(_RZ24)
+    if wide is not None:
+        t[wide.block, wide.row] = wide.truncated_terms(1, t[wide.block, wide.row])
+    t.baddbmm_(x[..., _HALVES[1]], weights[..., _HALVES[1]].transpose(1, 2))
+    t.view(torch.int64).bitwise_and_(_RZ24)
+    _direct_sums(blocks, groups, weights, t)
+    return t.view(*blocks.direct[:, groups].shape, -1)
+
+
+@dataclass(frozen=True)
+class _WideRows:
+    """The F pairs of a group and a row that go the wide way, and the weights of their U groups."""
+
+    block: Tensor  # [F], index of (expert, group)
+    row: Tensor  # [F]
+    values: Tensor  # [F, 32] float64
+    exponents: Tensor  # [F, 32] int16
+    risky: Tensor  # [F, 32] bool
+    which: Tensor  # [F], index into the weights
+    weights: Tensor  # [U, 32, N] float64
+    weight_exponents: Tensor  # [U, 32, N] int16; -1023 for zeros
+
+    @classmethod
+    def find(cls, blocks: Blocks, groups: slice, weights: Tensor) -> _WideRows | None:
+        block, row = blocks.wide[:, groups].flatten(0, 1).nonzero(as_tuple=True)
+        if len(block) == 0:
+            return None
+        distinct, which = torch.unique(block, return_inverse=True)
+        columns = weights[distinct].transpose(1, 2).contiguous()
+        return cls(
+            block=block,
+            row=row,
+            values=blocks.values[:, groups].flatten(0, 1)[block, row],
+            exponents=blocks.exponents[:, groups].flatten(0, 1)[block, row],
+            risky=blocks.risky[:, groups].flatten(0, 1)[block, row],
+            which=which,
+            weights=columns,
+            weight_exponents=_exponent(columns).to(torch.int16),
+        )
+
+    def truncated_terms(self, half: int, carried: Tensor) -> Tensor:
+        """What is carried into a step `[F, N]`, and the risky products of the step, truncated and added."""
+        out = torch.empty_like(carried)
+        # Rows with the most risky elements first: element j then concerns the first few rows.
+        count = self.risky[:, _HALVES[half]].sum(1)
+        order = torch.argsort(count, descending=True, stable=True)
+        for some in spans(len(order), max(1, _ROWS_AT_ONCE // carried.shape[1])):
+            rows = order[some]
+            out[rows] = self._truncated_terms(half, rows, count[rows], carried[rows])
+        return out
+
+    def _truncated_terms(self, half: int, rows: Tensor, count: Tensor, carried: Tensor) -> Tensor:
+        elements = _HALVES[half]
+        which = self.which[rows]
+        exponents = self.weight_exponents[which, elements] + self.exponents[rows, elements].unsqueeze(-1)
+        largest = torch.maximum(exponents.amax(1).to(torch.int64), _carried_exponent(carried))
+        # Where every term is zero any unit will do.
+        fraction_bits = FRACTION_BITS - largest.clamp_(min=_LOWEST)
+        per_unit = _two_to_the(fraction_bits)
+        total = (carried * per_unit).trunc_()
+        element = torch.argsort(self.risky[rows, elements].logical_not(), dim=1, stable=True) + elements.start
+        for j in range(int(count[0])):
+            n = int((count > j).sum())
+            product = self.weights[which[:n], element[:n, j]] * self.values[rows[:n], element[:n, j], None]
+            total[:n] += product.mul_(per_unit[:n]).trunc_()
+        return total.mul_(_two_to_the(-fraction_bits))
+
+
+def _direct_sums(blocks: Blocks, groups: slice, weights: Tensor, t: Tensor) -> None:
+    """Overwrite `t` where a row goes the direct way in a group: every term by itself."""
+    block, row = blocks.direct[:, groups].flatten(0, 1).nonzero(as_tuple=True)
+    values = blocks.values[:, groups].flatten(0, 1)
+    for some in spans(len(row), max(1, _ROWS_AT_ONCE // weights[0].numel())):
+        b, r = block[some], row[some]
+        carried = torch.zeros_like(t[b, r])
+        for elements in _HALVES:
+            carried = _direct_step(values[b, r, None, elements], weights[b, :, elements], carried)
+        t[b, r] = carried
+
+
+def _direct_step(x: Tensor, weights: Tensor, carried: Tensor) -> Tensor:
+    """`tensor_core.step` on float64 values: `[F, 1, 16]`, `[F, N, 16]` and `[F, N]` give `[F, N]`."""
+    products = x * weights  # 10 bits: exact
+    exponents = torch.where(products == 0, -_NONE, _exponent(x).clamp(min=-126) + _exponent(weights))
+    largest = torch.maximum(exponents.amax(-1), _carried_exponent(carried))
+    per_unit = _two_to_the(FRACTION_BITS - largest.clamp(_LOWEST, 256))
+    # Integers below 2^33, summed exactly in any order.
+    total = (products * per_unit.unsqueeze(-1)).trunc_().sum(-1) + (carried * per_unit).trunc_()
+    total /= per_unit
+    total.view(torch.int64).bitwise_and_(_RZ24)
+    total = torch.where(total.abs() >= 2.0**128, total * torch.inf, total)
+    finite = x.isfinite().all(-1) & carried.isfinite()
+    return torch.where(finite, total, products.sum(-1) + carried)
+
+
+def unpack_groups(packed: Tensor, groups: slice) -> Tensor:
+    """The float64 values `[B, G, N, 32]` of some K groups of `[B, N, K/2]` packed codes."""
+    half = GROUP_SIZE // 2
+    some = packed[..., groups.start * half : groups.stop * half].contiguous().view(torch.int16)
+    batch, columns, _ = some.shape
+    some = some.view(batch, columns, -1, GROUP_SIZE // 4).transpose(1, 2)
+    index = some.to(torch.int32, memory_format=torch.contiguous_format).add_(1 << 15)
+    values = _four_codes(packed.device).index_select(0, index.flatten())
+    return values.view(*index.shape[:-1], GROUP_SIZE)
+
+
+def spans(length: int, step: int) -> Iterator[slice]:
+    """Slices of `step` that cover `length`."""
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
+
+
+def _exponent(x: Tensor) -> Tensor:
+    """The exponent of float64 numbers, int64; -1023 for zero."""
+    return ((x.view(torch.int64) >> 52) & 0x7FF) - _FP64_BIAS
+
+
+def _carried_exponent(carried: Tensor) -> Tensor:
+    """The exponent with which a float32 number takes part in a step; small for zero."""
+    return torch.where(carried == 0, -_FP64_BIAS, _exponent(carried).clamp_(min=-126))
+
+
+def _two_to_the(exponent: Tensor) -> Tensor:
+    return ((exponent + _FP64_BIAS) << 52).view(torch.float64)
+
+
+@functools.cache
+def _four_codes(device: torch.device) -> Tensor:
+    """`[65536, 4] float64`: the values of four codes, by their 16 bits read as int16, plus 2^15."""
+    bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int64, device=device)
+    shifts = torch.arange(0, 16, 4, dtype=torch.int64, device=device)
+    values = torch.tensor(E2M1_VALUES, dtype=torch.float64, device=device)
+    return values[(bits[:, None] >> shifts) & 15]
+
+
+@functools.cache
+def _trailing_zeros(device: torch.device) -> Tensor:
+    counts = [(value & -value).bit_length() - 1 if value else 0 for value in range(256)]
+    return torch.tensor(counts, dtype=torch.int64, device=device)
