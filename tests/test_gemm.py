@@ -1,0 +1,325 @@
+"""The fast group-scaled GEMM against its slow transcription, and that against exact fractions (section 3)."""
+
+from __future__ import annotations
+
+import bits
+import exact
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mxfp4ref.mxfp4 import pack_codes
+from mxfp4ref.sm90.gemm import group_scaled_gemm
+from mxfp4ref.sm90.gemm_reference import (
+    TILE_K,
+    TILE_N,
+    first_pair_swapped,
+    group_order,
+    group_scaled_gemm_reference,
+)
+
+# --- the order of the groups ------------------------------------------------------------------------------
+
+# K = 1024 as the specification writes it: "0 1 2 3 | 4 5 7 6 | 8 9 11 10 | ... | 28 29 30 31".
+ORDERS = {
+    (4, 128): [0, 1, 2, 3],
+    (8, 128): [0, 1, 2, 3, 4, 5, 6, 7],
+    (12, 128): [0, 1, 2, 3, 4, 5, 7, 6, 8, 9, 10, 11],
+    (32, 128): [
+        0, 1, 2, 3, 4, 5, 7, 6, 8, 9, 11, 10, 12, 13, 15, 14,
+        16, 17, 19, 18, 20, 21, 23, 22, 24, 25, 27, 26, 28, 29, 30, 31,
+    ],
+    (8, 256): [0, 1, 2, 3, 4, 5, 6, 7],
+    (16, 256): list(range(16)),
+    (24, 256): [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 15, 14, 16, 17, 18, 19, 20, 21, 22, 23],
+    (32, 512): list(range(32)),
+    (48, 512): [*range(30), 31, 30, *range(32, 48)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("num_groups", "tile_k"), ORDERS)
+def test_group_order(num_groups: int, tile_k: int) -> None:
+    assert group_order(num_groups, tile_k) == ORDERS[num_groups, tile_k]
+
+
+@pytest.mark.parametrize("tile_k", TILE_K)
+def test_group_order_of_any_length(tile_k: int) -> None:
+    for tiles in range(13):
+        num_groups = tiles * tile_k // 32
+        assert group_order(num_groups, tile_k) == exact.group_order(num_groups, tile_k)
+
+
+SWAPPING = [(16, 256), (32, 512), (64, 128), (64, 256), (64, 512), (128, 128), (128, 256)]
+
+
+def test_first_pair_swapped() -> None:
+    """Rows 0, 2, 4, 6 modulo the tile's N, of the tiles that the specification lists."""
+    positions = torch.arange(1024)
+    for tile_n in TILE_N:
+        for tile_k in TILE_K:
+            listed = (tile_n, tile_k) in SWAPPING
+            expected = [listed and row % tile_n in (0, 2, 4, 6) for row in range(1024)]
+            got = first_pair_swapped(positions, tile_k, tile_n)
+            assert got.dtype == torch.bool
+            assert got.tolist() == expected
+
+
+# --- hard inputs ------------------------------------------------------------------------------------------
+
+KINDS = ("ordinary", "mirrored", "wide", "wider", "raw", "tiny", "huge", "sparse")
+SCALES = ("ordinary", "spread", "any", "low", "high", "ends")
+
+
+def random_x(rng: np.random.Generator, kind: str, batch: int, rows: int, depth: int) -> np.ndarray:
+    """bf16 bits [batch, rows, depth]."""
+    shape = (batch, rows, depth)
+    width = {"ordinary": 3, "mirrored": 6, "wide": 12, "wider": 40, "tiny": 12, "huge": 3, "sparse": 20}
+    if kind == "raw":
+        return rng.integers(0, 1 << 16, shape)
+    centre = {"tiny": 8, "huge": 250}.get(kind, 127)
+    exponent = np.clip(centre + rng.integers(-width[kind], width[kind] + 1, shape), 0, 254)
+    x = rng.integers(0, 2, shape) << 15 | exponent << 7 | rng.integers(0, 128, shape)
+    if kind == "sparse":
+        x = np.where(rng.random(shape) < 0.8, x & 0x8000, x)
+    if kind == "mirrored":
+        x[..., depth // 2 :] = x[..., : depth // 2] ^ 0x8000
+    return x
+
+
+def random_scales(rng: np.random.Generator, kind: str, shape: tuple[int, ...]) -> np.ndarray:
+    if kind == "ends":
+        return rng.choice([0, 1, 2, 120, 127, 134, 253, 254, 255], shape)
+    low, high = {
+        "ordinary": (118, 124), "spread": (90, 165), "any": (0, 256), "low": (0, 20), "high": (236, 256),
+    }[kind]  # fmt: skip
+    return rng.integers(low, high, shape)
+
+
+def problem(
+    seed: int,
+    x_kind: str,
+    scale_kind: str,
+    *,
+    batch: int = 1,
+    rows: int = 5,
+    columns: int = 7,
+    groups: int = 12,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rng = np.random.default_rng(seed)
+    x = random_x(rng, x_kind, batch, rows, 32 * groups)
+    codes = rng.integers(0, 16, (batch, columns, 32 * groups))
+    if x_kind == "mirrored":
+        codes[..., 16 * groups :] = codes[..., : 16 * groups]
+    if x_kind == "sparse":
+        codes = np.where(rng.random(codes.shape) < 0.5, codes & 8, codes)
+    scales = random_scales(rng, scale_kind, (batch, columns, groups))
+    if rng.random() < 0.3:  # a few of another kind
+        other = random_scales(rng, str(rng.choice(SCALES)), scales.shape)
+        scales = np.where(rng.random(scales.shape) < 0.02, other, scales)
+    if rng.random() < 0.3:
+        special = rng.choice([0x7F80, 0xFF80, 0x7FC0, 0xFF81, 0x0000, 0x8000, 0x0001, 0x7F7F], x.shape)
+        x = np.where(rng.random(x.shape) < 0.3 / x.shape[2], special, x)
+    packed = pack_codes(torch.from_numpy(codes.astype(np.uint8)))
+    return bits.bf16(x), packed, torch.from_numpy(scales.astype(np.uint8))
+
+
+def assert_fast_is_slow(x: Tensor, packed: Tensor, scales: Tensor, **tactic: object) -> Tensor:
+    got = group_scaled_gemm(x, packed, scales, **tactic)  # type: ignore[arg-type]
+    bits.assert_same(got, group_scaled_gemm_reference(x, packed, scales, **tactic))  # type: ignore[arg-type]
+    return got
+
+
+TACTICS = [(tile_k, tile_n) for tile_k in TILE_K for tile_n in TILE_N]
+
+
+@settings(max_examples=150)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    x_kind=st.sampled_from(KINDS),
+    scale_kind=st.sampled_from(SCALES),
+    tactic=st.sampled_from(TACTICS),
+    tiles=st.integers(1, 3),
+    batch=st.integers(1, 3),
+    shape=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    offset=st.sampled_from([None, 0, 1, 6, 1000]),
+)
+@example(1, "wider", "any", (128, 16), 3, 2, (9, 9), None)
+@example(2, "raw", "ends", (256, 16), 2, 2, (9, 9), 0)
+def test_fast_is_slow(
+    seed: int,
+    x_kind: str,
+    scale_kind: str,
+    tactic: tuple[int, int],
+    tiles: int,
+    batch: int,
+    shape: tuple[int, int],
+    offset: int | None,
+) -> None:
+    tile_k, tile_n = tactic
+    tiles = min(tiles, 3 * 256 // tile_k) or 1
+    groups = tiles * tile_k // 32
+    x, packed, scales = problem(
+        seed, x_kind, scale_kind, batch=batch, rows=shape[0], columns=shape[1], groups=groups
+    )
+    positions = None
+    if offset is not None:
+        first = np.random.default_rng(seed).integers(0, 8, (batch, 1))
+        positions = torch.from_numpy(first + offset + np.arange(shape[0]))
+    assert_fast_is_slow(x, packed, scales, tile_k=tile_k, tile_n=tile_n, positions=positions)
+
+
+@pytest.mark.parametrize("x_kind", KINDS)
+@pytest.mark.parametrize("scale_kind", SCALES)
+def test_every_kind_at_a_larger_size(x_kind: str, scale_kind: str) -> None:
+    x, packed, scales = problem(100, x_kind, scale_kind, batch=2, rows=11, columns=24)
+    assert_fast_is_slow(x, packed, scales)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (65, 3), (130, 2), (2, 513), (3, 1030)])
+def test_sizes_beyond_a_tile(rows: int, columns: int) -> None:
+    """Rows and columns are worked on in tiles: their borders may not show, nor may careful rows get mixed up."""
+    x, packed, scales = problem(3, "wide", "ordinary", rows=rows, columns=columns, groups=4)
+    x[:, ::3] = bits.bf16(random_x(np.random.default_rng(4), "tiny", 1, len(range(0, rows, 3)), 128))
+    scales[:, ::5] = 1
+    positions = torch.arange(7, 7 + rows)[None]
+    assert_fast_is_slow(x, packed, scales, positions=positions)
+
+
+def test_more_groups_than_are_summed_at_once() -> None:
+    for tile_k, groups in ((128, 36), (256, 40), (512, 48)):
+        for seed, kind in enumerate(("mirrored", "wide", "raw")):
+            x, packed, scales = problem(seed, kind, "ordinary", rows=4, columns=6, groups=groups)
+            assert_fast_is_slow(x, packed, scales, tile_k=tile_k)
+
+
+# --- the transcription itself -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("x_kind", "scale_kind"),
+    [("mirrored", "ordinary"), ("wide", "spread"), ("raw", "any"), ("tiny", "low"), ("huge", "high")],
+)
+@pytest.mark.parametrize(("tile_k", "tile_n", "groups"), [(128, 16, 12), (256, 16, 8), (128, 64, 4)])
+def test_against_fractions(x_kind: str, scale_kind: str, tile_k: int, tile_n: int, groups: int) -> None:
+    x, packed, scales = problem(7, x_kind, scale_kind, rows=3, columns=4, groups=groups)
+    order = exact.group_order(groups, tile_k)
+    positions = torch.tensor([[6, 7, 8 + tile_n]])
+    expected = np.zeros((1, 3, 4), dtype=np.int64)
+    x_bits, packed_bytes, scale_bytes = bits.bits_of(x)[0], packed[0].tolist(), scales[0].tolist()
+    for row, column in np.ndindex(3, 4):
+        codes = [code for byte in packed_bytes[column] for code in (byte & 15, byte >> 4)]
+        swapped = (tile_n, tile_k) in SWAPPING and int(positions[0, row]) % tile_n in (0, 2, 4, 6)
+        expected[0, row, column] = exact.gemm_element(
+            x_bits[row].tolist(), codes, scale_bytes[column], order, swapped=swapped
+        )
+    for gemm in (group_scaled_gemm, group_scaled_gemm_reference):
+        got = gemm(x, packed, scales, tile_k=tile_k, tile_n=tile_n, positions=positions)
+        bits.assert_same(got, bits.fp32(expected))
+
+
+def first_pair(values: tuple[float, float], scale_bytes: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """16 rows whose first two groups are one product each, x times weight 1."""
+    x = torch.zeros(1, 16, 256)
+    x[..., 0], x[..., 32] = values
+    codes = torch.full((1, 1, 256), 2, dtype=torch.uint8)
+    scales = torch.full((1, 1, 8), 127, dtype=torch.uint8)
+    scales[0, 0, :2] = torch.tensor(scale_bytes)
+    return x.to(torch.bfloat16), pack_codes(codes), scales
+
+
+@pytest.mark.parametrize(
+    ("values", "scale_bytes", "late", "early"),
+    [
+        # 1.5 * 2^-127 alone is flushed, fused it is kept.
+        ((1.5 * 2.0**-64, 2.0**-126), (64, 127), 2.0**-126, 1.75 * 2.0**-126),
+        ((2.0**-126, 1.5 * 2.0**-64), (127, 64), 1.75 * 2.0**-126, 2.0**-126),
+        # 2^128 alone is Inf, fused with -2^127 it is 2^127.
+        ((2.0**64, -(2.0**127)), (191, 127), torch.inf, 2.0**127),
+        ((-(2.0**127), 2.0**64), (127, 191), 2.0**127, torch.inf),
+    ],
+)
+def test_first_pair_by_position(
+    values: tuple[float, float], scale_bytes: tuple[int, int], late: float, early: float
+) -> None:
+    x, packed, scales = first_pair(values, scale_bytes)
+    for tile_k, tile_n in ((256, 16), (128, 16)):
+        got = assert_fast_is_slow(x, packed, scales, tile_k=tile_k, tile_n=tile_n)[0, :, 0].tolist()
+        swaps = (tile_n, tile_k) in SWAPPING
+        assert got == [early if swaps and row in (0, 2, 4, 6) else late for row in range(16)]
+    positions = torch.arange(3, 19)[None]
+    got = assert_fast_is_slow(x, packed, scales, tile_k=256, tile_n=16, positions=positions)[0, :, 0].tolist()
+    assert got == [early if row % 16 in (0, 2, 4, 6) else late for row in range(3, 19)]
+
+
+def test_never_minus_zero() -> None:
+    x = bits.bf16(np.full((1, 2, 128), 0x8000))
+    codes = torch.full((1, 3, 128), 2, dtype=torch.uint8)
+    scales = torch.full((1, 3, 4), 127, dtype=torch.uint8)
+    assert not bits.bits_of(assert_fast_is_slow(x, pack_codes(codes), scales)).any()
+
+
+def test_scale_bytes_0_and_255() -> None:
+    """0 is zero, not 2^-127; 255 is Inf, not NaN; 0 * Inf is NaN."""
+    x = torch.zeros(1, 3, 128, dtype=torch.bfloat16)
+    x[0, :, 0] = torch.tensor([1.0, -1.0, 0.0])
+    packed = pack_codes(torch.full((1, 2, 128), 2, dtype=torch.uint8))
+    scales = torch.tensor([[[0, 127, 127, 127], [255, 127, 127, 127]]], dtype=torch.uint8)
+    got = bits.bits_of(assert_fast_is_slow(x, packed, scales))
+    assert got.tolist() == [[[0, 0x7F800000], [0, 0xFF800000], [0, 0x7FFFFFFF]]]
+
+
+def test_no_rows() -> None:
+    x, packed, scales = problem(0, "ordinary", "ordinary", rows=3, groups=4)
+    assert group_scaled_gemm(x[:, :0], packed, scales).shape == (1, 0, 7)
+
+
+# --- what may not matter ----------------------------------------------------------------------------------
+
+
+def test_rows_and_columns_do_not_influence_each_other() -> None:
+    x, packed, scales = problem(8, "wide", "spread", batch=2, rows=6, columns=5)
+    x[0, 2, 40] = torch.nan
+    x[1, 3] = x[1, 3] * 2.0**-120
+    scales[0, 1, 3] = 255
+    whole = group_scaled_gemm(x, packed, scales, tile_k=128, tile_n=64)
+    for expert, row, column in np.ndindex(2, 6, 5):
+        alone = group_scaled_gemm(
+            x[expert, None, row, None],
+            packed[expert, None, column, None],
+            scales[expert, None, column, None],
+            tile_k=128,
+            tile_n=64,
+            positions=torch.tensor([[row]]),
+        )
+        bits.assert_same(alone[0, 0, 0], whole[expert, row, column])
+
+
+def test_strides_do_not_matter() -> None:
+    x, packed, scales = problem(9, "wide", "any", batch=2, rows=6, columns=5, groups=4)
+    strided_x = x.transpose(0, 2).contiguous().transpose(0, 2)
+    strided_packed = torch.stack([packed, packed], -1)[..., 0]
+    strided_scales = scales.transpose(1, 2).contiguous().transpose(1, 2)
+    assert not any(t.is_contiguous() for t in (strided_x, strided_packed, strided_scales))
+    got = group_scaled_gemm(strided_x, strided_packed, strided_scales)
+    bits.assert_same(got, group_scaled_gemm(x, packed, scales))
+
+
+def test_arguments_are_left_alone() -> None:
+    arguments = problem(10, "raw", "any", groups=4)
+    copies = [tensor.clone() for tensor in arguments]
+    group_scaled_gemm(*arguments)
+    for tensor, copy in zip(arguments, copies, strict=True):
+        bits.assert_same(tensor, copy)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("x_kind", KINDS)
+@pytest.mark.parametrize("scale_kind", SCALES)
+def test_cuda_gives_the_same_bits(x_kind: str, scale_kind: str) -> None:
+    arguments = problem(11, x_kind, scale_kind, batch=3, rows=70, columns=600, groups=36)
+    for tile_k, tile_n in ((128, 16), (128, 64)):
+        got = group_scaled_gemm(*(tensor.cuda() for tensor in arguments), tile_k=tile_k, tile_n=tile_n).cpu()
+        bits.assert_same(got, group_scaled_gemm(*arguments, tile_k=tile_k, tile_n=tile_n))
