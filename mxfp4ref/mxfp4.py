@@ -51,8 +51,8 @@ _FORMATS: dict[torch.dtype, tuple[int, int, Any, torch.dtype]] = {
     torch.float32: (23, 127, np.uint32, torch.int64),
     torch.float64: (52, 1023, np.uint64, torch.complex128),  # moved as a unit, never computed with
 }
-# 65,536 groups take a 4 MiB index: enough to hide the cost of a torch call, and it stays in cache.
-_CHUNK_GROUPS = 1 << 16
+# 32,768 groups take a 4 MiB index: enough to hide the cost of a torch call, and it stays in cache.
+_CHUNK_GROUPS = 1 << 15
 # Gather runs in parallel over rows only, so a chunk is folded into up to this many.
 _GATHER_ROWS = 64
 
@@ -170,12 +170,12 @@ def dequantize(
     table = _pair_table(convention, dtype, device)
     packed, scales = packed.reshape(groups, -1), scales.reshape(groups, 1)
     pairs = out.view(table.dtype).view(groups, -1)
-    buffer = torch.empty((min(groups, _CHUNK_GROUPS), GROUP_SIZE // 2), dtype=torch.int32, device=device)
+    buffer = torch.empty((min(groups, _CHUNK_GROUPS), GROUP_SIZE // 2), dtype=torch.int64, device=device)
     for start in range(0, groups, _CHUNK_GROUPS):
         chunk = slice(start, min(start + _CHUNK_GROUPS, groups))
         rows = math.gcd(chunk.stop - start, _GATHER_ROWS)
         index = buffer[: chunk.stop - start].copy_(packed[chunk])
-        index.add_(scales[chunk].to(torch.int32), alpha=256)
+        index.add_(scales[chunk].to(torch.int64), alpha=256)
         torch.gather(table.expand(rows, -1), 1, index.view(rows, -1), out=pairs[chunk].view(rows, -1))
     return out
 
@@ -274,18 +274,15 @@ def fp32_to_ue8m0(values: Tensor) -> Tensor:
 
 
 def _float_bits(significand: int, exponent: int, dtype: torch.dtype) -> int:
-    """Return the bits of significand * 2^exponent >= 0 in `dtype`: Inf out of range, otherwise it has to fit."""
+    """Return the bits of significand * 2^exponent >= 0 in `dtype`: Inf above its range, inside it has to fit."""
     fraction_bits, max_exponent, _, _ = _FORMATS[dtype]
     if significand == 0:
         return 0
-    grid = max(
-        significand.bit_length() - 1 + exponent, 1 - max_exponent
-    )  # subnormals share the least normal's
-    fraction = significand << (exponent - grid + fraction_bits)
+    top = max(significand.bit_length() - 1 + exponent, 1 - max_exponent)  # subnormals have the least normal's
+    fraction = significand << (exponent - top + fraction_bits)
     # The leading bit of a normal number is not stored: it adds one to the exponent field.
-    return min(
-        ((grid + max_exponent - 1) << fraction_bits) + fraction, (2 * max_exponent + 1) << fraction_bits
-    )
+    pattern = ((top + max_exponent - 1) << fraction_bits) + fraction
+    return min(pattern, (2 * max_exponent + 1) << fraction_bits)
 
 
 @cache
