@@ -1,0 +1,49 @@
+"""Named wrong pipelines: what a conformance run must catch and name.
+
+A `Defect` is the kernel with one thing wrong in it. The mistakes have been seen in real code of this field; the
+arithmetic variants are pipelines that mean the same and round otherwise. Every one of them gives other bits
+than the kernel on some call.
+
+    for defect in DEFECTS.values():
+        if defect.target == "moe" and defect.applies(call):
+            print(defect.name, torch.equal(defect.run(call), forward(call)))
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from mxfp4ref.defects.activations import ACTIVATION_DEFECTS
+from mxfp4ref.defects.defect import Defect
+from mxfp4ref.defects.dequantizes import DEQUANTIZE_DEFECTS, DequantizeCall, dequantize_call
+from mxfp4ref.defects.finalizes import FINALIZE_DEFECTS
+from mxfp4ref.defects.gemms import GEMM_DEFECTS
+from mxfp4ref.defects.inputs import INPUT_DEFECTS
+from mxfp4ref.defects.routings import ROUTING_DEFECTS, RoutingCall, route
+
+__all__ = ["DEFECTS", "Defect", "DequantizeCall", "RoutingCall", "dequantize_call", "get_defect", "route"]
+
+_ALL = (
+    *INPUT_DEFECTS,
+    *GEMM_DEFECTS,
+    *ACTIVATION_DEFECTS,
+    *FINALIZE_DEFECTS,
+    *ROUTING_DEFECTS,
+    *DEQUANTIZE_DEFECTS,
+)
+DEFECTS: Mapping[str, Defect] = MappingProxyType({defect.name: defect for defect in _ALL})
+
+
+def get_defect(name: str) -> Defect:
+    """The defect of that name.
+
+    Raises:
+        ValueError: there is none; the message has the names closest to it.
+    """
+    if name in DEFECTS:
+        return DEFECTS[name]
+    close = difflib.get_close_matches(name, DEFECTS, n=3)
+    hint = f"; closest: {', '.join(close)}" if close else ""
+    raise ValueError(f"name: expected one of the {len(DEFECTS)} defects, got {name!r}{hint}")

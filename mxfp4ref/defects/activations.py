@@ -1,0 +1,475 @@
+"""Activations, and the roundings around them, that differ from the kernel's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mxfp4ref import scoring
+from mxfp4ref.defects.defect import Applies, Defect, Kind, always, given, on_stages
+from mxfp4ref.defects.gemms import GemmVariant, tensor_core_sum
+from mxfp4ref.defects.ieee import ieee_add, ieee_mul
+from mxfp4ref.moe import Stages
+from mxfp4ref.sm90 import fp32, mufu
+from mxfp4ref.sm90.swiglu import sigmoid, swiglu
+
+__all__ = ["ACTIVATION_DEFECTS", "SwigluVariant"]
+
+_Optional = Tensor | None
+
+_LOG2_E = 0x3FB8AA3B
+_LN2 = 0.6931471805599453
+_FARTHEST = 200.0  # exp(-200) is far below float32
+
+
+def _clamp(up: Tensor, gate: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+    return fp32.maximum(fp32.minimum(up, limit), -limit), fp32.minimum(gate, limit)
+
+
+def _product(gate: Tensor, weight: Tensor, up: Tensor) -> Tensor:
+    return fp32.mul(fp32.mul(gate, weight), up)
+
+
+@dataclass(frozen=True)
+class SwigluVariant:
+    """The kernel's activation with something changed, called like `swiglu`.
+
+    Attributes:
+        add: of the bias and of beta.
+        clamp: up, gate and limit to up and gate.
+        multiply: by alpha.
+        sigmoid: of gate * alpha.
+        product: of gate, its sigmoid and up + beta.
+    """
+
+    add: Callable[[Tensor, Tensor], Tensor] = fp32.add
+    clamp: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = _clamp
+    multiply: Callable[[Tensor, Tensor], Tensor] = fp32.mul
+    sigmoid: Callable[[Tensor], Tensor] = sigmoid
+    product: Callable[[Tensor, Tensor, Tensor], Tensor] = _product
+
+    def __call__(
+        self,
+        fc1_output: Tensor,
+        bias: Tensor | None = None,
+        alpha: Tensor | None = None,
+        beta: Tensor | None = None,
+        limit: Tensor | None = None,
+    ) -> Tensor:
+        value = fp32.widen(fc1_output)
+        if bias is not None:
+            value = self.add(value, fp32.widen(bias).expand_as(value))
+        up, gate = value.chunk(2, dim=-1)
+        if limit is not None:
+            up, gate = self.clamp(up, gate, limit.expand_as(gate))
+        scaled = gate if alpha is None else self.multiply(gate, alpha.expand_as(gate))
+        if beta is not None:
+            up = self.add(up, beta.expand_as(up))
+        return self.product(gate, self.sigmoid(scaled), up)
+
+
+# Clamps.
+
+
+def _clamp_up_above(up: Tensor, gate: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+    return fp32.minimum(up, limit), fp32.minimum(gate, limit)
+
+
+def _clamp_gate_below(up: Tensor, gate: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+    up, gate = _clamp(up, gate, limit)
+    return up, fp32.maximum(gate, -limit)
+
+
+def _clamp_propagating(up: Tensor, gate: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+    clamped_up, clamped_gate = _clamp(up, gate, limit)
+    return torch.where(up.isnan(), up, clamped_up), torch.where(gate.isnan(), gate, clamped_gate)
+
+
+def _clamp_after_silu(
+    x: Tensor, bias: _Optional, alpha: _Optional, beta: _Optional, limit: _Optional
+) -> Tensor:
+    def clamp(up: Tensor, gate: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+        return _clamp(up, gate, limit)[0], gate
+
+    def product(gate: Tensor, weight: Tensor, up: Tensor) -> Tensor:
+        silu = fp32.mul(gate, weight)
+        return fp32.mul(silu if limit is None else fp32.minimum(silu, limit.expand_as(silu)), up)
+
+    return SwigluVariant(clamp=clamp, product=product)(x, bias, alpha, beta, limit)
+
+
+# Sigmoids, of float32 arguments.
+
+
+def _exp(x: Tensor) -> Tensor:
+    """e^x in float64 to 46 bits, from IEEE operations alone; NaN stays NaN."""
+    return torch.where(x.isnan(), x, scoring._exp(x.nan_to_num().clamp(-_FARTHEST, _FARTHEST)))
+
+
+def _exponential(z: Tensor) -> Tensor:
+    """The kernel's argument of EX2: -z log2 e."""
+    return fp32.mul(-z, torch.tensor(_LOG2_E, dtype=torch.int32, device=z.device).view(torch.float32))
+
+
+def _sigmoid_exact(z: Tensor) -> Tensor:
+    return fp32.round_fp64(1 / (1 + _exp(-z.to(torch.float64))))
+
+
+def _sigmoid_libm(z: Tensor) -> Tensor:
+    e = fp32.round_fp64(_exp(-z.to(torch.float64)))
+    return _divide(torch.ones_like(e), fp32.add(torch.ones_like(e), e))
+
+
+def _sigmoid_exact_ex2(z: Tensor) -> Tensor:
+    e = fp32.round_fp64(_exp(_exponential(z).to(torch.float64) * _LN2))
+    return mufu.rcp(fp32.add(torch.ones_like(e), e))
+
+
+def _sigmoid_exact_rcp(z: Tensor) -> Tensor:
+    e = mufu.ex2(_exponential(z))
+    return _divide(torch.ones_like(e), fp32.add(torch.ones_like(e), e))
+
+
+def _sigmoid_tanh(z: Tensor) -> Tensor:
+    half = fp32.mul(z, torch.full_like(z, 0.5)).to(torch.float64)
+    tanh = fp32.round_fp64(2 / (1 + _exp(-2 * half)) - 1)
+    return fp32.mul(torch.full_like(tanh, 0.5), fp32.add(torch.ones_like(tanh), tanh))
+
+
+def _divide(a: Tensor, b: Tensor) -> Tensor:
+    """a / b rounded to float32: a float64 quotient of float32 numbers rounds as the exact one does."""
+    return fp32.round_fp64(a.to(torch.float64) / b.to(torch.float64))
+
+
+# Products.
+
+
+def _silu_divided(gate: Tensor, denominator: Tensor, up: Tensor) -> Tensor:
+    return fp32.mul(_divide(gate, denominator), up)
+
+
+def _one_plus_ex2(z: Tensor) -> Tensor:
+    e = mufu.ex2(_exponential(z))
+    return fp32.add(torch.ones_like(e), e)
+
+
+def _gate_up_first(gate: Tensor, weight: Tensor, up: Tensor) -> Tensor:
+    return fp32.mul(fp32.mul(gate, up), weight)
+
+
+def _up_weighted_first(gate: Tensor, weight: Tensor, up: Tensor) -> Tensor:
+    return fp32.mul(gate, fp32.mul(weight, up))
+
+
+def _silu_bf16(gate: Tensor, weight: Tensor, up: Tensor) -> Tensor:
+    return fp32.mul(_bf16(fp32.mul(gate, weight)), up)
+
+
+def _product_float64(gate: Tensor, weight: Tensor, up: Tensor) -> Tensor:
+    return fp32.round_fp64(gate.to(torch.float64) * weight.to(torch.float64) * up.to(torch.float64))
+
+
+def _beta_fused(x: Tensor, bias: _Optional, alpha: _Optional, beta: _Optional, limit: _Optional) -> Tensor:
+    def product(gate: Tensor, weight: Tensor, up: Tensor) -> Tensor:
+        silu = fp32.mul(gate, weight)
+        if beta is None:
+            return fp32.mul(silu, up)
+        return fp32.fma(silu, up, fp32.mul(silu, beta.expand_as(silu)))
+
+    return SwigluVariant(product=product)(x, bias, alpha, None, limit)
+
+
+def _beta_after_product(
+    x: Tensor, bias: _Optional, alpha: _Optional, beta: _Optional, limit: _Optional
+) -> Tensor:
+    product = SwigluVariant()(x, bias, alpha, None, limit)
+    return product if beta is None else fp32.add(product, beta.expand_as(product))
+
+
+def _alpha_on_gate(x: Tensor, bias: _Optional, alpha: _Optional, beta: _Optional, limit: _Optional) -> Tensor:
+    def product(gate: Tensor, weight: Tensor, up: Tensor) -> Tensor:
+        gate = gate if alpha is None else fp32.mul(gate, alpha.expand_as(gate))
+        return _product(gate, weight, up)
+
+    return SwigluVariant(product=product)(x, bias, alpha, beta, limit)
+
+
+def _alpha_in_constant(
+    x: Tensor, bias: _Optional, alpha: _Optional, beta: _Optional, limit: _Optional
+) -> Tensor:
+    def ex2_form(scaled: Tensor) -> Tensor:
+        e = mufu.ex2(scaled)
+        return mufu.rcp(fp32.add(torch.ones_like(e), e))
+
+    if alpha is None:
+        return swiglu(x, bias, alpha, beta, limit)
+    return SwigluVariant(sigmoid=ex2_form)(x, bias, _exponential(alpha), beta, limit)
+
+
+def _bias_then_bf16(
+    x: Tensor, bias: _Optional, alpha: _Optional, beta: _Optional, limit: _Optional
+) -> Tensor:
+    if bias is not None:
+        x = fp32.add(x, fp32.widen(bias).expand_as(x))
+    return swiglu(fp32.to_bf16(x), None, alpha, beta, limit)
+
+
+def _bias_bf16(x: Tensor, bias: _Optional, alpha: _Optional, beta: _Optional, limit: _Optional) -> Tensor:
+    if bias is not None:
+        x = fp32.to_bf16(fp32.add(fp32.widen(x), fp32.widen(bias).expand_as(x)))
+    return swiglu(x, None, alpha, beta, limit)
+
+
+def _bf16(x: Tensor) -> Tensor:
+    return fp32.widen(fp32.to_bf16(x))
+
+
+def _keep(x: Tensor) -> Tensor:
+    return x
+
+
+def _variant(
+    name: str,
+    summary: str,
+    seen_in: str,
+    applies: Applies = always,
+    kind: Kind = "arithmetic",
+    **changes: Any,
+) -> Defect:
+    stages = Stages(swiglu=SwigluVariant(**changes))
+    return on_stages(name, summary, (seen_in,), stages, applies=applies, kind=kind)
+
+
+# Roundings to bf16.
+
+
+def _truncate(x: Tensor) -> Tensor:
+    bits = x.view(torch.int32)
+    nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    return torch.where(nan, fp32.BF16_NAN, bits >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def _half_away(x: Tensor) -> Tensor:
+    bits = x.view(torch.int32)
+    nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    return torch.where(nan, fp32.BF16_NAN, (bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def _saturate(x: Tensor) -> Tensor:
+    rounded = fp32.to_bf16(x).view(torch.int16)
+    infinite = rounded & 0x7FFF == 0x7F80
+    return torch.where(infinite, rounded - 1, rounded).view(torch.bfloat16)
+
+
+def _nan_as(pattern: int) -> Callable[[Tensor], Tensor]:
+    def rounding(x: Tensor) -> Tensor:
+        bits = fp32.to_bf16(x).view(torch.int16)
+        return torch.where(x.isnan(), pattern - 0x10000 if pattern > 0x7FFF else pattern, bits).to(
+            torch.int16
+        )
+
+    return lambda x: rounding(x).view(torch.bfloat16)
+
+
+def _through_fp16(x: Tensor) -> Tensor:
+    return fp32.to_bf16(x.to(torch.float16).to(torch.float32))
+
+
+def _rounding(function: Callable[[Tensor], Tensor]) -> Stages:
+    return Stages(round_fc1=function, round_activation=function, round_fc2=function, round_output=function)
+
+
+ACTIVATION_DEFECTS: tuple[Defect, ...] = (
+    on_stages(
+        "gemm1_kept_fp32", "no bf16 rounding after GEMM1", ("flashinfer#4087",), Stages(round_fc1=_keep)
+    ),
+    on_stages(
+        "act_kept_fp32",
+        "no bf16 rounding after the activation",
+        ("flashinfer#4087",),
+        Stages(round_activation=_keep, fc2_gemm=GemmVariant(group_sum=tensor_core_sum)),
+    ),
+    _variant(
+        "limit_one_sided",
+        "up clamped from above only",
+        "vllm#47392",
+        given("swiglu_limit"),
+        "defect",
+        clamp=_clamp_up_above,
+    ),
+    _variant(
+        "gate_clamped_below",
+        "gate clamped to [-L, L]",
+        "gpt-oss ports",
+        given("swiglu_limit"),
+        "defect",
+        clamp=_clamp_gate_below,
+    ),
+    on_stages(
+        "clamp_after_silu",
+        "min(silu(gate), L) instead of silu(min(gate, L))",
+        ("flashinfer#3492",),
+        Stages(swiglu=_clamp_after_silu),
+        applies=given("swiglu_limit"),
+    ),
+    on_stages(
+        "beta_after_product",
+        "beta added to the product instead of up",
+        ("misread formulas",),
+        Stages(swiglu=_beta_after_product),
+        applies=given("swiglu_beta"),
+    ),
+    on_stages(
+        "alpha_on_gate",
+        "alpha multiplied into the gate itself, not only into the sigmoid's argument",
+        ("misread formulas",),
+        Stages(swiglu=_alpha_on_gate),
+        applies=given("swiglu_alpha"),
+    ),
+    _variant(
+        "clamp_propagates_nan",
+        "a NaN gate or up stays NaN where the kernel's min and max give the limit",
+        "torch.clamp",
+        given("swiglu_limit"),
+        clamp=_clamp_propagating,
+    ),
+    on_stages(
+        "bias1_before_rounding",
+        "fc1 bias added to the float32 accumulators, before the rounding to bf16",
+        ("fused epilogues",),
+        Stages(round_fc1=_keep, swiglu=_bias_then_bf16),
+        kind="arithmetic",
+        applies=given("fc1_biases"),
+    ),
+    on_stages(
+        "bias1_bf16",
+        "sum of GEMM1's output and the fc1 bias rounded to bf16",
+        ("torch references in bf16",),
+        Stages(swiglu=_bias_bf16),
+        applies=given("fc1_biases"),
+        kind="arithmetic",
+    ),
+    _variant("sigmoid_exact", "correctly rounded sigmoid", "mathematics", sigmoid=_sigmoid_exact),
+    _variant(
+        "sigmoid_libm",
+        "1 / (1 + exp(-x)), exp and division each correctly rounded to float32",
+        "CPU references, CUDA's precise expf",
+        sigmoid=_sigmoid_libm,
+    ),
+    _variant("ex2_exact", "EX2 correctly rounded", "exp2f", sigmoid=_sigmoid_exact_ex2),
+    _variant("rcp_exact", "reciprocal correctly rounded", "__frcp_rn", sigmoid=_sigmoid_exact_rcp),
+    _variant(
+        "sigmoid_tanh",
+        "0.5 + 0.5 tanh(x / 2), tanh correctly rounded",
+        "kernels built on tanh.approx",
+        sigmoid=_sigmoid_tanh,
+    ),
+    _variant(
+        "silu_divided",
+        "gate / (1 + e) in one rounding instead of gate * (1 / (1 + e))",
+        "x / (1 + expf(-x))",
+        sigmoid=_one_plus_ex2,
+        product=_silu_divided,
+    ),
+    _variant("gate_up_first", "(gate * up) * sigmoid", "reordered products", product=_gate_up_first),
+    _variant("up_weighted_first", "gate * (sigmoid * up)", "reordered products", product=_up_weighted_first),
+    _variant(
+        "silu_bf16", "silu(gate) rounded to bf16 before up", "F.silu(gate) * up in bf16", product=_silu_bf16
+    ),
+    _variant(
+        "product_unrounded",
+        "gate * sigmoid * up in float64, rounded once",
+        "wider references",
+        product=_product_float64,
+    ),
+    on_stages(
+        "beta_fused",
+        "silu * up + silu * beta with one FMA instead of silu * (up + beta)",
+        ("expanded products",),
+        Stages(swiglu=_beta_fused),
+        kind="arithmetic",
+        applies=given("swiglu_beta"),
+    ),
+    on_stages(
+        "alpha_in_constant",
+        "gate * (alpha * log2 e) instead of (gate * alpha) * log2 e",
+        ("compilers that reassociate",),
+        Stages(swiglu=_alpha_in_constant),
+        kind="arithmetic",
+        applies=given("swiglu_alpha"),
+    ),
+    _variant(
+        "no_ftz_activation",
+        "subnormal sums and products of the activation kept",
+        "code compiled without flush-to-zero",
+        add=ieee_add,
+        multiply=ieee_mul,
+        product=lambda gate, weight, up: ieee_mul(ieee_mul(gate, weight), up),
+    ),
+    on_stages(
+        "fc1_truncated",
+        "GEMM1's output cut to bf16 instead of rounded",
+        ("bit shifts for conversions",),
+        Stages(round_fc1=_truncate),
+        kind="arithmetic",
+    ),
+    on_stages(
+        "activation_truncated",
+        "activation cut to bf16 instead of rounded",
+        ("bit shifts for conversions",),
+        Stages(round_activation=_truncate),
+        kind="arithmetic",
+    ),
+    on_stages(
+        "fc2_truncated",
+        "GEMM2's output cut to bf16 instead of rounded",
+        ("bit shifts for conversions",),
+        Stages(round_fc2=_truncate),
+        kind="arithmetic",
+    ),
+    on_stages(
+        "output_truncated",
+        "output cut to bf16 instead of rounded",
+        ("bit shifts for conversions",),
+        Stages(round_output=_truncate),
+        kind="arithmetic",
+    ),
+    on_stages(
+        "round_half_away",
+        "every rounding to bf16 takes ties away from zero",
+        ("adding 0x8000",),
+        _rounding(_half_away),
+        kind="arithmetic",
+    ),
+    on_stages(
+        "bf16_saturates",
+        "every rounding to bf16 gives the largest number instead of Inf",
+        ("saturating conversions",),
+        _rounding(_saturate),
+        kind="arithmetic",
+    ),
+    on_stages(
+        "activation_fp16",
+        "activation passed through float16",
+        ("half-precision intermediates",),
+        Stages(round_activation=_through_fp16),
+    ),
+    on_stages(
+        "nan_as_7fc0",
+        "NaN in the output written as 0x7FC0",
+        ("torch's conversion to bf16",),
+        Stages(round_output=_nan_as(0x7FC0)),
+        kind="arithmetic",
+    ),
+    on_stages(
+        "nan_as_ffc0",
+        "NaN in the output written as 0xFFC0",
+        ("x86, whose invalid operations give negative NaNs",),
+        Stages(round_output=_nan_as(0xFFC0)),
+        kind="arithmetic",
+    ),
+)

@@ -1,0 +1,414 @@
+"""Routers that differ from the presets of `mxfp4ref.routing`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mxfp4ref import routing, scoring
+from mxfp4ref._validate import check_choice
+from mxfp4ref.defects.defect import Applies, Defect, Kind, always
+from mxfp4ref.routing import RoutedScaling, Routing, routing_weights
+from mxfp4ref.selection import select_experts
+from mxfp4ref.sm90 import fp32
+
+__all__ = ["PRESETS", "ROUTING_DEFECTS", "RoutingCall", "route"]
+
+PRESETS = ("deepseek_v3", "deepseek_v4", "gpt_oss", "mixtral")
+
+
+@dataclass(frozen=True)
+class RoutingCall:
+    """A preset of `mxfp4ref.routing` and its arguments.
+
+    Attributes:
+        preset: one of `PRESETS`.
+        logits: `[M, E]` float32 or bf16.
+        options: the preset's other arguments by name: correction_bias, top_k, routed_scaling_factor, ...
+    """
+
+    preset: str
+    logits: Tensor
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_choice("preset", self.preset, PRESETS)
+
+
+def route(call: RoutingCall) -> Routing:
+    """What the preset decides."""
+    preset: Callable[..., Routing] = getattr(routing, call.preset)
+    return preset(call.logits, **call.options)
+
+
+_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "deepseek_v3": scoring.sigmoid,
+    "deepseek_v4": scoring.sqrt_softplus,
+    "gpt_oss": scoring.raw_logits,
+    "mixtral": scoring.softmax,
+}
+_EPSILON = {"deepseek_v3": 1e-20}
+_TOP_K = {"deepseek_v3": 8, "deepseek_v4": 6, "gpt_oss": 4, "mixtral": 2}
+
+# (scores, ids) -> weights before the factor; (scores, bias, k, groups) -> ids.
+_Weigh = Callable[[Tensor, Tensor], Tensor]
+_Select = Callable[[Tensor, Tensor | None, int, dict[str, int]], Tensor]
+
+
+def _logits(call: RoutingCall) -> Tensor:
+    """float32 logits, zero in padded rows, whose own may be anything."""
+    padded = call.options.get("padded")
+    logits = call.logits if padded is None else call.logits.masked_fill(padded[:, None], 0.0)
+    return scoring.raw_logits(logits)
+
+
+def _select(scores: Tensor, bias: Tensor | None, top_k: int, groups: dict[str, int]) -> Tensor:
+    return select_experts(scores, top_k, correction_bias=bias, **groups).ids
+
+
+def _rerouted(
+    call: RoutingCall,
+    *,
+    score: Callable[[Tensor], Tensor] | None = None,
+    select: _Select | None = None,
+    weigh: Callable[[RoutingCall], _Weigh] | None = None,
+) -> Routing:
+    """`route` with another score function, selection or weights."""
+    base = route(call)
+    score = score or _SCORES[call.preset]
+    scores = score(_logits(call))
+    options, ids = call.options, base.ids.clamp(min=0)
+    if "tid2eid" not in options:
+        groups = {"n_group": 8, "topk_group": 4} if call.preset == "deepseek_v3" else {}
+        groups = {name: options.get(name, default) for name, default in groups.items()}
+        top_k = options.get("top_k", _TOP_K[call.preset])
+        ids = (select or _select)(scores, options.get("correction_bias"), top_k, groups)
+    weights = (weigh or _weigh)(call)(scores, ids)
+    if base.routed_scaling is RoutedScaling.IN_WEIGHTS:
+        weights = weights * torch.tensor(base.routed_scaling_factor, dtype=torch.float32, device=ids.device)
+    padded = base.ids < 0
+    return replace(base, ids=ids.masked_fill(padded, -1), scales=weights.masked_fill(padded, 0.0))
+
+
+def _weigh(call: RoutingCall) -> _Weigh:
+    normalize = "softmax" if call.preset == "gpt_oss" else "sum"
+    epsilon = _EPSILON.get(call.preset, 0.0)
+    return lambda scores, ids: routing_weights(scores, ids, normalize=normalize, epsilon=epsilon)
+
+
+def _weigh_without_sum(call: RoutingCall) -> _Weigh:
+    if call.preset == "gpt_oss":
+        return lambda logits, ids: scoring.softmax(logits).gather(1, ids.long())
+    return lambda scores, ids: scores.gather(1, ids.long())
+
+
+def _weigh_biased(call: RoutingCall) -> _Weigh:
+    bias = call.options["correction_bias"]
+    return lambda scores, ids: _weigh(call)(scores + bias, ids)
+
+
+def _weigh_by_other_softmax(call: RoutingCall) -> _Weigh:
+    if call.preset == "gpt_oss":
+        return lambda logits, ids: routing_weights(scoring.softmax(logits), ids, normalize="sum")
+    logits = _logits(call)
+    return lambda scores, ids: routing_weights(logits, ids, normalize="softmax")
+
+
+def _total(call: RoutingCall, selected: Tensor) -> Tensor:
+    total = selected[:, :1]
+    for slot in range(1, selected.shape[1]):
+        total = total + selected[:, slot, None]
+    return total + torch.tensor(_EPSILON.get(call.preset, 0.0), dtype=torch.float32, device=selected.device)
+
+
+def _weigh_by_reciprocal(call: RoutingCall) -> _Weigh:
+    def weigh(scores: Tensor, ids: Tensor) -> Tensor:
+        selected = scores.gather(1, ids.long())
+        return selected * (torch.ones_like(selected) / _total(call, selected))
+
+    return weigh
+
+
+def _weigh_by_float64_sum(call: RoutingCall) -> _Weigh:
+    def weigh(scores: Tensor, ids: Tensor) -> Tensor:
+        selected = scores.gather(1, ids.long()).to(torch.float64)
+        total = torch.zeros_like(selected[:, :1])
+        for slot in range(selected.shape[1]):
+            total = total + selected[:, slot, None]
+        return (selected / (total + _EPSILON.get(call.preset, 0.0))).to(torch.float32)
+
+    return weigh
+
+
+def _weigh_without_epsilon(call: RoutingCall) -> _Weigh:
+    return lambda scores, ids: routing_weights(scores, ids, normalize="sum")
+
+
+def _factor_first(call: RoutingCall) -> Routing:
+    base = route(call)
+    factor = torch.tensor(base.routed_scaling_factor, dtype=torch.float32, device=base.ids.device)
+
+    def weigh(scores: Tensor, ids: Tensor) -> Tensor:
+        selected = scores.gather(1, ids.long())
+        return (selected * factor) / _total(call, selected)
+
+    unscaled = replace(call, options={**call.options, "routed_scaling": RoutedScaling.NONE})
+    return replace(base, scales=_rerouted(unscaled, weigh=lambda call: weigh).scales)
+
+
+def _select_from_behind(scores: Tensor, bias: Tensor | None, top_k: int, groups: dict[str, int]) -> Tensor:
+    ids = _select(scores.flip(1), None if bias is None else bias.flip(0), top_k, groups)
+    return scores.shape[1] - 1 - ids
+
+
+def _select_unbiased(scores: Tensor, bias: Tensor | None, top_k: int, groups: dict[str, int]) -> Tensor:
+    return _select(scores, None, top_k, groups)
+
+
+def _select_ungrouped(scores: Tensor, bias: Tensor | None, top_k: int, groups: dict[str, int]) -> Tensor:
+    return _select(scores, bias, top_k, {})
+
+
+def _select_in_groups(best: int, outside: float) -> _Select:
+    """Groups scored by their `best` best experts; those of the other groups get the score `outside`."""
+
+    def select(scores: Tensor, bias: Tensor | None, top_k: int, groups: dict[str, int]) -> Tensor:
+        biased = scores if bias is None else scores + bias
+        by_group = biased.view(len(biased), groups["n_group"], -1)
+        group_scores = by_group.sort(dim=2, descending=True).values[:, :, :best].sum(2)
+        chosen = select_experts(group_scores, groups["topk_group"]).ids
+        inside = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, chosen.long(), True)
+        masked = by_group.masked_fill(~inside.unsqueeze(2), outside).flatten(1)
+        return select_experts(masked, top_k).ids
+
+    return select
+
+
+def _select_by_id(scores: Tensor, bias: Tensor | None, top_k: int, groups: dict[str, int]) -> Tensor:
+    return _select(scores, bias, top_k, groups).sort(1).values
+
+
+def _without(*options: str) -> Callable[[RoutingCall], RoutingCall]:
+    return lambda call: replace(call, options={k: v for k, v in call.options.items() if k not in options})
+
+
+def _scaled_twice(call: RoutingCall) -> Routing:
+    base = route(call)
+    factor = torch.tensor(base.routed_scaling_factor, dtype=torch.float32, device=base.ids.device)
+    return replace(base, scales=base.scales * factor)
+
+
+def _weights_by_score(call: RoutingCall) -> Routing:
+    base = route(call)
+    return replace(base, ids=base.ids.sort(1).values)
+
+
+def _padding_routed(call: RoutingCall) -> Routing:
+    return route(replace(_without("padded")(call), logits=_logits(call)))
+
+
+def _table_ignored(call: RoutingCall) -> Routing:
+    bias = torch.zeros(call.logits.shape[1], device=call.logits.device)
+    options = _without("token_ids", "tid2eid")(call).options
+    return route(replace(call, options={**options, "correction_bias": bias}))
+
+
+def _of(*presets: str) -> Applies:
+    return lambda call: call.preset in presets
+
+
+def _has(option: str) -> Applies:
+    return lambda call: call.options.get(option) is not None
+
+
+def _has_factor(call: RoutingCall) -> bool:
+    in_weights = call.options.get("routed_scaling", RoutedScaling.IN_WEIGHTS) is RoutedScaling.IN_WEIGHTS
+    factor_is_one = call.options.get("routed_scaling_factor") == 1.0
+    return call.preset.startswith("deepseek") and in_weights and not factor_is_one
+
+
+def _routing(
+    name: str,
+    summary: str,
+    seen_in: str | tuple[str, ...],
+    run: Callable[[RoutingCall], Routing],
+    applies: Applies = always,
+    kind: Kind = "defect",
+) -> Defect:
+    seen = (seen_in,) if isinstance(seen_in, str) else seen_in
+    return Defect(name, summary, seen, kind, "routing", run, applies)
+
+
+def _with(**parts: Any) -> Callable[[RoutingCall], Routing]:
+    return lambda call: _rerouted(call, **parts)
+
+
+ROUTING_DEFECTS: tuple[Defect, ...] = (
+    _routing(
+        "rsf_missing",
+        "routed scaling factor left out",
+        ("sglang#8688",),
+        lambda call: route(replace(call, options={**call.options, "routed_scaling": RoutedScaling.NONE})),
+        _has_factor,
+    ),
+    _routing("rsf_twice", "routed scaling factor applied twice", "sglang#8333", _scaled_twice, _has_factor),
+    _routing(
+        "renorm_missing",
+        "top-k weights not normalised (gpt-oss: softmax over all experts)",
+        "sglang#8364",
+        _with(weigh=_weigh_without_sum),
+    ),
+    _routing(
+        "gate_bias_weights",
+        "weights taken from the biased scores",
+        "DeepSeek ports",
+        _with(weigh=_weigh_biased),
+        _has("correction_bias"),
+    ),
+    _routing(
+        "softplus_as_sigmoid",
+        "sigmoid scores where sqrt(softplus) is meant",
+        "flashinfer#5190",
+        _with(score=scoring.sigmoid),
+        _of("deepseek_v4"),
+    ),
+    _routing(
+        "tie_highest_id",
+        "ties go to the highest expert id",
+        "vllm#52679",
+        _with(select=_select_from_behind),
+        lambda call: not _has("tid2eid")(call),
+    ),
+    _routing(
+        "sqrt_missing",
+        "softplus scores where sqrt(softplus) is meant",
+        "derived from softplus_as_sigmoid",
+        _with(score=scoring.softplus),
+        _of("deepseek_v4"),
+    ),
+    _routing(
+        "selection_bias_ignored",
+        "correction bias left out of the selection",
+        "routers of older models",
+        _with(select=_select_unbiased),
+        _has("correction_bias"),
+    ),
+    _routing(
+        "groups_ignored",
+        "top-k among all experts, without the limitation to groups",
+        "routers of other models",
+        _with(select=_select_ungrouped),
+        _of("deepseek_v3"),
+    ),
+    _routing(
+        "group_score_best_one",
+        "a group scores its best expert instead of the sum of its two best",
+        "DeepSeek-V2's rule",
+        _with(select=_select_in_groups(1, float("-inf"))),
+        _of("deepseek_v3"),
+    ),
+    _routing(
+        "groups_masked_with_zero",
+        "experts outside the chosen groups get the score 0, which beats negative ones",
+        "masked_fill(~mask, 0.0)",
+        _with(select=_select_in_groups(2, 0.0)),
+        _of("deepseek_v3"),
+    ),
+    _routing(
+        "table_ignored",
+        "hash layers routed by score instead of the table",
+        "ports without hash layers",
+        _table_ignored,
+        _has("tid2eid"),
+    ),
+    _routing(
+        "padding_routed",
+        "padded rows routed like tokens",
+        "batches padded for CUDA graphs",
+        _padding_routed,
+        _has("padded"),
+    ),
+    _routing(
+        "slots_by_id",
+        "slots in the order of expert ids instead of scores, ids and weights alike",
+        "unsorted top-k",
+        _with(select=_select_by_id),
+        lambda call: not _has("tid2eid")(call),
+    ),
+    _routing(
+        "ids_sorted_alone",
+        "ids sorted, weights left in the order of scores",
+        "derived from slots_by_id",
+        _weights_by_score,
+    ),
+    _routing(
+        "logits_bf16",
+        "float32 logits rounded to bf16",
+        "routers run under autocast",
+        lambda call: route(replace(call, logits=fp32.to_bf16(call.logits))),
+        lambda call: call.logits.dtype == torch.float32,
+        "arithmetic",
+    ),
+    _routing(
+        "scores_bf16",
+        "scores rounded to bf16 before selection and weights",
+        "routers run in bf16",
+        lambda call: _rerouted(
+            call, score=lambda logits: fp32.widen(fp32.to_bf16(_SCORES[call.preset](logits)))
+        ),
+        lambda call: call.preset != "gpt_oss" or call.logits.dtype == torch.float32,
+        "arithmetic",
+    ),
+    _routing(
+        "score_rounded_once",
+        "sqrt(softplus) rounded once instead of after each step",
+        "fused score functions",
+        _with(score=lambda logits: scoring.sqrt_softplus(logits, rounding="once")),
+        _of("deepseek_v4"),
+        "arithmetic",
+    ),
+    _routing(
+        "softmax_of_other_set",
+        "softmax over the k instead of over all and divided by the sum, or the other way round (gpt-oss)",
+        "formulas that are equal on paper",
+        _with(weigh=_weigh_by_other_softmax),
+        _of("gpt_oss", "mixtral"),
+        "arithmetic",
+    ),
+    _routing(
+        "reciprocal_of_sum",
+        "scores times the rounded reciprocal of their sum",
+        "fused top-k kernels",
+        _with(weigh=_weigh_by_reciprocal),
+        _of("deepseek_v3", "deepseek_v4", "mixtral"),
+        "arithmetic",
+    ),
+    _routing(
+        "score_sum_float64",
+        "sum and division in float64, rounded once",
+        "wider references",
+        _with(weigh=_weigh_by_float64_sum),
+        _of("deepseek_v3", "deepseek_v4", "mixtral"),
+        "arithmetic",
+    ),
+    _routing(
+        "epsilon_missing",
+        "scores divided by their sum without 1e-20",
+        "routers of other models",
+        _with(weigh=_weigh_without_epsilon),
+        _of("deepseek_v3"),
+        "arithmetic",
+    ),
+    _routing(
+        "factor_before_division",
+        "(score * factor) / sum instead of (score / sum) * factor",
+        "reordered products",
+        _factor_first,
+        _has_factor,
+        "arithmetic",
+    ),
+)
