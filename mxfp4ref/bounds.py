@@ -174,7 +174,12 @@ def _gemm(
 
 def _swiglu(value: _Interval, alpha: float | None, beta: float | None, limit: float | None) -> _Interval:
     (up_low, gate_low), (up_high, gate_high) = (end.chunk(2, dim=-1) for end in value)
-    whole = torch.isfinite(up_low) & torch.isfinite(up_high) & torch.isfinite(gate_low) & torch.isfinite(gate_high)
+    whole = (
+        torch.isfinite(up_low)
+        & torch.isfinite(up_high)
+        & torch.isfinite(gate_low)
+        & torch.isfinite(gate_high)
+    )
     up_low, up_high, gate_low, gate_high = (
         torch.where(whole, end, 0.0) for end in (up_low, up_high, gate_low, gate_high)
     )
