@@ -27,7 +27,20 @@ from mxfp4ref import generator
 from mxfp4ref.call import MoeCall
 from mxfp4ref.experts import Experts
 
-__all__ = ["BUILTIN_ROOT", "FORMAT", "KINDS", "Case", "GoldenError", "Goldens", "find_root", "open_goldens"]
+__all__ = [
+    "BUILTIN_ROOT",
+    "FORMAT",
+    "KINDS",
+    "Case",
+    "GoldenError",
+    "Goldens",
+    "derive",
+    "dtype_name",
+    "find_root",
+    "is_other_file",
+    "open_goldens",
+    "tensor_bytes",
+]
 
 FORMAT = "mxfp4ref-goldens-1"
 KINDS = ("moe", "dequantize", "layout", "tensor_core", "gemm", "activation", "finalize", "routing")
@@ -37,7 +50,6 @@ _NAME = re.compile(r"[a-z0-9_]+/[a-z0-9_]+")
 # Files of the root folder that belong there and are no cases.
 _OTHER_FILES = ("README.md", "manifest.json", "defect_matrix.md", "defect_matrix.svg")
 _OTHER_FOLDERS = ("hardware",)
-_CALL_INTS = ("ep_size", "ep_rank", "tp_size", "tp_rank")
 _EXPERT_TENSORS = tuple(Experts.__dataclass_fields__)
 
 
@@ -113,8 +125,11 @@ class Case:
             experts=self.experts,
             tile_k=tile_k,
             tile_n=tile_n,
-            strict=bool(self.parameters["strict"]),
-            **{name: int(self.parameters[name]) for name in _CALL_INTS},
+            ep_size=self.parameters["ep_size"],
+            ep_rank=self.parameters["ep_rank"],
+            tp_size=self.parameters["tp_size"],
+            tp_rank=self.parameters["tp_rank"],
+            strict=self.parameters["strict"],
         )
 
     def _expect_kind(self, kind: str) -> None:
@@ -122,26 +137,13 @@ class Case:
             raise ValueError(f"{self.id}: expected a case of kind {kind!r}, got kind {self.kind!r}")
 
     def _derive(self, name: str) -> Tensor:
-        recipe = self.derived[name]
-        num_experts, *shape = recipe["shape"]
-        limits = {limit: recipe[limit] for limit in ("low", "high") if limit in recipe}
-        dtype = np.int16 if recipe["rule"] == "bf16" else np.uint8  # numpy has no bf16
-        out = torch.from_numpy(np.zeros((num_experts, *shape), dtype=dtype))
-        out = out.view(torch.bfloat16) if recipe["rule"] == "bf16" else out
-        digest = hashlib.sha256()
-        for expert in recipe["experts"]:
-            start = expert * int(np.prod(shape, dtype=np.int64))
-            values = generator.generate(
-                recipe["seed"], name, tuple(shape), recipe["rule"], start=start, **limits
-            )
-            digest.update(tensor_bytes(values))
-            out[expert] = values
-        if digest.hexdigest() != recipe["sha256"]:
+        tensor, digest = derive(name, self.derived[name])
+        if digest != self.derived[name]["sha256"]:
             raise GoldenError(
-                f"{self.id}: derived tensor {name}: expected SHA-256 {recipe['sha256']}, "
-                f"the generator gave {digest.hexdigest()}"
+                f"{self.id}: derived tensor {name}: expected SHA-256 {self.derived[name]['sha256']}, "
+                f"the generator gave {digest}"
             )
-        return out
+        return tensor
 
 
 class Goldens:
@@ -160,11 +162,11 @@ class Goldens:
             files = {"safetensors", "json"}
             if not _NAME.fullmatch(name) or not isinstance(entry, dict) or set(entry) != files:
                 raise GoldenError(f"{path}: case {name!r}: expected a name suite/case and the files {files}")
-        self._files: dict[str, dict[str, dict[str, Any]]] = cases
+        self.entries: dict[str, dict[str, dict[str, Any]]] = cases
 
     @property
     def suites(self) -> list[str]:
-        return sorted({name.split("/")[0] for name in self._files})
+        return sorted({name.split("/")[0] for name in self.entries})
 
     def names(self, suite: str | None = None) -> list[str]:
         """The cases as "suite/name", sorted; of one suite or of all.
@@ -174,7 +176,7 @@ class Goldens:
         """
         if suite is not None and suite not in self.suites:
             raise GoldenError(f"suite: expected one of {', '.join(self.suites)}, got {suite!r}")
-        return sorted(name for name in self._files if suite in (None, name.split("/")[0]))
+        return sorted(name for name in self.entries if suite in (None, name.split("/")[0]))
 
     def load(self, name: str) -> Case:
         """A case, all of its bytes verified.
@@ -182,14 +184,14 @@ class Goldens:
         Raises:
             GoldenError: no such case, or a file is missing, damaged, renamed or not the one in the manifest.
         """
-        if name not in self._files:
-            close = difflib.get_close_matches(name, self._files, n=3)
+        if name not in self.entries:
+            close = difflib.get_close_matches(name, self.entries, n=3)
             hint = f"; did you mean {', '.join(close)}?" if close else ""
             raise GoldenError(f"{name!r}: no such case in {self.root}{hint}")
         paths = {kind: self.root / f"{name}.{kind}" for kind in ("json", "safetensors")}
         data = {kind: _read(path) for kind, path in paths.items()}
         for kind, path in paths.items():
-            _verify(str(path), data[kind], self._files[name][kind])
+            _verify(str(path), data[kind], self.entries[name][kind])
         sidecar = _parse(paths["json"], data["json"])
         try:
             case = _case(name, sidecar, safetensors.torch.load(data["safetensors"]))
@@ -207,12 +209,10 @@ class Goldens:
                 self.load(name)
             except GoldenError as error:
                 problems.append(str(error))
-        known = {f"{name}.{kind}" for name in self._files for kind in ("json", "safetensors")}
+        known = {f"{name}.{kind}" for name in self.entries for kind in ("json", "safetensors")}
         for path in sorted(path for path in self.root.rglob("*") if path.is_file()):
             relative = path.relative_to(self.root)
-            if relative.parts[0] in _OTHER_FOLDERS or str(relative) in _OTHER_FILES:
-                continue
-            if relative.as_posix() not in known:
+            if not is_other_file(relative) and relative.as_posix() not in known:
                 problems.append(f"{path}: not in the manifest")
         return problems
 
@@ -251,6 +251,38 @@ def find_root() -> Path:
             "tools/regenerate_goldens.py in a checkout"
         )
     return BUILTIN_ROOT
+
+
+def derive(name: str, recipe: Mapping[str, Any]) -> tuple[Tensor, str]:
+    """Generate a tensor by its recipe; return it and the SHA-256 of the generated experts, one after another.
+
+    The stream of `name` holds experts of the shape `content` = [blocks, rows, ...], this rank's from
+    `first_expert` on. Each block goes to the upper left of its equal share of the rows of `shape`; what is left
+    of those, and every expert that is not in `experts`, is zero.
+    """
+    num_experts, *shape = recipe["shape"]
+    blocks, *content = recipe["content"]
+    limits = {limit: recipe[limit] for limit in ("low", "high") if limit in recipe}
+    is_bf16 = recipe["rule"] == "bf16"
+    # numpy's zeros take no memory until they are touched; it has no bf16.
+    out = torch.from_numpy(np.zeros((num_experts, *shape), dtype=np.int16 if is_bf16 else np.uint8))
+    out = out.view(torch.bfloat16) if is_bf16 else out
+    size = blocks * int(np.prod(content))
+    digest = hashlib.sha256()
+    for expert in recipe["experts"]:
+        start = (recipe["first_expert"] + expert) * size
+        values = generator.generate(
+            recipe["seed"], name, (blocks, *content), recipe["rule"], start=start, **limits
+        )
+        target = out[expert].view(blocks, shape[0] // blocks, *shape[1:])
+        target[(slice(None), *(slice(length) for length in content))] = values
+        digest.update(tensor_bytes(out[expert]))
+    return out, digest.hexdigest()
+
+
+def is_other_file(relative: Path) -> bool:
+    """Whether a path below a root belongs there without being part of a case."""
+    return relative.parts[0] in _OTHER_FOLDERS or relative.as_posix() in _OTHER_FILES
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:

@@ -1,0 +1,195 @@
+"""Suite `finalize`: the weighted sum over a token's experts, in slot order, one FMA each."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mxfp4ref.call import MoeCall
+from mxfp4ref.experts import Experts
+from mxfp4ref.golden_cases.definition import Content, define
+from mxfp4ref.golden_cases.source import Source, float32, int32
+from mxfp4ref.sm90 import fp32
+from mxfp4ref.sm90.finalize import finalize
+
+_H, _I = 256, 128
+
+
+def _opposed(experts: Experts) -> Experts:
+    """The second half of the experts are the first with fc2 negated: their outputs cancel."""
+    half = experts.num_experts // 2
+    first = experts.slice(0, half)
+    joined: dict[str, Any] = {
+        name: None if value is None else torch.cat((value, value)) for name, value in vars(first).items()
+    }
+    weights = torch.cat((first.fc2_weights, first.fc2_weights ^ 0x88))
+    biases = None if first.fc2_biases is None else torch.cat((first.fc2_biases, -first.fc2_biases))
+    return replace(Experts(**joined), fc2_weights=weights, fc2_biases=biases)
+
+
+@define(
+    "finalize",
+    "moe",
+    """Pairs of experts with opposite outputs and equal weights, in different slots: the output is the rounding of the
+    sum. Other slot orders, an unfused product, bf8 sums and bf8 weights all show.""",
+    catches="bf8_finalize weights_bf8 last_slot_dropped",
+)
+def cancelling_experts(source: Source) -> MoeCall:
+    experts = _opposed(source.experts(4, _H, _I))
+    pairs = source.distinct("pairs", 8, 2, 2)
+    order = source.distinct("order", 8, 4, 4).long()
+    ids = torch.cat((pairs, pairs + 2), dim=1).gather(1, order)
+    half = source.weights(8, 2)
+    scales = torch.cat((half, half), dim=1).gather(1, order)
+    return MoeCall(source.normal("input", 8, _H), ids.to(torch.int32), scales, experts)
+
+
+@define(
+    "finalize",
+    "moe",
+    """Opposed experts whose weights differ in the last bits only: rounding the weights to bf8, or multiplying them
+    in before GEMM2, leaves exactly nothing or something else.""",
+    catches="weights_bf8 weight_before_gemm2",
+)
+def weights_differ_in_last_bits(source: Source) -> MoeCall:
+    experts = _opposed(source.experts(2, _H, _I))
+    first = source.weights(8, 1)
+    scales = torch.cat((first, first * (1 + 2.0**-12)), dim=1)
+    return MoeCall(source.normal("input", 8, _H), int32([[0, 1]] * 8), scales, experts)
+
+
+@define(
+    "finalize",
+    "moe",
+    """Weights from 2^-12 to 2^6 in random slots: summing by expert id, or from the last slot, rounds otherwise;
+    ids are never in ascending order.""",
+    catches="last_slot_dropped bf8_finalize",
+)
+def slot_order(source: Source) -> MoeCall:
+    experts = _opposed(source.experts(4, _H, _I))
+    ids = source.distinct("ids", 8, 4, 4)
+    power = torch.exp2(source.range("power", 0, 18, 8, 4).to(torch.float32) - 12)
+    return MoeCall(source.normal("input", 8, _H), ids, source.weights(8, 4) * power, experts)
+
+
+@define(
+    "finalize",
+    "moe",
+    """Both biases and unequal weights: the fc2 bias belongs inside the routing weight, once for each slot.""",
+    catches="bias1_ignored bias2_ignored bias2_unweighted",
+)
+def biases_inside_weight(source: Source) -> MoeCall:
+    return MoeCall(
+        source.normal("input", 8, _H),
+        source.distinct("ids", 8, 2, 3),
+        source.weights(8, 2),
+        source.experts(3, _H, _I, biases=True),
+    )
+
+
+@define(
+    "finalize",
+    "moe",
+    """The fc2 bias is the negative of a likely output: what is left depends on where each sum is rounded.""",
+    catches="bias2_ignored bias2_unweighted",
+)
+def biases_cancel(source: Source) -> MoeCall:
+    experts = _opposed(source.experts(4, _H, _I, biases=True))
+    half = source.weights(8, 1)
+    ids = torch.cat((source.distinct("ids", 8, 1, 2), source.distinct("ids", 8, 1, 2) + 2), dim=1)
+    scales = torch.cat((half, half), dim=1)
+    return MoeCall(source.normal("input", 8, _H), ids.to(torch.int32), scales, experts)
+
+
+@define(
+    "finalize",
+    "moe",
+    "Slots of -1 in any place, tokens without any expert (zeros, of whatever was in the output before).",
+    catches="ep_sentinel_aliases",
+)
+def missing_experts(source: Source) -> MoeCall:
+    ids = source.distinct("ids", 8, 4, 4)
+    missing = source.bytes("missing", 8, 4) < 96
+    missing[0], missing[4], missing[7] = True, True, True
+    missing[1] = torch.tensor([True, False, False, False])
+    missing[2] = torch.tensor([False, False, False, True])
+    return MoeCall(
+        source.normal("input", 8, _H),
+        torch.where(missing, -1, ids).to(torch.int32),
+        source.weights(8, 4),
+        source.experts(4, _H, _I),
+    )
+
+
+@define(
+    "finalize",
+    "moe",
+    """Weights that are zero, negative, subnormal or large, and products that underflow or overflow: FMA with
+    subnormals flushed.""",
+    unique_for="routing weights outside (0, 1]",
+)
+def unusual_weights(source: Source) -> MoeCall:
+    unusual = float32([0.0, -1.0, 2.0**-130, 2.0**-126, 3.0e38, -0.5, 2.0**-124, 1.0])
+    which = (source.bytes("which", 8, 2) & 7).long()
+    return MoeCall(
+        source.normal("input", 8, _H),
+        source.distinct("ids", 8, 2, 2),
+        unusual[which],
+        source.experts(2, _H, _I),
+    )
+
+
+@define(
+    "finalize",
+    "moe",
+    """Small outputs and small weights: every product, and the sums of some, lie around 2^-126, where a result that
+    rounds to less is flushed.""",
+)
+def underflowing_products(source: Source) -> MoeCall:
+    experts = source.experts(2, _H, _I, fc2_scales=(66, 70))
+    scales = source.weights(8, 2) * 2.0**-66
+    return MoeCall(source.normal("input", 8, _H), source.distinct("ids", 8, 2, 2), scales, experts)
+
+
+@define(
+    "finalize",
+    "moe",
+    """A token that names an expert twice. The kernel counts the first slot only; callers should not do it.""",
+    unique_for="what the kernel does with a mistake of its caller",
+)
+def repeated_expert(source: Source) -> MoeCall:
+    ids = source.distinct("ids", 8, 3, 3)
+    ids[::2, 2] = ids[::2, 0]
+    ids[1::4, 1] = ids[1::4, 0]
+    return MoeCall(
+        source.normal("input", 8, _H), ids, source.weights(8, 3), source.experts(3, _H, _I), strict=False
+    )
+
+
+@define(
+    "finalize",
+    "finalize",
+    "The stage alone: eight slots that nearly cancel, skipped slots, fc2 biases.",
+    unique_for="one stage alone",
+)
+def stage_cancelling(source: Source) -> Content:
+    half = source.normal("fc2_output", 8, 4, 64)
+    y = torch.cat((half, -half), dim=1)
+    local = source.range("local", 0, 4, 8, 8).to(torch.int64) - 1
+    weights = source.weights(8, 4)
+    scales = torch.cat((weights, weights * (1 + 2.0**-20)), dim=1)
+    biases = source.normal("fc2_biases", 4, 64)
+    total: Tensor = finalize(y, local, scales, biases)
+    return Content(
+        {
+            "fc2_output": y,
+            "local_experts": local.to(torch.int32),
+            "token_final_scales": scales,
+            "fc2_biases": biases,
+            "output_float32": total,
+            "output": fp32.to_bf16(total),
+        }
+    )
