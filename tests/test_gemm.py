@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mxfp4ref.layout import GENERATIONS
 from mxfp4ref.mxfp4 import pack_codes
 from mxfp4ref.sm90.gemm import group_scaled_gemm
 from mxfp4ref.sm90.gemm_reference import (
@@ -65,6 +66,8 @@ def test_first_pair_swapped() -> None:
             got = first_pair_swapped(positions, tile_k, tile_n)
             assert got.dtype == torch.bool
             assert got.tolist() == expected
+            assert torch.equal(first_pair_swapped(positions, tile_k, tile_n, "0.6.16"), got)
+            assert first_pair_swapped(positions, tile_k, tile_n, "0.6.9").all()
 
 
 # --- hard inputs ------------------------------------------------------------------------------------------
@@ -145,9 +148,10 @@ TACTICS = [(tile_k, tile_n) for tile_k in TILE_K for tile_n in TILE_N]
     batch=st.integers(1, 3),
     shape=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     offset=st.sampled_from([None, 0, 1, 6, 1000]),
+    generation=st.sampled_from(GENERATIONS),
 )
-@example(1, "wider", "any", (128, 16), 3, 2, (9, 9), None)
-@example(2, "raw", "ends", (256, 16), 2, 2, (9, 9), 0)
+@example(1, "wider", "any", (128, 16), 3, 2, (9, 9), None, "0.6.16")
+@example(2, "raw", "ends", (256, 16), 2, 2, (9, 9), 0, "0.6.9")
 def test_fast_is_slow(
     seed: int,
     x_kind: str,
@@ -157,6 +161,7 @@ def test_fast_is_slow(
     batch: int,
     shape: tuple[int, int],
     offset: int | None,
+    generation: str,
 ) -> None:
     tile_k, tile_n = tactic
     tiles = min(tiles, 3 * 256 // tile_k) or 1
@@ -168,7 +173,8 @@ def test_fast_is_slow(
     if offset is not None:
         first = np.random.default_rng(seed).integers(0, 8, (batch, 1))
         positions = torch.from_numpy(first + offset + np.arange(shape[0]))
-    assert_fast_is_slow(x, packed, scales, tile_k=tile_k, tile_n=tile_n, positions=positions)
+    options = {"tile_k": tile_k, "tile_n": tile_n, "positions": positions, "generation": generation}
+    assert_fast_is_slow(x, packed, scales, **options)
 
 
 @pytest.mark.parametrize("x_kind", KINDS)
@@ -249,6 +255,8 @@ def test_first_pair_by_position(
         got = assert_fast_is_slow(x, packed, scales, tile_k=tile_k, tile_n=tile_n)[0, :, 0].tolist()
         swaps = (tile_n, tile_k) in SWAPPING
         assert got == [early if swaps and row in (0, 2, 4, 6) else late for row in range(16)]
+        got = assert_fast_is_slow(x, packed, scales, tile_k=tile_k, tile_n=tile_n, generation="0.6.9")
+        assert got[0, :, 0].tolist() == [early] * 16
     positions = torch.arange(3, 19)[None]
     got = assert_fast_is_slow(x, packed, scales, tile_k=256, tile_n=16, positions=positions)[0, :, 0].tolist()
     assert got == [early if row % 16 in (0, 2, 4, 6) else late for row in range(3, 19)]
