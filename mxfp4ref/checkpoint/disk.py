@@ -1,0 +1,195 @@
+"""Layers of a checkpoint, read and written; one at a time."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from mxfp4ref._validate import check_choice, check_int
+from mxfp4ref.checkpoint import deepseek_v4, gpt_oss
+from mxfp4ref.checkpoint.layer import CheckpointLayer
+from mxfp4ref.checkpoint.shards import CheckpointError, Shards, open_shards, read_json
+from mxfp4ref.expert_layout import resize_experts
+from mxfp4ref.selection import check_finite
+
+__all__ = ["FORMATS", "find_layers", "read_layer", "save", "write_layer"]
+
+_PREFIXES = {"deepseek_v4": deepseek_v4.PREFIX} | gpt_oss.PREFIXES
+FORMATS = tuple(_PREFIXES)
+_LARGEST = torch.finfo(torch.float32).max
+
+
+def find_layers(shards: Shards) -> dict[int, tuple[str, str]]:
+    """The layers with experts, ascending: number -> (format, prefix).
+
+    Raises:
+        CheckpointError: there is none, or a layer is there under two prefixes.
+    """
+    layers: dict[int, tuple[str, str]] = {}
+    for name in shards.files:
+        for format_name, pattern in _PREFIXES.items():
+            if match := pattern.match(name):
+                found = format_name, match[1]
+                if layers.setdefault(int(match[2]), found) != found:
+                    other = layers[int(match[2])][1]
+                    raise CheckpointError(f"{name}: expected one set of experts, {other}* are there too")
+    if not layers:
+        raise CheckpointError(
+            f"{shards.root}: expected experts in the naming of {', '.join(FORMATS)}, found none among "
+            f"{len(shards.files)} tensors: {', '.join(sorted(shards.files)[:3])}, ..."
+        )
+    return dict(sorted(layers.items()))
+
+
+def read_layer(
+    checkpoint: str | Path,
+    layer: int,
+    *,
+    alpha: float | None = None,
+    beta: float | None = None,
+    limit: float | None = None,
+    multiple: int = 128,
+) -> CheckpointLayer:
+    """Read one layer of a checkpoint; other layers are not touched.
+
+    Args:
+        checkpoint: a folder with safetensors files, an index and a config.json; or one safetensors file.
+        layer: its number in the tensors' names.
+        alpha, beta, limit: the SwiGLU parameters of every expert. By default DeepSeek-V4 has a limit only,
+            `swiglu_limit` of config.json (0 is none, as in its own code; so is an argument of inf), and
+            gpt-oss has 1.702, 1 and `swiglu_limit`.
+        multiple: pad H and I, each half of fc1 by itself, to a multiple of this: 128 is what the kernel
+            takes. 32 leaves every published model as it is.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, or there is no such layer.
+        CheckpointError: a file or a tensor is missing, damaged or not as expected, or config.json does not
+            say what was not given.
+    """
+    check_int("layer", layer, minimum=0)
+    check_int("multiple", multiple, minimum=1)
+    shards = open_shards(checkpoint)
+    layers = find_layers(shards)
+    if layer not in layers:
+        raise ValueError(f"layer: expected one of {_ranges(list(layers))} in {shards.root}, got {layer}")
+    format_name, prefix = layers[layer]
+    config = _read_config(shards.root)
+    deepseek = format_name == "deepseek_v4"
+    names = ("n_routed_experts",) if deepseek else ("num_local_experts", "num_experts")
+    read = deepseek_v4.read if deepseek else gpt_oss.read
+    found = read(shards, format_name, prefix, _setting(config, int, *names))
+    for key, size in (
+        ("hidden_size", found.hidden_size),
+        ("moe_intermediate_size" if deepseek else "intermediate_size", found.intermediate_size),
+    ):
+        if _setting(config, int, key) not in (None, size):
+            raise CheckpointError(f"{prefix}*: expected {key}={config[key]} of config.json, got {size}")
+    if limit is None:
+        limit = _setting(config, float, "swiglu_limit")
+        if limit is None:
+            raise CheckpointError(
+                f"config.json in {shards.root}: expected swiglu_limit, or an argument limit"
+            )
+        limit = math.inf if deepseek and limit == 0 else limit
+    if not deepseek:
+        alpha = gpt_oss.ALPHA if alpha is None else alpha
+        beta = gpt_oss.BETA if beta is None else beta
+    experts = replace(
+        found.experts,
+        swiglu_alpha=_per_expert("alpha", alpha, found.experts.num_experts),
+        swiglu_beta=_per_expert("beta", beta, found.experts.num_experts),
+        swiglu_limit=_per_expert("limit", limit, found.experts.num_experts),
+    )
+    hidden, inner = (size + -size % multiple for size in (found.hidden_size, found.intermediate_size))
+    return replace(
+        found,
+        experts=resize_experts(experts, hidden, inner),
+        top_k=_setting(config, int, "num_experts_per_tok", "experts_per_token"),
+        routed_scaling_factor=_setting(config, float, "routed_scaling_factor"),
+    )
+
+
+def write_layer(path: str | Path, layer: CheckpointLayer) -> None:
+    """Write a layer to one safetensors file, under the names and in the layout of its format, unpadded.
+
+    What `read_layer` reads from a published checkpoint comes back bit for bit. The SwiGLU parameters, top_k
+    and the routed scaling factor are no tensors of a checkpoint and have to be in its config.json.
+
+    Raises:
+        ValueError: an unknown format, experts that are not MXFP4, padding that is not zero, or tensors that
+            the format has and the layer has not, or the other way round.
+        CheckpointError: the file cannot be written.
+    """
+    check_choice("layer.format", layer.format, FORMATS)
+    if not layer.experts.quantized:
+        raise ValueError("layer.experts: expected MXFP4 weights, got bfloat16")
+    bare = resize_experts(layer.experts, layer.hidden_size, layer.intermediate_size)
+    write = deepseek_v4.write if layer.format == "deepseek_v4" else gpt_oss.write
+    tensors = write(replace(layer, experts=bare))
+    save(path, {f"{layer.prefix}{name}": tensor.contiguous() for name, tensor in tensors.items()})
+
+
+def save(path: str | Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file, whole or not at all.
+
+    It is written beside its place and moved there, so that tensors stay good that are mapped from a file
+    of the same name.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        safetensors.torch.save_file(tensors, partial)
+        os.replace(partial, path)
+    except (SafetensorError, OSError) as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(f"{path}: expected a file that can be written, got: {error}") from None
+
+
+def _read_config(root: Path) -> dict[str, Any]:
+    path = (root if root.is_dir() else root.parent) / "config.json"
+    return read_json(path) if path.exists() else {}
+
+
+def _setting(config: Mapping[str, Any], kind: type, *names: str) -> Any:
+    """The first of the names that config.json has, None if it has none."""
+    for name in names:
+        value = config.get(name)
+        if value is None:
+            continue
+        is_number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+        if not (is_number and abs(value) <= _LARGEST):
+            raise CheckpointError(f"config.json: {name}: expected {kind.__name__}, got {value!r}")
+        return value
+    return None
+
+
+def _per_expert(name: str, value: float | None, num_experts: int) -> Tensor | None:
+    if value is None or (name == "limit" and value == math.inf):
+        return None
+    check_finite(name, value)
+    if abs(value) > _LARGEST or (name == "limit" and value <= 0):
+        raise ValueError(f"{name}: expected a {'positive ' * (name == 'limit')}float32 number, got {value}")
+    return torch.full((num_experts,), value, dtype=torch.float32, device="cpu")
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Ascending numbers in words, as "0 to 2, 5"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], number]
+        else:
+            runs.append([number])
+    return ", ".join(" to ".join(map(str, run)) for run in runs)

@@ -1,0 +1,157 @@
+"""Where a checkpoint's tensors lie: safetensors files, one or many, read through a memory map.
+
+Nothing is read before it is asked for: an index names the file of every tensor, and a tensor that `read`
+returns is a view of the mapped file. Safetensors and JSON hold no code, so that a hostile checkpoint can be
+wrong but not run anything; names in an index cannot leave its folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mxfp4ref._validate import check_tensor
+
+__all__ = ["CheckpointError", "Shards", "open_shards", "read_json"]
+
+INDEX = "model.safetensors.index.json"
+# RuntimeError is torch's, where a file cannot be mapped.
+_UNREADABLE = (SafetensorError, OSError, RuntimeError)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged or not what it claims to be; the message names tensor and file."""
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Tensors by name, in the files that hold them.
+
+    Attributes:
+        root: the checkpoint's folder, or its only file.
+        files: the file of each tensor. With an index it is the index's word, verified on reading.
+    """
+
+    root: Path
+    files: Mapping[str, Path]
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The tensors of these names as stored, memory-mapped; each file is opened once.
+
+        Raises:
+            CheckpointError: a name is unknown, or its file is missing, damaged or does not hold it.
+        """
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            if name not in self.files:
+                raise CheckpointError(f"{name}: expected in the checkpoint {self.root}, not there")
+            by_file.setdefault(self.files[name], []).append(name)
+        tensors: dict[str, Tensor] = {}
+        for file, wanted in by_file.items():
+            tensors |= _read_file(file, wanted)
+        return tensors
+
+    def label(self, name: str) -> str:
+        """The tensor's name and file, as error messages begin."""
+        return f"{name} ({self.files[name].name})"
+
+    def check(
+        self,
+        name: str,
+        tensor: Tensor,
+        dtype: torch.dtype | Sequence[torch.dtype],
+        shape: Sequence[int | str],
+    ) -> Tensor:
+        """Return the tensor if it has one of the dtypes and the shape, as `check_tensor`.
+
+        Raises:
+            CheckpointError: it has not.
+        """
+        try:
+            return check_tensor(self.label(name), tensor, dtype=dtype, shape=shape)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(str(error)) from None
+
+
+def open_shards(checkpoint: str | Path) -> Shards:
+    """Find the tensors of a checkpoint.
+
+    Args:
+        checkpoint: a folder with `model.safetensors.index.json` or, without one, any `*.safetensors` files
+            (`model.safetensors`, or the numbered files of OpenAI's original format); or one file.
+
+    Raises:
+        CheckpointError: there is no such thing, the index is malformed or points out of the folder, or two
+            files hold a tensor of the same name.
+    """
+    root = Path(checkpoint)
+    if (root / INDEX).is_file():
+        return Shards(root, _read_index(root / INDEX))
+    found = [root] if root.is_file() else sorted(root.glob("*.safetensors"))
+    if not found:
+        raise CheckpointError(f"{root}: expected {INDEX} or a *.safetensors file there, found neither")
+    files: dict[str, Path] = {}
+    for file in found:
+        for name in _names(file):
+            if name in files:
+                raise CheckpointError(f"{name}: expected in one file, is in {files[name]} and {file}")
+            files[name] = file
+    return Shards(root, files)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        CheckpointError: it cannot be read or is no JSON object.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: expected a JSON file, got {type(error).__name__}: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _read_index(index: Path) -> dict[str, Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f'{index}: expected an object "weight_map" that names the file of each tensor')
+    for name, file in weight_map.items():
+        # A bare name, on Windows too. It may be a symbolic link: download caches are made of them.
+        if not isinstance(file, str) or not file.endswith(".safetensors") or set(file) & set("/\\:\0"):
+            raise CheckpointError(
+                f"{index}: {name}: expected the name of a .safetensors file beside it, got {file!r}"
+            )
+    return {name: index.parent / file for name, file in weight_map.items()}
+
+
+def _names(file: Path) -> list[str]:
+    try:
+        with safe_open(file, framework="pt") as reader:
+            return list(reader.keys())
+    except _UNREADABLE as error:
+        raise CheckpointError(f"{file}: expected a safetensors file, got: {error}") from None
+
+
+def _read_file(file: Path, wanted: Sequence[str]) -> dict[str, Tensor]:
+    tensors = {}
+    name = wanted[0]
+    try:
+        with safe_open(file, framework="pt") as reader:
+            present = set(reader.keys())
+            for name in wanted:
+                if name not in present:
+                    raise CheckpointError(f"{name}: expected in {file}, where the index puts it, not there")
+                tensors[name] = reader.get_tensor(name)
+    except _UNREADABLE as error:
+        raise CheckpointError(f"{name}: expected in {file}, which cannot be read: {error}") from None
+    return tensors
