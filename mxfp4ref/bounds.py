@@ -103,7 +103,7 @@ def _bound(call: MoeCall, storage: str, confidence: float | None) -> Bounds:
     lower = torch.zeros(shape, dtype=torch.float64, device=local.device)
     upper = torch.zeros_like(lower)
     sums = int((local >= 0).sum()) * (2 * call.experts.intermediate_size + call.experts.hidden_size)
-    for expert in local[local >= 0].unique():
+    for expert in torch.unique(local[local >= 0]):
         token, slot = (local == expert).nonzero(as_tuple=True)
         lower[token, slot], upper[token, slot] = _expert(call, int(expert), token, storage, confidence, sums)
 
@@ -152,11 +152,11 @@ def _gemm(
     radius = (high - low) / 2 + _SLACK * (high - low)
 
     safe = scales.clamp(max=_LARGEST_SCALE)
-    scale = decode_ue8m0(safe, convention="sm90").to(torch.float64)
+    scale = decode_ue8m0(safe, convention="ocp").to(torch.float64)
     units = dequantize(packed, torch.full_like(scales, 127), dtype=torch.float32).to(torch.float64)
     weights = units * scale.repeat_interleave(GROUP_SIZE, dim=-1)
     magnitude = largest @ weights.abs().T
-    # Flushed sums, sums of a group before its scale, products, inputs and weights; byte 0 read as 2^-127.
+    # Flushed sums, sums of a group before its scale, products, inputs and weights; byte 0 read as 0.
     flushed = depth + 8 * GROUP_SIZE * scale.sum(1) + 4 * largest.sum(1, keepdim=True)
     # An exact sum is not touched by any of this: a zero row of x or W gives zero in every evaluation.
     flushed = torch.where(magnitude > 0, flushed * 2.0**-126, 0.0)
@@ -207,7 +207,7 @@ def _swish(low: Tensor, high: Tensor, alpha: float) -> _Interval:
         z = torch.stack((alpha * low, alpha * high))
         values = z * torch.sigmoid(z) / alpha
         turn = _SWISH_MINIMUM_AT * torch.sigmoid(torch.tensor(_SWISH_MINIMUM_AT, dtype=torch.float64)) / alpha
-        turns = (z.amin(0) < _SWISH_MINIMUM_AT) & (_SWISH_MINIMUM_AT < z.amax(0))
+        turns = (z.amin(0) < _SWISH_MINIMUM_AT) & (z.amax(0) > _SWISH_MINIMUM_AT)
         lowest, highest = values.amin(0), values.amax(0)
         ends = (
             torch.where(turns, torch.minimum(lowest, turn), lowest),

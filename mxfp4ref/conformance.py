@@ -114,7 +114,8 @@ class Report:
             more = "" if len(self.defects) == 1 else " (these cases do not tell them apart)"
             words += f" Every wrong bit is that of {which}{more}: {summary}."
         elif (closest := self.closest) is not None:
-            words += f" No named defect predicts all of it; closest is {closest[0]}, {closest[1]:.0%} of the wrong bits."
+            name, fraction = closest
+            words += f" No named defect predicts all of it; closest is {name}, with {fraction:.0%} of the wrong bits."
         return words
 
     @property
@@ -213,7 +214,7 @@ def run_case(
     dump: Path | None = None,
 ) -> CaseResult:
     """Run a kernel on one case; arguments as in `run`, `suspects` as in `diagnosis.diagnose`."""
-    about = {"case": case.id, "kind": case.kind, "why": case.why}
+    about: dict[str, Any] = {"case": case.id, "kind": case.kind, "why": case.why}
     if case.kind not in kernel.kinds:
         return CaseResult(
             **about, status="skipped", message=f"{kernel.name} does not run cases of kind {case.kind}"

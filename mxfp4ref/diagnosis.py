@@ -142,7 +142,7 @@ def reduce_call(call: MoeCall, tokens: Tensor) -> MoeCall:
     experts = call.experts
     if call.ep_size == 1:
         local = select_local(ids, experts.num_experts, 1, 0)
-        kept = torch.cat((local[local >= 0], torch.tensor([experts.num_experts - 1]))).unique()
+        kept = torch.unique(torch.cat((local[local >= 0], torch.tensor([experts.num_experts - 1]))))
         position = torch.searchsorted(kept, ids.clamp(min=0).to(torch.int64)).clamp(max=len(kept) - 1)
         inside = (ids >= 0) & (ids < experts.num_experts)
         ids = torch.where(inside, position.to(torch.int32), torch.where(ids < 0, ids, len(kept)))
@@ -191,11 +191,9 @@ def _predictions(
         return ()
     ranked = [p for name in names if (p := confirmed(name)) is not None]
     ranked.sort(key=lambda p: (not p.exact, -p.fraction))
-    exact = [p for p in ranked if p.exact]
-    return (
-        *exact,
-        *[p for p in ranked if not p.exact and p.fraction > 0][: max(0, _MOST_LISTED - len(exact))],
-    )
+    certain = [p for p in ranked if p.exact]
+    others = [p for p in ranked if not p.exact and p.fraction > 0]
+    return (*certain, *others[: max(0, _MOST_LISTED - len(certain))])
 
 
 def _one_token(call: MoeCall, token: int) -> MoeCall:

@@ -227,7 +227,7 @@ def _remember(tensor: Tensor) -> Tensor | int:
     """A copy, or of a large tensor, whose copy might not fit, a checksum."""
     if tensor.numel() * tensor.element_size() <= _COPY_BYTES:
         return tensor.clone()
-    return zlib.crc32(tensor.contiguous().cpu().view(torch.uint8).numpy())
+    return zlib.crc32(memoryview(tensor.contiguous().cpu().view(torch.uint8).numpy()).cast("B"))
 
 
 def _restore(name: str, tensor: Tensor, before: Tensor | int) -> str:

@@ -30,7 +30,6 @@ from mxfp4ref.golden import KINDS
 from mxfp4ref.layout import fold_scales_sm90, interleave_weights_sm90
 from mxfp4ref.moe import Stages, forward
 from mxfp4ref.mxfp4 import dequantize
-from mxfp4ref.sm90 import fp32
 from mxfp4ref.stages import OUTPUTS, routing_options, run_stage
 
 __all__ = [
@@ -288,7 +287,8 @@ def _flashinfer(device: str) -> Kernel:
 def _agreed(helper: str, theirs: Tensor, ours: Tensor) -> Tensor:
     if theirs.shape != ours.shape or theirs.dtype != ours.dtype:
         raise ValueError(
-            f"flashinfer's {helper} gave {theirs.dtype} {list(theirs.shape)}, expected {ours.dtype} {list(ours.shape)}"
+            f"flashinfer's {helper} gave {theirs.dtype} {list(theirs.shape)}, expected {ours.dtype} "
+            f"{list(ours.shape)}"
         )
     different = differing(theirs, ours)
     if bool(different.any()):

@@ -112,7 +112,7 @@ def _finer(first: int, last: int, outer: int) -> list[str]:
 
 
 def _regular(wrong: Tensor, size: int, name: str) -> str:
-    """ "every second ..." where exactly the even or the odd ones, or those of one residue modulo 4, 8 or 16 differ."""
+    """ "every second ..." where exactly those of one residue modulo 2, 4, 8 or 16 differ."""
     for step, word in ((2, "second"), (4, "fourth"), (8, "eighth"), (16, "sixteenth")):
         if len(wrong) < 2 * step:
             break

@@ -85,7 +85,7 @@ def load_reproducer(path: Path) -> tuple[str, Any, dict[str, Tensor]]:
     """The kind, the inputs and the expected outputs of a reproducer."""
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118: no mapping
+        tensors = {key: file.get_tensor(key) for key in file.offset_keys()}
     expected = {key.removeprefix("expected."): t for key, t in tensors.items() if key.startswith("expected.")}
     inputs = {key: t for key, t in tensors.items() if not key.startswith(("expected.", "got."))}
     parameters = json.loads(metadata["parameters"])
