@@ -1,11 +1,11 @@
 """Router scores, correctly rounded: softmax, sigmoid, sqrt(softplus) and the raw logits.
 
 Float32 logits in, float32 scores out, each the float32 nearest to the exact value (ties cannot occur, see
-`_decide`; `sqrt_softplus` by default rounds at both of its steps). No libm, torch version or device can change a bit, because no result rests on the exact bits of
-an approximation:
+`_decide`; `sqrt_softplus` by default rounds at both of its steps). No libm, torch version or device can change
+a bit, because no result rests on the exact bits of an approximation:
 
-1. An estimate is formed in float64 from IEEE +, -, *, / and square roots alone, with a generous bound on its
-   relative error. A machine that fuses a product and a sum, or sums in another order, gets another estimate
+1. An estimate is formed in float64 from IEEE +, -, *, / and square roots alone, with a generous bound on
+   its relative error. A machine that fuses a product and a sum, or sums in another order, gets another estimate
    within the same bound. (Eager torch fuses nothing across operations; a compiler may.)
 2. If both ends of the interval "estimate +- bound" round to the same float32, so does the exact value.
 3. The few elements for which they do not (about one in a million random logits) are evaluated in
