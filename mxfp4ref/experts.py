@@ -114,6 +114,14 @@ class Experts:
         """The experts of an index tensor `[B] int64`, copied, in logical layout."""
         return self._map(lambda tensor: tensor[index])
 
+    def weights(self, gemm: str, experts: list[int]) -> tuple[Tensor, Tensor | None]:
+        """Weights and scales of "fc1" or "fc2" for some experts, in logical layout; views where that is possible."""
+        chosen: list[int] | slice = experts
+        if experts == list(range(experts[0], experts[0] + len(experts))):
+            chosen = slice(experts[0], experts[0] + len(experts))
+        scales = getattr(self, f"{gemm}_scales")
+        return getattr(self, f"{gemm}_weights")[chosen], None if scales is None else scales[chosen]
+
     def to(self, device: torch.device | str) -> Self:
         """The same experts on another device."""
         return self._map(lambda tensor: tensor.to(device))
@@ -141,10 +149,15 @@ class Sm90Experts(Experts):
     def select(self, index: Tensor) -> Experts:
         """The experts of an index tensor `[B] int64`, in logical layout."""
         chosen: dict[str, Any] = {n: None if t is None else t[index] for n, t in self._tensors().items()}
-        for name in ("fc1", "fc2"):
-            chosen[f"{name}_weights"] = deinterleave_weights_sm90(chosen[f"{name}_weights"])
-            chosen[f"{name}_scales"] = unfold_scales_sm90(chosen[f"{name}_scales"])
+        for gemm in ("fc1", "fc2"):
+            chosen[f"{gemm}_weights"], chosen[f"{gemm}_scales"] = self.weights(gemm, index.tolist())
         return Experts(**chosen)
+
+    def weights(self, gemm: str, experts: list[int]) -> tuple[Tensor, Tensor | None]:
+        """Weights and scales of "fc1" or "fc2" for some experts, in logical layout."""
+        weights, scales = super().weights(gemm, experts)
+        assert scales is not None
+        return deinterleave_weights_sm90(weights), unfold_scales_sm90(scales)
 
     def _check_scales(self, name: str, scales: Tensor | None, shape: tuple[int, int, int]) -> None:
         experts, rows, groups = shape

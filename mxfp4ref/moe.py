@@ -16,6 +16,7 @@ from mxfp4ref.layout import GENERATIONS
 from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.finalize import finalize
 from mxfp4ref.sm90.gemm import group_scaled_gemm
+from mxfp4ref.sm90.group_sums import spans
 from mxfp4ref.sm90.swiglu import swiglu
 
 __all__ = ["DENSE", "KERNEL", "MoeTrace", "Stages", "forward", "moe_forward", "select_local", "trace"]
@@ -23,7 +24,8 @@ __all__ = ["DENSE", "KERNEL", "MoeTrace", "Stages", "forward", "moe_forward", "s
 _F = TypeVar("_F", bound=Callable[..., object])
 
 _TOKENS_AT_ONCE = 512  # bounds the memory of the per-slot outputs; tokens do not influence each other
-_EXPERTS_AT_ONCE = 16  # on a GPU, so that its launches do not set the pace
+_ROWS_AT_ONCE = 256  # of the activation, likewise
+_EXPERTS_AT_ONCE = 32  # on a GPU
 
 
 def _uncompiled(function: _F) -> _F:
@@ -144,17 +146,15 @@ def forward(call: MoeCall, stages: Stages | None = None) -> Tensor:
 @_uncompiled
 def trace(call: MoeCall, stages: Stages | None = None) -> MoeTrace:
     """A forward with every intermediate of every routed row."""
-    parts = list(_forward_in_parts(call, stages, keep=True))
-    rows = [batch for _, kept in parts for batch in kept]
-    joined = {name: torch.cat([batch[name] for batch in rows]) for name in rows[0]}
-    order = torch.argsort(joined["expert"] * call.num_tokens + joined["token"])
-    joined = {name: value[order] for name, value in joined.items()}
-    return MoeTrace(output=torch.cat([output for output, _ in parts]), **joined)
+    outputs, parts = zip(*_forward_in_parts(call, stages, keep=True), strict=True)
+    rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    order = torch.argsort(rows["expert"] * call.num_tokens + rows["token"])
+    return MoeTrace(output=torch.cat(outputs), **{name: value[order] for name, value in rows.items()})
 
 
 def _forward_in_parts(
     call: MoeCall, stages: Stages | None, *, keep: bool
-) -> Iterator[tuple[Tensor, list[dict[str, Tensor]]]]:
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """Outputs and, if they are to be kept, the intermediates by name, for some tokens at a time."""
     if stages is None:
         stages = KERNEL if call.experts.quantized else DENSE
@@ -163,86 +163,137 @@ def _forward_in_parts(
         with torch.no_grad(), torch.autocast(call.input.device.type, enabled=False):
             part = call.select(slice(start, start + _TOKENS_AT_ONCE))
             local = stages.select_local(
-                call.token_selected_experts[start : start + _TOKENS_AT_ONCE],
-                call.experts.num_experts,
-                call.ep_size,
-                call.ep_rank,
+                part.token_selected_experts, call.experts.num_experts, call.ep_size, call.ep_rank
             )
-            output, kept = _forward(part, local, rows_before, stages, keep)
-            rows_before += torch.bincount(local[local >= 0], minlength=call.experts.num_experts)
-        for batch in kept:
-            batch["token"] += start
+            rows = _route(local, rows_before)
+            output, kept = _forward(part, local, rows, stages, keep)
+            rows_before += rows.per_expert
+        if keep:
+            kept["token"] += start
         yield output, kept
 
 
 def _forward(
-    call: MoeCall, local: Tensor, rows_before: Tensor, stages: Stages, keep: bool
-) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    """The stages in order. `rows_before[e]` rows of expert e belong to tokens before these."""
+    call: MoeCall, local: Tensor, rows: _Rows, stages: Stages, keep: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The stages in order."""
     experts = call.experts
-    y = torch.zeros(*local.shape, experts.hidden_size, dtype=torch.float32, device=local.device)
-    kept = []
-    for batch in _batches(local, rows_before):
-        some = experts.select(batch.expert)
-        alpha, beta, limit = (
-            None if p is None else p[:, None, None]
-            for p in (some.swiglu_alpha, some.swiglu_beta, some.swiglu_limit)
-        )
-        bias = None if some.fc1_biases is None else some.fc1_biases[:, None]
-        gemm1, gemm2 = (
-            {"tile_k": k, "tile_n": n, "positions": batch.position, "generation": call.generation}
-            for k, n in zip(call.tile_k, call.tile_n, strict=True)
-        )
-
-        x = call.input[batch.token]
-        fc1_accumulators = stages.fc1_gemm(x, some.fc1_weights, some.fc1_scales, **gemm1)
-        fc1_output = stages.round_fc1(fc1_accumulators)
-        activation = stages.round_activation(stages.swiglu(fc1_output, bias, alpha, beta, limit))
-        fc2_accumulators = stages.fc2_gemm(activation, some.fc2_weights, some.fc2_scales, **gemm2)
-        fc2_output = stages.round_fc2(fc2_accumulators)
-
-        used = batch.used
-        y[batch.token[used], batch.slot[used]] = fp32.widen(fc2_output[used])
-        if keep:
-            kept.append(
-                {
-                    "token": batch.token[used],
-                    "slot": batch.slot[used],
-                    "expert": batch.expert[:, None].expand_as(used)[used],
-                    "fc1_accumulators": fc1_accumulators[used],
-                    "fc1_output": fc1_output[used],
-                    "activation": activation[used],
-                    "fc2_accumulators": fc2_accumulators[used],
-                    "fc2_output": fc2_output[used],
-                }
-            )
+    x = call.input[rows.token]
+    fc1_accumulators, fc1_output = _gemm(call, 0, x, rows, stages.fc1_gemm, stages.round_fc1, keep)
+    activation = torch.cat(
+        [
+            stages.round_activation(_activate(fc1_output[some], rows.expert[some], experts, stages.swiglu))
+            for some in spans(max(len(x), 1), _ROWS_AT_ONCE)
+        ]
+    )
+    fc2_accumulators, fc2_output = _gemm(call, 1, activation, rows, stages.fc2_gemm, stages.round_fc2, keep)
+    by_slot = fc2_output.new_zeros(*local.shape, experts.hidden_size)
+    by_slot[rows.token, rows.slot] = fc2_output
     bias = experts.fc2_biases if call.tp_rank == 0 else None
-    return stages.round_output(stages.finalize(y, local, call.token_final_scales, bias)), kept
+    output = stages.round_output(stages.finalize(by_slot, local, call.token_final_scales, bias))
+    kept = {
+        "token": rows.token,
+        "slot": rows.slot,
+        "expert": rows.expert,
+        "fc1_accumulators": fc1_accumulators,
+        "fc1_output": fc1_output,
+        "activation": activation,
+        "fc2_accumulators": fc2_accumulators,
+        "fc2_output": fc2_output,
+    }
+    return output, kept if keep else {}
+
+
+def _gemm(
+    call: MoeCall,
+    which: int,
+    x: Tensor,
+    rows: _Rows,
+    gemm: Callable[..., Tensor],
+    rounding: Callable[[Tensor], Tensor],
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """GEMM1 (`which` 0) or GEMM2 (1) of all rows: accumulators, if they are to be kept, and rounded output."""
+    accumulators, outputs = [], []
+    for batch in rows.batches:
+        weights, scales = call.experts.weights(("fc1", "fc2")[which], batch.experts)
+        result = gemm(
+            x[batch.row],
+            weights,
+            scales,
+            tile_k=call.tile_k[which],
+            tile_n=call.tile_n[which],
+            positions=rows.position[batch.row],
+            generation=call.generation,
+        )[batch.used]
+        outputs.append(rounding(result))
+        accumulators.append(result if keep else result[:0])
+    return torch.cat(accumulators), torch.cat(outputs)
+
+
+def _activate(fc1_output: Tensor, expert: Tensor, experts: Experts, swiglu: Callable[..., Tensor]) -> Tensor:
+    bias = None if experts.fc1_biases is None else experts.fc1_biases[expert]
+    parameters = (experts.swiglu_alpha, experts.swiglu_beta, experts.swiglu_limit)
+    return swiglu(fc1_output, bias, *(None if p is None else p[expert, None] for p in parameters))
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Some experts and their routed rows in token order, padded to the longest; B experts, N rows each."""
+    """B experts that a GEMM takes at once, their rows padded to the longest, N."""
 
-    expert: Tensor  # [B]
-    token: Tensor  # [B, N]
-    slot: Tensor  # [B, N]
-    position: Tensor  # [B, N], the row's position among all rows of its expert
-    used: Tensor  # [B, N] bool, False for padding, which repeats some other row
+    experts: list[int]
+    row: Tensor  # [B, N], index of the routed row; padding repeats some row
+    used: Tensor  # [B, N] bool, False for padding
 
 
-def _batches(local: Tensor, rows_before: Tensor) -> Iterator[_Batch]:
-    """The routed rows by expert: one expert at a time on a CPU, experts of similar length together on a GPU."""
+@dataclass(frozen=True)
+class _Rows:
+    """R routed rows, expert by expert, in token order within an expert."""
+
+    token: Tensor  # [R]
+    slot: Tensor  # [R]
+    expert: Tensor  # [R]
+    position: Tensor  # [R], the row's position among all rows of its expert
+    per_expert: Tensor  # [E]
+    batches: list[_Batch]  # which cover the rows in order
+
+
+def _route(local: Tensor, rows_before: Tensor) -> _Rows:
+    """The routed rows of some tokens, `rows_before` of each expert's rows being of earlier tokens."""
+    device = local.device
     flat = local.flatten()
-    by_expert = torch.argsort(flat, stable=True)[int((flat < 0).sum()) :]
-    num_rows = torch.bincount(flat[by_expert], minlength=len(rows_before))
-    first = num_rows.cumsum(0) - num_rows
-    busy = torch.argsort(num_rows, stable=True)[int((num_rows == 0).sum()) :]
-    if len(busy) == 0:
-        busy = torch.zeros(1, dtype=torch.int64, device=local.device)  # an empty batch keeps every shape
-    for expert in torch.split(busy, 1 if local.device.type == "cpu" else _EXPERTS_AT_ONCE):
-        row = torch.arange(int(num_rows[expert].max()), device=local.device)
-        used = row < num_rows[expert, None]
-        routed = by_expert[(first[expert, None] + row).clamp(max=max(len(by_expert) - 1, 0))]
-        top_k = local.shape[1]
-        yield _Batch(expert, routed // top_k, routed % top_k, rows_before[expert, None] + row, used)
+    per_expert = torch.bincount(flat[flat >= 0], minlength=len(rows_before))
+    counts = per_expert.tolist()
+    order = [expert for expert, count in enumerate(counts) if count]
+    if device.type != "cpu":
+        order.sort(key=counts.__getitem__)  # those of similar length together
+    rank, start = [0] * len(counts), [0] * len(counts)  # of each expert's rows
+    num_rows = 0
+    for index, expert in enumerate(order):
+        rank[expert], start[expert] = index, num_rows
+        num_rows += counts[expert]
+
+    def on_device(values: list[int] | list[list[int]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    by_rank = torch.where(flat < 0, -1, on_device(rank)[flat])
+    routed = torch.argsort(by_rank, stable=True)[flat.numel() - num_rows :]
+    row_expert = flat[routed]
+    within = torch.arange(num_rows, device=device) - on_device(start)[row_expert]
+    batches = []
+    at_once = 1 if device.type == "cpu" else _EXPERTS_AT_ONCE
+    # Without any row, one empty batch keeps every shape and dtype.
+    for some in [order[i : i + at_once] for i in range(0, len(order), at_once)] or [[0]]:
+        column = torch.arange(max(counts[e] for e in some), device=device)
+        length, first = on_device([[counts[e]] for e in some]), on_device([[start[e]] for e in some])
+        batches.append(
+            _Batch(some, first + torch.minimum(column, (length - 1).clamp(min=0)), column < length)
+        )
+    return _Rows(
+        token=routed // local.shape[1],
+        slot=routed % local.shape[1],
+        expert=row_expert,
+        position=rows_before[row_expert] + within,
+        per_expert=per_expert,
+        batches=batches,
+    )

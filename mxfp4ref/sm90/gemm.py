@@ -17,10 +17,14 @@ from mxfp4ref.layout import GENERATIONS
 from mxfp4ref.mxfp4 import decode_ue8m0
 from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.gemm_reference import first_pair_swapped, group_order
-from mxfp4ref.sm90.group_sums import Blocks, analyse, group_sums, spans
+from mxfp4ref.sm90.group_sums import Blocks, analyse, direct_sums, group_sums, spans
 
 __all__ = ["group_scaled_gemm"]
 
+# A tile's float64 weights and sums should stay in a CPU's cache; a GPU takes all columns of most layers.
+_ROWS_AT_ONCE = 64
+_COLUMNS_AT_ONCE = 512
+_DIRECT_SUMS_ON_GPU = 1 << 25
 _GROUPS_AT_ONCE = 16  # a multiple of every tactic's groups per K tile, so that swaps stay inside
 
 
@@ -60,9 +64,13 @@ def group_scaled_gemm(
     nan_rows = x.isnan().any(-1, keepdim=True)
     x = x.masked_fill(nan_rows, 0.0)
     out = torch.empty(batch, num_rows, num_columns, dtype=torch.float32, device=x.device)
-    row_step, column_step = _tile_shape(x.device)
-    for rows in spans(num_rows, row_step):
+    for rows in spans(num_rows, _ROWS_AT_ONCE):
         blocks = analyse(x[:, rows])
+        column_step = _COLUMNS_AT_ONCE
+        if x.device.type != "cpu":
+            column_step = min(
+                8 * _COLUMNS_AT_ONCE, max(64, _DIRECT_SUMS_ON_GPU // max(1, len(blocks.direct)))
+            )
         for columns in spans(num_columns, column_step):
             out[:, rows, columns] = _tile(
                 blocks, packed[:, columns], scales[:, columns], order, swapped[:, rows]
@@ -79,8 +87,9 @@ def _tile(blocks: Blocks, packed: Tensor, scales: Tensor, order: list[int], swap
     expert, row = careful.nonzero(as_tuple=True)
     careful_acc = torch.zeros(len(row), scale.shape[2], dtype=torch.float32, device=packed.device)
     acc = torch.zeros(*careful.shape, scale.shape[2], dtype=torch.float32, device=packed.device)
+    direct = direct_sums(blocks, packed)
     for groups in spans(len(order), _GROUPS_AT_ONCE):
-        t = group_sums(blocks, groups, packed)  # [B, G, M, N] float64
+        t = group_sums(blocks, groups, packed, direct)  # [B, G, M, N] float64
         positions = [group - groups.start for group in order[groups]]
         if len(row):
             chosen = t[expert, :, row]  # [R, G, N]
@@ -98,8 +107,9 @@ def _tile(blocks: Blocks, packed: Tensor, scales: Tensor, order: list[int], swap
 
 def _may_leave_range(blocks: Blocks, scales: Tensor) -> Tensor:
     """`[B, M] bool`: rows in which a product or a sum may overflow, be subnormal, or meet Inf."""
-    largest = decode_ue8m0(scales.amax(-1), convention="sm90", dtype=torch.float64)  # [B, G]
-    # A scale of 0 makes no subnormals. Inf * 0 makes NaN here, which compares as not below.
+    # Neither t nor t * scale may reach 2^127, so a scale counts as one at least.
+    largest = decode_ue8m0(scales.amax(-1), convention="sm90", dtype=torch.float64).clamp(min=1.0)  # [B, G]
+    # A scale of 0 makes no subnormals.
     exponent = torch.where(scales == 0, 255, scales).amin(-1).to(torch.int64) - 127
     total = (blocks.bound * largest.unsqueeze(-1)).sum(1)  # [B, M]
     lowest = (blocks.unit + exponent.clamp(max=0).unsqueeze(-1)).amin(1)
@@ -124,8 +134,3 @@ def _rounded_sum(acc: Tensor, product: Tensor) -> Tensor:
     total = acc.to(torch.float64) + product
     # What rounds to below 2^-126 with unlimited exponent is flushed; the sign of a zero is lost in the end.
     return total.to(torch.float32).masked_fill_(total.abs() < 2.0**-126 * (1 - 2.0**-25), 0.0)
-
-
-def _tile_shape(device: torch.device) -> tuple[int, int]:
-    """Rows and columns of a tile: on a CPU its float64 weights and sums should stay in the cache."""
-    return (64, 512) if device.type == "cpu" else (64, 4096)

@@ -7,7 +7,8 @@ A group is two steps of 16 products (the specification, section 3). Three ways t
   exactly in whatever order a BLAS adds; the cut is a mask on the bits.
 - Wide: elements of x so small beside the largest that their products may be truncated are left out of the
   matrix product, truncated one by one and added; the sum is exact again.
-- Direct: every term by itself, where x is infinite or a step may overflow.
+- Direct: every term by itself, where x is infinite or a step may overflow; on a GPU for wide rows too, where
+  arithmetic costs less than the launches of the wide way.
 
 Which way a row takes in a group is decided from x alone.
 """
@@ -15,6 +16,7 @@ Which way a row takes in a group is decided from x alone.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,7 +27,7 @@ from mxfp4ref.mxfp4 import E2M1_VALUES, GROUP_SIZE
 from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.tensor_core import FRACTION_BITS, STEP_SIZE
 
-__all__ = ["Blocks", "analyse", "group_sums", "spans", "unpack_groups"]
+__all__ = ["Blocks", "Direct", "analyse", "direct_sums", "group_sums", "spans", "unpack_groups"]
 
 _WEIGHT_BOUND = 6.0 * (1 + 2.0**-40)  # the largest weight, and room for the rounding of a bound itself
 _LARGEST_WEIGHT_EXPONENT = 2
@@ -34,7 +36,8 @@ _LOWEST = -256  # below the exponent of any product
 _NONE = 1 << 12  # the unit of zeros, and minus the exponent of zeros: beyond any other
 _FP64_BIAS = 1023
 _RZ24 = -(1 << 29)  # keeps the 24 leading bits of a float64's significand
-_ROWS_AT_ONCE = 1 << 17  # elements of a temporary in the wide and direct ways, to stay in the cache
+_ELEMENTS_AT_ONCE = 1 << 17  # of a temporary in the wide and direct ways, to stay in the cache
+_ELEMENTS_AT_ONCE_ON_GPU = 1 << 24
 _HALVES = (slice(0, STEP_SIZE), slice(STEP_SIZE, GROUP_SIZE))
 
 
@@ -46,9 +49,29 @@ class Blocks:
     exponents: Tensor  # [B, G, M, 32] int16; -4096 for zeros
     risky: Tensor  # [B, G, M, 32] bool: the product may be truncated
     wide: Tensor  # [B, G, M] bool: a product, or the first step's result in the second step, may be
-    direct: Tensor  # [B, G, M] bool: not finite, or a step may overflow
+    direct: Direct  # the rows and groups to sum term by term
     bound: Tensor  # [B, G, M] float64: |t| is at most this; Inf where x is not finite
     unit: Tensor  # [B, G, M] int64: t is a multiple of 2^unit
+
+
+@dataclass(frozen=True)
+class Direct:
+    """F pairs of a group and a row of an expert, sorted by group."""
+
+    group: Tensor  # [F]
+    expert: Tensor  # [F]
+    row: Tensor  # [F]
+    before: list[int]  # [G + 1], how many belong to earlier groups
+
+    def __len__(self) -> int:
+        return self.before[-1]
+
+    @classmethod
+    def where(cls, chosen: Tensor) -> Direct:
+        """The pairs that a mask `[B, G, M] bool` marks."""
+        per_group = chosen.sum((0, 2)).tolist()
+        group, expert, row = chosen.transpose(0, 1).nonzero(as_tuple=True)
+        return cls(group, expert, row, before=[0, *itertools.accumulate(per_group)])
 
 
 def analyse(x: Tensor) -> Blocks:
@@ -74,20 +97,26 @@ def analyse(x: Tensor) -> Blocks:
     smallest = unit.view(halves).amin(-1)
     carry_cut = smallest[..., 0] < largest[..., 1] - FRACTION_BITS
     total = bound.sum(-1).nan_to_num(torch.inf, torch.inf)
+    wide = risky.any(-1).any(-1) | carry_cut
     direct = total >= 2.0**127
+    if x.device.type != "cpu":
+        direct = direct | wide
     return Blocks(
         values=values,
         exponents=exponent.to(torch.int16),
         risky=risky.view(values.shape) & ~direct.unsqueeze(-1),
-        wide=(risky.any(-1).any(-1) | carry_cut) & ~direct,
-        direct=direct,
+        wide=wide & ~direct,
+        direct=Direct.where(direct),
         bound=total,
         unit=smallest.amin(-1),
     )
 
 
-def group_sums(blocks: Blocks, groups: slice, packed: Tensor) -> Tensor:
-    """`t` of some groups, `[B, G, M, N] float64` that are float32 numbers, for `[B, N, K/2]` packed codes."""
+def group_sums(blocks: Blocks, groups: slice, packed: Tensor, direct: Tensor | None = None) -> Tensor:
+    """`t` of some groups, `[B, G, M, N] float64` that are float32 numbers, for `[B, N, K/2]` packed codes.
+
+    `direct` is what `direct_sums` gave for the same codes, computed here if it is not given.
+    """
     weights = unpack_groups(packed, groups).flatten(0, 1)  # [B * G, N, 32] float64
     x = blocks.values[:, groups].masked_fill(blocks.risky[:, groups], 0.0).flatten(0, 1)
     wide = _WideRows.find(blocks, groups, weights)
@@ -99,8 +128,13 @@ def group_sums(blocks: Blocks, groups: slice, packed: Tensor) -> Tensor:
         t[wide.block, wide.row] = wide.truncated_terms(1, t[wide.block, wide.row])
     t.baddbmm_(x[..., _HALVES[1]], weights[..., _HALVES[1]].transpose(1, 2))
     t.view(torch.int64).bitwise_and_(_RZ24)
-    _direct_sums(blocks, groups, weights, t)
-    return t.view(*blocks.direct[:, groups].shape, -1)
+    t = t.view(*blocks.wide[:, groups].shape, -1)
+    some = slice(blocks.direct.before[groups.start], blocks.direct.before[groups.stop])
+    if some.start < some.stop:
+        direct = direct_sums(blocks, packed) if direct is None else direct
+        at = blocks.direct
+        t[at.expert[some], at.group[some] - groups.start, at.row[some]] = direct[some]
+    return t
 
 
 @dataclass(frozen=True)
@@ -140,7 +174,7 @@ class _WideRows:
         # Rows with the most risky elements first: element j then concerns the first few rows.
         count = self.risky[:, _HALVES[half]].sum(1)
         order = torch.argsort(count, descending=True, stable=True)
-        for some in spans(len(order), max(1, _ROWS_AT_ONCE // carried.shape[1])):
+        for some in spans(len(order), max(1, _ELEMENTS_AT_ONCE // carried.shape[1])):
             rows = order[some]
             out[rows] = self._truncated_terms(half, rows, count[rows], carried[rows])
         return out
@@ -162,16 +196,21 @@ class _WideRows:
         return total.mul_(_two_to_the(-fraction_bits))
 
 
-def _direct_sums(blocks: Blocks, groups: slice, weights: Tensor, t: Tensor) -> None:
-    """Overwrite `t` where a row goes the direct way in a group: every term by itself."""
-    block, row = blocks.direct[:, groups].flatten(0, 1).nonzero(as_tuple=True)
-    values = blocks.values[:, groups].flatten(0, 1)
-    for some in spans(len(row), max(1, _ROWS_AT_ONCE // weights[0].numel())):
-        b, r = block[some], row[some]
-        carried = torch.zeros_like(t[b, r])
+def direct_sums(blocks: Blocks, packed: Tensor) -> Tensor:
+    """`t` of the rows and groups that are summed term by term, `[F, N] float64`."""
+    at = blocks.direct
+    out = torch.empty(len(at), packed.shape[1], dtype=torch.float64, device=packed.device)
+    by_group = packed.view(*packed.shape[:2], -1, GROUP_SIZE // 2)
+    for some in spans(len(at), max(1, _at_once(packed.device) // (packed.shape[1] * GROUP_SIZE))):
+        expert, group, row = at.expert[some], at.group[some], at.row[some]
+        codes = by_group[expert, :, group]  # [some, N, 16]
+        weights = unpack_groups(codes, slice(0, 1)).squeeze(1)
+        values = blocks.values[expert, group, row].unsqueeze(1)
+        carried = out.new_zeros(weights.shape[:2])
         for elements in _HALVES:
-            carried = _direct_step(values[b, r, None, elements], weights[b, :, elements], carried)
-        t[b, r] = carried
+            carried = _direct_step(values[..., elements], weights[..., elements], carried)
+        out[some] = carried
+    return out
 
 
 def _direct_step(x: Tensor, weights: Tensor, carried: Tensor) -> Tensor:
@@ -195,9 +234,18 @@ def unpack_groups(packed: Tensor, groups: slice) -> Tensor:
     some = packed[..., groups.start * half : groups.stop * half].contiguous().view(torch.int16)
     batch, columns, _ = some.shape
     some = some.view(batch, columns, -1, GROUP_SIZE // 4).transpose(1, 2)
-    index = some.to(torch.int32, memory_format=torch.contiguous_format).add_(1 << 15)
-    values = _four_codes(packed.device).index_select(0, index.flatten())
-    return values.view(*index.shape[:-1], GROUP_SIZE)
+    if packed.device.type == "cpu":
+        index = some.to(torch.int32, memory_format=torch.contiguous_format).add_(1 << 15)
+        values = _four_codes(packed.device).index_select(0, index.flatten())
+    else:
+        # Rows are gathered one by one on a GPU; a pair of values as one complex number is not a row.
+        index = some.contiguous().view(torch.uint8).to(torch.int32)
+        values = torch.view_as_real(_two_codes(packed.device)[index])
+    return values.view(*some.shape[:-1], GROUP_SIZE)
+
+
+def _at_once(device: torch.device) -> int:
+    return _ELEMENTS_AT_ONCE if device.type == "cpu" else _ELEMENTS_AT_ONCE_ON_GPU
 
 
 def spans(length: int, step: int) -> Iterator[slice]:
@@ -227,6 +275,13 @@ def _four_codes(device: torch.device) -> Tensor:
     shifts = torch.arange(0, 16, 4, dtype=torch.int64, device=device)
     values = torch.tensor(E2M1_VALUES, dtype=torch.float64, device=device)
     return values[(bits[:, None] >> shifts) & 15]
+
+
+@functools.cache
+def _two_codes(device: torch.device) -> Tensor:
+    """`[256] complex128`: the values of two codes by their byte, never computed with."""
+    pairs = _four_codes(device).view(256, 256, 2, 2)[128, :, 0].contiguous()
+    return torch.view_as_complex(pairs)
 
 
 @functools.cache

@@ -1,0 +1,165 @@
+"""Calling the real kernel: flashinfer's `cutlass_fused_moe` with a chosen tactic, and what machine it ran on.
+
+Works with an installed flashinfer or with the archive that `build_kernel.py` packs (unpack it and put the folder
+on PYTHONPATH). The specification, section 8.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mxfp4ref import Experts, MoeCall
+from mxfp4ref.layout import fold_scales_sm90, interleave_weights_sm90
+
+Tile = tuple[int, int, int]
+
+# The CTA tiles (M, N, K) in the order of the tactics; four tactics each, one for every cluster shape.
+TILES: tuple[Tile, ...] = (
+    *((m, n, k) for m in (64, 128) for n in (16, 32, 64, 128) for k in (128, 256, 512)),
+    *((128, 256, k) for k in (128, 256)),
+    *((256, 128, k) for k in (128, 256)),
+    (256, 256, 128),
+)
+TACTICS_PER_GEMM = 4 * len(TILES)
+# Offered by the tactic list, refused by the kernel: not enough shared memory.
+REFUSED: frozenset[Tile] = frozenset({(64, 128, 512), (128, 128, 512), (128, 256, 256), (256, 128, 256)})
+DEFAULT_TILE: Tile = (64, 16, 128)
+
+
+def runnable_tiles(rows: int, depth: int) -> list[Tile]:
+    """The tiles that a GEMM of so many weight rows and so large a K can use."""
+    return [t for t in TILES if t not in REFUSED and rows % t[0] == 0 and depth % t[2] == 0]
+
+
+def profile_ids(tiles: tuple[Tile, Tile]) -> list[int]:
+    """flashinfer's ids of the two tactics, with clusters of one."""
+    return [gemm * TACTICS_PER_GEMM + 4 * TILES.index(tile) for gemm, tile in enumerate(tiles)]
+
+
+@dataclass(frozen=True)
+class PreparedExperts:
+    """Weights and scales as the real call takes them."""
+
+    fc1_weights: Tensor
+    fc2_weights: Tensor
+    fc1_scales: Tensor
+    fc2_scales: Tensor
+
+
+def prepare(experts: Experts) -> PreparedExperts:
+    """Bring experts on a GPU into the real call's layouts with flashinfer's helpers.
+
+    Raises:
+        RuntimeError: a helper gives other bytes than `mxfp4ref.layout`.
+    """
+    from flashinfer.fused_moe import (
+        interleave_moe_scales_for_sm90_mixed_gemm,
+        interleave_moe_weights_for_sm90_mixed_gemm,
+    )
+
+    prepared = {}
+    for name in ("fc1", "fc2"):
+        packed, scales = getattr(experts, f"{name}_weights"), getattr(experts, f"{name}_scales")
+        weights = interleave_moe_weights_for_sm90_mixed_gemm(packed, "fp4")
+        folded = interleave_moe_scales_for_sm90_mixed_gemm(scales, 32)
+        ours = fold_scales_sm90(scales, "0.6.16" if folded.dim() == 5 else "0.6.9")
+        if not torch.equal(weights, interleave_weights_sm90(packed)) or not torch.equal(folded, ours):
+            raise RuntimeError(f"{name}: flashinfer's layout helpers give other bytes than mxfp4ref.layout")
+        prepared[f"{name}_weights"] = weights
+        prepared[f"{name}_scales"] = folded.view(torch.int32)
+    return PreparedExperts(**prepared)
+
+
+def run_kernel(
+    call: MoeCall,
+    tiles: tuple[Tile, Tile] | None = None,
+    prepared: PreparedExperts | None = None,
+    **options: Any,
+) -> Tensor:
+    """The real kernel's output for a call on a GPU, by the default tactic or the tiles given."""
+    from flashinfer.fused_moe import cutlass_fused_moe
+
+    prepared = prepare(call.experts) if prepared is None else prepared
+    experts = call.experts
+    output = torch.full_like(call.input, torch.nan)
+    if tiles is not None:
+        options["profile_ids"] = profile_ids(tiles)
+    cutlass_fused_moe(
+        call.input,
+        call.token_selected_experts,
+        call.token_final_scales,
+        prepared.fc1_weights,
+        prepared.fc2_weights,
+        torch.bfloat16,
+        quant_scales=[prepared.fc1_scales, prepared.fc2_scales],
+        fc1_expert_biases=experts.fc1_biases,
+        fc2_expert_biases=experts.fc2_biases,
+        swiglu_alpha=experts.swiglu_alpha,
+        swiglu_beta=experts.swiglu_beta,
+        swiglu_limit=experts.swiglu_limit,
+        tp_size=call.tp_size,
+        tp_rank=call.tp_rank,
+        ep_size=call.ep_size,
+        ep_rank=call.ep_rank,
+        output=output,
+        use_w4_group_scaling=True,
+        **options,
+    )
+    return output
+
+
+def count_differences(got: Tensor, expected: Tensor) -> int:
+    """How many bf16 elements differ in any bit."""
+    return int((got.view(torch.int16) != expected.view(torch.int16)).sum())
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a record comes from."""
+
+    gpu: str
+    driver: str
+    cuda: str
+    torch: str
+    python: str
+    flashinfer: str
+
+    @classmethod
+    def of_this_machine(cls) -> Provenance:
+        import flashinfer
+
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = (
+            subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0].strip()
+        )
+        return cls(
+            gpu=torch.cuda.get_device_name(),
+            driver=driver,
+            cuda=str(torch.version.cuda),
+            torch=torch.__version__,
+            python=platform.python_version(),
+            flashinfer=flashinfer.__version__,
+        )
+
+    def as_dict(self) -> dict[str, str]:
+        return asdict(self)
+
+
+def generation_of(version: str) -> str:
+    """The generation (`mxfp4ref.layout.GENERATIONS`) that a flashinfer release belongs to."""
+    release = tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in version.split(".")[:3])
+    return "0.6.16" if release >= (0, 6, 16) else "0.6.9"
+
+
+def to_device(call: MoeCall, device: str) -> MoeCall:
+    """The same call on another device."""
+    values: dict[str, Any] = {field.name: getattr(call, field.name) for field in fields(call)}
+    return MoeCall(
+        **{name: v.to(device) if isinstance(v, Tensor | Experts) else v for name, v in values.items()}
+    )
