@@ -16,18 +16,23 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from mxfp4ref.defects.activations import ACTIVATION_DEFECTS
+from mxfp4ref.defects.arguments import ARGUMENT_DEFECTS
 from mxfp4ref.defects.defect import Defect
 from mxfp4ref.defects.dequantizes import DEQUANTIZE_DEFECTS, DequantizeCall, dequantize_call
 from mxfp4ref.defects.finalizes import FINALIZE_DEFECTS
 from mxfp4ref.defects.gemms import GEMM_DEFECTS
-from mxfp4ref.defects.inputs import INPUT_DEFECTS
-from mxfp4ref.defects.routings import ROUTING_DEFECTS, RoutingCall, route
+from mxfp4ref.defects.roundings import ROUNDING_DEFECTS
+from mxfp4ref.defects.router_variant import RoutingCall, route
+from mxfp4ref.defects.routings import ROUTING_DEFECTS
+from mxfp4ref.defects.weights import WEIGHT_DEFECTS
 
 __all__ = ["DEFECTS", "Defect", "DequantizeCall", "RoutingCall", "dequantize_call", "get_defect", "route"]
 
 _ALL = (
-    *INPUT_DEFECTS,
+    *WEIGHT_DEFECTS,
+    *ARGUMENT_DEFECTS,
     *GEMM_DEFECTS,
+    *ROUNDING_DEFECTS,
     *ACTIVATION_DEFECTS,
     *FINALIZE_DEFECTS,
     *ROUTING_DEFECTS,

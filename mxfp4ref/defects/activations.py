@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mxfp4ref import scoring
 from mxfp4ref.defects.defect import Applies, Defect, Kind, always, given, on_stages
-from mxfp4ref.defects.gemms import GemmVariant, tensor_core_sum
 from mxfp4ref.defects.ieee import ieee_add, ieee_mul
+from mxfp4ref.defects.roundings import bf16, keep
 from mxfp4ref.moe import Stages
 from mxfp4ref.sm90 import fp32, mufu
 from mxfp4ref.sm90.swiglu import sigmoid, swiglu
@@ -166,7 +166,7 @@ def _up_weighted_first(gate: Tensor, weight: Tensor, up: Tensor) -> Tensor:
 
 
 def _silu_bf16(gate: Tensor, weight: Tensor, up: Tensor) -> Tensor:
-    return fp32.mul(_bf16(fp32.mul(gate, weight)), up)
+    return fp32.mul(bf16(fp32.mul(gate, weight)), up)
 
 
 def _product_float64(gate: Tensor, weight: Tensor, up: Tensor) -> Tensor:
@@ -224,14 +224,6 @@ def _bias_bf16(x: Tensor, bias: _Optional, alpha: _Optional, beta: _Optional, li
     return swiglu(x, None, alpha, beta, limit)
 
 
-def _bf16(x: Tensor) -> Tensor:
-    return fp32.widen(fp32.to_bf16(x))
-
-
-def _keep(x: Tensor) -> Tensor:
-    return x
-
-
 def _variant(
     name: str,
     summary: str,
@@ -244,55 +236,7 @@ def _variant(
     return on_stages(name, summary, (seen_in,), stages, applies=applies, kind=kind)
 
 
-# Roundings to bf16.
-
-
-def _truncate(x: Tensor) -> Tensor:
-    bits = x.view(torch.int32)
-    nan = (bits & 0x7FFFFFFF) > 0x7F800000
-    return torch.where(nan, fp32.BF16_NAN, bits >> 16).to(torch.int16).view(torch.bfloat16)
-
-
-def _half_away(x: Tensor) -> Tensor:
-    bits = x.view(torch.int32)
-    nan = (bits & 0x7FFFFFFF) > 0x7F800000
-    return torch.where(nan, fp32.BF16_NAN, (bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
-
-
-def _saturate(x: Tensor) -> Tensor:
-    rounded = fp32.to_bf16(x).view(torch.int16)
-    infinite = rounded & 0x7FFF == 0x7F80
-    return torch.where(infinite, rounded - 1, rounded).view(torch.bfloat16)
-
-
-def _nan_as(pattern: int) -> Callable[[Tensor], Tensor]:
-    def rounding(x: Tensor) -> Tensor:
-        bits = fp32.to_bf16(x).view(torch.int16)
-        return torch.where(x.isnan(), pattern - 0x10000 if pattern > 0x7FFF else pattern, bits).to(
-            torch.int16
-        )
-
-    return lambda x: rounding(x).view(torch.bfloat16)
-
-
-def _through_fp16(x: Tensor) -> Tensor:
-    return fp32.to_bf16(x.to(torch.float16).to(torch.float32))
-
-
-def _rounding(function: Callable[[Tensor], Tensor]) -> Stages:
-    return Stages(round_fc1=function, round_activation=function, round_fc2=function, round_output=function)
-
-
 ACTIVATION_DEFECTS: tuple[Defect, ...] = (
-    on_stages(
-        "gemm1_kept_fp32", "no bf16 rounding after GEMM1", ("flashinfer#4087",), Stages(round_fc1=_keep)
-    ),
-    on_stages(
-        "act_kept_fp32",
-        "no bf16 rounding after the activation",
-        ("flashinfer#4087",),
-        Stages(round_activation=_keep, fc2_gemm=GemmVariant(group_sum=tensor_core_sum)),
-    ),
     _variant(
         "limit_one_sided",
         "up clamped from above only",
@@ -341,7 +285,7 @@ ACTIVATION_DEFECTS: tuple[Defect, ...] = (
         "bias1_before_rounding",
         "fc1 bias added to the float32 accumulators, before the rounding to bf16",
         ("fused epilogues",),
-        Stages(round_fc1=_keep, swiglu=_bias_then_bf16),
+        Stages(round_fc1=keep, swiglu=_bias_then_bf16),
         kind="arithmetic",
         applies=given("fc1_biases"),
     ),
@@ -409,67 +353,5 @@ ACTIVATION_DEFECTS: tuple[Defect, ...] = (
         add=ieee_add,
         multiply=ieee_mul,
         product=lambda gate, weight, up: ieee_mul(ieee_mul(gate, weight), up),
-    ),
-    on_stages(
-        "fc1_truncated",
-        "GEMM1's output cut to bf16 instead of rounded",
-        ("bit shifts for conversions",),
-        Stages(round_fc1=_truncate),
-        kind="arithmetic",
-    ),
-    on_stages(
-        "activation_truncated",
-        "activation cut to bf16 instead of rounded",
-        ("bit shifts for conversions",),
-        Stages(round_activation=_truncate),
-        kind="arithmetic",
-    ),
-    on_stages(
-        "fc2_truncated",
-        "GEMM2's output cut to bf16 instead of rounded",
-        ("bit shifts for conversions",),
-        Stages(round_fc2=_truncate),
-        kind="arithmetic",
-    ),
-    on_stages(
-        "output_truncated",
-        "output cut to bf16 instead of rounded",
-        ("bit shifts for conversions",),
-        Stages(round_output=_truncate),
-        kind="arithmetic",
-    ),
-    on_stages(
-        "round_half_away",
-        "every rounding to bf16 takes ties away from zero",
-        ("adding 0x8000",),
-        _rounding(_half_away),
-        kind="arithmetic",
-    ),
-    on_stages(
-        "bf16_saturates",
-        "every rounding to bf16 gives the largest number instead of Inf",
-        ("saturating conversions",),
-        _rounding(_saturate),
-        kind="arithmetic",
-    ),
-    on_stages(
-        "activation_fp16",
-        "activation passed through float16",
-        ("half-precision intermediates",),
-        Stages(round_activation=_through_fp16),
-    ),
-    on_stages(
-        "nan_as_7fc0",
-        "NaN in the output written as 0x7FC0",
-        ("torch's conversion to bf16",),
-        Stages(round_output=_nan_as(0x7FC0)),
-        kind="arithmetic",
-    ),
-    on_stages(
-        "nan_as_ffc0",
-        "NaN in the output written as 0xFFC0",
-        ("x86, whose invalid operations give negative NaNs",),
-        Stages(round_output=_nan_as(0xFFC0)),
-        kind="arithmetic",
     ),
 )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from mxfp4ref.call import MoeCall
 from mxfp4ref.experts import Experts, Sm90Experts
@@ -18,10 +19,12 @@ __all__ = [
     "Kind",
     "always",
     "change_experts",
+    "each",
     "given",
     "logical",
     "on_call",
     "on_stages",
+    "without",
 ]
 
 Applies = Callable[[Any], bool]
@@ -107,3 +110,17 @@ def on_stages(
 def change_experts(call: MoeCall, change: Callable[[Experts], dict[str, Any]]) -> MoeCall:
     """The call with some tensors of its experts replaced."""
     return replace(call, experts=replace(call.experts, **change(call.experts)))
+
+
+def each(*fields: str, change: Callable[[Tensor], Tensor]) -> Callable[[MoeCall], MoeCall]:
+    """A change of these tensors of the experts, where they are given."""
+
+    def changed(experts: Experts) -> dict[str, Tensor]:
+        tensors = {field: getattr(experts, field) for field in fields}
+        return {field: change(tensor) for field, tensor in tensors.items() if tensor is not None}
+
+    return lambda call: change_experts(call, changed)
+
+
+def without(*fields: str) -> Callable[[MoeCall], MoeCall]:
+    return lambda call: change_experts(call, lambda experts: dict.fromkeys(fields))

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from mxfp4ref.call import MoeCall
 from mxfp4ref.defects.defect import Applies, Defect, Kind, always, logical, on_stages
-from mxfp4ref.defects.gemms import GemmVariant
+from mxfp4ref.defects.gemm_variant import GemmVariant
 from mxfp4ref.defects.ieee import ieee_add, ieee_fma
+from mxfp4ref.defects.roundings import bf16, keep
 from mxfp4ref.moe import KERNEL, Stages, forward, select_local, trace
 from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.finalize import finalize
@@ -24,14 +25,6 @@ ROUTED_SCALING_FACTOR = 1.5  # DeepSeek-V4-Flash's; a call does not tell
 
 # acc, scale, y, bias -> acc; all float32 of one shape.
 _Update = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-def _keep(x: Tensor) -> Tensor:
-    return x
-
-
-def _bf16(x: Tensor) -> Tensor:
-    return fp32.widen(fp32.to_bf16(x))
 
 
 def _finalize_with(update: _Update, first: float = 0.0) -> Callable[..., Tensor]:
@@ -62,15 +55,15 @@ def _bias_unweighted(acc: Tensor, scale: Tensor, y: Tensor, bias: Tensor) -> Ten
 
 
 def _all_bf16(acc: Tensor, scale: Tensor, y: Tensor, bias: Tensor) -> Tensor:
-    return _bf16(fp32.add(acc, _bf16(fp32.mul(scale, fp32.add(y, bias)))))
+    return bf16(fp32.add(acc, bf16(fp32.mul(scale, fp32.add(y, bias)))))
 
 
 def _rows_bf16(acc: Tensor, scale: Tensor, y: Tensor, bias: Tensor) -> Tensor:
-    return fp32.add(acc, _bf16(fp32.mul(scale, fp32.add(y, bias))))
+    return fp32.add(acc, bf16(fp32.mul(scale, fp32.add(y, bias))))
 
 
 def _biased_bf16(acc: Tensor, scale: Tensor, y: Tensor, bias: Tensor) -> Tensor:
-    return fp32.fma(scale, _bf16(fp32.add(y, bias)), acc)
+    return fp32.fma(scale, bf16(fp32.add(y, bias)), acc)
 
 
 def _no_ftz(acc: Tensor, scale: Tensor, y: Tensor, bias: Tensor) -> Tensor:
@@ -220,13 +213,13 @@ FINALIZE_DEFECTS: tuple[Defect, ...] = (
         "weight multiplied into GEMM2's float32 accumulators, one rounding to bf16, then summed in float32",
         "Triton fused_moe",
         _finalize_with(_rows_bf16),
-        stages=Stages(round_fc2=_keep),
+        stages=Stages(round_fc2=keep),
     ),
     on_stages(
         "gemm2_kept_fp32",
         "no bf16 rounding after GEMM2",
         ("fused finalize of other paths",),
-        Stages(round_fc2=_keep),
+        Stages(round_fc2=keep),
         kind="arithmetic",
     ),
     _variant(
@@ -235,7 +228,7 @@ FINALIZE_DEFECTS: tuple[Defect, ...] = (
         "fused epilogues",
         _finalize_with(_biased_bf16),
         _has_bias,
-        stages=Stages(round_fc2=_keep),
+        stages=Stages(round_fc2=keep),
     ),
     _variant(
         "bias2_bf16",

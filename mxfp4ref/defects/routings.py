@@ -3,118 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mxfp4ref import routing, scoring
-from mxfp4ref._validate import check_choice
+from mxfp4ref import scoring
 from mxfp4ref.defects.defect import Applies, Defect, Kind, always
+from mxfp4ref.defects.roundings import bf16
+from mxfp4ref.defects.router_variant import (
+    EPSILON,
+    SCORES,
+    RoutingCall,
+    Select,
+    Weigh,
+    rerouted,
+    route,
+    select_by_preset,
+    unpadded_logits,
+    weigh_by_preset,
+)
 from mxfp4ref.routing import RoutedScaling, Routing, routing_weights
 from mxfp4ref.selection import select_experts
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["PRESETS", "ROUTING_DEFECTS", "RoutingCall", "route"]
-
-PRESETS = ("deepseek_v3", "deepseek_v4", "gpt_oss", "mixtral")
+__all__ = ["ROUTING_DEFECTS"]
 
 
-@dataclass(frozen=True)
-class RoutingCall:
-    """A preset of `mxfp4ref.routing` and its arguments.
-
-    Attributes:
-        preset: one of `PRESETS`.
-        logits: `[M, E]` float32 or bf16.
-        options: the preset's other arguments by name: correction_bias, top_k, routed_scaling_factor, ...
-    """
-
-    preset: str
-    logits: Tensor
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        check_choice("preset", self.preset, PRESETS)
-
-
-def route(call: RoutingCall) -> Routing:
-    """What the preset decides."""
-    preset: Callable[..., Routing] = getattr(routing, call.preset)
-    return preset(call.logits, **call.options)
-
-
-_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
-    "deepseek_v3": scoring.sigmoid,
-    "deepseek_v4": scoring.sqrt_softplus,
-    "gpt_oss": scoring.raw_logits,
-    "mixtral": scoring.softmax,
-}
-_EPSILON = {"deepseek_v3": 1e-20}
-_TOP_K = {"deepseek_v3": 8, "deepseek_v4": 6, "gpt_oss": 4, "mixtral": 2}
-
-# (scores, ids) -> weights before the factor; (scores, bias, k, groups) -> ids.
-_Weigh = Callable[[Tensor, Tensor], Tensor]
-_Select = Callable[[Tensor, Tensor | None, int, dict[str, int]], Tensor]
-
-
-def _logits(call: RoutingCall) -> Tensor:
-    """float32 logits, zero in padded rows, whose own may be anything."""
-    padded = call.options.get("padded")
-    logits = call.logits if padded is None else call.logits.masked_fill(padded[:, None], 0.0)
-    return scoring.raw_logits(logits)
-
-
-def _select(scores: Tensor, bias: Tensor | None, top_k: int, groups: dict[str, int]) -> Tensor:
-    return select_experts(scores, top_k, correction_bias=bias, **groups).ids
-
-
-def _rerouted(
-    call: RoutingCall,
-    *,
-    score: Callable[[Tensor], Tensor] | None = None,
-    select: _Select | None = None,
-    weigh: Callable[[RoutingCall], _Weigh] | None = None,
-) -> Routing:
-    """`route` with another score function, selection or weights."""
-    base = route(call)
-    score = score or _SCORES[call.preset]
-    scores = score(_logits(call))
-    options, ids = call.options, base.ids.clamp(min=0)
-    if "tid2eid" not in options:
-        groups = {"n_group": 8, "topk_group": 4} if call.preset == "deepseek_v3" else {}
-        groups = {name: options.get(name, default) for name, default in groups.items()}
-        top_k = options.get("top_k", _TOP_K[call.preset])
-        ids = (select or _select)(scores, options.get("correction_bias"), top_k, groups)
-    weights = (weigh or _weigh)(call)(scores, ids)
-    if base.routed_scaling is RoutedScaling.IN_WEIGHTS:
-        weights = weights * torch.tensor(base.routed_scaling_factor, dtype=torch.float32, device=ids.device)
-    padded = base.ids < 0
-    return replace(base, ids=ids.masked_fill(padded, -1), scales=weights.masked_fill(padded, 0.0))
-
-
-def _weigh(call: RoutingCall) -> _Weigh:
-    normalize = "softmax" if call.preset == "gpt_oss" else "sum"
-    epsilon = _EPSILON.get(call.preset, 0.0)
-    return lambda scores, ids: routing_weights(scores, ids, normalize=normalize, epsilon=epsilon)
-
-
-def _weigh_without_sum(call: RoutingCall) -> _Weigh:
+def _weigh_without_sum(call: RoutingCall) -> Weigh:
     if call.preset == "gpt_oss":
         return lambda logits, ids: scoring.softmax(logits).gather(1, ids.long())
     return lambda scores, ids: scores.gather(1, ids.long())
 
 
-def _weigh_biased(call: RoutingCall) -> _Weigh:
+def _weigh_biased(call: RoutingCall) -> Weigh:
     bias = call.options["correction_bias"]
-    return lambda scores, ids: _weigh(call)(scores + bias, ids)
+    return lambda scores, ids: weigh_by_preset(call)(scores + bias, ids)
 
 
-def _weigh_by_other_softmax(call: RoutingCall) -> _Weigh:
+def _weigh_by_other_softmax(call: RoutingCall) -> Weigh:
     if call.preset == "gpt_oss":
         return lambda logits, ids: routing_weights(scoring.softmax(logits), ids, normalize="sum")
-    logits = _logits(call)
+    logits = unpadded_logits(call)
     return lambda scores, ids: routing_weights(logits, ids, normalize="softmax")
 
 
@@ -122,10 +53,10 @@ def _total(call: RoutingCall, selected: Tensor) -> Tensor:
     total = selected[:, :1]
     for slot in range(1, selected.shape[1]):
         total = total + selected[:, slot, None]
-    return total + torch.tensor(_EPSILON.get(call.preset, 0.0), dtype=torch.float32, device=selected.device)
+    return total + torch.tensor(EPSILON.get(call.preset, 0.0), dtype=torch.float32, device=selected.device)
 
 
-def _weigh_by_reciprocal(call: RoutingCall) -> _Weigh:
+def _weigh_by_reciprocal(call: RoutingCall) -> Weigh:
     def weigh(scores: Tensor, ids: Tensor) -> Tensor:
         selected = scores.gather(1, ids.long())
         return selected * (torch.ones_like(selected) / _total(call, selected))
@@ -133,18 +64,18 @@ def _weigh_by_reciprocal(call: RoutingCall) -> _Weigh:
     return weigh
 
 
-def _weigh_by_float64_sum(call: RoutingCall) -> _Weigh:
+def _weigh_by_float64_sum(call: RoutingCall) -> Weigh:
     def weigh(scores: Tensor, ids: Tensor) -> Tensor:
         selected = scores.gather(1, ids.long()).to(torch.float64)
         total = torch.zeros_like(selected[:, :1])
         for slot in range(selected.shape[1]):
             total = total + selected[:, slot, None]
-        return (selected / (total + _EPSILON.get(call.preset, 0.0))).to(torch.float32)
+        return (selected / (total + EPSILON.get(call.preset, 0.0))).to(torch.float32)
 
     return weigh
 
 
-def _weigh_without_epsilon(call: RoutingCall) -> _Weigh:
+def _weigh_without_epsilon(call: RoutingCall) -> Weigh:
     return lambda scores, ids: routing_weights(scores, ids, normalize="sum")
 
 
@@ -157,23 +88,23 @@ def _factor_first(call: RoutingCall) -> Routing:
         return (selected * factor) / _total(call, selected)
 
     unscaled = replace(call, options={**call.options, "routed_scaling": RoutedScaling.NONE})
-    return replace(base, scales=_rerouted(unscaled, weigh=lambda call: weigh).scales)
+    return replace(base, scales=rerouted(unscaled, weigh=lambda call: weigh).scales)
 
 
 def _select_from_behind(scores: Tensor, bias: Tensor | None, top_k: int, groups: dict[str, int]) -> Tensor:
-    ids = _select(scores.flip(1), None if bias is None else bias.flip(0), top_k, groups)
+    ids = select_by_preset(scores.flip(1), None if bias is None else bias.flip(0), top_k, groups)
     return scores.shape[1] - 1 - ids
 
 
 def _select_unbiased(scores: Tensor, bias: Tensor | None, top_k: int, groups: dict[str, int]) -> Tensor:
-    return _select(scores, None, top_k, groups)
+    return select_by_preset(scores, None, top_k, groups)
 
 
 def _select_ungrouped(scores: Tensor, bias: Tensor | None, top_k: int, groups: dict[str, int]) -> Tensor:
-    return _select(scores, bias, top_k, {})
+    return select_by_preset(scores, bias, top_k, {})
 
 
-def _select_in_groups(best: int, outside: float) -> _Select:
+def _select_in_groups(best: int, outside: float) -> Select:
     """Groups scored by their `best` best experts; those of the other groups get the score `outside`."""
 
     def select(scores: Tensor, bias: Tensor | None, top_k: int, groups: dict[str, int]) -> Tensor:
@@ -189,7 +120,7 @@ def _select_in_groups(best: int, outside: float) -> _Select:
 
 
 def _select_by_id(scores: Tensor, bias: Tensor | None, top_k: int, groups: dict[str, int]) -> Tensor:
-    return _select(scores, bias, top_k, groups).sort(1).values
+    return select_by_preset(scores, bias, top_k, groups).sort(1).values
 
 
 def _without(*options: str) -> Callable[[RoutingCall], RoutingCall]:
@@ -208,7 +139,7 @@ def _weights_by_score(call: RoutingCall) -> Routing:
 
 
 def _padding_routed(call: RoutingCall) -> Routing:
-    return route(replace(_without("padded")(call), logits=_logits(call)))
+    return route(replace(_without("padded")(call), logits=unpadded_logits(call)))
 
 
 def _table_ignored(call: RoutingCall) -> Routing:
@@ -244,7 +175,7 @@ def _routing(
 
 
 def _with(**parts: Any) -> Callable[[RoutingCall], Routing]:
-    return lambda call: _rerouted(call, **parts)
+    return lambda call: rerouted(call, **parts)
 
 
 ROUTING_DEFECTS: tuple[Defect, ...] = (
@@ -357,9 +288,7 @@ ROUTING_DEFECTS: tuple[Defect, ...] = (
         "scores_bf16",
         "scores rounded to bf16 before selection and weights",
         "routers run in bf16",
-        lambda call: _rerouted(
-            call, score=lambda logits: fp32.widen(fp32.to_bf16(_SCORES[call.preset](logits)))
-        ),
+        lambda call: rerouted(call, score=lambda logits: bf16(SCORES[call.preset](logits))),
         lambda call: call.preset != "gpt_oss" or call.logits.dtype == torch.float32,
         "arithmetic",
     ),
