@@ -109,7 +109,13 @@ def test_fma_a_hair_beside_a_tie(
         for b in (Fraction(1), 1 + exact.two_to(-23), 1 - exact.two_to(-24)):
             row = [of_value(-a if signs[0] else a), of_value(b), of_value(-c if signs[1] else c)]
             check("fma", [tuple(row)])
-    # and a product of many bits far below c
+    # The same with all 48 bits of a product: 2^46 + 1 and 2^46 - 1 are products of two 24-bit numbers.
+    root = 1 << 23
+    for first, second in ((root + 1 - (1 << 12), root + 1 + (1 << 12)), (root - 1, root + 1)):
+        factors_of_half = first * half / root, Fraction(second, root)
+        rows = [tuple(of_value(v) for v in (*factors_of_half, addend)) for addend in (c, c - 2 * half, -c)]
+        check("fma", [*rows, *((a ^ exact.SIGN32, b, c_bits) for a, b, c_bits in rows)])
+    # And a product of many bits far below c.
     small = factors[0] * exact.two_to(exponent - distance - 8)
     row = [of_value(-small if signs[0] else small), of_value(Fraction(factors[1])), of_value(c)]
     check("fma", [tuple(row)])

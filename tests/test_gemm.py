@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import bits
 import exact
 import numpy as np
@@ -21,6 +23,7 @@ from mxfp4ref.sm90.gemm_reference import (
     group_order,
     group_scaled_gemm_reference,
 )
+from mxfp4ref.sm90.group_sums import Direct, analyse, direct_sums, group_sums
 
 # --- the order of the groups ------------------------------------------------------------------------------
 
@@ -201,6 +204,32 @@ def test_more_groups_than_are_summed_at_once() -> None:
             assert_fast_is_slow(x, packed, scales, tile_k=tile_k)
 
 
+@settings(max_examples=40)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    x_kind=st.sampled_from(KINDS),
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 9)),
+)
+def test_the_direct_way_gives_the_same_sums(seed: int, x_kind: str, shape: tuple[int, int, int]) -> None:
+    """A GPU sums every block that may truncate term by term, a CPU only those that may overflow."""
+    batch, rows, columns = shape
+    x, packed, _ = problem(seed, x_kind, "ordinary", batch=batch, rows=rows, columns=columns, groups=6)
+    x = torch.where(x.isfinite(), x, 1.0)
+    blocks = analyse(x)
+    all_direct = replace(
+        blocks,
+        direct=Direct.where(torch.ones_like(blocks.wide)),
+        wide=torch.zeros_like(blocks.wide),
+        risky=torch.zeros_like(blocks.risky),
+    )
+    assert len(all_direct.direct) == 6 * batch * rows
+    sums = direct_sums(all_direct, packed)
+    for groups in (slice(0, 6), slice(2, 5)):
+        expected = group_sums(blocks, groups, packed) + 0.0  # the sign of a zero may differ
+        bits.assert_same(group_sums(all_direct, groups, packed) + 0.0, expected)
+        bits.assert_same(group_sums(all_direct, groups, packed, sums) + 0.0, expected)
+
+
 # --- the transcription itself -----------------------------------------------------------------------------
 
 
@@ -312,6 +341,18 @@ def test_strides_do_not_matter() -> None:
     strided_scales = scales.transpose(1, 2).contiguous().transpose(1, 2)
     assert not any(t.is_contiguous() for t in (strided_x, strided_packed, strided_scales))
     got = group_scaled_gemm(strided_x, strided_packed, strided_scales)
+    bits.assert_same(got, group_scaled_gemm(x, packed, scales))
+
+
+def test_storage_offsets_do_not_matter() -> None:
+    """A view into a larger buffer may start at any byte."""
+    x, packed, scales = problem(12, "wide", "any", batch=1, rows=3, columns=5, groups=4)
+
+    def at_offset_one(tensor: Tensor) -> Tensor:
+        buffer = torch.cat([tensor.new_zeros(1), tensor.flatten()])
+        return buffer[1:].view(tensor.shape)
+
+    got = group_scaled_gemm(at_offset_one(x), at_offset_one(packed), at_offset_one(scales))
     bits.assert_same(got, group_scaled_gemm(x, packed, scales))
 
 

@@ -466,17 +466,44 @@ def test_order_of_experts(name: str) -> None:
     bits.assert_same(forward(renamed), expected_trace(name).output)
 
 
-def test_batches_of_experts_hold_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU takes several experts at once, padded to the longest: the same bits, here too."""
+def test_experts_taken_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU takes several experts at once, their rows padded to the longest: the same bits, here too."""
     expected = {name: expected_trace(name) for name in CALLS}
-    original = torch.split
+    route, sizes = moe._route, set()
 
-    def split(tensor: Tensor, size: int, dim: int = 0) -> Any:
-        return original(tensor, 3, dim)
+    def route_together(local: Tensor, rows_before: Tensor) -> Any:
+        rows = route(local, rows_before)
+        experts = [expert for batch in rows.batches for expert in batch.experts]
+        order = [experts[i : i + 3] for i in range(0, len(experts), 3)]
+        batches = []
+        for some in order:
+            index = [(rows.expert == expert).nonzero().flatten() for expert in some]
+            longest = max(len(i) for i in index)
+            used = torch.stack([torch.arange(longest) < len(i) for i in index])
+            row = torch.stack([torch.cat([i, i[:1].expand(longest - len(i))]) for i in index])
+            batches.append(replace(rows.batches[0], experts=some, row=row, used=used))
+            sizes.add(tuple(used.shape))
+        return replace(rows, batches=batches)
 
-    monkeypatch.setattr(torch, "split", split)
+    monkeypatch.setattr(moe, "_route", route_together)
     for name, call in CALLS.items():
         assert_same_trace(trace(call), expected[name])
+        if call.experts.quantized:
+            assert_same_trace(trace(replace(call, experts=layers.to_sm90(call.experts))), expected[name])
+    assert max(experts for experts, _ in sizes) == 3
+    assert not all(
+        batch.used.all()
+        for batch in route_together(
+            select_local(CALL.token_selected_experts, 4, 1, 0), torch.zeros(4, dtype=torch.int64)
+        ).batches
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "bf16"])
+@pytest.mark.parametrize("generation", ["0.6.9", "0.6.16"])
+def test_sm90_layouts(name: str, generation: str) -> None:
+    call = replace(CALLS[name], experts=layers.to_sm90(CALLS[name].experts, generation))
+    assert_same_trace(trace(call), expected_trace(name))
 
 
 # --- positions, and more tokens than are computed at once -------------------------------------------------
