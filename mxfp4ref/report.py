@@ -25,6 +25,7 @@ __all__ = ["FORMAT", "case_lines", "to_html", "to_json", "to_junit", "to_text"]
 
 FORMAT = "mxfp4ref-report-1"
 
+_RED = "#b3261e"
 _MAP_ROWS, _MAP_COLUMNS = 64, 512  # a picture's cells; larger outputs are pooled
 
 
@@ -226,16 +227,18 @@ def _mismatch_map(found: Diagnosis) -> str:
     """Tokens down, columns across; a cell is as dark as the share of its elements that differ."""
     mask = found.mask.reshape(found.mask.shape[0], -1) if found.mask.dim() > 1 else found.mask.reshape(1, -1)
     shares = _pool(mask, _MAP_ROWS, _MAP_COLUMNS)
-    figure, axes = _figure(6.4, min(3.2, 1.1 + 0.05 * shares.shape[0]))
+    figure, axes = _figure(6.4, 3.0)
+    colours = importlib.import_module("matplotlib.colors")
+    colormap = colours.LinearSegmentedColormap.from_list("differing", ("#ffffff", _RED))
     rows, columns = mask.shape
     axes.imshow(
         shares.numpy(),
-        cmap="Reds",
+        cmap=colormap,
         vmin=0,
         vmax=1,
         aspect="auto",
         interpolation="nearest",
-        extent=(0, columns, rows, 0),
+        extent=(-0.5, columns - 0.5, rows - 0.5, -0.5),
     )
     names = ("token", "column") if found.output == "output" else ("row", "column")
     axes.set_ylabel(names[0])
@@ -245,15 +248,14 @@ def _mismatch_map(found: Diagnosis) -> str:
 
 
 def _ulp_histogram(found: Diagnosis) -> str:
-    figure, axes = _figure(4.2, 2.4)
+    figure, axes = _figure(4.2, 3.0)
     labels = ["≤ 1", "2", "≤ 4", "≤ 16", "≤ 256", "more", "NaN"]
     counts = [count for _, count in found.ulps]
-    axes.bar(labels, counts, color="#b3261e")
+    axes.bar(labels, counts, color=_RED)
     axes.set_yscale("symlog")
     axes.set_ylim(bottom=0)
     axes.set_ylabel("elements")
     axes.set_xlabel("distance in ulp")
-    axes.tick_params(labelsize=7)
     return _picture(figure)
 
 
@@ -266,7 +268,7 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     figure_module = importlib.import_module("matplotlib.figure")  # no pyplot: no display, no global state
     figure = figure_module.Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
-    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
