@@ -80,28 +80,31 @@ def limit_alone() -> MoeCall:
 
 
 def cancelling_gemm1() -> MoeCall:
-    """The second half of K is minus the first: GEMM1's outputs are nothing but its rounding errors."""
+    """The second half of K is minus the first: GEMM1's outputs are nothing but its rounding errors.
+
+    K is 640, of the tactics' K tiles a multiple of 128 alone, so that no other order of the groups is right.
+    """
     generator = _generator(2)
-    experts = _experts(generator, scales=(116, 127))
-    half_weights, half_scales = experts.fc1_weights[:, :, : H // 4], experts.fc1_scales[:, :, : H // 64]
+    experts = _experts(generator, scales=(116, 127), hidden=640)
+    half_weights, half_scales = experts.fc1_weights[:, :, :160], experts.fc1_scales[:, :, :10]
     experts = replace(
         experts, fc1_weights=half_weights.repeat(1, 1, 2), fc1_scales=half_scales.repeat(1, 1, 2)
     )
-    half = _normal(generator, M, H // 2).to(torch.bfloat16)
+    half = _normal(generator, M, 320).to(torch.bfloat16)
     return MoeCall(torch.cat((half, -half), 1), experts=experts, **_routing(generator, 2))
 
 
 def cancelling_gemm2() -> MoeCall:
     """The same for GEMM2: the second half of the up rows are minus the first ones, the gate rows the same."""
     generator = _generator(3)
-    experts = _experts(generator, scales=(116, 127), hidden=128, inner=512)
-    up, gate = experts.fc1_weights[:, :256], experts.fc1_weights[:, 512:768]
+    experts = _experts(generator, scales=(116, 127), hidden=128, inner=640)
+    up, gate = experts.fc1_weights[:, :320], experts.fc1_weights[:, 640:960]
     experts = replace(
         experts,
         fc1_weights=torch.cat((up, up ^ 0x88, gate, gate), 1),
-        fc1_scales=experts.fc1_scales[:, :256].repeat(1, 4, 1),
-        fc2_weights=experts.fc2_weights[:, :, :128].repeat(1, 1, 2),
-        fc2_scales=experts.fc2_scales[:, :, :8].repeat(1, 1, 2),
+        fc1_scales=experts.fc1_scales[:, :320].repeat(1, 4, 1),
+        fc2_weights=experts.fc2_weights[:, :, :160].repeat(1, 1, 2),
+        fc2_scales=experts.fc2_scales[:, :, :10].repeat(1, 1, 2),
     )
     return MoeCall(_normal(generator, M, 128).to(torch.bfloat16), experts=experts, **_routing(generator, 2))
 
@@ -224,15 +227,19 @@ def special_values_unlimited() -> MoeCall:
 
 
 def tiny_activations() -> MoeCall:
-    """Products of the activation around 2^-126, brought back by fc2's scale."""
+    """Activations around 2^-126, brought back by fc2's scale.
+
+    Each is added to a normal one: a group whose sum is subnormal would be flushed before its scale.
+    """
     generator = _generator(9)
-    gate = 2.0 ** -torch.randint(55, 75, (M, INNER), generator=generator) * (
-        1 + torch.rand(M, INNER, generator=generator)
-    )
-    up = 2.0 ** -torch.randint(55, 75, (M, INNER), generator=generator) * (
-        1 + torch.rand(M, INNER, generator=generator)
-    )
-    return _one_hot(gate, up, fc2_scale=250)
+    gate, up = 2.0 ** -torch.randint(55, 75, (2, M, INNER), generator=generator).to(torch.float32)
+    gate, up = gate * (1 + torch.rand(M, INNER, generator=generator)), up * 1.5
+    gate[:, 31::32], up[:, 31::32] = 2.0**-62, 2.0**-62
+    call = _one_hot(gate, up, fc2_scale=250)
+    fc2_weights = call.experts.fc2_weights.clone()
+    j = torch.arange(INNER)
+    fc2_weights[:, j, j // 32 * 16 + 15] |= 0x20  # the last element of its group as well
+    return replace(call, experts=replace(call.experts, fc2_weights=fc2_weights))
 
 
 def tiny_products() -> MoeCall:

@@ -152,7 +152,7 @@ GEMM_DEFECTS: tuple[Defect, ...] = (
         ("TransformerEngine#3262", "triton#11624"),
         _both(GemmVariant(decode_scale=decode_ue8m0, accumulate=_ieee)),
         applies=lambda call: any(
-            bool(((scales == 0) | (scales == 255)).any())
+            bool(torch.isin(scales.view(torch.uint8), torch.tensor([0, 255], device=scales.device)).any())
             for scales in (call.experts.fc1_scales, call.experts.fc2_scales)
         ),
     ),
@@ -182,9 +182,9 @@ GEMM_DEFECTS: tuple[Defect, ...] = (
     ),
     _variant(
         "fraction_bits_unlimited",
-        "tensor core truncates no term, only the sum",
-        "models that take a step for an exact sum",
-        group_sum=partial(tensor_core_sum, fraction_bits=64),
+        "tensor core truncates terms only 2^46 times smaller than the largest, and the sum",
+        "models that take a step for an exact sum",  # 46 bits is what float64 holds exactly
+        group_sum=partial(tensor_core_sum, fraction_bits=46),
     ),
     _variant(
         "step_rounds_to_nearest",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.call import MoeCall
-from mxfp4ref.defects.defect import Defect, change_experts, each, given, on_call
+from mxfp4ref.defects.defect import Defect, change_experts, each, given, logical, on_call
 from mxfp4ref.experts import Experts
 from mxfp4ref.layout import (
     deinterleave_weights_sm90,
@@ -218,6 +218,6 @@ WEIGHT_DEFECTS: tuple[Defect, ...] = (
         "padding at the end of the fused fc1 tensor instead of each half shifts the up/gate border",
         ("vllm#48624",),
         _pad_the_fused_tensor,
-        applies=lambda call: _num_padding_rows(call.experts) > 0,
+        applies=lambda call: _num_padding_rows(logical(call).experts) > 0,
     ),
 )
