@@ -16,7 +16,7 @@ from mxfp4ref.layout import GENERATIONS
 from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.finalize import finalize
 from mxfp4ref.sm90.gemm import group_scaled_gemm
-from mxfp4ref.sm90.group_sums import spans
+from mxfp4ref.sm90.group_sums import machine, spans
 from mxfp4ref.sm90.swiglu import swiglu
 
 __all__ = ["DENSE", "KERNEL", "MoeTrace", "Stages", "forward", "moe_forward", "select_local", "trace"]
@@ -24,8 +24,8 @@ __all__ = ["DENSE", "KERNEL", "MoeTrace", "Stages", "forward", "moe_forward", "s
 _F = TypeVar("_F", bound=Callable[..., object])
 
 _TOKENS_AT_ONCE = 512  # bounds the memory of the per-slot outputs; tokens do not influence each other
-_ROWS_AT_ONCE = 256  # of the activation, likewise
-_EXPERTS_AT_ONCE = 32  # on a GPU
+_ROWS_AT_ONCE = {"cpu": 256, "gpu": 4096}  # of the activation, likewise
+_EXPERTS_AT_ONCE = {"cpu": 1, "gpu": 64}
 
 
 def _uncompiled(function: _F) -> _F:
@@ -183,7 +183,7 @@ def _forward(
     activation = torch.cat(
         [
             stages.round_activation(_activate(fc1_output[some], rows.expert[some], experts, stages.swiglu))
-            for some in spans(max(len(x), 1), _ROWS_AT_ONCE)
+            for some in spans(max(len(x), 1), _ROWS_AT_ONCE[machine(x.device)])
         ]
     )
     fc2_accumulators, fc2_output = _gemm(call, 1, activation, rows, stages.fc2_gemm, stages.round_fc2, keep)
@@ -265,7 +265,7 @@ def _route(local: Tensor, rows_before: Tensor) -> _Rows:
     per_expert = torch.bincount(flat[flat >= 0], minlength=len(rows_before))
     counts = per_expert.tolist()
     order = [expert for expert, count in enumerate(counts) if count]
-    if device.type != "cpu":
+    if machine(device) == "gpu":
         order.sort(key=counts.__getitem__)  # those of similar length together
     rank, start = [0] * len(counts), [0] * len(counts)  # of each expert's rows
     num_rows = 0
@@ -281,7 +281,7 @@ def _route(local: Tensor, rows_before: Tensor) -> _Rows:
     row_expert = flat[routed]
     within = torch.arange(num_rows, device=device) - on_device(start)[row_expert]
     batches = []
-    at_once = 1 if device.type == "cpu" else _EXPERTS_AT_ONCE
+    at_once = _EXPERTS_AT_ONCE[machine(device)]
     # Without any row, one empty batch keeps every shape and dtype.
     for some in [order[i : i + at_once] for i in range(0, len(order), at_once)] or [[0]]:
         column = torch.arange(max(counts[e] for e in some), device=device)

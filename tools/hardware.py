@@ -88,6 +88,14 @@ def run_kernel(
     prepared = prepare(call.experts) if prepared is None else prepared
     experts = call.experts
     output = torch.full_like(call.input, torch.nan)
+    fc1_biases, fc2_biases = experts.fc1_biases, experts.fc2_biases
+    if (fc1_biases is None) != (fc2_biases is None):
+        # The real call takes both or none. Adding +0 changes nothing, since a GEMM never gives -0.
+        rows = experts.fc1_weights.shape[:2], experts.fc2_weights.shape[:2]
+        zeros = (torch.zeros(*shape, dtype=torch.bfloat16, device=call.input.device) for shape in rows)
+        fc1_biases, fc2_biases = (
+            z if b is None else b for z, b in zip(zeros, (fc1_biases, fc2_biases), strict=True)
+        )
     if tiles is not None:
         options["profile_ids"] = profile_ids(tiles)
     cutlass_fused_moe(
@@ -98,8 +106,8 @@ def run_kernel(
         prepared.fc2_weights,
         torch.bfloat16,
         quant_scales=[prepared.fc1_scales, prepared.fc2_scales],
-        fc1_expert_biases=experts.fc1_biases,
-        fc2_expert_biases=experts.fc2_biases,
+        fc1_expert_biases=fc1_biases,
+        fc2_expert_biases=fc2_biases,
         swiglu_alpha=experts.swiglu_alpha,
         swiglu_beta=experts.swiglu_beta,
         swiglu_limit=experts.swiglu_limit,

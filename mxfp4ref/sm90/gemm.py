@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.layout import GENERATIONS
-from mxfp4ref.mxfp4 import decode_ue8m0
+from mxfp4ref.mxfp4 import GROUP_SIZE, decode_ue8m0
 from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.gemm_reference import first_pair_swapped, group_order
-from mxfp4ref.sm90.group_sums import Blocks, analyse, direct_sums, group_sums, spans
+from mxfp4ref.sm90.group_sums import Blocks, analyse, direct_sums, group_sums, machine, spans
 
 __all__ = ["group_scaled_gemm"]
 
@@ -25,7 +25,7 @@ __all__ = ["group_scaled_gemm"]
 _ROWS_AT_ONCE = 64
 _COLUMNS_AT_ONCE = 512
 _DIRECT_SUMS_ON_GPU = 1 << 25
-_GROUPS_AT_ONCE = 16  # a multiple of every tactic's groups per K tile, so that swaps stay inside
+_GROUPS_AT_ONCE = {"cpu": 16, "gpu": 8}
 
 
 def group_scaled_gemm(
@@ -60,6 +60,8 @@ def group_scaled_gemm(
         positions = torch.arange(num_rows, device=x.device).expand(batch, num_rows)
     swapped = first_pair_swapped(positions, tile_k, tile_n, generation)
     order = group_order(num_groups, tile_k)
+    # Groups change places only within a K tile, so whole tiles are taken at once.
+    groups_at_once = max(_GROUPS_AT_ONCE[machine(x.device)], tile_k // GROUP_SIZE)
     # NaN times any weight is NaN: such a row needs no sums.
     nan_rows = x.isnan().any(-1, keepdim=True)
     x = x.masked_fill(nan_rows, 0.0)
@@ -67,19 +69,21 @@ def group_scaled_gemm(
     for rows in spans(num_rows, _ROWS_AT_ONCE):
         blocks = analyse(x[:, rows])
         column_step = _COLUMNS_AT_ONCE
-        if x.device.type != "cpu":
+        if machine(x.device) == "gpu":
             column_step = min(
                 8 * _COLUMNS_AT_ONCE, max(64, _DIRECT_SUMS_ON_GPU // max(1, len(blocks.direct)))
             )
         for columns in spans(num_columns, column_step):
             out[:, rows, columns] = _tile(
-                blocks, packed[:, columns], scales[:, columns], order, swapped[:, rows]
+                blocks, packed[:, columns], scales[:, columns], order, groups_at_once, swapped[:, rows]
             )
     out.view(torch.int32).masked_fill_(nan_rows, fp32.FP32_NAN)
     return out
 
 
-def _tile(blocks: Blocks, packed: Tensor, scales: Tensor, order: list[int], swapped: Tensor) -> Tensor:
+def _tile(
+    blocks: Blocks, packed: Tensor, scales: Tensor, order: list[int], groups_at_once: int, swapped: Tensor
+) -> Tensor:
     """The accumulators `[B, M, N] float32` of a tile of rows and columns."""
     scales = scales.transpose(1, 2).contiguous()  # [B, G, N]
     scale = decode_ue8m0(scales, convention="sm90", dtype=torch.float64)
@@ -88,7 +92,7 @@ def _tile(blocks: Blocks, packed: Tensor, scales: Tensor, order: list[int], swap
     careful_acc = torch.zeros(len(row), scale.shape[2], dtype=torch.float32, device=packed.device)
     acc = torch.zeros(*careful.shape, scale.shape[2], dtype=torch.float32, device=packed.device)
     direct = direct_sums(blocks, packed)
-    for groups in spans(len(order), _GROUPS_AT_ONCE):
+    for groups in spans(len(order), groups_at_once):
         t = group_sums(blocks, groups, packed, direct)  # [B, G, M, N] float64
         positions = [group - groups.start for group in order[groups]]
         if len(row):

@@ -27,7 +27,7 @@ from mxfp4ref.mxfp4 import E2M1_VALUES, GROUP_SIZE
 from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.tensor_core import FRACTION_BITS, STEP_SIZE
 
-__all__ = ["Blocks", "Direct", "analyse", "direct_sums", "group_sums", "spans", "unpack_groups"]
+__all__ = ["Blocks", "Direct", "analyse", "direct_sums", "group_sums", "machine", "spans", "unpack_groups"]
 
 _WEIGHT_BOUND = 6.0 * (1 + 2.0**-40)  # the largest weight, and room for the rounding of a bound itself
 _LARGEST_WEIGHT_EXPONENT = 2
@@ -36,8 +36,7 @@ _LOWEST = -256  # below the exponent of any product
 _NONE = 1 << 12  # the unit of zeros, and minus the exponent of zeros: beyond any other
 _FP64_BIAS = 1023
 _RZ24 = -(1 << 29)  # keeps the 24 leading bits of a float64's significand
-_ELEMENTS_AT_ONCE = 1 << 17  # of a temporary in the wide and direct ways, to stay in the cache
-_ELEMENTS_AT_ONCE_ON_GPU = 1 << 24
+_ELEMENTS_AT_ONCE = {"cpu": 1 << 17, "gpu": 1 << 24}  # of a temporary in the wide and direct ways
 _HALVES = (slice(0, STEP_SIZE), slice(STEP_SIZE, GROUP_SIZE))
 
 
@@ -99,7 +98,7 @@ def analyse(x: Tensor) -> Blocks:
     total = bound.sum(-1).nan_to_num(torch.inf, torch.inf)
     wide = risky.any(-1).any(-1) | carry_cut
     direct = total >= 2.0**127
-    if x.device.type != "cpu":
+    if machine(x.device) == "gpu":
         direct = direct | wide
     return Blocks(
         values=values,
@@ -174,7 +173,7 @@ class _WideRows:
         # Rows with the most risky elements first: element j then concerns the first few rows.
         count = self.risky[:, _HALVES[half]].sum(1)
         order = torch.argsort(count, descending=True, stable=True)
-        for some in spans(len(order), max(1, _ELEMENTS_AT_ONCE // carried.shape[1])):
+        for some in spans(len(order), max(1, _ELEMENTS_AT_ONCE["cpu"] // carried.shape[1])):
             rows = order[some]
             out[rows] = self._truncated_terms(half, rows, count[rows], carried[rows])
         return out
@@ -201,7 +200,9 @@ def direct_sums(blocks: Blocks, packed: Tensor) -> Tensor:
     at = blocks.direct
     out = torch.empty(len(at), packed.shape[1], dtype=torch.float64, device=packed.device)
     by_group = packed.view(*packed.shape[:2], -1, GROUP_SIZE // 2)
-    for some in spans(len(at), max(1, _at_once(packed.device) // (packed.shape[1] * GROUP_SIZE))):
+    for some in spans(
+        len(at), max(1, _ELEMENTS_AT_ONCE[machine(packed.device)] // (packed.shape[1] * GROUP_SIZE))
+    ):
         expert, group, row = at.expert[some], at.group[some], at.row[some]
         codes = by_group[expert, :, group]  # [some, N, 16]
         weights = unpack_groups(codes, slice(0, 1)).squeeze(1)
@@ -234,7 +235,7 @@ def unpack_groups(packed: Tensor, groups: slice) -> Tensor:
     some = packed[..., groups.start * half : groups.stop * half].contiguous().view(torch.int16)
     batch, columns, _ = some.shape
     some = some.view(batch, columns, -1, GROUP_SIZE // 4).transpose(1, 2)
-    if packed.device.type == "cpu":
+    if machine(packed.device) == "cpu":
         index = some.to(torch.int32, memory_format=torch.contiguous_format).add_(1 << 15)
         values = _four_codes(packed.device).index_select(0, index.flatten())
     else:
@@ -244,8 +245,9 @@ def unpack_groups(packed: Tensor, groups: slice) -> Tensor:
     return values.view(*some.shape[:-1], GROUP_SIZE)
 
 
-def _at_once(device: torch.device) -> int:
-    return _ELEMENTS_AT_ONCE if device.type == "cpu" else _ELEMENTS_AT_ONCE_ON_GPU
+def machine(device: torch.device) -> str:
+    """ "cpu", where caches are small, or "gpu", where launches are dear: what sizes are chosen by."""
+    return "cpu" if device.type == "cpu" else "gpu"
 
 
 def spans(length: int, step: int) -> Iterator[slice]:
