@@ -45,6 +45,7 @@ __all__ = [
 FORMAT = "mxfp4ref-goldens-1"
 KINDS = ("moe", "dequantize", "layout", "tensor_core", "gemm", "activation", "finalize", "routing")
 BUILTIN_ROOT = Path(__file__).resolve().parent / "builtin_goldens"
+_PACKAGE_PARENT = BUILTIN_ROOT.parent.parent
 
 _NAME = re.compile(r"[a-z0-9_]+/[a-z0-9_]+")
 # Files of the root folder that belong there and are no cases.
@@ -159,9 +160,11 @@ class Goldens:
         if not isinstance(cases, dict):
             raise GoldenError(f"{path}: expected an object 'cases', got {type(cases).__name__}")
         for name, entry in cases.items():
-            files = {"safetensors", "json"}
-            if not _NAME.fullmatch(name) or not isinstance(entry, dict) or set(entry) != files:
-                raise GoldenError(f"{path}: case {name!r}: expected a name suite/case and the files {files}")
+            if not _NAME.fullmatch(name) or not _is_entry(entry):
+                raise GoldenError(
+                    f"{path}: case {name!r}: expected a name suite/case with 'bytes' and 'sha256' of its 'json' and "
+                    f"its 'safetensors' file, got {entry!r}"
+                )
         self.entries: dict[str, dict[str, dict[str, Any]]] = cases
 
     @property
@@ -239,8 +242,7 @@ def find_root() -> Path:
             raise GoldenError(f"MXFP4REF_GOLDENS: expected a folder with a manifest.json, got {named!r}")
         return Path(named)
     above = Path.cwd().resolve()
-    package_parent = Path(__file__).resolve().parent.parent
-    for folder in (above, *above.parents, package_parent):
+    for folder in (above, *above.parents, _PACKAGE_PARENT):
         manifest = folder / "goldens" / "manifest.json"
         # Other projects have goldens too.
         if manifest.is_file() and _parse(manifest, _read(manifest)).get("format") == FORMAT:
@@ -315,6 +317,17 @@ def _case(name: str, sidecar: dict[str, Any], tensors: dict[str, Tensor]) -> Cas
         digest = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
         if digest != recorded["sha256"]:
             raise GoldenError(f"{name}: tensor {key}: expected SHA-256 {recorded['sha256']}, got {digest}")
+    output_tensors = {
+        (first, second): output["tensor"]
+        for output in sidecar["outputs"]
+        for first, second in output["tile_k"]
+    }
+    unknown = sorted(set(output_tensors.values()) - set(tensors))
+    if unknown or bool(output_tensors) != (sidecar["kind"] == "moe"):
+        raise GoldenError(
+            f"{name}: expected outputs of kind 'moe' that are stored, got {unknown or output_tensors} "
+            f"for kind {sidecar['kind']!r}"
+        )
     return Case(
         suite=sidecar["suite"],
         name=sidecar["name"],
@@ -325,11 +338,16 @@ def _case(name: str, sidecar: dict[str, Any], tensors: dict[str, Tensor]) -> Cas
         parameters=sidecar["parameters"],
         tensors=tensors,
         derived=sidecar["derived"],
-        output_tensors={
-            (first, second): output["tensor"]
-            for output in sidecar["outputs"]
-            for first, second in output["tile_k"]
-        },
+        output_tensors=output_tensors,
+    )
+
+
+def _is_entry(entry: object) -> bool:
+    """Whether a manifest's entry names the size and hash of a case's two files."""
+    return (
+        isinstance(entry, dict)
+        and set(entry) == {"json", "safetensors"}
+        and all(isinstance(file, dict) and set(file) == {"bytes", "sha256"} for file in entry.values())
     )
 
 

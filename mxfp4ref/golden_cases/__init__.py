@@ -30,6 +30,6 @@ BUILTIN = (
     "gemm/mirrored_hidden_384",
     "layout/fold_scales_0_6_16",
     "layout/interleave_weights",
-    "parallel/sentinels_on_rank_2_of_4",
+    "parallel/sentinels_on_rank_3_of_4",
     "routing/deepseek_v4_flash",
 )

@@ -11,7 +11,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mxfp4ref import scoring
 from mxfp4ref.call import MoeCall
 from mxfp4ref.experts import Experts
 from mxfp4ref.golden_cases.definition import Content, define
@@ -21,9 +20,10 @@ from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.swiglu import swiglu
 
 _HIDDEN, _INNER = 256, 128
-_TOKENS = 32
+_TOKENS = 16
 _PROBES = _TOKENS * _INNER
 _CODE_ONE = 2
+_CANDIDATES = 1 << 21
 
 # The values around which things happen. Products stay finite: one Inf or NaN in a row of a one-hot matrix makes
 # the whole token NaN.
@@ -65,19 +65,21 @@ def _parameters(
 
 
 def _boundary_pairs(
-    source: Source, alpha: float | None, beta: float | None, count: int = _PROBES
+    source: Source,
+    alpha: float | None = None,
+    beta: float | None = None,
+    limit: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Pairs for which a correctly rounded sigmoid gives another bf16 than the hardware's; then random pairs."""
-    gate, up = source.spread("gate", -4, 4, 1 << 20), source.spread("up", -3, 3, 1 << 20)
-    z = fp32.widen(gate) if alpha is None else fp32.mul(fp32.widen(gate), float32([alpha]).expand_as(gate))
-    plus = fp32.widen(up) if beta is None else fp32.add(fp32.widen(up), float32([beta]).expand_as(up))
-    other = fp32.mul(fp32.mul(fp32.widen(gate), scoring.sigmoid(z)), plus)
-    pair = torch.stack((up, gate), dim=-1)
-    parameters = [None if value is None else float32([value]) for value in (alpha, beta)]
-    hardware = swiglu(pair, None, *parameters)[:, 0]
-    differ = fp32.to_bf16(other).view(torch.int16) != fp32.to_bf16(hardware).view(torch.int16)
-    first = torch.argsort(~differ, stable=True)[:count]
-    return gate[first], up[first]
+    """The pairs, of two million, whose float32 activation is nearest to the middle between two bf16 numbers.
+
+    There one unit in the last place of the float32 result, which any other arithmetic may be off, is seen.
+    """
+    gate, up = source.spread("gate", -4, 4, _CANDIDATES), source.spread("up", -3, 4, _CANDIDATES)
+    parameters = [None if value is None else float32([value]) for value in (alpha, beta, limit)]
+    values = swiglu(torch.stack((up, gate), dim=-1), None, *parameters)[:, 0]
+    distance = ((values.view(torch.int32) & 0xFFFF) - 0x8000).abs()
+    nearest = torch.argsort(distance, stable=True)[:_PROBES]
+    return gate[nearest], up[nearest]
 
 
 def _structured_pairs(source: Source, limit: float | None) -> tuple[Tensor, Tensor]:
@@ -106,27 +108,40 @@ def _clamped_pairs(source: Source, limit: float) -> tuple[Tensor, Tensor]:
 @define(
     "activation",
     "moe",
-    """Plain SwiGLU where a correctly rounded sigmoid, the exact product or a libm rounds to another bf16 than
-    EX2 and RCP do; the pairs that tell most come first.""",
+    """Plain SwiGLU next to the boundaries between bf16 results: a correctly rounded sigmoid, exact products, a libm
+    or another order of the products round to the other side.""",
+    unique_for="rounding of the plain form",
 )
 def plain_at_rounding_boundaries(source: Source) -> MoeCall:
-    return _probe(*_boundary_pairs(source, None, None))
+    return _probe(*_boundary_pairs(source))
 
 
 @define(
     "activation",
     "moe",
-    "The same with gpt-oss's alpha = 1.702 and beta = 1.",
+    "The same with gpt-oss's alpha = 1.702 and a beta that is no short number.",
     catches="alpha_ignored beta_ignored",
 )
 def alpha_beta_at_rounding_boundaries(source: Source) -> MoeCall:
-    return _probe(*_boundary_pairs(source, 1.702, 1.0), _parameters([1.702], [1.0]))
+    return _probe(*_boundary_pairs(source, 1.702, 0.7), _parameters([1.702], [0.7]))
+
+
+@define(
+    "activation",
+    "moe",
+    "The same with all parameters of gpt-oss; about one pair in four is clamped.",
+    catches="alpha_ignored beta_ignored limit_ignored",
+    unique_for="rounding of the clamped form as gpt-oss uses it",
+)
+def gpt_oss_at_rounding_boundaries(source: Source) -> MoeCall:
+    return _probe(*_boundary_pairs(source, 1.702, 1.0, 7.0), _parameters([1.702], [1.0], [7.0]))
 
 
 @define(
     "activation",
     "moe",
     """Plain SwiGLU of zeros, subnormals, values around the flush and overflow of EX2, and every exponent.""",
+    unique_for="zeros, subnormals and every exponent, unclamped",
 )
 def plain_special_values(source: Source) -> MoeCall:
     return _probe(*_structured_pairs(source, None))
@@ -137,6 +152,7 @@ def plain_special_values(source: Source) -> MoeCall:
     "moe",
     """DeepSeek-V4's limit 10 and special values: both neighbours of +-10, zeros, subnormals, every exponent.""",
     catches="limit_ignored limit_one_sided gate_clamped_below",
+    unique_for="the neighbours of the limit",
 )
 def limit_special_values(source: Source) -> MoeCall:
     return _probe(*_structured_pairs(source, 10.0), _parameters(limit=[10.0]))
@@ -147,6 +163,7 @@ def limit_special_values(source: Source) -> MoeCall:
     "moe",
     """gpt-oss's parameters and special values: limit 7 before alpha and beta.""",
     catches="limit_ignored limit_one_sided gate_clamped_below alpha_ignored beta_ignored",
+    unique_for="zeros, subnormals and every exponent with all parameters",
 )
 def gpt_oss_special_values(source: Source) -> MoeCall:
     return _probe(*_structured_pairs(source, 7.0), _parameters([1.702], [1.0], [7.0]))
@@ -185,6 +202,7 @@ def non_finite_before_clamp(source: Source) -> MoeCall:
     "moe",
     "Gates on both sides of +-limit: clamped from above only, and before the sigmoid, not after the product.",
     catches="limit_ignored gate_clamped_below clamp_after_silu",
+    unique_for="the gate's clamp alone",
 )
 def gate_clamp_saturates(source: Source) -> MoeCall:
     gate, _ = _clamped_pairs(source, 10.0)
@@ -196,6 +214,7 @@ def gate_clamp_saturates(source: Source) -> MoeCall:
     "moe",
     "Ups on both sides of +-limit: clamped from above and from below.",
     catches="limit_ignored limit_one_sided",
+    unique_for="the up's clamp alone",
 )
 def up_clamp_saturates(source: Source) -> MoeCall:
     _, up = _clamped_pairs(source, 10.0)
@@ -207,6 +226,7 @@ def up_clamp_saturates(source: Source) -> MoeCall:
     "moe",
     "A limit alone: alpha and beta are then 1 and 0, and the limit still applies.",
     catches="all_or_none_params limit_ignored",
+    unique_for="the clamp without alpha and beta",
 )
 def limit_alone(source: Source) -> MoeCall:
     return _probe(*_clamped_pairs(source, 3.0), _parameters(limit=[3.0]))
@@ -215,24 +235,23 @@ def limit_alone(source: Source) -> MoeCall:
 @define(
     "activation",
     "moe",
-    "Alpha alone.",
+    "Alpha alone, next to rounding boundaries: beta is then 0, and nothing is clamped.",
     catches="all_or_none_params alpha_ignored",
+    unique_for="alpha without the others",
 )
 def alpha_alone(source: Source) -> MoeCall:
-    return _probe(
-        source.spread("gate", -3, 3, _PROBES), source.spread("up", -3, 3, _PROBES), _parameters([1.5])
-    )
+    return _probe(*_boundary_pairs(source, 1.3), _parameters([1.3]))
 
 
 @define(
     "activation",
     "moe",
-    "Beta alone.",
+    "Beta alone, next to rounding boundaries: alpha is then 1, and nothing is clamped.",
     catches="all_or_none_params beta_ignored",
+    unique_for="beta without the others",
 )
 def beta_alone(source: Source) -> MoeCall:
-    gate, up = source.spread("gate", -3, 3, _PROBES), source.spread("up", -3, 3, _PROBES)
-    return _probe(gate, up, _parameters(beta=[1.0]))
+    return _probe(*_boundary_pairs(source, beta=-0.3), _parameters(beta=[-0.3]))
 
 
 @define(
@@ -252,6 +271,7 @@ def parameters_by_expert(source: Source) -> MoeCall:
     """fc1 bias: added in float32 to the rounded GEMM1 output, not to its accumulator, before the clamp; some sums
     cancel, some are subnormal.""",
     catches="bias1_ignored",
+    unique_for="the fc1 bias alone",
 )
 def bias_before_clamp(source: Source) -> MoeCall:
     gate, up = _clamped_pairs(source, 4.0)
@@ -268,6 +288,7 @@ def bias_before_clamp(source: Source) -> MoeCall:
     """The activation is rounded to bf16 before GEMM2: fc2 adds each to minus its neighbour, which a float32
     activation would make visible.""",
     catches="act_kept_fp32",
+    unique_for="the rounding of the activation alone",
 )
 def rounded_before_gemm2(source: Source) -> MoeCall:
     experts = _one_hot(1)

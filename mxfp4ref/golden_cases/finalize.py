@@ -12,10 +12,11 @@ from mxfp4ref.call import MoeCall
 from mxfp4ref.experts import Experts
 from mxfp4ref.golden_cases.definition import Content, define
 from mxfp4ref.golden_cases.source import Source, float32, int32
+from mxfp4ref.mxfp4 import pack_codes
 from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.finalize import finalize
 
-_H, _I = 256, 128
+_H, _I = 128, 128
 
 
 def _opposed(experts: Experts) -> Experts:
@@ -34,8 +35,9 @@ def _opposed(experts: Experts) -> Experts:
     "finalize",
     "moe",
     """Pairs of experts with opposite outputs and equal weights, in different slots: the output is the rounding of the
-    sum. Other slot orders, an unfused product, bf8 sums and bf8 weights all show.""",
-    catches="bf8_finalize weights_bf8 last_slot_dropped",
+    sum. Other slot orders, an unfused product, bf16 sums and bf16 weights all show.""",
+    catches="bf16_finalize weights_bf16 last_slot_dropped",
+    unique_for="the sum over slots alone",
 )
 def cancelling_experts(source: Source) -> MoeCall:
     experts = _opposed(source.experts(4, _H, _I))
@@ -50,9 +52,10 @@ def cancelling_experts(source: Source) -> MoeCall:
 @define(
     "finalize",
     "moe",
-    """Opposed experts whose weights differ in the last bits only: rounding the weights to bf8, or multiplying them
+    """Opposed experts whose weights differ in the last bits only: rounding the weights to bf16, or multiplying them
     in before GEMM2, leaves exactly nothing or something else.""",
-    catches="weights_bf8 weight_before_gemm2",
+    catches="weights_bf16 weight_before_gemm2",
+    unique_for="the routing weights' precision alone",
 )
 def weights_differ_in_last_bits(source: Source) -> MoeCall:
     experts = _opposed(source.experts(2, _H, _I))
@@ -66,7 +69,8 @@ def weights_differ_in_last_bits(source: Source) -> MoeCall:
     "moe",
     """Weights from 2^-12 to 2^6 in random slots: summing by expert id, or from the last slot, rounds otherwise;
     ids are never in ascending order.""",
-    catches="last_slot_dropped bf8_finalize",
+    catches="last_slot_dropped bf16_finalize",
+    unique_for="the order of the slots alone",
 )
 def slot_order(source: Source) -> MoeCall:
     experts = _opposed(source.experts(4, _H, _I))
@@ -80,6 +84,7 @@ def slot_order(source: Source) -> MoeCall:
     "moe",
     """Both biases and unequal weights: the fc2 bias belongs inside the routing weight, once for each slot.""",
     catches="bias1_ignored bias2_ignored bias2_unweighted",
+    unique_for="both biases with ordinary values",
 )
 def biases_inside_weight(source: Source) -> MoeCall:
     return MoeCall(
@@ -95,6 +100,7 @@ def biases_inside_weight(source: Source) -> MoeCall:
     "moe",
     """The fc2 bias is the negative of a likely output: what is left depends on where each sum is rounded.""",
     catches="bias2_ignored bias2_unweighted",
+    unique_for="the rounding of the fc2 bias's addition",
 )
 def biases_cancel(source: Source) -> MoeCall:
     experts = _opposed(source.experts(4, _H, _I, biases=True))
@@ -109,6 +115,7 @@ def biases_cancel(source: Source) -> MoeCall:
     "moe",
     "Slots of -1 in any place, tokens without any expert (zeros, of whatever was in the output before).",
     catches="ep_sentinel_aliases",
+    unique_for="tokens and slots without an expert",
 )
 def missing_experts(source: Source) -> MoeCall:
     ids = source.distinct("ids", 8, 4, 4)
@@ -147,11 +154,65 @@ def unusual_weights(source: Source) -> MoeCall:
     "moe",
     """Small outputs and small weights: every product, and the sums of some, lie around 2^-126, where a result that
     rounds to less is flushed.""",
+    unique_for="flushed products of ordinary experts",
 )
 def underflowing_products(source: Source) -> MoeCall:
     experts = source.experts(2, _H, _I, fc2_scales=(66, 70))
     scales = source.weights(8, 2) * 2.0**-66
     return MoeCall(source.normal("input", 8, _H), source.distinct("ids", 8, 2, 2), scales, experts)
+
+
+def _one_hot_experts(rows_from: list[int], sign: list[int]) -> Experts:
+    """Experts whose output j is +- the activation of inputs 2i (gate) and 2i + 1 (up), i = j + rows_from."""
+    row, column = torch.arange(2 * _I), torch.arange(_I // 2)
+    fc1 = torch.zeros(2 * _I, 2 * _I, dtype=torch.uint8)
+    fc1[row, torch.cat((2 * row[:_I] + 1, 2 * row[:_I]))] = 2  # the code of 1
+    fc2 = torch.zeros(len(rows_from), 2 * _I, _I, dtype=torch.uint8)
+    for expert, (first, code) in enumerate(zip(rows_from, (2 | 8 * (s < 0) for s in sign), strict=True)):
+        fc2[expert, column, column + first] = code
+    count = len(rows_from)
+    return Experts(
+        fc1_weights=pack_codes(fc1).repeat(count, 1, 1),
+        fc1_scales=torch.full((count, 2 * _I, 2 * _I // 32), 127, dtype=torch.uint8),
+        fc2_weights=pack_codes(fc2),
+        fc2_scales=torch.full((count, 2 * _I, _I // 32), 127, dtype=torch.uint8),
+    )
+
+
+def _activations(first_half: float, second_half: float) -> Tensor:
+    """Inputs whose activations are the given numbers times a power of two for each token and column.
+
+    A gate of 32 has a sigmoid of 1, so that an activation is 32 times its up.
+    """
+    values = torch.tensor([first_half, second_half]).repeat_interleave(_I // 2)
+    powers = torch.exp2(torch.arange(_I) % 4 - 2.0)
+    up = (values * powers / 32).expand(8, _I)
+    return torch.stack((torch.full_like(up, 32.0), up), dim=-1).flatten(1).to(torch.bfloat16)
+
+
+@define(
+    "finalize",
+    "moe",
+    """Products of 2^-126 (1 - 2^-24), times powers of two from 1/4 to 2: rounded to 24 bits they are below 2^-126 and
+    flushed, though the subnormal grid would round the middle one up to 2^-126.""",
+)
+def flush_boundary_of_products(source: Source) -> MoeCall:
+    ids = torch.zeros(8, 1, dtype=torch.int32)
+    scales = torch.full((8, 1), (1 - 2.0**-24)) * 2.0**-100
+    scales[4:] = -scales[4:]
+    return MoeCall(_activations(2.0**-26, 2.0**-26), ids, scales, _one_hot_experts([0], [1]))
+
+
+@define(
+    "finalize",
+    "moe",
+    """The same of a sum: 2^-125 - (2^24 + 1) 2^-150 is 2^-126 (1 - 2^-24); 2^24 + 1 = 97 * 172961.""",
+)
+def flush_boundary_of_sums(source: Source) -> MoeCall:
+    scales = torch.tensor([[2.0**-100, 172961 * 2.0**-120]]).repeat(8, 1)
+    scales[4:] = -scales[4:]
+    x = _activations(97 * 2.0**-30, 2.0**-25)
+    return MoeCall(x, int32([[1, 0]] * 8), scales, _one_hot_experts([0, _I // 2], [-1, 1]))
 
 
 @define(

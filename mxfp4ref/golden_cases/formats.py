@@ -62,6 +62,7 @@ def every_packed_byte(source: Source) -> Content:
     """Each weight row holds one code only, low nibbles before high ones, so that a code that is decoded
     wrongly, or a nibble taken for its neighbour, changes whole columns.""",
     catches="nibble_order nibble_split half_code_flushed",
+    unique_for="codes told apart by column",
 )
 def every_code_by_row(source: Source) -> MoeCall:
     experts = source.experts(2, 256, 128)
@@ -113,11 +114,13 @@ def scale_bytes_0_and_255_before_activation(source: Source) -> MoeCall:
     scales = scales.clone()
     scales[:, 0:128:3] = 0  # rows of up
     scales[:, 1:128:7, 3] = 255
+    weights = experts.fc1_weights.clone()
+    weights[:, 1:128:14, 48:64] = 0  # 0 * Inf is NaN
     return MoeCall(
         (source.normal("input", 8, 256).to(torch.float32) * 2.0**10).to(torch.bfloat16),
         source.distinct("ids", 8, 1, 2),
         source.weights(8, 1),
-        replace(experts, fc1_scales=scales),
+        replace(experts, fc1_weights=weights, fc1_scales=scales),
     )
 
 
@@ -128,6 +131,7 @@ def scale_bytes_0_and_255_before_activation(source: Source) -> MoeCall:
     bias, shows in every output.""",
     catches="scale_off_by_one_group scale_bias_125 scale_as_integer scale_truncated scales_not_folded "
     "scales_not_swapped",
+    unique_for="scales told apart by group",
 )
 def scales_far_apart(source: Source) -> MoeCall:
     experts = source.experts(2, 256, 128, fc1_scales=(114, 124), fc2_scales=(114, 124))

@@ -79,9 +79,9 @@ def _mirrored_inner(source: Source, num_tokens: int, hidden: int, inner: int) ->
 def ordinary(source: Source) -> MoeCall:
     return MoeCall(
         source.normal("input", 16, 256),
-        source.distinct("ids", 16, 2, 3),
+        source.distinct("ids", 16, 2, 2),
         source.weights(16, 2),
-        source.experts(3, 256, 128),
+        source.experts(2, 256, 128),
     )
 
 
@@ -91,6 +91,7 @@ def ordinary(source: Source) -> MoeCall:
     """GEMM1's output is its rounding error. H = 384 allows tile_k 128 only, with one tile in the middle whose last
     two groups are swapped: ascending order is wrong here for every tactic.""",
     catches="scale_before_mma",
+    unique_for="one tile in the middle, in GEMM1",
 )
 def mirrored_hidden_384(source: Source) -> MoeCall:
     return _mirrored_hidden(source, 16, 384, 128)
@@ -101,6 +102,7 @@ def mirrored_hidden_384(source: Source) -> MoeCall:
     "moe",
     "GEMM2's output is its rounding error. I = 384: see `mirrored_hidden_384`.",
     catches="scale_before_mma act_kept_fp32",
+    unique_for="one tile in the middle, in GEMM2",
 )
 def mirrored_inner_384(source: Source) -> MoeCall:
     return _mirrored_inner(source, 16, 128, 384)
@@ -114,7 +116,7 @@ def mirrored_inner_384(source: Source) -> MoeCall:
     unique_for="all three tile_k tell apart in GEMM1",
 )
 def mirrored_hidden_1536(source: Source) -> MoeCall:
-    return _mirrored_hidden(source, 8, 1536, 128)
+    return _mirrored_hidden(source, 4, 1536, 128)
 
 
 @define(
@@ -124,7 +126,7 @@ def mirrored_hidden_1536(source: Source) -> MoeCall:
     unique_for="all three tile_k tell apart in GEMM2",
 )
 def mirrored_inner_1536(source: Source) -> MoeCall:
-    return _mirrored_inner(source, 8, 128, 1536)
+    return _mirrored_inner(source, 4, 128, 1536)
 
 
 @define(
@@ -136,8 +138,8 @@ def mirrored_inner_1536(source: Source) -> MoeCall:
 )
 def mirrored_both_512(source: Source) -> MoeCall:
     experts = source.experts(1, 512, 512, fc1_scales=_FC1_MIRRORED, fc2_scales=(124, 144))
-    x, experts = _mirror_hidden(source.spread("input", -3, 3, 8, 512), _mirror_inner(experts))
-    return _one_expert(source, 8, x, experts)
+    x, experts = _mirror_hidden(source.spread("input", -3, 3, 4, 512), _mirror_inner(experts))
+    return _one_expert(source, 4, x, experts)
 
 
 @define(
@@ -145,6 +147,7 @@ def mirrored_both_512(source: Source) -> MoeCall:
     "moe",
     """Inputs over 25 binades, mirrored: in most steps the small products are truncated, so that the tensor core's
     25 fraction bits, its truncation and its step of 16 all show.""",
+    unique_for="truncation in the tensor core",
 )
 def wide_exponents(source: Source) -> MoeCall:
     experts = source.experts(1, 384, 128, fc1_scales=(124, 134))
@@ -157,6 +160,7 @@ def wide_exponents(source: Source) -> MoeCall:
     "moe",
     """Inputs over 25 binades within each half of a group, large and small products of both signs, the largest of
     which cancel inside one step.""",
+    unique_for="cancellation inside one step of the tensor core",
 )
 def wide_exponents_within_a_step(source: Source) -> MoeCall:
     experts = source.experts(1, 256, 128, fc1_scales=(131, 141))
@@ -178,7 +182,7 @@ def wide_exponents_within_a_step(source: Source) -> MoeCall:
 )
 def underflow_in_gemm1(source: Source) -> MoeCall:
     # Zero codes in the first tile: what happens there depends on the tactic's tile_n (goldens must not).
-    experts = source.experts(1, 256, 128, fc1_scales=(120, 134), fc2_scales=(230, 240))
+    experts = source.experts(1, 256, 128, fc1_scales=(114, 124), fc2_scales=(230, 240))
     weights = experts.fc1_weights.clone()
     weights[..., :32] = 0
     # Gate rows get ordinary numbers, from the second quarter of K; up rows tiny ones from the rest.
@@ -193,6 +197,7 @@ def underflow_in_gemm1(source: Source) -> MoeCall:
     "gemm",
     "moe",
     """Products and sums around 2^-126 in GEMM2: small activations under the smallest scales.""",
+    unique_for="flushed products and sums in GEMM2",
 )
 def underflow_in_gemm2(source: Source) -> MoeCall:
     experts = source.experts(1, 256, 256, fc1_scales=(64, 68), fc2_scales=(34, 46))
@@ -207,8 +212,56 @@ def underflow_in_gemm2(source: Source) -> MoeCall:
 @define(
     "gemm",
     "moe",
+    "Every input is a bf16 subnormal, lifted by large scales: the tensor core takes them at their value.",
+    catches="subnormal_input_flushed",
+)
+def subnormal_inputs(source: Source) -> MoeCall:
+    bits = source.words("input", 8, 256) & 0x807F
+    x = torch.where(bits >= 1 << 15, bits - (1 << 16), bits).to(torch.int16).view(torch.bfloat16)
+    return _one_expert(source, 8, x, source.experts(1, 256, 128, fc1_scales=(246, 251)))
+
+
+def _odd_tokens(source: Source, odd: float, even: float) -> Tensor:
+    """N(0, 1) inputs, odd and even tokens scaled apart.
+
+    In even positions the order of the first two groups depends on the kernel's tile_n, in odd ones it does not.
+    """
+    scale = torch.tensor([even, odd]).repeat(4).unsqueeze(1)
+    return (source.normal("input", 8, 256).to(torch.float32) * scale).to(torch.bfloat16)
+
+
+@define(
+    "gemm",
+    "moe",
+    """In odd tokens the first group's product overflows and the second would have brought it back: the first is
+    rounded alone, so that the sum is Inf. In even tokens, where that depends on the tactic, nothing overflows.""",
+    catches="first_pair_reversed",
+)
+def first_group_overflows(source: Source) -> MoeCall:
+    experts = source.experts(1, 256, 128, fc2_scales=(249, 251))
+    return _one_expert(source, 8, _odd_tokens(source, 1.0, 2.0**-6), experts)
+
+
+@define(
+    "gemm",
+    "moe",
+    """In odd tokens the first two groups' products lie around 2^-126: the first is flushed when it is below, the
+    second is fused. All other groups are zero.""",
+    catches="first_pair_reversed no_ftz_gemm",
+)
+def first_groups_underflow(source: Source) -> MoeCall:
+    experts = source.experts(1, 256, 128, fc2_scales=(1, 3))
+    weights = experts.fc2_weights.clone()
+    weights[..., 32:] = 0
+    return _one_expert(source, 8, _odd_tokens(source, 2.0**-2, 2.0**6), replace(experts, fc2_weights=weights))
+
+
+@define(
+    "gemm",
+    "moe",
     """Sums that leave the float32 range in some columns and not in others: Inf, Inf - Inf and NaN 0x7FFF reach the
     output through the activation.""",
+    unique_for="overflow of sums",
 )
 def overflow(source: Source) -> MoeCall:
     experts = source.experts(1, 256, 128, fc2_scales=(238, 250))

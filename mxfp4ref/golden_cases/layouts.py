@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.call import MoeCall
+from mxfp4ref.experts import Experts
 from mxfp4ref.golden_cases.definition import Content, define
 from mxfp4ref.golden_cases.source import Source
 from mxfp4ref.layout import (
@@ -105,6 +106,7 @@ def pad_each_half(source: Source) -> Content:
     """Up rows are small, gate rows large, and rows of a pair differ: reading [gate; up] for [up; gate], or
     interleaved rows for halves, cannot go unseen. Weights differ in every 16-row block and 32-byte partition.""",
     catches="gate_up_swapped gate_up_interleaved weights_not_interleaved scales_not_swapped",
+    unique_for="gate and up told apart",
 )
 def gate_and_up_unlike(source: Source) -> MoeCall:
     experts = source.experts(2, 256, 128)
@@ -119,6 +121,32 @@ def gate_and_up_unlike(source: Source) -> MoeCall:
     )
 
 
+def _padded(source: Source, inner: int, checkpoint: Experts) -> MoeCall:
+    """A call for experts of `inner` rows a half, cut out of larger ones as a loader would see and pad them."""
+    assert checkpoint.fc1_scales is not None
+    assert checkpoint.fc2_scales is not None
+    biases = checkpoint.fc1_biases
+
+    def fc1(t: Tensor) -> Tensor:
+        interleaved = halves_to_interleaved(t)[:, : 2 * inner]
+        return pad_halves(interleaved_to_halves(interleaved), 128)
+
+    fc2_weights, fc2_scales = checkpoint.fc2_weights.clone(), checkpoint.fc2_scales.clone()
+    fc2_weights[:, :, inner // 2 :] = 0
+    fc2_scales[:, :, inner // 32 :] = 0
+    experts = replace(
+        checkpoint,
+        fc1_weights=fc1(checkpoint.fc1_weights),
+        fc1_scales=fc1(checkpoint.fc1_scales),
+        fc1_biases=None if biases is None else fc1(biases),
+        fc2_weights=fc2_weights,
+        fc2_scales=fc2_scales,
+    )
+    return MoeCall(
+        source.normal("input", 8, 256), source.distinct("ids", 8, 1, 2), source.weights(8, 1), experts
+    )
+
+
 @define(
     "layout",
     "moe",
@@ -127,27 +155,14 @@ def gate_and_up_unlike(source: Source) -> MoeCall:
     catches="padding_end_of_fused gate_up_interleaved",
 )
 def padded_halves(source: Source) -> MoeCall:
-    checkpoint = source.experts(2, 256, 128, biases=True, alpha=1.702, beta=1.0, limit=7.0)
-    assert checkpoint.fc1_scales is not None
-    assert checkpoint.fc2_scales is not None
-    assert checkpoint.fc1_biases is not None
-    rows = 2 * 96
+    return _padded(source, 96, source.experts(2, 256, 128, biases=True, alpha=1.702, beta=1.0, limit=7.0))
 
-    def fc1(t: Tensor) -> Tensor:
-        interleaved = halves_to_interleaved(t)[:, :rows]
-        return pad_halves(interleaved_to_halves(interleaved), 128)
 
-    fc2_weights, fc2_scales = checkpoint.fc2_weights.clone(), checkpoint.fc2_scales.clone()
-    fc2_weights[:, :, rows // 4 :] = 0
-    fc2_scales[:, :, rows // 64 :] = 0
-    experts = replace(
-        checkpoint,
-        fc1_weights=fc1(checkpoint.fc1_weights),
-        fc1_scales=fc1(checkpoint.fc1_scales),
-        fc1_biases=fc1(checkpoint.fc1_biases),
-        fc2_weights=fc2_weights,
-        fc2_scales=fc2_scales,
-    )
-    return MoeCall(
-        source.normal("input", 8, 256), source.distinct("ids", 8, 1, 2), source.weights(8, 1), experts
-    )
+@define(
+    "layout",
+    "moe",
+    "64 rows of gate and of up, padded to 128 each, without biases and parameters.",
+    catches="padding_end_of_fused",
+)
+def padded_halves_of_64(source: Source) -> MoeCall:
+    return _padded(source, 64, source.experts(2, 256, 128))

@@ -11,7 +11,7 @@ from mxfp4ref.experts import Experts
 from mxfp4ref.golden_cases.definition import define
 from mxfp4ref.golden_cases.source import Source
 
-_H, _I = 256, 128
+_H, _I = 128, 128
 _EP, _TP = 4, 2
 
 
@@ -55,15 +55,29 @@ for _rank in range(_EP):
 @define(
     "parallel",
     "moe",
-    """Rank 2 of 4 with padded rows and slots of -1 among ids of all ranks: -1 is nobody's expert, not the last one
-    and not, after an offset, somebody else's.""",
+    """The last of 4 ranks with padded rows and slots of -1 among ids of all ranks: -1 is nobody's expert, not the
+    last one and not, after an offset, somebody else's.""",
     catches="ep_sentinel_aliases ep_double_mapping ep_offset_dropped",
+    unique_for="padding under expert parallelism",
 )
-def sentinels_on_rank_2_of_4(source: Source) -> MoeCall:
+def sentinels_on_rank_3_of_4(source: Source) -> MoeCall:
     ids = source.distinct("ids", 16, 4, 8)
     ids = torch.where(source.bytes("padded", 16, 4) < 80, -1, ids)
     ids[12:] = -1
-    return _ep_call(source, 2, ids.to(torch.int32))
+    return _ep_call(source, 3, ids.to(torch.int32))
+
+
+@define(
+    "parallel",
+    "moe",
+    "Tokens that name an expert of rank 1 twice, with other ranks' experts between: the first slot counts.",
+    catches="duplicate_counted_twice",
+)
+def repeated_expert_on_rank_1_of_4(source: Source) -> MoeCall:
+    ids = source.distinct("ids", 16, 4, 8)
+    ids[:, 0] = 2 + torch.arange(16) % 2
+    ids[:, 3] = ids[:, 0]
+    return _ep_call(source, 1, ids, strict=False)
 
 
 @define(
@@ -125,6 +139,7 @@ for _rank in range(_TP):
     "moe",
     "Rank 2 of 4 none of whose experts is named by any token: zeros everywhere.",
     catches="ep_offset_dropped",
+    unique_for="a rank that has nothing to do",
 )
 def rank_without_tokens(source: Source) -> MoeCall:
     layer, experts = _layer()

@@ -45,7 +45,8 @@ def _bias(source: Source, num_experts: int, around: float) -> Tensor:
     "routing",
     "routing",
     "DeepSeek-V4-Flash: 256 experts, a correction bias that changes the selection but not the weights, factor 1.5.",
-    catches="rsf_missing rsf_twice gate_bias_weights softplus_as_sigmoid renorm_missing weights_bf16",
+    catches="rsf_missing rsf_twice gate_bias_weights softplus_as_sigmoid renorm_missing",
+    unique_for="the model's router as it is",
 )
 def deepseek_v4_flash(source: Source) -> Content:
     tensors = {"logits": _logits(source, 32, 256), "correction_bias": _bias(source, 256, 0.0)}
@@ -57,6 +58,7 @@ def deepseek_v4_flash(source: Source) -> Content:
     "routing",
     "DeepSeek-V4-Pro: 384 experts, factor 2.5, bf16 logits.",
     catches="rsf_missing rsf_twice softplus_as_sigmoid renorm_missing",
+    unique_for="the model's router as it is",
 )
 def deepseek_v4_pro(source: Source) -> Content:
     tensors = {"logits": source.normal("logits", 16, 384), "correction_bias": _bias(source, 384, 0.0)}
@@ -69,6 +71,7 @@ def deepseek_v4_pro(source: Source) -> Content:
     """V4-Flash's biases are about 8.08, so that biased scores lie on a grid of 2^-20 and tie although the scores do
     not: the lowest id wins. Also ties of equal logits and biases.""",
     catches="tie_highest_id gate_bias_weights",
+    unique_for="ties that only the bias makes",
 )
 def deepseek_v4_ties_on_the_bias_grid(source: Source) -> Content:
     logits = _logits(source, 32, 256)
@@ -104,9 +107,27 @@ def deepseek_v4_hash_layer(source: Source) -> Content:
 @define(
     "routing",
     "routing",
+    "The same in DeepSeek-V4-Pro, with padded rows, which get id -1 and weight 0.",
+    catches="rsf_missing",
+)
+def deepseek_v4_pro_hash_layer_padded(source: Source) -> Content:
+    padded = torch.arange(16) % 4 == 3
+    tensors = {
+        "logits": source.normal("logits", 16, 384),
+        "token_ids": source.range("token_ids", 0, 49, 16).to(torch.int32),
+        "tid2eid": source.distinct("tid2eid", 50, 6, 384),
+        "padded": padded,
+    }
+    return _routed("deepseek_v4", tensors, top_k=6, routed_scaling_factor=2.5, routed_scaling="in_weights")
+
+
+@define(
+    "routing",
+    "routing",
     """Logits of large size: softplus is linear above 20 and nearly 0 far below; weights of one token differ by many
     orders. Some experts are masked with -inf.""",
     catches="softplus_as_sigmoid renorm_missing",
+    unique_for="both ends of softplus",
 )
 def deepseek_v4_extreme_logits(source: Source) -> Content:
     logits = _logits(source, 16, 256) * 12.0
@@ -137,6 +158,7 @@ def deepseek_v4_factor_on_output(source: Source) -> Content:
     "routing",
     "DeepSeek-V3: sigmoid scores, 8 groups of which 4 take part by the sum of their two best biased scores.",
     catches="rsf_missing rsf_twice gate_bias_weights renorm_missing",
+    unique_for="the model's router as it is",
 )
 def deepseek_v3_groups(source: Source) -> Content:
     tensors = {"logits": _logits(source, 32, 256), "correction_bias": _bias(source, 256, 0.0)}
@@ -156,6 +178,7 @@ def deepseek_v3_groups(source: Source) -> Content:
     "routing",
     "DeepSeek-V3 where whole groups tie, and the best expert of all lies in a group that does not take part.",
     catches="tie_highest_id",
+    unique_for="ties between groups",
 )
 def deepseek_v3_tied_groups(source: Source) -> Content:
     logits = _logits(source, 16, 64)
@@ -174,6 +197,39 @@ def deepseek_v3_tied_groups(source: Source) -> Content:
     )
 
 
+def _v3_with_negative_scores(source: Source, num_tokens: int, num_experts: int, **parameters: Any) -> Content:
+    """All biased scores are negative; half of the tokens have scores around 1e-20."""
+    logits = _logits(source, num_tokens, num_experts)
+    logits[::2] -= 46.0
+    bias = _bias(source, num_experts, -2.0)
+    return _routed(
+        "deepseek_v3",
+        {"logits": logits, "correction_bias": bias},
+        routed_scaling_factor=2.5,
+        routed_scaling="in_weights",
+        **parameters,
+    )
+
+
+@define(
+    "routing",
+    "routing",
+    """DeepSeek-V3 where all biased scores are negative, so that a 0 for groups that do not take part would win, and
+    scores so small that the 1e-20 in the denominator counts.""",
+)
+def deepseek_v3_negative_scores(source: Source) -> Content:
+    return _v3_with_negative_scores(source, 16, 256, top_k=8, n_group=8, topk_group=4)
+
+
+@define(
+    "routing",
+    "routing",
+    "The same with 64 experts, of whose 4 groups only one takes part.",
+)
+def deepseek_v3_negative_scores_one_group(source: Source) -> Content:
+    return _v3_with_negative_scores(source, 16, 64, top_k=4, n_group=4, topk_group=1)
+
+
 @define(
     "routing",
     "routing",
@@ -188,7 +244,7 @@ def gpt_oss_bf16_ties(source: Source) -> Content:
     "routing",
     "routing",
     "Mixtral: softmax over eight experts, the two best, over their sum.",
-    catches="renorm_missing weights_bf16",
+    catches="renorm_missing",
 )
 def mixtral(source: Source) -> Content:
     return _routed("mixtral", {"logits": _logits(source, 64, 8)}, top_k=2)
@@ -199,6 +255,7 @@ def mixtral(source: Source) -> Content:
     "routing",
     "Mixtral's router on logits that are all equal, or equal in pairs: ties go to the lowest id.",
     catches="tie_highest_id",
+    unique_for="ties of softmax scores",
 )
 def mixtral_ties(source: Source) -> Content:
     logits = _logits(source, 16, 8)
