@@ -368,7 +368,7 @@ def write_build(clusters: str, plan: str) -> None:
         raise BuildError(f"no bf16 x MXFP4 kernels for SM90, or a module other than {MODULE}: new release?")
     spec.write_ninja()
     ninja = spec.ninja_path.read_text()
-    spec.ninja_path.write_text(re.sub(r"^rule .*$", r"\g<0>\n  description = $in", ninja, flags=re.M))
+    spec.ninja_path.write_text(re.sub(r"^rule .*$", r"\g<0>\n  description = $out", ninja, flags=re.M))
     facts = {
         "ninja": str(spec.ninja_path),
         "directory": str(spec.build_dir),
