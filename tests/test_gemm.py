@@ -75,7 +75,7 @@ def test_first_pair_swapped() -> None:
 
 # --- hard inputs ------------------------------------------------------------------------------------------
 
-KINDS = ("ordinary", "mirrored", "wide", "wider", "raw", "tiny", "huge", "sparse")
+KINDS = ("ordinary", "mirrored", "wide", "wider", "raw", "tiny", "subnormal", "huge", "sparse")
 SCALES = ("ordinary", "spread", "any", "low", "high", "ends")
 
 
@@ -85,6 +85,9 @@ def random_x(rng: np.random.Generator, kind: str, batch: int, rows: int, depth: 
     width = {"ordinary": 3, "mirrored": 6, "wide": 12, "wider": 40, "tiny": 12, "huge": 3, "sparse": 20}
     if kind == "raw":
         return rng.integers(0, 1 << 16, shape)
+    if kind == "subnormal":  # in bf16, and mostly in the sum of a group too
+        x = rng.integers(0, 2, shape) << 15 | rng.integers(0, 0x0100, shape)
+        return np.where(rng.random(shape) < 0.95, x & 0x8000, x)
     centre = {"tiny": 8, "huge": 250}.get(kind, 127)
     exponent = np.clip(centre + rng.integers(-width[kind], width[kind] + 1, shape), 0, 254)
     x = rng.integers(0, 2, shape) << 15 | exponent << 7 | rng.integers(0, 128, shape)
@@ -289,6 +292,34 @@ def test_first_pair_by_position(
     positions = torch.arange(3, 19)[None]
     got = assert_fast_is_slow(x, packed, scales, tile_k=256, tile_n=16, positions=positions)[0, :, 0].tolist()
     assert got == [early if row % 16 in (0, 2, 4, 6) else late for row in range(3, 19)]
+
+
+@pytest.mark.parametrize(
+    ("exponent", "expected"),
+    [
+        (-149, 0.0),
+        (-150, 0.0),  # 2^-126 (1 - 2^-24) stays below 2^-126 when rounded to 24 bits
+        (-151, 2.0**-126),  # 2^-126 (1 - 2^-25) is a tie, and goes up
+        (-152, 2.0**-126),
+    ],
+)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_sum_is_flushed_after_rounding(exponent: int, expected: float, sign: int) -> None:
+    x = torch.zeros(1, 1, 128)
+    x[..., 0], x[..., 64] = sign * 2.0**-126, -sign * 2.0**-100
+    packed = pack_codes(torch.full((1, 1, 128), 2, dtype=torch.uint8))
+    scales = torch.tensor([[[127, 127, exponent + 100 + 127, 127]]], dtype=torch.uint8)
+    assert assert_fast_is_slow(x.to(torch.bfloat16), packed, scales).item() == sign * expected
+
+
+@pytest.mark.parametrize("group", [0, 1, 3])
+def test_a_subnormal_sum_of_the_tensor_core_is_flushed(group: int) -> None:
+    x = torch.zeros(1, 2, 128)
+    x[0, :, 32 * group] = torch.tensor([2.0**-127, 2.0**-126])
+    packed = pack_codes(torch.full((1, 1, 128), 2, dtype=torch.uint8))
+    scales = torch.full((1, 1, 4), 227, dtype=torch.uint8)
+    got = assert_fast_is_slow(x.to(torch.bfloat16), packed, scales)
+    assert got.flatten().tolist() == [0.0, 2.0**-26]
 
 
 def test_never_minus_zero() -> None:
