@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from functools import cache
-from itertools import product
+from itertools import combinations, product
 from typing import Any
 
 import defect_calls
@@ -22,16 +23,16 @@ from mxfp4ref.defects import (
     DEFECTS,
     DequantizeCall,
     RoutingCall,
-    activations,
     dequantize_call,
     get_defect,
     route,
+    swiglu_variant,
 )
-from mxfp4ref.defects.activations import SwigluVariant
 from mxfp4ref.defects.defect import logical
 from mxfp4ref.defects.gemm_variant import GemmVariant, tensor_core_sum
 from mxfp4ref.defects.ieee import ieee_fma, ieee_mul
 from mxfp4ref.defects.router_variant import rerouted
+from mxfp4ref.defects.swiglu_variant import SwigluVariant
 from mxfp4ref.defects.weights import _requantized
 from mxfp4ref.experts import Sm90Experts
 from mxfp4ref.layout import fold_scales_sm90, halves_to_interleaved, interleave_weights_sm90, swap_gate_up
@@ -39,6 +40,7 @@ from mxfp4ref.moe import Stages, forward
 from mxfp4ref.mxfp4 import decode_ue8m0, dequantize
 from mxfp4ref.sm90 import tensor_core
 from mxfp4ref.sm90.gemm_reference import TILE_K
+from mxfp4ref.sm90.swiglu import swiglu
 
 # The names that the list of known mistakes asks for.
 LISTED = [
@@ -254,6 +256,18 @@ def test_unchanged_stages_are_the_kernel(call_name: str, group_sum: Any) -> None
     assert as_bytes(forward(build("moe", call_name), stages)) == reference_bytes("moe", call_name)
 
 
+@pytest.mark.parametrize("names", [names for n in range(4) for names in combinations("abl", n)])
+def test_unchanged_swiglu_is_the_kernels(names: tuple[str, ...]) -> None:
+    """With any of alpha, beta and limit, for NaN, Inf and zeros as well."""
+    values = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -5.0, 90.0, 2.0**-126, 2.0**127])
+    pairs = torch.cartesian_prod(values, values).to(torch.bfloat16)
+    given = {"a": torch.tensor([1.702]), "b": torch.tensor([0.3]), "l": torch.tensor([7.0])}
+    parameters = [given[name] if name in names else None for name in "abl"]
+    bias = torch.tensor([0.25, -0.0]).to(torch.bfloat16)
+    for arguments in ((pairs, None, *parameters), (pairs, bias, *parameters)):
+        assert as_bytes(SwigluVariant()(*arguments)) == as_bytes(swiglu(*arguments))
+
+
 @pytest.mark.parametrize("tile_k", [(128, 128), (256, 512)])
 @pytest.mark.parametrize("tile_n", [16, 64])
 def test_unchanged_gemm_follows_the_tactic(tile_k: tuple[int, int], tile_n: int) -> None:
@@ -463,11 +477,11 @@ def test_sigmoids_approximate_the_sigmoid() -> None:
     z = torch.linspace(-30, 30, 4001)
     expected = torch.sigmoid(z.double())
     for name in ("exact", "libm", "exact_ex2", "exact_rcp"):
-        got = getattr(activations, f"_sigmoid_{name}")(z).double()
+        got = getattr(swiglu_variant, f"sigmoid_{name}")(z).double()
         # The argument of EX2 is rounded to 24 bits: up to 2^-19 of 43 there, a little less in the result.
         assert ((got - expected).abs() <= 2.0**-17 * expected).all(), name
     # Near 0 the tanh form has an absolute error only.
-    assert ((activations._sigmoid_tanh(z).double() - expected).abs() <= 2.0**-23).all()
+    assert ((swiglu_variant.sigmoid_tanh(z).double() - expected).abs() <= 2.0**-23).all()
 
 
 def test_known_bits() -> None:

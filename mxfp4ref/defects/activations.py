@@ -1,76 +1,36 @@
-"""Activations, and the roundings around them, that differ from the kernel's."""
+"""Activations that differ from the kernel's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mxfp4ref import scoring
 from mxfp4ref.defects.defect import Applies, Defect, Kind, always, given, on_stages
 from mxfp4ref.defects.ieee import ieee_add, ieee_mul
 from mxfp4ref.defects.roundings import bf16, keep
+from mxfp4ref.defects.swiglu_variant import (
+    SwigluVariant,
+    clamp_both,
+    divide,
+    effective_limit,
+    ex2_argument,
+    multiply_in_order,
+    one_plus_ex2,
+    sigmoid_exact,
+    sigmoid_exact_ex2,
+    sigmoid_exact_rcp,
+    sigmoid_libm,
+    sigmoid_tanh,
+)
 from mxfp4ref.moe import Stages
 from mxfp4ref.sm90 import fp32, mufu
-from mxfp4ref.sm90.swiglu import sigmoid, swiglu
+from mxfp4ref.sm90.swiglu import swiglu
 
-__all__ = ["ACTIVATION_DEFECTS", "SwigluVariant"]
+__all__ = ["ACTIVATION_DEFECTS"]
 
 _Optional = Tensor | None
-
-_LOG2_E = 0x3FB8AA3B
-_LN2 = 0.6931471805599453
-_FARTHEST = 200.0  # exp(-200) is far below float32
-
-
-def _clamp(up: Tensor, gate: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
-    return fp32.maximum(fp32.minimum(up, limit), -limit), fp32.minimum(gate, limit)
-
-
-def _product(gate: Tensor, weight: Tensor, up: Tensor) -> Tensor:
-    return fp32.mul(fp32.mul(gate, weight), up)
-
-
-@dataclass(frozen=True)
-class SwigluVariant:
-    """The kernel's activation with something changed, called like `swiglu`.
-
-    Attributes:
-        add: of the bias and of beta.
-        clamp: up, gate and limit to up and gate.
-        multiply: by alpha.
-        sigmoid: of gate * alpha.
-        product: of gate, its sigmoid and up + beta.
-    """
-
-    add: Callable[[Tensor, Tensor], Tensor] = fp32.add
-    clamp: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = _clamp
-    multiply: Callable[[Tensor, Tensor], Tensor] = fp32.mul
-    sigmoid: Callable[[Tensor], Tensor] = sigmoid
-    product: Callable[[Tensor, Tensor, Tensor], Tensor] = _product
-
-    def __call__(
-        self,
-        fc1_output: Tensor,
-        bias: Tensor | None = None,
-        alpha: Tensor | None = None,
-        beta: Tensor | None = None,
-        limit: Tensor | None = None,
-    ) -> Tensor:
-        value = fp32.widen(fc1_output)
-        if bias is not None:
-            value = self.add(value, fp32.widen(bias).expand_as(value))
-        up, gate = value.chunk(2, dim=-1)
-        if limit is not None:
-            up, gate = self.clamp(up, gate, limit.expand_as(gate))
-        scaled = gate if alpha is None else self.multiply(gate, alpha.expand_as(gate))
-        if beta is not None:
-            up = self.add(up, beta.expand_as(up))
-        return self.product(gate, self.sigmoid(scaled), up)
-
 
 # Clamps.
 
@@ -80,12 +40,12 @@ def _clamp_up_above(up: Tensor, gate: Tensor, limit: Tensor) -> tuple[Tensor, Te
 
 
 def _clamp_gate_below(up: Tensor, gate: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
-    up, gate = _clamp(up, gate, limit)
+    up, gate = clamp_both(up, gate, limit)
     return up, fp32.maximum(gate, -limit)
 
 
 def _clamp_propagating(up: Tensor, gate: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
-    clamped_up, clamped_gate = _clamp(up, gate, limit)
+    clamped_up, clamped_gate = clamp_both(up, gate, limit)
     return torch.where(up.isnan(), up, clamped_up), torch.where(gate.isnan(), gate, clamped_gate)
 
 
@@ -93,69 +53,25 @@ def _clamp_after_silu(
     x: Tensor, bias: _Optional, alpha: _Optional, beta: _Optional, limit: _Optional
 ) -> Tensor:
     def clamp(up: Tensor, gate: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
-        return _clamp(up, gate, limit)[0], gate
+        return clamp_both(up, gate, limit)[0], gate
 
     def product(gate: Tensor, weight: Tensor, up: Tensor) -> Tensor:
         silu = fp32.mul(gate, weight)
-        return fp32.mul(silu if limit is None else fp32.minimum(silu, limit.expand_as(silu)), up)
+        high = effective_limit(gate, alpha, beta, limit)
+        return fp32.mul(silu if high is None else fp32.minimum(silu, high), up)
 
     return SwigluVariant(clamp=clamp, product=product)(x, bias, alpha, beta, limit)
-
-
-# Sigmoids, of float32 arguments.
-
-
-def _exp(x: Tensor) -> Tensor:
-    """e^x in float64, exact to 46 bits (rounded to float32, wrong once in millions); NaN stays NaN."""
-    return torch.where(x.isnan(), x, scoring._exp(x.nan_to_num().clamp(-_FARTHEST, _FARTHEST)))
-
-
-def _exponential(z: Tensor) -> Tensor:
-    """The kernel's argument of EX2: -z log2 e."""
-    return fp32.mul(-z, torch.tensor(_LOG2_E, dtype=torch.int32, device=z.device).view(torch.float32))
-
-
-def _sigmoid_exact(z: Tensor) -> Tensor:
-    result = fp32.flush(scoring.sigmoid(z.nan_to_num()))
-    return torch.where(z.isnan(), z, result)
-
-
-def _sigmoid_libm(z: Tensor) -> Tensor:
-    e = fp32.round_fp64(_exp(-z.to(torch.float64)))
-    return _divide(torch.ones_like(e), fp32.add(torch.ones_like(e), e))
-
-
-def _sigmoid_exact_ex2(z: Tensor) -> Tensor:
-    e = fp32.round_fp64(_exp(_exponential(z).to(torch.float64) * _LN2))
-    return mufu.rcp(fp32.add(torch.ones_like(e), e))
-
-
-def _sigmoid_exact_rcp(z: Tensor) -> Tensor:
-    e = mufu.ex2(_exponential(z))
-    return _divide(torch.ones_like(e), fp32.add(torch.ones_like(e), e))
-
-
-def _sigmoid_tanh(z: Tensor) -> Tensor:
-    half = fp32.mul(z, torch.full_like(z, 0.5)).to(torch.float64)
-    tanh = fp32.round_fp64(2 / (1 + _exp(-2 * half)) - 1)
-    return fp32.mul(torch.full_like(tanh, 0.5), fp32.add(torch.ones_like(tanh), tanh))
-
-
-def _divide(a: Tensor, b: Tensor) -> Tensor:
-    """a / b rounded to float32: a float64 quotient of float32 numbers rounds as the exact one does."""
-    return fp32.round_fp64(a.to(torch.float64) / b.to(torch.float64))
 
 
 # Products.
 
 
+def _limit(x: Tensor, *parameters: _Optional) -> _Optional:
+    return effective_limit(x.chunk(2, dim=-1)[1].to(torch.float32), *parameters)
+
+
 def _silu_divided(gate: Tensor, denominator: Tensor, up: Tensor) -> Tensor:
-    return fp32.mul(_divide(gate, denominator), up)
-
-
-def _one_plus_ex2(z: Tensor) -> Tensor:
-    e = mufu.ex2(_exponential(z))
-    return fp32.add(torch.ones_like(e), e)
+    return fp32.mul(divide(gate, denominator), up)
 
 
 def _gate_up_first(gate: Tensor, weight: Tensor, up: Tensor) -> Tensor:
@@ -181,20 +97,20 @@ def _beta_fused(x: Tensor, bias: _Optional, alpha: _Optional, beta: _Optional, l
             return fp32.mul(silu, up)
         return fp32.fma(silu, up, fp32.mul(silu, beta.expand_as(silu)))
 
-    return SwigluVariant(product=product)(x, bias, alpha, None, limit)
+    return SwigluVariant(product=product)(x, bias, alpha, None, _limit(x, alpha, beta, limit))
 
 
 def _beta_after_product(
     x: Tensor, bias: _Optional, alpha: _Optional, beta: _Optional, limit: _Optional
 ) -> Tensor:
-    product = SwigluVariant()(x, bias, alpha, None, limit)
+    product = SwigluVariant()(x, bias, alpha, None, _limit(x, alpha, beta, limit))
     return product if beta is None else fp32.add(product, beta.expand_as(product))
 
 
 def _alpha_on_gate(x: Tensor, bias: _Optional, alpha: _Optional, beta: _Optional, limit: _Optional) -> Tensor:
     def product(gate: Tensor, weight: Tensor, up: Tensor) -> Tensor:
         gate = gate if alpha is None else fp32.mul(gate, alpha.expand_as(gate))
-        return _product(gate, weight, up)
+        return multiply_in_order(gate, weight, up)
 
     return SwigluVariant(product=product)(x, bias, alpha, beta, limit)
 
@@ -208,7 +124,7 @@ def _alpha_in_constant(
 
     if alpha is None:
         return swiglu(x, bias, alpha, beta, limit)
-    return SwigluVariant(sigmoid=ex2_form)(x, bias, _exponential(alpha), beta, limit)
+    return SwigluVariant(sigmoid=ex2_form)(x, bias, ex2_argument(alpha), beta, limit)
 
 
 def _bias_then_bf16(
@@ -279,7 +195,7 @@ ACTIVATION_DEFECTS: tuple[Defect, ...] = (
         "clamp_propagates_nan",
         "a NaN gate or up stays NaN where the kernel's min and max give the limit",
         "torch.clamp",
-        given("swiglu_limit"),
+        given("swiglu_alpha", "swiglu_beta", "swiglu_limit"),
         clamp=_clamp_propagating,
     ),
     on_stages(
@@ -298,26 +214,26 @@ ACTIVATION_DEFECTS: tuple[Defect, ...] = (
         applies=given("fc1_biases"),
         kind="arithmetic",
     ),
-    _variant("sigmoid_exact", "correctly rounded sigmoid", "mathematics", sigmoid=_sigmoid_exact),
+    _variant("sigmoid_exact", "correctly rounded sigmoid", "mathematics", sigmoid=sigmoid_exact),
     _variant(
         "sigmoid_libm",
         "1 / (1 + exp(-x)), exp and division each correctly rounded to float32",
         "CPU references, CUDA's precise expf",
-        sigmoid=_sigmoid_libm,
+        sigmoid=sigmoid_libm,
     ),
-    _variant("ex2_exact", "EX2 correctly rounded", "exp2f", sigmoid=_sigmoid_exact_ex2),
-    _variant("rcp_exact", "reciprocal correctly rounded", "__frcp_rn", sigmoid=_sigmoid_exact_rcp),
+    _variant("ex2_exact", "EX2 correctly rounded", "exp2f", sigmoid=sigmoid_exact_ex2),
+    _variant("rcp_exact", "reciprocal correctly rounded", "__frcp_rn", sigmoid=sigmoid_exact_rcp),
     _variant(
         "sigmoid_tanh",
         "0.5 + 0.5 tanh(x / 2), tanh correctly rounded",
         "kernels built on tanh.approx",
-        sigmoid=_sigmoid_tanh,
+        sigmoid=sigmoid_tanh,
     ),
     _variant(
         "silu_divided",
         "gate / (1 + e) in one rounding instead of gate * (1 / (1 + e))",
         "x / (1 + expf(-x))",
-        sigmoid=_one_plus_ex2,
+        sigmoid=one_plus_ex2,
         product=_silu_divided,
     ),
     _variant("gate_up_first", "(gate * up) * sigmoid", "reordered products", product=_gate_up_first),
