@@ -44,7 +44,8 @@ class Defect:
             `[M, H] bf16` like `forward`, "routing" a `RoutingCall` and a `Routing` like `route`, "dequantize" a
             `DequantizeCall` and `[..., K] bf16` like `mxfp4.dequantize`.
         run: the wrong pipeline.
-        applies: False for a call on which the defect cannot show; True promises nothing.
+        applies: False for a call on which the defect cannot show, and on which `run` may fail; True promises
+            nothing.
         equivalent: names of defects that give the same output on every call.
     """
 

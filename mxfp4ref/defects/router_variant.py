@@ -92,7 +92,7 @@ def rerouted(
     score = score or SCORES[call.preset]
     scores = score(unpadded_logits(call))
     options, ids = call.options, base.ids.clamp(min=0)
-    if "tid2eid" not in options:
+    if options.get("tid2eid") is None:
         groups = {"n_group": 8, "topk_group": 4} if call.preset == "deepseek_v3" else {}
         groups = {name: options.get(name, default) for name, default in groups.items()}
         top_k = options.get("top_k", _TOP_K[call.preset])

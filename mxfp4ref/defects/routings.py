@@ -22,7 +22,6 @@ from mxfp4ref.defects.router_variant import (
     route,
     select_by_preset,
     unpadded_logits,
-    weigh_by_preset,
 )
 from mxfp4ref.routing import RoutedScaling, Routing, routing_weights
 from mxfp4ref.selection import select_experts
@@ -38,8 +37,12 @@ def _weigh_without_sum(call: RoutingCall) -> Weigh:
 
 
 def _weigh_biased(call: RoutingCall) -> Weigh:
-    bias = call.options["correction_bias"]
-    return lambda scores, ids: weigh_by_preset(call)(scores + bias, ids)
+    def weigh(scores: Tensor, ids: Tensor) -> Tensor:
+        bias: Tensor = call.options["correction_bias"]
+        selected = (scores + bias).gather(1, ids.long())
+        return selected / _total(selected, EPSILON.get(call.preset, 0.0))
+
+    return weigh
 
 
 def _weigh_by_other_softmax(call: RoutingCall) -> Weigh:
@@ -49,17 +52,17 @@ def _weigh_by_other_softmax(call: RoutingCall) -> Weigh:
     return lambda scores, ids: routing_weights(logits, ids, normalize="softmax")
 
 
-def _total(call: RoutingCall, selected: Tensor) -> Tensor:
+def _total(selected: Tensor, epsilon: float) -> Tensor:
     total = selected[:, :1]
     for slot in range(1, selected.shape[1]):
         total = total + selected[:, slot, None]
-    return total + torch.tensor(EPSILON.get(call.preset, 0.0), dtype=torch.float32, device=selected.device)
+    return total + torch.tensor(epsilon, dtype=torch.float32, device=selected.device)
 
 
 def _weigh_by_reciprocal(call: RoutingCall) -> Weigh:
     def weigh(scores: Tensor, ids: Tensor) -> Tensor:
         selected = scores.gather(1, ids.long())
-        return selected * (torch.ones_like(selected) / _total(call, selected))
+        return selected * (torch.ones_like(selected) / _total(selected, EPSILON.get(call.preset, 0.0)))
 
     return weigh
 
@@ -76,7 +79,11 @@ def _weigh_by_float64_sum(call: RoutingCall) -> Weigh:
 
 
 def _weigh_without_epsilon(call: RoutingCall) -> Weigh:
-    return lambda scores, ids: routing_weights(scores, ids, normalize="sum")
+    def weigh(scores: Tensor, ids: Tensor) -> Tensor:
+        selected = scores.gather(1, ids.long())
+        return selected / _total(selected, 0.0)
+
+    return weigh
 
 
 def _factor_first(call: RoutingCall) -> Routing:
@@ -85,7 +92,7 @@ def _factor_first(call: RoutingCall) -> Routing:
 
     def weigh(scores: Tensor, ids: Tensor) -> Tensor:
         selected = scores.gather(1, ids.long())
-        return (selected * factor) / _total(call, selected)
+        return (selected * factor) / _total(selected, EPSILON.get(call.preset, 0.0))
 
     unscaled = replace(call, options={**call.options, "routed_scaling": RoutedScaling.NONE})
     return replace(base, scales=rerouted(unscaled, weigh=lambda call: weigh).scales)
