@@ -574,6 +574,33 @@ def test_positions_continue_over_512_tokens(tokens: int, skipped: int) -> None:
     assert not output[:skipped].any()
 
 
+def test_each_gemm_has_its_own_tile() -> None:
+    """The activation is 2^-15 everywhere; GEMM2's first pair is 1.5 * 2^-127 and 2^-126."""
+    x = torch.zeros(20, 128)
+    x[:, 0], x[:, 1] = 2.0**-20, 32.0
+    fc1_codes = torch.zeros(1, 256, 128, dtype=torch.uint8)
+    fc1_codes[:, :128, 0] = fc1_codes[:, 128:, 1] = 2  # up, gate
+    fc2_codes = torch.zeros(1, 128, 128, dtype=torch.uint8)
+    fc2_codes[..., 0], fc2_codes[..., 32] = 3, 2
+    fc2_scales = torch.full((1, 128, 4), 127, dtype=torch.uint8)
+    fc2_scales[..., 0], fc2_scales[..., 1] = 15, 16
+    call = MoeCall(
+        input=x.to(torch.bfloat16),
+        token_selected_experts=torch.zeros(20, 1, dtype=torch.int32),
+        token_final_scales=torch.full((20, 1), 2.0**100),
+        experts=Experts(
+            fc1_weights=pack_codes(fc1_codes),
+            fc1_scales=torch.full((1, 256, 4), 127, dtype=torch.uint8),
+            fc2_weights=pack_codes(fc2_codes),
+            fc2_scales=fc2_scales,
+        ),
+    )
+    assert trace(call).activation.unique().tolist() == [2.0**-15]
+    for tile_n, swaps in (((16, 64), True), ((64, 16), False), ((128, 128), True), ((128, 256), False)):
+        expected = [1.75 if swaps and row in (0, 2, 4, 6) else 1.0 for row in range(20)]
+        assert (forward(replace(call, tile_n=tile_n))[:, 5] * 2.0**26).tolist() == expected
+
+
 @pytest.mark.parametrize("at_once", [1, 5, 12])
 def test_parts_of_any_length(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     swapping = replace(make_hard(CALL, 3, "tiny"), tile_k=(256, 128), tile_n=(16, 64))
