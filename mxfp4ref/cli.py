@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mxfp4ref import conformance, hardware_record, report
+from mxfp4ref.bounds import STORAGE
 from mxfp4ref.comparison import FAR, differing, first_difference, ulp_distance
 from mxfp4ref.conformance import CaseResult
 from mxfp4ref.defects import DEFECTS, get_defect
@@ -74,6 +75,20 @@ _goldens = click.option(
     "--case", "patterns", multiple=True, metavar="GLOB", help="Only these cases, as in 'gemm/*'. Repeatable."
 )
 @click.option("--mode", type=click.Choice(conformance.MODES), default="exact", show_default=True)
+@click.option(
+    "--intermediates",
+    "storage",
+    type=click.Choice(STORAGE),
+    default="wider",
+    show_default=True,
+    help="In mode bounded: a correct kernel may keep wider intermediates, or has to round them to bf16.",
+)
+@click.option(
+    "--confidence",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    metavar="P",
+    help="In mode bounded: probabilistic bounds with this confidence, such as 0.999999, instead of rigorous ones.",
+)
 @click.option("--device", help="Where the kernel's tensors go; cpu, or cuda for flashinfer.")
 @click.option(
     "--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Limit for each run."
@@ -103,6 +118,8 @@ def conform(
     root: Path | None,
     patterns: tuple[str, ...],
     mode: str,
+    storage: str,
+    confidence: float | None,
     device: str | None,
     timeout: float | None,
     isolate: bool,
@@ -147,6 +164,8 @@ def conform(
                 kernel,
                 _Selection(goldens, names),
                 mode=mode,
+                storage=storage,
+                confidence=confidence,
                 device=device,
                 timeout=timeout,
                 isolate=isolate,

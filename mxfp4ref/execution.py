@@ -17,6 +17,7 @@ import traceback
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from multiprocessing.context import SpawnProcess
 from typing import Any
 
 import torch
@@ -111,14 +112,14 @@ def execute_within(seconds: float | None, function: Callable[[], Outcome]) -> Ou
 
 
 class Worker:
-    """A process of its own for a kernel given by its specification; killed and replaced when it hangs.
+    """A process of its own for a kernel given by its specification; started when needed, killed when it hangs.
 
     Use it as a context manager.
     """
 
     def __init__(self, spec: str, device: str | None = None) -> None:
         self._arguments = (spec, device)
-        self._start()
+        self._process: SpawnProcess | None = None
 
     def __enter__(self) -> Worker:
         return self
@@ -136,42 +137,42 @@ class Worker:
         repeat: bool = True,
     ) -> Outcome:
         """As the function `execute`; "crashed" when the process dies, "timed out" when the time is over."""
+        process = self._process or self._start()
         # Plain pickling copies the tensors; torch's own way would share memory with a process that may die.
         empty = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in expected.items()}
         try:
             self._connection.send_bytes(pickle.dumps((kind, inputs, empty, repeat)))
             if not self._connection.poll(seconds):
-                self._restart()
+                self._stop()
                 message = f"no result within {seconds:g} s; its process was killed"
                 return Outcome(problem="timed out", message=message, seconds=seconds or 0.0)
             outcome: Outcome = pickle.loads(self._connection.recv_bytes())
         except (EOFError, ConnectionError):
-            self._process.join(5)
-            code = self._process.exitcode
+            process.join(5)
+            code = process.exitcode
             died = (
                 f"signal {signal.Signals(-code).name}"
                 if code is not None and code < 0
                 else f"exit code {code}"
             )
-            self._restart()
+            self._stop()
             return Outcome(problem="crashed", message=f"the kernel's process died: {died}")
         return outcome
 
-    def _start(self) -> None:
+    def _start(self) -> SpawnProcess:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, *self._arguments), daemon=True)
         self._process.start()
         theirs.close()
+        return self._process
 
     def _stop(self) -> None:
-        self._connection.close()
-        self._process.kill()
-        self._process.join()
-
-    def _restart(self) -> None:
-        self._stop()
-        self._start()
+        if self._process is not None:
+            self._connection.close()
+            self._process.kill()
+            self._process.join()
+            self._process = None
 
 
 def _serve(connection: Any, spec: str, device: str | None) -> None:
