@@ -29,6 +29,7 @@ from mxfp4ref.experts import Experts
 
 __all__ = [
     "BUILTIN_ROOT",
+    "EXPERT_TENSORS",
     "FORMAT",
     "KINDS",
     "Case",
@@ -51,7 +52,11 @@ _NAME = re.compile(r"[a-z0-9_]+/[a-z0-9_]+")
 # Files of the root folder that belong there and are no cases.
 _OTHER_FILES = ("README.md", "manifest.json", "defect_matrix.md", "defect_matrix.svg")
 _OTHER_FOLDERS = ("hardware",)
-_EXPERT_TENSORS = tuple(Experts.__dataclass_fields__)
+# Tensors of `Experts`, in logical layout; the biases and SwiGLU parameters are optional.
+EXPERT_TENSORS = (
+    *("fc1_weights", "fc1_scales", "fc2_weights", "fc2_scales", "fc1_biases", "fc2_biases"),
+    *("swiglu_alpha", "swiglu_beta", "swiglu_limit"),
+)
 
 
 class GoldenError(ValueError):
@@ -107,7 +112,7 @@ class Case:
         take no memory on a CPU until they are touched.
         """
         self._expect_kind("moe")
-        given = {name: self.tensors.get(name) for name in _EXPERT_TENSORS}
+        given = {name: self.tensors.get(name) for name in EXPERT_TENSORS}
         given |= {name: self._derive(name) for name in self.derived}
         return Experts(**given)  # type: ignore[arg-type]
 

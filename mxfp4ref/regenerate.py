@@ -110,39 +110,38 @@ def build_case(case_id: str) -> Files:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0 done or equal, 1 different, 2 wrong usage."""
     options = _parse(arguments)
-    selected = [case_id for case_id in DEFINITIONS if fnmatch.fnmatch(case_id, options.only)]
-    if not selected:
-        print(f"--only: no case matches {options.only!r}", file=sys.stderr)
-        return 2
     try:
-        root = Path(options.root) if options.root else _checkout_root()
+        roots = [Path(options.root)] if options.root else _default_roots(writing=not options.check)
     except GoldenError as error:
         print(error, file=sys.stderr)
         return 2
+    wanted = {root: _selected(root, "*") for root in roots}
+    selected = {root: _selected(root, options.only) for root in roots}
+    needed = [case_id for case_id in DEFINITIONS if any(case_id in ids for ids in selected.values())]
+    if not needed:
+        print(f"--only: no case matches {options.only!r}", file=sys.stderr)
+        return 2
     start = time.monotonic()
-    built = _build_all(selected, options.jobs)
+    built = _build_all(needed, options.jobs)
     seconds = time.monotonic() - start
 
-    trees = {root: built}
-    if not options.root and root != BUILTIN_ROOT:
-        trees[BUILTIN_ROOT] = {case_id: files for case_id, files in built.items() if case_id in BUILTIN}
-    complete = len(selected) == len(DEFINITIONS)
     status = 0
-    for folder, cases in trees.items():
+    for root in roots:
+        cases = {case_id: built[case_id] for case_id in selected[root]}
+        complete = selected[root] == wanted[root]
         if options.check:
-            differences = _differences(folder, cases, complete)
-            print("\n".join(differences) or f"{folder}: {len(cases)} cases, equal byte for byte")
+            differences = _differences(root, cases, complete)
+            print("\n".join(differences) or f"{root}: {len(cases)} cases, equal byte for byte")
             status = 1 if differences else status
         elif cases:
-            _write_tree(folder, cases, complete)
-            print(f"{folder}: {len(cases)} cases written")
-    for folder in trees:
-        size = _total_size(folder)
-        print(f"{folder}: {size / 2**20:.2f} MiB in all")
+            _write_tree(root, cases, complete)
+            print(f"{root}: {len(cases)} cases written")
+        size = _total_size(root)
+        print(f"{root}: {size / 2**20:.2f} MiB in all")
         if size > SIZE_LIMIT:
-            print(f"{folder}: more than {SIZE_LIMIT >> 20} MiB", file=sys.stderr)
+            print(f"{root}: more than {SIZE_LIMIT >> 20} MiB", file=sys.stderr)
             status = 1
-    print(f"generated {len(selected)} cases in {seconds:.1f} s with {options.jobs} processes")
+    print(f"generated {len(needed)} cases in {seconds:.1f} s with {options.jobs} processes")
     return status
 
 
@@ -166,10 +165,27 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _checkout_root() -> Path:
-    """The goldens beside the package, whether there are any yet or not; else what is installed."""
-    beside = BUILTIN_ROOT.parents[1]
-    return beside / "goldens" if (beside / "pyproject.toml").is_file() else find_root()
+def _default_roots(*, writing: bool) -> list[Path]:
+    """In a checkout its goldens and those of the package; elsewhere, to check only, those that are found.
+
+    Raises:
+        GoldenError: outside of a checkout, there is nothing to write to or nothing was found.
+    """
+    checkout = BUILTIN_ROOT.parents[1]
+    if (checkout / "pyproject.toml").is_file():
+        return [checkout / "goldens", BUILTIN_ROOT]
+    if writing:
+        raise GoldenError("--root: expected a folder to write to, because this is no checkout")
+    return [find_root()]
+
+
+def _selected(root: Path, pattern: str) -> list[str]:
+    """The cases that match and that belong under the root."""
+    return [
+        case_id
+        for case_id in DEFINITIONS
+        if fnmatch.fnmatchcase(case_id, pattern) and (root != BUILTIN_ROOT or case_id in BUILTIN)
+    ]
 
 
 def _build_all(case_ids: list[str], jobs: int) -> dict[str, Files]:

@@ -500,6 +500,21 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
         regenerate.main(["--jobs", "0"])
 
 
+def test_installed_package_can_check_but_not_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    installed = tmp_path / "site-packages" / "mxfp4ref" / "builtin_goldens"
+    shutil.copytree(BUILTIN_ROOT, installed)
+    monkeypatch.setattr(regenerate, "BUILTIN_ROOT", installed)
+    monkeypatch.setattr(regenerate, "find_root", lambda: installed)
+    assert run_tool("--check") == 0
+    assert f"{installed}: {len(BUILTIN)} cases, equal byte for byte" in capsys.readouterr().out
+    assert run_tool() == 2
+    assert "--root: expected a folder to write to" in capsys.readouterr().err
+    (installed / "gemm" / "more.json").write_text("{}")
+    assert run_tool("--check") == 1
+
+
 def test_processes_and_threads_do_not_matter() -> None:
     name = "finalize/stage_cancelling"
     threads = torch.get_num_threads()

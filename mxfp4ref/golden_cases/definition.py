@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from mxfp4ref.call import MoeCall
-from mxfp4ref.golden import tensor_bytes
+from mxfp4ref.golden import EXPERT_TENSORS, tensor_bytes
 from mxfp4ref.golden_cases.source import Source
 from mxfp4ref.layout import fold_scales_sm90, interleave_weights_sm90
 from mxfp4ref.moe import KERNEL, forward, trace
@@ -18,10 +18,6 @@ from mxfp4ref.sm90.gemm_reference import TILE_K, TILE_N
 
 __all__ = ["DEFINITIONS", "Content", "Definition", "define", "moe_content", "outputs_by_tile_k"]
 
-_EXPERT_FIELDS = (
-    *("fc1_weights", "fc1_scales", "fc2_weights", "fc2_scales", "fc1_biases", "fc2_biases"),
-    *("swiglu_alpha", "swiglu_beta", "swiglu_limit"),
-)
 _TRACE_FIELDS = (
     *("token", "slot", "expert", "fc1_accumulators", "fc1_output", "activation"),
     *("fc2_accumulators", "fc2_output"),
@@ -105,7 +101,7 @@ def moe_content(
     Raises:
         ValueError: an output depends on tile_n, which goldens are not to (the specification, section 3).
     """
-    experts = {name: getattr(call.experts, name) for name in _EXPERT_FIELDS}
+    experts = {name: getattr(call.experts, name) for name in EXPERT_TENSORS}
     tensors: dict[str, Tensor] = {name: t for name, t in experts.items() if t is not None}
     tensors = {name: t for name, t in tensors.items() if name not in (derived or {})}
     for name in ("input", "token_selected_experts", "token_final_scales"):
