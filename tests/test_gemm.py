@@ -76,7 +76,7 @@ def test_first_pair_swapped() -> None:
 # --- hard inputs ------------------------------------------------------------------------------------------
 
 KINDS = ("ordinary", "mirrored", "wide", "wider", "raw", "tiny", "subnormal", "huge", "sparse")
-SCALES = ("ordinary", "spread", "any", "low", "high", "ends")
+SCALES = ("ordinary", "spread", "any", "low", "high", "ends", "by column")
 
 
 def random_x(rng: np.random.Generator, kind: str, batch: int, rows: int, depth: int) -> np.ndarray:
@@ -101,6 +101,8 @@ def random_x(rng: np.random.Generator, kind: str, batch: int, rows: int, depth: 
 def random_scales(rng: np.random.Generator, kind: str, shape: tuple[int, ...]) -> np.ndarray:
     if kind == "ends":
         return rng.choice([0, 1, 2, 120, 127, 134, 253, 254, 255], shape)
+    if kind == "by column":  # the lower end in some columns only
+        return rng.choice([2, 8, 120], (shape[0], shape[1], 1)) + rng.integers(-2, 3, shape)
     low, high = {
         "ordinary": (118, 124), "spread": (90, 165), "any": (0, 256), "low": (0, 20), "high": (236, 256),
     }[kind]  # fmt: skip
@@ -205,6 +207,26 @@ def test_more_groups_than_are_summed_at_once() -> None:
         for seed, kind in enumerate(("mirrored", "wide", "raw")):
             x, packed, scales = problem(seed, kind, "ordinary", rows=4, columns=6, groups=groups)
             assert_fast_is_slow(x, packed, scales, tile_k=tile_k)
+
+
+@pytest.mark.parametrize("second_at", [1, 16], ids=["same step", "next step"])
+def test_truncation_sets_in_where_it_should(second_at: int) -> None:
+    """Two terms whose exponents lie ever farther apart, in one step or in two, either one first."""
+    significands = np.array([0x80, 0x81, 0xFF]) & 0x7F
+    rows = [
+        (sign << 15 | 127 + first << 7 | fraction, 127 + second << 7 | other)
+        for distance in range(14, 36)
+        for first, second in ((distance, 0), (0, distance))
+        for sign in (0, 1)
+        for fraction in significands.tolist()
+        for other in significands.tolist()
+    ]
+    columns = [(a, b) for a in (1, 3, 6, 7) for b in (1, 3, 6, 7)]  # 0.5, 1.5, 4, 6
+    x = np.zeros((1, len(rows), 32), dtype=np.int64)
+    codes = np.zeros((1, len(columns), 32), dtype=np.uint8)
+    x[0][:, [0, second_at]], codes[0][:, [0, second_at]] = rows, columns
+    scales = torch.full((1, len(columns), 1), 127, dtype=torch.uint8)
+    assert_fast_is_slow(bits.bf16(x), pack_codes(torch.from_numpy(codes)), scales)
 
 
 @settings(max_examples=40)
