@@ -69,9 +69,9 @@ def to_sm90(experts: Experts, generation: str = "0.6.16") -> Sm90Experts:
     if experts.fc1_scales is None or experts.fc2_scales is None:
         raise ValueError("experts: expected MXFP4 weights, got bfloat16")
     changed: dict[str, Any] = {
-        "fc1_weights": interleave_weights_sm90(experts.fc1_weights),
+        "fc1_weights": interleave_weights_sm90(experts.fc1_weights, generation),
         "fc1_scales": fold_scales_sm90(experts.fc1_scales, generation).view(torch.int32),
-        "fc2_weights": interleave_weights_sm90(experts.fc2_weights),
+        "fc2_weights": interleave_weights_sm90(experts.fc2_weights, generation),
         "fc2_scales": fold_scales_sm90(experts.fc2_scales, generation).view(torch.int32),
     }
     return Sm90Experts(**{field.name: getattr(experts, field.name) for field in fields(experts)} | changed)

@@ -157,7 +157,8 @@ class Sm90Experts(Experts):
         """Weights and scales of "fc1" or "fc2" for some experts, in logical layout."""
         weights, scales = super().weights(gemm, experts)
         assert scales is not None
-        return deinterleave_weights_sm90(weights), unfold_scales_sm90(scales)
+        generation = "0.6.9" if scales.dim() == 3 else "0.6.16"
+        return deinterleave_weights_sm90(weights, generation), unfold_scales_sm90(scales, generation)
 
     def _check_scales(self, name: str, scales: Tensor | None, shape: tuple[int, int, int]) -> None:
         experts, rows, groups = shape

@@ -261,15 +261,12 @@ def _flashinfer(device: str) -> Kernel:
         return _agreed(
             "interleave_moe_weights_for_sm90_mixed_gemm",
             their_weights(packed, "fp4"),
-            interleave_weights_sm90(packed),
+            interleave_weights_sm90(packed, _generation(their_scales, packed.device)),
         )
 
     def scales(logical: Tensor) -> Tensor:
-        theirs = their_scales(logical, 32)
-        generation = "0.6.16" if theirs.dim() == 5 else "0.6.9"
-        return _agreed(
-            "interleave_moe_scales_for_sm90_mixed_gemm", theirs, fold_scales_sm90(logical, generation)
-        )
+        ours = fold_scales_sm90(logical, _generation(their_scales, logical.device))
+        return _agreed("interleave_moe_scales_for_sm90_mixed_gemm", their_scales(logical, 32), ours)
 
     prepare_layouts = _sm90_arguments(function, weights, scales)
     forces_tile_k = _takes(function, "profile_ids")
@@ -277,11 +274,26 @@ def _flashinfer(device: str) -> Kernel:
     def prepare(kind: str, call: MoeCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
         positional, keywords = prepare_layouts(kind, call)
         keywords["enable_pdl"] = False
+        biases = ("fc1_expert_biases", "fc2_expert_biases")
+        if sum(name in keywords for name in biases) == 1:
+            # The real call takes both or none. Adding +0 changes nothing, since a GEMM never gives -0.
+            for name, like in zip(biases, ("fc1_weights", "fc2_weights"), strict=True):
+                shape = getattr(call.experts, like).shape[:2]
+                keywords.setdefault(name, call.input.new_zeros(shape))
         if forces_tile_k:
             keywords["profile_ids"] = flashinfer_tactics(call.tile_k)
         return positional, keywords
 
     return Kernel("flashinfer", ("moe",), prepare, function, forces_tile_k, device)
+
+
+def _generation(their_scales: Callable[[Tensor, int], Tensor], device: torch.device) -> str:
+    """Which layouts the installed flashinfer has, by the shape of what its helper gives."""
+    return (
+        "0.6.16"
+        if their_scales(torch.zeros(1, 64, 4, dtype=torch.uint8, device=device), 32).dim() == 5
+        else "0.6.9"
+    )
 
 
 def _agreed(helper: str, theirs: Tensor, ours: Tensor) -> Tensor:

@@ -107,11 +107,13 @@ def unpad_halves(t: Tensor, size: int, dim: int = 1) -> Tensor:
     return torch.cat((first.narrow(dim, 0, size), second.narrow(dim, 0, size)), dim)
 
 
-def interleave_weights_sm90(packed: Tensor) -> Tensor:
-    """Return packed weights in the byte order that the SM90 kernel takes, the same for all generations.
+def interleave_weights_sm90(packed: Tensor, generation: str = "0.6.16") -> Tensor:
+    """Return packed weights in the byte order that the SM90 kernel takes.
 
     Args:
         packed: [E, R, K/2] uint8 (or int8, float4_e2m1fn_x2: the same bytes), R % 16 == 0, K % 64 == 0.
+        generation: "0.6.16" (flashinfer 0.6.16 and later) or "0.6.9" (before; read off the helper of
+            0.6.15.post1, where rows r and r + 8 trade nibbles byte by byte and no bits move).
 
     Returns:
         [E, R, K/2] uint8.
@@ -120,8 +122,15 @@ def interleave_weights_sm90(packed: Tensor) -> Tensor:
         TypeError: another dtype.
         ValueError: another number of dimensions, or R or K not aligned.
     """
+    check_choice("generation", generation, GENERATIONS)
     packed = _check_weights("packed", packed)
     out = torch.empty_like(packed)
+    if generation == "0.6.9":
+        upper, lower = _paired_rows(packed)
+        first, second = _paired_bytes(out)
+        first.copy_((upper & 0x0F) | (lower << 4))
+        second.copy_((upper >> 4) | (lower & 0xF0))
+        return out
     for source, target in _row_blocks(packed, out):
         planes = _logical_planes(source).contiguous()
         _transpose_bytes(planes)
@@ -130,11 +139,12 @@ def interleave_weights_sm90(packed: Tensor) -> Tensor:
     return out
 
 
-def deinterleave_weights_sm90(interleaved: Tensor) -> Tensor:
+def deinterleave_weights_sm90(interleaved: Tensor, generation: str = "0.6.16") -> Tensor:
     """Return packed weights in logical order, the inverse of `interleave_weights_sm90`.
 
     Args:
         interleaved: [E, R, K/2] uint8 (or int8, float4_e2m1fn_x2: the same bytes), R % 16 == 0, K % 64 == 0.
+        generation: "0.6.16" or "0.6.9".
 
     Returns:
         [E, R, K/2] uint8.
@@ -143,8 +153,15 @@ def deinterleave_weights_sm90(interleaved: Tensor) -> Tensor:
         TypeError: another dtype.
         ValueError: another number of dimensions, or R or K not aligned.
     """
+    check_choice("generation", generation, GENERATIONS)
     interleaved = _check_weights("interleaved", interleaved)
     out = torch.empty_like(interleaved)
+    if generation == "0.6.9":
+        first, second = _paired_bytes(interleaved)
+        upper, lower = _paired_rows(out)
+        upper.copy_((first & 0x0F) | (second << 4))
+        lower.copy_((first >> 4) | (second & 0xF0))
+        return out
     for source, target in _row_blocks(interleaved, out):
         logical = _logical_planes(target)
         planes = _move_bits(_stored_planes(source), inverse=True).view(logical.shape)
@@ -259,6 +276,22 @@ def _row_blocks(source: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor
     source, target = source.view(torch.int32).flatten(0, 1), target.view(torch.int32).flatten(0, 1)
     for start in range(0, len(source), step):
         yield source[start : start + step], target[start : start + step]
+
+
+def _paired_rows(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows r and r + 8 of each 16-row block, logical bytes as [E, b, t, r, p, s, c, u]: byte 32p+16s+8t+4u+c."""
+    experts, rows, columns = packed.shape
+    split = packed.view(experts, rows // 16, 2, 8, columns // 32, 2, 2, 2, 4)  # E b h r p s t u c
+    upper, lower = split.permute(2, 0, 1, 6, 3, 4, 5, 8, 7).unbind(0)
+    return upper, lower
+
+
+def _paired_bytes(stored: Tensor) -> tuple[Tensor, Tensor]:
+    """The two stored bytes of each pair as [E, b, t, r, p, s, c, u]: row 16b+8t+r, byte 32p+16s+4c+2u+(0, 1)."""
+    experts, rows, columns = stored.shape
+    split = stored.view(experts, rows // 16, 2, 8, columns // 32, 2, 4, 2, 2)  # E b t r p s c u j
+    first, second = split.unbind(-1)
+    return first, second
 
 
 # In both orders the words of a 16-row block are split by r (row modulo 8), p (32-byte partition) and the mma

@@ -88,9 +88,9 @@ def to_sm90(experts: Experts, generation: str = "0.6.16", dtype: torch.dtype = t
     """The same experts as the real call takes them."""
     names = ("fc1_biases", "fc2_biases", *PARAMETERS)
     return Sm90Experts(
-        fc1_weights=interleave_weights_sm90(experts.fc1_weights),
+        fc1_weights=interleave_weights_sm90(experts.fc1_weights, generation),
         fc1_scales=fold_scales_sm90(experts.fc1_scales, generation).contiguous().view(dtype),
-        fc2_weights=interleave_weights_sm90(experts.fc2_weights),
+        fc2_weights=interleave_weights_sm90(experts.fc2_weights, generation),
         fc2_scales=fold_scales_sm90(experts.fc2_scales, generation).contiguous().view(dtype),
         **{name: getattr(experts, name) for name in names},
     )

@@ -68,8 +68,9 @@ def prepare(experts: Experts) -> PreparedExperts:
         packed, scales = getattr(experts, f"{name}_weights"), getattr(experts, f"{name}_scales")
         weights = interleave_moe_weights_for_sm90_mixed_gemm(packed, "fp4")
         folded = interleave_moe_scales_for_sm90_mixed_gemm(scales, 32)
-        ours = fold_scales_sm90(scales, "0.6.16" if folded.dim() == 5 else "0.6.9")
-        if not torch.equal(weights, interleave_weights_sm90(packed)) or not torch.equal(folded, ours):
+        generation = "0.6.16" if folded.dim() == 5 else "0.6.9"
+        same_weights = torch.equal(weights, interleave_weights_sm90(packed, generation))
+        if not same_weights or not torch.equal(folded, fold_scales_sm90(scales, generation)):
             raise RuntimeError(f"{name}: flashinfer's layout helpers give other bytes than mxfp4ref.layout")
         prepared[f"{name}_weights"] = weights
         prepared[f"{name}_scales"] = folded.view(torch.int32)

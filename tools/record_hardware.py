@@ -108,7 +108,7 @@ def record_instructions(out: Path) -> int:
     return int(any(entry["differing"] for key, entry in record.items() if key != "provenance"))
 
 
-def record_stress(out: Path, seconds: float = 60.0) -> int:
+def record_stress(out: Path, seconds: float = 30.0) -> int:
     """Large calls again and again, by graph and by launch, with and without PDL: a race shows as a difference."""
     provenance = hardware.Provenance.of_this_machine()
     generator = torch.Generator("cuda").manual_seed(0)

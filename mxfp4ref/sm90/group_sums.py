@@ -232,17 +232,16 @@ def _direct_step(x: Tensor, weights: Tensor, carried: Tensor) -> Tensor:
 def unpack_groups(packed: Tensor, groups: slice) -> Tensor:
     """The float64 values `[B, G, N, 32]` of some K groups of `[B, N, K/2]` packed codes."""
     half = GROUP_SIZE // 2
-    some = packed[..., groups.start * half : groups.stop * half].contiguous().view(torch.int16)
-    batch, columns, _ = some.shape
-    some = some.view(batch, columns, -1, GROUP_SIZE // 4).transpose(1, 2)
+    codes = packed.unflatten(-1, (-1, half))[:, :, groups].transpose(1, 2)  # type: ignore[no-untyped-call]
     if machine(packed.device) == "cpu":
-        index = some.to(torch.int32, memory_format=torch.contiguous_format).add_(1 << 15)
+        words = codes.clone(memory_format=torch.contiguous_format).view(torch.int16)
+        index = words.to(torch.int32).add_(1 << 15)
         values = _four_codes(packed.device).index_select(0, index.flatten())
     else:
         # Rows are gathered one by one on a GPU; a pair of values as one complex number is not a row.
-        index = some.contiguous().view(torch.uint8).to(torch.int32)
+        index = codes.to(torch.int32, memory_format=torch.contiguous_format)
         values = torch.view_as_real(_two_codes(packed.device)[index])
-    return values.view(*some.shape[:-1], GROUP_SIZE)
+    return values.view(*codes.shape[:-1], GROUP_SIZE)
 
 
 def machine(device: torch.device) -> str:
