@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -302,3 +303,29 @@ def zeros(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
 def test_refusals(call, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def old_interleave(weights: torch.Tensor) -> torch.Tensor:
+    """The helper of flashinfer 0.6.15.post1, byte by byte."""
+    out = torch.zeros_like(weights)
+    experts, rows, columns = weights.shape
+    for expert, pair, column in itertools.product(range(experts), range(rows // 2), range(columns)):
+        row, lane, start = pair // 8 * 16 + pair % 8, column % 32, column // 32 * 32
+        upper, lower = int(weights[expert, row, column]), int(weights[expert, row + 8, column])
+        target = row + (lane // 8 % 2) * 8
+        byte = start + lane // 16 * 16 + lane % 4 * 4 + lane % 8 // 4 * 2
+        out[expert, target, byte] = (upper & 0x0F) | ((lower & 0x0F) << 4)
+        out[expert, target, byte + 1] = (lower & 0xF0) | (upper >> 4)
+    return out
+
+
+def test_weights_of_the_older_generation() -> None:
+    weights = torch.randint(
+        0, 256, (2, 48, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    stored = layout.interleave_weights_sm90(weights, "0.6.9")
+    assert torch.equal(stored, old_interleave(weights))
+    assert not torch.equal(stored, layout.interleave_weights_sm90(weights))
+    assert torch.equal(layout.deinterleave_weights_sm90(stored, "0.6.9"), weights)
+    with pytest.raises(ValueError, match=r"generation: expected one of '0.6.9', '0.6.16', got '0.6.10'"):
+        layout.interleave_weights_sm90(weights, "0.6.10")
