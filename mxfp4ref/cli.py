@@ -25,7 +25,7 @@ from mxfp4ref.defects import DEFECTS, get_defect
 from mxfp4ref.golden import GoldenError, Goldens, open_goldens
 from mxfp4ref.kernels import KernelError
 
-__all__ = ["main"]
+__all__ = ["commands", "main"]
 
 NOT_EQUAL, USAGE = 1, 2  # exit codes, besides 0
 
@@ -40,12 +40,12 @@ class _Usage(click.ClickException):
 
 def main() -> None:
     """Entry point of the console script."""
-    _commands(prog_name="mxfp4ref")
+    commands(prog_name="mxfp4ref")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": _WIDTH})
 @click.version_option(package_name="mxfp4ref")
-def _commands() -> None:
+def commands() -> None:
     """Bit-exact reference of the SM90 W4A16 MXFP4 mixture-of-experts kernel.
 
     \b
@@ -68,7 +68,7 @@ _goldens = click.option(
 )
 
 
-@_commands.command()
+@commands.command()
 @click.argument("kernel")
 @_goldens
 @click.option(
@@ -189,7 +189,7 @@ def conform(
     sys.exit(0 if result.ok else NOT_EQUAL)
 
 
-@_commands.command()
+@commands.command()
 @_goldens
 @click.option("--files-only", is_flag=True, help="Check sizes and hashes, compute nothing.")
 def verify(root: Path | None, files_only: bool) -> None:
@@ -220,7 +220,7 @@ def verify(root: Path | None, files_only: bool) -> None:
     sys.exit(NOT_EQUAL if problems else 0)
 
 
-@_commands.command(
+@commands.command(
     context_settings={"ignore_unknown_options": True, "help_option_names": []}, add_help_option=False
 )
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
@@ -231,7 +231,7 @@ def regenerate(arguments: tuple[str, ...]) -> None:
     sys.exit(module.main(list(arguments)))
 
 
-@_commands.command()
+@commands.command()
 @click.argument("case")
 @_goldens
 @click.option("--values", is_flag=True, help="The first values of each tensor too.")
@@ -261,7 +261,7 @@ def show(case: str, root: Path | None, values: bool) -> None:
         click.echo(f"output for K tiles {pair[0]}x{pair[1]}: SHA-256 {digest}")
 
 
-@_commands.command()
+@commands.command()
 @click.argument("a", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("b", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def compare(a: Path, b: Path) -> None:
@@ -297,7 +297,7 @@ def compare(a: Path, b: Path) -> None:
     sys.exit(0 if equal else NOT_EQUAL)
 
 
-@_commands.command()
+@commands.command()
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def defects(as_json: bool) -> None:
     """List the named defects: mistakes of real code, and other arithmetics that mean the same."""
@@ -317,7 +317,7 @@ def defects(as_json: bool) -> None:
                 click.echo(f"  {defect.name:{width}}  {defect.summary}{where}")
 
 
-@_commands.command()
+@commands.command()
 @click.argument("defect")
 @_goldens
 def explain(defect: str, root: Path | None) -> None:

@@ -74,8 +74,8 @@ def write_reproducer(folder: Path, case: Case, one: Run, kernel: str, outputs: M
     tensors |= {f"expected.{key}": value for key, value in expected.items()}
     tensors |= {f"got.{key}": value for key, value in got.items()}
     metadata = {"kind": case.kind, "parameters": json.dumps(parameters), "case": case.id, "kernel": kernel}
-    contiguous = {key: value.contiguous() for key, value in tensors.items()}
-    safetensors.torch.save_file(contiguous, folder / f"{name}.safetensors", metadata)
+    owned = {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
+    safetensors.torch.save_file(owned, folder / f"{name}.safetensors", metadata)
     script = folder / f"{name}.py"
     script.write_text(_SCRIPT.format(case=case.id, why=case.why, name=name, kernel=kernel), encoding="utf-8")
     return script
