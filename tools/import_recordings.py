@@ -31,8 +31,9 @@ EXPERTS_KEPT = {
     "bias": 2,
     "bias_gptoss": 4,
     "bias_tp1": 2,
-    "duplicate": 3,
+    "duplicate": 2,
     "limit_only": 2,
+    "mirror1_s6": 1,
     "nonfinite": 2,
     "nonfinite_limit": 2,
     "overflow": 2,
@@ -40,12 +41,12 @@ EXPERTS_KEPT = {
     "plain_t128_128": 2,
     "scale_extremes": 2,
     "scale_extremes_limit": 2,
-    "sentinel": 4,
+    "sentinel": 3,
     "underflow": 3,
     "wide_t128": 2,
 }
 PER_EXPERT = ("w1", "s1", "w2", "s2", "b1", "b2", "alpha", "beta", "limit")
-SCALAR_KEPT = 16384  # elements of each scalar operation
+SCALAR_KEPT = 8192  # elements of each scalar operation
 BLOCKS_KEPT = 16  # blocks of each tensor-core set
 
 
