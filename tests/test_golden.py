@@ -23,7 +23,7 @@ from mxfp4ref.golden_cases import BUILTIN, DEFINITIONS, SUITES
 from mxfp4ref.stages import run_stage, runs
 
 CHECKOUT = Path(__file__).resolve().parents[1] / "goldens"
-MOE = "gemm/mirrored_hidden_384"
+MOE = "gemm/wide_exponents"
 SMALL = "layout/fold_scales_0_6_16"
 
 
@@ -150,11 +150,11 @@ def test_case_of_a_caller_that_errs_is_not_strict() -> None:
 def test_names_and_suites() -> None:
     goldens = open_goldens(BUILTIN_ROOT)
     assert goldens.suites == sorted({name.split("/")[0] for name in BUILTIN})
-    assert goldens.names("gemm") == [MOE]
+    assert goldens.names("gemm") == ["gemm/underflow_in_gemm1", MOE]
     with pytest.raises(GoldenError, match=r"suite: expected one of .*gemm.*, got 'gem'"):
         goldens.names("gem")
     with pytest.raises(GoldenError, match=f"no such case.*did you mean {MOE}"):
-        goldens.load("gemm/mirrored_hiden_384")
+        goldens.load("gemm/wide_exponent")
 
 
 # Derived tensors.
@@ -273,7 +273,7 @@ def test_any_single_flipped_bit_is_found(
 
 def test_missing_file(root: Path) -> None:
     (root / f"{MOE}.safetensors").unlink()
-    with pytest.raises(GoldenError, match=r"mirrored_hidden_384.safetensors: cannot be read"):
+    with pytest.raises(GoldenError, match=r"wide_exponents.safetensors: cannot be read"):
         Goldens(root).load(MOE)
 
 
@@ -284,7 +284,7 @@ def test_renamed_case(root: Path) -> None:
         os.rename(root / f"{MOE}.{kind}", root / f"{other}.{kind}")
     manifest["cases"][other] = manifest["cases"].pop(MOE)
     (root / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(GoldenError, match=r"says that it is gemm/mirrored_hidden_384: renamed"):
+    with pytest.raises(GoldenError, match=r"says that it is gemm/wide_exponents: renamed"):
         Goldens(root).load(other)
 
 
