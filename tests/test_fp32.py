@@ -249,7 +249,8 @@ def test_machine_modes_do_not_matter() -> None:
         ]
 
     before = results()
-    assert torch.set_flush_denormal(True), "this CPU cannot flush subnormals"
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush subnormals")
     try:
         torch.set_default_dtype(torch.float64)
         with torch.inference_mode(), torch.device("meta"):

@@ -291,7 +291,8 @@ def threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def flushing_subnormals() -> Iterator[None]:
-    assert torch.set_flush_denormal(True), "this CPU cannot flush subnormals"
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush subnormals")
     try:
         yield
     finally:

@@ -144,7 +144,8 @@ def test_machine_modes_do_not_matter() -> None:
     fc1, bias = bits.bf16(random_values(rng, 4096)), bits.bf16(random_values(rng, 4096))
     parameters = [bits.fp32([pattern]) for pattern in (0x3FD9DB23, 0x3F800000, 0x40E00000)]
     before = swiglu(fc1, bias, *parameters)
-    assert torch.set_flush_denormal(True), "this CPU cannot flush subnormals"
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush subnormals")
     try:
         torch.set_default_dtype(torch.float64)
         with torch.inference_mode(), torch.device("meta"):
