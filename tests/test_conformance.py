@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -277,7 +278,8 @@ class TestFlashinfer:
                 scales, "0.6.16"
             ),
         )
-        monkeypatch.setattr(kernels.importlib, "import_module", lambda name: self.helpers)
+        for name in ("flashinfer", "flashinfer.fused_moe"):
+            monkeypatch.setitem(sys.modules, name, self.helpers)
 
     def cutlass_fused_moe(self, *, profile_ids: list[int], enable_pdl: bool, **arguments: Any) -> Tensor:
         self.seen.append(profile_ids)
@@ -302,8 +304,9 @@ class TestFlashinfer:
         before_profile_ids.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in ("input", "output", "enable_pdl")]
         )
-        self.helpers.interleave_moe_scales_for_sm90_mixed_gemm = lambda s, group_size: fold_scales_sm90(
-            s, "0.6.9"
+        self.helpers.interleave_moe_scales_for_sm90_mixed_gemm = lambda s, group: fold_scales_sm90(s, "0.6.9")
+        self.helpers.interleave_moe_weights_for_sm90_mixed_gemm = lambda w, quant_type: (
+            interleave_weights_sm90(w, "0.6.9")
         )
         self.helpers.cutlass_fused_moe = before_profile_ids
         kernel = load_kernel("flashinfer", "cpu")
