@@ -19,10 +19,10 @@ from mxfp4ref.mxfp4 import dequantize
 from mxfp4ref.patterns import patterns
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["Diagnosis", "Prediction", "diagnose", "predict", "reduce_call"]
+__all__ = ["Diagnosis", "Prediction", "diagnose", "is_heavy", "predict", "reduce_call"]
 
-_TOKENS = 8  # of a call that defects are tried on; the exact ones are confirmed on all of it
-_EXPERT_BYTES = 1 << 28  # beyond which only defects that other cases have named are tried
+_TOKENS = 8  # of a call on which defects are ranked
+_EXPERT_BYTES = 1 << 25  # beyond which only defects that other cases have named are tried
 _MOST_LISTED = 3
 _STAGES = ("fc1_output", "activation", "fc2_output")
 _ULP_BINS = (1, 2, 4, 16, 256, FAR - 1)
@@ -54,7 +54,7 @@ class Diagnosis:
         feeds: the inputs that feed it, in words.
         patterns: what the places that differ have in common, in words.
         stage: the stage up to which the output can be reconciled with the trace, in words.
-        predictions: defects by how well they predict the output, best first; exact ones and the three best.
+        predictions: the defects that predict the output exactly, or else the three that come closest.
         ulps: elements by distance: (up to this many ulps, how many); the last with NaN.
         mask: where the output differs.
     """
@@ -107,6 +107,8 @@ def diagnose(
         feeds = _feeds(inputs, one, token, first.index[1])
         found = patterns(inputs, got, want, mask)
         stage = _reconcile(inputs, outputs, want, mask)
+        if not predictions and is_heavy(inputs):
+            found += ("named defects were not tried on a layer of this size: run the small cases too",)
     elif kind == "layout":
         found = (_layout_pattern(got, want, mask),)
     return Diagnosis(name, first, feeds, found, stage, predictions, _histogram(got, want, mask), mask)
@@ -163,37 +165,45 @@ def _predictions(
     expected: Mapping[str, Tensor],
     suspects: Iterable[str] | None,
 ) -> tuple[Prediction, ...]:
+    """The exact defects; if there are none, those that come closest."""
     names = [n for n, defect in DEFECTS.items() if defect.target == kind]
-    sample, some_outputs, some_expected, whole = inputs, outputs, expected, True
-    heavy = False
-    if isinstance(inputs, MoeCall) and inputs.experts.quantized:
-        wrong = differing(outputs["output"], expected["output"]).any(1)
-        order = torch.cat((wrong.nonzero().flatten(), (~wrong).nonzero().flatten()))
-        tokens = order[: max(_TOKENS, 1)].sort().values
-        sample = reduce_call(inputs, tokens)
-        some_outputs = {"output": outputs["output"][tokens]}
-        some_expected = {"output": expected["output"][tokens]}
-        whole = len(tokens) == inputs.num_tokens and sample.experts is inputs.experts
-        heavy = sample.experts.fc1_weights.numel() > _EXPERT_BYTES
+    if not isinstance(inputs, MoeCall):
+        return _ranked(p for name in names if (p := predict(inputs, outputs, expected, name)) is not None)
+    wrong = differing(outputs["output"], expected["output"])
+    worst = wrong.sum(1).argsort(descending=True, stable=True)
 
-    def confirmed(name: str) -> Prediction | None:
-        found = predict(sample, some_outputs, some_expected, name)
-        if found is None or not found.exact or whole or heavy:
-            return found
-        return predict(inputs, outputs, expected, name)
+    def on_tokens(count: int, name: str) -> Prediction | None:
+        tokens = worst[:count].sort().values
+        got, want = ({"output": tensors["output"][tokens]} for tensors in (outputs, expected))
+        return predict(reduce_call(inputs, tokens), got, want, name)
 
-    if suspects is not None:
-        found = [p for name in suspects if name in names and (p := confirmed(name)) is not None]
-        exact = tuple(p for p in found if p.exact)
-        if exact or heavy:
-            return exact
+    def is_exact(name: str) -> bool:
+        """On the worst token, and if that is so on all of them."""
+        if (one := on_tokens(1, name)) is None or not one.exact:
+            return False
+        whole = predict(inputs, outputs, expected, name) if not heavy else one
+        return whole is not None and whole.exact
+
+    heavy = is_heavy(inputs)
+    for candidates in (list(suspects or ()), [] if heavy else names):
+        exact = [name for name in candidates if name in names and is_exact(name)]
+        if exact:
+            return tuple(Prediction(name, 1.0, True) for name in exact)
     if heavy:
         return ()
-    ranked = [p for name in names if (p := confirmed(name)) is not None]
-    ranked.sort(key=lambda p: (not p.exact, -p.fraction))
-    certain = [p for p in ranked if p.exact]
-    others = [p for p in ranked if not p.exact and p.fraction > 0]
-    return (*certain, *others[: max(0, _MOST_LISTED - len(certain))])
+    return _ranked(p for name in names if (p := on_tokens(_TOKENS, name)) is not None)
+
+
+def is_heavy(call: MoeCall) -> bool:
+    """Whether a call is too large to try all defects on: even one token's experts are."""
+    experts = call.experts
+    return min(experts.num_experts, call.top_k + 1) * experts.fc1_weights[0].nbytes > _EXPERT_BYTES
+
+
+def _ranked(predictions: Iterable[Prediction]) -> tuple[Prediction, ...]:
+    ranked = sorted(predictions, key=lambda p: (not p.exact, -p.fraction))
+    exact = [p for p in ranked if p.exact]
+    return tuple(exact or [p for p in ranked if p.fraction > 0][:_MOST_LISTED])
 
 
 def _one_token(call: MoeCall, token: int) -> MoeCall:
