@@ -31,8 +31,9 @@ class MoeCall:
         tile_k: the K tiles of GEMM1's and GEMM2's tactic, each 128, 256 or 512.
         tile_n: their N tiles; visible only where the first two groups of K over- or underflow.
         generation: the flashinfer generation, one of `layout.GENERATIONS`; visible where `tile_n` is.
-        strict: refuse ids that no rank owns and experts that a token names twice. With False they are
-            treated as the kernel does: the former skipped, of the latter only the first slot counted.
+        strict: refuse ids that no rank owns and experts that a token names twice. With False the former are
+            skipped, as the kernel does, and of the latter only the first slot counts. The kernel leaves the other
+            slot's row unset, so what it adds there depends on what its workspace held before.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -132,5 +133,5 @@ class MoeCall:
             raise ValueError(
                 f"token_selected_experts: expected each expert at most once per token, got {ids[token].tolist()} "
                 f"at token {token} ({int(repeated.sum())} tokens in all); strict=False counts the first slot "
-                "only, as the kernel does"
+                "only"
             )

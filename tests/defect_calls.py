@@ -299,13 +299,6 @@ def tensor_parallel() -> MoeCall:
     return replace(every_option(), tp_size=2, tp_rank=1)
 
 
-def expert_named_twice() -> MoeCall:
-    call = replace(every_option(), strict=False)
-    ids = call.token_selected_experts.clone()
-    ids[:, 2] = ids[:, 0]
-    return replace(call, token_selected_experts=ids)
-
-
 def padded_halves() -> MoeCall:
     """The last 32 rows of up and of gate are padding."""
     call = every_option()
@@ -339,7 +332,6 @@ MOE_CALLS: dict[str, Callable[[], MoeCall]] = {
         extreme_scales,
         expert_parallel,
         tensor_parallel,
-        expert_named_twice,
         padded_halves,
     )
 }

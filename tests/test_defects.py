@@ -112,7 +112,6 @@ DESIGNED_FOR = {
     "expert_parallel": """ep_double_mapping ep_ids_modulo ep_offset_dropped ep_sentinel_aliases
         params_by_global_id""",
     "tensor_parallel": "bias2_on_every_tp_rank",
-    "expert_named_twice": "duplicate_counted_twice",
     "padded_halves": "padding_end_of_fused",
     "deepseek_v4_biased": "tie_highest_id padding_routed gate_bias_weights slots_by_id score_rounded_once",
     "deepseek_v4_table": "table_ignored softplus_as_sigmoid sqrt_missing ids_sorted_alone",
@@ -228,11 +227,7 @@ def test_differ_from_each_other(target: str) -> None:
 def test_applies_is_right_where_it_says_no(name: str) -> None:
     """On a few calls, since most defects apply anyway."""
     defect = DEFECTS[name]
-    few = (
-        ("every_option", "expert_named_twice", "limit_alone")
-        if defect.target == "moe"
-        else BUILDERS[defect.target]
-    )
+    few = ("every_option", "limit_alone") if defect.target == "moe" else BUILDERS[defect.target]
     for call_name in few:
         call = build(defect.target, call_name)
         if not defect.applies(call) and defect.target != "routing":

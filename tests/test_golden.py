@@ -142,7 +142,7 @@ def test_parallel_case_keeps_its_rank() -> None:
 
 
 def test_case_of_a_caller_that_errs_is_not_strict() -> None:
-    case = open_goldens(CHECKOUT).load("finalize/repeated_expert")
+    case = open_goldens(CHECKOUT).load("parallel/ids_of_no_rank")
     assert not case.call().strict
     assert case.outputs[128, 128].shape == case.tensors["input"].shape
 

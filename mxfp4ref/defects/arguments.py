@@ -62,11 +62,6 @@ def _modulo(ids: Tensor, num_local: int, ep_size: int, ep_rank: int) -> Tensor:
     return torch.where(once < 0, -1, once % num_local)
 
 
-def _with_duplicates(ids: Tensor, num_local: int, ep_size: int, ep_rank: int) -> Tensor:
-    local = ids.to(torch.int64) - ep_rank * num_local
-    return torch.where((local < 0) | (local >= num_local), -1, local)
-
-
 def _on_higher_rank(*fields: str) -> Applies:
     """A predicate: a rank other than 0 and, if fields are named, one of them given."""
     has = given(*fields) if fields else always
@@ -196,12 +191,5 @@ ARGUMENT_DEFECTS: tuple[Defect, ...] = (
         ("derived from ep_offset_dropped",),
         Stages(select_local=_modulo),
         applies=lambda call: call.ep_size > 1,
-    ),
-    on_stages(
-        "duplicate_counted_twice",
-        "an expert that a token names twice counted in both slots",
-        ("every reference that loops over slots",),
-        Stages(select_local=_with_duplicates),
-        applies=lambda call: bool((call.token_selected_experts.sort(1).values.diff(dim=1) == 0).any()),
     ),
 )

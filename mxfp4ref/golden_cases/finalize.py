@@ -217,21 +217,6 @@ def flush_boundary_of_sums(source: Source) -> MoeCall:
 
 @define(
     "finalize",
-    "moe",
-    """A token that names an expert twice. The kernel counts the first slot only; callers should not do it.""",
-    unique_for="what the kernel does with a mistake of its caller",
-)
-def repeated_expert(source: Source) -> MoeCall:
-    ids = source.distinct("ids", 8, 3, 3)
-    ids[::2, 2] = ids[::2, 0]
-    ids[1::4, 1] = ids[1::4, 0]
-    return MoeCall(
-        source.normal("input", 8, _H), ids, source.weights(8, 3), source.experts(3, _H, _I), strict=False
-    )
-
-
-@define(
-    "finalize",
     "finalize",
     "The stage alone: eight slots that nearly cancel, skipped slots, fc2 biases.",
     unique_for="one stage alone",

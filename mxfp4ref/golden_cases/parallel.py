@@ -70,19 +70,6 @@ def sentinels_on_rank_3_of_4(source: Source) -> MoeCall:
 @define(
     "parallel",
     "moe",
-    "Tokens that name an expert of rank 1 twice, with other ranks' experts between: the first slot counts.",
-    catches="duplicate_counted_twice",
-)
-def repeated_expert_on_rank_1_of_4(source: Source) -> MoeCall:
-    ids = source.distinct("ids", 16, 4, 8)
-    ids[:, 0] = 2 + torch.arange(16) % 2
-    ids[:, 3] = ids[:, 0]
-    return _ep_call(source, 1, ids, strict=False)
-
-
-@define(
-    "parallel",
-    "moe",
     "Ids beyond every rank's experts, and below -1: the kernel skips them like -1.",
     unique_for="what the kernel does with a mistake of its caller",
 )
