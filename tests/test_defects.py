@@ -373,6 +373,7 @@ def interleaved_twice(weights: Tensor) -> Tensor:
             lambda w: interleave_weights_sm90(interleave_weights_sm90(w)),
             fold_scales_sm90,
         ),
+        ("weights_interleaved_old", lambda w: interleave_weights_sm90(w, "0.6.9"), fold_scales_sm90),
         ("scales_not_folded", interleave_weights_sm90, lambda s: s.view(fold_scales_sm90(s).shape)),
         (
             "scales_folded_old",
@@ -381,7 +382,7 @@ def interleaved_twice(weights: Tensor) -> Tensor:
         ),
         (
             "scales_folded_new",
-            interleave_weights_sm90,
+            lambda w: interleave_weights_sm90(w, "0.6.9"),
             lambda s: fold_scales_sm90(s).view(fold_scales_sm90(s, "0.6.9").shape),
         ),
     ],

@@ -152,6 +152,12 @@ WEIGHT_DEFECTS: tuple[Defect, ...] = (
         each(*_WEIGHTS, change=interleave_weights_sm90),
     ),
     on_call(
+        "weights_interleaved_old",
+        "weights interleaved by flashinfer 0.6.9 .. 0.6.15, handed to 0.6.16 or later",
+        ("upgrades across flashinfer 0.6.16",),
+        each(*_WEIGHTS, change=lambda w: deinterleave_weights_sm90(interleave_weights_sm90(w, "0.6.9"))),
+    ),
+    on_call(
         "scales_not_folded",
         "SM90 layout step left out for the scales",
         ("flashinfer#4087",),
