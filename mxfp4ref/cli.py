@@ -91,7 +91,12 @@ _goldens = click.option(
 )
 @click.option("--device", help="Where the kernel's tensors go; cpu, or cuda for flashinfer.")
 @click.option(
-    "--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Limit for each run."
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=600,
+    show_default=True,
+    metavar="SECONDS",
+    help="Limit for each run of the kernel.",
 )
 @click.option(
     "--isolate", is_flag=True, help="Run the kernel in a process of its own: survives hangs and crashes."
@@ -121,7 +126,7 @@ def conform(
     storage: str,
     confidence: float | None,
     device: str | None,
-    timeout: float | None,
+    timeout: float,
     isolate: bool,
     no_repeat: bool,
     no_diagnosis: bool,

@@ -57,11 +57,13 @@ def compare(goldens: Goldens) -> tuple[list[dict[str, Any]], list[str]]:
         case = goldens.load(name)
         hashes = case.output_hashes
         for record in found:
-            pair = tuple(record["tile_k"])
-            where = f"{name}, K tiles {'x'.join(map(str, pair))}, {record['gpu']}"
+            pair = (int(record["tile_k"][0]), int(record["tile_k"][1]))
+            where = f"{name}, K tiles {pair[0]}x{pair[1]}, {record['gpu']}"
             if pair not in hashes:
                 problems.append(f"{where}: the golden has no output for these tiles")
-            elif record["sha256"] not in (hashes[pair], _hash_of_generation(case, pair, record)):
+                continue
+            same = record["sha256"] == hashes[pair] or record["sha256"] == _of_generation(case, pair, record)
+            if not same:
                 problems.append(
                     f"{where}: recorded SHA-256 {record['sha256']}, the golden has {hashes[pair]}"
                 )
@@ -76,4 +78,13 @@ def _hash_of_generation(case: Case, tile_k: tuple[int, int], record: dict[str, A
     if generation == GENERATIONS[-1] or not record["equal"]:
         return None
     output = forward(replace(case.call(tile_k), generation=generation))
+    return hashlib.sha256(tensor_bytes(output)).hexdigest()
+
+
+def _of_generation(case: Case, pair: tuple[int, int], record: dict[str, Any]) -> str:
+    """The hash of the model's output for the record's generation; "" if that is the golden's own."""
+    generation = record.get("generation", GENERATIONS[-1])
+    if generation == GENERATIONS[-1]:
+        return ""
+    output = forward(replace(case.call(pair), generation=generation))
     return hashlib.sha256(tensor_bytes(output)).hexdigest()

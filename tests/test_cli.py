@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,12 +15,17 @@ import torch
 from click.testing import CliRunner, Result
 
 from mxfp4ref.cli import commands
+from mxfp4ref.comparison import differing
 from mxfp4ref.defects import DEFECTS
-from mxfp4ref.golden import Goldens, open_goldens
+from mxfp4ref.golden import Goldens, open_goldens, tensor_bytes
 from mxfp4ref.hardware_record import compare
+from mxfp4ref.layout import GENERATIONS
+from mxfp4ref.moe import forward
 from mxfp4ref.report import FORMAT
 
 SMALL = "finalize/slot_order"
+OVERFLOWING = "gemm/first_group_overflows"  # not the same in both generations of the kernel
+COPIED = (SMALL, "layout/swap_halves", OVERFLOWING)
 
 
 def invoke(*arguments: str | Path) -> Result:
@@ -30,12 +37,12 @@ def copy(tmp_path: Path) -> Path:
     """Goldens that may be damaged: one small suite."""
     source = open_goldens()
     root = tmp_path / "goldens"
-    for name in (SMALL, "layout/swap_halves"):
+    for name in COPIED:
         for kind in ("json", "safetensors"):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source.root / f"{name}.{kind}", root / f"{name}.{kind}")
     manifest = json.loads((source.root / "manifest.json").read_text())
-    manifest["cases"] = {n: manifest["cases"][n] for n in (SMALL, "layout/swap_halves")}
+    manifest["cases"] = {n: manifest["cases"][n] for n in COPIED}
     (root / "manifest.json").write_text(json.dumps(manifest))
     return root
 
@@ -188,6 +195,20 @@ def test_verify_holds_the_hardware_record_against_the_goldens(copy: Path) -> Non
         assert message in result.output
     path.write_text("{}\n")
     assert invoke("verify", "--goldens", copy).exit_code == 2
+
+
+def test_records_of_older_kernels_are_held_against_the_model_of_their_generation(copy: Path) -> None:
+    goldens = Goldens(copy)
+    call = goldens.load(OVERFLOWING).call()
+    old, new = (forward(replace(call, generation=generation)) for generation in GENERATIONS)
+    assert bool(differing(old, new).any())
+    (copy / "hardware").mkdir()
+    for output, generation, problems in ((old, "0.6.9", 0), (old, "0.6.16", 1), (new, "0.6.16", 0)):
+        digest = hashlib.sha256(tensor_bytes(output)).hexdigest()
+        record = {"case": OVERFLOWING, "tile_k": [128, 128], "sha256": digest, "equal": True, "gpu": "H100"}
+        line = json.dumps({**record, "generation": generation})
+        (copy / "hardware" / "h100.jsonl").write_text(f"{line}\n")
+        assert len(compare(goldens)[1]) == problems
 
 
 def test_show() -> None:

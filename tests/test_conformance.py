@@ -205,6 +205,19 @@ def test_other_weights_in_finalize_are_recognised(case: Case) -> None:
     assert diagnosis.stage.startswith("finalize: token 0 is the sum of the right expert outputs with weights")
 
 
+def test_a_small_mistake_is_not_blamed_on_the_weights() -> None:
+    """A few elements off leave the fitted weights nearly as they are."""
+
+    def one_column(**arguments: Any) -> Tensor:
+        result = kernels_under_test.good(**arguments).clone()
+        result[:, 9] += 0.25
+        return result
+
+    diagnosis = run_case(load_kernel(one_column), GOLDENS.load("gemm/ordinary")).diagnosis
+    assert diagnosis is not None
+    assert diagnosis.stage.startswith("before finalize")
+
+
 def test_stage_kernels() -> None:
     report = run("stage:dequantize:kernels_under_test:stage_dequantize", GOLDENS)
     assert report.ok
