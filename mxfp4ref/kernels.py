@@ -403,8 +403,8 @@ def outputs_by_name(kind: str, result: Any, arguments: Mapping[str, Any]) -> dic
     if isinstance(result, tuple) and len(result) == 2 and not isinstance(result[1], Tensor):
         result, found = result
         stages = found if isinstance(found, Mapping) else vars(found)
-    if isinstance(result, list | tuple) and len(result) == 1:
-        result = result[0]
+    if isinstance(result, list | tuple) and result:
+        result = result[0]  # flashinfer's function returns a list, the output first
     if result is None:
         result = arguments.get("output")
     return {**{name: value for name, value in stages.items() if name != "output"}, "output": result}

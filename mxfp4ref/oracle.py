@@ -101,7 +101,7 @@ def torch_ref_cutlass_fused_moe(
         trace: return `(output, MoeTrace)`.
 
     Returns:
-        `[M, H] bf16`.
+        `[M, H] bf16`, as flashinfer documents it; its 0.7.2.post1 really returns a list with the output first.
 
     Raises:
         NotImplementedError: an argument would change the result and is not modelled.
