@@ -135,16 +135,20 @@ def predict(
     return Prediction(name, agreeing / max(concerned, 1), agreeing == concerned)
 
 
-def reduce_call(call: MoeCall, tokens: Tensor) -> MoeCall:
+def reduce_call(call: MoeCall, tokens: Tensor, *, neighbours: bool = False) -> MoeCall:
     """The call for some of its tokens, `[T] int64`; without expert parallelism, with the experts they use.
 
-    The last expert is kept too: some defects confuse it with the padding id.
+    With `neighbours` the next expert of each is kept too, and the first and the last of all: what a defect may
+    take for the right one.
     """
     ids = call.token_selected_experts[tokens]
     experts = call.experts
     if call.ep_size == 1:
         local = select_local(ids, experts.num_experts, 1, 0)
-        kept = torch.unique(torch.cat((local[local >= 0], torch.tensor([experts.num_experts - 1]))))
+        kept = torch.unique(local[local >= 0])
+        if neighbours or len(kept) == 0:
+            last = experts.num_experts - 1
+            kept = torch.unique(torch.cat((kept, (kept + 1).clamp(max=last), torch.tensor([0, last]))))
         position = torch.searchsorted(kept, ids.clamp(min=0).to(torch.int64)).clamp(max=len(kept) - 1)
         inside = (ids >= 0) & (ids < experts.num_experts)
         ids = torch.where(inside, position.to(torch.int32), torch.where(ids < 0, ids, len(kept)))
@@ -175,7 +179,7 @@ def _predictions(
     def on_tokens(count: int, name: str) -> Prediction | None:
         tokens = worst[:count].sort().values
         got, want = ({"output": tensors["output"][tokens]} for tensors in (outputs, expected))
-        return predict(reduce_call(inputs, tokens), got, want, name)
+        return predict(reduce_call(inputs, tokens, neighbours=True), got, want, name)
 
     def is_exact(name: str) -> bool:
         """On the worst token, and if that is so on all of them."""

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import mxfp4ref.conformance
-import mxfp4ref.report  # noqa: F401: torch cannot be imported anew in each of the sessions
+import mxfp4ref.report  # noqa: F401 - torch cannot be imported anew in each of the sessions
 
 pytest_plugins = ["pytester"]
 
