@@ -36,7 +36,6 @@ __all__ = ["MODES", "PASSING", "CaseResult", "Report", "name_defects", "run", "r
 
 MODES = ("exact", "bounded")
 PASSING = ("equal", "within bounds", "skipped")
-_SEPARATING_CASES = 20
 
 
 @dataclass(frozen=True)
@@ -318,13 +317,13 @@ def _separate(
     if not isinstance(cases, Goldens):
         return names
     passed = [r for r in results if r.status == "equal" and r.kind == DEFECTS[names[0]].target]
-    passed.sort(key=lambda r: r.elements)
-    for result in passed[:_SEPARATING_CASES]:
-        one = runs(cases.load(result.case))[0]
+    for result in passed:
+        case = cases.load(result.case)
+        if case.derived or len(names) == 1:
+            continue
+        one = runs(case)[0]
         found = {name: predict(one.inputs, one.expected, one.expected, name) for name in names}
         names = tuple(name for name in names if (p := found[name]) is None or p.exact) or names
-        if len(names) == 1:
-            break
     return names
 
 
