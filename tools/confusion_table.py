@@ -108,9 +108,9 @@ def table(columns: list[Column]) -> tuple[str, list[str]]:
         f"{caught[kind]} in {word}" for kind, word in zip(caught, ("wider", "bf16", "probable"), strict=True)
     )
     summary = textwrap.fill(
-        f"Of the {total} defects of the layer itself the intervals catch {seen}. A pipeline that only sums or rounds in "
-        "another permitted way is a correct evaluation and has to lie inside. Mistakes that mode `bounded` cannot see at "
-        f"all, because what they make is within its freedom: {', '.join(missed) or 'none'}.",
+        f"Of the {total} defects of the layer itself the intervals catch {seen}. A pipeline that only sums or "
+        "rounds in another permitted way is a correct evaluation and has to lie inside. Mistakes that mode `bounded` "
+        f"cannot see at all, because what they make is within its freedom: {', '.join(missed) or 'none'}.",
         110,
     )
     head = f"""# Which defect is taken for which
