@@ -32,7 +32,7 @@ def test_names_and_problems(tool: ModuleType) -> None:
     text, problems = tool.table(columns)
     assert "limit_ignored: 0 cases fail, named nothing" in problems
     assert not any(problem.startswith("gate_up_swapped") for problem in problems)
-    assert "| gate_up_swapped | defect | 2 | itself | 1 | 1 | 1 |" in text
+    assert "| last_slot_dropped | defect | 2 | itself | 1 | 1 | 1 |" in text
 
 
 def test_stages_and_whole_layers_are_left_out(tool: ModuleType) -> None:
