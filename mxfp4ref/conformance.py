@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from mxfp4ref.bounds import bound
 from mxfp4ref.comparison import differing
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.diagnosis import Diagnosis, diagnose, predict
-from mxfp4ref.execution import Outcome, Worker, execute, execute_within
+from mxfp4ref.execution import Worker, execute, execute_within
 from mxfp4ref.golden import Case, Goldens
 from mxfp4ref.kernels import Kernel, load_kernel
 from mxfp4ref.reproducer import write_reproducer
@@ -232,7 +233,12 @@ def run_case(
     diagnosis = None
     for index, one in enumerate(_needed(kernel, case, all_runs)):
         again = repeat and index == 0 and not _takes_long(kernel, case)
-        outcome = _execute(kernel, case.kind, one, timeout, worker, again)
+        if worker is not None:
+            outcome = worker.execute(timeout, case, all_runs.index(one), repeat=again)
+        else:
+            outcome = execute_within(
+                timeout, partial(execute, kernel, case.kind, one.inputs, one.expected, repeat=again)
+            )
         if outcome.problem:
             tiles = f" (K tiles {one.tiles})" if len(all_runs) > 1 and kernel.forces_tile_k else ""
             if dump is not None and outcome.problem != "skipped":
@@ -325,14 +331,6 @@ def _separate(
         found = {name: predict(one.inputs, one.expected, one.expected, name) for name in names}
         names = tuple(name for name in names if (p := found[name]) is None or p.exact) or names
     return names
-
-
-def _execute(
-    kernel: Kernel, kind: str, one: Run, timeout: float | None, worker: Worker | None, repeat: bool
-) -> Outcome:
-    if worker is not None:
-        return worker.execute(timeout, kind, one.inputs, one.expected, repeat=repeat)
-    return execute_within(timeout, lambda: execute(kernel, kind, one.inputs, one.expected, repeat=repeat))
 
 
 def _count(outputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> int:

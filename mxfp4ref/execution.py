@@ -17,6 +17,7 @@ import traceback
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
@@ -24,7 +25,9 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.comparison import differing, first_difference
+from mxfp4ref.golden import Case
 from mxfp4ref.kernels import Kernel, Skip, is_poison, load_kernel, outputs_by_name, poisoned
+from mxfp4ref.stages import runs
 
 __all__ = ["PROBLEMS", "Outcome", "Worker", "execute", "execute_within"]
 
@@ -127,62 +130,63 @@ class Worker:
     def __exit__(self, *exception: object) -> None:
         self._stop()
 
-    def execute(
-        self,
-        seconds: float | None,
-        kind: str,
-        inputs: Any,
-        expected: Mapping[str, Tensor],
-        *,
-        repeat: bool = True,
-    ) -> Outcome:
-        """As the function `execute`; "crashed" when the process dies, "timed out" when the time is over."""
-        process = self._process or self._start()
-        # Plain pickling copies the tensors; torch's own way would share memory with a process that may die.
-        empty = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in expected.items()}
+    def execute(self, seconds: float | None, case: Case, index: int, *, repeat: bool = True) -> Outcome:
+        """As the function `execute` for a run of a case, by its place in `stages.runs(case)`.
+
+        "crashed" when the process dies, "timed out" when the kernel takes longer than `seconds`.
+        """
         try:
-            self._connection.send_bytes(pickle.dumps((kind, inputs, empty, repeat)))
-            if not self._connection.poll(seconds):
+            connection = self._connection if self._process else self._start()
+            # A fresh copy of the case: without the tensors that have been generated, which may be large.
+            connection.send_bytes(pickle.dumps((replace(case), index, repeat)))
+            connection.recv_bytes()  # the inputs are there, the kernel starts
+            if not connection.poll(seconds):
                 self._stop()
                 message = f"no result within {seconds:g} s; its process was killed"
                 return Outcome(problem="timed out", message=message, seconds=seconds or 0.0)
-            outcome: Outcome = pickle.loads(self._connection.recv_bytes())
+            outcome: Outcome = pickle.loads(connection.recv_bytes())
         except (EOFError, ConnectionError):
-            process.join(5)
-            code = process.exitcode
-            died = (
-                f"signal {signal.Signals(-code).name}"
-                if code is not None and code < 0
-                else f"exit code {code}"
-            )
-            self._stop()
+            code = self._stop()
+            died = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             return Outcome(problem="crashed", message=f"the kernel's process died: {died}")
         return outcome
 
-    def _start(self) -> SpawnProcess:
+    def _start(self) -> Connection:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, *self._arguments), daemon=True)
         self._process.start()
         theirs.close()
-        return self._process
+        return self._connection
 
-    def _stop(self) -> None:
-        if self._process is not None:
-            self._connection.close()
-            self._process.kill()
-            self._process.join()
-            self._process = None
+    def _stop(self) -> int:
+        """End the process, if it has not ended by itself, and return its exit code."""
+        if self._process is None:
+            return 0
+        self._connection.close()
+        self._process.join(1)
+        self._process.kill()
+        self._process.join()
+        code = self._process.exitcode or 0
+        self._process = None
+        return code
 
 
-def _serve(connection: Any, spec: str, device: str | None) -> None:
+def _serve(connection: Connection, spec: str, device: str | None) -> None:
     kernel = load_kernel(spec, device)
+    latest, all_runs = "", []
     while True:
         try:
-            kind, inputs, expected, repeat = pickle.loads(connection.recv_bytes())
+            case, index, repeat = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
-        connection.send_bytes(pickle.dumps(execute(kernel, kind, inputs, expected, repeat=repeat)))
+        if case.id != latest:
+            latest, all_runs = case.id, runs(case)
+        one = all_runs[index]
+        connection.send_bytes(b"started")
+        # Plain pickling copies the outputs; torch's own way would share memory with a process that may die.
+        outcome = execute(kernel, case.kind, one.inputs, one.expected, repeat=repeat)
+        connection.send_bytes(pickle.dumps(outcome))
 
 
 def _run_once(

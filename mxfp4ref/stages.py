@@ -47,7 +47,7 @@ OUTPUTS: dict[str, tuple[str, ...]] = {
 _RESULTS = ("activation_float32", "output_float32", "ambiguous")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """One run of a case: the tiles it is for ("" where there are none), the inputs, the expected outputs."""
 
