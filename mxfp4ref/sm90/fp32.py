@@ -30,11 +30,10 @@ __all__ = [
 FP32_NAN = 0x7FFFFFFF
 BF16_NAN = 0x7FFF
 
-_FP64_TAIL = 29  # fraction bits that float64 has and float32 lacks
+_FP64_TAIL = (1 << 29) - 1  # the fraction bits that float64 has and float32 lacks
+_FP64_TIE = 1 << 28
 _FP64_SIGN = -(1 << 63)
-_FP64_INF = 0x7FF << 52
-_FP64_MIN_NORMAL_FP32 = (1023 - 126) << 52  # 2^-126
-_FP64_ABOVE_FP32 = (1023 + 128) << 52  # 2^128
+_SMALLEST_KEPT = 2.0**-126 * (1 - 2.0**-25)  # rounds to 2^-126; what is smaller is flushed
 
 
 def flush(x: Tensor) -> Tensor:
@@ -100,7 +99,9 @@ def bf16_to_fp64(x: Tensor) -> Tensor:
 
 
 def _fp64(x: Tensor) -> Tensor:
-    return flush(x).to(torch.float64)
+    bits = x.view(torch.int32)
+    magnitude = bits & 0x7FFFFFFF
+    return torch.where(magnitude < 0x00800000, bits ^ magnitude, bits).view(torch.float32).to(torch.float64)
 
 
 def _two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,24 +112,21 @@ def _two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def round_fp64(total: Tensor, error: Tensor | None = None) -> Tensor:
-    """`total + error` rounded to nearest even once, to 24 bits, then flushed or made Inf."""
-    bits = total.view(torch.int64)
+    """`total + error` rounded to nearest even once, to 24 bits with unlimited exponent, then flushed or made Inf.
+
+    `error` is what was lost when `total` was rounded to float64. It matters only where `total` lies just between
+    two float32 numbers: elsewhere rounding the rounded number is rounding the number.
+    """
     if error is not None:
-        # Round to odd in float64: where the sum was inexact and came out even, take its neighbour on the
-        # error's side. With 53 >= 24 + 2 bits the second rounding below then sees what it needs.
-        step = torch.where((error < 0) == (total < 0), 1, -1)
-        inexact_even = (error != 0) & ((bits & 1) == 0) & torch.isfinite(total)
-        bits = torch.where(inexact_even, bits + step, bits)
-    sign = bits & _FP64_SIGN
-    magnitude = bits & ~_FP64_SIGN
-    nan = magnitude > _FP64_INF
-    # Nearest even at 24 bits with unlimited exponent: the specification flushes after this rounding.
-    half = (1 << (_FP64_TAIL - 1)) - 1
-    magnitude = (magnitude + half + ((magnitude >> _FP64_TAIL) & 1)) >> _FP64_TAIL << _FP64_TAIL
-    magnitude = torch.where(magnitude < _FP64_MIN_NORMAL_FP32, 0, magnitude)
-    magnitude = torch.where(magnitude >= _FP64_ABOVE_FP32, _FP64_INF, magnitude)
-    value = (sign | magnitude).view(torch.float64).to(torch.float32)
-    return torch.where(nan, FP32_NAN, value.view(torch.int32)).view(torch.float32)
+        bits = total.view(torch.int64)
+        tie = (bits & _FP64_TAIL) == _FP64_TIE
+        outward = torch.where((error < 0) == (total < 0), 1, -1)
+        total = torch.where(tie & (error != 0), bits + outward, bits).view(torch.float64)
+    magnitude = total.abs()
+    kept = magnitude >= _SMALLEST_KEPT  # False for NaN, which stays NaN
+    # Below 2^-126 what is kept rounds up to it, and the rest is made a zero of its sign.
+    value = torch.copysign(magnitude.clamp_(min=2.0**-126), total).to(torch.float32).mul_(kept)
+    return value.view(torch.int32).masked_fill_(value.isnan(), FP32_NAN).view(torch.float32)
 
 
 def _select(a: Tensor, b: Tensor, *, smaller: bool) -> Tensor:
