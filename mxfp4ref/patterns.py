@@ -74,7 +74,9 @@ def _tokens(mask: Tensor) -> list[str]:
     if bool(wrong.all()):
         return ["every token differs somewhere"] if len(wrong) > 1 else []
     rows = wrong.nonzero().flatten().tolist()
-    found = [f"only token{_plural(rows)} {_listed(rows)} of {len(wrong)} differ"]
+    found = [
+        f"only token{_plural(rows)} {_listed(rows)} of {len(wrong)} differ{'s' if len(rows) == 1 else ''}"
+    ]
     regular = _regular(wrong, 1, "token")
     return [regular] if regular else found
 

@@ -183,6 +183,23 @@ def test_a_defect_that_confuses_experts_is_named_although_few_are_kept() -> None
     assert run("defect:scales_of_next_expert", [case]).defects == ("scales_of_next_expert",)
 
 
+def test_a_defect_in_one_token_only_is_not_named(case: Case) -> None:
+    """It predicts that token exactly, and others too that are right."""
+    dropped = DEFECTS["last_slot_dropped"].run(case.call())
+
+    def in_token_2(kind: str, call: Any) -> Tensor:
+        output = case.outputs[128, 128].clone()
+        output[2] = dropped[2]
+        return output
+
+    kernel = kernels.Kernel("in_token_2", ("moe",), lambda kind, call: ((kind, call), {}), in_token_2, True)
+    diagnosis = run_case(kernel, case).diagnosis
+    assert diagnosis is not None
+    assert diagnosis.exact == ()
+    assert ("last_slot_dropped", False) in [(p.name, p.exact) for p in diagnosis.predictions]
+    assert "only token 2 of 8 differs" in diagnosis.patterns
+
+
 def test_an_unnamed_mistake_gets_places_and_a_stage() -> None:
     case = GOLDENS.load("gemm/ordinary")
     result = result_of("kernels_under_test:second_half_of_columns", case)

@@ -60,7 +60,7 @@ def tokens(chosen: Tensor) -> Tensor:
         (columns(3, 77, 140), "only 3 of 256 columns differ: 3, 77, 140"),
         (columns(slice(0, 256)), "every token differs somewhere"),
         (tokens(torch.arange(16) % 2 == 1), "exactly every second token differs, from 1 on"),
-        (tokens(torch.arange(16) == 7), "only token 7 of 16 differ"),
+        (tokens(torch.arange(16) == 7), "only token 7 of 16 differs"),
     ],
 )
 def test_places(mask: Tensor, sentence: str) -> None:
