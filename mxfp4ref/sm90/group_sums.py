@@ -7,8 +7,8 @@ A group is two steps of 16 products (the specification, section 3). Three ways t
   exactly in whatever order a BLAS adds; the cut is a mask on the bits.
 - Wide: elements of x so small beside the largest that their products may be truncated are left out of the
   matrix product, truncated one by one and added; the sum is exact again.
-- Direct: every term by itself, where x is infinite or a step may overflow; on a GPU for wide rows too, where
-  arithmetic costs less than the launches of the wide way.
+- Direct: every term by itself, where x is infinite; on a GPU also for wide rows and where a step may overflow,
+  since arithmetic costs less there than launches.
 
 Which way a row takes in a group is decided from x alone.
 """
@@ -49,6 +49,7 @@ class Blocks:
     risky: Tensor  # [B, G, M, 32] bool: the product may be truncated
     wide: Tensor  # [B, G, M] bool: a product, or the first step's result in the second step, may be
     direct: Direct  # the rows and groups to sum term by term
+    may_overflow: bool  # some step of a row that is not summed so may leave float32's range
     bound: Tensor  # [B, G, M] float64: |t| is at most this; Inf where x is not finite
     unit: Tensor  # [B, G, M] int64: t is a multiple of 2^unit
 
@@ -97,15 +98,15 @@ def analyse(x: Tensor) -> Blocks:
     carry_cut = smallest[..., 0] < largest[..., 1] - FRACTION_BITS
     total = bound.sum(-1).nan_to_num(torch.inf, torch.inf)
     wide = risky.any(-1).any(-1) | carry_cut
-    direct = total >= 2.0**127
-    if machine(x.device) == "gpu":
-        direct = direct | wide
+    huge = total >= 2.0**127
+    direct = huge | wide if machine(x.device) == "gpu" else torch.isinf(total)
     return Blocks(
         values=values,
         exponents=exponent.to(torch.int16),
         risky=risky.view(values.shape) & ~direct.unsqueeze(-1),
         wide=wide & ~direct,
         direct=Direct.where(direct),
+        may_overflow=machine(x.device) == "cpu" and bool((huge & ~direct).any()),
         bound=total,
         unit=smallest.amin(-1),
     )
@@ -122,11 +123,11 @@ def group_sums(blocks: Blocks, groups: slice, packed: Tensor, direct: Tensor | N
     t = torch.bmm(x[..., _HALVES[0]], weights[..., _HALVES[0]].transpose(1, 2))
     if wide is not None:
         t[wide.block, wide.row] += wide.truncated_terms(0, torch.zeros_like(t[wide.block, wide.row]))
-    t.view(torch.int64).bitwise_and_(_RZ24)
+    _cut(t, blocks.may_overflow)
     if wide is not None:
         t[wide.block, wide.row] = wide.truncated_terms(1, t[wide.block, wide.row])
     t.baddbmm_(x[..., _HALVES[1]], weights[..., _HALVES[1]].transpose(1, 2))
-    t.view(torch.int64).bitwise_and_(_RZ24)
+    _cut(t, blocks.may_overflow)
     t = t.view(*blocks.wide[:, groups].shape, -1)
     some = slice(blocks.direct.before[groups.start], blocks.direct.before[groups.stop])
     if some.start < some.stop:
@@ -134,6 +135,13 @@ def group_sums(blocks: Blocks, groups: slice, packed: Tensor, direct: Tensor | N
         at = blocks.direct
         t[at.expert[some], at.group[some] - groups.start, at.row[some]] = direct[some]
     return t
+
+
+def _cut(t: Tensor, may_overflow: bool) -> None:
+    """Truncate sums to 24 bits in place; from 2^128 on they are Inf."""
+    t.view(torch.int64).bitwise_and_(_RZ24)
+    if may_overflow:
+        t.masked_fill_(t >= 2.0**128, torch.inf).masked_fill_(t <= -(2.0**128), -torch.inf)
 
 
 @dataclass(frozen=True)
