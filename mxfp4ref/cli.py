@@ -69,7 +69,8 @@ _goldens = click.option(
 
 
 @commands.command()
-@click.argument("kernel")
+@click.argument("kernel", required=False)
+@click.option("--kernel", "kernel_option", metavar="KERNEL", help="The same as the argument.")
 @_goldens
 @click.option(
     "--case", "patterns", multiple=True, metavar="GLOB", help="Only these cases, as in 'gemm/*'. Repeatable."
@@ -119,7 +120,8 @@ _goldens = click.option(
 )
 @click.option("-v", "--verbose", is_flag=True, help="A line for each passing case too.")
 def conform(
-    kernel: str,
+    kernel: str | None,
+    kernel_option: str | None,
     root: Path | None,
     patterns: tuple[str, ...],
     mode: str,
@@ -160,6 +162,10 @@ def conform(
 
     Exit codes: 0 conforms, 1 does not, 2 wrong usage or environment.
     """
+    if (kernel is None) == (kernel_option is None):
+        raise click.UsageError("expected one KERNEL, as the argument or as --kernel")
+    kernel = kernel or kernel_option
+    assert kernel is not None
     with _usage_errors():
         goldens = open_goldens(root)
         names = _select(goldens, patterns)
@@ -270,7 +276,7 @@ def show(case: str, root: Path | None, values: bool) -> None:
 @click.argument("a", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("b", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def compare(a: Path, b: Path) -> None:
-    """Compare two saved outputs bit by bit: tensors of the same names in two .safetensors (or .pt) files.
+    """Compare two saved outputs bit by bit: tensors of the same names in two safetensors files.
 
     Exit codes: 0 equal, 1 different, 2 a file cannot be read.
     """
@@ -300,6 +306,49 @@ def compare(a: Path, b: Path) -> None:
             f"{name}: {int(mask.sum()):,} of {mask.numel():,} elements differ{furthest}; first {first}"
         )
     sys.exit(0 if equal else NOT_EQUAL)
+
+
+@commands.command()
+@click.option(
+    "--checkpoint",
+    required=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="A folder of safetensors files, with or without an index, or one file.",
+)
+@click.option("--layer", "index", required=True, type=click.IntRange(min=0), help="The layer's number.")
+@click.option(
+    "--input",
+    "input_path",
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="safetensors: hidden [M, H] bf16; optionally logits, token_ids, shared_output, padded.",
+)
+@click.option(
+    "--output",
+    "output_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the output and the routing to this safetensors file.",
+)
+@click.option(
+    "--router", type=click.Choice(["deepseek_v4", "gpt_oss", "mixtral"]), help="Default: the checkpoint's."
+)
+@click.option("--top-k", type=click.IntRange(min=1), help="Default: that of config.json.")
+@click.option("--routed-scaling-factor", type=float, help="Default: that of config.json.")
+@click.option("--alpha", type=float, help="SwiGLU's alpha; default: the model's.")
+@click.option("--beta", type=float, help="SwiGLU's beta; default: the model's.")
+@click.option("--limit", type=float, help="SwiGLU's limit; default: the model's.")
+@click.option("--ep-size", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--tp-size", type=click.IntRange(min=1), default=1, show_default=True)
+def layer(checkpoint: Path, index: int, input_path: Path, output_path: Path | None, **options: Any) -> None:
+    """Run a whole mixture-of-experts layer of a DeepSeek-V4 or gpt-oss checkpoint: router, experts, output."""
+    from mxfp4ref.checkpoint import run_layer
+
+    with _usage_errors():
+        result = run_layer(checkpoint, index, input_path, output_path, **options)
+    for name, tensor in result.items():
+        click.echo(f"{name:22}  {_describe(tensor):22}  {_first_values(tensor)}")
+    if output_path is not None:
+        click.echo(f"written: {output_path}")
 
 
 @commands.command()
@@ -378,7 +427,7 @@ def _usage_errors() -> Iterator[None]:
     """What goes wrong before or beside the comparison is wrong usage or environment: exit code 2."""
     try:
         yield
-    except (KernelError, GoldenError, ModuleNotFoundError, ValueError, OSError) as error:
+    except (KernelError, GoldenError, ModuleNotFoundError, TypeError, ValueError, OSError) as error:
         raise _Usage(str(error)) from error
 
 
@@ -415,17 +464,9 @@ def _print(text: str, *, ok: bool) -> None:
 
 def _load(path: Path) -> dict[str, Tensor]:
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        value: Any = torch.load(path, weights_only=True, map_location="cpu")
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
-    except Exception as error:  # torch.load wraps unpickling errors in types of its own
-        raise ValueError(f"{path}: cannot be read: {type(error).__name__}: {error}") from error
-    tensors = {"output": value} if isinstance(value, Tensor) else value
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise ValueError(f"{path}: expected a tensor or a dictionary of tensors, got {type(value).__name__}")
-    return tensors
+        return safetensors.torch.load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected a safetensors file: {error}") from error
 
 
 def _describe(tensor: Tensor) -> str:

@@ -9,11 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
+import layers
 import pytest
 import safetensors.torch
 import torch
 from click.testing import CliRunner, Result
 
+from mxfp4ref.checkpoint import CheckpointLayer, run_layer, write_layer
 from mxfp4ref.cli import commands
 from mxfp4ref.comparison import differing
 from mxfp4ref.defects import DEFECTS
@@ -129,7 +131,7 @@ def test_reproducer_reproduces(tmp_path: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["conform"], "Missing argument 'KERNEL'"),
+        (["conform"], "expected one KERNEL, as the argument or as --kernel"),
         (["conform", "nonsense"], "expected package.module:function"),
         (["conform", "oracle", "--case", "nosuch/*"], "matches none of the"),
         (["conform", "oracle", "--goldens", "no_such_folder"], "no_such_folder"),
@@ -225,9 +227,8 @@ def test_compare(tmp_path: Path) -> None:
     a, b, c = (tmp_path / f"{name}.safetensors" for name in "abc")
     safetensors.torch.save_file({"output": values}, a)
     safetensors.torch.save_file({"output": other}, b)
-    torch.save(values, tmp_path / "a.pt")
     safetensors.torch.save_file({"output": values, "more": other}, c)
-    assert invoke("compare", a, tmp_path / "a.pt").exit_code == 0
+    assert invoke("compare", a, a).exit_code == 0
     result = invoke("compare", b, a)
     assert result.exit_code == 1
     assert "1 of 6 elements differ, at most 1 ulp; first at [1, 2]: got 0x40A1 (5.03125)" in result.output
@@ -235,7 +236,37 @@ def test_compare(tmp_path: Path) -> None:
     b.write_bytes(b"nonsense")
     result = invoke("compare", a, b)
     assert result.exit_code == 2
-    assert "cannot be read" in result.output
+    assert "expected a safetensors file" in result.output
+
+
+def test_layer_runs_from_disk(tmp_path: Path) -> None:
+    experts = layers.random_experts(0)
+    checkpoint, hidden, written = (tmp_path / f"{name}.safetensors" for name in ("model", "hidden", "out"))
+    bias = torch.full((4,), 8.08)
+    write_layer(
+        checkpoint,
+        CheckpointLayer(
+            "deepseek_v4", "layers.3.ffn.", experts, 128, 128, torch.randn(4, 128).bfloat16(), bias
+        ),
+    )
+    safetensors.torch.save_file({"hidden": torch.randn(5, 128).to(torch.bfloat16)}, hidden)
+    arguments = ["layer", "--checkpoint", checkpoint, "--layer", 3, "--input", hidden, "--output", written]
+    options = ["--top-k", 2, "--routed-scaling-factor", 1.5]
+    result = invoke(*arguments, *options)
+    assert result.exit_code == 0, result.output
+    assert f"written: {written}" in result.output
+    found = safetensors.torch.load_file(written)
+    expected = run_layer(checkpoint, 3, hidden, top_k=2, routed_scaling_factor=1.5)
+    assert torch.equal(found["output"].view(torch.int16), expected["output"].view(torch.int16))
+    wrong = invoke("layer", "--checkpoint", checkpoint, "--layer", 4, "--input", hidden, *options)
+    assert wrong.exit_code == 2
+    assert "layer" in wrong.output
+
+
+def test_kernel_as_an_option() -> None:
+    result = invoke("conform", "--kernel", "oracle", "--case", "finalize/slot_order")
+    assert result.exit_code == 0
+    assert invoke("conform", "oracle", "--kernel", "oracle").exit_code == 2
 
 
 def test_defects_and_explain() -> None:
