@@ -251,12 +251,12 @@ def test_layer_runs_from_disk(tmp_path: Path) -> None:
     )
     safetensors.torch.save_file({"hidden": torch.randn(5, 128).to(torch.bfloat16)}, hidden)
     arguments = ["layer", "--checkpoint", checkpoint, "--layer", 3, "--input", hidden, "--output", written]
-    options = ["--top-k", 2, "--routed-scaling-factor", 1.5]
+    options = ["--top-k", 2, "--routed-scaling-factor", 1.5, "--limit", 10]
     result = invoke(*arguments, *options)
     assert result.exit_code == 0, result.output
     assert f"written: {written}" in result.output
     found = safetensors.torch.load_file(written)
-    expected = run_layer(checkpoint, 3, hidden, top_k=2, routed_scaling_factor=1.5)
+    expected = run_layer(checkpoint, 3, hidden, top_k=2, routed_scaling_factor=1.5, limit=10.0)
     assert torch.equal(found["output"].view(torch.int16), expected["output"].view(torch.int16))
     wrong = invoke("layer", "--checkpoint", checkpoint, "--layer", 4, "--input", hidden, *options)
     assert wrong.exit_code == 2
