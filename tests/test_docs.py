@@ -1,0 +1,49 @@
+"""The documentation: every Python example runs, every link between pages leads somewhere, every command exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from mxfp4ref.cli import commands
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "goldens" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+
+
+def _blocks(page: Path, language: str) -> list[str]:
+    return [code for kind, code in BLOCK.findall(page.read_text(encoding="utf-8")) if kind == language]
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if _blocks(p, "python") and p.parent.name != "goldens"], ids=lambda p: p.stem
+)
+def test_examples_run(page: Path) -> None:
+    namespace: dict[str, object] = {"__name__": "example"}
+    for number, code in enumerate(_blocks(page, "python")):
+        exec(compile(code, f"{page.name}, example {number}", "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in LINK.findall(page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if _blocks(p, "sh")], ids=lambda p: p.stem)
+def test_commands_exist(page: Path) -> None:
+    for line in "".join(_blocks(page, "sh")).splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:1] != ["mxfp4ref"] or words[1] == "regenerate":
+            continue
+        shown = CliRunner().invoke(commands, [words[1], "--help"], env={"COLUMNS": "200"})
+        assert shown.exit_code == 0, line
+        for word in words[2:]:
+            assert not word.startswith("--") or word.split("=")[0] in shown.output, line
