@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -47,3 +49,15 @@ def test_commands_exist(page: Path) -> None:
         assert shown.exit_code == 0, line
         for word in words[2:]:
             assert not word.startswith("--") or word.split("=")[0] in shown.output, line
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in sorted((ROOT / "mxfp4ref").rglob("*.py")) if ">>>" in p.read_text(encoding="utf-8")],
+    ids=lambda p: p.stem,
+)
+def test_doctests(path: Path) -> None:
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted
+    assert not result.failed
