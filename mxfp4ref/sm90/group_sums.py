@@ -7,8 +7,8 @@ A group is two steps of 16 products (the specification, section 3). Three ways t
   exactly in whatever order a BLAS adds; the cut is a mask on the bits.
 - Wide: elements of x so small beside the largest that their products may be truncated are left out of the
   matrix product, truncated one by one and added; the sum is exact again.
-- Direct: every term by itself, where x is infinite; on a GPU also for wide rows and where a step may overflow,
-  since arithmetic costs less there than launches.
+- Direct: every term by itself, where x is infinite, and for wide rows while they are few: the wide way costs
+  many small operations however few the rows. On a GPU always, and where a step may overflow.
 
 Which way a row takes in a group is decided from x alone.
 """
@@ -36,7 +36,8 @@ _LOWEST = -256  # below the exponent of any product
 _NONE = 1 << 12  # the unit of zeros, and minus the exponent of zeros: beyond any other
 _FP64_BIAS = 1023
 _RZ24 = -(1 << 29)  # keeps the 24 leading bits of a float64's significand
-_ELEMENTS_AT_ONCE = {"cpu": 1 << 17, "gpu": 1 << 24}  # of a temporary in the wide and direct ways
+_FEW = 1 / 32  # of all rows and groups
+_ELEMENTS_AT_ONCE = {"cpu": 1 << 18, "gpu": 1 << 24}  # of a temporary in the wide and direct ways
 _HALVES = (slice(0, STEP_SIZE), slice(STEP_SIZE, GROUP_SIZE))
 
 
@@ -99,7 +100,12 @@ def analyse(x: Tensor) -> Blocks:
     total = bound.sum(-1).nan_to_num(torch.inf, torch.inf)
     wide = risky.any(-1).any(-1) | carry_cut
     huge = total >= 2.0**127
-    direct = huge | wide if machine(x.device) == "gpu" else torch.isinf(total)
+    if machine(x.device) == "gpu":
+        direct = huge | wide
+    else:
+        direct = torch.isinf(total)
+        if int(wide.sum()) <= wide.numel() * _FEW:
+            direct = direct | wide
     return Blocks(
         values=values,
         exponents=exponent.to(torch.int16),
