@@ -35,6 +35,7 @@ _SMALLEST_WEIGHT_EXPONENT = -1  # of 0.5, which is also the unit of all weights
 _LOWEST = -256  # below the exponent of any product
 _NONE = 1 << 12  # the unit of zeros, and minus the exponent of zeros: beyond any other
 _FP64_BIAS = 1023
+_FP64_EXPONENT = 0x7FF << 52
 _RZ24 = -(1 << 29)  # keeps the 24 leading bits of a float64's significand
 _FEW = 1 / 32  # of all rows and groups
 _ELEMENTS_AT_ONCE = {"cpu": 1 << 18, "gpu": 1 << 24}  # of a temporary in the wide and direct ways
@@ -231,16 +232,23 @@ def direct_sums(blocks: Blocks, packed: Tensor) -> Tensor:
 def _direct_step(x: Tensor, weights: Tensor, carried: Tensor) -> Tensor:
     """`tensor_core.step` on float64 values: `[F, 1, 16]`, `[F, N, 16]` and `[F, N]` give `[F, N]`."""
     products = x * weights  # 10 bits: exact
-    exponents = torch.where(products == 0, -_NONE, _exponent(x).clamp(min=-126) + _exponent(weights))
-    largest = torch.maximum(exponents.amax(-1), _carried_exponent(carried))
-    per_unit = _two_to_the(FRACTION_BITS - largest.clamp(_LOWEST, 256))
+    infinite = products.sum(-1) + carried
+    # The largest exponent as a power of two; zeros take no part, subnormals have exponent -126.
+    largest = (_power(x, lowest=2.0**-126) * _power(weights)).amax(-1)
+    largest = torch.maximum(largest, _power(carried, lowest=2.0**-126))
+    per_unit = torch.where(largest == 0, 1.0, 2.0**FRACTION_BITS / largest)
     # Integers below 2^33, summed exactly in any order.
-    total = (products * per_unit.unsqueeze(-1)).trunc_().sum(-1) + (carried * per_unit).trunc_()
+    total = products.mul_(per_unit.unsqueeze(-1)).trunc_().sum(-1) + (carried * per_unit).trunc_()
     total /= per_unit
-    total.view(torch.int64).bitwise_and_(_RZ24)
-    total = torch.where(total.abs() >= 2.0**128, total * torch.inf, total)
+    _cut(total, may_overflow=True)
     finite = x.isfinite().all(-1) & carried.isfinite()
-    return torch.where(finite, total, products.sum(-1) + carried)
+    return torch.where(finite, total, infinite)
+
+
+def _power(x: Tensor, lowest: float = 0.0) -> Tensor:
+    """The power of two at or below |x|, at least `lowest`; 0 for 0."""
+    power = (x.view(torch.int64) & _FP64_EXPONENT).view(torch.float64)
+    return torch.where(x == 0, 0.0, power.clamp(min=lowest)) if lowest else power
 
 
 def unpack_groups(packed: Tensor, groups: slice) -> Tensor:
