@@ -8,8 +8,8 @@
 What is compared takes turns in one process; a time is the median of the turns, a ratio that of two medians.
 Tables are Markdown; `--json FILE` has the same rows. How the numbers came about: `benchmark.md`.
 
-libgomp's threads spin while they wait, and on a machine with anything else to do two of them can take many times as
-long as one. So OMP_WAIT_POLICY=PASSIVE is set, by starting again, unless the variable has a value already.
+Leave OMP_WAIT_POLICY unset and the machine idle: PASSIVE costs a system call for every small operation, and ACTIVE
+lets the threads of torch and of its BLAS spin against each other. Either halves the speed of the oracle.
 """
 
 from __future__ import annotations
@@ -374,7 +374,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if "OMP_WAIT_POLICY" not in os.environ:
-        # Read when libgomp is loaded, which torch has done by now.
-        os.execve(sys.executable, sys.orig_argv, {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"})
     sys.exit(main())
