@@ -243,7 +243,7 @@ def test_the_direct_way_gives_the_same_sums(seed: int, x_kind: str, shape: tuple
     blocks = analyse(x)
     all_direct = replace(
         blocks,
-        direct=Direct.where(torch.ones_like(blocks.wide)),
+        direct=Direct.where(torch.ones_like(blocks.unit, dtype=torch.bool)),
         wide=torch.zeros_like(blocks.wide),
         risky=torch.zeros_like(blocks.risky),
     )

@@ -34,6 +34,7 @@ _LARGEST_WEIGHT_EXPONENT = 2
 _SMALLEST_WEIGHT_EXPONENT = -1  # of 0.5, which is also the unit of all weights
 _LOWEST = -256  # below the exponent of any product
 _NONE = 1 << 12  # the unit of zeros, and minus the exponent of zeros: beyond any other
+_FP32_BIAS = 127
 _FP64_BIAS = 1023
 _FP64_EXPONENT = 0x7FF << 52
 _RZ24 = -(1 << 29)  # keeps the 24 leading bits of a float64's significand
@@ -49,7 +50,7 @@ class Blocks:
     values: Tensor  # [B, G, M, 32] float64
     exponents: Tensor  # [B, G, M, 32] int16; -4096 for zeros
     risky: Tensor  # [B, G, M, 32] bool: the product may be truncated
-    wide: Tensor  # [B, G, M] bool: a product, or the first step's result in the second step, may be
+    wide: Tensor  # [B, G, M, 2] bool: in this step a product, or what the first step carries over, may be
     direct: Direct  # the rows and groups to sum term by term
     may_overflow: bool  # some step of a row that is not summed so may leave float32's range
     bound: Tensor  # [B, G, M] float64: |t| is at most this; Inf where x is not finite
@@ -99,19 +100,20 @@ def analyse(x: Tensor) -> Blocks:
     smallest = unit.view(halves).amin(-1)
     carry_cut = smallest[..., 0] < largest[..., 1] - FRACTION_BITS
     total = bound.sum(-1).nan_to_num(torch.inf, torch.inf)
-    wide = risky.any(-1).any(-1) | carry_cut
+    wide = risky.any(-1)
+    wide[..., 1] |= carry_cut
     huge = total >= 2.0**127
+    any_wide = wide.any(-1)
+    direct = torch.isinf(total)
     if machine(x.device) == "gpu":
-        direct = huge | wide
-    else:
-        direct = torch.isinf(total)
-        if int(wide.sum()) <= wide.numel() * _FEW:
-            direct = direct | wide
+        direct = huge | any_wide
+    elif int(any_wide.sum()) <= any_wide.numel() * _FEW:
+        direct = direct | any_wide
     return Blocks(
         values=values,
         exponents=exponent.to(torch.int16),
         risky=risky.view(values.shape) & ~direct.unsqueeze(-1),
-        wide=wide & ~direct,
+        wide=wide & ~direct.unsqueeze(-1),
         direct=Direct.where(direct),
         may_overflow=machine(x.device) == "cpu" and bool((huge & ~direct).any()),
         bound=total,
@@ -126,16 +128,12 @@ def group_sums(blocks: Blocks, groups: slice, packed: Tensor, direct: Tensor | N
     """
     weights = unpack_groups(packed, groups).flatten(0, 1)  # [B * G, N, 32] float64
     x = blocks.values[:, groups].masked_fill(blocks.risky[:, groups], 0.0).flatten(0, 1)
-    wide = _WideRows.find(blocks, groups, weights)
-    t = torch.bmm(x[..., _HALVES[0]], weights[..., _HALVES[0]].transpose(1, 2))
-    if wide is not None:
-        t[wide.block, wide.row] += wide.truncated_terms(0, torch.zeros_like(t[wide.block, wide.row]))
-    _cut(t, blocks.may_overflow)
-    if wide is not None:
-        t[wide.block, wide.row] = wide.truncated_terms(1, t[wide.block, wide.row])
-    t.baddbmm_(x[..., _HALVES[1]], weights[..., _HALVES[1]].transpose(1, 2))
-    _cut(t, blocks.may_overflow)
-    t = t.view(*blocks.wide[:, groups].shape, -1)
+    t = x.new_zeros(len(x), x.shape[1], weights.shape[1])
+    for half, elements in enumerate(_HALVES):
+        _add_truncated_terms(t, blocks, groups, weights, half)
+        t.baddbmm_(x[..., elements], weights[..., elements].transpose(1, 2))
+        _cut(t, blocks.may_overflow)
+    t = t.view(*blocks.unit[:, groups].shape, -1)
     some = slice(blocks.direct.before[groups.start], blocks.direct.before[groups.stop])
     if some.start < some.stop:
         direct = direct_sums(blocks, packed) if direct is None else direct
@@ -151,63 +149,41 @@ def _cut(t: Tensor, may_overflow: bool) -> None:
         t.masked_fill_(t >= 2.0**128, torch.inf).masked_fill_(t <= -(2.0**128), -torch.inf)
 
 
-@dataclass(frozen=True)
-class _WideRows:
-    """The F pairs of a group and a row that go the wide way, and the weights of their U groups."""
-
-    block: Tensor  # [F], index of (expert, group)
-    row: Tensor  # [F]
-    values: Tensor  # [F, 32] float64
-    exponents: Tensor  # [F, 32] int16
-    risky: Tensor  # [F, 32] bool
-    which: Tensor  # [F], index into the weights
-    weights: Tensor  # [U, 32, N] float64
-    weight_exponents: Tensor  # [U, 32, N] int16; -1023 for zeros
-
-    @classmethod
-    def find(cls, blocks: Blocks, groups: slice, weights: Tensor) -> _WideRows | None:
-        block, row = blocks.wide[:, groups].flatten(0, 1).nonzero(as_tuple=True)
-        if len(block) == 0:
-            return None
-        distinct, which = torch.unique(block, return_inverse=True)
-        columns = weights[distinct].transpose(1, 2).contiguous()
-        return cls(
-            block=block,
-            row=row,
-            values=blocks.values[:, groups].flatten(0, 1)[block, row],
-            exponents=blocks.exponents[:, groups].flatten(0, 1)[block, row],
-            risky=blocks.risky[:, groups].flatten(0, 1)[block, row],
-            which=which,
-            weights=columns,
-            weight_exponents=_exponent(columns).to(torch.int16),
-        )
-
-    def truncated_terms(self, half: int, carried: Tensor) -> Tensor:
-        """What is carried into a step `[F, N]`, and the risky products of the step, truncated and added."""
-        out = torch.empty_like(carried)
-        # Rows with the most risky elements first: element j then concerns the first few rows.
-        count = self.risky[:, _HALVES[half]].sum(1)
-        order = torch.argsort(count, descending=True, stable=True)
-        for some in spans(len(order), max(1, _ELEMENTS_AT_ONCE["cpu"] // carried.shape[1])):
-            rows = order[some]
-            out[rows] = self._truncated_terms(half, rows, count[rows], carried[rows])
-        return out
-
-    def _truncated_terms(self, half: int, rows: Tensor, count: Tensor, carried: Tensor) -> Tensor:
-        elements = _HALVES[half]
-        which = self.which[rows]
-        exponents = self.weight_exponents[which, elements] + self.exponents[rows, elements].unsqueeze(-1)
-        largest = torch.maximum(exponents.amax(1).to(torch.int64), _carried_exponent(carried))
+def _add_truncated_terms(t: Tensor, blocks: Blocks, groups: slice, weights: Tensor, half: int) -> None:
+    """Begin a step of the rows that go the wide way: truncate what is carried over, add the risky products."""
+    block, row = blocks.wide[:, groups, :, half].flatten(0, 1).nonzero(as_tuple=True)
+    if len(block) == 0:
+        return
+    elements = _HALVES[half]
+    # Rows with the most risky elements first: element j then concerns the first few rows.
+    count = blocks.risky[:, groups, :, elements].flatten(0, 1)[block, row].sum(1)
+    order = torch.argsort(count, descending=True, stable=True)
+    block, row, count = block[order], row[order], count[order]
+    distinct, which = torch.unique(block, return_inverse=True)
+    columns = weights.index_select(0, distinct)[..., elements].transpose(1, 2).contiguous()  # [U, 16, N]
+    fields = columns.to(torch.float32).view(torch.int32).bitwise_right_shift_(23).bitwise_and_(0xFF)
+    column_exponents = fields.to(torch.int16).sub_(_FP32_BIAS).masked_fill_(fields == 0, -_NONE)
+    risky, values, exponents = (
+        part[:, groups, :, elements].flatten(0, 1)[block, row]
+        for part in (blocks.risky, blocks.values, blocks.exponents)
+    )
+    element = torch.argsort(risky.logical_not(), dim=1, stable=True)
+    per_row = count.tolist()
+    for some in spans(len(block), max(1, _ELEMENTS_AT_ONCE["cpu"] // columns.shape[2])):
+        carried = t[block[some], row[some]]
+        products = column_exponents.index_select(0, which[some]) + exponents[some].unsqueeze(-1)
+        largest = torch.maximum(products.amax(1).to(torch.int64), _carried_exponent(carried))
         # Where every term is zero any unit will do.
-        fraction_bits = FRACTION_BITS - largest.clamp_(min=_LOWEST)
-        per_unit = _two_to_the(fraction_bits)
-        total = (carried * per_unit).trunc_()
-        element = torch.argsort(self.risky[rows, elements].logical_not(), dim=1, stable=True) + elements.start
-        for j in range(int(count[0])):
-            n = int((count > j).sum())
-            product = self.weights[which[:n], element[:n, j]] * self.values[rows[:n], element[:n, j], None]
+        per_unit = _two_to_the(FRACTION_BITS - largest.clamp_(min=_LOWEST))
+        total = carried.mul_(per_unit).trunc_()
+        for j in range(per_row[some.start]):
+            n = sum(c > j for c in per_row[some])
+            those = slice(some.start, some.start + n)
+            product = columns[which[those], element[those, j]] * values[those].gather(
+                1, element[those, j, None]
+            )
             total[:n] += product.mul_(per_unit[:n]).trunc_()
-        return total.mul_(_two_to_the(-fraction_bits))
+        t[block[some], row[some]] = total.div_(per_unit)
 
 
 def direct_sums(blocks: Blocks, packed: Tensor) -> Tensor:
