@@ -160,9 +160,12 @@ def _add_truncated_terms(t: Tensor, blocks: Blocks, groups: slice, weights: Tens
     order = torch.argsort(count, descending=True, stable=True)
     block, row, count = block[order], row[order], count[order]
     distinct, which = torch.unique(block, return_inverse=True)
-    columns = weights.index_select(0, distinct)[..., elements].transpose(1, 2).contiguous()  # [U, 16, N]
+    some_weights = weights if len(distinct) == len(weights) else weights.index_select(0, distinct)
+    columns = some_weights[..., elements].transpose(1, 2).contiguous()  # [U, 16, N]
+    # The biased exponents, raised by _NONE where there is one: of a zero weight it stays below all others.
     fields = columns.to(torch.float32).view(torch.int32).bitwise_right_shift_(23).bitwise_and_(0xFF)
-    column_exponents = fields.to(torch.int16).sub_(_FP32_BIAS).masked_fill_(fields == 0, -_NONE)
+    fields = fields.to(torch.int16)
+    column_exponents = fields.clamp(max=1).mul_(_NONE).add_(fields)
     risky, values, exponents = (
         part[:, groups, :, elements].flatten(0, 1)[block, row]
         for part in (blocks.risky, blocks.values, blocks.exponents)
@@ -172,7 +175,8 @@ def _add_truncated_terms(t: Tensor, blocks: Blocks, groups: slice, weights: Tens
     for some in spans(len(block), max(1, _ELEMENTS_AT_ONCE["cpu"] // columns.shape[2])):
         carried = t[block[some], row[some]]
         products = column_exponents.index_select(0, which[some]) + exponents[some].unsqueeze(-1)
-        largest = torch.maximum(products.amax(1).to(torch.int64), _carried_exponent(carried))
+        largest = products.amax(1).to(torch.int64).sub_(_NONE + _FP32_BIAS)
+        largest = torch.maximum(largest, _carried_exponent(carried))
         # Where every term is zero any unit will do.
         per_unit = _two_to_the(FRACTION_BITS - largest.clamp_(min=_LOWEST))
         total = carried.mul_(per_unit).trunc_()
