@@ -23,7 +23,7 @@ __all__ = ["group_scaled_gemm"]
 
 # A tile's float64 weights and sums should stay in a CPU's cache; a GPU takes all columns of most layers.
 _ROWS_AT_ONCE = 64
-_COLUMNS_AT_ONCE = 512
+_COLUMNS_AT_ONCE = 1024
 _DIRECT_SUMS_ON_GPU = 1 << 25
 _GROUPS_AT_ONCE = {"cpu": 16, "gpu": 8}
 
@@ -71,7 +71,7 @@ def group_scaled_gemm(
         column_step = _COLUMNS_AT_ONCE
         if machine(x.device) == "gpu":
             column_step = min(
-                8 * _COLUMNS_AT_ONCE, max(64, _DIRECT_SUMS_ON_GPU // max(1, len(blocks.direct)))
+                4 * _COLUMNS_AT_ONCE, max(64, _DIRECT_SUMS_ON_GPU // max(1, len(blocks.direct)))
             )
         for columns in spans(num_columns, column_step):
             out[:, rows, columns] = _tile(
