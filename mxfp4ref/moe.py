@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +31,15 @@ _EXPERTS_AT_ONCE = {"cpu": 1, "gpu": 64}
 
 def _uncompiled(function: _F) -> _F:
     """Keep a caller's torch.compile out: fused arithmetic would round otherwise."""
-    return cast(_F, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+
+    @functools.wraps(function)
+    def outside(*args: Any, **kwargs: Any) -> object:
+        # Only asked for while compiling, since it loads the whole compiler.
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return function(*args, **kwargs)
+
+    return cast(_F, outside)
 
 
 def select_local(ids: Tensor, num_local: int, ep_size: int, ep_rank: int) -> Tensor:
