@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mxfp4ref import generator
+from mxfp4ref._lock import locked
 from mxfp4ref.call import MoeCall
 from mxfp4ref.experts import Experts
 
@@ -153,11 +154,18 @@ class Case:
 
 
 class Goldens:
-    """The cases under one root folder; `open_goldens` finds it."""
+    """The cases under one root folder; `open_goldens` finds it.
+
+    If they are regenerated meanwhile, a case is read as it was before or as it is afterwards.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        path = root / "manifest.json"
+        self.entries = self._manifest()
+
+    def _manifest(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """For each case the size and SHA-256 of its files."""
+        path = self.root / "manifest.json"
         manifest = _parse(path, _read(path))
         if manifest.get("format") != FORMAT:
             raise GoldenError(f"{path}: expected format {FORMAT!r}, got {manifest.get('format')!r}")
@@ -170,7 +178,7 @@ class Goldens:
                     f"{path}: case {name!r}: expected a name suite/case with 'bytes' and 'sha256' of its 'json' and "
                     f"its 'safetensors' file, got {entry!r}"
                 )
-        self.entries: dict[str, dict[str, dict[str, Any]]] = cases
+        return cases
 
     @property
     def suites(self) -> list[str]:
@@ -192,6 +200,16 @@ class Goldens:
         Raises:
             GoldenError: no such case, or a file is missing, damaged, renamed or not the one in the manifest.
         """
+        try:
+            return self._load(name)
+        except GoldenError:
+            pass
+        # Damaged, or somebody is writing: once they are done, the manifest tells which.
+        with locked(self.root):
+            self.entries = self._manifest()
+            return self._load(name)
+
+    def _load(self, name: str) -> Case:
         if name not in self.entries:
             close = difflib.get_close_matches(name, self.entries, n=3)
             hint = f"; did you mean {', '.join(close)}?" if close else ""
@@ -210,7 +228,16 @@ class Goldens:
         return case
 
     def verify(self) -> list[str]:
-        """Everything that is wrong with the files under the root, one line each; empty if nothing is."""
+        """Everything that is wrong with the files under the root, one line each; empty if nothing is.
+
+        Raises:
+            GoldenError: there is no manifest any more, or it is damaged.
+        """
+        with locked(self.root):
+            self.entries = self._manifest()
+            return self._problems()
+
+    def _problems(self) -> list[str]:
         problems = []
         for name in self.names():
             try:

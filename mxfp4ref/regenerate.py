@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from mxfp4ref._lock import locked
 from mxfp4ref.golden import (
     BUILTIN_ROOT,
     FORMAT,
@@ -38,6 +39,7 @@ from mxfp4ref.golden_cases.definition import Content, Definition
 __all__ = ["build_case", "case_files", "main", "safetensors_bytes"]
 
 SIZE_LIMIT = 32 << 20
+_WRITING = ".writing-"  # how the names of unfinished files begin
 
 _SAFETENSORS_DTYPES = {
     torch.bfloat16: "BF16",
@@ -130,13 +132,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cases = {case_id: built[case_id] for case_id in selected[root]}
         complete = selected[root] == wanted[root]
         if options.check:
-            differences = _differences(root, cases, complete)
+            with locked(root):
+                differences = _differences(root, cases, complete)
             print("\n".join(differences) or f"{root}: {len(cases)} cases, equal byte for byte")
             status = 1 if differences else status
         elif cases:
-            _write_tree(root, cases, complete)
+            root.mkdir(parents=True, exist_ok=True)
+            with locked(root, exclusive=True):
+                _write_tree(root, cases, complete)
             print(f"{root}: {len(cases)} cases written")
-        size = _total_size(root)
+        with locked(root):
+            size = _total_size(root)
         print(f"{root}: {size / 2**20:.2f} MiB in all")
         if size > SIZE_LIMIT:
             print(f"{root}: more than {SIZE_LIMIT >> 20} MiB", file=sys.stderr)
@@ -259,11 +265,14 @@ def _differences(root: Path, cases: dict[str, Files], complete: bool) -> list[st
 
 
 def _write_tree(root: Path, cases: dict[str, Files], complete: bool) -> None:
-    """Write the cases, then the manifest, then remove what is no longer a case.
+    """Write the cases, then the manifest, then remove what is no longer a case. The root has to be locked.
 
     Every file is replaced in one step; after an interruption some cases may not be those of the manifest, which
     reading them reports.
     """
+    # What a killed process was writing.
+    for path in [*root.glob(f"{_WRITING}*"), *root.glob(f"*/{_WRITING}*")]:
+        path.unlink()
     for case_id, files in cases.items():
         for kind, data in files.items():
             _write(root / f"{case_id}.{kind}", data)
@@ -300,14 +309,16 @@ def _write(path: Path, data: bytes) -> None:
     if path.is_file() and path.read_bytes() == data:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=_WRITING)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)
         raise
 
 
