@@ -243,6 +243,35 @@ def regenerate(arguments: tuple[str, ...]) -> None:
 
 
 @commands.command()
+@click.argument("folder", metavar="DIR", type=click.Path(file_okay=False, path_type=Path))
+@_goldens
+def export(folder: Path, root: Path | None) -> None:
+    """Write the goldens to DIR as a data set of flashinfer-bench: definitions, workloads, a reference.
+
+    DIR is created if it is not there, and files of an earlier export are replaced. Every kernel call with stored
+    weights and a finite output becomes a workload; the others are listed with the reason. flashinfer-bench is not
+    needed for that. Put your kernels into DIR/solutions and run
+
+    \b
+    flashinfer-bench run --local DIR
+
+    It compares with a tolerance. To compare bits, use mxfp4ref conform.
+
+    Exit codes: 0 written, 2 wrong usage, or goldens that are missing or damaged.
+    """
+    from mxfp4ref.export import export_flashinfer_bench
+
+    with _usage_errors():
+        goldens = open_goldens(root)
+        exported, left_out = export_flashinfer_bench(goldens, folder)
+    for name, reason in left_out.items():
+        click.echo(f"left out: {name}: {reason}")
+    if not exported:
+        raise _Usage(f"{goldens.root}: no case can be exported")
+    click.echo(f"{folder}: {len(exported)} workloads written, {len(left_out)} cases left out")
+
+
+@commands.command()
 @click.argument("case")
 @_goldens
 @click.option("--values", is_flag=True, help="The first values of each tensor too.")

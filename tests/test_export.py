@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,9 @@ import bits
 import pytest
 import safetensors.torch
 import torch
+from click.testing import CliRunner, Result
 
+from mxfp4ref.cli import commands
 from mxfp4ref.export import export_flashinfer_bench
 from mxfp4ref.golden import BUILTIN_ROOT, open_goldens
 
@@ -36,6 +39,14 @@ def definitions(folder: Path) -> dict[str, Any]:
 def workloads(folder: Path) -> list[dict[str, Any]]:
     files = sorted((folder / "workloads").rglob("*.jsonl"))
     return [json.loads(line) for path in files for line in path.read_text().splitlines()]
+
+
+def contents_of(root: Path) -> dict[Path, bytes]:
+    return {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(commands, arguments)
 
 
 def test_every_case_is_exported_or_left_out_for_a_reason(exported: Any) -> None:
@@ -117,12 +128,8 @@ def test_the_same_bytes_again(tmp_path: Path) -> None:
         assert export_flashinfer_bench(goldens, tmp_path / "a") == export_flashinfer_bench(
             goldens, str(tmp_path / "b")
         )
-    contents = [
-        {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
-        for root in (tmp_path / "a", tmp_path / "b")
-    ]
-    assert contents[0] == contents[1]
-    assert len(contents[0]) > 3
+    assert contents_of(tmp_path / "a") == contents_of(tmp_path / "b")
+    assert len(contents_of(tmp_path / "a")) > 3
 
 
 def test_wrong_arguments(tmp_path: Path) -> None:
@@ -132,27 +139,57 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         export_flashinfer_bench(open_goldens(BUILTIN_ROOT), None)  # type: ignore[arg-type]
 
 
+def test_command(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "dataset"
+    result = invoke("export", str(folder), "--goldens", str(BUILTIN_ROOT))
+    assert result.exit_code == 0, result.output
+    names, left_out = export_flashinfer_bench(open_goldens(BUILTIN_ROOT), tmp_path / "direct")
+    *reasons, last = result.output.splitlines()
+    assert last == f"{folder}: {len(names)} workloads written, {len(left_out)} cases left out"
+    assert reasons == [f"left out: {name}: {reason}" for name, reason in left_out.items()]
+    assert contents_of(folder) == contents_of(tmp_path / "direct")
+
+
+def test_command_refuses(tmp_path: Path) -> None:
+    root = shutil.copytree(BUILTIN_ROOT, tmp_path / "goldens")
+    (tmp_path / "file").touch()
+    manifest = json.loads((root / "manifest.json").read_text())
+    layouts = {name: entry for name, entry in manifest["cases"].items() if name.startswith("layout/")}
+    (root / "manifest.json").write_text(json.dumps(manifest | {"cases": layouts}))
+    for arguments, message in (
+        (["export"], "Missing argument 'DIR'"),
+        (["export", str(tmp_path / "file")], "is a file"),
+        (["export", str(tmp_path / "file" / "below"), "--goldens", str(BUILTIN_ROOT)], "Not a directory"),
+        (["export", str(tmp_path / "a"), "--goldens", str(tmp_path)], "manifest.json: cannot be read"),
+        (["export", str(tmp_path / "a"), "--goldens", str(root)], "no case can be exported"),
+    ):
+        result = invoke(*arguments)
+        assert result.exit_code == 2, arguments
+        assert message in result.output
+    assert not (tmp_path / "a").exists()
+
+
 def test_the_other_package_is_not_needed() -> None:
     script = "import sys, mxfp4ref.export; assert not any('flashinfer' in name for name in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_flashinfer_bench_reads_it(exported: Any) -> None:
+    """By its own code: the schema, the tensors, and for each definition the reference on a workload."""
     pytest.importorskip("flashinfer_bench.data", reason="flashinfer-bench is not installed")
-    data = importlib.import_module("flashinfer_bench.data")
+    data, bench, build = (
+        importlib.import_module(f"flashinfer_bench.{name}") for name in ("data", "bench.utils", "compile")
+    )
     folder, names, _ = exported
     read = data.TraceSet.from_path(str(folder))
-    traces = [trace for of_one in read.workloads.values() for trace in of_one]
-    assert len(traces) == len(names)
+    assert sum(map(len, read.workloads.values())) == len(names)
     assert set(read.definitions) == set(read.workloads) == set(definitions(folder))
-    for trace in traces:
-        definition = read.definitions[trace.definition]
-        inputs = []
-        for name, source in trace.workload.inputs.items():
-            if source.type == "scalar":
-                inputs.append(source.value)
-            else:
-                tensor = safetensors.torch.load_file(folder / source.path)[source.tensor_key]
-                assert tensor.dtype == definition.torch_input_dtypes[list(definition.inputs).index(name)]
-                inputs.append(tensor)
-        assert definition.get_axes_values_from_inputs(inputs) == trace.workload.axes
+    for name, traces in read.workloads.items():
+        definition = read.definitions[name]
+        for trace in traces:
+            tensors = bench.load_safetensors(definition, trace.workload, folder)
+            inputs = bench.gen_inputs(definition, trace.workload, "cpu", tensors)
+            assert definition.get_axes_values_from_inputs(inputs) == trace.workload.axes
+        got = build.BuilderRegistry.get_instance().build_reference(definition)(*inputs)
+        stored = safetensors.torch.load_file(folder / trace.workload.inputs["input"].path)
+        bits.assert_same(got, stored["output"])
