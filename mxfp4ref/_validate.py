@@ -2,48 +2,72 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_choice", "check_int", "check_same_device", "check_tensor"]
+__all__ = [
+    "INT32_MAX",
+    "check_bool",
+    "check_choice",
+    "check_float",
+    "check_ids",
+    "check_instance",
+    "check_int",
+    "check_same_device",
+    "check_tensor",
+    "shown",
+]
+
+INT32_MAX = (1 << 31) - 1
+_FLOAT32_MAX = float.fromhex("0x1.fffffep+127")
+
+
+def check_instance(name: str, value: object, wanted: type, *, exact: bool = False) -> None:
+    """Raise TypeError unless `value` is a `wanted`; `exact` refuses subclasses, too."""
+    if not isinstance(value, wanted) or (exact and type(value) is not wanted):
+        raise TypeError(f"{name}: expected {wanted.__name__}, got {type(value).__name__}")
 
 
 def check_tensor(
     name: str,
     value: object,
     *,
-    dtype: torch.dtype | Sequence[torch.dtype],
+    dtype: torch.dtype | Sequence[torch.dtype] | None,
     shape: Sequence[int | str | None],
     sizes: Mapping[str, int] | None = None,
     contiguous: bool = False,
+    written: bool = False,
 ) -> Tensor:
     """Return `value` if it is a dense tensor of one of the dtypes and of the shape, else raise.
 
     Args:
         name: the argument's name, for the message.
-        dtype: the allowed dtype or dtypes.
+        dtype: the allowed dtype or dtypes; None allows all.
         shape: one entry per dimension: an int is required exactly, a string is a symbol that is looked up
             in `sizes` (free when absent there), None is free. A leading `...` entry allows any number of
             dimensions before the rest.
         sizes: the values of symbols that are already known.
         contiguous: require a contiguous tensor.
+        written: require a tensor that can be written into: no element twice, nothing that autograd watches.
 
     Raises:
         TypeError: not a tensor, a meta or sparse tensor, or another dtype.
-        ValueError: another shape, or not contiguous where that is required.
+        ValueError: another shape, or not contiguous or not to be written into where that is required.
     """
-    dtypes = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
-    wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-    expected = f"a {wanted} tensor of shape {_describe(shape, sizes)}"
+    dtypes = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype or ())
+    wanted = " or ".join(_short(d) for d in dtypes) + " " * bool(dtypes)
+    expected = f"a {wanted}tensor of shape {_describe(shape, sizes)}"
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
-    got = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-    if value.dtype not in dtypes:
+    if value.is_nested:  # has no shape
+        raise TypeError(f"{name}: expected {expected}, got a nested tensor")
+    got = f"{_short(value.dtype)} {list(value.shape)}"
+    if dtypes and value.dtype not in dtypes:
         raise TypeError(f"{name}: expected {expected}, got {got}")
-    if value.is_meta or value.layout != torch.strided or value.is_quantized:
-        kind = "meta" if value.is_meta else str(value.layout)
+    if kind := _no_storage(value):
         raise TypeError(f"{name}: expected {expected} with dense storage, got a {kind} tensor")
     any_prefix = len(shape) > 0 and shape[0] == "..."
     tail = list(shape[1:] if any_prefix else shape)
@@ -56,6 +80,8 @@ def check_tensor(
         raise ValueError(f"{name}: expected {expected}, got {got}")
     if contiguous and not value.is_contiguous():
         raise ValueError(f"{name}: expected {expected}, contiguous, got strides {list(value.stride())}")
+    if written and (obstacle := _no_writing(value)):
+        raise ValueError(f"{name}: expected {expected} to be written into, got one {obstacle}")
     return value
 
 
@@ -79,22 +105,93 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         listed = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"{name}: expected one of {listed}, got {value!r}")
+        raise ValueError(f"{name}: expected one of {listed}, got {shown(value)}")
+
+
+def check_bool(name: str, value: object) -> bool:
+    """Return `value` if it is True or False itself, else raise TypeError."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__} {shown(value)}")
+    return value
 
 
 def check_int(name: str, value: object, *, minimum: int, maximum: int | None = None) -> int:
     """Return `value` if it is an int (not a bool) within the limits.
+
+    Without a `maximum` it is that of int32: ids, and what counts experts, ranks, rows and columns.
 
     Raises:
         TypeError: not an int.
         ValueError: out of range.
     """
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
-    if value < minimum or (maximum is not None and value > maximum):
-        limits = f"at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
-        raise ValueError(f"{name}: expected an int {limits}, got {value}")
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__} {shown(value)}")
+    limit = INT32_MAX if maximum is None else maximum
+    if not minimum <= value <= limit:
+        at_least = maximum is None and value < minimum
+        limits = f"at least {minimum}" if at_least else f"from {minimum} to {limit}"
+        raise ValueError(f"{name}: expected an int {limits}, got {shown(value)}")
     return value
+
+
+def check_float(name: str, value: object, *, minimum: float = -math.inf) -> float:
+    """Return `value` as a float if it is a float or an int (not a bool) that float32 has room for.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: NaN, Inf, beyond float32 or below `minimum`.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a float, got {type(value).__name__} {shown(value)}")
+    if not max(minimum, -_FLOAT32_MAX) <= value <= _FLOAT32_MAX:
+        least = "" if minimum == -math.inf else f" of at least {minimum}"
+        raise ValueError(f"{name}: expected a finite float32 number{least}, got {shown(value)}")
+    return float(value)
+
+
+def check_ids(name: str, ids: Tensor, *, minimum: int = 0, maximum: int) -> None:
+    """Raise ValueError, with the first that is wrong, unless all ids are within the limits."""
+    outside = (ids < minimum) | (ids > maximum)
+    if bool(outside.any()):
+        index = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"{name}: expected ids from {minimum} to {maximum}, got {int(ids[tuple(index)])} at {index}"
+        )
+
+
+def shown(value: object) -> str:
+    """Any value on one short line of a message."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # an int of too many digits, somebody's class
+        text = object.__repr__(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _no_storage(tensor: Tensor) -> str:
+    """What kind of tensor it is, if its storage does not hold its elements as they are; else ""."""
+    if tensor.is_meta:
+        return "meta"
+    if tensor.is_quantized:
+        return "quantized"
+    if tensor.layout != torch.strided:
+        return str(tensor.layout)
+    return "lazily negated" if tensor.is_neg() else ""
+
+
+def _no_writing(tensor: Tensor) -> str:
+    """Why a tensor cannot be written into; "" if it can."""
+    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        return f"of strides {list(tensor.stride())}"
+    if tensor.requires_grad and torch.is_grad_enabled():
+        return "that requires a gradient"
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        return "of inference mode"
+    return ""
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _describe(shape: Sequence[int | str | None], sizes: Mapping[str, int] | None) -> str:

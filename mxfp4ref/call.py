@@ -7,7 +7,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mxfp4ref._validate import check_choice, check_int, check_same_device, check_tensor
+from mxfp4ref._validate import (
+    INT32_MAX,
+    check_bool,
+    check_choice,
+    check_instance,
+    check_int,
+    check_same_device,
+    check_tensor,
+    shown,
+)
 from mxfp4ref.experts import Experts
 from mxfp4ref.layout import GENERATIONS
 from mxfp4ref.sm90.gemm_reference import TILE_K, TILE_N
@@ -54,8 +63,7 @@ class MoeCall:
     strict: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.experts, Experts):
-            raise TypeError(f"experts: expected Experts, got {type(self.experts).__name__}")
+        check_instance("experts", self.experts, Experts)
         hidden, inner = self.experts.hidden_size, self.experts.intermediate_size
         check_tensor("input", self.input, dtype=torch.bfloat16, shape=("M", hidden))
         sizes = {"M": self.input.shape[0]}
@@ -78,13 +86,14 @@ class MoeCall:
                 "experts": self.experts.fc1_weights,
             }
         )
-        for kind in ("ep", "tp"):
-            size = check_int(f"{kind}_size", getattr(self, f"{kind}_size"), minimum=1)
+        # No more ranks than ids: beyond int32 torch would compare the ids' low bits only.
+        for kind, most in (("ep", INT32_MAX // self.experts.num_experts), ("tp", INT32_MAX)):
+            size = check_int(f"{kind}_size", getattr(self, f"{kind}_size"), minimum=1, maximum=most)
             check_int(f"{kind}_rank", getattr(self, f"{kind}_rank"), minimum=0, maximum=size - 1)
         for name, choices in (("tile_k", TILE_K), ("tile_n", TILE_N)):
             value = getattr(self, name)
             if not (isinstance(value, tuple) and len(value) == 2):
-                raise TypeError(f"{name}: expected a pair, one for each GEMM, got {value!r}")
+                raise TypeError(f"{name}: expected a pair, one for each GEMM, got {shown(value)}")
             for tile in value:
                 check_choice(name, tile, choices)
         check_choice("generation", self.generation, GENERATIONS)
@@ -92,7 +101,7 @@ class MoeCall:
             for gemm, tile, depth in (("GEMM1", self.tile_k[0], hidden), ("GEMM2", self.tile_k[1], inner)):
                 if depth % tile:
                     raise ValueError(f"tile_k: expected a divisor of {gemm}'s K = {depth}, got {tile}")
-        if self.strict:
+        if check_bool("strict", self.strict):
             self._check_ids()
 
     @property

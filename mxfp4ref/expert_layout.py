@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mxfp4ref._validate import check_int
+from mxfp4ref._validate import check_instance, check_int
 from mxfp4ref.experts import Experts, Sm90Experts
 from mxfp4ref.layout import fold_scales_sm90, interleave_weights_sm90
 from mxfp4ref.mxfp4 import GROUP_SIZE
@@ -24,9 +24,10 @@ def resize_experts(experts: Experts, hidden_size: int, intermediate_size: int) -
     from H's added columns, which are zero. The input is to be padded with zeros, too.
 
     Raises:
-        TypeError: a size is not an int.
+        TypeError: a size is not an int, or the experts are in another layout than the logical one.
         ValueError: a size is no multiple of 32, or what would be cut off is not zero.
     """
+    check_instance("experts", experts, Experts, exact=True)
     for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
         if check_int(name, size, minimum=GROUP_SIZE) % GROUP_SIZE:
             raise ValueError(f"{name}: expected a multiple of {GROUP_SIZE}, got {size}")
@@ -64,8 +65,10 @@ def to_sm90(experts: Experts, generation: str = "0.6.16") -> Sm90Experts:
         generation: "0.6.16" (flashinfer 0.6.16 and later) or "0.6.9" (0.6.9 to 0.6.15).
 
     Raises:
+        TypeError: no experts, or in another layout than the logical one.
         ValueError: an unknown generation, bf16 weights, or other sizes.
     """
+    check_instance("experts", experts, Experts, exact=True)
     if experts.fc1_scales is None or experts.fc2_scales is None:
         raise ValueError("experts: expected MXFP4 weights, got bfloat16")
     changed: dict[str, Any] = {
@@ -79,6 +82,7 @@ def to_sm90(experts: Experts, generation: str = "0.6.16") -> Sm90Experts:
 
 def to_logical(experts: Sm90Experts) -> Experts:
     """All experts in logical layout, the inverse of `to_sm90`; the shape tells the generation."""
+    check_instance("experts", experts, Sm90Experts)
     return experts.select(torch.arange(experts.num_experts, device=experts.device))
 
 

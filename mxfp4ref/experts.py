@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from mxfp4ref._validate import check_int, check_same_device, check_tensor
+from mxfp4ref._validate import check_ids, check_int, check_same_device, check_tensor
 from mxfp4ref.layout import deinterleave_weights_sm90, unfold_scales_sm90
 from mxfp4ref.mxfp4 import GROUP_SIZE
 
@@ -104,14 +104,15 @@ class Experts:
         """Experts `start` to `stop`, as views: what an expert-parallel rank holds of the whole layer.
 
         Raises:
-            ValueError: the range is not within 0 .. num_experts.
+            ValueError: the range is empty or not within 0 .. num_experts.
         """
-        check_int("start", start, minimum=0, maximum=self.num_experts)
-        check_int("stop", stop, minimum=start, maximum=self.num_experts)
+        check_int("start", start, minimum=0, maximum=self.num_experts - 1)
+        check_int("stop", stop, minimum=start + 1, maximum=self.num_experts)
         return self._map(lambda tensor: tensor[start:stop])
 
     def select(self, index: Tensor) -> Experts:
         """The experts of an index tensor `[B] int64`, copied, in logical layout."""
+        self._check_index(index)
         return self._map(lambda tensor: tensor[index])
 
     def weights(self, gemm: str, experts: list[int]) -> tuple[Tensor, Tensor | None]:
@@ -125,6 +126,12 @@ class Experts:
     def to(self, device: torch.device | str) -> Self:
         """The same experts on another device."""
         return self._map(lambda tensor: tensor.to(device))
+
+    def _check_index(self, index: Tensor) -> None:
+        check_tensor("index", index, dtype=torch.int64, shape=("B",))
+        check_ids("index", index, maximum=self.num_experts - 1)
+        if len(index) == 0:
+            raise ValueError("index: expected at least one expert, got none")
 
     def _check_scales(self, name: str, scales: Tensor | None, shape: tuple[int, int, int]) -> None:
         check_tensor(name, scales, dtype=torch.uint8, shape=shape)
@@ -148,6 +155,7 @@ class Sm90Experts(Experts):
 
     def select(self, index: Tensor) -> Experts:
         """The experts of an index tensor `[B] int64`, in logical layout."""
+        self._check_index(index)
         chosen: dict[str, Any] = {n: None if t is None else t[index] for n, t in self._tensors().items()}
         for gemm in ("fc1", "fc2"):
             chosen[f"{gemm}_weights"], chosen[f"{gemm}_scales"] = self.weights(gemm, index.tolist())

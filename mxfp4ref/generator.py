@@ -23,13 +23,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mxfp4ref._validate import check_choice, check_int
+from mxfp4ref._validate import check_choice, check_instance, check_int
 
 __all__ = ["RULES", "element_rule", "generate", "key", "random_bytes"]
 
 RULES = ("bytes", "range", "bf16")
 
 _MASK = (1 << 64) - 1
+_MOST_BYTES = 1 << 62  # beyond any memory, and far from where 64-bit indices end
 _GAMMA = 0x9E3779B97F4A7C15
 _WORDS_AT_ONCE = 1 << 17  # keeps the intermediate words in the cache
 
@@ -37,6 +38,9 @@ _WORDS_AT_ONCE = 1 << 17  # keeps the intermediate words in the cache
 def key(seed: int, name: str) -> int:
     """The generator's key for the tensor `name` of a case with this seed, an unsigned 64-bit integer."""
     check_int("seed", seed, minimum=0, maximum=_MASK)
+    check_instance("name", name, str)
+    if not name.isascii():
+        raise ValueError(f"name: expected ASCII characters, got {name!r}")
     digest = 0xCBF29CE484222325
     for byte in name.encode("ascii"):
         digest = (digest ^ byte) * 0x100000001B3 & _MASK
@@ -45,8 +49,8 @@ def key(seed: int, name: str) -> int:
 
 def random_bytes(seed: int, name: str, start: int, count: int) -> NDArray[np.uint8]:
     """Bytes `start` to `start + count` of the stream of a tensor, `[count] uint8`."""
-    check_int("start", start, minimum=0)
-    check_int("count", count, minimum=0)
+    check_int("start", start, minimum=0, maximum=_MOST_BYTES)
+    check_int("count", count, minimum=0, maximum=_MOST_BYTES)
     first, last = start // 8, -(-(start + count) // 8)
     stream_key = np.uint64(key(seed, name))
     out = np.empty(last - first, dtype="<u8")

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxfp4ref._validate import check_choice, check_same_device, check_tensor
+from mxfp4ref._validate import check_choice, check_float, check_instance, check_same_device, check_tensor
 from mxfp4ref.experts import Experts
 from mxfp4ref.moe import Stages
 from mxfp4ref.parallel import forward_all_ranks
 from mxfp4ref.routing import RoutedScaling, Routing
-from mxfp4ref.selection import check_finite
 from mxfp4ref.sm90 import fp32
 
 __all__ = ["finish_output", "moe_layer"]
@@ -51,8 +50,7 @@ def moe_layer(
     Raises:
         TypeError, ValueError: as the parts do; or logits for another number of tokens or experts.
     """
-    if not isinstance(experts, Experts):
-        raise TypeError(f"experts: expected Experts, got {type(experts).__name__}")
+    check_instance("experts", experts, Experts)
     if not callable(router):
         raise TypeError(f"router: expected a function that returns a Routing, got {type(router).__name__}")
     check_tensor("hidden", hidden, dtype=torch.bfloat16, shape=("M", experts.hidden_size))
@@ -110,7 +108,7 @@ def finish_output(
     """
     check_tensor("routed_output", routed_output, dtype=torch.bfloat16, shape=("M", "H"))
     check_choice("routed_scaling", routed_scaling, tuple(RoutedScaling))
-    check_finite("routed_scaling_factor", routed_scaling_factor)
+    routed_scaling_factor = check_float("routed_scaling_factor", routed_scaling_factor)
     if shared_output is not None:
         shape = tuple(routed_output.shape)
         check_tensor("shared_output", shared_output, dtype=torch.bfloat16, shape=shape)

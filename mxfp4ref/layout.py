@@ -241,8 +241,7 @@ def unfold_scales_sm90(folded: Tensor, generation: str | None = None) -> Tensor:
 
 def _check_dim(t: Tensor, dim: int, divisor: int) -> int:
     """Return `dim` counted from the front; raise unless the size along it is divisible."""
-    if not isinstance(t, Tensor):
-        raise TypeError(f"t: expected a tensor, got {type(t).__name__}")
+    check_tensor("t", t, dtype=None, shape=("...",))
     check_int("dim", dim, minimum=-t.dim(), maximum=t.dim() - 1)
     if t.shape[dim] % divisor:
         raise ValueError(f"t: expected a size divisible by {divisor} along dim {dim}, got {list(t.shape)}")

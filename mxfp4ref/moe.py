@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from mxfp4ref._validate import check_instance
 from mxfp4ref.call import MoeCall
 from mxfp4ref.dense import dense_gemm
 from mxfp4ref.experts import Experts
@@ -165,8 +166,10 @@ def _forward_in_parts(
     call: MoeCall, stages: Stages | None, *, keep: bool
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """Outputs and, if they are to be kept, the intermediates by name, for some tokens at a time."""
+    check_instance("call", call, MoeCall)
     if stages is None:
         stages = KERNEL if call.experts.quantized else DENSE
+    check_instance("stages", stages, Stages)
     rows_before = torch.zeros(call.experts.num_experts, dtype=torch.int64, device=call.input.device)
     for start in range(0, max(call.num_tokens, 1), _TOKENS_AT_ONCE):
         with torch.no_grad(), torch.autocast(call.input.device.type, enabled=False):

@@ -158,10 +158,12 @@ def dequantize(
         )
     shape = (*packed.shape[:-1], packed.shape[-1] * 2)
     if out is not None:
-        check_tensor("out", out, dtype=dtype, shape=shape, contiguous=True)
+        check_tensor("out", out, dtype=dtype, shape=shape, contiguous=True, written=True)
     device = check_same_device({"packed": packed, "scales": scales, "out": out})
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=device)
+    elif out.storage_offset() % 2:  # torch would not view it as pairs
+        return out.copy_(dequantize(packed, scales, convention=convention, dtype=dtype))
     groups = scales.numel()
     if groups == 0:
         return out

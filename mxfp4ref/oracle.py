@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mxfp4ref import moe
-from mxfp4ref._validate import check_choice, check_same_device, check_tensor
+from mxfp4ref._validate import (
+    check_bool,
+    check_choice,
+    check_int,
+    check_same_device,
+    check_tensor,
+    shown,
+)
 from mxfp4ref.call import MoeCall
 from mxfp4ref.experts import Experts, Sm90Experts
 from mxfp4ref.layout import GENERATIONS
@@ -20,6 +29,32 @@ WEIGHT_LAYOUTS = ("sm90", "logical")
 # flashinfer's ActivationType. With any of alpha, beta, limit the kernel turns Swiglu into SwigluBias.
 _SWIGLU = 3
 _SWIGLU_BIAS = 5
+
+# Arguments that are not modelled, and the only value that is accepted.
+_NOT_MODELLED: dict[str, object] = {
+    "output_dtype": torch.bfloat16,
+    "input_sf": None,
+    "cluster_size": 1,
+    "enable_alltoall": False,
+    "use_deepseek_fp8_block_scale": False,
+    "use_mxfp8_act_scaling": False,
+    "min_latency_mode": False,
+    "use_packed_weights": False,
+    "use_wfp4afp8_humming": False,
+    "clamped_relu2_limit": None,
+    "situ_beta": None,
+    "situ_linear_beta": None,
+    "backend": "cutlass",
+}
+# What `Experts` calls its fields, and what they are called here.
+_NAMES = {
+    "fc1_weights": "fc1_expert_weights",
+    "fc1_scales": "quant_scales[0]",
+    "fc1_biases": "fc1_expert_biases",
+    "fc2_weights": "fc2_expert_weights",
+    "fc2_scales": "quant_scales[1]",
+    "fc2_biases": "fc2_expert_biases",
+}
 
 
 def torch_ref_cutlass_fused_moe(
@@ -107,32 +142,22 @@ def torch_ref_cutlass_fused_moe(
         NotImplementedError: an argument would change the result and is not modelled.
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device, strides or value.
     """
-    _refuse(
-        {
-            "input_sf": input_sf is not None,
-            "cluster_size": cluster_size != 1,
-            "enable_alltoall": enable_alltoall,
-            "use_deepseek_fp8_block_scale": use_deepseek_fp8_block_scale,
-            "use_mxfp8_act_scaling": use_mxfp8_act_scaling,
-            "min_latency_mode": min_latency_mode,
-            "use_packed_weights": use_packed_weights,
-            "use_wfp4afp8_humming": use_wfp4afp8_humming,
-            "clamped_relu2_limit": clamped_relu2_limit is not None,
-            "situ_beta": situ_beta is not None,
-            "situ_linear_beta": situ_linear_beta is not None,
-            "backend": backend != "cutlass",
-        },
-        locals(),
-    )
+    arguments = locals()
+    for name, modelled in _NOT_MODELLED.items():
+        if type(arguments[name]) is not type(modelled) or arguments[name] != modelled:
+            raise NotImplementedError(
+                f"{name}: not modelled, expected {modelled!r}, got {shown(arguments[name])}"
+            )
     parameters = {"swiglu_alpha": swiglu_alpha, "swiglu_beta": swiglu_beta, "swiglu_limit": swiglu_limit}
     clamped = any(value is not None for value in parameters.values())
-    if int(activation_type) != _SWIGLU and not (int(activation_type) == _SWIGLU_BIAS and clamped):
+    check_int("activation_type", activation_type, minimum=0)
+    if activation_type != _SWIGLU and not (activation_type == _SWIGLU_BIAS and clamped):
         raise NotImplementedError(
-            "activation_type: modelled are Swiglu (3) and, along with alpha, beta or limit, SwigluBias (5), "
-            f"got {activation_type!r}"
+            "activation_type: not modelled, expected Swiglu (3) or, along with alpha, beta or limit, SwigluBias "
+            f"(5), got {shown(activation_type)}"
         )
-    if output_dtype != torch.bfloat16:
-        raise NotImplementedError(f"output_dtype: modelled is torch.bfloat16, got {output_dtype}")
+    check_bool("use_w4_group_scaling", use_w4_group_scaling)
+    check_bool("trace", trace)
     if weight_layout is None:
         weight_layout = "sm90" if use_w4_group_scaling else "logical"
     check_choice("weight_layout", weight_layout, WEIGHT_LAYOUTS)
@@ -140,7 +165,7 @@ def torch_ref_cutlass_fused_moe(
     fc1_scales, fc2_scales = _check_weights(
         input, fc1_expert_weights, fc2_expert_weights, quant_scales, use_w4_group_scaling, weight_layout
     )
-    contiguous = {
+    tensors = {
         "input": input,
         "token_selected_experts": token_selected_experts,
         "token_final_scales": token_final_scales,
@@ -152,23 +177,20 @@ def torch_ref_cutlass_fused_moe(
         "fc2_expert_biases": fc2_expert_biases,
         **parameters,
     }
-    for name, tensor in contiguous.items():
+    for name, tensor in tensors.items():
         if isinstance(tensor, Tensor) and not tensor.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor, got strides {list(tensor.stride())}")
-    experts_type = Sm90Experts if weight_layout == "sm90" else Experts
+    held: dict[str, Any] = {f.name: tensors[_NAMES.get(f.name, f.name)] for f in fields(Experts)}
+    try:
+        experts = (Sm90Experts if weight_layout == "sm90" else Experts)(**held)
+    except (TypeError, ValueError) as error:
+        field, _, rest = str(error).partition(":")
+        raise type(error)(f"{_NAMES.get(field, field)}:{rest}") from None
     call = MoeCall(
         input=input,
         token_selected_experts=token_selected_experts,
         token_final_scales=token_final_scales,
-        experts=experts_type(
-            fc1_weights=fc1_expert_weights,
-            fc1_scales=fc1_scales,
-            fc2_weights=fc2_expert_weights,
-            fc2_scales=fc2_scales,
-            fc1_biases=fc1_expert_biases,
-            fc2_biases=fc2_expert_biases,
-            **parameters,
-        ),
+        experts=experts,
         ep_size=ep_size,
         ep_rank=ep_rank,
         tp_size=tp_size,
@@ -179,7 +201,7 @@ def torch_ref_cutlass_fused_moe(
         strict=strict,
     )
     if output is not None:
-        check_tensor("output", output, dtype=output_dtype, shape=tuple(input.shape))
+        check_tensor("output", output, dtype=output_dtype, shape=tuple(input.shape), written=True)
         check_same_device({"input": input, "output": output})
 
     intermediates = moe.trace(call) if trace else None
@@ -187,12 +209,6 @@ def torch_ref_cutlass_fused_moe(
     if output is not None:
         result = output.copy_(result)
     return result if intermediates is None else (result, intermediates)
-
-
-def _refuse(asked: dict[str, bool], arguments: dict[str, object]) -> None:
-    for name, present in asked.items():
-        if present:
-            raise NotImplementedError(f"{name}: not modelled, got {arguments[name]!r}")
 
 
 def _check_weights(
@@ -212,19 +228,15 @@ def _check_weights(
     shape = (experts, hidden, rows // 2 // packing)
     check_tensor("fc2_expert_weights", fc2, dtype=dtype, shape=shape)
     if not quantized:
-        if scales:
+        if scales is not None and not (isinstance(scales, Sequence) and len(scales) == 0):
             raise NotImplementedError(
-                "quant_scales: not modelled without use_w4_group_scaling, expected None"
+                f"quant_scales: not modelled without use_w4_group_scaling, expected None, got {shown(scales)}"
             )
         if weight_layout == "sm90":
             raise ValueError("weight_layout: expected 'logical' for bfloat16 weights, got 'sm90'")
         return None, None
-    if scales is None or isinstance(scales, Tensor) or len(scales) != 2:
-        got = (
-            type(scales).__name__
-            if scales is None or isinstance(scales, Tensor)
-            else f"{len(scales)} tensors"
-        )
+    if not isinstance(scales, Sequence) or len(scales) != 2:
+        got = f"{len(scales)} of them" if isinstance(scales, Sequence) else type(scales).__name__
         raise ValueError(f"quant_scales: expected the scales of fc1 and fc2, two tensors, got {got}")
     for index, value in enumerate(scales):
         check_tensor(f"quant_scales[{index}]", value, dtype=(torch.uint8, torch.int32), shape=("...",))

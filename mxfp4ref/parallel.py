@@ -13,12 +13,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mxfp4ref._validate import check_choice, check_int, check_same_device, check_tensor
-from mxfp4ref.experts import Experts
+from mxfp4ref._validate import (
+    check_choice,
+    check_ids,
+    check_instance,
+    check_int,
+    check_same_device,
+    check_tensor,
+)
+from mxfp4ref.expert_layout import to_logical
+from mxfp4ref.experts import Experts, Sm90Experts
 from mxfp4ref.moe import Stages, moe_forward
 from mxfp4ref.mxfp4 import GROUP_SIZE
 from mxfp4ref.routing import PADDING_ID
-from mxfp4ref.selection import check_ids
 from mxfp4ref.sm90 import fp32
 
 __all__ = [
@@ -72,9 +79,9 @@ def split_experts(experts: Experts, ep_size: int) -> list[Experts]:
     Raises:
         ValueError: the number of experts is no multiple of ep_size.
     """
-    ranges = [
-        _range(experts.num_experts, ep_size, rank) for rank in range(check_int("ep_size", ep_size, minimum=1))
-    ]
+    check_instance("experts", experts, Experts)
+    check_int("ep_size", ep_size, minimum=1)
+    ranges = [_range(experts.num_experts, ep_size, rank) for rank in range(ep_size)]
     return [experts.slice(start, stop) for start, stop in ranges]
 
 
@@ -82,18 +89,22 @@ def split_intermediate(experts: Experts, tp_size: int) -> list[Experts]:
     """The shard of each tensor-parallel rank: I / tp_size rows of both halves of fc1 and columns of fc2.
 
     The fc2 bias must be added once, so that ranks above 0 carry none (the kernel, told its tp_rank, would
-    ignore it there).
+    ignore it there). Shards of experts in SM90 layout are in logical layout.
 
     Raises:
         ValueError: I is no multiple of 32 * tp_size: a shard would cut a scale group.
     """
     check_int("tp_size", tp_size, minimum=1)
+    check_instance("experts", experts, Experts)
+    if tp_size == 1:
+        return [experts]
     if experts.intermediate_size % (GROUP_SIZE * tp_size):
         raise ValueError(
             f"tp_size: expected I={experts.intermediate_size} to be a multiple of {GROUP_SIZE} * tp_size, "
             f"got {tp_size}"
         )
-
+    if isinstance(experts, Sm90Experts):
+        experts = to_logical(experts)
     return [
         replace(
             experts,
@@ -118,6 +129,7 @@ def gather(outputs: Sequence[Tensor], *, reduction: str = "float32") -> Tensor:
             at another rank).
     """
     check_choice("reduction", reduction, REDUCTIONS)
+    check_instance("outputs", outputs, Sequence)
     if len(outputs) == 0:
         raise ValueError("outputs: expected at least one rank's output, got none")
     first = check_tensor("outputs[0]", outputs[0], dtype=torch.bfloat16, shape=("M", "H"))
@@ -151,6 +163,7 @@ def forward_all_ranks(
     Every rank rounds its own output to bf16, so that more than one rank gives other bits than one, except
     for tokens whose experts all live on the same one.
     """
+    check_choice("reduction", reduction, REDUCTIONS)  # before the work, not after it
     outputs = [
         moe_forward(
             input,

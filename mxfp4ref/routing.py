@@ -13,16 +13,16 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from mxfp4ref._validate import check_choice, check_int, check_same_device, check_tensor
-from mxfp4ref.scoring import raw_logits, sigmoid, softmax, sqrt_softplus
-from mxfp4ref.selection import (
-    AMBIGUOUS_ULPS,
-    Selection,
-    check_finite,
+from mxfp4ref._validate import (
+    check_choice,
+    check_float,
     check_ids,
-    hash_experts,
-    select_experts,
+    check_int,
+    check_same_device,
+    check_tensor,
 )
+from mxfp4ref.scoring import raw_logits, sigmoid, softmax, sqrt_softplus
+from mxfp4ref.selection import AMBIGUOUS_ULPS, Selection, hash_experts, select_experts
 
 __all__ = [
     "RoutedScaling",
@@ -85,14 +85,16 @@ def routing_weights(
         factor: rounded to float32; multiplied in last. Each operation is rounded to float32 once.
 
     Raises:
-        ValueError: an id out of range, or a sum of zero.
+        ValueError: an id out of range, no ids, or a sum of zero.
     """
     check_tensor("scores", scores, dtype=torch.float32, shape=("M", "E"))
     check_tensor("ids", ids, dtype=torch.int32, shape=("M", "k"), sizes={"M": len(scores)})
     check_same_device({"scores": scores, "ids": ids})
     check_choice("normalize", normalize, ("sum", "softmax", "none"))
-    check_finite("epsilon", epsilon, minimum=0.0)
-    check_finite("factor", factor)
+    epsilon = check_float("epsilon", epsilon, minimum=0.0)
+    factor = check_float("factor", factor)
+    if ids.shape[1] == 0:
+        raise ValueError(f"ids: expected at least one expert a token, got {list(ids.shape)}")
     check_ids("ids", ids, maximum=scores.shape[1] - 1)
     weights = scores.detach().gather(1, ids.long())
     if normalize == "softmax":
@@ -154,6 +156,7 @@ def deepseek_v4(
             f"{_given(correction_bias=correction_bias, token_ids=token_ids, tid2eid=tid2eid)}"
         )
     if tid2eid is not None:
+        check_float("ambiguous_ulps", ambiguous_ulps, minimum=0.0)
         check_int("top_k", top_k, minimum=1, maximum=num_experts)
         check_tensor("tid2eid", tid2eid, dtype=(torch.int32, torch.int64), shape=("V", top_k))
         check_tensor("token_ids", token_ids, dtype=(torch.int32, torch.int64), shape=(len(scores),))
@@ -273,7 +276,7 @@ def _finish(
     routed_scaling: RoutedScaling = RoutedScaling.NONE,
 ) -> Routing:
     check_choice("routed_scaling", routed_scaling, tuple(RoutedScaling))
-    check_finite("routed_scaling_factor", factor)
+    factor = check_float("routed_scaling_factor", factor)
     in_weights = factor if routed_scaling is RoutedScaling.IN_WEIGHTS else 1.0
     scales = routing_weights(scores, selection.ids, normalize=normalize, epsilon=epsilon, factor=in_weights)
     return Routing(
@@ -281,7 +284,7 @@ def _finish(
         scales.masked_fill(padded[:, None], 0.0),
         selection.ambiguous & ~padded,
         routed_scaling,
-        float(factor),
+        factor,
     )
 
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mxfp4ref._validate import check_int, check_same_device, check_tensor
+from mxfp4ref._validate import check_float, check_ids, check_int, check_same_device, check_tensor
 
-__all__ = ["AMBIGUOUS_ULPS", "Selection", "check_finite", "check_ids", "hash_experts", "select_experts"]
+__all__ = ["AMBIGUOUS_ULPS", "Selection", "hash_experts", "select_experts"]
 
 # A float32 chain of exp, log1p, division and square root is good to about 4 ulp, and two scores are compared.
 AMBIGUOUS_ULPS = 8.0
@@ -58,7 +58,7 @@ def select_experts(
     check_int("top_k", top_k, minimum=1, maximum=num_experts)
     check_int("n_group", n_group, minimum=1)
     check_int("topk_group", topk_group, minimum=1, maximum=n_group)
-    check_finite("ambiguous_ulps", ambiguous_ulps, minimum=0.0)
+    ambiguous_ulps = check_float("ambiguous_ulps", ambiguous_ulps, minimum=0.0)
     selection_scores = scores.detach()
     if correction_bias is not None:
         check_tensor("correction_bias", correction_bias, dtype=torch.float32, shape=(num_experts,))
@@ -163,20 +163,3 @@ def _check_groups(num_experts: int, n_group: int, topk_group: int, top_k: int) -
             f"top_k: expected at most topk_group * E / n_group = {topk_group * group_size}, got {top_k}"
         )
     return group_size
-
-
-def check_ids(name: str, ids: Tensor, *, minimum: int = 0, maximum: int) -> None:
-    outside = (ids < minimum) | (ids > maximum)
-    if bool(outside.any()):
-        index = outside.nonzero()[0].tolist()
-        raise ValueError(
-            f"{name}: expected ids from {minimum} to {maximum}, got {int(ids[tuple(index)])} at {index}"
-        )
-
-
-def check_finite(name: str, value: object, *, minimum: float = -math.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a float, got {type(value).__name__} {value!r}")
-    if not math.isfinite(value) or value < minimum:
-        least = "" if minimum == -math.inf else f" of at least {minimum}"
-        raise ValueError(f"{name}: expected a finite number{least}, got {value}")

@@ -6,13 +6,19 @@ import re
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from mxfp4ref.expert_layout import to_sm90
+from mxfp4ref.experts import Experts
+from mxfp4ref.layout import GENERATIONS
 
 HUGE = 1 << 50  # elements: beyond any address space, so that an allocation fails at once
 SECONDS = 20
@@ -43,6 +49,7 @@ JUNK: dict[str, Callable[[], Any]] = {
     "text": lambda: "0.6.16",
     "empty text": lambda: "",
     "NUL": lambda: "a\0b",
+    "not ASCII": lambda: "\u00fc\ud800",
     "bytes": lambda: b"\x80\x00",
     "zero": lambda: 0,
     "one": lambda: 1,
@@ -51,6 +58,7 @@ JUNK: dict[str, Callable[[], Any]] = {
     "2^31": lambda: 1 << 31,
     "2^63": lambda: 1 << 63,
     "2^2000": lambda: 1 << 2000,
+    "2^20000": lambda: 1 << 20000,  # refuses to be printed
     "-2^63": lambda: -(1 << 63),
     "0.5": lambda: 0.5,
     "NaN": lambda: float("nan"),
@@ -69,6 +77,7 @@ JUNK: dict[str, Callable[[], Any]] = {
     "array of objects": lambda: np.array([None, "x"], dtype=object),
     "numpy integer": lambda: np.int64(2),
     "numpy float": lambda: np.float32(2.0),
+    "numpy bool": lambda: np.bool_(True),
     "class": lambda: Tensor,
     "function": lambda: len,
     "object": object,
@@ -111,14 +120,29 @@ def _inference(t: Tensor) -> Tensor:
         return t.clone()
 
 
+def _negated(t: Tensor) -> Tensor:
+    if t.dtype not in (torch.float32, torch.float64):
+        return t
+    return torch.complex(torch.zeros_like(t), -t).conj().imag
+
+
 def _extreme(t: Tensor, value: float) -> Tensor:
     if t.dtype.is_floating_point:
         return torch.full(t.shape, value).to(t.dtype)
     return t
 
 
+def _minimum(t: Tensor) -> Tensor:
+    return (
+        t if t.dtype.is_floating_point or t.dtype == torch.bool else t.clone().fill_(torch.iinfo(t.dtype).min)
+    )
+
+
 HARMFUL: dict[str, Callable[[Tensor], Any]] = {
     "meta": lambda t: torch.empty_like(t, device="meta"),
+    "negated when read": _negated,
+    "nested": lambda t: torch.nested.nested_tensor([t, t]),
+    "quantized": lambda t: torch.quantize_per_tensor(t.to(torch.float32), 1.0, 0, torch.qint8),
     "sparse": lambda t: torch.zeros(t.shape, dtype=torch.float32).to_sparse(),
     "numpy": lambda t: t.to(torch.float32).numpy(),
     "list": lambda t: t.to(torch.float32).tolist(),
@@ -133,8 +157,8 @@ HARMFUL: dict[str, Callable[[Tensor], Any]] = {
     "flat": lambda t: t.flatten(),
     "transposed": lambda t: t.transpose(0, -1),
     "expanded": lambda t: t[:1].expand(t.shape),
-    "huge": lambda t: t.new_zeros(1).expand(HUGE, *t.shape[1:]),
-    "huge last": lambda t: t.new_zeros(1).expand(*t.shape[:-1], HUGE),
+    "huge": lambda t: t.new_zeros(1).expand(HUGE // max(t[0].numel(), 1), *t.shape[1:]),
+    "huge last": lambda t: t.new_zeros(1).expand(*t.shape[:-1], HUGE // max(t[..., 0].numel(), 1)),
     "huge and empty": lambda t: t.new_zeros(1).expand(HUGE, 1)[:, :0],
     "bytes": lambda t: t.contiguous().view(torch.uint8),
     "NaN": lambda t: _extreme(t, float("nan")),
@@ -145,11 +169,16 @@ HARMFUL: dict[str, Callable[[Tensor], Any]] = {
     "zeros": lambda t: torch.zeros_like(t),
     "ones": lambda t: t.new_ones(1).expand(t.shape).clone(),
     "all bits set": lambda t: torch.full_like(t.contiguous().view(torch.uint8), 255).view(t.dtype),
-    "minimum": lambda t: t if t.dtype.is_floating_point else torch.full_like(t, torch.iinfo(t.dtype).min),
+    "minimum": _minimum,
     "gradients": lambda t: t.clone().requires_grad_() if t.dtype.is_floating_point else t,
     "parameter": lambda t: torch.nn.Parameter(t.clone(), requires_grad=False),
     **{f"as {dtype}": lambda t, dtype=dtype: t.to(torch.float32).to(dtype) for dtype in DTYPES},  # type: ignore[misc]
 }
+
+
+def _dense_experts() -> Experts:
+    fc1, fc2 = torch.ones(4, 256, 128, dtype=torch.bfloat16), torch.ones(4, 128, 128, dtype=torch.bfloat16)
+    return Experts(fc1, None, fc2, None)
 
 
 def changes(value: Any) -> dict[str, Callable[[], Any]]:
@@ -158,6 +187,9 @@ def changes(value: Any) -> dict[str, Callable[[], Any]]:
     if isinstance(value, Tensor) and value.dim():
         found |= {f"tensor, {name}": lambda f=f: f(value) for name, f in HARMFUL.items()}  # type: ignore[misc]
         found |= {f"same, {name}": lambda f=f: f(value) for name, f in HARMLESS.items()}  # type: ignore[misc]
+    if type(value) is Experts:
+        found |= {f"experts, {g}": lambda g=g: to_sm90(value, g) for g in GENERATIONS}  # type: ignore[misc]
+        found["experts, bf16"] = _dense_experts
     found |= {
         f"{dtype} {list(shape)}": lambda shape=shape, dtype=dtype: make_tensor(shape, dtype)  # type: ignore[misc]
         for dtype in (torch.uint8, torch.int32, torch.float32, torch.bfloat16)
@@ -173,12 +205,29 @@ class Target:
     Attributes:
         names: words by which messages may call arguments, besides their names.
         generic: takes tensors of any dtype, and gives such back.
+        written: arguments that the function writes into.
+        ignored: arguments without effect: whatever they are, the result has the same bits.
+        only: the arguments that are changed, if not all.
+        without: changes of an argument that are left out.
     """
 
     function: Callable[..., Any]
     arguments: Callable[[], dict[str, Any]]
     names: tuple[str, ...] = ()
     generic: bool = False
+    written: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    without: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @cached_property
+    def annotations(self) -> dict[str, Any]:
+        return get_type_hints(self.function)
+
+    def choices(self, argument: str, value: Any) -> list[str]:
+        """The names of the changes of an argument that has this value."""
+        names = [change for change in changes(value) if change not in self.without.get(argument, ())]
+        return names[::6] if argument in self.ignored else names
 
 
 class Hang(Exception):
@@ -223,51 +272,79 @@ def problem(target: Target, valid: Any, changed: Mapping[str, str]) -> str:
     arguments = target.arguments()
     for name, change in changed.items():
         arguments[name] = changes(arguments[name])[change]()
-    before = [
-        t.clone() for t in tensors(arguments) if t.numel() < 1 << 20 and t.device.type == "cpu" and t.is_leaf
-    ]
+    read_only = {name: value for name, value in arguments.items() if name not in target.written}
+    before = fingerprints(read_only)
     try:
         with time_limit(SECONDS):
             result = target.function(**arguments)
     except (TypeError, ValueError, NotImplementedError) as error:
-        same = len(changed) == 1 and next(iter(changed.values())).startswith("same")
-        if same and "contiguous" not in str(error):
-            return f"refused for its strides: {error}"
-        named = any(
-            re.search(rf"(?<![a-z]){re.escape(name)}(?![a-z])", str(error))
-            for name in (*arguments, *target.names)
-        )
-        if not named or not re.search(r"expected|not modelled|cannot|no such|not ", str(error)):
-            return f"{type(error).__name__} that does not name an argument: {error}"
-        return ""
+        return wrong_refusal(target, changed, arguments, error)
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
         if out_of_memory(error) and any("huge" in change for change in changed.values()):
             return ""
         return f"{type(error).__name__}: {str(error)[:300]}"
-    after = [t for t in tensors(arguments) if t.numel() < 1 << 20 and t.device.type == "cpu" and t.is_leaf]
-    if not all(same_bits(a, b) for a, b in zip(after, before, strict=True)):
-        return "an argument was written into"
-    if type(result) is not type(valid):
+    return wrong_result(target, changed, arguments, result, valid) or (
+        "" if fingerprints(read_only) == before else "an argument was written into"
+    )
+
+
+def wrong_refusal(
+    target: Target, changed: Mapping[str, str], arguments: Mapping[str, Any], error: Exception
+) -> str:
+    message = str(error)
+    same = [name for name, change in changed.items() if change.startswith("same")]
+    if same == list(changed) and not set(same) & set(target.written) and "contiguous" not in message:
+        return f"refused for its strides: {message}"
+    blamed = re.findall(r"\w+", message.split(": ")[0])
+    if not set(blamed) & {*arguments, *target.names}:
+        return f"{type(error).__name__} that does not name an argument: {message}"
+    if not re.search(r"expected .*got ", message, re.DOTALL):
+        return f"{type(error).__name__} that does not say what was expected and what came: {message}"
+    return ""
+
+
+def wrong_result(
+    target: Target, changed: Mapping[str, str], arguments: Mapping[str, Any], result: Any, valid: Any
+) -> str:
+    for name in set(changed) - set(target.ignored):
+        annotation = target.annotations.get(name, Any)
+        if not fits(arguments[name], annotation):
+            return f"took {type(arguments[name]).__name__} for {annotation}"
+    if not isinstance(result, type(valid)):
         return f"gave {type(result).__name__}, not {type(valid).__name__}"
-    got, wanted = tensors(result), tensors(valid)
-    if any(t.is_meta for t in got):
+    if any(t.is_meta for t in tensors(result)):
         return "gave a meta tensor"
     others = any(change.startswith(("dtype", "tensor, as")) for change in changed.values())
     if isinstance(valid, Tensor) and not target.generic and not others and result.dtype != valid.dtype:
         return f"gave {result.dtype}, not {valid.dtype}"
-    if all(change.startswith("same") for change in changed.values()) and not (
-        len(got) == len(wanted) and all(map(same_bits, got, wanted))
-    ):
+    same = all(name in target.ignored or change.startswith("same") for name, change in changed.items())
+    if same and fingerprints(result) != fingerprints(valid):
         return "gave other bits for the same values"
     return ""
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if a.layout != torch.strided:
-        return True
-    raw = [t.detach().resolve_conj().contiguous().flatten().view(torch.uint8) for t in (a, b)]
-    return bool(torch.equal(*raw))
+def fits(value: Any, annotation: Any) -> bool:
+    """Whether a value is of an annotated type; a bool is no int, an int is a float (PEP 484)."""
+    kind = get_origin(annotation) or annotation
+    if kind in (Union, UnionType):
+        return any(fits(value, option) for option in get_args(annotation))
+    if kind is Any or value is None:
+        return kind in (Any, None, NoneType)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def fingerprints(value: Any) -> list[tuple[torch.dtype, tuple[int, ...], bytes]]:
+    """Dtype, shape and bits of all tensors in `value` that can be read at once."""
+    return [
+        (
+            t.dtype,
+            tuple(t.shape),
+            t.detach().resolve_neg().contiguous().flatten().view(torch.uint8).numpy().tobytes(),
+        )
+        for t in tensors(value)
+        if not t.is_nested and t.layout == torch.strided and t.device.type == "cpu" and t.numel() < 1 << 20
+    ]

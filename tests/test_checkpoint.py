@@ -234,8 +234,8 @@ def test_arguments_go_before_config(tmp_path: Path) -> None:
     ("arguments", "error", "message"),
     [
         ({"limit": 0.0}, ValueError, "limit: expected a positive float32 number, got 0"),
-        ({"limit": math.nan}, ValueError, "limit: expected a finite number"),
-        ({"alpha": 1e39}, ValueError, "alpha: expected a float32 number"),
+        ({"limit": math.nan}, ValueError, "limit: expected a finite float32 number"),
+        ({"alpha": 1e39}, ValueError, "alpha: expected a finite float32 number"),
         ({"beta": "1"}, TypeError, "beta: expected a float, got str"),
         ({"multiple": 0}, ValueError, "multiple: expected an int at least 1"),
         ({"multiple": 100}, ValueError, "hidden_size: expected a multiple of 32, got 100"),

@@ -292,7 +292,7 @@ def zeros(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
             "dim: expected an int from -2 to 1, got 2",
         ),
         (lambda: layout.swap_gate_up(zeros(2, 4), dim=1.0), TypeError, "dim: "),
-        (lambda: layout.swap_gate_up([1, 2]), TypeError, "t: expected a tensor, got list"),
+        (lambda: layout.swap_gate_up([1, 2]), TypeError, "t: expected a tensor of shape"),
         (lambda: layout.interleaved_to_halves(zeros(2, 3)), ValueError, "t: "),
         (lambda: layout.halves_to_interleaved(zeros(2, 3)), ValueError, "t: "),
         (lambda: layout.pad_halves(zeros(2, 3)), ValueError, "t: "),

@@ -408,13 +408,17 @@ def strided(tensor: Tensor) -> Tensor:
             "quant_scales: expected the scales of fc1 and fc2, two tensors, got Tensor",
         ),
         ({"quant_scales": [S1, S2.float()]}, TypeError, "quant_scales[1]: expected a uint8 or int32 tensor"),
-        ({"quant_scales": [S2, S1]}, ValueError, "fc1_scales: expected folded scales"),
+        ({"quant_scales": [S2, S1]}, ValueError, "quant_scales[0]: expected folded scales"),
         (
             {"weight_layout": "sm100"},
             ValueError,
             "weight_layout: expected one of 'sm90', 'logical', got 'sm100'",
         ),
-        ({"weight_layout": "logical"}, TypeError, "fc1_scales: expected a uint8 tensor of shape [4, 256, 8]"),
+        (
+            {"weight_layout": "logical"},
+            TypeError,
+            "quant_scales[0]: expected a uint8 tensor of shape [4, 256, 8]",
+        ),
         ({"use_w4_group_scaling": False}, TypeError, "fc1_expert_weights: expected a bfloat16 tensor"),
         (
             {"token_selected_experts": A["token_selected_experts"].long()},
@@ -423,7 +427,7 @@ def strided(tensor: Tensor) -> Tensor:
         ),
         ({"token_final_scales": A["token_final_scales"][:3]}, ValueError, "token_final_scales: expected"),
         ({"swiglu_limit": 7.0}, TypeError, "swiglu_limit: expected a float32 tensor of shape [4], got float"),
-        ({"fc1_expert_biases": A["fc1_expert_biases"].float()}, TypeError, "fc1_biases: expected"),
+        ({"fc1_expert_biases": A["fc1_expert_biases"].float()}, TypeError, "fc1_expert_biases: expected"),
         ({"ep_rank": 1}, ValueError, "ep_rank: expected an int from 0 to 0, got 1"),
         ({"tile_k": (256, 256)}, ValueError, "tile_k: expected a divisor of GEMM2's K = 128, got 256"),
         ({"tile_n": 24}, ValueError, "tile_n: expected one of"),
@@ -465,10 +469,10 @@ def test_refuses_scales_that_are_not_contiguous() -> None:
 def test_refuses_another_fold_than_the_shapes_allow() -> None:
     logical = CALL.experts.fc1_scales
     assert logical is not None
-    with pytest.raises(ValueError, match=r"^fc1_scales: expected folded scales"):
+    with pytest.raises(ValueError, match=r"^quant_scales\[0\]: expected folded scales"):
         oracle(quant_scales=[logical, S2])
     other = fold_scales_sm90(logical[:, :128], "0.6.9").contiguous()
-    with pytest.raises(ValueError, match=r"^fc1_scales: expected folded scales"):
+    with pytest.raises(ValueError, match=r"^quant_scales\[0\]: expected folded scales"):
         oracle(quant_scales=[other, S2])
 
 

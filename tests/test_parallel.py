@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from mxfp4ref.experts import Experts
+from mxfp4ref.expert_layout import to_logical, to_sm90
+from mxfp4ref.experts import Experts, Sm90Experts
+from mxfp4ref.layout import GENERATIONS
 from mxfp4ref.moe import moe_forward
 from mxfp4ref.parallel import (
     forward_all_ranks,
@@ -139,6 +141,19 @@ def test_split_intermediate():
     assert [s.fc2_biases is None for s in shards] == [False, True]
     assert all(torch.equal(s.swiglu_limit, experts.swiglu_limit) for s in shards)
     assert [s.intermediate_size for s in shards] == [128, 128]
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_split_of_experts_in_sm90_layout(generation, tp_size):
+    experts = make_experts(256)
+    wanted = split_intermediate(experts, tp_size)
+    for got, expected in zip(split_intermediate(to_sm90(experts, generation), tp_size), wanted, strict=True):
+        if isinstance(got, Sm90Experts):  # the only shard
+            got = to_logical(got)
+        for field in fields(Experts):
+            one, other = getattr(got, field.name), getattr(expected, field.name)
+            assert one is other is None or torch.equal(one, other)
 
 
 def test_split_of_experts_that_are_not_quantized():

@@ -14,12 +14,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mxfp4ref._validate import check_choice, check_int
+from mxfp4ref._validate import check_choice, check_float, check_int
 from mxfp4ref.checkpoint import deepseek_v4, gpt_oss
 from mxfp4ref.checkpoint.layer import CheckpointLayer
 from mxfp4ref.checkpoint.shards import CheckpointError, Shards, open_shards, read_json
 from mxfp4ref.expert_layout import resize_experts
-from mxfp4ref.selection import check_finite
 
 __all__ = ["FORMATS", "find_layers", "read_layer", "save", "write_layer"]
 
@@ -178,9 +177,9 @@ def _setting(config: Mapping[str, Any], kind: type, *names: str) -> Any:
 def _per_expert(name: str, value: float | None, num_experts: int) -> Tensor | None:
     if value is None or (name == "limit" and value == math.inf):
         return None
-    check_finite(name, value)
-    if abs(value) > _LARGEST or (name == "limit" and value <= 0):
-        raise ValueError(f"{name}: expected a {'positive ' * (name == 'limit')}float32 number, got {value}")
+    check_float(name, value)
+    if name == "limit" and value <= 0:
+        raise ValueError(f"{name}: expected a positive float32 number, got {value}")
     return torch.full((num_experts,), value, dtype=torch.float32, device="cpu")
 
 
