@@ -7,7 +7,18 @@ import re
 import pytest
 import torch
 
-from mxfp4ref._validate import check_choice, check_int, check_same_device, check_tensor
+from mxfp4ref._validate import (
+    INT32_MAX,
+    check_bool,
+    check_choice,
+    check_float,
+    check_ids,
+    check_instance,
+    check_int,
+    check_same_device,
+    check_tensor,
+    shown,
+)
 
 X = torch.zeros(2, 3, dtype=torch.uint8)
 
@@ -97,3 +108,96 @@ def test_check_int() -> None:
     for wrong in (True, 1.0, "1", None, torch.tensor(1)):
         with pytest.raises(TypeError, match=f"^size: expected an int, got {type(wrong).__name__} "):
             check_int("size", wrong, minimum=1)
+
+
+def test_check_int_without_a_maximum() -> None:
+    assert check_int("size", INT32_MAX, minimum=1) == INT32_MAX
+    with pytest.raises(ValueError, match=r"^size: expected an int from 1 to 2147483647, got 2147483648$"):
+        check_int("size", INT32_MAX + 1, minimum=1)
+    with pytest.raises(ValueError, match=r"^size: expected an int from 1 to 2147483647, got <int object"):
+        check_int("size", 10**5000, minimum=1)
+    assert check_int("seed", 1 << 63, minimum=0, maximum=1 << 64) == 1 << 63
+
+
+def test_check_bool() -> None:
+    assert check_bool("strict", True)
+    assert not check_bool("strict", False)
+    for wrong in (0, 1, "no", None, torch.tensor(True)):
+        with pytest.raises(TypeError, match=f"^strict: expected a bool, got {type(wrong).__name__} "):
+            check_bool("strict", wrong)
+
+
+def test_check_float() -> None:
+    largest = float(torch.finfo(torch.float32).max)
+    for value in (0, -2.5, largest, -largest):
+        assert check_float("factor", value) == value
+    assert type(check_float("factor", 3)) is float
+    for wrong in (float("nan"), float("inf"), -float("inf"), 1e39, 1 << 2000):
+        with pytest.raises(ValueError, match=r"^factor: expected a finite float32 number, got "):
+            check_float("factor", wrong)
+    with pytest.raises(
+        ValueError, match=r"^factor: expected a finite float32 number of at least 0.0, got -1$"
+    ):
+        check_float("factor", -1, minimum=0.0)
+    for not_a_number in (True, "1", None, 1j, torch.tensor(1.0)):
+        with pytest.raises(TypeError, match=f"^factor: expected a float, got {type(not_a_number).__name__} "):
+            check_float("factor", not_a_number)
+
+
+def test_check_instance() -> None:
+    check_instance("x", True, int)
+    for wrong, exact in ((True, True), ("1", False), (int, False)):
+        with pytest.raises(TypeError, match=f"^x: expected int, got {type(wrong).__name__}$"):
+            check_instance("x", wrong, int, exact=exact)
+
+
+def test_check_ids() -> None:
+    check_ids("ids", torch.tensor([[-1, 3]]), minimum=-1, maximum=3)
+    for wrong in (-1, 4):
+        with pytest.raises(ValueError, match=rf"^ids: expected ids from 0 to 3, got {wrong} at \[1, 0\]$"):
+            check_ids("ids", torch.tensor([[0, 3], [wrong, 9]]), maximum=3)
+
+
+def test_check_tensor_of_any_dtype() -> None:
+    assert check_tensor("x", X, dtype=None, shape=("M", "K")) is X
+    with pytest.raises(TypeError, match=r"^x: expected a tensor of shape \[\.\.\.\], got int$"):
+        check_tensor("x", 1, dtype=None, shape=("...",))
+
+
+def test_check_tensor_whose_storage_holds_something_else() -> None:
+    for tensor, kind in (
+        (torch.complex(torch.ones(2), torch.ones(2)).conj().imag, "lazily negated"),
+        (torch.ones(2, device="meta"), "meta"),
+    ):
+        message = rf"^x: expected a float32 tensor of shape \[2\] with dense storage, got a {kind} tensor$"
+        with pytest.raises(TypeError, match=message):
+            check_tensor("x", tensor, dtype=torch.float32, shape=(2,))
+
+
+def test_check_tensor_to_be_written() -> None:
+    floats = torch.zeros(2, 3)
+    for writable in (floats, floats[:, :2], floats[:1].expand(1, 3), floats.t()):
+        check_tensor("out", writable, dtype=torch.float32, shape=("M", "N"), written=True)
+    with torch.inference_mode():
+        inferred = torch.zeros(2, 3)
+        check_tensor("out", inferred, dtype=torch.float32, shape=(2, 3), written=True)
+    for refused, why in (
+        (floats[:1].expand(2, 3), r"of strides \[0, 1\]"),
+        (floats.clone().requires_grad_(), "that requires a gradient"),
+        (inferred, "of inference mode"),
+    ):
+        message = rf"^out: expected a float32 tensor of shape \[2, 3\] to be written into, got one {why}$"
+        with pytest.raises(ValueError, match=message):
+            check_tensor("out", refused, dtype=torch.float32, shape=(2, 3), written=True)
+
+
+def test_shown_is_one_short_line() -> None:
+    class Unprintable:
+        def __repr__(self) -> str:
+            raise RuntimeError
+
+    assert shown("a") == "'a'"
+    assert shown(Unprintable()).startswith("<test_validate")
+    for long in (10**100, torch.zeros(100, 100), "x" * 1000, [[0]] * 1000):
+        assert len(shown(long)) == 80
+        assert "\n" not in shown(long)
