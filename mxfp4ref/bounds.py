@@ -33,6 +33,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mxfp4ref._compiler import uncompiled
 from mxfp4ref._validate import check_choice
 from mxfp4ref.call import MoeCall
 from mxfp4ref.moe import select_local
@@ -72,6 +73,7 @@ class Bounds:
         return self.unbounded | ((self.lower <= value) & (value <= self.upper))
 
 
+@uncompiled
 def bound(call: MoeCall, *, storage: str = "wider", confidence: float | None = None) -> Bounds:
     """Enclose the output of every correct evaluation of a call with MXFP4 weights.
 
@@ -206,7 +208,7 @@ def _swish(low: Tensor, high: Tensor, alpha: float) -> _Interval:
     else:
         z = torch.stack((alpha * low, alpha * high))
         values = z * torch.sigmoid(z) / alpha
-        turn = _SWISH_MINIMUM_AT * torch.sigmoid(torch.tensor(_SWISH_MINIMUM_AT, dtype=torch.float64)) / alpha
+        turn = torch.sigmoid(low.new_tensor(_SWISH_MINIMUM_AT)) * _SWISH_MINIMUM_AT / alpha
         turns = (z.amin(0) < _SWISH_MINIMUM_AT) & (z.amax(0) > _SWISH_MINIMUM_AT)
         lowest, highest = values.amin(0), values.amax(0)
         ends = (

@@ -9,11 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mxfp4ref._compiler import uncompiled
 from mxfp4ref.sm90 import fp32
 
 __all__ = ["dense_gemm"]
 
 
+@uncompiled
 def dense_gemm(x: Tensor, weights: Tensor, scales: None = None, **_tactic: object) -> Tensor:
     """`x @ weights^T`, `[B, M, K] bf16` by `[B, N, K] bf16`, as `[B, M, N] float32`.
 

@@ -148,7 +148,8 @@ def reduce_call(call: MoeCall, tokens: Tensor, *, neighbours: bool = False) -> M
         kept = torch.unique(local[local >= 0])
         if neighbours or len(kept) == 0:
             last = experts.num_experts - 1
-            kept = torch.unique(torch.cat((kept, (kept + 1).clamp(max=last), torch.tensor([0, last]))))
+            ends = torch.tensor([0, last], device=kept.device)
+            kept = torch.unique(torch.cat((kept, (kept + 1).clamp(max=last), ends)))
         position = torch.searchsorted(kept, ids.clamp(min=0).to(torch.int64)).clamp(max=len(kept) - 1)
         inside = (ids >= 0) & (ids < experts.num_experts)
         ids = torch.where(inside, position.to(torch.int32), torch.where(ids < 0, ids, len(kept)))
@@ -211,7 +212,7 @@ def _ranked(predictions: Iterable[Prediction]) -> tuple[Prediction, ...]:
 
 
 def _one_token(call: MoeCall, token: int) -> MoeCall:
-    return reduce_call(call, torch.tensor([token]))
+    return reduce_call(call, torch.tensor([token], device=call.input.device))
 
 
 def _feeds(call: MoeCall, one: MoeTrace, token: int, column: int) -> tuple[str, ...]:

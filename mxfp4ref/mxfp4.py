@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mxfp4ref._compiler import uncompiled
 from mxfp4ref._validate import check_choice, check_same_device, check_tensor
 
 __all__ = [
@@ -57,6 +58,7 @@ _CHUNK_GROUPS = 1 << 15
 _GATHER_ROWS = 64
 
 
+@uncompiled
 def unpack_codes(packed: Tensor) -> Tensor:
     """Return the E2M1 codes of `packed`, one a byte; the low nibble is the even index along K.
 
@@ -74,6 +76,7 @@ def unpack_codes(packed: Tensor) -> Tensor:
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
 
 
+@uncompiled
 def pack_codes(codes: Tensor) -> Tensor:
     """Return E2M1 codes packed two a byte, the inverse of `unpack_codes`.
 
@@ -95,6 +98,7 @@ def pack_codes(codes: Tensor) -> Tensor:
     return codes[..., 0::2] | codes[..., 1::2] << 4
 
 
+@uncompiled
 def decode_ue8m0(scales: Tensor, convention: str = "ocp", dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the values of UE8M0 scale bytes: byte b is 2^(b-127), exact in each dtype (2^-127 is subnormal).
 
@@ -117,6 +121,7 @@ def decode_ue8m0(scales: Tensor, convention: str = "ocp", dtype: torch.dtype = t
     return _scale_table(convention, dtype, scales.device)[scales.to(torch.int64)]
 
 
+@uncompiled
 def dequantize(
     packed: Tensor,
     scales: Tensor,
@@ -182,6 +187,7 @@ def dequantize(
     return out
 
 
+@uncompiled
 def quantize(values: Tensor, *, rule: str = "floor") -> tuple[Tensor, Tensor]:
     """Quantise to MXFP4: a power-of-two scale for each 32 elements, elements RN-even, saturating at +-6.
 
@@ -244,6 +250,7 @@ def quantize(values: Tensor, *, rule: str = "floor") -> tuple[Tensor, Tensor]:
     return packed, scales
 
 
+@uncompiled
 def fp32_to_ue8m0(values: Tensor) -> Tensor:
     """Return the UE8M0 bytes of float32 scales, exactly or not at all.
 

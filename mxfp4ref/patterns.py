@@ -44,7 +44,7 @@ def _experts(call: MoeCall, mask: Tensor) -> list[str]:
         found.append("tokens without an expert on this rank differ, which should be zeros")
     in_right = set(local[~wrong][local[~wrong] >= 0].tolist())
     suspects = sorted(used - in_right)
-    explained = torch.isin(local, torch.tensor(suspects)).any(1)
+    explained = torch.isin(local, torch.tensor(suspects, device=local.device)).any(1)
     if suspects and len(suspects) < len(used) and bool((explained | ~wrong).all()):
         ids = [s + call.ep_rank * call.experts.num_experts for s in suspects]
         found.append(f"only tokens of expert{_plural(ids)} {_listed(ids)} differ")
@@ -119,7 +119,7 @@ def _regular(wrong: Tensor, size: int, name: str) -> str:
         if len(wrong) < 2 * step:
             break
         for start in range(step):
-            chosen = torch.arange(len(wrong)) % step == start
+            chosen = torch.arange(len(wrong), device=wrong.device) % step == start
             if bool((wrong == chosen).all()):
                 return f"exactly every {word} {name} differs, from {start} on"
     return ""

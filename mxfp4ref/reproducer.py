@@ -61,11 +61,8 @@ def write_reproducer(folder: Path, case: Case, one: Run, kernel: str, outputs: M
     inputs, expected = one.inputs, dict(one.expected)
     got = {key: outputs[key] for key in expected if key in outputs}
     if isinstance(inputs, MoeCall):
-        wrong = (
-            differing(got["output"], expected["output"]).any(1) if got else torch.ones(1, dtype=torch.bool)
-        )
-        token = int(wrong.nonzero()[0])
-        reduced = reduce_call(inputs, torch.tensor([token]))
+        token = int(differing(got["output"], expected["output"]).any(1).nonzero()[0]) if got else 0
+        reduced = reduce_call(inputs, torch.tensor([token], device=inputs.input.device))
         rows = {"output": expected["output"][token : token + 1]}
         if not bool(differing(forward(reduced), rows["output"]).any()):
             inputs, expected = reduced, rows

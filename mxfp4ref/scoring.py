@@ -22,6 +22,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from mxfp4ref._compiler import uncompiled
+from mxfp4ref._ieee import to_fp32, to_fp64
 from mxfp4ref._validate import check_choice, check_tensor
 
 __all__ = ["raw_logits", "sigmoid", "softmax", "softplus", "sqrt_softplus"]
@@ -43,6 +45,7 @@ _EXP_COEFFICIENTS = [1.0 / math.factorial(n) for n in range(14)]  # |r| <= 0.347
 _ATANH_COEFFICIENTS = [1.0 / (2 * n + 1) for n in range(18)]  # |u| <= 1/3: cut off below 2^-62
 
 
+@uncompiled
 def raw_logits(logits: Tensor) -> Tensor:
     """The logits themselves, `[..., E]` float32 or bf16 (widened, which is exact), as float32.
 
@@ -63,6 +66,7 @@ def raw_logits(logits: Tensor) -> Tensor:
     return values
 
 
+@uncompiled
 def sigmoid(logits: Tensor) -> Tensor:
     """`1 / (1 + exp(-x))` of `[..., E]` logits, float32, correctly rounded."""
     values = raw_logits(logits)
@@ -70,6 +74,7 @@ def sigmoid(logits: Tensor) -> Tensor:
     return _certified(1.0 / (1.0 + _exp(-x)), _ERROR, _elementwise(values, _exact_sigmoid))
 
 
+@uncompiled
 def softplus(logits: Tensor) -> Tensor:
     """`log(1 + exp(x))` of `[..., E]` logits, float32, correctly rounded.
 
@@ -79,6 +84,7 @@ def softplus(logits: Tensor) -> Tensor:
     return _certified(_softplus(values), _ERROR, _elementwise(values, _exact_softplus))
 
 
+@uncompiled
 def sqrt_softplus(logits: Tensor, *, rounding: str = "each_step") -> Tensor:
     """`sqrt(softplus(x))` of `[..., E]` logits, float32: DeepSeek-V4's score (the specification, section 7).
 
@@ -91,11 +97,12 @@ def sqrt_softplus(logits: Tensor, *, rounding: str = "each_step") -> Tensor:
     check_choice("rounding", rounding, ("each_step", "once"))
     if rounding == "each_step":
         # The float64 root of a float32 number rounds to its float32 root: 53 >= 2 * 24 + 2 bits.
-        return softplus(logits).to(torch.float64).sqrt().to(torch.float32)
+        return to_fp32(to_fp64(softplus(logits)).sqrt())
     values = raw_logits(logits)
     return _certified(_softplus(values).sqrt(), _ERROR, _elementwise(values, _exact_sqrt_softplus))
 
 
+@uncompiled
 def softmax(logits: Tensor) -> Tensor:
     """`exp(x_i) / sum_j exp(x_j)` over the last dimension of `[..., E]` logits, float32, correctly rounded.
 
@@ -143,11 +150,11 @@ def _certified(estimate: Tensor, error: float, exact: Callable[[Tensor], list[fl
 
     `exact` gives the results for the elements of a mask, in order.
     """
-    low = (estimate * (1.0 - error)).to(torch.float32)
-    high = (estimate * (1.0 + error)).to(torch.float32)
-    undecided = low != high
+    low, high = to_fp32(estimate * (1.0 - error)), to_fp32(estimate * (1.0 + error))
+    # As integers: a CPU that flushes subnormals takes them for equal.
+    undecided = low.view(torch.int32) != high.view(torch.int32)
     if bool(undecided.any()):
-        low[undecided] = torch.tensor(exact(undecided), dtype=torch.float32, device=low.device)
+        low[undecided] = to_fp32(torch.tensor(exact(undecided), dtype=torch.float64, device=low.device))
     return low
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mxfp4ref._compiler import uncompiled
 from mxfp4ref.sm90 import fp32
 
 __all__ = ["finalize"]
 
 
+@uncompiled
 def finalize(fc2_output: Tensor, local: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
     """Each token's sum of scale * (expert output + bias), slot by slot with one FMA each, as float32.
 

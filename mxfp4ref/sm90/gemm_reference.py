@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mxfp4ref._compiler import uncompiled
 from mxfp4ref.layout import GENERATIONS
 from mxfp4ref.mxfp4 import GROUP_SIZE, decode_ue8m0, dequantize
 from mxfp4ref.sm90 import fp32, tensor_core
@@ -47,6 +48,7 @@ def first_pair_swapped(
     return (row < 8) & (row % 2 == 0) & ((tile_n, tile_k) in _SWAPPING_TILES)
 
 
+@uncompiled
 def group_scaled_gemm_reference(
     x: Tensor,
     packed: Tensor,

@@ -18,6 +18,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from mxfp4ref._compiler import uncompiled
 from mxfp4ref._validate import check_tensor
 
 __all__ = ["ex2", "rcp"]
@@ -28,6 +29,7 @@ _MIN_NORMAL = 0x00800000
 _FRACTION = 0x007FFFFF
 
 
+@uncompiled
 def ex2(x: Tensor) -> Tensor:
     """ex2.approx.ftz.f32: 2^x, elementwise.
 
@@ -55,6 +57,7 @@ def ex2(x: Tensor) -> Tensor:
     return torch.where(magnitude > _INF, _NAN, result).to(torch.int32).view(torch.float32)
 
 
+@uncompiled
 def rcp(x: Tensor) -> Tensor:
     """rcp.approx.ftz.f32: 1/x, elementwise.
 

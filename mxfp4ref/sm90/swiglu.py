@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mxfp4ref._compiler import uncompiled
 from mxfp4ref.sm90 import fp32, mufu
 
 __all__ = ["sigmoid", "swiglu"]
@@ -12,6 +13,7 @@ __all__ = ["sigmoid", "swiglu"]
 _LOG2_E = 0x3FB8AA3B  # the float32 bits of log2(e), 1.44269502
 
 
+@uncompiled
 def swiglu(
     fc1_output: Tensor,
     bias: Tensor | None = None,

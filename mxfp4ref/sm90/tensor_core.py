@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mxfp4ref._compiler import uncompiled
 from mxfp4ref.sm90.fp32 import FP32_NAN
 
 __all__ = ["FRACTION_BITS", "STEP_SIZE", "step"]
@@ -21,6 +22,7 @@ _FP32_INF = 0x7F800000
 _NO_EXPONENT = -(1 << 20)  # the exponent of a term that takes no part
 
 
+@uncompiled
 def step(a: Tensor, b: Tensor, c: Tensor, *, fraction_bits: int = FRACTION_BITS) -> Tensor:
     """c + sum over i of a[i] * b[i], as one wgmma/mma step of Hopper computes it.
 
