@@ -53,7 +53,7 @@ def data_flow() -> Figure:
         (
             "GEMM1, a K group of 32 at a time",
             "two tensor-core steps, then acc = fma(t, scale, acc)",
-            "float32",
+            "float32  [rows, 2I]",
         ),
         ("round", "to nearest even", "bf16  [rows, 2I]  up | gate"),
         ("+ fc1 bias, clamp, SwiGLU", "FTZ; sigmoid from EX2 and RCP", "float32  [rows, I]"),
@@ -150,12 +150,18 @@ def mismatch_maps() -> Figure:
         wrong, right = get_defect(name).run(call), forward(call)
         mask = differing(wrong, right)
         distance = torch.where(mask, ulp_distance(wrong, right).clamp(1, 1 << 16).log2(), torch.nan)
-        image = axes.imshow(distance, aspect="auto", cmap="YlOrBr", vmin=-3, vmax=16, interpolation="none")
+        rows, columns = distance.shape
+        # Large pixels: some viewers blur between neighbours.
+        image = axes.imshow(
+            distance.repeat_interleave(32, 0).repeat_interleave(8, 1), aspect="auto", cmap="YlOrBr", vmin=-3,
+            vmax=16, interpolation="none", extent=(-0.5, columns - 0.5, rows - 0.5, -0.5),
+        )  # fmt: skip
         axes.set_facecolor(PALE)
         axes.set_title(f"{name}: {mask.float().mean():.0%} differ", fontsize=9)
         axes.set(xlabel="hidden column", ylabel="token")
         axes.set_yticks(range(0, len(mask), max(1, len(mask) // 8)))
-    figure.colorbar(image, ax=both, label="log2 of the distance in ulp", ticks=range(0, 17, 4))
+    bar = figure.colorbar(image, ax=both, label="log2 of the distance in ulp", ticks=range(0, 17, 4))
+    bar.ax.set_ylim(0, 16)
     return figure
 
 
