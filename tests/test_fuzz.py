@@ -448,5 +448,6 @@ def test_nothing_is_unpickled_from_files() -> None:
 
 
 def test_count(capsys: pytest.CaptureFixture[str]) -> None:
+    functions = {name.split(" ")[0].rstrip(",") for name in counts}  # some are there in several ways
     with capsys.disabled():
-        print(f"\nfuzz: {sum(counts.values()):,} hostile inputs to {len(counts)} public functions")
+        print(f"\nfuzz: {sum(counts.values()):,} hostile inputs to {len(functions)} public functions")
