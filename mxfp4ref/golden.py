@@ -213,6 +213,8 @@ class Goldens:
         if name not in self.entries:
             close = difflib.get_close_matches(name, self.entries, n=3)
             hint = f"; did you mean {', '.join(close)}?" if close else ""
+            if self.root == BUILTIN_ROOT:
+                hint += "; these are the few that come with the package, a checkout has all"
             raise GoldenError(f"{name!r}: no such case in {self.root}{hint}")
         paths = {kind: self.root / f"{name}.{kind}" for kind in ("json", "safetensors")}
         data = {kind: _read(path) for kind, path in paths.items()}

@@ -6,12 +6,15 @@ import doctest
 import importlib
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from mxfp4ref.cli import commands
+from mxfp4ref.golden import BUILTIN_ROOT, open_goldens
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "goldens" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -26,7 +29,9 @@ def _blocks(page: Path, language: str) -> list[str]:
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if _blocks(p, "python") and p.parent.name != "goldens"], ids=lambda p: p.stem
 )
-def test_examples_run(page: Path) -> None:
+def test_examples_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Who has installed the package has no other goldens.
+    monkeypatch.setenv("MXFP4REF_GOLDENS", str(BUILTIN_ROOT))
     namespace: dict[str, object] = {"__name__": "example"}
     for number, code in enumerate(_blocks(page, "python")):
         exec(compile(code, f"{page.name}, example {number}", "exec"), namespace)
@@ -42,13 +47,29 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", [p for p in PAGES if _blocks(p, "sh")], ids=lambda p: p.stem)
 def test_commands_exist(page: Path) -> None:
     for line in "".join(_blocks(page, "sh")).splitlines():
-        words = shlex.split(line, comments=True)
+        words = shlex.split(line.removeprefix("python -m "), comments=True)
         if words[:1] != ["mxfp4ref"] or words[1] == "regenerate":
             continue
         shown = CliRunner().invoke(commands, [words[1], "--help"], env={"COLUMNS": "200"})
         assert shown.exit_code == 0, line
+        assert words[1] != "show" or words[2] in open_goldens(BUILTIN_ROOT).names()
         for word in words[2:]:
             assert not word.startswith("--") or word.split("=")[0] in shown.output, line
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda p: p.stem)
+def test_workflows_use_what_exists(path: Path) -> None:
+    text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+    for command, arguments in re.findall(r"(?<=[ /])(mxfp4ref [a-z]+|python tools/\w+\.py)\b(.*)", text):
+        if command.startswith("mxfp4ref"):
+            shown = (
+                CliRunner().invoke(commands, [command.split()[1], "--help"], env={"COLUMNS": "200"}).output
+            )
+        else:
+            program = [sys.executable, ROOT / command.split()[1], "--help"]
+            shown = subprocess.run(program, capture_output=True, text=True, check=True).stdout
+        for flag in re.findall(r"--[a-z-]+", arguments):
+            assert flag in shown, f"{command} {flag}"
 
 
 @pytest.mark.parametrize(
