@@ -2,45 +2,30 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from mxfp4ref._compiler import uncompiled
 from mxfp4ref._validate import check_instance
 from mxfp4ref.call import MoeCall
 from mxfp4ref.dense import dense_gemm
 from mxfp4ref.experts import Experts
 from mxfp4ref.layout import GENERATIONS
 from mxfp4ref.sm90 import fp32
+from mxfp4ref.sm90.blocks import machine, spans
 from mxfp4ref.sm90.finalize import finalize
 from mxfp4ref.sm90.gemm import group_scaled_gemm
-from mxfp4ref.sm90.group_sums import machine, spans
 from mxfp4ref.sm90.swiglu import swiglu
+from mxfp4ref.sm90.threads import in_parallel
 
 __all__ = ["DENSE", "KERNEL", "MoeTrace", "Stages", "forward", "moe_forward", "select_local", "trace"]
-
-_F = TypeVar("_F", bound=Callable[..., object])
 
 _TOKENS_AT_ONCE = 512  # bounds the memory of the per-slot outputs; tokens do not influence each other
 _ROWS_AT_ONCE = {"cpu": 256, "gpu": 4096}  # of the activation, likewise
 _EXPERTS_AT_ONCE = {"cpu": 1, "gpu": 64}
-
-
-def _uncompiled(function: _F) -> _F:
-    """Keep a caller's torch.compile out: fused arithmetic would round otherwise."""
-
-    @functools.wraps(function)
-    def outside(*args: Any, **kwargs: Any) -> object:
-        # Only asked for while compiling, since it loads the whole compiler.
-        if torch.compiler.is_compiling():
-            return torch.compiler.disable(function)(*args, **kwargs)  # type: ignore[no-untyped-call]
-        return function(*args, **kwargs)
-
-    return cast(_F, outside)
 
 
 def select_local(ids: Tensor, num_local: int, ep_size: int, ep_rank: int) -> Tensor:
@@ -147,13 +132,13 @@ def moe_forward(
     return forward(call, stages)
 
 
-@_uncompiled
+@uncompiled
 def forward(call: MoeCall, stages: Stages | None = None) -> Tensor:
     """The output `[M, H] bf16` of a call, by the kernel's stages unless others are given."""
     return torch.cat([output for output, _ in _forward_in_parts(call, stages, keep=False)])
 
 
-@_uncompiled
+@uncompiled
 def trace(call: MoeCall, stages: Stages | None = None) -> MoeTrace:
     """A forward with every intermediate of every routed row."""
     outputs, parts = zip(*_forward_in_parts(call, stages, keep=True), strict=True)
@@ -226,8 +211,8 @@ def _gemm(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """GEMM1 (`which` 0) or GEMM2 (1) of all rows: accumulators, if they are to be kept, and rounded output."""
-    accumulators, outputs = [], []
-    for batch in rows.batches:
+
+    def of_batch(batch: _Batch) -> tuple[Tensor, Tensor]:
         weights, scales = call.experts.weights(("fc1", "fc2")[which], batch.experts)
         result = gemm(
             x[batch.row],
@@ -237,9 +222,11 @@ def _gemm(
             tile_n=call.tile_n[which],
             positions=rows.position[batch.row],
             generation=call.generation,
-        )[batch.used]
-        outputs.append(rounding(result))
-        accumulators.append(result if keep else result[:0])
+        )
+        result = result.flatten(0, 1)[batch.used]
+        return result if keep else result[:0], rounding(result)
+
+    accumulators, outputs = zip(*in_parallel(of_batch, rows.batches, x.device), strict=True)
     return torch.cat(accumulators), torch.cat(outputs)
 
 
@@ -255,7 +242,7 @@ class _Batch:
 
     experts: list[int]
     row: Tensor  # [B, N], index of the routed row; padding repeats some row
-    used: Tensor  # [B, N] bool, False for padding
+    used: Tensor  # which of the B * N rows are not padding
 
 
 @dataclass(frozen=True)
@@ -298,9 +285,8 @@ def _route(local: Tensor, rows_before: Tensor) -> _Rows:
     for some in [order[i : i + at_once] for i in range(0, len(order), at_once)] or [[0]]:
         column = torch.arange(max(counts[e] for e in some), device=device)
         length, first = on_device([[counts[e]] for e in some]), on_device([[start[e]] for e in some])
-        batches.append(
-            _Batch(some, first + torch.minimum(column, (length - 1).clamp(min=0)), column < length)
-        )
+        used = (column < length).flatten().nonzero().squeeze(1)
+        batches.append(_Batch(some, first + torch.minimum(column, (length - 1).clamp(min=0)), used))
     return _Rows(
         token=routed // local.shape[1],
         slot=routed % local.shape[1],

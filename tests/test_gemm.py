@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mxfp4ref.layout import GENERATIONS
 from mxfp4ref.mxfp4 import pack_codes
+from mxfp4ref.sm90.blocks import Direct, analyse
 from mxfp4ref.sm90.gemm import group_scaled_gemm
 from mxfp4ref.sm90.gemm_reference import (
     TILE_K,
@@ -23,7 +24,7 @@ from mxfp4ref.sm90.gemm_reference import (
     group_order,
     group_scaled_gemm_reference,
 )
-from mxfp4ref.sm90.group_sums import Direct, analyse, direct_sums, group_sums
+from mxfp4ref.sm90.group_sums import codes_by_group, direct_sums, group_sums
 
 # --- the order of the groups ------------------------------------------------------------------------------
 
@@ -75,14 +76,23 @@ def test_first_pair_swapped() -> None:
 
 # --- hard inputs ------------------------------------------------------------------------------------------
 
-KINDS = ("ordinary", "mirrored", "wide", "wider", "raw", "tiny", "subnormal", "huge", "sparse")
+KINDS = ("ordinary", "mirrored", "wide", "wider", "raw", "tiny", "subnormal", "huge", "sparse", "lonely")
 SCALES = ("ordinary", "spread", "any", "low", "high", "ends", "by column")
 
 
 def random_x(rng: np.random.Generator, kind: str, batch: int, rows: int, depth: int) -> np.ndarray:
     """bf16 bits [batch, rows, depth]."""
     shape = (batch, rows, depth)
-    width = {"ordinary": 3, "mirrored": 6, "wide": 12, "wider": 40, "tiny": 12, "huge": 3, "sparse": 20}
+    width = {
+        "ordinary": 3,
+        "mirrored": 6,
+        "wide": 12,
+        "wider": 40,
+        "tiny": 12,
+        "huge": 3,
+        "sparse": 20,
+        "lonely": 120,
+    }
     if kind == "raw":
         return rng.integers(0, 1 << 16, shape)
     if kind == "subnormal":  # in bf16, and mostly in the sum of a group too
@@ -91,8 +101,8 @@ def random_x(rng: np.random.Generator, kind: str, batch: int, rows: int, depth: 
     centre = {"tiny": 8, "huge": 250}.get(kind, 127)
     exponent = np.clip(centre + rng.integers(-width[kind], width[kind] + 1, shape), 0, 254)
     x = rng.integers(0, 2, shape) << 15 | exponent << 7 | rng.integers(0, 128, shape)
-    if kind == "sparse":
-        x = np.where(rng.random(shape) < 0.8, x & 0x8000, x)
+    if kind in ("sparse", "lonely"):
+        x = np.where(rng.random(x.shape) < {"sparse": 0.8, "lonely": 0.92}[kind], x & 0x8000, x)
     if kind == "mirrored":
         x[..., depth // 2 :] = x[..., : depth // 2] ^ 0x8000
     return x
@@ -124,7 +134,7 @@ def problem(
     codes = rng.integers(0, 16, (batch, columns, 32 * groups))
     if x_kind == "mirrored":
         codes[..., 16 * groups :] = codes[..., : 16 * groups]
-    if x_kind == "sparse":
+    if x_kind in ("sparse", "lonely"):
         codes = np.where(rng.random(codes.shape) < 0.5, codes & 8, codes)
     scales = random_scales(rng, scale_kind, (batch, columns, groups))
     if rng.random() < 0.3:  # a few of another kind
@@ -229,30 +239,51 @@ def test_truncation_sets_in_where_it_should(second_at: int) -> None:
     assert_fast_is_slow(bits.bf16(x), pack_codes(torch.from_numpy(codes)), scales)
 
 
-@settings(max_examples=40)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32 - 1),
     x_kind=st.sampled_from(KINDS),
     shape=st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 9)),
+    at_once=st.sampled_from([1, 4, 6]),
 )
-def test_the_direct_way_gives_the_same_sums(seed: int, x_kind: str, shape: tuple[int, int, int]) -> None:
-    """A GPU sums every block that may truncate term by term, a CPU only those that may overflow."""
+def test_the_direct_way_gives_the_same_sums(
+    seed: int, x_kind: str, shape: tuple[int, int, int], at_once: int
+) -> None:
+    """Every pair term by term, and each by the way that `analyse` has chosen for it."""
     batch, rows, columns = shape
     x, packed, _ = problem(seed, x_kind, "ordinary", batch=batch, rows=rows, columns=columns, groups=6)
-    x = torch.where(x.isfinite(), x, 1.0)
-    blocks = analyse(x)
-    all_direct = replace(
-        blocks,
-        direct=Direct.where(torch.ones_like(blocks.unit, dtype=torch.bool)),
-        wide=torch.zeros_like(blocks.wide),
-        risky=torch.zeros_like(blocks.risky),
-    )
+    blocks = analyse(x, at_once)
+    all_direct = replace(blocks, direct=Direct.where(torch.ones_like(blocks.unit, dtype=torch.bool)))
     assert len(all_direct.direct) == 6 * batch * rows
-    sums = direct_sums(all_direct, packed)
-    for groups in (slice(0, 6), slice(2, 5)):
-        expected = group_sums(blocks, groups, packed) + 0.0  # the sign of a zero may differ
-        bits.assert_same(group_sums(all_direct, groups, packed) + 0.0, expected)
-        bits.assert_same(group_sums(all_direct, groups, packed, sums) + 0.0, expected)
+    codes = codes_by_group(packed)
+    sums = direct_sums(all_direct, codes)
+    for chunk in blocks.chunks:
+        expected = group_sums(blocks, chunk, codes) + 0.0  # the sign of a zero may differ
+        bits.assert_same(group_sums(all_direct, chunk, codes) + 0.0, expected)
+        bits.assert_same(group_sums(all_direct, chunk, codes, sums) + 0.0, expected)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_sums_of_every_pattern(seed: int) -> None:
+    """Each row with its own centre, spread and share of zeros, each column with its own share of zero weights.
+
+    Sums are compared before they are added up: what a small one lacks would vanish in the total.
+    """
+    rng = np.random.default_rng(seed)
+    rows, columns, groups = 150, 24, 4
+    shape = (1, rows, 32 * groups)
+    spread = 2.0 ** rng.uniform(0, 7.5, (1, rows, 1))
+    exponent = rng.uniform(1, 254, (1, rows, 1)) + spread * rng.uniform(-1, 1, shape)
+    x = rng.integers(0, 2, shape) << 15 | np.clip(exponent, 0, 254).astype(np.int64) << 7
+    x |= rng.integers(0, 128, shape) & rng.choice([0, 0x60, 0x7F], (1, rows, 1))
+    x = np.where(rng.random(shape) < rng.choice([0, 0.5, 0.9], (1, rows, 1)), x & 0x8000, x)
+    codes = rng.integers(0, 16, (1, columns, 32 * groups))
+    codes = np.where(rng.random(codes.shape) < rng.choice([0, 0.5, 0.9], (1, columns, 1)), codes & 8, codes)
+    packed = codes_by_group(pack_codes(torch.from_numpy(codes.astype(np.uint8))))
+    blocks = analyse(bits.bf16(x), 2)
+    every = replace(blocks, direct=Direct.where(torch.ones_like(blocks.unit, dtype=torch.bool)))
+    for chunk in blocks.chunks:
+        bits.assert_same(group_sums(blocks, chunk, packed) + 0.0, group_sums(every, chunk, packed) + 0.0)
 
 
 # --- the transcription itself -----------------------------------------------------------------------------

@@ -482,7 +482,8 @@ def test_experts_taken_together(monkeypatch: pytest.MonkeyPatch) -> None:
             longest = max(len(i) for i in index)
             used = torch.stack([torch.arange(longest) < len(i) for i in index])
             row = torch.stack([torch.cat([i, i[:1].expand(longest - len(i))]) for i in index])
-            batches.append(replace(rows.batches[0], experts=some, row=row, used=used))
+            which = used.flatten().nonzero().squeeze(1)
+            batches.append(replace(rows.batches[0], experts=some, row=row, used=which))
             sizes.add(tuple(used.shape))
         return replace(rows, batches=batches)
 

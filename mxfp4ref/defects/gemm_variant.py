@@ -11,8 +11,9 @@ from torch import Tensor
 from mxfp4ref.layout import GENERATIONS
 from mxfp4ref.mxfp4 import E2M1_VALUES, GROUP_SIZE, decode_ue8m0, unpack_codes
 from mxfp4ref.sm90 import fp32
+from mxfp4ref.sm90.blocks import analyse, spans
 from mxfp4ref.sm90.gemm_reference import first_pair_swapped, group_order
-from mxfp4ref.sm90.group_sums import analyse, group_sums, spans
+from mxfp4ref.sm90.group_sums import codes_by_group, group_sums
 from mxfp4ref.sm90.tensor_core import FRACTION_BITS, STEP_SIZE
 
 __all__ = [
@@ -168,8 +169,8 @@ class GemmVariant:
 
     def _sums(self, x: Tensor, packed: Tensor) -> list[Tensor]:
         if self.group_sum is None:
-            t = group_sums(analyse(x), slice(0, x.shape[2] // GROUP_SIZE), packed)
-            return list(t.to(torch.float32).unbind(1))
+            blocks = analyse(x, groups_at_once=x.shape[2] // GROUP_SIZE)
+            return list(group_sums(blocks, blocks.chunks[0], codes_by_group(packed)).unbind(0))
         values = torch.tensor(self.codes, dtype=torch.float64, device=x.device)
         x = to_fp64(x)
         sums = []

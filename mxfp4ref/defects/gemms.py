@@ -26,8 +26,8 @@ from mxfp4ref.dense import dense_gemm
 from mxfp4ref.moe import Stages
 from mxfp4ref.mxfp4 import GROUP_SIZE, decode_ue8m0, dequantize
 from mxfp4ref.sm90 import fp32
+from mxfp4ref.sm90.blocks import spans
 from mxfp4ref.sm90.gemm_reference import group_order
-from mxfp4ref.sm90.group_sums import spans
 
 __all__ = ["GEMM_DEFECTS"]
 

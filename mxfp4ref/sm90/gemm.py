@@ -10,22 +10,27 @@ once, since 53 >= 2 * 24 + 2.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from mxfp4ref.layout import GENERATIONS
 from mxfp4ref.mxfp4 import GROUP_SIZE, decode_ue8m0
 from mxfp4ref.sm90 import fp32
+from mxfp4ref.sm90.blocks import Blocks, analyse, machine, spans
 from mxfp4ref.sm90.gemm_reference import first_pair_swapped, group_order
-from mxfp4ref.sm90.group_sums import Blocks, analyse, direct_sums, group_sums, machine, spans
+from mxfp4ref.sm90.group_sums import codes_by_group, direct_sums, group_sums
+from mxfp4ref.sm90.threads import in_parallel
 
 __all__ = ["group_scaled_gemm"]
 
-# A tile's float64 weights and sums should stay in a CPU's cache; a GPU takes all columns of most layers.
 _ROWS_AT_ONCE = 64
-_COLUMNS_AT_ONCE = 1024
+# A chunk's products should stay in a CPU's cache; a GPU takes all columns of most layers.
+_PRODUCTS_AT_ONCE = {"cpu": 1 << 22, "gpu": 1 << 27}
+_COLUMNS_AT_ONCE = 4096
+_GROUPS_AT_ONCE = {"cpu": 8, "gpu": 16}
 _DIRECT_SUMS_ON_GPU = 1 << 25
-_GROUPS_AT_ONCE = {"cpu": 16, "gpu": 8}
 
 
 def group_scaled_gemm(
@@ -52,8 +57,8 @@ def group_scaled_gemm(
     Returns:
         `[B, M, N] float32` after the epilogue's addition of +0: never -0, no subnormals, NaN is 0x7FFFFFFF.
     """
-    batch, num_rows, _ = x.shape
-    num_columns, num_groups = scales.shape[1:]
+    if machine(x.device) == "cpu":
+        _keep_freed_memory()
     batch, num_rows, _ = x.shape
     num_columns, num_groups = scales.shape[1:]
     if positions is None:
@@ -66,43 +71,57 @@ def group_scaled_gemm(
     nan_rows = x.isnan().any(-1, keepdim=True)
     x = x.masked_fill(nan_rows, 0.0)
     out = torch.empty(batch, num_rows, num_columns, dtype=torch.float32, device=x.device)
-    for rows in spans(num_rows, _ROWS_AT_ONCE):
-        blocks = analyse(x[:, rows])
-        column_step = _COLUMNS_AT_ONCE
-        if machine(x.device) == "gpu":
-            column_step = min(
-                4 * _COLUMNS_AT_ONCE, max(64, _DIRECT_SUMS_ON_GPU // max(1, len(blocks.direct)))
-            )
-        for columns in spans(num_columns, column_step):
-            out[:, rows, columns] = _tile(
-                blocks, packed[:, columns], scales[:, columns], order, groups_at_once, swapped[:, rows]
-            )
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        for rows in spans(num_rows, _ROWS_AT_ONCE):
+            blocks = analyse(x[:, rows], groups_at_once)
+            column_step = _columns_at_once(blocks, machine(x.device))
+            tiles = list(spans(num_columns, column_step))
+            tile = functools.partial(_tile, blocks, packed, scales, order, swapped[:, rows])
+            for columns, accumulators in zip(tiles, in_parallel(tile, tiles, x.device), strict=True):
+                out[:, rows, columns] = accumulators
     out.view(torch.int32).masked_fill_(nan_rows, fp32.FP32_NAN)
     return out
 
 
+def _columns_at_once(blocks: Blocks, machine: str) -> int:
+    at_once = _PRODUCTS_AT_ONCE[machine] // max(chunk.num_products for chunk in blocks.chunks)
+    if machine == "gpu":
+        at_once = min(at_once, _DIRECT_SUMS_ON_GPU // max(1, len(blocks.direct)))
+    return max(256, min(_COLUMNS_AT_ONCE, at_once // 256 * 256))
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc reuse up to 62 MiB of freed memory, which it would hand back and then fetch page by page again.
+
+    It takes the size of a freed block of up to 32 MiB for one that is to be kept, twice that for all together.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
+
+
 def _tile(
-    blocks: Blocks, packed: Tensor, scales: Tensor, order: list[int], groups_at_once: int, swapped: Tensor
+    blocks: Blocks, packed: Tensor, scales: Tensor, order: list[int], swapped: Tensor, columns: slice
 ) -> Tensor:
-    """The accumulators `[B, M, N] float32` of a tile of rows and columns."""
-    scales = scales.transpose(1, 2).contiguous()  # [B, G, N]
-    scale = decode_ue8m0(scales, convention="sm90", dtype=torch.float64)
+    """The accumulators `[B, M, N] float32` of some rows and columns."""
+    codes = codes_by_group(packed[:, columns])
+    scales = scales[:, columns].permute(2, 0, 1).contiguous()  # [G, B, N]
+    scale = (scales.to(torch.int32) << 23).view(torch.float32)  # the sm90 convention, as it is defined
     careful = _may_leave_range(blocks, scales)  # [B, M]
     expert, row = careful.nonzero(as_tuple=True)
-    careful_acc = torch.zeros(len(row), scale.shape[2], dtype=torch.float32, device=packed.device)
-    acc = torch.zeros(*careful.shape, scale.shape[2], dtype=torch.float32, device=packed.device)
-    direct = direct_sums(blocks, packed)
-    for groups in spans(len(order), groups_at_once):
-        t = group_sums(blocks, groups, packed, direct)  # [B, G, M, N] float64
-        positions = [group - groups.start for group in order[groups]]
+    careful_acc = torch.zeros(len(row), scales.shape[2], dtype=torch.float32, device=packed.device)
+    acc = torch.zeros(*careful.shape, scales.shape[2], dtype=torch.float32, device=packed.device)
+    direct = direct_sums(blocks, codes)
+    for chunk in blocks.chunks:
+        t = group_sums(blocks, chunk, codes, direct)  # [G, B, M, N] float32
+        taken = order[chunk.groups]
         if len(row):
-            chosen = t[expert, :, row]  # [R, G, N]
-            products = chosen.masked_fill_(chosen.abs() < 2.0**-126, 0.0).mul_(scale[expert, groups])
-            _add_carefully(careful_acc, products, positions, swapped[careful] if groups.start == 0 else None)
+            some, factor = t[:, expert, row].to(torch.float64), scale[chunk.groups, expert].to(torch.float64)
+            products = some.masked_fill_(some.abs() < 2.0**-126, 0.0).mul_(factor)  # [G, R, N]
+            positions = [group - chunk.groups.start for group in taken]
+            first = chunk.groups.start == 0
+            _add_carefully(careful_acc, products, positions, swapped[careful] if first else None)
         if len(row) < careful.numel():
-            products = t.mul_(scale[:, groups, None]).to(torch.float32)
-            for position in positions:
-                acc += products[:, position]
+            for group in taken:
+                acc.addcmul_(t[group - chunk.groups.start], scale[group].unsqueeze(1))
     if len(row):
         acc[expert, row] = careful_acc
     acc += 0.0  # the epilogue: -0 becomes +0
@@ -112,24 +131,24 @@ def _tile(
 def _may_leave_range(blocks: Blocks, scales: Tensor) -> Tensor:
     """`[B, M] bool`: rows in which a product or a sum may overflow, be subnormal, or meet Inf."""
     # Neither t nor t * scale may reach 2^127, so a scale counts as one at least.
-    largest = decode_ue8m0(scales.amax(-1), convention="sm90", dtype=torch.float64).clamp(min=1.0)  # [B, G]
+    largest = decode_ue8m0(scales.amax(-1), convention="sm90", dtype=torch.float64).clamp(min=1.0)  # [G, B]
     # A scale of 0 makes no subnormals.
     exponent = torch.where(scales == 0, 255, scales).amin(-1).to(torch.int64) - 127
-    total = (blocks.bound * largest.unsqueeze(-1)).sum(1)  # [B, M]
-    lowest = (blocks.unit + exponent.clamp(max=0).unsqueeze(-1)).amin(1)
+    total = (blocks.bound * largest.unsqueeze(-1)).sum(0)  # [B, M]
+    lowest = (blocks.unit + exponent.clamp(max=0).unsqueeze(-1)).amin(0)
     return ~((total < 2.0**127) & (lowest >= -126))
 
 
 def _add_carefully(acc: Tensor, products: Tensor, positions: list[int], swapped: Tensor | None) -> None:
-    """Add `[R, G, N] float64` products to `[R, N] float32` in order, with every rounding and flush.
+    """Add `[G, R, N] float64` products to `[R, N] float32` in order, with every rounding and flush.
 
     `swapped` rows round the second product before the first one; given for the first groups only.
     """
     for taken, position in enumerate(positions):
-        acc.copy_(_rounded_sum(acc, products[:, position]))
+        acc.copy_(_rounded_sum(acc, products[position]))
         if swapped is not None and taken == 1:
-            early = _rounded_sum(torch.zeros_like(acc), products[:, positions[1]])
-            early = _rounded_sum(early, products[:, positions[0]])
+            early = _rounded_sum(torch.zeros_like(acc), products[positions[1]])
+            early = _rounded_sum(early, products[positions[0]])
             acc.copy_(torch.where(swapped.unsqueeze(-1), early, acc))
 
 

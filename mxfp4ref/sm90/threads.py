@@ -1,0 +1,39 @@
+"""Independent pieces of work on the threads that torch may use.
+
+Threads inside of one operation have little to share here: most operations are small. A thread for a whole piece,
+with no others inside, keeps all of them busy. Nothing that is computed depends on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+__all__ = ["in_parallel"]
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+
+def in_parallel(function: Callable[[_T], _R], pieces: Sequence[_T], device: torch.device) -> list[_R]:
+    """`[function(piece) for piece in pieces]`, on a CPU by as many threads as torch has been given.
+
+    The function may read tensors of the caller, but has to return what it makes: modes of the caller, such as
+    inference mode, do not hold in the threads.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or min(threads, len(pieces)) < 2:
+        return [function(piece) for piece in pieces]
+    with ThreadPoolExecutor(min(threads, len(pieces)), initializer=_work_alone) as pool:
+        try:
+            return list(pool.map(function, pieces))
+        finally:
+            torch.set_num_threads(threads)  # for threads that start later; a thread's own number is its own
+
+
+def _work_alone() -> None:
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
