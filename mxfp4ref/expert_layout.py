@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mxfp4ref._compiler import uncompiled
 from mxfp4ref._validate import check_instance, check_int
 from mxfp4ref.experts import Experts, Sm90Experts
 from mxfp4ref.layout import fold_scales_sm90, interleave_weights_sm90
@@ -57,6 +58,7 @@ def resize_experts(experts: Experts, hidden_size: int, intermediate_size: int) -
     return resized
 
 
+@uncompiled
 def to_sm90(experts: Experts, generation: str = "0.6.16") -> Sm90Experts:
     """Bring experts into the layouts that the real call takes: interleaved weights, folded int32 scales.
 
@@ -80,6 +82,7 @@ def to_sm90(experts: Experts, generation: str = "0.6.16") -> Sm90Experts:
     return Sm90Experts(**{field.name: getattr(experts, field.name) for field in fields(experts)} | changed)
 
 
+@uncompiled
 def to_logical(experts: Sm90Experts) -> Experts:
     """All experts in logical layout, the inverse of `to_sm90`; the shape tells the generation."""
     check_instance("experts", experts, Sm90Experts)

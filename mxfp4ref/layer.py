@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxfp4ref._compiler import uncompiled
+from mxfp4ref._ieee import to_fp32, to_fp64
 from mxfp4ref._validate import check_choice, check_float, check_instance, check_same_device, check_tensor
 from mxfp4ref.experts import Experts
 from mxfp4ref.moe import Stages
@@ -18,6 +20,7 @@ from mxfp4ref.sm90 import fp32
 __all__ = ["finish_output", "moe_layer"]
 
 
+@uncompiled
 def moe_layer(
     hidden: Tensor,
     logits: Tensor,
@@ -79,6 +82,7 @@ def moe_layer(
     )
 
 
+@uncompiled
 def finish_output(
     routed_output: Tensor,
     *,
@@ -113,22 +117,22 @@ def finish_output(
         shape = tuple(routed_output.shape)
         check_tensor("shared_output", shared_output, dtype=torch.bfloat16, shape=shape)
         check_same_device({"routed_output": routed_output, "shared_output": shared_output})
-    routed = routed_output.detach().to(torch.float32)
+    routed = fp32.widen(routed_output.detach())
     factor = torch.tensor(routed_scaling_factor, dtype=torch.float32, device=routed.device)
     if routed_scaling is RoutedScaling.FUSED_WITH_SHARED_ADD_BF16:
         if shared_output is None:
             raise ValueError(f"shared_output: expected a tensor with {routed_scaling}, got None")
-        return fp32.to_bf16(_fma(factor, routed, shared_output.detach().to(torch.float32)))
+        return fp32.to_bf16(_fma(factor, routed, fp32.widen(shared_output.detach())))
     if routed_scaling is RoutedScaling.ON_OUTPUT_BF16:
-        routed = fp32.to_bf16(routed * factor).to(torch.float32)
+        routed = fp32.widen(fp32.to_bf16(to_fp32(to_fp64(routed) * to_fp64(factor))))
     if shared_output is not None:
-        routed = shared_output.detach().to(torch.float32) + routed
+        routed = to_fp32(fp32.bf16_to_fp64(shared_output.detach()) + to_fp64(routed))
     return fp32.to_bf16(routed)
 
 
 def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """float32 `a * b + c`, rounded once. Unlike `fp32.fma` it keeps subnormals: torch's kernels do."""
-    product = a.to(torch.float64) * b.to(torch.float64)  # exact: 24 + 24 bits
+    product, c = to_fp64(a) * to_fp64(b), to_fp64(c)  # exact: 24 + 24 bits
     total = product + c
     # TwoSum gives the error; where there is one, the odd one of the two neighbours of the exact value is
     # taken (round to odd), so that the second rounding, to 24 bits, is right.
@@ -137,4 +141,4 @@ def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     bits = total.view(torch.int64)
     inexact_even = (error != 0) & ((bits & 1) == 0) & torch.isfinite(total)
     bits = torch.where(inexact_even, bits + torch.where((error < 0) == (total < 0), 1, -1), bits)
-    return bits.view(torch.float64).to(torch.float32)
+    return to_fp32(bits.view(torch.float64))

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mxfp4ref._compiler import uncompiled
 from mxfp4ref._validate import check_choice, check_int, check_tensor
 from mxfp4ref.mxfp4 import PACKED_DTYPES, SCALE_DTYPES
 
@@ -107,6 +108,7 @@ def unpad_halves(t: Tensor, size: int, dim: int = 1) -> Tensor:
     return torch.cat((first.narrow(dim, 0, size), second.narrow(dim, 0, size)), dim)
 
 
+@uncompiled
 def interleave_weights_sm90(packed: Tensor, generation: str = "0.6.16") -> Tensor:
     """Return packed weights in the byte order that the SM90 kernel takes.
 
@@ -139,6 +141,7 @@ def interleave_weights_sm90(packed: Tensor, generation: str = "0.6.16") -> Tenso
     return out
 
 
+@uncompiled
 def deinterleave_weights_sm90(interleaved: Tensor, generation: str = "0.6.16") -> Tensor:
     """Return packed weights in logical order, the inverse of `interleave_weights_sm90`.
 
@@ -170,6 +173,7 @@ def deinterleave_weights_sm90(interleaved: Tensor, generation: str = "0.6.16") -
     return out
 
 
+@uncompiled
 def fold_scales_sm90(scales: Tensor, generation: str = "0.6.16") -> Tensor:
     """Return scales in the order that the SM90 kernel takes; the call passes the result viewed as int32.
 
@@ -201,6 +205,7 @@ def fold_scales_sm90(scales: Tensor, generation: str = "0.6.16") -> Tensor:
     return folded.reshape(experts, rows // 64, groups // 4, 16, 16)
 
 
+@uncompiled
 def unfold_scales_sm90(folded: Tensor, generation: str | None = None) -> Tensor:
     """Return scales in logical order, the inverse of `fold_scales_sm90`.
 

@@ -13,6 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from mxfp4ref._compiler import uncompiled
+from mxfp4ref._ieee import to_fp32, to_fp64
 from mxfp4ref._validate import (
     check_choice,
     check_ids,
@@ -119,6 +121,7 @@ def split_intermediate(experts: Experts, tp_size: int) -> list[Experts]:
     ]
 
 
+@uncompiled
 def gather(outputs: Sequence[Tensor], *, reduction: str = "float32") -> Tensor:
     """The sum of the ranks' `[M, H] bf16` outputs, in rank order, `[M, H] bf16`.
 
@@ -136,14 +139,15 @@ def gather(outputs: Sequence[Tensor], *, reduction: str = "float32") -> Tensor:
     for rank, output in enumerate(outputs):
         check_tensor(f"outputs[{rank}]", output, dtype=torch.bfloat16, shape=tuple(first.shape))
     check_same_device({f"outputs[{rank}]": output for rank, output in enumerate(outputs)})
-    total = first.to(torch.float32)
+    total = fp32.widen(first)
     for output in outputs[1:]:
-        total = total + output.to(torch.float32)
+        total = to_fp32(to_fp64(total) + fp32.bf16_to_fp64(output))
         if reduction == "bf16":
-            total = fp32.to_bf16(total).to(torch.float32)
+            total = fp32.widen(fp32.to_bf16(total))
     return fp32.to_bf16(total)
 
 
+@uncompiled
 def forward_all_ranks(
     input: Tensor,
     token_selected_experts: Tensor,

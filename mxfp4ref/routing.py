@@ -13,6 +13,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from mxfp4ref._compiler import uncompiled
+from mxfp4ref._ieee import to_fp32, to_fp64
 from mxfp4ref._validate import (
     check_choice,
     check_float,
@@ -71,6 +73,7 @@ class Routing:
     routed_scaling_factor: float = 1.0
 
 
+@uncompiled
 def routing_weights(
     scores: Tensor, ids: Tensor, *, normalize: str, epsilon: float = 0.0, factor: float = 1.0
 ) -> Tensor:
@@ -100,18 +103,19 @@ def routing_weights(
     if normalize == "softmax":
         weights = softmax(weights)
     elif normalize == "sum":
+        weights = to_fp64(weights)
         total = weights[:, 0]
-        for slot in range(1, weights.shape[1]):
-            total = total + weights[:, slot]
-        total = total + _float32(epsilon, like=weights)
+        for addend in (*weights.unbind(1)[1:], to_fp64(_float32(epsilon, like=scores))):
+            total = to_fp64(to_fp32(total + addend))
         if bool((total == 0).any()):
             raise ValueError(
                 f"scores: expected a sum other than 0 to divide by, got 0 in row {_first(total == 0)}"
             )
-        weights = weights / total[:, None]
-    return weights * _float32(factor, like=weights)
+        weights = to_fp32(weights / total[:, None])
+    return to_fp32(to_fp64(weights) * to_fp64(_float32(factor, like=weights)))
 
 
+@uncompiled
 def deepseek_v4(
     logits: Tensor,
     correction_bias: Tensor | None = None,
@@ -174,6 +178,7 @@ def deepseek_v4(
     )
 
 
+@uncompiled
 def deepseek_v3(
     logits: Tensor,
     correction_bias: Tensor,
@@ -212,6 +217,7 @@ def deepseek_v3(
     )
 
 
+@uncompiled
 def gpt_oss(
     logits: Tensor, *, top_k: int = 4, padded: Tensor | None = None, ambiguous_ulps: float = AMBIGUOUS_ULPS
 ) -> Routing:
@@ -221,6 +227,7 @@ def gpt_oss(
     return _finish(scores, selection, padded, "softmax")
 
 
+@uncompiled
 def mixtral(
     logits: Tensor, *, top_k: int = 2, padded: Tensor | None = None, ambiguous_ulps: float = AMBIGUOUS_ULPS
 ) -> Routing:
@@ -231,6 +238,7 @@ def mixtral(
     return _finish(scores, selection, padded, "sum")
 
 
+@uncompiled
 def pack_top_k(ids: Tensor, scales: Tensor) -> Tensor:
     """Other kernels' one-word form: int32 `id << 16 | bits(bf16(scale))`, both arguments `[M, k]`.
 
@@ -249,6 +257,7 @@ def pack_top_k(ids: Tensor, scales: Tensor) -> Tensor:
     return (ids << 16) | bits
 
 
+@uncompiled
 def unpack_top_k(packed: Tensor) -> tuple[Tensor, Tensor]:
     """The `ids` int32 and `scales` float32 (bf16 values) of `pack_top_k`'s `[M, k] int32`."""
     check_tensor("packed", packed, dtype=torch.int32, shape=("M", "k"))

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mxfp4ref._compiler import uncompiled
+from mxfp4ref._ieee import to_fp32, to_fp64
 from mxfp4ref._validate import check_float, check_ids, check_int, check_same_device, check_tensor
 
 __all__ = ["AMBIGUOUS_ULPS", "Selection", "hash_experts", "select_experts"]
@@ -23,6 +25,7 @@ class Selection(NamedTuple):
     ambiguous: Tensor
 
 
+@uncompiled
 def select_experts(
     scores: Tensor,
     top_k: int,
@@ -63,7 +66,7 @@ def select_experts(
     if correction_bias is not None:
         check_tensor("correction_bias", correction_bias, dtype=torch.float32, shape=(num_experts,))
         check_same_device({"scores": scores, "correction_bias": correction_bias})
-        selection_scores = selection_scores + correction_bias.detach()
+        selection_scores = to_fp32(to_fp64(selection_scores) + to_fp64(correction_bias.detach()))
     for name, values in (("scores", scores), ("scores + correction_bias", selection_scores)):
         if bool(torch.isnan(values).any()):
             raise ValueError(
@@ -72,17 +75,17 @@ def select_experts(
 
     keys = _order_keys(selection_scores)
     reach = torch.maximum(_ulp(scores), _ulp(selection_scores)) * (ambiguous_ulps / 2)
-    low, high = selection_scores.to(torch.float64) - reach, selection_scores.to(torch.float64) + reach
+    low, high = to_fp64(selection_scores) - reach, to_fp64(selection_scores) + reach
     ambiguous = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
     if n_group > 1:
         group_size = _check_groups(num_experts, n_group, topk_group, top_k)
         best_two = _descending(keys.reshape(-1, n_group, group_size))[:, :, :2]
-        best = _take(selection_scores, best_two)
-        group_scores = best[:, :, 0] + best[:, :, 1]
+        best = to_fp64(_take(selection_scores, best_two))
+        group_scores = to_fp32(best[:, :, 0] + best[:, :, 1])
         order = _descending(_order_keys(group_scores))
         group_reach = _take(reach, best_two).sum(dim=2)
-        group_low = (group_scores - group_reach).gather(1, order)
-        group_high = (group_scores + group_reach).gather(1, order)
+        group_low = (to_fp64(group_scores) - group_reach).gather(1, order)
+        group_high = (to_fp64(group_scores) + group_reach).gather(1, order)
         if topk_group < n_group:
             ambiguous |= group_low[:, :topk_group].amin(1) < group_high[:, topk_group:].amax(1)
         inside = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, order[:, :topk_group], True)
@@ -98,6 +101,7 @@ def select_experts(
     return Selection(order[:, :top_k].to(torch.int32), ambiguous)
 
 
+@uncompiled
 def hash_experts(token_ids: Tensor, tid2eid: Tensor, *, num_experts: int) -> Tensor:
     """The experts that a table gives each token, `[M, k] int32` in table order (DeepSeek-V4's first layers).
 

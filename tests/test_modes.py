@@ -305,16 +305,6 @@ def check(name: str, got: Any) -> None:
     assert not different, f"{name}: results number {different} differ"
 
 
-# Not yet, strict, so that a fix shows: float32 arithmetic that the CPU flushes, tables that the compiler traces.
-OPEN = {
-    ("flushed subnormals", "selection"),
-    ("flushed subnormals", "routing.routing_weights"),
-    ("flushed subnormals", "routing.deepseek_v3"),
-    ("flushed subnormals", "parallel"),
-    ("flushed subnormals", "layer"),
-    ("compiled", "layout weights"),
-    ("compiled", "expert_layout"),
-}
 # What nobody compiles: numpy, files, a harness, and a stage that the forward keeps out of all graphs.
 NOT_COMPILED = ("generator", "golden", "comparison", "conformance", "gemm")
 
@@ -322,7 +312,7 @@ NOT_COMPILED = ("generator", "golden", "comparison", "conformance", "gemm")
 def names(*modes: str) -> list[Any]:
     """Pairs of a mode and a computation."""
     return [
-        pytest.param(mode, name, marks=pytest.mark.xfail(strict=True) if (mode, name) in OPEN else ())
+        (mode, name)
         for mode in modes
         for name in COMPUTATIONS
         if mode != "compiled" or name not in NOT_COMPILED
@@ -351,13 +341,12 @@ def test_constants_made_in_all_modes_at_once() -> None:
     """Tables that are made in strange modes serve as well, in these modes and afterwards."""
     for name in COMPUTATIONS:
         expected(name)
-    usual = [name for name in COMPUTATIONS if ("flushed subnormals", name) not in OPEN]
     forget_constants()
     try:
         with ExitStack() as stack:
             for mode in MODES.values():
                 stack.enter_context(mode())
-            results = {name: COMPUTATIONS[name]() for name in usual}
+            results = {name: COMPUTATIONS[name]() for name in COMPUTATIONS}
         for name, result in results.items():
             check(name, result)
             check(name, COMPUTATIONS[name]())
