@@ -102,6 +102,11 @@ _goldens = click.option(
 @click.option(
     "--isolate", is_flag=True, help="Run the kernel in a process of its own: survives hangs and crashes."
 )
+@click.option(
+    "--all-tactics",
+    is_flag=True,
+    help="flashinfer: every tile and cluster of either GEMM, instead of one of each K tile.",
+)
 @click.option("--no-repeat", is_flag=True, help="Run each case once only; a kernel that races may go unseen.")
 @click.option("--no-diagnosis", is_flag=True, help="Only compare.")
 @click.option(
@@ -130,6 +135,7 @@ def conform(
     device: str | None,
     timeout: float,
     isolate: bool,
+    all_tactics: bool,
     no_repeat: bool,
     no_diagnosis: bool,
     dump: Path | None,
@@ -181,6 +187,7 @@ def conform(
                 timeout=timeout,
                 isolate=isolate,
                 repeat=not no_repeat,
+                all_tactics=all_tactics,
                 diagnosed=not no_diagnosis,
                 dump=dump,
                 progress=advance,

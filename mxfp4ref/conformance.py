@@ -14,7 +14,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,13 @@ from mxfp4ref.bounds import bound
 from mxfp4ref.comparison import differing
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.diagnosis import Diagnosis, diagnose, predict
-from mxfp4ref.execution import Worker, execute, execute_within
+from mxfp4ref.execution import Worker, execute, execute_within, to_device
 from mxfp4ref.golden import Case, Goldens
 from mxfp4ref.kernels import Kernel, load_kernel
+from mxfp4ref.moe import forward
 from mxfp4ref.reproducer import write_reproducer
 from mxfp4ref.stages import Run, runs
+from mxfp4ref.tactics import DEFAULT_TACTIC, runnable_tactics
 
 __all__ = ["MODES", "PASSING", "CaseResult", "Report", "name_defects", "run", "run_case"]
 
@@ -46,7 +48,8 @@ class CaseResult:
     Attributes:
         case, kind, why: of the golden case.
         status: "equal", "within bounds", "differs", "outside bounds", or one of `execution.PROBLEMS`.
-        tiles: the K tiles ("128x256", for GEMM1 and GEMM2) whose expected output the kernel's equals.
+        tiles: the K tiles ("128x256", for GEMM1 and GEMM2) whose expected output the kernel's equals; the tactics
+            where all were run.
         elements, differing: output elements compared and how many differ; in mode "bounded", and where no pair
             of tiles agrees, from the closest expected output.
         outside: elements outside their bounds, in mode "bounded".
@@ -143,6 +146,7 @@ def run(
     timeout: float | None = None,
     isolate: bool = False,
     repeat: bool = True,
+    all_tactics: bool = False,
     diagnosed: bool = True,
     dump: Path | None = None,
     progress: Callable[[CaseResult], None] | None = None,
@@ -159,6 +163,7 @@ def run(
             `execution`.
         isolate: run the kernel, given by its specification, in a process of its own.
         repeat: run each case a second time and compare the bits (not the stand-ins on whole-size layers).
+        all_tactics: run each case by every tile and cluster of either GEMM, the other one's being the default.
         diagnosed: look for what is wrong where bits differ.
         dump: a folder for reproducers of the cases that fail.
         progress: called with each result.
@@ -166,7 +171,8 @@ def run(
     Raises:
         KernelError: the kernel cannot be loaded.
         GoldenError: a case is damaged.
-        ValueError: an unknown mode, or a callable to be isolated.
+        ValueError: an unknown mode, a callable to be isolated, or all tactics of a kernel that is isolated or
+            whose tactics cannot be chosen.
     """
     check_choice("mode", mode, MODES)
     loaded = kernel if isinstance(kernel, Kernel) else load_kernel(kernel, device)
@@ -174,6 +180,11 @@ def run(
         raise ValueError(
             f"isolate: expected a kernel given by its specification, got {type(kernel).__name__}"
         )
+    if all_tactics and (isolate or loaded.force is None):
+        reason = (
+            "one that runs in this process" if isolate else "one whose tactics can be chosen (flashinfer)"
+        )
+        raise ValueError(f"all_tactics: expected a kernel that is {reason}, got {loaded.name}")
     start = time.perf_counter()
     results: list[CaseResult] = []
     suspects: tuple[str, ...] | None = None
@@ -189,6 +200,7 @@ def run(
                 timeout=timeout,
                 worker=worker,
                 repeat=repeat,
+                all_tactics=all_tactics,
                 diagnosed=diagnosed,
                 suspects=suspects,
                 dump=dump,
@@ -216,6 +228,7 @@ def run_case(
     timeout: float | None = None,
     worker: Worker | None = None,
     repeat: bool = True,
+    all_tactics: bool = False,
     diagnosed: bool = True,
     suspects: tuple[str, ...] | None = None,
     dump: Path | None = None,
@@ -231,16 +244,17 @@ def run_case(
     elements = differing_elements = outside = 0
     seconds = 0.0
     diagnosis = None
-    for index, one in enumerate(_needed(kernel, case, all_runs)):
-        again = repeat and index == 0 and not _takes_long(kernel, case)
+    needed = _by_tactic(kernel, case) if all_tactics else _needed(kernel, case, all_runs)
+    for index, (variant, one) in enumerate(needed):
+        again = repeat and (index == 0 or all_tactics) and not _takes_long(kernel, case)
         if worker is not None:
             outcome = worker.execute(timeout, case, all_runs.index(one), repeat=again)
         else:
             outcome = execute_within(
-                timeout, partial(execute, kernel, case.kind, one.inputs, one.expected, repeat=again)
+                timeout, partial(execute, variant, case.kind, one.inputs, one.expected, repeat=again)
             )
         if outcome.problem:
-            tiles = f" (K tiles {one.tiles})" if len(all_runs) > 1 and kernel.forces_tile_k else ""
+            tiles = f" ({one.tiles})" if len(all_runs) > 1 and kernel.forces_tile_k else ""
             if dump is not None and outcome.problem != "skipped":
                 write_reproducer(dump, case, one, kernel.name, {})
             return CaseResult(
@@ -284,15 +298,15 @@ def run_case(
     )
 
 
-def _needed(kernel: Kernel, case: Case, all_runs: list[Run]) -> list[Run]:
+def _needed(kernel: Kernel, case: Case, all_runs: list[Run]) -> list[tuple[Kernel, Run]]:
     """The runs to make: one where the kernel chooses its K tiles, else all.
 
     Of cases that take long those in which each tile of each GEMM occurs.
     """
     if not kernel.forces_tile_k:
-        return all_runs[:1]
+        return [(kernel, all_runs[0])]
     if not _takes_long(kernel, case):
-        return all_runs
+        return [(kernel, one) for one in all_runs]
     chosen: list[Run] = []
     seen: set[tuple[int, str]] = set()
     for one in sorted(
@@ -302,7 +316,29 @@ def _needed(kernel: Kernel, case: Case, all_runs: list[Run]) -> list[Run]:
         if not tiles <= seen:
             chosen.append(one)
             seen |= tiles
-    return chosen
+    return [(kernel, one) for one in chosen]
+
+
+def _by_tactic(kernel: Kernel, case: Case) -> Iterator[tuple[Kernel, Run]]:
+    """Every tactic of each GEMM beside the other one's default, with the output that its tiles give.
+
+    That is the stored one, but where an N tile shows (the specification, section 3): the model tells for each.
+    """
+    assert kernel.force is not None
+    call = to_device(case.call(), kernel.device)
+    hidden, inner = call.experts.hidden_size, call.experts.intermediate_size
+    expected: dict[Any, Tensor] = {}
+    for gemm, shape in enumerate(((2 * inner, hidden), (hidden, inner))):
+        for tactic in runnable_tactics(*shape):
+            first, second = (tactic, DEFAULT_TACTIC) if gemm == 0 else (DEFAULT_TACTIC, tactic)
+            tile_n, tile_k = ((first.tile[i], second.tile[i]) for i in (1, 2))
+            inputs = replace(call, tile_k=tile_k, tile_n=tile_n)
+            if (tile_k, tile_n) not in expected:
+                stored = case.outputs.get(tile_k) if set(tile_n) == {DEFAULT_TACTIC.tile[1]} else None
+                computed = forward(inputs).cpu() if stored is None else stored
+                expected[tile_k, tile_n] = computed
+            run = Run(f"{first}, {second}", inputs, {"output": expected[tile_k, tile_n]})
+            yield kernel.force(first, second), run
 
 
 def _takes_long(kernel: Kernel, case: Case) -> bool:

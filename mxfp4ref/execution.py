@@ -29,7 +29,7 @@ from mxfp4ref.golden import Case
 from mxfp4ref.kernels import Kernel, Skip, is_poison, load_kernel, outputs_by_name, poisoned
 from mxfp4ref.stages import runs
 
-__all__ = ["PROBLEMS", "Outcome", "Worker", "execute", "execute_within"]
+__all__ = ["PROBLEMS", "Outcome", "Worker", "execute", "execute_within", "to_device"]
 
 # What can be wrong with a run before any value is looked at.
 PROBLEMS = (
@@ -71,7 +71,7 @@ def execute(
         repeat: run it a second time, on the same inputs, and compare the bits.
     """
     try:
-        positional, keywords = kernel.prepare(kind, _to_device(inputs, kernel.device))
+        positional, keywords = kernel.prepare(kind, to_device(inputs, kernel.device))
     except Skip as reason:
         return Outcome(problem="skipped", message=str(reason))
     except ValueError as error:
@@ -260,14 +260,14 @@ def _poison_freed_memory(expected: Mapping[str, Tensor], device: str) -> None:
             poisoned(torch.empty(like.shape, dtype=like.dtype, device=device))
 
 
-def _to_device(inputs: Any, device: str) -> Any:
+def to_device(inputs: Any, device: str) -> Any:
     """The inputs on the kernel's device (the same tensors where they are there already)."""
     if isinstance(inputs, Tensor):
         return inputs.to(device)
     if isinstance(inputs, Mapping):
-        return {name: _to_device(value, device) for name, value in inputs.items()}
+        return {name: to_device(value, device) for name, value in inputs.items()}
     if is_dataclass(inputs) and not isinstance(inputs, type):
-        moved = {f.name: _to_device(getattr(inputs, f.name), device) for f in fields(inputs) if f.init}
+        moved = {f.name: to_device(getattr(inputs, f.name), device) for f in fields(inputs) if f.init}
         return replace(inputs, **moved)
     return inputs
 

@@ -14,6 +14,7 @@ What a kernel specification may be:
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
@@ -31,13 +32,13 @@ from mxfp4ref.layout import fold_scales_sm90, interleave_weights_sm90
 from mxfp4ref.moe import Stages, forward
 from mxfp4ref.mxfp4 import dequantize
 from mxfp4ref.stages import OUTPUTS, routing_options, run_stage
+from mxfp4ref.tactics import Tactic, profile_ids, with_tile_k
 
 __all__ = [
     "Kernel",
     "KernelError",
     "Skip",
     "defect_outputs",
-    "flashinfer_tactics",
     "is_poison",
     "load_kernel",
     "outputs_by_name",
@@ -46,8 +47,6 @@ __all__ = [
 
 STAND_INS = ("oracle", "torch-bf16", "defect:NAME", "flashinfer")
 _POISON = 0x7FA5  # a bf16 NaN that no arithmetic produces
-_TACTICS_PER_GEMM = 116
-_TILES_64X16 = (128, 256, 512)  # the first three tiles of flashinfer's list, by their K
 
 
 class KernelError(ValueError):
@@ -71,6 +70,7 @@ class Kernel:
         forces_tile_k: whether the call says which K tiles the kernel uses. If it does, each legitimate pair is
             run and compared with its own output; if not, one run may agree with any of them.
         device: where the tensors go.
+        force: makes a kernel that uses the given tactics for GEMM1 and GEMM2; None where tactics cannot be chosen.
     """
 
     name: str
@@ -79,6 +79,7 @@ class Kernel:
     function: Callable[..., Any]
     forces_tile_k: bool = False
     device: str = "cpu"
+    force: Callable[[Tactic, Tactic], Kernel] | None = None
 
 
 def load_kernel(spec: str | Callable[..., Any], device: str | None = None) -> Kernel:
@@ -127,12 +128,6 @@ def poisoned(like: Tensor) -> Tensor:
 def is_poison(output: Tensor) -> Tensor:
     """Where a bf16 tensor still holds the poison, as bool."""
     return output.contiguous().view(torch.int16) == _POISON
-
-
-def flashinfer_tactics(tile_k: tuple[int, int]) -> list[int]:
-    """The `profile_ids` that force these K tiles (the specification, section 8), with tiles 64x16."""
-    first, second = (4 * _TILES_64X16.index(tile) for tile in tile_k)
-    return [first, _TACTICS_PER_GEMM + second]
 
 
 def _import(path: str) -> Callable[..., Any]:
@@ -257,6 +252,7 @@ def _flashinfer(device: str) -> Kernel:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise KernelError("kernel: flashinfer needs a CUDA device, and torch sees none here")
 
+    @_remembering
     def weights(packed: Tensor) -> Tensor:
         return _agreed(
             "interleave_moe_weights_for_sm90_mixed_gemm",
@@ -264,6 +260,7 @@ def _flashinfer(device: str) -> Kernel:
             interleave_weights_sm90(packed, _generation(their_scales, packed.device)),
         )
 
+    @_remembering
     def scales(logical: Tensor) -> Tensor:
         ours = fold_scales_sm90(logical, _generation(their_scales, logical.device))
         return _agreed("interleave_moe_scales_for_sm90_mixed_gemm", their_scales(logical, 32), ours)
@@ -271,7 +268,9 @@ def _flashinfer(device: str) -> Kernel:
     prepare_layouts = _sm90_arguments(function, weights, scales)
     forces_tile_k = _takes(function, "profile_ids")
 
-    def prepare(kind: str, call: MoeCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def prepare(
+        kind: str, call: MoeCall, tactics: tuple[Tactic, Tactic] | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         positional, keywords = prepare_layouts(kind, call)
         keywords["enable_pdl"] = False
         biases = ("fc1_expert_biases", "fc2_expert_biases")
@@ -281,10 +280,31 @@ def _flashinfer(device: str) -> Kernel:
                 shape = getattr(call.experts, like).shape[:2]
                 keywords.setdefault(name, call.input.new_zeros(shape))
         if forces_tile_k:
-            keywords["profile_ids"] = flashinfer_tactics(call.tile_k)
+            first, second = tactics or map(with_tile_k, call.tile_k)
+            keywords["profile_ids"] = profile_ids(first, second)
         return positional, keywords
 
-    return Kernel("flashinfer", ("moe",), prepare, function, forces_tile_k, device)
+    kernel = Kernel("flashinfer", ("moe",), prepare, function, forces_tile_k, device)
+    if not forces_tile_k:
+        return kernel
+    return replace(
+        kernel, force=lambda *tactics: replace(kernel, prepare=functools.partial(prepare, tactics=tactics))
+    )
+
+
+def _remembering(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The function with its results for the last two tensors, those of GEMM1 and GEMM2, kept for the next tactic."""
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def remembered(argument: Tensor) -> Tensor:
+        for source, result in kept:
+            if source is argument:
+                return result
+        kept.append((argument, function(argument)))
+        del kept[:-2]
+        return kept[-1][1]
+
+    return remembered
 
 
 def _generation(their_scales: Callable[[Tensor, int], Tensor], device: torch.device) -> str:

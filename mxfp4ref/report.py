@@ -51,6 +51,9 @@ def to_text(report: Report, *, verbose: bool = False) -> str:
     return "\n".join([*lines, "", report.verdict])
 
 
+_NAMED = 9  # pairs of K tiles, of which there are no more
+
+
 def headline(result: CaseResult) -> str:
     """A case and its status in a line."""
     words = f"{result.case}: {result.status}"
@@ -59,7 +62,8 @@ def headline(result: CaseResult) -> str:
         if result.outside:
             words += f", {result.outside:,} outside their bounds"
     if result.tiles:
-        words += f" (K tiles {', '.join(result.tiles)})"
+        named = f"K tiles {', '.join(result.tiles)}"
+        words += f" ({named if len(result.tiles) <= _NAMED else f'{len(result.tiles)} tactics'})"
     if result.status == "within bounds":
         words += f" ({result.differing:,} of {result.elements:,} elements differ)"
     return words + (f": {result.message}" if result.message else "")

@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mxfp4ref import conformance, kernels
+from mxfp4ref import MoeCall, conformance, forward, kernels
 from mxfp4ref.conformance import CaseResult, Report, name_defects, run, run_case
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.golden import Case, open_goldens
 from mxfp4ref.kernels import KernelError, load_kernel
 from mxfp4ref.layout import fold_scales_sm90, interleave_weights_sm90
+from mxfp4ref.tactics import DEFAULT_TACTIC, TACTICS, profile_ids, runnable_tactics
 
 GOLDENS = open_goldens()
 WHOLE_SIZE = GOLDENS.names("models")
@@ -319,8 +320,9 @@ class TestFlashinfer:
 
     def cutlass_fused_moe(self, *, profile_ids: list[int], enable_pdl: bool, **arguments: Any) -> list[Any]:
         self.seen.append(profile_ids)
-        tile_k = tuple((128, 256, 512)[(tactic % 116) // 4] for tactic in profile_ids)
-        return [kernels_under_test.good(**arguments, tile_k=tile_k), None, None, None]  # as flashinfer does
+        tile_n, tile_k = (tuple(TACTICS[tactic % 116].tile[i] for tactic in profile_ids) for i in (1, 2))
+        output = kernels_under_test.good(**arguments, tile_k=tile_k, tile_n=tile_n)
+        return [output, None, None, None]  # as flashinfer does
 
     def test_forces_every_pair_of_tiles(self) -> None:
         case = GOLDENS.load("gemm/mirrored_both_512")
@@ -329,6 +331,32 @@ class TestFlashinfer:
         assert len(self.seen) == len(case.outputs)
         assert [0, 116] in self.seen
         assert [8, 120] in self.seen
+
+    def test_all_tactics(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Each runnable tactic of either GEMM once; the model gives what to expect of another N tile."""
+        asked: list[MoeCall] = []
+        monkeypatch.setattr(conformance, "forward", lambda call: (asked.append(call), forward(call))[1])
+        case = GOLDENS.load("gemm/first_group_overflows")
+        experts = case.call().experts
+        shapes = [(2 * experts.intermediate_size, experts.hidden_size)]
+        shapes.append((experts.hidden_size, experts.intermediate_size))
+        expected = {
+            tuple(profile_ids(*((tactic, DEFAULT_TACTIC) if gemm == 0 else (DEFAULT_TACTIC, tactic))))
+            for gemm, shape in enumerate(shapes)
+            for tactic in runnable_tactics(*shape)
+        }
+        report = run("flashinfer", [case], device="cpu", repeat=False, all_tactics=True)
+        assert report.ok, report.verdict
+        assert set(map(tuple, self.seen)) == expected
+        assert len(report.results[0].tiles) == len(expected)
+        assert {call.tile_n for call in asked} == {
+            pair for n in (32, 64, 128, 256) for pair in ((n, 16), (16, n))
+        }
+
+    def test_all_tactics_of_another_kernel(self, case: Case) -> None:
+        for isolate, kernel in ((False, "oracle"), (True, "flashinfer")):
+            with pytest.raises(ValueError, match="all_tactics: expected a kernel"):
+                run(kernel, [case], device="cpu", isolate=isolate, all_tactics=True)
 
     def test_generation_without_profile_ids(self, case: Case) -> None:
         def before_profile_ids(

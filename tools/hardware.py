@@ -16,30 +16,7 @@ from torch import Tensor
 
 from mxfp4ref import Experts, MoeCall
 from mxfp4ref.layout import fold_scales_sm90, interleave_weights_sm90
-
-Tile = tuple[int, int, int]
-
-# The CTA tiles (M, N, K) in the order of the tactics; four tactics each, one for every cluster shape.
-TILES: tuple[Tile, ...] = (
-    *((m, n, k) for m in (64, 128) for n in (16, 32, 64, 128) for k in (128, 256, 512)),
-    *((128, 256, k) for k in (128, 256)),
-    *((256, 128, k) for k in (128, 256)),
-    (256, 256, 128),
-)
-TACTICS_PER_GEMM = 4 * len(TILES)
-# Offered by the tactic list, refused by the kernel: not enough shared memory.
-REFUSED: frozenset[Tile] = frozenset({(64, 128, 512), (128, 128, 512), (128, 256, 256), (256, 128, 256)})
-DEFAULT_TILE: Tile = (64, 16, 128)
-
-
-def runnable_tiles(rows: int, depth: int) -> list[Tile]:
-    """The tiles that a GEMM of so many weight rows and so large a K can use."""
-    return [t for t in TILES if t not in REFUSED and rows % t[0] == 0 and depth % t[2] == 0]
-
-
-def profile_ids(tiles: tuple[Tile, Tile]) -> list[int]:
-    """flashinfer's ids of the two tactics, with clusters of one."""
-    return [gemm * TACTICS_PER_GEMM + 4 * TILES.index(tile) for gemm, tile in enumerate(tiles)]
+from mxfp4ref.tactics import Tactic, profile_ids
 
 
 @dataclass(frozen=True)
@@ -79,11 +56,11 @@ def prepare(experts: Experts) -> PreparedExperts:
 
 def run_kernel(
     call: MoeCall,
-    tiles: tuple[Tile, Tile] | None = None,
+    tactics: tuple[Tactic, Tactic] | None = None,
     prepared: PreparedExperts | None = None,
     **options: Any,
 ) -> Tensor:
-    """The real kernel's output for a call on a GPU, by the default tactic or the tiles given."""
+    """The real kernel's output for a call on a GPU, by the default tactics or those given."""
     from flashinfer.fused_moe import cutlass_fused_moe
 
     prepared = prepare(call.experts) if prepared is None else prepared
@@ -97,8 +74,8 @@ def run_kernel(
         fc1_biases, fc2_biases = (
             z if b is None else b for z, b in zip(zeros, (fc1_biases, fc2_biases), strict=True)
         )
-    if tiles is not None:
-        options["profile_ids"] = profile_ids(tiles)
+    if tactics is not None:
+        options["profile_ids"] = profile_ids(*tactics)
     cutlass_fused_moe(
         call.input,
         call.token_selected_experts,

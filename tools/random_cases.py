@@ -25,12 +25,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mxfp4ref import Experts, MoeCall, forward
+from mxfp4ref.tactics import Tactic, runnable_tactics
 
 Bytes = NDArray[np.uint8]
 
 
-def random_call(seed: int) -> tuple[MoeCall, tuple[hardware.Tile, hardware.Tile]]:
-    """The call of a seed, on the CPU, and the tiles of its two tactics."""
+def random_call(seed: int, *, clusters: bool = False) -> tuple[MoeCall, tuple[Tactic, Tactic]]:
+    """The call of a seed, on the CPU, and its two tactics, with clusters of one CTA unless told otherwise."""
     rng = np.random.default_rng(seed)
     ep_size = int(rng.choice([1, 1, 2, 4]))
     num_local = int(rng.integers(1, 9))
@@ -72,10 +73,14 @@ def random_call(seed: int) -> tuple[MoeCall, tuple[hardware.Tile, hardware.Tile]
     if rng.random() < 0.1:
         final_scales[rng.random(ids.shape) < 0.1] = rng.choice([np.nan, np.inf, 0.0, -1.0])
     tp_size = int(rng.choice([1, 2]))
-    tiles = []
-    for rows, depth in ((2 * inner, hidden), (hidden, inner)):
-        choices = hardware.runnable_tiles(rows, depth)
-        tiles.append(choices[int(rng.integers(len(choices)))])
+    tactics = []
+    for gemm, shape in enumerate(((2 * inner, hidden), (hidden, inner))):
+        choices = [tactic for tactic in runnable_tactics(*shape) if tactic.cluster == (1, 1)]
+        tactic = choices[int(rng.integers(len(choices)))]
+        if clusters:  # drawn apart: a seed makes the same call either way
+            shapes = [other for other in runnable_tactics(*shape) if other.tile == tactic.tile]
+            tactic = shapes[int(np.random.default_rng((seed, gemm)).integers(len(shapes)))]
+        tactics.append(tactic)
     call = MoeCall(
         input=x,
         token_selected_experts=torch.from_numpy(ids),
@@ -85,11 +90,11 @@ def random_call(seed: int) -> tuple[MoeCall, tuple[hardware.Tile, hardware.Tile]
         ep_rank=int(rng.integers(ep_size)),
         tp_size=tp_size,
         tp_rank=int(rng.integers(tp_size)),
-        tile_k=(tiles[0][2], tiles[1][2]),
-        tile_n=(tiles[0][1], tiles[1][1]),
+        tile_k=(tactics[0].tile[2], tactics[1].tile[2]),
+        tile_n=(tactics[0].tile[1], tactics[1].tile[1]),
         strict=False,
     )
-    return call, (tiles[0], tiles[1])
+    return call, (tactics[0], tactics[1])
 
 
 def _bf16(values: NDArray[np.float64]) -> Tensor:
@@ -164,6 +169,7 @@ def main() -> int:
     parser.add_argument(
         "--default-tactic", action="store_true", help="leave the tactic alone (flashinfer 0.6)"
     )
+    parser.add_argument("--clusters", action="store_true", help="clusters of several CTAs too")
     parser.add_argument("--output", type=Path, help="write the result as JSON")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -178,14 +184,14 @@ def main() -> int:
     for seed in range(first, end):
         if time.monotonic() - start > arguments.seconds:
             break
-        call, tiles = random_call(seed)
+        call, tactics = random_call(seed, clusters=arguments.clusters)
         changes: dict[str, object] = {"generation": generation}
         if arguments.default_tactic:
             changes |= {"tile_k": (128, 128), "tile_n": (16, 16)}
         call = MoeCall(**{**vars(call), **changes})  # type: ignore[arg-type]
         on_gpu = hardware.to_device(call, "cuda")
         expected = forward(on_gpu)
-        got = hardware.run_kernel(on_gpu, None if arguments.default_tactic else tiles)
+        got = hardware.run_kernel(on_gpu, None if arguments.default_tactic else tactics)
         count = hardware.count_differences(got, expected)
         elements += got.numel()
         differing += count
@@ -193,8 +199,9 @@ def main() -> int:
             cpu_elements += got.numel()
             cpu_differing += hardware.count_differences(forward(call), expected.cpu())
         if count:
-            failures.append({"seed": seed, "tiles": tiles, "elements": got.numel(), "differing": count})
-            print(f"seed {seed}, tiles {tiles}: {count} of {got.numel()} differ", flush=True)
+            used = [str(tactic) for tactic in tactics]
+            failures.append({"seed": seed, "tactics": used, "elements": got.numel(), "differing": count})
+            print(f"seed {seed}, tactics {used}: {count} of {got.numel()} differ", flush=True)
     else:
         seed = end
     result = {
@@ -204,6 +211,7 @@ def main() -> int:
         "cpu_elements": cpu_elements,
         "cpu_differing": cpu_differing,
         "default_tactic": arguments.default_tactic,
+        "clusters": arguments.clusters,
         "generation": generation,
         "failures": failures,
         "provenance": provenance.as_dict(),
