@@ -3,7 +3,7 @@
 On the GPU machine, with flashinfer importable (see hardware.py) and nvcc for the instructions:
 
     python tools/record_hardware.py goldens OUT       every kernel-call case, each pair of K tiles, twice
-    python tools/record_hardware.py tactics OUT       every tile, for either GEMM, on one case
+    python tools/record_hardware.py tactics OUT       every tile and cluster, for either GEMM, on one case
     python tools/record_hardware.py instructions OUT  EX2 and RCP over all 2^32 arguments, random tensor-core steps
     python tools/record_hardware.py stress OUT        large batches, CUDA graphs, PDL on and off, every element
 
@@ -36,6 +36,7 @@ from torch import Tensor
 from mxfp4ref import Experts, MoeCall, forward
 from mxfp4ref.golden import Case, open_goldens, tensor_bytes
 from mxfp4ref.sm90 import mufu, tensor_core
+from mxfp4ref.tactics import DEFAULT_TACTIC, runnable_tactics, with_tile_k
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "goldens" / "hardware"
@@ -56,15 +57,15 @@ def record_goldens(out: Path) -> int:
                 continue  # older releases have no way to say which tactic
             call = hardware.to_device(case.call(tile_k), "cuda")
             prepared = hardware.prepare(call.experts) if prepared is None else prepared
-            tiles = ((64, 16, tile_k[0]), (64, 16, tile_k[1])) if forced else None
-            got, again = (hardware.run_kernel(call, tiles, prepared).cpu() for _ in range(2))
+            tactics = (with_tile_k(tile_k[0]), with_tile_k(tile_k[1])) if forced else None
+            got, again = (hardware.run_kernel(call, tactics, prepared).cpu() for _ in range(2))
             expected = case.tensors[name] if forced else forward(replace(call, generation=generation)).cpu()
             lines.append(_line(case, tile_k, got, again, expected, provenance))
     return _report(out / f"{_slug(provenance)}.jsonl", lines)
 
 
 def record_tactics(out: Path) -> int:
-    """Every tile that runs, for GEMM1 beside a default GEMM2 and the other way round."""
+    """Every tile and cluster that runs, for GEMM1 beside a default GEMM2 and the other way round."""
     provenance = hardware.Provenance.of_this_machine()
     case = open_goldens(ROOT / "goldens").load(TACTICS_CASE)
     lines = []
@@ -73,12 +74,12 @@ def record_tactics(out: Path) -> int:
     shapes = ((2 * call.experts.intermediate_size, call.experts.hidden_size),)
     shapes += ((call.experts.hidden_size, call.experts.intermediate_size),)
     for gemm, shape in enumerate(shapes):
-        for tile in hardware.runnable_tiles(*shape):
-            tiles = (tile, hardware.DEFAULT_TILE) if gemm == 0 else (hardware.DEFAULT_TILE, tile)
-            tile_k = (tiles[0][2], tiles[1][2])
-            got, again = (hardware.run_kernel(call, tiles, prepared).cpu() for _ in range(2))
+        for tactic in runnable_tactics(*shape):
+            tactics = (tactic, DEFAULT_TACTIC) if gemm == 0 else (DEFAULT_TACTIC, tactic)
+            tile_k = (tactics[0].tile[2], tactics[1].tile[2])
+            got, again = (hardware.run_kernel(call, tactics, prepared).cpu() for _ in range(2))
             line = _line(case, tile_k, got, again, case.outputs[tile_k], provenance)
-            lines.append(line | {"tiles": ["x".join(map(str, tile)) for tile in tiles]})
+            lines.append(line | {"tactics": [str(tactic) for tactic in tactics]})
     return _report(out / f"{_slug(provenance)}-tactics.jsonl", lines)
 
 
@@ -195,7 +196,8 @@ def _readme() -> str:
         machine = tuple(record["provenance"][key] for key in ("gpu", "driver", "flashinfer"))
         if "seeds" in record:
             first, end = record["seeds"]
-            what = f"random calls, seeds {first} to {end - 1}"
+            clusters = ", any cluster" if record.get("clusters") else ""
+            what = f"random calls{clusters}, seeds {first} to {end - 1}"
             rows.append((*machine, what, f"{record['elements']:,}", f"{record['differing']:,}"))
             continue
         for key, counts in record.items():
@@ -210,7 +212,7 @@ def _readme() -> str:
 _README = """# What real hardware gave
 
 Written by `tools/record_hardware.py install` and nothing else. `*.jsonl` has a line for each run of a golden
-case: the K tiles (and tiles, where they were varied) of the two GEMMs, the SHA-256 of the output's bytes,
+case: the K tiles (and tactics, where they were varied) of the two GEMMs, the SHA-256 of the output's bytes,
 whether it was what the model gives for that generation, how many elements there were and how many differed. The
 other files hold counts: random calls that mix every option (`tools/random_cases.py`; a seed makes the same call
 everywhere), the special functions over all 2^32 arguments, single tensor-core steps, and repeated large calls.
@@ -265,7 +267,7 @@ def _report(path: Path, lines: list[dict[str, Any]]) -> int:
         by_case[line["case"]].append(line)
     bad = [line for line in lines if not (line["equal"] and line["repeatable"])]
     for line in bad:
-        tiles = line.get("tiles", line["tile_k"])
+        tiles = line.get("tactics", line["tile_k"])
         print(
             f"{line['case']} {tiles}: {line['differing']} of {line['elements']} differ, "
             f"{'the same twice' if line['repeatable'] else 'not the same twice'}"
