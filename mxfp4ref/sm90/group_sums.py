@@ -120,11 +120,11 @@ def _step(
             torch.lt(largest, step.limit, out=unsure[:wide])
         # What may be truncated is, to multiples of 2^(exponent - 25).
         per_unit = (_wrapped((2 * _FP32_BIAS + FRACTION_BITS) << 23) - largest).view(torch.float32)
-        start = 2 * num_pairs
-        for count in step.singles:
-            one = parts[start : start + count].mul_(per_unit[:count]).trunc_()
-            total[:count] += one.div_(per_unit[:count])
-            start += count
+        if len(step.singles):
+            units = per_unit.index_select(0, step.singles)
+            truncated = parts[2 * num_pairs :].mul_(units).trunc_().div_(units)
+            # Each sum is exact in float64, so that their order does not matter.
+            total.index_add_(0, step.singles, truncated.to(torch.float64))
         if carried is not None:
             per_unit_64 = per_unit.to(torch.float64)
             total[:wide] += carried[:wide].mul_(per_unit_64).trunc_().div_(per_unit_64)

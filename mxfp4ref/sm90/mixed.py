@@ -28,7 +28,7 @@ __all__ = [
 
 STEPS = GROUP_SIZE // STEP_SIZE
 NONE = 1 << 12  # the unit of zeros, and minus the exponent of zeros: beyond any other
-_KINDS = 2 + STEP_SIZE  # of rows of a step: high, low, first risky element, second, ...
+_KINDS = 3  # of rows of a step: high, low, single elements
 
 # 16 products of |x| < 2^(e + 1) and |w| <= 6 are below 2^(e + 7.6): multiples of 2^(e - 16) have an exact sum.
 _HIGH_BITS = 16
@@ -60,16 +60,16 @@ class MixedPairs:
 
 @dataclass(frozen=True)
 class Step:
-    """One of the two steps of a chunk's P mixed pairs, those with the most risky elements first.
+    """One of the two steps of a chunk's P mixed pairs, wide ones first.
 
-    L is the number of the chunk's blocks, W that of the pairs that are wide; they come before others.
+    L is the number of the chunk's blocks, W that of the pairs that are wide.
 
     Attributes:
         num_pairs: P.
         rows: `[L, R, 16]`, to be multiplied with the step's weights.
         parts: `[2 * P + ...]`, which of the L * R products count: for each pair that of its high and that of its low
             elements, then those of single elements.
-        singles: how many pairs have a first risky element, a second, and so on.
+        singles: `[...]`, the pairs that the single elements belong to.
         power_rows: `[L', S, 16]`, powers, for the blocks that have wide pairs.
         power_blocks: the groups and the experts of those, `[L']` each; None if L' is L.
         power_parts: `[W]`, which of the L' * S products count.
@@ -82,7 +82,7 @@ class Step:
     num_pairs: int
     rows: Tensor
     parts: Tensor
-    singles: list[int]
+    singles: Tensor
     power_rows: Tensor
     power_blocks: tuple[Tensor, Tensor] | None
     power_parts: Tensor
@@ -139,10 +139,10 @@ def make_chunks(plain: Tensor, mixed: MixedPairs, batch: int, at_once: int) -> I
     top = (mixed.top + shift).clamp_(min=LOWEST_TOP)
     limit = _limits(mixed, near).add_(shift).clamp_(-127, 127).add_(127).bitwise_left_shift_(23)
 
-    # By chunk, the pairs with the most risky elements first, wide ones before others.
+    # By chunk, wide pairs before others.
     block = mixed.group * batch + mixed.expert
     length = at_once * batch  # of a chunk, in blocks
-    rank = block // length * NONE - 2 * single.sum(-1).T - wide.T.to(torch.int64)
+    rank = block // length * STEPS - wide.T.to(torch.int64)
     order = torch.argsort(rank, dim=1, stable=True)
     flags = torch.cat([(limit > 0).any(0), (shift != 0).any(0), mixed.may_overflow.any()[None]]).tolist()
     has_limit, has_scale, may_overflow = flags[:STEPS], flags[STEPS : 2 * STEPS], flags[-1]
@@ -155,7 +155,7 @@ def make_chunks(plain: Tensor, mixed: MixedPairs, batch: int, at_once: int) -> I
         wide_ones = of_step[wide[of_step, s]]
         steps.append(
             _steps(
-                _parts(own, own_risky, own_low, own_single, block[of_step]),
+                *_parts(own, own_risky, own_low, own_single, block[of_step]),
                 _Rows(powers[wide_ones, s], block[wide_ones], torch.zeros_like(wide_ones)),
                 top[of_step, s, None],
                 limit[of_step, s, None] if has_limit[s] else None,
@@ -187,6 +187,7 @@ def make_chunks(plain: Tensor, mixed: MixedPairs, batch: int, at_once: int) -> I
 
 def _steps(
     parts: _Rows,
+    singles: Tensor,
     powers: _Rows,
     top: Tensor,
     limit: Tensor | None,
@@ -199,11 +200,11 @@ def _steps(
     part_list = _Listing.of(parts, torch.arange(num_blocks, device=top.device), num_blocks, length, _KINDS)
     power_blocks = torch.unique(powers.block)
     power_list = _Listing.of(powers, power_blocks, num_blocks, length, 1)
-    pair = power = 0
+    pair = single = power = 0
     for index, ((rows, places), (power_rows, power_places)) in enumerate(
         zip(part_list.matrices(), power_list.matrices(), strict=True)
     ):
-        num_pairs, _, *singles = part_list.counts[index]
+        num_pairs, _, num_singles = part_list.counts[index]
         (num_wide,) = power_list.counts[index]
         those, wide = slice(pair, pair + num_pairs), slice(pair, pair + num_wide)
         which = power_blocks[power : power + len(power_rows)]
@@ -211,7 +212,7 @@ def _steps(
             num_pairs=num_pairs,
             rows=rows,
             parts=places,
-            singles=[count for count in singles if count],
+            singles=singles[single : single + num_singles] - pair,
             power_rows=power_rows,
             power_blocks=None if len(power_rows) == len(rows) else (which // batch, which % batch),
             power_parts=power_places,
@@ -219,7 +220,7 @@ def _steps(
             limit=None if limit is None else limit[wide],
             scale=None if scale is None else scale[those],
         )
-        pair, power = those.stop, power + len(power_rows)
+        pair, single, power = those.stop, single + num_singles, power + len(power_rows)
 
 
 def _limits(mixed: MixedPairs, near: Tensor) -> Tensor:
@@ -243,16 +244,17 @@ class _Rows:
     kind: Tensor  # [X]
 
 
-def _parts(x: Tensor, risky: Tensor, low: Tensor, single: Tensor, block: Tensor) -> _Rows:
-    """High, low and single elements of a step, `[P, 16]`, as rows."""
+def _parts(x: Tensor, risky: Tensor, low: Tensor, single: Tensor, block: Tensor) -> tuple[_Rows, Tensor]:
+    """High, low and single elements of a step, `[P, 16]`, as rows, and the pairs of the single ones."""
     pair, element = single.nonzero(as_tuple=True)
     alone = x.new_zeros(len(pair), STEP_SIZE).scatter_(1, element[:, None], x[pair, element, None])
-    zero = torch.zeros_like(block)
-    return _Rows(
+    high = torch.zeros_like(block)
+    rows = _Rows(
         values=torch.cat([x.masked_fill(risky | low, 0.0), x.masked_fill(~low, 0.0), alone]),
         block=torch.cat([block, block, block[pair]]),
-        kind=torch.cat([zero, zero + 1, single.cumsum(-1)[pair, element] + 1]),
+        kind=torch.cat([high, high + 1, torch.full_like(pair, 2)]),
     )
+    return rows, pair
 
 
 @dataclass(frozen=True)
