@@ -226,7 +226,9 @@ def _gemm(
         result = result.flatten(0, 1)[batch.used]
         return result if keep else result[:0], rounding(result)
 
-    accumulators, outputs = zip(*in_parallel(of_batch, rows.batches, x.device), strict=True)
+    num_weights = x.shape[1] * (2 * call.experts.intermediate_size, call.experts.hidden_size)[which]
+    results = in_parallel(of_batch, rows.batches, x.device, num_weights)
+    accumulators, outputs = zip(*results, strict=True)
     return torch.cat(accumulators), torch.cat(outputs)
 
 

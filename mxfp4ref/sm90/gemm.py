@@ -77,7 +77,9 @@ def group_scaled_gemm(
             column_step = _columns_at_once(blocks, machine(x.device))
             tiles = list(spans(num_columns, column_step))
             tile = functools.partial(_tile, blocks, packed, scales, order, swapped[:, rows])
-            for columns, accumulators in zip(tiles, in_parallel(tile, tiles, x.device), strict=True):
+            for columns, accumulators in zip(
+                tiles, in_parallel(tile, tiles, x.device, column_step * x.shape[2]), strict=True
+            ):
                 out[:, rows, columns] = accumulators
     out.view(torch.int32).masked_fill_(nan_rows, fp32.FP32_NAN)
     return out

@@ -1,7 +1,8 @@
 """Independent pieces of work on the threads that torch may use.
 
 Threads inside of one operation have little to share here: most operations are small. A thread for a whole piece,
-with no others inside, keeps all of them busy. Nothing that is computed depends on it.
+with no others inside, keeps all of them busy, unless operations are so short that the interpreter's lock becomes
+the bottleneck. Nothing that is computed depends on it.
 """
 
 from __future__ import annotations
@@ -14,18 +15,21 @@ import torch
 
 __all__ = ["in_parallel"]
 
+_ENOUGH = 5 << 20  # weights; smaller pieces are no slower one after the other
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 
-def in_parallel(function: Callable[[_T], _R], pieces: Sequence[_T], device: torch.device) -> list[_R]:
+def in_parallel(
+    function: Callable[[_T], _R], pieces: Sequence[_T], device: torch.device, weights: int
+) -> list[_R]:
     """`[function(piece) for piece in pieces]`, on a CPU by as many threads as torch has been given.
 
-    The function may read tensors of the caller, but has to return what it makes: modes of the caller, such as
-    inference mode, do not hold in the threads.
+    `weights` says how large a piece is: how many weights it has to work on. The function may read tensors of the
+    caller, but has to return what it makes: modes of the caller, such as inference mode, do not hold in the threads.
     """
     threads = torch.get_num_threads()
-    if device.type != "cpu" or min(threads, len(pieces)) < 2:
+    if device.type != "cpu" or min(threads, len(pieces)) < 2 or weights < _ENOUGH:
         return [function(piece) for piece in pieces]
     with ThreadPoolExecutor(min(threads, len(pieces)), initializer=_work_alone) as pool:
         try:
