@@ -26,7 +26,7 @@ from mxfp4ref.sm90.threads import in_parallel
 __all__ = ["group_scaled_gemm"]
 
 _ROWS_AT_ONCE = 64
-# A chunk's products should stay in a CPU's cache; a GPU takes all columns of most layers.
+# Bounds of a chunk's memory. Smaller ones fit a cache, but many short operations cost more than that gains.
 _PRODUCTS_AT_ONCE = {"cpu": 1 << 22, "gpu": 1 << 27}
 _COLUMNS_AT_ONCE = 4096
 _GROUPS_AT_ONCE = {"cpu": 8, "gpu": 16}
@@ -97,7 +97,7 @@ def _keep_freed_memory() -> None:
 
     It takes the size of a freed block of up to 32 MiB for one that is to be kept, twice that for all together.
     """
-    torch.empty(31 << 20, dtype=torch.uint8)
+    torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
 
 
 def _tile(
