@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any
@@ -13,6 +11,7 @@ import layers
 import numpy as np
 import pytest
 import torch
+from modes import MODES, all_modes, forget_constants
 from torch import Tensor
 
 from mxfp4ref import (
@@ -42,48 +41,6 @@ from mxfp4ref.sm90.finalize import finalize
 from mxfp4ref.sm90.gemm import group_scaled_gemm
 from mxfp4ref.sm90.gemm_reference import group_scaled_gemm_reference
 from mxfp4ref.sm90.swiglu import swiglu
-
-# --- modes ----------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def setting(change: Callable[[Any], Any], value: Any, before: Any) -> Iterator[None]:
-    change(value)
-    try:
-        yield
-    finally:
-        change(before)
-
-
-def flushing_subnormals() -> Any:
-    if not torch.set_flush_denormal(False):
-        pytest.skip("this CPU cannot flush subnormals")
-    return setting(torch.set_flush_denormal, True, False)
-
-
-def threads(count: int) -> Any:
-    return setting(torch.set_num_threads, count, torch.get_num_threads())
-
-
-def default_dtype(dtype: torch.dtype) -> Any:
-    return setting(torch.set_default_dtype, dtype, torch.get_default_dtype())
-
-
-MODES: dict[str, Callable[[], Any]] = {
-    "flushed subnormals": flushing_subnormals,
-    "default float64": lambda: default_dtype(torch.float64),
-    "default bfloat16": lambda: default_dtype(torch.bfloat16),
-    "default device": lambda: setting(torch.set_default_device, "meta", None),
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-    "deterministic algorithms": lambda: setting(torch.use_deterministic_algorithms, True, False),
-    "inference mode": torch.inference_mode,
-    "one thread": lambda: threads(1),
-    "three threads": lambda: threads(3),
-    "medium matmul precision": lambda: setting(
-        torch.set_float32_matmul_precision, "medium", torch.get_float32_matmul_precision()
-    ),
-    "numpy raises": lambda: np.errstate(all="raise"),
-}
 
 # --- computations, with arguments that contain what modes might change: subnormals, ties, cancellation ---------
 
@@ -289,15 +246,6 @@ def expected(name: str) -> list[Any]:
     return contents(COMPUTATIONS[name]())
 
 
-def forget_constants() -> None:
-    """Empty every cache of the package, so that constants are made anew."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("mxfp4ref."):
-            for value in list(vars(module).values()):
-                if hasattr(value, "cache_clear"):
-                    value.cache_clear()
-
-
 def check(name: str, got: Any) -> None:
     different = [
         i for i, pair in enumerate(zip(contents(got), expected(name), strict=True)) if pair[0] != pair[1]
@@ -343,9 +291,7 @@ def test_constants_made_in_all_modes_at_once() -> None:
         expected(name)
     forget_constants()
     try:
-        with ExitStack() as stack:
-            for mode in MODES.values():
-                stack.enter_context(mode())
+        with all_modes():
             results = {name: COMPUTATIONS[name]() for name in COMPUTATIONS}
         for name, result in results.items():
             check(name, result)
@@ -361,8 +307,6 @@ def test_diagnosis() -> None:
     wrong, right = ({"output": f(call)} for f in (DEFECTS["limit_ignored"].run, moe.forward))
     wanted = diagnose("moe", call, wrong, right)
     assert "limit_ignored" in wanted.exact
-    with ExitStack() as stack:
-        for mode in MODES.values():
-            stack.enter_context(mode())
+    with all_modes():
         got = diagnose("moe", call, wrong, right)
     assert contents(got) == contents(wanted)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from functools import cache
 from typing import Any
@@ -17,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from modes import MODES, all_modes, forget_constants
 from torch import Tensor
 
 from mxfp4ref import moe
@@ -279,70 +278,6 @@ def test_the_calls_exercise_what_they_say() -> None:
     assert 0 < lowest[lowest > 0].min() < 2.0**-100
 
 
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def flushing_subnormals() -> Iterator[None]:
-    if not torch.set_flush_denormal(True):
-        pytest.skip("this CPU cannot flush subnormals")
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(False)
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
-def deterministic_algorithms() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-@contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-MODES: dict[str, Callable[[], Any]] = {
-    "one thread": lambda: threads(1),
-    "two threads": lambda: threads(2),
-    "flushed subnormals": flushing_subnormals,
-    "default float64": lambda: default_dtype(torch.float64),
-    "default bfloat16": lambda: default_dtype(torch.bfloat16),
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-    "inference mode": torch.inference_mode,
-    "no grad": torch.no_grad,
-    "deterministic algorithms": deterministic_algorithms,
-    "medium matmul precision": lambda: matmul_precision("medium"),
-    "another default device": lambda: torch.device("meta"),
-}
-
-
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("mode", MODES)
 def test_modes(mode: str, name: str) -> None:
@@ -351,24 +286,13 @@ def test_modes(mode: str, name: str) -> None:
     bits.assert_same(got, expected_trace(name).output)
 
 
-def forget_constants() -> None:
-    """Empty every cache of the package."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("mxfp4ref."):
-            for value in list(vars(module).values()):
-                if hasattr(value, "cache_clear"):
-                    value.cache_clear()
-
-
 def test_all_modes_at_once() -> None:
     """In the trace too, with constants made in these modes, which must do afterwards as well."""
     for name in CALLS:
         expected_trace(name)
     forget_constants()
     try:
-        with ExitStack() as stack:
-            for mode in MODES.values():
-                stack.enter_context(mode())
+        with all_modes():
             got = {name: trace(call) for name, call in CALLS.items()}
         for name, call in CALLS.items():
             assert_same_trace(got[name], expected_trace(name))
