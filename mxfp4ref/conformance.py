@@ -33,7 +33,7 @@ from mxfp4ref.kernels import Kernel, load_kernel
 from mxfp4ref.moe import forward
 from mxfp4ref.reproducer import write_reproducer
 from mxfp4ref.stages import Run, runs
-from mxfp4ref.tactics import DEFAULT_TACTIC, runnable_tactics
+from mxfp4ref.tactics import DEFAULT_TACTIC, each_tactic
 
 __all__ = ["MODES", "PASSING", "CaseResult", "Report", "name_defects", "run", "run_case"]
 
@@ -254,7 +254,9 @@ def run_case(
                 timeout, partial(execute, variant, case.kind, one.inputs, one.expected, repeat=again)
             )
         if outcome.problem:
-            tiles = f" ({one.tiles})" if len(all_runs) > 1 and kernel.forces_tile_k else ""
+            tiles = f" (K tiles {one.tiles})" if len(all_runs) > 1 and kernel.forces_tile_k else ""
+            if all_tactics:
+                tiles = f" (tactics {one.tiles})"
             if dump is not None and outcome.problem != "skipped":
                 write_reproducer(dump, case, one, kernel.name, {})
             return CaseResult(
@@ -326,19 +328,15 @@ def _by_tactic(kernel: Kernel, case: Case) -> Iterator[tuple[Kernel, Run]]:
     """
     assert kernel.force is not None
     call = to_device(case.call(), kernel.device)
-    hidden, inner = call.experts.hidden_size, call.experts.intermediate_size
     expected: dict[Any, Tensor] = {}
-    for gemm, shape in enumerate(((2 * inner, hidden), (hidden, inner))):
-        for tactic in runnable_tactics(*shape):
-            first, second = (tactic, DEFAULT_TACTIC) if gemm == 0 else (DEFAULT_TACTIC, tactic)
-            tile_n, tile_k = ((first.tile[i], second.tile[i]) for i in (1, 2))
-            inputs = replace(call, tile_k=tile_k, tile_n=tile_n)
-            if (tile_k, tile_n) not in expected:
-                stored = case.outputs.get(tile_k) if set(tile_n) == {DEFAULT_TACTIC.tile[1]} else None
-                computed = forward(inputs).cpu() if stored is None else stored
-                expected[tile_k, tile_n] = computed
-            run = Run(f"{first}, {second}", inputs, {"output": expected[tile_k, tile_n]})
-            yield kernel.force(first, second), run
+    for first, second in each_tactic(call.experts.hidden_size, call.experts.intermediate_size):
+        tile_n, tile_k = ((first.tile[i], second.tile[i]) for i in (1, 2))
+        inputs = replace(call, tile_k=tile_k, tile_n=tile_n)
+        if (tile_k, tile_n) not in expected:
+            stored = case.outputs.get(tile_k) if set(tile_n) == {DEFAULT_TACTIC.tile[1]} else None
+            expected[tile_k, tile_n] = forward(inputs).cpu() if stored is None else stored
+        run = Run(f"{first}, {second}", inputs, {"output": expected[tile_k, tile_n]})
+        yield kernel.force(first, second), run
 
 
 def _takes_long(kernel: Kernel, case: Case) -> bool:

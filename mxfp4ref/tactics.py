@@ -6,9 +6,18 @@ rows of tokens. Only N and K of a tile can show in the output.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-__all__ = ["DEFAULT_TACTIC", "TACTICS", "Tactic", "profile_ids", "runnable_tactics", "with_tile_k"]
+__all__ = [
+    "DEFAULT_TACTIC",
+    "TACTICS",
+    "Tactic",
+    "each_tactic",
+    "profile_ids",
+    "runnable_tactics",
+    "with_tile_k",
+]
 
 Tile = tuple[int, int, int]
 
@@ -52,6 +61,14 @@ def runnable_tactics(rows: int, depth: int) -> list[Tactic]:
         for tactic in TACTICS
         if tactic.tile not in _REFUSED and rows % tactic.tile[0] == 0 and depth % tactic.tile[2] == 0
     ]
+
+
+def each_tactic(hidden: int, inner: int) -> Iterator[tuple[Tactic, Tactic]]:
+    """Every runnable tactic of GEMM1 beside the default of GEMM2, then the other way round."""
+    for tactic in runnable_tactics(2 * inner, hidden):
+        yield tactic, DEFAULT_TACTIC
+    for tactic in runnable_tactics(hidden, inner):
+        yield DEFAULT_TACTIC, tactic
 
 
 def with_tile_k(tile_k: int) -> Tactic:

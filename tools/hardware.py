@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -141,11 +141,3 @@ def generation_of(version: str) -> str:
     """The generation (`mxfp4ref.layout.GENERATIONS`) that a flashinfer release belongs to."""
     release = tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in version.split(".")[:3])
     return "0.6.16" if release >= (0, 6, 16) else "0.6.9"
-
-
-def to_device(call: MoeCall, device: str) -> MoeCall:
-    """The same call on another device."""
-    values: dict[str, Any] = {field.name: getattr(call, field.name) for field in fields(call)}
-    return MoeCall(
-        **{name: v.to(device) if isinstance(v, Tensor | Experts) else v for name, v in values.items()}
-    )

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mxfp4ref import Experts, MoeCall, forward
+from mxfp4ref.execution import to_device
 from mxfp4ref.tactics import Tactic, runnable_tactics
 
 Bytes = NDArray[np.uint8]
@@ -189,7 +190,7 @@ def main() -> int:
         if arguments.default_tactic:
             changes |= {"tile_k": (128, 128), "tile_n": (16, 16)}
         call = MoeCall(**{**vars(call), **changes})  # type: ignore[arg-type]
-        on_gpu = hardware.to_device(call, "cuda")
+        on_gpu = to_device(call, "cuda")
         expected = forward(on_gpu)
         got = hardware.run_kernel(on_gpu, None if arguments.default_tactic else tactics)
         count = hardware.count_differences(got, expected)

@@ -34,9 +34,10 @@ import torch
 from torch import Tensor
 
 from mxfp4ref import Experts, MoeCall, forward
+from mxfp4ref.execution import to_device
 from mxfp4ref.golden import Case, open_goldens, tensor_bytes
 from mxfp4ref.sm90 import mufu, tensor_core
-from mxfp4ref.tactics import DEFAULT_TACTIC, runnable_tactics, with_tile_k
+from mxfp4ref.tactics import each_tactic, with_tile_k
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "goldens" / "hardware"
@@ -55,7 +56,7 @@ def record_goldens(out: Path) -> int:
         for tile_k, name in case.output_tensors.items():
             if not forced and tile_k != (128, 128):
                 continue  # older releases have no way to say which tactic
-            call = hardware.to_device(case.call(tile_k), "cuda")
+            call = to_device(case.call(tile_k), "cuda")
             prepared = hardware.prepare(call.experts) if prepared is None else prepared
             tactics = (with_tile_k(tile_k[0]), with_tile_k(tile_k[1])) if forced else None
             got, again = (hardware.run_kernel(call, tactics, prepared).cpu() for _ in range(2))
@@ -69,17 +70,13 @@ def record_tactics(out: Path) -> int:
     provenance = hardware.Provenance.of_this_machine()
     case = open_goldens(ROOT / "goldens").load(TACTICS_CASE)
     lines = []
-    call = hardware.to_device(case.call(), "cuda")
+    call = to_device(case.call(), "cuda")
     prepared = hardware.prepare(call.experts)
-    shapes = ((2 * call.experts.intermediate_size, call.experts.hidden_size),)
-    shapes += ((call.experts.hidden_size, call.experts.intermediate_size),)
-    for gemm, shape in enumerate(shapes):
-        for tactic in runnable_tactics(*shape):
-            tactics = (tactic, DEFAULT_TACTIC) if gemm == 0 else (DEFAULT_TACTIC, tactic)
-            tile_k = (tactics[0].tile[2], tactics[1].tile[2])
-            got, again = (hardware.run_kernel(call, tactics, prepared).cpu() for _ in range(2))
-            line = _line(case, tile_k, got, again, case.outputs[tile_k], provenance)
-            lines.append(line | {"tactics": [str(tactic) for tactic in tactics]})
+    for tactics in each_tactic(call.experts.hidden_size, call.experts.intermediate_size):
+        tile_k = (tactics[0].tile[2], tactics[1].tile[2])
+        got, again = (hardware.run_kernel(call, tactics, prepared).cpu() for _ in range(2))
+        line = _line(case, tile_k, got, again, case.outputs[tile_k], provenance)
+        lines.append(line | {"tactics": [str(tactic) for tactic in tactics]})
     return _report(out / f"{_slug(provenance)}-tactics.jsonl", lines)
 
 
