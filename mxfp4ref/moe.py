@@ -15,7 +15,7 @@ from mxfp4ref.dense import dense_gemm
 from mxfp4ref.experts import Experts
 from mxfp4ref.layout import GENERATIONS
 from mxfp4ref.sm90 import fp32
-from mxfp4ref.sm90.blocks import machine, spans
+from mxfp4ref.sm90.blocks import spans
 from mxfp4ref.sm90.finalize import finalize
 from mxfp4ref.sm90.gemm import group_scaled_gemm
 from mxfp4ref.sm90.swiglu import swiglu
@@ -180,7 +180,7 @@ def _forward(
     activation = torch.cat(
         [
             stages.round_activation(_activate(fc1_output[some], rows.expert[some], experts, stages.swiglu))
-            for some in spans(max(len(x), 1), _ROWS_AT_ONCE[machine(x.device)])
+            for some in spans(max(len(x), 1), _ROWS_AT_ONCE[_machine(x.device)])
         ]
     )
     fc2_accumulators, fc2_output = _gemm(call, 1, activation, rows, stages.fc2_gemm, stages.round_fc2, keep)
@@ -266,7 +266,7 @@ def _route(local: Tensor, rows_before: Tensor) -> _Rows:
     per_expert = torch.bincount(flat[flat >= 0], minlength=len(rows_before))
     counts = per_expert.tolist()
     order = [expert for expert, count in enumerate(counts) if count]
-    if machine(device) == "gpu":
+    if _machine(device) == "gpu":
         order.sort(key=counts.__getitem__)  # those of similar length together
     rank, start = [0] * len(counts), [0] * len(counts)  # of each expert's rows
     num_rows = 0
@@ -282,7 +282,7 @@ def _route(local: Tensor, rows_before: Tensor) -> _Rows:
     row_expert = flat[routed]
     within = torch.arange(num_rows, device=device) - on_device(start)[row_expert]
     batches = []
-    at_once = _EXPERTS_AT_ONCE[machine(device)]
+    at_once = _EXPERTS_AT_ONCE[_machine(device)]
     # Without any row, one empty batch keeps every shape and dtype.
     for some in [order[i : i + at_once] for i in range(0, len(order), at_once)] or [[0]]:
         column = torch.arange(max(counts[e] for e in some), device=device)
@@ -297,3 +297,8 @@ def _route(local: Tensor, rows_before: Tensor) -> _Rows:
         per_expert=per_expert,
         batches=batches,
     )
+
+
+def _machine(device: torch.device) -> str:
+    """ "cpu", where caches are small, or "gpu", where launches are dear: what sizes are chosen by."""
+    return "cpu" if device.type == "cpu" else "gpu"

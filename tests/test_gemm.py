@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import bits
 import exact
@@ -15,8 +19,9 @@ from torch import Tensor
 
 from mxfp4ref.layout import GENERATIONS
 from mxfp4ref.mxfp4 import pack_codes
+from mxfp4ref.sm90 import gemm as fast
 from mxfp4ref.sm90.blocks import Direct, analyse
-from mxfp4ref.sm90.gemm import group_scaled_gemm
+from mxfp4ref.sm90.gemm import _check_on, group_scaled_gemm
 from mxfp4ref.sm90.gemm_reference import (
     TILE_K,
     TILE_N,
@@ -448,6 +453,68 @@ def test_arguments_are_left_alone() -> None:
         bits.assert_same(tensor, copy)
 
 
+# --- on a GPU ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[Any]:
+    """The Triton kernel's module, its kernel run by Triton's interpreter on CPU tensors."""
+    pytest.importorskip("triton")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        patch.delitem(sys.modules, "mxfp4ref.sm90.gemm_triton", raising=False)
+        yield importlib.import_module("mxfp4ref.sm90.gemm_triton")
+        sys.modules.pop("mxfp4ref.sm90.gemm_triton")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel itself is tested")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of overflow and the like
+@pytest.mark.parametrize("x_kind", KINDS)
+def test_the_triton_kernel_interpreted(interpreted: Any, x_kind: str) -> None:
+    x, packed, scales = problem(13, x_kind, "any", batch=2, rows=1, columns=100, groups=12)
+    positions = torch.tensor([[0], [1]])
+    expected = group_scaled_gemm(x, packed, scales, tile_k=128, tile_n=64, positions=positions)
+    swapped = first_pair_swapped(positions, 128, 64)
+    got = interpreted.gemm(x, packed, scales, group_order(12, 128), swapped)
+    bits.assert_same(got, expected)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel itself is tested")
+def test_the_triton_kernel_of_one_group_and_of_no_rows(interpreted: Any) -> None:
+    x, packed, scales = problem(14, "wide", "any", batch=1, rows=2, columns=3, groups=1)
+    none, both = torch.zeros(1, 2, dtype=torch.bool), torch.ones(1, 2, dtype=torch.bool)
+    for swapped in (none, both):
+        got = interpreted.gemm(x, packed, scales, [0], swapped)
+        bits.assert_same(got, group_scaled_gemm(x, packed, scales))
+    assert interpreted.gemm(x[:, :0], packed, scales, [0], none[:, :0]).shape == (1, 0, 3)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_gpu_whose_compiler_errs_is_found_out() -> None:
+    """A kernel is used only after a trial, in which one wrong bit in one element is enough."""
+    cpu = torch.device("cpu")
+
+    def right(x: Tensor, packed: Tensor, scales: Tensor, order: list[int], swapped: Tensor) -> Tensor:
+        assert order == group_order(scales.shape[2], 128)
+        return group_scaled_gemm(x, packed, scales, tile_k=128, tile_n=64)
+
+    def wrong(*arguments: Any) -> Tensor:
+        result = right(*arguments)
+        result.view(torch.int32)[0, 7, 63] ^= 1
+        return result
+
+    _check_on(cpu, right)
+    with pytest.raises(ArithmeticError, match="1 of 512 elements of a trial are wrong"):
+        _check_on(cpu, wrong)
+    for other in (
+        lambda x, packed, scales, *rest: right(x, packed, scales.clamp(max=254), *rest),
+        lambda x, packed, scales, *rest: group_scaled_gemm(x, packed, scales, tile_k=256, tile_n=64),
+    ):
+        with pytest.raises(ArithmeticError, match="elements of a trial"):
+            _check_on(cpu, other)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("x_kind", KINDS)
 @pytest.mark.parametrize("scale_kind", SCALES)
@@ -456,3 +523,24 @@ def test_cuda_gives_the_same_bits(x_kind: str, scale_kind: str) -> None:
     for tile_k, tile_n in ((128, 16), (128, 64)):
         got = group_scaled_gemm(*(tensor.cuda() for tensor in arguments), tile_k=tile_k, tile_n=tile_n).cpu()
         bits.assert_same(got, group_scaled_gemm(*arguments, tile_k=tile_k, tile_n=tile_n))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("x_kind", KINDS)
+def test_cuda_without_triton(x_kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast, "_gemm_on_gpu", lambda device: None)
+    arguments = problem(11, x_kind, "any", batch=3, rows=20, columns=300, groups=36)
+    got = group_scaled_gemm(*(tensor.cuda() for tensor in arguments)).cpu()
+    bits.assert_same(got, group_scaled_gemm(*arguments))
+
+
+def test_without_the_triton_kernel_a_warning_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+
+    def fail(*arguments: object) -> None:
+        raise ArithmeticError("3 of 512 elements of a trial are wrong")
+
+    monkeypatch.setattr(fast, "_check_on", fail)
+    message = "Triton kernel does not run here: ArithmeticError: 3 of 512 elements"
+    with pytest.warns(RuntimeWarning, match=message):
+        assert fast._gemm_on_gpu.__wrapped__(torch.device("cuda")) is None

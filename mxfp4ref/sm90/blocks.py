@@ -32,12 +32,11 @@ from mxfp4ref.sm90.mixed import (
     Chunk,
     MixedPairs,
     make_chunks,
-    operand_dtype,
     two_to_the,
 )
 from mxfp4ref.sm90.tensor_core import STEP_SIZE
 
-__all__ = ["Blocks", "Direct", "analyse", "machine", "spans"]
+__all__ = ["Blocks", "Direct", "analyse", "spans"]
 
 _WEIGHT_BOUND = 6.0 * (1 + 2.0**-40)  # the largest weight, and room for the rounding of a bound itself
 _LARGEST_WEIGHT_EXPONENT = 2
@@ -59,11 +58,8 @@ class Direct:
     @classmethod
     def where(cls, chosen: Tensor) -> Direct:
         """The pairs that a mask `[G, B, M] bool` marks."""
-        per_group = chosen.sum((1, 2)).tolist()
-        if not any(per_group):  # asking which there are makes a GPU wait
-            chosen = chosen[:0]
         group, expert, row = chosen.nonzero(as_tuple=True)
-        return cls(group, expert, row, before=[0, *itertools.accumulate(per_group)])
+        return cls(group, expert, row, before=[0, *itertools.accumulate(chosen.sum((1, 2)).tolist())])
 
 
 @dataclass(frozen=True)
@@ -119,7 +115,7 @@ def analyse(x: Tensor, groups_at_once: int) -> Blocks:
         scaled=of_pairs(scaled),
         may_overflow=of_pairs(total) >= 2.0**127,
     )
-    plain_rows = grouped.masked_fill(~plain.unsqueeze(-1), 0.0).to(operand_dtype(x.device)).flatten(0, 1)
+    plain_rows = grouped.masked_fill(~plain.unsqueeze(-1), 0.0).to(torch.float32).flatten(0, 1)
     return Blocks(
         x=grouped,
         bound=total,
@@ -127,11 +123,6 @@ def analyse(x: Tensor, groups_at_once: int) -> Blocks:
         direct=Direct.where(direct),
         chunks=list(make_chunks(plain_rows, mixed, batch, groups_at_once)),
     )
-
-
-def machine(device: torch.device) -> str:
-    """ "cpu", where caches are small, or "gpu", where launches are dear: what sizes are chosen by."""
-    return "cpu" if device.type == "cpu" else "gpu"
 
 
 def spans(length: int, step: int) -> Iterator[slice]:

@@ -11,6 +11,8 @@ once, since 53 >= 2 * 24 + 2.
 from __future__ import annotations
 
 import functools
+import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from torch import Tensor
 from mxfp4ref.layout import GENERATIONS
 from mxfp4ref.mxfp4 import GROUP_SIZE, decode_ue8m0
 from mxfp4ref.sm90 import fp32
-from mxfp4ref.sm90.blocks import Blocks, analyse, machine, spans
+from mxfp4ref.sm90.blocks import Blocks, analyse, spans
 from mxfp4ref.sm90.gemm_reference import first_pair_swapped, group_order
 from mxfp4ref.sm90.group_sums import codes_by_group, direct_sums, group_sums
 from mxfp4ref.sm90.threads import in_parallel
@@ -27,10 +29,9 @@ __all__ = ["group_scaled_gemm"]
 
 _ROWS_AT_ONCE = 64
 # Bounds of a chunk's memory. Smaller ones fit a cache, but many short operations cost more than that gains.
-_PRODUCTS_AT_ONCE = {"cpu": 1 << 22, "gpu": 1 << 27}
+_PRODUCTS_AT_ONCE = 1 << 22
 _COLUMNS_AT_ONCE = 4096
-_GROUPS_AT_ONCE = {"cpu": 8, "gpu": 16}
-_DIRECT_SUMS_ON_GPU = 1 << 25
+_GROUPS_AT_ONCE = 8
 
 
 def group_scaled_gemm(
@@ -57,16 +58,19 @@ def group_scaled_gemm(
     Returns:
         `[B, M, N] float32` after the epilogue's addition of +0: never -0, no subnormals, NaN is 0x7FFFFFFF.
     """
-    if machine(x.device) == "cpu":
-        _keep_freed_memory()
     batch, num_rows, _ = x.shape
     num_columns, num_groups = scales.shape[1:]
     if positions is None:
         positions = torch.arange(num_rows, device=x.device).expand(batch, num_rows)
     swapped = first_pair_swapped(positions, tile_k, tile_n, generation)
     order = group_order(num_groups, tile_k)
+    on_gpu = _gemm_on_gpu(x.device)
+    if on_gpu is not None:
+        return on_gpu(x, packed, scales, order, swapped)
+    if x.device.type == "cpu":
+        _keep_freed_memory()
     # Groups change places only within a K tile, so whole tiles are taken at once.
-    groups_at_once = max(_GROUPS_AT_ONCE[machine(x.device)], tile_k // GROUP_SIZE)
+    groups_at_once = max(_GROUPS_AT_ONCE, tile_k // GROUP_SIZE)
     # NaN times any weight is NaN: such a row needs no sums.
     nan_rows = x.isnan().any(-1, keepdim=True)
     x = x.masked_fill(nan_rows, 0.0)
@@ -74,7 +78,7 @@ def group_scaled_gemm(
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         for rows in spans(num_rows, _ROWS_AT_ONCE):
             blocks = analyse(x[:, rows], groups_at_once)
-            column_step = _columns_at_once(blocks, machine(x.device))
+            column_step = _columns_at_once(blocks)
             tiles = list(spans(num_columns, column_step))
             tile = functools.partial(_tile, blocks, packed, scales, order, swapped[:, rows])
             for columns, accumulators in zip(
@@ -85,11 +89,52 @@ def group_scaled_gemm(
     return out
 
 
-def _columns_at_once(blocks: Blocks, machine: str) -> int:
-    at_once = _PRODUCTS_AT_ONCE[machine] // max(chunk.num_products for chunk in blocks.chunks)
-    if machine == "gpu":
-        at_once = min(at_once, _DIRECT_SUMS_ON_GPU // max(1, len(blocks.direct)))
+def _columns_at_once(blocks: Blocks) -> int:
+    at_once = _PRODUCTS_AT_ONCE // max(chunk.num_products for chunk in blocks.chunks)
     return max(256, min(_COLUMNS_AT_ONCE, at_once // 256 * 256))
+
+
+@functools.cache
+def _gemm_on_gpu(device: torch.device) -> Callable[..., Tensor] | None:
+    """`gemm_triton.gemm` where Triton is to be had, runs, and gives the right bits; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    try:
+        from mxfp4ref.sm90 import gemm_triton
+
+        _check_on(device, gemm_triton.gemm)
+    except Exception as error:  # no Triton, no C compiler for it, a GPU that it does not know, ...
+        warnings.warn(
+            f"the GEMM on {device} takes many times as long as it could, since its Triton kernel does not run here: "
+            f"{type(error).__name__}: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    return gemm_triton.gemm
+
+
+def _check_on(device: torch.device, gemm: Callable[..., Tensor]) -> None:
+    """Hold a GEMM against this one on numbers of every kind: compilers have faults too."""
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def random_bytes(*shape: int) -> Tensor:
+        return torch.randint(256, shape, dtype=torch.uint8, generator=generator, device="cpu")
+
+    x, packed, scales = (
+        random_bytes(1, 8, 768).view(torch.bfloat16),
+        random_bytes(1, 64, 192),
+        random_bytes(1, 64, 12),
+    )
+    x[:, :4] = torch.randn(1, 4, 384, generator=generator, device="cpu").to(torch.bfloat16)
+    scales[:, :32] = 120 + scales[:, :32] % 8
+    expected = group_scaled_gemm(x, packed, scales, tile_k=128, tile_n=64)
+    swapped = first_pair_swapped(torch.arange(8, device="cpu").expand(1, 8), 128, 64)
+    moved = (tensor.to(device) for tensor in (x, packed, scales))
+    got = gemm(*moved, group_order(12, 128), swapped.to(device)).cpu()
+    differing = int((got.view(torch.int32) != expected.view(torch.int32)).sum())
+    if differing:
+        raise ArithmeticError(f"{differing} of {got.numel()} elements of a trial are wrong")
 
 
 def _keep_freed_memory() -> None:

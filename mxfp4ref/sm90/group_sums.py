@@ -14,31 +14,33 @@ from torch import Tensor
 
 from mxfp4ref.mxfp4 import E2M1_VALUES, GROUP_SIZE
 from mxfp4ref.sm90 import fp32
-from mxfp4ref.sm90.blocks import Blocks, machine, spans
-from mxfp4ref.sm90.mixed import POWER_BITS, POWER_OFFSET, Chunk, Step, operand_dtype
+from mxfp4ref.sm90.blocks import Blocks, spans
+from mxfp4ref.sm90.mixed import POWER_BITS, POWER_OFFSET, Chunk, Step
 from mxfp4ref.sm90.tensor_core import FRACTION_BITS, STEP_SIZE
 
-__all__ = ["codes_by_group", "direct_sums", "group_sums"]
+__all__ = ["codes_by_group", "codes_in_units", "direct_sums", "group_sums"]
 
 _POWERS = tuple(2.0 ** (POWER_BITS * (math.frexp(v)[1] - 1)) if v else 0.0 for v in E2M1_VALUES)
 _FP32_BIAS = 127
 _FP32_EXPONENT = 0xFF << 23
 _FP64_EXPONENT = 0x7FF << 52
 _RZ24 = -(1 << 29)  # keeps the 24 leading bits of a float64's significand
-_ELEMENTS_AT_ONCE = {"cpu": 1 << 18, "gpu": 1 << 24}  # of a temporary of the direct sums
+_ELEMENTS_AT_ONCE = 1 << 18  # of a temporary of the direct sums
 _BYTES = GROUP_SIZE // 2
 _HALVES = (slice(0, STEP_SIZE), slice(STEP_SIZE, GROUP_SIZE))
 
 
 def codes_by_group(packed: Tensor) -> Tensor:
     """`[B, N, K/2]` packed codes as `[G, B, N, 16]`, the 16 bytes of a group together."""
-    if machine(packed.device) == "gpu":
-        return packed.unflatten(-1, (-1, _BYTES)).permute(2, 0, 1, 3)  # type: ignore[no-untyped-call,no-any-return]
-    # A CPU wants them in a row, and moves 16 bytes at once.
-    if not packed.is_contiguous() or packed.storage_offset() % _BYTES:
-        packed = packed.clone(memory_format=torch.contiguous_format)
-    units = packed.view(torch.complex128).permute(2, 0, 1).contiguous()
+    units = codes_in_units(packed, torch.complex128).permute(2, 0, 1).contiguous()
     return units.flatten().view(torch.uint8).view(*units.shape, _BYTES)
+
+
+def codes_in_units(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Packed codes as numbers of a wider type, to be moved by: a view, or a copy where that can't be."""
+    if not packed.is_contiguous() or packed.storage_offset() % dtype.itemsize:
+        packed = packed.clone(memory_format=torch.contiguous_format)
+    return packed.view(dtype)
 
 
 def group_sums(blocks: Blocks, chunk: Chunk, codes: Tensor, direct: Tensor | None = None) -> Tensor:
@@ -64,8 +66,6 @@ def group_sums(blocks: Blocks, chunk: Chunk, codes: Tensor, direct: Tensor | Non
 
 def _products(rows: Tensor, weights: Tensor) -> Tensor:
     """`[L, R, N] float32` from `[L, R, K]` and `[L, N, K]`: every partial sum is exact (see `blocks`)."""
-    if rows.dtype == torch.bfloat16:
-        return torch.bmm(rows, weights.transpose(1, 2), out_dtype=torch.float32)
     return torch.bmm(rows, weights.transpose(1, 2))
 
 
@@ -152,8 +152,7 @@ def direct_sums(blocks: Blocks, codes: Tensor) -> Tensor:
     """`t` of the rows and groups that are summed term by term, `[F, N] float64`, for codes `[G, B, N, 16]`."""
     at, num_columns = blocks.direct, codes.shape[2]
     out = torch.empty(len(at), num_columns, dtype=torch.float64, device=codes.device)
-    at_once = _ELEMENTS_AT_ONCE[machine(codes.device)] // (num_columns * GROUP_SIZE)
-    for some in spans(len(at), max(1, at_once)):
+    for some in spans(len(at), max(1, _ELEMENTS_AT_ONCE // (num_columns * GROUP_SIZE))):
         group, expert, row = at.group[some], at.expert[some], at.row[some]
         out[some] = _term_by_term(blocks.x[group, expert, row].unsqueeze(1), codes[group, expert])
     return out
@@ -162,7 +161,7 @@ def direct_sums(blocks: Blocks, codes: Tensor) -> Tensor:
 def _elements(blocks: Blocks, chunk: Chunk, codes: Tensor, pair: Tensor, column: Tensor) -> Tensor:
     """`t` of single elements of mixed pairs, `[F] float64`."""
     out = torch.empty(len(pair), dtype=torch.float64, device=codes.device)
-    for some in spans(len(pair), _ELEMENTS_AT_ONCE[machine(codes.device)] // GROUP_SIZE):
+    for some in spans(len(pair), _ELEMENTS_AT_ONCE // GROUP_SIZE):
         group, expert, row = (of_pair[pair[some]] for of_pair in (chunk.group, chunk.expert, chunk.row))
         out[some] = _term_by_term(blocks.x[group, expert, row], codes[group, expert, column[some]])
     return out
@@ -207,15 +206,14 @@ def _index(codes: Tensor) -> Tensor:
 
 
 def _unpack(index: Tensor, of_code: tuple[float, ...]) -> Tensor:
-    """What codes stand for, `[L, N, 32]` of `[L, N, 16]` bytes with two codes each."""
-    dtype = operand_dtype(index.device)
-    pairs = _pairs(of_code, dtype, index.device).index_select(0, index.view(-1))
-    return pairs.view(dtype).view(*index.shape[:2], GROUP_SIZE)
+    """What codes stand for, `[L, N, 32] float32` of `[L, N, 16]` bytes with two codes each."""
+    pairs = _pairs(of_code, index.device).index_select(0, index.view(-1))
+    return pairs.view(torch.float32).view(*index.shape[:2], GROUP_SIZE)
 
 
 @functools.cache
-def _pairs(of_code: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`[256]`: the values of two codes by their byte, moved as a unit of 4 or 8 bytes and never computed with."""
+def _pairs(of_code: tuple[float, ...], device: torch.device) -> Tensor:
+    """`[256] int64`: the two float32 values of a byte's codes, moved as one unit and never computed with."""
     byte = torch.arange(256, device="cpu")
-    values = torch.tensor(of_code, dtype=dtype, device="cpu")[torch.stack((byte & 15, byte >> 4), -1)]
-    return values.view({2: torch.int32, 4: torch.int64}[dtype.itemsize]).flatten().to(device)
+    values = torch.tensor(of_code, dtype=torch.float32, device="cpu")[torch.stack((byte & 15, byte >> 4), -1)]
+    return values.view(torch.int64).flatten().to(device)

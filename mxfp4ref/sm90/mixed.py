@@ -22,7 +22,6 @@ __all__ = [
     "MixedPairs",
     "Step",
     "make_chunks",
-    "operand_dtype",
     "two_to_the",
 ]
 
@@ -301,9 +300,8 @@ class _Listing:
     def matrices(self) -> Iterator[tuple[Tensor, Tensor]]:
         """For each chunk the rows, `[L, R, 16]`, and the places of those that have values among the L * R."""
         sizes = [blocks * depth for blocks, depth in zip(self.num_blocks, self.depth, strict=True)]
-        dtype = operand_dtype(self.values.device)
-        buffer = torch.zeros(sum(sizes), STEP_SIZE, dtype=dtype, device=self.values.device)
-        buffer[self.first[self.chunk] + self.place] = self.values.to(dtype)
+        buffer = self.values.new_zeros(sum(sizes), STEP_SIZE)
+        buffer[self.first[self.chunk] + self.place] = self.values
         counts = [sum(of_kind) for of_kind in self.counts]
         matrices, places = buffer.split(sizes), self.place.split(counts)  # type: ignore[no-untyped-call]
         for matrix, place, blocks, depth in zip(matrices, places, self.num_blocks, self.depth, strict=True):
@@ -314,8 +312,3 @@ def two_to_the(exponent: Tensor) -> Tensor:
     """2^exponent as float64; 0 or Inf beyond its normal range."""
     bits = exponent.to(torch.int64).add(1023).clamp_(0, 2047) << 52
     return bits.view(torch.float64)
-
-
-def operand_dtype(device: torch.device) -> torch.dtype:
-    """What matrix products take: rows and weights are bf16 numbers, and CUDA adds bf16 products in float32."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
