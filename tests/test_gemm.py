@@ -460,6 +460,8 @@ def test_arguments_are_left_alone() -> None:
 def interpreted() -> Iterator[Any]:
     """The Triton kernel's module, its kernel run by Triton's interpreter on CPU tensors."""
     pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("the kernel itself is tested")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         patch.delitem(sys.modules, "mxfp4ref.sm90.gemm_triton", raising=False)
@@ -467,7 +469,6 @@ def interpreted() -> Iterator[Any]:
         sys.modules.pop("mxfp4ref.sm90.gemm_triton")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel itself is tested")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of overflow and the like
 @pytest.mark.parametrize("x_kind", KINDS)
 def test_the_triton_kernel_interpreted(interpreted: Any, x_kind: str) -> None:
@@ -480,7 +481,6 @@ def test_the_triton_kernel_interpreted(interpreted: Any, x_kind: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel itself is tested")
 def test_the_triton_kernel_of_one_group_and_of_no_rows(interpreted: Any) -> None:
     x, packed, scales = problem(14, "wide", "any", batch=1, rows=2, columns=3, groups=1)
     none, both = torch.zeros(1, 2, dtype=torch.bool), torch.ones(1, 2, dtype=torch.bool)
@@ -490,7 +490,6 @@ def test_the_triton_kernel_of_one_group_and_of_no_rows(interpreted: Any) -> None
     assert interpreted.gemm(x[:, :0], packed, scales, [0], none[:, :0]).shape == (1, 0, 3)
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_gpu_whose_compiler_errs_is_found_out() -> None:
     """A kernel is used only after a trial, in which one wrong bit in one element is enough."""
     cpu = torch.device("cpu")
