@@ -282,9 +282,8 @@ def _route(local: Tensor, rows_before: Tensor) -> _Rows:
     row_expert = flat[routed]
     within = torch.arange(num_rows, device=device) - on_device(start)[row_expert]
     batches = []
-    at_once = _EXPERTS_AT_ONCE[_machine(device)]
     # Without any row, one empty batch keeps every shape and dtype.
-    for some in [order[i : i + at_once] for i in range(0, len(order), at_once)] or [[0]]:
+    for some in _together(order, counts, _EXPERTS_AT_ONCE[_machine(device)]) or [[0]]:
         column = torch.arange(max(counts[e] for e in some), device=device)
         length, first = on_device([[counts[e]] for e in some]), on_device([[start[e]] for e in some])
         used = (column < length).flatten().nonzero().squeeze(1)
@@ -297,6 +296,20 @@ def _route(local: Tensor, rows_before: Tensor) -> _Rows:
         per_expert=per_expert,
         batches=batches,
     )
+
+
+def _together(order: list[int], counts: list[int], at_once: int) -> list[list[int]]:
+    """The experts of `order` in batches; at most half of a batch's rows are padding to its longest expert."""
+    batches: list[list[int]] = []
+    longest = num_rows = 0
+    for expert in order:
+        longest, num_rows = max(longest, counts[expert]), num_rows + counts[expert]
+        if batches and len(batches[-1]) < at_once and (len(batches[-1]) + 1) * longest <= 2 * num_rows:
+            batches[-1].append(expert)
+        else:
+            batches.append([expert])
+            longest = num_rows = counts[expert]
+    return batches
 
 
 def _machine(device: torch.device) -> str:

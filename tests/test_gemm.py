@@ -509,6 +509,7 @@ def test_a_gpu_whose_compiler_errs_is_found_out() -> None:
     for other in (
         lambda x, packed, scales, *rest: right(x, packed, scales.clamp(max=254), *rest),
         lambda x, packed, scales, *rest: group_scaled_gemm(x, packed, scales, tile_k=256, tile_n=64),
+        lambda x, packed, scales, *rest: group_scaled_gemm(x, packed, scales, tile_k=128, tile_n=16),
     ):
         with pytest.raises(ArithmeticError, match="elements of a trial"):
             _check_on(cpu, other)
@@ -522,6 +523,15 @@ def test_cuda_gives_the_same_bits(x_kind: str, scale_kind: str) -> None:
     for tile_k, tile_n in ((128, 16), (128, 64)):
         got = group_scaled_gemm(*(tensor.cuda() for tensor in arguments), tile_k=tile_k, tile_n=tile_n).cpu()
         bits.assert_same(got, group_scaled_gemm(*arguments, tile_k=tile_k, tile_n=tile_n))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_cuda_device_that_is_not_the_current_one() -> None:
+    arguments = problem(15, "wide", "any", batch=2, rows=5, columns=300, groups=12)
+    assert torch.cuda.current_device() == 0
+    got = group_scaled_gemm(*(tensor.to("cuda:1") for tensor in arguments))
+    assert got.device == torch.device("cuda:1")
+    bits.assert_same(got.cpu(), group_scaled_gemm(*arguments))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

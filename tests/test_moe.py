@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from functools import cache
@@ -423,6 +424,23 @@ def test_experts_taken_together(monkeypatch: pytest.MonkeyPatch) -> None:
             select_local(CALL.token_selected_experts, 4, 1, 0), torch.zeros(4, dtype=torch.int64)
         ).batches
     )
+
+
+@given(
+    counts=st.lists(st.integers(1, 2000), max_size=100), at_once=st.integers(1, 64), ascending=st.booleans()
+)
+def test_batches_of_experts(counts: list[int], at_once: int, ascending: bool) -> None:
+    """An expert with many more rows than the others is taken alone, not padded to by all of them."""
+    order = sorted(range(len(counts)), key=counts.__getitem__) if ascending else list(range(len(counts)))
+    batches = moe._together(order, counts, at_once)
+    assert [expert for batch in batches for expert in batch] == order
+    for batch in batches:
+        taken = [counts[expert] for expert in batch]
+        assert 1 <= len(taken) <= at_once
+        assert len(taken) * max(taken) <= 2 * sum(taken)
+    for batch, following in itertools.pairwise(batches):
+        longer = [counts[expert] for expert in [*batch, following[0]]]
+        assert len(longer) > at_once or len(longer) * max(longer) > 2 * sum(longer)
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "bf16"])
