@@ -222,9 +222,9 @@ do so in some rows of some tiles; that is the `generation` of a call. It shows o
 products leaves float32's range.
 
 The differing elements of 0.6.15.post1 are a race of that release (flashinfer issue 5438), not a rule: they are in a
-few random calls, all with a GEMM whose K is a single tile of 128, and from run to run it is other calls (16 and 15
-in two runs of 585, 14 of them the same) and other elements (seed 409, six runs: 4309, 1867, 3446, 2868, 5434 and
-4329).
+few random calls, all with a GEMM whose K is a single tile of 128, and from run to run it is other calls (16, 15
+and 15 in three runs of 585, 14 of them in all three) and other elements (seed 409, six runs: 4309, 1867, 3446, 2868,
+5434 and 4329).
 """
 
 
