@@ -7,8 +7,10 @@ into one archive. On the GPU machine, with torch and numpy and no network:
 
     sys.path.insert(0, "the unpacked archive"); import flashinfer.fused_moe
 
-loads the module in place of compiling one. An interrupted build goes on where it stopped when the same
-command is given again. See the specification, section 8.
+loads the module in place of compiling one; so does an installed flashinfer of the same release, if the archive's
+flashinfer/data/aot is copied into it. On 16 cores a build took 2.5 minutes (0.6.15.post1) and 4 (0.7.2.post1), one
+of all clusters 7.5. An interrupted build goes on where it stopped when the same command is given again. See the
+specification, section 8.
 """
 
 from __future__ import annotations
@@ -147,6 +149,13 @@ def build(args: argparse.Namespace) -> None:
     print(f"archive {out.stat().st_size:>10,} bytes  sha256 {sha256(out.read_bytes())}  {out}")
     if not args.keep_workdir:
         shutil.rmtree(workdir)
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may run on, which a container or taskset can make fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 # ---- what is there ---------------------------------------------------------------------------------------
@@ -531,7 +540,7 @@ def _parser() -> argparse.ArgumentParser:
         "--clusters", choices=("one", "all"), default="one", help="thread-block clusters to build"
     )
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, help="compiles at a time, up to 6 GB each"
+        "--jobs", type=int, default=usable_cores(), help="compiles at a time, up to 6 GB each"
     )
     parser.add_argument("--out", type=Path, help="the archive, a .tar.xz")
     parser.add_argument(
