@@ -141,3 +141,8 @@ def generation_of(version: str) -> str:
     """The generation (`mxfp4ref.layout.GENERATIONS`) that a flashinfer release belongs to."""
     release = tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in version.split(".")[:3])
     return "0.6.16" if release >= (0, 6, 16) else "0.6.9"
+
+
+def forces_tactics(generation: str) -> bool:
+    """Whether the releases of a generation can be told which tactics to run; older ones run their default."""
+    return generation == "0.6.16"

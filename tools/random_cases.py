@@ -174,7 +174,7 @@ def main() -> int:
         parser.error("a GPU is needed: the real kernel runs nowhere else")
     provenance = hardware.Provenance.of_this_machine()
     generation = hardware.generation_of(provenance.flashinfer)
-    forced = generation == "0.6.16"  # older releases have no way to say which tactic
+    forced = hardware.forces_tactics(generation)
     first, end = (int(part) for part in arguments.seeds.split(":"))
     start = time.monotonic()
     elements = differing = cpu_elements = cpu_differing = 0
