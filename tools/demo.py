@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 
 import torch
+from hardware import recorded
 from rich.console import Console
 from rich.table import Table
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-import recorded
 
 from mxfp4ref import dequantize, torch_ref_cutlass_fused_moe
 

@@ -4,7 +4,7 @@
     kernel_experts = to_sm90(layer.experts, "0.6.16")
     outputs = run_layer("DeepSeek-V4-Flash", 3, "hidden.safetensors")
 
-`to_sm90` is in `mxfp4ref.expert_layout`. Here, `shards.py` finds and maps tensors, `deepseek_v4.py` and
+`to_sm90` is in `mxfp4ref.formats.resize`. Here, `shards.py` finds and maps tensors, `deepseek_v4.py` and
 `gpt_oss.py` know names and shapes, `disk.py` reads and writes layers, `run.py` runs one.
 """
 

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from mxfp4ref.checkpoint.layer import NUMBER, CheckpointLayer, check_sizes, refuse_others, scale_bytes
 from mxfp4ref.checkpoint.shards import CheckpointError, Shards
-from mxfp4ref.experts import Experts
-from mxfp4ref.mxfp4 import GROUP_SIZE, PACKED_DTYPES
+from mxfp4ref.formats.experts import Experts
+from mxfp4ref.formats.mxfp4 import GROUP_SIZE, PACKED_DTYPES
 
 __all__ = ["PREFIX", "read", "write"]
 

@@ -18,7 +18,7 @@ from mxfp4ref._validate import check_choice, check_float, check_int
 from mxfp4ref.checkpoint import deepseek_v4, gpt_oss
 from mxfp4ref.checkpoint.layer import CheckpointLayer
 from mxfp4ref.checkpoint.shards import CheckpointError, Shards, open_shards, read_json
-from mxfp4ref.expert_layout import resize_experts
+from mxfp4ref.formats.resize import resize_experts
 
 __all__ = ["FORMATS", "find_layers", "read_layer", "save", "write_layer"]
 

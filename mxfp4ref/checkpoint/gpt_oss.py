@@ -21,9 +21,9 @@ from torch import Tensor
 
 from mxfp4ref.checkpoint.layer import NUMBER, CheckpointLayer, check_sizes, refuse_others, scale_bytes
 from mxfp4ref.checkpoint.shards import CheckpointError, Shards
-from mxfp4ref.experts import Experts
-from mxfp4ref.layout import halves_to_interleaved, interleaved_to_halves
-from mxfp4ref.mxfp4 import GROUP_SIZE
+from mxfp4ref.formats.experts import Experts
+from mxfp4ref.formats.layout import halves_to_interleaved, interleaved_to_halves
+from mxfp4ref.formats.mxfp4 import GROUP_SIZE
 
 __all__ = ["ALPHA", "BETA", "PREFIXES", "read", "write"]
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.checkpoint.shards import CheckpointError, Shards
-from mxfp4ref.experts import Experts
-from mxfp4ref.mxfp4 import GROUP_SIZE, SCALE_DTYPES, fp32_to_ue8m0
+from mxfp4ref.formats.experts import Experts
+from mxfp4ref.formats.mxfp4 import GROUP_SIZE, SCALE_DTYPES, fp32_to_ue8m0
 
 __all__ = ["NUMBER", "CheckpointLayer", "check_sizes", "refuse_others", "scale_bytes"]
 

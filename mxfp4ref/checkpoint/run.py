@@ -14,9 +14,9 @@ from mxfp4ref._validate import check_choice, check_tensor
 from mxfp4ref.checkpoint.disk import read_layer, save
 from mxfp4ref.checkpoint.layer import CheckpointLayer
 from mxfp4ref.checkpoint.shards import CheckpointError, open_shards
-from mxfp4ref.dense import dense_gemm
-from mxfp4ref.layer import moe_layer
-from mxfp4ref.routing import Routing, deepseek_v4, gpt_oss, mixtral
+from mxfp4ref.model.dense import dense_gemm
+from mxfp4ref.model.layer import moe_layer
+from mxfp4ref.routing.presets import Routing, deepseek_v4, gpt_oss, mixtral
 from mxfp4ref.sm90 import fp32
 
 __all__ = ["ROUTERS", "router_logits", "run_layer"]

@@ -15,15 +15,15 @@ import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from mxfp4ref.defects.activations import ACTIVATION_DEFECTS
+from mxfp4ref.defects.activation import ACTIVATION_DEFECTS
 from mxfp4ref.defects.arguments import ARGUMENT_DEFECTS
 from mxfp4ref.defects.defect import Defect
-from mxfp4ref.defects.dequantizes import DEQUANTIZE_DEFECTS, DequantizeCall, dequantize_call
-from mxfp4ref.defects.finalizes import FINALIZE_DEFECTS
-from mxfp4ref.defects.gemms import GEMM_DEFECTS
-from mxfp4ref.defects.roundings import ROUNDING_DEFECTS
-from mxfp4ref.defects.router_variant import RoutingCall, route
-from mxfp4ref.defects.routings import ROUTING_DEFECTS
+from mxfp4ref.defects.dequantize import DEQUANTIZE_DEFECTS, DequantizeCall, dequantize_call
+from mxfp4ref.defects.finalize import FINALIZE_DEFECTS
+from mxfp4ref.defects.gemm import GEMM_DEFECTS
+from mxfp4ref.defects.rounding import ROUNDING_DEFECTS
+from mxfp4ref.defects.routing import ROUTING_DEFECTS
+from mxfp4ref.defects.variants.router import RoutingCall, route
 from mxfp4ref.defects.weights import WEIGHT_DEFECTS
 
 __all__ = ["DEFECTS", "Defect", "DequantizeCall", "RoutingCall", "dequantize_call", "get_defect", "route"]

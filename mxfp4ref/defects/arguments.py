@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mxfp4ref.call import PADDING_ID, MoeCall
 from mxfp4ref.defects.defect import Applies, Defect, always, each, given, on_call, on_stages, without
-from mxfp4ref.defects.roundings import bf16
-from mxfp4ref.moe import Stages, select_local
+from mxfp4ref.defects.rounding import bf16
+from mxfp4ref.model.call import PADDING_ID, MoeCall
+from mxfp4ref.model.forward import Stages, select_local
 
 __all__ = ["ARGUMENT_DEFECTS"]
 

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mxfp4ref.call import MoeCall
-from mxfp4ref.experts import Experts, Sm90Experts
-from mxfp4ref.moe import Stages, forward
+from mxfp4ref.formats.experts import Experts, Sm90Experts
+from mxfp4ref.model.call import MoeCall
+from mxfp4ref.model.forward import Stages, forward
 
 __all__ = [
     "Applies",

@@ -7,10 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mxfp4ref.call import MoeCall
 from mxfp4ref.defects.defect import Defect, change_experts, each, given, logical, on_call
-from mxfp4ref.experts import Experts
-from mxfp4ref.layout import (
+from mxfp4ref.formats.experts import Experts
+from mxfp4ref.formats.layout import (
     deinterleave_weights_sm90,
     fold_scales_sm90,
     interleave_weights_sm90,
@@ -18,7 +17,8 @@ from mxfp4ref.layout import (
     swap_gate_up,
     unfold_scales_sm90,
 )
-from mxfp4ref.mxfp4 import GROUP_SIZE, pack_codes, unpack_codes
+from mxfp4ref.formats.mxfp4 import GROUP_SIZE, pack_codes, unpack_codes
+from mxfp4ref.model.call import MoeCall
 
 __all__ = ["WEIGHT_DEFECTS"]
 

@@ -6,7 +6,7 @@ Interpolator", ARITH 2005). The leading 6 (EX2) or 7 (RCP) of the 23 fraction bi
 
     (C0 * 2^13 + C1 * x + C2 * square(x) + bias) >> 15.
 
-`tools/fit_mufu.py` derives the integers at the end of this file from recorded results and proves that they
+`tools/tables/fit_mufu.py` derives the integers at the end of this file from recorded results and proves that they
 reproduce all 2^23 of each table. Everything here is integer arithmetic on the bits, so no rounding,
 subnormal or fast-math mode of the machine can touch it.
 """

@@ -1,0 +1,165 @@
+"""What the places have in common at which an output differs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mxfp4ref.conformance.comparison import FAR, ulp_distance
+from mxfp4ref.model.call import MoeCall
+from mxfp4ref.model.forward import select_local
+
+__all__ = ["patterns"]
+
+_COLUMN_BLOCKS = (
+    (128, "128-column block"),
+    (64, "64-column block"),
+    (32, "scale group"),
+    (16, "16-row block of fc2"),
+)
+_MOST_LISTED = 8
+
+
+def patterns(call: MoeCall, got: Tensor, expected: Tensor, mask: Tensor) -> tuple[str, ...]:
+    """Sentences that hold for the mismatch map of a call, the most telling first.
+
+    Args:
+        call: the call.
+        got, expected: `[M, H] bf16`.
+        mask: `[M, H] bool`, where they differ; somewhere they have to.
+    """
+    found = [*_experts(call, mask), *_ranks(call, mask), *_tokens(mask), *_columns(mask)]
+    found += _values(got, expected, mask)
+    return tuple(found)
+
+
+def _experts(call: MoeCall, mask: Tensor) -> list[str]:
+    """The experts that no right token uses, if every wrong token uses one of them."""
+    local = _local(call)
+    wrong = mask.any(1)
+    used = set(local[local >= 0].tolist())
+    without = ~(local >= 0).any(1)
+    found = []
+    if bool((wrong & without).any()):
+        found.append("tokens without an expert on this rank differ, which should be zeros")
+    in_right = set(local[~wrong][local[~wrong] >= 0].tolist())
+    suspects = sorted(used - in_right)
+    explained = torch.isin(local, torch.tensor(suspects, device=local.device)).any(1)
+    if suspects and len(suspects) < len(used) and bool((explained | ~wrong).all()):
+        ids = [s + call.ep_rank * call.experts.num_experts for s in suspects]
+        found.append(f"only tokens of expert{_plural(ids)} {_listed(ids)} differ")
+    return found
+
+
+def _ranks(call: MoeCall, mask: Tensor) -> list[str]:
+    """Whether only tokens differ that have slots on other ranks, or that have padded slots."""
+    if not call.num_tokens:
+        return []
+    wrong = mask.any(1)
+    ids, local = call.token_selected_experts, _local(call)
+    padded = (ids < 0).any(1)
+    elsewhere = ((local < 0) & (ids >= 0)).any(1)
+    found = []
+    for chosen, words in (
+        (padded, "exactly the tokens with a padded slot (-1) differ"),
+        (elsewhere, "exactly the tokens with a slot on another rank differ"),
+    ):
+        if bool((wrong == chosen).all()) and not bool(chosen.all()):
+            found.append(words)
+    return found
+
+
+def _tokens(mask: Tensor) -> list[str]:
+    wrong = mask.any(1)
+    if bool(wrong.all()):
+        return ["every token differs somewhere"] if len(wrong) > 1 else []
+    rows = wrong.nonzero().flatten().tolist()
+    found = [
+        f"only token{_plural(rows)} {_listed(rows)} of {len(wrong)} differ{'s' if len(rows) == 1 else ''}"
+    ]
+    regular = _regular(wrong, 1, "token")
+    return [regular] if regular else found
+
+
+def _columns(mask: Tensor) -> list[str]:
+    wrong = mask.any(0)
+    width = len(wrong)
+    if bool(wrong.all()):
+        return []
+    columns = wrong.nonzero().flatten()
+    first, last = int(columns[0]), int(columns[-1])
+    found = []
+    for size, name in _COLUMN_BLOCKS:
+        if width % size == 0 and width > size:
+            if first // size == last // size:
+                found.append(f"only columns of {name} {first // size} (columns {first} to {last}) differ")
+                return found[-1:] if size == _COLUMN_BLOCKS[-1][0] else found[-1:] + _finer(first, last, size)
+            regular = _regular(wrong.view(-1, size).any(1), size, name)
+            if regular:
+                return [regular]
+    regular = _regular(wrong, 1, "column")
+    if regular:
+        return [regular]
+    if last - first + 1 == len(columns):
+        return [f"exactly the columns {first} to {last} of {width} differ"]
+    if len(columns) <= width // 4:
+        return [f"only {len(columns)} of {width} columns differ: {_listed(columns.tolist())}"]
+    return []
+
+
+def _finer(first: int, last: int, outer: int) -> list[str]:
+    """The smallest block around all columns, if it is smaller than `outer`."""
+    inner = [(s, n) for s, n in _COLUMN_BLOCKS if s < outer and first // s == last // s]
+    return [f"all of them within {inner[-1][1]} {first // inner[-1][0]}"] if inner else []
+
+
+def _regular(wrong: Tensor, size: int, name: str) -> str:
+    """ "every second ..." where exactly those of one residue modulo 2, 4, 8 or 16 differ."""
+    for step, word in ((2, "second"), (4, "fourth"), (8, "eighth"), (16, "sixteenth")):
+        if len(wrong) < 2 * step:
+            break
+        for start in range(step):
+            chosen = torch.arange(len(wrong), device=wrong.device) % step == start
+            if bool((wrong == chosen).all()):
+                return f"exactly every {word} {name} differs, from {start} on"
+    return ""
+
+
+def _values(got: Tensor, expected: Tensor, mask: Tensor) -> list[str]:
+    one, other = got[mask], expected[mask]
+    found = []
+    distance = ulp_distance(one, other)
+    number = distance < FAR
+    if bool((~number).any()):
+        fresh = int((torch.isnan(one) & ~torch.isnan(other)).sum())
+        lost = int((torch.isnan(other) & ~torch.isnan(one)).sum())
+        found.append(f"NaN where a number is expected in {fresh:,} elements, a number for a NaN in {lost:,}")
+    if bool((one == 0).all()):
+        found.append("every element that differs came out as zero")
+    if bool(number.all()) and int(distance.max()) <= 1:
+        found.append("no element is more than 1 ulp off: a rounding, or the sign of a zero")
+    x, y = one[number].to(torch.float64), other[number].to(torch.float64)
+    usable = (y != 0) & torch.isfinite(x) & torch.isfinite(y)
+    if int(usable.sum()) >= 8 and not bool((one == 0).all()):
+        ratio = x[usable] / y[usable]
+        middle = float(ratio.median())
+        if abs(middle - 1) > 2.0**-6 and bool(
+            ((ratio - middle).abs() <= 2.0**-6 * abs(middle)).float().mean() > 0.98
+        ):
+            found.append(f"the output is {middle:.4g} times the expected one, as far as bf16 shows")
+        if bool((ratio < 0).all()):
+            found.append("every element that differs has the other sign")
+    return found
+
+
+def _local(call: MoeCall) -> Tensor:
+    return select_local(call.token_selected_experts, call.experts.num_experts, call.ep_size, call.ep_rank)
+
+
+def _plural(items: list[int]) -> str:
+    return "" if len(items) == 1 else "s"
+
+
+def _listed(items: list[int]) -> str:
+    shown = ", ".join(str(item) for item in items[:_MOST_LISTED])
+    return shown if len(items) <= _MOST_LISTED else f"{shown}, ... ({len(items)} in all)"

@@ -1,0 +1,111 @@
+"""A failing case cut down to what is needed to see it fail: one token, its experts, a script of a few lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from mxfp4ref.conformance.comparison import differing
+from mxfp4ref.conformance.diagnosis import reduce_call
+from mxfp4ref.formats.experts import Experts
+from mxfp4ref.goldens.runs import Run
+from mxfp4ref.goldens.store import Case
+from mxfp4ref.model.call import MoeCall
+from mxfp4ref.model.forward import forward
+
+__all__ = ["load_reproducer", "write_reproducer"]
+
+_SCRIPT = '''\
+"""{case}: {why}
+
+Runs one token of the case through a kernel and shows the first element that differs.
+Usage: python {name}.py [kernel specification]; see `mxfp4ref conform --help`.
+"""
+
+import sys
+from pathlib import Path
+
+from mxfp4ref.conformance.comparison import assert_bits_equal
+from mxfp4ref.conformance.execution import execute
+from mxfp4ref.conformance.kernels import load_kernel
+from mxfp4ref.conformance.reproducer import load_reproducer
+
+kind, inputs, expected = load_reproducer(Path(__file__).with_suffix(".safetensors"))
+kernel = load_kernel(sys.argv[1] if len(sys.argv) > 1 else {kernel!r})
+outcome = execute(kernel, kind, inputs, expected)
+if outcome.problem:
+    sys.exit(f"{{outcome.problem}}: {{outcome.message}}")
+for name, tensor in expected.items():
+    assert_bits_equal(outcome.outputs[name], tensor, name)
+print("equal")
+'''
+_CALL_FIELDS = ("input", "token_selected_experts", "token_final_scales")
+
+
+def write_reproducer(folder: Path, case: Case, one: Run, kernel: str, outputs: Mapping[str, Tensor]) -> Path:
+    """Write `<suite>-<case>.safetensors` and `.py` into a folder and return the script's path.
+
+    Of a kernel call the first token that differs is kept, if its expected output does not depend on the other
+    tokens (it may, where the first two groups of K over- or underflow), and without expert parallelism only
+    the experts it uses. The kernel's own output is stored as `got.<name>`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{case.suite}-{case.name}"
+    inputs, expected = one.inputs, dict(one.expected)
+    got = {key: outputs[key] for key in expected if key in outputs}
+    if isinstance(inputs, MoeCall):
+        token = int(differing(got["output"], expected["output"]).any(1).nonzero()[0]) if got else 0
+        reduced = reduce_call(inputs, torch.tensor([token], device=inputs.input.device))
+        rows = {"output": expected["output"][token : token + 1]}
+        if not bool(differing(forward(reduced), rows["output"]).any()):
+            inputs, expected = reduced, rows
+            got = {key: value[token : token + 1] for key, value in got.items()}
+    tensors, parameters = _flatten(case.kind, inputs)
+    tensors |= {f"expected.{key}": value for key, value in expected.items()}
+    tensors |= {f"got.{key}": value for key, value in got.items()}
+    metadata = {"kind": case.kind, "parameters": json.dumps(parameters), "case": case.id, "kernel": kernel}
+    owned = {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
+    safetensors.torch.save_file(owned, folder / f"{name}.safetensors", metadata)
+    script = folder / f"{name}.py"
+    script.write_text(_SCRIPT.format(case=case.id, why=case.why, name=name, kernel=kernel), encoding="utf-8")
+    return script
+
+
+def load_reproducer(path: Path) -> tuple[str, Any, dict[str, Tensor]]:
+    """The kind, the inputs and the expected outputs of a reproducer."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.offset_keys()}
+    expected = {key.removeprefix("expected."): t for key, t in tensors.items() if key.startswith("expected.")}
+    inputs = {key: t for key, t in tensors.items() if not key.startswith(("expected.", "got."))}
+    parameters = json.loads(metadata["parameters"])
+    if metadata["kind"] != "moe":
+        return metadata["kind"], {**inputs, **parameters}, expected
+    experts = Experts(**{f.name: inputs.get(f.name) for f in fields(Experts)})  # type: ignore[arg-type]
+    for pair in ("tile_k", "tile_n"):
+        parameters[pair] = tuple(parameters[pair])
+    return (
+        "moe",
+        MoeCall(**{key: inputs[key] for key in _CALL_FIELDS}, experts=experts, **parameters),
+        expected,
+    )
+
+
+def _flatten(kind: str, inputs: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if kind == "moe":
+        names = (f.name for f in fields(MoeCall) if f.name not in (*_CALL_FIELDS, "experts"))
+        parameters = {name: getattr(inputs, name) for name in names}
+        tensors = {name: getattr(inputs, name) for name in _CALL_FIELDS}
+        tensors |= {f.name: t for f in fields(Experts) if (t := getattr(inputs.experts, f.name)) is not None}
+        return tensors, parameters
+    return (
+        {key: value for key, value in inputs.items() if isinstance(value, Tensor)},
+        {key: value for key, value in inputs.items() if not isinstance(value, Tensor)},
+    )

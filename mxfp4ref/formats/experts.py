@@ -1,0 +1,183 @@
+"""The experts of one rank: packed weights, scales, biases and SwiGLU parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from mxfp4ref._validate import check_ids, check_int, check_same_device, check_tensor
+from mxfp4ref.formats.layout import deinterleave_weights_sm90, unfold_scales_sm90
+from mxfp4ref.formats.mxfp4 import GROUP_SIZE
+
+__all__ = ["Experts", "Sm90Experts"]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """What a rank holds of a mixture-of-experts layer, in logical layout (the specification, section 2).
+
+    Attributes:
+        fc1_weights: `[E, 2I, H/2] uint8`, two E2M1 codes a byte, rows [up(w3); gate(w1)]; or
+            `[E, 2I, H] bf16` for experts that are not quantised.
+        fc1_scales: `[E, 2I, H/32] uint8`, UE8M0; None with bf16 weights.
+        fc2_weights: `[E, H, I/2] uint8` or `[E, H, I] bf16`.
+        fc2_scales: `[E, H, I/32] uint8`; None with bf16 weights.
+        fc1_biases: `[E, 2I] bf16`, rows as in `fc1_weights`, or None.
+        fc2_biases: `[E, H] bf16`, or None.
+        swiglu_alpha, swiglu_beta, swiglu_limit: `[E] float32` each, or None.
+
+    Raises:
+        TypeError, ValueError: a tensor has another dtype, shape or device than the others call for.
+    """
+
+    fc1_weights: Tensor
+    fc1_scales: Tensor | None
+    fc2_weights: Tensor
+    fc2_scales: Tensor | None
+    fc1_biases: Tensor | None = None
+    fc2_biases: Tensor | None = None
+    swiglu_alpha: Tensor | None = None
+    swiglu_beta: Tensor | None = None
+    swiglu_limit: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        weight_dtypes = (torch.uint8, torch.bfloat16)
+        fc1 = check_tensor("fc1_weights", self.fc1_weights, dtype=weight_dtypes, shape=("E", "2I", "K"))
+        check_tensor("fc2_weights", self.fc2_weights, dtype=fc1.dtype, shape=(fc1.shape[0], "H", "K"))
+        if self.num_experts == 0:
+            raise ValueError("fc1_weights: expected at least one expert, got none")
+        experts, hidden, inner = self.num_experts, self.hidden_size, self.intermediate_size
+        packing = 2 if self.quantized else 1
+        for name, value, rows, depth in (
+            ("fc1", fc1, 2 * inner, hidden),
+            ("fc2", self.fc2_weights, hidden, inner),
+        ):
+            if depth % GROUP_SIZE:
+                raise ValueError(
+                    f"{name}_weights: expected a multiple of {GROUP_SIZE} values along K, got {depth}"
+                )
+            shape: tuple[int, ...] = (experts, rows, depth // packing)
+            check_tensor(f"{name}_weights", value, dtype=fc1.dtype, shape=shape)
+            scales = getattr(self, f"{name}_scales")
+            if self.quantized:
+                self._check_scales(f"{name}_scales", scales, (experts, rows, depth // GROUP_SIZE))
+            elif scales is not None:
+                raise ValueError(f"{name}_scales: expected None with bfloat16 weights, got a tensor")
+        optional = {
+            "fc1_biases": (torch.bfloat16, (experts, 2 * inner)),
+            "fc2_biases": (torch.bfloat16, (experts, hidden)),
+            "swiglu_alpha": (torch.float32, (experts,)),
+            "swiglu_beta": (torch.float32, (experts,)),
+            "swiglu_limit": (torch.float32, (experts,)),
+        }
+        for name, (dtype, shape) in optional.items():
+            if getattr(self, name) is not None:
+                check_tensor(name, getattr(self, name), dtype=dtype, shape=shape)
+        check_same_device(self._tensors())
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the weights are MXFP4 rather than bf16."""
+        return self.fc1_weights.dtype == torch.uint8
+
+    @property
+    def num_experts(self) -> int:
+        return self.fc1_weights.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.fc2_weights.shape[1]
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.fc2_weights.shape[2] * (2 if self.quantized else 1)
+
+    @property
+    def device(self) -> torch.device:
+        return self.fc1_weights.device
+
+    def slice(self, start: int, stop: int) -> Self:
+        """Experts `start` to `stop`, as views: what an expert-parallel rank holds of the whole layer.
+
+        Raises:
+            ValueError: the range is empty or not within 0 .. num_experts.
+        """
+        check_int("start", start, minimum=0, maximum=self.num_experts - 1)
+        check_int("stop", stop, minimum=start + 1, maximum=self.num_experts)
+        return self._map(lambda tensor: tensor[start:stop])
+
+    def select(self, index: Tensor) -> Experts:
+        """The experts of an index tensor `[B] int64`, copied, in logical layout."""
+        self._check_index(index)
+        return self._map(lambda tensor: tensor[index])
+
+    def weights(self, gemm: str, experts: list[int]) -> tuple[Tensor, Tensor | None]:
+        """Weights and scales of "fc1" or "fc2" for some experts, in logical layout; views where that is possible."""
+        chosen: list[int] | slice = experts
+        if experts == list(range(experts[0], experts[0] + len(experts))):
+            chosen = slice(experts[0], experts[0] + len(experts))
+        scales = getattr(self, f"{gemm}_scales")
+        return getattr(self, f"{gemm}_weights")[chosen], None if scales is None else scales[chosen]
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same experts on another device."""
+        return self._map(lambda tensor: tensor.to(device))
+
+    def _check_index(self, index: Tensor) -> None:
+        check_tensor("index", index, dtype=torch.int64, shape=("B",))
+        check_ids("index", index, maximum=self.num_experts - 1)
+        if len(index) == 0:
+            raise ValueError("index: expected at least one expert, got none")
+
+    def _check_scales(self, name: str, scales: Tensor | None, shape: tuple[int, int, int]) -> None:
+        check_tensor(name, scales, dtype=torch.uint8, shape=shape)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        changed: dict[str, Any] = {n: None if t is None else function(t) for n, t in self._tensors().items()}
+        return replace(self, **changed)
+
+    def _tensors(self) -> dict[str, Tensor | None]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True)
+class Sm90Experts(Experts):
+    """The same in the layouts that the real call takes; `select` brings experts into logical layout.
+
+    `fc1_weights` and `fc2_weights` are interleaved (the specification, section 2); the scales are folded in
+    the manner of either flashinfer generation, as uint8 or viewed as int32. Whole layers are never
+    unfolded at once, so memory does not grow with the number of experts.
+    """
+
+    def select(self, index: Tensor) -> Experts:
+        """The experts of an index tensor `[B] int64`, in logical layout."""
+        self._check_index(index)
+        chosen: dict[str, Any] = {n: None if t is None else t[index] for n, t in self._tensors().items()}
+        for gemm in ("fc1", "fc2"):
+            chosen[f"{gemm}_weights"], chosen[f"{gemm}_scales"] = self.weights(gemm, index.tolist())
+        return Experts(**chosen)
+
+    def weights(self, gemm: str, experts: list[int]) -> tuple[Tensor, Tensor | None]:
+        """Weights and scales of "fc1" or "fc2" for some experts, in logical layout."""
+        weights, scales = super().weights(gemm, experts)
+        assert scales is not None
+        generation = "0.6.9" if scales.dim() == 3 else "0.6.16"
+        return deinterleave_weights_sm90(weights, generation), unfold_scales_sm90(scales, generation)
+
+    def _check_scales(self, name: str, scales: Tensor | None, shape: tuple[int, int, int]) -> None:
+        experts, rows, groups = shape
+        check_tensor(name, scales, dtype=(torch.uint8, torch.int32), shape=("...",))
+        assert scales is not None
+        unit = scales.element_size()
+        new = (experts, rows // 64, groups // 4, 16, 16 // unit)
+        old = (experts, groups // 4, rows * 4 // unit)
+        if rows % 64 or groups % 4 or tuple(scales.shape) not in (new, old):
+            raise ValueError(
+                f"{name}: expected folded scales {list(new)} (flashinfer from 0.6.16 on) or {list(old)} (before) as "
+                f"{scales.dtype} for {rows} rows, a multiple of 64, and {groups} K groups, a multiple of 4; "
+                f"got {list(scales.shape)}"
+            )

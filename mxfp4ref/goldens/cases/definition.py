@@ -1,0 +1,154 @@
+"""What defines a golden case, and how one is registered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from mxfp4ref.model.call import MoeCall
+from mxfp4ref.goldens.store import EXPERT_TENSORS, tensor_bytes
+from mxfp4ref.goldens.cases.source import Source
+from mxfp4ref.formats.layout import fold_scales_sm90, interleave_weights_sm90
+from mxfp4ref.model.forward import KERNEL, forward, trace
+from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
+from mxfp4ref.sm90.gemm.reference import TILE_K, TILE_N
+
+__all__ = ["DEFINITIONS", "Content", "Definition", "define", "moe_content", "outputs_by_tile_k"]
+
+_TRACE_FIELDS = (
+    *("token", "slot", "expert", "fc1_accumulators", "fc1_output", "activation"),
+    *("fc2_accumulators", "fc2_output"),
+)
+
+
+@dataclass(frozen=True)
+class Content:
+    """What is stored of a case: see `golden.Case`."""
+
+    tensors: Mapping[str, Tensor]
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    derived: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    output_tensors: Mapping[tuple[int, int], str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A case before it is built; `build` is deterministic."""
+
+    suite: str
+    name: str
+    kind: str
+    why: str
+    catches: tuple[str, ...]
+    unique_for: str
+    build: Callable[[Source], Content]
+
+    @property
+    def id(self) -> str:
+        return f"{self.suite}/{self.name}"
+
+    def content(self) -> Content:
+        return self.build(Source(self.id))
+
+
+DEFINITIONS: dict[str, Definition] = {}
+
+
+def define(
+    suite: str, kind: str, why: str, *, catches: str = "", unique_for: str = "", name: str | None = None
+) -> Callable[[Callable[[Source], Content | MoeCall]], Callable[[Source], Content | MoeCall]]:
+    """Register the decorated function as a case under its own name, or under `name`.
+
+    Args:
+        suite, kind, why, unique_for: as in `golden.Case`.
+        catches: names of defects, separated by blanks.
+        name: needed where one function makes several cases.
+    """
+
+    def register(build: Callable[[Source], Content | MoeCall]) -> Callable[[Source], Content | MoeCall]:
+        def content(source: Source) -> Content:
+            built = build(source)
+            return moe_content(built) if isinstance(built, MoeCall) else built
+
+        case_name = name or build.__name__
+        definition = Definition(
+            suite, case_name, kind, " ".join(why.split()), tuple(catches.split()), unique_for, content
+        )
+        if definition.id in DEFINITIONS:
+            raise ValueError(f"{definition.id}: defined twice")
+        DEFINITIONS[definition.id] = definition
+        return build
+
+    return register
+
+
+def moe_content(
+    call: MoeCall,
+    *,
+    derived: Mapping[str, Mapping[str, Any]] | None = None,
+    extra: Mapping[str, Tensor] | None = None,
+) -> Content:
+    """Everything that is stored of a kernel call: tensors in both layouts, the trace, every output.
+
+    Args:
+        call: the call, with `tile_k` (128, 128).
+        derived: recipes of the tensors that are not stored; then neither layouts nor trace are.
+        extra: further tensors to keep.
+
+    Raises:
+        ValueError: an output depends on tile_n, which goldens are not to (the specification, section 3).
+    """
+    experts = {name: getattr(call.experts, name) for name in EXPERT_TENSORS}
+    tensors: dict[str, Tensor] = {name: t for name, t in experts.items() if t is not None}
+    tensors = {name: t for name, t in tensors.items() if name not in (derived or {})}
+    for name in ("input", "token_selected_experts", "token_final_scales"):
+        tensors[name] = getattr(call, name)
+    tensors |= extra or {}
+    outputs = outputs_by_tile_k(call)
+    if not derived:
+        for name in ("fc1", "fc2"):
+            tensors[f"{name}_weights_sm90"] = interleave_weights_sm90(experts[f"{name}_weights"])
+            tensors[f"{name}_scales_sm90"] = fold_scales_sm90(experts[f"{name}_scales"])
+        stages = trace(call)
+        tensors |= {f"trace.{name}": getattr(stages, name) for name in _TRACE_FIELDS}
+        _refuse_tile_n(call, outputs)
+
+    names: dict[tuple[int, int], str] = {}
+    distinct: dict[bytes, str] = {}
+    for pair, output in outputs.items():
+        names[pair] = distinct.setdefault(tensor_bytes(output), f"output.tile_k_{pair[0]}_{pair[1]}")
+        tensors.setdefault(names[pair], output)
+    parameters = {
+        name: getattr(call, name) for name in ("ep_size", "ep_rank", "tp_size", "tp_rank", "strict")
+    }
+    return Content(tensors, parameters, derived or {}, names)
+
+
+def outputs_by_tile_k(call: MoeCall) -> dict[tuple[int, int], Tensor]:
+    """The output for every pair of K tiles that divide the GEMMs' K; GEMM1 is computed once a tile."""
+    outputs = {}
+    for first in (tile for tile in TILE_K if call.experts.hidden_size % tile == 0):
+        kept: list[Tensor] = []
+
+        def keep(*arguments: Any, kept: list[Tensor] = kept, **tactic: Any) -> Tensor:
+            kept.append(group_scaled_gemm(*arguments, **tactic))
+            return kept[-1]
+
+        for second in (tile for tile in TILE_K if call.experts.intermediate_size % tile == 0):
+            again = iter(kept)
+            repeat = (lambda *_, again=again, **__: next(again)) if kept else keep
+            stages = replace(KERNEL, fc1_gemm=repeat)
+            outputs[first, second] = forward(replace(call, tile_k=(first, second)), stages)
+    return outputs
+
+
+def _refuse_tile_n(call: MoeCall, outputs: Mapping[tuple[int, int], Tensor]) -> None:
+    for tile_k in ((tile, tile) for tile in TILE_K if (tile, tile) in outputs):
+        expected = tensor_bytes(outputs[tile_k])
+        for tile_n in TILE_N[1:]:
+            output = forward(replace(call, tile_k=tile_k, tile_n=(tile_n, tile_n)))
+            if tensor_bytes(output) != expected:
+                raise ValueError(f"the output for tile_k {tile_k} depends on tile_n: {tile_n} gives another")

@@ -1,0 +1,140 @@
+"""Suite `formats`: what the weight and scale bytes mean."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from mxfp4ref.model.call import MoeCall
+from mxfp4ref.goldens.cases.definition import Content, define
+from mxfp4ref.goldens.cases.source import Source
+from mxfp4ref.formats.mxfp4 import CONVENTIONS, dequantize, pack_codes
+
+_ALL_CODES = torch.arange(16, dtype=torch.uint8)
+
+
+def _dequantized(packed: torch.Tensor, scales: torch.Tensor, convention: str, dtype: torch.dtype) -> Content:
+    values = dequantize(packed, scales, convention=convention, dtype=dtype)
+    return Content(
+        {"packed": packed, "scales": scales, "values": values},
+        {"convention": convention, "dtype": str(dtype).removeprefix("torch.")},
+    )
+
+
+def _every_code_and_scale(convention: str, dtype: torch.dtype) -> Content:
+    codes = torch.cat((_ALL_CODES, _ALL_CODES.flip(0)))
+    scales = torch.arange(256, dtype=torch.uint8).unsqueeze(1)
+    return _dequantized(pack_codes(codes.expand(256, 32)), scales, convention, dtype)
+
+
+for _convention in CONVENTIONS:
+    for _dtype in (torch.bfloat16, torch.float32):
+        _name = f"{_convention}_{str(_dtype).removeprefix('torch.')}"
+
+        @define(
+            "formats",
+            "dequantize",
+            f"Every code under every scale byte, twice: the whole domain of dequantisation by the "
+            f"{_convention} convention.",
+            name=f"every_code_every_scale_{_name}",
+            unique_for="exhaustive over the format",
+        )
+        def _(source: Source, convention: str = _convention, dtype: torch.dtype = _dtype) -> Content:
+            return _every_code_and_scale(convention, dtype)
+
+
+@define(
+    "formats",
+    "dequantize",
+    """Every packed byte once, in ascending order, under changing scales: both nibbles of each, and the border
+    between two groups.""",
+    unique_for="exhaustive over packed bytes",
+)
+def every_packed_byte(source: Source) -> Content:
+    packed = torch.arange(256, dtype=torch.uint8).reshape(4, 64)
+    return _dequantized(packed, source.range("scales", 120, 130, 4, 4), "ocp", torch.bfloat16)
+
+
+@define(
+    "formats",
+    "moe",
+    """Each weight row holds one code only, low nibbles before high ones, so that a code that is decoded
+    wrongly, or a nibble taken for its neighbour, changes whole columns.""",
+    catches="nibble_order nibble_split half_code_flushed",
+    unique_for="codes told apart by column",
+)
+def every_code_by_row(source: Source) -> MoeCall:
+    experts = source.experts(2, 256, 128)
+    row = torch.arange(256, dtype=torch.uint8)
+    # Low and high nibble of row r are codes r % 16 and r / 16: every pair of codes is a row.
+    fc1 = (row % 16 | row // 16 << 4)[None, :, None].expand_as(experts.fc1_weights).clone()
+    experts = replace(experts, fc1_weights=fc1)
+    return MoeCall(
+        source.normal("input", 8, 256), source.distinct("ids", 8, 1, 2), source.weights(8, 1), experts
+    )
+
+
+@define(
+    "formats",
+    "moe",
+    """Scale bytes 0 and 255 in fc2: the kernel puts the byte into the exponent field, so that they are 0 and Inf
+    and not 2^-127 and NaN. Rows all of byte 0 must give zeros, a single 255 Inf or NaN by its products.""",
+    catches="scale_ocp_ends",
+)
+def scale_bytes_0_and_255(source: Source) -> MoeCall:
+    experts = source.experts(2, 256, 128, fc1_scales=(127, 131))
+    scales = experts.fc2_scales
+    assert scales is not None
+    scales = scales.clone()
+    scales[:, 0::4] = 0
+    scales[:, 1::4, 2] = 255
+    # A group of zero codes under scale 255: 0 * Inf.
+    weights = experts.fc2_weights.clone()
+    weights[:, 1::8, 32:48] = 0
+    return MoeCall(
+        source.normal("input", 8, 256),
+        source.distinct("ids", 8, 1, 2),
+        source.weights(8, 1),
+        replace(experts, fc2_weights=weights, fc2_scales=scales),
+    )
+
+
+@define(
+    "formats",
+    "moe",
+    """The same for fc1: an up of -Inf is clamped to minus the limit and NaN to the limit; rows all of byte 0 give an
+    up of 0 and not of 2^-127 times something.""",
+    catches="scale_ocp_ends",
+)
+def scale_bytes_0_and_255_before_activation(source: Source) -> MoeCall:
+    experts = source.experts(2, 256, 128, fc2_scales=(220, 235), limit=7.0)
+    scales = experts.fc1_scales
+    assert scales is not None
+    scales = scales.clone()
+    scales[:, 0:128:3] = 0  # rows of up
+    scales[:, 1:128:7, 3] = 255
+    weights = experts.fc1_weights.clone()
+    weights[:, 1:128:14, 48:64] = 0  # 0 * Inf is NaN
+    return MoeCall(
+        (source.normal("input", 8, 256).to(torch.float32) * 2.0**10).to(torch.bfloat16),
+        source.distinct("ids", 8, 1, 2),
+        source.weights(8, 1),
+        replace(experts, fc1_weights=weights, fc1_scales=scales),
+    )
+
+
+@define(
+    "formats",
+    "moe",
+    """Neighbouring groups have scales far apart, so that a group scaled with another's byte, or a wrong exponent
+    bias, shows in every output.""",
+    catches="scale_off_by_one_group scale_bias_125 scale_as_integer scale_truncated scales_not_folded "
+    "scales_not_swapped",
+    unique_for="scales told apart by group",
+)
+def scales_far_apart(source: Source) -> MoeCall:
+    experts = source.experts(2, 256, 128, fc1_scales=(114, 124), fc2_scales=(114, 124))
+    return MoeCall(
+        source.normal("input", 8, 256), source.distinct("ids", 8, 2, 2), source.weights(8, 2), experts
+    )

@@ -1,0 +1,162 @@
+"""Suite `models`: layers of real size. Weights are derived from the generator, outputs are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mxfp4ref.model.call import MoeCall
+from mxfp4ref.formats.experts import Experts
+from mxfp4ref.goldens.store import derive
+from mxfp4ref.goldens.cases.definition import Content, define, moe_content
+from mxfp4ref.goldens.cases.source import Source
+from mxfp4ref.routing.presets import Routing, deepseek_v4, gpt_oss
+
+_SCALES = {"low": 117, "high": 121}
+
+
+def _recipes(
+    source: Source,
+    num_experts: int,
+    used: list[int],
+    hidden: int,
+    inner: int,
+    *,
+    first_expert: int = 0,
+    biases: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """How the weights are derived; sizes are padded to multiples of 128, each half of fc1 on its own."""
+    padded_hidden, padded_inner = (-(-size // 128) * 128 for size in (hidden, inner))
+
+    def recipe(
+        rule: str, blocks: int, padded: list[int], content: list[int], **limits: int
+    ) -> dict[str, Any]:
+        return {
+            "seed": source.seed,
+            "rule": rule,
+            **limits,
+            "shape": [num_experts, *padded],
+            "content": [blocks, *content],
+            "first_expert": first_expert,
+            "experts": used,
+        }
+
+    recipes = {
+        "fc1_weights": recipe("bytes", 2, [2 * padded_inner, padded_hidden // 2], [inner, hidden // 2]),
+        "fc1_scales": recipe(
+            "range", 2, [2 * padded_inner, padded_hidden // 32], [inner, hidden // 32], **_SCALES
+        ),
+        "fc2_weights": recipe("bytes", 1, [padded_hidden, padded_inner // 2], [hidden, inner // 2]),
+        "fc2_scales": recipe(
+            "range", 1, [padded_hidden, padded_inner // 32], [hidden, inner // 32], **_SCALES
+        ),
+    }
+    if biases:
+        recipes["fc1_biases"] = recipe("bf16", 2, [2 * padded_inner], [inner], low=-6)
+        recipes["fc2_biases"] = recipe("bf16", 1, [padded_hidden], [hidden], low=-6)
+    return recipes
+
+
+def _content(
+    recipes: Mapping[str, dict[str, Any]],
+    x: Tensor,
+    routing: Routing,
+    extra: dict[str, Tensor],
+    *,
+    ep_size: int = 1,
+    ep_rank: int = 0,
+    parameters: Mapping[str, Tensor],
+) -> Content:
+    tensors = {}
+    for name, recipe in recipes.items():
+        tensors[name], recipe["sha256"] = derive(name, recipe)
+    call = MoeCall(
+        x,
+        routing.ids,
+        routing.scales,
+        Experts(**tensors, **parameters),
+        ep_size=ep_size,
+        ep_rank=ep_rank,
+    )
+    return moe_content(call, derived=recipes, extra=extra)
+
+
+def _deepseek_v4(
+    source: Source,
+    num_tokens: int,
+    hidden: int,
+    inner: int,
+    num_experts: int,
+    *,
+    same_experts: bool = False,
+    ep_size: int = 1,
+    ep_rank: int = 0,
+) -> Content:
+    logits = source.normal("logits", num_tokens, num_experts).to(torch.float32)
+    if same_experts:  # all tokens to the same six, with their own weights
+        logits = logits[:1] + source.uniform("logits.fraction", num_tokens, num_experts) * 2.0**-10
+    extra = {
+        "router.logits": logits,
+        "router.correction_bias": 8.08 + source.uniform("bias", num_experts) * 2.0**-4,
+    }
+    routing = deepseek_v4(logits, extra["router.correction_bias"])
+    num_local = num_experts // ep_size
+    first = ep_rank * num_local
+    used = sorted({expert - first for expert in routing.ids.flatten().tolist()} & set(range(num_local)))
+    recipes = _recipes(source, num_local, used, hidden, inner, first_expert=first)
+    limit = torch.full((num_local,), 10.0)
+    x = source.normal("input", num_tokens, hidden)
+    return _content(
+        recipes, x, routing, extra, ep_size=ep_size, ep_rank=ep_rank, parameters={"swiglu_limit": limit}
+    )
+
+
+@define(
+    "models",
+    "moe",
+    """A whole DeepSeek-V4-Flash layer: H 4096, I 2048, 256 experts, six a token by its own router, limit 10.""",
+    unique_for="whole size, all 256 experts",
+)
+def deepseek_v4_flash(source: Source) -> Content:
+    return _deepseek_v4(source, 4, 4096, 2048, 256)
+
+
+@define(
+    "models",
+    "moe",
+    "The same model on expert rank 5 of 8, six tokens of which some have no expert there.",
+    unique_for="whole size under expert parallelism",
+)
+def deepseek_v4_flash_expert_rank_5_of_8(source: Source) -> Content:
+    return _deepseek_v4(source, 6, 4096, 2048, 256, ep_size=8, ep_rank=5)
+
+
+@define(
+    "models",
+    "moe",
+    "A whole DeepSeek-V4-Pro layer: H 7168, I 3072, 384 experts; four tokens share their six experts.",
+    unique_for="whole size, all 384 experts",
+)
+def deepseek_v4_pro(source: Source) -> Content:
+    return _deepseek_v4(source, 4, 7168, 3072, 384, same_experts=True)
+
+
+@define(
+    "models",
+    "moe",
+    """A whole gpt-oss-20b layer: H = I = 2880 padded to 2944 with zeros, each half of fc1 on its own, 32 experts,
+    four a token, biases, alpha 1.702, beta 1, limit 7.""",
+    unique_for="whole size, padding, biases and all parameters",
+)
+def gpt_oss_20b(source: Source) -> Content:
+    logits = source.normal("logits", 4, 32)
+    routing = gpt_oss(logits)
+    used = sorted(set(routing.ids.flatten().tolist()))
+    recipes = _recipes(source, 32, used, 2880, 2880, biases=True)
+    x = torch.cat((source.normal("input", 4, 2880), torch.zeros(4, 64, dtype=torch.bfloat16)), dim=1)
+    values = {"swiglu_alpha": 1.702, "swiglu_beta": 1.0, "swiglu_limit": 7.0}
+    parameters = {name: torch.full((32,), value) for name, value in values.items()}
+    return _content(recipes, x, routing, {"router.logits": logits}, parameters=parameters)

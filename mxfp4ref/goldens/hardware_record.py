@@ -1,0 +1,90 @@
+"""What real GPUs gave for the golden cases: `goldens/hardware/*.jsonl`, written by the recording tool only.
+
+A line is a JSON object for one run: `case` ("suite/name"), `tile_k` ([first, second]), `sha256` of the output's
+bytes, `equal` (whether they were the model's), `generation` (of flashinfer; the goldens are of the newest),
+`gpu`, and the versions `driver`, `cuda`, `flashinfer`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from typing import Any
+
+from mxfp4ref.goldens.store import Case, GoldenError, Goldens, tensor_bytes
+from mxfp4ref.formats.layout import GENERATIONS
+from mxfp4ref.model.forward import forward
+
+__all__ = ["compare", "read"]
+
+_KEYS = ("case", "tile_k", "sha256", "equal", "gpu")
+
+
+def read(goldens: Goldens) -> list[dict[str, Any]]:
+    """All recorded runs; empty if nothing has been recorded.
+
+    Raises:
+        GoldenError: a line is not of this format.
+    """
+    records = []
+    for path in sorted((goldens.root / "hardware").glob("*.jsonl")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise GoldenError(f"{path}:{number}: not JSON: {error}") from error
+            missing = [key for key in _KEYS if not isinstance(record, dict) or key not in record]
+            if missing:
+                raise GoldenError(
+                    f"{path}:{number}: expected the keys {', '.join(_KEYS)}; missing {missing[0]}"
+                )
+            records.append(record)
+    return records
+
+
+def compare(goldens: Goldens) -> tuple[list[dict[str, Any]], list[str]]:
+    """The records, and a line for each that does not agree with the golden's output."""
+    records = read(goldens)
+    by_case: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        by_case.setdefault(record["case"], []).append(record)
+    problems = []
+    for name, found in by_case.items():
+        if name not in goldens.names():
+            problems.append(f"{name}: recorded on {found[0]['gpu']}, but there is no such case")
+            continue
+        case = goldens.load(name)
+        hashes = case.output_hashes
+        for record in found:
+            pair = (int(record["tile_k"][0]), int(record["tile_k"][1]))
+            where = f"{name}, K tiles {pair[0]}x{pair[1]}, {record['gpu']}"
+            if pair not in hashes:
+                problems.append(f"{where}: the golden has no output for these tiles")
+                continue
+            same = record["sha256"] == hashes[pair] or record["sha256"] == _of_generation(case, pair, record)
+            if not same:
+                problems.append(
+                    f"{where}: recorded SHA-256 {record['sha256']}, the golden has {hashes[pair]}"
+                )
+            elif not record["equal"]:
+                problems.append(f"{where}: recorded as different, but the hashes are equal")
+    return records, problems
+
+
+def _hash_of_generation(case: Case, tile_k: tuple[int, int], record: dict[str, Any]) -> str | None:
+    """What the model gives for the record's generation; None where that is the goldens' own."""
+    generation = record.get("generation", GENERATIONS[-1])
+    if generation == GENERATIONS[-1] or not record["equal"]:
+        return None
+    output = forward(replace(case.call(tile_k), generation=generation))
+    return hashlib.sha256(tensor_bytes(output)).hexdigest()
+
+
+def _of_generation(case: Case, pair: tuple[int, int], record: dict[str, Any]) -> str:
+    """The hash of the model's output for the record's generation; "" if that is the golden's own."""
+    generation = record.get("generation", GENERATIONS[-1])
+    if generation == GENERATIONS[-1]:
+        return ""
+    output = forward(replace(case.call(pair), generation=generation))
+    return hashlib.sha256(tensor_bytes(output)).hexdigest()

@@ -1,0 +1,139 @@
+"""The runs that a golden case asks for, and this package's answer to each kind of case.
+
+A case of kind "moe" is a kernel call with a legitimate output for each pair of K tiles. The other kinds test one
+stage; a stage's function takes a case's tensors and parameters by name and returns its output, or a mapping:
+
+    dequantize   packed, scales, convention, dtype                         -> values
+    layout       before, operation, and its parameters                     -> after
+    tensor_core  a, b, c                                                   -> d
+    gemm         x, packed, scales, tile_k                                 -> accumulators
+    activation   fc1_output, swiglu_alpha, swiglu_beta, swiglu_limit       -> activation
+    finalize     fc2_output, local_experts, token_final_scales, fc2_biases -> output
+    routing      preset, logits, and the preset's arguments                -> ids, scales
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mxfp4ref.formats import layout
+from mxfp4ref.routing import presets as routing
+from mxfp4ref.goldens.store import Case
+from mxfp4ref.model.forward import forward
+from mxfp4ref.formats.mxfp4 import dequantize
+from mxfp4ref.sm90 import fp32, tensor_core
+from mxfp4ref.sm90.finalize import finalize
+from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
+from mxfp4ref.sm90.swiglu import swiglu
+
+__all__ = ["OUTPUTS", "Run", "run_stage", "runs"]
+
+# What each kind of case has to give.
+OUTPUTS: dict[str, tuple[str, ...]] = {
+    "moe": ("output",),
+    "dequantize": ("values",),
+    "layout": ("after",),
+    "tensor_core": ("d",),
+    "gemm": ("accumulators",),
+    "activation": ("activation",),
+    "finalize": ("output",),
+    "routing": ("ids", "scales"),
+}
+# Further stored results that are no inputs.
+_RESULTS = ("activation_float32", "output_float32", "ambiguous")
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run of a case: the tiles it is for ("" where there are none), the inputs, the expected outputs."""
+
+    tiles: str
+    inputs: Any
+    expected: Mapping[str, Tensor]
+
+
+def runs(case: Case) -> list[Run]:
+    """The runs of a case; more than one where the output depends on the K tiles."""
+    if case.kind == "moe":
+        return [
+            Run(f"{first}x{second}", case.call((first, second)), {"output": output})
+            for (first, second), output in case.outputs.items()
+        ]
+    names = OUTPUTS[case.kind]
+    prefix = "accumulators.tile_k_"
+    inputs: dict[str, Any] = {
+        name: tensor
+        for name, tensor in case.tensors.items()
+        if name not in (*names, *_RESULTS) and not name.startswith(prefix)
+    }
+    inputs |= case.parameters
+    if case.kind == "gemm":
+        tiles = [name.removeprefix(prefix) for name in case.tensors if name.startswith(prefix)]
+        return [
+            Run(tile, {**inputs, "tile_k": int(tile)}, {"accumulators": case.tensors[prefix + tile]})
+            for tile in sorted(tiles, key=int)
+        ]
+    return [Run("", inputs, {name: case.tensors[name] for name in names})]
+
+
+def run_stage(kind: str, inputs: Any) -> Tensor | Mapping[str, Tensor]:
+    """This package's output for a case of any kind."""
+    return forward(inputs) if kind == "moe" else _STAGES[kind](**inputs)
+
+
+def _dequantize(packed: Tensor, scales: Tensor, convention: str, dtype: str) -> Tensor:
+    return dequantize(packed, scales, convention=convention, dtype=getattr(torch, dtype))
+
+
+def _layout(before: Tensor, operation: str, **parameters: Any) -> Tensor:
+    moved: Tensor = getattr(layout, operation)(before, **parameters)
+    return moved
+
+
+def _gemm(x: Tensor, packed: Tensor, scales: Tensor, tile_k: int) -> Tensor:
+    return group_scaled_gemm(x[None], packed[None], scales[None], tile_k=tile_k)[0]
+
+
+def _activation(
+    fc1_output: Tensor,
+    swiglu_alpha: Tensor | None = None,
+    swiglu_beta: Tensor | None = None,
+    swiglu_limit: Tensor | None = None,
+) -> Tensor:
+    return fp32.to_bf16(swiglu(fc1_output, None, swiglu_alpha, swiglu_beta, swiglu_limit))
+
+
+def _finalize(
+    fc2_output: Tensor, local_experts: Tensor, token_final_scales: Tensor, fc2_biases: Tensor | None = None
+) -> Tensor:
+    return fp32.to_bf16(finalize(fc2_output, local_experts.to(torch.int64), token_final_scales, fc2_biases))
+
+
+def routing_options(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A routing case's inputs as the preset's arguments, without the preset and the logits."""
+    options = {name: value for name, value in inputs.items() if name not in ("preset", "logits")}
+    if "routed_scaling" in options:
+        options["routed_scaling"] = routing.RoutedScaling(options["routed_scaling"])
+    return options
+
+
+def _routing(**inputs: Any) -> dict[str, Tensor]:
+    router: Callable[..., routing.Routing] = getattr(routing, inputs["preset"])
+    routed = router(inputs["logits"], **routing_options(inputs))
+    return {"ids": routed.ids, "scales": routed.scales}
+
+
+_STAGES: dict[str, Callable[..., Tensor | Mapping[str, Tensor]]] = {
+    "dequantize": _dequantize,
+    "layout": _layout,
+    "tensor_core": tensor_core.step,
+    "gemm": _gemm,
+    "activation": _activation,
+    "finalize": _finalize,
+    "routing": _routing,
+}

@@ -1,0 +1,410 @@
+"""Reading the goldens: stored cases, verified byte for byte before anything is compared with them.
+
+A case is a safetensors file and a JSON sidecar beside it; `manifest.json` at the root has the size and the
+SHA-256 of both. `goldens/README.md` defines every key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from mxfp4ref.goldens import generator
+from mxfp4ref._lock import locked
+from mxfp4ref.model.call import MoeCall
+from mxfp4ref.formats.experts import Experts
+
+__all__ = [
+    "BUILTIN_ROOT",
+    "EXPERT_TENSORS",
+    "FORMAT",
+    "KINDS",
+    "Case",
+    "GoldenError",
+    "Goldens",
+    "derive",
+    "dtype_name",
+    "find_root",
+    "is_other_file",
+    "open_goldens",
+    "tensor_bytes",
+]
+
+FORMAT = "mxfp4ref-goldens-1"
+KINDS = ("moe", "dequantize", "layout", "tensor_core", "gemm", "activation", "finalize", "routing")
+BUILTIN_ROOT = Path(__file__).resolve().parent / "builtin"
+_PACKAGE_PARENT = BUILTIN_ROOT.parents[2]
+
+_NAME = re.compile(r"[a-z0-9_]+/[a-z0-9_]+")
+# Files of the root folder that belong there and are no cases.
+_OTHER_FILES = ("README.md", "manifest.json", "defect_matrix.md", "defect_matrix.svg")
+_OTHER_FOLDERS = ("hardware",)
+# Tensors of `Experts`, in logical layout; the biases and SwiGLU parameters are optional.
+EXPERT_TENSORS = (
+    *("fc1_weights", "fc1_scales", "fc2_weights", "fc2_scales", "fc1_biases", "fc2_biases"),
+    *("swiglu_alpha", "swiglu_beta", "swiglu_limit"),
+)
+
+
+class GoldenError(ValueError):
+    """The goldens are missing, damaged or not what they claim to be; the message names the file."""
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One golden case: why it exists, what goes in, what has to come out.
+
+    Attributes:
+        suite, name: its folder and file name.
+        kind: what is tested, one of `KINDS`; which tensors a kind has is said in `goldens/README.md`.
+        why: the reason for the case, in a sentence or two.
+        catches: the defect classes it is there for, names of `mxfp4ref.defects`.
+        unique_for: what it is kept for although other cases catch the same defects, or "".
+        parameters: integers and strings that are no tensors.
+        tensors: all stored tensors by name.
+        derived: tensors that are generated instead of stored, and how.
+        output_tensors: for kind "moe", the name of the stored output for each pair of K tiles.
+    """
+
+    suite: str
+    name: str
+    kind: str
+    why: str
+    catches: tuple[str, ...]
+    unique_for: str
+    parameters: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    derived: Mapping[str, Mapping[str, Any]]
+    output_tensors: Mapping[tuple[int, int], str]
+
+    @property
+    def id(self) -> str:
+        return f"{self.suite}/{self.name}"
+
+    @property
+    def outputs(self) -> dict[tuple[int, int], Tensor]:
+        """For each legitimate pair of K tiles the output `[M, H] bf16`; pairs may share a tensor."""
+        return {pair: self.tensors[name] for pair, name in self.output_tensors.items()}
+
+    @property
+    def output_hashes(self) -> dict[tuple[int, int], str]:
+        """The SHA-256 of each output's bytes."""
+        return {pair: hashlib.sha256(tensor_bytes(out)).hexdigest() for pair, out in self.outputs.items()}
+
+    @cached_property
+    def experts(self) -> Experts:
+        """This rank's experts, of a case of kind "moe"; derived tensors are generated and verified.
+
+        Of a derived tensor only the experts that the case uses are generated. The others are zeros, which
+        take no memory on a CPU until they are touched.
+        """
+        self._expect_kind("moe")
+        given = {name: self.tensors.get(name) for name in EXPERT_TENSORS}
+        given |= {name: self._derive(name) for name in self.derived}
+        return Experts(**given)  # type: ignore[arg-type]
+
+    def call(self, tile_k: tuple[int, int] = (128, 128), tile_n: tuple[int, int] = (16, 16)) -> MoeCall:
+        """The kernel call of a case of kind "moe".
+
+        Raises:
+            ValueError: another kind, or a tile_k that does not divide the GEMMs' K.
+            GoldenError: a derived tensor does not have the recorded hash.
+        """
+        self._expect_kind("moe")
+        return MoeCall(
+            input=self.tensors["input"],
+            token_selected_experts=self.tensors["token_selected_experts"],
+            token_final_scales=self.tensors["token_final_scales"],
+            experts=self.experts,
+            tile_k=tile_k,
+            tile_n=tile_n,
+            ep_size=self.parameters["ep_size"],
+            ep_rank=self.parameters["ep_rank"],
+            tp_size=self.parameters["tp_size"],
+            tp_rank=self.parameters["tp_rank"],
+            strict=self.parameters["strict"],
+        )
+
+    def _expect_kind(self, kind: str) -> None:
+        if self.kind != kind:
+            raise ValueError(f"{self.id}: expected a case of kind {kind!r}, got kind {self.kind!r}")
+
+    def _derive(self, name: str) -> Tensor:
+        tensor, digest = derive(name, self.derived[name])
+        if digest != self.derived[name]["sha256"]:
+            raise GoldenError(
+                f"{self.id}: derived tensor {name}: expected SHA-256 {self.derived[name]['sha256']}, "
+                f"the generator gave {digest}"
+            )
+        return tensor
+
+
+class Goldens:
+    """The cases under one root folder; `open_goldens` finds it.
+
+    If they are regenerated meanwhile, a case is read as it was before or as it is afterwards.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.entries = self._manifest()
+
+    def _manifest(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """For each case the size and SHA-256 of its files."""
+        path = self.root / "manifest.json"
+        manifest = _parse(path, _read(path))
+        if manifest.get("format") != FORMAT:
+            raise GoldenError(f"{path}: expected format {FORMAT!r}, got {manifest.get('format')!r}")
+        cases = manifest.get("cases")
+        if not isinstance(cases, dict):
+            raise GoldenError(f"{path}: expected an object 'cases', got {type(cases).__name__}")
+        for name, entry in cases.items():
+            if not _NAME.fullmatch(name) or not _is_entry(entry):
+                raise GoldenError(
+                    f"{path}: case {name!r}: expected a name suite/case with 'bytes' and 'sha256' of its 'json' and "
+                    f"its 'safetensors' file, got {entry!r}"
+                )
+        return cases
+
+    @property
+    def suites(self) -> list[str]:
+        return sorted({name.split("/")[0] for name in self.entries})
+
+    def names(self, suite: str | None = None) -> list[str]:
+        """The cases as "suite/name", sorted; of one suite or of all.
+
+        Raises:
+            GoldenError: no such suite.
+        """
+        if suite is not None and suite not in self.suites:
+            raise GoldenError(f"suite: expected one of {', '.join(self.suites)}, got {suite!r}")
+        return sorted(name for name in self.entries if suite in (None, name.split("/")[0]))
+
+    def load(self, name: str) -> Case:
+        """A case, all of its bytes verified.
+
+        Raises:
+            GoldenError: no such case, or a file is missing, damaged, renamed or not the one in the manifest.
+        """
+        try:
+            return self._load(name)
+        except GoldenError:
+            pass
+        # Damaged, or somebody is writing: once they are done, the manifest tells which.
+        with locked(self.root):
+            self.entries = self._manifest()
+            return self._load(name)
+
+    def _load(self, name: str) -> Case:
+        if name not in self.entries:
+            close = difflib.get_close_matches(name, self.entries, n=3)
+            hint = f"; did you mean {', '.join(close)}?" if close else ""
+            if self.root == BUILTIN_ROOT:
+                hint += "; these are the few that come with the package, a checkout has all"
+            raise GoldenError(f"{name!r}: no such case in {self.root}{hint}")
+        paths = {kind: self.root / f"{name}.{kind}" for kind in ("json", "safetensors")}
+        data = {kind: _read(path) for kind, path in paths.items()}
+        for kind, path in paths.items():
+            _verify(str(path), data[kind], self.entries[name][kind])
+        sidecar = _parse(paths["json"], data["json"])
+        try:
+            case = _case(name, sidecar, safetensors.torch.load(data["safetensors"]))
+        except (KeyError, TypeError, SafetensorError) as error:
+            raise GoldenError(
+                f"{self.root / name}: not a case of format {FORMAT}: {type(error).__name__}: {error}"
+            ) from error
+        return case
+
+    def verify(self) -> list[str]:
+        """Everything that is wrong with the files under the root, one line each; empty if nothing is.
+
+        Raises:
+            GoldenError: there is no manifest any more, or it is damaged.
+        """
+        with locked(self.root):
+            self.entries = self._manifest()
+            return self._problems()
+
+    def _problems(self) -> list[str]:
+        problems = []
+        for name in self.names():
+            try:
+                self.load(name)
+            except GoldenError as error:
+                problems.append(str(error))
+        known = {f"{name}.{kind}" for name in self.entries for kind in ("json", "safetensors")}
+        for path in sorted(path for path in self.root.rglob("*") if path.is_file()):
+            relative = path.relative_to(self.root)
+            if not is_other_file(relative) and relative.as_posix() not in known:
+                problems.append(f"{path}: not in the manifest")
+        return problems
+
+
+def open_goldens(root: Path | str | None = None) -> Goldens:
+    """The goldens under `root`, or those that `find_root` finds.
+
+    Raises:
+        GoldenError: no manifest there, or not one of this format.
+    """
+    return Goldens(find_root() if root is None else Path(root))
+
+
+def find_root() -> Path:
+    """Where the goldens are: $MXFP4REF_GOLDENS; a folder `goldens` in the working directory or above it, or
+    beside the package; else the small suite that is part of the package.
+
+    Raises:
+        GoldenError: $MXFP4REF_GOLDENS is set to a folder without a manifest, or nothing was found.
+    """
+    named = os.environ.get("MXFP4REF_GOLDENS")
+    if named:
+        if not (Path(named) / "manifest.json").is_file():
+            raise GoldenError(f"MXFP4REF_GOLDENS: expected a folder with a manifest.json, got {named!r}")
+        return Path(named)
+    above = Path.cwd().resolve()
+    for folder in (above, *above.parents, _PACKAGE_PARENT):
+        manifest = folder / "goldens" / "manifest.json"
+        # Other projects have goldens too.
+        if manifest.is_file() and _parse(manifest, _read(manifest)).get("format") == FORMAT:
+            return manifest.parent
+    if not (BUILTIN_ROOT / "manifest.json").is_file():
+        raise GoldenError(
+            "no goldens found: set MXFP4REF_GOLDENS to a folder with a manifest.json, or run "
+            "tools/tables/regenerate_goldens.py in a checkout"
+        )
+    return BUILTIN_ROOT
+
+
+def derive(name: str, recipe: Mapping[str, Any]) -> tuple[Tensor, str]:
+    """Generate a tensor by its recipe; return it and the SHA-256 of the generated experts, one after another.
+
+    The stream of `name` holds experts of the shape `content` = [blocks, rows, ...], this rank's from
+    `first_expert` on. Each block goes to the upper left of its equal share of the rows of `shape`; what is left
+    of those, and every expert that is not in `experts`, is zero.
+    """
+    num_experts, *shape = recipe["shape"]
+    blocks, *content = recipe["content"]
+    limits = {limit: recipe[limit] for limit in ("low", "high") if limit in recipe}
+    is_bf16 = recipe["rule"] == "bf16"
+    # numpy's zeros take no memory until they are touched; it has no bf16.
+    out = torch.from_numpy(np.zeros((num_experts, *shape), dtype=np.int16 if is_bf16 else np.uint8))
+    out = out.view(torch.bfloat16) if is_bf16 else out
+    size = blocks * int(np.prod(content))
+    digest = hashlib.sha256()
+    for expert in recipe["experts"]:
+        start = (recipe["first_expert"] + expert) * size
+        values = generator.generate(
+            recipe["seed"], name, (blocks, *content), recipe["rule"], start=start, **limits
+        )
+        target = out[expert].view(blocks, shape[0] // blocks, *shape[1:])
+        target[(slice(None), *(slice(length) for length in content))] = values
+        digest.update(tensor_bytes(out[expert]))
+    return out, digest.hexdigest()
+
+
+def is_other_file(relative: Path) -> bool:
+    """Whether a path below a root belongs there without being part of a case."""
+    return relative.parts[0] in _OTHER_FOLDERS or relative.as_posix() in _OTHER_FILES
+
+
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """The bytes of a tensor in C order, little-endian."""
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _case(name: str, sidecar: dict[str, Any], tensors: dict[str, Tensor]) -> Case:
+    """The verified case of a sidecar and its tensors."""
+    if sidecar["format"] != FORMAT:
+        raise GoldenError(f"{name}: expected format {FORMAT!r}, got {sidecar['format']!r}")
+    if f"{sidecar['suite']}/{sidecar['name']}" != name:
+        raise GoldenError(f"{name}: the file says that it is {sidecar['suite']}/{sidecar['name']}: renamed?")
+    if sidecar["kind"] not in KINDS:
+        raise GoldenError(f"{name}: expected a kind of {', '.join(KINDS)}, got {sidecar['kind']!r}")
+    if set(tensors) != set(sidecar["tensors"]):
+        raise GoldenError(f"{name}: expected the tensors {sorted(sidecar['tensors'])}, got {sorted(tensors)}")
+    for key, recorded in sidecar["tensors"].items():
+        tensor = tensors[key]
+        got = {"dtype": dtype_name(tensor), "shape": list(tensor.shape)}
+        if got != {"dtype": recorded["dtype"], "shape": recorded["shape"]}:
+            raise GoldenError(
+                f"{name}: tensor {key}: expected {recorded['dtype']} {recorded['shape']}, "
+                f"got {got['dtype']} {got['shape']}"
+            )
+        digest = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+        if digest != recorded["sha256"]:
+            raise GoldenError(f"{name}: tensor {key}: expected SHA-256 {recorded['sha256']}, got {digest}")
+    output_tensors = {
+        (first, second): output["tensor"]
+        for output in sidecar["outputs"]
+        for first, second in output["tile_k"]
+    }
+    unknown = sorted(set(output_tensors.values()) - set(tensors))
+    if unknown or bool(output_tensors) != (sidecar["kind"] == "moe"):
+        raise GoldenError(
+            f"{name}: expected outputs of kind 'moe' that are stored, got {unknown or output_tensors} "
+            f"for kind {sidecar['kind']!r}"
+        )
+    return Case(
+        suite=sidecar["suite"],
+        name=sidecar["name"],
+        kind=sidecar["kind"],
+        why=sidecar["why"],
+        catches=tuple(sidecar["catches"]),
+        unique_for=sidecar["unique_for"],
+        parameters=sidecar["parameters"],
+        tensors=tensors,
+        derived=sidecar["derived"],
+        output_tensors=output_tensors,
+    )
+
+
+def _is_entry(entry: object) -> bool:
+    """Whether a manifest's entry names the size and hash of a case's two files."""
+    return (
+        isinstance(entry, dict)
+        and set(entry) == {"json", "safetensors"}
+        and all(isinstance(file, dict) and set(file) == {"bytes", "sha256"} for file in entry.values())
+    )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise GoldenError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _parse(path: Path, data: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise GoldenError(f"{path}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise GoldenError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _verify(where: str, data: bytes, recorded: Mapping[str, Any]) -> None:
+    if len(data) != recorded.get("bytes"):
+        raise GoldenError(f"{where}: expected {recorded.get('bytes')} bytes, got {len(data)}: truncated?")
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != recorded.get("sha256"):
+        raise GoldenError(f"{where}: expected SHA-256 {recorded.get('sha256')}, got {digest}: damaged?")

@@ -1,0 +1,1 @@
+"""The layer: one call, the forward, its parallel forms, and the drop-in for flashinfer's function."""

@@ -1,0 +1,146 @@
+"""One call of the layer: every argument that determines the output, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mxfp4ref._validate import (
+    INT32_MAX,
+    check_bool,
+    check_choice,
+    check_instance,
+    check_int,
+    check_same_device,
+    check_tensor,
+    shown,
+)
+from mxfp4ref.formats.experts import Experts
+from mxfp4ref.formats.layout import GENERATIONS
+from mxfp4ref.sm90.gemm.reference import TILE_K, TILE_N
+
+__all__ = ["PADDING_ID", "MoeCall"]
+
+PADDING_ID = -1
+
+
+@dataclass(frozen=True)
+class MoeCall:
+    """The arguments of a forward (the specification, section 2).
+
+    Attributes:
+        input: `[M, H] bf16`.
+        token_selected_experts: `[M, k] int32`, global ids; -1 marks a padded slot.
+        token_final_scales: `[M, k] float32`, the routing weights; NaN and Inf are allowed and propagate.
+        experts: the experts of this rank (and, under tensor parallelism, its shard of them).
+        ep_size, ep_rank: the rank owns the ids `[ep_rank * E, (ep_rank + 1) * E)`; other slots are skipped.
+        tp_size, tp_rank: the fc2 bias is added on rank 0 only.
+        tile_k: the K tiles of GEMM1's and GEMM2's tactic, each 128, 256 or 512.
+        tile_n: their N tiles; visible only where the first two groups of K over- or underflow.
+        generation: the flashinfer generation, one of `layout.GENERATIONS`; visible where `tile_n` is.
+        strict: refuse ids that no rank owns and experts that a token names twice. With False the former are
+            skipped, as the kernel does, and of the latter only the first slot counts. The kernel leaves the other
+            slot's row unset, so what it adds there depends on what its workspace held before.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong shape, device or value.
+    """
+
+    input: Tensor
+    token_selected_experts: Tensor
+    token_final_scales: Tensor
+    experts: Experts
+    ep_size: int = 1
+    ep_rank: int = 0
+    tp_size: int = 1
+    tp_rank: int = 0
+    tile_k: tuple[int, int] = (128, 128)
+    tile_n: tuple[int, int] = (16, 16)
+    generation: str = GENERATIONS[-1]
+    strict: bool = True
+
+    def __post_init__(self) -> None:
+        check_instance("experts", self.experts, Experts)
+        hidden, inner = self.experts.hidden_size, self.experts.intermediate_size
+        check_tensor("input", self.input, dtype=torch.bfloat16, shape=("M", hidden))
+        sizes = {"M": self.input.shape[0]}
+        check_tensor(
+            "token_selected_experts",
+            self.token_selected_experts,
+            dtype=torch.int32,
+            shape=("M", "k"),
+            sizes=sizes,
+        )
+        sizes["k"] = self.token_selected_experts.shape[1]
+        check_tensor(
+            "token_final_scales", self.token_final_scales, dtype=torch.float32, shape=("M", "k"), sizes=sizes
+        )
+        check_same_device(
+            {
+                "input": self.input,
+                "token_selected_experts": self.token_selected_experts,
+                "token_final_scales": self.token_final_scales,
+                "experts": self.experts.fc1_weights,
+            }
+        )
+        # No more ranks than ids: beyond int32 torch would compare the ids' low bits only.
+        for kind, most in (("ep", INT32_MAX // self.experts.num_experts), ("tp", INT32_MAX)):
+            size = check_int(f"{kind}_size", getattr(self, f"{kind}_size"), minimum=1, maximum=most)
+            check_int(f"{kind}_rank", getattr(self, f"{kind}_rank"), minimum=0, maximum=size - 1)
+        for name, choices in (("tile_k", TILE_K), ("tile_n", TILE_N)):
+            value = getattr(self, name)
+            if not (isinstance(value, tuple) and len(value) == 2):
+                raise TypeError(f"{name}: expected a pair, one for each GEMM, got {shown(value)}")
+            for tile in value:
+                check_choice(name, tile, choices)
+        check_choice("generation", self.generation, GENERATIONS)
+        if self.experts.quantized:
+            for gemm, tile, depth in (("GEMM1", self.tile_k[0], hidden), ("GEMM2", self.tile_k[1], inner)):
+                if depth % tile:
+                    raise ValueError(f"tile_k: expected a divisor of {gemm}'s K = {depth}, got {tile}")
+        if check_bool("strict", self.strict):
+            self._check_ids()
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input.shape[0]
+
+    @property
+    def top_k(self) -> int:
+        return self.token_selected_experts.shape[1]
+
+    @property
+    def num_global_experts(self) -> int:
+        return self.experts.num_experts * self.ep_size
+
+    def select(self, tokens: slice) -> MoeCall:
+        """The same call for some of its tokens."""
+        return replace(
+            self,
+            input=self.input[tokens],
+            token_selected_experts=self.token_selected_experts[tokens],
+            token_final_scales=self.token_final_scales[tokens],
+        )
+
+    def _check_ids(self) -> None:
+        ids = self.token_selected_experts
+        owned_by_none = (ids < PADDING_ID) | (ids >= self.num_global_experts)
+        if bool(owned_by_none.any()):
+            token, slot = owned_by_none.nonzero()[0].tolist()
+            raise ValueError(
+                f"token_selected_experts: expected global ids from 0 to {self.num_global_experts - 1}, or -1 for "
+                f"padding, got {ids[token, slot].item()} at token {token}, slot {slot} "
+                f"({int(owned_by_none.sum())} in all); strict=False skips such slots as the kernel does"
+            )
+        ordered = ids.sort(dim=1).values
+        repeated = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != PADDING_ID)).any(1)
+        if bool(repeated.any()):
+            token = int(repeated.nonzero()[0])
+            raise ValueError(
+                f"token_selected_experts: expected each expert at most once per token, got {ids[token].tolist()} "
+                f"at token {token} ({int(repeated.sum())} tokens in all); strict=False counts the first slot "
+                "only"
+            )

@@ -1,0 +1,317 @@
+"""The mixture-of-experts forward: the kernel's stages in order, every intermediate on request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mxfp4ref._compiler import uncompiled
+from mxfp4ref._validate import check_instance
+from mxfp4ref.formats.experts import Experts
+from mxfp4ref.formats.layout import GENERATIONS
+from mxfp4ref.model.call import MoeCall
+from mxfp4ref.model.dense import dense_gemm
+from mxfp4ref.sm90 import fp32
+from mxfp4ref.sm90.finalize import finalize
+from mxfp4ref.sm90.gemm.analysis import spans
+from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
+from mxfp4ref.sm90.swiglu import swiglu
+from mxfp4ref.sm90.threads import in_parallel
+
+__all__ = ["DENSE", "KERNEL", "MoeTrace", "Stages", "forward", "moe_forward", "select_local", "trace"]
+
+_TOKENS_AT_ONCE = 512  # bounds the memory of the per-slot outputs; tokens do not influence each other
+_ROWS_AT_ONCE = {"cpu": 256, "gpu": 4096}  # of the activation, likewise
+_EXPERTS_AT_ONCE = {"cpu": 1, "gpu": 64}
+
+
+def select_local(ids: Tensor, num_local: int, ep_size: int, ep_rank: int) -> Tensor:
+    """This rank's index of each slot's expert, `[M, k] int64`; -1 where the slot is not this rank's.
+
+    The rank owns the global ids `[ep_rank * num_local, (ep_rank + 1) * num_local)`. Where a token names an
+    expert twice only the first slot counts (the specification, section 5).
+    """
+    local = ids.to(torch.int64) - ep_rank * num_local
+    local = torch.where((local < 0) | (local >= num_local), -1, local)
+    for slot in range(1, ids.shape[1]):
+        repeated = (local[:, :slot] == local[:, slot, None]).any(1)
+        local[:, slot] = torch.where(repeated, -1, local[:, slot])
+    return local
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The computation as replaceable stages: `replace(KERNEL, swiglu=...)` is a kernel with another one.
+
+    The GEMMs take `(x [B, M, K], weights [B, N, ...], scales [B, N, K/32] or None, *, tile_k, tile_n,
+    positions [B, M], generation)` and return `[B, M, N] float32`; the rounding stages take the float32 result of the
+    stage before; the others have the signatures of the functions that are their defaults.
+    """
+
+    select_local: Callable[[Tensor, int, int, int], Tensor] = select_local
+    fc1_gemm: Callable[..., Tensor] = group_scaled_gemm
+    round_fc1: Callable[[Tensor], Tensor] = fp32.to_bf16
+    swiglu: Callable[..., Tensor] = swiglu
+    round_activation: Callable[[Tensor], Tensor] = fp32.to_bf16
+    fc2_gemm: Callable[..., Tensor] = group_scaled_gemm
+    round_fc2: Callable[[Tensor], Tensor] = fp32.to_bf16
+    finalize: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = finalize
+    round_output: Callable[[Tensor], Tensor] = fp32.to_bf16
+
+
+KERNEL = Stages()
+DENSE = Stages(fc1_gemm=dense_gemm, fc2_gemm=dense_gemm)
+
+
+@dataclass(frozen=True)
+class MoeTrace:
+    """Every intermediate of a forward. R routed rows, by expert and within an expert by token.
+
+    Attributes:
+        token, slot, expert: `[R] int64`, where the row comes from; the expert is this rank's index.
+        fc1_accumulators: `[R, 2I] float32`.
+        fc1_output: `[R, 2I] bf16`, up in the first half and gate in the second, before the bias.
+        activation: `[R, I] bf16`, the input of GEMM2.
+        fc2_accumulators: `[R, H] float32`.
+        fc2_output: `[R, H] bf16`, before bias and routing weight.
+        output: `[M, H] bf16`.
+    """
+
+    token: Tensor
+    slot: Tensor
+    expert: Tensor
+    fc1_accumulators: Tensor
+    fc1_output: Tensor
+    activation: Tensor
+    fc2_accumulators: Tensor
+    fc2_output: Tensor
+    output: Tensor
+
+
+def moe_forward(
+    input: Tensor,
+    token_selected_experts: Tensor,
+    token_final_scales: Tensor,
+    experts: Experts,
+    *,
+    ep_size: int = 1,
+    ep_rank: int = 0,
+    tp_size: int = 1,
+    tp_rank: int = 0,
+    tile_k: tuple[int, int] = (128, 128),
+    tile_n: tuple[int, int] = (16, 16),
+    generation: str = GENERATIONS[-1],
+    strict: bool = True,
+    stages: Stages | None = None,
+) -> Tensor:
+    """The layer's output as an H100 computes it, bit for bit: `forward` of a `MoeCall` of these arguments.
+
+    Returns:
+        `[M, H] bf16`; NaN is 0x7FFF.
+
+    Raises:
+        TypeError, ValueError: as `MoeCall` says.
+    """
+    call = MoeCall(
+        input=input,
+        token_selected_experts=token_selected_experts,
+        token_final_scales=token_final_scales,
+        experts=experts,
+        ep_size=ep_size,
+        ep_rank=ep_rank,
+        tp_size=tp_size,
+        tp_rank=tp_rank,
+        tile_k=tile_k,
+        tile_n=tile_n,
+        generation=generation,
+        strict=strict,
+    )
+    return forward(call, stages)
+
+
+@uncompiled
+def forward(call: MoeCall, stages: Stages | None = None) -> Tensor:
+    """The output `[M, H] bf16` of a call, by the kernel's stages unless others are given."""
+    return torch.cat([output for output, _ in _forward_in_parts(call, stages, keep=False)])
+
+
+@uncompiled
+def trace(call: MoeCall, stages: Stages | None = None) -> MoeTrace:
+    """A forward with every intermediate of every routed row."""
+    outputs, parts = zip(*_forward_in_parts(call, stages, keep=True), strict=True)
+    rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    order = torch.argsort(rows["expert"] * call.num_tokens + rows["token"])
+    return MoeTrace(output=torch.cat(outputs), **{name: value[order] for name, value in rows.items()})
+
+
+def _forward_in_parts(
+    call: MoeCall, stages: Stages | None, *, keep: bool
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Outputs and, if they are to be kept, the intermediates by name, for some tokens at a time."""
+    check_instance("call", call, MoeCall)
+    if stages is None:
+        stages = KERNEL if call.experts.quantized else DENSE
+    check_instance("stages", stages, Stages)
+    rows_before = torch.zeros(call.experts.num_experts, dtype=torch.int64, device=call.input.device)
+    for start in range(0, max(call.num_tokens, 1), _TOKENS_AT_ONCE):
+        with torch.no_grad(), torch.autocast(call.input.device.type, enabled=False):
+            part = call.select(slice(start, start + _TOKENS_AT_ONCE))
+            local = stages.select_local(
+                part.token_selected_experts, call.experts.num_experts, call.ep_size, call.ep_rank
+            )
+            rows = _route(local, rows_before)
+            output, kept = _forward(part, local, rows, stages, keep)
+            rows_before += rows.per_expert
+        if keep:
+            kept["token"] += start
+        yield output, kept
+
+
+def _forward(
+    call: MoeCall, local: Tensor, rows: _Rows, stages: Stages, keep: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The stages in order."""
+    experts = call.experts
+    x = call.input[rows.token]
+    fc1_accumulators, fc1_output = _gemm(call, 0, x, rows, stages.fc1_gemm, stages.round_fc1, keep)
+    activation = torch.cat(
+        [
+            stages.round_activation(_activate(fc1_output[some], rows.expert[some], experts, stages.swiglu))
+            for some in spans(max(len(x), 1), _ROWS_AT_ONCE[_machine(x.device)])
+        ]
+    )
+    fc2_accumulators, fc2_output = _gemm(call, 1, activation, rows, stages.fc2_gemm, stages.round_fc2, keep)
+    by_slot = fc2_output.new_zeros(*local.shape, experts.hidden_size)
+    by_slot[rows.token, rows.slot] = fc2_output
+    bias = experts.fc2_biases if call.tp_rank == 0 else None
+    output = stages.round_output(stages.finalize(by_slot, local, call.token_final_scales, bias))
+    kept = {
+        "token": rows.token,
+        "slot": rows.slot,
+        "expert": rows.expert,
+        "fc1_accumulators": fc1_accumulators,
+        "fc1_output": fc1_output,
+        "activation": activation,
+        "fc2_accumulators": fc2_accumulators,
+        "fc2_output": fc2_output,
+    }
+    return output, kept if keep else {}
+
+
+def _gemm(
+    call: MoeCall,
+    which: int,
+    x: Tensor,
+    rows: _Rows,
+    gemm: Callable[..., Tensor],
+    rounding: Callable[[Tensor], Tensor],
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """GEMM1 (`which` 0) or GEMM2 (1) of all rows: accumulators, if they are to be kept, and rounded output."""
+
+    def of_batch(batch: _Batch) -> tuple[Tensor, Tensor]:
+        weights, scales = call.experts.weights(("fc1", "fc2")[which], batch.experts)
+        result = gemm(
+            x[batch.row],
+            weights,
+            scales,
+            tile_k=call.tile_k[which],
+            tile_n=call.tile_n[which],
+            positions=rows.position[batch.row],
+            generation=call.generation,
+        )
+        result = result.flatten(0, 1)[batch.used]
+        return result if keep else result[:0], rounding(result)
+
+    num_weights = x.shape[1] * (2 * call.experts.intermediate_size, call.experts.hidden_size)[which]
+    results = in_parallel(of_batch, rows.batches, x.device, num_weights)
+    accumulators, outputs = zip(*results, strict=True)
+    return torch.cat(accumulators), torch.cat(outputs)
+
+
+def _activate(fc1_output: Tensor, expert: Tensor, experts: Experts, swiglu: Callable[..., Tensor]) -> Tensor:
+    bias = None if experts.fc1_biases is None else experts.fc1_biases[expert]
+    parameters = (experts.swiglu_alpha, experts.swiglu_beta, experts.swiglu_limit)
+    return swiglu(fc1_output, bias, *(None if p is None else p[expert, None] for p in parameters))
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """B experts that a GEMM takes at once, their rows padded to the longest, N."""
+
+    experts: list[int]
+    row: Tensor  # [B, N], index of the routed row; padding repeats some row
+    used: Tensor  # which of the B * N rows are not padding
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """R routed rows, expert by expert, in token order within an expert."""
+
+    token: Tensor  # [R]
+    slot: Tensor  # [R]
+    expert: Tensor  # [R]
+    position: Tensor  # [R], the row's position among all rows of its expert
+    per_expert: Tensor  # [E]
+    batches: list[_Batch]  # which cover the rows in order
+
+
+def _route(local: Tensor, rows_before: Tensor) -> _Rows:
+    """The routed rows of some tokens, `rows_before` of each expert's rows being of earlier tokens."""
+    device = local.device
+    flat = local.flatten()
+    per_expert = torch.bincount(flat[flat >= 0], minlength=len(rows_before))
+    counts = per_expert.tolist()
+    order = [expert for expert, count in enumerate(counts) if count]
+    if _machine(device) == "gpu":
+        order.sort(key=counts.__getitem__)  # those of similar length together
+    rank, start = [0] * len(counts), [0] * len(counts)  # of each expert's rows
+    num_rows = 0
+    for index, expert in enumerate(order):
+        rank[expert], start[expert] = index, num_rows
+        num_rows += counts[expert]
+
+    def on_device(values: list[int] | list[list[int]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    by_rank = torch.where(flat < 0, -1, on_device(rank)[flat])
+    routed = torch.argsort(by_rank, stable=True)[flat.numel() - num_rows :]
+    row_expert = flat[routed]
+    within = torch.arange(num_rows, device=device) - on_device(start)[row_expert]
+    batches = []
+    # Without any row, one empty batch keeps every shape and dtype.
+    for some in _together(order, counts, _EXPERTS_AT_ONCE[_machine(device)]) or [[0]]:
+        column = torch.arange(max(counts[e] for e in some), device=device)
+        length, first = on_device([[counts[e]] for e in some]), on_device([[start[e]] for e in some])
+        used = (column < length).flatten().nonzero().squeeze(1)
+        batches.append(_Batch(some, first + torch.minimum(column, (length - 1).clamp(min=0)), used))
+    return _Rows(
+        token=routed // local.shape[1],
+        slot=routed % local.shape[1],
+        expert=row_expert,
+        position=rows_before[row_expert] + within,
+        per_expert=per_expert,
+        batches=batches,
+    )
+
+
+def _together(order: list[int], counts: list[int], at_once: int) -> list[list[int]]:
+    """The experts of `order` in batches; at most half of a batch's rows are padding to its longest expert."""
+    batches: list[list[int]] = []
+    longest = num_rows = 0
+    for expert in order:
+        longest, num_rows = max(longest, counts[expert]), num_rows + counts[expert]
+        if batches and len(batches[-1]) < at_once and (len(batches[-1]) + 1) * longest <= 2 * num_rows:
+            batches[-1].append(expert)
+        else:
+            batches.append([expert])
+            longest = num_rows = counts[expert]
+    return batches
+
+
+def _machine(device: torch.device) -> str:
+    """ "cpu", where caches are small, or "gpu", where launches are dear: what sizes are chosen by."""
+    return "cpu" if device.type == "cpu" else "gpu"

@@ -1,0 +1,210 @@
+"""Expert and tensor parallelism: what each rank holds, and all ranks run and combined in one process.
+
+Ranks are numbered `ep_rank * tp_size + tp_rank`. The kernel's contract for expert parallelism is *global* ids
+with (ep_size, ep_rank) (the specification, section 7): `global_to_local` is for code that needs local ids,
+and its result is never to be handed to the kernel, which would drop real experts on every rank but 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mxfp4ref._compiler import uncompiled
+from mxfp4ref._ieee import to_fp32, to_fp64
+from mxfp4ref._validate import (
+    check_choice,
+    check_ids,
+    check_instance,
+    check_int,
+    check_same_device,
+    check_tensor,
+)
+from mxfp4ref.formats.experts import Experts, Sm90Experts
+from mxfp4ref.formats.mxfp4 import GROUP_SIZE
+from mxfp4ref.formats.resize import to_logical
+from mxfp4ref.model.forward import Stages, moe_forward
+from mxfp4ref.routing.presets import PADDING_ID
+from mxfp4ref.sm90 import fp32
+
+__all__ = [
+    "REDUCTIONS",
+    "forward_all_ranks",
+    "gather",
+    "global_to_local",
+    "local_experts",
+    "local_to_global",
+    "split_experts",
+    "split_intermediate",
+]
+
+REDUCTIONS = ("float32", "bf16")
+
+
+def local_experts(ids: Tensor, *, num_experts: int, ep_size: int, ep_rank: int) -> Tensor:
+    """Which slots of `[M, k] int32` global ids are this rank's, `[M, k] bool`; padding is nobody's.
+
+    Args:
+        ids: global ids, -1 for padding.
+        num_experts: E, of all ranks together.
+        ep_size, ep_rank: the rank owns the ids `[ep_rank * E / ep_size, (ep_rank + 1) * E / ep_size)`.
+
+    Raises:
+        ValueError: an id outside [-1, E), or E is no multiple of ep_size.
+    """
+    start, stop = _range(num_experts, ep_size, ep_rank)
+    check_tensor("ids", ids, dtype=torch.int32, shape=("M", "k"))
+    check_ids("ids", ids, minimum=PADDING_ID, maximum=num_experts - 1)
+    return (ids >= start) & (ids < stop)
+
+
+def global_to_local(ids: Tensor, *, num_experts: int, ep_size: int, ep_rank: int) -> Tensor:
+    """Global ids as indices into this rank's experts, `[M, k] int32`; -1 where a slot is not this rank's."""
+    mine = local_experts(ids, num_experts=num_experts, ep_size=ep_size, ep_rank=ep_rank)
+    return torch.where(mine, ids - ep_rank * (num_experts // ep_size), PADDING_ID)
+
+
+def local_to_global(ids: Tensor, *, num_experts: int, ep_size: int, ep_rank: int) -> Tensor:
+    """A rank's indices `[M, k] int32` as global ids; -1 stays -1 (what it stood for is not recoverable)."""
+    start, stop = _range(num_experts, ep_size, ep_rank)
+    check_tensor("ids", ids, dtype=torch.int32, shape=("M", "k"))
+    check_ids("ids", ids, minimum=PADDING_ID, maximum=stop - start - 1)
+    return torch.where(ids == PADDING_ID, PADDING_ID, ids + start)
+
+
+def split_experts(experts: Experts, ep_size: int) -> list[Experts]:
+    """The experts of each expert-parallel rank, as views.
+
+    Raises:
+        ValueError: the number of experts is no multiple of ep_size.
+    """
+    check_instance("experts", experts, Experts)
+    check_int("ep_size", ep_size, minimum=1)
+    ranges = [_range(experts.num_experts, ep_size, rank) for rank in range(ep_size)]
+    return [experts.slice(start, stop) for start, stop in ranges]
+
+
+def split_intermediate(experts: Experts, tp_size: int) -> list[Experts]:
+    """The shard of each tensor-parallel rank: I / tp_size rows of both halves of fc1 and columns of fc2.
+
+    The fc2 bias must be added once, so that ranks above 0 carry none (the kernel, told its tp_rank, would
+    ignore it there). Shards of experts in SM90 layout are in logical layout.
+
+    Raises:
+        ValueError: I is no multiple of 32 * tp_size: a shard would cut a scale group.
+    """
+    check_int("tp_size", tp_size, minimum=1)
+    check_instance("experts", experts, Experts)
+    if tp_size == 1:
+        return [experts]
+    if experts.intermediate_size % (GROUP_SIZE * tp_size):
+        raise ValueError(
+            f"tp_size: expected I={experts.intermediate_size} to be a multiple of {GROUP_SIZE} * tp_size, "
+            f"got {tp_size}"
+        )
+    if isinstance(experts, Sm90Experts):
+        experts = to_logical(experts)
+    return [
+        replace(
+            experts,
+            fc1_weights=_rows(experts.fc1_weights, tp_size, rank),
+            fc1_scales=None if experts.fc1_scales is None else _rows(experts.fc1_scales, tp_size, rank),
+            fc1_biases=None if experts.fc1_biases is None else _rows(experts.fc1_biases, tp_size, rank),
+            fc2_weights=_columns(experts.fc2_weights, tp_size, rank),
+            fc2_scales=None if experts.fc2_scales is None else _columns(experts.fc2_scales, tp_size, rank),
+            fc2_biases=experts.fc2_biases if rank == 0 else None,
+        )
+        for rank in range(tp_size)
+    ]
+
+
+@uncompiled
+def gather(outputs: Sequence[Tensor], *, reduction: str = "float32") -> Tensor:
+    """The sum of the ranks' `[M, H] bf16` outputs, in rank order, `[M, H] bf16`.
+
+    Args:
+        outputs: one tensor a rank.
+        reduction: "float32" adds in float32 and rounds to bf16 at the end; "bf16" rounds after every
+            addition, as an all-reduce of bf16 tensors does (this one in rank order; a ring starts each chunk
+            at another rank).
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_instance("outputs", outputs, Sequence)
+    if len(outputs) == 0:
+        raise ValueError("outputs: expected at least one rank's output, got none")
+    first = check_tensor("outputs[0]", outputs[0], dtype=torch.bfloat16, shape=("M", "H"))
+    for rank, output in enumerate(outputs):
+        check_tensor(f"outputs[{rank}]", output, dtype=torch.bfloat16, shape=tuple(first.shape))
+    check_same_device({f"outputs[{rank}]": output for rank, output in enumerate(outputs)})
+    total = fp32.widen(first)
+    for output in outputs[1:]:
+        total = to_fp32(to_fp64(total) + fp32.bf16_to_fp64(output))
+        if reduction == "bf16":
+            total = fp32.widen(fp32.to_bf16(total))
+    return fp32.to_bf16(total)
+
+
+@uncompiled
+def forward_all_ranks(
+    input: Tensor,
+    token_selected_experts: Tensor,
+    token_final_scales: Tensor,
+    experts: Experts,
+    *,
+    ep_size: int = 1,
+    tp_size: int = 1,
+    reduction: str = "float32",
+    tile_k: tuple[int, int] = (128, 128),
+    tile_n: tuple[int, int] = (16, 16),
+    strict: bool = True,
+    stages: Stages | None = None,
+) -> Tensor:
+    """`moe_forward` on every rank with its part of `experts` (those of all ranks), and their `gather`.
+
+    Every rank rounds its own output to bf16, so that more than one rank gives other bits than one, except
+    for tokens whose experts all live on the same one.
+    """
+    check_choice("reduction", reduction, REDUCTIONS)  # before the work, not after it
+    outputs = [
+        moe_forward(
+            input,
+            token_selected_experts,
+            token_final_scales,
+            shard,
+            ep_size=ep_size,
+            ep_rank=ep_rank,
+            tp_size=tp_size,
+            tp_rank=tp_rank,
+            tile_k=tile_k,
+            tile_n=tile_n,
+            strict=strict,
+            stages=stages,
+        )
+        for ep_rank, local in enumerate(split_experts(experts, ep_size))
+        for tp_rank, shard in enumerate(split_intermediate(local, tp_size))
+    ]
+    return gather(outputs, reduction=reduction)
+
+
+def _rows(fc1: Tensor, tp_size: int, rank: int) -> Tensor:
+    """The rank's share of the rows of either half, `[E, 2I, ...]` -> `[E, 2I / tp_size, ...]`."""
+    halves = fc1.reshape(fc1.shape[0], 2, tp_size, -1, *fc1.shape[2:])
+    return halves[:, :, rank].flatten(1, 2)
+
+
+def _columns(fc2: Tensor, tp_size: int, rank: int) -> Tensor:
+    width = fc2.shape[2] // tp_size
+    return fc2[:, :, rank * width : (rank + 1) * width].contiguous()
+
+
+def _range(num_experts: int, ep_size: int, ep_rank: int) -> tuple[int, int]:
+    check_int("num_experts", num_experts, minimum=1)
+    check_int("ep_size", ep_size, minimum=1)
+    check_int("ep_rank", ep_rank, minimum=0, maximum=ep_size - 1)
+    if num_experts % ep_size:
+        raise ValueError(f"ep_size: expected a divisor of the {num_experts} experts, got {ep_size}")
+    num_local = num_experts // ep_size
+    return ep_rank * num_local, (ep_rank + 1) * num_local

@@ -1,0 +1,28 @@
+"""From router logits to expert ids and final scales."""
+
+from mxfp4ref.routing.presets import (
+    RoutedScaling,
+    Routing,
+    deepseek_v3,
+    deepseek_v4,
+    gpt_oss,
+    mixtral,
+    pack_top_k,
+    routing_weights,
+    unpack_top_k,
+)
+from mxfp4ref.routing.selection import hash_experts, select_experts
+
+__all__ = [
+    "RoutedScaling",
+    "Routing",
+    "deepseek_v3",
+    "deepseek_v4",
+    "gpt_oss",
+    "hash_experts",
+    "mixtral",
+    "pack_top_k",
+    "routing_weights",
+    "select_experts",
+    "unpack_top_k",
+]

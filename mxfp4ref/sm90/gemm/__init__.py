@@ -1,0 +1,1 @@
+"""The group-scaled GEMM: the order of its groups, a transcription of the specification, and faster equals."""

@@ -1,0 +1,284 @@
+"""The command line: what it prints, what it writes, how it exits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import safetensors.torch
+import torch
+from click.testing import CliRunner, Result
+
+from mxfp4ref.checkpoint import CheckpointLayer, run_layer, write_layer
+from mxfp4ref.conformance.cli import commands
+from mxfp4ref.conformance.comparison import differing
+from mxfp4ref.conformance.report import FORMAT
+from mxfp4ref.defects import DEFECTS
+from mxfp4ref.formats.layout import GENERATIONS
+from mxfp4ref.goldens.hardware_record import compare
+from mxfp4ref.goldens.store import Goldens, open_goldens, tensor_bytes
+from mxfp4ref.model.forward import forward
+from tests.helpers import layers
+
+SMALL = "finalize/slot_order"
+OVERFLOWING = "gemm/first_group_overflows"  # not the same in both generations of the kernel
+COPIED = (SMALL, "layout/swap_halves", OVERFLOWING)
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(commands, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """Goldens that may be damaged: one small suite."""
+    source = open_goldens()
+    root = tmp_path / "goldens"
+    for name in COPIED:
+        for kind in ("json", "safetensors"):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source.root / f"{name}.{kind}", root / f"{name}.{kind}")
+    manifest = json.loads((source.root / "manifest.json").read_text())
+    manifest["cases"] = {n: manifest["cases"][n] for n in COPIED}
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    return root
+
+
+def test_help_teaches() -> None:
+    for arguments, words in (
+        (["--help"], ["conform oracle", "Exit codes: 0"]),
+        (["conform", "--help"], ["defect:NAME", "package.module:function", "--isolate", "Exit codes"]),
+        (["verify", "-h"], ["--files-only", "real GPUs"]),
+    ):
+        result = invoke(*arguments)
+        assert result.exit_code == 0
+        assert all(word in result.output for word in words)
+    listed = invoke("--help").output
+    assert all(name in listed for name in ("compare", "defects", "explain", "regenerate", "show"))
+
+
+def test_conform_passes(tmp_path: Path) -> None:
+    result = invoke("conform", "oracle", "--case", SMALL, "-v", "--json", tmp_path / "r.json")
+    assert result.exit_code == 0, result.output
+    assert f"{SMALL}: equal (K tiles 128x128" in result.output
+    assert result.output.endswith("oracle conforms: it equals the expected bits in all 1 cases.\n")
+    assert "\x1b" not in result.output
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert (written["format"], written["ok"], written["results"][0]["differing"]) == (FORMAT, True, 0)
+
+
+def test_conform_fails_names_the_defect_and_writes_everything(tmp_path: Path) -> None:
+    files = {kind: tmp_path / f"r.{kind}" for kind in ("json", "junit", "html")}
+    options = [x for kind, path in files.items() for x in (f"--{kind}", path)]
+    cases = ("--case", SMALL, "--case", "finalize/cancelling_experts", "--case", "layout/swap*")
+    result = invoke("conform", "defect:bf16_finalize", *cases, "--dump", tmp_path / "d", *options)
+    assert result.exit_code == 1
+    assert "finalize/slot_order: differs in" in result.output
+    assert "first: output at [" in result.output
+    assert "defect: bf16_finalize predicts exactly these bits" in result.output
+    assert "Every wrong bit is that of bf16_finalize" in result.output
+
+    written = json.loads(files["json"].read_text())
+    assert written["defects"] == ["bf16_finalize"]
+    failed = [r for r in written["results"] if not r["ok"]]
+    assert failed[0]["diagnosis"]["predictions"][0]["exact"] is True
+    assert sum(b["elements"] for b in failed[0]["diagnosis"]["ulps"]) > 0
+
+    suite = ElementTree.parse(files["junit"]).getroot().find("testsuite")
+    assert suite is not None
+    assert int(suite.attrib["failures"]) == len(failed)
+    assert (suite.attrib["errors"], suite.attrib["skipped"]) == ("0", "1")
+    failure = suite.find(f"testcase[@name='{failed[0]['case'].split('/')[1]}']/failure")
+    assert failure is not None
+    assert "bf16_finalize" in (failure.text or "")
+
+    html = files["html"].read_text()
+    assert html.count("data:image/png;base64,") == 2 * len(failed)
+    assert "bf16_finalize predicts exactly these bits" in html
+    assert "http://" not in html.replace("http://www.w3.org", "")
+    assert "https://" not in html
+
+    script = tmp_path / "d" / "finalize-slot_order.py"
+    assert script.is_file()
+    stored = safetensors.torch.load_file(script.with_suffix(".safetensors"))
+    assert stored["input"].shape[0] == 1
+
+
+def test_reproducer_reproduces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import runpy
+    import sys
+
+    invoke(
+        "conform", "defect:gate_up_swapped", "--case", "gemm/ordinary", "--dump", tmp_path, "--no-diagnosis"
+    )
+    script = str(tmp_path / "gemm-ordinary.py")
+    sys.argv, before = [script], sys.argv
+    try:
+        with pytest.raises(AssertionError, match="elements differ; first at"):
+            runpy.run_path(script)
+        sys.argv = [script, "oracle"]
+        runpy.run_path(script)
+    finally:
+        sys.argv = before
+    assert capsys.readouterr().out == "equal\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["conform"], "expected one KERNEL, as the argument or as --kernel"),
+        (["conform", "nonsense"], "expected package.module:function"),
+        (["conform", "oracle", "--case", "nosuch/*"], "matches none of the"),
+        (["conform", "oracle", "--goldens", "no_such_folder"], "no_such_folder"),
+        (["conform", "oracle", "--mode", "loose"], "'loose' is not one of"),
+        (["conform", "oracle", "--timeout", "0"], "0.0 is not in the range"),
+        (["conform", "oracle", "--case", SMALL, "--json", "no/folder/r.json"], "there is no folder"),
+        (
+            ["conform", "torch-bf16", "--case", "layout/swap_halves"],
+            "none of the 1 cases is of a kind that it runs",
+        ),
+        (["show", "gemm/ordinry"], "did you mean gemm/ordinary"),
+        (["explain", "limit_ignord"], "limit_ignored"),
+        (["compare", "absent", "absent"], "does not exist"),
+    ],
+)
+def test_wrong_usage_exits_with_2_and_says_why(arguments: list[str], message: str) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_damaged_goldens_are_no_verdict(copy: Path) -> None:
+    path = copy / f"{SMALL}.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    result = invoke("conform", "oracle", "--goldens", copy)
+    assert result.exit_code == 2
+    assert "damaged" in result.output
+    result = invoke("verify", "--goldens", copy)
+    assert result.exit_code == 1
+    assert "1 problems with files" in result.output
+
+
+def test_verify(copy: Path) -> None:
+    result = invoke("verify", "--goldens", copy)
+    assert result.exit_code == 0, result.output
+    assert "hardware record: none" in result.output
+    assert "oracle conforms" in result.output
+
+
+def test_verify_holds_the_hardware_record_against_the_goldens(copy: Path) -> None:
+    goldens = Goldens(copy)
+    pair, digest = next(iter(goldens.load(SMALL).output_hashes.items()))
+    record = {"case": SMALL, "tile_k": list(pair), "sha256": digest, "equal": True, "gpu": "NVIDIA H100"}
+    folder = copy / "hardware"
+    folder.mkdir()
+    path = folder / "h100.jsonl"
+    path.write_text(json.dumps(record) + "\n")
+    assert compare(goldens) == ([record], [])
+    assert "1 runs on NVIDIA H100, 0 differ" in invoke("verify", "--goldens", copy, "--files-only").output
+
+    for change, message in (
+        ({"sha256": "0" * 64}, "recorded SHA-256 000"),
+        ({"tile_k": [64, 64]}, "no output for these tiles"),
+        ({"case": "gone/case"}, "there is no such case"),
+        ({"equal": False}, "recorded as different"),
+    ):
+        path.write_text(json.dumps({**record, **change}) + "\n")
+        result = invoke("verify", "--goldens", copy, "--files-only")
+        assert result.exit_code == 1
+        assert message in result.output
+    path.write_text("{}\n")
+    assert invoke("verify", "--goldens", copy).exit_code == 2
+
+
+def test_records_of_older_kernels_are_held_against_the_model_of_their_generation(copy: Path) -> None:
+    goldens = Goldens(copy)
+    call = goldens.load(OVERFLOWING).call()
+    old, new = (forward(replace(call, generation=generation)) for generation in GENERATIONS)
+    assert bool(differing(old, new).any())
+    (copy / "hardware").mkdir()
+    for output, generation, problems in ((old, "0.6.9", 0), (old, "0.6.16", 1), (new, "0.6.16", 0)):
+        digest = hashlib.sha256(tensor_bytes(output)).hexdigest()
+        record = {"case": OVERFLOWING, "tile_k": [128, 128], "sha256": digest, "equal": True, "gpu": "H100"}
+        line = json.dumps({**record, "generation": generation})
+        (copy / "hardware" / "h100.jsonl").write_text(f"{line}\n")
+        assert len(compare(goldens)[1]) == problems
+
+
+def test_show() -> None:
+    result = invoke("show", SMALL, "--values")
+    assert result.exit_code == 0
+    for words in (SMALL, "kind: moe", "why: ", "token_final_scales", "float32 [", "SHA-256", "tp_size = 1"):
+        assert words in result.output
+
+
+def test_compare(tmp_path: Path) -> None:
+    values = torch.arange(6, dtype=torch.float32).reshape(2, 3).to(torch.bfloat16)
+    other = values.clone()
+    other[1, 2] = 5.03125
+    a, b, c = (tmp_path / f"{name}.safetensors" for name in "abc")
+    safetensors.torch.save_file({"output": values}, a)
+    safetensors.torch.save_file({"output": other}, b)
+    safetensors.torch.save_file({"output": values, "more": other}, c)
+    assert invoke("compare", a, a).exit_code == 0
+    result = invoke("compare", b, a)
+    assert result.exit_code == 1
+    assert "1 of 6 elements differ, at most 1 ulp; first at [1, 2]: got 0x40A1 (5.03125)" in result.output
+    assert "more: only in" in invoke("compare", a, c).output
+    b.write_bytes(b"nonsense")
+    result = invoke("compare", a, b)
+    assert result.exit_code == 2
+    assert "expected a safetensors file" in result.output
+
+
+def test_layer_runs_from_disk(tmp_path: Path) -> None:
+    experts = layers.random_experts(0)
+    checkpoint, hidden, written = (tmp_path / f"{name}.safetensors" for name in ("model", "hidden", "out"))
+    bias = torch.full((4,), 8.08)
+    write_layer(
+        checkpoint,
+        CheckpointLayer(
+            "deepseek_v4", "layers.3.ffn.", experts, 128, 128, torch.randn(4, 128).bfloat16(), bias
+        ),
+    )
+    safetensors.torch.save_file({"hidden": torch.randn(5, 128).to(torch.bfloat16)}, hidden)
+    arguments = ["layer", "--checkpoint", checkpoint, "--layer", 3, "--input", hidden, "--output", written]
+    options = ["--top-k", 2, "--routed-scaling-factor", 1.5, "--limit", 10]
+    result = invoke(*arguments, *options)
+    assert result.exit_code == 0, result.output
+    assert f"written: {written}" in result.output
+    found = safetensors.torch.load_file(written)
+    expected = run_layer(checkpoint, 3, hidden, top_k=2, routed_scaling_factor=1.5, limit=10.0)
+    assert torch.equal(found["output"].view(torch.int16), expected["output"].view(torch.int16))
+    wrong = invoke("layer", "--checkpoint", checkpoint, "--layer", 4, "--input", hidden, *options)
+    assert wrong.exit_code == 2
+    assert "layer" in wrong.output
+
+
+def test_kernel_as_an_option() -> None:
+    result = invoke("conform", "--kernel", "oracle", "--case", "finalize/slot_order")
+    assert result.exit_code == 0
+    assert invoke("conform", "oracle", "--kernel", "oracle").exit_code == 2
+
+
+def test_defects_and_explain() -> None:
+    listed = invoke("defects").output
+    assert all(f"  {name} " in listed for name in DEFECTS)
+    assert len(json.loads(invoke("defects", "--json").output)) == len(DEFECTS)
+    result = invoke("explain", "limit_one_sided")
+    assert result.exit_code == 0
+    for words in (
+        "up clamped from above only",
+        "vllm#47392",
+        "activation/up_clamp_saturates",
+        "conform defect:",
+    ):
+        assert words in result.output

@@ -1,0 +1,77 @@
+"""Bitwise comparison: exhaustive over bf16 where that is possible."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mxfp4ref.conformance.comparison import FAR, assert_bits_equal, differing, first_difference, ulp_distance
+
+EVERY_BF16 = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+
+
+def test_every_bf16_equals_itself_and_nothing_else() -> None:
+    assert not bool(differing(EVERY_BF16, EVERY_BF16).any())
+    assert bool(differing(EVERY_BF16, EVERY_BF16.roll(1)).all())
+    assert int(ulp_distance(EVERY_BF16, EVERY_BF16).max()) == 0
+
+
+def test_ulp_distance_of_neighbours_over_all_finite_bf16() -> None:
+    values = EVERY_BF16[torch.isfinite(EVERY_BF16)]
+    ascending = values[values.to(torch.float64).argsort(stable=True)]
+    # -0 and +0 are one number; everything else is one step from the next.
+    steps = ulp_distance(ascending[1:], ascending[:-1])
+    assert sorted(steps.unique().tolist()) == [0, 1]
+    assert int((steps == 0).sum()) == 1
+
+
+@pytest.mark.parametrize(
+    ("got", "expected", "ulps"),
+    [
+        (1.0, 1.0078125, 1),
+        (0.0, -0.0, 0),
+        (-(2.0**-133), 2.0**-133, 2),
+        (float("nan"), 1.0, FAR),
+        (3e38, torch.inf, 30),
+    ],
+)
+def test_ulp_distance(got: float, expected: float, ulps: int) -> None:
+    one, other = torch.tensor([got]).to(torch.bfloat16), torch.tensor([expected]).to(torch.bfloat16)
+    if ulps == 30:
+        ulps = 0x7F80 - int(one.view(torch.int16))
+    assert int(ulp_distance(one, other)) == ulps
+
+
+def test_nan_payloads_count() -> None:
+    quiet, canonical = (
+        torch.tensor([bits], dtype=torch.int16).view(torch.bfloat16) for bits in (0x7FC0, 0x7FFF)
+    )
+    assert bool(differing(quiet, canonical))
+    difference = first_difference(quiet, canonical)
+    assert difference is not None
+    assert str(difference) == "at [0]: got 0x7FC0 (NaN), expected 0x7FFF (NaN), a NaN on one side"
+
+
+def test_other_dtypes() -> None:
+    codes = torch.tensor([1, 255], dtype=torch.uint8)
+    assert int(ulp_distance(codes, codes.flip(0)).max()) == 254
+    assert not bool(differing(torch.tensor([True]), torch.tensor([True])).any())
+    with pytest.raises(TypeError, match=r"expected dtype torch\.uint8, got torch\.int8"):
+        differing(codes.view(torch.int8), codes)
+    with pytest.raises(ValueError, match=r"expected shape \[2\], got \[1\]"):
+        differing(codes[:1], codes)
+
+
+def test_assert_bits_equal() -> None:
+    zeros = torch.zeros(2, 3)
+    assert_bits_equal(zeros, zeros.clone())
+    with pytest.raises(
+        AssertionError, match=r"x: 6 of 6 elements differ; first at \[0, 0\]: got 0x80000000 \(-0\)"
+    ):
+        assert_bits_equal(-zeros, zeros, "x")
+    with pytest.raises(
+        AssertionError, match=r"expected torch\.float32 \[2, 3\], got torch\.float32 \[3, 2\]"
+    ):
+        assert_bits_equal(zeros.T, zeros)
+    with pytest.raises(AssertionError, match="expected two tensors, got list"):
+        assert_bits_equal([0.0], zeros)  # type: ignore[arg-type]

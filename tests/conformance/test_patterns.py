@@ -1,0 +1,108 @@
+"""Sentences about mismatch maps: each holds for the map it is made from, and is not said of others."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from mxfp4ref.conformance.patterns import patterns
+from mxfp4ref.goldens.store import open_goldens
+from mxfp4ref.model.call import MoeCall
+from mxfp4ref.model.forward import forward
+
+_CASE = open_goldens().load("gemm/ordinary").call()  # 16 tokens, 256 columns
+# Four experts, two for each token.
+CALL = replace(
+    _CASE,
+    experts=_CASE.experts.select(torch.tensor([0, 1, 1, 0])),
+    token_selected_experts=torch.stack((torch.arange(16) // 2 % 4, (torch.arange(16) // 2 + 1) % 4), 1).to(
+        torch.int32
+    ),
+)
+EXPECTED = forward(CALL)
+
+
+def found(mask: Tensor, got: Tensor | None = None, call: MoeCall = CALL) -> tuple[str, ...]:
+    if got is None:
+        got = torch.where(mask, EXPECTED + 1, EXPECTED)
+    return patterns(call, got, EXPECTED, mask)
+
+
+def columns(*chosen: slice | int) -> Tensor:
+    mask = torch.zeros(16, 256, dtype=torch.bool)
+    for some in chosen:
+        mask[:, some] = True
+    return mask
+
+
+def blocks(size: int, start: int) -> Tensor:
+    """Every second block of so many columns."""
+    return columns(*(slice(first, first + size) for first in range(start * size, 256, 2 * size)))
+
+
+def tokens(chosen: Tensor) -> Tensor:
+    return columns(slice(0, 256)) & chosen[:, None]
+
+
+@pytest.mark.parametrize(
+    ("mask", "sentence"),
+    [
+        (columns(slice(32, 64)), "all of them within scale group 1"),
+        (columns(slice(130, 200)), "only columns of 128-column block 1 (columns 130 to 199) differ"),
+        (columns(slice(0, 256, 2)), "exactly every second column differs, from 0 on"),
+        (columns(*range(5, 256, 8)), "exactly every eighth column differs, from 5 on"),
+        (blocks(16, start=1), "exactly every second 16-row block of fc2 differs, from 1 on"),
+        (blocks(32, start=0), "exactly every second scale group differs, from 0 on"),
+        (columns(slice(60, 200)), "exactly the columns 60 to 199 of 256 differ"),
+        (columns(3, 77, 140), "only 3 of 256 columns differ: 3, 77, 140"),
+        (columns(slice(0, 256)), "every token differs somewhere"),
+        (tokens(torch.arange(16) % 2 == 1), "exactly every second token differs, from 1 on"),
+        (tokens(torch.arange(16) == 7), "only token 7 of 16 differs"),
+    ],
+)
+def test_places(mask: Tensor, sentence: str) -> None:
+    assert sentence in found(mask)
+
+
+def test_columns_are_not_mentioned_when_all_differ() -> None:
+    assert not any("column" in words for words in found(columns(slice(0, 256))))
+
+
+def test_experts() -> None:
+    wrong = (CALL.token_selected_experts == 2).any(1)
+    assert 0 < int(wrong.sum()) < 16
+    assert "only tokens of expert 2 differ" in found(columns(slice(0, 256)) & wrong[:, None])
+    scattered = torch.arange(16) % 3 == 0
+    assert not any("of expert" in words for words in found(columns(slice(0, 256)) & scattered[:, None]))
+
+
+def test_ranks_and_padding() -> None:
+    ids = CALL.token_selected_experts.clone()
+    ids[::5, 1] = -1
+    whole = columns(slice(0, 256))
+    padded = (ids < 0).any(1)[:, None] & whole
+    call = replace(CALL, token_selected_experts=ids)
+    assert "exactly the tokens with a padded slot (-1) differ" in found(padded, call=call)
+    half = replace(CALL, experts=CALL.experts.slice(2, 4), ep_size=2, ep_rank=1)
+    elsewhere = (CALL.token_selected_experts < 2).any(1)[:, None] & whole
+    assert "exactly the tokens with a slot on another rank differ" in found(elsewhere, call=half)
+
+
+def test_values() -> None:
+    whole = columns(slice(0, 256))
+    double = (EXPECTED.float() * 1.5).to(torch.bfloat16)
+    assert "the output is 1.5 times the expected one, as far as bf16 shows" in found(
+        double != EXPECTED, double
+    )
+    assert "every element that differs has the other sign" in found(whole, -EXPECTED)
+    assert "every element that differs came out as zero" in found(whole, torch.zeros_like(EXPECTED))
+    nan = EXPECTED.clone()
+    nan[3, 5] = torch.nan
+    assert "NaN where a number is expected in 1 elements, a number for a NaN in 0" in found(
+        nan != EXPECTED, nan
+    )
+    neighbour = (EXPECTED.view(torch.int16) ^ 1).view(torch.bfloat16)
+    assert "no element is more than 1 ulp off: a rounding, or the sign of a zero" in found(whole, neighbour)

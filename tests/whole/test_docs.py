@@ -1,0 +1,84 @@
+"""The documentation: every Python example runs, every link between pages leads somewhere, every command exists."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from mxfp4ref.conformance.cli import commands
+from mxfp4ref.goldens.store import BUILTIN_ROOT, open_goldens
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "goldens" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+
+
+def _blocks(page: Path, language: str) -> list[str]:
+    return [code for kind, code in BLOCK.findall(page.read_text(encoding="utf-8")) if kind == language]
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if _blocks(p, "python") and p.parent.name != "goldens"], ids=lambda p: p.stem
+)
+def test_examples_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Who has installed the package has no other goldens.
+    monkeypatch.setenv("MXFP4REF_GOLDENS", str(BUILTIN_ROOT))
+    namespace: dict[str, object] = {"__name__": "example"}
+    for number, code in enumerate(_blocks(page, "python")):
+        exec(compile(code, f"{page.name}, example {number}", "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in LINK.findall(page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if _blocks(p, "sh")], ids=lambda p: p.stem)
+def test_commands_exist(page: Path) -> None:
+    for line in "".join(_blocks(page, "sh")).splitlines():
+        words = shlex.split(line.removeprefix("python -m "), comments=True)
+        if words[:1] != ["mxfp4ref"] or words[1] == "regenerate":
+            continue
+        shown = CliRunner().invoke(commands, [words[1], "--help"], env={"COLUMNS": "200"})
+        assert shown.exit_code == 0, line
+        assert words[1] != "show" or words[2] in open_goldens(BUILTIN_ROOT).names()
+        for word in words[2:]:
+            assert not word.startswith("--") or word.split("=")[0] in shown.output, line
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda p: p.stem)
+def test_workflows_use_what_exists(path: Path) -> None:
+    text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+    for command, arguments in re.findall(r"(?<=[ /])(mxfp4ref [a-z]+|python tools/[\w/]+\.py)\b(.*)", text):
+        if command.startswith("mxfp4ref"):
+            shown = (
+                CliRunner().invoke(commands, [command.split()[1], "--help"], env={"COLUMNS": "200"}).output
+            )
+        else:
+            program = [sys.executable, ROOT / command.split()[1], "--help"]
+            shown = subprocess.run(program, capture_output=True, text=True, check=True).stdout
+        for flag in re.findall(r"--[a-z-]+", arguments):
+            assert flag in shown, f"{command} {flag}"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in sorted((ROOT / "mxfp4ref").rglob("*.py")) if ">>>" in p.read_text(encoding="utf-8")],
+    ids=lambda p: p.stem,
+)
+def test_doctests(path: Path) -> None:
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted
+    assert not result.failed

@@ -1,0 +1,459 @@
+"""Hostile input: whatever a public function is given, it gives a right result or names the wrong argument.
+
+How many inputs are tried: every change of every argument alone, and MXFP4REF_FUZZ_EXAMPLES (default 25) random
+combinations for each function. `pytest tests/test_fuzz.py` prints the count.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import pkgutil
+import random
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mxfp4ref
+from mxfp4ref.formats import experts, layout, mxfp4
+from mxfp4ref.formats import resize as moved
+from mxfp4ref.goldens import generator as counter
+from mxfp4ref.model import call, layer, parallel
+from mxfp4ref.model import flashinfer as oracle
+from mxfp4ref.model import forward as moe
+from mxfp4ref.routing import presets as routing
+from mxfp4ref.routing import scoring, selection
+from tests.helpers import fuzzing
+from tests.helpers.fuzzing import Target
+
+EXAMPLES = int(os.environ.get("MXFP4REF_FUZZ_EXAMPLES", "25"))
+E, M, K, H, INNER = 4, 3, 2, 128, 128
+counts: dict[str, int] = {}
+
+
+@cache
+def random_bytes(*shape: int, low: int = 0, high: int = 256) -> Tensor:
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(7)).to(torch.uint8)
+
+
+@cache
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(8)).to(dtype)
+
+
+def expert_arguments() -> dict[str, Any]:
+    return {
+        "fc1_weights": random_bytes(E, 2 * INNER, H // 2),
+        "fc1_scales": random_bytes(E, 2 * INNER, H // 32, low=120, high=124),
+        "fc2_weights": random_bytes(E, H, INNER // 2),
+        "fc2_scales": random_bytes(E, H, INNER // 32, low=120, high=124),
+        "fc1_biases": normal(E, 2 * INNER, dtype=torch.bfloat16),
+        "fc2_biases": normal(E, H, dtype=torch.bfloat16),
+        "swiglu_alpha": normal(E),
+        "swiglu_beta": normal(E),
+        "swiglu_limit": normal(E).abs(),
+    }
+
+
+@cache
+def make_experts() -> experts.Experts:
+    return experts.Experts(**expert_arguments())
+
+
+@cache
+def make_sm90_experts() -> experts.Sm90Experts:
+    return moved.to_sm90(make_experts())
+
+
+def sm90_arguments() -> dict[str, Any]:
+    return {name: getattr(make_sm90_experts(), name) for name in expert_arguments()}
+
+
+def routed() -> dict[str, Any]:
+    return {
+        "input": normal(M, H, dtype=torch.bfloat16),
+        "token_selected_experts": torch.tensor([[0, 3], [2, 1], [3, -1]], dtype=torch.int32),
+        "token_final_scales": normal(M, K).abs(),
+        "experts": make_experts(),
+    }
+
+
+def rank() -> dict[str, Any]:
+    return {"ep_size": 1, "ep_rank": 0, "tp_size": 1, "tp_rank": 0}
+
+
+def call_arguments() -> dict[str, Any]:
+    tiles = {"tile_k": (128, 128), "tile_n": (16, 16), "generation": "0.6.16", "strict": True}
+    return {**routed(), **rank(), **tiles}
+
+
+def oracle_arguments() -> dict[str, Any]:
+    given = {name: value for name, value in routed().items() if name != "experts"}
+    made = make_sm90_experts()
+    given |= {"fc1_expert_weights": made.fc1_weights, "fc2_expert_weights": made.fc2_weights}
+    given |= {"output_dtype": torch.bfloat16, "quant_scales": [made.fc1_scales, made.fc2_scales]}
+    given |= {"fc1_expert_biases": made.fc1_biases, "fc2_expert_biases": made.fc2_biases}
+    given |= {name: getattr(made, name) for name in ("swiglu_alpha", "swiglu_beta", "swiglu_limit")}
+    signature = inspect.signature(oracle.torch_ref_cutlass_fused_moe)
+    given |= {name: p.default for name, p in signature.parameters.items() if name not in given}
+    return given | {"use_w4_group_scaling": True}
+
+
+def dense_oracle_arguments() -> dict[str, Any]:
+    changed = {
+        "fc1_expert_weights": normal(E, 2 * INNER, H, dtype=torch.bfloat16),
+        "fc2_expert_weights": normal(E, H, INNER, dtype=torch.bfloat16),
+        "quant_scales": None,
+        "use_w4_group_scaling": False,
+        "output": torch.zeros(M, H, dtype=torch.bfloat16),
+    }
+    return oracle_arguments() | changed
+
+
+def logits() -> Tensor:
+    return normal(M, 8)
+
+
+def options(**others: Any) -> dict[str, Any]:
+    padded = torch.tensor([False, True, False])
+    return {"logits": logits(), "top_k": 2, **others, "padded": padded, "ambiguous_ulps": 8.0}
+
+
+def scaling() -> dict[str, Any]:
+    return {"routed_scaling_factor": 1.5, "routed_scaling": routing.RoutedScaling.IN_WEIGHTS}
+
+
+def ids() -> Tensor:
+    return torch.tensor([[0, 3], [2, 1], [3, 0]], dtype=torch.int32)
+
+
+def on_rank() -> dict[str, Any]:
+    return {"ids": ids(), "num_experts": 4, "ep_size": 1, "ep_rank": 0}
+
+
+def weights(name: str) -> dict[str, Any]:
+    return {name: random_bytes(2, 16, 32), "generation": "0.6.16"}
+
+
+def halves(**others: Any) -> dict[str, Any]:
+    return {"t": normal(2, 6, 2), **others, "dim": 1}
+
+
+STAGES = {"stages": None}
+# The drop-in says of these that they have no effect.
+IGNORED = (
+    *("cluster_rank", "tune_max_num_tokens", "enable_pdl", "swizzled_input_sf", "use_fused_finalize"),
+    *("profile_ids", "workspace_buffer"),
+)
+FC1 = ("fc1_weights", "fc2_weights", "fc1_scales", "fc2_scales")
+TARGETS: dict[str, Target] = {
+    "mxfp4.decode_ue8m0": Target(
+        mxfp4.decode_ue8m0,
+        lambda: {"scales": random_bytes(4, 3), "convention": "ocp", "dtype": torch.float32},
+    ),
+    "mxfp4.dequantize": Target(
+        mxfp4.dequantize,
+        lambda: {
+            "packed": random_bytes(3, 32),
+            "scales": random_bytes(3, 2),
+            "convention": "ocp",
+            "dtype": torch.bfloat16,
+            "out": None,
+        },
+    ),
+    "mxfp4.dequantize into out": Target(
+        mxfp4.dequantize,
+        lambda: {
+            "packed": random_bytes(3, 32),
+            "scales": random_bytes(3, 2),
+            "out": torch.zeros(3, 64, dtype=torch.bfloat16),
+        },
+        written=("out",),
+    ),
+    "mxfp4.fp32_to_ue8m0": Target(
+        mxfp4.fp32_to_ue8m0, lambda: {"values": 2.0 ** torch.arange(6.0).reshape(3, 2)}
+    ),
+    "mxfp4.pack_codes": Target(mxfp4.pack_codes, lambda: {"codes": random_bytes(3, 8, high=16)}),
+    "mxfp4.unpack_codes": Target(mxfp4.unpack_codes, lambda: {"packed": random_bytes(3, 8)}),
+    "mxfp4.quantize": Target(mxfp4.quantize, lambda: {"values": normal(3, 64), "rule": "floor"}),
+    "layout.interleave_weights_sm90": Target(layout.interleave_weights_sm90, lambda: weights("packed")),
+    "layout.deinterleave_weights_sm90": Target(
+        layout.deinterleave_weights_sm90, lambda: weights("interleaved")
+    ),
+    "layout.fold_scales_sm90": Target(
+        layout.fold_scales_sm90, lambda: {"scales": random_bytes(2, 64, 4), "generation": "0.6.16"}
+    ),
+    "layout.unfold_scales_sm90": Target(
+        layout.unfold_scales_sm90,
+        lambda: {"folded": layout.fold_scales_sm90(random_bytes(2, 64, 4)), "generation": None},
+    ),
+    "layout.swap_gate_up": Target(layout.swap_gate_up, halves, generic=True),
+    "layout.interleaved_to_halves": Target(layout.interleaved_to_halves, halves, generic=True),
+    "layout.halves_to_interleaved": Target(layout.halves_to_interleaved, halves, generic=True),
+    "layout.pad_halves": Target(layout.pad_halves, lambda: halves(multiple=4), generic=True),
+    "layout.unpad_halves": Target(layout.unpad_halves, lambda: halves(size=2), generic=True),
+    "experts.Experts": Target(experts.Experts, expert_arguments),
+    "experts.Sm90Experts": Target(experts.Sm90Experts, sm90_arguments),
+    "experts.Experts.slice": Target(
+        lambda start, stop: make_experts().slice(start, stop), lambda: {"start": 1, "stop": 3}
+    ),
+    "experts.Experts.select": Target(
+        lambda index: make_experts().select(index), lambda: {"index": torch.tensor([2, 0])}
+    ),
+    "experts.Sm90Experts.select": Target(
+        lambda index: make_sm90_experts().select(index), lambda: {"index": torch.tensor([2, 0])}
+    ),
+    "call.MoeCall": Target(call.MoeCall, call_arguments),
+    "moe.moe_forward": Target(moe.moe_forward, lambda: call_arguments() | STAGES),
+    "moe.forward": Target(moe.forward, lambda: {"call": call.MoeCall(**call_arguments()), **STAGES}),
+    "moe.trace": Target(moe.trace, lambda: {"call": call.MoeCall(**call_arguments()), **STAGES}),
+    "oracle.torch_ref_cutlass_fused_moe": Target(
+        oracle.torch_ref_cutlass_fused_moe,
+        oracle_arguments,
+        ignored=IGNORED,
+        without={"trace": ("True",)},  # gives a trace along with the output
+    ),
+    "oracle.torch_ref_cutlass_fused_moe, bf16, into output": Target(
+        oracle.torch_ref_cutlass_fused_moe,
+        dense_oracle_arguments,
+        written=("output",),
+        only=("input", "fc1_expert_weights", "fc2_expert_weights", "quant_scales", "output", "weight_layout"),
+    ),
+    "scoring.raw_logits": Target(scoring.raw_logits, lambda: {"logits": logits()}),
+    "scoring.sigmoid": Target(scoring.sigmoid, lambda: {"logits": logits()}),
+    "scoring.softmax": Target(scoring.softmax, lambda: {"logits": logits()}),
+    "scoring.softplus": Target(scoring.softplus, lambda: {"logits": logits()}),
+    "scoring.sqrt_softplus": Target(
+        scoring.sqrt_softplus, lambda: {"logits": logits(), "rounding": "each_step"}
+    ),
+    "selection.select_experts": Target(
+        selection.select_experts,
+        lambda: {
+            "scores": logits(),
+            "top_k": 2,
+            "correction_bias": normal(8),
+            "n_group": 4,
+            "topk_group": 2,
+            "ambiguous_ulps": 8.0,
+        },
+    ),
+    "selection.hash_experts": Target(
+        selection.hash_experts,
+        lambda: {"token_ids": torch.tensor([2, 0, 1]), "tid2eid": ids(), "num_experts": 4},
+    ),
+    "routing.routing_weights": Target(
+        routing.routing_weights,
+        lambda: {"scores": logits().abs(), "ids": ids(), "normalize": "sum", "epsilon": 0.0, "factor": 1.5},
+    ),
+    "routing.deepseek_v3": Target(
+        routing.deepseek_v3,
+        lambda: options(correction_bias=normal(8), n_group=4, topk_group=2, **scaling()),
+    ),
+    "routing.deepseek_v4": Target(
+        routing.deepseek_v4,
+        lambda: options(correction_bias=normal(8), token_ids=None, tid2eid=None, **scaling()),
+        names=("scores",),  # which are zero where logits are -inf
+    ),
+    "routing.deepseek_v4 by table": Target(
+        routing.deepseek_v4,
+        lambda: options(correction_bias=None, token_ids=torch.tensor([2, 0, 1]), tid2eid=ids(), **scaling()),
+        names=("scores",),
+    ),
+    "routing.gpt_oss": Target(routing.gpt_oss, options),
+    "routing.mixtral": Target(routing.mixtral, options),
+    "routing.pack_top_k": Target(routing.pack_top_k, lambda: {"ids": ids(), "scales": normal(M, K)}),
+    "routing.unpack_top_k": Target(routing.unpack_top_k, lambda: {"packed": ids() << 16}),
+    "parallel.local_experts": Target(parallel.local_experts, on_rank),
+    "parallel.global_to_local": Target(parallel.global_to_local, on_rank),
+    "parallel.local_to_global": Target(parallel.local_to_global, on_rank),
+    "parallel.split_experts": Target(
+        parallel.split_experts, lambda: {"experts": make_experts(), "ep_size": 2}
+    ),
+    "parallel.split_intermediate": Target(
+        parallel.split_intermediate, lambda: {"experts": make_experts(), "tp_size": 2}
+    ),
+    "parallel.gather": Target(
+        parallel.gather,
+        lambda: {"outputs": [normal(M, H, dtype=torch.bfloat16)] * 2, "reduction": "float32"},
+    ),
+    "parallel.forward_all_ranks": Target(
+        parallel.forward_all_ranks,
+        lambda: {
+            **routed(),
+            "ep_size": 2,
+            "tp_size": 1,
+            "reduction": "float32",
+            "tile_k": (128, 128),
+            "tile_n": (16, 16),
+            "strict": True,
+            **STAGES,
+        },
+        names=("outputs", "ep_rank"),
+    ),
+    "layer.moe_layer": Target(
+        layer.moe_layer,
+        lambda: {
+            "hidden": normal(M, H, dtype=torch.bfloat16),
+            "logits": normal(M, E),
+            "experts": make_experts(),
+            "router": routing.mixtral,
+            "shared_output": normal(M, H, dtype=torch.bfloat16),
+            "ep_size": 1,
+            "tp_size": 1,
+            "reduction": "float32",
+            "tile_k": (128, 128),
+            "tile_n": (16, 16),
+            **STAGES,
+            "top_k": 2,
+        },
+        without={"router": ("function", "class")},  # what the caller's router raises is the caller's
+    ),
+    "layer.finish_output": Target(
+        layer.finish_output,
+        lambda: {
+            "routed_output": normal(M, H, dtype=torch.bfloat16),
+            "shared_output": normal(M, H, dtype=torch.bfloat16),
+            "routed_scaling": routing.RoutedScaling.ON_OUTPUT_BF16,
+            "routed_scaling_factor": 1.5,
+        },
+    ),
+    "expert_layout.resize_experts": Target(
+        moved.resize_experts,
+        lambda: {"experts": make_experts(), "hidden_size": 256, "intermediate_size": 160},
+        names=FC1,
+    ),
+    "expert_layout.to_sm90": Target(
+        moved.to_sm90, lambda: {"experts": make_experts(), "generation": "0.6.16"}
+    ),
+    "expert_layout.to_logical": Target(moved.to_logical, lambda: {"experts": make_sm90_experts()}),
+    "generator.key": Target(counter.key, lambda: {"seed": 1, "name": "w"}),
+    "generator.random_bytes": Target(
+        counter.random_bytes,
+        lambda: {"seed": 1, "name": "w", "start": 3, "count": 9},
+        without={"count": ("2^31",)},  # right, but 2 GiB
+    ),
+}
+
+# Public names that are not fuzzed here, and why.
+EXEMPT_MODULES = {
+    "mxfp4ref._validate": "the checks that all others use",
+    "mxfp4ref.sm90": "the hardware's operations and stages, called with checked tensors only",
+    "mxfp4ref.model.dense": "a stage, called with checked tensors only",
+    "mxfp4ref.defects": "wrong pipelines, run on calls that are checked",
+    "mxfp4ref.goldens.cases": "definitions of goldens, for their own regeneration; they have no input",
+    "mxfp4ref.goldens.store": "test_golden.py damages files, manifests and sidecars",
+    "mxfp4ref.goldens.flashinfer_bench": "test_export.py",
+    "mxfp4ref.goldens.writing": "test_golden.py",
+    "mxfp4ref.checkpoint": "test_checkpoint.py damages files and tensors; a CheckpointError names them",
+    "mxfp4ref.conformance.cli": "test_cli.py",
+    "mxfp4ref.conformance.pytest_plugin": "test_pytest_plugin.py",
+    "mxfp4ref.conformance.comparison": "takes outputs of kernels, which `execution` checks",
+    "mxfp4ref.conformance.suite": "test_conformance.py runs kernels that misbehave",
+    "mxfp4ref.conformance.diagnosis": "takes outputs that `execution` checked",
+    "mxfp4ref.conformance.execution": "test_conformance.py",
+    "mxfp4ref.conformance.kernels": "test_conformance.py",
+    "mxfp4ref.goldens.hardware_record": "reads files beside the goldens",
+    "mxfp4ref.conformance.patterns": "takes outputs that `execution` checked",
+    "mxfp4ref.conformance.report": "takes a Report",
+    "mxfp4ref.conformance.reproducer": "takes what a run gave",
+    "mxfp4ref.goldens.runs": "runs verified cases",
+    "mxfp4ref.sm90.tactics": "asked by the kit, with the shapes of checked tensors",
+    "mxfp4ref.conformance.bounds": "takes a MoeCall; test_bounds.py",
+}
+EXEMPT = {
+    "moe.Stages": "functions to be called; a wrong one fails as it does",
+    "moe.MoeTrace": "a result",
+    "moe.select_local": "a stage, called with checked tensors only",
+    "routing.RoutedScaling": "an enumeration",
+    "routing.Routing": "a result",
+    "selection.Selection": "a result",
+    "generator.generate": "recipes are part of verified files",
+    "generator.element_rule": "recipes are part of verified files",
+}
+
+
+def public_callables() -> Iterator[str]:
+    for found in pkgutil.walk_packages(mxfp4ref.__path__, "mxfp4ref."):
+        if found.name.endswith("__main__"):
+            continue
+        module = importlib.import_module(found.name)
+        for name in getattr(module, "__all__", ()):
+            value = getattr(module, name)
+            if callable(value) and getattr(value, "__module__", "").startswith("mxfp4ref"):
+                yield f"{value.__module__}.{name}"
+
+
+def test_none_is_forgotten() -> None:
+    expected = set()
+    for name in public_callables():
+        module, short = name.rsplit(".", 1)
+        if not any(module == e or module.startswith(e + ".") for e in EXEMPT_MODULES):
+            expected.add(f"{module.removeprefix('mxfp4ref.')}.{short}")
+    assert expected - set(TARGETS) == set(EXEMPT)
+
+
+def failures(name: str, changed: dict[str, str], valid: Any) -> list[str]:
+    counts[name] = counts.get(name, 0) + 1
+    found = fuzzing.problem(TARGETS[name], valid, changed)
+    return [f"{changed}: {found}"] if found else []
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """The tensors are small, and other workers want the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.filterwarnings("ignore:.*(nested|quantized) tensor")  # which are what is passed
+@pytest.mark.parametrize("name", TARGETS)
+def test_arguments_one_at_a_time_and_together(name: str) -> None:
+    target = TARGETS[name]
+    arguments = target.arguments()
+    valid = target.function(**arguments)
+    assert fuzzing.problem(target, valid, {}) == ""
+    choices = {
+        argument: target.choices(argument, value)
+        for argument, value in arguments.items()
+        if not target.only or argument in target.only
+    }
+    found = []
+    for argument, changes in choices.items():
+        for change in changes:
+            found += failures(name, {argument: change}, valid)
+    random_source = random.Random(name)
+    for _ in range(EXAMPLES):
+        count = random_source.randint(1, min(4, len(choices)))
+        together = {
+            argument: random_source.choice(choices[argument])
+            for argument in random_source.sample(list(choices), count)
+        }
+        found += failures(name, together, valid)
+    assert not found, f"{len(found)} of {counts[name]}:\n" + "\n".join(found[:40])
+
+
+def test_nothing_is_unpickled_from_files() -> None:
+    """`execution` pickles between its own processes; torch.load is told to take tensors only."""
+    root = Path(mxfp4ref.__file__).parent
+    for path in root.rglob("*.py"):
+        text = path.read_text()
+        assert "allow_pickle=True" not in text, path
+        assert path.name == "execution.py" or not re.search(r"\bimport pickle|\bpickle\.loads?", text), path
+        for loaded in re.findall(r"(?<!safetensors\.)\btorch\.load\(.*", text):
+            assert "weights_only=True" in loaded, path
+
+
+def test_count(capsys: pytest.CaptureFixture[str]) -> None:
+    functions = {name.split(" ")[0].rstrip(",") for name in counts}  # some are there in several ways
+    with capsys.disabled():
+        print(f"\nfuzz: {sum(counts.values()):,} hostile inputs to {len(functions)} public functions")

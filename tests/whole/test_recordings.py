@@ -1,0 +1,42 @@
+"""The package against what an H100 gave: no bit may differ."""
+
+from __future__ import annotations
+
+import pytest
+
+from tools.hardware import recorded
+
+
+@pytest.mark.parametrize("case", [*recorded.MOE_CASES, *recorded.FIRST_PAIR_CASES])
+def test_moe_forward(case: str) -> None:
+    folder = recorded.RECORDINGS / ("moe" if case in recorded.MOE_CASES else ".")
+    compared, differing = recorded.moe_differences(recorded.load(folder / f"{case}.npz"))
+    assert compared > 0
+    assert differing == 0
+
+
+def test_every_tactic_is_recorded() -> None:
+    tiles = set()
+    for case in recorded.FIRST_PAIR_CASES:
+        arrays = recorded.load(recorded.RECORDINGS / f"{case}.npz")
+        tiles |= {tuple(tile) for tile in arrays["tile"].tolist()}
+        assert len(arrays["out"]) > 1, "tiles that all agree would not test the exception"
+    assert len(tiles) == 25
+
+
+SCALAR = recorded.load(recorded.RECORDINGS / "scalar.npz")
+TENSOR_CORE = recorded.load(recorded.RECORDINGS / "wgmma.npz")
+
+
+@pytest.mark.parametrize("name", recorded.scalar_names(SCALAR))
+def test_scalar_operation(name: str) -> None:
+    compared, differing = recorded.scalar_differences(SCALAR, name)
+    assert compared > 0
+    assert differing == 0
+
+
+@pytest.mark.parametrize("name", recorded.tensor_core_names(TENSOR_CORE))
+def test_tensor_core_step(name: str) -> None:
+    compared, differing = recorded.tensor_core_differences(TENSOR_CORE, name)
+    assert compared > 0
+    assert differing == 0

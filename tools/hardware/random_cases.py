@@ -1,0 +1,227 @@
+"""Compare kernel and oracle on random calls that mix every option at once; needs a GPU.
+
+Hand-picked cases miss rules that only show where options meet: here a call mixes kinds of inputs (ordinary,
+mirrored, wide, tiny, infinite, NaN, any bits), kinds of scales (ordinary, over- and underflowing, any byte),
+any subset of alpha, beta, limit and biases, expert and tensor parallelism, padded and foreign ids, and every
+tile (by releases from 0.6.16 on; older ones run their default tactic). A call is a function of its seed.
+
+    python tools/hardware/random_cases.py --seeds 0:1000 --output random.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import hardware
+import numpy as np
+import torch
+from numpy.random import Generator
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mxfp4ref import Experts, MoeCall, forward
+from mxfp4ref.conformance.execution import to_device
+from mxfp4ref.sm90.tactics import Tactic, runnable_tactics
+
+Bytes = NDArray[np.uint8]
+
+
+def random_call(seed: int, *, clusters: bool = False) -> tuple[MoeCall, tuple[Tactic, Tactic]]:
+    """The call of a seed, on the CPU, and its two tactics, with clusters of one CTA unless told otherwise."""
+    rng = np.random.default_rng(seed)
+    ep_size = int(rng.choice([1, 1, 2, 4]))
+    num_local = int(rng.integers(1, 9))
+    tokens = int(rng.choice([1, 2, 7, 16, 33, 64, 100, 200]))
+    top_k = int(rng.integers(1, min(6, ep_size * num_local) + 1))
+    hidden, inner = (int(rng.choice([128, 256, 384, 512, 1024, 1536])) for _ in range(2))
+    mirrored = bool(rng.random() < 0.3)
+    weights, scales = _codes(rng), _scale_bytes(rng)
+    shapes = {"fc1": (num_local, 2 * inner, hidden), "fc2": (num_local, hidden, inner)}
+    tensors: dict[str, Tensor] = {}
+    for name, (experts, rows, depth) in shapes.items():
+        packed, scale = weights((experts, rows, depth // 2)), scales((experts, rows, depth // 32))
+        if mirrored and depth % 64 == 0:
+            # The second half of K repeats the first; x is negated there, so that the sum is the rounding error.
+            packed[..., depth // 4 :], scale[..., depth // 64 :] = (
+                packed[..., : depth // 4],
+                scale[..., : depth // 64],
+            )
+        tensors[f"{name}_weights"], tensors[f"{name}_scales"] = (
+            torch.from_numpy(packed),
+            torch.from_numpy(scale),
+        )
+    if rng.random() < 0.4:  # the real call takes both biases or none
+        tensors["fc1_biases"] = _bf16(rng.normal(size=(num_local, 2 * inner)) * 2.0 ** rng.integers(-8, 4))
+        tensors["fc2_biases"] = _bf16(rng.normal(size=(num_local, hidden)) * 2.0 ** rng.integers(-8, 4))
+    ranges = {"swiglu_alpha": (0.5, 2.0), "swiglu_beta": (-1.0, 2.0), "swiglu_limit": (0.1, 12.0)}
+    for name, (low, high) in ranges.items():
+        if rng.random() < 0.4:
+            tensors[name] = torch.from_numpy(rng.uniform(low, high, num_local).astype(np.float32))
+    x = _inputs(rng, tokens, hidden)
+    if mirrored and hidden % 64 == 0:
+        x[:, hidden // 2 :] = -x[:, : hidden // 2]
+    ids = np.stack([rng.permutation(ep_size * num_local)[:top_k] for _ in range(tokens)]).astype(np.int32)
+    if rng.random() < 0.2:
+        ids[rng.random(ids.shape) < 0.2] = -1
+    if rng.random() < 0.1:
+        ids[rng.random(ids.shape) < 0.1] = ep_size * num_local + 3
+    final_scales = rng.random(ids.shape, dtype=np.float32) * np.float32(2.0 ** rng.integers(-3, 4))
+    if rng.random() < 0.1:
+        final_scales[rng.random(ids.shape) < 0.1] = rng.choice([np.nan, np.inf, 0.0, -1.0])
+    tp_size = int(rng.choice([1, 2]))
+    tactics = []
+    for gemm, shape in enumerate(((2 * inner, hidden), (hidden, inner))):
+        choices = [tactic for tactic in runnable_tactics(*shape) if tactic.cluster == (1, 1)]
+        tactic = choices[int(rng.integers(len(choices)))]
+        if clusters:  # drawn apart: a seed makes the same call either way
+            shapes = [other for other in runnable_tactics(*shape) if other.tile == tactic.tile]
+            tactic = shapes[int(np.random.default_rng((seed, gemm)).integers(len(shapes)))]
+        tactics.append(tactic)
+    call = MoeCall(
+        input=x,
+        token_selected_experts=torch.from_numpy(ids),
+        token_final_scales=torch.from_numpy(final_scales),
+        experts=Experts(**tensors),  # type: ignore[arg-type]
+        ep_size=ep_size,
+        ep_rank=int(rng.integers(ep_size)),
+        tp_size=tp_size,
+        tp_rank=int(rng.integers(tp_size)),
+        tile_k=(tactics[0].tile[2], tactics[1].tile[2]),
+        tile_n=(tactics[0].tile[1], tactics[1].tile[1]),
+        strict=False,
+    )
+    return call, (tactics[0], tactics[1])
+
+
+def _bf16(values: NDArray[np.float64]) -> Tensor:
+    return torch.from_numpy(np.asarray(values, dtype=np.float64)).to(torch.bfloat16)
+
+
+def _inputs(rng: Generator, tokens: int, hidden: int) -> Tensor:
+    shape = (tokens, hidden)
+    normal = rng.normal(size=shape)
+    kind = rng.choice(
+        ["normal", "wide", "wider", "tiny", "huge", "special", "raw"], p=[0.25, 0.2, 0.1, 0.1, 0.1, 0.15, 0.1]
+    )
+    if kind == "wide":
+        normal *= 2.0 ** rng.integers(-12, 12, shape)
+    elif kind == "wider":
+        normal *= 2.0 ** rng.integers(-60, 60, shape)
+    elif kind == "tiny":
+        normal *= 2.0 ** rng.integers(-134, -100, (tokens, 1))
+    elif kind == "huge":
+        normal *= 2.0 ** rng.integers(90, 126, (tokens, 1))
+    elif kind == "raw":
+        return torch.from_numpy(rng.integers(-(1 << 15), 1 << 15, shape).astype(np.int16)).view(
+            torch.bfloat16
+        )
+    x = _bf16(normal)
+    if kind == "special":
+        chosen = torch.from_numpy(rng.random(shape) < 2.0 / hidden)
+        values = rng.choice([np.inf, -np.inf, np.nan, 0.0, -0.0, 1e-40, 3e38], shape)
+        x = torch.where(chosen, _bf16(values), x)
+    return x
+
+
+def _codes(rng: Generator) -> Callable[[tuple[int, ...]], Bytes]:
+    sparse = rng.random() < 0.2
+
+    def make(shape: tuple[int, ...]) -> Bytes:
+        packed = rng.integers(0, 256, shape, dtype=np.uint8)
+        return packed & rng.choice(np.array([0x00, 0x0F, 0x88, 0xFF], np.uint8), shape) if sparse else packed
+
+    return make
+
+
+def _scale_bytes(rng: Generator) -> Callable[[tuple[int, ...]], Bytes]:
+    ranges = {
+        "ordinary": (116, 124),
+        "varied": (100, 135),
+        "low": (0, 24),
+        "high": (225, 256),
+        "any": (0, 256),
+    }
+    low, high = ranges[str(rng.choice(list(ranges), p=[0.35, 0.2, 0.15, 0.15, 0.15]))]
+    ends = rng.random() < 0.2
+
+    def make(shape: tuple[int, ...]) -> Bytes:
+        scales = rng.integers(low, high, shape).astype(np.uint8)
+        if ends:
+            scales[rng.random(shape) < 0.01] = rng.choice([0, 1, 254, 255])
+        return scales
+
+    return make
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", default="0:400", help="FIRST:END, the seeds to run (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop before the first seed after so long")
+    parser.add_argument(
+        "--cpu-every", type=int, default=20, help="run the oracle on the CPU too for every nth seed"
+    )
+    parser.add_argument("--clusters", action="store_true", help="clusters of several CTAs too")
+    parser.add_argument("--output", type=Path, help="write the result as JSON")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("a GPU is needed: the real kernel runs nowhere else")
+    provenance = hardware.Provenance.of_this_machine()
+    generation = hardware.generation_of(provenance.flashinfer)
+    forced = hardware.forces_tactics(generation)
+    first, end = (int(part) for part in arguments.seeds.split(":"))
+    start = time.monotonic()
+    elements = differing = cpu_elements = cpu_differing = 0
+    failures: list[dict[str, object]] = []
+    seed = first
+    for seed in range(first, end):
+        if time.monotonic() - start > arguments.seconds:
+            break
+        call, tactics = random_call(seed, clusters=arguments.clusters)
+        changes: dict[str, object] = {"generation": generation}
+        if not forced:
+            changes |= {"tile_k": (128, 128), "tile_n": (16, 16)}
+        call = MoeCall(**{**vars(call), **changes})  # type: ignore[arg-type]
+        on_gpu = to_device(call, "cuda")
+        expected = forward(on_gpu)
+        got = hardware.run_kernel(on_gpu, tactics if forced else None)
+        count = hardware.count_differences(got, expected)
+        elements += got.numel()
+        differing += count
+        if (seed - first) % arguments.cpu_every == 0:
+            cpu_elements += got.numel()
+            cpu_differing += hardware.count_differences(forward(call), expected.cpu())
+        if count:
+            used = [str(tactic) for tactic in tactics] if forced else ["default", "default"]
+            failures.append({"seed": seed, "tactics": used, "elements": got.numel(), "differing": count})
+            print(f"seed {seed}, tactics {used}: {count} of {got.numel()} differ", flush=True)
+    else:
+        seed = end
+    result = {
+        "seeds": [first, seed],
+        "elements": elements,
+        "differing": differing,
+        "cpu_elements": cpu_elements,
+        "cpu_differing": cpu_differing,
+        "default_tactic": not forced,
+        "clusters": arguments.clusters,
+        "generation": generation,
+        "failures": failures,
+        "provenance": provenance.as_dict(),
+    }
+    if arguments.output:
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    seconds = time.monotonic() - start
+    print(f"seeds {first}:{seed}: {elements:,} elements, {differing:,} differ; {seconds:.0f} s")
+    print(f"oracle on CPU against GPU: {cpu_elements:,} elements, {cpu_differing:,} differ")
+    return 0 if differing == 0 and cpu_differing == 0 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
