@@ -11,19 +11,21 @@ if TYPE_CHECKING:
     from mxfp4ref.formats.mxfp4 import decode_ue8m0, dequantize, fp32_to_ue8m0, quantize
     from mxfp4ref.model.call import MoeCall
     from mxfp4ref.model.flashinfer import torch_ref_cutlass_fused_moe
-    from mxfp4ref.model.forward import MoeTrace, Stages, forward, moe_forward, trace
+    from mxfp4ref.model.forward import MoeTrace, Stages, forward, trace
+    from mxfp4ref.sm90.tactics import Sm90Kernel, Tactic
 
 __all__ = [
     "Experts",
     "MoeCall",
     "MoeTrace",
     "Sm90Experts",
+    "Sm90Kernel",
     "Stages",
+    "Tactic",
     "decode_ue8m0",
     "dequantize",
     "forward",
     "fp32_to_ue8m0",
-    "moe_forward",
     "quantize",
     "torch_ref_cutlass_fused_moe",
     "trace",
@@ -36,6 +38,7 @@ __getattr__, __dir__ = lazy(
         "formats.mxfp4": ("decode_ue8m0", "dequantize", "fp32_to_ue8m0", "quantize"),
         "model.call": ("MoeCall",),
         "model.flashinfer": ("torch_ref_cutlass_fused_moe",),
-        "model.forward": ("MoeTrace", "Stages", "forward", "moe_forward", "trace"),
+        "model.forward": ("MoeTrace", "Stages", "forward", "trace"),
+        "sm90.tactics": ("Sm90Kernel", "Tactic"),
     },
 )

@@ -16,8 +16,10 @@ from mxfp4ref.checkpoint.layer import CheckpointLayer
 from mxfp4ref.checkpoint.shards import CheckpointError, open_shards
 from mxfp4ref.model.dense import dense_gemm
 from mxfp4ref.model.layer import moe_layer
+from mxfp4ref.model.parallel import Ranks
 from mxfp4ref.routing.presets import Routing, deepseek_v4, gpt_oss, mixtral
 from mxfp4ref.sm90 import fp32
+from mxfp4ref.sm90.tactics import Sm90Kernel
 
 __all__ = ["ROUTERS", "router_logits", "run_layer"]
 
@@ -27,6 +29,10 @@ ROUTERS: dict[str, Callable[..., Routing]] = {
     "mixtral": mixtral,
 }
 _INPUTS = ("hidden", "logits", "token_ids", "shared_output", "padded")
+
+
+_ONE_RANK = Ranks()
+_DEFAULT_KERNEL = Sm90Kernel()
 
 
 def router_logits(layer: CheckpointLayer, hidden: Tensor) -> Tensor:
@@ -54,9 +60,8 @@ def run_layer(
     alpha: float | None = None,
     beta: float | None = None,
     limit: float | None = None,
-    ep_size: int = 1,
-    tp_size: int = 1,
-    tile_k: tuple[int, int] = (128, 128),
+    ranks: Ranks = _ONE_RANK,
+    kernel: Sm90Kernel = _DEFAULT_KERNEL,
 ) -> dict[str, Tensor]:
     """Run a whole layer from disk: router, kernel on every rank, shared expert if its output is given.
 
@@ -68,7 +73,7 @@ def run_layer(
         output_path: a safetensors file to write the result to, too.
         router: a name of `ROUTERS`; by default the checkpoint's own.
         top_k, routed_scaling_factor: by default those of config.json.
-        ep_size, tp_size, tile_k: as for `moe_layer`.
+        ranks, kernel: as for `moe_layer`.
 
     Returns:
         `output` `[M, H] bf16`, `logits`, and `token_selected_experts`, `token_final_scales` and `ambiguous` as
@@ -93,13 +98,11 @@ def run_layer(
     routing = _route(found, logits, given, router, top_k, routed_scaling_factor)
     output = moe_layer(
         _widen(found, "hidden", hidden),
-        logits,
+        routing,
         found.experts,
-        router=lambda _: routing,
         shared_output=None if shared_output is None else _widen(found, "shared_output", shared_output),
-        ep_size=ep_size,
-        tp_size=tp_size,
-        tile_k=tile_k,
+        ranks=ranks,
+        kernel=kernel,
     )
     complete = shared_output is not None or not found.shared_experts
     result = {

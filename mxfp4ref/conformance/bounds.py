@@ -78,7 +78,7 @@ def bound(call: MoeCall, *, storage: str = "wider", confidence: float | None = N
     """Enclose the output of every correct evaluation of a call with MXFP4 weights.
 
     Args:
-        call: the call; its tactic (`tile_k`, `tile_n`) does not matter.
+        call: the call; its `kernel` does not matter.
         storage: "bf16" for kernels that round between the stages as the SM90 kernel does, "wider" (the
             default) for those that may also keep more bits.
         confidence: None for a rigorous enclosure, or a probability below 1, such as `1 - 1e-9`.

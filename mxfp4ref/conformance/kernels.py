@@ -26,13 +26,14 @@ from torch import Tensor
 
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.defects import Defect, DequantizeCall, RoutingCall, get_defect
+from mxfp4ref.formats.generations import NEWEST, Generation, generation_of
 from mxfp4ref.formats.layout import fold_scales_sm90, interleave_weights_sm90
 from mxfp4ref.formats.mxfp4 import dequantize
 from mxfp4ref.goldens.runs import OUTPUTS, routing_options, run_stage
 from mxfp4ref.goldens.store import KINDS
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import Stages, forward
-from mxfp4ref.sm90.tactics import Tactic, profile_ids, with_tile_k
+from mxfp4ref.sm90.tactics import Sm90Kernel
 
 __all__ = [
     "Kernel",
@@ -70,7 +71,8 @@ class Kernel:
         forces_tile_k: whether the call says which K tiles the kernel uses. If it does, each legitimate pair is
             run and compared with its own output; if not, one run may agree with any of them.
         device: where the tensors go.
-        force: makes a kernel that uses the given tactics for GEMM1 and GEMM2; None where tactics cannot be chosen.
+        force: makes a kernel that uses the given tactics; None where tactics cannot be chosen.
+        generation: of the SM90 kernel that it claims to be; goldens are of the newest.
     """
 
     name: str
@@ -79,7 +81,8 @@ class Kernel:
     function: Callable[..., Any]
     forces_tile_k: bool = False
     device: str = "cpu"
-    force: Callable[[Tactic, Tactic], Kernel] | None = None
+    force: Callable[[Sm90Kernel], Kernel] | None = None
+    generation: Generation = NEWEST
 
 
 def load_kernel(spec: str | Callable[..., Any], device: str | None = None) -> Kernel:
@@ -243,33 +246,31 @@ def _sm90_arguments(
 def _flashinfer(device: str) -> Kernel:
     """The installed flashinfer; its layout helpers have to give the bytes that ours give."""
     try:
+        version = importlib.import_module("flashinfer").__version__
         fused_moe = importlib.import_module("flashinfer.fused_moe")
         function = fused_moe.cutlass_fused_moe
         their_weights = fused_moe.interleave_moe_weights_for_sm90_mixed_gemm
         their_scales = fused_moe.interleave_moe_scales_for_sm90_mixed_gemm
-    except (ImportError, AttributeError) as error:
+        generation = generation_of(version)
+    except (ImportError, AttributeError, ValueError) as error:
         raise KernelError(f"kernel: flashinfer: {type(error).__name__}: {error}") from error
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise KernelError("kernel: flashinfer needs a CUDA device, and torch sees none here")
 
     @_remembering
     def weights(packed: Tensor) -> Tensor:
-        return _agreed(
-            "interleave_moe_weights_for_sm90_mixed_gemm",
-            their_weights(packed, "fp4"),
-            interleave_weights_sm90(packed, _generation(their_scales, packed.device)),
-        )
+        helper = "interleave_moe_weights_for_sm90_mixed_gemm"
+        return _agreed(helper, their_weights(packed, "fp4"), interleave_weights_sm90(packed, generation))
 
     @_remembering
     def scales(logical: Tensor) -> Tensor:
-        ours = fold_scales_sm90(logical, _generation(their_scales, logical.device))
-        return _agreed("interleave_moe_scales_for_sm90_mixed_gemm", their_scales(logical, 32), ours)
+        helper = "interleave_moe_scales_for_sm90_mixed_gemm"
+        return _agreed(helper, their_scales(logical, 32), fold_scales_sm90(logical, generation))
 
     prepare_layouts = _sm90_arguments(function, weights, scales)
-    forces_tile_k = _takes(function, "profile_ids")
 
     def prepare(
-        kind: str, call: MoeCall, tactics: tuple[Tactic, Tactic] | None = None
+        kind: str, call: MoeCall, forced: Sm90Kernel | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         positional, keywords = prepare_layouts(kind, call)
         keywords["enable_pdl"] = False
@@ -279,16 +280,17 @@ def _flashinfer(device: str) -> Kernel:
             for name, like in zip(biases, ("fc1_weights", "fc2_weights"), strict=True):
                 shape = getattr(call.experts, like).shape[:2]
                 keywords.setdefault(name, call.input.new_zeros(shape))
-        if forces_tile_k:
-            first, second = tactics or map(with_tile_k, call.tile_k)
-            keywords["profile_ids"] = profile_ids(first, second)
+        if generation.forces_tactics:
+            keywords["profile_ids"] = (forced or call.kernel).profile_ids
         return positional, keywords
 
-    kernel = Kernel("flashinfer", ("moe",), prepare, function, forces_tile_k, device)
-    if not forces_tile_k:
+    kernel = Kernel(
+        "flashinfer", ("moe",), prepare, function, generation.forces_tactics, device, generation=generation
+    )
+    if not generation.forces_tactics:
         return kernel
     return replace(
-        kernel, force=lambda *tactics: replace(kernel, prepare=functools.partial(prepare, tactics=tactics))
+        kernel, force=lambda forced: replace(kernel, prepare=functools.partial(prepare, forced=forced))
     )
 
 
@@ -305,15 +307,6 @@ def _remembering(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Ten
         return kept[-1][1]
 
     return remembered
-
-
-def _generation(their_scales: Callable[[Tensor, int], Tensor], device: torch.device) -> str:
-    """Which layouts the installed flashinfer has, by the shape of what its helper gives."""
-    return (
-        "0.6.16"
-        if their_scales(torch.zeros(1, 64, 4, dtype=torch.uint8, device=device), 32).dim() == 5
-        else "0.6.9"
-    )
 
 
 def _agreed(helper: str, theirs: Tensor, ours: Tensor) -> Tensor:

@@ -15,10 +15,12 @@ from torch import Tensor
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.diagnosis import reduce_call
 from mxfp4ref.formats.experts import Experts
+from mxfp4ref.formats.generations import generation_named
 from mxfp4ref.goldens.runs import Run
 from mxfp4ref.goldens.store import Case
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward
+from mxfp4ref.sm90.tactics import Sm90Kernel
 
 __all__ = ["load_reproducer", "write_reproducer"]
 
@@ -89,8 +91,11 @@ def load_reproducer(path: Path) -> tuple[str, Any, dict[str, Tensor]]:
     if metadata["kind"] != "moe":
         return metadata["kind"], {**inputs, **parameters}, expected
     experts = Experts(**{f.name: inputs.get(f.name) for f in fields(Experts)})  # type: ignore[arg-type]
-    for pair in ("tile_k", "tile_n"):
-        parameters[pair] = tuple(parameters[pair])
+    parameters["kernel"] = Sm90Kernel.of_tiles(
+        tuple(parameters.pop("tile_k")),
+        tuple(parameters.pop("tile_n")),
+        generation_named(parameters.pop("generation")),
+    )
     return (
         "moe",
         MoeCall(**{key: inputs[key] for key in _CALL_FIELDS}, experts=experts, **parameters),
@@ -100,8 +105,10 @@ def load_reproducer(path: Path) -> tuple[str, Any, dict[str, Tensor]]:
 
 def _flatten(kind: str, inputs: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if kind == "moe":
-        names = (f.name for f in fields(MoeCall) if f.name not in (*_CALL_FIELDS, "experts"))
+        names = (f.name for f in fields(MoeCall) if f.name not in (*_CALL_FIELDS, "experts", "kernel"))
         parameters = {name: getattr(inputs, name) for name in names}
+        kernel = inputs.kernel
+        parameters |= {"tile_k": kernel.tile_k, "tile_n": kernel.tile_n, "generation": kernel.generation.name}
         tensors = {name: getattr(inputs, name) for name in _CALL_FIELDS}
         tensors |= {f.name: t for f in fields(Experts) if (t := getattr(inputs.experts, f.name)) is not None}
         return tensors, parameters

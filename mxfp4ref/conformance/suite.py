@@ -33,7 +33,7 @@ from mxfp4ref.defects import DEFECTS
 from mxfp4ref.goldens.runs import Run, runs
 from mxfp4ref.goldens.store import Case, Goldens
 from mxfp4ref.model.forward import forward
-from mxfp4ref.sm90.tactics import DEFAULT_TACTIC, each_tactic
+from mxfp4ref.sm90.tactics import Tactic, each_kernel
 
 __all__ = ["MODES", "PASSING", "CaseResult", "Report", "name_defects", "run", "run_case"]
 
@@ -329,14 +329,13 @@ def _by_tactic(kernel: Kernel, case: Case) -> Iterator[tuple[Kernel, Run]]:
     assert kernel.force is not None
     call = to_device(case.call(), kernel.device)
     expected: dict[Any, Tensor] = {}
-    for first, second in each_tactic(call.experts.hidden_size, call.experts.intermediate_size):
-        tile_n, tile_k = ((first.tile[i], second.tile[i]) for i in (1, 2))
-        inputs = replace(call, tile_k=tile_k, tile_n=tile_n)
-        if (tile_k, tile_n) not in expected:
-            stored = case.outputs.get(tile_k) if set(tile_n) == {DEFAULT_TACTIC.tile[1]} else None
-            expected[tile_k, tile_n] = forward(inputs).cpu() if stored is None else stored
-        run = Run(f"{first}, {second}", inputs, {"output": expected[tile_k, tile_n]})
-        yield kernel.force(first, second), run
+    for forced in each_kernel(call.experts.hidden_size, call.experts.intermediate_size, kernel.generation):
+        inputs = replace(call, kernel=forced)
+        tiles = forced.tile_k, forced.tile_n
+        if tiles not in expected:
+            stored = case.outputs.get(forced.tile_k) if set(forced.tile_n) == {Tactic().tile_n} else None
+            expected[tiles] = forward(inputs).cpu() if stored is None else stored
+        yield kernel.force(forced), Run(str(forced), inputs, {"output": expected[tiles]})
 
 
 def _takes_long(kernel: Kernel, case: Case) -> bool:

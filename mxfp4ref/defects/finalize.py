@@ -130,8 +130,8 @@ def _weighted_activation(call: MoeCall) -> Tensor:
             weighted[None],
             some.fc2_weights,
             some.fc2_scales,
-            tile_k=call.tile_k[1],
-            tile_n=call.tile_n[1],
+            tactic=call.kernel.gemm2,
+            generation=call.kernel.generation,
         )
         y[rows.token[mine], rows.slot[mine]] = fp32.widen(fp32.to_bf16(fc2[0]))
     local = select_local(call.token_selected_experts, experts.num_experts, call.ep_size, call.ep_rank)

@@ -27,7 +27,7 @@ from mxfp4ref.model.dense import dense_gemm
 from mxfp4ref.model.forward import Stages
 from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.gemm.analysis import spans
-from mxfp4ref.sm90.gemm.reference import group_order
+from mxfp4ref.sm90.gemm.order import group_order
 
 __all__ = ["GEMM_DEFECTS"]
 

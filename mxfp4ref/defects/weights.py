@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mxfp4ref.defects.defect import Defect, change_experts, each, given, logical, on_call
 from mxfp4ref.formats.experts import Experts
+from mxfp4ref.formats.generations import BYTEWISE, WORDWISE, Generation
 from mxfp4ref.formats.layout import (
     deinterleave_weights_sm90,
     fold_scales_sm90,
@@ -43,14 +44,14 @@ def _unfolded(scales: Tensor) -> Tensor:
     return unfold_scales_sm90(scales.reshape(experts, rows // 64, groups // 4, 16, 16))
 
 
-def _folded_for_the_other(generation: str) -> Callable[[Tensor], Tensor]:
+def _folded_for_the_other(generation: Generation) -> Callable[[Tensor], Tensor]:
     def change(scales: Tensor) -> Tensor:
         experts, rows, groups = scales.shape
         shapes = {
-            "0.6.16": (experts, groups // 4, rows * 4),
-            "0.6.9": (experts, rows // 64, groups // 4, 16, 16),
+            WORDWISE.name: (experts, groups // 4, rows * 4),
+            BYTEWISE.name: (experts, rows // 64, groups // 4, 16, 16),
         }
-        return unfold_scales_sm90(fold_scales_sm90(scales, generation).reshape(shapes[generation]))
+        return unfold_scales_sm90(fold_scales_sm90(scales, generation).reshape(shapes[generation.name]))
 
     return change
 
@@ -86,7 +87,7 @@ def _requantize(call: MoeCall) -> MoeCall:
 def _scales_of_next_expert(call: MoeCall) -> MoeCall:
     def change(experts: Experts) -> dict[str, Tensor]:
         changed = {}
-        for field, tile_k in zip(_SCALES, call.tile_k, strict=True):
+        for field, tile_k in zip(_SCALES, call.kernel.tile_k, strict=True):
             scales = getattr(experts, field).clone()
             last = slice(-tile_k // GROUP_SIZE, None)
             scales[:-1, :, last] = getattr(experts, field)[1:, :, last]
@@ -153,9 +154,9 @@ WEIGHT_DEFECTS: tuple[Defect, ...] = (
     ),
     on_call(
         "weights_interleaved_old",
-        "weights interleaved by flashinfer 0.6.9 .. 0.6.15, handed to 0.6.16 or later",
+        "weights interleaved for the bytewise kernel (flashinfer 0.6.10 to 0.6.15), handed to the wordwise one",
         ("upgrades across flashinfer 0.6.16",),
-        each(*_WEIGHTS, change=lambda w: deinterleave_weights_sm90(interleave_weights_sm90(w, "0.6.9"))),
+        each(*_WEIGHTS, change=lambda w: deinterleave_weights_sm90(interleave_weights_sm90(w, BYTEWISE))),
     ),
     on_call(
         "scales_not_folded",
@@ -165,15 +166,15 @@ WEIGHT_DEFECTS: tuple[Defect, ...] = (
     ),
     on_call(
         "scales_folded_old",
-        "scales folded for flashinfer 0.6.9 .. 0.6.15, handed to 0.6.16 or later",
+        "scales folded for the bytewise kernel (flashinfer 0.6.10 to 0.6.15), handed to the wordwise one",
         ("upgrades across flashinfer 0.6.16",),
-        each(*_SCALES, change=_folded_for_the_other("0.6.9")),
+        each(*_SCALES, change=_folded_for_the_other(BYTEWISE)),
     ),
     on_call(
         "scales_folded_new",
-        "scales folded for flashinfer 0.6.16 or later, handed to 0.6.9 .. 0.6.15",
+        "scales folded for the wordwise kernel (flashinfer 0.6.18 and later), handed to the bytewise one",
         ("downgrades across flashinfer 0.6.16",),
-        each(*_SCALES, change=_folded_for_the_other("0.6.16")),
+        each(*_SCALES, change=_folded_for_the_other(WORDWISE)),
     ),
     on_call(
         "scales_not_swapped",

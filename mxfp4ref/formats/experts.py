@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._validate import check_ids, check_int, check_same_device, check_tensor
-from mxfp4ref.formats.layout import deinterleave_weights_sm90, unfold_scales_sm90
+from mxfp4ref.formats.generations import GENERATIONS, Generation
+from mxfp4ref.formats.layout import deinterleave_weights_sm90, folded_bytes_shape, unfold_scales_sm90
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE
 
 __all__ = ["Experts", "Sm90Experts"]
@@ -149,7 +150,7 @@ class Sm90Experts(Experts):
     """The same in the layouts that the real call takes; `select` brings experts into logical layout.
 
     `fc1_weights` and `fc2_weights` are interleaved (the specification, section 2); the scales are folded in
-    the manner of either flashinfer generation, as uint8 or viewed as int32. Whole layers are never
+    the manner of either generation of the kernel, as uint8 or viewed as int32. Whole layers are never
     unfolded at once, so memory does not grow with the number of experts.
     """
 
@@ -165,19 +166,26 @@ class Sm90Experts(Experts):
         """Weights and scales of "fc1" or "fc2" for some experts, in logical layout."""
         weights, scales = super().weights(gemm, experts)
         assert scales is not None
-        generation = "0.6.9" if scales.dim() == 3 else "0.6.16"
-        return deinterleave_weights_sm90(weights, generation), unfold_scales_sm90(scales, generation)
+        return deinterleave_weights_sm90(weights, self.generation), unfold_scales_sm90(
+            scales, self.generation
+        )
+
+    @property
+    def generation(self) -> Generation:
+        """Whose layouts these are, by the shape of the scales."""
+        assert self.fc1_scales is not None
+        shape = folded_bytes_shape(self.fc1_scales)
+        return next(g for g in GENERATIONS if g.layout.logical_shape(shape) is not None)
 
     def _check_scales(self, name: str, scales: Tensor | None, shape: tuple[int, int, int]) -> None:
-        experts, rows, groups = shape
         check_tensor(name, scales, dtype=(torch.uint8, torch.int32), shape=("...",))
         assert scales is not None
-        unit = scales.element_size()
-        new = (experts, rows // 64, groups // 4, 16, 16 // unit)
-        old = (experts, groups // 4, rows * 4 // unit)
-        if rows % 64 or groups % 4 or tuple(scales.shape) not in (new, old):
+        _, rows, groups = shape
+        layouts = [g.layout for g in GENERATIONS]
+        folded = folded_bytes_shape(scales)
+        if rows % 64 or groups % 4 or shape not in [layout.logical_shape(folded) for layout in layouts]:
+            axes = " or ".join(f"{g.layout.SCALE_AXES} ({g.name})" for g in GENERATIONS)
             raise ValueError(
-                f"{name}: expected folded scales {list(new)} (flashinfer from 0.6.16 on) or {list(old)} (before) as "
-                f"{scales.dtype} for {rows} rows, a multiple of 64, and {groups} K groups, a multiple of 4; "
-                f"got {list(scales.shape)}"
+                f"{name}: expected folded scales {axes} in bytes, or viewed as int32, for E = {shape[0]}, "
+                f"R = {rows}, a multiple of 64, and G = {groups}, a multiple of 4; got {scales.dtype} {list(scales.shape)}"
             )

@@ -12,6 +12,7 @@ from torch import Tensor
 from mxfp4ref._compiler import uncompiled
 from mxfp4ref._validate import check_instance, check_int
 from mxfp4ref.formats.experts import Experts, Sm90Experts
+from mxfp4ref.formats.generations import NEWEST, Generation
 from mxfp4ref.formats.layout import fold_scales_sm90, interleave_weights_sm90
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE
 
@@ -59,16 +60,17 @@ def resize_experts(experts: Experts, hidden_size: int, intermediate_size: int) -
 
 
 @uncompiled
-def to_sm90(experts: Experts, generation: str = "0.6.16") -> Sm90Experts:
+def to_sm90(experts: Experts, generation: Generation = NEWEST) -> Sm90Experts:
     """Bring experts into the layouts that the real call takes: interleaved weights, folded int32 scales.
 
     Args:
         experts: MXFP4 experts; H and I must be multiples of 128.
-        generation: "0.6.16" (flashinfer 0.6.16 and later) or "0.6.9" (0.6.9 to 0.6.15).
+        generation: whose layouts; see `mxfp4ref.formats.generations`.
 
     Raises:
         TypeError: no experts, or in another layout than the logical one.
-        ValueError: an unknown generation, bf16 weights, or other sizes.
+        TypeError: no `Generation`.
+        ValueError: bf16 weights, or other sizes.
     """
     check_instance("experts", experts, Experts, exact=True)
     if experts.fc1_scales is None or experts.fc2_scales is None:

@@ -64,19 +64,19 @@ _BYTES = EXPERT_TENSORS[:4]
 _REFERENCE = '''\
 import torch
 
-from mxfp4ref import Experts, moe_forward
+from mxfp4ref import Experts, MoeCall, forward
 
 
 @torch.no_grad()
 def run({arguments}):
-    """The bits that an H100 gives with the default tactic (tile_k {tile_k})."""
+    """The bits that an H100 gives with the default tactics."""
     experts = Experts(
         fc1_weights=fc1_weights.view(torch.uint8),
         fc1_scales=fc1_scales.view(torch.uint8),
         fc2_weights=fc2_weights.view(torch.uint8),
         fc2_scales=fc2_scales.view(torch.uint8),
 {given}    )
-    return moe_forward(
+    call = MoeCall(
         input,
         token_selected_experts,
         token_final_scales,
@@ -85,9 +85,9 @@ def run({arguments}):
         ep_rank=ep_rank,
         tp_size=tp_size,
         tp_rank=tp_rank,
-        tile_k={tile_k},
         strict=False,
     )
+    return forward(call)
 '''
 
 
@@ -164,7 +164,7 @@ def _definition(optional: tuple[str, ...]) -> dict[str, Any]:
         "constraints": _CONSTRAINTS,
         "inputs": inputs,
         "outputs": {"output": _spec(("num_tokens", "hidden_size"), "bfloat16")},
-        "reference": _REFERENCE.format(arguments=arguments, given=given, tile_k=_TILE_K),
+        "reference": _REFERENCE.format(arguments=arguments, given=given),
     }
 
 

@@ -1,7 +1,7 @@
 """What real GPUs gave for the golden cases: `goldens/hardware/*.jsonl`, written by the recording tool only.
 
 A line is a JSON object for one run: `case` ("suite/name"), `tile_k` ([first, second]), `sha256` of the output's
-bytes, `equal` (whether they were the model's), `generation` (of flashinfer; the goldens are of the newest),
+bytes, `equal` (whether they were the model's), `generation` (of the kernel, by `Generation.recorded_as`; the goldens are of the newest),
 `gpu`, and the versions `driver`, `cuda`, `flashinfer`.
 """
 
@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
 from typing import Any
 
 from mxfp4ref.goldens.store import Case, GoldenError, Goldens, tensor_bytes
-from mxfp4ref.formats.layout import GENERATIONS
+from mxfp4ref.formats.generations import NEWEST, generation_named
 from mxfp4ref.model.forward import forward
+from mxfp4ref.sm90.tactics import Sm90Kernel
 
 __all__ = ["compare", "read"]
 
@@ -72,19 +72,10 @@ def compare(goldens: Goldens) -> tuple[list[dict[str, Any]], list[str]]:
     return records, problems
 
 
-def _hash_of_generation(case: Case, tile_k: tuple[int, int], record: dict[str, Any]) -> str | None:
-    """What the model gives for the record's generation; None where that is the goldens' own."""
-    generation = record.get("generation", GENERATIONS[-1])
-    if generation == GENERATIONS[-1] or not record["equal"]:
-        return None
-    output = forward(replace(case.call(tile_k), generation=generation))
-    return hashlib.sha256(tensor_bytes(output)).hexdigest()
-
-
 def _of_generation(case: Case, pair: tuple[int, int], record: dict[str, Any]) -> str:
     """The hash of the model's output for the record's generation; "" if that is the golden's own."""
-    generation = record.get("generation", GENERATIONS[-1])
-    if generation == GENERATIONS[-1]:
+    generation = generation_named(record.get("generation", NEWEST.name))
+    if generation is NEWEST:
         return ""
-    output = forward(replace(case.call(pair), generation=generation))
+    output = forward(case.call(Sm90Kernel.of_tiles(pair, generation=generation)))
     return hashlib.sha256(tensor_bytes(output)).hexdigest()

@@ -25,11 +25,13 @@ from mxfp4ref.formats import layout
 from mxfp4ref.routing import presets as routing
 from mxfp4ref.goldens.store import Case
 from mxfp4ref.model.forward import forward
+from mxfp4ref.formats.generations import generation_named
 from mxfp4ref.formats.mxfp4 import dequantize
 from mxfp4ref.sm90 import fp32, tensor_core
 from mxfp4ref.sm90.finalize import finalize
 from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
 from mxfp4ref.sm90.swiglu import swiglu
+from mxfp4ref.sm90.tactics import Sm90Kernel
 
 __all__ = ["OUTPUTS", "Run", "run_stage", "runs"]
 
@@ -61,8 +63,8 @@ def runs(case: Case) -> list[Run]:
     """The runs of a case; more than one where the output depends on the K tiles."""
     if case.kind == "moe":
         return [
-            Run(f"{first}x{second}", case.call((first, second)), {"output": output})
-            for (first, second), output in case.outputs.items()
+            Run("{}x{}".format(*pair), case.call(Sm90Kernel.of_tiles(pair)), {"output": output})
+            for pair, output in case.outputs.items()
         ]
     names = OUTPUTS[case.kind]
     prefix = "accumulators.tile_k_"
@@ -91,12 +93,15 @@ def _dequantize(packed: Tensor, scales: Tensor, convention: str, dtype: str) -> 
 
 
 def _layout(before: Tensor, operation: str, **parameters: Any) -> Tensor:
+    if "generation" in parameters:
+        parameters["generation"] = generation_named(parameters["generation"])
     moved: Tensor = getattr(layout, operation)(before, **parameters)
     return moved
 
 
 def _gemm(x: Tensor, packed: Tensor, scales: Tensor, tile_k: int) -> Tensor:
-    return group_scaled_gemm(x[None], packed[None], scales[None], tile_k=tile_k)[0]
+    tactic = Sm90Kernel.of_tiles((tile_k, tile_k)).gemm1
+    return group_scaled_gemm(x[None], packed[None], scales[None], tactic=tactic)[0]
 
 
 def _activation(

@@ -26,6 +26,7 @@ from torch import Tensor
 from mxfp4ref.goldens import generator
 from mxfp4ref._lock import locked
 from mxfp4ref.model.call import MoeCall
+from mxfp4ref.sm90.tactics import Sm90Kernel
 from mxfp4ref.formats.experts import Experts
 
 __all__ = [
@@ -48,6 +49,7 @@ FORMAT = "mxfp4ref-goldens-1"
 KINDS = ("moe", "dequantize", "layout", "tensor_core", "gemm", "activation", "finalize", "routing")
 BUILTIN_ROOT = Path(__file__).resolve().parent / "builtin"
 _PACKAGE_PARENT = BUILTIN_ROOT.parents[2]
+_DEFAULT_KERNEL = Sm90Kernel()
 
 _NAME = re.compile(r"[a-z0-9_]+/[a-z0-9_]+")
 # Files of the root folder that belong there and are no cases.
@@ -117,11 +119,11 @@ class Case:
         given |= {name: self._derive(name) for name in self.derived}
         return Experts(**given)  # type: ignore[arg-type]
 
-    def call(self, tile_k: tuple[int, int] = (128, 128), tile_n: tuple[int, int] = (16, 16)) -> MoeCall:
+    def call(self, kernel: Sm90Kernel = _DEFAULT_KERNEL) -> MoeCall:
         """The kernel call of a case of kind "moe".
 
         Raises:
-            ValueError: another kind, or a tile_k that does not divide the GEMMs' K.
+            ValueError: another kind, or a K tile that does not divide a GEMM's K.
             GoldenError: a derived tensor does not have the recorded hash.
         """
         self._expect_kind("moe")
@@ -130,8 +132,7 @@ class Case:
             token_selected_experts=self.tensors["token_selected_experts"],
             token_final_scales=self.tensors["token_final_scales"],
             experts=self.experts,
-            tile_k=tile_k,
-            tile_n=tile_n,
+            kernel=kernel,
             ep_size=self.parameters["ep_size"],
             ep_rank=self.parameters["ep_rank"],
             tp_size=self.parameters["tp_size"],

@@ -10,25 +10,23 @@ from torch import Tensor
 from mxfp4ref._validate import (
     INT32_MAX,
     check_bool,
-    check_choice,
     check_instance,
     check_int,
     check_same_device,
     check_tensor,
-    shown,
 )
 from mxfp4ref.formats.experts import Experts
-from mxfp4ref.formats.layout import GENERATIONS
-from mxfp4ref.sm90.gemm.reference import TILE_K, TILE_N
+from mxfp4ref.sm90.tactics import Sm90Kernel
 
 __all__ = ["PADDING_ID", "MoeCall"]
 
 PADDING_ID = -1
+_DEFAULT_KERNEL = Sm90Kernel()
 
 
 @dataclass(frozen=True)
 class MoeCall:
-    """The arguments of a forward (the specification, section 2).
+    """The arguments of a forward (`docs/arithmetic.md`, "Tensors and layouts").
 
     Attributes:
         input: `[M, H] bf16`.
@@ -37,9 +35,8 @@ class MoeCall:
         experts: the experts of this rank (and, under tensor parallelism, its shard of them).
         ep_size, ep_rank: the rank owns the ids `[ep_rank * E, (ep_rank + 1) * E)`; other slots are skipped.
         tp_size, tp_rank: the fc2 bias is added on rank 0 only.
-        tile_k: the K tiles of GEMM1's and GEMM2's tactic, each 128, 256 or 512.
-        tile_n: their N tiles; visible only where the first two groups of K over- or underflow.
-        generation: the flashinfer generation, one of `layout.GENERATIONS`; visible where `tile_n` is.
+        kernel: which kernel computes it, by default the newest with its default tactics. K tiles order the groups of
+            K; N tiles and the generation show only where the first two groups over- or underflow.
         strict: refuse ids that no rank owns and experts that a token names twice. With False the former are
             skipped, as the kernel does, and of the latter only the first slot counts. The kernel leaves the other
             slot's row unset, so what it adds there depends on what its workspace held before.
@@ -57,9 +54,7 @@ class MoeCall:
     ep_rank: int = 0
     tp_size: int = 1
     tp_rank: int = 0
-    tile_k: tuple[int, int] = (128, 128)
-    tile_n: tuple[int, int] = (16, 16)
-    generation: str = GENERATIONS[-1]
+    kernel: Sm90Kernel = _DEFAULT_KERNEL
     strict: bool = True
 
     def __post_init__(self) -> None:
@@ -90,17 +85,14 @@ class MoeCall:
         for kind, most in (("ep", INT32_MAX // self.experts.num_experts), ("tp", INT32_MAX)):
             size = check_int(f"{kind}_size", getattr(self, f"{kind}_size"), minimum=1, maximum=most)
             check_int(f"{kind}_rank", getattr(self, f"{kind}_rank"), minimum=0, maximum=size - 1)
-        for name, choices in (("tile_k", TILE_K), ("tile_n", TILE_N)):
-            value = getattr(self, name)
-            if not (isinstance(value, tuple) and len(value) == 2):
-                raise TypeError(f"{name}: expected a pair, one for each GEMM, got {shown(value)}")
-            for tile in value:
-                check_choice(name, tile, choices)
-        check_choice("generation", self.generation, GENERATIONS)
+        check_instance("kernel", self.kernel, Sm90Kernel)
         if self.experts.quantized:
-            for gemm, tile, depth in (("GEMM1", self.tile_k[0], hidden), ("GEMM2", self.tile_k[1], inner)):
-                if depth % tile:
-                    raise ValueError(f"tile_k: expected a divisor of {gemm}'s K = {depth}, got {tile}")
+            for number, depth in enumerate((hidden, inner)):
+                tactic = self.kernel.tactics[number]
+                if depth % tactic.tile_k:
+                    raise ValueError(
+                        f"kernel: expected a K tile that divides GEMM{number + 1}'s K = {depth}, got tactic {tactic}"
+                    )
         if check_bool("strict", self.strict):
             self._check_ids()
 

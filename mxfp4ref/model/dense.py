@@ -16,10 +16,10 @@ __all__ = ["dense_gemm"]
 
 
 @uncompiled
-def dense_gemm(x: Tensor, weights: Tensor, scales: None = None, **_tactic: object) -> Tensor:
+def dense_gemm(x: Tensor, weights: Tensor, scales: None = None, **_kernel: object) -> Tensor:
     """`x @ weights^T`, `[B, M, K] bf16` by `[B, N, K] bf16`, as `[B, M, N] float32`.
 
-    The tactic (`tile_k`, `tile_n`, `positions`) is taken for the sake of a common signature and has no effect.
+    What else the GEMMs of `Stages` are given (tactic, generation, positions) has no effect.
     """
     rows, columns = x.shape[1], weights.shape[1]
     total = torch.zeros(x.shape[0], rows, columns, dtype=torch.float64, device=x.device)

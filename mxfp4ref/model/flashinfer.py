@@ -18,14 +18,15 @@ from mxfp4ref._validate import (
     shown,
 )
 from mxfp4ref.formats.experts import Experts, Sm90Experts
-from mxfp4ref.formats.layout import GENERATIONS
 from mxfp4ref.model import forward as moe
 from mxfp4ref.model.call import MoeCall
+from mxfp4ref.sm90.tactics import Sm90Kernel
 
 __all__ = ["WEIGHT_LAYOUTS", "torch_ref_cutlass_fused_moe"]
 
 WEIGHT_LAYOUTS = ("sm90", "logical")
 
+_DEFAULT = Sm90Kernel()
 # flashinfer's ActivationType. With any of alpha, beta, limit the kernel turns Swiglu into SwigluBias.
 _SWIGLU = 3
 _SWIGLU_BIAS = 5
@@ -97,10 +98,8 @@ def torch_ref_cutlass_fused_moe(
     situ_beta: Tensor | None = None,
     situ_linear_beta: Tensor | None = None,
     backend: str = "cutlass",
-    tile_k: tuple[int, int] = (128, 128),
-    tile_n: int | tuple[int, int] = 16,
+    kernel: Sm90Kernel = _DEFAULT,
     weight_layout: str | None = None,
-    generation: str = GENERATIONS[-1],
     strict: bool = True,
     trace: bool = False,
 ) -> Tensor | tuple[Tensor, moe.MoeTrace]:
@@ -109,7 +108,7 @@ def torch_ref_cutlass_fused_moe(
     Modelled are MXFP4 weights (`use_w4_group_scaling=True`), with the bits of an H100, and bf16 weights
     (`use_w4_group_scaling=False`, no `quant_scales`), with the rounding points of `mxfp4ref.model.dense`. An argument
     that asks for anything else raises; arguments that cannot change the result are accepted and have no effect:
-    `tune_max_num_tokens`, `enable_pdl`, `use_fused_finalize`, `profile_ids` (say `tile_k` for the tactics you
+    `tune_max_num_tokens`, `enable_pdl`, `use_fused_finalize`, `profile_ids` (say by `kernel` which tactics you
     force), `workspace_buffer`, `swizzled_input_sf` and, with a size of one, `cluster_rank`.
 
     Args:
@@ -127,11 +126,8 @@ def torch_ref_cutlass_fused_moe(
         tp_size, tp_rank, ep_size, ep_rank: this rank; the fc2 bias is added where `tp_rank` is 0.
         output: `[M, H] bf16`, written in place and returned.
         activation_type: Swiglu (3), or SwigluBias (5) along with alpha, beta or limit.
-        tile_k: the K tiles of the two GEMMs' tactics; the default tactic has 128.
-        tile_n: their N tile, or a pair; matters only where the first two groups of K over- or underflow.
+        kernel: the tactics of the two GEMMs and the generation, by default the newest kernel's default tactics.
         weight_layout: "sm90" or "logical"; the default is what the real call takes.
-        generation: "0.6.16", the kernel from flashinfer 0.6.16 on, or "0.6.9", the one of 0.6.9 to 0.6.15;
-            they differ only where `tile_n` matters.
         strict: refuse ids that no rank owns and experts a token names twice; False follows the kernel.
         trace: return `(output, MoeTrace)`.
 
@@ -195,9 +191,7 @@ def torch_ref_cutlass_fused_moe(
         ep_rank=ep_rank,
         tp_size=tp_size,
         tp_rank=tp_rank,
-        tile_k=tile_k,
-        tile_n=(tile_n, tile_n) if isinstance(tile_n, int) else tile_n,
-        generation=generation,
+        kernel=kernel,
         strict=strict,
     )
     if output is not None:

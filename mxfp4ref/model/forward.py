@@ -11,7 +11,6 @@ from torch import Tensor
 from mxfp4ref._compiler import uncompiled
 from mxfp4ref._validate import check_instance
 from mxfp4ref.formats.experts import Experts
-from mxfp4ref.formats.layout import GENERATIONS
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.dense import dense_gemm
 from mxfp4ref.sm90 import fp32
@@ -21,7 +20,7 @@ from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
 from mxfp4ref.sm90.swiglu import swiglu
 from mxfp4ref.sm90.threads import in_parallel
 
-__all__ = ["DENSE", "KERNEL", "MoeTrace", "Stages", "forward", "moe_forward", "select_local", "trace"]
+__all__ = ["DENSE", "KERNEL", "MoeTrace", "Stages", "forward", "select_local", "trace"]
 
 _TOKENS_AT_ONCE = 512  # bounds the memory of the per-slot outputs; tokens do not influence each other
 _ROWS_AT_ONCE = {"cpu": 256, "gpu": 4096}  # of the activation, likewise
@@ -46,8 +45,8 @@ def select_local(ids: Tensor, num_local: int, ep_size: int, ep_rank: int) -> Ten
 class Stages:
     """The computation as replaceable stages: `replace(KERNEL, swiglu=...)` is a kernel with another one.
 
-    The GEMMs take `(x [B, M, K], weights [B, N, ...], scales [B, N, K/32] or None, *, tile_k, tile_n,
-    positions [B, M], generation)` and return `[B, M, N] float32`; the rounding stages take the float32 result of the
+    The GEMMs take `(x [B, M, K], weights [B, N, ...], scales [B, N, K/32] or None, *, tactic,
+    generation, positions [B, M])` and return `[B, M, N] float32`; the rounding stages take the float32 result of the
     stage before; the others have the signatures of the functions that are their defaults.
     """
 
@@ -89,47 +88,6 @@ class MoeTrace:
     fc2_accumulators: Tensor
     fc2_output: Tensor
     output: Tensor
-
-
-def moe_forward(
-    input: Tensor,
-    token_selected_experts: Tensor,
-    token_final_scales: Tensor,
-    experts: Experts,
-    *,
-    ep_size: int = 1,
-    ep_rank: int = 0,
-    tp_size: int = 1,
-    tp_rank: int = 0,
-    tile_k: tuple[int, int] = (128, 128),
-    tile_n: tuple[int, int] = (16, 16),
-    generation: str = GENERATIONS[-1],
-    strict: bool = True,
-    stages: Stages | None = None,
-) -> Tensor:
-    """The layer's output as an H100 computes it, bit for bit: `forward` of a `MoeCall` of these arguments.
-
-    Returns:
-        `[M, H] bf16`; NaN is 0x7FFF.
-
-    Raises:
-        TypeError, ValueError: as `MoeCall` says.
-    """
-    call = MoeCall(
-        input=input,
-        token_selected_experts=token_selected_experts,
-        token_final_scales=token_final_scales,
-        experts=experts,
-        ep_size=ep_size,
-        ep_rank=ep_rank,
-        tp_size=tp_size,
-        tp_rank=tp_rank,
-        tile_k=tile_k,
-        tile_n=tile_n,
-        generation=generation,
-        strict=strict,
-    )
-    return forward(call, stages)
 
 
 @uncompiled
@@ -218,10 +176,9 @@ def _gemm(
             x[batch.row],
             weights,
             scales,
-            tile_k=call.tile_k[which],
-            tile_n=call.tile_n[which],
+            tactic=call.kernel.tactics[which],
+            generation=call.kernel.generation,
             positions=rows.position[batch.row],
-            generation=call.generation,
         )
         result = result.flatten(0, 1)[batch.used]
         return result if keep else result[:0], rounding(result)

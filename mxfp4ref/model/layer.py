@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -12,70 +9,50 @@ from mxfp4ref._compiler import uncompiled
 from mxfp4ref._ieee import to_fp32, to_fp64
 from mxfp4ref._validate import check_choice, check_float, check_instance, check_same_device, check_tensor
 from mxfp4ref.formats.experts import Experts
+from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import Stages
-from mxfp4ref.model.parallel import forward_all_ranks
+from mxfp4ref.model.parallel import Ranks, forward_all_ranks
 from mxfp4ref.routing.presets import RoutedScaling, Routing
 from mxfp4ref.sm90 import fp32
+from mxfp4ref.sm90.tactics import Sm90Kernel
 
 __all__ = ["finish_output", "moe_layer"]
+
+_ONE_RANK = Ranks()
+_DEFAULT_KERNEL = Sm90Kernel()
 
 
 @uncompiled
 def moe_layer(
     hidden: Tensor,
-    logits: Tensor,
+    routing: Routing,
     experts: Experts,
     *,
-    router: Callable[..., Routing],
     shared_output: Tensor | None = None,
-    ep_size: int = 1,
-    tp_size: int = 1,
-    reduction: str = "float32",
-    tile_k: tuple[int, int] = (128, 128),
-    tile_n: tuple[int, int] = (16, 16),
+    ranks: Ranks = _ONE_RANK,
+    kernel: Sm90Kernel = _DEFAULT_KERNEL,
     stages: Stages | None = None,
-    **router_options: Any,
 ) -> Tensor:
-    """Hidden states and router logits to the layer's output, `[M, H] bf16`.
+    """Hidden states and a router's decision to the layer's output, `[M, H] bf16`.
 
-        moe_layer(hidden, logits, experts, router=deepseek_v4, correction_bias=bias, shared_output=shared)
+        moe_layer(hidden, deepseek_v4(logits, bias), experts, shared_output=shared)
 
     Args:
         hidden: `[M, H] bf16`.
-        logits: `[M, E]` float32 or bf16, the router's.
+        routing: what a router decided for these M tokens and all E experts; see `mxfp4ref.routing`.
         experts: all E experts.
-        router: a preset of `routing.py`, or any function from logits to a `Routing`.
         shared_output: `[M, H] bf16`, the shared expert's output, added to the routed experts'.
-        ep_size, tp_size, reduction: run on that many ranks and combine, see `forward_all_ranks`.
-        tile_k, tile_n, stages: as in `moe_forward`.
-        router_options: passed to the router: correction_bias, routed_scaling, padded, ...
+        ranks: run on that many ranks and combine their outputs; see `forward_all_ranks`.
+        kernel, stages: as in `MoeCall` and `forward`.
 
     Raises:
-        TypeError, ValueError: as the parts do; or logits for another number of tokens or experts.
+        TypeError, ValueError: as the parts do.
     """
     check_instance("experts", experts, Experts)
-    if not callable(router):
-        raise TypeError(f"router: expected a function that returns a Routing, got {type(router).__name__}")
-    check_tensor("hidden", hidden, dtype=torch.bfloat16, shape=("M", experts.hidden_size))
-    wanted = (len(hidden), experts.num_experts)
-    check_tensor("logits", logits, dtype=(torch.float32, torch.bfloat16), shape=wanted)
-    routing = router(logits, **router_options)
-    if not isinstance(routing, Routing):
-        raise TypeError(f"router: expected a function that returns a Routing, got {type(routing).__name__}")
-    routed = forward_all_ranks(
-        hidden,
-        routing.ids,
-        routing.scales,
-        experts,
-        ep_size=ep_size,
-        tp_size=tp_size,
-        reduction=reduction,
-        tile_k=tile_k,
-        tile_n=tile_n,
-        stages=stages,
-    )
+    check_instance("routing", routing, Routing)
+    call = MoeCall(hidden, routing.ids, routing.scales, experts, kernel=kernel)
     return finish_output(
-        routed,
+        forward_all_ranks(call, ranks, stages),
         shared_output=shared_output,
         routed_scaling=routing.routed_scaling,
         routed_scaling_factor=routing.routed_scaling_factor,

@@ -8,7 +8,7 @@ and its result is never to be handed to the kernel, which would drop real expert
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,12 +26,14 @@ from mxfp4ref._validate import (
 from mxfp4ref.formats.experts import Experts, Sm90Experts
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE
 from mxfp4ref.formats.resize import to_logical
-from mxfp4ref.model.forward import Stages, moe_forward
+from mxfp4ref.model.call import MoeCall
+from mxfp4ref.model.forward import Stages, forward
 from mxfp4ref.routing.presets import PADDING_ID
 from mxfp4ref.sm90 import fp32
 
 __all__ = [
     "REDUCTIONS",
+    "Ranks",
     "forward_all_ranks",
     "gather",
     "global_to_local",
@@ -147,46 +149,63 @@ def gather(outputs: Sequence[Tensor], *, reduction: str = "float32") -> Tensor:
     return fp32.to_bf16(total)
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """How many ranks run a layer, and how their outputs are added up.
+
+    Attributes:
+        ep_size: ranks that share the experts.
+        tp_size: ranks that share each expert.
+        reduction: see `gather`.
+
+    Raises:
+        TypeError, ValueError: a size that is no positive int, or another reduction.
+    """
+
+    ep_size: int = 1
+    tp_size: int = 1
+    reduction: str = "float32"
+
+    def __post_init__(self) -> None:
+        check_int("ep_size", self.ep_size, minimum=1)
+        check_int("tp_size", self.tp_size, minimum=1)
+        check_choice("reduction", self.reduction, REDUCTIONS)
+
+
 @uncompiled
-def forward_all_ranks(
-    input: Tensor,
-    token_selected_experts: Tensor,
-    token_final_scales: Tensor,
-    experts: Experts,
-    *,
-    ep_size: int = 1,
-    tp_size: int = 1,
-    reduction: str = "float32",
-    tile_k: tuple[int, int] = (128, 128),
-    tile_n: tuple[int, int] = (16, 16),
-    strict: bool = True,
-    stages: Stages | None = None,
-) -> Tensor:
-    """`moe_forward` on every rank with its part of `experts` (those of all ranks), and their `gather`.
+def forward_all_ranks(call: MoeCall, ranks: Ranks, stages: Stages | None = None) -> Tensor:
+    """`forward` on every rank with its part of the call's experts, and the `gather` of all, `[M, H] bf16`.
 
     Every rank rounds its own output to bf16, so that more than one rank gives other bits than one, except
     for tokens whose experts all live on the same one.
+
+    Args:
+        call: as on a single rank, with the experts of all.
+        ranks: how many there are.
+        stages: see `forward`.
+
+    Raises:
+        ValueError: a call of one rank of several, or sizes that do not divide the experts.
     """
-    check_choice("reduction", reduction, REDUCTIONS)  # before the work, not after it
-    outputs = [
-        moe_forward(
-            input,
-            token_selected_experts,
-            token_final_scales,
-            shard,
-            ep_size=ep_size,
-            ep_rank=ep_rank,
-            tp_size=tp_size,
-            tp_rank=tp_rank,
-            tile_k=tile_k,
-            tile_n=tile_n,
-            strict=strict,
-            stages=stages,
+    check_instance("call", call, MoeCall)
+    check_instance("ranks", ranks, Ranks)
+    if (call.ep_size, call.tp_size) != (1, 1):
+        raise ValueError(
+            f"call: expected one with the experts of all ranks, got ep_size {call.ep_size}, tp_size {call.tp_size}"
         )
-        for ep_rank, local in enumerate(split_experts(experts, ep_size))
-        for tp_rank, shard in enumerate(split_intermediate(local, tp_size))
-    ]
-    return gather(outputs, reduction=reduction)
+    outputs = []
+    for ep_rank, local in enumerate(split_experts(call.experts, ranks.ep_size)):
+        for tp_rank, shard in enumerate(split_intermediate(local, ranks.tp_size)):
+            of_rank = replace(
+                call,
+                experts=shard,
+                ep_size=ranks.ep_size,
+                ep_rank=ep_rank,
+                tp_size=ranks.tp_size,
+                tp_rank=tp_rank,
+            )
+            outputs.append(forward(of_rank, stages))
+    return gather(outputs, reduction=ranks.reduction)
 
 
 def _rows(fc1: Tensor, tp_size: int, rank: int) -> Tensor:

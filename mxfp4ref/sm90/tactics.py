@@ -1,7 +1,7 @@
-"""The tactics of flashinfer's SM90 kernel: which tiles and clusters there are, and the ids that force them.
+"""Which of its many ways the SM90 kernel takes: the tactics of its two GEMMs, and the generation it is of.
 
-A tactic is a CTA tile (M, N, K) and a cluster of CTAs (the specification, section 8). M are rows of the weights, N
-rows of tokens. Only N and K of a tile can show in the output.
+A tactic is a CTA tile (M, N, K) and a cluster of CTAs. M are rows of the weights, N rows of tokens. Only N and K of a
+tile can show in the output: `docs/arithmetic.md`, "The GEMM".
 """
 
 from __future__ import annotations
@@ -9,73 +9,133 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-__all__ = [
-    "DEFAULT_TACTIC",
-    "TACTICS",
-    "Tactic",
-    "each_tactic",
-    "profile_ids",
-    "runnable_tactics",
-    "with_tile_k",
-]
+from mxfp4ref._validate import check_instance, shown
+from mxfp4ref.formats.generations import NEWEST, Generation, Tile
 
-Tile = tuple[int, int, int]
+__all__ = ["TILE_K", "TILE_N", "Sm90Kernel", "Tactic", "each_kernel", "runnable_tactics", "tactics_of"]
 
-_TILES: tuple[Tile, ...] = (
-    *((m, n, k) for m in (64, 128) for n in (16, 32, 64, 128) for k in (128, 256, 512)),
-    *((128, 256, k) for k in (128, 256)),
-    *((256, 128, k) for k in (128, 256)),
-    (256, 256, 128),
-)
+TILE_K = (128, 256, 512)
+TILE_N = (16, 32, 64, 128, 256)
+
 _CLUSTERS = ((1, 1), (2, 1), (1, 2), (2, 2))
-# Offered by flashinfer's list, refused by the kernel: not enough shared memory.
-_REFUSED: frozenset[Tile] = frozenset({(64, 128, 512), (128, 128, 512), (128, 256, 256), (256, 128, 256)})
 
 
 @dataclass(frozen=True)
 class Tactic:
-    """One way in which the kernel can run a GEMM.
+    """One way in which the kernel can run a GEMM; by default what it does unless told otherwise.
 
     Attributes:
         tile: M, N and K of a CTA's tile.
         cluster: CTAs of a cluster along M and N.
     """
 
-    tile: Tile
+    tile: Tile = (64, 16, 128)
     cluster: tuple[int, int] = (1, 1)
 
     def __str__(self) -> str:
         return "{}x{}x{}/{}x{}".format(*self.tile, *self.cluster)
 
+    @property
+    def tile_n(self) -> int:
+        return self.tile[1]
 
-TACTICS = tuple(
-    Tactic(tile, cluster) for tile in _TILES for cluster in _CLUSTERS
-)  # in the order of their ids
-DEFAULT_TACTIC = Tactic((64, 16, 128))
+    @property
+    def tile_k(self) -> int:
+        return self.tile[2]
 
 
-def runnable_tactics(rows: int, depth: int) -> list[Tactic]:
+@dataclass(frozen=True)
+class Sm90Kernel:
+    """The tactics of GEMM1 and GEMM2 and the generation of the kernel: all of it that can show in the output.
+
+    Raises:
+        TypeError: not two tactics and a generation.
+        ValueError: the generation offers no such tactic.
+    """
+
+    gemm1: Tactic = Tactic()
+    gemm2: Tactic = Tactic()
+    generation: Generation = NEWEST
+
+    def __post_init__(self) -> None:
+        check_instance("generation", self.generation, Generation)
+        for name in ("gemm1", "gemm2"):
+            tactic = getattr(self, name)
+            check_instance(name, tactic, Tactic)
+            if tactic not in tactics_of(self.generation):
+                tiles = ", ".join("{}x{}x{}".format(*tile) for tile in self.generation.tiles)
+                raise ValueError(
+                    f"{name}: expected a tactic of the {self.generation.name} kernel, a tile of {tiles} and a "
+                    f"cluster of 1x1, 2x1, 1x2 or 2x2, got {tactic}"
+                )
+
+    def __str__(self) -> str:
+        return f"{self.gemm1}, {self.gemm2}"
+
+    @classmethod
+    def of_tiles(
+        cls, tile_k: tuple[int, int], tile_n: tuple[int, int] = (16, 16), generation: Generation = NEWEST
+    ) -> Sm90Kernel:
+        """The first tactics with these K and N tiles of GEMM1 and GEMM2: `Sm90Kernel.of_tiles((128, 256))`.
+
+        Raises:
+            TypeError: not pairs.
+            ValueError: the generation has no such tiles.
+        """
+        check_instance("generation", generation, Generation)
+        for name, pair in (("tile_k", tile_k), ("tile_n", tile_n)):
+            if not (isinstance(pair, tuple) and len(pair) == 2):
+                raise TypeError(f"{name}: expected a pair, one for each GEMM, got {shown(pair)}")
+        tactics: list[Tactic] = []
+        for k, n in zip(tile_k, tile_n, strict=True):
+            fitting = [tile for tile in generation.tiles if tile[1:] == (n, k)]
+            if not fitting:
+                pairs = ", ".join(f"{n}x{k}" for n, k in dict.fromkeys(tile[1:] for tile in generation.tiles))
+                raise ValueError(
+                    f"tile_k, tile_n: expected N x K of a tile of the {generation.name} kernel, one of {pairs}; got "
+                    f"{shown(n)}x{shown(k)}"
+                )
+            tactics.append(Tactic(fitting[0]))
+        return cls(tactics[0], tactics[1], generation)
+
+    @property
+    def tactics(self) -> tuple[Tactic, Tactic]:
+        return self.gemm1, self.gemm2
+
+    @property
+    def tile_k(self) -> tuple[int, int]:
+        """The K tiles of GEMM1 and GEMM2."""
+        return self.gemm1.tile_k, self.gemm2.tile_k
+
+    @property
+    def tile_n(self) -> tuple[int, int]:
+        """The N tiles of GEMM1 and GEMM2."""
+        return self.gemm1.tile_n, self.gemm2.tile_n
+
+    @property
+    def profile_ids(self) -> list[int]:
+        """flashinfer's `profile_ids` that force these tactics; GEMM2's ids continue after GEMM1's."""
+        tactics = tactics_of(self.generation)
+        return [tactics.index(self.gemm1), len(tactics) + tactics.index(self.gemm2)]
+
+
+def tactics_of(generation: Generation) -> tuple[Tactic, ...]:
+    """All tactics that a generation offers, in the order of their ids."""
+    return tuple(Tactic(tile, cluster) for tile in generation.tiles for cluster in _CLUSTERS)
+
+
+def runnable_tactics(rows: int, depth: int, generation: Generation = NEWEST) -> list[Tactic]:
     """The tactics that a GEMM of so many weight rows and so large a K can use."""
     return [
         tactic
-        for tactic in TACTICS
-        if tactic.tile not in _REFUSED and rows % tactic.tile[0] == 0 and depth % tactic.tile[2] == 0
+        for tactic in tactics_of(generation)
+        if tactic.tile not in generation.refused and rows % tactic.tile[0] == 0 and depth % tactic.tile_k == 0
     ]
 
 
-def each_tactic(hidden: int, inner: int) -> Iterator[tuple[Tactic, Tactic]]:
+def each_kernel(hidden: int, inner: int, generation: Generation = NEWEST) -> Iterator[Sm90Kernel]:
     """Every runnable tactic of GEMM1 beside the default of GEMM2, then the other way round."""
-    for tactic in runnable_tactics(2 * inner, hidden):
-        yield tactic, DEFAULT_TACTIC
-    for tactic in runnable_tactics(hidden, inner):
-        yield DEFAULT_TACTIC, tactic
-
-
-def with_tile_k(tile_k: int) -> Tactic:
-    """The default tactic with another K tile."""
-    return Tactic((*DEFAULT_TACTIC.tile[:2], tile_k))
-
-
-def profile_ids(first: Tactic, second: Tactic) -> list[int]:
-    """flashinfer's `profile_ids` that force these tactics for GEMM1 and GEMM2."""
-    return [TACTICS.index(first), len(TACTICS) + TACTICS.index(second)]
+    for tactic in runnable_tactics(2 * inner, hidden, generation):
+        yield Sm90Kernel(gemm1=tactic, generation=generation)
+    for tactic in runnable_tactics(hidden, inner, generation):
+        yield Sm90Kernel(gemm2=tactic, generation=generation)

@@ -21,10 +21,12 @@ from torch import Tensor
 
 from mxfp4ref.checkpoint import CheckpointError, read_layer, router_logits, run_layer, shards, write_layer
 from mxfp4ref.formats.experts import Experts
+from mxfp4ref.formats.generations import GENERATIONS, NEWEST, Generation
 from mxfp4ref.formats.layout import pad_halves
 from mxfp4ref.formats.mxfp4 import E2M1_VALUES, dequantize
 from mxfp4ref.formats.resize import resize_experts, to_logical, to_sm90
-from mxfp4ref.model.forward import moe_forward
+from mxfp4ref.model.call import MoeCall
+from mxfp4ref.model.forward import forward
 from mxfp4ref.routing.presets import deepseek_v4, gpt_oss, mixtral
 
 INDEX = "model.safetensors.index.json"
@@ -340,19 +342,21 @@ def test_writing_refuses_what_would_be_lost(tmp_path: Path) -> None:
         write_layer(tmp_path / "absent" / "x.safetensors", layer)
 
 
-@pytest.mark.parametrize("generation", ["0.6.9", "0.6.16"])
+@pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize("kind", ["deepseek_v4", "gpt_oss"])
-def test_kernel_layouts_and_back(tmp_path: Path, kind: str, generation: str) -> None:
+def test_kernel_layouts_and_back(tmp_path: Path, kind: str, generation: Generation) -> None:
     make_checkpoint(tmp_path, kind)
     experts = read_layer(tmp_path, 1).experts
     kernel = to_sm90(experts, generation)
     assert kernel.fc1_scales.dtype == torch.int32
-    assert kernel.fc1_scales.dim() == (5 if generation == "0.6.16" else 3)
+    assert kernel.fc1_scales.dim() == (5 if generation is NEWEST else 3)
     assert not same_bits(kernel.fc1_weights, experts.fc1_weights)
     assert_same_experts(to_logical(kernel), experts)
     hidden = torch.randn(2, experts.hidden_size).to(torch.bfloat16)
     ids, scales = torch.tensor([[0, 3], [2, 1]], dtype=torch.int32), torch.rand(2, 2)
-    assert same_bits(moe_forward(hidden, ids, scales, kernel), moe_forward(hidden, ids, scales, experts))
+    assert same_bits(
+        forward(MoeCall(hidden, ids, scales, kernel)), forward(MoeCall(hidden, ids, scales, experts))
+    )
 
 
 def test_kernel_layouts_refuse_other_experts(tmp_path: Path) -> None:
@@ -752,7 +756,7 @@ def test_run_deepseek_layer(tmp_path: Path) -> None:
     reference = (hidden.double() @ layer.router_weight.double().T).float()
     torch.testing.assert_close(logits, reference, rtol=1e-6, atol=1e-6)
     routing = deepseek_v4(logits, layer.router_bias, top_k=TOP_K, routed_scaling_factor=1.5, padded=padded)
-    routed = moe_forward(hidden, routing.ids, routing.scales, layer.experts)
+    routed = forward(MoeCall(hidden, routing.ids, routing.scales, layer.experts))
     assert torch.equal(result["token_selected_experts"], routing.ids)
     assert same_bits(result["token_final_scales"], routing.scales)
     assert same_bits(result["output"], (shared.float() + routed.float()).to(torch.bfloat16))
@@ -768,7 +772,7 @@ def test_without_the_shared_expert_it_is_no_output(tmp_path: Path) -> None:
     assert "output" not in result
     layer = read_layer(tmp_path, 1, limit=0.5)
     routing = deepseek_v4(result["logits"], layer.router_bias, top_k=3, routed_scaling_factor=2.5)
-    expected = moe_forward(hidden, routing.ids, routing.scales, layer.experts)
+    expected = forward(MoeCall(hidden, routing.ids, routing.scales, layer.experts))
     assert same_bits(result["routed_output"], expected)
 
 
@@ -797,7 +801,7 @@ def test_run_gpt_oss_layer(tmp_path: Path, kind: str) -> None:
     torch.testing.assert_close(result["logits"].double(), linear, rtol=2**-8, atol=0)
     routing = gpt_oss(result["logits"], top_k=TOP_K)
     wide = torch.nn.functional.pad(hidden, (0, 128 - GPT_OSS_H))
-    expected = moe_forward(wide, routing.ids, routing.scales, layer.experts)
+    expected = forward(MoeCall(wide, routing.ids, routing.scales, layer.experts))
     assert not expected[:, GPT_OSS_H:].any()
     assert same_bits(result["output"], expected[:, :GPT_OSS_H].contiguous())
 

@@ -19,7 +19,7 @@ from mxfp4ref.conformance.suite import CaseResult, Report, name_defects, run, ru
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.formats.layout import fold_scales_sm90, interleave_weights_sm90
 from mxfp4ref.goldens.store import Case, open_goldens
-from mxfp4ref.sm90.tactics import DEFAULT_TACTIC, TACTICS, profile_ids, runnable_tactics
+from mxfp4ref.sm90.tactics import Sm90Kernel, runnable_tactics, tactics_of
 from tests.helpers import kernels_under_test
 
 GOLDENS = open_goldens()
@@ -65,7 +65,7 @@ def test_report_tells_which_tiles_agree() -> None:
     assert len(set(case.output_hashes.values())) == 3
 
     def other_tiles(**arguments: Any) -> Tensor:
-        return kernels_under_test.good(**arguments, tile_k=(512, 128))
+        return kernels_under_test.good(**arguments, kernel=Sm90Kernel.of_tiles((512, 128)))
 
     assert run_case(load_kernel(other_tiles), case).tiles == ("512x128",)
     assert result_of("kernels_under_test:good", case).tiles == ("128x128",)
@@ -309,21 +309,20 @@ class TestFlashinfer:
     def _fake(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen: list[list[int]] = []
         self.helpers = SimpleNamespace(
+            __version__="0.7.2.post1",
             cutlass_fused_moe=self.cutlass_fused_moe,
             interleave_moe_weights_for_sm90_mixed_gemm=lambda weight, quant_type: interleave_weights_sm90(
                 weight
             ),
-            interleave_moe_scales_for_sm90_mixed_gemm=lambda scales, group_size: fold_scales_sm90(
-                scales, "0.6.16"
-            ),
+            interleave_moe_scales_for_sm90_mixed_gemm=lambda scales, group_size: fold_scales_sm90(scales),
         )
         for name in ("flashinfer", "flashinfer.fused_moe"):
             monkeypatch.setitem(sys.modules, name, self.helpers)
 
     def cutlass_fused_moe(self, *, profile_ids: list[int], enable_pdl: bool, **arguments: Any) -> list[Any]:
         self.seen.append(profile_ids)
-        tile_n, tile_k = (tuple(TACTICS[tactic % 116].tile[i] for tactic in profile_ids) for i in (1, 2))
-        output = kernels_under_test.good(**arguments, tile_k=tile_k, tile_n=tile_n)
+        forced = Sm90Kernel(*(tactics_of(NEWEST)[number % 116] for number in profile_ids))
+        output = kernels_under_test.good(**arguments, kernel=forced)
         return [output, None, None, None]  # as flashinfer does
 
     def test_forces_every_pair_of_tiles(self) -> None:
@@ -343,7 +342,7 @@ class TestFlashinfer:
         shapes = [(2 * experts.intermediate_size, experts.hidden_size)]
         shapes.append((experts.hidden_size, experts.intermediate_size))
         expected = {
-            tuple(profile_ids(*((tactic, DEFAULT_TACTIC) if gemm == 0 else (DEFAULT_TACTIC, tactic))))
+            tuple((Sm90Kernel(gemm1=tactic) if gemm == 0 else Sm90Kernel(gemm2=tactic)).profile_ids)
             for gemm, shape in enumerate(shapes)
             for tactic in runnable_tactics(*shape)
         }
@@ -351,7 +350,7 @@ class TestFlashinfer:
         assert report.ok, report.verdict
         assert set(map(tuple, self.seen)) == expected
         assert len(report.results[0].tiles) == len(expected)
-        assert {call.tile_n for call in asked} == {
+        assert {call.kernel.tile_n for call in asked} == {
             pair for n in (32, 64, 128, 256) for pair in ((n, 16), (16, n))
         }
 
@@ -370,11 +369,14 @@ class TestFlashinfer:
         before_profile_ids.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in ("input", "output", "enable_pdl")]
         )
-        self.helpers.interleave_moe_scales_for_sm90_mixed_gemm = lambda s, group: fold_scales_sm90(s, "0.6.9")
+        self.helpers.interleave_moe_scales_for_sm90_mixed_gemm = lambda s, group: fold_scales_sm90(
+            s, BYTEWISE
+        )
         self.helpers.interleave_moe_weights_for_sm90_mixed_gemm = lambda w, quant_type: (
-            interleave_weights_sm90(w, "0.6.9")
+            interleave_weights_sm90(w, BYTEWISE)
         )
         self.helpers.cutlass_fused_moe = before_profile_ids
+        self.helpers.__version__ = "0.6.17"  # takes profile_ids and ignores it
         kernel = load_kernel("flashinfer", "cpu")
         assert not kernel.forces_tile_k
         result = run_case(kernel, case)

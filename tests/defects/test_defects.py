@@ -32,6 +32,7 @@ from mxfp4ref.defects.variants.router import rerouted
 from mxfp4ref.defects.variants.swiglu import SwigluVariant
 from mxfp4ref.defects.weights import _requantized
 from mxfp4ref.formats.experts import Sm90Experts
+from mxfp4ref.formats.generations import BYTEWISE
 from mxfp4ref.formats.layout import (
     fold_scales_sm90,
     halves_to_interleaved,
@@ -42,8 +43,8 @@ from mxfp4ref.formats.mxfp4 import decode_ue8m0, dequantize
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import Stages, forward
 from mxfp4ref.sm90 import tensor_core
-from mxfp4ref.sm90.gemm.reference import TILE_K
 from mxfp4ref.sm90.swiglu import swiglu
+from mxfp4ref.sm90.tactics import TILE_K, Sm90Kernel
 from tests.helpers import defect_calls, exact
 
 # The names that the list of known mistakes asks for.
@@ -162,7 +163,7 @@ def legitimate_bytes(target: str, call_name: str) -> set[bytes]:
     call: MoeCall = build(target, call_name)
     depths = call.experts.hidden_size, call.experts.intermediate_size
     fitting = ([tile for tile in TILE_K if depth % tile == 0] for depth in depths)
-    return {as_bytes(forward(replace(call, tile_k=pair))) for pair in product(*fitting)}
+    return {as_bytes(forward(replace(call, kernel=Sm90Kernel.of_tiles(pair)))) for pair in product(*fitting)}
 
 
 @cache
@@ -278,7 +279,7 @@ def test_unchanged_gemm_follows_the_tactic(tile_k: tuple[int, int], tile_n: int)
                 tile_k, (call.experts.hidden_size, call.experts.intermediate_size), strict=True
             )
         )
-        call = replace(call, tile_k=fitting, tile_n=(tile_n, tile_n))
+        call = replace(call, kernel=Sm90Kernel.of_tiles(fitting, (tile_n, tile_n)))
         gemm = GemmVariant()
         assert as_bytes(forward(call, Stages(fc1_gemm=gemm, fc2_gemm=gemm))) == as_bytes(forward(call))
 
@@ -377,17 +378,17 @@ def interleaved_twice(weights: Tensor) -> Tensor:
             lambda w: interleave_weights_sm90(interleave_weights_sm90(w)),
             fold_scales_sm90,
         ),
-        ("weights_interleaved_old", lambda w: interleave_weights_sm90(w, "0.6.9"), fold_scales_sm90),
+        ("weights_interleaved_old", lambda w: interleave_weights_sm90(w, BYTEWISE), fold_scales_sm90),
         ("scales_not_folded", interleave_weights_sm90, lambda s: s.view(fold_scales_sm90(s).shape)),
         (
             "scales_folded_old",
             interleave_weights_sm90,
-            lambda s: fold_scales_sm90(s, "0.6.9").view(fold_scales_sm90(s).shape),
+            lambda s: fold_scales_sm90(s, BYTEWISE).view(fold_scales_sm90(s).shape),
         ),
         (
             "scales_folded_new",
-            lambda w: interleave_weights_sm90(w, "0.6.9"),
-            lambda s: fold_scales_sm90(s).view(fold_scales_sm90(s, "0.6.9").shape),
+            lambda w: interleave_weights_sm90(w, BYTEWISE),
+            lambda s: fold_scales_sm90(s).view(fold_scales_sm90(s, BYTEWISE).shape),
         ),
     ],
 )

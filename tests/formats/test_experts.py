@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.formats.experts import Experts, Sm90Experts
+from mxfp4ref.formats.generations import BYTEWISE, GENERATIONS, Generation
 from tests.helpers import bits, layers
 
 ALL = layers.random_experts(
@@ -120,11 +121,11 @@ def test_select_and_to() -> None:
     assert torch.equal(without.to("cpu").fc1_weights, ALL.fc1_weights)
 
 
-SM90 = [(generation, dtype) for generation in ("0.6.9", "0.6.16") for dtype in (torch.uint8, torch.int32)]
+SM90 = [(generation, dtype) for generation in GENERATIONS for dtype in (torch.uint8, torch.int32)]
 
 
 @pytest.mark.parametrize(("generation", "dtype"), SM90)
-def test_sm90_layouts_hold_the_same_experts(generation: str, dtype: torch.dtype) -> None:
+def test_sm90_layouts_hold_the_same_experts(generation: Generation, dtype: torch.dtype) -> None:
     sm90 = layers.to_sm90(ALL, generation, dtype)
     assert sm90.fc1_scales.dtype == dtype  # type: ignore[union-attr]
     assert not torch.equal(sm90.fc1_weights, ALL.fc1_weights)
@@ -138,7 +139,7 @@ def test_sm90_layouts_hold_the_same_experts(generation: str, dtype: torch.dtype)
 
 
 def test_sm90_refusals() -> None:
-    new, old = layers.to_sm90(ALL), layers.to_sm90(ALL, "0.6.9", torch.uint8)
+    new, old = layers.to_sm90(ALL), layers.to_sm90(ALL, BYTEWISE, torch.uint8)
     with pytest.raises(
         ValueError, match=r"^fc1_scales: expected folded scales \[3, 4, 2, 16, 4\] \(flashinfer from"
     ):

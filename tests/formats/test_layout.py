@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mxfp4ref.formats import layout
+from mxfp4ref.formats.generations import BYTEWISE, GENERATIONS, WORDWISE, Generation
 
 SETS = ("a", "b", "c")
 
@@ -54,9 +55,9 @@ def slow_interleave(weights: Tensor) -> Tensor:
     return torch.from_numpy(out)
 
 
-def slow_fold(scales: Tensor, generation: str) -> Tensor:
+def slow_fold(scales: Tensor, generation: Generation) -> Tensor:
     e, r, g = scales.shape
-    if generation == "0.6.9":
+    if generation is BYTEWISE:
         return scales.reshape(e, r, g // 4, 4).permute(0, 2, 1, 3).reshape(e, g // 4, r * 4)
     folded = torch.empty(e, r // 64, g // 4, 16, 16, dtype=torch.uint8)
     for row in range(r):
@@ -143,10 +144,10 @@ def test_recorded_scales(name: str) -> None:
     assert torch.equal(layout.unfold_scales_sm90(folded.view(torch.int32)), logical)
 
 
-@pytest.mark.parametrize("generation", layout.GENERATIONS)
+@pytest.mark.parametrize("generation", GENERATIONS)
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 9), st.integers(0, 2**31))
-def test_scales(generation: str, experts: int, blocks: int, quads: int, seed: int) -> None:
+def test_scales(generation: Generation, experts: int, blocks: int, quads: int, seed: int) -> None:
     scales = random_bytes(experts, 64 * blocks, 4 * quads, seed=seed)
     folded = layout.fold_scales_sm90(scales, generation)
     assert folded.is_contiguous()
@@ -160,7 +161,7 @@ def test_scales(generation: str, experts: int, blocks: int, quads: int, seed: in
 
 def test_older_scales_of_few_rows() -> None:
     scales = random_bytes(2, 5, 8)
-    folded = layout.fold_scales_sm90(scales, "0.6.9")
+    folded = layout.fold_scales_sm90(scales, BYTEWISE)
     assert folded.shape == (2, 2, 20)
     assert folded[1, 1, 4:8].tolist() == scales[1, 1, 4:8].tolist()
     assert torch.equal(layout.unfold_scales_sm90(folded), scales)
@@ -169,7 +170,7 @@ def test_older_scales_of_few_rows() -> None:
 def test_the_fold_does_not_depend_on_strides() -> None:
     scales = random_bytes(2, 64, 8)
     strided = scales.transpose(1, 2).contiguous().transpose(1, 2)
-    for generation in layout.GENERATIONS:
+    for generation in GENERATIONS:
         folded = layout.fold_scales_sm90(scales, generation)
         assert torch.equal(layout.fold_scales_sm90(strided, generation), folded)
         spread = folded.repeat_interleave(2, dim=0)[::2]
@@ -262,8 +263,12 @@ def zeros(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
         (lambda: layout.deinterleave_weights_sm90([1]), TypeError, "interleaved: .*got list"),
         (lambda: layout.fold_scales_sm90(zeros(1, 96, 4)), ValueError, r"scales: .*R % 64 == 0.*R = 96"),
         (lambda: layout.fold_scales_sm90(zeros(1, 64, 6)), ValueError, r"scales: .*K % 128 == 0.*K = 192"),
-        (lambda: layout.fold_scales_sm90(zeros(1, 64, 6), "0.6.9"), ValueError, "scales: .*K = 192"),
-        (lambda: layout.fold_scales_sm90(zeros(1, 64, 4), "0.7"), ValueError, "generation: .*got '0.7'"),
+        (lambda: layout.fold_scales_sm90(zeros(1, 64, 6), BYTEWISE), ValueError, "scales: .*K = 192"),
+        (
+            lambda: layout.fold_scales_sm90(zeros(1, 64, 4), "0.7"),
+            TypeError,
+            "generation: expected Generation, got str",
+        ),
         (lambda: layout.fold_scales_sm90(zeros(64, 4)), ValueError, "scales: "),
         (lambda: layout.fold_scales_sm90(zeros(1, 64, 4).float()), TypeError, "scales: .*got float32"),
         (
@@ -276,12 +281,20 @@ def zeros(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
         (lambda: layout.unfold_scales_sm90(zeros(1, 1, 30)), ValueError, r"folded: .*\[1, 1, 30\]"),
         (lambda: layout.unfold_scales_sm90(zeros(4, 4)), ValueError, "folded: "),
         (
-            lambda: layout.unfold_scales_sm90(zeros(1, 1, 64), "0.6.16"),
+            lambda: layout.unfold_scales_sm90(zeros(1, 1, 64), WORDWISE),
             ValueError,
             r"expected .*\(0\.6\.16\), got",
         ),
-        (lambda: layout.unfold_scales_sm90(zeros(1, 1, 1, 16, 16), "0.6.9"), ValueError, r"\(0\.6\.9\), got"),
-        (lambda: layout.unfold_scales_sm90(zeros(1, 1, 64), "new"), ValueError, "generation: .*got 'new'"),
+        (
+            lambda: layout.unfold_scales_sm90(zeros(1, 1, 1, 16, 16), BYTEWISE),
+            ValueError,
+            r"\(bytewise\) in bytes",
+        ),
+        (
+            lambda: layout.unfold_scales_sm90(zeros(1, 1, 64), "new"),
+            TypeError,
+            "generation: expected Generation, got str",
+        ),
         (lambda: layout.unfold_scales_sm90(zeros(1, 1, 64).short()), TypeError, "folded: .*got int16"),
         (lambda: layout.swap_gate_up(zeros(2, 3)), ValueError, r"t: .*dim 1, got \[2, 3\]"),
         (
@@ -321,9 +334,9 @@ def test_weights_of_the_older_generation() -> None:
     weights = torch.randint(
         0, 256, (2, 48, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
-    stored = layout.interleave_weights_sm90(weights, "0.6.9")
+    stored = layout.interleave_weights_sm90(weights, BYTEWISE)
     assert torch.equal(stored, old_interleave(weights))
     assert not torch.equal(stored, layout.interleave_weights_sm90(weights))
-    assert torch.equal(layout.deinterleave_weights_sm90(stored, "0.6.9"), weights)
+    assert torch.equal(layout.deinterleave_weights_sm90(stored, BYTEWISE), weights)
     with pytest.raises(ValueError, match=r"generation: expected one of '0.6.9', '0.6.16', got '0.6.10'"):
         layout.interleave_weights_sm90(weights, "0.6.10")

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from mxfp4ref.goldens import generator
 from mxfp4ref.goldens import store as golden
+from mxfp4ref.sm90.tactics import Sm90Kernel
 from mxfp4ref.goldens import writing as regenerate
 from mxfp4ref.goldens.store import BUILTIN_ROOT, Case, GoldenError, Goldens, derive, open_goldens, tensor_bytes
 from mxfp4ref.goldens.cases import BUILTIN, DEFINITIONS, SUITES
@@ -122,8 +123,8 @@ def test_case_has_what_the_sidecar_says() -> None:
     assert tensor_bytes(case.outputs[128, 256]) != tensor_bytes(case.outputs[256, 256])
     hashes = case.output_hashes
     assert hashes[256, 512] == hashlib.sha256(tensor_bytes(case.outputs[256, 512])).hexdigest()
-    call = case.call((256, 128))
-    assert call.tile_k == (256, 128)
+    call = case.call(Sm90Kernel.of_tiles((256, 128)))
+    assert call.kernel.tile_k == (256, 128)
     assert call.experts.fc1_weights.equal(case.tensors["fc1_weights"])
 
 
@@ -133,8 +134,8 @@ def test_call_of_another_kind() -> None:
 
 
 def test_tile_k_that_does_not_divide() -> None:
-    with pytest.raises(ValueError, match="tile_k"):
-        open_goldens(BUILTIN_ROOT).load(MOE).call((512, 128))
+    with pytest.raises(ValueError, match="kernel: expected a K tile"):
+        open_goldens(BUILTIN_ROOT).load(MOE).call(Sm90Kernel.of_tiles((512, 128)))
 
 
 def test_parallel_case_keeps_its_rank() -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.formats.experts import Experts
-from mxfp4ref.formats.layout import GENERATIONS
+from mxfp4ref.formats.generations import GENERATIONS
 from mxfp4ref.formats.resize import to_sm90
 
 HUGE = 1 << 50  # elements: beyond any address space, so that an allocation fails at once
@@ -46,7 +46,7 @@ SHAPES = (
 # What is no tensor at all; functions, so that nothing is shared between inputs.
 JUNK: dict[str, Callable[[], Any]] = {
     "None": lambda: None,
-    "text": lambda: "0.6.16",
+    "text": lambda: "wordwise",
     "empty text": lambda: "",
     "NUL": lambda: "a\0b",
     "not ASCII": lambda: "\u00fc\ud800",

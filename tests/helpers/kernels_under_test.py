@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxfp4ref import Experts, moe_forward, torch_ref_cutlass_fused_moe
+from mxfp4ref import Experts, MoeCall, forward, torch_ref_cutlass_fused_moe
 
 _calls = 0
 
@@ -26,7 +26,7 @@ def good_plain(
     x: Tensor, ids: Tensor, scales: Tensor, w1: Tensor, s1: Tensor, w2: Tensor, s2: Tensor, **parameters: Any
 ) -> Tensor:
     split = {name: parameters.pop(name) for name in list(parameters) if name[:3] in ("ep_", "tp_")}
-    return moe_forward(x, ids, scales, Experts(w1, s1, w2, s2, **parameters), **split, strict=False)
+    return forward(MoeCall(x, ids, scales, Experts(w1, s1, w2, s2, **parameters), **split, strict=False))
 
 
 def with_trace(**kwargs: Any) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.formats.experts import Experts, Sm90Experts
+from mxfp4ref.formats.generations import NEWEST, Generation
 from mxfp4ref.formats.layout import fold_scales_sm90, interleave_weights_sm90
 from mxfp4ref.model.call import MoeCall
 from tests.helpers import bits
@@ -84,7 +85,9 @@ def random_call(seed: int, experts: Experts, *, tokens: int = 6, top_k: int = 2,
     )
 
 
-def to_sm90(experts: Experts, generation: str = "0.6.16", dtype: torch.dtype = torch.int32) -> Sm90Experts:
+def to_sm90(
+    experts: Experts, generation: Generation = NEWEST, dtype: torch.dtype = torch.int32
+) -> Sm90Experts:
     """The same experts as the real call takes them."""
     names = ("fc1_biases", "fc2_biases", *PARAMETERS)
     return Sm90Experts(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mxfp4ref.model.call import PADDING_ID, MoeCall
+from mxfp4ref.sm90.tactics import Sm90Kernel
 from tests.helpers import layers
 
 EXPERTS = layers.random_experts(1, num_experts=4, hidden=256, inner=128)
@@ -83,15 +84,17 @@ def test_properties() -> None:
         ({"ep_rank": 0.0}, TypeError, "ep_rank: expected an int, got float 0.0"),
         ({"tp_size": True}, TypeError, "tp_size: expected an int, got bool True"),
         ({"tp_size": 2, "tp_rank": 3}, ValueError, "tp_rank: expected an int from 0 to 1, got 3"),
-        ({"tile_k": 128}, TypeError, "tile_k: expected a pair, one for each GEMM, got 128"),
-        ({"tile_k": (128, 128, 128)}, TypeError, "tile_k: expected a pair"),
-        ({"tile_k": (64, 128)}, ValueError, "tile_k: expected one of 128, 256, 512, got 64"),
-        ({"tile_k": (128, 1024)}, ValueError, "tile_k: expected one of 128, 256, 512, got 1024"),
-        ({"tile_k": (512, 128)}, ValueError, "tile_k: expected a divisor of GEMM1's K = 256, got 512"),
-        ({"tile_k": (256, 256)}, ValueError, "tile_k: expected a divisor of GEMM2's K = 128, got 256"),
-        ({"tile_n": (16, 8)}, ValueError, "tile_n: expected one of 16, 32, 64, 128, 256, got 8"),
-        ({"tile_n": [16, 16]}, TypeError, "tile_n: expected a pair"),
-        ({"generation": "0.7"}, ValueError, "generation: expected one of '0.6.9', '0.6.16', got '0.7'"),
+        ({"kernel": (128, 128)}, TypeError, "kernel: expected Sm90Kernel, got tuple"),
+        (
+            {"kernel": Sm90Kernel.of_tiles((512, 128))},
+            ValueError,
+            "kernel: expected a K tile that divides GEMM1's K = 256, got tactic 64x16x512/1x1",
+        ),
+        (
+            {"kernel": Sm90Kernel.of_tiles((256, 256))},
+            ValueError,
+            "kernel: expected a K tile that divides GEMM2's K = 128, got tactic 64x16x256/1x1",
+        ),
     ],
 )
 def test_refusals(changes: dict[str, object], error: type[Exception], message: str) -> None:
@@ -102,12 +105,14 @@ def test_refusals(changes: dict[str, object], error: type[Exception], message: s
 def test_legitimate_tiles() -> None:
     for tile_k in ((128, 128), (256, 128)):
         for tile_n in ((16, 16), (256, 64)):
-            assert replace(CALL, tile_k=tile_k, tile_n=tile_n).tile_k == tile_k
+            kernel = Sm90Kernel.of_tiles(tile_k, tile_n)
+            assert replace(CALL, kernel=kernel).kernel.tile_k == tile_k
 
 
 def test_bf16_experts_have_no_tactic_to_fit() -> None:
     experts = layers.random_experts(2, hidden=96, inner=32, quantized=False)
-    assert layers.random_call(2, experts, tile_k=(512, 512)).tile_k == (512, 512)
+    kernel = Sm90Kernel.of_tiles((512, 512))
+    assert layers.random_call(2, experts, kernel=kernel).kernel == kernel
 
 
 @pytest.mark.parametrize("bad", [4, 5, -2, 2**31 - 1, -(2**31)])

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mxfp4ref.model.dense import dense_gemm
+from mxfp4ref.sm90.tactics import Tactic
 from tests.helpers import bits, exact
 
 
@@ -69,7 +70,7 @@ def test_order_is_ascending() -> None:
 
 def test_tactic_has_no_effect() -> None:
     x, weights = random_factors(4, 3, 64)
-    got = dense_gemm(x, weights, None, tile_k=512, tile_n=64, positions=torch.arange(3).expand(2, 3))
+    got = dense_gemm(x, weights, None, tactic=Tactic((64, 64, 512)), positions=torch.arange(3).expand(2, 3))
     bits.assert_same(got, dense_gemm(x, weights))
 
 

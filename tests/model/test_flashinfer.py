@@ -13,11 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from mxfp4ref.formats.generations import BYTEWISE, GENERATIONS, Generation
 from mxfp4ref.formats.layout import fold_scales_sm90
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.flashinfer import WEIGHT_LAYOUTS, torch_ref_cutlass_fused_moe
-from mxfp4ref.model.forward import MoeTrace, forward, moe_forward
+from mxfp4ref.model.forward import MoeTrace, forward
 from mxfp4ref.model.forward import trace as moe_trace
+from mxfp4ref.sm90.tactics import Sm90Kernel
 from tests.helpers import bits, layers
 
 # --- the signature ----------------------------------------------------------------------------------------
@@ -67,10 +69,8 @@ KEYWORD_ONLY = {
     "backend": "cutlass",
 }
 OURS = {
-    "tile_k": (128, 128),
-    "tile_n": 16,
+    "kernel": Sm90Kernel(),
     "weight_layout": None,
-    "generation": "0.6.16",
     "strict": True,
     "trace": False,
 }
@@ -139,9 +139,9 @@ def oracle(call: MoeCall = SM90_CALL, **changes: Any) -> Any:
     return torch_ref_cutlass_fused_moe(**(arguments_of(call) | changes))
 
 
-@pytest.mark.parametrize("generation", ["0.6.9", "0.6.16"])
+@pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
-def test_sm90_layouts(generation: str, dtype: torch.dtype) -> None:
+def test_sm90_layouts(generation: Generation, dtype: torch.dtype) -> None:
     call = replace(CALL, experts=layers.to_sm90(EXPERTS, generation, dtype))
     bits.assert_same(oracle(call), EXPECTED)
     bits.assert_same(oracle(call, weight_layout="sm90"), EXPECTED)
@@ -189,15 +189,16 @@ def test_tactic_reaches_both_gemms() -> None:
     call = layers.random_call(4, experts, tokens=4, top_k=1)
     traces = {}
     for tile_k in ((128, 128), (256, 128), (128, 256)):
-        output, traces[tile_k] = oracle(call, weight_layout="logical", tile_k=tile_k, trace=True)
-        bits.assert_same(output, forward(replace(call, tile_k=tile_k)))
+        kernel = Sm90Kernel.of_tiles(tile_k)
+        output, traces[tile_k] = oracle(call, weight_layout="logical", kernel=kernel, trace=True)
+        bits.assert_same(output, forward(replace(call, kernel=kernel)))
     default = traces[128, 128]
     assert not torch.equal(default.fc1_accumulators, traces[256, 128].fc1_accumulators)
     assert torch.equal(default.fc1_accumulators, traces[128, 256].fc1_accumulators)
     assert not torch.equal(default.fc2_accumulators, traces[128, 256].fc2_accumulators)
 
 
-def test_tile_n_and_generation_reach_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_reaches_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[MoeCall] = []
 
     def record(call: MoeCall) -> Tensor:
@@ -206,13 +207,9 @@ def test_tile_n_and_generation_reach_the_call(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr("mxfp4ref.model.flashinfer.moe.forward", record)
     oracle()
-    oracle(tile_n=64, generation="0.6.9", strict=False)
-    oracle(tile_n=(32, 256), tile_k=(256, 128))
-    assert [(c.tile_k, c.tile_n, c.generation, c.strict) for c in seen] == [
-        ((128, 128), (16, 16), "0.6.16", True),
-        ((128, 128), (64, 64), "0.6.9", False),
-        ((256, 128), (32, 256), "0.6.16", True),
-    ]
+    older = Sm90Kernel.of_tiles((128, 128), (64, 64), BYTEWISE)
+    oracle(kernel=older, strict=False)
+    assert [(c.kernel, c.strict) for c in seen] == [(Sm90Kernel(), True), (older, False)]
 
 
 def test_strictness() -> None:
@@ -428,9 +425,12 @@ def strided(tensor: Tensor) -> Tensor:
         ({"swiglu_limit": 7.0}, TypeError, "swiglu_limit: expected a float32 tensor of shape [4], got float"),
         ({"fc1_expert_biases": A["fc1_expert_biases"].float()}, TypeError, "fc1_expert_biases: expected"),
         ({"ep_rank": 1}, ValueError, "ep_rank: expected an int from 0 to 0, got 1"),
-        ({"tile_k": (256, 256)}, ValueError, "tile_k: expected a divisor of GEMM2's K = 128, got 256"),
-        ({"tile_n": 24}, ValueError, "tile_n: expected one of"),
-        ({"generation": "0.6.10"}, ValueError, "generation: expected one of"),
+        (
+            {"kernel": Sm90Kernel.of_tiles((256, 256))},
+            ValueError,
+            "kernel: expected a K tile that divides GEMM2's K = 128, got tactic 64x16x256/1x1",
+        ),
+        ({"kernel": "wordwise"}, TypeError, "kernel: expected Sm90Kernel, got str"),
     ],
 )
 def test_wrong_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -470,7 +470,7 @@ def test_refuses_another_fold_than_the_shapes_allow() -> None:
     assert logical is not None
     with pytest.raises(ValueError, match=r"^quant_scales\[0\]: expected folded scales"):
         oracle(quant_scales=[logical, S2])
-    other = fold_scales_sm90(logical[:, :128], "0.6.9").contiguous()
+    other = fold_scales_sm90(logical[:, :128], BYTEWISE).contiguous()
     with pytest.raises(ValueError, match=r"^quant_scales\[0\]: expected folded scales"):
         oracle(quant_scales=[other, S2])
 
@@ -483,15 +483,6 @@ def test_bf16_weights() -> None:
     bits.assert_same(oracle(DENSE_CALL), expected)
     bits.assert_same(oracle(DENSE_CALL, quant_scales=[]), expected)
     bits.assert_same(oracle(DENSE_CALL, weight_layout="logical"), expected)
-    bits.assert_same(
-        moe_forward(
-            DENSE_CALL.input,
-            DENSE_CALL.token_selected_experts,
-            DENSE_CALL.token_final_scales,
-            DENSE_CALL.experts,
-        ),
-        expected,
-    )
 
 
 def test_bf16_weights_refusals() -> None:

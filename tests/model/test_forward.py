@@ -16,15 +16,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mxfp4ref.formats.experts import Experts
+from mxfp4ref.formats.generations import BYTEWISE, GENERATIONS, Generation
 from mxfp4ref.formats.mxfp4 import pack_codes, unpack_codes
 from mxfp4ref.model import forward as moe
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.dense import dense_gemm
-from mxfp4ref.model.forward import DENSE, KERNEL, MoeTrace, Stages, forward, moe_forward, select_local, trace
+from mxfp4ref.model.forward import DENSE, KERNEL, MoeTrace, Stages, forward, select_local, trace
 from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.finalize import finalize
-from mxfp4ref.sm90.gemm.reference import first_pair_swapped, group_scaled_gemm_reference
+from mxfp4ref.sm90.gemm.reference import group_scaled_gemm_reference
 from mxfp4ref.sm90.swiglu import swiglu
+from mxfp4ref.sm90.tactics import Sm90Kernel
 from tests.helpers import bits, exact, layers
 from tests.helpers.modes import MODES, all_modes, forget_constants
 
@@ -58,9 +60,13 @@ def forward_in_fractions(call: MoeCall) -> Tensor:
     for token, slot, expert, position in routed_slots(call):
 
         def gemm(x: list[int], number: int, weights: Tensor, scales: Tensor) -> list[int]:
-            tile_k, tile_n = call.tile_k[number], call.tile_n[number]
-            swapped = bool(first_pair_swapped(torch.tensor(position), tile_k, tile_n))  # noqa: B023
-            order = exact.group_order(scales.shape[1], tile_k)
+            tactic = call.kernel.tactics[number]
+            swapped = bool(
+                call.kernel.generation.first_pair_swapped(
+                    torch.tensor(position), tactic.tile_n, tactic.tile_k
+                )
+            )
+            order = exact.group_order(scales.shape[1], tactic.tile_k)
             rows = zip(unpack_codes(weights).tolist(), scales.tolist(), strict=True)
             return [exact.to_bf16(exact.gemm_element(x, *row, order, swapped=swapped)) for row in rows]
 
@@ -126,10 +132,9 @@ def slow_forward(call: MoeCall) -> Tensor:
         one = experts.select(torch.tensor([expert]))
         tactics = [
             {
-                "tile_k": call.tile_k[i],
-                "tile_n": call.tile_n[i],
+                "tactic": call.kernel.tactics[i],
+                "generation": call.kernel.generation,
                 "positions": torch.tensor([[position]]),
-                "generation": call.generation,
             }
             for i in range(2)
         ]
@@ -147,9 +152,9 @@ def slow_forward(call: MoeCall) -> Tensor:
 
 OPTIONS: list[dict[str, Any]] = [
     {},
-    {"tile_k": (256, 128), "tile_n": (16, 64)},
-    {"tile_n": (128, 32)},
-    {"generation": "0.6.9"},
+    {"kernel": Sm90Kernel.of_tiles((256, 128), (16, 64))},
+    {"kernel": Sm90Kernel.of_tiles((128, 128), (128, 32))},
+    {"kernel": Sm90Kernel(generation=BYTEWISE)},
     {"ep_size": 3, "ep_rank": 1},
     {"ep_size": 2, "ep_rank": 1, "tp_size": 2, "tp_rank": 0},
     {"tp_size": 2, "tp_rank": 1},
@@ -306,7 +311,7 @@ def test_a_compiled_caller(backend: str) -> None:
 
     def caller(x: Tensor) -> Tensor:
         doubled = x * 2
-        output = moe_forward(doubled, CALL.token_selected_experts, CALL.token_final_scales, EXPERTS)
+        output = forward(replace(CALL, input=doubled))
         return output + doubled
 
     expected = caller(CALL.input)
@@ -442,8 +447,8 @@ def test_batches_of_experts(counts: list[int], at_once: int, ascending: bool) ->
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "bf16"])
-@pytest.mark.parametrize("generation", ["0.6.9", "0.6.16"])
-def test_sm90_layouts(name: str, generation: str) -> None:
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_sm90_layouts(name: str, generation: Generation) -> None:
     call = replace(CALLS[name], experts=layers.to_sm90(CALLS[name].experts, generation))
     assert_same_trace(trace(call), expected_trace(name))
 
@@ -485,12 +490,12 @@ def swapped_rows(call: MoeCall) -> list[bool]:
 
 
 def test_positions_are_those_among_the_experts_rows() -> None:
-    call = underflowing_call(40, tile_k=(256, 128))
+    call = underflowing_call(40, kernel=Sm90Kernel.of_tiles((256, 128)))
     assert swapped_rows(call) == [position % 16 in (0, 2, 4, 6) for position in range(40)]
     assert len(set(forward(call)[:, 0].tolist())) == 2, "the difference reaches the output"
-    assert swapped_rows(replace(call, tile_n=(32, 16))) == [False] * 40
-    assert swapped_rows(replace(call, tile_k=(128, 128))) == [False] * 40
-    assert swapped_rows(replace(call, generation="0.6.9", tile_k=(128, 128))) == [True] * 40
+    assert swapped_rows(replace(call, kernel=Sm90Kernel.of_tiles((256, 128), (32, 16)))) == [False] * 40
+    assert swapped_rows(replace(call, kernel=Sm90Kernel())) == [False] * 40
+    assert swapped_rows(replace(call, kernel=Sm90Kernel(generation=BYTEWISE))) == [True] * 40
     # Tokens that are not this expert's take no position.
     ids = call.token_selected_experts.clone()
     ids[::3] = -1
@@ -501,7 +506,7 @@ def test_positions_are_those_among_the_experts_rows() -> None:
 
 @pytest.mark.parametrize(("tokens", "skipped"), [(520, 1), (1030, 3)])
 def test_positions_continue_over_512_tokens(tokens: int, skipped: int) -> None:
-    call = underflowing_call(tokens, tile_k=(256, 128))
+    call = underflowing_call(tokens, kernel=Sm90Kernel.of_tiles((256, 128)))
     call.token_selected_experts[:skipped] = -1
     expected = [position % 16 in (0, 2, 4, 6) for position in range(tokens - skipped)]
     assert swapped_rows(call) == expected
@@ -540,13 +545,14 @@ def test_each_gemm_has_its_own_tile() -> None:
     assert trace(call).activation.unique().tolist() == [2.0**-15]
     for tile_n, swaps in (((16, 64), True), ((64, 16), False), ((128, 128), True), ((128, 256), False)):
         expected = [1.75 if swaps and row in (0, 2, 4, 6) else 1.0 for row in range(20)]
-        assert (forward(replace(call, tile_n=tile_n))[:, 5] * 2.0**26).tolist() == expected
+        output = forward(replace(call, kernel=Sm90Kernel.of_tiles((128, 128), tile_n)))
+        assert (output[:, 5] * 2.0**26).tolist() == expected
 
 
 @pytest.mark.parametrize("at_once", [1, 5, 12])
 def test_parts_of_any_length(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    swapping = replace(make_hard(CALL, 3, "tiny"), tile_k=(256, 128), tile_n=(16, 64))
-    calls = [*CALLS.values(), swapping, underflowing_call(12, tile_k=(256, 128))]
+    swapping = replace(make_hard(CALL, 3, "tiny"), kernel=Sm90Kernel.of_tiles((256, 128), (16, 64)))
+    calls = [*CALLS.values(), swapping, underflowing_call(12, kernel=Sm90Kernel.of_tiles((256, 128)))]
     expected = [trace(call) for call in calls]
     monkeypatch.setattr(moe, "_TOKENS_AT_ONCE", at_once)
     for call, whole in zip(calls, expected, strict=True):
@@ -645,24 +651,6 @@ def test_trace_is_the_forward_stage_by_stage(name: str) -> None:
     local[got.token, got.slot] = got.expert
     output = fp32.to_bf16(finalize(y, local, call.token_final_scales, experts.fc2_biases))
     bits.assert_same(got.output, output)
-
-
-def test_moe_forward_is_forward_of_the_call() -> None:
-    call = replace(
-        underflowing_call(9, tile_k=(256, 128), tile_n=(64, 16)),
-        ep_size=2,
-        tp_size=2,
-        tp_rank=1,
-        generation="0.6.9",
-        strict=False,
-    )
-    options = {f.name: getattr(call, f.name) for f in fields(MoeCall)}
-    bits.assert_same(moe_forward(**options), forward(call))
-    bits.assert_same(
-        moe_forward(CALL.input, CALL.token_selected_experts, CALL.token_final_scales, EXPERTS), forward(CALL)
-    )
-    with pytest.raises(ValueError, match=r"^token_selected_experts: "):
-        moe_forward(CALL.input, CALL.token_selected_experts + 4, CALL.token_final_scales, EXPERTS)
 
 
 STAGE_NAMES = [field.name for field in fields(Stages)]

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mxfp4ref.formats.experts import Experts
-from mxfp4ref.model.forward import moe_forward
+from mxfp4ref.model.call import MoeCall
+from mxfp4ref.model.forward import forward
 from mxfp4ref.model.layer import finish_output, moe_layer
-from mxfp4ref.model.parallel import forward_all_ranks
+from mxfp4ref.model.parallel import Ranks, forward_all_ranks
 from mxfp4ref.routing.presets import RoutedScaling, Routing, deepseek_v3, deepseek_v4, gpt_oss, mixtral
+from mxfp4ref.sm90.tactics import Sm90Kernel
 
 E, H, I, M = 8, 128, 128, 5  # noqa: E741
 
@@ -161,7 +163,7 @@ def test_subnormals_are_kept():
 def by_hand(placement: RoutedScaling, shared: Tensor | None) -> list[list[float]]:
     """The layer from the router's and the kernel's results, the rest in fractions."""
     routing = V4(LOGITS, routed_scaling=placement)
-    routed = moe_forward(HIDDEN, routing.ids, routing.scales, EXPERTS)
+    routed = forward(MoeCall(HIDDEN, routing.ids, routing.scales, EXPERTS))
     factor = Fraction(float(np.float32(2.3)))
     return [
         [
@@ -176,16 +178,28 @@ def by_hand(placement: RoutedScaling, shared: Tensor | None) -> list[list[float]
 
 @pytest.mark.parametrize("placement", RoutedScaling)
 def test_every_placement_gives_the_documented_bits(placement):
-    got = moe_layer(HIDDEN, LOGITS, EXPERTS, router=V4, shared_output=SHARED, routed_scaling=placement)
+    got = moe_layer(
+        HIDDEN,
+        V4(LOGITS, routed_scaling=placement),
+        EXPERTS,
+        shared_output=SHARED,
+    )
     assert got.tolist() == by_hand(placement, SHARED)
     if placement is not RoutedScaling.FUSED_WITH_SHARED_ADD_BF16:
-        got = moe_layer(HIDDEN, LOGITS, EXPERTS, router=V4, routed_scaling=placement)
+        got = moe_layer(HIDDEN, V4(LOGITS, routed_scaling=placement), EXPERTS)
         assert got.tolist() == by_hand(placement, None)
 
 
 def test_every_placement_gives_other_bits():
     outputs = [
-        bits(moe_layer(HIDDEN, LOGITS, EXPERTS, router=V4, shared_output=SHARED, routed_scaling=placement))
+        bits(
+            moe_layer(
+                HIDDEN,
+                V4(LOGITS, routed_scaling=placement),
+                EXPERTS,
+                shared_output=SHARED,
+            )
+        )
         for placement in RoutedScaling
     ]
     for i, one in enumerate(outputs):
@@ -196,8 +210,8 @@ def test_the_default_is_in_the_weights():
     routing = V4(LOGITS)
     plain = V4(LOGITS, routed_scaling=RoutedScaling.NONE)
     factor = torch.tensor(2.3, dtype=torch.float32)
-    wanted = moe_forward(HIDDEN, plain.ids, plain.scales * factor, EXPERTS)
-    assert bits(moe_layer(HIDDEN, LOGITS, EXPERTS, router=V4)) == bits(wanted)
+    wanted = forward(MoeCall(HIDDEN, plain.ids, plain.scales * factor, EXPERTS))
+    assert bits(moe_layer(HIDDEN, V4(LOGITS), EXPERTS)) == bits(wanted)
     assert routing.routed_scaling is RoutedScaling.IN_WEIGHTS
 
 
@@ -212,31 +226,28 @@ def test_the_default_is_in_the_weights():
 )
 def test_presets_with_their_options(router, options):
     routing = router(LOGITS, **options)
-    wanted = moe_forward(HIDDEN, routing.ids, routing.scales, EXPERTS)
-    assert bits(moe_layer(HIDDEN, LOGITS, EXPERTS, router=router, **options)) == bits(wanted)
-    assert bits(moe_layer(HIDDEN, LOGITS, EXPERTS, router=partial(router, **options))) == bits(wanted)
+    wanted = forward(MoeCall(HIDDEN, routing.ids, routing.scales, EXPERTS))
+    assert bits(moe_layer(HIDDEN, routing, EXPERTS)) == bits(wanted)
 
 
-def test_ranks_and_tiles_are_passed_on():
+def test_ranks_and_kernel_are_passed_on():
     routing = gpt_oss(LOGITS)
-    for options in ({"ep_size": 4}, {"ep_size": 4, "reduction": "bf16"}):
-        wanted = forward_all_ranks(HIDDEN, routing.ids, routing.scales, EXPERTS, **options)
-        assert bits(moe_layer(HIDDEN, LOGITS, EXPERTS, router=gpt_oss, **options)) == bits(wanted)
-    with pytest.raises(ValueError, match="tile_k: expected a divisor of GEMM2's K = 32"):
-        moe_layer(HIDDEN, LOGITS, EXPERTS, router=gpt_oss, tp_size=4)
-    with pytest.raises(ValueError, match=r"tile_k: .* got 256"):
-        moe_layer(HIDDEN, LOGITS, EXPERTS, router=gpt_oss, tile_k=(256, 128))
-    with pytest.raises(ValueError, match="tile_n"):
-        moe_layer(HIDDEN, LOGITS, EXPERTS, router=gpt_oss, tile_n=(16, 5))
+    call = MoeCall(HIDDEN, routing.ids, routing.scales, EXPERTS)
+    for ranks in (Ranks(ep_size=4), Ranks(ep_size=4, reduction="bf16")):
+        assert bits(moe_layer(HIDDEN, routing, EXPERTS, ranks=ranks)) == bits(forward_all_ranks(call, ranks))
+    with pytest.raises(ValueError, match="kernel: expected a K tile that divides GEMM2's K = 32"):
+        moe_layer(HIDDEN, routing, EXPERTS, ranks=Ranks(tp_size=4))
+    with pytest.raises(ValueError, match=r"kernel: .* got tactic 64x16x256"):
+        moe_layer(HIDDEN, routing, EXPERTS, kernel=Sm90Kernel.of_tiles((256, 128)))
 
 
 def test_padded_rows_are_the_shared_output_alone():
     padded = torch.arange(M) >= M - 3
-    got = moe_layer(HIDDEN, LOGITS, EXPERTS, router=V4, padded=padded, shared_output=SHARED)
-    whole = moe_layer(HIDDEN, LOGITS, EXPERTS, router=V4, shared_output=SHARED)
+    got = moe_layer(HIDDEN, V4(LOGITS, padded=padded), EXPERTS, shared_output=SHARED)
+    whole = moe_layer(HIDDEN, V4(LOGITS), EXPERTS, shared_output=SHARED)
     assert bits(got)[: M - 3] == bits(whole)[: M - 3]
     assert bits(got)[M - 3 :] == bits(SHARED)[M - 3 :]
-    alone = moe_layer(HIDDEN, LOGITS, EXPERTS, router=V4, padded=padded)
+    alone = moe_layer(HIDDEN, V4(LOGITS, padded=padded), EXPERTS)
     assert bits(alone)[M - 3 :] == [[0] * H] * 3
 
 
@@ -248,27 +259,27 @@ def test_padded_rows_are_the_shared_output_alone():
     [
         ({"hidden": HIDDEN.float()}, TypeError, "hidden: "),
         ({"hidden": HIDDEN[:, :64]}, ValueError, r"hidden: expected .*\[M, 128\]"),
-        ({"logits": LOGITS[:, :7]}, ValueError, r"logits: expected .*\[5, 8\], got float32 \[5, 7\]"),
-        ({"logits": LOGITS[1:]}, ValueError, r"logits: .* got float32 \[4, 8\]"),
-        ({"logits": LOGITS.double()}, TypeError, "logits: "),
+        ({"routing": mixtral(LOGITS[1:])}, ValueError, r"token_selected_experts: .*M=5.* got int32 \[4, 2\]"),
+        (
+            {"routing": mixtral(LOGITS.repeat(1, 2))},
+            ValueError,
+            "token_selected_experts: expected global ids",
+        ),
         ({"experts": None}, TypeError, "experts: expected Experts, got NoneType"),
-        ({"router": lambda logits: (logits, logits)}, TypeError, "router: .* returns a Routing, got tuple"),
-        ({"router": "mixtral"}, TypeError, "router: .* got str"),
+        ({"routing": (LOGITS, LOGITS)}, TypeError, "routing: expected Routing, got tuple"),
         ({"shared_output": SHARED[1:]}, ValueError, r"shared_output: .*\[5, 128\]"),
         ({"shared_output": SHARED.float()}, TypeError, "shared_output: "),
-        ({"reduction": "ring"}, ValueError, "reduction: "),
-        ({"ep_size": 3}, ValueError, "ep_size: "),
+        ({"ranks": 2}, TypeError, "ranks: expected Ranks, got int"),
+        ({"ranks": Ranks(ep_size=3)}, ValueError, "ep_size: "),
     ],
 )
 def test_refusals(changes, error, message):
-    arguments = {"hidden": HIDDEN, "logits": LOGITS, "experts": EXPERTS, "router": mixtral} | changes
+    arguments = {"hidden": HIDDEN, "routing": mixtral(LOGITS), "experts": EXPERTS} | changes
     with pytest.raises(error, match=message):
         moe_layer(**arguments)
 
 
 def test_further_refusals():
-    with pytest.raises(TypeError, match="unexpected keyword argument 'routed_scaling'"):
-        moe_layer(HIDDEN, LOGITS, EXPERTS, router=mixtral, routed_scaling=RoutedScaling.NONE)
     with pytest.raises(ValueError, match=r"shared_output: expected a tensor with .*FUSED.*, got None"):
         moe_layer(HIDDEN, LOGITS, EXPERTS, router=V4, routed_scaling=RoutedScaling.FUSED_WITH_SHARED_ADD_BF16)
     with pytest.raises(ValueError, match="routed_scaling: "):
@@ -279,11 +290,8 @@ def test_further_refusals():
         finish_output(SHARED.float())
 
 
-def test_any_function_may_route():
-    def first_expert(logits: Tensor) -> Routing:
-        ids = torch.zeros(len(logits), 1, dtype=torch.int32)
-        return Routing(ids, torch.ones(len(logits), 1), torch.zeros(len(logits), dtype=torch.bool))
-
+def test_any_routing_will_do():
     ids, scales = torch.zeros(M, 1, dtype=torch.int32), torch.ones(M, 1)
-    wanted = moe_forward(HIDDEN, ids, scales, EXPERTS)
-    assert bits(moe_layer(HIDDEN, LOGITS, EXPERTS, router=first_expert)) == bits(wanted)
+    routing = Routing(ids, scales, torch.zeros(M, dtype=torch.bool))
+    wanted = forward(MoeCall(HIDDEN, ids, scales, EXPERTS))
+    assert bits(moe_layer(HIDDEN, routing, EXPERTS)) == bits(wanted)

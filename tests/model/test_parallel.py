@@ -10,10 +10,12 @@ from torch import Tensor
 from torch import distributed as dist
 
 from mxfp4ref.formats.experts import Experts, Sm90Experts
-from mxfp4ref.formats.layout import GENERATIONS
+from mxfp4ref.formats.generations import GENERATIONS
 from mxfp4ref.formats.resize import to_logical, to_sm90
-from mxfp4ref.model.forward import moe_forward
+from mxfp4ref.model.call import MoeCall
+from mxfp4ref.model.forward import forward
 from mxfp4ref.model.parallel import (
+    Ranks,
     forward_all_ranks,
     gather,
     global_to_local,
@@ -106,12 +108,12 @@ def test_local_ids_are_not_for_the_kernel():
     x, ids, scales = make_inputs()
     rank1 = split_experts(make_experts(), 2)[1]
     local = global_to_local(ids, num_experts=E, ep_size=2, ep_rank=1)
-    right = moe_forward(x, ids, scales, rank1, ep_size=2, ep_rank=1)
-    wrong = moe_forward(x, local, scales, rank1, ep_size=2, ep_rank=1, strict=False)
+    right = forward(MoeCall(x, ids, scales, rank1, ep_size=2, ep_rank=1))
+    wrong = forward(MoeCall(x, local, scales, rank1, ep_size=2, ep_rank=1, strict=False))
     assert right.abs().max() > 0
     assert (bits(wrong) == 0).all()
     # As a rank that owns everything it holds, it gives the right bits.
-    assert_same_bits(moe_forward(x, local, scales, rank1), right)
+    assert_same_bits(forward(MoeCall(x, local, scales, rank1)), right)
 
 
 # Shards
@@ -194,11 +196,11 @@ def test_expert_parallelism_against_one_rank(ep_size):
     """The same bits where one rank has all of a token's experts, elsewhere within the roundings of the ranks."""
     x, ids, scales = make_inputs()
     experts = make_experts()
-    alone = forward_all_ranks(x, ids, scales, experts)
-    assert_same_bits(alone, moe_forward(x, ids, scales, experts))
-    together = forward_all_ranks(x, ids, scales, experts, ep_size=ep_size)
+    alone = forward_all_ranks(MoeCall(x, ids, scales, experts), Ranks())
+    assert_same_bits(alone, forward(MoeCall(x, ids, scales, experts)))
+    together = forward_all_ranks(MoeCall(x, ids, scales, experts), Ranks(ep_size=ep_size))
     outputs = [
-        moe_forward(x, ids, scales, part, ep_size=ep_size, ep_rank=rank)
+        forward(MoeCall(x, ids, scales, part, ep_size=ep_size, ep_rank=rank))
         for rank, part in enumerate(split_experts(experts, ep_size))
     ]
     assert_same_bits(together, gather(outputs))
@@ -208,10 +210,12 @@ def test_expert_parallelism_against_one_rank(ep_size):
 
     rank = ids // (E // ep_size)
     one_rank_a_token = ids.where(rank == rank[:, :1], -1)
-    alone = forward_all_ranks(x, one_rank_a_token, scales, experts)
+    alone = forward_all_ranks(MoeCall(x, one_rank_a_token, scales, experts), Ranks())
     assert alone.abs().max() > 0
     for reduction in ("float32", "bf16"):
-        got = forward_all_ranks(x, one_rank_a_token, scales, experts, ep_size=ep_size, reduction=reduction)
+        got = forward_all_ranks(
+            MoeCall(x, one_rank_a_token, scales, experts), Ranks(ep_size=ep_size, reduction=reduction)
+        )
         assert_same_bits(got, alone)
 
 
@@ -219,18 +223,18 @@ def test_tensor_parallelism_against_one_rank():
     """With the second shard's columns of fc2 zero its rank gives 0, and the bias must not come twice."""
     x, ids, scales = make_inputs()
     experts = make_experts(256)
-    general = forward_all_ranks(x, ids, scales, experts, tp_size=2)
-    assert (bits(general) != bits(forward_all_ranks(x, ids, scales, experts))).any()
+    general = forward_all_ranks(MoeCall(x, ids, scales, experts), Ranks(tp_size=2))
+    assert (bits(general) != bits(forward_all_ranks(MoeCall(x, ids, scales, experts), Ranks()))).any()
 
     weights = experts.fc2_weights.clone()
     weights[:, :, 64:] = 0
     experts = replace(experts, fc2_weights=weights)
-    alone = moe_forward(x, ids, scales, experts)
-    assert_same_bits(forward_all_ranks(x, ids, scales, experts, tp_size=2), alone)
+    alone = forward(MoeCall(x, ids, scales, experts))
+    assert_same_bits(forward_all_ranks(MoeCall(x, ids, scales, experts), Ranks(tp_size=2)), alone)
     # The shards are the same to a kernel that is told its tp_rank and to one that is not.
     second = split_intermediate(experts, 2)[1]
-    told = moe_forward(x, ids, scales, second, tp_size=2, tp_rank=1)
-    assert_same_bits(told, moe_forward(x, ids, scales, second))
+    told = forward(MoeCall(x, ids, scales, second, tp_size=2, tp_rank=1))
+    assert_same_bits(told, forward(MoeCall(x, ids, scales, second)))
     assert (told == 0).all()
 
 
@@ -256,8 +260,8 @@ def run_rank(rank: int, folder: str) -> None:
     for ep_size, tp_size in LAYOUTS:
         ep_rank, tp_rank = divmod(rank, tp_size)
         shard = split_intermediate(split_experts(experts, ep_size)[ep_rank], tp_size)[tp_rank]
-        output = moe_forward(
-            x, ids, scales, shard, ep_size=ep_size, ep_rank=ep_rank, tp_size=tp_size, tp_rank=tp_rank
+        output = forward(
+            MoeCall(x, ids, scales, shard, ep_size=ep_size, ep_rank=ep_rank, tp_size=tp_size, tp_rank=tp_rank)
         )
         others = [torch.empty(M, 2 * H, dtype=torch.uint8) for _ in range(WORLD)]
         dist.all_gather(others, output.view(torch.uint8))  # as bytes: gloo knows few dtypes
@@ -276,7 +280,7 @@ def test_processes_get_the_bits_of_the_simulation(tmp_path):
     for ep_size, tp_size in LAYOUTS:
         for reduction in ("float32", "bf16"):
             wanted = forward_all_ranks(
-                x, ids, scales, experts, ep_size=ep_size, tp_size=tp_size, reduction=reduction
+                MoeCall(x, ids, scales, experts), Ranks(ep_size=ep_size, tp_size=tp_size, reduction=reduction)
             )
             for rank in range(WORLD):
                 results = torch.load(tmp_path / f"rank{rank}.pt")

@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mxfp4ref.formats.layout import GENERATIONS
+from mxfp4ref.formats.generations import GENERATIONS
 from mxfp4ref.formats.mxfp4 import pack_codes
 from mxfp4ref.sm90.gemm import cpu as fast
 from mxfp4ref.sm90.gemm.analysis import Direct, analyse

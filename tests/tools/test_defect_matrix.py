@@ -65,6 +65,7 @@ def test_case_catches(name: str) -> None:
 
 def test_correct_kernel_is_not_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     from mxfp4ref.model.forward import forward
+from mxfp4ref.sm90.tactics import Sm90Kernel
 
     correct = replace(DEFECTS["float64_gemm"], run=forward)
     monkeypatch.setattr(tool, "DEFECTS", {"float64_gemm": correct})
@@ -74,8 +75,9 @@ def test_correct_kernel_is_not_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_output_of_another_tile_k_is_legitimate(monkeypatch: pytest.MonkeyPatch) -> None:
     from mxfp4ref.model.forward import forward
+from mxfp4ref.sm90.tactics import Sm90Kernel
 
-    other = replace(DEFECTS["float64_gemm"], run=lambda call: forward(replace(call, tile_k=(512, 128))))
+    other = replace(DEFECTS["float64_gemm"], run=lambda call: forward(replace(call, kernel=Sm90Kernel.of_tiles((512, 128)))))
     monkeypatch.setattr(tool, "DEFECTS", {"float64_gemm": other})
     case = GOLDENS.load("gemm/mirrored_hidden_1536")
     entry = tool.entries(case, ["float64_gemm"])["float64_gemm"]

@@ -30,6 +30,7 @@ from mxfp4ref.model import flashinfer as oracle
 from mxfp4ref.model import forward as moe
 from mxfp4ref.routing import presets as routing
 from mxfp4ref.routing import scoring, selection
+from mxfp4ref.sm90.tactics import Sm90Kernel
 from tests.helpers import fuzzing
 from tests.helpers.fuzzing import Target
 
@@ -90,8 +91,7 @@ def rank() -> dict[str, Any]:
 
 
 def call_arguments() -> dict[str, Any]:
-    tiles = {"tile_k": (128, 128), "tile_n": (16, 16), "generation": "0.6.16", "strict": True}
-    return {**routed(), **rank(), **tiles}
+    return {**routed(), **rank(), "kernel": Sm90Kernel(), "strict": True}
 
 
 def oracle_arguments() -> dict[str, Any]:
@@ -139,7 +139,7 @@ def on_rank() -> dict[str, Any]:
 
 
 def weights(name: str) -> dict[str, Any]:
-    return {name: random_bytes(2, 16, 32), "generation": "0.6.16"}
+    return {name: random_bytes(2, 16, 32), "generation": NEWEST}
 
 
 def halves(**others: Any) -> dict[str, Any]:
@@ -188,7 +188,7 @@ TARGETS: dict[str, Target] = {
         layout.deinterleave_weights_sm90, lambda: weights("interleaved")
     ),
     "layout.fold_scales_sm90": Target(
-        layout.fold_scales_sm90, lambda: {"scales": random_bytes(2, 64, 4), "generation": "0.6.16"}
+        layout.fold_scales_sm90, lambda: {"scales": random_bytes(2, 64, 4), "generation": NEWEST}
     ),
     "layout.unfold_scales_sm90": Target(
         layout.unfold_scales_sm90,
@@ -211,7 +211,6 @@ TARGETS: dict[str, Target] = {
         lambda index: make_sm90_experts().select(index), lambda: {"index": torch.tensor([2, 0])}
     ),
     "call.MoeCall": Target(call.MoeCall, call_arguments),
-    "moe.moe_forward": Target(moe.moe_forward, lambda: call_arguments() | STAGES),
     "moe.forward": Target(moe.forward, lambda: {"call": call.MoeCall(**call_arguments()), **STAGES}),
     "moe.trace": Target(moe.trace, lambda: {"call": call.MoeCall(**call_arguments()), **STAGES}),
     "oracle.torch_ref_cutlass_fused_moe": Target(
@@ -285,35 +284,20 @@ TARGETS: dict[str, Target] = {
     ),
     "parallel.forward_all_ranks": Target(
         parallel.forward_all_ranks,
-        lambda: {
-            **routed(),
-            "ep_size": 2,
-            "tp_size": 1,
-            "reduction": "float32",
-            "tile_k": (128, 128),
-            "tile_n": (16, 16),
-            "strict": True,
-            **STAGES,
-        },
+        lambda: {"call": call.MoeCall(**routed()), "ranks": parallel.Ranks(ep_size=2), **STAGES},
         names=("outputs", "ep_rank"),
     ),
     "layer.moe_layer": Target(
         layer.moe_layer,
         lambda: {
             "hidden": normal(M, H, dtype=torch.bfloat16),
-            "logits": normal(M, E),
+            "routing": routing.mixtral(normal(M, E)),
             "experts": make_experts(),
-            "router": routing.mixtral,
             "shared_output": normal(M, H, dtype=torch.bfloat16),
-            "ep_size": 1,
-            "tp_size": 1,
-            "reduction": "float32",
-            "tile_k": (128, 128),
-            "tile_n": (16, 16),
+            "ranks": parallel.Ranks(),
+            "kernel": Sm90Kernel(),
             **STAGES,
-            "top_k": 2,
         },
-        without={"router": ("function", "class")},  # what the caller's router raises is the caller's
     ),
     "layer.finish_output": Target(
         layer.finish_output,
@@ -329,9 +313,7 @@ TARGETS: dict[str, Target] = {
         lambda: {"experts": make_experts(), "hidden_size": 256, "intermediate_size": 160},
         names=FC1,
     ),
-    "expert_layout.to_sm90": Target(
-        moved.to_sm90, lambda: {"experts": make_experts(), "generation": "0.6.16"}
-    ),
+    "expert_layout.to_sm90": Target(moved.to_sm90, lambda: {"experts": make_experts(), "generation": NEWEST}),
     "expert_layout.to_logical": Target(moved.to_logical, lambda: {"experts": make_sm90_experts()}),
     "generator.key": Target(counter.key, lambda: {"seed": 1, "name": "w"}),
     "generator.random_bytes": Target(

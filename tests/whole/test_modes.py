@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -18,6 +18,7 @@ from mxfp4ref.conformance.comparison import differing, ulp_distance
 from mxfp4ref.conformance.diagnosis import diagnose
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.formats import layout, mxfp4, resize
+from mxfp4ref.formats.generations import GENERATIONS
 from mxfp4ref.goldens import generator
 from mxfp4ref.goldens.store import BUILTIN_ROOT, open_goldens, tensor_bytes
 from mxfp4ref.model import forward as moe
@@ -33,6 +34,7 @@ from mxfp4ref.sm90.finalize import finalize
 from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
 from mxfp4ref.sm90.gemm.reference import group_scaled_gemm_reference
 from mxfp4ref.sm90.swiglu import swiglu
+from mxfp4ref.sm90.tactics import Tactic
 from tests.helpers import layers
 from tests.helpers.modes import MODES, all_modes, forget_constants
 
@@ -114,11 +116,11 @@ COMPUTATIONS: dict[str, Callable[[], Any]] = {
     "mxfp4 codes": lambda: mxfp4.pack_codes(mxfp4.unpack_codes(PACKED)),
     "layout weights": lambda: [
         (layout.interleave_weights_sm90(PACKED, g), layout.deinterleave_weights_sm90(PACKED, g))
-        for g in layout.GENERATIONS
+        for g in GENERATIONS
     ],
     "layout scales": lambda: [
         (layout.fold_scales_sm90(SCALES, g), layout.unfold_scales_sm90(layout.fold_scales_sm90(SCALES, g), g))
-        for g in layout.GENERATIONS
+        for g in GENERATIONS
     ],
     "layout halves": lambda: [
         layout.swap_gate_up(F32),
@@ -164,7 +166,11 @@ COMPUTATIONS: dict[str, Callable[[], Any]] = {
     ],
     "tensor_core.step": lambda: tensor_core.step(BF16[:, None, :16], BF16[:, 16:32], F32[:3, :3]),
     "mufu": lambda: [mufu.ex2(F32), mufu.rcp(F32)],
-    "gemm": lambda: [group_scaled_gemm(x, W, S, tile_k=tile_k) for x in (X, X_TINY) for tile_k in (128, 256)],
+    "gemm": lambda: [
+        group_scaled_gemm(x, W, S, tactic=Tactic((64, 16, tile_k)))
+        for x in (X, X_TINY)
+        for tile_k in (128, 256)
+    ],
     "gemm_reference": lambda: [group_scaled_gemm_reference(x, W[:, :8], S[:, :8]) for x in (X, X_TINY)],
     "swiglu": lambda: [
         swiglu(BF16),
@@ -193,13 +199,11 @@ COMPUTATIONS: dict[str, Callable[[], Any]] = {
         use_w4_group_scaling=True,
     ),
     "parallel": lambda: [
-        parallel.forward_all_ranks(
-            CALL.input, CALL.token_selected_experts, CALL.token_final_scales, EXPERTS, ep_size=2
-        ),
+        parallel.forward_all_ranks(replace(CALL, experts=EXPERTS), parallel.Ranks(ep_size=2)),
         *(parallel.gather(OUTPUTS, reduction=reduction) for reduction in parallel.REDUCTIONS),
     ],
     "layer": lambda: [
-        layer.moe_layer(CALL.input, LOGITS[:, :4], EXPERTS, router=routing.mixtral, top_k=2),
+        layer.moe_layer(CALL.input, routing.mixtral(LOGITS[:, :4], top_k=2), EXPERTS),
         *(
             layer.finish_output(
                 OUTPUTS[0],

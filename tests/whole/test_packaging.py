@@ -13,10 +13,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CLIENT = """\
 import torch
-from mxfp4ref import Experts, moe_forward
+from mxfp4ref import Experts, MoeCall, forward
 
 def layer(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: Experts) -> torch.Tensor:
-    return moe_forward(x, ids, weights, experts)
+    return forward(MoeCall(x, ids, weights, experts))
 """
 
 

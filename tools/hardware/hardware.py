@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from mxfp4ref import Experts, MoeCall
+from mxfp4ref.formats.generations import generation_of
 from mxfp4ref.formats.layout import fold_scales_sm90, interleave_weights_sm90
-from mxfp4ref.sm90.tactics import Tactic, profile_ids
+from mxfp4ref.sm90.tactics import Sm90Kernel
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ def prepare(experts: Experts) -> PreparedExperts:
     Raises:
         RuntimeError: a helper gives other bytes than `mxfp4ref.formats.layout`.
     """
+    import flashinfer
     from flashinfer.fused_moe import (
         interleave_moe_scales_for_sm90_mixed_gemm,
         interleave_moe_weights_for_sm90_mixed_gemm,
@@ -45,7 +47,7 @@ def prepare(experts: Experts) -> PreparedExperts:
         packed, scales = getattr(experts, f"{name}_weights"), getattr(experts, f"{name}_scales")
         weights = interleave_moe_weights_for_sm90_mixed_gemm(packed, "fp4")
         folded = interleave_moe_scales_for_sm90_mixed_gemm(scales, 32)
-        generation = "0.6.16" if folded.dim() == 5 else "0.6.9"
+        generation = generation_of(flashinfer.__version__)
         same_weights = torch.equal(weights, interleave_weights_sm90(packed, generation))
         if not same_weights or not torch.equal(folded, fold_scales_sm90(scales, generation)):
             raise RuntimeError(
@@ -58,11 +60,11 @@ def prepare(experts: Experts) -> PreparedExperts:
 
 def run_kernel(
     call: MoeCall,
-    tactics: tuple[Tactic, Tactic] | None = None,
+    forced: Sm90Kernel | None = None,
     prepared: PreparedExperts | None = None,
     **options: Any,
 ) -> Tensor:
-    """The real kernel's output for a call on a GPU, by the default tactics or those given."""
+    """The real kernel's output for a call on a GPU, by the default tactics unless others are forced."""
     from flashinfer.fused_moe import cutlass_fused_moe
 
     prepared = prepare(call.experts) if prepared is None else prepared
@@ -76,8 +78,8 @@ def run_kernel(
         fc1_biases, fc2_biases = (
             z if b is None else b for z, b in zip(zeros, (fc1_biases, fc2_biases), strict=True)
         )
-    if tactics is not None:
-        options["profile_ids"] = profile_ids(*tactics)
+    if forced is not None:
+        options["profile_ids"] = forced.profile_ids
     cutlass_fused_moe(
         call.input,
         call.token_selected_experts,
@@ -137,14 +139,3 @@ class Provenance:
 
     def as_dict(self) -> dict[str, str]:
         return asdict(self)
-
-
-def generation_of(version: str) -> str:
-    """The generation (`mxfp4ref.formats.layout.GENERATIONS`) that a flashinfer release belongs to."""
-    release = tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in version.split(".")[:3])
-    return "0.6.16" if release >= (0, 6, 16) else "0.6.9"
-
-
-def forces_tactics(generation: str) -> bool:
-    """Whether the releases of a generation can be told which tactics to run; older ones run their default."""
-    return generation == "0.6.16"

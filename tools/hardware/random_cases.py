@@ -15,6 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import hardware
@@ -26,13 +27,14 @@ from torch import Tensor
 
 from mxfp4ref import Experts, MoeCall, forward
 from mxfp4ref.conformance.execution import to_device
-from mxfp4ref.sm90.tactics import Tactic, runnable_tactics
+from mxfp4ref.formats.generations import generation_of
+from mxfp4ref.sm90.tactics import Sm90Kernel, runnable_tactics
 
 Bytes = NDArray[np.uint8]
 
 
-def random_call(seed: int, *, clusters: bool = False) -> tuple[MoeCall, tuple[Tactic, Tactic]]:
-    """The call of a seed, on the CPU, and its two tactics, with clusters of one CTA unless told otherwise."""
+def random_call(seed: int, *, clusters: bool = False) -> MoeCall:
+    """The call of a seed, on the CPU; its tactics have clusters of one CTA unless told otherwise."""
     rng = np.random.default_rng(seed)
     ep_size = int(rng.choice([1, 1, 2, 4]))
     num_local = int(rng.integers(1, 9))
@@ -82,7 +84,7 @@ def random_call(seed: int, *, clusters: bool = False) -> tuple[MoeCall, tuple[Ta
             shapes = [other for other in runnable_tactics(*shape) if other.tile == tactic.tile]
             tactic = shapes[int(np.random.default_rng((seed, gemm)).integers(len(shapes)))]
         tactics.append(tactic)
-    call = MoeCall(
+    return MoeCall(
         input=x,
         token_selected_experts=torch.from_numpy(ids),
         token_final_scales=torch.from_numpy(final_scales),
@@ -91,11 +93,9 @@ def random_call(seed: int, *, clusters: bool = False) -> tuple[MoeCall, tuple[Ta
         ep_rank=int(rng.integers(ep_size)),
         tp_size=tp_size,
         tp_rank=int(rng.integers(tp_size)),
-        tile_k=(tactics[0].tile[2], tactics[1].tile[2]),
-        tile_n=(tactics[0].tile[1], tactics[1].tile[1]),
+        kernel=Sm90Kernel(*tactics),
         strict=False,
     )
-    return call, (tactics[0], tactics[1])
 
 
 def _bf16(values: NDArray[np.float64]) -> Tensor:
@@ -173,8 +173,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         parser.error("a GPU is needed: the real kernel runs nowhere else")
     provenance = hardware.Provenance.of_this_machine()
-    generation = hardware.generation_of(provenance.flashinfer)
-    forced = hardware.forces_tactics(generation)
+    generation = generation_of(provenance.flashinfer)
     first, end = (int(part) for part in arguments.seeds.split(":"))
     start = time.monotonic()
     elements = differing = cpu_elements = cpu_differing = 0
@@ -183,14 +182,12 @@ def main() -> int:
     for seed in range(first, end):
         if time.monotonic() - start > arguments.seconds:
             break
-        call, tactics = random_call(seed, clusters=arguments.clusters)
-        changes: dict[str, object] = {"generation": generation}
-        if not forced:
-            changes |= {"tile_k": (128, 128), "tile_n": (16, 16)}
-        call = MoeCall(**{**vars(call), **changes})  # type: ignore[arg-type]
+        call = random_call(seed, clusters=arguments.clusters)
+        if not generation.forces_tactics:
+            call = replace(call, kernel=Sm90Kernel(generation=generation))
         on_gpu = to_device(call, "cuda")
         expected = forward(on_gpu)
-        got = hardware.run_kernel(on_gpu, tactics if forced else None)
+        got = hardware.run_kernel(on_gpu, call.kernel if generation.forces_tactics else None)
         count = hardware.count_differences(got, expected)
         elements += got.numel()
         differing += count
@@ -198,7 +195,11 @@ def main() -> int:
             cpu_elements += got.numel()
             cpu_differing += hardware.count_differences(forward(call), expected.cpu())
         if count:
-            used = [str(tactic) for tactic in tactics] if forced else ["default", "default"]
+            used = (
+                [str(tactic) for tactic in call.kernel.tactics]
+                if generation.forces_tactics
+                else ["default", "default"]
+            )
             failures.append({"seed": seed, "tactics": used, "elements": got.numel(), "differing": count})
             print(f"seed {seed}, tactics {used}: {count} of {got.numel()} differ", flush=True)
     else:
@@ -209,9 +210,9 @@ def main() -> int:
         "differing": differing,
         "cpu_elements": cpu_elements,
         "cpu_differing": cpu_differing,
-        "default_tactic": not forced,
+        "default_tactic": not generation.forces_tactics,
         "clusters": arguments.clusters,
-        "generation": generation,
+        "generation": generation.recorded_as,
         "failures": failures,
         "provenance": provenance.as_dict(),
     }

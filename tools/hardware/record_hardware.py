@@ -25,7 +25,6 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +34,10 @@ from torch import Tensor
 
 from mxfp4ref import Experts, MoeCall, forward
 from mxfp4ref.conformance.execution import to_device
+from mxfp4ref.formats.generations import NEWEST, generation_of
 from mxfp4ref.goldens.store import Case, open_goldens, tensor_bytes
 from mxfp4ref.sm90 import mufu, tensor_core
-from mxfp4ref.sm90.tactics import each_tactic, with_tile_k
+from mxfp4ref.sm90.tactics import Sm90Kernel, each_kernel
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGET = ROOT / "goldens" / "hardware"
@@ -48,19 +48,20 @@ STEP_BLOCKS = 4096  # of 16 x 8 results, at once
 def record_goldens(out: Path) -> int:
     """Each kernel-call case by each pair of K tiles; two runs have to agree."""
     provenance = hardware.Provenance.of_this_machine()
-    generation = hardware.generation_of(provenance.flashinfer)
-    forced = hardware.forces_tactics(generation)
+    generation = generation_of(provenance.flashinfer)
+    forced = generation.forces_tactics
     lines: list[dict[str, Any]] = []
     for case in _kernel_cases():
         prepared = None
         for tile_k, name in case.output_tensors.items():
             if not forced and tile_k != (128, 128):
                 continue
-            call = to_device(case.call(tile_k), "cuda")
+            call = to_device(case.call(Sm90Kernel.of_tiles(tile_k, generation=generation)), "cuda")
             prepared = hardware.prepare(call.experts) if prepared is None else prepared
-            tactics = (with_tile_k(tile_k[0]), with_tile_k(tile_k[1])) if forced else None
-            got, again = (hardware.run_kernel(call, tactics, prepared).cpu() for _ in range(2))
-            expected = case.tensors[name] if forced else forward(replace(call, generation=generation)).cpu()
+            got, again = (
+                hardware.run_kernel(call, call.kernel if forced else None, prepared).cpu() for _ in range(2)
+            )
+            expected = case.tensors[name] if generation is NEWEST else forward(call).cpu()
             lines.append(_line(case, tile_k, got, again, expected, provenance))
     return _report(out / f"{_slug(provenance)}.jsonl", lines)
 
@@ -72,11 +73,10 @@ def record_tactics(out: Path) -> int:
     lines = []
     call = to_device(case.call(), "cuda")
     prepared = hardware.prepare(call.experts)
-    for tactics in each_tactic(call.experts.hidden_size, call.experts.intermediate_size):
-        tile_k = (tactics[0].tile[2], tactics[1].tile[2])
-        got, again = (hardware.run_kernel(call, tactics, prepared).cpu() for _ in range(2))
-        line = _line(case, tile_k, got, again, case.outputs[tile_k], provenance)
-        lines.append(line | {"tactics": [str(tactic) for tactic in tactics]})
+    for kernel in each_kernel(call.experts.hidden_size, call.experts.intermediate_size):
+        got, again = (hardware.run_kernel(call, kernel, prepared).cpu() for _ in range(2))
+        line = _line(case, kernel.tile_k, got, again, case.outputs[kernel.tile_k], provenance)
+        lines.append(line | {"tactics": [str(tactic) for tactic in kernel.tactics]})
     return _report(out / f"{_slug(provenance)}-tactics.jsonl", lines)
 
 
@@ -131,7 +131,7 @@ def record_stress(out: Path, seconds: float = 30.0) -> int:
         token_selected_experts=ranked[:, :top_k].to(torch.int32),
         token_final_scales=torch.rand(tokens, top_k, device="cuda", generator=generator),
         experts=weights,
-        generation=hardware.generation_of(provenance.flashinfer),
+        kernel=Sm90Kernel(generation=generation_of(provenance.flashinfer)),
     )
     expected = forward(call)
     prepared = hardware.prepare(weights)
@@ -252,7 +252,7 @@ def _line(
         "equal": differing == 0,
         "elements": got.numel(),
         "differing": differing,
-        "generation": hardware.generation_of(provenance.flashinfer),
+        "generation": generation_of(provenance.flashinfer).recorded_as,
         "repeatable": hardware.count_differences(got, again) == 0,
         **provenance.as_dict(),
     }

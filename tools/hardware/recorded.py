@@ -13,6 +13,7 @@ from mxfp4ref.formats.experts import Experts
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward
 from mxfp4ref.sm90 import fp32, tensor_core
+from mxfp4ref.sm90.tactics import Sm90Kernel, Tactic
 
 Arrays = dict[str, np.ndarray]
 RECORDINGS = Path(__file__).resolve().parents[2] / "tests" / "recordings"
@@ -67,11 +68,11 @@ def moe_variants(arrays: Arrays) -> Iterator[tuple[MoeCall, Tensor]]:
         count = experts.num_experts // ep_size
         experts = experts.slice(ep_rank * count, (ep_rank + 1) * count)
     if "tile" in arrays:  # GEMM2's M, N, K; GEMM1 has the default tactic
-        tactics = [((128, k), (16, n)) for _, n, k in arrays["tile"].tolist()]
+        kernels = [Sm90Kernel(gemm2=Tactic(tuple(tile))) for tile in arrays["tile"].tolist()]
     else:
-        tactics = [((first, second), (16, 16)) for first, second in arrays["tile_k"].tolist()]
+        kernels = [Sm90Kernel.of_tiles(tuple(pair)) for pair in arrays["tile_k"].tolist()]
     outputs = arrays["out"][arrays["which"]] if "which" in arrays else arrays["out"]
-    for (tile_k, tile_n), out in zip(tactics, outputs, strict=True):
+    for kernel, out in zip(kernels, outputs, strict=True):
         call = MoeCall(
             input=bf16(arrays["x"]),
             token_selected_experts=torch.from_numpy(arrays["ids"]),
@@ -81,8 +82,7 @@ def moe_variants(arrays: Arrays) -> Iterator[tuple[MoeCall, Tensor]]:
             ep_rank=ep_rank,
             tp_size=tp_size,
             tp_rank=tp_rank,
-            tile_k=tile_k,
-            tile_n=tile_n,
+            kernel=kernel,
             strict=False,
         )
         yield call, bf16(out)
@@ -93,11 +93,11 @@ def moe_differences(arrays: Arrays) -> tuple[int, int]:
     compared = differing = 0
     outputs: dict[object, Tensor] = {}  # tiles that differ in M alone share an answer
     for call, expected in moe_variants(arrays):
-        tactic = (call.tile_k, call.tile_n)
-        if tactic not in outputs:
-            outputs[tactic] = forward(call)
+        tiles = (call.kernel.tile_k, call.kernel.tile_n)
+        if tiles not in outputs:
+            outputs[tiles] = forward(call)
         compared += expected.numel()
-        differing += count_differences(outputs[tactic], expected)
+        differing += count_differences(outputs[tiles], expected)
     return compared, differing
 
 

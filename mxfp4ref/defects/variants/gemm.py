@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mxfp4ref.formats.layout import GENERATIONS
+from mxfp4ref.formats.generations import Generation
 from mxfp4ref.formats.mxfp4 import E2M1_VALUES, GROUP_SIZE, decode_ue8m0, unpack_codes
 from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.gemm.analysis import analyse, spans
-from mxfp4ref.sm90.gemm.reference import first_pair_swapped, group_order
+from mxfp4ref.sm90.gemm.order import first_pair_swapped, group_order
 from mxfp4ref.sm90.gemm.sums import codes_by_group, group_sums
+from mxfp4ref.sm90.tactics import Tactic
 from mxfp4ref.sm90.tensor_core import FRACTION_BITS, STEP_SIZE
 
 __all__ = [
@@ -151,14 +152,13 @@ class GemmVariant:
         packed: Tensor,
         scales: Tensor,
         *,
-        tile_k: int,
-        tile_n: int,
+        tactic: Tactic,
+        generation: Generation,
         positions: Tensor,
-        generation: str = GENERATIONS[-1],
     ) -> Tensor:
         out = torch.empty(*x.shape[:2], packed.shape[1], dtype=torch.float32, device=x.device)
-        order = self.order(scales.shape[2], tile_k)
-        swapped = first_pair_swapped(positions, tile_k, tile_n, generation).unsqueeze(-1)
+        order = self.order(scales.shape[2], tactic.tile_k)
+        swapped = first_pair_swapped(x, positions, tactic, generation).unsqueeze(-1)
         for rows in spans(x.shape[1], ROWS_AT_ONCE):
             for columns in spans(packed.shape[1], COLUMNS_AT_ONCE):
                 factor = self.decode_scale(scales[:, columns]).permute(2, 0, 1).unsqueeze(2)

@@ -11,10 +11,11 @@ from torch import Tensor
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.goldens.store import EXPERT_TENSORS, tensor_bytes
 from mxfp4ref.goldens.cases.source import Source
+from mxfp4ref.formats.generations import NEWEST
 from mxfp4ref.formats.layout import fold_scales_sm90, interleave_weights_sm90
 from mxfp4ref.model.forward import KERNEL, forward, trace
 from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
-from mxfp4ref.sm90.gemm.reference import TILE_K, TILE_N
+from mxfp4ref.sm90.tactics import TILE_K, Sm90Kernel
 
 __all__ = ["DEFINITIONS", "Content", "Definition", "define", "moe_content", "outputs_by_tile_k"]
 
@@ -94,7 +95,7 @@ def moe_content(
     """Everything that is stored of a kernel call: tensors in both layouts, the trace, every output.
 
     Args:
-        call: the call, with `tile_k` (128, 128).
+        call: the call, of the default kernel.
         derived: recipes of the tensors that are not stored; then neither layouts nor trace are.
         extra: further tensors to keep.
 
@@ -141,14 +142,14 @@ def outputs_by_tile_k(call: MoeCall) -> dict[tuple[int, int], Tensor]:
             again = iter(kept)
             repeat = (lambda *_, again=again, **__: next(again)) if kept else keep
             stages = replace(KERNEL, fc1_gemm=repeat)
-            outputs[first, second] = forward(replace(call, tile_k=(first, second)), stages)
+            outputs[first, second] = forward(replace(call, kernel=Sm90Kernel.of_tiles((first, second))), stages)
     return outputs
 
 
 def _refuse_tile_n(call: MoeCall, outputs: Mapping[tuple[int, int], Tensor]) -> None:
     for tile_k in ((tile, tile) for tile in TILE_K if (tile, tile) in outputs):
         expected = tensor_bytes(outputs[tile_k])
-        for tile_n in TILE_N[1:]:
-            output = forward(replace(call, tile_k=tile_k, tile_n=(tile_n, tile_n)))
+        for tile_n in sorted({tile[1] for tile in NEWEST.tiles if tile[2] == tile_k[0]}):
+            output = forward(replace(call, kernel=Sm90Kernel.of_tiles(tile_k, (tile_n, tile_n))))
             if tensor_bytes(output) != expected:
                 raise ValueError(f"the output for tile_k {tile_k} depends on tile_n: {tile_n} gives another")

@@ -16,7 +16,7 @@ from mxfp4ref.formats.experts import Experts
 from mxfp4ref.goldens.cases.definition import Content, define
 from mxfp4ref.goldens.cases.source import Source
 from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
-from mxfp4ref.sm90.gemm.reference import TILE_K
+from mxfp4ref.sm90.tactics import TILE_K, Tactic
 
 # The sums cancel to about 2^-22 of their terms: larger scales bring them back to a moderate size.
 _FC1_MIRRORED = (133, 143)
@@ -301,7 +301,7 @@ def uneven_experts(source: Source) -> MoeCall:
 def _gemm(x: Tensor, packed: Tensor, scales: Tensor, tiles: tuple[int, ...]) -> Content:
     tensors = {"x": x, "packed": packed, "scales": scales}
     for tile in tiles:
-        sums = group_scaled_gemm(x[None], packed[None], scales[None], tile_k=tile)
+        sums = group_scaled_gemm(x[None], packed[None], scales[None], tactic=Tactic((64, 16, tile)))
         tensors[f"accumulators.tile_k_{tile}"] = sums[0]
     return Content(tensors)
 

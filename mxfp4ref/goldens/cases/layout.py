@@ -11,8 +11,8 @@ from mxfp4ref.model.call import MoeCall
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.goldens.cases.definition import Content, define
 from mxfp4ref.goldens.cases.source import Source
+from mxfp4ref.formats.generations import GENERATIONS, Generation
 from mxfp4ref.formats.layout import (
-    GENERATIONS,
     fold_scales_sm90,
     halves_to_interleaved,
     interleave_weights_sm90,
@@ -57,14 +57,15 @@ for _generation in GENERATIONS:
     @define(
         "layout",
         "layout",
-        f"Scales folded as flashinfer {_generation} expects them; every byte is different within an expert.",
-        name=f"fold_scales_{_generation.replace('.', '_')}",
+        f"Scales folded as flashinfer {_generation.recorded_as} expects them; every byte is different within an expert.",
+        name=f"fold_scales_{_generation.recorded_as.replace('.', '_')}",
         unique_for="the layout alone, byte for byte",
     )
-    def _(source: Source, generation: str = _generation) -> Content:
+    def _(source: Source, generation: Generation = _generation) -> Content:
         before = torch.arange(2 * 128 * 8).reshape(2, 128, 8)
         before = (before % 251).to(torch.uint8)
-        return _moved("fold_scales_sm90", before, fold_scales_sm90(before, generation), generation=generation)
+        after = fold_scales_sm90(before, generation)
+        return _moved("fold_scales_sm90", before, after, generation=generation.recorded_as)
 
 
 @define(

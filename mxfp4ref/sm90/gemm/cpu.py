@@ -17,16 +17,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mxfp4ref.formats.layout import GENERATIONS
+from mxfp4ref.formats.generations import NEWEST, Generation
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE, decode_ue8m0
 from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.gemm.analysis import Blocks, analyse, spans
-from mxfp4ref.sm90.gemm.reference import first_pair_swapped, group_order
+from mxfp4ref.sm90.gemm.order import first_pair_swapped, group_order
 from mxfp4ref.sm90.gemm.sums import codes_by_group, direct_sums, group_sums
+from mxfp4ref.sm90.tactics import Tactic
 from mxfp4ref.sm90.threads import in_parallel
 
 __all__ = ["group_scaled_gemm"]
 
+_DEFAULT = Tactic()
 _ROWS_AT_ONCE = 64
 # Bounds of a chunk's memory. Smaller ones fit a cache, but many short operations cost more than that gains.
 _PRODUCTS_AT_ONCE = 1 << 22
@@ -39,10 +41,9 @@ def group_scaled_gemm(
     packed: Tensor,
     scales: Tensor,
     *,
-    tile_k: int = 128,
-    tile_n: int = 16,
+    tactic: Tactic = _DEFAULT,
+    generation: Generation = NEWEST,
     positions: Tensor | None = None,
-    generation: str = GENERATIONS[-1],
 ) -> Tensor:
     """The float32 accumulators of `x @ W^T` for a batch of experts, bit for bit as the kernel has them.
 
@@ -50,27 +51,24 @@ def group_scaled_gemm(
         x: `[B, M, K] bf16`, the rows routed to each expert in token order.
         packed: `[B, N, K/2] uint8`, E2M1 codes in logical order, the low nibble the even K index.
         scales: `[B, N, K/32] uint8`, UE8M0 by the `sm90` convention.
-        tile_k: the tactic's K tile, which orders the groups.
-        tile_n: the tactic's N tile, visible only where the first two groups over- or underflow.
+        tactic: its K tile orders the groups; its N tile shows only where the first two groups over- or underflow.
+        generation: of the kernel; shows where the N tile does.
         positions: `[B, M] int64`, the rows' positions among all rows of their expert; by default 0, 1, 2, ...
-        generation: the flashinfer generation, one of `layout.GENERATIONS`; visible where `tile_n` is.
 
     Returns:
         `[B, M, N] float32` after the epilogue's addition of +0: never -0, no subnormals, NaN is 0x7FFFFFFF.
     """
     batch, num_rows, _ = x.shape
     num_columns, num_groups = scales.shape[1:]
-    if positions is None:
-        positions = torch.arange(num_rows, device=x.device).expand(batch, num_rows)
-    swapped = first_pair_swapped(positions, tile_k, tile_n, generation)
-    order = group_order(num_groups, tile_k)
+    swapped = first_pair_swapped(x, positions, tactic, generation)
+    order = group_order(num_groups, tactic.tile_k)
     on_gpu = _gemm_on_gpu(x.device)
     if on_gpu is not None:
         return on_gpu(x, packed, scales, order, swapped)
     if x.device.type == "cpu":
         _keep_freed_memory()
     # Groups change places only within a K tile, so whole tiles are taken at once.
-    groups_at_once = max(_GROUPS_AT_ONCE, tile_k // GROUP_SIZE)
+    groups_at_once = max(_GROUPS_AT_ONCE, tactic.tile_k // GROUP_SIZE)
     # NaN times any weight is NaN: such a row needs no sums.
     nan_rows = x.isnan().any(-1, keepdim=True)
     x = x.masked_fill(nan_rows, 0.0)
@@ -129,8 +127,9 @@ def _check_on(device: torch.device, gemm: Callable[..., Tensor]) -> None:
     x[:, :4] = torch.randn(1, 4, 384, generator=generator, device="cpu").to(torch.bfloat16)
     scales[:, :32] = 120 + scales[:, :32] % 8
     scales[:, 48:, :2] = 254  # each of the first two products overflows, so that their order shows
-    expected = group_scaled_gemm(x, packed, scales, tile_k=128, tile_n=64)
-    swapped = first_pair_swapped(torch.arange(8, device="cpu").expand(1, 8), 128, 64)
+    tactic = Tactic((64, 64, 128))
+    expected = group_scaled_gemm(x, packed, scales, tactic=tactic)
+    swapped = first_pair_swapped(x, None, tactic, NEWEST)
     moved = (tensor.to(device) for tensor in (x, packed, scales))
     got = gemm(*moved, group_order(12, 128), swapped.to(device)).cpu()
     differing = int((got.view(torch.int32) != expected.view(torch.int32)).sum())

@@ -1,0 +1,164 @@
+"""The generations of flashinfer's SM90 kernel: one record each of all in which they differ.
+
+Generations do not follow the releases' numbers: the newer mainloop came with 0.6.16, was reverted in 0.6.16.post3
+and came back in 0.6.18. So a generation is named by what it does to weights. A release belongs to the generation
+whose MoE mainloop it has, compared byte by byte in the sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mxfp4ref.formats import bytewise, wordwise
+
+__all__ = ["BYTEWISE", "GENERATIONS", "NEWEST", "WORDWISE", "Generation", "generation_named", "generation_of"]
+
+Tile = tuple[int, int, int]
+
+
+class Layout(Protocol):
+    """A module that brings weights `[E, R, K/2]` and scales `[E, R, G]` into the kernel's order and back."""
+
+    SCALE_ROWS: int  # R has to be a multiple of it
+    SCALE_AXES: str  # of the folded scales
+
+    def interleave(self, packed: Tensor) -> Tensor: ...
+    def deinterleave(self, interleaved: Tensor) -> Tensor: ...
+    def fold(self, scales: Tensor) -> Tensor: ...
+    def unfold(self, folded: Tensor) -> Tensor: ...
+    def logical_shape(self, folded: tuple[int, ...]) -> tuple[int, int, int] | None: ...
+
+
+@dataclass(frozen=True, repr=False)
+class Generation:
+    """One kernel, as far as it differs from the others.
+
+    Attributes:
+        name: how this package calls it.
+        releases: the releases of flashinfer-python that have it.
+        recorded_as: its name in the stored goldens and hardware records.
+        layout: where the bytes of its weights and scales lie.
+        first_pair_swapped: (positions of rows in their expert, tile_n, tile_k) to whether the kernel rounds the
+            product of the second K group alone and fuses the first one's; see `docs/arithmetic.md`, "The exception".
+        tiles: M, N and K of the tiles that its GEMMs offer; tactics are numbered in this order, four clusters a tile.
+        refused: tiles that are offered but do not run, for lack of shared memory.
+        forces_tactics: whether `profile_ids` forces a tactic; 0.6.16.post3 to 0.6.17 take it and ignore it.
+        known_faults: what is wrong with it on hardware, in words.
+    """
+
+    name: str
+    releases: tuple[str, ...]
+    recorded_as: str
+    layout: Layout
+    first_pair_swapped: Callable[[Tensor, int, int], Tensor]
+    tiles: tuple[Tile, ...]
+    refused: frozenset[Tile] = frozenset()
+    forces_tactics: bool = True
+    known_faults: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return self.name.upper()
+
+    def __reduce__(self) -> tuple[Callable[[str], Generation], tuple[str]]:
+        return generation_named, (self.name,)  # the record itself, also after a copy or in another process
+
+
+# (tile_n, tile_k) of the kernels that round the second product alone and fuse the first, in rows 0, 2, 4, 6.
+_SWAPPING_TILES = {(16, 256), (32, 512), (64, 128), (64, 256), (64, 512), (128, 128), (128, 256)}
+
+
+def _some_rows_of_some_tiles(positions: Tensor, tile_n: int, tile_k: int) -> Tensor:
+    row = positions % tile_n
+    return (row < 8) & (row % 2 == 0) & ((tile_n, tile_k) in _SWAPPING_TILES)
+
+
+def _every_row(positions: Tensor, tile_n: int, tile_k: int) -> Tensor:
+    return torch.ones_like(positions, dtype=torch.bool)  # read off the machine code of 0.6.15.post1
+
+
+BYTEWISE = Generation(
+    name="bytewise",
+    releases=(
+        *(
+            "0.6.10",
+            "0.6.10.post1",
+            "0.6.11",
+            "0.6.11.post1",
+            "0.6.11.post2",
+            "0.6.11.post3",
+            "0.6.12",
+            "0.6.13",
+        ),
+        *("0.6.14", "0.6.15", "0.6.15.post1", "0.6.16.post3", "0.6.16.post4", "0.6.17"),
+    ),
+    recorded_as="0.6.9",
+    layout=bytewise,
+    first_pair_swapped=_every_row,
+    tiles=(
+        *((64, n, 128) for n in (16, 32, 64, 128)),
+        *((128, n, 128) for n in (16, 32, 64)),
+    ),
+    forces_tactics=False,
+    known_faults=(
+        "a race (flashinfer#5438): under load the last K groups of a tile are scaled by the next expert's scales, "
+        "in sporadic tiles of 16 rows, mostly where a GEMM has a single K tile",
+    ),
+)
+WORDWISE = Generation(
+    name="wordwise",
+    releases=(
+        *("0.6.16", "0.6.16.post1", "0.6.16.post2", "0.6.18", "0.6.18.post1"),
+        *("0.7.0", "0.7.0.post1", "0.7.1", "0.7.2", "0.7.2.post1"),
+    ),
+    recorded_as="0.6.16",
+    layout=wordwise,
+    first_pair_swapped=_some_rows_of_some_tiles,
+    tiles=(
+        *((m, n, k) for m in (64, 128) for n in (16, 32, 64, 128) for k in (128, 256, 512)),
+        *((128, 256, k) for k in (128, 256)),
+        *((256, 128, k) for k in (128, 256)),
+        (256, 256, 128),
+    ),
+    refused=frozenset({(64, 128, 512), (128, 128, 512), (128, 256, 256), (256, 128, 256)}),
+)
+
+GENERATIONS = (BYTEWISE, WORDWISE)
+NEWEST = GENERATIONS[-1]
+# What is known of other releases.
+_OLDER = "has an older mainloop that takes weights in logical order, which is not modelled"
+_NOT_MODELLED = dict.fromkeys(("0.6.7", "0.6.8", "0.6.8.post1", "0.6.9"), _OLDER)
+
+
+def generation_named(name: str) -> Generation:
+    """The generation of that name, or of that name in a stored golden or record.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for generation in GENERATIONS:
+        if name in (generation.name, generation.recorded_as):
+            return generation
+    names = " or ".join(repr(generation.name) for generation in GENERATIONS)
+    raise ValueError(f"generation: expected {names}, got {name!r}")
+
+
+def generation_of(release: str) -> Generation:
+    """The generation of a release of flashinfer-python, such as "0.6.17"; a local part ("+cu130") does not count.
+
+    Raises:
+        ValueError: it is in no record.
+    """
+    public = release.partition("+")[0]
+    for generation in GENERATIONS:
+        if public in generation.releases:
+            return generation
+    known = _NOT_MODELLED.get(public, "is in no record of mxfp4ref.formats.generations")
+    raise ValueError(
+        f"flashinfer {release} {known}; CONTRIBUTING.md, 'Adding a generation of flashinfer', says how to find out "
+        "which kernel a release has, and how to add it"
+    )
