@@ -36,7 +36,7 @@ def fold(scales: Tensor) -> Tensor:
     """`[E, R, G] uint8` as `[E, G/4, 4R]`; G % 4 == 0."""
     experts, rows, groups = scales.shape
     folded = scales.reshape(experts, rows, groups // 4, 4).permute(0, 2, 1, 3)
-    return folded.reshape(experts, groups // 4, rows * 4)
+    return folded.reshape(folded_shape(experts, rows, groups))
 
 
 def unfold(folded: Tensor) -> Tensor:
@@ -44,6 +44,11 @@ def unfold(folded: Tensor) -> Tensor:
     experts, quads, width = folded.shape
     rows = width // 4
     return folded.view(experts, quads, rows, 4).permute(0, 2, 1, 3).reshape(experts, rows, quads * 4)
+
+
+def folded_shape(experts: int, rows: int, groups: int) -> tuple[int, ...]:
+    """The shape of folded scales, in bytes."""
+    return experts, groups // 4, rows * 4
 
 
 def logical_shape(folded: tuple[int, ...]) -> tuple[int, int, int] | None:

@@ -181,11 +181,12 @@ class Sm90Experts(Experts):
         check_tensor(name, scales, dtype=(torch.uint8, torch.int32), shape=("...",))
         assert scales is not None
         _, rows, groups = shape
-        layouts = [g.layout for g in GENERATIONS]
-        folded = folded_bytes_shape(scales)
-        if rows % 64 or groups % 4 or shape not in [layout.logical_shape(folded) for layout in layouts]:
-            axes = " or ".join(f"{g.layout.SCALE_AXES} ({g.name})" for g in GENERATIONS)
+        possible = GENERATIONS if name == "fc1_scales" else (self.generation,)  # both of one generation
+        folded = {g.name: g.layout.folded_shape(*shape) for g in possible}
+        if rows % 64 or groups % 4 or folded_bytes_shape(scales) not in folded.values():
+            unit = scales.element_size()
+            wanted = " or ".join(f"{[*dims[:-1], dims[-1] // unit]} ({g})" for g, dims in folded.items())
             raise ValueError(
-                f"{name}: expected folded scales {axes} in bytes, or viewed as int32, for E = {shape[0]}, "
-                f"R = {rows}, a multiple of 64, and G = {groups}, a multiple of 4; got {scales.dtype} {list(scales.shape)}"
+                f"{name}: expected folded scales {wanted} as {scales.dtype} for {rows} rows, a multiple of 64, and "
+                f"{groups} K groups, a multiple of 4; got {list(scales.shape)}"
             )

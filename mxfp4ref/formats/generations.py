@@ -14,9 +14,20 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mxfp4ref._validate import shown
 from mxfp4ref.formats import bytewise, wordwise
 
-__all__ = ["BYTEWISE", "GENERATIONS", "NEWEST", "WORDWISE", "Generation", "generation_named", "generation_of"]
+__all__ = [
+    "BYTEWISE",
+    "GENERATIONS",
+    "NEWEST",
+    "WORDWISE",
+    "Generation",
+    "Tile",
+    "check_generation",
+    "generation_named",
+    "generation_of",
+]
 
 Tile = tuple[int, int, int]
 
@@ -31,6 +42,7 @@ class Layout(Protocol):
     def deinterleave(self, interleaved: Tensor) -> Tensor: ...
     def fold(self, scales: Tensor) -> Tensor: ...
     def unfold(self, folded: Tensor) -> Tensor: ...
+    def folded_shape(self, experts: int, rows: int, groups: int) -> tuple[int, ...]: ...
     def logical_shape(self, folded: tuple[int, ...]) -> tuple[int, int, int] | None: ...
 
 
@@ -132,6 +144,13 @@ NEWEST = GENERATIONS[-1]
 # What is known of other releases.
 _OLDER = "has an older mainloop that takes weights in logical order, which is not modelled"
 _NOT_MODELLED = dict.fromkeys(("0.6.7", "0.6.8", "0.6.8.post1", "0.6.9"), _OLDER)
+
+
+def check_generation(value: object) -> None:
+    """Raise TypeError unless `value` is a record of this module."""
+    if not isinstance(value, Generation):
+        names = " or ".join(map(repr, GENERATIONS))
+        raise TypeError(f"generation: expected {names} of mxfp4ref.formats.generations, got {shown(value)}")
 
 
 def generation_named(name: str) -> Generation:

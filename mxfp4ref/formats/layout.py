@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._compiler import uncompiled
-from mxfp4ref._validate import check_instance, check_int, check_tensor
-from mxfp4ref.formats.generations import GENERATIONS, NEWEST, Generation
+from mxfp4ref._validate import check_int, check_tensor
+from mxfp4ref.formats.generations import GENERATIONS, NEWEST, Generation, check_generation
 from mxfp4ref.formats.mxfp4 import PACKED_DTYPES, SCALE_DTYPES
 
 __all__ = [
@@ -109,14 +109,14 @@ def interleave_weights_sm90(packed: Tensor, generation: Generation = NEWEST) -> 
         TypeError: another dtype, or no `Generation`.
         ValueError: another number of dimensions, or R or K not aligned.
     """
-    check_instance("generation", generation, Generation)
+    check_generation(generation)
     return generation.layout.interleave(_check_weights("packed", packed))
 
 
 @uncompiled
 def deinterleave_weights_sm90(interleaved: Tensor, generation: Generation = NEWEST) -> Tensor:
     """Return packed weights in logical order, the inverse of `interleave_weights_sm90`; arguments as there."""
-    check_instance("generation", generation, Generation)
+    check_generation(generation)
     return generation.layout.deinterleave(_check_weights("interleaved", interleaved))
 
 
@@ -135,7 +135,7 @@ def fold_scales_sm90(scales: Tensor, generation: Generation = NEWEST) -> Tensor:
         TypeError: another dtype, or no `Generation`.
         ValueError: another number of dimensions, G % 4 != 0 (K % 128 != 0), or, for `WORDWISE`, R % 64 != 0.
     """
-    check_instance("generation", generation, Generation)
+    check_generation(generation)
     scales = check_tensor("scales", scales, dtype=SCALE_DTYPES, shape=("E", "R", "K/32")).view(torch.uint8)
     _, rows, groups = scales.shape
     if rows % generation.layout.SCALE_ROWS or groups % 4:
@@ -163,7 +163,7 @@ def unfold_scales_sm90(folded: Tensor, generation: Generation | None = None) -> 
     """
     folded = check_tensor("folded", folded, dtype=(torch.uint8, torch.int32), shape=("...",))
     if generation is not None:
-        check_instance("generation", generation, Generation)
+        check_generation(generation)
     possible = GENERATIONS if generation is None else (generation,)
     for candidate in possible:
         if candidate.layout.logical_shape(folded_bytes_shape(folded)) is not None:

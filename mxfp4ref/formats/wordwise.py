@@ -53,7 +53,7 @@ def fold(scales: Tensor) -> Tensor:
     """`[E, R, G] uint8` as `[E, R/64, G/4, 16, 16]`; R % 64 == 0, G % 4 == 0."""
     experts, rows, groups = scales.shape
     folded = scales.reshape(experts, rows // 64, 4, 16, groups // 4, 4).permute(0, 1, 4, 3, 2, 5)
-    return folded.reshape(experts, rows // 64, groups // 4, 16, 16)
+    return folded.reshape(folded_shape(experts, rows, groups))
 
 
 def unfold(folded: Tensor) -> Tensor:
@@ -61,6 +61,11 @@ def unfold(folded: Tensor) -> Tensor:
     experts, blocks, quads = folded.shape[:3]
     unfolded = folded.view(experts, blocks, quads, 16, 4, 4).permute(0, 1, 4, 3, 2, 5)
     return unfolded.reshape(experts, blocks * 64, quads * 4)
+
+
+def folded_shape(experts: int, rows: int, groups: int) -> tuple[int, ...]:
+    """The shape of folded scales, in bytes."""
+    return experts, rows // 64, groups // 4, 16, 16
 
 
 def logical_shape(folded: tuple[int, ...]) -> tuple[int, int, int] | None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mxfp4ref._validate import check_instance, shown
-from mxfp4ref.formats.generations import NEWEST, Generation, Tile
+from mxfp4ref.formats.generations import NEWEST, Generation, Tile, check_generation
 
 __all__ = ["TILE_K", "TILE_N", "Sm90Kernel", "Tactic", "each_kernel", "runnable_tactics", "tactics_of"]
 
@@ -58,7 +58,7 @@ class Sm90Kernel:
     generation: Generation = NEWEST
 
     def __post_init__(self) -> None:
-        check_instance("generation", self.generation, Generation)
+        check_generation(self.generation)
         for name in ("gemm1", "gemm2"):
             tactic = getattr(self, name)
             check_instance(name, tactic, Tactic)
@@ -82,7 +82,7 @@ class Sm90Kernel:
             TypeError: not pairs.
             ValueError: the generation has no such tiles.
         """
-        check_instance("generation", generation, Generation)
+        check_generation(generation)
         for name, pair in (("tile_k", tile_k), ("tile_n", tile_n)):
             if not (isinstance(pair, tuple) and len(pair) == 2):
                 raise TypeError(f"{name}: expected a pair, one for each GEMM, got {shown(pair)}")

@@ -17,6 +17,7 @@ from mxfp4ref.conformance import suite as conformance
 from mxfp4ref.conformance.kernels import KernelError, load_kernel
 from mxfp4ref.conformance.suite import CaseResult, Report, name_defects, run, run_case
 from mxfp4ref.defects import DEFECTS
+from mxfp4ref.formats.generations import BYTEWISE, NEWEST
 from mxfp4ref.formats.layout import fold_scales_sm90, interleave_weights_sm90
 from mxfp4ref.goldens.store import Case, open_goldens
 from mxfp4ref.sm90.tactics import Sm90Kernel, runnable_tactics, tactics_of

@@ -140,11 +140,13 @@ def test_sm90_layouts_hold_the_same_experts(generation: Generation, dtype: torch
 
 def test_sm90_refusals() -> None:
     new, old = layers.to_sm90(ALL), layers.to_sm90(ALL, BYTEWISE, torch.uint8)
+    with pytest.raises(ValueError, match=r"^fc2_scales: expected folded scales .* \(wordwise\) as"):
+        replace(new, fc2_scales=old.fc2_scales)  # two generations in one
     with pytest.raises(
-        ValueError, match=r"^fc1_scales: expected folded scales \[3, 4, 2, 16, 4\] \(flashinfer from"
+        ValueError, match=r"^fc1_scales: expected folded scales .* or \[3, 4, 2, 16, 4\] \(wordwise\)"
     ):
         replace(new, fc1_scales=ALL.fc1_scales.view(torch.int32))  # type: ignore[union-attr]
-    with pytest.raises(ValueError, match=r"^fc2_scales: .* or \[3, 1, 1024\] .*; got \[3, 1, 1020\]"):
+    with pytest.raises(ValueError, match=r"^fc2_scales: .* \[3, 1, 1024\] .*; got \[3, 1, 1020\]"):
         replace(old, fc2_scales=old.fc2_scales[..., :-4])  # type: ignore[index]
     with pytest.raises(TypeError, match=r"^fc2_scales: expected a uint8 or int32 tensor"):
         replace(new, fc2_scales=new.fc2_scales.view(torch.float32))  # type: ignore[union-attr]

@@ -61,11 +61,8 @@ def forward_in_fractions(call: MoeCall) -> Tensor:
 
         def gemm(x: list[int], number: int, weights: Tensor, scales: Tensor) -> list[int]:
             tactic = call.kernel.tactics[number]
-            swapped = bool(
-                call.kernel.generation.first_pair_swapped(
-                    torch.tensor(position), tactic.tile_n, tactic.tile_k
-                )
-            )
+            rule = call.kernel.generation.first_pair_swapped
+            swapped = bool(rule(torch.tensor(position), tactic.tile_n, tactic.tile_k))  # noqa: B023
             order = exact.group_order(scales.shape[1], tactic.tile_k)
             rows = zip(unpack_codes(weights).tolist(), scales.tolist(), strict=True)
             return [exact.to_bf16(exact.gemm_element(x, *row, order, swapped=swapped)) for row in rows]

@@ -281,7 +281,7 @@ def test_refusals(changes, error, message):
 
 def test_further_refusals():
     with pytest.raises(ValueError, match=r"shared_output: expected a tensor with .*FUSED.*, got None"):
-        moe_layer(HIDDEN, LOGITS, EXPERTS, router=V4, routed_scaling=RoutedScaling.FUSED_WITH_SHARED_ADD_BF16)
+        moe_layer(HIDDEN, V4(LOGITS, routed_scaling=RoutedScaling.FUSED_WITH_SHARED_ADD_BF16), EXPERTS)
     with pytest.raises(ValueError, match="routed_scaling: "):
         finish_output(SHARED, routed_scaling="none")
     with pytest.raises(ValueError, match=r"routed_scaling_factor: .* got nan"):

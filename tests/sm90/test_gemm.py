@@ -15,19 +15,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mxfp4ref.formats.generations import GENERATIONS
+from mxfp4ref.formats.generations import BYTEWISE, GENERATIONS, WORDWISE, Generation
 from mxfp4ref.formats.mxfp4 import pack_codes
 from mxfp4ref.sm90.gemm import cpu as fast
 from mxfp4ref.sm90.gemm.analysis import Direct, analyse
 from mxfp4ref.sm90.gemm.cpu import _check_on, group_scaled_gemm
-from mxfp4ref.sm90.gemm.reference import (
-    TILE_K,
-    TILE_N,
-    first_pair_swapped,
-    group_order,
-    group_scaled_gemm_reference,
-)
+from mxfp4ref.sm90.gemm.order import first_pair_swapped, group_order
+from mxfp4ref.sm90.gemm.reference import group_scaled_gemm_reference
 from mxfp4ref.sm90.gemm.sums import codes_by_group, direct_sums, group_sums
+from mxfp4ref.sm90.tactics import TILE_K, TILE_N, Tactic
 from tests.helpers import bits, exact
 
 # --- the order of the groups ------------------------------------------------------------------------------
@@ -71,11 +67,11 @@ def test_first_pair_swapped() -> None:
         for tile_k in TILE_K:
             listed = (tile_n, tile_k) in SWAPPING
             expected = [listed and row % tile_n in (0, 2, 4, 6) for row in range(1024)]
-            got = first_pair_swapped(positions, tile_k, tile_n)
+            tactic = Tactic((64, tile_n, tile_k))
+            got = first_pair_swapped(x, positions, tactic, WORDWISE)
             assert got.dtype == torch.bool
             assert got.tolist() == expected
-            assert torch.equal(first_pair_swapped(positions, tile_k, tile_n, "0.6.16"), got)
-            assert first_pair_swapped(positions, tile_k, tile_n, "0.6.9").all()
+            assert first_pair_swapped(x, positions, tactic, BYTEWISE).all()
 
 
 # --- hard inputs ------------------------------------------------------------------------------------------
@@ -172,8 +168,8 @@ TACTICS = [(tile_k, tile_n) for tile_k in TILE_K for tile_n in TILE_N]
     offset=st.sampled_from([None, 0, 1, 6, 1000]),
     generation=st.sampled_from(GENERATIONS),
 )
-@example(1, "wider", "any", (128, 16), 3, 2, (9, 9), None, "0.6.16")
-@example(2, "raw", "ends", (256, 16), 2, 2, (9, 9), 0, "0.6.9")
+@example(1, "wider", "any", (128, 16), 3, 2, (9, 9), None, WORDWISE)
+@example(2, "raw", "ends", (256, 16), 2, 2, (9, 9), 0, BYTEWISE)
 def test_fast_is_slow(
     seed: int,
     x_kind: str,
@@ -183,7 +179,7 @@ def test_fast_is_slow(
     batch: int,
     shape: tuple[int, int],
     offset: int | None,
-    generation: str,
+    generation: Generation,
 ) -> None:
     tile_k, tile_n = tactic
     tiles = min(tiles, 3 * 256 // tile_k) or 1
@@ -195,7 +191,7 @@ def test_fast_is_slow(
     if offset is not None:
         first = np.random.default_rng(seed).integers(0, 8, (batch, 1))
         positions = torch.from_numpy(first + offset + np.arange(shape[0]))
-    options = {"tile_k": tile_k, "tile_n": tile_n, "positions": positions, "generation": generation}
+    options = {"tactic": Tactic((64, tile_n, tile_k)), "positions": positions, "generation": generation}
     assert_fast_is_slow(x, packed, scales, **options)
 
 
@@ -220,7 +216,7 @@ def test_more_groups_than_are_summed_at_once() -> None:
     for tile_k, groups in ((128, 36), (256, 40), (512, 48)):
         for seed, kind in enumerate(("mirrored", "wide", "raw")):
             x, packed, scales = problem(seed, kind, "ordinary", rows=4, columns=6, groups=groups)
-            assert_fast_is_slow(x, packed, scales, tile_k=tile_k)
+            assert_fast_is_slow(x, packed, scales, tactic=Tactic((64, 16, tile_k)))
 
 
 @pytest.mark.parametrize("second_at", [1, 16], ids=["same step", "next step"])
@@ -311,7 +307,7 @@ def test_against_fractions(x_kind: str, scale_kind: str, tile_k: int, tile_n: in
             x_bits[row].tolist(), codes, scale_bytes[column], order, swapped=swapped
         )
     for gemm in (group_scaled_gemm, group_scaled_gemm_reference):
-        got = gemm(x, packed, scales, tile_k=tile_k, tile_n=tile_n, positions=positions)
+        got = gemm(x, packed, scales, tactic=Tactic((64, tile_n, tile_k)), positions=positions)
         bits.assert_same(got, bits.fp32(expected))
 
 
@@ -341,13 +337,15 @@ def test_first_pair_by_position(
 ) -> None:
     x, packed, scales = first_pair(values, scale_bytes)
     for tile_k, tile_n in ((256, 16), (128, 16)):
-        got = assert_fast_is_slow(x, packed, scales, tile_k=tile_k, tile_n=tile_n)[0, :, 0].tolist()
+        got = assert_fast_is_slow(x, packed, scales, tactic=Tactic((64, tile_n, tile_k)))[0, :, 0].tolist()
         swaps = (tile_n, tile_k) in SWAPPING
         assert got == [early if swaps and row in (0, 2, 4, 6) else late for row in range(16)]
-        got = assert_fast_is_slow(x, packed, scales, tile_k=tile_k, tile_n=tile_n, generation="0.6.9")
+        got = assert_fast_is_slow(x, packed, scales, tactic=Tactic((64, tile_n, tile_k)), generation=BYTEWISE)
         assert got[0, :, 0].tolist() == [early] * 16
     positions = torch.arange(3, 19)[None]
-    got = assert_fast_is_slow(x, packed, scales, tile_k=256, tile_n=16, positions=positions)[0, :, 0].tolist()
+    got = assert_fast_is_slow(x, packed, scales, tactic=Tactic((64, 16, 256)), positions=positions)[
+        0, :, 0
+    ].tolist()
     assert got == [early if row % 16 in (0, 2, 4, 6) else late for row in range(3, 19)]
 
 
@@ -409,14 +407,13 @@ def test_rows_and_columns_do_not_influence_each_other() -> None:
     x[0, 2, 40] = torch.nan
     x[1, 3] = x[1, 3] * 2.0**-120
     scales[0, 1, 3] = 255
-    whole = group_scaled_gemm(x, packed, scales, tile_k=128, tile_n=64)
+    whole = group_scaled_gemm(x, packed, scales, tactic=Tactic((64, 64, 128)))
     for expert, row, column in np.ndindex(2, 6, 5):
         alone = group_scaled_gemm(
             x[expert, None, row, None],
             packed[expert, None, column, None],
             scales[expert, None, column, None],
-            tile_k=128,
-            tile_n=64,
+            tactic=Tactic((64, 64, 128)),
             positions=torch.tensor([[row]]),
         )
         bits.assert_same(alone[0, 0, 0], whole[expert, row, column])
@@ -473,8 +470,8 @@ def interpreted() -> Iterator[Any]:
 def test_the_triton_kernel_interpreted(interpreted: Any, x_kind: str) -> None:
     x, packed, scales = problem(13, x_kind, "any", batch=1, rows=1, columns=100, groups=12)
     positions = torch.tensor([[list(KINDS).index(x_kind) % 2]])  # even ones swap the first two groups
-    expected = group_scaled_gemm(x, packed, scales, tile_k=128, tile_n=64, positions=positions)
-    swapped = first_pair_swapped(positions, 128, 64)
+    expected = group_scaled_gemm(x, packed, scales, tactic=Tactic((64, 64, 128)), positions=positions)
+    swapped = first_pair_swapped(x, positions, Tactic((64, 64, 128)), WORDWISE)
     got = interpreted.gemm(x, packed, scales, group_order(12, 128), swapped)
     bits.assert_same(got, expected)
 
@@ -495,7 +492,7 @@ def test_a_gpu_whose_compiler_errs_is_found_out() -> None:
 
     def right(x: Tensor, packed: Tensor, scales: Tensor, order: list[int], swapped: Tensor) -> Tensor:
         assert order == group_order(scales.shape[2], 128)
-        return group_scaled_gemm(x, packed, scales, tile_k=128, tile_n=64)
+        return group_scaled_gemm(x, packed, scales, tactic=Tactic((64, 64, 128)))
 
     def wrong(*arguments: Any) -> Tensor:
         result = right(*arguments)
@@ -507,8 +504,8 @@ def test_a_gpu_whose_compiler_errs_is_found_out() -> None:
         _check_on(cpu, wrong)
     for other in (
         lambda x, packed, scales, *rest: right(x, packed, scales.clamp(max=254), *rest),
-        lambda x, packed, scales, *rest: group_scaled_gemm(x, packed, scales, tile_k=256, tile_n=64),
-        lambda x, packed, scales, *rest: group_scaled_gemm(x, packed, scales, tile_k=128, tile_n=16),
+        lambda x, packed, scales, *rest: group_scaled_gemm(x, packed, scales, tactic=Tactic((64, 64, 256))),
+        lambda x, packed, scales, *rest: group_scaled_gemm(x, packed, scales, tactic=Tactic((64, 16, 128))),
     ):
         with pytest.raises(ArithmeticError, match="elements of a trial"):
             _check_on(cpu, other)
@@ -520,8 +517,10 @@ def test_a_gpu_whose_compiler_errs_is_found_out() -> None:
 def test_cuda_gives_the_same_bits(x_kind: str, scale_kind: str) -> None:
     arguments = problem(11, x_kind, scale_kind, batch=3, rows=70, columns=600, groups=36)
     for tile_k, tile_n in ((128, 16), (128, 64)):
-        got = group_scaled_gemm(*(tensor.cuda() for tensor in arguments), tile_k=tile_k, tile_n=tile_n).cpu()
-        bits.assert_same(got, group_scaled_gemm(*arguments, tile_k=tile_k, tile_n=tile_n))
+        got = group_scaled_gemm(
+            *(tensor.cuda() for tensor in arguments), tactic=Tactic((64, tile_n, tile_k))
+        ).cpu()
+        bits.assert_same(got, group_scaled_gemm(*arguments, tactic=Tactic((64, tile_n, tile_k))))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

@@ -14,6 +14,7 @@ import pytest
 
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.goldens.store import Case, open_goldens
+from mxfp4ref.sm90.tactics import Sm90Kernel
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -65,7 +66,6 @@ def test_case_catches(name: str) -> None:
 
 def test_correct_kernel_is_not_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     from mxfp4ref.model.forward import forward
-from mxfp4ref.sm90.tactics import Sm90Kernel
 
     correct = replace(DEFECTS["float64_gemm"], run=forward)
     monkeypatch.setattr(tool, "DEFECTS", {"float64_gemm": correct})
@@ -75,9 +75,9 @@ from mxfp4ref.sm90.tactics import Sm90Kernel
 
 def test_output_of_another_tile_k_is_legitimate(monkeypatch: pytest.MonkeyPatch) -> None:
     from mxfp4ref.model.forward import forward
-from mxfp4ref.sm90.tactics import Sm90Kernel
 
-    other = replace(DEFECTS["float64_gemm"], run=lambda call: forward(replace(call, kernel=Sm90Kernel.of_tiles((512, 128)))))
+    kernel = Sm90Kernel.of_tiles((512, 128))
+    other = replace(DEFECTS["float64_gemm"], run=lambda call: forward(replace(call, kernel=kernel)))
     monkeypatch.setattr(tool, "DEFECTS", {"float64_gemm": other})
     case = GOLDENS.load("gemm/mirrored_hidden_1536")
     entry = tool.entries(case, ["float64_gemm"])["float64_gemm"]

@@ -24,6 +24,7 @@ from torch import Tensor
 import mxfp4ref
 from mxfp4ref.formats import experts, layout, mxfp4
 from mxfp4ref.formats import resize as moved
+from mxfp4ref.formats.generations import NEWEST
 from mxfp4ref.goldens import generator as counter
 from mxfp4ref.model import call, layer, parallel
 from mxfp4ref.model import flashinfer as oracle
