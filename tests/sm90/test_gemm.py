@@ -62,7 +62,7 @@ SWAPPING = [(16, 256), (32, 512), (64, 128), (64, 256), (64, 512), (128, 128), (
 
 def test_first_pair_swapped() -> None:
     """Rows 0, 2, 4, 6 modulo the tile's N, of the tiles that the specification lists."""
-    positions = torch.arange(1024)
+    x, positions = torch.zeros(1, 1024, 32), torch.arange(1024)
     for tile_n in TILE_N:
         for tile_k in TILE_K:
             listed = (tile_n, tile_k) in SWAPPING
