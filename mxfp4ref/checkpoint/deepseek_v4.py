@@ -19,18 +19,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mxfp4ref.checkpoint.format import (
-    CONFIG_KEYS,
-    NUMBER,
-    CheckpointFormat,
-    check_sizes,
-    refuse_others,
-    scale_bytes,
-)
+from mxfp4ref.checkpoint.format import CONFIG_KEYS, NUMBER, CheckpointFormat, check_sizes
 from mxfp4ref.checkpoint.layer import CheckpointLayer
 from mxfp4ref.checkpoint.shards import CheckpointError, Shards
 from mxfp4ref.formats.experts import Experts
@@ -55,56 +49,53 @@ def read(format: CheckpointFormat, shards: Shards, prefix: str, num_experts: int
         )
     roles = [f"{matrix}_{kind}" for matrix in _MATRICES for kind in ("weights", "scales")]
     of_experts = [names[role].format(expert) for role in roles for expert in range(count)]
-    refuse_others(format, shards, prefix, of_experts)
+    format.refuse_others(shards, prefix, of_experts)
     tensors = shards.read(of_experts)
     router = [role for role in ("router_bias", "tid2eid") if names[role] in shards.files]
     if len(router) != 1:
-        raise CheckpointError(
-            f"{prefix}gate.*: expected either a bias or a table tid2eid, found {'both' if router else 'neither'}"
-        )
+        found = "both" if router else "neither"
+        raise CheckpointError(f"{prefix}gate.*: expected either a bias or a table tid2eid, found {found}")
     shared = [name for name in shards.files if name.startswith(names["shared_experts"])]
-    others = shards.read([names["router_weight"], names[router[0]], *shared])
+    router = ["router_weight", *router]
+    others = shards.read([*(names[role] for role in router), *shared])
 
     first = names["gate_weights"].format(0)
     inner, packed = shards.check(first, tensors[first], PACKED_DTYPES, ("I", "H/2")).shape
     hidden = 2 * packed
     check_sizes(shards.label(first), count, hidden, inner)
 
-    def empty(rows: int, depth: int) -> Tensor:
-        return torch.empty(count, rows, depth, dtype=torch.uint8, device="cpu")
-
-    experts = Experts(
-        empty(2 * inner, hidden // 2),
-        empty(2 * inner, hidden // GROUP_SIZE),
-        empty(hidden, inner // 2),
-        empty(hidden, inner // GROUP_SIZE),
+    shapes = (
+        (2 * inner, hidden // 2),
+        (2 * inner, hidden // GROUP_SIZE),
+        (hidden, inner // 2),
+        (hidden, inner // GROUP_SIZE),
     )
+    experts = Experts(*(torch.empty(count, *shape, dtype=torch.uint8, device="cpu") for shape in shapes))
     # One dtype for all experts: a mixture means that somebody converted half of them.
     weight_dtype, scale_dtype = tensors[first].dtype, tensors[names["gate_scales"].format(0)].dtype
     for expert, matrix, weights, scales in _matrices(experts):
         name = names[f"{matrix}_weights"].format(expert)
         weights.copy_(shards.check(name, tensors[name], weight_dtype, weights.shape).view(torch.uint8))
         name = names[f"{matrix}_scales"].format(expert)
-        scales.copy_(scale_bytes(shards, name, tensors[name], scales.shape, scale_dtype))
+        scales.copy_(shards.scale_bytes(name, tensors[name], scale_dtype, scales.shape))
 
-    def get(role: str, dtype: torch.dtype | tuple[torch.dtype, ...], *shape: int | str) -> Tensor:
-        return shards.check(names[role], others[names[role]], dtype, shape)
-
-    router_weight, router_bias, tid2eid = get("router_weight", torch.bfloat16, count, hidden), None, None
-    if router == ["router_bias"]:
-        router_bias = get("router_bias", torch.float32, count)
-    else:
-        tid2eid = get("tid2eid", (torch.int64, torch.int32), "V", "k")
+    kinds: dict[str, Any] = {
+        "router_weight": (torch.bfloat16, (count, hidden)),
+        "router_bias": (torch.float32, (count,)),
+        "tid2eid": ((torch.int64, torch.int32), ("V", "k")),
+    }
+    checked: dict[str, Any] = {
+        role: shards.check(names[role], others[names[role]], *kinds[role]) for role in router
+    }
+    shared_experts = {name.removeprefix(names["shared_experts"]): others[name] for name in shared}
     return CheckpointLayer(
         format.name,
         prefix,
         experts,
         hidden,
         inner,
-        router_weight,
-        router_bias,
-        tid2eid,
-        MappingProxyType({name.removeprefix(names["shared_experts"]): others[name] for name in shared}),
+        shared_experts=MappingProxyType(shared_experts),
+        **checked,
     )
 
 

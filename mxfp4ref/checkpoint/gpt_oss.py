@@ -20,14 +20,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mxfp4ref.checkpoint.format import (
-    NUMBER,
-    CheckpointFormat,
-    RowOrder,
-    check_sizes,
-    refuse_others,
-    scale_bytes,
-)
+from mxfp4ref.checkpoint.format import CONFIG_KEYS, NUMBER, CheckpointFormat, RowOrder, check_sizes
 from mxfp4ref.checkpoint.layer import CheckpointLayer
 from mxfp4ref.checkpoint.shards import CheckpointError, Shards
 from mxfp4ref.formats.experts import Experts
@@ -41,7 +34,7 @@ def read(format: CheckpointFormat, shards: Shards, prefix: str, num_experts: int
     """Read a layer that has one tensor for all experts, gate and up together; see `CheckpointFormat`."""
     assert format.rows is not None
     names = {role: prefix + name for role, name in format.names.items()}
-    refuse_others(format, shards, prefix, names.values())
+    format.refuse_others(shards, prefix, names.values())
     tensors = shards.read(names.values())
 
     def get(role: str, dtype: torch.dtype, *shape: int | str) -> Tensor:
@@ -49,7 +42,7 @@ def read(format: CheckpointFormat, shards: Shards, prefix: str, num_experts: int
 
     def scales(role: str, *shape: int) -> Tensor:
         dtype = tensors[names["fc1_scales"]].dtype
-        return scale_bytes(shards, names[role], tensors[names[role]], shape, dtype)
+        return shards.scale_bytes(names[role], tensors[names[role]], dtype, shape)
 
     size: int | str = "E" if num_experts is None else num_experts
     fc1 = get("fc1_weights", torch.uint8, size, "2I", "H/32", 16)
@@ -106,6 +99,7 @@ GPT_OSS = CheckpointFormat(
         "router_bias": "router.bias",
     },
     closed=("experts.",),
+    config_keys=CONFIG_KEYS,
     router="gpt_oss",
     read=read,
     write=write,

@@ -120,19 +120,18 @@ def _route(
         keys = " or ".join(format.config_keys["top_k"])
         raise CheckpointError(f"config.json: expected {keys}, or top_k in the layer")
     takes, own = _options(name), _options(format.router)
-    if "correction_bias" in takes and "correction_bias" not in own:
-        raise ValueError(f"router: expected a router without a correction bias for {format.name}")
     if layer.routed_scaling_factor is not None and "routed_scaling_factor" not in own:
         raise ValueError(f"routed_scaling_factor: expected None with the router {format.router}")
-    known: dict[str, Any] = {
-        "correction_bias": layer.router_bias,
-        "routed_scaling_factor": layer.routed_scaling_factor,
-    }
+    options: dict[str, Any] = {"routed_scaling_factor": layer.routed_scaling_factor}
     if layer.tid2eid is not None and "tid2eid" in takes:
         if "token_ids" not in given:
             raise ValueError(f"token_ids: expected in the input file, {layer.prefix}* is a hash layer")
-        known |= {"token_ids": given["token_ids"], "tid2eid": layer.tid2eid}
-    options = {option: value for option, value in known.items() if option in takes and value is not None}
+        options |= {"tid2eid": layer.tid2eid, "token_ids": given["token_ids"]}
+    elif "correction_bias" in takes:
+        if layer.router_bias is None or "correction_bias" not in own:
+            raise ValueError(f"router: expected a router without a correction bias for {layer.prefix}*")
+        options["correction_bias"] = layer.router_bias
+    options = {option: value for option, value in options.items() if option in takes and value is not None}
     return ROUTERS[name](logits, top_k=layer.top_k, padded=given.get("padded"), **options)
 
 

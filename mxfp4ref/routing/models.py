@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -36,15 +35,13 @@ class Preset:
     n_group: int = 1
     topk_group: int = 1
     factor: float = 1.0
-    factors: Mapping[int, float] = MappingProxyType({})
+    factors: Mapping[int, float] = field(default_factory=dict)
 
 
 DEEPSEEK_V3 = Preset(
     "deepseek_v3", sigmoid, "sum", top_k=8, epsilon=1e-20, n_group=8, topk_group=4, factor=2.5
 )
-DEEPSEEK_V4 = Preset(
-    "deepseek_v4", sqrt_softplus, "sum", top_k=6, factors=MappingProxyType({256: 1.5, 384: 2.5})
-)
+DEEPSEEK_V4 = Preset("deepseek_v4", sqrt_softplus, "sum", top_k=6, factors={256: 1.5, 384: 2.5})
 GPT_OSS = Preset("gpt_oss", raw_logits, "softmax", top_k=4)
 MIXTRAL = Preset("mixtral", softmax, "sum", top_k=2)
 

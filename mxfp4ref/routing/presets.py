@@ -111,9 +111,8 @@ def routing_weights(
         for addend in (*weights.unbind(1)[1:], to_fp64(_float32(epsilon, like=scores))):
             total = to_fp64(to_fp32(total + addend))
         if bool((total == 0).any()):
-            raise ValueError(
-                f"scores: expected a sum other than 0 to divide by, got 0 in row {_first(total == 0)}"
-            )
+            row = int((total == 0).nonzero()[0, 0])
+            raise ValueError(f"scores: expected a sum other than 0 to divide by, got 0 in row {row}")
         weights = to_fp32(weights / total[:, None])
     return to_fp32(to_fp64(weights) * to_fp64(_float32(factor, like=weights)))
 
@@ -305,10 +304,6 @@ def _finish(
 def _float32(value: float, *, like: Tensor) -> Tensor:
     # A tensor, not a Python scalar: torch divides and multiplies by scalars in its own ways.
     return torch.tensor(value, dtype=torch.float32, device=like.device)
-
-
-def _first(mask: Tensor) -> int:
-    return int(mask.nonzero()[0, 0])
 
 
 def _given(**arguments: object) -> str:
