@@ -18,7 +18,7 @@ class CheckpointLayer:
     """A mixture-of-experts layer of a checkpoint, in logical layout.
 
     Attributes:
-        format: "deepseek_v4", "gpt_oss" or "gpt_oss_original".
+        format: a key of `FORMATS`, as "deepseek_v4".
         prefix: what its tensors' names begin with, as "layers.3.ffn.".
         experts: all E experts, possibly padded.
         hidden_size, intermediate_size: H and I before padding.
