@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,32 +15,32 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mxfp4ref._validate import check_choice, check_float, check_int
-from mxfp4ref.checkpoint import deepseek_v4, gpt_oss
+from mxfp4ref.checkpoint.deepseek_v4 import DEEPSEEK_V4
+from mxfp4ref.checkpoint.format import CheckpointFormat
+from mxfp4ref.checkpoint.gpt_oss import GPT_OSS, GPT_OSS_ORIGINAL
 from mxfp4ref.checkpoint.layer import CheckpointLayer
 from mxfp4ref.checkpoint.shards import CheckpointError, Shards, open_shards, read_json
 from mxfp4ref.formats.resize import resize_experts
 
 __all__ = ["FORMATS", "find_layers", "read_layer", "save", "write_layer"]
 
-_PREFIXES = {"deepseek_v4": deepseek_v4.PREFIX} | gpt_oss.PREFIXES
-FORMATS = tuple(_PREFIXES)
+FORMATS = {format.name: format for format in (DEEPSEEK_V4, GPT_OSS, GPT_OSS_ORIGINAL)}
 _LARGEST = torch.finfo(torch.float32).max
 
 
-def find_layers(shards: Shards) -> dict[int, tuple[str, str]]:
+def find_layers(shards: Shards) -> dict[int, tuple[CheckpointFormat, str]]:
     """The layers with experts, ascending: number -> (format, prefix).
 
     Raises:
         CheckpointError: there is none, or a layer is there under two prefixes.
     """
-    layers: dict[int, tuple[str, str]] = {}
+    layers: dict[int, tuple[CheckpointFormat, str]] = {}
     for name in shards.files:
-        for format_name, pattern in _PREFIXES.items():
-            if match := pattern.match(name):
-                found = format_name, match[1]
-                if layers.setdefault(int(match[2]), found) != found:
-                    other = layers[int(match[2])][1]
-                    raise CheckpointError(f"{name}: expected one set of experts, {other}* are there too")
+        for format in FORMATS.values():
+            if match := format.pattern.match(name):
+                found = layers.setdefault(int(match[2]), (format, match[1]))
+                if found != (format, match[1]):
+                    raise CheckpointError(f"{name}: expected one set of experts, {found[1]}* are there too")
     if not layers:
         raise CheckpointError(
             f"{shards.root}: expected experts in the naming of {', '.join(FORMATS)}, found none among "
@@ -80,40 +80,37 @@ def read_layer(
     layers = find_layers(shards)
     if layer not in layers:
         raise ValueError(f"layer: expected one of {_ranges(list(layers))} in {shards.root}, got {layer}")
-    format_name, prefix = layers[layer]
+    format, prefix = layers[layer]
     config = _read_config(shards.root)
-    deepseek = format_name == "deepseek_v4"
-    names = ("n_routed_experts",) if deepseek else ("num_local_experts", "num_experts")
-    read = deepseek_v4.read if deepseek else gpt_oss.read
-    found = read(shards, format_name, prefix, _setting(config, int, *names))
-    for key, size in (
-        ("hidden_size", found.hidden_size),
-        ("moe_intermediate_size" if deepseek else "intermediate_size", found.intermediate_size),
-    ):
-        if _setting(config, int, key) not in (None, size):
-            raise CheckpointError(f"{prefix}*: expected {key}={config[key]} of config.json, got {size}")
+
+    def setting(role: str, kind: type) -> Any:
+        return _setting(config, kind, format.config_keys[role])
+
+    found = format.read(format, shards, prefix, setting("num_experts", int))
+    for role in ("hidden_size", "intermediate_size"):
+        size, configured = getattr(found, role), setting(role, int)
+        if configured not in (None, size):
+            keys = " or ".join(format.config_keys[role])
+            raise CheckpointError(f"{prefix}*: expected {keys}={configured} of config.json, got {size}")
     if limit is None:
-        limit = _setting(config, float, "swiglu_limit")
+        limit = setting("limit", float)
         if limit is None:
-            raise CheckpointError(
-                f"config.json in {shards.root}: expected swiglu_limit, or an argument limit"
-            )
-        limit = math.inf if deepseek and limit == 0 else limit
-    if not deepseek:
-        alpha = gpt_oss.ALPHA if alpha is None else alpha
-        beta = gpt_oss.BETA if beta is None else beta
+            keys = " or ".join(format.config_keys["limit"])
+            raise CheckpointError(f"config.json in {shards.root}: expected {keys}, or an argument limit")
+        limit = math.inf if limit == format.no_limit else limit
+    count = found.experts.num_experts
     experts = replace(
         found.experts,
-        swiglu_alpha=_per_expert("alpha", alpha, found.experts.num_experts),
-        swiglu_beta=_per_expert("beta", beta, found.experts.num_experts),
-        swiglu_limit=_per_expert("limit", limit, found.experts.num_experts),
+        swiglu_alpha=_per_expert("alpha", format.alpha if alpha is None else alpha, count),
+        swiglu_beta=_per_expert("beta", format.beta if beta is None else beta, count),
+        swiglu_limit=_per_expert("limit", limit, count),
     )
     hidden, inner = (size + -size % multiple for size in (found.hidden_size, found.intermediate_size))
     return replace(
         found,
         experts=resize_experts(experts, hidden, inner),
-        top_k=_setting(config, int, "num_experts_per_tok", "experts_per_token"),
-        routed_scaling_factor=_setting(config, float, "routed_scaling_factor"),
+        top_k=setting("top_k", int),
+        routed_scaling_factor=setting("routed_scaling_factor", float),
     )
 
 
@@ -128,12 +125,12 @@ def write_layer(path: str | Path, layer: CheckpointLayer) -> None:
             the format has and the layer has not, or the other way round.
         CheckpointError: the file cannot be written.
     """
-    check_choice("layer.format", layer.format, FORMATS)
+    check_choice("layer.format", layer.format, tuple(FORMATS))
     if not layer.experts.quantized:
         raise ValueError("layer.experts: expected MXFP4 weights, got bfloat16")
     bare = resize_experts(layer.experts, layer.hidden_size, layer.intermediate_size)
-    write = deepseek_v4.write if layer.format == "deepseek_v4" else gpt_oss.write
-    tensors = write(replace(layer, experts=bare))
+    format = FORMATS[layer.format]
+    tensors = format.write(format, replace(layer, experts=bare))
     save(path, {f"{layer.prefix}{name}": tensor.contiguous() for name, tensor in tensors.items()})
 
 
@@ -161,7 +158,7 @@ def _read_config(root: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def _setting(config: Mapping[str, Any], kind: type, *names: str) -> Any:
+def _setting(config: Mapping[str, Any], kind: type, names: Sequence[str]) -> Any:
     """The first of the names that config.json has, None if it has none."""
     for name in names:
         value = config.get(name)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mxfp4ref._validate import check_tensor
+from mxfp4ref.formats.mxfp4 import SCALE_DTYPES, fp32_to_ue8m0
 
 __all__ = ["CheckpointError", "Shards", "open_shards", "read_json"]
 
@@ -78,6 +79,26 @@ class Shards:
             return check_tensor(self.label(name), tensor, dtype=dtype, shape=shape)
         except (TypeError, ValueError) as error:
             raise CheckpointError(str(error)) from None
+
+    def scale_bytes(self, name: str, scales: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+        """Stored scales as UE8M0 bytes, exactly or not at all.
+
+        Args:
+            name, scales: as for `check`.
+            dtype: what all scales of the layer have: uint8, float8_e8m0fnu, or float32 powers of two.
+            shape: what the weights call for.
+
+        Raises:
+            CheckpointError: another dtype or shape, or a float32 scale that is no power of two.
+        """
+        allowed = (*SCALE_DTYPES, torch.float32)
+        self.check(name, scales, dtype if dtype in allowed else allowed, shape)
+        if dtype != torch.float32:
+            return scales.view(torch.uint8)
+        try:
+            return fp32_to_ue8m0(scales)
+        except ValueError as error:
+            raise CheckpointError(f"{self.label(name)}: {str(error).removeprefix('values: ')}") from None
 
 
 def open_shards(checkpoint: str | Path) -> Shards:

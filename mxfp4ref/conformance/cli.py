@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from mxfp4ref.conformance.suite import CaseResult
 from mxfp4ref.defects import DEFECTS, get_defect
 from mxfp4ref.goldens import hardware_record
 from mxfp4ref.goldens.store import GoldenError, Goldens, open_goldens
+from mxfp4ref.model.parallel import Ranks
+from mxfp4ref.routing import PRESETS
 
 __all__ = ["commands", "main"]
 
@@ -367,9 +370,7 @@ def compare(a: Path, b: Path) -> None:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write the output and the routing to this safetensors file.",
 )
-@click.option(
-    "--router", type=click.Choice(["deepseek_v4", "gpt_oss", "mixtral"]), help="Default: the checkpoint's."
-)
+@click.option("--router", type=click.Choice(list(PRESETS)), help="Default: the checkpoint's.")
 @click.option("--top-k", type=click.IntRange(min=1), help="Default: that of config.json.")
 @click.option("--routed-scaling-factor", type=float, help="Default: that of config.json.")
 @click.option("--alpha", type=float, help="SwiGLU's alpha; default: the model's.")
@@ -377,12 +378,25 @@ def compare(a: Path, b: Path) -> None:
 @click.option("--limit", type=float, help="SwiGLU's limit; default: the model's.")
 @click.option("--ep-size", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--tp-size", type=click.IntRange(min=1), default=1, show_default=True)
-def layer(checkpoint: Path, index: int, input_path: Path, output_path: Path | None, **options: Any) -> None:
+def layer(
+    checkpoint: Path,
+    index: int,
+    input_path: Path,
+    output_path: Path | None,
+    router: str | None,
+    **options: Any,
+) -> None:
     """Run a whole mixture-of-experts layer of a DeepSeek-V4 or gpt-oss checkpoint: router, experts, output."""
-    from mxfp4ref.checkpoint import run_layer
+    from mxfp4ref.checkpoint import read_layer, run_layer
+
+    def given(*names: str) -> dict[str, Any]:
+        return {name: options[name] for name in names if options[name] is not None}
 
     with _usage_errors():
-        result = run_layer(checkpoint, index, input_path, output_path, **options)
+        found = read_layer(checkpoint, index, **given("alpha", "beta", "limit"))
+        found = replace(found, **given("top_k", "routed_scaling_factor"))
+        ranks = Ranks(**given("ep_size", "tp_size"))
+        result = run_layer(found, input_path, output_path, router=router, ranks=ranks)
     for name, tensor in result.items():
         click.echo(f"{name:22}  {_describe(tensor):22}  {_first_values(tensor)}")
     if output_path is not None:

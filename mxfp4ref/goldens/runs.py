@@ -128,8 +128,7 @@ def routing_options(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _routing(**inputs: Any) -> dict[str, Tensor]:
-    router: Callable[..., routing.Routing] = getattr(routing, inputs["preset"])
-    routed = router(inputs["logits"], **routing_options(inputs))
+    routed = routing.ROUTERS[inputs["preset"]](inputs["logits"], **routing_options(inputs))
     return {"ids": routed.ids, "scales": routed.scales}
 
 

@@ -1,6 +1,8 @@
 """From router logits to expert ids and final scales."""
 
+from mxfp4ref.routing.models import PRESETS, Preset
 from mxfp4ref.routing.presets import (
+    ROUTERS,
     RoutedScaling,
     Routing,
     deepseek_v3,
@@ -14,6 +16,9 @@ from mxfp4ref.routing.presets import (
 from mxfp4ref.routing.selection import hash_experts, select_experts
 
 __all__ = [
+    "PRESETS",
+    "ROUTERS",
+    "Preset",
     "RoutedScaling",
     "Routing",
     "deepseek_v3",

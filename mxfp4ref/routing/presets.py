@@ -1,12 +1,13 @@
-"""From router logits to expert ids and final scales, deterministic to the bit (the specification, section 7).
+"""From router logits to expert ids and final scales, deterministic to the bit (docs/arithmetic.md, section 7).
 
-Scores (`scoring.py`) -> `select_experts` or `hash_experts` -> `routing_weights`; the presets at the end are
-these three in the combinations of the published models. Everything is float32: one IEEE operation at a time,
-in a stated order.
+Scores (`scoring.py`), then `select_experts` or `hash_experts`, then `routing_weights`: a preset is these three
+in the combination of a published model. Everything is float32: one IEEE operation at a time, in a stated
+order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -23,10 +24,12 @@ from mxfp4ref._validate import (
     check_same_device,
     check_tensor,
 )
-from mxfp4ref.routing.scoring import raw_logits, sigmoid, softmax, sqrt_softplus
+from mxfp4ref.routing.models import DEEPSEEK_V3, DEEPSEEK_V4, GPT_OSS, MIXTRAL, PRESETS, Preset
+from mxfp4ref.routing.scoring import softmax
 from mxfp4ref.routing.selection import AMBIGUOUS_ULPS, Selection, hash_experts, select_experts
 
 __all__ = [
+    "ROUTERS",
     "RoutedScaling",
     "Routing",
     "deepseek_v3",
@@ -42,7 +45,7 @@ PADDING_ID = -1
 
 
 class RoutedScaling(Enum):
-    """Where `routed_scaling_factor` is applied; each placement rounds differently."""
+    """Where `routed_scaling_factor` is applied; the roundings differ."""
 
     IN_WEIGHTS = "in_weights"
     """float32 weight times float32 factor, rounded, before the kernel. Right, and the default."""
@@ -108,9 +111,8 @@ def routing_weights(
         for addend in (*weights.unbind(1)[1:], to_fp64(_float32(epsilon, like=scores))):
             total = to_fp64(to_fp32(total + addend))
         if bool((total == 0).any()):
-            raise ValueError(
-                f"scores: expected a sum other than 0 to divide by, got 0 in row {_first(total == 0)}"
-            )
+            row = int((total == 0).nonzero()[0, 0])
+            raise ValueError(f"scores: expected a sum other than 0 to divide by, got 0 in row {row}")
         weights = to_fp32(weights / total[:, None])
     return to_fp32(to_fp64(weights) * to_fp64(_float32(factor, like=weights)))
 
@@ -122,7 +124,7 @@ def deepseek_v4(
     *,
     token_ids: Tensor | None = None,
     tid2eid: Tensor | None = None,
-    top_k: int = 6,
+    top_k: int = DEEPSEEK_V4.top_k,
     routed_scaling_factor: float | None = None,
     routed_scaling: RoutedScaling = RoutedScaling.IN_WEIGHTS,
     padded: Tensor | None = None,
@@ -136,24 +138,23 @@ def deepseek_v4(
         token_ids, tid2eid: `[M]` and `[V, k]`, see `hash_experts`.
         top_k: k; 6 in both models.
         routed_scaling_factor: by default that of the model with this E: 1.5 for V4-Flash (256), 2.5 for
-            V4-Pro (384). Any other E has to name it.
-        routed_scaling: the placement; the weights contain the factor only if it is IN_WEIGHTS.
+            V4-Pro (384). For any other E it has to be given.
+        routed_scaling: where the factor is applied; the weights contain it only with IN_WEIGHTS.
         padded: `[M] bool`, rows that are no tokens: id -1, scale 0, whatever their logits and token ids.
         ambiguous_ulps: see `select_experts`.
 
     Raises:
         TypeError, ValueError: as the three steps, and unless exactly one of bias and table is given.
     """
-    values, padded = _prepare(logits, padded)
-    scores = sqrt_softplus(values)
+    scores, padded = _scores(DEEPSEEK_V4, logits, padded)
     num_experts = scores.shape[1]
     if routed_scaling_factor is None:
-        if num_experts not in (256, 384):
+        routed_scaling_factor = DEEPSEEK_V4.factors.get(num_experts)
+        if routed_scaling_factor is None:
+            sizes = " or ".join(map(str, DEEPSEEK_V4.factors))
             raise ValueError(
-                "routed_scaling_factor: expected a number unless E is 256 (V4-Flash) or 384 (V4-Pro), "
-                f"got None with E={num_experts}"
+                f"routed_scaling_factor: expected a number unless E is {sizes}, got None with E={num_experts}"
             )
-        routed_scaling_factor = 1.5 if num_experts == 256 else 2.5
     if (token_ids is None) != (tid2eid is None) or (correction_bias is None) == (tid2eid is None):
         raise ValueError(
             "correction_bias, token_ids, tid2eid: expected either the bias or both of the others, got "
@@ -173,9 +174,7 @@ def deepseek_v4(
         selection = select_experts(
             scores, top_k, correction_bias=correction_bias, ambiguous_ulps=ambiguous_ulps
         )
-    return _finish(
-        scores, selection, padded, "sum", factor=routed_scaling_factor, routed_scaling=routed_scaling
-    )
+    return _finish(DEEPSEEK_V4, scores, selection, padded, routed_scaling, routed_scaling_factor)
 
 
 @uncompiled
@@ -183,10 +182,10 @@ def deepseek_v3(
     logits: Tensor,
     correction_bias: Tensor,
     *,
-    top_k: int = 8,
-    n_group: int = 8,
-    topk_group: int = 4,
-    routed_scaling_factor: float = 2.5,
+    top_k: int = DEEPSEEK_V3.top_k,
+    n_group: int = DEEPSEEK_V3.n_group,
+    topk_group: int = DEEPSEEK_V3.topk_group,
+    routed_scaling_factor: float = DEEPSEEK_V3.factor,
     routed_scaling: RoutedScaling = RoutedScaling.IN_WEIGHTS,
     padded: Tensor | None = None,
     ambiguous_ulps: float = AMBIGUOUS_ULPS,
@@ -195,8 +194,7 @@ def deepseek_v3(
 
     Arguments as for `deepseek_v4` and `select_experts`; the defaults are the published model's.
     """
-    values, padded = _prepare(logits, padded)
-    scores = sigmoid(values)
+    scores, padded = _scores(DEEPSEEK_V3, logits, padded)
     check_tensor("correction_bias", correction_bias, dtype=torch.float32, shape=(scores.shape[1],))
     selection = select_experts(
         scores,
@@ -206,36 +204,39 @@ def deepseek_v3(
         topk_group=topk_group,
         ambiguous_ulps=ambiguous_ulps,
     )
-    return _finish(
-        scores,
-        selection,
-        padded,
-        "sum",
-        epsilon=1e-20,
-        factor=routed_scaling_factor,
-        routed_scaling=routed_scaling,
-    )
+    return _finish(DEEPSEEK_V3, scores, selection, padded, routed_scaling, routed_scaling_factor)
 
 
 @uncompiled
 def gpt_oss(
-    logits: Tensor, *, top_k: int = 4, padded: Tensor | None = None, ambiguous_ulps: float = AMBIGUOUS_ULPS
+    logits: Tensor,
+    *,
+    top_k: int = GPT_OSS.top_k,
+    padded: Tensor | None = None,
+    ambiguous_ulps: float = AMBIGUOUS_ULPS,
 ) -> Routing:
     """gpt-oss: top-k of the logits, softmax over the k. Its bf16 logits may be passed as they are."""
-    scores, padded = _prepare(logits, padded)
+    scores, padded = _scores(GPT_OSS, logits, padded)
     selection = select_experts(scores, top_k, ambiguous_ulps=ambiguous_ulps)
-    return _finish(scores, selection, padded, "softmax")
+    return _finish(GPT_OSS, scores, selection, padded)
 
 
 @uncompiled
 def mixtral(
-    logits: Tensor, *, top_k: int = 2, padded: Tensor | None = None, ambiguous_ulps: float = AMBIGUOUS_ULPS
+    logits: Tensor,
+    *,
+    top_k: int = MIXTRAL.top_k,
+    padded: Tensor | None = None,
+    ambiguous_ulps: float = AMBIGUOUS_ULPS,
 ) -> Routing:
     """Mixtral, Qwen and flashinfer's tests: softmax over all experts, top-k, over their sum."""
-    values, padded = _prepare(logits, padded)
-    scores = softmax(values)
+    scores, padded = _scores(MIXTRAL, logits, padded)
     selection = select_experts(scores, top_k, ambiguous_ulps=ambiguous_ulps)
-    return _finish(scores, selection, padded, "sum")
+    return _finish(MIXTRAL, scores, selection, padded)
+
+
+# The functions above by their names, which are those of their records.
+ROUTERS: dict[str, Callable[..., Routing]] = {name: globals()[name] for name in PRESETS}
 
 
 @uncompiled
@@ -264,30 +265,33 @@ def unpack_top_k(packed: Tensor) -> tuple[Tensor, Tensor]:
     return packed >> 16, (packed << 16).view(torch.float32)
 
 
-def _prepare(logits: Tensor, padded: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Checked float32 logits with padded rows zeroed, and the mask of those rows."""
+def _scores(preset: Preset, logits: Tensor, padded: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The scores, those of padded rows from logits of zero, and the mask of padded rows."""
     check_tensor("logits", logits, dtype=(torch.float32, torch.bfloat16), shape=("M", "E"))
     if padded is None:
-        return raw_logits(logits), torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+        return preset.score(logits), torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     check_tensor("padded", padded, dtype=torch.bool, shape=(len(logits),))
     check_same_device({"logits": logits, "padded": padded})
-    return raw_logits(logits.masked_fill(padded[:, None], 0.0)), padded
+    return preset.score(logits.masked_fill(padded[:, None], 0.0)), padded
 
 
 def _finish(
+    preset: Preset,
     scores: Tensor,
     selection: Selection,
     padded: Tensor,
-    normalize: str,
-    *,
-    epsilon: float = 0.0,
-    factor: float = 1.0,
     routed_scaling: RoutedScaling = RoutedScaling.NONE,
+    factor: float = 1.0,
 ) -> Routing:
     check_choice("routed_scaling", routed_scaling, tuple(RoutedScaling))
     factor = check_float("routed_scaling_factor", factor)
-    in_weights = factor if routed_scaling is RoutedScaling.IN_WEIGHTS else 1.0
-    scales = routing_weights(scores, selection.ids, normalize=normalize, epsilon=epsilon, factor=in_weights)
+    scales = routing_weights(
+        scores,
+        selection.ids,
+        normalize=preset.normalize,
+        epsilon=preset.epsilon,
+        factor=factor if routed_scaling is RoutedScaling.IN_WEIGHTS else 1.0,
+    )
     return Routing(
         selection.ids.masked_fill(padded[:, None], PADDING_ID),
         scales.masked_fill(padded[:, None], 0.0),
@@ -300,10 +304,6 @@ def _finish(
 def _float32(value: float, *, like: Tensor) -> Tensor:
     # A tensor, not a Python scalar: torch divides and multiplies by scalars in its own ways.
     return torch.tensor(value, dtype=torch.float32, device=like.device)
-
-
-def _first(mask: Tensor) -> int:
-    return int(mask.nonzero()[0, 0])
 
 
 def _given(**arguments: object) -> str:

@@ -86,7 +86,7 @@ def softplus(logits: Tensor) -> Tensor:
 
 @uncompiled
 def sqrt_softplus(logits: Tensor, *, rounding: str = "each_step") -> Tensor:
-    """`sqrt(softplus(x))` of `[..., E]` logits, float32: DeepSeek-V4's score (the specification, section 7).
+    """`sqrt(softplus(x))` of `[..., E]` logits, float32: DeepSeek-V4's score (docs/arithmetic.md, section 7).
 
     Args:
         logits: `[..., E]` float32 or bf16.

@@ -1,4 +1,4 @@
-"""Which experts a token goes to: top-k, group-limited top-k, or a table (the specification, section 7)."""
+"""Which experts a token goes to: top-k, group-limited top-k, or a table (docs/arithmetic.md, section 7)."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from click.testing import CliRunner, Result
 
-from mxfp4ref.checkpoint import CheckpointLayer, run_layer, write_layer
+from mxfp4ref.checkpoint import CheckpointLayer, read_layer, run_layer, write_layer
 from mxfp4ref.conformance.cli import commands
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.report import FORMAT
@@ -257,7 +257,8 @@ def test_layer_runs_from_disk(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert f"written: {written}" in result.output
     found = safetensors.torch.load_file(written)
-    expected = run_layer(checkpoint, 3, hidden, top_k=2, routed_scaling_factor=1.5, limit=10.0)
+    stored = replace(read_layer(checkpoint, 3, limit=10.0), top_k=2, routed_scaling_factor=1.5)
+    expected = run_layer(stored, hidden)
     assert torch.equal(found["output"].view(torch.int16), expected["output"].view(torch.int16))
     wrong = invoke("layer", "--checkpoint", checkpoint, "--layer", 4, "--input", hidden, *options)
     assert wrong.exit_code == 2

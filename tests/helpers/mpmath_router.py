@@ -1,4 +1,4 @@
-"""The routers of the specification's section 7 written down a second time: one row, mpmath, Python's sort."""
+"""The routers of docs/arithmetic.md, section 7, written down a second time: one row, mpmath, Python's sort."""
 
 from __future__ import annotations
 

@@ -334,7 +334,7 @@ EXEMPT_MODULES = {
     "mxfp4ref.goldens.store": "test_golden.py damages files, manifests and sidecars",
     "mxfp4ref.goldens.flashinfer_bench": "test_export.py",
     "mxfp4ref.goldens.writing": "test_golden.py",
-    "mxfp4ref.checkpoint": "test_checkpoint.py damages files and tensors; a CheckpointError names them",
+    "mxfp4ref.checkpoint": "tests/checkpoint damages files and tensors; a CheckpointError names them",
     "mxfp4ref.conformance.cli": "test_cli.py",
     "mxfp4ref.conformance.pytest_plugin": "test_pytest_plugin.py",
     "mxfp4ref.conformance.comparison": "takes outputs of kernels, which `execution` checks",

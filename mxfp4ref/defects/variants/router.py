@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._validate import check_choice
-from mxfp4ref.routing import presets as routing
 from mxfp4ref.routing import scoring
-from mxfp4ref.routing.presets import RoutedScaling, Routing, routing_weights
+from mxfp4ref.routing.models import PRESETS
+from mxfp4ref.routing.presets import ROUTERS, RoutedScaling, Routing, routing_weights
 from mxfp4ref.routing.selection import select_experts
 
 __all__ = [
@@ -28,8 +28,6 @@ __all__ = [
     "unpadded_logits",
     "weigh_by_preset",
 ]
-
-PRESETS = ("deepseek_v3", "deepseek_v4", "gpt_oss", "mixtral")
 
 
 @dataclass(frozen=True)
@@ -47,23 +45,16 @@ class RoutingCall:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_choice("preset", self.preset, PRESETS)
+        check_choice("preset", self.preset, tuple(PRESETS))
 
 
 def route(call: RoutingCall) -> Routing:
     """What the preset decides."""
-    preset: Callable[..., Routing] = getattr(routing, call.preset)
-    return preset(call.logits, **call.options)
+    return ROUTERS[call.preset](call.logits, **call.options)
 
 
-SCORES: dict[str, Callable[[Tensor], Tensor]] = {
-    "deepseek_v3": scoring.sigmoid,
-    "deepseek_v4": scoring.sqrt_softplus,
-    "gpt_oss": scoring.raw_logits,
-    "mixtral": scoring.softmax,
-}
-EPSILON = {"deepseek_v3": 1e-20}
-_TOP_K = {"deepseek_v3": 8, "deepseek_v4": 6, "gpt_oss": 4, "mixtral": 2}
+SCORES = {name: preset.score for name, preset in PRESETS.items()}
+EPSILON = {name: preset.epsilon for name, preset in PRESETS.items()}
 
 # (scores, ids) -> weights before the factor; (scores, bias, k, groups) -> ids.
 Weigh = Callable[[Tensor, Tensor], Tensor]
@@ -89,14 +80,12 @@ def rerouted(
     weigh: Callable[[RoutingCall], Weigh] | None = None,
 ) -> Routing:
     """`route` with another score function, selection or weights."""
-    base = route(call)
-    score = score or SCORES[call.preset]
-    scores = score(unpadded_logits(call))
+    base, preset = route(call), PRESETS[call.preset]
+    scores = (score or preset.score)(unpadded_logits(call))
     options, ids = call.options, base.ids.clamp(min=0)
     if options.get("tid2eid") is None:
-        groups = {"n_group": 8, "topk_group": 4} if call.preset == "deepseek_v3" else {}
-        groups = {name: options.get(name, default) for name, default in groups.items()}
-        top_k = options.get("top_k", _TOP_K[call.preset])
+        groups = {name: options.get(name, getattr(preset, name)) for name in ("n_group", "topk_group")}
+        top_k = options.get("top_k", preset.top_k)
         ids = (select or select_by_preset)(scores, options.get("correction_bias"), top_k, groups)
     weights = (weigh or weigh_by_preset)(call)(scores, ids)
     if base.routed_scaling is RoutedScaling.IN_WEIGHTS:
@@ -106,6 +95,7 @@ def rerouted(
 
 
 def weigh_by_preset(call: RoutingCall) -> Weigh:
-    normalize = "softmax" if call.preset == "gpt_oss" else "sum"
-    epsilon = EPSILON.get(call.preset, 0.0)
-    return lambda scores, ids: routing_weights(scores, ids, normalize=normalize, epsilon=epsilon)
+    preset = PRESETS[call.preset]
+    return lambda scores, ids: routing_weights(
+        scores, ids, normalize=preset.normalize, epsilon=preset.epsilon
+    )

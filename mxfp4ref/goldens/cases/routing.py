@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,13 +11,6 @@ from mxfp4ref.routing import presets as routing
 from mxfp4ref.goldens.cases.definition import Content, define
 from mxfp4ref.goldens.cases.source import Source
 
-_ROUTERS: dict[str, Callable[..., routing.Routing]] = {
-    "deepseek_v4": routing.deepseek_v4,
-    "deepseek_v3": routing.deepseek_v3,
-    "gpt_oss": routing.gpt_oss,
-    "mixtral": routing.mixtral,
-}
-
 
 def _routed(preset: str, tensors: dict[str, Tensor], **parameters: Any) -> Content:
     """Inputs and results of a preset; every tensor but the logits is passed under its own name."""
@@ -26,7 +18,7 @@ def _routed(preset: str, tensors: dict[str, Tensor], **parameters: Any) -> Conte
     if "routed_scaling" in parameters:
         options["routed_scaling"] = routing.RoutedScaling(parameters["routed_scaling"])
     options |= {name: value for name, value in parameters.items() if name != "routed_scaling"}
-    routed = _ROUTERS[preset](tensors["logits"], **options)
+    routed = routing.ROUTERS[preset](tensors["logits"], **options)
     results = {"ids": routed.ids, "scales": routed.scales, "ambiguous": routed.ambiguous}
     return Content(tensors | results, {"preset": preset, **parameters})
 

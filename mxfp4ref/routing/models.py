@@ -1,0 +1,48 @@
+"""The routers of the published models in numbers, one record each (docs/arithmetic.md, section 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from mxfp4ref.routing.scoring import raw_logits, sigmoid, softmax, sqrt_softplus
+
+__all__ = ["DEEPSEEK_V3", "DEEPSEEK_V4", "GPT_OSS", "MIXTRAL", "PRESETS", "Preset"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The router of a family of models; the function of this name in `presets.py` computes it.
+
+    Attributes:
+        name: that of the function.
+        score: from logits to scores.
+        normalize: how scores become weights, see `routing_weights`.
+        top_k: experts per token.
+        epsilon: added to the sum of the scores, see `routing_weights`.
+        n_group, topk_group: see `select_experts`.
+        factor: the routed scaling factor.
+        factors: the same by the number of experts, where the models of the family differ.
+    """
+
+    name: str
+    score: Callable[[Tensor], Tensor]
+    normalize: str
+    top_k: int
+    epsilon: float = 0.0
+    n_group: int = 1
+    topk_group: int = 1
+    factor: float = 1.0
+    factors: Mapping[int, float] = field(default_factory=dict)
+
+
+DEEPSEEK_V3 = Preset(
+    "deepseek_v3", sigmoid, "sum", top_k=8, epsilon=1e-20, n_group=8, topk_group=4, factor=2.5
+)
+DEEPSEEK_V4 = Preset("deepseek_v4", sqrt_softplus, "sum", top_k=6, factors={256: 1.5, 384: 2.5})
+GPT_OSS = Preset("gpt_oss", raw_logits, "softmax", top_k=4)
+MIXTRAL = Preset("mixtral", softmax, "sum", top_k=2)
+
+PRESETS = {preset.name: preset for preset in (DEEPSEEK_V3, DEEPSEEK_V4, GPT_OSS, MIXTRAL)}

@@ -1,0 +1,161 @@
+"""A layer run from a checkpoint against its parts run one by one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mxfp4ref.checkpoint import CheckpointError, read_layer, router_logits, run_layer
+from mxfp4ref.model.call import MoeCall
+from mxfp4ref.model.forward import forward
+from mxfp4ref.model.parallel import Ranks, forward_all_ranks
+from mxfp4ref.routing.presets import deepseek_v4, gpt_oss, mixtral
+from mxfp4ref.sm90.tactics import Sm90Kernel
+from tests.helpers.checkpoints import (
+    DEEPSEEK_H,
+    EXPERTS,
+    GPT_OSS_H,
+    TOP_K,
+    layer_tensors,
+    make_checkpoint,
+    same_bits,
+    write_config,
+)
+
+
+def write_input(path: Path, hidden_size: int, **more: Tensor) -> Tensor:
+    torch.manual_seed(5)
+    hidden = torch.randn(5, hidden_size).to(torch.bfloat16)
+    save_file({"hidden": hidden, **more}, path)
+    return hidden
+
+
+def test_run_deepseek_layer(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "deepseek_v4")
+    shared = torch.randn(5, DEEPSEEK_H).to(torch.bfloat16)
+    padded = torch.tensor([False, False, True, False, False])
+    hidden = write_input(tmp_path / "x", DEEPSEEK_H, shared_output=shared, padded=padded)
+    result = run_layer(read_layer(tmp_path, 1), tmp_path / "x", tmp_path / "y")
+    layer = read_layer(tmp_path, 1)
+    logits = router_logits(layer, hidden)
+    reference = (hidden.double() @ layer.router_weight.double().T).float()
+    torch.testing.assert_close(logits, reference, rtol=1e-6, atol=1e-6)
+    routing = deepseek_v4(logits, layer.router_bias, top_k=TOP_K, routed_scaling_factor=1.5, padded=padded)
+    routed = forward(MoeCall(hidden, routing.ids, routing.scales, layer.experts))
+    assert torch.equal(result["token_selected_experts"], routing.ids)
+    assert same_bits(result["token_final_scales"], routing.scales)
+    assert same_bits(result["output"], (shared.float() + routed.float()).to(torch.bfloat16))
+    written = load_file(tmp_path / "y")
+    assert sorted(written) == sorted(result)
+    assert all(same_bits(written[name], result[name]) for name in result)
+
+
+def test_without_the_shared_expert_it_is_no_output(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "deepseek_v4")
+    hidden = write_input(tmp_path / "x", DEEPSEEK_H)
+    layer = replace(read_layer(tmp_path, 1, limit=0.5), top_k=3, routed_scaling_factor=2.5)
+    result = run_layer(layer, tmp_path / "x")
+    assert "output" not in result
+    routing = deepseek_v4(result["logits"], layer.router_bias, top_k=3, routed_scaling_factor=2.5)
+    expected = forward(MoeCall(hidden, routing.ids, routing.scales, layer.experts))
+    assert same_bits(result["routed_output"], expected)
+
+
+def test_run_hash_layer(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "deepseek_v4")
+    token_ids = torch.tensor([3, 0, 15, 3, 7])
+    write_input(tmp_path / "x", DEEPSEEK_H, token_ids=token_ids)
+    result = run_layer(read_layer(tmp_path, 0), tmp_path / "x")
+    table = layer_tensors("deepseek_v4", 0)["layers.0.ffn.gate.tid2eid"]
+    assert torch.equal(result["token_selected_experts"].long(), table[token_ids])
+    write_input(tmp_path / "x", DEEPSEEK_H)
+    with pytest.raises(
+        ValueError, match=r"token_ids: expected in the input file, layers\.0\.ffn\.\* is a hash"
+    ):
+        run_layer(read_layer(tmp_path, 0), tmp_path / "x")
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "gpt_oss_original"])
+def test_run_gpt_oss_layer(tmp_path: Path, kind: str) -> None:
+    make_checkpoint(tmp_path, kind)
+    hidden = write_input(tmp_path / "x", GPT_OSS_H)
+    result = run_layer(read_layer(tmp_path, 1), tmp_path / "x")
+    layer = read_layer(tmp_path, 1)
+    linear = hidden.double() @ layer.router_weight.double().T + layer.router_bias.double()
+    assert result["logits"].dtype == torch.bfloat16
+    torch.testing.assert_close(result["logits"].double(), linear, rtol=2**-8, atol=0)
+    routing = gpt_oss(result["logits"], top_k=TOP_K)
+    wide = torch.nn.functional.pad(hidden, (0, 128 - GPT_OSS_H))
+    expected = forward(MoeCall(wide, routing.ids, routing.scales, layer.experts))
+    assert not expected[:, GPT_OSS_H:].any()
+    assert same_bits(result["output"], expected[:, :GPT_OSS_H].contiguous())
+
+
+def test_given_logits_and_another_router(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "gpt_oss")
+    logits = torch.randn(5, EXPERTS)
+    write_input(tmp_path / "x", GPT_OSS_H, logits=logits)
+    layer = read_layer(tmp_path, 1)
+    result = run_layer(layer, tmp_path / "x", router="mixtral", ranks=Ranks(ep_size=2))
+    assert same_bits(result["logits"], logits)
+    assert same_bits(result["token_final_scales"], mixtral(logits, top_k=TOP_K).scales)
+    with pytest.raises(ValueError, match=r"router: expected one of .*'deepseek_v4', 'gpt_oss', 'mixtral'"):
+        run_layer(layer, tmp_path / "x", router="sigmoid")
+    with pytest.raises(ValueError, match="router: expected a router without a correction bias"):
+        run_layer(layer, tmp_path / "x", router="deepseek_v4")
+    with pytest.raises(ValueError, match="routed_scaling_factor: expected None with the router gpt_oss"):
+        run_layer(replace(layer, routed_scaling_factor=1.5), tmp_path / "x")
+
+
+def test_deepseek_layer_with_other_routers(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "deepseek_v4")
+    logits = torch.randn(5, EXPERTS)
+    write_input(tmp_path / "x", DEEPSEEK_H, logits=logits)
+    layer = read_layer(tmp_path, 1)
+    result = run_layer(layer, tmp_path / "x", router="mixtral")  # without the factor
+    assert same_bits(result["token_final_scales"], mixtral(logits, top_k=TOP_K).scales)
+    with pytest.raises(ValueError, match="n_group: expected a divisor of E=4"):
+        run_layer(layer, tmp_path / "x", router="deepseek_v3")
+    with pytest.raises(ValueError, match=r"without a correction bias for layers\.0\.ffn\.\*"):
+        run_layer(read_layer(tmp_path, 0), tmp_path / "x", router="deepseek_v3")
+
+
+def test_ranks_and_kernel_are_passed_on(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "deepseek_v4")
+    hidden = write_input(tmp_path / "x", DEEPSEEK_H)
+    layer, kernel, ranks = read_layer(tmp_path, 1), Sm90Kernel.of_tiles((256, 128)), Ranks(ep_size=4)
+    result = run_layer(layer, tmp_path / "x", ranks=ranks, kernel=kernel)
+    routing = result["token_selected_experts"], result["token_final_scales"]
+    call = MoeCall(hidden, *routing, layer.experts, kernel=kernel)
+    assert same_bits(result["routed_output"], forward_all_ranks(call, ranks))
+    assert not same_bits(result["routed_output"], forward(call))  # each rank rounds its own output
+    with pytest.raises(ValueError, match="512"):  # does not divide K
+        run_layer(layer, tmp_path / "x", kernel=Sm90Kernel.of_tiles((512, 128)))
+
+
+def test_wrong_inputs(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "gpt_oss")
+    good = torch.zeros(2, GPT_OSS_H, dtype=torch.bfloat16)
+    for tensors, message in (
+        ({"x": good}, "expected the tensor hidden and optionally logits, .*got x"),
+        ({"hidden": good, "tokens": good.clone()}, "expected the tensor hidden .*got hidden, tokens"),
+        ({"hidden": good.float()}, "hidden: expected a bfloat16 tensor"),
+        ({"hidden": good[:, 1:].contiguous()}, r"hidden: expected .*\[M, 96\], got bfloat16 \[2, 95\]"),
+        ({"hidden": good, "logits": torch.zeros(3, EXPERTS)}, "logits: expected"),
+        ({"hidden": good, "padded": torch.zeros(3, dtype=torch.bool)}, "padded: expected"),
+        ({"hidden": good, "shared_output": good[:1].clone()}, "shared_output: expected"),
+    ):
+        save_file(tensors, tmp_path / "x")
+        with pytest.raises((TypeError, ValueError), match=message):
+            run_layer(read_layer(tmp_path, 1), tmp_path / "x")
+    with pytest.raises(CheckpointError):
+        run_layer(read_layer(tmp_path, 1), tmp_path / "absent")
+    write_config(tmp_path, "gpt_oss", num_experts_per_tok=None)
+    save_file({"hidden": good}, tmp_path / "x")
+    with pytest.raises(CheckpointError, match="expected num_experts_per_tok or experts_per_token"):
+        run_layer(read_layer(tmp_path, 1), tmp_path / "x")

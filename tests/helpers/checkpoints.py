@@ -1,0 +1,140 @@
+"""Small checkpoints with the published names, dtypes and shapes: three layers of four experts each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mxfp4ref.formats.experts import Experts
+
+INDEX = "model.safetensors.index.json"
+EXPERTS, TOP_K, VOCABULARY = 4, 2, 16
+# DeepSeek-V4's sizes are multiples of 128; gpt-oss's are not (2880), so that they are padded.
+DEEPSEEK_H, DEEPSEEK_I = 256, 128
+GPT_OSS_H, GPT_OSS_I = 96, 160
+LAYERS = 3
+Tensors = dict[str, Tensor]
+
+
+def random_bytes(*shape: int, low: int = 0, high: int = 256) -> Tensor:
+    return torch.randint(low, high, shape, dtype=torch.uint8)
+
+
+def deepseek_layer(layer: int, prefix: str = "") -> Tensors:
+    p = f"{prefix}layers.{layer}.ffn."
+    tensors = {f"{p}gate.weight": torch.randn(EXPERTS, DEEPSEEK_H).to(torch.bfloat16)}
+    if layer == 0:
+        ids = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(VOCABULARY)])
+        tensors[f"{p}gate.tid2eid"] = ids
+    else:
+        tensors[f"{p}gate.bias"] = 8.08 + torch.randn(EXPERTS) / 16
+    shapes = {
+        "w1": (DEEPSEEK_I, DEEPSEEK_H),
+        "w2": (DEEPSEEK_H, DEEPSEEK_I),
+        "w3": (DEEPSEEK_I, DEEPSEEK_H),
+    }
+    for part, (rows, depth) in shapes.items():
+        for e in range(EXPERTS):
+            tensors[f"{p}experts.{e}.{part}.weight"] = random_bytes(rows, depth // 2).view(torch.int8)
+            scales = random_bytes(rows, depth // 32, low=110, high=130)
+            tensors[f"{p}experts.{e}.{part}.scale"] = scales.view(torch.float8_e8m0fnu)
+        weight = torch.randn(rows, depth).to(torch.float8_e4m3fn)
+        tensors[f"{p}shared_experts.{part}.weight"] = weight
+        scale = random_bytes(rows // 128, depth // 128, low=120, high=130).view(torch.float8_e8m0fnu)
+        tensors[f"{p}shared_experts.{part}.scale"] = scale
+    return tensors
+
+
+def gpt_oss_layer(layer: int, original: bool) -> Tensors:
+    p = f"block.{layer}.mlp." if original else f"model.layers.{layer}.mlp."
+    up, down = (
+        ("mlp1_weight.", "mlp2_weight.") if original else ("experts.gate_up_proj_", "experts.down_proj_")
+    )
+    up_bias, down_bias = ("mlp1_bias", "mlp2_bias") if original else (f"{up}bias", f"{down}bias")
+    router = "gate" if original else "router"
+    tensors = {
+        f"{up}blocks": random_bytes(EXPERTS, 2 * GPT_OSS_I, GPT_OSS_H // 32, 16),
+        f"{up}scales": random_bytes(EXPERTS, 2 * GPT_OSS_I, GPT_OSS_H // 32, low=110, high=130),
+        up_bias: torch.randn(EXPERTS, 2 * GPT_OSS_I).to(torch.bfloat16),
+        f"{down}blocks": random_bytes(EXPERTS, GPT_OSS_H, GPT_OSS_I // 32, 16),
+        f"{down}scales": random_bytes(EXPERTS, GPT_OSS_H, GPT_OSS_I // 32, low=110, high=130),
+        down_bias: torch.randn(EXPERTS, GPT_OSS_H).to(torch.bfloat16),
+        f"{router}.weight": torch.randn(EXPERTS, GPT_OSS_H).to(torch.bfloat16),
+        f"{router}.bias": torch.randn(EXPERTS).to(torch.bfloat16),
+    }
+    return {f"{p}{name}": tensor for name, tensor in tensors.items()}
+
+
+CONFIGS = {
+    "deepseek_v4": {
+        "hidden_size": DEEPSEEK_H,
+        "moe_intermediate_size": DEEPSEEK_I,
+        "n_routed_experts": EXPERTS,
+        "num_experts_per_tok": TOP_K,
+        "routed_scaling_factor": 1.5,
+        "swiglu_limit": 10.0,
+    },
+    "gpt_oss": {
+        "hidden_size": GPT_OSS_H,
+        "intermediate_size": GPT_OSS_I,
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": TOP_K,
+        "swiglu_limit": 7.0,
+    },
+    "gpt_oss_original": {
+        "hidden_size": GPT_OSS_H,
+        "intermediate_size": GPT_OSS_I,
+        "num_experts": EXPERTS,
+        "experts_per_token": TOP_K,
+        "swiglu_limit": 7.0,
+    },
+}
+
+
+def layer_tensors(kind: str, layer: int) -> Tensors:
+    torch.manual_seed(1000 + layer)
+    if kind.startswith("deepseek"):
+        return deepseek_layer(layer, "model." if kind.endswith("prefixed") else "")
+    return gpt_oss_layer(layer, original=kind.endswith("original"))
+
+
+def write_config(folder: Path, kind: str, **changes: object) -> None:
+    config = CONFIGS[kind.removesuffix("_prefixed")] | changes
+    config = {key: value for key, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def make_checkpoint(folder: Path, kind: str, change: Callable[[Tensors], object] | None = None) -> Tensors:
+    """Three layers in two shards, the border inside layer 1; `change` edits layer 1 before it is written."""
+    folder.mkdir(exist_ok=True)
+    tensors = [layer_tensors(kind, layer) for layer in range(LAYERS)]
+    if change is not None:
+        change(tensors[1])
+    names = list(tensors[1])
+    first = tensors[0] | {name: tensors[1][name] for name in names[::2]}
+    second = {name: tensors[1][name] for name in names[1::2]} | tensors[2]
+    weight_map = {}
+    for number, shard in enumerate((first, second), 1):
+        file = f"model-{number:05}-of-00002.safetensors"
+        save_file(shard, folder / file)
+        weight_map |= dict.fromkeys(shard, file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    write_config(folder, kind)
+    return tensors[1]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def assert_same_experts(a: Experts, b: Experts) -> None:
+    for field in fields(a):
+        left, right = getattr(a, field.name), getattr(b, field.name)
+        assert (left is None) == (right is None), field.name
+        assert left is None or same_bits(left, right), field.name
