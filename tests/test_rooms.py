@@ -1,0 +1,62 @@
+"""The package's rooms, read from the code: imports between them point down only, and no module is too long."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "mxfp4ref"
+# Bottom up; rooms of one floor do not import each other. The modules beside the rooms are below all of them.
+FLOORS = (
+    ("formats", "routing"),
+    ("sm90",),
+    ("model",),
+    ("checkpoint", "defects", "goldens"),
+    ("conformance",),
+)
+ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+# The command's entry point, and the names that `import mxfp4ref` offers.
+DOORS = ("__init__", "__main__")
+
+
+def imports_of(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and full name of everything of this package that a module imports, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            for alias in node.names:
+                yield node.lineno, f"{node.module}.{alias.name}"
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+
+
+def test_every_folder_is_a_room() -> None:
+    folders = {path.parent.name for path in PACKAGE.glob("*/*.py")}
+    assert folders == set(ROOMS)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_imports_point_down(path: Path) -> None:
+    inside = path.relative_to(PACKAGE)
+    if len(inside.parts) == 1 and inside.stem in DOORS:
+        return
+    room = inside.parts[0] if len(inside.parts) > 1 else None
+    for line, name in imports_of(path):
+        package, _, rest = name.partition(".")
+        other = rest.split(".")[0]
+        if package != "mxfp4ref" or other == room:
+            continue
+        if other in ROOMS:
+            assert room is not None, f"{inside}:{line}: {name}: what lies below the rooms imports none of them"
+            assert ROOMS[other] < ROOMS[room], f"{inside}:{line}: {name}: {room} imports from {other}"
+        else:
+            assert (PACKAGE / f"{other}.py").is_file(), f"{inside}:{line}: {name}: imports from the package's door"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_no_module_is_long(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 350
