@@ -8,7 +8,8 @@ from mxfp4ref._lazy import lazy
 
 if TYPE_CHECKING:
     from mxfp4ref.formats.experts import Experts, Sm90Experts
-    from mxfp4ref.formats.mxfp4 import decode_ue8m0, dequantize, fp32_to_ue8m0, quantize
+    from mxfp4ref.formats.mxfp4 import decode_ue8m0, dequantize
+    from mxfp4ref.formats.quantize import fp32_to_ue8m0, quantize
     from mxfp4ref.model.call import MoeCall
     from mxfp4ref.model.flashinfer import torch_ref_cutlass_fused_moe
     from mxfp4ref.model.forward import MoeTrace, Stages, forward, trace
@@ -35,7 +36,8 @@ __getattr__, __dir__ = lazy(
     __name__,
     {
         "formats.experts": ("Experts", "Sm90Experts"),
-        "formats.mxfp4": ("decode_ue8m0", "dequantize", "fp32_to_ue8m0", "quantize"),
+        "formats.mxfp4": ("decode_ue8m0", "dequantize"),
+        "formats.quantize": ("fp32_to_ue8m0", "quantize"),
         "model.call": ("MoeCall",),
         "model.flashinfer": ("torch_ref_cutlass_fused_moe",),
         "model.forward": ("MoeTrace", "Stages", "forward", "trace"),

@@ -39,7 +39,9 @@ def test_every_folder_is_a_room() -> None:
     assert folders == set(ROOMS)
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.relative_to(PACKAGE).as_posix())
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.relative_to(PACKAGE).as_posix()
+)
 def test_imports_point_down(path: Path) -> None:
     inside = path.relative_to(PACKAGE)
     if len(inside.parts) == 1 and inside.stem in DOORS:
@@ -51,12 +53,18 @@ def test_imports_point_down(path: Path) -> None:
         if package != "mxfp4ref" or other == room:
             continue
         if other in ROOMS:
-            assert room is not None, f"{inside}:{line}: {name}: what lies below the rooms imports none of them"
+            assert room is not None, (
+                f"{inside}:{line}: {name}: what lies below the rooms imports none of them"
+            )
             assert ROOMS[other] < ROOMS[room], f"{inside}:{line}: {name}: {room} imports from {other}"
         else:
-            assert (PACKAGE / f"{other}.py").is_file(), f"{inside}:{line}: {name}: imports from the package's door"
+            assert (PACKAGE / f"{other}.py").is_file(), (
+                f"{inside}:{line}: {name}: imports from the package's door"
+            )
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.relative_to(PACKAGE).as_posix())
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.relative_to(PACKAGE).as_posix()
+)
 def test_no_module_is_long(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 350

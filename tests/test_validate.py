@@ -197,7 +197,7 @@ def test_shown_is_one_short_line() -> None:
             raise RuntimeError
 
     assert shown("a") == "'a'"
-    assert shown(Unprintable()).startswith("<test_validate")
+    assert shown(Unprintable()).startswith("<tests.test_validate")
     for long in (10**100, torch.zeros(100, 100), "x" * 1000, [[0]] * 1000):
         assert len(shown(long)) == 80
         assert "\n" not in shown(long)

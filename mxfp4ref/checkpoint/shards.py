@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mxfp4ref._validate import check_tensor
-from mxfp4ref.formats.mxfp4 import SCALE_DTYPES, fp32_to_ue8m0
+from mxfp4ref.formats.mxfp4 import SCALE_DTYPES
+from mxfp4ref.formats.quantize import fp32_to_ue8m0
 
 __all__ = ["CheckpointError", "Shards", "open_shards", "read_json"]
 

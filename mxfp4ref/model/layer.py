@@ -51,6 +51,7 @@ def moe_layer(
     check_instance("experts", experts, Experts)
     check_instance("routing", routing, Routing)
     check_tensor("hidden", hidden, dtype=torch.bfloat16, shape=("M", experts.hidden_size))
+    check_tensor("routing.ids", routing.ids, dtype=torch.int32, shape=(len(hidden), "k"))
     call = MoeCall(hidden, routing.ids, routing.scales, experts, kernel=kernel)
     return finish_output(
         forward_all_ranks(call, ranks, stages),

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mxfp4ref.formats import mxfp4
+from mxfp4ref.formats import mxfp4, quantize
 
 CODES = range(16)
 BYTES = range(256)
@@ -204,7 +204,7 @@ def slow_dequantize(packed: Tensor, scales: Tensor, dtype: torch.dtype) -> Tenso
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "shape", [(32,), (3, 96), (2, 5, 64), (7, 32 * 13), (1, 32 * (mxfp4._CHUNK_GROUPS + 1)), (3, 32 * 65533)]
+    "shape", [(32,), (3, 96), (2, 5, 64), (7, 32 * 13), (1, 32 * (mxfp4.CHUNK_GROUPS + 1)), (3, 32 * 65533)]
 )
 def test_dequantize_shapes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if dtype != torch.bfloat16 and shape[-1] > 1000:
@@ -239,7 +239,7 @@ def test_dequantize_takes_the_bytes_under_any_name_and_stride() -> None:
 def test_dequantize_empty(shape: tuple[int, ...]) -> None:
     packed, scales = random_blocks(*shape)
     assert mxfp4.dequantize(packed, scales).shape == shape
-    assert [t.shape[-1] for t in mxfp4.quantize(torch.zeros(shape))] == [shape[-1] // 2, shape[-1] // 32]
+    assert [t.shape[-1] for t in quantize.quantize(torch.zeros(shape))] == [shape[-1] // 2, shape[-1] // 32]
 
 
 @pytest.fixture(params=["flush_denormal", "default_dtype", "default_device", "inference_mode", "one_thread"])
@@ -269,7 +269,7 @@ SUBNORMALS = torch.arange(1, 0x01000000, 65537, dtype=torch.int32).repeat(32)[: 
 @pytest.mark.usefixtures("hostile_state")
 def test_global_state_changes_nothing() -> None:
     def clear() -> None:
-        for table in (mxfp4._patterns, mxfp4._scale_table, mxfp4._pair_table, mxfp4._step_tables):
+        for table in (mxfp4._patterns, mxfp4._scale_table, mxfp4._pair_table, quantize._step_tables):
             table.cache_clear()
 
     clear()
@@ -285,11 +285,11 @@ def test_global_state_changes_nothing() -> None:
         assert unsigned_bits(got[:, :2]) == expected
         decoded = mxfp4.decode_ue8m0(scales, convention, dtype)
         assert unsigned_bits(decoded) == [expected_bits(byte, 2, convention, dtype) for byte in BYTES]
-    for rule in mxfp4.SCALE_RULES:
-        got_packed, got_scales = mxfp4.quantize(SUBNORMALS.view(torch.float32), rule=rule)
+    for rule in quantize.SCALE_RULES:
+        got_packed, got_scales = quantize.quantize(SUBNORMALS.view(torch.float32), rule=rule)
         for row in range(0, 256, 51):
             assert_quantized_row(SUBNORMALS[row].tolist(), rule, got_packed[row], got_scales[row])
-    assert mxfp4.fp32_to_ue8m0(mxfp4.decode_ue8m0(scales[:255])).flatten().tolist() == list(range(255))
+    assert quantize.fp32_to_ue8m0(mxfp4.decode_ue8m0(scales[:255])).flatten().tolist() == list(range(255))
     clear()
 
 
@@ -370,15 +370,15 @@ def rows_of_bits(draw: st.DrawFn) -> list[int]:
     return [magnitude | draw(st.booleans()) << 31 for magnitude in magnitudes]
 
 
-@pytest.mark.parametrize("rule", mxfp4.SCALE_RULES)
+@pytest.mark.parametrize("rule", quantize.SCALE_RULES)
 @settings(max_examples=150, deadline=None)
 @given(bits=rows_of_bits())
 def test_quantize_against_fractions(rule: str, bits: list[int]) -> None:
-    packed, scales = mxfp4.quantize(to_float32(bits), rule=rule)
+    packed, scales = quantize.quantize(to_float32(bits), rule=rule)
     assert_quantized_row(bits, rule, packed, scales)
 
 
-@pytest.mark.parametrize("rule", mxfp4.SCALE_RULES)
+@pytest.mark.parametrize("rule", quantize.SCALE_RULES)
 def test_scale_of_every_step(rule: str) -> None:
     """The least and the next float32 on either side of every place where a rule could change its mind."""
     steps = [
@@ -388,18 +388,18 @@ def test_scale_of_every_step(rule: str) -> None:
     bits = sorted({min(max(s + offset, 0), 0x7F7FFFFF) for s in steps + tiny for offset in range(-3, 4)})
     values = torch.zeros(len(bits), 32)
     values[:, 5] = to_float32(bits)
-    _, scales = mxfp4.quantize(values, rule=rule)
+    _, scales = quantize.quantize(values, rule=rule)
     assert scales[:, 0].tolist() == [scale_exponent(fraction_of(b), rule) + 127 for b in bits]
 
 
-@pytest.mark.parametrize("rule", mxfp4.SCALE_RULES)
+@pytest.mark.parametrize("rule", quantize.SCALE_RULES)
 def test_quantize_every_bf16(rule: str) -> None:
     """Each bf16 as the largest of its group, with a half of it: all 65,536."""
     bits = torch.arange(65536, dtype=torch.int32)
     values = torch.zeros(65536, 32, dtype=torch.bfloat16)
     values[:, 0] = (bits << 16).view(torch.float32).to(torch.bfloat16)
     values[:, 0].view(torch.int16).copy_(bits)
-    packed, scales = mxfp4.quantize(values, rule=rule)
+    packed, scales = quantize.quantize(values, rule=rule)
     codes = mxfp4.unpack_codes(packed)
     assert (codes[:, 1:] == 0).all()
     got = zip(scales[:, 0].tolist(), codes[:, 0].tolist(), strict=True)
@@ -422,7 +422,7 @@ def test_elements_ties_and_saturation() -> None:
     group = torch.zeros(32)
     group[: len(values)] = values
     group[14:28] = -values
-    packed, scales = mxfp4.quantize(group)
+    packed, scales = quantize.quantize(group)
     assert scales.tolist() == [127]
     codes = [0, 2, 2, 4, 4, 6, 6, 7, 7, 1, 1, 7, 8, 0]
     assert mxfp4.unpack_codes(packed).tolist() == [*codes, *(code ^ 8 for code in codes), 0, 0, 0, 0]
@@ -448,17 +448,17 @@ def test_rules_by_hand(largest: float, exponents: tuple[int, ...]) -> None:
     values = torch.zeros(32)
     values[7] = -largest
     for rule, exponent in zip(("floor", "ceil", "rceil", "even"), exponents, strict=True):
-        assert mxfp4.quantize(values, rule=rule)[1].item() == exponent + 127, rule
+        assert quantize.quantize(values, rule=rule)[1].item() == exponent + 127, rule
 
 
-@pytest.mark.parametrize("rule", mxfp4.SCALE_RULES)
+@pytest.mark.parametrize("rule", quantize.SCALE_RULES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_not_finite(bad: float, rule: str, dtype: torch.dtype) -> None:
     values = torch.arange(-48.0, 48.0).view(3, 32).to(dtype)
-    expected = mxfp4.quantize(values, rule=rule)
+    expected = quantize.quantize(values, rule=rule)
     values[1, 31] = bad
-    packed, scales = mxfp4.quantize(values, rule=rule)
+    packed, scales = quantize.quantize(values, rule=rule)
     assert scales[1] == 255
     assert (packed[1] == 0).all()
     for convention in mxfp4.CONVENTIONS:
@@ -469,7 +469,9 @@ def test_not_finite(bad: float, rule: str, dtype: torch.dtype) -> None:
 
 def test_float16_like_float32() -> None:
     values = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.float16).view(-1, 32)
-    for got, expected in zip(mxfp4.quantize(values), mxfp4.quantize(values.to(torch.float32)), strict=True):
+    for got, expected in zip(
+        quantize.quantize(values), quantize.quantize(values.to(torch.float32)), strict=True
+    ):
         assert torch.equal(got, expected)
 
 
@@ -478,13 +480,13 @@ def test_zeros_keep_their_signs() -> None:
     values[:, ::3] = -0.0
     values[1, 1] = 6.0
     values[1, 2] = -0.01
-    packed, scales = mxfp4.quantize(values)
+    packed, scales = quantize.quantize(values)
     assert scales.tolist() == [[0], [127]]
     restored = mxfp4.dequantize(packed, scales)
     assert torch.equal(restored.signbit(), values.signbit())
 
 
-@pytest.mark.parametrize("rule", mxfp4.SCALE_RULES)
+@pytest.mark.parametrize("rule", quantize.SCALE_RULES)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_round_trip(rule: str, data: st.DataObject) -> None:
@@ -495,25 +497,25 @@ def test_round_trip(rule: str, data: st.DataObject) -> None:
     )
     packed, scale = mxfp4.pack_codes(codes), torch.tensor([byte], dtype=torch.uint8)
     values = mxfp4.dequantize(packed, scale, dtype=torch.float32)
-    again = mxfp4.quantize(values, rule=rule)
+    again = quantize.quantize(values, rule=rule)
     restored = mxfp4.dequantize(*again, dtype=torch.float32)
     assert torch.equal(restored.view(torch.int32), values.view(torch.int32))
     # Once more changes no byte either.
-    for first, second in zip(again, mxfp4.quantize(restored, rule=rule), strict=True):
+    for first, second in zip(again, quantize.quantize(restored, rule=rule), strict=True):
         assert torch.equal(first, second)
 
 
 def test_quantize_many_groups() -> None:
     """More than one chunk, and any stride: like group by group."""
     generator = torch.Generator().manual_seed(1)
-    values = torch.randn(mxfp4._CHUNK_GROUPS + 5, 32, generator=generator)
-    packed, scales = mxfp4.quantize(values)
-    for row in (0, 1, mxfp4._CHUNK_GROUPS - 1, mxfp4._CHUNK_GROUPS, mxfp4._CHUNK_GROUPS + 4):
-        alone = mxfp4.quantize(values[row])
+    values = torch.randn(mxfp4.CHUNK_GROUPS + 5, 32, generator=generator)
+    packed, scales = quantize.quantize(values)
+    for row in (0, 1, mxfp4.CHUNK_GROUPS - 1, mxfp4.CHUNK_GROUPS, mxfp4.CHUNK_GROUPS + 4):
+        alone = quantize.quantize(values[row])
         assert torch.equal(packed[row], alone[0])
         assert torch.equal(scales[row], alone[1])
     strided = values[:8].t().contiguous().t()
-    assert torch.equal(mxfp4.quantize(strided)[0], packed[:8])
+    assert torch.equal(quantize.quantize(strided)[0], packed[:8])
 
 
 # --- float32 scales -------------------------------------------------------------------------------------------
@@ -521,11 +523,11 @@ def test_quantize_many_groups() -> None:
 
 def test_fp32_to_ue8m0_all_powers() -> None:
     bits = [1 << 22, *(exponent << 23 for exponent in range(1, 255))]
-    got = mxfp4.fp32_to_ue8m0(to_float32(bits).view(5, 51))
+    got = quantize.fp32_to_ue8m0(to_float32(bits).view(5, 51))
     assert got.dtype == torch.uint8
     assert got.flatten().tolist() == list(range(255))
-    assert mxfp4.fp32_to_ue8m0(torch.tensor(0.5)).item() == 126
-    assert mxfp4.fp32_to_ue8m0(torch.empty(0, 3)).shape == (0, 3)
+    assert quantize.fp32_to_ue8m0(torch.tensor(0.5)).item() == 126
+    assert quantize.fp32_to_ue8m0(torch.empty(0, 3)).shape == (0, 3)
 
 
 @pytest.mark.parametrize(
@@ -548,7 +550,7 @@ def test_fp32_to_ue8m0_refuses(bits: int) -> None:
     values = torch.ones(3, 4)
     values[2, 1] = to_float32([bits])[0]
     with pytest.raises(ValueError, match=rf"values: .* got 1 of 12 .*\[2, 1\] = .*0x{bits:08X}"):
-        mxfp4.fp32_to_ue8m0(values)
+        quantize.fp32_to_ue8m0(values)
 
 
 def test_fp32_to_ue8m0_counts() -> None:
@@ -556,14 +558,14 @@ def test_fp32_to_ue8m0_counts() -> None:
         ValueError,
         match=r"got 100 of 100 .*\[0\] = 0\.300000012 .*\[7\] = 0\.300000012 \(0x3E99999A\), \.\.\.$",
     ):
-        mxfp4.fp32_to_ue8m0(torch.full((100,), 0.3))
+        quantize.fp32_to_ue8m0(torch.full((100,), 0.3))
 
 
 @given(st.integers(0, 0xFFFFFFFF))
 def test_fp32_to_ue8m0_is_lossless_or_refuses(bits: int) -> None:
     value = to_float32([bits])
     try:
-        byte = mxfp4.fp32_to_ue8m0(value)
+        byte = quantize.fp32_to_ue8m0(value)
     except ValueError:
         with np.errstate(all="ignore"):
             theirs = value.numpy().astype(ml_dtypes.float8_e8m0fnu).astype(np.float32)
@@ -601,16 +603,20 @@ SCALE = torch.zeros(2, 1, dtype=torch.uint8)
         (lambda: mxfp4.decode_ue8m0(SCALE, "e8m0"), ValueError, "convention: "),
         (lambda: mxfp4.decode_ue8m0(SCALE, dtype=torch.float16), ValueError, "dtype: "),
         (
-            lambda: mxfp4.quantize(torch.zeros(2, 33)),
+            lambda: quantize.quantize(torch.zeros(2, 33)),
             ValueError,
             r"values: .* divisible by 32, got \[2, 33\]",
         ),
-        (lambda: mxfp4.quantize(torch.tensor(1.0)), ValueError, "values: "),
-        (lambda: mxfp4.quantize(torch.zeros(32, dtype=torch.float64)), TypeError, "values: .* got float64"),
-        (lambda: mxfp4.quantize(torch.zeros(32), rule="round"), ValueError, "rule: .* got 'round'"),
+        (lambda: quantize.quantize(torch.tensor(1.0)), ValueError, "values: "),
+        (
+            lambda: quantize.quantize(torch.zeros(32, dtype=torch.float64)),
+            TypeError,
+            "values: .* got float64",
+        ),
+        (lambda: quantize.quantize(torch.zeros(32), rule="round"), ValueError, "rule: .* got 'round'"),
         (lambda: mxfp4.pack_codes(U8[:, :3]), ValueError, "codes: expected an even"),
         (lambda: mxfp4.pack_codes(U8 + 16), ValueError, "codes: expected values from 0 to 15, got 16"),
-        (lambda: mxfp4.fp32_to_ue8m0(torch.zeros(2).double()), TypeError, "values: .* got float64"),
+        (lambda: quantize.fp32_to_ue8m0(torch.zeros(2).double()), TypeError, "values: .* got float64"),
     ],
 )
 def test_refusals(call, error: type[Exception], message: str) -> None:

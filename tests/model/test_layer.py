@@ -259,7 +259,11 @@ def test_padded_rows_are_the_shared_output_alone():
     [
         ({"hidden": HIDDEN.float()}, TypeError, "hidden: "),
         ({"hidden": HIDDEN[:, :64]}, ValueError, r"hidden: expected .*\[M, 128\]"),
-        ({"routing": mixtral(LOGITS[1:])}, ValueError, r"token_selected_experts: .*M=5.* got int32 \[4, 2\]"),
+        (
+            {"routing": mixtral(LOGITS[1:])},
+            ValueError,
+            r"routing.ids: expected .*\[5, k\], got int32 \[4, 2\]",
+        ),
         (
             {"routing": mixtral(LOGITS.repeat(1, 2))},
             ValueError,

@@ -1,7 +1,7 @@
 """Hostile input: whatever a public function is given, it gives a right result or names the wrong argument.
 
 How many inputs are tried: every change of every argument alone, and MXFP4REF_FUZZ_EXAMPLES (default 25) random
-combinations for each function. `pytest tests/test_fuzz.py` prints the count.
+combinations for each function. `pytest tests/whole/test_fuzz.py` prints the count.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import mxfp4ref
-from mxfp4ref.formats import experts, layout, mxfp4
+from mxfp4ref.formats import experts, layout, mxfp4, quantize
 from mxfp4ref.formats import resize as moved
 from mxfp4ref.formats.generations import NEWEST
 from mxfp4ref.goldens import generator as counter
@@ -155,11 +155,11 @@ IGNORED = (
 )
 FC1 = ("fc1_weights", "fc2_weights", "fc1_scales", "fc2_scales")
 TARGETS: dict[str, Target] = {
-    "mxfp4.decode_ue8m0": Target(
+    "formats.mxfp4.decode_ue8m0": Target(
         mxfp4.decode_ue8m0,
         lambda: {"scales": random_bytes(4, 3), "convention": "ocp", "dtype": torch.float32},
     ),
-    "mxfp4.dequantize": Target(
+    "formats.mxfp4.dequantize": Target(
         mxfp4.dequantize,
         lambda: {
             "packed": random_bytes(3, 32),
@@ -169,7 +169,7 @@ TARGETS: dict[str, Target] = {
             "out": None,
         },
     ),
-    "mxfp4.dequantize into out": Target(
+    "formats.mxfp4.dequantize into out": Target(
         mxfp4.dequantize,
         lambda: {
             "packed": random_bytes(3, 32),
@@ -178,62 +178,68 @@ TARGETS: dict[str, Target] = {
         },
         written=("out",),
     ),
-    "mxfp4.fp32_to_ue8m0": Target(
-        mxfp4.fp32_to_ue8m0, lambda: {"values": 2.0 ** torch.arange(6.0).reshape(3, 2)}
+    "formats.quantize.fp32_to_ue8m0": Target(
+        quantize.fp32_to_ue8m0, lambda: {"values": 2.0 ** torch.arange(6.0).reshape(3, 2)}
     ),
-    "mxfp4.pack_codes": Target(mxfp4.pack_codes, lambda: {"codes": random_bytes(3, 8, high=16)}),
-    "mxfp4.unpack_codes": Target(mxfp4.unpack_codes, lambda: {"packed": random_bytes(3, 8)}),
-    "mxfp4.quantize": Target(mxfp4.quantize, lambda: {"values": normal(3, 64), "rule": "floor"}),
-    "layout.interleave_weights_sm90": Target(layout.interleave_weights_sm90, lambda: weights("packed")),
-    "layout.deinterleave_weights_sm90": Target(
+    "formats.mxfp4.pack_codes": Target(mxfp4.pack_codes, lambda: {"codes": random_bytes(3, 8, high=16)}),
+    "formats.mxfp4.unpack_codes": Target(mxfp4.unpack_codes, lambda: {"packed": random_bytes(3, 8)}),
+    "formats.quantize.quantize": Target(
+        quantize.quantize, lambda: {"values": normal(3, 64), "rule": "floor"}
+    ),
+    "formats.layout.interleave_weights_sm90": Target(
+        layout.interleave_weights_sm90, lambda: weights("packed")
+    ),
+    "formats.layout.deinterleave_weights_sm90": Target(
         layout.deinterleave_weights_sm90, lambda: weights("interleaved")
     ),
-    "layout.fold_scales_sm90": Target(
+    "formats.layout.fold_scales_sm90": Target(
         layout.fold_scales_sm90, lambda: {"scales": random_bytes(2, 64, 4), "generation": NEWEST}
     ),
-    "layout.unfold_scales_sm90": Target(
+    "formats.layout.unfold_scales_sm90": Target(
         layout.unfold_scales_sm90,
         lambda: {"folded": layout.fold_scales_sm90(random_bytes(2, 64, 4)), "generation": None},
     ),
-    "layout.swap_gate_up": Target(layout.swap_gate_up, halves, generic=True),
-    "layout.interleaved_to_halves": Target(layout.interleaved_to_halves, halves, generic=True),
-    "layout.halves_to_interleaved": Target(layout.halves_to_interleaved, halves, generic=True),
-    "layout.pad_halves": Target(layout.pad_halves, lambda: halves(multiple=4), generic=True),
-    "layout.unpad_halves": Target(layout.unpad_halves, lambda: halves(size=2), generic=True),
-    "experts.Experts": Target(experts.Experts, expert_arguments),
-    "experts.Sm90Experts": Target(experts.Sm90Experts, sm90_arguments),
-    "experts.Experts.slice": Target(
+    "formats.layout.swap_gate_up": Target(layout.swap_gate_up, halves, generic=True),
+    "formats.layout.interleaved_to_halves": Target(layout.interleaved_to_halves, halves, generic=True),
+    "formats.layout.halves_to_interleaved": Target(layout.halves_to_interleaved, halves, generic=True),
+    "formats.layout.pad_halves": Target(layout.pad_halves, lambda: halves(multiple=4), generic=True),
+    "formats.layout.unpad_halves": Target(layout.unpad_halves, lambda: halves(size=2), generic=True),
+    "formats.experts.Experts": Target(experts.Experts, expert_arguments),
+    "formats.experts.Sm90Experts": Target(experts.Sm90Experts, sm90_arguments),
+    "formats.experts.Experts.slice": Target(
         lambda start, stop: make_experts().slice(start, stop), lambda: {"start": 1, "stop": 3}
     ),
-    "experts.Experts.select": Target(
+    "formats.experts.Experts.select": Target(
         lambda index: make_experts().select(index), lambda: {"index": torch.tensor([2, 0])}
     ),
-    "experts.Sm90Experts.select": Target(
+    "formats.experts.Sm90Experts.select": Target(
         lambda index: make_sm90_experts().select(index), lambda: {"index": torch.tensor([2, 0])}
     ),
-    "call.MoeCall": Target(call.MoeCall, call_arguments),
-    "moe.forward": Target(moe.forward, lambda: {"call": call.MoeCall(**call_arguments()), **STAGES}),
-    "moe.trace": Target(moe.trace, lambda: {"call": call.MoeCall(**call_arguments()), **STAGES}),
-    "oracle.torch_ref_cutlass_fused_moe": Target(
+    "model.call.MoeCall": Target(call.MoeCall, call_arguments),
+    "model.forward.forward": Target(
+        moe.forward, lambda: {"call": call.MoeCall(**call_arguments()), **STAGES}
+    ),
+    "model.forward.trace": Target(moe.trace, lambda: {"call": call.MoeCall(**call_arguments()), **STAGES}),
+    "model.flashinfer.torch_ref_cutlass_fused_moe": Target(
         oracle.torch_ref_cutlass_fused_moe,
         oracle_arguments,
         ignored=IGNORED,
         without={"trace": ("True",)},  # gives a trace along with the output
     ),
-    "oracle.torch_ref_cutlass_fused_moe, bf16, into output": Target(
+    "model.flashinfer.torch_ref_cutlass_fused_moe, bf16, into output": Target(
         oracle.torch_ref_cutlass_fused_moe,
         dense_oracle_arguments,
         written=("output",),
         only=("input", "fc1_expert_weights", "fc2_expert_weights", "quant_scales", "output", "weight_layout"),
     ),
-    "scoring.raw_logits": Target(scoring.raw_logits, lambda: {"logits": logits()}),
-    "scoring.sigmoid": Target(scoring.sigmoid, lambda: {"logits": logits()}),
-    "scoring.softmax": Target(scoring.softmax, lambda: {"logits": logits()}),
-    "scoring.softplus": Target(scoring.softplus, lambda: {"logits": logits()}),
-    "scoring.sqrt_softplus": Target(
+    "routing.scoring.raw_logits": Target(scoring.raw_logits, lambda: {"logits": logits()}),
+    "routing.scoring.sigmoid": Target(scoring.sigmoid, lambda: {"logits": logits()}),
+    "routing.scoring.softmax": Target(scoring.softmax, lambda: {"logits": logits()}),
+    "routing.scoring.softplus": Target(scoring.softplus, lambda: {"logits": logits()}),
+    "routing.scoring.sqrt_softplus": Target(
         scoring.sqrt_softplus, lambda: {"logits": logits(), "rounding": "each_step"}
     ),
-    "selection.select_experts": Target(
+    "routing.selection.select_experts": Target(
         selection.select_experts,
         lambda: {
             "scores": logits(),
@@ -244,51 +250,54 @@ TARGETS: dict[str, Target] = {
             "ambiguous_ulps": 8.0,
         },
     ),
-    "selection.hash_experts": Target(
+    "routing.selection.hash_experts": Target(
         selection.hash_experts,
         lambda: {"token_ids": torch.tensor([2, 0, 1]), "tid2eid": ids(), "num_experts": 4},
     ),
-    "routing.routing_weights": Target(
+    "routing.presets.routing_weights": Target(
         routing.routing_weights,
         lambda: {"scores": logits().abs(), "ids": ids(), "normalize": "sum", "epsilon": 0.0, "factor": 1.5},
     ),
-    "routing.deepseek_v3": Target(
+    "routing.presets.deepseek_v3": Target(
         routing.deepseek_v3,
         lambda: options(correction_bias=normal(8), n_group=4, topk_group=2, **scaling()),
     ),
-    "routing.deepseek_v4": Target(
+    "routing.presets.deepseek_v4": Target(
         routing.deepseek_v4,
         lambda: options(correction_bias=normal(8), token_ids=None, tid2eid=None, **scaling()),
         names=("scores",),  # which are zero where logits are -inf
     ),
-    "routing.deepseek_v4 by table": Target(
+    "routing.presets.deepseek_v4 by table": Target(
         routing.deepseek_v4,
         lambda: options(correction_bias=None, token_ids=torch.tensor([2, 0, 1]), tid2eid=ids(), **scaling()),
         names=("scores",),
     ),
-    "routing.gpt_oss": Target(routing.gpt_oss, options),
-    "routing.mixtral": Target(routing.mixtral, options),
-    "routing.pack_top_k": Target(routing.pack_top_k, lambda: {"ids": ids(), "scales": normal(M, K)}),
-    "routing.unpack_top_k": Target(routing.unpack_top_k, lambda: {"packed": ids() << 16}),
-    "parallel.local_experts": Target(parallel.local_experts, on_rank),
-    "parallel.global_to_local": Target(parallel.global_to_local, on_rank),
-    "parallel.local_to_global": Target(parallel.local_to_global, on_rank),
-    "parallel.split_experts": Target(
+    "routing.presets.gpt_oss": Target(routing.gpt_oss, options),
+    "routing.presets.mixtral": Target(routing.mixtral, options),
+    "routing.presets.pack_top_k": Target(routing.pack_top_k, lambda: {"ids": ids(), "scales": normal(M, K)}),
+    "routing.presets.unpack_top_k": Target(routing.unpack_top_k, lambda: {"packed": ids() << 16}),
+    "model.parallel.local_experts": Target(parallel.local_experts, on_rank),
+    "model.parallel.global_to_local": Target(parallel.global_to_local, on_rank),
+    "model.parallel.local_to_global": Target(parallel.local_to_global, on_rank),
+    "model.parallel.split_experts": Target(
         parallel.split_experts, lambda: {"experts": make_experts(), "ep_size": 2}
     ),
-    "parallel.split_intermediate": Target(
+    "model.parallel.split_intermediate": Target(
         parallel.split_intermediate, lambda: {"experts": make_experts(), "tp_size": 2}
     ),
-    "parallel.gather": Target(
+    "model.parallel.gather": Target(
         parallel.gather,
         lambda: {"outputs": [normal(M, H, dtype=torch.bfloat16)] * 2, "reduction": "float32"},
     ),
-    "parallel.forward_all_ranks": Target(
+    "model.parallel.Ranks": Target(
+        parallel.Ranks, lambda: {"ep_size": 2, "tp_size": 1, "reduction": "float32"}
+    ),
+    "model.parallel.forward_all_ranks": Target(
         parallel.forward_all_ranks,
         lambda: {"call": call.MoeCall(**routed()), "ranks": parallel.Ranks(ep_size=2), **STAGES},
         names=("outputs", "ep_rank"),
     ),
-    "layer.moe_layer": Target(
+    "model.layer.moe_layer": Target(
         layer.moe_layer,
         lambda: {
             "hidden": normal(M, H, dtype=torch.bfloat16),
@@ -300,7 +309,7 @@ TARGETS: dict[str, Target] = {
             **STAGES,
         },
     ),
-    "layer.finish_output": Target(
+    "model.layer.finish_output": Target(
         layer.finish_output,
         lambda: {
             "routed_output": normal(M, H, dtype=torch.bfloat16),
@@ -309,15 +318,17 @@ TARGETS: dict[str, Target] = {
             "routed_scaling_factor": 1.5,
         },
     ),
-    "expert_layout.resize_experts": Target(
+    "formats.resize.resize_experts": Target(
         moved.resize_experts,
         lambda: {"experts": make_experts(), "hidden_size": 256, "intermediate_size": 160},
         names=FC1,
     ),
-    "expert_layout.to_sm90": Target(moved.to_sm90, lambda: {"experts": make_experts(), "generation": NEWEST}),
-    "expert_layout.to_logical": Target(moved.to_logical, lambda: {"experts": make_sm90_experts()}),
-    "generator.key": Target(counter.key, lambda: {"seed": 1, "name": "w"}),
-    "generator.random_bytes": Target(
+    "formats.resize.to_sm90": Target(
+        moved.to_sm90, lambda: {"experts": make_experts(), "generation": NEWEST}
+    ),
+    "formats.resize.to_logical": Target(moved.to_logical, lambda: {"experts": make_sm90_experts()}),
+    "goldens.generator.key": Target(counter.key, lambda: {"seed": 1, "name": "w"}),
+    "goldens.generator.random_bytes": Target(
         counter.random_bytes,
         lambda: {"seed": 1, "name": "w", "start": 3, "count": 9},
         without={"count": ("2^31",)},  # right, but 2 GiB
@@ -327,38 +338,41 @@ TARGETS: dict[str, Target] = {
 # Public names that are not fuzzed here, and why.
 EXEMPT_MODULES = {
     "mxfp4ref._validate": "the checks that all others use",
+    "mxfp4ref.formats.bytewise": "positions of bytes, called with checked tensors only",
+    "mxfp4ref.formats.generations": "records, and look-ups by a name; tests/formats",
+    "mxfp4ref.formats.wordwise": "positions of bytes, called with checked tensors only",
     "mxfp4ref.sm90": "the hardware's operations and stages, called with checked tensors only",
     "mxfp4ref.model.dense": "a stage, called with checked tensors only",
     "mxfp4ref.defects": "wrong pipelines, run on calls that are checked",
     "mxfp4ref.goldens.cases": "definitions of goldens, for their own regeneration; they have no input",
-    "mxfp4ref.goldens.store": "test_golden.py damages files, manifests and sidecars",
-    "mxfp4ref.goldens.flashinfer_bench": "test_export.py",
-    "mxfp4ref.goldens.writing": "test_golden.py",
+    "mxfp4ref.goldens.store": "tests/goldens damages files, manifests and sidecars",
+    "mxfp4ref.goldens.flashinfer_bench": "tests/goldens",
+    "mxfp4ref.goldens.writing": "tests/goldens",
     "mxfp4ref.checkpoint": "tests/checkpoint damages files and tensors; a CheckpointError names them",
-    "mxfp4ref.conformance.cli": "test_cli.py",
-    "mxfp4ref.conformance.pytest_plugin": "test_pytest_plugin.py",
+    "mxfp4ref.conformance.cli": "tests/conformance",
+    "mxfp4ref.conformance.pytest_plugin": "tests/conformance",
     "mxfp4ref.conformance.comparison": "takes outputs of kernels, which `execution` checks",
-    "mxfp4ref.conformance.suite": "test_conformance.py runs kernels that misbehave",
+    "mxfp4ref.conformance.suite": "tests/conformance runs kernels that misbehave",
     "mxfp4ref.conformance.diagnosis": "takes outputs that `execution` checked",
-    "mxfp4ref.conformance.execution": "test_conformance.py",
-    "mxfp4ref.conformance.kernels": "test_conformance.py",
+    "mxfp4ref.conformance.execution": "tests/conformance",
+    "mxfp4ref.conformance.kernels": "tests/conformance",
     "mxfp4ref.goldens.hardware_record": "reads files beside the goldens",
     "mxfp4ref.conformance.patterns": "takes outputs that `execution` checked",
     "mxfp4ref.conformance.report": "takes a Report",
     "mxfp4ref.conformance.reproducer": "takes what a run gave",
     "mxfp4ref.goldens.runs": "runs verified cases",
-    "mxfp4ref.sm90.tactics": "asked by the kit, with the shapes of checked tensors",
-    "mxfp4ref.conformance.bounds": "takes a MoeCall; test_bounds.py",
+    "mxfp4ref.conformance.bounds": "takes a MoeCall; tests/conformance",
 }
 EXEMPT = {
-    "moe.Stages": "functions to be called; a wrong one fails as it does",
-    "moe.MoeTrace": "a result",
-    "moe.select_local": "a stage, called with checked tensors only",
-    "routing.RoutedScaling": "an enumeration",
-    "routing.Routing": "a result",
-    "selection.Selection": "a result",
-    "generator.generate": "recipes are part of verified files",
-    "generator.element_rule": "recipes are part of verified files",
+    "model.forward.Stages": "functions to be called; a wrong one fails as it does",
+    "model.forward.MoeTrace": "a result",
+    "model.forward.select_local": "a stage, called with checked tensors only",
+    "routing.models.Preset": "a record",
+    "routing.presets.RoutedScaling": "an enumeration",
+    "routing.presets.Routing": "a result",
+    "routing.selection.Selection": "a result",
+    "goldens.generator.generate": "recipes are part of verified files",
+    "goldens.generator.element_rule": "recipes are part of verified files",
 }
 
 

@@ -17,7 +17,7 @@ from mxfp4ref.conformance.bounds import bound
 from mxfp4ref.conformance.comparison import differing, ulp_distance
 from mxfp4ref.conformance.diagnosis import diagnose
 from mxfp4ref.defects import DEFECTS
-from mxfp4ref.formats import layout, mxfp4, resize
+from mxfp4ref.formats import layout, mxfp4, quantize, resize
 from mxfp4ref.formats.generations import GENERATIONS
 from mxfp4ref.goldens import generator
 from mxfp4ref.goldens.store import BUILTIN_ROOT, open_goldens, tensor_bytes
@@ -110,9 +110,9 @@ COMPUTATIONS: dict[str, Callable[[], Any]] = {
         for dtype in (torch.float32, torch.float64, torch.bfloat16)
     ],
     "mxfp4.quantize": lambda: [
-        mxfp4.quantize(values, rule=rule) for rule in mxfp4.SCALE_RULES for values in (F32, BF16, HALF)
+        quantize.quantize(values, rule=rule) for rule in quantize.SCALE_RULES for values in (F32, BF16, HALF)
     ],
-    "mxfp4.fp32_to_ue8m0": lambda: mxfp4.fp32_to_ue8m0(POWERS),
+    "mxfp4.fp32_to_ue8m0": lambda: quantize.fp32_to_ue8m0(POWERS),
     "mxfp4 codes": lambda: mxfp4.pack_codes(mxfp4.unpack_codes(PACKED)),
     "layout weights": lambda: [
         (layout.interleave_weights_sm90(PACKED, g), layout.deinterleave_weights_sm90(PACKED, g))

@@ -1,0 +1,90 @@
+"""Tactics, their ids, and the pair that is a kernel."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+
+from mxfp4ref.formats.generations import BYTEWISE, GENERATIONS, WORDWISE
+from mxfp4ref.sm90.tactics import Sm90Kernel, Tactic, each_kernel, runnable_tactics, tactics_of
+
+
+def test_ids() -> None:
+    """116 tactics a GEMM, four clusters a tile; GEMM2's continue after GEMM1's."""
+    assert Sm90Kernel().profile_ids == [0, 116]
+    kernel = Sm90Kernel(Tactic((64, 16, 256)), Tactic((64, 32, 128), (2, 2)))
+    assert kernel.profile_ids == [4, 116 + 15]
+    assert Sm90Kernel(Tactic((256, 256, 128), (2, 2))).profile_ids == [115, 116]
+    for generation in GENERATIONS:
+        tactics = tactics_of(generation)
+        for number, tactic in enumerate(tactics):
+            kernel = Sm90Kernel(tactic, tactic, generation)
+            assert kernel.profile_ids == [number, len(tactics) + number]
+
+
+def test_of_tiles() -> None:
+    kernel = Sm90Kernel.of_tiles((256, 128), (64, 16))
+    assert kernel == Sm90Kernel(Tactic((64, 64, 256)), Tactic((64, 16, 128)), WORDWISE)
+    assert (kernel.tile_k, kernel.tile_n) == ((256, 128), (64, 16))
+    assert Sm90Kernel.of_tiles((128, 128), (256, 16)).gemm1.tile == (128, 256, 128)
+    assert Sm90Kernel.of_tiles((128, 128), generation=BYTEWISE) == Sm90Kernel(generation=BYTEWISE)
+    assert str(kernel) == "64x64x256/1x1, 64x16x128/1x1"
+    assert pickle.loads(pickle.dumps(kernel)) == kernel
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"gemm1": (64, 16, 128)}, TypeError, "gemm1: expected Tactic, got tuple"),
+        (
+            {"gemm2": Tactic((64, 16, 64))},
+            ValueError,
+            "gemm2: expected a tactic of the wordwise kernel, .* got 64x16x64/1x1",
+        ),
+        ({"gemm1": Tactic(cluster=(4, 1))}, ValueError, "gemm1: .* got 64x16x128/4x1"),
+        ({"gemm1": Tactic((64, 16, 256)), "generation": BYTEWISE}, ValueError, "gemm1: .*bytewise kernel"),
+        (
+            {"generation": "0.6.17"},
+            TypeError,
+            "generation: expected BYTEWISE or WORDWISE of .*, got '0.6.17'",
+        ),
+    ],
+)
+def test_refusals(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^{message}"):
+        Sm90Kernel(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((128,), TypeError, "tile_k: expected a pair, one for each GEMM, got 128"),
+        (((128, 128), 16), TypeError, "tile_n: expected a pair"),
+        (
+            ((128, 64),),
+            ValueError,
+            "tile_k, tile_n: expected N x K of a tile of the wordwise kernel, .*; got 16x64",
+        ),
+        (((128, 512), (16, 256)), ValueError, "tile_k, tile_n: .* got 256x512"),
+        (
+            ((256, 128), (16, 16), BYTEWISE),
+            ValueError,
+            "tile_k, tile_n: .*bytewise kernel, one of 16x128, .* got 16x256",
+        ),
+    ],
+)
+def test_refusals_of_tiles(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^{message}"):
+        Sm90Kernel.of_tiles(*arguments)
+
+
+def test_runnable() -> None:
+    """Tiles that divide the GEMM and that the kernel does not refuse."""
+    assert {t.tile for t in runnable_tactics(64, 128)} == {(64, n, 128) for n in (16, 32, 64, 128)}
+    assert not WORDWISE.refused & {t.tile for t in runnable_tactics(256, 512)}
+    kernels = list(each_kernel(256, 128))
+    assert len(kernels) == len(runnable_tactics(256, 256)) + len(runnable_tactics(256, 128))
+    assert all(Tactic() in kernel.tactics for kernel in kernels)
+    assert {kernel.generation for kernel in each_kernel(256, 128, BYTEWISE)} == {BYTEWISE}
