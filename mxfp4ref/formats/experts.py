@@ -19,7 +19,7 @@ __all__ = ["Experts", "Sm90Experts"]
 
 @dataclass(frozen=True)
 class Experts:
-    """What a rank holds of a mixture-of-experts layer, in logical layout (the specification, section 2).
+    """What a rank holds of a mixture-of-experts layer, in logical layout (`docs/arithmetic.md`, section 2).
 
     Attributes:
         fc1_weights: `[E, 2I, H/2] uint8`, two E2M1 codes a byte, rows [up(w3); gate(w1)]; or
@@ -149,7 +149,7 @@ class Experts:
 class Sm90Experts(Experts):
     """The same in the layouts that the real call takes; `select` brings experts into logical layout.
 
-    `fc1_weights` and `fc2_weights` are interleaved (the specification, section 2); the scales are folded in
+    `fc1_weights` and `fc2_weights` are interleaved (`docs/arithmetic.md`, section 2); the scales are folded in
     the manner of either generation of the kernel, as uint8 or viewed as int32. Whole layers are never
     unfolded at once, so memory does not grow with the number of experts.
     """

@@ -132,7 +132,7 @@ def dequantize(
     element is Inf of the code's sign, or NaN for a zero code. Zeros have the code's sign, also where "sm90"
     makes byte 0 a zero scale. Every NaN has the sign clear and all other bits set (bfloat16 0x7FFF).
 
-    The kernel never forms these values (the specification, section 3).
+    The kernel never forms these values (`docs/arithmetic.md`, section 3).
 
     Args:
         packed: [..., K/2] uint8 (or int8, float4_e2m1fn_x2: the same bytes).

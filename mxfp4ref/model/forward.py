@@ -31,7 +31,7 @@ def select_local(ids: Tensor, num_local: int, ep_size: int, ep_rank: int) -> Ten
     """This rank's index of each slot's expert, `[M, k] int64`; -1 where the slot is not this rank's.
 
     The rank owns the global ids `[ep_rank * num_local, (ep_rank + 1) * num_local)`. Where a token names an
-    expert twice only the first slot counts (the specification, section 5).
+    expert twice only the first slot counts (`docs/arithmetic.md`, section 5).
     """
     local = ids.to(torch.int64) - ep_rank * num_local
     local = torch.where((local < 0) | (local >= num_local), -1, local)

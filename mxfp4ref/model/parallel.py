@@ -1,7 +1,7 @@
 """Expert and tensor parallelism: what each rank holds, and all ranks run and combined in one process.
 
 Ranks are numbered `ep_rank * tp_size + tp_rank`. The kernel's contract for expert parallelism is *global* ids
-with (ep_size, ep_rank) (the specification, section 7): `global_to_local` is for code that needs local ids,
+with (ep_size, ep_rank) (`docs/arithmetic.md`, section 7): `global_to_local` is for code that needs local ids,
 and its result is never to be handed to the kernel, which would drop real experts on every rank but 0.
 """
 

@@ -1,4 +1,4 @@
-"""The weighted sum over a token's experts (the specification, section 5)."""
+"""The weighted sum over a token's experts (`docs/arithmetic.md`, section 5)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """One float32 operation as a CUDA core does it: `.ftz` arithmetic, exact on any machine.
 
 Operands and results are float32 tensors; subnormal operands count as zeros of their sign, subnormal
-results become zeros of their sign, and every NaN that is produced is 0x7FFFFFFF (the specification,
+results become zeros of their sign, and every NaN that is produced is 0x7FFFFFFF (`docs/arithmetic.md`,
 sections 4 and 9). Sums and products are formed in float64, where a product of two float32 numbers is
 exact and the error of a sum is known exactly; rounding is done once, on the integer view, so nothing
 depends on the machine's rounding or subnormal mode.

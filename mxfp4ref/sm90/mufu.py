@@ -1,4 +1,4 @@
-"""The special function unit's EX2 and RCP, bit for bit (the specification, section 4).
+"""The special function unit's EX2 and RCP, bit for bit (`docs/arithmetic.md`, section 4).
 
 The unit is a piecewise quadratic (Oberman and Siu, "A High-Performance Area-Efficient Multifunction
 Interpolator", ARITH 2005). The leading 6 (EX2) or 7 (RCP) of the 23 fraction bits choose a row

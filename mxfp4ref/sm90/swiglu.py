@@ -1,4 +1,4 @@
-"""The activation between the two GEMMs: bias, clamp, sigmoid, product (the specification, section 4)."""
+"""The activation between the two GEMMs: bias, clamp, sigmoid, product (`docs/arithmetic.md`, section 4)."""
 
 from __future__ import annotations
 

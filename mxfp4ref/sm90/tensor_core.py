@@ -1,6 +1,6 @@
 """One tensor-core step: 16 bf16 products added to a float32 number, slow and obvious.
 
-A transcription of the specification, section 3, in integers. `gemm` computes the same results faster and
+A transcription of `docs/arithmetic.md`, section 3, in integers. `gemm` computes the same results faster and
 the tests hold one against the other.
 """
 

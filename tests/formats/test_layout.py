@@ -1,4 +1,4 @@
-"""Layouts against the recordings and against a transcription of the specification's words."""
+"""Layouts against the recordings and against a transcription of `docs/arithmetic.md`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def random_bytes(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
-# --- The specification, section 2, word by word ---------------------------------------------------------------
+# --- `docs/arithmetic.md`, section 2, word by word ---------------------------------------------------------------
 
 P = [6, 7, 8, 15, 22, 23, 24, 31, 3, 4, 5, 12, 19, 20, 21, 28]
 P += [0, 1, 2, 9, 16, 17, 18, 25, 13, 10, 11, 14, 29, 26, 27, 30]

@@ -1,4 +1,4 @@
-"""The weighted sum over a token's experts against exact fractions (the specification, section 5)."""
+"""The weighted sum over a token's experts against exact fractions (`docs/arithmetic.md`, section 5)."""
 
 from __future__ import annotations
 

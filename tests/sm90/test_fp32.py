@@ -1,4 +1,4 @@
-"""Single float32 operations against exact fractions (the specification, section 4)."""
+"""Single float32 operations against exact fractions (`docs/arithmetic.md`, section 4)."""
 
 from __future__ import annotations
 

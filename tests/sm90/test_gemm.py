@@ -28,7 +28,7 @@ from tests.helpers import bits, exact
 
 # --- the order of the groups ------------------------------------------------------------------------------
 
-# K = 1024 as the specification writes it: "0 1 2 3 | 4 5 7 6 | 8 9 11 10 | ... | 28 29 30 31".
+# K = 1024 as `docs/arithmetic.md` writes it: "0 1 2 3 | 4 5 7 6 | 8 9 11 10 | ... | 28 29 30 31".
 ORDERS = {
     (4, 128): [0, 1, 2, 3],
     (8, 128): [0, 1, 2, 3, 4, 5, 6, 7],
@@ -61,7 +61,7 @@ SWAPPING = [(16, 256), (32, 512), (64, 128), (64, 256), (64, 512), (128, 128), (
 
 
 def test_first_pair_swapped() -> None:
-    """Rows 0, 2, 4, 6 modulo the tile's N, of the tiles that the specification lists."""
+    """Rows 0, 2, 4, 6 modulo the tile's N, of the tiles that `docs/arithmetic.md` lists."""
     x, positions = torch.zeros(1, 1024, 32), torch.arange(1024)
     for tile_n in TILE_N:
         for tile_k in TILE_K:

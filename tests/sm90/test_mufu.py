@@ -1,4 +1,4 @@
-"""EX2 and RCP against recorded H100 results, and the rules at the ends (the specification, section 4)."""
+"""EX2 and RCP against recorded H100 results, and the rules at the ends (`docs/arithmetic.md`, section 4)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The activation against exact fractions and the recorded EX2 and RCP (the specification, section 4)."""
+"""The activation against exact fractions and the recorded EX2 and RCP (`docs/arithmetic.md`, section 4)."""
 
 from __future__ import annotations
 

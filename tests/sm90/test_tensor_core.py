@@ -1,4 +1,4 @@
-"""The tensor-core step against exact fractions (the specification, section 3)."""
+"""The tensor-core step against exact fractions (`docs/arithmetic.md`, section 3)."""
 
 from __future__ import annotations
 

@@ -284,7 +284,7 @@ def test_absent_packages_can_be_imported_but_not_used(tmp_path: Path) -> None:
         "except ImportError as error:\n    print(error)\n"
     )
     done = subprocess.run([sys.executable, "-S", "-c", script, str(tmp_path)], capture_output=True, text=True)
-    assert done.stdout == "requests is not installed on this machine, so get is not to be had\n", done.stderr
+    assert done.stdout == "requests is not installed on this machine, so get is missing\n", done.stderr
     assert "packaging/version.py" in tool.carried_modules()
 
 

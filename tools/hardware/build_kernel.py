@@ -9,8 +9,8 @@ into one archive. On the GPU machine, with torch and numpy and no network:
 
 loads the module in place of compiling one; so does an installed flashinfer of the same release, if the archive's
 flashinfer/data/aot is copied into it. On 16 cores a build took 2.5 minutes (0.6.15.post1) and 4 (0.7.2.post1), one
-of all clusters 7.5. An interrupted build goes on where it stopped when the same command is given again. See the
-specification, section 8.
+of all clusters 7.5. An interrupted build goes on where it stopped when the same command is given again. See
+`docs/arithmetic.md`, section 8.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def __getattr__(name):
         raise AttributeError(name)
 
     def absent(*args, **kwargs):
-        raise ImportError(f"{__name__} is not installed on this machine, so {name} is not to be had")
+        raise ImportError(f"{__name__} is not installed on this machine, so {name} is missing")
 
     return absent
 '''
@@ -409,7 +409,7 @@ def is_other_type(source: str) -> bool:
 
 
 def is_used(operation: Any) -> bool:
-    """Say whether a tactic has this launcher's schedule; of a large tile's two only one is ever taken."""
+    """Say whether a tactic has this launcher's schedule; of a large tile's two only one is ever used."""
     tile = tuple(operation.cta_shape)
     pingpong = tile[0] < 128 or tile == (128, 128, 512)
     return str(operation.mainloop_schedule).endswith("Pingpong" if pingpong else "Cooperative")

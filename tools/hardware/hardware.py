@@ -1,7 +1,7 @@
 """Calling the real kernel: flashinfer's `cutlass_fused_moe` with a chosen tactic, and what machine it ran on.
 
 Works with an installed flashinfer or with the archive that `build_kernel.py` packs (unpack it and put the folder
-on PYTHONPATH). The specification, section 8.
+on PYTHONPATH). `docs/arithmetic.md`, section 8.
 """
 
 from __future__ import annotations

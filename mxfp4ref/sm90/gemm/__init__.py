@@ -1,1 +1,1 @@
-"""The group-scaled GEMM: the order of its groups, a transcription of the specification, and faster equals."""
+"""The group-scaled GEMM: the order of its groups, a transcription of `docs/arithmetic.md`, and faster equals."""

@@ -1,6 +1,6 @@
 """What can be said of the tensor core's sums from x alone, and the rows of x that they are computed from.
 
-A pair of a row of x and a K group of 32 (two steps of 16 products, the specification, section 3) is
+A pair of a row of x and a K group of 32 (two steps of 16 products, `docs/arithmetic.md`, section 3) is
 
 - plain, if every partial sum of its products is a float32 number whatever the weights: all are multiples of one
   unit and below 2^24 of them. Then nothing is truncated, and a float32 matrix product gives the group's sum

@@ -1,7 +1,7 @@
 """The group-scaled GEMM of the kernel, fast, and equal to `gemm_reference` bit for bit.
 
 For each output element and each 32-wide group of K the tensor core gives a sum `t` (see `group_sums`), and
-`acc = fma(t, scale, acc)` follows in float32 (the specification, section 3). A scale is a power of two, so
+`acc = fma(t, scale, acc)` follows in float32 (`docs/arithmetic.md`, section 3). A scale is a power of two, so
 `t * scale` is exact and the fused multiply-add is a float32 addition, as long as nothing leaves float32's
 normal range. Rows in which something may, by bounds on x and the scales, are added up in float64 and rounded
 to float32 group by group: a float64 sum of two numbers of 24 bits, rounded again to 24 bits, is as if rounded
