@@ -437,8 +437,6 @@ def explain(defect: str, root: Path | None) -> None:
     nature = "a mistake" if found.kind == "defect" else "another arithmetic that means the same"
     click.echo(f"{nature}; changes: {found.target}")
     click.echo(f"seen in: {', '.join(found.seen_in)}")
-    if found.equivalent:
-        click.echo(f"gives the same output as: {', '.join(found.equivalent)}")
     if catching:
         click.echo(
             textwrap.fill(f"cases made for it: {', '.join(catching)}", _WIDTH, subsequent_indent="    ")

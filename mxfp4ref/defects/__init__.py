@@ -15,30 +15,27 @@ import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from mxfp4ref.defects.activation import ACTIVATION_DEFECTS
-from mxfp4ref.defects.arguments import ARGUMENT_DEFECTS
-from mxfp4ref.defects.defect import Defect
-from mxfp4ref.defects.dequantize import DEQUANTIZE_DEFECTS, DequantizeCall, dequantize_call
-from mxfp4ref.defects.finalize import FINALIZE_DEFECTS
-from mxfp4ref.defects.gemm import GEMM_DEFECTS
-from mxfp4ref.defects.rounding import ROUNDING_DEFECTS
-from mxfp4ref.defects.routing import ROUTING_DEFECTS
+from mxfp4ref.defects import (
+    activation,
+    arguments,
+    dequantize,
+    finalize,
+    gemm,
+    rounding,
+    routing,
+    weights,
+)
+from mxfp4ref.defects.definition import DEFINED, Defect
+from mxfp4ref.defects.dequantize import DequantizeCall, dequantize_call
 from mxfp4ref.defects.variants.router import RoutingCall, route
-from mxfp4ref.defects.weights import WEIGHT_DEFECTS
 
 __all__ = ["DEFECTS", "Defect", "DequantizeCall", "RoutingCall", "dequantize_call", "get_defect", "route"]
 
-_ALL = (
-    *WEIGHT_DEFECTS,
-    *ARGUMENT_DEFECTS,
-    *GEMM_DEFECTS,
-    *ROUNDING_DEFECTS,
-    *ACTIVATION_DEFECTS,
-    *FINALIZE_DEFECTS,
-    *ROUTING_DEFECTS,
-    *DEQUANTIZE_DEFECTS,
+# In the order in which data flows; importing them registers their defects.
+_FAMILIES = (weights, arguments, gemm, rounding, activation, finalize, routing, dequantize)
+DEFECTS: Mapping[str, Defect] = MappingProxyType(
+    {name: DEFINED[name] for family in _FAMILIES for name in vars(family) if name in DEFINED}
 )
-DEFECTS: Mapping[str, Defect] = MappingProxyType({defect.name: defect for defect in _ALL})
 
 
 def get_defect(name: str) -> Defect:

@@ -2,135 +2,102 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from mxfp4ref.defects.defect import Defect, on_stages
-from mxfp4ref.defects.variants.gemm import GemmVariant, tensor_core_sum
+from mxfp4ref.defects.definition import defect
+from mxfp4ref.defects.variants.gemm import GemmVariant
+from mxfp4ref.defects.variants.rounding import keep
+from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import Stages
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["ROUNDING_DEFECTS", "bf16", "keep"]
+__all__: list[str] = []
+
+_EVERY_ROUNDING = "round_fc1 round_activation round_fc2 round_output"
 
 
-def bf16(x: Tensor) -> Tensor:
-    """float32 rounded to bf16, as float32."""
-    return fp32.widen(fp32.to_bf16(x))
-
-
-def keep(x: Tensor) -> Tensor:
-    """No rounding at all."""
+@defect("round_fc1", "no bf16 rounding after GEMM1", "flashinfer#4087")
+def gemm1_kept_fp32(x: Tensor) -> Tensor:
     return x
 
 
-def _truncate(x: Tensor) -> Tensor:
-    bits = x.view(torch.int32)
-    nan = (bits & 0x7FFFFFFF) > 0x7F800000
-    return torch.where(nan, fp32.BF16_NAN, bits >> 16).to(torch.int16).view(torch.bfloat16)
+@defect("stages", "no bf16 rounding after the activation", "flashinfer#4087")
+def act_kept_fp32(call: MoeCall) -> Stages:
+    return Stages(round_activation=keep, fc2_gemm=GemmVariant())  # the kernel's own takes bf16 only
 
 
-def _half_away(x: Tensor) -> Tensor:
-    bits = x.view(torch.int32)
-    nan = (bits & 0x7FFFFFFF) > 0x7F800000
-    return torch.where(nan, fp32.BF16_NAN, (bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
+def _upper_half(x: Tensor, added: int) -> Tensor:
+    """The upper half of the float32 bits after an addition to them, or NaN."""
+    return (
+        torch.where(x.isnan(), fp32.BF16_NAN, (x.view(torch.int32) + added) >> 16)
+        .to(torch.int16)
+        .view(torch.bfloat16)
+    )
 
 
-def _saturate(x: Tensor) -> Tensor:
+_SHIFTS = "bit shifts for conversions"
+
+
+@defect("round_fc1", "GEMM1's output cut to bf16 instead of rounded", _SHIFTS, kind="arithmetic")
+def fc1_truncated(x: Tensor) -> Tensor:
+    return _upper_half(x, 0)
+
+
+@defect("round_activation", "activation cut to bf16 instead of rounded", _SHIFTS, kind="arithmetic")
+def activation_truncated(x: Tensor) -> Tensor:
+    return _upper_half(x, 0)
+
+
+@defect("round_fc2", "GEMM2's output cut to bf16 instead of rounded", _SHIFTS, kind="arithmetic")
+def fc2_truncated(x: Tensor) -> Tensor:
+    return _upper_half(x, 0)
+
+
+@defect("round_output", "output cut to bf16 instead of rounded", _SHIFTS, kind="arithmetic")
+def output_truncated(x: Tensor) -> Tensor:
+    return _upper_half(x, 0)
+
+
+@defect(
+    _EVERY_ROUNDING, "every rounding to bf16 takes ties away from zero", "adding 0x8000", kind="arithmetic"
+)
+def round_half_away(x: Tensor) -> Tensor:
+    return _upper_half(x, 0x8000)
+
+
+@defect(
+    _EVERY_ROUNDING,
+    "every rounding to bf16 gives the largest number instead of Inf",
+    "saturating conversions",
+    kind="arithmetic",
+)
+def bf16_saturates(x: Tensor) -> Tensor:
     rounded = fp32.to_bf16(x).view(torch.int16)
-    infinite = rounded & 0x7FFF == 0x7F80
-    return torch.where(infinite, rounded - 1, rounded).view(torch.bfloat16)
+    return torch.where(rounded & 0x7FFF == 0x7F80, rounded - 1, rounded).view(torch.bfloat16)
 
 
-def _nan_as(pattern: int) -> Callable[[Tensor], Tensor]:
-    def rounding(x: Tensor) -> Tensor:
-        bits = fp32.to_bf16(x).view(torch.int16)
-        return torch.where(x.isnan(), pattern - 0x10000 if pattern > 0x7FFF else pattern, bits).to(
-            torch.int16
-        )
-
-    return lambda x: rounding(x).view(torch.bfloat16)
-
-
-def _through_fp16(x: Tensor) -> Tensor:
+@defect("round_activation", "activation passed through float16", "half-precision intermediates")
+def activation_fp16(x: Tensor) -> Tensor:
     return fp32.to_bf16(x.to(torch.float16).to(torch.float32))
 
 
-def _rounding(function: Callable[[Tensor], Tensor]) -> Stages:
-    return Stages(round_fc1=function, round_activation=function, round_fc2=function, round_output=function)
+def _with_nan(x: Tensor, bits: int) -> Tensor:
+    return fp32.to_bf16(x).view(torch.int16).masked_fill(x.isnan(), bits).view(torch.bfloat16)
 
 
-ROUNDING_DEFECTS: tuple[Defect, ...] = (
-    on_stages(
-        "gemm1_kept_fp32", "no bf16 rounding after GEMM1", ("flashinfer#4087",), Stages(round_fc1=keep)
-    ),
-    on_stages(
-        "act_kept_fp32",
-        "no bf16 rounding after the activation",
-        ("flashinfer#4087",),
-        Stages(round_activation=keep, fc2_gemm=GemmVariant(group_sum=tensor_core_sum)),
-    ),
-    on_stages(
-        "fc1_truncated",
-        "GEMM1's output cut to bf16 instead of rounded",
-        ("bit shifts for conversions",),
-        Stages(round_fc1=_truncate),
-        kind="arithmetic",
-    ),
-    on_stages(
-        "activation_truncated",
-        "activation cut to bf16 instead of rounded",
-        ("bit shifts for conversions",),
-        Stages(round_activation=_truncate),
-        kind="arithmetic",
-    ),
-    on_stages(
-        "fc2_truncated",
-        "GEMM2's output cut to bf16 instead of rounded",
-        ("bit shifts for conversions",),
-        Stages(round_fc2=_truncate),
-        kind="arithmetic",
-    ),
-    on_stages(
-        "output_truncated",
-        "output cut to bf16 instead of rounded",
-        ("bit shifts for conversions",),
-        Stages(round_output=_truncate),
-        kind="arithmetic",
-    ),
-    on_stages(
-        "round_half_away",
-        "every rounding to bf16 takes ties away from zero",
-        ("adding 0x8000",),
-        _rounding(_half_away),
-        kind="arithmetic",
-    ),
-    on_stages(
-        "bf16_saturates",
-        "every rounding to bf16 gives the largest number instead of Inf",
-        ("saturating conversions",),
-        _rounding(_saturate),
-        kind="arithmetic",
-    ),
-    on_stages(
-        "activation_fp16",
-        "activation passed through float16",
-        ("half-precision intermediates",),
-        Stages(round_activation=_through_fp16),
-    ),
-    on_stages(
-        "nan_as_7fc0",
-        "NaN in the output written as 0x7FC0",
-        ("torch's conversion to bf16",),
-        Stages(round_output=_nan_as(0x7FC0)),
-        kind="arithmetic",
-    ),
-    on_stages(
-        "nan_as_ffc0",
-        "NaN in the output written as 0xFFC0",
-        ("x86, whose invalid operations give negative NaNs",),
-        Stages(round_output=_nan_as(0xFFC0)),
-        kind="arithmetic",
-    ),
+@defect(
+    "round_output", "NaN in the output written as 0x7FC0", "torch's conversion to bf16", kind="arithmetic"
 )
+def nan_as_7fc0(x: Tensor) -> Tensor:
+    return _with_nan(x, 0x7FC0)
+
+
+@defect(
+    "round_output",
+    "NaN in the output written as 0xFFC0",
+    "x86, whose invalid operations give negative NaNs",
+    kind="arithmetic",
+)
+def nan_as_ffc0(x: Tensor) -> Tensor:
+    return _with_nan(x, 0xFFC0 - 0x10000)

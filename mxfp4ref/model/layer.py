@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mxfp4ref import _ieee
 from mxfp4ref._compiler import uncompiled
-from mxfp4ref._ieee import to_fp32, to_fp64
 from mxfp4ref._validate import check_choice, check_float, check_instance, check_same_device, check_tensor
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.model.call import MoeCall
@@ -101,23 +101,9 @@ def finish_output(
     if routed_scaling is RoutedScaling.FUSED_WITH_SHARED_ADD_BF16:
         if shared_output is None:
             raise ValueError(f"shared_output: expected a tensor with {routed_scaling}, got None")
-        return fp32.to_bf16(_fma(factor, routed, fp32.widen(shared_output.detach())))
+        return fp32.to_bf16(_ieee.fma(factor, routed, fp32.widen(shared_output.detach())))
     if routed_scaling is RoutedScaling.ON_OUTPUT_BF16:
-        routed = fp32.widen(fp32.to_bf16(to_fp32(to_fp64(routed) * to_fp64(factor))))
+        routed = fp32.widen(fp32.to_bf16(_ieee.mul(routed, factor)))
     if shared_output is not None:
-        routed = to_fp32(fp32.bf16_to_fp64(shared_output.detach()) + to_fp64(routed))
+        routed = _ieee.add(fp32.widen(shared_output.detach()), routed)
     return fp32.to_bf16(routed)
-
-
-def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """float32 `a * b + c`, rounded once. Unlike `fp32.fma` it keeps subnormals: torch's kernels do."""
-    product, c = to_fp64(a) * to_fp64(b), to_fp64(c)  # exact: 24 + 24 bits
-    total = product + c
-    # TwoSum gives the error; where there is one, the odd one of the two neighbours of the exact value is
-    # taken (round to odd), so that the second rounding, to 24 bits, is right.
-    c_part = total - product
-    error = (product - (total - c_part)) + (c - c_part)
-    bits = total.view(torch.int64)
-    inexact_even = (error != 0) & ((bits & 1) == 0) & torch.isfinite(total)
-    bits = torch.where(inexact_even, bits + torch.where((error < 0) == (total < 0), 1, -1), bits)
-    return to_fp32(bits.view(torch.float64))

@@ -8,54 +8,40 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mxfp4ref._spans import spans
 from mxfp4ref.formats.generations import Generation
 from mxfp4ref.formats.mxfp4 import E2M1_VALUES, GROUP_SIZE, decode_ue8m0, unpack_codes
 from mxfp4ref.sm90 import fp32
-from mxfp4ref.sm90.gemm.analysis import analyse, spans
 from mxfp4ref.sm90.gemm.order import first_pair_swapped, group_order
-from mxfp4ref.sm90.gemm.sums import codes_by_group, group_sums
 from mxfp4ref.sm90.tactics import Tactic
 from mxfp4ref.sm90.tensor_core import FRACTION_BITS, STEP_SIZE
 
-__all__ = [
-    "COLUMNS_AT_ONCE",
-    "ROWS_AT_ONCE",
-    "GemmVariant",
-    "Term",
-    "accumulate",
-    "tensor_core_sum",
-    "to_fp64",
-]
-
-ROWS_AT_ONCE = 64
-COLUMNS_AT_ONCE = 256
-
-# The sums of one K group, [B, M, 32] float64 by [B, N, 32] float64, as [B, M, N] float64.
-GroupSum = Callable[[Tensor, Tensor], Tensor]
+__all__ = ["GemmVariant", "Term", "accumulate", "in_pieces", "tensor_core_sum", "to_fp64"]
 
 
 @dataclass(frozen=True)
 class Term:
     """One K group of a tile of the product, on its way into the accumulators."""
 
-    group: int
     t: Tensor  # [B, M, N] float32
-    scale: Tensor  # [B, 1, N], float32 or float64
-    swapped: Tensor  # [B, M, 1] bool: the second product is rounded alone (the specification, section 3)
+    scale: Tensor  # [B, M, N] float32
+    swapped: (
+        Tensor  # [B, M, 1] bool: the second product is rounded alone (docs/arithmetic.md, "The exception")
+    )
 
 
 def accumulate(terms: list[Term]) -> Tensor:
     """The kernel's way, with every rounding and flush."""
     first, *rest = terms
-    acc = fp32.mul(first.t, first.scale.expand_as(first.t))
+    acc = fp32.mul(first.t, first.scale)
     if rest:
         second, *rest = rest
-        acc = _fma(second, acc)
+        acc = fp32.fma(second.t, second.scale, acc)
         if bool(first.swapped.any()):
-            early = _fma(first, fp32.mul(second.t, second.scale.expand_as(second.t)))
+            early = fp32.fma(first.t, first.scale, fp32.mul(second.t, second.scale))
             acc = torch.where(first.swapped, early, acc)
     for term in rest:
-        acc = _fma(term, acc)
+        acc = fp32.fma(term.t, term.scale, acc)
     return acc
 
 
@@ -67,7 +53,6 @@ def tensor_core_sum(
     fraction_bits: int = FRACTION_BITS,
     toward_zero: bool = True,
     chain: bool = True,
-    carried: Tensor | None = None,
 ) -> Tensor:
     """`x @ weights^T` by tensor-core steps along K, each given the last one's result, `[B, M, N] float64`.
 
@@ -77,12 +62,10 @@ def tensor_core_sum(
         step_size: products a step.
         fraction_bits, toward_zero: what a step keeps of its terms, and how it rounds its result.
         chain: False starts every step from zero and adds their results in float32.
-        carried: `[B, M, N] float64`, the start of the chain, or None for zero.
     """
-    acc = x.new_zeros(x.shape[0], x.shape[1], weights.shape[1]) if carried is None else carried
-    for start in range(0, x.shape[2], step_size):
-        some = slice(start, start + step_size)
-        factors = x[:, :, None, some], weights[:, None, :, some]
+    acc = x.new_zeros(x.shape[0], x.shape[1], weights.shape[1])
+    for block in spans(x.shape[2], step_size):
+        factors = x[:, :, None, block], weights[:, None, :, block]
         if chain:
             acc = _step(*factors, acc, fraction_bits, toward_zero)
         else:
@@ -114,16 +97,24 @@ def _power_of_two(x: Tensor) -> Tensor:
     return torch.where(x == 0, 0.0, power.clamp(min=2.0**-126))
 
 
-def _fma(term: Term, acc: Tensor) -> Tensor:
-    return fp32.fma(term.t, term.scale.expand_as(acc), acc)
-
-
 def to_fp64(x: Tensor) -> Tensor:
     return fp32.bf16_to_fp64(x) if x.dtype == torch.bfloat16 else x.to(torch.float64)
 
 
-def _kernel_scale(scales: Tensor) -> Tensor:
-    return decode_ue8m0(scales, convention="sm90")
+def in_pieces(
+    piece: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    positions: Tensor,
+) -> Tensor:
+    """A GEMM on rows and columns that fit into a cache, `[B, M, N] float32`."""
+    out = torch.empty(*x.shape[:2], packed.shape[1], dtype=torch.float32, device=x.device)
+    for rows in spans(x.shape[1], 64):
+        for columns in spans(packed.shape[1], 256):
+            factors = x[:, rows], packed[:, columns], scales[:, columns]
+            out[:, rows, columns] = piece(*factors, positions[:, rows])
+    return out
 
 
 @dataclass(frozen=True)
@@ -131,17 +122,17 @@ class GemmVariant:
     """The kernel's group-scaled GEMM with something changed, called like `group_scaled_gemm`.
 
     Attributes:
-        group_sum: the sums of a group; None for the kernel's own.
-        decode_scale: scale bytes to factors.
-        codes: the values of the 16 codes, if `group_sum` is given.
+        decode_codes: codes, int64, to float64 values of at most 8 bits.
+        decode_scales: scale bytes to float32 factors.
+        group_sum: the sums of a group, `[B, M, 32] float64` by `[B, N, 32] float64`, as `[B, M, N] float64`.
         order: `(num_groups, tile_k)` to the order of the groups.
         accumulate: the terms, in that order, to float32 accumulators.
         add_zero: the epilogue's addition of +0.
     """
 
-    group_sum: GroupSum | None = None
-    decode_scale: Callable[[Tensor], Tensor] = _kernel_scale
-    codes: tuple[float, ...] = E2M1_VALUES
+    decode_codes: Callable[[Tensor], Tensor] = lambda codes: _values(codes.device)[codes]
+    decode_scales: Callable[[Tensor], Tensor] = lambda scales: decode_ue8m0(scales, convention="sm90")
+    group_sum: Callable[[Tensor, Tensor], Tensor] = tensor_core_sum
     order: Callable[[int, int], list[int]] = group_order
     accumulate: Callable[[list[Term]], Tensor] = accumulate
     add_zero: bool = True
@@ -156,25 +147,24 @@ class GemmVariant:
         generation: Generation,
         positions: Tensor,
     ) -> Tensor:
-        out = torch.empty(*x.shape[:2], packed.shape[1], dtype=torch.float32, device=x.device)
-        order = self.order(scales.shape[2], tactic.tile_k)
-        swapped = first_pair_swapped(x, positions, tactic, generation).unsqueeze(-1)
-        for rows in spans(x.shape[1], ROWS_AT_ONCE):
-            for columns in spans(packed.shape[1], COLUMNS_AT_ONCE):
-                factor = self.decode_scale(scales[:, columns]).permute(2, 0, 1).unsqueeze(2)
-                sums = self._sums(x[:, rows], packed[:, columns])
-                acc = self.accumulate([Term(g, sums[g], factor[g], swapped[:, rows]) for g in order])
-                out[:, rows, columns] = fp32.add(acc, torch.zeros_like(acc)) if self.add_zero else acc
-        return out
+        def piece(x: Tensor, packed: Tensor, scales: Tensor, positions: Tensor) -> Tensor:
+            swapped = first_pair_swapped(x, positions, tactic, generation).unsqueeze(-1)
+            terms = [
+                self._term(x, packed, scales, swapped, group)
+                for group in self.order(scales.shape[2], tactic.tile_k)
+            ]
+            acc = self.accumulate(terms)
+            return fp32.add(acc, torch.zeros_like(acc)) if self.add_zero else acc
 
-    def _sums(self, x: Tensor, packed: Tensor) -> list[Tensor]:
-        if self.group_sum is None:
-            blocks = analyse(x, groups_at_once=x.shape[2] // GROUP_SIZE)
-            return list(group_sums(blocks, blocks.chunks[0], codes_by_group(packed)).unbind(0))
-        values = torch.tensor(self.codes, dtype=torch.float64, device=x.device)
-        x = to_fp64(x)
-        sums = []
-        for group in spans(x.shape[2], GROUP_SIZE):
-            codes = unpack_codes(packed[..., group.start // 2 : group.stop // 2])
-            sums.append(self.group_sum(x[..., group], values[codes.to(torch.int64)]).to(torch.float32))
-        return sums
+        return in_pieces(piece, x, packed, scales, positions)
+
+    def _term(self, x: Tensor, packed: Tensor, scales: Tensor, swapped: Tensor, group: int) -> Term:
+        codes = unpack_codes(packed[..., group * GROUP_SIZE // 2 : (group + 1) * GROUP_SIZE // 2])
+        values = self.decode_codes(codes.to(torch.int64))
+        block = slice(group * GROUP_SIZE, (group + 1) * GROUP_SIZE)
+        t = self.group_sum(to_fp64(x[..., block]), values).to(torch.float32)
+        return Term(t, self.decode_scales(scales[:, None, :, group]).expand_as(t), swapped)
+
+
+def _values(device: torch.device) -> Tensor:
+    return torch.tensor(E2M1_VALUES, dtype=torch.float64, device=device)

@@ -1,0 +1,159 @@
+"""What a named defect is, and the one way to write one.
+
+    @defect("swiglu.clamp", "gate clamped to [-L, L]", "gpt-oss ports", applies=given("swiglu_limit"))
+    def gate_clamped_below(up: Tensor, gate: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+        up, gate = clamp_both(up, gate, limit)
+        return up, fp32.maximum(gate, -limit)
+
+The first argument says what the function stands for, and so what it takes and returns:
+
+    "call"                      a `MoeCall` to the one that is run instead
+    "fc1_scales fc2_scales"     each of these tensors of the experts, if given, to another one or None
+    "round_fc1 round_fc2"       each of these `Stages`
+    "stages"                    a `MoeCall` to the `Stages` that run it, for a change in several places
+    "gemm.order"                a part of `GemmVariant`, in both GEMMs
+    "swiglu.clamp"              a part of `SwigluVariant`
+    "finalize.step"             a part of `FinalizeVariant`
+    "router.select"             a part of `rerouted`
+    "routing"                   a `RoutingCall` to another one, or to a wrong `Routing`
+    "dequantize"                a `DequantizeCall` to wrong values
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from mxfp4ref.defects.variants.finalize import FinalizeVariant
+from mxfp4ref.defects.variants.gemm import GemmVariant
+from mxfp4ref.defects.variants.router import RoutingCall, rerouted, route
+from mxfp4ref.defects.variants.swiglu import SwigluVariant
+from mxfp4ref.formats.experts import Sm90Experts
+from mxfp4ref.model.call import MoeCall
+from mxfp4ref.model.forward import Stages, forward
+
+__all__ = ["DEFINED", "Applies", "Defect", "defect", "given", "logical"]
+
+Applies = Callable[[Any], bool]
+_Target = Literal["moe", "routing", "dequantize"]
+_Kind = Literal["defect", "arithmetic"]
+_Change = TypeVar("_Change", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Defect:
+    """One way to be wrong, as a pipeline that differs from the kernel in exactly that.
+
+    Attributes:
+        name: a Python identifier.
+        summary: what happens, in a line.
+        seen_in: where: `repository#number` of a public thread, or in words.
+        kind: "defect" for a mistake, "arithmetic" for a pipeline that means the same and rounds otherwise.
+        target: what it is a wrong version of, and so what `run` takes and returns: "moe" a `MoeCall` and
+            `[M, H] bf16` like `forward`, "routing" a `RoutingCall` and a `Routing` like `route`, "dequantize" a
+            `DequantizeCall` and `[..., K] bf16` like `mxfp4.dequantize`.
+        run: the wrong pipeline.
+        applies: False for a call on which the defect cannot show, and on which `run` may fail; True promises
+            nothing.
+    """
+
+    name: str
+    summary: str
+    seen_in: tuple[str, ...]
+    kind: _Kind
+    target: _Target
+    run: Callable[[Any], Any]
+    applies: Applies
+
+
+DEFINED: dict[str, Defect] = {}
+
+_STAGES = {stage.name for stage in fields(Stages)}
+_VARIANTS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "gemm": ("fc1_gemm fc2_gemm", GemmVariant),
+    "swiglu": ("swiglu", SwigluVariant),
+    "finalize": ("finalize", FinalizeVariant),
+}
+
+
+def defect(
+    changes: str, summary: str, *seen_in: str, kind: _Kind = "defect", applies: Applies | None = None
+) -> Callable[[_Change], _Change]:
+    """Register the decorated function as a defect under its own name.
+
+    Args:
+        changes: what the function stands for, see above.
+        summary, seen_in, kind: as in `Defect`.
+        applies: as in `Defect`; by default true where `changes` names no tensors or the call has one of them.
+    """
+
+    def register(change: _Change) -> _Change:
+        name = change.__name__
+        if name in DEFINED:
+            raise ValueError(f"{name}: defined twice")
+        target, run, sensible = _pipeline(changes, change)
+        DEFINED[name] = Defect(name, summary, seen_in, kind, target, run, applies or sensible)
+        return change
+
+    return register
+
+
+def given(*tensors: str) -> Applies:
+    """A predicate: the call's experts have one of these."""
+    return lambda call: any(getattr(call.experts, name) is not None for name in tensors)
+
+
+def logical(call: MoeCall) -> MoeCall:
+    """The same call with its experts in logical layout.
+
+    Raises:
+        ValueError: the experts are not MXFP4.
+    """
+    experts = call.experts
+    if not experts.quantized:
+        raise ValueError("experts: expected MXFP4 weights for a defect to act on, got bfloat16")
+    if isinstance(experts, Sm90Experts):
+        return replace(call, experts=experts.select(torch.arange(experts.num_experts, device=experts.device)))
+    return call
+
+
+def _pipeline(changes: str, change: Callable[..., Any]) -> tuple[_Target, Callable[[Any], Any], Applies]:
+    """The target, the pipeline with the change in it, and whether that can show on a call."""
+    whole, _, part = changes.partition(".")
+    if whole == "dequantize":
+        return "dequantize", change, _always
+    if whole == "router":
+        return "routing", lambda call: rerouted(call, **{part: change}), _always
+    if whole == "routing":
+        return "routing", lambda call: _routed(change(call)), _always
+    if whole == "call":
+        return "moe", lambda call: forward(change(logical(call))), _always
+    if whole == "stages":
+        return "moe", lambda call: forward(logical(call), change(logical(call))), _always
+    if part:
+        whole, variant = _VARIANTS[whole]
+        change = variant(**{part: change})
+    names = whole.split()
+    if set(names) <= _STAGES:
+        stages = Stages(**dict.fromkeys(names, change))
+        return "moe", lambda call: forward(logical(call), stages), _always
+    return "moe", lambda call: forward(change_tensors(logical(call), *names, change=change)), given(*names)
+
+
+def change_tensors(call: MoeCall, *names: str, change: Callable[[Tensor], Tensor | None]) -> MoeCall:
+    """The call with these tensors of its experts changed where they are given."""
+    tensors: dict[str, Tensor | None] = {name: getattr(call.experts, name) for name in names}
+    changed: dict[str, Any] = {name: change(tensor) for name, tensor in tensors.items() if tensor is not None}
+    return replace(call, experts=replace(call.experts, **changed))
+
+
+def _routed(result: Any) -> Any:
+    return route(result) if isinstance(result, RoutingCall) else result
+
+
+def _always(call: object) -> bool:
+    return True
