@@ -32,7 +32,7 @@ from mxfp4ref.defects.variants.finalize import FinalizeVariant
 from mxfp4ref.defects.variants.gemm import GemmVariant
 from mxfp4ref.defects.variants.router import RoutingCall, rerouted, route
 from mxfp4ref.defects.variants.swiglu import SwigluVariant
-from mxfp4ref.formats.experts import Sm90Experts
+from mxfp4ref.formats.experts import Experts, Sm90Experts
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import Stages, forward
 
@@ -73,6 +73,7 @@ class Defect:
 DEFINED: dict[str, Defect] = {}
 
 _STAGES = {stage.name for stage in fields(Stages)}
+_TENSORS = {tensor.name for tensor in fields(Experts)}
 _VARIANTS: dict[str, tuple[str, Callable[..., Any]]] = {
     "gemm": ("fc1_gemm fc2_gemm", GemmVariant),
     "swiglu": ("swiglu", SwigluVariant),
@@ -141,6 +142,10 @@ def _pipeline(changes: str, change: Callable[..., Any]) -> tuple[_Target, Callab
     if set(names) <= _STAGES:
         stages = Stages(**dict.fromkeys(names, change))
         return "moe", lambda call: forward(logical(call), stages), _always
+    if not set(names) <= _TENSORS:
+        raise ValueError(
+            f"changes: expected tensors of the experts, stages, or a part of one, got {changes!r}"
+        )
     return "moe", lambda call: forward(change_tensors(logical(call), *names, change=change)), given(*names)
 
 

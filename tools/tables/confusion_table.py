@@ -92,8 +92,7 @@ def table(columns: list[Column]) -> tuple[str, list[str]]:
     total = 0
     for name, defect in DEFECTS.items():
         failing, named = names_of(name, columns)
-        right = name in named and set(named) <= {name, *defect.equivalent}
-        if not right:
+        if named != (name,):
             problems.append(f"{name}: {failing} cases fail, named {', '.join(named) or 'nothing'}")
         counts = {kind: sum(kind in c.escapes.get(name, ()) for c in columns) for kind in caught}
         cells = [str(counts[kind]) if defect.target == "moe" else "" for kind in caught]
@@ -120,7 +119,7 @@ the {len(columns)} golden cases that defects run on (whole-size layers and singl
 
 - *fails*: cases whose bits differ in mode `exact`.
 - *named*: the defects that the diagnosis names: those that predict every bit of every failing case and leave the
-  passing ones alone. `itself` is the right answer; several names mean defects that are declared equivalent.
+  passing ones alone. `itself` is the right answer.
 - *wider*, *bf16*, *probable*: cases in which some element lies outside its interval, that is, which mode `bounded`
   fails too: the rigorous interval for kernels that may keep wider intermediates (what `conform --mode bounded`
   uses), the one for kernels that round to bf16 between the stages, and the probabilistic one with confidence

@@ -5,8 +5,8 @@
 
 An entry is the fraction of output elements in which a defect's output differs, in any bit, from the legitimate one
 that is closest to it; 0 means that the case lets the defect pass. Problems are: a defect that fewer than two cases
-catch; two defects, not declared equivalent, with the same outputs on all cases; a case without which every defect
-would still be caught twice and that gives no other reason to exist; a case that says it catches what it does not.
+catch; two defects with the same outputs on all cases; a case without which every defect would still be caught twice
+and that gives no other reason to exist; a case that says it catches what it does not.
 """
 
 from __future__ import annotations
@@ -111,14 +111,8 @@ def problems(matrix: Matrix, cases: Sequence[Case]) -> list[str]:
     for first, second in combinations(matrix, 2):
         if DEFECTS[first].target != DEFECTS[second].target:
             continue
-        declared = second in DEFECTS[first].equivalent or first in DEFECTS[second].equivalent
-        same = all(matrix[first][case].output == entry.output for case, entry in matrix[second].items())
-        if same and not declared:
-            found.append(
-                f"defects {first} and {second}: the same outputs on all cases, not declared equivalent"
-            )
-        if declared and not same:
-            found.append(f"defects {first} and {second}: declared equivalent, but their outputs differ")
+        if all(matrix[first][case].output == entry.output for case, entry in matrix[second].items()):
+            found.append(f"defects {first} and {second}: the same outputs on all cases")
     for case in cases:
         for name in case.catches:
             if name not in DEFECTS:

@@ -110,8 +110,8 @@ def in_pieces(
 ) -> Tensor:
     """A GEMM on rows and columns that fit into a cache, `[B, M, N] float32`."""
     out = torch.empty(*x.shape[:2], packed.shape[1], dtype=torch.float32, device=x.device)
-    for rows in spans(x.shape[1], 64):
-        for columns in spans(packed.shape[1], 256):
+    for rows in spans(x.shape[1], 32):
+        for columns in spans(packed.shape[1], 128):
             factors = x[:, rows], packed[:, columns], scales[:, columns]
             out[:, rows, columns] = piece(*factors, positions[:, rows])
     return out
@@ -124,7 +124,7 @@ class GemmVariant:
     Attributes:
         decode_codes: codes, int64, to float64 values of at most 8 bits.
         decode_scales: scale bytes to float32 factors.
-        group_sum: the sums of a group, `[B, M, 32] float64` by `[B, N, 32] float64`, as `[B, M, N] float64`.
+        group_sum: `x @ weights^T` of groups, `[B, M, 32]` and `[B, N, 32]` to `[B, M, N]`, all float64.
         order: `(num_groups, tile_k)` to the order of the groups.
         accumulate: the terms, in that order, to float32 accumulators.
         add_zero: the epilogue's addition of +0.
@@ -148,22 +148,22 @@ class GemmVariant:
         positions: Tensor,
     ) -> Tensor:
         def piece(x: Tensor, packed: Tensor, scales: Tensor, positions: Tensor) -> Tensor:
+            num_groups = scales.shape[2]
             swapped = first_pair_swapped(x, positions, tactic, generation).unsqueeze(-1)
-            terms = [
-                self._term(x, packed, scales, swapped, group)
-                for group in self.order(scales.shape[2], tactic.tile_k)
-            ]
-            acc = self.accumulate(terms)
+            values = self.decode_codes(unpack_codes(packed).to(torch.int64))
+            t = self.group_sum(_by_group(to_fp64(x)), _by_group(values)).to(torch.float32)
+            t = t.unflatten(0, (-1, num_groups))
+            factors = self.decode_scales(scales).transpose(1, 2).unsqueeze(2).expand_as(t)
+            order = self.order(num_groups, tactic.tile_k)
+            acc = self.accumulate([Term(t[:, group], factors[:, group], swapped) for group in order])
             return fp32.add(acc, torch.zeros_like(acc)) if self.add_zero else acc
 
         return in_pieces(piece, x, packed, scales, positions)
 
-    def _term(self, x: Tensor, packed: Tensor, scales: Tensor, swapped: Tensor, group: int) -> Term:
-        codes = unpack_codes(packed[..., group * GROUP_SIZE // 2 : (group + 1) * GROUP_SIZE // 2])
-        values = self.decode_codes(codes.to(torch.int64))
-        block = slice(group * GROUP_SIZE, (group + 1) * GROUP_SIZE)
-        t = self.group_sum(to_fp64(x[..., block]), values).to(torch.float32)
-        return Term(t, self.decode_scales(scales[:, None, :, group]).expand_as(t), swapped)
+
+def _by_group(x: Tensor) -> Tensor:
+    """`[B, M, K]` as `[B * G, M, 32]`."""
+    return x.unflatten(-1, (-1, GROUP_SIZE)).transpose(1, 2).flatten(0, 1)
 
 
 def _values(device: torch.device) -> Tensor:
