@@ -128,9 +128,9 @@ MOE: dict[str, Change] = {
     "gate_up_interleaved": on(*FC1, change=first_row),
     "nibble_order": on(*WEIGHTS, change=lambda packed: packed & 15 | packed << 4),
     "nibble_split": filled(*WEIGHTS, value=0x33),
-    "weights_not_interleaved": filled(*WEIGHTS, value=0x33),
-    "weights_interleaved_twice": filled(*WEIGHTS, value=0x33),
-    "weights_interleaved_old": filled(*WEIGHTS, value=0x33),
+    "weights_not_interleaved": filled(*WEIGHTS, value=0xFF),
+    "weights_interleaved_twice": filled(*WEIGHTS, value=0xFF),
+    "weights_interleaved_old": filled(*WEIGHTS, value=0xFF),
     "scales_not_folded": filled(*SCALES, value=120),
     "scales_folded_old": filled(*SCALES, value=120),
     "scales_folded_new": filled(*SCALES, value=120),
@@ -200,7 +200,7 @@ ALWAYS_SHOW = {"scale_as_integer", "scale_bias_125", "codes_as_int4"}  # but on 
 
 @cache
 def base(generation: Generation) -> MoeCall:
-    return replace(defect_calls.every_option(), kernel=Sm90Kernel(generation=generation))
+    return replace(defect_calls.every_option().select(slice(4)), kernel=Sm90Kernel(generation=generation))
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
@@ -231,9 +231,9 @@ def test_weight_before_gemm2_where_generations_differ(case: str, generation: Gen
 
 
 def test_weight_before_gemm2_gives_each_row_its_own_weight() -> None:
-    """Of many tokens, which the forward takes in several parts: as each token alone."""
+    """Of many tokens, which the forward computes in several parts, as of each token alone."""
     call = base(BYTEWISE)
-    index = torch.arange(1100) % call.num_tokens
+    index = torch.arange(600) % call.num_tokens
     scales = torch.rand(len(index), call.top_k, generator=torch.Generator().manual_seed(32))
     many = replace(
         call,
@@ -243,7 +243,7 @@ def test_weight_before_gemm2_gives_each_row_its_own_weight() -> None:
     )
     run = DEFECTS["weight_before_gemm2"].run
     output = run(many)
-    for token in (0, 1, 511, 512, 700, 1099):
+    for token in (0, 511, 512, 599):
         assert as_bytes(output[token]) == as_bytes(run(many.select(slice(token, token + 1)))[0])
 
 
