@@ -38,8 +38,10 @@ def scale_as_integer(scales: Tensor) -> Tensor:
 
 
 def _has_scale_0_or_255(call: MoeCall) -> bool:
-    scales = (call.experts.fc1_scales, call.experts.fc2_scales)
-    return any(bool(((s.view(torch.uint8) + 1) <= 1).any()) for s in scales if s is not None)
+    scales = (
+        s.view(torch.uint8) for s in (call.experts.fc1_scales, call.experts.fc2_scales) if s is not None
+    )
+    return any(bool(((s == 0) | (s == 255)).any()) for s in scales)
 
 
 @defect(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import is_dataclass
 from typing import Any
 
 import pytest
@@ -95,5 +96,5 @@ def test_calls_are_not_modified() -> None:
 def tensors_of(value: Any) -> list[bytes]:
     if isinstance(value, Tensor):
         return [value.contiguous().view(torch.uint8).numpy().tobytes()]
-    fields = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+    fields = value if isinstance(value, dict) else vars(value) if is_dataclass(value) else {}
     return [tensor for name in sorted(fields) for tensor in tensors_of(fields[name])]

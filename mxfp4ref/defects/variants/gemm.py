@@ -152,7 +152,7 @@ class GemmVariant:
             swapped = first_pair_swapped(x, positions, tactic, generation).unsqueeze(-1)
             values = self.decode_codes(unpack_codes(packed).to(torch.int64))
             t = self.group_sum(_by_group(to_fp64(x)), _by_group(values)).to(torch.float32)
-            t = t.unflatten(0, (-1, num_groups))
+            t = t.view(-1, num_groups, *t.shape[1:])
             factors = self.decode_scales(scales).transpose(1, 2).unsqueeze(2).expand_as(t)
             order = self.order(num_groups, tactic.tile_k)
             acc = self.accumulate([Term(t[:, group], factors[:, group], swapped) for group in order])
@@ -163,7 +163,7 @@ class GemmVariant:
 
 def _by_group(x: Tensor) -> Tensor:
     """`[B, M, K]` as `[B * G, M, 32]`."""
-    return x.unflatten(-1, (-1, GROUP_SIZE)).transpose(1, 2).flatten(0, 1)
+    return x.view(*x.shape[:2], -1, GROUP_SIZE).transpose(1, 2).flatten(0, 1)
 
 
 def _values(device: torch.device) -> Tensor:
