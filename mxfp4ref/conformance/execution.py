@@ -24,10 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxfp4ref.conformance.adapters import Kernel, Skip, is_poison, outputs_by_name, poisoned
 from mxfp4ref.conformance.comparison import differing, first_difference
-from mxfp4ref.conformance.kernels import Kernel, Skip, is_poison, load_kernel, outputs_by_name, poisoned
+from mxfp4ref.conformance.kernels import load_kernel
+from mxfp4ref.goldens import Case
 from mxfp4ref.goldens.runs import runs
-from mxfp4ref.goldens.store import Case
 
 __all__ = ["PROBLEMS", "Outcome", "Worker", "execute", "execute_within", "to_device"]
 

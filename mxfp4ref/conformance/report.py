@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import FAR
-from mxfp4ref.conformance.suite import PASSING, CaseResult, Report
+from mxfp4ref.conformance.results import PASSING, CaseResult, Report
 from mxfp4ref.defects import DEFECTS
 
 if TYPE_CHECKING:

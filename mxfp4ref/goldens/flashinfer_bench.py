@@ -16,7 +16,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from mxfp4ref.goldens.store import EXPERT_TENSORS, Case, Goldens
+from mxfp4ref.goldens.case import EXPERT_TENSORS, Case
+from mxfp4ref.goldens.store import Goldens
 
 __all__ = ["export_flashinfer_bench"]
 

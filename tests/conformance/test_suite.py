@@ -14,12 +14,14 @@ from torch import Tensor
 from mxfp4ref import MoeCall, forward
 from mxfp4ref.conformance import kernels
 from mxfp4ref.conformance import suite as conformance
-from mxfp4ref.conformance.kernels import KernelError, load_kernel
-from mxfp4ref.conformance.suite import CaseResult, Report, name_defects, run, run_case
+from mxfp4ref.conformance.adapters import KernelError
+from mxfp4ref.conformance.kernels import load_kernel
+from mxfp4ref.conformance.results import CaseResult, Report, name_defects
+from mxfp4ref.conformance.suite import run, run_case
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.formats.generations import BYTEWISE, NEWEST
 from mxfp4ref.formats.layout import fold_scales_sm90, interleave_weights_sm90
-from mxfp4ref.goldens.store import Case, open_goldens
+from mxfp4ref.goldens import Case, open_goldens
 from mxfp4ref.sm90.tactics import Sm90Kernel, runnable_tactics, tactics_of
 from tests.helpers import kernels_under_test
 

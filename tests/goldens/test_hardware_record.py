@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mxfp4ref.goldens.store import Goldens, open_goldens
+from mxfp4ref.goldens import Goldens, open_goldens
 from mxfp4ref.goldens.hardware_record import compare, read
 
 GOLDENS = open_goldens(Path(__file__).resolve().parents[2] / "goldens")

@@ -17,13 +17,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mxfp4ref.goldens import generator
+from mxfp4ref.goldens import Case, GoldenError, derive, generator, tensor_bytes
 from mxfp4ref.goldens import store as golden
-from mxfp4ref.sm90.tactics import Sm90Kernel
 from mxfp4ref.goldens import writing as regenerate
-from mxfp4ref.goldens.store import BUILTIN_ROOT, Case, GoldenError, Goldens, derive, open_goldens, tensor_bytes
-from mxfp4ref.goldens.cases import BUILTIN, DEFINITIONS, SUITES
+from mxfp4ref.goldens.cases import DEFINITIONS, SUITES
+from mxfp4ref.goldens.manifest import BUILTIN
 from mxfp4ref.goldens.runs import run_stage, runs
+from mxfp4ref.goldens.store import BUILTIN_ROOT, Goldens, open_goldens
+from mxfp4ref.sm90.tactics import Sm90Kernel
 
 CHECKOUT = Path(__file__).resolve().parents[2] / "goldens"
 MOE = "gemm/wide_exponents"

@@ -18,9 +18,9 @@ import pytest
 import safetensors.torch
 import torch
 
+from mxfp4ref.goldens import GoldenError, Goldens, tensor_bytes
 from mxfp4ref.goldens import writing as regenerate
 from mxfp4ref.goldens.cases import DEFINITIONS
-from mxfp4ref.goldens.store import GoldenError, Goldens, tensor_bytes
 from mxfp4ref.goldens.writing import Files, case_files
 
 CASES = ("layout/fold_scales_0_6_16", "layout/fold_scales_0_6_9", "layout/swap_halves")

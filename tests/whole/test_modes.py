@@ -19,8 +19,8 @@ from mxfp4ref.conformance.diagnosis import diagnose
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.formats import layout, mxfp4, quantize, resize
 from mxfp4ref.formats.generations import GENERATIONS
-from mxfp4ref.goldens import generator
-from mxfp4ref.goldens.store import BUILTIN_ROOT, open_goldens, tensor_bytes
+from mxfp4ref.goldens import generator, tensor_bytes
+from mxfp4ref.goldens.store import BUILTIN_ROOT, open_goldens
 from mxfp4ref.model import forward as moe
 from mxfp4ref.model import layer, parallel
 from mxfp4ref.model.call import MoeCall

@@ -35,7 +35,7 @@ from torch import Tensor
 from mxfp4ref import Experts, MoeCall, forward
 from mxfp4ref.conformance.execution import to_device
 from mxfp4ref.formats.generations import NEWEST, generation_of
-from mxfp4ref.goldens.store import Case, open_goldens, tensor_bytes
+from mxfp4ref.goldens import Case, open_goldens, tensor_bytes
 from mxfp4ref.sm90 import mufu, tensor_core
 from mxfp4ref.sm90.tactics import Sm90Kernel, each_kernel
 

@@ -24,10 +24,10 @@ import torch
 from mxfp4ref.conformance import suite as conformance
 from mxfp4ref.conformance.bounds import STORAGE, bound
 from mxfp4ref.conformance.comparison import differing
-from mxfp4ref.conformance.kernels import defect_outputs
+from mxfp4ref.conformance.stand_ins import defect_outputs
 from mxfp4ref.defects import DEFECTS
+from mxfp4ref.goldens import open_goldens, tensor_bytes
 from mxfp4ref.goldens.runs import runs
-from mxfp4ref.goldens.store import open_goldens, tensor_bytes
 
 STORED = Path(__file__).resolve().parents[2] / "docs" / "confusion.md"
 CONFIDENCE = 1 - 1e-9

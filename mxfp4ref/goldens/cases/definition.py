@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from mxfp4ref.model.call import MoeCall
-from mxfp4ref.goldens.store import EXPERT_TENSORS, tensor_bytes
-from mxfp4ref.goldens.cases.source import Source
 from mxfp4ref.formats.generations import NEWEST
 from mxfp4ref.formats.layout import fold_scales_sm90, interleave_weights_sm90
+from mxfp4ref.goldens.case import EXPERT_TENSORS, tensor_bytes
+from mxfp4ref.goldens.cases.source import Source
+from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import KERNEL, forward, trace
 from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
 from mxfp4ref.sm90.tactics import TILE_K, Sm90Kernel
@@ -142,7 +142,9 @@ def outputs_by_tile_k(call: MoeCall) -> dict[tuple[int, int], Tensor]:
             again = iter(kept)
             repeat = (lambda *_, again=again, **__: next(again)) if kept else keep
             stages = replace(KERNEL, fc1_gemm=repeat)
-            outputs[first, second] = forward(replace(call, kernel=Sm90Kernel.of_tiles((first, second))), stages)
+            outputs[first, second] = forward(
+                replace(call, kernel=Sm90Kernel.of_tiles((first, second))), stages
+            )
     return outputs
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxfp4ref.model.call import MoeCall
 from mxfp4ref.formats.experts import Experts
-from mxfp4ref.goldens.store import derive
+from mxfp4ref.goldens.case import derive
 from mxfp4ref.goldens.cases.definition import Content, define, moe_content
 from mxfp4ref.goldens.cases.source import Source
+from mxfp4ref.model.call import MoeCall
 from mxfp4ref.routing.presets import Routing, deepseek_v4, gpt_oss
 
 _SCALES = {"low": 117, "high": 121}

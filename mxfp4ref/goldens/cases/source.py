@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mxfp4ref.goldens import generator
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE
+from mxfp4ref.goldens import generator
 
 __all__ = ["MODERATE_SCALES", "Source", "float32", "int32"]
 
