@@ -46,6 +46,7 @@ class Case:
         tensors: all stored tensors by name.
         derived: tensors that are generated instead of stored, and how.
         output_tensors: for kind "moe", the name of the stored output for each pair of K tiles.
+        pending: whether no GPU has confirmed the outputs yet.
     """
 
     suite: str
@@ -58,6 +59,7 @@ class Case:
     tensors: Mapping[str, Tensor]
     derived: Mapping[str, Mapping[str, Any]]
     output_tensors: Mapping[tuple[int, int], str]
+    pending: bool = False
 
     @property
     def id(self) -> str:

@@ -219,6 +219,7 @@ def _case(name: str, sidecar: dict[str, Any], tensors: dict[str, Tensor]) -> Cas
         tensors=tensors,
         derived=sidecar["derived"],
         output_tensors=output_tensors,
+        pending=sidecar.get("pending", False),
     )
 
 

@@ -76,7 +76,7 @@ def case_files(definition: Definition, content: Content) -> Files:
     outputs: dict[str, list[list[int]]] = {}
     for pair, name in sorted(content.output_tensors.items()):
         outputs.setdefault(name, []).append(list(pair))
-    sidecar = {
+    sidecar: dict[str, Any] = {
         "format": FORMAT,
         "suite": definition.suite,
         "name": definition.name,
@@ -96,6 +96,8 @@ def case_files(definition: Definition, content: Content) -> Files:
         "derived": {name: dict(recipe) for name, recipe in content.derived.items()},
         "outputs": [{"tensor": name, "tile_k": pairs} for name, pairs in outputs.items()],
     }
+    if definition.pending:
+        sidecar["pending"] = True
     return {"json": json_bytes(sidecar), "safetensors": safetensors_bytes(dict(content.tensors))}
 
 

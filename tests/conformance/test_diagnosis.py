@@ -7,19 +7,22 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from mxfp4ref import forward
 from mxfp4ref.conformance import (
     CaseResult,
     Kernel,
     Options,
     Report,
+    diagnose,
     load_kernel,
     run,
     run_case,
 )
 from mxfp4ref.conformance.results import name_defects
+from mxfp4ref.conformance.stand_ins import defect_outputs
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.goldens import Case, open_goldens
-from tests.helpers import kernels_under_test
+from tests.helpers import kernels_under_test, layers
 
 GOLDENS = open_goldens()
 WHOLE_SIZE = GOLDENS.names("models")
@@ -133,3 +136,40 @@ def test_verdict_without_an_exact_defect_gives_the_closest() -> None:
     assert "does not conform: 1 of 1 cases fail." in report.verdict
     assert isinstance(report, Report)
     assert report.closest is None or report.closest[0] in DEFECTS
+
+
+@pytest.mark.parametrize(
+    ("hidden", "inner", "num_experts", "ep_size", "tokens", "extras"),
+    [
+        (32, 32, 1, 1, 1, False),
+        (64, 32, 1, 2, 3, True),
+        (96, 160, 3, 1, 0, False),
+        (160, 96, 2, 4, 3, True),
+        (256, 384, 2, 1, 2, True),
+    ],
+)
+def test_every_defect_is_defined_on_every_shape(
+    hidden: int, inner: int, num_experts: int, ep_size: int, tokens: int, extras: bool
+) -> None:
+    """`predict` catches no exception: a defect gives an output of the right shape, or says that it cannot show."""
+    parameters = layers.PARAMETERS if extras else ()
+    experts = layers.random_experts(
+        7, num_experts=num_experts, hidden=hidden, inner=inner, biases=extras, parameters=parameters
+    )
+    call = layers.random_call(7, experts, tokens=tokens, top_k=1, ep_size=ep_size, ep_rank=ep_size - 1)
+    ran = 0
+    for defect in DEFECTS.values():
+        if defect.target == "moe" and (outputs := defect_outputs(defect, call)) is not None:
+            assert outputs["output"].shape == call.input.shape, defect.name
+            ran += 1
+    assert ran > 50
+
+
+def test_no_defect_is_named_for_experts_that_are_not_quantised() -> None:
+    call = layers.random_call(3, experts=layers.random_experts(3, quantized=False))
+    expected = forward(call)
+    wrong = expected.clone()
+    wrong[0, 0] += 1
+    found = diagnose("moe", call, {"output": wrong}, {"output": expected})
+    assert (found.predictions, found.stage) == ((), "")
+    assert found.first.index == (0, 0)

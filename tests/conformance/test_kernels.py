@@ -16,6 +16,7 @@ from mxfp4ref.conformance import (
     CaseResult,
     KernelError,
     Options,
+    assert_bits_equal,
     load_kernel,
     run,
     run_case,
@@ -26,9 +27,9 @@ from mxfp4ref.formats.layout import fold_scales_sm90, interleave_weights_sm90
 from mxfp4ref.goldens import Case, open_goldens
 from mxfp4ref.sm90.tactics import Sm90Kernel, runnable_tactics, tactics_of
 from tests.helpers import kernels_under_test
+from tools.hardware import hardware
 
 GOLDENS = open_goldens()
-WHOLE_SIZE = GOLDENS.names("models")
 SMALL = "finalize/slot_order"
 
 
@@ -143,6 +144,15 @@ class TestFlashinfer:
         for isolate, kernel in ((False, "oracle"), (True, "flashinfer")):
             with pytest.raises(ValueError, match="all_tactics: expected a kernel"):
                 run(kernel, [case], Options(all_tactics=True), device="cpu", isolate=isolate)
+
+    def test_the_recording_tools_launch_the_same_kernel(self) -> None:
+        case = GOLDENS.load("gemm/mirrored_hidden_1536")
+        kernel = load_kernel("flashinfer", "cpu")
+        for tile_k, expected in case.outputs.items():
+            launch = hardware.launcher(kernel, case.call(Sm90Kernel.of_tiles(tile_k)), enable_pdl=True)
+            for _ in range(2):
+                assert_bits_equal(launch(), expected)
+        assert len(self.seen) == 2 * len(case.outputs)
 
     def test_generation_without_profile_ids(self, case: Case) -> None:
         def before_profile_ids(

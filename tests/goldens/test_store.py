@@ -21,7 +21,6 @@ from mxfp4ref.goldens import (
     store,
 )
 
-CHECKOUT = Path(__file__).resolve().parents[2] / "goldens"
 MOE = "gemm/wide_exponents"
 SMALL = "layout/fold_scales_0_6_16"
 

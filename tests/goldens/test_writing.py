@@ -28,7 +28,6 @@ from mxfp4ref.goldens.cases.source import Source
 from mxfp4ref.goldens.manifest import BUILTIN
 
 CHECKOUT = Path(__file__).resolve().parents[2] / "goldens"
-MOE = "gemm/wide_exponents"
 SMALL = "layout/fold_scales_0_6_16"
 
 

@@ -87,9 +87,11 @@ def compare(a: Path, b: Path) -> None:
 def layer(checkpoint: Path, index: int, input_path: Path, output_path: Path | None, **options: Any) -> None:
     """Run a whole mixture-of-experts layer of a DeepSeek-V4 or gpt-oss checkpoint: router, experts, output."""
     from mxfp4ref.checkpoint import run_layer
+    from mxfp4ref.model.parallel import Ranks
 
     with usage_errors():
-        result = run_layer(checkpoint, index, input_path, output_path, **options)
+        ranks = Ranks(options.pop("ep_size"), options.pop("tp_size"))
+        result = run_layer(checkpoint, index, input_path, output_path, ranks=ranks, **options)
     for name, tensor in result.items():
         click.echo(f"{name:22}  {describe(tensor):22}  {first_values(tensor)}")
     if output_path is not None:
