@@ -84,7 +84,7 @@ def test_a_defect_in_one_token_only_is_not_named(case: Case) -> None:
 
 def test_an_unnamed_mistake_gets_places_and_a_stage() -> None:
     case = GOLDENS.load("gemm/ordinary")
-    result = result_of("kernels_under_test:second_half_of_columns", case)
+    result = result_of("tests.helpers.kernels_under_test:second_half_of_columns", case)
     assert result.diagnosis is not None
     assert "exactly every second 16-row block of fc2 differs, from 1 on" in result.diagnosis.patterns
     assert result.diagnosis.exact == ()
@@ -94,7 +94,7 @@ def test_an_unnamed_mistake_gets_places_and_a_stage() -> None:
 
 
 def test_exposed_stages_are_compared() -> None:
-    result = result_of("kernels_under_test:with_trace", GOLDENS.load("gemm/ordinary"))
+    result = result_of("tests.helpers.kernels_under_test:with_trace", GOLDENS.load("gemm/ordinary"))
     assert result.diagnosis is not None
     assert result.diagnosis.stage.startswith("activation is the first stage that differs, in 1 of")
     assert "got 0x447A (1000)" in result.diagnosis.stage
@@ -131,7 +131,7 @@ def test_name_defects_intersects() -> None:
 
 
 def test_verdict_without_an_exact_defect_gives_the_closest() -> None:
-    report = run("kernels_under_test:second_half_of_columns", [GOLDENS.load("gemm/ordinary")])
+    report = run("tests.helpers.kernels_under_test:second_half_of_columns", [GOLDENS.load("gemm/ordinary")])
     assert report.defects == ()
     assert "does not conform: 1 of 1 cases fail." in report.verdict
     assert isinstance(report, Report)

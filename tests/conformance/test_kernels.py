@@ -46,7 +46,7 @@ def result_of(spec: str, case: Case) -> CaseResult:
 def test_adapters_hand_everything_over(spec: str) -> None:
     """Biases, SwiGLU parameters, expert and tensor parallelism, repeated experts."""
     prefix, _, name = spec.rpartition(":")
-    path = f"{prefix}:kernels_under_test:{name}" if prefix else f"kernels_under_test:{name}"
+    path = f"{prefix}:tests.helpers.kernels_under_test:{name}" if prefix else f"tests.helpers.kernels_under_test:{name}"
     names = [
         "activation/bias_before_clamp",
         "finalize/biases_inside_weight",
@@ -59,11 +59,11 @@ def test_adapters_hand_everything_over(spec: str) -> None:
 
 
 def test_stage_kernels() -> None:
-    report = run("stage:dequantize:kernels_under_test:stage_dequantize", GOLDENS)
+    report = run("stage:dequantize:tests.helpers.kernels_under_test:stage_dequantize", GOLDENS)
     assert report.ok
     assert {r.kind for r in report.results if r.status == "equal"} == {"dequantize"}
     moved = result_of(
-        "stage:layout:kernels_under_test:stage_layout_identity", GOLDENS.load("layout/swap_halves")
+        "stage:layout:tests.helpers.kernels_under_test:stage_layout_identity", GOLDENS.load("layout/swap_halves")
     )
     assert moved.status == "differs"
     assert moved.diagnosis is not None
@@ -75,10 +75,10 @@ def test_stage_kernels() -> None:
     [
         ("nonsense", "expected package.module:function or one of"),
         ("no.such.module:f", "cannot import 'no.such.module'"),
-        ("kernels_under_test:absent", "has no 'absent'"),
-        ("kernels_under_test:GOLDENS", "has no"),
+        ("tests.helpers.kernels_under_test:absent", "has no 'absent'"),
+        ("tests.helpers.kernels_under_test:GOLDENS", "has no"),
         ("defect:limit_ignord", "limit_ignored"),
-        ("stage:moe:kernels_under_test:good", "KIND one of dequantize"),
+        ("stage:moe:tests.helpers.kernels_under_test:good", "KIND one of dequantize"),
         ("flashinfer", "flashinfer"),
     ],
 )

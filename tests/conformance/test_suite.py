@@ -50,7 +50,7 @@ def test_report_tells_which_tiles_agree() -> None:
         return kernels_under_test.good(**arguments, kernel=Sm90Kernel.of_tiles((512, 128)))
 
     assert run_case(load_kernel(other_tiles), case).tiles == ("512x128",)
-    assert result_of("kernels_under_test:good", case).tiles == ("128x128",)
+    assert result_of("tests.helpers.kernels_under_test:good", case).tiles == ("128x128",)
 
 
 def test_a_kernel_told_its_tiles_has_to_use_them() -> None:
@@ -84,7 +84,7 @@ def test_a_kernel_told_its_tiles_has_to_use_them() -> None:
 )
 def test_misbehaviour_is_reported_as_what_it_is(case: Case, name: str, status: str, message: str) -> None:
     assert list(case.outputs[128, 128].shape) == [8, 128]
-    result = result_of(f"kernels_under_test:{name}", case)
+    result = result_of(f"tests.helpers.kernels_under_test:{name}", case)
     assert (result.status, result.ok) == (status, False)
     assert message in result.message
 
@@ -95,7 +95,7 @@ def test_a_modified_input_does_not_spoil_the_next_case(case: Case) -> None:
         x.zero_()
         return result
 
-    plain = Kernel("spoiler", ("moe",), load_kernel("plain:kernels_under_test:good_plain").prepare, spoiler)
+    plain = Kernel("spoiler", ("moe",), load_kernel("plain:tests.helpers.kernels_under_test:good_plain").prepare, spoiler)
     assert run_case(plain, case).status == "input modified"
     assert result_of("oracle", case).status == "equal"
 
@@ -113,11 +113,11 @@ def test_a_hang_is_reported_and_the_rest_runs(case: Case) -> None:
 
 
 def test_isolation_survives_a_crash_and_a_hang(case: Case) -> None:
-    report = run("kernels_under_test:hangs", [case], Options(timeout=0.5), isolate=True)
+    report = run("tests.helpers.kernels_under_test:hangs", [case], Options(timeout=0.5), isolate=True)
     assert report.results[0].status == "timed out"
     assert "killed" in report.results[0].message
     other = GOLDENS.load("formats/every_code_by_row")
-    report = run("kernels_under_test:dies_once", [case, other], isolate=True)
+    report = run("tests.helpers.kernels_under_test:dies_once", [case, other], isolate=True)
     assert [r.status for r in report.results] == ["crashed", "equal"]
     assert "SIGABRT" in report.results[0].message
 
