@@ -50,7 +50,7 @@ class Kernel:
     """A function under test and how it is called.
 
     Attributes:
-        name: the specification it was loaded from.
+        name: what it was loaded by, as in `kernels`.
         kinds: the kinds of golden cases it can run.
         prepare: turns a case's inputs into positional and keyword arguments; may raise `Skip`, or ValueError
             where something of the kernel's that is not the function itself is wrong.

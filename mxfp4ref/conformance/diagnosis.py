@@ -141,6 +141,7 @@ def _predictions(
     names = [n for n, defect in DEFECTS.items() if defect.target == kind]
     if not isinstance(inputs, MoeCall):
         return _ranked(p for name in names if (p := predict(inputs, outputs, expected, name)) is not None)
+    heavy = is_heavy(inputs)
     wrong = differing(outputs["output"], expected["output"])
     worst = wrong.sum(1).argsort(descending=True, stable=True)
 
@@ -156,7 +157,6 @@ def _predictions(
         whole = predict(inputs, outputs, expected, name) if not heavy else one
         return whole is not None and whole.exact
 
-    heavy = is_heavy(inputs)
     for candidates in (list(suspects or ()), [] if heavy else names):
         exact = [name for name in candidates if name in names and is_exact(name)]
         if exact:

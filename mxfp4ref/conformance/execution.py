@@ -116,7 +116,7 @@ def execute_within(seconds: float | None, function: Callable[[], Outcome]) -> Ou
 
 
 class Worker:
-    """A process of its own for a kernel given by its specification; started when needed, killed when it hangs.
+    """A process of its own for a kernel given by its name; started when needed, killed when it hangs.
 
     Use it as a context manager.
     """
@@ -132,7 +132,7 @@ class Worker:
         self._stop()
 
     def execute(self, seconds: float | None, case: Case, index: int, *, repeat: bool = True) -> Outcome:
-        """As the function `execute` for a run of a case, by its place in `stages.runs(case)`.
+        """As the function `execute` for a run of a case, by its place in `runs(case)`.
 
         "crashed" when the process dies, "timed out" when the kernel takes longer than `seconds`.
         """

@@ -1,6 +1,6 @@
 """Kernels under test: named stand-ins, flashinfer's own, and anybody's function by its import path.
 
-What a kernel specification may be:
+A kernel is named by a string:
 
     oracle                     this package's own forward
     defect:NAME                a named wrong pipeline of `mxfp4ref.defects`
@@ -38,10 +38,10 @@ STAND_INS = ("oracle", "torch-bf16", "defect:NAME", "flashinfer")
 
 
 def load_kernel(spec: str | Callable[..., Any], device: str | None = None) -> Kernel:
-    """The kernel that a specification (see the module's text) or a callable with flashinfer's signature names.
+    """The kernel of a name as above, or one made of a callable with flashinfer's signature.
 
     Args:
-        spec: the specification, or the callable itself.
+        spec: the name, or the callable itself.
         device: where its tensors go; by default the CPU, and CUDA for `flashinfer`.
 
     Raises:

@@ -28,7 +28,7 @@ _SCRIPT = '''\
 """{case}: {why}
 
 Runs one token of the case through a kernel and shows the first element that differs.
-Usage: python {name}.py [kernel specification]; see `mxfp4ref conform --help`.
+Usage: python {name}.py [kernel]; see `mxfp4ref conform --help`.
 """
 
 import sys

@@ -53,7 +53,7 @@ class Report:
     """The results of a run.
 
     Attributes:
-        kernel: its specification.
+        kernel: its name.
         mode: "exact" or "bounded".
         results: one for each case.
         defects: the named defects each of which predicts all outputs that differ, in every bit.

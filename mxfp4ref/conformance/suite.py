@@ -85,11 +85,11 @@ def run(
     """Run a kernel over cases and compare.
 
     Args:
-        kernel: a specification as in `kernels`, or a callable with flashinfer's signature.
+        kernel: a name as in `kernels`, or a callable with flashinfer's signature.
         cases: goldens, or any cases; loaded one at a time.
         options: how to compare.
         device: where the kernel's tensors go.
-        isolate: run the kernel, given by its specification, in a process of its own.
+        isolate: run the kernel, given by its name, in a process of its own.
         progress: called with each result.
 
     Raises:
@@ -100,9 +100,7 @@ def run(
     """
     loaded = kernel if isinstance(kernel, Kernel) else load_kernel(kernel, device)
     if isolate and not isinstance(kernel, str):
-        raise ValueError(
-            f"isolate: expected a kernel given by its specification, got {type(kernel).__name__}"
-        )
+        raise ValueError(f"isolate: expected a kernel given by its name, got {type(kernel).__name__}")
     if options.all_tactics and (isolate or not loaded.forces_tactics):
         reason = (
             "one that runs in this process" if isolate else "one whose tactics can be chosen (flashinfer)"

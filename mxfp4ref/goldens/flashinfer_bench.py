@@ -2,7 +2,7 @@
 
 flashinfer-bench benchmarks kernels against a data set folder; `export_flashinfer_bench` writes one without
 needing that package. Its schema has no unsigned bytes, so that weights and scales are stored as int8, the same
-bits. It compares with a tolerance, not bits: a kernel that passes there may still fail `conformance.run`.
+bits. It compares with a tolerance, not bits: a kernel that passes there may still fail `mxfp4ref conform`.
 """
 
 from __future__ import annotations

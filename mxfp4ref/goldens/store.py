@@ -165,8 +165,8 @@ def find_root() -> Path:
             return manifest.parent
     if not (BUILTIN_ROOT / "manifest.json").is_file():
         raise GoldenError(
-            "no goldens found: set MXFP4REF_GOLDENS to a folder with a manifest.json, or run "
-            "tools/tables/regenerate_goldens.py in a checkout"
+            "no goldens found: set MXFP4REF_GOLDENS to a folder with a manifest.json, or run `mxfp4ref regenerate` "
+            "in a checkout"
         )
     return BUILTIN_ROOT
 

@@ -46,7 +46,7 @@ def result_of(spec: str, case: Case) -> CaseResult:
 def test_adapters_hand_everything_over(spec: str) -> None:
     """Biases, SwiGLU parameters, expert and tensor parallelism, repeated experts."""
     prefix, _, name = spec.rpartition(":")
-    path = f"{prefix}:tests.helpers.kernels_under_test:{name}" if prefix else f"tests.helpers.kernels_under_test:{name}"
+    path = ":".join(filter(None, (prefix, "tests.helpers.kernels_under_test", name)))
     names = [
         "activation/bias_before_clamp",
         "finalize/biases_inside_weight",
@@ -63,7 +63,8 @@ def test_stage_kernels() -> None:
     assert report.ok
     assert {r.kind for r in report.results if r.status == "equal"} == {"dequantize"}
     moved = result_of(
-        "stage:layout:tests.helpers.kernels_under_test:stage_layout_identity", GOLDENS.load("layout/swap_halves")
+        "stage:layout:tests.helpers.kernels_under_test:stage_layout_identity",
+        GOLDENS.load("layout/swap_halves"),
     )
     assert moved.status == "differs"
     assert moved.diagnosis is not None

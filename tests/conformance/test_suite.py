@@ -95,7 +95,8 @@ def test_a_modified_input_does_not_spoil_the_next_case(case: Case) -> None:
         x.zero_()
         return result
 
-    plain = Kernel("spoiler", ("moe",), load_kernel("plain:tests.helpers.kernels_under_test:good_plain").prepare, spoiler)
+    prepare = load_kernel("plain:tests.helpers.kernels_under_test:good_plain").prepare
+    plain = Kernel("spoiler", ("moe",), prepare, spoiler)
     assert run_case(plain, case).status == "input modified"
     assert result_of("oracle", case).status == "equal"
 
@@ -148,7 +149,7 @@ def test_nothing_run_does_not_conform() -> None:
 def test_arguments_are_checked(case: Case) -> None:
     with pytest.raises(ValueError, match="mode: expected one of"):
         Options(mode="loose")
-    with pytest.raises(ValueError, match="isolate: expected a kernel given by its specification"):
+    with pytest.raises(ValueError, match="isolate: expected a kernel given by its name"):
         run(kernels_under_test.good, [case], isolate=True)
 
 

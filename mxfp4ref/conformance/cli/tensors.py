@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from mxfp4ref.conformance.cli.shared import NOT_EQUAL, describe, first_values, usage_errors
 from mxfp4ref.conformance.comparison import FAR, differing, first_difference, ulp_distance
+from mxfp4ref.model.parallel import Ranks
+from mxfp4ref.routing import PRESETS
 
 __all__ = ["compare", "layer"]
 
@@ -74,9 +77,7 @@ def compare(a: Path, b: Path) -> None:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write the output and the routing to this safetensors file.",
 )
-@click.option(
-    "--router", type=click.Choice(["deepseek_v4", "gpt_oss", "mixtral"]), help="Default: the checkpoint's."
-)
+@click.option("--router", type=click.Choice(list(PRESETS)), help="Default: the checkpoint's.")
 @click.option("--top-k", type=click.IntRange(min=1), help="Default: that of config.json.")
 @click.option("--routed-scaling-factor", type=float, help="Default: that of config.json.")
 @click.option("--alpha", type=float, help="SwiGLU's alpha; default: the model's.")
@@ -84,14 +85,25 @@ def compare(a: Path, b: Path) -> None:
 @click.option("--limit", type=float, help="SwiGLU's limit; default: the model's.")
 @click.option("--ep-size", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--tp-size", type=click.IntRange(min=1), default=1, show_default=True)
-def layer(checkpoint: Path, index: int, input_path: Path, output_path: Path | None, **options: Any) -> None:
+def layer(
+    checkpoint: Path,
+    index: int,
+    input_path: Path,
+    output_path: Path | None,
+    router: str | None,
+    **options: Any,
+) -> None:
     """Run a whole mixture-of-experts layer of a DeepSeek-V4 or gpt-oss checkpoint: router, experts, output."""
-    from mxfp4ref.checkpoint import run_layer
-    from mxfp4ref.model.parallel import Ranks
+    from mxfp4ref.checkpoint import read_layer, run_layer
+
+    def given(*names: str) -> dict[str, Any]:
+        return {name: options[name] for name in names if options[name] is not None}
 
     with usage_errors():
-        ranks = Ranks(options.pop("ep_size"), options.pop("tp_size"))
-        result = run_layer(checkpoint, index, input_path, output_path, ranks=ranks, **options)
+        found = read_layer(checkpoint, index, **given("alpha", "beta", "limit"))
+        found = replace(found, **given("top_k", "routed_scaling_factor"))
+        ranks = Ranks(options["ep_size"], options["tp_size"])
+        result = run_layer(found, input_path, output_path, router=router, ranks=ranks)
     for name, tensor in result.items():
         click.echo(f"{name:22}  {describe(tensor):22}  {first_values(tensor)}")
     if output_path is not None:
