@@ -141,11 +141,10 @@ def test_verdict_without_an_exact_defect_gives_the_closest() -> None:
 @pytest.mark.parametrize(
     ("hidden", "inner", "num_experts", "ep_size", "tokens", "extras"),
     [
-        (32, 32, 1, 1, 1, False),
-        (64, 32, 1, 2, 3, True),
-        (96, 160, 3, 1, 0, False),
-        (160, 96, 2, 4, 3, True),
-        (256, 384, 2, 1, 2, True),
+        (128, 128, 1, 1, 1, False),
+        (128, 256, 1, 2, 2, True),
+        (256, 128, 3, 1, 0, False),
+        (384, 128, 2, 4, 1, True),
     ],
 )
 def test_every_defect_is_defined_on_every_shape(
