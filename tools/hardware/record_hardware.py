@@ -220,8 +220,8 @@ call everywhere), the special functions over all 2^32 arguments, single tensor-c
 {table}
 
 The older kernel (`generation` 0.6.9 here, `BYTEWISE` in the package) rounds the second of the first two products of a
-sum alone, in every row; the newer one (0.6.16, `WORDWISE`) does so in some rows of some tiles. It shows only where one
-of the two products leaves float32's range.
+sum alone, in every row; the newer one (0.6.16, `WORDWISE`) does so in some rows of some tiles. It shows only where
+one of the two products leaves float32's range.
 
 The differing elements of 0.6.15.post1 are a race of that release (flashinfer issue 5438), not a rule: they are in a
 few random calls, all with a GEMM whose K is a single tile of 128, and from run to run it is other calls (16, 15

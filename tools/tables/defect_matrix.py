@@ -32,6 +32,7 @@ from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.defects import DEFECTS, DequantizeCall, RoutingCall
 from mxfp4ref.goldens import Case, open_goldens, tensor_bytes
 from mxfp4ref.goldens.runs import routing_options, runs
+from mxfp4ref.sm90.tactics import Sm90Kernel
 
 ENOUGH = 2  # cases that have to catch a defect
 _TARGETS = {"moe": "moe", "routing": "routing", "dequantize": "dequantize"}
@@ -251,7 +252,7 @@ def _call_and_outputs(case: Case) -> tuple[Any, list[tuple[Tensor, ...]]]:
     if case.kind == "moe":
         legitimate = list(dict.fromkeys(case.output_tensors.values()))
         pair = next(iter(case.output_tensors))
-        return case.call(pair), [(case.tensors[name],) for name in legitimate]
+        return case.call(Sm90Kernel.of_tiles(pair)), [(case.tensors[name],) for name in legitimate]
     if case.kind == "routing":
         inputs = runs(case)[0].inputs
         call = RoutingCall(case.parameters["preset"], case.tensors["logits"], routing_options(inputs))
