@@ -118,7 +118,8 @@ def _weighted_activation(call: MoeCall) -> Tensor:
     call = logical(call)
     experts, rows = call.experts, trace(call)
     weights = call.token_final_scales[rows.token, rows.slot]
-    y = torch.zeros(*call.token_selected_experts.shape, experts.hidden_size, device=call.input.device)
+    shape = (*call.token_selected_experts.shape, experts.hidden_size)
+    y = torch.zeros(shape, dtype=torch.float32, device=call.input.device)
     for index in torch.unique(rows.expert):
         mine = rows.expert == index
         some = experts.select(index[None])
@@ -146,7 +147,7 @@ def _weighted_activation(call: MoeCall) -> Tensor:
 
 def _scaled_afterwards(call: MoeCall) -> Tensor:
     call = logical(call)
-    factor = torch.tensor(ROUTED_SCALING_FACTOR, device=call.input.device)
+    factor = torch.tensor(ROUTED_SCALING_FACTOR, dtype=torch.float32, device=call.input.device)
     output = forward(replace(call, token_final_scales=call.token_final_scales / factor))
     return fp32.to_bf16(fp32.mul(fp32.widen(output), factor.expand_as(output)))
 

@@ -150,7 +150,7 @@ def _padding_routed(call: RoutingCall) -> Routing:
 
 
 def _table_ignored(call: RoutingCall) -> Routing:
-    bias = torch.zeros(call.logits.shape[1], device=call.logits.device)
+    bias = torch.zeros(call.logits.shape[1], dtype=torch.float32, device=call.logits.device)
     options = _without("token_ids", "tid2eid")(call).options
     return route(replace(call, options={**options, "correction_bias": bias}))
 
