@@ -7,30 +7,43 @@ from typing import TYPE_CHECKING
 from mxfp4ref._lazy import lazy
 
 if TYPE_CHECKING:
-    from mxfp4ref.conformance.comparison import assert_bits_equal
+    from mxfp4ref.conformance.adapters import Kernel, KernelError, Skip
+    from mxfp4ref.conformance.bounds import Bounds, bound
+    from mxfp4ref.conformance.comparison import assert_bits_equal, differing, first_difference
     from mxfp4ref.conformance.diagnosis import Diagnosis, diagnose
-    from mxfp4ref.conformance.kernels import Kernel, KernelError, load_kernel
-    from mxfp4ref.conformance.suite import CaseResult, Report, run, run_case
+    from mxfp4ref.conformance.kernels import load_kernel
+    from mxfp4ref.conformance.results import CaseResult, Report
+    from mxfp4ref.conformance.suite import Options, run, run_case
 
 __all__ = [
+    "Bounds",
     "CaseResult",
     "Diagnosis",
     "Kernel",
     "KernelError",
+    "Options",
     "Report",
+    "Skip",
     "assert_bits_equal",
+    "bound",
     "diagnose",
+    "differing",
+    "first_difference",
     "load_kernel",
     "run",
     "run_case",
 ]
 
+# Lazy, because pytest loads the plugin of this package at every start, and that must not load torch.
 __getattr__, __dir__ = lazy(
     __name__,
     {
-        "comparison": ("assert_bits_equal",),
+        "adapters": ("Kernel", "KernelError", "Skip"),
+        "bounds": ("Bounds", "bound"),
+        "comparison": ("assert_bits_equal", "differing", "first_difference"),
         "diagnosis": ("Diagnosis", "diagnose"),
-        "kernels": ("Kernel", "KernelError", "load_kernel"),
-        "suite": ("CaseResult", "Report", "run", "run_case"),
+        "kernels": ("load_kernel",),
+        "results": ("CaseResult", "Report"),
+        "suite": ("Options", "run", "run_case"),
     },
 )

@@ -35,9 +35,9 @@ from torch import Tensor
 
 from mxfp4ref._compiler import uncompiled
 from mxfp4ref._validate import check_choice
+from mxfp4ref.conformance.reduction import local_experts
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE, decode_ue8m0, dequantize
 from mxfp4ref.model.call import MoeCall
-from mxfp4ref.model.forward import select_local
 from mxfp4ref.sm90 import fp32
 
 __all__ = ["STORAGE", "Bounds", "bound"]
@@ -99,8 +99,7 @@ _Interval = tuple[Tensor, Tensor]  # float64; -Inf and Inf where it is unbounded
 
 
 def _bound(call: MoeCall, storage: str, confidence: float | None) -> Bounds:
-    count = call.experts.num_experts
-    local = select_local(call.token_selected_experts, count, call.ep_size, call.ep_rank)
+    local = local_experts(call)
     shape = (*local.shape, call.experts.hidden_size)
     lower = torch.zeros(shape, dtype=torch.float64, device=local.device)
     upper = torch.zeros_like(lower)

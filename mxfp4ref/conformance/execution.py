@@ -24,10 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxfp4ref.conformance.adapters import Kernel, Skip, is_poison, outputs_by_name, poisoned
 from mxfp4ref.conformance.comparison import differing, first_difference
-from mxfp4ref.conformance.kernels import Kernel, Skip, is_poison, load_kernel, outputs_by_name, poisoned
+from mxfp4ref.conformance.kernels import load_kernel
+from mxfp4ref.goldens import Case
 from mxfp4ref.goldens.runs import runs
-from mxfp4ref.goldens.store import Case
 
 __all__ = ["PROBLEMS", "Outcome", "Worker", "execute", "execute_within", "to_device"]
 
@@ -115,7 +116,7 @@ def execute_within(seconds: float | None, function: Callable[[], Outcome]) -> Ou
 
 
 class Worker:
-    """A process of its own for a kernel given by its specification; started when needed, killed when it hangs.
+    """A process of its own for a kernel given by its name; started when needed, killed when it hangs.
 
     Use it as a context manager.
     """
@@ -131,7 +132,7 @@ class Worker:
         self._stop()
 
     def execute(self, seconds: float | None, case: Case, index: int, *, repeat: bool = True) -> Outcome:
-        """As the function `execute` for a run of a case, by its place in `stages.runs(case)`.
+        """As the function `execute` for a run of a case, by its place in `runs(case)`.
 
         "crashed" when the process dies, "timed out" when the kernel takes longer than `seconds`.
         """

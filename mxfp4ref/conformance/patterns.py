@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import FAR, ulp_distance
+from mxfp4ref.conformance.reduction import local_experts
 from mxfp4ref.model.call import MoeCall
-from mxfp4ref.model.forward import select_local
 
 __all__ = ["patterns"]
 
@@ -35,7 +35,7 @@ def patterns(call: MoeCall, got: Tensor, expected: Tensor, mask: Tensor) -> tupl
 
 def _experts(call: MoeCall, mask: Tensor) -> list[str]:
     """The experts that no right token uses, if every wrong token uses one of them."""
-    local = _local(call)
+    local = local_experts(call)
     wrong = mask.any(1)
     used = set(local[local >= 0].tolist())
     without = ~(local >= 0).any(1)
@@ -56,7 +56,7 @@ def _ranks(call: MoeCall, mask: Tensor) -> list[str]:
     if not call.num_tokens:
         return []
     wrong = mask.any(1)
-    ids, local = call.token_selected_experts, _local(call)
+    ids, local = call.token_selected_experts, local_experts(call)
     padded = (ids < 0).any(1)
     elsewhere = ((local < 0) & (ids >= 0)).any(1)
     found = []
@@ -150,10 +150,6 @@ def _values(got: Tensor, expected: Tensor, mask: Tensor) -> list[str]:
         if bool((ratio < 0).all()):
             found.append("every element that differs has the other sign")
     return found
-
-
-def _local(call: MoeCall) -> Tensor:
-    return select_local(call.token_selected_experts, call.experts.num_experts, call.ep_size, call.ep_rank)
 
 
 def _plural(items: list[int]) -> str:

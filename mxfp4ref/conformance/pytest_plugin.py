@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from mxfp4ref.conformance.kernels import Kernel
-    from mxfp4ref.conformance.suite import CaseResult
-    from mxfp4ref.goldens.store import Case, Goldens
+    from mxfp4ref.conformance.adapters import Kernel
+    from mxfp4ref.conformance.results import CaseResult
+    from mxfp4ref.goldens import Case, Goldens
 
 __all__: list[str] = []
 
@@ -94,13 +94,13 @@ class _ConformanceItem(pytest.Item):
     """One golden case, run through the kernel."""
 
     def runtest(self) -> None:
-        from mxfp4ref.conformance.suite import run_case
+        from mxfp4ref.conformance import Options, run_case
 
+        option = self.config.getoption
         result = run_case(
-            _kernel(self.config.getoption("mxfp4_kernel"), self.config.getoption("mxfp4_device")),
+            _kernel(option("mxfp4_kernel"), option("mxfp4_device")),
             _goldens(self.config).load(self.name),
-            mode=self.config.getoption("mxfp4_mode"),
-            timeout=self.config.getoption("mxfp4_timeout"),
+            Options(mode=option("mxfp4_mode"), timeout=option("mxfp4_timeout")),
         )
         if result.status == "skipped":
             pytest.skip(result.message)
@@ -142,7 +142,7 @@ def _goldens(config: pytest.Config) -> Goldens:
 
 @cache
 def _open(root: str | None) -> Goldens:
-    from mxfp4ref.goldens.store import GoldenError, open_goldens
+    from mxfp4ref.goldens import GoldenError, open_goldens
 
     try:
         return open_goldens(root)
@@ -152,7 +152,8 @@ def _open(root: str | None) -> Goldens:
 
 @cache
 def _kernel(spec: str, device: str | None) -> Kernel:
-    from mxfp4ref.conformance.kernels import KernelError, load_kernel
+    from mxfp4ref.conformance.adapters import KernelError
+    from mxfp4ref.conformance.kernels import load_kernel
 
     try:
         return load_kernel(spec, device)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import FAR
-from mxfp4ref.conformance.suite import PASSING, CaseResult, Report
+from mxfp4ref.conformance.results import PASSING, CaseResult, Report
 from mxfp4ref.defects import DEFECTS
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def to_text(report: Report, *, verbose: bool = False) -> str:
     return "\n".join([*lines, "", report.verdict])
 
 
-_NAMED = 9  # pairs of K tiles, of which there are no more
+_NAMED = 9  # three K tiles for each GEMM: so many are listed, and more, which are tactics, are counted
 
 
 def headline(result: CaseResult) -> str:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import differing
-from mxfp4ref.conformance.diagnosis import reduce_call
+from mxfp4ref.conformance.reduction import reduce_call
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.formats.generations import generation_named
+from mxfp4ref.goldens import Case
 from mxfp4ref.goldens.runs import Run
-from mxfp4ref.goldens.store import Case
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward
 from mxfp4ref.sm90.tactics import Sm90Kernel
@@ -28,7 +28,7 @@ _SCRIPT = '''\
 """{case}: {why}
 
 Runs one token of the case through a kernel and shows the first element that differs.
-Usage: python {name}.py [kernel specification]; see `mxfp4ref conform --help`.
+Usage: python {name}.py [kernel]; see `mxfp4ref conform --help`.
 """
 
 import sys

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,164 +23,85 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._validate import check_choice
+from mxfp4ref.conformance.adapters import Kernel
 from mxfp4ref.conformance.bounds import bound
 from mxfp4ref.conformance.comparison import differing
-from mxfp4ref.conformance.diagnosis import Diagnosis, diagnose, predict
-from mxfp4ref.conformance.execution import Worker, execute, execute_within, to_device
-from mxfp4ref.conformance.kernels import Kernel, load_kernel
+from mxfp4ref.conformance.diagnosis import diagnose, predict
+from mxfp4ref.conformance.execution import Outcome, Worker, execute, execute_within, to_device
+from mxfp4ref.conformance.kernels import load_kernel
 from mxfp4ref.conformance.reproducer import write_reproducer
+from mxfp4ref.conformance.results import MODES, CaseResult, Report, name_defects
 from mxfp4ref.defects import DEFECTS
+from mxfp4ref.goldens import Goldens
+from mxfp4ref.goldens.case import Case
 from mxfp4ref.goldens.runs import Run, runs
-from mxfp4ref.goldens.store import Case, Goldens
+from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward
 from mxfp4ref.sm90.tactics import Tactic, each_kernel
 
-__all__ = ["MODES", "PASSING", "CaseResult", "Report", "name_defects", "run", "run_case"]
-
-MODES = ("exact", "bounded")
-PASSING = ("equal", "within bounds", "skipped")
+__all__ = ["Options", "run", "run_case"]
 
 
 @dataclass(frozen=True)
-class CaseResult:
-    """What came of one case.
+class Options:
+    """How a kernel is compared with the goldens.
 
     Attributes:
-        case, kind, why: of the golden case.
-        status: "equal", "within bounds", "differs", "outside bounds", or one of `execution.PROBLEMS`.
-        tiles: the K tiles ("128x256", for GEMM1 and GEMM2) whose expected output the kernel's equals; the tactics
-            where all were run.
-        elements, differing: output elements compared and how many differ; in mode "bounded", and where no pair
-            of tiles agrees, from the closest expected output.
-        outside: elements outside their bounds, in mode "bounded".
-        message: the problem, in words.
-        seconds: the kernel's time for its first run.
-        diagnosis: of the first run that differs.
-    """
-
-    case: str
-    kind: str
-    why: str
-    status: str
-    tiles: tuple[str, ...] = ()
-    elements: int = 0
-    differing: int = 0
-    outside: int = 0
-    message: str = ""
-    seconds: float = 0.0
-    diagnosis: Diagnosis | None = None
-
-    @property
-    def ok(self) -> bool:
-        return self.status in PASSING
-
-
-@dataclass(frozen=True)
-class Report:
-    """The results of a run.
-
-    Attributes:
-        kernel: its specification.
         mode: "exact" or "bounded".
-        results: one for each case.
-        defects: the named defects each of which predicts all outputs that differ, in every bit.
-        seconds: of the whole run.
-        environment: versions and machine.
+        storage, confidence: which bounds, as in `bounds.bound`.
+        timeout: seconds a run may take; None for no limit. What becomes of a run that takes longer is said in
+            `execution`.
+        repeat: run each case a second time and compare the bits (not the stand-ins on whole-size layers).
+        all_tactics: run each case by every tile and cluster of either GEMM, the other one's being the default.
+        diagnosed: look for what is wrong where bits differ.
+        dump: a folder for reproducers of the cases that fail.
     """
 
-    kernel: str
-    mode: str
-    results: tuple[CaseResult, ...]
-    defects: tuple[str, ...] = ()
-    seconds: float = 0.0
-    environment: Mapping[str, str] = field(default_factory=dict)
+    mode: str = "exact"
+    storage: str = "wider"
+    confidence: float | None = None
+    timeout: float | None = None
+    repeat: bool = True
+    all_tactics: bool = False
+    diagnosed: bool = True
+    dump: Path | None = None
 
-    @property
-    def ok(self) -> bool:
-        """Whether every case passed and at least one ran."""
-        return all(r.ok for r in self.results) and any(r.status != "skipped" for r in self.results)
+    def __post_init__(self) -> None:
+        check_choice("mode", self.mode, MODES)
 
-    @property
-    def verdict(self) -> str:
-        """The result in a sentence or two."""
-        ran = [r for r in self.results if r.status != "skipped"]
-        failed = [r for r in ran if not r.ok]
-        if not ran:
-            return f"{self.kernel} ran on no case."
-        if not failed:
-            how = "equals the expected bits" if self.mode == "exact" else "stays within the bounds"
-            return f"{self.kernel} conforms: it {how} in all {len(ran)} cases."
-        words = f"{self.kernel} does not conform: {len(failed)} of {len(ran)} cases fail."
-        if self.defects:
-            which = " or ".join(self.defects)
-            summary = DEFECTS[self.defects[0]].summary
-            more = "" if len(self.defects) == 1 else " (these cases do not tell them apart)"
-            words += f" Every wrong bit is that of {which}{more}: {summary}."
-        elif (closest := self.closest) is not None:
-            name, fraction = closest
-            words += f" No named defect predicts all of it; closest is {name}, with {fraction:.0%} of the wrong bits."
-        return words
 
-    @property
-    def closest(self) -> tuple[str, float] | None:
-        """Without an exact one, the defect with the highest mean fraction over the cases that differ."""
-        diagnoses = [r.diagnosis for r in self.results if r.diagnosis is not None]
-        total: dict[str, float] = {}
-        for diagnosis in diagnoses:
-            for prediction in diagnosis.predictions:
-                total[prediction.name] = total.get(prediction.name, 0.0) + prediction.fraction
-        if not total:
-            return None
-        best = max(total, key=lambda name: total[name])
-        return best, total[best] / len(diagnoses)
+_DEFAULTS = Options()
 
 
 def run(
     kernel: str | Callable[..., Any] | Kernel,
     cases: Goldens | Iterable[Case],
+    options: Options = _DEFAULTS,
     *,
-    mode: str = "exact",
-    storage: str = "wider",
-    confidence: float | None = None,
     device: str | None = None,
-    timeout: float | None = None,
     isolate: bool = False,
-    repeat: bool = True,
-    all_tactics: bool = False,
-    diagnosed: bool = True,
-    dump: Path | None = None,
     progress: Callable[[CaseResult], None] | None = None,
 ) -> Report:
     """Run a kernel over cases and compare.
 
     Args:
-        kernel: a specification as in `kernels`, or a callable with flashinfer's signature.
+        kernel: a name as in `kernels`, or a callable with flashinfer's signature.
         cases: goldens, or any cases; loaded one at a time.
-        mode: "exact" or "bounded".
-        storage, confidence: which bounds, as in `bounds.bound`.
+        options: how to compare.
         device: where the kernel's tensors go.
-        timeout: seconds a run may take; None for no limit. What becomes of a run that takes longer is said in
-            `execution`.
-        isolate: run the kernel, given by its specification, in a process of its own.
-        repeat: run each case a second time and compare the bits (not the stand-ins on whole-size layers).
-        all_tactics: run each case by every tile and cluster of either GEMM, the other one's being the default.
-        diagnosed: look for what is wrong where bits differ.
-        dump: a folder for reproducers of the cases that fail.
+        isolate: run the kernel, given by its name, in a process of its own.
         progress: called with each result.
 
     Raises:
         KernelError: the kernel cannot be loaded.
         GoldenError: a case is damaged.
-        ValueError: an unknown mode, a callable to be isolated, or all tactics of a kernel that is isolated or
-            whose tactics cannot be chosen.
+        ValueError: a callable to be isolated, or all tactics of a kernel that is isolated or whose tactics cannot
+            be chosen.
     """
-    check_choice("mode", mode, MODES)
     loaded = kernel if isinstance(kernel, Kernel) else load_kernel(kernel, device)
     if isolate and not isinstance(kernel, str):
-        raise ValueError(
-            f"isolate: expected a kernel given by its specification, got {type(kernel).__name__}"
-        )
-    if all_tactics and (isolate or loaded.force is None):
+        raise ValueError(f"isolate: expected a kernel given by its name, got {type(kernel).__name__}")
+    if options.all_tactics and (isolate or not loaded.forces_tactics):
         reason = (
             "one that runs in this process" if isolate else "one whose tactics can be chosen (flashinfer)"
         )
@@ -191,47 +112,26 @@ def run(
     with ExitStack() as stack:
         worker = stack.enter_context(Worker(loaded.name, device)) if isolate else None
         for case in _each(cases):
-            result = run_case(
-                loaded,
-                case,
-                mode=mode,
-                storage=storage,
-                confidence=confidence,
-                timeout=timeout,
-                worker=worker,
-                repeat=repeat,
-                all_tactics=all_tactics,
-                diagnosed=diagnosed,
-                suspects=suspects,
-                dump=dump,
-            )
+            result = run_case(loaded, case, options, worker=worker, suspects=suspects)
             if result.diagnosis is not None:
                 suspects = name_defects([suspects, result.diagnosis.exact]) or suspects
             results.append(result)
             if progress is not None:
                 progress(result)
     named = name_defects([r.diagnosis.exact for r in results if r.diagnosis is not None])
-    if len(named) > 1:
+    if len(named) > 1 and isinstance(cases, Goldens):
         named = _separate(named, results, cases)
-    return Report(
-        loaded.name, mode, tuple(results), named, time.perf_counter() - start, _environment(loaded.device)
-    )
+    seconds = time.perf_counter() - start
+    return Report(loaded.name, options.mode, tuple(results), named, seconds, _environment(loaded.device))
 
 
 def run_case(
     kernel: Kernel,
     case: Case,
+    options: Options = _DEFAULTS,
     *,
-    mode: str = "exact",
-    storage: str = "wider",
-    confidence: float | None = None,
-    timeout: float | None = None,
     worker: Worker | None = None,
-    repeat: bool = True,
-    all_tactics: bool = False,
-    diagnosed: bool = True,
     suspects: tuple[str, ...] | None = None,
-    dump: Path | None = None,
 ) -> CaseResult:
     """Run a kernel on one case; arguments as in `run`, `suspects` as in `diagnosis.diagnose`."""
     about: dict[str, Any] = {"case": case.id, "kind": case.kind, "why": case.why}
@@ -240,93 +140,115 @@ def run_case(
             **about, status="skipped", message=f"{kernel.name} does not run cases of kind {case.kind}"
         )
     all_runs = runs(case)
-    matched: list[str] = []
-    elements = differing_elements = outside = 0
-    seconds = 0.0
-    diagnosis = None
-    needed = _by_tactic(kernel, case) if all_tactics else _needed(kernel, case, all_runs)
-    for index, (variant, one) in enumerate(needed):
-        again = repeat and (index == 0 or all_tactics) and not _takes_long(kernel, case)
+    needed = _by_tactic(kernel, case) if options.all_tactics else _needed(kernel, case, all_runs)
+    found: list[_Comparison] = []
+    seconds, diagnosis = 0.0, None
+    for index, one in enumerate(needed):
+        repeat = options.repeat and (index == 0 or options.all_tactics) and not _takes_long(kernel, case)
         if worker is not None:
-            outcome = worker.execute(timeout, case, all_runs.index(one), repeat=again)
+            outcome = worker.execute(options.timeout, case, all_runs.index(one), repeat=repeat)
         else:
-            outcome = execute_within(
-                timeout, partial(execute, variant, case.kind, one.inputs, one.expected, repeat=again)
-            )
-        if outcome.problem:
-            tiles = f" (K tiles {one.tiles})" if len(all_runs) > 1 and kernel.forces_tile_k else ""
-            if all_tactics:
-                tiles = f" (tactics {one.tiles})"
-            if dump is not None and outcome.problem != "skipped":
-                write_reproducer(dump, case, one, kernel.name, {})
-            return CaseResult(
-                **about, status=outcome.problem, message=outcome.message + tiles, seconds=outcome.seconds
-            )
+            once = partial(execute, kernel, case.kind, one.inputs, one.expected, repeat=repeat)
+            outcome = execute_within(options.timeout, once)
         seconds = seconds or outcome.seconds
-        candidates = [one] if kernel.forces_tile_k else all_runs
-        counts = [_count(outcome.outputs, candidate.expected) for candidate in candidates]
-        elements += sum(t.numel() for t in one.expected.values())
-        if 0 in counts:
-            matched += [
-                c.tiles for c, count in zip(candidates, counts, strict=True) if count == 0 and c.tiles
-            ]
-            continue
-        differing_elements += min(counts)
-        closest = candidates[counts.index(min(counts))]
-        if mode == "bounded" and case.kind == "moe":
-            bounds = bound(closest.inputs, storage=storage, confidence=confidence)
-            escaped = ~bounds.contains(outcome.outputs["output"])
-            outside += int(escaped.sum())
-            if not bool(escaped.any()):
-                continue
-        if dump is not None and diagnosis is None:
-            write_reproducer(dump, case, closest, kernel.name, outcome.outputs)
-        if diagnosed and diagnosis is None:
-            diagnosis = diagnose(
-                case.kind, closest.inputs, outcome.outputs, closest.expected, suspects=suspects
-            )
-    status = "equal" if differing_elements == 0 else "differs"
-    if differing_elements and mode == "bounded" and case.kind == "moe":
-        status = "outside bounds" if outside else "within bounds"
+        if outcome.problem:
+            if options.dump is not None and outcome.problem != "skipped":
+                write_reproducer(options.dump, case, one, kernel.name, {})
+            told = options.all_tactics or (kernel.forces_tile_k and len(all_runs) > 1)
+            which = f" ({'tactics' if options.all_tactics else 'K tiles'} {one.tiles})" if told else ""
+            message = outcome.message + which
+            return CaseResult(**about, status=outcome.problem, message=message, seconds=outcome.seconds)
+        compared = _compare(outcome, [one] if kernel.forces_tile_k else all_runs, options)
+        if compared.wrong and not any(earlier.wrong for earlier in found):
+            if options.dump is not None:
+                write_reproducer(options.dump, case, compared.closest, kernel.name, outcome.outputs)
+            if options.diagnosed:
+                inputs, expected = compared.closest.inputs, compared.closest.expected
+                diagnosis = diagnose(case.kind, inputs, outcome.outputs, expected, suspects=suspects)
+        found.append(compared)
     return CaseResult(
         **about,
-        status=status,
-        tiles=tuple(dict.fromkeys(matched)),
-        elements=elements,
-        differing=differing_elements,
-        outside=outside,
+        status=_status(found),
+        tiles=tuple(dict.fromkeys(tiles for compared in found for tiles in compared.tiles)),
+        elements=sum(compared.elements for compared in found),
+        differing=sum(compared.differing for compared in found),
+        outside=sum(compared.outside or 0 for compared in found),
         seconds=seconds,
         diagnosis=diagnosis,
     )
 
 
-def _needed(kernel: Kernel, case: Case, all_runs: list[Run]) -> list[tuple[Kernel, Run]]:
+@dataclass(frozen=True)
+class _Comparison:
+    """The outputs of one run against each expectation that they may meet.
+
+    Attributes:
+        closest: the run whose expected outputs differ in the fewest elements.
+        tiles: of the runs whose expected outputs are equal.
+        elements, differing: compared with the closest.
+        outside: of those that differ, how many lie outside their bounds; None where no bounds apply.
+    """
+
+    closest: Run
+    tiles: tuple[str, ...]
+    elements: int
+    differing: int
+    outside: int | None
+
+    @property
+    def wrong(self) -> bool:
+        return bool(self.differing if self.outside is None else self.outside)
+
+
+def _compare(outcome: Outcome, candidates: Sequence[Run], options: Options) -> _Comparison:
+    counts = [
+        sum(int(differing(outcome.outputs[name], want).sum()) for name, want in one.expected.items())
+        for one in candidates
+    ]
+    closest = candidates[counts.index(min(counts))]
+    tiles = tuple(one.tiles for one, count in zip(candidates, counts, strict=True) if not count and one.tiles)
+    outside = None
+    if min(counts) and options.mode == "bounded" and isinstance(closest.inputs, MoeCall):
+        bounds = bound(closest.inputs, storage=options.storage, confidence=options.confidence)
+        outside = int((~bounds.contains(outcome.outputs["output"])).sum())
+    elements = sum(want.numel() for want in closest.expected.values())
+    return _Comparison(closest, tiles, elements, min(counts), outside)
+
+
+def _status(found: Sequence[_Comparison]) -> str:
+    different = [compared for compared in found if compared.differing]
+    if not different:
+        return "equal"
+    if any(compared.outside is None for compared in different):
+        return "differs"
+    return "outside bounds" if any(compared.wrong for compared in different) else "within bounds"
+
+
+def _needed(kernel: Kernel, case: Case, all_runs: list[Run]) -> list[Run]:
     """The runs to make: one where the kernel chooses its K tiles, else all.
 
-    Of cases that take long those in which each tile of each GEMM occurs.
+    Of cases that take long only those are made in which a tile of either GEMM occurs for the first time.
     """
     if not kernel.forces_tile_k:
-        return [(kernel, all_runs[0])]
+        return all_runs[:1]
     if not _takes_long(kernel, case):
-        return [(kernel, one) for one in all_runs]
+        return all_runs
     chosen: list[Run] = []
     seen: set[tuple[int, str]] = set()
-    for one in sorted(
-        all_runs, key=lambda one: len(set(one.tiles.split("x")))
-    ):  # 128x128, 256x256, ... first
+    # Runs with the same tile in both GEMMs come first: each of them shows two new ones.
+    for one in sorted(all_runs, key=lambda one: len(set(one.tiles.split("x")))):
         tiles = set(enumerate(one.tiles.split("x")))
         if not tiles <= seen:
             chosen.append(one)
             seen |= tiles
-    return [(kernel, one) for one in chosen]
+    return chosen
 
 
-def _by_tactic(kernel: Kernel, case: Case) -> Iterator[tuple[Kernel, Run]]:
+def _by_tactic(kernel: Kernel, case: Case) -> Iterator[Run]:
     """Every tactic of each GEMM beside the other one's default, with the output that its tiles give.
 
-    That is the stored one, but where an N tile shows (the specification, section 3): the model tells for each.
+    That is the stored one, but where an N tile shows (docs/arithmetic.md, section 3): the model tells for each.
     """
-    assert kernel.force is not None
     call = to_device(case.call(), kernel.device)
     expected: dict[Any, Tensor] = {}
     for forced in each_kernel(call.experts.hidden_size, call.experts.intermediate_size, kernel.generation):
@@ -335,7 +257,7 @@ def _by_tactic(kernel: Kernel, case: Case) -> Iterator[tuple[Kernel, Run]]:
         if tiles not in expected:
             stored = case.outputs.get(forced.tile_k) if set(forced.tile_n) == {Tactic().tile_n} else None
             expected[tiles] = forward(inputs).cpu() if stored is None else stored
-        yield kernel.force(forced), Run(str(forced), inputs, {"output": expected[tiles]})
+        yield Run(str(forced), inputs, {"output": expected[tiles]})
 
 
 def _takes_long(kernel: Kernel, case: Case) -> bool:
@@ -343,31 +265,20 @@ def _takes_long(kernel: Kernel, case: Case) -> bool:
     return bool(case.derived) and kernel.forces_tile_k and kernel.device == "cpu"
 
 
-def name_defects(exact: Iterable[Iterable[str] | None]) -> tuple[str, ...]:
-    """The defects that are in every one of the given sets; None counts as all defects."""
-    sets = [tuple(names) for names in exact if names is not None]
-    return tuple(name for name in (sets[0] if sets else ()) if all(name in names for names in sets))
-
-
-def _separate(
-    names: tuple[str, ...], results: list[CaseResult], cases: Goldens | Iterable[Case]
-) -> tuple[str, ...]:
+def _separate(names: tuple[str, ...], results: list[CaseResult], goldens: Goldens) -> tuple[str, ...]:
     """Of defects that explain all failures alike, those that also leave the passing cases as they are."""
-    if not isinstance(cases, Goldens):
-        return names
-    passed = [r for r in results if r.status == "equal" and r.kind == DEFECTS[names[0]].target]
-    for result in passed:
-        case = cases.load(result.case)
-        if case.derived or len(names) == 1:
+    for result in results:
+        if len(names) == 1:
+            break
+        if result.status != "equal" or result.kind != DEFECTS[names[0]].target:
+            continue
+        case = goldens.load(result.case)
+        if case.derived:
             continue
         one = runs(case)[0]
         found = {name: predict(one.inputs, one.expected, one.expected, name) for name in names}
         names = tuple(name for name in names if (p := found[name]) is None or p.exact) or names
     return names
-
-
-def _count(outputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> int:
-    return sum(int(differing(outputs[name], want).sum()) for name, want in expected.items())
 
 
 def _each(cases: Goldens | Iterable[Case]) -> Iterator[Case]:

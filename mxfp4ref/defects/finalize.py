@@ -64,7 +64,7 @@ def _weights_by_row(call: MoeCall) -> Tensor:
         return take(len(fc1_output))[:, None].expand(-1, call.experts.intermediate_size)
 
     def no_gemm(x: Tensor, packed: Tensor, *scales: Tensor, **tactic: object) -> Tensor:
-        return torch.zeros(*x.shape[:2], packed.shape[1], device=device)
+        return torch.zeros(*x.shape[:2], packed.shape[1], dtype=torch.float32, device=device)
 
     stages = Stages(fc1_gemm=no_gemm, swiglu=number, round_activation=keep, fc2_gemm=no_gemm)
     rows = trace(call, stages)
@@ -91,7 +91,7 @@ def _in_turn(rows: Tensor) -> Callable[[int], Tensor]:
     "sglang#24492",
 )
 def rsf_post_hoc(call: MoeCall) -> Stages:
-    factor = torch.tensor(ROUTED_SCALING_FACTOR, device=call.input.device)
+    factor = torch.tensor(ROUTED_SCALING_FACTOR, dtype=torch.float32, device=call.input.device)
 
     def unscaled(y: Tensor, local: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
         return finalize(y, local, scales / factor, bias)

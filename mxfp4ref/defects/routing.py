@@ -164,7 +164,7 @@ def groups_masked_with_zero(by: Selecting) -> Tensor:
     applies=_has("tid2eid"),
 )
 def table_ignored(call: RoutingCall) -> RoutingCall:
-    bias = torch.zeros(call.logits.shape[1], device=call.logits.device)
+    bias = torch.zeros(call.logits.shape[1], dtype=torch.float32, device=call.logits.device)
     return call.having(token_ids=None, tid2eid=None, correction_bias=bias)
 
 

@@ -2,7 +2,7 @@
 
 flashinfer-bench benchmarks kernels against a data set folder; `export_flashinfer_bench` writes one without
 needing that package. Its schema has no unsigned bytes, so that weights and scales are stored as int8, the same
-bits. It compares with a tolerance, not bits: a kernel that passes there may still fail `conformance.run`.
+bits. It compares with a tolerance, not bits: a kernel that passes there may still fail `mxfp4ref conform`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from mxfp4ref.goldens.store import EXPERT_TENSORS, Case, Goldens
+from mxfp4ref.goldens.case import EXPERT_TENSORS, Case
+from mxfp4ref.goldens.store import Goldens
 
 __all__ = ["export_flashinfer_bench"]
 

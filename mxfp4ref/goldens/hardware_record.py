@@ -1,8 +1,8 @@
 """What real GPUs gave for the golden cases: `goldens/hardware/*.jsonl`, written by the recording tool only.
 
 A line is a JSON object for one run: `case` ("suite/name"), `tile_k` ([first, second]), `sha256` of the output's
-bytes, `equal` (whether they were the model's), `generation` (of the kernel, by `Generation.recorded_as`; the goldens are of the newest),
-`gpu`, and the versions `driver`, `cuda`, `flashinfer`.
+bytes, `equal` (whether they were the model's), `generation` (of the kernel, by `Generation.recorded_as`; the goldens
+are of the newest), `gpu`, and the versions `driver`, `cuda`, `flashinfer`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import hashlib
 import json
 from typing import Any
 
-from mxfp4ref.goldens.store import Case, GoldenError, Goldens, tensor_bytes
 from mxfp4ref.formats.generations import NEWEST, generation_named
+from mxfp4ref.goldens.case import Case, GoldenError, tensor_bytes
+from mxfp4ref.goldens.store import Goldens
 from mxfp4ref.model.forward import forward
 from mxfp4ref.sm90.tactics import Sm90Kernel
 
@@ -72,10 +73,10 @@ def compare(goldens: Goldens) -> tuple[list[dict[str, Any]], list[str]]:
     return records, problems
 
 
-def _of_generation(case: Case, pair: tuple[int, int], record: dict[str, Any]) -> str:
-    """The hash of the model's output for the record's generation; "" if that is the golden's own."""
+def _of_generation(case: Case, tile_k: tuple[int, int], record: dict[str, Any]) -> str:
+    """The hash of the model's output for the record's generation; "" if that is the goldens' own."""
     generation = generation_named(record.get("generation", NEWEST.name))
     if generation is NEWEST:
         return ""
-    output = forward(case.call(Sm90Kernel.of_tiles(pair, generation=generation)))
+    output = forward(case.call(Sm90Kernel.of_tiles(tile_k, generation=generation)))
     return hashlib.sha256(tensor_bytes(output)).hexdigest()

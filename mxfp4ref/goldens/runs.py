@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.formats import layout
-from mxfp4ref.routing import presets as routing
-from mxfp4ref.goldens.store import Case
-from mxfp4ref.model.forward import forward
 from mxfp4ref.formats.generations import generation_named
 from mxfp4ref.formats.mxfp4 import dequantize
+from mxfp4ref.goldens.case import Case
+from mxfp4ref.model.forward import forward
+from mxfp4ref.routing import presets as routing
 from mxfp4ref.sm90 import fp32, tensor_core
 from mxfp4ref.sm90.finalize import finalize
 from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm

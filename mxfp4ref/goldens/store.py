@@ -12,146 +12,27 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mxfp4ref.goldens import generator
 from mxfp4ref._lock import locked
-from mxfp4ref.model.call import MoeCall
-from mxfp4ref.sm90.tactics import Sm90Kernel
-from mxfp4ref.formats.experts import Experts
+from mxfp4ref.goldens.case import KINDS, Case, GoldenError, dtype_name, tensor_bytes
+from mxfp4ref.goldens.manifest import FILE_KINDS, FORMAT
 
-__all__ = [
-    "BUILTIN_ROOT",
-    "EXPERT_TENSORS",
-    "FORMAT",
-    "KINDS",
-    "Case",
-    "GoldenError",
-    "Goldens",
-    "derive",
-    "dtype_name",
-    "find_root",
-    "is_other_file",
-    "open_goldens",
-    "tensor_bytes",
-]
+__all__ = ["BUILTIN_ROOT", "Goldens", "find_root", "is_other_file", "open_goldens"]
 
-FORMAT = "mxfp4ref-goldens-1"
-KINDS = ("moe", "dequantize", "layout", "tensor_core", "gemm", "activation", "finalize", "routing")
+# In an installed package only: a wheel contains it, a checkout has all goldens.
 BUILTIN_ROOT = Path(__file__).resolve().parent / "builtin"
 _PACKAGE_PARENT = BUILTIN_ROOT.parents[2]
-_DEFAULT_KERNEL = Sm90Kernel()
 
 _NAME = re.compile(r"[a-z0-9_]+/[a-z0-9_]+")
 # Files of the root folder that belong there and are no cases.
 _OTHER_FILES = ("README.md", "manifest.json", "defect_matrix.md", "defect_matrix.svg")
 _OTHER_FOLDERS = ("hardware",)
-# Tensors of `Experts`, in logical layout; the biases and SwiGLU parameters are optional.
-EXPERT_TENSORS = (
-    *("fc1_weights", "fc1_scales", "fc2_weights", "fc2_scales", "fc1_biases", "fc2_biases"),
-    *("swiglu_alpha", "swiglu_beta", "swiglu_limit"),
-)
-
-
-class GoldenError(ValueError):
-    """The goldens are missing, damaged or not what they claim to be; the message names the file."""
-
-
-@dataclass(frozen=True, eq=False)
-class Case:
-    """One golden case: why it exists, what goes in, what has to come out.
-
-    Attributes:
-        suite, name: its folder and file name.
-        kind: what is tested, one of `KINDS`; which tensors a kind has is said in `goldens/README.md`.
-        why: the reason for the case, in a sentence or two.
-        catches: the defect classes it is there for, names of `mxfp4ref.defects`.
-        unique_for: what it is kept for although other cases catch the same defects, or "".
-        parameters: integers and strings that are no tensors.
-        tensors: all stored tensors by name.
-        derived: tensors that are generated instead of stored, and how.
-        output_tensors: for kind "moe", the name of the stored output for each pair of K tiles.
-    """
-
-    suite: str
-    name: str
-    kind: str
-    why: str
-    catches: tuple[str, ...]
-    unique_for: str
-    parameters: Mapping[str, Any]
-    tensors: Mapping[str, Tensor]
-    derived: Mapping[str, Mapping[str, Any]]
-    output_tensors: Mapping[tuple[int, int], str]
-
-    @property
-    def id(self) -> str:
-        return f"{self.suite}/{self.name}"
-
-    @property
-    def outputs(self) -> dict[tuple[int, int], Tensor]:
-        """For each legitimate pair of K tiles the output `[M, H] bf16`; pairs may share a tensor."""
-        return {pair: self.tensors[name] for pair, name in self.output_tensors.items()}
-
-    @property
-    def output_hashes(self) -> dict[tuple[int, int], str]:
-        """The SHA-256 of each output's bytes."""
-        return {pair: hashlib.sha256(tensor_bytes(out)).hexdigest() for pair, out in self.outputs.items()}
-
-    @cached_property
-    def experts(self) -> Experts:
-        """This rank's experts, of a case of kind "moe"; derived tensors are generated and verified.
-
-        Of a derived tensor only the experts that the case uses are generated. The others are zeros, which
-        take no memory on a CPU until they are touched.
-        """
-        self._expect_kind("moe")
-        given = {name: self.tensors.get(name) for name in EXPERT_TENSORS}
-        given |= {name: self._derive(name) for name in self.derived}
-        return Experts(**given)  # type: ignore[arg-type]
-
-    def call(self, kernel: Sm90Kernel = _DEFAULT_KERNEL) -> MoeCall:
-        """The kernel call of a case of kind "moe".
-
-        Raises:
-            ValueError: another kind, or a K tile that does not divide a GEMM's K.
-            GoldenError: a derived tensor does not have the recorded hash.
-        """
-        self._expect_kind("moe")
-        return MoeCall(
-            input=self.tensors["input"],
-            token_selected_experts=self.tensors["token_selected_experts"],
-            token_final_scales=self.tensors["token_final_scales"],
-            experts=self.experts,
-            kernel=kernel,
-            ep_size=self.parameters["ep_size"],
-            ep_rank=self.parameters["ep_rank"],
-            tp_size=self.parameters["tp_size"],
-            tp_rank=self.parameters["tp_rank"],
-            strict=self.parameters["strict"],
-        )
-
-    def _expect_kind(self, kind: str) -> None:
-        if self.kind != kind:
-            raise ValueError(f"{self.id}: expected a case of kind {kind!r}, got kind {self.kind!r}")
-
-    def _derive(self, name: str) -> Tensor:
-        tensor, digest = derive(name, self.derived[name])
-        if digest != self.derived[name]["sha256"]:
-            raise GoldenError(
-                f"{self.id}: derived tensor {name}: expected SHA-256 {self.derived[name]['sha256']}, "
-                f"the generator gave {digest}"
-            )
-        return tensor
 
 
 class Goldens:
@@ -217,7 +98,7 @@ class Goldens:
             if self.root == BUILTIN_ROOT:
                 hint += "; these are the few that come with the package, a checkout has all"
             raise GoldenError(f"{name!r}: no such case in {self.root}{hint}")
-        paths = {kind: self.root / f"{name}.{kind}" for kind in ("json", "safetensors")}
+        paths = {kind: self.root / f"{name}.{kind}" for kind in FILE_KINDS}
         data = {kind: _read(path) for kind, path in paths.items()}
         for kind, path in paths.items():
             _verify(str(path), data[kind], self.entries[name][kind])
@@ -247,7 +128,7 @@ class Goldens:
                 self.load(name)
             except GoldenError as error:
                 problems.append(str(error))
-        known = {f"{name}.{kind}" for name in self.entries for kind in ("json", "safetensors")}
+        known = {f"{name}.{kind}" for name in self.entries for kind in FILE_KINDS}
         for path in sorted(path for path in self.root.rglob("*") if path.is_file()):
             relative = path.relative_to(self.root)
             if not is_other_file(relative) and relative.as_posix() not in known:
@@ -284,51 +165,15 @@ def find_root() -> Path:
             return manifest.parent
     if not (BUILTIN_ROOT / "manifest.json").is_file():
         raise GoldenError(
-            "no goldens found: set MXFP4REF_GOLDENS to a folder with a manifest.json, or run "
-            "tools/tables/regenerate_goldens.py in a checkout"
+            "no goldens found: set MXFP4REF_GOLDENS to a folder with a manifest.json, or run `mxfp4ref regenerate` "
+            "in a checkout"
         )
     return BUILTIN_ROOT
-
-
-def derive(name: str, recipe: Mapping[str, Any]) -> tuple[Tensor, str]:
-    """Generate a tensor by its recipe; return it and the SHA-256 of the generated experts, one after another.
-
-    The stream of `name` holds experts of the shape `content` = [blocks, rows, ...], this rank's from
-    `first_expert` on. Each block goes to the upper left of its equal share of the rows of `shape`; what is left
-    of those, and every expert that is not in `experts`, is zero.
-    """
-    num_experts, *shape = recipe["shape"]
-    blocks, *content = recipe["content"]
-    limits = {limit: recipe[limit] for limit in ("low", "high") if limit in recipe}
-    is_bf16 = recipe["rule"] == "bf16"
-    # numpy's zeros take no memory until they are touched; it has no bf16.
-    out = torch.from_numpy(np.zeros((num_experts, *shape), dtype=np.int16 if is_bf16 else np.uint8))
-    out = out.view(torch.bfloat16) if is_bf16 else out
-    size = blocks * int(np.prod(content))
-    digest = hashlib.sha256()
-    for expert in recipe["experts"]:
-        start = (recipe["first_expert"] + expert) * size
-        values = generator.generate(
-            recipe["seed"], name, (blocks, *content), recipe["rule"], start=start, **limits
-        )
-        target = out[expert].view(blocks, shape[0] // blocks, *shape[1:])
-        target[(slice(None), *(slice(length) for length in content))] = values
-        digest.update(tensor_bytes(out[expert]))
-    return out, digest.hexdigest()
 
 
 def is_other_file(relative: Path) -> bool:
     """Whether a path below a root belongs there without being part of a case."""
     return relative.parts[0] in _OTHER_FOLDERS or relative.as_posix() in _OTHER_FILES
-
-
-def tensor_bytes(tensor: Tensor) -> bytes:
-    """The bytes of a tensor in C order, little-endian."""
-    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-
-
-def dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _case(name: str, sidecar: dict[str, Any], tensors: dict[str, Tensor]) -> Case:
@@ -374,6 +219,7 @@ def _case(name: str, sidecar: dict[str, Any], tensors: dict[str, Tensor]) -> Cas
         tensors=tensors,
         derived=sidecar["derived"],
         output_tensors=output_tensors,
+        pending=sidecar.get("pending", False),
     )
 
 
@@ -381,7 +227,7 @@ def _is_entry(entry: object) -> bool:
     """Whether a manifest's entry names the size and hash of a case's two files."""
     return (
         isinstance(entry, dict)
-        and set(entry) == {"json", "safetensors"}
+        and set(entry) == set(FILE_KINDS)
         and all(isinstance(file, dict) and set(file) == {"bytes", "sha256"} for file in entry.values())
     )
 

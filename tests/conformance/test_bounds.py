@@ -13,8 +13,8 @@ from mxfp4ref.conformance.bounds import Bounds, bound
 from mxfp4ref.defects import get_defect
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.formats.mxfp4 import dequantize
+from mxfp4ref.goldens import open_goldens
 from mxfp4ref.goldens.runs import runs
-from mxfp4ref.goldens.store import open_goldens
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward
 from mxfp4ref.sm90 import fp32

@@ -20,8 +20,8 @@ from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.report import FORMAT
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.formats.generations import GENERATIONS
+from mxfp4ref.goldens import Goldens, open_goldens, tensor_bytes
 from mxfp4ref.goldens.hardware_record import compare
-from mxfp4ref.goldens.store import Goldens, open_goldens, tensor_bytes
 from mxfp4ref.model.forward import forward
 from mxfp4ref.sm90.tactics import Sm90Kernel
 from tests.helpers import layers

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.patterns import patterns
-from mxfp4ref.goldens.store import open_goldens
+from mxfp4ref.goldens import open_goldens
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward
 

@@ -11,15 +11,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.helpers import bits
 import pytest
 import safetensors.torch
 import torch
 from click.testing import CliRunner, Result
 
 from mxfp4ref.conformance.cli import commands
+from mxfp4ref.goldens import open_goldens
 from mxfp4ref.goldens.flashinfer_bench import export_flashinfer_bench
-from mxfp4ref.goldens.store import BUILTIN_ROOT, open_goldens
+from tests.helpers import bits
 
 CHECKOUT = Path(__file__).parents[2] / "goldens"
 DTYPES = {"bfloat16": torch.bfloat16, "int8": torch.int8, "int32": torch.int32, "float32": torch.float32}
@@ -122,8 +122,8 @@ def test_reference_gives_the_golden_bits(exported: Any) -> None:
     assert done == set(known)
 
 
-def test_the_same_bytes_again(tmp_path: Path) -> None:
-    goldens = open_goldens(BUILTIN_ROOT)
+def test_the_same_bytes_again(builtin_root: Path, tmp_path: Path) -> None:
+    goldens = open_goldens(builtin_root)
     for _ in range(2):
         assert export_flashinfer_bench(goldens, tmp_path / "a") == export_flashinfer_bench(
             goldens, str(tmp_path / "b")
@@ -132,26 +132,26 @@ def test_the_same_bytes_again(tmp_path: Path) -> None:
     assert len(contents_of(tmp_path / "a")) > 3
 
 
-def test_wrong_arguments(tmp_path: Path) -> None:
+def test_wrong_arguments(builtin_root: Path, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="goldens: expected Goldens"):
         export_flashinfer_bench(CHECKOUT, tmp_path)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="folder: expected a path, got NoneType"):
-        export_flashinfer_bench(open_goldens(BUILTIN_ROOT), None)  # type: ignore[arg-type]
+        export_flashinfer_bench(open_goldens(builtin_root), None)  # type: ignore[arg-type]
 
 
-def test_command(tmp_path: Path) -> None:
+def test_command(builtin_root: Path, tmp_path: Path) -> None:
     folder = tmp_path / "new" / "dataset"
-    result = invoke("export", str(folder), "--goldens", str(BUILTIN_ROOT))
+    result = invoke("export", str(folder), "--goldens", str(builtin_root))
     assert result.exit_code == 0, result.output
-    names, left_out = export_flashinfer_bench(open_goldens(BUILTIN_ROOT), tmp_path / "direct")
+    names, left_out = export_flashinfer_bench(open_goldens(builtin_root), tmp_path / "direct")
     *reasons, last = result.output.splitlines()
     assert last == f"{folder}: {len(names)} workloads written, {len(left_out)} cases left out"
     assert reasons == [f"left out: {name}: {reason}" for name, reason in left_out.items()]
     assert contents_of(folder) == contents_of(tmp_path / "direct")
 
 
-def test_command_refuses(tmp_path: Path) -> None:
-    root = shutil.copytree(BUILTIN_ROOT, tmp_path / "goldens")
+def test_command_refuses(builtin_root: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(builtin_root, tmp_path / "goldens")
     (tmp_path / "file").touch()
     manifest = json.loads((root / "manifest.json").read_text())
     layouts = {name: entry for name, entry in manifest["cases"].items() if name.startswith("layout/")}
@@ -159,7 +159,7 @@ def test_command_refuses(tmp_path: Path) -> None:
     for arguments, message in (
         (["export"], "Missing argument 'DIR'"),
         (["export", str(tmp_path / "file")], "is a file"),
-        (["export", str(tmp_path / "file" / "below"), "--goldens", str(BUILTIN_ROOT)], "Not a directory"),
+        (["export", str(tmp_path / "file" / "below"), "--goldens", str(builtin_root)], "Not a directory"),
         (["export", str(tmp_path / "a"), "--goldens", str(tmp_path)], "manifest.json: cannot be read"),
         (["export", str(tmp_path / "a"), "--goldens", str(root)], "no case can be exported"),
     ):
@@ -170,7 +170,10 @@ def test_command_refuses(tmp_path: Path) -> None:
 
 
 def test_the_other_package_is_not_needed() -> None:
-    script = "import sys, mxfp4ref.goldens.flashinfer_bench; assert not any('flashinfer' in name for name in sys.modules)"
+    script = (
+        "import sys, mxfp4ref.goldens.flashinfer_bench\n"
+        "assert not any(name.startswith('flashinfer') for name in sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", script], check=True)
 
 

@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 
 from mxfp4ref.defects import DEFECTS
-from mxfp4ref.goldens.store import Case, open_goldens
+from mxfp4ref.goldens import Case, open_goldens
 from mxfp4ref.sm90.tactics import Sm90Kernel
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,7 @@ from mxfp4ref.conformance.diagnosis import diagnose
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.formats import layout, mxfp4, quantize, resize
 from mxfp4ref.formats.generations import GENERATIONS
-from mxfp4ref.goldens import generator
-from mxfp4ref.goldens.store import BUILTIN_ROOT, open_goldens, tensor_bytes
+from mxfp4ref.goldens import generator, open_goldens, tensor_bytes
 from mxfp4ref.model import forward as moe
 from mxfp4ref.model import layer, parallel
 from mxfp4ref.model.call import MoeCall
@@ -93,7 +93,7 @@ X_TINY = X * 2.0**-90
 DENSE_W = layers.random_bf16(rng, 2, 48, 256)
 FC2_BIAS = any_bf16(3, 64)
 TINY_BIAS = BIAS * 2.0**-140
-GOLDENS = open_goldens(BUILTIN_ROOT)
+GOLDENS = open_goldens(Path(__file__).resolve().parents[2] / "goldens")
 CASES = [GOLDENS.load(name) for name in ("routing/gpt_oss_bf16_ties", "layout/fold_scales_0_6_16")]
 TOKEN_IDS = torch.tensor([2, 0, 1, 4, 4])
 

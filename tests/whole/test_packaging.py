@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import runpy
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -24,15 +26,21 @@ def _missing(module: str) -> bool:
     return importlib.util.find_spec(module) is None
 
 
+def _build(what: str, source: Path, target: Path) -> Path:
+    """Call one of hatchling's functions in a folder of sources; the file it made."""
+    command = [sys.executable, "-c", f"import hatchling.build as b; print(b.{what}({str(target)!r}))"]
+    subprocess.run(command, cwd=source, check=True, capture_output=True)
+    (made,) = target.glob("*.tar.gz" if what == "build_sdist" else "*.whl")
+    return made
+
+
 @pytest.mark.skipif(_missing("hatchling"), reason="needs hatchling")
-def test_wheel(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", f"import hatchling.build as b; print(b.build_wheel({str(tmp_path)!r}))"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
+def test_wheel(tmp_path: Path, builtin_root: Path) -> None:
+    wheel = _build("build_wheel", ROOT, tmp_path)
     assert wheel.stat().st_size < 5_000_000
-    names = zipfile.ZipFile(wheel).namelist()
+    archive = zipfile.ZipFile(wheel)
+    names = archive.namelist()
     assert "mxfp4ref/py.typed" in names
-    assert "mxfp4ref/goldens/builtin/manifest.json" in names
     assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {"mxfp4ref"}
     here = {
         p.relative_to(ROOT).as_posix()
@@ -40,6 +48,39 @@ def test_wheel(tmp_path: Path) -> None:
         if p.is_file() and "__pycache__" not in p.parts
     }
     assert here <= set(names)
+    folder = "mxfp4ref/goldens/builtin/"
+    builtin = {name.removeprefix(folder): archive.read(name) for name in names if name.startswith(folder)}
+    paths = (path for path in builtin_root.rglob("*") if path.is_file())
+    assert builtin == {path.relative_to(builtin_root).as_posix(): path.read_bytes() for path in paths}
+
+
+@pytest.mark.skipif(_missing("hatchling"), reason="needs hatchling")
+def test_wheel_from_the_source_distribution_is_the_same(tmp_path: Path) -> None:
+    source = _build("build_sdist", ROOT, tmp_path)
+    with tarfile.open(source) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (unpacked,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    for name in ("direct", "from_sdist"):
+        (tmp_path / name).mkdir()
+    wheels = (
+        _build("build_wheel", ROOT, tmp_path / "direct"),
+        _build("build_wheel", unpacked, tmp_path / "from_sdist"),
+    )
+    direct, from_sdist = (
+        {name: archive.read(name) for name in archive.namelist()} for archive in map(zipfile.ZipFile, wheels)
+    )
+    assert direct == from_sdist
+
+
+@pytest.mark.skipif(_missing("hatchling"), reason="needs hatchling")
+def test_an_editable_wheel_has_no_goldens(tmp_path: Path) -> None:
+    """A checkout has all of them, and the package finds those."""
+    hook = runpy.run_path(str(ROOT / "hatch_build.py"))["BuiltinGoldens"]
+    build_data: dict[str, dict[str, str]] = {"force_include": {}}
+    building = hook(str(ROOT), {}, None, None, str(tmp_path), "wheel")
+    building.initialize("editable", build_data)
+    building.finalize("editable", build_data, "")
+    assert build_data == {"force_include": {}}
 
 
 @pytest.mark.skipif(_missing("mypy"), reason="needs mypy")

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mxfp4ref import Experts, MoeCall, forward
 from mxfp4ref.conformance.execution import to_device
-from mxfp4ref.formats.generations import generation_of
+from mxfp4ref.conformance.flashinfer_kernel import flashinfer_kernel
 from mxfp4ref.sm90.tactics import Sm90Kernel, runnable_tactics
 
 Bytes = NDArray[np.uint8]
@@ -173,7 +173,8 @@ def main() -> int:
     if not torch.cuda.is_available():
         parser.error("a GPU is needed: the real kernel runs nowhere else")
     provenance = hardware.Provenance.of_this_machine()
-    generation = generation_of(provenance.flashinfer)
+    kernel = flashinfer_kernel()
+    generation = kernel.generation
     first, end = (int(part) for part in arguments.seeds.split(":"))
     start = time.monotonic()
     elements = differing = cpu_elements = cpu_differing = 0
@@ -187,7 +188,7 @@ def main() -> int:
             call = replace(call, kernel=Sm90Kernel(generation=generation))
         on_gpu = to_device(call, "cuda")
         expected = forward(on_gpu)
-        got = hardware.run_kernel(on_gpu, call.kernel if generation.forces_tactics else None)
+        got = hardware.launcher(kernel, on_gpu)()
         count = hardware.count_differences(got, expected)
         elements += got.numel()
         differing += count

@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,9 @@ from torch import Tensor
 
 from mxfp4ref import Experts, MoeCall, forward
 from mxfp4ref.conformance.execution import to_device
+from mxfp4ref.conformance.flashinfer_kernel import flashinfer_kernel
 from mxfp4ref.formats.generations import NEWEST, generation_of
-from mxfp4ref.goldens.store import Case, open_goldens, tensor_bytes
+from mxfp4ref.goldens import Case, open_goldens, tensor_bytes
 from mxfp4ref.sm90 import mufu, tensor_core
 from mxfp4ref.sm90.tactics import Sm90Kernel, each_kernel
 
@@ -48,19 +50,17 @@ STEP_BLOCKS = 4096  # of 16 x 8 results, at once
 def record_goldens(out: Path) -> int:
     """Each kernel-call case by each pair of K tiles; two runs have to agree."""
     provenance = hardware.Provenance.of_this_machine()
-    generation = generation_of(provenance.flashinfer)
-    forced = generation.forces_tactics
+    kernel = flashinfer_kernel()
+    generation = kernel.generation
     lines: list[dict[str, Any]] = []
     for case in _kernel_cases():
-        prepared = None
+        on_gpu = to_device(case.call(), "cuda")
         for tile_k, name in case.output_tensors.items():
-            if not forced and tile_k != (128, 128):
+            if not generation.forces_tactics and tile_k != (128, 128):
                 continue
-            call = to_device(case.call(Sm90Kernel.of_tiles(tile_k, generation=generation)), "cuda")
-            prepared = hardware.prepare(call.experts) if prepared is None else prepared
-            got, again = (
-                hardware.run_kernel(call, call.kernel if forced else None, prepared).cpu() for _ in range(2)
-            )
+            call = replace(on_gpu, kernel=Sm90Kernel.of_tiles(tile_k, generation=generation))
+            launch = hardware.launcher(kernel, call)
+            got, again = (launch().cpu() for _ in range(2))
             expected = case.tensors[name] if generation is NEWEST else forward(call).cpu()
             lines.append(_line(case, tile_k, got, again, expected, provenance))
     return _report(out / f"{_slug(provenance)}.jsonl", lines)
@@ -71,12 +71,13 @@ def record_tactics(out: Path) -> int:
     provenance = hardware.Provenance.of_this_machine()
     case = open_goldens(ROOT / "goldens").load(TACTICS_CASE)
     lines = []
+    kernel = flashinfer_kernel()
     call = to_device(case.call(), "cuda")
-    prepared = hardware.prepare(call.experts)
-    for kernel in each_kernel(call.experts.hidden_size, call.experts.intermediate_size):
-        got, again = (hardware.run_kernel(call, kernel, prepared).cpu() for _ in range(2))
-        line = _line(case, kernel.tile_k, got, again, case.outputs[kernel.tile_k], provenance)
-        lines.append(line | {"tactics": [str(tactic) for tactic in kernel.tactics]})
+    for forced in each_kernel(call.experts.hidden_size, call.experts.intermediate_size, kernel.generation):
+        launch = hardware.launcher(kernel, replace(call, kernel=forced))
+        got, again = (launch().cpu() for _ in range(2))
+        line = _line(case, forced.tile_k, got, again, case.outputs[forced.tile_k], provenance)
+        lines.append(line | {"tactics": [str(tactic) for tactic in forced.tactics]})
     return _report(out / f"{_slug(provenance)}-tactics.jsonl", lines)
 
 
@@ -112,6 +113,7 @@ def record_instructions(out: Path) -> int:
 def record_stress(out: Path, seconds: float = 30.0) -> int:
     """Large calls again and again, by graph and by launch, with and without PDL: a race shows as a difference."""
     provenance = hardware.Provenance.of_this_machine()
+    kernel = flashinfer_kernel()
     generator = torch.Generator("cuda").manual_seed(0)
 
     def random_bytes(low: int, high: int, *shape: int) -> Tensor:
@@ -131,14 +133,14 @@ def record_stress(out: Path, seconds: float = 30.0) -> int:
         token_selected_experts=ranked[:, :top_k].to(torch.int32),
         token_final_scales=torch.rand(tokens, top_k, device="cuda", generator=generator),
         experts=weights,
-        kernel=Sm90Kernel(generation=generation_of(provenance.flashinfer)),
+        kernel=Sm90Kernel(generation=kernel.generation),
     )
     expected = forward(call)
-    prepared = hardware.prepare(weights)
     record: dict[str, Any] = {"provenance": provenance.as_dict(), "tokens": tokens, "experts": experts}
     variants = [(pdl, graph) for pdl in (False, True) for graph in (False, True)]
     for pdl, graph in variants:
-        run: Callable[[], Tensor] = _graphed(call, prepared, pdl) if graph else _launched(call, prepared, pdl)
+        launch = hardware.launcher(kernel, call, enable_pdl=pdl)
+        run = _graphed(launch) if graph else launch
         counts = {"runs": 0, "compared": 0, "differing": 0}
         end = time.monotonic() + seconds / len(variants)
         while time.monotonic() < end:
@@ -218,8 +220,8 @@ call everywhere), the special functions over all 2^32 arguments, single tensor-c
 {table}
 
 The older kernel (`generation` 0.6.9 here, `BYTEWISE` in the package) rounds the second of the first two products of a
-sum alone, in every row; the newer one (0.6.16, `WORDWISE`) does so in some rows of some tiles. It shows only where one
-of the two products leaves float32's range.
+sum alone, in every row; the newer one (0.6.16, `WORDWISE`) does so in some rows of some tiles. It shows only where
+one of the two products leaves float32's range.
 
 The differing elements of 0.6.15.post1 are a race of that release (flashinfer issue 5438), not a rule: they are in a
 few random calls, all with a GEMM whose K is a single tile of 128, and from run to run it is other calls (16, 15
@@ -277,21 +279,17 @@ def _report(path: Path, lines: list[dict[str, Any]]) -> int:
     return int(bool(bad))
 
 
-def _launched(call: MoeCall, prepared: hardware.PreparedExperts, pdl: bool) -> Callable[[], Tensor]:
-    return lambda: hardware.run_kernel(call, None, prepared, enable_pdl=pdl)
-
-
-def _graphed(call: MoeCall, prepared: hardware.PreparedExperts, pdl: bool) -> Callable[[], Tensor]:
+def _graphed(launch: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The same launches, captured in a CUDA graph and replayed."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        hardware.run_kernel(call, None, prepared, enable_pdl=pdl)
+        launch()
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        output = hardware.run_kernel(call, None, prepared, enable_pdl=pdl)
+        output = launch()
 
     def run() -> Tensor:
-        output.fill_(torch.nan)
         graph.replay()
         return output
 

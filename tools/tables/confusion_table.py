@@ -3,7 +3,7 @@
     python tools/tables/confusion_table.py            # write docs/confusion.md; exit code 1 if one is not named
     python tools/tables/confusion_table.py --check    # compare with the stored table instead
 
-The naming is that of `mxfp4ref.conformance.suite`: a defect is named when it predicts every bit of every case that
+The naming is that of `mxfp4ref.conformance`: a defect is named when it predicts every bit of every case that
 fails and leaves the cases that pass as they are. All defects are run on each case once and the outputs compared
 with each other, which is what as many conformance runs would do one by one.
 """
@@ -21,13 +21,13 @@ from pathlib import Path
 
 import torch
 
-from mxfp4ref.conformance import suite as conformance
 from mxfp4ref.conformance.bounds import STORAGE, bound
 from mxfp4ref.conformance.comparison import differing
-from mxfp4ref.conformance.kernels import defect_outputs
+from mxfp4ref.conformance.results import name_defects
+from mxfp4ref.conformance.stand_ins import defect_outputs
 from mxfp4ref.defects import DEFECTS
+from mxfp4ref.goldens import open_goldens, tensor_bytes
 from mxfp4ref.goldens.runs import runs
-from mxfp4ref.goldens.store import open_goldens, tensor_bytes
 
 STORED = Path(__file__).resolve().parents[2] / "docs" / "confusion.md"
 CONFIDENCE = 1 - 1e-9
@@ -61,10 +61,7 @@ def column(name: str) -> Column | None:
     for defect in DEFECTS.values():
         if defect.target != case.kind:
             continue
-        try:
-            got = defect_outputs(defect, one.inputs)
-        except (ValueError, RuntimeError, IndexError):
-            continue  # not defined on this shape
+        got = defect_outputs(defect, one.inputs)
         got = dict(one.expected) if got is None else got
         outputs[defect.name] = _identity(got)
         if case.kind == "moe" and bool(differing(got["output"], one.expected["output"]).any()):
@@ -78,7 +75,7 @@ def names_of(defect: str, columns: list[Column]) -> tuple[int, tuple[str, ...]]:
     ran = [c for c in columns if defect in c.outputs]
     failing = [c for c in ran if c.outputs[defect] != c.outputs[EXPECTED]]
     exact = [[n for n, out in c.outputs.items() if n and out == c.outputs[defect]] for c in failing]
-    named = conformance.name_defects(exact)
+    named = name_defects(exact)
     for c in ran:
         if c not in failing:
             named = tuple(n for n in named if c.outputs.get(n, c.outputs[EXPECTED]) == c.outputs[EXPECTED])

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.defects import DEFECTS, DequantizeCall, RoutingCall
+from mxfp4ref.goldens import Case, open_goldens, tensor_bytes
 from mxfp4ref.goldens.runs import routing_options, runs
-from mxfp4ref.goldens.store import Case, open_goldens, tensor_bytes
 from mxfp4ref.sm90.tactics import Sm90Kernel
 
 ENOUGH = 2  # cases that have to catch a defect

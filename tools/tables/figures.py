@@ -11,7 +11,7 @@ import torch
 from mxfp4ref import forward
 from mxfp4ref.conformance.comparison import differing, ulp_distance
 from mxfp4ref.defects import get_defect
-from mxfp4ref.goldens.store import open_goldens
+from mxfp4ref.goldens import open_goldens
 from mxfp4ref.sm90.gemm.order import group_order
 
 mpl.use("svg")

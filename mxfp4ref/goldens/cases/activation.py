@@ -11,11 +11,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mxfp4ref.model.call import MoeCall
 from mxfp4ref.formats.experts import Experts
+from mxfp4ref.formats.mxfp4 import pack_codes
 from mxfp4ref.goldens.cases.definition import Content, define
 from mxfp4ref.goldens.cases.source import Source, float32
-from mxfp4ref.formats.mxfp4 import pack_codes
+from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.swiglu import swiglu
 

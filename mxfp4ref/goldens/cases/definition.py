@@ -8,13 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from mxfp4ref.model.call import MoeCall
-from mxfp4ref.goldens.store import EXPERT_TENSORS, tensor_bytes
-from mxfp4ref.goldens.cases.source import Source
 from mxfp4ref.formats.generations import NEWEST
 from mxfp4ref.formats.layout import fold_scales_sm90, interleave_weights_sm90
-from mxfp4ref.model.forward import KERNEL, forward, trace
-from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
+from mxfp4ref.goldens.case import EXPERT_TENSORS, tensor_bytes
+from mxfp4ref.goldens.cases.source import Source
+from mxfp4ref.model.call import MoeCall
+from mxfp4ref.model.forward import forward, trace
 from mxfp4ref.sm90.tactics import TILE_K, Sm90Kernel
 
 __all__ = ["DEFINITIONS", "Content", "Definition", "define", "moe_content", "outputs_by_tile_k"]
@@ -27,7 +26,7 @@ _TRACE_FIELDS = (
 
 @dataclass(frozen=True)
 class Content:
-    """What is stored of a case: see `golden.Case`."""
+    """What is stored of a case: see `case.Case`."""
 
     tensors: Mapping[str, Tensor]
     parameters: Mapping[str, Any] = field(default_factory=dict)
@@ -46,6 +45,7 @@ class Definition:
     catches: tuple[str, ...]
     unique_for: str
     build: Callable[[Source], Content]
+    pending: bool = False
 
     @property
     def id(self) -> str:
@@ -59,15 +59,30 @@ DEFINITIONS: dict[str, Definition] = {}
 
 
 def define(
-    suite: str, kind: str, why: str, *, catches: str = "", unique_for: str = "", name: str | None = None
+    suite: str,
+    kind: str,
+    why: str,
+    *,
+    catches: str = "",
+    unique_for: str = "",
+    name: str | None = None,
+    pending: bool = False,
 ) -> Callable[[Callable[[Source], Content | MoeCall]], Callable[[Source], Content | MoeCall]]:
     """Register the decorated function as a case under its own name, or under `name`.
 
     Args:
-        suite, kind, why, unique_for: as in `golden.Case`.
+        suite, kind, why, unique_for: as in `case.Case`.
         catches: names of defects, separated by blanks.
         name: needed where one function makes several cases.
+        pending: a kernel call that no GPU has confirmed yet, from a contributor who has none.
+
+    Raises:
+        ValueError: two cases of one name, or a case that is pending and no kernel call.
     """
+    if pending and kind != "moe":
+        raise ValueError(
+            f"pending: expected a case of kind 'moe', which a GPU can confirm, got kind {kind!r}"
+        )
 
     def register(build: Callable[[Source], Content | MoeCall]) -> Callable[[Source], Content | MoeCall]:
         def content(source: Source) -> Content:
@@ -75,8 +90,9 @@ def define(
             return moe_content(built) if isinstance(built, MoeCall) else built
 
         case_name = name or build.__name__
+        words = " ".join(why.split())
         definition = Definition(
-            suite, case_name, kind, " ".join(why.split()), tuple(catches.split()), unique_for, content
+            suite, case_name, kind, words, tuple(catches.split()), unique_for, content, pending
         )
         if definition.id in DEFINITIONS:
             raise ValueError(f"{definition.id}: defined twice")
@@ -100,7 +116,7 @@ def moe_content(
         extra: further tensors to keep.
 
     Raises:
-        ValueError: an output depends on tile_n, which goldens are not to (the specification, section 3).
+        ValueError: an output depends on tile_n, which that of a golden must not (docs/arithmetic.md, section 3).
     """
     experts = {name: getattr(call.experts, name) for name in EXPERT_TENSORS}
     tensors: dict[str, Tensor] = {name: t for name, t in experts.items() if t is not None}
@@ -129,21 +145,16 @@ def moe_content(
 
 
 def outputs_by_tile_k(call: MoeCall) -> dict[tuple[int, int], Tensor]:
-    """The output for every pair of K tiles that divide the GEMMs' K; GEMM1 is computed once a tile."""
-    outputs = {}
-    for first in (tile for tile in TILE_K if call.experts.hidden_size % tile == 0):
-        kept: list[Tensor] = []
-
-        def keep(*arguments: Any, kept: list[Tensor] = kept, **tactic: Any) -> Tensor:
-            kept.append(group_scaled_gemm(*arguments, **tactic))
-            return kept[-1]
-
-        for second in (tile for tile in TILE_K if call.experts.intermediate_size % tile == 0):
-            again = iter(kept)
-            repeat = (lambda *_, again=again, **__: next(again)) if kept else keep
-            stages = replace(KERNEL, fc1_gemm=repeat)
-            outputs[first, second] = forward(replace(call, kernel=Sm90Kernel.of_tiles((first, second))), stages)
-    return outputs
+    """The output for every pair of K tiles that divide the GEMMs' K."""
+    first_tiles, second_tiles = (
+        [tile for tile in TILE_K if depth % tile == 0]
+        for depth in (call.experts.hidden_size, call.experts.intermediate_size)
+    )
+    return {
+        (first, second): forward(replace(call, kernel=Sm90Kernel.of_tiles((first, second))))
+        for first in first_tiles
+        for second in second_tiles
+    }
 
 
 def _refuse_tile_n(call: MoeCall, outputs: Mapping[tuple[int, int], Tensor]) -> None:

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from mxfp4ref.model.call import MoeCall
+from mxfp4ref.formats.mxfp4 import CONVENTIONS, dequantize, pack_codes
 from mxfp4ref.goldens.cases.definition import Content, define
 from mxfp4ref.goldens.cases.source import Source
-from mxfp4ref.formats.mxfp4 import CONVENTIONS, dequantize, pack_codes
+from mxfp4ref.model.call import MoeCall
 
 _ALL_CODES = torch.arange(16, dtype=torch.uint8)
 

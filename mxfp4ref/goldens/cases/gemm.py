@@ -11,10 +11,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mxfp4ref.model.call import MoeCall
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.goldens.cases.definition import Content, define
 from mxfp4ref.goldens.cases.source import Source
+from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
 from mxfp4ref.sm90.tactics import TILE_K, Tactic
 

@@ -7,10 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mxfp4ref.model.call import MoeCall
 from mxfp4ref.formats.experts import Experts
-from mxfp4ref.goldens.cases.definition import Content, define
-from mxfp4ref.goldens.cases.source import Source
 from mxfp4ref.formats.generations import GENERATIONS, Generation
 from mxfp4ref.formats.layout import (
     fold_scales_sm90,
@@ -20,6 +17,9 @@ from mxfp4ref.formats.layout import (
     pad_halves,
     swap_gate_up,
 )
+from mxfp4ref.goldens.cases.definition import Content, define
+from mxfp4ref.goldens.cases.source import Source
+from mxfp4ref.model.call import MoeCall
 
 
 def _moved(operation: str, before: Tensor, after: Tensor, **parameters: int | str) -> Content:
@@ -57,7 +57,8 @@ for _generation in GENERATIONS:
     @define(
         "layout",
         "layout",
-        f"Scales folded as flashinfer {_generation.recorded_as} expects them; every byte is different within an expert.",
+        f"Scales folded as flashinfer {_generation.recorded_as} expects them; every byte is different within an "
+        "expert.",
         name=f"fold_scales_{_generation.recorded_as.replace('.', '_')}",
         unique_for="the layout alone, byte for byte",
     )

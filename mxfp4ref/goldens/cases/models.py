@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxfp4ref.model.call import MoeCall
 from mxfp4ref.formats.experts import Experts
-from mxfp4ref.goldens.store import derive
+from mxfp4ref.goldens.case import derive
 from mxfp4ref.goldens.cases.definition import Content, define, moe_content
 from mxfp4ref.goldens.cases.source import Source
+from mxfp4ref.model.call import MoeCall
 from mxfp4ref.routing.presets import Routing, deepseek_v4, gpt_oss
 
 _SCALES = {"low": 117, "high": 121}
@@ -92,9 +92,10 @@ def _deepseek_v4(
     num_experts: int,
     *,
     same_experts: bool = False,
-    ep_size: int = 1,
-    ep_rank: int = 0,
+    expert_rank: tuple[int, int] = (0, 1),
 ) -> Content:
+    """A layer of these sizes; `expert_rank` is (rank, ranks)."""
+    ep_rank, ep_size = expert_rank
     logits = source.normal("logits", num_tokens, num_experts).to(torch.float32)
     if same_experts:  # all tokens to the same six, with their own weights
         logits = logits[:1] + source.uniform("logits.fraction", num_tokens, num_experts) * 2.0**-10
@@ -131,7 +132,7 @@ def deepseek_v4_flash(source: Source) -> Content:
     unique_for="whole size under expert parallelism",
 )
 def deepseek_v4_flash_expert_rank_5_of_8(source: Source) -> Content:
-    return _deepseek_v4(source, 6, 4096, 2048, 256, ep_size=8, ep_rank=5)
+    return _deepseek_v4(source, 6, 4096, 2048, 256, expert_rank=(5, 8))
 
 
 @define(

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from mxfp4ref.model.call import MoeCall
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.goldens.cases.definition import define
 from mxfp4ref.goldens.cases.source import Source
+from mxfp4ref.model.call import MoeCall
 
 _H, _I = 128, 128
 _EP, _TP = 4, 2

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxfp4ref.routing import presets as routing
 from mxfp4ref.goldens.cases.definition import Content, define
 from mxfp4ref.goldens.cases.source import Source
+from mxfp4ref.routing import presets as routing
 
 
 def _routed(preset: str, tensors: dict[str, Tensor], **parameters: Any) -> Content:

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mxfp4ref.goldens import generator
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE
+from mxfp4ref.goldens import generator
 
 __all__ = ["MODERATE_SCALES", "Source", "float32", "int32"]
 
@@ -75,17 +75,16 @@ class Source:
         fc1_scales: tuple[int, int] = MODERATE_SCALES,
         fc2_scales: tuple[int, int] = MODERATE_SCALES,
         biases: bool = False,
-        alpha: float | list[float] | None = None,
-        beta: float | list[float] | None = None,
-        limit: float | list[float] | None = None,
+        **swiglu: float | list[float],
     ) -> Experts:
-        """Experts with uniform codes, scale bytes from the given ranges, N(0, 1) biases."""
+        """Experts with uniform codes, scale bytes from the given ranges, N(0, 1) biases.
 
-        def per_expert(value: float | list[float] | None) -> Tensor | None:
-            if value is None:
-                return None
-            return float32(value if isinstance(value, list) else [value] * num_experts)
-
+        `swiglu` is any of `alpha`, `beta` and `limit`: a number for all experts, or one for each.
+        """
+        parameters = {
+            f"swiglu_{name}": float32(value if isinstance(value, list) else [value] * num_experts)
+            for name, value in swiglu.items()
+        }
         return Experts(
             fc1_weights=self.bytes("fc1_weights", num_experts, 2 * inner, hidden // 2),
             fc1_scales=self.range("fc1_scales", *fc1_scales, num_experts, 2 * inner, hidden // GROUP_SIZE),
@@ -93,9 +92,7 @@ class Source:
             fc2_scales=self.range("fc2_scales", *fc2_scales, num_experts, hidden, inner // GROUP_SIZE),
             fc1_biases=self.normal("fc1_biases", num_experts, 2 * inner) if biases else None,
             fc2_biases=self.normal("fc2_biases", num_experts, hidden) if biases else None,
-            swiglu_alpha=per_expert(alpha),
-            swiglu_beta=per_expert(beta),
-            swiglu_limit=per_expert(limit),
+            **parameters,
         )
 
     def weights(self, num_tokens: int, top_k: int) -> Tensor:

@@ -1,0 +1,187 @@
+"""What a kernel under test is, and how the inputs of a golden case become its arguments."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mxfp4ref.formats.generations import NEWEST, Generation
+from mxfp4ref.formats.layout import fold_scales_sm90, interleave_weights_sm90
+from mxfp4ref.goldens.runs import OUTPUTS
+from mxfp4ref.model.call import MoeCall
+
+__all__ = [
+    "Kernel",
+    "KernelError",
+    "Skip",
+    "is_poison",
+    "keyword_arguments",
+    "logical_arguments",
+    "outputs_by_name",
+    "plain_arguments",
+    "poisoned",
+    "sm90_arguments",
+    "takes",
+    "whole_arguments",
+]
+
+_POISON = 0x7FA5  # a bf16 NaN that no arithmetic produces
+_OPTIONAL = ("fc1_biases", "fc2_biases", "swiglu_alpha", "swiglu_beta", "swiglu_limit")
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Prepare = Callable[[str, Any], Arguments]
+
+
+class KernelError(ValueError):
+    """The kernel cannot be loaded or used here; the message says why."""
+
+
+class Skip(Exception):
+    """The kernel cannot take this case, through no fault of its own."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A function under test and how it is called.
+
+    Attributes:
+        name: what it was loaded by, as in `kernels`.
+        kinds: the kinds of golden cases it can run.
+        prepare: turns a case's inputs into positional and keyword arguments; may raise `Skip`, or ValueError
+            where something of the kernel's that is not the function itself is wrong.
+        function: the callable.
+        forces_tile_k: whether the call says which K tiles the kernel uses. If it does, each legitimate pair is
+            run and compared with its own output; if not, one run may agree with any of them.
+        device: where the tensors go.
+        forces_tactics: whether it runs with the very tactics that a call names, clusters too.
+        generation: of the SM90 kernel that it claims to be; goldens are of the newest.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    prepare: Prepare
+    function: Callable[..., Any]
+    forces_tile_k: bool = False
+    device: str = "cpu"
+    forces_tactics: bool = False
+    generation: Generation = NEWEST
+
+
+def poisoned(like: Tensor) -> Tensor:
+    """A bf16 tensor of the same shape and device, every element the poison NaN 0x7FA5."""
+    return torch.full(like.shape, _POISON, dtype=torch.int16, device=like.device).view(torch.bfloat16)
+
+
+def is_poison(output: Tensor) -> Tensor:
+    """Where a bf16 tensor still holds the poison, as bool."""
+    return output.contiguous().view(torch.int16) == _POISON
+
+
+def whole_arguments(kind: str, inputs: Any) -> Arguments:
+    """The case's kind and its inputs as they are, for the stand-ins."""
+    return (kind, inputs), {}
+
+
+def keyword_arguments(kind: str, inputs: Any) -> Arguments:
+    """A stage's inputs by name."""
+    return (), dict(inputs)
+
+
+def plain_arguments(kind: str, call: MoeCall) -> Arguments:
+    """`(x, ids, scales, w1, s1, w2, s2)` and by name what else the call has; the parallelism where there is any."""
+    experts = call.experts
+    keywords = {name: value for name in _OPTIONAL if (value := getattr(experts, name)) is not None}
+    if call.ep_size != 1:
+        keywords |= {"ep_size": call.ep_size, "ep_rank": call.ep_rank}
+    if call.tp_size != 1:
+        keywords |= {"tp_size": call.tp_size, "tp_rank": call.tp_rank}
+    weights = (experts.fc1_weights, experts.fc1_scales, experts.fc2_weights, experts.fc2_scales)
+    return (call.input, call.token_selected_experts, call.token_final_scales, *weights), keywords
+
+
+def logical_arguments(function: Callable[..., Any]) -> Prepare:
+    """flashinfer's arguments with weights and scales in logical layout; `output` where the function takes one."""
+    takes_output = takes(function, "output")
+
+    def prepare(kind: str, call: MoeCall) -> Arguments:
+        experts = call.experts
+        keywords: dict[str, Any] = {
+            "input": call.input,
+            "token_selected_experts": call.token_selected_experts,
+            "token_final_scales": call.token_final_scales,
+            "fc1_expert_weights": experts.fc1_weights,
+            "fc2_expert_weights": experts.fc2_weights,
+            "output_dtype": torch.bfloat16,
+            "quant_scales": [experts.fc1_scales, experts.fc2_scales],
+            "use_w4_group_scaling": True,
+            "tp_size": call.tp_size,
+            "tp_rank": call.tp_rank,
+            "ep_size": call.ep_size,
+            "ep_rank": call.ep_rank,
+        }
+        for name in _OPTIONAL:
+            if (value := getattr(experts, name)) is not None:
+                keywords[name.replace("_biases", "_expert_biases")] = value
+        if takes_output:
+            keywords["output"] = poisoned(call.input)
+        return (), keywords
+
+    return prepare
+
+
+def sm90_arguments(
+    function: Callable[..., Any],
+    weights: Callable[[Tensor], Tensor] = interleave_weights_sm90,
+    scales: Callable[[Tensor], Tensor] = fold_scales_sm90,
+) -> Prepare:
+    """flashinfer's arguments with the weights and scales in the layouts of the real call."""
+    logical = logical_arguments(function)
+
+    def prepare(kind: str, call: MoeCall) -> Arguments:
+        if not call.experts.quantized:
+            raise Skip("the experts are not quantised")
+        rows = (call.experts.fc1_weights.shape[1], call.experts.fc2_weights.shape[1])
+        depths = (call.experts.hidden_size, call.experts.intermediate_size)
+        if any(r % 64 for r in rows) or any(k % 128 for k in depths):
+            raise Skip("the SM90 layouts need rows in multiples of 64 and K in multiples of 128")
+        positional, keywords = logical(kind, call)
+        for name in ("fc1_expert_weights", "fc2_expert_weights"):
+            keywords[name] = weights(keywords[name])
+        keywords["quant_scales"] = [scales(value).view(torch.int32) for value in keywords["quant_scales"]]
+        return positional, keywords
+
+    return prepare
+
+
+def takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function has a parameter of that name, as far as its signature tells."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return False
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def outputs_by_name(kind: str, result: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A kernel's return value as outputs by name; intermediates too where it returned `(output, mapping)`.
+
+    A function that returns None is taken to have written into the `output` it was given.
+    """
+    if isinstance(result, Mapping):
+        return dict(result)
+    if kind != "moe":
+        return {OUTPUTS[kind][0]: result}
+    stages: Mapping[str, Any] = {}
+    if isinstance(result, tuple) and len(result) == 2 and not isinstance(result[1], Tensor):
+        result, found = result
+        stages = found if isinstance(found, Mapping) else vars(found)
+    if isinstance(result, list | tuple) and result:
+        result = result[0]  # flashinfer's function returns a list, the output first
+    if result is None:
+        result = arguments.get("output")
+    return {**{name: value for name, value in stages.items() if name != "output"}, "output": result}

@@ -1,0 +1,157 @@
+"""The commands on goldens: check them, write them, export them, show one."""
+
+from __future__ import annotations
+
+import os
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import click
+
+from mxfp4ref.conformance import report
+from mxfp4ref.conformance.cli.shared import (
+    NOT_EQUAL,
+    WIDTH,
+    UsageError,
+    case_progress,
+    describe,
+    first_values,
+    goldens_option,
+    progress,
+    usage_errors,
+)
+from mxfp4ref.conformance.suite import Options, run
+from mxfp4ref.goldens import hardware_record, open_goldens
+
+__all__ = ["export", "regenerate", "show", "verify"]
+
+
+@click.command()
+@goldens_option
+@click.option("--files-only", is_flag=True, help="Check sizes and hashes, compute nothing.")
+def verify(root: Path | None, files_only: bool) -> None:
+    """Check the goldens, and this machine against them and against the hardware record.
+
+    First the files: size, dtype, shape, SHA-256. Then this machine: the oracle has to give the stored bits of every
+    case. Then the record of what real GPUs gave, if there is one: its hashes have to be those of the goldens.
+    """
+    with usage_errors():
+        goldens = open_goldens(root)
+        problems = goldens.verify()
+        click.echo(f"{goldens.root}: {len(goldens.names())} cases, {len(problems)} problems with files")
+        if not problems:
+            records, differences = hardware_record.compare(goldens)
+            problems += differences
+            if records:
+                gpus = ", ".join(sorted({str(r["gpu"]) for r in records}))
+                click.echo(f"hardware record: {len(records)} runs on {gpus}, {len(differences)} differ")
+            else:
+                click.echo("hardware record: none")
+        if not problems and not files_only:
+            with case_progress(len(goldens.names())) as advance:
+                result = run("oracle", goldens, Options(repeat=False), progress=advance)
+            click.echo(result.verdict)
+            problems += [report.headline(r) for r in result.results if not r.ok]
+    for problem in problems:
+        click.echo(problem, err=True)
+    sys.exit(NOT_EQUAL if problems else 0)
+
+
+@click.command()
+@click.option("--check", is_flag=True, help="Write nothing; list the differences and exit with 1.")
+@click.option(
+    "--only", multiple=True, metavar="GLOB", help="Only cases that match, as in 'gemm/*'. Repeatable."
+)
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=lambda: os.cpu_count() or 1,
+    help="How many processes; by default one a core.",
+)
+@click.option(
+    "--root",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of the goldens; by default that of the checkout.",
+)
+def regenerate(check: bool, only: tuple[str, ...], jobs: int, root: Path | None) -> None:
+    """Write the goldens from nothing, or --check that they are what would be written.
+
+    Exit codes: 0 written, or equal byte for byte; 1 not equal, or larger than goldens may be; 2 wrong usage.
+    """
+    from mxfp4ref.goldens import writing  # imports the definitions of all cases
+
+    start = time.monotonic()
+    with usage_errors(), progress(lines=True) as step:
+        result = writing.regenerate(root, only, check=check, jobs=jobs, progress=step)
+    for difference in result.differences:
+        click.echo(difference)
+    if not result.differences:
+        what = "equal byte for byte" if check else "written"
+        click.echo(f"{result.root}: {result.cases} cases, {what}")
+    click.echo(f"{result.root}: {result.size / 2**20:.2f} MiB in all")
+    click.echo(f"generated {result.cases} cases in {time.monotonic() - start:.1f} s with {jobs} processes")
+    too_large = result.size > writing.SIZE_LIMIT
+    if too_large:
+        click.echo(f"{result.root}: more than {writing.SIZE_LIMIT >> 20} MiB", err=True)
+    sys.exit(NOT_EQUAL if result.differences or too_large else 0)
+
+
+@click.command()
+@click.argument("folder", metavar="DIR", type=click.Path(file_okay=False, path_type=Path))
+@goldens_option
+def export(folder: Path, root: Path | None) -> None:
+    """Write the goldens to DIR as a data set of flashinfer-bench: definitions, workloads, a reference.
+
+    DIR is created if it is not there, and files of an earlier export are replaced. Every kernel call with stored
+    weights and a finite output becomes a workload; the others are listed with the reason. flashinfer-bench is not
+    needed for that. Put your kernels into DIR/solutions and run
+
+    \b
+    flashinfer-bench run --local DIR
+
+    It compares with a tolerance. To compare bits, use mxfp4ref conform.
+
+    Exit codes: 0 written, 2 wrong usage, or goldens that are missing or damaged.
+    """
+    from mxfp4ref.goldens.flashinfer_bench import export_flashinfer_bench
+
+    with usage_errors():
+        goldens = open_goldens(root)
+        exported, left_out = export_flashinfer_bench(goldens, folder)
+    for name, reason in left_out.items():
+        click.echo(f"left out: {name}: {reason}")
+    if not exported:
+        raise UsageError(f"{goldens.root}: no case can be exported")
+    click.echo(f"{folder}: {len(exported)} workloads written, {len(left_out)} cases left out")
+
+
+@click.command()
+@click.argument("case")
+@goldens_option
+@click.option("--values", is_flag=True, help="The first values of each tensor too.")
+def show(case: str, root: Path | None, values: bool) -> None:
+    """Show a golden CASE (suite/name): why it exists, what it catches, its tensors and outputs."""
+    with usage_errors():
+        loaded = open_goldens(root).load(case)
+    click.secho(loaded.id, bold=True)
+    click.echo(f"kind: {loaded.kind}")
+    click.echo(textwrap.fill(f"why: {loaded.why}", WIDTH, subsequent_indent="     "))
+    if loaded.catches:
+        click.echo(
+            textwrap.fill(f"catches: {', '.join(loaded.catches)}", WIDTH, subsequent_indent="         ")
+        )
+    if loaded.unique_for:
+        click.echo(f"kept for: {loaded.unique_for}")
+    for name, value in loaded.parameters.items():
+        click.echo(f"{name} = {value!r}")
+    click.echo("tensors:")
+    for name, tensor in sorted(loaded.tensors.items()):
+        click.echo(f"  {name:24} {describe(tensor)}")
+        if values:
+            click.echo(f"  {'':24} {first_values(tensor)}")
+    for name, recipe in loaded.derived.items():
+        click.echo(f"  {name:24} generated: {recipe['rule']} {recipe['shape']}, seed {recipe['seed']}")
+    for pair, digest in loaded.output_hashes.items() if loaded.kind == "moe" else ():
+        click.echo(f"output for K tiles {pair[0]}x{pair[1]}: SHA-256 {digest}")

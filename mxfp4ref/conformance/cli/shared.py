@@ -1,0 +1,100 @@
+"""What the commands share: exit codes, the option for the goldens, the progress bar, how a tensor is shown."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+from mxfp4ref.conformance.adapters import KernelError
+from mxfp4ref.conformance.results import CaseResult
+from mxfp4ref.goldens import GoldenError
+
+__all__ = [
+    "NOT_EQUAL",
+    "WIDTH",
+    "UsageError",
+    "case_progress",
+    "describe",
+    "first_values",
+    "goldens_option",
+    "progress",
+    "usage_errors",
+]
+
+NOT_EQUAL, USAGE = 1, 2  # exit codes, besides 0
+WIDTH = 100
+
+goldens_option = click.option(
+    "--goldens",
+    "root",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of the goldens; by default $MXFP4REF_GOLDENS, ./goldens here or above, or the built-in few.",
+)
+
+
+class UsageError(click.ClickException):
+    """Wrong usage, or something missing in the environment."""
+
+    exit_code = USAGE
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """What goes wrong before or beside the comparison is wrong usage or environment: exit code 2."""
+    try:
+        yield
+    except (KernelError, GoldenError, ModuleNotFoundError, TypeError, ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+
+
+@contextmanager
+def progress(*, lines: bool = False) -> Iterator[Callable[[str, int], None]]:
+    """A function to call after each step, with its name and the number of steps.
+
+    It moves a progress bar on stderr. Where stderr is no terminal it does nothing, or prints a line, if `lines`.
+    """
+    if sys.stderr.isatty():
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("", total=None)
+            yield lambda name, total: bar.update(task, advance=1, total=total, description=name)
+        return
+    done = itertools.count(1)
+
+    def line(name: str, total: int) -> None:
+        if lines:
+            click.echo(f"[{next(done):3}/{total}] {name}", err=True)
+
+    yield line
+
+
+@contextmanager
+def case_progress(total: int) -> Iterator[Callable[[CaseResult], None]]:
+    """`progress` of a conformance run, which tells how many cases have failed."""
+    failed = 0
+    with progress() as step:
+
+        def advance(result: CaseResult) -> None:
+            nonlocal failed
+            failed += not result.ok
+            step(f"{failed} failed  {result.case}", total)
+
+        yield advance
+
+
+def describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def first_values(tensor: Tensor) -> str:
+    shown = ", ".join(f"{value:.6g}" for value in tensor.flatten()[:8].to(torch.float64).tolist())
+    return f"{shown}{', ...' if tensor.numel() > 8 else ''}"

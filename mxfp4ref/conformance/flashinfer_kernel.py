@@ -1,0 +1,106 @@
+"""The installed flashinfer as a kernel under test. Nothing else in this project calls its kernel."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mxfp4ref.conformance.adapters import Arguments, Kernel, KernelError, sm90_arguments
+from mxfp4ref.conformance.comparison import differing
+from mxfp4ref.formats.generations import generation_of
+from mxfp4ref.formats.layout import fold_scales_sm90, interleave_weights_sm90
+from mxfp4ref.model.call import MoeCall
+
+__all__ = ["flashinfer_kernel"]
+
+
+def flashinfer_kernel(device: str = "cuda") -> Kernel:
+    """`cutlass_fused_moe` of the installed flashinfer, with the tactics that a call names where it can be told.
+
+    Weights and scales are brought into the kernel's layouts by flashinfer's own helpers, whose bytes have to be those
+    of `mxfp4ref.formats.layout`; where they are not, preparing the arguments raises ValueError.
+
+    Raises:
+        KernelError: no flashinfer, one without this kernel or of an unknown release, or no GPU.
+    """
+    try:
+        generation = generation_of(importlib.import_module("flashinfer").__version__)
+        fused_moe = importlib.import_module("flashinfer.fused_moe")
+        function = fused_moe.cutlass_fused_moe
+        their_weights = fused_moe.interleave_moe_weights_for_sm90_mixed_gemm
+        their_scales = fused_moe.interleave_moe_scales_for_sm90_mixed_gemm
+    except (ImportError, AttributeError, ValueError) as error:
+        raise KernelError(f"kernel: flashinfer: {type(error).__name__}: {error}") from error
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise KernelError("kernel: flashinfer needs a CUDA device, and torch sees none here")
+
+    @_remembering
+    def weights(packed: Tensor) -> Tensor:
+        helper = "interleave_moe_weights_for_sm90_mixed_gemm"
+        return _agreed(helper, their_weights(packed, "fp4"), interleave_weights_sm90(packed, generation))
+
+    @_remembering
+    def scales(logical: Tensor) -> Tensor:
+        helper = "interleave_moe_scales_for_sm90_mixed_gemm"
+        return _agreed(helper, their_scales(logical, 32), fold_scales_sm90(logical, generation))
+
+    prepare_layouts = sm90_arguments(function, weights, scales)
+
+    def prepare(kind: str, call: MoeCall) -> Arguments:
+        positional, keywords = prepare_layouts(kind, call)
+        keywords["enable_pdl"] = False
+        biases = ("fc1_expert_biases", "fc2_expert_biases")
+        if sum(name in keywords for name in biases) == 1:
+            # The real call takes both or none. Adding +0 changes nothing, since a GEMM never gives -0.
+            for name, like in zip(biases, ("fc1_weights", "fc2_weights"), strict=True):
+                shape = getattr(call.experts, like).shape[:2]
+                keywords.setdefault(name, call.input.new_zeros(shape))
+        if generation.forces_tactics:
+            keywords["profile_ids"] = call.kernel.profile_ids
+        return positional, keywords
+
+    return Kernel(
+        "flashinfer",
+        ("moe",),
+        prepare,
+        function,
+        forces_tile_k=generation.forces_tactics,
+        device=device,
+        forces_tactics=generation.forces_tactics,
+        generation=generation,
+    )
+
+
+def _remembering(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The function with its results for the last two tensors, those of GEMM1 and GEMM2, kept for the next call."""
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def remembered(argument: Tensor) -> Tensor:
+        for source, result in kept:
+            if source is argument:
+                return result
+        kept.append((argument, function(argument)))
+        del kept[:-2]
+        return kept[-1][1]
+
+    return remembered
+
+
+def _agreed(helper: str, theirs: Tensor, ours: Tensor) -> Tensor:
+    """What flashinfer's helper gave, if its bytes are this package's."""
+    if theirs.shape != ours.shape or theirs.dtype != ours.dtype:
+        raise ValueError(
+            f"flashinfer's {helper} gave {theirs.dtype} {list(theirs.shape)}, expected {ours.dtype} "
+            f"{list(ours.shape)}"
+        )
+    different = differing(theirs, ours)
+    if bool(different.any()):
+        first = different.nonzero()[0].tolist()
+        raise ValueError(
+            f"flashinfer's {helper} gave other bytes than mxfp4ref.formats.layout: {int(different.sum()):,} of "
+            f"{ours.numel():,}, the first at {first}"
+        )
+    return theirs

@@ -1,0 +1,114 @@
+"""What came of a conformance run: a result for each case, and the verdict on the kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from mxfp4ref.conformance.diagnosis import Diagnosis
+from mxfp4ref.defects import DEFECTS
+
+__all__ = ["MODES", "PASSING", "CaseResult", "Report", "name_defects"]
+
+MODES = ("exact", "bounded")
+PASSING = ("equal", "within bounds", "skipped")
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """What came of one case.
+
+    Attributes:
+        case, kind, why: of the golden case.
+        status: "equal", "within bounds", "differs", "outside bounds", or one of `execution.PROBLEMS`.
+        tiles: the K tiles ("128x256", for GEMM1 and GEMM2) whose expected output the kernel's equals; the tactics
+            where all were run.
+        elements, differing: output elements compared and how many differ; in mode "bounded", and where no pair
+            of tiles agrees, from the closest expected output.
+        outside: elements outside their bounds, in mode "bounded".
+        message: the problem, in words.
+        seconds: the kernel's time for its first run.
+        diagnosis: of the first run that differs.
+    """
+
+    case: str
+    kind: str
+    why: str
+    status: str
+    tiles: tuple[str, ...] = ()
+    elements: int = 0
+    differing: int = 0
+    outside: int = 0
+    message: str = ""
+    seconds: float = 0.0
+    diagnosis: Diagnosis | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.status in PASSING
+
+
+@dataclass(frozen=True)
+class Report:
+    """The results of a run.
+
+    Attributes:
+        kernel: its name.
+        mode: "exact" or "bounded".
+        results: one for each case.
+        defects: the named defects each of which predicts all outputs that differ, in every bit.
+        seconds: of the whole run.
+        environment: versions and machine.
+    """
+
+    kernel: str
+    mode: str
+    results: tuple[CaseResult, ...]
+    defects: tuple[str, ...] = ()
+    seconds: float = 0.0
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every case passed and at least one ran."""
+        return all(r.ok for r in self.results) and any(r.status != "skipped" for r in self.results)
+
+    @property
+    def verdict(self) -> str:
+        """The result in a sentence or two."""
+        ran = [r for r in self.results if r.status != "skipped"]
+        failed = [r for r in ran if not r.ok]
+        if not ran:
+            return f"{self.kernel} ran on no case."
+        if not failed:
+            how = "equals the expected bits" if self.mode == "exact" else "stays within the bounds"
+            return f"{self.kernel} conforms: it {how} in all {len(ran)} cases."
+        words = f"{self.kernel} does not conform: {len(failed)} of {len(ran)} cases fail."
+        if self.defects:
+            which = " or ".join(self.defects)
+            summary = DEFECTS[self.defects[0]].summary
+            more = "" if len(self.defects) == 1 else " (these cases do not tell them apart)"
+            words += f" Every wrong bit is that of {which}{more}: {summary}."
+        elif (closest := self.closest) is not None:
+            name, fraction = closest
+            words += f" No named defect predicts all of it; closest is {name}, with {fraction:.0%} of the wrong bits."
+        return words
+
+    @property
+    def closest(self) -> tuple[str, float] | None:
+        """Without an exact one, the defect with the highest mean fraction over the cases that differ."""
+        diagnoses = [r.diagnosis for r in self.results if r.diagnosis is not None]
+        total: dict[str, float] = {}
+        for diagnosis in diagnoses:
+            for prediction in diagnosis.predictions:
+                total[prediction.name] = total.get(prediction.name, 0.0) + prediction.fraction
+        if not total:
+            return None
+        best = max(total, key=lambda name: total[name])
+        return best, total[best] / len(diagnoses)
+
+
+def name_defects(exact: Iterable[Iterable[str] | None]) -> tuple[str, ...]:
+    """The defects that are in every one of the given sets; None counts as all defects."""
+    sets = [tuple(names) for names in exact if names is not None]
+    return tuple(name for name in (sets[0] if sets else ()) if all(name in names for names in sets))

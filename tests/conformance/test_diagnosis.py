@@ -1,0 +1,174 @@
+"""What a failing run is said to be: the named defect, the places, the stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from mxfp4ref import forward
+from mxfp4ref.conformance import (
+    CaseResult,
+    Kernel,
+    Options,
+    Report,
+    diagnose,
+    load_kernel,
+    run,
+    run_case,
+)
+from mxfp4ref.conformance.results import name_defects
+from mxfp4ref.conformance.stand_ins import defect_outputs
+from mxfp4ref.defects import DEFECTS
+from mxfp4ref.goldens import Case, open_goldens
+from tests.helpers import kernels_under_test, layers
+
+GOLDENS = open_goldens()
+WHOLE_SIZE = GOLDENS.names("models")
+SMALL = "finalize/slot_order"
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    return GOLDENS.load(SMALL)
+
+
+def result_of(spec: str, case: Case) -> CaseResult:
+    return run_case(load_kernel(spec), case)
+
+
+NAMED = [
+    *(
+        "gate_up_swapped",
+        "limit_ignored",
+        "scale_off_by_one_group",
+        "weights_not_interleaved",
+        "bf16_finalize",
+    ),
+    *("ep_offset_dropped", "tie_highest_id", "act_kept_fp32"),
+]
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_defects_are_named(name: str) -> None:
+    """On the cases that are there for them; `tools/tables/confusion_table.py` does all defects on all cases."""
+    names = [n for n in GOLDENS.names() if n not in WHOLE_SIZE and name in GOLDENS.load(n).catches]
+    report = run(f"defect:{name}", [GOLDENS.load(n) for n in names], Options(repeat=False))
+    assert not report.ok
+    assert name in report.defects
+
+
+def test_a_defect_that_confuses_experts_is_named_although_few_are_kept() -> None:
+    case = GOLDENS.load("gemm/uneven_experts")
+    assert case.experts.num_experts > case.call().top_k
+    assert run("defect:scales_of_next_expert", [case]).defects == ("scales_of_next_expert",)
+
+
+def test_a_defect_in_one_token_only_is_not_named(case: Case) -> None:
+    """It predicts that token exactly, and others too that are right."""
+    dropped = DEFECTS["last_slot_dropped"].run(case.call())
+
+    def in_token_2(kind: str, call: Any) -> Tensor:
+        output = case.outputs[128, 128].clone()
+        output[2] = dropped[2]
+        return output
+
+    kernel = Kernel("in_token_2", ("moe",), lambda kind, call: ((kind, call), {}), in_token_2, True)
+    diagnosis = run_case(kernel, case).diagnosis
+    assert diagnosis is not None
+    assert diagnosis.exact == ()
+    assert ("last_slot_dropped", False) in [(p.name, p.exact) for p in diagnosis.predictions]
+    assert "only token 2 of 8 differs" in diagnosis.patterns
+
+
+def test_an_unnamed_mistake_gets_places_and_a_stage() -> None:
+    case = GOLDENS.load("gemm/ordinary")
+    result = result_of("tests.helpers.kernels_under_test:second_half_of_columns", case)
+    assert result.diagnosis is not None
+    assert "exactly every second 16-row block of fc2 differs, from 1 on" in result.diagnosis.patterns
+    assert result.diagnosis.exact == ()
+    assert result.diagnosis.first.index == (0, 16)
+    assert result.diagnosis.stage.startswith("before finalize")
+    assert int(result.diagnosis.mask.sum()) == result.differing == sum(n for _, n in result.diagnosis.ulps)
+
+
+def test_exposed_stages_are_compared() -> None:
+    result = result_of("tests.helpers.kernels_under_test:with_trace", GOLDENS.load("gemm/ordinary"))
+    assert result.diagnosis is not None
+    assert result.diagnosis.stage.startswith("activation is the first stage that differs, in 1 of")
+    assert "got 0x447A (1000)" in result.diagnosis.stage
+
+
+def test_other_weights_in_finalize_are_recognised(case: Case) -> None:
+    def scaled(**arguments: Any) -> Tensor:
+        arguments["token_final_scales"] = arguments["token_final_scales"] * 0.9
+        return kernels_under_test.good(**arguments)
+
+    diagnosis = run_case(load_kernel(scaled), case).diagnosis
+    assert diagnosis is not None
+    assert diagnosis.stage.startswith("finalize: token 0 is the sum of the right expert outputs with weights")
+
+
+def test_a_small_mistake_is_not_blamed_on_the_weights() -> None:
+    """A few elements off leave the fitted weights nearly as they are."""
+
+    def one_column(**arguments: Any) -> Tensor:
+        result = kernels_under_test.good(**arguments).clone()
+        result[:, 9] += 0.25
+        return result
+
+    diagnosis = run_case(load_kernel(one_column), GOLDENS.load("gemm/ordinary")).diagnosis
+    assert diagnosis is not None
+    assert diagnosis.stage.startswith("before finalize")
+
+
+def test_name_defects_intersects() -> None:
+    assert name_defects([("a", "b"), ("b", "c")]) == ("b",)
+    assert name_defects([None, ("b", "c")]) == ("b", "c")
+    assert name_defects([("a",), ()]) == ()
+    assert name_defects([]) == ()
+
+
+def test_verdict_without_an_exact_defect_gives_the_closest() -> None:
+    report = run("tests.helpers.kernels_under_test:second_half_of_columns", [GOLDENS.load("gemm/ordinary")])
+    assert report.defects == ()
+    assert "does not conform: 1 of 1 cases fail." in report.verdict
+    assert isinstance(report, Report)
+    assert report.closest is None or report.closest[0] in DEFECTS
+
+
+@pytest.mark.parametrize(
+    ("hidden", "inner", "num_experts", "ep_size", "tokens", "extras"),
+    [
+        (128, 128, 1, 1, 1, False),
+        (128, 256, 1, 2, 2, True),
+        (256, 128, 3, 1, 0, False),
+        (384, 128, 2, 4, 1, True),
+    ],
+)
+def test_every_defect_is_defined_on_every_shape(
+    hidden: int, inner: int, num_experts: int, ep_size: int, tokens: int, extras: bool
+) -> None:
+    """`predict` catches no exception: a defect gives an output of the right shape, or says that it cannot show."""
+    parameters = layers.PARAMETERS if extras else ()
+    experts = layers.random_experts(
+        7, num_experts=num_experts, hidden=hidden, inner=inner, biases=extras, parameters=parameters
+    )
+    call = layers.random_call(7, experts, tokens=tokens, top_k=1, ep_size=ep_size, ep_rank=ep_size - 1)
+    ran = 0
+    for defect in DEFECTS.values():
+        if defect.target == "moe" and (outputs := defect_outputs(defect, call)) is not None:
+            assert outputs["output"].shape == call.input.shape, defect.name
+            ran += 1
+    assert ran > 50
+
+
+def test_no_defect_is_named_for_experts_that_are_not_quantised() -> None:
+    call = layers.random_call(3, experts=layers.random_experts(3, quantized=False))
+    expected = forward(call)
+    wrong = expected.clone()
+    wrong[0, 0] += 1
+    found = diagnose("moe", call, {"output": wrong}, {"output": expected})
+    assert (found.predictions, found.stage) == ((), "")
+    assert found.first.index == (0, 0)

@@ -1,0 +1,191 @@
+"""Kernels under test: how they are loaded and called; flashinfer's own."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mxfp4ref import MoeCall, forward
+from mxfp4ref.conformance import (
+    CaseResult,
+    KernelError,
+    Options,
+    assert_bits_equal,
+    load_kernel,
+    run,
+    run_case,
+    suite,
+)
+from mxfp4ref.formats.generations import BYTEWISE, NEWEST
+from mxfp4ref.formats.layout import fold_scales_sm90, interleave_weights_sm90
+from mxfp4ref.goldens import Case, open_goldens
+from mxfp4ref.sm90.tactics import Sm90Kernel, runnable_tactics, tactics_of
+from tests.helpers import kernels_under_test
+from tools.hardware import hardware
+
+GOLDENS = open_goldens()
+SMALL = "finalize/slot_order"
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    return GOLDENS.load(SMALL)
+
+
+def result_of(spec: str, case: Case) -> CaseResult:
+    return run_case(load_kernel(spec), case)
+
+
+@pytest.mark.parametrize("spec", ["good", "logical:good_logical", "plain:good_plain"])
+def test_adapters_hand_everything_over(spec: str) -> None:
+    """Biases, SwiGLU parameters, expert and tensor parallelism, repeated experts."""
+    prefix, _, name = spec.rpartition(":")
+    path = ":".join(filter(None, (prefix, "tests.helpers.kernels_under_test", name)))
+    names = [
+        "activation/bias_before_clamp",
+        "finalize/biases_inside_weight",
+        "parallel/expert_and_tensor_rank_1",
+    ]
+    for name in [*names, "activation/gpt_oss_special_values"]:
+        result = result_of(path, GOLDENS.load(name))
+        assert result.status == "equal", result.message
+        assert "128x128" in result.tiles
+
+
+def test_stage_kernels() -> None:
+    report = run("stage:dequantize:tests.helpers.kernels_under_test:stage_dequantize", GOLDENS)
+    assert report.ok
+    assert {r.kind for r in report.results if r.status == "equal"} == {"dequantize"}
+    moved = result_of(
+        "stage:layout:tests.helpers.kernels_under_test:stage_layout_identity",
+        GOLDENS.load("layout/swap_halves"),
+    )
+    assert moved.status == "differs"
+    assert moved.diagnosis is not None
+    assert "the same bytes in another order" in moved.diagnosis.patterns[0]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("nonsense", "expected package.module:function or one of"),
+        ("no.such.module:f", "cannot import 'no.such.module'"),
+        ("tests.helpers.kernels_under_test:absent", "has no 'absent'"),
+        ("tests.helpers.kernels_under_test:GOLDENS", "has no"),
+        ("defect:limit_ignord", "limit_ignored"),
+        ("stage:moe:tests.helpers.kernels_under_test:good", "KIND one of dequantize"),
+        ("flashinfer", "flashinfer"),
+    ],
+)
+def test_wrong_kernels_are_refused(spec: str, message: str) -> None:
+    with pytest.raises(KernelError, match=r"^kernel: ") as error:
+        load_kernel(spec)
+    assert message in str(error.value)
+
+
+class TestFlashinfer:
+    """The adapter, against a module that has flashinfer's names and the oracle inside."""
+
+    @pytest.fixture(autouse=True)
+    def _fake(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[list[int]] = []
+        self.helpers = SimpleNamespace(
+            __version__="0.7.2.post1",
+            cutlass_fused_moe=self.cutlass_fused_moe,
+            interleave_moe_weights_for_sm90_mixed_gemm=lambda weight, quant_type: interleave_weights_sm90(
+                weight
+            ),
+            interleave_moe_scales_for_sm90_mixed_gemm=lambda scales, group_size: fold_scales_sm90(scales),
+        )
+        for name in ("flashinfer", "flashinfer.fused_moe"):
+            monkeypatch.setitem(sys.modules, name, self.helpers)
+
+    def cutlass_fused_moe(self, *, profile_ids: list[int], enable_pdl: bool, **arguments: Any) -> list[Any]:
+        self.seen.append(profile_ids)
+        forced = Sm90Kernel(*(tactics_of(NEWEST)[number % 116] for number in profile_ids))
+        output = kernels_under_test.good(**arguments, kernel=forced)
+        return [output, None, None, None]  # as flashinfer does
+
+    def test_forces_every_pair_of_tiles(self) -> None:
+        case = GOLDENS.load("gemm/mirrored_both_512")
+        result = run_case(load_kernel("flashinfer", "cpu"), case, Options(repeat=False))
+        assert result.status == "equal", result.message
+        assert len(self.seen) == len(case.outputs)
+        assert [0, 116] in self.seen
+        assert [8, 120] in self.seen
+
+    def test_all_tactics(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Each runnable tactic of either GEMM once; the model gives what to expect of another N tile."""
+        asked: list[MoeCall] = []
+        monkeypatch.setattr(suite, "forward", lambda call: (asked.append(call), forward(call))[1])
+        case = GOLDENS.load("gemm/first_group_overflows")
+        experts = case.call().experts
+        shapes = [(2 * experts.intermediate_size, experts.hidden_size)]
+        shapes.append((experts.hidden_size, experts.intermediate_size))
+        expected = {
+            tuple((Sm90Kernel(gemm1=tactic) if gemm == 0 else Sm90Kernel(gemm2=tactic)).profile_ids)
+            for gemm, shape in enumerate(shapes)
+            for tactic in runnable_tactics(*shape)
+        }
+        report = run("flashinfer", [case], Options(repeat=False, all_tactics=True), device="cpu")
+        assert report.ok, report.verdict
+        assert set(map(tuple, self.seen)) == expected
+        assert len(report.results[0].tiles) == len(expected)
+        assert {call.kernel.tile_n for call in asked} == {
+            pair for n in (32, 64, 128, 256) for pair in ((n, 16), (16, n))
+        }
+
+    def test_all_tactics_of_another_kernel(self, case: Case) -> None:
+        for isolate, kernel in ((False, "oracle"), (True, "flashinfer")):
+            with pytest.raises(ValueError, match="all_tactics: expected a kernel"):
+                run(kernel, [case], Options(all_tactics=True), device="cpu", isolate=isolate)
+
+    def test_the_recording_tools_launch_the_same_kernel(self) -> None:
+        case = GOLDENS.load("gemm/mirrored_hidden_1536")
+        kernel = load_kernel("flashinfer", "cpu")
+        for tile_k, expected in case.outputs.items():
+            launch = hardware.launcher(kernel, case.call(Sm90Kernel.of_tiles(tile_k)), enable_pdl=True)
+            for _ in range(2):
+                assert_bits_equal(launch(), expected)
+        assert len(self.seen) == 2 * len(case.outputs)
+
+    def test_generation_without_profile_ids(self, case: Case) -> None:
+        def before_profile_ids(
+            input: Tensor, quant_scales: list[Tensor], output: Tensor, enable_pdl: bool, **arguments: Any
+        ) -> Tensor:
+            assert quant_scales[0].dim() == 3
+            return kernels_under_test.good(input=input, quant_scales=quant_scales, output=output, **arguments)
+
+        before_profile_ids.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in ("input", "output", "enable_pdl")]
+        )
+        self.helpers.interleave_moe_scales_for_sm90_mixed_gemm = lambda s, group: fold_scales_sm90(
+            s, BYTEWISE
+        )
+        self.helpers.interleave_moe_weights_for_sm90_mixed_gemm = lambda w, quant_type: (
+            interleave_weights_sm90(w, BYTEWISE)
+        )
+        self.helpers.cutlass_fused_moe = before_profile_ids
+        self.helpers.__version__ = "0.6.17"  # takes profile_ids and ignores it
+        kernel = load_kernel("flashinfer", "cpu")
+        assert not kernel.forces_tile_k
+        result = run_case(kernel, case)
+        assert (result.status, result.tiles) == ("equal", tuple("x".join(map(str, p)) for p in case.outputs))
+
+    def test_other_bytes_from_a_helper_are_reported(self, case: Case) -> None:
+        self.helpers.interleave_moe_weights_for_sm90_mixed_gemm = lambda weight, quant_type: weight
+        result = run_case(load_kernel("flashinfer", "cpu"), case)
+        assert result.status == "layout differs"
+        assert "interleave_moe_weights_for_sm90_mixed_gemm gave other bytes" in result.message
+
+    def test_needs_cuda(self) -> None:
+        if torch.cuda.is_available():
+            pytest.skip("there is a GPU here")
+        with pytest.raises(KernelError, match="needs a CUDA device"):
+            load_kernel("flashinfer")

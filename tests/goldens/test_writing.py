@@ -1,0 +1,186 @@
+"""Writing goldens and checking that they are what would be written: `mxfp4ref regenerate`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from click.testing import CliRunner, Result
+
+from mxfp4ref.conformance.cli import commands
+from mxfp4ref.goldens import (
+    Goldens,
+    open_goldens,
+    tensor_bytes,
+    writing,
+)
+from mxfp4ref.goldens.cases import DEFINITIONS
+from mxfp4ref.goldens.cases.definition import moe_content
+from mxfp4ref.goldens.cases.source import Source
+from mxfp4ref.goldens.manifest import BUILTIN
+
+CHECKOUT = Path(__file__).resolve().parents[2] / "goldens"
+SMALL = "layout/fold_scales_0_6_16"
+
+
+@pytest.fixture
+def root(builtin_root: Path, tmp_path: Path) -> Path:
+    """A copy of the built-in suite, to damage."""
+    return Path(shutil.copytree(builtin_root, tmp_path / "goldens"))
+
+
+# Writing.
+
+
+def test_safetensors_bytes_are_read_by_the_library_and_aligned() -> None:
+    tensors = {
+        "a": torch.arange(3, dtype=torch.uint8),
+        "b": torch.tensor([1.5, -0.0, torch.nan]).to(torch.bfloat16),
+        "c": torch.arange(6).reshape(2, 3),
+        "d": torch.tensor([True, False]),
+        "e": torch.zeros(0, 4),
+        "f": torch.arange(4, dtype=torch.int32)[::2],
+    }
+    data = writing.safetensors_bytes(tensors)
+    assert data == writing.safetensors_bytes(dict(reversed(tensors.items())))
+    read = safetensors.torch.load(data)
+    assert {name: t.dtype for name, t in read.items()} == {name: t.dtype for name, t in tensors.items()}
+    assert all(tensor_bytes(read[name]) == tensor_bytes(tensor) for name, tensor in tensors.items())
+    size = int.from_bytes(data[:8], "little")
+    for name, entry in json.loads(data[8 : 8 + size]).items():
+        assert (8 + size + entry["data_offsets"][0]) % tensors[name].element_size() == 0
+
+
+def regenerate(*arguments: str) -> Result:
+    return CliRunner().invoke(commands, ["regenerate", *arguments, "--jobs", "1"])
+
+
+def test_writes_and_checks(tmp_path: Path) -> None:
+    root = tmp_path / "new"
+    assert regenerate("--root", str(root), "--only", "layout/f*").exit_code == 0
+    assert Goldens(root).names() == ["layout/fold_scales_0_6_16", "layout/fold_scales_0_6_9"]
+    assert Goldens(root).verify() == []
+    checked = regenerate("--root", str(root), "--only", "layout/fold*", "--check")
+    assert checked.exit_code == 0
+    assert "2 cases, equal byte for byte" in checked.output
+
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*.*")}
+    assert regenerate("--root", str(root), "--only", "layout/swap_halves").exit_code == 0
+    assert len(Goldens(root).names()) == 3
+    after = {path: path.stat().st_mtime_ns for path in before}
+    assert [path.name for path in before if before[path] != after[path]] == ["manifest.json"]
+
+    path = root / "layout" / "swap_halves.json"
+    path.write_bytes(path.read_bytes() + b" ")
+    (root / "layout" / "fold_scales_0_6_9.safetensors").unlink()
+    checked = regenerate("--root", str(root), "--only", "layout/f*", "--only", "layout/s*", "--check")
+    assert checked.exit_code == 1
+    lines = checked.output.splitlines()
+    assert f"{path}: differs" in lines
+    assert f"{root / 'layout' / 'fold_scales_0_6_9.safetensors'}: missing" in lines
+
+
+def test_complete_check_finds_extra_files_and_a_wrong_manifest(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only = {name: definition for name, definition in DEFINITIONS.items() if name == SMALL}
+    monkeypatch.setattr(writing, "DEFINITIONS", only)
+    checked = regenerate("--root", str(root), "--check")
+    assert checked.exit_code == 1
+    out = checked.output
+    assert f"{root / 'manifest.json'}: differs" in out
+    assert out.count("not a file of any case") == 2 * (len(BUILTIN) - 1)
+    assert regenerate("--root", str(root)).exit_code == 0  # removes what is no case any more
+    assert regenerate("--root", str(root), "--check").exit_code == 0
+    assert sorted(path.name for path in root.rglob("*") if path.is_file()) == [
+        "fold_scales_0_6_16.json",
+        "fold_scales_0_6_16.safetensors",
+        "manifest.json",
+    ]
+
+
+def test_interrupted_run_leaves_old_files_whole(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = root / f"{SMALL}.json"
+    path.write_bytes(b"old")
+
+    def interrupted(source: str, target: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        writing.regenerate(root, [SMALL])
+    assert path.read_bytes() == b"old"
+    assert not list(root.rglob(".writing-*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--only", "nothing/*"), "no case matches 'nothing/*'"),
+        (("--only", SMALL, "--only", "nothing/*"), "no case matches 'nothing/*'"),
+        (("--jobs", "0"), "0 is not in the range"),
+    ],
+)
+def test_wrong_usage(arguments: tuple[str, ...], message: str) -> None:
+    result = CliRunner().invoke(commands, ["regenerate", "--check", *arguments])
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_the_tool_is_the_command() -> None:
+    tool = Path(__file__).resolve().parents[2] / "tools" / "tables" / "regenerate_goldens.py"
+    command = [sys.executable, str(tool), "--check", "--only", SMALL, "--jobs", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "1 cases, equal byte for byte" in done.stdout
+
+
+def test_installed_package_can_check_but_not_write(
+    builtin_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = tmp_path / "site-packages" / "mxfp4ref" / "goldens" / "builtin"
+    shutil.copytree(builtin_root, installed)
+    monkeypatch.setattr(writing, "BUILTIN_ROOT", installed)
+    monkeypatch.setattr(writing, "find_root", lambda: installed)
+    checked = regenerate("--check")
+    assert checked.exit_code == 0
+    assert f"{installed}: {len(BUILTIN)} cases, equal byte for byte" in checked.output
+    refused = regenerate()
+    assert refused.exit_code == 2
+    assert "--root: expected a folder to write to" in refused.output
+    (installed / "gemm" / "more.json").write_text("{}")
+    assert regenerate("--check").exit_code == 1
+
+
+def test_processes_and_threads_do_not_matter() -> None:
+    name = "finalize/stage_cancelling"
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = writing.build_case(name)
+        torch.set_num_threads(2)
+        assert writing.build_case(name) == one
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_no_golden_depends_on_tile_n() -> None:
+    definition = DEFINITIONS["gemm/first_groups_underflow"]
+    case = open_goldens(CHECKOUT).load(definition.id)
+    even = case.call()
+    # The same tokens in even positions do depend on it, which the definitions' check would refuse.
+    with pytest.raises(ValueError, match="depends on tile_n"):
+        moe_content(even.select(slice(1, None)))
+
+
+def test_normal_inputs_are_normal() -> None:
+    values = Source("test/normal").normal("x", 1 << 14).to(torch.float64).numpy()
+    assert abs(float(np.mean(values))) < 0.05
+    assert 1.0 < float(np.std(values)) < 1.3
