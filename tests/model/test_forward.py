@@ -1,4 +1,4 @@
-"""The whole forward: against slow transcriptions, and what may not change a bit (`docs/arithmetic.md`, section 3 to 5)."""
+"""The whole forward: against slow transcriptions, and what may not change a bit (`docs/arithmetic.md`, 3 to 5)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def assert_same_trace(got: MoeTrace, expected: MoeTrace) -> None:
 
 
 def routed_slots(call: MoeCall) -> Iterator[tuple[int, int, int, int]]:
-    """Token, slot, this rank's expert and the row's position among the expert's, in the words of `docs/arithmetic.md`."""
+    """Token, slot, this rank's expert and the row's position among the expert's."""
     start = call.ep_rank * call.experts.num_experts
     position = [0] * call.experts.num_experts
     for token, ids in enumerate(call.token_selected_experts.tolist()):
