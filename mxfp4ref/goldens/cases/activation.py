@@ -105,67 +105,47 @@ def _clamped_pairs(source: Source, limit: float) -> tuple[Tensor, Tensor]:
     return (gate * scale).to(torch.bfloat16), (up * scale).to(torch.bfloat16)
 
 
-@define(
-    "activation",
-    "moe",
-    """Plain SwiGLU next to the boundaries between bf16 results: a correctly rounded sigmoid, exact products, a libm
-    or another order of the products round to the other side.""",
-    unique_for="rounding of the plain form",
-)
+@define(unique_for="rounding of the plain form")
 def plain_at_rounding_boundaries(source: Source) -> MoeCall:
+    """Plain SwiGLU next to the boundaries between bf16 results: a correctly rounded sigmoid, exact products,
+    a libm or another order of the products round to the other side.
+    """
     return _probe(*_boundary_pairs(source))
 
 
-@define(
-    "activation",
-    "moe",
-    "The same with gpt-oss's alpha = 1.702 and a beta that is no short number.",
-    catches="alpha_ignored beta_ignored",
-)
+@define(catches="alpha_ignored beta_ignored")
 def alpha_beta_at_rounding_boundaries(source: Source) -> MoeCall:
+    """The same with gpt-oss's alpha = 1.702 and a beta that is no short number."""
     return _probe(*_boundary_pairs(source, 1.702, 0.7), _parameters([1.702], [0.7]))
 
 
 @define(
-    "activation",
-    "moe",
-    "The same with all parameters of gpt-oss; about one pair in four is clamped.",
     catches="alpha_ignored beta_ignored limit_ignored",
     unique_for="rounding of the clamped form as gpt-oss uses it",
 )
 def gpt_oss_at_rounding_boundaries(source: Source) -> MoeCall:
+    """The same with all parameters of gpt-oss; about one pair in four is clamped."""
     return _probe(*_boundary_pairs(source, 1.702, 1.0, 7.0), _parameters([1.702], [1.0], [7.0]))
 
 
-@define(
-    "activation",
-    "moe",
-    """Plain SwiGLU of zeros, subnormals, values around the flush and overflow of EX2, and every exponent.""",
-    unique_for="zeros, subnormals and every exponent, unclamped",
-)
+@define(unique_for="zeros, subnormals and every exponent, unclamped")
 def plain_special_values(source: Source) -> MoeCall:
+    """Plain SwiGLU of zeros, subnormals, values around the flush and overflow of EX2, and every exponent."""
     return _probe(*_structured_pairs(source, None))
 
 
-@define(
-    "activation",
-    "moe",
-    """DeepSeek-V4's limit 10 and special values: both neighbours of +-10, zeros, subnormals, every exponent.""",
-    catches="limit_ignored limit_one_sided gate_clamped_below",
-    unique_for="the neighbours of the limit",
-)
+@define(catches="limit_ignored limit_one_sided gate_clamped_below", unique_for="the neighbours of the limit")
 def limit_special_values(source: Source) -> MoeCall:
+    """DeepSeek-V4's limit 10 and special values: both neighbours of +-10, zeros, subnormals, every exponent."""
     return _probe(*_structured_pairs(source, 10.0), _parameters(limit=[10.0]))
 
 
 @define(
-    "activation",
-    "moe",
-    """gpt-oss's parameters and special values: limit 7 before alpha and beta.""",
     catches="limit_ignored limit_one_sided gate_clamped_below alpha_ignored beta_ignored",
     unique_for="zeros, subnormals and every exponent with all parameters",
 )
 def gpt_oss_special_values(source: Source) -> MoeCall:
+    """gpt-oss's parameters and special values: limit 7 before alpha and beta."""
     return _probe(*_structured_pairs(source, 7.0), _parameters([1.702], [1.0], [7.0]))
 
 
@@ -183,97 +163,61 @@ def _infinite_rows(experts: Experts) -> Experts:
     return replace(experts, fc1_scales=scales)
 
 
-@define(
-    "activation",
-    "moe",
-    """Gates and ups that are Inf or NaN before the clamp: +Inf and NaN become the limit, -Inf only as up. A gate of
-    -Inf stays and makes its token NaN; few tokens have one.""",
-    catches="limit_ignored",
-)
+@define(catches="limit_ignored")
 def non_finite_before_clamp(source: Source) -> MoeCall:
+    """Gates and ups that are Inf or NaN before the clamp: +Inf and NaN become the limit, -Inf only as up. A
+    gate of -Inf stays and makes its token NaN; few tokens have one.
+    """
     gate, up = (source.spread(name, -2, 2, _TOKENS, _INNER) for name in ("gate", "up"))
     gate[:-4, 8:24] = gate[:-4, 8:24].abs()
     gate[::3, 10], up[::4, 3], up[1::4, 12] = 0.0, 0.0, 0.0
     return _probe(gate.flatten(), up.flatten(), _infinite_rows(_parameters(limit=[10.0])))
 
 
-@define(
-    "activation",
-    "moe",
-    "Gates on both sides of +-limit: clamped from above only, and before the sigmoid, not after the product.",
-    catches="limit_ignored gate_clamped_below clamp_after_silu",
-    unique_for="the gate's clamp alone",
-)
+@define(catches="limit_ignored gate_clamped_below clamp_after_silu", unique_for="the gate's clamp alone")
 def gate_clamp_saturates(source: Source) -> MoeCall:
+    """Gates on both sides of +-limit: clamped from above only, and before the sigmoid, not after the product."""
     gate, _ = _clamped_pairs(source, 10.0)
     return _probe(gate, source.spread("up", -2, 2, _PROBES), _parameters(limit=[10.0]))
 
 
-@define(
-    "activation",
-    "moe",
-    "Ups on both sides of +-limit: clamped from above and from below.",
-    catches="limit_ignored limit_one_sided",
-    unique_for="the up's clamp alone",
-)
+@define(catches="limit_ignored limit_one_sided", unique_for="the up's clamp alone")
 def up_clamp_saturates(source: Source) -> MoeCall:
+    """Ups on both sides of +-limit: clamped from above and from below."""
     _, up = _clamped_pairs(source, 10.0)
     return _probe(source.spread("gate", -2, 2, _PROBES), up, _parameters(limit=[10.0]))
 
 
-@define(
-    "activation",
-    "moe",
-    "A limit alone: alpha and beta are then 1 and 0, and the limit still applies.",
-    catches="all_or_none_params limit_ignored",
-    unique_for="the clamp without alpha and beta",
-)
+@define(catches="all_or_none_params limit_ignored", unique_for="the clamp without alpha and beta")
 def limit_alone(source: Source) -> MoeCall:
+    """A limit alone: alpha and beta are then 1 and 0, and the limit still applies."""
     return _probe(*_clamped_pairs(source, 3.0), _parameters(limit=[3.0]))
 
 
-@define(
-    "activation",
-    "moe",
-    "Alpha alone, next to rounding boundaries: beta is then 0, and nothing is clamped.",
-    catches="all_or_none_params alpha_ignored",
-    unique_for="alpha without the others",
-)
+@define(catches="all_or_none_params alpha_ignored", unique_for="alpha without the others")
 def alpha_alone(source: Source) -> MoeCall:
+    """Alpha alone, next to rounding boundaries: beta is then 0, and nothing is clamped."""
     return _probe(*_boundary_pairs(source, 1.3), _parameters([1.3]))
 
 
-@define(
-    "activation",
-    "moe",
-    "Beta alone, next to rounding boundaries: alpha is then 1, and nothing is clamped.",
-    catches="all_or_none_params beta_ignored",
-    unique_for="beta without the others",
-)
+@define(catches="all_or_none_params beta_ignored", unique_for="beta without the others")
 def beta_alone(source: Source) -> MoeCall:
+    """Beta alone, next to rounding boundaries: alpha is then 1, and nothing is clamped."""
     return _probe(*_boundary_pairs(source, beta=-0.3), _parameters(beta=[-0.3]))
 
 
-@define(
-    "activation",
-    "moe",
-    "Two experts with other alpha, beta and limit each: a value taken from another expert shows.",
-    unique_for="parameters by expert, without parallelism",
-)
+@define(unique_for="parameters by expert, without parallelism")
 def parameters_by_expert(source: Source) -> MoeCall:
+    """Two experts with other alpha, beta and limit each: a value taken from another expert shows."""
     experts = _parameters([1.702, 0.5], [1.0, -0.25], [2.5, 7.0])
     return _probe(*_clamped_pairs(source, 6.0), experts)
 
 
-@define(
-    "activation",
-    "moe",
-    """fc1 bias: added in float32 to the rounded GEMM1 output, not to its accumulator, before the clamp; some sums
-    cancel, some are subnormal.""",
-    catches="bias1_ignored",
-    unique_for="the fc1 bias alone",
-)
+@define(catches="bias1_ignored", unique_for="the fc1 bias alone")
 def bias_before_clamp(source: Source) -> MoeCall:
+    """fc1 bias: added in float32 to the rounded GEMM1 output, not to its accumulator, before the clamp; some
+    sums cancel, some are subnormal.
+    """
     gate, up = _clamped_pairs(source, 4.0)
     experts = _parameters(limit=[2.0])
     bias = source.normal("bias", 1, 2 * _INNER)
@@ -282,15 +226,11 @@ def bias_before_clamp(source: Source) -> MoeCall:
     return _probe(gate, up, replace(experts, fc1_biases=bias))
 
 
-@define(
-    "activation",
-    "moe",
-    """The activation is rounded to bf16 before GEMM2: fc2 adds each to minus its neighbour, which a float32
-    activation would make visible.""",
-    catches="act_kept_fp32",
-    unique_for="the rounding of the activation alone",
-)
+@define(catches="act_kept_fp32", unique_for="the rounding of the activation alone")
 def rounded_before_gemm2(source: Source) -> MoeCall:
+    """The activation is rounded to bf16 before GEMM2: fc2 adds each to minus its neighbour, which a float32
+    activation would make visible.
+    """
     experts = _one_hot(1)
     codes = torch.zeros(_HIDDEN, _INNER, dtype=torch.uint8)
     column = torch.arange(_INNER)
@@ -323,23 +263,15 @@ def _stage(
     return Content(tensors)
 
 
-@define(
-    "activation",
-    "activation",
-    "The plain stage alone, in float32 and rounded, over all exponents and special values.",
-    unique_for="one stage alone",
-)
+@define("activation", unique_for="one stage alone")
 def stage_plain(source: Source) -> Content:
+    """The plain stage alone, in float32 and rounded, over all exponents and special values."""
     gate, up = _structured_pairs(source, None)
     return _stage(up, gate)
 
 
-@define(
-    "activation",
-    "activation",
-    "The clamped stage alone, with gpt-oss's parameters.",
-    unique_for="one stage alone",
-)
+@define("activation", unique_for="one stage alone")
 def stage_gpt_oss(source: Source) -> Content:
+    """The clamped stage alone, with gpt-oss's parameters."""
     gate, up = _structured_pairs(source, 7.0)
     return _stage(up, gate, 1.702, 1.0, 7.0)

@@ -59,21 +59,21 @@ DEFINITIONS: dict[str, Definition] = {}
 
 
 def define(
-    suite: str,
-    kind: str,
-    why: str,
+    kind: str = "moe",
     *,
+    why: str = "",
     catches: str = "",
     unique_for: str = "",
     name: str | None = None,
     pending: bool = False,
 ) -> Callable[[Callable[[Source], Content | MoeCall]], Callable[[Source], Content | MoeCall]]:
-    """Register the decorated function as a case under its own name, or under `name`.
+    """Register the decorated function as a case of its module's suite, under its own name.
 
     Args:
-        suite, kind, why, unique_for: as in `case.Case`.
+        kind, unique_for: as in `case.Case`.
+        why: as there; by default the function's docstring.
         catches: names of defects, separated by blanks.
-        name: needed where one function makes several cases.
+        name: another name, where one function makes several cases.
         pending: a kernel call that no GPU has confirmed yet, from a contributor who has none.
 
     Raises:
@@ -89,10 +89,15 @@ def define(
             built = build(source)
             return moe_content(built) if isinstance(built, MoeCall) else built
 
-        case_name = name or build.__name__
-        words = " ".join(why.split())
         definition = Definition(
-            suite, case_name, kind, words, tuple(catches.split()), unique_for, content, pending
+            suite=build.__module__.rpartition(".")[2],
+            name=name or build.__name__,
+            kind=kind,
+            why=" ".join((why or build.__doc__ or "").split()),
+            catches=tuple(catches.split()),
+            unique_for=unique_for,
+            build=content,
+            pending=pending,
         )
         if definition.id in DEFINITIONS:
             raise ValueError(f"{definition.id}: defined twice")

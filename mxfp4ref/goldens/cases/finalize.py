@@ -31,15 +31,11 @@ def _opposed(experts: Experts) -> Experts:
     return replace(Experts(**joined), fc2_weights=weights, fc2_biases=biases)
 
 
-@define(
-    "finalize",
-    "moe",
-    """Pairs of experts with opposite outputs and equal weights, in different slots: the output is the rounding of the
-    sum. Other slot orders, an unfused product, bf16 sums and bf16 weights all show.""",
-    catches="bf16_finalize weights_bf16 last_slot_dropped",
-    unique_for="the sum over slots alone",
-)
+@define(catches="bf16_finalize weights_bf16 last_slot_dropped", unique_for="the sum over slots alone")
 def cancelling_experts(source: Source) -> MoeCall:
+    """Pairs of experts with opposite outputs and equal weights, in different slots: the output is the
+    rounding of the sum. Other slot orders, an unfused product, bf16 sums and bf16 weights all show.
+    """
     experts = _opposed(source.experts(4, _H, _I))
     pairs = source.distinct("pairs", 8, 2, 2)
     order = source.distinct("order", 8, 4, 4).long()
@@ -49,44 +45,31 @@ def cancelling_experts(source: Source) -> MoeCall:
     return MoeCall(source.normal("input", 8, _H), ids.to(torch.int32), scales, experts)
 
 
-@define(
-    "finalize",
-    "moe",
-    """Opposed experts whose weights differ in the last bits only: rounding the weights to bf16, or multiplying them
-    in before GEMM2, leaves exactly nothing or something else.""",
-    catches="weights_bf16 weight_before_gemm2",
-    unique_for="the routing weights' precision alone",
-)
+@define(catches="weights_bf16 weight_before_gemm2", unique_for="the routing weights' precision alone")
 def weights_differ_in_last_bits(source: Source) -> MoeCall:
+    """Opposed experts whose weights differ in the last bits only: rounding the weights to bf16, or
+    multiplying them in before GEMM2, leaves exactly nothing or something else.
+    """
     experts = _opposed(source.experts(2, _H, _I))
     first = source.weights(8, 1)
     scales = torch.cat((first, first * (1 + 2.0**-12)), dim=1)
     return MoeCall(source.normal("input", 8, _H), int32([[0, 1]] * 8), scales, experts)
 
 
-@define(
-    "finalize",
-    "moe",
-    """Weights from 2^-12 to 2^6 in random slots: summing by expert id, or from the last slot, rounds otherwise;
-    ids are never in ascending order.""",
-    catches="last_slot_dropped bf16_finalize",
-    unique_for="the order of the slots alone",
-)
+@define(catches="last_slot_dropped bf16_finalize", unique_for="the order of the slots alone")
 def slot_order(source: Source) -> MoeCall:
+    """Weights from 2^-12 to 2^6 in random slots: summing by expert id, or from the last slot, rounds
+    otherwise; ids are never in ascending order.
+    """
     experts = _opposed(source.experts(4, _H, _I))
     ids = source.distinct("ids", 8, 4, 4)
     power = torch.exp2(source.range("power", 0, 18, 8, 4).to(torch.float32) - 12)
     return MoeCall(source.normal("input", 8, _H), ids, source.weights(8, 4) * power, experts)
 
 
-@define(
-    "finalize",
-    "moe",
-    """Both biases and unequal weights: the fc2 bias belongs inside the routing weight, once for each slot.""",
-    catches="bias1_ignored bias2_ignored bias2_unweighted",
-    unique_for="both biases with ordinary values",
-)
+@define(catches="bias1_ignored bias2_ignored bias2_unweighted", unique_for="both biases with ordinary values")
 def biases_inside_weight(source: Source) -> MoeCall:
+    """Both biases and unequal weights: the fc2 bias belongs inside the routing weight, once for each slot."""
     return MoeCall(
         source.normal("input", 8, _H),
         source.distinct("ids", 8, 2, 3),
@@ -95,14 +78,9 @@ def biases_inside_weight(source: Source) -> MoeCall:
     )
 
 
-@define(
-    "finalize",
-    "moe",
-    """The fc2 bias is the negative of a likely output: what is left depends on where each sum is rounded.""",
-    catches="bias2_ignored bias2_unweighted",
-    unique_for="the rounding of the fc2 bias's addition",
-)
+@define(catches="bias2_ignored bias2_unweighted", unique_for="the rounding of the fc2 bias's addition")
 def biases_cancel(source: Source) -> MoeCall:
+    """The fc2 bias is the negative of a likely output: what is left depends on where each sum is rounded."""
     experts = _opposed(source.experts(4, _H, _I, biases=True))
     half = source.weights(8, 1)
     ids = torch.cat((source.distinct("ids", 8, 1, 2), source.distinct("ids", 8, 1, 2) + 2), dim=1)
@@ -110,14 +88,9 @@ def biases_cancel(source: Source) -> MoeCall:
     return MoeCall(source.normal("input", 8, _H), ids.to(torch.int32), scales, experts)
 
 
-@define(
-    "finalize",
-    "moe",
-    "Slots of -1 in any place, tokens without any expert (zeros, of whatever was in the output before).",
-    catches="ep_sentinel_aliases",
-    unique_for="tokens and slots without an expert",
-)
+@define(catches="ep_sentinel_aliases", unique_for="tokens and slots without an expert")
 def missing_experts(source: Source) -> MoeCall:
+    """Slots of -1 in any place, tokens without any expert (zeros, of whatever was in the output before)."""
     ids = source.distinct("ids", 8, 4, 4)
     missing = source.bytes("missing", 8, 4) < 96
     missing[0], missing[4], missing[7] = True, True, True
@@ -131,14 +104,11 @@ def missing_experts(source: Source) -> MoeCall:
     )
 
 
-@define(
-    "finalize",
-    "moe",
-    """Weights that are zero, negative, subnormal or large, and products that underflow or overflow: FMA with
-    subnormals flushed.""",
-    unique_for="routing weights outside (0, 1]",
-)
+@define(unique_for="routing weights outside (0, 1]")
 def unusual_weights(source: Source) -> MoeCall:
+    """Weights that are zero, negative, subnormal or large, and products that underflow or overflow: FMA with
+    subnormals flushed.
+    """
     unusual = float32([0.0, -1.0, 2.0**-130, 2.0**-126, 3.0e38, -0.5, 2.0**-124, 1.0])
     which = (source.bytes("which", 8, 2) & 7).long()
     return MoeCall(
@@ -149,14 +119,11 @@ def unusual_weights(source: Source) -> MoeCall:
     )
 
 
-@define(
-    "finalize",
-    "moe",
-    """Small outputs and small weights: every product, and the sums of some, lie around 2^-126, where a result that
-    rounds to less is flushed.""",
-    unique_for="flushed products of ordinary experts",
-)
+@define(unique_for="flushed products of ordinary experts")
 def underflowing_products(source: Source) -> MoeCall:
+    """Small outputs and small weights: every product, and the sums of some, lie around 2^-126, where a result
+    that rounds to less is flushed.
+    """
     experts = source.experts(2, _H, _I, fc2_scales=(66, 70))
     scales = source.weights(8, 2) * 2.0**-66
     return MoeCall(source.normal("input", 8, _H), source.distinct("ids", 8, 2, 2), scales, experts)
@@ -190,38 +157,29 @@ def _activations(first_half: float, second_half: float) -> Tensor:
     return torch.stack((torch.full_like(up, 32.0), up), dim=-1).flatten(1).to(torch.bfloat16)
 
 
-@define(
-    "finalize",
-    "moe",
-    """Products of 2^-126 (1 - 2^-24), times powers of two from 1/4 to 2: rounded to 24 bits they are below 2^-126 and
-    flushed, though the subnormal grid would round the middle one up to 2^-126.""",
-)
+@define()
 def flush_boundary_of_products(source: Source) -> MoeCall:
+    """Products of 2^-126 (1 - 2^-24), times powers of two from 1/4 to 2: rounded to 24 bits they are below
+    2^-126 and flushed, though the subnormal grid would round the middle one up to 2^-126.
+    """
     ids = torch.zeros(8, 1, dtype=torch.int32)
     scales = torch.full((8, 1), (1 - 2.0**-24)) * 2.0**-100
     scales[4:] = -scales[4:]
     return MoeCall(_activations(2.0**-26, 2.0**-26), ids, scales, _one_hot_experts([0], [1]))
 
 
-@define(
-    "finalize",
-    "moe",
-    """The same of a sum: 2^-125 - (2^24 + 1) 2^-150 is 2^-126 (1 - 2^-24); 2^24 + 1 = 97 * 172961.""",
-)
+@define()
 def flush_boundary_of_sums(source: Source) -> MoeCall:
+    """The same of a sum: 2^-125 - (2^24 + 1) 2^-150 is 2^-126 (1 - 2^-24); 2^24 + 1 = 97 * 172961."""
     scales = torch.tensor([[2.0**-100, 172961 * 2.0**-120]]).repeat(8, 1)
     scales[4:] = -scales[4:]
     x = _activations(97 * 2.0**-30, 2.0**-25)
     return MoeCall(x, int32([[1, 0]] * 8), scales, _one_hot_experts([0, _I // 2], [-1, 1]))
 
 
-@define(
-    "finalize",
-    "finalize",
-    "The stage alone: eight slots that nearly cancel, skipped slots, fc2 biases.",
-    unique_for="one stage alone",
-)
+@define("finalize", unique_for="one stage alone")
 def stage_cancelling(source: Source) -> Content:
+    """The stage alone: eight slots that nearly cancel, skipped slots, fc2 biases."""
     half = source.normal("fc2_output", 8, 4, 64)
     y = torch.cat((half, -half), dim=1)
     local = source.range("local", 0, 4, 8, 8).to(torch.int64) - 1

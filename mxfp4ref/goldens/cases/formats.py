@@ -33,9 +33,8 @@ for _convention in CONVENTIONS:
         _name = f"{_convention}_{str(_dtype).removeprefix('torch.')}"
 
         @define(
-            "formats",
             "dequantize",
-            f"Every code under every scale byte, twice: the whole domain of dequantisation by the "
+            why=f"Every code under every scale byte, twice: the whole domain of dequantisation by the "
             f"{_convention} convention.",
             name=f"every_code_every_scale_{_name}",
             unique_for="exhaustive over the format",
@@ -44,27 +43,20 @@ for _convention in CONVENTIONS:
             return _every_code_and_scale(convention, dtype)
 
 
-@define(
-    "formats",
-    "dequantize",
-    """Every packed byte once, in ascending order, under changing scales: both nibbles of each, and the border
-    between two groups.""",
-    unique_for="exhaustive over packed bytes",
-)
+@define("dequantize", unique_for="exhaustive over packed bytes")
 def every_packed_byte(source: Source) -> Content:
+    """Every packed byte once, in ascending order, under changing scales: both nibbles of each, and the border
+    between two groups.
+    """
     packed = torch.arange(256, dtype=torch.uint8).reshape(4, 64)
     return _dequantized(packed, source.range("scales", 120, 130, 4, 4), "ocp", torch.bfloat16)
 
 
-@define(
-    "formats",
-    "moe",
-    """Each weight row holds one code only, low nibbles before high ones, so that a code that is decoded
-    wrongly, or a nibble taken for its neighbour, changes whole columns.""",
-    catches="nibble_order nibble_split half_code_flushed",
-    unique_for="codes told apart by column",
-)
+@define(catches="nibble_order nibble_split half_code_flushed", unique_for="codes told apart by column")
 def every_code_by_row(source: Source) -> MoeCall:
+    """Each weight row holds one code only, low nibbles before high ones, so that a code that is decoded
+    wrongly, or a nibble taken for its neighbour, changes whole columns.
+    """
     experts = source.experts(2, 256, 128)
     row = torch.arange(256, dtype=torch.uint8)
     # Low and high nibble of row r are codes r % 16 and r / 16: every pair of codes is a row.
@@ -75,14 +67,11 @@ def every_code_by_row(source: Source) -> MoeCall:
     )
 
 
-@define(
-    "formats",
-    "moe",
-    """Scale bytes 0 and 255 in fc2: the kernel puts the byte into the exponent field, so that they are 0 and Inf
-    and not 2^-127 and NaN. Rows all of byte 0 must give zeros, a single 255 Inf or NaN by its products.""",
-    catches="scale_ocp_ends",
-)
+@define(catches="scale_ocp_ends")
 def scale_bytes_0_and_255(source: Source) -> MoeCall:
+    """Scale bytes 0 and 255 in fc2: the kernel puts the byte into the exponent field, so that they are 0 and
+    Inf and not 2^-127 and NaN. Rows all of byte 0 must give zeros, a single 255 Inf or NaN by its products.
+    """
     experts = source.experts(2, 256, 128, fc1_scales=(127, 131))
     scales = experts.fc2_scales
     assert scales is not None
@@ -100,14 +89,11 @@ def scale_bytes_0_and_255(source: Source) -> MoeCall:
     )
 
 
-@define(
-    "formats",
-    "moe",
-    """The same for fc1: an up of -Inf is clamped to minus the limit and NaN to the limit; rows all of byte 0 give an
-    up of 0 and not of 2^-127 times something.""",
-    catches="scale_ocp_ends",
-)
+@define(catches="scale_ocp_ends")
 def scale_bytes_0_and_255_before_activation(source: Source) -> MoeCall:
+    """The same for fc1: an up of -Inf is clamped to minus the limit and NaN to the limit; rows all of byte 0
+    give an up of 0 and not of 2^-127 times something.
+    """
     experts = source.experts(2, 256, 128, fc2_scales=(220, 235), limit=7.0)
     scales = experts.fc1_scales
     assert scales is not None
@@ -125,15 +111,14 @@ def scale_bytes_0_and_255_before_activation(source: Source) -> MoeCall:
 
 
 @define(
-    "formats",
-    "moe",
-    """Neighbouring groups have scales far apart, so that a group scaled with another's byte, or a wrong exponent
-    bias, shows in every output.""",
     catches="scale_off_by_one_group scale_bias_125 scale_as_integer scale_truncated scales_not_folded "
     "scales_not_swapped",
     unique_for="scales told apart by group",
 )
 def scales_far_apart(source: Source) -> MoeCall:
+    """Neighbouring groups have scales far apart, so that a group scaled with another's byte, or a wrong
+    exponent bias, shows in every output.
+    """
     experts = source.experts(2, 256, 128, fc1_scales=(114, 124), fc2_scales=(114, 124))
     return MoeCall(
         source.normal("input", 8, 256), source.distinct("ids", 8, 2, 2), source.weights(8, 2), experts

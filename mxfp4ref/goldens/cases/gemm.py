@@ -70,13 +70,11 @@ def _mirrored_inner(source: Source, num_tokens: int, hidden: int, inner: int) ->
     return _one_expert(source, num_tokens, source.normal("input", num_tokens, hidden), experts)
 
 
-@define(
-    "gemm",
-    "moe",
-    """Ordinary inputs, weights and scales: what most tests consist of, kept to show how little it tells apart.""",
-    unique_for="the baseline against which the other cases are measured",
-)
+@define(unique_for="the baseline against which the other cases are measured")
 def ordinary(source: Source) -> MoeCall:
+    """Ordinary inputs, weights and scales: what most tests consist of, kept to show how little it tells
+    apart.
+    """
     return MoeCall(
         source.normal("input", 16, 256),
         source.distinct("ids", 16, 2, 2),
@@ -85,84 +83,59 @@ def ordinary(source: Source) -> MoeCall:
     )
 
 
-@define(
-    "gemm",
-    "moe",
-    """GEMM1's output is its rounding error. H = 384 allows tile_k 128 only, with one tile in the middle whose last
-    two groups are swapped: ascending order is wrong here for every tactic.""",
-    catches="scale_before_mma",
-    unique_for="one tile in the middle, in GEMM1",
-)
+@define(catches="scale_before_mma", unique_for="one tile in the middle, in GEMM1")
 def mirrored_hidden_384(source: Source) -> MoeCall:
+    """GEMM1's output is its rounding error. H = 384 allows tile_k 128 only, with one tile in the middle whose
+    last two groups are swapped: ascending order is wrong here for every tactic.
+    """
     return _mirrored_hidden(source, 16, 384, 128)
 
 
-@define(
-    "gemm",
-    "moe",
-    "GEMM2's output is its rounding error. I = 384: see `mirrored_hidden_384`.",
-    catches="scale_before_mma act_kept_fp32",
-    unique_for="one tile in the middle, in GEMM2",
-)
+@define(catches="scale_before_mma act_kept_fp32", unique_for="one tile in the middle, in GEMM2")
 def mirrored_inner_384(source: Source) -> MoeCall:
+    """GEMM2's output is its rounding error. I = 384: see `mirrored_hidden_384`."""
     return _mirrored_inner(source, 16, 128, 384)
 
 
-@define(
-    "gemm",
-    "moe",
-    """GEMM1's output is its rounding error and H = 1536 is three tiles of 512: each of the three tile_k orders the
-    groups in its own way, and none of them ascending.""",
-    unique_for="all three tile_k tell apart in GEMM1",
-)
+@define(unique_for="all three tile_k tell apart in GEMM1")
 def mirrored_hidden_1536(source: Source) -> MoeCall:
+    """GEMM1's output is its rounding error and H = 1536 is three tiles of 512: each of the three tile_k
+    orders the groups in its own way, and none of them ascending.
+    """
     return _mirrored_hidden(source, 4, 1536, 128)
 
 
-@define(
-    "gemm",
-    "moe",
-    "The same for GEMM2: I = 1536.",
-    unique_for="all three tile_k tell apart in GEMM2",
-)
+@define(unique_for="all three tile_k tell apart in GEMM2")
 def mirrored_inner_1536(source: Source) -> MoeCall:
+    """The same for GEMM2: I = 1536."""
     return _mirrored_inner(source, 4, 128, 1536)
 
 
-@define(
-    "gemm",
-    "moe",
-    """Both GEMMs' outputs are their rounding errors, with 512 for H and I, where tile_k 128 swaps groups and 256 and
-    512 do not.""",
-    unique_for="pairs of tile_k that share an output",
-)
+@define(unique_for="pairs of tile_k that share an output")
 def mirrored_both_512(source: Source) -> MoeCall:
+    """Both GEMMs' outputs are their rounding errors, with 512 for H and I, where tile_k 128 swaps groups and
+    256 and 512 do not.
+    """
     experts = source.experts(1, 512, 512, fc1_scales=_FC1_MIRRORED, fc2_scales=(124, 144))
     x, experts = _mirror_hidden(source.spread("input", -3, 3, 4, 512), _mirror_inner(experts))
     return _one_expert(source, 4, x, experts)
 
 
-@define(
-    "gemm",
-    "moe",
-    """Inputs over 25 binades, mirrored: in most steps the small products are truncated, so that the tensor core's
-    25 fraction bits, its truncation and its step of 16 all show.""",
-    unique_for="truncation in the tensor core",
-)
+@define(unique_for="truncation in the tensor core")
 def wide_exponents(source: Source) -> MoeCall:
+    """Inputs over 25 binades, mirrored: in most steps the small products are truncated, so that the tensor
+    core's 25 fraction bits, its truncation and its step of 16 all show.
+    """
     experts = source.experts(1, 384, 128, fc1_scales=(124, 134))
     x, experts = _mirror_hidden(source.spread("input", -20, 5, 16, 384), experts)
     return _one_expert(source, 16, x, experts)
 
 
-@define(
-    "gemm",
-    "moe",
-    """Inputs over 25 binades within each half of a group, large and small products of both signs, the largest of
-    which cancel inside one step.""",
-    unique_for="cancellation inside one step of the tensor core",
-)
+@define(unique_for="cancellation inside one step of the tensor core")
 def wide_exponents_within_a_step(source: Source) -> MoeCall:
+    """Inputs over 25 binades within each half of a group, large and small products of both signs, the largest
+    of which cancel inside one step.
+    """
     experts = source.experts(1, 256, 128, fc1_scales=(131, 141))
     x = source.spread("input", -21, -10, 16, 256).view(16, 16, 16)
     weights = experts.fc1_weights.view(1, 256, 16, 8).clone()
@@ -174,14 +147,12 @@ def wide_exponents_within_a_step(source: Source) -> MoeCall:
     return _one_expert(source, 16, x.flatten(1), experts)
 
 
-@define(
-    "gemm",
-    "moe",
-    """Products around 2^-126 in every group but the first of a row: results are flushed to zero one by one, before
-    the sum could lift them. Inputs include bf16 subnormals.""",
-)
+@define()
 def underflow_in_gemm1(source: Source) -> MoeCall:
     # Zero codes in the first tile: what happens there depends on the tactic's tile_n (goldens must not).
+    """Products around 2^-126 in every group but the first of a row: results are flushed to zero one by one,
+    before the sum could lift them. Inputs include bf16 subnormals.
+    """
     experts = source.experts(1, 256, 128, fc1_scales=(114, 124), fc2_scales=(230, 240))
     weights = experts.fc1_weights.clone()
     weights[..., :32] = 0
@@ -193,13 +164,9 @@ def underflow_in_gemm1(source: Source) -> MoeCall:
     return _one_expert(source, 16, x, replace(experts, fc1_weights=weights))
 
 
-@define(
-    "gemm",
-    "moe",
-    """Products and sums around 2^-126 in GEMM2: small activations under the smallest scales.""",
-    unique_for="flushed products and sums in GEMM2",
-)
+@define(unique_for="flushed products and sums in GEMM2")
 def underflow_in_gemm2(source: Source) -> MoeCall:
+    """Products and sums around 2^-126 in GEMM2: small activations under the smallest scales."""
     experts = source.experts(1, 256, 256, fc1_scales=(64, 68), fc2_scales=(34, 46))
     weights = experts.fc2_weights.clone()
     weights[..., :32] = 0
@@ -209,13 +176,9 @@ def underflow_in_gemm2(source: Source) -> MoeCall:
     return _one_expert(source, 16, source.normal("input", 16, 256), experts)
 
 
-@define(
-    "gemm",
-    "moe",
-    "Every input is a bf16 subnormal, lifted by large scales: the tensor core takes them at their value.",
-    catches="subnormal_input_flushed",
-)
+@define(catches="subnormal_input_flushed")
 def subnormal_inputs(source: Source) -> MoeCall:
+    """Every input is a bf16 subnormal, lifted by large scales: the tensor core takes them at their value."""
     bits = source.words("input", 8, 256) & 0x807F
     x = torch.where(bits >= 1 << 15, bits - (1 << 16), bits).to(torch.int16).view(torch.bfloat16)
     return _one_expert(source, 8, x, source.experts(1, 256, 128, fc1_scales=(246, 251)))
@@ -230,40 +193,32 @@ def _odd_tokens(source: Source, odd: float, even: float) -> Tensor:
     return (source.normal("input", 8, 256).to(torch.float32) * scale).to(torch.bfloat16)
 
 
-@define(
-    "gemm",
-    "moe",
-    """In odd tokens the first group's product overflows and the second would have brought it back: the first is
-    rounded alone, so that the sum is Inf. In even tokens, where that depends on the tactic, nothing overflows.""",
-    catches="first_pair_reversed",
-)
+@define(catches="first_pair_reversed")
 def first_group_overflows(source: Source) -> MoeCall:
+    """In odd tokens the first group's product overflows and the second would have brought it back: the first
+    is rounded alone, so that the sum is Inf. In even tokens, where that depends on the tactic, nothing
+    overflows.
+    """
     experts = source.experts(1, 256, 128, fc2_scales=(249, 251))
     return _one_expert(source, 8, _odd_tokens(source, 1.0, 2.0**-6), experts)
 
 
-@define(
-    "gemm",
-    "moe",
-    """In odd tokens the first two groups' products lie around 2^-126: the first is flushed when it is below, the
-    second is fused. All other groups are zero.""",
-    catches="first_pair_reversed no_ftz_gemm",
-)
+@define(catches="first_pair_reversed no_ftz_gemm")
 def first_groups_underflow(source: Source) -> MoeCall:
+    """In odd tokens the first two groups' products lie around 2^-126: the first is flushed when it is below,
+    the second is fused. All other groups are zero.
+    """
     experts = source.experts(1, 256, 128, fc2_scales=(1, 3))
     weights = experts.fc2_weights.clone()
     weights[..., 32:] = 0
     return _one_expert(source, 8, _odd_tokens(source, 2.0**-2, 2.0**6), replace(experts, fc2_weights=weights))
 
 
-@define(
-    "gemm",
-    "moe",
-    """Sums that leave the float32 range in some columns and not in others: Inf, Inf - Inf and NaN 0x7FFF reach the
-    output through the activation.""",
-    unique_for="overflow of sums",
-)
+@define(unique_for="overflow of sums")
 def overflow(source: Source) -> MoeCall:
+    """Sums that leave the float32 range in some columns and not in others: Inf, Inf - Inf and NaN 0x7FFF
+    reach the output through the activation.
+    """
     experts = source.experts(1, 256, 128, fc2_scales=(238, 250))
     weights = experts.fc2_weights.clone()
     weights[..., :32] = 0
@@ -271,26 +226,20 @@ def overflow(source: Source) -> MoeCall:
     return _one_expert(source, 16, source.normal("input", 16, 256), experts)
 
 
-@define(
-    "gemm",
-    "moe",
-    "NaN and Inf of both signs and -0 in the input of some tokens; the other tokens must not notice.",
-)
+@define()
 def non_finite_inputs(source: Source) -> MoeCall:
+    """NaN and Inf of both signs and -0 in the input of some tokens; the other tokens must not notice."""
     x = source.normal("input", 16, 256)
     x[1, 17], x[3, 5], x[5, 200], x[7, 3], x[7, 4] = torch.nan, torch.inf, -torch.inf, torch.inf, -torch.inf
     x[9] = -0.0
     return MoeCall(x, source.distinct("ids", 16, 2, 2), source.weights(16, 2), source.experts(2, 256, 128))
 
 
-@define(
-    "gemm",
-    "moe",
-    """31 tokens for one expert, 12 for another, one for a third and none for the last, 33 tokens in all: rows of an
-    expert start anywhere, and tiles are partly empty.""",
-    unique_for="uneven numbers of rows",
-)
+@define(unique_for="uneven numbers of rows")
 def uneven_experts(source: Source) -> MoeCall:
+    """31 tokens for one expert, 12 for another, one for a third and none for the last, 33 tokens in all: rows
+    of an expert start anywhere, and tiles are partly empty.
+    """
     token = torch.arange(33)
     first = torch.where(token == 30, 2, torch.where(token == 31, 3, 1))
     second = torch.where((token % 3 == 0) & (first == 1), 3, -1)
@@ -306,13 +255,9 @@ def _gemm(x: Tensor, packed: Tensor, scales: Tensor, tiles: tuple[int, ...]) -> 
     return Content(tensors)
 
 
-@define(
-    "gemm",
-    "gemm",
-    "A single group of K: two tensor-core steps and one product with the scale.",
-    unique_for="one group alone",
-)
+@define("gemm", unique_for="one group alone")
 def single_group(source: Source) -> Content:
+    """A single group of K: two tensor-core steps and one product with the scale."""
     return _gemm(
         source.spread("x", -12, 12, 16, 32),
         source.bytes("packed", 64, 16),
@@ -321,26 +266,19 @@ def single_group(source: Source) -> Content:
     )
 
 
-@define(
-    "gemm",
-    "gemm",
-    """Four groups of K, mirrored within each group, wide exponents, one scale byte each from 0 to 254 and rows of
-    zeros: sums of +0, never -0.""",
-    unique_for="one GEMM alone",
-)
+@define("gemm", unique_for="one GEMM alone")
 def four_groups(source: Source) -> Content:
+    """Four groups of K, mirrored within each group, wide exponents, one scale byte each from 0 to 254 and
+    rows of zeros: sums of +0, never -0.
+    """
     x = source.spread("x", -10, 3, 16, 128)
     x[3] = -0.0
     return _gemm(x, source.bytes("packed", 64, 64), source.range("scales", 60, 190, 64, 4), (128,))
 
 
-@define(
-    "gemm",
-    "gemm",
-    "K = 1536, mirrored, with an accumulator for every tile_k.",
-    unique_for="the order of groups alone",
-)
+@define("gemm", unique_for="the order of groups alone")
 def every_tile_k(source: Source) -> Content:
+    """K = 1536, mirrored, with an accumulator for every tile_k."""
     half = source.normal("x", 8, 768)
     return _gemm(
         torch.cat((half, -half), dim=1),

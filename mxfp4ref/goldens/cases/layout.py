@@ -26,26 +26,20 @@ def _moved(operation: str, before: Tensor, after: Tensor, **parameters: int | st
     return Content({"before": before, "after": after}, {"operation": operation, **parameters})
 
 
-@define(
-    "layout",
-    "layout",
-    """Weights into the byte and bit order of the SM90 kernel; random bytes, two experts, several 16-row blocks and
-    32-byte partitions.""",
-    unique_for="the layout alone, byte for byte",
-)
+@define("layout", unique_for="the layout alone, byte for byte")
 def interleave_weights(source: Source) -> Content:
+    """Weights into the byte and bit order of the SM90 kernel; random bytes, two experts, several 16-row
+    blocks and 32-byte partitions.
+    """
     before = source.bytes("weights", 2, 64, 96)
     return _moved("interleave_weights_sm90", before, interleave_weights_sm90(before))
 
 
-@define(
-    "layout",
-    "layout",
-    """Expert i has only bit i set of the 32-bit word that is gathered from rows 0 and 8, bytes 0 and 4: the result
-    is the table of bit positions.""",
-    unique_for="the bit permutation, readable",
-)
+@define("layout", unique_for="the bit permutation, readable")
 def interleave_weights_bit_by_bit(source: Source) -> Content:
+    """Expert i has only bit i set of the 32-bit word that is gathered from rows 0 and 8, bytes 0 and 4: the
+    result is the table of bit positions.
+    """
     before = torch.zeros(32, 16, 32, dtype=torch.uint8)
     for bit in range(32):
         before[bit, 8 * (bit // 8 % 2), 4 * (bit // 16)] = 1 << bit % 8
@@ -56,8 +50,7 @@ for _generation in GENERATIONS:
 
     @define(
         "layout",
-        "layout",
-        f"Scales folded as flashinfer {_generation.recorded_as} expects them; every byte is different within an "
+        why=f"Scales folded as flashinfer {_generation.recorded_as} expects them; every byte is different within an "
         "expert.",
         name=f"fold_scales_{_generation.recorded_as.replace('.', '_')}",
         unique_for="the layout alone, byte for byte",
@@ -69,48 +62,35 @@ for _generation in GENERATIONS:
         return _moved("fold_scales_sm90", before, after, generation=generation.recorded_as)
 
 
-@define(
-    "layout",
-    "layout",
-    "Halves [w1(gate); w3(up)] of a DeepSeek checkpoint into the kernel's order.",
-    unique_for="the layout alone, byte for byte",
-)
+@define("layout", unique_for="the layout alone, byte for byte")
 def swap_halves(source: Source) -> Content:
+    """Halves [w1(gate); w3(up)] of a DeepSeek checkpoint into the kernel's order."""
     before = source.bytes("weights", 2, 64, 16)
     return _moved("swap_gate_up", before, swap_gate_up(before))
 
 
-@define(
-    "layout",
-    "layout",
-    "Rows gate0, up0, gate1, up1, ... of a gpt-oss checkpoint into the kernel's order.",
-    unique_for="the layout alone, byte for byte",
-)
+@define("layout", unique_for="the layout alone, byte for byte")
 def interleaved_rows_to_halves(source: Source) -> Content:
+    """Rows gate0, up0, gate1, up1, ... of a gpt-oss checkpoint into the kernel's order."""
     before = source.bytes("weights", 2, 64, 16)
     return _moved("interleaved_to_halves", before, interleaved_to_halves(before))
 
 
-@define(
-    "layout",
-    "layout",
-    "Each half padded to a multiple of 128 rows on its own: 2 * 90 rows become 2 * 128.",
-    unique_for="the layout alone, byte for byte",
-)
+@define("layout", unique_for="the layout alone, byte for byte")
 def pad_each_half(source: Source) -> Content:
+    """Each half padded to a multiple of 128 rows on its own: 2 * 90 rows become 2 * 128."""
     before = source.bytes("weights", 2, 180, 16)
     return _moved("pad_halves", before, pad_halves(before, 128), multiple=128)
 
 
 @define(
-    "layout",
-    "moe",
-    """Up rows are small, gate rows large, and rows of a pair differ: reading [gate; up] for [up; gate], or
-    interleaved rows for halves, cannot go unseen. Weights differ in every 16-row block and 32-byte partition.""",
     catches="gate_up_swapped gate_up_interleaved weights_not_interleaved scales_not_swapped",
     unique_for="gate and up told apart",
 )
 def gate_and_up_unlike(source: Source) -> MoeCall:
+    """Up rows are small, gate rows large, and rows of a pair differ: reading [gate; up] for [up; gate], or
+    interleaved rows for halves, cannot go unseen. Weights differ in every 16-row block and 32-byte partition.
+    """
     experts = source.experts(2, 256, 128)
     scales = experts.fc1_scales
     assert scales is not None
@@ -149,22 +129,16 @@ def _padded(source: Source, inner: int, checkpoint: Experts) -> MoeCall:
     )
 
 
-@define(
-    "layout",
-    "moe",
-    """gpt-oss in small: 96 rows of gate and of up, interleaved in the checkpoint, brought into halves and padded
-    to 128 rows each, biases and parameters as well. Padding at the end of the fused tensor moves the border.""",
-    catches="padding_end_of_fused gate_up_interleaved",
-)
+@define(catches="padding_end_of_fused gate_up_interleaved")
 def padded_halves(source: Source) -> MoeCall:
+    """gpt-oss in small: 96 rows of gate and of up, interleaved in the checkpoint, brought into halves and
+    padded to 128 rows each, biases and parameters as well. Padding at the end of the fused tensor moves the
+    border.
+    """
     return _padded(source, 96, source.experts(2, 256, 128, biases=True, alpha=1.702, beta=1.0, limit=7.0))
 
 
-@define(
-    "layout",
-    "moe",
-    "64 rows of gate and of up, padded to 128 each, without biases and parameters.",
-    catches="padding_end_of_fused",
-)
+@define(catches="padding_end_of_fused")
 def padded_halves_of_64(source: Source) -> MoeCall:
+    """64 rows of gate and of up, padded to 128 each, without biases and parameters."""
     return _padded(source, 64, source.experts(2, 256, 128))

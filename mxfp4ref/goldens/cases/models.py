@@ -115,44 +115,29 @@ def _deepseek_v4(
     )
 
 
-@define(
-    "models",
-    "moe",
-    """A whole DeepSeek-V4-Flash layer: H 4096, I 2048, 256 experts, six a token by its own router, limit 10.""",
-    unique_for="whole size, all 256 experts",
-)
+@define(unique_for="whole size, all 256 experts")
 def deepseek_v4_flash(source: Source) -> Content:
+    """A whole DeepSeek-V4-Flash layer: H 4096, I 2048, 256 experts, six a token by its own router, limit 10."""
     return _deepseek_v4(source, 4, 4096, 2048, 256)
 
 
-@define(
-    "models",
-    "moe",
-    "The same model on expert rank 5 of 8, six tokens of which some have no expert there.",
-    unique_for="whole size under expert parallelism",
-)
+@define(unique_for="whole size under expert parallelism")
 def deepseek_v4_flash_expert_rank_5_of_8(source: Source) -> Content:
+    """The same model on expert rank 5 of 8, six tokens of which some have no expert there."""
     return _deepseek_v4(source, 6, 4096, 2048, 256, expert_rank=(5, 8))
 
 
-@define(
-    "models",
-    "moe",
-    "A whole DeepSeek-V4-Pro layer: H 7168, I 3072, 384 experts; four tokens share their six experts.",
-    unique_for="whole size, all 384 experts",
-)
+@define(unique_for="whole size, all 384 experts")
 def deepseek_v4_pro(source: Source) -> Content:
+    """A whole DeepSeek-V4-Pro layer: H 7168, I 3072, 384 experts; four tokens share their six experts."""
     return _deepseek_v4(source, 4, 7168, 3072, 384, same_experts=True)
 
 
-@define(
-    "models",
-    "moe",
-    """A whole gpt-oss-20b layer: H = I = 2880 padded to 2944 with zeros, each half of fc1 on its own, 32 experts,
-    four a token, biases, alpha 1.702, beta 1, limit 7.""",
-    unique_for="whole size, padding, biases and all parameters",
-)
+@define(unique_for="whole size, padding, biases and all parameters")
 def gpt_oss_20b(source: Source) -> Content:
+    """A whole gpt-oss-20b layer: H = I = 2880 padded to 2944 with zeros, each half of fc1 on its own, 32
+    experts, four a token, biases, alpha 1.702, beta 1, limit 7.
+    """
     logits = source.normal("logits", 4, 32)
     routing = gpt_oss(logits)
     used = sorted(set(routing.ids.flatten().tolist()))

@@ -40,10 +40,8 @@ def _ep_call(source: Source, rank: int, ids: torch.Tensor, strict: bool = True) 
 for _rank in range(_EP):
 
     @define(
-        "parallel",
-        "moe",
-        f"""Rank {_rank} of 4: experts {2 * _rank} and {2 * _rank + 1} of 8, global ids, parameters by local index.
-        The four ranks have the same tokens, ids and weights.""",
+        why=f"Rank {_rank} of 4: experts {2 * _rank} and {2 * _rank + 1} of 8, global ids, parameters by local index. "
+        "The four ranks have the same tokens, ids and weights.",
         catches="ep_double_mapping ep_offset_dropped" if _rank else "",
         unique_for="every rank of one layer",
         name=f"expert_rank_{_rank}_of_4",
@@ -53,27 +51,22 @@ for _rank in range(_EP):
 
 
 @define(
-    "parallel",
-    "moe",
-    """The last of 4 ranks with padded rows and slots of -1 among ids of all ranks: -1 is nobody's expert, not the
-    last one and not, after an offset, somebody else's.""",
     catches="ep_sentinel_aliases ep_double_mapping ep_offset_dropped",
     unique_for="padding under expert parallelism",
 )
 def sentinels_on_rank_3_of_4(source: Source) -> MoeCall:
+    """The last of 4 ranks with padded rows and slots of -1 among ids of all ranks: -1 is nobody's expert, not
+    the last one and not, after an offset, somebody else's.
+    """
     ids = source.distinct("ids", 16, 4, 8)
     ids = torch.where(source.bytes("padded", 16, 4) < 80, -1, ids)
     ids[12:] = -1
     return _ep_call(source, 3, ids.to(torch.int32))
 
 
-@define(
-    "parallel",
-    "moe",
-    "Ids beyond every rank's experts, and below -1: the kernel skips them like -1.",
-    unique_for="what the kernel does with a mistake of its caller",
-)
+@define(unique_for="what the kernel does with a mistake of its caller")
 def ids_of_no_rank(source: Source) -> MoeCall:
+    """Ids beyond every rank's experts, and below -1: the kernel skips them like -1."""
     ids = source.distinct("ids", 16, 4, 12)
     ids[::3, 1], ids[::5, 2] = -7, 2**31 - 1
     return _ep_call(source, 3, ids, strict=False)
@@ -82,10 +75,8 @@ def ids_of_no_rank(source: Source) -> MoeCall:
 for _rank in range(_TP):
 
     @define(
-        "parallel",
-        "moe",
-        f"""Rank {_rank} of 2 of tensor parallelism: its share of I, with the fc2 bias handed to both ranks; only rank
-        0 adds it.""",
+        why=f"Rank {_rank} of 2 of tensor parallelism: its share of I, with the fc2 bias handed to both ranks; only "
+        "rank 0 adds it.",
         catches="" if _rank else "bias2_ignored",
         unique_for="every rank of one layer",
         name=f"tensor_rank_{_rank}_of_2",
@@ -121,14 +112,9 @@ for _rank in range(_TP):
         )
 
 
-@define(
-    "parallel",
-    "moe",
-    "Rank 2 of 4 none of whose experts is named by any token: zeros everywhere.",
-    catches="ep_offset_dropped",
-    unique_for="a rank that has nothing to do",
-)
+@define(catches="ep_offset_dropped", unique_for="a rank that has nothing to do")
 def rank_without_tokens(source: Source) -> MoeCall:
+    """Rank 2 of 4 none of whose experts is named by any token: zeros everywhere."""
     layer, experts = _layer()
     return MoeCall(
         layer.normal("input", 4, _H),
@@ -140,13 +126,9 @@ def rank_without_tokens(source: Source) -> MoeCall:
     )
 
 
-@define(
-    "parallel",
-    "moe",
-    """Both at once: expert rank 1 of 2, tensor rank 1 of 2, biases given and the second ignored.""",
-    unique_for="expert and tensor parallelism together",
-)
+@define(unique_for="expert and tensor parallelism together")
 def expert_and_tensor_rank_1(source: Source) -> MoeCall:
+    """Both at once: expert rank 1 of 2, tensor rank 1 of 2, biases given and the second ignored."""
     return MoeCall(
         source.normal("input", 8, _H),
         source.distinct("ids", 8, 2, 4),

@@ -35,37 +35,33 @@ def _bias(source: Source, num_experts: int, around: float) -> Tensor:
 
 @define(
     "routing",
-    "routing",
-    "DeepSeek-V4-Flash: 256 experts, a correction bias that changes the selection but not the weights, factor 1.5.",
     catches="rsf_missing rsf_twice gate_bias_weights softplus_as_sigmoid renorm_missing",
     unique_for="the model's router as it is",
 )
 def deepseek_v4_flash(source: Source) -> Content:
+    """DeepSeek-V4-Flash: 256 experts, a correction bias that changes the selection but not the weights,
+    factor 1.5.
+    """
     tensors = {"logits": _logits(source, 32, 256), "correction_bias": _bias(source, 256, 0.0)}
     return _routed("deepseek_v4", tensors, top_k=6, routed_scaling_factor=1.5, routed_scaling="in_weights")
 
 
 @define(
     "routing",
-    "routing",
-    "DeepSeek-V4-Pro: 384 experts, factor 2.5, bf16 logits.",
     catches="rsf_missing rsf_twice softplus_as_sigmoid renorm_missing",
     unique_for="the model's router as it is",
 )
 def deepseek_v4_pro(source: Source) -> Content:
+    """DeepSeek-V4-Pro: 384 experts, factor 2.5, bf16 logits."""
     tensors = {"logits": source.normal("logits", 16, 384), "correction_bias": _bias(source, 384, 0.0)}
     return _routed("deepseek_v4", tensors, top_k=6, routed_scaling_factor=2.5, routed_scaling="in_weights")
 
 
-@define(
-    "routing",
-    "routing",
-    """V4-Flash's biases are about 8.08, so that biased scores lie on a grid of 2^-20 and tie although the scores do
-    not: the lowest id wins. Also ties of equal logits and biases.""",
-    catches="tie_highest_id gate_bias_weights",
-    unique_for="ties that only the bias makes",
-)
+@define("routing", catches="tie_highest_id gate_bias_weights", unique_for="ties that only the bias makes")
 def deepseek_v4_ties_on_the_bias_grid(source: Source) -> Content:
+    """V4-Flash's biases are about 8.08, so that biased scores lie on a grid of 2^-20 and tie although the
+    scores do not: the lowest id wins. Also ties of equal logits and biases.
+    """
     logits = _logits(source, 32, 256)
     # Scores that differ by less than the grid: neighbouring float32 logits in pairs of experts.
     bits = logits.view(torch.int32)
@@ -81,13 +77,9 @@ def deepseek_v4_ties_on_the_bias_grid(source: Source) -> Content:
     )
 
 
-@define(
-    "routing",
-    "routing",
-    """DeepSeek-V4's first three layers: ids from a table by token id, weights from the scores in table order.""",
-    catches="rsf_missing renorm_missing softplus_as_sigmoid",
-)
+@define("routing", catches="rsf_missing renorm_missing softplus_as_sigmoid")
 def deepseek_v4_hash_layer(source: Source) -> Content:
+    """DeepSeek-V4's first three layers: ids from a table by token id, weights from the scores in table order."""
     tensors = {
         "logits": _logits(source, 16, 256),
         "token_ids": source.range("token_ids", 0, 99, 16).to(torch.int32),
@@ -96,13 +88,9 @@ def deepseek_v4_hash_layer(source: Source) -> Content:
     return _routed("deepseek_v4", tensors, top_k=6, routed_scaling_factor=1.5, routed_scaling="in_weights")
 
 
-@define(
-    "routing",
-    "routing",
-    "The same in DeepSeek-V4-Pro, with padded rows, which get id -1 and weight 0.",
-    catches="rsf_missing",
-)
+@define("routing", catches="rsf_missing")
 def deepseek_v4_pro_hash_layer_padded(source: Source) -> Content:
+    """The same in DeepSeek-V4-Pro, with padded rows, which get id -1 and weight 0."""
     padded = torch.arange(16) % 4 == 3
     tensors = {
         "logits": source.normal("logits", 16, 384),
@@ -113,28 +101,20 @@ def deepseek_v4_pro_hash_layer_padded(source: Source) -> Content:
     return _routed("deepseek_v4", tensors, top_k=6, routed_scaling_factor=2.5, routed_scaling="in_weights")
 
 
-@define(
-    "routing",
-    "routing",
-    """Logits of large size: softplus is linear above 20 and nearly 0 far below; weights of one token differ by many
-    orders. Some experts are masked with -inf.""",
-    catches="softplus_as_sigmoid renorm_missing",
-    unique_for="both ends of softplus",
-)
+@define("routing", catches="softplus_as_sigmoid renorm_missing", unique_for="both ends of softplus")
 def deepseek_v4_extreme_logits(source: Source) -> Content:
+    """Logits of large size: softplus is linear above 20 and nearly 0 far below; weights of one token differ
+    by many orders. Some experts are masked with -inf.
+    """
     logits = _logits(source, 16, 256) * 12.0
     logits[:, 10:20] = -torch.inf
     tensors = {"logits": logits, "correction_bias": _bias(source, 256, -0.5)}
     return _routed("deepseek_v4", tensors, top_k=6, routed_scaling_factor=1.5, routed_scaling="in_weights")
 
 
-@define(
-    "routing",
-    "routing",
-    "The factor belongs on the output here: weights without it. Padded rows have id -1 and weight 0.",
-    unique_for="placement of the factor, and padding",
-)
+@define("routing", unique_for="placement of the factor, and padding")
 def deepseek_v4_factor_on_output(source: Source) -> Content:
+    """The factor belongs on the output here: weights without it. Padded rows have id -1 and weight 0."""
     tensors = {
         "logits": _logits(source, 16, 256),
         "correction_bias": _bias(source, 256, 0.0),
@@ -147,12 +127,11 @@ def deepseek_v4_factor_on_output(source: Source) -> Content:
 
 @define(
     "routing",
-    "routing",
-    "DeepSeek-V3: sigmoid scores, 8 groups of which 4 take part by the sum of their two best biased scores.",
     catches="rsf_missing rsf_twice gate_bias_weights renorm_missing",
     unique_for="the model's router as it is",
 )
 def deepseek_v3_groups(source: Source) -> Content:
+    """DeepSeek-V3: sigmoid scores, 8 groups of which 4 take part by the sum of their two best biased scores."""
     tensors = {"logits": _logits(source, 32, 256), "correction_bias": _bias(source, 256, 0.0)}
     return _routed(
         "deepseek_v3",
@@ -165,14 +144,9 @@ def deepseek_v3_groups(source: Source) -> Content:
     )
 
 
-@define(
-    "routing",
-    "routing",
-    "DeepSeek-V3 where whole groups tie, and the best expert of all lies in a group that does not take part.",
-    catches="tie_highest_id",
-    unique_for="ties between groups",
-)
+@define("routing", catches="tie_highest_id", unique_for="ties between groups")
 def deepseek_v3_tied_groups(source: Source) -> Content:
+    """DeepSeek-V3 where whole groups tie, and the best expert of all lies in a group that does not take part."""
     logits = _logits(source, 16, 64)
     logits[:8] = logits[:8, :8].repeat(1, 8)  # all groups alike
     logits[8:, 5] = 9.0
@@ -203,53 +177,35 @@ def _v3_with_negative_scores(source: Source, num_tokens: int, num_experts: int, 
     )
 
 
-@define(
-    "routing",
-    "routing",
-    """DeepSeek-V3 where all biased scores are negative, so that a 0 for groups that do not take part would win, and
-    scores so small that the 1e-20 in the denominator counts.""",
-)
+@define("routing")
 def deepseek_v3_negative_scores(source: Source) -> Content:
+    """DeepSeek-V3 where all biased scores are negative, so that a 0 for groups that do not take part would
+    win, and scores so small that the 1e-20 in the denominator counts.
+    """
     return _v3_with_negative_scores(source, 16, 256, top_k=8, n_group=8, topk_group=4)
 
 
-@define(
-    "routing",
-    "routing",
-    "The same with 64 experts, of whose 4 groups only one takes part.",
-)
+@define("routing")
 def deepseek_v3_negative_scores_one_group(source: Source) -> Content:
+    """The same with 64 experts, of whose 4 groups only one takes part."""
     return _v3_with_negative_scores(source, 16, 64, top_k=4, n_group=4, topk_group=1)
 
 
-@define(
-    "routing",
-    "routing",
-    "gpt-oss: the four largest of 32 bf16 logits, many of them equal, softmax over the four.",
-    catches="tie_highest_id renorm_missing",
-)
+@define("routing", catches="tie_highest_id renorm_missing")
 def gpt_oss_bf16_ties(source: Source) -> Content:
+    """gpt-oss: the four largest of 32 bf16 logits, many of them equal, softmax over the four."""
     return _routed("gpt_oss", {"logits": (source.normal("logits", 64, 32) * 4).round() / 4}, top_k=4)
 
 
-@define(
-    "routing",
-    "routing",
-    "Mixtral: softmax over eight experts, the two best, over their sum.",
-    catches="renorm_missing",
-)
+@define("routing", catches="renorm_missing")
 def mixtral(source: Source) -> Content:
+    """Mixtral: softmax over eight experts, the two best, over their sum."""
     return _routed("mixtral", {"logits": _logits(source, 64, 8)}, top_k=2)
 
 
-@define(
-    "routing",
-    "routing",
-    "Mixtral's router on logits that are all equal, or equal in pairs: ties go to the lowest id.",
-    catches="tie_highest_id",
-    unique_for="ties of softmax scores",
-)
+@define("routing", catches="tie_highest_id", unique_for="ties of softmax scores")
 def mixtral_ties(source: Source) -> Content:
+    """Mixtral's router on logits that are all equal, or equal in pairs: ties go to the lowest id."""
     logits = _logits(source, 16, 8)
     logits[:, 4:] = logits[:, :4]
     logits[0] = 0.0
