@@ -40,8 +40,8 @@ def _ep_call(source: Source, rank: int, ids: torch.Tensor, strict: bool = True) 
 for _rank in range(_EP):
 
     @define(
-        why=f"Rank {_rank} of 4: experts {2 * _rank} and {2 * _rank + 1} of 8, global ids, parameters by local index. "
-        "The four ranks have the same tokens, ids and weights.",
+        why=f"Rank {_rank} of 4: experts {2 * _rank} and {2 * _rank + 1} of 8, global ids, parameters by local "
+        "index. The four ranks have the same tokens, ids and weights.",
         catches="ep_double_mapping ep_offset_dropped" if _rank else "",
         unique_for="every rank of one layer",
         name=f"expert_rank_{_rank}_of_4",
