@@ -32,12 +32,13 @@ from mxfp4ref.conformance.kernels import load_kernel
 from mxfp4ref.conformance.reproducer import write_reproducer
 from mxfp4ref.conformance.results import MODES, CaseResult, Report, name_defects
 from mxfp4ref.defects import DEFECTS
+from mxfp4ref.formats.generations import NEWEST
 from mxfp4ref.goldens import Goldens
 from mxfp4ref.goldens.case import Case
 from mxfp4ref.goldens.runs import Run, runs
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward
-from mxfp4ref.sm90.tactics import Tactic, each_kernel
+from mxfp4ref.sm90.tactics import Sm90Kernel, Tactic, each_kernel
 
 __all__ = ["Options", "run", "run_case"]
 
@@ -139,7 +140,7 @@ def run_case(
         return CaseResult(
             **about, status="skipped", message=f"{kernel.name} does not run cases of kind {case.kind}"
         )
-    all_runs = runs(case)
+    all_runs = _runs(kernel, case)
     needed = _by_tactic(kernel, case) if options.all_tactics else _needed(kernel, case, all_runs)
     found: list[_Comparison] = []
     seconds, diagnosis = 0.0, None
@@ -222,6 +223,14 @@ def _status(found: Sequence[_Comparison]) -> str:
     if any(compared.outside is None for compared in different):
         return "differs"
     return "outside bounds" if any(compared.wrong for compared in different) else "within bounds"
+
+
+def _runs(kernel: Kernel, case: Case) -> list[Run]:
+    """The case's runs; for an older generation of the kernel, which goldens are not of, what the model says."""
+    if case.kind != "moe" or kernel.generation is NEWEST:
+        return runs(case)
+    call = case.call(Sm90Kernel(generation=kernel.generation))
+    return [Run("128x128", call, {"output": forward(call)})]
 
 
 def _needed(kernel: Kernel, case: Case, all_runs: list[Run]) -> list[Run]:

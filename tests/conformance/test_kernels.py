@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -155,28 +154,37 @@ class TestFlashinfer:
                 assert_bits_equal(launch(), expected)
         assert len(self.seen) == 2 * len(case.outputs)
 
-    def test_generation_without_profile_ids(self, case: Case) -> None:
-        def before_profile_ids(
-            input: Tensor, quant_scales: list[Tensor], output: Tensor, enable_pdl: bool, **arguments: Any
-        ) -> Tensor:
-            assert quant_scales[0].dim() == 3
-            return kernels_under_test.good(input=input, quant_scales=quant_scales, output=output, **arguments)
+    @pytest.mark.parametrize("name", ["gemm/ordinary", "gemm/first_group_overflows"])
+    def test_the_older_kernel_is_held_against_its_own_arithmetic(self, name: str) -> None:
+        """0.6.17 takes profile_ids and ignores it, and differs from the goldens where the first groups overflow."""
 
-        before_profile_ids.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in ("input", "output", "enable_pdl")]
+        def older(input: Tensor, enable_pdl: bool, profile_ids: Any = None, **arguments: Any) -> list[Tensor]:
+            assert profile_ids is None
+            assert arguments["quant_scales"][0].dim() == 3
+            kernel = Sm90Kernel(generation=BYTEWISE)
+            return [kernels_under_test.good(input=input, kernel=kernel, **arguments)]
+
+        self.helpers.interleave_moe_scales_for_sm90_mixed_gemm = lambda s, size: fold_scales_sm90(s, BYTEWISE)
+        self.helpers.interleave_moe_weights_for_sm90_mixed_gemm = lambda w, kind: interleave_weights_sm90(
+            w, BYTEWISE
         )
-        self.helpers.interleave_moe_scales_for_sm90_mixed_gemm = lambda s, group: fold_scales_sm90(
-            s, BYTEWISE
-        )
-        self.helpers.interleave_moe_weights_for_sm90_mixed_gemm = lambda w, quant_type: (
-            interleave_weights_sm90(w, BYTEWISE)
-        )
-        self.helpers.cutlass_fused_moe = before_profile_ids
-        self.helpers.__version__ = "0.6.17"  # takes profile_ids and ignores it
+        self.helpers.cutlass_fused_moe = older
+        self.helpers.__version__ = "0.6.17"
         kernel = load_kernel("flashinfer", "cpu")
         assert not kernel.forces_tile_k
+        assert not kernel.forces_tactics
+        case = GOLDENS.load(name)
         result = run_case(kernel, case)
-        assert (result.status, result.tiles) == ("equal", tuple("x".join(map(str, p)) for p in case.outputs))
+        assert (result.status, result.tiles) == ("equal", ("128x128",)), result.message
+        expected = case.outputs[128, 128]
+        assert torch.equal(forward(case.call(Sm90Kernel(generation=BYTEWISE))), expected) == (
+            name == "gemm/ordinary"
+        )
+
+    def test_an_unknown_release_is_refused(self) -> None:
+        self.helpers.__version__ = "0.6.9"
+        with pytest.raises(KernelError, match=r"flashinfer 0.6.9 has an older mainloop .*CONTRIBUTING"):
+            load_kernel("flashinfer", "cpu")
 
     def test_other_bytes_from_a_helper_are_reported(self, case: Case) -> None:
         self.helpers.interleave_moe_weights_for_sm90_mixed_gemm = lambda weight, quant_type: weight
