@@ -36,7 +36,7 @@ from mxfp4ref.formats.experts import Experts, Sm90Experts
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import Stages, forward
 
-__all__ = ["DEFINED", "Applies", "Defect", "defect", "given", "logical"]
+__all__ = ["DEFINED", "Applies", "Defect", "change_tensors", "defect", "given", "logical"]
 
 Applies = Callable[[Any], bool]
 _Target = Literal["moe", "routing", "dequantize"]
