@@ -68,7 +68,7 @@ def _weights_by_row(call: MoeCall) -> Tensor:
 
     stages = Stages(fc1_gemm=no_gemm, swiglu=number, round_activation=keep, fc2_gemm=no_gemm)
     rows = trace(call, stages)
-    weights = torch.empty(len(rows.token), device=device)
+    weights = torch.empty(len(rows.token), dtype=torch.float32, device=device)
     weights[rows.activation[:, 0].long()] = call.token_final_scales[rows.token, rows.slot]
     return weights
 
