@@ -90,6 +90,8 @@ def _load(name: str, trial: Callable[[Any], None], consequence: str) -> ModuleTy
 def as_numpy(tensor: Tensor, dtype: npt.DTypeLike) -> np.ndarray[Any, Any]:
     """The bytes of a CPU tensor as numbers of a type, in the same memory if they are in order and aligned."""
     tensor = tensor.detach().contiguous()
-    if tensor.data_ptr() % np.dtype(dtype).itemsize:
-        tensor = tensor.clone()
+    if (
+        tensor.data_ptr() % np.dtype(dtype).itemsize or tensor.stride(-1) != 1
+    ):  # 0, of an expanded single element
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
     return tensor.view(torch.uint8).numpy().view(dtype)
