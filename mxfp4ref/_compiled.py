@@ -32,14 +32,14 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
-def compiled(signature: str | None = None) -> Callable[[_F], _F]:
-    """Compile a loop for one signature at once, or, without a signature, as a part of the loops that call it.
+def compiled(*signatures: str) -> Callable[[_F], _F]:
+    """Compile a loop for these signatures at once, or, without any, as a part of the loops that call it.
 
     Parts have to be in the file of the loops that call them: numba's cache notices changes of that file only. A
     product and a sum may become one fused operation, so any product that is added to something has to be exact.
 
     Args:
-        signature: types in numba's notation.
+        signatures: types in numba's notation.
     """
     numba: Any = importlib.import_module("numba")
     if numba.config.DISABLE_JIT:
@@ -47,12 +47,12 @@ def compiled(signature: str | None = None) -> Callable[[_F], _F]:
     options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 
     def compile_(function: _F) -> Any:
-        if signature is None:
+        if not signatures:
             return numba.njit(inline="always", **options)(function)
         try:
-            return numba.njit(signature, cache=True, **options)(function)
+            return numba.njit(list(signatures), cache=True, **options)(function)
         except (RuntimeError, OSError):  # no folder for a cache that can be written to, or a full disk
-            return numba.njit(signature, **options)(function)
+            return numba.njit(list(signatures), **options)(function)
 
     return compile_
 

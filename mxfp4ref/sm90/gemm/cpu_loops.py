@@ -44,9 +44,6 @@ NAN_BITS, HALF_BITS, SIGN_BIT = np.int32(0x7FFFFFFF), np.int32(0x3F000000), np.i
 i16, i32, i64, u32, f32, f64 = np.int16, np.int32, np.int64, np.uint32, np.float32, np.float64
 
 
-# --- numbers by their bits -----------------------------------------------------------------------------------
-
-
 @compiled()
 def float32_of(bits):
     return i32(bits).view(f32)
@@ -91,9 +88,6 @@ def vectors(count, dtype):
     buffer = np.zeros(size + 64, dtype)
     start = -buffer.ctypes.data % 64 // buffer.itemsize
     return buffer[start : start + size].reshape((count, COLUMNS))
-
-
-# --- x -------------------------------------------------------------------------------------------------------
 
 
 @compiled("void(uint16[:,:,::1], int16[:,:,::1])")
@@ -141,9 +135,6 @@ def load_parts(x_bits, group, m, x_parts):
         value = value_of_bf16(i64(x_bits[group, m, k]))
         is_finite = abs(value) < np.inf
         x_parts[0, k], x_parts[1, k] = value if is_finite else 0.0, 0.0 if is_finite else value
-
-
-# --- weights -------------------------------------------------------------------------------------------------
 
 
 @compiled()
@@ -250,9 +241,6 @@ def wide_sum(x_parts, x_exponents, w, w_exponents, largest, parts, t):
     for j in range(COLUMNS):
         finite = parts[0, j] if abs(parts[0, j]) >= SMALLEST else 0.0
         t[0, j] = f32(parts[1, j] if parts[1, j] != 0 else finite)
-
-
-# --- the accumulator -----------------------------------------------------------------------------------------
 
 
 @compiled()
