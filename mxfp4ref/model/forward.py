@@ -15,10 +15,9 @@ from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.dense import dense_gemm
 from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.finalize import finalize
-from mxfp4ref.sm90.gemm.analysis import spans
 from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
 from mxfp4ref.sm90.swiglu import swiglu
-from mxfp4ref.sm90.threads import in_parallel
+from mxfp4ref.sm90.threads import in_parallel, spans
 
 __all__ = ["DENSE", "KERNEL", "MoeTrace", "Stages", "forward", "select_local", "trace"]
 

@@ -15,7 +15,7 @@ from mxfp4ref._compiler import uncompiled
 from mxfp4ref.sm90 import finalize as transcribed_finalize
 from mxfp4ref.sm90 import fp32, mufu
 from mxfp4ref.sm90 import swiglu as transcribed_swiglu
-from mxfp4ref.sm90.threads import in_parallel
+from mxfp4ref.sm90.threads import in_parallel, spans
 
 __all__ = ["finalize", "swiglu", "to_bf16"]
 
@@ -79,7 +79,7 @@ def _swiglu(
             x[rows], added[rows], np.ascontiguousarray(parameters[:, rows]), *_tables(), out_bits[rows]
         )
 
-    in_parallel(compute, _shares(num_rows), _CPU, out.numel() * _OPERATIONS)
+    in_parallel(compute, list(spans(num_rows, _ROWS_AT_ONCE)), _CPU, out.numel() * _OPERATIONS)
     return out
 
 
@@ -95,7 +95,7 @@ def _finalize(
     def compute(tokens: slice) -> None:
         compiled.finalize(x[tokens], experts[tokens], weights[tokens], added, out_bits[tokens])
 
-    in_parallel(compute, _shares(num_tokens), _CPU, fc2_output.numel() * _OPERATIONS)
+    in_parallel(compute, list(spans(num_tokens, _ROWS_AT_ONCE)), _CPU, fc2_output.numel() * _OPERATIONS)
     return out
 
 
@@ -103,10 +103,6 @@ def _to_bf16(compiled: Any, x: Tensor) -> Tensor:
     out = torch.empty(x.shape, dtype=torch.bfloat16, device="cpu")
     compiled.to_bf16(as_numpy(x, np.int32).reshape(-1), as_numpy(out, np.int16).reshape(-1))
     return out
-
-
-def _shares(num_rows: int) -> list[slice]:
-    return [slice(start, start + _ROWS_AT_ONCE) for start in range(0, num_rows, _ROWS_AT_ONCE)]
 
 
 @cache

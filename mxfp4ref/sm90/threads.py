@@ -7,13 +7,13 @@ the bottleneck. Nothing that is computed depends on it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
 
-__all__ = ["in_parallel"]
+__all__ = ["in_parallel", "spans"]
 
 _ENOUGH = 5 << 20  # weights; smaller pieces are no slower one after the other
 _T = TypeVar("_T")
@@ -41,3 +41,9 @@ def in_parallel(
 def _work_alone() -> None:
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
+
+
+def spans(length: int, step: int) -> Iterator[slice]:
+    """Slices of `step` that cover `length`."""
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))

@@ -15,7 +15,7 @@ from mxfp4ref._compiler import uncompiled
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE
 from mxfp4ref.sm90.gemm.reference import gemm_in_order
 from mxfp4ref.sm90.gemm.trial import check_gemm
-from mxfp4ref.sm90.threads import in_parallel
+from mxfp4ref.sm90.threads import in_parallel, spans
 
 __all__ = ["Weights", "gemm", "grouped_gemm"]
 
@@ -73,8 +73,10 @@ def grouped_gemm(
         return _by_loops(compiled, x, ends, weights, num_columns, order, swapped)
     out = torch.empty(len(x), num_columns, dtype=torch.float32, device="cpu")
     for expert, rows in _experts_with_rows(ends):
-        packed, scales = weights(expert, slice(0, num_columns))
-        out[rows] = gemm_in_order(x[None, rows], packed[None], scales[None], order, swapped[None, rows])[0]
+        for columns in spans(num_columns, _COLUMNS_AT_ONCE):
+            arguments = (x[rows], *weights(expert, columns), swapped[rows])
+            of_rows, packed, scales, swaps = (tensor.unsqueeze(0) for tensor in arguments)
+            out[rows, columns] = gemm_in_order(of_rows, packed, scales, order, swaps)[0]
     return out
 
 
@@ -89,15 +91,14 @@ def _by_loops(
 ) -> Tensor:
     out = torch.empty(len(x), num_columns, dtype=torch.float32, device="cpu")
     steps = _steps(order)
-    pieces = []
+    pieces: list[tuple[Any, ...]] = []
     for expert, rows in _experts_with_rows(ends):
         by_group = x[rows].reshape(rows.stop - rows.start, -1, GROUP_SIZE).transpose(0, 1)
         x_bits = as_numpy(by_group, np.uint16)
         facts = np.empty((*x_bits.shape[:2], 3), np.int16)
         compiled.classify(x_bits, facts)
         of_expert = (expert, x_bits, facts, as_numpy(swapped[rows], np.bool_), as_numpy(out[rows], np.int32))
-        for start in range(0, num_columns, _COLUMNS_AT_ONCE):
-            pieces.append((*of_expert, slice(start, min(start + _COLUMNS_AT_ONCE, num_columns))))
+        pieces += [(*of_expert, columns) for columns in spans(num_columns, _COLUMNS_AT_ONCE)]
 
     def compute(piece: tuple[Any, ...]) -> None:
         expert, x_bits, facts, swaps, out_bits, columns = piece
