@@ -169,7 +169,7 @@ def dequantize(
         return out
 
     # One look-up a byte: scale byte and code byte together are the index of a pair of finished values.
-    table = _pair_table(convention, dtype, device)
+    table = pair_table(convention, dtype, device)
     packed, scales = packed.reshape(groups, -1), scales.reshape(groups, 1)
     pairs = out.view(table.dtype).view(groups, -1)
     buffer = torch.empty((min(groups, CHUNK_GROUPS), GROUP_SIZE // 2), dtype=torch.int64, device=device)
@@ -226,7 +226,7 @@ def _scale_table(convention: str, dtype: torch.dtype, device: torch.device) -> T
 
 
 @cache
-def _pair_table(convention: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+def pair_table(convention: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the pair of values of each scale and code byte as one unit, at index scale * 256 + codes."""
     patterns = _patterns(convention, dtype)
     byte = np.arange(256)

@@ -66,7 +66,7 @@ def quantize(values: Tensor, *, rule: str = "floor") -> tuple[Tensor, Tensor]:
     if groups == 0:
         return packed, scales
 
-    scale_steps, code_steps = (table.to(values.device) for table in _step_tables(rule))
+    scale_steps, code_steps = (table.to(values.device) for table in step_tables(rule))
     values = values.reshape(groups, GROUP_SIZE)
     flat_packed, flat_scales = packed.view(groups, -1), scales.view(groups)
     for start in range(0, groups, CHUNK_GROUPS):
@@ -117,7 +117,7 @@ def fp32_to_ue8m0(values: Tensor) -> Tensor:
 
 
 @cache
-def _step_tables(rule: str) -> tuple[Tensor, Tensor]:
+def step_tables(rule: str) -> tuple[Tensor, Tensor]:
     """Return the least float32 magnitudes, as bits, of scale bytes 1..255 [255] and codes 1..7 [256, 7]."""
 
     def bits(eighths: int, exponent: int) -> int:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._compiler import uncompiled
+from mxfp4ref._spans import spans
 from mxfp4ref._validate import check_instance
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.dense import dense_gemm
 from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.finalize import finalize
-from mxfp4ref.sm90.gemm.analysis import spans
 from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
 from mxfp4ref.sm90.swiglu import swiglu
 from mxfp4ref.sm90.threads import in_parallel

@@ -82,7 +82,7 @@ def rcp(x: Tensor) -> Tensor:
 
 def _interpolate(unit: str, fraction: Tensor) -> Tensor:
     """int64 results of one unit's quadratic for 23-bit fractions."""
-    c0, c1, c2, squares = _constants(unit, fraction.device)
+    c0, c1, c2, squares = constants(unit, fraction.device)
     low_bits = squares.numel().bit_length() - 1
     flat = fraction.reshape(-1).to(torch.int64)
     row, x = flat >> low_bits, flat & (squares.numel() - 1)
@@ -93,7 +93,7 @@ def _interpolate(unit: str, fraction: Tensor) -> Tensor:
 
 
 @lru_cache
-def _constants(unit: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def constants(unit: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A unit's C0 (scaled, with the bias), C1 and C2, int64 [rows], and all squares, int64 [2^low_bits]."""
     rows, bias = {"ex2": (_EX2_ROWS, _EX2_BIAS), "rcp": (_RCP_ROWS, _RCP_BIAS)}[unit]
     c0, c1, c2 = torch.tensor(rows, dtype=torch.int64, device=device).T.contiguous().unbind()

@@ -269,7 +269,7 @@ SUBNORMALS = torch.arange(1, 0x01000000, 65537, dtype=torch.int32).repeat(32)[: 
 @pytest.mark.usefixtures("hostile_state")
 def test_global_state_changes_nothing() -> None:
     def clear() -> None:
-        for table in (mxfp4._patterns, mxfp4._scale_table, mxfp4._pair_table, quantize._step_tables):
+        for table in (mxfp4._patterns, mxfp4._scale_table, mxfp4.pair_table, quantize.step_tables):
             table.cache_clear()
 
     clear()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,13 +17,13 @@ from torch import Tensor
 from mxfp4ref.formats.generations import BYTEWISE, GENERATIONS, WORDWISE, Generation
 from mxfp4ref.formats.mxfp4 import pack_codes
 from mxfp4ref.sm90.gemm import cpu as fast
-from mxfp4ref.sm90.gemm.analysis import Direct, analyse
-from mxfp4ref.sm90.gemm.cpu import _check_on, group_scaled_gemm
+from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
 from mxfp4ref.sm90.gemm.order import first_pair_swapped, group_order
-from mxfp4ref.sm90.gemm.reference import group_scaled_gemm_reference
-from mxfp4ref.sm90.gemm.sums import codes_by_group, direct_sums, group_sums
+from mxfp4ref.sm90.gemm.reference import gemm_in_order, group_scaled_gemm_reference
+from mxfp4ref.sm90.gemm.trial import check_gemm
 from mxfp4ref.sm90.tactics import TILE_K, TILE_N, Tactic
 from tests.helpers import bits, exact
+from tests.helpers.gemm_inputs import KINDS, SCALES, problem, random_x
 
 # --- the order of the groups ------------------------------------------------------------------------------
 
@@ -75,76 +74,6 @@ def test_first_pair_swapped() -> None:
 
 
 # --- hard inputs ------------------------------------------------------------------------------------------
-
-KINDS = ("ordinary", "mirrored", "wide", "wider", "raw", "tiny", "subnormal", "huge", "sparse", "lonely")
-SCALES = ("ordinary", "spread", "any", "low", "high", "ends", "by column")
-
-
-def random_x(rng: np.random.Generator, kind: str, batch: int, rows: int, depth: int) -> np.ndarray:
-    """bf16 bits [batch, rows, depth]."""
-    shape = (batch, rows, depth)
-    width = {
-        "ordinary": 3,
-        "mirrored": 6,
-        "wide": 12,
-        "wider": 40,
-        "tiny": 12,
-        "huge": 3,
-        "sparse": 20,
-        "lonely": 120,
-    }
-    if kind == "raw":
-        return rng.integers(0, 1 << 16, shape)
-    if kind == "subnormal":  # in bf16, and mostly in the sum of a group too
-        x = rng.integers(0, 2, shape) << 15 | rng.integers(0, 0x0100, shape)
-        return np.where(rng.random(shape) < 0.95, x & 0x8000, x)
-    centre = {"tiny": 8, "huge": 250}.get(kind, 127)
-    exponent = np.clip(centre + rng.integers(-width[kind], width[kind] + 1, shape), 0, 254)
-    x = rng.integers(0, 2, shape) << 15 | exponent << 7 | rng.integers(0, 128, shape)
-    if kind in ("sparse", "lonely"):
-        x = np.where(rng.random(x.shape) < {"sparse": 0.8, "lonely": 0.92}[kind], x & 0x8000, x)
-    if kind == "mirrored":
-        x[..., depth // 2 :] = x[..., : depth // 2] ^ 0x8000
-    return x
-
-
-def random_scales(rng: np.random.Generator, kind: str, shape: tuple[int, ...]) -> np.ndarray:
-    if kind == "ends":
-        return rng.choice([0, 1, 2, 120, 127, 134, 253, 254, 255], shape)
-    if kind == "by column":  # the lower end in some columns only
-        return rng.choice([2, 8, 120], (shape[0], shape[1], 1)) + rng.integers(-2, 3, shape)
-    low, high = {
-        "ordinary": (118, 124), "spread": (90, 165), "any": (0, 256), "low": (0, 20), "high": (236, 256),
-    }[kind]  # fmt: skip
-    return rng.integers(low, high, shape)
-
-
-def problem(
-    seed: int,
-    x_kind: str,
-    scale_kind: str,
-    *,
-    batch: int = 1,
-    rows: int = 5,
-    columns: int = 7,
-    groups: int = 12,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rng = np.random.default_rng(seed)
-    x = random_x(rng, x_kind, batch, rows, 32 * groups)
-    codes = rng.integers(0, 16, (batch, columns, 32 * groups))
-    if x_kind == "mirrored":
-        codes[..., 16 * groups :] = codes[..., : 16 * groups]
-    if x_kind in ("sparse", "lonely"):
-        codes = np.where(rng.random(codes.shape) < 0.5, codes & 8, codes)
-    scales = random_scales(rng, scale_kind, (batch, columns, groups))
-    if rng.random() < 0.3:  # a few of another kind
-        other = random_scales(rng, str(rng.choice(SCALES)), scales.shape)
-        scales = np.where(rng.random(scales.shape) < 0.02, other, scales)
-    if rng.random() < 0.3:
-        special = rng.choice([0x7F80, 0xFF80, 0x7FC0, 0xFF81, 0x0000, 0x8000, 0x0001, 0x7F7F], x.shape)
-        x = np.where(rng.random(x.shape) < 0.3 / x.shape[2], special, x)
-    packed = pack_codes(torch.from_numpy(codes.astype(np.uint8)))
-    return bits.bf16(x), packed, torch.from_numpy(scales.astype(np.uint8))
 
 
 def assert_fast_is_slow(x: Tensor, packed: Tensor, scales: Tensor, **tactic: object) -> Tensor:
@@ -237,53 +166,6 @@ def test_truncation_sets_in_where_it_should(second_at: int) -> None:
     x[0][:, [0, second_at]], codes[0][:, [0, second_at]] = rows, columns
     scales = torch.full((1, len(columns), 1), 127, dtype=torch.uint8)
     assert_fast_is_slow(bits.bf16(x), pack_codes(torch.from_numpy(codes)), scales)
-
-
-@settings(max_examples=60)
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    x_kind=st.sampled_from(KINDS),
-    shape=st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 9)),
-    at_once=st.sampled_from([1, 4, 6]),
-)
-def test_the_direct_way_gives_the_same_sums(
-    seed: int, x_kind: str, shape: tuple[int, int, int], at_once: int
-) -> None:
-    """Every pair term by term, and each by the way that `analyse` has chosen for it."""
-    batch, rows, columns = shape
-    x, packed, _ = problem(seed, x_kind, "ordinary", batch=batch, rows=rows, columns=columns, groups=6)
-    blocks = analyse(x, at_once)
-    all_direct = replace(blocks, direct=Direct.where(torch.ones_like(blocks.unit, dtype=torch.bool)))
-    assert len(all_direct.direct) == 6 * batch * rows
-    codes = codes_by_group(packed)
-    sums = direct_sums(all_direct, codes)
-    for chunk in blocks.chunks:
-        expected = group_sums(blocks, chunk, codes) + 0.0  # the sign of a zero may differ
-        bits.assert_same(group_sums(all_direct, chunk, codes) + 0.0, expected)
-        bits.assert_same(group_sums(all_direct, chunk, codes, sums) + 0.0, expected)
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_sums_of_every_pattern(seed: int) -> None:
-    """Each row with its own centre, spread and share of zeros, each column with its own share of zero weights.
-
-    Sums are compared before they are added up: what a small one lacks would vanish in the total.
-    """
-    rng = np.random.default_rng(seed)
-    rows, columns, groups = 150, 24, 4
-    shape = (1, rows, 32 * groups)
-    spread = 2.0 ** rng.uniform(0, 7.5, (1, rows, 1))
-    exponent = rng.uniform(1, 254, (1, rows, 1)) + spread * rng.uniform(-1, 1, shape)
-    x = rng.integers(0, 2, shape) << 15 | np.clip(exponent, 0, 254).astype(np.int64) << 7
-    x |= rng.integers(0, 128, shape) & rng.choice([0, 0x60, 0x7F], (1, rows, 1))
-    x = np.where(rng.random(shape) < rng.choice([0, 0.5, 0.9], (1, rows, 1)), x & 0x8000, x)
-    codes = rng.integers(0, 16, (1, columns, 32 * groups))
-    codes = np.where(rng.random(codes.shape) < rng.choice([0, 0.5, 0.9], (1, columns, 1)), codes & 8, codes)
-    packed = codes_by_group(pack_codes(torch.from_numpy(codes.astype(np.uint8))))
-    blocks = analyse(bits.bf16(x), 2)
-    every = replace(blocks, direct=Direct.where(torch.ones_like(blocks.unit, dtype=torch.bool)))
-    for chunk in blocks.chunks:
-        bits.assert_same(group_sums(blocks, chunk, packed) + 0.0, group_sums(every, chunk, packed) + 0.0)
 
 
 # --- the transcription itself -----------------------------------------------------------------------------
@@ -499,16 +381,16 @@ def test_a_gpu_whose_compiler_errs_is_found_out() -> None:
         result.view(torch.int32)[0, 7, 63] ^= 1
         return result
 
-    _check_on(cpu, right)
+    check_gemm(right, cpu)
     with pytest.raises(ArithmeticError, match="1 of 512 elements of a trial are wrong"):
-        _check_on(cpu, wrong)
+        check_gemm(wrong, cpu)
     for other in (
         lambda x, packed, scales, *rest: right(x, packed, scales.clamp(max=254), *rest),
         lambda x, packed, scales, *rest: group_scaled_gemm(x, packed, scales, tactic=Tactic((64, 64, 256))),
         lambda x, packed, scales, *rest: group_scaled_gemm(x, packed, scales, tactic=Tactic((64, 16, 128))),
     ):
         with pytest.raises(ArithmeticError, match="elements of a trial"):
-            _check_on(cpu, other)
+            check_gemm(other, cpu)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -535,7 +417,7 @@ def test_a_cuda_device_that_is_not_the_current_one() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("x_kind", KINDS)
 def test_cuda_without_triton(x_kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast, "_gemm_on_gpu", lambda device: None)
+    monkeypatch.setattr(fast, "_gemm_on", lambda device: fast._gemm_by_cpu)
     arguments = problem(11, x_kind, "any", batch=3, rows=20, columns=300, groups=36)
     got = group_scaled_gemm(*(tensor.cuda() for tensor in arguments)).cpu()
     bits.assert_same(got, group_scaled_gemm(*arguments))
@@ -547,7 +429,12 @@ def test_without_the_triton_kernel_a_warning_says_so(monkeypatch: pytest.MonkeyP
     def fail(*arguments: object) -> None:
         raise ArithmeticError("3 of 512 elements of a trial are wrong")
 
-    monkeypatch.setattr(fast, "_check_on", fail)
+    monkeypatch.setattr(fast, "check_gemm", fail)
     message = "Triton kernel does not run here: ArithmeticError: 3 of 512 elements"
     with pytest.warns(RuntimeWarning, match=message):
-        assert fast._gemm_on_gpu.__wrapped__(torch.device("cuda")) is None
+        gemm = fast._gemm_on.__wrapped__(torch.device("cuda"))
+    arguments = problem(16, "wide", "any", rows=2, groups=4)
+    swapped = torch.tensor([[True, False]])
+    bits.assert_same(
+        gemm(*arguments, [0, 1, 2, 3], swapped), gemm_in_order(*arguments, [0, 1, 2, 3], swapped)
+    )

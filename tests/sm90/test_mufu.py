@@ -195,7 +195,7 @@ def test_global_modes_do_not_matter(unit: Unit) -> None:
     x = of_bits([*range(0x7E7FFFF0, 0x7E800010), *range(0xC2FBFFF0, 0xC2FC0010), 0x007FFFFF, 0x807FFFFF])
     expected = bits_of(unit(x))
     default = torch.get_default_dtype()
-    mufu._constants.cache_clear()
+    mufu.constants.cache_clear()
     try:
         torch.set_default_dtype(torch.float64)
         torch.set_flush_denormal(True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from mxfp4ref.sm90 import fp32, tensor_core
 from mxfp4ref.sm90.gemm.order import first_pair_swapped, group_order
 from mxfp4ref.sm90.tactics import Tactic
 
-__all__ = ["group_scaled_gemm_reference"]
+__all__ = ["gemm_in_order", "group_scaled_gemm_reference"]
 
 _DEFAULT = Tactic()
 _UNIT_SCALE = 127  # the UE8M0 byte of 2^0
@@ -32,13 +34,19 @@ def group_scaled_gemm_reference(
 
     Arguments and result are those of `group_scaled_gemm`, which computes the same bits faster.
     """
+    order = group_order(scales.shape[2], tactic.tile_k)
+    return gemm_in_order(x, packed, scales, order, first_pair_swapped(x, positions, tactic, generation))
+
+
+def gemm_in_order(x: Tensor, packed: Tensor, scales: Tensor, order: Sequence[int], swapped: Tensor) -> Tensor:
+    """The accumulators where groups are added up in this order, but in `swapped [B, M]` rows the second one first."""
     # The tensor core sees the unscaled E2M1 values as bf16.
     weights = dequantize(packed, torch.full_like(scales, _UNIT_SCALE), dtype=torch.bfloat16)
     scale_values = decode_ue8m0(scales, convention="sm90")
     zero = torch.zeros(x.shape[0], x.shape[1], packed.shape[1], dtype=torch.float32, device=x.device)
 
     terms = []
-    for group in group_order(scales.shape[2], tactic.tile_k):
+    for group in order:
         t = zero
         for k in (GROUP_SIZE * group, GROUP_SIZE * group + tensor_core.STEP_SIZE):
             block = slice(k, k + tensor_core.STEP_SIZE)
@@ -49,8 +57,7 @@ def group_scaled_gemm_reference(
     acc = fp32.mul(*first)
     if rest:
         second, *rest = rest
-        swapped = first_pair_swapped(x, positions, tactic, generation)[..., None]
-        acc = torch.where(swapped, fp32.fma(*first, fp32.mul(*second)), fp32.fma(*second, acc))
+        acc = torch.where(swapped[..., None], fp32.fma(*first, fp32.mul(*second)), fp32.fma(*second, acc))
     for t, scale in rest:
         acc = fp32.fma(t, scale, acc)
     return fp32.add(acc, zero)

@@ -1,8 +1,7 @@
 """The group-scaled GEMM on a GPU, as one Triton kernel: every product of every tensor-core step, one by one.
 
-On a CPU `gemm` finds out which sums a matrix product gives exactly. On a GPU, whose integer units are idle otherwise,
-the many small operations of that cost more than it saves. So this is `tensor_core.step` again, term by term, and
-the FMA that follows; `gemm` uses it where it runs and gives what the CPU gives.
+This is `tensor_core.step` again, term by term, and the FMA that follows. It is used where it runs and gives what the
+transcription gives.
 """
 
 from __future__ import annotations
@@ -11,8 +10,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from mxfp4ref.sm90.gemm.sums import codes_in_units
 
 __all__ = ["gemm"]
 
@@ -38,7 +35,7 @@ def gemm(x: Tensor, packed: Tensor, scales: Tensor, order: list[int], swapped: T
                 x.contiguous().view(torch.int16),
                 x.isfinite().all(-1),
                 # Neighbouring threads read neighbouring columns.
-                codes_in_units(packed, torch.int32).transpose(1, 2).contiguous(),
+                _words(packed).transpose(1, 2).contiguous(),
                 scales.transpose(1, 2).contiguous(),
                 torch.tensor(order, dtype=torch.int32, device=x.device),
                 swapped.contiguous(),
@@ -49,6 +46,13 @@ def gemm(x: Tensor, packed: Tensor, scales: Tensor, order: list[int], swapped: T
                 COLUMNS=_COLUMNS,
             )
     return out
+
+
+def _words(packed: Tensor) -> Tensor:
+    """Eight codes a word: a view, or a copy where that can't be."""
+    if not packed.is_contiguous() or packed.storage_offset() % 4:
+        packed = packed.clone(memory_format=torch.contiguous_format)
+    return packed.view(torch.int32)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_columns", "num_groups"])  # one compilation for all shapes

@@ -1,0 +1,97 @@
+"""Loops compiled by numba: how they are compiled, and what happens where they cannot be.
+
+numba takes a third of a second to import, so modules of compiled loops are imported when they are first needed, by
+`loops`, which holds them against the transcription of `docs/arithmetic.md` before anything uses them: compilers have
+faults, and caches grow stale. Where numba is missing or the trial fails, the transcriptions are what is left.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import threading
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+__all__ = ["as_numpy", "compiled", "loops"]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+_lock = threading.RLock()
+_loaded: dict[str, ModuleType | None] = {}
+
+# A fork waits for a compilation to end, as the child would have neither the compiling thread nor a way to unlock.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+
+
+def compiled(*signatures: str) -> Callable[[_F], _F]:
+    """Compile a loop for these signatures at once, or, without any, as a part of the loops that call it.
+
+    Parts have to be in the file of the loops that call them: numba's cache notices changes of that file only. A
+    product and a sum may become one fused operation, so any product that is added to something has to be exact.
+
+    Args:
+        signatures: types in numba's notation.
+    """
+    numba: Any = importlib.import_module("numba")
+    if numba.config.DISABLE_JIT:
+        raise ImportError("numba is told not to compile, by NUMBA_DISABLE_JIT")
+    options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+
+    def compile_(function: _F) -> Any:
+        if not signatures:
+            return numba.njit(inline="always", **options)(function)
+        try:
+            return numba.njit(list(signatures), cache=True, **options)(function)
+        except (RuntimeError, OSError):  # no folder for a cache that can be written to, or a full disk
+            return numba.njit(list(signatures), **options)(function)
+
+    return compile_
+
+
+def loops(name: str, trial: Callable[[Any], None], consequence: str) -> Any:
+    """The module of compiled loops, or None, after one warning, where they do not run or fail their trial.
+
+    Args:
+        name: the module.
+        trial: is given the module, and raises unless what it computes is right.
+        consequence: what the warning says of going without, "the GEMM takes 100 times as long as need be".
+    """
+    if name not in _loaded:
+        with _lock:
+            if name not in _loaded:
+                _loaded[name] = _load(name, trial, consequence)
+    return _loaded[name]
+
+
+def _load(name: str, trial: Callable[[Any], None], consequence: str) -> ModuleType | None:
+    try:
+        module = importlib.import_module(name)
+        trial(module)
+    except Exception as error:  # no numba, one that does not fit numpy, a compiler that errs on this CPU, ...
+        _loaded[name] = None  # also where the warning is an error
+        warnings.warn(
+            f"{consequence}, for {name} cannot be used here: {type(error).__name__}: {error}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return None
+    return module
+
+
+def as_numpy(tensor: Tensor, dtype: npt.DTypeLike) -> np.ndarray[Any, Any]:
+    """The bytes of a CPU tensor as numbers of a type, in the same memory if they are in order and aligned."""
+    tensor = tensor.detach().contiguous()
+    if (
+        tensor.data_ptr() % np.dtype(dtype).itemsize or tensor.stride(-1) != 1
+    ):  # 0, of an expanded single element
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.view(torch.uint8).numpy().view(dtype)

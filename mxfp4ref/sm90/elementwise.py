@@ -1,0 +1,149 @@
+"""`swiglu`, `finalize` and `to_bf16` on a CPU by compiled loops; as transcribed, where those cannot be used."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mxfp4ref._compiled import as_numpy, loops
+from mxfp4ref._compiler import uncompiled
+from mxfp4ref._spans import spans
+from mxfp4ref.sm90 import finalize as transcribed_finalize
+from mxfp4ref.sm90 import fp32, mufu
+from mxfp4ref.sm90 import swiglu as transcribed_swiglu
+from mxfp4ref.sm90.threads import in_parallel
+
+__all__ = ["finalize", "swiglu", "to_bf16"]
+
+_CPU = torch.device("cpu")
+_ROWS_AT_ONCE = 16  # the share of a thread
+_OPERATIONS = 16  # of an element, each about as long as one weight of a GEMM
+_DEFAULTS = (0x3F800000, 0, 0x7F800000)  # the float32 bits of alpha 1, beta 0, limit Inf
+
+
+@uncompiled
+def swiglu(
+    fc1_output: Tensor,
+    bias: Tensor | None = None,
+    alpha: Tensor | None = None,
+    beta: Tensor | None = None,
+    limit: Tensor | None = None,
+) -> Tensor:
+    """As `sm90.swiglu.swiglu`; compiled for bf16 and parameters that do not vary along the last dimension."""
+    compiled = _loops()
+    given = (alpha, beta, limit)
+    vary = any(p is not None and p.dim() > 0 and p.shape[-1] != 1 for p in given)
+    if compiled is None or vary or fc1_output.dtype != torch.bfloat16:
+        return transcribed_swiglu.swiglu(fc1_output, bias, *given)
+    return _swiglu(compiled, fc1_output, bias, given)
+
+
+@uncompiled
+def finalize(fc2_output: Tensor, local: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As `sm90.finalize.finalize`; compiled for bf16."""
+    compiled = _loops()
+    if compiled is None or fc2_output.dtype != torch.bfloat16:
+        return transcribed_finalize.finalize(fc2_output, local, scales, bias)
+    return _finalize(compiled, fc2_output, local, scales, bias)
+
+
+@uncompiled
+def to_bf16(x: Tensor) -> Tensor:
+    """As `fp32.to_bf16`."""
+    compiled = _loops()
+    return fp32.to_bf16(x) if compiled is None else _to_bf16(compiled, x)
+
+
+def _swiglu(
+    compiled: Any, fc1_output: Tensor, bias: Tensor | None, given: tuple[Tensor | None, ...]
+) -> Tensor:
+    *leading, width = fc1_output.shape
+    out = torch.empty(*leading, width // 2, dtype=torch.float32, device="cpu")
+    num_rows = math.prod(leading)
+    parameters = np.empty((3, num_rows if any(p is not None for p in given) else 0), np.int32)
+    for row, parameter, default in zip(parameters, given, _DEFAULTS, strict=True):
+        if len(row) and parameter is None:
+            row[:] = default
+        elif parameter is not None:
+            row[:] = as_numpy(parameter.expand(*leading, 1), np.int32).reshape(-1)
+    x = as_numpy(fc1_output, np.int16).reshape(-1, width)
+    added = x[:0] if bias is None else as_numpy(bias.expand_as(fc1_output), np.int16).reshape(-1, width)
+    out_bits = as_numpy(out, np.int32).reshape(-1, width // 2)
+
+    def compute(rows: slice) -> None:
+        compiled.swiglu(
+            x[rows], added[rows], np.ascontiguousarray(parameters[:, rows]), *_tables(), out_bits[rows]
+        )
+
+    in_parallel(compute, list(spans(num_rows, _ROWS_AT_ONCE)), _CPU, out.numel() * _OPERATIONS)
+    return out
+
+
+def _finalize(
+    compiled: Any, fc2_output: Tensor, local: Tensor, scales: Tensor, bias: Tensor | None
+) -> Tensor:
+    num_tokens, _, hidden_size = fc2_output.shape
+    out = torch.empty(num_tokens, hidden_size, dtype=torch.float32, device="cpu")
+    x, out_bits = as_numpy(fc2_output, np.int16), as_numpy(out, np.int32)
+    experts, weights = as_numpy(local, np.int64), as_numpy(scales, np.int32)
+    added = np.empty((0, hidden_size), np.int16) if bias is None else as_numpy(bias, np.int16)
+
+    def compute(tokens: slice) -> None:
+        compiled.finalize(x[tokens], experts[tokens], weights[tokens], added, out_bits[tokens])
+
+    in_parallel(compute, list(spans(num_tokens, _ROWS_AT_ONCE)), _CPU, fc2_output.numel() * _OPERATIONS)
+    return out
+
+
+def _to_bf16(compiled: Any, x: Tensor) -> Tensor:
+    out = torch.empty(x.shape, dtype=torch.bfloat16, device="cpu")
+    compiled.to_bf16(as_numpy(x, np.int32).reshape(-1), as_numpy(out, np.int16).reshape(-1))
+    return out
+
+
+@cache
+def _tables() -> tuple[np.ndarray[Any, Any], ...]:
+    """Of EX2 and RCP: rows of three int64, and squares, which fit into 16 bits."""
+    tables: list[np.ndarray[Any, Any]] = []
+    for unit in ("ex2", "rcp"):
+        *rows, squares = mufu.constants(unit, _CPU)
+        tables += [torch.stack(rows, 1).numpy(), squares.numpy().astype(np.uint16)]
+    return tuple(tables)
+
+
+def _loops() -> Any:
+    consequence = "the activation and the weighted sum take 10 times as long as need be"
+    return loops("mxfp4ref.sm90.elementwise_loops", _try_out, consequence)
+
+
+def _try_out(compiled: Any) -> None:
+    """Raise ArithmeticError unless 512 activations and sums of any bits are as transcribed."""
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def any_bits(*shape: int, near_one: bool = False) -> Tensor:
+        x = torch.randint(-(1 << 15), 1 << 15, shape, generator=generator, device="cpu").to(torch.int16)
+        return (
+            torch.where(x % 4 != 0, x & -0x7000 | 0x3E00, x).view(torch.bfloat16)
+            if near_one
+            else x.view(torch.bfloat16)
+        )
+
+    x, bias = any_bits(8, 128, near_one=True), any_bits(8, 128, near_one=True)
+    parameters = tuple(any_bits(8, 1, near_one=True).to(torch.float32) for _ in range(3))
+    results = []
+    for given, added in (((None, None, None), None), (parameters, bias)):
+        expected = transcribed_swiglu.swiglu(x, added, *given)
+        results += [(_swiglu(compiled, x, added, given), expected)]
+        results += [(_to_bf16(compiled, expected), fp32.to_bf16(expected))]
+    local = torch.arange(-1, 7, device="cpu").view(4, 2)
+    weighted = (x.view(4, 2, 128), local, parameters[0].view(4, 2))
+    for added in (None, bias):
+        results += [(_finalize(compiled, *weighted, added), transcribed_finalize.finalize(*weighted, added))]
+    for got, expected in results:
+        if not torch.equal(got.view(torch.uint8), expected.view(torch.uint8)):
+            raise ArithmeticError("some elements of a trial are wrong")

@@ -1,0 +1,175 @@
+"""The activation, the weighted sum and the rounding to bf16 as loops for a CPU (docs/arithmetic.md).
+
+Numbers are float32 numbers held as float64, subnormal ones already flushed to zeros of their sign, so that no mode
+of the CPU touches them. An operation in float64 that is then `rounded` to 24 bits is as if rounded once: a product of
+two is exact, and for a sum 53 >= 2 * 24 + 2 bits are enough.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from mxfp4ref._compiled import compiled
+
+__all__ = ["finalize", "swiglu", "to_bf16"]
+
+INF_BITS, NAN_BITS, SMALLEST_BITS, FRACTION = 0x7F800000, 0x7FFFFFFF, 0x00800000, 0x007FFFFF
+SMALLEST = 2.0**-126
+ROUNDS_TO_SMALLEST = 2.0**-126 * (1 - 2.0**-25)
+LOG2_E = float(np.uint32(0x3FB8AA3B).view(np.float32))
+ALPHA, BETA, LIMIT = 0, 1, 2  # rows of the parameters
+TAIL, TIE = (1 << 29) - 1, 1 << 28  # the bits that float64 has and float32 lacks
+
+i32, i64, f32, f64 = np.int32, np.int64, np.float32, np.float64
+
+
+@compiled()
+def number_of(bits):
+    """The float32 number of these bits, flushed."""
+    zero = -0.0 if bits < 0 else 0.0
+    return f64(i32(bits).view(f32)) if bits & INF_BITS else zero
+
+
+@compiled()
+def bits_of(number):
+    return i64(f32(number).view(i32)) if number == number else i64(NAN_BITS)
+
+
+@compiled()
+def rounded(number):
+    """To nearest even with 24 bits, flushed below 2^-126 after that; Inf beyond the range."""
+    magnitude = abs(number)
+    kept = max(magnitude, SMALLEST) if magnitude >= ROUNDS_TO_SMALLEST else 0.0
+    return f64(f32(math.copysign(kept, number) if number == number else number))
+
+
+@compiled()
+def fma(a, b, c):
+    """The product is exact. What the sum loses decides where it lies between two float32 numbers."""
+    product = a * b
+    total = product + c
+    of_c = total - product
+    lost = (product - (total - of_c)) + (c - of_c)
+    bits = f64(total).view(i64)
+    if bits & TAIL == TIE and lost != 0:
+        bits += 1 if (lost < 0) == (total < 0) else -1
+    return rounded(i64(bits).view(f64))
+
+
+@compiled()
+def minimum(a, b):
+    """The other operand where one is NaN; -0 is below +0."""
+    if a != a or b != b:
+        return b if a != a else a
+    return a if a < b or (a == b and math.copysign(1.0, a) < 0) else b
+
+
+@compiled()
+def maximum(a, b):
+    return -minimum(-a, -b)
+
+
+@compiled()
+def interpolate(rows, squares, low_bits, fraction):
+    row, x = fraction >> low_bits, fraction & ((1 << low_bits) - 1)
+    return (rows[row, 0] + rows[row, 1] * x + rows[row, 2] * i64(squares[x])) >> 15
+
+
+@compiled()
+def ex2(bits, rows, squares):
+    """As `mufu.ex2`, on bits."""
+    magnitude = bits & 0x7FFFFFFF
+    shift = min(max((magnitude >> 23) - 103, 0), 32)
+    fixed = ((magnitude & FRACTION | SMALLEST_BITS) << shift) >> 24
+    if bits < 0:
+        fixed = ~fixed + (1 if fixed & FRACTION == 0 else 0)
+    result = interpolate(rows, squares, 17, fixed & FRACTION) + (((fixed >> 23) + 127) << 23)
+    result = min(result, INF_BITS) if result >= SMALLEST_BITS else 0
+    return NAN_BITS if magnitude > INF_BITS else result
+
+
+@compiled()
+def rcp(bits, rows, squares):
+    """As `mufu.rcp`, on bits that are not negative."""
+    exponent = bits >> 23
+    result = interpolate(rows, squares, 16, bits & FRACTION) + ((253 - exponent) << 23)
+    result = result if result >= SMALLEST_BITS else 0
+    return NAN_BITS if bits > INF_BITS else (INF_BITS if exponent == 0 else result)
+
+
+@compiled()
+def sigmoid(z, ex2_rows, ex2_squares, rcp_rows, rcp_squares):
+    power = number_of(ex2(bits_of(rounded(-z * LOG2_E)), ex2_rows, ex2_squares))
+    return number_of(rcp(bits_of(rounded(1.0 + power)), rcp_rows, rcp_squares))
+
+
+@compiled(
+    "void(int16[:,::1], int16[:,::1], int32[:,::1],"
+    "int64[:,::1], uint16[::1], int64[:,::1], uint16[::1], int32[:,::1])"
+)
+def swiglu(fc1_output, bias, parameters, ex2_rows, ex2_squares, rcp_rows, rcp_squares, out):
+    """The activation's float32 bits.
+
+    Args:
+        fc1_output: `[R, 2I]`, bf16 bits, up before gate.
+        bias: the same, or `[0, 2I]` for none.
+        parameters: `[3, R]`, float32 bits of alpha, beta and limit, or `[3, 0]` for the plain form.
+        ex2_rows, ex2_squares, rcp_rows, rcp_squares: the tables of `mufu`.
+        out: `[R, I]`, written.
+    """
+    for row in range(out.shape[0]):
+        for i in range(out.shape[1]):
+            up, gate = (
+                number_of(i32(fc1_output[row, i]) << 16),
+                number_of(i32(fc1_output[row, i + out.shape[1]]) << 16),
+            )
+            if len(bias):
+                up = rounded(up + number_of(i32(bias[row, i]) << 16))
+                gate = rounded(gate + number_of(i32(bias[row, i + out.shape[1]]) << 16))
+            scaled = gate
+            if parameters.shape[1]:
+                limit = number_of(parameters[LIMIT, row])
+                up, gate = maximum(minimum(up, limit), -limit), minimum(gate, limit)
+                scaled = rounded(gate * number_of(parameters[ALPHA, row]))
+                up = rounded(up + number_of(parameters[BETA, row]))
+            weighted = rounded(gate * sigmoid(scaled, ex2_rows, ex2_squares, rcp_rows, rcp_squares))
+            out[row, i] = bits_of(rounded(weighted * up))
+
+
+@compiled("void(int16[:,:,::1], int64[:,::1], int32[:,::1], int16[:,::1], int32[:,::1])")
+def finalize(fc2_output, local, scales, bias, out):
+    """The weighted sum's float32 bits.
+
+    Args:
+        fc2_output: `[M, k, H]`, bf16 bits.
+        local: `[M, k]`, the slot's expert, negative to skip it.
+        scales: `[M, k]`, float32 bits.
+        bias: `[E, H]`, bf16 bits, or `[0, H]` for none.
+        out: `[M, H]`, written.
+    """
+    acc = np.empty(out.shape[1], f64)
+    for token in range(out.shape[0]):
+        acc[:] = 0
+        for slot in range(local.shape[1]):
+            expert = local[token, slot]
+            if expert < 0:
+                continue
+            scale = number_of(scales[token, slot])
+            for h in range(out.shape[1]):
+                y = number_of(i32(fc2_output[token, slot, h]) << 16)
+                if len(bias):
+                    y = rounded(y + number_of(i32(bias[expert, h]) << 16))
+                acc[h] = fma(scale, y, acc[h])
+        for h in range(out.shape[1]):
+            out[token, h] = bits_of(acc[h])
+
+
+@compiled("void(int32[::1], int16[::1])")
+def to_bf16(bits, out):
+    """cvt.rn.bf16.f32: subnormals are kept, NaN becomes 0x7FFF."""
+    for i in range(len(out)):
+        word = i32(bits[i])
+        nearest = i32(i32(word + i32(0x7FFF) + i32(word >> i32(16) & i32(1))) >> i32(16))
+        out[i] = nearest if i32(word & i32(NAN_BITS)) <= i32(INF_BITS) else 0x7FFF
