@@ -1,7 +1,8 @@
 """What a named defect is, and the one way to write one.
 
-    @defect("swiglu.clamp", "gate clamped to [-L, L]", "gpt-oss ports", applies=given("swiglu_limit"))
+    @defect("swiglu.clamp", "gpt-oss ports", applies=given("swiglu_limit"))
     def gate_clamped_below(up: Tensor, gate: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+        '''gate clamped to [-L, L]'''
         up, gate = clamp_both(up, gate, limit)
         return up, fp32.maximum(gate, -limit)
 
@@ -82,13 +83,13 @@ _VARIANTS: dict[str, tuple[str, Callable[..., Any]]] = {
 
 
 def defect(
-    changes: str, summary: str, *seen_in: str, kind: _Kind = "defect", applies: Applies | None = None
+    changes: str, *seen_in: str, kind: _Kind = "defect", applies: Applies | None = None
 ) -> Callable[[_Change], _Change]:
-    """Register the decorated function as a defect under its own name.
+    """Register the decorated function as a defect under its own name; its docstring is the summary.
 
     Args:
         changes: what the function stands for, see above.
-        summary, seen_in, kind: as in `Defect`.
+        seen_in, kind: as in `Defect`.
         applies: as in `Defect`; by default true where `changes` names no tensors or the call has one of them.
     """
 
@@ -96,6 +97,7 @@ def defect(
         name = change.__name__
         if name in DEFINED:
             raise ValueError(f"{name}: defined twice")
+        summary = " ".join((change.__doc__ or "").split())
         target, run, sensible = _pipeline(changes, change)
         DEFINED[name] = Defect(name, summary, seen_in, kind, target, run, applies or sensible)
         return change

@@ -27,32 +27,29 @@ def dequantize_call(call: DequantizeCall) -> Tensor:
     return dequantize(call.packed, call.scales, convention=call.convention)
 
 
-@defect("dequantize", "code 8 decoded as +0", "gguf", "flashinfer's C++ helper")
+@defect("dequantize", "gguf", "flashinfer's C++ helper")
 def minus_zero_lost(call: DequantizeCall) -> Tensor:
+    """code 8 decoded as +0"""
     return dequantize_call(call).masked_fill(unpack_codes(call.packed) == 8, 0.0)
 
 
-@defect("dequantize", "bf16 subnormals become zeros of their sign", "exponent additions on bit patterns")
+@defect("dequantize", "exponent additions on bit patterns")
 def subnormal_weights_flushed(call: DequantizeCall) -> Tensor:
+    """bf16 subnormals become zeros of their sign"""
     bits = dequantize_call(call).view(torch.int16)
     return torch.where(bits & 0x7F80 == 0, bits & ~0x7FFF, bits).view(torch.bfloat16)
 
 
-@defect(
-    "dequantize",
-    "bytes 0 and 255 by the other convention (ocp: 2^-127 and NaN; sm90: 0 and Inf)",
-    "TransformerEngine#3262",
-    "triton#11624",
-)
+@defect("dequantize", "TransformerEngine#3262", "triton#11624")
 def other_convention(call: DequantizeCall) -> Tensor:
+    """bytes 0 and 255 by the other convention (ocp: 2^-127 and NaN; sm90: 0 and Inf)"""
     other = "sm90" if call.convention == "ocp" else "ocp"
     return dequantize(call.packed, call.scales, convention=other)
 
 
-@defect(
-    "dequantize", "byte 0 is 2^-127, byte 255 Inf, and NaN for zero codes", "flashinfer's own test helper"
-)
+@defect("dequantize", "flashinfer's own test helper")
 def byte_255_infinite(call: DequantizeCall) -> Tensor:
+    """byte 0 is 2^-127, byte 255 Inf, and NaN for zero codes"""
     last = (call.scales.view(torch.uint8) == 255).repeat_interleave(GROUP_SIZE, -1)
     ocp, sm90 = (dequantize(call.packed, call.scales, convention=name) for name in ("ocp", "sm90"))
     return torch.where(last, sm90, ocp)

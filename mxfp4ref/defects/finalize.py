@@ -27,19 +27,15 @@ def _has_bias(call: MoeCall) -> bool:
     return call.experts.fc2_biases is not None and call.tp_rank == 0
 
 
-@defect(
-    "finalize.step", "fc2 bias added outside the routing weight", "NeMo Automodel#2591", applies=_has_bias
-)
+@defect("finalize.step", "NeMo Automodel#2591", applies=_has_bias)
 def bias2_unweighted(acc: Tensor, scale: Tensor, y: Tensor, bias: Tensor) -> Tensor:
+    """fc2 bias added outside the routing weight"""
     return fp32.add(fp32.fma(scale, y, acc), bias)
 
 
-@defect(
-    "stages",
-    "routing weight multiplied into the activation before its rounding to bf16",
-    "DeepSeek's own reference",
-)
+@defect("stages", "DeepSeek's own reference")
 def weight_before_gemm2(call: MoeCall) -> Stages:
+    """routing weight multiplied into the activation before its rounding to bf16"""
     take = _in_turn(_weights_by_row(call))
 
     def weighted(fc1_output: Tensor, *parameters: Tensor | None) -> Tensor:
@@ -85,12 +81,9 @@ def _in_turn(rows: Tensor) -> Callable[[int], Tensor]:
     return take
 
 
-@defect(
-    "stages",
-    "bf16 output multiplied by the routed scaling factor afterwards (taken as 1.5, V4-Flash's)",
-    "sglang#24492",
-)
+@defect("stages", "sglang#24492")
 def rsf_post_hoc(call: MoeCall) -> Stages:
+    """bf16 output multiplied by the routed scaling factor afterwards (taken as 1.5, V4-Flash's)"""
     factor = torch.tensor(ROUTED_SCALING_FACTOR, dtype=torch.float32, device=call.input.device)
 
     def unscaled(y: Tensor, local: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
@@ -102,92 +95,72 @@ def rsf_post_hoc(call: MoeCall) -> Stages:
     return Stages(finalize=unscaled, round_output=scaled)
 
 
-@defect(
-    "finalize.step",
-    "products and the top-k sum rounded to bf16 at every slot",
-    "index_add_ references",
-)
+@defect("finalize.step", "index_add_ references")
 def bf16_finalize(acc: Tensor, scale: Tensor, y: Tensor, bias: Tensor) -> Tensor:
+    """products and the top-k sum rounded to bf16 at every slot"""
     return bf16(fp32.add(acc, bf16(fp32.mul(scale, fp32.add(y, bias)))))
 
 
-@defect(
-    "finalize.step",
-    "each weighted row rounded to bf16, then summed in float32",
-    "separate scale and sum kernels",
-    kind="arithmetic",
-)
+@defect("finalize.step", "separate scale and sum kernels", kind="arithmetic")
 def weighted_rows_bf16(acc: Tensor, scale: Tensor, y: Tensor, bias: Tensor) -> Tensor:
+    """each weighted row rounded to bf16, then summed in float32"""
     return fp32.add(acc, bf16(fp32.mul(scale, fp32.add(y, bias))))
 
 
-@defect(
-    "stages",
-    "weight multiplied into GEMM2's float32 accumulators, one rounding to bf16, then summed in float32",
-    "Triton fused_moe",
-    kind="arithmetic",
-)
+@defect("stages", "Triton fused_moe", kind="arithmetic")
 def weight_in_gemm2_epilogue(call: MoeCall) -> Stages:
+    """weight multiplied into GEMM2's float32 accumulators, one rounding to bf16, then summed in float32"""
     return Stages(round_fc2=keep, finalize=FinalizeVariant(weighted_rows_bf16))
 
 
-@defect("round_fc2", "no bf16 rounding after GEMM2", "fused finalize of other paths", kind="arithmetic")
+@defect("round_fc2", "fused finalize of other paths", kind="arithmetic")
 def gemm2_kept_fp32(x: Tensor) -> Tensor:
+    """no bf16 rounding after GEMM2"""
     return x
 
 
-@defect(
-    "stages",
-    "fc2 bias added to the float32 accumulators, before the rounding to bf16",
-    "fused epilogues",
-    kind="arithmetic",
-    applies=_has_bias,
-)
+@defect("stages", "fused epilogues", kind="arithmetic", applies=_has_bias)
 def bias2_before_rounding(call: MoeCall) -> Stages:
+    """fc2 bias added to the float32 accumulators, before the rounding to bf16"""
     return Stages(round_fc2=keep, finalize=FinalizeVariant(bias2_bf16))
 
 
-@defect(
-    "finalize.step",
-    "sum of GEMM2's output and the fc2 bias rounded to bf16",
-    "torch references in bf16",
-    kind="arithmetic",
-    applies=_has_bias,
-)
+@defect("finalize.step", "torch references in bf16", kind="arithmetic", applies=_has_bias)
 def bias2_bf16(acc: Tensor, scale: Tensor, y: Tensor, bias: Tensor) -> Tensor:
+    """sum of GEMM2's output and the fc2 bias rounded to bf16"""
     return fp32.fma(scale, bf16(fp32.add(y, bias)), acc)
 
 
-@defect("finalize.step", "product rounded before it is added", "code without FMA", kind="arithmetic")
+@defect("finalize.step", "code without FMA", kind="arithmetic")
 def finalize_unfused(acc: Tensor, scale: Tensor, y: Tensor, bias: Tensor) -> Tensor:
+    """product rounded before it is added"""
     return fp32.add(fp32.mul(scale, fp32.add(y, bias)), acc)
 
 
-@defect("finalize.order", "slots summed from the last to the first", "reversed loops", kind="arithmetic")
+@defect("finalize.order", "reversed loops", kind="arithmetic")
 def finalize_slots_reversed(local: Tensor, scales: Tensor) -> Tensor:
+    """slots summed from the last to the first"""
     return torch.arange(local.shape[1] - 1, -1, -1, device=local.device).expand_as(local)
 
 
-@defect(
-    "finalize.order",
-    "slots summed in the order of their expert ids",
-    "loops over experts with index_add_",
-    kind="arithmetic",
-)
+@defect("finalize.order", "loops over experts with index_add_", kind="arithmetic")
 def finalize_by_expert(local: Tensor, scales: Tensor) -> Tensor:
+    """slots summed in the order of their expert ids"""
     return local.argsort(dim=1, stable=True)
 
 
-@defect("finalize.order", "slots summed from the smallest weight on", "ascending top-k", kind="arithmetic")
+@defect("finalize.order", "ascending top-k", kind="arithmetic")
 def finalize_by_weight(local: Tensor, scales: Tensor) -> Tensor:
+    """slots summed from the smallest weight on"""
     return scales.argsort(dim=1, stable=True)
 
 
 _Bias = Tensor | None
 
 
-@defect("finalize", "slots summed as a tree", "reductions across lanes", kind="arithmetic")
+@defect("finalize", "reductions across lanes", kind="arithmetic")
 def finalize_pairwise(fc2_output: Tensor, local: Tensor, scales: Tensor, bias: _Bias) -> Tensor:
+    """slots summed as a tree"""
     slots = [slice(slot, slot + 1) for slot in range(local.shape[1])]
     products = [finalize(fc2_output[:, slot], local[:, slot], scales[:, slot], bias) for slot in slots]
     while len(products) > 1:
@@ -196,8 +169,9 @@ def finalize_pairwise(fc2_output: Tensor, local: Tensor, scales: Tensor, bias: _
     return products[0]
 
 
-@defect("finalize", "slots summed in float64, rounded once", "wider references", kind="arithmetic")
+@defect("finalize", "wider references", kind="arithmetic")
 def finalize_float64(fc2_output: Tensor, local: Tensor, scales: Tensor, bias: _Bias) -> Tensor:
+    """slots summed in float64, rounded once"""
     acc = torch.zeros_like(fc2_output[:, 0], dtype=torch.float64)
     for slot in range(local.shape[1]):
         y = fp32.widen(fc2_output[:, slot]).to(torch.float64)
@@ -207,32 +181,20 @@ def finalize_float64(fc2_output: Tensor, local: Tensor, scales: Tensor, bias: _B
     return fp32.round_fp64(acc)
 
 
-@defect(
-    "stages",
-    "sums start from the first product instead of +0, and GEMMs add no +0, so that -0 survives",
-    "einsum references",
-    kind="arithmetic",
-)
+@defect("stages", "einsum references", kind="arithmetic")
 def minus_zero_kept(call: MoeCall) -> Stages:
+    """sums start from the first product instead of +0, and GEMMs add no +0, so that -0 survives"""
     gemm = GemmVariant(add_zero=False)
     return Stages(fc1_gemm=gemm, fc2_gemm=gemm, finalize=FinalizeVariant(first=-0.0))
 
 
-@defect(
-    "finalize.step",
-    "subnormal products and sums of the finalize kept",
-    "code compiled without flush-to-zero",
-    kind="arithmetic",
-)
+@defect("finalize.step", "code compiled without flush-to-zero", kind="arithmetic")
 def no_ftz_finalize(acc: Tensor, scale: Tensor, y: Tensor, bias: Tensor) -> Tensor:
+    """subnormal products and sums of the finalize kept"""
     return _ieee.fma(scale, _ieee.add(y, bias), acc)
 
 
-@defect(
-    "finalize.step",
-    "finalize flushes after rounding to the subnormal grid: 2^-126 (1 - 2^-24) becomes 2^-126, not 0",
-    "models of FTZ",
-    kind="arithmetic",
-)
+@defect("finalize.step", "models of FTZ", kind="arithmetic")
 def flush_on_subnormal_grid(acc: Tensor, scale: Tensor, y: Tensor, bias: Tensor) -> Tensor:
+    """finalize flushes after rounding to the subnormal grid: 2^-126 (1 - 2^-24) becomes 2^-126, not 0"""
     return fp32.flush(_ieee.fma(fp32.flush(scale), fp32.add(y, bias), acc))

@@ -32,8 +32,9 @@ _BOTH = "fc1_gemm fc2_gemm"
 _ORDER_MODELS = "models of the group order"
 
 
-@defect("gemm.decode_scales", "scale byte 120 used as the number 120.0", "vllm#51946")
+@defect("gemm.decode_scales", "vllm#51946")
 def scale_as_integer(scales: Tensor) -> Tensor:
+    """scale byte 120 used as the number 120.0"""
     return scales.to(torch.float32)
 
 
@@ -44,20 +45,16 @@ def _has_scale_0_or_255(call: MoeCall) -> bool:
     return any(bool(((s == 0) | (s == 255)).any()) for s in scales)
 
 
-@defect(
-    "stages",
-    "scale byte 0 as 2^-127 and 255 as NaN where the kernel has 0 and Inf",
-    "TransformerEngine#3262",
-    "triton#11624",
-    applies=_has_scale_0_or_255,
-)
+@defect("stages", "TransformerEngine#3262", "triton#11624", applies=_has_scale_0_or_255)
 def scale_ocp_ends(call: MoeCall) -> Stages:
+    """scale byte 0 as 2^-127 and 255 as NaN where the kernel has 0 and Inf"""
     gemm = GemmVariant(decode_scales=decode_ue8m0, accumulate=no_ftz_gemm)  # 2^-127 is subnormal
     return Stages(fc1_gemm=gemm, fc2_gemm=gemm)
 
 
-@defect("gemm.decode_codes", "codes read as two's complement integers -8 .. 7", "loaders that know int4 only")
+@defect("gemm.decode_codes", "loaders that know int4 only")
 def codes_as_int4(codes: Tensor) -> Tensor:
+    """codes read as two's complement integers -8 .. 7"""
     return torch.where(codes < 8, codes, codes - 16).to(torch.float64)
 
 
@@ -65,14 +62,12 @@ def _dequantized(packed: Tensor, scales: Tensor) -> Tensor:
     return dequantize(packed, scales, convention="sm90", dtype=torch.bfloat16)
 
 
-@defect(
-    _BOTH,
-    "weights scaled and rounded to bf16 before the product, one chain of tensor-core steps through K",
-    "every dequantising kernel",
-)
+@defect(_BOTH, "every dequantising kernel")
 def scale_before_mma(
     x: Tensor, packed: Tensor, scales: Tensor, *, positions: Tensor, **tactic: object
 ) -> Tensor:
+    """weights scaled and rounded to bf16 before the product, one chain of tensor-core steps through K"""
+
     def piece(x: Tensor, packed: Tensor, scales: Tensor, positions: Tensor) -> Tensor:
         weights = fp32.bf16_to_fp64(_dequantized(packed, scales))
         return tensor_core_sum(to_fp64(x), weights).to(torch.float32)
@@ -80,73 +75,57 @@ def scale_before_mma(
     return in_pieces(piece, x, packed, scales, positions)
 
 
-@defect(
-    "gemm.group_sum",
-    "tensor core keeps 24 fraction bits below the largest exponent",
-    "other tensor cores",
-    kind="arithmetic",
-)
+@defect("gemm.group_sum", "other tensor cores", kind="arithmetic")
 def fraction_bits_24(x: Tensor, weights: Tensor) -> Tensor:
+    """tensor core keeps 24 fraction bits below the largest exponent"""
     return tensor_core_sum(x, weights, fraction_bits=24)
 
 
-@defect(
-    "gemm.group_sum",
-    "tensor core keeps 26 fraction bits below the largest exponent",
-    "other tensor cores",
-    kind="arithmetic",
-)
+@defect("gemm.group_sum", "other tensor cores", kind="arithmetic")
 def fraction_bits_26(x: Tensor, weights: Tensor) -> Tensor:
+    """tensor core keeps 26 fraction bits below the largest exponent"""
     return tensor_core_sum(x, weights, fraction_bits=26)
 
 
-@defect(
-    "gemm.group_sum",
-    "tensor core truncates terms only 2^46 times smaller than the largest, and the sum",
-    "models that take a step for an exact sum",
-    kind="arithmetic",
-)
+@defect("gemm.group_sum", "models that take a step for an exact sum", kind="arithmetic")
 def fraction_bits_unlimited(x: Tensor, weights: Tensor) -> Tensor:
+    """tensor core truncates terms only 2^46 times smaller than the largest, and the sum"""
     return tensor_core_sum(x, weights, fraction_bits=46)  # what float64 holds exactly
 
 
-@defect(
-    "gemm.group_sum",
-    "tensor-core step rounds its result to nearest even",
-    "models that take a step for IEEE arithmetic",
-    kind="arithmetic",
-)
+@defect("gemm.group_sum", "models that take a step for IEEE arithmetic", kind="arithmetic")
 def step_rounds_to_nearest(x: Tensor, weights: Tensor) -> Tensor:
+    """tensor-core step rounds its result to nearest even"""
     return tensor_core_sum(x, weights, toward_zero=False)
 
 
-@defect(
-    "gemm.group_sum",
-    "both steps of a group start from zero and are added in float32",
-    "models without the C operand",
-    kind="arithmetic",
-)
+@defect("gemm.group_sum", "models without the C operand", kind="arithmetic")
 def no_carry_between_steps(x: Tensor, weights: Tensor) -> Tensor:
+    """both steps of a group start from zero and are added in float32"""
     return tensor_core_sum(x, weights, chain=False)
 
 
-@defect("gemm.group_sum", "a group is one step of 32 products", "instructions with k = 32", kind="arithmetic")
+@defect("gemm.group_sum", "instructions with k = 32", kind="arithmetic")
 def one_32_wide_step(x: Tensor, weights: Tensor) -> Tensor:
+    """a group is one step of 32 products"""
     return tensor_core_sum(x, weights, step_size=32)
 
 
-@defect("gemm.group_sum", "a group is four steps of 8 products", "Ampere's mma.m16n8k8", kind="arithmetic")
+@defect("gemm.group_sum", "Ampere's mma.m16n8k8", kind="arithmetic")
 def four_8_wide_steps(x: Tensor, weights: Tensor) -> Tensor:
+    """a group is four steps of 8 products"""
     return tensor_core_sum(x, weights, step_size=8)
 
 
-@defect("gemm.order", "K groups in ascending order", "the obvious loop", kind="arithmetic")
+@defect("gemm.order", "the obvious loop", kind="arithmetic")
 def groups_ascending(num_groups: int, tile_k: int) -> list[int]:
+    """K groups in ascending order"""
     return list(range(num_groups))
 
 
-@defect("gemm.order", "K groups in descending order", "the loop backwards", kind="arithmetic")
+@defect("gemm.order", "the loop backwards", kind="arithmetic")
 def groups_descending(num_groups: int, tile_k: int) -> list[int]:
+    """K groups in descending order"""
     return list(range(num_groups))[::-1]
 
 
@@ -163,63 +142,56 @@ def _swapped(
     return order
 
 
-@defect("gemm.order", "last two groups swapped in the first K tile as well", _ORDER_MODELS, kind="arithmetic")
+@defect("gemm.order", _ORDER_MODELS, kind="arithmetic")
 def swap_in_first_tile(num_groups: int, tile_k: int) -> list[int]:
+    """last two groups swapped in the first K tile as well"""
     return _swapped(num_groups, tile_k, first=True)
 
 
-@defect("gemm.order", "last two groups swapped in the last K tile as well", _ORDER_MODELS, kind="arithmetic")
+@defect("gemm.order", _ORDER_MODELS, kind="arithmetic")
 def swap_in_last_tile(num_groups: int, tile_k: int) -> list[int]:
+    """last two groups swapped in the last K tile as well"""
     return _swapped(num_groups, tile_k, last=True)
 
 
-@defect("gemm.order", "last two groups swapped in every K tile", _ORDER_MODELS, kind="arithmetic")
+@defect("gemm.order", _ORDER_MODELS, kind="arithmetic")
 def swap_in_every_tile(num_groups: int, tile_k: int) -> list[int]:
+    """last two groups swapped in every K tile"""
     return _swapped(num_groups, tile_k, first=True, last=True)
 
 
-@defect(
-    "gemm.order",
-    "first two groups of a K tile swapped instead of the last two",
-    _ORDER_MODELS,
-    kind="arithmetic",
-)
+@defect("gemm.order", _ORDER_MODELS, kind="arithmetic")
 def swap_at_tile_start(num_groups: int, tile_k: int) -> list[int]:
+    """first two groups of a K tile swapped instead of the last two"""
     return _swapped(num_groups, tile_k, at=0)
 
 
-@defect("gemm.order", "group order of a K tile of 64, which no tactic has", _ORDER_MODELS, kind="arithmetic")
+@defect("gemm.order", _ORDER_MODELS, kind="arithmetic")
 def tile_k_64(num_groups: int, tile_k: int) -> list[int]:
+    """group order of a K tile of 64, which no tactic has"""
     return group_order(num_groups, 64)
 
 
-@defect(
-    "gemm.accumulate",
-    "t * scale rounded and flushed before it is added",
-    "code without FMA",
-    kind="arithmetic",
-)
+@defect("gemm.accumulate", "code without FMA", kind="arithmetic")
 def unfused_multiply_add(terms: list[Term]) -> Tensor:
+    """t * scale rounded and flushed before it is added"""
     acc = torch.zeros_like(terms[0].t)
     for term in terms:
         acc = fp32.add(fp32.mul(term.t, term.scale), acc)
     return acc
 
 
-@defect(
-    "gemm.accumulate",
-    "the second group's product rounded alone and the first one's fused, in other elements than the kernel's",
-    "compilers",
-    kind="arithmetic",
-)
+@defect("gemm.accumulate", "compilers", kind="arithmetic")
 def first_pair_reversed(terms: list[Term]) -> Tensor:
+    """the second group's product rounded alone and the first one's fused, in other elements than the
+    kernel's
+    """
     return accumulate([*terms[1::-1], *terms[2:]])
 
 
-@defect(
-    "gemm.accumulate", "t rounded to bf16 before the scale", "scales multiplied in bf16", kind="arithmetic"
-)
+@defect("gemm.accumulate", "scales multiplied in bf16", kind="arithmetic")
 def group_sums_bf16(terms: list[Term]) -> Tensor:
+    """t rounded to bf16 before the scale"""
     return accumulate([replace(term, t=bf16(term.t)) for term in terms])
 
 
@@ -231,66 +203,45 @@ def _by_parts(terms: list[Term], size: int) -> Tensor:
     return total
 
 
-@defect(
-    "gemm.accumulate",
-    "four groups (K = 128) summed from zero, then added to the total",
-    "two-level accumulation of FP8 kernels",
-    kind="arithmetic",
-)
+@defect("gemm.accumulate", "two-level accumulation of FP8 kernels", kind="arithmetic")
 def tile_sums(terms: list[Term]) -> Tensor:
+    """four groups (K = 128) summed from zero, then added to the total"""
     return _by_parts(terms, -(-len(terms) // max(1, len(terms) // 4)))
 
 
-@defect(
-    "gemm.accumulate",
-    "K cut in two halves that are added in float32",
-    "split-K and stream-K kernels",
-    kind="arithmetic",
-)
+@defect("gemm.accumulate", "split-K and stream-K kernels", kind="arithmetic")
 def split_k(terms: list[Term]) -> Tensor:
+    """K cut in two halves that are added in float32"""
     return _by_parts(terms, -(-len(terms) // 2))
 
 
-@defect(
-    "gemm.accumulate",
-    "exact t, but all groups summed in float64 and rounded once",
-    "models that keep the tensor core only",
-    kind="arithmetic",
-)
+@defect("gemm.accumulate", "models that keep the tensor core only", kind="arithmetic")
 def groups_float64(terms: list[Term]) -> Tensor:
+    """exact t, but all groups summed in float64 and rounded once"""
     acc = torch.zeros_like(terms[0].t, dtype=torch.float64)
     for term in terms:
         acc += term.t.to(torch.float64) * term.scale.to(torch.float64)
     return fp32.round_fp64(acc)
 
 
-@defect(
-    "gemm.accumulate",
-    "subnormal products and sums of the group accumulation kept",
-    "code compiled without flush-to-zero",
-    kind="arithmetic",
-)
+@defect("gemm.accumulate", "code compiled without flush-to-zero", kind="arithmetic")
 def no_ftz_gemm(terms: list[Term]) -> Tensor:
+    """subnormal products and sums of the group accumulation kept"""
     acc = torch.zeros_like(terms[0].t)
     for term in terms:
         acc = _ieee.fma(term.t, term.scale, acc)
     return acc
 
 
-@defect(
-    _BOTH, "dequantised weights, float64 accumulation, one rounding", "NumPy references", kind="arithmetic"
-)
+@defect(_BOTH, "NumPy references", kind="arithmetic")
 def float64_gemm(x: Tensor, packed: Tensor, scales: Tensor, **tactic: object) -> Tensor:
+    """dequantised weights, float64 accumulation, one rounding"""
     return dense_gemm(x, _dequantized(packed, scales))
 
 
-@defect(
-    _BOTH,
-    "dequantised weights, float32 accumulation in ascending K",
-    "torch references in float32",
-    kind="arithmetic",
-)
+@defect(_BOTH, "torch references in float32", kind="arithmetic")
 def float32_gemm(x: Tensor, packed: Tensor, scales: Tensor, **tactic: object) -> Tensor:
+    """dequantised weights, float32 accumulation in ascending K"""
     acc = torch.zeros(*x.shape[:2], packed.shape[1], dtype=torch.float32, device=x.device)
     for group in spans(x.shape[2], GROUP_SIZE):
         codes = packed[..., group.start // 2 : group.stop // 2]

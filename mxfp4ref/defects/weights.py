@@ -27,51 +27,46 @@ _WEIGHTS = "fc1_weights fc2_weights"
 _SCALES = "fc1_scales fc2_scales"
 
 
-@defect(_FC1, "fc1 rows read as [gate; up]", "Megatron-LM#6045", "vllm#40082", "vllm#48303")
+@defect(_FC1, "Megatron-LM#6045", "vllm#40082", "vllm#48303")
 def gate_up_swapped(fc1: Tensor) -> Tensor:
+    """fc1 rows read as [gate; up]"""
     return swap_gate_up(fc1)
 
 
-@defect(_FC1, "fc1 rows read as gate0, up0, gate1, up1 and so on", "vllm#44893", "sglang#25580")
+@defect(_FC1, "vllm#44893", "sglang#25580")
 def gate_up_interleaved(fc1: Tensor) -> Tensor:
+    """fc1 rows read as gate0, up0, gate1, up1 and so on"""
     return interleaved_to_halves(fc1)
 
 
-@defect(_WEIGHTS, "high nibble taken as the even element", "torchao#2939", "sglang#23908")
+@defect(_WEIGHTS, "torchao#2939", "sglang#23908")
 def nibble_order(packed: Tensor) -> Tensor:
+    """high nibble taken as the even element"""
     return packed << 4 | packed >> 4
 
 
-@defect(
-    _WEIGHTS,
-    "first half of a group in the low nibbles, second half in the high ones (gguf's order)",
-    "imp#567",
-)
+@defect(_WEIGHTS, "imp#567")
 def nibble_split(packed: Tensor) -> Tensor:
+    """first half of a group in the low nibbles, second half in the high ones (gguf's order)"""
     codes = unpack_codes(packed).view(*packed.shape[:-1], -1, GROUP_SIZE // 2, 2)
     return pack_codes(codes.transpose(-1, -2).flatten(-3))
 
 
-@defect(_WEIGHTS, "SM90 layout step left out for the weights", "flashinfer#3334", "vllm#46915")
+@defect(_WEIGHTS, "flashinfer#3334", "vllm#46915")
 def weights_not_interleaved(packed: Tensor) -> Tensor:
+    """SM90 layout step left out for the weights"""
     return deinterleave_weights_sm90(packed)
 
 
-@defect(
-    _WEIGHTS,
-    "SM90 layout step applied again to weights that have had it, as on a second load",
-    "weight updates without a restart",
-)
+@defect(_WEIGHTS, "weight updates without a restart")
 def weights_interleaved_twice(packed: Tensor) -> Tensor:
+    """SM90 layout step applied again to weights that have had it, as on a second load"""
     return interleave_weights_sm90(packed)
 
 
-@defect(
-    _WEIGHTS,
-    "weights interleaved for the bytewise kernel (flashinfer 0.6.10 to 0.6.15), handed to the wordwise one",
-    "upgrades across flashinfer 0.6.16",
-)
+@defect(_WEIGHTS, "upgrades across flashinfer 0.6.16")
 def weights_interleaved_old(packed: Tensor) -> Tensor:
+    """weights interleaved for the bytewise kernel (flashinfer 0.6.10 to 0.6.15), handed to the wordwise one"""
     return deinterleave_weights_sm90(interleave_weights_sm90(packed, BYTEWISE))
 
 
@@ -80,51 +75,45 @@ def _unfolded(folded: Tensor, scales: Tensor, generation: Generation) -> Tensor:
     return unfold_scales_sm90(folded.reshape(generation.layout.folded_shape(*scales.shape)), generation)
 
 
-@defect(_SCALES, "SM90 layout step left out for the scales", "flashinfer#4087")
+@defect(_SCALES, "flashinfer#4087")
 def scales_not_folded(scales: Tensor) -> Tensor:
+    """SM90 layout step left out for the scales"""
     return _unfolded(scales, scales, WORDWISE)
 
 
-@defect(
-    _SCALES,
-    "scales folded for the bytewise kernel (flashinfer 0.6.10 to 0.6.15), handed to the wordwise one",
-    "upgrades across flashinfer 0.6.16",
-)
+@defect(_SCALES, "upgrades across flashinfer 0.6.16")
 def scales_folded_old(scales: Tensor) -> Tensor:
+    """scales folded for the bytewise kernel (flashinfer 0.6.10 to 0.6.15), handed to the wordwise one"""
     return _unfolded(fold_scales_sm90(scales, BYTEWISE), scales, WORDWISE)
 
 
-@defect(
-    _SCALES,
-    "scales folded for the wordwise kernel (flashinfer 0.6.18 and later), handed to the bytewise one",
-    "downgrades across flashinfer 0.6.16",
-)
+@defect(_SCALES, "downgrades across flashinfer 0.6.16")
 def scales_folded_new(scales: Tensor) -> Tensor:
+    """scales folded for the wordwise kernel (flashinfer 0.6.18 and later), handed to the bytewise one"""
     return _unfolded(fold_scales_sm90(scales, WORDWISE), scales, BYTEWISE)
 
 
-@defect("fc1_scales", "weight halves reordered, scales not", "sglang#24492 (discussion)")
+@defect("fc1_scales", "sglang#24492 (discussion)")
 def scales_not_swapped(scales: Tensor) -> Tensor:
+    """weight halves reordered, scales not"""
     return swap_gate_up(scales)
 
 
-@defect("fc1_biases", "weight halves reordered, fc1 bias not", "derived from scales_not_swapped")
+@defect("fc1_biases", "derived from scales_not_swapped")
 def biases_not_swapped(biases: Tensor) -> Tensor:
+    """weight halves reordered, fc1 bias not"""
     return swap_gate_up(biases)
 
 
-@defect(_SCALES, "scale exponent bias 125 instead of 127, 4x off", "compressed-tensors#538")
+@defect(_SCALES, "compressed-tensors#538")
 def scale_bias_125(scales: Tensor) -> Tensor:
+    """scale exponent bias 125 instead of 127, 4x off"""
     return scales.clamp(max=253) + 2
 
 
-@defect(
-    "call",
-    "float32 scales amax / 6 that are no power of two truncated on conversion",
-    "pegainfer#658",
-    "sglang#24492",
-)
+@defect("call", "pegainfer#658", "sglang#24492")
 def scale_truncated(call: MoeCall) -> MoeCall:
+    """float32 scales amax / 6 that are no power of two truncated on conversion"""
     tensors: dict[str, Tensor] = {}
     for fc in ("fc1", "fc2"):
         by_expert = zip(
@@ -149,20 +138,15 @@ def requantized(packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     return pack_codes(codes.to(torch.uint8).flatten(-2)), (scales.to(torch.int64) - lower).to(torch.uint8)
 
 
-@defect(
-    _SCALES, "group g scaled by s[g + 1], the last group of a row by the next row's first", "flashinfer#4093"
-)
+@defect(_SCALES, "flashinfer#4093")
 def scale_off_by_one_group(scales: Tensor) -> Tensor:
+    """group g scaled by s[g + 1], the last group of a row by the next row's first"""
     return scales.flatten(1).roll(-1, 1).view_as(scales)
 
 
-@defect(
-    "call",
-    "last K tile scaled by the next expert's scales (the race, frozen: in every row)",
-    "flashinfer#5438",
-    applies=lambda call: call.experts.num_experts > 1,
-)
+@defect("call", "flashinfer#5438", applies=lambda call: call.experts.num_experts > 1)
 def scales_of_next_expert(call: MoeCall) -> MoeCall:
+    """last K tile scaled by the next expert's scales (the race, frozen: in every row)"""
     tensors = {}
     for name, tile_k in zip(_SCALES.split(), call.kernel.tile_k, strict=True):
         scales, last = getattr(call.experts, name), slice(-tile_k // GROUP_SIZE, None)
@@ -171,8 +155,9 @@ def scales_of_next_expert(call: MoeCall) -> MoeCall:
     return replace(call, experts=replace(call.experts, **tensors))
 
 
-@defect(_WEIGHTS, "+-0.5 becomes 0, a subnormal flush in the conversion", "derived from the conversion")
+@defect(_WEIGHTS, "derived from the conversion")
 def half_code_flushed(packed: Tensor) -> Tensor:
+    """+-0.5 becomes 0, a subnormal flush in the conversion"""
     codes = unpack_codes(packed)
     return pack_codes(torch.where(codes & 7 == 1, codes & 8, codes))
 
@@ -183,13 +168,9 @@ def _num_padding_rows(call: MoeCall) -> int:
     return int((~used.view(2, -1).any(0)).flip(0).cumprod(0).sum())
 
 
-@defect(
-    "call",
-    "padding at the end of the fused fc1 tensor instead of each half shifts the up/gate border",
-    "vllm#48624",
-    applies=lambda call: _num_padding_rows(call) > 0,
-)
+@defect("call", "vllm#48624", applies=lambda call: _num_padding_rows(call) > 0)
 def padding_end_of_fused(call: MoeCall) -> MoeCall:
+    """padding at the end of the fused fc1 tensor instead of each half shifts the up/gate border"""
     size = call.experts.intermediate_size - _num_padding_rows(call)
 
     def change(fused: Tensor) -> Tensor:
