@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from mxfp4ref.conformance.results import CaseResult
     from mxfp4ref.goldens import Case, Goldens
 
-__all__: list[str] = []
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("mxfp4ref", "MXFP4 mixture-of-experts conformance")

@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import asdict, fields
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
@@ -179,23 +180,11 @@ def _result(result: CaseResult) -> dict[str, Any]:
     }
     value |= {"tiles": list(result.tiles), "seconds": round(result.seconds, 4)}
     if (found := result.diagnosis) is not None:
-        first = found.first
+        ulps = found.first.ulps
         value["diagnosis"] = {
-            "output": found.output,
-            "first": {
-                "index": list(first.index),
-                "got_bits": first.got_bits,
-                "expected_bits": first.expected_bits,
-                "got_value": first.got_value,
-                "expected_value": first.expected_value,
-                "ulps": None if first.ulps >= FAR else first.ulps,
-            },
-            "feeds": list(found.feeds),
-            "patterns": list(found.patterns),
-            "stage": found.stage,
-            "predictions": [
-                {"name": p.name, "fraction": p.fraction, "exact": p.exact} for p in found.predictions
-            ],
+            **{f.name: getattr(found, f.name) for f in fields(found) if f.name != "mask"},
+            "first": asdict(found.first) | {"ulps": None if ulps >= FAR else ulps},
+            "predictions": [asdict(p) for p in found.predictions],
             "ulps": [{"up_to": None if top >= FAR else top, "elements": count} for top, count in found.ulps],
         }
     return value

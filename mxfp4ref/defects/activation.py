@@ -15,8 +15,6 @@ from mxfp4ref.routing import scoring
 from mxfp4ref.sm90 import fp32, mufu
 from mxfp4ref.sm90.swiglu import swiglu
 
-__all__: list[str] = []
-
 _has_alpha, _has_beta, _has_limit = given("swiglu_alpha"), given("swiglu_beta"), given("swiglu_limit")
 _Pair = tuple[Tensor, Tensor]
 _Optional = Tensor | None

@@ -12,8 +12,6 @@ from mxfp4ref.defects.variants.rounding import bf16
 from mxfp4ref.model.call import PADDING_ID, MoeCall
 from mxfp4ref.model.forward import select_local
 
-__all__: list[str] = []
-
 _PARAMETERS = "swiglu_alpha swiglu_beta swiglu_limit"
 _has_parameter = given(*_PARAMETERS.split())
 

@@ -26,8 +26,6 @@ from mxfp4ref.model.forward import Stages
 from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.gemm.order import group_order
 
-__all__: list[str] = []
-
 _BOTH = "fc1_gemm fc2_gemm"
 _ORDER_MODELS = "models of the group order"
 

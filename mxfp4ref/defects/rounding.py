@@ -12,8 +12,6 @@ from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import Stages
 from mxfp4ref.sm90 import fp32
 
-__all__: list[str] = []
-
 _EVERY_ROUNDING = "round_fc1 round_activation round_fc2 round_output"
 
 

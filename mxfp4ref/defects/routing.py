@@ -23,8 +23,6 @@ from mxfp4ref.routing.presets import RoutedScaling, Routing, routing_weights
 from mxfp4ref.routing.selection import select_experts
 from mxfp4ref.sm90 import fp32
 
-__all__: list[str] = []
-
 
 def _of(*presets: str) -> Applies:
     return lambda call: call.preset in presets

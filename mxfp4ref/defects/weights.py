@@ -20,8 +20,6 @@ from mxfp4ref.formats.layout import (
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE, pack_codes, unpack_codes
 from mxfp4ref.model.call import MoeCall
 
-__all__: list[str] = []
-
 _FC1 = "fc1_weights fc1_scales fc1_biases"
 _WEIGHTS = "fc1_weights fc2_weights"
 _SCALES = "fc1_scales fc2_scales"
