@@ -12,6 +12,7 @@ from mxfp4ref._compiler import uncompiled
 from mxfp4ref._spans import spans
 from mxfp4ref._validate import check_instance
 from mxfp4ref.formats.experts import Experts
+from mxfp4ref.model import gpu
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.dense import dense_gemm
 from mxfp4ref.sm90 import fp32
@@ -93,7 +94,8 @@ class MoeTrace:
 @uncompiled
 def forward(call: MoeCall, stages: Stages | None = None) -> Tensor:
     """The output `[M, H] bf16` of a call, by the kernel's stages unless others are given."""
-    return torch.cat([output for output, _ in _forward_in_parts(call, stages, keep=False)])
+    outputs = [output for output, _ in _forward_in_parts(call, stages, keep=False)]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 @uncompiled
@@ -110,6 +112,9 @@ def _forward_in_parts(
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """Outputs and, if they are to be kept, the intermediates by name, for some tokens at a time."""
     check_instance("call", call, MoeCall)
+    if stages is None and gpu.usable(call):
+        yield from gpu.forward_in_parts(call, keep=keep)
+        return
     if stages is None:
         stages = KERNEL if call.experts.quantized else DENSE
     check_instance("stages", stages, Stages)
