@@ -43,8 +43,7 @@ def usable(call: MoeCall) -> bool:
         return False
     from mxfp4ref.model import gpu_trial
 
-    _, tiles = _cut(call, keep=False)
-    return gpu_trial.passed(device, stored_for(call.experts), tiles)
+    return gpu_trial.passed(device, stored_for(call.experts), _tiles(call))
 
 
 def stored_for(experts: Experts) -> Generation | None:
@@ -60,13 +59,17 @@ def forward_in_parts(
     Nothing synchronises unless intermediates are kept, so that a CUDA graph can capture it. `tiles` are chosen by the
     number of rows if None is given.
     """
-    at_once, chosen = _cut(call, keep)
-    packed = (_packed(call.experts, "fc1"), _packed(call.experts, "fc2"))
-    before = torch.zeros(call.experts.num_experts, dtype=torch.int32, device=call.input.device)
+    experts = call.experts
+    bytes_per_slot = 2 * (3 * experts.intermediate_size + experts.hidden_size)
+    bytes_per_slot += keep * 4 * (2 * experts.intermediate_size + experts.hidden_size)
+    at_once = max(_INTERMEDIATE_BYTES // (bytes_per_slot * max(call.top_k, 1)), 1)
+    tiles = tiles or _tiles(call)
+    packed = (_packed(experts, "fc1"), _packed(experts, "fc2"))
+    before = torch.zeros(experts.num_experts, dtype=torch.int32, device=call.input.device)
     for begin in range(0, max(call.num_tokens, 1), at_once):
         with torch.no_grad(), torch.cuda.device_of(call.input):  # type: ignore[no-untyped-call]
             tokens = slice(begin, begin + at_once)
-            rows, computed = _forward(call, tokens, packed, tiles or chosen, before, keep)
+            rows, computed = _forward(call, tokens, packed, tiles, before, keep)
             if begin + at_once < call.num_tokens:
                 before = before + rows.count
             output = computed.pop("output")
@@ -74,12 +77,8 @@ def forward_in_parts(
         yield output, kept
 
 
-def _cut(call: MoeCall, keep: bool) -> tuple[int, Tiles]:
-    """How many tokens are computed at once, and by which tiles."""
-    hidden, inner, top_k = call.experts.hidden_size, call.experts.intermediate_size, max(call.top_k, 1)
-    bytes_per_slot = 2 * (3 * inner + hidden) + keep * 4 * (2 * inner + hidden)
-    at_once = max(_INTERMEDIATE_BYTES // (bytes_per_slot * top_k), 1)
-    return at_once, tiles_for(min(call.num_tokens, at_once) * top_k, call.num_global_experts)
+def _tiles(call: MoeCall) -> Tiles:
+    return tiles_for(call.num_tokens * call.top_k, call.num_global_experts)
 
 
 def _forward(
@@ -147,10 +146,10 @@ def _packed(experts: Experts, name: str) -> Packed:
 
 @functools.cache
 def _first_pair_swapped(generation: Generation, tactic: Tactic, device: torch.device) -> Tensor | None:
-    """Which rows of an N tile round the second product before the first, `[tile_n] bool`; None for none."""
+    """Which rows of an N tile round the second product before the first, `[tile_n] int32`; None for none."""
     positions = torch.arange(tactic.tile_n, device="cpu")
     swapped = generation.first_pair_swapped(positions, tactic.tile_n, tactic.tile_k)
-    return swapped.to(device) if swapped.any() else None
+    return swapped.to(device, torch.int32) if swapped.any() else None
 
 
 def _aligned(tensor: Tensor) -> Tensor:

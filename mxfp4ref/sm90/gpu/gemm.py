@@ -36,7 +36,7 @@ class Packed:
     Attributes:
         weights: uint8, the codes of `[E, num_rows, depth]`.
         scales: uint8 or int32, in the order that belongs to the layout.
-        num_rows, depth: N and K, multiples of 64 and 128.
+        num_rows, depth: N and K, multiples of 128.
         layout: one of the constants of `gpu.weights`.
     """
 
@@ -64,7 +64,7 @@ def gemm(
         packed: the weights.
         rows: which rows there are; `rows.tiles` says how they are cut.
         tile_k: the K tile of the tactic, which orders the groups.
-        swapped: `[P] bool`, whether the row at position p of its expert, modulo P, rounds the second product before
+        swapped: `[P] int32`, whether the row at position p of its expert, modulo P, rounds the second product before
             the first; None where no row does.
         gathered: take each routed row's token from `x`.
         accumulators: `[R, N] float32` to be filled, or None.
@@ -76,14 +76,15 @@ def gemm(
     assert num_columns % tiles.columns == 0
     out = torch.empty(len(rows.slot), num_columns, dtype=torch.bfloat16, device=x.device)
     logical = packed.layout == LOGICAL.value
+    unused = rows.start  # of the right dtype, since another would make another binary
     _gemm[(rows.max_tiles * (num_columns // tiles.columns),)](
         x,
         rows.slot,
         packed.weights if logical else packed.weights.view(torch.int32),
         packed.scales.view(torch.int32),
-        rows.start if swapped is None else swapped.view(torch.int8),
+        unused if swapped is None else swapped,
         out.view(torch.int16),
-        out if accumulators is None else accumulators.view(torch.int32),
+        unused if accumulators is None else accumulators.view(torch.int32),
         rows.tile_expert,
         rows.tile_start,
         rows.start,
@@ -111,7 +112,7 @@ def _gemm(
     slot,  # [R] int32, the flat index of each routed row's slot
     weights,
     scales,  # int32
-    swapped,  # [period] int8
+    swapped,  # [period] int32
     out,  # [R, N] int16, the bits
     accumulators,  # [R, N] int32, the bits
     tile_expert,  # [T] int32
