@@ -289,6 +289,11 @@ def test_the_trial_has_the_same_numbers_in_every_layout() -> None:
             assert torch.equal(other.experts.select(torch.arange(3)).fc2_weights, call.experts.fc2_weights)
 
 
+def test_only_a_forward_by_tensor_cores_is_compared() -> None:
+    with pytest.raises(ValueError, match="call: expected MXFP4 experts on a Hopper GPU whose kernels run"):
+        gpu_trial.compare_with_emulated(easy_call(None))
+
+
 def test_tiles_by_the_number_of_rows() -> None:
     flash = [tiles_for(tokens * 6, 256) for tokens in (1, 2, 8, 64, 1024, 4096)]
     assert flash == [NARROW, NARROW, MIDDLE, MIDDLE, MIDDLE, WIDE]
