@@ -57,31 +57,36 @@ def check_tensor(
         TypeError: not a tensor, a meta or sparse tensor, or another dtype.
         ValueError: another shape, or not contiguous or not to be written into where that is required.
     """
-    dtypes = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype or ())
-    wanted = " or ".join(_short(d) for d in dtypes) + " " * bool(dtypes)
-    expected = f"a {wanted}tensor of shape {_describe(shape, sizes)}"
+    dtypes = (dtype,) if isinstance(dtype, torch.dtype) else dtype or ()
+
+    def expected() -> str:  # written out for a message only: a call checks some fifteen tensors
+        wanted = " or ".join(_short(d) for d in dtypes) + " " * bool(dtypes)
+        return f"{name}: expected a {wanted}tensor of shape {_describe(shape, sizes)}"
+
+    def got(tensor: Tensor) -> str:
+        return f"{_short(tensor.dtype)} {list(tensor.shape)}"
+
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+        raise TypeError(f"{expected()}, got {type(value).__name__}")
     if value.is_nested:  # has no shape
-        raise TypeError(f"{name}: expected {expected}, got a nested tensor")
-    got = f"{_short(value.dtype)} {list(value.shape)}"
+        raise TypeError(f"{expected()}, got a nested tensor")
     if dtypes and value.dtype not in dtypes:
-        raise TypeError(f"{name}: expected {expected}, got {got}")
+        raise TypeError(f"{expected()}, got {got(value)}")
     if kind := _no_storage(value):
-        raise TypeError(f"{name}: expected {expected} with dense storage, got a {kind} tensor")
+        raise TypeError(f"{expected()} with dense storage, got a {kind} tensor")
     any_prefix = len(shape) > 0 and shape[0] == "..."
-    tail = list(shape[1:] if any_prefix else shape)
-    got_tail = list(value.shape[value.dim() - len(tail) :]) if value.dim() >= len(tail) else None
-    fits = got_tail is not None and (any_prefix or value.dim() == len(tail))
-    for want, have in zip(tail, got_tail or (), strict=False):
-        size = (sizes or {}).get(want) if isinstance(want, str) else want
-        fits = fits and (size is None or size == have)
+    tail = shape[1:] if any_prefix else shape
+    fits = value.dim() >= len(tail) if any_prefix else value.dim() == len(tail)
+    if fits:
+        for want, have in zip(tail, value.shape[value.dim() - len(tail) :], strict=True):
+            size = (sizes or {}).get(want) if isinstance(want, str) else want
+            fits = fits and (size is None or size == have)
     if not fits:
-        raise ValueError(f"{name}: expected {expected}, got {got}")
+        raise ValueError(f"{expected()}, got {got(value)}")
     if contiguous and not value.is_contiguous():
-        raise ValueError(f"{name}: expected {expected}, contiguous, got strides {list(value.stride())}")
+        raise ValueError(f"{expected()}, contiguous, got strides {list(value.stride())}")
     if written and (obstacle := _no_writing(value)):
-        raise ValueError(f"{name}: expected {expected} to be written into, got one {obstacle}")
+        raise ValueError(f"{expected()} to be written into, got one {obstacle}")
     return value
 
 

@@ -119,6 +119,17 @@ class MoeCall:
 
     def _check_ids(self) -> None:
         ids = self.token_selected_experts
+        if ids.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                "strict: expected False while a CUDA graph is being captured, which cannot wait for the ids to be "
+                "looked at; check them before, with strict=True in a call outside of the capture"
+            )
+        ordered = ids.sort(dim=1).values
+        repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != PADDING_ID)
+        owned_by_none = (ordered < PADDING_ID) | (ordered >= self.num_global_experts)
+        # One look: a GPU has to finish all it has to do before.
+        if not bool(owned_by_none.any() | repeated.any()):
+            return
         owned_by_none = (ids < PADDING_ID) | (ids >= self.num_global_experts)
         if bool(owned_by_none.any()):
             token, slot = owned_by_none.nonzero()[0].tolist()
@@ -127,12 +138,9 @@ class MoeCall:
                 f"padding, got {ids[token, slot].item()} at token {token}, slot {slot} "
                 f"({int(owned_by_none.sum())} in all); strict=False skips such slots as the kernel does"
             )
-        ordered = ids.sort(dim=1).values
-        repeated = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != PADDING_ID)).any(1)
-        if bool(repeated.any()):
-            token = int(repeated.nonzero()[0])
-            raise ValueError(
-                f"token_selected_experts: expected each expert at most once per token, got {ids[token].tolist()} "
-                f"at token {token} ({int(repeated.sum())} tokens in all); strict=False counts the first slot "
-                "only"
-            )
+        tokens = repeated.any(1)
+        token = int(tokens.nonzero()[0])
+        raise ValueError(
+            f"token_selected_experts: expected each expert at most once per token, got {ids[token].tolist()} "
+            f"at token {token} ({int(tokens.sum())} tokens in all); strict=False counts the first slot only"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from mxfp4ref._compiler import uncompiled
 from mxfp4ref._spans import spans
 from mxfp4ref._validate import check_instance
 from mxfp4ref.formats.experts import Experts
+from mxfp4ref.model import gpu
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.dense import dense_gemm
 from mxfp4ref.sm90 import fp32
@@ -23,8 +25,7 @@ from mxfp4ref.sm90.threads import in_parallel
 __all__ = ["DENSE", "KERNEL", "MoeTrace", "Stages", "forward", "select_local", "trace"]
 
 _TOKENS_AT_ONCE = 512  # bounds the memory of the per-slot outputs; tokens do not influence each other
-_ROWS_AT_ONCE = {"cpu": 256, "gpu": 4096}  # of the activation, likewise
-_EXPERTS_AT_ONCE = {"cpu": 1, "gpu": 64}
+_ROWS_AT_ONCE, _ROWS_AT_ONCE_ON_GPU = 256, 4096  # of the activation, likewise; a GPU is paced by launches
 
 
 def select_local(ids: Tensor, num_local: int, ep_size: int, ep_rank: int) -> Tensor:
@@ -93,7 +94,8 @@ class MoeTrace:
 @uncompiled
 def forward(call: MoeCall, stages: Stages | None = None) -> Tensor:
     """The output `[M, H] bf16` of a call, by the kernel's stages unless others are given."""
-    return torch.cat([output for output, _ in _forward_in_parts(call, stages, keep=False)])
+    outputs = [output for output, _ in _forward_in_parts(call, stages, keep=False)]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 @uncompiled
@@ -110,6 +112,9 @@ def _forward_in_parts(
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """Outputs and, if they are to be kept, the intermediates by name, for some tokens at a time."""
     check_instance("call", call, MoeCall)
+    if stages is None and gpu.usable(call):
+        yield from gpu.forward_in_parts(call, keep=keep)
+        return
     if stages is None:
         stages = KERNEL if call.experts.quantized else DENSE
     check_instance("stages", stages, Stages)
@@ -135,10 +140,11 @@ def _forward(
     experts = call.experts
     x = call.input[rows.token]
     fc1_accumulators, fc1_output = _gemm(call, 0, x, rows, stages.fc1_gemm, stages.round_fc1, keep)
+    at_once = _ROWS_AT_ONCE if x.device.type == "cpu" else _ROWS_AT_ONCE_ON_GPU
     activation = torch.cat(
         [
             stages.round_activation(_activate(fc1_output[some], rows.expert[some], experts, stages.swiglu))
-            for some in spans(max(len(x), 1), _ROWS_AT_ONCE[_machine(x.device)])
+            for some in spans(max(len(x), 1), at_once)
         ]
     )
     fc2_accumulators, fc2_output = _gemm(call, 1, activation, rows, stages.fc2_gemm, stages.round_fc2, keep)
@@ -170,21 +176,21 @@ def _gemm(
 ) -> tuple[Tensor, Tensor]:
     """GEMM1 (`which` 0) or GEMM2 (1) of all rows: accumulators, if they are to be kept, and rounded output."""
 
-    def of_batch(batch: _Batch) -> tuple[Tensor, Tensor]:
-        weights, scales = call.experts.weights(("fc1", "fc2")[which], batch.experts)
+    def of_expert(piece: tuple[int, slice]) -> tuple[Tensor, Tensor]:
+        expert, some = piece
+        weights, scales = call.experts.weights(("fc1", "fc2")[which], [expert])
         result = gemm(
-            x[batch.row],
+            x[None, some],
             weights,
             scales,
             tactic=call.kernel.tactics[which],
             generation=call.kernel.generation,
-            positions=rows.position[batch.row],
-        )
-        result = result.flatten(0, 1)[batch.used]
+            positions=rows.position[None, some],
+        )[0]
         return result if keep else result[:0], rounding(result)
 
     num_weights = x.shape[1] * (2 * call.experts.intermediate_size, call.experts.hidden_size)[which]
-    results = in_parallel(of_batch, rows.batches, x.device, num_weights)
+    results = in_parallel(of_expert, rows.by_expert, x.device, num_weights)
     accumulators, outputs = zip(*results, strict=True)
     return torch.cat(accumulators), torch.cat(outputs)
 
@@ -196,15 +202,6 @@ def _activate(fc1_output: Tensor, expert: Tensor, experts: Experts, swiglu: Call
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """B experts that a GEMM takes at once, their rows padded to the longest, N."""
-
-    experts: list[int]
-    row: Tensor  # [B, N], index of the routed row; padding repeats some row
-    used: Tensor  # which of the B * N rows are not padding
-
-
-@dataclass(frozen=True)
 class _Rows:
     """R routed rows, expert by expert, in token order within an expert."""
 
@@ -213,62 +210,30 @@ class _Rows:
     expert: Tensor  # [R]
     position: Tensor  # [R], the row's position among all rows of its expert
     per_expert: Tensor  # [E]
-    batches: list[_Batch]  # which cover the rows in order
+    by_expert: list[tuple[int, slice]]  # each expert that has rows, and which
 
 
 def _route(local: Tensor, rows_before: Tensor) -> _Rows:
     """The routed rows of some tokens, `rows_before` of each expert's rows being of earlier tokens."""
-    device = local.device
     flat = local.flatten()
     per_expert = torch.bincount(flat[flat >= 0], minlength=len(rows_before))
     counts = per_expert.tolist()
-    order = [expert for expert, count in enumerate(counts) if count]
-    if _machine(device) == "gpu":
-        order.sort(key=counts.__getitem__)  # those of similar length together
-    rank, start = [0] * len(counts), [0] * len(counts)  # of each expert's rows
-    num_rows = 0
-    for index, expert in enumerate(order):
-        rank[expert], start[expert] = index, num_rows
-        num_rows += counts[expert]
-
-    def on_device(values: list[int] | list[list[int]]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
-
-    by_rank = torch.where(flat < 0, -1, on_device(rank)[flat])
-    routed = torch.argsort(by_rank, stable=True)[flat.numel() - num_rows :]
-    row_expert = flat[routed]
-    within = torch.arange(num_rows, device=device) - on_device(start)[row_expert]
-    batches = []
-    # Without any row, one empty batch keeps every shape and dtype.
-    for some in _together(order, counts, _EXPERTS_AT_ONCE[_machine(device)]) or [[0]]:
-        column = torch.arange(max(counts[e] for e in some), device=device)
-        length, first = on_device([[counts[e]] for e in some]), on_device([[start[e]] for e in some])
-        used = (column < length).flatten().nonzero().squeeze(1)
-        batches.append(_Batch(some, first + torch.minimum(column, (length - 1).clamp(min=0)), used))
+    ends = list(itertools.accumulate(counts))
+    by_expert = [
+        (expert, slice(end - count, end))
+        for expert, (count, end) in enumerate(zip(counts, ends, strict=True))
+        if count
+    ]
+    routed = torch.argsort(flat, stable=True)[
+        flat.numel() - ends[-1] :
+    ]  # skipped slots are -1 and come first
+    expert = flat[routed]
+    within = torch.arange(len(routed), device=flat.device) - (per_expert.cumsum(0) - per_expert)[expert]
     return _Rows(
         token=routed // local.shape[1],
         slot=routed % local.shape[1],
-        expert=row_expert,
-        position=rows_before[row_expert] + within,
+        expert=expert,
+        position=rows_before[expert] + within,
         per_expert=per_expert,
-        batches=batches,
+        by_expert=by_expert or [(0, slice(0, 0))],  # which keeps every shape and dtype
     )
-
-
-def _together(order: list[int], counts: list[int], at_once: int) -> list[list[int]]:
-    """The experts of `order` in batches; at most half of a batch's rows are padding to its longest expert."""
-    batches: list[list[int]] = []
-    longest = num_rows = 0
-    for expert in order:
-        longest, num_rows = max(longest, counts[expert]), num_rows + counts[expert]
-        if batches and len(batches[-1]) < at_once and (len(batches[-1]) + 1) * longest <= 2 * num_rows:
-            batches[-1].append(expert)
-        else:
-            batches.append([expert])
-            longest = num_rows = counts[expert]
-    return batches
-
-
-def _machine(device: torch.device) -> str:
-    """ "cpu", where caches are small, or "gpu", where launches are dear: what sizes are chosen by."""
-    return "cpu" if device.type == "cpu" else "gpu"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from functools import cache
@@ -390,57 +389,6 @@ def test_order_of_experts(name: str) -> None:
     ids = torch.where(ids < 0, -1, new_id[ids.clamp(min=0)]).to(torch.int32)
     renamed = replace(call, experts=call.experts.select(order), token_selected_experts=ids)
     bits.assert_same(forward(renamed), expected_trace(name).output)
-
-
-def test_experts_taken_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU takes several experts at once, their rows padded to the longest: the same bits, here too."""
-    expected = {name: expected_trace(name) for name in CALLS}
-    route, sizes = moe._route, set()
-
-    def route_together(local: Tensor, rows_before: Tensor) -> Any:
-        rows = route(local, rows_before)
-        experts = [expert for batch in rows.batches for expert in batch.experts]
-        order = [experts[i : i + 3] for i in range(0, len(experts), 3)]
-        batches = []
-        for some in order:
-            index = [(rows.expert == expert).nonzero().flatten() for expert in some]
-            longest = max(len(i) for i in index)
-            used = torch.stack([torch.arange(longest) < len(i) for i in index])
-            row = torch.stack([torch.cat([i, i[:1].expand(longest - len(i))]) for i in index])
-            which = used.flatten().nonzero().squeeze(1)
-            batches.append(replace(rows.batches[0], experts=some, row=row, used=which))
-            sizes.add(tuple(used.shape))
-        return replace(rows, batches=batches)
-
-    monkeypatch.setattr(moe, "_route", route_together)
-    for name, call in CALLS.items():
-        assert_same_trace(trace(call), expected[name])
-        if call.experts.quantized:
-            assert_same_trace(trace(replace(call, experts=layers.to_sm90(call.experts))), expected[name])
-    assert max(experts for experts, _ in sizes) == 3
-    assert not all(
-        batch.used.all()
-        for batch in route_together(
-            select_local(CALL.token_selected_experts, 4, 1, 0), torch.zeros(4, dtype=torch.int64)
-        ).batches
-    )
-
-
-@given(
-    counts=st.lists(st.integers(1, 2000), max_size=100), at_once=st.integers(1, 64), ascending=st.booleans()
-)
-def test_batches_of_experts(counts: list[int], at_once: int, ascending: bool) -> None:
-    """An expert with many more rows than the others is taken alone, not padded to by all of them."""
-    order = sorted(range(len(counts)), key=counts.__getitem__) if ascending else list(range(len(counts)))
-    batches = moe._together(order, counts, at_once)
-    assert [expert for batch in batches for expert in batch] == order
-    for batch in batches:
-        taken = [counts[expert] for expert in batch]
-        assert 1 <= len(taken) <= at_once
-        assert len(taken) * max(taken) <= 2 * sum(taken)
-    for batch, following in itertools.pairwise(batches):
-        longer = [counts[expert] for expert in [*batch, following[0]]]
-        assert len(longer) > at_once or len(longer) * max(longer) > 2 * sum(longer)
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "bf16"])
