@@ -262,7 +262,7 @@ def accumulate(acc, m, t, r, scales, group, carefully):
 
 @compiled()
 def find_careful_rows(facts, scale_bytes, first, count, careful):
-    """Rows in which, with the scales of these columns, a product or a sum may overflow, be subnormal, or meet Inf."""
+    """Rows in which, with the scales of these columns, a product or a sum may overflow or be subnormal."""
     num_groups, num_rows = facts.shape[:2]
     low, high = np.full(num_groups, 127, i16), np.full(num_groups, 127, i16)
     for j in range(first, first + count):
@@ -273,8 +273,8 @@ def find_careful_rows(facts, scale_bytes, first, count, careful):
     for row in range(num_rows):
         careful[row] = False
         for group in range(num_groups):
-            # Sums of up to 2^14 such products stay below 2^127, and are multiples of 2^-126.
-            too_high = facts[group, row, BOUND] + high[group] - 127 > 112 or high[group] == 255
+            # Else sums of 2^14 products stay below 2^127 and are multiples of 2^-126. Inf as a scale is no matter.
+            too_high = facts[group, row, BOUND] + high[group] - 127 > 112
             too_low = facts[group, row, UNIT] + low[group] - 127 < -126
             careful[row] |= too_high or too_low or facts[group, row, WAY] == WIDE
 
