@@ -1,4 +1,4 @@
-"""The forward on a Hopper GPU: six kernels, and the host never looks at what they computed.
+"""The forward on a Hopper GPU: five kernels, and the host never looks at what they computed.
 
 It is used after `gpu_trial` has compared it with the CPU. `MXFP4REF_GPU_GEMM=emulated` in the environment keeps it
 out, so that the GEMMs are computed term by term; see `docs/arithmetic.md`, "On a GPU".
