@@ -1,4 +1,4 @@
-"""Formats and layouts on a CPU by compiled loops; where those cannot be used, as the other modules have them."""
+"""MXFP4 and byte orders by compiled loops on a CPU; by torch on a GPU, and where the loops cannot be used."""
 
 from __future__ import annotations
 
@@ -10,69 +10,62 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._compiled import as_numpy, loops
-from mxfp4ref._compiler import uncompiled
 from mxfp4ref.formats import bytewise, mxfp4, wordwise
-from mxfp4ref.formats import quantize as transcribed
+from mxfp4ref.formats import quantize as quantizing
 
-__all__ = ["deinterleave", "dequantize", "interleave", "quantize"]
+__all__ = ["deinterleave", "interleave", "look_up", "quantize"]
 
-_PAIRS = {torch.bfloat16: np.int32, torch.float32: np.int64}  # as wide as two values
-_CPU = torch.device("cpu")
+_WORDS = {4: np.int32, 8: np.int64}  # as wide as two values of bf16, of float32
 
 
-@uncompiled
-def dequantize(
-    packed: Tensor,
-    scales: Tensor,
-    *,
-    convention: str = "ocp",
-    dtype: torch.dtype = torch.bfloat16,
-    out: Tensor | None = None,
-) -> Tensor:
-    """As `mxfp4.dequantize` for uint8 tensors on a CPU; compiled for bfloat16 and float32."""
-    compiled = _formats() if dtype in _PAIRS else None
+def look_up(packed: Tensor, scales: Tensor, pairs: Tensor, out: Tensor) -> None:
+    """As `mxfp4.look_up`."""
+    word = _WORDS.get(pairs.element_size())
+    aligned = out.data_ptr() % pairs.element_size() == 0
+    compiled = _formats() if out.device.type == "cpu" and word is not None and aligned else None
     if compiled is None:
-        return mxfp4.dequantize(packed, scales, convention=convention, dtype=dtype, out=out)
-    return _dequantize(compiled, packed, scales, convention, dtype, out)
+        mxfp4.look_up(packed, scales, pairs, out)
+    else:
+        _look_up(compiled, packed, scales, pairs, out)
 
 
-@uncompiled
-def quantize(values: Tensor, *, rule: str = "floor") -> tuple[Tensor, Tensor]:
-    """As `quantize.quantize` on a CPU."""
-    compiled = _formats()
-    return transcribed.quantize(values, rule=rule) if compiled is None else _quantize(compiled, values, rule)
+def quantize(values: Tensor, rule: str, packed: Tensor, scales: Tensor) -> None:
+    """As `quantize.by_steps`."""
+    compiled = _formats() if values.device.type == "cpu" else None
+    if compiled is None:
+        quantizing.by_steps(values, rule, packed, scales)
+    else:
+        _quantize(compiled, values, rule, packed, scales)
 
 
-def _dequantize(
-    compiled: Any,
-    packed: Tensor,
-    scales: Tensor,
-    convention: str,
-    dtype: torch.dtype,
-    out: Tensor | None,
-) -> Tensor:
-    if out is None:
-        out = torch.empty((*packed.shape[:-1], 2 * packed.shape[-1]), dtype=dtype, device="cpu")
-    codes, scale_bytes = as_numpy(packed, np.uint8).reshape(-1, 16), as_numpy(scales, np.uint8).reshape(-1)
-    table = as_numpy(mxfp4.pair_table(convention, dtype, _CPU), _PAIRS[dtype]).reshape(256, 256)
-    target = out if out.data_ptr() % (2 * out.element_size()) == 0 else torch.empty_like(out)
-    pairs = as_numpy(target, _PAIRS[dtype]).reshape(-1, 16)
-    compiled.dequantize(codes, scale_bytes, table, pairs)
-    return out if target is out else out.copy_(target)
+def interleave(packed: Tensor, layout: Any) -> Tensor:
+    """As `layout.interleave`, of `wordwise` or `bytewise`."""
+    compiled = _layouts(packed, layout)
+    return layout.interleave(packed) if compiled is None else _move(compiled.interleave, packed, layout)
 
 
-def _quantize(compiled: Any, values: Tensor, rule: str) -> tuple[Tensor, Tensor]:
-    *batch, length = values.shape
-    packed = torch.empty((*batch, length // 2), dtype=torch.uint8, device="cpu")
-    scales = torch.empty((*batch, length // 32), dtype=torch.uint8, device="cpu")
+def deinterleave(interleaved: Tensor, layout: Any) -> Tensor:
+    """As `layout.deinterleave`, likewise."""
+    compiled = _layouts(interleaved, layout)
+    if compiled is None:
+        logical: Tensor = layout.deinterleave(interleaved)
+        return logical
+    return _move(compiled.deinterleave, interleaved, layout)
+
+
+def _look_up(compiled: Any, packed: Tensor, scales: Tensor, pairs: Tensor, out: Tensor) -> None:
+    word = _WORDS[pairs.element_size()]
+    words = as_numpy(out, word).reshape(-1, 16)
+    table = as_numpy(pairs, word).reshape(256, 256)
+    compiled.dequantize(as_numpy(packed, np.uint8), as_numpy(scales, np.uint8), table, words)
+
+
+def _quantize(compiled: Any, values: Tensor, rule: str, packed: Tensor, scales: Tensor) -> None:
     narrow = values.dtype == torch.bfloat16
-    bits = as_numpy(values if narrow else values.to(torch.float32), np.int16 if narrow else np.int32).reshape(
-        -1, 32
-    )
-    steps = [as_numpy(table, np.int32) for table in transcribed.step_tables(rule)]
-    codes, scale_bytes = as_numpy(packed, np.uint8).reshape(-1, 16), as_numpy(scales, np.uint8).reshape(-1)
+    bits = as_numpy(values, np.int16) if narrow else as_numpy(values.to(torch.float32), np.int32)
+    steps = [as_numpy(table, np.int32) for table in quantizing.step_tables(rule)]
+    codes, scale_bytes = as_numpy(packed, np.uint8), as_numpy(scales, np.uint8)
     compiled.quantize(bits, 16 if narrow else 0, *steps, codes, scale_bytes)
-    return packed, scales
 
 
 def _formats() -> Any:
@@ -83,37 +76,25 @@ def _formats() -> Any:
 def _try_out_formats(compiled: Any) -> None:
     generator = torch.Generator("cpu").manual_seed(0)
     packed = torch.randint(256, (256, 16), dtype=torch.uint8, generator=generator, device="cpu")
-    scales = torch.arange(256, device="cpu").to(torch.uint8).view(256, 1)
-    results = []
-    for dtype in _PAIRS:
-        values = mxfp4.dequantize(packed, scales, dtype=dtype)
-        results += [
-            (
-                _dequantize(compiled, packed, scales, "ocp", dtype, None).view(torch.uint8),
-                values.view(torch.uint8),
-            )
-        ]
-        results += list(
-            zip(_quantize(compiled, values, "even"), transcribed.quantize(values, rule="even"), strict=True)
-        )
-    if not all(torch.equal(got, expected) for got, expected in results):
-        raise ArithmeticError("some elements of a trial are wrong")
+    scales = torch.arange(256, device="cpu").to(torch.uint8)
+    for dtype in (torch.bfloat16, torch.float32):
+        pairs = mxfp4.pair_table("ocp", dtype, packed.device)
+        values, expected = (torch.zeros(256, 32, dtype=dtype, device="cpu") for _ in range(2))
+        _look_up(compiled, packed, scales, pairs, values)
+        mxfp4.look_up(packed, scales, pairs, expected)
+        got, wanted = ((torch.zeros_like(packed), torch.zeros_like(scales)) for _ in range(2))
+        _quantize(compiled, expected, "even", *got)
+        quantizing.by_steps(expected, "even", *wanted)
+        results = zip((values.view(torch.uint8), *got), (expected.view(torch.uint8), *wanted), strict=True)
+        if not all(torch.equal(one, other) for one, other in results):
+            raise ArithmeticError("some elements of a trial are wrong")
 
 
-def interleave(packed: Tensor, layout: ModuleType) -> Tensor:
-    """`layout.interleave`, of `wordwise` or `bytewise`, for `[E, R, K/2] uint8` on a CPU."""
-    compiled = _loops()
-    return layout.interleave(packed) if compiled is None else _move(compiled.interleave, packed, layout)
-
-
-def deinterleave(interleaved: Tensor, layout: ModuleType) -> Tensor:
-    """`layout.deinterleave`, likewise."""
-    compiled = _loops()
-    return (
-        layout.deinterleave(interleaved)
-        if compiled is None
-        else _move(compiled.deinterleave, interleaved, layout)
-    )
+def _layouts(weights: Tensor, layout: ModuleType) -> Any:
+    if weights.device.type != "cpu" or layout not in (wordwise, bytewise):
+        return None
+    consequence = "weights change their layout 3 to 12 times more slowly"
+    return loops("mxfp4ref.formats.layout_loops", _try_out_layouts, consequence)
 
 
 def _move(loop: Any, source: Tensor, layout: ModuleType) -> Tensor:
@@ -128,13 +109,7 @@ def _move(loop: Any, source: Tensor, layout: ModuleType) -> Tensor:
     return out
 
 
-def _loops() -> Any:
-    return loops(
-        "mxfp4ref.formats.layout_loops", _try_out, "weights change their layout 3 to 12 times more slowly"
-    )
-
-
-def _try_out(compiled: Any) -> None:
+def _try_out_layouts(compiled: Any) -> None:
     generator = torch.Generator("cpu").manual_seed(0)
     packed = torch.randint(256, (1, 32, 64), dtype=torch.uint8, generator=generator, device="cpu")
     for layout in (wordwise, bytewise):

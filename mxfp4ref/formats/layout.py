@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mxfp4ref._compiler import uncompiled
 from mxfp4ref._validate import check_int, check_tensor
+from mxfp4ref.formats import compiled
 from mxfp4ref.formats.generations import GENERATIONS, NEWEST, Generation, check_generation
 from mxfp4ref.formats.mxfp4 import PACKED_DTYPES, SCALE_DTYPES
 
@@ -110,14 +111,14 @@ def interleave_weights_sm90(packed: Tensor, generation: Generation = NEWEST) -> 
         ValueError: another number of dimensions, or R or K not aligned.
     """
     check_generation(generation)
-    return generation.layout.interleave(_check_weights("packed", packed))
+    return compiled.interleave(_check_weights("packed", packed), generation.layout)
 
 
 @uncompiled
 def deinterleave_weights_sm90(interleaved: Tensor, generation: Generation = NEWEST) -> Tensor:
     """Return packed weights in logical order, the inverse of `interleave_weights_sm90`; arguments as there."""
     check_generation(generation)
-    return generation.layout.deinterleave(_check_weights("interleaved", interleaved))
+    return compiled.deinterleave(_check_weights("interleaved", interleaved), generation.layout)
 
 
 @uncompiled

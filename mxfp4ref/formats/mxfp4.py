@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._compiler import uncompiled
+from mxfp4ref._spans import spans
 from mxfp4ref._validate import check_choice, check_same_device, check_tensor
 
 __all__ = [
@@ -162,24 +163,31 @@ def dequantize(
     device = check_same_device({"packed": packed, "scales": scales, "out": out})
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=device)
-    elif out.storage_offset() % 2:  # torch would not view it as pairs
-        return out.copy_(dequantize(packed, scales, convention=convention, dtype=dtype))
-    groups = scales.numel()
-    if groups == 0:
-        return out
+    if scales.numel():
+        from mxfp4ref.formats import compiled  # which needs this module
 
-    # One look-up a byte: scale byte and code byte together are the index of a pair of finished values.
-    table = pair_table(convention, dtype, device)
-    packed, scales = packed.reshape(groups, -1), scales.reshape(groups, 1)
-    pairs = out.view(table.dtype).view(groups, -1)
-    buffer = torch.empty((min(groups, CHUNK_GROUPS), GROUP_SIZE // 2), dtype=torch.int64, device=device)
-    for start in range(0, groups, CHUNK_GROUPS):
-        chunk = slice(start, min(start + CHUNK_GROUPS, groups))
-        rows = math.gcd(chunk.stop - start, _GATHER_ROWS)
-        index = buffer[: chunk.stop - start].copy_(packed[chunk])
-        index.add_(scales[chunk].to(torch.int64), alpha=256)
-        torch.gather(table.expand(rows, -1), 1, index.view(rows, -1), out=pairs[chunk].view(rows, -1))
+        pairs = pair_table(convention, dtype, device)
+        compiled.look_up(packed.reshape(-1, GROUP_SIZE // 2), scales.flatten(), pairs, out)
     return out
+
+
+def look_up(packed: Tensor, scales: Tensor, pairs: Tensor, out: Tensor) -> None:
+    """Write the values of groups; scale byte and code byte together are the index of a pair of finished values.
+
+    Args:
+        packed: `[groups, 16] uint8`.
+        scales: `[groups] uint8`.
+        pairs: what `pair_table` returns.
+        out: contiguous, 32 values a group.
+    """
+    target = torch.empty_like(out) if out.storage_offset() % 2 else out  # torch views no odd one as pairs
+    words = target.view(pairs.dtype).view(len(scales), -1)
+    for chunk in spans(len(scales), CHUNK_GROUPS):
+        rows = math.gcd(chunk.stop - chunk.start, _GATHER_ROWS)
+        index = packed[chunk].to(torch.int64).add_(scales[chunk, None].to(torch.int64), alpha=256)
+        torch.gather(pairs.expand(rows, -1), 1, index.view(rows, -1), out=words[chunk].view(rows, -1))
+    if target is not out:
+        out.copy_(target)
 
 
 def float_bits(significand: int, exponent: int, dtype: torch.dtype) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._compiler import uncompiled
+from mxfp4ref._spans import spans
 from mxfp4ref._validate import check_choice, check_tensor
 from mxfp4ref.formats.mxfp4 import CHUNK_GROUPS, GROUP_SIZE, SCALE_BIAS, float_bits
 
@@ -62,15 +63,20 @@ def quantize(values: Tensor, *, rule: str = "floor") -> tuple[Tensor, Tensor]:
         )
     packed = torch.empty((*batch, length // 2), dtype=torch.uint8, device=values.device)
     scales = torch.empty((*batch, length // GROUP_SIZE), dtype=torch.uint8, device=values.device)
-    groups = scales.numel()
-    if groups == 0:
-        return packed, scales
+    if scales.numel():
+        from mxfp4ref.formats import compiled  # which needs this module
 
+        groups = scales.numel()
+        compiled.quantize(
+            values.reshape(groups, GROUP_SIZE), rule, packed.view(groups, -1), scales.view(groups)
+        )
+    return packed, scales
+
+
+def by_steps(values: Tensor, rule: str, packed: Tensor, scales: Tensor) -> None:
+    """Write `packed [groups, 16]` and `scales [groups]` of `values [groups, 32]`."""
     scale_steps, code_steps = (table.to(values.device) for table in step_tables(rule))
-    values = values.reshape(groups, GROUP_SIZE)
-    flat_packed, flat_scales = packed.view(groups, -1), scales.view(groups)
-    for start in range(0, groups, CHUNK_GROUPS):
-        chunk = slice(start, start + CHUNK_GROUPS)
+    for chunk in spans(len(scales), CHUNK_GROUPS):
         bits = _float32_bits(values[chunk])
         magnitude = bits & 0x7FFFFFFF  # ordered like the floats, Inf and NaN last
         scale = torch.bucketize(magnitude.amax(dim=1), scale_steps, out_int32=True, right=True)
@@ -79,9 +85,8 @@ def quantize(values: Tensor, *, rule: str = "floor") -> tuple[Tensor, Tensor]:
         for step in range(steps.shape[1]):
             codes += magnitude >= steps[:, step, None]
         codes.masked_fill_((scale == _SCALE_NAN)[:, None], 0)
-        flat_packed[chunk] = codes[:, 0::2] | codes[:, 1::2] << 4
-        flat_scales[chunk] = scale
-    return packed, scales
+        packed[chunk] = codes[:, 0::2] | codes[:, 1::2] << 4
+        scales[chunk] = scale
 
 
 @uncompiled
