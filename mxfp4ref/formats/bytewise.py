@@ -51,6 +51,11 @@ def folded_shape(experts: int, rows: int, groups: int) -> tuple[int, ...]:
     return experts, groups // 4, rows * 4
 
 
+def folded_rows(folded: Tensor, rows: slice) -> Tensor:
+    """The part of folded scales that holds these rows."""
+    return folded[:, :, 4 * rows.start : 4 * rows.stop]
+
+
 def logical_shape(folded: tuple[int, ...]) -> tuple[int, int, int] | None:
     """(E, R, G) of the scales whose folded bytes have this shape; None if none have."""
     if len(folded) != 3 or folded[2] % 4:

@@ -16,6 +16,8 @@ from mxfp4ref.formats.mxfp4 import GROUP_SIZE
 
 __all__ = ["Experts", "Sm90Experts"]
 
+_Span = slice  # which is a method of the class
+
 
 @dataclass(frozen=True)
 class Experts:
@@ -124,6 +126,15 @@ class Experts:
         scales = getattr(self, f"{gemm}_scales")
         return getattr(self, f"{gemm}_weights")[chosen], None if scales is None else scales[chosen]
 
+    def columns(self, gemm: str, expert: int, columns: _Span) -> tuple[Tensor, Tensor]:
+        """MXFP4 weights `[n, K/2]` and scales `[n, K/32]` of some output columns of one expert, in logical layout.
+
+        The columns are rows of the weights; in SM90 layout they have to be whole blocks of 64.
+        """
+        return getattr(self, f"{gemm}_weights")[expert, columns], getattr(self, f"{gemm}_scales")[
+            expert, columns
+        ]
+
     def to(self, device: torch.device | str) -> Self:
         """The same experts on another device."""
         return self._map(lambda tensor: tensor.to(device))
@@ -168,6 +179,16 @@ class Sm90Experts(Experts):
         assert scales is not None
         return deinterleave_weights_sm90(weights, self.generation), unfold_scales_sm90(
             scales, self.generation
+        )
+
+    def columns(self, gemm: str, expert: int, columns: _Span) -> tuple[Tensor, Tensor]:
+        weights = getattr(self, f"{gemm}_weights")[expert : expert + 1, columns]
+        folded = getattr(self, f"{gemm}_scales")[expert : expert + 1]
+        scales = folded.view(torch.uint8)
+        some = self.generation.layout.folded_rows(scales, columns)
+        return (
+            deinterleave_weights_sm90(weights, self.generation)[0],
+            unfold_scales_sm90(some, self.generation)[0],
         )
 
     @property

@@ -68,6 +68,11 @@ def folded_shape(experts: int, rows: int, groups: int) -> tuple[int, ...]:
     return experts, rows // 64, groups // 4, 16, 16
 
 
+def folded_rows(folded: Tensor, rows: slice) -> Tensor:
+    """The part of folded scales that holds these rows, whole blocks of 64."""
+    return folded[:, rows.start // 64 : rows.stop // 64]
+
+
 def logical_shape(folded: tuple[int, ...]) -> tuple[int, int, int] | None:
     """(E, R, G) of the scales whose folded bytes have this shape; None if none have."""
     if len(folded) != 5 or folded[3:] != (16, 16):

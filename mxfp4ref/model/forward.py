@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,13 +14,14 @@ from mxfp4ref._compiler import uncompiled
 from mxfp4ref._spans import spans
 from mxfp4ref._validate import check_instance
 from mxfp4ref.formats.experts import Experts
+from mxfp4ref.formats.mxfp4 import GROUP_SIZE
 from mxfp4ref.model import gpu
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.dense import dense_gemm
-from mxfp4ref.sm90 import fp32
-from mxfp4ref.sm90.finalize import finalize
+from mxfp4ref.sm90.elementwise import finalize, swiglu, to_bf16
+from mxfp4ref.sm90.gemm.compiled import grouped_gemm
 from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
-from mxfp4ref.sm90.swiglu import swiglu
+from mxfp4ref.sm90.gemm.order import first_pair_swapped, group_order
 from mxfp4ref.sm90.threads import in_parallel
 
 __all__ = ["DENSE", "KERNEL", "MoeTrace", "Stages", "forward", "select_local", "trace"]
@@ -53,13 +55,13 @@ class Stages:
 
     select_local: Callable[[Tensor, int, int, int], Tensor] = select_local
     fc1_gemm: Callable[..., Tensor] = group_scaled_gemm
-    round_fc1: Callable[[Tensor], Tensor] = fp32.to_bf16
+    round_fc1: Callable[[Tensor], Tensor] = to_bf16
     swiglu: Callable[..., Tensor] = swiglu
-    round_activation: Callable[[Tensor], Tensor] = fp32.to_bf16
+    round_activation: Callable[[Tensor], Tensor] = to_bf16
     fc2_gemm: Callable[..., Tensor] = group_scaled_gemm
-    round_fc2: Callable[[Tensor], Tensor] = fp32.to_bf16
+    round_fc2: Callable[[Tensor], Tensor] = to_bf16
     finalize: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = finalize
-    round_output: Callable[[Tensor], Tensor] = fp32.to_bf16
+    round_output: Callable[[Tensor], Tensor] = to_bf16
 
 
 KERNEL = Stages()
@@ -138,7 +140,7 @@ def _forward(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The stages in order."""
     experts = call.experts
-    x = call.input[rows.token]
+    x = call.input.index_select(0, rows.token)
     fc1_accumulators, fc1_output = _gemm(call, 0, x, rows, stages.fc1_gemm, stages.round_fc1, keep)
     at_once = _ROWS_AT_ONCE if x.device.type == "cpu" else _ROWS_AT_ONCE_ON_GPU
     activation = torch.cat(
@@ -149,7 +151,7 @@ def _forward(
     )
     fc2_accumulators, fc2_output = _gemm(call, 1, activation, rows, stages.fc2_gemm, stages.round_fc2, keep)
     by_slot = fc2_output.new_zeros(*local.shape, experts.hidden_size)
-    by_slot[rows.token, rows.slot] = fc2_output
+    by_slot.view(-1, experts.hidden_size).index_copy_(0, rows.token * call.top_k + rows.slot, fc2_output)
     bias = experts.fc2_biases if call.tp_rank == 0 else None
     output = stages.round_output(stages.finalize(by_slot, local, call.token_final_scales, bias))
     kept = {
@@ -176,29 +178,44 @@ def _gemm(
 ) -> tuple[Tensor, Tensor]:
     """GEMM1 (`which` 0) or GEMM2 (1) of all rows: accumulators, if they are to be kept, and rounded output."""
 
+    experts, tactic, generation = call.experts, call.kernel.tactics[which], call.kernel.generation
+    name = ("fc1", "fc2")[which]
+    num_columns = (2 * experts.intermediate_size, experts.hidden_size)[which]
+    if gemm is group_scaled_gemm and x.device.type == "cpu":
+        result = grouped_gemm(
+            x,
+            rows.ends,
+            partial(experts.columns, name),
+            num_columns,
+            group_order(x.shape[1] // GROUP_SIZE, tactic.tile_k),
+            first_pair_swapped(x[None], rows.position[None], tactic, generation)[0],
+        )
+        return result if keep else result[:0], rounding(result)
+
     def of_expert(piece: tuple[int, slice]) -> tuple[Tensor, Tensor]:
         expert, some = piece
-        weights, scales = call.experts.weights(("fc1", "fc2")[which], [expert])
+        weights, scales = experts.weights(name, [expert])
         result = gemm(
             x[None, some],
             weights,
             scales,
-            tactic=call.kernel.tactics[which],
-            generation=call.kernel.generation,
+            tactic=tactic,
+            generation=generation,
             positions=rows.position[None, some],
         )[0]
         return result if keep else result[:0], rounding(result)
 
-    num_weights = x.shape[1] * (2 * call.experts.intermediate_size, call.experts.hidden_size)[which]
-    results = in_parallel(of_expert, rows.by_expert, x.device, num_weights)
+    results = in_parallel(of_expert, rows.by_expert, x.device, x.shape[1] * num_columns)
     accumulators, outputs = zip(*results, strict=True)
     return torch.cat(accumulators), torch.cat(outputs)
 
 
 def _activate(fc1_output: Tensor, expert: Tensor, experts: Experts, swiglu: Callable[..., Tensor]) -> Tensor:
-    bias = None if experts.fc1_biases is None else experts.fc1_biases[expert]
+    # Indexing with a tensor would wait for all of torch's threads, however little there is to do.
+    bias = None if experts.fc1_biases is None else experts.fc1_biases.index_select(0, expert)
     parameters = (experts.swiglu_alpha, experts.swiglu_beta, experts.swiglu_limit)
-    return swiglu(fc1_output, bias, *(None if p is None else p[expert, None] for p in parameters))
+    of_rows = (None if p is None else p.index_select(0, expert).unsqueeze(1) for p in parameters)
+    return swiglu(fc1_output, bias, *of_rows)
 
 
 @dataclass(frozen=True)
@@ -210,30 +227,32 @@ class _Rows:
     expert: Tensor  # [R]
     position: Tensor  # [R], the row's position among all rows of its expert
     per_expert: Tensor  # [E]
-    by_expert: list[tuple[int, slice]]  # each expert that has rows, and which
+    ends: list[int]  # where each expert's rows end
+
+    @property
+    def by_expert(self) -> list[tuple[int, slice]]:
+        """Each expert that has rows, and which; without any row, an empty piece keeps every shape and dtype."""
+        bounds = itertools.pairwise([0, *self.ends])
+        pieces = [(expert, slice(*ends)) for expert, ends in enumerate(bounds) if ends[0] < ends[1]]
+        return pieces or [(0, slice(0, 0))]
 
 
 def _route(local: Tensor, rows_before: Tensor) -> _Rows:
     """The routed rows of some tokens, `rows_before` of each expert's rows being of earlier tokens."""
     flat = local.flatten()
-    per_expert = torch.bincount(flat[flat >= 0], minlength=len(rows_before))
-    counts = per_expert.tolist()
-    ends = list(itertools.accumulate(counts))
-    by_expert = [
-        (expert, slice(end - count, end))
-        for expert, (count, end) in enumerate(zip(counts, ends, strict=True))
-        if count
-    ]
+    per_expert = torch.bincount(flat + 1, minlength=len(rows_before) + 1)[1:]  # without skipped slots, -1
+    ends = per_expert.cumsum(0).tolist()
     routed = torch.argsort(flat, stable=True)[
         flat.numel() - ends[-1] :
     ]  # skipped slots are -1 and come first
-    expert = flat[routed]
-    within = torch.arange(len(routed), device=flat.device) - (per_expert.cumsum(0) - per_expert)[expert]
+    expert = flat.index_select(0, routed)
+    starts = per_expert.cumsum(0) - per_expert - rows_before
+    position = torch.arange(len(routed), device=flat.device) - starts.index_select(0, expert)
     return _Rows(
         token=routed // local.shape[1],
         slot=routed % local.shape[1],
         expert=expert,
-        position=rows_before[expert] + within,
+        position=position,
         per_expert=per_expert,
-        by_expert=by_expert or [(0, slice(0, 0))],  # which keeps every shape and dtype
+        ends=ends,
     )

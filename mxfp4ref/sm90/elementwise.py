@@ -1,4 +1,4 @@
-"""`swiglu`, `finalize` and `to_bf16` on a CPU by compiled loops; as transcribed, where those cannot be used."""
+"""`swiglu`, `finalize` and `to_bf16` by compiled loops on a CPU; as transcribed, where those cannot be used."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def swiglu(
     limit: Tensor | None = None,
 ) -> Tensor:
     """As `sm90.swiglu.swiglu`; compiled for bf16 and parameters that do not vary along the last dimension."""
-    compiled = _loops()
+    compiled = _loops(fc1_output)
     given = (alpha, beta, limit)
     vary = any(p is not None and p.dim() > 0 and p.shape[-1] != 1 for p in given)
     if compiled is None or vary or fc1_output.dtype != torch.bfloat16:
@@ -46,7 +46,7 @@ def swiglu(
 @uncompiled
 def finalize(fc2_output: Tensor, local: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
     """As `sm90.finalize.finalize`; compiled for bf16."""
-    compiled = _loops()
+    compiled = _loops(fc2_output)
     if compiled is None or fc2_output.dtype != torch.bfloat16:
         return transcribed_finalize.finalize(fc2_output, local, scales, bias)
     return _finalize(compiled, fc2_output, local, scales, bias)
@@ -55,7 +55,7 @@ def finalize(fc2_output: Tensor, local: Tensor, scales: Tensor, bias: Tensor | N
 @uncompiled
 def to_bf16(x: Tensor) -> Tensor:
     """As `fp32.to_bf16`."""
-    compiled = _loops()
+    compiled = _loops(x)
     return fp32.to_bf16(x) if compiled is None else _to_bf16(compiled, x)
 
 
@@ -116,7 +116,9 @@ def _tables() -> tuple[np.ndarray[Any, Any], ...]:
     return tuple(tables)
 
 
-def _loops() -> Any:
+def _loops(x: Tensor) -> Any:
+    if x.device.type != "cpu":
+        return None
     consequence = "the activation and the weighted sum take 10 times as long as need be"
     return loops("mxfp4ref.sm90.elementwise_loops", _try_out, consequence)
 
