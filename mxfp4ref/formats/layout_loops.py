@@ -65,58 +65,75 @@ def move_back(word, wordwise):
 
 
 @compiled()
-def byte(word, i, to):
-    """Byte i of a word, at byte `to`."""
-    return u32((word >> u32(8 * i) & u32(0xFF)) << u32(8 * to))
+def transposed(a, b, c, d):
+    """Byte i of word j as byte j of word i."""
+    low_ab, high_ab = pairs(a, b)
+    low_cd, high_cd = pairs(c, d)
+    return (
+        u32(low_ab & u32(0xFFFF) | low_cd << u32(16)),
+        u32(low_ab >> u32(16) | low_cd & u32(0xFFFF0000)),
+        u32(high_ab & u32(0xFFFF) | high_cd << u32(16)),
+        u32(high_ab >> u32(16) | high_cd & u32(0xFFFF0000)),
+    )
+
+
+@compiled()
+def pairs(a, b):
+    """Bytes 0 of both words and bytes 1 of both, as halves of a word; and likewise bytes 2 and 3."""
+    even = u32(a & u32(0x00FF00FF) | (b & u32(0x00FF00FF)) << u32(8))
+    odd = u32(a >> u32(8) & u32(0x00FF00FF) | b & u32(0xFF00FF00))
+    return u32(even & u32(0xFFFF) | odd << u32(16)), u32(even >> u32(16) | odd & u32(0xFFFF0000))
+
+
+@compiled()
+def load(rows, r, words):
+    """Rows r and r + 8 of `[R, G, 4]` as `[2, 4, G]`, so that loops over G become vector instructions."""
+    for half in range(2):
+        for g in range(words.shape[2]):
+            for i in range(4):
+                words[half, i, g] = rows[r + 8 * half, g, i]
+
+
+@compiled()
+def store(words, rows, r):
+    """The inverse of `load`."""
+    for half in range(2):
+        for g in range(words.shape[2]):
+            for i in range(4):
+                rows[r + 8 * half, g, i] = words[half, i, g]
 
 
 @compiled("void(uint32[:,:,::1], uint32[:,:,::1], boolean)")
 def interleave(logical, stored, wordwise):
     """`[R, K/32, 4]` words of eight codes; R is a multiple of 16."""
-    num_groups = logical.shape[1]
-    words = np.empty((4, num_groups), u32)
+    rows, words = np.empty((2, 4, logical.shape[1]), u32), np.empty((2, 4, logical.shape[1]), u32)
     for block in range(0, logical.shape[0], 16):
         for r in range(block, block + 8):
+            load(logical, r, rows)
             for t in range(2):
-                for g in range(num_groups):
-                    first, second = logical[r, g, 2 * t], logical[r, g, 2 * t + 1]
-                    first8, second8 = logical[r + 8, g, 2 * t], logical[r + 8, g, 2 * t + 1]
-                    for c in range(4):
-                        words[c, g] = (
-                            byte(first, c, 0) | byte(first8, c, 1) | byte(second, c, 2) | byte(second8, c, 3)
-                        )
+                for g in range(rows.shape[2]):
+                    words[t, 0, g], words[t, 1, g], words[t, 2, g], words[t, 3, g] = transposed(
+                        rows[0, 2 * t, g], rows[1, 2 * t, g], rows[0, 2 * t + 1, g], rows[1, 2 * t + 1, g]
+                    )
                 for c in range(4):
-                    for g in range(num_groups):
-                        words[c, g] = move(words[c, g], wordwise)
-                for g in range(num_groups):
-                    for c in range(4):
-                        stored[r + 8 * t, g, c] = words[c, g]
+                    for g in range(rows.shape[2]):
+                        words[t, c, g] = move(words[t, c, g], wordwise)
+            store(words, stored, r)
 
 
 @compiled("void(uint32[:,:,::1], uint32[:,:,::1], boolean)")
 def deinterleave(stored, logical, wordwise):
     """The inverse of `interleave`."""
-    num_groups = logical.shape[1]
-    words = np.empty((4, num_groups), u32)
-    for block in range(0, logical.shape[0], 16):
+    rows, words = np.empty((2, 4, stored.shape[1]), u32), np.empty((2, 4, stored.shape[1]), u32)
+    for block in range(0, stored.shape[0], 16):
         for r in range(block, block + 8):
+            load(stored, r, words)
             for t in range(2):
-                for g in range(num_groups):
-                    for c in range(4):
-                        words[c, g] = stored[r + 8 * t, g, c]
                 for c in range(4):
-                    for g in range(num_groups):
-                        words[c, g] = move_back(words[c, g], wordwise)
-                for g in range(num_groups):
-                    first = first8 = second = second8 = u32(0)
-                    for c in range(4):
-                        first, first8 = (
-                            u32(first | byte(words[c, g], 0, c)),
-                            u32(first8 | byte(words[c, g], 1, c)),
-                        )
-                        second, second8 = (
-                            u32(second | byte(words[c, g], 2, c)),
-                            u32(second8 | byte(words[c, g], 3, c)),
-                        )
-                    logical[r, g, 2 * t], logical[r, g, 2 * t + 1] = first, second
-                    logical[r + 8, g, 2 * t], logical[r + 8, g, 2 * t + 1] = first8, second8
+                    for g in range(rows.shape[2]):
+                        words[t, c, g] = move_back(words[t, c, g], wordwise)
+                for g in range(rows.shape[2]):
+                    rows[0, 2 * t, g], rows[1, 2 * t, g], rows[0, 2 * t + 1, g], rows[1, 2 * t + 1, g] = (
+                        transposed(words[t, 0, g], words[t, 1, g], words[t, 2, g], words[t, 3, g])
+                    )
+            store(rows, logical, r)
