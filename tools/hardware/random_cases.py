@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from numpy.random import Generator
 from numpy.typing import NDArray
+from real_size import real_size_call
 from torch import Tensor
 
 from mxfp4ref import Experts, MoeCall, forward
@@ -168,6 +169,9 @@ def main() -> int:
         "--cpu-every", type=int, default=20, help="run the oracle on the CPU too for every nth seed"
     )
     parser.add_argument("--clusters", action="store_true", help="clusters of several CTAs too")
+    parser.add_argument(
+        "--real-size", action="store_true", help="calls of DeepSeek-V4-Flash's size, on the GPU only"
+    )
     parser.add_argument("--output", type=Path, help="write the result as JSON")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -183,7 +187,7 @@ def main() -> int:
     for seed in range(first, end):
         if time.monotonic() - start > arguments.seconds:
             break
-        call = random_call(seed, clusters=arguments.clusters)
+        call = real_size_call(seed) if arguments.real_size else random_call(seed, clusters=arguments.clusters)
         if not generation.forces_tactics:
             call = replace(call, kernel=Sm90Kernel(generation=generation))
         on_gpu = to_device(call, "cuda")
@@ -192,7 +196,7 @@ def main() -> int:
         count = hardware.count_differences(got, expected)
         elements += got.numel()
         differing += count
-        if (seed - first) % arguments.cpu_every == 0:
+        if (seed - first) % arguments.cpu_every == 0 and not arguments.real_size:
             cpu_elements += got.numel()
             cpu_differing += hardware.count_differences(forward(call), expected.cpu())
         if count:
@@ -213,6 +217,7 @@ def main() -> int:
         "cpu_differing": cpu_differing,
         "default_tactic": not generation.forces_tactics,
         "clusters": arguments.clusters,
+        "real_size": arguments.real_size,
         "generation": generation.recorded_as,
         "failures": failures,
         "provenance": provenance.as_dict(),

@@ -196,7 +196,8 @@ def _readme() -> str:
         if "seeds" in record:
             first, end = record["seeds"]
             clusters = ", any cluster" if record.get("clusters") else ""
-            what = f"random calls{clusters}, seeds {first} to {end - 1}"
+            size = " of real size" if record.get("real_size") else ""
+            what = f"random calls{size}{clusters}, seeds {first} to {end - 1}"
             rows.append((*machine, what, f"{record['elements']:,}", f"{record['differing']:,}"))
             continue
         for key, counts in record.items():
