@@ -1,4 +1,4 @@
-"""Random calls of DeepSeek-V4-Flash's size on a GPU, a few of which give as many outputs as all small ones together."""
+"""Random calls of DeepSeek-V4-Flash's size on a GPU: a few give as many outputs as all small ones together."""
 
 from __future__ import annotations
 
