@@ -374,13 +374,15 @@ def test_a_cuda_graph_captures_a_forward() -> None:
         changing.token_final_scales.copy_(other.token_final_scales)
         graph.replay()
         bits.assert_same(output.cpu(), forward(other).cpu())
-    refused, elsewhere = torch.cuda.CUDAGraph(), torch.zeros(1, device="cuda")
-    with (
-        pytest.raises(ValueError, match="while a CUDA graph is being captured"),
-        torch.cuda.graph(refused),
-    ):
-        elsewhere.add_(1)  # an empty graph would be warned of
-        dataclasses.replace(changing, strict=True)
+    elsewhere = torch.zeros(1, device="cuda")
+
+    def capture_a_strict_call() -> None:
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            elsewhere.add_(1)  # an empty graph would be warned of
+            dataclasses.replace(changing, strict=True)
+
+    with pytest.raises(ValueError, match="while a CUDA graph is being captured"):
+        capture_a_strict_call()
 
 
 @on_gpu
