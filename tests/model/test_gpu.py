@@ -386,6 +386,7 @@ def test_a_cuda_graph_captures_a_forward() -> None:
 
 
 @on_gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_nothing_synchronises() -> None:
     call = on_cuda(next(iter(gpu_trial.trial_calls(WORDWISE))))
     forward(call)
