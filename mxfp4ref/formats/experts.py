@@ -154,6 +154,13 @@ class Sm90Experts(Experts):
     unfolded at once, so memory does not grow with the number of experts.
     """
 
+    def __post_init__(self) -> None:
+        if isinstance(self.fc1_weights, Tensor) and self.fc1_weights.dtype == torch.bfloat16:
+            raise TypeError(
+                "fc1_weights: expected uint8, since bfloat16 weights have no SM90 layout, got bfloat16"
+            )
+        super().__post_init__()
+
     def select(self, index: Tensor) -> Experts:
         """The experts of an index tensor `[B] int64`, in logical layout."""
         self._check_index(index)
