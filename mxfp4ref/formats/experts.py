@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from mxfp4ref._compiler import uncompiled
 from mxfp4ref._validate import check_ids, check_int, check_same_device, check_tensor
 from mxfp4ref.formats.generations import GENERATIONS, Generation
 from mxfp4ref.formats.layout import deinterleave_weights_sm90, folded_bytes_shape, unfold_scales_sm90
@@ -45,6 +46,7 @@ class Experts:
     swiglu_beta: Tensor | None = None
     swiglu_limit: Tensor | None = None
 
+    @uncompiled
     def __post_init__(self) -> None:
         weight_dtypes = (torch.uint8, torch.bfloat16)
         fc1 = check_tensor("fc1_weights", self.fc1_weights, dtype=weight_dtypes, shape=("E", "2I", "K"))

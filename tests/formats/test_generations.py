@@ -56,7 +56,7 @@ def test_other_releases_are_refused_with_the_way_to_add_them(release: str, words
 
 
 def test_a_release_is_a_string() -> None:
-    with pytest.raises(TypeError, match="^release: expected str, got NoneType"):
+    with pytest.raises(TypeError, match=r"^release: expected str, got NoneType"):
         generation_of(None)  # type: ignore[arg-type]
 
 
