@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from mxfp4ref._compiler import uncompiled
 from mxfp4ref._validate import check_ids, check_int, check_same_device, check_tensor
 from mxfp4ref.formats.generations import GENERATIONS, Generation
 from mxfp4ref.formats.layout import deinterleave_weights_sm90, folded_bytes_shape, unfold_scales_sm90
@@ -47,6 +48,7 @@ class Experts:
     swiglu_beta: Tensor | None = None
     swiglu_limit: Tensor | None = None
 
+    @uncompiled
     def __post_init__(self) -> None:
         weight_dtypes = (torch.uint8, torch.bfloat16)
         fc1 = check_tensor("fc1_weights", self.fc1_weights, dtype=weight_dtypes, shape=("E", "2I", "K"))
@@ -164,6 +166,13 @@ class Sm90Experts(Experts):
     the manner of either generation of the kernel, as uint8 or viewed as int32. Whole layers are never
     unfolded at once, so memory does not grow with the number of experts.
     """
+
+    def __post_init__(self) -> None:
+        if isinstance(self.fc1_weights, Tensor) and self.fc1_weights.dtype == torch.bfloat16:
+            raise TypeError(
+                "fc1_weights: expected uint8, since bfloat16 weights have no SM90 layout, got bfloat16"
+            )
+        super().__post_init__()
 
     def select(self, index: Tensor) -> Experts:
         """The experts of an index tensor `[B] int64`, in logical layout."""

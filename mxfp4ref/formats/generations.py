@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pickle import PicklingError
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from mxfp4ref._validate import shown
+from mxfp4ref._validate import check_instance, shown
 from mxfp4ref.formats import bytewise, wordwise
 
 __all__ = [
@@ -78,7 +79,17 @@ class Generation:
         return self.name.upper()
 
     def __reduce__(self) -> tuple[Callable[[str], Generation], tuple[str]]:
-        return generation_named, (self.name,)  # the record itself, also after a copy or in another process
+        if self not in GENERATIONS:  # a changed record must not become the one whose name it has kept
+            raise PicklingError(
+                f"generation: expected one of GENERATIONS, which have names, got another {self!r}"
+            )
+        return generation_named, (self.name,)  # the record itself, also in another process
+
+    def __copy__(self) -> Generation:
+        return self  # nothing in it can change
+
+    def __deepcopy__(self, memo: object) -> Generation:
+        return self
 
 
 # (tile_n, tile_k) of the kernels that round the second product alone and fuse the first, in rows 0, 2, 4, 6.
@@ -141,7 +152,7 @@ WORDWISE = Generation(
 )
 
 GENERATIONS = (BYTEWISE, WORDWISE)
-NEWEST = GENERATIONS[-1]
+NEWEST = WORDWISE  # the default everywhere, and what goldens and records that name no generation are of
 # What is known of other releases.
 _OLDER = "has an older mainloop that takes weights in logical order, which is not modelled"
 _NOT_MODELLED = dict.fromkeys(("0.6.7", "0.6.8", "0.6.8.post1", "0.6.9"), _OLDER)
@@ -171,8 +182,10 @@ def generation_of(release: str) -> Generation:
     """The generation of a release of flashinfer-python, such as "0.6.17"; a local part ("+cu130") does not count.
 
     Raises:
+        TypeError: not a string.
         ValueError: it is in no record.
     """
+    check_instance("release", release, str)
     public = release.partition("+")[0]
     for generation in GENERATIONS:
         if public in generation.releases:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mxfp4ref._compiler import uncompiled
 from mxfp4ref._validate import (
     INT32_MAX,
     check_bool,
@@ -57,6 +58,7 @@ class MoeCall:
     kernel: Sm90Kernel = _DEFAULT_KERNEL
     strict: bool = True
 
+    @uncompiled
     def __post_init__(self) -> None:
         check_instance("experts", self.experts, Experts)
         hidden, inner = self.experts.hidden_size, self.experts.intermediate_size

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxfp4ref._compiler import uncompiled
 from mxfp4ref._validate import (
     check_bool,
     check_choice,
@@ -58,6 +59,7 @@ _NAMES = {
 }
 
 
+@uncompiled
 def torch_ref_cutlass_fused_moe(
     input: Tensor,
     token_selected_experts: Tensor,

@@ -27,10 +27,18 @@ class Tactic:
     Attributes:
         tile: M, N and K of a CTA's tile.
         cluster: CTAs of a cluster along M and N.
+
+    Raises:
+        TypeError: not a tuple of three ints and one of two.
     """
 
     tile: Tile = (64, 16, 128)
     cluster: tuple[int, int] = (1, 1)
+
+    def __post_init__(self) -> None:
+        for name, value, count in (("tile", self.tile, 3), ("cluster", self.cluster, 2)):
+            if not (isinstance(value, tuple) and len(value) == count and all(type(n) is int for n in value)):
+                raise TypeError(f"{name}: expected a tuple of {count} ints, got {shown(value)}")
 
     def __str__(self) -> str:
         return "{}x{}x{}/{}x{}".format(*self.tile, *self.cluster)
@@ -62,7 +70,7 @@ class Sm90Kernel:
         for name in ("gemm1", "gemm2"):
             tactic = getattr(self, name)
             check_instance(name, tactic, Tactic)
-            if tactic not in tactics_of(self.generation):
+            if tactic.tile not in self.generation.tiles or tactic.cluster not in _CLUSTERS:
                 tiles = ", ".join("{}x{}x{}".format(*tile) for tile in self.generation.tiles)
                 raise ValueError(
                     f"{name}: expected a tactic of the {self.generation.name} kernel, a tile of {tiles} and a "

@@ -152,6 +152,8 @@ def test_sm90_refusals() -> None:
         replace(new, fc2_scales=new.fc2_scales.view(torch.float32))  # type: ignore[union-attr]
     with pytest.raises(TypeError, match=r"^fc1_scales: expected a uint8 or int32 tensor"):
         replace(new, fc1_scales=None)
+    with pytest.raises(TypeError, match=r"^fc1_weights: expected uint8, .* got bfloat16"):
+        Sm90Experts(torch.zeros(1, 64, 32).bfloat16(), None, torch.zeros(1, 32, 32).bfloat16(), None)
     # 96 rows are no multiple of 64
     weights = torch.zeros(1, 128, 64, dtype=torch.uint8), torch.zeros(1, 96, 32, dtype=torch.uint8)
     folded = torch.zeros(1, 1, 512, dtype=torch.uint8), torch.zeros(1, 1, 384, dtype=torch.uint8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 
@@ -54,6 +55,11 @@ def test_other_releases_are_refused_with_the_way_to_add_them(release: str, words
         generation_of(release)
 
 
+def test_a_release_is_a_string() -> None:
+    with pytest.raises(TypeError, match=r"^release: expected str, got NoneType"):
+        generation_of(None)  # type: ignore[arg-type]
+
+
 def test_names() -> None:
     assert NEWEST is WORDWISE
     for generation in GENERATIONS:
@@ -66,7 +72,14 @@ def test_names() -> None:
 def test_copies_are_the_record_itself() -> None:
     for generation in GENERATIONS:
         assert pickle.loads(pickle.dumps(generation)) is generation
-        assert copy.deepcopy(generation) is generation
+        assert copy.copy(generation) is copy.deepcopy(generation) is generation
+
+
+def test_a_changed_record_does_not_become_the_one_it_was_made_of() -> None:
+    changed = replace(WORDWISE, first_pair_swapped=BYTEWISE.first_pair_swapped)
+    assert copy.copy(changed) is copy.deepcopy(changed) is changed
+    with pytest.raises(pickle.PicklingError, match="generation: expected one of GENERATIONS"):
+        pickle.dumps(changed)
 
 
 def test_tiles() -> None:

@@ -57,6 +57,18 @@ def test_refusals(arguments: dict[str, Any], error: type[Exception], message: st
         Sm90Kernel(**arguments)
 
 
+@pytest.mark.parametrize("tile", [None, 5, "64x16x128", (64, 16), [64, 16, 128], (64.0, 16.0, 128.0)])
+def test_a_tile_is_three_ints(tile: Any) -> None:
+    with pytest.raises(TypeError, match=r"^tile: expected a tuple of 3 ints, got"):
+        Tactic(tile)
+
+
+@pytest.mark.parametrize("cluster", [None, 1, "11", (1,), (True, True), (1, 1.0)])
+def test_a_cluster_is_two_ints(cluster: Any) -> None:
+    with pytest.raises(TypeError, match=r"^cluster: expected a tuple of 2 ints, got"):
+        Tactic(cluster=cluster)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -19,6 +19,7 @@ from mxfp4ref.conformance.comparison import differing, ulp_distance
 from mxfp4ref.conformance.diagnosis import diagnose
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.formats import layout, mxfp4, quantize, resize
+from mxfp4ref.formats.experts import Experts
 from mxfp4ref.formats.generations import GENERATIONS
 from mxfp4ref.goldens import generator, open_goldens, tensor_bytes
 from mxfp4ref.model import forward as moe
@@ -279,6 +280,22 @@ def test_a_compiled_caller(_mode: str, name: str) -> None:
     torch.compiler.reset()
     try:
         check(name, torch.compile(COMPUTATIONS[name], backend="eager")())
+    finally:
+        torch.compiler.reset()
+
+
+def test_a_compiled_caller_gets_no_graph_for_each_tensor_that_is_checked() -> None:
+    """Past eight of them torch warns, or raises, as here."""
+    call = layers.random_call(15, layers.random_experts(15, num_experts=2), tokens=2, top_k=1)
+    fields_of_experts = {field.name: getattr(call.experts, field.name) for field in fields(call.experts)}
+
+    def caller(x: Tensor) -> Tensor:
+        return moe.forward(replace(call, input=x * 1, experts=Experts(**fields_of_experts)))
+
+    torch.compiler.reset()
+    try:
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            assert torch.equal(torch.compile(caller, backend="eager")(call.input), moe.forward(call))
     finally:
         torch.compiler.reset()
 
