@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from mxfp4ref.formats.mxfp4 import pack_codes
+from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
+from mxfp4ref.sm90.gemm.reference import group_scaled_gemm_reference
 from tests.helpers import bits
 
 KINDS = ("ordinary", "mirrored", "wide", "wider", "raw", "tiny", "subnormal", "huge", "sparse", "lonely")
@@ -78,3 +82,14 @@ def problem(
         x = np.where(rng.random(x.shape) < 0.3 / x.shape[2], special, x)
     packed = pack_codes(torch.from_numpy(codes.astype(np.uint8)))
     return bits.bf16(x), packed, torch.from_numpy(scales.astype(np.uint8))
+
+
+# (tile_n, tile_k) of the tiles that swap the first pair, as `docs/arithmetic.md` lists them.
+SWAPPING = [(16, 256), (32, 512), (64, 128), (64, 256), (64, 512), (128, 128), (128, 256)]
+
+
+def assert_fast_is_slow(x: Tensor, packed: Tensor, scales: Tensor, **options: Any) -> Tensor:
+    """The GEMM's result, after it was held against the transcription."""
+    got = group_scaled_gemm(x, packed, scales, **options)
+    bits.assert_same(got, group_scaled_gemm_reference(x, packed, scales, **options))
+    return got

@@ -1,10 +1,8 @@
-"""flashinfer's call on top of the forward: signature, layouts, what has no effect, what is refused."""
+"""flashinfer's call on top of the forward: signature, layouts, outputs, what has no effect."""
 
 from __future__ import annotations
 
-import enum
 import inspect
-import re
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
@@ -14,13 +12,24 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.formats.generations import BYTEWISE, GENERATIONS, Generation
-from mxfp4ref.formats.layout import fold_scales_sm90
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.flashinfer import WEIGHT_LAYOUTS, torch_ref_cutlass_fused_moe
 from mxfp4ref.model.forward import MoeTrace, forward
 from mxfp4ref.model.forward import trace as moe_trace
 from mxfp4ref.sm90.tactics import Sm90Kernel
 from tests.helpers import bits, layers
+from tests.helpers.drop_in import (
+    CALL,
+    DENSE_CALL,
+    EXPECTED,
+    EXPERTS,
+    OPTIONAL,
+    PARALLEL,
+    SM90_CALL,
+    ActivationType,
+    arguments_of,
+    oracle,
+)
 
 # --- the signature ----------------------------------------------------------------------------------------
 
@@ -101,42 +110,6 @@ def test_signature_is_that_of_flashinfer() -> None:
 
 
 # --- the same call ----------------------------------------------------------------------------------------
-
-EXPERTS = layers.random_experts(1, hidden=256, inner=128, biases=True, parameters=layers.PARAMETERS)
-CALL = layers.random_call(1, EXPERTS, tokens=7, top_k=2)
-EXPECTED = forward(CALL)
-PARALLEL = ("ep_size", "ep_rank", "tp_size", "tp_rank")
-OPTIONAL = layers.PARAMETERS
-
-
-def arguments_of(call: MoeCall) -> dict[str, Any]:
-    """The arguments of the real call for a call with experts of any layout."""
-    experts = call.experts
-    scales = None if experts.fc1_scales is None else [experts.fc1_scales, experts.fc2_scales]
-    return {
-        "input": call.input,
-        "token_selected_experts": call.token_selected_experts,
-        "token_final_scales": call.token_final_scales,
-        "fc1_expert_weights": experts.fc1_weights,
-        "fc2_expert_weights": experts.fc2_weights,
-        "output_dtype": torch.bfloat16,
-        "quant_scales": scales,
-        "fc1_expert_biases": experts.fc1_biases,
-        "fc2_expert_biases": experts.fc2_biases,
-        "use_w4_group_scaling": experts.quantized,
-        **{name: getattr(experts, name) for name in OPTIONAL},
-        **{name: getattr(call, name) for name in PARALLEL},
-    }
-
-
-SM90_CALL = replace(CALL, experts=layers.to_sm90(EXPERTS))
-DENSE_CALL = layers.random_call(
-    3, layers.random_experts(3, hidden=96, inner=64, biases=True, quantized=False), tokens=5
-)
-
-
-def oracle(call: MoeCall = SM90_CALL, **changes: Any) -> Any:
-    return torch_ref_cutlass_fused_moe(**(arguments_of(call) | changes))
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
@@ -252,43 +225,11 @@ def test_output_is_written_in_place() -> None:
     bits.assert_same(x, EXPECTED)
 
 
-@pytest.mark.parametrize(
-    ("output", "error", "message"),
-    [
-        (
-            torch.zeros(7, 256),
-            TypeError,
-            "output: expected a bfloat16 tensor of shape [7, 256], got float32 [7, 256]",
-        ),
-        (
-            EXPECTED[:6],
-            ValueError,
-            "output: expected a bfloat16 tensor of shape [7, 256], got bfloat16 [6, 256]",
-        ),
-        (7, TypeError, "output: expected a bfloat16 tensor of shape [7, 256], got int"),
-    ],
-)
-def test_refuses_a_wrong_output_before_any_work(output: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=f"^{re.escape(message)}$"):
-        oracle(output=output)
-
-
 def test_empty_batch() -> None:
     empty = SM90_CALL.select(slice(0, 0))
     assert oracle(empty).shape == (0, 256)
     output = torch.zeros(0, 256, dtype=torch.bfloat16)
     assert oracle(empty, output=output) is output
-
-
-class ActivationType(enum.IntEnum):
-    """As flashinfer's."""
-
-    Gelu = 0
-    Silu = 2
-    Swiglu = 3
-    Geglu = 4
-    SwigluBias = 5
-    Relu2 = 6
 
 
 @pytest.mark.parametrize(
@@ -313,32 +254,6 @@ def test_arguments_without_effect(accepted: dict[str, Any]) -> None:
     bits.assert_same(oracle(**accepted), EXPECTED)
 
 
-@pytest.mark.parametrize(
-    "refused",
-    [
-        {"input_sf": torch.ones(1)},
-        {"cluster_size": 2},
-        {"enable_alltoall": True},
-        {"use_deepseek_fp8_block_scale": True},
-        {"use_mxfp8_act_scaling": True},
-        {"min_latency_mode": True},
-        {"use_packed_weights": True},
-        {"use_wfp4afp8_humming": True},
-        {"clamped_relu2_limit": torch.ones(1)},
-        {"situ_beta": torch.ones(4)},
-        {"situ_linear_beta": torch.ones(4)},
-        {"backend": "cake"},
-        {"output_dtype": torch.float16},
-        {"output_dtype": torch.float32},
-        *({"activation_type": kind} for kind in ActivationType if kind.name not in ("Swiglu", "SwigluBias")),
-    ],
-)
-def test_not_modelled(refused: dict[str, Any]) -> None:
-    (name,) = refused
-    with pytest.raises(NotImplementedError, match=f"^{name}: .*got "):
-        oracle(**refused)
-
-
 def test_every_argument_is_accounted_for() -> None:
     """Accepted without effect, refused, or tested above: an argument that is added has to be placed too."""
     effective = {"output", *PARALLEL, "activation_type", *arguments_of(CALL)}
@@ -350,131 +265,6 @@ def test_every_argument_is_accounted_for() -> None:
     assert effective | no_effect | refused == set(POSITIONAL) | set(KEYWORD_ONLY)
 
 
-def test_swiglu_bias_needs_a_parameter() -> None:
-    plain = dict.fromkeys(OPTIONAL)
-    with pytest.raises(NotImplementedError, match=r"^activation_type: .*along with alpha, beta or limit"):
-        oracle(activation_type=5, **plain)
-    only_limit = plain | {"swiglu_limit": EXPERTS.swiglu_limit}
-    bits.assert_same(oracle(activation_type=5, **only_limit), oracle(**only_limit))
-
-
-# --- wrong arguments --------------------------------------------------------------------------------------
-
-A = arguments_of(SM90_CALL)
-S1, S2 = A["quant_scales"]
-
-
-def strided(tensor: Tensor) -> Tensor:
-    return torch.stack([tensor, tensor], -1)[..., 0]
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        (
-            {"input": A["input"].float()},
-            TypeError,
-            "input: expected a bfloat16 tensor of shape [M, H], got float32",
-        ),
-        (
-            {"input": A["input"][:, :128].contiguous()},
-            ValueError,
-            "fc1_expert_weights: expected a uint8 tensor of",
-        ),
-        ({"fc1_expert_weights": None}, TypeError, "fc1_expert_weights: expected a uint8 tensor of shape"),
-        ({"fc1_expert_weights": A["fc1_expert_weights"][:, :-1]}, ValueError, "fc2_expert_weights: expected"),
-        (
-            {"fc2_expert_weights": A["fc2_expert_weights"][:3]},
-            ValueError,
-            "fc2_expert_weights: expected a uint8",
-        ),
-        (
-            {"quant_scales": None},
-            ValueError,
-            "quant_scales: expected the scales of fc1 and fc2, two tensors, got None",
-        ),
-        (
-            {"quant_scales": [S1]},
-            ValueError,
-            "quant_scales: expected the scales of fc1 and fc2, two tensors, got 1",
-        ),
-        (
-            {"quant_scales": S1},
-            ValueError,
-            "quant_scales: expected the scales of fc1 and fc2, two tensors, got Tensor",
-        ),
-        ({"quant_scales": [S1, S2.float()]}, TypeError, "quant_scales[1]: expected a uint8 or int32 tensor"),
-        ({"quant_scales": [S2, S1]}, ValueError, "quant_scales[0]: expected folded scales"),
-        (
-            {"weight_layout": "sm100"},
-            ValueError,
-            "weight_layout: expected one of 'sm90', 'logical', got 'sm100'",
-        ),
-        (
-            {"weight_layout": "logical"},
-            TypeError,
-            "quant_scales[0]: expected a uint8 tensor of shape [4, 256, 8]",
-        ),
-        ({"use_w4_group_scaling": False}, TypeError, "fc1_expert_weights: expected a bfloat16 tensor"),
-        (
-            {"token_selected_experts": A["token_selected_experts"].long()},
-            TypeError,
-            "token_selected_experts: expected",
-        ),
-        ({"token_final_scales": A["token_final_scales"][:3]}, ValueError, "token_final_scales: expected"),
-        ({"swiglu_limit": 7.0}, TypeError, "swiglu_limit: expected a float32 tensor of shape [4], got float"),
-        ({"fc1_expert_biases": A["fc1_expert_biases"].float()}, TypeError, "fc1_expert_biases: expected"),
-        ({"ep_rank": 1}, ValueError, "ep_rank: expected an int from 0 to 0, got 1"),
-        (
-            {"kernel": Sm90Kernel.of_tiles((256, 256))},
-            ValueError,
-            "kernel: expected a K tile that divides GEMM2's K = 128, got tactic 64x16x256/1x1",
-        ),
-        ({"kernel": "wordwise"}, TypeError, "kernel: expected Sm90Kernel, got str"),
-    ],
-)
-def test_wrong_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=f"^{re.escape(message)}"):
-        oracle(**changes)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "input",
-        "token_selected_experts",
-        "token_final_scales",
-        "fc1_expert_weights",
-        "fc2_expert_weights",
-        "fc1_expert_biases",
-        "fc2_expert_biases",
-        *OPTIONAL,
-    ],
-)
-def test_refuses_what_is_not_contiguous(name: str) -> None:
-    message = rf"^{name}: expected a contiguous tensor, got strides \["
-    with pytest.raises(ValueError, match=message):
-        oracle(**{name: strided(A[name])})
-
-
-def test_refuses_scales_that_are_not_contiguous() -> None:
-    for index in (0, 1):
-        scales = [S1, S2]
-        scales[index] = strided(scales[index])
-        with pytest.raises(ValueError, match=rf"^quant_scales\[{index}\]: expected a contiguous tensor"):
-            oracle(quant_scales=scales)
-
-
-def test_refuses_another_fold_than_the_shapes_allow() -> None:
-    logical = CALL.experts.fc1_scales
-    assert logical is not None
-    with pytest.raises(ValueError, match=r"^quant_scales\[0\]: expected folded scales"):
-        oracle(quant_scales=[logical, S2])
-    other = fold_scales_sm90(logical[:, :128], BYTEWISE).contiguous()
-    with pytest.raises(ValueError, match=r"^quant_scales\[0\]: expected folded scales"):
-        oracle(quant_scales=[other, S2])
-
-
 # --- bf16 weights -----------------------------------------------------------------------------------------
 
 
@@ -483,19 +273,6 @@ def test_bf16_weights() -> None:
     bits.assert_same(oracle(DENSE_CALL), expected)
     bits.assert_same(oracle(DENSE_CALL, quant_scales=[]), expected)
     bits.assert_same(oracle(DENSE_CALL, weight_layout="logical"), expected)
-
-
-def test_bf16_weights_refusals() -> None:
-    with pytest.raises(
-        NotImplementedError, match=r"^quant_scales: not modelled without use_w4_group_scaling"
-    ):
-        oracle(DENSE_CALL, quant_scales=[torch.ones(1), torch.ones(1)])
-    with pytest.raises(
-        ValueError, match=r"^weight_layout: expected 'logical' for bfloat16 weights, got 'sm90'$"
-    ):
-        oracle(DENSE_CALL, weight_layout="sm90")
-    with pytest.raises(TypeError, match=r"^fc1_expert_weights: expected a uint8 tensor"):
-        oracle(DENSE_CALL, use_w4_group_scaling=True)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -509,4 +286,7 @@ def test_cuda_gives_the_same_bits() -> None:
         arguments = {name: moved(value) for name, value in arguments_of(call).items()}
         bits.assert_same(torch_ref_cutlass_fused_moe(**arguments).cpu(), expected)
     with pytest.raises(ValueError, match=r"^output: expected a tensor on cuda:0 like input, got one on cpu$"):
-        oracle(**{name: moved(value) for name, value in A.items()}, output=torch.zeros_like(EXPECTED))
+        oracle(
+            **{name: moved(value) for name, value in arguments_of(SM90_CALL).items()},
+            output=torch.zeros_like(EXPECTED),
+        )

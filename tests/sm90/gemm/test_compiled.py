@@ -224,7 +224,7 @@ def run(code: str, **environment: str) -> None:
     command = [sys.executable, "-W", "error", "-c", FIRST_USE + code]
     done = subprocess.run(
         command,
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
