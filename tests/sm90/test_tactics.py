@@ -48,7 +48,7 @@ def test_of_tiles() -> None:
         (
             {"generation": "0.6.17"},
             TypeError,
-            "generation: expected BYTEWISE or WORDWISE of .*, got '0.6.17'",
+            "generation: expected BYTEWISE or WORDWISE.* of .*, got '0.6.17'",
         ),
     ],
 )
