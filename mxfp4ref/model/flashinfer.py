@@ -19,6 +19,7 @@ from mxfp4ref._validate import (
     shown,
 )
 from mxfp4ref.formats.experts import Experts, Sm90Experts
+from mxfp4ref.formats.generations import NEWEST
 from mxfp4ref.model import forward as moe
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90.tactics import Sm90Kernel
@@ -27,7 +28,6 @@ __all__ = ["WEIGHT_LAYOUTS", "torch_ref_cutlass_fused_moe"]
 
 WEIGHT_LAYOUTS = ("sm90", "logical")
 
-_DEFAULT = Sm90Kernel()
 # flashinfer's ActivationType. With any of alpha, beta, limit the kernel turns Swiglu into SwigluBias.
 _SWIGLU = 3
 _SWIGLU_BIAS = 5
@@ -100,7 +100,7 @@ def torch_ref_cutlass_fused_moe(
     situ_beta: Tensor | None = None,
     situ_linear_beta: Tensor | None = None,
     backend: str = "cutlass",
-    kernel: Sm90Kernel = _DEFAULT,
+    kernel: Sm90Kernel | None = None,
     weight_layout: str | None = None,
     strict: bool = True,
     trace: bool = False,
@@ -128,7 +128,8 @@ def torch_ref_cutlass_fused_moe(
         tp_size, tp_rank, ep_size, ep_rank: this rank; the fc2 bias is added where `tp_rank` is 0.
         output: `[M, H] bf16`, written in place and returned.
         activation_type: Swiglu (3), or SwigluBias (5) along with alpha, beta or limit.
-        kernel: the tactics of the two GEMMs and the generation, by default the newest kernel's default tactics.
+        kernel: the tactics of the two GEMMs and the generation; by default the default tactics of the generation
+            whose layouts the tensors are in, with `weight_layout="logical"` of the newest.
         weight_layout: "sm90" or "logical"; the default is what the real call takes.
         strict: refuse ids that no rank owns and experts a token names twice; False follows the kernel.
         trace: return `(output, MoeTrace)`.
@@ -184,6 +185,8 @@ def torch_ref_cutlass_fused_moe(
     except (TypeError, ValueError) as error:
         field, _, rest = str(error).partition(":")
         raise type(error)(f"{_NAMES.get(field, field)}:{rest}") from None
+    if kernel is None:
+        kernel = Sm90Kernel(generation=experts.generation if isinstance(experts, Sm90Experts) else NEWEST)
     call = MoeCall(
         input=input,
         token_selected_experts=token_selected_experts,

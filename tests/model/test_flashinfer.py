@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mxfp4ref.formats.generations import BYTEWISE, GENERATIONS, Generation
+from mxfp4ref.formats.generations import BYTEWISE, GENERATIONS, WORDWISE, Generation
+from mxfp4ref.goldens import open_goldens
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.flashinfer import WEIGHT_LAYOUTS, torch_ref_cutlass_fused_moe
 from mxfp4ref.model.forward import MoeTrace, forward
@@ -78,7 +79,7 @@ KEYWORD_ONLY = {
     "backend": "cutlass",
 }
 OURS = {
-    "kernel": Sm90Kernel(),
+    "kernel": None,
     "weight_layout": None,
     "strict": True,
     "trace": False,
@@ -183,6 +184,18 @@ def test_the_kernel_reaches_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     older = Sm90Kernel.of_tiles((128, 128), (64, 64), BYTEWISE)
     oracle(kernel=older, strict=False)
     assert [(c.kernel, c.strict) for c in seen] == [(Sm90Kernel(), True), (older, False)]
+
+
+def test_the_tensors_tell_the_generation() -> None:
+    """Where the products of the first two groups overflow, an older release's tensors get the older kernel's bits."""
+    case = open_goldens().load("gemm/first_group_overflows")
+    outputs = {}
+    for generation in GENERATIONS:
+        call = replace(case.call(), experts=layers.to_sm90(case.experts, generation))
+        outputs[generation] = oracle(call)
+        expected = replace(case.call(), kernel=Sm90Kernel(generation=generation))
+        bits.assert_same(outputs[generation], forward(expected))
+    assert not torch.equal(outputs[BYTEWISE], outputs[WORDWISE])
 
 
 def test_strictness() -> None:
