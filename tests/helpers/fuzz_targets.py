@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import fields
 from functools import cache
 from typing import Any
 
@@ -19,6 +20,7 @@ from mxfp4ref.model import forward as moe
 from mxfp4ref.routing import presets as routing
 from mxfp4ref.routing import scoring, selection
 from mxfp4ref.sm90.tactics import Sm90Kernel
+from tests.helpers import layers
 from tests.helpers.fuzzing import Target
 
 E, M, K, H, INNER = 4, 3, 2, 128, 128
@@ -34,23 +36,15 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(8)).to(dtype)
 
 
-def expert_arguments() -> dict[str, Any]:
-    return {
-        "fc1_weights": random_bytes(E, 2 * INNER, H // 2),
-        "fc1_scales": random_bytes(E, 2 * INNER, H // 32, low=120, high=124),
-        "fc2_weights": random_bytes(E, H, INNER // 2),
-        "fc2_scales": random_bytes(E, H, INNER // 32, low=120, high=124),
-        "fc1_biases": normal(E, 2 * INNER, dtype=torch.bfloat16),
-        "fc2_biases": normal(E, H, dtype=torch.bfloat16),
-        "swiglu_alpha": normal(E),
-        "swiglu_beta": normal(E),
-        "swiglu_limit": normal(E).abs(),
-    }
-
-
 @cache
 def make_experts() -> experts.Experts:
-    return experts.Experts(**expert_arguments())
+    return layers.random_experts(
+        7, num_experts=E, hidden=H, inner=INNER, biases=True, parameters=layers.PARAMETERS
+    )
+
+
+def expert_arguments() -> dict[str, Any]:
+    return {field.name: getattr(make_experts(), field.name) for field in fields(experts.Experts)}
 
 
 @cache

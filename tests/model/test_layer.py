@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mxfp4ref.formats.experts import Experts
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward
 from mxfp4ref.model.layer import finish_output, moe_layer
 from mxfp4ref.model.parallel import Ranks, forward_all_ranks
 from mxfp4ref.routing.presets import RoutedScaling, Routing, deepseek_v3, deepseek_v4, gpt_oss, mixtral
 from mxfp4ref.sm90.tactics import Sm90Kernel
+from tests.helpers import layers
 
 E, H, I, M = 8, 128, 128, 5  # noqa: E741
 
@@ -26,21 +26,7 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def make_experts(seed: int = 0) -> Experts:
-    generator = seeded(seed)
-
-    def codes(*shape: int) -> Tensor:
-        return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-
-    def scales(*shape: int) -> Tensor:
-        return torch.randint(118, 124, shape, generator=generator, dtype=torch.uint8)
-
-    return Experts(
-        codes(E, 2 * I, H // 2), scales(E, 2 * I, H // 32), codes(E, H, I // 2), scales(E, H, I // 32)
-    )
-
-
-EXPERTS = make_experts()
+EXPERTS = layers.random_experts(0, num_experts=E, hidden=H, inner=I)
 HIDDEN = torch.randn(M, H, generator=seeded(1)).bfloat16()
 LOGITS = torch.randn(M, E, generator=seeded(2)) * 2
 SHARED = torch.randn(M, H, generator=seeded(3)).bfloat16() * 4

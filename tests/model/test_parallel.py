@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import multiprocessing
 from dataclasses import fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +25,7 @@ from mxfp4ref.model.parallel import (
     split_experts,
     split_intermediate,
 )
+from tests.helpers import bits, layers
 
 E, K, H, M = 8, 3, 128, 6
 
@@ -32,23 +34,9 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def make_experts(intermediate: int = 128, seed: int = 0) -> Experts:
-    generator = seeded(seed)
-
-    def codes(*shape: int) -> Tensor:
-        return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-
-    def scales(*shape: int) -> Tensor:
-        return torch.randint(118, 124, shape, generator=generator, dtype=torch.uint8)
-
-    return Experts(
-        fc1_weights=codes(E, 2 * intermediate, H // 2),
-        fc1_scales=scales(E, 2 * intermediate, H // 32),
-        fc2_weights=codes(E, H, intermediate // 2),
-        fc2_scales=scales(E, H, intermediate // 32),
-        fc1_biases=torch.randn(E, 2 * intermediate, generator=generator).bfloat16(),
-        fc2_biases=torch.randn(E, H, generator=generator).bfloat16(),
-        swiglu_limit=torch.rand(E, generator=generator) * 10 + 5,
+def make_experts(intermediate: int = 128) -> Experts:
+    return layers.random_experts(
+        0, num_experts=E, hidden=H, inner=intermediate, biases=True, parameters=("swiglu_limit",)
     )
 
 
@@ -58,17 +46,6 @@ def make_inputs(seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     ids[3] = -1  # a padded row
     x = torch.randn(M, H, generator=generator).bfloat16()
     return x, ids, torch.rand(M, K, generator=generator)
-
-
-def bits(t: Tensor) -> Tensor:
-    return t.view(torch.int16)
-
-
-def assert_same_bits(got: Tensor, wanted: Tensor) -> None:
-    assert got.shape == wanted.shape
-    assert got.dtype == wanted.dtype == torch.bfloat16
-    different = (bits(got) != bits(wanted)).sum().item()
-    assert different == 0, f"{different} of {got.numel()} elements differ"
 
 
 # Ids
@@ -111,9 +88,9 @@ def test_local_ids_are_not_for_the_kernel():
     right = forward(MoeCall(x, ids, scales, rank1, ep_size=2, ep_rank=1))
     wrong = forward(MoeCall(x, local, scales, rank1, ep_size=2, ep_rank=1, strict=False))
     assert right.abs().max() > 0
-    assert (bits(wrong) == 0).all()
+    assert not bits.bits_of(wrong).any()
     # As a rank that owns everything it holds, it gives the right bits.
-    assert_same_bits(forward(MoeCall(x, local, scales, rank1)), right)
+    bits.assert_same(forward(MoeCall(x, local, scales, rank1)), right)
 
 
 # Shards
@@ -159,13 +136,7 @@ def test_split_of_experts_in_sm90_layout(generation, tp_size):
 
 
 def test_split_of_experts_that_are_not_quantized():
-    generator = seeded(2)
-    experts = Experts(
-        torch.randn(2, 256, 64, generator=generator).bfloat16(),
-        None,
-        torch.randn(2, 64, 128, generator=generator).bfloat16(),
-        None,
-    )
+    experts = layers.random_experts(2, num_experts=2, hidden=64, inner=128, quantized=False)
     first, second = split_intermediate(experts, 2)
     assert torch.equal(torch.cat([first.fc2_weights, second.fc2_weights], dim=2), experts.fc2_weights)
     assert torch.equal(second.fc1_weights[:, :64], experts.fc1_weights[:, 64:128])
@@ -182,7 +153,9 @@ def test_reductions():
     assert gather(outputs).tolist() == [[1 + 2.0**-7, 258.0, 0.0]]
     assert gather(outputs, reduction="bf16").tolist() == [[1.0, 256.0, 0.0]]
     assert gather(outputs[::-1], reduction="bf16").tolist() == [[1 + 2.0**-7, 258.0, 0.0]]
-    assert bits(gather(outputs))[0, 2] == bits(gather(outputs[:1]))[0, 2] == -(1 << 15)  # -0 stays
+    assert (
+        bits.bits_of(gather(outputs))[0, 2] == bits.bits_of(gather(outputs[:1]))[0, 2] == 0x8000
+    )  # -0 stays
 
 
 def test_float32_sums_are_taken_in_rank_order():
@@ -197,16 +170,16 @@ def test_expert_parallelism_against_one_rank(ep_size):
     x, ids, scales = make_inputs()
     experts = make_experts()
     alone = forward_all_ranks(MoeCall(x, ids, scales, experts), Ranks())
-    assert_same_bits(alone, forward(MoeCall(x, ids, scales, experts)))
+    bits.assert_same(alone, forward(MoeCall(x, ids, scales, experts)))
     together = forward_all_ranks(MoeCall(x, ids, scales, experts), Ranks(ep_size=ep_size))
     outputs = [
         forward(MoeCall(x, ids, scales, part, ep_size=ep_size, ep_rank=rank))
         for rank, part in enumerate(split_experts(experts, ep_size))
     ]
-    assert_same_bits(together, gather(outputs))
+    bits.assert_same(together, gather(outputs))
     error = (together.double() - alone.double()).abs()
     assert (error <= 2.0**-7 * sum(o.double().abs() for o in outputs)).all()
-    assert (bits(together) != bits(alone)).any()
+    assert not torch.equal(together, alone)
 
     rank = ids // (E // ep_size)
     one_rank_a_token = ids.where(rank == rank[:, :1], -1)
@@ -216,7 +189,7 @@ def test_expert_parallelism_against_one_rank(ep_size):
         got = forward_all_ranks(
             MoeCall(x, one_rank_a_token, scales, experts), Ranks(ep_size=ep_size, reduction=reduction)
         )
-        assert_same_bits(got, alone)
+        bits.assert_same(got, alone)
 
 
 def test_tensor_parallelism_against_one_rank():
@@ -224,17 +197,17 @@ def test_tensor_parallelism_against_one_rank():
     x, ids, scales = make_inputs()
     experts = make_experts(256)
     general = forward_all_ranks(MoeCall(x, ids, scales, experts), Ranks(tp_size=2))
-    assert (bits(general) != bits(forward_all_ranks(MoeCall(x, ids, scales, experts), Ranks()))).any()
+    assert not torch.equal(general, forward_all_ranks(MoeCall(x, ids, scales, experts), Ranks()))
 
     weights = experts.fc2_weights.clone()
     weights[:, :, 64:] = 0
     experts = replace(experts, fc2_weights=weights)
     alone = forward(MoeCall(x, ids, scales, experts))
-    assert_same_bits(forward_all_ranks(MoeCall(x, ids, scales, experts), Ranks(tp_size=2)), alone)
+    bits.assert_same(forward_all_ranks(MoeCall(x, ids, scales, experts), Ranks(tp_size=2)), alone)
     # The shards are the same to a kernel that is told its tp_rank and to one that is not.
     second = split_intermediate(experts, 2)[1]
     told = forward(MoeCall(x, ids, scales, second, tp_size=2, tp_rank=1))
-    assert_same_bits(told, forward(MoeCall(x, ids, scales, second)))
+    bits.assert_same(told, forward(MoeCall(x, ids, scales, second)))
     assert (told == 0).all()
 
 
@@ -274,7 +247,11 @@ def run_rank(rank: int, folder: str) -> None:
 
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs torch with gloo")
 def test_processes_get_the_bits_of_the_simulation(tmp_path):
-    torch.multiprocessing.spawn(run_rank, args=(str(tmp_path),), nprocs=WORLD)
+    # Forked from a process that has imported this file once, and has no threads yet.
+    multiprocessing.set_forkserver_preload([__name__])
+    torch.multiprocessing.start_processes(
+        run_rank, args=(str(tmp_path),), nprocs=WORLD, start_method="forkserver"
+    )
     x, ids, scales = make_inputs()
     experts = make_experts(256)
     for ep_size, tp_size in LAYOUTS:
@@ -284,7 +261,7 @@ def test_processes_get_the_bits_of_the_simulation(tmp_path):
             )
             for rank in range(WORLD):
                 results = torch.load(tmp_path / f"rank{rank}.pt")
-                assert results[ep_size, tp_size, reduction] == bits(wanted).tolist()
+                assert results[ep_size, tp_size, reduction] == wanted.view(torch.int16).tolist()
 
 
 # Refusals

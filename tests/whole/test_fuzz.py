@@ -28,10 +28,18 @@ counts: dict[str, int] = {}
 # Public names that are not fuzzed here, and why.
 EXEMPT_MODULES = {
     "mxfp4ref._validate": "the checks that all others use",
+    "mxfp4ref._compiled": "how loops are compiled and loaded; they get checked tensors only",
+    "mxfp4ref._ieee": "arithmetic on checked tensors",
+    "mxfp4ref._spans": "called with checked sizes only",
+    "mxfp4ref.formats.compiled": "fast ways of formats.mxfp4, quantize and layout, which check",
+    "mxfp4ref.formats.layout_loops": "compiled loops, called by formats.compiled only",
+    "mxfp4ref.formats.mxfp4_loops": "compiled loops, called by formats.compiled only",
     "mxfp4ref.formats.bytewise": "positions of bytes, called with checked tensors only",
     "mxfp4ref.formats.generations": "records, and look-ups by a name; tests/formats",
     "mxfp4ref.formats.wordwise": "positions of bytes, called with checked tensors only",
     "mxfp4ref.sm90": "the hardware's operations and stages, called with checked tensors only",
+    "mxfp4ref.model.gpu": "a way of model.forward on a GPU, called with a checked MoeCall only",
+    "mxfp4ref.model.gpu_trial": "makes its calls itself",
     "mxfp4ref.model.dense": "a stage, called with checked tensors only",
     "mxfp4ref.defects": "wrong pipelines, run on calls that are checked",
     "mxfp4ref.goldens.cases": "definitions of goldens, for their own regeneration; they have no input",
