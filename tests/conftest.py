@@ -1,13 +1,22 @@
-"""Hypothesis: the same examples in every run, a bounded number of them, no deadline on a shared machine."""
+"""Hypothesis: the same examples in every run, a bounded number of them, no deadline on a shared machine.
+
+torch has one thread: tensors are small, and threads that wait for each other take ten times the time where workers
+share the cores. `tests/helpers/modes.py` is where several threads have to give the same bits.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 from mxfp4ref.goldens.manifest import write_builtin
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+torch.set_num_threads(1)
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=100, database=None)
 # To look for more: pytest --hypothesis-profile=search
