@@ -78,11 +78,14 @@ def _load(name: str, trial: Callable[[Any], None], consequence: str) -> ModuleTy
         trial(module)
     except Exception as error:  # no numba, one that does not fit numpy, a compiler that errs on this CPU, ...
         _loaded[name] = None  # also where the warning is an error
-        warnings.warn(
-            f"{consequence}, for {name} cannot be used here: {type(error).__name__}: {error}",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+        what = name
+        if isinstance(error, ImportError):  # the same for all loops, so it is said once
+            if "numba" in _loaded:
+                return None
+            _loaded["numba"] = None
+            what, consequence = "numba", "the GEMM takes 300 times as long as need be, all else 5 to 20 times"
+        message = f"{consequence}, for {what} cannot be used here: {type(error).__name__}: {error}"
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
         return None
     return module
 
