@@ -73,6 +73,7 @@ def loops(name: str, trial: Callable[[Any], None], consequence: str) -> Any:
 
 
 def _load(name: str, trial: Callable[[Any], None], consequence: str) -> ModuleType | None:
+    _keep_freed_memory()
     try:
         module = importlib.import_module(name)
         trial(module)
@@ -88,6 +89,14 @@ def _load(name: str, trial: Callable[[Any], None], consequence: str) -> ModuleTy
         warnings.warn(message, RuntimeWarning, stacklevel=4)
         return None
     return module
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc reuse freed memory, which it would hand back and then fetch page by page again.
+
+    It takes the size of a freed block of up to 32 MiB for one that is worth keeping, and keeps twice that.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
 
 
 def as_numpy(tensor: Tensor, dtype: npt.DTypeLike) -> np.ndarray[Any, Any]:

@@ -20,7 +20,7 @@ from mxfp4ref.sm90.threads import in_parallel
 
 __all__ = ["Weights", "gemm", "grouped_gemm"]
 
-_COLUMNS_AT_ONCE = 512  # the share of a thread
+_COLUMNS_AT_ONCE = 1024  # of an expert: for smaller pieces threads wait for the interpreter's lock
 
 Weights = Callable[[int, slice], tuple[Tensor, Tensor]]
 
@@ -60,7 +60,7 @@ def grouped_gemm(
         x: `[R, K] bf16`.
         ends: where the rows of each expert end, and those of the next one start.
         weights: gives packed codes `[n, K/2]` and scales `[n, K/32]` of some columns of an expert, uint8 in logical
-            order. Several threads call it, for blocks of 512 columns.
+            order. Several threads call it, for blocks of 1024 columns.
         num_columns: N, the same of every expert.
         order: as for `gemm`.
         swapped: as for `gemm`, `[R]`.
