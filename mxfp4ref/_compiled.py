@@ -8,10 +8,13 @@ faults, and caches grow stale. Where numba is missing or the trial fails, the tr
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import threading
 import warnings
+import zlib
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -35,8 +38,9 @@ if hasattr(os, "register_at_fork"):
 def compiled(*signatures: str) -> Callable[[_F], _F]:
     """Compile a loop for these signatures at once, or, without any, as a part of the loops that call it.
 
-    Parts have to be in the file of the loops that call them: numba's cache notices changes of that file only. A
-    product and a sum may become one fused operation, so any product that is added to something has to be exact.
+    A product and a sum may become one fused operation, so any product that is added to something has to be exact.
+    numba's cache notices changes of the file that holds a loop only; for the files of its parts, which have to be in
+    the same folder and to be called `*_loops.py`, their checksum is added to the name under which it is kept.
 
     Args:
         signatures: types in numba's notation.
@@ -49,6 +53,8 @@ def compiled(*signatures: str) -> Callable[[_F], _F]:
     def compile_(function: _F) -> Any:
         if not signatures:
             return numba.njit(inline="always", **options)(function)
+        parts = sorted(Path(inspect.getfile(function)).parent.glob("*_loops.py"))
+        function.__qualname__ += f"_{zlib.crc32(b''.join(map(Path.read_bytes, parts))):08x}"
         try:
             return numba.njit(list(signatures), cache=True, **options)(function)
         except (RuntimeError, OSError):  # no folder for a cache that can be written to, or a full disk

@@ -10,6 +10,7 @@ from torch import Tensor
 
 SCALE_ROWS = 1
 SCALE_AXES = "[E, G/4, R*4]"
+ORDER = 1  # in the compiled loops; 0 is logical order
 
 
 def interleave(packed: Tensor) -> Tensor:
@@ -49,11 +50,6 @@ def unfold(folded: Tensor) -> Tensor:
 def folded_shape(experts: int, rows: int, groups: int) -> tuple[int, ...]:
     """The shape of folded scales, in bytes."""
     return experts, groups // 4, rows * 4
-
-
-def folded_rows(folded: Tensor, rows: slice) -> Tensor:
-    """The part of folded scales that holds these rows."""
-    return folded[:, :, 4 * rows.start : 4 * rows.stop]
 
 
 def logical_shape(folded: tuple[int, ...]) -> tuple[int, int, int] | None:

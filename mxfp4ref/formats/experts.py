@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -15,9 +15,22 @@ from mxfp4ref.formats.generations import GENERATIONS, Generation
 from mxfp4ref.formats.layout import deinterleave_weights_sm90, folded_bytes_shape, unfold_scales_sm90
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE
 
-__all__ = ["Experts", "Sm90Experts"]
+__all__ = ["Experts", "Sm90Experts", "StoredWeights"]
 
-_Span = slice  # which is a method of the class
+
+class StoredWeights(NamedTuple):
+    """The MXFP4 weights of one GEMM of one expert as they lie in memory.
+
+    Attributes:
+        packed: `[N, K/2] uint8`.
+        scales: `[N * K/32] uint8`.
+        packed_order, scale_order: their byte orders, 0 the logical one, else `ORDER` of the module that describes it.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    packed_order: int
+    scale_order: int
 
 
 @dataclass(frozen=True)
@@ -120,26 +133,29 @@ class Experts:
         self._check_index(index)
         return self._map(lambda tensor: tensor[index])
 
-    def weights(self, gemm: str, experts: list[int]) -> tuple[Tensor, Tensor | None]:
-        """Weights and scales of "fc1" or "fc2" for some experts, in logical layout; views where that is possible."""
-        chosen: list[int] | slice = experts
-        if experts == list(range(experts[0], experts[0] + len(experts))):
-            chosen = slice(experts[0], experts[0] + len(experts))
+    def weights(self, gemm: str, expert: int) -> tuple[Tensor, Tensor | None]:
+        """Weights `[1, N, ...]` and scales of "fc1" or "fc2" of one expert, in logical layout."""
         scales = getattr(self, f"{gemm}_scales")
-        return getattr(self, f"{gemm}_weights")[chosen], None if scales is None else scales[chosen]
+        one = slice(expert, expert + 1)
+        return self._in_logical_layout(
+            getattr(self, f"{gemm}_weights")[one], None if scales is None else scales[one]
+        )
 
-    def columns(self, gemm: str, expert: int, columns: _Span) -> tuple[Tensor, Tensor]:
-        """MXFP4 weights `[n, K/2]` and scales `[n, K/32]` of some output columns of one expert, in logical layout.
-
-        The columns are rows of the weights; in SM90 layout they have to be whole blocks of 64.
-        """
-        return getattr(self, f"{gemm}_weights")[expert, columns], getattr(self, f"{gemm}_scales")[
-            expert, columns
-        ]
+    def stored(self, gemm: str, expert: int) -> StoredWeights:
+        """MXFP4 weights of "fc1" or "fc2" of one expert, as they are."""
+        scales = getattr(self, f"{gemm}_scales")[expert].reshape(-1).view(torch.uint8)
+        return StoredWeights(getattr(self, f"{gemm}_weights")[expert], scales, *self._orders)
 
     def to(self, device: torch.device | str) -> Self:
         """The same experts on another device."""
         return self._map(lambda tensor: tensor.to(device))
+
+    @property
+    def _orders(self) -> tuple[int, int]:
+        return 0, 0
+
+    def _in_logical_layout(self, weights: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weights, scales
 
     def _check_index(self, index: Tensor) -> None:
         check_tensor("index", index, dtype=torch.int64, shape=("B",))
@@ -179,26 +195,9 @@ class Sm90Experts(Experts):
         self._check_index(index)
         chosen: dict[str, Any] = {n: None if t is None else t[index] for n, t in self._tensors().items()}
         for gemm in ("fc1", "fc2"):
-            chosen[f"{gemm}_weights"], chosen[f"{gemm}_scales"] = self.weights(gemm, index.tolist())
+            names = f"{gemm}_weights", f"{gemm}_scales"
+            chosen |= zip(names, self._in_logical_layout(*(chosen[name] for name in names)), strict=True)
         return Experts(**chosen)
-
-    def weights(self, gemm: str, experts: list[int]) -> tuple[Tensor, Tensor | None]:
-        """Weights and scales of "fc1" or "fc2" for some experts, in logical layout."""
-        weights, scales = super().weights(gemm, experts)
-        assert scales is not None
-        return deinterleave_weights_sm90(weights, self.generation), unfold_scales_sm90(
-            scales, self.generation
-        )
-
-    def columns(self, gemm: str, expert: int, columns: _Span) -> tuple[Tensor, Tensor]:
-        weights = getattr(self, f"{gemm}_weights")[expert : expert + 1, columns]
-        folded = getattr(self, f"{gemm}_scales")[expert : expert + 1]
-        scales = folded.view(torch.uint8)
-        some = self.generation.layout.folded_rows(scales, columns)
-        return (
-            deinterleave_weights_sm90(weights, self.generation)[0],
-            unfold_scales_sm90(some, self.generation)[0],
-        )
 
     @property
     def generation(self) -> Generation:
@@ -206,6 +205,16 @@ class Sm90Experts(Experts):
         assert self.fc1_scales is not None
         shape = folded_bytes_shape(self.fc1_scales)
         return next(g for g in GENERATIONS if g.layout.logical_shape(shape) is not None)
+
+    @property
+    def _orders(self) -> tuple[int, int]:
+        order = self.generation.layout.ORDER
+        return order, order
+
+    def _in_logical_layout(self, weights: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        assert scales is not None
+        generation = self.generation
+        return deinterleave_weights_sm90(weights, generation), unfold_scales_sm90(scales, generation)
 
     def _check_scales(self, name: str, scales: Tensor | None, shape: tuple[int, int, int]) -> None:
         check_tensor(name, scales, dtype=(torch.uint8, torch.int32), shape=("...",))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 SCALE_ROWS = 64
 SCALE_AXES = "[E, R/64, G/4, 16, 16]"
+ORDER = 2  # in the compiled loops; 0 is logical order
 
 # Bit i of a gathered 32-bit word goes to bit _BIT_TARGETS[i] of the stored one.
 _BIT_TARGETS = (
@@ -66,11 +67,6 @@ def unfold(folded: Tensor) -> Tensor:
 def folded_shape(experts: int, rows: int, groups: int) -> tuple[int, ...]:
     """The shape of folded scales, in bytes."""
     return experts, rows // 64, groups // 4, 16, 16
-
-
-def folded_rows(folded: Tensor, rows: slice) -> Tensor:
-    """The part of folded scales that holds these rows, whole blocks of 64."""
-    return folded[:, rows.start // 64 : rows.stop // 64]
 
 
 def logical_shape(folded: tuple[int, ...]) -> tuple[int, int, int] | None:

@@ -19,7 +19,7 @@ from mxfp4ref.model import gpu
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.dense import dense_gemm
 from mxfp4ref.sm90.elementwise import finalize, swiglu, to_bf16
-from mxfp4ref.sm90.gemm.compiled import grouped_gemm
+from mxfp4ref.sm90.gemm.compiled import compiled_loops, grouped_gemm
 from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
 from mxfp4ref.sm90.gemm.order import first_pair_swapped, group_order
 from mxfp4ref.sm90.threads import in_parallel
@@ -181,20 +181,22 @@ def _gemm(
     experts, tactic, generation = call.experts, call.kernel.tactics[which], call.kernel.generation
     name = ("fc1", "fc2")[which]
     num_columns = (2 * experts.intermediate_size, experts.hidden_size)[which]
-    if gemm is group_scaled_gemm and x.device.type == "cpu":
+    loops = compiled_loops() if gemm is group_scaled_gemm and x.device.type == "cpu" else None
+    if loops is not None:
         result = grouped_gemm(
+            loops,
             x,
             rows.ends,
-            partial(experts.columns, name),
-            num_columns,
+            partial(experts.stored, name),
             group_order(x.shape[1] // GROUP_SIZE, tactic.tile_k),
             first_pair_swapped(x[None], rows.position[None], tactic, generation)[0],
+            num_columns,
         )
         return result if keep else result[:0], rounding(result)
 
     def of_expert(piece: tuple[int, slice]) -> tuple[Tensor, Tensor]:
         expert, some = piece
-        weights, scales = experts.weights(name, [expert])
+        weights, scales = experts.weights(name, expert)
         result = gemm(
             x[None, some],
             weights,
@@ -241,12 +243,11 @@ def _route(local: Tensor, rows_before: Tensor) -> _Rows:
     """The routed rows of some tokens, `rows_before` of each expert's rows being of earlier tokens."""
     flat = local.flatten()
     per_expert = torch.bincount(flat + 1, minlength=len(rows_before) + 1)[1:]  # without skipped slots, -1
-    ends = per_expert.cumsum(0).tolist()
-    routed = torch.argsort(flat, stable=True)[
-        flat.numel() - ends[-1] :
-    ]  # skipped slots are -1 and come first
+    ends = per_expert.cumsum(0)
+    skipped = flat.numel() - int(ends[-1])  # which come first
+    routed = torch.argsort(flat, stable=True)[skipped:]
     expert = flat.index_select(0, routed)
-    starts = per_expert.cumsum(0) - per_expert - rows_before
+    starts = ends - per_expert - rows_before
     position = torch.arange(len(routed), device=flat.device) - starts.index_select(0, expert)
     return _Rows(
         token=routed // local.shape[1],
@@ -254,5 +255,5 @@ def _route(local: Tensor, rows_before: Tensor) -> _Rows:
         expert=expert,
         position=position,
         per_expert=per_expert,
-        ends=ends,
+        ends=ends.tolist(),
     )

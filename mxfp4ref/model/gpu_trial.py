@@ -173,7 +173,7 @@ def compare_with_emulated(call: MoeCall, *, share: float = 0.01, seed: int = 0) 
     for expert in sorted(set(rows.expert[chosen].tolist())):
         of_expert = chosen[rows.expert[chosen] == expert]
         for number, name in enumerate(found):
-            weights, scales = call.experts.weights(name, [expert])
+            weights, scales = call.experts.weights(name, expert)
             assert scales is not None
             expected = group_scaled_gemm(
                 inputs[number][of_expert][None],

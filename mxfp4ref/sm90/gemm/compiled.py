@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,16 +15,23 @@ from torch import Tensor
 from mxfp4ref._compiled import as_numpy, loops
 from mxfp4ref._compiler import uncompiled
 from mxfp4ref._spans import spans
+from mxfp4ref.formats.experts import StoredWeights
+from mxfp4ref.formats.generations import GENERATIONS
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE
 from mxfp4ref.sm90.gemm.reference import gemm_in_order
 from mxfp4ref.sm90.gemm.trial import check_gemm
 from mxfp4ref.sm90.threads import in_parallel
 
-__all__ = ["Weights", "gemm", "grouped_gemm"]
+__all__ = ["compiled_loops", "gemm", "grouped_gemm"]
 
-_COLUMNS_AT_ONCE = 1024  # of an expert: for smaller pieces threads wait for the interpreter's lock
+_COLUMNS_AT_ONCE = 1024  # of an expert, on one thread
 
-Weights = Callable[[int, slice], tuple[Tensor, Tensor]]
+
+def compiled_loops() -> ModuleType | None:
+    """The loops, or None, after one warning, where they cannot be used."""
+    consequence = "the GEMM takes 300 times as long as need be"
+    loaded: ModuleType | None = loops("mxfp4ref.sm90.gemm.cpu_loops", _try_out, consequence)
+    return loaded
 
 
 @uncompiled
@@ -41,73 +50,60 @@ def gemm(x: Tensor, packed: Tensor, scales: Tensor, order: Sequence[int], swappe
     """
     batch, num_rows, depth = x.shape
     num_columns = packed.shape[1]
-
-    def weights(expert: int, columns: slice) -> tuple[Tensor, Tensor]:
-        return packed[expert, columns], scales[expert, columns]
-
+    compiled = compiled_loops()
+    if compiled is None:
+        out = torch.empty(batch, num_rows, num_columns, dtype=torch.float32, device="cpu")
+        for columns in spans(num_columns, _COLUMNS_AT_ONCE):
+            out[..., columns] = gemm_in_order(x, packed[:, columns], scales[:, columns], order, swapped)
+        return out
     ends = [num_rows * (expert + 1) for expert in range(batch)]
-    out = grouped_gemm(x.reshape(-1, depth), ends, weights, num_columns, order, swapped.reshape(-1))
+    weights = [StoredWeights(packed[e], scales[e], 0, 0) for e in range(batch)]
+    rows = x.reshape(-1, depth)
+    out = grouped_gemm(compiled, rows, ends, weights.__getitem__, order, swapped.reshape(-1), num_columns)
     return out.view(batch, num_rows, num_columns)
 
 
 @uncompiled
 def grouped_gemm(
-    x: Tensor, ends: Sequence[int], weights: Weights, num_columns: int, order: Sequence[int], swapped: Tensor
+    compiled: Any,
+    x: Tensor,
+    ends: Sequence[int],
+    weights: Callable[[int], StoredWeights],
+    order: Sequence[int],
+    swapped: Tensor,
+    num_columns: int,
 ) -> Tensor:
     """The float32 accumulators of all rows of a layer, which are sorted by expert.
 
     Args:
+        compiled: `compiled_loops()`.
         x: `[R, K] bf16`.
         ends: where the rows of each expert end, and those of the next one start.
-        weights: gives packed codes `[n, K/2]` and scales `[n, K/32]` of some columns of an expert, uint8 in logical
-            order. Several threads call it, for blocks of 1024 columns.
-        num_columns: N, the same of every expert.
+        weights: gives the weights of an expert.
         order: as for `gemm`.
         swapped: as for `gemm`, `[R]`.
+        num_columns: N, the same of every expert.
 
     Returns:
         `[R, N] float32`.
     """
-    consequence = "the GEMM takes 300 times as long as need be"
-    compiled = loops("mxfp4ref.sm90.gemm.cpu_loops", _try_out, consequence)
-    if compiled is not None:
-        return _by_loops(compiled, x, ends, weights, num_columns, order, swapped)
-    out = torch.empty(len(x), num_columns, dtype=torch.float32, device="cpu")
-    for expert, rows in _experts_with_rows(ends):
-        for columns in spans(num_columns, _COLUMNS_AT_ONCE):
-            arguments = (x[rows], *weights(expert, columns), swapped[rows])
-            of_rows, packed, scales, swaps = (tensor.unsqueeze(0) for tensor in arguments)
-            out[rows, columns] = gemm_in_order(of_rows, packed, scales, order, swaps)[0]
-    return out
-
-
-def _by_loops(
-    compiled: Any,
-    x: Tensor,
-    ends: Sequence[int],
-    weights: Weights,
-    num_columns: int,
-    order: Sequence[int],
-    swapped: Tensor,
-) -> Tensor:
     out = torch.empty(len(x), num_columns, dtype=torch.float32, device="cpu")
     steps = _steps(order)
     pieces: list[tuple[Any, ...]] = []
     for expert, rows in _experts_with_rows(ends):
         by_group = x[rows].reshape(rows.stop - rows.start, -1, GROUP_SIZE).transpose(0, 1)
         x_bits = as_numpy(by_group, np.uint16)
-        facts = np.empty((*x_bits.shape[:2], 3), np.int16)
+        facts = np.empty((*x_bits.shape[:2], 4), np.int32)
         compiled.classify(x_bits, facts)
-        of_expert = (expert, x_bits, facts, as_numpy(swapped[rows], np.bool_), as_numpy(out[rows], np.int32))
-        pieces += [(*of_expert, columns) for columns in spans(num_columns, _COLUMNS_AT_ONCE)]
-
-    def compute(piece: tuple[Any, ...]) -> None:
-        expert, x_bits, facts, swaps, out_bits, columns = piece
-        packed, scales = weights(expert, columns)
-        words, scale_bytes = as_numpy(packed, np.int32), as_numpy(scales, np.uint8)
-        compiled.gemm(x_bits, facts, words, scale_bytes, steps, swaps, out_bits[:, columns])
-
-    in_parallel(compute, pieces, x.device, len(ends) * num_columns * x.shape[1])
+        stored = weights(expert)
+        words, scale_bytes = as_numpy(stored.packed, np.int32), as_numpy(stored.scales, np.uint8).reshape(-1)
+        orders = np.array([stored.packed_order, stored.scale_order])
+        of_expert = x_bits, facts, words, scale_bytes, orders
+        written = steps, as_numpy(swapped[rows], np.bool_), as_numpy(out[rows], np.int32)
+        for columns in spans(num_columns, _COLUMNS_AT_ONCE):
+            pieces.append((*of_expert, np.array([columns.start, columns.stop]), *written))
+    weights_a_piece = len(ends) * num_columns * x.shape[1]
+    in_parallel(lambda piece: compiled.gemm(*piece), pieces, x.device, weights_a_piece)
     return out
 
 
@@ -126,10 +122,16 @@ def _steps(order: Sequence[int]) -> np.ndarray[Any, Any]:
 
 
 def _try_out(compiled: Any) -> None:
-    def gemm(x: Tensor, packed: Tensor, scales: Tensor, order: Sequence[int], swapped: Tensor) -> Tensor:
-        def weights(expert: int, columns: slice) -> tuple[Tensor, Tensor]:
-            return packed[expert, columns], scales[expert, columns]
+    """In every byte order."""
 
-        return _by_loops(compiled, x[0], [x.shape[1]], weights, packed.shape[1], order, swapped[0])[None]
+    def gemm(
+        layout: Any, x: Tensor, packed: Tensor, scales: Tensor, order: list[int], swaps: Tensor
+    ) -> Tensor:
+        columns, byte_order = packed.shape[1], 0
+        if layout is not None:
+            packed, scales, byte_order = layout.interleave(packed), layout.fold(scales), layout.ORDER
+        stored = StoredWeights(packed[0], scales[0].flatten(), byte_order, byte_order)
+        return grouped_gemm(compiled, x[0], [len(x[0])], lambda _: stored, order, swaps[0], columns)[None]
 
-    check_gemm(gemm, torch.device("cpu"))
+    for layout in (None, *(generation.layout for generation in GENERATIONS)):
+        check_gemm(partial(gemm, layout), torch.device("cpu"))

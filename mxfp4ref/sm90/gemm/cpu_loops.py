@@ -2,14 +2,9 @@
 
 For each output element and each group of 32 along K, two tensor-core steps give a sum t, and the accumulator
 becomes fma(t, scale, accumulator). COLUMNS output columns lie side by side, so that the compiler makes vector
-instructions of the loops over them, and the weights of a group are unpacked once for all rows.
+instructions of the loops over them, and the weights of a group are unpacked once for all rows, from any byte order.
 
-How the sum of a row's group is formed depends on the row alone (`classify`):
-
-- PLAIN. All products are multiples of one unit and all their sums below 2^24 of it: float32 holds them exactly.
-- SPLIT. Small products lose bits beside large ones, so each is cut to an integer before it is added.
-- WIDE. Inf, NaN, or exponents so near the ends that float32 would leave its range: like SPLIT, in float64.
-
+How the sum of a row's group is formed depends on the row alone: `row_loops.py` tells PLAIN, SPLIT and WIDE apart.
 No float32 operation here has a subnormal operand or result, so a CPU that flushes those changes nothing.
 """
 
@@ -20,65 +15,45 @@ import math
 import numpy as np
 
 from mxfp4ref._compiled import compiled
+from mxfp4ref.sm90.gemm.bit_loops import (
+    bits_of,
+    f32,
+    f64,
+    float32_of,
+    i16,
+    i32,
+    i64,
+    power32,
+    power64,
+    right,
+)
+from mxfp4ref.sm90.gemm.row_loops import (
+    BOUND,
+    CUT_BITS,
+    NO_EXPONENT,
+    PLAIN,
+    SPLIT,
+    UNIT,
+    WAY,
+    WIDE,
+    classify,
+    load_exponents,
+    load_parts,
+    load_split,
+    load_x,
+)
+from mxfp4ref.sm90.gemm.weight_loops import COLUMNS, column_of_lane, fetch, unpack
 
 __all__ = ["classify", "gemm"]
 
-PLAIN, SPLIT, WIDE = 0, 1, 2  # facts[group, row, WAY]
-WAY, BOUND, UNIT = 0, 1, 2
-EVERY_ROW = (
-    2  # takes a step of the order; else 0, rows that do not swap the first two groups, or 1, rows that do
-)
+EVERY_ROW = 2  # takes a step; else 0, rows that do not swap the first two groups, or 1, rows that do
 
-COLUMNS = 128  # the weights of one group, 16 KiB as float32, stay in the nearest cache
-
-LOWEST, HIGHEST = -60, 80  # exponents of x of PLAIN and SPLIT: all else stays in float32's normal range
-BELOW_ALL = -70  # below the exponents of their nonzero products and sums
-NO_EXPONENT = -1000  # of a zero, which has no part in the largest exponent
+BELOW_ALL = -70  # below the exponents of all nonzero products and sums of PLAIN and SPLIT
 CUT = 25  # terms are cut to multiples of 2^(largest exponent - 25)
 
-TWICE_E2M1 = 0xC8643210  # digit m is twice the magnitude of code m, which are 0, 0.5, 1, 1.5, 2, 3, 4, 6
 SMALLEST = 2.0**-126
 ROUNDS_TO_SMALLEST = 2.0**-126 * (1 - 2.0**-25)
-NAN_BITS, HALF_BITS, SIGN_BIT = np.int32(0x7FFFFFFF), np.int32(0x3F000000), np.int32(-(1 << 31))
-
-i16, i32, i64, u32, f32, f64 = np.int16, np.int32, np.int64, np.uint32, np.float32, np.float64
-
-
-@compiled()
-def float32_of(bits):
-    return i32(bits).view(f32)
-
-
-@compiled()
-def bits_of(number):
-    return f32(number).view(i32)
-
-
-@compiled()
-def power32(exponent):
-    return float32_of((exponent + 127) << 23)
-
-
-@compiled()
-def power64(exponent):
-    return i64((i64(exponent) + 1023) << 52).view(f64)
-
-
-@compiled()
-def exponent_of_bf16(bits):
-    """That of a subnormal number is the smallest."""
-    return max((bits >> 7) & 0xFF, 1) - 127
-
-
-@compiled()
-def value_of_bf16(bits):
-    fraction = bits & 0x7F
-    if (bits >> 7) & 0xFF == 255:
-        magnitude = np.nan if fraction else np.inf
-    else:
-        leading = 0x80 if (bits >> 7) & 0xFF else 0
-        magnitude = (leading | fraction) * power64(exponent_of_bf16(bits) - 7)
-    return -magnitude if bits >> 15 else magnitude
+NAN_BITS = np.int32(0x7FFFFFFF)
 
 
 @compiled()
@@ -88,84 +63,6 @@ def vectors(count, dtype):
     buffer = np.zeros(size + 64, dtype)
     start = -buffer.ctypes.data % 64 // buffer.itemsize
     return buffer[start : start + size].reshape((count, COLUMNS))
-
-
-@compiled("void(uint16[:,:,::1], int16[:,:,::1])")
-def classify(x, facts):
-    """The way of each row's group; whatever the weights, |t| < 2^bound and t is a multiple of 2^unit (not of WIDE).
-
-    Args:
-        x: `[G, M, 32]`, bf16 bits.
-        facts: `[G, M, 3]`, written.
-    """
-    for group in range(x.shape[0]):
-        for row in range(x.shape[1]):
-            total, unit, lowest, highest = 0.0, i32(1000), i32(LOWEST), i32(HIGHEST)
-            for k in range(32):
-                bits = i32(x[group, row, k] & 0x7FFF)
-                exponent, significand = i32((bits >> 7) - 127), i32(bits & 0x7F | 0x80)
-                last_bit = i32(exponent - 7 + (bits_of(f32(i32(significand & -significand))) >> 23) - 127)
-                unit = min(unit, last_bit if bits else i32(1000))
-                lowest = min(lowest, exponent if bits else i32(LOWEST))
-                highest = max(highest, exponent)
-                total += f64(float32_of(bits << 16))
-            bound, unit = math.frexp(6 * total)[1], unit - 1  # weights are multiples of 0.5 up to 6
-            way = PLAIN if bound - unit <= 24 else SPLIT
-            facts[group, row, WAY] = way if lowest >= LOWEST and highest <= HIGHEST else WIDE
-            facts[group, row, BOUND], facts[group, row, UNIT] = bound, unit
-
-
-@compiled()
-def load_x(x_bits, group, m, x, r):
-    for k in range(32):
-        x[r, k] = float32_of(i32(x_bits[group, m, k]) << 16)
-
-
-@compiled()
-def load_exponents(x_bits, group, m, x_exponents):
-    for k in range(32):
-        bits = i64(x_bits[group, m, k])
-        x_exponents[k] = exponent_of_bf16(bits) if bits & 0x7FFF else NO_EXPONENT
-
-
-@compiled()
-def load_parts(x_bits, group, m, x_parts):
-    """x in float64: what is finite, and what is not, each with zeros for the other."""
-    for k in range(32):
-        value = value_of_bf16(i64(x_bits[group, m, k]))
-        is_finite = abs(value) < np.inf
-        x_parts[0, k], x_parts[1, k] = value if is_finite else 0.0, 0.0 if is_finite else value
-
-
-@compiled()
-def fetch(packed, scale_bytes, first, count, words, scales):
-    """Lay columns side by side, 32 at a time: as many rows of memory as a CPU reads ahead in."""
-    for strip in range(0, count, 32):
-        for group in range(scale_bytes.shape[1]):
-            for j in range(strip, min(strip + 32, count)):
-                for i in range(4):
-                    words[4 * group + i, j] = packed[first + j, 4 * group + i]
-    for j in range(count):
-        for group in range(scale_bytes.shape[1]):
-            scales[group, j] = float32_of(i32(scale_bytes[first + j, group]) << 23)
-
-
-@compiled()
-def unpack(words, group, with_exponents, w, w_exponents):
-    """The 32 weights of each column in a group."""
-    for i in range(4):
-        for j in range(COLUMNS):
-            word = u32(words[4 * group + i, j])
-            for b in range(8):
-                magnitude = word >> u32(4 * b) & u32(7)
-                twice = u32(TWICE_E2M1) >> (magnitude << u32(2)) & u32(15)
-                half = float32_of(i32(word << u32(28 - 4 * b)) & SIGN_BIT | HALF_BITS)
-                w[8 * i + b, j] = f32(i32(twice)) * half
-    if with_exponents:
-        for k in range(32):
-            for j in range(COLUMNS):
-                field = i32(bits_of(w[k, j]) >> 23 & 255)
-                w_exponents[k, j] = i16(field - 127 if field else NO_EXPONENT)
 
 
 # --- the sum t of a group ------------------------------------------------------------------------------------
@@ -197,19 +94,26 @@ def find_largest(x_exponents, w_exponents, largest):
 
 
 @compiled()
-def split_sum(x, x_exponents, w, w_exponents, largest, t):
+def split_sum(x, x_exponents, w, w_exponents, largest, totals, t):
     """Converting to int32 cuts toward zero. 16 products below 3 * 2^25 units and a sum below 2^26 fit."""
     find_largest(x_exponents, w_exponents, largest)
+    per_unit = t[1]
     for j in range(COLUMNS):
         t[0, j] = 0
     for step in range(2):
         for j in range(COLUMNS):
-            of_sum = i32((bits_of(t[0, j]) >> 23 & 255) - 127)
-            exponent = i32(max(i32(largest[step, j]), of_sum, i32(BELOW_ALL)))
-            per_unit, unit = power32(CUT - exponent), power32(exponent - CUT)
-            total = i32(t[0, j] * per_unit)
+            exact = f32(0)
             for k in range(16 * step, 16 * step + 16):
-                total = i32(total + i32(x[0, k] * w[k, j] * per_unit))
+                exact += x[0, k] * w[k, j]
+            of_sum = (right(bits_of(t[0, j]), i32(23)) & i32(255)) - i32(127)
+            per_unit[j] = power32(CUT - max(i32(largest[step, j]), of_sum, i32(BELOW_ALL)))
+            totals[0, j] = i32(i32(t[0, j] * per_unit[j]) + i32(exact * per_unit[j]))
+        for k in range(16 * step, 16 * step + 16):
+            if x[1, k] != 0:
+                for j in range(COLUMNS):
+                    totals[0, j] = i32(totals[0, j] + i32(x[1, k] * w[k, j] * per_unit[j]))
+        for j in range(COLUMNS):
+            total, unit = totals[0, j], float32_of(i32(254 << 23) - bits_of(per_unit[j]))
             nearest = f32(total)
             too_large = abs(i32(nearest)) > abs(total)  # then the next number toward zero is meant
             t[0, j] = float32_of(bits_of(nearest) - i32(too_large)) * unit
@@ -261,44 +165,45 @@ def accumulate(acc, m, t, r, scales, group, carefully):
 
 
 @compiled()
-def find_careful_rows(facts, scale_bytes, first, count, careful):
+def find_careful_rows(facts, scales, careful):
     """Rows in which, with the scales of these columns, a product or a sum may overflow or be subnormal."""
-    num_groups, num_rows = facts.shape[:2]
-    low, high = np.full(num_groups, 127, i16), np.full(num_groups, 127, i16)
-    for j in range(first, first + count):
-        for group in range(num_groups):
-            byte = i16(scale_bytes[j, group])
-            low[group] = min(low[group], byte if byte > 0 else i16(127))  # a scale of 0 makes no subnormals
-            high[group] = max(high[group], byte)
-    for row in range(num_rows):
-        careful[row] = False
-        for group in range(num_groups):
+    careful[:] = False
+    for group in range(facts.shape[0]):
+        lowest, highest = i32(254), i32(0)
+        for j in range(COLUMNS):
+            byte = right(bits_of(scales[group, j]), i32(23))
+            lowest = min(lowest, byte if byte > 0 else i32(254))  # a scale of 0 makes no subnormals
+            highest = max(highest, byte)
+        for row in range(facts.shape[1]):
             # Else sums of 2^14 products stay below 2^127 and are multiples of 2^-126. Inf as a scale is no matter.
-            too_high = facts[group, row, BOUND] + high[group] - 127 > 112
-            too_low = facts[group, row, UNIT] + low[group] - 127 < -126
+            too_high = facts[group, row, BOUND] + highest - 127 > 112
+            too_low = facts[group, row, UNIT] + lowest - 127 < -126
             careful[row] |= too_high or too_low or facts[group, row, WAY] == WIDE
 
 
 @compiled(
-    "void(uint16[:,:,::1], int16[:,:,::1], int32[:,::1], uint8[:,::1], int64[:,::1], boolean[::1], int32[:,:])"
+    "void(uint16[:,:,::1], int32[:,:,::1], int32[:,::1], uint8[::1], int64[::1], int64[::1], int64[:,::1], "
+    "boolean[::1], int32[:,:])"
 )
-def gemm(x_bits, facts, packed, scale_bytes, order, swapped, out):
+def gemm(x_bits, facts, packed, scale_bytes, orders, columns, steps, swapped, out):
     """The accumulators' bits for all rows of one expert and some of its columns.
 
     Args:
         x_bits: `[G, M, 32]`, bf16.
-        facts: `[G, M, 3]`, of `classify`.
-        packed: `[N, K/8]`, eight E2M1 codes a word.
-        scale_bytes: `[N, G]`.
-        order: `[steps, 2]`, groups in their order and which rows take the step: EVERY_ROW or the value of `swapped`.
+        facts: `[G, M, 4]`, of `row_loops.classify`.
+        packed: `[N, K/8]`, eight E2M1 codes a word, in the byte order orders[0].
+        scale_bytes: `[N * G]`, in the byte order orders[1].
+        orders: the two byte orders.
+        columns: the first column, and the one after the last; whole blocks of 16 where weights are not LOGICAL.
+        steps: `[steps, 2]`, groups in their order and which rows take the step: EVERY_ROW or the value of `swapped`.
         swapped: `[M]`, rows that take the second group before the first.
-        out: `[M, N]`, written.
+        out: `[M, N]`, written in these columns.
     """
     num_groups, num_rows = facts.shape[:2]
     words, scales = vectors(4 * num_groups, i32), vectors(num_groups, f32)
     x, x_exponents, x_parts = np.zeros((2, 32), f32), np.empty(32, i16), np.empty((2, 32), f64)
     w, w_exponents = vectors(32, f32), vectors(32, i16)
-    t, t_parts, largest = vectors(2, f32), vectors(2, f64), vectors(2, i16)
+    t, t_parts, totals, largest = vectors(2, f32), vectors(2, f64), vectors(1, i32), vectors(2, i16)
     acc, careful = vectors(num_rows, f32), np.empty(num_rows, np.bool_)
     plain_rows = np.empty(num_rows, i64)
     with_exponents = np.zeros(num_groups, np.bool_)
@@ -306,16 +211,15 @@ def gemm(x_bits, facts, packed, scale_bytes, order, swapped, out):
         for group in range(num_groups):
             with_exponents[group] |= facts[group, m, WAY] != PLAIN
 
-    for first in range(0, len(packed), COLUMNS):
-        count = min(COLUMNS, len(packed) - first)
-        find_careful_rows(facts, scale_bytes, first, count, careful)
+    for first in range(columns[0], columns[1], COLUMNS):
+        fetch(packed, scale_bytes, orders, first, columns[1], words, scales)
+        find_careful_rows(facts, scales, careful)
         for m in range(num_rows):
             for j in range(COLUMNS):
                 acc[m, j] = 0
-        fetch(packed, scale_bytes, first, count, words, scales)
-        for step in range(len(order)):
-            group, takers = order[step]
-            unpack(words, group, with_exponents[group], w, w_exponents)
+        for step in range(len(steps)):
+            group, takers = steps[step]
+            unpack(words, group, orders[0], with_exponents[group], w, w_exponents)
             num_plain = 0
             for m in range(num_rows):
                 if takers != EVERY_ROW and takers != swapped[m]:
@@ -326,8 +230,8 @@ def gemm(x_bits, facts, packed, scale_bytes, order, swapped, out):
                     continue
                 load_exponents(x_bits, group, m, x_exponents)
                 if facts[group, m, WAY] == SPLIT:
-                    load_x(x_bits, group, m, x, 0)
-                    split_sum(x, x_exponents, w, w_exponents, largest, t)
+                    load_split(x_bits, group, m, facts[group, m, CUT_BITS], x)
+                    split_sum(x, x_exponents, w, w_exponents, largest, totals, t)
                 else:
                     load_parts(x_bits, group, m, x_parts)
                     wide_sum(x_parts, x_exponents, w, w_exponents, largest, t_parts, t)
@@ -340,6 +244,8 @@ def gemm(x_bits, facts, packed, scale_bytes, order, swapped, out):
                 for r in range(len(two)):
                     accumulate(acc, two[r], t, r, scales, group, careful[two[r]])
         for m in range(num_rows):
-            for j in range(count):
-                total = acc[m, j] + f32(0)  # the epilogue: -0 becomes +0
-                out[m, first + j] = bits_of(total) if total == total else NAN_BITS
+            for lane in range(COLUMNS):
+                column = first + column_of_lane(lane, orders[0])
+                if column < columns[1]:
+                    total = acc[m, lane] + f32(0)  # the epilogue: -0 becomes +0
+                    out[m, column] = bits_of(total) if total == total else NAN_BITS

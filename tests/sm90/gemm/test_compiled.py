@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mxfp4ref import _compiled
-from mxfp4ref.formats.generations import BYTEWISE, GENERATIONS, WORDWISE, Generation
-from mxfp4ref.formats.mxfp4 import pack_codes
+from mxfp4ref.formats.experts import StoredWeights
+from mxfp4ref.formats.generations import GENERATIONS, Generation
+from mxfp4ref.formats.mxfp4 import dequantize, pack_codes
 from mxfp4ref.sm90.gemm import compiled
 from mxfp4ref.sm90.gemm.compiled import gemm, grouped_gemm
 from mxfp4ref.sm90.gemm.order import first_pair_swapped, group_order
@@ -86,24 +87,24 @@ def test_each_way_is_gone() -> None:
 
 def classified(x: Tensor) -> np.ndarray:
     by_group = x[0].unflatten(1, (-1, 32)).transpose(0, 1).contiguous()
-    facts = np.empty((*by_group.shape[:2], 3), np.int16)
+    facts = np.empty((*by_group.shape[:2], 4), np.int32)
     cpu_loops.classify(by_group.view(torch.int16).numpy().view(np.uint16), facts)
     return facts
 
 
 def test_facts_hold_for_any_weights() -> None:
-    """|t| < 2^bound and t is a multiple of 2^unit, tightly, and PLAIN is where 24 bits hold all sums."""
+    """|t| < 2^bound and t is a multiple of 2^unit, tightly, and only what 24 bits do not hold may have to be cut."""
     x = torch.zeros(1, 3, 32, dtype=torch.bfloat16)
     x[0, 0, :3] = torch.tensor([1.0, -0.75, 2.0**-9])  # 6 (1.75 + 2^-9) < 2^4, multiples of 2^-10
     x[0, 1, 0] = 2.0**20
     x[0, 1, 1] = 1.0
     assert classified(x)[0].tolist() == [
-        [cpu_loops.PLAIN, 4, -10],
-        [cpu_loops.PLAIN, 23, -1],
-        [cpu_loops.PLAIN, 0, 999],
+        [cpu_loops.PLAIN, 4, -10, 0],
+        [cpu_loops.PLAIN, 23, -1, 0],
+        [cpu_loops.PLAIN, 0, 999, 0],
     ]
-    x[0, 1, 1] = 0.5
-    assert classified(x)[0, 1].tolist() == [cpu_loops.SPLIT, 23, -2]
+    x[0, 1, 1], x[0, 1, 31] = 0.5, 2.0**-40
+    assert classified(x)[0, 1].tolist() == [cpu_loops.SPLIT, 23, -41, -(1 << 31) | 2]
 
 
 def test_exponents_at_the_ends_of_each_way() -> None:
@@ -132,31 +133,48 @@ def test_cancelling_rows_of_every_way() -> None:
         assert_right(bits.bf16(x), pack_codes(torch.from_numpy(codes.astype(np.uint8))), scales)
 
 
-@pytest.mark.parametrize("generation", GENERATIONS, ids=repr)
-def test_all_experts_of_a_layer_in_the_kernels_layout(generation: Generation) -> None:
-    """Rows by expert, some without any, and weights brought into logical order piece by piece."""
-    counts, (num_columns, groups) = [3, 0, 1, 17, 0], (640, 8)
-    x, packed, scales = problem(2, "wide", "spread", batch=5, rows=1, columns=num_columns, groups=groups)
+@pytest.mark.parametrize("scale_order", [None, *GENERATIONS], ids=repr)
+@pytest.mark.parametrize("packed_order", [None, *GENERATIONS], ids=repr)
+@pytest.mark.parametrize("num_columns", [64, 704])
+def test_all_experts_of_a_layer_in_every_byte_order(
+    packed_order: Generation | None, scale_order: Generation | None, num_columns: int
+) -> None:
+    """Rows by expert, some without any; the last block of columns is not whole."""
+    counts, groups = [3, 0, 1, 17, 0], 8
+    x, packed, scales = problem(2, "wide", "any", batch=5, rows=1, columns=num_columns, groups=groups)
     x = problem(3, "wide", "any", rows=sum(counts), columns=1, groups=groups)[0][0]
-    layout = generation.layout
-    stored, folded = layout.interleave(packed), layout.fold(scales)
-
-    def weights(expert: int, columns: slice) -> tuple[Tensor, Tensor]:
-        assert columns.start % 64 == 0
-        if generation is WORDWISE:
-            part = folded[expert, None, columns.start // 64 : columns.stop // 64]
-        else:
-            part = folded[expert, None, :, 4 * columns.start : 4 * columns.stop]
-        return layout.deinterleave(stored[expert, None, columns])[0], layout.unfold(part)[0]
-
-    assert generation in (BYTEWISE, WORDWISE)
+    stored = packed if packed_order is None else packed_order.layout.interleave(packed)
+    folded = scales if scale_order is None else scale_order.layout.fold(scales)
+    orders = [
+        0 if generation is None else generation.layout.ORDER for generation in (packed_order, scale_order)
+    ]
     order, swapped = group_order(groups, 128), torch.arange(len(x)) % 3 == 0
     ends = np.cumsum(counts).tolist()
-    got = grouped_gemm(x, ends, weights, num_columns, order, swapped)
+
+    def weights(expert: int) -> StoredWeights:
+        return StoredWeights(stored[expert], folded[expert].flatten(), *orders)
+
+    got = grouped_gemm(cpu_loops, x, ends, weights, order, swapped, num_columns)
     for expert, (count, end) in enumerate(zip(counts, ends, strict=True)):
         rows = slice(end - count, end)
         alone = (packed[expert, None], scales[expert, None], order, swapped[None, rows])
         bits.assert_same(got[rows], gemm_in_order(x[None, rows], *alone)[0])
+
+
+@pytest.mark.parametrize("generation", GENERATIONS, ids=repr)
+def test_every_code_and_scale_at_every_place_of_a_byte_order(generation: Generation) -> None:
+    """One-hot rows of x read each weight of a block of 64 columns back, times its scale; another at every place."""
+    depth = 128
+    codes = torch.randint(1, 8, (1, 64, depth), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    codes |= torch.randint(2, codes.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1)) << 3
+    packed, scales = pack_codes(codes), (100 + torch.arange(64 * 4).view(1, 64, 4) % 50).to(torch.uint8)
+    one_hot, nothing = torch.eye(depth, dtype=torch.bfloat16), torch.zeros(depth, dtype=torch.bool)
+    layout = generation.layout
+    stored = StoredWeights(
+        layout.interleave(packed)[0], layout.fold(scales)[0].flatten(), layout.ORDER, layout.ORDER
+    )
+    got = grouped_gemm(cpu_loops, one_hot, [depth], lambda expert: stored, [0, 1, 2, 3], nothing, 64)
+    bits.assert_same(got.T, dequantize(packed[0], scales[0], dtype=torch.float32))
 
 
 def test_strides_offsets_and_gradients_do_not_matter() -> None:
@@ -297,8 +315,9 @@ def test_without_numba_a_warning_and_the_transcription(how: str) -> None:
 # --- the trial --------------------------------------------------------------------------------------------
 
 
-def test_a_compiler_that_errs_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One wrong bit in one element is enough; then the transcription is used, after one warning."""
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_a_compiler_that_errs_is_found_out(monkeypatch: pytest.MonkeyPatch, order: int) -> None:
+    """One wrong bit in one element is enough, of any byte order; then the transcription is used, after a warning."""
 
     class Wrong(ModuleType):
         classify = staticmethod(cpu_loops.classify)
@@ -306,7 +325,8 @@ def test_a_compiler_that_errs_is_found_out(monkeypatch: pytest.MonkeyPatch) -> N
         @staticmethod
         def gemm(*arguments: Any) -> None:
             cpu_loops.gemm(*arguments)
-            arguments[-1][-1, -1] ^= 1
+            if arguments[4].tolist() == [order, order]:
+                arguments[-1][-1, -1] ^= 1
 
     monkeypatch.setitem(sys.modules, "mxfp4ref.sm90.gemm.cpu_loops", Wrong("wrong"))
     monkeypatch.setattr(_compiled, "_loaded", {})
@@ -343,4 +363,4 @@ def test_the_trial_goes_every_way() -> None:
 
 
 def test_public_names() -> None:
-    assert compiled.__all__ == ["Weights", "gemm", "grouped_gemm"]
+    assert compiled.__all__ == ["compiled_loops", "gemm", "grouped_gemm"]

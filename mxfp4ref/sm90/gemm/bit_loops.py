@@ -1,0 +1,58 @@
+"""Numbers by their bits: parts of the compiled GEMM's loops.
+
+numba's operators turn integers into 64 bits, of which a vector holds half as many; numpy's functions, used for shifts
+where it matters, leave them as they are.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mxfp4ref._compiled import compiled
+
+i16, i32, i64, u16, u32, f32, f64 = np.int16, np.int32, np.int64, np.uint16, np.uint32, np.float32, np.float64
+left, right = np.left_shift, np.right_shift
+
+
+@compiled()
+def float32_of(bits):
+    return i32(bits).view(f32)
+
+
+@compiled()
+def bits_of(number):
+    return f32(number).view(i32)
+
+
+@compiled()
+def power32(exponent):
+    return float32_of(left(i32(exponent + 127), i32(23)))
+
+
+@compiled()
+def power64(exponent):
+    return i64((i64(exponent) + 1023) << 52).view(f64)
+
+
+@compiled()
+def exponent_of_bf16(bits):
+    """That of a subnormal number is the smallest."""
+    return max((bits >> 7) & 0xFF, 1) - 127
+
+
+@compiled()
+def value_of_bf16(bits):
+    fraction = bits & 0x7F
+    if (bits >> 7) & 0xFF == 255:
+        magnitude = np.nan if fraction else np.inf
+    else:
+        leading = 0x80 if (bits >> 7) & 0xFF else 0
+        magnitude = (leading | fraction) * power64(exponent_of_bf16(bits) - 7)
+    return -magnitude if bits >> 15 else magnitude
+
+
+@compiled()
+def lowest_bit_of_bf16(magnitude):
+    """The exponent of the last bit that is set in a bf16 number that is neither 0 nor subnormal."""
+    significand = i32(magnitude & 0x7F | 0x80)
+    return i32((magnitude >> 7) - 127 - 7 + (bits_of(f32(i32(significand & -significand))) >> 23) - 127)

@@ -1,0 +1,100 @@
+"""Rows of x for the compiled GEMM: in which of three ways a group of a row is summed up, and its numbers for that.
+
+- PLAIN. All products are multiples of one unit and all their sums below 2^24 of it: float32 holds them exactly.
+- SPLIT. Small products lose bits beside large ones. Those that may are cut to integers before they are added, the
+  others, mostly all but two or three of the 32, are added as in PLAIN.
+- WIDE. Inf, NaN, or exponents so near the ends that float32 would leave its range: each is cut, in float64.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from mxfp4ref._compiled import compiled
+from mxfp4ref.sm90.gemm.bit_loops import (
+    f32,
+    f64,
+    float32_of,
+    i16,
+    i32,
+    i64,
+    lowest_bit_of_bf16,
+    right,
+    u16,
+    u32,
+    value_of_bf16,
+)
+
+__all__ = ["classify"]
+
+PLAIN, SPLIT, WIDE = 0, 1, 2  # facts[group, row, WAY]
+WAY, BOUND, UNIT, CUT_BITS = 0, 1, 2, 3
+
+LOWEST, HIGHEST = -60, 80  # exponents of x of PLAIN and SPLIT: all else stays in float32's normal range
+DIGITS = 24  # of float32
+NO_EXPONENT = -1000  # of a zero, which has no part in the largest exponent
+
+
+@compiled("void(uint16[:,:,::1], int32[:,:,::1])")
+def classify(x, facts):
+    """The way of each row's group; whatever the weights, |t| < 2^bound and t is a multiple of 2^unit (not of WIDE).
+
+    Args:
+        x: `[G, M, 32]`, bf16 bits.
+        facts: `[G, M, 4]`, written: the way, bound, unit, and a bit for each x whose products SPLIT may have to cut.
+            The products of the others are multiples of 2^(bound - 24), which is more than the step keeps.
+    """
+    for group in range(x.shape[0]):
+        for row in range(x.shape[1]):
+            total, unit, lowest, highest = 0.0, i32(1000), i32(LOWEST), i32(HIGHEST)
+            for k in range(32):
+                bits = i32(x[group, row, k] & 0x7FFF)
+                exponent = i32((bits >> 7) - 127)
+                unit = min(unit, lowest_bit_of_bf16(bits) if bits else i32(1000))
+                lowest = min(lowest, exponent if bits else i32(LOWEST))
+                highest = max(highest, exponent)
+                total += f64(float32_of(bits << 16))
+            bound, unit = math.frexp(6 * total)[1], unit - 1  # weights are multiples of 0.5 up to 6
+            cut = 0
+            for k in range(32):
+                bits = i32(x[group, row, k] & 0x7FFF)
+                cut |= i32(bits != 0 and bound - (lowest_bit_of_bf16(bits) - 1) > DIGITS) << k
+            in_range = lowest >= LOWEST and highest <= HIGHEST
+            facts[group, row, WAY] = (SPLIT if cut else PLAIN) if in_range else WIDE
+            facts[group, row, BOUND], facts[group, row, UNIT] = bound, unit
+            facts[group, row, CUT_BITS] = i32(cut)
+
+
+@compiled()
+def load_x(x_bits, group, m, x, r):
+    """Half of x, as weights are unpacked as twice their value."""
+    for k in range(32):
+        x[r, k] = float32_of(i32(x_bits[group, m, k]) << 16) * f32(0.5)
+
+
+@compiled()
+def load_exponents(x_bits, group, m, x_exponents):
+    for k in range(32):
+        bits = x_bits[group, m, k]
+        exponent = i16(max(i16(i16(right(bits, u16(7))) & i16(255)), i16(1)) - i16(127))  # of a subnormal too
+        x_exponents[k] = exponent if bits & u16(0x7FFF) else i16(NO_EXPONENT)
+
+
+@compiled()
+def load_split(x_bits, group, m, cut_bits, x):
+    """x[0] is what gives products that are never cut, x[1] what gives others, each with zeros for the other."""
+    load_x(x_bits, group, m, x, 0)
+    for k in range(32):
+        x[1, k] = x[0, k] if right(u32(cut_bits), u32(k)) & u32(1) else f32(0)
+        x[0, k] -= x[1, k]
+
+
+@compiled()
+def load_parts(x_bits, group, m, x_parts):
+    """x in float64: what is finite, and what is not, each with zeros for the other."""
+    for k in range(32):
+        value = value_of_bf16(i64(x_bits[group, m, k])) / 2
+        is_finite = abs(value) < np.inf
+        x_parts[0, k], x_parts[1, k] = value if is_finite else 0.0, 0.0 if is_finite else value
