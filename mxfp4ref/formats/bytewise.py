@@ -34,17 +34,23 @@ def deinterleave(interleaved: Tensor) -> Tensor:
 
 
 def fold(scales: Tensor) -> Tensor:
-    """`[E, R, G] uint8` as `[E, G/4, 4R]`; G % 4 == 0."""
-    experts, rows, groups = scales.shape
-    folded = scales.reshape(experts, rows, groups // 4, 4).permute(0, 2, 1, 3)
-    return folded.reshape(folded_shape(experts, rows, groups))
+    """`[E, R, G] uint8` as `[E, G/4, 4R]`; contiguous, whole words, G % 4 == 0."""
+    return (
+        scales.view(torch.int32)
+        .transpose(1, 2)
+        .clone(memory_format=torch.contiguous_format)
+        .view(torch.uint8)
+    )
 
 
 def unfold(folded: Tensor) -> Tensor:
     """The inverse of `fold`."""
-    experts, quads, width = folded.shape
-    rows = width // 4
-    return folded.view(experts, quads, rows, 4).permute(0, 2, 1, 3).reshape(experts, rows, quads * 4)
+    return (
+        folded.view(torch.int32)
+        .transpose(1, 2)
+        .clone(memory_format=torch.contiguous_format)
+        .view(torch.uint8)
+    )
 
 
 def folded_shape(experts: int, rows: int, groups: int) -> tuple[int, ...]:

@@ -144,7 +144,7 @@ def fold_scales_sm90(scales: Tensor, generation: Generation = NEWEST) -> Tensor:
             f"scales: expected [E, R, K/32] with R % {generation.layout.SCALE_ROWS} == 0 and K % 128 == 0, got "
             f"{list(scales.shape)} (R = {rows}, K = {groups * 32})"
         )
-    return generation.layout.fold(scales)
+    return generation.layout.fold(_in_words(scales))
 
 
 @uncompiled
@@ -168,7 +168,7 @@ def unfold_scales_sm90(folded: Tensor, generation: Generation | None = None) -> 
     possible = GENERATIONS if generation is None else (generation,)
     for candidate in possible:
         if candidate.layout.logical_shape(folded_bytes_shape(folded)) is not None:
-            return candidate.layout.unfold(folded.contiguous().view(torch.uint8))
+            return candidate.layout.unfold(_in_words(folded))
     wanted = " or ".join(f"{g.layout.SCALE_AXES} ({g.name})" for g in possible)
     raise ValueError(
         f"folded: expected scales of shape {wanted} in bytes, or viewed as int32, "
@@ -204,5 +204,10 @@ def _check_weights(name: str, weights: Tensor) -> Tensor:
             f"{name}: expected [E, R, K/2] with R % 16 == 0 and K % 64 == 0, got {list(weights.shape)} "
             f"(R = {rows}, K = {columns * 2})"
         )
-    weights = weights.contiguous().view(torch.uint8)
-    return weights.clone() if weights.storage_offset() % 4 else weights  # has to be viewed as words
+    return _in_words(weights)
+
+
+def _in_words(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor, contiguous and where they can be viewed as words of 32 bits."""
+    tensor = tensor.contiguous().view(torch.uint8)
+    return tensor.clone() if tensor.storage_offset() % 4 else tensor

@@ -14,19 +14,20 @@ from mxfp4ref._compiled import compiled
 __all__ = ["deinterleave", "interleave"]
 
 u32 = np.uint32
+left, right = np.left_shift, np.right_shift  # operators would make them 64 bits wide
 
 
 @compiled()
 def two_codes(word, code):
     """Codes `code` and `code` + 1 of the eight, each at the bottom of a half word."""
-    moved = u32(word >> u32(4 * code))
-    return u32(moved & u32(0xF) | moved << u32(12) & u32(0xF0000))
+    moved = right(word, u32(4 * code))
+    return u32(moved & u32(0xF) | left(moved, u32(12)) & u32(0xF0000))
 
 
 @compiled()
 def join(codes, code):
     """The inverse of `two_codes`, with zeros for the other codes."""
-    return u32((codes & u32(0xF) | codes >> u32(12) & u32(0xF0)) << u32(4 * code))
+    return left(u32(codes & u32(0xF) | right(codes, u32(12)) & u32(0xF0)), u32(4 * code))
 
 
 @compiled()
@@ -38,29 +39,28 @@ def bits(word, mask):
 @compiled()
 def move(word, wordwise):
     if not wordwise:  # codes 1 and 2 of a half change places
-        return u32(
-            word & u32(0xF00FF00F) | word << u32(4) & u32(0x0F000F00) | word >> u32(4) & u32(0x00F000F0)
-        )
+        up, down = left(word, u32(4)) & u32(0x0F000F00), right(word, u32(4)) & u32(0x00F000F0)
+        return u32(word & u32(0xF00FF00F) | up | down)
     a, b, c, d = two_codes(word, 0), two_codes(word, 2), two_codes(word, 4), two_codes(word, 6)
-    magnitudes = (
-        bits(a, 7) << u32(6)
-        | bits(b, 7) << u32(3)
-        | bits(c, 7)
-        | bits(d, 1) << u32(13)
-        | bits(d, 6) << u32(9)
+    magnitudes = left(bits(a, 7), u32(6)) | left(bits(b, 7), u32(3)) | bits(c, 7)
+    apart = left(bits(d, 1), u32(13)) | left(bits(d, 6), u32(9))
+    signs = (
+        left(bits(a, 8), u32(12))
+        | left(bits(b, 8), u32(9))
+        | left(bits(c, 8), u32(6))
+        | left(bits(d, 8), u32(11))
     )
-    signs = bits(a, 8) << u32(12) | bits(b, 8) << u32(9) | bits(c, 8) << u32(6) | bits(d, 8) << u32(11)
-    return u32(magnitudes | signs)
+    return u32(magnitudes | apart | signs)
 
 
 @compiled()
 def move_back(word, wordwise):
     if not wordwise:
         return move(word, wordwise)
-    a = bits(word >> u32(6), 7) | bits(word >> u32(12), 8)
-    b = bits(word >> u32(3), 7) | bits(word >> u32(9), 8)
-    c = bits(word, 7) | bits(word >> u32(6), 8)
-    d = bits(word >> u32(13), 1) | bits(word >> u32(9), 6) | bits(word >> u32(11), 8)
+    a = u32(bits(right(word, u32(6)), 7) | bits(right(word, u32(12)), 8))
+    b = u32(bits(right(word, u32(3)), 7) | bits(right(word, u32(9)), 8))
+    c = u32(bits(word, 7) | bits(right(word, u32(6)), 8))
+    d = u32(bits(right(word, u32(13)), 1) | bits(right(word, u32(9)), 6) | bits(right(word, u32(11)), 8))
     return u32(join(a, 0) | join(b, 2) | join(c, 4) | join(d, 6))
 
 
@@ -70,19 +70,19 @@ def transposed(a, b, c, d):
     low_ab, high_ab = pairs(a, b)
     low_cd, high_cd = pairs(c, d)
     return (
-        u32(low_ab & u32(0xFFFF) | low_cd << u32(16)),
-        u32(low_ab >> u32(16) | low_cd & u32(0xFFFF0000)),
-        u32(high_ab & u32(0xFFFF) | high_cd << u32(16)),
-        u32(high_ab >> u32(16) | high_cd & u32(0xFFFF0000)),
+        u32(low_ab & u32(0xFFFF) | left(low_cd, u32(16))),
+        u32(right(low_ab, u32(16)) | low_cd & u32(0xFFFF0000)),
+        u32(high_ab & u32(0xFFFF) | left(high_cd, u32(16))),
+        u32(right(high_ab, u32(16)) | high_cd & u32(0xFFFF0000)),
     )
 
 
 @compiled()
 def pairs(a, b):
     """Bytes 0 of both words and bytes 1 of both, as halves of a word; and likewise bytes 2 and 3."""
-    even = u32(a & u32(0x00FF00FF) | (b & u32(0x00FF00FF)) << u32(8))
-    odd = u32(a >> u32(8) & u32(0x00FF00FF) | b & u32(0xFF00FF00))
-    return u32(even & u32(0xFFFF) | odd << u32(16)), u32(even >> u32(16) | odd & u32(0xFFFF0000))
+    even = u32(a & u32(0x00FF00FF) | left(u32(b & u32(0x00FF00FF)), u32(8)))
+    odd = u32(right(a, u32(8)) & u32(0x00FF00FF) | b & u32(0xFF00FF00))
+    return u32(even & u32(0xFFFF) | left(odd, u32(16))), u32(right(even, u32(16)) | odd & u32(0xFFFF0000))
 
 
 @compiled()

@@ -51,17 +51,17 @@ def deinterleave(interleaved: Tensor) -> Tensor:
 
 
 def fold(scales: Tensor) -> Tensor:
-    """`[E, R, G] uint8` as `[E, R/64, G/4, 16, 16]`; R % 64 == 0, G % 4 == 0."""
+    """`[E, R, G] uint8` as `[E, R/64, G/4, 16, 16]`; contiguous, whole words, R % 64 == 0, G % 4 == 0."""
     experts, rows, groups = scales.shape
-    folded = scales.reshape(experts, rows // 64, 4, 16, groups // 4, 4).permute(0, 1, 4, 3, 2, 5)
-    return folded.reshape(folded_shape(experts, rows, groups))
+    fours = scales.view(torch.int32).view(experts, rows // 64, 4, 16, groups // 4)
+    return fours.permute(0, 1, 4, 3, 2).clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def unfold(folded: Tensor) -> Tensor:
     """The inverse of `fold`."""
     experts, blocks, quads = folded.shape[:3]
-    unfolded = folded.view(experts, blocks, quads, 16, 4, 4).permute(0, 1, 4, 3, 2, 5)
-    return unfolded.reshape(experts, blocks * 64, quads * 4)
+    fours = folded.view(torch.int32).permute(0, 1, 4, 3, 2).clone(memory_format=torch.contiguous_format)
+    return fours.view(experts, blocks * 64, quads).view(torch.uint8)
 
 
 def folded_shape(experts: int, rows: int, groups: int) -> tuple[int, ...]:
