@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -59,7 +59,55 @@ _NAMES = {
 }
 
 
-@uncompiled
+@overload
+def torch_ref_cutlass_fused_moe(
+    input: Tensor,
+    token_selected_experts: Tensor,
+    token_final_scales: Tensor,
+    fc1_expert_weights: Tensor,
+    fc2_expert_weights: Tensor,
+    output_dtype: torch.dtype,
+    quant_scales: Sequence[Tensor] | None,
+    fc1_expert_biases: Tensor | None = None,
+    fc2_expert_biases: Tensor | None = None,
+    input_sf: Tensor | None = None,
+    swiglu_alpha: Tensor | None = None,
+    swiglu_beta: Tensor | None = None,
+    swiglu_limit: Tensor | None = None,
+    tp_size: int = 1,
+    tp_rank: int = 0,
+    ep_size: int = 1,
+    ep_rank: int = 0,
+    cluster_size: int = 1,
+    cluster_rank: int = 0,
+    output: Tensor | None = None,
+    enable_alltoall: bool = False,
+    use_deepseek_fp8_block_scale: bool = False,
+    use_w4_group_scaling: bool = False,
+    use_mxfp8_act_scaling: bool = False,
+    min_latency_mode: bool = False,
+    use_packed_weights: bool = False,
+    use_wfp4afp8_humming: bool = False,
+    tune_max_num_tokens: int = 8192,
+    enable_pdl: bool | None = None,
+    activation_type: int = _SWIGLU,
+    swizzled_input_sf: bool = True,
+    use_fused_finalize: bool = True,
+    profile_ids: Sequence[int] | None = None,
+    workspace_buffer: Tensor | None = None,
+    *,
+    clamped_relu2_limit: Tensor | None = None,
+    situ_beta: Tensor | None = None,
+    situ_linear_beta: Tensor | None = None,
+    backend: str = "cutlass",
+    kernel: Sm90Kernel | None = None,
+    weight_layout: str | None = None,
+    strict: bool = True,
+    trace: Literal[False] = False,
+) -> list[Tensor]: ...
+@overload
+def torch_ref_cutlass_fused_moe(*arguments: Any, trace: Literal[True], **options: Any) -> moe.MoeTrace: ...
+@uncompiled  # type: ignore[misc]  # the signature above is too wide: it is there for what comes back
 def torch_ref_cutlass_fused_moe(
     input: Tensor,
     token_selected_experts: Tensor,
@@ -104,7 +152,7 @@ def torch_ref_cutlass_fused_moe(
     weight_layout: str | None = None,
     strict: bool = True,
     trace: bool = False,
-) -> Tensor | tuple[Tensor, moe.MoeTrace]:
+) -> list[Tensor] | moe.MoeTrace:
     """Drop-in for `flashinfer.fused_moe.cutlass_fused_moe` 0.7.2.post1: same arguments, same tensors, same bits.
 
     Modelled are MXFP4 weights (`use_w4_group_scaling=True`), with the bits of an H100, and bf16 weights
@@ -126,16 +174,18 @@ def torch_ref_cutlass_fused_moe(
         fc1_expert_biases, fc2_expert_biases: `[E, 2I]` and `[E, H] bf16`.
         swiglu_alpha, swiglu_beta, swiglu_limit: `[E] float32`, any subset.
         tp_size, tp_rank, ep_size, ep_rank: this rank; the fc2 bias is added where `tp_rank` is 0.
-        output: `[M, H] bf16`, written in place and returned.
+        output: `[M, H] bf16`, written in place; the list holds this very tensor.
         activation_type: Swiglu (3), or SwigluBias (5) along with alpha, beta or limit.
         kernel: the tactics of the two GEMMs and the generation; by default the default tactics of the generation
             whose layouts the tensors are in, with `weight_layout="logical"` of the newest.
         weight_layout: "sm90" or "logical"; the default is what the real call takes.
         strict: refuse ids that no rank owns and experts a token names twice; False follows the kernel.
-        trace: return `(output, MoeTrace)`.
+        trace: return a `MoeTrace`, which has every intermediate and the output.
 
     Returns:
-        `[M, H] bf16`, as flashinfer documents it; its 0.7.2.post1 really returns a list with the output first.
+        A list of one tensor, the output `[M, H] bf16`: flashinfer documents a tensor and returns a list with the
+        output first, so that callers write `[0]`, which would be the first token of a tensor. A `MoeTrace` with
+        `trace=True`.
 
     Raises:
         NotImplementedError: an argument would change the result and is not modelled.
@@ -207,7 +257,7 @@ def torch_ref_cutlass_fused_moe(
     result = moe.forward(call) if intermediates is None else intermediates.output
     if output is not None:
         result = output.copy_(result)
-    return result if intermediates is None else (result, intermediates)
+    return [result] if intermediates is None else replace(intermediates, output=result)
 
 
 def _check_weights(

@@ -129,7 +129,7 @@ def test_logical_layout() -> None:
 def test_positional_arguments() -> None:
     arguments = arguments_of(SM90_CALL)
     positional = [arguments.get(name, default) for name, default in POSITIONAL.items()]
-    bits.assert_same(torch_ref_cutlass_fused_moe(*positional), EXPECTED)
+    bits.assert_same(torch_ref_cutlass_fused_moe(*positional)[0], EXPECTED)
 
 
 @pytest.mark.parametrize("present", [(), *((name,) for name in OPTIONAL), OPTIONAL[:2], OPTIONAL[1:]])
@@ -164,8 +164,8 @@ def test_tactic_reaches_both_gemms() -> None:
     traces = {}
     for tile_k in ((128, 128), (256, 128), (128, 256)):
         kernel = Sm90Kernel.of_tiles(tile_k)
-        output, traces[tile_k] = oracle(call, weight_layout="logical", kernel=kernel, trace=True)
-        bits.assert_same(output, forward(replace(call, kernel=kernel)))
+        traces[tile_k] = traced(call, weight_layout="logical", kernel=kernel)
+        bits.assert_same(traces[tile_k].output, forward(replace(call, kernel=kernel)))
     default = traces[128, 128]
     assert not torch.equal(default.fc1_accumulators, traces[256, 128].fc1_accumulators)
     assert torch.equal(default.fc1_accumulators, traces[128, 256].fc1_accumulators)
@@ -213,20 +213,23 @@ def test_strictness() -> None:
     )
 
 
+def traced(call: MoeCall = SM90_CALL, **changes: Any) -> MoeTrace:
+    return torch_ref_cutlass_fused_moe(**(arguments_of(call) | changes), trace=True)
+
+
 def test_trace() -> None:
-    output, got = oracle(trace=True)
-    expected = moe_trace(CALL)
-    bits.assert_same(output, EXPECTED)
+    got, expected = traced(), moe_trace(CALL)
     for field in fields(MoeTrace):
         bits.assert_same(getattr(got, field.name), getattr(expected, field.name))
 
 
 def test_output_is_written_in_place() -> None:
-    for trace in (False, True):
-        output = torch.full_like(EXPECTED, torch.nan)
-        got = oracle(output=output, trace=trace)
-        assert (got[0] if trace else got) is output
-        bits.assert_same(output, EXPECTED)
+    output = torch.full_like(EXPECTED, torch.nan)
+    assert oracle(output=output) is output
+    bits.assert_same(output, EXPECTED)
+    output = torch.full_like(EXPECTED, torch.nan)
+    assert traced(output=output).output is output
+    bits.assert_same(output, EXPECTED)
     # strided, and the input itself
     wide = torch.zeros(7, 512, dtype=torch.bfloat16)
     oracle(output=wide[:, 100:356])
@@ -236,6 +239,14 @@ def test_output_is_written_in_place() -> None:
     x = CALL.input.clone()
     assert oracle(input=x, output=x) is x
     bits.assert_same(x, EXPECTED)
+
+
+def test_it_returns_a_list_as_flashinfer_does() -> None:
+    """Callers write `[0]`, which would silently be the first token of a tensor."""
+    result = torch_ref_cutlass_fused_moe(**arguments_of(SM90_CALL))
+    assert type(result) is list
+    assert len(result) == 1
+    bits.assert_same(result[0], EXPECTED)
 
 
 def test_empty_batch() -> None:
@@ -297,7 +308,7 @@ def test_cuda_gives_the_same_bits() -> None:
 
     for call, expected in ((SM90_CALL, EXPECTED), (DENSE_CALL, forward(DENSE_CALL))):
         arguments = {name: moved(value) for name, value in arguments_of(call).items()}
-        bits.assert_same(torch_ref_cutlass_fused_moe(**arguments).cpu(), expected)
+        bits.assert_same(torch_ref_cutlass_fused_moe(**arguments)[0].cpu(), expected)
     with pytest.raises(ValueError, match=r"^output: expected a tensor on cuda:0 like input, got one on cpu$"):
         oracle(
             **{name: moved(value) for name, value in arguments_of(SM90_CALL).items()},
