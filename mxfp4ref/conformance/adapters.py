@@ -128,6 +128,12 @@ def logical_arguments(function: Callable[..., Any]) -> Prepare:
         for name in _OPTIONAL:
             if (value := getattr(experts, name)) is not None:
                 keywords[name.replace("_biases", "_expert_biases")] = value
+        biases = ("fc1_expert_biases", "fc2_expert_biases")
+        if sum(name in keywords for name in biases) == 1:
+            # The real call takes both or none. Adding +0 changes nothing, since a GEMM never gives -0.
+            for name, like in zip(biases, ("fc1_weights", "fc2_weights"), strict=True):
+                shape = getattr(experts, like).shape[:2]
+                keywords.setdefault(name, call.input.new_zeros(shape))
         if takes_output:
             keywords["output"] = poisoned(call.input)
         return (), keywords

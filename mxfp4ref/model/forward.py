@@ -187,7 +187,7 @@ def _gemm(
             rows.ends,
             partial(experts.columns, name),
             num_columns,
-            group_order(x.shape[1] // GROUP_SIZE, tactic.tile_k),
+            group_order(x.shape[1] // GROUP_SIZE, tactic.tile_k, generation),
             first_pair_swapped(x[None], rows.position[None], tactic, generation)[0],
         )
         return result if keep else result[:0], rounding(result)
