@@ -40,6 +40,7 @@ def check_tensor(
     sizes: Mapping[str, int] | None = None,
     contiguous: bool = False,
     written: bool = False,
+    cast: bool = False,
 ) -> Tensor:
     """Return `value` if it is a dense tensor of one of the dtypes and of the shape, else raise.
 
@@ -52,6 +53,7 @@ def check_tensor(
         sizes: the values of symbols that are already known.
         contiguous: require a contiguous tensor.
         written: require a tensor that can be written into: no element twice, nothing that autograd watches.
+        cast: where an int came for an int of another dtype, or a float for a float, say how to cast it.
 
     Raises:
         TypeError: not a tensor, a meta or sparse tensor, or another dtype.
@@ -71,7 +73,9 @@ def check_tensor(
     if value.is_nested:  # has no shape
         raise TypeError(f"{expected()}, got a nested tensor")
     if dtypes and value.dtype not in dtypes:
-        raise TypeError(f"{expected()}, got {got(value)}")
+        castable = cast and value.dtype.is_floating_point == dtypes[0].is_floating_point
+        how = f"; write {name}.to({dtypes[0]})" if castable and value.dtype != torch.bool else ""
+        raise TypeError(f"{expected()}, got {got(value)}{how}")
     if kind := _no_storage(value):
         raise TypeError(f"{expected()} with dense storage, got a {kind} tensor")
     any_prefix = len(shape) > 0 and shape[0] == "..."

@@ -44,10 +44,10 @@ def differing(seed: int) -> tuple[int, int]:
     order = group_order(sizes["groups"], tactic.tile_k)
     swapped = first_pair_swapped(x, None, tactic, generation)
     layout = generation.layout
-    stored = StoredWeights(packed[0], scales[0].flatten(), 0, 0)
+    stored = StoredWeights(packed[0], scales[0].flatten(), (0, 0))
     if rng.random() < 0.7:
         in_order = layout.interleave(packed)[0], layout.fold(scales)[0].flatten()
-        stored = StoredWeights(*in_order, layout.ORDER, layout.ORDER)
+        stored = StoredWeights(*in_order, layout.ORDERS)
     rows, columns = x[0], sizes["columns"]
     got = grouped_gemm(compiled_loops(), rows, [len(rows)], lambda _: stored, order, swapped[0], columns)
     expected = gemm_in_order(x, packed, scales, order, swapped)[0]

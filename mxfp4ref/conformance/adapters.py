@@ -14,6 +14,7 @@ from mxfp4ref.formats.generations import NEWEST, Generation
 from mxfp4ref.formats.layout import fold_scales_sm90, interleave_weights_sm90
 from mxfp4ref.goldens.runs import OUTPUTS
 from mxfp4ref.model.call import MoeCall
+from mxfp4ref.model.forward import MoeTrace
 
 __all__ = [
     "Kernel",
@@ -127,6 +128,12 @@ def logical_arguments(function: Callable[..., Any]) -> Prepare:
         for name in _OPTIONAL:
             if (value := getattr(experts, name)) is not None:
                 keywords[name.replace("_biases", "_expert_biases")] = value
+        biases = ("fc1_expert_biases", "fc2_expert_biases")
+        if sum(name in keywords for name in biases) == 1:
+            # The real call takes both or none. Adding +0 changes nothing, since a GEMM never gives -0.
+            for name, like in zip(biases, ("fc1_weights", "fc2_weights"), strict=True):
+                shape = getattr(experts, like).shape[:2]
+                keywords.setdefault(name, call.input.new_zeros(shape))
         if takes_output:
             keywords["output"] = poisoned(call.input)
         return (), keywords
@@ -168,7 +175,8 @@ def takes(function: Callable[..., Any], name: str) -> bool:
 
 
 def outputs_by_name(kind: str, result: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """A kernel's return value as outputs by name; intermediates too where it returned `(output, mapping)`.
+    """A kernel's return value as outputs by name; intermediates too where it returned
+    `(output, mapping)` or a `MoeTrace`.
 
     A function that returns None is taken to have written into the `output` it was given.
     """
@@ -176,6 +184,8 @@ def outputs_by_name(kind: str, result: Any, arguments: Mapping[str, Any]) -> dic
         return dict(result)
     if kind != "moe":
         return {OUTPUTS[kind][0]: result}
+    if isinstance(result, MoeTrace):
+        return dict(vars(result))
     stages: Mapping[str, Any] = {}
     if isinstance(result, tuple) and len(result) == 2 and not isinstance(result[1], Tensor):
         result, found = result

@@ -52,12 +52,6 @@ def flashinfer_kernel(device: str = "cuda") -> Kernel:
     def prepare(kind: str, call: MoeCall) -> Arguments:
         positional, keywords = prepare_layouts(kind, call)
         keywords["enable_pdl"] = False
-        biases = ("fc1_expert_biases", "fc2_expert_biases")
-        if sum(name in keywords for name in biases) == 1:
-            # The real call takes both or none. Adding +0 changes nothing, since a GEMM never gives -0.
-            for name, like in zip(biases, ("fc1_weights", "fc2_weights"), strict=True):
-                shape = getattr(call.experts, like).shape[:2]
-                keywords.setdefault(name, call.input.new_zeros(shape))
         if generation.forces_tactics:
             keywords["profile_ids"] = call.kernel.profile_ids
         return positional, keywords

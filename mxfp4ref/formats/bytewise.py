@@ -10,7 +10,7 @@ from torch import Tensor
 
 SCALE_ROWS = 1
 SCALE_AXES = "[E, G/4, R*4]"
-ORDER = 1  # in the compiled loops; 0 is logical order
+ORDERS = 1, 1  # of weights and scales, in the compiled loops; 0 is logical order
 
 
 def interleave(packed: Tensor) -> Tensor:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from mxfp4ref._compiler import uncompiled
 from mxfp4ref._validate import check_ids, check_int, check_same_device, check_tensor
-from mxfp4ref.formats.generations import GENERATIONS, Generation
+from mxfp4ref.formats import plain
+from mxfp4ref.formats.generations import GENERATIONS, PLAIN, Generation
 from mxfp4ref.formats.layout import deinterleave_weights_sm90, folded_bytes_shape, unfold_scales_sm90
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE
 
-__all__ = ["Experts", "Sm90Experts", "StoredWeights"]
+__all__ = ["Experts", "PlainExperts", "Sm90Experts", "StoredWeights"]
 
 
 class StoredWeights(NamedTuple):
@@ -24,13 +25,12 @@ class StoredWeights(NamedTuple):
     Attributes:
         packed: `[N, K/2] uint8`.
         scales: `[N * K/32] uint8`.
-        packed_order, scale_order: their byte orders, 0 the logical one, else `ORDER` of the module that describes it.
+        orders: the byte orders of the two, `ORDERS` of the module that describes them, 0 for the logical one.
     """
 
     packed: Tensor
     scales: Tensor
-    packed_order: int
-    scale_order: int
+    orders: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Experts:
     def stored(self, gemm: str, expert: int) -> StoredWeights:
         """MXFP4 weights of "fc1" or "fc2" of one expert, as they are."""
         scales = getattr(self, f"{gemm}_scales")[expert].reshape(-1).view(torch.uint8)
-        return StoredWeights(getattr(self, f"{gemm}_weights")[expert], scales, *self._orders)
+        return StoredWeights(getattr(self, f"{gemm}_weights")[expert], scales, self._orders)
 
     def to(self, device: torch.device | str) -> Self:
         """The same experts on another device."""
@@ -183,6 +183,8 @@ class Sm90Experts(Experts):
     unfolded at once, so memory does not grow with the number of experts.
     """
 
+    _possible: ClassVar[tuple[Generation, ...]] = GENERATIONS
+
     def __post_init__(self) -> None:
         if isinstance(self.fc1_weights, Tensor) and self.fc1_weights.dtype == torch.bfloat16:
             raise TypeError(
@@ -204,12 +206,11 @@ class Sm90Experts(Experts):
         """Whose layouts these are, by the shape of the scales."""
         assert self.fc1_scales is not None
         shape = folded_bytes_shape(self.fc1_scales)
-        return next(g for g in GENERATIONS if g.layout.logical_shape(shape) is not None)
+        return next(g for g in self._possible if g.layout.logical_shape(shape) is not None)
 
     @property
     def _orders(self) -> tuple[int, int]:
-        order = self.generation.layout.ORDER
-        return order, order
+        return self.generation.layout.ORDERS
 
     def _in_logical_layout(self, weights: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor | None]:
         assert scales is not None
@@ -220,7 +221,7 @@ class Sm90Experts(Experts):
         check_tensor(name, scales, dtype=(torch.uint8, torch.int32), shape=("...",))
         assert scales is not None
         _, rows, groups = shape
-        possible = GENERATIONS if name == "fc1_scales" else (self.generation,)  # both of one generation
+        possible = self._possible if name == "fc1_scales" else (self.generation,)  # both of one generation
         folded = {g.name: g.layout.folded_shape(*shape) for g in possible}
         if rows % 64 or groups % 4 or folded_bytes_shape(scales) not in folded.values():
             unit = scales.element_size()
@@ -229,3 +230,18 @@ class Sm90Experts(Experts):
                 f"{name}: expected folded scales {wanted} as {scales.dtype} for {rows} rows, a multiple of 64, and "
                 f"{groups} K groups, a multiple of 4; got {list(scales.shape)}"
             )
+
+
+@dataclass(frozen=True)
+class PlainExperts(Sm90Experts):
+    """Logical weights beside scales folded by `BYTEWISE`, as flashinfer up to 0.6.9 takes them (`PLAIN`).
+
+    Their shapes are those of the older of the two SM90 layouts, so that no tensor tells the two apart.
+    """
+
+    _possible: ClassVar[tuple[Generation, ...]] = (PLAIN,)
+
+    def stored(self, gemm: str, expert: int) -> StoredWeights:
+        weights = super().stored(gemm, expert)
+        plain.check(weights.scales)
+        return weights

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._validate import check_instance, shown
-from mxfp4ref.formats import bytewise, wordwise
+from mxfp4ref.formats import bytewise, plain, wordwise
 
 __all__ = [
     "BYTEWISE",
     "GENERATIONS",
     "NEWEST",
+    "PLAIN",
     "WORDWISE",
     "Generation",
     "Tile",
@@ -38,7 +39,7 @@ class Layout(Protocol):
 
     SCALE_ROWS: int  # R has to be a multiple of it
     SCALE_AXES: str  # of the folded scales
-    ORDER: int  # in the compiled loops; 0 is logical order
+    ORDERS: tuple[int, int]  # of weights and scales, in the compiled loops; 0 is logical order
 
     def interleave(self, packed: Tensor) -> Tensor: ...
     def deinterleave(self, interleaved: Tensor) -> Tensor: ...
@@ -60,6 +61,7 @@ class Generation:
         first_pair_swapped: (positions of rows in their expert, tile_n, tile_k) to whether the kernel rounds the
             product of the second K group alone and fuses the first one's; see `docs/arithmetic.md`, "The exception".
         tiles: M, N and K of the tiles that its GEMMs offer; tactics are numbered in this order, four clusters a tile.
+        swaps_groups: whether the last two groups of every K tile but the first and the last trade places.
         refused: tiles that are offered but do not run, for lack of shared memory.
         forces_tactics: whether `profile_ids` forces a tactic; 0.6.16.post3 to 0.6.17 take it and ignore it.
         known_faults: what is wrong with it on hardware, in words.
@@ -71,6 +73,7 @@ class Generation:
     layout: Layout
     first_pair_swapped: Callable[[Tensor, int, int], Tensor]
     tiles: tuple[Tile, ...]
+    swaps_groups: bool = True
     refused: frozenset[Tile] = frozenset()
     forces_tactics: bool = True
     known_faults: tuple[str, ...] = ()
@@ -79,7 +82,7 @@ class Generation:
         return self.name.upper()
 
     def __reduce__(self) -> tuple[Callable[[str], Generation], tuple[str]]:
-        if self not in GENERATIONS:  # a changed record must not become the one whose name it has kept
+        if self not in _NAMED:  # a changed record must not become the one whose name it has kept
             raise PicklingError(
                 f"generation: expected one of GENERATIONS, which have names, got another {self!r}"
             )
@@ -151,17 +154,32 @@ WORDWISE = Generation(
     refused=frozenset({(64, 128, 512), (128, 128, 512), (128, 256, 256), (256, 128, 256)}),
 )
 
-GENERATIONS = (BYTEWISE, WORDWISE)
+# What the drop-in computes for `weight_layout="logical_weights_folded_scales"`. The mainloop's source is the same in
+# all these releases, byte for byte. It was read, never run: it adds the groups up in ascending order. Which product
+# of the first pair is rounded alone is the compiler's choice, and taken to be that of `BYTEWISE`.
+PLAIN = Generation(
+    name="plain",
+    releases=("0.6.4", "0.6.7", "0.6.8", "0.6.8.post1", "0.6.9"),
+    recorded_as="plain",
+    layout=plain,
+    first_pair_swapped=_every_row,
+    tiles=BYTEWISE.tiles,
+    swaps_groups=False,
+    forces_tactics=False,
+)
+
+GENERATIONS = (BYTEWISE, WORDWISE)  # those that were measured on hardware
+_NAMED = (*GENERATIONS, PLAIN)
 NEWEST = WORDWISE  # the default everywhere, and what goldens and records that name no generation are of
 # What is known of other releases.
-_OLDER = "has an older mainloop that takes weights in logical order, which is not modelled"
-_NOT_MODELLED = dict.fromkeys(("0.6.7", "0.6.8", "0.6.8.post1", "0.6.9"), _OLDER)
+_OLDER = "has an older mainloop that takes weights in logical order, which was never measured"
+_NOT_MEASURED = dict.fromkeys(PLAIN.releases, _OLDER)
 
 
 def check_generation(value: object) -> None:
     """Raise TypeError unless `value` is a record of this module."""
     if not isinstance(value, Generation):
-        names = " or ".join(map(repr, GENERATIONS))
+        names = " or ".join(map(repr, _NAMED))
         raise TypeError(f"generation: expected {names} of mxfp4ref.formats.generations, got {shown(value)}")
 
 
@@ -171,10 +189,10 @@ def generation_named(name: str) -> Generation:
     Raises:
         ValueError: there is none.
     """
-    for generation in GENERATIONS:
+    for generation in _NAMED:
         if name in (generation.name, generation.recorded_as):
             return generation
-    names = " or ".join(repr(generation.name) for generation in GENERATIONS)
+    names = " or ".join(repr(generation.name) for generation in _NAMED)
     raise ValueError(f"generation: expected {names}, got {name!r}")
 
 
@@ -190,7 +208,7 @@ def generation_of(release: str) -> Generation:
     for generation in GENERATIONS:
         if public in generation.releases:
             return generation
-    known = _NOT_MODELLED.get(public, "is in no record of mxfp4ref.formats.generations")
+    known = _NOT_MEASURED.get(public, "is in no record of mxfp4ref.formats.generations")
     raise ValueError(
         f"flashinfer {release} {known}; CONTRIBUTING.md, 'Adding a generation of flashinfer', says how to find out "
         "which kernel a release has, and how to add it"

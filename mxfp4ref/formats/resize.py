@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mxfp4ref._compiler import uncompiled
 from mxfp4ref._validate import check_instance, check_int
-from mxfp4ref.formats.experts import Experts, Sm90Experts
-from mxfp4ref.formats.generations import NEWEST, Generation
+from mxfp4ref.formats.experts import Experts, PlainExperts, Sm90Experts
+from mxfp4ref.formats.generations import NEWEST, PLAIN, Generation
 from mxfp4ref.formats.layout import fold_scales_sm90, interleave_weights_sm90
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE
 
@@ -81,7 +81,8 @@ def to_sm90(experts: Experts, generation: Generation = NEWEST) -> Sm90Experts:
         "fc2_weights": interleave_weights_sm90(experts.fc2_weights, generation),
         "fc2_scales": fold_scales_sm90(experts.fc2_scales, generation).view(torch.int32),
     }
-    return Sm90Experts(**{field.name: getattr(experts, field.name) for field in fields(experts)} | changed)
+    layout = PlainExperts if generation is PLAIN else Sm90Experts
+    return layout(**{field.name: getattr(experts, field.name) for field in fields(experts)} | changed)
 
 
 @uncompiled

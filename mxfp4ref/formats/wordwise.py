@@ -17,7 +17,7 @@ from torch import Tensor
 
 SCALE_ROWS = 64
 SCALE_AXES = "[E, R/64, G/4, 16, 16]"
-ORDER = 2  # in the compiled loops; 0 is logical order
+ORDERS = 2, 2  # of weights and scales, in the compiled loops; 0 is logical order
 
 # Bit i of a gathered 32-bit word goes to bit _BIT_TARGETS[i] of the stored one.
 _BIT_TARGETS = (

@@ -70,10 +70,16 @@ class MoeCall:
             dtype=torch.int32,
             shape=("M", "k"),
             sizes=sizes,
+            cast=True,
         )
         sizes["k"] = self.token_selected_experts.shape[1]
         check_tensor(
-            "token_final_scales", self.token_final_scales, dtype=torch.float32, shape=("M", "k"), sizes=sizes
+            "token_final_scales",
+            self.token_final_scales,
+            dtype=torch.float32,
+            shape=("M", "k"),
+            sizes=sizes,
+            cast=True,
         )
         check_same_device(
             {

@@ -188,7 +188,7 @@ def _gemm(
             x,
             rows.ends,
             partial(experts.stored, name),
-            group_order(x.shape[1] // GROUP_SIZE, tactic.tile_k),
+            group_order(x.shape[1] // GROUP_SIZE, tactic.tile_k, generation),
             first_pair_swapped(x[None], rows.position[None], tactic, generation)[0],
             num_columns,
         )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.formats.experts import Experts, Sm90Experts
-from mxfp4ref.formats.generations import Generation
+from mxfp4ref.formats.generations import PLAIN, Generation
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90.gpu.tiles import Tiles, tiles_for
 from mxfp4ref.sm90.tactics import Tactic
@@ -41,6 +41,8 @@ def usable(call: MoeCall) -> bool:
     emulated = os.environ.get("MXFP4REF_GPU_GEMM") == "emulated"
     if device.type != "cuda" or not call.experts.quantized or emulated:
         return False
+    if PLAIN in (call.kernel.generation, stored_for(call.experts)):
+        return False  # no Triton kernel reads its layout or adds in its order
     from mxfp4ref.model import gpu_trial
 
     return gpu_trial.passed(device, stored_for(call.experts), _tiles(call))

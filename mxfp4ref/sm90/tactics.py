@@ -6,10 +6,10 @@ tile can show in the output: `docs/arithmetic.md`, "The GEMM".
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from mxfp4ref._validate import check_instance, shown
+from mxfp4ref._validate import check_instance, check_int, shown
 from mxfp4ref.formats.generations import NEWEST, Generation, Tile, check_generation
 
 __all__ = ["TILE_K", "TILE_N", "Sm90Kernel", "Tactic", "each_kernel", "runnable_tactics", "tactics_of"]
@@ -105,6 +105,39 @@ class Sm90Kernel:
                 )
             tactics.append(Tactic(fitting[0]))
         return cls(tactics[0], tactics[1], generation)
+
+    @classmethod
+    def of_profile_ids(cls, profile_ids: Sequence[int], generation: Generation = NEWEST) -> Sm90Kernel:
+        """The tactics that flashinfer's `profile_ids` force: `Sm90Kernel.of_profile_ids([4, 120])`.
+
+        Args:
+            profile_ids: one id of each GEMM; those of GEMM2 continue after those of GEMM1, -1 is its default tactic.
+            generation: whose list of tactics is numbered.
+
+        Raises:
+            TypeError: not two ints.
+            ValueError: an id that is not that GEMM's.
+        """
+        check_generation(generation)
+        if not isinstance(profile_ids, Sequence) or isinstance(profile_ids, str):
+            raise TypeError(f"profile_ids: expected two ints, one for each GEMM, got {shown(profile_ids)}")
+        if len(profile_ids) != 2:
+            raise ValueError(
+                f"profile_ids: expected two ints, one for each GEMM, got {len(profile_ids)}: {shown(profile_ids)}"
+            )
+        tactics = tactics_of(generation)
+        chosen = []
+        for gemm, number in enumerate(profile_ids):
+            check_int(f"profile_ids[{gemm}]", number, minimum=-1)
+            first = gemm * len(tactics)
+            if number != -1 and not first <= number < first + len(tactics):
+                other = f", one of GEMM{2 - gemm}" if 0 <= number < 2 * len(tactics) else ""
+                raise ValueError(
+                    f"profile_ids[{gemm}]: expected -1 or a tactic of GEMM{gemm + 1} of the {generation.name} "
+                    f"kernel, {first} to {first + len(tactics) - 1}, got {number}{other}"
+                )
+            chosen.append(Tactic() if number == -1 else tactics[number - first])
+        return cls(chosen[0], chosen[1], generation)
 
     @property
     def tactics(self) -> tuple[Tactic, Tactic]:

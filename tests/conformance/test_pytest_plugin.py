@@ -71,7 +71,7 @@ def test_fixtures(pytester: pytest.Pytester) -> None:
                 mxfp4_case.tensors["fc1_weights_sm90"], mxfp4_case.tensors["fc2_weights_sm90"], torch.bfloat16,
                 [mxfp4_case.tensors["fc1_scales_sm90"], mxfp4_case.tensors["fc2_scales_sm90"]],
                 use_w4_group_scaling=True,
-            )
+            )[0]
             assert_bits_equal(got, mxfp4_case.outputs[128, 128])
 
         def test_difference(assert_bits_equal):

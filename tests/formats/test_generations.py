@@ -12,6 +12,7 @@ from mxfp4ref.formats.generations import (
     BYTEWISE,
     GENERATIONS,
     NEWEST,
+    PLAIN,
     WORDWISE,
     Generation,
     generation_named,
@@ -36,14 +37,14 @@ def test_releases(release: str, generation: Generation) -> None:
 
 
 def test_no_release_is_in_two_records() -> None:
-    releases = [release for generation in GENERATIONS for release in generation.releases]
+    releases = [release for generation in (*GENERATIONS, PLAIN) for release in generation.releases]
     assert len(releases) == len(set(releases))
 
 
 @pytest.mark.parametrize(
     ("release", "words"),
     [
-        ("0.6.9", "weights in logical order, which is not modelled"),
+        *((r, "weights in logical order, which was never measured") for r in PLAIN.releases),
         ("0.8.0", "is in no record"),
         ("", "in no record"),
     ],
@@ -62,7 +63,7 @@ def test_a_release_is_a_string() -> None:
 
 def test_names() -> None:
     assert NEWEST is WORDWISE
-    for generation in GENERATIONS:
+    for generation in (*GENERATIONS, PLAIN):
         assert generation_named(generation.name) is generation
         assert generation_named(generation.recorded_as) is generation
     with pytest.raises(ValueError, match=r"^generation: expected 'bytewise' or 'wordwise'.*, got '0.6.17'"):
@@ -70,7 +71,7 @@ def test_names() -> None:
 
 
 def test_copies_are_the_record_itself() -> None:
-    for generation in GENERATIONS:
+    for generation in (*GENERATIONS, PLAIN):
         assert pickle.loads(pickle.dumps(generation)) is generation
         assert copy.copy(generation) is copy.deepcopy(generation) is generation
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.flashinfer import torch_ref_cutlass_fused_moe
@@ -46,8 +47,12 @@ DENSE_CALL = layers.random_call(
 )
 
 
-def oracle(call: MoeCall = SM90_CALL, **changes: Any) -> Any:
-    return torch_ref_cutlass_fused_moe(**(arguments_of(call) | changes))
+def oracle(call: MoeCall = SM90_CALL, **changes: Any) -> Tensor:
+    """The output alone of the call, with some arguments changed."""
+    result = torch_ref_cutlass_fused_moe(**(arguments_of(call) | changes))
+    assert isinstance(result, list)
+    (output,) = result
+    return output
 
 
 class ActivationType(enum.IntEnum):

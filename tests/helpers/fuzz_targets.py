@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mxfp4ref.formats import experts, layout, mxfp4, quantize
 from mxfp4ref.formats import resize as moved
-from mxfp4ref.formats.generations import NEWEST
+from mxfp4ref.formats.generations import NEWEST, PLAIN
 from mxfp4ref.goldens import generator as counter
 from mxfp4ref.model import call, layer, parallel
 from mxfp4ref.model import flashinfer as oracle
@@ -54,6 +54,11 @@ def make_sm90_experts() -> experts.Sm90Experts:
 
 def sm90_arguments() -> dict[str, Any]:
     return {name: getattr(make_sm90_experts(), name) for name in expert_arguments()}
+
+
+def plain_arguments() -> dict[str, Any]:
+    made = moved.to_sm90(make_experts(), PLAIN)
+    return {name: getattr(made, name) for name in expert_arguments()}
 
 
 def routed() -> dict[str, Any]:
@@ -129,7 +134,7 @@ STAGES = {"stages": None}
 # The drop-in says of these that they have no effect.
 IGNORED = (
     *("cluster_rank", "tune_max_num_tokens", "enable_pdl", "swizzled_input_sf", "use_fused_finalize"),
-    *("profile_ids", "workspace_buffer"),
+    "workspace_buffer",
 )
 FC1 = ("fc1_weights", "fc2_weights", "fc1_scales", "fc2_scales")
 TARGETS: dict[str, Target] = {
@@ -184,6 +189,7 @@ TARGETS: dict[str, Target] = {
     "formats.layout.unpad_halves": Target(layout.unpad_halves, lambda: halves(size=2), generic=True),
     "formats.experts.Experts": Target(experts.Experts, expert_arguments),
     "formats.experts.Sm90Experts": Target(experts.Sm90Experts, sm90_arguments),
+    "formats.experts.PlainExperts": Target(experts.PlainExperts, plain_arguments),
     "formats.experts.Experts.slice": Target(
         lambda start, stop: make_experts().slice(start, stop), lambda: {"start": 1, "stop": 3}
     ),
@@ -209,6 +215,9 @@ TARGETS: dict[str, Target] = {
         dense_oracle_arguments,
         written=("output",),
         only=("input", "fc1_expert_weights", "fc2_expert_weights", "quant_scales", "output", "weight_layout"),
+    ),
+    "model.flashinfer.drop_in": Target(
+        oracle.drop_in, lambda: {"kernel": Sm90Kernel(), "weight_layout": "sm90", "strict": True}
     ),
     "routing.scoring.raw_logits": Target(scoring.raw_logits, lambda: {"logits": logits()}),
     "routing.scoring.sigmoid": Target(scoring.sigmoid, lambda: {"logits": logits()}),

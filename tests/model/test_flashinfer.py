@@ -35,7 +35,8 @@ from tests.helpers.drop_in import (
 # --- the signature ----------------------------------------------------------------------------------------
 
 REQUIRED = inspect.Parameter.empty
-# flashinfer.fused_moe.cutlass_fused_moe of flashinfer-python 0.7.2.post1: names in order, and their defaults.
+# flashinfer.fused_moe.cutlass_fused_moe of flashinfer-python 0.7.2.post1 (fused_moe/core.py): names in order, and
+# their defaults.
 POSITIONAL = {
     "input": REQUIRED,
     "token_selected_experts": REQUIRED,
@@ -78,6 +79,8 @@ KEYWORD_ONLY = {
     "situ_linear_beta": None,
     "backend": "cutlass",
 }
+# Where the drop-in differs: bf16 weights have no scales.
+DIFFERENCES: dict[str, object] = {"quant_scales": None}
 OURS = {
     "kernel": None,
     "weight_layout": None,
@@ -94,7 +97,7 @@ def parameters_of(function: Callable[..., Any], kind: Any) -> dict[str, object]:
 def test_signature() -> None:
     positional = parameters_of(torch_ref_cutlass_fused_moe, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     keyword_only = parameters_of(torch_ref_cutlass_fused_moe, inspect.Parameter.KEYWORD_ONLY)
-    assert list(positional.items()) == list(POSITIONAL.items())
+    assert list(positional.items()) == list((POSITIONAL | DIFFERENCES).items())
     assert list(keyword_only.items()) == list((KEYWORD_ONLY | OURS).items())
     assert len(inspect.signature(torch_ref_cutlass_fused_moe).parameters) == len(positional) + len(
         keyword_only
@@ -105,7 +108,7 @@ def test_signature_is_that_of_flashinfer() -> None:
     flashinfer = pytest.importorskip("flashinfer.fused_moe", exc_type=ImportError)
     theirs = inspect.signature(flashinfer.cutlass_fused_moe).parameters.values()
     ours = inspect.signature(torch_ref_cutlass_fused_moe).parameters
-    wanted = [(p.name, p.kind, p.default) for p in theirs]
+    wanted = [(p.name, p.kind, DIFFERENCES.get(p.name, p.default)) for p in theirs]
     got = [(p.name, p.kind, p.default) for p in ours.values() if p.name not in OURS]
     assert got == wanted
 
@@ -117,23 +120,23 @@ def test_signature_is_that_of_flashinfer() -> None:
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
 def test_sm90_layouts(generation: Generation, dtype: torch.dtype) -> None:
     call = replace(CALL, experts=layers.to_sm90(EXPERTS, generation, dtype))
-    bits.assert_same(oracle(call), EXPECTED)
     bits.assert_same(oracle(call, weight_layout="sm90"), EXPECTED)
+    bits.assert_same(oracle(call, kernel=Sm90Kernel(generation=generation)), EXPECTED)
 
 
 def test_logical_layout() -> None:
     bits.assert_same(oracle(CALL, weight_layout="logical"), EXPECTED)
-    assert WEIGHT_LAYOUTS == ("sm90", "logical")
+    assert WEIGHT_LAYOUTS == ("sm90", "logical", "logical_weights_folded_scales")
 
 
 def test_positional_arguments() -> None:
     arguments = arguments_of(SM90_CALL)
     positional = [arguments.get(name, default) for name, default in POSITIONAL.items()]
-    bits.assert_same(torch_ref_cutlass_fused_moe(*positional), EXPECTED)
+    bits.assert_same(torch_ref_cutlass_fused_moe(*positional)[0], EXPECTED)
 
 
 @pytest.mark.parametrize("present", [(), *((name,) for name in OPTIONAL), OPTIONAL[:2], OPTIONAL[1:]])
-@pytest.mark.parametrize("biases", [(), ("fc1_biases",), ("fc2_biases",)])
+@pytest.mark.parametrize("biases", [(), ("fc1_biases", "fc2_biases")])
 def test_any_subset_of_the_optional_tensors(present: tuple[str, ...], biases: tuple[str, ...]) -> None:
     absent = {
         name: None for name in (*OPTIONAL, "fc1_biases", "fc2_biases") if name not in (*present, *biases)
@@ -164,8 +167,8 @@ def test_tactic_reaches_both_gemms() -> None:
     traces = {}
     for tile_k in ((128, 128), (256, 128), (128, 256)):
         kernel = Sm90Kernel.of_tiles(tile_k)
-        output, traces[tile_k] = oracle(call, weight_layout="logical", kernel=kernel, trace=True)
-        bits.assert_same(output, forward(replace(call, kernel=kernel)))
+        traces[tile_k] = traced(call, weight_layout="logical", kernel=kernel)
+        bits.assert_same(traces[tile_k].output, forward(replace(call, kernel=kernel)))
     default = traces[128, 128]
     assert not torch.equal(default.fc1_accumulators, traces[256, 128].fc1_accumulators)
     assert torch.equal(default.fc1_accumulators, traces[128, 256].fc1_accumulators)
@@ -192,7 +195,7 @@ def test_the_tensors_tell_the_generation() -> None:
     outputs = {}
     for generation in GENERATIONS:
         call = replace(case.call(), experts=layers.to_sm90(case.experts, generation))
-        outputs[generation] = oracle(call)
+        outputs[generation] = oracle(call, weight_layout="sm90")
         expected = replace(case.call(), kernel=Sm90Kernel(generation=generation))
         bits.assert_same(outputs[generation], forward(expected))
     assert not torch.equal(outputs[BYTEWISE], outputs[WORDWISE])
@@ -213,20 +216,23 @@ def test_strictness() -> None:
     )
 
 
+def traced(call: MoeCall = SM90_CALL, **changes: Any) -> MoeTrace:
+    return torch_ref_cutlass_fused_moe(**(arguments_of(call) | changes), trace=True)
+
+
 def test_trace() -> None:
-    output, got = oracle(trace=True)
-    expected = moe_trace(CALL)
-    bits.assert_same(output, EXPECTED)
+    got, expected = traced(), moe_trace(CALL)
     for field in fields(MoeTrace):
         bits.assert_same(getattr(got, field.name), getattr(expected, field.name))
 
 
 def test_output_is_written_in_place() -> None:
-    for trace in (False, True):
-        output = torch.full_like(EXPECTED, torch.nan)
-        got = oracle(output=output, trace=trace)
-        assert (got[0] if trace else got) is output
-        bits.assert_same(output, EXPECTED)
+    output = torch.full_like(EXPECTED, torch.nan)
+    assert oracle(output=output) is output
+    bits.assert_same(output, EXPECTED)
+    output = torch.full_like(EXPECTED, torch.nan)
+    assert traced(output=output).output is output
+    bits.assert_same(output, EXPECTED)
     # strided, and the input itself
     wide = torch.zeros(7, 512, dtype=torch.bfloat16)
     oracle(output=wide[:, 100:356])
@@ -236,6 +242,14 @@ def test_output_is_written_in_place() -> None:
     x = CALL.input.clone()
     assert oracle(input=x, output=x) is x
     bits.assert_same(x, EXPECTED)
+
+
+def test_it_returns_a_list_as_flashinfer_does() -> None:
+    """Callers write `[0]`, which would silently be the first token of a tensor."""
+    result = torch_ref_cutlass_fused_moe(**arguments_of(SM90_CALL))
+    assert type(result) is list
+    assert len(result) == 1
+    bits.assert_same(result[0], EXPECTED)
 
 
 def test_empty_batch() -> None:
@@ -253,13 +267,13 @@ def test_empty_batch() -> None:
         {"enable_pdl": False},
         {"swizzled_input_sf": False},
         {"use_fused_finalize": False},
-        {"profile_ids": [3, 200]},
         {"workspace_buffer": torch.zeros(16, dtype=torch.uint8)},
         {"activation_type": ActivationType.Swiglu},
         {"activation_type": 5},
         {"activation_type": ActivationType.SwigluBias},
         {"cluster_rank": 0},
         {"backend": "cutlass"},
+        {"profile_ids": None},
         {"quant_scales": tuple(arguments_of(SM90_CALL)["quant_scales"])},
     ],
 )
@@ -269,9 +283,9 @@ def test_arguments_without_effect(accepted: dict[str, Any]) -> None:
 
 def test_every_argument_is_accounted_for() -> None:
     """Accepted without effect, refused, or tested above: an argument that is added has to be placed too."""
-    effective = {"output", *PARALLEL, "activation_type", *arguments_of(CALL)}
+    effective = {"output", *PARALLEL, "activation_type", "profile_ids", *arguments_of(CALL)}
     no_effect = {"tune_max_num_tokens", "enable_pdl", "swizzled_input_sf", "use_fused_finalize"}
-    no_effect |= {"profile_ids", "workspace_buffer", "cluster_rank"}
+    no_effect |= {"workspace_buffer", "cluster_rank"}
     refused = {"input_sf", "cluster_size", "enable_alltoall", "use_deepseek_fp8_block_scale"}
     refused |= {"use_mxfp8_act_scaling", "min_latency_mode", "use_packed_weights", "use_wfp4afp8_humming"}
     refused |= set(KEYWORD_ONLY)
@@ -285,6 +299,13 @@ def test_bf16_weights() -> None:
     expected = forward(DENSE_CALL)
     bits.assert_same(oracle(DENSE_CALL), expected)
     bits.assert_same(oracle(DENSE_CALL, quant_scales=[]), expected)
+    # The kernel looks neither at the flag nor at scales; an engine's debug switch leaves both as they were.
+    scales = arguments_of(SM90_CALL)["quant_scales"]
+    bits.assert_same(oracle(DENSE_CALL, use_w4_group_scaling=True), expected)
+    bits.assert_same(oracle(DENSE_CALL, use_w4_group_scaling=True, quant_scales=scales), expected)
+    bits.assert_same(oracle(DENSE_CALL, quant_scales=scales, profile_ids=[4, 120]), expected)
+    without = {name: value for name, value in arguments_of(DENSE_CALL).items() if name != "quant_scales"}
+    bits.assert_same(torch_ref_cutlass_fused_moe(**without)[0], expected)
     bits.assert_same(oracle(DENSE_CALL, weight_layout="logical"), expected)
 
 
@@ -297,7 +318,7 @@ def test_cuda_gives_the_same_bits() -> None:
 
     for call, expected in ((SM90_CALL, EXPECTED), (DENSE_CALL, forward(DENSE_CALL))):
         arguments = {name: moved(value) for name, value in arguments_of(call).items()}
-        bits.assert_same(torch_ref_cutlass_fused_moe(**arguments).cpu(), expected)
+        bits.assert_same(torch_ref_cutlass_fused_moe(**arguments)[0].cpu(), expected)
     with pytest.raises(ValueError, match=r"^output: expected a tensor on cuda:0 like input, got one on cpu$"):
         oracle(
             **{name: moved(value) for name, value in arguments_of(SM90_CALL).items()},

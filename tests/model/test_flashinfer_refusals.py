@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from mxfp4ref.formats.generations import BYTEWISE
 from mxfp4ref.formats.layout import fold_scales_sm90
+from mxfp4ref.model.forward import forward
 from mxfp4ref.sm90.tactics import Sm90Kernel
 from tests.helpers import bits
 from tests.helpers.drop_in import (
@@ -50,6 +52,25 @@ def test_not_modelled(refused: dict[str, Any]) -> None:
     (name,) = refused
     with pytest.raises(NotImplementedError, match=f"^{name}: .*got "):
         oracle(**refused)
+
+
+@pytest.mark.parametrize(
+    ("x", "weights"),
+    [
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.float8_e4m3fn),
+        (torch.float8_e4m3fn, torch.float8_e4m3fn),
+        (torch.float8_e4m3fn, torch.int64),
+        (torch.uint8, torch.int64),
+    ],
+)
+def test_other_kernels_of_the_real_function(x: torch.dtype, weights: torch.dtype) -> None:
+    """A swap can hand them to the real function: they are not wrong, but not modelled."""
+    message = f"^fc1_expert_weights: not modelled, .*got {weights} weights and a {x} input$"
+    with pytest.raises(NotImplementedError, match=message):
+        oracle(input=A["input"].to(x), fc1_expert_weights=A["fc1_expert_weights"].to(weights))
+    with pytest.raises(NotImplementedError, match=r"^token_final_scales: not modelled, .*got None$"):
+        oracle(token_final_scales=None)
 
 
 def test_swiglu_bias_needs_a_parameter() -> None:
@@ -124,12 +145,16 @@ def strided(tensor: Tensor) -> Tensor:
             ValueError,
             "quant_scales: expected the scales of fc1 and fc2, two tensors, got Tensor",
         ),
-        ({"quant_scales": [S1, S2.float()]}, TypeError, "quant_scales[1]: expected a uint8 or int32 tensor"),
+        (
+            {"quant_scales": [S1, S2.float()]},
+            TypeError,
+            "quant_scales[1]: expected a uint8 or int32 or float8_e8m0fnu tensor",
+        ),
         ({"quant_scales": [S2, S1]}, ValueError, "quant_scales[0]: expected folded scales"),
         (
             {"weight_layout": "sm100"},
             ValueError,
-            "weight_layout: expected one of 'sm90', 'logical', got 'sm100'",
+            "weight_layout: expected one of 'sm90', 'logical', 'logical_weights_folded_scales', got 'sm100'",
         ),
         (
             {"weight_layout": "logical"},
@@ -140,8 +165,28 @@ def strided(tensor: Tensor) -> Tensor:
         (
             {"token_selected_experts": A["token_selected_experts"].long()},
             TypeError,
-            "token_selected_experts: expected",
+            "token_selected_experts: expected a int32 tensor of shape [M=7, k], got int64 [7, 2]; "
+            "write token_selected_experts.to(torch.int32)",
         ),
+        (
+            {"token_final_scales": A["token_final_scales"].bfloat16()},
+            TypeError,
+            "token_final_scales: expected a float32 tensor of shape [M=7, k=2], got bfloat16 [7, 2]; "
+            "write token_final_scales.to(torch.float32)",
+        ),
+        (
+            {"fc1_expert_biases": None},
+            ValueError,
+            "fc1_expert_biases: expected a tensor beside fc2_expert_biases, since the kernel takes both or none, got "
+            "None; write fc1_expert_weights.new_zeros(fc1_expert_weights.shape[:2], dtype=torch.bfloat16)",
+        ),
+        (
+            {"fc2_expert_biases": None},
+            ValueError,
+            "fc2_expert_biases: expected a tensor beside fc1_expert_biases",
+        ),
+        ({"strict": "skip"}, ValueError, "strict: expected one of True, False, 'count', got 'skip'"),
+        ({"strict": 1}, ValueError, "strict: expected one of True, False, 'count', got 1"),
         ({"token_final_scales": A["token_final_scales"][:3]}, ValueError, "token_final_scales: expected"),
         ({"swiglu_limit": 7.0}, TypeError, "swiglu_limit: expected a float32 tensor of shape [4], got float"),
         ({"fc1_expert_biases": A["fc1_expert_biases"].float()}, TypeError, "fc1_expert_biases: expected"),
@@ -197,13 +242,19 @@ def test_refuses_another_fold_than_the_shapes_allow() -> None:
 
 
 def test_bf16_weights_refusals() -> None:
-    with pytest.raises(
-        NotImplementedError, match=r"^quant_scales: not modelled without use_w4_group_scaling"
-    ):
-        oracle(DENSE_CALL, quant_scales=[torch.ones(1), torch.ones(1)])
-    with pytest.raises(
-        ValueError, match=r"^weight_layout: expected 'logical' for bfloat16 weights, got 'sm90'$"
-    ):
-        oracle(DENSE_CALL, weight_layout="sm90")
-    with pytest.raises(TypeError, match=r"^fc1_expert_weights: expected a uint8 tensor"):
-        oracle(DENSE_CALL, use_w4_group_scaling=True)
+    for layout in ("sm90", "logical_weights_folded_scales"):
+        message = f"weight_layout: expected 'logical' for bfloat16 weights, got '{layout}'"
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            oracle(DENSE_CALL, weight_layout=layout)
+    with pytest.raises(TypeError, match=r"^quant_scales: expected a sequence or None, got Tensor$"):
+        oracle(DENSE_CALL, quant_scales=torch.ones(2))
+    with pytest.raises(TypeError, match=r"^fc2_expert_weights: expected a bfloat16 tensor .*, got uint8"):
+        oracle(DENSE_CALL, use_w4_group_scaling=True, fc2_expert_weights=A["fc2_expert_weights"])
+
+
+def test_zero_biases_are_no_biases() -> None:
+    """The line to write that the refusal of a lone bias names."""
+    weights = A["fc2_expert_weights"]
+    zeros = weights.new_zeros(weights.shape[:2], dtype=torch.bfloat16)
+    alone = replace(CALL, experts=replace(EXPERTS, fc2_biases=None))
+    bits.assert_same(oracle(fc2_expert_biases=zeros), forward(alone))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mxfp4ref.formats.generations import BYTEWISE, GENERATIONS, WORDWISE
+from mxfp4ref.formats.generations import BYTEWISE, GENERATIONS, WORDWISE, Generation
 from mxfp4ref.sm90.tactics import Sm90Kernel, Tactic, each_kernel, runnable_tactics, tactics_of
 
 
@@ -22,6 +22,57 @@ def test_ids() -> None:
         for number, tactic in enumerate(tactics):
             kernel = Sm90Kernel(tactic, tactic, generation)
             assert kernel.profile_ids == [number, len(tactics) + number]
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_every_id_of_either_gemm(generation: Generation) -> None:
+    """There and back: each tactic of one GEMM beside the default of the other; ids of the other GEMM are refused."""
+    tactics = tactics_of(generation)
+    count = len(tactics)
+    assert count == {BYTEWISE: 28, WORDWISE: 116}[generation]
+    for number, tactic in enumerate(tactics):
+        first = Sm90Kernel.of_profile_ids([number, -1], generation)
+        assert first == Sm90Kernel(gemm1=tactic, generation=generation)
+        assert first.profile_ids == [number, count]
+        second = Sm90Kernel.of_profile_ids((-1, count + number), generation)
+        assert second == Sm90Kernel(gemm2=tactic, generation=generation)
+        assert second.profile_ids == [0, count + number]
+        with pytest.raises(
+            ValueError, match=rf"^profile_ids\[0\]: .*0 to {count - 1}, got .*, one of GEMM2$"
+        ):
+            Sm90Kernel.of_profile_ids([count + number, -1], generation)
+        with pytest.raises(
+            ValueError, match=rf"^profile_ids\[1\]: .*{count} to .*, got {number}, one of GEMM1$"
+        ):
+            Sm90Kernel.of_profile_ids([-1, number], generation)
+    assert Sm90Kernel.of_profile_ids([-1, -1], generation) == Sm90Kernel(generation=generation)
+
+
+@pytest.mark.parametrize(
+    ("profile_ids", "error", "message"),
+    [
+        (None, TypeError, "profile_ids: expected two ints, one for each GEMM, got None"),
+        ("48", TypeError, "profile_ids: expected two ints, one for each GEMM, got '48'"),
+        ([4], ValueError, r"profile_ids: expected two ints, one for each GEMM, got 1: \[4\]"),
+        ([4, 120, 0], ValueError, r"profile_ids: expected two ints, one for each GEMM, got 3: \[4, 120, 0\]"),
+        (
+            [4, 232],
+            ValueError,
+            r"profile_ids\[1\]: expected -1 or a tactic of GEMM2 .*, 116 to 231, got 232$",
+        ),
+        (
+            [232, 120],
+            ValueError,
+            r"profile_ids\[0\]: expected -1 or a tactic of GEMM1 .*, 0 to 115, got 232$",
+        ),
+        ([-2, -1], ValueError, r"profile_ids\[0\]: expected an int at least -1, got -2"),
+        ([4.0, 120], TypeError, r"profile_ids\[0\]: expected an int, got float 4.0"),
+        ([4, True], TypeError, r"profile_ids\[1\]: expected an int, got bool True"),
+    ],
+)
+def test_wrong_profile_ids(profile_ids: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^{message}"):
+        Sm90Kernel.of_profile_ids(profile_ids)
 
 
 def test_of_tiles() -> None:

@@ -39,6 +39,8 @@ EXEMPT_MODULES = {
     "mxfp4ref.formats.wordwise": "positions of bytes, called with checked tensors only",
     "mxfp4ref.sm90": "the hardware's operations and stages, called with checked tensors only",
     "mxfp4ref.model.gpu": "a way of model.forward on a GPU, called with a checked MoeCall only",
+    "mxfp4ref.model.flashinfer_arguments": "takes the arguments of model.flashinfer, which is fuzzed",
+    "mxfp4ref.model.skipped": "takes a MoeCall, or nothing",
     "mxfp4ref.model.gpu_trial": "makes its calls itself",
     "mxfp4ref.model.dense": "a stage, called with checked tensors only",
     "mxfp4ref.defects": "wrong pipelines, run on calls that are checked",

@@ -234,7 +234,7 @@ def hard(sizes: Sizes) -> Iterator[Row]:
 
 
 def formats(sizes: Sizes) -> Iterator[Row]:
-    """Formats and layouts; ratios are to a copy of the larger of a function's input and output, as new as its output."""
+    """Formats and layouts; ratios are to a copy, into new memory if that is what the function does too."""
     values = torch.randn(sizes.hidden, sizes.hidden, device=sizes.device).to(torch.bfloat16)
     packed, scales = quantize(values)
     out = torch.empty_like(values)

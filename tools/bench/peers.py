@@ -92,7 +92,7 @@ def drop_in(call: MoeCall, experts: dict[str, Any], **options: Any) -> Callable[
         use_w4_group_scaling=True,
         **experts,
         **options,
-    )
+    )[0]
 
 
 def random_experts(

@@ -125,7 +125,7 @@ class GemmVariant:
         decode_codes: codes, int64, to float64 values of at most 8 bits.
         decode_scales: scale bytes to float32 factors.
         group_sum: `x @ weights^T` of groups, `[B, M, 32]` and `[B, N, 32]` to `[B, M, N]`, all float64.
-        order: `(num_groups, tile_k)` to the order of the groups.
+        order: `(num_groups, tile_k)` to the order of the groups; None for the generation's.
         accumulate: the terms, in that order, to float32 accumulators.
         add_zero: the epilogue's addition of +0.
     """
@@ -133,7 +133,7 @@ class GemmVariant:
     decode_codes: Callable[[Tensor], Tensor] = lambda codes: _values(codes.device)[codes]
     decode_scales: Callable[[Tensor], Tensor] = lambda scales: decode_ue8m0(scales, convention="sm90")
     group_sum: Callable[[Tensor, Tensor], Tensor] = tensor_core_sum
-    order: Callable[[int, int], list[int]] = group_order
+    order: Callable[[int, int], list[int]] | None = None
     accumulate: Callable[[list[Term]], Tensor] = accumulate
     add_zero: bool = True
 
@@ -154,7 +154,10 @@ class GemmVariant:
             t = self.group_sum(_by_group(to_fp64(x)), _by_group(values)).to(torch.float32)
             t = t.view(-1, num_groups, *t.shape[1:])
             factors = self.decode_scales(scales).transpose(1, 2).unsqueeze(2).expand_as(t)
-            order = self.order(num_groups, tactic.tile_k)
+            if self.order is None:
+                order = group_order(num_groups, tactic.tile_k, generation)
+            else:
+                order = self.order(num_groups, tactic.tile_k)
             acc = self.accumulate([Term(t[:, group], factors[:, group], swapped) for group in order])
             return fp32.add(acc, torch.zeros_like(acc)) if self.add_zero else acc
 

@@ -57,7 +57,7 @@ def gemm(x: Tensor, packed: Tensor, scales: Tensor, order: Sequence[int], swappe
             out[..., columns] = gemm_in_order(x, packed[:, columns], scales[:, columns], order, swapped)
         return out
     ends = [num_rows * (expert + 1) for expert in range(batch)]
-    weights = [StoredWeights(packed[e], scales[e], 0, 0) for e in range(batch)]
+    weights = [StoredWeights(packed[e], scales[e], (0, 0)) for e in range(batch)]
     rows = x.reshape(-1, depth)
     out = grouped_gemm(compiled, rows, ends, weights.__getitem__, order, swapped.reshape(-1), num_columns)
     return out.view(batch, num_rows, num_columns)
@@ -97,7 +97,7 @@ def grouped_gemm(
         compiled.classify(x_bits, facts)
         stored = weights(expert)
         words, scale_bytes = as_numpy(stored.packed, np.int32), as_numpy(stored.scales, np.uint8).reshape(-1)
-        orders = np.array([stored.packed_order, stored.scale_order])
+        orders = np.array(stored.orders)
         of_expert = x_bits, facts, words, scale_bytes, orders
         written = steps, as_numpy(swapped[rows], np.bool_), as_numpy(out[rows], np.int32)
         for columns in spans(num_columns, _COLUMNS_AT_ONCE):
@@ -127,10 +127,10 @@ def _try_out(compiled: Any) -> None:
     def gemm(
         layout: Any, x: Tensor, packed: Tensor, scales: Tensor, order: list[int], swaps: Tensor
     ) -> Tensor:
-        columns, byte_order = packed.shape[1], 0
+        columns, orders = packed.shape[1], (0, 0)
         if layout is not None:
-            packed, scales, byte_order = layout.interleave(packed), layout.fold(scales), layout.ORDER
-        stored = StoredWeights(packed[0], scales[0].flatten(), byte_order, byte_order)
+            packed, scales, orders = layout.interleave(packed), layout.fold(scales), layout.ORDERS
+        stored = StoredWeights(packed[0], scales[0].flatten(), orders)
         return grouped_gemm(compiled, x[0], [len(x[0])], lambda _: stored, order, swaps[0], columns)[None]
 
     for layout in (None, *(generation.layout for generation in GENERATIONS)):

@@ -36,14 +36,15 @@ def group_scaled_gemm(
         packed: `[B, N, K/2] uint8`, E2M1 codes in logical order, the low nibble the even K index.
         scales: `[B, N, K/32] uint8`, UE8M0 by the `sm90` convention.
         tactic: its K tile orders the groups; its N tile shows only where the first two groups over- or underflow.
-        generation: of the kernel; shows where the N tile does.
+        generation: of the kernel; shows where the N tile does, and `PLAIN` in the order of the groups.
         positions: `[B, M] int64`, the rows' positions among all rows of their expert; by default 0, 1, 2, ...
 
     Returns:
         `[B, M, N] float32` after the epilogue's addition of +0: never -0, no subnormals, NaN is 0x7FFFFFFF.
     """
     swapped = first_pair_swapped(x, positions, tactic, generation)
-    return _gemm_on(x.device)(x, packed, scales, group_order(scales.shape[2], tactic.tile_k), swapped)
+    order = group_order(scales.shape[2], tactic.tile_k, generation)
+    return _gemm_on(x.device)(x, packed, scales, order, swapped)
 
 
 @functools.cache

@@ -34,7 +34,7 @@ def group_scaled_gemm_reference(
 
     Arguments and result are those of `group_scaled_gemm`, which computes the same bits faster.
     """
-    order = group_order(scales.shape[2], tactic.tile_k)
+    order = group_order(scales.shape[2], tactic.tile_k, generation)
     return gemm_in_order(x, packed, scales, order, first_pair_swapped(x, positions, tactic, generation))
 
 

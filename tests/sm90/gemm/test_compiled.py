@@ -145,14 +145,15 @@ def test_all_experts_of_a_layer_in_every_byte_order(
     x = problem(3, "wide", "any", rows=sum(counts), columns=1, groups=groups)[0][0]
     stored = packed if packed_order is None else packed_order.layout.interleave(packed)
     folded = scales if scale_order is None else scale_order.layout.fold(scales)
-    orders = [
-        0 if generation is None else generation.layout.ORDER for generation in (packed_order, scale_order)
-    ]
+    orders = (
+        0 if packed_order is None else packed_order.layout.ORDERS[0],
+        0 if scale_order is None else scale_order.layout.ORDERS[1],
+    )
     order, swapped = group_order(groups, 128), torch.arange(len(x)) % 3 == 0
     ends = np.cumsum(counts).tolist()
 
     def weights(expert: int) -> StoredWeights:
-        return StoredWeights(stored[expert], folded[expert].flatten(), *orders)
+        return StoredWeights(stored[expert], folded[expert].flatten(), orders)
 
     got = grouped_gemm(cpu_loops, x, ends, weights, order, swapped, num_columns)
     for expert, (count, end) in enumerate(zip(counts, ends, strict=True)):
@@ -170,9 +171,7 @@ def test_every_code_and_scale_at_every_place_of_a_byte_order(generation: Generat
     packed, scales = pack_codes(codes), (100 + torch.arange(64 * 4).view(1, 64, 4) % 50).to(torch.uint8)
     one_hot, nothing = torch.eye(depth, dtype=torch.bfloat16), torch.zeros(depth, dtype=torch.bool)
     layout = generation.layout
-    stored = StoredWeights(
-        layout.interleave(packed)[0], layout.fold(scales)[0].flatten(), layout.ORDER, layout.ORDER
-    )
+    stored = StoredWeights(layout.interleave(packed)[0], layout.fold(scales)[0].flatten(), layout.ORDERS)
     got = grouped_gemm(cpu_loops, one_hot, [depth], lambda expert: stored, [0, 1, 2, 3], nothing, 64)
     bits.assert_same(got.T, dequantize(packed[0], scales[0], dtype=torch.float32))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mxfp4ref.formats.generations import BYTEWISE, WORDWISE
+from mxfp4ref.formats.generations import BYTEWISE, PLAIN, WORDWISE
 from mxfp4ref.sm90.gemm.order import first_pair_swapped, group_order
 from mxfp4ref.sm90.tactics import TILE_K, TILE_N, Tactic
 from tests.helpers import exact
@@ -38,6 +38,12 @@ def test_group_order_of_any_length(tile_k: int) -> None:
     for tiles in range(13):
         num_groups = tiles * tile_k // 32
         assert group_order(num_groups, tile_k) == exact.group_order(num_groups, tile_k)
+
+
+def test_the_oldest_kernel_adds_in_ascending_order() -> None:
+    for num_groups in range(0, 64, 4):
+        assert group_order(num_groups, 128, PLAIN) == list(range(num_groups))
+        assert group_order(num_groups, 128, BYTEWISE) == exact.group_order(num_groups, 128)
 
 
 def test_first_pair_swapped() -> None:

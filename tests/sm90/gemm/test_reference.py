@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mxfp4ref.formats.generations import BYTEWISE
+from mxfp4ref.formats.generations import BYTEWISE, PLAIN
 from mxfp4ref.formats.mxfp4 import pack_codes
 from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
 from mxfp4ref.sm90.gemm.reference import group_scaled_gemm_reference
@@ -36,6 +36,23 @@ def test_against_fractions(x_kind: str, scale_kind: str, tile_k: int, tile_n: in
     for gemm in (group_scaled_gemm, group_scaled_gemm_reference):
         got = gemm(x, packed, scales, tactic=Tactic((64, tile_n, tile_k)), positions=positions)
         bits.assert_same(got, bits.fp32(expected))
+
+
+@pytest.mark.parametrize("scale_kind", ["ordinary", "spread"])
+def test_the_oldest_kernel_against_fractions(scale_kind: str) -> None:
+    """Groups in ascending order throughout, and the second product of the first pair rounded alone in every row."""
+    x, packed, scales = problem(7, "wide", scale_kind, rows=3, columns=4, groups=16)
+    expected = np.zeros((1, 3, 4), dtype=np.int64)
+    x_bits, packed_bytes, scale_bytes = bits.bits_of(x)[0], packed[0].tolist(), scales[0].tolist()
+    for row, column in np.ndindex(3, 4):
+        codes = [code for byte in packed_bytes[column] for code in (byte & 15, byte >> 4)]
+        expected[0, row, column] = exact.gemm_element(
+            x_bits[row].tolist(), codes, scale_bytes[column], range(16), swapped=True
+        )
+    for gemm in (group_scaled_gemm, group_scaled_gemm_reference):
+        bits.assert_same(gemm(x, packed, scales, generation=PLAIN), bits.fp32(expected))
+        same_as_later = torch.equal(gemm(x, packed, scales, generation=BYTEWISE), bits.fp32(expected))
+        assert same_as_later == (scale_kind == "spread")  # where one group dwarfs the others, no order shows
 
 
 def first_pair(values: tuple[float, float], scale_bytes: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,217 @@
+"""The arguments of flashinfer's call, checked under flashinfer's names, as experts and tactics."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mxfp4ref._validate import check_bool, check_choice, check_instance, check_int, check_tensor, shown
+from mxfp4ref.formats.experts import Experts, PlainExperts, Sm90Experts
+from mxfp4ref.formats.generations import BYTEWISE, NEWEST, PLAIN
+from mxfp4ref.sm90.tactics import Sm90Kernel, runnable_tactics
+
+__all__ = ["SWIGLU", "WEIGHT_LAYOUTS", "check_modelled", "experts_of", "kernel_of"]
+
+_LAYOUTS: dict[str, type[Experts]] = {
+    "sm90": Sm90Experts,
+    "logical": Experts,
+    "logical_weights_folded_scales": PlainExperts,
+}
+WEIGHT_LAYOUTS = tuple(_LAYOUTS)
+
+# flashinfer's ActivationType. With any of alpha, beta, limit the kernel turns Swiglu into SwigluBias.
+SWIGLU = 3
+_SWIGLU_BIAS = 5
+
+# Arguments that are not modelled, and the only value that is accepted.
+_NOT_MODELLED: dict[str, object] = {
+    "output_dtype": torch.bfloat16,
+    "input_sf": None,
+    "cluster_size": 1,
+    "enable_alltoall": False,
+    "use_deepseek_fp8_block_scale": False,
+    "use_mxfp8_act_scaling": False,
+    "min_latency_mode": False,
+    "use_packed_weights": False,
+    "use_wfp4afp8_humming": False,
+    "clamped_relu2_limit": None,
+    "situ_beta": None,
+    "situ_linear_beta": None,
+    "backend": "cutlass",
+}
+# Dtypes of input and weights for which the real function has other kernels, besides int64 weights, which are NVFP4.
+_OTHER_KERNELS = (
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.float8_e4m3fn),
+    (torch.float8_e4m3fn, torch.float8_e4m3fn),
+)
+# What `Experts` calls its fields, and what they are called here.
+_NAMES = {
+    "fc1_weights": "fc1_expert_weights",
+    "fc1_scales": "quant_scales[0]",
+    "fc1_biases": "fc1_expert_biases",
+    "fc2_weights": "fc2_expert_weights",
+    "fc2_scales": "quant_scales[1]",
+    "fc2_biases": "fc2_expert_biases",
+}
+
+
+def check_modelled(arguments: Mapping[str, Any]) -> None:
+    """Raise NotImplementedError where an argument asks for what is not modelled."""
+    for name, modelled in _NOT_MODELLED.items():
+        if type(arguments[name]) is not type(modelled) or arguments[name] != modelled:
+            raise NotImplementedError(
+                f"{name}: not modelled, expected {modelled!r}, got {shown(arguments[name])}"
+            )
+    dtypes = tuple(getattr(arguments[name], "dtype", None) for name in ("input", "fc1_expert_weights"))
+    if dtypes in _OTHER_KERNELS or dtypes[1] == torch.int64:
+        raise NotImplementedError(
+            "fc1_expert_weights: not modelled, expected uint8 (MXFP4) or bfloat16 weights and a bfloat16 input, got "
+            f"{dtypes[1]} weights and a {dtypes[0]} input"
+        )
+    if arguments["token_final_scales"] is None:
+        raise NotImplementedError("token_final_scales: not modelled, expected a tensor, got None")
+    activation = check_int("activation_type", arguments["activation_type"], minimum=0)
+    parameters = (arguments[f"swiglu_{name}"] for name in ("alpha", "beta", "limit"))
+    clamped = any(value is not None for value in parameters)
+    if activation != SWIGLU and not (activation == _SWIGLU_BIAS and clamped):
+        raise NotImplementedError(
+            "activation_type: not modelled, expected Swiglu (3) or, along with alpha, beta or limit, SwigluBias "
+            f"(5), got {shown(activation)}"
+        )
+
+
+def experts_of(arguments: Mapping[str, Any]) -> Experts:
+    """The experts of a call, in the layout that it names or that is its tensors' by default.
+
+    Warns:
+        UserWarning: once a process, of a call whose tensors may be in two layouts and that does not say which.
+    """
+    quantized = _check_weights(arguments)
+    layout = _layout(arguments, quantized)
+    scales = _scales(arguments["quant_scales"], quantized)
+    tensors = {name: arguments[name] for name in ("input", "token_selected_experts", "token_final_scales")}
+    held = {f.name: _NAMES.get(f.name, f.name) for f in fields(Experts)}
+    tensors |= {name: scales[name] if name in scales else arguments[name] for name in held.values()}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and not tensor.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous tensor, got strides {list(tensor.stride())}")
+    _check_biases(tensors["fc1_expert_biases"], tensors["fc2_expert_biases"])
+    values: dict[str, Any] = {field: tensors[name] for field, name in held.items()}
+    try:
+        experts = _LAYOUTS[layout](**values)
+    except (TypeError, ValueError) as error:
+        field, _, rest = str(error).partition(":")
+        raise type(error)(f"{_NAMES.get(field, field)}:{rest}") from None
+    unnamed = arguments["weight_layout"] is None and arguments["kernel"] is None
+    if unnamed and isinstance(experts, Sm90Experts) and experts.generation is BYTEWISE:
+        _warn_of_two_layouts()
+    return experts
+
+
+def kernel_of(arguments: Mapping[str, Any], experts: Experts) -> Sm90Kernel:
+    """The tactics that `profile_ids` or `kernel` name, of the generation that `kernel` or the layout names."""
+    kernel: Sm90Kernel | None = arguments["kernel"]
+    generation = experts.generation if isinstance(experts, Sm90Experts) else NEWEST
+    if kernel is not None:
+        check_instance("kernel", kernel, Sm90Kernel)
+        generation = kernel.generation
+    profile_ids: Sequence[int] | None = arguments["profile_ids"]
+    if profile_ids is None or not experts.quantized or not generation.forces_tactics:
+        return kernel or Sm90Kernel(generation=generation)
+    forced = Sm90Kernel.of_profile_ids(profile_ids, generation)
+    shapes = (
+        (2 * experts.intermediate_size, experts.hidden_size),
+        (experts.hidden_size, experts.intermediate_size),
+    )
+    for gemm, (tactic, (rows, depth)) in enumerate(zip(forced.tactics, shapes, strict=True)):
+        if tactic not in runnable_tactics(rows, depth, generation):
+            raise ValueError(
+                f"profile_ids[{gemm}]: expected a tactic that the kernel can run for the {rows} weight rows and "
+                f"K = {depth} of GEMM{gemm + 1}, got {profile_ids[gemm]}, which is {tactic}"
+            )
+    if kernel is not None and kernel.tactics != forced.tactics:
+        raise ValueError(
+            f"profile_ids: expected {kernel.profile_ids}, which are the tactics of kernel ({kernel}), got "
+            f"{list(profile_ids)}, which are {forced}; leave one of the two out"
+        )
+    return forced
+
+
+def _check_weights(arguments: Mapping[str, Any]) -> bool:
+    """Check dtypes and dimensions of input and weights; return whether the weights are MXFP4.
+
+    bf16 weights are bf16 weights to the kernel whatever `use_w4_group_scaling` says.
+    """
+    hidden = check_tensor("input", arguments["input"], dtype=torch.bfloat16, shape=("M", "H")).shape[1]
+    fc1, fc2 = arguments["fc1_expert_weights"], arguments["fc2_expert_weights"]
+    quantized = check_bool("use_w4_group_scaling", arguments["use_w4_group_scaling"])
+    quantized = quantized and not (isinstance(fc1, Tensor) and fc1.dtype == torch.bfloat16)
+    dtype, packing = (torch.uint8, 2) if quantized else (torch.bfloat16, 1)
+    check_tensor("fc1_expert_weights", fc1, dtype=dtype, shape=("E", "2I", hidden // packing))
+    experts, rows = fc1.shape[:2]
+    shape = (experts, hidden, rows // 2 // packing)
+    check_tensor("fc2_expert_weights", fc2, dtype=dtype, shape=shape)
+    return quantized
+
+
+def _layout(arguments: Mapping[str, Any], quantized: bool) -> str:
+    """The name of the weights' layout, by default that which the kernel takes."""
+    layout, kernel = arguments["weight_layout"], arguments["kernel"]
+    if layout is not None:
+        check_choice("weight_layout", layout, WEIGHT_LAYOUTS)
+        if not quantized and layout != "logical":
+            raise ValueError(f"weight_layout: expected 'logical' for bfloat16 weights, got {layout!r}")
+        return str(layout)
+    if not quantized:
+        return "logical"
+    older = isinstance(kernel, Sm90Kernel) and kernel.generation is PLAIN
+    return "logical_weights_folded_scales" if older else "sm90"
+
+
+def _scales(scales: Any, quantized: bool) -> dict[str, Tensor | None]:
+    """The scales of both GEMMs as bytes, under their names; bf16 weights have none, whatever is given."""
+    names = ("quant_scales[0]", "quant_scales[1]")
+    if not quantized:
+        if not isinstance(scales, Sequence | None):
+            raise TypeError(f"quant_scales: expected a sequence or None, got {type(scales).__name__}")
+        return dict.fromkeys(names)
+    if not isinstance(scales, Sequence) or len(scales) != 2:
+        got = f"{len(scales)} of them" if isinstance(scales, Sequence) else type(scales).__name__
+        raise ValueError(f"quant_scales: expected the scales of fc1 and fc2, two tensors, got {got}")
+    found: dict[str, Tensor | None] = {}
+    for name, value in zip(names, scales, strict=True):
+        dtypes = (torch.uint8, torch.int32, torch.float8_e8m0fnu)
+        checked = check_tensor(name, value, dtype=dtypes, shape=("...",))
+        found[name] = checked.view(torch.uint8) if checked.dtype == torch.float8_e8m0fnu else checked
+    return found
+
+
+def _check_biases(fc1: Tensor | None, fc2: Tensor | None) -> None:
+    """The kernel takes both biases or none."""
+    if (fc1 is None) == (fc2 is None):
+        return
+    missing, other = ("fc1", "fc2") if fc1 is None else ("fc2", "fc1")
+    raise ValueError(
+        f"{missing}_expert_biases: expected a tensor beside {other}_expert_biases, since the kernel takes both or "
+        f"none, got None; write {missing}_expert_weights.new_zeros({missing}_expert_weights.shape[:2], "
+        "dtype=torch.bfloat16), which adds nothing"
+    )
+
+
+@functools.cache
+def _warn_of_two_layouts() -> None:
+    warnings.warn(
+        "quant_scales: 3-D scales belong to two layouts that no shape tells apart. These tensors are taken to be "
+        "interleaved weights, as flashinfer 0.6.10 to 0.6.17 takes them; if they are weights in logical order, as "
+        "flashinfer up to 0.6.9 takes them (vLLM 0.17, TensorRT-LLM), every output is wrong. Say which: "
+        "weight_layout='sm90' or weight_layout='logical_weights_folded_scales'",
+        UserWarning,
+        stacklevel=5,
+    )
