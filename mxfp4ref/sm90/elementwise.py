@@ -74,11 +74,11 @@ def _swiglu(
     x = as_numpy(fc1_output, np.int16).reshape(-1, width)
     added = x[:0] if bias is None else as_numpy(bias.expand_as(fc1_output), np.int16).reshape(-1, width)
     out_bits = as_numpy(out, np.int32).reshape(-1, width // 2)
+    of_bf16 = _sigmoids(compiled) if bias is None and given[0] is None else np.empty(0, np.int32)
 
     def compute(rows: slice) -> None:
-        compiled.swiglu(
-            x[rows], added[rows], np.ascontiguousarray(parameters[:, rows]), *_tables(), out_bits[rows]
-        )
+        of_rows = np.ascontiguousarray(parameters[:, rows])
+        compiled.swiglu(x[rows], added[rows], of_rows, of_bf16, *_tables(), out_bits[rows])
 
     in_parallel(compute, list(spans(num_rows, _ROWS_AT_ONCE)), _CPU, out.numel() * _OPERATIONS)
     return out
@@ -103,6 +103,13 @@ def _finalize(
 def _to_bf16(compiled: Any, x: Tensor) -> Tensor:
     out = torch.empty(x.shape, dtype=torch.bfloat16, device="cpu")
     compiled.to_bf16(as_numpy(x, np.int32).reshape(-1), as_numpy(out, np.int16).reshape(-1))
+    return out
+
+
+@cache
+def _sigmoids(compiled: Any) -> np.ndarray[Any, Any]:
+    out = np.empty(1 << 16, np.int32)
+    compiled.sigmoids(*_tables(), out)
     return out
 
 
@@ -138,7 +145,7 @@ def _try_out(compiled: Any) -> None:
     x, bias = any_bits(8, 128, near_one=True), any_bits(8, 128, near_one=True)
     parameters = tuple(any_bits(8, 1, near_one=True).to(torch.float32) for _ in range(3))
     results = []
-    for given, added in (((None, None, None), None), (parameters, bias)):
+    for given, added in (((None, None, None), None), ((None, *parameters[1:]), None), (parameters, bias)):
         expected = transcribed_swiglu.swiglu(x, added, *given)
         results += [(_swiglu(compiled, x, added, given), expected)]
         results += [(_to_bf16(compiled, expected), fp32.to_bf16(expected))]

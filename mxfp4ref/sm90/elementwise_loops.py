@@ -13,7 +13,7 @@ import numpy as np
 
 from mxfp4ref._compiled import compiled
 
-__all__ = ["finalize", "swiglu", "to_bf16"]
+__all__ = ["finalize", "sigmoids", "swiglu", "to_bf16"]
 
 INF_BITS, NAN_BITS, SMALLEST_BITS, FRACTION = 0x7F800000, 0x7FFFFFFF, 0x00800000, 0x007FFFFF
 SMALLEST = 2.0**-126
@@ -22,7 +22,7 @@ LOG2_E = float(np.uint32(0x3FB8AA3B).view(np.float32))
 ALPHA, BETA, LIMIT = 0, 1, 2  # rows of the parameters
 TAIL, TIE = (1 << 29) - 1, 1 << 28  # the bits that float64 has and float32 lacks
 
-i32, i64, f32, f64 = np.int32, np.int64, np.float32, np.float64
+u16, i32, i64, f32, f64 = np.uint16, np.int32, np.int64, np.float32, np.float64
 
 
 @compiled()
@@ -105,17 +105,26 @@ def sigmoid(z, ex2_rows, ex2_squares, rcp_rows, rcp_squares):
     return number_of(rcp(bits_of(rounded(1.0 + power)), rcp_rows, rcp_squares))
 
 
+@compiled("void(int64[:,::1], uint16[::1], int64[:,::1], uint16[::1], int32[::1])")
+def sigmoids(ex2_rows, ex2_squares, rcp_rows, rcp_squares, out):
+    """The sigmoid's float32 bits for every bf16 number: `[65536]`, by the number's bits."""
+    for bits in range(len(out)):
+        z = number_of(i32(bits) << 16)
+        out[bits] = bits_of(sigmoid(z, ex2_rows, ex2_squares, rcp_rows, rcp_squares))
+
+
 @compiled(
-    "void(int16[:,::1], int16[:,::1], int32[:,::1],"
+    "void(int16[:,::1], int16[:,::1], int32[:,::1], int32[::1], "
     "int64[:,::1], uint16[::1], int64[:,::1], uint16[::1], int32[:,::1])"
 )
-def swiglu(fc1_output, bias, parameters, ex2_rows, ex2_squares, rcp_rows, rcp_squares, out):
+def swiglu(fc1_output, bias, parameters, of_bf16, ex2_rows, ex2_squares, rcp_rows, rcp_squares, out):
     """The activation's float32 bits.
 
     Args:
         fc1_output: `[R, 2I]`, bf16 bits, up before gate.
         bias: the same, or `[0, 2I]` for none.
         parameters: `[3, R]`, float32 bits of alpha, beta and limit, or `[3, 0]` for the plain form.
+        of_bf16: `sigmoids` where neither a bias nor alpha changes the gate, a bf16 number unless clamped; else `[0]`.
         ex2_rows, ex2_squares, rcp_rows, rcp_squares: the tables of `mufu`.
         out: `[R, I]`, written.
     """
@@ -128,14 +137,17 @@ def swiglu(fc1_output, bias, parameters, ex2_rows, ex2_squares, rcp_rows, rcp_sq
             if len(bias):
                 up = rounded(up + number_of(i32(bias[row, i]) << 16))
                 gate = rounded(gate + number_of(i32(bias[row, i + out.shape[1]]) << 16))
-            scaled = gate
+            unclamped = scaled = gate
             if parameters.shape[1]:
                 limit = number_of(parameters[LIMIT, row])
                 up, gate = maximum(minimum(up, limit), -limit), minimum(gate, limit)
                 scaled = rounded(gate * number_of(parameters[ALPHA, row]))
                 up = rounded(up + number_of(parameters[BETA, row]))
-            weighted = rounded(gate * sigmoid(scaled, ex2_rows, ex2_squares, rcp_rows, rcp_squares))
-            out[row, i] = bits_of(rounded(weighted * up))
+            if len(of_bf16) and gate == unclamped:
+                weight = number_of(of_bf16[u16(fc1_output[row, i + out.shape[1]])])
+            else:
+                weight = sigmoid(scaled, ex2_rows, ex2_squares, rcp_rows, rcp_squares)
+            out[row, i] = bits_of(rounded(rounded(gate * weight) * up))
 
 
 @compiled("void(int16[:,:,::1], int64[:,::1], int32[:,::1], int16[:,::1], int32[:,::1])")

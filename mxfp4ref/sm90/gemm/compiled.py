@@ -88,20 +88,18 @@ def grouped_gemm(
         `[R, N] float32`.
     """
     out = torch.empty(len(x), num_columns, dtype=torch.float32, device="cpu")
-    steps = _steps(order)
+    by_group = as_numpy(x, np.uint16).reshape(len(x), x.shape[1] // GROUP_SIZE, GROUP_SIZE).transpose(1, 0, 2)
+    swaps, out_bits, steps = as_numpy(swapped, np.bool_), as_numpy(out, np.int32), _steps(order)
     pieces: list[tuple[Any, ...]] = []
     for expert, rows in _experts_with_rows(ends):
-        by_group = x[rows].reshape(rows.stop - rows.start, -1, GROUP_SIZE).transpose(0, 1)
-        x_bits = as_numpy(by_group, np.uint16)
+        x_bits = np.ascontiguousarray(by_group[:, rows])
         facts = np.empty((*x_bits.shape[:2], 4), np.int32)
         compiled.classify(x_bits, facts)
-        stored = weights(expert)
-        words, scale_bytes = as_numpy(stored.packed, np.int32), as_numpy(stored.scales, np.uint8).reshape(-1)
-        orders = np.array(stored.orders)
-        of_expert = x_bits, facts, words, scale_bytes, orders
-        written = steps, as_numpy(swapped[rows], np.bool_), as_numpy(out[rows], np.int32)
+        packed, scales, orders = weights(expert)
+        of_expert = x_bits, facts, as_numpy(packed, np.int32), as_numpy(scales, np.uint8).reshape(-1)
         for columns in spans(num_columns, _COLUMNS_AT_ONCE):
-            pieces.append((*of_expert, np.array([columns.start, columns.stop]), *written))
+            bounds = np.array([columns.start, columns.stop])
+            pieces.append((*of_expert, np.array(orders), bounds, steps, swaps[rows], out_bits[rows]))
     weights_a_piece = len(ends) * num_columns * x.shape[1]
     in_parallel(lambda piece: compiled.gemm(*piece), pieces, x.device, weights_a_piece)
     return out
