@@ -226,6 +226,7 @@ def drop_in(
     check_choice("strict", strict, _STRICT)
 
     def cutlass_fused_moe(*arguments: Any, **named: Any) -> list[Tensor]:
+        """`torch_ref_cutlass_fused_moe` by flashinfer's arguments alone."""
         return torch_ref_cutlass_fused_moe(
             *arguments, **named, kernel=kernel, weight_layout=weight_layout, strict=strict, trace=False
         )
@@ -235,5 +236,4 @@ def drop_in(
     cutlass_fused_moe.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=theirs, return_annotation="list[Tensor]"
     )
-    cutlass_fused_moe.__doc__ = torch_ref_cutlass_fused_moe.__doc__
     return cutlass_fused_moe

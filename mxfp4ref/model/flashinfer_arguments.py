@@ -45,6 +45,12 @@ _NOT_MODELLED: dict[str, object] = {
     "situ_linear_beta": None,
     "backend": "cutlass",
 }
+# Dtypes of input and weights for which the real function has other kernels, besides int64 weights, which are NVFP4.
+_OTHER_KERNELS = (
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.float8_e4m3fn),
+    (torch.float8_e4m3fn, torch.float8_e4m3fn),
+)
 # What `Experts` calls its fields, and what they are called here.
 _NAMES = {
     "fc1_weights": "fc1_expert_weights",
@@ -63,6 +69,14 @@ def check_modelled(arguments: Mapping[str, Any]) -> None:
             raise NotImplementedError(
                 f"{name}: not modelled, expected {modelled!r}, got {shown(arguments[name])}"
             )
+    dtypes = tuple(getattr(arguments[name], "dtype", None) for name in ("input", "fc1_expert_weights"))
+    if dtypes in _OTHER_KERNELS or dtypes[1] == torch.int64:
+        raise NotImplementedError(
+            "fc1_expert_weights: not modelled, expected uint8 (MXFP4) or bfloat16 weights and a bfloat16 input, got "
+            f"{dtypes[1]} weights and a {dtypes[0]} input"
+        )
+    if arguments["token_final_scales"] is None:
+        raise NotImplementedError("token_final_scales: not modelled, expected a tensor, got None")
     activation = check_int("activation_type", arguments["activation_type"], minimum=0)
     parameters = (arguments[f"swiglu_{name}"] for name in ("alpha", "beta", "limit"))
     clamped = any(value is not None for value in parameters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,6 +21,7 @@ from mxfp4ref.model import flashinfer_arguments
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.flashinfer import drop_in, torch_ref_cutlass_fused_moe
 from mxfp4ref.model.forward import forward
+from mxfp4ref.model.forward import trace as moe_trace
 from mxfp4ref.model.skipped import reset_skipped_slots, skipped_slots
 from mxfp4ref.sm90.tactics import Sm90Kernel, Tactic, runnable_tactics
 from tests.helpers import bits, layers
@@ -153,16 +155,19 @@ DEEP = layers.random_call(
 DEEP_SM90 = replace(DEEP, experts=layers.to_sm90(DEEP.experts))
 
 
-def test_profile_ids_decide() -> None:
-    """[4, 120] is tile_k 256 in both GEMMs."""
-    bits.assert_same(oracle(DEEP_SM90, profile_ids=[4, 120]), forward(with_tiles((256, 256))))
-    bits.assert_same(oracle(DEEP_SM90, profile_ids=[-1, 120]), forward(with_tiles((128, 256))))
-    bits.assert_same(oracle(DEEP_SM90, profile_ids=(4, -1)), forward(with_tiles((256, 128))))
-    traces = [
-        torch_ref_cutlass_fused_moe(**arguments_of(DEEP_SM90), profile_ids=ids, trace=True)
-        for ids in ([4, 120], [-1, -1])
-    ]
-    assert not torch.equal(traces[0].fc1_accumulators, traces[1].fc1_accumulators)
+@pytest.mark.parametrize(
+    ("profile_ids", "tile_k"),
+    [([4, 120], (256, 256)), ([-1, 120], (128, 256)), ((4, -1), (256, 128)), ([-1, -1], (128, 128))],
+)
+def test_profile_ids_decide(profile_ids: Any, tile_k: tuple[int, int]) -> None:
+    got = torch_ref_cutlass_fused_moe(**arguments_of(DEEP_SM90), profile_ids=profile_ids, trace=True)
+    for tiles in itertools.product((128, 256), repeat=2):
+        expected = moe_trace(with_tiles(tiles))
+        for number, name in enumerate(("fc1_accumulators", "fc2_accumulators")):
+            same = torch.equal(getattr(got, name), getattr(expected, name))
+            assert same == (tiles[number] == tile_k[number])
+    bits.assert_same(got.output, forward(with_tiles(tile_k)))
+    bits.assert_same(oracle(DEEP_SM90, profile_ids=profile_ids), got.output)
 
 
 def with_tiles(tile_k: tuple[int, int]) -> MoeCall:

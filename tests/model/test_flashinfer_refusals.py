@@ -54,6 +54,25 @@ def test_not_modelled(refused: dict[str, Any]) -> None:
         oracle(**refused)
 
 
+@pytest.mark.parametrize(
+    ("x", "weights"),
+    [
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.float8_e4m3fn),
+        (torch.float8_e4m3fn, torch.float8_e4m3fn),
+        (torch.float8_e4m3fn, torch.int64),
+        (torch.uint8, torch.int64),
+    ],
+)
+def test_other_kernels_of_the_real_function(x: torch.dtype, weights: torch.dtype) -> None:
+    """A swap can hand them to the real function: they are not wrong, but not modelled."""
+    message = f"^fc1_expert_weights: not modelled, .*got {weights} weights and a {x} input$"
+    with pytest.raises(NotImplementedError, match=message):
+        oracle(input=A["input"].to(x), fc1_expert_weights=A["fc1_expert_weights"].to(weights))
+    with pytest.raises(NotImplementedError, match=r"^token_final_scales: not modelled, .*got None$"):
+        oracle(token_final_scales=None)
+
+
 def test_swiglu_bias_needs_a_parameter() -> None:
     plain = dict.fromkeys(OPTIONAL)
     with pytest.raises(NotImplementedError, match=r"^activation_type: .*along with alpha, beta or limit"):
