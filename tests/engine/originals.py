@@ -54,6 +54,9 @@ class Original:
     scale_of_hidden_padding: int
     fc1_scales: str
     fc2_scales: str
+    fc1_residuals: str | None = None
+    fc2_residuals: str | None = None
+    fc2_act_scale: str | None = None
     biases: bool
     tp_beside_ep: bool
     shard: str
@@ -222,6 +225,9 @@ def arguments(original: Original, layer: Layer, tokens: Tokens, rank: Rank) -> d
         "fc2_expert_weights": weights["fc2_weights"],
         "fc1_expert_biases": weights["fc1_biases"],
         "fc2_expert_biases": weights["fc2_biases"],
+        "fc1_residuals": torch.ones(layer.num_experts // rank.ep_size),
+        "fc2_residuals": torch.ones(layer.num_experts // rank.ep_size),
+        "fc2_act_scale": torch.tensor(1.0),
         **weights,
     }
     numbers = {

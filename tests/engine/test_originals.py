@@ -20,6 +20,7 @@ from mxfp4ref.formats.resize import resize_experts
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.flashinfer import drop_in
 from mxfp4ref.model.forward import Stages, forward
+from mxfp4ref.model.parallel import Ranks, forward_all_ranks, gather, split_intermediate
 from mxfp4ref.sm90.gemm import compiled
 from mxfp4ref.sm90.gemm.order import first_pair_swapped, group_order
 from mxfp4ref.sm90.tactics import Sm90Kernel, Tactic
@@ -37,7 +38,7 @@ from tests.engine.originals import (
     random_tokens,
     round_up,
 )
-from tests.helpers import bits
+from tests.helpers import bits, layers
 
 MODELLED = [original for original in ORIGINALS if original.missing is None]
 SIZES = [(1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (1, 4), (2, 2)]  # tp_size, ep_size
@@ -128,6 +129,31 @@ def test_the_call_of_every_rank(original: Original, tp_size: int, ep_size: int) 
             assert not result[0][:, layer.hidden :].any()
 
 
+@pytest.mark.parametrize(
+    ("original", "tp_size"),
+    [(original, tp_size) for original, tp_size, ep_size in calls() if ep_size == 1],
+    ids=lambda value: value.name if isinstance(value, Original) else str(value),
+)
+def test_all_ranks_at_once(original: Original, tp_size: int) -> None:
+    """`forward_all_ranks` cuts the experts where the engine does."""
+    layer = random_layer(original.checkpoint)
+    tokens = random_tokens(layer, original.padding_id)
+    function = drop_in(weight_layout=original.weight_layout)
+    ranks = [Rank(tp_size, tp_rank) for tp_rank in range(tp_size)]
+    outputs = [function(**arguments(original, layer, tokens, rank))[0] for rank in ranks]
+    experts = layer.logical(slice(0, layer.num_experts), slice(0, layer.intermediate))
+    hidden, inner = original.padded(layer.hidden, layer.intermediate, 1)
+    call = MoeCall(
+        F.pad(tokens.hidden_states, (0, hidden - layer.hidden)),
+        tokens.topk_ids.to(torch.int32),
+        tokens.topk_weights,
+        resize_experts(replace(experts, **parameters(original, layer.num_experts)), hidden, inner),
+        kernel=Sm90Kernel(generation=original.generation),
+    )
+    all_ranks = Ranks(tp_size=tp_size, intermediate_size=layer.intermediate)
+    bits.assert_same(forward_all_ranks(call, all_ranks), gather(outputs))
+
+
 @pytest.mark.parametrize("original", ORIGINALS, ids=lambda original: original.name)
 def test_the_layout_is_that_of_the_release(original: Original) -> None:
     if original.flashinfer is None:
@@ -143,12 +169,17 @@ def test_the_layout_is_that_of_the_release(original: Original) -> None:
 @pytest.mark.parametrize(
     "original",
     [
-        pytest.param(o, id=o.name, marks=pytest.mark.xfail(raises=NotImplementedError, reason=o.missing))
-        for o in ORIGINALS
-        if o.missing is not None
+        pytest.param(
+            original,
+            id=original.name,
+            marks=pytest.mark.xfail(raises=NotImplementedError, reason=original.missing, strict=True),
+        )
+        for original in ORIGINALS
+        if original.missing is not None
     ],
 )
 def test_calls_that_are_not_modelled(original: Original) -> None:
+    """Once one of them is, its `missing` goes, and it becomes a call of every rank above."""
     layer = random_layer(original.checkpoint)
     drop_in(weight_layout=original.weight_layout)(
         **arguments(original, layer, random_tokens(layer, original.padding_id), Rank())
@@ -173,3 +204,12 @@ def test_the_shards_of_the_published_sizes(original: Original) -> None:
         assert fits(original, size, tp_size) == ("fails" not in row) == ("padded" in row)
         if "padded" in row:
             assert original.padded(4096, size, tp_size)[1] == row["padded"] >= max(widths)
+            experts = layers.random_experts(0, num_experts=1, hidden=32, inner=size)
+            shards = split_intermediate(
+                resize_experts(experts, 32, round_up(size, 128)), tp_size, intermediate_size=size
+            )
+            assert {shard.intermediate_size for shard in shards} == {row["padded"]}
+            assert torch.equal(
+                shards[-1].fc2_scales[..., : row["last"] // 32],
+                experts.fc2_scales[..., parts[-1].start // 32 :],
+            )
