@@ -93,7 +93,7 @@ class Rank(NamedTuple):
 
 @dataclass(frozen=True)
 class Layer:
-    """Experts in the order of their checkpoint, with the sizes that the engines' own tests are too small for.
+    """Experts in the order of their checkpoint.
 
     `fc1_...` are gpt-oss's rows gate0, up0, gate1, ... or DeepSeek-V4's w1 (gate) and w3 (up), one above the other.
     """
