@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,8 @@ def run_layer(
     shape = (len(hidden), layer.experts.num_experts)
     check_tensor("logits", logits, dtype=(torch.float32, torch.bfloat16), shape=shape)
     routing = _route(layer, logits, given, router)
+    if ranks.intermediate_size is None:
+        ranks = replace(ranks, intermediate_size=layer.intermediate_size)
     output = moe_layer(
         padded_hidden,
         routing,

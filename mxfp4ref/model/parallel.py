@@ -25,7 +25,7 @@ from mxfp4ref._validate import (
 )
 from mxfp4ref.formats.experts import Experts, Sm90Experts
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE
-from mxfp4ref.formats.resize import to_logical
+from mxfp4ref.formats.resize import resize_experts, to_logical
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import Stages, forward
 from mxfp4ref.routing.presets import PADDING_ID
@@ -44,6 +44,8 @@ __all__ = [
 ]
 
 REDUCTIONS = ("float32", "bf16")
+
+_KERNEL_MULTIPLE = 128  # the kernel's smallest K tile
 
 
 def local_experts(ids: Tensor, *, num_experts: int, ep_size: int, ep_rank: int) -> Tensor:
@@ -89,27 +91,40 @@ def split_experts(experts: Experts, ep_size: int) -> list[Experts]:
     return [experts.slice(start, stop) for start, stop in ranges]
 
 
-def split_intermediate(experts: Experts, tp_size: int) -> list[Experts]:
-    """The shard of each tensor-parallel rank: I / tp_size rows of both halves of fc1 and columns of fc2.
+def split_intermediate(
+    experts: Experts, tp_size: int, *, intermediate_size: int | None = None
+) -> list[Experts]:
+    """The shard of each tensor-parallel rank, as vLLM and sglang cut it: rows of both halves of fc1, columns of fc2.
+
+    I's blocks of 32 are shared out, `ceil(I / 32 / tp_size)` of them a rank, so that the last ranks may have fewer,
+    or none. MXFP4 shards are then padded with zeros to the next multiple of 128, which the kernel takes: gpt-oss's
+    2880 columns on four ranks are 736, 736, 736 and 672, each padded to 768.
 
     The fc2 bias must be added once, so that ranks above 0 carry none (the kernel, told its tp_rank, would
     ignore it there). Shards of experts in SM90 layout are in logical layout.
 
+    Args:
+        experts: the experts of all ranks.
+        tp_size: number of ranks.
+        intermediate_size: I before the experts were padded, which decides where they are cut; by default theirs.
+
     Raises:
-        ValueError: I is no multiple of 32 * tp_size: a shard would cut a scale group.
+        TypeError: an argument has the wrong type.
+        ValueError: tp_size does not divide I, or what lies beyond I is not zero.
     """
     check_int("tp_size", tp_size, minimum=1)
     check_instance("experts", experts, Experts)
+    inner = _unpadded(experts, intermediate_size)
+    if inner % tp_size:
+        raise ValueError(f"tp_size: expected a divisor of I={inner}, got {tp_size}")
     if tp_size == 1:
         return [experts]
-    if experts.intermediate_size % (GROUP_SIZE * tp_size):
-        raise ValueError(
-            f"tp_size: expected I={experts.intermediate_size} to be a multiple of {GROUP_SIZE} * tp_size, "
-            f"got {tp_size}"
-        )
     if isinstance(experts, Sm90Experts):
         experts = to_logical(experts)
-    return [
+    width = GROUP_SIZE * -(-inner // (GROUP_SIZE * tp_size))
+    hidden = experts.hidden_size
+    experts = resize_experts(resize_experts(experts, hidden, inner), hidden, tp_size * width)
+    shards = [
         replace(
             experts,
             fc1_weights=_rows(experts.fc1_weights, tp_size, rank),
@@ -121,6 +136,8 @@ def split_intermediate(experts: Experts, tp_size: int) -> list[Experts]:
         )
         for rank in range(tp_size)
     ]
+    padded = width + -width % (_KERNEL_MULTIPLE if experts.quantized else GROUP_SIZE)
+    return [resize_experts(shard, hidden, padded) for shard in shards]
 
 
 @uncompiled
@@ -157,6 +174,7 @@ class Ranks:
         ep_size: ranks that share the experts.
         tp_size: ranks that share each expert.
         reduction: see `gather`.
+        intermediate_size: I before padding, see `split_intermediate`; None if the experts are not padded.
 
     Raises:
         TypeError, ValueError: a size that is no positive int, or another reduction.
@@ -165,11 +183,14 @@ class Ranks:
     ep_size: int = 1
     tp_size: int = 1
     reduction: str = "float32"
+    intermediate_size: int | None = None
 
     def __post_init__(self) -> None:
         check_int("ep_size", self.ep_size, minimum=1)
         check_int("tp_size", self.tp_size, minimum=1)
         check_choice("reduction", self.reduction, REDUCTIONS)
+        if self.intermediate_size is not None:
+            check_int("intermediate_size", self.intermediate_size, minimum=GROUP_SIZE)
 
 
 @uncompiled
@@ -195,7 +216,8 @@ def forward_all_ranks(call: MoeCall, ranks: Ranks, stages: Stages | None = None)
         )
     outputs = []
     for ep_rank, local in enumerate(split_experts(call.experts, ranks.ep_size)):
-        for tp_rank, shard in enumerate(split_intermediate(local, ranks.tp_size)):
+        shards = split_intermediate(local, ranks.tp_size, intermediate_size=ranks.intermediate_size)
+        for tp_rank, shard in enumerate(shards):
             of_rank = replace(
                 call,
                 experts=shard,
@@ -206,6 +228,16 @@ def forward_all_ranks(call: MoeCall, ranks: Ranks, stages: Stages | None = None)
             )
             outputs.append(forward(of_rank, stages))
     return gather(outputs, reduction=ranks.reduction)
+
+
+def _unpadded(experts: Experts, intermediate_size: int | None) -> int:
+    largest = experts.intermediate_size
+    if intermediate_size is None:
+        return largest
+    inner = check_int("intermediate_size", intermediate_size, minimum=GROUP_SIZE, maximum=largest)
+    if inner % GROUP_SIZE:
+        raise ValueError(f"intermediate_size: expected a multiple of {GROUP_SIZE}, got {inner}")
+    return inner
 
 
 def _rows(fc1: Tensor, tp_size: int, rank: int) -> Tensor:

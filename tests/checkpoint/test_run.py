@@ -138,6 +138,21 @@ def test_ranks_and_kernel_are_passed_on(tmp_path: Path) -> None:
         run_layer(layer, tmp_path / "x", kernel=Sm90Kernel.of_tiles((512, 128)))
 
 
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_a_padded_layer_is_cut_where_the_checkpoint_ends(tmp_path: Path, tp_size: int) -> None:
+    """gpt-oss on several ranks: I = 160 is five blocks, and four of what it was padded to would be cut elsewhere."""
+    make_checkpoint(tmp_path, "gpt_oss")
+    hidden = write_input(tmp_path / "x", GPT_OSS_H)
+    layer = read_layer(tmp_path, 1)
+    result = run_layer(layer, tmp_path / "x", ranks=Ranks(tp_size=tp_size))
+    wide = torch.nn.functional.pad(hidden, (0, 128 - GPT_OSS_H))
+    call = MoeCall(wide, result["token_selected_experts"], result["token_final_scales"], layer.experts)
+    expected = forward_all_ranks(call, Ranks(tp_size=tp_size, intermediate_size=160))
+    assert same_bits(result["output"], expected[:, :GPT_OSS_H].contiguous())
+    moved = forward_all_ranks(call, Ranks(tp_size=tp_size))[:, :GPT_OSS_H].contiguous()
+    assert same_bits(result["output"], moved) == (tp_size != 2)
+
+
 def test_wrong_inputs(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "gpt_oss")
     good = torch.zeros(2, GPT_OSS_H, dtype=torch.bfloat16)

@@ -270,14 +270,20 @@ TARGETS: dict[str, Target] = {
         parallel.split_experts, lambda: {"experts": make_experts(), "ep_size": 2}
     ),
     "model.parallel.split_intermediate": Target(
-        parallel.split_intermediate, lambda: {"experts": make_experts(), "tp_size": 2}
+        parallel.split_intermediate,
+        lambda: {
+            "experts": make_experts(),
+            "tp_size": 2,
+            "intermediate_size": make_experts().intermediate_size,
+        },
     ),
     "model.parallel.gather": Target(
         parallel.gather,
         lambda: {"outputs": [normal(M, H, dtype=torch.bfloat16)] * 2, "reduction": "float32"},
     ),
     "model.parallel.Ranks": Target(
-        parallel.Ranks, lambda: {"ep_size": 2, "tp_size": 1, "reduction": "float32"}
+        parallel.Ranks,
+        lambda: {"ep_size": 2, "tp_size": 1, "reduction": "float32", "intermediate_size": 128},
     ),
     "model.parallel.forward_all_ranks": Target(
         parallel.forward_all_ranks,

@@ -12,7 +12,7 @@ from torch import distributed as dist
 
 from mxfp4ref.formats.experts import Experts, Sm90Experts
 from mxfp4ref.formats.generations import GENERATIONS
-from mxfp4ref.formats.resize import to_logical, to_sm90
+from mxfp4ref.formats.resize import resize_experts, to_logical, to_sm90
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward
 from mxfp4ref.model.parallel import (
@@ -141,6 +141,52 @@ def test_split_of_experts_that_are_not_quantized():
     assert torch.equal(torch.cat([first.fc2_weights, second.fc2_weights], dim=2), experts.fc2_weights)
     assert torch.equal(second.fc1_weights[:, :64], experts.fc1_weights[:, 64:128])
     assert first.fc1_scales is second.fc2_scales is None
+
+
+@pytest.mark.parametrize(
+    ("tp_size", "widths", "size"),
+    [
+        (1, [480], 512),
+        (2, [256, 224], 256),
+        (4, [128, 128, 128, 96], 128),
+        (8, [64] * 7 + [32], 128),
+        (16, [32] * 15 + [0], 128),
+    ],
+)
+def test_blocks_are_shared_out_and_shards_padded(tp_size, widths, size):
+    """I = 480 is 15 blocks of 32. What it was padded to does not move the cuts."""
+    experts = layers.random_experts(3, num_experts=2, hidden=128, inner=480, biases=True)
+    shards = split_intermediate(resize_experts(experts, 128, 512), tp_size, intermediate_size=480)
+    assert [shard.intermediate_size for shard in shards] == [size] * tp_size
+    start = 0
+    for shard, width in zip(shards, widths, strict=True):
+        for name in ("fc1_weights", "fc1_scales", "fc1_biases"):
+            for whole, half in zip(
+                getattr(experts, name).chunk(2, 1), getattr(shard, name).chunk(2, 1), strict=True
+            ):
+                assert torch.equal(half[:, :width], whole[:, start : start + width])
+                assert not half[:, width:].any()
+        for name, unit in (("fc2_weights", 2), ("fc2_scales", 32)):
+            part = getattr(shard, name)
+            kept = slice(start // unit, (start + width) // unit)
+            assert torch.equal(part[..., : width // unit], getattr(experts, name)[..., kept])
+            assert not part[..., width // unit :].any()
+        start += width
+    assert start == 480
+
+
+def test_padding_before_the_split_changes_no_bit():
+    x, ids, scales = make_inputs()
+    experts = layers.random_experts(3, num_experts=E, hidden=H, inner=384, biases=True)
+    wide = resize_experts(experts, H, 512)
+    for tp_size in (1, 2, 4, 8):
+        bare = forward_all_ranks(MoeCall(x, ids, scales, experts), Ranks(tp_size=tp_size))
+        ranks = Ranks(tp_size=tp_size, intermediate_size=384)
+        bits.assert_same(forward_all_ranks(MoeCall(x, ids, scales, wide), ranks), bare)
+    # Without being told I the cut of two ranks lies elsewhere.
+    call = MoeCall(x, ids, scales, wide)
+    other = forward_all_ranks(call, Ranks(tp_size=2))
+    assert not torch.equal(other, forward_all_ranks(call, Ranks(tp_size=2, intermediate_size=384)))
 
 
 # Sums
@@ -287,8 +333,36 @@ ONE = torch.zeros(2, 3, dtype=torch.bfloat16)
         ),
         (lambda: split_experts(make_experts(), 3), ValueError, "ep_size: .* got 3"),
         (lambda: split_experts(make_experts(), 0), ValueError, "ep_size: "),
-        (lambda: split_intermediate(make_experts(), 3), ValueError, r"tp_size: expected I=128 .* got 3"),
-        (lambda: split_intermediate(make_experts(), 8), ValueError, "tp_size: .* got 8"),
+        (
+            lambda: split_intermediate(make_experts(), 3),
+            ValueError,
+            "tp_size: expected a divisor of I=128, got 3",
+        ),
+        (
+            lambda: split_intermediate(make_experts(), 3, intermediate_size=64),
+            ValueError,
+            "tp_size: expected a divisor of I=64, got 3",
+        ),
+        (
+            lambda: split_intermediate(make_experts(), 2, intermediate_size=160),
+            ValueError,
+            "intermediate_size: expected an int from 32 to 128, got 160",
+        ),
+        (
+            lambda: split_intermediate(make_experts(), 2, intermediate_size=48),
+            ValueError,
+            "intermediate_size: expected a multiple of 32, got 48",
+        ),
+        (
+            lambda: split_intermediate(make_experts(), 2, intermediate_size=64),
+            ValueError,
+            "fc1_weights: expected zeros beyond H=128, I=64",
+        ),
+        (
+            lambda: Ranks(intermediate_size=0),
+            ValueError,
+            "intermediate_size: expected an int at least 32, got 0",
+        ),
         (lambda: split_intermediate(make_experts(), 0), ValueError, "tp_size: "),
         (lambda: gather([]), ValueError, "outputs: expected at least one"),
         (lambda: gather([ONE, ONE[:1]]), ValueError, r"outputs\[1\]: .*\[2, 3\], got bfloat16 \[1, 3\]"),
