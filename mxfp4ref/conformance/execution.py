@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -32,6 +33,7 @@ from mxfp4ref.conformance.plain import (
     printable,
     raw_bytes,
     tensor_of,
+    without_modes,
 )
 from mxfp4ref.conformance.surroundings import interference, surroundings
 
@@ -52,6 +54,7 @@ PROBLEMS = (
     *("raised", "timed out", "crashed", "interfered", "layout differs", "wrong output", "not written"),
     *("input modified", "unstable", "skipped"),
 )
+_gettrace, _settrace, _getprofile, _setprofile = sys.gettrace, sys.settrace, sys.getprofile, sys.setprofile
 # What `collect` reports: what it is about to do.
 ARGUMENTS, RUN, CHECKS = "arguments", "run", "checks"
 
@@ -63,7 +66,7 @@ class Collected:
     Attributes:
         runs: for each run that came to its end, the outputs' bytes by name.
         stages: intermediates of the first run, where the kernel returned some.
-        problem, message: as in `Outcome`.
+        problem, message, left: as in `Outcome`.
         seconds: the first run's time.
     """
 
@@ -72,6 +75,7 @@ class Collected:
     problem: str = ""
     message: str = ""
     seconds: float = 0.0
+    left: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ def execute_within(
     """As `execute`, for `run` = (kind, inputs, expected), with a limit for each time the kernel runs."""
     kind, inputs, expected = run
     wanted = likes(expected, kernel.device)
-    undo, restore = interference(), surroundings()
+    undo, restore = interference(), surroundings()  # of a run that has not come to its end, too
     collected, message = in_thread(
         lambda report: collect(kernel, kind, inputs, wanted, repeat=repeat, report=report), seconds
     )
@@ -125,8 +129,8 @@ def execute_within(
         )
         return Outcome(problem="interfered", message=words, seconds=collected.seconds if collected else 0.0)
     if collected is None:
-        return Outcome(problem="timed out", message=message, seconds=seconds or 0.0)
-    return replace(judge(collected, wanted), left=left)
+        return Outcome(problem="timed out", message=message, seconds=seconds or 0.0, left=left)
+    return judge(collected, wanted)
 
 
 def likes(expected: Mapping[str, Tensor], device: str) -> dict[str, Like]:
@@ -196,13 +200,17 @@ def collect(
         return Collected(problem="raised", message=message)
     found = Collected()
     for where in ("", "in a second run: ") if repeat else ("",):
-        handed.poison_output()
+        with without_modes():  # which the first run may have left switched on
+            handed.poison_output()
+            _poison_freed_memory(expected, kernel.device)
         one = _run_once(kernel, kind, handed, expected, report)
-        if not one.problem and (changes := handed.changes()):
-            one = replace(one, problem="input modified", message=f"the kernel changed {changes}")
+        with without_modes():
+            if not one.problem and (changes := handed.changes()):
+                one = replace(one, problem="input modified", message=f"the kernel changed {changes}")
         first = found if found.runs else one
         message = where + one.message if one.problem else ""
-        found = replace(first, runs=(*found.runs, *one.runs), problem=one.problem, message=message)
+        runs, left = (*found.runs, *one.runs), found.left or one.left
+        found = replace(first, runs=runs, problem=one.problem, message=message, left=left)
         if found.problem:
             break
     return found
@@ -210,27 +218,24 @@ def collect(
 
 def judge(collected: Collected, expected: Mapping[str, Like]) -> Outcome:
     """What came of it: the outputs, or the first problem."""
-    seconds = collected.seconds
+    outcome = Outcome(seconds=collected.seconds, left=collected.left)
     runs = [{name: tensor_of(one[name], want) for name, want in expected.items()} for one in collected.runs]
     for number, outputs in enumerate(runs):
         for name, got in outputs.items():
             if got.dtype == torch.bfloat16 and (message := _unwritten(name, got)):
                 message = f"{'in a second run: ' if number else ''}{message}"
-                return Outcome(problem="not written", message=message, seconds=seconds)
+                return replace(outcome, problem="not written", message=message)
     if collected.problem:
-        return Outcome(problem=collected.problem, message=collected.message, seconds=seconds)
-    first, *more = runs
+        return replace(outcome, problem=collected.problem, message=collected.message)
+    first, second = runs[0], runs[-1]
     for name, got in first.items():
-        for second in more:
-            if collected.runs[1][name] != collected.runs[0][name]:
-                count = int(differing(second[name], got).sum())
-                difference = first_difference(second[name], got)
-                message = (
-                    f"a second run on the same inputs gave {count:,} other elements in {name}; {difference}"
-                )
-                return Outcome(problem="unstable", message=message, seconds=seconds)
+        if collected.runs[0][name] != collected.runs[-1][name]:
+            count = int(differing(second[name], got).sum())
+            words = f"a second run on the same inputs gave {count:,} other elements in {name}"
+            message = f"{words}; {first_difference(second[name], got)}"
+            return replace(outcome, problem="unstable", message=message)
     stages = {name: tensor_of(raw, kept) for name, (kept, raw) in collected.stages.items()}
-    return Outcome({**stages, **first}, seconds=seconds)
+    return replace(outcome, outputs={**stages, **first})
 
 
 def _unwritten(name: str, got: Tensor) -> str:
@@ -248,19 +253,20 @@ def _run_once(
     expected: Mapping[str, Like],
     report: Callable[[str], None],
 ) -> Collected:
-    _poison_freed_memory(expected, kernel.device)
     process = os.getpid()
+    left = ""
+    restore = surroundings()
     report(RUN)
     start = time.perf_counter()
     try:
-        with torch.no_grad():
-            result = kernel.function(*handed.positional, **handed.keywords)
-        if kernel.device.startswith("cuda"):
-            torch.cuda.synchronize(kernel.device)
-        seconds = time.perf_counter() - start
+        try:
+            result = _call(kernel, handed)
+        finally:
+            seconds = time.perf_counter() - start
+            left = restore()
         outputs = outputs_by_name(kind, result, handed.keywords)
         kept = {name: _output(name, outputs.get(name), want) for name, want in expected.items()}
-        stages = {n: (like(outputs[n]), raw_bytes(outputs[n])) for n in INTERMEDIATES if n in outputs}
+        stages = {name: _stage(name, outputs[name]) for name in INTERMEDIATES if name in outputs}
         del result, outputs  # while its time is limited
     except TensorError as error:
         found = Collected(problem="wrong output", message=printable(error))
@@ -268,12 +274,30 @@ def _run_once(
         found = Collected(problem="raised", message=of_exception(error, __file__))
     else:
         found = Collected((kept,), stages)
-    if (
-        os.getpid() != process
-    ):  # a copy of this process that the kernel forked off, and that came back from it, too
+    if os.getpid() != process:  # a copy of this process that the kernel forked off, and that returned, too
         os._exit(0)
     report(CHECKS)
-    return replace(found, seconds=time.perf_counter() - start if found.problem else seconds)
+    return replace(found, seconds=seconds, left=left)
+
+
+def _call(kernel: Kernel, handed: Handed) -> Any:
+    trace, profile = _gettrace(), _getprofile()
+    with torch.no_grad():
+        try:
+            result = kernel.function(*handed.positional, **handed.keywords)
+            if kernel.device.startswith("cuda"):
+                torch.cuda.synchronize(kernel.device)
+        finally:
+            _settrace(trace)  # before any function of ours is called
+            _setprofile(profile)
+        return result
+
+
+def _stage(name: str, got: object) -> tuple[Like, bytes]:
+    try:
+        return like(got), raw_bytes(got)
+    except TensorError as error:
+        raise TensorError(f"{name}: expected a tensor, got {error}") from None
 
 
 def _output(name: str, got: object, want: Like) -> bytes:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mxfp4ref.conformance.adapters import Arguments, poisoned
 from mxfp4ref.conformance.comparison import first_difference
-from mxfp4ref.conformance.plain import TensorError, geometry, like, raw_bytes, tensor_of, without_modes
+from mxfp4ref.conformance.plain import Like, TensorError, geometry, like, raw_bytes, tensor_of, without_modes
 
 __all__ = ["Handed", "to_device"]
 
@@ -27,41 +27,43 @@ class Handed:
     """
 
     def __init__(self, arguments: Arguments) -> None:
-        self._originals = dict(_tensors(_by_name(arguments)))
+        self._output: Tensor | None = arguments[1].get("output")
         self.positional, self.keywords = _copied(arguments)
         self._given = _by_name((self.positional, self.keywords))
-        self._geometries = {name: geometry(tensor) for name, tensor in _tensors(self._given)}
-        self._sums = {name: _samples(tensor) for name, tensor in self._originals.items() if _is_large(tensor)}
+        self._given.pop("output", None)
+        self._before = {name: _noted(tensor) for name, tensor in _tensors(self._given)}
 
     def poison_output(self) -> None:
         """Give the kernel a new `output`, if it takes one, which holds the poison."""
-        if "output" in self.keywords:
-            self.keywords["output"] = poisoned(self._originals["output"])
+        if self._output is not None:
+            self.keywords["output"] = poisoned(self._output)
 
     def changes(self) -> str:
         """What the kernel has changed in its inputs, in words, or ""."""
         found = dict(_tensors(self._given))
         changes = []
-        for name in self._originals.keys() - {"output"}:
-            change = self._change(name, found[name]) if name in found else ", which is gone"
+        for name, before in self._before.items():
+            change = _change(found[name], *before) if name in found else ", which is gone"
             if change:
                 changes.append(f"{name}{change}")
-        return "; ".join(sorted(changes))
+        return "; ".join(changes)
 
-    def _change(self, name: str, tensor: Tensor) -> str:
-        before = self._geometries[name]
-        try:
-            after = geometry(tensor)
-        except TensorError as error:
-            return f" from {before} to {error}"
-        if before != after:
-            return f" from {before} to {after}"
-        if name in self._sums:
-            return "" if _samples(tensor) == self._sums[name] else " somewhere"
-        got, given = raw_bytes(tensor), raw_bytes(self._originals[name])
-        if got == given:
-            return ""
-        return f" {first_difference(tensor_of(got, like(tensor)), tensor_of(given, like(tensor)))}"
+
+def _noted(tensor: Tensor) -> tuple[str, Like, bytes | int]:
+    return geometry(tensor), like(tensor), _samples(tensor) if _is_large(tensor) else raw_bytes(tensor)
+
+
+def _change(tensor: Tensor, shape: str, kind: Like, content: bytes | int) -> str:
+    try:
+        after = geometry(tensor)
+    except TensorError as error:
+        return f" from {shape} to {error}"
+    if shape != after:
+        return f" from {shape} to {after}"
+    if isinstance(content, int):
+        return "" if _samples(tensor) == content else " somewhere"
+    got = raw_bytes(tensor)
+    return "" if got == content else f" {first_difference(tensor_of(got, kind), tensor_of(content, kind))}"
 
 
 def to_device(inputs: Any, device: str) -> Any:

@@ -24,10 +24,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from mxfp4ref.conformance.plain import printable
+from mxfp4ref.conformance.plain import printable, without_modes
 
 __all__ = ["interference", "surroundings"]
 
+_builtins = vars(builtins)
 _Setting = tuple[str, Callable[[], Any], Callable[[Any], object]]
 _MOST_NAMED = 3
 
@@ -70,7 +71,6 @@ _TOLD: tuple[_Setting, ...] = (
     ("the environment", lambda: dict(os.environ), lambda before: _replaced(os.environ, before)),
     ("the umask", _umask, os.umask),
     ("the locale", lambda: locale.setlocale(locale.LC_ALL), lambda v: locale.setlocale(locale.LC_ALL, v)),
-    ("Python's builtins", lambda: dict(vars(builtins)), lambda before: _replaced(vars(builtins), before)),
     ("the recursion limit", sys.getrecursionlimit, sys.setrecursionlimit),
     ("garbage collection", gc.isenabled, lambda on: gc.enable() if on else gc.disable()),
     _attribute("sys.stdin", sys, "stdin"),
@@ -93,19 +93,24 @@ _UNTOLD: tuple[_Setting, ...] = (
 def surroundings() -> Callable[[], str]:
     """Take note of all settings; the function that is returned puts them back and says in words which had changed."""
     before = [(setting, setting[1]()) for setting in (*_TOLD, *_UNTOLD)]
-    modules = dict(sys.modules)
+    modules, names = dict(sys.modules), _builtins.copy()
 
     def restore() -> str:
+        found = _builtins.copy()
+        _builtins.update(names)  # this needs none of them, and what follows does
         changed = []
+        if any(found.get(name) is not value for name, value in names.items() if name != "_"):
+            changed.append("Python's builtins")
         for name, module in modules.items():
             if sys.modules.get(name) is not module:
                 changed.append(f"sys.modules[{name!r}]")
                 sys.modules[name] = module
-        for setting, value in before:
-            if _differs(setting, value):
-                setting[2](value)
-                if setting in _TOLD:
-                    changed.append(setting[0])
+        with without_modes():
+            for setting, value in before:
+                if _differs(setting, value):
+                    setting[2](value)
+                    if setting in _TOLD:
+                        changed.append(setting[0])
         return _listed(changed)
 
     return restore
@@ -131,7 +136,8 @@ def interference() -> Callable[[], str]:
     """
     ours = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == "mxfp4ref"]
     classes = [c for module in ours for c in vars(module).values() if _is_class_of(c, module)]
-    noted = {owner: dict(_code_of(owner)) for owner in (*ours, *classes, torch, torch.Tensor)}
+    noted = {owner: dict(_code_of(owner, _CODE)) for owner in (*ours, *classes)}
+    noted |= {owner: dict(_code_of(owner, _FUNCTIONS)) for owner in (torch, torch.Tensor)}
     bodies = [
         (f, f.__code__, f.__defaults__) for found in noted.values() for f in found.values() if _has_body(f)
     ]
@@ -140,7 +146,9 @@ def interference() -> Callable[[], str]:
         changed = []
         for owner, found in noted.items():
             for name, value in found.items():
-                if vars(owner).get(name) is not value:
+                new = vars(owner).get(name)
+                # torch replaces some functions by its own when it imports its compiler.
+                if new is not value and not (_is_torchs(value) and _is_torchs(new)):
                     setattr(owner, name, value)
                     changed.append(f"{owner.__name__}.{name}")
         for name in [name for name in vars(torch.Tensor) if name in _INHERITED - noted[torch.Tensor].keys()]:
@@ -162,17 +170,22 @@ def _is_class_of(value: Any, module: ModuleType) -> bool:
     return isinstance(value, type) and value.__module__ == module.__name__
 
 
+def _is_torchs(value: Any) -> bool:
+    return str(getattr(value, "__module__", "")).partition(".")[0] == "torch"
+
+
 def _has_body(value: Any) -> bool:
     return type(value) is FunctionType and value.__module__.partition(".")[0] == "mxfp4ref"
 
 
-def _code_of(owner: Any) -> Iterator[tuple[str, Any]]:
+def _code_of(owner: Any, kinds: tuple[type, ...]) -> Iterator[tuple[str, Any]]:
     for name, value in vars(owner).items():
-        if issubclass(type(value), _CODE):
+        if issubclass(type(value), kinds):
             yield name, value
 
 
-_CODE = (FunctionType, BuiltinFunctionType, type, property, staticmethod, classmethod)
+_FUNCTIONS = (FunctionType, BuiltinFunctionType)
+_CODE = (*_FUNCTIONS, type, property, staticmethod, classmethod)
 
 
 def _listed(names: list[str]) -> str:

@@ -106,7 +106,7 @@ class Worker:
             return Outcome(problem=problem, message=str(ended), seconds=time.perf_counter() - start)
         except KernelError as error:  # of a process that was started anew
             return Outcome(problem="crashed", message=f"after an earlier crash: {error}")
-        return replace(judge(_collected(header, blobs, expected), expected), left=header["left"])
+        return judge(_collected(header, blobs, expected), expected)
 
     def _start(self) -> dict[str, Any]:
         own_group: dict[str, Any] = {"start_new_session": True} if os.name == "posix" else {}
@@ -292,4 +292,4 @@ def _collected(header: dict[str, Any], blobs: list[bytes], expected: Mapping[str
             header["stages"], blobs[len(runs) * len(expected) :], strict=True
         )
     }
-    return Collected(runs, stages, header["problem"], header["message"], header["seconds"])
+    return Collected(runs, stages, header["problem"], header["message"], header["seconds"], header["left"])
