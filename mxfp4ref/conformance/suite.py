@@ -248,7 +248,8 @@ def _compare(outcome: Outcome, expected: Mapping[Run, Mapping[str, bytes]], opti
     outside = None
     if min(counts) and options.mode == "bounded" and isinstance(closest.inputs, MoeCall):
         bounds = bound(closest.inputs, storage=options.storage, confidence=options.confidence)
-        outside = int((~bounds.contains(outcome.outputs["output"])).sum())
+        inside = bounds.contains(outcome.outputs["output"], closest.expected["output"])
+        outside = int((~inside).sum())
     elements = sum(want.numel() for want in closest.expected.values())
     return _Comparison(closest, tiles, elements, min(counts), outside)
 

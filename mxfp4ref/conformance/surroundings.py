@@ -92,7 +92,8 @@ _UNTOLD: tuple[_Setting, ...] = (
 
 def surroundings() -> Callable[[], str]:
     """Take note of all settings; the function that is returned puts them back and says in words which had changed."""
-    before = [(setting, setting[1]()) for setting in (*_TOLD, *_UNTOLD)]
+    with without_modes():
+        before = [(setting, setting[1]()) for setting in (*_TOLD, *_UNTOLD)]
     modules, names = dict(sys.modules), _builtins.copy()
 
     def restore() -> str:
