@@ -165,7 +165,7 @@ def takes(function: Callable[..., Any], name: str) -> bool:
     """Whether a function has a parameter of that name, as far as its signature tells."""
     try:
         parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):
+    except Exception:  # of a callable without a signature, or with one that raises
         return False
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 

@@ -132,9 +132,12 @@ def raw_bytes(value: object) -> bytes:
     if not found.size:
         return b""
     tensor: Any = value
-    with without_modes():
-        tensor = _contiguous(_to(_detach(tensor), "cpu"))
-        return _string_at(_data_ptr(tensor), found.size)
+    try:
+        with without_modes():
+            tensor = _contiguous(_to(_detach(tensor), "cpu"))
+            return _string_at(_data_ptr(tensor), found.size)
+    except Exception as error:  # such as no room for it, or a dtype that torch cannot copy
+        raise TensorError(f"a {found} tensor that cannot be read ({of_exception(error)})") from None
 
 
 def geometry(value: object) -> str:

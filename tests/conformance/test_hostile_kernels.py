@@ -7,14 +7,21 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 import torch
 
-from mxfp4ref.conformance import CaseResult, Options, Report, load_kernel, run_case
+from mxfp4ref import forward
+from mxfp4ref.conformance import CaseResult, Kernel, KernelError, Options, Report, load_kernel, run, run_case
+from mxfp4ref.conformance import worker as worker_module
+from mxfp4ref.conformance.adapters import whole_arguments
+from mxfp4ref.conformance.cli import main
 from mxfp4ref.conformance.report import to_html, to_json, to_junit, to_text
 from mxfp4ref.conformance.worker import Worker
 from mxfp4ref.goldens import Case, open_goldens
@@ -240,3 +247,115 @@ def test_ending_the_process(
     assert_reported(result, status, message)
     assert_renders(result)
     assert isolated("right", case, choice, worker).status == "equal"
+
+
+def test_a_bystander_may_end_the_process_later(case: Case, choice: Path, worker: Worker) -> None:
+    """What an earlier run has left behind ends a later one, and only that."""
+    assert isolated("exits_later", case, choice, worker).status == "equal"
+    time.sleep(0.5)
+    assert_reported(isolated("right", case, choice, worker), "crashed", "ended without a result: exit code 0")
+    assert isolated("right", case, choice, worker).status == "equal"
+
+
+def test_what_outlives_its_process(case: Case, choice: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy that holds the pipes open, and a function that runs at exit, keep nobody waiting and change nothing."""
+    start = time.monotonic()
+    with Worker(SPEC) as process:
+        for name in ("forks_and_the_copy_stays", "exits_at_exit", "right"):
+            assert isolated(name, case, choice, process).status == "equal"
+    assert time.monotonic() - start < 15
+
+
+def test_what_is_printed(
+    case: Case, choice: Path, worker: Worker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is passed on, to stderr, and a terminal has nothing to obey."""
+    assert isolated("prints_escapes", case, choice, worker).status == "equal"
+    deadline = time.monotonic() + 5
+    printed = ""
+    while "title" not in printed and time.monotonic() < deadline:
+        printed += capsys.readouterr().err
+        time.sleep(0.02)
+    assert r"\x1b[2J\x1b[31m\u202e red" in printed
+    assert r"\x1b]0;title\x07\xff\x00" in printed
+    assert [c for c in printed if not c.isprintable() and c != "\n"] == []
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("import sys; sys.exit(0)", "cannot import 'hostile_module': SystemExit: 0"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+        ("import os; os._exit(0)", "was imported, the kernel's process ended without a result: exit code 0"),
+        ("import time; time.sleep(60)", "was imported, no result within 1 s; its process was killed"),
+        ("def __getattr__(name): raise RuntimeError('no\\x1b')", r"RuntimeError: no\x1b"),
+        ("f = 5", "is no function but int"),
+    ],
+)
+def test_imports(lines: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module that cannot be imported is a fault of the environment, in a line, also where it hangs."""
+    (tmp_path / "hostile_module.py").write_text(lines)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(worker_module, "_LOAD_SECONDS", 1)
+    with pytest.raises(KernelError) as error:
+        run("hostile_module:f", [], Options(timeout=0.1))
+    assert message in str(error.value)
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense", "meta", "cpu:0:0", "mps"])
+def test_devices_that_are_not_here(device: str, case: Case) -> None:
+    for kernel in (hostile_kernels.right, Kernel("right", ("moe",), whole_arguments, forward, device=device)):
+        with pytest.raises(KernelError, match=r"^device: expected"):
+            run(kernel, [case], device=device)
+
+
+def test_without_isolation_the_command_needs_a_verdict(
+    choice: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that ends the process with exit code 0 does not conform."""
+    for name, code in (("exits", 1), ("right", 0)):
+        choice.write_text(name)
+        command = ["mxfp4ref", "conform", "--no-isolate", SPEC, "--case", "finalize/slot_order"]
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as done:
+            main()
+        assert done.value.code == code
+        out, err = capfd.readouterr()
+        assert ("conforms: it equals" in out, "does not conform: it ended its process" in err) == (
+            not code,
+            bool(code),
+        )
+
+
+def test_python_keeps_the_report(case: Case) -> None:
+    """Whatever one case does, the results of the others are there."""
+    other = open_goldens().load("formats/every_code_by_row")
+
+    def some(**arguments: Any) -> Any:
+        alike = torch.equal(arguments["input"], case.tensors["input"])
+        return (hostile_kernels.keyboard_interrupt if alike else hostile_kernels.right)(**arguments)
+
+    report = run(some, [case, other])
+    assert [r.status for r in report.results] == ["raised", "equal"]
+    for cases in ([5], "gemm/ordinary"):
+        with pytest.raises(TypeError, match="cases: expected Case"):
+            run(some, cases)  # type: ignore[arg-type]
+    with pytest.raises(KernelError, match="expected a name or a function, got int 5"):
+        run(5, [case])  # type: ignore[arg-type]
+
+
+def test_a_signature_that_raises(case: Case) -> None:
+    class Odd:
+        __qualname__ = "\x1b[2J"
+
+        @property
+        def __signature__(self) -> Any:
+            raise RuntimeError
+
+        def __call__(self, **arguments: Any) -> Any:
+            return hostile_kernels.right(**arguments)
+
+    kernel = load_kernel(Odd())
+    assert kernel.name == r"\x1b[2J"
+    assert run_case(kernel, case).status == "equal"
