@@ -137,6 +137,8 @@ def _import(path: str) -> Callable[..., Any]:
             value = getattr(value, part)
         except AttributeError:
             raise KernelError(f"kernel: {module_name!r} has no {name!r}") from None
+        except Exception as error:
+            raise KernelError(f"kernel: {module_name!r} has no {name!r}: {of_exception(error)}") from None
     if not callable(value):
         raise KernelError(f"kernel: {path!r} is no function but {type(value).__name__}")
     function: Callable[..., Any] = value
