@@ -108,10 +108,11 @@ def surroundings() -> Callable[[], str]:
                 sys.modules[name] = module
         with without_modes():
             for setting, value in before:
-                if _differs(setting, value):
+                if setting in _UNTOLD:
                     setting[2](value)
-                    if setting in _TOLD:
-                        changed.append(setting[0])
+                elif _differs(setting, value):
+                    setting[2](value)
+                    changed.append(setting[0])
         return _listed(changed)
 
     return restore
@@ -122,8 +123,6 @@ def _differs(setting: _Setting, value: Any) -> bool:
         found = setting[1]()
     except Exception:  # such as a working directory that was removed
         return True
-    if isinstance(value, tuple):  # a generator's state, with arrays inside
-        return repr(found) != repr(value)
     return bool(found is not value if type(value).__module__ not in _PLAIN else found != value)
 
 

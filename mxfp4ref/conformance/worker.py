@@ -25,7 +25,7 @@ from typing import IO, Any
 import torch
 
 from mxfp4ref.conformance.adapters import INTERMEDIATES, Kernel, KernelError
-from mxfp4ref.conformance.execution import RUN, Collected, Outcome, judge, likes
+from mxfp4ref.conformance.execution import PROBLEMS, RUN, Collected, Outcome, judge, likes
 from mxfp4ref.conformance.kernel_process import LOAD, LOADED, RESULT, unframed
 from mxfp4ref.conformance.plain import Like, printable
 from mxfp4ref.formats.generations import generation_named
@@ -36,10 +36,13 @@ from mxfp4ref.model.call import MoeCall
 __all__ = ["Worker", "how_it_ended"]
 
 _STAGE = 1 << 30
+_MESSAGE = 5000  # characters, more than the process makes of an exception
 _LOAD_SECONDS = 60  # for importing the kernel, if a run has less
 _OWN_SECONDS = 600  # for what the kit does itself in the process: importing torch, generating weights
 _END_SECONDS = 2  # for a process that was told to end, or whose pipe is closed
 _SHOWN, _TAIL = 1 << 16, 1 << 11  # bytes of what the kernel prints: passed on, and kept for a crash
+
+_ELSE = "its process wrote something else into the pipe to the kit"
 
 _START = """\
 import json, sys
@@ -71,15 +74,19 @@ class Worker:
         self._seconds = seconds
         try:
             known = self._start()
+            where = {printable(name): printable(words) for name, words in known["environment"].items()}
+            about = known["kernel"]
+            about |= {"kinds": tuple(about["kinds"]), "generation": generation_named(about["generation"])}
+            self.kernel = Kernel(**about, prepare=_elsewhere, function=_elsewhere)
         except _Ended as ended:
             raise KernelError(f"kernel: while {printable(spec, 200)} was imported, {ended}") from None
+        except (KeyError, TypeError, AttributeError):
+            self._stop()
+            raise KernelError(f"kernel: while {printable(spec, 200)} was imported, {_ELSE}") from None
         except BaseException:
             self._stop()
             raise
-        self.environment: dict[str, str] = known["environment"]
-        about = known["kernel"]
-        about |= {"kinds": tuple(about["kinds"]), "generation": generation_named(about["generation"])}
-        self.kernel = Kernel(**about, prepare=_elsewhere, function=_elsewhere)
+        self.environment: dict[str, str] = where
 
     def __enter__(self) -> Worker:
         return self
@@ -99,14 +106,13 @@ class Worker:
             if self._process is None:
                 self._start()
             self._channel.ask(_request(case, run, expected, repeat))
-            header, blobs = self._channel.answer(RESULT, seconds, expected)
+            return judge(_collected(*self._channel.answer(RESULT, seconds, expected), expected), expected)
         except _Ended as ended:
             self._stop()
             problem = "timed out" if isinstance(ended, _TimedOut) else "crashed"
             return Outcome(problem=problem, message=str(ended), seconds=time.perf_counter() - start)
         except KernelError as error:  # of a process that was started anew
             return Outcome(problem="crashed", message=f"after an earlier crash: {error}")
-        return judge(_collected(header, blobs, expected), expected)
 
     def _start(self) -> dict[str, Any]:
         own_group: dict[str, Any] = {"start_new_session": True} if os.name == "posix" else {}
@@ -127,7 +133,7 @@ class Worker:
             raise
         if header["error"]:
             self._stop(_END_SECONDS)
-            raise KernelError(header["error"])
+            raise KernelError(printable(header["error"], _MESSAGE))
         return header
 
     def _stop(self, seconds: float = 0) -> None:
@@ -222,7 +228,7 @@ class _Channel:
                 while (found := unframed(stream, lambda: self._largest)) is not None:
                     self._answers.put(found)
             except (ValueError, KeyError, TypeError):
-                self._answers.put(_Ended("its process wrote something else into the pipe to the kit"))
+                self._answers.put(_Ended(_ELSE))
                 while stream.read(1 << 16):
                     pass
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -282,14 +288,28 @@ def _request(case: Case, run: Run, expected: Mapping[str, Like], repeat: bool) -
 
 
 def _collected(header: dict[str, Any], blobs: list[bytes], expected: Mapping[str, Like]) -> Collected:
-    runs = tuple(
-        {name: blobs[number * len(expected) + i] for i, name in enumerate(expected)}
-        for number in range(header["runs"])
-    )
-    stages = {
-        name: (Like(getattr(torch, dtype), tuple(shape)), blob)
-        for (name, dtype, shape), blob in zip(
-            header["stages"], blobs[len(runs) * len(expected) :], strict=True
+    """An answer, if it is one that `collect` may have given."""
+    try:
+        count = int(header["runs"])
+        first, second, *_ = (dict(zip(expected, blobs[i * len(expected) :], strict=False)) for i in range(2))
+        kinds = [(name, Like(getattr(torch, dtype), tuple(shape))) for name, dtype, shape in header["stages"]]
+        stages = {
+            name: (kind, blob)
+            for (name, kind), blob in zip(kinds, blobs[count * len(expected) :], strict=True)
+        }
+        found = Collected(
+            (first, second)[:count],
+            stages,
+            header["problem"],
+            printable(header["message"], _MESSAGE),
+            float(header["seconds"]),
+            printable(header["left"]),
         )
-    }
-    return Collected(runs, stages, header["problem"], header["message"], header["seconds"], header["left"])
+        sizes = [len(one[name]) == want.size for one in found.runs for name, want in expected.items()]
+        sizes += [len(blob) == kind.size and name in INTERMEDIATES for name, (kind, blob) in stages.items()]
+        known = count in (1, 2) if not found.problem else found.problem in PROBLEMS
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        raise _Ended(_ELSE) from None
+    if not all(sizes) or not known:
+        raise _Ended(_ELSE)
+    return found

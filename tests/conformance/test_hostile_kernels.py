@@ -115,7 +115,7 @@ EVERYWHERE = [
     ("default_dtype", "equal", f"torch's default dtype, {PUT_BACK}"),
     ("default_device", "equal", ""),
     ("grad_and_inference_mode", "equal", ""),
-    ("deterministic", "equal", f"torch's deterministic mode, {PUT_BACK}"),
+    ("deterministic", "equal", "the kernel changed torch's deterministic mode"),
     ("working_directory", "equal", f"the working directory, {PUT_BACK}"),
     ("environment", "equal", f"the environment, {PUT_BACK}"),
     ("modules", "equal", "sys.modules['"),
@@ -153,6 +153,7 @@ ENDING = [
     ("closes_everything", "crashed", "ended without a result"),
     ("puts_a_file_in_place_of_the_pipe", "crashed", "ended without a result: exit code 1"),
     ("writes_into_every_pipe", "crashed", "wrote something else into the pipe to the kit"),
+    ("forges_a_result", "crashed", "wrote something else into the pipe to the kit"),
     ("forks_and_the_copy_returns", "crashed", "ended without a result: exit code 0"),
     ("hangs_when_deleted", "timed out", "no result within 1 s"),
 ]

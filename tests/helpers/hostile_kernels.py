@@ -10,6 +10,7 @@ import builtins
 import ctypes
 import gc
 import io
+import json
 import os
 import random
 import signal
@@ -634,6 +635,18 @@ def writes_into_every_pipe(**arguments: Any) -> Any:
         except OSError:
             continue
     return right(**arguments)
+
+
+def forges_a_result(**arguments: Any) -> Any:
+    """An answer in the right form, of a run that has no output."""
+    empty = {"problem": "", "message": "", "seconds": 0, "left": "", "runs": 0, "stages": [], "blobs": []}
+    text = json.dumps({"name": "result", **empty}).encode()
+    for number in range(3, 200):
+        try:
+            os.write(number, b"mxfp4ref" + len(text).to_bytes(8, "little") + text)
+        except OSError:
+            continue
+    return wrong(**arguments)
 
 
 def forks_and_the_copy_returns(**arguments: Any) -> Any:
