@@ -148,7 +148,7 @@ def interference() -> Callable[[], str]:
             for name, value in found.items():
                 new = vars(owner).get(name)
                 # torch replaces some functions by its own when it imports its compiler.
-                if new is not value and not (_is_torchs(value) and _is_torchs(new)):
+                if new is not value and {_package_of(value), _package_of(new)} != {"torch"}:
                     setattr(owner, name, value)
                     changed.append(f"{owner.__name__}.{name}")
         for name in [name for name in vars(torch.Tensor) if name in _INHERITED - noted[torch.Tensor].keys()]:
@@ -170,12 +170,13 @@ def _is_class_of(value: Any, module: ModuleType) -> bool:
     return isinstance(value, type) and value.__module__ == module.__name__
 
 
-def _is_torchs(value: Any) -> bool:
-    return str(getattr(value, "__module__", "")).partition(".")[0] == "torch"
+def _package_of(value: Any) -> str:
+    """The package that something says it is from; what `exec` made may say nothing."""
+    return str(getattr(value, "__module__", "")).partition(".")[0]
 
 
 def _has_body(value: Any) -> bool:
-    return type(value) is FunctionType and value.__module__.partition(".")[0] == "mxfp4ref"
+    return type(value) is FunctionType and _package_of(value) == "mxfp4ref"
 
 
 def _code_of(owner: Any, kinds: tuple[type, ...]) -> Iterator[tuple[str, Any]]:
