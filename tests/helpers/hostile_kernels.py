@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -97,7 +96,9 @@ def sparse(**arguments: Any) -> Any:
 
 
 def nested(**arguments: Any) -> Any:
-    return torch.nested.as_nested_tensor(list(right(**arguments)), layout=torch.jagged)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.nested.as_nested_tensor(list(right(**arguments)))
 
 
 def quantized(**arguments: Any) -> Any:
@@ -107,6 +108,8 @@ def quantized(**arguments: Any) -> Any:
 
 
 def fake(**arguments: Any) -> Any:
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes as long to import as all the others
+
     with FakeTensorMode():
         return torch.zeros(arguments["input"].shape, dtype=torch.bfloat16)
 
