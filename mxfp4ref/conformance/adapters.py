@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxfp4ref.conformance.plain import TensorError
 from mxfp4ref.formats.generations import NEWEST, Generation
 from mxfp4ref.formats.layout import fold_scales_sm90, interleave_weights_sm90
 from mxfp4ref.goldens.runs import OUTPUTS
@@ -17,6 +18,7 @@ from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import MoeTrace
 
 __all__ = [
+    "INTERMEDIATES",
     "Kernel",
     "KernelError",
     "Skip",
@@ -31,6 +33,7 @@ __all__ = [
     "whole_arguments",
 ]
 
+INTERMEDIATES = ("fc1_output", "activation", "fc2_output")  # those of `MoeTrace` that a diagnosis looks at
 _POISON = 0x7FA5  # a bf16 NaN that no arithmetic produces
 _OPTIONAL = ("fc1_biases", "fc2_biases", "swiglu_alpha", "swiglu_beta", "swiglu_limit")
 
@@ -169,29 +172,51 @@ def takes(function: Callable[..., Any], name: str) -> bool:
     """Whether a function has a parameter of that name, as far as its signature tells."""
     try:
         parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):
+    except Exception:  # of a callable without a signature, or with one that raises
         return False
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def outputs_by_name(kind: str, result: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """A kernel's return value as outputs by name; intermediates too where it returned
-    `(output, mapping)` or a `MoeTrace`.
+    """A kernel's return value as outputs by name, and intermediates (`INTERMEDIATES`) where it returned some.
 
-    A function that returns None is taken to have written into the `output` it was given.
+    A kernel may return
+
+    - the output, or a mapping of outputs by name;
+    - a list or tuple with the output first and None after it, as flashinfer's function does;
+    - a pair of the output and its intermediates, which are a mapping or an object with attributes of these names;
+    - a `MoeTrace`;
+    - None (also as the first of a list or tuple) if it was given an `output` to write into.
+
+    Raises:
+        TensorError: anything else, such as two tensors, of which either might be the output.
     """
     if isinstance(result, Mapping):
         return dict(result)
-    if kind != "moe":
-        return {OUTPUTS[kind][0]: result}
+    names = OUTPUTS[kind]
     if isinstance(result, MoeTrace):
-        return dict(vars(result))
-    stages: Mapping[str, Any] = {}
-    if isinstance(result, tuple) and len(result) == 2 and not isinstance(result[1], Tensor):
-        result, found = result
-        stages = found if isinstance(found, Mapping) else vars(found)
-    if isinstance(result, list | tuple) and result:
-        result = result[0]  # flashinfer's function returns a list, the output first
-    if result is None:
+        result = result.output, result
+    if isinstance(result, list | tuple):
+        if not result:
+            raise TensorError(f"{names[0]}: expected a tensor, got an empty {type(result).__name__}")
+        result, *rest = result
+        rest = [value for value in rest if value is not None]
+        stages = _intermediates(rest[0]) if kind == "moe" and len(rest) == 1 else {}
+        if rest and not stages:
+            kinds = ", ".join(type(value).__name__ for value in rest)
+            raise TensorError(
+                f"{names[0]}: expected it alone or first, with nothing but None or a mapping of intermediates "
+                f"({', '.join(INTERMEDIATES)}) after it, got {kinds} after it"
+            )
+    else:
+        stages = {}
+    if result is None and kind == "moe":
         result = arguments.get("output")
-    return {**{name: value for name, value in stages.items() if name != "output"}, "output": result}
+    return {**stages, names[0]: result}
+
+
+def _intermediates(value: Any) -> dict[str, Any]:
+    if isinstance(value, Tensor):
+        return {}
+    named = value if isinstance(value, Mapping) else {n: getattr(value, n, None) for n in INTERMEDIATES}
+    return {name: named[name] for name in INTERMEDIATES if named.get(name) is not None}

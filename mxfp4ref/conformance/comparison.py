@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mxfp4ref.conformance.plain import TensorError, like, raw_bytes, tensor_of
+
 __all__ = [
     "FAR",
     "Difference",
@@ -17,7 +19,21 @@ __all__ = [
     "ulp_distance",
 ]
 
-FAR = 1 << 40  # the distance between a NaN and anything with other bits
+FAR = (1 << 63) - 1  # the distance between a NaN and anything with other bits; numbers are nearer
+_WHOLE = (
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+)
+_FLOATS = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu),
+)
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -40,7 +56,7 @@ class Difference:
     ulps: int
 
     def __str__(self) -> str:
-        distance = "a NaN on one side" if self.ulps >= FAR else f"{self.ulps:,} ulp"
+        distance = "a NaN on one side" if self.ulps == FAR else f"{self.ulps:,} ulp"
         return (
             f"at {list(self.index)}: got {self.got_bits} ({self.got_value}), "
             f"expected {self.expected_bits} ({self.expected_value}), {distance}"
@@ -58,20 +74,32 @@ def differing(got: Tensor, expected: Tensor) -> Tensor:
         raise TypeError(f"got: expected dtype {expected.dtype}, got {got.dtype}")
     if got.shape != expected.shape:
         raise ValueError(f"got: expected shape {list(expected.shape)}, got {list(got.shape)}")
+    if got.dtype.is_complex:
+        return differing(torch.view_as_real(got), torch.view_as_real(expected)).any(-1)
     return _bits(got) != _bits(expected).to(got.device)
 
 
 def ulp_distance(got: Tensor, expected: Tensor) -> Tensor:
-    """How many representable numbers lie from one to the other, int64; integers: their difference.
+    """How many representable numbers lie from one to the other, int64, below `FAR`; integers: their difference.
 
-    Both zeros are one number. Equal NaNs are 0 apart, a NaN is `FAR` from anything else.
+    Both zeros are one number. Equal NaNs are 0 apart, a NaN is `FAR` from anything else. Of complex numbers it is the
+    larger one of the two parts'.
     """
+    if got.dtype.is_complex:
+        return ulp_distance(torch.view_as_real(got), torch.view_as_real(expected)).amax(-1)
     differs = differing(got, expected)
-    if not got.dtype.is_floating_point:
-        return (got.to(torch.int64) - expected.to(torch.int64)).abs()
-    distance = (_ordered(got) - _ordered(expected)).abs()
+    distance = _apart(_ordered(got), _ordered(expected))
+    if got.dtype not in _FLOATS:
+        return distance
     nan = torch.isnan(got) | torch.isnan(expected)
     return torch.where(nan, torch.where(differs, FAR, 0), distance)
+
+
+def _apart(one: Tensor, other: Tensor) -> Tensor:
+    """The distance of two int64, at most `FAR - 1`."""
+    low, high = torch.minimum(one, other), torch.maximum(one, other)
+    apart = high - low  # wraps around to a negative number where it is 2^63 or more
+    return torch.where(apart < 0, FAR - 1, apart).clamp(max=FAR - 1)
 
 
 def first_difference(got: Tensor, expected: Tensor) -> Difference | None:
@@ -82,7 +110,7 @@ def first_difference(got: Tensor, expected: Tensor) -> Difference | None:
 
 def difference_at(got: Tensor, expected: Tensor, index: tuple[int, ...]) -> Difference:
     """Describe one element of both tensors."""
-    one, other = got[index].reshape(1).cpu(), expected[index].reshape(1).cpu()
+    one, other = got[index].detach().reshape(1).cpu(), expected[index].detach().reshape(1).cpu()
     return Difference(
         index=index,
         got_bits=_hexadecimal(one),
@@ -96,17 +124,22 @@ def difference_at(got: Tensor, expected: Tensor, index: tuple[int, ...]) -> Diff
 def assert_bits_equal(got: Tensor, expected: Tensor, name: str = "output") -> None:
     """Raise AssertionError, with the first difference, unless the tensors agree in dtype, shape and every bit."""
     __tracebackhide__ = True
-    if not isinstance(got, Tensor) or not isinstance(expected, Tensor):
-        wrong = got if not isinstance(got, Tensor) else expected
-        raise AssertionError(f"{name}: expected two tensors, got {type(wrong).__name__}")
-    if (got.dtype, got.shape) != (expected.dtype, expected.shape):
+    try:
+        kinds = like(got), like(expected)
+        raw = raw_bytes(got), raw_bytes(expected)
+    except TensorError as error:
+        raise AssertionError(f"{name}: expected two tensors, got {error}") from None
+    one, other = kinds
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
         raise AssertionError(
-            f"{name}: expected {expected.dtype} {list(expected.shape)}, got {got.dtype} {list(got.shape)}"
+            f"{name}: expected {other.dtype} {list(other.shape)}, got {one.dtype} {list(one.shape)}"
         )
-    first = first_difference(got.cpu(), expected.cpu())
-    if first is not None:
-        count = int(differing(got.cpu(), expected.cpu()).sum())
-        raise AssertionError(f"{name}: {count:,} of {got.numel():,} elements differ; first {first}")
+    if raw[0] != raw[1]:
+        got, expected = (tensor_of(part, one) for part in raw)
+        count = int(differing(got, expected).sum())
+        raise AssertionError(
+            f"{name}: {count:,} of {got.numel():,} elements differ; first {first_difference(got, expected)}"
+        )
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -117,19 +150,23 @@ def _bits(tensor: Tensor) -> Tensor:
 
 def _ordered(tensor: Tensor) -> Tensor:
     """Integers in the order of the numbers, one apart where these are neighbours."""
+    if tensor.dtype in _WHOLE:
+        return tensor.to(torch.int64)
     bits = _bits(tensor).to(torch.int64)
+    if tensor.dtype not in _FLOATS:
+        return bits
     magnitude = bits & ((1 << (8 * tensor.element_size() - 1)) - 1)
     return torch.where(bits < 0, -magnitude, magnitude)
 
 
 def _hexadecimal(one: Tensor) -> str:
-    bits = int(_bits(one.to(torch.uint8) if one.dtype == torch.bool else one)[0])
-    digits = 2 * one.element_size()
-    return f"0x{bits & ((1 << (4 * digits)) - 1):0{digits}X}"
+    return f"0x{raw_bytes(one)[::-1].hex().upper()}"
 
 
 def _value(one: Tensor) -> str:
-    if not one.dtype.is_floating_point:
-        return str(one.item())
+    if one.dtype not in (*_FLOATS, *_WHOLE, torch.bool, torch.complex64, torch.complex128):
+        return str(one.dtype).removeprefix("torch.")  # of which torch gives no value
     value = one.item()
+    if one.dtype not in _FLOATS:
+        return str(value)
     return f"{value:.9g}" if value == value else "NaN"

@@ -89,8 +89,15 @@ def diagnose(
         expected: what it should have given.
         suspects: the defects to try; by default all. If none of them is exact all are tried, unless the
             experts are too large for that.
+
+    Raises:
+        ValueError: they do not differ.
     """
-    name = next(n for n in expected if bool(differing(outputs[n], expected[n]).any()))
+    name = next((n for n in expected if bool(differing(outputs[n], expected[n]).any())), None)
+    if name is None:
+        raise ValueError(
+            f"outputs: expected one that differs, got the expected bits in {', '.join(expected)}"
+        )
     got, want = outputs[name], expected[name]
     mask = differing(got, want)
     first = first_difference(got, want)

@@ -1,45 +1,81 @@
-"""Running a kernel that may do anything: raise, hang, die, write nothing, write into its inputs.
+"""Running a kernel that may do anything: raise, hang, write nothing, write into its inputs, change its process.
 
-A time limit works in one of two ways. In this process the kernel runs in a thread, which is abandoned when
-the time is over: it may go on using the processor or the GPU, and a kernel that never gives up the
-interpreter's lock cannot be stopped at all. With `Worker` it runs in a process of its own, which is killed
-and replaced; that also survives a crash.
+A run has two halves. `collect` runs the kernel and keeps nothing of what it gave but bytes; with isolation that is
+all that happens in the kernel's process. `judge` looks at these bytes, where the kernel has never been.
+
+In this process a kernel runs in a thread, which is abandoned when its time is over: it may go on using the processor
+or the GPU; one that never gives up the interpreter's lock cannot be stopped at all, and one that ends its process
+ends this one. `worker.Worker` runs it in a process of its own, which is killed and replaced.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import pickle
-import signal
+import os
+import queue
+import sys
 import threading
 import time
-import traceback
-import zlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.adapters import Kernel, Skip, is_poison, outputs_by_name, poisoned
+from mxfp4ref.conformance.adapters import INTERMEDIATES, Kernel, Skip, is_poison, outputs_by_name, poisoned
 from mxfp4ref.conformance.comparison import differing, first_difference
-from mxfp4ref.conformance.kernels import load_kernel
-from mxfp4ref.goldens import Case
-from mxfp4ref.goldens.runs import runs
+from mxfp4ref.conformance.handing import Handed, to_device
+from mxfp4ref.conformance.plain import (
+    Like,
+    TensorError,
+    like,
+    of_exception,
+    printable,
+    raw_bytes,
+    tensor_of,
+    without_modes,
+)
+from mxfp4ref.conformance.surroundings import interference, surroundings
 
-__all__ = ["PROBLEMS", "Outcome", "Worker", "execute", "execute_within", "to_device"]
+__all__ = [
+    "PROBLEMS",
+    "Collected",
+    "Outcome",
+    "collect",
+    "execute",
+    "execute_within",
+    "in_thread",
+    "judge",
+    "likes",
+]
 
 # What can be wrong with a run before any value is looked at.
 PROBLEMS = (
-    *("raised", "timed out", "crashed", "layout differs", "wrong output", "not written"),
+    *("raised", "timed out", "crashed", "interfered", "layout differs", "wrong output", "not written"),
     *("input modified", "unstable", "skipped"),
 )
+_gettrace, _settrace, _getprofile, _setprofile = sys.gettrace, sys.settrace, sys.getprofile, sys.setprofile
+# What `collect` reports: what it is about to do.
+ARGUMENTS, RUN, CHECKS = "arguments", "run", "checks"
 
-_COPY_BYTES = 1 << 26
-_SAMPLES, _SAMPLE = 256, 1 << 16  # evenly spaced in a larger tensor
+
+@dataclass(frozen=True)
+class Collected:
+    """What a kernel gave, as bytes.
+
+    Attributes:
+        runs: for each run that came to its end, the outputs' bytes by name.
+        stages: intermediates of the first run, where the kernel returned some.
+        problem, message, left: as in `Outcome`.
+        seconds: the first run's time.
+    """
+
+    runs: tuple[Mapping[str, bytes], ...] = ()
+    stages: Mapping[str, tuple[Like, bytes]] = field(default_factory=dict)
+    problem: str = ""
+    message: str = ""
+    seconds: float = 0.0
+    left: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,249 +87,234 @@ class Outcome:
         problem: one of `PROBLEMS`, or "" when there are outputs to compare.
         message: the problem in words.
         seconds: the first run's time.
+        left: settings that the kernel had changed and that were put back, in words, or "".
     """
 
     outputs: Mapping[str, Tensor] = field(default_factory=dict)
     problem: str = ""
     message: str = ""
     seconds: float = 0.0
+    left: str = ""
 
 
 def execute(
     kernel: Kernel, kind: str, inputs: Any, expected: Mapping[str, Tensor], *, repeat: bool = True
 ) -> Outcome:
-    """Run a kernel on the inputs of a case, twice, and look at everything but the values.
+    """Run a kernel on the inputs of a case, twice, in this process, and look at everything but the values.
 
     Args:
         kernel: what to run.
         kind: the case's kind.
-        inputs: a `MoeCall` for kind "moe", else arguments by name.
+        inputs: a `MoeCall` for kind "moe", else arguments by name. The kernel gets copies.
         expected: tensors of the dtypes and shapes that the outputs have to have, by name.
         repeat: run it a second time, on the same inputs, and compare the bits.
     """
-    try:
-        positional, keywords = kernel.prepare(kind, to_device(inputs, kernel.device))
-    except Skip as reason:
-        return Outcome(problem="skipped", message=str(reason))
-    except ValueError as error:
-        return Outcome(problem="layout differs", message=str(error))
-    arguments = {**{f"argument {i}": value for i, value in enumerate(positional)}, **keywords}
-    watched = {name: tensor for name, tensor in _tensors(arguments) if name != "output"}
-    before = {name: _remember(tensor) for name, tensor in watched.items()}
-
-    first = _run_once(kernel, kind, positional, keywords, expected)
-    changes = [_restore(name, tensor, before[name]) for name, tensor in watched.items()]
-    changes = [change for change in changes if change]
-    if changes and not first.problem:
-        return replace(first, problem="input modified", message=f"the kernel wrote into {'; '.join(changes)}")
-    if first.problem or not repeat:
-        return first
-    if "output" in keywords:
-        keywords["output"] = poisoned(keywords["output"])
-    second = _run_once(kernel, kind, positional, keywords, expected)
-    if second.problem:
-        return replace(second, message=f"in a second run: {second.message}")
-    for name in expected:
-        difference = first_difference(second.outputs[name], first.outputs[name])
-        if difference is not None:
-            count = int(differing(second.outputs[name], first.outputs[name]).sum())
-            message = f"a second run on the same inputs gave {count:,} other elements in {name}; {difference}"
-            return replace(first, problem="unstable", message=message)
-    return first
+    return execute_within(None, kernel, (kind, inputs, expected), repeat=repeat)
 
 
-def execute_within(seconds: float | None, function: Callable[[], Outcome]) -> Outcome:
-    """Run `function` in a thread that is abandoned after so many seconds."""
-    if seconds is None:
-        return function()
-    results: list[Outcome] = []
-    thread = threading.Thread(target=lambda: results.append(function()), daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if results:
-        return results[0]
-    return Outcome(problem="timed out", message=f"no result within {seconds:g} s", seconds=seconds)
+def execute_within(
+    seconds: float | None, kernel: Kernel, run: tuple[str, Any, Mapping[str, Tensor]], *, repeat: bool = True
+) -> Outcome:
+    """As `execute`, for `run` = (kind, inputs, expected), with a limit for each time the kernel runs."""
+    kind, inputs, expected = run
+    wanted = likes(expected, kernel.device)
+    undo, restore = interference(), surroundings()  # of a run that has not come to its end, too
+    collected, message = in_thread(
+        lambda report: collect(kernel, kind, inputs, wanted, repeat=repeat, report=report), seconds
+    )
+    replaced, left = undo(), restore()
+    if replaced:
+        words = (
+            f"the kernel replaced {replaced}: a verdict needs a kernel that does not, or a process of its own"
+        )
+        return Outcome(problem="interfered", message=words, seconds=collected.seconds if collected else 0.0)
+    if collected is None:
+        return Outcome(problem="timed out", message=message, seconds=seconds or 0.0, left=left)
+    return judge(collected, wanted)
 
 
-class Worker:
-    """A process of its own for a kernel given by its name; started when needed, killed when it hangs.
+def likes(expected: Mapping[str, Tensor], device: str) -> dict[str, Like]:
+    """What a kernel's outputs have to be."""
+    where = torch.device(device).type
+    return {name: replace(like(tensor), device=where) for name, tensor in expected.items()}
 
-    Use it as a context manager.
+
+def in_thread(
+    work: Callable[[Callable[[str], None]], Collected],
+    seconds: float | None = None,
+    reported: Callable[[str], None] = lambda doing: None,
+) -> tuple[Collected | None, str]:
+    """What `work` gives, in a thread of its own, with a limit for each time it runs the kernel; or None, and why.
+
+    In a thread an exception such as KeyboardInterrupt is the kernel's, and the thread's settings end with it. What it
+    is about to do is told to `reported`, before it does it.
     """
+    events: queue.SimpleQueue[str | Collected] = queue.SimpleQueue()
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
 
-    def __init__(self, spec: str, device: str | None = None) -> None:
-        self._arguments = (spec, device)
-        self._process: SpawnProcess | None = None
+    def report(doing: str) -> None:
+        reported(doing)
+        events.put(doing)
 
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stop()
-
-    def execute(self, seconds: float | None, case: Case, index: int, *, repeat: bool = True) -> Outcome:
-        """As the function `execute` for a run of a case, by its place in `runs(case)`.
-
-        "crashed" when the process dies, "timed out" when the kernel takes longer than `seconds`.
-        """
+    def target() -> None:
         try:
-            connection = self._connection if self._process else self._start()
-            # A fresh copy of the case: without the tensors that have been generated, which may be large.
-            connection.send_bytes(pickle.dumps((replace(case), index, repeat)))
-            connection.recv_bytes()  # the inputs are there, the kernel starts
-            if not connection.poll(seconds):
-                self._stop()
-                message = f"no result within {seconds:g} s; its process was killed"
-                return Outcome(problem="timed out", message=message, seconds=seconds or 0.0)
-            outcome: Outcome = pickle.loads(connection.recv_bytes())
-        except (EOFError, ConnectionError):
-            code = self._stop()
-            died = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-            return Outcome(problem="crashed", message=f"the kernel's process died: {died}")
-        return outcome
+            if device is not None:
+                torch.cuda.set_device(device)
+            events.put(work(report))
+        except BaseException as error:  # not in the kernel itself
+            events.put(Collected(problem="raised", message=of_exception(error)))
 
-    def _start(self) -> Connection:
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, *self._arguments), daemon=True)
-        self._process.start()
-        theirs.close()
-        return self._connection
-
-    def _stop(self) -> int:
-        """End the process, if it has not ended by itself, and return its exit code."""
-        if self._process is None:
-            return 0
-        self._connection.close()
-        self._process.join(1)
-        self._process.kill()
-        self._process.join()
-        code = self._process.exitcode or 0
-        self._process = None
-        return code
-
-
-def _serve(connection: Connection, spec: str, device: str | None) -> None:
-    kernel = load_kernel(spec, device)
-    latest, all_runs = "", []
+    thread = threading.Thread(target=target, daemon=True, name="kernel")
+    thread.start()
+    doing = ""
     while True:
         try:
-            case, index, repeat = pickle.loads(connection.recv_bytes())
-        except EOFError:
-            return
-        if case.id != latest:
-            latest, all_runs = case.id, runs(case)
-        one = all_runs[index]
-        connection.send_bytes(b"started")
-        # Plain pickling copies the outputs; torch's own way would share memory with a process that may die.
-        outcome = execute(kernel, case.kind, one.inputs, one.expected, repeat=repeat)
-        connection.send_bytes(pickle.dumps(outcome))
+            event = events.get(timeout=seconds if doing == RUN else None)
+        except queue.Empty:
+            return None, f"no result within {seconds:g} s"
+        if isinstance(event, Collected):
+            thread.join()
+            return event, ""
+        doing = event
+
+
+def collect(
+    kernel: Kernel,
+    kind: str,
+    inputs: Any,
+    expected: Mapping[str, Like],
+    *,
+    repeat: bool = True,
+    report: Callable[[str], None] = lambda doing: None,
+) -> Collected:
+    """Run a kernel once or twice and keep the bytes of its outputs; `report` is told what comes next."""
+    report(ARGUMENTS)
+    try:
+        handed = Handed(kernel.prepare(kind, to_device(inputs, kernel.device)))
+    except Skip as reason:
+        return Collected(problem="skipped", message=printable(reason))
+    except ValueError as error:
+        return Collected(problem="layout differs", message=printable(error))
+    except BaseException as error:
+        message = f"while its arguments were prepared: {of_exception(error, __file__)}"
+        return Collected(problem="raised", message=message)
+    found = Collected()
+    for where in ("", "in a second run: ") if repeat else ("",):
+        with without_modes():  # which the first run may have left switched on
+            handed.poison_output()
+            _poison_freed_memory(expected, kernel.device)
+        one = _run_once(kernel, kind, handed, expected, report)
+        with without_modes():
+            if not one.problem and (changes := handed.changes()):
+                one = replace(one, problem="input modified", message=f"the kernel changed {changes}")
+        first = found if found.runs else one
+        message = where + one.message if one.problem else ""
+        runs, left = (*found.runs, *one.runs), found.left or one.left
+        found = replace(first, runs=runs, problem=one.problem, message=message, left=left)
+        if found.problem:
+            break
+    return found
+
+
+def judge(collected: Collected, expected: Mapping[str, Like]) -> Outcome:
+    """What came of it: the outputs, or the first problem."""
+    outcome = Outcome(seconds=collected.seconds, left=collected.left)
+    runs = [{name: tensor_of(one[name], want) for name, want in expected.items()} for one in collected.runs]
+    for number, outputs in enumerate(runs):
+        for name, got in outputs.items():
+            if got.dtype == torch.bfloat16 and (message := _unwritten(name, got)):
+                message = f"{'in a second run: ' if number else ''}{message}"
+                return replace(outcome, problem="not written", message=message)
+    if collected.problem:
+        return replace(outcome, problem=collected.problem, message=collected.message)
+    first, second = runs[0], runs[-1]
+    for name, got in first.items():
+        if collected.runs[0][name] != collected.runs[-1][name]:
+            count = int(differing(second[name], got).sum())
+            words = f"a second run on the same inputs gave {count:,} other elements in {name}"
+            message = f"{words}; {first_difference(second[name], got)}"
+            return replace(outcome, problem="unstable", message=message)
+    stages = {name: tensor_of(raw, kept) for name, (kept, raw) in collected.stages.items()}
+    return replace(outcome, outputs={**stages, **first})
+
+
+def _unwritten(name: str, got: Tensor) -> str:
+    left = is_poison(got)
+    if not bool(left.any()):
+        return ""
+    where = "nothing" if bool(left.all()) else f"all but {int(left.sum()):,} of {got.numel():,} elements"
+    return f"{name}: the kernel wrote {where}; the first element not written is {left.nonzero()[0].tolist()}"
 
 
 def _run_once(
     kernel: Kernel,
     kind: str,
-    positional: tuple[Any, ...],
-    keywords: dict[str, Any],
-    expected: Mapping[str, Tensor],
-) -> Outcome:
-    _poison_freed_memory(expected, kernel.device)
+    handed: Handed,
+    expected: Mapping[str, Like],
+    report: Callable[[str], None],
+) -> Collected:
+    process = os.getpid()
+    left = ""
+    restore = surroundings()
+    report(RUN)
     start = time.perf_counter()
     try:
-        with torch.no_grad():
-            result = kernel.function(*positional, **keywords)
-        if kernel.device.startswith("cuda"):
-            torch.cuda.synchronize(kernel.device)
-    except Exception as error:
-        return Outcome(problem="raised", message=_excerpt(error), seconds=time.perf_counter() - start)
-    seconds = time.perf_counter() - start
-    outputs = outputs_by_name(kind, result, keywords)
-    for name, like in expected.items():
-        got = outputs.get(name)
-        if not isinstance(got, Tensor):
-            message = f"{name}: expected a {_describe(like)} tensor, got {type(got).__name__}"
-            return Outcome(problem="wrong output", message=message, seconds=seconds)
-        if got.dtype != like.dtype or got.shape != like.shape:
-            message = f"{name}: expected {_describe(like)}, got {_describe(got)}"
-            return Outcome(problem="wrong output", message=message, seconds=seconds)
-        if got.dtype == torch.bfloat16 and bool((left := is_poison(got)).any()):
-            where = (
-                "nothing" if bool(left.all()) else f"all but {int(left.sum()):,} of {got.numel():,} elements"
-            )
-            first = left.nonzero()[0].tolist()
-            message = f"{name}: the kernel wrote {where}; the first element not written is {first}"
-            return Outcome(problem="not written", message=message, seconds=seconds)
-    # A copy: the kernel may give the same memory back next time.
-    kept = {
-        name: value.detach().cpu().clone() for name, value in outputs.items() if isinstance(value, Tensor)
-    }
-    return Outcome(kept, seconds=seconds)
+        try:
+            result = _call(kernel, handed)
+        finally:
+            seconds = time.perf_counter() - start
+            left = restore()
+        outputs = outputs_by_name(kind, result, handed.keywords)
+        kept = {name: _output(name, outputs.get(name), want) for name, want in expected.items()}
+        stages = {name: _stage(name, outputs[name]) for name in INTERMEDIATES if name in outputs}
+        del result, outputs  # while its time is limited
+    except TensorError as error:
+        found = Collected(problem="wrong output", message=printable(error))
+    except BaseException as error:
+        found = Collected(problem="raised", message=of_exception(error, __file__))
+    else:
+        found = Collected((kept,), stages)
+    if os.getpid() != process:  # a copy of this process that the kernel forked off, and that returned, too
+        os._exit(0)
+    report(CHECKS)
+    return replace(found, seconds=seconds, left=left)
 
 
-def _remember(tensor: Tensor) -> Tensor | int:
-    """A copy, or of a large tensor, whose copy might not fit, a checksum of samples."""
-    if tensor.numel() * tensor.element_size() <= _COPY_BYTES:
-        return tensor.clone()
-    flat = tensor.contiguous().flatten()
-    checksum = 0
-    for start in range(0, flat.numel(), -(-flat.numel() // _SAMPLES)):
-        checksum = zlib.crc32(
-            flat[start : start + _SAMPLE].cpu().view(torch.uint8).numpy().tobytes(), checksum
+def _call(kernel: Kernel, handed: Handed) -> Any:
+    trace, profile = _gettrace(), _getprofile()
+    with torch.no_grad():
+        try:
+            result = kernel.function(*handed.positional, **handed.keywords)
+            if kernel.device.startswith("cuda"):
+                torch.cuda.synchronize(kernel.device)
+        finally:
+            _settrace(trace)  # before any function of ours is called
+            _setprofile(profile)
+        return result
+
+
+def _stage(name: str, got: object) -> tuple[Like, bytes]:
+    try:
+        return like(got), raw_bytes(got)
+    except TensorError as error:
+        raise TensorError(f"{name}: expected a tensor, got {error}") from None
+
+
+def _output(name: str, got: object, want: Like) -> bytes:
+    try:
+        found = like(got)
+    except TensorError as error:
+        raise TensorError(f"{name}: expected a {want} tensor, got {error}") from None
+    if found != want:
+        other = (
+            f" on {found.device}, where its inputs are on {want.device}" if str(found) == str(want) else ""
         )
-    return checksum
+        raise TensorError(f"{name}: expected {want}, got {found}{other}")
+    return raw_bytes(got)
 
 
-def _restore(name: str, tensor: Tensor, before: Tensor | int) -> str:
-    """What has changed in a tensor, or ""; later runs get the old values again where there is a copy."""
-    if isinstance(before, int):
-        return "" if _remember(tensor) == before else name
-    change = first_difference(tensor, before)
-    if change is None:
-        return ""
-    tensor.copy_(before)
-    return f"{name} {change}"
-
-
-def _poison_freed_memory(expected: Mapping[str, Tensor], device: str) -> None:
+def _poison_freed_memory(expected: Mapping[str, Like], device: str) -> None:
     """Fill memory of the outputs' sizes and free it: an allocator that reuses it hands the poison out."""
-    for like in expected.values():
-        if like.dtype == torch.bfloat16:
-            poisoned(torch.empty(like.shape, dtype=like.dtype, device=device))
-
-
-def to_device(inputs: Any, device: str) -> Any:
-    """The inputs on the kernel's device (the same tensors where they are there already)."""
-    if isinstance(inputs, Tensor):
-        return inputs.to(device)
-    if isinstance(inputs, Mapping):
-        return {name: to_device(value, device) for name, value in inputs.items()}
-    if is_dataclass(inputs) and not isinstance(inputs, type):
-        moved = {f.name: to_device(getattr(inputs, f.name), device) for f in fields(inputs) if f.init}
-        return replace(inputs, **moved)
-    return inputs
-
-
-def _tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in nested mappings, sequences and dataclasses, with a name for it."""
-    if isinstance(value, Tensor):
-        yield path, value
-    elif isinstance(value, Mapping):
-        for name, item in value.items():
-            yield from _tensors(item, f"{path}.{name}" if path else str(name))
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from _tensors(item, f"{path}[{index}]")
-    elif is_dataclass(value) and not isinstance(value, type):
-        for item in fields(value):
-            yield from _tensors(getattr(value, item.name), f"{path}.{item.name}" if path else item.name)
-
-
-def _excerpt(error: BaseException) -> str:
-    """The exception and the innermost frames, without this package's own."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
-    where = "; ".join(f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in frames[-3:])
-    return f"{type(error).__name__}: {error}" + (f" ({where})" if where else "")
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    for want in expected.values():
+        if want.dtype == torch.bfloat16:
+            poisoned(torch.empty(want.shape, dtype=want.dtype, device=device))

@@ -15,9 +15,13 @@ A kernel is named by a string:
 from __future__ import annotations
 
 import importlib
+import platform
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
+from mxfp4ref._validate import shown
 from mxfp4ref.conformance.adapters import (
     Kernel,
     KernelError,
@@ -28,11 +32,12 @@ from mxfp4ref.conformance.adapters import (
     whole_arguments,
 )
 from mxfp4ref.conformance.flashinfer_kernel import flashinfer_kernel
+from mxfp4ref.conformance.plain import of_exception, printable
 from mxfp4ref.conformance.stand_ins import defect_kernel, torch_bf16
 from mxfp4ref.goldens.case import KINDS
 from mxfp4ref.goldens.runs import run_stage
 
-__all__ = ["load_kernel"]
+__all__ = ["check_device", "environment", "is_stand_in", "load_kernel"]
 
 STAND_INS = ("oracle", "torch-bf16", "defect:NAME", "flashinfer")
 
@@ -47,8 +52,14 @@ def load_kernel(spec: str | Callable[..., Any], device: str | None = None) -> Ke
     Raises:
         KernelError: it names nothing that can be imported, or nothing that can run here.
     """
-    if callable(spec):
-        name = getattr(spec, "__qualname__", type(spec).__name__)
+    if device is not None:
+        check_device(device)
+    if not isinstance(spec, str):
+        if not callable(spec):
+            raise KernelError(
+                f"kernel: expected a name or a function, got {type(spec).__name__} {shown(spec)}"
+            )
+        name = printable(getattr(spec, "__qualname__", type(spec).__name__), 200)
         return Kernel(name, ("moe",), sm90_arguments(spec), spec, device=device or "cpu")
     head, _, rest = spec.partition(":")
     if spec == "oracle":
@@ -75,22 +86,59 @@ def load_kernel(spec: str | Callable[..., Any], device: str | None = None) -> Ke
     return Kernel(spec, ("moe",), sm90_arguments(function), function, device=device or "cpu")
 
 
+def is_stand_in(spec: str) -> bool:
+    """Whether a name is of this package's own, which needs no process of its own."""
+    return spec in ("oracle", "torch-bf16") or spec.startswith("defect:")
+
+
+def check_device(device: str) -> None:
+    """Raise KernelError unless tensors can be put on a device and read from it, here."""
+    try:
+        wanted = torch.device(device)
+        if wanted.type == "cuda":
+            count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            if (wanted.index or 0) >= count:
+                raise KernelError(
+                    f"device: expected one that is here, got {device!r}; torch sees {count} GPUs"
+                )
+        elif wanted.type != "cpu":
+            torch.zeros(1, device=wanted).cpu()
+    except KernelError:
+        raise
+    except Exception as error:
+        first = printable(error).split("\\n")[0]
+        raise KernelError(f"device: expected cpu, cuda or cuda:N, got {shown(device)}: {first}") from None
+
+
+def environment(device: str) -> dict[str, str]:
+    """Versions and machine, for the report."""
+    found = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.platform()}
+    if device.startswith("cuda") and torch.cuda.is_available():
+        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
+    return found
+
+
 def _import(path: str) -> Callable[..., Any]:
     module_name, separator, name = path.partition(":")
     if not separator or not module_name or not name:
         raise KernelError(
-            f"kernel: expected package.module:function or one of {', '.join(STAND_INS)}, got {path!r}"
+            f"kernel: expected package.module:function or one of {', '.join(STAND_INS)}, got {shown(path)}"
         )
     try:
         value: Any = importlib.import_module(module_name)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit too
         raise KernelError(
-            f"kernel: cannot import {module_name!r}: {type(error).__name__}: {error}"
+            f"kernel: cannot import {module_name!r}: {of_exception(error, __file__)}"
         ) from error
     for part in name.split("."):
-        if not hasattr(value, part):
-            raise KernelError(f"kernel: {module_name!r} has no {name!r}")
-        value = getattr(value, part)
+        try:
+            value = getattr(value, part)
+        except AttributeError:
+            raise KernelError(f"kernel: {module_name!r} has no {name!r}") from None
+        except Exception as error:
+            raise KernelError(f"kernel: {module_name!r} has no {name!r}: {of_exception(error)}") from None
     if not callable(value):
         raise KernelError(f"kernel: {path!r} is no function but {type(value).__name__}")
     function: Callable[..., Any] = value

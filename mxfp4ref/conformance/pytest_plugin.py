@@ -16,6 +16,7 @@ import pytest
 if TYPE_CHECKING:
     from mxfp4ref.conformance.adapters import Kernel
     from mxfp4ref.conformance.results import CaseResult
+    from mxfp4ref.conformance.worker import Worker
     from mxfp4ref.goldens import Case, Goldens
 
 
@@ -42,14 +43,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--mxfp4-device", metavar="DEVICE", help="where the kernel's tensors go")
     group.addoption("--mxfp4-timeout", metavar="SECONDS", type=float, help="limit for each run of the kernel")
+    group.addoption(
+        "--mxfp4-no-isolate",
+        action="store_true",
+        help="run the kernel in pytest's process, for debuggers: if it ends that, pytest ends without a word",
+    )
 
 
 @pytest.hookimpl(tryfirst=True)  # before -k and -m choose among the tests
 def pytest_collection_modifyitems(
     session: pytest.Session, config: pytest.Config, items: list[pytest.Item]
 ) -> None:
-    if spec := config.getoption("mxfp4_kernel"):
-        _kernel(spec, config.getoption("mxfp4_device"))  # what cannot be loaded is wrong usage, said once
+    if config.getoption("mxfp4_kernel"):
+        _under_test(config)  # what cannot be loaded is wrong usage, said once
         suite = _ConformanceSuite.from_parent(session, name="mxfp4", nodeid="mxfp4")
         items.extend(suite.collect())
 
@@ -95,11 +101,9 @@ class _ConformanceItem(pytest.Item):
         from mxfp4ref.conformance import Options, run_case
 
         option = self.config.getoption
-        result = run_case(
-            _kernel(option("mxfp4_kernel"), option("mxfp4_device")),
-            _goldens(self.config).load(self.name),
-            Options(mode=option("mxfp4_mode"), timeout=option("mxfp4_timeout")),
-        )
+        kernel, worker = _under_test(self.config)
+        options = Options(mode=option("mxfp4_mode"), timeout=option("mxfp4_timeout"))
+        result = run_case(kernel, _goldens(self.config).load(self.name), options, worker=worker)
         if result.status == "skipped":
             pytest.skip(result.message)
         if not result.ok:
@@ -148,12 +152,24 @@ def _open(root: str | None) -> Goldens:
         raise pytest.UsageError(str(error)) from error
 
 
-@cache
-def _kernel(spec: str, device: str | None) -> Kernel:
-    from mxfp4ref.conformance.adapters import KernelError
-    from mxfp4ref.conformance.kernels import load_kernel
+_LOADED = pytest.StashKey["tuple[Kernel, Worker | None]"]()
 
-    try:
-        return load_kernel(spec, device)
-    except KernelError as error:
-        raise pytest.UsageError(str(error)) from error
+
+def _under_test(config: pytest.Config) -> tuple[Kernel, Worker | None]:
+    """The kernel, and the process it is in, which ends with the session; loaded when first asked for."""
+    from mxfp4ref.conformance.adapters import KernelError
+    from mxfp4ref.conformance.kernels import is_stand_in, load_kernel
+    from mxfp4ref.conformance.worker import Worker
+
+    if _LOADED not in config.stash:
+        spec, device = config.getoption("mxfp4_kernel"), config.getoption("mxfp4_device")
+        try:
+            if config.getoption("mxfp4_no_isolate") or is_stand_in(spec):
+                config.stash[_LOADED] = load_kernel(spec, device), None
+            else:
+                worker = Worker(spec, device, config.getoption("mxfp4_timeout"))
+                config.add_cleanup(worker.stop)
+                config.stash[_LOADED] = worker.kernel, worker
+        except KernelError as error:
+            raise pytest.UsageError(str(error)) from error
+    return config.stash[_LOADED]

@@ -10,27 +10,27 @@ computes for it; only cases of kind "moe" have such intervals, all others stay e
 
 from __future__ import annotations
 
-import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from mxfp4ref._validate import check_choice
+from mxfp4ref._validate import check_choice, check_instance
 from mxfp4ref.conformance.adapters import Kernel
 from mxfp4ref.conformance.bounds import bound
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.diagnosis import diagnose, predict
-from mxfp4ref.conformance.execution import Outcome, Worker, execute, execute_within, to_device
-from mxfp4ref.conformance.kernels import load_kernel
+from mxfp4ref.conformance.execution import Outcome, execute_within
+from mxfp4ref.conformance.handing import to_device
+from mxfp4ref.conformance.kernels import check_device, environment, is_stand_in, load_kernel
+from mxfp4ref.conformance.plain import like, of_exception, raw_bytes, tensor_of
 from mxfp4ref.conformance.reproducer import write_reproducer
 from mxfp4ref.conformance.results import MODES, CaseResult, Report, name_defects
+from mxfp4ref.conformance.worker import Worker
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.formats.generations import NEWEST
 from mxfp4ref.goldens import Goldens
@@ -80,7 +80,7 @@ def run(
     options: Options = _DEFAULTS,
     *,
     device: str | None = None,
-    isolate: bool = False,
+    isolate: bool | None = None,
     progress: Callable[[CaseResult], None] | None = None,
 ) -> Report:
     """Run a kernel over cases and compare.
@@ -90,28 +90,35 @@ def run(
         cases: goldens, or any cases; loaded one at a time.
         options: how to compare.
         device: where the kernel's tensors go.
-        isolate: run the kernel, given by its name, in a process of its own.
+        isolate: run the kernel in a process of its own, which never sees the expected outputs. By default that is
+            done with every kernel that is given by its name and is not one of this package's own. A kernel that is
+            not isolated may end this process, and a verdict on one that means harm is worth nothing.
         progress: called with each result.
 
     Raises:
-        KernelError: the kernel cannot be loaded.
+        KernelError: the kernel cannot be loaded, or its device is not here.
         GoldenError: a case is damaged.
-        ValueError: a callable to be isolated, or all tactics of a kernel that is isolated or whose tactics cannot
-            be chosen.
+        TypeError: something else than a case among the cases.
+        ValueError: a callable to be isolated, or all tactics of a kernel whose tactics cannot be chosen.
     """
-    loaded = kernel if isinstance(kernel, Kernel) else load_kernel(kernel, device)
     if isolate and not isinstance(kernel, str):
         raise ValueError(f"isolate: expected a kernel given by its name, got {type(kernel).__name__}")
-    if options.all_tactics and (isolate or not loaded.forces_tactics):
-        reason = (
-            "one that runs in this process" if isolate else "one whose tactics can be chosen (flashinfer)"
-        )
-        raise ValueError(f"all_tactics: expected a kernel that is {reason}, got {loaded.name}")
     start = time.perf_counter()
     results: list[CaseResult] = []
     suspects: tuple[str, ...] | None = None
     with ExitStack() as stack:
-        worker = stack.enter_context(Worker(loaded.name, device)) if isolate else None
+        worker = None
+        if isinstance(kernel, str) and (not is_stand_in(kernel) if isolate is None else isolate):
+            worker = stack.enter_context(Worker(kernel, device, options.timeout))
+            loaded, where = worker.kernel, worker.environment
+        else:
+            loaded = kernel if isinstance(kernel, Kernel) else load_kernel(kernel, device)
+            check_device(loaded.device)
+            where = environment(loaded.device)
+        if options.all_tactics and not loaded.forces_tactics:
+            raise ValueError(
+                f"all_tactics: expected a kernel whose tactics can be chosen (flashinfer), got {loaded.name}"
+            )
         for case in _each(cases):
             result = run_case(loaded, case, options, worker=worker, suspects=suspects)
             if result.diagnosis is not None:
@@ -123,7 +130,7 @@ def run(
     if len(named) > 1 and isinstance(cases, Goldens):
         named = _separate(named, results, cases)
     seconds = time.perf_counter() - start
-    return Report(loaded.name, options.mode, tuple(results), named, seconds, _environment(loaded.device))
+    return Report(loaded.name, options.mode, tuple(results), named, seconds, where)
 
 
 def run_case(
@@ -141,31 +148,36 @@ def run_case(
             **about, status="skipped", message=f"{kernel.name} does not run cases of kind {case.kind}"
         )
     all_runs = _runs(kernel, case)
+    # As bytes, before the kernel runs: nothing that it does in this process changes them.
+    bits = {one: _bits(one) for one in all_runs}
     needed = _by_tactic(kernel, case) if options.all_tactics else _needed(kernel, case, all_runs)
     found: list[_Comparison] = []
-    seconds, diagnosis = 0.0, None
+    seconds, diagnosis, left, unsaid = 0.0, None, "", ""
     for index, one in enumerate(needed):
         repeat = options.repeat and (index == 0 or options.all_tactics) and not _takes_long(kernel, case)
+        candidates = {one: bits.get(one) or _bits(one)} if kernel.forces_tile_k else bits
         if worker is not None:
-            outcome = worker.execute(options.timeout, case, all_runs.index(one), repeat=repeat)
+            outcome = worker.execute(options.timeout, case, one, repeat=repeat)
         else:
-            once = partial(execute, kernel, case.kind, one.inputs, one.expected, repeat=repeat)
-            outcome = execute_within(options.timeout, once)
-        seconds = seconds or outcome.seconds
+            inputs = case.kind, one.inputs, one.expected
+            outcome = execute_within(options.timeout, kernel, inputs, repeat=repeat)
+        seconds, left = seconds or outcome.seconds, left or outcome.left
         if outcome.problem:
-            if options.dump is not None and outcome.problem != "skipped":
-                write_reproducer(options.dump, case, one, kernel.name, {})
+            if outcome.problem != "skipped":
+                unsaid = _dump(options, kernel, case, one, {})
             told = options.all_tactics or (kernel.forces_tile_k and len(all_runs) > 1)
             which = f" ({'tactics' if options.all_tactics else 'K tiles'} {one.tiles})" if told else ""
-            message = outcome.message + which
+            message = _joined(outcome.message + which, _put_back(left), unsaid)
             return CaseResult(**about, status=outcome.problem, message=message, seconds=outcome.seconds)
-        compared = _compare(outcome, [one] if kernel.forces_tile_k else all_runs, options)
+        compared = _compare(outcome, candidates, options)
         if compared.wrong and not any(earlier.wrong for earlier in found):
-            if options.dump is not None:
-                write_reproducer(options.dump, case, compared.closest, kernel.name, outcome.outputs)
+            unsaid = _dump(options, kernel, case, compared.closest, outcome.outputs)
             if options.diagnosed:
                 inputs, expected = compared.closest.inputs, compared.closest.expected
-                diagnosis = diagnose(case.kind, inputs, outcome.outputs, expected, suspects=suspects)
+                try:
+                    diagnosis = diagnose(case.kind, inputs, outcome.outputs, expected, suspects=suspects)
+                except Exception as error:  # of outputs that nobody has thought of; the result is not lost
+                    unsaid = _joined(unsaid, f"no diagnosis: {of_exception(error)}")
         found.append(compared)
     return CaseResult(
         **about,
@@ -174,9 +186,33 @@ def run_case(
         elements=sum(compared.elements for compared in found),
         differing=sum(compared.differing for compared in found),
         outside=sum(compared.outside or 0 for compared in found),
+        message=_joined(_put_back(left), unsaid),
         seconds=seconds,
         diagnosis=diagnosis,
     )
+
+
+def _bits(one: Run) -> dict[str, bytes]:
+    return {name: raw_bytes(tensor) for name, tensor in one.expected.items()}
+
+
+def _put_back(left: str) -> str:
+    return f"the kernel changed {left}, which was put back" if left else ""
+
+
+def _joined(*words: str) -> str:
+    return "; ".join(filter(None, words))
+
+
+def _dump(options: Options, kernel: Kernel, case: Case, one: Run, outputs: Mapping[str, Tensor]) -> str:
+    """Write a reproducer, if one is wanted; why it could not be written."""
+    if options.dump is None:
+        return ""
+    try:
+        write_reproducer(options.dump, case, one, kernel.name, outputs)
+    except OSError as error:
+        return f"no reproducer: {error}"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -201,19 +237,28 @@ class _Comparison:
         return bool(self.differing if self.outside is None else self.outside)
 
 
-def _compare(outcome: Outcome, candidates: Sequence[Run], options: Options) -> _Comparison:
+def _compare(outcome: Outcome, expected: Mapping[Run, Mapping[str, bytes]], options: Options) -> _Comparison:
     counts = [
-        sum(int(differing(outcome.outputs[name], want).sum()) for name, want in one.expected.items())
-        for one in candidates
+        sum(_count_differing(outcome.outputs[name], raw) for name, raw in bits.items())
+        for bits in expected.values()
     ]
+    candidates = list(expected)
     closest = candidates[counts.index(min(counts))]
     tiles = tuple(one.tiles for one, count in zip(candidates, counts, strict=True) if not count and one.tiles)
     outside = None
     if min(counts) and options.mode == "bounded" and isinstance(closest.inputs, MoeCall):
         bounds = bound(closest.inputs, storage=options.storage, confidence=options.confidence)
-        outside = int((~bounds.contains(outcome.outputs["output"])).sum())
+        inside = bounds.contains(outcome.outputs["output"], closest.expected["output"])
+        outside = int((~inside).sum())
     elements = sum(want.numel() for want in closest.expected.values())
     return _Comparison(closest, tiles, elements, min(counts), outside)
+
+
+def _count_differing(got: Tensor, expected: bytes) -> int:
+    """The elements in which they differ: none if and only if the bytes are equal."""
+    if raw_bytes(got) == expected:
+        return 0
+    return max(int(differing(got, tensor_of(expected, like(got))).sum()), 1)
 
 
 def _status(found: Sequence[_Comparison]) -> str:
@@ -295,11 +340,6 @@ def _each(cases: Goldens | Iterable[Case]) -> Iterator[Case]:
         for name in cases.names():
             yield cases.load(name)
     else:
-        yield from cases
-
-
-def _environment(device: str) -> dict[str, str]:
-    found = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.platform()}
-    if device.startswith("cuda") and torch.cuda.is_available():
-        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
-    return found
+        for case in cases:
+            check_instance("cases", case, Case)
+            yield case

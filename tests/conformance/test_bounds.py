@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.bounds import Bounds, bound
+from mxfp4ref.conformance.stand_ins import torch_bf16
 from mxfp4ref.defects import get_defect
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.formats.mxfp4 import dequantize
@@ -144,7 +145,7 @@ def test_random_correct_evaluations_stay_inside(storage: str, options: dict[str,
     evaluate = Evaluator(2, storage)
     outputs = torch.cat([evaluate(call) for _ in range(BATCHES)])
     for inside in (bounds, probable):
-        part = Bounds(*(t[:, :COLUMNS] for t in (inside.lower, inside.upper, inside.unbounded)))
+        part = Bounds(*(t[:, :COLUMNS] for t in (inside.lower, inside.upper, inside.overflows)))
         assert escapes(part, outputs) == 0
     # The evaluations do differ: in ordinary sums by their storage, in cancelling ones by order and rounding.
     spread = outputs.float().amax(0) - outputs.float().amin(0)
@@ -198,18 +199,67 @@ def test_nothing_may_be_off_where_nothing_is_rounded() -> None:
     for bounds in (bound(silent), bound(replace(call, input=torch.zeros_like(call.input)))):
         assert bool((bounds.lower == 0).all())
         assert bool((bounds.upper == 0).all())
-        assert not bool(bounds.unbounded.any())
+        assert not bool(bounds.overflows.any())
 
 
-def test_infinities_are_unbounded_and_leave_other_tokens_alone() -> None:
+def test_special_values_are_the_kernels_and_leave_other_tokens_alone() -> None:
     call = small_call(7)
     x = call.input.clone()
     x[1, 5] = torch.inf
-    bounds = bound(replace(call, input=x))
-    assert bool(bounds.unbounded[1].all())
-    assert not bool(bounds.unbounded[0].any())
-    assert escapes(bounds, forward(replace(call, input=x))) == 0
-    assert not bool(bounds.contains(torch.full_like(x, torch.nan))[0].any())
+    call = replace(call, input=x)
+    bounds, expected = bound(call), forward(call)
+    assert not bool(torch.isfinite(expected[1]).any())
+    assert not bool(bounds.overflows.any())
+    assert escapes(bounds, expected) == 0
+    for other in (torch.nan, torch.inf, -torch.inf, 12345.0):
+        wrong = torch.full_like(x, other)
+        assert not bool((bounds.contains(wrong)[1] & ~same_class(wrong, expected)[1]).any())
+        assert not bool(bounds.contains(wrong)[0].any())
+
+
+def same_class(one: Tensor, other: Tensor) -> Tensor:
+    return (torch.isnan(one) & torch.isnan(other)) | (one == other)
+
+
+FINITE_MAX = float(torch.finfo(torch.bfloat16).max)
+
+
+@pytest.mark.parametrize("storage", ["wider", "bf16"])
+@pytest.mark.parametrize("name", MOE)
+def test_special_values_of_all_cases(name: str, storage: str) -> None:
+    """No number for NaN, no NaN for a number or an infinity, no largest number for an infinity: in every element."""
+    one = runs(GOLDENS.load(name))[0]
+    bounds, expected = bound(one.inputs, storage=storage), one.expected["output"]
+
+    def accepted(output: Tensor) -> Tensor:
+        return bounds.contains(output, expected)
+
+    nan, infinite = torch.isnan(expected), torch.isinf(expected)
+    assert bool(accepted(expected).all())
+    for value in (12345.0, 0.0, torch.inf, -torch.inf):
+        assert not bool((accepted(torch.full_like(expected, value)) & nan).any())
+    assert not bool((accepted(torch.full_like(expected, torch.nan)) & ~nan).any())
+    largest = torch.copysign(torch.full_like(expected, FINITE_MAX), expected)
+    either = bounds.lower.abs().minimum(bounds.upper.abs()) <= FINITE_MAX  # by less than its rounding errors
+    assert not bool((accepted(largest) & infinite & ~either).any())
+    assert int((accepted(largest) & infinite).sum()) <= 10
+    inside = ~bounds.overflows & ~nan & ~infinite
+    for value in (torch.inf, -torch.inf):
+        assert not bool((accepted(torch.full_like(expected, value)) & inside).any())
+
+
+def test_torch_agrees_but_on_byte_255_and_the_clamp_of_nan() -> None:
+    """It takes byte 255 for NaN, as OCP MX has it, and its clamp keeps NaN, unlike the kernel's."""
+    outside = {}
+    for name in MOE:
+        one = runs(GOLDENS.load(name))[0]
+        bounds, expected = bound(one.inputs), one.expected["output"]
+        outside[name] = int((~bounds.contains(torch_bf16("moe", one.inputs), expected)).sum())
+    assert {name for name, count in outside.items() if count} == {
+        "activation/non_finite_before_clamp",
+        "formats/scale_bytes_0_and_255",
+        "formats/scale_bytes_0_and_255_before_activation",
+    }
 
 
 def test_arguments_are_checked() -> None:

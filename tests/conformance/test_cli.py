@@ -234,6 +234,10 @@ def test_compare(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "1 of 6 elements differ, at most 1 ulp; first at [1, 2]: got 0x40A1 (5.03125)" in result.output
     assert "more: only in" in invoke("compare", a, c).output
+    safetensors.torch.save_file({}, b)
+    result = invoke("compare", b, b)
+    assert result.exit_code == 2
+    assert "expected tensors to compare, got none" in result.output
     b.write_bytes(b"nonsense")
     result = invoke("compare", a, b)
     assert result.exit_code == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -50,6 +52,43 @@ def test_nan_payloads_count() -> None:
     difference = first_difference(quiet, canonical)
     assert difference is not None
     assert str(difference) == "at [0]: got 0x7FC0 (NaN), expected 0x7FFF (NaN), a NaN on one side"
+
+
+def test_far_apart_is_not_nan() -> None:
+    """2^63 and more between two numbers are no NaN; neither is what is more than some small limit."""
+    for dtype, most in ((torch.float64, FAR - 1), (torch.float32, 2 * 0x7F800000)):
+        largest = torch.tensor([torch.inf], dtype=dtype)
+        assert int(ulp_distance(largest, -largest)) == most
+        with pytest.raises(AssertionError, match=r"got 0x3FF0|got 0x3F80") as error:
+            assert_bits_equal(torch.ones(1, dtype=dtype), -torch.ones(1, dtype=dtype))
+        assert "NaN" not in str(error.value)
+    ends = torch.tensor([-(2**63), 2**63 - 1])
+    assert ulp_distance(ends, ends.flip(0)).tolist() == [FAR - 1, FAR - 1]
+
+
+@pytest.mark.parametrize(
+    "dtype", sorted({d for d in vars(torch).values() if isinstance(d, torch.dtype)}, key=str)
+)
+def test_every_dtype(dtype: torch.dtype) -> None:
+    """A flipped bit is seen in all; what has no bits to compare is refused in words."""
+    raw = torch.arange(64, dtype=torch.uint8)
+    if "q" in str(dtype):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            quantized = torch._empty_affine_quantized([4], scale=1.0, zero_point=0, dtype=dtype)
+        with pytest.raises(AssertionError, match="expected two tensors, got a quantized"):
+            assert_bits_equal(quantized, quantized)
+        return
+    if dtype == torch.bool:
+        raw = raw % 2
+    other = raw.clone()
+    other[20] ^= 1
+    one, other = raw.view(dtype), other.view(dtype)
+    assert_bits_equal(one, raw.clone().view(dtype))
+    with pytest.raises(AssertionError, match=r"1 of [0-9]+ elements differ; first at") as error:
+        assert_bits_equal(other, one)
+    assert first_difference(other, one) is not None
+    assert str(first_difference(other, one)) in str(error.value)
 
 
 def test_other_dtypes() -> None:

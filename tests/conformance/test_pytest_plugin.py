@@ -85,6 +85,14 @@ def test_fixtures(pytester: pytest.Pytester) -> None:
     )
 
 
+def test_a_kernel_that_ends_its_process_fails(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(ends="import os\n\ndef f(**arguments): os._exit(0)\n")
+    pytester.syspathinsert()
+    result = pytester.runpytest("--mxfp4-kernel=ends:f", *ARGUMENTS)
+    result.assert_outcomes(failed=1, skipped=1)
+    result.stdout.fnmatch_lines(["*slot_order: crashed: *ended without a result: exit code 0*"])
+
+
 def test_wrong_usage_is_an_error_in_words(pytester: pytest.Pytester) -> None:
     result = pytester.runpytest("--mxfp4-kernel=oracle", "--mxfp4-case", "nosuch/*")
     assert result.ret == pytest.ExitCode.USAGE_ERROR

@@ -27,8 +27,8 @@ from real_size import real_size_call
 from torch import Tensor
 
 from mxfp4ref import Experts, MoeCall, forward
-from mxfp4ref.conformance.execution import to_device
 from mxfp4ref.conformance.flashinfer_kernel import flashinfer_kernel
+from mxfp4ref.conformance.handing import to_device
 from mxfp4ref.sm90.tactics import Sm90Kernel, runnable_tactics
 
 Bytes = NDArray[np.uint8]

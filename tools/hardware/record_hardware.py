@@ -34,8 +34,8 @@ import torch
 from torch import Tensor
 
 from mxfp4ref import Experts, MoeCall, forward
-from mxfp4ref.conformance.execution import to_device
 from mxfp4ref.conformance.flashinfer_kernel import flashinfer_kernel
+from mxfp4ref.conformance.handing import to_device
 from mxfp4ref.formats.generations import NEWEST, generation_of
 from mxfp4ref.goldens import Case, open_goldens, tensor_bytes
 from mxfp4ref.sm90 import mufu, tensor_core

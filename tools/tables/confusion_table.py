@@ -65,7 +65,8 @@ def column(name: str) -> Column | None:
         got = dict(one.expected) if got is None else got
         outputs[defect.name] = _identity(got)
         if case.kind == "moe" and bool(differing(got["output"], one.expected["output"]).any()):
-            found = (kind for kind, b in bounds.items() if not bool(b.contains(got["output"]).all()))
+            both = got["output"], one.expected["output"]
+            found = (kind for kind, b in bounds.items() if not bool(b.contains(*both).all()))
             escapes[defect.name] = frozenset(found)
     return Column(name, case.kind, outputs, escapes)
 
@@ -105,7 +106,8 @@ def table(columns: list[Column]) -> tuple[str, list[str]]:
     )
     summary = textwrap.fill(
         f"Of the {total} defects of the layer itself the intervals catch {seen}. A pipeline that only sums or "
-        "rounds in another permitted way is a correct evaluation and has to lie inside. Mistakes that mode `bounded` "
+        "rounds in another permitted way is a correct evaluation and has to lie inside, but for "
+        "NaN, which is accepted only where the kernel gives NaN, and scale byte 255. Mistakes that mode `bounded` "
         f"cannot see at all, because what they make is within its freedom: {', '.join(missed) or 'none'}.",
         110,
     )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
+from mxfp4ref.conformance.cli import supervised
 from mxfp4ref.conformance.cli.conform import conform
 from mxfp4ref.conformance.cli.defects import defects, explain
 from mxfp4ref.conformance.cli.goldens import export, regenerate, show, verify
@@ -36,4 +39,6 @@ for _command in (conform, verify, regenerate, export, show, compare, layer, defe
 
 def main() -> None:
     """Entry point of the console script."""
+    if "--no-isolate" in sys.argv:
+        supervised.main(commands)
     commands(prog_name="mxfp4ref")

@@ -57,10 +57,13 @@ _RENDERERS = {"json": report.to_json, "junit": report.to_junit, "html": report.t
     default=600,
     show_default=True,
     metavar="SECONDS",
-    help="Limit for each run of the kernel.",
+    help="Limit for each run of the kernel, and, if it is more than 60, for importing it.",
 )
 @click.option(
-    "--isolate", is_flag=True, help="Run the kernel in a process of its own: survives hangs and crashes."
+    "--isolate/--no-isolate",
+    default=None,
+    help="Run the kernel in a process of its own, which survives hangs and crashes; the default for every kernel "
+    "but the stand-ins.",
 )
 @click.option(
     "--all-tactics",
@@ -104,8 +107,9 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
     In mode bounded, for kernels that sum in another order, it must lie in the interval of all correct evaluations.
 
     A kernel that raises, hangs, crashes, returns something else, writes nothing or into its inputs, or gives other
-    bits the second time is reported as that, and the remaining cases still run. Without --isolate a run that takes
-    longer than --timeout is abandoned in its thread.
+    bits the second time is reported as that, and the remaining cases still run. All kernels but the stand-ins run in
+    a process of their own. With --no-isolate, for debuggers, a run that takes longer than --timeout is abandoned in
+    its thread, and a kernel that ends its process ends the command, with exit code 1.
 
     Exit codes: 0 conforms, 1 does not, 2 wrong usage or environment.
     """

@@ -30,6 +30,8 @@ def compare(a: Path, b: Path) -> None:
     """
     with usage_errors():
         one, other = _load(a), _load(b)
+        if not one and not other:
+            raise ValueError(f"{a} and {b}: expected tensors to compare, got none in either")
     equal = True
     for name in sorted(one.keys() | other.keys()):
         if name not in one or name not in other:

@@ -1,0 +1,56 @@
+"""A command that runs a kernel in its own process succeeds if it says so, and not by ending with exit code 0."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+
+from mxfp4ref.conformance.cli.shared import NOT_EQUAL
+from mxfp4ref.conformance.worker import how_it_ended
+
+__all__ = ["main"]
+
+_VERDICT = "MXFP4REF_VERDICT"  # the file that the command's exit code is written to
+_START = """\
+import json, sys
+sys.path[:] = json.loads(sys.argv.pop(1))
+from mxfp4ref.conformance.cli import main
+main()
+"""
+
+
+def main(commands: click.Group) -> None:
+    """Run the command of `sys.argv` in a process of its own, or, in that process, itself; never returns."""
+    verdict = os.environ.pop(_VERDICT, None)
+    if verdict is None:
+        sys.exit(_supervise())
+    try:
+        commands(prog_name="mxfp4ref")
+    except SystemExit as done:
+        Path(verdict).write_text(str(done.code), encoding="ascii")
+        raise
+
+
+def _supervise() -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        verdict = Path(folder, "verdict")
+        command = [sys.executable, "-c", _START, json.dumps(sys.path), *sys.argv[1:]]
+        try:
+            done = subprocess.run(command, env={**os.environ, _VERDICT: str(verdict)}, check=False)
+        except KeyboardInterrupt:
+            return 128 + 2
+        if verdict.is_file() and (code := verdict.read_text(encoding="ascii")).isdigit():
+            return int(code)
+    how = how_it_ended(done.returncode)
+    click.echo(
+        f"The kernel does not conform: it ended its process ({how}) before there was a verdict. Without --no-isolate "
+        "the report tells on which case.",
+        err=True,
+    )
+    return NOT_EQUAL

@@ -1,0 +1,126 @@
+"""Handing the inputs of a case to a kernel that may do anything with them, and telling what it did."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from mxfp4ref.conformance.adapters import Arguments, poisoned
+from mxfp4ref.conformance.comparison import first_difference
+from mxfp4ref.conformance.plain import Like, TensorError, geometry, like, raw_bytes, tensor_of, without_modes
+
+__all__ = ["Handed", "to_device"]
+
+_COPY_BYTES = 1 << 26
+_SAMPLES, _SAMPLE = 256, 1 << 16  # evenly spaced in a larger tensor
+
+
+class Handed:
+    """Copies of a kernel's arguments, for it to do as it likes with; views of tensors whose copies might not fit.
+
+    Attributes:
+        positional, keywords: the copies. `output` has to be poisoned before each run.
+    """
+
+    def __init__(self, arguments: Arguments) -> None:
+        self._output: Tensor | None = arguments[1].get("output")
+        self.positional, self.keywords = _copied(arguments)
+        self._given = _by_name((self.positional, self.keywords))
+        self._given.pop("output", None)
+        self._before = {name: _noted(tensor) for name, tensor in _tensors(self._given)}
+
+    def poison_output(self) -> None:
+        """Give the kernel a new `output`, if it takes one, which holds the poison."""
+        if self._output is not None:
+            self.keywords["output"] = poisoned(self._output)
+
+    def changes(self) -> str:
+        """What the kernel has changed in its inputs, in words, or ""."""
+        found = dict(_tensors(self._given))
+        changes = []
+        for name, before in self._before.items():
+            change = _change(found[name], *before) if name in found else ", which is gone"
+            if change:
+                changes.append(f"{name}{change}")
+        return "; ".join(changes)
+
+
+def _noted(tensor: Tensor) -> tuple[str, Like, bytes | int]:
+    return geometry(tensor), like(tensor), _samples(tensor) if _is_large(tensor) else raw_bytes(tensor)
+
+
+def _change(tensor: Tensor, shape: str, kind: Like, content: bytes | int) -> str:
+    try:
+        after = geometry(tensor)
+    except TensorError as error:
+        return f" from {shape} to {error}"
+    if shape != after:
+        return f" from {shape} to {after}"
+    if isinstance(content, int):
+        return "" if _samples(tensor) == content else " somewhere"
+    got = raw_bytes(tensor)
+    return "" if got == content else f" {first_difference(tensor_of(got, kind), tensor_of(content, kind))}"
+
+
+def to_device(inputs: Any, device: str) -> Any:
+    """The inputs on the kernel's device (the same tensors where they are there already)."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    if isinstance(inputs, Mapping):
+        return {name: to_device(value, device) for name, value in inputs.items()}
+    return _rebuilt(inputs, lambda value: to_device(value, device))
+
+
+def _by_name(arguments: Arguments) -> dict[str, Any]:
+    positional, keywords = arguments
+    return {**{f"argument {i}": value for i, value in enumerate(positional)}, **keywords}
+
+
+def _is_large(tensor: Tensor) -> bool:
+    return tensor.numel() * tensor.element_size() > _COPY_BYTES
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach() if _is_large(value) else value.clone()
+    if isinstance(value, Mapping):
+        return {name: _copied(item) for name, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_copied, value))
+    return _rebuilt(value, _copied)
+
+
+def _samples(tensor: Tensor) -> int:
+    """A checksum of parts of a large tensor."""
+    checksum = 0
+    with without_modes():
+        flat = tensor.contiguous().flatten()
+        for start in range(0, flat.numel(), -(-flat.numel() // _SAMPLES)):
+            checksum = zlib.crc32(raw_bytes(flat[start : start + _SAMPLE]), checksum)
+    return checksum
+
+
+def _rebuilt(value: Any, convert: Callable[[Any], Any]) -> Any:
+    """A dataclass with all its fields converted; anything else as it is."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: convert(getattr(value, f.name)) for f in fields(value) if f.init})
+    return value
+
+
+def _tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in nested mappings, sequences and dataclasses, with a name for it."""
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _tensors(item, f"{path}.{name}" if path else str(name))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _tensors(item, f"{path}[{index}]")
+    elif is_dataclass(value) and not isinstance(value, type):
+        for item in fields(value):
+            yield from _tensors(getattr(value, item.name), f"{path}.{item.name}" if path else item.name)

@@ -1,0 +1,134 @@
+"""The process of a kernel that is isolated, and the form of its answers: a header in JSON, and bytes.
+
+Requests are pickled, since they come from the kit; answers may be whatever a kernel wrote into the pipe.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import json
+import os
+import pickle
+import signal
+import sys
+from collections.abc import Callable
+from typing import IO, Any
+
+from mxfp4ref.conformance.adapters import KernelError
+from mxfp4ref.conformance.execution import collect, in_thread
+from mxfp4ref.conformance.kernels import environment, load_kernel
+from mxfp4ref.conformance.plain import of_exception
+from mxfp4ref.goldens import Case
+
+__all__ = ["LOAD", "LOADED", "RESULT", "serve", "unframed"]
+
+LOAD, LOADED, RESULT = "load", "loaded", "result"  # names of answers, beside those of what `collect` reports
+
+_MAGIC = b"mxfp4ref"
+_HEADER = 1 << 16  # bytes, at most
+
+
+def _framed(name: str, header: dict[str, Any], blobs: list[bytes]) -> list[bytes]:
+    text = json.dumps({"name": name, **header, "blobs": [len(blob) for blob in blobs]}).encode()
+    return [_MAGIC, len(text).to_bytes(8, "little"), text, *blobs]
+
+
+def unframed(stream: IO[bytes], largest: Callable[[], int]) -> tuple[dict[str, Any], list[bytes]] | None:
+    """The next answer in a pipe, or None at its end; ValueError where it is none."""
+    start = stream.read(len(_MAGIC) + 8)
+    if not start:
+        return None
+    length = int.from_bytes(start[len(_MAGIC) :], "little")
+    if not start.startswith(_MAGIC) or length > _HEADER:
+        raise ValueError
+    header: dict[str, Any] = json.loads(stream.read(length))
+    sizes: list[int] = header["blobs"]
+    if sum(sizes) > largest() or min(sizes, default=0) < 0:
+        raise ValueError
+    blobs = [stream.read(size) for size in sizes]
+    return (header, blobs) if [len(blob) for blob in blobs] == sizes else None
+
+
+class _Answers:
+    """The child's end of the pipe for answers, with stdout given to what the kernel prints."""
+
+    def __init__(self) -> None:
+        self._pipe = os.dup(1)
+        self._identity = self._stat()
+        os.dup2(2, 1)
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+
+    def send(self, name: str, header: dict[str, Any] | None = None, blobs: list[bytes] | None = None) -> None:
+        if (
+            self._stat() != self._identity
+        ):  # the kernel has closed it, and a file of its own may be in its place
+            os._exit(1)
+        for part in _framed(name, header or {}, blobs or []):
+            view = memoryview(part)
+            while view:
+                view = view[os.write(self._pipe, view) :]
+
+    def _stat(self) -> tuple[int, int]:
+        try:
+            found = os.fstat(self._pipe)
+        except OSError:
+            return (-1, -1)
+        return found.st_dev, found.st_ino
+
+
+def serve() -> None:
+    """The process of a kernel: load it, run it on request."""
+    requests, answers = os.fdopen(os.dup(0), "rb"), _Answers()
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    faulthandler.enable(all_threads=False)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not to outlive a parent that is killed
+    spec, device = pickle.load(requests)
+    answers.send(LOAD)
+    try:
+        kernel = load_kernel(spec, device)
+        about = {"name": kernel.name, "kinds": kernel.kinds, "forces_tile_k": kernel.forces_tile_k}
+        about |= {"device": kernel.device, "forces_tactics": kernel.forces_tactics}
+        known = {
+            "kernel": {**about, "generation": kernel.generation.name},
+            "environment": environment(kernel.device),
+        }
+        answers.send(LOADED, {"error": "", **known})
+    except BaseException as error:
+        message = str(error) if isinstance(error, KernelError) else of_exception(error)
+        answers.send(LOADED, {"error": message})
+        return
+    latest: Case | None = None
+    while True:
+        try:
+            kind, inputs, tactics, expected, repeat = pickle.load(requests)
+        except EOFError:
+            return
+        if isinstance(inputs, Case):
+            if inputs.derived and latest is not None and latest.id == inputs.id:
+                vars(inputs)["experts"] = latest.experts  # generated before
+            latest = inputs
+            inputs = latest.call(tactics)
+        found, _ = in_thread(
+            lambda report: collect(kernel, kind, inputs, expected, repeat=repeat, report=report),  # noqa: B023
+            reported=answers.send,
+        )
+        assert found is not None
+        if found.problem == "input modified":
+            latest = None
+        blobs = [one[name] for one in found.runs for name in expected]
+        stages = [
+            (n, str(kept.dtype).removeprefix("torch."), kept.shape) for n, (kept, _) in found.stages.items()
+        ]
+        header = {
+            "problem": found.problem,
+            "message": found.message,
+            "seconds": found.seconds,
+            "left": found.left,
+        }
+        answers.send(
+            RESULT,
+            {**header, "runs": len(found.runs), "stages": stages},
+            [*blobs, *(blob for _, blob in found.stages.values())],
+        )

@@ -1,0 +1,194 @@
+"""What a kernel may leave behind in its process, and how it is put back before the next case.
+
+Settings of torch, Python and the process are as they were when the next case starts, and for whoever called the
+kit. What belongs to a thread (grad mode, autocast, torch's modes and default device, the rounding mode, flushing of
+subnormal numbers) ends with the thread that the kernel ran in. What a kernel keeps for itself survives, as it does
+in a server: its caches, its threads, the modules that it imported.
+"""
+
+from __future__ import annotations
+
+import builtins
+import gc
+import locale
+import logging
+import os
+import random
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from types import BuiltinFunctionType, FunctionType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from mxfp4ref.conformance.plain import printable, without_modes
+
+__all__ = ["interference", "surroundings"]
+
+_builtins = vars(builtins)
+_Setting = tuple[str, Callable[[], Any], Callable[[Any], object]]
+_MOST_NAMED = 3
+
+
+def _attribute(words: str, owner: Any, name: str) -> _Setting:
+    return words, lambda: getattr(owner, name), lambda value: setattr(owner, name, value)
+
+
+def _replaced(owner: dict[Any, Any] | os._Environ[str], before: dict[Any, Any]) -> None:
+    for name in [name for name in owner if name not in before]:
+        del owner[name]
+    owner.update({name: value for name, value in before.items() if owner.get(name) is not value})
+
+
+def _umask(value: int = 0o077) -> int:
+    before = os.umask(value)
+    os.umask(before)
+    return before
+
+
+def _seed_torch(raw: bytes) -> None:
+    torch.set_rng_state(torch.frombuffer(bytearray(raw), dtype=torch.uint8))
+
+
+_TOLD: tuple[_Setting, ...] = (
+    ("torch's default dtype", torch.get_default_dtype, torch.set_default_dtype),
+    ("torch's threads", torch.get_num_threads, torch.set_num_threads),
+    (
+        "torch's deterministic mode",
+        torch.get_deterministic_debug_mode,
+        torch.set_deterministic_debug_mode,
+    ),
+    (
+        "torch's float32 matmul precision",
+        torch.get_float32_matmul_precision,
+        torch.set_float32_matmul_precision,
+    ),
+    _attribute("torch.backends.cudnn.enabled", torch.backends.cudnn, "enabled"),
+    ("the working directory", os.getcwd, os.chdir),
+    ("the environment", lambda: dict(os.environ), lambda before: _replaced(os.environ, before)),
+    ("the umask", _umask, os.umask),
+    ("the locale", lambda: locale.setlocale(locale.LC_ALL), lambda v: locale.setlocale(locale.LC_ALL, v)),
+    ("the recursion limit", sys.getrecursionlimit, sys.setrecursionlimit),
+    ("garbage collection", gc.isenabled, lambda on: gc.enable() if on else gc.disable()),
+    _attribute("sys.stdin", sys, "stdin"),
+    _attribute("sys.stdout", sys, "stdout"),
+    _attribute("sys.stderr", sys, "stderr"),
+    _attribute("sys.excepthook", sys, "excepthook"),
+    _attribute("threading.excepthook", threading, "excepthook"),
+    ("sys.path", lambda: list(sys.path), lambda before: sys.path.__setitem__(slice(None), before)),
+    _attribute("logging's threshold", logging.root.manager, "disable"),
+)
+# Used by many kernels as they should be, and put back without a word.
+_UNTOLD: tuple[_Setting, ...] = (
+    ("torch's random numbers", lambda: torch.get_rng_state().numpy().tobytes(), _seed_torch),
+    ("Python's random numbers", random.getstate, random.setstate),
+    ("numpy's random numbers", lambda: np.random.get_state(legacy=True), lambda s: np.random.set_state(s)),  # noqa: NPY002
+    ("warnings' filters", lambda: list(warnings.filters), lambda v: setattr(warnings, "filters", v)),
+)
+
+
+def surroundings() -> Callable[[], str]:
+    """Take note of all settings; the function that is returned puts them back and says in words which had changed."""
+    with without_modes():
+        before = [(setting, setting[1]()) for setting in (*_TOLD, *_UNTOLD)]
+    modules, names = dict(sys.modules), _builtins.copy()
+
+    def restore() -> str:
+        found = _builtins.copy()
+        _builtins.update(names)  # this needs none of them, and what follows does
+        changed = []
+        if any(found.get(name) is not value for name, value in names.items() if name != "_"):
+            changed.append("Python's builtins")
+        for name, module in modules.items():
+            if sys.modules.get(name) is not module:
+                changed.append(f"sys.modules[{name!r}]")
+                sys.modules[name] = module
+        with without_modes():
+            for setting, value in before:
+                if setting in _UNTOLD:
+                    setting[2](value)
+                elif _differs(setting, value):
+                    setting[2](value)
+                    changed.append(setting[0])
+        return _listed(changed)
+
+    return restore
+
+
+def _differs(setting: _Setting, value: Any) -> bool:
+    try:
+        found = setting[1]()
+    except Exception:  # such as a working directory that was removed
+        return True
+    return bool(found is not value if type(value).__module__ not in _PLAIN else found != value)
+
+
+_PLAIN = ("builtins", "torch")
+
+
+def interference() -> Callable[[], str]:
+    """Take note of all functions and classes that a verdict rests on; the returned function undoes replacements.
+
+    They are this package's, with their code, and torch's. It says in words what a kernel had replaced.
+    """
+    ours = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == "mxfp4ref"]
+    classes = [c for module in ours for c in vars(module).values() if _is_class_of(c, module)]
+    noted = {owner: dict(_code_of(owner, _CODE)) for owner in (*ours, *classes)}
+    noted |= {owner: dict(_code_of(owner, _FUNCTIONS)) for owner in (torch, torch.Tensor)}
+    bodies = [
+        (f, f.__code__, f.__defaults__) for found in noted.values() for f in found.values() if _has_body(f)
+    ]
+
+    def restore() -> str:
+        changed = []
+        for owner, found in noted.items():
+            for name, value in found.items():
+                new = vars(owner).get(name)
+                # torch replaces some functions by its own when it imports its compiler.
+                if new is not value and {_package_of(value), _package_of(new)} != {"torch"}:
+                    setattr(owner, name, value)
+                    changed.append(f"{owner.__name__}.{name}")
+        for name in [name for name in vars(torch.Tensor) if name in _INHERITED - noted[torch.Tensor].keys()]:
+            delattr(torch.Tensor, name)
+            changed.append(f"Tensor.{name}")
+        for function, code, defaults in bodies:
+            if function.__code__ is not code or function.__defaults__ is not defaults:
+                function.__code__, function.__defaults__ = code, defaults
+                changed.append(f"{function.__module__}.{function.__qualname__}")
+        return _listed(changed)
+
+    return restore
+
+
+_INHERITED = frozenset(dir(torch._C.TensorBase)) - frozenset(vars(torch.Tensor))
+
+
+def _is_class_of(value: Any, module: ModuleType) -> bool:
+    return isinstance(value, type) and value.__module__ == module.__name__
+
+
+def _package_of(value: Any) -> str:
+    """The package that something says it is from; what `exec` made may say nothing."""
+    return str(getattr(value, "__module__", "")).partition(".")[0]
+
+
+def _has_body(value: Any) -> bool:
+    return type(value) is FunctionType and _package_of(value) == "mxfp4ref"
+
+
+def _code_of(owner: Any, kinds: tuple[type, ...]) -> Iterator[tuple[str, Any]]:
+    for name, value in vars(owner).items():
+        if issubclass(type(value), kinds):
+            yield name, value
+
+
+_FUNCTIONS = (FunctionType, BuiltinFunctionType)
+_CODE = (*_FUNCTIONS, type, property, staticmethod, classmethod)
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(printable(name, 120) for name in names[:_MOST_NAMED])
+    return shown if len(names) <= _MOST_NAMED else f"{shown} and {len(names) - _MOST_NAMED} more"

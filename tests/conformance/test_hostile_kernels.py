@@ -1,0 +1,378 @@
+"""Kernels that do what no kernel should: what has to be reported of each, isolated and in this process.
+
+They share a process as long as they leave it alive, and run on the smallest golden case.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from mxfp4ref import forward
+from mxfp4ref.conformance import CaseResult, Kernel, KernelError, Options, Report, load_kernel, run, run_case
+from mxfp4ref.conformance import worker as worker_module
+from mxfp4ref.conformance.adapters import whole_arguments
+from mxfp4ref.conformance.cli import main
+from mxfp4ref.conformance.report import to_html, to_json, to_junit, to_text
+from mxfp4ref.conformance.worker import Worker
+from mxfp4ref.goldens import Case, open_goldens
+from tests.helpers import hostile_kernels
+
+SPEC = "tests.helpers.hostile_kernels:chosen"
+OPTIONS = Options(timeout=30, diagnosed=False)
+QUICK = Options(timeout=1, diagnosed=False)
+
+PUT_BACK = "which was put back"
+# What a kernel does; the status; words of the message. The same, isolated or not.
+EVERYWHERE = [
+    ("right", "equal", ""),
+    ("wrong", "differs", ""),
+    # What is returned
+    ("output_and_none", "equal", ""),
+    ("list_as_flashinfer", "equal", ""),
+    ("pair_of_tensors", "wrong output", "output: expected it alone or first, with nothing but None"),
+    ("output_and_text", "wrong output", "got str after it"),
+    ("empty_list", "wrong output", "output: expected a tensor, got an empty list"),
+    ("generator", "wrong output", "got generator"),
+    ("meta", "wrong output", "got a meta bfloat16 [8, 128] tensor"),
+    ("sparse", "wrong output", "got a sparse_coo bfloat16 [8, 128] tensor"),
+    ("nested", "wrong output", "got a nested tensor"),
+    ("quantized", "wrong output", "got a quantized qint8 [8, 128] tensor"),
+    ("fake", "wrong output", "got a"),
+    ("without_memory", "wrong output", "got a bfloat16 [8, 128] tensor without the memory for it"),
+    ("beyond_its_memory", "wrong output", "without the memory for it"),
+    ("negated", "wrong output", "got a lazily negated"),
+    ("wrapper", "wrong output", "without the memory for it"),
+    ("pretender", "wrong output", "got _Pretender"),
+    ("lying_mapping", "raised", "KeyboardInterrupt"),
+    ("mapping_with_more", "equal", ""),
+    ("integers", "wrong output", "expected bfloat16 [8, 128], got int16 [8, 128]"),
+    ("vast", "wrong output", "got bfloat16 [1048576, 1048576]"),
+    ("no_elements", "wrong output", "got bfloat16 [0, 128]"),
+    ("meta_intermediates", "wrong output", "activation: expected a tensor, got a meta float32 [3] tensor"),
+    ("odd_intermediates", "differs", ""),
+    ("parameter", "equal", ""),
+    ("transposed", "equal", ""),
+    ("of_inference_mode", "equal", ""),
+    ("resized_output", "wrong output", "got bfloat16 [2, 128]"),
+    ("poison", "not written", "wrote nothing"),
+    ("not_a_number", "differs", ""),
+    # What lies
+    ("lying_subclass", "differs", ""),
+    ("leaves_function_mode", "differs", ""),
+    ("leaves_dispatch_mode", "differs", ""),
+    ("overwrites_every_tensor", "differs", ""),
+    # What becomes of the inputs
+    (
+        "writes_second_time",
+        "input modified",
+        "in a second run: the kernel changed fc1_expert_weights at [0, 0",
+    ),
+    (
+        "reshapes_input",
+        "input modified",
+        "input from bfloat16 [8, 128], strides [128, 1] to bfloat16 [4, 256]",
+    ),
+    (
+        "turns_input",
+        "input modified",
+        "token_final_scales from float32 [8, 4], strides [4, 1] to float32 [4, 8]",
+    ),
+    ("shrinks_memory_of_input", "input modified", "without the memory for it"),
+    ("swaps_data_of_input", "input modified", "token_final_scales at [0, 0]"),
+    ("wants_gradient_of_input", "input modified", "requires a gradient"),
+    (
+        "clears_list_of_scales",
+        "input modified",
+        "quant_scales[0], which is gone; quant_scales[1], which is gone",
+    ),
+    ("returns_overwritten_input", "input modified", "input at [0, 0]"),
+    ("nan_of_another_payload", "input modified", "token_final_scales at [0, 0]"),
+    # What is raised
+    ("mute_exception", "raised", "_Mute: (its text cannot be had)"),
+    ("system_exit", "raised", "SystemExit: 0"),
+    ("keyboard_interrupt", "raised", "KeyboardInterrupt"),
+    ("generator_exit", "raised", "GeneratorExit"),
+    ("nameless_exception", "raised", "_Nameless: nothing"),
+    ("self_raising", "raised", "RuntimeError: its own cause"),
+    ("recursion", "raised", "RecursionError"),
+    ("out_of_memory", "raised", "MemoryError"),
+    ("kit_skip", "raised", "Skip: this one is not for me"),
+    ("long_text", "raised", "[... 49,998,000 characters ...]"),
+    ("odd_text", "raised", r"\x1b[2J\x1b]0;t\x07 \ud800 \u202e \x00 \x9b31m \ufffe"),
+    ("raises_second_time", "raised", "in a second run: RuntimeError: only now"),
+    ("wrong_second_time", "unstable", "1 other elements in output; at [3, 5]"),
+    # What is left behind
+    ("default_dtype", "equal", f"torch's default dtype, {PUT_BACK}"),
+    ("default_device", "equal", ""),
+    ("grad_and_inference_mode", "equal", ""),
+    ("deterministic", "equal", "the kernel changed torch's deterministic mode"),
+    ("working_directory", "equal", f"the working directory, {PUT_BACK}"),
+    ("environment", "equal", f"the environment, {PUT_BACK}"),
+    ("modules", "equal", "sys.modules['"),
+    ("standard_streams", "equal", f"sys.stdout, sys.stderr, {PUT_BACK}"),
+    ("replaced_builtins", "equal", f"Python's builtins, {PUT_BACK}"),
+    ("recursion_limit", "equal", f"the recursion limit, {PUT_BACK}"),
+    ("strict_warnings", "equal", ""),
+    ("random_numbers", "equal", ""),
+    ("rounding_mode", "equal", ""),
+    ("trace_function", "equal", ""),
+    ("thread_that_goes_on", "equal", ""),
+    ("forks_and_both_return", "equal", ""),
+]
+# What replaces functions of this process, which is not where an isolated kernel runs.
+REPLACING = [
+    ("replaces_not_equal", "Tensor.__ne__"),
+    ("replaces_differing", "mxfp4ref.conformance.suite.differing"),
+    ("replaces_code_of_differing", "mxfp4ref.conformance.comparison.differing"),
+    ("replaces_comparison_of_bytes", "mxfp4ref.conformance.plain.raw_bytes"),
+    ("replaces_expected_outputs", "Case.outputs"),
+]
+# What ends or blocks the process that it runs in.
+ENDING = [
+    ("exits", "crashed", "ended without a result: exit code 0"),
+    ("exits_in_c", "crashed", "ended without a result: exit code 0"),
+    ("killed_by_real_time_signal", "crashed", "signal 44"),
+    (
+        "segmentation_fault",
+        "crashed",
+        "signal SIGSEGV; the last it printed: Fatal Python error: Segmentation fault",
+    ),
+    ("never_gives_up_the_lock", "timed out", "no result within 1 s; its process was killed"),
+    ("stops_itself", "timed out", "no result within 1 s; its process was killed"),
+    ("floods_and_dies", "crashed", "signal SIGABRT; the last it printed: "),
+    ("closes_everything", "crashed", "ended without a result"),
+    ("puts_a_file_in_place_of_the_pipe", "crashed", "ended without a result: exit code 1"),
+    ("writes_into_every_pipe", "crashed", "wrote something else into the pipe to the kit"),
+    ("forges_a_result", "crashed", "wrote something else into the pipe to the kit"),
+    ("forks_and_the_copy_returns", "crashed", "ended without a result: exit code 0"),
+    ("hangs_when_deleted", "timed out", "no result within 1 s"),
+]
+SAFE_CONTROLS = "\n\t"
+
+
+@pytest.fixture
+def case() -> Case:
+    return open_goldens().load("finalize/slot_order")
+
+
+@pytest.fixture(scope="module")
+def choice(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The file that names the kernel to run."""
+    with pytest.MonkeyPatch.context() as patch:
+        file = tmp_path_factory.mktemp("hostile") / "chosen"
+        patch.setenv(hostile_kernels.CHOSEN, str(file))
+        yield file
+
+
+@pytest.fixture(scope="module")
+def worker(choice: Path) -> Iterator[Worker]:
+    with Worker(SPEC) as process:
+        yield process
+
+
+def isolated(name: str, case: Case, choice: Path, worker: Worker, options: Options = OPTIONS) -> CaseResult:
+    choice.write_text(name)
+    return run_case(worker.kernel, case, options, worker=worker)
+
+
+def assert_reported(result: CaseResult, status: str, message: str) -> None:
+    assert (result.status, message in result.message) == (status, True), f"{result.status}: {result.message}"
+    assert bool(result.message) == bool(message), result.message
+    assert len(result.message) < 5000
+    assert result.message.isprintable()
+
+
+def assert_renders(result: CaseResult) -> None:
+    """Every format holds it, as one that can be read back, and without what a terminal would obey."""
+    report = Report("kernel", "exact", (result,))
+    texts = [to_text(report, verbose=True), to_json(report), to_junit(report), to_html(report)]
+    for text in texts:
+        text.encode("utf-8")
+        assert [c for c in text if not c.isprintable() and c not in SAFE_CONTROLS] == []
+    assert json.loads(texts[1])["results"][0]["message"] == result.message
+    ElementTree.fromstring(texts[2].encode())
+    assert "evil conforms: it equals all" not in texts[0].splitlines()
+
+
+@pytest.mark.parametrize(("name", "status", "message"), EVERYWHERE)
+def test_isolated(name: str, status: str, message: str, case: Case, choice: Path, worker: Worker) -> None:
+    result = isolated(name, case, choice, worker)
+    assert_reported(result, status, message)
+    if status not in ("equal", "differs"):
+        assert_renders(result)
+    assert isolated("right", case, choice, worker).status == "equal"  # nothing is left behind
+    assert isolated("wrong", case, choice, worker).status == "differs"
+
+
+@pytest.mark.parametrize(("name", "status", "message"), EVERYWHERE)
+def test_in_this_process(name: str, status: str, message: str, case: Case) -> None:
+    before = torch.get_default_dtype(), os.environ.copy(), os.getcwd(), torch.get_rng_state().tolist()
+    result = run_case(load_kernel(getattr(hostile_kernels, name)), case, OPTIONS)
+    assert_reported(result, status, message)
+    case = open_goldens().load(case.id)
+    assert before == (
+        torch.get_default_dtype(),
+        os.environ.copy(),
+        os.getcwd(),
+        torch.get_rng_state().tolist(),
+    )
+    for other, expected in (("right", "equal"), ("wrong", "differs")):
+        assert run_case(load_kernel(getattr(hostile_kernels, other)), case, OPTIONS).status == expected
+
+
+@pytest.mark.parametrize(("name", "replaced"), REPLACING)
+def test_replacing_what_compares(name: str, replaced: str, case: Case, choice: Path, worker: Worker) -> None:
+    assert isolated(name, case, choice, worker).status == "differs"
+    kernel = load_kernel(getattr(hostile_kernels, name))
+    result = run_case(kernel, case, OPTIONS)
+    assert_reported(result, "interfered", replaced)
+    assert run_case(load_kernel(hostile_kernels.wrong), case, OPTIONS).status == "differs"
+
+
+@pytest.mark.parametrize(("name", "status", "message"), ENDING)
+def test_ending_the_process(
+    name: str, status: str, message: str, case: Case, choice: Path, worker: Worker
+) -> None:
+    isolated("right", case, choice, worker)  # loads what is compiled, outside the time limit
+    result = isolated(name, case, choice, worker, QUICK)
+    assert_reported(result, status, message)
+    assert_renders(result)
+    assert isolated("right", case, choice, worker).status == "equal"
+
+
+def test_a_bystander_may_end_the_process_later(case: Case, choice: Path, worker: Worker) -> None:
+    """What an earlier run has left behind ends a later one, and only that."""
+    assert isolated("exits_later", case, choice, worker).status == "equal"
+    time.sleep(0.5)
+    assert_reported(isolated("right", case, choice, worker), "crashed", "ended without a result: exit code 0")
+    assert isolated("right", case, choice, worker).status == "equal"
+
+
+def test_what_outlives_its_process(case: Case, choice: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy that holds the pipes open, and a function that runs at exit, keep nobody waiting and change nothing."""
+    start = time.monotonic()
+    with Worker(SPEC) as process:
+        for name in ("forks_and_the_copy_stays", "exits_at_exit", "right"):
+            assert isolated(name, case, choice, process).status == "equal"
+    assert time.monotonic() - start < 15
+
+
+def test_what_is_printed(
+    case: Case, choice: Path, worker: Worker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is passed on, to stderr, and a terminal has nothing to obey."""
+    assert isolated("prints_escapes", case, choice, worker).status == "equal"
+    deadline = time.monotonic() + 5
+    printed = ""
+    while "title" not in printed and time.monotonic() < deadline:
+        printed += capsys.readouterr().err
+        time.sleep(0.02)
+    assert r"\x1b[2J\x1b[31m\u202e red" in printed
+    assert r"\x1b]0;title\x07\xff\x00" in printed
+    assert [c for c in printed if not c.isprintable() and c != "\n"] == []
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("import sys; sys.exit(0)", "cannot import 'hostile_module': SystemExit: 0"),
+        ("raise GeneratorExit", "GeneratorExit"),
+        ("def __getattr__(name): raise RuntimeError('no\\x1b')", r"has no 'f': RuntimeError: no\x1b"),
+        ("f = 5", "is no function but int"),
+    ],
+)
+def test_imports(lines: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module that cannot be imported is a fault of the environment, in a line."""
+    (tmp_path / "hostile_module.py").write_text(lines)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "hostile_module", raising=False)
+    with pytest.raises(KernelError) as error:
+        load_kernel("hostile_module:f")
+    assert message in str(error.value)
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("import os; os._exit(0)", "was imported, the kernel's process ended without a result: exit code 0"),
+        ("import time; time.sleep(60)", "was imported, no result within 1 s; its process was killed"),
+    ],
+)
+def test_imports_that_do_not_end(
+    lines: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hostile_module.py").write_text(lines)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(worker_module, "_LOAD_SECONDS", 1)
+    with pytest.raises(KernelError, match=message):
+        run("hostile_module:f", [], Options(timeout=0.1))
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense", "meta", "cpu:0:0", "mps"])
+def test_devices_that_are_not_here(device: str, case: Case) -> None:
+    for kernel in (hostile_kernels.right, Kernel("right", ("moe",), whole_arguments, forward, device=device)):
+        with pytest.raises(KernelError, match=r"^device: expected"):
+            run(kernel, [case], device=device)
+
+
+def test_without_isolation_the_command_needs_a_verdict(
+    choice: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that ends the process with exit code 0 does not conform."""
+    for name, code in (("exits", 1), ("right", 0)):
+        choice.write_text(name)
+        command = ["mxfp4ref", "conform", "--no-isolate", SPEC, "--case", "finalize/slot_order"]
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as done:
+            main()
+        assert done.value.code == code
+        out, err = capfd.readouterr()
+        assert ("conforms: it equals" in out, "does not conform: it ended its process" in err) == (
+            not code,
+            bool(code),
+        )
+
+
+def test_python_keeps_the_report(case: Case) -> None:
+    """Whatever one case does, the results of the others are there."""
+    other = open_goldens().load("formats/every_code_by_row")
+
+    def some(**arguments: Any) -> Any:
+        alike = torch.equal(arguments["input"], case.tensors["input"])
+        return (hostile_kernels.keyboard_interrupt if alike else hostile_kernels.right)(**arguments)
+
+    report = run(some, [case, other])
+    assert [r.status for r in report.results] == ["raised", "equal"]
+    for cases in ([5], "gemm/ordinary"):
+        with pytest.raises(TypeError, match="cases: expected Case"):
+            run(some, cases)  # type: ignore[arg-type]
+    with pytest.raises(KernelError, match="expected a name or a function, got int 5"):
+        run(5, [case])  # type: ignore[arg-type]
+
+
+def test_a_signature_that_raises(case: Case) -> None:
+    class Odd:
+        def __init__(self) -> None:
+            self.__qualname__ = "\x1b[2J"
+
+        @property
+        def __signature__(self) -> Any:
+            raise RuntimeError
+
+        def __call__(self, **arguments: Any) -> Any:
+            return hostile_kernels.right(**arguments)
+
+    kernel = load_kernel(Odd())
+    assert kernel.name == r"\x1b[2J"
+    assert run_case(kernel, case).status == "equal"
