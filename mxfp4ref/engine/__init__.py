@@ -1,0 +1,1 @@
+"""In a server: calls that a running engine recorded, replayed; a recorder for engines without one."""

@@ -1,0 +1,92 @@
+"""The commands on recorded calls."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mxfp4ref.conformance.cli.report_files import pop_report_files, print_report, report_files
+from mxfp4ref.conformance.cli.shared import NOT_EQUAL, UsageError, progress, usage_errors
+
+if TYPE_CHECKING:
+    from mxfp4ref.engine.replay import ReplayReport
+
+__all__ = ["COMMANDS"]
+
+_STYLES = {"equal": "green", "skipped": "dim"}
+
+
+@click.command()
+@click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--autotune-cache",
+    type=click.Path(exists=True, path_type=Path),
+    metavar="PATH",
+    help="flashinfer's autotune cache, JSON file or v2 folder: a call that ran other tactics is a finding.",
+)
+@click.option(
+    "--any-tile", is_flag=True, help="Stop at the first pair of K tiles that fits, instead of naming all."
+)
+@click.option("--no-diagnosis", is_flag=True, help="Only compare.")
+@report_files
+def replay(folder: Path, **options: Any) -> None:
+    """Compute the calls that a running server recorded again, and compare every bit.
+
+    DIR holds what flashinfer's own recorder wrote, with no change of the engine:
+
+    \b
+    FLASHINFER_LOGLEVEL=10 FLASHINFER_DUMP_INCLUDE='*cutlass_fused_moe*'
+    FLASHINFER_DUMP_SAFETENSORS=1 FLASHINFER_DUMP_DIR=DIR
+
+    or what `mxfp4ref record` did; calls are found at any depth, of any number of processes and ranks. Every call is
+    equal, for the pairs of K tiles (GEMM1 x GEMM2) that are listed, or different, with a diagnosis. A call that is
+    not modelled, has no recorded output, or that a CUDA graph has overwritten since is skipped, and the reason told.
+
+    Exit codes: 0 all that were compared are equal; 1 some differ or cannot be read, or ran other tactics than
+    predicted; 2 wrong usage, or nothing to compare.
+    """
+    from mxfp4ref.engine.replay import ReplayOptions
+    from mxfp4ref.engine.replay import replay as replay_folder
+
+    files = pop_report_files(options)
+    options["diagnosed"] = not options.pop("no_diagnosis")
+    with usage_errors():
+        files.refuse_missing_folders()
+        with progress() as step:
+            report = replay_folder(
+                folder, ReplayOptions(**options), progress=lambda result, total: step(result.case, total)
+            )
+        files.write(report)
+    _print_table(report)
+    print_report(report, verbose=False)
+    if report.ok or any(not result.ok for result in report.results):
+        sys.exit(0 if report.ok else NOT_EQUAL)
+    raise UsageError(f"{folder}: none of the {len(report.results)} recorded calls could be compared")
+
+
+def _print_table(report: ReplayReport) -> None:
+    """A row for each call."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("call", "layer", "tokens", "status", "K tiles", "note"):
+        table.add_column(name, overflow="fold")
+    for result in report.results:
+        layer = getattr(result, "layer", 0)
+        status = Text(result.status, style=_STYLES.get(result.status, "red"))
+        tiles = ", ".join(result.tiles)
+        read = (str(layer), f"{getattr(result, 'tokens', 0):,}") if layer else ("", "")
+        table.add_row(Text(result.case), *read, status, tiles, Text(result.message))
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160
+    console.print(table)
+    console.print()
+
+
+COMMANDS = (replay,)
