@@ -86,8 +86,10 @@ def read_call(recording: Recording, arguments: Mapping[str, Any], layers: Layers
     """
     release = release_of(recording.metadata())
     plain = release is not None and release.partition("+")[0] in PLAIN.releases
-    if arguments["weight_layout"] is None and plain:
-        arguments = {**arguments, "weight_layout": "logical_weights_folded_scales"}
+    quantized = getattr(arguments["fc1_expert_weights"], "dtype", None) == torch.uint8
+    if release is not None and quantized and arguments["weight_layout"] is None:
+        layout = "logical_weights_folded_scales" if plain else "sm90"
+        arguments = {**arguments, "weight_layout": layout}
     call = call_of(arguments)
     if release is not None and not plain and isinstance(call.experts, Sm90Experts):
         ran = generation_of(release)

@@ -67,6 +67,66 @@ def replay(folder: Path, **options: Any) -> None:
     raise UsageError(f"{folder}: none of the {len(report.results)} recorded calls could be compared")
 
 
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.argument("script")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.option(
+    "--output",
+    "folder",
+    required=True,
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where the calls go, each into a folder of its own.",
+)
+@click.option("-m", "module", is_flag=True, help="SCRIPT is a module's name, as for python -m.")
+@click.option(
+    "--max-calls", type=click.IntRange(min=1), default=1000, show_default=True, help="Record no more calls."
+)
+@click.option(
+    "--max-gib",
+    type=click.FloatRange(min=0, min_open=True),
+    default=20,
+    show_default=True,
+    help="Record no more inputs than that, weights included.",
+)
+def record(
+    script: str, arguments: tuple[str, ...], folder: Path, module: bool, max_calls: int, max_gib: float
+) -> None:
+    """Run a Python script and record its calls of flashinfer's cutlass_fused_moe.
+
+    For releases of flashinfer without a recorder, or whose recorder leaves out lists (before 0.6.12). What it writes
+    is what flashinfer writes, for `mxfp4ref replay`. Without flashinfer it records calls of
+    mxfp4ref.torch_ref_cutlass_fused_moe. The weights are written again with each call.
+
+    Calls are recorded in this process and those forked from it, not in processes that it starts anew, and not in CUDA
+    graphs. Put -- before SCRIPT if it has options of these names.
+
+    Exit codes: the script's; 2 if nothing was recorded.
+    """
+    from mxfp4ref.engine.recorder import Recorder, run_script
+    from mxfp4ref.engine.recordings import find_recordings
+
+    if not module and not Path(script).is_file():
+        raise UsageError(f"SCRIPT: there is no file {script}")
+    with usage_errors():
+        folder.mkdir(parents=True, exist_ok=True)
+    before = len(find_recordings(folder))
+    recorder = Recorder(folder, max_calls, int(max_gib * 2**30))
+    code = run_script(script, arguments, recorder, module=module)
+    for problem in recorder.problems:
+        click.echo(f"not recorded: {problem}", err=True)
+    if recorder.left_out:
+        click.echo(f"{recorder.left_out:,} calls were not recorded", err=True)
+    written = len(find_recordings(folder)) - before  # of forked processes too
+    if not written:
+        raise UsageError(
+            f"{script}: nothing recorded; expected calls of flashinfer.fused_moe.cutlass_fused_moe or of "
+            "mxfp4ref.torch_ref_cutlass_fused_moe in this process"
+        )
+    click.echo(f"{written:,} calls recorded in {folder}")
+    sys.exit(code)
+
+
 def _print_table(report: ReplayReport) -> None:
     """A row for each call."""
     from rich.console import Console
@@ -89,4 +149,4 @@ def _print_table(report: ReplayReport) -> None:
     console.print()
 
 
-COMMANDS = (replay,)
+COMMANDS = (replay, record)

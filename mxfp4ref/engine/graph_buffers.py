@@ -2,8 +2,8 @@
 
 flashinfer's recorder keeps references to the tensors that a captured call was given and gave, and reads them after a
 replay of the *whole graph*, and once more when the process ends. So their memory is not handed out again, but may be
-written: engines give all layers one output buffer, or add in place. Each sign here is one that a wrong kernel does not
-give.
+written: engines give all layers one output buffer, or add in place. Each sign here is one that a wrong kernel does
+not give.
 """
 
 from __future__ import annotations

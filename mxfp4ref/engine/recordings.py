@@ -247,8 +247,10 @@ def _value(key: str, value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if not isinstance(value, dict):
         return value
     kind = value.get("type")
-    if kind == "torch.Tensor" and value.get("tensor_key") in tensors:
-        return tensors[value["tensor_key"]]
+    if kind == "torch.Tensor" and isinstance(stored := value.get("tensor_key"), str):
+        if stored not in tensors:
+            raise Unreadable(f"inputs: expected a tensor {stored:.80}, which metadata.jsonl names")
+        return tensors[stored]
     if kind == "torch.dtype" and isinstance(
         dtype := getattr(torch, str(value.get("value")).removeprefix("torch."), None), torch.dtype
     ):

@@ -50,8 +50,8 @@ class ReplayResult(CaseResult):
     """What came of one recorded call.
 
     `status` is "equal"; "differs"; "wrong tactic", if the bits are right for other tiles than were predicted;
-    "unclear", if a CUDA graph may have overwritten what was recorded; "skipped", if the call is not modelled, lacks its
-    output, or was overwritten by a CUDA graph; "refused", if such arguments are; "wrong output"; "unreadable".
+    "unclear", if a CUDA graph may have overwritten what was recorded; "skipped", if the call is not modelled, lacks
+    its output, or was overwritten by a CUDA graph; "refused", if such arguments are; "wrong output"; "unreadable".
 
     Attributes:
         layer: the number of the experts, by their content; 0 if they were not read.
