@@ -12,7 +12,7 @@ from mxfp4ref.conformance.cli.report_files import pop_report_files, print_report
 from mxfp4ref.conformance.cli.shared import NOT_EQUAL, UsageError, progress, usage_errors
 
 if TYPE_CHECKING:
-    from mxfp4ref.engine.replay import ReplayReport
+    from mxfp4ref.engine.replaying import ReplayReport
 
 __all__ = ["COMMANDS"]
 
@@ -48,8 +48,8 @@ def replay(folder: Path, **options: Any) -> None:
     Exit codes: 0 all that were compared are equal; 1 some differ or cannot be read, or ran other tactics than
     predicted; 2 wrong usage, or nothing to compare.
     """
-    from mxfp4ref.engine.replay import ReplayOptions
-    from mxfp4ref.engine.replay import replay as replay_folder
+    from mxfp4ref.engine.replaying import ReplayOptions
+    from mxfp4ref.engine.replaying import replay as replay_folder
 
     files = pop_report_files(options)
     options["diagnosed"] = not options.pop("no_diagnosis")
@@ -61,6 +61,8 @@ def replay(folder: Path, **options: Any) -> None:
             )
         files.write(report)
     _print_table(report)
+    if problems := report.environment.get("not read of the autotune cache"):
+        click.echo(f"not read of the autotune cache: {problems}", err=True)
     print_report(report, verbose=False)
     if report.ok or any(not result.ok for result in report.results):
         sys.exit(0 if report.ok else NOT_EQUAL)

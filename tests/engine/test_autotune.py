@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from mxfp4ref.__main__ import commands
 from mxfp4ref.engine.autotune import AutotuneCache, Prediction, read_autotune_cache, token_bucket
-from mxfp4ref.engine.replay import ReplayOptions, replay
+from mxfp4ref.engine.replaying import ReplayOptions, replay
 from mxfp4ref.formats.generations import BYTEWISE
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.model.call import MoeCall
@@ -212,6 +212,12 @@ def test_a_damaged_file_in_a_folder_is_passed_over_and_told(tmp_path: Path) -> N
     assert predict(cache) is not None
     assert len(cache.problems) == 1
     assert "torn.json" in cache.problems[0]
+    recorded.write_call(
+        tmp_path / "calls", CALL, forward(replace(CALL, kernel=Sm90Kernel.of_tiles((256, 128))))
+    )
+    result = invoke("replay", tmp_path / "calls", "--autotune-cache", root)
+    assert result.exit_code == 0
+    assert "not read of the autotune cache: " in result.output
 
 
 def test_no_file_is_told(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from mxfp4ref.__main__ import commands
 from mxfp4ref.engine.recorder import Recorder
 from mxfp4ref.engine.recordings import find_recordings
-from mxfp4ref.engine.replay import replay
+from mxfp4ref.engine.replaying import replay
 from mxfp4ref.model import flashinfer
 from tests.helpers.drop_in import EXPECTED, SM90_CALL, arguments_of, oracle
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mxfp4ref.__main__ import commands
 from mxfp4ref.defects import get_defect
-from mxfp4ref.engine.replay import ReplayOptions, ReplayReport, ReplayResult, replay
+from mxfp4ref.engine.replaying import ReplayOptions, ReplayReport, ReplayResult, replay
 from mxfp4ref.formats.generations import BYTEWISE
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.model.call import MoeCall

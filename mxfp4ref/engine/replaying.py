@@ -116,7 +116,10 @@ def replay(
             progress(result, len(recordings))
     named = name_defects([r.diagnosis.exact for r in results if r.diagnosis is not None])
     seconds = time.perf_counter() - start
-    return ReplayReport(str(root), "exact", tuple(results), named, seconds, _environment(recordings))
+    environment = _environment(recordings)
+    if cache is not None and cache.problems:
+        environment["not read of the autotune cache"] = "; ".join(cache.problems)
+    return ReplayReport(str(root), "exact", tuple(results), named, seconds, environment)
 
 
 class _Run:
