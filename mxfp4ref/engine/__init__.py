@@ -8,15 +8,26 @@ from mxfp4ref._lazy import lazy
 
 if TYPE_CHECKING:
     from mxfp4ref.engine.fitting import Fit, fitting_kernels
+    from mxfp4ref.engine.invariance import Invariance
     from mxfp4ref.engine.recorder import Recorder
     from mxfp4ref.engine.replaying import ReplayOptions, ReplayReport, ReplayResult, replay
 
-__all__ = ["Fit", "Recorder", "ReplayOptions", "ReplayReport", "ReplayResult", "fitting_kernels", "replay"]
+__all__ = [
+    "Fit",
+    "Invariance",
+    "Recorder",
+    "ReplayOptions",
+    "ReplayReport",
+    "ReplayResult",
+    "fitting_kernels",
+    "replay",
+]
 
 __getattr__, __dir__ = lazy(
     __name__,
     {
         "fitting": ("Fit", "fitting_kernels"),
+        "invariance": ("Invariance",),
         "recorder": ("Recorder",),
         "replaying": ("ReplayOptions", "ReplayReport", "ReplayResult", "replay"),
     },

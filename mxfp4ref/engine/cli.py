@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mxfp4ref.conformance.cli.report_files import pop_report_files, print_report, report_files
-from mxfp4ref.conformance.cli.shared import NOT_EQUAL, UsageError, progress, usage_errors
+from mxfp4ref.conformance.cli.shared import NOT_EQUAL, UsageError, goldens_option, progress, usage_errors
 
 if TYPE_CHECKING:
     from mxfp4ref.engine.replaying import ReplayReport
@@ -129,6 +129,73 @@ def record(
     sys.exit(code)
 
 
+@click.command()
+@click.argument("what", metavar="CALL|DIR|KERNEL")
+@click.option(
+    "--ranks",
+    type=click.IntRange(min=2),
+    multiple=True,
+    default=(2,),
+    show_default=True,
+    help="Ranks to share experts, and the intermediate size, where that divides it. Repeatable.",
+)
+@click.option(
+    "--autotune-cache",
+    type=click.Path(exists=True, path_type=Path),
+    metavar="PATH",
+    help="For recorded calls: each batch runs the tactics that flashinfer's autotuner chose for its size.",
+)
+@goldens_option
+@click.option(
+    "--case",
+    "cases",
+    multiple=True,
+    metavar="NAME",
+    help="For a kernel: the golden cases whose tokens are computed; a few by default. Repeatable.",
+)
+@click.option("--device", help="For a kernel: where its tensors go; cpu, or cuda for flashinfer.")
+def invariance(what: str, **options: Any) -> None:
+    """Say which bits of a token depend on what it is computed with.
+
+    The tokens of a call are computed alone, in reverse, behind as many others, and on several ranks. A recorded call,
+    or each one below a folder, is computed by the oracle, with the tactics that its output or the autotune cache
+    tells; a KERNEL, named as for `mxfp4ref conform`, runs on golden cases.
+
+    \b
+    mxfp4ref invariance oracle
+    mxfp4ref invariance mypackage.moe:fused_moe --device cuda
+    mxfp4ref invariance flashinfer_dumps --autotune-cache autotune.json
+
+    Exit codes: 0 no bit depends on the batch; 1 some do; 2 wrong usage, or nothing to compute. Sums over ranks are
+    told, and do not count.
+    """
+    from mxfp4ref.engine.invariance_of import of_kernel, of_recordings
+
+    ok = True
+    count = 0
+    with usage_errors():
+        if Path(what).is_dir():
+            found = of_recordings(Path(what), options["ranks"], options["autotune_cache"])
+        else:
+            found = of_kernel(what, options["cases"], options["ranks"], options["root"], options["device"])
+        for name, result in found:
+            if isinstance(result, str):
+                click.echo(f"{name}: {result}")
+                continue
+            count += 1
+            ok &= result.ok
+            click.secho(f"{name}: {result.verdict}", fg="green" if result.ok else "red")
+            for variant in result.variants:
+                words = f"{variant.differing:,} of {variant.elements:,} elements differ"
+                click.echo(f"    {variant.name:30} {words if variant.differing else 'equal'}")
+                if variant.first is not None:
+                    click.echo(f"        first: {variant.first}")
+                    click.echo(f"        why: {variant.why}")
+    if not count:
+        raise UsageError(f"{what}: nothing to compute")
+    sys.exit(0 if ok else NOT_EQUAL)
+
+
 def _print_table(report: ReplayReport) -> None:
     """A row for each call."""
     from rich.console import Console
@@ -151,4 +218,4 @@ def _print_table(report: ReplayReport) -> None:
     console.print()
 
 
-COMMANDS = (replay, record)
+COMMANDS = (replay, record, invariance)

@@ -16,7 +16,7 @@ from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward, trace
 from mxfp4ref.sm90.tactics import Sm90Kernel
 
-__all__ = ["Fit", "closest_kernel", "fitting_kernels"]
+__all__ = ["Fit", "closest_kernel", "fitting_kernels", "tile_k_kernels"]
 
 _PROBED = 2  # tokens, the first ones: rows keep their positions among those of their expert
 _Pair = tuple[int, int]
@@ -77,13 +77,20 @@ def closest_kernel(call: MoeCall, output: Tensor) -> Sm90Kernel:
         TypeError, ValueError: the output is not the call's in dtype or shape.
     """
     _check(call, output)
-    kernels = [_kernel(call, pair) for pair in _tile_k_pairs(call)]
+    kernels = tile_k_kernels(call)
     for tokens in (_PROBED, call.num_tokens):
         counts = [_count(call, kernel, output, tokens) for kernel in kernels]
         kernels = [kernel for kernel, count in zip(kernels, counts, strict=True) if count == min(counts)]
         if len(kernels) == 1:
             break
     return kernels[0]
+
+
+def tile_k_kernels(call: MoeCall) -> list[Sm90Kernel]:
+    """A kernel for each pair of K tiles that divides the call's K, with default N tiles; the default comes first."""
+    if not call.experts.quantized:
+        return [call.kernel]
+    return [Sm90Kernel.of_tiles(pair, generation=call.kernel.generation) for pair in _tile_k_pairs(call)]
 
 
 def _check(call: MoeCall, output: Tensor, first: bool = False) -> None:
@@ -118,12 +125,6 @@ def _fit(call: MoeCall, output: Tensor, tile_k: _Pair) -> Fit | None:
     return Fit(
         fitting[0][0], tuple(pair for _, some in fitting for pair in some), len(fitting) == len(kernels)
     )
-
-
-def _kernel(call: MoeCall, tile_k: _Pair) -> Sm90Kernel:
-    if not call.experts.quantized:
-        return call.kernel
-    return Sm90Kernel.of_tiles(tile_k, generation=call.kernel.generation)
 
 
 def _tile_k_pairs(call: MoeCall) -> Iterator[_Pair]:
