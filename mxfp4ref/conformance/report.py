@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import FAR
-from mxfp4ref.conformance.results import PASSING, CaseResult, Report
+from mxfp4ref.conformance.results import PASSING, RECORDING, CaseResult, Report
 from mxfp4ref.defects import DEFECTS
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def headline(result: CaseResult) -> str:
 
 def case_lines(result: CaseResult) -> list[str]:
     """What there is to say of a failing case, a line each."""
-    lines = [f"why this case: {result.why}"]
+    lines = [f"{'recorded call' if result.kind == RECORDING else 'why this case'}: {result.why}"]
     if (found := result.diagnosis) is None:
         return lines
     lines.append(f"first: {found.output} {found.first}")
@@ -114,7 +114,7 @@ def to_junit(report: Report) -> str:
         time=f"{report.seconds:.3f}",
     )
     for result in report.results:
-        group, name = result.case.split("/")
+        group, name = result.case.rsplit("/", 1)
         case = ElementTree.SubElement(
             suite, "testcase", classname=f"mxfp4ref.{group}", name=name, time=f"{result.seconds:.3f}"
         )
@@ -161,7 +161,7 @@ def to_html(report: Report) -> str:
 def _by_suite(report: Report) -> Iterator[tuple[str, list[CaseResult]]]:
     suites: dict[str, list[CaseResult]] = {}
     for result in report.results:
-        suites.setdefault(result.case.split("/")[0], []).append(result)
+        suites.setdefault(result.case.rsplit("/", 1)[0], []).append(result)
     yield from suites.items()
 
 
@@ -179,6 +179,7 @@ def _result(result: CaseResult) -> dict[str, Any]:
         for name in ("case", "kind", "status", "ok", "elements", "differing", "outside", "message")
     }
     value |= {"tiles": list(result.tiles), "seconds": round(result.seconds, 4)}
+    value |= {f.name: getattr(result, f.name) for f in fields(result)[len(fields(CaseResult)) :]}
     if (found := result.diagnosis) is not None:
         ulps = found.first.ulps
         value["diagnosis"] = {

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from mxfp4ref.conformance.diagnosis import Diagnosis
 from mxfp4ref.defects import DEFECTS
 
-__all__ = ["MODES", "PASSING", "CaseResult", "Report", "name_defects"]
+__all__ = ["MODES", "PASSING", "RECORDING", "CaseResult", "Report", "name_defects"]
 
 MODES = ("exact", "bounded")
 PASSING = ("equal", "within bounds", "skipped")
+RECORDING = "recording"  # the kind of a call that was recorded elsewhere, which is no golden case
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class CaseResult:
     """What came of one case.
 
     Attributes:
-        case, kind, why: of the golden case.
+        case, kind, why: of the golden case; of a recording its name, `RECORDING`, and what call it is.
         status: "equal", "within bounds", "differs", "outside bounds", or one of `execution.PROBLEMS`.
         tiles: the K tiles ("128x256", for GEMM1 and GEMM2) whose expected output the kernel's equals; the tactics
             where all were run.
@@ -84,15 +85,22 @@ class Report:
             how = "equals the expected bits" if self.mode == "exact" else "stays within the bounds"
             return f"{self.kernel} conforms: it {how} in all {len(ran)} cases."
         words = f"{self.kernel} does not conform: {len(failed)} of {len(ran)} cases fail."
+        return words + self.culprit
+
+    @property
+    def culprit(self) -> str:
+        """The defects that predict what is wrong, or the closest one, as a sentence after others; "" without any."""
         if self.defects:
             which = " or ".join(self.defects)
             summary = DEFECTS[self.defects[0]].summary
             more = "" if len(self.defects) == 1 else " (these cases do not tell them apart)"
-            words += f" Every wrong bit is that of {which}{more}: {summary}."
-        elif (closest := self.closest) is not None:
-            name, fraction = closest
-            words += f" No named defect predicts all of it; closest is {name}, with {fraction:.0%} of the wrong bits."
-        return words
+            return f" Every wrong bit is that of {which}{more}: {summary}."
+        if (closest := self.closest) is None:
+            return ""
+        name, fraction = closest
+        return (
+            f" No named defect predicts all of it; closest is {name}, with {fraction:.0%} of the wrong bits."
+        )
 
     @property
     def closest(self) -> tuple[str, float] | None:

@@ -39,6 +39,7 @@ __all__ = [
     "global_to_local",
     "local_experts",
     "local_to_global",
+    "rank_calls",
     "split_experts",
     "split_intermediate",
 ]
@@ -208,26 +209,25 @@ def forward_all_ranks(call: MoeCall, ranks: Ranks, stages: Stages | None = None)
     Raises:
         ValueError: a call of one rank of several, or sizes that do not divide the experts.
     """
+    outputs = [forward(of_rank, stages) for of_rank in rank_calls(call, ranks)]
+    return gather(outputs, reduction=ranks.reduction)
+
+
+def rank_calls(call: MoeCall, ranks: Ranks) -> list[MoeCall]:
+    """The call of each rank, tensor-parallel ranks next to each other; arguments as for `forward_all_ranks`."""
     check_instance("call", call, MoeCall)
     check_instance("ranks", ranks, Ranks)
     if (call.ep_size, call.tp_size) != (1, 1):
         raise ValueError(
             f"call: expected one with the experts of all ranks, got ep_size {call.ep_size}, tp_size {call.tp_size}"
         )
-    outputs = []
+    calls = []
     for ep_rank, local in enumerate(split_experts(call.experts, ranks.ep_size)):
         shards = split_intermediate(local, ranks.tp_size, intermediate_size=ranks.intermediate_size)
         for tp_rank, shard in enumerate(shards):
-            of_rank = replace(
-                call,
-                experts=shard,
-                ep_size=ranks.ep_size,
-                ep_rank=ep_rank,
-                tp_size=ranks.tp_size,
-                tp_rank=tp_rank,
-            )
-            outputs.append(forward(of_rank, stages))
-    return gather(outputs, reduction=ranks.reduction)
+            sizes = {"ep_size": ranks.ep_size, "tp_size": ranks.tp_size}
+            calls.append(replace(call, experts=shard, ep_rank=ep_rank, tp_rank=tp_rank, **sizes))
+    return calls
 
 
 def _unpadded(experts: Experts, intermediate_size: int | None) -> int:

@@ -14,8 +14,8 @@ import safetensors.torch
 import torch
 from click.testing import CliRunner, Result
 
+from mxfp4ref.__main__ import commands
 from mxfp4ref.checkpoint import CheckpointLayer, read_layer, run_layer, write_layer
-from mxfp4ref.conformance.cli import commands
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.report import FORMAT
 from mxfp4ref.defects import DEFECTS

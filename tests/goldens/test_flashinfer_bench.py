@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from click.testing import CliRunner, Result
 
-from mxfp4ref.conformance.cli import commands
+from mxfp4ref.__main__ import commands
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.goldens.flashinfer_bench import export_flashinfer_bench
 from tests.helpers import bits

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from click.testing import CliRunner, Result
 
-from mxfp4ref.conformance.cli import commands
+from mxfp4ref.__main__ import commands
 from mxfp4ref.goldens import (
     Goldens,
     open_goldens,

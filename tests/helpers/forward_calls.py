@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 
+from mxfp4ref.formats.experts import Experts
 from mxfp4ref.formats.mxfp4 import pack_codes, unpack_codes
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import MoeTrace, trace
@@ -31,6 +33,32 @@ def routed_slots(call: MoeCall) -> Iterator[tuple[int, int, int, int]]:
             if start <= expert < start + call.experts.num_experts and expert not in ids[:slot]:
                 yield token, slot, expert - start, position[expert - start]
                 position[expert - start] += 1
+
+
+def underflowing_call(tokens: int, **options: Any) -> MoeCall:
+    """One expert whose first pair in GEMM1 underflows, so that the rows 0, 2, 4, 6 of a swapping tile differ.
+
+    Group 0 gives 1.5 * 2^-127 and group 1 2^-126 in every column; group 2 makes the gate 8.
+    """
+    x = torch.zeros(tokens, 256)
+    x[:, 0], x[:, 32], x[:, 64] = 1.5 * 2.0**-64, 2.0**-126, 8.0
+    fc1_scales = torch.full((1, 256, 8), 127, dtype=torch.uint8)
+    fc1_scales[..., 0] = 64
+    ones = torch.full((1, 256, 256), 2, dtype=torch.uint8)
+    fc1_codes = ones.clone()
+    fc1_codes[:, :128, 64] = 0  # not up
+    return MoeCall(
+        input=x.to(torch.bfloat16),
+        token_selected_experts=torch.zeros(tokens, 1, dtype=torch.int32),
+        token_final_scales=torch.full((tokens, 1), 2.0**100),
+        experts=Experts(
+            fc1_weights=pack_codes(fc1_codes),
+            fc1_scales=fc1_scales,
+            fc2_weights=pack_codes(ones[..., :128]),
+            fc2_scales=torch.full((1, 256, 4), 127, dtype=torch.uint8),
+        ),
+        **options,
+    )
 
 
 HARD = ("ordinary", "wide", "cancelling", "nonfinite", "tiny", "huge", "scale ends")

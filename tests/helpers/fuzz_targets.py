@@ -290,6 +290,10 @@ TARGETS: dict[str, Target] = {
         lambda: {"call": call.MoeCall(**routed()), "ranks": parallel.Ranks(ep_size=2), **STAGES},
         names=("outputs", "ep_rank"),
     ),
+    "model.parallel.rank_calls": Target(
+        parallel.rank_calls,
+        lambda: {"call": call.MoeCall(**routed()), "ranks": parallel.Ranks(ep_size=2)},
+    ),
     "model.layer.moe_layer": Target(
         layer.moe_layer,
         lambda: {

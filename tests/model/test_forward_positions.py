@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -21,33 +20,8 @@ from tests.helpers.forward_calls import (
     CALLS,
     assert_same_trace,
     make_hard,
+    underflowing_call,
 )
-
-
-def underflowing_call(tokens: int, **options: Any) -> MoeCall:
-    """One expert whose first pair in GEMM1 underflows, so that the rows 0, 2, 4, 6 of a swapping tile differ.
-
-    Group 0 gives 1.5 * 2^-127 and group 1 2^-126 in every column; group 2 makes the gate 8.
-    """
-    x = torch.zeros(tokens, 256)
-    x[:, 0], x[:, 32], x[:, 64] = 1.5 * 2.0**-64, 2.0**-126, 8.0
-    fc1_scales = torch.full((1, 256, 8), 127, dtype=torch.uint8)
-    fc1_scales[..., 0] = 64
-    ones = torch.full((1, 256, 256), 2, dtype=torch.uint8)
-    fc1_codes = ones.clone()
-    fc1_codes[:, :128, 64] = 0  # not up
-    return MoeCall(
-        input=x.to(torch.bfloat16),
-        token_selected_experts=torch.zeros(tokens, 1, dtype=torch.int32),
-        token_final_scales=torch.full((tokens, 1), 2.0**100),
-        experts=Experts(
-            fc1_weights=pack_codes(fc1_codes),
-            fc1_scales=fc1_scales,
-            fc2_weights=pack_codes(ones[..., :128]),
-            fc2_scales=torch.full((1, 256, 4), 127, dtype=torch.uint8),
-        ),
-        **options,
-    )
 
 
 def swapped_rows(call: MoeCall) -> list[bool]:

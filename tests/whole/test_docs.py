@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from mxfp4ref.conformance.cli import commands
+from mxfp4ref.__main__ import commands
 from mxfp4ref.goldens import open_goldens
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,7 +5,7 @@ python tools/tables/regenerate_goldens.py --check    # compare byte for byte; ex
 python tools/tables/regenerate_goldens.py --only 'gemm/*'
 """
 
-from mxfp4ref.conformance.cli import regenerate
+from mxfp4ref.conformance.cli.goldens import regenerate
 
 if __name__ == "__main__":
     regenerate()

@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
-from mxfp4ref.conformance import report
 from mxfp4ref.conformance.bounds import STORAGE
+from mxfp4ref.conformance.cli.report_files import pop_report_files, print_report, report_files
 from mxfp4ref.conformance.cli.shared import (
     NOT_EQUAL,
     UsageError,
@@ -24,8 +24,6 @@ from mxfp4ref.conformance.suite import Options, run
 from mxfp4ref.goldens import Goldens, open_goldens
 
 __all__ = ["conform"]
-
-_RENDERERS = {"json": report.to_json, "junit": report.to_junit, "html": report.to_html}
 
 
 @click.command()
@@ -77,15 +75,7 @@ _RENDERERS = {"json": report.to_json, "junit": report.to_junit, "html": report.t
     type=click.Path(file_okay=False, path_type=Path),
     help="Write a minimal reproducer of each failing case here.",
 )
-@click.option(
-    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the report as JSON."
-)
-@click.option(
-    "--junit", "junit_file", type=click.Path(dir_okay=False, path_type=Path), help="Write it as JUnit XML."
-)
-@click.option(
-    "--html", "html_file", type=click.Path(dir_okay=False, path_type=Path), help="Write it as one HTML file."
-)
+@report_files
 @click.option("-v", "--verbose", is_flag=True, help="A line for each passing case too.")
 def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **options: Any) -> None:
     """Run KERNEL over the golden cases, compare every bit, and say what is wrong.
@@ -117,7 +107,7 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
         raise click.UsageError("expected one KERNEL, as the argument or as --kernel")
     spec = kernel or kernel_option
     assert spec is not None
-    files = {path: render for kind, render in _RENDERERS.items() if (path := options.pop(f"{kind}_file"))}
+    files = pop_report_files(options)
     patterns, isolate, device, verbose = (
         options.pop(name) for name in ("patterns", "isolate", "device", "verbose")
     )
@@ -125,7 +115,7 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
     with usage_errors():
         goldens = open_goldens(root)
         names = _select(goldens, patterns)
-        _refuse_missing_folders(files)
+        files.refuse_missing_folders()
         with case_progress(len(names)) as advance:
             result = run(
                 spec,
@@ -135,9 +125,8 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
                 isolate=isolate,
                 progress=advance,
             )
-        for path, render in files.items():
-            path.write_text(render(result), encoding="utf-8")
-    _print(report.to_text(result, verbose=verbose), ok=result.ok)
+        files.write(result)
+    print_report(result, verbose=verbose)
     if options["dump"] is not None and not result.ok:
         click.echo(f"Reproducers: {options['dump']}")
     if not any(r.status != "skipped" for r in result.results):
@@ -165,18 +154,3 @@ def _select(goldens: Goldens, patterns: Iterable[str]) -> list[str]:
             raise UsageError(f"--case: {pattern!r} matches none of the {len(names)} cases in {goldens.root}")
         chosen.update(found)
     return [name for name in names if name in chosen] if chosen else names
-
-
-def _refuse_missing_folders(paths: Iterable[Path]) -> None:
-    for path in paths:
-        if not path.absolute().parent.is_dir():
-            raise UsageError(f"cannot write {path}: there is no folder {path.absolute().parent}")
-
-
-def _print(text: str, *, ok: bool) -> None:
-    """The report; click drops the colours where the output is no terminal."""
-    *lines, verdict = text.split("\n")
-    for line in lines:
-        heading = bool(line) and not line.startswith(" ") and ":" in line
-        click.secho(line, bold=heading or None)
-    click.secho(verdict, fg="green" if ok else "red", bold=True)

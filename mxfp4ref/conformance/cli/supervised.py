@@ -20,7 +20,7 @@ _VERDICT = "MXFP4REF_VERDICT"  # the file that the command's exit code is writte
 _START = """\
 import json, sys
 sys.path[:] = json.loads(sys.argv.pop(1))
-from mxfp4ref.conformance.cli import main
+from mxfp4ref.__main__ import main
 main()
 """
 

@@ -1,0 +1,102 @@
+"""A recorded call as a `MoeCall`: its arguments by flashinfer's signature, its experts shared with other calls."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+
+from mxfp4ref.engine.recordings import Recording
+from mxfp4ref.formats.experts import Experts, Sm90Experts
+from mxfp4ref.formats.generations import PLAIN, generation_of
+from mxfp4ref.model.call import MoeCall
+from mxfp4ref.model.flashinfer import torch_ref_cutlass_fused_moe
+from mxfp4ref.model.flashinfer_arguments import call_of
+
+__all__ = ["Layers", "arguments_of", "read_call", "release_of"]
+
+_SIGNATURE = inspect.signature(torch_ref_cutlass_fused_moe)
+# Which tiles ran is found from the bits, and what the kernel accepted is not refused.
+_OURS = {"kernel": None, "strict": False, "trace": False}
+
+
+class Layers:
+    """The experts of the calls read so far, numbered by their content; the latest two stay loaded.
+
+    A recording holds the weights of each call once more: calls of one layer get the same tensors back.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+        self._loaded: OrderedDict[int, Experts] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def share(self, experts: Experts) -> tuple[int, Experts]:
+        """The number of these experts, from 1, and the experts, those of an earlier call if they are equal."""
+        digest = hashlib.blake2b(type(experts).__name__.encode())
+        for field in fields(experts):
+            tensor = getattr(experts, field.name)
+            if tensor is not None:
+                digest.update(f"{field.name} {tensor.dtype} {list(tensor.shape)}".encode())
+                digest.update(tensor.contiguous().view(torch.uint8).numpy())
+        number = self._numbers.setdefault(digest.hexdigest(), len(self._numbers) + 1)
+        shared = self._loaded.setdefault(number, experts)
+        self._loaded.move_to_end(number)
+        while len(self._loaded) > 2:
+            self._loaded.popitem(last=False)
+        return number, shared
+
+
+def release_of(metadata: Mapping[str, Any]) -> str | None:
+    """The release of flashinfer that made the recording, if it says so."""
+    versions = metadata.get("versions")
+    release = versions.get("flashinfer") if isinstance(versions, dict) else None
+    return release if isinstance(release, str) and release[:1].isdigit() else None
+
+
+def arguments_of(recording: Recording) -> dict[str, Any]:
+    """The recorded arguments by name, those that were not given with their defaults.
+
+    Raises:
+        Unreadable, Incomplete: as `Recording.arguments`.
+        NotImplementedError: an argument that the function does not have.
+    """
+    positional, keywords = recording.arguments()
+    try:
+        bound = _SIGNATURE.bind(*positional, **{k: v for k, v in keywords.items() if k not in _OURS})
+    except TypeError as error:
+        raise NotImplementedError(f"arguments: {error}") from None
+    bound.apply_defaults()
+    return bound.arguments | _OURS
+
+
+def read_call(recording: Recording, arguments: Mapping[str, Any], layers: Layers) -> tuple[int, MoeCall]:
+    """The number of the call's experts in `layers`, and the call.
+
+    Raises:
+        NotImplementedError: an argument is not modelled.
+        TypeError, ValueError: an argument is wrong, or not what the release takes that made the recording.
+    """
+    release = release_of(recording.metadata())
+    plain = release is not None and release.partition("+")[0] in PLAIN.releases
+    quantized = getattr(arguments["fc1_expert_weights"], "dtype", None) == torch.uint8
+    if release is not None and quantized and arguments["weight_layout"] is None:
+        layout = "logical_weights_folded_scales" if plain else "sm90"
+        arguments = {**arguments, "weight_layout": layout}
+    call = call_of(arguments)
+    if release is not None and not plain and isinstance(call.experts, Sm90Experts):
+        ran = generation_of(release)
+        if call.experts.generation is not ran:
+            raise ValueError(
+                f"quant_scales: expected scales as flashinfer {release} takes them ({ran.layout.SCALE_AXES}), got "
+                f"those of the {call.experts.generation.name} kernel; the kernel reads other scales than are meant"
+            )
+    number, experts = layers.share(call.experts)
+    return number, replace(call, experts=experts)

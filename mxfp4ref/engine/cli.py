@@ -1,0 +1,221 @@
+"""The commands on recorded calls."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mxfp4ref.conformance.cli.report_files import pop_report_files, print_report, report_files
+from mxfp4ref.conformance.cli.shared import NOT_EQUAL, UsageError, goldens_option, progress, usage_errors
+
+if TYPE_CHECKING:
+    from mxfp4ref.engine.replaying import ReplayReport
+
+__all__ = ["COMMANDS"]
+
+_STYLES = {"equal": "green", "skipped": "dim"}
+
+
+@click.command()
+@click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--autotune-cache",
+    type=click.Path(exists=True, path_type=Path),
+    metavar="PATH",
+    help="flashinfer's autotune cache, JSON file or v2 folder: a call that ran other tactics is a finding.",
+)
+@click.option(
+    "--any-tile", is_flag=True, help="Stop at the first pair of K tiles that fits, instead of naming all."
+)
+@click.option("--no-diagnosis", is_flag=True, help="Only compare.")
+@report_files
+def replay(folder: Path, **options: Any) -> None:
+    """Compute the calls that a running server recorded again, and compare every bit.
+
+    DIR holds what flashinfer's own recorder wrote, with no change of the engine:
+
+    \b
+    FLASHINFER_LOGLEVEL=10 FLASHINFER_DUMP_INCLUDE='*cutlass_fused_moe*'
+    FLASHINFER_DUMP_SAFETENSORS=1 FLASHINFER_DUMP_DIR=DIR
+
+    or what `mxfp4ref record` did; calls are found at any depth, of any number of processes and ranks. Every call is
+    equal, for the pairs of K tiles (GEMM1 x GEMM2) that are listed, or different, with a diagnosis. A call that is
+    not modelled, has no recorded output, or that a CUDA graph has overwritten since is skipped, and the reason told.
+
+    Exit codes: 0 all that were compared are equal; 1 some differ or cannot be read, or ran other tactics than
+    predicted; 2 wrong usage, or nothing to compare.
+    """
+    from mxfp4ref.engine.replaying import ReplayOptions
+    from mxfp4ref.engine.replaying import replay as replay_folder
+
+    files = pop_report_files(options)
+    options["diagnosed"] = not options.pop("no_diagnosis")
+    with usage_errors():
+        files.refuse_missing_folders()
+        with progress() as step:
+            report = replay_folder(
+                folder, ReplayOptions(**options), progress=lambda result, total: step(result.case, total)
+            )
+        files.write(report)
+    _print_table(report)
+    if problems := report.environment.get("not read of the autotune cache"):
+        click.echo(f"not read of the autotune cache: {problems}", err=True)
+    print_report(report, verbose=False)
+    if report.ok or any(not result.ok for result in report.results):
+        sys.exit(0 if report.ok else NOT_EQUAL)
+    raise UsageError(f"{folder}: none of the {len(report.results)} recorded calls could be compared")
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.argument("script")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.option(
+    "--output",
+    "folder",
+    required=True,
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where the calls go, each into a folder of its own.",
+)
+@click.option("-m", "module", is_flag=True, help="SCRIPT is a module's name, as for python -m.")
+@click.option(
+    "--max-calls", type=click.IntRange(min=1), default=1000, show_default=True, help="Record no more calls."
+)
+@click.option(
+    "--max-gib",
+    type=click.FloatRange(min=0, min_open=True),
+    default=20,
+    show_default=True,
+    help="Record no more inputs than that, weights included.",
+)
+def record(
+    script: str, arguments: tuple[str, ...], folder: Path, module: bool, max_calls: int, max_gib: float
+) -> None:
+    """Run a Python script and record its calls of flashinfer's cutlass_fused_moe.
+
+    For releases of flashinfer without a recorder, or whose recorder leaves out lists (before 0.6.12). What it writes
+    is what flashinfer writes, for `mxfp4ref replay`. Without flashinfer it records calls of
+    mxfp4ref.torch_ref_cutlass_fused_moe. The weights are written again with each call.
+
+    Calls are recorded in this process and those forked from it, not in processes that it starts anew, and not in CUDA
+    graphs. Put -- before SCRIPT if it has options of these names.
+
+    Exit codes: the script's; 2 if nothing was recorded.
+    """
+    from mxfp4ref.engine.recorder import Recorder, run_script
+    from mxfp4ref.engine.recordings import find_recordings
+
+    if not module and not Path(script).is_file():
+        raise UsageError(f"SCRIPT: there is no file {script}")
+    with usage_errors():
+        folder.mkdir(parents=True, exist_ok=True)
+    before = len(find_recordings(folder))
+    recorder = Recorder(folder, max_calls, int(max_gib * 2**30))
+    code = run_script(script, arguments, recorder, module=module)
+    for problem in recorder.problems:
+        click.echo(f"not recorded: {problem}", err=True)
+    if recorder.left_out:
+        click.echo(f"{recorder.left_out:,} calls were not recorded", err=True)
+    written = len(find_recordings(folder)) - before  # of forked processes too
+    if not written:
+        raise UsageError(
+            f"{script}: nothing recorded; expected calls of flashinfer.fused_moe.cutlass_fused_moe or of "
+            "mxfp4ref.torch_ref_cutlass_fused_moe in this process"
+        )
+    click.echo(f"{written:,} calls recorded in {folder}")
+    sys.exit(code)
+
+
+@click.command()
+@click.argument("what", metavar="CALL|DIR|KERNEL")
+@click.option(
+    "--ranks",
+    type=click.IntRange(min=2),
+    multiple=True,
+    default=(2,),
+    show_default=True,
+    help="Ranks to share experts, and the intermediate size, where that divides it. Repeatable.",
+)
+@click.option(
+    "--autotune-cache",
+    type=click.Path(exists=True, path_type=Path),
+    metavar="PATH",
+    help="For recorded calls: each batch runs the tactics that flashinfer's autotuner chose for its size.",
+)
+@goldens_option
+@click.option(
+    "--case",
+    "cases",
+    multiple=True,
+    metavar="NAME",
+    help="For a kernel: the golden cases whose tokens are computed; a few by default. Repeatable.",
+)
+@click.option("--device", help="For a kernel: where its tensors go; cpu, or cuda for flashinfer.")
+def invariance(what: str, **options: Any) -> None:
+    """Say which bits of a token depend on what it is computed with.
+
+    The tokens of a call are computed alone, in reverse, behind as many others, and on several ranks. A recorded call,
+    or each one below a folder, is computed by the oracle, with the tactics that its output or the autotune cache
+    tells; a KERNEL, named as for `mxfp4ref conform`, runs on golden cases.
+
+    \b
+    mxfp4ref invariance oracle
+    mxfp4ref invariance mypackage.moe:fused_moe --device cuda
+    mxfp4ref invariance flashinfer_dumps --autotune-cache autotune.json
+
+    Exit codes: 0 no bit depends on the batch; 1 some do; 2 wrong usage, or nothing to compute. Sums over ranks are
+    told, and do not count.
+    """
+    from mxfp4ref.engine.invariance_of import of_kernel, of_recordings
+
+    ok = True
+    count = 0
+    with usage_errors():
+        if Path(what).is_dir():
+            found = of_recordings(Path(what), options["ranks"], options["autotune_cache"])
+        else:
+            found = of_kernel(what, options["cases"], options["ranks"], options["root"], options["device"])
+        for name, result in found:
+            if isinstance(result, str):
+                click.echo(f"{name}: {result}")
+                continue
+            count += 1
+            ok &= result.ok
+            click.secho(f"{name}: {result.verdict}", fg="green" if result.ok else "red")
+            for variant in result.variants:
+                words = f"{variant.differing:,} of {variant.elements:,} elements differ"
+                click.echo(f"    {variant.name:30} {words if variant.differing else 'equal'}")
+                if variant.first is not None:
+                    click.echo(f"        first: {variant.first}")
+                    click.echo(f"        why: {variant.why}")
+    if not count:
+        raise UsageError(f"{what}: nothing to compute")
+    sys.exit(0 if ok else NOT_EQUAL)
+
+
+def _print_table(report: ReplayReport) -> None:
+    """A row for each call."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("call", "layer", "tokens", "status", "K tiles", "note"):
+        table.add_column(name, overflow="fold")
+    for result in report.results:
+        layer = getattr(result, "layer", 0)
+        status = Text(result.status, style=_STYLES.get(result.status, "red"))
+        tiles = ", ".join(result.tiles)
+        read = (str(layer), f"{getattr(result, 'tokens', 0):,}") if layer else ("", "")
+        table.add_row(Text(result.case), *read, status, tiles, Text(result.message))
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160
+    console.print(table)
+    console.print()
+
+
+COMMANDS = (replay, record, invariance)

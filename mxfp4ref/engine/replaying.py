@@ -1,0 +1,264 @@
+"""Recorded calls of a running server, computed again: equal, or what is wrong.
+
+report = replay("flashinfer_dumps")
+print(report.verdict)
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mxfp4ref.conformance.comparison import differing
+from mxfp4ref.conformance.diagnosis import diagnose
+from mxfp4ref.conformance.results import RECORDING, CaseResult, Report, name_defects
+from mxfp4ref.engine.autotune import AutotuneCache, Prediction, read_autotune_cache
+from mxfp4ref.engine.calls import Layers, arguments_of, read_call, release_of
+from mxfp4ref.engine.fitting import closest_kernel, fitting_kernels
+from mxfp4ref.engine.graph_buffers import GraphBuffers
+from mxfp4ref.engine.recordings import Incomplete, Recording, Unreadable, find_recordings
+from mxfp4ref.model.call import MoeCall
+from mxfp4ref.model.forward import forward
+
+__all__ = ["ReplayOptions", "ReplayReport", "ReplayResult", "replay"]
+
+
+@dataclass(frozen=True)
+class ReplayOptions:
+    """How recorded calls are compared.
+
+    Attributes:
+        autotune_cache: flashinfer's autotune cache, file or folder, whose tactics are held against the bits.
+        any_tile: stop at the first pair of K tiles that fits, instead of trying all.
+        diagnosed: look for what is wrong where bits differ.
+    """
+
+    autotune_cache: Path | None = None
+    any_tile: bool = False
+    diagnosed: bool = True
+
+
+@dataclass(frozen=True)
+class ReplayResult(CaseResult):
+    """What came of one recorded call.
+
+    `status` is "equal"; "differs"; "wrong tactic", if the bits are right for other tiles than were predicted;
+    "unclear", if a CUDA graph may have overwritten what was recorded; "skipped", if the call is not modelled, lacks
+    its output, or was overwritten by a CUDA graph; "refused", if such arguments are; "wrong output"; "unreadable".
+
+    Attributes:
+        layer: the number of the experts, by their content; 0 if they were not read.
+        tokens: M.
+        predicted: the tactics that the call or the autotune cache names.
+    """
+
+    layer: int = 0
+    tokens: int = 0
+    predicted: str = ""
+
+
+@dataclass(frozen=True)
+class ReplayReport(Report):
+    """The results of a replay; `kernel` is the folder."""
+
+    @property
+    def verdict(self) -> str:
+        counts = Counter(result.status for result in self.results)
+        layers = len({r.layer for r in self.results if isinstance(r, ReplayResult)} - {0})
+        words = f"{_number(len(self.results), 'recorded call')} of {_number(layers, 'layer')}: "
+        return words + ", ".join(f"{count} {status}" for status, count in counts.items()) + "." + self.culprit
+
+
+def replay(
+    folder: str | Path,
+    options: ReplayOptions | None = None,
+    *,
+    progress: Callable[[CaseResult, int], None] | None = None,
+) -> ReplayReport:
+    """Compute every recorded call below a folder again and compare each bit.
+
+    One call is in memory at a time. Damaged folders become results, not exceptions.
+
+    Args:
+        folder: what flashinfer's recorder or `mxfp4ref record` wrote, at any depth.
+        options: how to compare.
+        progress: called with each result and the number of calls.
+
+    Raises:
+        FileNotFoundError: there is no such folder, no recorded call in it, or no autotune cache where one is named.
+        ValueError: the autotune cache is none.
+    """
+    options = options or ReplayOptions()
+    root = Path(folder)
+    if not root.is_dir():
+        raise FileNotFoundError(f"expected a folder of recorded calls, got {root}")
+    recordings = find_recordings(root)
+    if not recordings:
+        raise FileNotFoundError(
+            f"{root}: no recorded call of cutlass_fused_moe in it; flashinfer records with FLASHINFER_LOGLEVEL=10 "
+            "FLASHINFER_DUMP_INCLUDE='*cutlass_fused_moe*' FLASHINFER_DUMP_SAFETENSORS=1"
+        )
+    start = time.perf_counter()
+    cache = None if options.autotune_cache is None else read_autotune_cache(options.autotune_cache)
+    run = _Run(options, cache, GraphBuffers(recordings))
+    results: list[ReplayResult] = []
+    for recording in recordings:
+        result = run.replay(recording)
+        results.append(result)
+        if progress is not None:
+            progress(result, len(recordings))
+    named = name_defects([r.diagnosis.exact for r in results if r.diagnosis is not None])
+    seconds = time.perf_counter() - start
+    environment = _environment(recordings)
+    if cache is not None and cache.problems:
+        environment["not read of the autotune cache"] = "; ".join(cache.problems)
+    return ReplayReport(str(root), "exact", tuple(results), named, seconds, environment)
+
+
+class _Run:
+    """What the calls of one replay share."""
+
+    def __init__(self, options: ReplayOptions, cache: AutotuneCache | None, buffers: GraphBuffers) -> None:
+        self._options, self._cache, self._buffers = options, cache, buffers
+        self._layers = Layers()
+        self._suspects: tuple[str, ...] | None = None
+
+    def replay(self, recording: Recording) -> ReplayResult:
+        about: dict[str, Any] = {"case": recording.name, "kind": RECORDING, "why": str(recording.path)}
+        try:
+            arguments = arguments_of(recording)
+            layer, call = read_call(recording, arguments, self._layers)
+            about |= {
+                "layer": layer,
+                "tokens": call.num_tokens,
+                "why": f"{recording.path}: {_described(call)}",
+            }
+            output = recording.output()
+        except (Incomplete, NotImplementedError) as error:
+            return ReplayResult(**about, status="skipped", message=str(error))
+        except Unreadable as error:
+            return ReplayResult(**about, status="unreadable", message=str(error))
+        except (TypeError, ValueError) as error:
+            return ReplayResult(**about, status="refused", message=str(error))
+        if (output.dtype, output.shape) != (torch.bfloat16, call.input.shape):
+            message = f"expected a bfloat16 {list(call.input.shape)} output, got {output.dtype} {list(output.shape)}"
+            return ReplayResult(**about, status="wrong output", message=message)
+        start = time.perf_counter()
+        about |= self._compare(recording, call, output, arguments)
+        return ReplayResult(**about, seconds=time.perf_counter() - start)
+
+    def _compare(
+        self, recording: Recording, call: MoeCall, output: Tensor, arguments: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        prediction, note = self._predict(recording, call, arguments)
+        fits = fitting_kernels(call, output, first=self._options.any_tile and prediction is None)
+        found: dict[str, Any] = {
+            "elements": output.numel(),
+            "predicted": str(prediction.kernel) if prediction else "",
+        }
+        if not fits:
+            return found | self._differing(recording, call, output)
+        found |= {"status": "equal", "tiles": tuple(map(str, fits)) if call.experts.quantized else ()}
+        if prediction is not None and not any(fit.has(prediction.kernel) for fit in fits):
+            found["status"] = "wrong tactic"
+            note = (
+                f"expected {prediction.kernel} by {prediction.source}; the bits are those of K tiles "
+                f"{', '.join(map(str, fits))}"
+            )
+        return found | {"message": note}
+
+    def _predict(
+        self, recording: Recording, call: MoeCall, arguments: Mapping[str, Any]
+    ) -> tuple[Prediction | None, str]:
+        """The tactics that the call should have run, or a note why none are predicted."""
+        if not call.experts.quantized:
+            return None, ""
+        if arguments["profile_ids"] is not None and call.kernel.generation.forces_tactics:
+            return Prediction(call.kernel, "profile_ids"), ""
+        if self._cache is None:
+            return None, ""
+        try:
+            prediction = self._cache.predict(call, arguments, release_of(recording.metadata()))
+        except ValueError as error:
+            return None, f"no prediction: {error}"
+        return (
+            prediction,
+            "" if prediction else "no prediction: the autotune cache has nothing for this layer",
+        )
+
+    def _differing(self, recording: Recording, call: MoeCall, output: Tensor) -> dict[str, Any]:
+        call = replace(call, kernel=closest_kernel(call, output))
+        expected = forward(call)
+        wrong = differing(output, expected)
+        found: dict[str, Any] = {"status": "differs", "differing": int(wrong.sum())}
+        in_graph = recording.in_graph()
+        if in_graph and (reason := self._buffers.overwritten(recording, output)):
+            return found | {"status": "skipped", "message": reason}
+        if self._options.diagnosed:
+            outputs, right = {"output": output}, {"output": expected}
+            diagnosis = diagnose("moe", call, outputs, right, suspects=self._suspects)
+            self._suspects = name_defects([self._suspects, diagnosis.exact]) or self._suspects
+            found["diagnosis"] = diagnosis
+        if in_graph and not (self._options.diagnosed and diagnosis.exact) and _whole_tokens(wrong):
+            found |= {"status": "unclear", "message": _UNCLEAR, "diagnosis": None}
+        elif not _owned_once(call):
+            found["message"] = _REPEATED
+        return found
+
+
+_UNCLEAR = (
+    "whole tokens differ, and a CUDA graph made the call: flashinfer's recorder reads inputs and output after the "
+    "whole graph has run, when a later kernel may have written into either (an all-reduce or a residual in place, a "
+    "buffer of all layers). Record the same call without graphs to know whether the kernel is wrong"
+)
+_REPEATED = (
+    "a token names an expert twice: the kernel adds what its workspace held before in the second slot, which no "
+    "reference can know"
+)
+
+
+def _whole_tokens(wrong: Tensor) -> bool:
+    """Whether the tokens that differ do so in most of their elements, as they do if a buffer was overwritten."""
+    tokens = wrong[wrong.any(1)]
+    return bool((tokens.to(torch.float32).mean(1) > 0.5).all())
+
+
+def _owned_once(call: MoeCall) -> bool:
+    """Whether no token names an expert of this rank twice."""
+    ids = call.token_selected_experts.sort(dim=1).values
+    first = call.ep_rank * call.experts.num_experts
+    here = (ids >= first) & (ids < first + call.experts.num_experts)
+    return not bool(((ids[:, 1:] == ids[:, :-1]) & here[:, 1:]).any())
+
+
+def _described(call: MoeCall) -> str:
+    experts = call.experts
+    words = (
+        f"{_number(call.num_tokens, 'token')}, top {call.top_k} of {call.num_global_experts} experts, hidden size "
+        f"{experts.hidden_size}, intermediate size {experts.intermediate_size}"
+    )
+    for kind, size, rank in (("ep", call.ep_size, call.ep_rank), ("tp", call.tp_size, call.tp_rank)):
+        words += f", {kind} rank {rank} of {size}" if size > 1 else ""
+    return words
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def _environment(recordings: list[Recording]) -> dict[str, str]:
+    """The releases that made the recordings, and the torch that replays them."""
+    releases = set()
+    for recording in recordings:
+        try:
+            releases.add(release_of(recording.metadata()) or "unknown")
+        except Unreadable:
+            continue
+    return {"recorded by flashinfer": ", ".join(sorted(releases)), "torch": torch.__version__}

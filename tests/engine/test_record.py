@@ -1,0 +1,152 @@
+"""`mxfp4ref record`: a script's calls in the folders that flashinfer's recorder writes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from mxfp4ref.__main__ import commands
+from mxfp4ref.engine.recorder import Recorder
+from mxfp4ref.engine.recordings import find_recordings
+from mxfp4ref.engine.replaying import replay
+from mxfp4ref.model import flashinfer
+from tests.helpers.drop_in import EXPECTED, SM90_CALL, arguments_of, oracle
+
+SCRIPT = """\
+import sys
+import torch
+from mxfp4ref import torch_ref_cutlass_fused_moe
+from tests.helpers.drop_in import SM90_CALL, arguments_of
+print("arguments", sys.argv[1:])
+for _ in range(int(sys.argv[1])):
+    torch_ref_cutlass_fused_moe(**arguments_of(SM90_CALL))
+sys.exit(int(sys.argv[2]))
+"""
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(commands, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def test_a_script_is_recorded_and_replayed(tmp_path: Path, script: Path) -> None:
+    before = flashinfer.torch_ref_cutlass_fused_moe
+    result = invoke("record", script, "2", "0", "--theirs", "--output", tmp_path / "calls")
+    assert result.exit_code == 0, result.output
+    assert "arguments ['2', '0', '--theirs']" in result.output
+    assert f"2 calls recorded in {tmp_path / 'calls'}" in result.output
+    report = replay(tmp_path / "calls")
+    assert [r.status for r in report.results] == ["equal", "equal"]
+    assert flashinfer.torch_ref_cutlass_fused_moe is before
+    assert sys.argv[0] != str(script)
+    # A second run adds to the folder.
+    assert "1 calls recorded" in invoke("record", script, "1", "0", "--output", tmp_path / "calls").output
+    assert len(find_recordings(tmp_path / "calls")) == 3
+
+
+def test_the_exit_code_is_the_scripts(tmp_path: Path, script: Path) -> None:
+    assert invoke("record", script, "1", "3", "--output", tmp_path / "calls").exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["absent.py"], "there is no file absent.py"),
+        (
+            ["{script}", "0", "0"],
+            "nothing recorded; expected calls of flashinfer.fused_moe.cutlass_fused_moe",
+        ),
+    ],
+)
+def test_nothing_recorded_is_told(tmp_path: Path, script: Path, arguments: list[str], words: str) -> None:
+    given = [a.format(script=script) for a in arguments]
+    result = invoke("record", *given, "--output", tmp_path / "calls")
+    assert result.exit_code == 2
+    assert words in result.output
+
+
+def test_limits_are_told(tmp_path: Path, script: Path) -> None:
+    result = invoke("record", "--max-calls", "1", "--output", tmp_path / "calls", script, "3", "0")
+    assert result.exit_code == 0
+    assert "not recorded: the limit of 1 calls or 20 GiB is reached" in result.output
+    assert "2 calls were not recorded" in result.output
+    assert "1 calls recorded" in result.output
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A package that looks like flashinfer and answers with the drop-in."""
+    names = ("flashinfer", "flashinfer.fused_moe", "flashinfer.fused_moe.core")
+    modules = {name: ModuleType(name) for name in names}
+
+    def cutlass_fused_moe(*arguments: Any, **named: Any) -> Any:
+        return flashinfer.torch_ref_cutlass_fused_moe(*arguments, **named)
+
+    cutlass_fused_moe.__module__ = names[-1]
+    for name, module in modules.items():
+        module.__path__ = []  # type: ignore[attr-defined]
+        module.cutlass_fused_moe = cutlass_fused_moe  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, name, module)
+    modules["flashinfer"].fused_moe = modules["flashinfer.fused_moe"]  # type: ignore[attr-defined]
+    monkeypatch.setattr("mxfp4ref.engine.recorder.version", lambda package: "0.7.2.post1")
+    return modules["flashinfer"]
+
+
+def test_flashinfers_function_is_recorded_wherever_it_was_imported(
+    tmp_path: Path, stand_in: ModuleType
+) -> None:
+    arguments = arguments_of(SM90_CALL)
+    with Recorder(tmp_path).recording():
+        result = stand_in.cutlass_fused_moe(**arguments)
+        stand_in.fused_moe.cutlass_fused_moe(*list(arguments.values())[:7], use_w4_group_scaling=True)
+    assert torch.equal(result[0], EXPECTED)
+    calls = find_recordings(tmp_path)  # what the drop-in is called for by it is no call of its own
+    assert [call.metadata()["function_name"] for call in calls] == ["cutlass_fused_moe"] * 2
+    assert all(call.metadata()["versions"]["flashinfer"] == "0.7.2.post1" for call in calls)
+    assert [result.status for result in replay(tmp_path).results] == ["equal", "equal"]
+
+
+def test_a_call_that_raises_is_recorded_without_output(tmp_path: Path, stand_in: ModuleType) -> None:
+    with Recorder(tmp_path).recording(), pytest.raises(NotImplementedError):
+        stand_in.cutlass_fused_moe(**arguments_of(SM90_CALL), cluster_size=3)
+    (result,) = replay(tmp_path).results
+    assert (result.status, result.message) == ("skipped", "cluster_size: not modelled, expected 1, got 3")
+
+
+def test_a_full_disk_does_not_stop_the_script(tmp_path: Path, stand_in: ModuleType) -> None:
+    (tmp_path / "calls").write_text("in the way")
+    recorder = Recorder(tmp_path / "calls")
+    with recorder.recording():
+        result = stand_in.cutlass_fused_moe(**arguments_of(SM90_CALL))
+    assert torch.equal(result[0], EXPECTED)
+    assert recorder.left_out == 1
+    assert "NotADirectoryError" in recorder.problems[0]
+
+
+def test_a_trace_and_tensors_that_share_memory(tmp_path: Path) -> None:
+    both = torch.stack([SM90_CALL.experts.fc1_biases.new_zeros(4, 256)] * 2)  # type: ignore[union-attr]
+    arguments = arguments_of(SM90_CALL) | {"fc1_expert_biases": both[0], "fc2_expert_biases": both[1]}
+    with Recorder(tmp_path).recording():
+        flashinfer.torch_ref_cutlass_fused_moe(**arguments, trace=True)
+    (call,) = find_recordings(tmp_path)
+    assert (
+        json.loads((call.path / "metadata.jsonl").read_text().splitlines()[-1])["execution_status"]
+        == "completed"
+    )
+    assert replay(tmp_path).ok
+    assert torch.equal(
+        call.output(), oracle(**{k: arguments[k] for k in ("fc1_expert_biases", "fc2_expert_biases")})
+    )

@@ -1,0 +1,408 @@
+"""Recorded calls, computed again: what is equal, what is wrong, what cannot be said."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from torch import Tensor
+
+from mxfp4ref.__main__ import commands
+from mxfp4ref.defects import get_defect
+from mxfp4ref.engine.replaying import ReplayOptions, ReplayReport, ReplayResult, replay
+from mxfp4ref.formats.generations import BYTEWISE
+from mxfp4ref.goldens import open_goldens
+from mxfp4ref.model.call import MoeCall
+from mxfp4ref.model.forward import forward
+from mxfp4ref.model.parallel import split_experts
+from tests.helpers import drop_in, layers, recorded
+from tests.helpers.drop_in import CALL, EXPECTED, SM90_CALL, arguments_of
+
+POSITIONAL = tuple(arguments_of(SM90_CALL))[:7]
+COMPARE_ONLY = ReplayOptions(diagnosed=False)
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(commands, [str(a) for a in arguments])
+
+
+def only(report: ReplayReport) -> ReplayResult:
+    (result,) = report.results
+    assert isinstance(result, ReplayResult)
+    return result
+
+
+def flipped(output: Tensor, token: int, column: int, bit: int = 0) -> Tensor:
+    changed = output.clone()
+    changed.view(torch.int16)[token, column] ^= 1 << bit
+    return changed
+
+
+def statuses(report: ReplayReport) -> dict[str, str]:
+    return {result.case: result.status for result in report.results}
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pt"])
+@pytest.mark.parametrize("positional", [(), POSITIONAL])
+def test_calls_of_both_formats_and_both_ways_of_passing_arguments(
+    tmp_path: Path, form: str, positional: tuple[str, ...]
+) -> None:
+    arguments = arguments_of(SM90_CALL) | {
+        "activation_type": drop_in.ActivationType.Swiglu,
+        "output": torch.zeros_like(EXPECTED),
+    }
+    recorded.write_call(tmp_path, arguments, EXPECTED, form=form, positional=positional)
+    result = only(replay(tmp_path))
+    assert (result.status, result.layer, result.tokens, result.differing) == ("equal", 1, 7, 0)
+    assert result.tiles == ("128x128", "256x128")  # K is 256 and 128, and no group is in another place
+    assert result.case == "pid7/call0001"
+
+
+def test_several_processes_and_nested_folders_are_told_apart(tmp_path: Path) -> None:
+    for folder, pid in ((tmp_path / "node0" / "rank0", 7), (tmp_path / "node1", 7), (tmp_path / "node1", 8)):
+        recorded.write_call(folder, SM90_CALL, EXPECTED, pid=pid)
+    report = replay(tmp_path)
+    assert statuses(report) == dict.fromkeys(
+        ["node0/rank0/pid7/call0001", "node1/pid7/call0001", "node1/pid8/call0001"], "equal"
+    )
+    assert report.verdict == "3 recorded calls of 1 layer: 3 equal."
+
+
+def test_restarts_with_the_same_process_id_are_told_apart(tmp_path: Path) -> None:
+    first = recorded.write_call(tmp_path, SM90_CALL, EXPECTED)
+    first.rename(first.with_name(first.name.replace("20261127", "20261126")))
+    recorded.write_call(tmp_path, SM90_CALL, EXPECTED)
+    cases = list(statuses(replay(tmp_path, COMPARE_ONLY)))
+    assert cases == ["pid7/20261126_101500_123 call0001", "pid7/20261127_101500_123 call0001"]
+
+
+def test_ranks_of_a_parallel_layer(tmp_path: Path) -> None:
+    for rank, experts in enumerate(split_experts(CALL.experts, 2)):
+        call = replace(CALL, experts=layers.to_sm90(experts), ep_size=2, ep_rank=rank)
+        recorded.write_call(tmp_path, call, forward(call), pid=rank)
+    report = replay(tmp_path)
+    assert report.ok
+    assert [f"ep rank {rank} of 2" in result.why for rank, result in enumerate(report.results)] == [True] * 2
+    assert {result.layer for result in report.results if isinstance(result, ReplayResult)} == {1, 2}
+
+
+def test_layers_are_numbered_by_their_weights(tmp_path: Path) -> None:
+    other = replace(SM90_CALL, experts=layers.to_sm90(layers.random_experts(2, hidden=256, inner=128)))
+    for number, call in enumerate((SM90_CALL, other, SM90_CALL, other), 1):
+        recorded.write_call(tmp_path, call, forward(call), number=number)
+    report = replay(tmp_path, COMPARE_ONLY)
+    assert report.ok
+    assert [r.layer for r in report.results if isinstance(r, ReplayResult)] == [1, 2, 1, 2]
+
+
+# Small enough to try all defects on.
+SMALL = layers.random_call(9, layers.random_experts(9, num_experts=2), tokens=2)
+SMALL_CALL = replace(SMALL, experts=layers.to_sm90(SMALL.experts))
+
+
+def test_one_flipped_bit_is_found_and_located(tmp_path: Path) -> None:
+    expected = forward(SMALL)
+    recorded.write_call(tmp_path, SMALL_CALL, flipped(expected, 1, 77))
+    recorded.write_call(tmp_path, SMALL_CALL, expected, number=2)
+    files = {kind: tmp_path / f"r.{kind}" for kind in ("json", "junit", "html")}
+    result = invoke("replay", tmp_path, *(x for kind, path in files.items() for x in (f"--{kind}", path)))
+    assert result.exit_code == 1
+    assert "pid7/call0001: differs in 1 of 256 elements" in result.output
+    assert "first: output at [1, 77]" in result.output
+    assert "1 ulp" in result.output
+    experts = [i for i in SMALL.token_selected_experts[1].tolist() if i >= 0]
+    assert all(f"expert {expert}, weight" in result.output for expert in experts)
+    assert "2 recorded calls of 1 layer: 1 differs, 1 equal." in result.output
+    written = json.loads(files["json"].read_text())
+    first, second = written["results"]
+    assert (first["status"], first["differing"], first["layer"]) == ("differs", 1, 1)
+    assert first["diagnosis"]["first"]["index"] == [1, 77]
+    assert second["tiles"] == ["128x128"]
+    suite = ElementTree.parse(files["junit"]).getroot().find("testsuite")
+    assert suite is not None
+    assert (suite.attrib["tests"], suite.attrib["failures"], suite.attrib["errors"]) == ("2", "1", "0")
+    assert "data:image/png" in files["html"].read_text()
+
+
+def test_a_known_defect_is_named(tmp_path: Path) -> None:
+    recorded.write_call(tmp_path, SMALL_CALL, get_defect("bf16_finalize").run(SMALL))
+    result = only(report := replay(tmp_path))
+    assert result.diagnosis is not None
+    assert "bf16_finalize" in result.diagnosis.exact
+    assert "bf16_finalize" in report.verdict
+
+
+def test_bits_are_compared_not_values(tmp_path: Path) -> None:
+    call = replace(SM90_CALL, token_final_scales=torch.full_like(CALL.token_final_scales, float("nan")))
+    output = forward(call)
+    assert bool(output.isnan().any())
+    recorded.write_call(tmp_path, call, output)
+    assert replay(tmp_path).ok
+    other = output.clone()
+    token, column = output.isnan().nonzero()[0].tolist()
+    other.view(torch.int16)[token, column] = 0x7FC0
+    recorded.write_call(tmp_path / "other", call, other)
+    assert only(replay(tmp_path / "other", COMPARE_ONLY)).status == "differs"
+
+
+def test_a_call_that_is_not_modelled_is_listed_with_the_argument(tmp_path: Path) -> None:
+    arguments = arguments_of(SM90_CALL)
+    recorded.write_call(tmp_path, arguments | {"use_packed_weights": True}, EXPECTED)
+    recorded.write_call(tmp_path, arguments | {"a_new_argument": 1}, EXPECTED, number=2)
+    result = invoke("replay", tmp_path)
+    assert result.exit_code == 2
+    assert "use_packed_weights: not modelled, expected False, got True" in result.output
+    assert "a_new_argument" in result.output
+    assert "none of the 2 recorded calls could be compared" in result.output
+    recorded.write_call(tmp_path, SM90_CALL, EXPECTED, number=3)
+    assert invoke("replay", tmp_path).exit_code == 0
+
+
+def test_a_call_that_did_not_return_is_listed(tmp_path: Path) -> None:
+    recorded.write_call(tmp_path, SM90_CALL, EXPECTED)
+    recorded.write_call(tmp_path, SM90_CALL, None, number=2)
+    recorded.write_flushes(tmp_path, [], number=3)
+    report = replay(tmp_path)
+    assert report.ok
+    messages = [result.message for result in report.results]
+    assert "the call raised, or the process died in it" in messages[1]
+    assert "CUDA graph that was not replayed" in messages[2]
+
+
+def test_a_line_of_metadata_that_was_not_finished_is_passed_over(tmp_path: Path) -> None:
+    path = recorded.write_call(tmp_path, SM90_CALL, EXPECTED) / "metadata.jsonl"
+    path.write_text(path.read_text() + '{"function_name": "cutl')
+    assert replay(tmp_path).ok
+
+
+def test_scales_of_another_release_are_refused(tmp_path: Path) -> None:
+    old = replace(CALL, experts=layers.to_sm90(CALL.experts, BYTEWISE, torch.uint8))
+    recorded.write_call(tmp_path, old, EXPECTED)
+    recorded.write_call(tmp_path, old, EXPECTED, release="0.6.15", number=2)
+    wrong, right = replay(tmp_path, COMPARE_ONLY).results
+    assert wrong.status == "refused"
+    assert "expected scales as flashinfer 0.7.2.post1 takes them" in wrong.message
+    assert (right.status, right.tiles) == ("equal", ("128x128",))
+
+
+def test_releases_before_0_6_10_take_logical_weights(tmp_path: Path) -> None:
+    folded = layers.to_sm90(CALL.experts, BYTEWISE, torch.uint8)
+    experts = replace(folded, fc1_weights=CALL.experts.fc1_weights, fc2_weights=CALL.experts.fc2_weights)
+    arguments = arguments_of(replace(CALL, experts=experts))
+    output = drop_in.oracle(replace(CALL, experts=experts), weight_layout="logical_weights_folded_scales")
+    recorded.write_call(tmp_path, arguments, output, release="0.6.9")
+    assert only(replay(tmp_path)).status == "equal"
+
+
+def test_forced_tactics_have_to_be_those_of_the_bits(tmp_path: Path) -> None:
+    call = open_goldens().load("gemm/mirrored_hidden_1536").call()
+    sm90 = replace(call, experts=layers.to_sm90(call.experts))
+    arguments = arguments_of(sm90)
+    for number, ids in enumerate(([-1, -1], [4, -1]), 1):
+        output = drop_in.oracle(sm90, profile_ids=ids)
+        recorded.write_call(tmp_path, arguments | {"profile_ids": ids}, output, number=number)
+    recorded.write_call(tmp_path, arguments | {"profile_ids": [4, -1]}, forward(sm90), number=3)
+    results = replay(tmp_path).results
+    assert [(r.status, r.tiles) for r in results] == [
+        ("equal", ("128x128",)),
+        ("equal", ("256x128",)),
+        ("wrong tactic", ("128x128",)),
+    ]
+    assert "by profile_ids; the bits are those of K tiles 128x128" in results[2].message
+
+
+def in_graph(form: str, root: Path, *flushes: tuple[MoeCall, Tensor], **options: Any) -> None:
+    recorded.write_flushes(root, list(flushes), form=form, **options)
+
+
+OTHER_CALL = replace(SM90_CALL, input=SM90_CALL.input.flip(0).contiguous())
+OTHER_EXPECTED = forward(OTHER_CALL)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pt"])
+def test_each_replay_of_a_graph_is_a_call(tmp_path: Path, form: str) -> None:
+    in_graph(form, tmp_path, (SM90_CALL, EXPECTED), (OTHER_CALL, OTHER_EXPECTED))
+    assert statuses(replay(tmp_path)) == {
+        "pid7/call0001 flush_0001": "equal",
+        "pid7/call0001 flush_0002": "equal",
+    }
+
+
+def test_one_output_buffer_of_all_layers_is_not_the_kernels_fault(tmp_path: Path) -> None:
+    in_graph("safetensors", tmp_path, (SM90_CALL, OTHER_EXPECTED))
+    in_graph("safetensors", tmp_path, (OTHER_CALL, OTHER_EXPECTED), number=2)
+    first, second = replay(tmp_path).results
+    assert (first.status, second.status) == ("skipped", "equal")
+    assert (
+        "overwritten its output: what was recorded of it are the bits of pid7/call0002 flush_0001"
+        in first.message
+    )
+
+
+def test_an_output_written_over_the_input_is_not_the_kernels_fault(tmp_path: Path) -> None:
+    in_graph("safetensors", tmp_path, (replace(SM90_CALL, input=EXPECTED), EXPECTED))
+    result = only(replay(tmp_path))
+    assert result.status == "skipped"
+    assert "overwritten its input" in result.message
+
+
+def test_what_is_read_as_the_process_ends_is_not_the_kernels_fault(tmp_path: Path) -> None:
+    in_graph("safetensors", tmp_path, (SM90_CALL, EXPECTED), (OTHER_CALL, EXPECTED))
+    first, second = replay(tmp_path).results
+    assert (first.status, second.status) == ("equal", "skipped")
+    assert "as the process ended" in second.message
+
+
+def test_a_graph_whose_whole_tokens_differ_says_that_it_cannot_tell(tmp_path: Path) -> None:
+    changed = torch.cat([OTHER_EXPECTED[:2], EXPECTED[2:]])
+    in_graph("safetensors", tmp_path, (SM90_CALL, changed))
+    result = only(replay(tmp_path, COMPARE_ONLY))
+    assert result.status == "unclear"
+    assert "Record the same call without graphs" in result.message
+    recorded.write_call(tmp_path / "eager", SM90_CALL, changed)
+    assert only(replay(tmp_path / "eager", COMPARE_ONLY)).status == "differs"
+
+
+def test_a_wrong_kernel_in_a_graph_is_still_wrong(tmp_path: Path) -> None:
+    in_graph("safetensors", tmp_path, (SM90_CALL, flipped(EXPECTED, 2, 3)))
+    assert only(replay(tmp_path, COMPARE_ONLY)).status == "differs"
+    in_graph("safetensors", tmp_path / "named", (SMALL_CALL, get_defect("gate_up_swapped").run(SMALL)))
+    assert only(replay(tmp_path / "named")).status == "differs"
+
+
+class Trap:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def damage(kind: str, path: Path) -> None:
+    """Make one recorded call what a hostile or a broken machine makes of it."""
+    metadata, inputs = path / "metadata.jsonl", path / "inputs.safetensors"
+    if kind == "no metadata":
+        metadata.unlink()
+    elif kind == "empty metadata":
+        metadata.write_text("")
+    elif kind == "metadata no text":
+        metadata.write_bytes(b"\xff\xfe\x00")
+    elif kind == "metadata no object":
+        metadata.write_text("[1, 2]\n17\n")
+    elif kind == "deep metadata":
+        metadata.write_text("[" * 100_000)
+    elif kind == "truncated safetensors":
+        inputs.write_bytes(inputs.read_bytes()[:-100])
+    elif kind == "no safetensors":
+        inputs.write_bytes(b"nonsense")
+    elif kind == "empty outputs":
+        (path / "outputs.safetensors").write_bytes(b"")
+    elif kind == "pickle with code":
+        (path / "inputs.pt").write_bytes(pickle.dumps({"kwarg_input": Trap(path / "sprung")}))
+    elif kind == "pt with code":
+        torch.save({"kwarg_input": Trap(path / "sprung")}, path / "inputs.pt")
+    elif kind == "pt of something else":
+        torch.save([1, 2], path / "inputs.pt")
+    elif kind == "truncated pt":
+        torch.save({"kwarg_input": EXPECTED}, path / "inputs.pt")
+        (path / "inputs.pt").write_bytes((path / "inputs.pt").read_bytes()[:-200])
+    elif kind == "foreign tensors":
+        torch.save({"weights": EXPECTED}, path / "inputs.pt")
+    elif kind == "no input metadata":
+        metadata.write_text(json.dumps({"function_name": "cutlass_fused_moe", "input_metadata": 3}))
+    else:
+        raise AssertionError(kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("no metadata", "metadata.jsonl: missing"),
+        ("empty metadata", "expected a JSON object a line"),
+        ("metadata no text", "metadata.jsonl: cannot be read"),
+        ("metadata no object", "expected a JSON object a line"),
+        ("deep metadata", "expected a JSON object a line"),
+        ("truncated safetensors", "inputs.safetensors: cannot be read"),
+        ("no safetensors", "inputs.safetensors: cannot be read"),
+        ("empty outputs", "outputs.safetensors: cannot be read"),
+        ("pickle with code", "inputs.pt: cannot be read"),
+        ("pt with code", "inputs.pt: cannot be read"),
+        ("pt of something else", "inputs.pt: expected tensors by name"),
+        ("truncated pt", "inputs.pt: cannot be read"),
+        ("foreign tensors", "expected a tensor kwarg_quant_scales__0, which metadata.jsonl names"),
+        ("no input metadata", "expected an object under input_metadata"),
+    ],
+)
+def test_a_damaged_call_is_one_row(tmp_path: Path, kind: str, words: str) -> None:
+    path = recorded.write_call(tmp_path, SM90_CALL, EXPECTED)
+    recorded.write_call(tmp_path, SM90_CALL, EXPECTED, number=2)
+    damage(kind, path)
+    result = invoke("replay", tmp_path, "--any-tile", "--no-diagnosis")
+    assert result.exit_code == 1, result.output
+    assert words in " ".join(result.output.split())
+    assert "2 recorded calls of 1 layer: 1 unreadable, 1 equal." in result.output
+    assert not (path / "sprung").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"input": None}, "input: expected a bfloat16 tensor"),
+        (
+            {"token_selected_experts": CALL.token_selected_experts.long()},
+            "token_selected_experts.to(torch.int32)",
+        ),
+        ({"quant_scales": []}, "quant_scales: expected the scales of fc1 and fc2"),
+        (
+            {"input": torch.ones(7, 128, dtype=torch.bfloat16)},
+            "fc1_expert_weights: expected a uint8 tensor of shape [E, 2I, 64]",
+        ),
+        ({"ep_size": "two"}, "ep_size"),
+        ({"output_dtype": None}, "output_dtype: not modelled"),
+    ],
+)
+def test_wrong_arguments_are_one_row(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    recorded.write_call(tmp_path, arguments_of(SM90_CALL) | changes, EXPECTED)
+    result = only(replay(tmp_path))
+    assert result.status in ("refused", "skipped")
+    assert words in result.message
+
+
+def test_an_output_of_another_shape_is_one_row(tmp_path: Path) -> None:
+    recorded.write_call(tmp_path, SM90_CALL, EXPECTED[:3])
+    result = only(replay(tmp_path))
+    assert result.status == "wrong output"
+    assert "expected a bfloat16 [7, 256] output" in result.message
+
+
+def test_lists_that_an_older_recorder_did_not_keep(tmp_path: Path) -> None:
+    path = recorded.write_call(tmp_path, SM90_CALL, None, release="0.6.9") / "metadata.jsonl"
+    stored = json.loads(path.read_text())
+    stored["input_metadata"]["kwarg_quant_scales"] = {"type": "list", "value": "[tensor([[[...]]])]"}
+    path.write_text(json.dumps(stored))
+    result = only(replay(tmp_path))
+    assert result.status == "skipped"
+    assert "quant_scales: recorded as text only" in result.message
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: None, "no recorded call of cutlass_fused_moe in it"),
+        (lambda path: (path / "20261127_101500_123_pid7_mm_fp4_call0001").mkdir(), "no recorded call"),
+    ],
+)
+def test_nothing_to_replay_is_wrong_usage(tmp_path: Path, make: Any, words: str) -> None:
+    make(tmp_path)
+    result = invoke("replay", tmp_path)
+    assert result.exit_code == 2
+    assert words in result.output
+    assert "FLASHINFER_LOGLEVEL=10" in result.output
+    assert invoke("replay", tmp_path / "absent").exit_code == 2
