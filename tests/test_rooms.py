@@ -16,6 +16,7 @@ FLOORS = (
     ("model",),
     ("checkpoint", "defects", "goldens"),
     ("conformance",),
+    ("engine",),
 )
 ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # The command's entry point, and the names that `import mxfp4ref` offers.

@@ -13,20 +13,12 @@ from torch import Tensor
 from mxfp4ref._compiler import uncompiled
 from mxfp4ref._validate import check_bool, check_choice, check_instance, check_same_device, check_tensor
 from mxfp4ref.model import forward as moe
-from mxfp4ref.model.call import MoeCall
-from mxfp4ref.model.flashinfer_arguments import (
-    SWIGLU,
-    WEIGHT_LAYOUTS,
-    check_modelled,
-    experts_of,
-    kernel_of,
-)
+from mxfp4ref.model.flashinfer_arguments import STRICT, SWIGLU, WEIGHT_LAYOUTS, call_of
 from mxfp4ref.model.skipped import count_skipped_slots
 from mxfp4ref.sm90.tactics import Sm90Kernel
 
 __all__ = ["WEIGHT_LAYOUTS", "drop_in", "torch_ref_cutlass_fused_moe"]
 
-_STRICT = (True, False, "count")
 _OURS = ("kernel", "weight_layout", "strict", "trace")  # arguments that flashinfer does not have
 
 
@@ -173,23 +165,8 @@ def torch_ref_cutlass_fused_moe(
         NotImplementedError: an argument would change the result and is not modelled.
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device, strides or value.
     """
-    arguments = locals()
-    check_modelled(arguments)
+    call = call_of(locals())
     check_bool("trace", trace)
-    check_choice("strict", strict, _STRICT)
-    experts = experts_of(arguments)
-    call = MoeCall(
-        input=input,
-        token_selected_experts=token_selected_experts,
-        token_final_scales=token_final_scales,
-        experts=experts,
-        ep_size=ep_size,
-        ep_rank=ep_rank,
-        tp_size=tp_size,
-        tp_rank=tp_rank,
-        kernel=kernel_of(arguments, experts),
-        strict=strict is True,
-    )
     if output is not None:
         check_tensor("output", output, dtype=output_dtype, shape=tuple(input.shape), written=True)
         check_same_device({"input": input, "output": output})
@@ -223,7 +200,7 @@ def drop_in(
         check_instance("kernel", kernel, Sm90Kernel)
     if weight_layout is not None:
         check_choice("weight_layout", weight_layout, WEIGHT_LAYOUTS)
-    check_choice("strict", strict, _STRICT)
+    check_choice("strict", strict, STRICT)
 
     def cutlass_fused_moe(*arguments: Any, **named: Any) -> list[Tensor]:
         """`torch_ref_cutlass_fused_moe` by flashinfer's arguments alone."""

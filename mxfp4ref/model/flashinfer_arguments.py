@@ -14,9 +14,12 @@ from torch import Tensor
 from mxfp4ref._validate import check_bool, check_choice, check_instance, check_int, check_tensor, shown
 from mxfp4ref.formats.experts import Experts, PlainExperts, Sm90Experts
 from mxfp4ref.formats.generations import BYTEWISE, NEWEST, PLAIN
+from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90.tactics import Sm90Kernel, runnable_tactics
 
-__all__ = ["SWIGLU", "WEIGHT_LAYOUTS", "check_modelled", "experts_of", "kernel_of"]
+__all__ = ["STRICT", "SWIGLU", "WEIGHT_LAYOUTS", "call_of", "check_modelled", "experts_of", "kernel_of"]
+
+STRICT = (True, False, "count")
 
 _LAYOUTS: dict[str, type[Experts]] = {
     "sm90": Sm90Experts,
@@ -60,6 +63,25 @@ _NAMES = {
     "fc2_scales": "quant_scales[1]",
     "fc2_biases": "fc2_expert_biases",
 }
+
+
+def call_of(arguments: Mapping[str, Any]) -> MoeCall:
+    """The call that the arguments of `torch_ref_cutlass_fused_moe`, all of them by name, stand for.
+
+    Raises:
+        NotImplementedError, TypeError, ValueError: as that function says.
+    """
+    check_modelled(arguments)
+    check_choice("strict", arguments["strict"], STRICT)
+    experts = experts_of(arguments)
+    names = ("input", "token_selected_experts", "token_final_scales")
+    ranks = ("ep_size", "ep_rank", "tp_size", "tp_rank")
+    return MoeCall(
+        **{name: arguments[name] for name in (*names, *ranks)},
+        experts=experts,
+        kernel=kernel_of(arguments, experts),
+        strict=arguments["strict"] is True,
+    )
 
 
 def check_modelled(arguments: Mapping[str, Any]) -> None:
@@ -213,5 +235,5 @@ def _warn_of_two_layouts() -> None:
         "flashinfer up to 0.6.9 takes them (vLLM 0.17, TensorRT-LLM), every output is wrong. Say which: "
         "weight_layout='sm90' or weight_layout='logical_weights_folded_scales'",
         UserWarning,
-        stacklevel=5,
+        stacklevel=6,
     )

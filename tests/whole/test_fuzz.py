@@ -52,6 +52,7 @@ EXEMPT_MODULES = {
     "mxfp4ref.goldens.writing": "tests/goldens",
     "mxfp4ref.checkpoint": "tests/checkpoint damages files and tensors; a CheckpointError names them",
     "mxfp4ref.conformance.cli": "tests/conformance",
+    "mxfp4ref.engine": "tests/engine damages recorded folders and files",
     "mxfp4ref.conformance.pytest_plugin": "tests/conformance",
     "mxfp4ref.conformance.comparison": "takes outputs of kernels, which `execution` checks",
     "mxfp4ref.conformance.adapters": "tests/conformance runs kernels that misbehave",
