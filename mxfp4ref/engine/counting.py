@@ -52,6 +52,10 @@ class Counting:
 
     def __init__(self, mode: str) -> None:
         self.mode = mode
+        self.forget()
+
+    def forget(self) -> None:
+        """Count from zero, and say again what is said once."""
         self._lock = threading.Lock()
         self._found: Counter[str] = Counter()
         self._said: set[Hashable] = set()
@@ -61,7 +65,7 @@ class Counting:
         with self._lock:
             self._found[outcome] += 1
             counts = Counts(**self._found)
-        if set(str(counts.calls)[1:]) <= {"0"} and str(counts.calls)[0] == "1":
+        if str(counts.calls) == f"{1:0<{len(str(counts.calls))}}":
             self.log(logging.INFO, str(counts))
 
     def counts(self) -> Counts:

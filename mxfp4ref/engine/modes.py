@@ -124,7 +124,13 @@ def _begin(counting: Counting) -> None:
     if not _exit_prepared:
         _exit_prepared = True
         atexit.register(_at_exit)
-        multiprocessing.util.Finalize(None, _at_exit, exitpriority=0)  # of a worker, which has no atexit
+        multiprocessing.util.register_after_fork(_at_exit, _in_worker)
+
+
+def _in_worker(_: object) -> None:
+    """A forked worker counts for itself, and leaves without `atexit`."""
+    _counting.forget()
+    multiprocessing.util.Finalize(None, _at_exit, exitpriority=0)
 
 
 def _at_exit() -> None:
