@@ -15,7 +15,7 @@ from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.flashinfer import torch_ref_cutlass_fused_moe
 from mxfp4ref.model.flashinfer_arguments import call_of
 
-__all__ = ["bind", "capturing", "layout_of_release", "lenient_call"]
+__all__ = ["bind", "capturing", "layout_of_release", "lenient_call", "loaded_release"]
 
 _OURS = {"kernel", "weight_layout", "strict", "trace"}
 _OUR_SIGNATURE = inspect.signature(torch_ref_cutlass_fused_moe)
@@ -49,12 +49,17 @@ def lenient_call(given: Mapping[str, Any]) -> MoeCall:
 
 def layout_of_release(given: Mapping[str, Any]) -> str | None:
     """The layout of the weights that the loaded flashinfer takes; None if the tensors have to tell."""
-    release = str(getattr(sys.modules.get("flashinfer"), "__version__", "")).partition("+")[0]
+    release = loaded_release().partition("+")[0]
     if getattr(given["fc1_expert_weights"], "dtype", None) == torch.bfloat16:
         return None
     if release in PLAIN.releases:
         return "logical_weights_folded_scales"
     return "sm90" if any(release in generation.releases for generation in GENERATIONS) else None
+
+
+def loaded_release() -> str:
+    """The release of the flashinfer that this process has imported; "" if it does not say."""
+    return str(getattr(sys.modules.get("flashinfer"), "__version__", ""))
 
 
 def capturing(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> bool:

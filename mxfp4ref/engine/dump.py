@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from mxfp4ref.engine.arguments import loaded_release
 from mxfp4ref.engine.counting import rank
 from mxfp4ref.engine.install import FUNCTION, MODULE
 
@@ -57,6 +58,7 @@ def write_call(folder: Path, number: int, given: Mapping[str, Any], output: Tens
         "tensor_info": {"input_tensor_keys": list(tensors), "output_tensor_keys": list(outputs)},
         "tensor_details": {key: _details(tensor) for key, tensor in (tensors | outputs).items()},
         "tensor_format": "safetensors",
+        "versions": {"torch": torch.__version__, "flashinfer": loaded_release()},
         "execution_status": "completed",
         "graph_capture": False,
     }

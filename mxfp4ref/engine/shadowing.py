@@ -54,6 +54,11 @@ class _Due:
     given: dict[str, Any]
     call: MoeCall
 
+    @property
+    def forced(self) -> bool:
+        """Whether the engine names the tactics."""
+        return self.given.get("profile_ids") is not None and self.call.kernel.generation.forces_tactics
+
 
 class Shadow:
     """Answers calls with the real kernel and compares; see `mxfp4ref.engine.shadow`."""
@@ -129,12 +134,11 @@ class Shadow:
     def _compare(self, due: _Due, result: Any) -> str:
         returned: Tensor = result[0] if isinstance(result, (list, tuple)) else result
         call, output = _well_defined(due.call, returned)
-        forced = due.given.get("profile_ids") is not None and call.kernel.generation.forces_tactics
-        kernel = due.layer.last.get(call.num_tokens, call.kernel)
+        kernel = call.kernel if due.forced else due.layer.last.get(call.num_tokens, call.kernel)
         if bool(differing(output, forward(replace(call, kernel=kernel))).any()):
-            fits = () if forced else fitting_kernels(call, output, first=True)
+            fits = () if due.forced else fitting_kernels(call, output, first=True)
             if not fits:
-                kernel = kernel if forced else closest_kernel(call, output)
+                kernel = kernel if due.forced else closest_kernel(call, output)
                 self._report(due, replace(call, kernel=kernel), output, returned)
                 return "different"
             due.layer.last[call.num_tokens] = fits[0].kernel
@@ -149,8 +153,9 @@ class Shadow:
         experts, generation = call.experts, call.kernel.generation
         expected = forward(call)
         where = differing(output, expected).nonzero()
+        tiles = "the forced tiles" if due.forced else "any tiles"
         sentences = [
-            f"layer {due.layer.number} differs from the {generation.name} kernel with any tiles, first in its call "
+            f"layer {due.layer.number} differs from the {generation.name} kernel with {tiles}, first in its call "
             f"{due.number:,}: {len(where):,} of {output.numel():,} elements if the K tiles are {call.kernel.tile_k}; "
             f"{difference_at(output, expected, tuple(where[0].tolist()))}",
             f"M={call.num_tokens} H={experts.hidden_size} I={experts.intermediate_size} E={experts.num_experts} "

@@ -163,11 +163,15 @@ def test_any_legitimate_tiles_are_equal(
     assert not lines(caplog)
 
 
-def test_other_tiles_than_the_forced_ones_are_different() -> None:
-    call = served_by(lambda *a, profile_ids, **k: drop_in(kernel=Sm90Kernel.of_tiles((256, 128)))(*a, **k))
+def test_other_tiles_than_the_forced_ones_are_different(caplog: pytest.LogCaptureFixture) -> None:
+    call = served_by(
+        lambda *a, profile_ids=None, **k: drop_in(kernel=Sm90Kernel.of_tiles((256, 128)))(*a, **k)
+    )
     engine.shadow()
+    call(**arguments_of(CANCELLING))
     call(**arguments_of(CANCELLING), profile_ids=[-1, -1])
-    assert engine.counts() == Counts(different=1)
+    assert engine.counts() == Counts(equal=1, different=1)
+    assert "with the forced tiles" in lines(caplog)[0]
 
 
 def test_the_first_difference_of_each_layer_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -348,6 +352,7 @@ def test_the_dump_is_the_call(
     )
     metadata = json.loads((found / "metadata.jsonl").read_text())
     assert metadata["execution_status"] == "completed"
+    assert metadata["versions"]["flashinfer"] == "0.7.2.post1"
     bits.assert_same(outputs["result__0"], output)
     bits.assert_same(expected["result__0"], EXPECTED)
     # Once more the call, from the files alone.
