@@ -180,13 +180,15 @@ class Shadow:
 
 
 def _well_defined(call: MoeCall, output: Tensor) -> tuple[MoeCall, Tensor]:
-    """Call and output with padding, and zeros, for tokens that name an expert twice.
+    """Call and output with padding, and zeros, for tokens that name an expert of this rank twice.
 
     What the kernel adds there was in its workspace before.
     """
     ids = call.token_selected_experts
+    first = call.ep_rank * call.experts.num_experts
     ordered = ids.sort(dim=1).values
-    repeated = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != PADDING_ID)).any(1, keepdim=True)
+    owned = (ordered >= first) & (ordered < first + call.experts.num_experts)
+    repeated = ((ordered[:, 1:] == ordered[:, :-1]) & owned[:, 1:]).any(1, keepdim=True)
     if not bool(repeated.any()):
         return call, output
     ids = torch.where(repeated, PADDING_ID, ids)

@@ -66,6 +66,13 @@ def test_restored_before_flashinfer_is_imported() -> None:
     assert is_real(importlib.import_module("engine_of_names").call(**ARGUMENTS))
 
 
+def test_restored_while_flashinfer_is_imported(flashinfer: Path) -> None:
+    with (flashinfer / "site/flashinfer/fused_moe/__init__.py").open("a") as file:
+        file.write("import mxfp4ref.engine\nmxfp4ref.engine.restore()\n")
+    engine.swap()
+    assert is_real(importlib.import_module("engine_of_names").call(**ARGUMENTS))
+
+
 @pytest.mark.usefixtures("flashinfer")
 def test_the_function_keeps_its_name_signature_and_attributes() -> None:
     function = importlib.import_module("flashinfer.fused_moe").cutlass_fused_moe
