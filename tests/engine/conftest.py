@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,12 +11,8 @@ from tests.helpers import flashinfer_package
 
 @pytest.fixture
 def flashinfer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A flashinfer and engines that can be imported and are not yet; afterwards all is as before."""
-    before = {name: module for name, module in sys.modules.items() if name.startswith("flashinfer")}
+    """A flashinfer and engines that can be imported and are not yet, in the folder "site"."""
     monkeypatch.delenv("RANK", raising=False)
-    flashinfer_package.use(tmp_path / "site", monkeypatch)
-    yield tmp_path
-    engine.restore()
-    flashinfer_package.forget(monkeypatch)
-    monkeypatch.undo()
-    sys.modules.update(before)
+    with flashinfer_package.importable(tmp_path / "site"):
+        yield tmp_path
+        engine.restore()

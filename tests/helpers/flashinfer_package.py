@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-
-import pytest
+from types import ModuleType
 
 # The public function is a wrapper with cells of its own, as flashinfer's decorator makes it.
 FILES = {
@@ -76,13 +78,20 @@ def write(folder: Path) -> Path:
     return folder
 
 
-def use(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let this process import the package and the engines from a folder."""
-    forget(monkeypatch)
-    monkeypatch.syspath_prepend(write(folder))
+@contextmanager
+def importable(folder: Path) -> Iterator[None]:
+    """Let this process import the package and the engines from a folder; afterwards all is as before."""
+    before = _take_out()
+    sys.path.insert(0, str(write(folder)))
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        _take_out()
+        sys.modules.update(before)
 
 
-def forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in list(sys.modules):
-        if name.partition(".")[0] in ("flashinfer", *ENGINES):
-            monkeypatch.delitem(sys.modules, name)
+def _take_out() -> dict[str, ModuleType]:
+    names = [name for name in sys.modules if name.partition(".")[0] in ("flashinfer", *ENGINES)]
+    return {name: sys.modules.pop(name) for name in names}
