@@ -9,6 +9,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from mxfp4ref._spans import spans
 from mxfp4ref._validate import check_bool, check_instance, check_tensor
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.formats.generations import Generation
@@ -16,10 +17,12 @@ from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward, trace
 from mxfp4ref.sm90.tactics import Sm90Kernel
 
-__all__ = ["Fit", "closest_kernel", "fitting_kernels"]
+__all__ = ["Fit", "closest_kernel", "fitting_kernels", "tile_k_kernels"]
 
+_TOKENS_AT_ONCE = 512  # bounds the memory of a trace
 _PROBED = 2  # tokens, the first ones: rows keep their positions among those of their expert
 _Pair = tuple[int, int]
+_Ranges = tuple[_Pair | None, ...]  # of the scales of both GEMMs
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,9 @@ def fitting_kernels(call: MoeCall, output: Tensor, *, first: bool = False) -> tu
     """
     _check(call, output, first)
     found: list[Fit] = []
+    scales = tuple(map(_range, (call.experts.fc1_scales, call.experts.fc2_scales)))
     for pair in _tile_k_pairs(call):
-        if (fit := _fit(call, output, pair)) is not None:
+        if (fit := _fit(call, output, pair, scales)) is not None:
             found.append(fit)
             if first:
                 break
@@ -77,13 +81,20 @@ def closest_kernel(call: MoeCall, output: Tensor) -> Sm90Kernel:
         TypeError, ValueError: the output is not the call's in dtype or shape.
     """
     _check(call, output)
-    kernels = [_kernel(call, pair) for pair in _tile_k_pairs(call)]
+    kernels = tile_k_kernels(call)
     for tokens in (_PROBED, call.num_tokens):
         counts = [_count(call, kernel, output, tokens) for kernel in kernels]
         kernels = [kernel for kernel, count in zip(kernels, counts, strict=True) if count == min(counts)]
         if len(kernels) == 1:
             break
     return kernels[0]
+
+
+def tile_k_kernels(call: MoeCall) -> list[Sm90Kernel]:
+    """A kernel for each pair of K tiles that divides the call's K, with default N tiles; the default comes first."""
+    if not call.experts.quantized:
+        return [call.kernel]
+    return [Sm90Kernel.of_tiles(pair, generation=call.kernel.generation) for pair in _tile_k_pairs(call)]
 
 
 def _check(call: MoeCall, output: Tensor, first: bool = False) -> None:
@@ -98,32 +109,42 @@ def _count(call: MoeCall, kernel: Sm90Kernel, output: Tensor, tokens: int) -> in
     return int(differing(forward(replace(call.select(some), kernel=kernel)), output[some]).sum())
 
 
-def _equal(call: MoeCall, kernel: Sm90Kernel, output: Tensor) -> bool:
-    return not _count(call, kernel, output, _PROBED) and (
-        call.num_tokens <= _PROBED or not _count(call, kernel, output, call.num_tokens)
-    )
-
-
-def _fit(call: MoeCall, output: Tensor, tile_k: _Pair) -> Fit | None:
+def _fit(call: MoeCall, output: Tensor, tile_k: _Pair, scales: _Ranges) -> Fit | None:
     """How one pair of K tiles fits, by which N tiles."""
     kernels = _by_behaviour(call, tile_k)
-    (default, pairs), *others = kernels
-    equal = _equal(call, default, output)
-    if not others or not _first_groups_may_leave_range(replace(call, kernel=default)):
-        return Fit(default, tuple(pair for _, some in kernels for pair in some), True) if equal else None
-    fitting = [(default, pairs)] if equal else []
-    fitting += [(kernel, some) for kernel, some in others if _equal(call, kernel, output)]
-    if not fitting:
+    of_default = replace(call, kernel=kernels[0][0])
+    for tokens in sorted({min(_PROBED, call.num_tokens), call.num_tokens}):
+        equal, n_tile_may_show = _looked_at(of_default.select(slice(0, tokens)), output[:tokens], scales)
+        if n_tile_may_show:
+            kernels = [(kernel, pairs) for kernel, pairs in kernels if _equal(call, kernel, output)]
+            break
+        if not equal:
+            return None
+    if not kernels:
         return None
-    return Fit(
-        fitting[0][0], tuple(pair for _, some in fitting for pair in some), len(fitting) == len(kernels)
-    )
+    tile_n = tuple(pair for _, pairs in kernels for pair in pairs)
+    return Fit(kernels[0][0], tile_n, len(tile_n) == sum(len(p) for _, p in _by_behaviour(call, tile_k)))
 
 
-def _kernel(call: MoeCall, tile_k: _Pair) -> Sm90Kernel:
-    if not call.experts.quantized:
-        return call.kernel
-    return Sm90Kernel.of_tiles(tile_k, generation=call.kernel.generation)
+def _looked_at(call: MoeCall, output: Tensor, scales: _Ranges) -> tuple[bool, bool]:
+    """Whether the call's kernel gives this output, and whether one with other N tiles might give another.
+
+    A difference ends it, if the N tile does not show up to there: then no other N tile gives this output either.
+    """
+    if _may_leave_range(call.input, scales[0]):
+        return False, True
+    # As long as no position shows, some tokens at a time give what all together do.
+    for some in spans(call.num_tokens, _TOKENS_AT_ONCE):
+        steps = trace(call.select(some))
+        if _may_leave_range(steps.activation, scales[1]):
+            return False, True
+        if bool(differing(steps.output, output[some]).any()):
+            return False, False
+    return True, False
+
+
+def _equal(call: MoeCall, kernel: Sm90Kernel, output: Tensor) -> bool:
+    return not _count(call, kernel, output, _PROBED) and not _count(call, kernel, output, call.num_tokens)
 
 
 def _tile_k_pairs(call: MoeCall) -> Iterator[_Pair]:
@@ -160,25 +181,26 @@ def _n_tiles_by_behaviour(generation: Generation, tile_k: int, positions: Tensor
     return list(groups.values())
 
 
-def _first_groups_may_leave_range(call: MoeCall) -> bool:
-    """Whether a product of a group and its scale may over- or underflow, without which no N tile shows.
+def _range(scales: Tensor | None) -> _Pair | None:
+    """Smallest and largest exponent of scales; None of bf16 weights, which have none, and if all are 0."""
+    if scales is None:
+        return None
+    scale_bytes = scales.view(torch.uint8)
+    smallest = int((scale_bytes - 1).min()) + 1  # byte 0, the number 0, becomes the largest
+    return None if smallest == 256 else (smallest - 127, int(scale_bytes.max()) - 127)
+
+
+def _may_leave_range(x: Tensor, exponents: _Pair | None) -> bool:
+    """Whether a product of a group and its scale may over- or underflow in a GEMM, without which no N tile shows.
 
     See `docs/arithmetic.md`, "The first two groups out of range". A group's sum is at most 32 products of at most
     6 |x|. If it is not zero, it is a multiple of the last place of the smallest |x|, halved, or of something larger.
     False is certain, True a guess.
     """
-    steps = trace(call)
-    experts = call.experts
-    for x, scales in ((call.input, experts.fc1_scales), (steps.activation, experts.fc2_scales)):
-        assert scales is not None
-        values = x.abs().to(torch.float64)
-        values = values[values > 0]
-        exponents = torch.unique(scales.view(torch.uint8)).to(torch.float64) - 127
-        exponents = exponents[exponents > -127]  # byte 0 is the number 0
-        if not len(values) or not len(exponents):
-            continue
-        largest = 32 * 6 * values.max() * 2.0 ** exponents.max()
-        smallest = 2.0 ** (values.min().log2().floor() - 8 + exponents.min())
-        if not bool(largest < 2.0**128) or bool(smallest < 2.0**-126):
-            return True
-    return False
+    values = x.abs().to(torch.float64)
+    values = values[values != 0]
+    if exponents is None or not len(values):
+        return False
+    largest = 32 * 6 * float(values.max()) * 2.0 ** exponents[1]
+    smallest = 2.0 ** (float(values.min().log2().floor()) - 8 + exponents[0])
+    return not largest < 2.0**128 or smallest < 2.0**-126  # the former of NaN too
