@@ -225,8 +225,15 @@ def rank_calls(call: MoeCall, ranks: Ranks) -> list[MoeCall]:
     for ep_rank, local in enumerate(split_experts(call.experts, ranks.ep_size)):
         shards = split_intermediate(local, ranks.tp_size, intermediate_size=ranks.intermediate_size)
         for tp_rank, shard in enumerate(shards):
-            sizes = {"ep_size": ranks.ep_size, "tp_size": ranks.tp_size}
-            calls.append(replace(call, experts=shard, ep_rank=ep_rank, tp_rank=tp_rank, **sizes))
+            of_rank = replace(
+                call,
+                experts=shard,
+                ep_size=ranks.ep_size,
+                ep_rank=ep_rank,
+                tp_size=ranks.tp_size,
+                tp_rank=tp_rank,
+            )
+            calls.append(of_rank)
     return calls
 
 

@@ -1,0 +1,172 @@
+"""Taking over flashinfer's `cutlass_fused_moe` wherever an engine holds it.
+
+An engine may have the function in a module of its own, in a cache or in an object, imported before or after. All of
+these hold one function object, so what it does is changed, not who holds it: its code is replaced by a call of
+`called`, and a copy of it keeps the kernel. flashinfer 0.7.2 has a mechanism of its own, `flashinfer.trace_apply`,
+but it hands over input, ids, routing weights and weights only, without scales, biases, ranks or options, and reaches
+none of the engine's names.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import logging
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+__all__ = ["FUNCTION", "MODULE", "called", "install", "installed", "restore", "taken_over"]
+
+MODULE, FUNCTION = "flashinfer.fused_moe", "cutlass_fused_moe"
+
+Kernel = Callable[..., Any]
+Answer = Callable[[Kernel, tuple[Any, ...], dict[str, Any]], Any]
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """The function that was taken over, its code before and since, and a copy that still is the kernel."""
+
+    function: FunctionType
+    before: CodeType
+    since: CodeType
+    kernel: FunctionType
+
+
+_lock = threading.RLock()
+_make: Callable[[], Answer] | None = None  # while something is installed
+_answer: Answer | None = None  # what it has made
+_taken: _Taken | None = None
+
+
+def install(make: Callable[[], Answer]) -> None:
+    """Let `make()(kernel, arguments, named)` answer every call, at once or when flashinfer has been imported.
+
+    `make` is called when the function is taken over, and so when torch has been imported.
+
+    Raises:
+        ModuleNotFoundError: there is no flashinfer to be imported.
+        TypeError: flashinfer's function is not one of Python.
+    """
+    global _make
+    with _lock:
+        package = MODULE.partition(".")[0]
+        if package not in sys.modules and importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(f"no module named {package!r}, whose {FUNCTION} is to be taken over")
+        restore()
+        _make = make
+        function = getattr(sys.modules.get(MODULE), FUNCTION, None)
+        if function is None:
+            sys.meta_path.insert(0, _waiting)
+        else:
+            _take_over(function)
+
+
+def installed() -> bool:
+    """Whether something is installed, be flashinfer imported or not."""
+    return _make is not None
+
+
+def taken_over() -> bool:
+    """Whether calls arrive here."""
+    return _answer is not None
+
+
+def restore() -> None:
+    """Give the function back as it was. Nothing happens if it was not taken over."""
+    global _make, _answer
+    with _lock:
+        if _waiting in sys.meta_path:
+            sys.meta_path.remove(_waiting)
+        if _taken is not None and _taken.function.__code__ is _taken.since:
+            _taken.function.__code__ = _taken.before
+            del _taken.function.__signature__  # type: ignore[attr-defined]
+        _make = _answer = None
+
+
+def called(*arguments: Any, **named: Any) -> Any:
+    """What flashinfer's function does once it was taken over."""
+    answer, taken = _answer, _taken
+    assert taken is not None  # also of a call that began before it was restored
+    return taken.kernel(*arguments, **named) if answer is None else answer(taken.kernel, arguments, named)
+
+
+def _take_over(function: Any) -> None:
+    global _answer, _taken
+    while getattr(function, "_trace_apply", False):  # flashinfer's own wrapper, around what engines may hold
+        function = function.__wrapped__
+    if not isinstance(function, FunctionType):
+        raise TypeError(f"{MODULE}.{FUNCTION}: expected a Python function, got {type(function).__name__}")
+    assert _make is not None
+    _answer = _make()
+    kernel = FunctionType(
+        function.__code__,
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    kernel.__kwdefaults__ = function.__kwdefaults__
+    signature = inspect.signature(function)
+    _taken = _Taken(function, function.__code__, _relay(len(function.__code__.co_freevars)), kernel)
+    function.__signature__ = signature  # type: ignore[attr-defined]
+    function.__code__ = _taken.since
+
+
+def _relay(free: int) -> CodeType:
+    """Code that calls `called`. A function takes only code of as many free variables as it has cells."""
+    cells = "".join(f"cell_{number}, " for number in range(free))
+    source = (
+        f"def enclosing({cells}):\n"
+        f"    def {FUNCTION}(*arguments, **named):\n"
+        f"        from {__name__} import called\n"
+        "        return called(*arguments, **named)\n"
+        f"        ({cells})\n"
+        f"    return {FUNCTION}\n"
+    )
+    names: dict[str, Any] = {}
+    exec(compile(source, __file__, "exec"), names)
+    code: CodeType = names["enclosing"](*[None] * free).__code__
+    return code
+
+
+class _Waiting(MetaPathFinder):
+    """Takes the function over as soon as flashinfer's module has been executed."""
+
+    looking = False
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != MODULE or self.looking:
+            return None
+        self.looking = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.looking = False
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            with _lock:
+                if self in sys.meta_path:  # not restored meanwhile
+                    sys.meta_path.remove(self)
+                    try:
+                        _take_over(getattr(module, FUNCTION))
+                    except Exception:  # the engine's import must not fail
+                        logging.getLogger("mxfp4ref.engine").exception("%s: not taken over", MODULE)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+_waiting = _Waiting()
