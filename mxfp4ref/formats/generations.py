@@ -108,6 +108,16 @@ def _every_row(positions: Tensor, tile_n: int, tile_k: int) -> Tensor:
     return torch.ones_like(positions, dtype=torch.bool)  # read off the machine code of 0.6.15.post1
 
 
+def _no_row(positions: Tensor, tile_n: int, tile_k: int) -> Tensor:
+    return torch.zeros_like(positions, dtype=torch.bool)
+
+
+_RACE = (
+    "a race (flashinfer#5438): under load the last K groups of a tile are scaled by the next expert's scales, "
+    "in sporadic tiles of 16 rows, mostly where a GEMM has a single K tile"
+)
+
+
 BYTEWISE = Generation(
     name="bytewise",
     releases=(
@@ -131,10 +141,7 @@ BYTEWISE = Generation(
         *((128, n, 128) for n in (16, 32, 64)),
     ),
     forces_tactics=False,
-    known_faults=(
-        "a race (flashinfer#5438): under load the last K groups of a tile are scaled by the next expert's scales, "
-        "in sporadic tiles of 16 rows, mostly where a GEMM has a single K tile",
-    ),
+    known_faults=(_RACE,),
 )
 WORDWISE = Generation(
     name="wordwise",
@@ -155,25 +162,25 @@ WORDWISE = Generation(
 )
 
 # What the drop-in computes for `weight_layout="logical_weights_folded_scales"`. The mainloop's source is the same in
-# all these releases, byte for byte. It was read, never run: it adds the groups up in ascending order. Which product
-# of the first pair is rounded alone is the compiler's choice, and taken to be that of `BYTEWISE`.
+# all these releases, byte for byte; 0.6.9 was run on an H100. It adds the groups up in ascending order.
 PLAIN = Generation(
     name="plain",
     releases=("0.6.4", "0.6.7", "0.6.8", "0.6.8.post1", "0.6.9"),
     recorded_as="plain",
     layout=plain,
-    first_pair_swapped=_every_row,
+    first_pair_swapped=_no_row,
     tiles=BYTEWISE.tiles,
     swaps_groups=False,
     forces_tactics=False,
+    known_faults=(_RACE,),
 )
 
-GENERATIONS = (BYTEWISE, WORDWISE)  # those that were measured on hardware
+GENERATIONS = (BYTEWISE, WORDWISE)  # those whose weights have an order of their own, which goldens hold
 _NAMED = (*GENERATIONS, PLAIN)
 NEWEST = WORDWISE  # the default everywhere, and what goldens and records that name no generation are of
 # What is known of other releases.
-_OLDER = "has an older mainloop that takes weights in logical order, which was never measured"
-_NOT_MEASURED = dict.fromkeys(PLAIN.releases, _OLDER)
+_OLDER = "has an older mainloop that takes weights in logical order, for which there are no goldens"
+_WITHOUT_GOLDENS = dict.fromkeys(PLAIN.releases, _OLDER)
 
 
 def check_generation(value: object) -> None:
@@ -208,7 +215,7 @@ def generation_of(release: str) -> Generation:
     for generation in GENERATIONS:
         if public in generation.releases:
             return generation
-    known = _NOT_MEASURED.get(public, "is in no record of mxfp4ref.formats.generations")
+    known = _WITHOUT_GOLDENS.get(public, "is in no record of mxfp4ref.formats.generations")
     raise ValueError(
         f"flashinfer {release} {known}; CONTRIBUTING.md, 'Adding a generation of flashinfer', says how to find out "
         "which kernel a release has, and how to add it"

@@ -1,6 +1,6 @@
 """The layout of flashinfer up to 0.6.9 (`PLAIN`): weights in logical order, scales folded as `bytewise` folds them.
 
-That release has no helper that interleaves weights. Read in its source, not run.
+That release has no helper that interleaves weights.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ def torch_ref_cutlass_fused_moe(
             "sm90", the default: interleaved and folded, as either generation of `GENERATIONS` takes them; the shape
             of the scales tells which.
             "logical_weights_folded_scales": weights as a checkpoint has them beside scales `[E, G/4, 4R]`, as
-            flashinfer up to 0.6.9 takes them. That kernel (`PLAIN`) was read in its source, never measured.
+            flashinfer up to 0.6.9 takes them, by that kernel's arithmetic (`PLAIN`).
             "logical": weights and scales `[E, R, K/32]` as a checkpoint has them, which no kernel takes.
         strict: what becomes of ids that no rank owns, and of experts that a token names twice:
             True: the call is refused.

@@ -44,7 +44,7 @@ def test_no_release_is_in_two_records() -> None:
 @pytest.mark.parametrize(
     ("release", "words"),
     [
-        *((r, "weights in logical order, which was never measured") for r in PLAIN.releases),
+        *((r, "weights in logical order, for which there are no goldens") for r in PLAIN.releases),
         ("0.8.0", "is in no record"),
         ("", "in no record"),
     ],
