@@ -1,7 +1,7 @@
 """Compare flashinfer up to 0.6.9 with the `PLAIN` kernel on random calls; needs a GPU and a build of that release.
 
-The calls are those of `random_cases.py`. This release takes a scale byte 255 for NaN, which is not modelled: 254 takes
-its place. It tells of each call that differs, and keeps the kernel's outputs of some seeds for the tests.
+The calls are those of `random_cases.py`. This release takes a scale byte 255 for NaN, which is not modelled, so that
+254 takes its place. It tells of each call that differs, and keeps the kernel's outputs of some seeds for the tests.
 
     python tools/hardware/oldest_release.py --seconds 60 --output recorded.npz --keep 9 18 24
 """
