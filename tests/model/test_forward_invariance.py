@@ -55,6 +55,7 @@ def test_all_modes_at_once() -> None:
         forget_constants()
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # by torch 2.11 itself
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_caller(backend: str) -> None:
     """The forward stays out of a caller's graph, whose fused operations would round otherwise."""
