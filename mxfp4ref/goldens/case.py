@@ -113,7 +113,13 @@ class Case:
             raise ValueError(f"{self.id}: expected a case of kind {kind!r}, got kind {self.kind!r}")
 
     def _derive(self, name: str) -> Tensor:
-        tensor, digest = derive(name, self.derived[name])
+        try:
+            tensor, digest = derive(name, self.derived[name])
+        except (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+            raise GoldenError(
+                f"{self.id}: derived tensor {name}: expected a recipe that can be followed, got "
+                f"{type(error).__name__}: {error}"
+            ) from error
         if digest != self.derived[name]["sha256"]:
             raise GoldenError(
                 f"{self.id}: derived tensor {name}: expected SHA-256 {self.derived[name]['sha256']}, "
