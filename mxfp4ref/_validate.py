@@ -23,6 +23,7 @@ __all__ = [
 
 INT32_MAX = (1 << 31) - 1
 _FLOAT32_MAX = float.fromhex("0x1.fffffep+127")
+_FLOAT32_UNDERFLOW = 2.0**-150  # rounds to 0, as all below
 
 
 def check_instance(name: str, value: object, wanted: type, *, exact: bool = False) -> None:
@@ -144,13 +145,15 @@ def check_float(name: str, value: object, *, minimum: float = -math.inf) -> floa
 
     Raises:
         TypeError: not a number.
-        ValueError: NaN, Inf, beyond float32 or below `minimum`.
+        ValueError: NaN, Inf, beyond float32, so small that float32 makes it 0, or below `minimum`.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a float, got {type(value).__name__} {shown(value)}")
     if not max(minimum, -_FLOAT32_MAX) <= value <= _FLOAT32_MAX:
         least = "" if minimum == -math.inf else f" of at least {minimum}"
         raise ValueError(f"{name}: expected a finite float32 number{least}, got {shown(value)}")
+    if 0 < abs(value) <= _FLOAT32_UNDERFLOW:
+        raise ValueError(f"{name}: expected 0 or a float32 number, from 2^-149 up, got {shown(value)}")
     return float(value)
 
 

@@ -89,8 +89,18 @@ def diagnose(
         expected: what it should have given.
         suspects: the defects to try; by default all. If none of them is exact all are tried, unless the
             experts are too large for that.
+
+    Raises:
+        TypeError, ValueError: an output is missing, or of another dtype or shape than expected, or all are equal.
     """
-    name = next(n for n in expected if bool(differing(outputs[n], expected[n]).any()))
+    missing = [n for n in expected if n not in outputs]
+    if missing:
+        raise ValueError(f"outputs: expected {', '.join(expected)}, got {', '.join(outputs) or 'none'}")
+    name = next((n for n in expected if bool(differing(outputs[n], expected[n]).any())), None)
+    if name is None:
+        raise ValueError(
+            "outputs: expected an element that differs from `expected`, got equal bits in all of them"
+        )
     got, want = outputs[name], expected[name]
     mask = differing(got, want)
     first = first_difference(got, want)

@@ -18,6 +18,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from mxfp4ref._validate import shown
 from mxfp4ref.conformance.adapters import (
     Kernel,
     KernelError,
@@ -45,11 +46,14 @@ def load_kernel(spec: str | Callable[..., Any], device: str | None = None) -> Ke
         device: where its tensors go; by default the CPU, and CUDA for `flashinfer`.
 
     Raises:
+        TypeError: it is neither.
         KernelError: it names nothing that can be imported, or nothing that can run here.
     """
     if callable(spec):
         name = getattr(spec, "__qualname__", type(spec).__name__)
         return Kernel(name, ("moe",), sm90_arguments(spec), spec, device=device or "cpu")
+    if not isinstance(spec, str):
+        raise TypeError(f"kernel: expected a name or a callable, got {type(spec).__name__} {shown(spec)}")
     head, _, rest = spec.partition(":")
     if spec == "oracle":
         return Kernel(spec, KINDS, whole_arguments, run_stage, forces_tile_k=True, device=device or "cpu")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxfp4ref._validate import check_choice
+from mxfp4ref._validate import check_choice, check_instance, shown
 from mxfp4ref.conformance.adapters import Kernel
 from mxfp4ref.conformance.bounds import bound
 from mxfp4ref.conformance.comparison import differing
@@ -96,10 +96,14 @@ def run(
     Raises:
         KernelError: the kernel cannot be loaded.
         GoldenError: a case is damaged.
+        TypeError: an argument is something else.
         ValueError: a callable to be isolated, or all tactics of a kernel that is isolated or whose tactics cannot
             be chosen.
     """
     loaded = kernel if isinstance(kernel, Kernel) else load_kernel(kernel, device)
+    check_instance("options", options, Options)
+    if isinstance(cases, str) or not isinstance(cases, Goldens | Iterable):
+        raise TypeError(f"cases: expected Goldens or Case objects, got {type(cases).__name__} {shown(cases)}")
     if isolate and not isinstance(kernel, str):
         raise ValueError(f"isolate: expected a kernel given by its name, got {type(kernel).__name__}")
     if options.all_tactics and (isolate or not loaded.forces_tactics):
@@ -135,6 +139,7 @@ def run_case(
     suspects: tuple[str, ...] | None = None,
 ) -> CaseResult:
     """Run a kernel on one case; arguments as in `run`, `suspects` as in `diagnosis.diagnose`."""
+    check_instance("case", case, Case)
     about: dict[str, Any] = {"case": case.id, "kind": case.kind, "why": case.why}
     if case.kind not in kernel.kinds:
         return CaseResult(
@@ -143,7 +148,7 @@ def run_case(
     all_runs = _runs(kernel, case)
     needed = _by_tactic(kernel, case) if options.all_tactics else _needed(kernel, case, all_runs)
     found: list[_Comparison] = []
-    seconds, diagnosis = 0.0, None
+    seconds, diagnosis, message = 0.0, None, ""
     for index, one in enumerate(needed):
         repeat = options.repeat and (index == 0 or options.all_tactics) and not _takes_long(kernel, case)
         if worker is not None:
@@ -153,16 +158,14 @@ def run_case(
             outcome = execute_within(options.timeout, once)
         seconds = seconds or outcome.seconds
         if outcome.problem:
-            if options.dump is not None and outcome.problem != "skipped":
-                write_reproducer(options.dump, case, one, kernel.name, {})
+            dumped = _dump(options, kernel, case, one, {}) if outcome.problem != "skipped" else ""
             told = options.all_tactics or (kernel.forces_tile_k and len(all_runs) > 1)
             which = f" ({'tactics' if options.all_tactics else 'K tiles'} {one.tiles})" if told else ""
-            message = outcome.message + which
+            message = outcome.message + which + dumped
             return CaseResult(**about, status=outcome.problem, message=message, seconds=outcome.seconds)
         compared = _compare(outcome, [one] if kernel.forces_tile_k else all_runs, options)
         if compared.wrong and not any(earlier.wrong for earlier in found):
-            if options.dump is not None:
-                write_reproducer(options.dump, case, compared.closest, kernel.name, outcome.outputs)
+            message = _dump(options, kernel, case, compared.closest, outcome.outputs).removeprefix("; ")
             if options.diagnosed:
                 inputs, expected = compared.closest.inputs, compared.closest.expected
                 diagnosis = diagnose(case.kind, inputs, outcome.outputs, expected, suspects=suspects)
@@ -174,9 +177,20 @@ def run_case(
         elements=sum(compared.elements for compared in found),
         differing=sum(compared.differing for compared in found),
         outside=sum(compared.outside or 0 for compared in found),
+        message=message,
         seconds=seconds,
         diagnosis=diagnosis,
     )
+
+
+def _dump(options: Options, kernel: Kernel, case: Case, one: Run, outputs: Mapping[str, Tensor]) -> str:
+    """Write a reproducer, if they are asked for; say so where that fails, which is no reason to stop."""
+    if options.dump is not None:
+        try:
+            write_reproducer(options.dump, case, one, kernel.name, outputs)
+        except (OSError, ValueError) as error:
+            return f"; its reproducer was not written: {error}"
+    return ""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import sys
+
 import click
 
 from mxfp4ref.conformance.cli.conform import conform
@@ -36,4 +39,10 @@ for _command in (conform, verify, regenerate, export, show, compare, layer, defe
 
 def main() -> None:
     """Entry point of the console script."""
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # a character that the terminal's encoding lacks is no reason to stop
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     commands(prog_name="mxfp4ref")

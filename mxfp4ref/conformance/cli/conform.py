@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import fnmatch
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import click
 
+from mxfp4ref._files import check_no_input, write_file
 from mxfp4ref.conformance import report
 from mxfp4ref.conformance.bounds import STORAGE
 from mxfp4ref.conformance.cli.shared import (
     NOT_EQUAL,
+    USAGE,
     UsageError,
     case_progress,
+    echo,
     goldens_option,
     usage_errors,
 )
@@ -107,13 +111,19 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
     bits the second time is reported as that, and the remaining cases still run. Without --isolate a run that takes
     longer than --timeout is abandoned in its thread.
 
-    Exit codes: 0 conforms, 1 does not, 2 wrong usage or environment.
+    Exit codes: 0 conforms, 1 does not, 2 wrong usage or environment, or a report could not be written.
     """
     if (kernel is None) == (kernel_option is None):
         raise click.UsageError("expected one KERNEL, as the argument or as --kernel")
     spec = kernel or kernel_option
     assert spec is not None
-    files = {path: render for kind, render in _RENDERERS.items() if (path := options.pop(f"{kind}_file"))}
+    given = [(path, render) for kind, render in _RENDERERS.items() if (path := options.pop(f"{kind}_file"))]
+    files = dict(given)
+    if len({path.absolute() for path in files}) < len(given):
+        raise click.UsageError("--json, --junit, --html: expected a file of its own for each")
+    if report.to_html in files.values():
+        with usage_errors():
+            report.check_html()
     patterns, isolate, device, verbose = (
         options.pop(name) for name in ("patterns", "isolate", "device", "verbose")
     )
@@ -121,7 +131,7 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
     with usage_errors():
         goldens = open_goldens(root)
         names = _select(goldens, patterns)
-        _refuse_missing_folders(files)
+        _check_files(list(files), goldens)
         with case_progress(len(names)) as advance:
             result = run(
                 spec,
@@ -131,14 +141,26 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
                 isolate=isolate,
                 progress=advance,
             )
-        for path, render in files.items():
-            path.write_text(render(result), encoding="utf-8")
-    _print(report.to_text(result, verbose=verbose), ok=result.ok)
+    # The text first, and each file by itself: what fails costs that file and a line, not the results.
+    failed = [_attempt("the report", lambda: _print(report.to_text(result, verbose=verbose), ok=result.ok))]
+    for path, render in files.items():
+        failed.append(_attempt(str(path), lambda path=path, render=render: write_file(path, render(result))))
     if options["dump"] is not None and not result.ok:
-        click.echo(f"Reproducers: {options['dump']}")
+        echo(f"Reproducers: {options['dump']}")
     if not any(r.status != "skipped" for r in result.results):
         raise UsageError(f"{spec}: none of the {len(names)} cases is of a kind that it runs")
-    sys.exit(0 if result.ok else NOT_EQUAL)
+    sys.exit(NOT_EQUAL if not result.ok else USAGE if any(failed) else 0)
+
+
+def _attempt(what: str, write: Callable[[], None]) -> bool:
+    """Write something; whether that failed, which has been told then."""
+    try:
+        write()
+    except Exception as error:  # a full disk, a closed pipe, a library that draws
+        with suppress(OSError):
+            echo(f"Error: {what} could not be written: {type(error).__name__}: {error}", err=True)
+        return True
+    return False
 
 
 class _Selection(Goldens):
@@ -163,10 +185,16 @@ def _select(goldens: Goldens, patterns: Iterable[str]) -> list[str]:
     return [name for name in names if name in chosen] if chosen else names
 
 
-def _refuse_missing_folders(paths: Iterable[Path]) -> None:
+def _check_files(paths: Sequence[Path], goldens: Goldens) -> None:
+    """Refuse, before anything runs, files that cannot be written, or would replace each other or a golden."""
+    inputs = [goldens.root / "manifest.json"]
+    inputs += [
+        goldens.root / f"{name}.{kind}" for name in goldens.names() for kind in ("json", "safetensors")
+    ]
     for path in paths:
         if not path.absolute().parent.is_dir():
             raise UsageError(f"cannot write {path}: there is no folder {path.absolute().parent}")
+        check_no_input(path, inputs)
 
 
 def _print(text: str, *, ok: bool) -> None:
@@ -174,5 +202,5 @@ def _print(text: str, *, ok: bool) -> None:
     *lines, verdict = text.split("\n")
     for line in lines:
         heading = bool(line) and not line.startswith(" ") and ":" in line
-        click.secho(line, bold=heading or None)
-    click.secho(verdict, fg="green" if ok else "red", bold=True)
+        echo(line, bold=heading or None)
+    echo(verdict, fg="green" if ok else "red", bold=True)
