@@ -18,6 +18,7 @@ __all__ = [
     "check_int",
     "check_same_device",
     "check_tensor",
+    "no_storage",
     "shown",
 ]
 
@@ -73,7 +74,7 @@ def check_tensor(
         raise TypeError(f"{expected()}, got a nested tensor")
     if dtypes and value.dtype not in dtypes:
         raise TypeError(f"{expected()}, got {got(value)}")
-    if kind := _no_storage(value):
+    if kind := no_storage(value) or "lazily negated" * value.is_neg():
         raise TypeError(f"{expected()} with dense storage, got a {kind} tensor")
     any_prefix = len(shape) > 0 and shape[0] == "..."
     tail = shape[1:] if any_prefix else shape
@@ -176,15 +177,17 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _no_storage(tensor: Tensor) -> str:
+def no_storage(tensor: Tensor) -> str:
     """What kind of tensor it is, if its storage does not hold its elements as they are; else ""."""
+    if tensor.is_nested:
+        return "nested"
     if tensor.is_meta:
         return "meta"
     if tensor.is_quantized:
         return "quantized"
     if tensor.layout != torch.strided:
         return str(tensor.layout)
-    return "lazily negated" if tensor.is_neg() else ""
+    return ""
 
 
 def _no_writing(tensor: Tensor) -> str:

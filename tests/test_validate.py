@@ -139,6 +139,12 @@ def test_check_float() -> None:
         ValueError, match=r"^factor: expected a finite float32 number of at least 0.0, got -1$"
     ):
         check_float("factor", -1, minimum=0.0)
+    for tiny in (1e-50, -(2.0**-150), 5e-324):
+        with pytest.raises(
+            ValueError, match=r"^factor: expected 0 or a float32 number, from 2\^-149 up, got "
+        ):
+            check_float("factor", tiny)
+    assert check_float("factor", 2.0**-149) == 2.0**-149
     for not_a_number in (True, "1", None, 1j, torch.tensor(1.0)):
         with pytest.raises(TypeError, match=f"^factor: expected a float, got {type(not_a_number).__name__} "):
             check_float("factor", not_a_number)
