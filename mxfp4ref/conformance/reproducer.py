@@ -125,8 +125,8 @@ def _load(
         tuple(parameters.pop("tile_n")),
         generation_named(parameters.pop("generation")),
     )
-    call = MoeCall(**{key: inputs[key] for key in _CALL_FIELDS}, experts=experts, **parameters)
-    return kind, call, expected
+    given: dict[str, Any] = {key: inputs[key] for key in _CALL_FIELDS}
+    return kind, MoeCall(**given, experts=experts, **parameters), expected
 
 
 def _flatten(kind: str, inputs: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:

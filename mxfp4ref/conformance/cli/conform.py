@@ -6,6 +6,7 @@ import fnmatch
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,10 +142,15 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
                 isolate=isolate,
                 progress=advance,
             )
+
     # The text first, and each file by itself: what fails costs that file and a line, not the results.
-    failed = [_attempt("the report", lambda: _print(report.to_text(result, verbose=verbose), ok=result.ok))]
-    for path, render in files.items():
-        failed.append(_attempt(str(path), lambda path=path, render=render: write_file(path, render(result))))
+    def show() -> None:
+        _print(report.to_text(result, verbose=verbose), ok=result.ok)
+
+    def write(path: Path) -> None:
+        write_file(path, files[path](result))
+
+    failed = [_attempt("the text", show), *(_attempt(str(path), partial(write, path)) for path in files)]
     if options["dump"] is not None and not result.ok:
         echo(f"Reproducers: {options['dump']}")
     if not any(r.status != "skipped" for r in result.results):
