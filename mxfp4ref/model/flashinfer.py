@@ -14,6 +14,7 @@ from mxfp4ref._validate import (
     check_bool,
     check_choice,
     check_int,
+    check_output,
     check_same_device,
     check_tensor,
     shown,
@@ -126,7 +127,7 @@ def torch_ref_cutlass_fused_moe(
         fc1_expert_biases, fc2_expert_biases: `[E, 2I]` and `[E, H] bf16`.
         swiglu_alpha, swiglu_beta, swiglu_limit: `[E] float32`, any subset.
         tp_size, tp_rank, ep_size, ep_rank: this rank; the fc2 bias is added where `tp_rank` is 0.
-        output: `[M, H] bf16`, written in place and returned.
+        output: `[M, H] bf16`, written in place and returned; `input` itself, or memory of no input.
         activation_type: Swiglu (3), or SwigluBias (5) along with alpha, beta or limit.
         kernel: the tactics of the two GEMMs and the generation; by default the default tactics of the generation
             whose layouts the tensors are in, with `weight_layout="logical"` of the newest.
@@ -200,7 +201,8 @@ def torch_ref_cutlass_fused_moe(
         strict=strict,
     )
     if output is not None:
-        check_tensor("output", output, dtype=output_dtype, shape=tuple(input.shape), written=True)
+        inputs = tensors if output is not input else {**tensors, "input": None}
+        check_output("output", output, dtype=output_dtype, shape=tuple(input.shape), inputs=inputs)
         check_same_device({"input": input, "output": output})
 
     intermediates = moe.trace(call) if trace else None
