@@ -1,4 +1,4 @@
-"""Tensors that are written into: none whose elements overlap, none of an input's memory; all others get these bits."""
+"""Tensors that are written into: never elements that overlap, never memory of an input; else, with these bits."""
 
 from __future__ import annotations
 
