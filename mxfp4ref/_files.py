@@ -23,12 +23,14 @@ def read_file(path: Path) -> bytes:
     Raises:
         OSError: it cannot be read, or is no regular file: a pipe would be waited for, a device may never end.
     """
-    with open(
-        os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)), "rb"
-    ) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, "expected a regular file", str(path))
-        return file.read()
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
 
 
 def parse_json(data: str | bytes) -> Any:
@@ -65,9 +67,6 @@ def mismatch(value: Any, wanted: Any, where: str) -> str:
     if isinstance(wanted, dict):
         if not isinstance(value, dict):
             return f"{where}: expected an object, got {shown(value)}"
-        missing = [key for key in wanted if key != "*" and key[-1] != "?" and key not in value]
-        if missing:
-            return f"{where}: expected the key {missing[0]!r}, got {shown(list(value))}"
         named = {key.removesuffix("?"): want for key, want in wanted.items()}
         parts = [
             (item, named.get(key, wanted.get("*", object)), f"{where}.{key}") for key, item in value.items()
@@ -91,7 +90,14 @@ def mismatch(value: Any, wanted: Any, where: str) -> str:
         return (
             "" if fits else f"{where}: expected {' or '.join(t.__name__ for t in types)}, got {shown(value)}"
         )
-    return next((wrong for part in parts if (wrong := mismatch(*part))), "")
+    if wrong := next((wrong for part in parts if (wrong := mismatch(*part))), ""):
+        return wrong
+    missing = (
+        [key for key in wanted if key not in ("*", *value) and key[-1] != "?"]
+        if isinstance(wanted, dict)
+        else []
+    )
+    return f"{where}: expected the key {missing[0]!r}, got {shown(list(value))}" if missing else ""
 
 
 def check_no_input(path: Path, inputs: Iterable[Path]) -> None:
