@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import stat
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -125,7 +127,12 @@ def replacing(path: Path, root: Path | None = None) -> Iterator[Path]:
     if root is not None:
         links += [root / folder for folder in path.relative_to(root).parents if folder != Path()]
     if path.exists() and not (path.is_file() or path.is_dir()):
-        yield path
+        with (
+            tempfile.TemporaryDirectory() as folder
+        ):  # not by its name, which libraries may give to another file
+            yield Path(folder, "partial")
+            with Path(folder, "partial").open("rb") as source, path.open("wb") as target:
+                shutil.copyfileobj(source, target)
         return
     for link in links:
         if link.is_symlink():
@@ -160,9 +167,13 @@ def write_file(path: Path, data: str | bytes, root: Path | None = None) -> None:
         partial.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
-def printable(text: str) -> str:
-    """Text in which all but line ends and tabs can be seen: control characters, marks of direction and lone
-    surrogates are escaped as in Python, since they would command a terminal, or break an XML or UTF-8 file."""
+def printable(text: str, *, lines: bool = True) -> str:
+    """Text of which all can be seen, in several lines or, without `lines`, in one.
+
+    Control characters, marks of direction and lone surrogates are escaped as in Python: they would command a
+    terminal, or break an XML or UTF-8 file.
+    """
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    kept = "\n\t" if lines else ""
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)

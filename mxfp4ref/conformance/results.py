@@ -46,7 +46,7 @@ class CaseResult:
 
     def __post_init__(self) -> None:
         for name in ("case", "why", "message"):  # text of files and kernels, to be shown anywhere
-            object.__setattr__(self, name, printable(getattr(self, name)))
+            object.__setattr__(self, name, printable(getattr(self, name), lines=name == "message"))
 
     @property
     def ok(self) -> bool:
@@ -74,7 +74,9 @@ class Report:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kernel", printable(self.kernel))
+        object.__setattr__(self, "kernel", printable(self.kernel, lines=False))
+        environment = {name: printable(value, lines=False) for name, value in self.environment.items()}
+        object.__setattr__(self, "environment", environment)
 
     @property
     def ok(self) -> bool:

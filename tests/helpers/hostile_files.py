@@ -169,7 +169,7 @@ def edit(name: str, change: Callable[[Any], object]) -> Spoil:
     def spoil(folder: Path) -> None:
         value = json.loads((folder / name).read_text())
         changed = change(value)
-        (folder / name).write_text(json.dumps(value if changed is None else changed))
+        write(name, json.dumps(value if changed is None else changed))(folder)
 
     return spoil
 
@@ -213,7 +213,7 @@ def one_tensor(dtype: str, shape: list[int], size: int, name: str = "output") ->
 
 
 def tensors(name: str, **values: torch.Tensor) -> Spoil:
-    return lambda folder: safetensors.torch.save_file(values, folder / name)
+    return write(name, safetensors.torch.save(values))
 
 
 DEEP = "[" * 100_000

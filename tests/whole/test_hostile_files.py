@@ -580,7 +580,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(whole: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "folder"))
+    # Linked: whatever spoils or writes a file puts another in its place.
+    return Path(shutil.copytree(whole, tmp_path / "folder", copy_function=os.link))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
