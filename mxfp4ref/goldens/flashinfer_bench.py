@@ -106,8 +106,8 @@ def export_flashinfer_bench(goldens: Goldens, folder: Path | str) -> tuple[list[
 
     Returns:
         The names of the exported cases, and for the other cases of kind "moe" the reason why they were left
-        out: generated weights (gigabytes), or an output that is not finite, which flashinfer-bench counts as
-        an error of the kernel.
+        out: generated weights (gigabytes), no output of the default tactic, or one that is not finite, which
+        flashinfer-bench counts as an error of the kernel.
 
     Raises:
         TypeError: `goldens` or `folder` is something else.
@@ -135,6 +135,8 @@ def export_flashinfer_bench(goldens: Goldens, folder: Path | str) -> tuple[list[
             continue
         if case.derived:
             left_out[name] = "its weights are generated, not stored"
+        elif _TILE_K not in case.output_tensors:
+            left_out[name] = "it has no output of the default tactic"
         elif not bool(case.outputs[_TILE_K].isfinite().all()):
             left_out[name] = "its output is not finite"
         else:

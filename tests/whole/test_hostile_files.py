@@ -1,21 +1,24 @@
 """Files that are damaged, foreign or hostile, before every command that reads them.
 
-Each is said in a line, with the right exit code: 2 where something cannot be read, 1 where it is not what it should be,
-0 where it does not matter. Nothing is waited for, nothing else is written, and nothing from a file commands the terminal.
+Each is said in a line, with the right exit code: 2 where something cannot be read, 1 where it is not what it should
+be, 0 where it does not matter. Nothing is waited for, no other file is written, and no file commands the terminal.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from tests.helpers import file_fuzz
 from tests.helpers.hostile_files import (
-    CASES,
     COMMANDS,
     DEEP,
     INDEX,
@@ -26,7 +29,6 @@ from tests.helpers.hostile_files import (
     RECORD,
     ROUTING,
     SHARD,
-    STAGE,
     WRITES,
     Spoil,
     both,
@@ -44,6 +46,7 @@ from tests.helpers.hostile_files import (
     tensors,
     write,
 )
+from tools.hardware import recorded
 
 ESCAPE = "\x1b]0;title\x07\x1b[2J"
 SHOWN = r"\\x1b\]0;title\\x07\\x1b\[2J"
@@ -78,7 +81,7 @@ for name, data, says in (
     ),
     (
         "a format that commands",
-        f'{{"format": {ESCAPE!r}}}'.replace("'", '"').replace("\\x1b", "\\u001b").replace("\\x07", "\\u0007"),
+        json.dumps({"format": ESCAPE}),
         "got .*x1b",
     ),
     ("a key twice", '{"format": "x", "format": "mxfp4ref-goldens-1"}', "the key 'format' is there twice"),
@@ -122,9 +125,15 @@ for name, entry in (
         *READ_GOLDENS,
     )
 hostile(
-    "manifest: no cases", edit(MANIFEST, lambda m: m.update(cases={})), "not in the manifest|no such case|none of|no case can",
-    "show", "conform", "export", verify=1, regenerate=0,
-)  # fmt: skip
+    "manifest: no cases",
+    edit(MANIFEST, lambda m: m.update(cases={})),
+    "not in the manifest|no such case|none of|no case can",
+    "show",
+    "conform",
+    "export",
+    verify=1,
+    regenerate=0,
+)
 
 # Sidecars that the manifest agrees with.
 for name, case, change, says in (
@@ -166,14 +175,24 @@ for name, case, change, says in (
     ("all tensors gone", MOE, {"tensors": {}}, "expected the tensors"),
 ):
     hostile(
-        f"sidecar: {name}", forge(case, lambda s, change=change: s.update(change)), says,
-        "show layout" if case == LAYOUT else "show", "explain", "conform", verify=1,
-    )  # fmt: skip
+        f"sidecar: {name}",
+        forge(case, lambda s, change=change: s.update(change)),
+        says,
+        "show layout" if case == LAYOUT else "show",
+        "explain",
+        "conform",
+        verify=1,
+    )
 hostile(
     "sidecar: nested deeply",
     both(write(f"goldens/{MOE}.json", DEEP), forge_tensors(MOE, b"")),
-    "not JSON: nested too deeply", "show", "conform", "explain", "export", verify=1,
-)  # fmt: skip
+    "not JSON: nested too deeply",
+    "show",
+    "conform",
+    "explain",
+    "export",
+    verify=1,
+)
 for name, case, parameters, says in (
     ("no parameters", MOE, None, "not a case of kind moe: KeyError: 'ep_size'"),
     ("a rank of 10^30", MOE, {"ep_rank": 10**30}, "not a case of kind moe: .*ep_rank: expected an int"),
@@ -182,9 +201,14 @@ for name, case, parameters, says in (
 ):
     hostile(
         f"sidecar: {name}",
-        forge(case, lambda s, new=parameters: s.update(parameters={} if new is None else s["parameters"] | new)),
-        says, "conform", show=0, verify=1,
-    )  # fmt: skip
+        forge(
+            case, lambda s, new=parameters: s.update(parameters={} if new is None else s["parameters"] | new)
+        ),
+        says,
+        "conform",
+        show=0,
+        verify=1,
+    )
 for name, case, change, says in (
     ("an operation of Python's", LAYOUT, {"operation": "__class__"}, "operation: expected one of"),
     ("an operation that is no layout", LAYOUT, {"operation": "check_tensor"}, "operation: expected one of"),
@@ -194,14 +218,20 @@ for name, case, change, says in (
     ("more experts than there are", ROUTING, {"top_k": 10**9}, "top_k: expected"),
 ):
     hostile(
-        f"sidecar: {name}", forge(case, lambda s, change=change: s["parameters"].update(change)), says,
-        verify=1, conform=1,
-    )  # fmt: skip
+        f"sidecar: {name}",
+        forge(case, lambda s, change=change: s["parameters"].update(change)),
+        says,
+        verify=1,
+        conform=1,
+    )
 hostile(
     "sidecar: a K tile that divides nothing",
     forge(MOE, lambda s: s["outputs"].append({"tensor": s["outputs"][0]["tensor"], "tile_k": [[100, 128]]})),
-    "not a case of kind moe: .*tile", "conform", show=0, verify=1,
-)  # fmt: skip
+    "not a case of kind moe: .*tile",
+    "conform",
+    show=0,
+    verify=1,
+)
 for name, recipe, says in (
     ("of 2^60 elements", {"shape": [1 << 20, 1 << 20, 1 << 20]}, "expected a recipe that can be followed"),
     ("of negative size", {"shape": [-1, 4, 4]}, "expected a recipe that can be followed, got ValueError"),
@@ -231,8 +261,11 @@ for name, recipe, says in (
     hostile(
         f"recipe: {name}",
         forge(MOE, lambda s, r=recipe, w=whole: s.update(derived={"fc1_scales": {**w, "sha256": "00", **r}})),
-        f"derived tensor fc1_scales: .*{says}", "conform", show=0, verify=1,
-    )  # fmt: skip
+        f"derived tensor fc1_scales: .*{says}",
+        "conform",
+        show=0,
+        verify=1,
+    )
 for name, text, says in (
     ("escapes", ESCAPE, SHOWN),
     ("a lone surrogate", "\ud800", r"\\ud800"),
@@ -320,6 +353,7 @@ hostile("goldens: a folder that leads to itself", link("goldens/layout/x", "..")
 
 # Hardware records.
 GOOD = f'"case": "{MOE}", "sha256": "00", "equal": true, "gpu": "H100"'
+REST = '"tile_k": [1, 1], "sha256": "", "equal": true'
 for name, line, says in (
     ("nested deeply", DEEP, "1: not JSON: nested too deeply"),
     ("a number", "3", "record: expected an object, got 3"),
@@ -357,11 +391,15 @@ for name, line, says in (
 hostile("record: a pipe", fifo(RECORD), "h100.jsonl: cannot be read: .*regular file", "verify files")
 hostile("record: a folder", directory(RECORD), "h100.jsonl: cannot be read: .*regular file", "verify files")
 for name, record, says in (
-    ("tiles that no output is for", f'{{{GOOD}, "tile_k": [64, -1]}}', "the golden has no output for these tiles"),
+    (
+        "tiles that no output is for",
+        f'{{{GOOD}, "tile_k": [64, -1]}}',
+        "the golden has no output for these tiles",
+    ),
     ("a hash of nothing", f'{{{GOOD}, "tile_k": [128, 128]}}', "recorded SHA-256 00"),
-    ("a case of nothing", '{"case": "\\ud800\\u001b[2J", "tile_k": [1, 1], "sha256": "", "equal": true, "gpu": ""}', r"\\ud800\\x1b\[2J: rec"),
-    ("a GPU that commands", f'{{"case": "{MOE}", "tile_k": [1, 1], "sha256": "", "equal": true, "gpu": "\\u001b[2J"}}', r"\\x1b\[2J"),
-):  # fmt: skip
+    ("a case of nothing", f'{{"case": "\\ud800\\u001b[2J", "gpu": "", {REST}}}', r"\\ud800\\x1b\[2J: rec"),
+    ("a GPU that commands", f'{{"case": "{MOE}", "gpu": "\\u001b[2J", {REST}}}', r"\\x1b\[2J"),
+):
     hostile(f"record: {name}", write(RECORD, record), says, **{"verify files": 1})
 hostile("record: empty", write(RECORD, ""), "hardware record: none", **{"verify files": 0})
 
@@ -369,13 +407,33 @@ hostile("record: empty", write(RECORD, ""), "hardware record: none", **{"verify 
 for name, data, says in (
     ("nested deeply", DEEP, "nested too deeply"),
     ("a list", "[]", "expected a JSON object, got list"),
-    ("leads out", '{"weight_map": {"a": "../hidden.safetensors"}}', "expected the name of a .safetensors file beside it"),
-    ("leads to NUL", '{"weight_map": {"a": "x\\u0000.safetensors"}}', "expected the name of a .safetensors file"),
-    ("leads to a list", '{"weight_map": {"a": ' + "[" * 500 + "]" * 500 + "}}", "expected the name of a .safetensors file"),
+    (
+        "leads out",
+        '{"weight_map": {"a": "../hidden.safetensors"}}',
+        "expected the name of a .safetensors file beside it",
+    ),
+    (
+        "leads to NUL",
+        '{"weight_map": {"a": "x\\u0000.safetensors"}}',
+        "expected the name of a .safetensors file",
+    ),
+    (
+        "leads to a list",
+        '{"weight_map": {"a": ' + "[" * 500 + "]" * 500 + "}}",
+        "expected the name of a .safetensors file",
+    ),
     ("names that command", '{"weight_map": {"\\u001b]0;title\\u0007\\u001b[2J": "x.safetensors"}}', SHOWN),
-    ("a tensor twice", '{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "the key 'a' is there twice"),
-    ("a million experts", '{"weight_map": {"layers.0.ffn.experts.999999.w1.weight": "x.safetensors"}}', "experts.0.*: expected experts 0 to 999999"),
-):  # fmt: skip
+    (
+        "a tensor twice",
+        '{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}',
+        "the key 'a' is there twice",
+    ),
+    (
+        "a million experts",
+        '{"weight_map": {"layers.0.ffn.experts.999999.w1.weight": "x.safetensors"}}',
+        "experts.0.*: expected experts 0 to 999999",
+    ),
+):
     hostile(f"index: {name}", write(f"checkpoint/{INDEX}", data), says, "layer")
 hostile("index: a pipe", fifo(f"checkpoint/{INDEX}"), "expected a JSON file, .*regular file", "layer")
 hostile("index: a link to nothing", link(f"checkpoint/{INDEX}", "gone"), "No such file", "layer")
@@ -388,10 +446,20 @@ hostile(
     "cannot be read: .*expected a regular file",
     "layer",
 )
-hostile("shards without an index, one a pipe", both(lambda f: (f / "checkpoint" / INDEX).unlink(), fifo("checkpoint/z.safetensors")), "z.safetensors: expected a safetensors file, .*regular file", "layer")  # fmt: skip
+hostile(
+    "shards without an index, one a pipe",
+    both(lambda f: (f / "checkpoint" / INDEX).unlink(), fifo("checkpoint/z.safetensors")),
+    "z.safetensors: expected a safetensors file, .*regular file",
+    "layer",
+)
 CONFIG = "checkpoint/config.json"
 for name, key, value, says in (
-    ("a limit that float32 makes 0", "swiglu_limit", 1e-50, "config.json: swiglu_limit: expected 0 or a float32 number, from 2"),
+    (
+        "a limit that float32 makes 0",
+        "swiglu_limit",
+        1e-50,
+        "config.json: swiglu_limit: expected 0 or a float32 number, from 2",
+    ),
     ("a limit of 1e39", "swiglu_limit", 1e39, "swiglu_limit: expected a finite float32 number"),
     ("a limit of Inf", "swiglu_limit", float("inf"), "swiglu_limit: expected a finite float32 number"),
     ("a limit of NaN", "swiglu_limit", float("nan"), "swiglu_limit: expected a finite float32 number"),
@@ -407,7 +475,7 @@ for name, key, value, says in (
     ("more experts a token than there are", "num_experts_per_tok", 5, "top_k: expected"),
     ("another size", "hidden_size", 64, "expected hidden_size=64 of config.json, got 96"),
     ("a factor of its own", "routed_scaling_factor", 2.5, "routed_scaling_factor: expected None"),
-):  # fmt: skip
+):
     hostile(f"config: {name}", edit(CONFIG, lambda c, new={key: value}: c.update(new)), says, "layer")
 hostile(
     "config: nested deeply",
@@ -422,7 +490,12 @@ hostile(
     "config.json: expected a JSON file, .*No such file",
     "layer",
 )
-hostile("config: a key twice", write(CONFIG, '{"swiglu_limit": 7, "swiglu_limit": 8}'), "the key 'swiglu_limit' is there twice", "layer")  # fmt: skip
+hostile(
+    "config: a key twice",
+    write(CONFIG, '{"swiglu_limit": 7, "swiglu_limit": 8}'),
+    "the key 'swiglu_limit' is there twice",
+    "layer",
+)
 
 # The input of a layer.
 hostile("input: a pipe", fifo("hidden.safetensors"), "expected a safetensors file, .*regular file", "layer")
@@ -555,12 +628,18 @@ hostile(
 hostile(
     "compared: float4",
     both(write(BOTH[0], one_tensor("F4", [4], 2)), write(BOTH[1], one_tensor("F4", [4], 2)[:-1] + b"\x09")),
-    r"1 of 2 elements differ.*got 0x02 \(1 0\), expected 0x09 \(-0.5 0\)", compare=1,
-)  # fmt: skip
+    r"1 of 2 elements differ.*got 0x02 \(1 0\), expected 0x09 \(-0.5 0\)",
+    compare=1,
+)
 
 # Where exports go.
 hostile("export: a file in the way", write("exported", "mine"), "exported", "export")
-hostile("export: a link out", lambda f: ((f / "exported").mkdir(), (f / "exported" / "blob").symlink_to(f / "checkpoint")), "expected no link to write to", "export")  # fmt: skip
+hostile(
+    "export: a link out",
+    lambda f: ((f / "exported").mkdir(), (f / "exported" / "blob").symlink_to(f / "checkpoint")),
+    "expected no link to write to",
+    "export",
+)
 hostile(
     "export: into the goldens",
     link("exported", "goldens/gemm"),
@@ -568,6 +647,7 @@ hostile(
     "export",
 )
 
+DAMAGED = int(os.environ.get("MXFP4REF_FUZZ_FILES", "250"))
 RUNS = [(name, command) for name, (_, _, codes) in HOSTILE.items() for command in codes]
 
 
@@ -606,6 +686,63 @@ def test_hostile(folder: Path, name: str, command: str) -> None:
     assert command != "regenerate" or outcome.code == 0 or not written
 
 
+FOREIGN = [
+    *(
+        name
+        for name in HOSTILE
+        if re.match("manifest: (empty|nested|no UTF|a list|another|a form|a key|a lone|a num)", name)
+    ),
+    *(
+        "manifest: a pipe",
+        "manifest: a folder",
+        "manifest: a device without end",
+        "manifest: a link to itself",
+    ),
+]
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_goldens_of_another_project_above_are_passed_over(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MXFP4REF_GOLDENS", raising=False)
+    HOSTILE[name][0](folder)
+    below = folder / "a" / "b"
+    below.mkdir(parents=True)
+    outcome = run(below, ("show", MOE))  # that of this checkout
+    assert (outcome.code, outcome.problem) == (0, ""), outcome.output
+
+
+@pytest.mark.parametrize("data", [b"", b"PK\x03\x04", PICKLE, b"\x93NUMPY\x01\x00"])
+def test_recordings_that_are_none(tmp_path: Path, data: bytes) -> None:
+    """The tools' recordings: an error, and nothing is unpickled."""
+    (tmp_path / "x.npz").write_bytes(data)
+    with pytest.raises((ValueError, OSError, EOFError, zipfile.BadZipFile)):
+        recorded.load(tmp_path / "x.npz")
+    marker = tmp_path / "made"
+    np.savez(tmp_path / "y.npz", a=np.array([Touch(marker)], dtype=object))
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        recorded.load(tmp_path / "y.npz")
+    assert not marker.exists()
+
+
+class Touch:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_random_damage(whole: Path, tmp_path: Path) -> None:
+    """A few hundred of what `tools/fuzz_files.py` does for as long as one likes."""
+    found = [file_fuzz.one(seed, whole, tmp_path) for seed in range(DAMAGED)]
+    assert [f for f in found if f.problem] == []
+    assert {f.code for f in found} == {0, 1, 2}
+
+
 def test_how_many() -> None:
     assert len(HOSTILE) > 150
     assert {command for _, command in RUNS} >= set(COMMANDS) - {
@@ -613,6 +750,3 @@ def test_how_many() -> None:
         "verify files",
         "show layout",
     }
-    assert len(CASES) == 4
-    assert STAGE in CASES
-    assert os.sep == "/"
