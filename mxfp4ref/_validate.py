@@ -243,7 +243,7 @@ def _overlaps_itself(tensor: Tensor) -> bool:
     )  # rows that interlock, or do not: every place counts
     for stride, size in steps:
         places = (places[:, None] + torch.arange(size, device="cpu") * stride).flatten()
-    return len(places.unique()) < len(places)
+    return bool((places.sort().values.diff() == 0).any())
 
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:
@@ -254,7 +254,8 @@ def _share_memory(one: Tensor, other: Tensor) -> bool:
     if stop <= other_start or other_stop <= start:
         return False
     try:  # numpy looks at addresses and strides only, which may be a GPU's
-        return np.shares_memory(np.asarray(_Memory(one)), np.asarray(_Memory(other)), max_work=1 << 20)
+        memory = np.asarray(_Memory(one)), np.asarray(_Memory(other))
+        return np.shares_memory(*memory, max_work=1 << 20)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
 

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mxfp4ref._files import parse_json, read_file
+from mxfp4ref._files import parse_json, printable, read_file
 from mxfp4ref._validate import check_tensor, shown
 from mxfp4ref.formats.mxfp4 import SCALE_DTYPES
 from mxfp4ref.formats.quantize import fp32_to_ue8m0
@@ -33,6 +33,9 @@ _UNREADABLE = (SafetensorError, OSError, RuntimeError, LookupError, TypeError, V
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged or not what it claims to be; the message names tensor and file."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))  # it may quote the file
 
 
 @dataclass(frozen=True)
