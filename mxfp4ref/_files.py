@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -16,19 +17,38 @@ from typing import Any, get_args
 
 from mxfp4ref._validate import shown
 
-__all__ = ["check_no_input", "mismatch", "parse_json", "printable", "read_file", "replacing", "write_file"]
+__all__ = [
+    "UNFINISHED",
+    "check_no_input",
+    "mismatch",
+    "parse_json",
+    "printable",
+    "read_file",
+    "replacing",
+    "write_file",
+]
+
+
+_LARGEST = 1 << 30
+UNFINISHED = re.compile(r"\.writing-[0-9a-f]{32}")  # the names of files that a killed process leaves
 
 
 def read_file(path: Path) -> bytes:
     """The bytes of a file.
 
     Raises:
-        OSError: it cannot be read, or is no regular file: a pipe would be waited for, a device may never end.
+        OSError: it cannot be read, is no regular file (a pipe would be waited for, a device may never end), or is
+            larger than any file that is read at once.
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "expected a regular file", str(path))
+        if status.st_size > _LARGEST:
+            raise OSError(
+                errno.EFBIG, f"expected at most {_LARGEST:,} bytes, got {status.st_size:,}", str(path)
+            )
         with open(descriptor, "rb", closefd=False) as file:
             return file.read()
     finally:

@@ -18,7 +18,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mxfp4ref._files import mismatch, parse_json, read_file
+from mxfp4ref._files import UNFINISHED, mismatch, parse_json, read_file
 from mxfp4ref._lock import locked
 from mxfp4ref.goldens.case import KINDS, Case, GoldenError, dtype_name, tensor_bytes
 from mxfp4ref.goldens.manifest import FILE_KINDS, FORMAT
@@ -187,7 +187,8 @@ def find_root() -> Path:
 
 def is_other_file(relative: Path) -> bool:
     """Whether a path below a root belongs there without being part of a case."""
-    return relative.parts[0] in _OTHER_FOLDERS or relative.as_posix() in _OTHER_FILES
+    unfinished = UNFINISHED.fullmatch(relative.name) is not None
+    return unfinished or relative.parts[0] in _OTHER_FOLDERS or relative.as_posix() in _OTHER_FILES
 
 
 def _case(name: str, sidecar: dict[str, Any], tensors: dict[str, Tensor]) -> Case:

@@ -42,6 +42,7 @@ from tests.helpers.hostile_files import (
     make_folder,
     one_tensor,
     run,
+    sparse,
     tensor_file,
     tensors,
     write,
@@ -90,6 +91,22 @@ for name, data, says in (
 ):
     hostile(f"manifest: {name}", write(MANIFEST, data), rf"manifest\.json: .*{says}", *READ_GOLDENS)
 hostile("manifest: a pipe", fifo(MANIFEST), "cannot be read: expected a regular file", *READ_GOLDENS)
+hostile("manifest: a terabyte", sparse(MANIFEST), "expected at most 1,073,741,824 bytes", *READ_GOLDENS)
+hostile("record: a terabyte", sparse(RECORD), "expected at most 1,073,741,824 bytes", "verify files")
+hostile(
+    "config: a terabyte", sparse("checkpoint/config.json"), "expected at most 1,073,741,824 bytes", "layer"
+)
+hostile("shard: a terabyte", sparse(SHARD), "cannot be read", "layer")
+hostile("input: a terabyte", sparse("hidden.safetensors"), "expected a safetensors file", "layer")
+hostile("compared: a terabyte", sparse("b.safetensors"), "expected a safetensors file", "compare")
+hostile(
+    "sidecar: a terabyte",
+    sparse(f"goldens/{MOE}.json"),
+    "expected at most 1,073,741,824",
+    "show",
+    "conform",
+    verify=1,
+)
 hostile("manifest: a folder", directory(MANIFEST), "cannot be read: expected a regular file", *READ_GOLDENS)
 hostile(
     "manifest: a device without end", link(MANIFEST, "/dev/zero"), "expected a regular file", *READ_GOLDENS
@@ -647,7 +664,7 @@ hostile(
     "export",
 )
 
-DAMAGED = int(os.environ.get("MXFP4REF_FUZZ_FILES", "250"))
+DAMAGED = int(os.environ.get("MXFP4REF_FUZZ_FILES", "150"))
 RUNS = [(name, command) for name, (_, _, codes) in HOSTILE.items() for command in codes]
 
 
@@ -694,6 +711,7 @@ FOREIGN = [
     ),
     *(
         "manifest: a pipe",
+        "manifest: a terabyte",
         "manifest: a folder",
         "manifest: a device without end",
         "manifest: a link to itself",
