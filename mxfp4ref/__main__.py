@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 import click
@@ -38,6 +39,9 @@ for _command in (*CONFORMANCE, *ENGINE):
 
 def main() -> None:
     """Entry point of the console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a character that its encoding lacks is no reason to stop
+            stream.reconfigure(errors="backslashreplace")
     if "--no-isolate" in sys.argv:
         supervised.main(commands)
     commands(prog_name="mxfp4ref")

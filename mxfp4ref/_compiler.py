@@ -1,4 +1,4 @@
-"""Keeping a caller's torch.compile out."""
+"""What a caller may have turned on and arithmetic cannot bear: torch.compile, and rounding other than to nearest."""
 
 from __future__ import annotations
 
@@ -8,17 +8,27 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from mxfp4ref._rounding import check_rounding
+
 _F = TypeVar("_F", bound=Callable[..., object])
 
 
 def uncompiled(function: _F) -> _F:
-    """Run the function outside of a graph that is being compiled, where fused arithmetic rounds otherwise."""
+    """Run the function outside of a graph that is being compiled, where fused arithmetic rounds otherwise.
+
+    And only where the CPU rounds to nearest: elsewhere the function raises RuntimeError.
+    """
+
+    def checked(*args: Any, **kwargs: Any) -> object:
+        check_rounding()
+        return function(*args, **kwargs)
 
     @functools.wraps(function)
     def outside(*args: Any, **kwargs: Any) -> object:
         # Only asked for while compiling, since it loads the whole compiler.
         if torch.compiler.is_compiling():
-            return torch.compiler.disable(function)(*args, **kwargs)  # type: ignore[no-untyped-call]
+            return torch.compiler.disable(checked)(*args, **kwargs)  # type: ignore[no-untyped-call]
+        check_rounding()
         return function(*args, **kwargs)
 
     return cast(_F, outside)

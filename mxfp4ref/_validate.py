@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,13 +17,16 @@ __all__ = [
     "check_ids",
     "check_instance",
     "check_int",
+    "check_output",
     "check_same_device",
     "check_tensor",
+    "no_storage",
     "shown",
 ]
 
 INT32_MAX = (1 << 31) - 1
 _FLOAT32_MAX = float.fromhex("0x1.fffffep+127")
+_FLOAT32_UNDERFLOW = 2.0**-150  # rounds to 0, as all below
 
 
 def check_instance(name: str, value: object, wanted: type, *, exact: bool = False) -> None:
@@ -39,7 +43,6 @@ def check_tensor(
     shape: Sequence[int | str | None],
     sizes: Mapping[str, int] | None = None,
     contiguous: bool = False,
-    written: bool = False,
     cast: bool = False,
 ) -> Tensor:
     """Return `value` if it is a dense tensor of one of the dtypes and of the shape, else raise.
@@ -52,12 +55,11 @@ def check_tensor(
             dimensions before the rest.
         sizes: the values of symbols that are already known.
         contiguous: require a contiguous tensor.
-        written: require a tensor that can be written into: no element twice, nothing that autograd watches.
         cast: where an int came for an int of another dtype, or a float for a float, say how to cast it.
 
     Raises:
         TypeError: not a tensor, a meta or sparse tensor, or another dtype.
-        ValueError: another shape, or not contiguous or not to be written into where that is required.
+        ValueError: another shape, or not contiguous where that is required.
     """
     dtypes = (dtype,) if isinstance(dtype, torch.dtype) else dtype or ()
 
@@ -76,7 +78,7 @@ def check_tensor(
         castable = cast and value.dtype.is_floating_point == dtypes[0].is_floating_point
         how = f"; write {name}.to({dtypes[0]})" if castable and value.dtype != torch.bool else ""
         raise TypeError(f"{expected()}, got {got(value)}{how}")
-    if kind := _no_storage(value):
+    if kind := no_storage(value) or "lazily negated" * value.is_neg():
         raise TypeError(f"{expected()} with dense storage, got a {kind} tensor")
     any_prefix = len(shape) > 0 and shape[0] == "..."
     tail = shape[1:] if any_prefix else shape
@@ -89,9 +91,30 @@ def check_tensor(
         raise ValueError(f"{expected()}, got {got(value)}")
     if contiguous and not value.is_contiguous():
         raise ValueError(f"{expected()}, contiguous, got strides {list(value.stride())}")
-    if written and (obstacle := _no_writing(value)):
-        raise ValueError(f"{expected()} to be written into, got one {obstacle}")
     return value
+
+
+def check_output(
+    name: str,
+    value: object,
+    *,
+    dtype: torch.dtype,
+    shape: Sequence[int | str | None],
+    inputs: Mapping[str, Tensor | None],
+    contiguous: bool = False,
+) -> Tensor:
+    """Return `value` if it is a tensor as `check_tensor` wants it and can be written into, else raise.
+
+    No two of its elements and no element of an input may lie in the same place, and autograd may not watch it.
+
+    Raises:
+        TypeError, ValueError: as `check_tensor`; ValueError where it cannot be written into.
+    """
+    tensor = check_tensor(name, value, dtype=dtype, shape=shape, contiguous=contiguous)
+    if obstacle := _no_writing(tensor, inputs):
+        wanted = f"a {_short(dtype)} tensor of shape {_describe(shape, None)} to be written into"
+        raise ValueError(f"{name}: expected {wanted}, got one {obstacle}")
+    return tensor
 
 
 def check_same_device(tensors: Mapping[str, Tensor | None]) -> torch.device:
@@ -148,13 +171,15 @@ def check_float(name: str, value: object, *, minimum: float = -math.inf) -> floa
 
     Raises:
         TypeError: not a number.
-        ValueError: NaN, Inf, beyond float32 or below `minimum`.
+        ValueError: NaN, Inf, beyond float32, so small that float32 makes it 0, or below `minimum`.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a float, got {type(value).__name__} {shown(value)}")
     if not max(minimum, -_FLOAT32_MAX) <= value <= _FLOAT32_MAX:
         least = "" if minimum == -math.inf else f" of at least {minimum}"
         raise ValueError(f"{name}: expected a finite float32 number{least}, got {shown(value)}")
+    if 0 < abs(value) <= _FLOAT32_UNDERFLOW:
+        raise ValueError(f"{name}: expected 0 or a float32 number, from 2^-149 up, got {shown(value)}")
     return float(value)
 
 
@@ -177,26 +202,86 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _no_storage(tensor: Tensor) -> str:
+def no_storage(tensor: Tensor) -> str:
     """What kind of tensor it is, if its storage does not hold its elements as they are; else ""."""
+    if tensor.is_nested:
+        return "nested"
     if tensor.is_meta:
         return "meta"
     if tensor.is_quantized:
         return "quantized"
     if tensor.layout != torch.strided:
         return str(tensor.layout)
-    return "lazily negated" if tensor.is_neg() else ""
+    return ""
 
 
-def _no_writing(tensor: Tensor) -> str:
+def _no_writing(tensor: Tensor, inputs: Mapping[str, Tensor | None]) -> str:
     """Why a tensor cannot be written into; "" if it can."""
-    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-        return f"of strides {list(tensor.stride())}"
+    if _overlaps_itself(tensor):
+        return f"whose elements overlap: strides {list(tensor.stride())}"
+    for name, other in inputs.items():
+        if other is not None and _share_memory(tensor, other):
+            return f"that shares memory with {name}"
     if tensor.requires_grad and torch.is_grad_enabled():
         return "that requires a gradient"
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         return "of inference mode"
     return ""
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements of a tensor lie in the same place."""
+    if tensor.numel() < 2:
+        return False
+    steps = sorted(
+        (stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1
+    )
+    reach, nested = 0, True
+    for stride, size in steps:
+        nested = nested and stride > reach  # all that varies faster lies within one step
+        reach += stride * (size - 1)
+    if nested or tensor.numel() > reach + 1:
+        return not nested
+    places = torch.zeros(
+        1, dtype=torch.int64, device="cpu"
+    )  # rows that interlock, or do not: every place counts
+    for stride, size in steps:
+        places = (places[:, None] + torch.arange(size, device="cpu") * stride).flatten()
+    return bool((places.sort().values.diff() == 0).any())
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether an element of one tensor lies where one of another does."""
+    if one.device != other.device or not (one.numel() and other.numel()):
+        return False
+    (start, stop), (other_start, other_stop) = _extent(one), _extent(other)
+    if stop <= other_start or other_stop <= start:
+        return False
+    try:  # numpy looks at addresses and strides only, which may be a GPU's
+        memory = np.asarray(_Memory(one)), np.asarray(_Memory(other))
+        return np.shares_memory(*memory, max_work=1 << 20)  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The address of a tensor's first byte, and of the one after its last."""
+    last = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+class _Memory:
+    """Where a tensor lies, in numpy's terms."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        size = tensor.element_size()
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (tensor.data_ptr(), True),
+            "typestr": f"|V{size}",
+            "shape": tuple(tensor.shape),
+            "strides": tuple(stride * size for stride in tensor.stride()),
+        }
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from mxfp4ref._validate import (
     check_ids,
     check_instance,
     check_int,
+    check_output,
     check_same_device,
     check_tensor,
     shown,
@@ -139,6 +142,12 @@ def test_check_float() -> None:
         ValueError, match=r"^factor: expected a finite float32 number of at least 0.0, got -1$"
     ):
         check_float("factor", -1, minimum=0.0)
+    for tiny in (1e-50, -(2.0**-150), 5e-324):
+        with pytest.raises(
+            ValueError, match=r"^factor: expected 0 or a float32 number, from 2\^-149 up, got "
+        ):
+            check_float("factor", tiny)
+    assert check_float("factor", 2.0**-149) == 2.0**-149
     for not_a_number in (True, "1", None, 1j, torch.tensor(1.0)):
         with pytest.raises(TypeError, match=f"^factor: expected a float, got {type(not_a_number).__name__} "):
             check_float("factor", not_a_number)
@@ -174,21 +183,75 @@ def test_check_tensor_whose_storage_holds_something_else() -> None:
             check_tensor("x", tensor, dtype=torch.float32, shape=(2,))
 
 
-def test_check_tensor_to_be_written() -> None:
+def output(tensor: torch.Tensor, **inputs: torch.Tensor | None) -> torch.Tensor:
+    return check_output("out", tensor, dtype=torch.float32, shape=("M", "N"), inputs=inputs)
+
+
+def test_check_output() -> None:
     floats = torch.zeros(2, 3)
-    for writable in (floats, floats[:, :2], floats[:1].expand(1, 3), floats.t()):
-        check_tensor("out", writable, dtype=torch.float32, shape=("M", "N"), written=True)
+    for writable in (floats, floats[:, :2], floats[:1].expand(1, 3), floats.t(), floats[:0].expand(0, 3)):
+        assert output(writable, other=torch.zeros(6), none=None) is writable
     with torch.inference_mode():
         inferred = torch.zeros(2, 3)
-        check_tensor("out", inferred, dtype=torch.float32, shape=(2, 3), written=True)
+        output(inferred)
     for refused, why in (
-        (floats[:1].expand(2, 3), r"of strides \[0, 1\]"),
+        (floats[:1].expand(2, 3), r"whose elements overlap: strides \[0, 1\]"),
         (floats.clone().requires_grad_(), "that requires a gradient"),
         (inferred, "of inference mode"),
     ):
-        message = rf"^out: expected a float32 tensor of shape \[2, 3\] to be written into, got one {why}$"
+        message = rf"^out: expected a float32 tensor of shape \[M, N\] to be written into, got one {why}$"
         with pytest.raises(ValueError, match=message):
-            check_tensor("out", refused, dtype=torch.float32, shape=(2, 3), written=True)
+            output(refused)
+    with pytest.raises(TypeError, match=r"^out: expected a float32 tensor of shape \[M, N\], got int32"):
+        output(torch.zeros(2, 3, dtype=torch.int32))
+
+
+def test_overlapping_elements_by_counting_places() -> None:
+    """Every small tensor of two and three dimensions, held against the set of its places."""
+    storage = torch.zeros(64)
+    refused = 0
+    for sizes in [(m, n) for m in range(4) for n in range(5)]:
+        for strides in itertools.product(range(6), repeat=2):
+            places = [i * strides[0] + j * strides[1] for i in range(sizes[0]) for j in range(sizes[1])]
+            tensor = storage.as_strided(sizes, strides)
+            if len(set(places)) == len(places):
+                output(tensor)
+            else:
+                refused += 1
+                with pytest.raises(ValueError, match="whose elements overlap"):
+                    output(tensor)
+    assert refused > 100
+    interlocking = storage.as_strided((2, 3, 4), (9, 18, 2))  # 0, 2, 4, 6 and 9, 11, ..., 18, 20, ...
+    check_output("out", interlocking, dtype=torch.float32, shape=(2, 3, 4), inputs={})
+    with pytest.raises(ValueError, match="overlap"):
+        check_output("out", torch.zeros(8).unfold(0, 4, 2), dtype=torch.float32, shape=(3, 4), inputs={})
+
+
+@pytest.mark.parametrize(
+    ("place", "shared"),
+    [
+        (lambda b: b[8:16], False),  # beside it
+        (lambda b: b[7:9], True),  # its last element
+        (lambda b: b[0:1], True),
+        (lambda b: b[0:0], False),
+        (lambda b: b.view(torch.int32)[3:4], True),
+        (lambda b: b.view(torch.uint8)[31:32], True),
+        (lambda b: b.view(torch.uint8)[32:33], False),
+        (lambda b: b[1::2], True),
+        (lambda b: b.as_strided((3,), (7,)), True),
+        (lambda b: b.clone(), False),
+    ],
+)
+def test_shared_memory(place: Callable[[torch.Tensor], torch.Tensor], shared: bool) -> None:
+    buffer = torch.zeros(32)
+    other = place(buffer)
+    if shared:
+        with pytest.raises(ValueError, match=r"got one that shares memory with packed$"):
+            output(buffer[:8].view(2, 4), scales=torch.zeros(2), packed=other)
+    else:
+        output(buffer[:8].view(2, 4), packed=other)
+    # Elements in between share nothing.
+    output(buffer[0:8:2].view(2, 2), packed=buffer[1:8:2])
 
 
 def test_shown_is_one_short_line() -> None:

@@ -47,6 +47,9 @@ def read(format: CheckpointFormat, shards: Shards, prefix: str, num_experts: int
             f"{prefix}experts.*: expected experts 0 to {num_experts - 1}, as config.json says, found "
             f"{len(present)}, the last of them {count - 1}"
         )
+    if count != len(present):
+        missing = next(expert for expert in range(count) if expert not in present)
+        raise CheckpointError(f"{prefix}experts.{missing}.*: expected experts 0 to {count - 1}, not there")
     roles = [f"{matrix}_{kind}" for matrix in _MATRICES for kind in ("weights", "scales")]
     of_experts = [names[role].format(expert) for role in roles for expert in range(count)]
     format.refuse_others(shards, prefix, of_experts)

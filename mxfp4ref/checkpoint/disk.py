@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
+import os.path
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mxfp4ref._validate import check_choice, check_float, check_int
+from mxfp4ref._files import replacing
+from mxfp4ref._validate import check_choice, check_float, check_int, shown
 from mxfp4ref.checkpoint.deepseek_v4 import DEEPSEEK_V4
 from mxfp4ref.checkpoint.format import CheckpointFormat
 from mxfp4ref.checkpoint.gpt_oss import GPT_OSS, GPT_OSS_ORIGINAL
@@ -25,7 +26,6 @@ from mxfp4ref.formats.resize import resize_experts
 __all__ = ["FORMATS", "find_layers", "read_layer", "save", "write_layer"]
 
 FORMATS = {format.name: format for format in (DEEPSEEK_V4, GPT_OSS, GPT_OSS_ORIGINAL)}
-_LARGEST = torch.finfo(torch.float32).max
 
 
 def find_layers(shards: Shards) -> dict[int, tuple[CheckpointFormat, str]]:
@@ -143,19 +143,16 @@ def save(path: str | Path, tensors: dict[str, Tensor]) -> None:
     Raises:
         CheckpointError: the file cannot be written.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        safetensors.torch.save_file(tensors, partial)
-        os.replace(partial, path)
+        with replacing(Path(path)) as partial:
+            safetensors.torch.save_file(tensors, partial)
     except (SafetensorError, OSError) as error:
-        partial.unlink(missing_ok=True)
         raise CheckpointError(f"{path}: expected a file that can be written, got: {error}") from None
 
 
 def _read_config(root: Path) -> dict[str, Any]:
     path = (root if root.is_dir() else root.parent) / "config.json"
-    return read_json(path) if path.exists() else {}
+    return read_json(path) if os.path.lexists(path) else {}
 
 
 def _setting(config: Mapping[str, Any], kind: type, names: Sequence[str]) -> Any:
@@ -164,9 +161,12 @@ def _setting(config: Mapping[str, Any], kind: type, names: Sequence[str]) -> Any
         value = config.get(name)
         if value is None:
             continue
-        is_number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-        if not (is_number and abs(value) <= _LARGEST):
-            raise CheckpointError(f"config.json: {name}: expected {kind.__name__}, got {value!r}")
+        if kind is int and type(value) is not int:
+            raise CheckpointError(f"config.json: {name}: expected int, got {shown(value)}")
+        try:
+            check_float(name, value)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"config.json: {error}") from None
         return value
     return None
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mxfp4ref._files import check_no_input
 from mxfp4ref._validate import check_choice, check_tensor
 from mxfp4ref.checkpoint.disk import FORMATS, save
 from mxfp4ref.checkpoint.layer import CheckpointLayer
@@ -72,11 +73,13 @@ def run_layer(
 
     Raises:
         TypeError, ValueError: as the router and `moe_layer` do; or the layer has no bias for the router, or a
-            factor that its router does not apply.
+            factor that its router does not apply; or the output would replace the input.
         CheckpointError: the input file is damaged or has other tensors, top_k is not known, or the output
             cannot be written.
     """
     shards = open_shards(input_path)
+    if output_path is not None:
+        check_no_input(Path(output_path), {shards.root, *shards.files.values()})
     unknown = sorted(set(shards.files) - set(_INPUTS))
     if unknown or "hidden" not in shards.files:
         raise CheckpointError(

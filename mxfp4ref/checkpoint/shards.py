@@ -7,8 +7,10 @@ wrong but not run anything; names in an index cannot leave its folder.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+import errno
+import os.path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,19 +19,23 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mxfp4ref._validate import check_tensor
+from mxfp4ref._files import parse_json, printable, read_file
+from mxfp4ref._validate import check_tensor, shown
 from mxfp4ref.formats.mxfp4 import SCALE_DTYPES
 from mxfp4ref.formats.quantize import fp32_to_ue8m0
 
 __all__ = ["CheckpointError", "Shards", "open_shards", "read_json"]
 
 INDEX = "model.safetensors.index.json"
-# RuntimeError is torch's, where a file cannot be mapped.
-_UNREADABLE = (SafetensorError, OSError, RuntimeError)
+# The last four are torch's and the library's, where a file cannot be mapped or a dtype is not known to them.
+_UNREADABLE = (SafetensorError, OSError, RuntimeError, LookupError, TypeError, ValueError)
 
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged or not what it claims to be; the message names tensor and file."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))  # it may quote the file
 
 
 @dataclass(frozen=True)
@@ -114,9 +120,10 @@ def open_shards(checkpoint: str | Path) -> Shards:
             files hold a tensor of the same name.
     """
     root = Path(checkpoint)
-    if (root / INDEX).is_file():
+    if os.path.lexists(root / INDEX):
         return Shards(root, _read_index(root / INDEX))
-    found = [root] if root.is_file() else sorted(root.glob("*.safetensors"))
+    is_file = os.path.lexists(root) and not root.is_dir()
+    found = [root] if is_file else sorted(root.glob("*.safetensors"))
     if not found:
         raise CheckpointError(f"{root}: expected {INDEX} or a *.safetensors file there, found neither")
     files: dict[str, Path] = {}
@@ -135,8 +142,8 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: it cannot be read or is no JSON object.
     """
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        value = parse_json(read_file(path))
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: expected a JSON file, got {type(error).__name__}: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
@@ -151,14 +158,22 @@ def _read_index(index: Path) -> dict[str, Path]:
         # A bare name, on Windows too. It may be a symbolic link: download caches are made of them.
         if not isinstance(file, str) or not file.endswith(".safetensors") or set(file) & set("/\\:\0"):
             raise CheckpointError(
-                f"{index}: {name}: expected the name of a .safetensors file beside it, got {file!r}"
+                f"{index}: {name}: expected the name of a .safetensors file beside it, got {shown(file)}"
             )
     return {name: index.parent / file for name, file in weight_map.items()}
 
 
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    if file.exists() and not file.is_file():  # a pipe would be waited for
+        raise OSError(errno.EINVAL, "expected a regular file", str(file))
+    with safe_open(file, framework="pt") as reader:
+        yield reader
+
+
 def _names(file: Path) -> list[str]:
     try:
-        with safe_open(file, framework="pt") as reader:
+        with _opened(file) as reader:
             return list(reader.keys())
     except _UNREADABLE as error:
         raise CheckpointError(f"{file}: expected a safetensors file, got: {error}") from None
@@ -168,12 +183,14 @@ def _read_file(file: Path, wanted: Sequence[str]) -> dict[str, Tensor]:
     tensors = {}
     name = wanted[0]
     try:
-        with safe_open(file, framework="pt") as reader:
+        with _opened(file) as reader:
             present = set(reader.keys())
             for name in wanted:
                 if name not in present:
                     raise CheckpointError(f"{name}: expected in {file}, where the index puts it, not there")
                 tensors[name] = reader.get_tensor(name)
+    except CheckpointError:
+        raise
     except _UNREADABLE as error:
         raise CheckpointError(f"{name}: expected in {file}, which cannot be read: {error}") from None
     return tensors

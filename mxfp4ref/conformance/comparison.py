@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.plain import TensorError, like, raw_bytes, tensor_of
+from mxfp4ref._validate import no_storage
+from mxfp4ref.conformance.plain import TensorError, like, raw_bytes, resolved, tensor_of
+from mxfp4ref.formats.mxfp4 import E2M1_VALUES, unpack_codes
 
 __all__ = [
     "FAR",
@@ -35,6 +37,7 @@ _FLOATS = (
     *(torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu),
 )
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_SIGN = -(1 << 63)
 
 
 @dataclass(frozen=True)
@@ -67,31 +70,34 @@ def differing(got: Tensor, expected: Tensor) -> Tensor:
     """Where two tensors of one dtype and shape differ in any bit, as bool.
 
     Raises:
-        TypeError: they have different dtypes.
+        TypeError: they have different dtypes, or one has no bits of its elements: meta, quantized, sparse, nested.
         ValueError: they have different shapes.
     """
+    for name, tensor in (("got", got), ("expected", expected)):
+        if kind := no_storage(tensor):
+            raise TypeError(f"{name}: expected a tensor with dense storage, got a {kind} tensor")
     if got.dtype != expected.dtype:
         raise TypeError(f"got: expected dtype {expected.dtype}, got {got.dtype}")
     if got.shape != expected.shape:
         raise ValueError(f"got: expected shape {list(expected.shape)}, got {list(got.shape)}")
     if got.dtype.is_complex:
-        return differing(torch.view_as_real(got), torch.view_as_real(expected)).any(-1)
+        return differing(*map(_parts, (got, expected))).any(-1)
     return _bits(got) != _bits(expected).to(got.device)
 
 
 def ulp_distance(got: Tensor, expected: Tensor) -> Tensor:
     """How many representable numbers lie from one to the other, int64, below `FAR`; integers: their difference.
 
-    Both zeros are one number. Equal NaNs are 0 apart, a NaN is `FAR` from anything else. Of complex numbers it is the
-    larger one of the two parts'.
+    Both zeros are one number. Equal NaNs are 0 apart, a NaN is `FAR` from anything else. Of complex numbers the parts
+    that are further apart count, of packed float4 the bytes.
     """
-    if got.dtype.is_complex:
-        return ulp_distance(torch.view_as_real(got), torch.view_as_real(expected)).amax(-1)
     differs = differing(got, expected)
-    distance = _apart(_ordered(got), _ordered(expected))
+    if got.dtype.is_complex:
+        return ulp_distance(*map(_parts, (got, expected))).amax(-1)
+    distance = _apart(_ordered(got), _ordered(expected).to(got.device))
     if got.dtype not in _FLOATS:
         return distance
-    nan = torch.isnan(got) | torch.isnan(expected)
+    nan = torch.isnan(got.to(torch.float64)) | torch.isnan(expected.to(torch.float64)).to(got.device)
     return torch.where(nan, torch.where(differs, FAR, 0), distance)
 
 
@@ -110,7 +116,7 @@ def first_difference(got: Tensor, expected: Tensor) -> Difference | None:
 
 def difference_at(got: Tensor, expected: Tensor, index: tuple[int, ...]) -> Difference:
     """Describe one element of both tensors."""
-    one, other = got[index].detach().reshape(1).cpu(), expected[index].detach().reshape(1).cpu()
+    one, other = (resolved(tensor[index].detach()).reshape(1).cpu() for tensor in (got, expected))
     return Difference(
         index=index,
         got_bits=_hexadecimal(one),
@@ -124,6 +130,7 @@ def difference_at(got: Tensor, expected: Tensor, index: tuple[int, ...]) -> Diff
 def assert_bits_equal(got: Tensor, expected: Tensor, name: str = "output") -> None:
     """Raise AssertionError, with the first difference, unless the tensors agree in dtype, shape and every bit."""
     __tracebackhide__ = True
+    got, expected = resolved(got), resolved(expected)
     try:
         kinds = like(got), like(expected)
         raw = raw_bytes(got), raw_bytes(expected)
@@ -142,31 +149,45 @@ def assert_bits_equal(got: Tensor, expected: Tensor, name: str = "output") -> No
         )
 
 
+def _parts(tensor: Tensor) -> Tensor:
+    """Real and imaginary parts of complex numbers, in a last dimension."""
+    return torch.view_as_real(tensor.detach().resolve_conj().resolve_neg())
+
+
 def _bits(tensor: Tensor) -> Tensor:
     if tensor.dtype == torch.bool:
         return tensor
-    return tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()])
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.detach().resolve_conj())
+    return tensor.detach().resolve_neg().contiguous().view(_INTEGERS[tensor.element_size()])
 
 
 def _ordered(tensor: Tensor) -> Tensor:
     """Integers in the order of the numbers, one apart where these are neighbours."""
+    if tensor.dtype == torch.uint64:
+        return tensor.view(torch.int64) ^ _SIGN
     if tensor.dtype in _WHOLE:
         return tensor.to(torch.int64)
     bits = _bits(tensor).to(torch.int64)
-    if tensor.dtype not in _FLOATS:
+    if tensor.dtype not in _FLOATS or tensor.dtype == torch.float8_e8m0fnu:  # no sign
         return bits
-    magnitude = bits & ((1 << (8 * tensor.element_size() - 1)) - 1)
-    return torch.where(bits < 0, -magnitude, magnitude)
+    width = 8 * tensor.element_size()
+    bits = bits << (64 - width) >> (64 - width)
+    return torch.where(bits < 0, -(bits & ((1 << (width - 1)) - 1)), bits)
 
 
 def _hexadecimal(one: Tensor) -> str:
-    return f"0x{raw_bytes(one)[::-1].hex().upper()}"
+    parts = _parts(one).unbind(-1) if one.dtype.is_complex else (one,)
+    return " ".join(f"0x{raw_bytes(part)[::-1].hex().upper()}" for part in parts)
 
 
 def _value(one: Tensor) -> str:
+    if one.dtype == torch.float4_e2m1fn_x2:
+        return " ".join(f"{E2M1_VALUES[code]:g}" for code in unpack_codes(one).tolist())
     if one.dtype not in (*_FLOATS, *_WHOLE, torch.bool, torch.complex64, torch.complex128):
         return str(one.dtype).removeprefix("torch.")  # of which torch gives no value
     value = one.item()
     if one.dtype not in _FLOATS:
         return str(value)
-    return f"{value:.9g}" if value == value else "NaN"
+    digits = 17 if one.dtype == torch.float64 else 9
+    return f"{value:.{digits}g}" if value == value else "NaN"

@@ -91,12 +91,15 @@ def diagnose(
             experts are too large for that.
 
     Raises:
-        ValueError: they do not differ.
+        TypeError, ValueError: an output is missing, or of another dtype or shape than expected, or all are equal.
     """
+    missing = [n for n in expected if n not in outputs]
+    if missing:
+        raise ValueError(f"outputs: expected {', '.join(expected)}, got {', '.join(outputs) or 'none'}")
     name = next((n for n in expected if bool(differing(outputs[n], expected[n]).any())), None)
     if name is None:
         raise ValueError(
-            f"outputs: expected one that differs, got the expected bits in {', '.join(expected)}"
+            "outputs: expected an element that differs from `expected`, got equal bits in all of them"
         )
     got, want = outputs[name], expected[name]
     mask = differing(got, want)

@@ -50,15 +50,14 @@ def load_kernel(spec: str | Callable[..., Any], device: str | None = None) -> Ke
         device: where its tensors go; by default the CPU, and CUDA for `flashinfer`.
 
     Raises:
+        TypeError: it is neither.
         KernelError: it names nothing that can be imported, or nothing that can run here.
     """
     if device is not None:
         check_device(device)
     if not isinstance(spec, str):
         if not callable(spec):
-            raise KernelError(
-                f"kernel: expected a name or a function, got {type(spec).__name__} {shown(spec)}"
-            )
+            raise TypeError(f"kernel: expected a name or a callable, got {type(spec).__name__} {shown(spec)}")
         name = printable(getattr(spec, "__qualname__", type(spec).__name__), 200)
         return Kernel(name, ("moe",), sm90_arguments(spec), spec, device=device or "cpu")
     head, _, rest = spec.partition(":")

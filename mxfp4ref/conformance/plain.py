@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxfp4ref._files import printable as escaped
+
 __all__ = [
     "Like",
     "TensorError",
@@ -27,6 +29,7 @@ __all__ = [
     "of_exception",
     "printable",
     "raw_bytes",
+    "resolved",
     "tensor_of",
     "without_modes",
 ]
@@ -50,6 +53,7 @@ _dtype, _device, _layout, _requires_grad = (
 )
 _nested, _meta, _quantized = (vars(_base)[name].__get__ for name in ("is_nested", "is_meta", "is_quantized"))
 _negated, _conjugated = _base.is_neg, _base.is_conj
+_resolve_negated, _resolve_conjugated = _base.resolve_neg, _base.resolve_conj
 _no_functions, _no_dispatch = torch._C.DisableTorchFunction, torch._C._DisableTorchDispatch
 
 
@@ -122,6 +126,17 @@ def _like(tensor: Any) -> Like:
     return found
 
 
+def resolved(value: Any) -> Any:
+    """A tensor that is lazily negated or conjugated as one that holds its elements; anything else as it is."""
+    if not issubclass(_class_of(value), _base):
+        return value
+    with without_modes():
+        lazy = (
+            not _nested(value) and _layout(value) == torch.strided and (_negated(value) or _conjugated(value))
+        )
+        return _resolve_negated(_resolve_conjugated(value)) if lazy else value
+
+
 def raw_bytes(value: object) -> bytes:
     """The elements of a tensor on any device in C order, as they lie in memory.
 
@@ -169,7 +184,7 @@ def printable(value: object, limit: int = MESSAGE) -> str:
     if len(text) > limit:
         half = limit // 2
         text = f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return escaped(text, lines=False)
 
 
 def of_exception(error: BaseException, without: str = "") -> str:

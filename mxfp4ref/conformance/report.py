@@ -22,7 +22,7 @@ from mxfp4ref.defects import DEFECTS
 if TYPE_CHECKING:
     from mxfp4ref.conformance.diagnosis import Diagnosis
 
-__all__ = ["FORMAT", "case_lines", "to_html", "to_json", "to_junit", "to_text"]
+__all__ = ["FORMAT", "case_lines", "check_html", "to_html", "to_json", "to_junit", "to_text"]
 
 FORMAT = "mxfp4ref-report-1"
 
@@ -67,7 +67,8 @@ def headline(result: CaseResult) -> str:
         words += f" ({named if len(result.tiles) <= _NAMED else f'{len(result.tiles)} tactics'})"
     if result.status == "within bounds":
         words += f" ({result.differing:,} of {result.elements:,} elements differ)"
-    return words + (f": {result.message}" if result.message else "")
+    # What follows further line ends of the message is not to be taken for a line of the report.
+    return words + (": " + result.message.replace("\n", "\n        ") if result.message else "")
 
 
 def case_lines(result: CaseResult) -> list[str]:
@@ -114,7 +115,7 @@ def to_junit(report: Report) -> str:
         time=f"{report.seconds:.3f}",
     )
     for result in report.results:
-        group, name = result.case.rsplit("/", 1)
+        group, _, name = result.case.rpartition("/")
         case = ElementTree.SubElement(
             suite, "testcase", classname=f"mxfp4ref.{group}", name=name, time=f"{result.seconds:.3f}"
         )
@@ -123,7 +124,7 @@ def to_junit(report: Report) -> str:
         elif not result.ok:
             tag = "failure" if result.status in ("differs", "outside bounds") else "error"
             element = ElementTree.SubElement(case, tag, message=headline(result), type=result.status)
-            element.text = _printable("\n".join(case_lines(result)))
+            element.text = "\n".join(case_lines(result))
     root = ElementTree.Element("testsuites")
     root.append(suite)
     ElementTree.indent(root)
@@ -136,13 +137,8 @@ def to_html(report: Report) -> str:
     Raises:
         ModuleNotFoundError: jinja2 or matplotlib is not installed (`pip install mxfp4ref[report]`).
     """
-    try:
-        jinja2 = importlib.import_module("jinja2")
-        importlib.import_module("matplotlib")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"an HTML report needs {error.name}: pip install 'mxfp4ref[report]'"
-        ) from error
+    check_html()
+    jinja2 = importlib.import_module("jinja2")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -156,6 +152,17 @@ def to_html(report: Report) -> str:
         defects=[DEFECTS[name] for name in report.defects],
     )
     return html
+
+
+def check_html() -> None:
+    """Raise ModuleNotFoundError, with the way to install it, if what an HTML report needs is missing."""
+    try:
+        importlib.import_module("jinja2")
+        importlib.import_module("matplotlib")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"an HTML report needs {error.name}: pip install 'mxfp4ref[report]'"
+        ) from error
 
 
 def _by_suite(report: Report) -> Iterator[tuple[str, list[CaseResult]]]:
@@ -270,8 +277,3 @@ def _picture(figure: Any) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     return base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def _printable(text: str) -> str:
-    """Without the control characters that XML cannot hold."""
-    return "".join(c for c in text if c in "\n\t" or ord(c) >= 32)

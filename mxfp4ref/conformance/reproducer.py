@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -10,13 +11,17 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from mxfp4ref._files import parse_json, printable, write_file
+from mxfp4ref._validate import check_choice, check_instance
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.reduction import reduce_call
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.formats.generations import generation_named
 from mxfp4ref.goldens import Case
+from mxfp4ref.goldens.case import KINDS
 from mxfp4ref.goldens.runs import Run
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward
@@ -24,12 +29,11 @@ from mxfp4ref.sm90.tactics import Sm90Kernel
 
 __all__ = ["load_reproducer", "write_reproducer"]
 
-_SCRIPT = '''\
-"""{case}: {why}
-
-Runs one token of the case through a kernel and shows the first element that differs.
-Usage: python {name}.py [kernel]; see `mxfp4ref conform --help`.
-"""
+_SCRIPT = """\
+{about}
+#
+# Runs one token of the case through a kernel and shows the first element that differs.
+# Usage: python {name}.py [kernel]; see `mxfp4ref conform --help`.
 
 import sys
 from pathlib import Path
@@ -47,19 +51,21 @@ if outcome.problem:
 for name, tensor in expected.items():
     assert_bits_equal(outcome.outputs[name], tensor, name)
 print("equal")
-'''
+"""
 _CALL_FIELDS = ("input", "token_selected_experts", "token_final_scales")
 
 
 def write_reproducer(folder: Path, case: Case, one: Run, kernel: str, outputs: Mapping[str, Tensor]) -> Path:
-    """Write `<suite>-<case>.safetensors` and `.py` into a folder and return the script's path.
+    """Write `<suite>-<case>.safetensors` and `.py` into a folder and return the script's path; no link is followed.
 
     Of a kernel call the first token that differs is kept, if its expected output does not depend on the other
     tokens (it may, where the first two groups of K over- or underflow), and without expert parallelism only
     the experts it uses. The kernel's own output is stored as `got.<name>`.
+
+    Raises:
+        OSError: a file cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"{case.suite}-{case.name}"
+    name = re.sub(r"[^A-Za-z0-9_-]", "_", f"{case.suite}-{case.name}")
     inputs, expected = one.inputs, dict(one.expected)
     got = {key: outputs[key] for key in expected if key in outputs}
     if isinstance(inputs, MoeCall):
@@ -72,35 +78,55 @@ def write_reproducer(folder: Path, case: Case, one: Run, kernel: str, outputs: M
     tensors, parameters = _flatten(case.kind, inputs)
     tensors |= {f"expected.{key}": value for key, value in expected.items()}
     tensors |= {f"got.{key}": value for key, value in got.items()}
-    metadata = {"kind": case.kind, "parameters": json.dumps(parameters), "case": case.id, "kernel": kernel}
+    metadata = {
+        "kind": case.kind,
+        "parameters": json.dumps(parameters),
+        "case": printable(case.id),
+        "kernel": printable(kernel),
+    }
     owned = {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
-    safetensors.torch.save_file(owned, folder / f"{name}.safetensors", metadata)
     script = folder / f"{name}.py"
-    script.write_text(_SCRIPT.format(case=case.id, why=case.why, name=name, kernel=kernel), encoding="utf-8")
+    about = "\n".join(f"# {line}" for line in printable(f"{case.id}: {case.why}").split("\n"))
+    try:
+        write_file(script.with_suffix(".safetensors"), safetensors.torch.save(owned, metadata), folder)
+        write_file(script, _SCRIPT.format(about=about, name=name, kernel=kernel), folder)
+    except SafetensorError as error:
+        raise OSError(f"{script.with_suffix('.safetensors')}: {error}") from error
     return script
 
 
 def load_reproducer(path: Path) -> tuple[str, Any, dict[str, Tensor]]:
-    """The kind, the inputs and the expected outputs of a reproducer."""
-    with safetensors.safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        tensors = {key: file.get_tensor(key) for key in file.offset_keys()}
+    """The kind, the inputs and the expected outputs of a reproducer.
+
+    Raises:
+        ValueError: the file is none; the message names it.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.offset_keys()}
+        return _load(metadata["kind"], parse_json(metadata["parameters"]), tensors)
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: expected a reproducer, got {type(error).__name__}: {error}") from error
+
+
+def _load(
+    kind: str, parameters: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[str, Any, dict[str, Tensor]]:
+    check_choice("kind", kind, KINDS)
+    check_instance("parameters", parameters, dict)
     expected = {key.removeprefix("expected."): t for key, t in tensors.items() if key.startswith("expected.")}
     inputs = {key: t for key, t in tensors.items() if not key.startswith(("expected.", "got."))}
-    parameters = json.loads(metadata["parameters"])
-    if metadata["kind"] != "moe":
-        return metadata["kind"], {**inputs, **parameters}, expected
+    if kind != "moe":
+        return kind, {**inputs, **parameters}, expected
     experts = Experts(**{f.name: inputs.get(f.name) for f in fields(Experts)})  # type: ignore[arg-type]
     parameters["kernel"] = Sm90Kernel.of_tiles(
         tuple(parameters.pop("tile_k")),
         tuple(parameters.pop("tile_n")),
         generation_named(parameters.pop("generation")),
     )
-    return (
-        "moe",
-        MoeCall(**{key: inputs[key] for key in _CALL_FIELDS}, experts=experts, **parameters),
-        expected,
-    )
+    given: dict[str, Any] = {key: inputs[key] for key in _CALL_FIELDS}
+    return kind, MoeCall(**given, experts=experts, **parameters), expected
 
 
 def _flatten(kind: str, inputs: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from mxfp4ref._files import printable
 from mxfp4ref.conformance.diagnosis import Diagnosis
 from mxfp4ref.defects import DEFECTS
 
@@ -44,6 +45,10 @@ class CaseResult:
     seconds: float = 0.0
     diagnosis: Diagnosis | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("case", "why", "message"):  # text of files and kernels, to be shown anywhere
+            object.__setattr__(self, name, printable(getattr(self, name), lines=name == "message"))
+
     @property
     def ok(self) -> bool:
         return self.status in PASSING
@@ -68,6 +73,11 @@ class Report:
     defects: tuple[str, ...] = ()
     seconds: float = 0.0
     environment: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kernel", printable(self.kernel, lines=False))
+        environment = {name: printable(value, lines=False) for name, value in self.environment.items()}
+        object.__setattr__(self, "environment", environment)
 
     @property
     def ok(self) -> bool:

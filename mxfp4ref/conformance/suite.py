@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mxfp4ref._validate import check_choice, check_instance
+from mxfp4ref._validate import check_choice, check_instance, shown
 from mxfp4ref.conformance.adapters import Kernel
 from mxfp4ref.conformance.bounds import bound
 from mxfp4ref.conformance.comparison import differing
@@ -98,9 +98,12 @@ def run(
     Raises:
         KernelError: the kernel cannot be loaded, or its device is not here.
         GoldenError: a case is damaged.
-        TypeError: something else than a case among the cases.
+        TypeError: an argument is something else, or something else than a case is among the cases.
         ValueError: a callable to be isolated, or all tactics of a kernel whose tactics cannot be chosen.
     """
+    check_instance("options", options, Options)
+    if isinstance(cases, str) or not isinstance(cases, Goldens | Iterable):
+        raise TypeError(f"cases: expected Goldens or Case objects, got {type(cases).__name__} {shown(cases)}")
     if isolate and not isinstance(kernel, str):
         raise ValueError(f"isolate: expected a kernel given by its name, got {type(kernel).__name__}")
     start = time.perf_counter()
@@ -142,6 +145,7 @@ def run_case(
     suspects: tuple[str, ...] | None = None,
 ) -> CaseResult:
     """Run a kernel on one case; arguments as in `run`, `suspects` as in `diagnosis.diagnose`."""
+    check_instance("case", case, Case)
     about: dict[str, Any] = {"case": case.id, "kind": case.kind, "why": case.why}
     if case.kind not in kernel.kinds:
         return CaseResult(
@@ -205,13 +209,13 @@ def _joined(*words: str) -> str:
 
 
 def _dump(options: Options, kernel: Kernel, case: Case, one: Run, outputs: Mapping[str, Tensor]) -> str:
-    """Write a reproducer, if one is wanted; why it could not be written."""
+    """Write a reproducer, if one is wanted; why it could not be written, which is no reason to stop."""
     if options.dump is None:
         return ""
     try:
         write_reproducer(options.dump, case, one, kernel.name, outputs)
-    except OSError as error:
-        return f"no reproducer: {error}"
+    except (OSError, ValueError) as error:
+        return f"its reproducer was not written: {error}"
     return ""
 
 

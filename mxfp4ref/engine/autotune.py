@@ -22,6 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mxfp4ref._files import parse_json, read_file
 from mxfp4ref._validate import check_int
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90.tactics import Sm90Kernel, runnable_tactics
@@ -209,7 +210,7 @@ def _entries(file: Path) -> list[_Entry]:
 
 
 def _json_object(file: Path) -> dict[str, Any]:
-    stored = json.loads(file.read_text(encoding="utf-8"))
+    stored = parse_json(read_file(file))
     if not isinstance(stored, dict):
         raise ValueError(f"expected a JSON object, got {type(stored).__name__}")
     return stored

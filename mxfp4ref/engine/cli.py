@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mxfp4ref.conformance.cli.report_files import pop_report_files, print_report, report_files
-from mxfp4ref.conformance.cli.shared import NOT_EQUAL, UsageError, goldens_option, progress, usage_errors
+from mxfp4ref.conformance.cli.shared import (
+    NOT_EQUAL,
+    USAGE,
+    UsageError,
+    echo,
+    goldens_option,
+    progress,
+    usage_errors,
+)
 
 if TYPE_CHECKING:
     from mxfp4ref.engine.replaying import ReplayReport
@@ -46,7 +55,7 @@ def replay(folder: Path, **options: Any) -> None:
     not modelled, has no recorded output, or that a CUDA graph has overwritten since is skipped, and the reason told.
 
     Exit codes: 0 all that were compared are equal; 1 some differ or cannot be read, or ran other tactics than
-    predicted; 2 wrong usage, or nothing to compare.
+    predicted; 2 wrong usage, nothing to compare, or a report could not be written.
     """
     from mxfp4ref.engine.replaying import ReplayOptions
     from mxfp4ref.engine.replaying import replay as replay_folder
@@ -54,18 +63,23 @@ def replay(folder: Path, **options: Any) -> None:
     files = pop_report_files(options)
     options["diagnosed"] = not options.pop("no_diagnosis")
     with usage_errors():
-        files.refuse_missing_folders()
+        files.check(_files_of(folder, options["autotune_cache"]))
         with progress() as step:
             report = replay_folder(
                 folder, ReplayOptions(**options), progress=lambda result, total: step(result.case, total)
             )
-        files.write(report)
-    _print_table(report)
-    if problems := report.environment.get("not read of the autotune cache"):
-        click.echo(f"not read of the autotune cache: {problems}", err=True)
-    print_report(report, verbose=False)
-    if report.ok or any(not result.ok for result in report.results):
-        sys.exit(0 if report.ok else NOT_EQUAL)
+
+    def show() -> None:
+        _print_table(report)
+        if problems := report.environment.get("not read of the autotune cache"):
+            echo(f"not read of the autotune cache: {problems}", err=True)
+        print_report(report, verbose=False)
+
+    complete = files.write_after(show, report)
+    if any(not result.ok for result in report.results):
+        sys.exit(NOT_EQUAL)
+    if report.ok:
+        sys.exit(0 if complete else USAGE)
     raise UsageError(f"{folder}: none of the {len(report.results)} recorded calls could be compared")
 
 
@@ -116,16 +130,16 @@ def record(
     recorder = Recorder(folder, max_calls, int(max_gib * 2**30))
     code = run_script(script, arguments, recorder, module=module)
     for problem in recorder.problems:
-        click.echo(f"not recorded: {problem}", err=True)
+        echo(f"not recorded: {problem}", err=True)
     if recorder.left_out:
-        click.echo(f"{recorder.left_out:,} calls were not recorded", err=True)
+        echo(f"{recorder.left_out:,} calls were not recorded", err=True)
     written = len(find_recordings(folder)) - before  # of forked processes too
     if not written:
         raise UsageError(
             f"{script}: nothing recorded; expected calls of flashinfer.fused_moe.cutlass_fused_moe or of "
             "mxfp4ref.torch_ref_cutlass_fused_moe in this process"
         )
-    click.echo(f"{written:,} calls recorded in {folder}")
+    echo(f"{written:,} calls recorded in {folder}")
     sys.exit(code)
 
 
@@ -180,20 +194,28 @@ def invariance(what: str, **options: Any) -> None:
             found = of_kernel(what, options["cases"], options["ranks"], options["root"], options["device"])
         for name, result in found:
             if isinstance(result, str):
-                click.echo(f"{name}: {result}")
+                echo(f"{name}: {result}")
                 continue
             count += 1
             ok &= result.ok
-            click.secho(f"{name}: {result.verdict}", fg="green" if result.ok else "red")
+            echo(f"{name}: {result.verdict}", fg="green" if result.ok else "red")
             for variant in result.variants:
                 words = f"{variant.differing:,} of {variant.elements:,} elements differ"
-                click.echo(f"    {variant.name:30} {words if variant.differing else 'equal'}")
+                echo(f"    {variant.name:30} {words if variant.differing else 'equal'}")
                 if variant.first is not None:
-                    click.echo(f"        first: {variant.first}")
-                    click.echo(f"        why: {variant.why}")
+                    echo(f"        first: {variant.first}")
+                    echo(f"        why: {variant.why}")
     if not count:
         raise UsageError(f"{what}: nothing to compute")
     sys.exit(0 if ok else NOT_EQUAL)
+
+
+def _files_of(*paths: Path | None) -> Iterator[Path]:
+    """Files, and all below folders, which no report may replace."""
+    for path in paths:
+        if path is not None:
+            yield path
+            yield from path.rglob("*")
 
 
 def _print_table(report: ReplayReport) -> None:

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from mxfp4ref._files import replacing, write_file
 from mxfp4ref.engine.arguments import loaded_release
 from mxfp4ref.engine.counting import rank
 from mxfp4ref.engine.install import FUNCTION, MODULE
@@ -68,7 +69,7 @@ def write_call(folder: Path, number: int, given: Mapping[str, Any], output: Tens
         _save(tensors, temporary / "inputs.safetensors")
         _save(outputs, temporary / "outputs.safetensors")
         _save({"result__0": expected}, temporary / "expected.safetensors")
-        (temporary / "metadata.jsonl").write_text(json.dumps(metadata) + "\n", encoding="utf-8")
+        write_file(temporary / "metadata.jsonl", json.dumps(metadata) + "\n")
         temporary.rename(final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -102,10 +103,9 @@ def _details(tensor: Tensor) -> dict[str, Any]:
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     # Each with storage of its own, which is what the format has room for.
-    safetensors.torch.save_file(
-        {
-            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for name, tensor in tensors.items()
-        },
-        path,
-    )
+    owned = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    with replacing(path) as partial:
+        safetensors.torch.save_file(owned, partial)

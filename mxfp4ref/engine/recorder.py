@@ -25,6 +25,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from mxfp4ref._files import read_file, replacing, write_file
 from mxfp4ref.engine.recordings import FUNCTIONS
 from mxfp4ref.model.forward import MoeTrace
 
@@ -215,12 +216,13 @@ def _stored(key: str, value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    safetensors.torch.save_file(tensors, path)
+    with replacing(path) as partial:
+        safetensors.torch.save_file(tensors, partial)
 
 
 def _append(path: Path, record: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    before = read_file(path).decode() if path.exists() else ""
+    write_file(path, before + json.dumps(record) + "\n")
 
 
 def _release(function: Callable[..., Any]) -> dict[str, str]:

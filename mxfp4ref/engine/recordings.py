@@ -28,6 +28,8 @@ import safetensors
 import torch
 from torch import Tensor
 
+from mxfp4ref._files import parse_json, read_file
+
 __all__ = ["FLUSHES", "FUNCTIONS", "Incomplete", "Recording", "Unreadable", "find_recordings"]
 
 FUNCTIONS = ("cutlass_fused_moe", "torch_ref_cutlass_fused_moe")
@@ -203,7 +205,7 @@ def _is_call(path: Path, files: list[str]) -> bool:
 
 def _metadata(path: Path) -> dict[str, Any]:
     try:
-        text = (path / "metadata.jsonl").read_text(encoding="utf-8")
+        text = read_file(path / "metadata.jsonl").decode()
     except FileNotFoundError:
         raise Unreadable(
             "metadata.jsonl: missing; the recorder writes it after the inputs, so that it failed or the process died "
@@ -211,10 +213,10 @@ def _metadata(path: Path) -> dict[str, Any]:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise Unreadable(f"metadata.jsonl: cannot be read: {error}") from error
-    for line in reversed(text.splitlines()):
+    for line in reversed(text.split("\n")):
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
+            value = parse_json(line)
+        except ValueError:
             continue  # a line that was not written to its end; the one before is whole
         if isinstance(value, dict):
             return value

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mxfp4ref._compiler import uncompiled
 from mxfp4ref._spans import spans
-from mxfp4ref._validate import check_choice, check_same_device, check_tensor
+from mxfp4ref._validate import check_choice, check_output, check_same_device, check_tensor
 
 __all__ = [
     "CONVENTIONS",
@@ -140,7 +140,7 @@ def dequantize(
         scales: [..., K/32] uint8 or float8_e8m0fnu, on the same device.
         convention: "ocp" or "sm90", see `decode_ue8m0`.
         dtype: bfloat16, float32 or float64.
-        out: [..., K] of `dtype`, contiguous, to be written instead of a new tensor.
+        out: [..., K] of `dtype`, contiguous, to be written instead of a new tensor; no memory of the other two.
 
     Returns:
         [..., K] of `dtype`.
@@ -159,7 +159,8 @@ def dequantize(
         )
     shape = (*packed.shape[:-1], packed.shape[-1] * 2)
     if out is not None:
-        check_tensor("out", out, dtype=dtype, shape=shape, contiguous=True, written=True)
+        inputs = {"packed": packed, "scales": scales}
+        check_output("out", out, dtype=dtype, shape=shape, inputs=inputs, contiguous=True)
     device = check_same_device({"packed": packed, "scales": scales, "out": out})
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=device)

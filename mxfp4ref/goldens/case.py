@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mxfp4ref._files import printable
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.goldens.generator import generate
 from mxfp4ref.model.call import MoeCall
@@ -30,6 +31,9 @@ EXPERT_TENSORS = (
 
 class GoldenError(ValueError):
     """The goldens are missing, damaged or not what they claim to be; the message names the file."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))  # it may quote the file
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +117,13 @@ class Case:
             raise ValueError(f"{self.id}: expected a case of kind {kind!r}, got kind {self.kind!r}")
 
     def _derive(self, name: str) -> Tensor:
-        tensor, digest = derive(name, self.derived[name])
+        try:
+            tensor, digest = derive(name, self.derived[name])
+        except (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+            raise GoldenError(
+                f"{self.id}: derived tensor {name}: expected a recipe that can be followed, got "
+                f"{type(error).__name__}: {error}"
+            ) from error
         if digest != self.derived[name]["sha256"]:
             raise GoldenError(
                 f"{self.id}: derived tensor {name}: expected SHA-256 {self.derived[name]['sha256']}, "

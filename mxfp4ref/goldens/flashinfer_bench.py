@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from mxfp4ref._files import write_file
 from mxfp4ref.goldens.case import EXPERT_TENSORS, Case
 from mxfp4ref.goldens.store import Goldens
 
@@ -97,7 +98,7 @@ def export_flashinfer_bench(goldens: Goldens, folder: Path | str) -> tuple[list[
 
     There is one definition for each set of optional inputs (biases, SwiGLU parameters) that occurs, with every
     size variable. A workload is a case; its file also has the expected `output`, of the default tactic.
-    Files of earlier exports are replaced.
+    Files of earlier exports are replaced; no link below the root is followed.
 
     Args:
         goldens: what to export.
@@ -105,12 +106,14 @@ def export_flashinfer_bench(goldens: Goldens, folder: Path | str) -> tuple[list[
 
     Returns:
         The names of the exported cases, and for the other cases of kind "moe" the reason why they were left
-        out: generated weights (gigabytes), or an output that is not finite, which flashinfer-bench counts as
-        an error of the kernel.
+        out: generated weights (gigabytes), no output of the default tactic, or one that is not finite, which
+        flashinfer-bench counts as an error of the kernel.
 
     Raises:
         TypeError: `goldens` or `folder` is something else.
         GoldenError: a damaged case.
+        ValueError: `folder` is inside of the goldens.
+        OSError: a file cannot be written.
     """
     if not isinstance(goldens, Goldens):
         raise TypeError(
@@ -119,6 +122,10 @@ def export_flashinfer_bench(goldens: Goldens, folder: Path | str) -> tuple[list[
     if not isinstance(folder, str | Path):
         raise TypeError(f"folder: expected a path, got {type(folder).__name__}")
     folder = Path(folder)
+    if folder.resolve().is_relative_to(goldens.root.resolve()):
+        raise ValueError(
+            f"folder: expected one outside of the goldens in {goldens.root}, got {str(folder)!r}"
+        )
     workloads: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     left_out: dict[str, str] = {}
     exported: list[str] = []
@@ -128,6 +135,8 @@ def export_flashinfer_bench(goldens: Goldens, folder: Path | str) -> tuple[list[
             continue
         if case.derived:
             left_out[name] = "its weights are generated, not stored"
+        elif _TILE_K not in case.output_tensors:
+            left_out[name] = "it has no output of the default tactic"
         elif not bool(case.outputs[_TILE_K].isfinite().all()):
             left_out[name] = "its output is not finite"
         else:
@@ -136,9 +145,10 @@ def export_flashinfer_bench(goldens: Goldens, folder: Path | str) -> tuple[list[
             exported.append(name)
     for optional, traces in workloads.items():
         definition = _definition(optional)
-        _write(folder / "definitions" / _OP_TYPE / f"{definition['name']}.json", _json(definition, indent=2))
+        path = folder / "definitions" / _OP_TYPE / f"{definition['name']}.json"
+        write_file(path, _json(definition, indent=2), folder)
         lines = "".join(_json(trace) for trace in traces)
-        _write(folder / "workloads" / _OP_TYPE / f"{definition['name']}.jsonl", lines)
+        write_file(folder / "workloads" / _OP_TYPE / f"{definition['name']}.jsonl", lines, folder)
     return exported, left_out
 
 
@@ -175,7 +185,7 @@ def _write_workload(case: Case, optional: tuple[str, ...], folder: Path) -> dict
     tensors |= {name: tensors[name].view(torch.int8) for name in _BYTES}
     identifier = case.id.replace("/", "-")
     path = Path("blob", "workloads", _OP_TYPE, _name(optional), f"{identifier}.safetensors")
-    _write(folder / path, safetensors.torch.save({**tensors, "output": case.outputs[_TILE_K]}))
+    write_file(folder / path, safetensors.torch.save({**tensors, "output": case.outputs[_TILE_K]}), folder)
     inputs: dict[str, Any] = {
         name: {"type": "safetensors", "path": path.as_posix(), "tensor_key": name} for name in tensors
     }
@@ -205,8 +215,3 @@ def _spec(axes: tuple[str, ...], dtype: str) -> dict[str, Any]:
 
 def _json(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, indent=indent) + "\n"
-
-
-def _write(path: Path, data: str | bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data.encode() if isinstance(data, str) else data)

@@ -8,10 +8,10 @@ are of the newest), `gpu`, and the versions `driver`, `cuda`, `flashinfer`.
 from __future__ import annotations
 
 import hashlib
-import json
 from typing import Any
 
-from mxfp4ref.formats.generations import NEWEST, generation_named
+from mxfp4ref._files import mismatch, parse_json, read_file
+from mxfp4ref.formats.generations import GENERATIONS, NEWEST, generation_named
 from mxfp4ref.goldens.case import Case, GoldenError, tensor_bytes
 from mxfp4ref.goldens.store import Goldens
 from mxfp4ref.model.forward import forward
@@ -19,27 +19,37 @@ from mxfp4ref.sm90.tactics import Sm90Kernel
 
 __all__ = ["compare", "read"]
 
-_KEYS = ("case", "tile_k", "sha256", "equal", "gpu")
+_RECORD = {
+    "case": str,
+    "tile_k": [int, int],
+    "sha256": str,
+    "equal": bool,
+    "gpu": str,
+    "generation?": tuple(name for g in GENERATIONS for name in (g.name, g.recorded_as)),
+}
 
 
 def read(goldens: Goldens) -> list[dict[str, Any]]:
     """All recorded runs; empty if nothing has been recorded.
 
     Raises:
-        GoldenError: a line is not of this format.
+        GoldenError: a file cannot be read, or a line is not of this format.
     """
     records = []
     for path in sorted((goldens.root / "hardware").glob("*.jsonl")):
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            lines = read_file(path).decode().split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise GoldenError(f"{path}: cannot be read: {error}") from error
+        for number, line in enumerate(lines, 1):
+            if number == len(lines) and not line:
+                break  # after the last line's end
             try:
-                record = json.loads(line)
+                record = parse_json(line)
             except ValueError as error:
                 raise GoldenError(f"{path}:{number}: not JSON: {error}") from error
-            missing = [key for key in _KEYS if not isinstance(record, dict) or key not in record]
-            if missing:
-                raise GoldenError(
-                    f"{path}:{number}: expected the keys {', '.join(_KEYS)}; missing {missing[0]}"
-                )
+            if wrong := mismatch(record, _RECORD, "record"):
+                raise GoldenError(f"{path}:{number}: {wrong}")
             records.append(record)
     return records
 
@@ -58,7 +68,7 @@ def compare(goldens: Goldens) -> tuple[list[dict[str, Any]], list[str]]:
         case = goldens.load(name)
         hashes = case.output_hashes
         for record in found:
-            pair = (int(record["tile_k"][0]), int(record["tile_k"][1]))
+            pair = (record["tile_k"][0], record["tile_k"][1])
             where = f"{name}, K tiles {pair[0]}x{pair[1]}, {record['gpu']}"
             if pair not in hashes:
                 problems.append(f"{where}: the golden has no output for these tiles")

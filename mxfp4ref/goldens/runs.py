@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxfp4ref._validate import check_choice
 from mxfp4ref.formats import layout
 from mxfp4ref.formats.generations import generation_named
 from mxfp4ref.formats.mxfp4 import dequantize
-from mxfp4ref.goldens.case import Case
+from mxfp4ref.goldens.case import Case, GoldenError
 from mxfp4ref.model.forward import forward
 from mxfp4ref.routing import presets as routing
 from mxfp4ref.sm90 import fp32, tensor_core
@@ -60,7 +61,22 @@ class Run:
 
 
 def runs(case: Case) -> list[Run]:
-    """The runs of a case; more than one where the output depends on the K tiles."""
+    """The runs of a case; more than one where the output depends on the K tiles.
+
+    Raises:
+        GoldenError: the case lacks tensors or parameters of its kind, or has others than the kind can take.
+    """
+    try:
+        return _runs(case)
+    except GoldenError:
+        raise
+    except (LookupError, TypeError, ValueError) as error:
+        raise GoldenError(
+            f"{case.id}: not a case of kind {case.kind}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _runs(case: Case) -> list[Run]:
     if case.kind == "moe":
         return [
             Run("{}x{}".format(*pair), case.call(Sm90Kernel.of_tiles(pair)), {"output": output})
@@ -89,10 +105,11 @@ def run_stage(kind: str, inputs: Any) -> Tensor | Mapping[str, Tensor]:
 
 
 def _dequantize(packed: Tensor, scales: Tensor, convention: str, dtype: str) -> Tensor:
-    return dequantize(packed, scales, convention=convention, dtype=getattr(torch, dtype))
+    return dequantize(packed, scales, convention=convention, dtype=getattr(torch, dtype, None))  # type: ignore[arg-type]
 
 
 def _layout(before: Tensor, operation: str, **parameters: Any) -> Tensor:
+    check_choice("operation", operation, layout.__all__)
     if "generation" in parameters:
         parameters["generation"] = generation_named(parameters["generation"])
     moved: Tensor = getattr(layout, operation)(before, **parameters)

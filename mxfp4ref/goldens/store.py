@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from mxfp4ref._files import UNFINISHED, mismatch, parse_json, read_file
 from mxfp4ref._lock import locked
 from mxfp4ref.goldens.case import KINDS, Case, GoldenError, dtype_name, tensor_bytes
 from mxfp4ref.goldens.manifest import FILE_KINDS, FORMAT
@@ -33,6 +33,24 @@ _NAME = re.compile(r"[a-z0-9_]+/[a-z0-9_]+")
 # Files of the root folder that belong there and are no cases.
 _OTHER_FILES = ("README.md", "manifest.json", "defect_matrix.md", "defect_matrix.svg")
 _OTHER_FOLDERS = ("hardware",)
+
+_ENTRY = {kind: {"bytes": int, "sha256": str} for kind in FILE_KINDS}
+_SIDECAR = {
+    "format": (FORMAT,),
+    "suite": str,
+    "name": str,
+    "kind": KINDS,
+    "why": str,
+    "catches": [str],
+    "unique_for": str,
+    "parameters": {"*": bool | int | float | str},
+    "tensors": {"*": {"dtype": str, "shape": [int], "sha256": str}},
+    "derived": {
+        "*": {"shape": [int], "content": [int], "rule": str, "seed": int, "experts": [int], "sha256": str}
+    },
+    "outputs": [{"tensor": str, "tile_k": [[int, int]]}],
+    "pending?": bool,
+}
 
 
 class Goldens:
@@ -49,17 +67,12 @@ class Goldens:
         """For each case the size and SHA-256 of its files."""
         path = self.root / "manifest.json"
         manifest = _parse(path, _read(path))
-        if manifest.get("format") != FORMAT:
-            raise GoldenError(f"{path}: expected format {FORMAT!r}, got {manifest.get('format')!r}")
-        cases = manifest.get("cases")
-        if not isinstance(cases, dict):
-            raise GoldenError(f"{path}: expected an object 'cases', got {type(cases).__name__}")
-        for name, entry in cases.items():
-            if not _NAME.fullmatch(name) or not _is_entry(entry):
-                raise GoldenError(
-                    f"{path}: case {name!r}: expected a name suite/case with 'bytes' and 'sha256' of its 'json' and "
-                    f"its 'safetensors' file, got {entry!r}"
-                )
+        if wrong := mismatch(manifest, {"format": (FORMAT,), "cases": {"*": _ENTRY}}, "manifest"):
+            raise GoldenError(f"{path}: {wrong}")
+        cases: dict[str, dict[str, dict[str, Any]]] = manifest["cases"]
+        for name in cases:
+            if not _NAME.fullmatch(name):
+                raise GoldenError(f"{path}: expected names of cases as suite/case, got {name!r}")
         return cases
 
     @property
@@ -103,13 +116,15 @@ class Goldens:
         for kind, path in paths.items():
             _verify(str(path), data[kind], self.entries[name][kind])
         sidecar = _parse(paths["json"], data["json"])
+        if wrong := mismatch(sidecar, _SIDECAR, "case"):
+            raise GoldenError(f"{paths['json']}: {wrong}")
         try:
-            case = _case(name, sidecar, safetensors.torch.load(data["safetensors"]))
-        except (KeyError, TypeError, SafetensorError) as error:
+            tensors = safetensors.torch.load(data["safetensors"])
+        except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
             raise GoldenError(
-                f"{self.root / name}: not a case of format {FORMAT}: {type(error).__name__}: {error}"
+                f"{paths['safetensors']}: expected tensors, got {type(error).__name__}: {error}"
             ) from error
-        return case
+        return _case(name, sidecar, tensors)
 
     def verify(self) -> list[str]:
         """Everything that is wrong with the files under the root, one line each; empty if nothing is.
@@ -160,8 +175,7 @@ def find_root() -> Path:
     above = Path.cwd().resolve()
     for folder in (above, *above.parents, _PACKAGE_PARENT):
         manifest = folder / "goldens" / "manifest.json"
-        # Other projects have goldens too.
-        if manifest.is_file() and _parse(manifest, _read(manifest)).get("format") == FORMAT:
+        if manifest.is_file() and _is_ours(manifest):
             return manifest.parent
     if not (BUILTIN_ROOT / "manifest.json").is_file():
         raise GoldenError(
@@ -173,17 +187,14 @@ def find_root() -> Path:
 
 def is_other_file(relative: Path) -> bool:
     """Whether a path below a root belongs there without being part of a case."""
-    return relative.parts[0] in _OTHER_FOLDERS or relative.as_posix() in _OTHER_FILES
+    unfinished = UNFINISHED.fullmatch(relative.name) is not None
+    return unfinished or relative.parts[0] in _OTHER_FOLDERS or relative.as_posix() in _OTHER_FILES
 
 
 def _case(name: str, sidecar: dict[str, Any], tensors: dict[str, Tensor]) -> Case:
     """The verified case of a sidecar and its tensors."""
-    if sidecar["format"] != FORMAT:
-        raise GoldenError(f"{name}: expected format {FORMAT!r}, got {sidecar['format']!r}")
     if f"{sidecar['suite']}/{sidecar['name']}" != name:
         raise GoldenError(f"{name}: the file says that it is {sidecar['suite']}/{sidecar['name']}: renamed?")
-    if sidecar["kind"] not in KINDS:
-        raise GoldenError(f"{name}: expected a kind of {', '.join(KINDS)}, got {sidecar['kind']!r}")
     if set(tensors) != set(sidecar["tensors"]):
         raise GoldenError(f"{name}: expected the tensors {sorted(sidecar['tensors'])}, got {sorted(tensors)}")
     for key, recorded in sidecar["tensors"].items():
@@ -223,25 +234,24 @@ def _case(name: str, sidecar: dict[str, Any], tensors: dict[str, Tensor]) -> Cas
     )
 
 
-def _is_entry(entry: object) -> bool:
-    """Whether a manifest's entry names the size and hash of a case's two files."""
-    return (
-        isinstance(entry, dict)
-        and set(entry) == set(FILE_KINDS)
-        and all(isinstance(file, dict) and set(file) == {"bytes", "sha256"} for file in entry.values())
-    )
+def _is_ours(manifest: Path) -> bool:
+    """Whether that is a manifest of this format, whatever else it may be: other projects have goldens too."""
+    try:
+        return _parse(manifest, _read(manifest)).get("format") == FORMAT
+    except GoldenError:
+        return False
 
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_file(path)
     except OSError as error:
         raise GoldenError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _parse(path: Path, data: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(data)
+        value = parse_json(data)
     except ValueError as error:
         raise GoldenError(f"{path}: not JSON: {error}") from error
     if not isinstance(value, dict):

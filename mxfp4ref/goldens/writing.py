@@ -6,8 +6,6 @@ import fnmatch
 import hashlib
 import json
 import multiprocessing
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -16,11 +14,20 @@ from typing import Any
 
 import torch
 
+from mxfp4ref._files import read_file, write_file
 from mxfp4ref._lock import locked
 from mxfp4ref.goldens.case import GoldenError, dtype_name, tensor_bytes
 from mxfp4ref.goldens.cases import DEFINITIONS
 from mxfp4ref.goldens.cases.definition import Content, Definition
-from mxfp4ref.goldens.manifest import BUILTIN, FILE_KINDS, FORMAT, entries, json_bytes, manifest_bytes
+from mxfp4ref.goldens.manifest import (
+    BUILTIN,
+    FILE_KINDS,
+    FORMAT,
+    Entries,
+    entries,
+    json_bytes,
+    manifest_bytes,
+)
 from mxfp4ref.goldens.store import BUILTIN_ROOT, Goldens, find_root, is_other_file
 
 __all__ = [
@@ -34,7 +41,6 @@ __all__ = [
 ]
 
 SIZE_LIMIT = 32 << 20
-_WRITING = ".writing-"  # how the names of unfinished files begin
 
 _SAFETENSORS_DTYPES = {
     torch.bfloat16: "BF16",
@@ -134,21 +140,29 @@ def regenerate(
 ) -> Regenerated:
     """Generate cases and write them under a root, or check that its files are what would be written.
 
+    All cases written, those go which the root's manifest listed and which are none any more. No other file goes, none
+    that the manifest did not list is replaced by another, and no link is followed.
+
     Args:
-        root: the folder; by default that of the checkout, and for a check elsewhere the one that `find_root` finds.
+        root: the folder, with goldens or empty; by default that of the checkout, and for a check elsewhere the one
+            that `find_root` finds.
         patterns: only the cases that match one of them, as in "gemm/*".
         check: write nothing, list what differs.
         jobs: how many processes.
         progress: called for each finished case with its name and with the number of cases.
 
     Raises:
-        GoldenError: a pattern matches no case, or there is no folder to write to.
+        GoldenError: a pattern matches no case, there is no folder to write to, or it has something else in it.
+            Nothing has been written then.
+        OSError: a file cannot be written.
     """
     root = _default_root(writing=not check) if root is None else root
     belonging = [case_id for case_id in DEFINITIONS if root != BUILTIN_ROOT or case_id in BUILTIN]
     selected = _select(belonging, patterns)
+    if not check:
+        _listed(root)  # refused here, before it takes time
     cases = _build_all(selected, jobs, progress or (lambda case_id, total: None))
-    complete = selected == belonging
+    complete = not patterns
     differences: list[str] = []
     if not check:
         root.mkdir(parents=True, exist_ok=True)
@@ -228,41 +242,46 @@ def _differences(root: Path, cases: dict[str, Files], complete: bool) -> list[st
     return differences
 
 
+def _listed(root: Path) -> Entries:
+    """What the manifest of a root lists that is to be written to."""
+    if not root.exists() or not any(root.iterdir()):
+        return {}
+    try:
+        return Goldens(root).entries
+    except GoldenError as error:
+        raise GoldenError(
+            f"{root}: expected an empty folder to write to, or goldens with their manifest; got neither, {error}"
+        ) from None
+
+
 def _write_tree(root: Path, cases: dict[str, Files], complete: bool) -> None:
     """Write the cases, then the manifest, then remove what is no longer a case. The root has to be locked.
 
     Every file is replaced in one step; after an interruption some cases may not be those of the manifest, which
     reading them reports.
     """
-    # What a killed process was writing.
-    for path in [*root.glob(f"{_WRITING}*"), *root.glob(f"*/{_WRITING}*")]:
-        path.unlink()
-    for case_id, files in cases.items():
-        for kind, data in files.items():
-            _write(root / f"{case_id}.{kind}", data)
-    kept = {} if complete or not (root / "manifest.json").is_file() else Goldens(root).entries
-    kept = {name: entry for name, entry in kept.items() if name in DEFINITIONS} | entries(cases)
-    _write(root / "manifest.json", manifest_bytes(kept))
-    known = {f"{name}.{kind}" for name in kept for kind in FILE_KINDS}
-    for path in [*root.glob("*/*.json"), *root.glob("*/*.safetensors")]:
-        relative = path.relative_to(root)
-        if not is_other_file(relative) and relative.as_posix() not in known:
-            path.unlink()
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Replace a file in one step, unless it has these bytes already."""
-    if path.is_file() and path.read_bytes() == data:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=_WRITING)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    listed = _listed(root)
+    paths = {
+        root / f"{case_id}.{kind}": data for case_id, files in cases.items() for kind, data in files.items()
+    }
+    changed = {path: data for path, data in paths.items() if not (path.is_file() and read_file(path) == data)}
+    gone = [
+        root / f"{name}.{kind}" for name in listed if complete and name not in cases for kind in FILE_KINDS
+    ]
+    known = {root / f"{name}.{kind}" for name in listed for kind in FILE_KINDS}
+    for path in [*changed, *gone]:
+        if path.is_symlink() or path.parent.is_symlink():
+            raise GoldenError(f"{path}: expected a file inside {root}, got a link to {path.resolve()}")
+        if path.exists() and path not in known:
+            raise GoldenError(f"{path}: expected a file of the manifest, or none; this one would be lost")
+    if not (root / "manifest.json").exists():
+        write_file(
+            root / "manifest.json", manifest_bytes({})
+        )  # after an interruption, what tells that it is ours
+    for path, data in changed.items():
+        write_file(path, data, root)
+    write_file(
+        root / "manifest.json", manifest_bytes(entries(cases) if complete else listed | entries(cases))
+    )
+    for path in gone:
+        path.unlink(missing_ok=True)

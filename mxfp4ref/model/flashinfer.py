@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._compiler import uncompiled
-from mxfp4ref._validate import check_bool, check_choice, check_instance, check_same_device, check_tensor
+from mxfp4ref._validate import check_bool, check_choice, check_instance, check_output, check_same_device
 from mxfp4ref.model import forward as moe
-from mxfp4ref.model.flashinfer_arguments import STRICT, SWIGLU, WEIGHT_LAYOUTS, call_of
+from mxfp4ref.model.flashinfer_arguments import STRICT, SWIGLU, WEIGHT_LAYOUTS, call_of, tensors_of
 from mxfp4ref.model.skipped import count_skipped_slots
 from mxfp4ref.sm90.tactics import Sm90Kernel
 
@@ -135,7 +135,8 @@ def torch_ref_cutlass_fused_moe(
         fc1_expert_biases, fc2_expert_biases: `[E, 2I]` and `[E, H] bf16`, both or none.
         swiglu_alpha, swiglu_beta, swiglu_limit: `[E] float32`, any subset.
         tp_size, tp_rank, ep_size, ep_rank: this rank; the fc2 bias is added where `tp_rank` is 0.
-        output: `[M, H] bf16`, written in place; the list holds this very tensor.
+        output: `[M, H] bf16`, written in place; the list holds this very tensor. It is `input` itself, or
+            shares memory with no input.
         activation_type: Swiglu (3), or SwigluBias (5) along with alpha, beta or limit.
         profile_ids: flashinfer's ids of the tactics of GEMM1 and GEMM2, see `Sm90Kernel.of_profile_ids`. The
             generation of the layout, or of `kernel`, numbers them; the older ones have no effect of them at all.
@@ -168,7 +169,8 @@ def torch_ref_cutlass_fused_moe(
     call = call_of(locals())
     check_bool("trace", trace)
     if output is not None:
-        check_tensor("output", output, dtype=output_dtype, shape=tuple(input.shape), written=True)
+        inputs = tensors_of(call) | ({"input": None} if output is input else {})
+        check_output("output", output, dtype=output_dtype, shape=tuple(input.shape), inputs=inputs)
         check_same_device({"input": input, "output": output})
     if strict == "count":
         count_skipped_slots(call)

@@ -17,7 +17,16 @@ from mxfp4ref.formats.generations import BYTEWISE, NEWEST, PLAIN
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90.tactics import Sm90Kernel, runnable_tactics
 
-__all__ = ["STRICT", "SWIGLU", "WEIGHT_LAYOUTS", "call_of", "check_modelled", "experts_of", "kernel_of"]
+__all__ = [
+    "STRICT",
+    "SWIGLU",
+    "WEIGHT_LAYOUTS",
+    "call_of",
+    "check_modelled",
+    "experts_of",
+    "kernel_of",
+    "tensors_of",
+]
 
 STRICT = (True, False, "count")
 
@@ -82,6 +91,13 @@ def call_of(arguments: Mapping[str, Any]) -> MoeCall:
         kernel=kernel_of(arguments, experts),
         strict=arguments["strict"] is True,
     )
+
+
+def tensors_of(call: MoeCall) -> dict[str, Tensor | None]:
+    """The tensors of a call under flashinfer's names."""
+    tensors = {_NAMES.get(f.name, f.name): getattr(call.experts, f.name) for f in fields(Experts)}
+    names = ("input", "token_selected_experts", "token_final_scales")
+    return {name: getattr(call, name) for name in names} | tensors
 
 
 def check_modelled(arguments: Mapping[str, Any]) -> None:

@@ -84,8 +84,11 @@ def test_without_index_or_config(tmp_path: Path) -> None:
         ({"hidden_size": 4096}, r"layers\.1\.ffn\.\*: expected hidden_size=4096 of config\.json, got 256"),
         ({"moe_intermediate_size": 2048}, "expected moe_intermediate_size=2048"),
         ({"swiglu_limit": None}, "expected swiglu_limit, or an argument limit"),
-        ({"swiglu_limit": 10**400}, r"config\.json: swiglu_limit: expected float, got 1000"),
-        ({"swiglu_limit": "10"}, r"config\.json: swiglu_limit: expected float, got '10'"),
+        (
+            {"swiglu_limit": 10**400},
+            r"config\.json: swiglu_limit: expected a finite float32 number, got 1000",
+        ),
+        ({"swiglu_limit": "10"}, r"config\.json: swiglu_limit: expected a float, got str '10'"),
         ({"n_routed_experts": True}, r"config\.json: n_routed_experts: expected int, got True"),
     ],
 )

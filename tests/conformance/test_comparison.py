@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -114,3 +116,73 @@ def test_assert_bits_equal() -> None:
         assert_bits_equal(zeros.T, zeros)
     with pytest.raises(AssertionError, match="expected two tensors, got list"):
         assert_bits_equal([0.0], zeros)  # type: ignore[arg-type]
+
+
+LARGEST = torch.finfo(torch.float64).max
+
+
+@pytest.mark.parametrize(
+    ("got", "expected", "dtype", "words"),
+    [
+        (1.0, -1.0, torch.float64, "0xBFF0000000000000 (-1), 9,214,364,837,600,034,816 ulp"),
+        (LARGEST, -LARGEST, torch.float64, "(-1.7976931348623157e+308), 9,223,372,036,854,775,806 ulp"),
+        (1.0, float("nan"), torch.float64, "(NaN), a NaN on one side"),
+        (1.0, 1 + 2.0**-52, torch.float64, "(1.0000000000000002), 1 ulp"),
+        (1.0, -1.0, torch.float16, "(-1), 30,720 ulp"),
+        (1.0, -1.0, torch.float8_e4m3fn, "0xB8 (-1), 112 ulp"),
+        (1.0, float("nan"), torch.float8_e5m2, "a NaN on one side"),
+        (1.0, 8.0, torch.float8_e8m0fnu, "0x82 (8), 3 ulp"),
+        (1 + 1j, 1 - 1j, torch.complex128, "((1-1j)), 9,214,364,837,600,034,816 ulp"),
+        (-(1 << 63), (1 << 63) - 1, torch.int64, "9,223,372,036,854,775,806 ulp"),
+        (1 << 63, (1 << 63) - 1, torch.uint64, "(9223372036854775807), 1 ulp"),
+        (True, False, torch.bool, "0x00 (False), 1 ulp"),
+    ],
+)
+def test_values_and_distances(got: float, expected: float, dtype: torch.dtype, words: str) -> None:
+    native = isinstance(got, int) or dtype in (torch.float64, torch.complex128)
+    one, other = (
+        torch.tensor([v], dtype=dtype) if native else torch.tensor([v]).to(dtype) for v in (got, expected)
+    )
+    assert str(first_difference(one, other)).endswith(words)
+    assert str(first_difference(other, one)).endswith(words.split(", ", 1)[-1])
+    assert first_difference(one, one.clone()) is None
+    assert int(ulp_distance(one, one.clone())) == 0
+
+
+def test_packed_float4() -> None:
+    one, other = (
+        torch.tensor([0x21, last], dtype=torch.uint8).view(torch.float4_e2m1fn_x2) for last in (0xFF, 0xFE)
+    )
+    assert_bits_equal(one, one.clone())
+    words = "output: 1 of 2 elements differ; first at [1]: got 0xFF (-6 -6), expected 0xFE (-4 -6), 1 ulp"
+    with pytest.raises(AssertionError, match=f"^{re.escape(words)}$"):
+        assert_bits_equal(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:.*(nested|quantized|quantize)")
+@pytest.mark.parametrize(
+    ("kind", "make"),
+    [
+        ("quantized", lambda: torch.quantize_per_tensor(torch.ones(3), 1.0, 0, torch.qint8)),
+        ("meta", lambda: torch.ones(3, device="meta")),
+        ("sparse_coo", lambda: torch.ones(3).to_sparse()),
+        ("nested", lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(1)])),
+    ],
+)
+def test_tensors_without_elements_of_their_own_are_refused(
+    kind: str, make: Callable[[], torch.Tensor]
+) -> None:
+    for pair in ((make(), make()), (torch.ones(3), make()), (make(), torch.ones(3))):
+        with pytest.raises(AssertionError, match=f"output: expected two tensors, got a {kind}"):
+            assert_bits_equal(*pair)
+        with pytest.raises(
+            TypeError, match=f"expected a tensor with dense storage, got a (torch.)?{kind} tensor"
+        ):
+            differing(*pair)
+
+
+def test_lazily_negated_and_conjugated_tensors_are_what_they_say() -> None:
+    z = torch.tensor([1 + 2j, 3 - 4j], dtype=torch.complex64)
+    assert_bits_equal(z.conj(), z.conj().resolve_conj())
+    assert_bits_equal(z.conj().imag, torch.tensor([-2.0, 4.0]))
+    assert bool(differing(z.conj().imag, z.imag).all())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -134,6 +136,32 @@ def test_a_full_disk_does_not_stop_the_script(tmp_path: Path, stand_in: ModuleTy
     assert torch.equal(result[0], EXPECTED)
     assert recorder.left_out == 1
     assert "NotADirectoryError" in recorder.problems[0]
+
+
+@pytest.mark.parametrize("fails", range(4))
+def test_a_disk_that_fills_up_leaves_whole_files(
+    tmp_path: Path, stand_in: ModuleType, monkeypatch: pytest.MonkeyPatch, fails: int
+) -> None:
+    """Inputs, metadata, outputs and metadata once more: those before are there, and nothing else."""
+    written: list[str] = []
+
+    def full_disk(source: Path, target: Path) -> None:
+        if len(written) == fails:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.rename(source, target)
+        written.append(target.name)
+
+    recorder = Recorder(tmp_path)
+    with recorder.recording(), monkeypatch.context() as disk:
+        disk.setattr(os, "replace", full_disk)
+        stand_in.cutlass_fused_moe(**arguments_of(SM90_CALL))
+    assert recorder.left_out == 1
+    assert "No space left" in recorder.problems[0]
+    (folder,) = tmp_path.iterdir()
+    assert {path.name for path in folder.iterdir()} == set(written)
+    (call,) = find_recordings(tmp_path)
+    if "metadata.jsonl" in written:
+        assert call.metadata()["execution_status"] == "inputs_saved"
 
 
 def test_a_trace_and_tensors_that_share_memory(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -129,6 +131,46 @@ def test_one_flipped_bit_is_found_and_located(tmp_path: Path) -> None:
     assert suite is not None
     assert (suite.attrib["tests"], suite.attrib["failures"], suite.attrib["errors"]) == ("2", "1", "0")
     assert "data:image/png" in files["html"].read_text()
+
+
+def test_no_report_replaces_what_was_read(tmp_path: Path) -> None:
+    folder = recorded.write_call(tmp_path / "calls", SMALL_CALL, forward(SMALL))
+    cache = tmp_path / "cache.json"
+    cache.write_text("{}")
+    linked = tmp_path / "linked"
+    linked.hardlink_to(folder / "outputs.safetensors")
+    given = [*(path for path in folder.iterdir() if path.is_file()), cache, linked]
+    before = {path: path.read_bytes() for path in given}
+    for path in given:
+        result = invoke("replay", tmp_path / "calls", "--autotune-cache", cache, "--json", path)
+        assert result.exit_code == 2, result.output
+        assert "expected another file than the input" in result.output
+    assert {path: path.read_bytes() for path in given} == before
+
+
+def test_a_report_that_cannot_be_written_costs_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(source: Path, target: Path) -> None:
+        if target.name == "r.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.rename(source, target)
+
+    recorded.write_call(tmp_path / "calls", SMALL_CALL, forward(SMALL))
+    monkeypatch.setattr(os, "replace", full_disk)
+    result = invoke("replay", tmp_path / "calls", "--json", tmp_path / "r.json")
+    assert result.exit_code == 2
+    assert result.output.index("1 recorded call of 1 layer: 1 equal.") < result.output.index("No space left")
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_a_pipe_among_the_metadata_is_not_waited_for(tmp_path: Path) -> None:
+    folder = recorded.write_call(tmp_path, SMALL_CALL, forward(SMALL))
+    (folder / "metadata.jsonl").unlink()
+    os.mkfifo(folder / "metadata.jsonl")
+    result = only(replay(tmp_path, COMPARE_ONLY))
+    assert result.status == "unreadable"
+    assert "expected a regular file" in result.message
 
 
 def test_a_known_defect_is_named(tmp_path: Path) -> None:

@@ -121,6 +121,117 @@ def test_interrupted_run_leaves_old_files_whole(root: Path, monkeypatch: pytest.
     assert not list(root.rglob(".writing-*"))
 
 
+# Nothing is lost.
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("only", [(), ("--only", SMALL)])
+@pytest.mark.parametrize(
+    "manifest", [None, "{}", "not JSON", "[" * 5000, '{"format": "mxfp4ref-goldens-2", "cases": {}}']
+)
+def test_a_folder_of_something_else_is_refused(
+    tmp_path: Path, manifest: str | None, only: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("model/model.safetensors", "model/config.json", ".writing-x"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    if manifest is not None:
+        (tmp_path / "manifest.json").write_text(manifest)
+    before = tree(tmp_path)
+    monkeypatch.setattr(
+        writing, "_build_all", lambda *_: pytest.fail("should be refused before it takes time")
+    )
+    result = regenerate("--root", str(tmp_path), *only)
+    assert result.exit_code == 2, result.output
+    assert "expected an empty folder to write to, or goldens with their manifest" in result.output
+    assert tree(tmp_path) == before
+
+
+def test_only_what_the_manifest_lists_goes(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    for path in (
+        "goldens/model/model.safetensors",
+        "goldens/gemm/mine.json",
+        "goldens/x.json",
+        "elsewhere/m.json",
+    ):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text("mine")
+    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    (root / "layout" / ".writing-1").write_text("whose?")
+    monkeypatch.setattr(writing, "DEFINITIONS", {SMALL: DEFINITIONS[SMALL]})
+    (root / f"{SMALL}.json").write_text("damaged")
+    before = tree(tmp_path)
+    assert regenerate("--root", str(root), "--only", SMALL).exit_code == 0
+    after = tree(tmp_path)
+    assert [name for name in before if before[name] != after.get(name)] == [f"goldens/{SMALL}.json"]
+    assert regenerate("--root", str(root)).exit_code == 0
+    left = sorted(name for name in tree(tmp_path) if name.startswith("goldens/"))
+    kept = ["gemm/mine.json", "layout/.writing-1", f"{SMALL}.json", f"{SMALL}.safetensors", "manifest.json"]
+    assert left == sorted(f"goldens/{name}" for name in [*kept, "model/model.safetensors", "x.json"])
+    assert (tmp_path / "elsewhere" / "m.json").read_text() == "mine"
+
+
+def test_a_file_that_is_not_listed_is_not_replaced(tmp_path: Path) -> None:
+    root = tmp_path / "new"
+    assert regenerate("--root", str(root), "--only", SMALL).exit_code == 0
+    (root / "layout" / "swap_halves.json").write_text("mine")
+    before = tree(root)
+    result = regenerate("--root", str(root), "--only", "layout/swap_halves")
+    assert result.exit_code == 2
+    assert (
+        "swap_halves.json: expected a file of the manifest, or none; this one would be lost" in result.output
+    )
+    assert tree(root) == before
+
+
+@pytest.mark.parametrize("linked", ["folder", "file", "dangling", "of a case that is gone"])
+def test_links_are_not_followed(
+    root: Path, tmp_path: Path, linked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outside = tmp_path / "outside"
+    if linked == "folder":
+        (root / "layout").rename(outside)
+        (root / "layout").symlink_to(outside)
+        (outside / f"{SMALL.split('/')[1]}.json").write_text("damaged")
+    elif linked == "of a case that is gone":
+        monkeypatch.setattr(writing, "DEFINITIONS", {SMALL: DEFINITIONS[SMALL]})
+        (root / "gemm").rename(outside)
+        (root / "gemm").symlink_to(outside)
+    else:
+        outside.mkdir()
+        (root / f"{SMALL}.json").unlink()
+        (root / f"{SMALL}.json").symlink_to(outside / "x.json")
+        if linked == "file":
+            (outside / "x.json").write_text("mine")
+    before = tree(outside), tree(root)
+    result = regenerate("--root", str(root), *(() if "gone" in linked else ("--only", SMALL)))
+    assert result.exit_code == 2
+    assert "expected a file inside" in result.output
+    assert (tree(outside), tree(root)) == before
+
+
+def test_an_interrupted_first_run_can_be_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, replace = tmp_path / "new", os.replace
+
+    def interrupted(source: Path, target: Path) -> None:
+        if target.suffix == ".safetensors":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        writing.regenerate(root, [SMALL])
+    monkeypatch.undo()
+    assert writing.regenerate(root, [SMALL]).cases == 1
+    assert Goldens(root).verify() == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

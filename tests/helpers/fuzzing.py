@@ -157,6 +157,7 @@ HARMFUL: dict[str, Callable[[Tensor], Any]] = {
     "flat": lambda t: t.flatten(),
     "transposed": lambda t: t.transpose(0, -1),
     "expanded": lambda t: t[:1].expand(t.shape),
+    "rows that overlap": lambda t: t.contiguous().as_strided(t.shape, (1,) * t.dim()),
     "huge": lambda t: t.new_zeros(1).expand(HUGE // max(t[0].numel(), 1), *t.shape[1:]),
     "huge last": lambda t: t.new_zeros(1).expand(*t.shape[:-1], HUGE // max(t[..., 0].numel(), 1)),
     "huge and empty": lambda t: t.new_zeros(1).expand(HUGE, 1)[:, :0],

@@ -378,3 +378,15 @@ def test_an_archive_over_the_limit_is_refused(tmp_path: Path, monkeypatch: pytes
 def test_a_failing_program_is_quoted() -> None:
     with pytest.raises(tool.BuildError, match=r"failed:\nno such thing"):
         tool.run_tool([sys.executable, "-c", "import sys; sys.exit('no such thing')"])
+
+
+def test_a_folder_with_anything_else_is_not_built_in(tmp_path: Path) -> None:
+    """It would be removed in the end."""
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(tool.BuildError, match="--workdir: expected an empty folder"):
+        tool.claim(tmp_path)
+    (tmp_path / "thesis.tex").unlink()
+    tool.claim(tmp_path)
+    (tmp_path / "build.ninja").write_text("")
+    tool.claim(tmp_path)
+    tool.claim(tmp_path / "new" / "one")

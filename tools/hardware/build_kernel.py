@@ -116,6 +116,7 @@ def build(args: argparse.Namespace) -> None:
 
     workdir = (args.workdir or Path("build") / f"flashinfer-{version}-{args.clusters}").resolve()
     print(f"flashinfer {version} from {package}, nvcc {nvcc}, clusters {args.clusters}, work in {workdir}")
+    claim(workdir)
     make_private_copy(package, workdir / "flashinfer")
     stubs = make_stub_libraries(workdir / "stubs", nvcc, cuda_home)
     plan = generate(workdir, cuda_home, stubs, args.clusters)
@@ -149,6 +150,15 @@ def build(args: argparse.Namespace) -> None:
     print(f"archive {out.stat().st_size:>10,} bytes  sha256 {sha256(out.read_bytes())}  {out}")
     if not args.keep_workdir:
         shutil.rmtree(workdir)
+
+
+def claim(workdir: Path) -> None:
+    """Take a folder to build in, which is removed afterwards: a new or an empty one, or that of an earlier build."""
+    marker = workdir / ".build_kernel"
+    if workdir.exists() and not marker.exists() and any(workdir.iterdir()):
+        raise BuildError(f"--workdir: expected an empty folder, or that of an earlier build, got {workdir}")
+    workdir.mkdir(parents=True, exist_ok=True)
+    marker.touch()
 
 
 def usable_cores() -> int:
@@ -481,15 +491,24 @@ def collect_members(
 
 
 def write_archive(out: Path, members: Mapping[str, bytes]) -> None:
-    """Write a .tar.xz whose bytes depend on nothing but the members."""
+    """Write a .tar.xz whose bytes depend on nothing but the members, whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(out, "w:xz", format=tarfile.PAX_FORMAT) as archive:
+    partial = out.with_name(f".writing-{os.getpid()}")
+    try:
+        _write_archive(partial, members)
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+    if out.stat().st_size > ARCHIVE_LIMIT:
+        raise BuildError(f"{out} has {out.stat().st_size:,} bytes, more than {ARCHIVE_LIMIT:,}")
+
+
+def _write_archive(path: Path, members: Mapping[str, bytes]) -> None:
+    with tarfile.open(path, "w:xz", format=tarfile.PAX_FORMAT) as archive:
         for name in sorted(members):
             entry = tarfile.TarInfo(name)
             entry.size = len(members[name])
             archive.addfile(entry, io.BytesIO(members[name]))
-    if out.stat().st_size > ARCHIVE_LIMIT:
-        raise BuildError(f"{out} has {out.stat().st_size:,} bytes, more than {ARCHIVE_LIMIT:,}")
 
 
 def sha256(data: bytes) -> str:

@@ -10,15 +10,15 @@ written to `tests/recordings/`; `--check-all` instead compares the package with 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import tempfile
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from recorded import Arrays, compare_all
+
+from mxfp4ref._files import replacing
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -117,10 +117,8 @@ def _some_experts(arrays: Arrays, count: int) -> Arrays:
 
 
 def _write(path: Path, arrays: Arrays) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+    with replacing(path, TARGET) as partial, partial.open("wb") as file:
         np.savez_compressed(file, **arrays)
-    os.replace(file.name, path)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
+from mxfp4ref._files import check_no_input, replacing
+
 METHODS = (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 
 
 def pack(arrays: dict[str, np.ndarray], target: Path) -> None:
     """Write the arrays to target, each by the method that suits it best."""
-    with zipfile.ZipFile(target, "w") as archive:
+    with replacing(target) as partial, zipfile.ZipFile(partial, "w") as archive:
         for key, array in arrays.items():
             buffer = io.BytesIO()
             np.save(buffer, array, allow_pickle=False)
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("target", type=Path)
     parser.add_argument("--sort", default="", help="keys whose rows are reordered together, by the first")
     arguments = parser.parse_args()
+    check_no_input(arguments.target, [arguments.source])
     with np.load(arguments.source, allow_pickle=False) as file:
         arrays = {key: file[key] for key in file.files}
     keys = [key for key in arguments.sort.split(",") if key]

@@ -27,6 +27,7 @@ from real_size import real_size_call
 from torch import Tensor
 
 from mxfp4ref import Experts, MoeCall, forward
+from mxfp4ref._files import write_file
 from mxfp4ref.conformance.flashinfer_kernel import flashinfer_kernel
 from mxfp4ref.conformance.handing import to_device
 from mxfp4ref.sm90.tactics import Sm90Kernel, runnable_tactics
@@ -223,7 +224,7 @@ def main() -> int:
         "provenance": provenance.as_dict(),
     }
     if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+        write_file(arguments.output, json.dumps(result, indent=2) + "\n")
     seconds = time.monotonic() - start
     print(f"seeds {first}:{seed}: {elements:,} elements, {differing:,} differ; {seconds:.0f} s")
     print(f"oracle on CPU against GPU: {cpu_elements:,} elements, {cpu_differing:,} differ")

@@ -18,7 +18,6 @@ import argparse
 import ctypes
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -34,6 +33,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref import Experts, MoeCall, forward
+from mxfp4ref._files import write_file
 from mxfp4ref.conformance.flashinfer_kernel import flashinfer_kernel
 from mxfp4ref.conformance.handing import to_device
 from mxfp4ref.formats.generations import NEWEST, generation_of
@@ -105,7 +105,7 @@ def record_instructions(out: Path) -> int:
             counts["compared"] += got.numel()
             counts["differing"] += int((got.view(torch.int32) != expected.view(torch.int32)).sum())
     path = out / f"{_slug(provenance)}-instructions.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    write_file(path, json.dumps(record, indent=2) + "\n")
     print(path.read_text())
     return int(any(entry["differing"] for key, entry in record.items() if key != "provenance"))
 
@@ -150,7 +150,7 @@ def record_stress(out: Path, seconds: float = 30.0) -> int:
             counts["differing"] += hardware.count_differences(got, expected)
         record[f"pdl {'on' if pdl else 'off'}, {'graph' if graph else 'launches'}"] = counts
     path = out / f"{_slug(provenance)}-stress.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    write_file(path, json.dumps(record, indent=2) + "\n")
     print(path.read_text())
     return int(
         any(entry["differing"] for entry in record.values() if isinstance(entry, dict) and "runs" in entry)
@@ -170,8 +170,8 @@ def install(sources: list[Path]) -> int:
             )
             if not parsed:
                 raise SystemExit(f"{path}: nothing recorded")
-            _write(TARGET / path.name, text)
-    _write(TARGET / "README.md", _readme())
+            write_file(TARGET / path.name, text)
+    write_file(TARGET / "README.md", _readme())
     print(_readme())
     return 0
 
@@ -262,7 +262,7 @@ def _line(
 
 
 def _report(path: Path, lines: list[dict[str, Any]]) -> int:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_file(path, "".join(json.dumps(line) + "\n" for line in lines))
     by_case: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for line in lines:
         by_case[line["case"]].append(line)
@@ -361,12 +361,6 @@ def _check(status: int) -> None:
 def _slug(provenance: hardware.Provenance) -> str:
     gpu = provenance.gpu.removeprefix("NVIDIA ").lower().replace(" ", "-")
     return f"{gpu}-flashinfer-{provenance.flashinfer}"
-
-
-def _write(path: Path, text: str) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mxfp4ref._files import read_file
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward
@@ -30,7 +32,7 @@ SCALAR_OPERATIONS = {
 
 
 def load(path: Path) -> Arrays:
-    with np.load(path, allow_pickle=False) as file:
+    with np.load(io.BytesIO(read_file(path)), allow_pickle=False) as file:
         return dict(file)
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from mxfp4ref._files import write_file
 from mxfp4ref.conformance.bounds import STORAGE, bound
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.results import name_defects
@@ -149,7 +150,7 @@ def main() -> int:
             print(f"{STORED.name} is not what would be written", file=sys.stderr)
     else:
         STORED.parent.mkdir(exist_ok=True)
-        STORED.write_text(text, encoding="utf-8")
+        write_file(STORED, text)
     return 1 if problems else 0
 
 

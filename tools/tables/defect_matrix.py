@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxfp4ref._files import write_file
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.defects import DEFECTS, DequantizeCall, RoutingCall
 from mxfp4ref.goldens import Case, open_goldens, tensor_bytes
@@ -226,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, text in (("md", markdown(matrix, cases)), ("svg", picture(matrix, cases))):
         path = goldens.root / f"defect_matrix.{name}"
         if not options.check:
-            path.write_text(text, encoding="utf-8")
+            write_file(path, text)
         elif not path.is_file() or path.read_text(encoding="utf-8") != text:
             found.append(f"{path}: out of date")
     print("\n".join(found) or "no problems")

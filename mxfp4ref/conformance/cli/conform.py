@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import sys
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,17 @@ from mxfp4ref.conformance.bounds import STORAGE
 from mxfp4ref.conformance.cli.report_files import pop_report_files, print_report, report_files
 from mxfp4ref.conformance.cli.shared import (
     NOT_EQUAL,
+    USAGE,
     UsageError,
     case_progress,
+    echo,
     goldens_option,
     usage_errors,
 )
 from mxfp4ref.conformance.results import MODES
 from mxfp4ref.conformance.suite import Options, run
 from mxfp4ref.goldens import Goldens, open_goldens
+from mxfp4ref.goldens.manifest import FILE_KINDS
 
 __all__ = ["conform"]
 
@@ -101,7 +105,7 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
     a process of their own. With --no-isolate, for debuggers, a run that takes longer than --timeout is abandoned in
     its thread, and a kernel that ends its process ends the command, with exit code 1.
 
-    Exit codes: 0 conforms, 1 does not, 2 wrong usage or environment.
+    Exit codes: 0 conforms, 1 does not, 2 wrong usage or environment, or a report could not be written.
     """
     if (kernel is None) == (kernel_option is None):
         raise click.UsageError("expected one KERNEL, as the argument or as --kernel")
@@ -115,7 +119,7 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
     with usage_errors():
         goldens = open_goldens(root)
         names = _select(goldens, patterns)
-        files.refuse_missing_folders()
+        files.check(_files_of(goldens))
         with case_progress(len(names)) as advance:
             result = run(
                 spec,
@@ -125,13 +129,12 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
                 isolate=isolate,
                 progress=advance,
             )
-        files.write(result)
-    print_report(result, verbose=verbose)
+    complete = files.write_after(partial(print_report, result, verbose=verbose), result)
     if options["dump"] is not None and not result.ok:
-        click.echo(f"Reproducers: {options['dump']}")
+        echo(f"Reproducers: {options['dump']}")
     if not any(r.status != "skipped" for r in result.results):
         raise UsageError(f"{spec}: none of the {len(names)} cases is of a kind that it runs")
-    sys.exit(0 if result.ok else NOT_EQUAL)
+    sys.exit(NOT_EQUAL if not result.ok else 0 if complete else USAGE)
 
 
 class _Selection(Goldens):
@@ -154,3 +157,9 @@ def _select(goldens: Goldens, patterns: Iterable[str]) -> list[str]:
             raise UsageError(f"--case: {pattern!r} matches none of the {len(names)} cases in {goldens.root}")
         chosen.update(found)
     return [name for name in names if name in chosen] if chosen else names
+
+
+def _files_of(goldens: Goldens) -> list[Path]:
+    """The manifest and the cases, which no report may replace."""
+    cases = [goldens.root / f"{name}.{kind}" for name in goldens.names() for kind in FILE_KINDS]
+    return [goldens.root / "manifest.json", *cases]

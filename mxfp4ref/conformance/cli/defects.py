@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from mxfp4ref.conformance.cli.shared import WIDTH, goldens_option, usage_errors
+from mxfp4ref.conformance.cli.shared import WIDTH, echo, goldens_option, usage_errors
 from mxfp4ref.defects import DEFECTS, get_defect
 from mxfp4ref.goldens import open_goldens
 
@@ -24,15 +24,15 @@ def defects(as_json: bool) -> None:
             {n: getattr(d, n) for n in ("name", "kind", "target", "summary", "seen_in")}
             for d in DEFECTS.values()
         ]
-        click.echo(json.dumps(rows, indent=1))
+        echo(json.dumps(rows, indent=1))
         return
     width = max(len(name) for name in DEFECTS)
     for kind, title in (("defect", "Mistakes"), ("arithmetic", "Other arithmetics")):
-        click.secho(title, bold=True)
+        echo(title, bold=True)
         for defect in DEFECTS.values():
             if defect.kind == kind:
                 where = "" if defect.target == "moe" else f" [{defect.target}]"
-                click.echo(f"  {defect.name:{width}}  {defect.summary}{where}")
+                echo(f"  {defect.name:{width}}  {defect.summary}{where}")
 
 
 @click.command()
@@ -44,13 +44,11 @@ def explain(defect: str, root: Path | None) -> None:
         found = get_defect(defect)
         goldens = open_goldens(root)
         catching = [name for name in goldens.names() if found.name in goldens.load(name).catches]
-    click.secho(found.name, bold=True)
-    click.echo(textwrap.fill(found.summary, WIDTH))
+    echo(found.name, bold=True)
+    echo(textwrap.fill(found.summary, WIDTH))
     nature = "a mistake" if found.kind == "defect" else "another arithmetic that means the same"
-    click.echo(f"{nature}; changes: {found.target}")
-    click.echo(f"seen in: {', '.join(found.seen_in)}")
+    echo(f"{nature}; changes: {found.target}")
+    echo(f"seen in: {', '.join(found.seen_in)}")
     if catching:
-        click.echo(
-            textwrap.fill(f"cases made for it: {', '.join(catching)}", WIDTH, subsequent_indent="    ")
-        )
-    click.echo(f"try it: mxfp4ref conform defect:{found.name}")
+        echo(textwrap.fill(f"cases made for it: {', '.join(catching)}", WIDTH, subsequent_indent="    "))
+    echo(f"try it: mxfp4ref conform defect:{found.name}")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from mxfp4ref.conformance.cli.shared import UsageError
+from mxfp4ref._files import check_no_input, write_file
+from mxfp4ref.conformance.cli.shared import UsageError, echo
 from mxfp4ref.conformance.results import Report
 
 __all__ = ["ReportFiles", "pop_report_files", "print_report", "report_files"]
@@ -28,18 +31,51 @@ class ReportFiles:
 
     paths: Mapping[str, Path]
 
-    def refuse_missing_folders(self) -> None:
-        """Before the run, which may take long."""
+    def check(self, inputs: Iterable[Path]) -> None:
+        """Before the run, which may take long, refuse what cannot be written.
+
+        Raises:
+            UsageError, ValueError: a folder is missing, or a file would replace another one or an input.
+            ModuleNotFoundError: what an HTML report needs is not installed.
+        """
+        from mxfp4ref.conformance.report import check_html
+
+        if len({path.absolute() for path in self.paths.values()}) < len(self.paths):
+            raise UsageError("--json, --junit, --html: expected a file of its own for each")
+        if "html" in self.paths:
+            check_html()
+        inputs = list(inputs) if self.paths else []
         for path in self.paths.values():
             if not path.absolute().parent.is_dir():
                 raise UsageError(f"cannot write {path}: there is no folder {path.absolute().parent}")
+            check_no_input(path, inputs)
 
-    def write(self, result: Report) -> None:
+    def write_after(self, show: Callable[[], None], result: Report) -> bool:
+        """Show the text, then write each file by itself; whether all of that went well.
+
+        What fails costs that file and a line, not the results.
+        """
         from mxfp4ref.conformance import report
 
         render = {"json": report.to_json, "junit": report.to_junit, "html": report.to_html}
-        for kind, path in self.paths.items():
-            path.write_text(render[kind](result), encoding="utf-8")
+
+        def write(kind: str, path: Path) -> None:
+            write_file(path, render[kind](result))
+
+        done = [_attempt("the text", show)]
+        done += [_attempt(str(path), partial(write, kind, path)) for kind, path in self.paths.items()]
+        return all(done)
+
+
+def _attempt(what: str, write: Callable[[], None]) -> bool:
+    """Write something; whether that went well. If not, it has been told."""
+    try:
+        write()
+    except Exception as error:  # a full disk, a closed pipe, a library that draws
+        with suppress(OSError):
+            echo(f"Error: {what} could not be written: {type(error).__name__}: {error}", err=True)
+        return False
+    return True
 
 
 def report_files(command: _Command) -> _Command:
@@ -62,5 +98,5 @@ def print_report(result: Report, *, verbose: bool) -> None:
     *lines, verdict = report.to_text(result, verbose=verbose).split("\n")
     for line in lines:
         heading = bool(line) and not line.startswith(" ") and ":" in line
-        click.secho(line, bold=heading or None)
-    click.secho(verdict, fg="green" if result.ok else "red", bold=True)
+        echo(line, bold=heading or None)
+    echo(verdict, fg="green" if result.ok else "red", bold=True)

@@ -7,23 +7,28 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from safetensors import SafetensorError
 from torch import Tensor
 
+from mxfp4ref._files import printable
 from mxfp4ref.conformance.adapters import KernelError
 from mxfp4ref.conformance.results import CaseResult
 from mxfp4ref.goldens import GoldenError
 
 __all__ = [
     "NOT_EQUAL",
+    "USAGE",
     "WIDTH",
     "UsageError",
     "case_progress",
     "describe",
+    "echo",
     "first_values",
     "goldens_option",
     "progress",
@@ -46,13 +51,32 @@ class UsageError(click.ClickException):
 
     exit_code = USAGE
 
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def echo(text: str, **style: Any) -> None:
+    """Print text that may come from a file: nothing in it commands the terminal."""
+    click.secho(printable(text), **style)
+
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
     """What goes wrong before or beside the comparison is wrong usage or environment: exit code 2."""
     try:
         yield
-    except (KernelError, GoldenError, ModuleNotFoundError, TypeError, ValueError, OSError) as error:
+    except MemoryError as error:
+        raise UsageError("there is not enough memory") from error
+    except (
+        KernelError,
+        GoldenError,
+        ImportError,
+        TypeError,
+        ValueError,
+        OSError,
+        SafetensorError,
+        RuntimeError,
+    ) as error:
         raise UsageError(str(error)) from error
 
 
@@ -72,7 +96,7 @@ def progress(*, lines: bool = False) -> Iterator[Callable[[str, int], None]]:
 
     def line(name: str, total: int) -> None:
         if lines:
-            click.echo(f"[{next(done):3}/{total}] {name}", err=True)
+            echo(f"[{next(done):3}/{total}] {name}", err=True)
 
     yield line
 
@@ -96,5 +120,9 @@ def describe(tensor: Tensor) -> str:
 
 
 def first_values(tensor: Tensor) -> str:
-    shown = ", ".join(f"{value:.6g}" for value in tensor.flatten()[:8].to(torch.float64).tolist())
+    first = tensor.flatten()[:8]
+    if first.dtype == torch.float4_e2m1fn_x2:
+        first = first.view(torch.uint8)
+    wide = torch.complex128 if first.is_complex() else torch.float64
+    shown = ", ".join(f"{value:.6g}" for value in first.to(wide).tolist())
     return f"{shown}{', ...' if tensor.numel() > 8 else ''}"

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from mxfp4ref.conformance.cli.shared import NOT_EQUAL, describe, first_values, usage_errors
+from mxfp4ref._files import check_no_input
+from mxfp4ref.checkpoint.shards import open_shards
+from mxfp4ref.conformance.cli.shared import NOT_EQUAL, describe, echo, first_values, usage_errors
 from mxfp4ref.conformance.comparison import FAR, differing, first_difference, ulp_distance
 from mxfp4ref.model.parallel import Ranks
 from mxfp4ref.routing import PRESETS
@@ -35,26 +35,24 @@ def compare(a: Path, b: Path) -> None:
     equal = True
     for name in sorted(one.keys() | other.keys()):
         if name not in one or name not in other:
-            click.echo(f"{name}: only in {a if name in one else b}")
+            echo(f"{name}: only in {a if name in one else b}")
             equal = False
             continue
         got, want = one[name], other[name]
         if (got.dtype, got.shape) != (want.dtype, want.shape):
-            click.echo(f"{name}: {describe(got)} in {a}, {describe(want)} in {b}")
+            echo(f"{name}: {describe(got)} in {a}, {describe(want)} in {b}")
             equal = False
             continue
         first = first_difference(got, want)
         if first is None:
-            click.echo(f"{name}: equal, {describe(got)}")
+            echo(f"{name}: equal, {describe(got)}")
             continue
         equal = False
         mask = differing(got, want)
         distance = ulp_distance(got, want)[mask]
         numbers = distance[distance < FAR]
         furthest = f", at most {int(numbers.max()):,} ulp" if len(numbers) else ""
-        click.echo(
-            f"{name}: {int(mask.sum()):,} of {mask.numel():,} elements differ{furthest}; first {first}"
-        )
+        echo(f"{name}: {int(mask.sum()):,} of {mask.numel():,} elements differ{furthest}; first {first}")
     sys.exit(0 if equal else NOT_EQUAL)
 
 
@@ -102,18 +100,23 @@ def layer(
         return {name: options[name] for name in names if options[name] is not None}
 
     with usage_errors():
+        if output_path is not None:
+            inputs = (
+                [*checkpoint.iterdir()]
+                if checkpoint.is_dir()
+                else [checkpoint, checkpoint.parent / "config.json"]
+            )
+            check_no_input(output_path, inputs)
         found = read_layer(checkpoint, index, **given("alpha", "beta", "limit"))
         found = replace(found, **given("top_k", "routed_scaling_factor"))
         ranks = Ranks(options["ep_size"], options["tp_size"])
         result = run_layer(found, input_path, output_path, router=router, ranks=ranks)
     for name, tensor in result.items():
-        click.echo(f"{name:22}  {describe(tensor):22}  {first_values(tensor)}")
+        echo(f"{name:22}  {describe(tensor):22}  {first_values(tensor)}")
     if output_path is not None:
-        click.echo(f"written: {output_path}")
+        echo(f"written: {output_path}")
 
 
 def _load(path: Path) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: expected a safetensors file: {error}") from error
+    shards = open_shards(path)
+    return shards.read(shards.files)

@@ -1,0 +1,199 @@
+"""Files that may be anything, read if they are files and written whole or not at all; text from them, to be shown."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import stat
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args
+
+from mxfp4ref._validate import shown
+
+__all__ = [
+    "UNFINISHED",
+    "check_no_input",
+    "mismatch",
+    "parse_json",
+    "printable",
+    "read_file",
+    "replacing",
+    "write_file",
+]
+
+
+_LARGEST = 1 << 30
+UNFINISHED = re.compile(r"\.writing-[0-9a-f]{32}")  # the names of files that a killed process leaves
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        OSError: it cannot be read, is no regular file (a pipe would be waited for, a device may never end), or is
+            larger than any file that is read at once.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "expected a regular file", str(path))
+        if status.st_size > _LARGEST:
+            raise OSError(
+                errno.EFBIG, f"expected at most {_LARGEST:,} bytes, got {status.st_size:,}", str(path)
+            )
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
+
+
+def parse_json(data: str | bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is no JSON, nested too deeply, or an object in it has a key twice.
+    """
+    try:
+        return json.loads(data, object_pairs_hook=_object)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} is there twice")
+        found[key] = value
+    return found
+
+
+def mismatch(value: Any, wanted: Any, where: str) -> str:
+    """Where a JSON value is not as wanted, in words; "" if it is.
+
+    Args:
+        value: what `parse_json` gave.
+        wanted: a type, or several (`int | str`; a bool is no int); a tuple of allowed values; a list of one such, for
+            any number of them, or of several, for exactly these; an object of them by key, where one that ends in "?"
+            may be missing, and "*" is every other key.
+        where: the value's name for the message.
+    """
+    if isinstance(wanted, dict):
+        if not isinstance(value, dict):
+            return f"{where}: expected an object, got {shown(value)}"
+        named = {key.removesuffix("?"): want for key, want in wanted.items()}
+        parts = [
+            (item, named.get(key, wanted.get("*", object)), f"{where}.{key}") for key, item in value.items()
+        ]
+    elif isinstance(wanted, list):
+        if not isinstance(value, list) or len(wanted) not in (1, len(value)):
+            return f"{where}: expected a list{f' of {len(wanted)}' * (len(wanted) > 1)}, got {shown(value)}"
+        every = wanted * len(value) if len(wanted) == 1 else wanted
+        parts = [
+            (item, want, f"{where}[{i}]") for i, (item, want) in enumerate(zip(value, every, strict=True))
+        ]
+    elif isinstance(wanted, tuple):
+        listed = ", ".join(map(repr, wanted))
+        fits = any(type(value) is type(choice) and value == choice for choice in wanted)
+        return (
+            "" if fits else f"{where}: expected {'one of ' * (len(wanted) > 1)}{listed}, got {shown(value)}"
+        )
+    else:
+        types = get_args(wanted) or (wanted,)
+        fits = isinstance(value, types) and not (isinstance(value, bool) and not {bool, object} & set(types))
+        return (
+            "" if fits else f"{where}: expected {' or '.join(t.__name__ for t in types)}, got {shown(value)}"
+        )
+    if wrong := next((wrong for part in parts if (wrong := mismatch(*part))), ""):
+        return wrong
+    missing = (
+        [key for key in wanted if key not in ("*", *value) and key[-1] != "?"]
+        if isinstance(wanted, dict)
+        else []
+    )
+    return f"{where}: expected the key {missing[0]!r}, got {shown(list(value))}" if missing else ""
+
+
+def check_no_input(path: Path, inputs: Iterable[Path]) -> None:
+    """Raise ValueError if a file that is to be written is one of the inputs, under whatever name, hard links too."""
+    if path.exists():
+        for other in inputs:
+            if other.exists() and os.path.samefile(path, other):
+                raise ValueError(f"{path}: expected another file than the input {other} to write to")
+
+
+@contextmanager
+def replacing(path: Path, root: Path | None = None) -> Iterator[Path]:
+    """The name of a new file beside `path`, which takes its place at the end, in one step.
+
+    An interruption or an error leaves what was there as it was. Pipes and devices are written to as they are.
+
+    Args:
+        path: what to write.
+        root: a folder above it; what is missing between is created.
+
+    Raises:
+        OSError: it cannot be written, is a link or a folder, or a folder between it and `root` is a link.
+    """
+    links = [path]
+    if root is not None:
+        links += [root / folder for folder in path.relative_to(root).parents if folder != Path()]
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        with (
+            tempfile.TemporaryDirectory() as folder
+        ):  # not by its name, which libraries may give to another file
+            yield Path(folder, "partial")
+            with Path(folder, "partial").open("rb") as source, path.open("wb") as target:
+                shutil.copyfileobj(source, target)
+        return
+    for link in links:
+        if link.is_symlink():
+            raise OSError(
+                errno.ELOOP, f"expected no link to write to, it leads to {link.resolve()}", str(link)
+            )
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "expected a file to write to, it is a folder", str(path))
+    if path.exists() and not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, "expected a file that may be written to", str(path))
+    if root is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".writing-{uuid.uuid4().hex}")
+    try:
+        yield partial
+        if path.exists():
+            os.chmod(partial, stat.S_IMODE(path.stat().st_mode))
+        descriptor = os.open(partial, os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_file(path: Path, data: str | bytes, root: Path | None = None) -> None:
+    """Write a file, text as UTF-8, whole or not at all; as `replacing`."""
+    with replacing(path, root) as partial:
+        partial.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def printable(text: str, *, lines: bool = True) -> str:
+    """Text of which all can be seen, in several lines or, without `lines`, in one.
+
+    Control characters, marks of direction and lone surrogates are escaped as in Python: they would command a
+    terminal, or break an XML or UTF-8 file.
+    """
+    if text.isprintable():
+        return text
+    kept = "\n\t" if lines else ""
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
