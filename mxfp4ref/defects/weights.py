@@ -124,16 +124,24 @@ def scale_truncated(call: MoeCall) -> MoeCall:
 
 def requantized(packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """As if from float32 scales amax / 6, truncated to powers of two; what has become too large saturates."""
-    codes = unpack_codes(packed).view(*scales.shape, GROUP_SIZE).to(torch.int64)
+    codes = unpack_codes(torch.arange(256, dtype=torch.uint8, device=packed.device)[:, None]).to(torch.int64)
+    of_groups = packed.view(*scales.shape, GROUP_SIZE // 2)
+    largest = _of_bytes((codes & 7).amax(-1).to(torch.uint8), of_groups).amax(-1)
     # By the group's largest code: how far 2^floor(log2(amax / 6)) lies below the scale; 1.5, 3, 6 are exact.
-    lower = torch.tensor([0, 4, 3, 2, 2, 1, 1, 0], device=packed.device)[(codes & 7).amax(-1)]
-    lower = lower.minimum(scales.to(torch.int64))
+    lower = torch.tensor([0, 4, 3, 2, 2, 1, 1, 0], dtype=torch.uint8, device=packed.device)
+    lower = _of_bytes(lower, largest).minimum(scales)
     doubled = torch.tensor([0, 2, 4, 5, 6, 7, 7, 7], device=packed.device)  # 4 and 6 saturate
-    magnitude = codes & 7
-    for step in range(4):
-        magnitude = torch.where((lower > step).unsqueeze(-1), doubled[magnitude], magnitude)
-    codes = (codes & 8) | magnitude
-    return pack_codes(codes.to(torch.uint8).flatten(-2)), (scales.to(torch.int64) - lower).to(torch.uint8)
+    result = of_groups.clone()
+    for step in range(1, 5):
+        codes = (codes & 8) | doubled[codes & 7]
+        changed = _of_bytes(pack_codes(codes.to(torch.uint8)).flatten(), of_groups)
+        result = torch.where((lower == step).unsqueeze(-1), changed, result)
+    return result.view_as(packed), scales - lower
+
+
+def _of_bytes(table: Tensor, index: Tensor) -> Tensor:
+    """`table[index]`, for uint8 indices."""
+    return table.index_select(0, index.flatten().to(torch.int32)).view(index.shape)
 
 
 @defect(_SCALES, "flashinfer#4093")
@@ -156,8 +164,8 @@ def scales_of_next_expert(call: MoeCall) -> MoeCall:
 @defect(_WEIGHTS, "derived from the conversion")
 def half_code_flushed(packed: Tensor) -> Tensor:
     """+-0.5 becomes 0, a subnormal flush in the conversion"""
-    codes = unpack_codes(packed)
-    return pack_codes(torch.where(codes & 7 == 1, codes & 8, codes))
+    codes = unpack_codes(torch.arange(256, dtype=torch.uint8, device=packed.device)[:, None])
+    return _of_bytes(pack_codes(torch.where(codes & 7 == 1, codes & 8, codes)).flatten(), packed)
 
 
 def _num_padding_rows(call: MoeCall) -> int:
