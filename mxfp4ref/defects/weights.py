@@ -46,8 +46,9 @@ def nibble_order(packed: Tensor) -> Tensor:
 @defect(_WEIGHTS, "imp#567")
 def nibble_split(packed: Tensor) -> Tensor:
     """first half of a group in the low nibbles, second half in the high ones (gguf's order)"""
-    codes = unpack_codes(packed).view(*packed.shape[:-1], -1, GROUP_SIZE // 2, 2)
-    return pack_codes(codes.transpose(-1, -2).flatten(-3))
+    groups = packed.view(*packed.shape[:-1], -1, GROUP_SIZE // 2)
+    halves = (nibbles[..., ::2] | nibbles[..., 1::2] << 4 for nibbles in (groups & 15, groups >> 4))
+    return torch.cat(tuple(halves), -1).view_as(packed)
 
 
 @defect(_WEIGHTS, "flashinfer#3334", "vllm#46915")
@@ -131,11 +132,12 @@ def requantized(packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     lower = torch.tensor([0, 4, 3, 2, 2, 1, 1, 0], dtype=torch.uint8, device=packed.device)
     lower = _of_bytes(lower, largest).minimum(scales)
     doubled = torch.tensor([0, 2, 4, 5, 6, 7, 7, 7], device=packed.device)  # 4 and 6 saturate
-    result = of_groups.clone()
-    for step in range(1, 5):
+    changed = [pack_codes(codes.to(torch.uint8)).flatten()]
+    for _ in range(4):
         codes = (codes & 8) | doubled[codes & 7]
-        changed = _of_bytes(pack_codes(codes.to(torch.uint8)).flatten(), of_groups)
-        result = torch.where((lower == step).unsqueeze(-1), changed, result)
+        changed.append(pack_codes(codes.to(torch.uint8)).flatten())
+    index = of_groups.to(torch.int32) + 256 * lower.to(torch.int32).unsqueeze(-1)
+    result = torch.cat(changed).index_select(0, index.flatten())
     return result.view_as(packed), scales - lower
 
 
