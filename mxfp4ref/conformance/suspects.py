@@ -181,13 +181,13 @@ class _Search:
 
     def agrees(self, part: Part, name: str) -> bool:
         """Whether a defect gives the kernel's bits there."""
+        got, want = self.output[part.tokens], self.expected[part.tokens]
         self.tried.setdefault(name, None)
-        if (predicted := defect_outputs(DEFECTS[name], part.call)) is None:
-            return False
+        predicted = defect_outputs(DEFECTS[name], part.call)
+        if predicted is None and self.tried[name] is None:
+            return not bool(differing(got, want).any())  # where a defect cannot show all is right
         score = self.tried[name] = self.tried[name] or _Score()
-        return score.add(
-            predicted["output"][part.first :], self.output[part.tokens], self.expected[part.tokens]
-        )
+        return score.add(want if predicted is None else predicted["output"][part.first :], got, want)
 
     def confirm(self, names: list[str], probe: Part) -> list[str]:
         """Which of those that agree on the probe do so on the other tokens too, right ones included."""
