@@ -35,7 +35,8 @@ class Diagnosis:
         feeds: the inputs that feed it, in words.
         patterns: what the places that differ have in common, in words.
         stage: the stage up to which the output can be reconciled with the trace, in words.
-        predictions: the defects that predict the output exactly, or else the three that come closest.
+        predictions: the defects that predict the output exactly, or else up to three that come closest, with more of
+            the wrong bits than chance gives (`suspects.NOISE`).
         ulps: elements by distance: (up to this many ulps, how many); the last with NaN.
         mask: where the output differs.
     """

@@ -40,11 +40,14 @@ def reconcile(call: MoeCall, outputs: Mapping[str, Tensor], mask: Tensor) -> str
         return _exposed(call, outputs, exposed)
     if not call.experts.quantized:
         return ""
+    wrong = mask.any(1)
+    if not bool(fp32.widen(outputs["output"][wrong]).any()):
+        return "nothing was added up: tokens that differ came out as zeros, which says nothing of the stages before"
     tokens = mask.sum(1).argsort(descending=True, stable=True)
     tokens = tokens[: _TOKENS if is_heavy(call) else len(tokens)].sort().values
     part = reduce_call(call, tokens)
     inside = bound(part).contains(outputs["output"][tokens])
-    where = "" if len(tokens) == call.num_tokens else f" of the token{_of(tokens)}"
+    where = "" if len(tokens) == call.num_tokens else f" of token{_of(tokens)}"
     if bool(inside.all()):
         return (
             f"rounding: every element{where} lies within the interval of all correct evaluations, so the kernel sums "
@@ -148,7 +151,7 @@ def _fit_weights(call: MoeCall, output: Tensor, token: int) -> _Fit | None:
     if len(y) == 0 or not bool(usable & (lengths > 0).all() & (asked != 0).all()):
         return asked[:0], asked[:0], asked[:0]
     if not bool(target.any()):
-        return None  # zeros are a sum of anything
+        return None  # zeros say nothing
     directions = y / lengths[:, None]
     if float(torch.linalg.svdvals(directions).min()) < _INDEPENDENT or len(y) * 4 > y.shape[1]:
         return asked[:0], asked[:0], asked[:0]

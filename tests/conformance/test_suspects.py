@@ -125,6 +125,24 @@ def test_a_token_that_cannot_be_taken_out_is_passed_over() -> None:
     assert found.remarks == ("named defects were compared on 7 of 8 tokens",)
 
 
+@pytest.mark.parametrize("kind", ["one column", "random ulps", "another token", "half of the columns"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_no_defect_is_close_to_an_unrelated_mistake(kind: str, seed: int) -> None:
+    call = layer(seed)
+    expected = forward(call)
+    output = expected.clone()
+    if kind == "one column":
+        output[:, 9] += 0.25
+    elif kind == "random ulps":
+        chosen = torch.rand(output.shape, generator=torch.Generator().manual_seed(seed)) < 0.3
+        output.view(torch.int16)[chosen] += 1
+    elif kind == "another token":
+        output = expected.roll(1, 0)
+    else:
+        output[:, ::2] *= -1
+    assert try_defects(call, output, expected, seconds=60.0).predictions == ()
+
+
 def test_none_can_be_taken_out() -> None:
     call = layer()
     expected = forward(call) + 1
