@@ -59,7 +59,7 @@ class Part:
 
     Attributes:
         call: the small call.
-        tokens: `[T] int64`, of the whole call.
+        tokens: `[T] int64`, of the whole call, on the CPU.
         first: the row of the first of them; the others follow it, and are the last.
     """
 
@@ -78,7 +78,7 @@ def isolate(call: MoeCall, token: int, expected: Tensor) -> Part | None:
     alone = reduce_call(call, torch.tensor([token], device=call.input.device), neighbours=True)
     for small in (alone, _in_place(call, token, alone)):
         if not bool(differing(forward(small)[-1], expected).any()):
-            return Part(small, torch.tensor([token]), small.num_tokens - 1)
+            return Part(small, torch.tensor([token], device="cpu"), small.num_tokens - 1)
     return None
 
 

@@ -47,7 +47,7 @@ def reconcile(call: MoeCall, outputs: Mapping[str, Tensor], mask: Tensor) -> str
     tokens = tokens[: _TOKENS if is_heavy(call) else len(tokens)].sort().values
     part = reduce_call(call, tokens)
     inside = bound(part).contains(outputs["output"][tokens])
-    where = "" if len(tokens) == call.num_tokens else f" of token{_of(tokens)}"
+    where = "" if len(tokens) == call.num_tokens else f" of token{_of(tokens.tolist())}"
     if bool(inside.all()):
         return (
             f"rounding: every element{where} lies within the interval of all correct evaluations, so the kernel sums "
@@ -64,9 +64,8 @@ def reconcile(call: MoeCall, outputs: Mapping[str, Tensor], mask: Tensor) -> str
     )
 
 
-def _of(tokens: Tensor) -> str:
-    numbers = [str(token) for token in tokens.tolist()]
-    return f" {numbers[0]}" if len(numbers) == 1 else f"s {', '.join(numbers)}"
+def _of(tokens: list[int]) -> str:
+    return f" {tokens[0]}" if len(tokens) == 1 else f"s {', '.join(map(str, tokens))}"
 
 
 def _exposed(call: MoeCall, outputs: Mapping[str, Tensor], names: list[str]) -> str:
@@ -123,12 +122,12 @@ def _fit_finalize(call: MoeCall, output: Tensor, mask: Tensor) -> str:
 
 
 def _each(fits: list[tuple[int, _Fit]]) -> str:
-    tokens = torch.tensor([token for token, _ in fits])
+    tokens = [token for token, _ in fits]
     return f"token{_of(tokens)} {'is' if len(fits) == 1 else 'are'}"
 
 
 def _likewise(fits: list[tuple[int, _Fit]]) -> str:
-    others = torch.tensor([token for token, _ in fits[1:]])
+    others = [token for token, _ in fits[1:]]
     return f", and likewise token{_of(others)} with other weights" if len(others) else ""
 
 

@@ -181,7 +181,7 @@ class _Search:
         return None if part is None else replace(part, call=logical(part.call))
 
     def whole(self) -> Part:
-        return Part(logical(self.call), torch.arange(self.call.num_tokens))
+        return Part(logical(self.call), torch.arange(self.call.num_tokens, device="cpu"))
 
     def agrees(self, part: Part, name: str) -> bool:
         """Whether a defect gives the kernel's bits there."""
@@ -221,7 +221,7 @@ class _Search:
         """None being exact, those that come closest."""
         scores = {name: score for name, score in self.tried.items() if score is not None}
         if not self.heavy:
-            tokens = torch.tensor(sorted(self.wrong[:_TOKENS]))
+            tokens = torch.tensor(sorted(self.wrong[:_TOKENS]), device="cpu")
             on_device = tokens.to(self.call.input.device)
             part = Part(logical(reduce_call(self.call, on_device, neighbours=True)), tokens)
             self.tried.clear()
