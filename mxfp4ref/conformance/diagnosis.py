@@ -11,9 +11,9 @@ from torch import Tensor
 
 from mxfp4ref.conformance.comparison import FAR, Difference, differing, first_difference, ulp_distance
 from mxfp4ref.conformance.patterns import patterns
-from mxfp4ref.conformance.reduction import is_heavy, local_experts, one_token, reduce_call
+from mxfp4ref.conformance.reduction import local_experts, one_token
 from mxfp4ref.conformance.stage_fit import numbers, reconcile
-from mxfp4ref.conformance.stand_ins import defect_outputs
+from mxfp4ref.conformance.suspects import Prediction, Progress, Verdict, closest, predict, try_defects
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import MoeTrace, trace
@@ -21,25 +21,8 @@ from mxfp4ref.sm90 import fp32
 
 __all__ = ["Diagnosis", "Prediction", "diagnose", "predict"]
 
-_TOKENS = 8  # of a call on which defects are ranked
-_MOST_LISTED = 3
+SECONDS = 90.0
 _ULP_BINS = (1, 2, 4, 16, 256, FAR - 1)
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """How well a named defect predicts what came.
-
-    Attributes:
-        name: of `mxfp4ref.defects`.
-        fraction: of the elements in which kernel or defect differ from the expected output, how many agree
-            with each other in all bits.
-        exact: whether all do.
-    """
-
-    name: str
-    fraction: float
-    exact: bool
 
 
 @dataclass(frozen=True)
@@ -52,7 +35,8 @@ class Diagnosis:
         feeds: the inputs that feed it, in words.
         patterns: what the places that differ have in common, in words.
         stage: the stage up to which the output can be reconciled with the trace, in words.
-        predictions: the defects that predict the output exactly, or else the three that come closest.
+        predictions: the defects that predict the output exactly, or else up to three that come closest, with more of
+            the wrong bits than chance gives (`suspects.NOISE`).
         ulps: elements by distance: (up to this many ulps, how many); the last with NaN.
         mask: where the output differs.
     """
@@ -79,6 +63,8 @@ def diagnose(
     expected: Mapping[str, Tensor],
     *,
     suspects: Iterable[str] | None = None,
+    seconds: float = SECONDS,
+    progress: Progress | None = None,
 ) -> Diagnosis:
     """Say how and why `outputs` differ from `expected`; they have to.
 
@@ -87,8 +73,10 @@ def diagnose(
         inputs: a `MoeCall` for kind "moe", else arguments by name.
         outputs: what the kernel gave, and any intermediates under the names of `MoeTrace`.
         expected: what it should have given.
-        suspects: the defects to try; by default all. If none of them is exact all are tried, unless the
-            experts are too large for that.
+        suspects: the defects to try; by default all. If none of them is exact all are tried.
+        seconds: that the search for a named defect may take on a layer of real size, roughly; what was not
+            tried by then is said in `patterns`.
+        progress: called before each defect that is tried on a call, with its name and how many there are.
 
     Raises:
         TypeError, ValueError: an output is missing, or of another dtype or shape than expected, or all are equal.
@@ -105,7 +93,15 @@ def diagnose(
     mask = differing(got, want)
     first = first_difference(got, want)
     assert first is not None
-    predictions = _predictions(kind, inputs, outputs, expected, suspects)
+    verdict = Verdict(())
+    if not isinstance(inputs, MoeCall):
+        names = (n for n, defect in DEFECTS.items() if defect.target == kind)
+        found_by = (predict(inputs, outputs, expected, n) for n in names)
+        verdict = Verdict(closest(p for p in found_by if p is not None))
+    elif inputs.experts.quantized:
+        verdict = try_defects(
+            inputs, got, want, first=tuple(suspects or ()), seconds=seconds, progress=progress
+        )
     feeds: tuple[str, ...] = ()
     found: tuple[str, ...] = ()
     stage = ""
@@ -113,73 +109,11 @@ def diagnose(
         token = first.index[0]
         one = trace(one_token(inputs, token))
         feeds = _feeds(inputs, one, token, first.index[1])
-        found = patterns(inputs, got, want, mask)
+        found = patterns(inputs, got, want, mask) + verdict.remarks
         stage = reconcile(inputs, outputs, mask)
-        if not predictions and is_heavy(inputs):
-            found += ("named defects were not tried on a layer of this size: run the small cases too",)
     elif kind == "layout":
         found = (_layout_pattern(got, want, mask),)
-    return Diagnosis(name, first, feeds, found, stage, predictions, _histogram(got, want, mask), mask)
-
-
-def predict(
-    inputs: Any, outputs: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str
-) -> Prediction | None:
-    """How well the defect `name` predicts the outputs; None if it cannot show on these inputs."""
-    predicted = defect_outputs(DEFECTS[name], inputs)
-    if predicted is None:
-        return None
-    agreeing = concerned = 0
-    for key, want in expected.items():
-        guess = predicted[key]
-        if guess.dtype != want.dtype:
-            return None  # a case of dequantisation to another dtype than the defects'
-        concern = differing(outputs[key], want) | differing(guess, want)
-        concerned += int(concern.sum())
-        agreeing += int((concern & ~differing(outputs[key], guess)).sum())
-    return Prediction(name, agreeing / max(concerned, 1), agreeing == concerned)
-
-
-def _predictions(
-    kind: str,
-    inputs: Any,
-    outputs: Mapping[str, Tensor],
-    expected: Mapping[str, Tensor],
-    suspects: Iterable[str] | None,
-) -> tuple[Prediction, ...]:
-    """The exact defects; if there are none, those that come closest."""
-    names = [n for n, defect in DEFECTS.items() if defect.target == kind]
-    if not isinstance(inputs, MoeCall):
-        return _ranked(p for name in names if (p := predict(inputs, outputs, expected, name)) is not None)
-    heavy = is_heavy(inputs)
-    wrong = differing(outputs["output"], expected["output"])
-    worst = wrong.sum(1).argsort(descending=True, stable=True)
-
-    def on_tokens(count: int, name: str) -> Prediction | None:
-        tokens = worst[:count].sort().values
-        got, want = ({"output": tensors["output"][tokens]} for tensors in (outputs, expected))
-        return predict(reduce_call(inputs, tokens, neighbours=True), got, want, name)
-
-    def is_exact(name: str) -> bool:
-        """On the worst token, and if that is so on all of them."""
-        if (one := on_tokens(1, name)) is None or not one.exact:
-            return False
-        whole = predict(inputs, outputs, expected, name) if not heavy else one
-        return whole is not None and whole.exact
-
-    for candidates in (list(suspects or ()), [] if heavy else names):
-        exact = [name for name in candidates if name in names and is_exact(name)]
-        if exact:
-            return tuple(Prediction(name, 1.0, True) for name in exact)
-    if heavy:
-        return ()
-    return _ranked(p for name in names if (p := on_tokens(_TOKENS, name)) is not None)
-
-
-def _ranked(predictions: Iterable[Prediction]) -> tuple[Prediction, ...]:
-    ranked = sorted(predictions, key=lambda p: (not p.exact, -p.fraction))
-    exact = [p for p in ranked if p.exact]
-    return tuple(exact or [p for p in ranked if p.fraction > 0][:_MOST_LISTED])
+    return Diagnosis(name, first, feeds, found, stage, verdict.predictions, _histogram(got, want, mask), mask)
 
 
 def _feeds(call: MoeCall, one: MoeTrace, token: int, column: int) -> tuple[str, ...]:

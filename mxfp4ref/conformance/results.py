@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from mxfp4ref._files import printable
 from mxfp4ref.conformance.diagnosis import Diagnosis
+from mxfp4ref.conformance.suspects import NOISE
 from mxfp4ref.defects import DEFECTS
 
 __all__ = ["MODES", "PASSING", "RECORDING", "CaseResult", "Report", "name_defects"]
@@ -114,7 +115,7 @@ class Report:
 
     @property
     def closest(self) -> tuple[str, float] | None:
-        """Without an exact one, the defect with the highest mean fraction over the cases that differ."""
+        """Without an exact one, the defect with the highest mean fraction over the cases that differ, above noise."""
         diagnoses = [r.diagnosis for r in self.results if r.diagnosis is not None]
         total: dict[str, float] = {}
         for diagnosis in diagnoses:
@@ -123,7 +124,8 @@ class Report:
         if not total:
             return None
         best = max(total, key=lambda name: total[name])
-        return best, total[best] / len(diagnoses)
+        fraction = total[best] / len(diagnoses)
+        return (best, fraction) if fraction >= NOISE else None
 
 
 def name_defects(exact: Iterable[Iterable[str] | None]) -> tuple[str, ...]:

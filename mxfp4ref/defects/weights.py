@@ -46,8 +46,9 @@ def nibble_order(packed: Tensor) -> Tensor:
 @defect(_WEIGHTS, "imp#567")
 def nibble_split(packed: Tensor) -> Tensor:
     """first half of a group in the low nibbles, second half in the high ones (gguf's order)"""
-    codes = unpack_codes(packed).view(*packed.shape[:-1], -1, GROUP_SIZE // 2, 2)
-    return pack_codes(codes.transpose(-1, -2).flatten(-3))
+    groups = packed.view(*packed.shape[:-1], -1, GROUP_SIZE // 2)
+    halves = (nibbles[..., ::2] | nibbles[..., 1::2] << 4 for nibbles in (groups & 15, groups >> 4))
+    return torch.cat(tuple(halves), -1).view_as(packed)
 
 
 @defect(_WEIGHTS, "flashinfer#3334", "vllm#46915")
@@ -124,16 +125,25 @@ def scale_truncated(call: MoeCall) -> MoeCall:
 
 def requantized(packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """As if from float32 scales amax / 6, truncated to powers of two; what has become too large saturates."""
-    codes = unpack_codes(packed).view(*scales.shape, GROUP_SIZE).to(torch.int64)
+    codes = unpack_codes(torch.arange(256, dtype=torch.uint8, device=packed.device)[:, None]).to(torch.int64)
+    of_groups = packed.view(*scales.shape, GROUP_SIZE // 2)
+    largest = _of_bytes((codes & 7).amax(-1).to(torch.uint8), of_groups).amax(-1)
     # By the group's largest code: how far 2^floor(log2(amax / 6)) lies below the scale; 1.5, 3, 6 are exact.
-    lower = torch.tensor([0, 4, 3, 2, 2, 1, 1, 0], device=packed.device)[(codes & 7).amax(-1)]
-    lower = lower.minimum(scales.to(torch.int64))
+    lower = torch.tensor([0, 4, 3, 2, 2, 1, 1, 0], dtype=torch.uint8, device=packed.device)
+    lower = _of_bytes(lower, largest).minimum(scales)
     doubled = torch.tensor([0, 2, 4, 5, 6, 7, 7, 7], device=packed.device)  # 4 and 6 saturate
-    magnitude = codes & 7
-    for step in range(4):
-        magnitude = torch.where((lower > step).unsqueeze(-1), doubled[magnitude], magnitude)
-    codes = (codes & 8) | magnitude
-    return pack_codes(codes.to(torch.uint8).flatten(-2)), (scales.to(torch.int64) - lower).to(torch.uint8)
+    changed = [pack_codes(codes.to(torch.uint8)).flatten()]
+    for _ in range(4):
+        codes = (codes & 8) | doubled[codes & 7]
+        changed.append(pack_codes(codes.to(torch.uint8)).flatten())
+    index = of_groups.to(torch.int32) + 256 * lower.to(torch.int32).unsqueeze(-1)
+    result = torch.cat(changed).index_select(0, index.flatten())
+    return result.view_as(packed), scales - lower
+
+
+def _of_bytes(table: Tensor, index: Tensor) -> Tensor:
+    """`table[index]`, for uint8 indices."""
+    return table.index_select(0, index.flatten().to(torch.int32)).view(index.shape)
 
 
 @defect(_SCALES, "flashinfer#4093")
@@ -156,8 +166,8 @@ def scales_of_next_expert(call: MoeCall) -> MoeCall:
 @defect(_WEIGHTS, "derived from the conversion")
 def half_code_flushed(packed: Tensor) -> Tensor:
     """+-0.5 becomes 0, a subnormal flush in the conversion"""
-    codes = unpack_codes(packed)
-    return pack_codes(torch.where(codes & 7 == 1, codes & 8, codes))
+    codes = unpack_codes(torch.arange(256, dtype=torch.uint8, device=packed.device)[:, None])
+    return _of_bytes(pack_codes(torch.where(codes & 7 == 1, codes & 8, codes)).flatten(), packed)
 
 
 def _num_padding_rows(call: MoeCall) -> int:

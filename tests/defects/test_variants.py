@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mxfp4ref.defects import activation
+from mxfp4ref.defects.variants import gemm
 from mxfp4ref.defects.variants.finalize import FinalizeVariant
 from mxfp4ref.defects.variants.gemm import GemmVariant, tensor_core_sum
 from mxfp4ref.defects.variants.router import rerouted
@@ -29,8 +30,8 @@ from tests.helpers.defect_outputs import as_bytes, build, reference_bytes
 @pytest.mark.parametrize("call_name", defect_calls.MOE_CALLS)
 def test_unchanged_stages_are_the_kernel(call_name: str, generation: Generation) -> None:
     call = replace(build("moe", call_name), kernel=Sm90Kernel(generation=generation))
-    gemm = GemmVariant()
-    stages = Stages(fc1_gemm=gemm, fc2_gemm=gemm, swiglu=SwigluVariant(), finalize=FinalizeVariant())
+    variant = GemmVariant()
+    stages = Stages(fc1_gemm=variant, fc2_gemm=variant, swiglu=SwigluVariant(), finalize=FinalizeVariant())
     assert as_bytes(forward(call, stages)) == as_bytes(forward(call))
 
 
@@ -58,8 +59,8 @@ def test_unchanged_gemm_follows_the_tactic(tile_k: tuple[int, int], tile_n: int)
             )
         )
         call = replace(call, kernel=Sm90Kernel.of_tiles(fitting, (tile_n, tile_n)))
-        gemm = GemmVariant()
-        assert as_bytes(forward(call, Stages(fc1_gemm=gemm, fc2_gemm=gemm))) == as_bytes(forward(call))
+        variant = GemmVariant()
+        assert as_bytes(forward(call, Stages(fc1_gemm=variant, fc2_gemm=variant))) == as_bytes(forward(call))
 
 
 @pytest.mark.parametrize("call_name", defect_calls.ROUTING_CALLS)
@@ -80,6 +81,31 @@ def test_tensor_core_sum_is_the_obvious_step(fraction_bits: int) -> None:
         expected = tensor_core.step(*factors, expected, fraction_bits=fraction_bits)
     got = tensor_core_sum(x.double(), weights.double(), fraction_bits=fraction_bits).to(torch.float32)
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("step_size", [8, 16, 20, 32, 64])
+@pytest.mark.parametrize("toward_zero", [True, False])
+def test_compiled_steps_are_the_written_ones(step_size: int, toward_zero: bool) -> None:
+    """For every exponent, zeros, subnormals, NaN, Inf and sums that overflow, in all bits but those of a NaN."""
+    compiled = gemm._compiled_steps()
+    assert compiled is not None
+    generator = torch.Generator().manual_seed(step_size)
+    bits = torch.randint(-(1 << 15), 1 << 15, (6, 40, 64), generator=generator).to(torch.int16)
+    x = bits.view(torch.bfloat16).double()
+    x[1] = torch.randn(40, 64, generator=generator).bfloat16().double()
+    x[2] = torch.randn(40, 64, generator=generator).bfloat16().double() * 2.0**124
+    x[3] *= x[3].abs() < 2.0**-120
+    x[4] = torch.where(torch.rand(40, 64, generator=generator) < 0.01, x[4], x[1])
+    x[5] = -0.0
+    weights = torch.randint(-12, 13, (6, 24, 64), generator=generator).double() / 2
+    for fraction_bits in (24, 25, 46):
+        how = step_size, fraction_bits, toward_zero
+        expected = gemm._by_steps(x, weights, *how)
+        got = gemm._by_loops(compiled, x, weights, *how)
+        assert torch.equal(got.isnan(), expected.isnan())
+        number = ~expected.isnan()
+        assert torch.equal(got[number].view(torch.int64), expected[number].view(torch.int64))
+    assert bool(expected.isnan().any() & expected.isinf().any() & (expected[1] != 0).all())
 
 
 def test_sigmoids_approximate_the_sigmoid() -> None:

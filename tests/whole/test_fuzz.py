@@ -65,6 +65,7 @@ EXEMPT_MODULES = {
     "mxfp4ref.conformance.stage_fit": "takes outputs that `execution` checked",
     "mxfp4ref.conformance.suite": "tests/conformance runs kernels that misbehave",
     "mxfp4ref.conformance.diagnosis": "takes outputs that `execution` checked",
+    "mxfp4ref.conformance.suspects": "takes outputs that `execution` checked",
     "mxfp4ref.conformance.execution": "tests/conformance",
     "mxfp4ref.conformance.handing": "tests/conformance",
     "mxfp4ref.conformance.kernel_process": "tests/conformance: what comes through its pipe",

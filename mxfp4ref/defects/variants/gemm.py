@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from mxfp4ref._compiled import as_numpy, loops
 from mxfp4ref._spans import spans
 from mxfp4ref.formats.generations import Generation
 from mxfp4ref.formats.mxfp4 import E2M1_VALUES, GROUP_SIZE, decode_ue8m0, unpack_codes
@@ -17,6 +20,9 @@ from mxfp4ref.sm90.tactics import Tactic
 from mxfp4ref.sm90.tensor_core import FRACTION_BITS, STEP_SIZE
 
 __all__ = ["GemmVariant", "Term", "accumulate", "in_pieces", "tensor_core_sum", "to_fp64"]
+
+
+_ROWS, _COLUMNS = 32, 128  # of a piece
 
 
 @dataclass(frozen=True)
@@ -63,14 +69,47 @@ def tensor_core_sum(
         fraction_bits, toward_zero: what a step keeps of its terms, and how it rounds its result.
         chain: False starts every step from zero and adds their results in float32.
     """
+    if not chain:
+        acc = x.new_zeros(x.shape[0], x.shape[1], weights.shape[1], dtype=torch.float32)
+        for block in spans(x.shape[2], step_size):
+            factors = x[..., block], weights[..., block]
+            alone = tensor_core_sum(
+                *factors, step_size=step_size, fraction_bits=fraction_bits, toward_zero=toward_zero
+            )
+            acc = fp32.add(acc, alone.to(torch.float32))
+        return acc.to(torch.float64)
+    compiled = _compiled_steps() if x.device.type == "cpu" else None
+    how = step_size, fraction_bits, toward_zero
+    return _by_steps(x, weights, *how) if compiled is None else _by_loops(compiled, x, weights, *how)
+
+
+def _by_loops(compiled: Any, x: Tensor, weights: Tensor, *how: int) -> Tensor:
+    out = torch.empty(x.shape[0], x.shape[1], weights.shape[1], dtype=torch.float64, device="cpu")
+    compiled.tensor_core_sum(
+        as_numpy(x, np.float64), as_numpy(weights, np.float64), *how, as_numpy(out, np.float64)
+    )
+    return out
+
+
+def _compiled_steps() -> Any:
+    consequence = "defects of the GEMM take 20 times as long as need be"
+    return loops("mxfp4ref.defects.variants.gemm_loops", _try_out_steps, consequence)
+
+
+def _try_out_steps(compiled: Any) -> None:
+    generator = torch.Generator("cpu").manual_seed(0)
+    x, weights = (
+        torch.randn(2, 3, 64, generator=generator, device="cpu").bfloat16().double() for _ in range(2)
+    )
+    for how in ((16, 25, True), (8, 24, False)):
+        if not torch.equal(_by_loops(compiled, x, weights, *how), _by_steps(x, weights, *how)):
+            raise ArithmeticError("some sums of a trial are wrong")
+
+
+def _by_steps(x: Tensor, weights: Tensor, step_size: int, fraction_bits: int, toward_zero: bool) -> Tensor:
     acc = x.new_zeros(x.shape[0], x.shape[1], weights.shape[1])
     for block in spans(x.shape[2], step_size):
-        factors = x[:, :, None, block], weights[:, None, :, block]
-        if chain:
-            acc = _step(*factors, acc, fraction_bits, toward_zero)
-        else:
-            alone = _step(*factors, torch.zeros_like(acc), fraction_bits, toward_zero)
-            acc = fp32.add(acc.to(torch.float32), alone.to(torch.float32)).to(torch.float64)
+        acc = _step(x[:, :, None, block], weights[:, None, :, block], acc, fraction_bits, toward_zero)
     return acc
 
 
@@ -107,11 +146,13 @@ def in_pieces(
     packed: Tensor,
     scales: Tensor,
     positions: Tensor,
+    *,
+    columns_at_once: int = _COLUMNS,
 ) -> Tensor:
     """A GEMM on rows and columns that fit into a cache, `[B, M, N] float32`."""
     out = torch.empty(*x.shape[:2], packed.shape[1], dtype=torch.float32, device=x.device)
-    for rows in spans(x.shape[1], 32):
-        for columns in spans(packed.shape[1], 128):
+    for rows in spans(x.shape[1], _ROWS):
+        for columns in spans(packed.shape[1], columns_at_once):
             factors = x[:, rows], packed[:, columns], scales[:, columns]
             out[:, rows, columns] = piece(*factors, positions[:, rows])
     return out
@@ -122,7 +163,7 @@ class GemmVariant:
     """The kernel's group-scaled GEMM with something changed, called like `group_scaled_gemm`.
 
     Attributes:
-        decode_codes: codes, int64, to float64 values of at most 8 bits.
+        decode_codes: codes, int64, to float64 values of at most 8 bits, each by itself.
         decode_scales: scale bytes to float32 factors.
         group_sum: `x @ weights^T` of groups, `[B, M, 32]` and `[B, N, 32]` to `[B, M, N]`, all float64.
         order: `(num_groups, tile_k)` to the order of the groups; None for the generation's.
@@ -147,11 +188,24 @@ class GemmVariant:
         generation: Generation,
         positions: Tensor,
     ) -> Tensor:
+        every_byte = torch.arange(256, dtype=torch.uint8, device=x.device)
+        pairs = self.decode_codes(unpack_codes(every_byte[:, None]).to(torch.int64))
+
+        def decode(packed: Tensor) -> Tensor:
+            return pairs.index_select(0, packed.flatten().to(torch.int32)).view(*packed.shape[:-1], -1)
+
         def piece(x: Tensor, packed: Tensor, scales: Tensor, positions: Tensor) -> Tensor:
             num_groups = scales.shape[2]
             swapped = first_pair_swapped(x, positions, tactic, generation).unsqueeze(-1)
-            values = self.decode_codes(unpack_codes(packed).to(torch.int64))
-            t = self.group_sum(_by_group(to_fp64(x)), _by_group(values)).to(torch.float32)
+            groups = _by_group(to_fp64(x))
+            # Weights take 16 times their room as float64, sums do not: few rows have theirs added in one go.
+            t = torch.cat(
+                [
+                    self.group_sum(groups, _by_group(decode(packed[:, some]))).to(torch.float32)
+                    for some in spans(packed.shape[1], _COLUMNS)
+                ],
+                dim=2,
+            )
             t = t.view(-1, num_groups, *t.shape[1:])
             factors = self.decode_scales(scales).transpose(1, 2).unsqueeze(2).expand_as(t)
             if self.order is None:
@@ -161,7 +215,8 @@ class GemmVariant:
             acc = self.accumulate([Term(t[:, group], factors[:, group], swapped) for group in order])
             return fp32.add(acc, torch.zeros_like(acc)) if self.add_zero else acc
 
-        return in_pieces(piece, x, packed, scales, positions)
+        at_once = _COLUMNS * max(1, _ROWS // max(x.shape[1], 1))
+        return in_pieces(piece, x, packed, scales, positions, columns_at_once=at_once)
 
 
 def _by_group(x: Tensor) -> Tensor:
