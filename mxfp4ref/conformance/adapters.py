@@ -183,13 +183,14 @@ def outputs_by_name(kind: str, result: Any, arguments: Mapping[str, Any]) -> dic
     A kernel may return
 
     - the output, or a mapping of outputs by name;
-    - a list or tuple with the output first and None after it, as flashinfer's function does;
-    - a pair of the output and its intermediates, which are a mapping or an object with attributes of these names;
+    - a list with the output first, as flashinfer's function does; what comes after it is not looked at;
+    - a tuple of the output and None;
+    - a tuple of the output and its intermediates, which are a mapping or an object with attributes of these names;
     - a `MoeTrace`;
     - None (also as the first of a list or tuple) if it was given an `output` to write into.
 
     Raises:
-        TensorError: anything else, such as two tensors, of which either might be the output.
+        TensorError: anything else, such as a tuple of two tensors, of which either might be the output.
     """
     if isinstance(result, Mapping):
         return dict(result)
@@ -199,8 +200,9 @@ def outputs_by_name(kind: str, result: Any, arguments: Mapping[str, Any]) -> dic
     if isinstance(result, list | tuple):
         if not result:
             raise TensorError(f"{names[0]}: expected a tensor, got an empty {type(result).__name__}")
+        is_list = isinstance(result, list)
         result, *rest = result
-        rest = [value for value in rest if value is not None]
+        rest = [] if is_list else [value for value in rest if value is not None]
         stages = _intermediates(rest[0]) if kind == "moe" and len(rest) == 1 else {}
         if rest and not stages:
             kinds = ", ".join(type(value).__name__ for value in rest)
