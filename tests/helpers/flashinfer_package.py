@@ -87,7 +87,7 @@ def importable(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        sys.path.remove(str(folder))
+        sys.path[:] = [path for path in sys.path if path != str(folder)]
         _take_out()
         sys.modules.update(before)
 
