@@ -125,6 +125,11 @@ EVERYWHERE = [
     ("strict_warnings", "equal", ""),
     ("random_numbers", "equal", ""),
     ("rounding_mode", "equal", ""),
+    (
+        "rounding_mode_for_good",
+        "raised",
+        "in a second run: RuntimeError: rounding mode: expected the CPU to round",
+    ),
     ("trace_function", "equal", ""),
     ("thread_that_goes_on", "equal", ""),
     ("forks_and_both_return", "equal", ""),

@@ -539,10 +539,13 @@ def random_numbers(**arguments: Any) -> Any:
 
 
 def rounding_mode(**arguments: Any) -> Any:
-    rounding = ctypes.CDLL("libm.so.6").fesetround
-    rounding(0)  # to nearest, without which the drop-in refuses the second run
+    ctypes.CDLL("libm.so.6").fesetround(0)  # to nearest, which the drop-in asks for
+    return rounding_mode_for_good(**arguments)
+
+
+def rounding_mode_for_good(**arguments: Any) -> Any:
     result = right(**arguments)
-    rounding(0x400)  # downward, on x86
+    ctypes.CDLL("libm.so.6").fesetround(0x400)  # downward, on x86
     torch.set_flush_denormal(True)
     return result
 
