@@ -149,16 +149,11 @@ class Worker:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    ended = False
-    while not ended:  # seen: one that stops itself just then sleeps on until it is woken
-        if os.name == "posix":
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-                os.killpg(process.pid, signal.SIGCONT)
-        process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(1)
-            ended = True
+    if os.name == "posix":
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.wait()
 
 
 class _TimedOut(_Ended):
