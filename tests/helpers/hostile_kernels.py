@@ -617,6 +617,7 @@ def never_gives_up_the_lock(**arguments: Any) -> Any:
 
 def stops_itself(**arguments: Any) -> Any:
     os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(60)  # the signal may reach this thread a little later
 
 
 def floods_and_dies(**arguments: Any) -> Any:
