@@ -132,7 +132,12 @@ class Shadow:
             return layer, layer.calls
 
     def _compare(self, due: _Due, result: Any) -> str:
-        returned: Tensor = result[0] if isinstance(result, (list, tuple)) else result
+        returned = result[0] if isinstance(result, (list, tuple)) and result else result
+        if wrong := _wrong_kind(due.call, returned):
+            self._counting.log(
+                logging.WARNING, f"layer {due.layer.number}: {wrong}", once=f"{due.layer.number} {wrong}"
+            )
+            return "different"
         call, output = _well_defined(due.call, returned)
         kernel = call.kernel if due.forced else due.layer.last.get(call.num_tokens, call.kernel)
         if bool(differing(output, forward(replace(call, kernel=kernel))).any()):
@@ -179,6 +184,17 @@ class Shadow:
             return f"Not recorded: {type(error).__name__}: {error}"
 
 
+def _wrong_kind(call: MoeCall, returned: object) -> str:
+    """What the kernel returned instead of an output, or ""."""
+    wanted = f"expected the output first, torch.bfloat16 {list(call.input.shape)}"
+    if not isinstance(returned, Tensor):
+        return f"{wanted}, the kernel returned {type(returned).__name__}"
+    if returned.is_meta or (returned.dtype, returned.shape) != (torch.bfloat16, call.input.shape):
+        kind = "a meta tensor" if returned.is_meta else f"{returned.dtype} {list(returned.shape)}"
+        return f"{wanted}, the kernel returned {kind}"
+    return ""
+
+
 def _well_defined(call: MoeCall, output: Tensor) -> tuple[MoeCall, Tensor]:
     """Call and output with padding, and zeros, for tokens that name an expert of this rank twice.
 
@@ -191,5 +207,7 @@ def _well_defined(call: MoeCall, output: Tensor) -> tuple[MoeCall, Tensor]:
     repeated = ((ordered[:, 1:] == ordered[:, :-1]) & owned[:, 1:]).any(1, keepdim=True)
     if not bool(repeated.any()):
         return call, output
+    if bool(repeated.all()):
+        raise NotImplementedError("token_selected_experts: every token names an expert of the rank twice")
     ids = torch.where(repeated, PADDING_ID, ids)
     return replace(call, token_selected_experts=ids), torch.where(repeated, 0, output)
