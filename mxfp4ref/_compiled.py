@@ -79,7 +79,8 @@ def loops(name: str, trial: Callable[[Any], None], consequence: str) -> Any:
 
 
 def _load(name: str, trial: Callable[[Any], None], consequence: str) -> ModuleType | None:
-    _keep_freed_memory()
+    if not _loaded:
+        _keep_freed_memory()
     try:
         module = importlib.import_module(name)
         trial(module)

@@ -35,22 +35,12 @@ def deinterleave(interleaved: Tensor) -> Tensor:
 
 def fold(scales: Tensor) -> Tensor:
     """`[E, R, G] uint8` as `[E, G/4, 4R]`; contiguous, whole words, G % 4 == 0."""
-    return (
-        scales.view(torch.int32)
-        .transpose(1, 2)
-        .clone(memory_format=torch.contiguous_format)
-        .view(torch.uint8)
-    )
+    return _exchange_words(scales)
 
 
 def unfold(folded: Tensor) -> Tensor:
     """The inverse of `fold`."""
-    return (
-        folded.view(torch.int32)
-        .transpose(1, 2)
-        .clone(memory_format=torch.contiguous_format)
-        .view(torch.uint8)
-    )
+    return _exchange_words(folded)
 
 
 def folded_shape(experts: int, rows: int, groups: int) -> tuple[int, ...]:
@@ -63,6 +53,12 @@ def logical_shape(folded: tuple[int, ...]) -> tuple[int, int, int] | None:
     if len(folded) != 3 or folded[2] % 4:
         return None
     return folded[0], folded[2] // 4, folded[1] * 4
+
+
+def _exchange_words(scales: Tensor) -> Tensor:
+    """Rows of words of four bytes as columns, and columns as rows."""
+    words = scales.view(torch.int32).transpose(1, 2)
+    return words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def _paired_rows(packed: Tensor) -> tuple[Tensor, Tensor]:
