@@ -131,7 +131,7 @@ def _compared(call: MoeCall, base: Tensor, batch: _Batch, run: Run) -> Variant:
     first: Difference | None = None
     why = ""
     for tokens, rows in batch.parts:
-        other = _tokens(call, tokens)
+        other = call.select(tokens.to(call.input.device))
         whole = run(other)
         output, want = whole[rows], base[tokens[rows]]
         wrong = differing(output, want)
@@ -157,16 +157,6 @@ def _why(here: tuple[Fit, ...], before: tuple[Fit, ...]) -> str:
         tiles, in_call = (" or ".join(sorted(some)) for some in (names, others))
         return f"another tactic: K tiles {tiles} here, {in_call} in the call"
     return "the row's position in its N tile, where the first two groups of K leave float32's range"
-
-
-def _tokens(call: MoeCall, tokens: Tensor) -> MoeCall:
-    at = tokens.to(call.input.device)
-    return replace(
-        call,
-        input=call.input[at],
-        token_selected_experts=call.token_selected_experts[at],
-        token_final_scales=call.token_final_scales[at],
-    )
 
 
 def _rank_sizes(call: MoeCall, ranks: tuple[int, ...]) -> Iterator[tuple[str, Ranks]]:

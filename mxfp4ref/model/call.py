@@ -116,8 +116,8 @@ class MoeCall:
     def num_global_experts(self) -> int:
         return self.experts.num_experts * self.ep_size
 
-    def select(self, tokens: slice) -> MoeCall:
-        """The same call for some of its tokens."""
+    def select(self, tokens: slice | Tensor) -> MoeCall:
+        """The same call for some of its tokens, a slice of them or `[n] int64`, in that order."""
         return replace(
             self,
             input=self.input[tokens],
