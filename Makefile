@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DEMO := $(VENV)/.demo
 READY := $(VENV)/.ready
 
 .PHONY: demo test check format clean
 
-demo: $(READY)
-	$(BIN)/python tools/demo.py
+demo: $(DEMO)
+	@$(BIN)/python tools/demo.py
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto $(ARGS)
@@ -21,10 +22,14 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-$(READY): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $@
+# What the package itself needs, and what tests need beyond (Triton alone is 1 GB).
+$(DEMO): EXTRAS := report
+$(READY): EXTRAS := dev
+$(DEMO) $(READY): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing mxfp4ref[$(EXTRAS)] into $(VENV); torch is large, this takes a minute or more ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache

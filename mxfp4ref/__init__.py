@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mxfp4ref._lazy import lazy
+from mxfp4ref._version import __version__
 
 if TYPE_CHECKING:
     from mxfp4ref.formats.experts import Experts, Sm90Experts
@@ -23,6 +24,7 @@ __all__ = [
     "Sm90Kernel",
     "Stages",
     "Tactic",
+    "__version__",
     "decode_ue8m0",
     "dequantize",
     "forward",

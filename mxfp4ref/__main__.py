@@ -7,6 +7,7 @@ import sys
 
 import click
 
+from mxfp4ref._version import __version__
 from mxfp4ref.conformance.cli import COMMANDS as CONFORMANCE
 from mxfp4ref.conformance.cli import supervised
 from mxfp4ref.conformance.cli.shared import WIDTH
@@ -16,7 +17,7 @@ __all__ = ["commands", "main"]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDTH})
-@click.version_option(package_name="mxfp4ref")
+@click.version_option(__version__, package_name="mxfp4ref")
 def commands() -> None:
     """Bit-exact reference of the SM90 W4A16 MXFP4 mixture-of-experts kernel.
 

@@ -1,4 +1,4 @@
-"""Check the package against hardware recordings, then time a DeepSeek-V4-Flash-sized layer beside its peers."""
+"""What the package does, in one screen: compared with hardware, timed beside its peers, naming what is wrong."""
 
 from __future__ import annotations
 
@@ -11,20 +11,26 @@ from pathlib import Path
 from bench import peers
 from hardware import recorded
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from mxfp4ref import conformance
+from mxfp4ref.conformance.report import to_html
 from mxfp4ref.goldens import hardware_record
 from mxfp4ref.goldens.store import open_goldens
 
 ROOT = Path(__file__).resolve().parents[1]
 CASE, TILE_K = "models/deepseek_v4_flash", (128, 128)
+WRONG, SUITE = "defect:limit_ignored", "activation"
+REPORT = ROOT / "build" / "demo.html"
 
 
 def main() -> int:
     console = Console()
     agree = [check_recordings(console), run_layer(console)]
+    name_a_defect(console)
     if not all(agree):
         console.print("[bold red]The package does not give what the hardware gave.[/]")
     return int(not all(agree))
@@ -91,6 +97,20 @@ def run_layer(console: Console) -> bool:
         table.add_row(name, f"{milliseconds:.0f}", f"{output.numel():,}", f"{wrong[-1]:,}")
     console.print(table)
     return wrong[0] == 0 and 0 < len(agreeing) == len(records)
+
+
+def name_a_defect(console: Console) -> None:
+    """Run a kernel that is wrong on purpose, print the verdict, and write the report."""
+    goldens = open_goldens(ROOT / "goldens")
+    cases = [goldens.load(name) for name in goldens.names(SUITE)]
+    with console.status(f"running {WRONG} over {SUITE}") as status:
+        report = conformance.run(
+            WRONG, cases, progress=lambda result: status.update(f"{WRONG} ran {result.case}")
+        )
+    REPORT.parent.mkdir(exist_ok=True)
+    REPORT.write_text(to_html(report), encoding="utf-8")
+    console.print(f"\n[bold]mxfp4ref conform {WRONG} --case {SUITE}[/]\n{escape(report.verdict)}")
+    console.print(f"The whole report: {REPORT.relative_to(ROOT)}", highlight=False)
 
 
 def timed(run: Callable[[], Tensor]) -> tuple[Tensor, float]:

@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
+import mxfp4ref
+
 ROOT = Path(__file__).resolve().parents[2]
+MOST_BYTES = 3_000_000
 CLIENT = """\
 import torch
 from mxfp4ref import Experts, MoeCall, forward
@@ -37,7 +40,7 @@ def _build(what: str, source: Path, target: Path) -> Path:
 @pytest.mark.skipif(_missing("hatchling"), reason="needs hatchling")
 def test_wheel(tmp_path: Path, builtin_root: Path) -> None:
     wheel = _build("build_wheel", ROOT, tmp_path)
-    assert wheel.stat().st_size < 5_000_000
+    assert wheel.stat().st_size < MOST_BYTES
     archive = zipfile.ZipFile(wheel)
     names = archive.namelist()
     assert "mxfp4ref/py.typed" in names
@@ -57,6 +60,7 @@ def test_wheel(tmp_path: Path, builtin_root: Path) -> None:
 @pytest.mark.skipif(_missing("hatchling"), reason="needs hatchling")
 def test_wheel_from_the_source_distribution_is_the_same(tmp_path: Path) -> None:
     source = _build("build_sdist", ROOT, tmp_path)
+    assert source.stat().st_size < MOST_BYTES
     with tarfile.open(source) as archive:
         archive.extractall(tmp_path, filter="data")
     (unpacked,) = (path for path in tmp_path.iterdir() if path.is_dir())
@@ -70,6 +74,8 @@ def test_wheel_from_the_source_distribution_is_the_same(tmp_path: Path) -> None:
         {name: archive.read(name) for name in archive.namelist()} for archive in map(zipfile.ZipFile, wheels)
     )
     assert direct == from_sdist
+    metadata = next(data for name, data in direct.items() if name.endswith("/METADATA")).decode()
+    assert f"\nVersion: {mxfp4ref.__version__}\n" in metadata
 
 
 @pytest.mark.skipif(_missing("hatchling"), reason="needs hatchling")
