@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._compiler import uncompiled
+from mxfp4ref._shown import Shown
 from mxfp4ref._validate import check_ids, check_int, check_same_device, check_tensor
 from mxfp4ref.formats import plain
 from mxfp4ref.formats.generations import GENERATIONS, PLAIN, Generation
@@ -33,8 +34,8 @@ class StoredWeights(NamedTuple):
     orders: tuple[int, int]
 
 
-@dataclass(frozen=True)
-class Experts:
+@dataclass(frozen=True, repr=False)
+class Experts(Shown):
     """What a rank holds of a mixture-of-experts layer, in logical layout (`docs/arithmetic.md`, section 2).
 
     Attributes:
@@ -174,7 +175,7 @@ class Experts:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sm90Experts(Experts):
     """The same in the layouts that the real call takes; `select` brings experts into logical layout.
 
@@ -232,7 +233,7 @@ class Sm90Experts(Experts):
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PlainExperts(Sm90Experts):
     """Logical weights beside scales folded by `BYTEWISE`, as flashinfer up to 0.6.9 takes them (`PLAIN`).
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._files import printable
+from mxfp4ref._shown import Shown
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.goldens.generator import generate
 from mxfp4ref.model.call import MoeCall
@@ -36,8 +37,8 @@ class GoldenError(ValueError):
         super().__init__(printable(message))  # it may quote the file
 
 
-@dataclass(frozen=True, eq=False)
-class Case:
+@dataclass(frozen=True, eq=False, repr=False)
+class Case(Shown):
     """One golden case: why it exists, what goes in, what has to come out.
 
     Attributes:

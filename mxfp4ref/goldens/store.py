@@ -63,6 +63,9 @@ class Goldens:
         self.root = root
         self.entries = self._manifest()
 
+    def __repr__(self) -> str:
+        return f"Goldens({str(self.root)!r}: {len(self.entries)} cases in {len(self.suites)} suites)"
+
     def _manifest(self) -> dict[str, dict[str, dict[str, Any]]]:
         """For each case the size and SHA-256 of its files."""
         path = self.root / "manifest.json"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._compiler import uncompiled
+from mxfp4ref._shown import Shown
 from mxfp4ref._validate import (
     INT32_MAX,
     check_bool,
@@ -25,8 +26,8 @@ PADDING_ID = -1
 _DEFAULT_KERNEL = Sm90Kernel()
 
 
-@dataclass(frozen=True)
-class MoeCall:
+@dataclass(frozen=True, repr=False)
+class MoeCall(Shown):
     """The arguments of a forward (`docs/arithmetic.md`, "Tensors and layouts").
 
     Attributes:

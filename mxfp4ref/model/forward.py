@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._compiler import uncompiled
+from mxfp4ref._shown import Shown
 from mxfp4ref._spans import spans
 from mxfp4ref._validate import check_instance
 from mxfp4ref.formats.experts import Experts
@@ -68,8 +69,8 @@ KERNEL = Stages()
 DENSE = Stages(fc1_gemm=dense_gemm, fc2_gemm=dense_gemm)
 
 
-@dataclass(frozen=True)
-class MoeTrace:
+@dataclass(frozen=True, repr=False)
+class MoeTrace(Shown):
     """Every intermediate of a forward. R routed rows, by expert and within an expert by token.
 
     Attributes:

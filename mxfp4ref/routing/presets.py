@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mxfp4ref._compiler import uncompiled
 from mxfp4ref._ieee import to_fp32, to_fp64
+from mxfp4ref._shown import Shown
 from mxfp4ref._validate import (
     check_choice,
     check_float,
@@ -57,8 +58,8 @@ class RoutedScaling(Enum):
     """Not applied at all."""
 
 
-@dataclass(frozen=True, eq=False)
-class Routing:
+@dataclass(frozen=True, eq=False, repr=False)
+class Routing(Shown):
     """What a router decides, ready for the kernel.
 
     Attributes:
