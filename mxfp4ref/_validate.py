@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ __all__ = [
     "check_output",
     "check_same_device",
     "check_tensor",
+    "did_you_mean",
     "no_storage",
     "shown",
 ]
@@ -137,7 +139,14 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         listed = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"{name}: expected one of {listed}, got {shown(value)}")
+        hint = did_you_mean(value, [choice for choice in choices if isinstance(choice, str)])
+        raise ValueError(f"{name}: expected one of {listed}, got {shown(value)}{hint}")
+
+
+def did_you_mean(word: object, words: Iterable[str]) -> str:
+    """Which of these words are spelt nearly so, as the end of a message, or ""."""
+    near = difflib.get_close_matches(word, list(words), n=3) if isinstance(word, str) else []
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def check_bool(name: str, value: object) -> bool:

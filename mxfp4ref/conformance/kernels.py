@@ -6,7 +6,7 @@ A kernel is named by a string:
     defect:NAME                a named wrong pipeline of `mxfp4ref.defects`
     torch-bf16                 dequantise to bf16, torch matmuls: the reference that most projects use
     flashinfer                 the installed flashinfer's kernel, with layouts made by its own helpers
-    package.module:function    a function with flashinfer's signature, SM90 layouts
+    package.module:function    a function with flashinfer's signature, SM90 layouts; also file.py:function
     logical:package.module:f   the same signature with weights and scales in logical layout
     plain:package.module:f     f(x, ids, scales, w1, s1, w2, s2, **parameters), logical layout
     stage:KIND:package.module:f    one stage; KIND and its arguments are those of the golden cases
@@ -14,14 +14,13 @@ A kernel is named by a string:
 
 from __future__ import annotations
 
-import importlib
 import platform
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from mxfp4ref._validate import shown
+from mxfp4ref._validate import did_you_mean, shown
 from mxfp4ref.conformance.adapters import (
     Kernel,
     KernelError,
@@ -32,13 +31,30 @@ from mxfp4ref.conformance.adapters import (
     whole_arguments,
 )
 from mxfp4ref.conformance.flashinfer_kernel import flashinfer_kernel
-from mxfp4ref.conformance.plain import of_exception, printable
+from mxfp4ref.conformance.importing import check_takes, import_function
+from mxfp4ref.conformance.plain import printable
 from mxfp4ref.conformance.stand_ins import defect_kernel, torch_bf16
 from mxfp4ref.goldens.case import KINDS
 from mxfp4ref.goldens.runs import run_stage
 
 __all__ = ["check_device", "environment", "is_stand_in", "load_kernel"]
 
+# What every call hands over, the number of arguments by place and the others' names.
+FLASHINFER_TAKES = (
+    0,
+    (
+        "input",
+        "token_selected_experts",
+        "token_final_scales",
+        "fc1_expert_weights",
+        "fc2_expert_weights",
+        "output_dtype",
+        "quant_scales",
+        "use_w4_group_scaling",
+        *("tp_size", "tp_rank", "ep_size", "ep_rank"),
+    ),
+)
+PLAIN_TAKES = (7, ())
 STAND_INS = ("oracle", "torch-bf16", "defect:NAME", "flashinfer")
 
 
@@ -70,18 +86,23 @@ def load_kernel(spec: str | Callable[..., Any], device: str | None = None) -> Ke
     if head == "defect":
         return defect_kernel(rest, device or "cpu")
     if head in ("logical", "plain"):
-        function = _import(rest)
+        function = import_function(rest, STAND_INS)
         prepare = logical_arguments(function) if head == "logical" else plain_arguments
+        check_takes(spec, function, *(PLAIN_TAKES if head == "plain" else FLASHINFER_TAKES))
         return Kernel(spec, ("moe",), prepare, function, device=device or "cpu")
     if head == "stage":
         kind, _, path = rest.partition(":")
         if kind not in KINDS or kind == "moe":
-            stages = ", ".join(k for k in KINDS if k != "moe")
+            stages = [k for k in KINDS if k != "moe"]
             raise KernelError(
-                f"kernel: expected stage:KIND:package.module:function, KIND one of {stages}; got {spec!r}"
+                f"kernel: expected stage:KIND:package.module:function, KIND one of {', '.join(stages)}; "
+                f"got {spec!r}{did_you_mean(kind, stages)}"
             )
-        return Kernel(spec, (kind,), keyword_arguments, _import(path), device=device or "cpu")
-    function = _import(spec)
+        return Kernel(
+            spec, (kind,), keyword_arguments, import_function(path, STAND_INS), device=device or "cpu"
+        )
+    function = import_function(spec, STAND_INS)
+    check_takes(spec, function, *FLASHINFER_TAKES)
     return Kernel(spec, ("moe",), sm90_arguments(function), function, device=device or "cpu")
 
 
@@ -115,30 +136,3 @@ def environment(device: str) -> dict[str, str]:
     if device.startswith("cuda") and torch.cuda.is_available():
         found |= {"gpu": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
     return found
-
-
-def _import(path: str) -> Callable[..., Any]:
-    module_name, separator, name = path.partition(":")
-    if not separator or not module_name or not name:
-        raise KernelError(
-            f"kernel: expected package.module:function or one of {', '.join(STAND_INS)}, got {shown(path)}"
-        )
-    try:
-        value: Any = importlib.import_module(module_name)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # sys.exit too
-        raise KernelError(
-            f"kernel: cannot import {module_name!r}: {of_exception(error, __file__)}"
-        ) from error
-    for part in name.split("."):
-        try:
-            value = getattr(value, part)
-        except AttributeError:
-            raise KernelError(f"kernel: {module_name!r} has no {name!r}") from None
-        except Exception as error:
-            raise KernelError(f"kernel: {module_name!r} has no {name!r}: {of_exception(error)}") from None
-    if not callable(value):
-        raise KernelError(f"kernel: {path!r} is no function but {type(value).__name__}")
-    function: Callable[..., Any] = value
-    return function

@@ -9,6 +9,7 @@ imported, and `str` is asked once, in a `try`.
 from __future__ import annotations
 
 import ctypes
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -188,11 +189,12 @@ def printable(value: object, limit: int = MESSAGE) -> str:
 
 
 def of_exception(error: BaseException, without: str = "") -> str:
-    """An exception and its innermost frames, but those of the file `without`."""
+    """An exception and its innermost frames, but those of the file `without` and of importing."""
     words = printable(_name_of(_class_of(error)), 80)
     if text := printable(error).strip():
         words += f": {text}"
-    frames = [f for f in _frames(error.__traceback__) if f[0] != without]
+    aside = (without, importlib.__file__)
+    frames = [f for f in _frames(error.__traceback__) if f[0] not in aside and not f[0].startswith("<frozen")]
     where = "; ".join(
         f"{printable(file, 200)}:{line} in {printable(name, 80)}" for file, line, name in frames[-3:]
     )

@@ -11,10 +11,10 @@ than the kernel on some call.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from mxfp4ref._validate import did_you_mean
 from mxfp4ref.defects import (
     activation,
     arguments,
@@ -46,6 +46,5 @@ def get_defect(name: str) -> Defect:
     """
     if name in DEFECTS:
         return DEFECTS[name]
-    close = difflib.get_close_matches(name, DEFECTS, n=3)
-    hint = f"; closest: {', '.join(close)}" if close else ""
+    hint = did_you_mean(name, DEFECTS)
     raise ValueError(f"name: expected one of the {len(DEFECTS)} defects, got {name!r}{hint}")

@@ -6,7 +6,6 @@ SHA-256 of both. `goldens/README.md` defines every key.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
 import re
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from mxfp4ref._files import UNFINISHED, mismatch, parse_json, read_file
 from mxfp4ref._lock import locked
+from mxfp4ref._validate import did_you_mean
 from mxfp4ref.goldens.case import KINDS, Case, GoldenError, dtype_name, tensor_bytes
 from mxfp4ref.goldens.manifest import FILE_KINDS, FORMAT
 
@@ -89,7 +89,8 @@ class Goldens:
             GoldenError: no such suite.
         """
         if suite is not None and suite not in self.suites:
-            raise GoldenError(f"suite: expected one of {', '.join(self.suites)}, got {suite!r}")
+            hint = did_you_mean(suite, self.suites)
+            raise GoldenError(f"suite: expected one of {', '.join(self.suites)}, got {suite!r}{hint}")
         return sorted(name for name in self.entries if suite in (None, name.split("/")[0]))
 
     def load(self, name: str) -> Case:
@@ -109,8 +110,7 @@ class Goldens:
 
     def _load(self, name: str) -> Case:
         if name not in self.entries:
-            close = difflib.get_close_matches(name, self.entries, n=3)
-            hint = f"; did you mean {', '.join(close)}?" if close else ""
+            hint = did_you_mean(name, self.entries)
             if self.root == BUILTIN_ROOT:
                 hint += "; these are the few that come with the package, a checkout has all"
             raise GoldenError(f"{name!r}: no such case in {self.root}{hint}")

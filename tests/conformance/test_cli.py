@@ -288,3 +288,28 @@ def test_defects_and_explain() -> None:
         "conform defect:",
     ):
         assert words in result.output
+
+
+def test_init_writes_an_adapter_that_conforms_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    written = invoke("init", "adapter")
+    assert written.exit_code == 0, written.output
+    assert "plain:adapter.py:fused_moe" in written.output
+    text = Path("adapter.py").read_text()
+    assert "mxfp4ref conform plain:adapter.py:fused_moe" in text
+    result = invoke("conform", "plain:adapter.py:fused_moe", "--case", SMALL, "--no-repeat")
+    assert result.exit_code == 0, result.output
+    Path("adapter.py").write_text("mine")
+    for name, message in (("adapter.py", "nothing is written over it"), ("my-kernel.txt", "a Python module")):
+        refused = invoke("init", "adapter", name)
+        assert refused.exit_code == 2
+        assert message in refused.output
+    assert Path("adapter.py").read_text() == "mine"
+
+
+def test_a_pattern_that_matches_nothing_names_what_is_near(copy: Path) -> None:
+    result = invoke("conform", "oracle", "--goldens", copy, "--case", "finlize")
+    assert result.exit_code == 2
+    assert "did you mean finalize?" in result.output

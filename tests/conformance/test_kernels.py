@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -73,7 +74,7 @@ def test_stage_kernels() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("nonsense", "expected package.module:function or one of"),
+        ("nonsense", "expected package.module:function, file.py:function or one of"),
         ("no.such.module:f", "cannot import 'no.such.module'"),
         ("tests.helpers.kernels_under_test:absent", "has no 'absent'"),
         ("tests.helpers.kernels_under_test:GOLDENS", "has no"),
@@ -86,6 +87,58 @@ def test_wrong_kernels_are_refused(spec: str, message: str) -> None:
     with pytest.raises(KernelError, match=r"^kernel: ") as error:
         load_kernel(spec)
     assert message in str(error.value)
+
+
+class TestFiles:
+    """Kernels in a file of the working directory, where no package is installed."""
+
+    @pytest.fixture(autouse=True)
+    def _here(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", ".")])
+        monkeypatch.setattr(sys, "modules", sys.modules.copy())
+        Path("neighbour.py").write_text(
+            "def f(x, ids, scales, w1, s1, w2, s2, **others):\n    return x * 0\n"
+        )
+        Path("own_kernel.py").write_text("from neighbour import f\n\ndef few(x):\n    return x\n")
+        Path("broken.py").write_text("import math\n\nx = 1 / 0\n")
+
+    @pytest.mark.parametrize(
+        "spec", ["plain:own_kernel:f", "plain:own_kernel.py:f", "plain:./own_kernel.py:f"]
+    )
+    def test_by_module_and_by_file(self, spec: str, case: Case) -> None:
+        assert result_of(spec, case).status == "differs"
+
+    @pytest.mark.parametrize(
+        ("spec", "message"),
+        [
+            ("own_kernel", "package.module:function, file.py:function"),
+            ("own_kernel.f", "did you mean own_kernel:f?"),
+            ("own_kernl.py:f", "there is no file 'own_kernl.py'; did you mean own_kernel.py"),
+            ("own_kernel:fw", "has no 'fw'; did you mean few"),
+            (
+                "plain:own_kernel:few",
+                "cannot be called: too many positional arguments. Its parameters are (x)",
+            ),
+            ("own_kernel:f", "cannot be called: missing a required argument: 'x'"),
+            ("logical:own_kernel:few", "cannot be called"),
+            ("stage:layuot:own_kernel:f", "did you mean layout?"),
+            ("orcale", "did you mean oracle?"),
+        ],
+    )
+    def test_what_is_meant_is_said(self, spec: str, message: str) -> None:
+        with pytest.raises(KernelError) as error:
+            load_kernel(spec)
+        assert message in str(error.value)
+
+    @pytest.mark.parametrize("spec", ["broken:f", "broken.py:f"])
+    def test_an_error_while_importing_is_where_it_was_raised(self, spec: str) -> None:
+        with pytest.raises(
+            KernelError, match=r"ZeroDivisionError: division by zero \(\S*broken\.py:3 in"
+        ) as error:
+            load_kernel(spec)
+        assert "importlib" not in str(error.value)
+        assert "broken" not in sys.modules
 
 
 class TestFlashinfer:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from mxfp4ref.conformance.cli.conform import conform
 from mxfp4ref.conformance.cli.defects import defects, explain
 from mxfp4ref.conformance.cli.goldens import export, regenerate, show, verify
+from mxfp4ref.conformance.cli.init import init
 from mxfp4ref.conformance.cli.tensors import compare, layer
 
 __all__ = ["COMMANDS"]
 
-COMMANDS = (conform, verify, regenerate, export, show, compare, layer, defects, explain)
+COMMANDS = (conform, init, verify, regenerate, export, show, compare, layer, defects, explain)

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from mxfp4ref._validate import did_you_mean
 from mxfp4ref.conformance.bounds import STORAGE
 from mxfp4ref.conformance.cli.report_files import pop_report_files, print_report, report_files
 from mxfp4ref.conformance.cli.shared import (
@@ -154,7 +155,10 @@ def _select(goldens: Goldens, patterns: Iterable[str]) -> list[str]:
     for pattern in patterns:
         found = [name for name in names if fnmatch.fnmatch(name, pattern) or name.split("/")[0] == pattern]
         if not found:
-            raise UsageError(f"--case: {pattern!r} matches none of the {len(names)} cases in {goldens.root}")
+            hint = did_you_mean(pattern, [*goldens.suites, *names])
+            raise UsageError(
+                f"--case: {pattern!r} matches none of the {len(names)} cases in {goldens.root}{hint}"
+            )
         chosen.update(found)
     return [name for name in names if name in chosen] if chosen else names
 

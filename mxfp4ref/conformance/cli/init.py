@@ -1,0 +1,33 @@
+"""The command `init`: files to begin with."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+import click
+
+from mxfp4ref._files import write_file
+from mxfp4ref.conformance.cli.shared import UsageError, echo, usage_errors
+
+__all__ = ["init"]
+
+
+@click.group()
+def init() -> None:
+    """Write a file to begin with."""
+
+
+@init.command()
+@click.argument("path", type=click.Path(dir_okay=False, path_type=Path), default="adapter.py")
+def adapter(path: Path) -> None:
+    """Write an adapter to PATH (adapter.py): a function that hands the golden cases to a kernel of yours."""
+    if path.suffix != ".py" or not path.stem.isidentifier():
+        raise UsageError(f"PATH: expected the name of a Python module, as in adapter.py, got {str(path)!r}")
+    if path.exists():
+        raise UsageError(f"PATH: {path} exists, and nothing is written over it")
+    text = (files("mxfp4ref.conformance") / "templates" / "adapter.py.txt").read_text(encoding="utf-8")
+    with usage_errors():
+        write_file(path, text.format(name=path).encode())
+    echo(f"Wrote {path}. It runs as it is, with the reference in the kernel's place:")
+    echo(f"  mxfp4ref conform plain:{path}:fused_moe")

@@ -1,0 +1,113 @@
+"""Anybody's function by its name: `package.module:function`, or `path/to/adapter.py:function`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mxfp4ref._validate import did_you_mean, shown
+from mxfp4ref.conformance.adapters import KernelError
+from mxfp4ref.conformance.plain import of_exception
+
+__all__ = ["check_takes", "import_function"]
+
+
+def import_function(path: str, names: Collection[str]) -> Callable[..., Any]:
+    """The function that a name leads to; modules of the working directory are found too.
+
+    Args:
+        path: `package.module:function`, or `file.py:function`.
+        names: what else might have been meant, for the message.
+
+    Raises:
+        KernelError: the name is none, nothing can be imported by it, or that is no function.
+    """
+    module_name, _, name = path.rpartition(":")
+    if not module_name or not name:
+        hint = did_you_mean(path, names)
+        if not hint and "." in path and ":" not in path:
+            hint = f"; did you mean {':'.join(path.rsplit('.', 1))}?"
+        raise KernelError(
+            f"kernel: expected package.module:function, file.py:function or one of {', '.join(names)}; "
+            f"got {shown(path)}{hint}"
+        )
+    value: Any = _module(module_name)
+    for part in name.split("."):
+        try:
+            value = getattr(value, part)
+        except AttributeError:
+            functions = [found for found in dir(value) if callable(getattr(value, found, None))]
+            hint = did_you_mean(part, functions)
+            raise KernelError(f"kernel: {module_name!r} has no {name!r}{hint}") from None
+        except Exception as error:
+            raise KernelError(f"kernel: {module_name!r} has no {name!r}: {of_exception(error)}") from None
+    if not callable(value):
+        raise KernelError(f"kernel: {path!r} is no function but {type(value).__name__}")
+    function: Callable[..., Any] = value
+    return function
+
+
+def check_takes(spec: str, function: Callable[..., Any], positional: int, names: Iterable[str]) -> None:
+    """Raise KernelError unless a function can be called with so many arguments and these by name.
+
+    One whose signature cannot be read is called without.
+    """
+    try:
+        signature = inspect.signature(function)
+    except Exception:  # of a callable without a signature, or with one that raises
+        return
+    try:
+        signature.bind(*[None] * positional, **dict.fromkeys(names))
+    except TypeError as error:
+        raise KernelError(
+            f"kernel: {spec} cannot be called: {error}. Its parameters are {signature}; package.module:function and "
+            "logical:... get flashinfer's arguments by name, plain:... f(x, ids, scales, w1, s1, w2, s2, "
+            "**parameters). `mxfp4ref init adapter` writes one to fill in"
+        ) from None
+
+
+def _module(name: str) -> ModuleType:
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)
+    try:
+        return _file(Path(name)) if name.endswith(".py") else importlib.import_module(name)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit too
+        hint = ""
+        if isinstance(error, ModuleNotFoundError) and Path(*name.split(".")).with_suffix(".py").is_file():
+            hint = f"; did you mean {Path(*name.split('.')).with_suffix('.py')}:...?"
+        raise KernelError(f"kernel: cannot import {name!r}: {of_exception(error, __file__)}{hint}") from error
+
+
+def _file(path: Path) -> ModuleType:
+    """The module in a file, which may import its neighbours."""
+    if not path.is_file():
+        near = did_you_mean(path.name, (found.name for found in path.parent.glob("*.py")))
+        raise FileNotFoundError(f"there is no file {str(path)!r}{near}")
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    before = sys.modules.get(path.stem)
+    sys.modules[path.stem] = module  # as importing does: dataclasses and pickle look there
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        if before is None:
+            del sys.modules[path.stem]
+        else:
+            sys.modules[path.stem] = before
+        raise
+    return module
