@@ -29,6 +29,8 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._files import parse_json, read_file
+from mxfp4ref.formats.generations import generation_named
+from mxfp4ref.sm90.tactics import Sm90Kernel, Tactic
 
 __all__ = ["FLUSHES", "FUNCTIONS", "Incomplete", "Recording", "Unreadable", "find_recordings"]
 
@@ -259,6 +261,8 @@ def _value(key: str, value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return dtype
     if kind == "enum" and "value" in value:
         return value["value"]
+    if kind == "Sm90Kernel" and "gemm1" in value:
+        return _kernel(value)
     if kind in ("list", "tuple") and isinstance(value.get("items"), list) and value.get("truncated") is False:
         items = [_value(key, item, tensors) for item in value["items"]]
         return items if kind == "list" else tuple(items)
@@ -266,3 +270,16 @@ def _value(key: str, value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if kind in ("list", "tuple") and "items" not in value:
         raise Incomplete(f"{name}: recorded as text only; {_NOT_KEPT}")
     raise Incomplete(f"{name}: recorded as {json.dumps(value)[:100]}, which does not tell its value")
+
+
+def _kernel(value: Mapping[str, Any]) -> Sm90Kernel:
+    try:
+        gemm1, gemm2 = (
+            Tactic(**{name: tuple(sizes) for name, sizes in value[gemm].items()})
+            for gemm in ("gemm1", "gemm2")
+        )
+        return Sm90Kernel(gemm1, gemm2, generation_named(value["generation"]))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise Unreadable(
+            f"inputs: expected the tactics of a kernel, got {json.dumps(value)[:100]}: {error}"
+        ) from None

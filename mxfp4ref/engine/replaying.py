@@ -182,6 +182,8 @@ class _Run:
             return None, ""
         if arguments["profile_ids"] is not None and call.kernel.generation.forces_tactics:
             return Prediction(call.kernel, "profile_ids"), ""
+        if arguments["kernel"] is not None:
+            return Prediction(call.kernel, "kernel"), ""
         if self._cache is None:
             return None, ""
         try:
