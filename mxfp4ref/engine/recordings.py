@@ -28,7 +28,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from mxfp4ref._files import parse_json, read_file
+from mxfp4ref._files import folders_below, parse_json, read_file
 from mxfp4ref.formats.generations import generation_named
 from mxfp4ref.sm90.tactics import Sm90Kernel, Tactic
 
@@ -152,20 +152,27 @@ class Recording:
 def find_recordings(root: Path) -> list[Recording]:
     """Every recorded call of the function below a folder, in the order of their names.
 
-    Of a call in a CUDA graph each flush is one; what lies beside the flushes is the last of them once more. Links to
-    folders are not followed.
+    Of a call in a CUDA graph each flush is one; what lies beside the flushes is the last of them once more. Links are
+    followed; a call that several lead to is found once.
+
+    Raises:
+        OSError: a folder cannot be read, or a link outside of calls leads nowhere.
     """
-    found: list[Path] = []
-    for place, folders, files in os.walk(root):
-        path = Path(place)
-        folders.sort()
-        if path.name == FLUSHES:
-            continue
-        flushed = _has_flushes(path)
-        if not flushed and _is_call(path, files):
-            found.append(path)
+    root = Path(os.path.abspath(root))  # "." has no name
+    calls: list[Path] = []
+    for path, folders, files in folders_below(root):
+        if path.name != FLUSHES and _is_call(path, files):
+            calls.append(path)
+        links = files if calls[-1:] != [path] else [name for name in files if name == FLUSHES]
+        for link in (path / name for name in links):
+            if link.is_symlink() and not link.exists():
+                raise FileNotFoundError(
+                    f"{link}: expected a file or folder, got a link to {os.readlink(link)}"
+                )
         if path.parent.name == FLUSHES:
             folders.clear()
+    flushed = {path.parent.parent for path in calls if path.parent.name == FLUSHES}
+    found = [path for path in calls if path not in flushed]
     names = {path: _names(path, root) for path in found}
     count = Counter((process, call) for process, call, _ in names.values())
     recordings = [
@@ -186,10 +193,6 @@ def _names(path: Path, root: Path) -> tuple[str, str, str]:
         return above, folder.name + flush, ""
     process = f"pid{found['pid']}"
     return (process if above == "." else f"{above}/{process}"), f"call{found['number']}{flush}", found["time"]
-
-
-def _has_flushes(path: Path) -> bool:
-    return (path / FLUSHES).is_dir() and any(p.is_dir() for p in (path / FLUSHES).iterdir())
 
 
 def _is_call(path: Path, files: list[str]) -> bool:
