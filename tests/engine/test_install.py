@@ -196,8 +196,14 @@ def test_without_flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "value", "message"),
     [
         ("MXFP4REF", "shaddow", r"MXFP4REF: expected 'swap' or 'shadow' in the environment, got 'shaddow'"),
-        ("MXFP4REF_EVERY", "0", r"MXFP4REF_EVERY: expected an int of at least 1 in the environment, got '0'"),
+        ("MXFP4REF", "swap ", r"MXFP4REF: expected 'swap' or 'shadow' .* got 'swap '"),
+        ("MXFP4REF_EVERY", "0", r"MXFP4REF_EVERY: expected an int from 1 to 999999999 .* got '0'"),
         ("MXFP4REF_EVERY", "all", r"MXFP4REF_EVERY: expected an int .* got 'all'"),
+        ("MXFP4REF_EVERY", "-1", r"MXFP4REF_EVERY: expected an int .* got '-1'"),
+        ("MXFP4REF_EVERY", "\u00b2", r"MXFP4REF_EVERY: expected an int .* got"),
+        ("MXFP4REF_EVERY", "9999999999", r"MXFP4REF_EVERY: expected an int .* got '9999999999'"),
+        ("MXFP4REF_EVERY", "9" * 5000, r"MXFP4REF_EVERY: expected an int .* got '9{80}'"),
+        ("MXFP4REF_DUMP", __file__, r"MXFP4REF_DUMP: expected a folder in the environment, got '.*"),
     ],
 )
 def test_wrong_values(name: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:

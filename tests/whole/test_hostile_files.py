@@ -855,6 +855,66 @@ def test_goldens_of_another_project_above_are_passed_over(
     assert (outcome.code, outcome.problem) == (0, ""), outcome.output
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "command", "says"),
+    [
+        ("MXFP4REF_GOLDENS", "nowhere", "show", "expected a folder with a manifest.json, got 'nowhere'"),
+        (
+            "MXFP4REF_GOLDENS",
+            "a.safetensors",
+            "explain",
+            "expected a folder with a manifest.json, got 'a.saf",
+        ),
+        ("MXFP4REF", "swap", "conform", "expected it not to be set here, got 'swap'"),
+        ("MXFP4REF", "swap", "record", "expected it not to be set here, got 'swap'"),
+        ("MXFP4REF", "swap", "invariance of a kernel", "expected it not to be set here, got 'swap'"),
+    ],
+)
+def test_variables_of_the_environment(
+    folder: Path, variable: str, value: str, command: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    given = {
+        "show": ("show", MOE),
+        "explain": ("explain", "bf16_finalize"),
+        "conform": ("conform", "oracle"),
+        "record": ("record", "x.py", "--output", "calls"),
+        "invariance of a kernel": ("invariance", "oracle"),
+    }
+    outcome = run(folder, given[command])
+    assert (outcome.code, outcome.problem) == (2, ""), outcome.output
+    assert f"Error: {variable}: {says}" in outcome.output
+    assert outcome.output.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--json", "--junit", "--html"])
+@pytest.mark.parametrize("spec", ["{}.kernels:f", "logical:{}.kernels:f", "stage:gemm:{}.kernels:f.g"])
+@pytest.mark.parametrize("file", ["{}/kernels.py", "{}/__init__.py", "goldens/hardware/h100.jsonl"])
+def test_no_report_replaces_the_kernel(
+    folder: Path, option: str, spec: str, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = "of_a_user"
+    (folder / package).mkdir()
+    for name in ("__init__", "kernels"):
+        (folder / package / f"{name}.py").write_text("raise AssertionError('imported')\n")
+    monkeypatch.syspath_prepend(folder)
+    before = contents(folder)
+    report = (option, file.format(package))
+    outcome = run(folder, ("conform", spec.format(package), "--goldens", "goldens", *report))
+    assert (outcome.code, outcome.problem) == (2, ""), outcome.output
+    assert "expected another file than the input" in outcome.output
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("path", ["hidden.safetensors", SHARD, "checkpoint/config.json"])
+def test_no_output_of_a_layer_replaces_its_inputs(folder: Path, path: str) -> None:
+    before = contents(folder)
+    outcome = run(folder, (*COMMANDS["layer"], "--output", path))
+    assert (outcome.code, outcome.problem) == (2, ""), outcome.output
+    assert "expected another file than" in outcome.output
+    assert contents(folder) == before
+
+
 @pytest.mark.parametrize("data", [b"", b"PK\x03\x04", PICKLE, b"\x93NUMPY\x01\x00"])
 def test_recordings_that_are_none(tmp_path: Path, data: bytes) -> None:
     """The tools' recordings: an error, and nothing is unpickled."""
