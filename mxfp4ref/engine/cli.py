@@ -128,6 +128,7 @@ def record(
     if not module and not Path(script).is_file():
         raise UsageError(f"SCRIPT: there is no file {script}")
     with usage_errors():
+        folder = folder.absolute()  # the script may change the working directory
         folder.mkdir(parents=True, exist_ok=True)
     before = len(find_recordings(folder))
     recorder = Recorder(folder, max_calls, int(max_gib * 2**30))

@@ -79,11 +79,10 @@ def install(make: Callable[[], Answer]) -> None:
             raise ModuleNotFoundError(f"no module named {package!r}, whose {FUNCTION} is to be taken over")
         restore()
         _make = make
-        function = getattr(sys.modules.get(MODULE), FUNCTION, None)
-        if function is None:
-            sys.meta_path.insert(0, _waiting)
+        if MODULE in sys.modules:
+            _arrived(getattr(sys.modules[MODULE], FUNCTION, None))
         else:
-            _arrived(function)
+            sys.meta_path.insert(0, _waiting)
 
 
 def installed() -> bool:

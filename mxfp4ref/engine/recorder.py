@@ -49,6 +49,7 @@ class Recorder:
     problems: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        self.folder = self.folder.absolute()  # the script may change the working directory
         self._inside = threading.local()
         self._lock = threading.Lock()
         self._calls = self._bytes = 0

@@ -106,6 +106,9 @@ def test_what_cannot_be_taken_over() -> None:
     core.cutlass_fused_moe = len
     with pytest.raises(TypeError, match=r"cutlass_fused_moe: expected a Python function, got builtin"):
         engine.swap()
+    del core.cutlass_fused_moe
+    with pytest.raises(TypeError, match=r"cutlass_fused_moe: expected a Python function, got NoneType"):
+        engine.swap()
     # Nothing is left of it: the next who starts is not told that something is installed.
     assert (install.installed(), install.taken_over()) == (False, False)
     core.cutlass_fused_moe = lambda *arguments, **named: ("the real kernel",)

@@ -66,6 +66,16 @@ def test_the_exit_code_is_the_scripts(tmp_path: Path, script: Path) -> None:
     assert invoke("record", script, "1", "3", "--output", tmp_path / "calls").exit_code == 3
 
 
+def test_a_script_that_goes_elsewhere(tmp_path: Path, script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script.write_text(f"import os\nos.chdir({str(tmp_path / 'other')!r})\n{SCRIPT}")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    result = invoke("record", "--output", "calls", script, "1", "0")
+    assert f"1 calls recorded in {tmp_path / 'calls'}" in result.output
+    assert len(find_recordings(tmp_path / "calls")) == 1
+    assert not list((tmp_path / "other").iterdir())
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

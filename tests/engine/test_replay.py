@@ -164,6 +164,14 @@ def test_a_report_that_cannot_be_written_costs_one_line(
     assert not (tmp_path / "r.json").exists()
 
 
+def test_each_report_has_a_file_of_its_own(tmp_path: Path) -> None:
+    recorded.write_call(tmp_path / "calls", SMALL_CALL, forward(SMALL))
+    other = tmp_path / "calls" / ".." / "r"
+    result = invoke("replay", tmp_path / "calls", "--json", tmp_path / "r", "--junit", other)
+    assert result.exit_code == 2
+    assert "expected a file of its own for each" in result.output
+
+
 def test_a_pipe_among_the_metadata_is_not_waited_for(tmp_path: Path) -> None:
     folder = recorded.write_call(tmp_path, SMALL_CALL, forward(SMALL))
     (folder / "metadata.jsonl").unlink()

@@ -354,7 +354,9 @@ def test_the_dump_is_the_call(
     monkeypatch.setenv("RANK", "5")
     folder = tmp_path / "dumps"
     call = served_by(flipped)
-    engine.shadow(dump=folder, dumps=1)
+    monkeypatch.chdir(tmp_path)
+    engine.shadow(dump="dumps", dumps=1)
+    monkeypatch.chdir("..")
     output = call(**ARGUMENTS, output=torch.empty_like(EXPECTED), workspace_buffer=torch.empty(8))[0]
     call(**arguments_of(OTHER_LAYER))
     told, not_recorded = lines(caplog)

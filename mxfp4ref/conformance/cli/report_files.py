@@ -40,7 +40,7 @@ class ReportFiles:
         """
         from mxfp4ref.conformance.report import check_html
 
-        if len({path.absolute() for path in self.paths.values()}) < len(self.paths):
+        if len({path.resolve() for path in self.paths.values()}) < len(self.paths):
             raise UsageError("--json, --junit, --html: expected a file of its own for each")
         if "html" in self.paths:
             check_html()
