@@ -66,7 +66,7 @@ class Recording:
 
     @property
     def name(self) -> str:
-        return f"{self.process}/{self.call}"
+        return self.call if self.process == "." else f"{self.process}/{self.call}"
 
     def metadata(self) -> dict[str, Any]:
         """The latest state that `metadata.jsonl` tells.

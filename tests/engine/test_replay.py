@@ -359,6 +359,8 @@ def test_here_is_a_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     ):
         monkeypatch.chdir(place)
         assert statuses(replay(".", COMPARE_ONLY)) == {name: "equal"}
+    call.rename(tmp_path / "renamed")
+    assert list(statuses(replay(tmp_path / "renamed", COMPARE_ONLY))) == ["renamed"]
 
 
 def in_graph(form: str, root: Path, *flushes: tuple[MoeCall, Tensor], **options: Any) -> None:
