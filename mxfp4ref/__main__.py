@@ -4,19 +4,65 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import click
 
 from mxfp4ref._version import __version__
-from mxfp4ref.conformance.cli import COMMANDS as CONFORMANCE
-from mxfp4ref.conformance.cli import supervised
-from mxfp4ref.conformance.cli.shared import WIDTH
-from mxfp4ref.engine.cli import COMMANDS as ENGINE
+
+_INTERRUPTED, _NOT_READ = 128 + 2, 128 + 13  # as of a process that SIGINT or SIGPIPE ended
+
+try:
+    from mxfp4ref.conformance.cli import COMMANDS as CONFORMANCE
+    from mxfp4ref.conformance.cli import supervised
+    from mxfp4ref.conformance.cli.shared import WIDTH, UsageError
+    from mxfp4ref.engine.cli import COMMANDS as ENGINE
+except KeyboardInterrupt:  # imports take seconds
+    sys.exit(_INTERRUPTED)
+except ValueError as error:  # of a variable in the environment
+    print(f"Error: {error}", file=sys.stderr)
+    sys.exit(2)
 
 __all__ = ["commands", "main"]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDTH})
+@contextmanager
+def _ended_from_outside() -> Iterator[None]:
+    """Ctrl-C, a reader that has gone away and a full disk are no verdict: not exit code 1, and no traceback."""
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(_INTERRUPTED)
+    except OSError as error:
+        for name in ("stdout", "stderr"):  # Python flushes them once more at its end, and fails again
+            try:
+                getattr(sys, name).flush()
+            except (AttributeError, OSError):
+                setattr(sys, name, None)
+        if isinstance(error, BrokenPipeError):
+            sys.exit(_NOT_READ)
+        raise UsageError(f"{type(error).__name__}: {error}") from error
+
+
+class _Commands(click.Group):
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        with _ended_from_outside():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, context: click.Context) -> Any:
+        with _ended_from_outside():
+            return super().invoke(context)
+
+
+@click.group(
+    cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDTH}
+)
 @click.version_option(__version__, package_name="mxfp4ref")
 def commands() -> None:
     """Bit-exact reference of the SM90 W4A16 MXFP4 mixture-of-experts kernel.
@@ -30,7 +76,8 @@ def commands() -> None:
     mxfp4ref show gemm/ordinary                  what is in a golden case, and why
     mxfp4ref explain limit_ignored               what a named defect does, and where it was seen
 
-    Exit codes: 0 conforms, equal or done; 1 does not; 2 wrong usage, or something is missing.
+    Exit codes: 0 conforms, equal or done; 1 does not; 2 wrong usage, or something is missing; 130 and 141
+    interrupted, or nobody reads the output.
     """
 
 
@@ -38,13 +85,13 @@ for _command in (*CONFORMANCE, *ENGINE):
     commands.add_command(_command)
 
 
-def main() -> None:
-    """Entry point of the console script."""
+def main(verdict: str | None = None) -> None:
+    """Entry point of the console script; `verdict` is a file for the exit code, besides it."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a character that its encoding lacks is no reason to stop
             stream.reconfigure(errors="backslashreplace")
     if "--no-isolate" in sys.argv:
-        supervised.main(commands)
+        supervised.main(commands, verdict)
     commands(prog_name="mxfp4ref")
 
 

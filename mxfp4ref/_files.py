@@ -20,6 +20,7 @@ from mxfp4ref._validate import shown
 __all__ = [
     "UNFINISHED",
     "check_no_input",
+    "folders_below",
     "mismatch",
     "parse_json",
     "printable",
@@ -53,6 +54,29 @@ def read_file(path: Path) -> bytes:
             return file.read()
     finally:
         os.close(descriptor)
+
+
+def folders_below(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """A folder and all below, each with the names of its folders and files, sorted: as `os.walk`, topmost first.
+
+    Links are followed, but no folder is entered twice, whatever leads to it.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    seen = set()
+    for place, folders, files in os.walk(root, onerror=refuse, followlinks=True):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders.sort()
+        yield Path(place), folders, sorted(files)
 
 
 def parse_json(data: str | bytes) -> Any:

@@ -2,7 +2,8 @@
 
 The kernel's process (`kernel_process`) never has the expected outputs, and this one never imports the kernel. A run
 counts only when its result has come, whole; a process that ends before, in whatever way and with whatever exit code,
-has crashed. It gets a group of its own, which is killed with it. What it prints goes to this process's stderr, made
+has crashed. It gets a group of its own, which is killed with it, and so is, on Linux, what has left the group but has
+its environment. What it prints goes to this process's stderr, made
 printable, up to a limit.
 """
 
@@ -18,8 +19,10 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import IO, Any
 
 import torch
@@ -42,6 +45,7 @@ _OWN_SECONDS = 600  # for what the kit does itself in the process: importing tor
 _END_SECONDS = 2  # for a process that was told to end, or whose pipe is closed
 _SHOWN, _TAIL = 1 << 16, 1 << 11  # bytes of what the kernel prints: passed on, and kept for a crash
 
+_MARK = "MXFP4REF_WORKER"  # the environment's variable that tells the processes of a kernel
 _ELSE = "its process wrote something else into the pipe to the kit"
 
 _START = """\
@@ -115,12 +119,14 @@ class Worker:
             return Outcome(problem="crashed", message=f"after an earlier crash: {error}")
 
     def _start(self) -> dict[str, Any]:
+        self._mark = uuid.uuid4().hex
         own_group: dict[str, Any] = {"start_new_session": True} if os.name == "posix" else {}
         self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
             [sys.executable, "-c", _START, json.dumps(sys.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            env={**os.environ, _MARK: self._mark},
             **own_group,
         )
         self._channel = _Channel(self._process)
@@ -145,6 +151,12 @@ class Worker:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(seconds)
         _kill(process)
+        for _ in range(5):  # some may have been forked meanwhile
+            for pid in (marked := _marked(self._mark)):
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+            if not marked:
+                break
         self._channel.join()
 
 
@@ -154,6 +166,16 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
             os.killpg(process.pid, signal.SIGKILL)
     process.kill()
     process.wait()
+
+
+def _marked(mark: str) -> list[int]:
+    """The processes that have a mark in the environment that they were started with, or were forked with."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"{_MARK}={mark}".encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return found
 
 
 class _TimedOut(_Ended):

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from mxfp4ref.engine.recordings import Recording
+from mxfp4ref.engine.arguments import generation_in_record, layout_of_release
+from mxfp4ref.engine.recordings import FUNCTIONS, Recording
 from mxfp4ref.formats.experts import Experts, Sm90Experts
-from mxfp4ref.formats.generations import PLAIN, generation_of
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.flashinfer import torch_ref_cutlass_fused_moe
 from mxfp4ref.model.flashinfer_arguments import call_of
@@ -21,8 +21,7 @@ from mxfp4ref.model.flashinfer_arguments import call_of
 __all__ = ["Layers", "arguments_of", "read_call", "release_of"]
 
 _SIGNATURE = inspect.signature(torch_ref_cutlass_fused_moe)
-# Which tiles ran is found from the bits, and what the kernel accepted is not refused.
-_OURS = {"kernel": None, "strict": False, "trace": False}
+_OURS = {"strict": False, "trace": False}  # what the kernel accepted is not refused
 
 
 class Layers:
@@ -84,19 +83,17 @@ def read_call(recording: Recording, arguments: Mapping[str, Any], layers: Layers
         NotImplementedError: an argument is not modelled.
         TypeError, ValueError: an argument is wrong, or not what the release takes that made the recording.
     """
-    release = release_of(recording.metadata())
-    plain = release is not None and release.partition("+")[0] in PLAIN.releases
-    quantized = getattr(arguments["fc1_expert_weights"], "dtype", None) == torch.uint8
-    if release is not None and quantized and arguments["weight_layout"] is None:
-        layout = "logical_weights_folded_scales" if plain else "sm90"
-        arguments = {**arguments, "weight_layout": layout}
+    metadata = recording.metadata()
+    release = release_of(metadata) or ""
+    unnamed = arguments["weight_layout"] is None and arguments["kernel"] is None
+    if unnamed and metadata.get("function_name") == FUNCTIONS[0]:
+        arguments = {**arguments, "weight_layout": layout_of_release(release, arguments)}
     call = call_of(arguments)
-    if release is not None and not plain and isinstance(call.experts, Sm90Experts):
-        ran = generation_of(release)
-        if call.experts.generation is not ran:
-            raise ValueError(
-                f"quant_scales: expected scales as flashinfer {release} takes them ({ran.layout.SCALE_AXES}), got "
-                f"those of the {call.experts.generation.name} kernel; the kernel reads other scales than are meant"
-            )
+    ran = generation_in_record(release)
+    if ran is not None and isinstance(call.experts, Sm90Experts) and call.experts.generation is not ran:
+        raise ValueError(
+            f"quant_scales: expected scales as flashinfer {release} takes them ({ran.layout.SCALE_AXES}), got "
+            f"those of the {call.experts.generation.name} kernel; the kernel reads other scales than are meant"
+        )
     number, experts = layers.share(call.experts)
     return number, replace(call, experts=experts)

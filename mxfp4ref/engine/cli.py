@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mxfp4ref._files import folders_below
 from mxfp4ref.conformance.cli.report_files import pop_report_files, print_report, report_files
 from mxfp4ref.conformance.cli.shared import (
     NOT_EQUAL,
     USAGE,
     UsageError,
+    check_no_swap,
     echo,
     goldens_option,
     progress,
@@ -122,9 +124,11 @@ def record(
     from mxfp4ref.engine.recorder import Recorder, run_script
     from mxfp4ref.engine.recordings import find_recordings
 
+    check_no_swap()
     if not module and not Path(script).is_file():
         raise UsageError(f"SCRIPT: there is no file {script}")
     with usage_errors():
+        folder = folder.absolute()  # the script may change the working directory
         folder.mkdir(parents=True, exist_ok=True)
     before = len(find_recordings(folder))
     recorder = Recorder(folder, max_calls, int(max_gib * 2**30))
@@ -185,6 +189,8 @@ def invariance(what: str, **options: Any) -> None:
     """
     from mxfp4ref.engine.invariance_of import of_kernel, of_recordings
 
+    if not Path(what).is_dir():
+        check_no_swap()
     ok = True
     count = 0
     with usage_errors():
@@ -211,11 +217,12 @@ def invariance(what: str, **options: Any) -> None:
 
 
 def _files_of(*paths: Path | None) -> Iterator[Path]:
-    """Files, and all below folders, which no report may replace."""
+    """Files, and those below folders, which no report may replace."""
     for path in paths:
         if path is not None:
             yield path
-            yield from path.rglob("*")
+            below = folders_below(path) if path.is_dir() else ()
+            yield from (place / name for place, _, files in below for name in files)
 
 
 def _print_table(report: ReplayReport) -> None:
@@ -236,8 +243,11 @@ def _print_table(report: ReplayReport) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 160
-    console.print(table)
-    console.print()
+    with (
+        console.capture() as text
+    ):  # printed by click: rich ends the process, with exit code 1, if nobody reads it
+        console.print(table)
+    click.echo(text.get())
 
 
 COMMANDS = (replay, record, invariance)

@@ -1,4 +1,4 @@
-"""A call as files, in the form in which flashinfer's own recorder writes calls."""
+"""A call as files, in the form in which flashinfer's own recorder writes calls, always as safetensors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import enum
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,97 +18,137 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from mxfp4ref._files import replacing, write_file
+from mxfp4ref._files import read_file, replacing, write_file
 from mxfp4ref.engine.arguments import loaded_release
 from mxfp4ref.engine.counting import rank
 from mxfp4ref.engine.install import FUNCTION, MODULE
+from mxfp4ref.sm90.tactics import Sm90Kernel
 
-__all__ = ["write_call"]
+__all__ = ["Stored", "write_call", "write_inputs", "write_outputs"]
 
 _LEFT_OUT = ("output", "workspace_buffer")  # written by the kernel, not read; the workspace takes gigabytes
 
 
-def write_call(folder: Path, number: int, given: Mapping[str, Any], output: Tensor, expected: Tensor) -> Path:
-    """Write a call's arguments, the kernel's output and the expected one; returns the new folder in `folder`.
+@dataclass(frozen=True)
+class Stored:
+    """Values by key as JSON, and their tensors, on the CPU and none sharing memory with another.
 
-    It has `inputs.safetensors`, `outputs.safetensors` and `metadata.jsonl` as flashinfer 0.7.2.post1 writes them for
-    a call by keywords with `FLASHINFER_DUMP_SAFETENSORS=1`, and `expected.safetensors`. It gets its name when it is
-    complete. Ranks have folders of their own.
+    Attributes:
+        values: of the values that are not tensors; a tensor is told by its file alone.
+        details: form and place of each tensor, as it was.
+    """
+
+    values: dict[str, Any]
+    tensors: dict[str, Tensor]
+    details: dict[str, Any]
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Stored:
+        stored = cls({}, {}, {})
+        values = {key: stored._add(key, value) for key, value in given.items()}
+        stored.values.update({key: value for key, value in values.items() if key not in stored.tensors})
+        return stored
+
+    def _add(self, key: str, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            here = value.detach().cpu().contiguous()
+            known = {tensor.untyped_storage().data_ptr() for tensor in self.tensors.values()}
+            self.tensors[key] = here.clone() if here.untyped_storage().data_ptr() in known else here
+            shape, stride = list(value.shape), list(value.stride())
+            about = {"shape": shape, "dtype": str(value.dtype), "stride": stride, "device": str(value.device)}
+            self.details[key] = about
+            return {"type": "torch.Tensor", "tensor_key": key, **about}
+        if isinstance(value, torch.dtype):
+            return {"type": "torch.dtype", "value": str(value)}
+        if isinstance(value, enum.Enum):
+            return {"type": "enum", "name": f"{type(value).__name__}.{value.name}", "value": value.value}
+        if isinstance(value, Sm90Kernel):  # an argument that flashinfer does not have
+            tactics = {f.name: vars(getattr(value, f.name)) for f in fields(value) if f.name != "generation"}
+            return {"type": "Sm90Kernel", **tactics, "generation": value.generation.name}
+        if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+            items = [self._add(f"{key}__{i}", item) for i, item in enumerate(value)]
+            kind = "tuple" if isinstance(value, tuple) else "list"
+            return {"type": kind, "length": len(value), "items": items, "truncated": False}
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        return {"type": type(value).__name__, "repr": str(value)[:1000]}
+
+
+def write_inputs(folder: Path, function: str, module: str, number: int, inputs: Stored) -> Path:
+    """Write a call's arguments, by `arg_0` or `kwarg_input`; returns the call's new folder in `folder`.
+
+    It has `inputs.safetensors` and `metadata.jsonl` as flashinfer 0.7.2.post1 writes them with
+    `FLASHINFER_DUMP_SAFETENSORS=1`.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    time = datetime.now().strftime("%Y%m%d_%H%M%S_%f")[:-3]
+    path = folder / f"{time}_pid{os.getpid()}_{function}_call{number:04d}"
+    path.mkdir(parents=True)
+    _save(inputs.tensors, path / "inputs.safetensors")
+    release = loaded_release() if module.startswith("flashinfer") else ""
+    metadata = {
+        "function_name": function,
+        "module": module,
+        "call_sequence": number,
+        "timestamp": time,
+        "process_id": os.getpid(),
+        "input_metadata": inputs.values,
+        "output_metadata": {},
+        "tensor_info": {"input_tensor_keys": list(inputs.tensors), "output_tensor_keys": []},
+        "tensor_details": inputs.details,
+        "tensor_format": "safetensors",
+        "versions": {"torch": torch.__version__, "python": sys.version}
+        | ({"flashinfer": release} if release else {}),
+        "execution_status": "inputs_saved",
+        "graph_capture": False,
+    }
+    write_file(path / "metadata.jsonl", json.dumps(metadata) + "\n")
+    return path
+
+
+def write_outputs(path: Path, result: Any) -> None:
+    """Add what the call returned to the folder of its inputs.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    outputs = Stored.of({"result": result})
+    _save(outputs.tensors, path / "outputs.safetensors")
+    before = read_file(path / "metadata.jsonl").decode()
+    metadata = json.loads(before)
+    metadata["output_metadata"] = outputs.values
+    metadata["tensor_info"]["output_tensor_keys"] = list(outputs.tensors)
+    metadata["tensor_details"] |= outputs.details
+    metadata["execution_status"] = "completed"
+    write_file(path / "metadata.jsonl", before + json.dumps(metadata) + "\n")
+
+
+def write_call(folder: Path, number: int, given: Mapping[str, Any], output: Tensor, expected: Tensor) -> Path:
+    """Write a call of flashinfer's, the kernel's output and, in `expected.safetensors`, the right one.
+
+    It gets its name when it is complete. Ranks have folders of their own.
+
+    Returns:
+        The call's new folder.
 
     Raises:
         OSError: it cannot be written.
     """
     who = rank()
-    time = datetime.now().strftime("%Y%m%d_%H%M%S_%f")[:-3]
     folder = folder if who is None else folder / f"rank{who}"
-    name = f"{time}_pid{os.getpid()}_{FUNCTION}_call{number:04d}"
-    tensors: dict[str, Tensor] = {}
-    values = {
-        f"kwarg_{key}": _described(value, f"kwarg_{key}", tensors)
-        for key, value in given.items()
-        if key not in _LEFT_OUT
-    }
-    outputs: dict[str, Tensor] = {}
-    result = _described([output], "result", outputs)
-    metadata = {
-        "function_name": FUNCTION,
-        "module": MODULE,
-        "call_sequence": number,
-        "timestamp": time,
-        "process_id": os.getpid(),
-        # Tensors that are arguments themselves, and not in a list, are in the file alone.
-        "input_metadata": {key: value for key, value in values.items() if key not in tensors},
-        "output_metadata": {"result": result},
-        "tensor_info": {"input_tensor_keys": list(tensors), "output_tensor_keys": list(outputs)},
-        "tensor_details": {key: _details(tensor) for key, tensor in (tensors | outputs).items()},
-        "tensor_format": "safetensors",
-        "versions": {"torch": torch.__version__, "flashinfer": loaded_release()},
-        "execution_status": "completed",
-        "graph_capture": False,
-    }
-    final, temporary = folder / name, folder / f".writing-{name}"
-    temporary.mkdir(parents=True)
+    inputs = Stored.of({f"kwarg_{key}": value for key, value in given.items() if key not in _LEFT_OUT})
+    temporary = folder / f".writing-{uuid.uuid4().hex}"
     try:
-        _save(tensors, temporary / "inputs.safetensors")
-        _save(outputs, temporary / "outputs.safetensors")
-        _save({"result__0": expected}, temporary / "expected.safetensors")
-        write_file(temporary / "metadata.jsonl", json.dumps(metadata) + "\n")
-        temporary.rename(final)
-    except BaseException:
+        path = write_inputs(temporary, FUNCTION, MODULE, number, inputs)
+        write_outputs(path, [output])
+        _save(Stored.of({"result": [expected]}).tensors, path / "expected.safetensors")
+        return path.rename(folder / path.name)
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return final
 
 
-def _described(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
-    """A value as JSON; its tensors go into `tensors`."""
-    if isinstance(value, Tensor):
-        tensors[key] = value
-        return {"type": "torch.Tensor", "tensor_key": key, **_details(value)}
-    if isinstance(value, (list, tuple)):
-        items = [_described(item, f"{key}__{number}", tensors) for number, item in enumerate(value)]
-        return {"type": type(value).__name__, "length": len(value), "items": items, "truncated": False}
-    if isinstance(value, torch.dtype):
-        return {"type": "torch.dtype", "value": str(value)}
-    if isinstance(value, enum.Enum):
-        return {"type": "enum", "name": f"{type(value).__name__}.{value.name}", "value": value.value}
-    return value
-
-
-def _details(tensor: Tensor) -> dict[str, Any]:
-    return {
-        "shape": list(tensor.shape),
-        "dtype": str(tensor.dtype),
-        "stride": list(tensor.stride()),
-        "device": str(tensor.device),
-    }
-
-
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    # Each with storage of its own, which is what the format has room for.
-    owned = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
-    }
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
     with replacing(path) as partial:
-        safetensors.torch.save_file(owned, partial)
+        safetensors.torch.save_file(tensors, partial)

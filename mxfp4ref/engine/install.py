@@ -21,7 +21,7 @@ from importlib.machinery import ModuleSpec
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-__all__ = ["FUNCTION", "MODULE", "called", "install", "installed", "restore", "taken_over"]
+__all__ = ["FUNCTION", "MODULE", "called", "install", "installed", "restore", "take_over", "taken_over"]
 
 MODULE, FUNCTION = "flashinfer.fused_moe", "cutlass_fused_moe"
 
@@ -29,26 +29,44 @@ Kernel = Callable[..., Any]
 Answer = Callable[[Kernel, tuple[Any, ...], dict[str, Any]], Any]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Taken:
-    """The function that was taken over, its code before and since, and a copy that still is the kernel."""
+    """A function that was taken over, its code before and since, and a copy that still is the kernel.
+
+    Attributes:
+        signature: what the function was given so that it keeps its signature; None if it has one of its own.
+        answer: answers the calls; None once the function was given back.
+    """
 
     function: FunctionType
     before: CodeType
     since: CodeType
     kernel: FunctionType
+    signature: inspect.Signature | None
+    answer: Answer | None
+
+    def restore(self) -> None:
+        """Give the function back, unless somebody has changed it since; what they changed stays as it is."""
+        self.answer = None
+        if self.function.__code__ is self.since:
+            self.function.__code__ = self.before
+        if self.signature is not None and vars(self.function).get("__signature__") is self.signature:
+            del self.function.__signature__  # type: ignore[attr-defined]
 
 
 _lock = threading.RLock()
+_all: list[
+    _Taken
+] = []  # by the number in their code; kept, as a call may have begun before it was given back
 _make: Callable[[], Answer] | None = None  # while something is installed
-_answer: Answer | None = None  # what it has made
-_taken: _Taken | None = None
+_taken: _Taken | None = None  # flashinfer's function, while calls arrive here
 
 
 def install(make: Callable[[], Answer]) -> None:
     """Let `make()(kernel, arguments, named)` answer every call, at once or when flashinfer has been imported.
 
-    `make` is called when the function is taken over, and so when torch has been imported.
+    `make` is called when the function is taken over, and so when torch has been imported. Nothing is installed
+    after an exception.
 
     Raises:
         ModuleNotFoundError: there is no flashinfer to be imported.
@@ -61,11 +79,10 @@ def install(make: Callable[[], Answer]) -> None:
             raise ModuleNotFoundError(f"no module named {package!r}, whose {FUNCTION} is to be taken over")
         restore()
         _make = make
-        function = getattr(sys.modules.get(MODULE), FUNCTION, None)
-        if function is None:
-            sys.meta_path.insert(0, _waiting)
+        if MODULE in sys.modules:
+            _arrived(getattr(sys.modules[MODULE], FUNCTION, None))
         else:
-            _take_over(function)
+            sys.meta_path.insert(0, _waiting)
 
 
 def installed() -> bool:
@@ -75,36 +92,55 @@ def installed() -> bool:
 
 def taken_over() -> bool:
     """Whether calls arrive here."""
-    return _answer is not None
+    return _taken is not None
 
 
 def restore() -> None:
     """Give the function back as it was. Nothing happens if it was not taken over."""
-    global _make, _answer
+    global _make, _taken
     with _lock:
         if _waiting in sys.meta_path:
             sys.meta_path.remove(_waiting)
-        if _taken is not None and _taken.function.__code__ is _taken.since:
-            _taken.function.__code__ = _taken.before
-            del _taken.function.__signature__  # type: ignore[attr-defined]
-        _make = _answer = None
+        if _taken is not None:
+            _taken.restore()
+        _make = _taken = None
 
 
-def called(*arguments: Any, **named: Any) -> Any:
-    """What flashinfer's function does once it was taken over."""
-    answer, taken = _answer, _taken
-    assert taken is not None  # also of a call that began before it was restored
+def _arrived(function: Any) -> None:
+    """Take over flashinfer's function, or restore everything."""
+    global _taken
+    assert _make is not None
+    try:
+        _taken = _take_over(function, _make())
+    except BaseException:
+        restore()
+        raise
+
+
+def take_over(function: Any, answer: Answer) -> Callable[[], None]:
+    """Let `answer(kernel, arguments, named)` answer the calls of a function, whoever holds it.
+
+    Returns:
+        A function that gives it back.
+
+    Raises:
+        TypeError: it is not a function of Python.
+    """
+    return _take_over(function, answer).restore
+
+
+def called(number: int, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """What a function does once it was taken over."""
+    taken = _all[number]
+    answer = taken.answer  # None for a call that began before the function was given back
     return taken.kernel(*arguments, **named) if answer is None else answer(taken.kernel, arguments, named)
 
 
-def _take_over(function: Any) -> None:
-    global _answer, _taken
+def _take_over(function: Any, answer: Answer) -> _Taken:
     while getattr(function, "_trace_apply", False):  # flashinfer's own wrapper, around what engines may hold
         function = function.__wrapped__
     if not isinstance(function, FunctionType):
         raise TypeError(f"{MODULE}.{FUNCTION}: expected a Python function, got {type(function).__name__}")
-    assert _make is not None
-    _answer = _make()
     kernel = FunctionType(
         function.__code__,
         function.__globals__,
@@ -112,21 +148,30 @@ def _take_over(function: Any) -> None:
         function.__defaults__,
         function.__closure__,
     )
-    kernel.__kwdefaults__ = function.__kwdefaults__
-    signature = inspect.signature(function)
-    _taken = _Taken(function, function.__code__, _relay(len(function.__code__.co_freevars)), kernel)
-    function.__signature__ = signature  # type: ignore[attr-defined]
-    function.__code__ = _taken.since
+    kernel.__kwdefaults__, kernel.__module__ = function.__kwdefaults__, function.__module__
+    signature = None if "__signature__" in vars(function) else inspect.signature(function)
+    with _lock:
+        since = _relay(len(_all), len(function.__code__.co_freevars))
+        taken = _Taken(function, function.__code__, since, kernel, signature, answer)
+        _all.append(taken)
+    try:
+        if signature is not None:
+            function.__signature__ = signature  # type: ignore[attr-defined]
+        function.__code__ = since
+    except BaseException:
+        taken.restore()
+        raise
+    return taken
 
 
-def _relay(free: int) -> CodeType:
+def _relay(number: int, free: int) -> CodeType:
     """Code that calls `called`. A function takes only code of as many free variables as it has cells."""
     cells = "".join(f"cell_{number}, " for number in range(free))
     source = (
         f"def enclosing({cells}):\n"
         f"    def {FUNCTION}(*arguments, **named):\n"
         f"        from {__name__} import called\n"
-        "        return called(*arguments, **named)\n"
+        f"        return called({number}, arguments, named)\n"
         f"        ({cells})\n"
         f"    return {FUNCTION}\n"
     )
@@ -161,7 +206,7 @@ class _Waiting(MetaPathFinder):
                 if self in sys.meta_path:  # not restored meanwhile
                     sys.meta_path.remove(self)
                     try:
-                        _take_over(getattr(module, FUNCTION))
+                        _arrived(getattr(module, FUNCTION, None))
                     except Exception:  # the engine's import must not fail
                         logging.getLogger("mxfp4ref.engine").exception("%s: not taken over", MODULE)
 

@@ -6,6 +6,7 @@ import atexit
 import logging
 import multiprocessing.util
 import os
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -93,11 +94,15 @@ def start() -> None:
     if not mode or install.installed():
         return
     if mode not in _MODES:
-        raise ValueError(f"MXFP4REF: expected 'swap' or 'shadow' in the environment, got {mode!r}")
+        raise ValueError(f"MXFP4REF: expected 'swap' or 'shadow' in the environment, got {mode[:80]!r}")
     every = os.environ.get("MXFP4REF_EVERY") or "1"
-    if not every.isdecimal() or int(every) < 1:
-        raise ValueError(f"MXFP4REF_EVERY: expected an int of at least 1 in the environment, got {every!r}")
+    if re.fullmatch("0*[1-9][0-9]{0,8}", every) is None:
+        raise ValueError(
+            f"MXFP4REF_EVERY: expected an int from 1 to 999999999 in the environment, got {every[:80]!r}"
+        )
     dump = os.environ.get("MXFP4REF_DUMP")
+    if dump and os.path.lexists(dump) and not os.path.isdir(dump):
+        raise ValueError(f"MXFP4REF_DUMP: expected a folder in the environment, got {dump[:80]!r}")
 
     counting = Counting(mode)
     _begin(counting)

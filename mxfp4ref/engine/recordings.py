@@ -28,7 +28,9 @@ import safetensors
 import torch
 from torch import Tensor
 
-from mxfp4ref._files import parse_json, read_file
+from mxfp4ref._files import folders_below, parse_json, read_file
+from mxfp4ref.formats.generations import generation_named
+from mxfp4ref.sm90.tactics import Sm90Kernel, Tactic
 
 __all__ = ["FLUSHES", "FUNCTIONS", "Incomplete", "Recording", "Unreadable", "find_recordings"]
 
@@ -64,7 +66,7 @@ class Recording:
 
     @property
     def name(self) -> str:
-        return f"{self.process}/{self.call}"
+        return self.call if self.process == "." else f"{self.process}/{self.call}"
 
     def metadata(self) -> dict[str, Any]:
         """The latest state that `metadata.jsonl` tells.
@@ -150,20 +152,27 @@ class Recording:
 def find_recordings(root: Path) -> list[Recording]:
     """Every recorded call of the function below a folder, in the order of their names.
 
-    Of a call in a CUDA graph each flush is one; what lies beside the flushes is the last of them once more. Links to
-    folders are not followed.
+    Of a call in a CUDA graph each flush is one; what lies beside the flushes is the last of them once more. Links are
+    followed; a call that several lead to is found once.
+
+    Raises:
+        OSError: a folder cannot be read, or a link outside of calls leads nowhere.
     """
-    found: list[Path] = []
-    for place, folders, files in os.walk(root):
-        path = Path(place)
-        folders.sort()
-        if path.name == FLUSHES:
-            continue
-        flushed = _has_flushes(path)
-        if not flushed and _is_call(path, files):
-            found.append(path)
+    root = Path(os.path.abspath(root))  # "." has no name
+    calls: list[Path] = []
+    for path, folders, files in folders_below(root):
+        if path.name != FLUSHES and _is_call(path, files):
+            calls.append(path)
+        links = files if calls[-1:] != [path] else [name for name in files if name == FLUSHES]
+        for link in (path / name for name in links):
+            if link.is_symlink() and not link.exists():
+                raise FileNotFoundError(
+                    f"{link}: expected a file or folder, got a link to {os.readlink(link)}"
+                )
         if path.parent.name == FLUSHES:
             folders.clear()
+    flushed = {path.parent.parent for path in calls if path.parent.name == FLUSHES}
+    found = [path for path in calls if path not in flushed]
     names = {path: _names(path, root) for path in found}
     count = Counter((process, call) for process, call, _ in names.values())
     recordings = [
@@ -184,10 +193,6 @@ def _names(path: Path, root: Path) -> tuple[str, str, str]:
         return above, folder.name + flush, ""
     process = f"pid{found['pid']}"
     return (process if above == "." else f"{above}/{process}"), f"call{found['number']}{flush}", found["time"]
-
-
-def _has_flushes(path: Path) -> bool:
-    return (path / FLUSHES).is_dir() and any(p.is_dir() for p in (path / FLUSHES).iterdir())
 
 
 def _is_call(path: Path, files: list[str]) -> bool:
@@ -259,6 +264,8 @@ def _value(key: str, value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return dtype
     if kind == "enum" and "value" in value:
         return value["value"]
+    if kind == "Sm90Kernel" and "gemm1" in value:
+        return _kernel(value)
     if kind in ("list", "tuple") and isinstance(value.get("items"), list) and value.get("truncated") is False:
         items = [_value(key, item, tensors) for item in value["items"]]
         return items if kind == "list" else tuple(items)
@@ -266,3 +273,16 @@ def _value(key: str, value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if kind in ("list", "tuple") and "items" not in value:
         raise Incomplete(f"{name}: recorded as text only; {_NOT_KEPT}")
     raise Incomplete(f"{name}: recorded as {json.dumps(value)[:100]}, which does not tell its value")
+
+
+def _kernel(value: Mapping[str, Any]) -> Sm90Kernel:
+    try:
+        gemm1, gemm2 = (
+            Tactic(**{name: tuple(sizes) for name, sizes in value[gemm].items()})
+            for gemm in ("gemm1", "gemm2")
+        )
+        return Sm90Kernel(gemm1, gemm2, generation_named(value["generation"]))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise Unreadable(
+            f"inputs: expected the tactics of a kernel, got {json.dumps(value)[:100]}: {error}"
+        ) from None

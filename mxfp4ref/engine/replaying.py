@@ -19,6 +19,7 @@ from torch import Tensor
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.diagnosis import diagnose
 from mxfp4ref.conformance.results import RECORDING, CaseResult, Report, name_defects
+from mxfp4ref.engine.arguments import generation_in_record
 from mxfp4ref.engine.autotune import AutotuneCache, Prediction, read_autotune_cache
 from mxfp4ref.engine.calls import Layers, arguments_of, read_call, release_of
 from mxfp4ref.engine.fitting import closest_kernel, fitting_kernels
@@ -57,11 +58,13 @@ class ReplayResult(CaseResult):
         layer: the number of the experts, by their content; 0 if they were not read.
         tokens: M.
         predicted: the tactics that the call or the autotune cache names.
+        all_zero: whether no output element is other than zero, so that the call alone proves nothing.
     """
 
     layer: int = 0
     tokens: int = 0
     predicted: str = ""
+    all_zero: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,14 @@ class ReplayReport(Report):
         counts = Counter(result.status for result in self.results)
         layers = len({r.layer for r in self.results if isinstance(r, ReplayResult)} - {0})
         words = f"{_number(len(self.results), 'recorded call')} of {_number(layers, 'layer')}: "
-        return words + ", ".join(f"{count} {status}" for status, count in counts.items()) + "." + self.culprit
+        words += ", ".join(f"{count} {status}" for status, count in counts.items()) + "."
+        replayed = [r for r in self.results if isinstance(r, ReplayResult)]
+        if predicted := [r for r in replayed if r.predicted and r.status in ("equal", "wrong tactic")]:
+            held = sum(r.ok for r in predicted)
+            words += f" {held} of {_number(len(predicted), 'prediction')} of tactics held."
+        if zeros := sum(r.all_zero for r in replayed):
+            words += f" {zeros} gave zeros only, which proves nothing."
+        return words + self.culprit
 
 
 def replay(
@@ -161,18 +171,28 @@ class _Run:
         fits = fitting_kernels(call, output, first=self._options.any_tile and prediction is None)
         found: dict[str, Any] = {
             "elements": output.numel(),
+            "all_zero": not bool((output != 0).any()),
             "predicted": str(prediction.kernel) if prediction else "",
         }
         if not fits:
             return found | self._differing(recording, call, output)
         found |= {"status": "equal", "tiles": tuple(map(str, fits)) if call.experts.quantized else ()}
         if prediction is not None and not any(fit.has(prediction.kernel) for fit in fits):
-            found["status"] = "wrong tactic"
+            found |= {"status": "wrong tactic", "elements": 0}  # no element is wrong
             note = (
                 f"expected {prediction.kernel} by {prediction.source}; the bits are those of K tiles "
                 f"{', '.join(map(str, fits))}"
             )
-        return found | {"message": note}
+        notes = [note, _ALL_ZERO * found["all_zero"], self._unknown_release(recording, call)]
+        return found | {"message": "; ".join(filter(None, notes))}
+
+    def _unknown_release(self, recording: Recording, call: MoeCall) -> str:
+        release = release_of(recording.metadata())
+        if release is None or generation_in_record(release) or not call.experts.quantized:
+            return ""
+        return (
+            f"flashinfer {release} is in no record: by its scales, the {call.kernel.generation.name} kernel"
+        )
 
     def _predict(
         self, recording: Recording, call: MoeCall, arguments: Mapping[str, Any]
@@ -182,6 +202,8 @@ class _Run:
             return None, ""
         if arguments["profile_ids"] is not None and call.kernel.generation.forces_tactics:
             return Prediction(call.kernel, "profile_ids"), ""
+        if arguments["kernel"] is not None:
+            return Prediction(call.kernel, "kernel"), ""
         if self._cache is None:
             return None, ""
         try:
@@ -213,6 +235,7 @@ class _Run:
         return found
 
 
+_ALL_ZERO = "all of the output is zero, so that this call alone proves nothing"
 _UNCLEAR = (
     "whole tokens differ, and a CUDA graph made the call: flashinfer's recorder reads inputs and output after the "
     "whole graph has run, when a later kernel may have written into either (an all-reduce or a residual in place, a "

@@ -68,7 +68,8 @@ class Shadow:
     ) -> None:
         self._counting = counting
         self._every = check_int("every", every, minimum=1)
-        self._dump, self._dumps = dump, check_int("dumps", dumps, minimum=0)
+        self._dump = None if dump is None else dump.absolute()  # the server may change the working directory
+        self._dumps = check_int("dumps", dumps, minimum=0)
         self._lock = threading.Lock()
         self._layers: dict[tuple[object, ...], _Layer] = {}
 

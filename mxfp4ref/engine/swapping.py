@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from mxfp4ref._compiler import uncompiled
 from mxfp4ref._validate import check_bool
-from mxfp4ref.engine.arguments import bind, capturing, layout_of_release
+from mxfp4ref.engine.arguments import bind, capturing, layout_of_release, loaded_release
 from mxfp4ref.engine.counting import Counting
 from mxfp4ref.engine.install import Kernel
 from mxfp4ref.model.flashinfer import drop_in, torch_ref_cutlass_fused_moe
@@ -29,7 +29,7 @@ class Swap:
     def __call__(self, kernel: Kernel, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         try:
             given = bind(arguments, named)
-            layout = layout_of_release(given)
+            layout = layout_of_release(loaded_release(), given)
             answer = torch_ref_cutlass_fused_moe(**given, weight_layout=layout, strict=self._strict)
         except NotImplementedError as error:
             if not self._fall_through:

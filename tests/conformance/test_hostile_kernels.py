@@ -269,7 +269,9 @@ def test_what_outlives_its_process(case: Case, choice: Path, monkeypatch: pytest
     with Worker(SPEC) as process:
         for name in ("forks_and_the_copy_stays", "exits_at_exit", "right"):
             assert isolated(name, case, choice, process).status == "equal"
+        assert len(worker_module._marked(process._mark)) == 2 or not Path("/proc/self/environ").exists()
     assert time.monotonic() - start < 15
+    assert worker_module._marked(process._mark) == []
 
 
 def test_what_is_printed(

@@ -106,6 +106,56 @@ def test_what_cannot_be_taken_over() -> None:
     core.cutlass_fused_moe = len
     with pytest.raises(TypeError, match=r"cutlass_fused_moe: expected a Python function, got builtin"):
         engine.swap()
+    del core.cutlass_fused_moe
+    with pytest.raises(TypeError, match=r"cutlass_fused_moe: expected a Python function, got NoneType"):
+        engine.swap()
+    # Nothing is left of it: the next who starts is not told that something is installed.
+    assert (install.installed(), install.taken_over()) == (False, False)
+    core.cutlass_fused_moe = lambda *arguments, **named: ("the real kernel",)
+    engine.swap()
+    assert is_oracle(core.cutlass_fused_moe(**ARGUMENTS))
+
+
+def test_nothing_is_installed_that_could_not_be_made(
+    monkeypatch: pytest.MonkeyPatch, flashinfer: Path
+) -> None:
+    core = importlib.import_module("flashinfer.fused_moe")
+    before = core.cutlass_fused_moe.__code__, dict(vars(core.cutlass_fused_moe))
+
+    def broken() -> Any:
+        raise RuntimeError("no room")
+
+    with pytest.raises(RuntimeError, match="no room"):
+        install.install(broken)
+    with monkeypatch.context() as patched:
+        patched.setattr(install, "_relay", lambda number, free: (lambda: None).__code__)
+        with pytest.raises(ValueError, match="free vars"):
+            engine.shadow()
+    assert (install.installed(), install.taken_over()) == (False, False)
+    assert (core.cutlass_fused_moe.__code__, vars(core.cutlass_fused_moe)) == before
+    monkeypatch.setenv("MXFP4REF", "swap")
+    engine.start()
+    assert is_oracle(core.cutlass_fused_moe(**ARGUMENTS))
+
+
+@pytest.mark.usefixtures("flashinfer")
+def test_a_signature_of_its_own() -> None:
+    function = importlib.import_module("flashinfer.fused_moe").cutlass_fused_moe
+    function.__signature__ = own = inspect.Signature()
+    engine.swap()
+    assert function.__signature__ is own
+    engine.restore()
+    assert function.__signature__ is own
+    del function.__signature__
+    engine.swap()
+    del function.__signature__  # by somebody else
+    engine.restore()
+    assert not install.installed()
+    assert is_real(function(**ARGUMENTS))
+    engine.swap()
+    function.__signature__ = own
+    engine.restore()
+    assert function.__signature__ is own
 
 
 def test_an_import_does_not_fail(flashinfer: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -113,6 +163,7 @@ def test_an_import_does_not_fail(flashinfer: Path, caplog: pytest.LogCaptureFixt
     engine.swap()
     importlib.import_module("flashinfer")
     assert "flashinfer.fused_moe: not taken over" in caplog.text
+    assert not install.installed()
 
 
 @pytest.mark.usefixtures("flashinfer")
@@ -148,8 +199,14 @@ def test_without_flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "value", "message"),
     [
         ("MXFP4REF", "shaddow", r"MXFP4REF: expected 'swap' or 'shadow' in the environment, got 'shaddow'"),
-        ("MXFP4REF_EVERY", "0", r"MXFP4REF_EVERY: expected an int of at least 1 in the environment, got '0'"),
+        ("MXFP4REF", "swap ", r"MXFP4REF: expected 'swap' or 'shadow' .* got 'swap '"),
+        ("MXFP4REF_EVERY", "0", r"MXFP4REF_EVERY: expected an int from 1 to 999999999 .* got '0'"),
         ("MXFP4REF_EVERY", "all", r"MXFP4REF_EVERY: expected an int .* got 'all'"),
+        ("MXFP4REF_EVERY", "-1", r"MXFP4REF_EVERY: expected an int .* got '-1'"),
+        ("MXFP4REF_EVERY", "\u00b2", r"MXFP4REF_EVERY: expected an int .* got"),
+        ("MXFP4REF_EVERY", "9999999999", r"MXFP4REF_EVERY: expected an int .* got '9999999999'"),
+        ("MXFP4REF_EVERY", "9" * 5000, r"MXFP4REF_EVERY: expected an int .* got '9{80}'"),
+        ("MXFP4REF_DUMP", __file__, r"MXFP4REF_DUMP: expected a folder in the environment, got '.*"),
     ],
 )
 def test_wrong_values(name: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:

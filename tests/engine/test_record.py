@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,8 @@ from mxfp4ref.engine.recorder import Recorder
 from mxfp4ref.engine.recordings import find_recordings
 from mxfp4ref.engine.replaying import replay
 from mxfp4ref.model import flashinfer
+from mxfp4ref.sm90.tactics import Sm90Kernel
+from tests.engine.test_swap_shadow import CANCELLING
 from tests.helpers.drop_in import EXPECTED, SM90_CALL, arguments_of, oracle
 
 SCRIPT = """\
@@ -63,6 +66,16 @@ def test_the_exit_code_is_the_scripts(tmp_path: Path, script: Path) -> None:
     assert invoke("record", script, "1", "3", "--output", tmp_path / "calls").exit_code == 3
 
 
+def test_a_script_that_goes_elsewhere(tmp_path: Path, script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script.write_text(f"import os\nos.chdir({str(tmp_path / 'other')!r})\n{SCRIPT}")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    result = invoke("record", "--output", "calls", script, "1", "0")
+    assert f"1 calls recorded in {tmp_path / 'calls'}" in result.output
+    assert len(find_recordings(tmp_path / "calls")) == 1
+    assert not list((tmp_path / "other").iterdir())
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -103,7 +116,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         module.cutlass_fused_moe = cutlass_fused_moe  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, name, module)
     modules["flashinfer"].fused_moe = modules["flashinfer.fused_moe"]  # type: ignore[attr-defined]
-    monkeypatch.setattr("mxfp4ref.engine.recorder.version", lambda package: "0.7.2.post1")
+    modules["flashinfer"].__version__ = "0.7.2.post1"  # type: ignore[attr-defined]
     return modules["flashinfer"]
 
 
@@ -111,14 +124,53 @@ def test_flashinfers_function_is_recorded_wherever_it_was_imported(
     tmp_path: Path, stand_in: ModuleType
 ) -> None:
     arguments = arguments_of(SM90_CALL)
+
+    class Held:
+        moe = staticmethod(stand_in.cutlass_fused_moe)
+
     with Recorder(tmp_path).recording():
         result = stand_in.cutlass_fused_moe(**arguments)
         stand_in.fused_moe.cutlass_fused_moe(*list(arguments.values())[:7], use_w4_group_scaling=True)
+        Held.moe(**arguments)
     assert torch.equal(result[0], EXPECTED)
     calls = find_recordings(tmp_path)  # what the drop-in is called for by it is no call of its own
-    assert [call.metadata()["function_name"] for call in calls] == ["cutlass_fused_moe"] * 2
+    assert [call.metadata()["function_name"] for call in calls] == ["cutlass_fused_moe"] * 3
     assert all(call.metadata()["versions"]["flashinfer"] == "0.7.2.post1" for call in calls)
-    assert [result.status for result in replay(tmp_path).results] == ["equal", "equal"]
+    assert [result.status for result in replay(tmp_path).results] == ["equal"] * 3
+    assert stand_in.cutlass_fused_moe.__code__.co_name == "cutlass_fused_moe"
+    Held.moe(**arguments)
+    assert len(find_recordings(tmp_path)) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "tiles"),
+    [
+        ({"strict": "count", "trace": True}, "128x128"),
+        ({"kernel": Sm90Kernel.of_tiles((256, 128)), "strict": False}, "256x128"),
+        ({"profile_ids": range(4, 3, -5)}, "refused"),
+    ],
+)
+def test_arguments_of_the_drop_ins_own_are_replayed(
+    tmp_path: Path, options: dict[str, Any], tiles: str
+) -> None:
+    with Recorder(tmp_path).recording(), suppress(ValueError):
+        flashinfer.torch_ref_cutlass_fused_moe(**arguments_of(CANCELLING), **options)
+    (result,) = replay(tmp_path).results
+    assert tiles in (result.status, *result.tiles)
+
+
+def test_the_kernel_of_an_argument_has_to_be_that_of_the_bits(tmp_path: Path) -> None:
+    given = arguments_of(CANCELLING) | {"kernel": Sm90Kernel.of_tiles((256, 128))}
+    with Recorder(tmp_path).recording():
+        flashinfer.torch_ref_cutlass_fused_moe(**given)
+    (metadata,) = tmp_path.rglob("metadata.jsonl")
+    text = metadata.read_text()
+    assert text.count("[64, 16, 256]") == 2
+    metadata.write_text(text.replace("[64, 16, 256]", "[64, 16, 128]"))
+    assert [result.status for result in replay(tmp_path).results] == ["wrong tactic"]
+    metadata.write_text(text.replace("[64, 16, 256]", '"all"'))
+    (result,) = replay(tmp_path).results
+    assert (result.status, "expected the tactics of a kernel" in result.message) == ("unreadable", True)
 
 
 def test_a_call_that_raises_is_recorded_without_output(tmp_path: Path, stand_in: ModuleType) -> None:

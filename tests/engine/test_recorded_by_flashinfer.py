@@ -19,6 +19,8 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("calls")
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(folder, filter="data")
+    for path in folder.rglob("outputs.safetensors"):  # an output of zeros is no evidence
+        assert (load_file(path)["result__0"] != 0).float().mean() > 0.25
     return folder
 
 
@@ -30,19 +32,20 @@ def statuses(report: ReplayReport) -> list[str]:
     ("way", "count"), [("0.7.2.post1/eager", 2), ("0.7.2.post1/graph", 6), ("0.6.17/eager", 1)]
 )
 def test_every_call_is_equal(calls: Path, way: str, count: int) -> None:
-    for path in (calls / way).rglob("outputs.safetensors"):
-        assert (load_file(path)["result__0"] != 0).float().mean() > 0.9
     assert statuses(replay(calls / way)) == ["equal"] * count
 
 
-@pytest.mark.parametrize("inputs", ["0.7.2.post1", "cancelling"])
+@pytest.mark.parametrize(("inputs", "count"), [("0.7.2.post1", 2), ("cancelling", 1)])
 @pytest.mark.parametrize(("way", "cache"), [("autotuned", "autotune.json"), ("autotuned_v2", "autotune_v2")])
-def test_tactics_are_those_of_the_autotuners_cache(calls: Path, inputs: str, way: str, cache: str) -> None:
+def test_tactics_are_those_of_the_autotuners_cache(
+    calls: Path, inputs: str, count: int, way: str, cache: str
+) -> None:
     report = replay(calls / inputs / way, ReplayOptions(autotune_cache=calls / inputs / cache))
-    assert statuses(report) == ["equal"] * 2
+    assert statuses(report) == ["equal"] * count
+    assert f"{count} of {count} prediction" in report.verdict
     assert all(isinstance(result, ReplayResult) and result.predicted for result in report.results)
     if inputs == "cancelling":  # no other tiles fit there
-        assert report.results[1].tiles == ("128x128",)
+        assert report.results[0].tiles == ("128x128",)
 
 
 def test_a_flipped_bit_is_found_and_located(calls: Path) -> None:

@@ -164,6 +164,14 @@ def test_a_report_that_cannot_be_written_costs_one_line(
     assert not (tmp_path / "r.json").exists()
 
 
+def test_each_report_has_a_file_of_its_own(tmp_path: Path) -> None:
+    recorded.write_call(tmp_path / "calls", SMALL_CALL, forward(SMALL))
+    other = tmp_path / "calls" / ".." / "r"
+    result = invoke("replay", tmp_path / "calls", "--json", tmp_path / "r", "--junit", other)
+    assert result.exit_code == 2
+    assert "expected a file of its own for each" in result.output
+
+
 def test_a_pipe_among_the_metadata_is_not_waited_for(tmp_path: Path) -> None:
     folder = recorded.write_call(tmp_path, SMALL_CALL, forward(SMALL))
     (folder / "metadata.jsonl").unlink()
@@ -258,6 +266,101 @@ def test_forced_tactics_have_to_be_those_of_the_bits(tmp_path: Path) -> None:
         ("wrong tactic", ("128x128",)),
     ]
     assert "by profile_ids; the bits are those of K tiles 128x128" in results[2].message
+    result = invoke("replay", tmp_path)
+    assert "2 equal, 1 wrong tactic. 2 of 3 predictions of tactics held." in " ".join(result.output.split())
+    assert "in 0 of" not in result.output
+
+
+def test_an_output_of_zeros_proves_nothing(tmp_path: Path) -> None:
+    zeros = replace(SMALL_CALL, token_final_scales=torch.zeros_like(SMALL.token_final_scales))
+    recorded.write_call(tmp_path, zeros, forward(zeros))
+    recorded.write_call(tmp_path, SMALL_CALL, forward(SMALL), number=2)
+    report = replay(tmp_path, COMPARE_ONLY)
+    first, second = report.results
+    assert isinstance(first, ReplayResult)
+    assert first.all_zero
+    assert "all of the output is zero" in first.message
+    assert second.message == ""
+    assert report.verdict == "2 recorded calls of 1 layer: 2 equal. 1 gave zeros only, which proves nothing."
+
+
+@pytest.mark.parametrize("release", ["9.9", "x.y"])
+def test_a_release_in_no_record(tmp_path: Path, release: str) -> None:
+    """The scales tell the layout, or nothing does; the same that swap and shadow do."""
+    recorded.write_call(tmp_path, SM90_CALL, EXPECTED, release=release)
+    old = replace(CALL, experts=layers.to_sm90(CALL.experts, BYTEWISE, torch.uint8))
+    recorded.write_call(tmp_path, old, EXPECTED, release=release, number=2)
+    told, untold = replay(tmp_path).results
+    assert told.status == "equal"
+    assert ("flashinfer 9.9 is in no record: by its scales, the wordwise kernel" in told.message) == (
+        release == "9.9"
+    )
+    assert untold.status == "skipped"
+    assert "quant_scales: 3-D scales belong to two layouts, and" in untold.message
+
+
+# Where a call lies, and how it is then called.
+
+
+@pytest.mark.parametrize("what", ["a call", "a folder above", "the flushes", "one flush", "a cycle"])
+def test_links_are_followed(tmp_path: Path, what: str) -> None:
+    root, elsewhere = tmp_path / "calls", tmp_path / "elsewhere"
+    call = recorded.write_call(root / "node", SMALL_CALL, forward(SMALL))
+    graph = recorded.write_flushes(root / "node", [(SMALL_CALL, forward(SMALL))], number=2)
+    moved = {"a call": call, "a folder above": call.parent, "the flushes": graph / "graph_flushes"}
+    moved["one flush"] = graph / "graph_flushes" / "flush_0001"
+    if what == "a cycle":
+        (call.parent / "again").symlink_to(root)
+        (root / "zz").symlink_to(call)
+    else:
+        moved[what].rename(elsewhere)
+        moved[what].symlink_to(elsewhere)
+        outputs = next(elsewhere.rglob("outputs.safetensors"))
+        assert "than the input" in invoke("replay", root, "--json", outputs).output
+    assert statuses(replay(root, COMPARE_ONLY)) == {
+        "node/pid7/call0001": "equal",
+        "node/pid7/call0002 flush_0001": "equal",
+    }
+
+
+@pytest.mark.parametrize("name", ["node1", "latest", "{call}/graph_flushes"])
+def test_a_link_that_leads_nowhere_is_not_passed_over(tmp_path: Path, name: str) -> None:
+    call = recorded.write_call(tmp_path, SMALL_CALL, forward(SMALL))
+    link = tmp_path / name.format(call=call.name)
+    link.symlink_to(tmp_path / "unmounted")
+    result = invoke("replay", tmp_path)
+    assert result.exit_code == 2
+    assert f"{link}: expected a file or folder, got a link to {tmp_path / 'unmounted'}" in result.output
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded.write_call(tmp_path, SMALL_CALL, forward(SMALL))
+    (tmp_path / "node1").mkdir()
+    scandir = os.scandir
+
+    def refusing(path: Any) -> Any:
+        if str(path).endswith("node1"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    result = invoke("replay", tmp_path)
+    assert result.exit_code == 2
+    assert f"Permission denied: '{tmp_path / 'node1'}'" in result.output
+
+
+def test_here_is_a_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = recorded.write_call(tmp_path, SMALL_CALL, forward(SMALL))
+    graph = recorded.write_flushes(tmp_path, [(SMALL_CALL, forward(SMALL))], number=2)
+    for place, name in (
+        (call, "pid7/call0001"),
+        (graph, "pid7/call0002 flush_0001"),
+        (graph / "graph_flushes" / "flush_0001", "pid7/call0002 flush_0001"),
+    ):
+        monkeypatch.chdir(place)
+        assert statuses(replay(".", COMPARE_ONLY)) == {name: "equal"}
+    call.rename(tmp_path / "renamed")
+    assert list(statuses(replay(tmp_path / "renamed", COMPARE_ONLY))) == ["renamed"]
 
 
 def in_graph(form: str, root: Path, *flushes: tuple[MoeCall, Tensor], **options: Any) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,11 @@ from click.testing import CliRunner
 
 from mxfp4ref.__main__ import commands
 from mxfp4ref.goldens import Goldens
+from mxfp4ref.model.forward import forward
+from mxfp4ref.model.parallel import Ranks, rank_calls
+from tests.helpers import autotune_caches, layers, recorded
 from tests.helpers.checkpoints import GPT_OSS_H, INDEX, make_checkpoint
+from tests.helpers.drop_in import arguments_of
 from tests.helpers.fuzzing import time_limit
 
 CHECKOUT = Path(__file__).resolve().parents[2] / "goldens"
@@ -31,6 +35,11 @@ CASES = (MOE, LAYOUT, STAGE, ROUTING)
 MANIFEST, RECORD = "goldens/manifest.json", "goldens/hardware/h100.jsonl"
 SHARD = "checkpoint/model-00001-of-00002.safetensors"
 SECONDS = 30
+_LOGICAL = layers.random_call(9, layers.random_experts(9, num_experts=2), tokens=2)
+_CALLS = [
+    replace(call, experts=layers.to_sm90(call.experts)) for call in rank_calls(_LOGICAL, Ranks(ep_size=2))
+]
+CALL = f"calls/rank0/{recorded.TIME}_pid0_cutlass_fused_moe_call0001"
 
 # What reads them, all of which succeed as long as nothing is spoilt; and what of the folder they may write.
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -45,8 +54,15 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "regenerate check": ("regenerate", "--root", "goldens", "--only", LAYOUT, "--jobs", "1", "--check"),
     "compare": ("compare", "a.safetensors", "b.safetensors"),
     "layer": ("layer", "--checkpoint", "checkpoint", "--layer", "0", "--input", "hidden.safetensors"),
+    "layer output": (
+        *("layer", "--checkpoint", "checkpoint", "--layer", "0", "--input", "hidden.safetensors"),
+        *("--output", "out.safetensors"),
+    ),
+    "replay": ("replay", "calls", "--no-diagnosis"),
+    "replay cache": ("replay", "calls", "--autotune-cache", "autotune.json", "--any-tile"),
+    "invariance": ("invariance", "calls"),
 }
-WRITES = {"export": "exported", "regenerate": "goldens"}
+WRITES = {"export": "exported", "regenerate": "goldens", "layer output": "out.safetensors"}
 
 
 def make_folder(root: Path) -> None:
@@ -68,6 +84,11 @@ def make_folder(root: Path) -> None:
     safetensors.torch.save_file({"hidden": hidden}, root / "hidden.safetensors")
     for name in "ab":
         safetensors.torch.save_file({"output": hidden}, root / f"{name}.safetensors")
+    outputs = [forward(call) for call in _CALLS]
+    for rank, call in enumerate(_CALLS):
+        recorded.write_call(root / f"calls/rank{rank}", call, outputs[rank], pid=rank)
+    recorded.write_flushes(root / "calls", [(_CALLS[0], outputs[0])], number=2)
+    autotune_caches.write_json(root / "autotune.json", arguments_of(_CALLS[0]), {2: (-1, -1)})
 
 
 @dataclass(frozen=True)
@@ -228,4 +249,15 @@ def tensors(name: str, **values: torch.Tensor) -> Spoil:
 
 DEEP = "[" * 100_000
 PICKLE = b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x07echo no\x85R."
-__all__ = ["CASES", "COMMANDS", "DEEP", "INDEX", "PICKLE", "Outcome", "contents", "make_folder", "run"]
+__all__ = [
+    "CALL",
+    "CASES",
+    "COMMANDS",
+    "DEEP",
+    "INDEX",
+    "PICKLE",
+    "Outcome",
+    "contents",
+    "make_folder",
+    "run",
+]

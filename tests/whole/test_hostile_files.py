@@ -19,6 +19,7 @@ import torch
 
 from tests.helpers import file_fuzz
 from tests.helpers.hostile_files import (
+    CALL,
     COMMANDS,
     DEEP,
     INDEX,
@@ -649,6 +650,129 @@ hostile(
     compare=1,
 )
 
+# Recorded calls: one of them is damaged, so that the others still are equal.
+METADATA = f"{CALL}/metadata.jsonl"
+for name, spoil, says in (
+    ("nested deeply", write(METADATA, DEEP), "expected a JSON object a line"),
+    ("a pipe", fifo(METADATA), "cannot be read: .*regular file"),
+    ("a folder", directory(METADATA), "cannot be read: .*regular file"),
+    ("a terabyte", sparse(METADATA), "expected at most 1,073,741,824 bytes"),
+    ("a device without end", link(METADATA, "/dev/zero"), "expected a regular file"),
+    ("a link to nothing", link(METADATA, "gone"), "metadata.jsonl: missing"),
+    ("a key twice", write(METADATA, '{"input_metadata": {}, "input_metadata": {}}'), "JSON object a line"),
+    ("arguments in a list", write(METADATA, '{"input_metadata": [[]]}'), "an object under input_metadata"),
+    ("an argument -1", write(METADATA, '{"input_metadata": {"arg_9": 1}}'), "without a gap, got arg_9"),
+    (
+        "arguments that command",
+        write(METADATA, json.dumps({"input_metadata": {ESCAPE: 1}})),
+        "kwarg_NAME, got",
+    ),
+):
+    hostile(f"metadata: {name}", spoil, f"unreadable.*{says}", replay=1)
+for name, data in (
+    ("empty", b""),
+    ("a header of 2^63 bytes", tensor_file({}, length=1 << 63)),
+    ("a header nested deeply", tensor_file('{"a":' + "[" * 90_000)),
+    ("a dtype that torch lacks", one_tensor("F6_E2M3", [4], 3)),
+    ("a shape beyond its bytes", one_tensor("U8", [1 << 62, 4], 4)),
+    ("a pickle", PICKLE),
+):
+    for kind in ("inputs", "outputs"):
+        hostile(
+            f"{kind}: {name}", write(f"{CALL}/{kind}.safetensors", data), f"{kind}.safetensors: ", replay=1
+        )
+    hostile(f"{kind}: {name}, for torch", write(f"{CALL}/inputs.pt", data), "inputs.pt: cannot", replay=1)
+for name, value in (
+    ("float4", one_tensor("F4", [2, 128], 128, "result")),
+    ("a scalar", one_tensor("BF16", [], 2, "result")),
+    ("no tokens", one_tensor("BF16", [0, 128], 0, "result")),
+    ("integers", one_tensor("I16", [2, 3], 12, "result")),
+):
+    hostile(f"outputs: {name}", write(f"{CALL}/outputs.safetensors", value), "wrong output", replay=1)
+hostile("inputs: a pipe", fifo(f"{CALL}/inputs.safetensors"), "no recorded inputs", replay=0)
+hostile("inputs: a terabyte", sparse(f"{CALL}/inputs.safetensors"), "inputs.safetensors: cannot", replay=1)
+hostile("outputs: a folder", directory(f"{CALL}/outputs.safetensors"), "no recorded output", replay=0)
+
+
+def argument(name: str, value: object) -> Spoil:
+    """Another value of an argument that is no tensor, in both lines of the metadata."""
+
+    def spoil(folder: Path) -> None:
+        stored = json.loads((folder / METADATA).read_text().splitlines()[-1])
+        stored["input_metadata"][f"kwarg_{name}"] = value
+        write(METADATA, json.dumps(stored))(folder)
+
+    return spoil
+
+
+DEEP_LIST: list[object] = []
+for _ in range(400):
+    DEEP_LIST = [DEEP_LIST]
+for name, key, value, code in (
+    ("rank 5 of 2", "ep_rank", 5, 1),
+    ("a rank of 10^30", "ep_rank", 10**30, 1),
+    ("0 ranks", "tp_size", 0, 1),
+    ("ranks in words", "ep_size", ESCAPE, 1),
+    ("a rank that is true", "ep_rank", True, 1),
+    ("an output dtype of Python's", "output_dtype", {"type": "torch.dtype", "value": "torch.load"}, 0),
+    ("scales nested deeply", "quant_scales", {"type": "list", "truncated": False, "items": DEEP_LIST}, 1),
+    ("a kernel of words", "kernel", {"type": "Sm90Kernel", "gemm1": "x"}, 1),
+    (
+        "a kernel of 10^30",
+        "kernel",
+        {"type": "Sm90Kernel", "gemm1": {"tile": [10**30] * 3}, "gemm2": {}, "generation": "wordwise"},
+        1,
+    ),
+    ("a layout of words", "weight_layout", ESCAPE, 1),
+    (
+        "profile ids of NaN",
+        "profile_ids",
+        {"type": "list", "truncated": False, "items": [float("nan"), 1]},
+        1,
+    ),
+    ("an argument that commands", ESCAPE, 1, 0),
+):
+    hostile(f"arguments: {name}", argument(key, value), "(skipped|refused|unreadable)", replay=code)
+hostile(
+    "calls: a folder that commands",
+    lambda f: (f / "calls/rank0").rename(f / "calls" / ESCAPE.replace("/", "")),
+    SHOWN,
+    replay=0,
+)
+hostile("calls: a folder in itself", link("calls/rank0/again", "../.."), "3 recorded calls", replay=0)
+hostile(
+    "calls: not mounted", link("calls/rank2", "/mnt/gone/rank2"), "calls/rank2: expected a file", "replay"
+)
+hostile("calls: flushes that are gone", link(f"{CALL}/graph_flushes", "x"), "graph_flushes: exp", "replay")
+hostile("calls: flushes that are a file", write(f"{CALL}/graph_flushes", ""), "3 recorded calls", replay=0)
+hostile(
+    "calls: none", lambda f: shutil.rmtree(f / "calls/rank0") or shutil.rmtree(f / "calls"), "calls", "replay"
+)
+for name, data in (
+    ("empty", ""),
+    ("nested deeply", DEEP),
+    ("a list", "[]"),
+    ("no UTF-8", b"\xff"),
+    ("keys nested deeply", json.dumps({"('trtllm::fused_moe::gemm1'" + "(" * 9999: ["MoERunner", 1]})),
+    (
+        "keys that run",
+        json.dumps({"('trtllm::fused_moe::gemm1', __import__('os').getpid())": ["MoERunner", 1]}),
+    ),
+):
+    hostile(
+        f"cache: {name}", write("autotune.json", data), "autotune cache: expected entries", "replay cache"
+    )
+hostile("cache: a pipe", fifo("autotune.json"), "autotune", "replay cache")
+for name, tactic in (("of 10^30", 10**30), ("in words", ESCAPE), ("of NaN", float("nan")), ("of none", None)):
+    hostile(
+        f"cache: a tactic {name}",
+        edit(
+            "autotune.json", lambda c, t=tactic: {k: [v[0], t, 0] if k[0] == "(" else v for k, v in c.items()}
+        ),
+        "no prediction",
+        replay_cache=0,
+    )
+
 # Where exports go.
 hostile("export: a file in the way", write("exported", "mine"), "exported", "export")
 hostile(
@@ -731,6 +855,66 @@ def test_goldens_of_another_project_above_are_passed_over(
     assert (outcome.code, outcome.problem) == (0, ""), outcome.output
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "command", "says"),
+    [
+        ("MXFP4REF_GOLDENS", "nowhere", "show", "expected a folder with a manifest.json, got 'nowhere'"),
+        (
+            "MXFP4REF_GOLDENS",
+            "a.safetensors",
+            "explain",
+            "expected a folder with a manifest.json, got 'a.saf",
+        ),
+        ("MXFP4REF", "swap", "conform", "expected it not to be set here, got 'swap'"),
+        ("MXFP4REF", "swap", "record", "expected it not to be set here, got 'swap'"),
+        ("MXFP4REF", "swap", "invariance of a kernel", "expected it not to be set here, got 'swap'"),
+    ],
+)
+def test_variables_of_the_environment(
+    folder: Path, variable: str, value: str, command: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    given = {
+        "show": ("show", MOE),
+        "explain": ("explain", "bf16_finalize"),
+        "conform": ("conform", "oracle"),
+        "record": ("record", "x.py", "--output", "calls"),
+        "invariance of a kernel": ("invariance", "oracle"),
+    }
+    outcome = run(folder, given[command])
+    assert (outcome.code, outcome.problem) == (2, ""), outcome.output
+    assert f"Error: {variable}: {says}" in outcome.output
+    assert outcome.output.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--json", "--junit", "--html"])
+@pytest.mark.parametrize("spec", ["{}.kernels:f", "logical:{}.kernels:f", "stage:gemm:{}.kernels:f.g"])
+@pytest.mark.parametrize("file", ["{}/kernels.py", "{}/__init__.py", "goldens/hardware/h100.jsonl"])
+def test_no_report_replaces_the_kernel(
+    folder: Path, option: str, spec: str, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = "of_a_user"
+    (folder / package).mkdir()
+    for name in ("__init__", "kernels"):
+        (folder / package / f"{name}.py").write_text("raise AssertionError('imported')\n")
+    monkeypatch.syspath_prepend(folder)
+    before = contents(folder)
+    report = (option, file.format(package))
+    outcome = run(folder, ("conform", spec.format(package), "--goldens", "goldens", *report))
+    assert (outcome.code, outcome.problem) == (2, ""), outcome.output
+    assert "expected another file than the input" in outcome.output
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("path", ["hidden.safetensors", SHARD, "checkpoint/config.json"])
+def test_no_output_of_a_layer_replaces_its_inputs(folder: Path, path: str) -> None:
+    before = contents(folder)
+    outcome = run(folder, (*COMMANDS["layer"], "--output", path))
+    assert (outcome.code, outcome.problem) == (2, ""), outcome.output
+    assert "expected another file than" in outcome.output
+    assert contents(folder) == before
+
+
 @pytest.mark.parametrize("data", [b"", b"PK\x03\x04", PICKLE, b"\x93NUMPY\x01\x00"])
 def test_recordings_that_are_none(tmp_path: Path, data: bytes) -> None:
     """The tools' recordings: an error, and nothing is unpickled."""
@@ -767,4 +951,6 @@ def test_how_many() -> None:
         "regenerate check",
         "verify files",
         "show layout",
+        "layer output",
+        "invariance",
     }

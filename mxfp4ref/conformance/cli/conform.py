@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import fnmatch
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from importlib.machinery import PathFinder
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import click
 
+from mxfp4ref._files import folders_below
 from mxfp4ref._validate import did_you_mean
 from mxfp4ref.conformance.bounds import STORAGE
 from mxfp4ref.conformance.cli.report_files import pop_report_files, print_report, report_files
@@ -19,6 +22,7 @@ from mxfp4ref.conformance.cli.shared import (
     USAGE,
     UsageError,
     case_progress,
+    check_no_swap,
     echo,
     goldens_option,
     usage_errors,
@@ -26,7 +30,6 @@ from mxfp4ref.conformance.cli.shared import (
 from mxfp4ref.conformance.results import MODES
 from mxfp4ref.conformance.suite import Options, run
 from mxfp4ref.goldens import Goldens, open_goldens
-from mxfp4ref.goldens.manifest import FILE_KINDS
 
 __all__ = ["conform"]
 
@@ -112,6 +115,7 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
         raise click.UsageError("expected one KERNEL, as the argument or as --kernel")
     spec = kernel or kernel_option
     assert spec is not None
+    check_no_swap()
     files = pop_report_files(options)
     patterns, isolate, device, verbose = (
         options.pop(name) for name in ("patterns", "isolate", "device", "verbose")
@@ -120,7 +124,7 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
     with usage_errors():
         goldens = open_goldens(root)
         names = _select(goldens, patterns)
-        files.check(_files_of(goldens))
+        files.check(chain(_files_of(goldens), _sources(spec)))
         with case_progress(len(names)) as advance:
             result = run(
                 spec,
@@ -164,6 +168,19 @@ def _select(goldens: Goldens, patterns: Iterable[str]) -> list[str]:
 
 
 def _files_of(goldens: Goldens) -> list[Path]:
-    """The manifest and the cases, which no report may replace."""
-    cases = [goldens.root / f"{name}.{kind}" for name in goldens.names() for kind in FILE_KINDS]
-    return [goldens.root / "manifest.json", *cases]
+    """All that the goldens are, which no report may replace."""
+    return [place / name for place, _, files in folders_below(goldens.root) for name in files]
+
+
+def _sources(spec: str) -> Iterator[Path]:
+    """The files of a kernel's module and of the packages that it lies in; nothing is imported."""
+    *_, module = spec.rpartition(":")[0].split(":")
+    places: Sequence[str] | None = None
+    parts = module.split(".")
+    for count in range(1, len(parts) + 1):
+        found = PathFinder.find_spec(".".join(parts[:count]), places) if parts[count - 1] else None
+        if found is None:
+            return
+        if found.origin is not None:
+            yield Path(found.origin)
+        places = found.submodule_search_locations or ()

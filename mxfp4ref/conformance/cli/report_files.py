@@ -40,7 +40,7 @@ class ReportFiles:
         """
         from mxfp4ref.conformance.report import check_html
 
-        if len({path.absolute() for path in self.paths.values()}) < len(self.paths):
+        if len({path.resolve() for path in self.paths.values()}) < len(self.paths):
             raise UsageError("--json, --junit, --html: expected a file of its own for each")
         if "html" in self.paths:
             check_html()
@@ -54,6 +54,9 @@ class ReportFiles:
         """Show the text, then write each file by itself; whether all of that went well.
 
         What fails costs that file and a line, not the results.
+
+        Raises:
+            BrokenPipeError: nobody reads the text; the files are written.
         """
         from mxfp4ref.conformance import report
 
@@ -62,8 +65,18 @@ class ReportFiles:
         def write(kind: str, path: Path) -> None:
             write_file(path, render[kind](result))
 
-        done = [_attempt("the text", show)]
+        unread: list[BrokenPipeError] = []
+
+        def text() -> None:
+            try:
+                show()
+            except BrokenPipeError as error:
+                unread.append(error)
+
+        done = [_attempt("the text", text)]
         done += [_attempt(str(path), partial(write, kind, path)) for kind, path in self.paths.items()]
+        if unread:
+            raise unread[0]
         return all(done)
 
 
@@ -71,7 +84,7 @@ def _attempt(what: str, write: Callable[[], None]) -> bool:
     """Write something; whether that went well. If not, it has been told."""
     try:
         write()
-    except Exception as error:  # a full disk, a closed pipe, a library that draws
+    except Exception as error:  # a full disk, a library that draws
         with suppress(OSError):
             echo(f"Error: {what} could not be written: {type(error).__name__}: {error}", err=True)
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ __all__ = [
     "WIDTH",
     "UsageError",
     "case_progress",
+    "check_no_swap",
     "describe",
     "echo",
     "first_values",
@@ -53,6 +55,19 @@ class UsageError(click.ClickException):
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
+
+
+def check_no_swap() -> None:
+    """Refuse to look at flashinfer's kernel while `mxfp4ref.engine` lets the oracle answer for it.
+
+    Raises:
+        UsageError: the environment says so.
+    """
+    if (mode := os.environ.get("MXFP4REF")) == "swap":
+        raise UsageError(
+            f"MXFP4REF: expected it not to be set here, got {mode!r} in the environment: the oracle would answer in "
+            "the place of flashinfer's kernel"
+        )
 
 
 def echo(text: str, **style: Any) -> None:

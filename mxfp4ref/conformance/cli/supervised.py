@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -16,18 +15,21 @@ from mxfp4ref.conformance.worker import how_it_ended
 
 __all__ = ["main"]
 
-_VERDICT = "MXFP4REF_VERDICT"  # the file that the command's exit code is written to
 _START = """\
 import json, sys
 sys.path[:] = json.loads(sys.argv.pop(1))
+verdict = sys.argv.pop(1)
 from mxfp4ref.__main__ import main
-main()
+main(verdict)
 """
 
 
-def main(commands: click.Group) -> None:
-    """Run the command of `sys.argv` in a process of its own, or, in that process, itself; never returns."""
-    verdict = os.environ.pop(_VERDICT, None)
+def main(commands: click.Group, verdict: str | None) -> None:
+    """Run the command of `sys.argv` in a process of its own or, in that process, itself; never returns.
+
+    Args:
+        verdict: in that process, the file that the command's exit code is written to.
+    """
     if verdict is None:
         sys.exit(_supervise())
     try:
@@ -40,9 +42,9 @@ def main(commands: click.Group) -> None:
 def _supervise() -> int:
     with tempfile.TemporaryDirectory() as folder:
         verdict = Path(folder, "verdict")
-        command = [sys.executable, "-c", _START, json.dumps(sys.path), *sys.argv[1:]]
+        command = [sys.executable, "-c", _START, json.dumps(sys.path), str(verdict), *sys.argv[1:]]
         try:
-            done = subprocess.run(command, env={**os.environ, _VERDICT: str(verdict)}, check=False)
+            done = subprocess.run(command, check=False)
         except KeyboardInterrupt:
             return 128 + 2
         if verdict.is_file() and (code := verdict.read_text(encoding="ascii")).isdigit():

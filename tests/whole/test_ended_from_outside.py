@@ -1,0 +1,100 @@
+"""Ctrl-C, a reader that goes away, a full disk: what ends a command from outside is no verdict."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from mxfp4ref.__main__ import commands
+from mxfp4ref.conformance import report
+from tests.helpers.hostile_files import COMMANDS, make_folder
+
+MXFP4REF = (sys.executable, "-m", "mxfp4ref")
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+@pytest.mark.parametrize("name", commands.commands)
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (KeyboardInterrupt(), 130),
+        (BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)), 141),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 2),
+    ],
+)
+def test_every_command(name: str, error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raising(context: click.Context) -> Any:
+        raise error
+
+    monkeypatch.setattr(commands.commands[name], "params", [])
+    monkeypatch.setattr(commands.commands[name], "invoke", raising)
+    result = CliRunner().invoke(commands, [name])
+    assert (result.exit_code, type(result.exception)) == (code, SystemExit)
+    assert ("Error: OSError: [Errno 28] No space left on device" in result.output) == (code == 2)
+
+
+@pytest.mark.parametrize("command", ["conform", "replay"])
+def test_reports_are_written_though_nobody_reads_the_text(
+    tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unread(*arguments: Any, **options: Any) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    make_folder(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "to_text", unread)
+    assert CliRunner().invoke(commands, [*COMMANDS[command], "--json", "r.json"]).exit_code == 141
+    assert Path("r.json").read_bytes()
+
+
+@pytest.mark.parametrize("arguments", [("defects", "--json"), ("--help",)])
+def test_a_closed_pipe(arguments: tuple[str, ...]) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "wb") as pipe:
+        command = subprocess.run(
+            [*MXFP4REF, *arguments], stdout=pipe, stderr=subprocess.PIPE, env=ENVIRONMENT, check=False
+        )
+    assert (command.returncode, command.stderr) == (141, b"")
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    def full() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+
+    with (tmp_path / "text").open("wb") as text:
+        command = subprocess.run(
+            [*MXFP4REF, "defects"],
+            stdout=text,
+            stderr=subprocess.PIPE,
+            env=ENVIRONMENT,
+            preexec_fn=full,
+            check=False,
+        )
+    assert (command.returncode, command.stderr) == (2, b"Error: OSError: [Errno 27] File too large\n")
+
+
+def test_ctrl_c(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import time\nprint('waiting', flush=True)\ntime.sleep(60)\n")
+    with subprocess.Popen(
+        [*MXFP4REF, "record", script, "--output", tmp_path / "calls"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+    ) as command:
+        assert command.stdout is not None
+        assert command.stderr is not None
+        assert command.stdout.readline() == b"waiting\n"
+        command.send_signal(signal.SIGINT)
+        assert (command.wait(30), command.stderr.read()) == (130, b"")
