@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxfp4ref._validate import check_choice, check_ids, check_int, check_same_device, check_tensor
+from mxfp4ref._validate import INT32_MAX, check_choice, check_ids, check_int, check_same_device, check_tensor
 from mxfp4ref.routing.presets import PADDING_ID
 
 __all__ = [
@@ -81,10 +81,10 @@ def check_expert_map(
     ranks = tuple(_slots(f"expert_map[{rank}]", slots) for rank, slots in enumerate(_rows(expert_map)))
     if not ranks:
         raise ValueError("expert_map: expected the experts of at least one rank, got none")
-    if ep_size is not None and len(ranks) != ep_size:
+    if ep_size is not None and len(ranks) != check_int("ep_size", ep_size, minimum=1):
         raise ValueError(f"expert_map: expected {ep_size} ranks, as ep_size says, got {len(ranks)}")
     held = {expert for slots in ranks for expert in slots}
-    if num_experts is not None and max(held) >= num_experts:
+    if num_experts is not None and max(held) >= check_int("num_experts", num_experts, minimum=1):
         raise ValueError(f"expert_map: expected ids from 0 to {num_experts - 1}, got {max(held)}")
     count = num_experts or max(held) + 1
     if len(held) < count:
@@ -110,9 +110,9 @@ def physical_ids(ids: Tensor, expert_map: ExpertMap, *, replica: Tensor | None =
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or values, or there is no replica.
     """
-    placed = torch.tensor(_flat(expert_map), device=ids.device if isinstance(ids, Tensor) else None)
-    count = placed.bincount()
     check_tensor("ids", ids, dtype=torch.int32, shape=("M", "k"))
+    placed = torch.tensor(_flat(expert_map), device=ids.device)
+    count = placed.bincount()
     check_ids("ids", ids, minimum=PADDING_ID, maximum=len(count) - 1)
     if replica is None:
         if int(count.max()) > 1:
@@ -122,8 +122,9 @@ def physical_ids(ids: Tensor, expert_map: ExpertMap, *, replica: Tensor | None =
                 f"{int(count[expert])}; give physical_ids(ids, expert_map, replica=...), or physical_ids=... to Ranks"
             )
         replica = torch.zeros_like(ids)
-    columns = 1 if isinstance(replica, Tensor) and replica.shape[1:] == (1,) else ids.shape[1]
-    check_tensor("replica", replica, dtype=_INTS, shape=(ids.shape[0], columns))
+    check_tensor("replica", replica, dtype=_INTS, shape=(ids.shape[0], None))
+    if replica.shape[1] != 1:
+        check_tensor("replica", replica, dtype=_INTS, shape=tuple(ids.shape))
     check_ids("replica", replica, maximum=torch.iinfo(replica.dtype).max)
     check_same_device({"ids": ids, "replica": replica})
     experts = ids.clamp(min=0).long()
@@ -138,6 +139,7 @@ def check_physical_ids(physical: Tensor, ids: Tensor, expert_map: ExpertMap) -> 
     Raises:
         TypeError, ValueError: they do not, as when they were mapped twice; or another dtype, shape or device.
     """
+    check_tensor("ids", ids, dtype=torch.int32, shape=("M", "k"))
     check_tensor("physical_ids", physical, dtype=torch.int32, shape=tuple(ids.shape))
     check_same_device({"ids": ids, "physical_ids": physical})
     placed = _flat(expert_map)
@@ -192,7 +194,7 @@ def _rows(expert_map: ExpertMap) -> Sequence[Any]:
     if isinstance(expert_map, Tensor):
         if expert_map.dim() == 1:
             raise ValueError(f"{wanted}, got one row; write expert_map.view(ep_size, -1)")
-        return check_tensor("expert_map", expert_map, dtype=_INTS, shape=("ep_size", "slots")).tolist()
+        return _listed("expert_map", expert_map, ("ep_size", "slots"))
     if not isinstance(expert_map, Sequence) or isinstance(expert_map, str | bytes):
         raise TypeError(f"{wanted}, as a sequence or a tensor, got {type(expert_map).__name__}")
     return expert_map
@@ -200,9 +202,17 @@ def _rows(expert_map: ExpertMap) -> Sequence[Any]:
 
 def _slots(name: str, slots: object) -> tuple[int, ...]:
     if isinstance(slots, Tensor):
-        slots = check_tensor(name, slots, dtype=_INTS, shape=("slots",)).tolist()
+        slots = _listed(name, slots, ("slots",))
     if not isinstance(slots, Sequence) or isinstance(slots, str | bytes):
         raise TypeError(f"{name}: expected a sequence of a rank's experts, got {type(slots).__name__}")
     if not slots:
         raise ValueError(f"{name}: expected at least one expert, got none; no kernel runs without")
     return tuple(check_int(f"{name}[{slot}]", expert, minimum=0) for slot, expert in enumerate(slots))
+
+
+def _listed(name: str, ids: Tensor, shape: tuple[str, ...]) -> list[Any]:
+    check_tensor(name, ids, dtype=_INTS, shape=shape)
+    if not 0 < ids.numel() <= INT32_MAX:  # physical ids are int32
+        raise ValueError(f"{name}: expected from 1 to {INT32_MAX} slots, got shape {list(ids.shape)}")
+    listed: list[Any] = ids.tolist()
+    return listed

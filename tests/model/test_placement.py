@@ -323,7 +323,7 @@ def on(expert_map: object, **options: object) -> Tensor:
         (
             lambda: physical_ids(IDS, EPLB, replica=torch.ones(2, 2).long()),
             ValueError,
-            r"replica: .*\[1, 2\]",
+            r"replica: .*got int64 \[2, 2\]",
         ),
         (lambda: physical_ids(IDS, EPLB, replica=torch.tensor([[-1]])), ValueError, "replica: .* got -1"),
         (
