@@ -2,13 +2,15 @@
 
 Ranks are numbered `ep_rank * tp_size + tp_rank`. The kernel's contract for expert parallelism is *global* ids
 with (ep_size, ep_rank) (`docs/arithmetic.md`, section 7): `global_to_local` is for code that needs local ids,
-and its result is never to be handed to the kernel, which would drop real experts on every rank but 0.
+and its result is never to be handed to the kernel, which would drop real experts on every rank but 0. Where ranks
+hold no equal ranges, an expert map says what they hold: see `mxfp4ref.model.placement`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +30,13 @@ from mxfp4ref.formats.mxfp4 import GROUP_SIZE
 from mxfp4ref.formats.resize import resize_experts, to_logical
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import Stages, forward
+from mxfp4ref.model.placement import (
+    ExpertMap,
+    check_expert_map,
+    check_physical_ids,
+    physical_ids,
+    rank_arguments,
+)
 from mxfp4ref.routing.presets import PADDING_ID
 from mxfp4ref.sm90 import fp32
 
@@ -80,16 +89,24 @@ def local_to_global(ids: Tensor, *, num_experts: int, ep_size: int, ep_rank: int
     return torch.where(ids == PADDING_ID, PADDING_ID, ids + start)
 
 
-def split_experts(experts: Experts, ep_size: int) -> list[Experts]:
-    """The experts of each expert-parallel rank, as views.
+def split_experts(experts: Experts, ep_size: int, expert_map: ExpertMap | None = None) -> list[Experts]:
+    """The experts of each expert-parallel rank, as views; copied, in logical layout, where a map scatters them.
+
+    Args:
+        experts: all E.
+        ep_size: number of ranks.
+        expert_map: which experts each has, see `mxfp4ref.model.placement`; by default equal ranges.
 
     Raises:
-        ValueError: the number of experts is no multiple of ep_size.
+        TypeError, ValueError: the map is none of these experts and ranks, or without one ep_size does not divide E.
     """
     check_instance("experts", experts, Experts)
     check_int("ep_size", ep_size, minimum=1)
-    ranges = [_range(experts.num_experts, ep_size, rank) for rank in range(ep_size)]
-    return [experts.slice(start, stop) for start, stop in ranges]
+    if expert_map is None:
+        ranges = [_range(experts.num_experts, ep_size, rank) for rank in range(ep_size)]
+        return [experts.slice(start, stop) for start, stop in ranges]
+    ranks = check_expert_map(expert_map, ep_size=ep_size, num_experts=experts.num_experts)
+    return [_chosen(experts, slots) for slots in ranks]
 
 
 def split_intermediate(
@@ -171,20 +188,30 @@ def gather(outputs: Sequence[Tensor], *, reduction: str = "float32") -> Tensor:
 class Ranks:
     """How many ranks run a layer, and how their outputs are added up.
 
+        Ranks(ep_size=3, expert_map=place_experts(8, 3))
+        Ranks(ep_size=4, expert_map=physical_to_logical_map.view(4, -1), physical_ids=topk_ids)
+
     Attributes:
         ep_size: ranks that share the experts.
         tp_size: ranks that share each expert.
         reduction: see `gather`.
         intermediate_size: I before padding, see `split_intermediate`; None if the experts are not padded.
+        expert_map: which experts each of the ep_size ranks holds, see `mxfp4ref.model.placement`; None for equal
+            ranges. The ids of a call are logical ones with any map.
+        physical_ids: `[M, k] int32`, which slot of the map, counted over all ranks, serves each id of the call, as an
+            engine's dispatch chose it. Needed only where the map has redundant experts; the choice decides which
+            terms are added up, and rounded, on one rank.
 
     Raises:
-        TypeError, ValueError: a size that is no positive int, or another reduction.
+        TypeError, ValueError: a size that is no positive int, another reduction, or a map that is none.
     """
 
     ep_size: int = 1
     tp_size: int = 1
     reduction: str = "float32"
     intermediate_size: int | None = None
+    expert_map: ExpertMap | None = None
+    physical_ids: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_int("ep_size", self.ep_size, minimum=1)
@@ -192,6 +219,12 @@ class Ranks:
         check_choice("reduction", self.reduction, REDUCTIONS)
         if self.intermediate_size is not None:
             check_int("intermediate_size", self.intermediate_size, minimum=GROUP_SIZE)
+        if self.expert_map is not None:
+            check_expert_map(self.expert_map, ep_size=self.ep_size)
+        if self.physical_ids is not None:
+            check_tensor("physical_ids", self.physical_ids, dtype=torch.int32, shape=("M", "k"))
+            if self.expert_map is None:
+                raise ValueError("physical_ids: expected None without an expert_map, got a tensor")
 
 
 @uncompiled
@@ -207,7 +240,7 @@ def forward_all_ranks(call: MoeCall, ranks: Ranks, stages: Stages | None = None)
         stages: see `forward`.
 
     Raises:
-        ValueError: a call of one rank of several, or sizes that do not divide the experts.
+        ValueError: a call of one rank of several, sizes that do not divide the experts, or a map of other ones.
     """
     outputs = [forward(of_rank, stages) for of_rank in rank_calls(call, ranks)]
     return gather(outputs, reduction=ranks.reduction)
@@ -222,19 +255,32 @@ def rank_calls(call: MoeCall, ranks: Ranks) -> list[MoeCall]:
             f"call: expected one with the experts of all ranks, got ep_size {call.ep_size}, tp_size {call.tp_size}"
         )
     calls = []
-    for ep_rank, local in enumerate(split_experts(call.experts, ranks.ep_size)):
+    parts = split_experts(call.experts, ranks.ep_size, ranks.expert_map)
+    for local, told in zip(parts, _rank_arguments(call, ranks), strict=True):
         shards = split_intermediate(local, ranks.tp_size, intermediate_size=ranks.intermediate_size)
         for tp_rank, shard in enumerate(shards):
-            of_rank = replace(
-                call,
-                experts=shard,
-                ep_size=ranks.ep_size,
-                ep_rank=ep_rank,
-                tp_size=ranks.tp_size,
-                tp_rank=tp_rank,
-            )
-            calls.append(of_rank)
+            calls.append(replace(call, experts=shard, tp_size=ranks.tp_size, tp_rank=tp_rank, **told))
     return calls
+
+
+def _rank_arguments(call: MoeCall, ranks: Ranks) -> list[dict[str, Any]]:
+    if ranks.expert_map is None:
+        return [{"ep_size": ranks.ep_size, "ep_rank": ep_rank} for ep_rank in range(ranks.ep_size)]
+    ids = call.token_selected_experts
+    skipped = (ids < 0) | (ids >= call.experts.num_experts)
+    ids = torch.where(skipped, PADDING_ID, ids)
+    if ranks.physical_ids is None:
+        physical = physical_ids(ids, ranks.expert_map)
+    else:
+        physical = check_physical_ids(ranks.physical_ids, ids, ranks.expert_map)
+    return rank_arguments(physical, ranks.expert_map)
+
+
+def _chosen(experts: Experts, slots: tuple[int, ...]) -> Experts:
+    start, stop = slots[0], slots[0] + len(slots)
+    if slots == tuple(range(start, stop)):
+        return experts.slice(start, stop)
+    return experts.select(torch.tensor(slots, device=experts.device))
 
 
 def _unpadded(experts: Experts, intermediate_size: int | None) -> int:
@@ -263,6 +309,8 @@ def _range(num_experts: int, ep_size: int, ep_rank: int) -> tuple[int, int]:
     check_int("ep_size", ep_size, minimum=1)
     check_int("ep_rank", ep_rank, minimum=0, maximum=ep_size - 1)
     if num_experts % ep_size:
-        raise ValueError(f"ep_size: expected a divisor of the {num_experts} experts, got {ep_size}")
+        written = f"; uneven counts take an expert_map, place_experts({num_experts}, {ep_size})"
+        how = written if ep_size < num_experts else ""
+        raise ValueError(f"ep_size: expected a divisor of the {num_experts} experts, got {ep_size}{how}")
     num_local = num_experts // ep_size
     return ep_rank * num_local, (ep_rank + 1) * num_local

@@ -23,6 +23,7 @@ from mxfp4ref.formats.generations import GENERATIONS
 from mxfp4ref.goldens import Goldens, open_goldens, tensor_bytes
 from mxfp4ref.goldens.hardware_record import compare
 from mxfp4ref.model.forward import forward
+from mxfp4ref.model.parallel import Ranks
 from mxfp4ref.sm90.tactics import Sm90Kernel
 from tests.helpers import layers
 
@@ -264,6 +265,15 @@ def test_layer_runs_from_disk(tmp_path: Path) -> None:
     stored = replace(read_layer(checkpoint, 3, limit=10.0), top_k=2, routed_scaling_factor=1.5)
     expected = run_layer(stored, hidden)
     assert torch.equal(found["output"].view(torch.int16), expected["output"].view(torch.int16))
+    result = invoke(*arguments, *options, "--ep-size", 3, "--expert-placement", "round_robin")
+    assert result.exit_code == 0, result.output
+    found = safetensors.torch.load_file(written)
+    dealt = run_layer(stored, hidden, ranks=Ranks(ep_size=3, expert_map=[[0, 3], [1], [2]]))
+    assert torch.equal(found["output"].view(torch.int16), dealt["output"].view(torch.int16))
+    assert not torch.equal(dealt["output"], expected["output"])
+    many = invoke(*arguments, *options, "--ep-size", 5)
+    assert many.exit_code == 2
+    assert "ep_size: expected an int from 1 to 4, got 5" in many.output
     wrong = invoke("layer", "--checkpoint", checkpoint, "--layer", 4, "--input", hidden, *options)
     assert wrong.exit_code == 2
     assert "layer" in wrong.output

@@ -14,7 +14,7 @@ from mxfp4ref.formats import experts, layout, mxfp4, quantize
 from mxfp4ref.formats import resize as moved
 from mxfp4ref.formats.generations import NEWEST, PLAIN
 from mxfp4ref.goldens import generator as counter
-from mxfp4ref.model import call, layer, parallel
+from mxfp4ref.model import call, layer, parallel, placement
 from mxfp4ref.model import flashinfer as oracle
 from mxfp4ref.model import forward as moe
 from mxfp4ref.routing import presets as routing
@@ -120,6 +120,10 @@ def ids() -> Tensor:
 
 def on_rank() -> dict[str, Any]:
     return {"ids": ids(), "num_experts": 4, "ep_size": 1, "ep_rank": 0}
+
+
+def expert_map() -> Tensor:
+    return torch.tensor([[0, 1], [2, 3]])
 
 
 def weights(name: str) -> dict[str, Any]:
@@ -267,7 +271,7 @@ TARGETS: dict[str, Target] = {
     "model.parallel.global_to_local": Target(parallel.global_to_local, on_rank),
     "model.parallel.local_to_global": Target(parallel.local_to_global, on_rank),
     "model.parallel.split_experts": Target(
-        parallel.split_experts, lambda: {"experts": make_experts(), "ep_size": 2}
+        parallel.split_experts, lambda: {"experts": make_experts(), "ep_size": 2, "expert_map": expert_map()}
     ),
     "model.parallel.split_intermediate": Target(
         parallel.split_intermediate,
@@ -283,7 +287,14 @@ TARGETS: dict[str, Target] = {
     ),
     "model.parallel.Ranks": Target(
         parallel.Ranks,
-        lambda: {"ep_size": 2, "tp_size": 1, "reduction": "float32", "intermediate_size": 128},
+        lambda: {
+            "ep_size": 2,
+            "tp_size": 1,
+            "reduction": "float32",
+            "intermediate_size": 128,
+            "expert_map": expert_map(),
+            "physical_ids": ids(),
+        },
     ),
     "model.parallel.forward_all_ranks": Target(
         parallel.forward_all_ranks,
@@ -293,6 +304,23 @@ TARGETS: dict[str, Target] = {
     "model.parallel.rank_calls": Target(
         parallel.rank_calls,
         lambda: {"call": call.MoeCall(**routed()), "ranks": parallel.Ranks(ep_size=2)},
+    ),
+    "model.placement.place_experts": Target(
+        placement.place_experts, lambda: {"num_experts": 5, "ep_size": 2, "strategy": "linear"}
+    ),
+    "model.placement.check_expert_map": Target(
+        placement.check_expert_map, lambda: {"expert_map": expert_map(), "ep_size": 2, "num_experts": 4}
+    ),
+    "model.placement.physical_ids": Target(
+        placement.physical_ids, lambda: {"ids": ids(), "expert_map": expert_map(), "replica": ids()}
+    ),
+    "model.placement.check_physical_ids": Target(
+        placement.check_physical_ids,
+        lambda: {"physical": ids(), "ids": ids(), "expert_map": expert_map()},
+        names=("physical_ids",),
+    ),
+    "model.placement.rank_arguments": Target(
+        placement.rank_arguments, lambda: {"physical": ids(), "expert_map": expert_map()}
     ),
     "model.layer.moe_layer": Target(
         layer.moe_layer,

@@ -23,7 +23,7 @@ from mxfp4ref.formats.experts import Experts
 from mxfp4ref.formats.generations import GENERATIONS
 from mxfp4ref.goldens import generator, open_goldens, tensor_bytes
 from mxfp4ref.model import forward as moe
-from mxfp4ref.model import layer, parallel
+from mxfp4ref.model import layer, parallel, placement
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.dense import dense_gemm
 from mxfp4ref.model.flashinfer import torch_ref_cutlass_fused_moe
@@ -78,6 +78,8 @@ CALL = layers.random_call(12, EXPERTS, tokens=M, top_k=K)
 TINY = MoeCall(
     CALL.input * 2.0**-60, CALL.token_selected_experts, CALL.token_final_scales * 2.0**-60, EXPERTS
 )
+MAP = ((3, 0, 1), (2, 3))  # uneven, expert 3 redundant
+CHOSEN = placement.physical_ids(CALL.token_selected_experts, MAP, replica=torch.arange(M)[:, None])
 DENSE_CALL = layers.random_call(13, DENSE, tokens=M, top_k=K)
 SM90 = resize.to_sm90(EXPERTS)
 LOGITS, BIAS = logits(M, 16), torch.from_numpy(rng.normal(0, 1, 16).astype(np.float32))
@@ -201,6 +203,9 @@ COMPUTATIONS: dict[str, Callable[[], Any]] = {
     ),
     "parallel": lambda: [
         parallel.forward_all_ranks(replace(CALL, experts=EXPERTS), parallel.Ranks(ep_size=2)),
+        parallel.forward_all_ranks(
+            replace(CALL, experts=EXPERTS), parallel.Ranks(ep_size=2, expert_map=MAP, physical_ids=CHOSEN)
+        ),
         *(parallel.gather(OUTPUTS, reduction=reduction) for reduction in parallel.REDUCTIONS),
     ],
     "layer": lambda: [

@@ -15,6 +15,7 @@ from mxfp4ref.checkpoint.shards import open_shards
 from mxfp4ref.conformance.cli.shared import NOT_EQUAL, describe, echo, first_values, usage_errors
 from mxfp4ref.conformance.comparison import FAR, differing, first_difference, ulp_distance
 from mxfp4ref.model.parallel import Ranks
+from mxfp4ref.model.placement import STRATEGIES, place_experts
 from mxfp4ref.routing import PRESETS
 
 __all__ = ["compare", "layer"]
@@ -83,8 +84,27 @@ def compare(a: Path, b: Path) -> None:
 @click.option("--alpha", type=float, help="SwiGLU's alpha; default: the model's.")
 @click.option("--beta", type=float, help="SwiGLU's beta; default: the model's.")
 @click.option("--limit", type=float, help="SwiGLU's limit; default: the model's.")
-@click.option("--ep-size", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option("--tp-size", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--ep-size",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Ranks that share the experts; it need not divide their number.",
+)
+@click.option(
+    "--expert-placement",
+    type=click.Choice(STRATEGIES),
+    default=STRATEGIES[0],
+    show_default=True,
+    help="Which experts a rank has: consecutive ones, or every ep-size-th.",
+)
+@click.option(
+    "--tp-size",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Ranks that share each expert's intermediate size.",
+)
 def layer(
     checkpoint: Path,
     index: int,
@@ -109,7 +129,9 @@ def layer(
             check_no_input(output_path, inputs)
         found = read_layer(checkpoint, index, **given("alpha", "beta", "limit"))
         found = replace(found, **given("top_k", "routed_scaling_factor"))
-        ranks = Ranks(options["ep_size"], options["tp_size"])
+        ep_size = options["ep_size"]
+        expert_map = place_experts(found.experts.num_experts, ep_size, options["expert_placement"])
+        ranks = Ranks(ep_size, options["tp_size"], expert_map=expert_map)
         result = run_layer(found, input_path, output_path, router=router, ranks=ranks)
     for name, tensor in result.items():
         echo(f"{name:22}  {describe(tensor):22}  {first_values(tensor)}")
