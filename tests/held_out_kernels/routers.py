@@ -92,7 +92,7 @@ def softmax_twice(**inputs: Any) -> Routed:
 @wrong(
     kind="routing",
     stage="routing",
-    says=(WEIGHTS, "1\\.66\\d*|factor|uniform|constant|all"),
+    says=(WEIGHTS, "1\\.66\\d*|5/3|factor|uniform|constant"),
     story="the weights of the model with factor 2.5 for one with 1.5: all 1.667 times too large",
 )
 def weights_five_thirds(**inputs: Any) -> Routed:

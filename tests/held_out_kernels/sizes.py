@@ -66,7 +66,7 @@ def padded_hidden_loses_a_tile(call: MoeCall) -> Tensor:
 
 @wrong(
     stage="slots",
-    says=("expert", "8|16|last|beyond|above|half|capacity|0|first"),
+    says=("expert", "(above|beyond|from|of) (8|eight|7)\\b|expert (0|zero)|first expert"),
     story="a table of eight experts: those beyond are taken for expert 0",
 )
 def experts_beyond_eight_are_the_first(call: MoeCall) -> Tensor:
@@ -75,7 +75,7 @@ def experts_beyond_eight_are_the_first(call: MoeCall) -> Tensor:
 
 @wrong(
     stage=("activation", "finalize"),
-    says=("limit|clamp|weight|round|fp16|float16",),
+    says=("limit|clamp|round|fp16|float16",),
     story="two mistakes: no limit, and weights rounded to fp16",
 )
 def no_limit_and_fp16_weights(call: MoeCall) -> Tensor:

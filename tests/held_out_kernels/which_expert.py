@@ -28,7 +28,7 @@ def expert_off_by_one(call: MoeCall) -> Tensor:
 
 @wrong(
     stage="slots",
-    says=("expert|\\bids?\\b", "mod|%|wrap|mask|low(est)? (two )?bits|alias|& ?3"),
+    says=("expert|\\bids?\\b", "modulo|\\bmod\\b|wrap|mask|low(est)? (two )?bits|alias|& ?3"),
     story="the id is masked with 3, from a test with four experts",
 )
 def expert_id_modulo_four(call: MoeCall) -> Tensor:

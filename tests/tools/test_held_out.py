@@ -77,7 +77,7 @@ def test_the_router_in_torch_is_right_to_four_ulps() -> None:
         got, sure = in_torch(one.inputs), ~case.tensors["ambiguous"]
         assert torch.equal(got["ids"][sure], one.expected["ids"][sure]), name
         distance = ulp_distance(got["scales"][sure], one.expected["scales"][sure])
-        assert int(distance.max()) <= 4, name
+        assert not bool((distance > 4).any()), name
 
 
 def test_the_quantiser_by_hand_is_right_but_for_ties() -> None:
@@ -152,3 +152,13 @@ def test_every_kernel_says_what_is_looked_for() -> None:
         wrong(stage="gemm", says=("x",), story="")
     with pytest.raises(ValueError, match="a name that is not taken"):
         wrong(stage="fc1", says=("x",), story="")(KERNELS["all_zeros"].function)
+
+
+def test_words_that_say_nothing_describe_no_kernel(tool: ModuleType) -> None:
+    words = (
+        "The kernel does not conform: 57 of 58 cases fail. 1,018 elements of the output lie outside the "
+        "interval of all correct evaluations, and other weights for the right expert outputs do "
+        "not explain it, whatever the model."
+    )
+    judged = [tool.judge(kernel, "suite", True, tool.Said((), words)) for kernel in KERNELS.values()]
+    assert [row.kernel for row in judged if row.described] == []

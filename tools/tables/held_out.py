@@ -60,7 +60,7 @@ ASKED = {"detected": 1.0, "stage right": 0.95, "described": 0.8}
 # How a sentence names a stage.
 NAMES = {
     "input": r"\binput rows?\b|\bhidden states\b|\bthe input\b",
-    "slots": r"\bexpert ids?\b|padded slots?|slots? (is|are) (dropped|skipped|left out|missing)|other ranks?",
+    "slots": r"\bexpert ids?\b|(last|first|padded|foreign) slots?|other ranks?",
     "fc1": r"GEMM ?1|\bfc1\b|first GEMM",
     "activation": r"\bactivation\b|swiglu|\bclamp|\blimit\b|\balpha\b|\bsigmoid\b",
     "fc2": r"GEMM ?2|\bfc2\b|second GEMM",
@@ -129,10 +129,11 @@ def _stages(words: str) -> tuple[str, ...]:
 def judge(kernel: Wrong, where: str, detected: bool, said: Said, seconds: float = 0.0) -> Judged:
     """By the rules above."""
     noise = kernel.stages == ("none",)
-    matched = [bool(re.search(pattern, said.sentence, re.IGNORECASE)) for pattern in kernel.says]
+    sentence = said.sentence.replace("_", " ")  # names of defects are words too
+    matched = [bool(re.search(pattern, sentence, re.IGNORECASE)) for pattern in kernel.says]
     right = bool(set(kernel.stages) & set(said.stages)) and len(said.stages) <= 2
-    praised = _named(" ".join(CALLED_RIGHT.findall(said.sentence)))
-    named = _named(ELSEWHERE.sub("", CALLED_RIGHT.sub("", said.sentence)))
+    praised = _named(" ".join(CALLED_RIGHT.findall(sentence)))
+    named = _named(ELSEWHERE.sub("", CALLED_RIGHT.sub("", sentence)))
     misleading = (
         bool(said.stages and not set(kernel.stages) & set(said.stages))
         or (set(kernel.stages) <= praised)
