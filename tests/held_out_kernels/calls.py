@@ -1,0 +1,82 @@
+"""Calls as a server would make them: small, of ordinary numbers, one for each thing that a kernel may get wrong."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from mxfp4ref import Experts, MoeCall, quantize
+
+__all__ = ["CALLS", "captured", "quantised_values"]
+
+# name: (tokens, hidden, inner, this rank's experts, top k)
+CALLS = {
+    "prefill": (40, 256, 384, 8, 4),
+    "gpt_oss": (40, 256, 384, 8, 4),
+    "expert_rank_2_of_4": (40, 256, 128, 4, 4),
+    "tensor_rank_1_of_2": (24, 256, 128, 4, 2),
+    "padded_slots": (24, 256, 128, 4, 3),
+    "padded_infinite_rows": (24, 256, 128, 4, 3),
+    "equal_weights": (24, 256, 128, 8, 4),
+    "odd_tokens": (33, 256, 128, 8, 2),
+    "top_8": (12, 256, 128, 16, 8),
+    "padded_hidden": (24, 384, 128, 4, 2),
+    "tokens_150": (150, 256, 128, 4, 2),
+    "tokens_600": (600, 128, 128, 4, 2),
+}
+
+
+@cache
+def captured(name: str) -> MoeCall:
+    """A call by its name."""
+    tokens, hidden, inner, experts, top_k = CALLS[name]
+    random = torch.Generator().manual_seed(list(CALLS).index(name))
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(shape, generator=random) * scale
+
+    def weights(rows: int, depth: int) -> tuple[Tensor, Tensor]:
+        spread = torch.randint(-2, 3, (experts, rows, depth // 32, 1), generator=random).float().exp2()
+        values = normal(experts, rows, depth // 32, 32, scale=2.0 * depth**-0.5) * spread
+        return quantize(values.flatten(2))
+
+    size = 4 if name == "expert_rank_2_of_4" else 1
+    (w1, s1), (w2, s2) = weights(2 * inner, hidden), weights(hidden, inner)
+    ids = torch.stack([torch.randperm(size * experts, generator=random)[:top_k] for _ in range(tokens)])
+    x, scales = normal(tokens, hidden), torch.softmax(normal(tokens, top_k), 1)
+    held = Experts(w1, s1, w2, s2)
+    if name in ("gpt_oss", "expert_rank_2_of_4", "tensor_rank_1_of_2"):
+        biases = normal(experts, 2 * inner, scale=0.5), normal(experts, hidden, scale=0.5)
+        alpha, beta, limit = torch.rand(3, experts, generator=random)
+        held = replace(
+            held,
+            fc1_biases=biases[0].bfloat16(),
+            fc2_biases=biases[1].bfloat16(),
+            swiglu_alpha=alpha + 1.25,
+            swiglu_beta=beta + 0.5,
+            swiglu_limit=5 * limit + 2,
+        )
+    if name.startswith("padded_slots") or name == "padded_infinite_rows":
+        ids[3::5, -1] = -1
+        ids[-2:] = -1
+        scales = scales.masked_fill(ids < 0, 0.0 if name == "padded_infinite_rows" else 0.25)
+    if name == "padded_infinite_rows":
+        x[-2:] = torch.inf
+    if name == "equal_weights":
+        scales[::2] = 1 / top_k
+    if name == "padded_hidden":
+        x[:, -64:] = 0
+    rank = {
+        "expert_rank_2_of_4": {"ep_size": 4, "ep_rank": 2},
+        "tensor_rank_1_of_2": {"tp_size": 2, "tp_rank": 1},
+    }
+    return MoeCall(x.bfloat16(), ids.int(), scales, held, **rank.get(name, {}))
+
+
+def quantised_values() -> Tensor:
+    """`[16, 128] float32`, of which many lie half way between two codes."""
+    random = torch.Generator().manual_seed(5)
+    return torch.randint(-24, 25, (16, 128), generator=random) / 4
