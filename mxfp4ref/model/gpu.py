@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mxfp4ref._validate import check_choice
 from mxfp4ref.formats.experts import Experts, Sm90Experts
 from mxfp4ref.formats.generations import PLAIN, Generation
 from mxfp4ref.model.call import MoeCall
@@ -36,9 +37,11 @@ def usable(call: MoeCall) -> bool:
 
     Raises:
         RuntimeError: a CUDA graph is being captured and there was no trial yet.
+        ValueError: `MXFP4REF_GPU_GEMM` in the environment is something else than "emulated".
     """
     device = call.input.device
-    emulated = os.environ.get("MXFP4REF_GPU_GEMM") == "emulated"
+    if emulated := os.environ.get("MXFP4REF_GPU_GEMM", ""):
+        check_choice("MXFP4REF_GPU_GEMM", emulated, ("emulated",))
     if device.type != "cuda" or not call.experts.quantized or emulated:
         return False
     if PLAIN in (call.kernel.generation, stored_for(call.experts)):

@@ -323,3 +323,14 @@ def test_a_pattern_that_matches_nothing_names_what_is_near(copy: Path) -> None:
     result = invoke("conform", "oracle", "--goldens", copy, "--case", "finlize")
     assert result.exit_code == 2
     assert "did you mean finalize?" in result.output
+
+
+@pytest.mark.parametrize("spec", ["plain:adapter:fused_moe", "plain:adapter.py:fused_moe"])
+def test_no_report_replaces_the_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    invoke("init", "adapter")
+    text = Path("adapter.py").read_text()
+    refused = invoke("conform", spec, "--case", SMALL, "--json", tmp_path / "adapter.py")
+    assert refused.exit_code == 2
+    assert "adapter.py" in refused.output
+    assert Path("adapter.py").read_text() == text

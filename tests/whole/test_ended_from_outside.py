@@ -37,6 +37,7 @@ def test_every_command(name: str, error: BaseException, code: int, monkeypatch: 
         raise error
 
     monkeypatch.setattr(commands.commands[name], "params", [])
+    monkeypatch.setattr(commands.commands[name], "no_args_is_help", False)
     monkeypatch.setattr(commands.commands[name], "invoke", raising)
     result = CliRunner().invoke(commands, [name])
     assert (result.exit_code, type(result.exception)) == (code, SystemExit)

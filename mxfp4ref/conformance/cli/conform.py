@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -175,7 +176,10 @@ def _files_of(goldens: Goldens) -> list[Path]:
 def _sources(spec: str) -> Iterator[Path]:
     """The files of a kernel's module and of the packages that it lies in; nothing is imported."""
     *_, module = spec.rpartition(":")[0].split(":")
-    places: Sequence[str] | None = None
+    if module.endswith(".py"):
+        yield Path(module)
+        return
+    places: Sequence[str] = [*sys.path, os.getcwd()]
     parts = module.split(".")
     for count in range(1, len(parts) + 1):
         found = PathFinder.find_spec(".".join(parts[:count]), places) if parts[count - 1] else None
