@@ -5,7 +5,7 @@
 
 In mode "exact" an output has to equal, in every bit, the expected output for one of the legitimate pairs of K
 tiles. In mode "bounded", for kernels that sum in another order, it has to lie in the interval that `bounds`
-computes for it; only cases of kind "moe" have such intervals, all others stay exact.
+computes for it, and a router's ids and weights in those of `router_bounds`; all other kinds stay exact.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mxfp4ref._validate import check_choice, check_instance, shown
 from mxfp4ref.conformance.adapters import Kernel
-from mxfp4ref.conformance.bounds import bound
+from mxfp4ref.conformance.bounded import outside_bounds
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.diagnosis import diagnose, predict
 from mxfp4ref.conformance.execution import Outcome, execute_within
@@ -36,7 +36,6 @@ from mxfp4ref.formats.generations import NEWEST
 from mxfp4ref.goldens import Goldens
 from mxfp4ref.goldens.case import Case
 from mxfp4ref.goldens.runs import Run, runs
-from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward
 from mxfp4ref.sm90.tactics import Sm90Kernel, Tactic, each_kernel
 
@@ -173,7 +172,7 @@ def run_case(
             which = f" ({'tactics' if options.all_tactics else 'K tiles'} {one.tiles})" if told else ""
             message = _joined(outcome.message + which, _put_back(left), unsaid)
             return CaseResult(**about, status=outcome.problem, message=message, seconds=outcome.seconds)
-        compared = _compare(outcome, candidates, options)
+        compared = _compare(case.kind, outcome, candidates, options)
         if compared.wrong and not any(earlier.wrong for earlier in found):
             unsaid = _dump(options, kernel, case, compared.closest, outcome.outputs)
             if options.diagnosed:
@@ -241,7 +240,9 @@ class _Comparison:
         return bool(self.differing if self.outside is None else self.outside)
 
 
-def _compare(outcome: Outcome, expected: Mapping[Run, Mapping[str, bytes]], options: Options) -> _Comparison:
+def _compare(
+    kind: str, outcome: Outcome, expected: Mapping[Run, Mapping[str, bytes]], options: Options
+) -> _Comparison:
     counts = [
         sum(_count_differing(outcome.outputs[name], raw) for name, raw in bits.items())
         for bits in expected.values()
@@ -250,10 +251,9 @@ def _compare(outcome: Outcome, expected: Mapping[Run, Mapping[str, bytes]], opti
     closest = candidates[counts.index(min(counts))]
     tiles = tuple(one.tiles for one, count in zip(candidates, counts, strict=True) if not count and one.tiles)
     outside = None
-    if min(counts) and options.mode == "bounded" and isinstance(closest.inputs, MoeCall):
-        bounds = bound(closest.inputs, storage=options.storage, confidence=options.confidence)
-        inside = bounds.contains(outcome.outputs["output"], closest.expected["output"])
-        outside = int((~inside).sum())
+    if min(counts) and options.mode == "bounded":
+        how = options.storage, options.confidence
+        outside = outside_bounds(kind, closest, outcome.outputs, *how)
     elements = sum(want.numel() for want in closest.expected.values())
     return _Comparison(closest, tiles, elements, min(counts), outside)
 
