@@ -37,7 +37,7 @@ from mxfp4ref.goldens import Goldens
 from mxfp4ref.goldens.case import Case
 from mxfp4ref.goldens.runs import Run, runs
 from mxfp4ref.model.forward import forward
-from mxfp4ref.sm90.tactics import Sm90Kernel, Tactic, each_kernel
+from mxfp4ref.sm90.tactics import Sm90Kernel, each_kernel
 
 __all__ = ["Options", "run", "run_case"]
 
@@ -146,10 +146,8 @@ def run_case(
     """Run a kernel on one case; arguments as in `run`, `suspects` as in `diagnosis.diagnose`."""
     check_instance("case", case, Case)
     about: dict[str, Any] = {"case": case.id, "kind": case.kind, "why": case.why}
-    if case.kind not in kernel.kinds:
-        return CaseResult(
-            **about, status="skipped", message=f"{kernel.name} does not run cases of kind {case.kind}"
-        )
+    if reason := kernel.unable(case):
+        return CaseResult(**about, status="skipped", message=reason)
     all_runs = _runs(kernel, case)
     # As bytes, before the kernel runs: nothing that it does in this process changes them.
     bits = {one: _bits(one) for one in all_runs}
@@ -313,7 +311,7 @@ def _by_tactic(kernel: Kernel, case: Case) -> Iterator[Run]:
         inputs = replace(call, kernel=forced)
         tiles = forced.tile_k, forced.tile_n
         if tiles not in expected:
-            stored = case.outputs.get(forced.tile_k) if set(forced.tile_n) == {Tactic().tile_n} else None
+            stored = case.outputs.get(forced.tile_k) if forced.tile_n == call.kernel.tile_n else None
             expected[tiles] = forward(inputs).cpu() if stored is None else stored
         yield Run(str(forced), inputs, {"output": expected[tiles]})
 
