@@ -18,7 +18,7 @@ from torch import Tensor
 from mxfp4ref.routing import scoring
 from mxfp4ref.routing.models import PRESETS, Preset
 
-__all__ = ["routing_outside"]
+__all__ = ["routing_outside", "selectable"]
 
 _UNIT = 2.0**-24  # half an ulp of 1: the relative error of one rounding
 _FUNCTION = 4  # units: 2 ulp, of exp and of log1p
@@ -53,11 +53,23 @@ def routing_outside(inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]) ->
         wrong = ids != table.cpu().long()[inputs["token_ids"].cpu().long()[~padded]]
     else:
         bias = _given(inputs, "correction_bias", torch.zeros(logits.shape[1])).to(torch.float64)
-        chosen = _selectable(_added(scores, bias), known, *_groups(inputs, preset))
-        distinct = (known.sort(1).values.diff(dim=1) != 0).all(1)
-        wrong = ~(chosen & distinct & inside.all(1))[:, None].expand_as(ids)
+        wrong = ~selectable(preset, logits, bias, ids, _groups(inputs, preset))[:, None].expand_as(ids)
     low, high = _weights(preset, logits, scores, known, _factor(inputs, preset))
     return count + int(wrong.sum()) + int((~((low <= weights) & (weights <= high) & inside)).sum())
+
+
+def selectable(preset: Preset, logits: Tensor, bias: Tensor, ids: Tensor, groups: tuple[int, int]) -> Tensor:
+    """Whether some correct router selects these experts in this order, `[M] bool`.
+
+    Args:
+        preset: the router.
+        logits, bias: `[M, E]` and `[E] float64`, zeros where there is no bias.
+        ids: `[M, k] int64`, any numbers.
+        groups: n_group and topk_group.
+    """
+    known = ids.clamp(0, logits.shape[1] - 1)
+    chosen = _selectable(_added(_SCORES[preset.score](logits), bias), known, *groups)
+    return chosen & (known == ids).all(1) & (known.sort(1).values.diff(dim=1) != 0).all(1)
 
 
 def _given(inputs: Mapping[str, Any], name: str, default: Tensor) -> Tensor:
