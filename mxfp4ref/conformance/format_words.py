@@ -16,7 +16,7 @@ from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.finding import Finding
 from mxfp4ref.conformance.index_words import map_words
 from mxfp4ref.conformance.layout_words import layout_words, slice_words
-from mxfp4ref.formats.mxfp4 import E2M1_VALUES, GROUP_SIZE, decode_ue8m0, unpack_codes
+from mxfp4ref.formats.mxfp4 import E2M1_VALUES, GROUP_SIZE, decode_ue8m0, dequantize, pack_codes, unpack_codes
 from mxfp4ref.formats.quantize import SCALE_RULES, quantize
 
 __all__ = ["format_finding"]
@@ -266,33 +266,48 @@ def _value_words(codes: Tensor, bytes_: Tensor, convention: str, got: Tensor) ->
         return None
     code, byte = keys[starts] // 256, keys[starts] % 256
     value = got.flatten()[order][starts]
+    return _function_words(code, byte, value, convention)
+
+
+def _function_words(code: Tensor, byte: Tensor, value: Tensor, convention: str) -> list[str] | None:
+    """How a function of code and scale byte is wrong; `value` is in the dtype of the output."""
+    words: list[str] = []
+    every = pack_codes(torch.arange(32, dtype=torch.uint8).expand(256, 32) % 16)
+    table = dequantize(
+        every, torch.arange(256, dtype=torch.uint8)[:, None], convention=convention, dtype=value.dtype
+    )
+    stored = table[byte, code]
     scale = decode_ue8m0(byte.to(torch.uint8), convention, torch.float64)
     right = torch.tensor(E2M1_VALUES, dtype=torch.float64)[code] * scale
-    return _function_words(code, byte, value, right, convention)
-
-
-def _function_words(
-    code: Tensor, byte: Tensor, value: Tensor, right: Tensor, convention: str
-) -> list[str] | None:
-    """How a function of code and scale byte is wrong; `value` in the dtype of the output, `right` float64."""
-    words: list[str] = []
     number = value.to(torch.float64)
     ends = (byte == 0) | (byte == _NAN)
     usable = ~ends & (right != 0) & number.isfinite() & (number != 0)
     factors = (number / right)[usable]
     factor = float(factors.median()) if len(factors) else 1.0
-    if factor != 1 and not bool((factors == factor).float().mean() > _MOST):
+    if not bool((factors == factor).float().mean() > _MOST):
         factor = 1.0
+    left = differing(value, stored)
     if factor != 1:
         words.append(_all_scaled(factor))
-    left = differing(value, (right * factor).to(value.dtype))
+        scaled = ((of * factor).to(value.dtype) for of in (right, stored.to(torch.float64)))
+        left = torch.stack([differing(value, one) for one in scaled]).all(0)
+        left &= ~(right.isnan() & number.isnan())
     for said, chosen in (
-        ("code 8, -0, comes out as +0", (code == 8) & (number == 0)),
+        ("NaN has other bits", number.isnan() & stored.isnan()),
+        ("-0 comes out as +0", (right == 0) & right.signbit() & (number == 0)),
         ("subnormal values are flushed to zero", (number == 0) & (right.abs() < 2.0**-126) & (right != 0)),
     ):
-        if bool((left & chosen & ~ends).any()):
+        if bool((left & chosen).any()):
             words.append(said)
-            left = left & ~(chosen & ~ends)
+            left = left & ~chosen
+    for one in sorted(set(code[left & ~ends].tolist())):
+        chosen = (code == one) & ~ends & number.isfinite() & (right.abs() > 2.0**-120)
+        held = set((number / scale)[chosen].tolist())
+        if len(held) != 1 or E2M1_VALUES[one] == 0:
+            return None
+        instead = held.pop()
+        words.append(f"code {one} is {instead:g} instead of {E2M1_VALUES[one]:g}")
+        left &= (code != one) | differing(value, (instead * scale).to(value.dtype))
     for end in (0, _NAN):
         chosen = left & (byte == end)
         kinds = _kinds(number[chosen]), _kinds(right[chosen])
@@ -300,15 +315,7 @@ def _function_words(
             if kinds[0] == kinds[1]:
                 return None
             words.append(f"scale byte {end} gives {kinds[0]} instead of {kinds[1]} (convention {convention})")
-    left = left & ~ends
-    scale = right / torch.tensor(E2M1_VALUES, dtype=torch.float64)[code]
-    for one in sorted(set(code[left].tolist())):
-        chosen = (code == one) & ~ends & number.isfinite() & (right.abs() > 2.0**-120) & (number != 0)
-        held = set((number / scale)[chosen].tolist())
-        if len(held) != 1 or E2M1_VALUES[one] == 0:
-            return None
-        words.append(f"code {one} is {held.pop():g} instead of {E2M1_VALUES[one]:g}")
-    return words
+    return words if not bool((left & ~ends).any()) else None
 
 
 def _all_scaled(factor: float) -> str:

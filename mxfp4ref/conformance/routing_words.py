@@ -85,9 +85,9 @@ def _token_words(view: View, got: tuple[Tensor, ...], want: tuple[Tensor, ...]) 
         found = _explained(view.take(wrong), *pairs)
         if found is not None and found[0]:
             return f"in {_rows(wrong)}: {found[0]}", False
-    if got[0].shape == want[0].shape:
-        return _other_tokens(got, want)
-    return None
+    if got[0].shape != want[0].shape:
+        return None
+    return _other_tokens(got, want) or _explained(view, got, want, by_part=True)
 
 
 def _rows(wrong: Tensor) -> str:
@@ -99,36 +99,63 @@ def _rows(wrong: Tensor) -> str:
 
 def _other_tokens(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> tuple[str, bool] | None:
     """Whether each token has the ids and weights of another."""
-    same = (got[0][:, None] == want[0][None]).all(2) & (got[1][:, None] == want[1][None]).all(2)
+    same = (got[0][:, None] == want[0][None]).all(2) & near(got[1][:, None], want[1][None]).all(2)
     if len(same) < _FEWEST or not bool(same.any(1).all()):
         return None
     words = map_words(same.to(torch.uint8).argmax(1), "token", len(same))
-    return (f"ids and weights are those of other tokens: {words}", True) if words else None
+    return (f"ids and weights are those of other tokens: {words}", False) if words else None
 
 
-def _explained(view: View, got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> tuple[str, bool] | None:
-    """The explanation with the fewest parts: what is wrong with ids and weights alike is one."""
+def _explained(
+    view: View, got: tuple[Tensor, ...], want: tuple[Tensor, ...], *, by_part: bool = False
+) -> tuple[str, bool] | None:
+    """The explanation with the fewest parts: what is wrong with ids and weights alike is one.
+
+    With `by_part`, weights that are right up to factors by token, slot or expert are explained too.
+    """
     ids, weights = got
-    known: dict[int, tuple[list[str], bool] | None] = {}
     best: tuple[list[str], bool] | None = None
-    for changes, selected, experts in _selected(view, ids, want[0]):
-        if best is not None and len(best[0]) <= changes:
+    left: list[
+        _Candidate
+    ] = []  # whose weights are not simply right: looked at where nothing simpler explains all
+    for candidate in _selected(view, ids, want[0]):
+        if best is not None and len(best[0]) <= candidate[0]:
             break
-        if id(experts) not in known:
-            known[id(experts)] = _weighed(view, experts, weights)
-        weighed = known[id(experts)]
-        if weighed is not None:
-            parts = _parts(selected, weighed[0])
-            if best is None or len(parts) < len(best[0]):
-                best = parts, weighed[1]
+        if left and candidate[0] > left[0][0]:
+            best, left = _better(best, left, view, weights, by_part), []
+        right = _right_weights(view, candidate[2], weights)
+        if right is None:
+            left.append(candidate)
+        elif best is None or len(candidate[1]) < len(best[0]):
+            best = candidate[1], right
+        if best is not None and len(best[0]) <= 1:
+            break  # there is nothing simpler, and what comes next takes longer
+    if best is None or len(best[0]) > 1:
+        best = _better(best, left, view, weights, by_part)
     if best is None:
         return None
     parts, exact = best
     if parts and torch.equal(ids, want[0]):
         parts = ["ids are right", *parts]
-    elif len(parts) == 1 and not parts[0].endswith(_STAY) and weighed == ([], exact):
+    elif len(parts) == 1 and not parts[0].endswith(_STAY) and _right_weights(view, ids, weights) is not None:
         parts = [*parts, "weights are right for these ids"]
     return "; ".join(parts), exact
+
+
+def _better(
+    best: tuple[list[str], bool] | None, left: list[_Candidate], view: View, weights: Tensor, by_part: bool
+) -> tuple[list[str], bool] | None:
+    """The better of what there is and what other weights make of some candidates."""
+    known: dict[int, tuple[list[str], bool] | None] = {}
+    for _, selected, experts in left:
+        if id(experts) not in known:
+            known[id(experts)] = _weighed(view, experts, weights, by_part)
+        weighed = known[id(experts)]
+        if weighed is not None:
+            parts = _parts(selected, weighed[0])
+            if best is None or len(parts) < len(best[0]):
+                best = parts, weighed[1]
+    return best
 
 
 def _parts(selected: list[str], weighed: list[str]) -> list[str]:
@@ -215,13 +242,22 @@ def _fewer(ids: Tensor, want: Tensor) -> Iterator[_Candidate]:
             return
 
 
-def _weighed(view: View, experts: Tensor, weights: Tensor) -> tuple[list[str], bool] | None:
-    """What explains the weights of these experts; nothing if they are right."""
+def _right_weights(view: View, experts: Tensor, weights: Tensor) -> bool | None:
+    """Whether right weights are so in every bit; None if they are not right."""
     if not bool(((experts >= 0) & (experts < view.logits.shape[1])).all()) or weights.shape != experts.shape:
         return None
     right = Weighing().weights(view, experts) * view.factor
-    if bool(near(weights, right).all()):
-        return [], torch.equal(weights.to(torch.float32), right.to(torch.float32))
+    if not bool(near(weights, right).all()):
+        return None
+    return torch.equal(weights.to(torch.float32), right.to(torch.float32))
+
+
+def _weighed(view: View, experts: Tensor, weights: Tensor, by_part: bool) -> tuple[list[str], bool] | None:
+    """What explains wrong weights of these experts."""
+    if not bool(((experts >= 0) & (experts < view.logits.shape[1])).all()) or weights.shape != experts.shape:
+        return None
+    if by_part:
+        return _by_part(experts, weights, Weighing().weights(view, experts) * view.factor)
     values = set(weights.flatten().tolist())
     if (
         (len(values) == 1 or bool(weights.isnan().all()))
@@ -241,7 +277,7 @@ def _weighed(view: View, experts: Tensor, weights: Tensor) -> tuple[list[str], b
             words += [f"weights are rounded to {name}"] if name else []
             exact = torch.equal(weights.to(torch.float32), (made * factor).to(torch.float32))
             return words, exact and not name
-    return _by_part(experts, weights, right)
+    return None
 
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -126,7 +126,10 @@ DEQUANTIZERS: dict[str, tuple[Callable[..., Outputs], str]] = {
         _dequantized(_table),
         "code 7 is 5 instead of 6; code 15 is -5 instead of -6",
     ),
-    "plus zero": (_dequantized(lambda p, s, c, d: _right(p, s, c, d) + 0.0), "code 8, -0, comes out as +0"),
+    "plus zero, and another NaN": (
+        _dequantized(lambda p, s, c, d: _right(p, s, c, d) + 0.0),  # which makes bf16's NaN another one
+        "-0 comes out as +0",
+    ),
     "next group": (
         _dequantized(lambda p, s, c, d: _right(p, s.roll(-1, -1), c, d)),
         "scales are those of other groups: group g has that of group g +1 of its row",

@@ -120,7 +120,7 @@ def every_code_by_row(source: Source) -> MoeCall:
     )
 
 
-@define(catches="scale_ocp_ends")
+@define(catches="scale_ocp_ends", unique_for="scale bytes 0 and 255 in fc2")
 def scale_bytes_0_and_255(source: Source) -> MoeCall:
     """Scale bytes 0 and 255 in fc2: the kernel puts the byte into the exponent field, so that they are 0 and
     Inf and not 2^-127 and NaN. Rows all of byte 0 must give zeros, a single 255 Inf or NaN by its products.

@@ -226,7 +226,7 @@ def overflow(source: Source) -> MoeCall:
     return _one_expert(source, 16, source.normal("input", 16, 256), experts)
 
 
-@define()
+@define(unique_for="NaN and Inf in the input of tokens")
 def non_finite_inputs(source: Source) -> MoeCall:
     """NaN and Inf of both signs and -0 in the input of some tokens; the other tokens must not notice."""
     x = source.normal("input", 16, 256)
