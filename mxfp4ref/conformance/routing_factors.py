@@ -37,7 +37,8 @@ def factor_words(factor: float, view: View, *, plain: bool) -> list[str]:
     said = f"all weights are {times:.4g}x the right ones" if plain else f"and {times:.4g}x"
     if view.factor != 1.0:
         if factor == 1.0:
-            return [f"{said}: the routed scaling factor {view.factor:g} is left out"]
+            before = ", or multiplied in before the normalisation" if plain else ""
+            return [f"{said}: the routed scaling factor {view.factor:g} is left out{before}"]
         if factor == view.factor**2:
             return [f"{said}: the routed scaling factor {view.factor:g} is applied twice"]
         if factor == 1 / view.factor:

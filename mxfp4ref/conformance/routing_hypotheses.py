@@ -149,6 +149,9 @@ class Selection:
         groups: (n_group, topk_group) or None for the right ones.
         best: how many experts' scores make a group's.
         outside: the score of experts outside the groups.
+        moved: how many groups further on than the best ones those are that take part.
+        interleaved: whether expert e is of group e modulo n_group.
+        skipped: how many of the best experts are passed over.
         high: whether ties go to the higher id.
     """
 
@@ -160,6 +163,9 @@ class Selection:
     groups: tuple[int, int] | None = None
     best: int = 2
     outside: float = -math.inf
+    moved: int = 0
+    interleaved: bool = False
+    skipped: int = 0
     high: bool = False
 
     def keys(self, view: View) -> Tensor:
@@ -170,17 +176,20 @@ class Selection:
         n_group, topk_group = self.groups or (view.n_group, view.topk_group)
         if n_group == 1:
             return keys
-        by_group = keys.view(len(keys), n_group, -1)
+        by_group = (
+            keys.view(len(keys), -1, n_group).mT if self.interleaved else keys.view(len(keys), n_group, -1)
+        )
         totals = _float32(by_group.topk(min(self.best, by_group.shape[2])).values.sum(2))
         chosen = _first(totals, topk_group, self.high)
-        inside = torch.zeros_like(totals, dtype=torch.bool).scatter_(1, chosen, True)
-        return by_group.masked_fill(~inside[..., None], self.outside).flatten(1)
+        inside = torch.zeros_like(totals, dtype=torch.bool).scatter_(1, chosen, True).roll(self.moved, 1)
+        limited = by_group.masked_fill(~inside[..., None], self.outside)
+        return (limited.mT if self.interleaved else limited).flatten(1)
 
     def agrees(self, view: View, ids: Tensor) -> Tensor:
-        """Which tokens' ids it selects, to within scores a few ulp apart, unless ties go to the higher id."""
+        """Which tokens' ids it selects, to within scores a few ulp apart unless ties are what it is about."""
         keys = self.keys(view)
-        chosen = _first(keys, ids.shape[1], self.high)
-        if self.high:
+        chosen = _first(keys, ids.shape[1] + self.skipped, self.high)[:, self.skipped :]
+        if self.high or self.outside != -math.inf:
             return (chosen == ids).all(1)
         inside = ((ids >= 0) & (ids < keys.shape[1])).all(1)
         known = ids.clamp(0, keys.shape[1] - 1)
@@ -197,20 +206,23 @@ class Selection:
             "the correction bias is left out of the selection": self.bias == 0,
             "the correction bias is subtracted in the selection": self.bias == -1,
             "the correction bias is added twice in the selection": self.bias == 2,
-            f"an expert's correction bias is that of the expert {_signed(self.shift)}": self.shift != 0,
+            f"an expert's correction bias is that of the expert {_signed(self.shift)} it": self.shift != 0,
             "the selection is not limited to groups": n_group == 1,
             f"{topk_group} of {n_group} groups take part instead of {view.topk_group} of {view.n_group}": n_group
             > 1,
             "a group's score is its best expert's instead of the sum of its two best": self.best == 1,
             f"a group's score is the sum of its {self.best} best instead of its two best": self.best > 2,
             f"experts outside the groups get the score {self.outside:g}": self.outside != -math.inf,
+            f"the groups {_signed(self.moved)} take part instead of the best": self.moved != 0,
+            "groups are made of every n-th expert instead of neighbours": self.interleaved,
+            f"the best {self.skipped} of the experts are passed over": self.skipped > 0,
             "ties are broken to the higher id instead of the lower": self.high,
         }
         return [words for words, applies in found.items() if applies]
 
 
 def _signed(shift: int) -> str:
-    return f"{abs(shift)} {'after' if shift > 0 else 'before'} it"
+    return f"{abs(shift)} {'after' if shift > 0 else 'before'}"
 
 
 def _first(keys: Tensor, count: int, high: bool) -> Tensor:
@@ -222,7 +234,7 @@ def _first(keys: Tensor, count: int, high: bool) -> Tensor:
 
 def selections(view: View) -> Iterator[tuple[int, Selection]]:
     """Wrong selections, one change first, then two, and how many changes there are."""
-    changes: list[dict[str, Any]] = [{"high": True}]
+    changes: list[dict[str, Any]] = [{"high": True}, {"skipped": 1}]
     if view.biased:
         changes += [{"bias": 0}, {"bias": -1}, {"bias": 2}, {"shift": 1}, {"shift": -1}]
     size = view.logits.shape[1]
@@ -236,6 +248,7 @@ def selections(view: View) -> Iterator[tuple[int, Selection]]:
         valid = [(n, t) for n, t in counts if n and t and size % n == 0 and t * (size // n) >= view.top_k]
         changes += [{"groups": one} for one in valid if one[0] == 1 or size // one[0] > 1]
         changes += [{"best": 1}, {"best": 3}, {"best": size // view.n_group}, {"outside": 0.0}]
+        changes += [{"moved": 1}, {"moved": -1}, {"interleaved": True}]
     changes += [{name: dtype} for name in ("logits", "scores") for dtype in ("bf16", "fp16")]
     changes += [{"score": name} for name in SCORES if name != view.right_score]
     for one in changes:

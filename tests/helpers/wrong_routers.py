@@ -57,6 +57,48 @@ def _factor(inputs: dict[str, Any]) -> float:
     return float(inputs.get("routed_scaling_factor", 1.0))
 
 
+def _by_order(inputs: dict[str, Any], order: Tensor) -> Outputs:
+    """A right router that sees expert order[n] as expert n."""
+    moved = {
+        **inputs,
+        "logits": inputs["logits"][:, order],
+        "correction_bias": inputs["correction_bias"][order],
+    }
+    right = router(**moved, stable=True)
+    return {**right, "ids": order[right["ids"].long()].to(torch.int32)}
+
+
+def _interleaved_groups(**inputs: Any) -> Outputs:
+    size = inputs["logits"].shape[1]
+    return _by_order(inputs, torch.arange(size).view(-1, inputs["n_group"]).mT.flatten())
+
+
+def _next_groups(**inputs: Any) -> Outputs:
+    scores = inputs["logits"].double().sigmoid().float()
+    biased = (scores + inputs["correction_bias"]).view(len(scores), inputs["n_group"], -1)
+    best = biased.topk(2).values.sum(2).topk(inputs["topk_group"]).indices
+    outside = torch.ones(biased.shape[:2], dtype=torch.bool).scatter_(
+        1, (best + 1) % inputs["n_group"], False
+    )
+    ids = biased.masked_fill(outside[..., None], -torch.inf).flatten(1).topk(inputs["top_k"]).indices
+    weights = scores.gather(1, ids)
+    weights = weights / (weights.sum(1, keepdim=True) + 1e-20) * inputs["routed_scaling_factor"]
+    return {"ids": ids.to(torch.int32), "scales": weights}
+
+
+def _second_best(**inputs: Any) -> Outputs:
+    top_k = inputs.get("top_k", PRESETS[inputs["preset"]].top_k)
+    more = router(**{**inputs, "top_k": top_k + 1}, stable=True)
+    ids = more["ids"][:, 1:].contiguous()
+    weights = more["scales"][:, 1:].double()
+    total = _factor(inputs) if inputs.get("routed_scaling", "in_weights") == "in_weights" else 1.0
+    padded = ids < 0
+    return {
+        "ids": ids,
+        "scales": (weights / weights.sum(1, keepdim=True) * total).float().masked_fill(padded, 0.0),
+    }
+
+
 # What is wrong, on which routers, and words that have to be said.
 WRONG: dict[str, tuple[tuple[str, ...], Wrong, str]] = {
     "weights twice as large": (_ALL, _then(lambda i, w, a: (i, w * 2)), "all weights are 2x the right ones"),
@@ -121,6 +163,17 @@ WRONG: dict[str, tuple[tuple[str, ...], Wrong, str]] = {
         "groups take part instead of",
     ),
     "twice as many groups": (("deepseek_v3",), _twice_as_many_groups, "groups take part instead of"),
+    "groups of every n-th expert": (
+        ("deepseek_v3",),
+        _interleaved_groups,
+        "groups are made of every n-th expert",
+    ),
+    "the next groups": (("deepseek_v3",), _next_groups, "the groups 1 after take part instead of the best"),
+    "the best passed over": (
+        ("deepseek_v4", "gpt_oss", "mixtral"),
+        _second_best,
+        "the best 1 of the experts are passed over",
+    ),
     "the last tokens unscaled": (
         ("deepseek_v3",),
         _then(lambda i, w, a: (i, torch.cat((w[:8], w[8:] / _factor(a))))),
