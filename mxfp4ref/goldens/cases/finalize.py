@@ -120,7 +120,7 @@ def padded_rows_not_finite(source: Source) -> Content:
 @define(unique_for="padded slots beside experts that give Inf", pending=True)
 def padded_slots_beside_infinite_experts(source: Source) -> Content:
     """The first and the last expert give Inf and NaN for every token, by scale bytes of 255, and no token goes to
-    them but one: a slot of -1 that is computed as either of them with weight 0, or any weight, gives NaN.
+    them: a slot of -1 that is computed as either of them with weight 0, or any weight, gives NaN.
     """
     experts = source.experts(3, _H, _I)
     assert experts.fc2_scales is not None
@@ -129,7 +129,6 @@ def padded_slots_beside_infinite_experts(source: Source) -> Content:
     ids = torch.where(source.distinct("slot", 8, 3, 3) == 0, 1, -1)
     scales = source.weights(8, 3).masked_fill(ids < 0, 0.0)
     scales[4:].masked_fill_(ids[4:] < 0, 0.5)
-    ids[3] = int32([[2, -1, -1]])
     call = MoeCall(
         source.normal("input", 8, _H), ids.to(torch.int32), scales, replace(experts, fc2_scales=fc2_scales)
     )
