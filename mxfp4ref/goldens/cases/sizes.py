@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.goldens.cases.definition import Content, define, moe_content
+from mxfp4ref.goldens.cases.gemm import mirror_hidden
 from mxfp4ref.goldens.cases.models import recipes_and_tensors
 from mxfp4ref.goldens.cases.source import Source
 from mxfp4ref.model.call import MoeCall
@@ -13,17 +16,22 @@ from mxfp4ref.model.call import MoeCall
 _H, _I = 128, 128
 
 
+def _half_mirrored(source: Source, num_tokens: int, num_experts: int) -> tuple[torch.Tensor, Experts]:
+    """Inputs and experts; every second token's GEMM1 is its rounding error, so that another way to round shows."""
+    experts = source.experts(num_experts, _H, _I, fc1_scales=(108, 124))
+    x = source.spread("input", -8, 3, num_tokens, _H)
+    mirrored, experts = mirror_hidden(x, experts)
+    x[1::2] = mirrored[1::2]
+    return x, experts
+
+
 @define(unique_for="more than 512 tokens", pending=True)
 def tokens_520(source: Source) -> Content:
     """520 tokens, where no expert has 256 rows: kernels that take another way for large batches, such as from 512
     tokens on, have taken it.
     """
-    call = MoeCall(
-        source.normal("input", 520, _H),
-        source.distinct("ids", 520, 2, 5),
-        source.weights(520, 2),
-        source.experts(5, _H, _I),
-    )
+    x, experts = _half_mirrored(source, 520, 5)
+    call = MoeCall(x, source.distinct("ids", 520, 2, 5), source.weights(520, 2), experts)
     return moe_content(call, compact=True)
 
 
@@ -32,9 +40,9 @@ def rows_297_of_one_expert(source: Source) -> Content:
     """297 of 300 tokens go to one expert: more rows than the largest N tile has, while the batch is not large."""
     ids = torch.ones(300, 1, dtype=torch.int32)
     ids[100:103] = 0
-    call = MoeCall(
-        source.normal("input", 300, _H), ids, source.weights(300, 1), source.experts(2, _H, _I, limit=2.0)
-    )
+    x, experts = _half_mirrored(source, 300, 2)
+    experts = replace(experts, swiglu_limit=torch.full((2,), 2.0))
+    call = MoeCall(x, ids, source.weights(300, 1), experts)
     return moe_content(call, compact=True)
 
 
@@ -46,12 +54,8 @@ def rows_4100_of_one_expert(source: Source) -> Content:
     token = torch.arange(4104) % 61
     ids = torch.zeros(4104, 1, dtype=torch.int32)
     ids[2000:2004] = 1
-    call = MoeCall(
-        source.normal("input", 61, _H)[token],
-        ids,
-        source.weights(61, 1)[token],
-        source.experts(2, _H, _I, biases=True),
-    )
+    x, experts = _half_mirrored(source, 61, 2)
+    call = MoeCall(x[token], ids, source.weights(61, 1)[token], experts)
     return moe_content(call, compact=True)
 
 
