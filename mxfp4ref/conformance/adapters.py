@@ -13,6 +13,7 @@ from torch import Tensor
 from mxfp4ref.conformance.plain import TensorError
 from mxfp4ref.formats.generations import NEWEST, Generation
 from mxfp4ref.formats.layout import fold_scales_sm90, interleave_weights_sm90
+from mxfp4ref.goldens.case import Case
 from mxfp4ref.goldens.runs import OUTPUTS
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import MoeTrace
@@ -74,6 +75,14 @@ class Kernel:
     device: str = "cpu"
     forces_tactics: bool = False
     generation: Generation = NEWEST
+
+    def unable(self, case: Case) -> str:
+        """Why it cannot be compared on a case, or ""."""
+        if case.kind not in self.kinds:
+            return f"{self.name} does not run cases of kind {case.kind}"
+        if "tile_n" in case.parameters and not self.forces_tile_k:
+            return f"the output depends on the N tile, and {self.name} chooses its own"
+        return ""
 
 
 def poisoned(like: Tensor) -> Tensor:
@@ -187,6 +196,7 @@ def outputs_by_name(kind: str, result: Any, arguments: Mapping[str, Any]) -> dic
     - a tuple of the output and None;
     - a tuple of the output and its intermediates, which are a mapping or an object with attributes of these names;
     - a `MoeTrace`;
+    - a list or tuple of all outputs in their order, of a stage that has several, as a quantiser and a router have
     - None (also as the first of a list or tuple) if it was given an `output` to write into.
 
     Raises:
@@ -195,6 +205,8 @@ def outputs_by_name(kind: str, result: Any, arguments: Mapping[str, Any]) -> dic
     if isinstance(result, Mapping):
         return dict(result)
     names = OUTPUTS[kind]
+    if isinstance(result, list | tuple) and 1 < len(names) == len(result):
+        return dict(zip(names, result, strict=True))
     if isinstance(result, MoeTrace):
         result = result.output, result
     if isinstance(result, list | tuple):

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import FAR, Difference, differing, first_difference, ulp_distance
+from mxfp4ref.conformance.finding import Finding
 from mxfp4ref.conformance.patterns import patterns
 from mxfp4ref.conformance.reduction import local_experts, one_token
 from mxfp4ref.conformance.stage_fit import numbers, reconcile
+from mxfp4ref.conformance.stage_words import finding_of_stage
 from mxfp4ref.conformance.suspects import Prediction, Progress, Verdict, closest, predict, try_defects
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.model.call import MoeCall
@@ -39,6 +41,7 @@ class Diagnosis:
             the wrong bits than chance gives (`suspects.NOISE`).
         ulps: elements by distance: (up to this many ulps, how many); the last with NaN.
         mask: where the output differs.
+        finding: what is wrong for certain, where that is known.
     """
 
     output: str
@@ -49,6 +52,7 @@ class Diagnosis:
     predictions: tuple[Prediction, ...]
     ulps: tuple[tuple[int, int], ...]
     mask: Tensor
+    finding: Finding | None = None
 
     @property
     def exact(self) -> tuple[str, ...]:
@@ -113,7 +117,11 @@ def diagnose(
         stage = reconcile(inputs, outputs, mask)
     elif kind == "layout":
         found = (_layout_pattern(got, want, mask),)
-    return Diagnosis(name, first, feeds, found, stage, verdict.predictions, _histogram(got, want, mask), mask)
+    finding = finding_of_stage(kind, inputs, outputs, expected)
+    found += (finding.sentence,) if finding is not None and finding.sentence else ()
+    return Diagnosis(
+        name, first, feeds, found, stage, verdict.predictions, _histogram(got, want, mask), mask, finding
+    )
 
 
 def _feeds(call: MoeCall, one: MoeTrace, token: int, column: int) -> tuple[str, ...]:

@@ -192,6 +192,7 @@ def _result(result: CaseResult) -> dict[str, Any]:
         value["diagnosis"] = {
             **{f.name: getattr(found, f.name) for f in fields(found) if f.name != "mask"},
             "first": asdict(found.first) | {"ulps": None if ulps >= FAR else ulps},
+            "finding": None if found.finding is None else asdict(found.finding),
             "predictions": [asdict(p) for p in found.predictions],
             "ulps": [{"up_to": None if top >= FAR else top, "elements": count} for top, count in found.ulps],
         }

@@ -5,7 +5,7 @@
 
 In mode "exact" an output has to equal, in every bit, the expected output for one of the legitimate pairs of K
 tiles. In mode "bounded", for kernels that sum in another order, it has to lie in the interval that `bounds`
-computes for it; only cases of kind "moe" have such intervals, all others stay exact.
+computes for it, and a router's ids and weights in those of `router_bounds`; all other kinds stay exact.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mxfp4ref._validate import check_choice, check_instance, shown
 from mxfp4ref.conformance.adapters import Kernel
-from mxfp4ref.conformance.bounds import bound
+from mxfp4ref.conformance.bounded import outside_bounds
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.diagnosis import diagnose, predict
 from mxfp4ref.conformance.execution import Outcome, execute_within
@@ -36,9 +36,8 @@ from mxfp4ref.formats.generations import NEWEST
 from mxfp4ref.goldens import Goldens
 from mxfp4ref.goldens.case import Case
 from mxfp4ref.goldens.runs import Run, runs
-from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward
-from mxfp4ref.sm90.tactics import Sm90Kernel, Tactic, each_kernel
+from mxfp4ref.sm90.tactics import Sm90Kernel, each_kernel
 
 __all__ = ["Options", "run", "run_case"]
 
@@ -147,10 +146,8 @@ def run_case(
     """Run a kernel on one case; arguments as in `run`, `suspects` as in `diagnosis.diagnose`."""
     check_instance("case", case, Case)
     about: dict[str, Any] = {"case": case.id, "kind": case.kind, "why": case.why}
-    if case.kind not in kernel.kinds:
-        return CaseResult(
-            **about, status="skipped", message=f"{kernel.name} does not run cases of kind {case.kind}"
-        )
+    if reason := kernel.unable(case):
+        return CaseResult(**about, status="skipped", message=reason)
     all_runs = _runs(kernel, case)
     # As bytes, before the kernel runs: nothing that it does in this process changes them.
     bits = {one: _bits(one) for one in all_runs}
@@ -173,7 +170,7 @@ def run_case(
             which = f" ({'tactics' if options.all_tactics else 'K tiles'} {one.tiles})" if told else ""
             message = _joined(outcome.message + which, _put_back(left), unsaid)
             return CaseResult(**about, status=outcome.problem, message=message, seconds=outcome.seconds)
-        compared = _compare(outcome, candidates, options)
+        compared = _compare(case.kind, outcome, candidates, options)
         if compared.wrong and not any(earlier.wrong for earlier in found):
             unsaid = _dump(options, kernel, case, compared.closest, outcome.outputs)
             if options.diagnosed:
@@ -241,7 +238,9 @@ class _Comparison:
         return bool(self.differing if self.outside is None else self.outside)
 
 
-def _compare(outcome: Outcome, expected: Mapping[Run, Mapping[str, bytes]], options: Options) -> _Comparison:
+def _compare(
+    kind: str, outcome: Outcome, expected: Mapping[Run, Mapping[str, bytes]], options: Options
+) -> _Comparison:
     counts = [
         sum(_count_differing(outcome.outputs[name], raw) for name, raw in bits.items())
         for bits in expected.values()
@@ -250,10 +249,9 @@ def _compare(outcome: Outcome, expected: Mapping[Run, Mapping[str, bytes]], opti
     closest = candidates[counts.index(min(counts))]
     tiles = tuple(one.tiles for one, count in zip(candidates, counts, strict=True) if not count and one.tiles)
     outside = None
-    if min(counts) and options.mode == "bounded" and isinstance(closest.inputs, MoeCall):
-        bounds = bound(closest.inputs, storage=options.storage, confidence=options.confidence)
-        inside = bounds.contains(outcome.outputs["output"], closest.expected["output"])
-        outside = int((~inside).sum())
+    if min(counts) and options.mode == "bounded":
+        how = options.storage, options.confidence
+        outside = outside_bounds(kind, closest, outcome.outputs, *how)
     elements = sum(want.numel() for want in closest.expected.values())
     return _Comparison(closest, tiles, elements, min(counts), outside)
 
@@ -313,7 +311,7 @@ def _by_tactic(kernel: Kernel, case: Case) -> Iterator[Run]:
         inputs = replace(call, kernel=forced)
         tiles = forced.tile_k, forced.tile_n
         if tiles not in expected:
-            stored = case.outputs.get(forced.tile_k) if set(forced.tile_n) == {Tactic().tile_n} else None
+            stored = case.outputs.get(forced.tile_k) if forced.tile_n == call.kernel.tile_n else None
             expected[tiles] = forward(inputs).cpu() if stored is None else stored
         yield Run(str(forced), inputs, {"output": expected[tiles]})
 

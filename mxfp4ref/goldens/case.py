@@ -22,7 +22,10 @@ from mxfp4ref.sm90.tactics import Sm90Kernel
 __all__ = ["EXPERT_TENSORS", "KINDS", "Case", "GoldenError", "derive", "dtype_name", "tensor_bytes"]
 
 _DEFAULT_KERNEL = Sm90Kernel()
-KINDS = ("moe", "dequantize", "layout", "tensor_core", "gemm", "activation", "finalize", "routing")
+KINDS = (
+    *("moe", "quantize", "dequantize", "layout", "tensor_core", "gemm", "activation", "finalize"),
+    "routing",
+)
 # Tensors of `Experts`, in logical layout; the biases and SwiGLU parameters are optional.
 EXPERT_TENSORS = (
     *("fc1_weights", "fc1_scales", "fc2_weights", "fc2_scales", "fc1_biases", "fc2_biases"),
@@ -80,6 +83,13 @@ class Case(Shown):
         """The SHA-256 of each output's bytes."""
         return {pair: hashlib.sha256(tensor_bytes(out)).hexdigest() for pair, out in self.outputs.items()}
 
+    def kernel(self, kernel: Sm90Kernel = _DEFAULT_KERNEL) -> Sm90Kernel:
+        """That kernel with the case's own N tile, where the outputs are those of one N tile alone."""
+        tile_n = self.parameters.get("tile_n")
+        if tile_n is None:
+            return kernel
+        return Sm90Kernel.of_tiles(kernel.tile_k, (tile_n, tile_n), kernel.generation)
+
     @cached_property
     def experts(self) -> Experts:
         """This rank's experts, of a case of kind "moe"; derived tensors are generated and verified.
@@ -93,7 +103,7 @@ class Case(Shown):
         return Experts(**given)  # type: ignore[arg-type]
 
     def call(self, kernel: Sm90Kernel = _DEFAULT_KERNEL) -> MoeCall:
-        """The kernel call of a case of kind "moe".
+        """The kernel call of a case of kind "moe", by `self.kernel(kernel)`.
 
         Raises:
             ValueError: another kind, or a K tile that does not divide a GEMM's K.
@@ -105,7 +115,7 @@ class Case(Shown):
             token_selected_experts=self.tensors["token_selected_experts"],
             token_final_scales=self.tensors["token_final_scales"],
             experts=self.experts,
-            kernel=kernel,
+            kernel=self.kernel(kernel),
             ep_size=self.parameters["ep_size"],
             ep_rank=self.parameters["ep_rank"],
             tp_size=self.parameters["tp_size"],

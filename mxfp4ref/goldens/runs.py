@@ -3,6 +3,7 @@
 A case of kind "moe" is a kernel call with a legitimate output for each pair of K tiles. The other kinds test one
 stage; a stage's function takes a case's tensors and parameters by name and returns its output, or a mapping:
 
+    quantize     values, rule                                              -> packed, scales
     dequantize   packed, scales, convention, dtype                         -> values
     layout       before, operation, and its parameters                     -> after
     tensor_core  a, b, c                                                   -> d
@@ -25,6 +26,7 @@ from mxfp4ref._validate import check_choice
 from mxfp4ref.formats import layout
 from mxfp4ref.formats.generations import generation_named
 from mxfp4ref.formats.mxfp4 import dequantize
+from mxfp4ref.formats.quantize import quantize
 from mxfp4ref.goldens.case import Case, GoldenError
 from mxfp4ref.model.forward import forward
 from mxfp4ref.routing import presets as routing
@@ -39,6 +41,7 @@ __all__ = ["OUTPUTS", "Run", "run_stage", "runs"]
 # What each kind of case has to give.
 OUTPUTS: dict[str, tuple[str, ...]] = {
     "moe": ("output",),
+    "quantize": ("packed", "scales"),
     "dequantize": ("values",),
     "layout": ("after",),
     "tensor_core": ("d",),
@@ -104,6 +107,11 @@ def run_stage(kind: str, inputs: Any) -> Tensor | Mapping[str, Tensor]:
     return forward(inputs) if kind == "moe" else _STAGES[kind](**inputs)
 
 
+def _quantize(values: Tensor, rule: str) -> dict[str, Tensor]:
+    packed, scales = quantize(values, rule=rule)
+    return {"packed": packed, "scales": scales}
+
+
 def _dequantize(packed: Tensor, scales: Tensor, convention: str, dtype: str) -> Tensor:
     return dequantize(packed, scales, convention=convention, dtype=getattr(torch, dtype, None))  # type: ignore[arg-type]
 
@@ -150,6 +158,7 @@ def _routing(**inputs: Any) -> dict[str, Tensor]:
 
 
 _STAGES: dict[str, Callable[..., Tensor | Mapping[str, Tensor]]] = {
+    "quantize": _quantize,
     "dequantize": _dequantize,
     "layout": _layout,
     "tensor_core": tensor_core.step,

@@ -21,7 +21,11 @@ from mxfp4ref.model.forward import forward
 from mxfp4ref.sm90 import fp32
 
 GOLDENS = open_goldens()
-MOE = [n for n in GOLDENS.names() if not n.startswith("models/") and GOLDENS.load(n).kind == "moe"]
+MOE = [
+    n
+    for n in GOLDENS.names()
+    if not n.startswith(("models/", "sizes/", "tile_n/")) and GOLDENS.load(n).kind == "moe"
+]
 BATCHES, EVALUATIONS = 4, 125  # at a time
 HIDDEN, INNER, TOKENS, TOP_K = 128, 128, 2, 2
 COLUMNS = 32  # of the output that are evaluated

@@ -71,6 +71,24 @@ def test_stage_kernels() -> None:
     assert "the same bytes in another order" in moved.diagnosis.patterns[0]
 
 
+def test_a_quantiser_may_return_a_tuple() -> None:
+    report = run("stage:quantize:tests.helpers.kernels_under_test:stage_quantize", GOLDENS)
+    assert report.ok
+    ran = [r.case for r in report.results if r.status == "equal"]
+    assert ran == [name for name in GOLDENS.names() if "/quantize_" in name]
+
+
+def test_a_kernel_that_chooses_its_tiles_is_not_held_against_an_n_tile() -> None:
+    names = GOLDENS.names("tile_n")
+    skipped = run(kernels_under_test.good, (GOLDENS.load(name) for name in names))
+    assert {r.status for r in skipped.results} == {"skipped"}
+    assert skipped.results[0].message == "the output depends on the N tile, and good chooses its own"
+    told = run("oracle", (GOLDENS.load(name) for name in names))
+    assert {r.status for r in told.results} == {"equal"}
+    outputs = {GOLDENS.load(name).output_hashes[128, 256] for name in names}
+    assert len(outputs) == 3  # that of 64 and 128 is one
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -79,7 +97,7 @@ def test_stage_kernels() -> None:
         ("tests.helpers.kernels_under_test:absent", "has no 'absent'"),
         ("tests.helpers.kernels_under_test:GOLDENS", "has no"),
         ("defect:limit_ignord", "limit_ignored"),
-        ("stage:moe:tests.helpers.kernels_under_test:good", "KIND one of dequantize"),
+        ("stage:moe:tests.helpers.kernels_under_test:good", "KIND one of quantize, dequantize"),
         ("flashinfer", "flashinfer"),
     ],
 )

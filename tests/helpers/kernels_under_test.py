@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxfp4ref import Experts, MoeCall, forward, torch_ref_cutlass_fused_moe
+from mxfp4ref import Experts, MoeCall, forward, quantize, torch_ref_cutlass_fused_moe
 
 _calls = 0
 
@@ -100,6 +100,10 @@ def stage_dequantize(packed: Tensor, scales: Tensor, convention: str, dtype: str
     from mxfp4ref import dequantize
 
     return dequantize(packed, scales, convention=convention, dtype=getattr(torch, dtype))
+
+
+def stage_quantize(values: Tensor, rule: str) -> tuple[Tensor, Tensor]:
+    return quantize(values, rule=rule)
 
 
 def stage_layout_identity(before: Tensor, operation: str, **parameters: Any) -> Tensor:

@@ -58,7 +58,8 @@ def record_goldens(out: Path) -> int:
         for tile_k, name in case.output_tensors.items():
             if not generation.forces_tactics and tile_k != (128, 128):
                 continue
-            call = replace(on_gpu, kernel=Sm90Kernel.of_tiles(tile_k, generation=generation))
+            kernel_of_case = case.kernel(Sm90Kernel.of_tiles(tile_k, generation=generation))
+            call = replace(on_gpu, kernel=kernel_of_case)
             launch = hardware.launcher(kernel, call)
             got, again = (launch().cpu() for _ in range(2))
             expected = case.tensors[name] if generation is NEWEST else forward(call).cpu()

@@ -25,6 +25,7 @@ from mxfp4ref._files import write_file
 from mxfp4ref.conformance.bounds import STORAGE, bound
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.results import name_defects
+from mxfp4ref.conformance.router_bounds import routing_outside
 from mxfp4ref.conformance.stand_ins import defect_outputs
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.goldens import open_goldens, tensor_bytes
@@ -32,6 +33,7 @@ from mxfp4ref.goldens.runs import runs
 
 STORED = Path(__file__).resolve().parents[2] / "docs" / "confusion.md"
 CONFIDENCE = 1 - 1e-9
+MOST_TOKENS = 64
 EXPECTED = ""  # the name of the right output among the defects' outputs
 
 
@@ -52,6 +54,8 @@ def column(name: str) -> Column | None:
     targets = {defect.target for defect in DEFECTS.values()}
     if case.kind not in targets or case.derived or case.parameters.get("dtype", "bfloat16") != "bfloat16":
         return None
+    if case.kind == "moe" and (len(case.tensors["input"]) > MOST_TOKENS or "tile_n" in case.parameters):
+        return None
     one = runs(case)[0]
     outputs = {EXPECTED: _identity(one.expected)}
     escapes: dict[str, frozenset[str]] = {}
@@ -69,6 +73,8 @@ def column(name: str) -> Column | None:
             both = got["output"], one.expected["output"]
             found = (kind for kind, b in bounds.items() if not bool(b.contains(*both).all()))
             escapes[defect.name] = frozenset(found)
+        if case.kind == "routing" and routing_outside(one.inputs, got):
+            escapes[defect.name] = frozenset({"wider"})
     return Column(name, case.kind, outputs, escapes)
 
 
@@ -94,7 +100,8 @@ def table(columns: list[Column]) -> tuple[str, list[str]]:
         if named != (name,):
             problems.append(f"{name}: {failing} cases fail, named {', '.join(named) or 'nothing'}")
         counts = {kind: sum(kind in c.escapes.get(name, ()) for c in columns) for kind in caught}
-        cells = [str(counts[kind]) if defect.target == "moe" else "" for kind in caught]
+        bounded = {"moe": tuple(caught), "routing": ("wider",)}.get(defect.target, ())
+        cells = [str(counts[kind]) if kind in bounded else "" for kind in caught]
         if defect.target == "moe":
             total += 1
             caught = {kind: caught[kind] + (counts[kind] > 0) for kind in caught}
@@ -123,7 +130,7 @@ the {len(columns)} golden cases that defects run on (whole-size layers and singl
 - *wider*, *bf16*, *probable*: cases in which some element lies outside its interval, that is, which mode `bounded`
   fails too: the rigorous interval for kernels that may keep wider intermediates (what `conform --mode bounded`
   uses), the one for kernels that round to bf16 between the stages, and the probabilistic one with confidence
-  1 - 10^-9.
+  1 - 10^-9. Routers have one kind of bounds, in which ties may be broken either way.
 
 {summary}
 

@@ -12,11 +12,13 @@ from mxfp4ref.goldens.cases import (
     models,
     parallel,
     routing,
+    sizes,
     tensor_core,
+    tile_n,
 )
 from mxfp4ref.goldens.cases.definition import DEFINITIONS, Content, Definition
 
 __all__ = ["DEFINITIONS", "SUITES", "Content", "Definition"]
 
 # In the order in which data flows; importing them registers their cases.
-SUITES = (formats, layout, tensor_core, gemm, activation, finalize, routing, parallel, models)
+SUITES = (formats, layout, tensor_core, gemm, activation, finalize, routing, parallel, sizes, models, tile_n)

@@ -14,7 +14,7 @@ from mxfp4ref.goldens.case import EXPERT_TENSORS, tensor_bytes
 from mxfp4ref.goldens.cases.source import Source
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward, trace
-from mxfp4ref.sm90.tactics import TILE_K, Sm90Kernel
+from mxfp4ref.sm90.tactics import TILE_K, Sm90Kernel, Tactic
 
 __all__ = ["DEFINITIONS", "Content", "Definition", "define", "moe_content", "outputs_by_tile_k"]
 
@@ -112,6 +112,8 @@ def moe_content(
     *,
     derived: Mapping[str, Mapping[str, Any]] | None = None,
     extra: Mapping[str, Tensor] | None = None,
+    compact: bool = False,
+    tile_n: int | None = None,
 ) -> Content:
     """Everything that is stored of a kernel call: tensors in both layouts, the trace, every output.
 
@@ -119,6 +121,8 @@ def moe_content(
         call: the call, of the default kernel.
         derived: recipes of the tensors that are not stored; then neither layouts nor trace are.
         extra: further tensors to keep.
+        compact: without the second layouts and the trace, which are most of a case of many tokens or experts.
+        tile_n: the N tile of both GEMMs, where the outputs are those of this one alone.
 
     Raises:
         ValueError: an output depends on tile_n, which that of a golden must not (docs/arithmetic.md, section 3).
@@ -129,14 +133,15 @@ def moe_content(
     for name in ("input", "token_selected_experts", "token_final_scales"):
         tensors[name] = getattr(call, name)
     tensors |= extra or {}
-    outputs = outputs_by_tile_k(call)
-    if not derived:
+    outputs = outputs_by_tile_k(call, tile_n)
+    if not derived and tile_n is None:
+        _refuse_tile_n(call, outputs)
+    if not derived and not compact:
         for name in ("fc1", "fc2"):
             tensors[f"{name}_weights_sm90"] = interleave_weights_sm90(experts[f"{name}_weights"])
             tensors[f"{name}_scales_sm90"] = fold_scales_sm90(experts[f"{name}_scales"])
         stages = trace(call)
         tensors |= {f"trace.{name}": getattr(stages, name) for name in _TRACE_FIELDS}
-        _refuse_tile_n(call, outputs)
 
     names: dict[tuple[int, int], str] = {}
     distinct: dict[bytes, str] = {}
@@ -146,17 +151,19 @@ def moe_content(
     parameters = {
         name: getattr(call, name) for name in ("ep_size", "ep_rank", "tp_size", "tp_rank", "strict")
     }
+    parameters |= {} if tile_n is None else {"tile_n": tile_n}
     return Content(tensors, parameters, derived or {}, names)
 
 
-def outputs_by_tile_k(call: MoeCall) -> dict[tuple[int, int], Tensor]:
-    """The output for every pair of K tiles that divide the GEMMs' K."""
+def outputs_by_tile_k(call: MoeCall, tile_n: int | None = None) -> dict[tuple[int, int], Tensor]:
+    """The output for every pair of K tiles that divide the GEMMs' K; of the default N tile or of another one."""
     first_tiles, second_tiles = (
         [tile for tile in TILE_K if depth % tile == 0]
         for depth in (call.experts.hidden_size, call.experts.intermediate_size)
     )
+    n = Tactic().tile_n if tile_n is None else tile_n
     return {
-        (first, second): forward(replace(call, kernel=Sm90Kernel.of_tiles((first, second))))
+        (first, second): forward(replace(call, kernel=Sm90Kernel.of_tiles((first, second), (n, n))))
         for first in first_tiles
         for second in second_tiles
     }

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.formats.mxfp4 import pack_codes
-from mxfp4ref.goldens.cases.definition import Content, define
+from mxfp4ref.goldens.cases.definition import Content, define, moe_content
 from mxfp4ref.goldens.cases.source import Source, float32, int32
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
@@ -102,6 +102,37 @@ def missing_experts(source: Source) -> MoeCall:
         source.weights(8, 4),
         source.experts(4, _H, _I),
     )
+
+
+@define(unique_for="padded rows that are not finite", pending=True)
+def padded_rows_not_finite(source: Source) -> Content:
+    """Rows that are no tokens, all slots -1, hold NaN and Inf, as a padded batch's memory may, and so do some of
+    their weights: zeros. Computed as some expert with weight 0 they would be 0 * Inf.
+    """
+    x, ids, scales = source.normal("input", 8, _H), source.distinct("ids", 8, 2, 2), source.weights(8, 2)
+    padded = torch.tensor([1, 4, 6, 7])
+    ids[padded], scales[padded] = -1, 0.0
+    x[padded] = torch.tensor([torch.nan, torch.inf, -torch.inf, torch.nan]).to(x.dtype)[:, None]
+    scales[4], scales[7] = torch.nan, torch.inf
+    return moe_content(MoeCall(x, ids, scales, source.experts(2, _H, _I)), compact=True)
+
+
+@define(unique_for="padded slots beside experts that give Inf", pending=True)
+def padded_slots_beside_infinite_experts(source: Source) -> Content:
+    """The first and the last expert give Inf and NaN for every token, by scale bytes of 255, and no token goes to
+    them: a slot of -1 that is computed as either of them with weight 0, or any weight, gives NaN.
+    """
+    experts = source.experts(3, _H, _I)
+    assert experts.fc2_scales is not None
+    fc2_scales = experts.fc2_scales.clone()
+    fc2_scales[0], fc2_scales[2] = 255, 255
+    ids = torch.where(source.distinct("slot", 8, 3, 3) == 0, 1, -1)
+    scales = source.weights(8, 3).masked_fill(ids < 0, 0.0)
+    scales[4:].masked_fill_(ids[4:] < 0, 0.5)
+    call = MoeCall(
+        source.normal("input", 8, _H), ids.to(torch.int32), scales, replace(experts, fc2_scales=fc2_scales)
+    )
+    return moe_content(call, compact=True)
 
 
 @define(unique_for="routing weights outside (0, 1]")

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from mxfp4ref.formats.mxfp4 import CONVENTIONS, dequantize, pack_codes
+from mxfp4ref.formats.quantize import SCALE_RULES, quantize
 from mxfp4ref.goldens.cases.definition import Content, define
 from mxfp4ref.goldens.cases.source import Source
 from mxfp4ref.model.call import MoeCall
@@ -20,6 +21,58 @@ def _dequantized(packed: torch.Tensor, scales: torch.Tensor, convention: str, dt
         {"packed": packed, "scales": scales, "values": values},
         {"convention": convention, "dtype": str(dtype).removeprefix("torch.")},
     )
+
+
+_MIDPOINTS = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])  # between neighbouring E2M1 magnitudes
+
+
+def _to_be_quantized(source: Source) -> torch.Tensor:
+    """`[48, 64] float32`, two groups a row, no two groups alike: all that a quantiser has to decide."""
+    values = source.normal("values", 48, 64).to(torch.float32)
+    values += source.uniform("values.fraction", 48, 64) * 2.0**-8
+    values *= torch.exp2(source.range("exponent", 0, 40, 48, 64).to(torch.float32) / 8 - 2.5)
+    near = torch.cat((_MIDPOINTS, _MIDPOINTS * (1 - 2.0**-23), _MIDPOINTS * (1 + 2.0**-22)))
+    for row, largest in enumerate((4.0, 4.5, 5.0, 6.0, 6.5, 7.0, 7.5)):  # ties, with every rule's scale
+        ties = torch.cat((near, near.flip(0), near[:21] / 2))
+        values[row, :63] = ties[:63] * (1 - 2 * (torch.arange(63) % 2))
+        values[row, 30], values[row, 63] = largest, -largest
+    borders = torch.tensor([4.0, 6.0, 7.0]).repeat_interleave(3)  # of the rules, and beside them
+    borders *= 1 + 2.0**-22 * torch.arange(-1, 2).repeat(3)
+    by_group = values.view(-1, 32)
+    by_group[16:25] = by_group[16:25].clamp(-3.5, 3.5)
+    by_group[16:25, 5] = borders
+    powers = torch.exp2(torch.tensor([-149.0, -140, -133, -128, -127, -126, -125, -124, 60, 119, 120, 121]))
+    by_group[25:37] = (by_group[25:37] / by_group[25:37].abs().amax(1, keepdim=True)) * 7 * powers[:, None]
+    by_group[37], by_group[38, ::2], by_group[38, 1::2] = 0.0, 0.0, -0.0
+    by_group[39, 3], by_group[40, 31], by_group[41, 0] = torch.nan, torch.inf, -torch.inf
+    by_group[42, ::2] = 0.0
+    by_group[43], by_group[43, 7] = 2.0**-127, 6 * 2.0**-127 + 2.0**-148  # where "rceil" is not "ceil"
+    by_group[44:] *= torch.exp2(torch.arange(52) * 5 % 17 - 8.0)[:, None]
+    return values
+
+
+def _quantized(values: torch.Tensor, rule: str) -> Content:
+    packed, scales = quantize(values, rule=rule)
+    return Content({"values": values, "packed": packed, "scales": scales}, {"rule": rule})
+
+
+for _rule in SCALE_RULES:
+
+    @define(
+        "quantize",
+        why=f"Quantising by the rule {_rule!r}: ties between all codes and their neighbours on both sides, largest "
+        "magnitudes on the borders of the scales, what saturates, zeros of both signs, subnormals, NaN and Inf.",
+        name=f"quantize_{_rule}",
+        unique_for="every decision of a quantiser",
+    )
+    def _(source: Source, rule: str = _rule) -> Content:
+        return _quantized(_to_be_quantized(Source("formats/quantize")), rule)
+
+
+@define("quantize", unique_for="bf16 values")
+def quantize_bf16(source: Source) -> Content:
+    """The same rules for bf16 values, as activations and most checkpoints have, by DeepSeek-V4's rule."""
+    return _quantized(source.spread("values", -6, 6, 32, 64), "ceil")
 
 
 def _every_code_and_scale(convention: str, dtype: torch.dtype) -> Content:
@@ -67,7 +120,7 @@ def every_code_by_row(source: Source) -> MoeCall:
     )
 
 
-@define(catches="scale_ocp_ends")
+@define(catches="scale_ocp_ends", unique_for="scale bytes 0 and 255 in fc2")
 def scale_bytes_0_and_255(source: Source) -> MoeCall:
     """Scale bytes 0 and 255 in fc2: the kernel puts the byte into the exponent field, so that they are 0 and
     Inf and not 2^-127 and NaN. Rows all of byte 0 must give zeros, a single 255 Inf or NaN by its products.

@@ -35,7 +35,8 @@ def _mirrored(t: Tensor) -> Tensor:
     return torch.cat((first, first), dim=-1)
 
 
-def _mirror_hidden(x: Tensor, experts: Experts) -> tuple[Tensor, Experts]:
+def mirror_hidden(x: Tensor, experts: Experts) -> tuple[Tensor, Experts]:
+    """Inputs whose second half is minus the first, under weights whose halves are equal."""
     assert experts.fc1_scales is not None
     first, _ = x.chunk(2, dim=-1)
     mirrored = replace(
@@ -61,7 +62,7 @@ def _mirror_inner(experts: Experts) -> Experts:
 
 def _mirrored_hidden(source: Source, num_tokens: int, hidden: int, inner: int) -> MoeCall:
     experts = source.experts(1, hidden, inner, fc1_scales=_FC1_MIRRORED)
-    x, experts = _mirror_hidden(source.spread("input", -3, 3, num_tokens, hidden), experts)
+    x, experts = mirror_hidden(source.spread("input", -3, 3, num_tokens, hidden), experts)
     return _one_expert(source, num_tokens, x, experts)
 
 
@@ -117,7 +118,7 @@ def mirrored_both_512(source: Source) -> MoeCall:
     256 and 512 do not.
     """
     experts = source.experts(1, 512, 512, fc1_scales=_FC1_MIRRORED, fc2_scales=(124, 144))
-    x, experts = _mirror_hidden(source.spread("input", -3, 3, 4, 512), _mirror_inner(experts))
+    x, experts = mirror_hidden(source.spread("input", -3, 3, 4, 512), _mirror_inner(experts))
     return _one_expert(source, 4, x, experts)
 
 
@@ -127,7 +128,7 @@ def wide_exponents(source: Source) -> MoeCall:
     core's 25 fraction bits, its truncation and its step of 16 all show.
     """
     experts = source.experts(1, 384, 128, fc1_scales=(124, 134))
-    x, experts = _mirror_hidden(source.spread("input", -20, 5, 16, 384), experts)
+    x, experts = mirror_hidden(source.spread("input", -20, 5, 16, 384), experts)
     return _one_expert(source, 16, x, experts)
 
 
@@ -226,7 +227,7 @@ def overflow(source: Source) -> MoeCall:
     return _one_expert(source, 16, source.normal("input", 16, 256), experts)
 
 
-@define()
+@define(unique_for="NaN and Inf in the input of tokens")
 def non_finite_inputs(source: Source) -> MoeCall:
     """NaN and Inf of both signs and -0 in the input of some tokens; the other tokens must not notice."""
     x = source.normal("input", 16, 256)

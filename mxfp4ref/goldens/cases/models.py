@@ -60,8 +60,19 @@ def _recipes(
     return recipes
 
 
+def recipes_and_tensors(
+    source: Source, num_experts: int, used: list[int], hidden: int, inner: int, **how: Any
+) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
+    """The recipes of an expert's tensors, with their hashes, and the tensors; arguments as of `_recipes`."""
+    recipes = _recipes(source, num_experts, used, hidden, inner, **how)
+    tensors = {}
+    for name, recipe in recipes.items():
+        tensors[name], recipe["sha256"] = derive(name, recipe)
+    return recipes, tensors
+
+
 def _content(
-    recipes: Mapping[str, dict[str, Any]],
+    derived: tuple[dict[str, dict[str, Any]], dict[str, Tensor]],
     x: Tensor,
     routing: Routing,
     extra: dict[str, Tensor],
@@ -70,9 +81,7 @@ def _content(
     ep_rank: int = 0,
     parameters: Mapping[str, Tensor],
 ) -> Content:
-    tensors = {}
-    for name, recipe in recipes.items():
-        tensors[name], recipe["sha256"] = derive(name, recipe)
+    recipes, tensors = derived
     call = MoeCall(
         x,
         routing.ids,
@@ -107,11 +116,11 @@ def _deepseek_v4(
     num_local = num_experts // ep_size
     first = ep_rank * num_local
     used = sorted({expert - first for expert in routing.ids.flatten().tolist()} & set(range(num_local)))
-    recipes = _recipes(source, num_local, used, hidden, inner, first_expert=first)
+    derived = recipes_and_tensors(source, num_local, used, hidden, inner, first_expert=first)
     limit = torch.full((num_local,), 10.0)
     x = source.normal("input", num_tokens, hidden)
     return _content(
-        recipes, x, routing, extra, ep_size=ep_size, ep_rank=ep_rank, parameters={"swiglu_limit": limit}
+        derived, x, routing, extra, ep_size=ep_size, ep_rank=ep_rank, parameters={"swiglu_limit": limit}
     )
 
 
@@ -141,8 +150,23 @@ def gpt_oss_20b(source: Source) -> Content:
     logits = source.normal("logits", 4, 32)
     routing = gpt_oss(logits)
     used = sorted(set(routing.ids.flatten().tolist()))
-    recipes = _recipes(source, 32, used, 2880, 2880, biases=True)
+    derived = recipes_and_tensors(source, 32, used, 2880, 2880, biases=True)
     x = torch.cat((source.normal("input", 4, 2880), torch.zeros(4, 64, dtype=torch.bfloat16)), dim=1)
     values = {"swiglu_alpha": 1.702, "swiglu_beta": 1.0, "swiglu_limit": 7.0}
     parameters = {name: torch.full((32,), value) for name, value in values.items()}
-    return _content(recipes, x, routing, {"router.logits": logits}, parameters=parameters)
+    return _content(derived, x, routing, {"router.logits": logits}, parameters=parameters)
+
+
+@define(unique_for="H of 2,880 padded to 2,944 in small", pending=True)
+def hidden_2880_padded_to_2944(source: Source) -> Content:
+    """gpt-oss's hidden size with an inner size of 128: 23 K tiles, of which the last is half padding, with zero
+    weights under numbers that are not zero, and 64 columns of output that have to be zeros. Two tokens.
+    """
+    recipes, tensors = recipes_and_tensors(source, 2, [0, 1], 2880, 128)
+    call = MoeCall(
+        source.normal("input", 2, 2944),
+        source.distinct("ids", 2, 2, 2),
+        source.weights(2, 2),
+        Experts(**tensors),
+    )
+    return moe_content(call, derived=recipes)

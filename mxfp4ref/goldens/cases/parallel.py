@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from mxfp4ref.formats.experts import Experts
-from mxfp4ref.goldens.cases.definition import define
+from mxfp4ref.goldens.cases.definition import Content, define, moe_content
 from mxfp4ref.goldens.cases.source import Source
 from mxfp4ref.model.call import MoeCall
 
@@ -124,6 +124,42 @@ def rank_without_tokens(source: Source) -> MoeCall:
         ep_size=4,
         ep_rank=2,
     )
+
+
+@define(unique_for="a rank that begins at no power of two", pending=True)
+def expert_rank_2_of_4_with_three_each(source: Source) -> Content:
+    """Rank 2 of 4 with three experts each, 6 to 8 of 12: no power of two, so that ids taken modulo something or
+    masked show, with neighbours 5 and 9 in nearly every token, and local ids 0 to 2 that are other ranks'.
+    """
+    ids = source.distinct("ids", 16, 4, 12)
+    ids[1::2] = torch.where(source.distinct("near", 8, 4, 5) == 4, 0, source.distinct("near", 8, 4, 5) + 5)
+    experts = source.experts(3, _H, _I, biases=True, limit=[1.0, 2.0, 3.0])
+    call = MoeCall(source.normal("input", 16, _H), ids, source.weights(16, 4), experts, ep_size=4, ep_rank=2)
+    return moe_content(call, compact=True)
+
+
+@define(unique_for="foreign slots beside experts that give Inf", pending=True)
+def foreign_slots_beside_infinite_experts(source: Source) -> Content:
+    """Rank 1 of 2 whose first and last expert give Inf and NaN for every token: a slot of the other rank that is
+    computed as one of them, with its weight or with weight 0, gives NaN. Half of the foreign slots have weight 0.
+    """
+    experts = source.experts(3, _H, _I)
+    assert experts.fc2_scales is not None
+    fc2_scales = experts.fc2_scales.clone()
+    fc2_scales[0], fc2_scales[2] = 255, 255
+    foreign = source.distinct("ids", 8, 3, 3)
+    ids = torch.where(source.distinct("slot", 8, 3, 3) == 0, 4, foreign).to(torch.int32)
+    scales = source.weights(8, 3)
+    scales[:4].masked_fill_(ids[:4] < 3, 0.0)
+    call = MoeCall(
+        source.normal("input", 8, _H),
+        ids,
+        scales,
+        replace(experts, fc2_scales=fc2_scales),
+        ep_size=2,
+        ep_rank=1,
+    )
+    return moe_content(call, compact=True)
 
 
 @define(unique_for="expert and tensor parallelism together")

@@ -1,0 +1,33 @@
+"""Mode "bounded": how much of an output no correct evaluation gives, for the kinds of cases that have bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from mxfp4ref.conformance.bounds import bound
+from mxfp4ref.conformance.router_bounds import routing_outside
+from mxfp4ref.goldens.runs import Run
+from mxfp4ref.model.call import MoeCall
+
+__all__ = ["outside_bounds"]
+
+
+def outside_bounds(
+    kind: str, one: Run, outputs: Mapping[str, Tensor], storage: str, confidence: float | None
+) -> int | None:
+    """How many elements lie outside their bounds; None where the kind has none and stays exact.
+
+    Args:
+        kind: of the case.
+        one: its inputs and expected outputs.
+        outputs: what the kernel gave.
+        storage, confidence: as in `bounds.bound`, for kind "moe".
+    """
+    if kind == "routing":
+        return routing_outside(one.inputs, outputs)
+    if not isinstance(one.inputs, MoeCall):
+        return None
+    bounds = bound(one.inputs, storage=storage, confidence=confidence)
+    return int((~bounds.contains(outputs["output"], one.expected["output"])).sum())

@@ -1,0 +1,25 @@
+"""The findings on cases that are no whole kernel call: routers, quantisers, dequantisation and layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from mxfp4ref.conformance.finding import Finding
+from mxfp4ref.conformance.format_words import format_finding
+from mxfp4ref.conformance.routing_words import routing_finding
+
+__all__ = ["finding_of_stage"]
+
+
+def finding_of_stage(
+    kind: str, inputs: Any, outputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> Finding | None:
+    """What is wrong with the outputs of a case of that kind; None for kinds of which nothing is said."""
+    if kind == "routing":
+        return routing_finding(inputs, outputs, expected)
+    if kind in ("quantize", "dequantize", "layout"):
+        return format_finding(kind, inputs, outputs, expected)
+    return None
