@@ -156,12 +156,16 @@ def moe_content(
 
 
 def outputs_by_tile_k(call: MoeCall, tile_n: int | None = None) -> dict[tuple[int, int], Tensor]:
-    """The output for every pair of K tiles that divide the GEMMs' K; of the default N tile or of another one."""
+    """The output for every pair of K tiles that divide the GEMMs' K; of the default N tile or of another one.
+
+    Only of tiles that the newest kernel runs: with some N tiles the largest K lacks shared memory.
+    """
+    n = Tactic().tile_n if tile_n is None else tile_n
+    run = {tile[2] for tile in NEWEST.tiles if tile[1] == n and tile not in NEWEST.refused}
     first_tiles, second_tiles = (
-        [tile for tile in TILE_K if depth % tile == 0]
+        [tile for tile in TILE_K if tile in run and depth % tile == 0]
         for depth in (call.experts.hidden_size, call.experts.intermediate_size)
     )
-    n = Tactic().tile_n if tile_n is None else tile_n
     return {
         (first, second): forward(replace(call, kernel=Sm90Kernel.of_tiles((first, second), (n, n))))
         for first in first_tiles
