@@ -334,7 +334,7 @@ def test_the_gpu_passes_its_trial(layout: Generation | None, tiles: Tiles) -> No
 
 def test_the_environment_is_read_and_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MXFP4REF_GPU_GEMM", "emulate")
-    with pytest.raises(ValueError, match="^MXFP4REF_GPU_GEMM: .* did you mean emulated"):
+    with pytest.raises(ValueError, match=r"^MXFP4REF_GPU_GEMM: .* did you mean emulated"):
         gpu.usable(next(iter(gpu_trial.trial_calls(WORDWISE))))
 
 
