@@ -45,6 +45,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "regenerate check": ("regenerate", "--root", "goldens", "--only", LAYOUT, "--jobs", "1", "--check"),
     "compare": ("compare", "a.safetensors", "b.safetensors"),
     "layer": ("layer", "--checkpoint", "checkpoint", "--layer", "0", "--input", "hidden.safetensors"),
+    "checkpoint": ("checkpoint", "checkpoint"),
 }
 WRITES = {"export": "exported", "regenerate": "goldens"}
 

@@ -448,7 +448,7 @@ for name, data, says in (
     (
         "a million experts",
         '{"weight_map": {"layers.0.ffn.experts.999999.w1.weight": "x.safetensors"}}',
-        "experts.0.*: expected experts 0 to 999999",
+        "layers.0.ffn.experts.999999.w1.weight: expected in .*x.safetensors, which cannot be read",
     ),
 ):
     hostile(f"index: {name}", write(f"checkpoint/{INDEX}", data), says, "layer")
@@ -488,10 +488,32 @@ for name, key, value, says in (
     ("-1 experts", "num_local_experts", -1, "expected"),
     ("half an expert", "num_local_experts", 4.5, "num_local_experts: expected int, got 4.5"),
     ("no experts a token", "num_experts_per_tok", 0, "top_k: expected"),
-    ("10^30 experts a token", "num_experts_per_tok", 10**30, "top_k: expected"),
+    ("10^30 experts a token", "num_experts_per_tok", 10**30, "num_experts_per_tok: expected an int from 0"),
     ("more experts a token than there are", "num_experts_per_tok", 5, "top_k: expected"),
     ("another size", "hidden_size", 64, "expected hidden_size=64 of config.json, got 96"),
     ("a factor of its own", "routed_scaling_factor", 2.5, "routed_scaling_factor: expected None"),
+    (
+        "a key of unknown effect",
+        "router_bias_scale",
+        2,
+        "router_bias_scale=2: expected keys whose effect is known",
+    ),
+    ("a text model in words", "text_config", ESCAPE, "text_config: expected an object"),
+    (
+        "a text model that disagrees",
+        "text_config",
+        {"swiglu_limit": 8.0},
+        "swiglu_limit: expected one value, got 7.0",
+    ),
+    ("a scheme that is a list", "quantization_config", [1], "quantization_config: expected dict"),
+    (
+        "a scheme of deep lists",
+        "quantization_config",
+        {"quant_method": "quark", "algo_config": [[{}]]},
+        "fp4",
+    ),
+    ("another scheme", "quantization_config", {"quant_method": "gptq"}, "quant_method: expected mxfp4"),
+    ("an activation", "hidden_act", {"silu": 1}, "hidden_act: expected str"),
 ):
     hostile(f"config: {name}", edit(CONFIG, lambda c, new={key: value}: c.update(new)), says, "layer")
 hostile(
