@@ -76,7 +76,7 @@ def main() -> None:
     given = {"hidden": torch.randn(options.tokens, options.hidden).to(torch.bfloat16)}
     if "tid2eid" in format.names:
         given["token_ids"] = torch.randint(VOCABULARY, (options.tokens,))
-    if options.images:
+    if options.images and "image_bias" in format.names:
         given["image_mask"] = torch.arange(options.tokens) % 2 == 1
     save_file(given, options.folder / "input.safetensors")
     print(f"{options.folder}: {len(weight_map):,} tensors in {len(set(weight_map.values()))} files")

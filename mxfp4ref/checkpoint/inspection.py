@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,8 +26,7 @@ __all__ = ["Counts", "Inspection", "LayerEntry", "inspect"]
 
 _BYTES_AT_ONCE = 1 << 27
 _DEFAULTS = ReadOptions()
-# Codes 0 to 15 of each nibble of a byte: how many of the two are +-6, and whether both are zero.
-_SATURATED = torch.tensor([(b & 7 == 7) + (b >> 4 & 7 == 7) for b in range(256)], device="cpu")
+_NO_SIGNS = 0x7777777777777777  # of the 16 codes in an int64: all but their signs
 
 
 @dataclass
@@ -57,16 +57,19 @@ class Counts:
             (experts.fc2_weights, experts.fc2_scales),
         ):
             assert scales is not None
-            groups = weights.reshape(-1, GROUP_SIZE // 2)
-            empty = (groups & 0x77 == 0).all(1)
+            groups = weights.reshape(-1, GROUP_SIZE // 2).view(torch.int64)
+            empty = (groups[:, 0] | groups[:, 1]) & _NO_SIGNS == 0
             flat = scales.reshape(-1)
             self.groups += flat.numel()
             self.codes += 2 * weights.numel()
-            self.zero_scales += int(((flat == 0) & ~empty).sum())
-            self.nan_scales += int((flat == 255).sum())
-            self.empty_groups += int(empty.sum())
-            per_byte = torch.bincount(weights.reshape(-1), minlength=256)
-            self.saturated_codes += int((per_byte * _SATURATED).sum())
+            self.zero_scales += _how_many((flat == 0) & ~empty)
+            self.nan_scales += _how_many(flat == 255)
+            self.empty_groups += _how_many(empty)
+            self.saturated_codes += sum(_how_many(weights & largest == largest) for largest in (0x07, 0x70))
+
+
+def _how_many(mask: Tensor) -> int:
+    return int(np.count_nonzero(mask.numpy()))  # some ten times as fast as the sum
 
 
 @dataclass

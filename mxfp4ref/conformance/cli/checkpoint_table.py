@@ -16,6 +16,7 @@ from mxfp4ref.checkpoint.inspection import Counts, Inspection, LayerEntry
 
 __all__ = ["as_object", "show"]
 
+_WIDTH = 200
 _COLUMNS = ("layers", "format", "experts", "H x I", "router", "size", "unusual")
 
 
@@ -26,7 +27,9 @@ def as_object(found: Inspection) -> dict[str, Any]:
 
 def show(found: Inspection) -> None:
     """Print a table, a line for each run of equal layers, and below it why any of them would be refused."""
-    console = Console(soft_wrap=True) if not Console().is_terminal else Console()
+    console = Console()
+    if not console.is_terminal:  # whole lines for what reads them
+        console = Console(width=max(console.width, _WIDTH))
     total = sum(entry.bytes for entry in found.layers)
     parameters = sum(entry.parameters for entry in found.layers)
     head = (
