@@ -166,7 +166,7 @@ def route(
     check_instance("tokens", tokens, Tokens)
     if preset.factor is None:
         raise ValueError(
-            f"preset.factor: expected a number, got None, for the models of {preset.name} differ"
+            f"routed_scaling_factor: expected a number in preset.factor, got None: the models of {preset.name} differ"
         )
     scores, padded = _scores(preset, logits, tokens.padded)
     images = _images(gate, tokens, padded)

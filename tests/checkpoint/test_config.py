@@ -114,7 +114,9 @@ def test_a_nested_configuration_is_read(v41: Path) -> None:
 def test_the_factor_is_never_guessed_from_the_number_of_experts() -> None:
     """DeepSeek-V4.1-Flash has V4-Pro's 384 experts and V4-Flash's factor."""
     logits, gate = torch.randn(2, 384), Gate(torch.zeros(384))
-    with pytest.raises(ValueError, match=r"preset\.factor: expected a number, got None"):
+    with pytest.raises(
+        ValueError, match=r"routed_scaling_factor: expected a number in preset\.factor, got None"
+    ):
         route(DEEPSEEK_V4, logits, gate)
 
 

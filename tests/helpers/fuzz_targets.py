@@ -269,7 +269,7 @@ TARGETS: dict[str, Target] = {
             "routed_scaling": routing.RoutedScaling.IN_WEIGHTS,
             "ambiguous_ulps": 8.0,
         },
-        names=("scores",),
+        names=("scores", "padded", "correction_bias"),
     ),
     "routing.presets.gpt_oss": Target(routing.gpt_oss, options),
     "routing.presets.mixtral": Target(routing.mixtral, options),

@@ -321,7 +321,11 @@ for name, data in (
         verify=1,
     )
     hostile(
-        f"shard: {name}", write(SHARD, data), "cannot be read|expected a safetensors file|not there", "layer"
+        f"shard: {name}",
+        write(SHARD, data),
+        "cannot be read|expected a safetensors file|not there",
+        "layer",
+        checkpoint=1,
     )
     hostile(
         f"compared: {name}",
@@ -451,11 +455,33 @@ for name, data, says in (
         "layers.0.ffn.experts.999999.w1.weight: expected in .*x.safetensors, which cannot be read",
     ),
 ):
-    hostile(f"index: {name}", write(f"checkpoint/{INDEX}", data), says, "layer")
-hostile("index: a pipe", fifo(f"checkpoint/{INDEX}"), "expected a JSON file, .*regular file", "layer")
+    hostile(
+        f"index: {name}",
+        write(f"checkpoint/{INDEX}", data),
+        says,
+        "layer",
+        checkpoint=1 if name == "a million experts" else 2,
+    )
+hostile(
+    "index: a pipe",
+    fifo(f"checkpoint/{INDEX}"),
+    "expected a JSON file, .*regular file",
+    "layer",
+    "checkpoint",
+)
 hostile("index: a link to nothing", link(f"checkpoint/{INDEX}", "gone"), "No such file", "layer")
 hostile("index: a folder", directory(f"checkpoint/{INDEX}"), "expected a JSON file, .*regular file", "layer")
-hostile("shard: a pipe", fifo(SHARD), "cannot be read: .*expected a regular file", "layer")
+hostile("shard: a pipe", fifo(SHARD), "cannot be read: .*expected a regular file", "layer", checkpoint=1)
+hostile(
+    "shard: a GGUF file that is a pipe",
+    both(
+        lambda f: [p.unlink() for p in (f / "checkpoint").iterdir() if p.name != "config.json"],
+        fifo("checkpoint/z.gguf"),
+    ),
+    "z.gguf: expected a GGUF file, .*regular file",
+    "layer",
+    "checkpoint",
+)
 hostile("shard: a folder", directory(SHARD), "cannot be read: .*expected a regular file", "layer")
 hostile(
     "shard: a device without end",
