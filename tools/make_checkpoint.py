@@ -1,13 +1,11 @@
-"""Make a checkpoint of random weights with the names, dtypes and shapes of a published one, and an input for its
-layers.
+"""Make a checkpoint of random weights, with a published one's names, dtypes and shapes, and an input for its layers.
 
     python tools/make_checkpoint.py checkpoint                        # DeepSeek-V4's, small: two layers, a megabyte
     python tools/make_checkpoint.py checkpoint --format gpt_oss
-    python tools/make_checkpoint.py checkpoint --experts 256 --hidden 4096 --inner 2048 --top-k 6 --layers 1
-    --shards 5
+    python tools/make_checkpoint.py checkpoint --experts 256 --hidden 4096 --inner 2048 --top-k 6 --shards 5
 
-The last is a layer of DeepSeek-V4-Flash's size, 3.3 GB. The first layer of DeepSeek-V4 has a table of the experts
-of each token id in place of a bias, as its hash layers do.
+The last has two layers of DeepSeek-V4-Flash's size, 3.4 GB each; `--layers 1` makes one. The first layer of
+DeepSeek-V4 has a table of the experts of each token id in place of a bias, as its hash layers do.
 """
 
 from __future__ import annotations

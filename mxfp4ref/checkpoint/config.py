@@ -1,8 +1,7 @@
 """What config.json says of a model, flat or nested: every key is honoured, refused, or known not to matter.
 
 The keys of a nested text model (`text_config`) count beside those of the file itself. A key that nobody here knows
-and
-whose name sounds of experts, routing or activations is refused: it may change the result.
+and whose name sounds of experts, routing or activations is refused: it may change the result.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from mxfp4ref._spans import spans
 from mxfp4ref._validate import shown
 from mxfp4ref.checkpoint.config import Config, read_config
 from mxfp4ref.checkpoint.disk import ReadOptions, find_layers, layer_at, ranges
-from mxfp4ref.checkpoint.format import CheckpointFormat
+from mxfp4ref.checkpoint.format import CheckpointFormat, Found
 from mxfp4ref.checkpoint.layer import CheckpointLayer, ExpertsInFiles, Swiglu
 from mxfp4ref.checkpoint.run import router_to_run
 from mxfp4ref.checkpoint.shards import CheckpointError, Shards, open_shards
@@ -224,12 +224,14 @@ def _count(
         for entry in readable
         for some in spans(entry.experts, max(_BYTES_AT_ONCE * entry.experts // max(entry.bytes, 1), 1))
     ]
+    found: Found | None = None
     for entry, some in pieces:
         if step is not None:
             step(f"layer {entry.layer}", len(pieces))
         format = formats[entry.layer]
         try:
-            found = format.storage.find(format, shards, entry.prefix)
+            if found is None or some.start == 0:
+                found = format.storage.find(format, shards, entry.prefix)
             ids = found.ids[some]
             entry.counts = entry.counts or Counts()
             if found.dtypes[1] == torch.float32:
