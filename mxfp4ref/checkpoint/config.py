@@ -93,6 +93,7 @@ _SCORES = {"sqrtsoftplus": DEEPSEEK_V4, "sigmoid": DEEPSEEK_V3, "softmax": MIXTR
 # What a model's own code fixes, so that its config.json does not say it.
 _FIXED: dict[str, dict[str, Any]] = {
     "mixtral": {"score": "softmax", "normalize": True},
+    "glm4_moe": {"score": "sigmoid"},
     "qwen2_moe": {"score": "softmax"},
     "qwen3_moe": {"score": "softmax"},
 }
@@ -173,14 +174,13 @@ class Config:
                 )
             if types is not None and layer < len(types) and hashed != (types[layer] == "hash_moe"):
                 raise self.error(
-                    f"{self.key('layer_types')}: expected {'no ' * hashed}table tid2eid in layer {layer}, which is "
-                    f"{shown(types[layer])}"
+                    f"{self.key('layer_types')}: expected {'no' if hashed else 'a'} table tid2eid in layer {layer}, "
+                    f"which is {shown(types[layer])}"
                 )
         if not hashed and self.get("method", str) == ("greedy" if biased else "noaux_tc"):
             raise self.error(
                 f"{self.key('method')}={self.get('method', str)}: expected {'no' if biased else 'a'} correction "
-                f"bias in "
-                f"layer {layer}"
+                f"bias in layer {layer}"
             )
         wanted = self.get("shared_experts", int)
         if wanted is not None and bool(wanted) != shared:
@@ -190,8 +190,7 @@ class Config:
             )
 
     def check_scheme(self) -> None:
-        """Raise CheckpointError if the file says that the experts are not MXFP4, or that the activation is not "
-        "SwiGLU."""
+        """Raise CheckpointError if the file says that the experts are not MXFP4, or the activation not SwiGLU."""
         activation = self.get("activation", str)
         if activation not in (None, "silu", "swiglu"):
             raise self.error(
@@ -232,7 +231,7 @@ def read_config(root: Path, changes: Mapping[str, Any] | None = None) -> Config:
             continue
         if not isinstance(nested, dict):
             raise CheckpointError(f"{where}: {name}: expected an object, got {shown(nested)}")
-        for key in _KNOWN.difference(HONOURED["model_type"]) & nested.keys() & values.keys():
+        for key in sorted(_KNOWN.difference(HONOURED["model_type"]) & nested.keys() & values.keys()):
             if None not in (nested[key], values[key]) and nested[key] != values[key]:
                 raise CheckpointError(
                     f"{where}: {key}: expected one value, got {shown(values[key])} and, in {name}, "

@@ -73,8 +73,7 @@ def find_layers(
     if not best:
         raise CheckpointError(
             f"{shards.root}: expected experts in the naming of {', '.join(f.name for f in formats)}, found none "
-            f"among "
-            f"{len(shards.files)} tensors: {', '.join(sorted(shards.files)[:3])}, ..."
+            f"among {len(shards.files)} tensors: {', '.join(sorted(shards.files)[:3])}, ..."
         )
     return dict(sorted(best.items(), key=lambda item: (isinstance(item[0], str), item[0])))
 
@@ -225,8 +224,7 @@ def _chosen(found: Found, prefix: str, count: int | None, wanted: Sequence[int] 
         if expert not in present:
             raise CheckpointError(
                 f"{prefix}experts.{expert}.*: expected experts 0 to {max(present)}, not there; experts= "
-                f"(--experts on "
-                f"the command line) reads some of them"
+                f"(--experts on the command line) reads some of them"
             )
     return tuple(range(len(present)))
 

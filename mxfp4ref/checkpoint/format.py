@@ -148,8 +148,7 @@ class CheckpointFormat:
         return self._kept.match(name) is not None
 
     def refuse_others(self, shards: Shards, prefix: str) -> None:
-        """Raise CheckpointError if a layer has tensors that nothing here has a use for: none is dropped in "
-        "silence."""
+        """Raise CheckpointError if a layer has tensors that nothing here has a use for: none is dropped."""
         router = {prefix + self.names[role] for role in ROUTER if role in self.names}
         others = [
             name
@@ -162,8 +161,7 @@ class CheckpointFormat:
         if others:
             raise CheckpointError(
                 f"{shards.label(min(others))}: expected no such tensor in the format {self.name}, {len(others)} "
-                f"unknown "
-                f"below {prefix}; a name map may list what is to be carried along"
+                f"unknown below {prefix}; a name map may list what is to be carried along"
             )
 
 

@@ -87,7 +87,7 @@ COMPRESSED_TENSORS = replace(
 KIMI_K3 = replace(
     COMPRESSED_TENSORS,
     name="kimi_k3",
-    stores="Kimi-K3 (compressed-tensors), MiniMax, Mixtral",
+    stores="Kimi-K3 and Mixtral (compressed-tensors)",
     prefixes=tuple(name.replace(".mlp.", ".block_sparse_moe.") for name in WEIGHT_SCALE.prefixes),
     names={**COMPRESSED_TENSORS.names} | _matrices(*_W123, ".weight_packed", ".weight_scale"),
     carried=(
@@ -100,7 +100,7 @@ KIMI_K3 = replace(
 BLOCK_SPARSE_MOE = replace(
     KIMI_K3,
     name="block_sparse_moe",
-    stores="AMD Quark and ModelOpt: Mixtral, MiniMax",
+    stores="AMD Quark and ModelOpt: Mixtral",
     names={**KIMI_K3.names} | _matrices(*_W123, ".weight", ".weight_scale"),
 )
 # model.layers.3.mlp.experts.gate_up_proj_blocks [E, 2I, H/32, 16] uint8, rows gate0, up0, gate1, ...; _scales

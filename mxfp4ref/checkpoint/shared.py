@@ -79,8 +79,7 @@ def _slots(layer: CheckpointLayer, rule: str | None) -> Experts:
     if not count or shapes != [(wide, hidden // 2), (wide, hidden // 2), (hidden, wide // 2)]:
         raise CheckpointError(
             f"{layer.prefix}*: expected a shared expert of H={hidden} and I a multiple of {inner}, got weights "
-            f"of the "
-            f"shapes {', '.join(str([*shape[:1], 2 * shape[1]]) for shape in shapes)}"
+            f"of the shapes {', '.join(str([*shape[:1], 2 * shape[1]]) for shape in shapes)}"
         )
 
     def rows(upper: Tensor, lower: Tensor) -> Tensor:
@@ -110,8 +109,7 @@ def _matrix(layer: CheckpointLayer, name: str, rule: str | None) -> tuple[Tensor
     if rule is None:
         raise CheckpointError(
             f"{label}: expected MXFP4, got {str(weight.dtype).removeprefix('torch.')}; name the rule by which "
-            f"it is to be "
-            f"requantised: rule= (--fuse-shared on the command line) {' or '.join(SCALE_RULES)}"
+            f"it is to be requantised: rule= (--fuse-shared on the command line) {' or '.join(SCALE_RULES)}"
         )
     if weight.dtype == torch.bfloat16:
         return quantize(weight, rule=rule)

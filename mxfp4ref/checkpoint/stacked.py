@@ -97,8 +97,7 @@ def _load_bfloat16(
     if rule is None:
         raise CheckpointError(
             f"{shards.label(prefix + format.names['fc1_weights'])}: expected MXFP4 experts, got bfloat16; name "
-            f"the rule "
-            f"by which they are to be quantised: quantize= (--quantize on the command line) "
+            f"the rule by which they are to be quantised: quantize= (--quantize on the command line) "
             f"{' or '.join(SCALE_RULES)}"
         )
     names = {role: prefix + name for role, name in format.names.items() if role not in ROUTER}

@@ -68,12 +68,11 @@ def test_one_rank_s_part(tmp_path: Path) -> None:
 
 
 def test_fused_shared_expert(tmp_path: Path) -> None:
-    result = layer(make(tmp_path, "deepseek_v4"), "--fuse-shared", "ceil")
+    refused = layer(make(tmp_path, "deepseek_v4"), "--fuse-shared", "stored")
+    assert "name the rule by which it is to be requantised" in refused.output
+    result = layer(tmp_path, "--fuse-shared", "ceil")
     assert result.exit_code == 0, result.output
     assert_written(tmp_path, run_layer(fuse_shared(open_layer(tmp_path, 1), "ceil"), tmp_path / "x"))
-    assert (
-        "name the rule by which it is to be requantised" in layer(tmp_path, "--fuse-shared", "stored").output
-    )
 
 
 def test_quantised_on_request(tmp_path: Path) -> None:

@@ -231,7 +231,7 @@ REFUSED: list[tuple[Changes, str]] = [
         "for n_routed_experts and num_experts, got 4 and 8",
     ),
     ({"num_hash_layers": 2}, "num_hash_layers=2: expected a table tid2eid in layer 1"),
-    ({"mlp_layer_types": ["hash_moe", "hash_moe"]}, "mlp_layer_types: expected table tid2eid in layer 1"),
+    ({"mlp_layer_types": ["hash_moe", "hash_moe"]}, "mlp_layer_types: expected a table tid2eid in layer 1"),
     ({"n_shared_experts": 0}, "n_shared_experts=0: expected no tensors of shared experts in layer 1"),
     ({"expert_dtype": "fp8"}, "expert_dtype: expected 'fp4', got 'fp8'"),
     (

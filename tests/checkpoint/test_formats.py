@@ -1,5 +1,4 @@
-"""Every format: which stored row becomes which, what is carried along, and what is refused when something is "
-"missing."""
+"""Every format: which stored row becomes which, what is carried along, and what is refused."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Experts read some at a time, one rank's part of them, and the shared one beside them: the same bits as all "
-"at once."""
+"""Experts read some at a time, one rank's part of them, the shared one beside them: the bits of all at once."""
 
 from __future__ import annotations
 
@@ -72,8 +71,7 @@ def test_experts_in_files_give_the_bits_of_those_in_memory(tmp_path: Path, kind:
 
 @pytest.mark.usefixtures("one_at_a_time")
 def test_positions_are_those_of_the_whole_call() -> None:
-    """A row's position among all rows of its expert shows where the first two groups underflow; there are 600 "
-    "of them."""
+    """A row's position among all rows of its expert shows where the first two groups underflow."""
     kernel = Sm90Kernel.of_tiles((256, 128))
     one = underflowing_call(600, kernel=kernel)
     experts = one.experts.select(torch.zeros(3, dtype=torch.int64))
