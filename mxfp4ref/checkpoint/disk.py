@@ -128,7 +128,8 @@ def layer_at(
     ids = _chosen(found, prefix, count, options.experts)
     _check_config(config, prefix, found)
     width = config.get("hidden_size", int) if config.get("expert_hidden_size", int) else found.hidden_size
-    rest = _rest(format, shards, prefix, ("E" if count is None else count, "H" if width is None else width))
+    shape = "E" if count is None else count, "H" if width is None else width
+    rest = _rest(format, shards, prefix, shape, part=options.experts is not None)
     if count is None and options.experts is None and len(rest["router_weight"]) != len(ids):
         raise CheckpointError(
             f"{prefix}*: expected as many experts as {format.names['router_weight']} has rows, "
@@ -245,9 +246,17 @@ def _check_config(config: Config, prefix: str, found: Found) -> None:
 
 
 def _rest(
-    format: CheckpointFormat, shards: Shards, prefix: str, router_shape: tuple[int | str, int | str]
+    format: CheckpointFormat,
+    shards: Shards,
+    prefix: str,
+    router_shape: tuple[int | str, int | str],
+    *,
+    part: bool,
 ) -> dict[str, Any]:
-    """All tensors of a layer but those of its experts, by the fields of `CheckpointLayer`."""
+    """All tensors of a layer but those of its experts, by the fields of `CheckpointLayer`.
+
+    What is carried along of single experts is left out of a part, whose other experts may be missing.
+    """
     names = {role: prefix + format.names[role] for role in ROUTER if role in format.names}
     needed = {"router_weight"} if format.router is None else set(names)
     present = {role: name for role, name in names.items() if name in shards.files or role in needed}
@@ -260,7 +269,13 @@ def _rest(
                 f"{prefix}{format.names['router_weight'].removesuffix('weight')}*: expected either a bias or a table "
                 f"{format.names['tid2eid'].rpartition('.')[2]}, found {found}"
             )
-    own = [n for n in shards.files if n.startswith(prefix) and format.keeps(n.removeprefix(prefix))]
+    own = [
+        name
+        for name in shards.files
+        if name.startswith(prefix)
+        and format.keeps(name.removeprefix(prefix))
+        and not (part and name.startswith(f"{prefix}experts."))
+    ]
     tensors = shards.read([*present.values(), *own])
     kinds: dict[str, Any] = {
         "router_weight": ((torch.bfloat16, torch.float32), router_shape),

@@ -18,7 +18,7 @@ from mxfp4ref.checkpoint import (
     read_name_map,
     run_layer,
 )
-from tests.checkpoint.test_formats import NAME_MAP, mine
+from tests.checkpoint.test_formats import NAME_MAP, mine, with_images
 from tests.helpers.checkpoints import (
     DEEPSEEK_H,
     GPT_OSS_H,
@@ -126,6 +126,17 @@ def test_wrong_options(tmp_path: Path, options: tuple[str, str], message: str) -
     result = layer(make(tmp_path, "deepseek_v4"), *options)
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_text_is_what_tokens_are_without_a_mask(tmp_path: Path) -> None:
+    """Of a model that sees, and said so."""
+    make_checkpoint(tmp_path, "deepseek_v4", with_images)
+    hidden = torch.randn(4, DEEPSEEK_H).to(torch.bfloat16)
+    save_file({"hidden": hidden}, tmp_path / "x")
+    assert "all tokens were routed as text" in layer(tmp_path).stderr
+    (tmp_path / "y").unlink()
+    save_file({"hidden": hidden, "image_mask": torch.tensor([True, False, False, False])}, tmp_path / "x")
+    assert layer(tmp_path).stderr == ""
 
 
 def test_nothing_but_the_result_is_printed_into_a_pipe(tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def layer(
     Experts are read some at a time, and only those that a token chose. `mxfp4ref checkpoint` says what is in a
     folder.
     """
-    from mxfp4ref.checkpoint import fuse_shared, open_layer, run_layer
+    from mxfp4ref.checkpoint import fuse_shared, open_layer, open_shards, run_layer
 
     def given(*names: str) -> dict[str, Any]:
         return {name: options[name] for name in names if options[name] is not None}
@@ -178,6 +178,8 @@ def layer(
         ranks = Ranks(options["ep_size"], options["tp_size"])
         with progress() as step:
             result = run_layer(found, input_path, output_path, router=router, ranks=ranks, step=step)
+        if found.image_bias is not None and "image_mask" not in open_shards(input_path).files:
+            echo("no image_mask in the input: all tokens were routed as text", err=True)
     for name, tensor in result.items():
         echo(f"{name:22}  {describe(tensor):22}  {first_values(tensor)}")
     if output_path is not None:
