@@ -18,13 +18,15 @@ from mxfp4ref.checkpoint import (
     read_name_map,
     run_layer,
 )
-from tests.checkpoint.test_formats import NAME_MAP, mine, with_images
 from tests.helpers.checkpoints import (
     DEEPSEEK_H,
     GPT_OSS_H,
+    NAME_MAP,
     layer_tensors,
     make_checkpoint,
+    mine,
     same_bits,
+    with_images,
     write_config,
 )
 

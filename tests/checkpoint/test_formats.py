@@ -35,13 +35,16 @@ from tests.helpers.checkpoints import (
     GPT_OSS_H,
     GPT_OSS_I,
     LATENT,
+    NAME_MAP,
     PER_EXPERT,
     TOP_K,
     Tensors,
     assert_same_experts,
     layer_tensors,
     make_checkpoint,
+    mine,
     same_bits,
+    with_images,
     write_config,
 )
 
@@ -132,13 +135,6 @@ def test_experts_that_are_not_mxfp4_are_refused_by_their_dtype(
 
 
 # DeepSeek's models that see, and draft heads
-
-
-def with_images(tensors: Tensors) -> None:
-    prefix = next(iter(tensors)).partition("ffn.")[0] + "ffn."
-    tensors[f"{prefix}gate.bias_vl"] = (
-        8.08 + torch.randn(EXPERTS, generator=torch.Generator().manual_seed(3)) / 16
-    )
 
 
 def write_input(path: Path, width: int = DEEPSEEK_H, **more: Tensor) -> Path:
@@ -277,30 +273,6 @@ def test_bf16_fine_tunes_are_quantised_by_a_named_rule(tmp_path: Path, rule: str
 
 
 # A user's own names
-
-NAME_MAP = """
-like = "weight_scale"
-name = "mine"
-prefixes = ["transformer.h.{layer}.moe."]
-carried = ["statistics."]
-[names]
-gate_weights = "experts.{expert}.gate.qweight"
-gate_scales = "experts.{expert}.gate.scales"
-up_weights = "experts.{expert}.up.qweight"
-up_scales = "experts.{expert}.up.scales"
-down_weights = "experts.{expert}.down.qweight"
-down_scales = "experts.{expert}.down.scales"
-router_bias = "router.correction"
-router_weight = "router.weight"
-"""
-
-
-def mine(name: str) -> str:
-    name = name.replace("model.layers.1.mlp.", "transformer.h.1.moe.").replace("gate.weight", "router.weight")
-    name = name.replace("gate.e_score_correction_bias", "router.correction").replace(
-        "_proj.weight_scale", ".scales"
-    )
-    return name.replace("_proj.weight", ".qweight") if ".experts." in name else name
 
 
 def test_a_name_map_reads_and_writes(tmp_path: Path) -> None:

@@ -142,6 +142,40 @@ def gpt_oss_layer(layer: int, original: bool) -> Tensors:
     return {f"{p}{name}": tensor for name, tensor in tensors.items()}
 
 
+def with_images(tensors: Tensors) -> None:
+    """DeepSeek's layers in models that see."""
+    prefix = next(iter(tensors)).partition("ffn.")[0] + "ffn."
+    tensors[f"{prefix}gate.bias_vl"] = (
+        8.08 + torch.randn(EXPERTS, generator=torch.Generator().manual_seed(3)) / 16
+    )
+
+
+# A checkpoint with names of its own, and those of a `weight_scale` layer in them.
+NAME_MAP = """
+like = "weight_scale"
+name = "mine"
+prefixes = ["transformer.h.{layer}.moe."]
+carried = ["statistics."]
+[names]
+gate_weights = "experts.{expert}.gate.qweight"
+gate_scales = "experts.{expert}.gate.scales"
+up_weights = "experts.{expert}.up.qweight"
+up_scales = "experts.{expert}.up.scales"
+down_weights = "experts.{expert}.down.qweight"
+down_scales = "experts.{expert}.down.scales"
+router_bias = "router.correction"
+router_weight = "router.weight"
+"""
+
+
+def mine(name: str) -> str:
+    name = name.replace("model.layers.1.mlp.", "transformer.h.1.moe.").replace("gate.weight", "router.weight")
+    name = name.replace("gate.e_score_correction_bias", "router.correction").replace(
+        "_proj.weight_scale", ".scales"
+    )
+    return name.replace("_proj.weight", ".qweight") if ".experts." in name else name
+
+
 _ROUTED = {
     "hidden_size": DEEPSEEK_H,
     "moe_intermediate_size": DEEPSEEK_I,

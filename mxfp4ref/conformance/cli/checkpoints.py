@@ -111,7 +111,7 @@ def read_options(
     "root",
     required=True,
     type=click.Path(exists=True, path_type=Path),
-    help="A folder of safetensors files, with or without an index, or one file.",
+    help="A folder of safetensors files, with or without an index, or of GGUF files; or one file.",
 )
 @click.option(
     "--layer", "index", required=True, type=Layer(), help="The layer's number, or mtp.0 of a draft head."
