@@ -73,6 +73,7 @@ def commands() -> None:
     mxfp4ref conform flashinfer                  the installed flashinfer, on this machine's GPU
     mxfp4ref conform mypackage.moe:fused_moe     your kernel, with flashinfer's signature
     mxfp4ref replay flashinfer_dumps             calls that a running server recorded
+    mxfp4ref checkpoint DeepSeek-V4-Flash        what is in a checkpoint, and what would be refused
     mxfp4ref show gemm/ordinary                  what is in a golden case, and why
     mxfp4ref explain limit_ignored               what a named defect does, and where it was seen
 

@@ -27,6 +27,7 @@ from mxfp4ref.formats.quantize import fp32_to_ue8m0
 __all__ = ["CheckpointError", "Shards", "open_shards", "read_json"]
 
 INDEX = "model.safetensors.index.json"
+GGUF = ".gguf"
 # The last four are torch's and the library's, where a file cannot be mapped or a dtype is not known to them.
 _UNREADABLE = (SafetensorError, OSError, RuntimeError, LookupError, TypeError, ValueError)
 
@@ -87,25 +88,36 @@ class Shards:
         except (TypeError, ValueError) as error:
             raise CheckpointError(str(error)) from None
 
-    def scale_bytes(self, name: str, scales: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-        """Stored scales as UE8M0 bytes, exactly or not at all.
+    def check_scales(self, name: str, scales: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+        """Return stored scales if they can be UE8M0 bytes.
 
         Args:
             name, scales: as for `check`.
-            dtype: what all scales of the layer have: uint8, float8_e8m0fnu, or float32 powers of two.
+            dtype: what all scales of the layer have: uint8, float8_e8m0fnu, or float32.
             shape: what the weights call for.
 
         Raises:
-            CheckpointError: another dtype or shape, or a float32 scale that is no power of two.
+            CheckpointError: another dtype or shape.
         """
         allowed = (*SCALE_DTYPES, torch.float32)
-        self.check(name, scales, dtype if dtype in allowed else allowed, shape)
-        if dtype != torch.float32:
+        return self.check(name, scales, dtype if dtype in allowed else allowed, shape)
+
+    def to_bytes(self, name: str, scales: Tensor) -> Tensor:
+        """Scales that `check_scales` let pass as UE8M0 bytes, exactly or not at all.
+
+        Raises:
+            CheckpointError: a float32 scale is no power of two.
+        """
+        if scales.dtype != torch.float32:
             return scales.view(torch.uint8)
         try:
             return fp32_to_ue8m0(scales)
         except ValueError as error:
             raise CheckpointError(f"{self.label(name)}: {str(error).removeprefix('values: ')}") from None
+
+    def scale_bytes(self, name: str, scales: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+        """`check_scales`, then `to_bytes`."""
+        return self.to_bytes(name, self.check_scales(name, scales, dtype, shape))
 
 
 def open_shards(checkpoint: str | Path) -> Shards:
@@ -113,7 +125,7 @@ def open_shards(checkpoint: str | Path) -> Shards:
 
     Args:
         checkpoint: a folder with `model.safetensors.index.json` or, without one, any `*.safetensors` files
-            (`model.safetensors`, or the numbered files of OpenAI's original format); or one file.
+            (`model.safetensors`, or the numbered files of OpenAI's original format) or `*.gguf` files; or one file.
 
     Raises:
         CheckpointError: there is no such thing, the index is malformed or points out of the folder, or two
@@ -123,9 +135,9 @@ def open_shards(checkpoint: str | Path) -> Shards:
     if os.path.lexists(root / INDEX):
         return Shards(root, _read_index(root / INDEX))
     is_file = os.path.lexists(root) and not root.is_dir()
-    found = [root] if is_file else sorted(root.glob("*.safetensors"))
+    found = [root] if is_file else sorted(root.glob("*.safetensors")) or sorted(root.glob(f"*{GGUF}"))
     if not found:
-        raise CheckpointError(f"{root}: expected {INDEX} or a *.safetensors file there, found neither")
+        raise CheckpointError(f"{root}: expected {INDEX} or a *.safetensors or *.gguf file there, found none")
     files: dict[str, Path] = {}
     for file in found:
         for name in _names(file):
@@ -172,6 +184,10 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def _names(file: Path) -> list[str]:
+    if file.suffix == GGUF:
+        from mxfp4ref.checkpoint import gguf  # which needs this module
+
+        return gguf.tensor_names(file)
     try:
         with _opened(file) as reader:
             return list(reader.keys())
@@ -180,6 +196,10 @@ def _names(file: Path) -> list[str]:
 
 
 def _read_file(file: Path, wanted: Sequence[str]) -> dict[str, Tensor]:
+    if file.suffix == GGUF:
+        from mxfp4ref.checkpoint import gguf  # which needs this module
+
+        return gguf.tensors(file, wanted)
     tensors = {}
     name = wanted[0]
     try:

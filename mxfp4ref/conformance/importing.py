@@ -57,14 +57,15 @@ def import_function(path: str, names: Collection[str]) -> Callable[..., Any]:
 def check_takes(spec: str, function: Callable[..., Any], positional: int, names: Iterable[str]) -> None:
     """Raise KernelError unless a function can be called with so many arguments and these by name.
 
-    One whose signature cannot be read is called without.
+    One whose signature cannot be read is called without, one that wants an `output` is given it.
     """
     try:
         signature = inspect.signature(function)
     except Exception:  # of a callable without a signature, or with one that raises
         return
     try:
-        signature.bind(*[None] * positional, **dict.fromkeys(names))
+        output = ["output"] if "output" in signature.parameters and not positional else []
+        signature.bind(*[None] * positional, **dict.fromkeys([*names, *output]))
     except TypeError as error:
         raise KernelError(
             f"kernel: {spec} cannot be called: {error}. Its parameters are {signature}; package.module:function and "

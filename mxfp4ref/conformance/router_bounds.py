@@ -18,7 +18,7 @@ from torch import Tensor
 from mxfp4ref.routing import scoring
 from mxfp4ref.routing.models import PRESETS, Preset
 
-__all__ = ["routing_outside", "selectable"]
+__all__ = ["given_factor", "routing_outside", "selectable"]
 
 _UNIT = 2.0**-24  # half an ulp of 1: the relative error of one rounding
 _FUNCTION = 4  # units: 2 ulp, of exp and of log1p
@@ -80,8 +80,12 @@ def _given(inputs: Mapping[str, Any], name: str, default: Tensor) -> Tensor:
 def _factor(inputs: Mapping[str, Any], preset: Preset) -> float:
     if inputs.get("routed_scaling", "in_weights") != "in_weights":
         return 1.0
-    default = preset.factors.get(inputs["logits"].shape[1], preset.factor)
-    return float(inputs.get("routed_scaling_factor", default))
+    return given_factor(inputs, preset)
+
+
+def given_factor(inputs: Mapping[str, Any], preset: Preset) -> float:
+    """The routed scaling factor of a case, or the model's; models that have several always say which."""
+    return float(inputs.get("routed_scaling_factor", preset.factor))
 
 
 def _groups(inputs: Mapping[str, Any], preset: Preset) -> tuple[int, int]:

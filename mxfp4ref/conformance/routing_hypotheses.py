@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.router_bounds import selectable
+from mxfp4ref.conformance.router_bounds import given_factor, selectable
 from mxfp4ref.routing import scoring
 from mxfp4ref.routing.models import PRESETS, Preset
 
@@ -97,8 +97,7 @@ class View:
         preset = PRESETS[inputs["preset"]]
         logits = inputs["logits"].cpu().to(torch.float64)
         bias, table, token_ids = (inputs.get(name) for name in ("correction_bias", "tid2eid", "token_ids"))
-        factor = inputs.get("routed_scaling_factor")
-        factor = preset.factors.get(logits.shape[1], preset.factor) if factor is None else factor
+        factor = given_factor(inputs, preset)
         in_weights = inputs.get("routed_scaling", "in_weights") == "in_weights"
         return cls(
             preset,

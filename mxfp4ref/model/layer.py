@@ -35,7 +35,7 @@ def moe_layer(
 ) -> Tensor:
     """Hidden states and a router's decision to the layer's output, `[M, H] bf16`.
 
-        moe_layer(hidden, deepseek_v4(logits, bias), experts, shared_output=shared)
+        moe_layer(hidden, deepseek_v4(logits, bias, routed_scaling_factor=1.5), experts, shared_output=shared)
 
     Args:
         hidden: `[M, H] bf16`.

@@ -49,6 +49,7 @@ __all__ = [
     "local_experts",
     "local_to_global",
     "rank_calls",
+    "serving_ranks",
     "split_experts",
     "split_intermediate",
 ]
@@ -261,6 +262,28 @@ def rank_calls(call: MoeCall, ranks: Ranks) -> list[MoeCall]:
         for tp_rank, shard in enumerate(shards):
             calls.append(replace(call, experts=shard, tp_size=ranks.tp_size, tp_rank=tp_rank, **told))
     return calls
+
+
+def serving_ranks(ids: Tensor, num_experts: int, ranks: Ranks) -> Tensor:
+    """The expert-parallel rank that computes each slot, `[M, k] int64`, -1 where there is none to compute.
+
+    Args:
+        ids: `[M, k] int32`, logical ids, -1 for padding.
+        num_experts, ranks: of the layer.
+
+    Raises:
+        ValueError: an `ep_size` that does not divide the experts, or a map of other ones.
+    """
+    if ranks.expert_map is None:
+        _range(num_experts, ranks.ep_size, 0)
+        return torch.where(ids < 0, -1, ids // (num_experts // ranks.ep_size)).long()
+    expert_map = check_expert_map(ranks.expert_map, num_experts=num_experts)
+    if ranks.physical_ids is None:
+        physical = physical_ids(ids, expert_map)
+    else:
+        physical = check_physical_ids(ranks.physical_ids, ids, expert_map)
+    ends = torch.tensor([len(slots) for slots in expert_map], device=ids.device).cumsum(0)
+    return torch.where(physical < 0, -1, torch.bucketize(physical, ends, right=True))
 
 
 def _rank_arguments(call: MoeCall, ranks: Ranks) -> list[dict[str, Any]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -23,8 +23,8 @@ class Preset:
         top_k: experts per token.
         epsilon: added to the sum of the scores, see `routing_weights`.
         n_group, topk_group: see `select_experts`.
-        factor: the routed scaling factor.
-        factors: the same by the number of experts, where the models of the family differ.
+        factor: the routed scaling factor; None where the models of the family differ.
+        temperature: what the logits are divided by before they are scored.
     """
 
     name: str
@@ -34,14 +34,14 @@ class Preset:
     epsilon: float = 0.0
     n_group: int = 1
     topk_group: int = 1
-    factor: float = 1.0
-    factors: Mapping[int, float] = field(default_factory=dict)
+    factor: float | None = 1.0
+    temperature: float = 1.0
 
 
 DEEPSEEK_V3 = Preset(
     "deepseek_v3", sigmoid, "sum", top_k=8, epsilon=1e-20, n_group=8, topk_group=4, factor=2.5
 )
-DEEPSEEK_V4 = Preset("deepseek_v4", sqrt_softplus, "sum", top_k=6, factors={256: 1.5, 384: 2.5})
+DEEPSEEK_V4 = Preset("deepseek_v4", sqrt_softplus, "sum", top_k=6, factor=None)
 GPT_OSS = Preset("gpt_oss", raw_logits, "softmax", top_k=4)
 MIXTRAL = Preset("mixtral", softmax, "sum", top_k=2)
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mxfp4ref.checkpoint import CheckpointError, read_layer, shards, write_layer
+from mxfp4ref.checkpoint import CheckpointError, ReadOptions, read_layer, shards, write_layer
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.formats.generations import GENERATIONS, NEWEST, Generation
 from mxfp4ref.formats.layout import pad_halves
@@ -26,6 +26,7 @@ from tests.helpers.checkpoints import (
     EXPERTS,
     GPT_OSS_H,
     GPT_OSS_I,
+    PER_EXPERT,
     assert_same_experts,
     layer_tensors,
     make_checkpoint,
@@ -33,7 +34,7 @@ from tests.helpers.checkpoints import (
     write_config,
 )
 
-FORMATS = ("deepseek_v4", "deepseek_v4_prefixed", "gpt_oss", "gpt_oss_original")
+FORMATS = ("deepseek_v4", "deepseek_v4_prefixed", "gpt_oss", "gpt_oss_original", *PER_EXPERT)
 
 
 def test_arguments_go_before_config(tmp_path: Path) -> None:
@@ -106,8 +107,10 @@ def test_layer_out_of_range(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"layer: expected an int at least 0"):
         read_layer(tmp_path, -1)
     with pytest.raises(TypeError, match=r"layer: expected an int"):
-        read_layer(tmp_path, "1")  # type: ignore[arg-type]
-    with pytest.raises(CheckpointError, match=r"expected .*index\.json or a .*safetensors file"):
+        read_layer(tmp_path, 1.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"layer: expected one of 0 to 2 in .*, got 'mtp\.0'"):
+        read_layer(tmp_path, "mtp.0")
+    with pytest.raises(CheckpointError, match=r"expected .*index\.json or a .*safetensors or .*gguf file"):
         read_layer(tmp_path / "absent", 0)
 
 
@@ -122,7 +125,9 @@ def test_two_sets_of_experts_in_a_layer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [0, 1])
 def test_round_trip_is_bit_identical(tmp_path: Path, kind: str, number: int) -> None:
     make_checkpoint(tmp_path, kind)
-    write_layer(tmp_path / "back.safetensors", read_layer(tmp_path, number))
+    # Kimi-K3's activation is not the kernel's; its weights are read where that is said.
+    options = ReadOptions(config={"hidden_act": "silu"} if kind == "kimi_k3" else {})
+    write_layer(tmp_path / "back.safetensors", read_layer(tmp_path, number, options=options))
     stored, back = layer_tensors(kind, number), load_file(tmp_path / "back.safetensors")
     assert sorted(back) == sorted(stored)
     assert all(same_bits(back[name], tensor) for name, tensor in stored.items())
@@ -155,7 +160,7 @@ def test_writing_refuses_what_would_be_lost(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"layer\.experts: expected no biases in deepseek_v4"):
         write_layer(tmp_path / "x.safetensors", deepseek)
     bare = replace(layer.experts, fc1_biases=None, fc2_biases=None)
-    with pytest.raises(ValueError, match="expected exactly one of router_bias and tid2eid"):
+    with pytest.raises(ValueError, match="expected router_bias or tid2eid in deepseek_v4, got neither"):
         write_layer(tmp_path / "x.safetensors", replace(deepseek, experts=bare, router_bias=None))
     with pytest.raises(ValueError, match="expected neither tid2eid nor shared_experts in gpt_oss"):
         write_layer(tmp_path / "x.safetensors", replace(layer, shared_experts={"w1.weight": weights}))
@@ -165,7 +170,7 @@ def test_writing_refuses_what_would_be_lost(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected MXFP4 weights, got bfloat16"):
         to_sm90(dense)
     with pytest.raises(ValueError, match=r"layer\.format: expected one of"):
-        write_layer(tmp_path / "x.safetensors", replace(layer, format="gguf"))
+        write_layer(tmp_path / "x.safetensors", replace(layer, format="onnx"))
     with pytest.raises(CheckpointError, match="expected a file that can be written"):
         write_layer(tmp_path / "absent" / "x.safetensors", layer)
 
@@ -234,7 +239,7 @@ def test_only_the_layer_and_its_shards_are_touched(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(shards, "safe_open", Counting)
     read_layer(tmp_path, 2)
     assert set(opened) == {"model-00002-of-00002.safetensors"}
-    assert sorted(read) == sorted(layer_tensors("deepseek_v4", 2))
+    assert set(read) == set(layer_tensors("deepseek_v4", 2))
 
 
 def test_memory_is_that_of_the_layer(tmp_path: Path) -> None:

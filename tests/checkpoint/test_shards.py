@@ -32,7 +32,10 @@ from tests.helpers.checkpoints import (
         ('{"weight_map": []}', 'expected an object "weight_map"'),
         ('{"weight_map": {"a": 3}}', "a: expected the name of a .safetensors file beside it, got 3"),
         ('{"weight_map": {"a": "pytorch_model.bin"}}', "got 'pytorch_model.bin'"),
-        ('{"weight_map": {"a": "x.safetensors"}}', "expected experts in the naming of deepseek_v4, gpt_oss"),
+        (
+            '{"weight_map": {"a": "x.safetensors"}}',
+            "expected experts in the naming of deepseek_v4, .*gpt_oss",
+        ),
         ('{"version": 1, "cells": []}', 'expected an object "weight_map"'),
     ],
 )

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -51,6 +52,76 @@ def deepseek_layer(layer: int, prefix: str = "") -> Tensors:
     return tensors
 
 
+# The other formats whose experts have three matrices of their own: what the prefix of layer N is, the names of
+# gate, up and down, the ends of weights and scales, and the correction bias.
+HUGGING_FACE, W123 = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
+PER_EXPERT = {
+    "deepseek_v4_quark": ("layers.{}.ffn.", W123, (".weight", ".weight_scale"), "gate.bias"),
+    "weight_scale": (
+        "model.layers.{}.mlp.",
+        HUGGING_FACE,
+        (".weight", ".weight_scale"),
+        "gate.e_score_correction_bias",
+    ),
+    "compressed_tensors": (
+        "language_model.model.layers.{}.mlp.",
+        HUGGING_FACE,
+        (".weight_packed", ".weight_scale"),
+        "gate.e_score_correction_bias",
+    ),
+    "kimi_k3": (
+        "language_model.model.layers.{}.block_sparse_moe.",
+        W123,
+        (".weight_packed", ".weight_scale"),
+        "gate.e_score_correction_bias",
+    ),
+    "block_sparse_moe": (
+        "model.layers.{}.block_sparse_moe.",
+        W123,
+        (".weight", ".weight_scale"),
+        "gate.e_score_correction_bias",
+    ),
+}
+LATENT = 128  # where Kimi-K3's experts work
+
+
+def per_expert_layer(layer: int, kind: str) -> Tensors:
+    """Experts in bytes, a router, and a shared expert in bf16, as these formats have it."""
+    template, names, (weights, scales), bias = PER_EXPERT[kind]
+    p = template.format(layer)
+    width = LATENT if kind == "kimi_k3" else DEEPSEEK_H
+    tensors = {
+        f"{p}gate.weight": torch.randn(EXPERTS, DEEPSEEK_H).to(torch.bfloat16),
+        f"{p}{bias}": torch.randn(EXPERTS) / 16,
+    }
+    shapes = [(DEEPSEEK_I, width), (DEEPSEEK_I, width), (width, DEEPSEEK_I)]
+    for e in range(EXPERTS):
+        for name, (rows, depth) in zip(names, shapes, strict=True):
+            tensors[f"{p}experts.{e}.{name}{weights}"] = random_bytes(rows, depth // 2)
+            tensors[f"{p}experts.{e}.{name}{scales}"] = random_bytes(rows, depth // 32, low=110, high=130)
+    shared = ((DEEPSEEK_I, DEEPSEEK_H), (DEEPSEEK_I, DEEPSEEK_H), (DEEPSEEK_H, DEEPSEEK_I))
+    for name, shape in zip(HUGGING_FACE, shared, strict=True):
+        tensors[f"{p}shared_experts.{name}.weight"] = torch.randn(*shape).to(torch.bfloat16)
+    if kind == "kimi_k3":
+        tensors[f"{p}routed_expert_down_proj.weight"] = torch.randn(LATENT, DEEPSEEK_H).to(torch.bfloat16)
+        tensors[f"{p}routed_expert_norm.weight"] = torch.randn(LATENT).to(torch.bfloat16)
+        tensors[f"{p}routed_expert_up_proj.weight"] = torch.randn(DEEPSEEK_H, LATENT).to(torch.bfloat16)
+    return tensors
+
+
+def bfloat16_layer(layer: int) -> Tensors:
+    """A gpt-oss that somebody fine-tuned: transposed, not quantised."""
+    stored = gpt_oss_layer(layer, original=False)
+    p = f"model.layers.{layer}.mlp.experts."
+    for name, rows, depth in (
+        ("gate_up_proj", GPT_OSS_H, 2 * GPT_OSS_I),
+        ("down_proj", GPT_OSS_I, GPT_OSS_H),
+    ):
+        del stored[f"{p}{name}_blocks"], stored[f"{p}{name}_scales"]
+        stored[f"{p}{name}"] = torch.randn(EXPERTS, rows, depth).to(torch.bfloat16)
+    return stored
+
+
 def gpt_oss_layer(layer: int, original: bool) -> Tensors:
     p = f"block.{layer}.mlp." if original else f"model.layers.{layer}.mlp."
     up, down = (
@@ -71,7 +142,74 @@ def gpt_oss_layer(layer: int, original: bool) -> Tensors:
     return {f"{p}{name}": tensor for name, tensor in tensors.items()}
 
 
-CONFIGS = {
+def with_images(tensors: Tensors) -> None:
+    """DeepSeek's layers in models that see."""
+    prefix = next(iter(tensors)).partition("ffn.")[0] + "ffn."
+    tensors[f"{prefix}gate.bias_vl"] = (
+        8.08 + torch.randn(EXPERTS, generator=torch.Generator().manual_seed(3)) / 16
+    )
+
+
+# A checkpoint with names of its own, and those of a `weight_scale` layer in them.
+NAME_MAP = """
+like = "weight_scale"
+name = "mine"
+prefixes = ["transformer.h.{layer}.moe."]
+carried = ["statistics."]
+[names]
+gate_weights = "experts.{expert}.gate.qweight"
+gate_scales = "experts.{expert}.gate.scales"
+up_weights = "experts.{expert}.up.qweight"
+up_scales = "experts.{expert}.up.scales"
+down_weights = "experts.{expert}.down.qweight"
+down_scales = "experts.{expert}.down.scales"
+router_bias = "router.correction"
+router_weight = "router.weight"
+"""
+
+
+def mine(name: str) -> str:
+    name = name.replace("model.layers.1.mlp.", "transformer.h.1.moe.").replace("gate.weight", "router.weight")
+    name = name.replace("gate.e_score_correction_bias", "router.correction").replace(
+        "_proj.weight_scale", ".scales"
+    )
+    return name.replace("_proj.weight", ".qweight") if ".experts." in name else name
+
+
+_ROUTED = {
+    "hidden_size": DEEPSEEK_H,
+    "moe_intermediate_size": DEEPSEEK_I,
+    "intermediate_size": 4096,
+    "n_routed_experts": EXPERTS,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": TOP_K,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+}
+_QUARK = {
+    "dtype": "fp4",
+    "qscheme": "per_group",
+    "group_size": 32,
+    "scale_format": "e8m0",
+    "is_dynamic": False,
+}
+_QUANTIZATION = {
+    "quark": {
+        "quant_method": "quark",
+        "global_quant_config": {"weight": _QUARK, "input_tensors": {**_QUARK, "is_dynamic": True}},
+        "layer_quant_config": {},
+        "algo_config": None,
+        "export": {"pack_method": "reorder", "weight_format": "real_quantized"},
+    },
+    "compressed-tensors": {
+        "quant_method": "compressed-tensors",
+        "format": "mxfp4-pack-quantized",
+        "config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "float", "group_size": 32}}},
+    },
+}
+CONFIGS: dict[str, dict[str, Any]] = {
     "deepseek_v4": {
         "hidden_size": DEEPSEEK_H,
         "moe_intermediate_size": DEEPSEEK_I,
@@ -81,6 +219,44 @@ CONFIGS = {
         "swiglu_limit": 10.0,
     },
     "gpt_oss": {
+        "hidden_size": GPT_OSS_H,
+        "intermediate_size": GPT_OSS_I,
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": TOP_K,
+        "swiglu_limit": 7.0,
+    },
+    "deepseek_v4_quark": _ROUTED
+    | {"scoring_func": "sqrtsoftplus", "swiglu_limit": 10.0, "quantization_config": _QUANTIZATION["quark"]},
+    "weight_scale": _ROUTED | {"n_group": 1, "topk_group": 1, "quantization_config": _QUANTIZATION["quark"]},
+    "compressed_tensors": {
+        "text_config": _ROUTED | {"quantization_config": _QUANTIZATION["compressed-tensors"]},
+        "vision_config": {"hidden_size": 32},
+    },
+    "kimi_k3": {
+        "text_config": {
+            "hidden_size": DEEPSEEK_H,
+            "routed_expert_hidden_size": LATENT,
+            "latent_moe_use_norm": True,
+            "moe_intermediate_size": DEEPSEEK_I,
+            "num_experts": EXPERTS,
+            "num_shared_experts": 1,
+            "num_experts_per_token": TOP_K,
+            "moe_router_activation_func": "sigmoid",
+            "moe_renormalize": True,
+            "routed_scaling_factor": 1.0,
+            "num_expert_group": 1,
+            "topk_group": 1,
+            "use_grouped_topk": True,
+            "topk_method": "noaux_tc",
+            "hidden_act": "situ",
+            "activation_situ_beta": 4.0,
+            "activation_situ_linear_beta": 25.0,
+            "quantization_config": _QUANTIZATION["compressed-tensors"],
+        },
+    },
+    "block_sparse_moe": _ROUTED
+    | {"quantization_config": {"quant_method": "modelopt", "quant_algo": "MXFP4"}},
+    "gpt_oss_bfloat16": {
         "hidden_size": GPT_OSS_H,
         "intermediate_size": GPT_OSS_I,
         "num_local_experts": EXPERTS,
@@ -99,13 +275,17 @@ CONFIGS = {
 
 def layer_tensors(kind: str, layer: int) -> Tensors:
     torch.manual_seed(1000 + layer)
+    if kind in PER_EXPERT:
+        return per_expert_layer(layer, kind)
+    if kind == "gpt_oss_bfloat16":
+        return bfloat16_layer(layer)
     if kind.startswith("deepseek"):
         return deepseek_layer(layer, "model." if kind.endswith("prefixed") else "")
     return gpt_oss_layer(layer, original=kind.endswith("original"))
 
 
 def write_config(folder: Path, kind: str, **changes: object) -> None:
-    config = CONFIGS[kind.removesuffix("_prefixed")] | changes
+    config: dict[str, object] = {**CONFIGS[kind.removesuffix("_prefixed")], **changes}
     config = {key: value for key, value in config.items() if value is not None}
     (folder / "config.json").write_text(json.dumps(config))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache
 from typing import Any
 
@@ -245,7 +245,7 @@ TARGETS: dict[str, Target] = {
         selection.hash_experts,
         lambda: {"token_ids": torch.tensor([2, 0, 1]), "tid2eid": ids(), "num_experts": 4},
     ),
-    "routing.presets.routing_weights": Target(
+    "routing.route.routing_weights": Target(
         routing.routing_weights,
         lambda: {"scores": logits().abs(), "ids": ids(), "normalize": "sum", "epsilon": 0.0, "factor": 1.5},
     ),
@@ -262,6 +262,18 @@ TARGETS: dict[str, Target] = {
         routing.deepseek_v4,
         lambda: options(correction_bias=None, token_ids=torch.tensor([2, 0, 1]), tid2eid=ids(), **scaling()),
         names=("scores",),
+    ),
+    "routing.route.route": Target(
+        routing.route,
+        lambda: {
+            "preset": replace(routing.PRESETS["deepseek_v4"], top_k=2, factor=1.5),
+            "logits": logits(),
+            "gate": routing.Gate(normal(8)),
+            "tokens": routing.Tokens(torch.tensor([False, True, False])),
+            "routed_scaling": routing.RoutedScaling.IN_WEIGHTS,
+            "ambiguous_ulps": 8.0,
+        },
+        names=("scores", "padded", "correction_bias"),
     ),
     "routing.presets.gpt_oss": Target(routing.gpt_oss, options),
     "routing.presets.mixtral": Target(routing.mixtral, options),

@@ -61,6 +61,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "replay": ("replay", "calls", "--no-diagnosis"),
     "replay cache": ("replay", "calls", "--autotune-cache", "autotune.json", "--any-tile"),
     "invariance": ("invariance", "calls"),
+    "checkpoint": ("checkpoint", "checkpoint"),
 }
 WRITES = {"export": "exported", "regenerate": "goldens", "layer output": "out.safetensors"}
 

@@ -322,7 +322,11 @@ for name, data in (
         verify=1,
     )
     hostile(
-        f"shard: {name}", write(SHARD, data), "cannot be read|expected a safetensors file|not there", "layer"
+        f"shard: {name}",
+        write(SHARD, data),
+        "cannot be read|expected a safetensors file|not there",
+        "layer",
+        checkpoint=1,
     )
     hostile(
         f"compared: {name}",
@@ -449,14 +453,36 @@ for name, data, says in (
     (
         "a million experts",
         '{"weight_map": {"layers.0.ffn.experts.999999.w1.weight": "x.safetensors"}}',
-        "experts.0.*: expected experts 0 to 999999",
+        "layers.0.ffn.experts.999999.w1.weight: expected in .*x.safetensors, which cannot be read",
     ),
 ):
-    hostile(f"index: {name}", write(f"checkpoint/{INDEX}", data), says, "layer")
-hostile("index: a pipe", fifo(f"checkpoint/{INDEX}"), "expected a JSON file, .*regular file", "layer")
+    hostile(
+        f"index: {name}",
+        write(f"checkpoint/{INDEX}", data),
+        says,
+        "layer",
+        checkpoint=1 if name == "a million experts" else 2,
+    )
+hostile(
+    "index: a pipe",
+    fifo(f"checkpoint/{INDEX}"),
+    "expected a JSON file, .*regular file",
+    "layer",
+    "checkpoint",
+)
 hostile("index: a link to nothing", link(f"checkpoint/{INDEX}", "gone"), "No such file", "layer")
 hostile("index: a folder", directory(f"checkpoint/{INDEX}"), "expected a JSON file, .*regular file", "layer")
-hostile("shard: a pipe", fifo(SHARD), "cannot be read: .*expected a regular file", "layer")
+hostile("shard: a pipe", fifo(SHARD), "cannot be read: .*expected a regular file", "layer", checkpoint=1)
+hostile(
+    "shard: a GGUF file that is a pipe",
+    both(
+        lambda f: [p.unlink() for p in (f / "checkpoint").iterdir() if p.name != "config.json"],
+        fifo("checkpoint/z.gguf"),
+    ),
+    "z.gguf: expected a GGUF file, .*regular file",
+    "layer",
+    "checkpoint",
+)
 hostile("shard: a folder", directory(SHARD), "cannot be read: .*expected a regular file", "layer")
 hostile(
     "shard: a device without end",
@@ -489,10 +515,32 @@ for name, key, value, says in (
     ("-1 experts", "num_local_experts", -1, "expected"),
     ("half an expert", "num_local_experts", 4.5, "num_local_experts: expected int, got 4.5"),
     ("no experts a token", "num_experts_per_tok", 0, "top_k: expected"),
-    ("10^30 experts a token", "num_experts_per_tok", 10**30, "top_k: expected"),
+    ("10^30 experts a token", "num_experts_per_tok", 10**30, "num_experts_per_tok: expected an int from 0"),
     ("more experts a token than there are", "num_experts_per_tok", 5, "top_k: expected"),
     ("another size", "hidden_size", 64, "expected hidden_size=64 of config.json, got 96"),
     ("a factor of its own", "routed_scaling_factor", 2.5, "routed_scaling_factor: expected None"),
+    (
+        "a key of unknown effect",
+        "router_bias_scale",
+        2,
+        "router_bias_scale=2: expected keys whose effect is known",
+    ),
+    ("a text model in words", "text_config", ESCAPE, "text_config: expected an object"),
+    (
+        "a text model that disagrees",
+        "text_config",
+        {"swiglu_limit": 8.0},
+        "swiglu_limit: expected one value, got 7.0",
+    ),
+    ("a scheme that is a list", "quantization_config", [1], "quantization_config: expected dict"),
+    (
+        "a scheme of deep lists",
+        "quantization_config",
+        {"quant_method": "quark", "algo_config": [[{}]]},
+        "fp4",
+    ),
+    ("another scheme", "quantization_config", {"quant_method": "gptq"}, "quant_method: expected mxfp4"),
+    ("an activation", "hidden_act", {"silu": 1}, "hidden_act: expected str"),
 ):
     hostile(f"config: {name}", edit(CONFIG, lambda c, new={key: value}: c.update(new)), says, "layer")
 hostile(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from mxfp4ref.conformance.cli.checkpoints import checkpoint, layer
 from mxfp4ref.conformance.cli.conform import conform
 from mxfp4ref.conformance.cli.defects import defects, explain
 from mxfp4ref.conformance.cli.goldens import export, regenerate, show, verify
 from mxfp4ref.conformance.cli.init import init
-from mxfp4ref.conformance.cli.tensors import compare, layer
+from mxfp4ref.conformance.cli.tensors import compare
 
 __all__ = ["COMMANDS"]
 
-COMMANDS = (conform, init, verify, regenerate, export, show, compare, layer, defects, explain)
+COMMANDS = (conform, init, verify, regenerate, export, show, compare, layer, checkpoint, defects, explain)

@@ -112,7 +112,9 @@ def _deepseek_v4(
         "router.logits": logits,
         "router.correction_bias": 8.08 + source.uniform("bias", num_experts) * 2.0**-4,
     }
-    routing = deepseek_v4(logits, extra["router.correction_bias"])
+    # The factors of config.json: V4-Flash has 256 experts, V4-Pro 384.
+    factor = {256: 1.5, 384: 2.5}[num_experts]
+    routing = deepseek_v4(logits, extra["router.correction_bias"], routed_scaling_factor=factor)
     num_local = num_experts // ep_size
     first = ep_rank * num_local
     used = sorted({expert - first for expert in routing.ids.flatten().tolist()} & set(range(num_local)))

@@ -1,0 +1,83 @@
+"""A checkpoint's own names of tensors, in a small TOML file.
+
+like = "weight_scale"                    # a format of `mxfp4ref checkpoint`'s list, which says how experts are stored
+name = "mine"
+prefixes = ["transformer.h.{layer}.moe."]
+carried = ["aux_loss_stats."]            # what else lies there and changes nothing
+[names]                                  # what follows the prefix; what is left out is as in `like`
+gate_weights = "experts.{expert}.gate.qweight"
+gate_scales = "experts.{expert}.gate.scales"
+router_weight = "router.weight"
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mxfp4ref._files import mismatch, read_file
+from mxfp4ref._validate import shown
+from mxfp4ref.checkpoint.format import ROUTER, CheckpointFormat
+from mxfp4ref.checkpoint.formats import FORMATS
+from mxfp4ref.checkpoint.shards import CheckpointError
+
+__all__ = ["read_name_map"]
+
+_SHAPE = {
+    "like": tuple(FORMATS),
+    "name?": str,
+    "prefixes?": [str],
+    "shared?": str,
+    "carried?": [str],
+    "names?": {"*": str},
+}
+
+
+def read_name_map(path: str | Path) -> CheckpointFormat:
+    """The format that a name map describes, to be given as `ReadOptions(format=...)` and to `write_layer`.
+
+    Args:
+        path: a TOML file with the key `like` and those fields of `CheckpointFormat` in which the checkpoint differs:
+            name, prefixes, shared, carried, names.
+
+    Raises:
+        CheckpointError: it cannot be read, or has another shape.
+    """
+    path = Path(path)
+    try:
+        values: Any = tomllib.loads(read_file(path).decode())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: expected a TOML file, got {type(error).__name__}: {error}") from None
+    if unknown := sorted(values.keys() - {key.removesuffix("?") for key in _SHAPE}):
+        raise CheckpointError(f"{path}: expected the keys {', '.join(_SHAPE)}, got {unknown[0]!r}")
+    if wrong := mismatch(values, _SHAPE, str(path)):
+        raise CheckpointError(wrong)
+    like = FORMATS[values["like"]]
+    names = values.get("names", {})
+    for role, name in names.items():
+        if role not in like.names and role not in ROUTER:
+            raise CheckpointError(
+                f"{path}: names: expected roles among {', '.join(like.names)}, got {role!r}"
+            )
+        if ("{expert}" in name) != ("{expert}" in like.names.get(role, "")):
+            wanted = "with" if "{expert}" in like.names.get(role, "") else "without"
+            raise CheckpointError(
+                f"{path}: names.{role}: expected a name {wanted} {{expert}}, got {shown(name)}"
+            )
+    prefixes = tuple(values.get("prefixes", like.prefixes))
+    for prefix in prefixes:
+        if ("{layer}" in prefix) == ("{draft}" in prefix):
+            raise CheckpointError(
+                f"{path}: prefixes: expected one of {{layer}} and {{draft}}, got {shown(prefix)}"
+            )
+    return replace(
+        like,
+        name=values.get("name", path.stem),
+        stores=f"as {path.name} says",
+        prefixes=prefixes,
+        names={**like.names, **names},
+        shared=values.get("shared", like.shared),
+        carried=tuple(values.get("carried", like.carried)),
+    )

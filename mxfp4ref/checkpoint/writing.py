@@ -1,0 +1,86 @@
+"""Layers of a checkpoint, written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from mxfp4ref._files import replacing
+from mxfp4ref._validate import check_choice, check_instance, shown
+from mxfp4ref.checkpoint.format import ROUTER, CheckpointFormat
+from mxfp4ref.checkpoint.formats import FORMATS
+from mxfp4ref.checkpoint.layer import CheckpointLayer
+from mxfp4ref.checkpoint.shards import CheckpointError
+from mxfp4ref.formats.experts import Experts
+from mxfp4ref.formats.resize import resize_experts
+
+__all__ = ["save", "write_layer"]
+
+
+def write_layer(path: str | Path, layer: CheckpointLayer, *, format: CheckpointFormat | None = None) -> None:
+    """Write a layer to one safetensors file, under the names and in the layout of its format, unpadded.
+
+    What `read_layer` reads from a published checkpoint comes back bit for bit. The SwiGLU parameters, top_k
+    and the routed scaling factor are no tensors of a checkpoint and have to be in its config.json.
+
+    Args:
+        path: the file.
+        layer: as `read_layer` gives it.
+        format: its format if that is none of `FORMATS` (`read_name_map`).
+
+    Raises:
+        TypeError: experts that were not read yet.
+        ValueError: an unknown format, experts that are not MXFP4, a part of the experts only, padding that is not
+            zero, or tensors that the format has and the layer has not, or the other way round.
+        CheckpointError: the file cannot be written.
+    """
+    if format is None:
+        check_choice("layer.format", layer.format, tuple(FORMATS))
+        format = FORMATS[layer.format]
+    check_instance("layer.experts", layer.experts, Experts)
+    assert isinstance(layer.experts, Experts)
+    if not layer.experts.quantized:
+        raise ValueError("layer.experts: expected MXFP4 weights, got bfloat16")
+    if layer.fused:
+        raise ValueError(
+            "layer.experts: expected the experts of the checkpoint, got the shared one among them"
+        )
+    if layer.expert_ids is not None:
+        raise ValueError(
+            f"layer.experts: expected all {layer.num_experts}, got those of {shown(layer.expert_ids)}"
+        )
+    if layer.shared_experts and not format.shared:
+        raise ValueError(f"layer: expected neither tid2eid nor shared_experts in {format.name}")
+    bare = resize_experts(layer.experts, layer.hidden_size, layer.intermediate_size)
+    tensors = format.storage.dump(format, bare)
+    for role in ROUTER:
+        tensor = getattr(layer, role)
+        if tensor is not None and role not in format.names:
+            raise ValueError(f"layer: expected no {role} in {format.name}, got a tensor")
+        if tensor is not None:
+            tensors[format.names[role]] = tensor
+    if "tid2eid" in format.names and layer.router_bias is None and layer.tid2eid is None:
+        raise ValueError(f"layer: expected router_bias or tid2eid in {format.name}, got neither")
+    tensors |= {format.shared + name: tensor for name, tensor in layer.shared_experts.items()} | dict(
+        layer.others
+    )
+    save(path, {f"{layer.prefix}{name}": tensor.contiguous() for name, tensor in tensors.items()})
+
+
+def save(path: str | Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file, whole or not at all.
+
+    It is written beside its place and moved there, so that tensors stay good that are mapped from a file
+    of the same name.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    try:
+        with replacing(Path(path)) as partial:
+            safetensors.torch.save_file(tensors, partial)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: expected a file that can be written, got: {error}") from None

@@ -1,0 +1,94 @@
+"""What is in a checkpoint, as a table and as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from itertools import groupby
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mxfp4ref._files import printable
+from mxfp4ref.checkpoint.disk import ranges
+from mxfp4ref.checkpoint.inspection import Counts, Inspection, LayerEntry
+
+__all__ = ["as_object", "show"]
+
+_WIDTH = 200
+_COLUMNS = ("layers", "format", "experts", "H x I", "router", "size", "unusual")
+
+
+def as_object(found: Inspection) -> dict[str, Any]:
+    """All that is known, for JSON."""
+    return {**asdict(found), "root": str(found.root)}
+
+
+def show(found: Inspection) -> None:
+    """Print a table, a line for each run of equal layers, and below it why any of them would be refused."""
+    console = Console()
+    if not console.is_terminal:  # whole lines for what reads them
+        console = Console(width=max(console.width, _WIDTH))
+    total = sum(entry.bytes for entry in found.layers)
+    parameters = sum(entry.parameters for entry in found.layers)
+    head = (
+        f"{found.root}: {found.model_type or 'no model_type'}, {found.tensors:,} tensors in {found.files:,} files; "
+        f"{len(found.layers):,} layers with experts of {_short(parameters, 1000)} parameters, {_short(total)}B"
+    )
+    console.print(_text(head))
+    table = Table(*_COLUMNS, box=None, pad_edge=False)
+    for row, some in groupby(found.layers, key=_row):
+        table.add_row(_text(ranges([entry.layer for entry in some])), *map(_text, row))
+    console.print(table)
+    carried = sorted({name for entry in found.layers for name in entry.carried})
+    if carried:
+        console.print(_text(f"carried along, without effect here: {_some(carried)}"))
+    refused = [entry for entry in found.layers if entry.refused]
+    for reason, some in groupby(refused, key=lambda entry: entry.refused):
+        console.print(_text(f"refused: layer {ranges([entry.layer for entry in some])}: {reason}"))
+    if not refused:
+        console.print(
+            _text("every layer can be run: mxfp4ref layer --checkpoint ... --layer ... --input ...")
+        )
+
+
+def _row(entry: LayerEntry) -> tuple[str, ...]:
+    return (
+        entry.format,
+        f"{entry.experts or '?'}",
+        f"{entry.hidden_size} x {entry.intermediate_size}" if entry.experts else "?",
+        entry.router or "?",
+        f"{_short(entry.bytes)}B",
+        "not read" if entry.counts is None else _unusual(entry.counts),
+    )
+
+
+def _unusual(counts: Counts) -> str:
+    words = {
+        "zero scales": counts.zero_scales,
+        "NaN scales": counts.nan_scales,
+        "scales that are no power of two": counts.not_powers,
+        "empty groups": counts.empty_groups,
+    }
+    listed = [f"{count:,} {word}" for word, count in words.items() if count]
+    if counts.codes:
+        listed.append(f"{100 * counts.saturated_codes / counts.codes:.1f} % of codes at +-6")
+    return ", ".join(listed)
+
+
+def _short(number: int, thousand: int = 1024) -> str:
+    units = ("", "K", "M", "G", "T") if thousand == 1000 else (" ", " Ki", " Mi", " Gi", " Ti")
+    value, unit = float(number), 0
+    while value >= thousand and unit < len(units) - 1:
+        value, unit = value / thousand, unit + 1
+    return f"{value:.3g}{units[unit]}"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def _text(text: str) -> Text:
+    """Text that may come from a file: nothing in it commands the terminal, or is markup."""
+    return Text(printable(text, lines=False))

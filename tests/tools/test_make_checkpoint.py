@@ -1,0 +1,79 @@
+"""The generator of checkpoints, and the page that starts from it."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from mxfp4ref.__main__ import commands
+from mxfp4ref.checkpoint import FORMATS
+from mxfp4ref.checkpoint.inspection import inspect
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+TOOL = ROOT / "tools" / "make_checkpoint.py"
+MADE = (
+    *("deepseek_v4", "deepseek_v4_quark", "weight_scale", "compressed_tensors", "block_sparse_moe"),
+    *("gpt_oss", "gpt_oss_original"),
+)
+
+
+def make(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", [str(TOOL), *arguments])
+    runpy.run_path(str(TOOL), run_name="__main__")
+
+
+def test_the_page_from_the_start_to_an_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every line of its first block but pip's, in a new folder."""
+    monkeypatch.chdir(tmp_path)
+    block = re.search(r"```sh\n(.*?)```", PAGE, re.DOTALL)
+    assert block is not None
+    lines = [shlex.split(line, comments=True) for line in block[1].splitlines()]
+    assert lines[0][:2] == ["pip", "install"]
+    outputs = ""
+    for words in lines[1:]:
+        if words[0] == "python":
+            assert words[1] == "tools/make_checkpoint.py"
+            make(monkeypatch, *words[2:])
+        else:
+            result = CliRunner().invoke(commands, words[1:])
+            assert result.exit_code == 0, result.output
+            outputs += result.output
+    assert "every layer can be run" in outputs
+    output = load_file("out.safetensors")["routed_output"]
+    assert (list(output.shape), output.isfinite().all()) == ([5, 256], True)
+
+
+def test_the_page_lists_every_format() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \| `", PAGE, re.MULTILINE))
+    assert [*rows] == [*FORMATS]
+    assert all(text.startswith(FORMATS[name].stores) for name, text in rows.items())
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_every_layer_of_what_it_makes_runs(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    make(monkeypatch, str(folder), "--format", name, "--images", "--shards", "3", "--experts", "5")
+    found = inspect(folder)
+    assert [(entry.format, entry.refused) for entry in found.layers] == [(name, "")] * 2
+    for layer in "01":
+        arguments = [
+            "layer",
+            "--checkpoint",
+            folder,
+            "--layer",
+            layer,
+            "--input",
+            folder / "input.safetensors",
+        ]
+        result = CliRunner().invoke(commands, [str(a) for a in arguments])
+        assert result.exit_code == 0, result.output
