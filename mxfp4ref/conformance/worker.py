@@ -105,11 +105,19 @@ class Worker:
     def execute(self, seconds: float | None, case: Case, run: Run, *, repeat: bool = True) -> Outcome:
         """As `execution.execute_within`, for a run of a case."""
         expected = likes(run.expected, self.kernel.device)
+        return self._execute(seconds, _request(case, run, expected, repeat), expected)
+
+    def execute_call(self, seconds: float | None, call: MoeCall) -> Outcome:
+        """As `execute`, once, for any call; its output may be anything of the input's form."""
+        expected = likes({"output": call.input}, self.kernel.device)
+        return self._execute(seconds, pickle.dumps(("moe", call, None, expected, False)), expected)
+
+    def _execute(self, seconds: float | None, request: bytes, expected: Mapping[str, Like]) -> Outcome:
         start = time.perf_counter()
         try:
             if self._process is None:
                 self._start()
-            self._channel.ask(_request(case, run, expected, repeat))
+            self._channel.ask(request)
             return judge(_collected(*self._channel.answer(RESULT, seconds, expected), expected), expected)
         except _Ended as ended:
             self._stop()

@@ -177,7 +177,7 @@ def invariance(what: str, **options: Any) -> None:
 
     The tokens of a call are computed alone, in reverse, behind as many others, and on several ranks. A recorded call,
     or each one below a folder, is computed by the oracle, with the tactics that its output or the autotune cache
-    tells; a KERNEL, named as for `mxfp4ref conform`, runs on golden cases.
+    tells; a KERNEL, named as for `mxfp4ref conform`, runs on golden cases, in a process of its own.
 
     \b
     mxfp4ref invariance oracle

@@ -144,6 +144,7 @@ def test_recorded_calls_with_the_tactics_of_the_autotuner(tmp_path: Path) -> Non
         (["oracle", "--case", "layout/swap_halves"], "expected a case of kind moe"),
         (["stage:finalize:tests.helpers.kernels_under_test:good"], "expected one that runs whole calls"),
         (["tests.engine.test_invariance:broken"], "raised on "),
+        (["tests.helpers.hostile_kernels:exits"], "ended without a result: exit code 0"),
         (["{empty}"], "nothing to compute"),
     ],
 )
