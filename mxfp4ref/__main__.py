@@ -94,7 +94,7 @@ def main(verdict: str | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a character that its encoding lacks is no reason to stop
             stream.reconfigure(errors="backslashreplace")
-    if "--no-isolate" in sys.argv:
+    if sys.argv[1:2] == ["conform"] and "--no-isolate" in sys.argv:  # not one of a script that is recorded
         supervised.main(commands, verdict)
     commands(prog_name="mxfp4ref")
 

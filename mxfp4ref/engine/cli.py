@@ -204,7 +204,7 @@ def invariance(what: str, **options: Any) -> None:
             if isinstance(result, str):
                 echo(f"{name}: {result}")
                 continue
-            count += 1
+            count += any(variant.elements for variant in result.variants)
             ok &= result.ok
             echo(f"{name}: {result.verdict}", fg="green" if result.ok else "red")
             for variant in result.variants:

@@ -107,9 +107,7 @@ def of_kernel(
             else:
                 outcome = worker.execute_call(None, call)
             if outcome.problem:
-                raise KernelError(
-                    f"{spec}: {outcome.problem} on {call.num_tokens} tokens: {outcome.message}"
-                )
+                raise KernelError(f"{spec}: {outcome.problem} on {call.num_tokens} tokens: {outcome.message}")
             return outcome.outputs["output"]
 
         stored = open_goldens(goldens)

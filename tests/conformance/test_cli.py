@@ -317,6 +317,10 @@ def test_init_writes_an_adapter_that_conforms_as_it_is(
         assert refused.exit_code == 2
         assert message in refused.output
     assert Path("adapter.py").read_text() == "mine"
+    odd = Path('a"""\\\n', "adapter.py")
+    odd.parent.mkdir()
+    assert invoke("init", "adapter", odd).exit_code == 0
+    compile(odd.read_text(), "adapter.py", "exec")
 
 
 def test_a_pattern_that_matches_nothing_names_what_is_near(copy: Path) -> None:

@@ -5,6 +5,7 @@ They share a process as long as they leave it alive, and run on the smallest gol
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -349,6 +350,20 @@ def test_without_isolation_the_command_needs_a_verdict(
             not code,
             bool(code),
         )
+
+
+def test_no_room_for_the_verdict_is_not_the_kernels_fault(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(sys, "argv", ["mxfp4ref", "conform", "--no-isolate", SPEC])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert done.value.code == 2
+    assert capsys.readouterr() == ("", "Error: OSError: [Errno 28] No space left on device\n")
 
 
 def test_python_keeps_the_report(case: Case) -> None:

@@ -88,7 +88,7 @@ def test_what_the_script_raises_is_told_beside_what_was_recorded(
 
 
 def test_threads_that_outlive_the_script_are_recorded(tmp_path: Path, script: Path) -> None:
-    """As they are by Python, but not those of a pool that nobody shuts down, which would be waited for without end."""
+    """Python waits for them too. A pool that nobody shuts down would be waited for without end."""
     script.write_text(
         "import concurrent.futures, sys, threading, time\n"
         + SCRIPT.replace("sys.exit(int(sys.argv[2]))", "")
