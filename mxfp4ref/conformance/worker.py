@@ -10,7 +10,6 @@ printable, up to a limit.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pickle
 import queue
@@ -48,9 +47,10 @@ _SHOWN, _TAIL = 1 << 16, 1 << 11  # bytes of what the kernel prints: passed on, 
 _MARK = "MXFP4REF_WORKER"  # the environment's variable that tells the processes of a kernel
 _ELSE = "its process wrote something else into the pipe to the kit"
 
+# Nothing is imported before the path is set: until then it begins with the working directory, with anybody's json.py.
 _START = """\
-import json, sys
-sys.path[:] = json.loads(sys.argv.pop())
+import sys
+sys.path[:] = eval(sys.argv.pop())
 from mxfp4ref.conformance.kernel_process import serve
 serve()
 """
@@ -130,7 +130,7 @@ class Worker:
         self._mark = uuid.uuid4().hex
         own_group: dict[str, Any] = {"start_new_session": True} if os.name == "posix" else {}
         self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
-            [sys.executable, "-c", _START, json.dumps(sys.path)],
+            [sys.executable, "-c", _START, repr(sys.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -16,8 +15,8 @@ from mxfp4ref.conformance.worker import how_it_ended
 __all__ = ["main"]
 
 _START = """\
-import json, sys
-sys.path[:] = json.loads(sys.argv.pop(1))
+import sys
+sys.path[:] = eval(sys.argv.pop(1))
 verdict = sys.argv.pop(1)
 from mxfp4ref.__main__ import main
 main(verdict)
@@ -49,7 +48,7 @@ def _supervise() -> int:
     with tempfile.TemporaryDirectory() as folder:
         verdict = Path(folder, "verdict")
         verdict.write_bytes(_NONE)  # written over in place, for which even a full disk has room
-        command = [sys.executable, "-c", _START, json.dumps(sys.path), str(verdict), *sys.argv[1:]]
+        command = [sys.executable, "-c", _START, repr(sys.path), str(verdict), *sys.argv[1:]]
         try:
             done = subprocess.run(command, check=False)
         except KeyboardInterrupt:
