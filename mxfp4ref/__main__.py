@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,10 +89,13 @@ for _command in (*CONFORMANCE, *ENGINE):
 
 def main(verdict: str | None = None) -> None:
     """Entry point of the console script; `verdict` is a file for the exit code, besides it."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed; its number would be that of the next file, such as a report
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a character that its encoding lacks is no reason to stop
             stream.reconfigure(errors="backslashreplace")
-    if "--no-isolate" in sys.argv:
+    if sys.argv[1:2] == ["conform"] and "--no-isolate" in sys.argv:  # not one of a script that is recorded
         supervised.main(commands, verdict)
     commands(prog_name="mxfp4ref")
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 __all__ = [
     "INT32_MAX",
+    "check_below",
     "check_bool",
     "check_choice",
     "check_float",
@@ -190,6 +191,12 @@ def check_float(name: str, value: object, *, minimum: float = -math.inf) -> floa
     if 0 < abs(value) <= _FLOAT32_UNDERFLOW:
         raise ValueError(f"{name}: expected 0 or a float32 number, from 2^-149 up, got {shown(value)}")
     return float(value)
+
+
+def check_below(name: str, value: float | None, limit: float, wanted: str) -> None:
+    """Raise ValueError unless `value` is None or a number above 0 and below `limit`, which is `wanted` in words."""
+    if value is not None and not 0 < check_float(name, value) < limit:
+        raise ValueError(f"{name}: expected {wanted}, or None, got {shown(value)}")
 
 
 def check_ids(name: str, ids: Tensor, *, minimum: int = 0, maximum: int) -> None:

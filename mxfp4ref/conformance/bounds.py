@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._compiler import uncompiled
-from mxfp4ref._validate import check_choice
+from mxfp4ref._validate import check_below, check_choice
 from mxfp4ref.conformance.reduction import local_experts
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE, decode_ue8m0, dequantize
 from mxfp4ref.model.call import MoeCall
@@ -101,8 +101,7 @@ def bound(call: MoeCall, *, storage: str = "wider", confidence: float | None = N
         ValueError: bf16 weights, an unknown storage, or a confidence that is not between 0 and 1.
     """
     check_choice("storage", storage, STORAGE)
-    if confidence is not None and not 0 < confidence < 1:
-        raise ValueError(f"confidence: expected a probability between 0 and 1, or None, got {confidence}")
+    check_below("confidence", confidence, 1, "a probability between 0 and 1")
     if not call.experts.quantized:
         raise ValueError("call: expected experts with MXFP4 weights, got bfloat16")
     with torch.no_grad():

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from mxfp4ref.conformance import Options
     from mxfp4ref.conformance.adapters import Kernel
     from mxfp4ref.conformance.results import CaseResult
     from mxfp4ref.conformance.worker import Worker
@@ -98,11 +99,9 @@ class _ConformanceItem(pytest.Item):
     """One golden case, run through the kernel."""
 
     def runtest(self) -> None:
-        from mxfp4ref.conformance import Options, run_case
+        from mxfp4ref.conformance import run_case
 
-        option = self.config.getoption
-        kernel, worker = _under_test(self.config)
-        options = Options(mode=option("mxfp4_mode"), timeout=option("mxfp4_timeout"))
+        kernel, worker, options = _under_test(self.config)
         result = run_case(kernel, _goldens(self.config).load(self.name), options, worker=worker)
         if result.status == "skipped":
             pytest.skip(result.message)
@@ -152,11 +151,12 @@ def _open(root: str | None) -> Goldens:
         raise pytest.UsageError(str(error)) from error
 
 
-_LOADED = pytest.StashKey["tuple[Kernel, Worker | None]"]()
+_LOADED = pytest.StashKey["tuple[Kernel, Worker | None, Options]"]()
 
 
-def _under_test(config: pytest.Config) -> tuple[Kernel, Worker | None]:
-    """The kernel, and the process it is in, which ends with the session; loaded when first asked for."""
+def _under_test(config: pytest.Config) -> tuple[Kernel, Worker | None, Options]:
+    """The kernel, the process it is in, which ends with the session, and the options; loaded when first asked for."""
+    from mxfp4ref.conformance import Options
     from mxfp4ref.conformance.adapters import KernelError
     from mxfp4ref.conformance.kernels import is_stand_in, load_kernel
     from mxfp4ref.conformance.worker import Worker
@@ -164,12 +164,13 @@ def _under_test(config: pytest.Config) -> tuple[Kernel, Worker | None]:
     if _LOADED not in config.stash:
         spec, device = config.getoption("mxfp4_kernel"), config.getoption("mxfp4_device")
         try:
+            options = Options(config.getoption("mxfp4_mode"), timeout=config.getoption("mxfp4_timeout"))
             if config.getoption("mxfp4_no_isolate") or is_stand_in(spec):
-                config.stash[_LOADED] = load_kernel(spec, device), None
+                config.stash[_LOADED] = load_kernel(spec, device), None, options
             else:
-                worker = Worker(spec, device, config.getoption("mxfp4_timeout"))
+                worker = Worker(spec, device, options.timeout)
                 config.add_cleanup(worker.stop)
-                config.stash[_LOADED] = worker.kernel, worker
-        except KernelError as error:
+                config.stash[_LOADED] = worker.kernel, worker, options
+        except (KernelError, ValueError) as error:
             raise pytest.UsageError(str(error)) from error
     return config.stash[_LOADED]

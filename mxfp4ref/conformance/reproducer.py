@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mxfp4ref._files import parse_json, printable, write_file
+from mxfp4ref._files import parse_json, printable, read_file, write_file
 from mxfp4ref._validate import check_choice, check_instance
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.reduction import reduce_call
@@ -63,7 +64,7 @@ def write_reproducer(folder: Path, case: Case, one: Run, kernel: str, outputs: M
     the experts it uses. The kernel's own output is stored as `got.<name>`.
 
     Raises:
-        OSError: a file cannot be written.
+        OSError: a file cannot be written, or would replace one that is no reproducer.
     """
     name = re.sub(r"[^A-Za-z0-9_-]", "_", f"{case.suite}-{case.name}")
     inputs, expected = one.inputs, dict(one.expected)
@@ -87,12 +88,20 @@ def write_reproducer(folder: Path, case: Case, one: Run, kernel: str, outputs: M
     owned = {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
     script = folder / f"{name}.py"
     about = "\n".join(f"# {line}" for line in printable(f"{case.id}: {case.why}").split("\n"))
+    _check_ours(script)
     try:
         write_file(script.with_suffix(".safetensors"), safetensors.torch.save(owned, metadata), folder)
         write_file(script, _SCRIPT.format(about=about, name=name, kernel=kernel), folder)
     except SafetensorError as error:
         raise OSError(f"{script.with_suffix('.safetensors')}: {error}") from error
     return script
+
+
+def _check_ours(script: Path) -> None:
+    """Raise OSError if a file is where a reproducer goes, and is none."""
+    files = [path for path in (script, script.with_suffix(".safetensors")) if path.exists()]
+    if files and not (script.exists() and b"import load_reproducer" in read_file(script)):
+        raise FileExistsError(errno.EEXIST, "expected a reproducer or none to write to", str(files[0]))
 
 
 def load_reproducer(path: Path) -> tuple[str, Any, dict[str, Tensor]]:

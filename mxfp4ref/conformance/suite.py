@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mxfp4ref._validate import check_choice, check_instance, shown
+from mxfp4ref._validate import check_below, check_choice, check_instance, shown
 from mxfp4ref.conformance.adapters import Kernel
 from mxfp4ref.conformance.bounded import outside_bounds
 from mxfp4ref.conformance.comparison import differing
@@ -49,8 +49,7 @@ class Options:
     Attributes:
         mode: "exact" or "bounded".
         storage, confidence: which bounds, as in `bounds.bound`.
-        timeout: seconds a run may take; None for no limit. What becomes of a run that takes longer is said in
-            `execution`.
+        timeout: seconds a run may take; None for no limit. `execution` says what becomes of one that takes longer.
         repeat: run each case a second time and compare the bits (not the stand-ins on whole-size layers).
         all_tactics: run each case by every tile and cluster of either GEMM, the other one's being the default.
         diagnosed: look for what is wrong where bits differ.
@@ -68,6 +67,8 @@ class Options:
 
     def __post_init__(self) -> None:
         check_choice("mode", self.mode, MODES)
+        check_below("confidence", self.confidence, 1, "a probability between 0 and 1")
+        check_below("timeout", self.timeout, 1e9, "seconds, above 0 and below 10^9")  # as threads take them
 
 
 _DEFAULTS = Options()

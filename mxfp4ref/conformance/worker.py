@@ -10,7 +10,6 @@ printable, up to a limit.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pickle
 import queue
@@ -48,9 +47,10 @@ _SHOWN, _TAIL = 1 << 16, 1 << 11  # bytes of what the kernel prints: passed on, 
 _MARK = "MXFP4REF_WORKER"  # the environment's variable that tells the processes of a kernel
 _ELSE = "its process wrote something else into the pipe to the kit"
 
+# Nothing is imported before the path is set: until then it begins with the working directory, with anybody's json.py.
 _START = """\
-import json, sys
-sys.path[:] = json.loads(sys.argv.pop())
+import sys
+sys.path[:] = eval(sys.argv.pop())
 from mxfp4ref.conformance.kernel_process import serve
 serve()
 """
@@ -105,11 +105,19 @@ class Worker:
     def execute(self, seconds: float | None, case: Case, run: Run, *, repeat: bool = True) -> Outcome:
         """As `execution.execute_within`, for a run of a case."""
         expected = likes(run.expected, self.kernel.device)
+        return self._execute(seconds, _request(case, run, expected, repeat), expected)
+
+    def execute_call(self, seconds: float | None, call: MoeCall) -> Outcome:
+        """As `execute`, once, for any call; its output may be anything of the input's form."""
+        expected = likes({"output": call.input}, self.kernel.device)
+        return self._execute(seconds, pickle.dumps(("moe", call, None, expected, False)), expected)
+
+    def _execute(self, seconds: float | None, request: bytes, expected: Mapping[str, Like]) -> Outcome:
         start = time.perf_counter()
         try:
             if self._process is None:
                 self._start()
-            self._channel.ask(_request(case, run, expected, repeat))
+            self._channel.ask(request)
             return judge(_collected(*self._channel.answer(RESULT, seconds, expected), expected), expected)
         except _Ended as ended:
             self._stop()
@@ -122,7 +130,7 @@ class Worker:
         self._mark = uuid.uuid4().hex
         own_group: dict[str, Any] = {"start_new_session": True} if os.name == "posix" else {}
         self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
-            [sys.executable, "-c", _START, json.dumps(sys.path)],
+            [sys.executable, "-c", _START, repr(sys.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mxfp4ref._files import folders_below
+from mxfp4ref._validate import check_float
 from mxfp4ref.conformance.cli.report_files import pop_report_files, print_report, report_files
 from mxfp4ref.conformance.cli.shared import (
     NOT_EQUAL,
@@ -128,10 +129,11 @@ def record(
     if not module and not Path(script).is_file():
         raise UsageError(f"SCRIPT: there is no file {script}")
     with usage_errors():
+        max_bytes = int(check_float("--max-gib", max_gib) * 2**30)
         folder = folder.absolute()  # the script may change the working directory
         folder.mkdir(parents=True, exist_ok=True)
-    before = len(find_recordings(folder))
-    recorder = Recorder(folder, max_calls, int(max_gib * 2**30))
+        before = len(find_recordings(folder))
+    recorder = Recorder(folder, max_calls, max_bytes)
     code = run_script(script, arguments, recorder, module=module)
     for problem in recorder.problems:
         echo(f"not recorded: {problem}", err=True)
@@ -177,7 +179,7 @@ def invariance(what: str, **options: Any) -> None:
 
     The tokens of a call are computed alone, in reverse, behind as many others, and on several ranks. A recorded call,
     or each one below a folder, is computed by the oracle, with the tactics that its output or the autotune cache
-    tells; a KERNEL, named as for `mxfp4ref conform`, runs on golden cases.
+    tells; a KERNEL, named as for `mxfp4ref conform`, runs on golden cases, in a process of its own.
 
     \b
     mxfp4ref invariance oracle
@@ -202,7 +204,7 @@ def invariance(what: str, **options: Any) -> None:
             if isinstance(result, str):
                 echo(f"{name}: {result}")
                 continue
-            count += 1
+            count += any(variant.elements for variant in result.variants)
             ok &= result.ok
             echo(f"{name}: {result.verdict}", fg="green" if result.ok else "red")
             for variant in result.variants:

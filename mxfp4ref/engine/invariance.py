@@ -67,6 +67,8 @@ class Invariance:
 
     @property
     def verdict(self) -> str:
+        if not any(variant.elements for variant in self.variants):
+            return "there are no tokens, which tells nothing"
         changing = [v.name for v in self.variants if v.differing and not v.ranks]
         words = (
             "no bit depends on the batch" if self.ok else f"bits depend on the batch: {', '.join(changing)}"

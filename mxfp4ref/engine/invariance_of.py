@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from mxfp4ref.conformance.adapters import KernelError
 from mxfp4ref.conformance.execution import execute
-from mxfp4ref.conformance.kernels import load_kernel
+from mxfp4ref.conformance.kernels import is_stand_in, load_kernel
+from mxfp4ref.conformance.worker import Worker
 from mxfp4ref.engine.autotune import read_autotune_cache
 from mxfp4ref.engine.calls import Layers, arguments_of, read_call, release_of
 from mxfp4ref.engine.fitting import fitting_kernels
@@ -85,26 +87,35 @@ def of_kernel(
     goldens: Path | None = None,
     device: str | None = None,
 ) -> Found:
-    """Name and invariance of a kernel on each golden case, or what went wrong when it ran.
+    """Name and invariance of a kernel on each golden case.
+
+    It runs in a process of its own, as in `suite.run`, unless it is one of this package's own.
 
     Raises:
         KernelError: there is no such kernel, it does not run whole calls, or it failed.
         GoldenError: there is no such case.
     """
-    kernel = load_kernel(spec, device)
-    if "moe" not in kernel.kinds:
-        raise KernelError(f"kernel: expected one that runs whole calls, got {spec!r}")
+    with ExitStack() as stack:
+        worker = None if is_stand_in(spec) else stack.enter_context(Worker(spec, device))
+        kernel = load_kernel(spec, device) if worker is None else worker.kernel
+        if "moe" not in kernel.kinds:
+            raise KernelError(f"kernel: expected one that runs whole calls, got {spec!r}")
 
-    def run(call: MoeCall) -> Tensor:
-        outcome = execute(kernel, "moe", call, {"output": call.input}, repeat=False)
-        if outcome.problem:
-            raise KernelError(f"{spec}: {outcome.problem} on {call.num_tokens} tokens: {outcome.message}")
-        return outcome.outputs["output"]
+        def run(call: MoeCall) -> Tensor:
+            if worker is None:
+                outcome = execute(kernel, "moe", call, {"output": call.input}, repeat=False)
+            else:
+                outcome = worker.execute_call(None, call)
+            if outcome.problem:
+                raise KernelError(f"{spec}: {outcome.problem} on {call.num_tokens} tokens: {outcome.message}")
+            return outcome.outputs["output"]
 
-    stored = open_goldens(goldens)
-    known = stored.names()
-    for name in cases or [name for name in _CASES if name in known]:
-        case = stored.load(name)
-        if case.kind != "moe":
-            raise ValueError(f"--case: expected a case of kind moe, got {name}, which is of kind {case.kind}")
-        yield f"{spec}, {name}", invariance(case.call(), run, ranks=ranks)
+        stored = open_goldens(goldens)
+        known = stored.names()
+        for name in cases or [name for name in _CASES if name in known]:
+            case = stored.load(name)
+            if case.kind != "moe":
+                raise ValueError(
+                    f"--case: expected a case of kind moe, got {name}, which is of kind {case.kind}"
+                )
+            yield f"{spec}, {name}", invariance(case.call(), run, ranks=ranks)

@@ -10,7 +10,9 @@ import os
 import runpy
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import thread as pools
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -125,24 +127,42 @@ class Recorder:
 def run_script(script: str, arguments: Sequence[str], recorder: Recorder, *, module: bool = False) -> int:
     """Run a Python script, or a module, as the main program and record its calls; its exit code.
 
+    As Python does, it prints what the script raises, and waits for its threads, whose calls are recorded.
+
     Raises:
-        Whatever the script raises, but SystemExit.
+        KeyboardInterrupt: Ctrl-C in the script.
     """
-    before, path = sys.argv, list(sys.path)
+    before, path, threads = sys.argv, list(sys.path), threading.enumerate()
     sys.argv = [script, *arguments]
     try:
         with recorder.recording():
-            if module:
-                sys.path.insert(0, os.getcwd())
-                runpy.run_module(script, run_name="__main__", alter_sys=True)
-            else:
-                sys.path.insert(0, str(Path(script).resolve().parent))
-                runpy.run_path(script, run_name="__main__")
+            try:
+                if module:
+                    sys.path.insert(0, os.getcwd())
+                    runpy.run_module(script, run_name="__main__", alter_sys=True)
+                else:
+                    sys.path.insert(0, str(Path(script).resolve().parent))
+                    runpy.run_path(script, run_name="__main__")
+            finally:
+                _wait_for_threads(threads)
     except SystemExit as end:
         if end.code is None or isinstance(end.code, int):
             return end.code or 0
         print(end.code, file=sys.stderr)
         return 1
+    except Exception:  # a BrokenPipeError too, which would be taken for one of this command's own output
+        traceback.print_exc()
+        return 1
     finally:
         sys.argv, sys.path[:] = before, path
     return 0
+
+
+def _wait_for_threads(others: Collection[threading.Thread]) -> None:
+    """Wait for all threads that Python waits for at its end, but others, and those of pools, which end only then."""
+    while running := [
+        thread
+        for thread in threading.enumerate()
+        if not (thread.daemon or thread in others or thread in getattr(pools, "_threads_queues", ()))
+    ]:
+        running[0].join()

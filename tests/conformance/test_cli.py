@@ -111,6 +111,20 @@ def test_conform_fails_names_the_defect_and_writes_everything(tmp_path: Path) ->
     assert stored["input"].shape[0] == 1
 
 
+@pytest.mark.parametrize("name", ["gemm-ordinary.py", "gemm-ordinary.safetensors"])
+def test_no_reproducer_replaces_what_is_none(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    arguments = ("conform", "defect:gate_up_swapped", "--case", "gemm/ordinary", "--no-diagnosis")
+    result = invoke(*arguments, "--dump", tmp_path)
+    assert result.exit_code == 1
+    assert "its reproducer was not written: [Errno 17] expected a reproducer or none" in result.output
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
+    (tmp_path / name).unlink()
+    for _ in range(2):  # one of an earlier run is replaced
+        assert "not written" not in invoke(*arguments, "--dump", tmp_path).output
+
+
 def test_reproducer_reproduces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import runpy
     import sys
@@ -317,6 +331,10 @@ def test_init_writes_an_adapter_that_conforms_as_it_is(
         assert refused.exit_code == 2
         assert message in refused.output
     assert Path("adapter.py").read_text() == "mine"
+    odd = Path('a"""\\\n', "adapter.py")
+    odd.parent.mkdir()
+    assert invoke("init", "adapter", odd).exit_code == 0
+    compile(odd.read_text(), "adapter.py", "exec")
 
 
 def test_a_pattern_that_matches_nothing_names_what_is_near(copy: Path) -> None:

@@ -5,6 +5,7 @@ They share a process as long as they leave it alive, and run on the smallest gol
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -26,6 +27,7 @@ from mxfp4ref.conformance.report import to_html, to_json, to_junit, to_text
 from mxfp4ref.conformance.worker import Worker
 from mxfp4ref.goldens import Case, open_goldens
 from tests.helpers import hostile_kernels
+from tests.helpers.hostile_files import CHECKOUT
 
 SPEC = "tests.helpers.hostile_kernels:chosen"
 OPTIONS = Options(timeout=30, diagnosed=False)
@@ -349,6 +351,34 @@ def test_without_isolation_the_command_needs_a_verdict(
             not code,
             bool(code),
         )
+
+
+@pytest.mark.parametrize("isolation", ["--isolate", "--no-isolate"])
+def test_modules_of_the_working_directory_are_not_the_kits(
+    isolation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "json.py").write_text("raise SystemExit('a script')")
+    (tmp_path / "kernel.py").write_text("from tests.helpers.kernels_under_test import good\n")
+    monkeypatch.chdir(tmp_path)
+    goldens = ("--goldens", str(CHECKOUT), "--case", "finalize/slot_order", "--no-repeat")
+    monkeypatch.setattr(sys, "argv", ["mxfp4ref", "conform", isolation, "kernel.py:good", *goldens])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert done.value.code == 0, capfd.readouterr()
+
+
+def test_no_room_for_the_verdict_is_not_the_kernels_fault(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(sys, "argv", ["mxfp4ref", "conform", "--no-isolate", SPEC])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert done.value.code == 2
+    assert capsys.readouterr() == ("", "Error: OSError: [Errno 28] No space left on device\n")
 
 
 def test_python_keeps_the_report(case: Case) -> None:

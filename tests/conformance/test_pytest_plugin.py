@@ -102,6 +102,9 @@ def test_wrong_usage_is_an_error_in_words(pytester: pytest.Pytester) -> None:
     result = pytester.runpytest("--mxfp4-kernel=no.such:kernel", *ARGUMENTS)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["*cannot import 'no.such'*"])
+    result = pytester.runpytest("--mxfp4-kernel=no.such:kernel", *ARGUMENTS, "--mxfp4-timeout=inf")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*timeout: expected*"])
 
 
 def test_plugin_does_not_import_torch() -> None:

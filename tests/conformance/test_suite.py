@@ -149,6 +149,11 @@ def test_nothing_run_does_not_conform() -> None:
 def test_arguments_are_checked(case: Case) -> None:
     with pytest.raises(ValueError, match="mode: expected one of"):
         Options(mode="loose")
+    for number in (float("nan"), float("inf"), 0, -1, 1e10):  # a queue raises at the last
+        with pytest.raises(ValueError, match="timeout: expected"):
+            Options(timeout=number)
+        with pytest.raises(ValueError, match="confidence: expected"):
+            Options(confidence=number)
     with pytest.raises(ValueError, match="isolate: expected a kernel given by its name"):
         run(kernels_under_test.good, [case], isolate=True)
 

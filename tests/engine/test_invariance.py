@@ -144,11 +144,19 @@ def test_recorded_calls_with_the_tactics_of_the_autotuner(tmp_path: Path) -> Non
         (["oracle", "--case", "layout/swap_halves"], "expected a case of kind moe"),
         (["stage:finalize:tests.helpers.kernels_under_test:good"], "expected one that runs whole calls"),
         (["tests.engine.test_invariance:broken"], "raised on "),
+        (["tests.helpers.hostile_kernels:exits"], "ended without a result: exit code 0"),
         (["{empty}"], "nothing to compute"),
+        (["{no_tokens}"], "call0001: there are no tokens, which tells nothing"),
     ],
 )
 def test_wrong_usage(tmp_path: Path, arguments: list[str], words: str) -> None:
-    result = invoke("invariance", *(a.format(empty=tmp_path) for a in arguments))
+    places = {"empty": tmp_path / "empty", "no_tokens": tmp_path / "calls"}
+    places["empty"].mkdir()
+    call = CALL.select(torch.arange(0))
+    recorded.write_call(
+        places["no_tokens"], replace(call, experts=layers.to_sm90(call.experts)), forward(call)
+    )
+    result = invoke("invariance", *(a.format(**places) for a in arguments))
     assert result.exit_code == 2, result.output
     assert words in result.output
     assert "Traceback" not in result.output

@@ -76,10 +76,43 @@ def test_a_script_that_goes_elsewhere(tmp_path: Path, script: Path, monkeypatch:
     assert not list((tmp_path / "other").iterdir())
 
 
+@pytest.mark.parametrize("error", ["FileNotFoundError", "BrokenPipeError", "ValueError"])
+def test_what_the_script_raises_is_told_beside_what_was_recorded(
+    tmp_path: Path, script: Path, error: str
+) -> None:
+    script.write_text(SCRIPT.replace("sys.exit(int(sys.argv[2]))", f"raise {error}('of the script')"))
+    result = invoke("record", "--output", tmp_path / "calls", script, "1")
+    assert result.exit_code == 1
+    assert f"{error}: of the script" in result.output
+    assert "1 calls recorded" in result.output
+
+
+def test_threads_that_outlive_the_script_are_recorded(tmp_path: Path, script: Path) -> None:
+    """Python waits for them too. A pool that nobody shuts down would be waited for without end."""
+    script.write_text(
+        "import concurrent.futures, sys, threading, time\n"
+        + SCRIPT.replace("sys.exit(int(sys.argv[2]))", "")
+        + "sys.kept = concurrent.futures.ThreadPoolExecutor(1)\n"
+        "sys.kept.submit(int).result()\n"
+        "def later():\n"
+        "    time.sleep(0.2)\n"
+        "    torch_ref_cutlass_fused_moe(**arguments_of(SM90_CALL))\n"
+        "threading.Thread(target=later).start()\n"
+    )
+    try:
+        result = invoke("record", "--output", tmp_path / "calls", script, "1")
+    finally:
+        vars(sys).pop("kept").shutdown()
+    assert "2 calls recorded" in result.output
+    assert [r.status for r in replay(tmp_path / "calls").results] == ["equal", "equal"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["absent.py"], "there is no file absent.py"),
+        (["{script}", "0", "0", "--max-gib", "nan"], "--max-gib: expected a finite float32 number, got nan"),
+        (["{script}", "0", "0", "--max-gib", "inf"], "--max-gib: expected a finite float32 number, got inf"),
         (
             ["{script}", "0", "0"],
             "nothing recorded; expected calls of flashinfer.fused_moe.cutlass_fused_moe",

@@ -333,6 +333,14 @@ def test_a_link_that_leads_nowhere_is_not_passed_over(tmp_path: Path, name: str)
     assert f"{link}: expected a file or folder, got a link to {tmp_path / 'unmounted'}" in result.output
 
 
+def test_calls_without_tokens_prove_nothing(tmp_path: Path) -> None:
+    call = SM90_CALL.select(torch.arange(0))
+    recorded.write_call(tmp_path, call, forward(call))
+    result = invoke("replay", tmp_path)
+    assert result.exit_code == 2
+    assert "none of the 1 recorded calls could be compared" in result.output
+
+
 def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorded.write_call(tmp_path, SMALL_CALL, forward(SMALL))
     (tmp_path / "node1").mkdir()

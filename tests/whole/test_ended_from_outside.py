@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 import signal
@@ -17,7 +18,7 @@ from click.testing import CliRunner
 
 from mxfp4ref.__main__ import commands
 from mxfp4ref.conformance import report
-from tests.helpers.hostile_files import COMMANDS, make_folder
+from tests.helpers.hostile_files import CHECKOUT, COMMANDS, make_folder
 
 MXFP4REF = (sys.executable, "-m", "mxfp4ref")
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
@@ -67,6 +68,18 @@ def test_a_closed_pipe(arguments: tuple[str, ...]) -> None:
             [*MXFP4REF, *arguments], stdout=pipe, stderr=subprocess.PIPE, env=ENVIRONMENT, check=False
         )
     assert (command.returncode, command.stderr) == (141, b"")
+
+
+def test_closed_streams(tmp_path: Path) -> None:
+    arguments = ("conform", "oracle", "--goldens", CHECKOUT, "--case", "finalize/slot_order")
+    command = subprocess.run(
+        ["sh", "-c", '"$@" --json r.json <&- >&- 2>&-', "sh", *MXFP4REF, *arguments],
+        env=ENVIRONMENT,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert command.returncode == 0
+    assert json.loads((tmp_path / "r.json").read_bytes())["ok"] is True
 
 
 def test_a_full_disk(tmp_path: Path) -> None:

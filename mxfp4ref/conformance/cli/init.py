@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from mxfp4ref._files import write_file
+from mxfp4ref._files import printable, write_file
 from mxfp4ref.conformance.cli.shared import UsageError, echo, usage_errors
 
 __all__ = ["init"]
@@ -28,6 +28,7 @@ def adapter(path: Path) -> None:
         raise UsageError(f"PATH: {path} exists, and nothing is written over it")
     text = (files("mxfp4ref.conformance") / "templates" / "adapter.py.txt").read_text(encoding="utf-8")
     with usage_errors():
-        write_file(path, text.format(name=path).encode())
+        name = printable(str(path).replace("\\", "\\\\").replace('"', '\\"'), lines=False)  # in a docstring
+        write_file(path, text.format(name=name).encode())
     echo(f"Wrote {path}. It runs as it is, with the reference in the kernel's place:")
     echo(f"  mxfp4ref conform plain:{path}:fused_moe")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -10,18 +9,19 @@ from pathlib import Path
 
 import click
 
-from mxfp4ref.conformance.cli.shared import NOT_EQUAL
+from mxfp4ref.conformance.cli.shared import NOT_EQUAL, USAGE
 from mxfp4ref.conformance.worker import how_it_ended
 
 __all__ = ["main"]
 
 _START = """\
-import json, sys
-sys.path[:] = json.loads(sys.argv.pop(1))
+import sys
+sys.path[:] = eval(sys.argv.pop(1))
 verdict = sys.argv.pop(1)
 from mxfp4ref.__main__ import main
 main(verdict)
 """
+_NONE = b"none"  # instead of an exit code, as long
 
 
 def main(commands: click.Group, verdict: str | None) -> None:
@@ -31,23 +31,29 @@ def main(commands: click.Group, verdict: str | None) -> None:
         verdict: in that process, the file that the command's exit code is written to.
     """
     if verdict is None:
-        sys.exit(_supervise())
+        try:
+            sys.exit(_supervise())
+        except OSError as error:
+            print(f"Error: {type(error).__name__}: {error}", file=sys.stderr)
+            sys.exit(USAGE)
     try:
         commands(prog_name="mxfp4ref")
     except SystemExit as done:
-        Path(verdict).write_text(str(done.code), encoding="ascii")
+        with Path(verdict).open("r+b") as file:
+            file.write(f"{done.code!s:4.4}".encode())
         raise
 
 
 def _supervise() -> int:
     with tempfile.TemporaryDirectory() as folder:
         verdict = Path(folder, "verdict")
-        command = [sys.executable, "-c", _START, json.dumps(sys.path), str(verdict), *sys.argv[1:]]
+        verdict.write_bytes(_NONE)  # written over in place, for which even a full disk has room
+        command = [sys.executable, "-c", _START, repr(sys.path), str(verdict), *sys.argv[1:]]
         try:
             done = subprocess.run(command, check=False)
         except KeyboardInterrupt:
             return 128 + 2
-        if verdict.is_file() and (code := verdict.read_text(encoding="ascii")).isdigit():
+        if verdict.is_file() and (code := verdict.read_bytes().strip()).isdigit():
             return int(code)
     how = how_it_ended(done.returncode)
     click.echo(
