@@ -22,6 +22,7 @@ from mxfp4ref.model.layer import moe_layer
 from mxfp4ref.model.parallel import Ranks
 from mxfp4ref.routing.presets import ROUTERS, Routing
 from mxfp4ref.sm90 import fp32
+from mxfp4ref.sm90.activation import SWIGLU
 from mxfp4ref.sm90.tactics import Sm90Kernel
 
 __all__ = ["router_logits", "run_layer"]
@@ -52,6 +53,7 @@ def run_layer(
     router: str | None = None,
     ranks: Ranks = _ONE_RANK,
     kernel: Sm90Kernel = _DEFAULT_KERNEL,
+    activation_type: int = SWIGLU,
 ) -> dict[str, Tensor]:
     """Run a whole layer: router, kernel on every rank, shared expert if its output is given.
 
@@ -64,7 +66,7 @@ def run_layer(
             hash layers), `shared_output` `[M, H] bf16` and `padded` `[M] bool`.
         output_path: a safetensors file to write the result to, too.
         router: a key of `ROUTERS`; by default the router of the layer's format.
-        ranks, kernel: as for `moe_layer`.
+        ranks, kernel, activation_type: as for `moe_layer`.
 
     Returns:
         `output` `[M, H] bf16`, `logits`, and `token_selected_experts`, `token_final_scales` and `ambiguous` as
@@ -102,6 +104,7 @@ def run_layer(
         shared_output=None if shared_output is None else _widen(layer, "shared_output", shared_output),
         ranks=ranks,
         kernel=kernel,
+        activation_type=activation_type,
     )
     complete = shared_output is not None or not layer.shared_experts
     result = {

@@ -101,6 +101,7 @@ def expected(original: Original, layer: Layer, tokens: Tokens, rank: Rank) -> Te
         resize_experts(experts, round_up(hidden, 128), round_up(width, 128)),
         **rank._asdict(),
         kernel=Sm90Kernel(generation=original.generation),
+        activation_type=original.activation_type,
     )
     up, gate = slice(0, width), slice(round_up(width, 128), round_up(width, 128) + width)
     stages = Stages(fc1_gemm=of_unpadded(hidden, [up, gate]), fc2_gemm=of_unpadded(width, [slice(0, hidden)]))

@@ -226,6 +226,24 @@ def activation(gate: int, up: int, alpha: int | None, beta: int | None, limit: i
     return mul(mul(gate, sigmoid(scaled)), add(up, 0 if beta is None else beta))
 
 
+def swiglu_step(gate: int, up: int, limit: int | None) -> int:
+    """The same for SwigluStep."""
+    high = 0x40E00000 if limit is None else limit  # 7
+    return mul(minimum(mul(gate, sigmoid(gate)), high), maximum(minimum(up, high), high ^ SIGN32))
+
+
+def situ(gate: int, up: int, beta: int | None, linear_beta: int | None) -> int:
+    """The same for Situ."""
+    b = 0x40800000 if beta is None else beta  # 4
+    c = 0x41C80000 if linear_beta is None else linear_beta  # 25
+    gated = mul(mul(tanh(mul(gate, rcp(b))), sigmoid(gate)), b)
+    return mul(gated, mul(tanh(mul(up, rcp(c))), c))
+
+
+def tanh(z: int) -> int:
+    return fma(sigmoid(mul(z, 0x40000000)), 0x40000000, ONE | SIGN32)
+
+
 def sigmoid(z: int) -> int:
     return rcp(add(ONE, ex2(mul(z ^ SIGN32, 0x3FB8AA3B))))
 

@@ -16,8 +16,11 @@ from mxfp4ref.conformance.cli.shared import NOT_EQUAL, describe, echo, first_val
 from mxfp4ref.conformance.comparison import FAR, differing, first_difference, ulp_distance
 from mxfp4ref.model.parallel import Ranks
 from mxfp4ref.routing import PRESETS
+from mxfp4ref.sm90.activation import ACTIVATIONS
 
 __all__ = ["compare", "layer"]
+
+_ACTIVATIONS = {activation.name: id for id, activation in ACTIVATIONS.items()}
 
 
 @click.command()
@@ -83,6 +86,7 @@ def compare(a: Path, b: Path) -> None:
 @click.option("--alpha", type=float, help="SwiGLU's alpha; default: the model's.")
 @click.option("--beta", type=float, help="SwiGLU's beta; default: the model's.")
 @click.option("--limit", type=float, help="SwiGLU's limit; default: the model's.")
+@click.option("--activation", type=click.Choice(list(_ACTIVATIONS)), default="Swiglu", show_default=True)
 @click.option("--ep-size", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--tp-size", type=click.IntRange(min=1), default=1, show_default=True)
 def layer(
@@ -110,7 +114,14 @@ def layer(
         found = read_layer(checkpoint, index, **given("alpha", "beta", "limit"))
         found = replace(found, **given("top_k", "routed_scaling_factor"))
         ranks = Ranks(options["ep_size"], options["tp_size"])
-        result = run_layer(found, input_path, output_path, router=router, ranks=ranks)
+        result = run_layer(
+            found,
+            input_path,
+            output_path,
+            router=router,
+            ranks=ranks,
+            activation_type=_ACTIVATIONS[options["activation"]],
+        )
     for name, tensor in result.items():
         echo(f"{name:22}  {describe(tensor):22}  {first_values(tensor)}")
     if output_path is not None:
