@@ -12,6 +12,7 @@ from mxfp4ref.goldens.cases import (
     models,
     parallel,
     routing,
+    step_and_situ,
     tensor_core,
 )
 from mxfp4ref.goldens.cases.definition import DEFINITIONS, Content, Definition
@@ -19,4 +20,4 @@ from mxfp4ref.goldens.cases.definition import DEFINITIONS, Content, Definition
 __all__ = ["DEFINITIONS", "SUITES", "Content", "Definition"]
 
 # In the order in which data flows; importing them registers their cases.
-SUITES = (formats, layout, tensor_core, gemm, activation, finalize, routing, parallel, models)
+SUITES = (formats, layout, tensor_core, gemm, activation, step_and_situ, finalize, routing, parallel, models)
