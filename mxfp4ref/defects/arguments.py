@@ -16,6 +16,7 @@ from mxfp4ref.sm90.activation import ACTIVATIONS, SWIGLU, SWIGLU_BIAS
 
 _PARAMETERS = " ".join(PARAMETERS)
 _has_parameter = given(*PARAMETERS)
+_is_swiglu, _is_step = runs("Swiglu", "SwigluBias"), runs("SwigluStep")
 
 
 @defect(
@@ -87,21 +88,21 @@ def activation_type_ignored(call: MoeCall) -> MoeCall:
 @defect(
     "call",
     "defaults of one activation used for all",
-    applies=lambda call: _no_limit(call) and runs("Swiglu", "SwigluBias")(call),
+    applies=lambda call: _no_limit(call) and _is_swiglu(call),
 )
 def limit_7_by_default(call: MoeCall) -> MoeCall:
     """SwiGLU clamped at 7 where no limit is given"""
-    return _limited(call, 7.0)
+    return _limited(call, 7.0) if _is_swiglu(call) else call
 
 
 @defect(
     "call",
     "defaults that are not passed on",
-    applies=lambda call: _no_limit(call) and runs("SwigluStep")(call),
+    applies=lambda call: _no_limit(call) and _is_step(call),
 )
 def no_limit_by_default(call: MoeCall) -> MoeCall:
     """SwigluStep not clamped where no limit is given, instead of at 7"""
-    return _limited(call, torch.inf)
+    return _limited(call, torch.inf) if _is_step(call) else call
 
 
 def _no_limit(call: MoeCall) -> bool:
@@ -109,6 +110,8 @@ def _no_limit(call: MoeCall) -> bool:
 
 
 def _limited(call: MoeCall, limit: float) -> MoeCall:
+    if not _no_limit(call):
+        return call
     limits = torch.full((call.experts.num_experts,), limit, device=call.input.device)
     return replace(call, experts=replace(call.experts, swiglu_limit=limits))
 

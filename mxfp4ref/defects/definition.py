@@ -157,7 +157,12 @@ def _pipeline(changes: str, change: Callable[..., Any]) -> tuple[_Target, Callab
     if whole == "stages":
         return "moe", lambda call: forward(logical(call), change(logical(call))), _always
     if whole == "activation":
-        return "moe", lambda call: forward(activated_by(logical(call), change)), runs(part)
+        is_part = runs(part)
+
+        def run(call: MoeCall) -> Tensor:
+            return forward(activated_by(logical(call), change) if is_part(call) else logical(call))
+
+        return "moe", run, is_part
     sensible: Applies = runs("Swiglu", "SwigluBias") if whole == "swiglu" else _always
     if part:
         whole, variant = _VARIANTS[whole]

@@ -14,6 +14,7 @@ from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32, mufu
 from mxfp4ref.sm90.activation import clamp, sigmoid, silu, tanh
 
+_is_step = runs("SwigluStep")
 _Function = Callable[[Tensor], Tensor]
 
 
@@ -52,10 +53,12 @@ def step_silu_bf16(up: Tensor, gate: Tensor, limit: Tensor) -> Tensor:
 @defect(
     "call",
     "one kernel for all SwiGLUs",
-    applies=lambda call: runs("SwigluStep")(call) and given("swiglu_alpha", "swiglu_beta")(call),
+    applies=lambda call: _is_step(call) and given("swiglu_alpha", "swiglu_beta")(call),
 )
 def step_reads_alpha_and_beta(call: MoeCall) -> MoeCall:
     """SwigluStep with alpha and beta, which it does not read, as SwiGLU has them"""
+    if not _is_step(call):
+        return call
 
     def function(up: Tensor, gate: Tensor, alpha: Tensor, beta: Tensor, limit: Tensor) -> Tensor:
         gated = fp32.mul(gate, sigmoid(fp32.mul(gate, alpha)))
