@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -141,7 +141,7 @@ class Evaluator:
         gated = self.round(self.round(self.tanh(gate, beta) * beta) * self.sigmoid(gate))
         return self.round(gated * self.round(self.tanh(up, linear_beta) * linear_beta))
 
-    ACTIVATIONS = {SWIGLU: swiglu, SWIGLU_BIAS: swiglu, SWIGLU_STEP: swiglu_step, SITU: situ}
+    ACTIVATIONS: ClassVar = {SWIGLU: swiglu, SWIGLU_BIAS: swiglu, SWIGLU_STEP: swiglu_step, SITU: situ}
 
     def __call__(self, call: MoeCall) -> Tensor:
         """`[S, M, COLUMNS] bf16`."""
@@ -164,8 +164,7 @@ def test_random_correct_evaluations_stay_inside(storage: str, options: dict[str,
     check_evaluations(small_call(1, **options), storage, cancelling=options.get("cancelling", False))
 
 
-@pytest.mark.parametrize("parameters", [False, True])
-@pytest.mark.parametrize("activation_type", [SWIGLU_STEP, SITU])
+@pytest.mark.parametrize(("activation_type", "parameters"), [(SWIGLU_STEP, False), (SITU, True)])
 def test_random_correct_evaluations_of_other_activations(activation_type: int, parameters: bool) -> None:
     call = replace(small_call(1, parameters=parameters), activation_type=activation_type)
     situ = {"situ_beta": torch.tensor([3.0, 0.7]), "situ_linear_beta": torch.tensor([1.5, -6.0])}

@@ -150,6 +150,7 @@ def test_all_ranks_at_once(original: Original, tp_size: int) -> None:
         tokens.topk_weights,
         resize_experts(replace(experts, **parameters(original, layer.num_experts)), hidden, inner),
         kernel=Sm90Kernel(generation=original.generation),
+        activation_type=original.activation_type,
     )
     all_ranks = Ranks(tp_size=tp_size, intermediate_size=layer.intermediate)
     bits.assert_same(forward_all_ranks(call, all_ranks), gather(outputs))

@@ -18,9 +18,10 @@ from mxfp4ref.goldens.cases.activation import (
     _probe,
     _structured_pairs,
 )
-from mxfp4ref.goldens.cases.definition import define
+from mxfp4ref.goldens.cases.definition import Content, define
 from mxfp4ref.goldens.cases.source import Source, float32
 from mxfp4ref.model.call import MoeCall
+from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.activation import ACTIVATIONS, SITU, SWIGLU_BIAS, SWIGLU_STEP
 from mxfp4ref.sm90.elementwise import activate
 
@@ -192,6 +193,30 @@ def swiglu_bias_alone(source: Source) -> MoeCall:
     gate, up = (source.spread(name, -2, 2, _PROBES // _INNER, _INNER) for name in ("gate", "up"))
     gate[::2, 8] = 0.0
     return _call(SWIGLU_BIAS, gate.flatten(), up.flatten(), _infinite(_experts(), [8], []))
+
+
+def _stage(activation_type: int, up: Tensor, gate: Tensor, **parameters: float) -> Content:
+    """The stage alone, for kernels that expose it: `[R, 2I]` with up in the first half."""
+    fc1_output = torch.cat((up.view(-1, _INNER), gate.view(-1, _INNER)), dim=1)
+    tensors = {name: float32([value]) for name, value in parameters.items()}
+    activation = ACTIVATIONS[activation_type]
+    values = activate(activation, fc1_output, None, [tensors.get(name) for name in activation.defaults])
+    results = {"activation_float32": values, "activation": fp32.to_bf16(values)}
+    return Content({**tensors, "fc1_output": fc1_output, **results}, {"activation_type": activation_type})
+
+
+@define("activation", unique_for="one stage alone")
+def stage_step(source: Source) -> Content:
+    """SwigluStep's stage alone, with the limit that is compiled in, in float32 and rounded."""
+    gate, up = _structured_pairs(source, 7.0)
+    return _stage(SWIGLU_STEP, up, gate)
+
+
+@define("activation", unique_for="one stage alone")
+def stage_situ(source: Source) -> Content:
+    """SiTU's stage alone, with a beta and the linear beta that is compiled in, in float32 and rounded."""
+    gate, up = _structured_pairs(source, None)
+    return _stage(SITU, up, gate, situ_beta=1.32)
 
 
 def _non_finite_pairs(source: Source) -> tuple[Tensor, Tensor]:
