@@ -97,8 +97,8 @@ def run({arguments}):
 def export_flashinfer_bench(goldens: Goldens, folder: Path | str) -> tuple[list[str], dict[str, str]]:
     """Write the golden cases of kind "moe" as a data set that flashinfer-bench's `TraceSet.from_path` reads.
 
-    There is one definition for each set of optional inputs (biases, the activation's parameters) that occurs, with every
-    size variable. A workload is a case; its file also has the expected `output`, of the default tactic.
+    There is one definition for each set of optional inputs (biases, parameters of the activation) that occurs,
+    with every size variable. A workload is a case; its file also has the expected `output`, of the default tactic.
     Files of earlier exports are replaced; no link below the root is followed.
 
     Args:
