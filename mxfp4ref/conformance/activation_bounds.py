@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.intervals import HUGE, Interval, rounded
-from mxfp4ref.sm90.activation import SITU, SWIGLU, SWIGLU_BIAS, SWIGLU_STEP, Activation
+from mxfp4ref.sm90.activation import GEGLU, SITU, SWIGLU, SWIGLU_BIAS, SWIGLU_STEP, Activation
 
 __all__ = ["activated", "is_enclosed"]
 
 _FLAT = 128  # beyond it the sigmoid is 1, or less than any float32
 _SIGMOID_UNIT = 2.0**-22
 _SWISH_MINIMUM_AT = -1.2784645427610738  # z sigmoid(z) falls before it and rises after it
+_GELU_MINIMUM_AT = -0.7517915246935645
 _ORDINARY = (2.0**-60, 2.0**60)  # parameters with which no product leaves float32's range
 _Enclosed = tuple[
     Interval, Tensor
@@ -63,8 +64,14 @@ def _situ(up: Interval, gate: Interval, beta: float, linear_beta: float) -> _Enc
     return _product(_scaled(gated, beta), _scaled(_tanh(up, linear_beta), linear_beta)), special
 
 
+def _geglu(up: Interval, gate: Interval) -> _Enclosed:
+    up, gate, special = _numbers(up, gate)
+    return _product(_gelu(gate), up), special
+
+
 _ENCLOSED: dict[int, Callable[..., _Enclosed]] = {
     SWIGLU: _swiglu,
+    GEGLU: _geglu,
     SWIGLU_BIAS: _swiglu_bias,
     SWIGLU_STEP: _swiglu_step,
     SITU: _situ,
@@ -119,6 +126,17 @@ def _swish(gate: Interval, alpha: float) -> Interval:
     lost = torch.where(steepest > 80, torch.maximum(low.abs(), high.abs()) * 2.0**-124, 0.0)
     ends = ends[0] - ends[0].abs() * relative - lost, ends[1] + ends[1].abs() * relative + lost
     return rounded(Interval(*ends, gate.overflows))
+
+
+def _gelu(gate: Interval) -> Interval:
+    """g (1 + erf(g / sqrt(2))) / 2, the sum rounded or not: near -1 its error is that of erf."""
+    ends = torch.stack((gate.low, gate.high))
+    values = ends * torch.special.ndtr(ends)
+    turn = ends.new_tensor(_GELU_MINIMUM_AT)
+    turns = (gate.low < turn) & (gate.high > turn)
+    low = torch.where(turns, torch.minimum(values.amin(0), turn * torch.special.ndtr(turn)), values.amin(0))
+    error = ends.abs().amax(0) * 2.0**-21
+    return rounded(Interval(low - error, values.amax(0) + error, gate.overflows))
 
 
 def _sigmoid_error(steepest: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,11 @@ from mxfp4ref.sm90 import fp32, mufu
 
 __all__ = [
     "ACTIVATIONS",
+    "ERF_LARGE",
+    "ERF_SMALL",
+    "ERF_SPLIT",
+    "GEGLU",
+    "HALF_ROOT_TWO",
     "SITU",
     "SWIGLU",
     "SWIGLU_BIAS",
@@ -28,15 +34,20 @@ __all__ = [
     "tanh",
 ]
 
-SWIGLU, SWIGLU_BIAS, SWIGLU_STEP, SITU = 3, 5, 7, 10
+SWIGLU, GEGLU, SWIGLU_BIAS, SWIGLU_STEP, SITU = 3, 4, 5, 7, 10
 
-_LOG2_E = 0x3FB8AA3B  # the float32 bits of log2(e), 1.44269502
+# float32 bits
+_LOG2_E = 0x3FB8AA3B  # 1.44269502
+HALF_ROOT_TWO = 0x3F3504F3  # 0.70710678
+# CUDA's erff: from this |x| on it is 1 - 2^-(x + x p(x)), below it x + x p(x^2); either p, highest power first.
+ERF_SPLIT = 0x3F8060FE
+ERF_LARGE = (0x38EB4C3A, 0xBAAE005B, 0x3C09919F, 0xBD24D99A, 0x3E235519, 0x3F69B4F9, 0x3F210A14)
+ERF_SMALL = (0x38B1E96A, 0xBA574D20, 0x3BAAD5EA, 0xBCDC1BE7, 0x3DE718AF, 0xBEC093AC, 0x3E0375D3)
 
 
 def sigmoid(z: Tensor) -> Tensor:
     """1 / (1 + 2^(-z log2 e)) with the special function unit's EX2 and RCP, float32."""
-    log2_e = torch.tensor(_LOG2_E, dtype=torch.int32, device=z.device).view(torch.float32)
-    power = mufu.ex2(fp32.mul(-z, log2_e))
+    power = mufu.ex2(fp32.mul(-z, _number(_LOG2_E, z)))
     return mufu.rcp(fp32.add(torch.ones_like(power), power))
 
 
@@ -44,6 +55,33 @@ def tanh(z: Tensor) -> Tensor:
     """2 sigmoid(2 z) - 1, the last two operations as one FMA, float32."""
     two = torch.full_like(z, 2)
     return fp32.fma(sigmoid(fp32.mul(z, two)), two, torch.full_like(z, -1))
+
+
+def erf(z: Tensor) -> Tensor:
+    """CUDA's erff in fast math: two polynomials by FMAs, the one for large |z| with EX2, float32."""
+    sign = z.view(torch.int32) & -(1 << 31)
+    magnitude = (z.view(torch.int32) ^ sign).view(torch.float32)
+    large = magnitude >= _number(ERF_SPLIT, z)
+    power, factor = torch.where(large, magnitude, fp32.mul(z, z)), torch.where(large, -magnitude, z)
+    total = torch.where(large, _number(ERF_LARGE[0], z), _number(ERF_SMALL[0], z))
+    for of_large, of_small in zip(ERF_LARGE[1:], ERF_SMALL[1:], strict=True):
+        total = fp32.fma(total, power, torch.where(large, _number(of_large, z), _number(of_small, z)))
+    total = fp32.fma(total, factor, factor)
+    rest = fp32.add(torch.ones_like(z), -mufu.ex2(total))
+    return torch.where(large, (rest.view(torch.int32) | sign).view(torch.float32), total)
+
+
+def gelu(gate: Tensor) -> Tensor:
+    half, one = torch.full_like(gate, 0.5), torch.ones_like(gate)
+    scaled = fp32.mul(gate, _number(HALF_ROOT_TWO, gate))
+    return fp32.mul(fp32.mul(half, gate), fp32.add(one, erf(scaled)))
+
+
+def _number(bits: int, like: Tensor) -> Tensor:
+    """The float32 number of these bits, a scalar beside `like`."""
+    return (
+        torch.tensor(np.uint32(bits).view(np.int32), device=like.device).view(torch.float32).expand_as(like)
+    )
 
 
 def silu(gate: Tensor) -> Tensor:
@@ -57,6 +95,10 @@ def clamp(x: Tensor, limit: Tensor) -> Tensor:
 
 def _swiglu(up: Tensor, gate: Tensor) -> Tensor:
     return fp32.mul(silu(gate), up)
+
+
+def _geglu(up: Tensor, gate: Tensor) -> Tensor:
+    return fp32.mul(gelu(gate), up)
 
 
 def _swiglu_bias(up: Tensor, gate: Tensor, alpha: Tensor, beta: Tensor, limit: Tensor) -> Tensor:
@@ -97,6 +139,7 @@ ACTIVATIONS = {
     activation.id: activation
     for activation in (
         Activation("Swiglu", SWIGLU, _swiglu, becomes=SWIGLU_BIAS),
+        Activation("Geglu", GEGLU, _geglu),
         Activation(
             "SwigluBias",
             SWIGLU_BIAS,

@@ -12,17 +12,30 @@ import math
 import numpy as np
 
 from mxfp4ref._compiled import compiled
-from mxfp4ref.sm90.activation import SITU, SWIGLU, SWIGLU_BIAS, SWIGLU_STEP
+from mxfp4ref.sm90.activation import (
+    ERF_LARGE,
+    ERF_SMALL,
+    ERF_SPLIT,
+    GEGLU,
+    HALF_ROOT_TWO,
+    SITU,
+    SWIGLU,
+    SWIGLU_BIAS,
+    SWIGLU_STEP,
+)
 
 __all__ = ["ACTIVATIONS", "activate", "finalize", "sigmoids", "to_bf16"]
 
-ACTIVATIONS = (SWIGLU, SWIGLU_BIAS, SWIGLU_STEP, SITU)  # that `activate` has
+ACTIVATIONS = (SWIGLU, GEGLU, SWIGLU_BIAS, SWIGLU_STEP, SITU)  # that `activate` has
 
 INF_BITS, NAN_BITS, SMALLEST_BITS, FRACTION = 0x7F800000, 0x7FFFFFFF, 0x00800000, 0x007FFFFF
 SIGN = -(1 << 31)  # of bits as a negative number
 SMALLEST = 2.0**-126
 ROUNDS_TO_SMALLEST = 2.0**-126 * (1 - 2.0**-25)
 LOG2_E = float(np.uint32(0x3FB8AA3B).view(np.float32))
+HALF_SQRT2 = float(np.uint32(HALF_ROOT_TWO).view(np.float32))
+SPLIT = float(np.uint32(ERF_SPLIT).view(np.float32))
+LARGE, SMALL = (np.array(p, np.uint32).view(np.float32).astype(np.float64) for p in (ERF_LARGE, ERF_SMALL))
 TAIL, TIE = (1 << 29) - 1, 1 << 28  # the bits that float64 has and float32 lacks
 
 u16, i32, i64, f32, f64 = np.uint16, np.int32, np.int64, np.float32, np.float64
@@ -129,6 +142,21 @@ def tanh(z, ex2_rows, ex2_squares, rcp_rows, rcp_squares):
 
 
 @compiled()
+def erf(z, ex2_rows, ex2_squares):
+    """As `activation.erf`."""
+    large = abs(z) >= SPLIT
+    power = abs(z) if large else rounded(z * z)
+    factor = -abs(z) if large else z
+    total = LARGE[0] if large else SMALL[0]
+    for i in range(1, len(LARGE)):
+        total = fma(total, power, LARGE[i] if large else SMALL[i])
+    total = fma(total, factor, factor)
+    if large:
+        total = math.copysign(rounded(1.0 - number_of(ex2(bits_of(total), ex2_rows, ex2_squares))), z)
+    return total
+
+
+@compiled()
 def reciprocal(x, rcp_rows, rcp_squares):
     return number_of(rcp(bits_of(x), rcp_rows, rcp_squares))
 
@@ -175,7 +203,10 @@ def activate(
                 up, gate = clamp(up, third), minimum(gate, third)
                 scaled = rounded(gate * first)
                 up = rounded(up + second)
-            if len(of_bf16) and gate == unclamped:
+            if activation == GEGLU:
+                weight = rounded(1.0 + erf(rounded(gate * HALF_SQRT2), ex2_rows, ex2_squares))
+                gate = rounded(0.5 * gate)
+            elif len(of_bf16) and gate == unclamped:
                 weight = number_of(of_bf16[u16(fc1_output[row, i + out.shape[1]])])
             else:
                 weight = sigmoid(scaled, ex2_rows, ex2_squares, rcp_rows, rcp_squares)

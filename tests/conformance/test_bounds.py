@@ -19,7 +19,7 @@ from mxfp4ref.goldens.runs import runs
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward
 from mxfp4ref.sm90 import fp32
-from mxfp4ref.sm90.activation import SITU, SWIGLU, SWIGLU_BIAS, SWIGLU_STEP
+from mxfp4ref.sm90.activation import GEGLU, SITU, SWIGLU, SWIGLU_BIAS, SWIGLU_STEP
 
 GOLDENS = open_goldens()
 MOE = [n for n in GOLDENS.names() if not n.startswith("models/") and GOLDENS.load(n).kind == "moe"]
@@ -141,7 +141,17 @@ class Evaluator:
         gated = self.round(self.round(self.tanh(gate, beta) * beta) * self.sigmoid(gate))
         return self.round(gated * self.round(self.tanh(up, linear_beta) * linear_beta))
 
-    ACTIVATIONS: ClassVar = {SWIGLU: swiglu, SWIGLU_BIAS: swiglu, SWIGLU_STEP: swiglu_step, SITU: situ}
+    def geglu(self, up: Tensor, gate: Tensor) -> Tensor:
+        erf = self.round(torch.erf(self.round(gate * 0.5**0.5)))
+        return self.round(self.round(self.round(gate / 2) * self.round(1 + erf)) * up)
+
+    ACTIVATIONS: ClassVar = {
+        SWIGLU: swiglu,
+        GEGLU: geglu,
+        SWIGLU_BIAS: swiglu,
+        SWIGLU_STEP: swiglu_step,
+        SITU: situ,
+    }
 
     def __call__(self, call: MoeCall) -> Tensor:
         """`[S, M, COLUMNS] bf16`."""
@@ -164,7 +174,9 @@ def test_random_correct_evaluations_stay_inside(storage: str, options: dict[str,
     check_evaluations(small_call(1, **options), storage, cancelling=options.get("cancelling", False))
 
 
-@pytest.mark.parametrize(("activation_type", "parameters"), [(SWIGLU_STEP, False), (SITU, True)])
+@pytest.mark.parametrize(
+    ("activation_type", "parameters"), [(GEGLU, False), (SWIGLU_STEP, False), (SITU, True)]
+)
 def test_random_correct_evaluations_of_other_activations(activation_type: int, parameters: bool) -> None:
     call = replace(small_call(1, parameters=parameters), activation_type=activation_type)
     situ = {"situ_beta": torch.tensor([3.0, 0.7]), "situ_linear_beta": torch.tensor([1.5, -6.0])}

@@ -1,4 +1,4 @@
-"""SwigluStep and Situ against exact fractions and the recorded EX2 and RCP, and the table that they stand in."""
+"""Geglu, SwigluStep and Situ against exact fractions and the recorded EX2 and RCP, and their table."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ from torch import Tensor
 from mxfp4ref.formats.experts import PARAMETERS
 from mxfp4ref.sm90.activation import (
     ACTIVATIONS,
+    GEGLU,
     SITU,
     SWIGLU,
     SWIGLU_BIAS,
     SWIGLU_STEP,
     activate,
     activation_of,
+    erf,
+    gelu,
     tanh,
 )
 from tests.helpers import bits, exact
 from tests.sm90.test_swiglu import random_values
 
-EXACT = {SWIGLU_STEP: exact.swiglu_step, SITU: exact.situ}
+EXACT = {GEGLU: exact.geglu, SWIGLU_STEP: exact.swiglu_step, SITU: exact.situ}
 CHOICES = {
     "swiglu_limit": [
         0x40E00000,
@@ -108,6 +111,17 @@ def test_tanh(patterns: list[int]) -> None:
     bits.assert_same(tanh(bits.fp32(patterns)), bits.fp32([exact.tanh(p) for p in patterns]))
 
 
+@given(st.lists(st.integers(0, 0xFFFFFFFF), min_size=1, max_size=64))
+def test_erf(patterns: list[int]) -> None:
+    bits.assert_same(erf(bits.fp32(patterns)), bits.fp32([exact.erf(p) for p in patterns]))
+
+
+def test_erf_and_gelu_are_what_they_are_called() -> None:
+    x = torch.linspace(-7, 7, 40001)
+    assert float((erf(x).double() - torch.erf(x.double())).abs().max()) < 2.0**-22
+    assert float((gelu(x).double() - torch.nn.functional.gelu(x.double())).abs().max()) < 2.0**-20
+
+
 def one(which: int, up: float, gate: float, *parameters: float | None) -> float:
     row = torch.tensor([up, gate]).to(torch.bfloat16)
     given = [None if value is None else torch.tensor([value]) for value in parameters]
@@ -151,12 +165,13 @@ def test_ids_and_defaults_are_flashinfers() -> None:
     """`common.h` and the adaptors of `cutlass_fused_moe_kernels.cuh` of 0.7.2.post1."""
     assert {a.name: a.id for a in ACTIVATIONS.values()} == {
         "Swiglu": 3,
+        "Geglu": 4,
         "SwigluBias": 5,
         "SwigluStep": 7,
         "Situ": 10,
     }
     defaults = [list(a.defaults.values()) for a in ACTIVATIONS.values()]
-    assert defaults == [[], [1.0, 0.0, torch.inf], [7.0], [4.0, 25.0]]
+    assert defaults == [[], [], [1.0, 0.0, torch.inf], [7.0], [4.0, 25.0]]
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mxfp4ref.sm90.activation import SITU, SWIGLU, SWIGLU_BIAS, SWIGLU_STEP, Activation
+from mxfp4ref.sm90.activation import (
+    ERF_LARGE,
+    ERF_SMALL,
+    ERF_SPLIT,
+    GEGLU,
+    HALF_ROOT_TWO,
+    SITU,
+    SWIGLU,
+    SWIGLU_BIAS,
+    SWIGLU_STEP,
+    Activation,
+)
 from mxfp4ref.sm90.gpu import primitives as gpu
 from mxfp4ref.sm90.gpu.routing import Rows
 
 __all__ = ["KERNELS", "activate", "finalize"]
 
-KERNELS = (SWIGLU, SWIGLU_BIAS, SWIGLU_STEP, SITU)  # that `activate` has
-_SWIGLU, _SWIGLU_BIAS, _SWIGLU_STEP, _SITU = map(tl.constexpr, KERNELS)
+KERNELS = (SWIGLU, GEGLU, SWIGLU_BIAS, SWIGLU_STEP, SITU)  # that `activate` has
+_SWIGLU, _GEGLU, _SWIGLU_BIAS, _SWIGLU_STEP, _SITU = map(tl.constexpr, KERNELS)
+_SPLIT, _HALF_ROOT_TWO = tl.constexpr(ERF_SPLIT), tl.constexpr(HALF_ROOT_TWO)
+_LARGE, _SMALL = tl.constexpr(ERF_LARGE), tl.constexpr(ERF_SMALL)
 _PARAMETERS = 3  # of an activation, at most
 _COLUMNS = 1024  # of one program, whatever the width, so that one binary serves all
 
@@ -104,6 +117,26 @@ def _tanh(z):
 
 
 @triton.jit
+def _number(BITS: tl.constexpr, like):
+    """The float32 number of these bits, in the shape of another tensor."""
+    return tl.full(like.shape, BITS, tl.uint32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _erf(z):
+    sign = z.to(tl.int32, bitcast=True) & -0x80000000
+    magnitude = (z.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+    large = magnitude >= _number(_SPLIT, z)
+    power, factor = tl.where(large, magnitude, gpu.mul(z, z)), tl.where(large, gpu.negate(magnitude), z)
+    total = tl.where(large, _number(_LARGE[0], z), _number(_SMALL[0], z))
+    for i in tl.static_range(1, 7):
+        total = gpu.fma(total, power, tl.where(large, _number(_LARGE[i], z), _number(_SMALL[i], z)))
+    total = gpu.fma(total, factor, factor)
+    rest = gpu.add(tl.full(z.shape, 1.0, tl.float32), gpu.negate(gpu.ex2(total)))
+    return tl.where(large, (rest.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True), total)
+
+
+@triton.jit
 def _clamp(x, limit):
     return gpu.maximum(gpu.minimum(x, limit), gpu.negate(limit))
 
@@ -161,6 +194,10 @@ def _activate(
         elif ACTIVATION == _SITU:  # beta, linear beta
             weighted = gpu.mul(gpu.mul(_tanh(gpu.mul(gate, gpu.rcp(p0))), _sigmoid(gate)), p0)
             up = gpu.mul(_tanh(gpu.mul(up, gpu.rcp(p1))), p1)
+        elif ACTIVATION == _GEGLU:
+            one, half = tl.full([COLUMNS], 1.0, tl.float32), tl.full([COLUMNS], 0.5, tl.float32)
+            weight = gpu.add(one, _erf(gpu.mul(gate, _number(_HALF_ROOT_TWO, gate))))
+            weighted = gpu.mul(gpu.mul(half, gate), weight)
         else:
             tl.static_assert(ACTIVATION == _SWIGLU)
             weighted = gpu.mul(gate, _sigmoid(gate))
