@@ -1,4 +1,4 @@
-"""SwigluSteps and SiTUs that differ from the kernel's."""
+"""SwigluSteps, SiTUs and Geglus that differ from the kernel's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mxfp4ref.defects.definition import activated_by, defect, given, runs
 from mxfp4ref.defects.variants.rounding import bf16
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32, mufu
-from mxfp4ref.sm90.activation import clamp, sigmoid, silu, tanh
+from mxfp4ref.sm90.activation import clamp, gelu, sigmoid, silu, tanh
 
 _is_step = runs("SwigluStep")
 _Function = Callable[[Tensor], Tensor]
@@ -125,6 +125,22 @@ def situ_beta_first(up: Tensor, gate: Tensor, beta: Tensor, linear_beta: Tensor)
 def situ_gate_bf16(up: Tensor, gate: Tensor, beta: Tensor, linear_beta: Tensor) -> Tensor:
     """SiTU's two factors rounded to bf16 before their product"""
     return fp32.mul(bf16(_gated(gate, beta)), bf16(_cap(up, linear_beta)))
+
+
+@defect("activation.Geglu", "GegluTanh", kind="arithmetic")
+def gelu_by_tanh(up: Tensor, gate: Tensor) -> Tensor:
+    """Geglu's GELU by the approximation with tanh, which is another activation of the kernel"""
+    x = gate.to(torch.float64)
+    inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+    power = _exp(-2 * inner.abs())
+    tanh = torch.copysign((1 - power) / (1 + power), inner)
+    return fp32.mul(fp32.round_fp64(0.5 * x * (1 + tanh)), up)
+
+
+@defect("activation.Geglu", "F.gelu(gate) in bf16", kind="arithmetic")
+def gelu_bf16(up: Tensor, gate: Tensor) -> Tensor:
+    """Geglu's gelu(gate) rounded to bf16 before up"""
+    return fp32.mul(bf16(gelu(gate)), up)
 
 
 def _times_reciprocal(x: Tensor, b: Tensor) -> Tensor:

@@ -43,6 +43,7 @@ DESIGNED_FOR = {
         situ_beta_ignored situ_linear_beta_ignored activation_type_ignored params_of_first_expert""",
     "step_by_expert": """step_limit_before_silu step_gate_clamped_below step_limit_one_sided step_silu_bf16
         step_reads_alpha_and_beta limit_ignored""",
+    "geglu_by_expert": "gelu_by_tanh gelu_bf16 activation_type_ignored",
     "step_by_default": "no_limit_by_default activation_type_ignored",
     "step_special_values": "step_clamp_propagates_nan",
     "deepseek_v4_biased": "tie_highest_id padding_routed gate_bias_weights slots_by_id score_rounded_once",

@@ -19,7 +19,7 @@ from mxfp4ref.formats.generations import BYTEWISE, GENERATIONS, Generation
 from mxfp4ref.goldens.store import open_goldens
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward
-from mxfp4ref.sm90.activation import SITU, SWIGLU_STEP
+from mxfp4ref.sm90.activation import GEGLU, SITU, SWIGLU_STEP
 from mxfp4ref.sm90.tactics import Sm90Kernel
 from tests.helpers import defect_calls
 from tests.helpers.defect_outputs import as_bytes
@@ -168,6 +168,13 @@ def large_gates_and_ups(call: MoeCall) -> MoeCall:
     return replace(call, experts=replace(call.experts, fc1_biases=bias))
 
 
+def no_gates(call: MoeCall) -> MoeCall:
+    """Every gate what its bias is."""
+    weights = call.experts.fc1_weights.clone()
+    weights[:, call.experts.intermediate_size :] = 0
+    return replace(call, experts=replace(call.experts, fc1_weights=weights))
+
+
 def no_ups(call: MoeCall) -> MoeCall:
     """Every up 0."""
     changed = {}
@@ -191,6 +198,8 @@ STEP_AND_SITU: dict[str, Change] = {
     "step_reads_alpha_and_beta": step(2.0),
     "step_clamp_propagates_nan": step(2.0),
     "step_silu_bf16": both(large_gates, step(2.0)),
+    "gelu_by_tanh": both(large_gates, of_type(GEGLU, {})),
+    "gelu_bf16": both(large_gates, both(no_gates, of_type(GEGLU, {}))),
     "situ_beta_ignored": situ(4.0, 3.0),
     "situ_linear_beta_ignored": situ(3.0, 25.0),
     "situ_sigmoid_of_capped": both(large_gates, situ(128.0, 3.0)),

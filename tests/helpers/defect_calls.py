@@ -13,7 +13,7 @@ from torch import Tensor
 from mxfp4ref.defects import DequantizeCall, RoutingCall
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.model.call import MoeCall
-from mxfp4ref.sm90.activation import SITU, SWIGLU_STEP
+from mxfp4ref.sm90.activation import GEGLU, SITU, SWIGLU_STEP
 
 M, H, INNER, E = 8, 512, 128, 4
 NAN, INF = math.nan, math.inf
@@ -237,6 +237,10 @@ def step_by_default() -> MoeCall:
     return replace(_one_hot(gate, up), activation_type=SWIGLU_STEP)
 
 
+def geglu_by_expert() -> MoeCall:
+    return replace(every_option(), activation_type=GEGLU)
+
+
 def step_special_values() -> MoeCall:
     return replace(special_values(), activation_type=SWIGLU_STEP)
 
@@ -384,6 +388,7 @@ MOE_CALLS: dict[str, Callable[[], MoeCall]] = {
         situ_near_ties,
         situ_near_ties_with_parameters,
         situ_by_expert,
+        geglu_by_expert,
         step_by_expert,
         step_by_default,
         step_special_values,

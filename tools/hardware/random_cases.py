@@ -104,7 +104,7 @@ def random_call(seed: int, *, clusters: bool = False) -> MoeCall:
 
 def with_activation(call: MoeCall, seed: int, activations: Sequence[int]) -> MoeCall:
     """The call with one of these activations and any subset of Situ's parameters, drawn apart from all else."""
-    rng = np.random.default_rng((seed, len(ACTIVATIONS), *activations))
+    rng = np.random.default_rng((seed, 4, *activations))
     parameters = {}
     for name, high in (("situ_beta", 8.0), ("situ_linear_beta", 30.0)):
         values = rng.uniform(0.2, high, call.experts.num_experts).astype(np.float32)

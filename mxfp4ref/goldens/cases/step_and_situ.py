@@ -1,4 +1,4 @@
-"""Suite `step_and_situ`: SwigluStep, Situ, SwigluBias without parameters; by one-hot weights as in `activation`."""
+"""Suite `step_and_situ`: SwigluStep, Situ, Geglu, SwigluBias alone; by one-hot weights as in `activation`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mxfp4ref.goldens.cases.definition import Content, define
 from mxfp4ref.goldens.cases.source import Source, float32
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
-from mxfp4ref.sm90.activation import ACTIVATIONS, SITU, SWIGLU_BIAS, SWIGLU_STEP
+from mxfp4ref.sm90.activation import ACTIVATIONS, GEGLU, SITU, SWIGLU_BIAS, SWIGLU_STEP
 from mxfp4ref.sm90.elementwise import activate
 
 
@@ -50,14 +50,13 @@ def _boundary_pairs(source: Source, activation_type: int, **parameters: float) -
     return gate[nearest], up[nearest]
 
 
-@define(pending=True, unique_for="SwigluStep's rounding")
+@define(unique_for="SwigluStep's rounding")
 def step_at_rounding_boundaries(source: Source) -> MoeCall:
     """SwigluStep next to the boundaries between bf16 results, with the limit of 7 that is compiled in."""
     return _call(SWIGLU_STEP, *_boundary_pairs(source, SWIGLU_STEP))
 
 
 @define(
-    pending=True,
     catches="activation_type_ignored no_limit_by_default step_limit_one_sided step_silu_bf16",
 )
 def step_clamps_at_7(source: Source) -> MoeCall:
@@ -66,7 +65,6 @@ def step_clamps_at_7(source: Source) -> MoeCall:
 
 
 @define(
-    pending=True,
     catches="limit_ignored step_limit_before_silu step_gate_clamped_below params_of_first_expert",
     unique_for="SwigluStep's limit by expert",
 )
@@ -75,9 +73,7 @@ def step_limit_by_expert(source: Source) -> MoeCall:
     return _call(SWIGLU_STEP, *_clamped_pairs(source, 3.0), _experts(swiglu_limit=[2.5, 0.2]))
 
 
-@define(
-    pending=True, catches="step_reads_alpha_and_beta", unique_for="parameters that SwigluStep does not read"
-)
+@define(catches="step_reads_alpha_and_beta", unique_for="parameters that SwigluStep does not read")
 def step_with_alpha_and_beta(source: Source) -> MoeCall:
     """SwigluStep with alpha, beta and SiTU's parameters, which it does not read."""
     unread = {"swiglu_alpha": [1.702], "swiglu_beta": [1.0], "situ_beta": [2.0], "situ_linear_beta": [3.0]}
@@ -85,39 +81,38 @@ def step_with_alpha_and_beta(source: Source) -> MoeCall:
     return _call(SWIGLU_STEP, *_boundary_pairs(source, SWIGLU_STEP, swiglu_limit=3.0), experts)
 
 
-@define(pending=True, unique_for="zeros, subnormals and every exponent through SwigluStep")
+@define(unique_for="zeros, subnormals and every exponent through SwigluStep")
 def step_special_values(source: Source) -> MoeCall:
     """SwigluStep of zeros, subnormals, both neighbours of +-7, and every exponent."""
     return _call(SWIGLU_STEP, *_structured_pairs(source, 7.0))
 
 
-@define(pending=True, catches="step_clamp_propagates_nan", unique_for="SwigluStep's NaN and Inf")
+@define(catches="step_clamp_propagates_nan", unique_for="SwigluStep's NaN and Inf")
 def step_non_finite(source: Source) -> MoeCall:
     """SwigluStep of NaN and Inf, which become the limit: a gate of -Inf, too, for silu(-Inf) is NaN."""
     return _call(SWIGLU_STEP, *_non_finite_pairs(source), _infinite(_experts(), range(8, 24), range(16)))
 
 
-@define(pending=True, catches="bias1_ignored bias1_bf16")
+@define(catches="bias1_ignored bias1_bf16")
 def step_with_biases(source: Source) -> MoeCall:
     """SwigluStep after biases, two experts with other limits, a bias of fc2."""
     experts = _biased(source, _experts(swiglu_limit=[1.5, 4.0]))
     return _call(SWIGLU_STEP, *_clamped_pairs(source, 4.0), experts)
 
 
-@define(pending=True, catches="activation_type_ignored", unique_for="SwigluStep between two GEMMs")
+@define(catches="activation_type_ignored", unique_for="SwigluStep between two GEMMs")
 def step_layer(source: Source) -> MoeCall:
     """SwigluStep in a layer of four experts with ordinary weights and no limit given, two experts a token."""
     return _layer(source, SWIGLU_STEP)
 
 
-@define(pending=True, catches="activation_type_ignored situ_sigmoid_of_capped", unique_for="SiTU's rounding")
+@define(catches="activation_type_ignored situ_sigmoid_of_capped", unique_for="SiTU's rounding")
 def situ_at_rounding_boundaries(source: Source) -> MoeCall:
     """SiTU next to the boundaries between bf16 results, with the 4 and 25 that are compiled in."""
     return _call(SITU, *_boundary_pairs(source, SITU))
 
 
 @define(
-    pending=True,
     catches="situ_beta_ignored situ_linear_beta_ignored situ_betas_swapped situ_reciprocal_exact",
     unique_for="the rounding of SiTU's parameters",
 )
@@ -128,20 +123,20 @@ def situ_parameters_at_rounding_boundaries(source: Source) -> MoeCall:
     return _call(SITU, *_boundary_pairs(source, SITU, **parameters), experts)
 
 
-@define(pending=True, catches="situ_beta_ignored", unique_for="SiTU's beta alone")
+@define(catches="situ_beta_ignored", unique_for="SiTU's beta alone")
 def situ_beta_alone(source: Source) -> MoeCall:
     """SiTU with a beta alone: 25 caps up."""
     return _call(SITU, *_boundary_pairs(source, SITU, situ_beta=0.66), _experts(situ_beta=[0.66]))
 
 
-@define(pending=True, catches="situ_linear_beta_ignored", unique_for="SiTU's linear beta alone")
+@define(catches="situ_linear_beta_ignored", unique_for="SiTU's linear beta alone")
 def situ_linear_beta_alone(source: Source) -> MoeCall:
     """SiTU with a linear beta alone: 4 caps the gate."""
     pairs = _boundary_pairs(source, SITU, situ_linear_beta=1.03)
     return _call(SITU, *pairs, _experts(situ_linear_beta=[1.03]))
 
 
-@define(pending=True, catches="params_of_first_expert params_bf16 situ_up_uncapped situ_clamped")
+@define(catches="params_of_first_expert params_bf16 situ_up_uncapped situ_clamped")
 def situ_parameters_by_expert(source: Source) -> MoeCall:
     """SiTU with two experts' parameters, one of them negative, and SwiGLU's, which it does not read."""
     read = {"situ_beta": [1.32, 4.0], "situ_linear_beta": [-2.97, 0.6]}
@@ -149,13 +144,13 @@ def situ_parameters_by_expert(source: Source) -> MoeCall:
     return _call(SITU, *_clamped_pairs(source, 5.0), _experts(**read, **unread))
 
 
-@define(pending=True, unique_for="zeros, subnormals and every exponent through SiTU")
+@define(unique_for="zeros, subnormals and every exponent through SiTU")
 def situ_special_values(source: Source) -> MoeCall:
     """SiTU of zeros, subnormals, values around the flush and overflow of EX2, and every exponent."""
     return _call(SITU, *_structured_pairs(source, None))
 
 
-@define(pending=True, unique_for="SiTU's NaN and Inf")
+@define(unique_for="SiTU's NaN and Inf")
 def situ_non_finite(source: Source) -> MoeCall:
     """SiTU of Inf, which it caps, and of NaN, which stays."""
     gate, up = _non_finite_pairs(source)
@@ -165,7 +160,7 @@ def situ_non_finite(source: Source) -> MoeCall:
     return _call(SITU, gate, up, _infinite(_experts(situ_linear_beta=[3.0]), range(8, 24), range(16)))
 
 
-@define(pending=True, unique_for="SiTU's parameters that are no ordinary numbers")
+@define(unique_for="SiTU's parameters that are no ordinary numbers")
 def situ_strange_parameters(source: Source) -> MoeCall:
     """SiTU with parameters that are Inf, tiny and huge, an expert each: their reciprocals are 0, huge and tiny."""
     experts = _experts(
@@ -174,20 +169,39 @@ def situ_strange_parameters(source: Source) -> MoeCall:
     return _call(SITU, *_clamped_pairs(source, 5.0), experts)
 
 
-@define(pending=True, catches="bias1_ignored bias1_bf16")
+@define(catches="bias1_ignored bias1_bf16")
 def situ_with_biases(source: Source) -> MoeCall:
     """SiTU after biases, two experts with other parameters, a bias of fc2."""
     experts = _biased(source, _experts(situ_beta=[2.0, 3.7], situ_linear_beta=[5.0, 1.9]))
     return _call(SITU, *_clamped_pairs(source, 4.0), experts)
 
 
-@define(pending=True, catches="activation_type_ignored", unique_for="SiTU between two GEMMs")
+@define(catches="activation_type_ignored", unique_for="SiTU between two GEMMs")
 def situ_layer(source: Source) -> MoeCall:
     """SiTU in a layer of four experts with ordinary weights and no parameters given, two experts a token."""
     return _layer(source, SITU)
 
 
-@define(pending=True, unique_for="SwigluBias without a parameter")
+@define(pending=True, catches="activation_type_ignored", unique_for="Geglu's rounding")
+def geglu_at_rounding_boundaries(source: Source) -> MoeCall:
+    """Geglu next to the boundaries between bf16 results."""
+    return _call(GEGLU, *_boundary_pairs(source, GEGLU))
+
+
+@define(pending=True, unique_for="zeros, subnormals and every exponent through Geglu")
+def geglu_special_values(source: Source) -> MoeCall:
+    """Geglu of zeros, subnormals and every exponent, with parameters that it does not read."""
+    experts = _experts(swiglu_limit=[0.5], swiglu_alpha=[2.0], situ_beta=[3.0])
+    return _call(GEGLU, *_structured_pairs(source, None), experts)
+
+
+@define(pending=True, catches="activation_type_ignored bias1_ignored bias1_bf16")
+def geglu_with_biases(source: Source) -> MoeCall:
+    """Geglu after biases, two experts, a bias of fc2; gates on both sides of erf's two polynomials."""
+    return _call(GEGLU, *_clamped_pairs(source, 3.0), _biased(source, _one_hot(2)))
+
+
+@define(unique_for="SwigluBias without a parameter")
 def swiglu_bias_alone(source: Source) -> MoeCall:
     """SwigluBias, asked for by its number, without parameters: clamped at Inf, which a NaN becomes, one a token."""
     gate, up = (source.spread(name, -2, 2, _PROBES // _INNER, _INNER) for name in ("gate", "up"))
