@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mxfp4ref.conformance.intervals import HUGE, Interval, rounded
-from mxfp4ref.sm90.activation import GEGLU, SITU, SWIGLU, SWIGLU_BIAS, SWIGLU_STEP, Activation
+from mxfp4ref.sm90.activation import GEGLU, GEGLU_TANH, SITU, SWIGLU, SWIGLU_BIAS, SWIGLU_STEP, Activation
 
 __all__ = ["activated", "is_enclosed"]
 
@@ -16,6 +17,7 @@ _FLAT = 128  # beyond it the sigmoid is 1, or less than any float32
 _SIGMOID_UNIT = 2.0**-22
 _SWISH_MINIMUM_AT = -1.2784645427610738  # z sigmoid(z) falls before it and rises after it
 _GELU_MINIMUM_AT = -0.7517915246935645
+_GELU_TANH_MINIMUM_AT = -0.7524613850256286
 _ORDINARY = (2.0**-60, 2.0**60)  # parameters with which no product leaves float32's range
 _Enclosed = tuple[
     Interval, Tensor
@@ -69,11 +71,17 @@ def _geglu(up: Interval, gate: Interval) -> _Enclosed:
     return _product(_gelu(gate), up), special
 
 
+def _geglu_tanh(up: Interval, gate: Interval) -> _Enclosed:
+    up, gate, special = _numbers(up, gate)
+    return _product(_gelu_tanh(gate), up), special
+
+
 _ENCLOSED: dict[int, Callable[..., _Enclosed]] = {
     SWIGLU: _swiglu,
     GEGLU: _geglu,
     SWIGLU_BIAS: _swiglu_bias,
     SWIGLU_STEP: _swiglu_step,
+    GEGLU_TANH: _geglu_tanh,
     SITU: _situ,
 }
 
@@ -136,6 +144,17 @@ def _gelu(gate: Interval) -> Interval:
     turns = (gate.low < turn) & (gate.high > turn)
     low = torch.where(turns, torch.minimum(values.amin(0), turn * torch.special.ndtr(turn)), values.amin(0))
     error = ends.abs().amax(0) * 2.0**-21
+    return rounded(Interval(low - error, values.amax(0) + error, gate.overflows))
+
+
+def _gelu_tanh(gate: Interval) -> Interval:
+    """The same by tanh, from tanh.approx, which is off by up to 2^-10.9 of its result, to correctly rounded."""
+    ends = torch.stack((gate.low, gate.high))
+    values = F.gelu(ends, approximate="tanh")
+    turn = ends.new_tensor(_GELU_TANH_MINIMUM_AT)
+    turns = (gate.low < turn) & (gate.high > turn)
+    low = torch.where(turns, torch.minimum(values.amin(0), F.gelu(turn, approximate="tanh")), values.amin(0))
+    error = ends.abs().amax(0) * 2.0**-11 + 2.0**-40 * ends.abs().amax(0)
     return rounded(Interval(low - error, values.amax(0) + error, gate.overflows))
 
 

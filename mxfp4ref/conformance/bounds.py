@@ -8,7 +8,8 @@ A correct evaluation, for this module, is any that
 - stores the results of GEMM1, activation and GEMM2 rounded to bf16, to nearest (`storage="bf16"`), or in
   that or any wider format (`storage="wider"`); biases and activation are computed in float32 or wider;
 - computes the sigmoid with a relative error of at most `(4 + min(|z|, 128)) * 2^-22`, and tanh(z) as
-  `2 sigmoid(2 z) - 1` or better; erf with an absolute error of at most 2^-21;
+  `2 sigmoid(2 z) - 1` or better; erf with an absolute error of at most 2^-21, and
+  the tanh of GegluTanh with one of 2^-10;
 - sums the experts in float32 or wider in any order, and rounds to bf16 once;
 - flushes subnormal float32 numbers to zero, or not, anywhere.
 

@@ -14,7 +14,7 @@ from mxfp4ref.formats.mxfp4 import dequantize
 from mxfp4ref.goldens.runs import routing_options, run_stage
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import Stages, forward
-from mxfp4ref.sm90.activation import GEGLU, SITU, SWIGLU, SWIGLU_BIAS, SWIGLU_STEP, Activation
+from mxfp4ref.sm90.activation import GEGLU, GEGLU_TANH, SITU, SWIGLU, SWIGLU_BIAS, SWIGLU_STEP, Activation
 
 __all__ = ["defect_kernel", "defect_outputs", "torch_bf16"]
 
@@ -109,6 +109,7 @@ def _torch_situ(up: Tensor, gate: Tensor, beta: Tensor, linear_beta: Tensor) -> 
 _TORCH_ACTIVATIONS: dict[int, Callable[..., Tensor]] = {
     SWIGLU: lambda up, gate: gate * torch.sigmoid(gate) * up,
     GEGLU: lambda up, gate: torch.nn.functional.gelu(gate) * up,
+    GEGLU_TANH: lambda up, gate: torch.nn.functional.gelu(gate, approximate="tanh") * up,
     SWIGLU_BIAS: _torch_swiglu_bias,
     SWIGLU_STEP: lambda up, gate, limit: (
         torch.minimum(gate * torch.sigmoid(gate), limit) * _torch_clamp(up, limit)

@@ -79,7 +79,11 @@ def params_bf16(parameter: Tensor) -> Tensor:
     return bf16(parameter)
 
 
-@defect("call", "callers that hand no activation_type over", applies=runs("Geglu", "SwigluStep", "Situ"))
+@defect(
+    "call",
+    "callers that hand no activation_type over",
+    applies=runs("Geglu", "GegluTanh", "SwigluStep", "Situ"),
+)
 def activation_type_ignored(call: MoeCall) -> MoeCall:
     """SwiGLU computed, with the parameters that it reads, whatever the activation"""
     return replace(call, activation_type=SWIGLU)

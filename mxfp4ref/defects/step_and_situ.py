@@ -103,6 +103,12 @@ def situ_tanh_exact(up: Tensor, gate: Tensor, beta: Tensor, linear_beta: Tensor)
     return _situ(up, gate, beta, linear_beta, tanh=exact)
 
 
+@defect("activation.Situ", "CUTLASS's own tanh", kind="arithmetic")
+def situ_tanh_approx(up: Tensor, gate: Tensor, beta: Tensor, linear_beta: Tensor) -> Tensor:
+    """SiTU's tanh by tanh.approx, off by 2^-11, instead of 2 sigmoid(2 z) - 1"""
+    return _situ(up, gate, beta, linear_beta, tanh=mufu.tanh)
+
+
 @defect("activation.Situ", "code compiled without fast math", kind="arithmetic")
 def situ_reciprocal_exact(up: Tensor, gate: Tensor, beta: Tensor, linear_beta: Tensor) -> Tensor:
     """SiTU's 1 / beta correctly rounded"""

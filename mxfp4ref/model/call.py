@@ -44,7 +44,7 @@ class MoeCall:
             skipped, as the kernel does, and of the latter only the first slot counts. The kernel leaves the other
             slot's row unset, so what it adds there depends on what its workspace held before.
         activation_type: flashinfer's number of the activation, one of `sm90.activation.ACTIVATIONS`: Swiglu (3) by
-            default, Geglu (4), SwigluBias (5), SwigluStep (7), Situ (10).
+            default, Geglu (4), SwigluBias (5), SwigluStep (7), GegluTanh (8), Situ (10).
 
     Raises:
         TypeError: an argument has the wrong type or dtype.

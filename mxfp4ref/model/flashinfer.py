@@ -140,7 +140,7 @@ def torch_ref_cutlass_fused_moe(
         tp_size, tp_rank, ep_size, ep_rank: this rank; the fc2 bias is added where `tp_rank` is 0.
         output: `[M, H] bf16`, written in place; the list holds this very tensor. It is `input` itself, or
             shares memory with no input.
-        activation_type: Swiglu (3), Geglu (4), SwigluBias (5), SwigluStep (7) or Situ (10).
+        activation_type: Swiglu (3), Geglu (4), SwigluBias (5), SwigluStep (7), GegluTanh (8) or Situ (10).
         profile_ids: flashinfer's ids of the tactics of GEMM1 and GEMM2, see `Sm90Kernel.of_profile_ids`. The
             generation of the layout, or of `kernel`, numbers them; the older ones have no effect of them at all.
         kernel: the tactics of the two GEMMs and the generation; by default the default tactics of the generation

@@ -22,6 +22,8 @@ __all__ = [
     "ERF_SMALL",
     "ERF_SPLIT",
     "GEGLU",
+    "GEGLU_TANH",
+    "GELU_TANH",
     "HALF_ROOT_TWO",
     "SITU",
     "SWIGLU",
@@ -34,11 +36,12 @@ __all__ = [
     "tanh",
 ]
 
-SWIGLU, GEGLU, SWIGLU_BIAS, SWIGLU_STEP, SITU = 3, 4, 5, 7, 10
+SWIGLU, GEGLU, SWIGLU_BIAS, SWIGLU_STEP, GEGLU_TANH, SITU = 3, 4, 5, 7, 8, 10
 
 # float32 bits
 _LOG2_E = 0x3FB8AA3B  # 1.44269502
 HALF_ROOT_TWO = 0x3F3504F3  # 0.70710678
+GELU_TANH = (0x3F4C422A, 0x3D122279)  # sqrt(2 / pi), and that times 0.044715
 # CUDA's erff: from this |x| on it is 1 - 2^-(x + x p(x)), below it x + x p(x^2); either p, highest power first.
 ERF_SPLIT = 0x3F8060FE
 ERF_LARGE = (0x38EB4C3A, 0xBAAE005B, 0x3C09919F, 0xBD24D99A, 0x3E235519, 0x3F69B4F9, 0x3F210A14)
@@ -77,6 +80,13 @@ def gelu(gate: Tensor) -> Tensor:
     return fp32.mul(fp32.mul(half, gate), fp32.add(one, erf(scaled)))
 
 
+def gelu_tanh(gate: Tensor) -> Tensor:
+    """GELU's approximation by tanh.approx."""
+    inner = fp32.fma(fp32.mul(_number(GELU_TANH[1], gate), gate), gate, _number(GELU_TANH[0], gate))
+    tanh = mufu.tanh(fp32.mul(gate, inner))
+    return fp32.mul(torch.full_like(gate, 0.5), fp32.fma(gate, tanh, gate))
+
+
 def _number(bits: int, like: Tensor) -> Tensor:
     """The float32 number of these bits, a scalar beside `like`."""
     return (
@@ -108,6 +118,10 @@ def _swiglu_bias(up: Tensor, gate: Tensor, alpha: Tensor, beta: Tensor, limit: T
 
 def _swiglu_step(up: Tensor, gate: Tensor, limit: Tensor) -> Tensor:
     return fp32.mul(fp32.minimum(silu(gate), limit), clamp(up, limit))
+
+
+def _geglu_tanh(up: Tensor, gate: Tensor) -> Tensor:
+    return fp32.mul(gelu_tanh(gate), up)
 
 
 def _situ(up: Tensor, gate: Tensor, beta: Tensor, linear_beta: Tensor) -> Tensor:
@@ -147,6 +161,7 @@ ACTIVATIONS = {
             {"swiglu_alpha": 1.0, "swiglu_beta": 0.0, "swiglu_limit": torch.inf},
         ),
         Activation("SwigluStep", SWIGLU_STEP, _swiglu_step, {"swiglu_limit": 7.0}),
+        Activation("GegluTanh", GEGLU_TANH, _geglu_tanh),
         Activation("Situ", SITU, _situ, {"situ_beta": 4.0, "situ_linear_beta": 25.0}),
     )
 }

@@ -37,7 +37,7 @@ DESIGNED_FOR = {
         params_by_global_id""",
     "tensor_parallel": "bias2_on_every_tp_rank",
     "padded_halves": "padding_end_of_fused",
-    "situ_near_ties": "situ_tanh_exact situ_divided",
+    "situ_near_ties": "situ_tanh_approx situ_tanh_exact situ_divided",
     "situ_near_ties_with_parameters": "situ_tanh_exact situ_divided situ_reciprocal_exact situ_beta_first",
     "situ_by_expert": """situ_sigmoid_of_capped situ_betas_swapped situ_up_uncapped situ_clamped situ_gate_bf16
         situ_beta_ignored situ_linear_beta_ignored activation_type_ignored params_of_first_expert""",

@@ -207,6 +207,7 @@ STEP_AND_SITU: dict[str, Change] = {
     "situ_clamped": both(large_gates_and_ups, situ(2.0, 3.0)),
     "situ_up_uncapped": both(no_ups, situ(2.0, 3.0)),
     "situ_tanh_exact": both(large_gates_and_ups, situ(2.0, 3.0)),
+    "situ_tanh_approx": both(large_gates_and_ups, situ(2.0, 3.0)),
     "situ_reciprocal_exact": situ(4.0, 25.0),
     "situ_divided": situ(4.0, 0.5),
     "situ_beta_first": situ(4.0, 3.0),

@@ -18,7 +18,16 @@ from mxfp4ref.model import gpu, gpu_trial
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import MoeTrace, forward, select_local, trace
 from mxfp4ref.sm90 import fp32
-from mxfp4ref.sm90.activation import ACTIVATIONS, GEGLU, SITU, SWIGLU, SWIGLU_BIAS, SWIGLU_STEP, activate
+from mxfp4ref.sm90.activation import (
+    ACTIVATIONS,
+    GEGLU,
+    GEGLU_TANH,
+    SITU,
+    SWIGLU,
+    SWIGLU_BIAS,
+    SWIGLU_STEP,
+    activate,
+)
 from mxfp4ref.sm90.finalize import finalize
 from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
 from mxfp4ref.sm90.gpu.tiles import MIDDLE, NARROW, OFFERED, WIDE, Tiles, tiles_for
@@ -222,6 +231,7 @@ def test_the_gemm_interpreted(
         (SWIGLU, "bias"),
         (GEGLU, ""),
         (GEGLU, "bias"),
+        (GEGLU_TANH, "bias"),
         (SWIGLU_BIAS, ""),
         (SWIGLU_BIAS, "swiglu_alpha"),
         (SWIGLU_BIAS, "bias swiglu_beta swiglu_limit"),

@@ -168,10 +168,11 @@ def test_ids_and_defaults_are_flashinfers() -> None:
         "Geglu": 4,
         "SwigluBias": 5,
         "SwigluStep": 7,
+        "GegluTanh": 8,
         "Situ": 10,
     }
     defaults = [list(a.defaults.values()) for a in ACTIVATIONS.values()]
-    assert defaults == [[], [], [1.0, 0.0, torch.inf], [7.0], [4.0, 25.0]]
+    assert defaults == [[], [], [1.0, 0.0, torch.inf], [7.0], [], [4.0, 25.0]]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from mxfp4ref.goldens.cases.definition import Content, define
 from mxfp4ref.goldens.cases.source import Source, float32
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
-from mxfp4ref.sm90.activation import ACTIVATIONS, GEGLU, SITU, SWIGLU_BIAS, SWIGLU_STEP
+from mxfp4ref.sm90.activation import ACTIVATIONS, GEGLU, GEGLU_TANH, SITU, SWIGLU_BIAS, SWIGLU_STEP
 from mxfp4ref.sm90.elementwise import activate
 
 
@@ -182,23 +182,35 @@ def situ_layer(source: Source) -> MoeCall:
     return _layer(source, SITU)
 
 
-@define(pending=True, catches="activation_type_ignored", unique_for="Geglu's rounding")
+@define(catches="activation_type_ignored", unique_for="Geglu's rounding")
 def geglu_at_rounding_boundaries(source: Source) -> MoeCall:
     """Geglu next to the boundaries between bf16 results."""
     return _call(GEGLU, *_boundary_pairs(source, GEGLU))
 
 
-@define(pending=True, unique_for="zeros, subnormals and every exponent through Geglu")
+@define(unique_for="zeros, subnormals and every exponent through Geglu")
 def geglu_special_values(source: Source) -> MoeCall:
     """Geglu of zeros, subnormals and every exponent, with parameters that it does not read."""
     experts = _experts(swiglu_limit=[0.5], swiglu_alpha=[2.0], situ_beta=[3.0])
     return _call(GEGLU, *_structured_pairs(source, None), experts)
 
 
-@define(pending=True, catches="activation_type_ignored bias1_ignored bias1_bf16")
+@define(catches="activation_type_ignored bias1_ignored bias1_bf16")
 def geglu_with_biases(source: Source) -> MoeCall:
     """Geglu after biases, two experts, a bias of fc2; gates on both sides of erf's two polynomials."""
     return _call(GEGLU, *_clamped_pairs(source, 3.0), _biased(source, _one_hot(2)))
+
+
+@define(pending=True, catches="activation_type_ignored", unique_for="GegluTanh's rounding")
+def geglu_tanh_at_rounding_boundaries(source: Source) -> MoeCall:
+    """GegluTanh next to the boundaries between bf16 results."""
+    return _call(GEGLU_TANH, *_boundary_pairs(source, GEGLU_TANH))
+
+
+@define(pending=True, unique_for="zeros, subnormals and every exponent through GegluTanh")
+def geglu_tanh_special_values(source: Source) -> MoeCall:
+    """GegluTanh of zeros, subnormals and every exponent."""
+    return _call(GEGLU_TANH, *_structured_pairs(source, None))
 
 
 @define(unique_for="SwigluBias without a parameter")

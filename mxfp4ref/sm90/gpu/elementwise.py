@@ -15,6 +15,8 @@ from mxfp4ref.sm90.activation import (
     ERF_SMALL,
     ERF_SPLIT,
     GEGLU,
+    GEGLU_TANH,
+    GELU_TANH,
     HALF_ROOT_TWO,
     SITU,
     SWIGLU,
@@ -27,9 +29,10 @@ from mxfp4ref.sm90.gpu.routing import Rows
 
 __all__ = ["KERNELS", "activate", "finalize"]
 
-KERNELS = (SWIGLU, GEGLU, SWIGLU_BIAS, SWIGLU_STEP, SITU)  # that `activate` has
-_SWIGLU, _GEGLU, _SWIGLU_BIAS, _SWIGLU_STEP, _SITU = map(tl.constexpr, KERNELS)
+KERNELS = (SWIGLU, GEGLU, SWIGLU_BIAS, SWIGLU_STEP, GEGLU_TANH, SITU)  # that `activate` has
+_SWIGLU, _GEGLU, _SWIGLU_BIAS, _SWIGLU_STEP, _GEGLU_TANH, _SITU = map(tl.constexpr, KERNELS)
 _SPLIT, _HALF_ROOT_TWO = tl.constexpr(ERF_SPLIT), tl.constexpr(HALF_ROOT_TWO)
+_SQRT_2_PI, _CUBIC = map(tl.constexpr, GELU_TANH)
 _LARGE, _SMALL = tl.constexpr(ERF_LARGE), tl.constexpr(ERF_SMALL)
 _PARAMETERS = 3  # of an activation, at most
 _COLUMNS = 1024  # of one program, whatever the width, so that one binary serves all
@@ -198,6 +201,10 @@ def _activate(
             one, half = tl.full([COLUMNS], 1.0, tl.float32), tl.full([COLUMNS], 0.5, tl.float32)
             weight = gpu.add(one, _erf(gpu.mul(gate, _number(_HALF_ROOT_TWO, gate))))
             weighted = gpu.mul(gpu.mul(half, gate), weight)
+        elif ACTIVATION == _GEGLU_TANH:
+            inner = gpu.fma(gpu.mul(_number(_CUBIC, gate), gate), gate, _number(_SQRT_2_PI, gate))
+            weighted = gpu.fma(gate, gpu.tanh(gpu.mul(gate, inner)), gate)
+            weighted = gpu.mul(tl.full([COLUMNS], 0.5, tl.float32), weighted)
         else:
             tl.static_assert(ACTIVATION == _SWIGLU)
             weighted = gpu.mul(gate, _sigmoid(gate))
