@@ -211,11 +211,10 @@ def activate(
             else:
                 weight = sigmoid(scaled, ex2_rows, ex2_squares, rcp_rows, rcp_squares)
             if activation == SITU:
-                gate = tanh(rounded(gate * of_first), ex2_rows, ex2_squares, rcp_rows, rcp_squares)
-                weight = rounded(weight * gate)
-                gate = first
-                up = tanh(rounded(up * of_second), ex2_rows, ex2_squares, rcp_rows, rcp_squares)
-                up = rounded(up * second)
+                gate, up = rounded(gate * of_first), rounded(up * of_second)
+                for _ in range(2):  # each in turn: two copies of tanh would take long to compile
+                    gate, up = up, tanh(gate, ex2_rows, ex2_squares, rcp_rows, rcp_squares)
+                weight, gate, up = rounded(weight * gate), first, rounded(up * second)
             weighted = rounded(gate * weight)
             if activation == SWIGLU_STEP:
                 weighted, up = minimum(weighted, first), clamp(up, first)
