@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -158,9 +159,11 @@ def _has_specials(call: MoeCall) -> bool:
 def _parameters(call: MoeCall) -> list[Tensor]:
     """Those that the activation reads, `[E] float32` each."""
     given = {name: getattr(call.experts, name) for name in call.activation.defaults}
+    like: Any = {"dtype": torch.float32, "device": call.experts.device}
     size = (call.experts.num_experts,)
     return [
-        torch.full(size, d) if given[n] is None else given[n] for n, d in call.activation.defaults.items()
+        torch.full(size, d, **like) if given[n] is None else given[n]
+        for n, d in call.activation.defaults.items()
     ]
 
 

@@ -116,7 +116,7 @@ def _no_limit(call: MoeCall) -> bool:
 def _limited(call: MoeCall, limit: float) -> MoeCall:
     if not _no_limit(call):
         return call
-    limits = torch.full((call.experts.num_experts,), limit, device=call.input.device)
+    limits = torch.full((call.experts.num_experts,), limit, dtype=torch.float32, device=call.input.device)
     return replace(call, experts=replace(call.experts, swiglu_limit=limits))
 
 

@@ -99,14 +99,16 @@ def tanh(x: Tensor) -> Tensor:
     binade = (exponent - _TANH_FIRST).clamp(0, len(TANH_SEGMENTS) - 1)
     # Each binade has rows of 17 bits, the fraction's lowest being cut off.
     counts = torch.tensor(TANH_SEGMENTS, device=x.device)
-    starts, log2_counts = counts.cumsum(0) - counts, counts.log2().to(torch.int64)
+    starts = counts.cumsum(0) - counts
+    log2_counts = torch.tensor([count.bit_length() - 1 for count in TANH_SEGMENTS], device=x.device)
     fixed = (magnitude & _FRACTION).to(torch.int64) >> (6 - log2_counts[binade])
     c0, c1, c2 = torch.tensor(TANH_ROWS, device=x.device)[starts[binade] + (fixed >> 17)].unbind(-1)
     low = fixed & 0x1FFFF
     square = _squares(17).to(x.device)[low]
     result = (c0 << 17) + c1 * low + (c2 << 2) * square
     # In units of 2^-41, below 0.5 of half as much for each binade; cut off after 24 bits.
-    unit = 2.0 ** -(41 + (_TANH_UNIT - exponent).clamp(0, _TANH_UNIT - _TANH_FIRST)).to(torch.float64)
+    power = -41 - (_TANH_UNIT - exponent).clamp(0, _TANH_UNIT - _TANH_FIRST)
+    unit = (power + 1023 << 52).view(torch.float64)
     wide = (result.to(torch.float64) * unit).view(torch.int64) & -(1 << 29)
     value = wide.view(torch.float64).to(torch.float32).view(torch.int32)
     value = torch.where(exponent < _TANH_FIRST, magnitude, value)
