@@ -16,6 +16,7 @@ from mxfp4ref.checkpoint.shards import Shards
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.formats.resize import resize_experts
 from mxfp4ref.routing.models import Preset
+from mxfp4ref.sm90.activation import SWIGLU
 
 __all__ = ["CheckpointLayer", "ExpertsInFiles", "Swiglu", "concatenated", "has_shared_expert"]
 
@@ -145,6 +146,7 @@ class CheckpointLayer:
             expert map says it, the number in the layer of each that a rank holds. A redundant expert may be named
             twice.
         fused: how many of `experts`, the last, are the shared expert; see `fuse_shared`.
+        activation_type: an id of `mxfp4ref.sm90.activation.ACTIVATIONS`.
     """
 
     format: str
@@ -163,6 +165,7 @@ class CheckpointLayer:
     router: Preset | None = None
     expert_ids: tuple[int, ...] | None = None
     fused: int = 0
+    activation_type: int = SWIGLU
 
     @property
     def num_experts(self) -> int:

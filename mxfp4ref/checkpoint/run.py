@@ -120,14 +120,28 @@ def run_layer(
     if isinstance(layer.experts, ExpertsInFiles) or layer.expert_ids is not None:
         ids = _local(layer, routing.ids, ranks)
         output = finish_output(
-            forward_in_parts(padded_hidden, ids, routing.scales, layer.experts, ranks, kernel, step),
+            forward_in_parts(
+                padded_hidden,
+                replace(routing, ids=ids),
+                layer.experts,
+                ranks,
+                kernel,
+                step,
+                activation_type=layer.activation_type,
+            ),
             shared_output=shared_output,
             routed_scaling=routing.routed_scaling,
             routed_scaling_factor=routing.routed_scaling_factor,
         )
     else:
         output = moe_layer(
-            padded_hidden, routing, layer.experts, shared_output=shared_output, ranks=ranks, kernel=kernel
+            padded_hidden,
+            routing,
+            layer.experts,
+            shared_output=shared_output,
+            ranks=ranks,
+            kernel=kernel,
+            activation_type=layer.activation_type,
         )
     result = {
         _name(layer, latent, shared_output): output[:, : layer.hidden_size].contiguous(),

@@ -19,6 +19,8 @@ from mxfp4ref.formats.mxfp4 import GROUP_SIZE
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import KERNEL, forward
 from mxfp4ref.model.parallel import Ranks, gather, serving_ranks, split_intermediate
+from mxfp4ref.routing.route import Routing
+from mxfp4ref.sm90.activation import SWIGLU
 from mxfp4ref.sm90.elementwise import finalize, to_bf16
 from mxfp4ref.sm90.tactics import Sm90Kernel
 
@@ -41,25 +43,27 @@ class ExpertSource(Protocol):
 
 def forward_in_parts(
     hidden: Tensor,
-    ids: Tensor,
-    scales: Tensor,
+    routing: Routing,
     experts: ExpertSource,
     ranks: Ranks,
     kernel: Sm90Kernel,
     step: Callable[[str, int], None] | None = None,
+    *,
+    activation_type: int = SWIGLU,
 ) -> Tensor:
     """`forward_all_ranks` with some experts in memory at a time; of those that no token chose, none is read.
 
     Args:
         hidden: `[M, H] bf16`.
-        ids, scales: `[M, k]` int32 and float32; ids are indices into `experts`, -1 where a slot has none.
+        routing: its ids are indices into `experts`, -1 where a slot has none.
         experts: where they come from.
-        ranks, kernel: as for `forward_all_ranks` and `MoeCall`.
+        ranks, kernel, activation_type: as for `forward_all_ranks` and `MoeCall`.
         step: called before each part with a description and the number of parts.
 
     Raises:
         TypeError, ValueError: as `MoeCall`, `split_intermediate` and `forward_all_ranks` do.
     """
+    ids, scales = routing.ids, routing.scales
     count, width = experts.num_experts, experts.hidden_size
     serving = serving_ranks(ids, count, ranks)
     size = 3 * width * experts.intermediate_size * (GROUP_SIZE // 2 + 1) // GROUP_SIZE
@@ -85,7 +89,7 @@ def forward_in_parts(
         for rank, shard in enumerate(
             split_intermediate(loaded, ranks.tp_size, intermediate_size=ranks.intermediate_size)
         ):
-            call = MoeCall(hidden, local, scales, shard, kernel=kernel)
+            call = MoeCall(hidden, local, scales, shard, kernel=kernel, activation_type=activation_type)
             by_slot[rank][here] = _slots(call)[here]
     outputs = []
     for ep_rank in range(ranks.ep_size):

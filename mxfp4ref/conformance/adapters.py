@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.plain import TensorError
+from mxfp4ref.formats.experts import PARAMETERS
 from mxfp4ref.formats.generations import NEWEST, Generation
 from mxfp4ref.formats.layout import fold_scales_sm90, interleave_weights_sm90
 from mxfp4ref.goldens.case import Case
 from mxfp4ref.goldens.runs import OUTPUTS
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import MoeTrace
+from mxfp4ref.sm90.activation import SWIGLU
 
 __all__ = [
     "INTERMEDIATES",
@@ -36,7 +38,7 @@ __all__ = [
 
 INTERMEDIATES = ("fc1_output", "activation", "fc2_output")  # those of `MoeTrace` that a diagnosis looks at
 _POISON = 0x7FA5  # a bf16 NaN that no arithmetic produces
-_OPTIONAL = ("fc1_biases", "fc2_biases", "swiglu_alpha", "swiglu_beta", "swiglu_limit")
+_OPTIONAL = ("fc1_biases", "fc2_biases", *PARAMETERS)
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Prepare = Callable[[str, Any], Arguments]
@@ -106,13 +108,15 @@ def keyword_arguments(kind: str, inputs: Any) -> Arguments:
 
 
 def plain_arguments(kind: str, call: MoeCall) -> Arguments:
-    """`(x, ids, scales, w1, s1, w2, s2)` and by name what else the call has; the parallelism where there is any."""
+    """`(x, ids, scales, w1, s1, w2, s2)` and by name what else the call has, but for sizes of 1 and Swiglu."""
     experts = call.experts
     keywords = {name: value for name in _OPTIONAL if (value := getattr(experts, name)) is not None}
     if call.ep_size != 1:
         keywords |= {"ep_size": call.ep_size, "ep_rank": call.ep_rank}
     if call.tp_size != 1:
         keywords |= {"tp_size": call.tp_size, "tp_rank": call.tp_rank}
+    if call.activation_type != SWIGLU:
+        keywords["activation_type"] = call.activation_type
     weights = (experts.fc1_weights, experts.fc1_scales, experts.fc2_weights, experts.fc2_scales)
     return (call.input, call.token_selected_experts, call.token_final_scales, *weights), keywords
 
@@ -137,6 +141,8 @@ def logical_arguments(function: Callable[..., Any]) -> Prepare:
             "ep_size": call.ep_size,
             "ep_rank": call.ep_rank,
         }
+        if call.activation_type != SWIGLU:
+            keywords["activation_type"] = call.activation_type
         for name in _OPTIONAL:
             if (value := getattr(experts, name)) is not None:
                 keywords[name.replace("_biases", "_expert_biases")] = value

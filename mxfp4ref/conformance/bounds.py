@@ -7,7 +7,9 @@ A correct evaluation, for this module, is any that
   24 bits of the largest term; scales are applied to weights, products or sums of a group;
 - stores the results of GEMM1, activation and GEMM2 rounded to bf16, to nearest (`storage="bf16"`), or in
   that or any wider format (`storage="wider"`); biases and activation are computed in float32 or wider;
-- computes the sigmoid with a relative error of at most `(4 + min(|z|, 128)) * 2^-22`;
+- computes the sigmoid with a relative error of at most `(4 + min(|z|, 128)) * 2^-22`, and tanh(z) as
+  `2 sigmoid(2 z) - 1` or better; erf with an absolute error of at most 2^-21, and
+  the tanh of GegluTanh with one of 2^-10;
 - sums the experts in float32 or wider in any order, and rounds to bf16 once;
 - flushes subnormal float32 numbers to zero, or not, anywhere.
 
@@ -30,12 +32,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mxfp4ref._compiler import uncompiled
 from mxfp4ref._validate import check_below, check_choice
+from mxfp4ref.conformance.activation_bounds import activated, is_enclosed
+from mxfp4ref.conformance.intervals import (
+    HUGE,
+    SLACK,
+    TINY,
+    UNIT,
+    Interval,
+    add,
+    flushed,
+    nearest_bf16,
+    stored,
+    widened,
+)
 from mxfp4ref.conformance.reduction import local_experts
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE, decode_ue8m0, dequantize
 from mxfp4ref.model.call import MoeCall
@@ -46,14 +62,10 @@ __all__ = ["STORAGE", "Bounds", "bound"]
 
 STORAGE = ("wider", "bf16")
 
-_UNIT = 2.0**-23  # of float32 rounded in either direction
-_SLACK = 2.0**-46  # more than float64 loses in the few operations between two uses
-_TINY = 2.0**-125  # below this a float32 or bf16 result may be flushed
-_HUGE = 2.0**127
 _LARGEST_SCALE = 252  # with larger scale bytes a scaled weight may overflow
 _NO_NUMBER = 255  # the scale byte that is NaN, or infinite
 _FLAT = 128  # beyond it the sigmoid is 1, or less than any float32
-_SIGMOID_UNIT = 2.0**-22
+_SIGMOIDUNIT = 2.0**-22
 _SWISH_MINIMUM_AT = -1.2784645427610738  # z sigmoid(z) falls before it and rises after it
 _BLOCK = 32  # products within which the probabilistic bound allows for truncation
 
@@ -108,27 +120,6 @@ def bound(call: MoeCall, *, storage: str = "wider", confidence: float | None = N
         return _bound(call, storage, confidence)
 
 
-@dataclass(frozen=True)
-class _Interval:
-    """float64 ends of an evaluation in which nothing overflows; where both are one NaN or infinity, it is that.
-
-    `overflows` says where another evaluation may have left float32's range.
-    """
-
-    low: Tensor
-    high: Tensor
-    overflows: Tensor
-
-    def certain(self, where: Tensor, value: Tensor) -> _Interval:
-        """With the kernel's own value at these places."""
-        value = value.to(torch.float64)
-        return _Interval(
-            torch.where(where, value, self.low),
-            torch.where(where, value, self.high),
-            self.overflows & ~where,
-        )
-
-
 def _bound(call: MoeCall, storage: str, confidence: float | None) -> Bounds:
     local = local_experts(call)
     shape = (*local.shape, call.experts.hidden_size)
@@ -144,21 +135,35 @@ def _bound(call: MoeCall, storage: str, confidence: float | None) -> Bounds:
     scale = torch.where(local >= 0, fp32.widen(call.token_final_scales).to(torch.float64), 0.0)[..., None]
     ends = torch.stack((scale * lower, scale * upper))
     largest = torch.where(torch.isfinite(ends), ends, 0.0).abs().amax(0)
-    error = _gamma(2 * call.top_k) * largest.sum(1) + _TINY * ((largest > 0) & (largest < 2 * _TINY)).sum(1)
-    beyond = overflows.any(1) | (largest.sum(1) >= _HUGE)
-    total = _widen(_Interval(ends.amin(0).sum(1) - error, ends.amax(0).sum(1) + error, beyond))
-    low, high = (_nearest_bf16(end) for end in (total.low, total.high))
-    low, high = _flushed(low, high)
+    error = _gamma(2 * call.top_k) * largest.sum(1) + TINY * ((largest > 0) & (largest < 2 * TINY)).sum(1)
+    beyond = overflows.any(1) | (largest.sum(1) >= HUGE)
+    total = widened(Interval(ends.amin(0).sum(1) - error, ends.amax(0).sum(1) + error, beyond))
+    low, high = (nearest_bf16(end) for end in (total.low, total.high))
+    low, high = flushed(low, high)
     return Bounds(low.to(torch.float32), high.to(torch.float32), total.overflows)
 
 
 def _has_specials(call: MoeCall) -> bool:
-    """Whether a NaN or an infinity may come from the call itself."""
+    """Whether a NaN or an infinity may come from the call itself, or what is enclosed by nothing else."""
     experts = call.experts
+    of_experts = zip(*(p.tolist() for p in _parameters(call)), strict=True)
+    if not all(is_enclosed(call.activation, parameters) for parameters in of_experts):
+        return True
     given = (call.input, experts.fc1_biases, experts.fc2_biases)
     scales = (experts.fc1_scales, experts.fc2_scales)
     infinite = any(bool((~torch.isfinite(t)).any()) for t in given if t is not None)
     return infinite or any(bool((s == _NO_NUMBER).any()) for s in scales if s is not None)
+
+
+def _parameters(call: MoeCall) -> list[Tensor]:
+    """Those that the activation reads, `[E] float32` each."""
+    given = {name: getattr(call.experts, name) for name in call.activation.defaults}
+    like: Any = {"dtype": torch.float32, "device": call.experts.device}
+    size = (call.experts.num_experts,)
+    return [
+        torch.full(size, d, **like) if given[n] is None else given[n]
+        for n, d in call.activation.defaults.items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -172,25 +177,24 @@ class _Expert:
     confidence: float | None
     sums: int
 
-    def output(self, token: Tensor) -> _Interval:
+    def output(self, token: Tensor) -> Interval:
         """Its output, with its bias, for its tokens: `[N, H]`."""
         call, storage = self.call, self.storage
         some = call.experts.select(torch.tensor([self.expert], device=call.input.device))
         x = fp32.bf16_to_fp64(call.input[token].contiguous())
-        value = _Interval(x, x, torch.zeros_like(x, dtype=torch.bool))
-        value = _store(self._gemm(value, some.fc1_weights[0], some.fc1_scales, "fc1_output"), storage)
+        value = Interval(x, x, torch.zeros_like(x, dtype=torch.bool))
+        value = stored(self._gemm(value, some.fc1_weights[0], some.fc1_scales, "fc1_output"), storage)
         if some.fc1_biases is not None:
-            value = _add(value, some.fc1_biases[0])
-            value = _store(value, storage) if storage == "wider" else value
-        parameters = (some.swiglu_alpha, some.swiglu_beta, some.swiglu_limit)
-        activation = _store(
-            self._swiglu(value, *(None if p is None else float(p) for p in parameters)), storage
-        )
+            value = add(value, some.fc1_biases[0])
+            value = stored(value, storage) if storage == "wider" else value
+        parameters = [float(of_experts[self.expert]) for of_experts in _parameters(call)]
+        activation, special = activated(call.activation, value, parameters)
+        activation = stored(activation.certain(special, self._kernels("activation", activation.low)), storage)
         value = self._gemm(activation, some.fc2_weights[0], some.fc2_scales, "fc2_output")
-        value = _store(value, storage)
+        value = stored(value, storage)
         if some.fc2_biases is not None and call.tp_rank == 0:
-            value = _add(value, some.fc2_biases[0])
-            value = _store(value, storage) if storage == "wider" else value
+            value = add(value, some.fc2_biases[0])
+            value = stored(value, storage) if storage == "wider" else value
         return value
 
     def _kernels(self, name: str, like: Tensor) -> Tensor:
@@ -199,7 +203,7 @@ class _Expert:
             return torch.full_like(like, math.nan)
         return fp32.widen(getattr(self.kernels, name)[self.kernels.expert == self.expert])
 
-    def _gemm(self, x: _Interval, packed: Tensor, scales: Tensor | None, name: str) -> _Interval:
+    def _gemm(self, x: Interval, packed: Tensor, scales: Tensor | None, name: str) -> Interval:
         """`x @ W^T` with every error that an accumulation may make; `[N, K]` by `[R, K]`."""
         assert scales is not None
         scales = scales[0]
@@ -207,7 +211,7 @@ class _Expert:
         finite = torch.isfinite(x.low) & torch.isfinite(x.high)
         low, high = torch.where(finite, x.low, 0.0), torch.where(finite, x.high, 0.0)
         centre, largest = (low + high) / 2, torch.maximum(low.abs(), high.abs())
-        radius = (high - low) / 2 + _SLACK * (high - low)
+        radius = (high - low) / 2 + SLACK * (high - low)
 
         scale = decode_ue8m0(scales.clamp(max=_NO_NUMBER - 1), convention="ocp").to(torch.float64)
         units = dequantize(packed, torch.full_like(scales, 127), dtype=torch.float32).to(torch.float64)
@@ -226,124 +230,15 @@ class _Expert:
 
         unscaled = 6.0 * largest.sum(1, keepdim=True)
         overflows = x.overflows.any(1, keepdim=True) | (scales > _LARGEST_SCALE).any(1)
-        overflows = overflows | (unscaled >= _HUGE) | (magnitude >= _HUGE)
+        overflows = overflows | (unscaled >= HUGE) | (magnitude >= HUGE)
         special = ~finite.all(1, keepdim=True) | (scales == _NO_NUMBER).any(1)
-        return _Interval(value - error, value + error, overflows).certain(special, self._kernels(name, value))
-
-    def _swiglu(
-        self, value: _Interval, alpha: float | None, beta: float | None, limit: float | None
-    ) -> _Interval:
-        (up_low, gate_low), (up_high, gate_high) = (end.chunk(2, dim=-1) for end in (value.low, value.high))
-        up_over, gate_over = value.overflows.chunk(2, dim=-1)
-        if (alpha, beta, limit) != (None, None, None):
-            # As the kernel's min and max do it: a NaN becomes the limit.
-            most = math.inf if limit is None else limit
-            up_low, up_high = (torch.where(end.isnan(), most, end) for end in (up_low, up_high))
-            gate_low, gate_high = (torch.where(end.isnan(), most, end) for end in (gate_low, gate_high))
-            up_low, up_high = (end.clamp(max=most).clamp(min=-most) for end in (up_low, up_high))
-            gate_low, gate_high = (end.clamp(max=most) for end in (gate_low, gate_high))
-        whole = torch.isfinite(up_low) & torch.isfinite(up_high)
-        whole = whole & torch.isfinite(gate_low) & torch.isfinite(gate_high)
-        up_low, up_high, gate_low, gate_high = (
-            torch.where(whole, end, 0.0) for end in (up_low, up_high, gate_low, gate_high)
-        )
-        factor = 1.0 if alpha is None else alpha
-        none = torch.zeros_like(whole)
-        gated = _swish(gate_low, gate_high, factor)
-        shifted = _Interval(up_low, up_high, none)
-        if beta is not None:
-            shifted = _round(_Interval(up_low + beta, up_high + beta, none))
-        corners = torch.stack([a * b for a in (gated.low, gated.high) for b in (shifted.low, shifted.high)])
-        product = _round(_Interval(corners.amin(0), corners.amax(0), up_over | gate_over))
-        overflows = product.overflows | (factor * torch.maximum(gate_low.abs(), gate_high.abs()) >= _HUGE)
-        return _Interval(product.low, product.high, overflows).certain(
-            ~whole, self._kernels("activation", product.low)
-        )
-
-
-def _swish(low: Tensor, high: Tensor, alpha: float) -> _Interval:
-    """g * sigmoid(alpha g) over an interval of g, with the sigmoid's error and the product's rounding."""
-    if alpha == 0:
-        ends = low / 2, high / 2
-        steepest = torch.zeros_like(low)
-    else:
-        z = torch.stack((alpha * low, alpha * high))
-        values = z * torch.sigmoid(z) / alpha
-        turn = torch.sigmoid(low.new_tensor(_SWISH_MINIMUM_AT)) * _SWISH_MINIMUM_AT / alpha
-        turns = (z.amin(0) < _SWISH_MINIMUM_AT) & (z.amax(0) > _SWISH_MINIMUM_AT)
-        lowest, highest = values.amin(0), values.amax(0)
-        ends = (
-            torch.where(turns, torch.minimum(lowest, turn), lowest),
-            torch.where(turns, torch.maximum(highest, turn), highest),
-        )
-        steepest = z.abs().amax(0)
-    relative = (4 + steepest.clamp(max=_FLAT)) * _SIGMOID_UNIT + 2.0**-40
-    # Far on the left the sigmoid, or its reciprocal, leaves float32's normal range.
-    lost = torch.where(steepest > 80, torch.maximum(low.abs(), high.abs()) * 2.0**-124, 0.0)
-    ends = ends[0] - ends[0].abs() * relative - lost, ends[1] + ends[1].abs() * relative + lost
-    return _round(_Interval(*ends, torch.zeros_like(low, dtype=torch.bool)))
-
-
-def _add(value: _Interval, bias: Tensor) -> _Interval:
-    shift = fp32.bf16_to_fp64(bias.contiguous())
-    return _round(_Interval(value.low + shift, value.high + shift, value.overflows))
-
-
-def _round(value: _Interval) -> _Interval:
-    """One float32 rounding in either direction, or none."""
-    return _spread(value, _UNIT + _SLACK, flushed=True)
-
-
-def _widen(value: _Interval) -> _Interval:
-    return _spread(value, _SLACK, flushed=False)
-
-
-def _spread(value: _Interval, relative: float, *, flushed: bool) -> _Interval:
-    """With both ends moved outwards; an infinity or NaN stays what it is."""
-    low, high = value.low, value.high
-    low = torch.where(torch.isfinite(low), low - low.abs() * relative, low)
-    high = torch.where(torch.isfinite(high), high + high.abs() * relative, high)
-    low, high = _flushed(low, high) if flushed else (low, high)
-    return _Interval(low, high, value.overflows | _beyond(low) | _beyond(high))
-
-
-def _beyond(end: Tensor) -> Tensor:
-    return torch.isfinite(end) & (end.abs() >= _HUGE)
-
-
-def _store(value: _Interval, storage: str) -> _Interval:
-    """Rounding to bf16 is monotonic: the ends go to the ends. What is beyond bf16's range is kept."""
-    value = _widen(value)
-    low, high = _flushed(_to_bf16_grid(value.low), _to_bf16_grid(value.high))
-    if storage == "bf16":
-        return _Interval(low, high, value.overflows)
-    return _Interval(torch.minimum(value.low, low), torch.maximum(value.high, high), value.overflows)
-
-
-def _to_bf16_grid(value: Tensor) -> Tensor:
-    bits = value.view(torch.int64)
-    rounded = (bits + (1 << 44) - 1 + ((bits >> 45) & 1)) >> 45 << 45
-    return torch.where(torch.isfinite(value), rounded, bits).view(torch.float64)
-
-
-def _nearest_bf16(value: Tensor) -> Tensor:
-    rounded = _to_bf16_grid(value)
-    return torch.where(
-        rounded.abs() >= 2.0**128, torch.copysign(torch.full_like(value, math.inf), value), rounded
-    )
-
-
-def _flushed(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Where a result may be subnormal: kept, flushed, or rounded up to the smallest normal number."""
-    low = torch.where((low != 0) & (low.abs() < _TINY), torch.where(low < 0, -_TINY, 0.0), low)
-    high = torch.where((high != 0) & (high.abs() < _TINY), torch.where(high > 0, _TINY, 0.0), high)
-    return low, high
+        return Interval(value - error, value + error, overflows).certain(special, self._kernels(name, value))
 
 
 def _gamma(depth: int) -> float:
-    return depth * _UNIT / (1 - depth * _UNIT)
+    return depth * UNIT / (1 - depth * UNIT)
 
 
 def _probable_gamma(depth: int, confidence: float, sums: int) -> float:
     deviations = math.sqrt(2 * math.log(2 * depth * max(sums, 1) / (1 - confidence)))
-    return min(_gamma(depth), deviations * math.sqrt(depth) * _UNIT / 2 + _gamma(_BLOCK))
+    return min(_gamma(depth), deviations * math.sqrt(depth) * UNIT / 2 + _gamma(_BLOCK))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from mxfp4ref.formats.mxfp4 import dequantize
 from mxfp4ref.goldens.runs import routing_options, run_stage
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import Stages, forward
+from mxfp4ref.sm90.activation import GEGLU, GEGLU_TANH, SITU, SWIGLU, SWIGLU_BIAS, SWIGLU_STEP, Activation
 
 __all__ = ["defect_kernel", "defect_outputs", "torch_bf16"]
 
@@ -76,21 +78,42 @@ def _matmul(x: Tensor, weights: Tensor, scales: Tensor, **_tactic: object) -> Te
     return x.to(torch.float32) @ dense.to(torch.float32).transpose(-1, -2)
 
 
-def _torch_swiglu(
-    fc1_output: Tensor,
-    bias: Tensor | None = None,
-    alpha: Tensor | None = None,
-    beta: Tensor | None = None,
-    limit: Tensor | None = None,
+def _torch_activate(
+    activation: Activation, fc1_output: Tensor, bias: Tensor | None, parameters: Sequence[Tensor | None]
 ) -> Tensor:
     value = fc1_output.to(torch.float32)
     if bias is not None:
         value = value + bias.to(torch.float32)
     up, gate = value.chunk(2, dim=-1)
-    if limit is not None:
-        up, gate = torch.minimum(torch.maximum(up, -limit), limit), torch.minimum(gate, limit)
-    scaled = gate if alpha is None else gate * alpha
-    return gate * torch.sigmoid(scaled) * (up if beta is None else up + beta)
+    given = [
+        gate.new_tensor(default) if parameter is None else parameter
+        for parameter, default in zip(parameters, activation.defaults.values(), strict=True)
+    ]
+    return _TORCH_ACTIVATIONS[activation.id](up, gate, *given)
 
 
-_TORCH_BF16 = Stages(fc1_gemm=_matmul, fc2_gemm=_matmul, swiglu=_torch_swiglu)
+def _torch_clamp(x: Tensor, limit: Tensor) -> Tensor:
+    return torch.minimum(torch.maximum(x, -limit), limit)
+
+
+def _torch_swiglu_bias(up: Tensor, gate: Tensor, alpha: Tensor, beta: Tensor, limit: Tensor) -> Tensor:
+    gate = torch.minimum(gate, limit)
+    return gate * torch.sigmoid(gate * alpha) * (_torch_clamp(up, limit) + beta)
+
+
+def _torch_situ(up: Tensor, gate: Tensor, beta: Tensor, linear_beta: Tensor) -> Tensor:
+    gated = beta * torch.tanh(gate / beta) * torch.sigmoid(gate)
+    return gated * (linear_beta * torch.tanh(up / linear_beta))
+
+
+_TORCH_ACTIVATIONS: dict[int, Callable[..., Tensor]] = {
+    SWIGLU: lambda up, gate: gate * torch.sigmoid(gate) * up,
+    GEGLU: lambda up, gate: torch.nn.functional.gelu(gate) * up,
+    GEGLU_TANH: lambda up, gate: torch.nn.functional.gelu(gate, approximate="tanh") * up,
+    SWIGLU_BIAS: _torch_swiglu_bias,
+    SWIGLU_STEP: lambda up, gate, limit: (
+        torch.minimum(gate * torch.sigmoid(gate), limit) * _torch_clamp(up, limit)
+    ),
+    SITU: _torch_situ,
+}
+_TORCH_BF16 = Stages(fc1_gemm=_matmul, fc2_gemm=_matmul, activate=_torch_activate)

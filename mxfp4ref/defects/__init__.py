@@ -23,6 +23,7 @@ from mxfp4ref.defects import (
     gemm,
     rounding,
     routing,
+    step_and_situ,
     weights,
 )
 from mxfp4ref.defects.definition import DEFINED, Defect
@@ -32,7 +33,7 @@ from mxfp4ref.defects.variants.router import RoutingCall, route
 __all__ = ["DEFECTS", "Defect", "DequantizeCall", "RoutingCall", "dequantize_call", "get_defect", "route"]
 
 # In the order in which data flows; importing them registers their defects.
-_FAMILIES = (weights, arguments, gemm, rounding, activation, finalize, routing, dequantize)
+_FAMILIES = (weights, arguments, gemm, rounding, activation, step_and_situ, finalize, routing, dequantize)
 DEFECTS: Mapping[str, Defect] = MappingProxyType(
     {name: DEFINED[name] for family in _FAMILIES for name in vars(family) if name in DEFINED}
 )

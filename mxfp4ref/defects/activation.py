@@ -1,23 +1,25 @@
-"""Activations that differ from the kernel's."""
+"""SwiGLUs that differ from the kernel's, and what all activations have in common."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mxfp4ref import _ieee
-from mxfp4ref.defects.definition import defect, given
+from mxfp4ref.defects.definition import defect, given, runs
 from mxfp4ref.defects.variants.rounding import bf16, keep
 from mxfp4ref.defects.variants.swiglu import Operands, SwigluVariant, clamp_both, silu
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import Stages
 from mxfp4ref.routing import scoring
 from mxfp4ref.sm90 import fp32, mufu
-from mxfp4ref.sm90.swiglu import swiglu
+from mxfp4ref.sm90.activation import Activation, activate
 
 _has_alpha, _has_beta, _has_limit = given("swiglu_alpha"), given("swiglu_beta"), given("swiglu_limit")
+_is_swiglu = runs("Swiglu", "SwigluBias")
 _Pair = tuple[Tensor, Tensor]
-_Optional = Tensor | None
 
 
 @defect("swiglu.clamp", "vllm#47392", applies=_has_limit)
@@ -33,7 +35,7 @@ def gate_clamped_below(up: Tensor, gate: Tensor, limit: Tensor) -> _Pair:
     return up, fp32.maximum(gate, -limit)
 
 
-@defect("stages", "flashinfer#3492", applies=_has_limit)
+@defect("stages", "flashinfer#3492", applies=lambda call: _has_limit(call) and _is_swiglu(call))
 def clamp_after_silu(call: MoeCall) -> Stages:
     """min(silu(gate), L) instead of silu(min(gate, L))"""
 
@@ -43,7 +45,7 @@ def clamp_after_silu(call: MoeCall) -> Stages:
     def product(x: Operands) -> Tensor:
         return fp32.mul(fp32.minimum(silu(x), x.limit), x.shifted)
 
-    return Stages(swiglu=SwigluVariant(clamp=clamp, product=product))
+    return Stages(activate=SwigluVariant(clamp=clamp, product=product))
 
 
 @defect("swiglu.product", "misread formulas", applies=_has_beta)
@@ -73,15 +75,17 @@ def clamp_propagates_nan(up: Tensor, gate: Tensor, limit: Tensor) -> _Pair:
 @defect("stages", "fused epilogues", kind="arithmetic", applies=given("fc1_biases"))
 def bias1_before_rounding(call: MoeCall) -> Stages:
     """fc1 bias added to the float32 accumulators, before the rounding to bf16"""
-    return Stages(round_fc1=keep, swiglu=bias1_bf16)
+    return Stages(round_fc1=keep, activate=bias1_bf16)
 
 
-@defect("swiglu", "torch references in bf16", kind="arithmetic", applies=given("fc1_biases"))
-def bias1_bf16(x: Tensor, bias: _Optional, alpha: _Optional, beta: _Optional, limit: _Optional) -> Tensor:
+@defect("activate", "torch references in bf16", kind="arithmetic", applies=given("fc1_biases"))
+def bias1_bf16(
+    activation: Activation, x: Tensor, bias: Tensor | None, parameters: Sequence[Tensor | None]
+) -> Tensor:
     """sum of GEMM1's output and the fc1 bias rounded to bf16"""
     if bias is not None:
         x = fp32.add(fp32.widen(x), fp32.widen(bias).expand_as(x))
-    return swiglu(x if x.dtype == torch.bfloat16 else fp32.to_bf16(x), None, alpha, beta, limit)
+    return activate(activation, x if x.dtype == torch.bfloat16 else fp32.to_bf16(x), None, parameters)
 
 
 def _exp(x: Tensor) -> Tensor:
@@ -182,11 +186,11 @@ def alpha_in_constant(x: Operands) -> Tensor:
     return fp32.mul(fp32.mul(x.gate, sigmoid), x.shifted)
 
 
-@defect("stages", "code compiled without flush-to-zero", kind="arithmetic")
+@defect("stages", "code compiled without flush-to-zero", kind="arithmetic", applies=_is_swiglu)
 def no_ftz_activation(call: MoeCall) -> Stages:
     """subnormal sums and products of the activation kept"""
 
     def product(x: Operands) -> Tensor:
         return _ieee.mul(_ieee.mul(x.gate, x.sigmoid), x.shifted)
 
-    return Stages(swiglu=SwigluVariant(add=_ieee.add, multiply=_ieee.mul, product=product))
+    return Stages(activate=SwigluVariant(add=_ieee.add, multiply=_ieee.mul, product=product))

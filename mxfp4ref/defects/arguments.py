@@ -7,13 +7,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mxfp4ref.defects.definition import change_tensors, defect, given
+from mxfp4ref.defects.definition import change_tensors, defect, given, runs
 from mxfp4ref.defects.variants.rounding import bf16
+from mxfp4ref.formats.experts import PARAMETERS
 from mxfp4ref.model.call import PADDING_ID, MoeCall
 from mxfp4ref.model.forward import select_local
+from mxfp4ref.sm90.activation import ACTIVATIONS, SWIGLU, SWIGLU_BIAS
 
-_PARAMETERS = "swiglu_alpha swiglu_beta swiglu_limit"
-_has_parameter = given(*_PARAMETERS.split())
+_PARAMETERS = " ".join(PARAMETERS)
+_has_parameter = given(*PARAMETERS)
+_is_swiglu, _is_step = runs("Swiglu", "SwigluBias"), runs("SwigluStep")
 
 
 @defect(
@@ -46,33 +49,87 @@ def beta_ignored(beta: Tensor) -> None:
     return None
 
 
-@defect("call", "sglang#24492", applies=_has_parameter)
+@defect("call", "sglang#24492", applies=runs("SwigluBias"))
 def all_or_none_params(call: MoeCall) -> MoeCall:
     """limit (or another parameter) alone given, so none is applied"""
-    if all(given(name)(call) for name in _PARAMETERS.split()):
+    names = ACTIVATIONS[SWIGLU_BIAS].defaults
+    if all(given(name)(call) for name in names):
         return call
-    return change_tensors(call, *_PARAMETERS.split(), change=lambda parameter: None)
+    return change_tensors(call, *names, change=lambda parameter: None)
 
 
 @defect("call", "sglang#24816", applies=lambda call: call.ep_rank > 0 and _has_parameter(call))
 def params_by_global_id(call: MoeCall) -> MoeCall:
     # Beyond the end of the rank's own vector, as on every rank but the first, a checked gather stays at the last.
-    """per-expert SwiGLU vectors indexed by global id under expert parallelism"""
+    """per-expert parameters indexed by global id under expert parallelism"""
     ids = torch.arange(call.experts.num_experts, device=call.input.device)
     ids = (ids + call.ep_rank * len(ids)).clamp(max=len(ids) - 1)
-    return change_tensors(call, *_PARAMETERS.split(), change=lambda parameter: parameter[ids])
+    return change_tensors(call, *PARAMETERS, change=lambda parameter: parameter[ids])
 
 
 @defect(_PARAMETERS, "kernels that take scalars")
 def params_of_first_expert(parameter: Tensor) -> Tensor:
-    """the first expert's SwiGLU parameters used for all, as if they were scalars"""
+    """the first expert's parameters used for all, as if they were scalars"""
     return parameter[:1].expand_as(parameter)
 
 
 @defect(_PARAMETERS, "modules cast as a whole")
 def params_bf16(parameter: Tensor) -> Tensor:
-    """SwiGLU parameters rounded to bf16 (1.702 becomes 1.703125)"""
+    """parameters of the activation rounded to bf16 (1.702 becomes 1.703125)"""
     return bf16(parameter)
+
+
+@defect(
+    "call",
+    "callers that hand no activation_type over",
+    applies=runs("Geglu", "GegluTanh", "SwigluStep", "Situ"),
+)
+def activation_type_ignored(call: MoeCall) -> MoeCall:
+    """SwiGLU computed, with the parameters that it reads, whatever the activation"""
+    return replace(call, activation_type=SWIGLU)
+
+
+@defect(
+    "call",
+    "defaults of one activation used for all",
+    applies=lambda call: _no_limit(call) and _is_swiglu(call),
+)
+def limit_7_by_default(call: MoeCall) -> MoeCall:
+    """SwiGLU clamped at 7 where no limit is given"""
+    return _limited(call, 7.0) if _is_swiglu(call) else call
+
+
+@defect(
+    "call",
+    "defaults that are not passed on",
+    applies=lambda call: _no_limit(call) and _is_step(call),
+)
+def no_limit_by_default(call: MoeCall) -> MoeCall:
+    """SwigluStep not clamped where no limit is given, instead of at 7"""
+    return _limited(call, torch.inf) if _is_step(call) else call
+
+
+def _no_limit(call: MoeCall) -> bool:
+    return call.experts.swiglu_limit is None
+
+
+def _limited(call: MoeCall, limit: float) -> MoeCall:
+    if not _no_limit(call):
+        return call
+    limits = torch.full((call.experts.num_experts,), limit, dtype=torch.float32, device=call.input.device)
+    return replace(call, experts=replace(call.experts, swiglu_limit=limits))
+
+
+@defect("situ_beta", "constants of another model")
+def situ_beta_ignored(beta: Tensor) -> None:
+    """SiTU's beta dropped, 4 used"""
+    return None
+
+
+@defect("situ_linear_beta", "constants of another model")
+def situ_linear_beta_ignored(linear_beta: Tensor) -> None:
+    """SiTU's linear beta dropped, 25 used"""
+    return None
 
 
 @defect("fc1_biases", "flashinfer#3423")

@@ -14,6 +14,7 @@ The first argument says what the function stands for, and so what it takes and r
     "stages"                    a `MoeCall` to the `Stages` that run it, for a change in several places
     "gemm.order"                a part of `GemmVariant`, in both GEMMs
     "swiglu.clamp"              a part of `SwigluVariant`
+    "activation.Situ"           the function of an entry of `sm90.activation.ACTIVATIONS`
     "finalize.step"             a part of `FinalizeVariant`
     "router.select"             a part of `rerouted`
     "routing"                   a `RoutingCall` to another one, or to a wrong `Routing`
@@ -22,7 +23,7 @@ The first argument says what the function stands for, and so what it takes and r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar
 
@@ -36,8 +37,19 @@ from mxfp4ref.defects.variants.swiglu import SwigluVariant
 from mxfp4ref.formats.experts import Experts, Sm90Experts
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import Stages, forward
+from mxfp4ref.sm90.activation import Activation
 
-__all__ = ["DEFINED", "Applies", "Defect", "change_tensors", "defect", "given", "logical"]
+__all__ = [
+    "DEFINED",
+    "Applies",
+    "Defect",
+    "activated_by",
+    "change_tensors",
+    "defect",
+    "given",
+    "logical",
+    "runs",
+]
 
 Applies = Callable[[Any], bool]
 _Target = Literal["moe", "routing", "dequantize"]
@@ -77,7 +89,7 @@ _STAGES = {stage.name for stage in fields(Stages)}
 _TENSORS = {tensor.name for tensor in fields(Experts)}
 _VARIANTS: dict[str, tuple[str, Callable[..., Any]]] = {
     "gemm": ("fc1_gemm fc2_gemm", GemmVariant),
-    "swiglu": ("swiglu", SwigluVariant),
+    "swiglu": ("activate", SwigluVariant),
     "finalize": ("finalize", FinalizeVariant),
 }
 
@@ -90,7 +102,8 @@ def defect(
     Args:
         changes: what the function stands for, see above.
         seen_in, kind: as in `Defect`.
-        applies: as in `Defect`; by default true where `changes` names no tensors or the call has one of them.
+        applies: as in `Defect`; false anyway where the call has none of the tensors, or not the activation, that
+            `changes` names.
     """
 
     def register(change: _Change) -> _Change:
@@ -99,7 +112,8 @@ def defect(
             raise ValueError(f"{name}: defined twice")
         summary = " ".join((change.__doc__ or "").split())
         target, run, sensible = _pipeline(changes, change)
-        DEFINED[name] = Defect(name, summary, seen_in, kind, target, run, applies or sensible)
+        shows = (lambda call: sensible(call) and applies(call)) if applies else sensible
+        DEFINED[name] = Defect(name, summary, seen_in, kind, target, run, shows)
         return change
 
     return register
@@ -108,6 +122,11 @@ def defect(
 def given(*tensors: str) -> Applies:
     """A predicate: the call's experts have one of these."""
     return lambda call: any(getattr(call.experts, name) is not None for name in tensors)
+
+
+def runs(*activations: str) -> Applies:
+    """A predicate: the call's activation is one of these."""
+    return lambda call: call.activation.name in activations
 
 
 def logical(call: MoeCall) -> MoeCall:
@@ -137,13 +156,21 @@ def _pipeline(changes: str, change: Callable[..., Any]) -> tuple[_Target, Callab
         return "moe", lambda call: forward(change(logical(call))), _always
     if whole == "stages":
         return "moe", lambda call: forward(logical(call), change(logical(call))), _always
+    if whole == "activation":
+        is_part = runs(part)
+
+        def run(call: MoeCall) -> Tensor:
+            return forward(activated_by(logical(call), change) if is_part(call) else logical(call))
+
+        return "moe", run, is_part
+    sensible: Applies = runs("Swiglu", "SwigluBias") if whole == "swiglu" else _always
     if part:
         whole, variant = _VARIANTS[whole]
         change = variant(**{part: change})
     names = whole.split()
     if set(names) <= _STAGES:
         stages = Stages(**dict.fromkeys(names, change))
-        return "moe", lambda call: forward(logical(call), stages), _always
+        return "moe", lambda call: forward(logical(call), stages), sensible
     if not set(names) <= _TENSORS:
         raise ValueError(
             f"changes: expected tensors of the experts, stages, or a part of one, got {changes!r}"
@@ -156,6 +183,27 @@ def change_tensors(call: MoeCall, *names: str, change: Callable[[Tensor], Tensor
     tensors: dict[str, Tensor | None] = {name: getattr(call.experts, name) for name in names}
     changed: dict[str, Any] = {name: change(tensor) for name, tensor in tensors.items() if tensor is not None}
     return replace(call, experts=replace(call.experts, **changed))
+
+
+@dataclass(frozen=True)
+class _OtherActivation(MoeCall):
+    """A call whose activation is in no table."""
+
+    other: Activation | None = None
+
+    @property
+    def activation(self) -> Activation:
+        assert self.other is not None
+        return self.other
+
+
+def activated_by(
+    call: MoeCall, function: Callable[..., Tensor], defaults: Mapping[str, float] | None = None
+) -> MoeCall:
+    """The call with another function of up, gate and parameters, by default those that its activation reads."""
+    defaults = call.activation.defaults if defaults is None else defaults
+    other = Activation("other", -1, function, defaults)
+    return _OtherActivation(**{f.name: getattr(call, f.name) for f in fields(MoeCall)}, other=other)
 
 
 def _routed(result: Any) -> Any:

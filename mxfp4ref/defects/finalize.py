@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,8 @@ from mxfp4ref.defects.variants.rounding import bf16, keep
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import Stages, trace
 from mxfp4ref.sm90 import fp32
+from mxfp4ref.sm90.activation import Activation, activate
 from mxfp4ref.sm90.finalize import finalize
-from mxfp4ref.sm90.swiglu import swiglu
 
 __all__ = ["ROUTED_SCALING_FACTOR"]
 
@@ -38,14 +39,14 @@ def weight_before_gemm2(call: MoeCall) -> Stages:
     """routing weight multiplied into the activation before its rounding to bf16"""
     take = _in_turn(_weights_by_row(call))
 
-    def weighted(fc1_output: Tensor, *parameters: Tensor | None) -> Tensor:
-        activation = swiglu(fc1_output, *parameters)
-        return fp32.mul(activation, take(len(activation))[:, None].expand_as(activation))
+    def weighted(activation: Activation, fc1_output: Tensor, *operands: Any) -> Tensor:
+        activated = activate(activation, fc1_output, *operands)
+        return fp32.mul(activated, take(len(activated))[:, None].expand_as(activated))
 
     # The bias keeps its weight: the reference has none, and bias2_unweighted is another defect.
     biased = FinalizeVariant(lambda acc, scale, y, bias: fp32.fma(scale, bias, fp32.add(y, acc)))
     plain = FinalizeVariant(lambda acc, scale, y, bias: fp32.add(y, acc))
-    return Stages(swiglu=weighted, finalize=biased if _has_bias(call) else plain)
+    return Stages(activate=weighted, finalize=biased if _has_bias(call) else plain)
 
 
 def _weights_by_row(call: MoeCall) -> Tensor:
@@ -56,13 +57,13 @@ def _weights_by_row(call: MoeCall) -> Tensor:
     device = call.input.device
     take = _in_turn(torch.arange(call.token_selected_experts.numel(), dtype=torch.float32, device=device))
 
-    def number(fc1_output: Tensor, *parameters: Tensor | None) -> Tensor:
+    def number(activation: Activation, fc1_output: Tensor, *operands: object) -> Tensor:
         return take(len(fc1_output))[:, None].expand(-1, call.experts.intermediate_size)
 
     def no_gemm(x: Tensor, packed: Tensor, *scales: Tensor, **tactic: object) -> Tensor:
         return torch.zeros(*x.shape[:2], packed.shape[1], dtype=torch.float32, device=device)
 
-    stages = Stages(fc1_gemm=no_gemm, swiglu=number, round_activation=keep, fc2_gemm=no_gemm)
+    stages = Stages(fc1_gemm=no_gemm, activate=number, round_activation=keep, fc2_gemm=no_gemm)
     rows = trace(call, stages)
     weights = torch.empty(len(rows.token), dtype=torch.float32, device=device)
     weights[rows.activation[:, 0].long()] = call.token_final_scales[rows.token, rows.slot]

@@ -1,4 +1,4 @@
-"""The experts of one rank: packed weights, scales, biases and SwiGLU parameters."""
+"""The experts of one rank: packed weights, scales, biases and the parameters of the activation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from mxfp4ref.formats.generations import GENERATIONS, PLAIN, Generation
 from mxfp4ref.formats.layout import deinterleave_weights_sm90, folded_bytes_shape, unfold_scales_sm90
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE
 
-__all__ = ["Experts", "PlainExperts", "Sm90Experts", "StoredWeights"]
+__all__ = ["PARAMETERS", "Experts", "PlainExperts", "Sm90Experts", "StoredWeights"]
+
+# Of the activation, each for every expert; `sm90/activation.py` says which activation reads which.
+PARAMETERS = ("swiglu_alpha", "swiglu_beta", "swiglu_limit", "situ_beta", "situ_linear_beta")
 
 
 class StoredWeights(NamedTuple):
@@ -46,7 +49,8 @@ class Experts(Shown):
         fc2_scales: `[E, H, I/32] uint8`; None with bf16 weights.
         fc1_biases: `[E, 2I] bf16`, rows as in `fc1_weights`, or None.
         fc2_biases: `[E, H] bf16`, or None.
-        swiglu_alpha, swiglu_beta, swiglu_limit: `[E] float32` each, or None.
+        swiglu_alpha, swiglu_beta, swiglu_limit, situ_beta, situ_linear_beta: `[E] float32` each, or None; those that
+            the call's activation does not read have no effect.
 
     Raises:
         TypeError, ValueError: a tensor has another dtype, shape or device than the others call for.
@@ -61,6 +65,8 @@ class Experts(Shown):
     swiglu_alpha: Tensor | None = None
     swiglu_beta: Tensor | None = None
     swiglu_limit: Tensor | None = None
+    situ_beta: Tensor | None = None
+    situ_linear_beta: Tensor | None = None
 
     @uncompiled
     def __post_init__(self) -> None:
@@ -86,13 +92,11 @@ class Experts(Shown):
                 self._check_scales(f"{name}_scales", scales, (experts, rows, depth // GROUP_SIZE))
             elif scales is not None:
                 raise ValueError(f"{name}_scales: expected None with bfloat16 weights, got a tensor")
-        optional = {
+        optional: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "fc1_biases": (torch.bfloat16, (experts, 2 * inner)),
             "fc2_biases": (torch.bfloat16, (experts, hidden)),
-            "swiglu_alpha": (torch.float32, (experts,)),
-            "swiglu_beta": (torch.float32, (experts,)),
-            "swiglu_limit": (torch.float32, (experts,)),
         }
+        optional |= dict.fromkeys(PARAMETERS, (torch.float32, (experts,)))
         for name, (dtype, shape) in optional.items():
             if getattr(self, name) is not None:
                 check_tensor(name, getattr(self, name), dtype=dtype, shape=shape)

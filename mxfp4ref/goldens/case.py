@@ -14,9 +14,10 @@ from torch import Tensor
 
 from mxfp4ref._files import printable
 from mxfp4ref._shown import Shown
-from mxfp4ref.formats.experts import Experts
+from mxfp4ref.formats.experts import PARAMETERS, Experts
 from mxfp4ref.goldens.generator import generate
 from mxfp4ref.model.call import MoeCall
+from mxfp4ref.sm90.activation import SWIGLU
 from mxfp4ref.sm90.tactics import Sm90Kernel
 
 __all__ = ["EXPERT_TENSORS", "KINDS", "Case", "GoldenError", "derive", "dtype_name", "tensor_bytes"]
@@ -26,10 +27,10 @@ KINDS = (
     *("moe", "quantize", "dequantize", "layout", "tensor_core", "gemm", "activation", "finalize"),
     "routing",
 )
-# Tensors of `Experts`, in logical layout; the biases and SwiGLU parameters are optional.
+# Tensors of `Experts`, in logical layout; the biases and the parameters of the activation are optional.
 EXPERT_TENSORS = (
     *("fc1_weights", "fc1_scales", "fc2_weights", "fc2_scales", "fc1_biases", "fc2_biases"),
-    *("swiglu_alpha", "swiglu_beta", "swiglu_limit"),
+    *PARAMETERS,
 )
 
 
@@ -121,6 +122,7 @@ class Case(Shown):
             tp_size=self.parameters["tp_size"],
             tp_rank=self.parameters["tp_rank"],
             strict=self.parameters["strict"],
+            activation_type=self.parameters.get("activation_type", SWIGLU),
         )
 
     def _expect_kind(self, kind: str) -> None:

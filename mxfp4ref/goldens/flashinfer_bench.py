@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._files import write_file
+from mxfp4ref.formats.experts import PARAMETERS
 from mxfp4ref.goldens.case import EXPERT_TENSORS, Case
 from mxfp4ref.goldens.store import Goldens
+from mxfp4ref.sm90.activation import SWIGLU
 
 __all__ = ["export_flashinfer_bench"]
 
@@ -55,11 +57,9 @@ _TENSORS: dict[str, tuple[tuple[str, ...], str]] = {
     "fc2_scales": (("num_local_experts", "hidden_size", "intermediate_groups"), "int8"),
     "fc1_biases": (("num_local_experts", "fc1_rows"), "bfloat16"),
     "fc2_biases": (("num_local_experts", "hidden_size"), "bfloat16"),
-    "swiglu_alpha": (("num_local_experts",), "float32"),
-    "swiglu_beta": (("num_local_experts",), "float32"),
-    "swiglu_limit": (("num_local_experts",), "float32"),
+    **dict.fromkeys(PARAMETERS, (("num_local_experts",), "float32")),
 }
-_SCALARS = ("ep_size", "ep_rank", "tp_size", "tp_rank")
+_SCALARS = ("ep_size", "ep_rank", "tp_size", "tp_rank", "activation_type")
 _OPTIONAL = EXPERT_TENSORS[4:]
 _BYTES = EXPERT_TENSORS[:4]
 
@@ -88,6 +88,7 @@ def run({arguments}):
         tp_size=tp_size,
         tp_rank=tp_rank,
         strict=False,
+        activation_type=activation_type,
     )
     return forward(call)
 '''
@@ -96,8 +97,8 @@ def run({arguments}):
 def export_flashinfer_bench(goldens: Goldens, folder: Path | str) -> tuple[list[str], dict[str, str]]:
     """Write the golden cases of kind "moe" as a data set that flashinfer-bench's `TraceSet.from_path` reads.
 
-    There is one definition for each set of optional inputs (biases, SwiGLU parameters) that occurs, with every
-    size variable. A workload is a case; its file also has the expected `output`, of the default tactic.
+    There is one definition for each set of optional inputs (biases, parameters of the activation) that occurs,
+    with every size variable. A workload is a case; its file also has the expected `output`, of the default tactic.
     Files of earlier exports are replaced; no link below the root is followed.
 
     Args:
@@ -189,7 +190,8 @@ def _write_workload(case: Case, optional: tuple[str, ...], folder: Path) -> dict
     inputs: dict[str, Any] = {
         name: {"type": "safetensors", "path": path.as_posix(), "tensor_key": name} for name in tensors
     }
-    inputs |= {name: {"type": "scalar", "value": case.parameters[name]} for name in _SCALARS}
+    scalars = {"activation_type": SWIGLU, **case.parameters}
+    inputs |= {name: {"type": "scalar", "value": scalars[name]} for name in _SCALARS}
     return {
         "definition": _name(optional),
         "workload": {"uuid": identifier, "axes": _sizes(tensors), "inputs": inputs},

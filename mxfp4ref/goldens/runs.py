@@ -8,7 +8,7 @@ stage; a stage's function takes a case's tensors and parameters by name and retu
     layout       before, operation, and its parameters                     -> after
     tensor_core  a, b, c                                                   -> d
     gemm         x, packed, scales, tile_k                                 -> accumulators
-    activation   fc1_output, swiglu_alpha, swiglu_beta, swiglu_limit       -> activation
+    activation   fc1_output, activation_type, and its parameters           -> activation
     finalize     fc2_output, local_experts, token_final_scales, fc2_biases -> output
     routing      preset, logits, and the preset's arguments                -> ids, scales
 """
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mxfp4ref._validate import check_choice
 from mxfp4ref.formats import layout
+from mxfp4ref.formats.experts import PARAMETERS
 from mxfp4ref.formats.generations import generation_named
 from mxfp4ref.formats.mxfp4 import dequantize
 from mxfp4ref.formats.quantize import quantize
@@ -31,9 +32,9 @@ from mxfp4ref.goldens.case import Case, GoldenError
 from mxfp4ref.model.forward import forward
 from mxfp4ref.routing import presets as routing
 from mxfp4ref.sm90 import fp32, tensor_core
+from mxfp4ref.sm90.activation import ACTIVATIONS, SWIGLU, activate, activation_of
 from mxfp4ref.sm90.finalize import finalize
 from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
-from mxfp4ref.sm90.swiglu import swiglu
 from mxfp4ref.sm90.tactics import Sm90Kernel
 
 __all__ = ["OUTPUTS", "Run", "run_stage", "runs"]
@@ -129,13 +130,15 @@ def _gemm(x: Tensor, packed: Tensor, scales: Tensor, tile_k: int) -> Tensor:
     return group_scaled_gemm(x[None], packed[None], scales[None], tactic=tactic)[0]
 
 
-def _activation(
-    fc1_output: Tensor,
-    swiglu_alpha: Tensor | None = None,
-    swiglu_beta: Tensor | None = None,
-    swiglu_limit: Tensor | None = None,
-) -> Tensor:
-    return fp32.to_bf16(swiglu(fc1_output, None, swiglu_alpha, swiglu_beta, swiglu_limit))
+def _activation(fc1_output: Tensor, activation_type: int = SWIGLU, **parameters: Tensor) -> Tensor:
+    unknown = set(parameters).difference(PARAMETERS)
+    if activation_type not in ACTIVATIONS or unknown:
+        raise TypeError(
+            f"expected an activation and its parameters, got {activation_type} with {sorted(parameters)}"
+        )
+    activation = activation_of(activation_type, parameters)
+    given = [parameters.get(name) for name in activation.defaults]
+    return fp32.to_bf16(activate(activation, fc1_output, None, given))
 
 
 def _finalize(

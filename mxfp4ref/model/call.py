@@ -12,12 +12,14 @@ from mxfp4ref._shown import Shown
 from mxfp4ref._validate import (
     INT32_MAX,
     check_bool,
+    check_choice,
     check_instance,
     check_int,
     check_same_device,
     check_tensor,
 )
-from mxfp4ref.formats.experts import Experts
+from mxfp4ref.formats.experts import PARAMETERS, Experts
+from mxfp4ref.sm90.activation import ACTIVATIONS, SWIGLU, Activation, activation_of
 from mxfp4ref.sm90.tactics import Sm90Kernel
 
 __all__ = ["PADDING_ID", "MoeCall"]
@@ -42,6 +44,8 @@ class MoeCall(Shown):
         strict: refuse ids that no rank owns and experts that a token names twice. With False the former are
             skipped, as the kernel does, and of the latter only the first slot counts. The kernel leaves the other
             slot's row unset, so what it adds there depends on what its workspace held before.
+        activation_type: flashinfer's number of the activation, one of `sm90.activation.ACTIVATIONS`: Swiglu (3) by
+            default, Geglu (4), SwigluBias (5), SwigluStep (7), GegluTanh (8), Situ (10).
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -58,6 +62,7 @@ class MoeCall(Shown):
     tp_rank: int = 0
     kernel: Sm90Kernel = _DEFAULT_KERNEL
     strict: bool = True
+    activation_type: int = SWIGLU
 
     @uncompiled
     def __post_init__(self) -> None:
@@ -94,6 +99,7 @@ class MoeCall(Shown):
         for kind, most in (("ep", INT32_MAX // self.experts.num_experts), ("tp", INT32_MAX)):
             size = check_int(f"{kind}_size", getattr(self, f"{kind}_size"), minimum=1, maximum=most)
             check_int(f"{kind}_rank", getattr(self, f"{kind}_rank"), minimum=0, maximum=size - 1)
+        check_choice("activation_type", self.activation_type, tuple(ACTIVATIONS))
         check_instance("kernel", self.kernel, Sm90Kernel)
         if self.experts.quantized:
             for number, depth in enumerate((hidden, inner)):
@@ -116,6 +122,12 @@ class MoeCall(Shown):
     @property
     def num_global_experts(self) -> int:
         return self.experts.num_experts * self.ep_size
+
+    @property
+    def activation(self) -> Activation:
+        """What the kernel runs: Swiglu becomes SwigluBias where any of alpha, beta and limit is given."""
+        given = [name for name in PARAMETERS if getattr(self.experts, name) is not None]
+        return activation_of(self.activation_type, given)
 
     def select(self, tokens: slice | Tensor) -> MoeCall:
         """The same call for some of its tokens, a slice of them or `[n] int64`, in that order."""

@@ -13,8 +13,9 @@ from torch import Tensor
 from mxfp4ref._compiler import uncompiled
 from mxfp4ref._validate import check_bool, check_choice, check_instance, check_output, check_same_device
 from mxfp4ref.model import forward as moe
-from mxfp4ref.model.flashinfer_arguments import STRICT, SWIGLU, WEIGHT_LAYOUTS, call_of, tensors_of
+from mxfp4ref.model.flashinfer_arguments import STRICT, WEIGHT_LAYOUTS, call_of, tensors_of
 from mxfp4ref.model.skipped import count_skipped_slots
+from mxfp4ref.sm90.activation import SWIGLU
 from mxfp4ref.sm90.tactics import Sm90Kernel
 
 __all__ = ["WEIGHT_LAYOUTS", "drop_in", "torch_ref_cutlass_fused_moe"]
@@ -133,11 +134,13 @@ def torch_ref_cutlass_fused_moe(
         output_dtype: `torch.bfloat16`.
         quant_scales: the UE8M0 scales of fc1 and fc2, as uint8, float8_e8m0fnu or, if they are folded, int32.
         fc1_expert_biases, fc2_expert_biases: `[E, 2I]` and `[E, H] bf16`, both or none.
-        swiglu_alpha, swiglu_beta, swiglu_limit: `[E] float32`, any subset.
+        swiglu_alpha, swiglu_beta, swiglu_limit, situ_beta, situ_linear_beta: `[E] float32`, any subset. SwiGLU reads
+            the first three, SwigluStep the limit (7 where none is given), Situ the last two (4 and 25). What the
+            activation does not read is checked and has no effect, as with flashinfer.
         tp_size, tp_rank, ep_size, ep_rank: this rank; the fc2 bias is added where `tp_rank` is 0.
         output: `[M, H] bf16`, written in place; the list holds this very tensor. It is `input` itself, or
             shares memory with no input.
-        activation_type: Swiglu (3), or SwigluBias (5) along with alpha, beta or limit.
+        activation_type: Swiglu (3), Geglu (4), SwigluBias (5), SwigluStep (7), GegluTanh (8) or Situ (10).
         profile_ids: flashinfer's ids of the tactics of GEMM1 and GEMM2, see `Sm90Kernel.of_profile_ids`. The
             generation of the layout, or of `kernel`, numbers them; the older ones have no effect of them at all.
         kernel: the tactics of the two GEMMs and the generation; by default the default tactics of the generation

@@ -15,11 +15,11 @@ from mxfp4ref._validate import check_bool, check_choice, check_instance, check_i
 from mxfp4ref.formats.experts import Experts, PlainExperts, Sm90Experts
 from mxfp4ref.formats.generations import BYTEWISE, NEWEST, PLAIN
 from mxfp4ref.model.call import MoeCall
+from mxfp4ref.sm90.activation import ACTIVATIONS
 from mxfp4ref.sm90.tactics import Sm90Kernel, runnable_tactics
 
 __all__ = [
     "STRICT",
-    "SWIGLU",
     "WEIGHT_LAYOUTS",
     "call_of",
     "check_modelled",
@@ -37,10 +37,6 @@ _LAYOUTS: dict[str, type[Experts]] = {
 }
 WEIGHT_LAYOUTS = tuple(_LAYOUTS)
 
-# flashinfer's ActivationType. With any of alpha, beta, limit the kernel turns Swiglu into SwigluBias.
-SWIGLU = 3
-_SWIGLU_BIAS = 5
-
 # Arguments that are not modelled, and the only value that is accepted.
 _NOT_MODELLED: dict[str, object] = {
     "output_dtype": torch.bfloat16,
@@ -53,8 +49,6 @@ _NOT_MODELLED: dict[str, object] = {
     "use_packed_weights": False,
     "use_wfp4afp8_humming": False,
     "clamped_relu2_limit": None,
-    "situ_beta": None,
-    "situ_linear_beta": None,
     "backend": "cutlass",
 }
 # Dtypes of input and weights for which the real function has other kernels, besides int64 weights, which are NVFP4.
@@ -90,6 +84,7 @@ def call_of(arguments: Mapping[str, Any]) -> MoeCall:
         experts=experts,
         kernel=kernel_of(arguments, experts),
         strict=arguments["strict"] is True,
+        activation_type=int(arguments["activation_type"]),
     )
 
 
@@ -115,13 +110,10 @@ def check_modelled(arguments: Mapping[str, Any]) -> None:
         )
     if arguments["token_final_scales"] is None:
         raise NotImplementedError("token_final_scales: not modelled, expected a tensor, got None")
-    activation = check_int("activation_type", arguments["activation_type"], minimum=0)
-    parameters = (arguments[f"swiglu_{name}"] for name in ("alpha", "beta", "limit"))
-    clamped = any(value is not None for value in parameters)
-    if activation != SWIGLU and not (activation == _SWIGLU_BIAS and clamped):
+    if check_int("activation_type", arguments["activation_type"], minimum=0) not in ACTIVATIONS:
+        listed = ", ".join(f"{activation.name} ({id})" for id, activation in ACTIVATIONS.items())
         raise NotImplementedError(
-            "activation_type: not modelled, expected Swiglu (3) or, along with alpha, beta or limit, SwigluBias "
-            f"(5), got {shown(activation)}"
+            f"activation_type: not modelled, expected one of {listed}, got {shown(arguments['activation_type'])}"
         )
 
 

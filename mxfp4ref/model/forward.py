@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,12 +14,12 @@ from mxfp4ref._compiler import uncompiled
 from mxfp4ref._shown import Shown
 from mxfp4ref._spans import spans
 from mxfp4ref._validate import check_instance
-from mxfp4ref.formats.experts import Experts
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE
 from mxfp4ref.model import gpu
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.dense import dense_gemm
-from mxfp4ref.sm90.elementwise import finalize, swiglu, to_bf16
+from mxfp4ref.sm90.activation import Activation
+from mxfp4ref.sm90.elementwise import activate, finalize, to_bf16
 from mxfp4ref.sm90.gemm.compiled import compiled_loops, grouped_gemm
 from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
 from mxfp4ref.sm90.gemm.order import first_pair_swapped, group_order
@@ -47,7 +47,7 @@ def select_local(ids: Tensor, num_local: int, ep_size: int, ep_rank: int) -> Ten
 
 @dataclass(frozen=True)
 class Stages:
-    """The computation as replaceable stages: `replace(KERNEL, swiglu=...)` is a kernel with another one.
+    """The computation as replaceable stages: `replace(KERNEL, activate=...)` is a kernel with another one.
 
     The GEMMs take `(x [B, M, K], weights [B, N, ...], scales [B, N, K/32] or None, *, tactic,
     generation, positions [B, M])` and return `[B, M, N] float32`; the rounding stages take the float32 result of the
@@ -57,7 +57,7 @@ class Stages:
     select_local: Callable[[Tensor, int, int, int], Tensor] = select_local
     fc1_gemm: Callable[..., Tensor] = group_scaled_gemm
     round_fc1: Callable[[Tensor], Tensor] = to_bf16
-    swiglu: Callable[..., Tensor] = swiglu
+    activate: Callable[[Activation, Tensor, Tensor | None, Sequence[Tensor | None]], Tensor] = activate
     round_activation: Callable[[Tensor], Tensor] = to_bf16
     fc2_gemm: Callable[..., Tensor] = group_scaled_gemm
     round_fc2: Callable[[Tensor], Tensor] = to_bf16
@@ -146,7 +146,7 @@ def _forward(
     at_once = _ROWS_AT_ONCE if x.device.type == "cpu" else _ROWS_AT_ONCE_ON_GPU
     activation = torch.cat(
         [
-            stages.round_activation(_activate(fc1_output[some], rows.expert[some], experts, stages.swiglu))
+            stages.round_activation(_activate(call, fc1_output[some], rows.expert[some], stages))
             for some in spans(max(len(x), 1), at_once)
         ]
     )
@@ -213,12 +213,13 @@ def _gemm(
     return torch.cat(accumulators), torch.cat(outputs)
 
 
-def _activate(fc1_output: Tensor, expert: Tensor, experts: Experts, swiglu: Callable[..., Tensor]) -> Tensor:
+def _activate(call: MoeCall, fc1_output: Tensor, expert: Tensor, stages: Stages) -> Tensor:
     # Indexing with a tensor would wait for all of torch's threads, however little there is to do.
-    bias = None if experts.fc1_biases is None else experts.fc1_biases.index_select(0, expert)
-    parameters = (experts.swiglu_alpha, experts.swiglu_beta, experts.swiglu_limit)
-    of_rows = (None if p is None else p.index_select(0, expert).unsqueeze(1) for p in parameters)
-    return swiglu(fc1_output, bias, *of_rows)
+    bias, activation = call.experts.fc1_biases, call.activation
+    given = [getattr(call.experts, name) for name in activation.defaults]
+    parameters = [None if p is None else p.index_select(0, expert).unsqueeze(1) for p in given]
+    bias = None if bias is None else bias.index_select(0, expert)
+    return stages.activate(activation, fc1_output, bias, parameters)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def usable(call: MoeCall) -> bool:
         return False  # no Triton kernel reads its layout or adds in its order
     from mxfp4ref.model import gpu_trial
 
-    return gpu_trial.passed(device, stored_for(call.experts), _tiles(call))
+    return gpu_trial.passed(device, stored_for(call.experts), _tiles(call), call.activation)
 
 
 def stored_for(experts: Experts) -> Generation | None:
@@ -96,7 +96,7 @@ def _forward(
 ) -> tuple[Rows, dict[str, Tensor]]:
     """The stages in order for some tokens, of which earlier ones have had `before [E]` rows."""
     # Imported where a GPU is used, since the package does not require Triton.
-    from mxfp4ref.sm90.gpu.elementwise import finalize, swiglu
+    from mxfp4ref.sm90.gpu.elementwise import activate, finalize
     from mxfp4ref.sm90.gpu.gemm import gemm
     from mxfp4ref.sm90.gpu.routing import route
 
@@ -120,9 +120,10 @@ def _forward(
             accumulators=computed.get(f"fc{number + 1}_accumulators"),
         )
 
-    parameters = (experts.fc1_biases, experts.swiglu_alpha, experts.swiglu_beta, experts.swiglu_limit)
+    activation, bias = call.activation, _contiguous(experts.fc1_biases)
+    parameters = [_contiguous(getattr(experts, name)) for name in activation.defaults]
     computed["fc1_output"] = of_all_rows(0, _aligned(call.input[tokens]))
-    computed["activation"] = swiglu(computed["fc1_output"], rows, *map(_contiguous, parameters))
+    computed["activation"] = activate(activation, computed["fc1_output"], rows, bias, parameters)
     computed["fc2_output"] = of_all_rows(1, computed["activation"])
     bias = _contiguous(experts.fc2_biases if call.tp_rank == 0 else None)
     scales = call.token_final_scales[tokens].contiguous()

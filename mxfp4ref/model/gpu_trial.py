@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mxfp4ref.formats.experts import Experts, Sm90Experts
+from mxfp4ref.formats.experts import PARAMETERS, Experts, Sm90Experts
 from mxfp4ref.formats.generations import NEWEST, Generation
 from mxfp4ref.formats.layout import fold_scales_sm90, interleave_weights_sm90
 from mxfp4ref.model import gpu
 from mxfp4ref.model.call import MoeCall
+from mxfp4ref.sm90.activation import ACTIVATIONS, SWIGLU_BIAS, Activation
 from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
 from mxfp4ref.sm90.gpu.tiles import Tiles
 from mxfp4ref.sm90.tactics import Sm90Kernel
@@ -25,18 +26,21 @@ if TYPE_CHECKING:
 
 __all__ = ["check", "compare_with_emulated", "passed", "trial_calls"]
 
-_passed: dict[tuple[torch.device, Generation | None, Tiles], bool] = {}
+_passed: dict[tuple[torch.device, Generation | None, Tiles, Activation], bool] = {}
+_SWIGLU_BIAS = ACTIVATIONS[SWIGLU_BIAS]
 
 
-def passed(device: torch.device, stored_for: Generation | None, tiles: Tiles) -> bool:
+def passed(
+    device: torch.device, stored_for: Generation | None, tiles: Tiles, activation: Activation = _SWIGLU_BIAS
+) -> bool:
     """Whether the kernels run on a device and give the CPU's bits; a warning says once why not.
 
-    Each layout of weights and each kind of tiles is a binary of its own and has a trial of its own.
+    Each layout of weights, kind of tiles and activation is a binary of its own and has a trial of its own.
 
     Raises:
         RuntimeError: a CUDA graph is being captured and there was no trial yet.
     """
-    key = (device, stored_for, tiles)
+    key = (device, stored_for, tiles, activation)
     if key not in _passed:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -47,11 +51,17 @@ def passed(device: torch.device, stored_for: Generation | None, tiles: Tiles) ->
     return _passed[key]
 
 
-def _try(device: torch.device, stored_for: Generation | None, tiles: Tiles) -> bool:
+def _try(
+    device: torch.device, stored_for: Generation | None, tiles: Tiles, activation: Activation = _SWIGLU_BIAS
+) -> bool:
     try:
         if torch.cuda.get_device_capability(device) != (9, 0):
             return False  # other tensor cores have other steps
-        for call, expected in _trial(stored_for):
+        from mxfp4ref.sm90.gpu.elementwise import KERNELS
+
+        if activation.id not in KERNELS:
+            return False
+        for call, expected in _trial(stored_for, activation):
             check(call, expected, device, tiles)
     except Exception as error:  # no Triton, no C compiler for it, a compiler that errs, ...
         warnings.warn(
@@ -65,10 +75,10 @@ def _try(device: torch.device, stored_for: Generation | None, tiles: Tiles) -> b
 
 
 @functools.cache
-def _trial(stored_for: Generation | None) -> list[tuple[MoeCall, MoeTrace]]:
+def _trial(stored_for: Generation | None, activation: Activation) -> list[tuple[MoeCall, MoeTrace]]:
     from mxfp4ref.model.forward import trace
 
-    return [(call, trace(call)) for call in trial_calls(stored_for)]
+    return [(call, trace(call)) for call in trial_calls(stored_for, activation)]
 
 
 def check(call: MoeCall, expected: MoeTrace, device: torch.device, tiles: Tiles) -> None:
@@ -87,11 +97,11 @@ def check(call: MoeCall, expected: MoeTrace, device: torch.device, tiles: Tiles)
                 raise ArithmeticError(f"{differing} rows of {name} of a trial are wrong")
 
 
-def trial_calls(stored_for: Generation | None) -> Iterator[MoeCall]:
+def trial_calls(stored_for: Generation | None, activation: Activation = _SWIGLU_BIAS) -> Iterator[MoeCall]:
     """Two small calls on the CPU with numbers of every kind, in one layout; compilers have faults too.
 
-    The first swaps the first two groups of some rows of GEMM1 and has every option but beta; the second swaps those
-    of GEMM2 and has the limit only.
+    The first swaps the first two groups of some rows of GEMM1 and has biases and parameters; the second swaps those
+    of GEMM2 and has, where the activation reads it, the limit only.
     """
     generator = torch.Generator("cpu").manual_seed(0)
 
@@ -121,6 +131,10 @@ def trial_calls(stored_for: Generation | None) -> Iterator[MoeCall]:
         "fc2_biases": normal(num_experts, hidden),
         "swiglu_alpha": torch.tensor([1.0, 1.702, 0.5], device="cpu"),
         "swiglu_limit": torch.tensor([10.0, 7.0, torch.inf], device="cpu"),
+        "situ_beta": torch.tensor([4.0, 0.3, torch.inf], device="cpu"),
+    }
+    optional = {
+        name: t for name, t in optional.items() if name not in PARAMETERS or name in activation.defaults
     }
     if stored_for is None:
         held = Experts(codes[0], scales[0], codes[1], scales[1], **optional)
@@ -130,7 +144,7 @@ def trial_calls(stored_for: Generation | None) -> Iterator[MoeCall]:
         held = Sm90Experts(codes[0], scales[0], codes[1], scales[1], **optional)
     ids = torch.tensor([[3, 0]], dtype=torch.int32, device="cpu").repeat(tokens, 1)
     ids[:40, 0] = torch.arange(40, device="cpu") * 5 % 7 % 4
-    only_limit = replace(held, fc1_biases=None, fc2_biases=None, swiglu_alpha=None)
+    only_limit = replace(held, fc1_biases=None, fc2_biases=None, swiglu_alpha=None, situ_beta=None)
     for experts, tile_n in ((held, (64, 16)), (only_limit, (16, 64))):
         yield MoeCall(
             input=x,
@@ -139,6 +153,7 @@ def trial_calls(stored_for: Generation | None) -> Iterator[MoeCall]:
             experts=experts,
             kernel=Sm90Kernel.of_tiles((128, 128), tile_n, NEWEST),
             strict=False,
+            activation_type=activation.id,
         )
 
 

@@ -10,10 +10,10 @@ from mxfp4ref._compiler import uncompiled
 from mxfp4ref._validate import check_choice, check_float, check_instance, check_same_device, check_tensor
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.model.call import MoeCall
-from mxfp4ref.model.forward import Stages
 from mxfp4ref.model.parallel import Ranks, forward_all_ranks
 from mxfp4ref.routing.presets import RoutedScaling, Routing
 from mxfp4ref.sm90 import fp32
+from mxfp4ref.sm90.activation import SWIGLU
 from mxfp4ref.sm90.tactics import Sm90Kernel
 
 __all__ = ["finish_output", "moe_layer"]
@@ -31,7 +31,7 @@ def moe_layer(
     shared_output: Tensor | None = None,
     ranks: Ranks = _ONE_RANK,
     kernel: Sm90Kernel = _DEFAULT_KERNEL,
-    stages: Stages | None = None,
+    activation_type: int = SWIGLU,
 ) -> Tensor:
     """Hidden states and a router's decision to the layer's output, `[M, H] bf16`.
 
@@ -43,7 +43,7 @@ def moe_layer(
         experts: all E experts.
         shared_output: `[M, H] bf16`, the shared expert's output, added to the routed experts'.
         ranks: run on that many ranks and combine their outputs; see `forward_all_ranks`.
-        kernel, stages: as in `MoeCall` and `forward`.
+        kernel, activation_type: as in `MoeCall`.
 
     Raises:
         TypeError, ValueError: as the parts do.
@@ -52,9 +52,11 @@ def moe_layer(
     check_instance("routing", routing, Routing)
     check_tensor("hidden", hidden, dtype=torch.bfloat16, shape=("M", experts.hidden_size))
     check_tensor("routing.ids", routing.ids, dtype=torch.int32, shape=(len(hidden), "k"))
-    call = MoeCall(hidden, routing.ids, routing.scales, experts, kernel=kernel)
+    call = MoeCall(
+        hidden, routing.ids, routing.scales, experts, kernel=kernel, activation_type=activation_type
+    )
     return finish_output(
-        forward_all_ranks(call, ranks, stages),
+        forward_all_ranks(call, ranks),
         shared_output=shared_output,
         routed_scaling=routing.routed_scaling,
         routed_scaling_factor=routing.routed_scaling_factor,

@@ -1,8 +1,9 @@
-"""`swiglu`, `finalize` and `to_bf16` by compiled loops on a CPU; as transcribed, where those cannot be used."""
+"""`activate`, `finalize` and `to_bf16` by compiled loops on a CPU; as transcribed, where those cannot be used."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -13,34 +14,34 @@ from torch import Tensor
 from mxfp4ref._compiled import as_numpy, loops
 from mxfp4ref._compiler import uncompiled
 from mxfp4ref._spans import spans
+from mxfp4ref.sm90 import activation as transcribed_activation
 from mxfp4ref.sm90 import finalize as transcribed_finalize
 from mxfp4ref.sm90 import fp32, mufu
-from mxfp4ref.sm90 import swiglu as transcribed_swiglu
+from mxfp4ref.sm90.activation import ACTIVATIONS, SWIGLU_BIAS, Activation
 from mxfp4ref.sm90.threads import in_parallel
 
-__all__ = ["finalize", "swiglu", "to_bf16"]
+__all__ = ["activate", "finalize", "to_bf16"]
 
 _CPU = torch.device("cpu")
 _ROWS_AT_ONCE = 16  # the share of a thread
 _OPERATIONS = 16  # of an element, each about as long as one weight of a GEMM
-_DEFAULTS = (0x3F800000, 0, 0x7F800000)  # the float32 bits of alpha 1, beta 0, limit Inf
 
 
 @uncompiled
-def swiglu(
-    fc1_output: Tensor,
-    bias: Tensor | None = None,
-    alpha: Tensor | None = None,
-    beta: Tensor | None = None,
-    limit: Tensor | None = None,
+def activate(
+    activation: Activation, fc1_output: Tensor, bias: Tensor | None, parameters: Sequence[Tensor | None]
 ) -> Tensor:
-    """As `sm90.swiglu.swiglu`; compiled for bf16 and parameters that do not vary along the last dimension."""
+    """As `sm90.activation.activate`; compiled for bf16 and parameters that do not vary along the last dimension."""
     compiled = _loops(fc1_output)
-    given = (alpha, beta, limit)
-    vary = any(p is not None and p.dim() > 0 and p.shape[-1] != 1 for p in given)
-    if compiled is None or vary or fc1_output.dtype != torch.bfloat16:
-        return transcribed_swiglu.swiglu(fc1_output, bias, *given)
-    return _swiglu(compiled, fc1_output, bias, given)
+    vary = any(p is not None and p.dim() > 0 and p.shape[-1] != 1 for p in parameters)
+    if (
+        compiled is None
+        or vary
+        or fc1_output.dtype != torch.bfloat16
+        or activation.id not in compiled.ACTIVATIONS
+    ):
+        return transcribed_activation.activate(activation, fc1_output, bias, parameters)
+    return _activate(compiled, activation, fc1_output, bias, parameters)
 
 
 @uncompiled
@@ -59,26 +60,30 @@ def to_bf16(x: Tensor) -> Tensor:
     return fp32.to_bf16(x) if compiled is None else _to_bf16(compiled, x)
 
 
-def _swiglu(
-    compiled: Any, fc1_output: Tensor, bias: Tensor | None, given: tuple[Tensor | None, ...]
+def _activate(
+    compiled: Any,
+    activation: Activation,
+    fc1_output: Tensor,
+    bias: Tensor | None,
+    parameters: Sequence[Tensor | None],
 ) -> Tensor:
     *leading, width = fc1_output.shape
     out = torch.empty(*leading, width // 2, dtype=torch.float32, device="cpu")
     num_rows = math.prod(leading)
-    parameters = np.empty((3, num_rows if any(p is not None for p in given) else 0), np.int32)
-    for row, parameter, default in zip(parameters, given, _DEFAULTS, strict=True):
-        if len(row) and parameter is None:
-            row[:] = default
-        elif parameter is not None:
-            row[:] = as_numpy(parameter.expand(*leading, 1), np.int32).reshape(-1)
+    of_rows = np.empty((len(parameters), num_rows), np.float32)
+    for row, parameter, default in zip(of_rows, parameters, activation.defaults.values(), strict=True):
+        row[:] = (
+            default if parameter is None else as_numpy(parameter.expand(*leading, 1), np.float32).reshape(-1)
+        )
     x = as_numpy(fc1_output, np.int16).reshape(-1, width)
     added = x[:0] if bias is None else as_numpy(bias.expand_as(fc1_output), np.int16).reshape(-1, width)
     out_bits = as_numpy(out, np.int32).reshape(-1, width // 2)
-    of_bf16 = _sigmoids(compiled) if bias is None and given[0] is None else np.empty(0, np.int32)
+    scaled = activation.id == SWIGLU_BIAS and parameters[0] is not None  # by alpha
+    of_bf16 = np.empty(0, np.int32) if scaled or bias is not None else _sigmoids(compiled)
 
     def compute(rows: slice) -> None:
-        of_rows = np.ascontiguousarray(parameters[:, rows])
-        compiled.swiglu(x[rows], added[rows], of_rows, of_bf16, *_tables(), out_bits[rows])
+        given = np.ascontiguousarray(of_rows[:, rows]).view(np.int32)
+        compiled.activate(activation.id, x[rows], added[rows], given, of_bf16, *_tables(), out_bits[rows])
 
     in_parallel(compute, list(spans(num_rows, _ROWS_AT_ONCE)), _CPU, out.numel() * _OPERATIONS)
     return out
@@ -145,10 +150,12 @@ def _try_out(compiled: Any) -> None:
     x, bias = any_bits(8, 128, near_one=True), any_bits(8, 128, near_one=True)
     parameters = tuple(any_bits(8, 1, near_one=True).to(torch.float32) for _ in range(3))
     results = []
-    for given, added in (((None, None, None), None), ((None, *parameters[1:]), None), (parameters, bias)):
-        expected = transcribed_swiglu.swiglu(x, added, *given)
-        results += [(_swiglu(compiled, x, added, given), expected)]
-        results += [(_to_bf16(compiled, expected), fp32.to_bf16(expected))]
+    for activation in (ACTIVATIONS[id] for id in compiled.ACTIVATIONS):
+        given = parameters[: len(activation.defaults)]
+        for some, added in (([None] * len(given), None), ([None, *given][: len(given)], None), (given, bias)):
+            expected = transcribed_activation.activate(activation, x, added, some)
+            results += [(_activate(compiled, activation, x, added, some), expected)]
+            results += [(_to_bf16(compiled, expected), fp32.to_bf16(expected))]
     local = torch.arange(-1, 7, device="cpu").view(4, 2)
     weighted = (x.view(4, 2, 128), local, parameters[0].view(4, 2))
     for added in (None, bias):

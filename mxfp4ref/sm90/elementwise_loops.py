@@ -12,14 +12,30 @@ import math
 import numpy as np
 
 from mxfp4ref._compiled import compiled
+from mxfp4ref.sm90.activation import (
+    ERF_LARGE,
+    ERF_SMALL,
+    ERF_SPLIT,
+    GEGLU,
+    HALF_ROOT_TWO,
+    SITU,
+    SWIGLU,
+    SWIGLU_BIAS,
+    SWIGLU_STEP,
+)
 
-__all__ = ["finalize", "sigmoids", "swiglu", "to_bf16"]
+__all__ = ["ACTIVATIONS", "activate", "finalize", "sigmoids", "to_bf16"]
+
+ACTIVATIONS = (SWIGLU, GEGLU, SWIGLU_BIAS, SWIGLU_STEP, SITU)  # that `activate` has
 
 INF_BITS, NAN_BITS, SMALLEST_BITS, FRACTION = 0x7F800000, 0x7FFFFFFF, 0x00800000, 0x007FFFFF
+SIGN = -(1 << 31)  # of bits as a negative number
 SMALLEST = 2.0**-126
 ROUNDS_TO_SMALLEST = 2.0**-126 * (1 - 2.0**-25)
 LOG2_E = float(np.uint32(0x3FB8AA3B).view(np.float32))
-ALPHA, BETA, LIMIT = 0, 1, 2  # rows of the parameters
+HALF_SQRT2 = float(np.uint32(HALF_ROOT_TWO).view(np.float32))
+SPLIT = float(np.uint32(ERF_SPLIT).view(np.float32))
+LARGE, SMALL = (np.array(p, np.uint32).view(np.float32).astype(np.float64) for p in (ERF_LARGE, ERF_SMALL))
 TAIL, TIE = (1 << 29) - 1, 1 << 28  # the bits that float64 has and float32 lacks
 
 u16, i32, i64, f32, f64 = np.uint16, np.int32, np.int64, np.float32, np.float64
@@ -92,11 +108,13 @@ def ex2(bits, rows, squares):
 
 @compiled()
 def rcp(bits, rows, squares):
-    """As `mufu.rcp`, on bits that are not negative."""
-    exponent = bits >> 23
-    result = interpolate(rows, squares, 16, bits & FRACTION) + ((253 - exponent) << 23)
+    """As `mufu.rcp`, on bits."""
+    magnitude = bits & 0x7FFFFFFF
+    exponent = magnitude >> 23
+    result = interpolate(rows, squares, 16, magnitude & FRACTION) + ((253 - exponent) << 23)
     result = result if result >= SMALLEST_BITS else 0
-    return NAN_BITS if bits > INF_BITS else (INF_BITS if exponent == 0 else result)
+    result = INF_BITS if exponent == 0 else result
+    return NAN_BITS if magnitude > INF_BITS else result | (bits & SIGN)
 
 
 @compiled()
@@ -113,22 +131,65 @@ def sigmoids(ex2_rows, ex2_squares, rcp_rows, rcp_squares, out):
         out[bits] = bits_of(sigmoid(z, ex2_rows, ex2_squares, rcp_rows, rcp_squares))
 
 
+@compiled()
+def clamp(x, limit):
+    return maximum(minimum(x, limit), -limit)
+
+
+@compiled()
+def tanh(z, ex2_rows, ex2_squares, rcp_rows, rcp_squares):
+    return rounded(2.0 * sigmoid(rounded(2.0 * z), ex2_rows, ex2_squares, rcp_rows, rcp_squares) - 1.0)
+
+
+@compiled()
+def erf(z, ex2_rows, ex2_squares):
+    """As `activation.erf`."""
+    large = abs(z) >= SPLIT
+    power = abs(z) if large else rounded(z * z)
+    factor = -abs(z) if large else z
+    total = LARGE[0] if large else SMALL[0]
+    for i in range(1, len(LARGE)):
+        total = fma(total, power, LARGE[i] if large else SMALL[i])
+    total = fma(total, factor, factor)
+    if large:
+        total = math.copysign(rounded(1.0 - number_of(ex2(bits_of(total), ex2_rows, ex2_squares))), z)
+    return total
+
+
+@compiled()
+def reciprocal(x, rcp_rows, rcp_squares):
+    return number_of(rcp(bits_of(x), rcp_rows, rcp_squares))
+
+
 @compiled(
-    "void(int16[:,::1], int16[:,::1], int32[:,::1], int32[::1], "
+    "void(int64, int16[:,::1], int16[:,::1], int32[:,::1], int32[::1], "
     "int64[:,::1], uint16[::1], int64[:,::1], uint16[::1], int32[:,::1])"
 )
-def swiglu(fc1_output, bias, parameters, of_bf16, ex2_rows, ex2_squares, rcp_rows, rcp_squares, out):
-    """The activation's float32 bits.
+def activate(
+    activation, fc1_output, bias, parameters, of_bf16, ex2_rows, ex2_squares, rcp_rows, rcp_squares, out
+):
+    """An activation's float32 bits.
 
     Args:
+        activation: its id, one of `ACTIVATIONS`.
         fc1_output: `[R, 2I]`, bf16 bits, up before gate.
         bias: the same, or `[0, 2I]` for none.
-        parameters: `[3, R]`, float32 bits of alpha, beta and limit, or `[3, 0]` for the plain form.
-        of_bf16: `sigmoids` where neither a bias nor alpha changes the gate, a bf16 number unless clamped; else `[0]`.
+        parameters: `[P, R]`, the float32 bits of those that it reads.
+        of_bf16: `sigmoids` where the argument of its sigmoid is the gate in bf16 unless clamped; else `[0]`.
         ex2_rows, ex2_squares, rcp_rows, rcp_squares: the tables of `mufu`.
         out: `[R, I]`, written.
     """
+    first = second = third = of_first = of_second = 1.0
     for row in range(out.shape[0]):
+        if parameters.shape[0] > 0:
+            first = number_of(parameters[0, row])
+        if parameters.shape[0] > 1:
+            second = number_of(parameters[1, row])
+        if parameters.shape[0] > 2:
+            third = number_of(parameters[2, row])
+        if activation == SITU:
+            of_first = reciprocal(first, rcp_rows, rcp_squares)
+            of_second = reciprocal(second, rcp_rows, rcp_squares)
         for i in range(out.shape[1]):
             up, gate = (
                 number_of(i32(fc1_output[row, i]) << 16),
@@ -138,16 +199,26 @@ def swiglu(fc1_output, bias, parameters, of_bf16, ex2_rows, ex2_squares, rcp_row
                 up = rounded(up + number_of(i32(bias[row, i]) << 16))
                 gate = rounded(gate + number_of(i32(bias[row, i + out.shape[1]]) << 16))
             unclamped = scaled = gate
-            if parameters.shape[1]:
-                limit = number_of(parameters[LIMIT, row])
-                up, gate = maximum(minimum(up, limit), -limit), minimum(gate, limit)
-                scaled = rounded(gate * number_of(parameters[ALPHA, row]))
-                up = rounded(up + number_of(parameters[BETA, row]))
-            if len(of_bf16) and gate == unclamped:
+            if activation == SWIGLU_BIAS:
+                up, gate = clamp(up, third), minimum(gate, third)
+                scaled = rounded(gate * first)
+                up = rounded(up + second)
+            if activation == GEGLU:
+                weight = rounded(1.0 + erf(rounded(gate * HALF_SQRT2), ex2_rows, ex2_squares))
+                gate = rounded(0.5 * gate)
+            elif len(of_bf16) and gate == unclamped:
                 weight = number_of(of_bf16[u16(fc1_output[row, i + out.shape[1]])])
             else:
                 weight = sigmoid(scaled, ex2_rows, ex2_squares, rcp_rows, rcp_squares)
-            out[row, i] = bits_of(rounded(rounded(gate * weight) * up))
+            if activation == SITU:
+                gate, up = rounded(gate * of_first), rounded(up * of_second)
+                for _ in range(2):  # each in turn: two copies of tanh would take long to compile
+                    gate, up = up, tanh(gate, ex2_rows, ex2_squares, rcp_rows, rcp_squares)
+                weight, gate, up = rounded(weight * gate), first, rounded(up * second)
+            weighted = rounded(gate * weight)
+            if activation == SWIGLU_STEP:
+                weighted, up = minimum(weighted, first), clamp(up, first)
+            out[row, i] = bits_of(rounded(weighted * up))
 
 
 @compiled("void(int16[:,:,::1], int64[:,::1], int32[:,::1], int16[:,::1], int32[:,::1])")

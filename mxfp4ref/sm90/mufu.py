@@ -21,7 +21,7 @@ from torch import Tensor
 from mxfp4ref._compiler import uncompiled
 from mxfp4ref._validate import check_tensor
 
-__all__ = ["ex2", "rcp"]
+__all__ = ["TANH_ROWS", "TANH_SEGMENTS", "ex2", "rcp", "tanh"]
 
 _INF = 0x7F800000
 _NAN = 0x7FFFFFFF
@@ -78,6 +78,42 @@ def rcp(x: Tensor) -> Tensor:
     result = torch.where(result < _MIN_NORMAL, 0, result)
     result = torch.where(exponent == 0, _INF, result).to(torch.int32) | (bits ^ magnitude)
     return torch.where(magnitude > _INF, _NAN, result).view(torch.float32)
+
+
+@uncompiled
+def tanh(x: Tensor) -> Tensor:
+    """tanh.approx.f32: tanh(x), elementwise; |x| below 2^-8 is itself, from 8 on it is 1.
+
+    Args:
+        x: `[...]` float32, any shape and device.
+
+    Returns:
+        `[...]` float32, new: subnormals are kept, every NaN is 0x7FFFFFFF.
+
+    Raises:
+        TypeError: not a float32 tensor.
+    """
+    bits = check_tensor("x", x, dtype=torch.float32, shape=("...",)).view(torch.int32)
+    magnitude = bits & 0x7FFFFFFF
+    exponent = (magnitude >> 23).to(torch.int64)
+    binade = (exponent - _TANH_FIRST).clamp(0, len(TANH_SEGMENTS) - 1)
+    # Each binade has rows of 17 bits, the fraction's lowest being cut off.
+    counts = torch.tensor(TANH_SEGMENTS, device=x.device)
+    starts = counts.cumsum(0) - counts
+    log2_counts = torch.tensor([count.bit_length() - 1 for count in TANH_SEGMENTS], device=x.device)
+    fixed = (magnitude & _FRACTION).to(torch.int64) >> (6 - log2_counts[binade])
+    c0, c1, c2 = torch.tensor(TANH_ROWS, device=x.device)[starts[binade] + (fixed >> 17)].unbind(-1)
+    low = fixed & 0x1FFFF
+    square = _squares(17).to(x.device)[low]
+    result = (c0 << 17) + c1 * low + (c2 << 2) * square
+    # In units of 2^-41, below 0.5 of half as much for each binade; cut off after 24 bits.
+    power = -41 - (_TANH_UNIT - exponent).clamp(0, _TANH_UNIT - _TANH_FIRST)
+    unit = (power + 1023 << 52).view(torch.float64)
+    wide = (result.to(torch.float64) * unit).view(torch.int64) & -(1 << 29)
+    value = wide.view(torch.float64).to(torch.float32).view(torch.int32)
+    value = torch.where(exponent < _TANH_FIRST, magnitude, value)
+    value = torch.where(exponent >= _TANH_FIRST + len(TANH_SEGMENTS), 0x3F800000, value) | (bits ^ magnitude)
+    return torch.where(magnitude > _INF, _NAN, value).view(torch.float32)
 
 
 def _interpolate(unit: str, fraction: Tensor) -> Tensor:
@@ -172,5 +208,27 @@ _RCP_ROWS = (
     (1650220, -18035, 147), (1506527, -17888, 145), (1364004, -17743, 143), (1222632, -17600, 143),
     (1082403, -17458, 140), (943300, -17318, 138), (805309, -17180, 137), (668417, -17043, 135),
     (532612, -16908, 133), (397881, -16775, 132), (264209, -16643, 131), (131587, -16513, 130),
+)
+
+_TANH_FIRST, _TANH_UNIT = 119, 126  # exponent fields: of 2^-8, and of 0.5
+TANH_SEGMENTS = (1, 1, 1, 2, 2, 4, 4, 4, 8, 16, 8)  # rows of each binade from 2^-8 on
+TANH_ROWS = (
+    (8388608, 8388608, -256), (8388480, 8388096, -768), (8387968, 8387072, -3328),
+    (8385888, 4190464, -2624), (12573728, 4185216, -3520), (8377696, 4178688, -10176),
+    (12546144, 4158464, -14208), (8345192, 2065024, -8944), (10401240, 2047104, -10816),
+    (12437488, 2025472, -12640), (14450304, 2000192, -14256), (8218080, 1972352, -33104),
+    (10157208, 1905920, -38592), (12024448, 1828576, -42976), (13809984, 1742432, -46304),
+    (7753000, 1650272, -98592), (9304656, 1451968, -100608), (10656104, 1250016, -96608),
+    (11809672, 1056352, -88688), (12777544, 878752, -78584), (13577912, 721632, -67824),
+    (14231944, 586144, -57152), (14761140, 472016, -47384), (15185952, 377440, -38736),
+    (15524804, 300160, -31376), (15793720, 237600, -25152), (16006268, 187456, -20072),
+    (16173728, 147496, -15946), (16305345, 115768, -12590), (16408581, 90696, -9898),
+    (16489421, 70984, -7784), (16552657, 55480, -6094), (16602069, 43340, -4776),
+    (16640655, 33828, -3734), (16670765, 26396, -2920), (16694254, 20584, -2278),
+    (16712570, 16048, -1778), (16726848, 12508, -1386), (16737977, 9748, -1082),
+    (16746648, 7596, -842), (16753405, 5916, -654), (16758669, 4608, -508),
+    (16762770, 3588, -394), (16766000, 10544, -3504), (16773088, 3888, -1296),
+    (16775696, 1424, -464), (16776656, 528, -176), (16777012, 192, -64),
+    (16777140, 80, -32), (16777188, 32, -16), (16777204, 16, -8),
 )
 # fmt: on

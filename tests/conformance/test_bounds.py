@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from mxfp4ref.goldens.runs import runs
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward
 from mxfp4ref.sm90 import fp32
+from mxfp4ref.sm90.activation import GEGLU, SITU, SWIGLU, SWIGLU_BIAS, SWIGLU_STEP
 
 GOLDENS = open_goldens()
 MOE = [
@@ -112,18 +113,49 @@ class Evaluator:
         if e.fc1_biases is not None:
             value = self.round(value + fp32.bf16_to_fp64(e.fc1_biases[0]))
         up, gate = value.chunk(2, -1)
-        if e.swiglu_limit is not None:
-            limit = float(e.swiglu_limit)
-            up, gate = up.clamp(-limit, limit), gate.clamp(max=limit)
-        z = gate if e.swiglu_alpha is None else self.round(gate * float(e.swiglu_alpha))
-        error = (2 * torch.rand(z.shape, generator=self.random, dtype=torch.float64) - 1) * 2.0**-22
-        sigmoid = torch.sigmoid(z) * (1 + error * (3 + z.abs() / 2))
-        shifted = up if e.swiglu_beta is None else self.round(up + float(e.swiglu_beta))
-        activation = self.store(self.round(self.round(gate * sigmoid) * shifted))
+        given = zip(call.activation.defaults, call.activation.defaults.values(), strict=True)
+        parameters = [
+            default if getattr(e, name) is None else float(getattr(e, name)) for name, default in given
+        ]
+        activation = self.store(self.ACTIVATIONS[call.activation.id](self, up, gate, *parameters))
         value = self.store(self.sum(activation[:, None] * w2))
         if e.fc2_biases is None:
             return value
         return self.round(value + fp32.bf16_to_fp64(e.fc2_biases[0, :COLUMNS].contiguous()))
+
+    def sigmoid(self, z: Tensor) -> Tensor:
+        error = (2 * torch.rand(z.shape, generator=self.random, dtype=torch.float64) - 1) * 2.0**-22
+        return torch.sigmoid(z) * (1 + error * (3 + z.abs() / 2))
+
+    def tanh(self, x: Tensor, b: float) -> Tensor:
+        z = self.round(x / b)
+        return self.round(torch.tanh(z)) if self.choice(2) else self.round(2 * self.sigmoid(2 * z) - 1)
+
+    def swiglu(
+        self, up: Tensor, gate: Tensor, alpha: float = 1.0, beta: float = 0.0, limit: float = torch.inf
+    ) -> Tensor:
+        up, gate = up.clamp(-limit, limit), gate.clamp(max=limit)
+        silu = self.round(gate * self.sigmoid(self.round(gate * alpha)))
+        return self.round(silu * self.round(up + beta))
+
+    def swiglu_step(self, up: Tensor, gate: Tensor, limit: float) -> Tensor:
+        return self.round(self.round(gate * self.sigmoid(gate)).clamp(max=limit) * up.clamp(-limit, limit))
+
+    def situ(self, up: Tensor, gate: Tensor, beta: float, linear_beta: float) -> Tensor:
+        gated = self.round(self.round(self.tanh(gate, beta) * beta) * self.sigmoid(gate))
+        return self.round(gated * self.round(self.tanh(up, linear_beta) * linear_beta))
+
+    def geglu(self, up: Tensor, gate: Tensor) -> Tensor:
+        erf = self.round(torch.erf(self.round(gate * 0.5**0.5)))
+        return self.round(self.round(self.round(gate / 2) * self.round(1 + erf)) * up)
+
+    ACTIVATIONS: ClassVar = {
+        SWIGLU: swiglu,
+        GEGLU: geglu,
+        SWIGLU_BIAS: swiglu,
+        SWIGLU_STEP: swiglu_step,
+        SITU: situ,
+    }
 
     def __call__(self, call: MoeCall) -> Tensor:
         """`[S, M, COLUMNS] bf16`."""
@@ -143,7 +175,21 @@ def escapes(bounds: Bounds, output: Tensor) -> int:
 @pytest.mark.parametrize("storage", ["wider", "bf16"])
 @pytest.mark.parametrize("options", [{}, {"cancelling": True}, {"parameters": True}], ids=str)
 def test_random_correct_evaluations_stay_inside(storage: str, options: dict[str, bool]) -> None:
-    call = small_call(1, **options)
+    check_evaluations(small_call(1, **options), storage, cancelling=options.get("cancelling", False))
+
+
+@pytest.mark.parametrize(
+    ("activation_type", "parameters"), [(GEGLU, False), (SWIGLU_STEP, False), (SITU, True)]
+)
+def test_random_correct_evaluations_of_other_activations(activation_type: int, parameters: bool) -> None:
+    call = replace(small_call(1, parameters=parameters), activation_type=activation_type)
+    situ = {"situ_beta": torch.tensor([3.0, 0.7]), "situ_linear_beta": torch.tensor([1.5, -6.0])}
+    if parameters:
+        call = replace(call, experts=replace(call.experts, **situ))
+    check_evaluations(call, "wider", cancelling=False)
+
+
+def check_evaluations(call: MoeCall, storage: str, *, cancelling: bool) -> None:
     bounds = bound(call, storage=storage)
     probable = bound(call, storage=storage, confidence=1 - 1e-9)
     evaluate = Evaluator(2, storage)
@@ -153,8 +199,8 @@ def test_random_correct_evaluations_stay_inside(storage: str, options: dict[str,
         assert escapes(part, outputs) == 0
     # The evaluations do differ: in ordinary sums by their storage, in cancelling ones by order and rounding.
     spread = outputs.float().amax(0) - outputs.float().amin(0)
-    if options.get("cancelling") or storage == "wider":
-        assert float((spread > 0).float().mean()) > (0.9 if options.get("cancelling") else 0.3)
+    if cancelling or storage == "wider":
+        assert float((spread > 0).float().mean()) > (0.9 if cancelling else 0.3)
 
 
 @pytest.mark.parametrize("name", MOE)
@@ -252,8 +298,8 @@ def test_special_values_of_all_cases(name: str, storage: str) -> None:
         assert not bool((accepted(torch.full_like(expected, value)) & inside).any())
 
 
-def test_torch_agrees_but_on_byte_255_and_the_clamp_of_nan() -> None:
-    """It takes byte 255 for NaN, as OCP MX has it, and its clamp keeps NaN, unlike the kernel's."""
+def test_torch_agrees_but_on_byte_255_the_clamp_of_nan_and_tiny_reciprocals() -> None:
+    """It takes byte 255 for NaN, as OCP MX has it; its clamp keeps NaN, and its quotients do not flush 1 / 3e38."""
     outside = {}
     for name in MOE:
         one = runs(GOLDENS.load(name))[0]
@@ -263,6 +309,10 @@ def test_torch_agrees_but_on_byte_255_and_the_clamp_of_nan() -> None:
         "activation/non_finite_before_clamp",
         "formats/scale_bytes_0_and_255",
         "formats/scale_bytes_0_and_255_before_activation",
+        "step_and_situ/step_non_finite",
+        "step_and_situ/situ_non_finite",
+        "step_and_situ/situ_strange_parameters",
+        "step_and_situ/swiglu_bias_alone",
     }
 
 

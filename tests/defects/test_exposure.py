@@ -23,7 +23,8 @@ DESIGNED_FOR = {
     "wide_exponents": "fraction_bits_24 fraction_bits_26 fraction_bits_unlimited four_8_wide_steps",
     "cancelling_experts": """finalize_by_expert finalize_by_weight finalize_float64 finalize_pairwise
         finalize_slots_reversed finalize_unfused""",
-    "activation_near_ties": "rcp_exact sigmoid_exact sigmoid_libm sigmoid_tanh silu_divided up_weighted_first",
+    "activation_near_ties": """limit_7_by_default rcp_exact sigmoid_exact sigmoid_libm sigmoid_tanh silu_divided
+        up_weighted_first""",
     "activation_near_ties_with_parameters": """alpha_in_constant beta_fused ex2_exact rcp_exact gate_up_first
         product_unrounded sigmoid_exact sigmoid_libm silu_divided""",
     "special_values": "clamp_propagates_nan no_ftz_activation all_or_none_params",
@@ -36,6 +37,15 @@ DESIGNED_FOR = {
         params_by_global_id""",
     "tensor_parallel": "bias2_on_every_tp_rank",
     "padded_halves": "padding_end_of_fused",
+    "situ_near_ties": "situ_tanh_approx situ_tanh_exact situ_divided",
+    "situ_near_ties_with_parameters": "situ_tanh_exact situ_divided situ_reciprocal_exact situ_beta_first",
+    "situ_by_expert": """situ_sigmoid_of_capped situ_betas_swapped situ_up_uncapped situ_clamped situ_gate_bf16
+        situ_beta_ignored situ_linear_beta_ignored activation_type_ignored params_of_first_expert""",
+    "step_by_expert": """step_limit_before_silu step_gate_clamped_below step_limit_one_sided step_silu_bf16
+        step_reads_alpha_and_beta limit_ignored""",
+    "geglu_by_expert": "gelu_by_tanh gelu_bf16 activation_type_ignored",
+    "step_by_default": "no_limit_by_default activation_type_ignored",
+    "step_special_values": "step_clamp_propagates_nan",
     "deepseek_v4_biased": "tie_highest_id padding_routed gate_bias_weights slots_by_id score_rounded_once",
     "deepseek_v4_table": "table_ignored softplus_as_sigmoid sqrt_missing ids_sorted_alone",
     "deepseek_v3_groups": "epsilon_missing group_score_best_one groups_ignored groups_masked_with_zero",

@@ -19,6 +19,7 @@ from mxfp4ref.formats.generations import BYTEWISE, GENERATIONS, Generation
 from mxfp4ref.goldens.store import open_goldens
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward
+from mxfp4ref.sm90.activation import GEGLU, SITU, SWIGLU_STEP
 from mxfp4ref.sm90.tactics import Sm90Kernel
 from tests.helpers import defect_calls
 from tests.helpers.defect_outputs import as_bytes
@@ -117,9 +118,101 @@ def exact(call: MoeCall) -> MoeCall:
 
 FC1 = ("fc1_weights", "fc1_scales", "fc1_biases")
 WEIGHTS, SCALES = ("fc1_weights", "fc2_weights"), ("fc1_scales", "fc2_scales")
-PARAMETERS = ("swiglu_alpha", "swiglu_beta", "swiglu_limit")
 NO_LIMIT = filled("swiglu_limit", value=INF)
 NO_FC2_BIAS = filled("fc2_biases", value=0)
+
+SWIGLU_PARAMETERS = ("swiglu_alpha", "swiglu_beta", "swiglu_limit")
+
+
+def without(*names: str) -> Change:
+    """Some tensors of the experts left out."""
+    return lambda call: replace(call, experts=replace(call.experts, **dict.fromkeys(names)))
+
+
+def step(limit: float | None, alpha: float = 1, beta: float = 0) -> Change:
+    """SwigluStep, all experts alike."""
+    values = {"swiglu_alpha": alpha, "swiglu_beta": beta, "swiglu_limit": limit}
+    return of_type(SWIGLU_STEP, values)
+
+
+def situ(beta: float | None, linear_beta: float | None) -> Change:
+    """Situ, all experts alike."""
+    return of_type(SITU, {"situ_beta": beta, "situ_linear_beta": linear_beta})
+
+
+def of_type(activation_type: int, values: dict[str, float | None]) -> Change:
+    def changed(call: MoeCall) -> MoeCall:
+        size = (call.experts.num_experts,)
+        tensors = {
+            name: None if value is None else torch.full(size, float(value)) for name, value in values.items()
+        }
+        return replace(call, experts=replace(call.experts, **tensors), activation_type=activation_type)
+
+    return changed
+
+
+def large_gates(call: MoeCall) -> MoeCall:
+    """Biases that make every gate 1024, of which the sigmoid is 1 and the tanh too."""
+    bias = torch.zeros_like(call.experts.fc1_biases)
+    bias[:, call.experts.intermediate_size :] = 1024
+    return replace(call, experts=replace(call.experts, fc1_biases=bias))
+
+
+def large_gates_and_ups(call: MoeCall) -> MoeCall:
+    """The same for the ups, of either sign."""
+    call = large_gates(call)
+    bias = call.experts.fc1_biases.clone()
+    inner = call.experts.intermediate_size
+    bias[:, :inner] = 1024.0
+    bias[:, : inner // 2] = -1024.0
+    return replace(call, experts=replace(call.experts, fc1_biases=bias))
+
+
+def no_gates(call: MoeCall) -> MoeCall:
+    """Every gate what its bias is."""
+    weights = call.experts.fc1_weights.clone()
+    weights[:, call.experts.intermediate_size :] = 0
+    return replace(call, experts=replace(call.experts, fc1_weights=weights))
+
+
+def no_ups(call: MoeCall) -> MoeCall:
+    """Every up 0."""
+    changed = {}
+    for name in ("fc1_weights", "fc1_biases"):
+        changed[name] = getattr(call.experts, name).clone()
+        changed[name][:, : call.experts.intermediate_size] = 0
+    return replace(call, experts=replace(call.experts, **changed))
+
+
+def small_sums(call: MoeCall) -> MoeCall:
+    """Gates and ups far below 7."""
+    return replace(call, input=call.input * 2.0**-4)
+
+
+STEP_AND_SITU: dict[str, Change] = {
+    "activation_type_ignored": both(large_gates, step(INF)),
+    "no_limit_by_default": both(step(None), small_sums),
+    "step_limit_before_silu": step(INF),
+    "step_gate_clamped_below": step(1.0),
+    "step_limit_one_sided": step(INF),
+    "step_reads_alpha_and_beta": step(2.0),
+    "step_clamp_propagates_nan": step(2.0),
+    "step_silu_bf16": both(large_gates, step(2.0)),
+    "gelu_by_tanh": both(large_gates, of_type(GEGLU, {})),
+    "gelu_bf16": both(large_gates, both(no_gates, of_type(GEGLU, {}))),
+    "situ_beta_ignored": situ(4.0, 3.0),
+    "situ_linear_beta_ignored": situ(3.0, 25.0),
+    "situ_sigmoid_of_capped": both(large_gates, situ(128.0, 3.0)),
+    "situ_betas_swapped": situ(3.0, 3.0),
+    "situ_clamped": both(large_gates_and_ups, situ(2.0, 3.0)),
+    "situ_up_uncapped": both(no_ups, situ(2.0, 3.0)),
+    "situ_tanh_exact": both(large_gates_and_ups, situ(2.0, 3.0)),
+    "situ_tanh_approx": both(large_gates_and_ups, situ(2.0, 3.0)),
+    "situ_reciprocal_exact": situ(4.0, 25.0),
+    "situ_divided": situ(4.0, 0.5),
+    "situ_beta_first": situ(4.0, 3.0),
+    "situ_gate_bf16": both(large_gates_and_ups, situ(2.0, 3.0)),
+}
 
 # Changes to `every_option`, which has biases and all parameters.
 MOE: dict[str, Change] = {
@@ -153,8 +246,10 @@ MOE: dict[str, Change] = {
     "beta_after_product": filled("swiglu_beta", value=0),
     "all_or_none_params": unchanged,
     "params_by_global_id": unchanged,
-    "params_of_first_expert": on(*PARAMETERS, change=lambda p: p[:1].expand_as(p).clone()),
-    "params_bf16": on(*PARAMETERS, change=lambda p: p.to(torch.bfloat16).to(torch.float32)),
+    "params_of_first_expert": on(*SWIGLU_PARAMETERS, change=lambda p: p[:1].expand_as(p).clone()),
+    "params_bf16": on(*SWIGLU_PARAMETERS, change=lambda p: p.to(torch.bfloat16).to(torch.float32)),
+    "limit_7_by_default": both(without(*SWIGLU_PARAMETERS), small_sums),
+    **STEP_AND_SITU,
     "bias1_ignored": filled("fc1_biases", value=0),
     "bias2_ignored": NO_FC2_BIAS,
     "bias2_unweighted": NO_FC2_BIAS,

@@ -18,6 +18,7 @@ from mxfp4ref.defects.variants.swiglu import SwigluVariant
 from mxfp4ref.formats.generations import GENERATIONS, Generation
 from mxfp4ref.model.forward import Stages, forward
 from mxfp4ref.sm90 import tensor_core
+from mxfp4ref.sm90.activation import ACTIVATIONS, SWIGLU, SWIGLU_BIAS
 from mxfp4ref.sm90.swiglu import swiglu
 from mxfp4ref.sm90.tactics import Sm90Kernel
 from tests.helpers import defect_calls
@@ -31,7 +32,7 @@ from tests.helpers.defect_outputs import as_bytes, build, reference_bytes
 def test_unchanged_stages_are_the_kernel(call_name: str, generation: Generation) -> None:
     call = replace(build("moe", call_name), kernel=Sm90Kernel(generation=generation))
     variant = GemmVariant()
-    stages = Stages(fc1_gemm=variant, fc2_gemm=variant, swiglu=SwigluVariant(), finalize=FinalizeVariant())
+    stages = Stages(fc1_gemm=variant, fc2_gemm=variant, activate=SwigluVariant(), finalize=FinalizeVariant())
     assert as_bytes(forward(call, stages)) == as_bytes(forward(call))
 
 
@@ -42,9 +43,11 @@ def test_unchanged_swiglu_is_the_kernels(names: tuple[str, ...]) -> None:
     pairs = torch.cartesian_prod(values, values).to(torch.bfloat16)
     given = {"a": torch.tensor([1.702]), "b": torch.tensor([0.3]), "l": torch.tensor([7.0])}
     parameters = [given[name] if name in names else None for name in "abl"]
+    activation = ACTIVATIONS[SWIGLU_BIAS if names else SWIGLU]
     bias = torch.tensor([0.25, -0.0]).to(torch.bfloat16)
-    for arguments in ((pairs, None, *parameters), (pairs, bias, *parameters)):
-        assert as_bytes(SwigluVariant()(*arguments)) == as_bytes(swiglu(*arguments))
+    for added in (None, bias):
+        got = SwigluVariant()(activation, pairs, added, parameters if names else ())
+        assert as_bytes(got) == as_bytes(swiglu(pairs, added, *parameters))
 
 
 @pytest.mark.parametrize("tile_k", [(128, 128), (256, 512)])

@@ -101,6 +101,7 @@ def expected(original: Original, layer: Layer, tokens: Tokens, rank: Rank) -> Te
         resize_experts(experts, round_up(hidden, 128), round_up(width, 128)),
         **rank._asdict(),
         kernel=Sm90Kernel(generation=original.generation),
+        activation_type=original.activation_type,
     )
     up, gate = slice(0, width), slice(round_up(width, 128), round_up(width, 128) + width)
     stages = Stages(fc1_gemm=of_unpadded(hidden, [up, gate]), fc2_gemm=of_unpadded(width, [slice(0, hidden)]))
@@ -149,6 +150,7 @@ def test_all_ranks_at_once(original: Original, tp_size: int) -> None:
         tokens.topk_weights,
         resize_experts(replace(experts, **parameters(original, layer.num_experts)), hidden, inner),
         kernel=Sm90Kernel(generation=original.generation),
+        activation_type=original.activation_type,
     )
     all_ranks = Ranks(tp_size=tp_size, intermediate_size=layer.intermediate)
     bits.assert_same(forward_all_ranks(call, all_ranks), gather(outputs))

@@ -10,13 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mxfp4ref.formats.experts import Experts, Sm90Experts
+from mxfp4ref.formats.experts import PARAMETERS, Experts, Sm90Experts
 from mxfp4ref.formats.generations import BYTEWISE, GENERATIONS, Generation
 from tests.helpers import bits, layers
 
-ALL = layers.random_experts(
-    1, num_experts=3, hidden=256, inner=128, biases=True, parameters=layers.PARAMETERS
-)
+ALL = layers.random_experts(1, num_experts=3, hidden=256, inner=128, biases=True, parameters=PARAMETERS)
 NAMES = [field.name for field in fields(Experts)]
 
 

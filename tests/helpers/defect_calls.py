@@ -13,6 +13,7 @@ from torch import Tensor
 from mxfp4ref.defects import DequantizeCall, RoutingCall
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.model.call import MoeCall
+from mxfp4ref.sm90.activation import GEGLU, SITU, SWIGLU_STEP
 
 M, H, INNER, E = 8, 512, 128, 4
 NAN, INF = math.nan, math.inf
@@ -193,6 +194,57 @@ def activation_near_ties_with_parameters() -> MoeCall:
     )
 
 
+# The same for SiTU with the beta and linear beta that are compiled in, and with 1.32 and 2.97.
+_SITU_NEAR_TIES = (
+    0x3E09BF43, 0x3E46C121, 0x3E574106, 0x3E81C16F, 0x3EB0BFC7, 0x3ED541A7, 0x3F5F40C5, 0x3FEABF17,
+    0x40813F43, 0xBE32C05A, 0xC008C11E, 0xC0C9BE47,
+)  # fmt: skip
+_SITU_NEAR_TIES_WITH_PARAMETERS = (
+    0x3E3D3FB9, 0x3E5140F1, 0x3E51C0F1, 0x3EC4C05A, 0x3EDABF58, 0x3EEE4174, 0x3EFEC042, 0x3F3D3E8A,
+    0x3FCABFFD, 0xBE324038, 0xBF25BEED, 0xBF3E40C2, 0xBFD13FDA, 0xC0603E42, 0xC0CA4178,
+)  # fmt: skip
+
+
+def situ_near_ties() -> MoeCall:
+    return replace(_near_ties(_SITU_NEAR_TIES), activation_type=SITU)
+
+
+def situ_near_ties_with_parameters() -> MoeCall:
+    parameters = {"situ_beta": torch.full((E,), 1.32), "situ_linear_beta": torch.full((E,), 2.97)}
+    return replace(_near_ties(_SITU_NEAR_TIES_WITH_PARAMETERS, **parameters), activation_type=SITU)
+
+
+def situ_by_expert() -> MoeCall:
+    """`every_option` for SiTU."""
+    parameters = {
+        "situ_beta": torch.tensor([1.3, 0.7, 2.1, 4.4]),
+        "situ_linear_beta": torch.tensor([2.9, 1.1, 0.6, 5.0]),
+    }
+    call = every_option()
+    return replace(call, experts=replace(call.experts, **parameters), activation_type=SITU)
+
+
+def step_by_expert() -> MoeCall:
+    """`every_option` for SwigluStep; two limits are less than silu's depth of -0.28."""
+    call = every_option()
+    limits = torch.tensor([2.0, 0.2, 3.0, 0.1])
+    return replace(call, experts=replace(call.experts, swiglu_limit=limits), activation_type=SWIGLU_STEP)
+
+
+def step_by_default() -> MoeCall:
+    """SwigluStep without parameters, gates and ups on both sides of 7."""
+    gate, up = _normal(_generator(14), 2, M, INNER) * 6
+    return replace(_one_hot(gate, up), activation_type=SWIGLU_STEP)
+
+
+def geglu_by_expert() -> MoeCall:
+    return replace(every_option(), activation_type=GEGLU)
+
+
+def step_special_values() -> MoeCall:
+    return replace(special_values(), activation_type=SWIGLU_STEP)
+
+
 _SPECIAL = (
     NAN,
     INF,
@@ -333,6 +385,13 @@ MOE_CALLS: dict[str, Callable[[], MoeCall]] = {
         expert_parallel,
         tensor_parallel,
         padded_halves,
+        situ_near_ties,
+        situ_near_ties_with_parameters,
+        situ_by_expert,
+        geglu_by_expert,
+        step_by_expert,
+        step_by_default,
+        step_special_values,
     )
 }
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxfp4ref.formats.experts import PARAMETERS
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.flashinfer import torch_ref_cutlass_fused_moe
 from mxfp4ref.model.forward import forward
@@ -36,7 +37,8 @@ def arguments_of(call: MoeCall) -> dict[str, Any]:
         "fc1_expert_biases": experts.fc1_biases,
         "fc2_expert_biases": experts.fc2_biases,
         "use_w4_group_scaling": experts.quantized,
-        **{name: getattr(experts, name) for name in OPTIONAL},
+        "activation_type": call.activation_type,
+        **{name: getattr(experts, name) for name in PARAMETERS},
         **{name: getattr(call, name) for name in PARALLEL},
     }
 

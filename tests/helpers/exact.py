@@ -226,6 +226,47 @@ def activation(gate: int, up: int, alpha: int | None, beta: int | None, limit: i
     return mul(mul(gate, sigmoid(scaled)), add(up, 0 if beta is None else beta))
 
 
+def swiglu_step(gate: int, up: int, limit: int | None) -> int:
+    """The same for SwigluStep."""
+    high = 0x40E00000 if limit is None else limit  # 7
+    return mul(minimum(mul(gate, sigmoid(gate)), high), maximum(minimum(up, high), high ^ SIGN32))
+
+
+def geglu(gate: int, up: int) -> int:
+    """The same for Geglu."""
+    return mul(mul(mul(0x3F000000, gate), add(ONE, erf(mul(gate, 0x3F3504F3)))), up)
+
+
+def erf(x: int) -> int:
+    """CUDA's erff with FTZ: polynomials in |x| or x^2 by Horner's rule."""
+    x = flushed(x)
+    magnitude = x & ~SIGN32
+    large = not is_nan(x) and magnitude >= 0x3F8060FE
+    if large:
+        factor, power = magnitude | SIGN32, magnitude
+        terms = [0x38EB4C3A, 0xBAAE005B, 0x3C09919F, 0xBD24D99A, 0x3E235519, 0x3F69B4F9, 0x3F210A14]
+    else:
+        factor, power = x, mul(x, x)
+        terms = [0x38B1E96A, 0xBA574D20, 0x3BAAD5EA, 0xBCDC1BE7, 0x3DE718AF, 0xBEC093AC, 0x3E0375D3]
+    total = terms[0]
+    for term in terms[1:]:
+        total = fma(total, power, term)
+    total = fma(total, factor, factor)
+    return add(ONE, ex2(total) ^ SIGN32) | x & SIGN32 if large else total
+
+
+def situ(gate: int, up: int, beta: int | None, linear_beta: int | None) -> int:
+    """The same for Situ."""
+    b = 0x40800000 if beta is None else beta  # 4
+    c = 0x41C80000 if linear_beta is None else linear_beta  # 25
+    gated = mul(mul(tanh(mul(gate, rcp(b))), sigmoid(gate)), b)
+    return mul(gated, mul(tanh(mul(up, rcp(c))), c))
+
+
+def tanh(z: int) -> int:
+    return fma(sigmoid(mul(z, 0x40000000)), 0x40000000, ONE | SIGN32)
+
+
 def sigmoid(z: int) -> int:
     return rcp(add(ONE, ex2(mul(z ^ SIGN32, 0x3FB8AA3B))))
 

@@ -19,6 +19,7 @@ from mxfp4ref.model import flashinfer as oracle
 from mxfp4ref.model import forward as moe
 from mxfp4ref.routing import presets as routing
 from mxfp4ref.routing import scoring, selection
+from mxfp4ref.sm90.activation import SITU, SWIGLU_STEP
 from mxfp4ref.sm90.tactics import Sm90Kernel
 from tests.helpers import layers
 from tests.helpers.fuzzing import Target
@@ -39,7 +40,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 @cache
 def make_experts() -> experts.Experts:
     return layers.random_experts(
-        7, num_experts=E, hidden=H, inner=INNER, biases=True, parameters=layers.PARAMETERS
+        7, num_experts=E, hidden=H, inner=INNER, biases=True, parameters=experts.PARAMETERS
     )
 
 
@@ -75,7 +76,7 @@ def rank() -> dict[str, Any]:
 
 
 def call_arguments() -> dict[str, Any]:
-    return {**routed(), **rank(), "kernel": Sm90Kernel(), "strict": True}
+    return {**routed(), **rank(), "kernel": Sm90Kernel(), "strict": True, "activation_type": SWIGLU_STEP}
 
 
 def oracle_arguments() -> dict[str, Any]:
@@ -84,7 +85,7 @@ def oracle_arguments() -> dict[str, Any]:
     given |= {"fc1_expert_weights": made.fc1_weights, "fc2_expert_weights": made.fc2_weights}
     given |= {"output_dtype": torch.bfloat16, "quant_scales": [made.fc1_scales, made.fc2_scales]}
     given |= {"fc1_expert_biases": made.fc1_biases, "fc2_expert_biases": made.fc2_biases}
-    given |= {name: getattr(made, name) for name in ("swiglu_alpha", "swiglu_beta", "swiglu_limit")}
+    given |= {name: getattr(made, name) for name in experts.PARAMETERS}
     signature = inspect.signature(oracle.torch_ref_cutlass_fused_moe)
     given |= {name: p.default for name, p in signature.parameters.items() if name not in given}
     return given | {"use_w4_group_scaling": True}
@@ -97,6 +98,7 @@ def dense_oracle_arguments() -> dict[str, Any]:
         "quant_scales": None,
         "use_w4_group_scaling": False,
         "output": torch.zeros(M, H, dtype=torch.bfloat16),
+        "activation_type": SITU,
     }
     return oracle_arguments() | changed
 
@@ -218,7 +220,15 @@ TARGETS: dict[str, Target] = {
         oracle.torch_ref_cutlass_fused_moe,
         dense_oracle_arguments,
         written=("output",),
-        only=("input", "fc1_expert_weights", "fc2_expert_weights", "quant_scales", "output", "weight_layout"),
+        only=(
+            "input",
+            "fc1_expert_weights",
+            "fc2_expert_weights",
+            "quant_scales",
+            "output",
+            "weight_layout",
+            "situ_beta",
+        ),
     ),
     "model.flashinfer.drop_in": Target(
         oracle.drop_in, lambda: {"kernel": Sm90Kernel(), "weight_layout": "sm90", "strict": True}
@@ -343,7 +353,7 @@ TARGETS: dict[str, Target] = {
             "shared_output": normal(M, H, dtype=torch.bfloat16),
             "ranks": parallel.Ranks(),
             "kernel": Sm90Kernel(),
-            **STAGES,
+            "activation_type": SITU,
         },
     ),
     "model.layer.finish_output": Target(

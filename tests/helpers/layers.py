@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mxfp4ref.formats import experts as experts_module
 from mxfp4ref.formats.experts import Experts, Sm90Experts
 from mxfp4ref.formats.generations import NEWEST, Generation
 from mxfp4ref.formats.layout import fold_scales_sm90, interleave_weights_sm90
@@ -64,7 +65,7 @@ def random_experts(
         **weights,
         fc1_biases=random_bf16(rng, num_experts, 2 * inner) if biases else None,
         fc2_biases=random_bf16(rng, num_experts, hidden) if biases else None,
-        **{name: parameter(name) for name in PARAMETERS},
+        **{name: parameter(name) for name in experts_module.PARAMETERS},
     )
 
 
@@ -89,7 +90,7 @@ def to_sm90(
     experts: Experts, generation: Generation = NEWEST, dtype: torch.dtype = torch.int32
 ) -> Sm90Experts:
     """The same experts as the real call takes them."""
-    names = ("fc1_biases", "fc2_biases", *PARAMETERS)
+    names = ("fc1_biases", "fc2_biases", *experts_module.PARAMETERS)
     return Sm90Experts(
         fc1_weights=interleave_weights_sm90(experts.fc1_weights, generation),
         fc1_scales=fold_scales_sm90(experts.fc1_scales, generation).contiguous().view(dtype),

@@ -283,7 +283,7 @@ def test_arguments_without_effect(accepted: dict[str, Any]) -> None:
 
 def test_every_argument_is_accounted_for() -> None:
     """Accepted without effect, refused, or tested above: an argument that is added has to be placed too."""
-    effective = {"output", *PARALLEL, "activation_type", "profile_ids", *arguments_of(CALL)}
+    effective = {"output", *PARALLEL, "profile_ids", *arguments_of(CALL)}
     no_effect = {"tune_max_num_tokens", "enable_pdl", "swizzled_input_sf", "use_fused_finalize"}
     no_effect |= {"workspace_buffer", "cluster_rank"}
     refused = {"input_sf", "cluster_size", "enable_alltoall", "use_deepseek_fp8_block_scale"}

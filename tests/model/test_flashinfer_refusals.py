@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from mxfp4ref.formats.experts import PARAMETERS
 from mxfp4ref.formats.generations import BYTEWISE
 from mxfp4ref.formats.layout import fold_scales_sm90
 from mxfp4ref.model.forward import forward
+from mxfp4ref.sm90.activation import ACTIVATIONS
 from mxfp4ref.sm90.tactics import Sm90Kernel
 from tests.helpers import bits
 from tests.helpers.drop_in import (
@@ -40,12 +42,11 @@ from tests.helpers.drop_in import (
         {"use_packed_weights": True},
         {"use_wfp4afp8_humming": True},
         {"clamped_relu2_limit": torch.ones(1)},
-        {"situ_beta": torch.ones(4)},
-        {"situ_linear_beta": torch.ones(4)},
         {"backend": "cake"},
         {"output_dtype": torch.float16},
         {"output_dtype": torch.float32},
-        *({"activation_type": kind} for kind in ActivationType if kind.name not in ("Swiglu", "SwigluBias")),
+        *({"activation_type": kind} for kind in ActivationType if kind not in ACTIVATIONS),
+        {"activation_type": 12},  # ClampedRelu2, which is not in the enumeration
     ],
 )
 def test_not_modelled(refused: dict[str, Any]) -> None:
@@ -73,12 +74,23 @@ def test_other_kernels_of_the_real_function(x: torch.dtype, weights: torch.dtype
         oracle(token_final_scales=None)
 
 
-def test_swiglu_bias_needs_a_parameter() -> None:
-    plain = dict.fromkeys(OPTIONAL)
-    with pytest.raises(NotImplementedError, match=r"^activation_type: .*along with alpha, beta or limit"):
-        oracle(activation_type=5, **plain)
-    only_limit = plain | {"swiglu_limit": EXPERTS.swiglu_limit}
-    bits.assert_same(oracle(activation_type=5, **only_limit), oracle(**only_limit))
+def test_the_refusal_lists_the_table() -> None:
+    message = r"^activation_type: not modelled, expected one of Swiglu \(3\), .*, Situ \(10\), got .*Silu"
+    with pytest.raises(NotImplementedError, match=message):
+        oracle(activation_type=ActivationType.Silu)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("activation_type", ACTIVATIONS)
+def test_parameters_are_checked_whether_they_are_read_or_not(name: str, activation_type: int) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^{name}: expected a float32 tensor of shape \[4\], got float32 \[3\]$"
+    ):
+        oracle(activation_type=activation_type, **{name: torch.ones(3)})
+    with pytest.raises(
+        TypeError, match=rf"^{name}: expected a float32 tensor of shape \[4\], got float64 \[4\]$"
+    ):
+        oracle(activation_type=activation_type, **{name: torch.ones(4, dtype=torch.float64)})
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,19 @@ from mxfp4ref.model import gpu, gpu_trial
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import MoeTrace, forward, select_local, trace
 from mxfp4ref.sm90 import fp32
+from mxfp4ref.sm90.activation import (
+    ACTIVATIONS,
+    GEGLU,
+    GEGLU_TANH,
+    SITU,
+    SWIGLU,
+    SWIGLU_BIAS,
+    SWIGLU_STEP,
+    activate,
+)
 from mxfp4ref.sm90.finalize import finalize
 from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
 from mxfp4ref.sm90.gpu.tiles import MIDDLE, NARROW, OFFERED, WIDE, Tiles, tiles_for
-from mxfp4ref.sm90.swiglu import swiglu
 from mxfp4ref.sm90.tactics import Sm90Kernel, Tactic
 from tests.helpers import bits
 
@@ -215,8 +224,27 @@ def test_the_gemm_interpreted(
     bits.assert_same(output, fp32.to_bf16(expected[0]))
 
 
-@pytest.mark.parametrize("given", ["", "bias", "alpha", "beta limit"])
-def test_the_activation_and_the_weighted_sum_interpreted(interpreted: None, given: str) -> None:
+@pytest.mark.parametrize(
+    ("activation_type", "given"),
+    [
+        (SWIGLU, ""),
+        (SWIGLU, "bias"),
+        (GEGLU, ""),
+        (GEGLU, "bias"),
+        (GEGLU_TANH, "bias"),
+        (SWIGLU_BIAS, ""),
+        (SWIGLU_BIAS, "swiglu_alpha"),
+        (SWIGLU_BIAS, "bias swiglu_beta swiglu_limit"),
+        (SWIGLU_STEP, ""),
+        (SWIGLU_STEP, "bias swiglu_limit"),
+        (SITU, ""),
+        (SITU, "bias situ_linear_beta"),
+        (SITU, "situ_beta"),
+    ],
+)
+def test_the_activation_and_the_weighted_sum_interpreted(
+    interpreted: None, activation_type: int, given: str
+) -> None:
     from mxfp4ref.sm90.gpu import elementwise
     from mxfp4ref.sm90.gpu.routing import route
 
@@ -228,17 +256,22 @@ def test_the_activation_and_the_weighted_sum_interpreted(interpreted: None, give
     fc1[:, 6:] *= 1024.0  # gates whose sigmoid is 0 or 1, or 0
     optional = {
         "bias": integers(generator, -9, 9, 2, 12).to(torch.bfloat16) * 64.0,
-        "alpha": torch.tensor([0.5, 2.0]),
-        "beta": torch.tensor([1.0, -0.0]),
-        "limit": torch.tensor([64.0, 32.0]),
+        "swiglu_alpha": torch.tensor([0.5, 2.0]),
+        "swiglu_beta": torch.tensor([1.0, -0.0]),
+        "swiglu_limit": torch.tensor([64.0, 32.0]),
+        "situ_beta": torch.tensor([4.0, 0.5]),
+        "situ_linear_beta": torch.tensor([0.125, 2.0]),
     }
+    activation = ACTIVATIONS[activation_type]
+    if activation_type == SITU:
+        fc1 *= 1024.0  # a tanh of 1, 0 or -1
     chosen = {name: t if name in given.split() else None for name, t in optional.items()}
-    per_row = {name: None if t is None else t[expert] for name, t in chosen.items()}
-    expected = swiglu(
-        fc1[:3], per_row.pop("bias"), *(None if t is None else t[:, None] for t in per_row.values())
-    )
-    got = elementwise.swiglu(fc1, rows, *chosen.values())
-    bits.assert_same(got[:3], fp32.to_bf16(expected))
+    parameters = [chosen[name] for name in activation.defaults]
+    per_row = [None if t is None else t[expert][:, None] for t in parameters]
+    bias = None if chosen["bias"] is None else chosen["bias"][expert]
+    got = elementwise.activate(activation, fc1, rows, chosen["bias"], parameters)
+    bits.assert_same(got[:3], fp32.to_bf16(activate(activation, fc1[:3], bias, per_row)))
+    assert len(got[:3].unique()) > 2
 
     scales = torch.tensor([[0.5, 2.0], [0.25, torch.nan]])
     bias = optional["bias"] if given else None
@@ -326,10 +359,11 @@ def on_cuda(call: MoeCall) -> MoeCall:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_gpu_passes_its_trial(layout: Generation | None, tiles: Tiles) -> None:
     device = torch.device("cuda", 0)
-    for call in gpu_trial.trial_calls(layout):
-        gpu_trial.check(call, trace(call), device, tiles)
-        assert gpu.usable(on_cuda(call))
-    assert gpu_trial.passed(device, layout, tiles)
+    for activation in ACTIVATIONS.values():
+        for call in gpu_trial.trial_calls(layout, activation):
+            gpu_trial.check(call, trace(call), device, tiles)
+            assert gpu.usable(on_cuda(call))
+        assert gpu_trial.passed(device, layout, tiles, activation)
 
 
 def test_the_environment_is_read_and_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from mxfp4ref import _compiled
+from mxfp4ref.sm90 import activation as transcribed_activation
 from mxfp4ref.sm90 import elementwise, fp32, mufu
 from mxfp4ref.sm90 import finalize as transcribed_finalize
-from mxfp4ref.sm90 import swiglu as transcribed_swiglu
+from mxfp4ref.sm90.activation import ACTIVATIONS, GEGLU_TANH, SWIGLU_BIAS, Activation
 from tests.helpers import bits, modes
 from tests.sm90.test_finalize import random_call
 from tests.sm90.test_swiglu import random_values
@@ -37,20 +38,35 @@ def random_fp32(rng: np.random.Generator, *shape: int) -> Tensor:
     return bits.fp32(patterns | rng.integers(0, 2, shape) << 31)
 
 
-def activation(seed: int, names: tuple[str, ...], with_bias: bool) -> tuple[Any, ...]:
+def activation(seed: int, kind: Activation, given: tuple[bool, ...], with_bias: bool) -> tuple[Any, ...]:
     rng = np.random.default_rng(seed)
     x, bias = (bits.bf16(random_values(rng, 24 * 60).reshape(24, 60)) for _ in range(2))
-    parameters = (random_fp32(rng, 24, 1) if name in names else None for name in ("alpha", "beta", "limit"))
-    return x, bias if with_bias else None, *parameters
+    parameters = tuple(random_fp32(rng, 24, 1) if here else None for here in given)
+    return kind, x, bias if with_bias else None, parameters
 
 
-GIVEN = [names for n in range(4) for names in itertools.combinations(("alpha", "beta", "limit"), n)]
+def assert_as_transcribed(*arguments: Any) -> None:
+    bits.assert_same(elementwise.activate(*arguments), transcribed_activation.activate(*arguments))
 
 
-@given(st.integers(0, 2**32 - 1), st.sampled_from(GIVEN), st.booleans())
-def test_swiglu(seed: int, names: tuple[str, ...], with_bias: bool) -> None:
-    arguments = activation(seed, names, with_bias)
-    bits.assert_same(elementwise.swiglu(*arguments), transcribed_swiglu.swiglu(*arguments))
+BIAS = ACTIVATIONS[SWIGLU_BIAS]
+GIVEN = [
+    (kind, given)
+    for kind in ACTIVATIONS.values()
+    for given in itertools.product((False, True), repeat=len(kind.defaults))
+]
+
+
+def test_every_activation_has_a_loop() -> None:
+    """But GegluTanh, which is transcribed only."""
+    assert set(elementwise_loops.ACTIVATIONS) == set(ACTIVATIONS) - {GEGLU_TANH}
+
+
+@settings(max_examples=20)
+@given(seed=st.integers(0, 2**32 - 1), with_bias=st.booleans())
+@pytest.mark.parametrize(("kind", "given"), GIVEN, ids=lambda value: getattr(value, "name", None))
+def test_activate(kind: Activation, given: tuple[bool, ...], seed: int, with_bias: bool) -> None:
+    assert_as_transcribed(*activation(seed, kind, given, with_bias))
 
 
 @given(st.integers(0, 2**32 - 1), st.booleans())
@@ -68,14 +84,18 @@ def test_to_bf16(seed: int) -> None:
         bits.assert_same(elementwise.to_bf16(x), fp32.to_bf16(x))
 
 
-def test_every_bf16_through_each_unit() -> None:
+@pytest.mark.parametrize("kind", ACTIVATIONS.values(), ids=lambda kind: kind.name)
+def test_every_bf16_through_each_unit(kind: Activation) -> None:
     """All gates, so that EX2 and RCP take arguments of every size, with every rounding of the product in between."""
     gate = torch.arange(1 << 16).to(torch.int16).view(torch.bfloat16).view(-1, 1).expand(-1, 3)
     up = bits.bf16(np.array([0x3F80, 0x3FAB, 0x0080])).expand(1 << 16, 3)
-    x = torch.cat([up, gate], 1)
-    alpha = bits.fp32(0x3FD9DB23 + np.arange(1 << 16) % 4096)[:, None]
-    for arguments in ((x,), (x, None, alpha)):
-        bits.assert_same(elementwise.swiglu(*arguments), transcribed_swiglu.swiglu(*arguments))
+    varied = bits.fp32(0x3FD9DB23 + np.arange(1 << 16) % 4096)[:, None]
+    none = [None] * len(kind.defaults)
+    for halves in ([up, gate], [gate, up]) if kind.name == "Situ" else ([up, gate],):
+        x = torch.cat(halves, 1)
+        assert_as_transcribed(kind, x, None, none)
+        if none:
+            assert_as_transcribed(kind, x, None, [varied, *none[1:]])
 
 
 def test_sums_that_lie_between_two_numbers() -> None:
@@ -115,15 +135,15 @@ def test_shapes_and_dtypes() -> None:
     fc1 = bits.bf16(random_values(rng, 2 * 3 * 8).reshape(2, 3, 8))
     bias = bits.bf16(random_values(rng, 16).reshape(2, 1, 8))
     by_expert = random_fp32(rng, 2, 1, 1)
-    for arguments in (
-        (fc1, bias, by_expert, None, by_expert),
-        (fc1[0, 0], None, None, None, torch.tensor(7.0)),
-        (fc1, None, random_fp32(rng, 4)),
-        (fc1.to(torch.float32), bias),
-        (fc1[:, :0],),
-        (fc1.transpose(0, 1), None, by_expert.transpose(0, 1)),
+    for x, added, parameters in (
+        (fc1, bias, (by_expert, None, by_expert)),
+        (fc1[0, 0], None, (None, None, torch.tensor(7.0))),
+        (fc1, None, (random_fp32(rng, 4), None, None)),
+        (fc1.to(torch.float32), bias, (None, None, None)),
+        (fc1[:, :0], None, (None, None, None)),
+        (fc1.transpose(0, 1), None, (by_expert.transpose(0, 1), None, None)),
     ):
-        bits.assert_same(elementwise.swiglu(*arguments), transcribed_swiglu.swiglu(*arguments))
+        assert_as_transcribed(BIAS, x, added, parameters)
     y, local, scales, _ = random_call(1)
     wide = y.to(torch.float32)
     bits.assert_same(
@@ -134,12 +154,12 @@ def test_shapes_and_dtypes() -> None:
 
 
 def test_modes_and_threads_do_not_matter() -> None:
-    arguments = activation(3, ("alpha", "beta", "limit"), True)
+    arguments = activation(3, BIAS, (True, True, True), True)
     call = random_call(4, tokens=40)
-    expected = transcribed_swiglu.swiglu(*arguments), transcribed_finalize.finalize(*call)
+    expected = transcribed_activation.activate(*arguments), transcribed_finalize.finalize(*call)
 
     def assert_equal(_: object) -> None:
-        bits.assert_same(elementwise.swiglu(*arguments), expected[0])
+        bits.assert_same(elementwise.activate(*arguments), expected[0])
         bits.assert_same(elementwise.finalize(*call), expected[1])
         bits.assert_same(elementwise.to_bf16(expected[0]), fp32.to_bf16(expected[0]))
 
@@ -157,7 +177,7 @@ def test_squares_fit_into_16_bits() -> None:
         assert int(squares.max()) < 1 << 16
 
 
-@pytest.mark.parametrize("wrong", ["swiglu", "finalize", "to_bf16"])
+@pytest.mark.parametrize("wrong", ["activate", "finalize", "to_bf16"])
 def test_a_compiler_that_errs_is_found_out(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def loop(*arguments: Any) -> None:
         getattr(elementwise_loops, wrong)(*arguments)
@@ -166,10 +186,10 @@ def test_a_compiler_that_errs_is_found_out(wrong: str, monkeypatch: pytest.Monke
     loops = {name: getattr(elementwise_loops, name) for name in elementwise_loops.__all__} | {wrong: loop}
     monkeypatch.setitem(sys.modules, "mxfp4ref.sm90.elementwise_loops", SimpleNamespace(**loops))
     monkeypatch.setattr(_compiled, "_loaded", {})
-    arguments = activation(5, (), True)
+    arguments = activation(5, BIAS, (False,) * 3, True)
     with pytest.warns(RuntimeWarning, match="the activation and the weighted sum take 10 times as long"):
-        got = elementwise.swiglu(*arguments)
-    bits.assert_same(got, transcribed_swiglu.swiglu(*arguments))
+        got = elementwise.activate(*arguments)
+    bits.assert_same(got, transcribed_activation.activate(*arguments))
     call = random_call(6)
     bits.assert_same(elementwise.finalize(*call), transcribed_finalize.finalize(*call))
     bits.assert_same(elementwise.to_bf16(got), fp32.to_bf16(got))

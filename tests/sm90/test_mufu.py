@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mxfp4ref.sm90 import mufu
+from tests.helpers import bits
 
 RECORDING = Path(__file__).parents[1] / "recordings" / "mufu.npz"
 
@@ -261,3 +262,27 @@ def test_square_is_the_exact_one_less_the_low_columns() -> None:
 def pairs(column: int) -> list[tuple[int, int]]:
     """The bit pairs i <= j of a 17-bit operand whose product has the weight 2^column in its square."""
     return [(i, j) for i in range(17) for j in range(i, 17) if i + j + (i != j) == column]
+
+
+@pytest.mark.parametrize("binade", range(119, 130))
+def test_tanh_is_the_recorded_one(binade: int) -> None:
+    """Every 256th argument of a binade, of either sign."""
+    with np.load(Path(__file__).parents[1] / "recordings" / "tanh.npz") as file:
+        first, steps = file[f"{binade}_first"], file[f"{binade}_diff"].astype(np.int64)
+    recorded = np.cumsum(np.concatenate([[first], steps]))
+    arguments = (binade << 23) + np.arange(0, 1 << 23, 256)
+    for sign in (0, 1 << 31):
+        bits.assert_same(mufu.tanh(bits.fp32(arguments | sign)), bits.fp32(recorded | sign))
+
+
+def test_tanh_outside_of_its_table() -> None:
+    """Below 2^-8 it is its argument, subnormals too; from 8 on it is 1."""
+    itself = [0, 1, 0x007FFFFF, 0x00800000, 0x3B7FFFFF]
+    one = [0x41000000, 0x7F7FFFFF, 0x7F800000]
+    for sign in (0, 1 << 31):
+        bits.assert_same(
+            mufu.tanh(bits.fp32([x | sign for x in itself])), bits.fp32([x | sign for x in itself])
+        )
+        expected = bits.fp32([0x3F800000 | sign] * len(one))
+        bits.assert_same(mufu.tanh(bits.fp32([x | sign for x in one])), expected)
+    bits.assert_same(mufu.tanh(bits.fp32([0x7F800001, 0xFFC00000])), bits.fp32([0x7FFFFFFF] * 2))

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from mxfp4ref.goldens.cases.activation import _one_hot, _probe
+from mxfp4ref.model.forward import forward
+from mxfp4ref.sm90.activation import GEGLU, GEGLU_TANH
+from tests.helpers import bits
 from tools.hardware import recorded
 
 
@@ -22,6 +28,18 @@ def test_every_tactic_is_recorded() -> None:
         tiles |= {tuple(tile) for tile in arrays["tile"].tolist()}
         assert len(arrays["out"]) > 1, "tiles that all agree would not test the exception"
     assert len(tiles) == 25
+
+
+@pytest.mark.parametrize(("activation_type", "recorded_as"), [(GEGLU, "out"), (GEGLU_TANH, "tanh")])
+@pytest.mark.parametrize("name", ["significands", "gates", "bias"])
+def test_geglu(name: str, activation_type: int, recorded_as: str) -> None:
+    arrays = recorded.load(recorded.RECORDINGS / "geglu.npz")
+    gate, up, out = (recorded.bf16(arrays[f"{name}_{part}"]) for part in ("gate", "up", recorded_as))
+    experts = _one_hot(1)
+    if f"{name}_bias" in arrays:
+        experts = replace(experts, fc1_biases=recorded.bf16(arrays[f"{name}_bias"])[None])
+    call = replace(_probe(gate.flatten(), up.flatten(), experts), activation_type=activation_type)
+    bits.assert_same(forward(call)[:, :128], out)
 
 
 SCALAR = recorded.load(recorded.RECORDINGS / "scalar.npz")

@@ -2,8 +2,9 @@
 
 Hand-picked cases miss rules that only show where options meet: here a call mixes kinds of inputs (ordinary,
 mirrored, wide, tiny, infinite, NaN, any bits), kinds of scales (ordinary, over- and underflowing, any byte),
-any subset of alpha, beta, limit and biases, expert and tensor parallelism, padded and foreign ids, and every
-tile (by releases from 0.6.16 on; older ones run their default tactic). A call is a function of its seed.
+any subset of biases and of the activation's parameters, expert and tensor parallelism, padded and foreign ids, every
+activation, and every tile (by releases from 0.6.16 on; older ones run their default tactic). A call is a function of
+its seed and of the activations that are drawn from.
 
     python tools/hardware/random_cases.py --seeds 0:1000 --output random.json
 """
@@ -14,7 +15,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from mxfp4ref import Experts, MoeCall, forward
 from mxfp4ref._files import write_file
 from mxfp4ref.conformance.flashinfer_kernel import flashinfer_kernel
 from mxfp4ref.conformance.handing import to_device
+from mxfp4ref.sm90.activation import ACTIVATIONS
 from mxfp4ref.sm90.tactics import Sm90Kernel, runnable_tactics
 
 Bytes = NDArray[np.uint8]
@@ -100,6 +102,23 @@ def random_call(seed: int, *, clusters: bool = False) -> MoeCall:
     )
 
 
+def with_activation(call: MoeCall, seed: int, activations: Sequence[int]) -> MoeCall:
+    """The call with one of these activations and any subset of Situ's parameters, drawn apart from all else."""
+    rng = np.random.default_rng((seed, 4, *activations))
+    parameters = {}
+    for name, high in (("situ_beta", 8.0), ("situ_linear_beta", 30.0)):
+        values = rng.uniform(0.2, high, call.experts.num_experts).astype(np.float32)
+        if rng.random() < 0.2:
+            values[0] = rng.choice([0.0, -1.5, np.inf, np.nan, 1e-40, 1e-38, 3e38])
+        if rng.random() < 0.6:
+            parameters[name] = torch.from_numpy(values).to(call.input.device)
+    return replace(
+        call,
+        experts=replace(call.experts, **parameters),
+        activation_type=int(rng.choice(list(activations))),
+    )
+
+
 def _bf16(values: NDArray[np.float64]) -> Tensor:
     return torch.from_numpy(np.asarray(values, dtype=np.float64)).to(torch.bfloat16)
 
@@ -161,6 +180,7 @@ def _scale_bytes(rng: Generator) -> Callable[[tuple[int, ...]], Bytes]:
 
 
 def main() -> int:
+    names = {activation.name: id for id, activation in ACTIVATIONS.items()}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -172,6 +192,13 @@ def main() -> int:
     parser.add_argument("--clusters", action="store_true", help="clusters of several CTAs too")
     parser.add_argument(
         "--real-size", action="store_true", help="calls of DeepSeek-V4-Flash's size, on the GPU only"
+    )
+    parser.add_argument(
+        "--activations",
+        nargs="+",
+        choices=list(names),
+        default=list(names),
+        help="draw from these (default: all)",
     )
     parser.add_argument("--output", type=Path, help="write the result as JSON")
     arguments = parser.parse_args()
@@ -189,6 +216,7 @@ def main() -> int:
         if time.monotonic() - start > arguments.seconds:
             break
         call = real_size_call(seed) if arguments.real_size else random_call(seed, clusters=arguments.clusters)
+        call = with_activation(call, seed, [names[name] for name in arguments.activations])
         if not generation.forces_tactics:
             call = replace(call, kernel=Sm90Kernel(generation=generation))
         on_gpu = to_device(call, "cuda")
@@ -206,8 +234,17 @@ def main() -> int:
                 if generation.forces_tactics
                 else ["default", "default"]
             )
-            failures.append({"seed": seed, "tactics": used, "elements": got.numel(), "differing": count})
-            print(f"seed {seed}, tactics {used}: {count} of {got.numel()} differ", flush=True)
+            name = call.activation.name
+            failures.append(
+                {
+                    "seed": seed,
+                    "activation": name,
+                    "tactics": used,
+                    "elements": got.numel(),
+                    "differing": count,
+                }
+            )
+            print(f"seed {seed}, {name}, tactics {used}: {count} of {got.numel()} differ", flush=True)
     else:
         seed = end
     result = {
@@ -219,6 +256,7 @@ def main() -> int:
         "default_tactic": not generation.forces_tactics,
         "clusters": arguments.clusters,
         "real_size": arguments.real_size,
+        "activations": arguments.activations,
         "generation": generation.recorded_as,
         "failures": failures,
         "provenance": provenance.as_dict(),

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import fnmatch
 import hashlib
 import json
 import subprocess
@@ -47,13 +48,13 @@ TACTICS_CASE = "gemm/mirrored_both_512"
 STEP_BLOCKS = 4096  # of 16 x 8 results, at once
 
 
-def record_goldens(out: Path) -> int:
+def record_goldens(out: Path, only: str = "*") -> int:
     """Each kernel-call case by each pair of K tiles; two runs have to agree."""
     provenance = hardware.Provenance.of_this_machine()
     kernel = flashinfer_kernel()
     generation = kernel.generation
     lines: list[dict[str, Any]] = []
-    for case in _kernel_cases():
+    for case in _kernel_cases(only):
         on_gpu = to_device(case.call(), "cuda")
         for tile_k, name in case.output_tensors.items():
             if not generation.forces_tactics and tile_k != (128, 128):
@@ -64,7 +65,8 @@ def record_goldens(out: Path) -> int:
             got, again = (launch().cpu() for _ in range(2))
             expected = case.tensors[name] if generation is NEWEST else forward(call).cpu()
             lines.append(_line(case, tile_k, got, again, expected, provenance))
-    return _report(out / f"{_slug(provenance)}.jsonl", lines)
+    part = "" if only == "*" else f"-{only.partition('/')[0]}"
+    return _report(out / f"{_slug(provenance)}{part}.jsonl", lines)
 
 
 def record_tactics(out: Path) -> int:
@@ -198,7 +200,9 @@ def _readme() -> str:
             first, end = record["seeds"]
             clusters = ", any cluster" if record.get("clusters") else ""
             size = " of real size" if record.get("real_size") else ""
-            what = f"random calls{size}{clusters}, seeds {first} to {end - 1}"
+            names = ", ".join(record.get("activations", []))  # none: recorded when there was SwiGLU alone
+            of = f" of {names}" if names else ""
+            what = f"random calls{size}{of}{clusters}, seeds {first} to {end - 1}"
             rows.append((*machine, what, f"{record['elements']:,}", f"{record['differing']:,}"))
             continue
         for key, counts in record.items():
@@ -232,9 +236,9 @@ and 15 in three runs of 585, 14 of them in all three) and other elements (seed 4
 """
 
 
-def _kernel_cases() -> Iterator[Case]:
+def _kernel_cases(only: str) -> Iterator[Case]:
     goldens = open_goldens(ROOT / "goldens")
-    for name in goldens.names():
+    for name in fnmatch.filter(goldens.names(), only):
         case = goldens.load(name)
         if case.kind == "moe" and case.experts.quantized:
             yield case
@@ -378,6 +382,10 @@ def main() -> int:
     for name, function in recorders.items():
         command = commands.add_parser(name, help=function.__doc__)
         command.add_argument("out", type=Path, help="the folder to write the record to")
+        if name == "goldens":
+            command.add_argument(
+                "--only", default="*", help="run these cases, as 'suite/*'; the record is a file of its own"
+            )
     command = commands.add_parser("install", help=install.__doc__)
     command.add_argument("sources", type=Path, nargs="*", help="folders or files of records")
     arguments = parser.parse_args()
@@ -386,6 +394,8 @@ def main() -> int:
     if not torch.cuda.is_available():
         parser.error("a GPU is needed: the real kernel runs nowhere else")
     arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.command == "goldens":
+        return record_goldens(arguments.out, arguments.only)
     return recorders[arguments.command](arguments.out)
 
 

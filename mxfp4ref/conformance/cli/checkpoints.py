@@ -17,6 +17,7 @@ from mxfp4ref.formats.quantize import SCALE_RULES
 from mxfp4ref.model.parallel import Ranks
 from mxfp4ref.model.placement import STRATEGIES, place_experts
 from mxfp4ref.routing import PRESETS
+from mxfp4ref.sm90.activation import ACTIVATIONS
 
 __all__ = ["checkpoint", "layer"]
 
@@ -139,6 +140,11 @@ def read_options(
 @click.option("--beta", type=float, help="SwiGLU's beta; default: the model's.")
 @click.option("--limit", type=float, help="SwiGLU's limit; default: the model's.")
 @click.option(
+    "--activation",
+    type=click.Choice([activation.name for activation in ACTIVATIONS.values()]),
+    help="Default: the model's.",
+)
+@click.option(
     "--ep-size",
     type=click.IntRange(min=1),
     default=1,
@@ -193,6 +199,9 @@ def layer(
         how = read_options(options["changes"], options["quantize"], options["name_map"], options["experts"])
         found = open_layer(root, index, **given("alpha", "beta", "limit"), options=how)
         found = replace(found, **given("top_k", "routed_scaling_factor"))
+        if options["activation"] is not None:
+            (chosen,) = (n for n, known in ACTIVATIONS.items() if known.name == options["activation"])
+            found = replace(found, activation_type=chosen)
         if options["fuse_shared"] is not None:
             found = fuse_shared(found, None if options["fuse_shared"] == "stored" else options["fuse_shared"])
         ep_size = options["ep_size"]

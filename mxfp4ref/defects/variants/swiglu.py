@@ -1,15 +1,15 @@
-"""The kernel's activation in replaceable parts."""
+"""The kernel's SwiGLU in replaceable parts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mxfp4ref.sm90 import fp32
-from mxfp4ref.sm90.swiglu import sigmoid
+from mxfp4ref.sm90.activation import SWIGLU, SWIGLU_BIAS, Activation, activate, sigmoid
 
 __all__ = ["Operands", "SwigluVariant", "clamp_both", "multiply_in_order", "silu"]
 
@@ -49,7 +49,7 @@ def multiply_in_order(x: Operands) -> Tensor:
 
 @dataclass(frozen=True)
 class SwigluVariant:
-    """The kernel's activation with something changed, called like `swiglu`.
+    """The kernel's SwiGLU with something changed, called like `activate`; other activations are the kernel's.
 
     Attributes:
         add: of the bias and of beta.
@@ -67,17 +67,19 @@ class SwigluVariant:
 
     def __call__(
         self,
+        activation: Activation,
         fc1_output: Tensor,
-        bias: Tensor | None = None,
-        alpha: Tensor | None = None,
-        beta: Tensor | None = None,
-        limit: Tensor | None = None,
+        bias: Tensor | None,
+        parameters: Sequence[Tensor | None],
     ) -> Tensor:
+        if activation.id not in (SWIGLU, SWIGLU_BIAS):
+            return activate(activation, fc1_output, bias, parameters)
+        plain = activation.id == SWIGLU
+        alpha, beta, limit = (None, None, None) if plain else parameters
         value = fp32.widen(fc1_output)
         if bias is not None:
             value = self.add(value, fp32.widen(bias).expand_as(value))
         up, gate = value.chunk(2, dim=-1)
-        plain = alpha is None and beta is None and limit is None
         defaults = zip((alpha, beta, limit), (1.0, 0.0, torch.inf), strict=True)
         given = [torch.full_like(gate, d) if p is None else p.expand_as(gate) for p, d in defaults]
         if not plain:

@@ -13,6 +13,7 @@ from mxfp4ref.goldens.cases import (
     parallel,
     routing,
     sizes,
+    step_and_situ,
     tensor_core,
     tile_n,
 )
@@ -21,4 +22,7 @@ from mxfp4ref.goldens.cases.definition import DEFINITIONS, Content, Definition
 __all__ = ["DEFINITIONS", "SUITES", "Content", "Definition"]
 
 # In the order in which data flows; importing them registers their cases.
-SUITES = (formats, layout, tensor_core, gemm, activation, finalize, routing, parallel, sizes, models, tile_n)
+SUITES = (
+    *(formats, layout, tensor_core, gemm, activation, step_and_situ, finalize, routing, parallel, sizes),
+    *(models, tile_n),
+)

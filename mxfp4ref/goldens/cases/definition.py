@@ -14,6 +14,7 @@ from mxfp4ref.goldens.case import EXPERT_TENSORS, tensor_bytes
 from mxfp4ref.goldens.cases.source import Source
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward, trace
+from mxfp4ref.sm90.activation import SWIGLU
 from mxfp4ref.sm90.tactics import TILE_K, Sm90Kernel, Tactic
 
 __all__ = ["DEFINITIONS", "Content", "Definition", "define", "moe_content", "outputs_by_tile_k"]
@@ -152,6 +153,8 @@ def moe_content(
         name: getattr(call, name) for name in ("ep_size", "ep_rank", "tp_size", "tp_rank", "strict")
     }
     parameters |= {} if tile_n is None else {"tile_n": tile_n}
+    if call.activation_type != SWIGLU:
+        parameters["activation_type"] = call.activation_type
     return Content(tensors, parameters, derived or {}, names)
 
 

@@ -2,52 +2,77 @@
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mxfp4ref.sm90.activation import (
+    ERF_LARGE,
+    ERF_SMALL,
+    ERF_SPLIT,
+    GEGLU,
+    GEGLU_TANH,
+    GELU_TANH,
+    HALF_ROOT_TWO,
+    SITU,
+    SWIGLU,
+    SWIGLU_BIAS,
+    SWIGLU_STEP,
+    Activation,
+)
 from mxfp4ref.sm90.gpu import primitives as gpu
 from mxfp4ref.sm90.gpu.routing import Rows
 
-__all__ = ["finalize", "swiglu"]
+__all__ = ["KERNELS", "activate", "finalize"]
 
+KERNELS = (SWIGLU, GEGLU, SWIGLU_BIAS, SWIGLU_STEP, GEGLU_TANH, SITU)  # that `activate` has
+_SWIGLU, _GEGLU, _SWIGLU_BIAS, _SWIGLU_STEP, _GEGLU_TANH, _SITU = map(tl.constexpr, KERNELS)
+_SPLIT, _HALF_ROOT_TWO = tl.constexpr(ERF_SPLIT), tl.constexpr(HALF_ROOT_TWO)
+_SQRT_2_PI, _CUBIC = map(tl.constexpr, GELU_TANH)
+_LARGE, _SMALL = tl.constexpr(ERF_LARGE), tl.constexpr(ERF_SMALL)
+_PARAMETERS = 3  # of an activation, at most
 _COLUMNS = 1024  # of one program, whatever the width, so that one binary serves all
 
 
-def swiglu(
+def activate(
+    activation: Activation,
     fc1_output: Tensor,
     rows: Rows,
     bias: Tensor | None,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-    limit: Tensor | None,
+    parameters: Sequence[Tensor | None],
 ) -> Tensor:
-    """`sm90.swiglu.swiglu` of every routed row, rounded to bf16.
+    """`sm90.activation.activate` of every routed row, rounded to bf16.
 
     Args:
+        activation: an entry whose id is in `KERNELS`.
         fc1_output: `[R, 2I] bf16`.
         rows: the routed rows and their experts.
         bias: `[E, 2I] bf16` or None.
-        alpha, beta, limit: `[E] float32` each or None.
+        parameters: those that the activation reads, `[E] float32` each or None.
 
     Returns:
         `[R, I] bf16`; what lies behind the routed rows is unset.
     """
     num_rows, width = fc1_output.shape[0], fc1_output.shape[1] // 2
     out = torch.empty(num_rows, width, dtype=torch.bfloat16, device=fc1_output.device)
-    _swiglu[num_rows, triton.cdiv(width, _COLUMNS)](
+    unused = (None,) * (_PARAMETERS - len(parameters))
+    defaults = [*activation.defaults.values(), *(0.0 for _ in unused)]
+    _activate[num_rows, triton.cdiv(width, _COLUMNS)](
         fc1_output,
         out.view(torch.int16),
         rows.expert,
         rows.start,
         bias,
-        alpha,
-        beta,
-        limit,
+        *parameters,
+        *unused,
         width,
         len(rows.start) - 1,
-        CLAMPED=not (alpha is None and beta is None and limit is None),
+        *(struct.unpack("<i", struct.pack("<f", default))[0] for default in defaults),
+        ACTIVATION=activation.id,
         COLUMNS=_COLUMNS,
     )
     return out
@@ -81,19 +106,69 @@ def finalize(fc2_output: Tensor, rows: Rows, scales: Tensor, bias: Tensor | None
     return out
 
 
+@triton.jit
+def _sigmoid(z):
+    log2_e = tl.full(z.shape, 0x3FB8AA3B, tl.int32).to(tl.float32, bitcast=True)
+    one = tl.full(z.shape, 1.0, tl.float32)
+    return gpu.rcp(gpu.add(one, gpu.ex2(gpu.mul(gpu.negate(z), log2_e))))
+
+
+@triton.jit
+def _tanh(z):
+    two, minus_one = tl.full(z.shape, 2.0, tl.float32), tl.full(z.shape, -1.0, tl.float32)
+    return gpu.fma(_sigmoid(gpu.mul(z, two)), two, minus_one)
+
+
+@triton.jit
+def _number(BITS: tl.constexpr, like):
+    """The float32 number of these bits, in the shape of another tensor."""
+    return tl.full(like.shape, BITS, tl.uint32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _erf(z):
+    sign = z.to(tl.int32, bitcast=True) & -0x80000000
+    magnitude = (z.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+    large = magnitude >= _number(_SPLIT, z)
+    power, factor = tl.where(large, magnitude, gpu.mul(z, z)), tl.where(large, gpu.negate(magnitude), z)
+    total = tl.where(large, _number(_LARGE[0], z), _number(_SMALL[0], z))
+    for i in tl.static_range(1, 7):
+        total = gpu.fma(total, power, tl.where(large, _number(_LARGE[i], z), _number(_SMALL[i], z)))
+    total = gpu.fma(total, factor, factor)
+    rest = gpu.add(tl.full(z.shape, 1.0, tl.float32), gpu.negate(gpu.ex2(total)))
+    return tl.where(large, (rest.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True), total)
+
+
+@triton.jit
+def _clamp(x, limit):
+    return gpu.maximum(gpu.minimum(x, limit), gpu.negate(limit))
+
+
+@triton.jit
+def _parameter(values, expert, DEFAULT: tl.constexpr, COLUMNS: tl.constexpr):
+    """An expert's parameter, or what is compiled in, whose bits DEFAULT is."""
+    parameter = tl.full([COLUMNS], DEFAULT, tl.int32).to(tl.float32, bitcast=True)
+    if values is not None:
+        parameter = tl.broadcast_to(tl.load(values + expert), (COLUMNS,))
+    return parameter
+
+
 @triton.jit(do_not_specialize=["num_experts"])
-def _swiglu(
+def _activate(
     fc1_output,  # [R, 2I] bf16
     out,  # [R, I] int16, the bits
     row_expert,
     start,
     bias,
-    alpha,
-    beta,
-    limit,
+    first,  # the activation's parameters, [E] float32 each
+    second,
+    third,
     width,
     num_experts,
-    CLAMPED: tl.constexpr,
+    FIRST: tl.constexpr,  # what is compiled in, as bits
+    SECOND: tl.constexpr,
+    THIRD: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """Some columns of one row, operation by operation as `docs/arithmetic.md` lists them."""
@@ -109,25 +184,31 @@ def _swiglu(
             bias_at = bias + expert * (2 * width) + column
             up = gpu.add(up, gpu.widen(tl.load(bias_at, mask=inside, other=0.0)))
             gate = gpu.add(gate, gpu.widen(tl.load(bias_at + width, mask=inside, other=0.0)))
-        scaled = gate
-        if CLAMPED:
-            largest = tl.full([COLUMNS], float("inf"), tl.float32)
-            if limit is not None:
-                largest = tl.broadcast_to(tl.load(limit + expert), (COLUMNS,))
-            up = gpu.maximum(gpu.minimum(up, largest), gpu.negate(largest))
-            gate = gpu.minimum(gate, largest)
-            scaled = gate
-            if alpha is not None:
-                scaled = gpu.mul(gate, tl.broadcast_to(tl.load(alpha + expert), (COLUMNS,)))
-            shift = tl.full([COLUMNS], 0.0, tl.float32)
-            if beta is not None:
-                shift = tl.broadcast_to(tl.load(beta + expert), (COLUMNS,))
-            up = gpu.add(up, shift)
-        log2_e = tl.full([COLUMNS], 0x3FB8AA3B, tl.int32).to(tl.float32, bitcast=True)
-        one = tl.full([COLUMNS], 1.0, tl.float32)
-        sigmoid = gpu.rcp(gpu.add(one, gpu.ex2(gpu.mul(gpu.negate(scaled), log2_e))))
-        result = gpu.mul(gpu.mul(gate, sigmoid), up)
-        tl.store(out + row64 * width + column, gpu.bf16_bits(result), mask=inside)
+        p0 = _parameter(first, expert, FIRST, COLUMNS)
+        p1 = _parameter(second, expert, SECOND, COLUMNS)
+        p2 = _parameter(third, expert, THIRD, COLUMNS)
+        if ACTIVATION == _SWIGLU_BIAS:  # alpha, beta, limit
+            up = gpu.add(_clamp(up, p2), p1)
+            gate = gpu.minimum(gate, p2)
+            weighted = gpu.mul(gate, _sigmoid(gpu.mul(gate, p0)))
+        elif ACTIVATION == _SWIGLU_STEP:  # limit
+            weighted = gpu.minimum(gpu.mul(gate, _sigmoid(gate)), p0)
+            up = _clamp(up, p0)
+        elif ACTIVATION == _SITU:  # beta, linear beta
+            weighted = gpu.mul(gpu.mul(_tanh(gpu.mul(gate, gpu.rcp(p0))), _sigmoid(gate)), p0)
+            up = gpu.mul(_tanh(gpu.mul(up, gpu.rcp(p1))), p1)
+        elif ACTIVATION == _GEGLU:
+            one, half = tl.full([COLUMNS], 1.0, tl.float32), tl.full([COLUMNS], 0.5, tl.float32)
+            weight = gpu.add(one, _erf(gpu.mul(gate, _number(_HALF_ROOT_TWO, gate))))
+            weighted = gpu.mul(gpu.mul(half, gate), weight)
+        elif ACTIVATION == _GEGLU_TANH:
+            inner = gpu.fma(gpu.mul(_number(_CUBIC, gate), gate), gate, _number(_SQRT_2_PI, gate))
+            weighted = gpu.fma(gate, gpu.tanh(gpu.mul(gate, inner)), gate)
+            weighted = gpu.mul(tl.full([COLUMNS], 0.5, tl.float32), weighted)
+        else:
+            tl.static_assert(ACTIVATION == _SWIGLU)
+            weighted = gpu.mul(gate, _sigmoid(gate))
+        tl.store(out + row64 * width + column, gpu.bf16_bits(gpu.mul(weighted, up)), mask=inside)
 
 
 @triton.jit(do_not_specialize=["top_k"])

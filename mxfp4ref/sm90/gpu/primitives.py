@@ -90,6 +90,15 @@ def rcp(x):
 
 
 @triton.jit
+def tanh(x):
+    if HARDWARE:
+        return tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
+
+
+@triton.jit
 def negate(x):
     """By the sign bit, of zeros and NaNs too."""
     return (x.to(tl.int32, bitcast=True) ^ -0x80000000).to(tl.float32, bitcast=True)
