@@ -104,7 +104,7 @@ def missing_experts(source: Source) -> MoeCall:
     )
 
 
-@define(unique_for="padded rows that are not finite", pending=True)
+@define(unique_for="padded rows that are not finite")
 def padded_rows_not_finite(source: Source) -> Content:
     """Rows that are no tokens, all slots -1, hold NaN and Inf, as a padded batch's memory may, and so do some of
     their weights: zeros. Computed as some expert with weight 0 they would be 0 * Inf.
@@ -117,7 +117,7 @@ def padded_rows_not_finite(source: Source) -> Content:
     return moe_content(MoeCall(x, ids, scales, source.experts(2, _H, _I)), compact=True)
 
 
-@define(unique_for="padded slots beside experts that give Inf", pending=True)
+@define(unique_for="padded slots beside experts that give Inf")
 def padded_slots_beside_infinite_experts(source: Source) -> Content:
     """The first and the last expert give Inf and NaN for every token, by scale bytes of 255, and no token goes to
     them: a slot of -1 that is computed as either of them with weight 0, or any weight, gives NaN.

@@ -159,7 +159,7 @@ def gpt_oss_20b(source: Source) -> Content:
     return _content(derived, x, routing, {"router.logits": logits}, parameters=parameters)
 
 
-@define(unique_for="H of 2,880 padded to 2,944 in small", pending=True)
+@define(unique_for="H of 2,880 padded to 2,944 in small")
 def hidden_2880_padded_to_2944(source: Source) -> Content:
     """gpt-oss's hidden size with an inner size of 128: 23 K tiles, of which the last is half padding, with zero
     weights under numbers that are not zero, and 64 columns of output that have to be zeros. Two tokens.

@@ -126,7 +126,7 @@ def rank_without_tokens(source: Source) -> MoeCall:
     )
 
 
-@define(unique_for="a rank that begins at no power of two", pending=True)
+@define(unique_for="a rank that begins at no power of two")
 def expert_rank_2_of_4_with_three_each(source: Source) -> Content:
     """Rank 2 of 4 with three experts each, 6 to 8 of 12: no power of two, so that ids taken modulo something or
     masked show, with neighbours 5 and 9 in nearly every token, and local ids 0 to 2 that are other ranks'.
@@ -138,7 +138,7 @@ def expert_rank_2_of_4_with_three_each(source: Source) -> Content:
     return moe_content(call, compact=True)
 
 
-@define(unique_for="foreign slots beside experts that give Inf", pending=True)
+@define(unique_for="foreign slots beside experts that give Inf")
 def foreign_slots_beside_infinite_experts(source: Source) -> Content:
     """Rank 1 of 2 whose first and last expert give Inf and NaN for every token: a slot of the other rank that is
     computed as one of them, with its weight or with weight 0, gives NaN. Half of the foreign slots have weight 0.

@@ -25,7 +25,7 @@ def _half_mirrored(source: Source, num_tokens: int, num_experts: int) -> tuple[t
     return x, experts
 
 
-@define(unique_for="more than 512 tokens", pending=True)
+@define(unique_for="more than 512 tokens")
 def tokens_520(source: Source) -> Content:
     """520 tokens, where no expert has 256 rows: kernels that take another way for large batches, such as from 512
     tokens on, have taken it.
@@ -35,7 +35,7 @@ def tokens_520(source: Source) -> Content:
     return moe_content(call, compact=True)
 
 
-@define(unique_for="more than 256 rows of one expert in less than 512 tokens", pending=True)
+@define(unique_for="more than 256 rows of one expert in less than 512 tokens")
 def rows_297_of_one_expert(source: Source) -> Content:
     """297 of 300 tokens go to one expert: more rows than the largest N tile has, while the batch is not large."""
     ids = torch.ones(300, 1, dtype=torch.int32)
@@ -46,7 +46,7 @@ def rows_297_of_one_expert(source: Source) -> Content:
     return moe_content(call, compact=True)
 
 
-@define(unique_for="more than 4,096 rows of one expert", pending=True)
+@define(unique_for="more than 4,096 rows of one expert")
 def rows_4100_of_one_expert(source: Source) -> Content:
     """4,100 rows of one expert and four of another. Tokens repeat after 61, a prime that divides no tile, so that
     the file compresses to the size of 61 tokens, and a row taken for the one 256 or 4,096 further on shows.
@@ -59,7 +59,7 @@ def rows_4100_of_one_expert(source: Source) -> Content:
     return moe_content(call, compact=True)
 
 
-@define(unique_for="eight slots a token", pending=True)
+@define(unique_for="eight slots a token")
 def eight_slots(source: Source) -> Content:
     """Eight slots a token, as in DeepSeek-V3, over all eight experts in different orders: more than kernels
     unroll or keep in registers.
@@ -73,7 +73,7 @@ def eight_slots(source: Source) -> Content:
     return moe_content(call, compact=True)
 
 
-@define(unique_for="384 experts with rows each", pending=True)
+@define(unique_for="384 experts with rows each")
 def experts_384_with_a_row_each(source: Source) -> Content:
     """384 experts, as many as DeepSeek-V4-Pro has, and one row for each: an expert's number does not fit into a
     byte, and prefix sums over experts are longer than 256.

@@ -201,13 +201,13 @@ def geglu_with_biases(source: Source) -> MoeCall:
     return _call(GEGLU, *_clamped_pairs(source, 3.0), _biased(source, _one_hot(2)))
 
 
-@define(pending=True, catches="activation_type_ignored", unique_for="GegluTanh's rounding")
+@define(catches="activation_type_ignored", unique_for="GegluTanh's rounding")
 def geglu_tanh_at_rounding_boundaries(source: Source) -> MoeCall:
     """GegluTanh next to the boundaries between bf16 results."""
     return _call(GEGLU_TANH, *_boundary_pairs(source, GEGLU_TANH))
 
 
-@define(pending=True, unique_for="zeros, subnormals and every exponent through GegluTanh")
+@define(unique_for="zeros, subnormals and every exponent through GegluTanh")
 def geglu_tanh_special_values(source: Source) -> MoeCall:
     """GegluTanh of zeros, subnormals and every exponent."""
     return _call(GEGLU_TANH, *_structured_pairs(source, None))

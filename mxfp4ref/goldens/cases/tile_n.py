@@ -48,7 +48,6 @@ for _tile_n in (16, 32, 64, 128):
         f"{_ROWS} rows of one expert.",
         unique_for="the N tile alone",
         name=f"first_groups_overflow_{_tile_n}",
-        pending=True,
     )
     def _(source: Source, tile_n: int = _tile_n) -> Content:
         return moe_content(_call(), compact=True, tile_n=tile_n)
