@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from mxfp4ref._compiler import uncompiled
 from mxfp4ref._spans import spans
 from mxfp4ref._validate import check_instance
 from mxfp4ref.formats.experts import Experts
+from mxfp4ref.formats.humming_experts import HummingExperts
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE
 from mxfp4ref.model import gpu
 from mxfp4ref.model.call import MoeCall
@@ -24,7 +26,7 @@ from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
 from mxfp4ref.sm90.gemm.order import first_pair_swapped, group_order
 from mxfp4ref.sm90.threads import in_parallel
 
-__all__ = ["DENSE", "KERNEL", "MoeTrace", "Stages", "forward", "select_local", "trace"]
+__all__ = ["DENSE", "KERNEL", "MoeTrace", "Rows", "Stages", "activate", "forward", "select_local", "trace"]
 
 _TOKENS_AT_ONCE = 512  # bounds the memory of the per-slot outputs; tokens do not influence each other
 _ROWS_AT_ONCE, _ROWS_AT_ONCE_ON_GPU = 256, 4096  # of the activation, likewise; a GPU is paced by launches
@@ -106,7 +108,8 @@ def trace(call: MoeCall, stages: Stages | None = None) -> MoeTrace:
     outputs, parts = zip(*_forward_in_parts(call, stages, keep=True), strict=True)
     rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     order = torch.argsort(rows["expert"] * call.num_tokens + rows["token"])
-    return MoeTrace(output=torch.cat(outputs), **{name: value[order] for name, value in rows.items()})
+    _, _, kind = _path(call.experts)
+    return kind(output=torch.cat(outputs), **{name: value[order] for name, value in rows.items()})
 
 
 def _forward_in_parts(
@@ -114,12 +117,13 @@ def _forward_in_parts(
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """Outputs and, if they are to be kept, the intermediates by name, for some tokens at a time."""
     check_instance("call", call, MoeCall)
+    forward_rows, defaults, _ = _path(call.experts)
     if stages is None and gpu.usable(call):
         yield from gpu.forward_in_parts(call, keep=keep)
         return
     if stages is None:
-        stages = KERNEL if call.experts.quantized else DENSE
-    check_instance("stages", stages, Stages)
+        stages = defaults
+    check_instance("stages", stages, type(defaults))
     rows_before = torch.zeros(call.experts.num_experts, dtype=torch.int64, device=call.input.device)
     for start in range(0, max(call.num_tokens, 1), _TOKENS_AT_ONCE):
         with torch.no_grad(), torch.autocast(call.input.device.type, enabled=False):
@@ -128,15 +132,24 @@ def _forward_in_parts(
                 part.token_selected_experts, call.experts.num_experts, call.ep_size, call.ep_rank
             )
             rows = _route(local, rows_before)
-            output, kept = _forward(part, local, rows, stages, keep)
+            output, kept = forward_rows(part, local, rows, stages, keep)
             rows_before += rows.per_expert
         if keep:
             kept["token"] += start
         yield output, kept
 
 
+def _path(experts: Experts) -> tuple[Callable[..., tuple[Tensor, dict[str, Tensor]]], Any, type[MoeTrace]]:
+    """How rows of these experts are computed: the function, its stages by default, and what holds its intermediates."""
+    if isinstance(experts, HummingExperts):
+        from mxfp4ref.model import humming  # which needs this module
+
+        return humming.forward_rows, humming.HUMMING, humming.HummingTrace
+    return _forward, KERNEL if experts.quantized else DENSE, MoeTrace
+
+
 def _forward(
-    call: MoeCall, local: Tensor, rows: _Rows, stages: Stages, keep: bool
+    call: MoeCall, local: Tensor, rows: Rows, stages: Stages, keep: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The stages in order."""
     experts = call.experts
@@ -145,7 +158,7 @@ def _forward(
     at_once = _ROWS_AT_ONCE if x.device.type == "cpu" else _ROWS_AT_ONCE_ON_GPU
     activation = torch.cat(
         [
-            stages.round_activation(_activate(fc1_output[some], rows.expert[some], experts, stages.swiglu))
+            stages.round_activation(activate(fc1_output[some], rows.expert[some], experts, stages.swiglu))
             for some in spans(max(len(x), 1), at_once)
         ]
     )
@@ -171,7 +184,7 @@ def _gemm(
     call: MoeCall,
     which: int,
     x: Tensor,
-    rows: _Rows,
+    rows: Rows,
     gemm: Callable[..., Tensor],
     rounding: Callable[[Tensor], Tensor],
     keep: bool,
@@ -212,7 +225,7 @@ def _gemm(
     return torch.cat(accumulators), torch.cat(outputs)
 
 
-def _activate(fc1_output: Tensor, expert: Tensor, experts: Experts, swiglu: Callable[..., Tensor]) -> Tensor:
+def activate(fc1_output: Tensor, expert: Tensor, experts: Experts, swiglu: Callable[..., Tensor]) -> Tensor:
     # Indexing with a tensor would wait for all of torch's threads, however little there is to do.
     bias = None if experts.fc1_biases is None else experts.fc1_biases.index_select(0, expert)
     parameters = (experts.swiglu_alpha, experts.swiglu_beta, experts.swiglu_limit)
@@ -221,7 +234,7 @@ def _activate(fc1_output: Tensor, expert: Tensor, experts: Experts, swiglu: Call
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """R routed rows, expert by expert, in token order within an expert."""
 
     token: Tensor  # [R]
@@ -239,7 +252,7 @@ class _Rows:
         return pieces or [(0, slice(0, 0))]
 
 
-def _route(local: Tensor, rows_before: Tensor) -> _Rows:
+def _route(local: Tensor, rows_before: Tensor) -> Rows:
     """The routed rows of some tokens, `rows_before` of each expert's rows being of earlier tokens."""
     flat = local.flatten()
     per_expert = torch.bincount(flat + 1, minlength=len(rows_before) + 1)[1:]  # without skipped slots, -1
@@ -249,7 +262,7 @@ def _route(local: Tensor, rows_before: Tensor) -> _Rows:
     expert = flat.index_select(0, routed)
     starts = ends - per_expert - rows_before
     position = torch.arange(len(routed), device=flat.device) - starts.index_select(0, expert)
-    return _Rows(
+    return Rows(
         token=routed // local.shape[1],
         slot=routed % local.shape[1],
         expert=expert,

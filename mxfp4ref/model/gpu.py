@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mxfp4ref.formats.experts import Experts, Sm90Experts
 from mxfp4ref.formats.generations import PLAIN, Generation
+from mxfp4ref.formats.humming_experts import HummingExperts
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90.gpu.tiles import Tiles, tiles_for
 from mxfp4ref.sm90.tactics import Tactic
@@ -39,7 +40,12 @@ def usable(call: MoeCall) -> bool:
     """
     device = call.input.device
     emulated = os.environ.get("MXFP4REF_GPU_GEMM") == "emulated"
-    if device.type != "cuda" or not call.experts.quantized or emulated:
+    if (
+        device.type != "cuda"
+        or not call.experts.quantized
+        or emulated
+        or isinstance(call.experts, HummingExperts)
+    ):
         return False
     if PLAIN in (call.kernel.generation, stored_for(call.experts)):
         return False  # no Triton kernel reads its layout or adds in its order
