@@ -18,6 +18,8 @@ The first argument says what the function stands for, and so what it takes and r
     "router.select"             a part of `rerouted`
     "routing"                   a `RoutingCall` to another one, or to a wrong `Routing`
     "dequantize"                a `DequantizeCall` to wrong values
+    "w4a8"                      a `MoeCall` with `HummingExperts` to another one
+    "w4a8.fc1_gemm fc2_gemm"    each of these `HummingStages`
 """
 
 from __future__ import annotations
@@ -36,11 +38,12 @@ from mxfp4ref.defects.variants.swiglu import SwigluVariant
 from mxfp4ref.formats.experts import Experts, Sm90Experts
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import Stages, forward
+from mxfp4ref.model.humming import HUMMING
 
 __all__ = ["DEFINED", "Applies", "Defect", "change_tensors", "defect", "given", "logical"]
 
 Applies = Callable[[Any], bool]
-_Target = Literal["moe", "routing", "dequantize"]
+_Target = Literal["moe", "routing", "dequantize", "w4a8"]
 _Kind = Literal["defect", "arithmetic"]
 _Change = TypeVar("_Change", bound=Callable[..., Any])
 
@@ -56,7 +59,8 @@ class Defect:
         kind: "defect" for a mistake, "arithmetic" for a pipeline that means the same and rounds otherwise.
         target: what it is a wrong version of, and so what `run` takes and returns: "moe" a `MoeCall` and
             `[M, H] bf16` like `forward`, "routing" a `RoutingCall` and a `Routing` like `route`, "dequantize" a
-            `DequantizeCall` and `[..., K] bf16` like `mxfp4.dequantize`.
+            `DequantizeCall` and `[..., K] bf16` like `mxfp4.dequantize`, "w4a8" a `MoeCall` whose experts are
+            `HummingExperts` and `[M, H] bf16`.
         run: the wrong pipeline.
         applies: False for a call on which the defect cannot show, and on which `run` may fail; True promises
             nothing.
@@ -133,6 +137,11 @@ def _pipeline(changes: str, change: Callable[..., Any]) -> tuple[_Target, Callab
         return "routing", lambda call: rerouted(call, **{part: change}), _always
     if whole == "routing":
         return "routing", lambda call: _routed(change(call)), _always
+    if whole == "w4a8" and part:
+        changed = replace(HUMMING, **dict.fromkeys(part.split(), change))
+        return "w4a8", lambda call: forward(call, changed), _always
+    if whole == "w4a8":
+        return "w4a8", lambda call: forward(change(call)), _always
     if whole == "call":
         return "moe", lambda call: forward(change(logical(call))), _always
     if whole == "stages":

@@ -21,7 +21,10 @@ from mxfp4ref.sm90.tactics import Sm90Kernel
 __all__ = ["EXPERT_TENSORS", "KINDS", "Case", "GoldenError", "derive", "dtype_name", "tensor_bytes"]
 
 _DEFAULT_KERNEL = Sm90Kernel()
-KINDS = ("moe", "dequantize", "layout", "tensor_core", "gemm", "activation", "finalize", "routing")
+KINDS = (
+    *("moe", "dequantize", "layout", "tensor_core", "gemm", "activation", "finalize", "routing"),
+    *("w4a8", "preparation", "fp8_rows", "fp8_tensor_core"),
+)
 # Tensors of `Experts`, in logical layout; the biases and SwiGLU parameters are optional.
 EXPERT_TENSORS = (
     *("fc1_weights", "fc1_scales", "fc2_weights", "fc2_scales", "fc1_biases", "fc2_biases"),

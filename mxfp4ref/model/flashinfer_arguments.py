@@ -243,7 +243,9 @@ def _kind(layout: str, humming: bool) -> type[Experts]:
     """What experts in a layout are to `Experts`."""
     kinds = _HUMMING_LAYOUTS if humming else _LAYOUTS
     if layout not in kinds:
-        raise ValueError(f"weight_layout: expected 'sm90' or 'logical' with use_wfp4afp8_humming=True, got {layout!r}")
+        raise ValueError(
+            f"weight_layout: expected 'sm90' or 'logical' with use_wfp4afp8_humming=True, got {layout!r}"
+        )
     return kinds[layout]
 
 

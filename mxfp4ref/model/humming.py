@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +17,11 @@ from mxfp4ref.sm90.elementwise import finalize, swiglu, to_bf16
 from mxfp4ref.sm90.gemm.fp8 import fp8_gemm
 from mxfp4ref.sm90.row_quantize import QuantizedRows, quantize_rows, scale_rows
 
-__all__ = ["HUMMING", "HummingStages", "HummingTrace", "forward_rows"]
+__all__ = ["HUMMING", "HummingStages", "HummingTrace", "call_of", "forward_rows", "inputs_of"]
 
 _ROWS_AT_ONCE = 256
+# What is called otherwise where experts are given tensor by tensor.
+_TENSOR_NAMES = {"fc1_scales": "fc1_offsets", "fc2_scales": "fc2_offsets"}
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,30 @@ class HummingTrace(MoeTrace):
     fc1_factor: Tensor
     fc2_input: Tensor
     fc2_factor: Tensor
+
+
+def call_of(inputs: Mapping[str, Any]) -> MoeCall:
+    """The call of tensors by name, as golden cases have them.
+
+    Args:
+        inputs: `input`, `token_selected_experts`, `token_final_scales` and the fields of `HummingExperts` in logical
+            order, `fc1_scales` and `fc2_scales` as `fc1_offsets` and `fc2_offsets`; and any other fields of `MoeCall`.
+    """
+    names = {field.name: _TENSOR_NAMES.get(field.name, field.name) for field in fields(HummingExperts)}
+    tensors = {name: inputs.get(given) for name, given in names.items()}
+    others = {name: value for name, value in inputs.items() if name not in names.values()}
+    return MoeCall(experts=HummingExperts(**tensors), **others)  # type: ignore[arg-type]
+
+
+def inputs_of(call: MoeCall) -> dict[str, Tensor]:
+    """The tensors of a call by name: the inverse of `call_of`, but for fields that are no tensors."""
+    assert isinstance(call.experts, HummingExperts)
+    names = ("input", "token_selected_experts", "token_final_scales")
+    tensors = {name: getattr(call, name) for name in names}
+    for field in fields(HummingExperts):
+        if (tensor := getattr(call.experts, field.name)) is not None:
+            tensors[_TENSOR_NAMES.get(field.name, field.name)] = tensor
+    return tensors
 
 
 def forward_rows(

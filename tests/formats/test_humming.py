@@ -33,7 +33,9 @@ def values_of(packed: Tensor, exponents: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", SETS)
 def test_prepared_as_by_flashinfer(name: str) -> None:
     given = {key: RECORDED[f"{name}_{key}"] for key in ("packed", "scales", "codes", "offsets", "residual")}
-    tensors = {key: torch.from_numpy(value.view(value.dtype.str.replace("u4", "i4"))) for key, value in given.items()}
+    tensors = {
+        key: torch.from_numpy(value.view(value.dtype.str.replace("u4", "i4"))) for key, value in given.items()
+    }
     got = humming.prepare(tensors["packed"], tensors["scales"], int(RECORDED[f"{name}_max_range"]))
     assert torch.equal(got.packed, tensors["codes"])
     assert torch.equal(got.offsets, tensors["offsets"])
@@ -116,7 +118,11 @@ def test_losses_add_up() -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"packed": torch.zeros(1, 16, 24, dtype=torch.uint8)}, ValueError, "packed: expected a multiple of 32"),
+        (
+            {"packed": torch.zeros(1, 16, 24, dtype=torch.uint8)},
+            ValueError,
+            "packed: expected a multiple of 32",
+        ),
         ({"packed": torch.zeros(1, 16, 32)}, TypeError, "packed: expected"),
         ({"scales": torch.zeros(1, 16, 1, dtype=torch.uint8)}, ValueError, "scales: expected"),
         ({"max_range": 12}, ValueError, "max_range: expected"),

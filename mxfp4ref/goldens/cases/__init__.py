@@ -13,10 +13,11 @@ from mxfp4ref.goldens.cases import (
     parallel,
     routing,
     tensor_core,
+    w4a8,
 )
 from mxfp4ref.goldens.cases.definition import DEFINITIONS, Content, Definition
 
 __all__ = ["DEFINITIONS", "SUITES", "Content", "Definition"]
 
 # In the order in which data flows; importing them registers their cases.
-SUITES = (formats, layout, tensor_core, gemm, activation, finalize, routing, parallel, models)
+SUITES = (formats, layout, tensor_core, gemm, activation, finalize, routing, parallel, models, w4a8)
