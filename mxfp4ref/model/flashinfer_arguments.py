@@ -54,7 +54,6 @@ _NOT_MODELLED: dict[str, object] = {
     "use_mxfp8_act_scaling": False,
     "min_latency_mode": False,
     "use_packed_weights": False,
-    "use_wfp4afp8_humming": False,
     "clamped_relu2_limit": None,
     "situ_beta": None,
     "situ_linear_beta": None,

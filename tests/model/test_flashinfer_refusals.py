@@ -38,7 +38,6 @@ from tests.helpers.drop_in import (
         {"use_mxfp8_act_scaling": True},
         {"min_latency_mode": True},
         {"use_packed_weights": True},
-        {"use_wfp4afp8_humming": True},
         {"clamped_relu2_limit": torch.ones(1)},
         {"situ_beta": torch.ones(4)},
         {"situ_linear_beta": torch.ones(4)},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from mxfp4ref.model.humming import HUMMING, HummingTrace
 from mxfp4ref.sm90 import fp32, row_quantize, swiglu
 from mxfp4ref.sm90.finalize import finalize
 from mxfp4ref.sm90.gemm.fp8 import fp8_gemm_in_order
+from mxfp4ref.sm90.humming_tactics import NUM_TACTICS, runs
 from tests.helpers import bits, layers
 
 MXFP4 = layers.random_experts(1, hidden=256, inner=128, biases=True, parameters=layers.PARAMETERS)
@@ -154,4 +154,89 @@ def arguments_of(call: MoeCall) -> dict[str, Any]:
 
 
 SM90_ARGUMENTS = arguments_of(replace(CALL, experts=to_sm90(EXPERTS)))
-oracle = partial(torch_ref_cutlass_fused_moe, **SM90_ARGUMENTS)
+
+
+def oracle(**changes: Any) -> Any:
+    return torch_ref_cutlass_fused_moe(**(SM90_ARGUMENTS | changes))
+
+
+def test_the_drop_in() -> None:
+    expected = forward(CALL)
+    bits.assert_same(oracle()[0], expected)
+    bits.assert_same(oracle(weight_layout="logical", **changed(arguments_of(CALL)))[0], expected)
+    out = torch.empty_like(expected)
+    assert oracle(output=out, profile_ids=[4, 127])[0] is out
+    bits.assert_same(out, expected)
+    steps = oracle(trace=True)
+    assert isinstance(steps, HummingTrace)
+    bits.assert_same(steps.fc1_accumulators, trace(CALL).fc1_accumulators)
+
+
+def changed(arguments: dict[str, Any]) -> dict[str, Any]:
+    names = ("fc1_expert_weights", "fc2_expert_weights", "quant_scales")
+    return {name: arguments[name] for name in names}
+
+
+def with_scale(number: int, value: Tensor) -> dict[str, Any]:
+    scales = list(SM90_ARGUMENTS["quant_scales"])
+    scales[number] = value
+    return {"quant_scales": scales}
+
+
+BF16 = torch.zeros(4, 256, 256, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"profile_ids": [4, 120]},
+            ValueError,
+            r"profile_ids\[1\]: expected -1 or a tactic of GEMM2 .* 126 to 251",
+        ),
+        (
+            {"profile_ids": [117, -1]},
+            ValueError,
+            r"profile_ids\[0\]: .*the kernel can run for the 256 weight rows",
+        ),
+        ({"profile_ids": [0]}, ValueError, "profile_ids: expected two ints"),
+        ({"profile_ids": "ab"}, TypeError, "profile_ids: expected two ints"),
+        (
+            {"quant_scales": SM90_ARGUMENTS["quant_scales"][:2]},
+            ValueError,
+            "five tensors with use_wfp4afp8_humming",
+        ),
+        (with_scale(1, torch.ones(4).double()), TypeError, r"quant_scales\[1\]: expected a float32"),
+        (with_scale(4, torch.ones(3)), ValueError, r"quant_scales\[4\]: expected"),
+        (
+            with_scale(3, torch.ones(4, 4, 2, 16, 4, dtype=torch.int32)),
+            ValueError,
+            r"quant_scales\[3\]: expected folded",
+        ),
+        ({"use_w4_group_scaling": False}, TypeError, "fc1_expert_weights: expected a bfloat16"),
+        (
+            {"fc1_expert_weights": BF16, "fc2_expert_weights": BF16[..., :128]},
+            ValueError,
+            "use_wfp4afp8_humming: ",
+        ),
+        (
+            {"weight_layout": "logical_weights_folded_scales"},
+            ValueError,
+            "weight_layout: expected 'sm90' or 'logical'",
+        ),
+        ({"use_wfp4afp8_humming": 1}, TypeError, "use_wfp4afp8_humming: expected"),
+    ],
+)
+def test_refusals(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        oracle(**changes)
+
+
+def test_tactics_that_fit() -> None:
+    """Ten of one warpgroup come after the others: five for a K of up to 384, five for more."""
+    for number in range(NUM_TACTICS - 10, NUM_TACTICS):
+        assert runs(number, 256, 384) == (number % 2 == 0)
+        assert runs(number, 256, 512) == (number % 2 == 1)
+        assert not runs(number, 64, 512)
+    assert runs(0, 64, 128)
+    assert not runs(104, 128, 128)  # 256 rows
