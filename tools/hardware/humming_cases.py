@@ -3,7 +3,7 @@
 The calls are those of `random_cases.py`, which mix every option, with their weights prepared for W4A8; some have raw
 offsets and residuals that no preparation makes. Each runs with two tactics of the build at hand. The designed ones
 put one question each: the reciprocal of every bf16 row maximum, NaN and Inf in a row, rows of tiny and huge numbers,
-sums that cancel over K = 128, 256 and 512. The oracle runs in processes of its own while the GPU goes on.
+sums that cancel over K = 128, 256 and 512. The golden calls of suite `w4a8` run too. The oracle runs in processes of its own while the GPU goes on.
 
     python tools/hardware/humming_cases.py --seeds 0:300 --seconds 400 --output DIR
 """
@@ -18,6 +18,7 @@ import sys
 import time
 import zlib
 from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,9 @@ from mxfp4ref import MoeCall, forward
 from mxfp4ref._files import write_file
 from mxfp4ref.formats import humming, wordwise
 from mxfp4ref.formats.humming_experts import HummingExperts
+from mxfp4ref.goldens import open_goldens
+from mxfp4ref.goldens.runs import runs
+from mxfp4ref.model.humming import call_of
 
 DESIGNED_TOKENS = 256
 
@@ -119,14 +123,24 @@ DESIGNED = (
 )  # fmt: skip
 
 
-def call_of(key: int | str) -> MoeCall:
-    return designed_call(key) if isinstance(key, str) else humming_call(key)
+def call_for(key: int | str) -> MoeCall:
+    """A designed call by its name, a golden one by `suite/name`, a random one by its seed."""
+    if isinstance(key, int):
+        return humming_call(key)
+    return call_of(runs(open_goldens().load(key))[0].inputs) if "/" in key else designed_call(key)
+
+
+def golden_calls() -> list[str]:
+    goldens = open_goldens()
+    return [
+        name for name in goldens.names() if name.startswith("w4a8/") and goldens.load(name).kind == "w4a8"
+    ]
 
 
 def oracle(key: int | str) -> np.ndarray[Any, Any]:
     """In a process of its own."""
     torch.set_num_threads(1)
-    result: np.ndarray[Any, Any] = forward(call_of(key)).view(torch.int16).numpy()
+    result: np.ndarray[Any, Any] = forward(call_for(key)).view(torch.int16).numpy()
     return result
 
 
@@ -235,7 +249,10 @@ def main() -> int:
 
     arguments.output.mkdir(parents=True, exist_ok=True)
     first, end = (int(part) for part in arguments.seeds.split(":"))
-    keys: list[int | str] = [*([] if arguments.no_designed else DESIGNED), *range(first, end)]
+    keys: list[int | str] = [
+        *([] if arguments.no_designed else [*DESIGNED, *golden_calls()]),
+        *range(first, end),
+    ]
     oracle("plain 128")  # compiles the loops before other processes want them
     kernel = Kernel()
     start = time.monotonic()
@@ -261,7 +278,7 @@ def main() -> int:
         for key in keys:
             if time.monotonic() - start > arguments.seconds:
                 break
-            call = call_of(key)
+            call = call_for(key)
             rng = np.random.default_rng((zlib.crc32(str(key).encode()), 9))
             prepared = kernel.prepare(call)
             expected[key] = pool.submit(oracle, key)
@@ -277,38 +294,35 @@ def main() -> int:
                 settle(done)
         for key in list(expected):
             settle(key)
-    report(
-        results,
-        kernel,
-        arguments.output,
-        hardware.Provenance.of_this_machine().as_dict(),
-        time.monotonic() - start,
-    )
+    report(results, kernel.used, arguments.output, hardware.Provenance.of_this_machine().as_dict())
     return 0 if not any(result["differing"] for result in results) else 1
 
 
 def report(
-    results: list[dict[str, Any]], kernel: Kernel, output: Path, provenance: dict[str, str], seconds: float
+    results: list[dict[str, Any]], used: Mapping[int, int], output: Path, provenance: dict[str, str]
 ) -> None:
-    """Print a table of what differs, and write all of it."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for result in results:
-        groups.setdefault(str(result["key"]) if isinstance(result["key"], str) else "random", []).append(
-            result
-        )
-    for name, some in groups.items():
+    """Print a table of what differs, and write a record of all of it."""
+    record: dict[str, Any] = {"path": "W4A8", "provenance": provenance, "tactics": dict(sorted(used.items()))}
+    for key in dict.fromkeys(result["key"] if isinstance(result["key"], str) else "" for result in results):
+        some = [
+            result for result in results if (result["key"] == key if key else isinstance(result["key"], int))
+        ]
         elements, differing = (sum(result[field] for result in some) for field in ("elements", "differing"))
-        print(f"{name:12s} {len(some):5d} runs {elements:12,d} elements {differing:10,d} differing")
-        if name == "random":
-            for result in [r for r in some if r["differing"]][:12]:
-                print("   ", result)
-    record = {
-        "provenance": provenance,
-        "seconds": round(seconds, 1),
-        "tactics": dict(kernel.used),
-        "runs": results,
-    }
-    write_file(output / "humming.json", json.dumps(record))
+        print(
+            f"{key or 'random':14s} {len(some):5d} runs {elements:13,d} elements {differing:11,d} differing"
+        )
+        if key:
+            record[f"W4A8, {key}"] = {"compared": elements, "differing": differing, "runs": len(some)}
+            continue
+        seeds = [result["key"] for result in some]
+        failures = [result for result in some if result["differing"]]
+        print(*failures[:12], sep="\n")
+        record |= {"seeds": [min(seeds), max(seeds) + 1], "elements": elements, "differing": differing}
+        record["failures"] = failures
+    slug = "-".join(
+        [*provenance["gpu"].lower().removeprefix("nvidia ").split(), "flashinfer", provenance["flashinfer"]]
+    )
+    write_file(output / f"{slug}-random-w4a8.json", json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -197,9 +197,9 @@ def _readme() -> str:
             first, end = record["seeds"]
             clusters = ", any cluster" if record.get("clusters") else ""
             size = " of real size" if record.get("real_size") else ""
-            what = f"random calls{size}{clusters}, seeds {first} to {end - 1}"
+            path_ = f" of {record['path']}" if "path" in record else ""
+            what = f"random calls{path_}{size}{clusters}, seeds {first} to {end - 1}"
             rows.append((*machine, what, f"{record['elements']:,}", f"{record['differing']:,}"))
-            continue
         for key, counts in record.items():
             if isinstance(counts, dict) and "compared" in counts:
                 what = f"{key}, {counts['runs']} runs" if "runs" in counts else key
@@ -214,8 +214,9 @@ _README = """# What real hardware gave
 Written by `tools/hardware/record_hardware.py install` and nothing else. `*.jsonl` has a line for each run of a golden
 case: the K tiles (and tactics, where they were varied) of the two GEMMs, the SHA-256 of the output's bytes,
 whether it was what the model gives for that generation, how many elements there were and how many differed. The
-other files hold counts: random calls that mix every option (`tools/hardware/random_cases.py`; a seed makes the same
-call everywhere), the special functions over all 2^32 arguments, single tensor-core steps, and repeated large calls.
+other files hold counts: random calls that mix every option (`tools/hardware/random_cases.py`, for W4A8
+`humming_cases.py`; a seed makes the same call everywhere), the special functions over all 2^32 arguments, single
+tensor-core steps, and repeated large calls.
 `mxfp4ref verify`, and the tests, hold the goldens against these records on any machine.
 
 {table}
