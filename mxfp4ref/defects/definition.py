@@ -36,6 +36,7 @@ from mxfp4ref.defects.variants.gemm import GemmVariant
 from mxfp4ref.defects.variants.router import RoutingCall, rerouted, route
 from mxfp4ref.defects.variants.swiglu import SwigluVariant
 from mxfp4ref.formats.experts import Experts, Sm90Experts
+from mxfp4ref.formats.humming_experts import HummingExperts
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import Stages, forward
 from mxfp4ref.model.humming import HUMMING
@@ -103,7 +104,10 @@ def defect(
             raise ValueError(f"{name}: defined twice")
         summary = " ".join((change.__doc__ or "").split())
         target, run, sensible = _pipeline(changes, change)
-        DEFINED[name] = Defect(name, summary, seen_in, kind, target, run, applies or sensible)
+        shows = applies or sensible
+        if target == "moe":
+            shows = _unless_prepared(shows)
+        DEFINED[name] = Defect(name, summary, seen_in, kind, target, run, shows)
         return change
 
     return register
@@ -165,6 +169,11 @@ def change_tensors(call: MoeCall, *names: str, change: Callable[[Tensor], Tensor
     tensors: dict[str, Tensor | None] = {name: getattr(call.experts, name) for name in names}
     changed: dict[str, Any] = {name: change(tensor) for name, tensor in tensors.items() if tensor is not None}
     return replace(call, experts=replace(call.experts, **changed))
+
+
+def _unless_prepared(shows: Applies) -> Applies:
+    """False for the calls of W4A8, which has defects of its own."""
+    return lambda call: not isinstance(call.experts, HummingExperts) and shows(call)
 
 
 def _routed(result: Any) -> Any:

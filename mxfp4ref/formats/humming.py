@@ -1,8 +1,8 @@
 """MXFP4 weights as the W4A8 ("Humming") kernel takes them: E2M1 codes, exponent offsets, one residual an expert.
 
-The kernel multiplies FP8 numbers, so that a weight with its scale has to be an E4M3 number: an exponent of 4 bits holds
-a range of 12 scales. flashinfer's `preprocess_moe_weights_for_sm90_mixed_gemm_humming` takes the 12 highest of each
-expert and raises lower scales to the lowest of them, which rounds their codes: weights are lost without a word.
+The kernel multiplies FP8 numbers, so that a weight with its scale has to be an E4M3 number: an exponent of 4 bits
+holds a range of 12 scales. flashinfer's `preprocess_moe_weights_for_sm90_mixed_gemm_humming` takes the 12 highest of
+each expert and raises lower scales to the lowest of them, which rounds their codes: weights are lost without a word.
 `preparation_loss` says how many (`docs/arithmetic.md`, section 11).
 """
 
@@ -235,7 +235,7 @@ def _check(packed: Tensor, scales: Tensor, max_range: int) -> tuple[Tensor, Tens
 
 
 def _kept_scales(scales: Tensor, max_range: int) -> tuple[Tensor, Tensor]:
-    """The scales, raised where they are too low, `[E, R, G] uint8`, and the lowest kept of each expert, `[E] int32`."""
+    """The scales `[E, R, G] uint8`, raised where they are too low, and each expert's lowest kept, `[E] int32`."""
     of_expert = scales.flatten(1)
     highest, lowest = of_expert.amax(1).to(torch.int32), of_expert.amin(1).to(torch.int32)
     lowest = torch.maximum(lowest, highest - max_range)

@@ -24,7 +24,8 @@ class HummingExperts(Experts):
     As `Experts`, but that `fc1_scales` and `fc2_scales` are exponent offsets, 1 to 12, and codes are rewritten.
 
     Attributes:
-        fc1_residual, fc2_residual: `[E] float32`, `PreparedWeights.residual` times `COMPENSATION`, as the call takes it.
+        fc1_residual, fc2_residual: `[E] float32`, `PreparedWeights.residual` times `COMPENSATION`, as the call takes
+            them.
     """
 
     fc1_residual: Tensor = field(kw_only=True)
@@ -36,6 +37,10 @@ class HummingExperts(Experts):
         super().__post_init__()
         for name in ("fc1_residual", "fc2_residual"):
             check_tensor(name, getattr(self, name), dtype=torch.float32, shape=(self.num_experts,))
+
+    @property
+    def tactics_show(self) -> bool:
+        return False
 
     @classmethod
     def prepare(cls, experts: Experts) -> HummingExperts:

@@ -118,8 +118,8 @@ def torch_ref_cutlass_fused_moe(
 ) -> list[Tensor] | moe.MoeTrace:
     """Drop-in for `flashinfer.fused_moe.cutlass_fused_moe` 0.7.2.post1: same arguments, same tensors, same bits.
 
-    Modelled are MXFP4 weights (`use_w4_group_scaling=True`), with the bits of an H100, either with bf16 activations or,
-    with `use_wfp4afp8_humming=True`, with FP8 ones; and bf16 weights, with the rounding points of
+    Modelled are MXFP4 weights (`use_w4_group_scaling=True`), with the bits of an H100, beside bf16 activations or,
+    with `use_wfp4afp8_humming=True`, FP8 ones; and bf16 weights, with the rounding points of
     `mxfp4ref.model.dense`. An argument that asks for anything else raises NotImplementedError;
     arguments that cannot change the result are accepted and have no effect: `tune_max_num_tokens`, `enable_pdl`,
     `use_fused_finalize`, `workspace_buffer`, `swizzled_input_sf`, with a size of one `cluster_rank`, and with bf16
@@ -133,8 +133,8 @@ def torch_ref_cutlass_fused_moe(
         fc2_expert_weights: `[E, H, I/2] uint8` likewise, or `[E, H, I] bf16`.
         output_dtype: `torch.bfloat16`.
         quant_scales: the UE8M0 scales of fc1 and fc2, as uint8, float8_e8m0fnu or, if they are folded, int32. With
-            `use_wfp4afp8_humming=True` five tensors: offsets of fc1, likewise, its residuals times 64, `[E] float32`,
-            one, which the kernel does not read, and those of fc2 (`formats.humming.prepare`).
+            `use_wfp4afp8_humming=True` five tensors: offsets of fc1, likewise, its residuals times 64,
+            `[E] float32`, one, which the kernel does not read, and those of fc2 (`formats.humming.prepare`).
         fc1_expert_biases, fc2_expert_biases: `[E, 2I]` and `[E, H] bf16`, both or none.
         swiglu_alpha, swiglu_beta, swiglu_limit: `[E] float32`, any subset.
         tp_size, tp_rank, ep_size, ep_rank: this rank; the fc2 bias is added where `tp_rank` is 0.
@@ -142,8 +142,8 @@ def torch_ref_cutlass_fused_moe(
             shares memory with no input.
         activation_type: Swiglu (3), or SwigluBias (5) along with alpha, beta or limit.
         profile_ids: flashinfer's ids of the tactics of GEMM1 and GEMM2, see `Sm90Kernel.of_profile_ids`. The
-            generation of the layout, or of `kernel`, numbers them; the older ones have no effect of them at all. The
-            kernel of `use_wfp4afp8_humming=True` has 126 for each GEMM, which all give the same bits.
+            generation of the layout, or of `kernel`, numbers them; the older ones have no effect of them at all.
+            With `use_wfp4afp8_humming=True` there are 126 for each GEMM, which all give the same bits.
         kernel: the tactics of the two GEMMs and the generation; by default the default tactics of the generation
             whose layouts the tensors are in, with `weight_layout="logical"` of the newest.
         weight_layout: how the bytes of uint8 weights and of their scales lie:
@@ -157,8 +157,8 @@ def torch_ref_cutlass_fused_moe(
             True: the call is refused.
             False: such slots are skipped, as the kernel skips them; of an expert named twice the first slot counts.
             "count": as False, and `mxfp4ref.model.skipped.skipped_slots()` says how many there were.
-        trace: return a `MoeTrace` (with `use_wfp4afp8_humming=True` a `HummingTrace`), which has every intermediate and
-            the output.
+        trace: return a `MoeTrace` (with `use_wfp4afp8_humming=True` a `HummingTrace`), which has every intermediate
+            and the output.
 
     Returns:
         A list of one tensor, the output `[M, H] bf16`: flashinfer documents a tensor and returns a list with the

@@ -140,7 +140,7 @@ def _forward_in_parts(
 
 
 def _path(experts: Experts) -> tuple[Callable[..., tuple[Tensor, dict[str, Tensor]]], Any, type[MoeTrace]]:
-    """How rows of these experts are computed: the function, its stages by default, and what holds its intermediates."""
+    """How rows of these experts are computed: the function, its stages by default, and what holds intermediates."""
     if isinstance(experts, HummingExperts):
         from mxfp4ref.model import humming  # which needs this module
 

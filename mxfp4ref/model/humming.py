@@ -28,8 +28,8 @@ _TENSOR_NAMES = {"fc1_scales": "fc1_offsets", "fc2_scales": "fc2_offsets"}
 class HummingStages:
     """The computation as replaceable stages, as `Stages` for W4A16.
 
-    `quantize_input` and `quantize_activation` take rows and their experts' residuals, the GEMMs one expert's `(x [M, K]
-    uint8, codes [N, K/2], offsets [N, K/32])`, and `scale_fc1` and `scale_fc2` accumulators and the rows' factors.
+    `quantize_input` and `quantize_activation` take rows and their experts' residuals, the GEMMs one expert's
+    `(x [M, K] uint8, codes [N, K/2], offsets [N, K/32])`, `scale_fc1` and `scale_fc2` accumulators and rows' factors.
     """
 
     select_local: Callable[[Tensor, int, int, int], Tensor] = select_local
@@ -70,8 +70,9 @@ def call_of(inputs: Mapping[str, Any]) -> MoeCall:
     """The call of tensors by name, as golden cases have them.
 
     Args:
-        inputs: `input`, `token_selected_experts`, `token_final_scales` and the fields of `HummingExperts` in logical
-            order, `fc1_scales` and `fc2_scales` as `fc1_offsets` and `fc2_offsets`; and any other fields of `MoeCall`.
+        inputs: `input`, `token_selected_experts`, `token_final_scales` and the fields of `HummingExperts` in
+            logical order, `fc1_scales` and `fc2_scales` as `fc1_offsets` and `fc2_offsets`; and any other fields of
+            `MoeCall`.
     """
     names = {field.name: _TENSOR_NAMES.get(field.name, field.name) for field in fields(HummingExperts)}
     tensors = {name: inputs.get(given) for name, given in names.items()}

@@ -1,8 +1,8 @@
 """FP8: rounding to E4M3, and the tensor-core step of 32 E4M3 products, slow and obvious.
 
-A transcription of `docs/arithmetic.md`, section 10, in integers. E4M3 numbers are bytes, as the kernel has them: sign,
-4 bits of exponent (bias 7), 3 of fraction; no Inf; 0x7F and 0xFF are NaN. `fp8_gemm` computes the same sums faster
-and the tests hold one against the other.
+A transcription of `docs/arithmetic.md`, section 10, in integers. E4M3 numbers are bytes, as the kernel has them:
+sign, 4 bits of exponent (bias 7), 3 of fraction; no Inf; 0x7F and 0xFF are NaN. `gemm.fp8` computes the same sums
+faster and the tests hold one against the other.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The tactics of the W4A8 ("Humming") kernel. None shows in the output: they are here to be checked.
 
-Its list is that of the W4A16 kernel and ten more, of one warpgroup, for decoding: five tiles, each with a schedule for
-a K of up to 384 and one for more.
+Its list is that of the W4A16 kernel and ten more, of one warpgroup, for decoding: five tiles, each with a schedule
+for a K of up to 384 and one for more.
 """
 
 from __future__ import annotations

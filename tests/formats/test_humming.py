@@ -1,4 +1,4 @@
-"""The preparation of W4A8's weights (`docs/arithmetic.md`, section 11), against flashinfer's own and exact numbers."""
+"""The preparation of W4A8's weights (`docs/arithmetic.md`, section 11): against flashinfer's, and exact numbers."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -50,7 +51,7 @@ def exact_step(a: list[int], b: list[int], c: int) -> int:
 def test_every_number_and_every_midpoint_is_rounded_to_even() -> None:
     for byte, number in enumerate(NUMBERS):
         assert int(fp8.to_e4m3(torch.tensor([float(number)]))) == byte
-    for byte, (low, high) in enumerate(zip(NUMBERS[:-1], NUMBERS[1:], strict=True)):
+    for byte, (low, high) in enumerate(itertools.pairwise(NUMBERS)):
         middle = float((low + high) / 2)
         around = [np.nextafter(np.float32(middle), np.float32(way)) for way in (-1e9, 1e9)]
         x = torch.tensor([middle, around[0], around[1]])

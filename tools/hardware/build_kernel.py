@@ -31,9 +31,8 @@ import tarfile
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 MODULE = "fused_moe_90"
 OLDEST_CUDA = (12, 8)  # the first with cuda_fp4.h
@@ -83,8 +82,7 @@ GENERATOR = "import build_kernel, sys; build_kernel.write_build(*sys.argv[1:])"
 WORKSPACE_TILE = (128, 64, 256)  # the runner asks this launcher how large the workspace has to be
 
 
-@dataclass(frozen=True)
-class KernelPath:
+class KernelPath(NamedTuple):
     """One kind of call: its activations, and what of the sources it needs.
 
     Attributes:

@@ -3,7 +3,8 @@
 The calls are those of `random_cases.py`, which mix every option, with their weights prepared for W4A8; some have raw
 offsets and residuals that no preparation makes. Each runs with two tactics of the build at hand. The designed ones
 put one question each: the reciprocal of every bf16 row maximum, NaN and Inf in a row, rows of tiny and huge numbers,
-sums that cancel over K = 128, 256 and 512. The golden calls of suite `w4a8` run too. The oracle runs in processes of its own while the GPU goes on.
+sums that cancel over K = 128, 256 and 512. The golden calls of suite `w4a8` run too. The oracle runs in processes of
+its own while the GPU goes on.
 
     python tools/hardware/humming_cases.py --seeds 0:300 --seconds 400 --output DIR
 """
@@ -31,11 +32,11 @@ from torch import Tensor
 
 from mxfp4ref import MoeCall, forward
 from mxfp4ref._files import write_file
-from mxfp4ref.formats import humming, wordwise
+from mxfp4ref.conformance.flashinfer_kernel import flashinfer_w4a8_kernel
 from mxfp4ref.formats.humming_experts import HummingExperts
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.goldens.runs import runs
-from mxfp4ref.model.humming import call_of
+from mxfp4ref.model.humming import call_of, inputs_of
 
 DESIGNED_TOKENS = 256
 
@@ -148,60 +149,24 @@ class Kernel:
     """flashinfer's function, and which tactics this build has."""
 
     def __init__(self) -> None:
-        import flashinfer.fused_moe as fused_moe
         import flashinfer.jit.fused_moe as jit
 
-        self._modules, self._jit, self._tactics_of = fused_moe, jit, None
+        self._kernel, self._jit, self._tactics_of = flashinfer_w4a8_kernel(), jit, None
         self._absent: set[int] = set()
         self.used: Counter[int] = Counter()
 
     def prepare(self, call: MoeCall) -> dict[str, Any]:
         """The arguments of flashinfer's function, on the GPU."""
-        experts = call.experts
-        assert isinstance(experts, HummingExperts)
-        scales = []
-        for gemm in ("fc1", "fc2"):
-            folded = wordwise.fold(getattr(experts, f"{gemm}_scales")).cuda()
-            assert torch.equal(
-                folded,
-                self._modules.interleave_moe_scales_for_sm90_mixed_gemm(
-                    getattr(experts, f"{gemm}_scales").cuda()
-                ),
-            )
-            scales += [folded.view(torch.int32), getattr(experts, f"{gemm}_residual").cuda()]
-        weights = {}
-        for gemm in ("fc1", "fc2"):
-            packed = getattr(experts, f"{gemm}_weights")
-            ours = humming.interleave(packed).cuda()
-            theirs = self._modules.interleave_moe_weights_for_sm90_mixed_gemm(packed.cuda(), "fp4_fp8")
-            assert torch.equal(ours, theirs), "weights are interleaved otherwise"
-            weights[f"{gemm}_expert_weights"] = theirs
-        names = ("fc1_biases", "fc2_biases", "swiglu_alpha", "swiglu_beta", "swiglu_limit")
-        optional = {name: getattr(experts, name) for name in names}
-        optional = {name: value.cuda() for name, value in optional.items() if value is not None}
-        for gemm in ("fc1", "fc2"):
-            if f"{gemm}_biases" in optional:
-                optional[f"{gemm}_expert_biases"] = optional.pop(f"{gemm}_biases")
-        ranks = {name: getattr(call, name) for name in ("ep_size", "ep_rank", "tp_size", "tp_rank")}
-        return {
-            "input": call.input.cuda(),
-            "token_selected_experts": call.token_selected_experts.cuda(),
-            "token_final_scales": call.token_final_scales.cuda(),
-            **weights,
-            "output_dtype": torch.bfloat16,
-            "quant_scales": [scales[0], scales[1], scales[1].new_ones(()), scales[2], scales[3]],
-            "use_w4_group_scaling": True,
-            "use_wfp4afp8_humming": True,
-            "enable_pdl": False,
-            **optional,
-            **ranks,
-        }
+        names = ("ep_size", "ep_rank", "tp_size", "tp_rank", "strict")
+        inputs = {name: tensor.cuda() for name, tensor in inputs_of(call).items()}
+        _, arguments = self._kernel.prepare("w4a8", inputs | {name: getattr(call, name) for name in names})
+        return arguments
 
     def run(self, arguments: dict[str, Any], tactics: list[int]) -> Tensor:
-        output = torch.full_like(arguments["input"], torch.nan)
-        self._modules.cutlass_fused_moe(**arguments, output=output, profile_ids=tactics)
-        torch.cuda.synchronize()
-        return output
+        arguments["output"].fill_(torch.nan)
+        self._kernel.function(**arguments, profile_ids=tactics)
+        output: Tensor = arguments["output"]
+        return output.clone()
 
     def tactics(self, call: MoeCall, arguments: dict[str, Any], rng: np.random.Generator) -> list[int]:
         """A pair of tactics that this build has and the call can run with."""

@@ -28,7 +28,8 @@ def power_of_two(exponent):
 
 
 @compiled(
-    "void(uint8[:,::1], uint8[:,::1], uint8[:,::1], uint8[:,::1], float32[::1], int16[::1], int64[::1], float32[:,::1])"
+    "void(uint8[:,::1], uint8[:,::1], uint8[:,::1], "
+    "uint8[:,::1], float32[::1], int16[::1], int64[::1], float32[:,::1])"
 )
 def gemm(x, packed, offsets, table, values, exponents, columns, out):
     """Finite sums of products.
