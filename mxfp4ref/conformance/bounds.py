@@ -103,8 +103,8 @@ def bound(call: MoeCall, *, storage: str = "wider", confidence: float | None = N
     check_choice("storage", storage, STORAGE)
     if confidence is not None and not 0 < confidence < 1:
         raise ValueError(f"confidence: expected a probability between 0 and 1, or None, got {confidence}")
-    if not call.experts.quantized:
-        raise ValueError("call: expected experts with MXFP4 weights, got bfloat16")
+    if not call.experts.tactics_show:
+        raise ValueError("call: expected MXFP4 weights beside bf16 activations, got bfloat16 or W4A8 experts")
     with torch.no_grad():
         return _bound(call, storage, confidence)
 

@@ -56,7 +56,7 @@ def defect_outputs(defect: Defect, inputs: Any) -> dict[str, Tensor] | None:
         call = RoutingCall(inputs["preset"], inputs["logits"], routing_options(inputs))
     elif defect.target == "dequantize":
         call = DequantizeCall(inputs["packed"], inputs["scales"], inputs["convention"])
-    elif defect.target == "w4a8":
+    elif defect.target == "w4a8" and not isinstance(inputs, MoeCall):
         call = call_of(inputs)
     if not defect.applies(call):
         return None

@@ -36,7 +36,7 @@ from mxfp4ref.defects.variants.gemm import GemmVariant
 from mxfp4ref.defects.variants.router import RoutingCall, rerouted, route
 from mxfp4ref.defects.variants.swiglu import SwigluVariant
 from mxfp4ref.formats.experts import Experts, Sm90Experts
-from mxfp4ref.formats.humming_experts import HummingExperts
+from mxfp4ref.formats.humming_experts import HummingExperts, Sm90HummingExperts
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import Stages, forward
 from mxfp4ref.model.humming import HUMMING
@@ -127,7 +127,7 @@ def logical(call: MoeCall) -> MoeCall:
     experts = call.experts
     if not experts.quantized:
         raise ValueError("experts: expected MXFP4 weights for a defect to act on, got bfloat16")
-    if isinstance(experts, Sm90Experts):
+    if isinstance(experts, Sm90Experts | Sm90HummingExperts):
         return replace(call, experts=experts.select(torch.arange(experts.num_experts, device=experts.device)))
     return call
 
@@ -143,9 +143,9 @@ def _pipeline(changes: str, change: Callable[..., Any]) -> tuple[_Target, Callab
         return "routing", lambda call: _routed(change(call)), _always
     if whole == "w4a8" and part:
         changed = replace(HUMMING, **dict.fromkeys(part.split(), change))
-        return "w4a8", lambda call: forward(call, changed), _always
+        return "w4a8", lambda call: forward(logical(call), changed), _always
     if whole == "w4a8":
-        return "w4a8", lambda call: forward(change(call)), _always
+        return "w4a8", lambda call: forward(change(logical(call))), _always
     if whole == "call":
         return "moe", lambda call: forward(change(logical(call))), _always
     if whole == "stages":

@@ -8,8 +8,8 @@ each expert and raises lower scales to the lowest of them, which rounds their co
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import torch
@@ -117,9 +117,15 @@ def prepare(packed: Tensor, scales: Tensor, max_range: int = MAX_RANGE) -> Prepa
 def preparation_loss(packed: Tensor, scales: Tensor, max_range: int = MAX_RANGE) -> PreparationLoss:
     """What `prepare`, which takes the same arguments, does to these weights."""
     packed, scales = _check(packed, scales, max_range)
+    experts = range(len(scales))  # one at a time: what is unpacked may be all there is
+    losses = (_loss_of_expert(packed[e : e + 1], scales[e : e + 1], max_range) for e in experts)
+    return functools.reduce(PreparationLoss.__add__, losses)
+
+
+def _loss_of_expert(packed: Tensor, scales: Tensor, max_range: int) -> PreparationLoss:
     kept, _ = _kept_scales(scales, max_range)
     raised = kept > scales
-    codes = unpack_codes(packed).unflatten(2, (-1, GROUP_SIZE))[raised].long()
+    codes = unpack_codes(packed.unflatten(2, (-1, GROUP_SIZE // 2))[raised]).long()
     before, after = scales[raised].long(), kept[raised].long()
     new_codes = rewrite_table(packed.device)[(after - before)[:, None], codes].long()
     values = torch.tensor(E2M1_VALUES, dtype=torch.float64, device=packed.device)
@@ -154,7 +160,7 @@ def e4m3_weights(packed: Tensor, offsets: Tensor) -> Tensor:
     return e4m3_table(packed.device).view(-1)[index]
 
 
-@cache
+@functools.cache
 def e4m3_table(device: torch.device | None = None) -> Tensor:
     """The E4M3 byte of every offset and code, `[256, 16] uint8`.
 
@@ -170,7 +176,7 @@ def e4m3_table(device: torch.device | None = None) -> Tensor:
     return torch.from_numpy(np.concatenate((magnitudes, magnitudes | 0x80), 1)).to(device)
 
 
-@cache
+@functools.cache
 def rewrite_table(device: torch.device | None = None) -> Tensor:
     """The code of every (how far a scale is raised, code), `[256, 16] uint8`.
 

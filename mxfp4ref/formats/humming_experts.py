@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,10 +69,6 @@ class HummingExperts(Experts):
             **{name: getattr(logical, name) for name in names},
         )
 
-    def select(self, index: Tensor) -> Self:
-        self._check_index(index)
-        return self._map(lambda tensor: tensor[index])
-
     def stored(self, gemm: str, expert: int) -> StoredWeights:
         raise TypeError("experts: these are exponent offsets and not scales; take weights()")
 
@@ -80,6 +76,15 @@ class HummingExperts(Experts):
 @dataclass(frozen=True)
 class Sm90HummingExperts(HummingExperts):
     """The same in the layouts that the real call takes: weights "fp4_fp8", offsets folded as uint8 or int32."""
+
+    def select(self, index: Tensor) -> HummingExperts:
+        """The experts of an index tensor `[B] int64`, in logical layout."""
+        self._check_index(index)
+        chosen: dict[str, Any] = {n: None if t is None else t[index] for n, t in self._tensors().items()}
+        for gemm in ("fc1", "fc2"):
+            names = f"{gemm}_weights", f"{gemm}_scales"
+            chosen |= zip(names, self._in_logical_layout(*(chosen[name] for name in names)), strict=True)
+        return HummingExperts(**chosen)
 
     def _in_logical_layout(self, weights: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor | None]:
         assert scales is not None

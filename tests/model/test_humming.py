@@ -96,9 +96,8 @@ def test_the_layout_does_not_matter() -> None:
     some = torch.tensor([2, 0])
     selected = to_sm90(EXPERTS).select(some)
     for name, tensor in EXPERTS.select(some)._tensors().items():
-        if not name.endswith(("weights", "scales")):
-            assert torch.equal(getattr(selected, name), tensor)
-    assert torch.equal(selected.weights("fc1", 0)[0], EXPERTS.weights("fc1", 2)[0])
+        assert tensor is not None
+        assert torch.equal(getattr(selected, name), tensor)
 
 
 def test_close_to_w4a16() -> None:

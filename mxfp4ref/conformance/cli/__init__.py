@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mxfp4ref.conformance.cli.checkpoint_report import checkpoint_report
 from mxfp4ref.conformance.cli.conform import conform
 from mxfp4ref.conformance.cli.defects import defects, explain
 from mxfp4ref.conformance.cli.goldens import export, regenerate, show, verify
@@ -9,4 +10,4 @@ from mxfp4ref.conformance.cli.tensors import compare, layer
 
 __all__ = ["COMMANDS"]
 
-COMMANDS = (conform, verify, regenerate, export, show, compare, layer, defects, explain)
+COMMANDS = (conform, verify, regenerate, export, show, compare, layer, checkpoint_report, defects, explain)
