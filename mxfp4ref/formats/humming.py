@@ -125,7 +125,7 @@ def preparation_loss(packed: Tensor, scales: Tensor, max_range: int = MAX_RANGE)
 def _loss_of_expert(packed: Tensor, scales: Tensor, max_range: int) -> PreparationLoss:
     kept, _ = _kept_scales(scales, max_range)
     raised = kept > scales
-    codes = unpack_codes(packed.unflatten(2, (-1, GROUP_SIZE // 2))[raised]).long()
+    codes = unpack_codes(_by_group(packed)[raised]).long()
     before, after = scales[raised].long(), kept[raised].long()
     new_codes = rewrite_table(packed.device)[(after - before)[:, None], codes].long()
     values = torch.tensor(E2M1_VALUES, dtype=torch.float64, device=packed.device)
@@ -252,8 +252,12 @@ def _rewritten(packed: Tensor, raised: Tensor) -> Tensor:
     """The codes, of which none is -0, divided by 2^raised; two at a time."""
     table = rewrite_table(packed.device)
     pairs = (table[:, None, :] | table[:, :, None] << 4).reshape(-1)  # index raised * 256 + byte
-    index = raised.to(torch.int64).unsqueeze(3) * 256 + packed.unflatten(2, (-1, GROUP_SIZE // 2))
+    index = raised.to(torch.int64).unsqueeze(3) * 256 + _by_group(packed)
     return pairs[index].flatten(2)
+
+
+def _by_group(packed: Tensor) -> Tensor:
+    return packed.reshape(*packed.shape[:2], -1, GROUP_SIZE // 2)
 
 
 def _check_weights(name: str, weights: Tensor) -> Tensor:

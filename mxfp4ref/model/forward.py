@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from mxfp4ref.sm90.gemm.compiled import compiled_loops, grouped_gemm
 from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
 from mxfp4ref.sm90.gemm.order import first_pair_swapped, group_order
 from mxfp4ref.sm90.threads import in_parallel
+
+if TYPE_CHECKING:
+    from mxfp4ref.model.humming import HummingStages
 
 __all__ = ["DENSE", "KERNEL", "MoeTrace", "Rows", "Stages", "activate", "forward", "select_local", "trace"]
 
@@ -96,14 +99,17 @@ class MoeTrace:
 
 
 @uncompiled
-def forward(call: MoeCall, stages: Stages | None = None) -> Tensor:
-    """The output `[M, H] bf16` of a call, by the kernel's stages unless others are given."""
+def forward(call: MoeCall, stages: Stages | HummingStages | None = None) -> Tensor:
+    """The output `[M, H] bf16` of a call, by the kernel's stages unless others are given.
+
+    Experts that are `HummingExperts` are computed with FP8 activations, as `model.humming` says.
+    """
     outputs = [output for output, _ in _forward_in_parts(call, stages, keep=False)]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 @uncompiled
-def trace(call: MoeCall, stages: Stages | None = None) -> MoeTrace:
+def trace(call: MoeCall, stages: Stages | HummingStages | None = None) -> MoeTrace:
     """A forward with every intermediate of every routed row."""
     outputs, parts = zip(*_forward_in_parts(call, stages, keep=True), strict=True)
     rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -113,7 +119,7 @@ def trace(call: MoeCall, stages: Stages | None = None) -> MoeTrace:
 
 
 def _forward_in_parts(
-    call: MoeCall, stages: Stages | None, *, keep: bool
+    call: MoeCall, stages: Stages | HummingStages | None, *, keep: bool
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """Outputs and, if they are to be kept, the intermediates by name, for some tokens at a time."""
     check_instance("call", call, MoeCall)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ _H, _I, _STEPS = 256, 128, 256
 
 
 def _call(
-    source: Source, experts: Experts, x: Tensor | None = None, top_k: int = 2, **options: int
+    source: Source, experts: Experts, x: Tensor | None = None, top_k: int = 2, **options: Any
 ) -> Content:
     x = source.normal("input", 16, experts.hidden_size) if x is None else x
     call = MoeCall(
