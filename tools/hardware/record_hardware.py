@@ -200,6 +200,8 @@ def _readme() -> str:
             path_ = f" of {record['path']}" if "path" in record else ""
             what = f"random calls{path_}{size}{clusters}, seeds {first} to {end - 1}"
             rows.append((*machine, what, f"{record['elements']:,}", f"{record['differing']:,}"))
+        if "path" in record:  # all calls made for a question, and all golden ones, in a row each
+            record = _sums(record)
         for key, counts in record.items():
             if isinstance(counts, dict) and "compared" in counts:
                 what = f"{key}, {counts['runs']} runs" if "runs" in counts else key
@@ -207,6 +209,17 @@ def _readme() -> str:
     header = ("GPU", "driver", "flashinfer", "what was run", "elements", "differing")
     table = "\n".join("| " + " | ".join(row) + " |" for row in (header, ("---",) * 6, *rows))
     return _README.format(table=table)
+
+
+def _sums(record: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """The counts of `humming_cases.py`, those of golden calls (named suite/name) and of others summed up."""
+    sums: dict[str, dict[str, int]] = {}
+    for key, counts in record.items():
+        if isinstance(counts, dict) and "compared" in counts:
+            kind = f"{'golden' if '/' in key else 'designed'} calls of {record['path']}"
+            total = sums.setdefault(kind, dict.fromkeys(counts, 0))
+            sums[kind] = {name: total[name] + value for name, value in counts.items()}
+    return sums
 
 
 _README = """# What real hardware gave
