@@ -183,7 +183,7 @@ def rewrite_table(device: torch.device | None = None) -> Tensor:
     Codes are divided by that power of two and rounded to nearest, ties away from zero; -0 is 0 unless a negative code
     was rounded to it. From 128 on flashinfer's power of two, a float32 whose exponent is counted down, runs over into
     the sign: the factor is -Inf for 128 and -2^(256 - raised) above. Codes lie in the lowest exponents of float32,
-    of which two bits are kept.
+    of which two bits are kept. (Zero times -Inf is NaN, here with the sign that x86 gives it.)
     """
     raised = np.arange(256, dtype=np.int64)[:, None]
     code = np.arange(16, dtype=np.int64)
@@ -249,11 +249,14 @@ def _kept_scales(scales: Tensor, max_range: int) -> tuple[Tensor, Tensor]:
 
 
 def _rewritten(packed: Tensor, raised: Tensor) -> Tensor:
-    """The codes, of which none is -0, divided by 2^raised; two at a time."""
+    """The codes, of which none is -0, divided by 2^raised; two at a time, and one expert, for the index is large."""
     table = rewrite_table(packed.device)
     pairs = (table[:, None, :] | table[:, :, None] << 4).reshape(-1)  # index raised * 256 + byte
-    index = raised.to(torch.int64).unsqueeze(3) * 256 + _by_group(packed)
-    return pairs[index].flatten(2)
+    out = torch.empty_like(packed, memory_format=torch.contiguous_format)
+    for of_expert, codes, up in zip(out, _by_group(packed), raised, strict=True):
+        index = up.to(torch.int64).unsqueeze(2) * 256 + codes
+        torch.index_select(pairs, 0, index.view(-1), out=of_expert.view(-1))
+    return out
 
 
 def _by_group(packed: Tensor) -> Tensor:
