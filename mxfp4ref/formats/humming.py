@@ -212,6 +212,8 @@ def interleave(packed: Tensor) -> Tensor:
     `_SIGN_TARGETS[i]`; the word is stored at row r + 8t, word 8p + 4m + c.
     """
     packed = _check_weights("packed", packed)
+    if packed.numel() == 0:
+        return packed.clone()
     pairs = packed.view(torch.int16).view(*_blocks(packed), 2, 8, packed.shape[2] // 32, 2, 2, 4)
     words = pairs.permute(0, 1, 6, 3, 4, 5, 7, 2).contiguous().view(torch.int32)
     return _move_signs(words, inverse=False).view(torch.uint8).view(packed.shape)
@@ -221,6 +223,8 @@ def interleave(packed: Tensor) -> Tensor:
 def deinterleave(interleaved: Tensor) -> Tensor:
     """The inverse of `interleave`."""
     interleaved = _check_weights("interleaved", interleaved)
+    if interleaved.numel() == 0:
+        return interleaved.clone()
     words = _move_signs(interleaved.view(torch.int32), inverse=True)
     pairs = words.view(torch.int16).view(*_blocks(interleaved), 2, 8, interleaved.shape[2] // 32, 2, 4, 2)
     return pairs.permute(0, 1, 7, 3, 4, 5, 2, 6).contiguous().view(torch.uint8).view(interleaved.shape)
@@ -255,7 +259,7 @@ def _rewritten(packed: Tensor, raised: Tensor) -> Tensor:
     out = torch.empty_like(packed, memory_format=torch.contiguous_format)
     for of_expert, codes, up in zip(out, _by_group(packed), raised, strict=True):
         index = up.to(torch.int64).unsqueeze(2) * 256 + codes
-        torch.index_select(pairs, 0, index.view(-1), out=of_expert.view(-1))
+        torch.index_select(pairs, 0, index.reshape(-1), out=of_expert.view(-1))
     return out
 
 

@@ -34,9 +34,12 @@ class HummingExperts(Experts):
     def __post_init__(self) -> None:
         if isinstance(self.fc1_weights, Tensor) and self.fc1_weights.dtype == torch.bfloat16:
             raise TypeError("fc1_weights: expected uint8, since W4A8 takes no bfloat16 weights, got bfloat16")
+        residuals = {name: getattr(self, name) for name in ("fc1_residual", "fc2_residual")}
+        for name, residual in residuals.items():
+            check_tensor(name, residual, dtype=torch.float32, shape=("E",))
         super().__post_init__()
-        for name in ("fc1_residual", "fc2_residual"):
-            check_tensor(name, getattr(self, name), dtype=torch.float32, shape=(self.num_experts,))
+        for name, residual in residuals.items():
+            check_tensor(name, residual, dtype=torch.float32, shape=(self.num_experts,))
 
     @property
     def tactics_show(self) -> bool:

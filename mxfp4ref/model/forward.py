@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,10 +26,18 @@ from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
 from mxfp4ref.sm90.gemm.order import first_pair_swapped, group_order
 from mxfp4ref.sm90.threads import in_parallel
 
-if TYPE_CHECKING:
-    from mxfp4ref.model.humming import HummingStages
-
-__all__ = ["DENSE", "KERNEL", "MoeTrace", "Rows", "Stages", "activate", "forward", "select_local", "trace"]
+__all__ = [
+    "DENSE",
+    "KERNEL",
+    "AnyStages",
+    "MoeTrace",
+    "Rows",
+    "Stages",
+    "activate",
+    "forward",
+    "select_local",
+    "trace",
+]
 
 _TOKENS_AT_ONCE = 512  # bounds the memory of the per-slot outputs; tokens do not influence each other
 _ROWS_AT_ONCE, _ROWS_AT_ONCE_ON_GPU = 256, 4096  # of the activation, likewise; a GPU is paced by launches
@@ -50,7 +58,14 @@ def select_local(ids: Tensor, num_local: int, ep_size: int, ep_rank: int) -> Ten
 
 
 @dataclass(frozen=True)
-class Stages:
+class AnyStages:
+    """What the stages of all kinds of experts have."""
+
+    select_local: Callable[[Tensor, int, int, int], Tensor] = select_local
+
+
+@dataclass(frozen=True)
+class Stages(AnyStages):
     """The computation as replaceable stages: `replace(KERNEL, swiglu=...)` is a kernel with another one.
 
     The GEMMs take `(x [B, M, K], weights [B, N, ...], scales [B, N, K/32] or None, *, tactic,
@@ -58,7 +73,6 @@ class Stages:
     stage before; the others have the signatures of the functions that are their defaults.
     """
 
-    select_local: Callable[[Tensor, int, int, int], Tensor] = select_local
     fc1_gemm: Callable[..., Tensor] = group_scaled_gemm
     round_fc1: Callable[[Tensor], Tensor] = to_bf16
     swiglu: Callable[..., Tensor] = swiglu
@@ -99,7 +113,7 @@ class MoeTrace:
 
 
 @uncompiled
-def forward(call: MoeCall, stages: Stages | HummingStages | None = None) -> Tensor:
+def forward(call: MoeCall, stages: AnyStages | None = None) -> Tensor:
     """The output `[M, H] bf16` of a call, by the kernel's stages unless others are given.
 
     Experts that are `HummingExperts` are computed with FP8 activations, as `model.humming` says.
@@ -109,7 +123,7 @@ def forward(call: MoeCall, stages: Stages | HummingStages | None = None) -> Tens
 
 
 @uncompiled
-def trace(call: MoeCall, stages: Stages | HummingStages | None = None) -> MoeTrace:
+def trace(call: MoeCall, stages: AnyStages | None = None) -> MoeTrace:
     """A forward with every intermediate of every routed row."""
     outputs, parts = zip(*_forward_in_parts(call, stages, keep=True), strict=True)
     rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -119,7 +133,7 @@ def trace(call: MoeCall, stages: Stages | HummingStages | None = None) -> MoeTra
 
 
 def _forward_in_parts(
-    call: MoeCall, stages: Stages | HummingStages | None, *, keep: bool
+    call: MoeCall, stages: AnyStages | None, *, keep: bool
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """Outputs and, if they are to be kept, the intermediates by name, for some tokens at a time."""
     check_instance("call", call, MoeCall)

@@ -12,7 +12,7 @@ from torch import Tensor
 from mxfp4ref._spans import spans
 from mxfp4ref.formats.humming_experts import HummingExperts
 from mxfp4ref.model.call import MoeCall
-from mxfp4ref.model.forward import MoeTrace, Rows, activate, select_local
+from mxfp4ref.model.forward import AnyStages, MoeTrace, Rows, activate
 from mxfp4ref.sm90.elementwise import finalize, swiglu, to_bf16
 from mxfp4ref.sm90.gemm.fp8 import fp8_gemm
 from mxfp4ref.sm90.row_quantize import QuantizedRows, quantize_rows, scale_rows
@@ -25,14 +25,13 @@ _TENSOR_NAMES = {"fc1_scales": "fc1_offsets", "fc2_scales": "fc2_offsets"}
 
 
 @dataclass(frozen=True)
-class HummingStages:
+class HummingStages(AnyStages):
     """The computation as replaceable stages, as `Stages` for W4A16.
 
     `quantize_input` and `quantize_activation` take rows and their experts' residuals, the GEMMs one expert's
     `(x [M, K] uint8, codes [N, K/2], offsets [N, K/32])`, `scale_fc1` and `scale_fc2` accumulators and rows' factors.
     """
 
-    select_local: Callable[[Tensor, int, int, int], Tensor] = select_local
     quantize_input: Callable[[Tensor, Tensor], QuantizedRows] = quantize_rows
     fc1_gemm: Callable[[Tensor, Tensor, Tensor], Tensor] = fp8_gemm
     scale_fc1: Callable[[Tensor, Tensor], Tensor] = scale_rows
