@@ -56,7 +56,11 @@ def every_option(source: Source) -> Content:
     return _call(source, experts, top_k=3, ep_size=2, ep_rank=1)
 
 
-@define("w4a8", catches="fp8_scale_of_all_rows fp8_quotient_exact fp8_factor_exact")
+@define(
+    "w4a8",
+    catches="fp8_scale_of_all_rows fp8_quotient_exact fp8_factor_exact",
+    unique_for="finite numbers too large for a reciprocal",
+)
 def rows_of_any_size(source: Source) -> Content:
     """Rows of sizes 2^-20 to 2^20, each with its own factor; one factor for all loses most of them. The last is so
     large that the reciprocal of its maximum is subnormal, which is to say zero: the kernel makes it NaN.
@@ -99,7 +103,9 @@ def cancelling_gemm1(source: Source) -> Content:
     return _call(source, experts, torch.cat((half, -half), 1))
 
 
-@define("w4a8", catches="fp8_accumulator_promoted fp8_activation_bf16")
+@define(
+    "w4a8", catches="fp8_accumulator_promoted fp8_activation_bf16", unique_for="long sums that do not cancel"
+)
 def long_rows(source: Source) -> Content:
     """K of 512 and 256: sums of many steps, each truncated, and added up in float32 by other FP8 GEMMs."""
     return _call(source, source.experts(1, 512, 256), source.spread("input", -4, 2, 16, 512), top_k=1)
