@@ -114,8 +114,8 @@ def bound(call: MoeCall, *, storage: str = "wider", confidence: float | None = N
     """
     check_choice("storage", storage, STORAGE)
     check_below("confidence", confidence, 1, "a probability between 0 and 1")
-    if not call.experts.quantized:
-        raise ValueError("call: expected experts with MXFP4 weights, got bfloat16")
+    if not call.experts.tactics_show:
+        raise ValueError("call: expected MXFP4 weights beside bf16 activations, got bfloat16 or W4A8 experts")
     with torch.no_grad():
         return _bound(call, storage, confidence)
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.adapters import Arguments, Kernel, KernelError, sm90_arguments
+from mxfp4ref.conformance.adapters import Arguments, Kernel, KernelError, logical_arguments, sm90_arguments
 from mxfp4ref.conformance.comparison import differing
-from mxfp4ref.formats.generations import generation_of
+from mxfp4ref.formats import humming
+from mxfp4ref.formats.generations import Generation, generation_of
+from mxfp4ref.formats.humming_experts import HummingExperts
 from mxfp4ref.formats.layout import fold_scales_sm90, interleave_weights_sm90
 from mxfp4ref.model.call import MoeCall
+from mxfp4ref.model.humming import call_of
 
-__all__ = ["flashinfer_kernel"]
+__all__ = ["flashinfer_kernel", "flashinfer_w4a8_kernel"]
 
 
 def flashinfer_kernel(device: str = "cuda") -> Kernel:
@@ -26,16 +30,7 @@ def flashinfer_kernel(device: str = "cuda") -> Kernel:
     Raises:
         KernelError: no flashinfer, one without this kernel or of an unknown release, or no GPU.
     """
-    try:
-        generation = generation_of(importlib.import_module("flashinfer").__version__)
-        fused_moe = importlib.import_module("flashinfer.fused_moe")
-        function = fused_moe.cutlass_fused_moe
-        their_weights = fused_moe.interleave_moe_weights_for_sm90_mixed_gemm
-        their_scales = fused_moe.interleave_moe_scales_for_sm90_mixed_gemm
-    except (ImportError, AttributeError, ValueError) as error:
-        raise KernelError(f"kernel: flashinfer: {type(error).__name__}: {error}") from error
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise KernelError("kernel: flashinfer needs a CUDA device, and torch sees none here")
+    generation, function, their_weights, their_scales = _installed(device)
 
     @_remembering
     def weights(packed: Tensor) -> Tensor:
@@ -66,6 +61,52 @@ def flashinfer_kernel(device: str = "cuda") -> Kernel:
         forces_tactics=generation.forces_tactics,
         generation=generation,
     )
+
+
+def flashinfer_w4a8_kernel(device: str = "cuda") -> Kernel:
+    """The same function with `use_wfp4afp8_humming=True`, for the golden calls of kind "w4a8", default tactics.
+
+    Raises:
+        KernelError: as `flashinfer_kernel`.
+    """
+    generation, function, their_weights, their_scales = _installed(device)
+    prepare_logical = logical_arguments(function)
+
+    def prepare(kind: str, inputs: Any) -> Arguments:
+        call = call_of(inputs)
+        experts = call.experts
+        assert isinstance(experts, HummingExperts)
+        positional, keywords = prepare_logical(kind, call)
+        scales = []
+        for gemm in ("fc1", "fc2"):
+            packed, offsets = getattr(experts, f"{gemm}_weights"), getattr(experts, f"{gemm}_scales")
+            helper = "interleave_moe_weights_for_sm90_mixed_gemm"
+            weights = _agreed(helper, their_weights(packed, "fp4_fp8"), humming.interleave(packed))
+            keywords[f"{gemm}_expert_weights"] = weights
+            helper = "interleave_moe_scales_for_sm90_mixed_gemm"
+            folded = _agreed(helper, their_scales(offsets, 32), fold_scales_sm90(offsets, generation))
+            scales += [folded.view(torch.int32), getattr(experts, f"{gemm}_residual")]
+        keywords["quant_scales"] = [*scales[:2], torch.ones_like(scales[1][0]), *scales[2:]]
+        return positional, keywords | {"use_wfp4afp8_humming": True, "enable_pdl": False}
+
+    return Kernel("flashinfer-w4a8", ("w4a8",), prepare, function, device=device, generation=generation)
+
+
+def _installed(
+    device: str,
+) -> tuple[Generation, Callable[..., Any], Callable[..., Tensor], Callable[..., Tensor]]:
+    """Generation, function and the two layout helpers of the installed flashinfer."""
+    try:
+        generation = generation_of(importlib.import_module("flashinfer").__version__)
+        fused_moe = importlib.import_module("flashinfer.fused_moe")
+        function = fused_moe.cutlass_fused_moe
+        weights = fused_moe.interleave_moe_weights_for_sm90_mixed_gemm
+        scales = fused_moe.interleave_moe_scales_for_sm90_mixed_gemm
+    except (ImportError, AttributeError, ValueError) as error:
+        raise KernelError(f"kernel: flashinfer: {type(error).__name__}: {error}") from error
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise KernelError("kernel: flashinfer needs a CUDA device, and torch sees none here")
+    return generation, function, weights, scales
 
 
 def _remembering(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

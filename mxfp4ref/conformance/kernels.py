@@ -6,6 +6,7 @@ A kernel is named by a string:
     defect:NAME                a named wrong pipeline of `mxfp4ref.defects`
     torch-bf16                 dequantise to bf16, torch matmuls: the reference that most projects use
     flashinfer                 the installed flashinfer's kernel, with layouts made by its own helpers
+    flashinfer-w4a8            the same with FP8 activations (use_wfp4afp8_humming)
     package.module:function    a function with flashinfer's signature, SM90 layouts; also file.py:function
     logical:package.module:f   the same signature with weights and scales in logical layout
     plain:package.module:f     f(x, ids, scales, w1, s1, w2, s2, **parameters), logical layout
@@ -30,7 +31,7 @@ from mxfp4ref.conformance.adapters import (
     sm90_arguments,
     whole_arguments,
 )
-from mxfp4ref.conformance.flashinfer_kernel import flashinfer_kernel
+from mxfp4ref.conformance.flashinfer_kernel import flashinfer_kernel, flashinfer_w4a8_kernel
 from mxfp4ref.conformance.importing import check_takes, import_function
 from mxfp4ref.conformance.plain import printable
 from mxfp4ref.conformance.stand_ins import defect_kernel, torch_bf16
@@ -55,7 +56,7 @@ FLASHINFER_TAKES = (
     ),
 )
 PLAIN_TAKES = (7, ())
-STAND_INS = ("oracle", "torch-bf16", "defect:NAME", "flashinfer")
+STAND_INS = ("oracle", "torch-bf16", "defect:NAME", "flashinfer", "flashinfer-w4a8")
 
 
 def load_kernel(spec: str | Callable[..., Any], device: str | None = None) -> Kernel:
@@ -83,6 +84,8 @@ def load_kernel(spec: str | Callable[..., Any], device: str | None = None) -> Ke
         return Kernel(spec, ("moe",), whole_arguments, torch_bf16, device=device or "cpu")
     if spec == "flashinfer":
         return flashinfer_kernel(device or "cuda")
+    if spec == "flashinfer-w4a8":
+        return flashinfer_w4a8_kernel(device or "cuda")
     if head == "defect":
         return defect_kernel(rest, device or "cpu")
     if head in ("logical", "plain"):

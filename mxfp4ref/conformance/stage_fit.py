@@ -38,7 +38,7 @@ def reconcile(call: MoeCall, outputs: Mapping[str, Tensor], mask: Tensor) -> str
     exposed = [name for name in _STAGES if name in outputs]
     if exposed:
         return _exposed(call, outputs, exposed)
-    if not call.experts.quantized:
+    if not call.experts.tactics_show:
         return ""
     wrong = mask.any(1)
     if not bool(fp32.widen(outputs["output"][wrong]).any()):

@@ -14,6 +14,7 @@ from mxfp4ref.formats.mxfp4 import dequantize
 from mxfp4ref.goldens.runs import routing_options, run_stage
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import Stages, forward
+from mxfp4ref.model.humming import call_of
 from mxfp4ref.sm90.activation import GEGLU, GEGLU_TANH, SITU, SWIGLU, SWIGLU_BIAS, SWIGLU_STEP, Activation
 
 __all__ = ["defect_kernel", "defect_outputs", "torch_bf16"]
@@ -57,6 +58,8 @@ def defect_outputs(defect: Defect, inputs: Any) -> dict[str, Tensor] | None:
         call = RoutingCall(inputs["preset"], inputs["logits"], routing_options(inputs))
     elif defect.target == "dequantize":
         call = DequantizeCall(inputs["packed"], inputs["scales"], inputs["convention"])
+    elif defect.target == "w4a8" and not isinstance(inputs, MoeCall):
+        call = call_of(inputs)
     if not defect.applies(call):
         return None
     result = defect.run(call)

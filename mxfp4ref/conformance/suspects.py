@@ -19,6 +19,7 @@ from mxfp4ref.conformance.reduction import Part, is_heavy, isolate, reduce_call
 from mxfp4ref.conformance.stand_ins import defect_outputs
 from mxfp4ref.defects import DEFECTS, gemm
 from mxfp4ref.defects.definition import logical
+from mxfp4ref.formats.humming_experts import HummingExperts
 from mxfp4ref.model.call import MoeCall
 
 __all__ = ["NOISE", "Prediction", "Progress", "Verdict", "closest", "predict", "try_defects"]
@@ -129,7 +130,8 @@ def try_defects(
         return Verdict(
             (), (f"named defects were not tried: none of {_PROBES} tokens gives its expected row alone",)
         )
-    names = [name for name, defect in DEFECTS.items() if defect.target == "moe"]
+    target = "w4a8" if isinstance(call.experts, HummingExperts) else "moe"
+    names = [name for name, defect in DEFECTS.items() if defect.target == target]
     names.sort(key=lambda name: name in vars(gemm))  # which take longest
     for group in ([name for name in first if name in names], names):
         exact = []

@@ -21,6 +21,7 @@ from mxfp4ref.defects import (
     dequantize,
     finalize,
     gemm,
+    humming,
     rounding,
     routing,
     step_and_situ,
@@ -33,7 +34,10 @@ from mxfp4ref.defects.variants.router import RoutingCall, route
 __all__ = ["DEFECTS", "Defect", "DequantizeCall", "RoutingCall", "dequantize_call", "get_defect", "route"]
 
 # In the order in which data flows; importing them registers their defects.
-_FAMILIES = (weights, arguments, gemm, rounding, activation, step_and_situ, finalize, routing, dequantize)
+_FAMILIES = (
+    *(weights, arguments, gemm, rounding, activation, step_and_situ, finalize, routing, dequantize),
+    humming,
+)
 DEFECTS: Mapping[str, Defect] = MappingProxyType(
     {name: DEFINED[name] for family in _FAMILIES for name in vars(family) if name in DEFINED}
 )

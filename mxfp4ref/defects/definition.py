@@ -19,6 +19,8 @@ The first argument says what the function stands for, and so what it takes and r
     "router.select"             a part of `rerouted`
     "routing"                   a `RoutingCall` to another one, or to a wrong `Routing`
     "dequantize"                a `DequantizeCall` to wrong values
+    "w4a8"                      a `MoeCall` with `HummingExperts` to another one
+    "w4a8.fc1_gemm fc2_gemm"    each of these `HummingStages`
 """
 
 from __future__ import annotations
@@ -35,8 +37,10 @@ from mxfp4ref.defects.variants.gemm import GemmVariant
 from mxfp4ref.defects.variants.router import RoutingCall, rerouted, route
 from mxfp4ref.defects.variants.swiglu import SwigluVariant
 from mxfp4ref.formats.experts import Experts, Sm90Experts
+from mxfp4ref.formats.humming_experts import HummingExperts, Sm90HummingExperts
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import Stages, forward
+from mxfp4ref.model.humming import HUMMING
 from mxfp4ref.sm90.activation import Activation
 
 __all__ = [
@@ -52,7 +56,7 @@ __all__ = [
 ]
 
 Applies = Callable[[Any], bool]
-_Target = Literal["moe", "routing", "dequantize"]
+_Target = Literal["moe", "routing", "dequantize", "w4a8"]
 _Kind = Literal["defect", "arithmetic"]
 _Change = TypeVar("_Change", bound=Callable[..., Any])
 
@@ -68,7 +72,8 @@ class Defect:
         kind: "defect" for a mistake, "arithmetic" for a pipeline that means the same and rounds otherwise.
         target: what it is a wrong version of, and so what `run` takes and returns: "moe" a `MoeCall` and
             `[M, H] bf16` like `forward`, "routing" a `RoutingCall` and a `Routing` like `route`, "dequantize" a
-            `DequantizeCall` and `[..., K] bf16` like `mxfp4.dequantize`.
+            `DequantizeCall` and `[..., K] bf16` like `mxfp4.dequantize`, "w4a8" a `MoeCall` whose experts are
+            `HummingExperts` and `[M, H] bf16`.
         run: the wrong pipeline.
         applies: False for a call on which the defect cannot show, and on which `run` may fail; True promises
             nothing.
@@ -113,6 +118,8 @@ def defect(
         summary = " ".join((change.__doc__ or "").split())
         target, run, sensible = _pipeline(changes, change)
         shows = (lambda call: sensible(call) and applies(call)) if applies else sensible
+        if target == "moe":
+            shows = _unless_prepared(shows)
         DEFINED[name] = Defect(name, summary, seen_in, kind, target, run, shows)
         return change
 
@@ -138,7 +145,7 @@ def logical(call: MoeCall) -> MoeCall:
     experts = call.experts
     if not experts.quantized:
         raise ValueError("experts: expected MXFP4 weights for a defect to act on, got bfloat16")
-    if isinstance(experts, Sm90Experts):
+    if isinstance(experts, Sm90Experts | Sm90HummingExperts):
         return replace(call, experts=experts.select(torch.arange(experts.num_experts, device=experts.device)))
     return call
 
@@ -152,6 +159,11 @@ def _pipeline(changes: str, change: Callable[..., Any]) -> tuple[_Target, Callab
         return "routing", lambda call: rerouted(call, **{part: change}), _always
     if whole == "routing":
         return "routing", lambda call: _routed(change(call)), _always
+    if whole == "w4a8" and part:
+        changed = replace(HUMMING, **dict.fromkeys(part.split(), change))
+        return "w4a8", lambda call: forward(logical(call), changed), _always
+    if whole == "w4a8":
+        return "w4a8", lambda call: forward(change(logical(call))), _always
     if whole == "call":
         return "moe", lambda call: forward(change(logical(call))), _always
     if whole == "stages":
@@ -204,6 +216,11 @@ def activated_by(
     defaults = call.activation.defaults if defaults is None else defaults
     other = Activation("other", -1, function, defaults)
     return _OtherActivation(**{f.name: getattr(call, f.name) for f in fields(MoeCall)}, other=other)
+
+
+def _unless_prepared(shows: Applies) -> Applies:
+    """False for the calls of W4A8, which has defects of its own."""
+    return lambda call: not isinstance(call.experts, HummingExperts) and shows(call)
 
 
 def _routed(result: Any) -> Any:

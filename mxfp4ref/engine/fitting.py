@@ -92,7 +92,7 @@ def closest_kernel(call: MoeCall, output: Tensor) -> Sm90Kernel:
 
 def tile_k_kernels(call: MoeCall) -> list[Sm90Kernel]:
     """A kernel for each pair of K tiles that divides the call's K, with default N tiles; the default comes first."""
-    if not call.experts.quantized:
+    if not call.experts.tactics_show:
         return [call.kernel]
     return [Sm90Kernel.of_tiles(pair, generation=call.kernel.generation) for pair in _tile_k_pairs(call)]
 
@@ -149,7 +149,7 @@ def _equal(call: MoeCall, kernel: Sm90Kernel, output: Tensor) -> bool:
 
 def _tile_k_pairs(call: MoeCall) -> Iterator[_Pair]:
     """The pairs of K tiles that divide the call's K, smallest first; bf16 weights have one, never looked at."""
-    if not call.experts.quantized:
+    if not call.experts.tactics_show:
         yield call.kernel.tile_k
         return
     offered = sorted({tile[2] for tile in call.kernel.generation.tiles})
@@ -159,7 +159,7 @@ def _tile_k_pairs(call: MoeCall) -> Iterator[_Pair]:
 
 def _by_behaviour(call: MoeCall, tile_k: _Pair) -> list[tuple[Sm90Kernel, list[_Pair]]]:
     """Kernels with these K tiles that may give different bits, the default first, and the N tiles of each."""
-    if not call.experts.quantized:
+    if not call.experts.tactics_show:
         return [(call.kernel, [call.kernel.tile_n])]
     generation = call.kernel.generation
     positions = torch.arange(max(call.num_tokens, 1))  # no expert has more rows

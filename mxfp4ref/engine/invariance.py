@@ -104,7 +104,7 @@ def invariance(call: MoeCall, run: Run = forward, *, ranks: tuple[int, ...] = (2
     outputs = {"{}x{}".format(*k.tile_k): forward(replace(call, kernel=k)) for k in tile_k_kernels(call)}
     first = next(iter(outputs.values()))
     tactics = tuple((name, int(differing(output, first).sum())) for name, output in outputs.items())
-    return Invariance(tuple(variants), tactics if call.experts.quantized else ())
+    return Invariance(tuple(variants), tactics if call.experts.tactics_show else ())
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@ class _Run:
         }
         if not fits:
             return found | self._differing(recording, call, output)
-        found |= {"status": "equal", "tiles": tuple(map(str, fits)) if call.experts.quantized else ()}
+        found |= {"status": "equal", "tiles": tuple(map(str, fits)) if call.experts.tactics_show else ()}
         if prediction is not None and not any(fit.has(prediction.kernel) for fit in fits):
             found |= {"status": "wrong tactic", "elements": 0}  # no element is wrong
             note = (
@@ -203,7 +203,7 @@ class _Run:
         self, recording: Recording, call: MoeCall, arguments: Mapping[str, Any]
     ) -> tuple[Prediction | None, str]:
         """The tactics that the call should have run, or a note why none are predicted."""
-        if not call.experts.quantized:
+        if not call.experts.tactics_show:
             return None, ""
         if arguments["profile_ids"] is not None and call.kernel.generation.forces_tactics:
             return Prediction(call.kernel, "profile_ids"), ""

@@ -108,6 +108,11 @@ class Experts(Shown):
         return self.fc1_weights.dtype == torch.uint8
 
     @property
+    def tactics_show(self) -> bool:
+        """Whether outputs may depend on the tactics of the kernel that these experts are for."""
+        return self.quantized
+
+    @property
     def num_experts(self) -> int:
         return self.fc1_weights.shape[0]
 

@@ -25,7 +25,7 @@ __all__ = ["EXPERT_TENSORS", "KINDS", "Case", "GoldenError", "derive", "dtype_na
 _DEFAULT_KERNEL = Sm90Kernel()
 KINDS = (
     *("moe", "quantize", "dequantize", "layout", "tensor_core", "gemm", "activation", "finalize"),
-    "routing",
+    *("routing", "w4a8", "preparation", "fp8_rows", "fp8_tensor_core"),
 )
 # Tensors of `Experts`, in logical layout; the biases and the parameters of the activation are optional.
 EXPERT_TENSORS = (

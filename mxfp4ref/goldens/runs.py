@@ -11,6 +11,13 @@ stage; a stage's function takes a case's tensors and parameters by name and retu
     activation   fc1_output, activation_type, and its parameters           -> activation
     finalize     fc2_output, local_experts, token_final_scales, fc2_biases -> output
     routing      preset, logits, and the preset's arguments                -> ids, scales
+
+and for W4A8
+
+    w4a8             the arguments of `model.humming.call_of`  -> output
+    preparation      packed, scales                            -> codes, offsets, residual
+    fp8_rows         x, residual                               -> values, factor
+    fp8_tensor_core  a, b, c                                   -> d
 """
 
 from __future__ import annotations
@@ -23,18 +30,20 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._validate import check_choice
-from mxfp4ref.formats import layout
+from mxfp4ref.formats import humming, layout
 from mxfp4ref.formats.experts import PARAMETERS
 from mxfp4ref.formats.generations import generation_named
 from mxfp4ref.formats.mxfp4 import dequantize
 from mxfp4ref.formats.quantize import quantize
 from mxfp4ref.goldens.case import Case, GoldenError
 from mxfp4ref.model.forward import forward
+from mxfp4ref.model.humming import call_of
 from mxfp4ref.routing import presets as routing
-from mxfp4ref.sm90 import fp32, tensor_core
+from mxfp4ref.sm90 import fp8, fp32, tensor_core
 from mxfp4ref.sm90.activation import ACTIVATIONS, SWIGLU, activate, activation_of
 from mxfp4ref.sm90.finalize import finalize
 from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
+from mxfp4ref.sm90.row_quantize import quantize_rows
 from mxfp4ref.sm90.tactics import Sm90Kernel
 
 __all__ = ["OUTPUTS", "Run", "run_stage", "runs"]
@@ -50,6 +59,10 @@ OUTPUTS: dict[str, tuple[str, ...]] = {
     "activation": ("activation",),
     "finalize": ("output",),
     "routing": ("ids", "scales"),
+    "w4a8": ("output",),
+    "preparation": ("codes", "offsets", "residual"),
+    "fp8_rows": ("values", "factor"),
+    "fp8_tensor_core": ("d",),
 }
 # Further stored results that are no inputs.
 _RESULTS = ("activation_float32", "output_float32", "ambiguous")
@@ -160,6 +173,19 @@ def _routing(**inputs: Any) -> dict[str, Tensor]:
     return {"ids": routed.ids, "scales": routed.scales}
 
 
+def _w4a8(**inputs: Any) -> Tensor:
+    return forward(call_of(inputs))
+
+
+def _preparation(packed: Tensor, scales: Tensor) -> dict[str, Tensor]:
+    prepared = humming.prepare(packed, scales)
+    return {"codes": prepared.packed, "offsets": prepared.offsets, "residual": prepared.residual}
+
+
+def _fp8_rows(x: Tensor, residual: Tensor) -> dict[str, Tensor]:
+    return quantize_rows(x, residual)._asdict()
+
+
 _STAGES: dict[str, Callable[..., Tensor | Mapping[str, Tensor]]] = {
     "quantize": _quantize,
     "dequantize": _dequantize,
@@ -169,4 +195,8 @@ _STAGES: dict[str, Callable[..., Tensor | Mapping[str, Tensor]]] = {
     "activation": _activation,
     "finalize": _finalize,
     "routing": _routing,
+    "w4a8": _w4a8,
+    "preparation": _preparation,
+    "fp8_rows": _fp8_rows,
+    "fp8_tensor_core": fp8.step,
 }

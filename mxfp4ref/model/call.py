@@ -19,7 +19,8 @@ from mxfp4ref._validate import (
     check_tensor,
 )
 from mxfp4ref.formats.experts import PARAMETERS, Experts
-from mxfp4ref.sm90.activation import ACTIVATIONS, SWIGLU, Activation, activation_of
+from mxfp4ref.formats.humming_experts import HummingExperts
+from mxfp4ref.sm90.activation import ACTIVATIONS, SWIGLU, SWIGLU_BIAS, Activation, activation_of
 from mxfp4ref.sm90.tactics import Sm90Kernel
 
 __all__ = ["PADDING_ID", "MoeCall"]
@@ -100,6 +101,11 @@ class MoeCall(Shown):
             size = check_int(f"{kind}_size", getattr(self, f"{kind}_size"), minimum=1, maximum=most)
             check_int(f"{kind}_rank", getattr(self, f"{kind}_rank"), minimum=0, maximum=size - 1)
         check_choice("activation_type", self.activation_type, tuple(ACTIVATIONS))
+        if isinstance(self.experts, HummingExperts) and self.activation_type not in (SWIGLU, SWIGLU_BIAS):
+            raise NotImplementedError(
+                f"activation_type: not modelled with FP8 activations but for Swiglu ({SWIGLU}) and SwigluBias "
+                f"({SWIGLU_BIAS}), got {ACTIVATIONS[self.activation_type].name} ({self.activation_type})"
+            )
         check_instance("kernel", self.kernel, Sm90Kernel)
         if self.experts.quantized:
             for number, depth in enumerate((hidden, inner)):

@@ -119,8 +119,9 @@ def torch_ref_cutlass_fused_moe(
 ) -> list[Tensor] | moe.MoeTrace:
     """Drop-in for `flashinfer.fused_moe.cutlass_fused_moe` 0.7.2.post1: same arguments, same tensors, same bits.
 
-    Modelled are MXFP4 weights (`use_w4_group_scaling=True`), with the bits of an H100, and bf16 weights, with the
-    rounding points of `mxfp4ref.model.dense`. An argument that asks for anything else raises NotImplementedError;
+    Modelled are MXFP4 weights (`use_w4_group_scaling=True`), with the bits of an H100, beside bf16 activations or,
+    with `use_wfp4afp8_humming=True`, FP8 ones; and bf16 weights, with the rounding points of
+    `mxfp4ref.model.dense`. An argument that asks for anything else raises NotImplementedError;
     arguments that cannot change the result are accepted and have no effect: `tune_max_num_tokens`, `enable_pdl`,
     `use_fused_finalize`, `workspace_buffer`, `swizzled_input_sf`, with a size of one `cluster_rank`, and with bf16
     weights, as for the kernel, `use_w4_group_scaling`, `quant_scales` and `profile_ids`.
@@ -132,7 +133,9 @@ def torch_ref_cutlass_fused_moe(
         fc1_expert_weights: `[E, 2I, H/2] uint8`, rows [up(w3); gate(w1)], or `[E, 2I, H] bf16`.
         fc2_expert_weights: `[E, H, I/2] uint8` likewise, or `[E, H, I] bf16`.
         output_dtype: `torch.bfloat16`.
-        quant_scales: the UE8M0 scales of fc1 and fc2, as uint8, float8_e8m0fnu or, if they are folded, int32.
+        quant_scales: the UE8M0 scales of fc1 and fc2, as uint8, float8_e8m0fnu or, if they are folded, int32. With
+            `use_wfp4afp8_humming=True` five tensors: offsets of fc1, likewise, its residuals times 64,
+            `[E] float32`, one, which the kernel does not read, and those of fc2 (`formats.humming.prepare`).
         fc1_expert_biases, fc2_expert_biases: `[E, 2I]` and `[E, H] bf16`, both or none.
         swiglu_alpha, swiglu_beta, swiglu_limit, situ_beta, situ_linear_beta: `[E] float32`, any subset. SwiGLU reads
             the first three, SwigluStep the limit (7 where none is given), Situ the last two (4 and 25). What the
@@ -143,6 +146,7 @@ def torch_ref_cutlass_fused_moe(
         activation_type: Swiglu (3), Geglu (4), SwigluBias (5), SwigluStep (7), GegluTanh (8) or Situ (10).
         profile_ids: flashinfer's ids of the tactics of GEMM1 and GEMM2, see `Sm90Kernel.of_profile_ids`. The
             generation of the layout, or of `kernel`, numbers them; the older ones have no effect of them at all.
+            With `use_wfp4afp8_humming=True` there are 126 for each GEMM, which all give the same bits.
         kernel: the tactics of the two GEMMs and the generation; by default the default tactics of the generation
             whose layouts the tensors are in, with `weight_layout="logical"` of the newest.
         weight_layout: how the bytes of uint8 weights and of their scales lie:
@@ -151,11 +155,13 @@ def torch_ref_cutlass_fused_moe(
             "logical_weights_folded_scales": weights as a checkpoint has them beside scales `[E, G/4, 4R]`, as
             flashinfer up to 0.6.9 takes them, by that kernel's arithmetic (`PLAIN`).
             "logical": weights and scales `[E, R, K/32]` as a checkpoint has them, which no kernel takes.
+            With `use_wfp4afp8_humming=True` prepared weights, "sm90" or "logical".
         strict: what becomes of ids that no rank owns, and of experts that a token names twice:
             True: the call is refused.
             False: such slots are skipped, as the kernel skips them; of an expert named twice the first slot counts.
             "count": as False, and `mxfp4ref.model.skipped.skipped_slots()` says how many there were.
-        trace: return a `MoeTrace`, which has every intermediate and the output.
+        trace: return a `MoeTrace` (with `use_wfp4afp8_humming=True` a `HummingTrace`), which has every intermediate
+            and the output.
 
     Returns:
         A list of one tensor, the output `[M, H] bf16`: flashinfer documents a tensor and returns a list with the

@@ -14,8 +14,11 @@ from torch import Tensor
 from mxfp4ref._validate import check_bool, check_choice, check_instance, check_int, check_tensor, shown
 from mxfp4ref.formats.experts import Experts, PlainExperts, Sm90Experts
 from mxfp4ref.formats.generations import BYTEWISE, NEWEST, PLAIN
+from mxfp4ref.formats.humming_experts import HummingExperts, Sm90HummingExperts
+from mxfp4ref.formats.mxfp4 import GROUP_SIZE
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90.activation import ACTIVATIONS
+from mxfp4ref.sm90.humming_tactics import check_humming_profile_ids
 from mxfp4ref.sm90.tactics import Sm90Kernel, runnable_tactics
 
 __all__ = [
@@ -36,6 +39,7 @@ _LAYOUTS: dict[str, type[Experts]] = {
     "logical_weights_folded_scales": PlainExperts,
 }
 WEIGHT_LAYOUTS = tuple(_LAYOUTS)
+_HUMMING_LAYOUTS: dict[str, type[Experts]] = {"sm90": Sm90HummingExperts, "logical": HummingExperts}
 
 # Arguments that are not modelled, and the only value that is accepted.
 _NOT_MODELLED: dict[str, object] = {
@@ -47,7 +51,6 @@ _NOT_MODELLED: dict[str, object] = {
     "use_mxfp8_act_scaling": False,
     "min_latency_mode": False,
     "use_packed_weights": False,
-    "use_wfp4afp8_humming": False,
     "clamped_relu2_limit": None,
     "backend": "cutlass",
 }
@@ -65,6 +68,21 @@ _NAMES = {
     "fc2_weights": "fc2_expert_weights",
     "fc2_scales": "quant_scales[1]",
     "fc2_biases": "fc2_expert_biases",
+}
+_HUMMING_NAMES = _NAMES | {
+    "fc1_residual": "quant_scales[1]",
+    "fc2_scales": "quant_scales[3]",
+    "fc2_residual": "quant_scales[4]",
+}
+_IN_LOGICAL_LAYOUT = (
+    '; weights and scales as a checkpoint has them are taken with weight_layout="logical", and the kernel takes '
+    "what interleave_weights_sm90 and fold_scales_sm90 of mxfp4ref.formats.layout make of them"
+)
+_BYTES = (torch.uint8, torch.int32, torch.float8_e8m0fnu)
+# What quant_scales hold: their dtypes. The kernel of W4A8 has no use for the third.
+_SCALE_DTYPES: dict[bool, tuple[tuple[torch.dtype, ...], ...]] = {
+    False: (_BYTES, _BYTES),
+    True: (_BYTES, (torch.float32,), (torch.float32,), _BYTES, (torch.float32,)),
 }
 
 
@@ -90,7 +108,8 @@ def call_of(arguments: Mapping[str, Any]) -> MoeCall:
 
 def tensors_of(call: MoeCall) -> dict[str, Tensor | None]:
     """The tensors of a call under flashinfer's names."""
-    tensors = {_NAMES.get(f.name, f.name): getattr(call.experts, f.name) for f in fields(Experts)}
+    known = _HUMMING_NAMES if isinstance(call.experts, HummingExperts) else _NAMES
+    tensors = {known.get(f.name, f.name): getattr(call.experts, f.name) for f in fields(call.experts)}
     names = ("input", "token_selected_experts", "token_final_scales")
     return {name: getattr(call, name) for name in names} | tensors
 
@@ -124,10 +143,17 @@ def experts_of(arguments: Mapping[str, Any]) -> Experts:
         UserWarning: once a process, of a call whose tensors may be in two layouts and that does not say which.
     """
     quantized = _check_weights(arguments)
+    humming: bool = check_bool("use_wfp4afp8_humming", arguments["use_wfp4afp8_humming"])
+    if humming and not quantized:
+        raise ValueError(
+            "use_wfp4afp8_humming: expected False unless weights are uint8 and use_w4_group_scaling is True, got True"
+        )
     layout = _layout(arguments, quantized)
-    scales = _scales(arguments["quant_scales"], quantized)
+    kind = _kind(layout, humming)
+    names = _HUMMING_NAMES if humming else _NAMES
+    scales = _scales(arguments["quant_scales"], quantized, humming)
     tensors = {name: arguments[name] for name in ("input", "token_selected_experts", "token_final_scales")}
-    held = {f.name: _NAMES.get(f.name, f.name) for f in fields(Experts)}
+    held = {f.name: names.get(f.name, f.name) for f in fields(kind)}
     tensors |= {name: scales[name] if name in scales else arguments[name] for name in held.values()}
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor) and not tensor.is_contiguous():
@@ -135,14 +161,21 @@ def experts_of(arguments: Mapping[str, Any]) -> Experts:
     _check_biases(tensors["fc1_expert_biases"], tensors["fc2_expert_biases"])
     values: dict[str, Any] = {field: tensors[name] for field, name in held.items()}
     try:
-        experts = _LAYOUTS[layout](**values)
+        experts = kind(**values)
     except (TypeError, ValueError) as error:
         field, _, rest = str(error).partition(":")
-        raise type(error)(f"{_NAMES.get(field, field)}:{rest}") from None
+        hint = "" if layout != "sm90" or not _looks_logical(arguments) else _IN_LOGICAL_LAYOUT
+        raise type(error)(f"{names.get(field, field)}:{rest}{hint}") from None
     unnamed = arguments["weight_layout"] is None and arguments["kernel"] is None
     if unnamed and isinstance(experts, Sm90Experts) and experts.generation is BYTEWISE:
         _warn_of_two_layouts()
     return experts
+
+
+def _looks_logical(arguments: Mapping[str, Any]) -> bool:
+    """Whether the scales of fc1 have a byte for each row and group, which no kernel takes."""
+    fc1, scales = arguments["fc1_expert_weights"], arguments["quant_scales"][0]
+    return isinstance(scales, Tensor) and scales.shape == (*fc1.shape[:2], fc1.shape[2] * 2 // GROUP_SIZE)
 
 
 def kernel_of(arguments: Mapping[str, Any], experts: Experts) -> Sm90Kernel:
@@ -153,6 +186,10 @@ def kernel_of(arguments: Mapping[str, Any], experts: Experts) -> Sm90Kernel:
         check_instance("kernel", kernel, Sm90Kernel)
         generation = kernel.generation
     profile_ids: Sequence[int] | None = arguments["profile_ids"]
+    if isinstance(experts, HummingExperts):
+        if profile_ids is not None:
+            check_humming_profile_ids(profile_ids, experts.hidden_size, experts.intermediate_size)
+        return kernel or Sm90Kernel()
     if profile_ids is None or not experts.quantized or not generation.forces_tactics:
         return kernel or Sm90Kernel(generation=generation)
     forced = Sm90Kernel.of_profile_ids(profile_ids, generation)
@@ -184,6 +221,10 @@ def _check_weights(arguments: Mapping[str, Any]) -> bool:
     quantized = check_bool("use_w4_group_scaling", arguments["use_w4_group_scaling"])
     quantized = quantized and not (isinstance(fc1, Tensor) and fc1.dtype == torch.bfloat16)
     dtype, packing = (torch.uint8, 2) if quantized else (torch.bfloat16, 1)
+    if not quantized and isinstance(fc1, Tensor) and fc1.dtype == torch.uint8:
+        raise TypeError(
+            "fc1_expert_weights: expected bfloat16 weights, got uint8; MXFP4 weights need use_w4_group_scaling=True"
+        )
     check_tensor("fc1_expert_weights", fc1, dtype=dtype, shape=("E", "2I", hidden // packing))
     experts, rows = fc1.shape[:2]
     shape = (experts, hidden, rows // 2 // packing)
@@ -205,19 +246,34 @@ def _layout(arguments: Mapping[str, Any], quantized: bool) -> str:
     return "logical_weights_folded_scales" if older else "sm90"
 
 
-def _scales(scales: Any, quantized: bool) -> dict[str, Tensor | None]:
+def _kind(layout: str, humming: bool) -> type[Experts]:
+    """What experts in a layout are to `Experts`."""
+    kinds = _HUMMING_LAYOUTS if humming else _LAYOUTS
+    if layout not in kinds:
+        raise ValueError(
+            f"weight_layout: expected 'sm90' or 'logical' with use_wfp4afp8_humming=True, got {layout!r}"
+        )
+    return kinds[layout]
+
+
+def _scales(scales: Any, quantized: bool, humming: bool) -> dict[str, Tensor | None]:
     """The scales of both GEMMs as bytes, under their names; bf16 weights have none, whatever is given."""
-    names = ("quant_scales[0]", "quant_scales[1]")
+    dtypes_of = _SCALE_DTYPES[humming]
+    names = [f"quant_scales[{number}]" for number in range(len(dtypes_of))]
     if not quantized:
         if not isinstance(scales, Sequence | None):
             raise TypeError(f"quant_scales: expected a sequence or None, got {type(scales).__name__}")
         return dict.fromkeys(names)
-    if not isinstance(scales, Sequence) or len(scales) != 2:
+    if not isinstance(scales, Sequence) or len(scales) != len(names):
         got = f"{len(scales)} of them" if isinstance(scales, Sequence) else type(scales).__name__
-        raise ValueError(f"quant_scales: expected the scales of fc1 and fc2, two tensors, got {got}")
+        wanted = (
+            "five tensors with use_wfp4afp8_humming=True: offsets and residuals of fc1, one, and those of fc2"
+            if humming
+            else "the scales of fc1 and fc2, two tensors"
+        )
+        raise ValueError(f"quant_scales: expected {wanted}, got {got}")
     found: dict[str, Tensor | None] = {}
-    for name, value in zip(names, scales, strict=True):
-        dtypes = (torch.uint8, torch.int32, torch.float8_e8m0fnu)
+    for name, value, dtypes in zip(names, scales, dtypes_of, strict=True):
         checked = check_tensor(name, value, dtype=dtypes, shape=("...",))
         found[name] = checked.view(torch.uint8) if checked.dtype == torch.float8_e8m0fnu else checked
     return found

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from mxfp4ref._compiler import uncompiled
 from mxfp4ref._shown import Shown
 from mxfp4ref._spans import spans
 from mxfp4ref._validate import check_instance
+from mxfp4ref.formats.experts import Experts
+from mxfp4ref.formats.humming_experts import HummingExperts
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE
 from mxfp4ref.model import gpu
 from mxfp4ref.model.call import MoeCall
@@ -25,7 +28,18 @@ from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
 from mxfp4ref.sm90.gemm.order import first_pair_swapped, group_order
 from mxfp4ref.sm90.threads import in_parallel
 
-__all__ = ["DENSE", "KERNEL", "MoeTrace", "Stages", "forward", "select_local", "trace"]
+__all__ = [
+    "DENSE",
+    "KERNEL",
+    "AnyStages",
+    "MoeTrace",
+    "Rows",
+    "Stages",
+    "activate_rows",
+    "forward",
+    "select_local",
+    "trace",
+]
 
 _TOKENS_AT_ONCE = 512  # bounds the memory of the per-slot outputs; tokens do not influence each other
 _ROWS_AT_ONCE, _ROWS_AT_ONCE_ON_GPU = 256, 4096  # of the activation, likewise; a GPU is paced by launches
@@ -46,7 +60,14 @@ def select_local(ids: Tensor, num_local: int, ep_size: int, ep_rank: int) -> Ten
 
 
 @dataclass(frozen=True)
-class Stages:
+class AnyStages:
+    """What the stages of all kinds of experts have."""
+
+    select_local: Callable[[Tensor, int, int, int], Tensor] = select_local
+
+
+@dataclass(frozen=True)
+class Stages(AnyStages):
     """The computation as replaceable stages: `replace(KERNEL, activate=...)` is a kernel with another one.
 
     The GEMMs take `(x [B, M, K], weights [B, N, ...], scales [B, N, K/32] or None, *, tactic,
@@ -54,7 +75,6 @@ class Stages:
     stage before; the others have the signatures of the functions that are their defaults.
     """
 
-    select_local: Callable[[Tensor, int, int, int], Tensor] = select_local
     fc1_gemm: Callable[..., Tensor] = group_scaled_gemm
     round_fc1: Callable[[Tensor], Tensor] = to_bf16
     activate: Callable[[Activation, Tensor, Tensor | None, Sequence[Tensor | None]], Tensor] = activate
@@ -95,32 +115,37 @@ class MoeTrace(Shown):
 
 
 @uncompiled
-def forward(call: MoeCall, stages: Stages | None = None) -> Tensor:
-    """The output `[M, H] bf16` of a call, by the kernel's stages unless others are given."""
+def forward(call: MoeCall, stages: AnyStages | None = None) -> Tensor:
+    """The output `[M, H] bf16` of a call, by the kernel's stages unless others are given.
+
+    Experts that are `HummingExperts` are computed with FP8 activations, as `model.humming` says.
+    """
     outputs = [output for output, _ in _forward_in_parts(call, stages, keep=False)]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 @uncompiled
-def trace(call: MoeCall, stages: Stages | None = None) -> MoeTrace:
+def trace(call: MoeCall, stages: AnyStages | None = None) -> MoeTrace:
     """A forward with every intermediate of every routed row."""
     outputs, parts = zip(*_forward_in_parts(call, stages, keep=True), strict=True)
     rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     order = torch.argsort(rows["expert"] * call.num_tokens + rows["token"])
-    return MoeTrace(output=torch.cat(outputs), **{name: value[order] for name, value in rows.items()})
+    _, _, kind = _path(call.experts)
+    return kind(output=torch.cat(outputs), **{name: value[order] for name, value in rows.items()})
 
 
 def _forward_in_parts(
-    call: MoeCall, stages: Stages | None, *, keep: bool
+    call: MoeCall, stages: AnyStages | None, *, keep: bool
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """Outputs and, if they are to be kept, the intermediates by name, for some tokens at a time."""
     check_instance("call", call, MoeCall)
+    forward_rows, defaults, _ = _path(call.experts)
     if stages is None and gpu.usable(call):
         yield from gpu.forward_in_parts(call, keep=keep)
         return
     if stages is None:
-        stages = KERNEL if call.experts.quantized else DENSE
-    check_instance("stages", stages, Stages)
+        stages = defaults
+    check_instance("stages", stages, type(defaults))
     rows_before = torch.zeros(call.experts.num_experts, dtype=torch.int64, device=call.input.device)
     for start in range(0, max(call.num_tokens, 1), _TOKENS_AT_ONCE):
         with torch.no_grad(), torch.autocast(call.input.device.type, enabled=False):
@@ -129,15 +154,24 @@ def _forward_in_parts(
                 part.token_selected_experts, call.experts.num_experts, call.ep_size, call.ep_rank
             )
             rows = _route(local, rows_before)
-            output, kept = _forward(part, local, rows, stages, keep)
+            output, kept = forward_rows(part, local, rows, stages, keep)
             rows_before += rows.per_expert
         if keep:
             kept["token"] += start
         yield output, kept
 
 
+def _path(experts: Experts) -> tuple[Callable[..., tuple[Tensor, dict[str, Tensor]]], Any, type[MoeTrace]]:
+    """How rows of these experts are computed: the function, its stages by default, and what holds intermediates."""
+    if isinstance(experts, HummingExperts):
+        from mxfp4ref.model import humming  # which needs this module
+
+        return humming.forward_rows, humming.HUMMING, humming.HummingTrace
+    return _forward, KERNEL if experts.quantized else DENSE, MoeTrace
+
+
 def _forward(
-    call: MoeCall, local: Tensor, rows: _Rows, stages: Stages, keep: bool
+    call: MoeCall, local: Tensor, rows: Rows, stages: Stages, keep: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The stages in order."""
     experts = call.experts
@@ -146,7 +180,7 @@ def _forward(
     at_once = _ROWS_AT_ONCE if x.device.type == "cpu" else _ROWS_AT_ONCE_ON_GPU
     activation = torch.cat(
         [
-            stages.round_activation(_activate(call, fc1_output[some], rows.expert[some], stages))
+            stages.round_activation(activate_rows(call, fc1_output[some], rows.expert[some], stages.activate))
             for some in spans(max(len(x), 1), at_once)
         ]
     )
@@ -172,7 +206,7 @@ def _gemm(
     call: MoeCall,
     which: int,
     x: Tensor,
-    rows: _Rows,
+    rows: Rows,
     gemm: Callable[..., Tensor],
     rounding: Callable[[Tensor], Tensor],
     keep: bool,
@@ -213,17 +247,18 @@ def _gemm(
     return torch.cat(accumulators), torch.cat(outputs)
 
 
-def _activate(call: MoeCall, fc1_output: Tensor, expert: Tensor, stages: Stages) -> Tensor:
+def activate_rows(call: MoeCall, fc1_output: Tensor, expert: Tensor, stage: Callable[..., Tensor]) -> Tensor:
+    """The activation of routed rows by its stage, with the bias and the parameters of each row's expert."""
     # Indexing with a tensor would wait for all of torch's threads, however little there is to do.
     bias, activation = call.experts.fc1_biases, call.activation
     given = [getattr(call.experts, name) for name in activation.defaults]
     parameters = [None if p is None else p.index_select(0, expert).unsqueeze(1) for p in given]
     bias = None if bias is None else bias.index_select(0, expert)
-    return stages.activate(activation, fc1_output, bias, parameters)
+    return stage(activation, fc1_output, bias, parameters)
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """R routed rows, expert by expert, in token order within an expert."""
 
     token: Tensor  # [R]
@@ -241,7 +276,7 @@ class _Rows:
         return pieces or [(0, slice(0, 0))]
 
 
-def _route(local: Tensor, rows_before: Tensor) -> _Rows:
+def _route(local: Tensor, rows_before: Tensor) -> Rows:
     """The routed rows of some tokens, `rows_before` of each expert's rows being of earlier tokens."""
     flat = local.flatten()
     per_expert = torch.bincount(flat + 1, minlength=len(rows_before) + 1)[1:]  # without skipped slots, -1
@@ -251,7 +286,7 @@ def _route(local: Tensor, rows_before: Tensor) -> _Rows:
     expert = flat.index_select(0, routed)
     starts = ends - per_expert - rows_before
     position = torch.arange(len(routed), device=flat.device) - starts.index_select(0, expert)
-    return _Rows(
+    return Rows(
         token=routed // local.shape[1],
         slot=routed % local.shape[1],
         expert=expert,

@@ -17,6 +17,7 @@ from torch import Tensor
 from mxfp4ref._validate import check_choice
 from mxfp4ref.formats.experts import Experts, Sm90Experts
 from mxfp4ref.formats.generations import PLAIN, Generation
+from mxfp4ref.formats.humming_experts import HummingExperts
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90.gpu.tiles import Tiles, tiles_for
 from mxfp4ref.sm90.tactics import Tactic
@@ -42,7 +43,8 @@ def usable(call: MoeCall) -> bool:
     device = call.input.device
     if emulated := os.environ.get("MXFP4REF_GPU_GEMM", ""):
         check_choice("MXFP4REF_GPU_GEMM", emulated, ("emulated",))
-    if device.type != "cuda" or not call.experts.quantized or emulated:
+    prepared = isinstance(call.experts, HummingExperts)
+    if device.type != "cuda" or not call.experts.quantized or emulated or prepared:
         return False
     if PLAIN in (call.kernel.generation, stored_for(call.experts)):
         return False  # no Triton kernel reads its layout or adds in its order

@@ -26,6 +26,7 @@ from mxfp4ref._validate import (
     check_tensor,
 )
 from mxfp4ref.formats.experts import Experts, Sm90Experts
+from mxfp4ref.formats.humming_experts import HummingExperts
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE
 from mxfp4ref.formats.resize import resize_experts, to_logical
 from mxfp4ref.model.call import MoeCall
@@ -138,6 +139,11 @@ def split_intermediate(
         raise ValueError(f"tp_size: expected a divisor of I={inner}, got {tp_size}")
     if tp_size == 1:
         return [experts]
+    if isinstance(experts, HummingExperts):
+        raise TypeError(
+            "experts: expected MXFP4 experts that are not prepared for FP8 activations, since engines prepare the "
+            "shard of each rank by itself; write [HummingExperts.prepare(shard) for shard in split_intermediate(...)]"
+        )
     if isinstance(experts, Sm90Experts):
         experts = to_logical(experts)
     width = GROUP_SIZE * -(-inner // (GROUP_SIZE * tp_size))

@@ -12,7 +12,7 @@ from torch import Tensor
 from mxfp4ref._compiler import uncompiled
 from mxfp4ref.sm90.fp32 import FP32_NAN
 
-__all__ = ["FRACTION_BITS", "STEP_SIZE", "step"]
+__all__ = ["FRACTION_BITS", "STEP_SIZE", "shift", "step", "to_fp32_toward_zero", "unpack_fp32"]
 
 STEP_SIZE = 16
 FRACTION_BITS = 25  # terms are truncated to multiples of 2^(largest exponent - 25)
@@ -40,7 +40,7 @@ def step(a: Tensor, b: Tensor, c: Tensor, *, fraction_bits: int = FRACTION_BITS)
     c_bits = c.view(torch.int32).to(torch.int64)
     a_sign, a_exponent, a_significand = _unpack(a_bits, 8)
     b_sign, b_exponent, b_significand = _unpack(b_bits, 8)
-    c_sign, c_exponent, c_significand = _unpack(c_bits, 24)
+    c_sign, c_exponent, c_significand = unpack_fp32(c_bits)
 
     # Exact products, not renormalised: the value is significand * 2^(exponent - 14), significand < 2^16.
     sign = a_sign * b_sign
@@ -50,10 +50,10 @@ def step(a: Tensor, b: Tensor, c: Tensor, *, fraction_bits: int = FRACTION_BITS)
     largest = torch.maximum(exponent.amax(-1), c_exponent)
 
     # Every term in units of 2^(largest - fraction_bits), truncated toward zero; the sum is exact.
-    terms = sign * _shift(significand, exponent - 14 - (largest.unsqueeze(-1) - fraction_bits))
-    c_term = c_sign * _shift(c_significand, c_exponent - 23 - (largest - fraction_bits))
+    terms = sign * shift(significand, exponent - 14 - (largest.unsqueeze(-1) - fraction_bits))
+    c_term = c_sign * shift(c_significand, c_exponent - 23 - (largest - fraction_bits))
     total = terms.sum(-1) + c_term
-    result = _to_fp32_toward_zero(total, largest - fraction_bits)
+    result = to_fp32_toward_zero(total, largest - fraction_bits)
 
     # Special values: NaN operands, 0 * Inf and Inf - Inf; Inf.
     a_magnitude, b_magnitude, c_magnitude = a_bits & 0x7FFF, b_bits & 0x7FFF, c_bits & 0x7FFFFFFF
@@ -78,20 +78,25 @@ def _unpack(bits: Tensor, precision: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.where(bits < 0, -1, 1), biased.clamp(min=1) - 127, significand
 
 
-def _shift(significand: Tensor, left: Tensor) -> Tensor:
+def unpack_fp32(bits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sign (+-1), exponent and integer significand of float32 bits, given as signed int64."""
+    return _unpack(bits, 24)
+
+
+def shift(significand: Tensor, left: Tensor) -> Tensor:
     """significand * 2^left, truncated to an integer."""
     return torch.where(left >= 0, significand << left.clamp(0, 40), significand >> (-left).clamp(0, 40))
 
 
-def _to_fp32_toward_zero(total: Tensor, unit: Tensor) -> Tensor:
+def to_fp32_toward_zero(total: Tensor, unit: Tensor) -> Tensor:
     """The float32 bits (as int64) of total * 2^unit, truncated toward zero."""
     magnitude = total.abs()
     length = torch.zeros_like(magnitude)  # the bit length of the magnitude
-    for shift in (32, 16, 8, 4, 2, 1):
-        length += torch.where((magnitude >> length) >> shift != 0, shift, 0)
+    for width in (32, 16, 8, 4, 2, 1):
+        length += torch.where((magnitude >> length) >> width != 0, width, 0)
     length += (magnitude != 0).to(torch.int64)
     exponent = (length - 1 + unit).clamp(min=-126)  # of the leading bit; subnormals share -126
-    significand = _shift(magnitude, unit - (exponent - 23))
+    significand = shift(magnitude, unit - (exponent - 23))
     # The leading bit adds one to the exponent field when it is there and nothing when it is not.
     bits = ((exponent + 126) << 23) + significand
     bits = torch.where(exponent > 127, 0x7F800000, bits)

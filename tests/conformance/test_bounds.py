@@ -326,5 +326,5 @@ def test_arguments_are_checked() -> None:
         torch.zeros(2, 2 * INNER, HIDDEN, dtype=torch.bfloat16), None,
         torch.zeros(2, HIDDEN, INNER, dtype=torch.bfloat16), None,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="call: expected experts with MXFP4 weights"):
+    with pytest.raises(ValueError, match="call: expected MXFP4 weights beside bf16 activations"):
         bound(replace(call, experts=dense))

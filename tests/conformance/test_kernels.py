@@ -22,9 +22,11 @@ from mxfp4ref.conformance import (
     run_case,
     suite,
 )
+from mxfp4ref.formats import humming
 from mxfp4ref.formats.generations import BYTEWISE, NEWEST
 from mxfp4ref.formats.layout import fold_scales_sm90, interleave_weights_sm90
 from mxfp4ref.goldens import Case, open_goldens
+from mxfp4ref.model.flashinfer import torch_ref_cutlass_fused_moe
 from mxfp4ref.sm90.tactics import Sm90Kernel, runnable_tactics, tactics_of
 from tests.helpers import kernels_under_test
 from tools.hardware import hardware
@@ -267,3 +269,25 @@ class TestFlashinfer:
             pytest.skip("there is a GPU here")
         with pytest.raises(KernelError, match="needs a CUDA device"):
             load_kernel("flashinfer")
+
+    @pytest.mark.parametrize("wrong", [False, True])
+    def test_fp8_activations(self, wrong: bool) -> None:
+        def w4a8(*, enable_pdl: bool, use_wfp4afp8_humming: bool, **arguments: Any) -> list[Any]:
+            assert use_wfp4afp8_humming
+            arguments |= {"strict": False, "use_wfp4afp8_humming": True}
+            if wrong:
+                scales = list(arguments["quant_scales"])
+                arguments["quant_scales"] = [scales[0], scales[1] / 64, scales[2], scales[3], scales[4] / 64]
+            return [*torch_ref_cutlass_fused_moe(**arguments), None]
+
+        self.helpers.cutlass_fused_moe = w4a8
+        self.helpers.interleave_moe_weights_for_sm90_mixed_gemm = lambda weight, quant_type: (
+            humming.interleave(weight) if quant_type == "fp4_fp8" else None
+        )
+        names = [name for name in GOLDENS.names() if GOLDENS.load(name).kind == "w4a8"]
+        assert len(names) >= 7
+        report = run("flashinfer-w4a8", [GOLDENS.load(name) for name in names], device="cpu", isolate=False)
+        assert report.ok != wrong
+        assert {result.status for result in report.results} == ({"differs"} if wrong else {"equal"})
+        if wrong:
+            assert "fp8_residual_uncompensated" in str(report.verdict)

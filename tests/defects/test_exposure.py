@@ -53,6 +53,9 @@ DESIGNED_FOR = {
     "mixtral": "softmax_of_other_set renorm_missing reciprocal_of_sum score_sum_float64",
     "every_byte": "minus_zero_lost subnormal_weights_flushed other_convention byte_255_infinite",
     "every_byte_sm90": "other_convention",
+    "w4a8_every_option": "fp8_residual_ignored fp8_residual_of_the_other_gemm fp8_rounded_before_factor",
+    "w4a8_rows_of_any_size": "fp8_scale_of_all_rows fp8_quotient_exact fp8_factor_exact",
+    "w4a8_cancelling": "fp8_accumulator_exact fp8_accumulator_float32 fp8_accumulator_promoted fp8_k_descending",
 }
 
 

@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mxfp4ref.formats import humming
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.formats.generations import Generation, generation_named
+from mxfp4ref.formats.humming_experts import HummingExperts
 from mxfp4ref.formats.layout import (
     fold_scales_sm90,
     interleave_weights_sm90,
@@ -72,6 +74,11 @@ class Original:
     @property
     def generation(self) -> Generation:
         return generation_named(self.layout)
+
+    @property
+    def fp8(self) -> bool:
+        """Whether the call has FP8 activations (W4A8)."""
+        return self.fc1_residuals is not None
 
     def padded(self, hidden: int, intermediate: int, tp_size: int) -> tuple[int, int]:
         """H and I as the kernel of a rank sees them."""
@@ -200,6 +207,21 @@ def prepared(original: Original, layer: Layer, rank: Rank) -> dict[str, Tensor |
     halves[:, :, :width, layer.hidden // 32 :] = original.scale_of_hidden_padding
     padded.fc2_scales[:, layer.hidden :, : width // 32] = original.scale_of_hidden_padding
     generation = original.generation
+    if original.fp8:
+        ready = HummingExperts.prepare(padded)
+        assert ready.fc1_scales is not None
+        assert ready.fc2_scales is not None
+        return {
+            "fc1_weights": humming.interleave(ready.fc1_weights),
+            "fc2_weights": humming.interleave(ready.fc2_weights),
+            "fc1_scales": _folded(ready.fc1_scales, generation, original.fc1_scales),
+            "fc2_scales": _folded(ready.fc2_scales, generation, original.fc2_scales),
+            "fc1_residuals": ready.fc1_residual,
+            "fc2_residuals": ready.fc2_residual,
+            "fc1_biases": ready.fc1_biases,
+            "fc2_biases": ready.fc2_biases,
+            **parameters(original, experts.stop - experts.start),
+        }
     return {
         "fc1_weights": interleave_weights_sm90(padded.fc1_weights, generation),
         "fc2_weights": interleave_weights_sm90(padded.fc2_weights, generation),
@@ -225,8 +247,6 @@ def arguments(original: Original, layer: Layer, tokens: Tokens, rank: Rank) -> d
         "fc2_expert_weights": weights["fc2_weights"],
         "fc1_expert_biases": weights["fc1_biases"],
         "fc2_expert_biases": weights["fc2_biases"],
-        "fc1_residuals": torch.ones(layer.num_experts // rank.ep_size),
-        "fc2_residuals": torch.ones(layer.num_experts // rank.ep_size),
         "fc2_act_scale": torch.tensor(1.0),
         **weights,
     }

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mxfp4ref.formats.generations import PLAIN, WORDWISE, Generation, generation_of
+from mxfp4ref.formats.humming_experts import HummingExperts
 from mxfp4ref.formats.resize import resize_experts
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.flashinfer import drop_in
@@ -103,6 +104,8 @@ def expected(original: Original, layer: Layer, tokens: Tokens, rank: Rank) -> Te
         kernel=Sm90Kernel(generation=original.generation),
         activation_type=original.activation_type,
     )
+    if original.fp8:  # with sizes that need no padding
+        return forward(replace(call, experts=HummingExperts.prepare(call.experts)))[:, :hidden]
     up, gate = slice(0, width), slice(round_up(width, 128), round_up(width, 128) + width)
     stages = Stages(fc1_gemm=of_unpadded(hidden, [up, gate]), fc2_gemm=of_unpadded(width, [slice(0, hidden)]))
     return forward(call, stages)[:, :hidden]
@@ -132,7 +135,7 @@ def test_the_call_of_every_rank(original: Original, tp_size: int, ep_size: int) 
 
 @pytest.mark.parametrize(
     ("original", "tp_size"),
-    [(original, tp_size) for original, tp_size, ep_size in calls() if ep_size == 1],
+    [(original, tp_size) for original, tp_size, ep_size in calls() if ep_size == 1 and not original.fp8],
     ids=lambda value: value.name if isinstance(value, Original) else str(value),
 )
 def test_all_ranks_at_once(original: Original, tp_size: int) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mxfp4ref.defects import DequantizeCall, RoutingCall
 from mxfp4ref.formats.experts import Experts
+from mxfp4ref.formats.humming_experts import HummingExperts
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90.activation import GEGLU, SITU, SWIGLU_STEP
 
@@ -454,4 +455,34 @@ def every_byte_sm90() -> DequantizeCall:
 
 DEQUANTIZE_CALLS: dict[str, Callable[[], DequantizeCall]] = {
     function.__name__: function for function in (every_byte, every_byte_sm90)
+}
+
+
+def w4a8_every_option() -> MoeCall:
+    """Biases, parameters by expert, other ranges of scales in the two GEMMs."""
+    call = every_option()
+    assert call.experts.fc2_scales is not None
+    experts = replace(call.experts, fc2_scales=call.experts.fc2_scales - 5)
+    return replace(call, experts=HummingExperts.prepare(experts))
+
+
+def w4a8_rows_of_any_size() -> MoeCall:
+    """Rows of sizes 2^-20 to 2^20; the reciprocal of the last one's maximum is too small."""
+    call = w4a8_every_option()
+    sizes = torch.exp2(torch.linspace(-20, 20, M)).unsqueeze(1)
+    sizes[-1] = 2.0**125
+    return replace(call, input=(call.input.to(torch.float32) * sizes).to(torch.bfloat16))
+
+
+def w4a8_cancelling() -> MoeCall:
+    """GEMM1's accumulators are what each of its steps lost."""
+    call = cancelling_gemm1()
+    spread = torch.exp2(-12 * torch.rand(M, 320, generator=_generator(9)))
+    half = (call.input[:, :320].to(torch.float32) * spread).to(torch.bfloat16)
+    experts = HummingExperts.prepare(call.experts)
+    return replace(call, input=torch.cat((half, -half), 1), experts=experts)
+
+
+W4A8_CALLS: dict[str, Callable[[], MoeCall]] = {
+    function.__name__: function for function in (w4a8_every_option, w4a8_rows_of_any_size, w4a8_cancelling)
 }

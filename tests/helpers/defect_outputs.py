@@ -21,11 +21,13 @@ BUILDERS: dict[str, dict[str, Callable[[], Any]]] = {
     "moe": defect_calls.MOE_CALLS,
     "routing": defect_calls.ROUTING_CALLS,
     "dequantize": defect_calls.DEQUANTIZE_CALLS,
+    "w4a8": defect_calls.W4A8_CALLS,
 }
 REFERENCES: dict[str, Callable[[Any], Any]] = {
     "moe": forward,
     "routing": route,
     "dequantize": dequantize_call,
+    "w4a8": forward,
 }
 
 

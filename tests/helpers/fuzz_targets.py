@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxfp4ref.formats import experts, layout, mxfp4, quantize
+from mxfp4ref.formats import experts, humming, layout, mxfp4, quantize, wordwise
 from mxfp4ref.formats import resize as moved
 from mxfp4ref.formats.generations import NEWEST, PLAIN
+from mxfp4ref.formats.humming_experts import HummingExperts, Sm90HummingExperts
 from mxfp4ref.goldens import generator as counter
 from mxfp4ref.model import call, layer, parallel, placement
 from mxfp4ref.model import flashinfer as oracle
@@ -60,6 +61,28 @@ def sm90_arguments() -> dict[str, Any]:
 def plain_arguments() -> dict[str, Any]:
     made = moved.to_sm90(make_experts(), PLAIN)
     return {name: getattr(made, name) for name in expert_arguments()}
+
+
+@cache
+def make_humming_experts() -> HummingExperts:
+    return HummingExperts.prepare(make_experts())
+
+
+def humming_arguments() -> dict[str, Any]:
+    return {field.name: getattr(make_humming_experts(), field.name) for field in fields(HummingExperts)}
+
+
+def sm90_humming_arguments() -> dict[str, Any]:
+    changed = {}
+    for gemm in ("fc1", "fc2"):
+        changed[f"{gemm}_weights"] = humming.interleave(getattr(make_humming_experts(), f"{gemm}_weights"))
+        changed[f"{gemm}_scales"] = wordwise.fold(getattr(make_humming_experts(), f"{gemm}_scales"))
+    return humming_arguments() | changed
+
+
+def to_prepare() -> dict[str, Any]:
+    scales = random_bytes(2, 16, 2, low=104, high=124)
+    return {"packed": random_bytes(2, 16, 32), "scales": scales, "max_range": 11}
 
 
 def routed() -> dict[str, Any]:
@@ -196,6 +219,14 @@ TARGETS: dict[str, Target] = {
     "formats.experts.Experts": Target(experts.Experts, expert_arguments),
     "formats.experts.Sm90Experts": Target(experts.Sm90Experts, sm90_arguments),
     "formats.experts.PlainExperts": Target(experts.PlainExperts, plain_arguments),
+    "formats.humming.prepare": Target(humming.prepare, to_prepare),
+    "formats.humming.preparation_loss": Target(humming.preparation_loss, to_prepare),
+    "formats.humming.interleave": Target(humming.interleave, lambda: {"packed": random_bytes(2, 16, 32)}),
+    "formats.humming.deinterleave": Target(
+        humming.deinterleave, lambda: {"interleaved": random_bytes(2, 16, 32)}
+    ),
+    "formats.humming_experts.HummingExperts": Target(HummingExperts, humming_arguments),
+    "formats.humming_experts.Sm90HummingExperts": Target(Sm90HummingExperts, sm90_humming_arguments),
     "formats.experts.Experts.slice": Target(
         lambda start, stop: make_experts().slice(start, stop), lambda: {"start": 1, "stop": 3}
     ),

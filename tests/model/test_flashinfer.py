@@ -287,7 +287,8 @@ def test_every_argument_is_accounted_for() -> None:
     no_effect = {"tune_max_num_tokens", "enable_pdl", "swizzled_input_sf", "use_fused_finalize"}
     no_effect |= {"workspace_buffer", "cluster_rank"}
     refused = {"input_sf", "cluster_size", "enable_alltoall", "use_deepseek_fp8_block_scale"}
-    refused |= {"use_mxfp8_act_scaling", "min_latency_mode", "use_packed_weights", "use_wfp4afp8_humming"}
+    refused |= {"use_mxfp8_act_scaling", "min_latency_mode", "use_packed_weights"}
+    effective |= {"use_wfp4afp8_humming"}  # test_humming.py
     refused |= set(KEYWORD_ONLY)
     assert effective | no_effect | refused == set(POSITIONAL) | set(KEYWORD_ONLY)
 

@@ -40,7 +40,6 @@ from tests.helpers.drop_in import (
         {"use_mxfp8_act_scaling": True},
         {"min_latency_mode": True},
         {"use_packed_weights": True},
-        {"use_wfp4afp8_humming": True},
         {"clamped_relu2_limit": torch.ones(1)},
         {"backend": "cake"},
         {"output_dtype": torch.float16},
@@ -173,7 +172,11 @@ def strided(tensor: Tensor) -> Tensor:
             TypeError,
             "quant_scales[0]: expected a uint8 tensor of shape [4, 256, 8]",
         ),
-        ({"use_w4_group_scaling": False}, TypeError, "fc1_expert_weights: expected a bfloat16 tensor"),
+        (
+            {"use_w4_group_scaling": False},
+            TypeError,
+            "fc1_expert_weights: expected bfloat16 weights, got uint8; MXFP4 weights need use_w4_group_scaling=True",
+        ),
         (
             {"token_selected_experts": A["token_selected_experts"].long()},
             TypeError,
@@ -270,3 +273,8 @@ def test_zero_biases_are_no_biases() -> None:
     zeros = weights.new_zeros(weights.shape[:2], dtype=torch.bfloat16)
     alone = replace(CALL, experts=replace(EXPERTS, fc2_biases=None))
     bits.assert_same(oracle(fc2_expert_biases=zeros), forward(alone))
+
+
+def test_tensors_in_logical_layout_are_told_how_they_are_taken() -> None:
+    with pytest.raises(ValueError, match=r'^quant_scales\[0\]: .* taken with weight_layout="logical"'):
+        oracle(CALL, weight_layout="sm90")

@@ -27,6 +27,8 @@ def load_tool() -> ModuleType:
 
 tool = load_tool()
 
+PATHS = ["w4a16", "w4a8"]
+
 INSTANTIATION = """namespace n {
 template class CutlassMoeFCRunner<float, float>;
 // template class CutlassMoeFCRunner<__nv_fp8_e4m3, __nv_fp8_e4m3>;
@@ -34,6 +36,8 @@ template class CutlassMoeFCRunner<float, float>;
 template class CutlassMoeFCRunner<__nv_fp8_e4m3, Fp4Type, half, half, half, false,
                                   Sm90Wfp4Afp8ScaleMode::kHummingPreMmaE8M0>;
 template class CutlassMoeFCRunner<Fp4Type, Fp4Type, __nv_bfloat16>;
+template class CutlassMoeFCRunner<__nv_fp8_e4m3, Fp4Type, __nv_bfloat16, __nv_bfloat16,
+                                  __nv_bfloat16, false, Sm90Wfp4Afp8ScaleMode::kHummingPreMmaE8M0>;
 template class CutlassMoeFCRunner<__nv_bfloat16,
                                   Fp4Type>;
 #endif
@@ -47,6 +51,9 @@ BINDING = """  FusedMoeRunner(...) {
     if (mActivationDtype == dl_float16) {
       mKernelRunner = std::make_shared<kernels::CutlassMoeFCRunner<half, half>>();
     }
+    if (isWMxfp4AFp8HummingQuant()) {
+      make_humming_runner();
+    }
     if (isWFP4A16Quant()) {
       mKernelRunner = std::make_shared<kernels::CutlassMoeFCRunner<__nv_bfloat16, WEIGHT>>();
     }
@@ -57,6 +64,11 @@ BINDING = """  FusedMoeRunner(...) {
 LAUNCHER = """
 template void launcher<__nv_bfloat16, SafeFP4, cute::Shape<cute::Int<64>>> (
 GroupedGemmInput<__nv_bfloat16>inputs, int sm_count_, size_t* workspace_size);
+"""
+GEMMS = """template class MoeGemmRunner<__nv_fp8_e4m3, Fp4Type, half>;
+template class MoeGemmRunner<__nv_fp8_e4m3, Fp4Type, __nv_bfloat16>;
+template class MoeGemmRunner<__nv_fp8_e4m3, Fp4Type, __nv_bfloat16, __nv_bfloat16, false,
+                             Sm90Wfp4Afp8ScaleMode::kHummingPreMmaE8M0>;
 """
 INIT = '"""Docstring."""\n\nfrom __future__ import annotations\n\nimport contextlib\n\nfrom . import jit\n'
 
@@ -78,6 +90,7 @@ def package(tmp_path: Path) -> Path:
         f"{tool.BACKEND}/flashinfer_cutlass_fused_moe_binding.cu": BINDING.replace(
             "WEIGHT", "kernels::Fp4Type"
         ),
+        f"{tool.GEMMS}/moe_gemm_kernels_fp8_fp4.cu": GEMMS,
         "data/cutlass/include/cute.hpp": "// big",
         "data/build_backend.py": "",
     }
@@ -185,6 +198,7 @@ def test_the_command_line_reports_what_is_missing_and_fails(
     [
         ("--out", "kernel.zip", "expected a name that ends in"),
         ("--jobs", "0", "expected at least 1"),
+        ("--tiles", "64x16", "expected tiles such as 64x16x128"),
         ("--tvm-ffi", "x.whl", "expected an apache-tvm-ffi"),
     ],
 )
@@ -200,7 +214,7 @@ def test_a_bad_option_is_refused_before_anything_is_built(
 
 @pytest.mark.parametrize("weight", ["Fp4Type", "__nv_fp4_e2m1"])
 def test_only_the_mxfp4_runner_is_instantiated(weight: str) -> None:
-    kept = tool.keep_mxfp4_runner(INSTANTIATION.replace("Fp4Type", weight))
+    kept = tool.keep_fused_runners(INSTANTIATION.replace("Fp4Type", weight), ["w4a16"])
     assert kept.count("template class") == 1
     assert (
         f"template class CutlassMoeFCRunner<__nv_bfloat16,\n                                  {weight}>;"
@@ -211,7 +225,7 @@ def test_only_the_mxfp4_runner_is_instantiated(weight: str) -> None:
 
 @pytest.mark.parametrize("weight", ["kernels::Fp4Type", "__nv_fp4_e2m1"])
 def test_only_the_mxfp4_branch_is_constructed(weight: str) -> None:
-    kept = tool.keep_mxfp4_constructor(BINDING.replace("WEIGHT", weight))
+    kept = tool.keep_constructors(BINDING.replace("WEIGHT", weight), ["w4a16"])
     assert kept.count("make_shared") == 1
     assert f"CutlassMoeFCRunner<__nv_bfloat16, {weight}>>();" in kept
     assert (
@@ -222,16 +236,42 @@ def test_only_the_mxfp4_branch_is_constructed(weight: str) -> None:
 @pytest.mark.parametrize(
     ("patch", "text"),
     [
-        ("keep_mxfp4_runner", INSTANTIATION.replace("__nv_bfloat16,\n", "half,\n")),
-        ("keep_mxfp4_constructor", BINDING.replace("// keep consistent", "// keep")),
-        ("keep_mxfp4_constructor", BINDING),
+        ("keep_fused_runners", INSTANTIATION.replace("template class CutlassMoeFCRunner<__nv_bfloat16", "")),
+        ("keep_constructors", BINDING.replace("// keep consistent", "// keep")),
+        ("keep_constructors", BINDING),
+        ("keep_constructors", BINDING.replace("WEIGHT", "Fp4Type").replace("AFp8Humming", "AFp8")),
         ("split_kernel_files", "GROUP_SIZE = 16"),
         ("add_prologue", '"""Nothing."""'),
     ],
 )
 def test_a_source_that_looks_otherwise_is_refused(patch: str, text: str) -> None:
+    paths = [["w4a16", "w4a8"]] if patch.startswith("keep") else []
     with pytest.raises(tool.BuildError, match="new release"):
-        getattr(tool, patch)(text)
+        getattr(tool, patch)(text, *paths)
+
+
+def test_what_w4a8_needs_is_kept() -> None:
+    kept = tool.keep_fused_runners(INSTANTIATION, ["w4a8"])
+    assert kept.count("template class") == 1
+    assert "__nv_bfloat16, false, Sm90Wfp4Afp8ScaleMode::kHummingPreMmaE8M0>;" in kept
+    assert tool.keep_fused_runners(INSTANTIATION, ["w4a16", "w4a8"]).count("template class") == 2
+    (gemms,) = [patch for name, patch in tool.patches(["w4a8"]).items() if name.startswith(tool.GEMMS)]
+    assert gemms(GEMMS).count("template class") == 1
+    assert gemms(GEMMS).strip().endswith("Sm90Wfp4Afp8ScaleMode::kHummingPreMmaE8M0>;")
+    binding = BINDING.replace("WEIGHT", "kernels::Fp4Type")
+    kept = tool.keep_constructors(binding, ["w4a8"])
+    assert kept.count("make_shared") == 1
+    assert "CutlassMoeFCRunner<__nv_fp8_e4m3, kernels::Fp4Type, __nv_bfloat16, __nv_bfloat16" in kept
+    assert "false, kernels::Sm90Wfp4Afp8ScaleMode::kHummingPreMmaE8M0>>();" in kept
+    assert "mSm90Wfp4Afp8Mode = kernels::Sm90Wfp4Afp8ScaleMode::kHummingPreMmaE8M0;" in kept
+    assert tool.keep_constructors(binding, ["w4a16", "w4a8"]).count("make_shared") == 2
+
+
+def test_a_release_without_w4a8_is_told(package: Path, tmp_path: Path) -> None:
+    (package / tool.GEMMS / "moe_gemm_kernels_fp8_fp4.cu").unlink()
+    tool.make_private_copy(package, tmp_path / "one" / "flashinfer", ["w4a16"])
+    with pytest.raises(tool.BuildError, match=r"moe_gemm_kernels_fp8_fp4\.cu there: new release"):
+        tool.make_private_copy(package, tmp_path / "two" / "flashinfer", ["w4a16", "w4a8"])
 
 
 def test_the_prologue_comes_after_future_imports_and_before_all_others() -> None:
@@ -243,9 +283,9 @@ def test_the_prologue_comes_after_future_imports_and_before_all_others() -> None
 def test_the_copy_is_patched_and_the_package_is_not(package: Path, tmp_path: Path) -> None:
     before = {file: file.read_bytes() for file in package.rglob("*") if file.is_file()}
     copy = tmp_path / "work" / "flashinfer"
-    tool.make_private_copy(package, copy)
-    tool.make_private_copy(package, copy)
-    for name in tool.PATCHES:
+    tool.make_private_copy(package, copy, PATHS)
+    tool.make_private_copy(package, copy, PATHS)
+    for name in tool.patches(PATHS):
         assert (copy / name).is_file()
         assert (copy / name).resolve() == copy.resolve() / name
     assert "_carried" in (copy / "__init__.py").read_text()
@@ -259,17 +299,17 @@ def test_a_link_of_an_older_build_is_never_written_through(package: Path, tmp_pa
     copy.mkdir(parents=True)
     (copy / "jit").symlink_to(package / "jit")
     (copy / "__init__.py").symlink_to(package / "__init__.py")
-    tool.make_private_copy(package, copy)
+    tool.make_private_copy(package, copy, PATHS)
     assert (package / "__init__.py").read_text() == INIT
     assert not (copy / "jit").is_symlink()
 
 
 def test_patching_again_leaves_the_times_alone(package: Path, tmp_path: Path) -> None:
     copy = tmp_path / "work" / "flashinfer"
-    tool.make_private_copy(package, copy)
-    times = {name: (copy / name).stat().st_mtime_ns for name in tool.PATCHES}
-    tool.make_private_copy(package, copy)
-    assert times == {name: (copy / name).stat().st_mtime_ns for name in tool.PATCHES}
+    tool.make_private_copy(package, copy, PATHS)
+    times = {name: (copy / name).stat().st_mtime_ns for name in tool.patches(PATHS)}
+    tool.make_private_copy(package, copy, PATHS)
+    assert times == {name: (copy / name).stat().st_mtime_ns for name in tool.patches(PATHS)}
 
 
 def test_absent_packages_can_be_imported_but_not_used(tmp_path: Path) -> None:
@@ -302,7 +342,9 @@ def test_absent_launchers_become_specializations_that_throw() -> None:
 
 def test_only_runners_of_other_types_are_dropped() -> None:
     names = ["moe_gemm_kernels_bf16_fp4.cu", "moe_gemm_kernels_fp8_fp4.cu", "moe_gemm_mixed_utils.cu"]
-    assert [tool.is_other_type(name) for name in names] == [False, True, False]
+    for paths, others in ((["w4a16"], [False, True, False]), (["w4a8"], [True, False, False])):
+        wanted = [tool.KERNEL_PATHS[path] for path in paths]
+        assert [tool.is_other_type(name, wanted) for name in names] == others
 
 
 def test_a_launcher_is_told_by_tile_cluster_and_schedule() -> None:
@@ -312,6 +354,10 @@ def test_a_launcher_is_told_by_tile_cluster_and_schedule() -> None:
         mainloop_schedule="KernelScheduleType.TmaWarpSpecializedPingpong",
     )
     assert tool.describe_launcher(operation) == "64x16x128 1x2 pingpong"
+    operation.sm90_mixed_input_kernel_type = "single_warpgroup_rolling"
+    assert tool.describe_launcher(operation) == "64x16x128 1x2 single_warpgroup_rolling"
+    operation.cta_shape = (128, 8, 128)
+    assert tool.is_used(operation)
 
 
 @pytest.mark.parametrize(

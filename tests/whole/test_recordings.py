@@ -44,6 +44,7 @@ def test_geglu(name: str, activation_type: int, recorded_as: str) -> None:
 
 SCALAR = recorded.load(recorded.RECORDINGS / "scalar.npz")
 TENSOR_CORE = recorded.load(recorded.RECORDINGS / "wgmma.npz")
+FP8_TENSOR_CORE = recorded.load(recorded.RECORDINGS / "fp8_wgmma.npz")
 
 
 @pytest.mark.parametrize("name", recorded.scalar_names(SCALAR))
@@ -56,5 +57,12 @@ def test_scalar_operation(name: str) -> None:
 @pytest.mark.parametrize("name", recorded.tensor_core_names(TENSOR_CORE))
 def test_tensor_core_step(name: str) -> None:
     compared, differing = recorded.tensor_core_differences(TENSOR_CORE, name)
+    assert compared > 0
+    assert differing == 0
+
+
+@pytest.mark.parametrize("name", recorded.tensor_core_names(FP8_TENSOR_CORE))
+def test_fp8_tensor_core_step(name: str) -> None:
+    compared, differing = recorded.fp8_differences(FP8_TENSOR_CORE, name)
     assert compared > 0
     assert differing == 0

@@ -1,6 +1,6 @@
-"""Build flashinfer's SM90 fused-MoE module with only its bf16 x MXFP4 part, on a machine without a GPU.
+"""Build flashinfer's SM90 fused-MoE module with only its MXFP4 paths, on a machine without a GPU.
 
-The stock module is some 190 CUDA files; the path that this package models needs about 20 of them. The tool
+The stock module is some 190 CUDA files; a path that this package models needs about 20 of them. The tool
 makes a private copy of an installed or unpacked flashinfer-python, takes the other types out of it, lets
 flashinfer write its own ninja build, runs that, and packs the module together with flashinfer's Python code
 into one archive. On the GPU machine, with torch and numpy and no network:
@@ -16,6 +16,7 @@ of all clusters 7.5. An interrupted build goes on where it stopped when the same
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import importlib.util
 import io
@@ -31,7 +32,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 MODULE = "fused_moe_90"
 OLDEST_CUDA = (12, 8)  # the first with cuda_fp4.h
@@ -78,6 +79,49 @@ _sys.path.append(_os.path.join(_os.path.dirname(__file__), "_carried"))
 
 """
 GENERATOR = "import build_kernel, sys; build_kernel.write_build(*sys.argv[1:])"
+WORKSPACE_TILE = (128, 64, 256)  # the runner asks this launcher how large the workspace has to be
+
+
+class KernelPath(NamedTuple):
+    """One kind of call: its activations, and what of the sources it needs.
+
+    Attributes:
+        activation: the GEMM's first type, as the generator of launchers writes it.
+        source: the file that instantiates its GEMM runner.
+        runner: its `CutlassMoeFCRunner<...>`, a pattern for the arguments with single spaces.
+        gemm_runner: its `MoeGemmRunner<...>` likewise, where `source` has others too.
+        condition: when the binding constructs it.
+        members: what the binding sets with it.
+    """
+
+    activation: str
+    source: str
+    runner: str
+    gemm_runner: str | None
+    condition: str
+    members: str
+
+
+KERNEL_PATHS = {
+    "w4a16": KernelPath(
+        activation="__nv_bfloat16",
+        source="moe_gemm_kernels_bf16_fp4.cu",
+        runner=r"__nv_bfloat16, (?:kernels::)?(?:Fp4Type|__nv_fp4_e2m1)",
+        gemm_runner=None,
+        condition="isWFP4A16Quant() && mActivationDtype == dl_bfloat16",
+        members="",
+    ),
+    "w4a8": KernelPath(
+        activation="__nv_fp8_e4m3",
+        source="moe_gemm_kernels_fp8_fp4.cu",
+        runner="__nv_fp8_e4m3, Fp4Type, __nv_bfloat16, __nv_bfloat16, __nv_bfloat16, false, "
+        "Sm90Wfp4Afp8ScaleMode::kHummingPreMmaE8M0",
+        gemm_runner="__nv_fp8_e4m3, Fp4Type, __nv_bfloat16, __nv_bfloat16, false, "
+        "Sm90Wfp4Afp8ScaleMode::kHummingPreMmaE8M0",
+        condition="isWMxfp4AFp8HummingQuant() && mActivationDtype == dl_bfloat16",
+        members="      mSm90Wfp4Afp8Mode = kernels::Sm90Wfp4Afp8ScaleMode::kHummingPreMmaE8M0;\n",
+    ),
+}
 
 
 class BuildError(Exception):
@@ -99,7 +143,10 @@ def build(args: argparse.Namespace) -> None:
     """Check, copy, generate, compile, strip and pack, in this order."""
     package = find_flashinfer(args.flashinfer)
     version = read_version(package)
-    out = args.out or Path(f"flashinfer-{version}-sm90-mxfp4-{args.clusters}.tar.xz")
+    variant = "-".join([*(path for path in args.paths if path != "w4a16"), args.clusters])
+    out = args.out or Path(f"flashinfer-{version}-sm90-mxfp4-{variant}.tar.xz")
+    if args.tiles:
+        parse_tiles(args.tiles)
     if args.jobs < 1:
         raise BuildError(f"--jobs: expected at least 1, got {args.jobs}")
     if not out.name.endswith(".tar.xz"):
@@ -114,12 +161,15 @@ def build(args: argparse.Namespace) -> None:
         raise BuildError("missing for this build:\n" + "\n".join(f"  {line}" for line in missing))
     nvcc = nvcc_version(cuda_home)
 
-    workdir = (args.workdir or Path("build") / f"flashinfer-{version}-{args.clusters}").resolve()
-    print(f"flashinfer {version} from {package}, nvcc {nvcc}, clusters {args.clusters}, work in {workdir}")
+    workdir = (args.workdir or Path("build") / f"flashinfer-{version}-{variant}").resolve()
+    paths = ",".join(args.paths)
+    print(
+        f"flashinfer {version} from {package}, {paths}, nvcc {nvcc}, clusters {args.clusters}, work in {workdir}"
+    )
     claim(workdir)
-    make_private_copy(package, workdir / "flashinfer")
+    make_private_copy(package, workdir / "flashinfer", args.paths)
     stubs = make_stub_libraries(workdir / "stubs", nvcc, cuda_home)
-    plan = generate(workdir, cuda_home, stubs, args.clusters)
+    plan = generate(workdir, cuda_home, stubs, [paths, args.clusters, args.tiles or ""])
     print(f"{len(plan['sources'])} files, {len(plan['launchers'])} kernel launchers")
 
     start = time.monotonic()
@@ -133,6 +183,7 @@ def build(args: argparse.Namespace) -> None:
     module = library.read_bytes()
     facts = {
         "flashinfer": version,
+        "paths": args.paths,
         "clusters": args.clusters,
         "launchers": plan["launchers"],
         "nvcc": nvcc,
@@ -248,27 +299,43 @@ def find_missing(cuda_home: Path, include_dirs: Sequence[Path]) -> list[str]:
 # ---- the private copy ------------------------------------------------------------------------------------
 
 
-def keep_mxfp4_runner(text: str) -> str:
-    """Drop the explicit instantiations of every MoE runner but bf16 x MXFP4."""
-    runner = re.compile(r"template class CutlassMoeFCRunner<([^;]*?)>;")
-    kept = [found[0] for found in runner.finditer(text) if _is_mxfp4(found[1])]
-    if len(kept) != 1:
-        raise BuildError(f"expected one CutlassMoeFCRunner for bf16 x MXFP4, found {len(kept)}: new release?")
-    return runner.sub(lambda found: found[0] if _is_mxfp4(found[1]) else "", text)
+def keep_runners(text: str, *, template: str, wanted: Sequence[str]) -> str:
+    """Drop the explicit instantiations of a runner but those whose arguments one of the patterns describes."""
+    instantiation = re.compile(rf"template class {template}<([^;]*?)>;")
+
+    def is_wanted(arguments: str, patterns: Sequence[str]) -> bool:
+        return any(re.fullmatch(pattern, " ".join(arguments.split())) for pattern in patterns)
+
+    for pattern in wanted:
+        found = [arguments for arguments in instantiation.findall(text) if is_wanted(arguments, [pattern])]
+        if len(found) != 1:
+            raise BuildError(f"expected one {template}<{pattern}>, found {len(found)}: new release?")
+    return instantiation.sub(lambda found: found[0] if is_wanted(found[1], wanted) else "", text)
 
 
-def keep_mxfp4_constructor(text: str) -> str:
-    """Leave only the W4A16 branch in the constructor of the binding's runner."""
+def keep_fused_runners(text: str, paths: Sequence[str]) -> str:
+    """Drop the explicit instantiations of every fused-MoE runner but those of the paths."""
+    wanted = [KERNEL_PATHS[path].runner for path in paths]
+    return keep_runners(text, template="CutlassMoeFCRunner", wanted=wanted)
+
+
+def keep_constructors(text: str, paths: Sequence[str]) -> str:
+    """Leave only the paths' branches in the constructor of the binding's runner."""
     start, end = "    // keep consistent with cpp/tensorrt_llm/plugins", "    if (!mKernelRunner) {"
     weight = re.search(r"CutlassMoeFCRunner<__nv_bfloat16, ((?:kernels::)?(?:Fp4Type|__nv_fp4_e2m1))>", text)
-    if text.count(start) != 1 or text.count(end) != 1 or weight is None:
+    known = text.count(start) == 1 and text.count(end) == 1 and weight is not None
+    if not known or not all(KERNEL_PATHS[path].condition.split("()")[0] in text for path in paths):
         raise BuildError("the binding's constructor does not look as in the known releases: new release?")
-    branch = f"""    if (isWFP4A16Quant() && mActivationDtype == dl_bfloat16) {{
+    branches = ""
+    for path in map(KERNEL_PATHS.__getitem__, paths):
+        arguments = f"__nv_bfloat16, {weight[1]}" if path.gemm_runner is None else path.runner
+        arguments = re.sub(r"\b(?<!:)(Fp4Type|Sm90Wfp4Afp8ScaleMode)", r"kernels::\1", arguments)
+        branches += f"""    if ({path.condition}) {{
       mInnerDimMultiplier = 2;
-      mKernelRunner = std::make_shared<kernels::CutlassMoeFCRunner<__nv_bfloat16, {weight[1]}>>();
+{path.members}      mKernelRunner = std::make_shared<kernels::CutlassMoeFCRunner<{arguments}>>();
     }}
 """
-    return text[: text.index(start)] + branch + text[text.index(end) :]
+    return text[: text.index(start)] + branches + text[text.index(end) :]
 
 
 def add_prologue(text: str) -> str:
@@ -288,20 +355,38 @@ def split_kernel_files(text: str) -> str:
 
 
 BACKEND = "data/csrc/fused_moe/cutlass_backend"
-# The files of the package that the copy has as its own; env.py because it finds the sources by its own place.
-PATCHES: dict[str, Callable[[str], str]] = {
-    "__init__.py": add_prologue,
-    "jit/env.py": lambda text: text,
-    "jit/gemm/cutlass/generate_kernels.py": split_kernel_files,
-    f"{BACKEND}/cutlass_fused_moe_instantiation.cu": keep_mxfp4_runner,
-    f"{BACKEND}/flashinfer_cutlass_fused_moe_binding.cu": keep_mxfp4_constructor,
-}
+GEMMS = "data/csrc/nv_internal/tensorrt_llm/kernels/cutlass_kernels/moe_gemm"
 
 
-def make_private_copy(package: Path, copy: Path) -> None:
+def patches(paths: Sequence[str]) -> dict[str, Callable[[str], str]]:
+    """The files of the package that the copy has as its own; env.py because it finds the sources by its own place."""
+    of_gemms = {
+        f"{GEMMS}/{path.source}": functools.partial(
+            keep_runners, template="MoeGemmRunner", wanted=[path.gemm_runner]
+        )
+        for path in map(KERNEL_PATHS.__getitem__, paths)
+        if path.gemm_runner is not None
+    }
+    return {
+        "__init__.py": add_prologue,
+        "jit/env.py": lambda text: text,
+        "jit/gemm/cutlass/generate_kernels.py": split_kernel_files,
+        f"{BACKEND}/cutlass_fused_moe_instantiation.cu": functools.partial(keep_fused_runners, paths=paths),
+        f"{BACKEND}/flashinfer_cutlass_fused_moe_binding.cu": functools.partial(
+            keep_constructors, paths=paths
+        ),
+        **of_gemms,
+    }
+
+
+def make_private_copy(package: Path, copy: Path, paths: Sequence[str]) -> None:
     """Mirror the package with symbolic links, except for the patched files; the package stays untouched."""
-    _link_tree(package, copy, {Path(name) for name in PATCHES})
-    for name, patch in PATCHES.items():
+    patched = patches(paths)
+    missing = [name for name in patched if not (package / name).is_file()]
+    if missing:
+        raise BuildError(f"{package}: no {missing[0]} there: new release?")
+    _link_tree(package, copy, {Path(name) for name in patched})
+    for name, patch in patched.items():
         _write_if_changed(copy / name, patch((package / name).read_text()))
     for name, text in carried_modules().items():
         _write_if_changed(copy / "_carried" / name, text)
@@ -335,7 +420,7 @@ def make_stub_libraries(directory: Path, nvcc: str, cuda_home: Path) -> Path:
 # ---- the build -------------------------------------------------------------------------------------------
 
 
-def generate(workdir: Path, cuda_home: Path, stubs: Path, clusters: str) -> dict[str, Any]:
+def generate(workdir: Path, cuda_home: Path, stubs: Path, choice: Sequence[str]) -> dict[str, Any]:
     """Let the copy of flashinfer write its ninja build, in a process of its own; return what it wrote."""
     # no-as-needed keeps the stubs' names in the module, lazy lets it load with symbols that are never called
     flags = [f"-L{stubs}", "-Wl,--no-as-needed", "-Wl,-z,lazy", "-lcuda"]
@@ -350,23 +435,33 @@ def generate(workdir: Path, cuda_home: Path, stubs: Path, clusters: str) -> dict
         "PYTHONPATH": os.pathsep.join(filter(None, search)),
     }
     plan = workdir / "plan.json"
-    run_tool([sys.executable, "-c", GENERATOR, clusters, str(plan)], environment)
+    run_tool([sys.executable, "-c", GENERATOR, str(plan), *choice], environment)
     result: dict[str, Any] = json.loads(plan.read_text())
     return result
 
 
-def write_build(clusters: str, plan: str) -> None:
+def write_build(plan: str, paths: str, clusters: str, tiles: str) -> None:
     """Write the trimmed ninja build with the flashinfer that is importable here, and say in `plan` what."""
     import flashinfer.jit.fused_moe as fused_moe
     from flashinfer.jit.gemm.cutlass import generate_kernels as kernels
 
     type_names = kernels.CudaTypeName
+    chosen = [KERNEL_PATHS[path] for path in paths.split(",")]
     wanted = [
         op
         for op in kernels.generate_sm90_mixed_type_grouped_gemm_operations(True)
-        if type_names[op.act_type] == "__nv_bfloat16" and type_names[op.weight_type] in MXFP4_TYPES
+        if type_names[op.act_type] in [path.activation for path in chosen]
+        and type_names[op.weight_type] in MXFP4_TYPES
+        and type_names[op.output_type] == "__nv_bfloat16"
     ]
-    built = [op for op in wanted if is_used(op) and (clusters == "all" or tuple(op.cga_shape) == ONE_CTA)]
+    only = {*parse_tiles(tiles), WORKSPACE_TILE} if tiles else None
+    built = [
+        op
+        for op in wanted
+        if is_used(op)
+        and (clusters == "all" or tuple(op.cga_shape) == ONE_CTA)
+        and (only is None or tuple(op.cta_shape) in only)
+    ]
     absent = [op for op in wanted if op not in built]
     kernels.generate_sm90_operations = lambda enabled: built
     kernels.generate_sm80_operations = lambda enabled: []
@@ -378,13 +473,13 @@ def write_build(clusters: str, plan: str) -> None:
     stock_spec = fused_moe.gen_jit_spec
 
     def trimmed_spec(name: str, sources: Sequence[Path], **options: object) -> object:
-        kept = [source for source in sources if not is_other_type(Path(source).name)]
+        kept = [source for source in sources if not is_other_type(Path(source).name, chosen)]
         return stock_spec(name, [*kept, *([extra] if absent else [])], **options)
 
     fused_moe.gen_jit_spec = trimmed_spec
     spec = fused_moe.gen_cutlass_fused_moe_sm90_module()
     if not built or spec.name != MODULE:
-        raise BuildError(f"no bf16 x MXFP4 kernels for SM90, or a module other than {MODULE}: new release?")
+        raise BuildError(f"no kernels of {paths} for SM90, or a module other than {MODULE}: new release?")
     spec.write_ninja()
     ninja = spec.ninja_path.read_text()
     spec.ninja_path.write_text(re.sub(r"^rule .*$", r"\g<0>\n  description = $out", ninja, flags=re.M))
@@ -413,24 +508,39 @@ def run_ninja(plan: Mapping[str, Any], include_dirs: Sequence[Path], jobs: int) 
         raise BuildError("a file did not compile (its messages are above); the same command tries again")
 
 
-def is_other_type(source: str) -> bool:
-    """Say whether a source file holds GEMM runners of other types than bf16 x MXFP4."""
-    return source.startswith("moe_gemm_kernels_") and source != "moe_gemm_kernels_bf16_fp4.cu"
+def is_other_type(source: str, paths: Iterable[KernelPath]) -> bool:
+    """Say whether a source file holds GEMM runners of other types than the paths'."""
+    return source.startswith("moe_gemm_kernels_") and source not in [path.source for path in paths]
 
 
 def is_used(operation: Any) -> bool:
     """Say whether a tactic has this launcher's schedule; of a large tile's two only one is ever used."""
+    if single_warpgroup_kind(operation):
+        return True
     tile = tuple(operation.cta_shape)
     pingpong = tile[0] < 128 or tile == (128, 128, 512)
     return str(operation.mainloop_schedule).endswith("Pingpong" if pingpong else "Cooperative")
+
+
+def single_warpgroup_kind(operation: Any) -> str:
+    """The kind of a kernel of W4A8 that has one warpgroup, such as `single_warpgroup_rolling`; empty for others."""
+    kind = getattr(operation, "sm90_mixed_input_kernel_type", "warp_specialized")
+    return "" if kind == "warp_specialized" else kind
 
 
 def describe_launcher(operation: Any) -> str:
     """Return an operation's tile, cluster and schedule, such as `64x16x128 1x1 pingpong`."""
     tile = "x".join(str(size) for size in operation.cta_shape)
     cluster = "x".join(str(size) for size in operation.cga_shape[:2])
-    schedule = str(operation.mainloop_schedule).rpartition("TmaWarpSpecialized")[2]
-    return f"{tile} {cluster} {schedule.lower()}"
+    schedule = str(operation.mainloop_schedule).rpartition("TmaWarpSpecialized")[2].lower()
+    return f"{tile} {cluster} {single_warpgroup_kind(operation) or schedule}"
+
+
+def parse_tiles(text: str) -> list[tuple[int, ...]]:
+    """`64x16x128,128x64x256` as tuples."""
+    if not re.fullmatch(r"\d+x\d+x\d+(,\d+x\d+x\d+)*", text):
+        raise BuildError(f"--tiles: expected tiles such as 64x16x128,128x64x256, got {text}")
+    return [tuple(map(int, tile.split("x"))) for tile in text.split(",")]
 
 
 def refuse_launchers(instantiations: Iterable[str]) -> str:
@@ -449,7 +559,7 @@ def refuse_launchers(instantiations: Iterable[str]) -> str:
 
 namespace tensorrt_llm::kernels::cutlass_kernels_oss {{
 static void refuse() {{
-  throw std::runtime_error("not in this trimmed build (build_kernel.py --clusters all has all tactics)");
+  throw std::runtime_error("not in this trimmed build (build_kernel.py --clusters all, without --tiles, has all)");
 }}
 {"".join(refusals)}
 }}  // namespace tensorrt_llm::kernels::cutlass_kernels_oss
@@ -524,8 +634,11 @@ def run_tool(command: Sequence[str], environment: Mapping[str, str] | None = Non
     return done.stdout
 
 
-def _is_mxfp4(arguments: str) -> bool:
-    return " ".join(arguments.split()) in ("__nv_bfloat16, Fp4Type", "__nv_bfloat16, __nv_fp4_e2m1")
+def _paths(text: str) -> list[str]:
+    names = text.split(",")
+    if len(set(names)) != len(names) or not set(names) <= set(KERNEL_PATHS):
+        raise argparse.ArgumentTypeError(f"expected one or more of {', '.join(KERNEL_PATHS)}, got {text}")
+    return names
 
 
 def _link_tree(source: Path, target: Path, real: set[Path]) -> None:
@@ -555,6 +668,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--flashinfer", type=Path, help="the package, or the folder with it (default: importable)"
     )
+    parser.add_argument(
+        "--paths",
+        type=_paths,
+        default=["w4a16"],
+        metavar="PATH[,PATH]",
+        help="w4a16 (bf16 activations, the default), w4a8 (FP8 activations, use_wfp4afp8_humming), or both",
+    )
+    parser.add_argument("--tiles", help="only these tiles, such as 64x16x128,128x64x256 (default: all)")
     parser.add_argument(
         "--clusters", choices=("one", "all"), default="one", help="thread-block clusters to build"
     )

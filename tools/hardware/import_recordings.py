@@ -46,7 +46,7 @@ EXPERTS_KEPT = {
 }
 PER_EXPERT = ("w1", "s1", "w2", "s2", "b1", "b2", "alpha", "beta", "limit")
 SCALAR_KEPT = 8192  # elements of each scalar operation
-BLOCKS_KEPT = 16  # blocks of each tensor-core set
+BLOCKS_KEPT = {"wgmma": 16, "fp8_wgmma": 4}  # blocks of each tensor-core set
 
 
 def main() -> int:
@@ -75,8 +75,8 @@ def main() -> int:
 def _compact(name: str, arrays: Arrays) -> Arrays:
     if name == "scalar":
         return {key: value[:SCALAR_KEPT] for key, value in arrays.items()}
-    if name == "wgmma":
-        return {key: value[:BLOCKS_KEPT] for key, value in arrays.items()}
+    if name in BLOCKS_KEPT:
+        return {key: value[: BLOCKS_KEPT[name]] for key, value in arrays.items()}
     if "tile" in arrays:
         # Most tiles gave the same bits: each distinct output once, and which one a tile gave.
         distinct, which = np.unique(arrays["out"], axis=0, return_inverse=True)

@@ -202,9 +202,11 @@ def _readme() -> str:
             size = " of real size" if record.get("real_size") else ""
             names = ", ".join(record.get("activations", []))  # none: recorded when there was SwiGLU alone
             of = f" of {names}" if names else ""
-            what = f"random calls{size}{of}{clusters}, seeds {first} to {end - 1}"
+            path_ = f" of {record['path']}" if "path" in record else ""
+            what = f"random calls{path_}{size}{of}{clusters}, seeds {first} to {end - 1}"
             rows.append((*machine, what, f"{record['elements']:,}", f"{record['differing']:,}"))
-            continue
+        if "path" in record:  # all calls made for a question, and all golden ones, in a row each
+            record = _sums(record)
         for key, counts in record.items():
             if isinstance(counts, dict) and "compared" in counts:
                 what = f"{key}, {counts['runs']} runs" if "runs" in counts else key
@@ -214,13 +216,25 @@ def _readme() -> str:
     return _README.format(table=table)
 
 
+def _sums(record: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """The counts of `humming_cases.py`, those of golden calls (named suite/name) and of others summed up."""
+    sums: dict[str, dict[str, int]] = {}
+    for key, counts in record.items():
+        if isinstance(counts, dict) and "compared" in counts:
+            kind = f"{'golden' if '/' in key else 'designed'} calls of {record['path']}"
+            total = sums.setdefault(kind, dict.fromkeys(counts, 0))
+            sums[kind] = {name: total[name] + value for name, value in counts.items()}
+    return sums
+
+
 _README = """# What real hardware gave
 
 Written by `tools/hardware/record_hardware.py install` and nothing else. `*.jsonl` has a line for each run of a golden
 case: the K tiles (and tactics, where they were varied) of the two GEMMs, the SHA-256 of the output's bytes,
 whether it was what the model gives for that generation, how many elements there were and how many differed. The
-other files hold counts: random calls that mix every option (`tools/hardware/random_cases.py`; a seed makes the same
-call everywhere), the special functions over all 2^32 arguments, single tensor-core steps, and repeated large calls.
+other files hold counts: random calls that mix every option (`tools/hardware/random_cases.py`, for W4A8
+`humming_cases.py`; a seed makes the same call everywhere), the special functions over all 2^32 arguments, single
+tensor-core steps, and repeated large calls.
 `mxfp4ref verify`, and the tests, hold the goldens against these records on any machine.
 
 {table}

@@ -14,7 +14,7 @@ from mxfp4ref._files import read_file
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward
-from mxfp4ref.sm90 import fp32, tensor_core
+from mxfp4ref.sm90 import fp8, fp32, tensor_core
 from mxfp4ref.sm90.tactics import Sm90Kernel, Tactic
 
 Arrays = dict[str, np.ndarray]
@@ -129,6 +129,16 @@ def tensor_core_differences(arrays: Arrays, name: str) -> tuple[int, int]:
     return acc.numel(), count_differences(acc, expected)
 
 
+def fp8_differences(arrays: Arrays, name: str) -> tuple[int, int]:
+    """Of a set `<numbers>_<1 where C counts>_<steps>`."""
+    a, b = (torch.from_numpy(arrays[f"{name}_{key}"]) for key in "AB")
+    c, expected = fp32_tensor(arrays[f"{name}_C"]), fp32_tensor(arrays[f"{name}_D"])
+    acc = c if name.split("_")[1] == "1" else torch.zeros_like(c)
+    for index in range(a.shape[1]):
+        acc = fp8.step(a[:, index, :, None], b[:, index, None], acc)
+    return acc.numel(), count_differences(acc, expected)
+
+
 def compare_all(source: Path) -> int:
     """Print a table of all recordings in a folder; 0 when no element differs."""
     rows: list[tuple[str, int, int]] = []
@@ -143,6 +153,9 @@ def compare_all(source: Path) -> int:
     tensor_core_sets = load(source / "wgmma.npz")
     for name in tensor_core_names(tensor_core_sets):
         add(f"tensor core {name}", tensor_core_differences(tensor_core_sets, name))
+    fp8_sets = load(source / "fp8_wgmma.npz")
+    for name in tensor_core_names(fp8_sets):
+        add(f"FP8 tensor core {name}", fp8_differences(fp8_sets, name))
     for path in [*sorted((source / "moe").glob("*.npz")), *(source / f"{n}.npz" for n in FIRST_PAIR_CASES)]:
         add(path.stem, moe_differences(load(path)))
     compared, differing = (sum(row[i] for row in rows) for i in (1, 2))

@@ -33,11 +33,12 @@ from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.defects import DEFECTS, DequantizeCall, RoutingCall
 from mxfp4ref.goldens import Case, open_goldens, tensor_bytes
 from mxfp4ref.goldens.runs import routing_options, runs
+from mxfp4ref.model.humming import call_of
 from mxfp4ref.sm90.tactics import Sm90Kernel
 
 ENOUGH = 2  # cases that have to catch a defect
 _MOST_TOKENS = 64
-_TARGETS = {"moe": "moe", "routing": "routing", "dequantize": "dequantize"}
+_TARGETS = {kind: kind for kind in ("moe", "routing", "dequantize", "w4a8")}
 
 
 @dataclass(frozen=True)
@@ -256,6 +257,8 @@ def _call_and_outputs(case: Case) -> tuple[Any, list[tuple[Tensor, ...]]]:
         call = RoutingCall(case.parameters["preset"], case.tensors["logits"], routing_options(inputs))
         return call, [(case.tensors["ids"], case.tensors["scales"])]
     tensors = case.tensors
+    if case.kind == "w4a8":
+        return call_of(runs(case)[0].inputs), [(tensors["output"],)]
     call = DequantizeCall(tensors["packed"], tensors["scales"], case.parameters["convention"])
     return call, [(tensors["values"],)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mxfp4ref.conformance.cli.checkpoint_report import checkpoint_report
 from mxfp4ref.conformance.cli.checkpoints import checkpoint, layer
 from mxfp4ref.conformance.cli.conform import conform
 from mxfp4ref.conformance.cli.defects import defects, explain
@@ -11,4 +12,7 @@ from mxfp4ref.conformance.cli.tensors import compare
 
 __all__ = ["COMMANDS"]
 
-COMMANDS = (conform, init, verify, regenerate, export, show, compare, layer, checkpoint, defects, explain)
+COMMANDS = (
+    *(conform, init, verify, regenerate, export, show, compare, layer, checkpoint, checkpoint_report),
+    *(defects, explain),
+)

@@ -16,6 +16,7 @@ from mxfp4ref.goldens.cases import (
     step_and_situ,
     tensor_core,
     tile_n,
+    w4a8,
 )
 from mxfp4ref.goldens.cases.definition import DEFINITIONS, Content, Definition
 
@@ -24,5 +25,5 @@ __all__ = ["DEFINITIONS", "SUITES", "Content", "Definition"]
 # In the order in which data flows; importing them registers their cases.
 SUITES = (
     *(formats, layout, tensor_core, gemm, activation, step_and_situ, finalize, routing, parallel, sizes),
-    *(models, tile_n),
+    *(models, tile_n, w4a8),
 )

@@ -1,0 +1,70 @@
+"""The command on what the preparation for FP8 activations makes of a checkpoint's weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from mxfp4ref.checkpoint import find_layers, open_shards, read_layer
+from mxfp4ref.conformance.cli.checkpoints import Layer
+from mxfp4ref.conformance.cli.shared import echo, progress, usage_errors
+from mxfp4ref.formats.humming import PreparationLoss, preparation_loss
+
+__all__ = ["checkpoint_report"]
+
+_HEADS = ("tensor", "groups", "rewritten", "weights changed", "to zero", "worst error", "mean error")
+Losses = dict[str, PreparationLoss]
+
+
+@click.command("checkpoint-report")
+@click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
+@click.option("--layer", "layers", type=Layer(), multiple=True, help="Only this layer. Repeatable.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def checkpoint_report(checkpoint: Path, layers: tuple[int | str, ...], as_json: bool) -> None:
+    """Report what W4A8 loses of the MXFP4 weights of a CHECKPOINT.
+
+    flashinfer prepares weights for FP8 activations (use_wfp4afp8_humming, sglang's --flashinfer-mxfp4-moe-precision
+    fp8) by raising each expert's scales to no less than its highest over 2^11, and rounding the weights of the groups
+    that it raises. A group has 32 weights; errors are absolute; zeros are weights that were none. One layer is in
+    memory at a time, and unsharded: ranks of tensor parallelism prepare their shards, and lose no more.
+    """
+    losses: Losses = {}
+    with usage_errors(), progress() as step:
+        numbers: tuple[int | str, ...] = layers or tuple(find_layers(open_shards(checkpoint)))
+        for number in numbers:
+            experts = read_layer(checkpoint, number, limit=math.inf, multiple=32).experts
+            for gemm in ("fc1", "fc2"):
+                weights, scales = getattr(experts, f"{gemm}_weights"), getattr(experts, f"{gemm}_scales")
+                losses[f"{number} {gemm}"] = preparation_loss(weights, scales)
+            step(f"layer {number}", len(numbers))
+    total = sum(losses.values(), PreparationLoss(0, 0, 0, 0, 0.0, 0.0, 0.0))
+    if as_json:
+        echo(json.dumps({name: asdict(loss) for name, loss in (*losses.items(), ("all", total))}, indent=1))
+        return
+    rows = [_HEADS, *(_row(name, loss) for name, loss in (*losses.items(), ("all", total)))]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADS))]
+    for row in rows:
+        echo("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+    if not total.groups_rewritten:
+        echo("nothing is lost: no expert has scales over a range of more than 12")
+
+
+def _row(name: str, loss: PreparationLoss) -> tuple[str, ...]:
+    weights = 32 * loss.groups
+    return (
+        name,
+        f"{loss.groups:,}",
+        f"{loss.groups_rewritten:,} ({_percent(loss.groups_rewritten, loss.groups)})",
+        f"{loss.weights_changed:,} ({_percent(loss.weights_changed, weights)})",
+        f"{loss.weights_zeroed:,}",
+        f"{loss.worst_error:.3g}",
+        f"{loss.mean_error:.3g}",
+    )
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / max(whole, 1):.3g} %"
