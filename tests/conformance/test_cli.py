@@ -352,3 +352,30 @@ def test_no_report_replaces_the_kernel(tmp_path: Path, monkeypatch: pytest.Monke
     assert refused.exit_code == 2
     assert "adapter.py" in refused.output
     assert Path("adapter.py").read_text() == text
+
+
+def test_list_names_cases_as_other_commands_take_them() -> None:
+    shown = invoke("list", "finalize", "gemm/ord*")
+    assert shown.exit_code == 0
+    assert SMALL in shown.output
+    assert "gemm/ordinary" in shown.output
+    assert "gemm/overflow" not in shown.output
+    rows = json.loads(invoke("list", "--json").output)
+    assert [row["case"] for row in rows] == open_goldens().names()
+    (row,) = (row for row in rows if row["case"] == SMALL)
+    assert row["catches"] == list(open_goldens().load(SMALL).catches)
+    refused = invoke("list", "finlize")
+    assert refused.exit_code == 2
+    assert "did you mean finalize?" in refused.output
+
+
+def test_doctor(copy: Path) -> None:
+    well = invoke("doctor", "--goldens", copy, "--json")
+    found = json.loads(well.output)
+    assert (well.exit_code, found["problems"]) == (0, {})
+    assert found["facts"]["torch"] == torch.__version__
+    assert "conforms" in found["facts"]["self-test"]
+    (copy / f"{SMALL}.safetensors").write_bytes(b"")
+    ill = invoke("doctor", "--goldens", copy)
+    assert ill.exit_code == 1
+    assert "! goldens: 1 files are not those of the manifest" in ill.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mxfp4ref.conformance.cli.about import doctor, list_cases
 from mxfp4ref.conformance.cli.checkpoint_report import checkpoint_report
 from mxfp4ref.conformance.cli.checkpoints import checkpoint, layer
 from mxfp4ref.conformance.cli.conform import conform
@@ -13,6 +14,6 @@ from mxfp4ref.conformance.cli.tensors import compare
 __all__ = ["COMMANDS"]
 
 COMMANDS = (
-    *(conform, init, verify, regenerate, export, show, compare, layer, checkpoint, checkpoint_report),
-    *(defects, explain),
+    *(conform, init, list_cases, show, defects, explain, compare, layer, checkpoint, checkpoint_report),
+    *(verify, regenerate, export, doctor),
 )

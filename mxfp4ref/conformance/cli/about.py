@@ -1,0 +1,153 @@
+"""The commands that say what there is: the golden cases, and this machine for a report of a fault."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mxfp4ref import __version__
+from mxfp4ref._files import printable
+from mxfp4ref._validate import did_you_mean
+from mxfp4ref.conformance.cli.shared import NOT_EQUAL, UsageError, echo, goldens_option, usage_errors
+from mxfp4ref.conformance.suite import Options, run
+from mxfp4ref.goldens import Goldens, open_goldens
+
+__all__ = ["doctor", "list_cases"]
+
+_PACKAGES = (
+    *(
+        "torch",
+        "numpy",
+        "numba",
+        "llvmlite",
+        "triton",
+        "safetensors",
+        "click",
+        "rich",
+        "jinja2",
+        "matplotlib",
+    ),
+    *("gguf", "flashinfer-python", "apache-tvm-ffi", "vllm", "sglang"),
+)
+
+
+@click.command("list")
+@click.argument("patterns", nargs=-1, metavar="[GLOB]...")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@goldens_option
+def list_cases(patterns: tuple[str, ...], as_json: bool, root: Path | None) -> None:
+    """List the golden cases that match, as in 'gemm/*' or a suite's name, with what each is for and catches.
+
+    The names are those that `conform --case` and `show` take.
+    """
+    with usage_errors():
+        goldens = open_goldens(root)
+        rows = [_row(goldens, name) for name in _chosen(goldens, patterns)]
+    if as_json:
+        echo(json.dumps(rows, indent=1))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("case", "kind", "kept for", "made to catch"):
+        table.add_column(column, no_wrap=column == "case")
+    for row in rows:
+        table.add_row(row["case"], row["kind"], printable(row["unique_for"]), ", ".join(row["catches"]))
+    Console(file=sys.stdout, highlight=False, markup=False).print(table)
+    echo(f"{len(rows)} of {len(goldens.names())} cases in {goldens.root}")
+
+
+def _chosen(goldens: Goldens, patterns: tuple[str, ...]) -> list[str]:
+    names = goldens.names()
+    for pattern in patterns:
+        if not any(_matches(name, pattern) for name in names):
+            hint = did_you_mean(pattern, [*goldens.suites, *names])
+            raise UsageError(f"GLOB: {pattern!r} matches none of the {len(names)} cases{hint}")
+    return [name for name in names if not patterns or any(_matches(name, pattern) for pattern in patterns)]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatch(name, pattern) or name.split("/")[0] == pattern
+
+
+def _row(goldens: Goldens, name: str) -> dict[str, Any]:
+    case = goldens.load(name)
+    about = {"case": case.id, "kind": case.kind, "why": case.why, "unique_for": case.unique_for or ""}
+    return {**about, "catches": list(case.catches)}
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@goldens_option
+def doctor(as_json: bool, root: Path | None) -> None:
+    """Say what a report of a fault needs: versions, machine, goldens, and whether this machine computes right.
+
+    Exit codes: 0 all is well, 1 something is not: it is said on the lines that begin with "!".
+    """
+    facts: dict[str, str] = {"mxfp4ref": f"{__version__} in {Path(__file__).parents[2]}"}
+    facts |= {"python": platform.python_version(), "machine": platform.platform()}
+    facts |= {name: version for name in _PACKAGES if (version := _version(name))}
+    facts["CPU"] = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    facts |= _gpus()
+    facts |= {name: value for name, value in sorted(os.environ.items()) if name.startswith("MXFP4REF")}
+    problems = {name: problem for name, check in _CHECKS.items() if (problem := check(root, facts))}
+    if as_json:
+        echo(json.dumps({"facts": facts, "problems": problems}, indent=1))
+    else:
+        for name, fact in facts.items():
+            echo(f"{name:18} {fact}")
+        for name, problem in problems.items():
+            echo(f"! {name}: {problem}", fg="red")
+        if not problems:
+            echo("all is well", fg="green")
+    sys.exit(NOT_EQUAL if problems else 0)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _gpus() -> dict[str, str]:
+    if not torch.cuda.is_available():
+        return {"GPU": "none that torch sees"}
+    return {f"GPU {n}": torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())}
+
+
+def _check_goldens(root: Path | None, facts: dict[str, str]) -> str:
+    try:
+        goldens = open_goldens(root)
+        facts["goldens"] = f"{len(goldens.names())} cases in {goldens.root}"
+        found = goldens.verify()
+    except Exception as error:  # whatever it is belongs into the report
+        return f"{type(error).__name__}: {error}"
+    return f"{len(found)} files are not those of the manifest, the first: {found[0]}" if found else ""
+
+
+def _check_bits(root: Path | None, facts: dict[str, str]) -> str:
+    """A few cases by the oracle; what it warns of, such as loops that cannot be compiled, is a problem too."""
+    try:
+        goldens = open_goldens(root)
+        small = [name for name in goldens.names() if name.split("/")[0] in ("activation", "finalize", "gemm")]
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            report = run("oracle", [goldens.load(name) for name in small[::4]], Options(repeat=False))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    facts["self-test"] = report.verdict
+    return report.verdict if not report.ok else "; ".join(str(warning.message) for warning in said)
+
+
+_CHECKS = {"goldens": _check_goldens, "bits": _check_bits}
