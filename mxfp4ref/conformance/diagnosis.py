@@ -9,18 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxfp4ref._validate import check_choice
 from mxfp4ref.conformance.comparison import FAR, Difference, differing, first_difference, ulp_distance
+from mxfp4ref.conformance.families.engine import investigate, prepared
+from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis
+from mxfp4ref.conformance.families.named import stages_of
+from mxfp4ref.conformance.families.probe import probed
 from mxfp4ref.conformance.patterns import patterns
 from mxfp4ref.conformance.reduction import local_experts, one_token
-from mxfp4ref.conformance.stage_fit import numbers, reconcile
+from mxfp4ref.conformance.stage_fit import numbers, reconcile, stage_of_exposed
 from mxfp4ref.conformance.suspects import Prediction, Progress, Verdict, closest, predict, try_defects
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import MoeTrace, trace
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["Diagnosis", "Prediction", "diagnose", "predict"]
+__all__ = ["EFFORTS", "Diagnosis", "Finding", "Prediction", "diagnose", "predict"]
 
+EFFORTS = {"quick": 0.7, "full": 45.0}  # seconds for hypotheses
 SECONDS = 90.0
 _ULP_BINS = (1, 2, 4, 16, 256, FAR - 1)
 
@@ -39,6 +45,7 @@ class Diagnosis:
             the wrong bits than chance gives (`suspects.NOISE`).
         ulps: elements by distance: (up to this many ulps, how many); the last with NaN.
         mask: where the output differs.
+        finding: what is wrong, in words, and in which stage, as far as it is known.
     """
 
     output: str
@@ -49,6 +56,7 @@ class Diagnosis:
     predictions: tuple[Prediction, ...]
     ulps: tuple[tuple[int, int], ...]
     mask: Tensor
+    finding: Finding = Finding()
 
     @property
     def exact(self) -> tuple[str, ...]:
@@ -62,8 +70,8 @@ def diagnose(
     outputs: Mapping[str, Tensor],
     expected: Mapping[str, Tensor],
     *,
-    suspects: Iterable[str] | None = None,
-    seconds: float = SECONDS,
+    suspects: Iterable[str | Hypothesis] | None = None,
+    effort: str = "full",
     progress: Progress | None = None,
 ) -> Diagnosis:
     """Say how and why `outputs` differ from `expected`; they have to.
@@ -73,14 +81,14 @@ def diagnose(
         inputs: a `MoeCall` for kind "moe", else arguments by name.
         outputs: what the kernel gave, and any intermediates under the names of `MoeTrace`.
         expected: what it should have given.
-        suspects: the defects to try; by default all. If none of them is exact all are tried.
-        seconds: that the search for a named defect may take on a layer of real size, roughly; what was not
-            tried by then is said in `patterns`.
-        progress: called before each defect that is tried on a call, with its name and how many there are.
+        suspects: names of defects, and hypotheses, to try before all others, which are tried if none is exact.
+        effort: "full", or "quick" for about a second: the likeliest hypotheses only.
+        progress: called before each named defect that is tried on a call, with its name and how many there are.
 
     Raises:
         TypeError, ValueError: an output is missing, or of another dtype or shape than expected, or all are equal.
     """
+    check_choice("effort", effort, tuple(EFFORTS))
     missing = [n for n in expected if n not in outputs]
     if missing:
         raise ValueError(f"outputs: expected {', '.join(expected)}, got {', '.join(outputs) or 'none'}")
@@ -93,15 +101,8 @@ def diagnose(
     mask = differing(got, want)
     first = first_difference(got, want)
     assert first is not None
-    verdict = Verdict(())
-    if not isinstance(inputs, MoeCall):
-        names = (n for n, defect in DEFECTS.items() if defect.target == kind)
-        found_by = (predict(inputs, outputs, expected, n) for n in names)
-        verdict = Verdict(closest(p for p in found_by if p is not None))
-    elif inputs.experts.quantized:
-        verdict = try_defects(
-            inputs, got, want, first=tuple(suspects or ()), seconds=seconds, progress=progress
-        )
+    predictions: tuple[Prediction, ...] = ()
+    finding = Finding()
     feeds: tuple[str, ...] = ()
     found: tuple[str, ...] = ()
     stage = ""
@@ -109,11 +110,72 @@ def diagnose(
         token = first.index[0]
         one = trace(one_token(inputs, token))
         feeds = _feeds(inputs, one, token, first.index[1])
-        found = patterns(inputs, got, want, mask) + verdict.remarks
-        stage = reconcile(inputs, outputs, mask)
-    elif kind == "layout":
-        found = (_layout_pattern(got, want, mask),)
-    return Diagnosis(name, first, feeds, found, stage, verdict.predictions, _histogram(got, want, mask), mask)
+        found = patterns(inputs, got, want, mask)
+        if inputs.experts.quantized:
+            verdict, finding, more = _investigated(inputs, got, want, tuple(suspects or ()), effort, progress)
+            predictions = verdict.predictions
+            found += verdict.remarks + more
+        stage = reconcile(inputs, outputs, mask) if effort == "full" else ""
+        if (exposed := stage_of_exposed(inputs, outputs)) and not finding.exact:
+            finding = Finding(exposed, finding.sentence if set(finding.stages) & set(exposed) else stage, False)
+    else:
+        names = (n for n, defect in DEFECTS.items() if defect.target == kind)
+        found_by = (predict(inputs, outputs, expected, n) for n in names)
+        predictions = closest(p for p in found_by if p is not None)
+        if kind == "layout":
+            found = (_layout_pattern(got, want, mask),)
+        finding = _named_finding(predictions)
+    return Diagnosis(name, first, feeds, found, stage, predictions, _histogram(got, want, mask), mask, finding)
+
+
+def _named_finding(predictions: tuple[Prediction, ...]) -> Finding:
+    exact = [p.name for p in predictions if p.exact]
+    if not exact:
+        return Finding()
+    defect = DEFECTS[exact[0]]
+    others = f" (not told apart here from {', '.join(exact[1:4])})" if exact[1:] else ""
+    return Finding(stages_of(defect), f"{defect.name}: {defect.summary}{others}", True)
+
+
+def _investigated(
+    call: MoeCall,
+    got: Tensor,
+    want: Tensor,
+    suspects: tuple[str | Hypothesis, ...],
+    effort: str,
+    progress: Progress | None,
+) -> tuple[Verdict, Finding, tuple[str, ...]]:
+    """Named defects, then families."""
+    names = tuple(s for s in suspects if isinstance(s, str))
+    hypotheses = tuple(s for s in suspects if isinstance(s, Hypothesis))
+    verdict = Verdict(())
+    part = probed(call, got, want)
+    if part is None:
+        return verdict, Finding(), ("no token gives its expected row alone, so that no hypothesis can be tried",)
+    if effort == "full" or names:
+        seconds = SECONDS if effort == "full" else EFFORTS[effort]
+        verdict = try_defects(call, got, want, first=names, seconds=seconds, progress=progress)
+        if any(p.exact for p in verdict.predictions):
+            return verdict, _named_finding(verdict.predictions), ()
+    small, rows_got, rows_want, note = part
+    result = investigate(
+        prepared(small),
+        rows_got,
+        rows_want,
+        seconds=EFFORTS[effort],
+        first=hypotheses,
+        named=effort == "quick",
+        thorough=effort == "full",
+    )
+    remarks = [e.sentence for e in result.evidence if e.sentence != result.finding.sentence]
+    if not result.complete:
+        remarks.append(f"hypotheses were tried as long as there was time: {result.tried:,}")
+    exact = tuple(
+        Prediction(m.hypothesis.name, 1.0, True) for m in result.matches if m.hypothesis.name and m.exact
+    )
+    if exact:
+        verdict = Verdict(exact, verdict.remarks)
+    return verdict, result.finding, (*remarks, *note)
 
 
 def _feeds(call: MoeCall, one: MoeTrace, token: int, column: int) -> tuple[str, ...]:

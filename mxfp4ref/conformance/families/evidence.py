@@ -1,0 +1,363 @@
+"""What an output that differs proves by itself: solved, not searched, and as far as bf16 shows.
+
+The weighted sum is linear in the experts' outputs, and GEMM2 in the activation. Where the equations are more than the
+unknowns, and have a solution within the roundings, the solution is what the kernel must have used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mxfp4ref.conformance.families.hypothesis import Finding, Pipeline, local_of, slot_outputs
+from mxfp4ref.conformance.families.places import columns_in_words
+from mxfp4ref.formats.mxfp4 import GROUP_SIZE, dequantize
+from mxfp4ref.model.call import MoeCall
+from mxfp4ref.model.forward import trace
+from mxfp4ref.sm90 import fp32
+
+__all__ = ["Evidence", "expert_weights", "gather"]
+
+_TOKENS = 6  # that are looked at
+_WORK = 1 << 29  # multiplications for one token's outputs of all experts
+_ROUNDING = 2.0**-8  # of bf16, and of the slots' sum
+_SIZE = 1 << 22  # elements of a system of equations
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One thing that follows.
+
+    Attributes:
+        stages: where the change must lie.
+        sentence: what follows, for the engineer.
+        strength: 3 where it was solved and shows what happens, 2 where it was solved, 1 where places say it.
+    """
+
+    stages: tuple[str, ...]
+    sentence: str
+    strength: int
+
+    def finding(self) -> Finding:
+        return Finding(self.stages, self.sentence, False)
+
+
+def gather(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> list[Evidence]:
+    """All evidence, the strongest first.
+
+    Args:
+        pipeline: the right one.
+        got, want: `[M, H] bf16`.
+        wrong: `[M, H] bool`.
+    """
+    found: list[Evidence] = []
+    call = pipeline.call
+    local = local_of(pipeline)
+    tokens = _telling(got, want, wrong, local)
+    found += _rows(got, want, wrong, local)
+    found += _columns(wrong, tokens)
+    found += _weights(pipeline, got, want, wrong, local, tokens)
+    if call.experts.quantized:
+        found += _second_gemm(pipeline, got, wrong, local, tokens)
+    return sorted(found, key=lambda e: -e.strength)
+
+
+def _telling(got: Tensor, want: Tensor, wrong: Tensor, local: Tensor) -> list[int]:
+    """Wrong tokens whose numbers can be calculated with, those with few slots first."""
+    usable = wrong.any(1) & (got.isfinite() & want.isfinite()).all(1) & (local >= 0).any(1)
+    order = ((local >= 0).sum(1) * 4096 - wrong.sum(1).clamp(max=4095)).argsort(stable=True)
+    return [t for t in order.tolist() if usable[t]][:_TOKENS]
+
+
+def _rows(got: Tensor, want: Tensor, wrong: Tensor, local: Tensor) -> Iterator[Evidence]:
+    """Whole rows that are zero, or another token's."""
+    rows = wrong.any(1)
+    if not bool(fp32.widen(got[rows].contiguous()).any()) and bool((fp32.widen(want[rows].contiguous()) != 0).any()):
+        what = "all tokens" if bool(rows.all()) else f"the {int(rows.sum())} tokens that differ"
+        yield Evidence((), f"the rows of {what} are zero: nothing was added up for them, or nothing written", 1)
+        return
+    same = {bytes(row.contiguous().view(torch.uint8).numpy()): i for i, row in enumerate(want.cpu())}
+    pairs = []
+    for token in rows.nonzero().flatten().tolist()[:64]:
+        source = same.get(bytes(got[token].cpu().contiguous().view(torch.uint8).numpy()))
+        if source is not None and bool(want[source].to(torch.float32).abs().sum() > 0):
+            pairs.append((token, source))
+    if pairs and len(pairs) == min(int(rows.sum()), 64) and len(got) > 1:
+        shown = ", ".join(f"token {t} has token {s}'s row" for t, s in pairs[:4])
+        yield Evidence(("finalize", "input"), f"rows of the output are other tokens' rows: {shown}", 3)
+
+
+def _columns(wrong: Tensor, tokens: list[int]) -> Iterator[Evidence]:
+    columns = wrong.any(0)
+    if bool(columns.all()) or not tokens:
+        return
+    words = columns_in_words(columns)
+    share = float(wrong[:, columns].float().mean())
+    if words and share > 0.3 and int(columns.sum()) * 4 <= 3 * len(columns):
+        yield Evidence(
+            ("fc2", "finalize"),
+            f"the output differs {words} only: GEMM1 and the activation are right, it is in GEMM2's rows of those "
+            "columns (weights, scales), the fc2 bias, or the writing of the output",
+            2,
+        )
+
+
+def _allowed(weights: Tensor, y: Tensor) -> Tensor:
+    """How far a sum of rounded rows may be off the numbers, by column."""
+    return _ROUNDING * (weights.abs() @ y.abs()) + 1e-30
+
+
+def expert_weights(pipeline: Pipeline, got: Tensor, token: int) -> dict[int, float] | None:
+    """With which weights the token's row is a sum of the experts' outputs; None if it is none, or not uniquely."""
+    call = pipeline.call
+    experts = call.experts
+    count, hidden = experts.num_experts, experts.hidden_size
+    if count * 3 * hidden * experts.intermediate_size > _WORK or count * 2 > hidden:
+        return None
+    everyone = replace(
+        call,
+        input=call.input[[token]],
+        token_selected_experts=torch.arange(count, dtype=torch.int32, device=got.device)[None],
+        token_final_scales=torch.ones(1, count, dtype=torch.float32, device=got.device),
+        ep_size=1,
+        ep_rank=0,
+    )
+    y = fp32.widen(slot_outputs(replace(pipeline, call=everyone))[0].contiguous()).to(torch.float64)
+    if experts.fc2_biases is not None and call.tp_rank == 0:
+        y = y + fp32.widen(experts.fc2_biases).to(torch.float64)
+    target = fp32.widen(got[token].contiguous()).to(torch.float64)
+    lengths = y.norm(dim=1)
+    if not bool(y.isfinite().all() & target.isfinite().all() & target.any() & (lengths > 0).all()):
+        return None
+    directions = y / lengths[:, None]
+    chosen = list(range(count))
+    for _ in range(3):  # all of them, then those that count
+        part = directions[chosen]
+        if float(torch.linalg.svdvals(part).min()) < 2.0**-4:
+            return None
+        solution = torch.linalg.lstsq(part.T, target[:, None], driver="gelsd").solution[:, 0]
+        kept = [e for e, c in zip(chosen, solution.tolist(), strict=True) if abs(c) > 2.0**-6 * float(target.norm())]
+        if kept == chosen:
+            break
+        chosen = kept
+    if kept != chosen or not kept:
+        return None
+    weights = solution / lengths[chosen]
+    if bool(((target - weights @ y[chosen]).abs() > _allowed(weights, y[chosen])).any()):
+        return None
+    return dict(zip(chosen, weights.tolist(), strict=True))
+
+
+def _weights(
+    pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor, local: Tensor, tokens: list[int]
+) -> Iterator[Evidence]:
+    """Whether the output is a sum of right expert outputs, of which experts, with which weights."""
+    call = pipeline.call
+    fits: list[tuple[int, dict[int, float], dict[int, float]]] = []
+    for token in tokens:
+        found = expert_weights(pipeline, got, token)
+        if found is None:
+            return
+        asked = {
+            e: float(w)
+            for e, w in zip(local[token].tolist(), call.token_final_scales[token].tolist(), strict=True)
+            if e >= 0
+        }
+        fits.append((token, asked, found))
+    if not fits:
+        return
+    first = call.ep_rank * call.experts.num_experts
+    if any(not _close(asked, found) for _, asked, found in fits) is False:
+        return  # too little is wrong to show here
+    same_experts = all(set(asked) == set(found) for _, asked, found in fits)
+    token, asked, found = next(fit for fit in fits if not _close(fit[1], fit[2]))
+    shown = _sum_in_words(found, first)
+    right = "GEMM1, activation and GEMM2 are right for the experts that were computed"
+    if same_experts:
+        ratios = [found[e] / asked[e] for _, asked, found in fits for e in asked if asked[e]]
+        if max(ratios) - min(ratios) < 2.0**-5 * abs(ratios[0]):
+            yield Evidence(
+                ("finalize", "fc2"),
+                f"every token that was looked at is the right output times {ratios[0]:.4g}, as far as bf16 shows: a "
+                "factor on the routing weights, in the sum, or on GEMM2's result",
+                3,
+            )
+            return
+        yield Evidence(
+            ("finalize",),
+            f"the routing weights used are others: token {token} is {shown}, asked was {_sum_in_words(asked, first)}; "
+            "GEMM1, activation and GEMM2 are right",
+            3,
+        )
+        return
+    subset = all(
+        set(found) < set(asked) or _close(asked, found) for _, asked, found in fits
+    ) and all(abs(found[e] / asked[e] - 1) < 2.0**-5 for _, asked, found in fits for e in found)
+    if subset:
+        missing = sorted(set(asked) - set(found))
+        slots = [local[token].tolist().index(e) for e in missing]
+        yield Evidence(
+            ("slots",),
+            f"slots are left out: token {token} lacks slot{'s' * (len(slots) > 1)} "
+            f"{', '.join(map(str, slots))} (expert {', '.join(str(e + first) for e in missing)}), the others have their "
+            "weights",
+            3,
+        )
+        return
+    swaps = [_exchanged(asked, found) for _, asked, found in fits]
+    pairs = sorted({pair for swap in swaps if swap for pair in swap})
+    mapping = f" ({', '.join(f'expert {a + first} by {b + first}' for a, b in pairs[:6])})" if pairs else ""
+    yield Evidence(
+        ("slots",),
+        f"slots are computed by other experts{mapping}: token {token} is {shown}, asked was "
+        f"{_sum_in_words(asked, first)}; {right}",
+        3,
+    )
+
+
+def _close(asked: dict[int, float], found: dict[int, float]) -> bool:
+    if set(asked) != set(found):
+        return False
+    return all(abs(found[e] - w) <= 2.0**-5 * max(abs(w), 1e-30) for e, w in asked.items())
+
+
+def _exchanged(asked: dict[int, float], found: dict[int, float]) -> list[tuple[int, int]]:
+    """Which expert stands for which, by their weights."""
+    pairs = []
+    for expert in set(asked) - set(found):
+        others = [e for e in set(found) - set(asked) if abs(found[e] - asked[expert]) <= 2.0**-5 * abs(asked[expert])]
+        if len(others) == 1:
+            pairs.append((expert, others[0]))
+    return pairs
+
+
+def _sum_in_words(weights: dict[int, float], first: int) -> str:
+    return " + ".join(f"{w:.4g} x expert {e + first}" for e, w in weights.items()) or "nothing"
+
+
+def _second_gemm(
+    pipeline: Pipeline, got: Tensor, wrong: Tensor, local: Tensor, tokens: list[int]
+) -> Iterator[Evidence]:
+    """Whether the output is GEMM2 of some activation, and of which; or of the right one by K groups with factors."""
+    call = pipeline.call
+    experts = call.experts
+    inside: list[bool] = []
+    solved: list[tuple[Tensor, Tensor, Tensor]] = []
+    groups: list[list[tuple[int, int, float]] | None] = []
+    for token in tokens:
+        system = _system(call, got, local, token)
+        if system is None:
+            continue
+        columns, target, right, up, gate = system
+        noise = 2.0**-7 * float(target.norm())
+        if columns.shape[1] * 4 <= columns.shape[0] * 3 and columns.numel() <= _SIZE:
+            solution = torch.linalg.lstsq(columns, target[:, None], driver="gelsd").solution[:, 0]
+            expected = (1 - columns.shape[1] / columns.shape[0]) ** 0.5
+            inside.append(float((target - columns @ solution).norm()) <= noise * expected)
+            solved.append((solution, right, torch.stack((up, gate), 1)))
+        by_group = (columns * right).view(len(target), -1, GROUP_SIZE).sum(2)
+        if by_group.shape[1] * 4 <= len(target):
+            groups.append(_factors(by_group, target, noise, local[token], experts.intermediate_size // GROUP_SIZE))
+    if groups and all(groups):
+        (slot, group, factor), *more = groups[0] or [(0, 0, 1.0)]
+        yield Evidence(
+            ("fc2", "activation"),
+            f"GEMM2's K groups count with factors: group {group} (K {group * GROUP_SIZE} to "
+            f"{group * GROUP_SIZE + GROUP_SIZE - 1}) of slot {slot} counts {factor:.3g} times"
+            f"{f', and {len(more)} more do not count once' if more else ''}; GEMM1 is right",
+            3,
+        )
+        return
+    if inside and all(inside):
+        yield _of_activation(solved)
+    elif inside and not any(inside):
+        yield Evidence(
+            ("fc2", "finalize"),
+            "no activation gives this output by the right GEMM2: it is GEMM2's weights or scales, or what comes after",
+            2,
+        )
+
+
+def _system(call: MoeCall, got: Tensor, local: Tensor, token: int) -> tuple[Tensor, ...] | None:
+    """`[H, n I]` of weighted columns of GEMM2, the row, the right activation `[n I]`, and GEMM1's up and gate."""
+    experts = call.experts
+    slots = (local[token] >= 0).nonzero().flatten()
+    if len(slots) * experts.intermediate_size * experts.hidden_size > 4 * _SIZE:
+        return None
+    chosen = experts.select(local[token, slots])
+    assert chosen.fc2_scales is not None
+    weights = call.token_final_scales[token, slots].to(torch.float64)
+    dense = dequantize(chosen.fc2_weights, chosen.fc2_scales, convention="sm90", dtype=torch.float32)
+    columns = (dense.to(torch.float64) * weights[:, None, None]).permute(1, 0, 2).flatten(1)
+    target = fp32.widen(got[token].contiguous()).to(torch.float64)
+    if chosen.fc2_biases is not None and call.tp_rank == 0:
+        target = target - weights @ fp32.widen(chosen.fc2_biases).to(torch.float64)
+    one = trace(call.select(torch.tensor([token], device=got.device)))
+    order = one.slot.argsort()
+    right = fp32.widen(one.activation[order]).to(torch.float64).flatten()
+    up, gate = (
+        part.to(torch.float64).flatten() for part in fp32.widen(one.fc1_output[order]).chunk(2, dim=1)
+    )
+    if not bool(columns.isfinite().all() & right.isfinite().all() & up.isfinite().all() & gate.isfinite().all()):
+        return None
+    return columns, target, right, up, gate
+
+
+def _factors(
+    by_group: Tensor, target: Tensor, noise: float, local: Tensor, num_groups: int
+) -> list[tuple[int, int, float]] | None:
+    """Which K groups of which slots count otherwise than once, and how often; None if factors do not explain it."""
+    lengths = by_group.norm(dim=0)
+    if not bool((lengths > 0).all()):
+        return None
+    directions = by_group / lengths
+    if float(torch.linalg.svdvals(directions).min()) < 2.0**-4:
+        return None
+    solution = torch.linalg.lstsq(directions, target[:, None], driver="gelsd").solution[:, 0]
+    if float((target - directions @ solution).norm()) > noise:
+        return None
+    factors = solution / lengths
+    unsure = 4 * noise / lengths * len(target) ** -0.5 + 2.0**-5
+    slots = (local >= 0).nonzero().flatten().tolist()
+    found = [
+        (slots[i // num_groups], i % num_groups, float(factors[i]))
+        for i in ((factors - 1).abs() > unsure).nonzero().flatten().tolist()
+    ]
+    return found or None
+
+
+def _of_activation(solved: list[tuple[Tensor, Tensor, Tensor]]) -> Evidence:
+    """What the solved activation says: another function of the same GEMM1, or of another."""
+    found, right, operands = (torch.cat(parts) for parts in zip(*solved, strict=True))
+    scale = float(right.abs().median()) + 1e-30
+    off = (found - right).abs() > 0.1 * scale + 2.0**-4 * right.abs()
+    inner = len(solved[0][1])
+    words = ""
+    first = off[:inner].nonzero().flatten()
+    if 0 < len(first) < inner // 2:
+        listed = ", ".join(map(str, first[:6].tolist()))
+        words = f"; {len(first)} of {inner} of its columns are off in one token ({listed}{', ...' * (len(first) > 6)})"
+    mean, spread = operands.mean(0), operands.std(0) + 1e-30
+    points = ((operands - mean) / spread)[:2048]
+    nearest = (torch.cdist(points, points) + torch.eye(len(points), dtype=points.dtype) * 1e9).argmin(1)
+
+    def roughness(values: Tensor) -> float:
+        values = values[:2048]
+        return float((values - values[nearest]).abs().median() / ((values - values.median()).abs().median() + 1e-30))
+
+    if roughness(found) < 1.5 * roughness(right) + 0.05:
+        return Evidence(
+            ("activation",),
+            "GEMM2 is right, and the activation that it got is another function of the right GEMM1's up and gate: the "
+            f"formula or its parameters{words}",
+            3,
+        )
+    return Evidence(
+        ("fc1", "input"),
+        f"GEMM2 is right, and the activation that it got is no function of the right GEMM1's up and gate: GEMM1 or "
+        f"its input is wrong{words}",
+        2,
+    )
