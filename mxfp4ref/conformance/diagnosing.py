@@ -145,4 +145,4 @@ def _agreed(diagnoses: list[Diagnosis]) -> Finding:
     return Finding(tuple(common), "", False)
 
 
-_ = DEFECTS, predict
+

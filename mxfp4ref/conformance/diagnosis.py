@@ -15,6 +15,7 @@ from mxfp4ref.conformance.families.engine import investigate, prepared
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis
 from mxfp4ref.conformance.families.named import stages_of
 from mxfp4ref.conformance.families.probe import probed
+from mxfp4ref.conformance.attribution import Attribution, attribution
 from mxfp4ref.conformance.patterns import patterns
 from mxfp4ref.conformance.reduction import local_experts, one_token
 from mxfp4ref.conformance.stage_fit import numbers, reconcile, stage_of_exposed
@@ -46,6 +47,7 @@ class Diagnosis:
         ulps: elements by distance: (up to this many ulps, how many); the last with NaN.
         mask: where the output differs.
         finding: what is wrong, in words, and in which stage, as far as it is known.
+        attribution: which share of the elements differs by expert, by rows, by columns, the most telling first.
     """
 
     output: str
@@ -57,6 +59,7 @@ class Diagnosis:
     ulps: tuple[tuple[int, int], ...]
     mask: Tensor
     finding: Finding = Finding()
+    attribution: tuple[Attribution, ...] = ()
 
     @property
     def exact(self) -> tuple[str, ...]:
@@ -106,6 +109,7 @@ def diagnose(
     feeds: tuple[str, ...] = ()
     found: tuple[str, ...] = ()
     stage = ""
+    table: tuple[Attribution, ...] = ()
     if isinstance(inputs, MoeCall):
         token = first.index[0]
         one = trace(one_token(inputs, token))
@@ -115,8 +119,15 @@ def diagnose(
             verdict, finding, more = _investigated(inputs, got, want, tuple(suspects or ()), effort, progress)
             predictions = verdict.predictions
             found += verdict.remarks + more
-        stage = reconcile(inputs, outputs, mask) if effort == "full" else ""
-        if (exposed := stage_of_exposed(inputs, outputs)) and not finding.exact:
+        table = attribution(inputs, mask)
+        exposed = stage_of_exposed(inputs, outputs)
+        if finding.exact:
+            stage = f"{' or '.join(finding.stages)}: every wrong bit is predicted"
+        elif exposed or not finding.sentence:
+            stage = reconcile(inputs, outputs, mask)
+        else:
+            stage = finding.sentence
+        if exposed and not finding.exact:
             finding = Finding(exposed, finding.sentence if set(finding.stages) & set(exposed) else stage, False)
     else:
         names = (n for n, defect in DEFECTS.items() if defect.target == kind)
@@ -125,7 +136,8 @@ def diagnose(
         if kind == "layout":
             found = (_layout_pattern(got, want, mask),)
         finding = _named_finding(predictions)
-    return Diagnosis(name, first, feeds, found, stage, predictions, _histogram(got, want, mask), mask, finding)
+    ulps = _histogram(got, want, mask)
+    return Diagnosis(name, first, feeds, found, stage, predictions, ulps, mask, finding, table)
 
 
 def _named_finding(predictions: tuple[Prediction, ...]) -> Finding:

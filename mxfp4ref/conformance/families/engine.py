@@ -15,7 +15,7 @@ from mxfp4ref.conformance.families.activations import activation_hypotheses
 from mxfp4ref.conformance.families.evidence import Evidence, gather
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline
 from mxfp4ref.conformance.families.named import named_hypotheses
-from mxfp4ref.conformance.families.regions import k_hypotheses, row_hypotheses
+from mxfp4ref.conformance.families.regions import k_hypotheses, row_hypotheses, rows_at
 from mxfp4ref.conformance.families.roundings import order_hypotheses, rounding_hypotheses
 from mxfp4ref.conformance.families.search import Match, Search, one_thread
 from mxfp4ref.conformance.families.slots import slot_hypotheses
@@ -118,7 +118,7 @@ def _tiers(
 
     def wanted(hypotheses: Iterable[Hypothesis], slow: bool | None = None) -> Iterator[Hypothesis]:
         for h in hypotheses:
-            if (not only or only & set(h.stages)) and (slow is None or h.slow == slow):
+            if (not only or h.name or only & set(h.stages)) and (slow is None or h.slow == slow):
                 yield h
 
     def of(*generators: _Generator) -> Iterator[Hypothesis]:
@@ -145,6 +145,11 @@ def _tiers(
     yield wanted(of(layout_hypotheses))
     if not small:
         yield wanted(slow, slow=True)
+    if only:  # should the evidence mislead, and as the first of two changes
+        rest = of(
+            slot_hypotheses, weight_hypotheses, expert_hypotheses, value_hypotheses, constants, activation_hypotheses
+        )
+        yield (h for h in rest if not only & set(h.stages))
 
 
 def _thorough(search: Search, evidence: list[Evidence]) -> list[Match]:
@@ -166,13 +171,16 @@ def _thorough(search: Search, evidence: list[Evidence]) -> list[Match]:
         )
 
     only = _stages_left(evidence)
+    inner = next((e.inner for e in evidence if e.inner is not None), None)
     passes: tuple[Callable[[], list[Match]], ...] = (
+        lambda: search.run(rows_at(*inner)) if inner is not None else [],
+        lambda: search.run_in_slots(rows_at(*inner)) if inner is not None else [],
+        lambda: search.run_twos(second),
         lambda: search.run_in_slots(left(quick())),
         lambda: search.run(left(row_hypotheses(call)), enough=12),
         lambda: search.run_in_slots(left(k_hypotheses(call))),
         lambda: search.run_in_slots(left(row_hypotheses(call))),
         lambda: search.run_in_slots(left(layout_hypotheses(call))),
-        lambda: search.run_twos(second),
     )
 
     def left(hypotheses: Iterable[Hypothesis]) -> Iterator[Hypothesis]:
@@ -263,4 +271,4 @@ def prepared(call: MoeCall) -> Pipeline:
     return Pipeline(replace(logical(call), strict=False))
 
 
-_ = differing
+

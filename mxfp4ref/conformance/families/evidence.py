@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mxfp4ref.conformance.comparison import ulp_distance
 from mxfp4ref.conformance.families.hypothesis import Finding, Pipeline, local_of, slot_outputs
 from mxfp4ref.conformance.families.places import columns_in_words
-from mxfp4ref.formats.mxfp4 import GROUP_SIZE, dequantize
-from mxfp4ref.model.call import MoeCall
-from mxfp4ref.model.forward import trace
+from mxfp4ref.conformance.families.second_gemm import second_gemm
 from mxfp4ref.sm90 import fp32
 
 __all__ = ["Evidence", "expert_weights", "gather"]
@@ -24,7 +23,7 @@ __all__ = ["Evidence", "expert_weights", "gather"]
 _TOKENS = 6  # that are looked at
 _WORK = 1 << 29  # multiplications for one token's outputs of all experts
 _ROUNDING = 2.0**-8  # of bf16, and of the slots' sum
-_SIZE = 1 << 22  # elements of a system of equations
+_GROSS = 32  # ulp
 
 
 @dataclass(frozen=True)
@@ -35,11 +34,13 @@ class Evidence:
         stages: where the change must lie.
         sentence: what follows, for the engineer.
         strength: 3 where it was solved and shows what happens, 2 where it was solved, 1 where places say it.
+        inner: the activation's columns that are wrong, from the first to the last, where they were solved.
     """
 
     stages: tuple[str, ...]
     sentence: str
     strength: int
+    inner: tuple[int, int] | None = None
 
     def finding(self) -> Finding:
         return Finding(self.stages, self.sentence, False)
@@ -58,10 +59,11 @@ def gather(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> list
     local = local_of(pipeline)
     tokens = _telling(got, want, wrong, local)
     found += _rows(got, want, wrong, local)
-    found += _columns(wrong, tokens)
-    found += _weights(pipeline, got, want, wrong, local, tokens)
-    if call.experts.quantized:
-        found += _second_gemm(pipeline, got, wrong, local, tokens)
+    found += _columns(got, want, wrong, tokens)
+    if not found:
+        found += _weights(pipeline, got, local, tokens)
+    if not found:
+        found += (Evidence(*parts) for parts in second_gemm(pipeline, got, wrong, local, tokens))
     return sorted(found, key=lambda e: -e.strength)
 
 
@@ -90,17 +92,28 @@ def _rows(got: Tensor, want: Tensor, wrong: Tensor, local: Tensor) -> Iterator[E
         yield Evidence(("finalize", "input"), f"rows of the output are other tokens' rows: {shown}", 3)
 
 
-def _columns(wrong: Tensor, tokens: list[int]) -> Iterator[Evidence]:
+def _columns(got: Tensor, want: Tensor, wrong: Tensor, tokens: list[int]) -> Iterator[Evidence]:
+    """Wrong elements in some columns only: what is before GEMM2 would show in all."""
+    if not tokens:
+        return
     columns = wrong.any(0)
-    if bool(columns.all()) or not tokens:
+    part = wrong[tokens]
+    far = ulp_distance(got[tokens], want[tokens])[part]
+    if float(far.to(torch.float64).median()) < _GROSS or float(part.float().mean(1).max()) > 0.8:
         return
     words = columns_in_words(columns)
-    share = float(wrong[:, columns].float().mean())
-    if words and share > 0.3 and int(columns.sum()) * 4 <= 3 * len(columns):
+    after = (
+        "GEMM1 and the activation are right, it is in GEMM2's rows of those columns (weights, scales), the fc2 bias, or "
+        "the writing of the output"
+    )
+    if words and float(wrong[:, columns].any(1).float().mean()) > 0 and float(part[:, columns].float().mean()) > 0.3:
+        yield Evidence(("fc2", "finalize"), f"the output differs {words} only: {after}", 2)
+    elif float(part.float().mean()) < 0.3:
         yield Evidence(
             ("fc2", "finalize"),
-            f"the output differs {words} only: GEMM1 and the activation are right, it is in GEMM2's rows of those "
-            "columns (weights, scales), the fc2 bias, or the writing of the output",
+            f"{int(wrong.sum()):,} single elements are far off, without a pattern of columns, and all others of their "
+            "rows are right: GEMM1 and the activation are right, which would show in whole rows. It is in GEMM2, or "
+            "elements were overwritten or not written",
             2,
         )
 
@@ -140,10 +153,12 @@ def expert_weights(pipeline: Pipeline, got: Tensor, token: int) -> dict[int, flo
             return None
         solution = torch.linalg.lstsq(part.T, target[:, None], driver="gelsd").solution[:, 0]
         kept = [e for e, c in zip(chosen, solution.tolist(), strict=True) if abs(c) > 2.0**-6 * float(target.norm())]
+        if not kept:
+            return None
         if kept == chosen:
             break
         chosen = kept
-    if kept != chosen or not kept:
+    else:
         return None
     weights = solution / lengths[chosen]
     if bool(((target - weights @ y[chosen]).abs() > _allowed(weights, y[chosen])).any()):
@@ -151,9 +166,7 @@ def expert_weights(pipeline: Pipeline, got: Tensor, token: int) -> dict[int, flo
     return dict(zip(chosen, weights.tolist(), strict=True))
 
 
-def _weights(
-    pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor, local: Tensor, tokens: list[int]
-) -> Iterator[Evidence]:
+def _weights(pipeline: Pipeline, got: Tensor, local: Tensor, tokens: list[int]) -> Iterator[Evidence]:
     """Whether the output is a sum of right expert outputs, of which experts, with which weights."""
     call = pipeline.call
     fits: list[tuple[int, dict[int, float], dict[int, float]]] = []
@@ -236,128 +249,3 @@ def _exchanged(asked: dict[int, float], found: dict[int, float]) -> list[tuple[i
 
 def _sum_in_words(weights: dict[int, float], first: int) -> str:
     return " + ".join(f"{w:.4g} x expert {e + first}" for e, w in weights.items()) or "nothing"
-
-
-def _second_gemm(
-    pipeline: Pipeline, got: Tensor, wrong: Tensor, local: Tensor, tokens: list[int]
-) -> Iterator[Evidence]:
-    """Whether the output is GEMM2 of some activation, and of which; or of the right one by K groups with factors."""
-    call = pipeline.call
-    experts = call.experts
-    inside: list[bool] = []
-    solved: list[tuple[Tensor, Tensor, Tensor]] = []
-    groups: list[list[tuple[int, int, float]] | None] = []
-    for token in tokens:
-        system = _system(call, got, local, token)
-        if system is None:
-            continue
-        columns, target, right, up, gate = system
-        noise = 2.0**-7 * float(target.norm())
-        if columns.shape[1] * 4 <= columns.shape[0] * 3 and columns.numel() <= _SIZE:
-            solution = torch.linalg.lstsq(columns, target[:, None], driver="gelsd").solution[:, 0]
-            expected = (1 - columns.shape[1] / columns.shape[0]) ** 0.5
-            inside.append(float((target - columns @ solution).norm()) <= noise * expected)
-            solved.append((solution, right, torch.stack((up, gate), 1)))
-        by_group = (columns * right).view(len(target), -1, GROUP_SIZE).sum(2)
-        if by_group.shape[1] * 4 <= len(target):
-            groups.append(_factors(by_group, target, noise, local[token], experts.intermediate_size // GROUP_SIZE))
-    if groups and all(groups):
-        (slot, group, factor), *more = groups[0] or [(0, 0, 1.0)]
-        yield Evidence(
-            ("fc2", "activation"),
-            f"GEMM2's K groups count with factors: group {group} (K {group * GROUP_SIZE} to "
-            f"{group * GROUP_SIZE + GROUP_SIZE - 1}) of slot {slot} counts {factor:.3g} times"
-            f"{f', and {len(more)} more do not count once' if more else ''}; GEMM1 is right",
-            3,
-        )
-        return
-    if inside and all(inside):
-        yield _of_activation(solved)
-    elif inside and not any(inside):
-        yield Evidence(
-            ("fc2", "finalize"),
-            "no activation gives this output by the right GEMM2: it is GEMM2's weights or scales, or what comes after",
-            2,
-        )
-
-
-def _system(call: MoeCall, got: Tensor, local: Tensor, token: int) -> tuple[Tensor, ...] | None:
-    """`[H, n I]` of weighted columns of GEMM2, the row, the right activation `[n I]`, and GEMM1's up and gate."""
-    experts = call.experts
-    slots = (local[token] >= 0).nonzero().flatten()
-    if len(slots) * experts.intermediate_size * experts.hidden_size > 4 * _SIZE:
-        return None
-    chosen = experts.select(local[token, slots])
-    assert chosen.fc2_scales is not None
-    weights = call.token_final_scales[token, slots].to(torch.float64)
-    dense = dequantize(chosen.fc2_weights, chosen.fc2_scales, convention="sm90", dtype=torch.float32)
-    columns = (dense.to(torch.float64) * weights[:, None, None]).permute(1, 0, 2).flatten(1)
-    target = fp32.widen(got[token].contiguous()).to(torch.float64)
-    if chosen.fc2_biases is not None and call.tp_rank == 0:
-        target = target - weights @ fp32.widen(chosen.fc2_biases).to(torch.float64)
-    one = trace(call.select(torch.tensor([token], device=got.device)))
-    order = one.slot.argsort()
-    right = fp32.widen(one.activation[order]).to(torch.float64).flatten()
-    up, gate = (
-        part.to(torch.float64).flatten() for part in fp32.widen(one.fc1_output[order]).chunk(2, dim=1)
-    )
-    if not bool(columns.isfinite().all() & right.isfinite().all() & up.isfinite().all() & gate.isfinite().all()):
-        return None
-    return columns, target, right, up, gate
-
-
-def _factors(
-    by_group: Tensor, target: Tensor, noise: float, local: Tensor, num_groups: int
-) -> list[tuple[int, int, float]] | None:
-    """Which K groups of which slots count otherwise than once, and how often; None if factors do not explain it."""
-    lengths = by_group.norm(dim=0)
-    if not bool((lengths > 0).all()):
-        return None
-    directions = by_group / lengths
-    if float(torch.linalg.svdvals(directions).min()) < 2.0**-4:
-        return None
-    solution = torch.linalg.lstsq(directions, target[:, None], driver="gelsd").solution[:, 0]
-    if float((target - directions @ solution).norm()) > noise:
-        return None
-    factors = solution / lengths
-    unsure = 4 * noise / lengths * len(target) ** -0.5 + 2.0**-5
-    slots = (local >= 0).nonzero().flatten().tolist()
-    found = [
-        (slots[i // num_groups], i % num_groups, float(factors[i]))
-        for i in ((factors - 1).abs() > unsure).nonzero().flatten().tolist()
-    ]
-    return found or None
-
-
-def _of_activation(solved: list[tuple[Tensor, Tensor, Tensor]]) -> Evidence:
-    """What the solved activation says: another function of the same GEMM1, or of another."""
-    found, right, operands = (torch.cat(parts) for parts in zip(*solved, strict=True))
-    scale = float(right.abs().median()) + 1e-30
-    off = (found - right).abs() > 0.1 * scale + 2.0**-4 * right.abs()
-    inner = len(solved[0][1])
-    words = ""
-    first = off[:inner].nonzero().flatten()
-    if 0 < len(first) < inner // 2:
-        listed = ", ".join(map(str, first[:6].tolist()))
-        words = f"; {len(first)} of {inner} of its columns are off in one token ({listed}{', ...' * (len(first) > 6)})"
-    mean, spread = operands.mean(0), operands.std(0) + 1e-30
-    points = ((operands - mean) / spread)[:2048]
-    nearest = (torch.cdist(points, points) + torch.eye(len(points), dtype=points.dtype) * 1e9).argmin(1)
-
-    def roughness(values: Tensor) -> float:
-        values = values[:2048]
-        return float((values - values[nearest]).abs().median() / ((values - values.median()).abs().median() + 1e-30))
-
-    if roughness(found) < 1.5 * roughness(right) + 0.05:
-        return Evidence(
-            ("activation",),
-            "GEMM2 is right, and the activation that it got is another function of the right GEMM1's up and gate: the "
-            f"formula or its parameters{words}",
-            3,
-        )
-    return Evidence(
-        ("fc1", "input"),
-        f"GEMM2 is right, and the activation that it got is no function of the right GEMM1's up and gate: GEMM1 or "
-        f"its input is wrong{words}",
-        2,
-    )

@@ -180,4 +180,4 @@ def _undecided(
     return Verdict(Finding(), (), by_case)
 
 
-_ = torch
+

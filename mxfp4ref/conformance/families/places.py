@@ -10,7 +10,7 @@ from torch import Tensor
 from mxfp4ref.conformance.families.slots import attributes
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["columns_in_words", "fitting_attributes", "tokens_in_words"]
+__all__ = ["column_set", "columns_in_words", "fitting_attributes", "suspected_experts", "tokens_in_words"]
 
 
 _MaskOf = Callable[[MoeCall, Tensor], Tensor]
@@ -36,17 +36,27 @@ def fitting_attributes(
     return found[:most]
 
 
+def suspected_experts(call: MoeCall, local: Tensor, wrong: Tensor) -> tuple[str, list[int]] | None:
+    """The experts that no right token uses, if every wrong token uses one of them and they are not all; in words too."""
+    in_right = set(local[~wrong].flatten().tolist())
+    suspects = sorted(set(local[wrong].flatten().tolist()) - in_right - {-1})
+    used = set(local.flatten().tolist()) - {-1}
+    if not suspects or len(suspects) > 8 or len(suspects) == len(used):
+        return None
+    if not bool(torch.isin(local[wrong], torch.tensor(suspects, device=local.device)).any(1).all()):
+        return None
+    ids = [s + call.ep_rank * call.experts.num_experts for s in suspects]
+    return f"expert{'s' if len(ids) > 1 else ''} {_listed(ids)}", suspects
+
+
 def _kinds(call: MoeCall, local: Tensor, wrong: Tensor) -> Iterator[tuple[str, Tensor, _MaskOf]]:
-    in_right = local[~wrong]
-    suspects = sorted(set(local[wrong].flatten().tolist()) - set(in_right.flatten().tolist()) - {-1})
-    if 0 < len(suspects) <= 8 and len(suspects) < call.experts.num_experts:
-        ids = [s + call.ep_rank * call.experts.num_experts for s in suspects]
-        words = f"of expert{'s' if len(ids) > 1 else ''} {_listed(ids)}"
+    if (found := suspected_experts(call, local, wrong)) is not None:
+        who, suspects = found
 
         def of_experts(call: MoeCall, local: Tensor) -> Tensor:
             return torch.isin(local, torch.tensor(suspects, device=local.device))
 
-        yield words, of_experts(call, local), of_experts
+        yield f"of {who}", of_experts(call, local), of_experts
     for words, mask in attributes(call, local):
 
         def of_kind(call: MoeCall, local: Tensor, words: str = words) -> Tensor:
@@ -68,37 +78,50 @@ def tokens_in_words(call: MoeCall, local: Tensor, chosen: Tensor, among: Tensor)
 
 def columns_in_words(columns: Tensor, among: Tensor | None = None) -> str:
     """Words for a set of output columns, `[H] bool`, among those of `among`; "" if there are none for it."""
-    width = len(columns)
-    among = torch.ones_like(columns) if among is None else among
-    index = torch.arange(width, device=columns.device)
-    chosen = columns.nonzero().flatten()
-    if not len(chosen):
-        return ""
-    first, last = int(chosen[0]), int(chosen[-1])
-    if first == last:
-        return f"in column {first}"
-    for size in (128, 64, 32, 16, 8):
-        for step, word in ((2, "second"), (4, "fourth"), (8, "eighth")):
-            for at in range(step):
-                if width >= size * step and torch.equal(index // size % step == at, columns) and size * step < width + size:
-                    if width > size * step or step == 2:
-                        return f"in every {word} block of {size} columns, from {at * size} on"
-    for step, word in ((2, "second"), (4, "fourth"), (8, "eighth"), (16, "sixteenth"), (32, "thirty-second")):
-        for at in range(step):
-            if width >= 2 * step and torch.equal((index % step == at) & among, columns):
-                return f"in every {word} column, from {at} on"
-    inside = (index >= first) & (index <= last)
-    if torch.equal(inside & among, columns) or float(columns[first : last + 1].float().mean()) > 0.95:
-        low, high = _rounded(first, last, width, columns, among)
-        return f"in columns {low} to {high} of {width}"
+    for words, chosen in _column_sets(columns):
+        where = chosen(len(columns)).to(columns.device)
+        if torch.equal(columns if among is None else columns & among, where if among is None else where & among):
+            return words
+    if among is None:  # some were right by chance
+        for words, chosen in _column_sets(columns):
+            where = chosen(len(columns)).to(columns.device)
+            if bool((where | ~columns).all()) and float(columns[where].float().mean()) > 0.9:
+                return words
     return ""
 
 
-def _rounded(first: int, last: int, width: int, columns: Tensor, among: Tensor) -> tuple[int, int]:
-    """The ends moved out to multiples of 8 where columns in between were right by chance."""
-    low, high = first // 8 * 8, min(last // 8 * 8 + 7, width - 1)
-    gap = int((among[low:first] & ~columns[low:first]).sum()) + int((among[last + 1 : high + 1]).sum())
-    return (low, high) if gap == 0 or (first - low) + (high - last) <= 2 else (first, last)
+def column_set(words: str, columns: Tensor) -> Callable[[int], Tensor]:
+    """The set that these words stand for, for any width."""
+    return dict(_column_sets(columns))[words]
+
+
+def _column_sets(columns: Tensor) -> Iterator[tuple[str, Callable[[int], Tensor]]]:
+    """Sets of columns that might be those, and their words."""
+    chosen = columns.nonzero().flatten()
+    if not len(chosen) or bool(columns.all()):
+        return
+    width, first, last = len(columns), int(chosen[0]), int(chosen[-1])
+    if first == last:
+        yield f"in column {first}", lambda n: torch.arange(n) == first
+        return
+    if width % 2 == 0 and first == width // 2:
+        yield "in the second half of the columns", lambda n: torch.arange(n) >= n // 2
+    for size in (128, 64, 32, 16, 8):
+        if first == width - size and last == width - 1:
+            yield f"in the last {size} columns", lambda n, s=size: torch.arange(n) >= n - s
+    yield f"in columns {first} to {last}", lambda n: (torch.arange(n) >= first) & (torch.arange(n) <= last)
+    for size in (8, 16, 32, 64, 128):
+        low, high = first // size * size, last // size * size + size - 1
+        yield f"in columns {low} to {high}", lambda n, a=low, b=high: (torch.arange(n) >= a) & (torch.arange(n) <= b)
+    for size, unit in ((128, "block of 128 columns"), (64, "block of 64 columns"), (32, "block of 32 columns"),
+                       (16, "block of 16 columns"), (8, "block of 8 columns"), (1, "column")):
+        for step, word in ((2, "second"), (3, "third"), (4, "fourth"), (8, "eighth"), (16, "sixteenth"), (32, "thirty-second")):
+            at = first // size % step
+            if width >= size * step:
+                yield (
+                    f"in every {word} {unit}, from {at * size} on",
+                    lambda n, s=size, k=step, a=at: torch.arange(n) // s % k == a,
+                )
 
 
 def _listed(items: list[int]) -> str:

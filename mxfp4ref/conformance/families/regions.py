@@ -12,7 +12,7 @@ from mxfp4ref.conformance.families.tensors import mapped
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["k_hypotheses", "row_hypotheses"]
+__all__ = ["k_hypotheses", "row_hypotheses", "rows_at"]
 
 _BYTES = GROUP_SIZE // 2  # of a K group's codes
 _On = Callable[[Tensor], Tensor]
@@ -134,6 +134,22 @@ def k_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
 def row_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     """Some rows of fc1; of fc2 the wrong columns tell which rows, so that it is tried elsewhere."""
     yield from _of("rows", "fc1", list(_row_regions(call.experts.intermediate_size)))
+
+
+def rows_at(first: int, last: int) -> Iterator[Hypothesis]:
+    """Rows `first` to `last` of up, of gate, or of both."""
+    regions: list[_Region] = []
+    for size in (1, 8, 16, 32, 64):
+        low, high = first // size * size, last // size * size + size - 1
+        for part, halves in ((" of the up half", (0,)), (" of the gate half", (1,)), (" of each half", (0, 1))):
+
+            def where(n: int, low: int = low, high: int = high, halves: tuple[int, ...] = halves) -> Tensor:
+                index = torch.arange(n)
+                inside = (index % (n // 2) >= low) & (index % (n // 2) <= high)
+                return inside & torch.isin(index // (n // 2), torch.tensor(halves))
+
+            regions.append((f"rows {low} to {high}{part}", where, 1.2 + size / 100 + 0.2 * len(halves)))
+    yield from _of("rows", "fc1", regions)
 
 
 def _of(kind: str, fc: str, regions: list[_Region]) -> Iterator[Hypothesis]:

@@ -21,7 +21,7 @@ from mxfp4ref.conformance.families.hypothesis import (
     local_of,
     slot_outputs,
 )
-from mxfp4ref.conformance.families.places import columns_in_words, fitting_attributes, tokens_in_words
+from mxfp4ref.conformance.families.places import column_set, columns_in_words, fitting_attributes, tokens_in_words
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import KERNEL
 
@@ -183,7 +183,7 @@ class Search:
         if not bool((columns & rest).any()):
             words = columns_in_words(columns, columns | rest)
             if words and hypothesis.stages[0] in ("fc2", "finalize", "slots"):
-                return Match(_in_columns(hypothesis, words, columns), True)
+                return Match(_in_columns(hypothesis, words, column_set(words, columns)), True)
         return None
 
     def run_in_slots(self, hypotheses: Iterable[Hypothesis], *, enough: int = 4) -> list[Match]:
@@ -219,12 +219,17 @@ class Search:
 
     def run_twos(self, hypotheses: Callable[[], Iterable[Hypothesis]], *, most: int = 3) -> list[Match]:
         """Two changes at once: those that came nearest, each with another one."""
-        for _, first in sorted(self.near, key=lambda pair: (pair[0], pair[1].cost))[:most]:
+        ranked = sorted(self.near, key=lambda pair: (round(pair[0], 3), pair[1].cost))
+        starts: dict[float, Hypothesis] = {}  # of those that come equally near, the simplest
+        for distance, first in ranked:
+            if first.of_rows is None and not first.name:
+                starts.setdefault(round(distance, 3), first)
+        for first in list(starts.values())[:most]:
             if self.out_of_time():
                 break
             base = first.change(self.pipeline)
             output = first.run(self.pipeline)
-            if output is None or base.run_call is not None:
+            if output is None:
                 continue
             if surprise(self.got, output) < _FEWEST_BITS:
                 continue
@@ -254,13 +259,11 @@ def _in_rows(hypothesis: Hypothesis, words: str, tokens: Tensor, count: int) -> 
     return replace(hypothesis, words=f"{hypothesis.words}, {words}", change=change, cost=hypothesis.cost + 1.5)
 
 
-def _in_columns(hypothesis: Hypothesis, words: str, columns: Tensor) -> Hypothesis:
+def _in_columns(hypothesis: Hypothesis, words: str, columns: Callable[[int], Tensor]) -> Hypothesis:
     def change(pipeline: Pipeline) -> Pipeline:
         def run(call: MoeCall) -> Tensor:
             right, wrong = replace(pipeline, call=call).run(), hypothesis.change(replace(pipeline, call=call)).run()
-            if right.shape[1] != len(columns):
-                raise ValueError("columns: of another call")
-            return torch.where(columns, wrong, right)
+            return torch.where(columns(right.shape[1]).to(right.device), wrong, right)
 
         return Pipeline(pipeline.call, KERNEL, run)
 
