@@ -12,14 +12,15 @@ from torch import Tensor
 from mxfp4ref._validate import check_choice
 from mxfp4ref.conformance.comparison import FAR, Difference, differing, first_difference, ulp_distance
 from mxfp4ref.conformance.families.engine import investigate, prepared
+from mxfp4ref.conformance.families.evidence import Evidence
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis
-from mxfp4ref.conformance.families.named import stages_of
+from mxfp4ref.conformance.families.named import named_hypotheses, stages_of
 from mxfp4ref.conformance.families.probe import probed
 from mxfp4ref.conformance.attribution import Attribution, attribution
 from mxfp4ref.conformance.patterns import patterns
 from mxfp4ref.conformance.reduction import local_experts, one_token
 from mxfp4ref.conformance.stage_fit import numbers, reconcile, stage_of_exposed
-from mxfp4ref.conformance.suspects import Prediction, Progress, Verdict, closest, predict, try_defects
+from mxfp4ref.conformance.suspects import Prediction, Progress, closest, predict
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import MoeTrace, trace
@@ -27,8 +28,7 @@ from mxfp4ref.sm90 import fp32
 
 __all__ = ["EFFORTS", "Diagnosis", "Finding", "Prediction", "diagnose", "predict"]
 
-EFFORTS = {"quick": 0.7, "full": 45.0}  # seconds for hypotheses
-SECONDS = 90.0
+EFFORTS = {"quick": 0.7, "full": 50.0}  # seconds for hypotheses
 _ULP_BINS = (1, 2, 4, 16, 256, FAR - 1)
 
 
@@ -116,19 +116,16 @@ def diagnose(
         feeds = _feeds(inputs, one, token, first.index[1])
         found = patterns(inputs, got, want, mask)
         if inputs.experts.quantized:
-            verdict, finding, more = _investigated(inputs, got, want, tuple(suspects or ()), effort, progress)
-            predictions = verdict.predictions
-            found += verdict.remarks + more
+            exposed = stage_of_exposed(inputs, outputs)
+            known = Evidence(exposed, reconcile(inputs, outputs, mask), 3) if exposed else None
+            search = _Search(tuple(suspects or ()), effort, progress, known)
+            predictions, finding, more = _investigated(inputs, got, want, search)
+            found += more
         table = attribution(inputs, mask)
-        exposed = stage_of_exposed(inputs, outputs)
         if finding.exact:
             stage = f"{' or '.join(finding.stages)}: every wrong bit is predicted"
-        elif exposed or not finding.sentence:
-            stage = reconcile(inputs, outputs, mask)
         else:
-            stage = finding.sentence
-        if exposed and not finding.exact:
-            finding = Finding(exposed, finding.sentence if set(finding.stages) & set(exposed) else stage, False)
+            stage = finding.sentence or reconcile(inputs, outputs, mask)
     else:
         names = (n for n, defect in DEFECTS.items() if defect.target == kind)
         found_by = (predict(inputs, outputs, expected, n) for n in names)
@@ -149,45 +146,46 @@ def _named_finding(predictions: tuple[Prediction, ...]) -> Finding:
     return Finding(stages_of(defect), f"{defect.name}: {defect.summary}{others}", True)
 
 
+@dataclass(frozen=True)
+class _Search:
+    """How to look for what is wrong, as in `diagnose`; `known` is the stage of an intermediate that differs."""
+
+    suspects: tuple[str | Hypothesis, ...]
+    effort: str
+    progress: Progress | None
+    known: Evidence | None
+
+
 def _investigated(
     call: MoeCall,
     got: Tensor,
     want: Tensor,
-    suspects: tuple[str | Hypothesis, ...],
-    effort: str,
-    progress: Progress | None,
-) -> tuple[Verdict, Finding, tuple[str, ...]]:
-    """Named defects, then families."""
-    names = tuple(s for s in suspects if isinstance(s, str))
-    hypotheses = tuple(s for s in suspects if isinstance(s, Hypothesis))
-    verdict = Verdict(())
+    how: _Search,
+) -> tuple[tuple[Prediction, ...], Finding, tuple[str, ...]]:
+    """The named defects that predict it, the finding, and remarks."""
     part = probed(call, got, want)
     if part is None:
-        return verdict, Finding(), ("no token gives its expected row alone, so that no hypothesis can be tried",)
-    if effort == "full" or names:
-        seconds = SECONDS if effort == "full" else EFFORTS[effort]
-        verdict = try_defects(call, got, want, first=names, seconds=seconds, progress=progress)
-        if any(p.exact for p in verdict.predictions):
-            return verdict, _named_finding(verdict.predictions), ()
+        return (), Finding(), ("no token gives its expected row alone, so that no hypothesis can be tried",)
     small, rows_got, rows_want, note = part
+    pipeline = prepared(small)
+    names = {s for s in how.suspects if isinstance(s, str)}
+    first = [h for h in named_hypotheses(small) if h.name in names]
     result = investigate(
-        prepared(small),
+        pipeline,
         rows_got,
         rows_want,
-        seconds=EFFORTS[effort],
-        first=hypotheses,
-        named=effort == "quick",
-        thorough=effort == "full",
+        seconds=EFFORTS[how.effort],
+        first=[*first, *(s for s in how.suspects if isinstance(s, Hypothesis))],
+        thorough=how.effort == "full",
+        known=how.known,
+        progress=how.progress,
     )
     remarks = [e.sentence for e in result.evidence if e.sentence != result.finding.sentence]
     if not result.complete:
-        remarks.append(f"hypotheses were tried as long as there was time: {result.tried:,}")
-    exact = tuple(
-        Prediction(m.hypothesis.name, 1.0, True) for m in result.matches if m.hypothesis.name and m.exact
-    )
-    if exact:
-        verdict = Verdict(exact, verdict.remarks)
-    return verdict, result.finding, (*remarks, *note)
+        remarks.append(f"hypotheses were tried as long as there was time, {result.tried:,} of them")
+    exact = (m.hypothesis.name for m in result.matches if m.hypothesis.name and m.exact)
+    predictions = tuple(Prediction(name, 1.0, True) for name in dict.fromkeys(exact))
+    return predictions, result.finding, (*remarks, *note)
 
 
 def _feeds(call: MoeCall, one: MoeTrace, token: int, column: int) -> tuple[str, ...]:

@@ -65,8 +65,9 @@ def investigate(
     *,
     seconds: float,
     first: Iterable[Hypothesis] = (),
-    named: bool = True,
     thorough: bool = True,
+    known: Evidence | None = None,
+    progress: Callable[[str, int], None] | None = None,
 ) -> Result:
     """What is wrong with an output.
 
@@ -75,21 +76,22 @@ def investigate(
         got, want: `[M, H] bf16`, which differ.
         seconds: that may be taken, roughly.
         first: hypotheses to try before all others; if any fits no other is tried.
-        named: whether the named defects are tried.
         thorough: whether also what takes long is: parts of weights, kinds of slots, two changes at once.
+        known: what is known already, such as of an intermediate that the kernel returned.
+        progress: called with the name of each named defect that is tried, and how many there are.
     """
     with one_thread():
         until = time.monotonic() + seconds
-        search = Search(pipeline, got, want, until)
+        search = Search(pipeline, got, want, until, progress=progress)
         evidence: list[Evidence] = []
         found = search.run(first)
         if not found:
-            evidence = gather(pipeline, got, want, search.wrong)
-            for tier in _tiers(pipeline.call, search, evidence, named):
+            evidence = [known] if known else gather(pipeline, got, want, search.wrong)
+            for tier in _tiers(pipeline.call, search, evidence):
                 found = search.run(tier)
                 if found or search.out_of_time():
                     break
-        if not found and thorough:
+        if not found and thorough and known is None:
             found = _thorough(search, evidence)
     matches = sorted(found, key=lambda m: (not m.exact, m.hypothesis.cost))
     return Result(tuple(matches), tuple(evidence), told(matches, evidence), search.tried, not search.out_of_time())
@@ -110,9 +112,7 @@ def _is_small(search: Search) -> bool:
     return bool(((got - want).abs() <= 2.0**-5 * scale).nan_to_num().all()) or float((far <= 4).float().mean()) > 0.9
 
 
-def _tiers(
-    call: MoeCall, search: Search, evidence: list[Evidence], named: bool
-) -> Iterator[Iterator[Hypothesis]]:
+def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[Iterator[Hypothesis]]:
     """Groups of hypotheses; all of one are tried before the next."""
     only = _stages_left(evidence)
 
@@ -126,7 +126,7 @@ def _tiers(
 
     factor = [h for f in _factors(search) for h in factor_hypotheses(f)]
     plain = of(
-        *([named_hypotheses] if named else []),
+        named_hypotheses,
         slot_hypotheses,
         weight_hypotheses,
         expert_hypotheses,
@@ -138,7 +138,7 @@ def _tiers(
     )
     small = _is_small(search)
     yield chain(wanted(factor), wanted(plain, slow=False), input_factor_hypotheses())
-    slow = of(order_hypotheses, *([named_hypotheses] if named else []))
+    slow = of(order_hypotheses, named_hypotheses)
     if small:
         yield wanted(slow, slow=True)
     yield wanted(of(k_hypotheses))
@@ -172,23 +172,23 @@ def _thorough(search: Search, evidence: list[Evidence]) -> list[Match]:
 
     only = _stages_left(evidence)
     inner = next((e.inner for e in evidence if e.inner is not None), None)
-    passes: tuple[Callable[[], list[Match]], ...] = (
-        lambda: search.run(rows_at(*inner)) if inner is not None else [],
-        lambda: search.run_in_slots(rows_at(*inner)) if inner is not None else [],
-        lambda: search.run_twos(second),
+    parts = [row_hypotheses, k_hypotheses] if only & {"fc1"} else [k_hypotheses, row_hypotheses]
+    passes: list[Callable[[], list[Match]]] = [
+        *([lambda: search.run(rows_at(*inner)), lambda: search.run_in_slots(rows_at(*inner))] if inner else []),
         lambda: search.run_in_slots(left(quick())),
+        *((lambda part=part: search.run_in_slots(left(part(call)))) for part in parts),  # type: ignore[misc]
         lambda: search.run(left(row_hypotheses(call)), enough=12),
-        lambda: search.run_in_slots(left(k_hypotheses(call))),
-        lambda: search.run_in_slots(left(row_hypotheses(call))),
+        lambda: search.run_twos(second),
         lambda: search.run_in_slots(left(layout_hypotheses(call))),
-    )
+    ]
 
     def left(hypotheses: Iterable[Hypothesis]) -> Iterator[Hypothesis]:
         return (h for h in hypotheses if not only or only & set(h.stages))
 
-    for one in passes:
-        if found := one():
-            return found
+    for number, one in enumerate(passes):
+        with search.share(0.5 if number < len(passes) - 1 else 1.0):
+            if found := one():
+                return found
     return []
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
-from mxfp4ref.conformance.families.hypothesis import Hypothesis
-from mxfp4ref.defects import DEFECTS, Defect, activation, arguments, finalize, gemm, rounding, weights
+from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline
+from mxfp4ref.defects import DEFECTS, Defect, activation, arguments, finalize, gemm, weights
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["named_hypotheses", "stages_of"]
+__all__ = ["NUMBER_OF_NAMES", "named_hypotheses", "stages_of"]
 
 _BY_MODULE = (
     (weights, ("fc1", "fc2")),
@@ -60,7 +61,8 @@ def stages_of(defect: Defect) -> tuple[str, ...]:
     return ("activation",) if defect.name in vars(arguments) else ("fc1", "activation")
 
 
-_SLOW_MODULES = (gemm, rounding)
+NUMBER_OF_NAMES = sum(defect.target == "moe" for defect in DEFECTS.values())
+
 
 
 def named_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
@@ -82,9 +84,7 @@ def _slow(defect: Defect) -> bool:
     return defect.name in vars(gemm) or defect.name in ("act_kept_fp32", "minus_zero_kept")
 
 
-def _running(pipeline, defect: Defect):  # type: ignore[no-untyped-def]
-    from dataclasses import replace
-
+def _running(pipeline: Pipeline, defect: Defect) -> Pipeline:
     if not defect.applies(pipeline.call):
         return pipeline
     return replace(pipeline, run_call=defect.run)

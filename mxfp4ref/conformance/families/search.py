@@ -21,6 +21,7 @@ from mxfp4ref.conformance.families.hypothesis import (
     local_of,
     slot_outputs,
 )
+from mxfp4ref.conformance.families.named import NUMBER_OF_NAMES
 from mxfp4ref.conformance.families.places import column_set, columns_in_words, fitting_attributes, tokens_in_words
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import KERNEL
@@ -72,6 +73,9 @@ class Search:
         pipeline: the right one, or one whose mistake is known.
         got, want: `[M, H] bf16`.
         until: `time.monotonic()` at which to stop.
+        tried: how many hypotheses were.
+        near: those that explain a part, and how far off they leave the output, from 0 to 1.
+        progress: called with the name of each named defect and how many there are.
     """
 
     pipeline: Pipeline
@@ -80,6 +84,7 @@ class Search:
     until: float
     tried: int = 0
     near: list[tuple[float, Hypothesis]] = field(default_factory=list)
+    progress: Callable[[str, int], None] | None = None
 
     def __post_init__(self) -> None:
         self.wrong = differing(self.got, self.want)
@@ -105,6 +110,16 @@ class Search:
 
     def out_of_time(self) -> bool:
         return time.monotonic() > self.until
+
+    @contextmanager
+    def share(self, part: float) -> Iterator[None]:
+        """Inside, only this part of the time that is left may be taken."""
+        until, now = self.until, time.monotonic()
+        self.until = min(until, now + part * (until - now))
+        try:
+            yield
+        finally:
+            self.until = until
 
     def _probe_tokens(self) -> Tensor:
         """The wrong token that tells most: many wrong elements, few slots, no NaN."""
@@ -140,6 +155,8 @@ class Search:
             if self.out_of_time() or len(found) >= enough:
                 break
             self.tried += 1
+            if hypothesis.name and self.progress is not None:
+                self.progress(hypothesis.name, NUMBER_OF_NAMES)
             if (predicted := self.predict(hypothesis)) is None:
                 continue
             output, of_all = predicted
@@ -150,7 +167,7 @@ class Search:
             if bool((equal | right).all()):
                 if (match := self.confirm(hypothesis)) is not None:
                     found.append(match)
-            elif bool(equal.any()):
+            else:
                 distance = self._distance(output, got) / (self.baseline_of_all if of_all else self.baseline)
                 if distance < 0.8:
                     self.near.append((distance, hypothesis))
@@ -219,7 +236,7 @@ class Search:
 
     def run_twos(self, hypotheses: Callable[[], Iterable[Hypothesis]], *, most: int = 3) -> list[Match]:
         """Two changes at once: those that came nearest, each with another one."""
-        ranked = sorted(self.near, key=lambda pair: (round(pair[0], 3), pair[1].cost))
+        ranked = sorted(self.near, key=lambda pair: pair[0] + 0.02 * pair[1].cost)
         starts: dict[float, Hypothesis] = {}  # of those that come equally near, the simplest
         for distance, first in ranked:
             if first.of_rows is None and not first.name:
