@@ -91,7 +91,7 @@ def investigate(
                 found = search.run(tier)
                 if found or search.out_of_time():
                     break
-        if not found and thorough and known is None:
+        if not found and thorough and known is None and not _certain(evidence):
             found = _thorough(search, evidence)
     matches = sorted(found, key=lambda m: (not m.exact, m.hypothesis.cost))
     return Result(tuple(matches), tuple(evidence), told(matches, evidence), search.tried, not search.out_of_time())
@@ -145,7 +145,7 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
     yield wanted(of(layout_hypotheses))
     if not small:
         yield wanted(slow, slow=True)
-    if only:  # should the evidence mislead, and as the first of two changes
+    if only and not _certain(evidence):  # should the evidence mislead, and as the first of two changes
         rest = of(
             slot_hypotheses, weight_hypotheses, expert_hypotheses, value_hypotheses, constants, activation_hypotheses
         )
@@ -190,6 +190,11 @@ def _thorough(search: Search, evidence: list[Evidence]) -> list[Match]:
             if found := one():
                 return found
     return []
+
+
+def _certain(evidence: list[Evidence]) -> bool:
+    """Whether the weights and experts of the sum were solved: then nothing before it is wrong."""
+    return any(e.strength == 3 and set(e.stages) <= {"finalize", "slots"} for e in evidence)
 
 
 def _stages_left(evidence: list[Evidence]) -> set[str]:

@@ -13,6 +13,7 @@ from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import KERNEL, Stages, forward
 
 __all__ = [
+    "FAILURES",
     "STAGES",
     "Change",
     "Finding",
@@ -27,6 +28,7 @@ __all__ = [
     "slot_outputs",
 ]
 
+FAILURES = (ValueError, TypeError, IndexError, RuntimeError)  # of a change that is not defined on a call
 STAGES = ("input", "slots", "fc1", "activation", "fc2", "finalize", "routing", "quantize", "dequantize")
 
 
@@ -67,8 +69,14 @@ class Pipeline:
 
     def run(self) -> Tensor:
         """The output `[M, H] bf16`."""
-        output = forward(self.call, self.stages) if self.run_call is None else self.run_call(self.call)
+        call = self.checked.call
+        output = forward(call, self.stages) if self.run_call is None else self.run_call(call)
         return output if self.after is None else self.after(output)
+
+    @property
+    def checked(self) -> Pipeline:
+        """With the experts' tensors checked, which `having` does not."""
+        return self.calling(experts=replace(self.call.experts))
 
     def calling(self, **fields: Any) -> Pipeline:
         """With other fields of the call."""
@@ -79,13 +87,20 @@ class Pipeline:
         return replace(self, stages=replace(self.stages, **stages))
 
     def having(self, **tensors: Any) -> Pipeline:
-        """With other tensors of the experts."""
-        return self.calling(experts=replace(self.call.experts, **tensors))
+        """With other tensors of the experts, which are not checked here."""
+        return replace(self, call=_unchecked(self.call, experts=_unchecked(self.call.experts, **tensors)))
 
     def then(self, change: Callable[[Tensor], Tensor]) -> Pipeline:
         """With the output changed afterwards."""
         before = self.after
         return replace(self, after=change if before is None else lambda output: change(before(output)))
+
+
+def _unchecked(record: Any, **fields: Any) -> Any:
+    """As `replace`, without the checks of a new record."""
+    new = object.__new__(type(record))
+    new.__dict__.update(record.__dict__ | fields)
+    return new
 
 
 Change = Callable[[Pipeline], Pipeline]
@@ -119,11 +134,16 @@ class Hypothesis:
     of_sum: Callable[..., Tensor] | None = None
     of_output: Callable[[Tensor], Tensor] | None = None
 
+    @property
+    def cheap(self) -> bool:
+        """Whether no GEMM has to be computed again."""
+        return bool(self.of_rows or self.of_sum or self.of_output)
+
     def run(self, pipeline: Pipeline) -> Tensor | None:
         """The output, or None where the change is not defined."""
         try:
             return self.change(pipeline).run()
-        except (ValueError, TypeError, IndexError, RuntimeError):
+        except FAILURES:
             return None
 
 
@@ -217,7 +237,7 @@ def slot_outputs(pipeline: Pipeline, x: Tensor | None = None) -> Tensor:
         input=x.reshape(tokens * top_k, -1),
         token_selected_experts=local.reshape(-1, 1).to(torch.int32),
         token_final_scales=torch.ones(tokens * top_k, 1, dtype=torch.float32, device=x.device),
-        experts=replace(call.experts, fc2_biases=None),
+        experts=replace(call.experts, fc2_biases=None),  # which checks them
         ep_size=1,
         ep_rank=0,
     )

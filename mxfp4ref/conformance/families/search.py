@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import differing, ulp_distance
+from mxfp4ref.conformance.families.batches import each
 from mxfp4ref.conformance.families.hypothesis import (
+    FAILURES,
     Hypothesis,
     Pipeline,
     SlotRows,
@@ -128,20 +131,24 @@ class Search:
         score = amount.to(torch.float64) * torch.where(finite, 1.0, 0.25) / (2 + (self.local >= 0).sum(1))
         return score.argmax().view(1).cpu()
 
-    def predict(self, hypothesis: Hypothesis) -> tuple[Tensor, bool] | None:
-        """A hypothesis' output, of the whole call (True) or of its part (False)."""
-        h, pipeline = hypothesis, self.pipeline
-        if pipeline.run_call is None and (h.of_rows or h.of_sum or h.of_output):
-            try:
-                if h.of_output is not None:
-                    return h.of_output(self.want), True
-                if h.of_rows is not None:
-                    return h.of_rows(self.rows).output(pipeline), True
-                return self.rows.output(h.change(pipeline)), True
-            except (ValueError, TypeError, IndexError, RuntimeError):
-                return None
-        output = h.run(self.part)
-        return None if output is None else (output, self.whole)
+    def _predictions(self, hypotheses: Iterable[Hypothesis]) -> Iterator[tuple[Hypothesis, Tensor | None, bool]]:
+        """Each hypothesis' output, of the whole call (True) or of its part (False)."""
+        known = self.pipeline.run_call is None
+        for of_rows, some in groupby(hypotheses, lambda h: known and h.cheap):
+            if of_rows:
+                yield from ((h, self._from_rows(h), True) for h in some)
+            else:
+                yield from ((h, output, self.whole) for h, output in each(self.part, some, Pipeline.run))
+
+    def _from_rows(self, h: Hypothesis) -> Tensor | None:
+        try:
+            if h.of_output is not None:
+                return h.of_output(self.want)
+            if h.of_rows is not None:
+                return h.of_rows(self.rows).output(self.pipeline)
+            return self.rows.output(h.change(self.pipeline))
+        except FAILURES:
+            return None
 
     @staticmethod
     def _distance(output: Tensor, got: Tensor) -> float:
@@ -151,17 +158,14 @@ class Search:
     def run(self, hypotheses: Iterable[Hypothesis], *, enough: int = 1 << 30) -> list[Match]:
         """Those that predict every wrong bit; the others that come nearer to the output are kept in `near`."""
         found: list[Match] = []
-        for hypothesis in hypotheses:
+        for hypothesis, output, of_all in self._predictions(hypotheses):
             if self.out_of_time() or len(found) >= enough:
                 break
             self.tried += 1
             if hypothesis.name and self.progress is not None:
                 self.progress(hypothesis.name, NUMBER_OF_NAMES)
-            if (predicted := self.predict(hypothesis)) is None:
-                continue
-            output, of_all = predicted
             got, right = (self.got, ~self.wrong) if of_all else (self.part_got, self.part_right)
-            if output.shape != got.shape:
+            if output is None or output.shape != got.shape:
                 continue
             equal = ~differing(output, got)
             if bool((equal | right).all()):
@@ -212,17 +216,12 @@ class Search:
         right = slot_outputs(self.part)
         local, weights = self.local[self.tokens], self.part.call.token_final_scales
         found: list[Match] = []
-        for hypothesis in hypotheses:
+        for hypothesis, y in each(self.part, hypotheses, _slot_outputs):
             if self.out_of_time() or len(found) >= enough:
                 break
-            try:
-                changed = hypothesis.change(self.part)
-                if changed.run_call is not None or changed.after is not None:
-                    continue
-                y = slot_outputs(changed)
-            except (ValueError, TypeError, IndexError, RuntimeError):
-                continue
             self.tried += 1
+            if y is None or y.shape != right.shape:
+                continue
             for words, mask, mask_of in kinds:
                 merged = torch.where(mask[self.tokens][..., None], y, right)
                 if bool(differing(finalized(self.part, merged, local, weights), self.part_got).any()):
@@ -259,6 +258,12 @@ class Search:
                 if result is not None and not bool(differing(result, self.got).any()):
                     return [Match(both, True)]
         return []
+
+
+def _slot_outputs(pipeline: Pipeline) -> Tensor:
+    if pipeline.run_call is not None or pipeline.after is not None:
+        raise ValueError("pipeline: expected one whose slots are seen")
+    return slot_outputs(pipeline)
 
 
 def _in_rows(hypothesis: Hypothesis, words: str, tokens: Tensor, count: int) -> Hypothesis:
