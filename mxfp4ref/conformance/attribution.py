@@ -80,7 +80,11 @@ def _places(call: MoeCall, mask: Tensor) -> Iterator[tuple[str, str, Tensor]]:
     for size in (64, 16, 4):
         for block in torch.unique(position[position >= 0] // size).tolist():
             rows = f"{block * size} to {block * size + size - 1}"
-            yield f"row of an expert, by {size}", rows, every & (position // size == block).any(1, keepdim=True)
+            yield (
+                f"row of an expert, by {size}",
+                rows,
+                every & (position // size == block).any(1, keepdim=True),
+            )
     token, column = (torch.arange(n, device=mask.device) for n in (tokens, width))
     for size in (64, 16, 1):
         if tokens > size:

@@ -7,14 +7,13 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from mxfp4ref.conformance.diagnosis import Diagnosis, Finding, diagnose, predict
+from mxfp4ref.conformance.diagnosis import Diagnosis, Finding, Known, Prediction, diagnose
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline
 from mxfp4ref.conformance.families.jury import Failure, Verdict, judge
 from mxfp4ref.conformance.plain import of_exception
 from mxfp4ref.conformance.reduction import is_heavy
 from mxfp4ref.conformance.results import CaseResult, name_defects
-from mxfp4ref.defects import DEFECTS
 from mxfp4ref.goldens import Goldens
 from mxfp4ref.goldens.runs import Run, runs
 from mxfp4ref.model.call import MoeCall
@@ -49,7 +48,12 @@ class Found:
 
 
 def diagnosed(
-    result: CaseResult, failed: Failed, *, suspects: tuple[str | Hypothesis, ...] = (), effort: str = "full"
+    result: CaseResult,
+    failed: Failed,
+    *,
+    suspects: tuple[str | Hypothesis, ...] = (),
+    effort: str = "full",
+    known: Known | None = None,
 ) -> CaseResult:
     """The result with its diagnosis; if that fails, with the reason."""
     try:
@@ -60,6 +64,7 @@ def diagnosed(
             failed.run.expected,
             suspects=suspects,
             effort=effort,
+            known=known,
         )
     except Exception as error:  # of outputs that nobody has thought of; the result is not lost
         words = f"no diagnosis: {of_exception(error)}"
@@ -111,7 +116,9 @@ class Failing:
         right = [r.case for r in results if r.status == "equal" and r.kind == "moe"]
 
         def passing() -> Iterator[tuple[Pipeline, Tensor]]:
-            for name in right if goldens is not None else ():
+            for name in right:
+                if goldens is None:
+                    break
                 case = goldens.load(name)
                 if not case.derived:
                     one = runs(case)[0]
@@ -123,14 +130,9 @@ class Failing:
         failed = self._later.get(result.case)
         if failed is None:
             return result
-        names = tuple(h.name or h for h in found.hypotheses)
-        result = diagnosed(result, failed, suspects=names[:4], effort="quick" if not names else "quick")
-        if result.diagnosis is None:
-            return result
-        finding = found.by_case.get(result.case, result.diagnosis.finding)
-        if not found.finding.exact and result.diagnosis.finding.exact:
-            finding = result.diagnosis.finding
-        return replace(result, diagnosis=replace(result.diagnosis, finding=finding))
+        finding = found.by_case.get(result.case, Finding())
+        exact = tuple(Prediction(h.name, 1.0, True) for h in found.hypotheses if h.name)
+        return diagnosed(result, failed, known=(exact, finding, ()))
 
 
 def _agreed(diagnoses: list[Diagnosis]) -> Finding:
@@ -143,6 +145,3 @@ def _agreed(diagnoses: list[Diagnosis]) -> Finding:
         return first
     common = [s for s in first.stages if all(s in f.stages for f in findings)]
     return Finding(tuple(common), "", False)
-
-
-

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._validate import check_choice
+from mxfp4ref.conformance.attribution import Attribution, attribution
 from mxfp4ref.conformance.comparison import FAR, Difference, differing, first_difference, ulp_distance
 from mxfp4ref.conformance.families.engine import investigate, prepared
 from mxfp4ref.conformance.families.evidence import Evidence
-from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis
+from mxfp4ref.conformance.families.hypothesis import UNKNOWN, Finding, Hypothesis
 from mxfp4ref.conformance.families.named import named_hypotheses, stages_of
 from mxfp4ref.conformance.families.probe import probed
-from mxfp4ref.conformance.attribution import Attribution, attribution
 from mxfp4ref.conformance.patterns import patterns
 from mxfp4ref.conformance.reduction import local_experts, one_token
 from mxfp4ref.conformance.stage_fit import numbers, reconcile, stage_of_exposed
@@ -26,10 +26,13 @@ from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import MoeTrace, trace
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["EFFORTS", "Diagnosis", "Finding", "Prediction", "diagnose", "predict"]
+__all__ = ["EFFORTS", "Diagnosis", "Finding", "Known", "Prediction", "diagnose", "predict"]
 
 EFFORTS = {"quick": 0.7, "full": 50.0}  # seconds for hypotheses
 _ULP_BINS = (1, 2, 4, 16, 256, FAR - 1)
+
+
+Known = tuple[tuple[Prediction, ...], Finding, tuple[str, ...]]  # named defects, finding, remarks
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Diagnosis:
     predictions: tuple[Prediction, ...]
     ulps: tuple[tuple[int, int], ...]
     mask: Tensor
-    finding: Finding = Finding()
+    finding: Finding = UNKNOWN
     attribution: tuple[Attribution, ...] = ()
 
     @property
@@ -76,6 +79,7 @@ def diagnose(
     suspects: Iterable[str | Hypothesis] | None = None,
     effort: str = "full",
     progress: Progress | None = None,
+    known: Known | None = None,
 ) -> Diagnosis:
     """Say how and why `outputs` differ from `expected`; they have to.
 
@@ -87,6 +91,7 @@ def diagnose(
         suspects: names of defects, and hypotheses, to try before all others, which are tried if none is exact.
         effort: "full", or "quick" for about a second: the likeliest hypotheses only.
         progress: called before each named defect that is tried on a call, with its name and how many there are.
+        known: what has been found out about the call, so that nothing is searched.
 
     Raises:
         TypeError, ValueError: an output is missing, or of another dtype or shape than expected, or all are equal.
@@ -117,9 +122,9 @@ def diagnose(
         found = patterns(inputs, got, want, mask)
         if inputs.experts.quantized:
             exposed = stage_of_exposed(inputs, outputs)
-            known = Evidence(exposed, reconcile(inputs, outputs, mask), 3) if exposed else None
-            search = _Search(tuple(suspects or ()), effort, progress, known)
-            predictions, finding, more = _investigated(inputs, got, want, search)
+            seen = Evidence(exposed, reconcile(inputs, outputs, mask), 3) if exposed else None
+            search = _Search(tuple(suspects or ()), effort, progress, seen)
+            predictions, finding, more = known or _investigated(inputs, got, want, search)
             found += more
         table = attribution(inputs, mask)
         if finding.exact:
@@ -161,7 +166,7 @@ def _investigated(
     got: Tensor,
     want: Tensor,
     how: _Search,
-) -> tuple[tuple[Prediction, ...], Finding, tuple[str, ...]]:
+) -> Known:
     """The named defects that predict it, the finding, and remarks."""
     part = probed(call, got, want)
     if part is None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from mxfp4ref._files import printable
 from mxfp4ref.conformance.diagnosis import Diagnosis, Finding
+from mxfp4ref.conformance.families.hypothesis import UNKNOWN
 from mxfp4ref.defects import DEFECTS
 
 __all__ = ["MODES", "PASSING", "RECORDING", "CaseResult", "Report", "name_defects"]
@@ -74,7 +75,7 @@ class Report:
     defects: tuple[str, ...] = ()
     seconds: float = 0.0
     environment: Mapping[str, str] = field(default_factory=dict)
-    finding: Finding = Finding()
+    finding: Finding = UNKNOWN
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kernel", printable(self.kernel, lines=False))

@@ -104,7 +104,7 @@ def test_an_unnamed_mistake_gets_places_and_a_stage(unnamed: Report) -> None:
     assert result.diagnosis.finding.exact
     assert "in every second block of 16 columns, from 16 on" in result.diagnosis.finding.sentence
     assert "fc2" in result.diagnosis.finding.stages
-    assert [row.by for row in result.diagnosis.attribution][0] == "column, by 16"
+    assert result.diagnosis.attribution[0].by == "column, by 16"
     assert int(result.diagnosis.mask.sum()) == result.differing == sum(n for _, n in result.diagnosis.ulps)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,17 +29,29 @@ def _clamps() -> Iterator[tuple[str, _Clamp, float]]:
     def both(t: Tensor, limit: Tensor) -> Tensor:
         return _max(_min(t, limit), -limit)
 
-    yield "up is not clamped", lambda u, g, l: (u, _min(g, l)), 1
-    yield "up is clamped from above only", lambda u, g, l: (_min(u, l), _min(g, l)), 1
-    yield "up is clamped from below only", lambda u, g, l: (_max(u, -l), _min(g, l)), 1.2
-    yield "gate is not clamped", lambda u, g, l: (both(u, l), g), 1
-    yield "gate is clamped to [-L, L]", lambda u, g, l: (both(u, l), both(g, l)), 1
-    yield "gate is clamped from below only", lambda u, g, l: (both(u, l), _max(g, -l)), 1.2
-    yield "the clamps of up and gate are exchanged (up at most L, gate to [-L, L])", lambda u, g, l: (_min(u, l), both(g, l)), 1.1
-    yield "neither is clamped", lambda u, g, l: (u, g), 1
-    yield "up is clamped to [0, L]", lambda u, g, l: (_max(_min(u, l), torch.zeros_like(u)), _min(g, l)), 1.5
-    yield "gate is clamped to [0, L]", lambda u, g, l: (both(u, l), _max(_min(g, l), torch.zeros_like(g))), 1.5
-    yield "both are clamped from below only", lambda u, g, l: (_max(u, -l), _max(g, -l)), 1.4
+    yield "up is not clamped", lambda u, g, lim: (u, _min(g, lim)), 1
+    yield "up is clamped from above only", lambda u, g, lim: (_min(u, lim), _min(g, lim)), 1
+    yield "up is clamped from below only", lambda u, g, lim: (_max(u, -lim), _min(g, lim)), 1.2
+    yield "gate is not clamped", lambda u, g, lim: (both(u, lim), g), 1
+    yield "gate is clamped to [-L, L]", lambda u, g, lim: (both(u, lim), both(g, lim)), 1
+    yield "gate is clamped from below only", lambda u, g, lim: (both(u, lim), _max(g, -lim)), 1.2
+    yield (
+        "the clamps of up and gate are exchanged (up at most L, gate to [-L, L])",
+        lambda u, g, lim: (_min(u, lim), both(g, lim)),
+        1.1,
+    )
+    yield "neither is clamped", lambda u, g, lim: (u, g), 1
+    yield (
+        "up is clamped to [0, L]",
+        lambda u, g, lim: (_max(_min(u, lim), torch.zeros_like(u)), _min(g, lim)),
+        1.5,
+    )
+    yield (
+        "gate is clamped to [0, L]",
+        lambda u, g, lim: (both(u, lim), _max(_min(g, lim), torch.zeros_like(g))),
+        1.5,
+    )
+    yield "both are clamped from below only", lambda u, g, lim: (_max(u, -lim), _max(g, -lim)), 1.4
 
 
 def _torch(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -51,7 +64,11 @@ def _sigmoids() -> Iterator[tuple[str, Callable[[Tensor], Tensor], float]]:
     yield "the sigmoid is a hard one, clamp(x / 6 + 1/2, 0, 1)", lambda z: (z / 6 + 0.5).clamp(0, 1), 1.2
     yield "the sigmoid has the argument's opposite sign", lambda z: sigmoid(-z), 1.3
     yield "the sigmoid takes e^x as 2^x", lambda z: (1 / (1 + torch.exp2(-z.double()))).float(), 1.2
-    yield "the sigmoid is that of 1.702 x (quick GELU)", lambda z: sigmoid(_mul(z, torch.full_like(z, 1.702))), 1.2
+    yield (
+        "the sigmoid is that of 1.702 x (quick GELU)",
+        lambda z: sigmoid(_mul(z, torch.full_like(z, 1.702))),
+        1.2,
+    )
     yield "the sigmoid is rounded to bf16", lambda z: fp32.widen(fp32.to_bf16(sigmoid(z))), 1.2
     yield "the sigmoid is rounded to float16", lambda z: sigmoid(z).half().float(), 1.3
     yield "the sigmoid is that of the argument in bf16", lambda z: sigmoid(fp32.widen(fp32.to_bf16(z))), 1.3
@@ -72,21 +89,49 @@ def _products() -> Iterator[tuple[str, _Product, float]]:
     yield "only the sigmoid of gate is taken: sigmoid(gate) up", lambda x: _mul(x.sigmoid, x.shifted), 1.1
     yield "up and gate change places: silu(up) gate", lambda x: _mul(_mul(x.up, sigmoid(x.up)), x.gate), 1.1
     yield "silu(gate) is added to up instead of multiplied", lambda x: fp32.add(silu(x), x.shifted), 1.3
-    yield "SiLU is applied to both, silu(gate) silu(up)", lambda x: _mul(silu(x), _mul(x.up, sigmoid(x.up))), 1.3
+    yield (
+        "SiLU is applied to both, silu(gate) silu(up)",
+        lambda x: _mul(silu(x), _mul(x.up, sigmoid(x.up))),
+        1.3,
+    )
     yield "SiLU is applied to the product, silu(gate up)", lambda x: _silu(_mul(x.gate, x.shifted)), 1.2
-    yield "ReLU is squared: relu(gate)^2 up", lambda x: _mul(_mul(x.gate.clamp(min=0), x.gate.clamp(min=0)), x.shifted), 1.3
-    yield "the product is clamped to [-L, L]", lambda x: _max(_min(multiply_in_order(x), x.limit), -x.limit), 1.2
+    yield (
+        "ReLU is squared: relu(gate)^2 up",
+        lambda x: _mul(_mul(x.gate.clamp(min=0), x.gate.clamp(min=0)), x.shifted),
+        1.3,
+    )
+    yield (
+        "the product is clamped to [-L, L]",
+        lambda x: _max(_min(multiply_in_order(x), x.limit), -x.limit),
+        1.2,
+    )
     yield "the product is clamped to at most L", lambda x: _min(multiply_in_order(x), x.limit), 1.3
     yield "the product is doubled", lambda x: _mul(multiply_in_order(x), torch.full_like(x.gate, 2.0)), 1.3
     yield "1 is added to up", lambda x: _mul(silu(x), fp32.add(x.shifted, torch.ones_like(x.up))), 1.1
     yield "1 is added to gate", lambda x: _mul(fp32.add(silu(x), torch.ones_like(x.up)), x.shifted), 1.4
-    yield "beta is added to gate instead of up", lambda x: _mul(_mul(fp32.add(x.gate, x.beta), x.sigmoid), x.up), 1.2
+    yield (
+        "beta is added to gate instead of up",
+        lambda x: _mul(_mul(fp32.add(x.gate, x.beta), x.sigmoid), x.up),
+        1.2,
+    )
     yield "beta is subtracted", lambda x: _mul(silu(x), fp32.add(x.up, -x.beta)), 1.2
     yield "beta multiplies up", lambda x: _mul(silu(x), _mul(x.up, x.beta)), 1.4
     yield "alpha multiplies the product", lambda x: _mul(multiply_in_order(x), x.alpha), 1.3
-    yield "alpha multiplies the sigmoid, not its argument", lambda x: _mul(_mul(_mul(x.gate, sigmoid(x.gate)), x.alpha), x.shifted), 1.3
-    yield "alpha divides the sigmoid's argument", lambda x: _mul(_mul(x.gate, sigmoid(x.gate / x.alpha)), x.shifted), 1.4
-    yield "alpha and beta are exchanged", lambda x: _mul(_mul(x.gate, sigmoid(_mul(x.gate, x.beta))), fp32.add(x.up, x.alpha)), 1.3
+    yield (
+        "alpha multiplies the sigmoid, not its argument",
+        lambda x: _mul(_mul(_mul(x.gate, sigmoid(x.gate)), x.alpha), x.shifted),
+        1.3,
+    )
+    yield (
+        "alpha divides the sigmoid's argument",
+        lambda x: _mul(_mul(x.gate, sigmoid(x.gate / x.alpha)), x.shifted),
+        1.4,
+    )
+    yield (
+        "alpha and beta are exchanged",
+        lambda x: _mul(_mul(x.gate, sigmoid(_mul(x.gate, x.beta))), fp32.add(x.up, x.alpha)),
+        1.3,
+    )
 
 
 def _silu(t: Tensor) -> Tensor:
@@ -115,7 +160,9 @@ def _wholes() -> Iterator[tuple[str, _Swiglu, float]]:
             x = fp32.add(fp32.widen(x), fp32.widen(bias).expand_as(x))
         return swiglu(x, bias, *rest)
 
-    def after_clamp(x: Tensor, bias: Tensor | None, alpha: Tensor | None, beta: Tensor | None, limit: Tensor | None) -> Tensor:
+    def after_clamp(
+        x: Tensor, bias: Tensor | None, alpha: Tensor | None, beta: Tensor | None, limit: Tensor | None
+    ) -> Tensor:
         if bias is None:
             return swiglu(x, bias, alpha, beta, limit)
         up, gate = fp32.widen(x).chunk(2, -1)
@@ -150,7 +197,7 @@ def activation_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     experts = call.experts
     clamps = list(_clamps()) if experts.swiglu_limit is not None else []
     sigmoids, products = list(_sigmoids()), list(_products())
-    parts = [("clamp", clamps), ("sigmoid", sigmoids), ("product", products)]
+    parts: list[tuple[str, list[Any]]] = [("clamp", clamps), ("sigmoid", sigmoids), ("product", products)]
     for part, choices in parts:
         for words, change, cost in choices:
             yield _hypothesis(words, SwigluVariant(**{part: change}), cost)

@@ -48,8 +48,10 @@ def each(
                 given = tuple(getattr(changed.call.experts, n) is None for n in _NAMES)
                 alike.setdefault(given, []).append((one, changed))
         for group in alike.values():
+            results: tuple[Tensor | None, ...]
             try:
-                results = compute(_joined(part, [changed for _, changed in group])).split(1)
+                outputs = compute(_joined(part, [changed for _, changed in group]))
+                results = tuple(outputs[[row]] for row in range(len(group)))
             except FAILURES:  # one of them, of another shape
                 results = tuple(_computed(one, part, compute) for one, _ in group)
             for (one, _), result in zip(group, results, strict=True):
@@ -94,7 +96,9 @@ def _joined(part: Pipeline, reduced: list[Pipeline]) -> Pipeline:
     local = local_of(part)[0]
     ids = torch.full((len(reduced), len(local)), -1, dtype=torch.int32, device=local.device)
     count = int((local >= 0).sum())
-    ids[:, local >= 0] = torch.arange(len(reduced) * count, dtype=torch.int32, device=local.device).view(-1, count)
+    ids[:, local >= 0] = torch.arange(len(reduced) * count, dtype=torch.int32, device=local.device).view(
+        -1, count
+    )
     tensors: dict[str, Tensor | None] = {}
     for name in _NAMES:
         parts = [getattr(p.call.experts, name) for p in reduced]

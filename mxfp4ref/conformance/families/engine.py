@@ -10,11 +10,17 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.comparison import differing, ulp_distance
+from mxfp4ref.conformance.comparison import ulp_distance
 from mxfp4ref.conformance.families.activations import activation_hypotheses
 from mxfp4ref.conformance.families.evidence import Evidence, gather
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline
 from mxfp4ref.conformance.families.named import named_hypotheses
+from mxfp4ref.conformance.families.outputs import (
+    factor_hypotheses,
+    inner_hypotheses,
+    input_factor_hypotheses,
+    output_hypotheses,
+)
 from mxfp4ref.conformance.families.regions import k_hypotheses, row_hypotheses, rows_at
 from mxfp4ref.conformance.families.roundings import order_hypotheses, rounding_hypotheses
 from mxfp4ref.conformance.families.search import Match, Search, one_thread
@@ -25,17 +31,13 @@ from mxfp4ref.conformance.families.tensors import (
     layout_hypotheses,
     value_hypotheses,
 )
-from mxfp4ref.conformance.families.weighting import (
-    factor_hypotheses,
-    input_factor_hypotheses,
-    output_hypotheses,
-    weight_hypotheses,
-)
+from mxfp4ref.conformance.families.weighting import weight_hypotheses
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
 
 __all__ = ["Result", "investigate", "simplest", "told"]
 
+_ALIKE = 0.6  # how much more a hypothesis may assume to be told beside the simplest
 _Generator = Callable[[MoeCall], Iterable[Hypothesis]]
 
 
@@ -94,7 +96,9 @@ def investigate(
         if not found and thorough and known is None and not _certain(evidence):
             found = _thorough(search, evidence)
     matches = sorted(found, key=lambda m: (not m.exact, m.hypothesis.cost))
-    return Result(tuple(matches), tuple(evidence), told(matches, evidence), search.tried, not search.out_of_time())
+    return Result(
+        tuple(matches), tuple(evidence), told(matches, evidence), search.tried, not search.out_of_time()
+    )
 
 
 def simplest(matches: list[Match]) -> list[Match]:
@@ -109,7 +113,10 @@ def _is_small(search: Search) -> bool:
         return False
     want, got = (fp32.widen(t.contiguous()) for t in (search.part_want, search.part_got))
     scale = want.abs().nan_to_num(0, 0, 0).mean(1, keepdim=True)
-    return bool(((got - want).abs() <= 2.0**-5 * scale).nan_to_num().all()) or float((far <= 4).float().mean()) > 0.9
+    return (
+        bool(((got - want).abs() <= 2.0**-5 * scale).nan_to_num().all())
+        or float((far <= 4).float().mean()) > 0.9
+    )
 
 
 def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[Iterator[Hypothesis]]:
@@ -142,12 +149,17 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
     if small:
         yield wanted(slow, slow=True)
     yield wanted(of(k_hypotheses))
-    yield wanted(of(layout_hypotheses))
+    yield wanted(of(layout_hypotheses, inner_hypotheses))
     if not small:
         yield wanted(slow, slow=True)
     if only and not _certain(evidence):  # should the evidence mislead, and as the first of two changes
         rest = of(
-            slot_hypotheses, weight_hypotheses, expert_hypotheses, value_hypotheses, constants, activation_hypotheses
+            slot_hypotheses,
+            weight_hypotheses,
+            expert_hypotheses,
+            value_hypotheses,
+            constants,
+            activation_hypotheses,
         )
         yield (h for h in rest if not only & set(h.stages))
 
@@ -158,13 +170,19 @@ def _thorough(search: Search, evidence: list[Evidence]) -> list[Match]:
     def quick() -> Iterator[Hypothesis]:
         return (
             h
-            for generator in (expert_hypotheses, value_hypotheses, constants, activation_hypotheses, rounding_hypotheses)
+            for generator in (
+                expert_hypotheses,
+                value_hypotheses,
+                constants,
+                activation_hypotheses,
+                rounding_hypotheses,
+            )
             for h in generator(call)
         )
 
     def second() -> Iterator[Hypothesis]:
         return chain(
-            (h for h in named_hypotheses(call) if not h.slow and h.name not in ()),
+            (h for h in named_hypotheses(call) if not h.slow),
             weight_hypotheses(call),
             slot_hypotheses(call),
             quick(),
@@ -172,11 +190,17 @@ def _thorough(search: Search, evidence: list[Evidence]) -> list[Match]:
 
     only = _stages_left(evidence)
     inner = next((e.inner for e in evidence if e.inner is not None), None)
-    parts = [row_hypotheses, k_hypotheses] if only & {"fc1"} else [k_hypotheses, row_hypotheses]
+    parts: list[_Generator] = [k_hypotheses, row_hypotheses]
+    if "fc1" in only:
+        parts.reverse()
     passes: list[Callable[[], list[Match]]] = [
-        *([lambda: search.run(rows_at(*inner)), lambda: search.run_in_slots(rows_at(*inner))] if inner else []),
+        *(
+            [lambda: search.run(rows_at(*inner)), lambda: search.run_in_slots(rows_at(*inner))]
+            if inner
+            else []
+        ),
         lambda: search.run_in_slots(left(quick())),
-        *((lambda part=part: search.run_in_slots(left(part(call)))) for part in parts),  # type: ignore[misc]
+        *((lambda part=part: search.run_in_slots(left(part(call)))) for part in parts),
         lambda: search.run(left(row_hypotheses(call)), enough=12),
         lambda: search.run_twos(second),
         lambda: search.run_in_slots(left(layout_hypotheses(call))),
@@ -211,7 +235,9 @@ def _stages_left(evidence: list[Evidence]) -> set[str]:
 def _factors(search: Search) -> list[float]:
     """Numbers that every element is off by, up to rounding: the simplest of those that all elements allow."""
     got, want = (fp32.widen(t.contiguous()).to(torch.float64) for t in (search.got, search.want))
-    usable = search.wrong & got.isfinite() & want.isfinite() & (want.abs() > 2.0**-100) & (got.abs() > 2.0**-100)
+    usable = (
+        search.wrong & got.isfinite() & want.isfinite() & (want.abs() > 2.0**-100) & (got.abs() > 2.0**-100)
+    )
     if int(usable.sum()) < 8:
         return []
     ratio = got[usable] / want[usable]
@@ -246,7 +272,9 @@ def told(matches: Iterable[Match], evidence: Iterable[Evidence]) -> Finding:
     if matches:
         best = matches[0].hypothesis
         stages = _agreed_stages([m.hypothesis for m in matches])
-        others = [m.hypothesis for m in matches[1:] if m.hypothesis.words != best.words]
+        others = [
+            h for m in matches[1:] if (h := m.hypothesis).words != best.words and h.cost <= best.cost + _ALIKE
+        ]
         words = best.words
         if others:
             shown = "; ".join(h.words for h in others[:2])
@@ -264,7 +292,7 @@ def _agreed_stages(found: list[Hypothesis]) -> tuple[str, ...]:
     best = found[0]
     stages = list(best.stages)
     for other in found[1:]:
-        if other.cost <= best.cost + 0.6 and other.stages[0] not in stages:
+        if other.cost <= best.cost + _ALIKE and other.stages[0] not in stages:
             stages.append(other.stages[0])
     return tuple(stages[:2])
 
@@ -274,6 +302,3 @@ def prepared(call: MoeCall) -> Pipeline:
     from mxfp4ref.defects.definition import logical
 
     return Pipeline(replace(logical(call), strict=False))
-
-
-

@@ -15,6 +15,7 @@ from mxfp4ref.model.forward import KERNEL, Stages, forward
 __all__ = [
     "FAILURES",
     "STAGES",
+    "UNKNOWN",
     "Change",
     "Finding",
     "Hypothesis",
@@ -49,6 +50,9 @@ class Finding:
     def __str__(self) -> str:
         where = f" [{' or '.join(self.stages)}]" if self.stages else ""
         return f"{self.sentence}{where}" if self.sentence else ""
+
+
+UNKNOWN = Finding()
 
 
 @dataclass(frozen=True)
@@ -189,7 +193,9 @@ def of_slots(
     return Hypothesis(family, stages, words, on, cost, of_rows=change)
 
 
-def of_sum(family: str, stages: tuple[str, ...], words: str, finalize: Callable[..., Tensor], cost: float) -> Hypothesis:
+def of_sum(
+    family: str, stages: tuple[str, ...], words: str, finalize: Callable[..., Tensor], cost: float
+) -> Hypothesis:
     """Another weighted sum, called as `Stages.finalize`."""
     return Hypothesis(family, stages, words, lambda p: p.staging(finalize=finalize), cost, of_sum=finalize)
 

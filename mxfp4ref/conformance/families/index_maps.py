@@ -31,7 +31,7 @@ class IndexMap:
 
 def _maps(*rows: tuple[str, Callable[[Tensor, int], Tensor], float]) -> Iterator[IndexMap]:
     for words, change, cost in rows:
-        yield IndexMap(words, lambda n, change=change: change(torch.arange(n), n), cost)  # type: ignore[misc]
+        yield IndexMap(words, lambda n, change=change: change(torch.arange(n), n), cost)
 
 
 def expert_maps() -> Iterator[IndexMap]:
@@ -58,7 +58,9 @@ def expert_maps() -> Iterator[IndexMap]:
             (f"the {{}} {shift} further on", lambda i, n, s=shift: (i + s) % n, 2),
             (f"the {{}} {shift} before it", lambda i, n, s=shift: (i - s) % n, 2),
         )
-    yield from _maps(("the {} one before the last at most (numbers cut off)", lambda i, n: i.clamp(max=n - 2), 2))
+    yield from _maps(
+        ("the {} one before the last at most (numbers cut off)", lambda i, n: i.clamp(max=n - 2), 2)
+    )
 
 
 def neighbour_maps() -> Iterator[IndexMap]:
@@ -73,7 +75,11 @@ def neighbour_maps() -> Iterator[IndexMap]:
         ("the other {} of its pair (2i and 2i+1 swapped)", lambda i, n: (i ^ 1).clamp(max=n - 1), 1.3),
         ("the {} counted from the end (order reversed)", lambda i, n: n - 1 - i, 1.4),
         ("the {} in the other half (halves swapped)", lambda i, n: (i + n // 2) % n, 1.3),
-        ("the {}s of both halves taken in turn (0, n/2, 1, ...)", lambda i, n: (i % 2) * (n // 2) + i // 2, 1.4),
+        (
+            "the {}s of both halves taken in turn (0, n/2, 1, ...)",
+            lambda i, n: (i % 2) * (n // 2) + i // 2,
+            1.4,
+        ),
         ("the {}s taken apart (all even ones, then all odd ones)", lambda i, n: _apart(i, n), 1.4),
         ("the first {} of its pair", lambda i, n: i & ~1, 1.5),
         ("the {} with half its number", lambda i, n: i // 2, 1.6),
@@ -94,7 +100,11 @@ def block_maps(sizes: tuple[int, ...] = (4, 8, 16, 32, 64, 128)) -> Iterator[Ind
             (f"the {{}} {size} before it", lambda i, n, s=size: (i - s) % n, 1.6),
             (f"the neighbouring block of {size} (blocks of {size} {{}}s swapped in pairs)", _swap(size), 1.6),
             (f"the first {{}} of each {size}", lambda i, n, s=size: i // s * s, 1.6),
-            (f"the last {{}} of each {size}", lambda i, n, s=size: (i // s * s + s - 1).clamp(max=n - 1), 1.9),
+            (
+                f"the last {{}} of each {size}",
+                lambda i, n, s=size: (i // s * s + s - 1).clamp(max=n - 1),
+                1.9,
+            ),
             (f"the {{}} with its number modulo {size}", lambda i, n, s=size: i % s, 1.7),
             (f"the {{}}s of each block of {size} in reverse", _reverse(size), 1.8),
             (f"the {{}} in the previous block of {size}, the first block keeping its own", _back(size), 1.8),

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import differing
@@ -75,7 +74,7 @@ def judge(
         if number >= _SEARCHED or left < 1:
             break
         share = left * 0.6
-        result = investigate(failure.pipeline, failure.got, failure.want, seconds=share, thorough=number == 0)
+        result = investigate(failure.pipeline, failure.got, failure.want, seconds=share, thorough=number < 2)
         results.append(result)
         by_case[failure.case] = result.finding
         for match in result.matches:
@@ -95,17 +94,17 @@ def _explained(hypothesis: Hypothesis, failures: list[Failure]) -> int:
     with one_thread():
         for index, failure in enumerate(failures):
             output = hypothesis.run(failure.pipeline)
-            count += output is not None and output.shape == failure.got.shape and not bool(
-                differing(output, failure.got).any()
+            count += (
+                output is not None
+                and output.shape == failure.got.shape
+                and not bool(differing(output, failure.got).any())
             )
             if hypothesis.slow and count <= index - 4:
                 break
     return count
 
 
-def _spared(
-    matches: list[Match], passing: Callable[[], Iterable[tuple[Pipeline, Tensor]]]
-) -> list[Match]:
+def _spared(matches: list[Match], passing: Callable[[], Iterable[tuple[Pipeline, Tensor]]]) -> list[Match]:
     """Those that leave the passing cases as they are, the simplest first."""
     kept = sorted(matches, key=lambda m: m.hypothesis.cost)
     with one_thread():
@@ -134,7 +133,12 @@ def _different(failures: list[Failure]) -> Iterator[Failure]:
     later = []
     for failure in failures:
         call, experts = failure.pipeline.call, failure.pipeline.call.experts
-        kind = (experts.swiglu_limit is None, experts.fc1_biases is None, call.ep_size, call.experts.num_experts > 1)
+        kind = (
+            experts.swiglu_limit is None,
+            experts.fc1_biases is None,
+            call.ep_size,
+            call.experts.num_experts > 1,
+        )
         if kind in kinds:
             later.append(failure)
         else:
@@ -172,12 +176,11 @@ def _undecided(
     counted = sorted(seen.values(), key=lambda pair: (-pair[0], pair[1].hypothesis.cost))
     if counted and 2 * counted[0][0] >= len(failures):
         count, match = counted[0]
-        words = f"{match.hypothesis.words}; that predicts {count} of {len(failures)} failing cases in every bit"
+        words = (
+            f"{match.hypothesis.words}; that predicts {count} of {len(failures)} failing cases in every bit"
+        )
         return Verdict(Finding(match.hypothesis.stages, words, False), (), by_case)
     if votes:
         stages = max(votes, key=lambda s: votes[s])
         return Verdict(Finding(stages, best[stages].sentence, False), (), by_case)
     return Verdict(Finding(), (), by_case)
-
-
-

@@ -29,7 +29,9 @@ _BY_NAME = {
         ("activation",),
     ),
     **dict.fromkeys(("params_of_first_expert", "params_bf16"), ("activation",)),
-    **dict.fromkeys(("bias2_ignored", "bias2_on_every_tp_rank", "bias2_before_rounding"), ("finalize", "fc2")),
+    **dict.fromkeys(
+        ("bias2_ignored", "bias2_on_every_tp_rank", "bias2_before_rounding"), ("finalize", "fc2")
+    ),
     **dict.fromkeys(("weight_in_gemm2_epilogue", "gemm2_kept_fp32", "fc2_truncated"), ("fc2", "finalize")),
     "subnormal_input_flushed": ("input",),
     "weights_bf16": ("finalize", "routing"),
@@ -62,7 +64,6 @@ def stages_of(defect: Defect) -> tuple[str, ...]:
 
 
 NUMBER_OF_NAMES = sum(defect.target == "moe" for defect in DEFECTS.values())
-
 
 
 def named_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:

@@ -37,7 +37,7 @@ def fitting_attributes(
 
 
 def suspected_experts(call: MoeCall, local: Tensor, wrong: Tensor) -> tuple[str, list[int]] | None:
-    """The experts that no right token uses, if every wrong token uses one of them and they are not all; in words too."""
+    """The experts that no right token uses, if every wrong token uses one of them; in words too."""
     in_right = set(local[~wrong].flatten().tolist())
     suspects = sorted(set(local[wrong].flatten().tolist()) - in_right - {-1})
     used = set(local.flatten().tolist()) - {-1}
@@ -45,7 +45,10 @@ def suspected_experts(call: MoeCall, local: Tensor, wrong: Tensor) -> tuple[str,
         return None
     if not bool(torch.isin(local[wrong], torch.tensor(suspects, device=local.device)).any(1).all()):
         return None
-    ids = [s + call.ep_rank * call.experts.num_experts for s in suspects]
+    count = call.experts.num_experts
+    ids = [s + call.ep_rank * count for s in suspects]
+    if len(ids) == 1 and suspects[0] in (0, count - 1):
+        return f"the {'last' if suspects[0] else 'first'} expert (here {ids[0]})", suspects
     return f"expert{'s' if len(ids) > 1 else ''} {_listed(ids)}", suspects
 
 
@@ -54,6 +57,8 @@ def _kinds(call: MoeCall, local: Tensor, wrong: Tensor) -> Iterator[tuple[str, T
         who, suspects = found
 
         def of_experts(call: MoeCall, local: Tensor) -> Tensor:
+            if "the last" in who:
+                return local == call.experts.num_experts - 1
             return torch.isin(local, torch.tensor(suspects, device=local.device))
 
         yield f"of {who}", of_experts(call, local), of_experts
@@ -80,7 +85,9 @@ def columns_in_words(columns: Tensor, among: Tensor | None = None) -> str:
     """Words for a set of output columns, `[H] bool`, among those of `among`; "" if there are none for it."""
     for words, chosen in _column_sets(columns):
         where = chosen(len(columns)).to(columns.device)
-        if torch.equal(columns if among is None else columns & among, where if among is None else where & among):
+        if torch.equal(
+            columns if among is None else columns & among, where if among is None else where & among
+        ):
             return words
     if among is None:  # some were right by chance
         for words, chosen in _column_sets(columns):
@@ -112,10 +119,26 @@ def _column_sets(columns: Tensor) -> Iterator[tuple[str, Callable[[int], Tensor]
     yield f"in columns {first} to {last}", lambda n: (torch.arange(n) >= first) & (torch.arange(n) <= last)
     for size in (8, 16, 32, 64, 128):
         low, high = first // size * size, last // size * size + size - 1
-        yield f"in columns {low} to {high}", lambda n, a=low, b=high: (torch.arange(n) >= a) & (torch.arange(n) <= b)
-    for size, unit in ((128, "block of 128 columns"), (64, "block of 64 columns"), (32, "block of 32 columns"),
-                       (16, "block of 16 columns"), (8, "block of 8 columns"), (1, "column")):
-        for step, word in ((2, "second"), (3, "third"), (4, "fourth"), (8, "eighth"), (16, "sixteenth"), (32, "thirty-second")):
+        yield (
+            f"in columns {low} to {high}",
+            lambda n, a=low, b=high: (torch.arange(n) >= a) & (torch.arange(n) <= b),
+        )
+    for size, unit in (
+        (128, "block of 128 columns"),
+        (64, "block of 64 columns"),
+        (32, "block of 32 columns"),
+        (16, "block of 16 columns"),
+        (8, "block of 8 columns"),
+        (1, "column"),
+    ):
+        for step, word in (
+            (2, "second"),
+            (3, "third"),
+            (4, "fourth"),
+            (8, "eighth"),
+            (16, "sixteenth"),
+            (32, "thirty-second"),
+        ):
             at = first // size % step
             if width >= size * step:
                 yield (

@@ -41,7 +41,11 @@ def _k_regions(groups: int) -> Iterator[_Region]:
     for step, word in ((2, "second"), (4, "fourth"), (8, "eighth")):
         if groups > step:
             for at in range(step):
-                yield f"every {word} K group from {at} on", lambda n, s=step, a=at: torch.arange(n) % s == a, 1.5
+                yield (
+                    f"every {word} K group from {at} on",
+                    lambda n, s=step, a=at: torch.arange(n) % s == a,
+                    1.5,
+                )
     for tile in (4, 8):
         if groups > tile:
             for at in range(groups // tile):
@@ -54,7 +58,11 @@ def _k_regions(groups: int) -> Iterator[_Region]:
 
 def _row_regions(inner: int) -> Iterator[_Region]:
     """Places among the rows of fc1, up first and then gate."""
-    for part, halves, extra in ((" of the up half", (0,), 0), (" of the gate half", (1,), 0), (" of each half", (0, 1), 0.2)):
+    for part, halves, extra in (
+        (" of the up half", (0,), 0),
+        (" of the gate half", (1,), 0),
+        (" of each half", (0, 1), 0.2),
+    ):
 
         def rows(inside: Callable[[Tensor, int], Tensor], halves: tuple[int, ...] = halves) -> _Where:
             def where(n: int) -> Tensor:
@@ -112,7 +120,12 @@ def _bases(kind: str) -> Iterator[tuple[str, tuple[str, ...], _On, float]]:
     for words, by, extra in (("next", -1, 0.0), ("previous", 1, 0.1)):
         yield f"have the scales of the {words} expert", ("scales",), _roll(0, by), 0.4 + extra
         yield f"are the {words} expert's", ("weights", "scales"), _roll(0, by), 0.4 + extra
-        yield f"have the {words} expert's codes (and their own scales)", ("weights",), _roll(0, by), 0.5 + extra
+        yield (
+            f"have the {words} expert's codes (and their own scales)",
+            ("weights",),
+            _roll(0, by),
+            0.5 + extra,
+        )
     if kind == "rows":
         for block in (1, 8, 16, 32, 64):
             yield f"are those {block} before them", ("weights", "scales"), _roll(1, block), 0.6
@@ -120,7 +133,12 @@ def _bases(kind: str) -> Iterator[tuple[str, tuple[str, ...], _On, float]]:
         yield "have the scales of the row after", ("scales",), _roll(1, -1), 0.6
     else:
         for block in (1, 2, 4):
-            yield f"have the scales of {block} K group{'s' * (block > 1)} before", ("scales",), _roll(2, block), 0.5
+            yield (
+                f"have the scales of {block} K group{'s' * (block > 1)} before",
+                ("scales",),
+                _roll(2, block),
+                0.5,
+            )
         yield "have the scales of the K group after", ("scales",), _roll(2, -1), 0.5
 
 
@@ -141,7 +159,11 @@ def rows_at(first: int, last: int) -> Iterator[Hypothesis]:
     regions: list[_Region] = []
     for size in (1, 8, 16, 32, 64):
         low, high = first // size * size, last // size * size + size - 1
-        for part, halves in ((" of the up half", (0,)), (" of the gate half", (1,)), (" of each half", (0, 1))):
+        for part, halves in (
+            (" of the up half", (0,)),
+            (" of the gate half", (1,)),
+            (" of each half", (0, 1)),
+        ):
 
             def where(n: int, low: int = low, high: int = high, halves: tuple[int, ...] = halves) -> Tensor:
                 index = torch.arange(n)
@@ -155,10 +177,11 @@ def rows_at(first: int, last: int) -> Iterator[Hypothesis]:
 def _of(kind: str, fc: str, regions: list[_Region]) -> Iterator[Hypothesis]:
     for base, which, change, extra in _bases(kind):
         for words, where, cost in regions:
+            zero = kind == "K" and fc == "fc2" and "left out" in base
             yield Hypothesis(
                 "part of K" if kind == "K" else "some rows",
-                (fc,),
-                f"GEMM{fc[-1]}: {words} {base}",
+                ("fc2", "fc1") if zero else (fc,),  # rows of GEMM1 that give zeros show alike
+                f"GEMM{fc[-1]}: {words} {base}{', or GEMM1 gives zeros for them' * zero}",
                 mapped(tuple(f"{fc}_{w}" for w in which), _in_region(kind, where, change)),
                 cost + extra + 0.6,
             )

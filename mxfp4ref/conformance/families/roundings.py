@@ -42,7 +42,11 @@ def _roundings() -> Iterator[tuple[str, _Round, float]]:
     yield "rounded down", lambda x: torch.where(x < 0, _upper(x, 0xFFFF), _upper(x, 0)), 1.4
     yield "rounded up", lambda x: torch.where(x < 0, _upper(x, 0), _upper(x, 0xFFFF)), 1.4
     yield "rounded to 7 bits (one bit of bf16 lost)", lambda x: fp32.to_bf16(_short(x, 17)), 1.3
-    yield "with subnormal numbers as zeros", lambda x: fp32.to_bf16(torch.where(x.abs() < 2.0**-126, x * 0, x)), 1.2
+    yield (
+        "with subnormal numbers as zeros",
+        lambda x: fp32.to_bf16(torch.where(x.abs() < 2.0**-126, x * 0, x)),
+        1.2,
+    )
     yield "with infinities as the largest numbers", lambda x: _finite(x), 1.2
 
 
@@ -70,7 +74,11 @@ def rounding_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     for stage, words, stages in _PLACES:
         for how, change, cost in _roundings():
             yield Hypothesis(
-                "rounding", stages[:1], f"{words} {how}", lambda p, s=stage, c=change: p.staging(**{s: c}), cost
+                "rounding",
+                stages[:1],
+                f"{words} {how}",
+                lambda p, s=stage, c=change: p.staging(**{s: c}),
+                cost,
             )
     for how, change, cost in _roundings():
         yield Hypothesis(
@@ -90,7 +98,11 @@ def rounding_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
 
         yield _sum(f"each weighted row is {how}", each_product, cost + 0.2)
         yield _sum(f"the sum over the slots is {how} after each slot", each_sum, cost + 0.2)
-    yield _sum("the sum over the slots is rounded to bf16 after each slot", lambda a, w, y, b: bf16(fp32.fma(w, fp32.add(y, b), a)), 1)
+    yield _sum(
+        "the sum over the slots is rounded to bf16 after each slot",
+        lambda a, w, y, b: bf16(fp32.fma(w, fp32.add(y, b), a)),
+        1,
+    )
     yield _sum(
         "the sum over the slots is kept in float16",
         lambda a, w, y, b: fp32.fma(w, fp32.add(y, b), a).half().float(),
@@ -152,7 +164,9 @@ def _rounded(change: _Round) -> _Accumulate:
 
 def _partial(rounding: _Round, size: Callable[[int], int]) -> _Accumulate:
     def run(terms: list[Term]) -> Tensor:
-        total, *rest = (rounding(accumulate(terms[part])) for part in spans(len(terms), max(size(len(terms)), 1)))
+        total, *rest = (
+            rounding(accumulate(terms[part])) for part in spans(len(terms), max(size(len(terms)), 1))
+        )
         for part in rest:
             total = rounding(fp32.add(total, part))
         return total
@@ -166,21 +180,45 @@ def _half(x: Tensor) -> Tensor:
 
 def _orders() -> Iterator[tuple[str, _Accumulate, float]]:
     for count in (2, 3, 4, 8):
-        yield f"K is split in {count} parts that are added in float32", _parts(lambda n, c=count: -(-n // c)), 1
+        yield (
+            f"K is split in {count} parts that are added in float32",
+            _parts(lambda n, c=count: -(-n // c)),
+            1,
+        )
         yield f"K groups are summed in {count} interleaved parts", _strided(count), 1.3
     for size in (1, 2, 4, 8, 16):
-        yield f"{size} K groups ({size * GROUP_SIZE} of K) at a time are summed from zero", _parts(lambda n, s=size: s), 1.2
+        yield (
+            f"{size} K groups ({size * GROUP_SIZE} of K) at a time are summed from zero",
+            _parts(lambda n, s=size: s),
+            1.2,
+        )
     yield "K groups are summed in descending order", lambda terms: accumulate(terms[::-1]), 1
     yield "K groups are summed as a tree", _tree, 1.1
     yield "the sum of K groups is kept in bf16", _rounded(bf16), 1
     yield "the sum of K groups is kept in float16", _rounded(_half), 1
     for count in (2, 4):
-        yield f"K is split in {count} parts, each rounded to bf16", _partial(bf16, lambda n, c=count: -(-n // c)), 1.2
-        yield f"K is split in {count} parts, each rounded to float16", _partial(_half, lambda n, c=count: -(-n // c)), 1.3
+        yield (
+            f"K is split in {count} parts, each rounded to bf16",
+            _partial(bf16, lambda n, c=count: -(-n // c)),
+            1.2,
+        )
+        yield (
+            f"K is split in {count} parts, each rounded to float16",
+            _partial(_half, lambda n, c=count: -(-n // c)),
+            1.3,
+        )
     for size in (2, 4, 8):
         yield f"the sum of each {size} K groups is rounded to bf16", _partial(bf16, lambda n, s=size: s), 1.3
-    yield "K groups' sums are scaled after a rounding to float16", lambda ts: accumulate([replace(t, t=_half(t.t)) for t in ts]), 1.2
-    yield "the first and the second half of K change places", lambda ts: accumulate(ts[len(ts) // 2 :] + ts[: len(ts) // 2]), 1.3
+    yield (
+        "K groups' sums are scaled after a rounding to float16",
+        lambda ts: accumulate([replace(t, t=_half(t.t)) for t in ts]),
+        1.2,
+    )
+    yield (
+        "the first and the second half of K change places",
+        lambda ts: accumulate(ts[len(ts) // 2 :] + ts[: len(ts) // 2]),
+        1.3,
+    )
 
 
 def order_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
@@ -196,4 +234,6 @@ def order_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
                 def on(p: Pipeline, gemm: GemmVariant = gemm, fcs: tuple[str, ...] = fcs) -> Pipeline:
                     return p.staging(**{f"{fc}_gemm": gemm for fc in fcs})
 
-                yield Hypothesis("order of sums", fcs, f"in {where} {words}{also}", on, cost + extra, slow=True)
+                yield Hypothesis(
+                    "order of sums", fcs, f"in {where} {words}{also}", on, cost + extra, slow=True
+                )

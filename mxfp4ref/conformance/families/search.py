@@ -25,7 +25,12 @@ from mxfp4ref.conformance.families.hypothesis import (
     slot_outputs,
 )
 from mxfp4ref.conformance.families.named import NUMBER_OF_NAMES
-from mxfp4ref.conformance.families.places import column_set, columns_in_words, fitting_attributes, tokens_in_words
+from mxfp4ref.conformance.families.places import (
+    column_set,
+    columns_in_words,
+    fitting_attributes,
+    tokens_in_words,
+)
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import KERNEL
 
@@ -93,7 +98,11 @@ class Search:
         self.wrong = differing(self.got, self.want)
         self.local = local_of(self.pipeline)
         self.tokens = self._probe_tokens()
-        part = self.pipeline if self.whole else replace(self.pipeline, call=self.pipeline.call.select(self.tokens))
+        part = (
+            self.pipeline
+            if self.whole
+            else replace(self.pipeline, call=self.pipeline.call.select(self.tokens))
+        )
         if not self.whole and bool(differing(part.run(), self.want[self.tokens]).any()):
             self.tokens, part = torch.arange(len(self.got)), self.pipeline  # rows show where they lie
         self.part = part
@@ -131,7 +140,9 @@ class Search:
         score = amount.to(torch.float64) * torch.where(finite, 1.0, 0.25) / (2 + (self.local >= 0).sum(1))
         return score.argmax().view(1).cpu()
 
-    def _predictions(self, hypotheses: Iterable[Hypothesis]) -> Iterator[tuple[Hypothesis, Tensor | None, bool]]:
+    def _predictions(
+        self, hypotheses: Iterable[Hypothesis]
+    ) -> Iterator[tuple[Hypothesis, Tensor | None, bool]]:
         """Each hypothesis' output, of the whole call (True) or of its part (False)."""
         known = self.pipeline.run_call is None
         for of_rows, some in groupby(hypotheses, lambda h: known and h.cheap):
@@ -190,7 +201,9 @@ class Search:
         moved = differing(output, self.want)
         return self._limited(hypothesis, output, applied=moved & equal, spared=moved & ~equal)
 
-    def _limited(self, hypothesis: Hypothesis, output: Tensor, applied: Tensor, spared: Tensor) -> Match | None:
+    def _limited(
+        self, hypothesis: Hypothesis, output: Tensor, applied: Tensor, spared: Tensor
+    ) -> Match | None:
         """A hypothesis that holds in some tokens or some columns only."""
         call = self.pipeline.call
         tokens, others = applied.any(1), spared.any(1)
@@ -269,7 +282,10 @@ def _slot_outputs(pipeline: Pipeline) -> Tensor:
 def _in_rows(hypothesis: Hypothesis, words: str, tokens: Tensor, count: int) -> Hypothesis:
     def change(pipeline: Pipeline) -> Pipeline:
         def run(call: MoeCall) -> Tensor:
-            right, wrong = replace(pipeline, call=call).run(), hypothesis.change(replace(pipeline, call=call)).run()
+            right, wrong = (
+                replace(pipeline, call=call).run(),
+                hypothesis.change(replace(pipeline, call=call)).run(),
+            )
             if len(right) != count:
                 raise ValueError("tokens: of another call")
             right = right.clone()
@@ -278,13 +294,18 @@ def _in_rows(hypothesis: Hypothesis, words: str, tokens: Tensor, count: int) -> 
 
         return Pipeline(pipeline.call, KERNEL, run)
 
-    return replace(hypothesis, words=f"{hypothesis.words}, {words}", change=change, cost=hypothesis.cost + 1.5)
+    return replace(
+        hypothesis, words=f"{hypothesis.words}, {words}", change=change, cost=hypothesis.cost + 1.5
+    )
 
 
 def _in_columns(hypothesis: Hypothesis, words: str, columns: Callable[[int], Tensor]) -> Hypothesis:
     def change(pipeline: Pipeline) -> Pipeline:
         def run(call: MoeCall) -> Tensor:
-            right, wrong = replace(pipeline, call=call).run(), hypothesis.change(replace(pipeline, call=call)).run()
+            right, wrong = (
+                replace(pipeline, call=call).run(),
+                hypothesis.change(replace(pipeline, call=call)).run(),
+            )
             return torch.where(columns(right.shape[1]).to(right.device), wrong, right)
 
         return Pipeline(pipeline.call, KERNEL, run)
@@ -304,5 +325,8 @@ def _in_slots(hypothesis: Hypothesis, words: str, mask_of: Callable[[MoeCall, Te
         return Pipeline(pipeline.call, KERNEL, run)
 
     return replace(
-        hypothesis, words=f"{hypothesis.words}, for slots {words} only", change=change, cost=hypothesis.cost + 1
+        hypothesis,
+        words=f"{hypothesis.words}, for slots {words} only",
+        change=change,
+        cost=hypothesis.cost + 1,
     )

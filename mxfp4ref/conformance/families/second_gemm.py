@@ -1,8 +1,8 @@
 """What the rows of an output prove of GEMM2 and of the activation that it got: linear equations, solved.
 
 An output row is the right one plus what another activation, or other K groups, add to it. There are as many equations
-as output columns, so that a few slots' activations, a few of their columns, or factors of K groups can be told, as far
-as the roundings to bf16 allow.
+as output columns, so that a few slots' activations, a few of their columns, or factors of K groups can be told, as
+far as the roundings to bf16 allow.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ __all__ = ["second_gemm"]
 _SIZE = 1 << 22  # elements of a system of equations
 _ROUNDING = 2.0**-9  # of bf16, relative, of each slot's row and of the sum
 _MARGIN = 1.6  # over the expected length of the rounding errors
+_SMOOTH = 0.8  # of neighbours' differences to all; 1.4 of random numbers
 _Parts = tuple[tuple[str, ...], str, int, tuple[int, int] | None]  # of an `Evidence`
 
 
@@ -51,7 +52,9 @@ class _System:
         """Whether a sum of the columns of `chosen [H, m]` is the rest up to roundings, and the factors."""
         weighted = chosen / self.noise[:, None]
         lengths = weighted.norm(dim=0).clamp(min=1e-300)
-        solution = torch.linalg.lstsq(weighted / lengths, (self.rest / self.noise)[:, None], driver="gelsd").solution
+        solution = torch.linalg.lstsq(
+            weighted / lengths, (self.rest / self.noise)[:, None], driver="gelsd"
+        ).solution
         left = self.rest / self.noise - (weighted / lengths) @ solution[:, 0]
         free = max(len(self.rest) - chosen.shape[1], 1)
         return float(left.norm()) <= _MARGIN * free**0.5, solution[:, 0] / lengths
@@ -88,8 +91,8 @@ def second_gemm(
         elif not any(fits for fits, _ in solved):
             yield (
                 ("fc2", "finalize"),
-                f"no activation{of_expert} gives this output by the right GEMM2: GEMM2's weights or scales are wrong, or "
-                "what comes after",
+                f"no activation{of_expert} gives this output by the right GEMM2: GEMM2's weights or scales are wrong, "
+                "or what comes after",
                 2,
                 None,
             )
@@ -97,14 +100,16 @@ def second_gemm(
     if (block := _block(systems)) is not None:
         yield (
             ("fc1", "activation"),
-            f"the activation is wrong in its columns {block[0]} to {block[1]}{of_expert}, and GEMM2 is right: it is in "
-            "those rows of GEMM1 (weights, scales, bias) or in the activation",
+            f"the activation is wrong in its columns {block[0]} to {block[1]}{of_expert}, and GEMM2 is right: it is "
+            "in those rows of GEMM1 (weights, scales, bias) or in the activation",
             3,
             block,
         )
 
 
-def _system(pipeline: Pipeline, got: Tensor, local: Tensor, token: int, only: Tensor | None) -> _System | None:
+def _system(
+    pipeline: Pipeline, got: Tensor, local: Tensor, token: int, only: Tensor | None
+) -> _System | None:
     call, experts = pipeline.call, pipeline.call.experts
     suspected = local[token] >= 0 if only is None else only[token]
     slots = suspected.nonzero().flatten()
@@ -126,7 +131,10 @@ def _system(pipeline: Pipeline, got: Tensor, local: Tensor, token: int, only: Te
     noise = 0.8 * _ROUNDING * (largest + target.square()).sqrt()
     noise = noise + 2.0**-3 * noise.mean() + 1e-30
     rows = [place[int(slot)] for slot in slots]
-    up, gate = fp32.widen(one.fc1_output[rows]).to(torch.float64).chunk(2, dim=1)
+    fc1 = fp32.widen(one.fc1_output[rows]).to(torch.float64)
+    if chosen.fc1_biases is not None:
+        fc1 = fc1 + fp32.widen(chosen.fc1_biases).to(torch.float64)
+    up, gate = fc1.chunk(2, dim=1)
     right = fp32.widen(one.activation[rows]).to(torch.float64)
     if not all(bool(t.isfinite().all()) for t in (columns, target, parts, right, up, gate)):
         return None
@@ -137,7 +145,7 @@ def _groups(systems: list[_System], of_expert: str) -> _Parts | None:
     """Whether K groups of the right activation count otherwise than once."""
     factors = []
     for system in systems:
-        by_group = (system.columns * system.right).unflatten(2, (-1, GROUP_SIZE)).sum(3)
+        by_group = (system.columns * system.right).reshape(*system.columns.shape[:2], -1, GROUP_SIZE).sum(3)
         groups = by_group.shape[2]
         if by_group[0].numel() * 3 > len(system.rest):
             return None
@@ -149,13 +157,22 @@ def _groups(systems: list[_System], of_expert: str) -> _Parts | None:
     off = ((torch.cat(factors) - 1).abs() > 0.1).float().mean(0) > 0.5
     if not bool(off.any()):
         return None
+    if float(mean.max() - mean.min()) < 2.0**-5 * float(mean.abs().max()):
+        return (
+            ("fc2", "finalize"),
+            f"everything{of_expert} counts {float(mean.mean()):.4g} times, as far as bf16 shows: one factor on GEMM2's "
+            "scales or result, on the routing weights, or in the sum",
+            2,
+            None,
+        )
     listed = ", ".join(
         f"{g} (K {g * GROUP_SIZE} to {g * GROUP_SIZE + GROUP_SIZE - 1}) {float(mean[g]):.3g} times"
         for g in off.nonzero().flatten().tolist()[:4]
     )
     return (
         ("fc2", "activation"),
-        f"in GEMM2{of_expert} these K groups do not count once: {listed}{', ...' * (int(off.sum()) > 4)}; GEMM1 is right",
+        f"in GEMM2{of_expert} these K groups do not count once: {listed}{', ...' * (int(off.sum()) > 4)}; "
+        "GEMM1 is right",
         3,
         None,
     )
@@ -187,13 +204,15 @@ def _of_activation(systems: list[_System], deltas: list[Tensor], of_expert: str)
         if last - first + 1 <= max(1.5 * len(columns), 8) or len(columns) <= 4:
             return (
                 ("fc1", "activation"),
-                f"the activation is wrong in its columns {first} to {last} of {inner}{of_expert}, and GEMM2 is right: it is "
-                "in those rows of GEMM1 (weights, scales, bias) or in the activation",
+                f"the activation is wrong in its columns {first} to {last} of {inner}{of_expert}, and GEMM2 is right: "
+                "it is in those rows of GEMM1 (weights, scales, bias) or in the activation",
                 3,
                 (first, last),
             )
     points = torch.stack([torch.cat([getattr(s, n) for s in systems]).flatten() for n in ("up", "gate")], 1)
-    points = ((points - points.mean(0)) / (points.std(0) + 1e-30))[:2048]
+    points = (points - points.mean(0)) / (points.std(0) + 1e-30)
+    row = torch.arange(right.numel()) // right.shape[1]  # each slot's expert has parameters of its own
+    points = torch.cat((points, 1e6 * row[:, None].to(points)), 1)[:2048]
     nearest = (torch.cdist(points, points) + torch.eye(len(points), dtype=points.dtype) * 1e9).argmin(1)
 
     def roughness(values: Tensor) -> float:
@@ -201,11 +220,11 @@ def _of_activation(systems: list[_System], deltas: list[Tensor], of_expert: str)
         spread = (values - values.median()).abs().median() + 1e-30
         return float((values - values[nearest]).abs().median() / spread)
 
-    if roughness(found) < 1.5 * roughness(right) + 0.05:
+    if roughness(found - right) < _SMOOTH:
         return (
             ("activation", "fc1"),
-            f"GEMM2 is right, and the activation that it got{of_expert} is another function of the right GEMM1's up and "
-            "gate: the formula, its parameters, or the fc1 bias",
+            f"GEMM2 is right, and the activation that it got{of_expert} is another function of the right GEMM1's up "
+            "and gate: the formula, its parameters, or the fc1 bias",
             3,
             None,
         )
@@ -222,4 +241,5 @@ def _unsure(system: _System) -> Tensor:
     """Standard deviations of the solved activation, `[n, I]`."""
     weighted = system.columns.flatten(1) / system.noise[:, None]
     covariance = torch.linalg.pinv(weighted.T @ weighted, hermitian=True)
-    return covariance.diagonal().clamp(min=0).sqrt().view_as(system.right)
+    result: Tensor = covariance.diagonal().clamp(min=0).sqrt().view_as(system.right)
+    return result

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.families.hypothesis import Change, Hypothesis, Pipeline, SlotRows, local_of, of_slots
+from mxfp4ref.conformance.families.hypothesis import (
+    Change,
+    Hypothesis,
+    Pipeline,
+    SlotRows,
+    local_of,
+    of_slots,
+)
 from mxfp4ref.conformance.families.index_maps import expert_maps
 from mxfp4ref.model.call import MoeCall
+from mxfp4ref.model.forward import select_local
 
 __all__ = ["attributes", "position_in_expert", "slot_hypotheses"]
 
 _S = ("slots",)
+_ONCE = ", each expert once a token"
 _COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512)
 
 
 def position_in_expert(local: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each slot, its row's number among its expert's and how many these are, `[M, k] int64`; -1 and 0 if skipped."""
+    """Of each slot, its row's number among its expert's and how many these are, `[M, k] int64`; -1, 0 if skipped."""
     flat = local.flatten()
     order = flat.argsort(stable=True)
     counts = torch.bincount(flat.clamp(min=-1) + 1)
@@ -53,7 +63,10 @@ def attributes(call: MoeCall, local: Tensor) -> Iterator[tuple[str, Tensor]]:
             yield f"of tokens from {count} on", here & (token >= count)
             yield f"of experts with at most {count} row{'s' * (count > 1)}", here & (rows <= count)
         if count > 1 and count < tokens:
-            yield f"that are the last row of each {count} of their expert", here & (position % count == count - 1)
+            yield (
+                f"that are the last row of each {count} of their expert",
+                here & (position % count == count - 1),
+            )
             yield f"that are the first row of each {count} of their expert", here & (position % count == 0)
             yield (
                 f"in the last, unfilled {count} rows of their expert",
@@ -73,41 +86,53 @@ def attributes(call: MoeCall, local: Tensor) -> Iterator[tuple[str, Tensor]]:
     yield "with a negative weight", here & (weights < 0)
 
 
-def _selecting(change: Callable[[Tensor, int, int, int, Callable[..., Tensor]], Tensor]) -> Change:
-    """Another `select_local`; gets the ids, E, ep_size, ep_rank and the right one."""
+def _selecting(
+    change: Callable[[Tensor, int, int, int, Callable[..., Tensor]], Tensor], *, once: bool = False
+) -> Change:
+    """Another `select_local`; gets the ids, E, ep_size, ep_rank, the right one. With `once` no expert counts twice."""
 
     def on(pipeline: Pipeline) -> Pipeline:
         right = pipeline.stages.select_local
-        return pipeline.staging(select_local=lambda ids, n, size, rank: change(ids, n, size, rank, right))
+
+        def select(ids: Tensor, n: int, size: int, rank: int) -> Tensor:
+            local = change(ids, n, size, rank, right)
+            return select_local(local, n, 1, 0) if once else local
+
+        return pipeline.staging(select_local=select)
 
     return on
 
 
-def _mapped_local(change: Callable[[Tensor, int], Tensor]) -> Change:
+def _mapped_local(change: Callable[[Tensor, int], Tensor], once: bool) -> Change:
     """Another of this rank's experts for each slot that is this rank's."""
 
     def select(ids: Tensor, n: int, size: int, rank: int, right: Callable[..., Tensor]) -> Tensor:
         local = right(ids, n, size, rank)
         return torch.where(local >= 0, change(local.clamp(min=0), n), -1)
 
-    return _selecting(select)
+    return _selecting(select, once=once)
 
 
 def _ids() -> Iterator[Hypothesis]:
-    for axis in expert_maps():
+    for axis, once in itertools.product(expert_maps(), (False, True)):
         yield Hypothesis(
             "ids",
             _S,
-            f"slots are computed by {axis.of('expert')} (weights, scales, biases and parameters alike)",
-            _mapped_local(lambda local, n, axis=axis: axis.index(n).to(local.device)[local]),
-            axis.cost + 0.05,
+            f"slots are computed by {axis.of('expert')} (weights, scales, biases and parameters alike)"
+            + _ONCE * once,
+            _mapped_local(lambda local, n, axis=axis: axis.index(n).to(local.device)[local], once),
+            axis.cost + 0.05 + 0.3 * once,
         )
     for at, words in ((0, "the first"), (-1, "the last")):
         yield Hypothesis(
             "ids",
             _S,
             f"every slot of a token is computed by the expert of {words} slot",
-            _selecting(lambda ids, n, size, rank, right, a=at: right(ids, n, size, rank)[:, [a]].expand(-1, ids.shape[1])),
+            _selecting(
+                lambda ids, n, size, rank, right, a=at: right(ids, n, size, rank)[:, [a]].expand(
+                    -1, ids.shape[1]
+                )
+            ),
             1.3,
         )
     for by, words in ((1, "before"), (-1, "after")):
@@ -144,22 +169,42 @@ def _foreign() -> Iterator[Hypothesis]:
     whats: tuple[tuple[str, Callable[[Tensor, int, int, int], Tensor]], ...] = (
         ("by the rank's first expert", lambda ids, n, size, rank: ids * 0),
         ("by the rank's last expert", lambda ids, n, size, rank: ids * 0 + n - 1),
-        ("by the expert with their id modulo the rank's number of experts", lambda ids, n, size, rank: ids % n),
-        ("by the nearest of the rank's experts (ids cut off)", lambda ids, n, size, rank: (ids - rank * n).clamp(0, n - 1)),
-        ("by the expert that a negative index counts from the end", lambda ids, n, size, rank: (ids - rank * n) % n),
+        (
+            "by the expert with their id modulo the rank's number of experts",
+            lambda ids, n, size, rank: ids % n,
+        ),
+        (
+            "by the nearest of the rank's experts (ids cut off)",
+            lambda ids, n, size, rank: (ids - rank * n).clamp(0, n - 1),
+        ),
+        (
+            "by the expert that a negative index counts from the end",
+            lambda ids, n, size, rank: (ids - rank * n) % n,
+        ),
     )
     for words, chosen in kinds:
         for where, expert in whats:
 
             def select(
-                ids: Tensor, n: int, size: int, rank: int, right: Callable[..., Tensor],
+                ids: Tensor,
+                n: int,
+                size: int,
+                rank: int,
+                right: Callable[..., Tensor],
                 chosen: Callable[[Tensor, Tensor], Tensor] = chosen,
                 expert: Callable[[Tensor, int, int, int], Tensor] = expert,
             ) -> Tensor:
                 local = right(ids, n, size, rank)
                 return torch.where(chosen(ids, local), expert(ids.to(torch.int64), n, size, rank), local)
 
-            yield Hypothesis("ranks", _S, f"{words}, to be skipped, are computed {where}", _selecting(select), 1.1)
+            for once in (False, True):
+                yield Hypothesis(
+                    "ranks",
+                    _S,
+                    f"{words}, to be skipped, are computed {where}" + _ONCE * once,
+                    _selecting(select, once=once),
+                    1.1 + 0.3 * once,
+                )
 
 
 def _ranks() -> Iterator[Hypothesis]:
@@ -178,27 +223,39 @@ def _ranks() -> Iterator[Hypothesis]:
     for words, owned in ways:
 
         def select(
-            ids: Tensor, n: int, size: int, rank: int, right: Callable[..., Tensor],
+            ids: Tensor,
+            n: int,
+            size: int,
+            rank: int,
+            right: Callable[..., Tensor],
             owned: Callable[[int, int, int], tuple[int, int]] = owned,
         ) -> Tensor:
             first, count = owned(n, size, rank)
             local = ids.to(torch.int64) - first
             return torch.where((local >= 0) & (local < count), local, -1)
 
-        yield Hypothesis("ranks", _S, f"the range of ids of this rank is taken {words}", _selecting(select), 1.3)
+        yield Hypothesis(
+            "ranks", _S, f"the range of ids of this rank is taken {words}", _selecting(select), 1.3
+        )
 
     def first_kept(ids: Tensor, n: int, size: int, rank: int, right: Callable[..., Tensor]) -> Tensor:
         local = right(ids, n, size, rank) + 1
         return torch.where(local > 0, local % n, -1)
 
-    yield Hypothesis("ranks", _S, "local ids are one too high, modulo the rank's experts", _selecting(first_kept), 2)
+    yield Hypothesis(
+        "ranks", _S, "local ids are one too high, modulo the rank's experts", _selecting(first_kept), 2
+    )
 
     def strided(ids: Tensor, n: int, size: int, rank: int, right: Callable[..., Tensor]) -> Tensor:
         ids = ids.to(torch.int64)
         return torch.where((ids >= 0) & (ids % size == rank), ids // size, -1)
 
     yield Hypothesis(
-        "ranks", _S, "experts are dealt out to ranks in turn (id modulo ep_size) instead of in blocks", _selecting(strided), 1.4
+        "ranks",
+        _S,
+        "experts are dealt out to ranks in turn (id modulo ep_size) instead of in blocks",
+        _selecting(strided),
+        1.4,
     )
 
 
@@ -222,8 +279,16 @@ def _row_maps() -> Iterator[tuple[str, Callable[[Tensor, Tensor], Tensor], float
     for size in (2, 4, 8, 16, 32, 64):
         yield f"row modulo {size}", lambda p, n, s=size: p % s, 1.7
         yield f"the first row of each {size}", lambda p, n, s=size: p // s * s, 1.7
-        yield f"the row {size} before it, the first {size} keeping their own", lambda p, n, s=size: torch.where(p >= s, p - s, p), 1.8
-        yield f"the neighbouring {size} rows (swapped in pairs)", lambda p, n, s=size: torch.where((p ^ s) < n, p ^ s, p), 1.8
+        yield (
+            f"the row {size} before it, the first {size} keeping their own",
+            lambda p, n, s=size: torch.where(p >= s, p - s, p),
+            1.8,
+        )
+        yield (
+            f"the neighbouring {size} rows (swapped in pairs)",
+            lambda p, n, s=size: torch.where((p ^ s) < n, p ^ s, p),
+            1.8,
+        )
 
 
 def _rows() -> Iterator[Hypothesis]:
@@ -239,7 +304,9 @@ def _rows() -> Iterator[Hypothesis]:
             source = torch.where(flat >= 0, source, torch.arange(len(flat), device=flat.device))
             return replace(rows, y=rows.y.flatten(0, 1)[source].view(rows.y.shape))
 
-        yield of_slots("rows of an expert", _S, f"within each expert a row's result is that of {words}", change, cost)
+        yield of_slots(
+            "rows of an expert", _S, f"within each expert a row's result is that of {words}", change, cost
+        )
 
 
 def _repeated(call: MoeCall) -> Iterator[Hypothesis]:
@@ -248,7 +315,11 @@ def _repeated(call: MoeCall) -> Iterator[Hypothesis]:
             if source != target and (abs(source - target) == 1 or source == 0):
 
                 def select(
-                    ids: Tensor, n: int, size: int, rank: int, right: Callable[..., Tensor],
+                    ids: Tensor,
+                    n: int,
+                    size: int,
+                    rank: int,
+                    right: Callable[..., Tensor],
                     pair: tuple[int, int] = (source, target),
                 ) -> Tensor:
                     local = right(ids, n, size, rank).clone()
@@ -256,7 +327,11 @@ def _repeated(call: MoeCall) -> Iterator[Hypothesis]:
                     return local
 
                 yield Hypothesis(
-                    "ids", _S, f"slot {target} of a token is computed by the expert of slot {source}", _selecting(select), 1.6
+                    "ids",
+                    _S,
+                    f"slot {target} of a token is computed by the expert of slot {source}",
+                    _selecting(select),
+                    1.6,
                 )
 
 

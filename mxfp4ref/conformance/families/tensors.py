@@ -176,11 +176,19 @@ def _scale_values() -> Iterator[tuple[str, _On, float]]:
     for shift in (1, -1, 2, -2, 3, -3, 4, -4, 5, -5, 6, -6, 7, -7, 8, -8):
         factor = f"{2**shift}x" if shift > 0 else f"1/{2**-shift} of"
         words = f"{factor} what they should be (every scale byte {abs(shift)} too {'high' if shift > 0 else 'low'})"
-        yield words, lambda s, d=shift: (s.to(torch.int16) + d).clamp(0, 255).to(torch.uint8), abs(shift) ** 0.3
+        yield (
+            words,
+            lambda s, d=shift: (s.to(torch.int16) + d).clamp(0, 255).to(torch.uint8),
+            abs(shift) ** 0.3,
+        )
     yield "taken as 1 (byte 127): they are not applied", lambda s: torch.full_like(s, 127), 1
     yield "those of the first row, used for all rows", lambda s: s[:, :1].expand_as(s).contiguous(), 1.1
     yield "the largest of each row's", lambda s: s.amax(2, keepdim=True).expand_as(s).contiguous(), 1.5
-    yield "the largest of each expert's", lambda s: s.amax((1, 2), keepdim=True).expand_as(s).contiguous(), 1.5
+    yield (
+        "the largest of each expert's",
+        lambda s: s.amax((1, 2), keepdim=True).expand_as(s).contiguous(),
+        1.5,
+    )
     yield "the smallest of each row's", lambda s: s.amin(2, keepdim=True).expand_as(s).contiguous(), 1.7
     for size in (2, 4):
         yield f"the largest of each {size} K groups'", lambda s, n=size: _largest(s, n), 1.6
@@ -247,13 +255,45 @@ def value_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
                 continue
             for words, change, cost in values():
                 for part, within in _row_parts(group.names[0][:3] if len(group.names) == 1 else ""):
+                    inside = within(change)
                     yield Hypothesis(
                         "values",
                         group.stages,
                         f"{group.words} are {words}{part}",
-                        mapped(group.names, lambda _, t, c=within(change): c(t)),
+                        mapped(group.names, lambda _, t, c=inside: c(t)),
                         cost + 0.3 * bool(part),
                     )
+
+
+_ALPHAS = (1.702, 1.0, 1.7, 1.5, 2.0, 0.5, -1.0, 1.595769, 0.0)
+_BETAS = (1.0, 0.0, -1.0, 0.5, 2.0, 1.702)
+_LIMITS = (
+    *(
+        7.0,
+        10.0,
+        5.0,
+        6.0,
+        8.0,
+        20.0,
+        1.0,
+        1.5,
+        2.0,
+        2.5,
+        3.0,
+        3.5,
+        4.0,
+        4.5,
+        5.5,
+        6.5,
+        7.5,
+        9.0,
+        0.5,
+        0.25,
+        0.75,
+        1.25,
+    ),
+    *(12.0, 14.0, 15.0, 16.0, 24.0, 25.0, 30.0, 32.0, 50.0, 64.0, 100.0, 127.0, 128.0, 448.0, 0.0),
+)
 
 
 def constants(call: MoeCall) -> Iterator[Hypothesis]:
@@ -262,7 +302,7 @@ def constants(call: MoeCall) -> Iterator[Hypothesis]:
         if not group.given(call) or len(group.names) > 1:
             continue
         name = group.names[0].removeprefix("swiglu_")
-        values = {"alpha": (1.702, 1.0, 1.7), "beta": (1.0, 0.0), "limit": (7.0, 10.0, 5.0, 6.0, 8.0, 20.0, 1.0)}
+        values = {"alpha": _ALPHAS, "beta": _BETAS, "limit": _LIMITS}
         for value in values[name]:
             yield Hypothesis(
                 "values",

@@ -15,25 +15,24 @@ from mxfp4ref.conformance.families.hypothesis import (
     SlotRows,
     finalized,
     local_of,
-    of_output,
     of_slots,
     of_sum,
     slot_outputs,
 )
-from mxfp4ref.conformance.families.index_maps import block_maps, expert_maps, neighbour_maps
 from mxfp4ref.defects.variants.finalize import FinalizeVariant
 from mxfp4ref.defects.variants.rounding import bf16
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["factor_hypotheses", "output_hypotheses", "weight_hypotheses"]
+__all__ = ["mul", "weighing", "weight_hypotheses"]
 
 _F = ("finalize",)
 _Weigh = Callable[[Tensor, Tensor], Tensor]  # weights [M, k] and local experts to other weights
 
 
-def _mul(a: Tensor, b: Tensor) -> Tensor:
-    return fp32.mul(*torch.broadcast_tensors(a, b))
+def mul(a: Tensor, b: Tensor) -> Tensor:
+    shape = torch.broadcast_shapes(a.shape, b.shape)
+    return fp32.mul(a.expand(shape), b.expand(shape))
 
 
 def _total(weights: Tensor, local: Tensor) -> Tensor:
@@ -45,10 +44,14 @@ def _total(weights: Tensor, local: Tensor) -> Tensor:
 
 def _weights() -> Iterator[tuple[str, _Weigh, float]]:
     yield "not applied (all taken as 1)", lambda w, _: torch.ones_like(w), 1
-    yield "applied twice (squared)", lambda w, _: _mul(w, w), 1
+    yield "applied twice (squared)", lambda w, _: mul(w, w), 1
     yield "applied as their square roots", lambda w, _: w.sqrt(), 1.4
-    yield "divided by their sum", lambda w, l: w / _total(w, l), 1.1
-    yield "divided by their sum over this rank's slots", lambda w, l: w / torch.where(l >= 0, w, 0.0).sum(1, keepdim=True), 1.2
+    yield "divided by their sum", lambda w, e: w / _total(w, e), 1.1
+    yield (
+        "divided by their sum over this rank's slots",
+        lambda w, e: w / torch.where(e >= 0, w, 0.0).sum(1, keepdim=True),
+        1.2,
+    )
     yield "put through a softmax again", lambda w, _: torch.softmax(w, 1), 1.2
     yield "taken as 1 / k", lambda w, _: torch.full_like(w, 1 / w.shape[1]), 1.1
     yield "multiplied by k", lambda w, _: w * w.shape[1], 1.2
@@ -59,30 +62,72 @@ def _weights() -> Iterator[tuple[str, _Weigh, float]]:
     yield "of the opposite sign", lambda w, _: -w, 1.2
     yield "cut off at 1", lambda w, _: w.clamp(max=1), 1.3
     yield "rounded to bf16", lambda w, _: bf16(w), 1.05
-    yield "cut to bf16 (lower half of the bits dropped)", lambda w, _: (w.view(torch.int32) & -65536).view(torch.float32), 1.2
+    yield (
+        "cut to bf16 (lower half of the bits dropped)",
+        lambda w, _: (w.view(torch.int32) & -65536).view(torch.float32),
+        1.2,
+    )
     yield "rounded to float16", lambda w, _: w.to(torch.float16).to(torch.float32), 1.1
-    yield "rounded to TF32", lambda w, _: ((w.view(torch.int32) + 0xFFF + (w.view(torch.int32) >> 13 & 1)) & ~0x1FFF).view(torch.float32), 1.3
+    yield (
+        "rounded to TF32",
+        lambda w, _: ((w.view(torch.int32) + 0xFFF + (w.view(torch.int32) >> 13 & 1)) & ~0x1FFF).view(
+            torch.float32
+        ),
+        1.3,
+    )
     yield "cut to TF32", lambda w, _: (w.view(torch.int32) & ~0x1FFF).view(torch.float32), 1.3
     yield "rounded to float8 e4m3", lambda w, _: w.to(torch.float8_e4m3fn).to(torch.float32), 1.4
     yield "those of the next slot", lambda w, _: w.roll(-1, 1), 1.1
     yield "those of the previous slot", lambda w, _: w.roll(1, 1), 1.1
     yield "those of the slots in reverse", lambda w, _: w.flip(1), 1.15
-    yield "those of the other slot of its pair (2i and 2i+1 swapped)", lambda w, _: _index(w, lambda i, n: (i ^ 1).clamp(max=n - 1)), 1.2
+    yield (
+        "those of the other slot of its pair (2i and 2i+1 swapped)",
+        lambda w, _: _index(w, lambda i, n: (i ^ 1).clamp(max=n - 1)),
+        1.2,
+    )
     yield "that of the first slot, for all", lambda w, _: w[:, :1].expand_as(w).contiguous(), 1.1
     yield "that of the last slot, for all", lambda w, _: w[:, -1:].expand_as(w).contiguous(), 1.2
-    yield "the largest of the token, for all", lambda w, _: w.amax(1, keepdim=True).expand_as(w).contiguous(), 1.3
+    yield (
+        "the largest of the token, for all",
+        lambda w, _: w.amax(1, keepdim=True).expand_as(w).contiguous(),
+        1.3,
+    )
     yield "the token's mean, for all", lambda w, _: w.mean(1, keepdim=True).expand_as(w).contiguous(), 1.3
     yield "sorted, largest first, the ids not", lambda w, _: w.sort(1, descending=True).values, 1.2
     yield "sorted, smallest first, the ids not", lambda w, _: w.sort(1).values, 1.2
-    yield "those of the order of ids (sorted by id, ids not)", lambda w, l: w.gather(1, l.argsort(dim=1, stable=True)), 1.3
+    yield (
+        "those of the order of ids (sorted by id, ids not)",
+        lambda w, e: w.gather(1, e.argsort(dim=1, stable=True)),
+        1.3,
+    )
     yield "those of the next token", lambda w, _: w.roll(-1, 0), 1.2
     yield "those of the previous token", lambda w, _: w.roll(1, 0), 1.2
     yield "those of the first token, for all", lambda w, _: w[:1].expand_as(w).contiguous(), 1.2
-    yield "read as [k, M] where they lie as [M, k] (transposed)", lambda w, _: w.reshape(w.shape[1], -1).t().contiguous(), 1.2
-    yield "lying as [k, M] where [M, k] is expected (transposed)", lambda w, _: w.t().contiguous().view(w.shape), 1.2
-    yield "indexed by the expert's number instead of the slot's", lambda w, l: w.gather(1, l.clamp(min=0) % w.shape[1]), 1.3
-    yield "those of the token before, slot by slot in one list (index off by one)", lambda w, _: w.flatten().roll(1).view(w.shape), 1.2
-    yield "those one further in one list of all slots (index off by one)", lambda w, _: w.flatten().roll(-1).view(w.shape), 1.2
+    yield (
+        "read as [k, M] where they lie as [M, k] (transposed)",
+        lambda w, _: w.reshape(w.shape[1], -1).t().contiguous(),
+        1.2,
+    )
+    yield (
+        "lying as [k, M] where [M, k] is expected (transposed)",
+        lambda w, _: w.t().contiguous().view(w.shape),
+        1.2,
+    )
+    yield (
+        "indexed by the expert's number instead of the slot's",
+        lambda w, e: w.gather(1, e.clamp(min=0) % w.shape[1]),
+        1.3,
+    )
+    yield (
+        "those of the token before, slot by slot in one list (index off by one)",
+        lambda w, _: w.flatten().roll(1).view(w.shape),
+        1.2,
+    )
+    yield (
+        "those one further in one list of all slots (index off by one)",
+        lambda w, _: w.flatten().roll(-1).view(w.shape),
+        1.2,
+    )
     yield "1 for the first slot", lambda w, _: torch.cat((torch.ones_like(w[:, :1]), w[:, 1:]), 1), 1.4
     yield "accumulated over the slots", lambda w, _: w.cumsum(1), 1.6
 
@@ -91,7 +136,7 @@ def _index(w: Tensor, change: Callable[[Tensor, int], Tensor]) -> Tensor:
     return w[:, change(torch.arange(w.shape[1], device=w.device), w.shape[1])]
 
 
-def _weighing(words: str, change: _Weigh, cost: float, family: str = "routing weights") -> Hypothesis:
+def weighing(words: str, change: _Weigh, cost: float, family: str = "routing weights") -> Hypothesis:
     def on(rows: SlotRows) -> SlotRows:
         return replace(rows, weights=change(rows.weights, rows.local).to(torch.float32))
 
@@ -119,7 +164,7 @@ def _row_weight(where: str) -> Change:
             local = local_of(inside)
             weights = call.token_final_scales
             x = fp32.widen(call.input)[:, None].expand(-1, call.top_k, -1)
-            scaled = fp32.to_bf16(_mul(x, weights[..., None]).contiguous())
+            scaled = fp32.to_bf16(mul(x, weights[..., None]).contiguous())
             y = slot_outputs(inside, scaled if place == "input" else None)
             return finalized(inside, y, local, weights if again == "twice" else torch.ones_like(weights))
 
@@ -132,7 +177,7 @@ def _sums() -> Iterator[tuple[str, Callable[[Tensor, Tensor, Tensor], Tensor], f
     """Other ways to make one row of a token's: words, (y [M, k, H], local, weights) to float32."""
 
     def products(y: Tensor, local: Tensor, w: Tensor) -> Tensor:
-        product = _mul(fp32.widen(y), w[..., None])
+        product = mul(fp32.widen(y), w[..., None])
         return torch.where((local >= 0)[..., None], product, 0.0)
 
     def last(y: Tensor, local: Tensor, w: Tensor) -> Tensor:
@@ -146,32 +191,46 @@ def _sums() -> Iterator[tuple[str, Callable[[Tensor, Tensor, Tensor], Tensor], f
 
     yield "each slot overwrites the sum, so that only a token's last one counts", last, 1
     yield "only a token's first slot counts", first, 1.1
-    yield "the largest of the weighted rows is taken instead of their sum", lambda *a: products(*a).amax(1), 1.5
+    yield (
+        "the largest of the weighted rows is taken instead of their sum",
+        lambda *a: products(*a).amax(1),
+        1.5,
+    )
 
 
 def weight_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     """Routing weights, the fc2 bias, and the sum."""
     for words, change, cost in _weights():
-        yield _weighing(f"the routing weights are {words}", change, cost)
+        yield weighing(f"the routing weights are {words}", change, cost)
     for words in ("input once", "input twice", "all twice"):
         place, again = words.split()
         if place == "input":
             more = " and again in the sum" if again == "twice" else ""
             yield Hypothesis(
-                "routing weights", ("input", "finalize"), f"the routing weight is multiplied into GEMM1's input{more}", _row_weight(words), 1.1
+                "routing weights",
+                ("input", "finalize"),
+                f"the routing weight is multiplied into GEMM1's input{more}",
+                _row_weight(words),
+                1.1,
             )
     if call.experts.fc2_biases is not None and call.tp_rank == 0:
         for words, step, cost in _bias_use():
             yield of_sum("fc2 bias", _F, words, FinalizeVariant(step), cost)
 
         def once(y: Tensor, local: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-            first = torch.arange(local.shape[1], device=local.device) == (local >= 0).to(torch.int8).argmax(1, keepdim=True)
+            first = torch.arange(local.shape[1], device=local.device) == (local >= 0).to(torch.int8).argmax(
+                1, keepdim=True
+            )
             return _with_bias_where(y, local, w, bias, first)
 
         yield of_sum("fc2 bias", _F, "the fc2 bias is added for a token's first slot only", once, 1.3)
     if call.experts.fc2_biases is not None and call.tp_rank > 0:
         yield Hypothesis(
-            "fc2 bias", _F, "the fc2 bias is added on every tensor-parallel rank", lambda p: p.calling(tp_rank=0), 1
+            "fc2 bias",
+            _F,
+            "the fc2 bias is added on every tensor-parallel rank",
+            lambda p: p.calling(tp_rank=0),
+            1,
         )
     if call.experts.fc2_biases is not None and call.tp_size > 1:
         for words, change in (
@@ -186,7 +245,7 @@ def weight_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
                 1.2,
             )
     for words, total, cost in _sums():
-        yield of_sum("sum of slots", _F, words, lambda y, l, w, b, t=total: t(_biased(y, l, b), l, w), cost)
+        yield of_sum("sum of slots", _F, words, lambda y, e, w, b, t=total: t(_biased(y, e, b), e, w), cost)
 
 
 def _biased(y: Tensor, local: Tensor, bias: Tensor | None) -> Tensor:
@@ -200,144 +259,3 @@ def _with_bias_where(y: Tensor, local: Tensor, w: Tensor, bias: Tensor | None, c
         row = torch.where(chosen[:, slot, None], both[:, slot], fp32.widen(y[:, slot].contiguous()))
         acc = torch.where(local[:, slot, None] >= 0, fp32.fma(w[:, slot, None].expand_as(row), row, acc), acc)
     return acc
-
-
-def factor_hypotheses(factor: float) -> Iterator[Hypothesis]:
-    """One factor on everything, at each place where it could be."""
-    of = f"a factor of {factor:.9g}"
-
-    def scaled(t: Tensor) -> Tensor:
-        return _mul(t, torch.tensor(factor, dtype=torch.float32, device=t.device))
-
-    def to_y(pipeline: Pipeline) -> Pipeline:
-        before = pipeline.stages.round_fc2
-        return pipeline.staging(round_fc2=lambda t: before(scaled(fp32.widen(t))))
-
-    def after(output: Tensor) -> Tensor:
-        return fp32.to_bf16(scaled(fp32.widen(output)))
-
-    def before_rounding(pipeline: Pipeline) -> Pipeline:
-        before = pipeline.stages.round_output
-        return pipeline.staging(round_output=lambda t: before(scaled(t)))
-
-    def on_y_after(pipeline: Pipeline) -> Pipeline:
-        before = pipeline.stages.round_fc2
-        return pipeline.staging(round_fc2=lambda t: after(before(t)))
-
-    yield _weighing(f"{of} too many on the routing weights", lambda w, _: scaled(w), 1.1, "factor")
-    yield Hypothesis("factor", _F, f"{of} too many on the sum, before its rounding to bf16", before_rounding, 1.2)
-    yield of_output("factor", _F, f"{of} too many on the bf16 output", after, 1.2)
-    yield Hypothesis("factor", ("fc2", "finalize"), f"{of} too many on GEMM2's result, before its rounding to bf16", to_y, 1.3)
-    yield Hypothesis("factor", ("fc2", "finalize"), f"{of} too many on GEMM2's bf16 result", on_y_after, 1.4)
-    yield Hypothesis(
-        "factor",
-        ("activation", "fc2"),
-        f"{of} too many on the activation, before its rounding to bf16",
-        lambda p: p.staging(round_activation=lambda t, b=p.stages.round_activation: b(scaled(t))),
-        1.4,
-    )
-    yield Hypothesis(
-        "factor",
-        ("activation", "fc2"),
-        f"{of} too many on the bf16 activation",
-        lambda p: p.staging(round_activation=lambda t, b=p.stages.round_activation: after(b(t))),
-        1.5,
-    )
-
-
-def input_factor_hypotheses() -> Iterator[Hypothesis]:
-    """A factor on the input, or on GEMM1's result, which the activation bends."""
-    for factor in (2.0, 0.5, 4.0, 0.25, 8.0, 0.125, -1.0, 3.0, 1 / 3, 6.0, 1 / 6, 10.0, 0.1):
-
-        def scaled(t: Tensor, f: float = factor) -> Tensor:
-            return _mul(fp32.widen(t), torch.tensor(f, dtype=torch.float32, device=t.device))
-
-        of = f"a factor of {factor:.6g}"
-        yield Hypothesis(
-            "factor", ("input", "fc1"), f"{of} too many on the input", lambda p, s=scaled: p.calling(input=fp32.to_bf16(s(p.call.input))), 1.3
-        )
-        yield Hypothesis(
-            "factor",
-            ("fc1",),
-            f"{of} too many on GEMM1's result",
-            lambda p, s=scaled: p.staging(round_fc1=lambda t, b=p.stages.round_fc1: b(s(t))),
-            1.4,
-        )
-
-
-def _tokens() -> Iterator[tuple[str, Callable[[Tensor], Tensor], float]]:
-    """Rows of a matrix `[M, H]` that are others: words, the change."""
-    for axis in expert_maps():
-        yield f"the rows are those of {axis.of('token')}", lambda t, a=axis: t[a.index(len(t)).to(t.device)], axis.cost
-    yield "the last token's row is zero", lambda t: torch.cat((t[:-1], torch.zeros_like(t[-1:]))), 1.2
-    yield "the first token's row is zero", lambda t: torch.cat((torch.zeros_like(t[:1]), t[1:])), 1.3
-    yield "the last token's row is that of the one before", lambda t: torch.cat((t[:-1], t[-2:-1])), 1.4
-    for count in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096):
-        yield (
-            f"the rows of tokens from {count} on are zero",
-            lambda t, c=count: torch.cat((t[:c], torch.zeros_like(t[c:]))),
-            1.5,
-        )
-        yield (
-            f"the rows of the last tokens that fill no block of {count} are zero",
-            lambda t, c=count: torch.cat((t[: len(t) // c * c], torch.zeros_like(t[len(t) // c * c :]))),
-            1.6,
-        )
-
-
-def _columns() -> Iterator[tuple[str, Callable[[Tensor], Tensor], float]]:
-    for axis in (*neighbour_maps(), *block_maps()):
-        yield f"the columns are those of {axis.of('column')}", lambda t, a=axis: t[:, a.index(t.shape[1]).to(t.device)], axis.cost
-    for count in (1, 8, 16, 32, 64, 128):
-        yield f"the last {count} columns are zero", lambda t, c=count: torch.cat((t[:, :-c], torch.zeros_like(t[:, -c:])), 1), 1.4
-    yield "the second half of the columns is zero", lambda t: torch.cat((t[:, : t.shape[1] // 2], torch.zeros_like(t[:, t.shape[1] // 2 :])), 1), 1.3
-
-
-def _values() -> Iterator[tuple[str, Callable[[Tensor], Tensor], float]]:
-    yield "everything is zero", torch.zeros_like, 0.9
-    yield "NaN is zero", lambda t: torch.where(t.isnan(), 0.0, t), 1.1
-    yield "NaN and infinities are zero", lambda t: torch.where(t.isfinite(), t, 0.0), 1.1
-    yield "NaN is zero and infinities the largest numbers", lambda t: torch.nan_to_num(t), 1.1
-    yield "infinities are the largest numbers", lambda t: torch.where(t.isinf(), torch.nan_to_num(t), t), 1.2
-    yield "infinities are NaN", lambda t: torch.where(t.isinf(), torch.nan, t), 1.2
-    yield "negative numbers are zero", lambda t: t.clamp(min=0), 1.3
-    yield "signs are dropped", torch.abs, 1.3
-    yield "everything is cut off at the largest float16 number, 65504", lambda t: t.clamp(-65504, 65504), 1.2
-    yield "everything beyond the largest float16 number is infinite", lambda t: t.to(torch.float16).isinf().logical_and(t.isfinite()).to(t.dtype).mul(torch.inf).nan_to_num(0, torch.inf).copysign(t).where(t.abs() > 65504, t), 1.4
-    yield "subnormal numbers are zero", lambda t: torch.where((t.view(torch.int16) & 0x7F80) == 0, t * 0, t), 1.1
-    yield "-0 is +0", lambda t: torch.where(t == 0, 0.0, t), 1.1
-    yield "everything is added to itself (written twice)", lambda t: t + t, 1.1
-    yield "the previous token's row is added", lambda t: (t.float() + t.float().roll(1, 0)).to(t.dtype), 1.5
-    yield "rows add up over the tokens (accumulators are not cleared)", lambda t: t.float().cumsum(0).to(t.dtype), 1.5
-
-
-def output_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
-    """The output, the input and the rows between them, taken from another place or written over."""
-    for words, change, cost in (*_tokens(), *_columns(), *_values()):
-        yield of_output("output", _F, f"in the output {words}", change, cost + 0.2)
-    for words, change, cost in (*_tokens(), *_columns(), *_values()):
-        yield Hypothesis("input", ("input",), f"in the input {words}", lambda p, c=change: p.calling(input=c(p.call.input)), cost + 0.2)
-    for words, change, cost in _columns():
-        if "zero" in words:
-            continue
-        yield Hypothesis(
-            "GEMM2's input",
-            ("fc2", "activation"),
-            f"in the activation {words}",
-            lambda p, c=change: p.staging(round_activation=lambda t, b=p.stages.round_activation: c(b(t))),
-            cost + 0.4,
-        )
-        yield Hypothesis(
-            "GEMM2's output",
-            ("fc2",),
-            f"in GEMM2's output {words}",
-            lambda p, c=change: p.staging(round_fc2=lambda t, b=p.stages.round_fc2: c(b(t))),
-            cost + 0.4,
-        )
-        yield Hypothesis(
-            "GEMM1's output",
-            ("fc1", "activation"),
-            f"in GEMM1's output {words}",
-            lambda p, c=change: p.staging(round_fc1=lambda t, b=p.stages.round_fc1: c(b(t))),
-            cost + 0.5,
-        )
