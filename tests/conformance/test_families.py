@@ -128,7 +128,10 @@ MEMBERS: dict[str, tuple[Callable[[MoeCall], Tensor], str, str]] = {
     ),
     "activation": (
         lambda call: forward(
-            call, Stages(swiglu=SwigluVariant(clamp=lambda u, g, lim: (fp32.minimum(u, lim), g)))
+            call,
+            Stages(
+                swiglu=SwigluVariant(clamp=lambda u, g, lim: (fp32.minimum(u, lim), g), sigmoid=torch.tanh)
+            ),
         ),
         "activation",
         "",

@@ -122,8 +122,8 @@ def _columns(got: Tensor, want: Tensor, wrong: Tensor, tokens: list[int]) -> Ite
         yield Evidence(
             ("fc2", "finalize"),
             f"{int(wrong.sum()):,} single elements are far off, without a pattern of columns, and all others of "
-            "their rows are right: GEMM1 and the activation are right, which would show in whole rows. It is in GEMM2, or "
-            "elements were overwritten or not written",
+            "their rows are right: GEMM1 and the activation are right, which would show in whole rows. It is in "
+            "GEMM2, or elements were overwritten or not written",
             2,
         )
 

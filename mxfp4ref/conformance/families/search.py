@@ -246,13 +246,13 @@ class Search:
                     break
         return found
 
-    def run_twos(self, hypotheses: Callable[[], Iterable[Hypothesis]], *, most: int = 3) -> list[Match]:
+    def run_twos(self, hypotheses: Callable[[], Iterable[Hypothesis]], *, most: int = 5) -> list[Match]:
         """Two changes at once: those that came nearest, each with another one."""
         ranked = sorted(self.near, key=lambda pair: pair[0] + 0.02 * pair[1].cost)
         starts: dict[float, Hypothesis] = {}  # of those that come equally near, the simplest
         for distance, first in ranked:
             if first.of_rows is None and not first.name:
-                starts.setdefault(round(distance, 3), first)
+                starts.setdefault(round(distance, 2), first)
         for first in list(starts.values())[:most]:
             if self.out_of_time():
                 break

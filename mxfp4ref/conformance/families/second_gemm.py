@@ -24,7 +24,7 @@ __all__ = ["second_gemm"]
 _SIZE = 1 << 22  # elements of a system of equations
 _ROUNDING = 2.0**-9  # of bf16, relative, of each slot's row and of the sum
 _MARGIN = 1.6  # over the expected length of the rounding errors
-_SMOOTH = 0.8  # of neighbours' differences to all; 1.4 of random numbers
+_SMOOTH, _ROUGH = 0.6, 0.85  # of neighbours' differences, as a share of any two's
 _Parts = tuple[tuple[str, ...], str, int, tuple[int, int] | None]  # of an `Evidence`
 
 
@@ -91,8 +91,8 @@ def second_gemm(
         elif not any(fits for fits, _ in solved):
             yield (
                 ("fc2", "finalize"),
-                f"no activation{of_expert} gives this output by the right GEMM2: GEMM2's weights or scales are wrong, "
-                "or what comes after",
+                f"no activation{of_expert} gives this output by the right GEMM2: GEMM2's weights or scales are "
+                "wrong, or what comes after",
                 2,
                 None,
             )
@@ -160,8 +160,8 @@ def _groups(systems: list[_System], of_expert: str) -> _Parts | None:
     if float(mean.max() - mean.min()) < 2.0**-5 * float(mean.abs().max()):
         return (
             ("fc2", "finalize"),
-            f"everything{of_expert} counts {float(mean.mean()):.4g} times, as far as bf16 shows: one factor on GEMM2's "
-            "scales or result, on the routing weights, or in the sum",
+            f"everything{of_expert} counts {float(mean.mean()):.4g} times, as far as bf16 shows: one factor on "
+            "GEMM2's scales or result, on the routing weights, or in the sum",
             2,
             None,
         )
@@ -204,8 +204,8 @@ def _of_activation(systems: list[_System], deltas: list[Tensor], of_expert: str)
         if last - first + 1 <= max(1.5 * len(columns), 8) or len(columns) <= 4:
             return (
                 ("fc1", "activation"),
-                f"the activation is wrong in its columns {first} to {last} of {inner}{of_expert}, and GEMM2 is right: "
-                "it is in those rows of GEMM1 (weights, scales, bias) or in the activation",
+                f"the activation is wrong in its columns {first} to {last} of {inner}{of_expert}, and GEMM2 is "
+                "right: it is in those rows of GEMM1 (weights, scales, bias) or in the activation",
                 3,
                 (first, last),
             )
@@ -215,17 +215,22 @@ def _of_activation(systems: list[_System], deltas: list[Tensor], of_expert: str)
     points = torch.cat((points, 1e6 * row[:, None].to(points)), 1)[:2048]
     nearest = (torch.cdist(points, points) + torch.eye(len(points), dtype=points.dtype) * 1e9).argmin(1)
 
-    def roughness(values: Tensor) -> float:
-        values = values.flatten()[:2048]
-        spread = (values - values.median()).abs().median() + 1e-30
-        return float((values - values[nearest]).abs().median() / spread)
-
-    if roughness(found - right) < _SMOOTH:
+    change = torch.where(off, found - right, 0.0).flatten()[:2048]
+    shuffled = change[torch.randperm(len(change), generator=torch.Generator().manual_seed(0))]
+    roughness = float((change - change[nearest]).abs().sum() / ((change - shuffled).abs().sum() + 1e-300))
+    if roughness < _SMOOTH:
         return (
             ("activation", "fc1"),
-            f"GEMM2 is right, and the activation that it got{of_expert} is another function of the right GEMM1's up "
-            "and gate: the formula, its parameters, or the fc1 bias",
+            f"GEMM2 is right, and the activation that it got{of_expert} is another function of the right GEMM1's "
+            "up and gate: the formula, its parameters, or the fc1 bias",
             3,
+            None,
+        )
+    if roughness < _ROUGH:
+        return (
+            ("activation", "fc1"),
+            f"GEMM2 is right, and got another activation{of_expert}: GEMM1 or the activation is wrong",
+            2,
             None,
         )
     return (

@@ -89,7 +89,7 @@ def attributes(call: MoeCall, local: Tensor) -> Iterator[tuple[str, Tensor]]:
 def _selecting(
     change: Callable[[Tensor, int, int, int, Callable[..., Tensor]], Tensor], *, once: bool = False
 ) -> Change:
-    """Another `select_local`; gets the ids, E, ep_size, ep_rank, the right one. With `once` no expert counts twice."""
+    """Another `select_local`; gets the ids, E, ep_size, ep_rank, the right one. With `once` none counts twice."""
 
     def on(pipeline: Pipeline) -> Pipeline:
         right = pipeline.stages.select_local

@@ -31,7 +31,7 @@ _Weigh = Callable[[Tensor, Tensor], Tensor]  # weights [M, k] and local experts 
 
 
 def mul(a: Tensor, b: Tensor) -> Tensor:
-    shape = torch.broadcast_shapes(a.shape, b.shape)
+    shape = torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call]
     return fp32.mul(a.expand(shape), b.expand(shape))
 
 
