@@ -33,6 +33,7 @@ from mxfp4ref.conformance.families.places import (
 )
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import KERNEL
+from mxfp4ref.sm90 import fp32
 
 __all__ = ["Match", "Search", "one_thread", "surprise"]
 
@@ -108,8 +109,8 @@ class Search:
         self.part = part
         self.part_got, self.part_want = self.got[self.tokens], self.want[self.tokens]
         self.part_right = ~self.wrong[self.tokens]
-        self.baseline = self._distance(self.part_want, self.part_got)
-        self.baseline_of_all = self._distance(self.want, self.got)
+        self.base = _ulps(self.part_want, self.part_got), _angle(self.part_want, self.part_got)
+        self.base_of_all = _ulps(self.want, self.got), _angle(self.want, self.got)
 
     @cached_property
     def rows(self) -> SlotRows:
@@ -161,10 +162,13 @@ class Search:
         except FAILURES:
             return None
 
-    @staticmethod
-    def _distance(output: Tensor, got: Tensor) -> float:
-        far = ulp_distance(output, got).clamp(max=1 << 15).to(torch.float64)
-        return float((1 + far).log2().mean())
+    def _nearness(self, output: Tensor, *, of_all: bool) -> float:
+        """How far off an output leaves the kernel's, as a share of how far off the right one is; by ulps or by angle.
+
+        The angle tells a change that another one, such as a factor, hides from the ulps.
+        """
+        got, (ulps, angle) = (self.got, self.base_of_all) if of_all else (self.part_got, self.base)
+        return min(_ulps(output, got) / max(ulps, 1e-9), _angle(output, got) / max(angle, 1e-9))
 
     def run(self, hypotheses: Iterable[Hypothesis], *, enough: int = 1 << 30) -> list[Match]:
         """Those that predict every wrong bit; the others that come nearer to the output are kept in `near`."""
@@ -183,7 +187,7 @@ class Search:
                 if (match := self.confirm(hypothesis)) is not None:
                     found.append(match)
             else:
-                distance = self._distance(output, got) / (self.baseline_of_all if of_all else self.baseline)
+                distance = self._nearness(output, of_all=of_all)
                 if distance < 0.8:
                     self.near.append((distance, hypothesis))
         return found
@@ -271,6 +275,20 @@ class Search:
                 if result is not None and not bool(differing(result, self.got).any()):
                     return [Match(both, True)]
         return []
+
+
+def _ulps(output: Tensor, got: Tensor) -> float:
+    far = ulp_distance(output, got).clamp(max=1 << 15).to(torch.float64)
+    return float((1 + far).log2().mean())
+
+
+def _angle(output: Tensor, got: Tensor) -> float:
+    """The sine of the angle between them; 1 where there is none."""
+    one, other = (fp32.widen(t.contiguous()).to(torch.float64).flatten() for t in (output, got))
+    lengths = float(one.norm() * other.norm())
+    if not 0 < lengths < float("inf"):
+        return 1.0
+    return max(1 - (float(one @ other) / lengths) ** 2, 0.0) ** 0.5
 
 
 def _slot_outputs(pipeline: Pipeline) -> Tensor:
