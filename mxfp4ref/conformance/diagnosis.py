@@ -9,22 +9,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxfp4ref._validate import check_choice
+from mxfp4ref.conformance.attribution import Attribution, attribution
 from mxfp4ref.conformance.comparison import FAR, Difference, differing, first_difference, ulp_distance
-from mxfp4ref.conformance.finding import Finding
+from mxfp4ref.conformance.families.engine import investigate, prepared
+from mxfp4ref.conformance.families.evidence import Evidence
+from mxfp4ref.conformance.families.hypothesis import UNKNOWN, Finding, Hypothesis
+from mxfp4ref.conformance.families.named import named_hypotheses, stages_of
+from mxfp4ref.conformance.families.probe import probed
 from mxfp4ref.conformance.patterns import patterns
 from mxfp4ref.conformance.reduction import local_experts, one_token
-from mxfp4ref.conformance.stage_fit import numbers, reconcile
+from mxfp4ref.conformance.stage_fit import numbers, reconcile, stage_of_exposed
 from mxfp4ref.conformance.stage_words import finding_of_stage
-from mxfp4ref.conformance.suspects import Prediction, Progress, Verdict, closest, predict, try_defects
+from mxfp4ref.conformance.suspects import Prediction, Progress, closest, predict
 from mxfp4ref.defects import DEFECTS
+from mxfp4ref.formats.humming_experts import HummingExperts
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import MoeTrace, trace
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["Diagnosis", "Prediction", "diagnose", "predict"]
+__all__ = ["EFFORTS", "Diagnosis", "Finding", "Known", "Prediction", "diagnose", "predict"]
 
-SECONDS = 90.0
+EFFORTS = {"quick": 0.7, "full": 50.0}  # seconds for hypotheses
 _ULP_BINS = (1, 2, 4, 16, 256, FAR - 1)
+
+
+Known = tuple[tuple[Prediction, ...], Finding, tuple[str, ...]]  # named defects, finding, remarks
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,8 @@ class Diagnosis:
             the wrong bits than chance gives (`suspects.NOISE`).
         ulps: elements by distance: (up to this many ulps, how many); the last with NaN.
         mask: where the output differs.
-        finding: what is wrong for certain, where that is known.
+        finding: what is wrong, in words, and in which stage, as far as it is known.
+        attribution: which share of the elements differs by expert, by rows, by columns, the most telling first.
     """
 
     output: str
@@ -52,7 +63,8 @@ class Diagnosis:
     predictions: tuple[Prediction, ...]
     ulps: tuple[tuple[int, int], ...]
     mask: Tensor
-    finding: Finding | None = None
+    finding: Finding = UNKNOWN
+    attribution: tuple[Attribution, ...] = ()
 
     @property
     def exact(self) -> tuple[str, ...]:
@@ -66,9 +78,10 @@ def diagnose(
     outputs: Mapping[str, Tensor],
     expected: Mapping[str, Tensor],
     *,
-    suspects: Iterable[str] | None = None,
-    seconds: float = SECONDS,
+    suspects: Iterable[str | Hypothesis] | None = None,
+    effort: str = "full",
     progress: Progress | None = None,
+    known: Known | None = None,
 ) -> Diagnosis:
     """Say how and why `outputs` differ from `expected`; they have to.
 
@@ -77,14 +90,15 @@ def diagnose(
         inputs: a `MoeCall` for kind "moe", else arguments by name.
         outputs: what the kernel gave, and any intermediates under the names of `MoeTrace`.
         expected: what it should have given.
-        suspects: the defects to try; by default all. If none of them is exact all are tried.
-        seconds: that the search for a named defect may take on a layer of real size, roughly; what was not
-            tried by then is said in `patterns`.
-        progress: called before each defect that is tried on a call, with its name and how many there are.
+        suspects: names of defects, and hypotheses, to try before all others, which are tried if none is exact.
+        effort: "full", or "quick" for about a second: the likeliest hypotheses only.
+        progress: called before each named defect that is tried on a call, with its name and how many there are.
+        known: what has been found out about the call, so that nothing is searched.
 
     Raises:
         TypeError, ValueError: an output is missing, or of another dtype or shape than expected, or all are equal.
     """
+    check_choice("effort", effort, tuple(EFFORTS))
     missing = [n for n in expected if n not in outputs]
     if missing:
         raise ValueError(f"outputs: expected {', '.join(expected)}, got {', '.join(outputs) or 'none'}")
@@ -97,31 +111,99 @@ def diagnose(
     mask = differing(got, want)
     first = first_difference(got, want)
     assert first is not None
-    verdict = Verdict(())
-    if not isinstance(inputs, MoeCall):
-        names = (n for n, defect in DEFECTS.items() if defect.target == kind)
-        found_by = (predict(inputs, outputs, expected, n) for n in names)
-        verdict = Verdict(closest(p for p in found_by if p is not None))
-    elif inputs.experts.quantized:
-        verdict = try_defects(
-            inputs, got, want, first=tuple(suspects or ()), seconds=seconds, progress=progress
-        )
+    predictions: tuple[Prediction, ...] = ()
+    finding = Finding()
     feeds: tuple[str, ...] = ()
     found: tuple[str, ...] = ()
     stage = ""
+    table: tuple[Attribution, ...] = ()
     if isinstance(inputs, MoeCall):
         token = first.index[0]
         one = trace(one_token(inputs, token))
         feeds = _feeds(inputs, one, token, first.index[1])
-        found = patterns(inputs, got, want, mask) + verdict.remarks
-        stage = reconcile(inputs, outputs, mask)
-    elif kind == "layout":
-        found = (_layout_pattern(got, want, mask),)
-    finding = finding_of_stage(kind, inputs, outputs, expected)
-    found += (finding.sentence,) if finding is not None and finding.sentence else ()
-    return Diagnosis(
-        name, first, feeds, found, stage, verdict.predictions, _histogram(got, want, mask), mask, finding
+        found = patterns(inputs, got, want, mask)
+        if inputs.experts.tactics_show:
+            exposed = stage_of_exposed(inputs, outputs)
+            seen = Evidence(exposed, reconcile(inputs, outputs, mask), 3) if exposed else None
+            search = _Search(tuple(suspects or ()), effort, progress, seen)
+            predictions, finding, more = known or _investigated(inputs, got, want, search)
+            found += more
+        elif isinstance(inputs.experts, HummingExperts):
+            predictions = _named("w4a8", inputs, outputs, expected)
+            finding = _named_finding(predictions)
+        table = attribution(inputs, mask)
+        if finding.exact:
+            stage = f"{' or '.join(finding.stages)}: every wrong bit is predicted"
+        else:
+            stage = finding.sentence or reconcile(inputs, outputs, mask)
+    else:
+        predictions = _named(kind, inputs, outputs, expected)
+        if kind == "layout":
+            found = (_layout_pattern(got, want, mask),)
+        in_words = finding_of_stage(kind, inputs, outputs, expected)
+        named = _named_finding(predictions)
+        finding = named if named.exact or in_words is None else in_words
+    ulps = _histogram(got, want, mask)
+    return Diagnosis(name, first, feeds, found, stage, predictions, ulps, mask, finding, table)
+
+
+def _named(
+    target: str, inputs: Any, outputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> tuple[Prediction, ...]:
+    names = (n for n, defect in DEFECTS.items() if defect.target == target)
+    found_by = (predict(inputs, outputs, expected, n) for n in names)
+    return closest(p for p in found_by if p is not None)
+
+
+def _named_finding(predictions: tuple[Prediction, ...]) -> Finding:
+    exact = [p.name for p in predictions if p.exact]
+    if not exact:
+        return Finding()
+    defect = DEFECTS[exact[0]]
+    others = f" (not told apart here from {', '.join(exact[1:4])})" if exact[1:] else ""
+    return Finding(stages_of(defect), f"{defect.name}: {defect.summary}{others}", True)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """How to look for what is wrong, as in `diagnose`; `known` is the stage of an intermediate that differs."""
+
+    suspects: tuple[str | Hypothesis, ...]
+    effort: str
+    progress: Progress | None
+    known: Evidence | None
+
+
+def _investigated(
+    call: MoeCall,
+    got: Tensor,
+    want: Tensor,
+    how: _Search,
+) -> Known:
+    """The named defects that predict it, the finding, and remarks."""
+    part = probed(call, got, want)
+    if part is None:
+        return (), Finding(), ("no token gives its expected row alone, so that no hypothesis can be tried",)
+    small, rows_got, rows_want, note = part
+    pipeline = prepared(small)
+    names = {s for s in how.suspects if isinstance(s, str)}
+    first = [h for h in named_hypotheses(small) if h.name in names]
+    result = investigate(
+        pipeline,
+        rows_got,
+        rows_want,
+        seconds=EFFORTS[how.effort],
+        first=[*first, *(s for s in how.suspects if isinstance(s, Hypothesis))],
+        thorough=how.effort == "full",
+        known=how.known,
+        progress=how.progress,
     )
+    remarks = [e.sentence for e in result.evidence if e.sentence != result.finding.sentence]
+    if not result.complete:
+        remarks.append(f"hypotheses were tried as long as there was time, {result.tried:,} of them")
+    exact = (m.hypothesis.name for m in result.matches if m.hypothesis.name and m.exact)
+    predictions = tuple(Prediction(name, 1.0, True) for name in dict.fromkeys(exact))
+    return predictions, result.finding, (*remarks, *note)
 
 
 def _feeds(call: MoeCall, one: MoeTrace, token: int, column: int) -> tuple[str, ...]:

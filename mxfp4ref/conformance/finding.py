@@ -1,22 +1,34 @@
-"""What a diagnosis found out for certain."""
+"""What a diagnosis found out."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Finding"]
+__all__ = ["STAGES", "UNKNOWN", "Finding"]
+
+STAGES = (
+    *("input", "slots", "fc1", "activation", "fc2", "finalize"),
+    *("routing", "quantize", "dequantize", "layout"),
+)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Where a wrong output went wrong, and how.
+    """What to tell the engineer.
 
     Attributes:
-        stages: the stages that may be at fault, such as ("fc2_gemm",) or ("routing",).
-        sentence: what is wrong, in words; "" where nothing explains every element that differs.
-        exact: whether the sentence predicts the output in all its bits.
+        stages: of `STAGES`, those in which the change may lie by the evidence: one, at most two, none if unknown.
+        sentence: what is wrong, in words; "" if unknown.
+        exact: whether every bit that differs is predicted.
     """
 
-    stages: tuple[str, ...]
-    sentence: str
-    exact: bool
+    stages: tuple[str, ...] = ()
+    sentence: str = ""
+    exact: bool = False
+
+    def __str__(self) -> str:
+        where = f" [{' or '.join(self.stages)}]" if self.stages else ""
+        return f"{self.sentence}{where}" if self.sentence else ""
+
+
+UNKNOWN = Finding()

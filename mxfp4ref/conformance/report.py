@@ -76,13 +76,37 @@ def case_lines(result: CaseResult) -> list[str]:
     lines = [f"{'recorded call' if result.kind == RECORDING else 'why this case'}: {result.why}"]
     if (found := result.diagnosis) is None:
         return lines
+    if found.finding.sentence:
+        how = "every wrong bit" if found.finding.exact else "evidence"
+        lines.append(f"finding ({how}): {found.finding}")
     lines.append(f"first: {found.output} {found.first}")
     lines += [f"pattern: {words}" for words in found.patterns]
     if found.stage:
         lines.append(f"stage: {found.stage}")
     lines += [f"defect: {words}" for words in _predicted(found)]
+    lines += _attributed(found)
     lines += [f"feeds it: {words}" for words in found.feeds]
+    if result.kind != RECORDING:
+        lines.append(f"again: {command(result)}")
     return lines
+
+
+def command(result: CaseResult, kernel: str = "KERNEL") -> str:
+    """The command that runs this case again."""
+    return f"mxfp4ref conform {kernel} --case {result.case} --dump reproducers"
+
+
+_ROWS = 6  # of the attribution table, on a terminal
+
+
+def _attributed(found: Diagnosis) -> list[str]:
+    """The kind of place that tells most, in a line."""
+    if not found.attribution:
+        return []
+    by = found.attribution[0].by
+    rows = [row for row in found.attribution if row.by == by]
+    shown = "; ".join(f"{row.place}: {row.differing:,} of {row.elements:,}" for row in rows[:_ROWS])
+    return [f"by {by}: {shown}{'; ...' * (len(rows) > _ROWS)}"]
 
 
 def to_json(report: Report) -> str:
@@ -94,6 +118,7 @@ def to_json(report: Report) -> str:
         "ok": report.ok,
         "verdict": report.verdict,
         "defects": list(report.defects),
+        "finding": asdict(report.finding),
         "seconds": round(report.seconds, 3),
         "environment": dict(report.environment),
         "results": [_result(r) for r in report.results],
@@ -192,8 +217,9 @@ def _result(result: CaseResult) -> dict[str, Any]:
         value["diagnosis"] = {
             **{f.name: getattr(found, f.name) for f in fields(found) if f.name != "mask"},
             "first": asdict(found.first) | {"ulps": None if ulps >= FAR else ulps},
-            "finding": None if found.finding is None else asdict(found.finding),
+            "finding": asdict(found.finding),
             "predictions": [asdict(p) for p in found.predictions],
+            "attribution": [asdict(row) for row in found.attribution],
             "ulps": [{"up_to": None if top >= FAR else top, "elements": count} for top, count in found.ulps],
         }
     return value
@@ -220,6 +246,7 @@ def _failure(result: CaseResult) -> dict[str, Any]:
         "headline": headline(result),
         "found": found,
         "predicted": _predicted(found) if found is not None else [],
+        "command": command(result),
         "map": _mismatch_map(found) if found is not None else "",
         "histogram": _ulp_histogram(found) if found is not None else "",
     }

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from mxfp4ref._files import printable
-from mxfp4ref.conformance.diagnosis import Diagnosis
-from mxfp4ref.conformance.suspects import NOISE
+from mxfp4ref.conformance.diagnosis import Diagnosis, Finding
+from mxfp4ref.conformance.families.hypothesis import UNKNOWN
 from mxfp4ref.defects import DEFECTS
 
 __all__ = ["MODES", "PASSING", "RECORDING", "CaseResult", "Report", "name_defects"]
@@ -66,6 +66,7 @@ class Report:
         defects: the named defects each of which predicts all outputs that differ, in every bit.
         seconds: of the whole run.
         environment: versions and machine.
+        finding: what is wrong, in words, and in which stage, as far as all cases together say.
     """
 
     kernel: str
@@ -74,6 +75,7 @@ class Report:
     defects: tuple[str, ...] = ()
     seconds: float = 0.0
     environment: Mapping[str, str] = field(default_factory=dict)
+    finding: Finding = UNKNOWN
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kernel", printable(self.kernel, lines=False))
@@ -100,32 +102,21 @@ class Report:
 
     @property
     def culprit(self) -> str:
-        """The defects that predict what is wrong, or the closest one, as a sentence after others; "" without any."""
+        """What is wrong, as a sentence after others; "" if nothing is known."""
         if self.defects:
             which = " or ".join(self.defects)
             summary = DEFECTS[self.defects[0]].summary
             more = "" if len(self.defects) == 1 else " (these cases do not tell them apart)"
             return f" Every wrong bit is that of {which}{more}: {summary}."
-        if (closest := self.closest) is None:
-            return ""
-        name, fraction = closest
-        return (
-            f" No named defect predicts all of it; closest is {name}, with {fraction:.0%} of the wrong bits."
-        )
-
-    @property
-    def closest(self) -> tuple[str, float] | None:
-        """Without an exact one, the defect with the highest mean fraction over the cases that differ, above noise."""
-        diagnoses = [r.diagnosis for r in self.results if r.diagnosis is not None]
-        total: dict[str, float] = {}
-        for diagnosis in diagnoses:
-            for prediction in diagnosis.predictions:
-                total[prediction.name] = total.get(prediction.name, 0.0) + prediction.fraction
-        if not total:
-            return None
-        best = max(total, key=lambda name: total[name])
-        fraction = total[best] / len(diagnoses)
-        return (best, fraction) if fraction >= NOISE else None
+        found = self.finding
+        if found.sentence and found.exact:
+            return f" Every wrong bit is predicted by this: {found.sentence}."
+        if found.sentence:
+            where = f"; it lies in {' or '.join(found.stages)}" if found.stages else ""
+            return f" No hypothesis predicts every bit. The best evidence: {found.sentence}{where}."
+        if found.stages:
+            return f" What is wrong is unknown; it lies in {' or '.join(found.stages)}."
+        return " What is wrong is unknown." if any(r.diagnosis for r in self.results) else ""
 
 
 def name_defects(exact: Iterable[Iterable[str] | None]) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward, trace
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["numbers", "reconcile"]
+__all__ = ["numbers", "reconcile", "stage_of_exposed"]
 
 _TOKENS = 1  # of a large call, whose interval is computed: for each expert it takes as long as ten forwards
 _FITTED_TOKENS = 4
@@ -62,6 +62,20 @@ def reconcile(call: MoeCall, outputs: Mapping[str, Tensor], mask: Tensor) -> str
         "other weights for the right expert outputs do not explain it"
         + _fit_gemm2(call, outputs["output"], mask)
     )
+
+
+def stage_of_exposed(call: MoeCall, outputs: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """The stage of the first intermediate that the kernel returned which differs from the trace; none without any."""
+    exposed = [name for name in _STAGES if name in outputs]
+    if not exposed:
+        return ()
+    right = trace(call)
+    for name, stage in zip(_STAGES, ("fc1", "activation", "fc2"), strict=True):
+        if name in exposed:
+            got, want = outputs[name], getattr(right, name)
+            if got.shape != want.shape or got.dtype != want.dtype or bool(differing(got, want).any()):
+                return (stage,)
+    return ("finalize",) if exposed[-1] == "fc2_output" else ()
 
 
 def _of(tokens: list[int]) -> str:

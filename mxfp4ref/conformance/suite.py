@@ -23,15 +23,14 @@ from mxfp4ref._validate import check_below, check_choice, check_instance, shown
 from mxfp4ref.conformance.adapters import Kernel
 from mxfp4ref.conformance.bounded import outside_bounds
 from mxfp4ref.conformance.comparison import differing
-from mxfp4ref.conformance.diagnosis import diagnose, predict
+from mxfp4ref.conformance.diagnosing import Failed, Failing, diagnosed
 from mxfp4ref.conformance.execution import Outcome, execute_within
 from mxfp4ref.conformance.handing import to_device
 from mxfp4ref.conformance.kernels import check_device, environment, is_stand_in, load_kernel
-from mxfp4ref.conformance.plain import like, of_exception, raw_bytes, tensor_of
+from mxfp4ref.conformance.plain import like, raw_bytes, tensor_of
 from mxfp4ref.conformance.reproducer import write_reproducer
-from mxfp4ref.conformance.results import MODES, CaseResult, Report, name_defects
+from mxfp4ref.conformance.results import MODES, CaseResult, Report
 from mxfp4ref.conformance.worker import Worker
-from mxfp4ref.defects import DEFECTS
 from mxfp4ref.formats.generations import NEWEST
 from mxfp4ref.goldens import Goldens
 from mxfp4ref.goldens.case import Case
@@ -108,7 +107,7 @@ def run(
         raise ValueError(f"isolate: expected a kernel given by its name, got {type(kernel).__name__}")
     start = time.perf_counter()
     results: list[CaseResult] = []
-    suspects: tuple[str, ...] | None = None
+    failing = Failing(options.diagnosed)
     with ExitStack() as stack:
         worker = None
         if isinstance(kernel, str) and (not is_stand_in(kernel) if isolate is None else isolate):
@@ -123,17 +122,14 @@ def run(
                 f"all_tactics: expected a kernel whose tactics can be chosen (flashinfer), got {loaded.name}"
             )
         for case in _each(cases):
-            result = run_case(loaded, case, options, worker=worker, suspects=suspects)
-            if result.diagnosis is not None:
-                suspects = name_defects([suspects, result.diagnosis.exact]) or suspects
+            result, failure = _run_case(loaded, case, options, worker)
+            result = failing.take(result, failure)
             results.append(result)
             if progress is not None:
                 progress(result)
-    named = name_defects([r.diagnosis.exact for r in results if r.diagnosis is not None])
-    if len(named) > 1 and isinstance(cases, Goldens):
-        named = _separate(named, results, cases)
+    found = failing.verdict(results, cases if isinstance(cases, Goldens) else None)
     seconds = time.perf_counter() - start
-    return Report(loaded.name, options.mode, tuple(results), named, seconds, where)
+    return Report(loaded.name, options.mode, found.results, found.defects, seconds, where, found.finding)
 
 
 def run_case(
@@ -142,19 +138,28 @@ def run_case(
     options: Options = _DEFAULTS,
     *,
     worker: Worker | None = None,
-    suspects: tuple[str, ...] | None = None,
+    effort: str = "full",
 ) -> CaseResult:
-    """Run a kernel on one case; arguments as in `run`, `suspects` as in `diagnosis.diagnose`."""
+    """Run a kernel on one case; arguments as in `run`, `effort` as in `diagnosis.diagnose`."""
+    result, failure = _run_case(kernel, case, options, worker)
+    return result if failure is None else diagnosed(result, failure, effort=effort)
+
+
+def _run_case(
+    kernel: Kernel, case: Case, options: Options, worker: Worker | None
+) -> tuple[CaseResult, Failed | None]:
+    """The result without a diagnosis, and what is to be diagnosed."""
     check_instance("case", case, Case)
     about: dict[str, Any] = {"case": case.id, "kind": case.kind, "why": case.why}
     if reason := kernel.unable(case):
-        return CaseResult(**about, status="skipped", message=reason)
+        return CaseResult(**about, status="skipped", message=reason), None
     all_runs = _runs(kernel, case)
     # As bytes, before the kernel runs: nothing that it does in this process changes them.
     bits = {one: _bits(one) for one in all_runs}
     needed = _by_tactic(kernel, case) if options.all_tactics else _needed(kernel, case, all_runs)
     found: list[_Comparison] = []
-    seconds, diagnosis, left, unsaid = 0.0, None, "", ""
+    seconds, left, unsaid = 0.0, "", ""
+    failure: Failed | None = None
     for index, one in enumerate(needed):
         repeat = options.repeat and (index == 0 or options.all_tactics) and not _takes_long(kernel, case)
         candidates = {one: bits.get(one) or _bits(one)} if kernel.forces_tile_k else bits
@@ -170,18 +175,14 @@ def run_case(
             told = options.all_tactics or (kernel.forces_tile_k and len(all_runs) > 1)
             which = f" ({'tactics' if options.all_tactics else 'K tiles'} {one.tiles})" if told else ""
             message = _joined(outcome.message + which, _put_back(left), unsaid)
-            return CaseResult(**about, status=outcome.problem, message=message, seconds=outcome.seconds)
+            return CaseResult(**about, status=outcome.problem, message=message, seconds=outcome.seconds), None
         compared = _compare(case.kind, outcome, candidates, options)
         if compared.wrong and not any(earlier.wrong for earlier in found):
             unsaid = _dump(options, kernel, case, compared.closest, outcome.outputs)
             if options.diagnosed:
-                inputs, expected = compared.closest.inputs, compared.closest.expected
-                try:
-                    diagnosis = diagnose(case.kind, inputs, outcome.outputs, expected, suspects=suspects)
-                except Exception as error:  # of outputs that nobody has thought of; the result is not lost
-                    unsaid = _joined(unsaid, f"no diagnosis: {of_exception(error)}")
+                failure = Failed(case.kind, compared.closest, outcome.outputs)
         found.append(compared)
-    return CaseResult(
+    result = CaseResult(
         **about,
         status=_status(found),
         tiles=tuple(dict.fromkeys(tiles for compared in found for tiles in compared.tiles)),
@@ -190,8 +191,8 @@ def run_case(
         outside=sum(compared.outside or 0 for compared in found),
         message=_joined(_put_back(left), unsaid),
         seconds=seconds,
-        diagnosis=diagnosis,
     )
+    return result, failure
 
 
 def _bits(one: Run) -> dict[str, bytes]:
@@ -320,22 +321,6 @@ def _by_tactic(kernel: Kernel, case: Case) -> Iterator[Run]:
 def _takes_long(kernel: Kernel, case: Case) -> bool:
     """Whether a stand-in would take seconds for each run: a layer of whole size on a CPU."""
     return bool(case.derived) and kernel.forces_tile_k and kernel.device == "cpu"
-
-
-def _separate(names: tuple[str, ...], results: list[CaseResult], goldens: Goldens) -> tuple[str, ...]:
-    """Of defects that explain all failures alike, those that also leave the passing cases as they are."""
-    for result in results:
-        if len(names) == 1:
-            break
-        if result.status != "equal" or result.kind != DEFECTS[names[0]].target:
-            continue
-        case = goldens.load(result.case)
-        if case.derived:
-            continue
-        one = runs(case)[0]
-        found = {name: predict(one.inputs, one.expected, one.expected, name) for name in names}
-        names = tuple(name for name in names if (p := found[name]) is None or p.exact) or names
-    return names
 
 
 def _each(cases: Goldens | Iterable[Case]) -> Iterator[Case]:

@@ -101,7 +101,10 @@ def test_an_unnamed_mistake_gets_places_and_a_stage(unnamed: Report) -> None:
     assert "exactly every second 16-row block of fc2 differs, from 1 on" in result.diagnosis.patterns
     assert result.diagnosis.exact == ()
     assert result.diagnosis.first.index == (0, 16)
-    assert result.diagnosis.stage.startswith("before finalize")
+    assert result.diagnosis.finding.exact
+    assert "in every second block of 16 columns, from 16 on" in result.diagnosis.finding.sentence
+    assert "fc2" in result.diagnosis.finding.stages
+    assert result.diagnosis.attribution[0].by == "column, by 16"
     assert int(result.diagnosis.mask.sum()) == result.differing == sum(n for _, n in result.diagnosis.ulps)
 
 
@@ -119,10 +122,9 @@ def test_name_defects_intersects() -> None:
     assert name_defects([]) == ()
 
 
-def test_verdict_without_an_exact_defect_gives_the_closest(unnamed: Report) -> None:
+def test_verdict_without_a_named_defect_gives_the_finding(unnamed: Report) -> None:
     assert unnamed.defects == ()
-    assert "does not conform: 1 of 1 cases fail." in unnamed.verdict
-    assert unnamed.closest is None or unnamed.closest[0] in DEFECTS
+    assert "does not conform: 1 of 1 cases fail. Every wrong bit is predicted by this: " in unnamed.verdict
 
 
 @pytest.mark.parametrize(

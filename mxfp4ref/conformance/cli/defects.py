@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from mxfp4ref.conformance.cli.shared import WIDTH, echo, goldens_option, usage_errors
+from mxfp4ref.conformance.families import FAMILIES, Family, family_of
 from mxfp4ref.defects import DEFECTS, get_defect
 from mxfp4ref.goldens import open_goldens
 
@@ -18,7 +19,7 @@ __all__ = ["defects", "explain"]
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def defects(as_json: bool) -> None:
-    """List the named defects: mistakes of real code, and other arithmetics that mean the same."""
+    """List the families of wrong kernels with their named members, and the named defects of other stages."""
     if as_json:
         rows = [
             {n: getattr(d, n) for n in ("name", "kind", "target", "summary", "seen_in")}
@@ -27,28 +28,55 @@ def defects(as_json: bool) -> None:
         echo(json.dumps(rows, indent=1))
         return
     width = max(len(name) for name in DEFECTS)
-    for kind, title in (("defect", "Mistakes"), ("arithmetic", "Other arithmetics")):
-        echo(title, bold=True)
+    for family in FAMILIES.values():
+        echo(family.name, bold=True)
+        echo(textwrap.fill(family.summary, WIDTH, initial_indent="  ", subsequent_indent="  "))
+        for name in family.members:
+            _line(name, width)
+    for target in ("routing", "dequantize"):
+        echo(f"defects of {target}", bold=True)
         for defect in DEFECTS.values():
-            if defect.kind == kind:
-                where = "" if defect.target == "moe" else f" [{defect.target}]"
-                echo(f"  {defect.name:{width}}  {defect.summary}{where}")
+            if defect.target == target:
+                _line(defect.name, width)
+
+
+def _line(name: str, width: int) -> None:
+    defect = DEFECTS[name]
+    nature = "" if defect.kind == "defect" else " (another arithmetic)"
+    echo(f"    {name:{width}}  {defect.summary}{nature}")
 
 
 @click.command()
-@click.argument("defect")
+@click.argument("name")
 @goldens_option
-def explain(defect: str, root: Path | None) -> None:
-    """Explain a named DEFECT: what it does, where it was seen, and which golden cases are there for it."""
+def explain(name: str, root: Path | None) -> None:
+    """Explain a named defect or a family of wrong kernels, by its NAME.
+
+    Of a defect: what it does, where it was seen, and which golden cases are there for it. Of a family: what may
+    happen, and its named members.
+    """
+    if name in FAMILIES:
+        _explain_family(FAMILIES[name])
+        return
     with usage_errors():
-        found = get_defect(defect)
+        found = get_defect(name)
         goldens = open_goldens(root)
-        catching = [name for name in goldens.names() if found.name in goldens.load(name).catches]
+        catching = [case for case in goldens.names() if found.name in goldens.load(case).catches]
     echo(found.name, bold=True)
     echo(textwrap.fill(found.summary, WIDTH))
     nature = "a mistake" if found.kind == "defect" else "another arithmetic that means the same"
     echo(f"{nature}; changes: {found.target}")
+    if (family := family_of(found.name)) is not None:
+        echo(f'family: {family.name} (mxfp4ref explain "{family.name}")')
     echo(f"seen in: {', '.join(found.seen_in)}")
     if catching:
         echo(textwrap.fill(f"cases made for it: {', '.join(catching)}", WIDTH, subsequent_indent="    "))
     echo(f"try it: mxfp4ref conform defect:{found.name}")
+
+
+def _explain_family(family: Family) -> None:
+    echo(family.name, bold=True)
+    echo(textwrap.fill(family.summary, WIDTH))
+    echo("Such a change is tried with every parameter, and named where it predicts every bit.")
+    for name in family.members:
+        _line(name, max(len(member) for member in family.members))

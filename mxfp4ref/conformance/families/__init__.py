@@ -1,0 +1,160 @@
+"""Diagnosis by families: a wrong kernel is a stage, a place and a change.
+
+`FAMILIES` says what kinds of changes are tried; each hypothesis is a point of one of them, and so are the named
+defects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+__all__ = ["FAMILIES", "Family", "family_of"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of change.
+
+    Attributes:
+        name: as in `Hypothesis.family`.
+        summary: what may happen, with which parameters.
+        members: the named defects that belong to it.
+    """
+
+    name: str
+    summary: str
+    members: tuple[str, ...] = ()
+
+
+_FAMILIES = (
+    Family(
+        "another expert's",
+        "weights, scales, biases or SwiGLU parameters of another expert: the next one's, the first's for all, ...",
+        ("scales_of_next_expert", "params_of_first_expert", "params_by_global_id"),
+    ),
+    Family(
+        "rows",
+        "rows of a GEMM's weights, scales or bias in another order: shifted, swapped or reversed by 1 to 128, "
+        "interleaved, transposed; of up and gate together or of one of them",
+        (
+            *("gate_up_swapped", "gate_up_interleaved", "scales_not_swapped", "biases_not_swapped"),
+            *("padding_end_of_fused", "weights_not_interleaved", "weights_interleaved_twice"),
+            *("weights_interleaved_old", "scales_not_folded", "scales_folded_old", "scales_folded_new"),
+        ),
+    ),
+    Family(
+        "K groups",
+        "K groups of 32, or bytes within them, in another order",
+        ("scale_off_by_one_group", "nibble_order", "nibble_split"),
+    ),
+    Family(
+        "values",
+        "other values: scales by a power of two, taken as 1, the first row's; codes without sign or cut off; biases "
+        "doubled; SwiGLU parameters that are constants",
+        (
+            *("scale_bias_125", "scale_truncated", "scale_as_integer", "scale_ocp_ends", "half_code_flushed"),
+            *("codes_as_int4", "params_bf16", "limit_ignored", "alpha_ignored", "beta_ignored"),
+            *("all_or_none_params", "bias1_ignored", "bias2_ignored", "subnormal_input_flushed"),
+        ),
+    ),
+    Family(
+        "part of K",
+        "some of K left out, rescaled, or another expert's: the tail, one group, one tile, every second group",
+    ),
+    Family("some rows", "some rows of fc1 left out, rescaled, or another row's or expert's"),
+    Family(
+        "ids",
+        "slots computed by another expert: the next one, ids modulo n, a neighbouring slot's or token's",
+    ),
+    Family(
+        "ranks",
+        "expert parallelism and padding: the rank's range off, slots of others or padded ones computed all the same",
+        ("ep_double_mapping", "ep_sentinel_aliases", "ep_offset_dropped", "ep_ids_modulo"),
+    ),
+    Family(
+        "dropped slots",
+        "slots left out: the last of a token, rows beyond the first n of an expert, small weights, one expert",
+        ("last_slot_dropped",),
+    ),
+    Family(
+        "rows of an expert",
+        "rows taken from another place among their expert's: the row before, modulo n, blocks swapped",
+    ),
+    Family(
+        "routing weights",
+        "routing weights not applied, applied twice, normalised again, rounded, another slot's or token's, or "
+        "applied at another place",
+        ("weights_bf16", "weight_before_gemm2", "weight_in_gemm2_epilogue"),
+    ),
+    Family(
+        "fc2 bias",
+        "the fc2 bias added twice, without the weight, for one slot only, on every rank",
+        ("bias2_unweighted", "bias2_on_every_tp_rank", "bias2_before_rounding", "bias2_bf16"),
+    ),
+    Family(
+        "sum of slots",
+        "the sum over a token's slots in another order, or overwritten",
+        (
+            *("finalize_unfused", "finalize_slots_reversed", "finalize_by_expert", "finalize_by_weight"),
+            *("finalize_pairwise", "finalize_float64", "no_ftz_finalize"),
+        ),
+    ),
+    Family(
+        "factor",
+        "one factor too many, read off the ratio of the outputs, at each place where it could be",
+        ("rsf_post_hoc",),
+    ),
+    Family(
+        "output",
+        "rows or columns of the output at another place, zero, stale or added up; NaN and infinities replaced",
+        ("nan_as_7fc0", "nan_as_ffc0", "minus_zero_kept"),
+    ),
+    Family("input", "the same of the input"),
+    Family("GEMM1's output", "columns of GEMM1's output at another place"),
+    Family("GEMM2's input", "columns of the activation at another place"),
+    Family("GEMM2's output", "columns of GEMM2's output at another place"),
+    Family(
+        "activation",
+        "clamps of up and gate on one side, both, none; sigmoid, GELU, ReLU and approximations; alpha and beta at "
+        "other places; bias to one half, twice, after the clamp; up and gate exchanged",
+    ),
+    Family(
+        "rounding",
+        "cut instead of rounded, float16, float8, ties away, at each place where a number is rounded, one "
+        "rounding more or less",
+        (
+            *("gemm1_kept_fp32", "act_kept_fp32", "gemm2_kept_fp32", "fc1_truncated", "activation_truncated"),
+            *("fc2_truncated", "output_truncated", "round_half_away", "bf16_saturates", "activation_fp16"),
+            *("bf16_finalize", "weighted_rows_bf16"),
+        ),
+    ),
+    Family(
+        "order of sums", "K in n parts, interleaved, as a tree, descending, partial sums in bf16 or float16"
+    ),
+    Family("two", "two changes at once, where one explains a part"),
+)
+
+
+def _with_members() -> dict[str, Family]:
+    """The other defects go to the family of the module that they are written in."""
+    from dataclasses import replace
+
+    from mxfp4ref.defects import DEFECTS, activation, finalize, gemm
+
+    known = {name for family in _FAMILIES for name in family.members}
+    found = {family.name: family for family in _FAMILIES}
+    for module, name in ((activation, "activation"), (gemm, "order of sums"), (finalize, "sum of slots")):
+        more = tuple(d for d in DEFECTS if d in vars(module) and d not in known)
+        found[name] = replace(found[name], members=found[name].members + more)
+        known |= set(more)
+    return found
+
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(_with_members())
+
+
+def family_of(defect: str) -> Family | None:
+    """The family of a named defect; None of those of routing and dequantisation."""
+    return next((family for family in FAMILIES.values() if defect in family.members), None)

@@ -1,0 +1,113 @@
+"""Many hypotheses on the experts' tensors, computed by one forward: each has experts of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from mxfp4ref.conformance.families.hypothesis import FAILURES, Hypothesis, Pipeline, local_of
+from mxfp4ref.formats.experts import Experts
+from mxfp4ref.model.forward import KERNEL
+
+__all__ = ["each"]
+
+_AT_ONCE = 32
+_BYTES = 1 << 24  # of the experts of one forward
+_NAMES = tuple(field.name for field in fields(Experts))
+
+
+def each(
+    part: Pipeline, hypotheses: Iterable[Hypothesis], compute: Callable[[Pipeline], Tensor]
+) -> Iterator[tuple[Hypothesis, Tensor | None]]:
+    """What `compute` gives for each hypothesis, `[1, ...]`; None where it is not defined.
+
+    Args:
+        part: the right pipeline; those of one token are computed some at a time.
+        hypotheses: any.
+        compute: `Pipeline.run` or `slot_outputs`.
+    """
+    local = local_of(part)
+    if len(local) != 1 or part.stages.select_local is not KERNEL.select_local or not bool((local >= 0).any()):
+        for one in hypotheses:
+            yield one, _computed(one, part, compute)
+        return
+    used = local[0][local[0] >= 0]
+    size = sum(t.nbytes for n in _NAMES if (t := getattr(part.call.experts, n)) is not None)
+    size = size // part.call.experts.num_experts * len(used)
+    rest = iter(hypotheses)
+    while some := list(islice(rest, max(1, min(_AT_ONCE, _BYTES // size)))):
+        alike: dict[tuple[bool, ...], list[tuple[Hypothesis, Pipeline]]] = {}
+        for one in some:
+            if (changed := _reduced(part, one, used)) is None:
+                yield one, _computed(one, part, compute)
+            else:
+                given = tuple(getattr(changed.call.experts, n) is None for n in _NAMES)
+                alike.setdefault(given, []).append((one, changed))
+        for group in alike.values():
+            results: tuple[Tensor | None, ...]
+            try:
+                outputs = compute(_joined(part, [changed for _, changed in group]))
+                results = tuple(outputs[[row]] for row in range(len(group)))
+            except FAILURES:  # one of them, of another shape
+                results = tuple(_computed(one, part, compute) for one, _ in group)
+            for (one, _), result in zip(group, results, strict=True):
+                yield one, result
+
+
+def _computed(one: Hypothesis, part: Pipeline, compute: Callable[[Pipeline], Tensor]) -> Tensor | None:
+    try:
+        return compute(one.change(part))
+    except FAILURES:
+        return None
+
+
+def _reduced(part: Pipeline, hypothesis: Hypothesis, used: Tensor) -> Pipeline | None:
+    """With the changed tensors of the experts that are used; None where more than these are changed."""
+    try:
+        changed = hypothesis.change(part)
+        if not _simple(part, changed):
+            return None
+        tensors = {n: None if (t := getattr(changed.call.experts, n)) is None else t[used] for n in _NAMES}
+    except FAILURES:
+        return None
+    return changed.having(**tensors)
+
+
+def _simple(part: Pipeline, changed: Pipeline) -> bool:
+    """Whether nothing but the experts' tensors and the input differ."""
+    call, right = changed.call, part.call
+    return (
+        changed.stages is part.stages
+        and changed.run_call is None
+        and changed.after is None
+        and call.token_selected_experts is right.token_selected_experts
+        and call.token_final_scales is right.token_final_scales
+        and (call.tp_rank, call.ep_rank, call.ep_size) == (right.tp_rank, right.ep_rank, right.ep_size)
+        and call.kernel == right.kernel
+    )
+
+
+def _joined(part: Pipeline, reduced: list[Pipeline]) -> Pipeline:
+    """One pipeline with a token for each of these, which have the experts of the part's slots only."""
+    local = local_of(part)[0]
+    ids = torch.full((len(reduced), len(local)), -1, dtype=torch.int32, device=local.device)
+    count = int((local >= 0).sum())
+    ids[:, local >= 0] = torch.arange(len(reduced) * count, dtype=torch.int32, device=local.device).view(
+        -1, count
+    )
+    tensors: dict[str, Tensor | None] = {}
+    for name in _NAMES:
+        parts = [getattr(p.call.experts, name) for p in reduced]
+        tensors[name] = None if parts[0] is None else torch.cat(parts)
+    return part.calling(
+        input=torch.cat([p.call.input for p in reduced]),
+        token_selected_experts=ids,
+        token_final_scales=part.call.token_final_scales.expand(len(reduced), -1).contiguous(),
+        experts=Experts(**tensors),  # type: ignore[arg-type]
+        ep_size=1,
+        ep_rank=0,
+    )

@@ -1,0 +1,304 @@
+"""From one output that differs to a finding: evidence first, then hypotheses in the order that it suggests."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from mxfp4ref.conformance.comparison import ulp_distance
+from mxfp4ref.conformance.families.activations import activation_hypotheses
+from mxfp4ref.conformance.families.evidence import Evidence, gather
+from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline
+from mxfp4ref.conformance.families.named import named_hypotheses
+from mxfp4ref.conformance.families.outputs import (
+    factor_hypotheses,
+    inner_hypotheses,
+    input_factor_hypotheses,
+    output_hypotheses,
+)
+from mxfp4ref.conformance.families.regions import k_hypotheses, row_hypotheses, rows_at
+from mxfp4ref.conformance.families.roundings import order_hypotheses, rounding_hypotheses
+from mxfp4ref.conformance.families.search import Match, Search, one_thread
+from mxfp4ref.conformance.families.slots import slot_hypotheses
+from mxfp4ref.conformance.families.tensors import (
+    constants,
+    expert_hypotheses,
+    layout_hypotheses,
+    value_hypotheses,
+)
+from mxfp4ref.conformance.families.weighting import weight_hypotheses
+from mxfp4ref.model.call import MoeCall
+from mxfp4ref.sm90 import fp32
+
+__all__ = ["Result", "investigate", "simplest", "told"]
+
+_ALIKE = 0.6  # how much more a hypothesis may assume to be told beside the simplest
+_Generator = Callable[[MoeCall], Iterable[Hypothesis]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is known of one output that differs.
+
+    Attributes:
+        matches: the hypotheses that predict it, the simplest first.
+        evidence: what was solved, the strongest first.
+        finding: what to tell.
+        tried: how many hypotheses.
+        complete: whether there was time for all of them.
+    """
+
+    matches: tuple[Match, ...]
+    evidence: tuple[Evidence, ...]
+    finding: Finding
+    tried: int
+    complete: bool
+
+
+def investigate(
+    pipeline: Pipeline,
+    got: Tensor,
+    want: Tensor,
+    *,
+    seconds: float,
+    first: Iterable[Hypothesis] = (),
+    thorough: bool = True,
+    known: Evidence | None = None,
+    progress: Callable[[str, int], None] | None = None,
+) -> Result:
+    """What is wrong with an output.
+
+    Args:
+        pipeline: the right one; its experts in logical layout, not strict.
+        got, want: `[M, H] bf16`, which differ.
+        seconds: that may be taken, roughly.
+        first: hypotheses to try before all others; if any fits no other is tried.
+        thorough: whether also what takes long is: parts of weights, kinds of slots, two changes at once.
+        known: what is known already, such as of an intermediate that the kernel returned.
+        progress: called with the name of each named defect that is tried, and how many there are.
+    """
+    with one_thread():
+        until = time.monotonic() + seconds
+        search = Search(pipeline, got, want, until, progress=progress)
+        evidence: list[Evidence] = []
+        found = search.run(first)
+        if not found:
+            evidence = [known] if known else gather(pipeline, got, want, search.wrong)
+            for tier in _tiers(pipeline.call, search, evidence):
+                found = search.run(tier)
+                if found or search.out_of_time():
+                    break
+        if not found and thorough and known is None and not _certain(evidence):
+            found = _thorough(search, evidence)
+    matches = sorted(found, key=lambda m: (not m.exact, m.hypothesis.cost))
+    return Result(
+        tuple(matches), tuple(evidence), told(matches, evidence), search.tried, not search.out_of_time()
+    )
+
+
+def simplest(matches: list[Match]) -> list[Match]:
+    return sorted(matches, key=lambda m: (not m.exact, m.hypothesis.cost))
+
+
+def _is_small(search: Search) -> bool:
+    """Whether what is wrong is in the last bits."""
+    mask = ~search.part_right
+    far = ulp_distance(search.part_got, search.part_want)[mask]
+    if not len(far) or bool((far > 1 << 30).any()):
+        return False
+    want, got = (fp32.widen(t.contiguous()) for t in (search.part_want, search.part_got))
+    scale = want.abs().nan_to_num(0, 0, 0).mean(1, keepdim=True)
+    return (
+        bool(((got - want).abs() <= 2.0**-5 * scale).nan_to_num().all())
+        or float((far <= 4).float().mean()) > 0.9
+    )
+
+
+def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[Iterator[Hypothesis]]:
+    """Groups of hypotheses; all of one are tried before the next."""
+    only = _stages_left(evidence)
+
+    def wanted(hypotheses: Iterable[Hypothesis], slow: bool | None = None) -> Iterator[Hypothesis]:
+        for h in hypotheses:
+            if (not only or h.name or only & set(h.stages)) and (slow is None or h.slow == slow):
+                yield h
+
+    def of(*generators: _Generator) -> Iterator[Hypothesis]:
+        return chain.from_iterable(generator(call) for generator in generators)
+
+    factor = [h for f in _factors(search) for h in factor_hypotheses(f)]
+    plain = of(
+        named_hypotheses,
+        slot_hypotheses,
+        weight_hypotheses,
+        expert_hypotheses,
+        value_hypotheses,
+        constants,
+        activation_hypotheses,
+        rounding_hypotheses,
+        output_hypotheses,
+    )
+    small = _is_small(search)
+    yield chain(wanted(factor), wanted(plain, slow=False), input_factor_hypotheses())
+    slow = of(order_hypotheses, named_hypotheses)
+    if small:
+        yield wanted(slow, slow=True)
+    yield wanted(of(k_hypotheses))
+    yield wanted(of(layout_hypotheses, inner_hypotheses))
+    if not small:
+        yield wanted(slow, slow=True)
+    if only and not _certain(evidence):  # should the evidence mislead, and as the first of two changes
+        rest = of(
+            slot_hypotheses,
+            weight_hypotheses,
+            expert_hypotheses,
+            value_hypotheses,
+            constants,
+            activation_hypotheses,
+        )
+        yield (h for h in rest if not only & set(h.stages))
+
+
+def _thorough(search: Search, evidence: list[Evidence]) -> list[Match]:
+    call = search.pipeline.call
+
+    def quick() -> Iterator[Hypothesis]:
+        return (
+            h
+            for generator in (
+                expert_hypotheses,
+                value_hypotheses,
+                constants,
+                activation_hypotheses,
+                rounding_hypotheses,
+            )
+            for h in generator(call)
+        )
+
+    def second() -> Iterator[Hypothesis]:
+        return chain(
+            (h for h in named_hypotheses(call) if not h.slow),
+            weight_hypotheses(call),
+            slot_hypotheses(call),
+            quick(),
+        )
+
+    only = _stages_left(evidence)
+    inner = next((e.inner for e in evidence if e.inner is not None), None)
+    parts: list[_Generator] = [k_hypotheses, row_hypotheses]
+    if "fc1" in only:
+        parts.reverse()
+    passes: list[Callable[[], list[Match]]] = [
+        *(
+            [lambda: search.run(rows_at(*inner)), lambda: search.run_in_slots(rows_at(*inner))]
+            if inner
+            else []
+        ),
+        lambda: search.run_in_slots(left(quick())),
+        *((lambda part=part: search.run_in_slots(left(part(call)))) for part in parts),
+        lambda: search.run(left(row_hypotheses(call)), enough=12),
+        lambda: search.run_twos(second),
+        lambda: search.run_in_slots(left(layout_hypotheses(call))),
+    ]
+
+    def left(hypotheses: Iterable[Hypothesis]) -> Iterator[Hypothesis]:
+        return (h for h in hypotheses if not only or only & set(h.stages))
+
+    for number, one in enumerate(passes):
+        with search.share(0.5 if number < len(passes) - 1 else 1.0):
+            if found := one():
+                return found
+    return []
+
+
+def _certain(evidence: list[Evidence]) -> bool:
+    """Whether the weights and experts of the sum were solved: then nothing before it is wrong."""
+    return any(e.strength == 3 and set(e.stages) <= {"finalize", "slots"} for e in evidence)
+
+
+def _stages_left(evidence: list[Evidence]) -> set[str]:
+    """The stages that the evidence leaves; none where it leaves all."""
+    certain = {stage for e in evidence if e.strength == 3 for stage in e.stages}
+    if certain:
+        return certain
+    weak = next((e for e in evidence if e.strength == 2 and e.stages), None)
+    if weak is None:
+        return set()
+    return set(weak.stages) | ({"slots"} if "fc2" in weak.stages else set())
+
+
+def _factors(search: Search) -> list[float]:
+    """Numbers that every element is off by, up to rounding: the simplest of those that all elements allow."""
+    got, want = (fp32.widen(t.contiguous()).to(torch.float64) for t in (search.got, search.want))
+    usable = (
+        search.wrong & got.isfinite() & want.isfinite() & (want.abs() > 2.0**-100) & (got.abs() > 2.0**-100)
+    )
+    if int(usable.sum()) < 8:
+        return []
+    ratio = got[usable] / want[usable]
+    middle = float(ratio.median())
+    if float(((ratio - middle).abs() <= 2.0**-6 * abs(middle)).double().mean()) < 0.7:
+        return []
+    # Most elements lie within one rounding of either side: their common interval.
+    low = float((ratio.abs() * (1 - 2.0**-8)).quantile(0.9)) if len(ratio) < 1 << 20 else abs(middle)
+    high = float((ratio.abs() * (1 + 2.0**-8)).quantile(0.1)) if len(ratio) < 1 << 20 else abs(middle)
+    sign = -1.0 if middle < 0 else 1.0
+    low, high = min(low, high), max(low, high)
+    low, high = min(low, abs(middle) * (1 - 2.0**-9)), max(high, abs(middle) * (1 + 2.0**-9))
+    return [sign * f for f in _simple_between(low, high)]
+
+
+def _simple_between(low: float, high: float) -> list[float]:
+    """Powers of two, short decimals, and quotients and roots of small integers."""
+    found: dict[float, None] = {}
+    exponents = [2.0**e for e in range(-16, 17)]
+    decimals = [n / 10**d for d in range(4) for n in range(int(low * 10**d), int(high * 10**d) + 2)][:64]
+    fractions = [a / b for b in range(1, 17) for a in range(1, 33)]
+    roots = [n**0.5 for n in range(2, 17)] + [n**-0.5 for n in range(2, 17)]
+    for number in (*exponents, *decimals, *fractions, *roots):
+        if low <= number <= high and number != 1 and number > 0:
+            found[number] = None
+    return list(found)[:8]
+
+
+def told(matches: Iterable[Match], evidence: Iterable[Evidence]) -> Finding:
+    """What to tell: the simplest hypothesis that fits, and which others cannot be told apart; else the evidence."""
+    matches, evidence = list(matches), list(evidence)
+    if matches:
+        best = matches[0].hypothesis
+        stages = _agreed_stages([m.hypothesis for m in matches])
+        others = [
+            h for m in matches[1:] if (h := m.hypothesis).words != best.words and h.cost <= best.cost + _ALIKE
+        ]
+        words = best.words
+        if others:
+            shown = "; ".join(h.words for h in others[:2])
+            more = f" and {len(others) - 2} more" if len(others) > 2 else ""
+            words += f". This output does not tell it from: {shown}{more}"
+        return Finding(stages, words, matches[0].exact)
+    for one in evidence:
+        if one.stages:
+            return one.finding()
+    return Finding((), evidence[0].sentence if evidence else "", False)
+
+
+def _agreed_stages(found: list[Hypothesis]) -> tuple[str, ...]:
+    """Those of the simplest, and the one that others as simple add."""
+    best = found[0]
+    stages = list(best.stages)
+    for other in found[1:]:
+        if other.cost <= best.cost + _ALIKE and other.stages[0] not in stages:
+            stages.append(other.stages[0])
+    return tuple(stages[:2])
+
+
+def prepared(call: MoeCall) -> Pipeline:
+    """A call as hypotheses take it."""
+    from mxfp4ref.defects.definition import logical
+
+    return Pipeline(replace(logical(call), strict=False))

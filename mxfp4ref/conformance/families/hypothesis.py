@@ -1,0 +1,236 @@
+"""A hypothesis on what is wrong: a stage, a place and a change, as a pipeline that can be run and as a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mxfp4ref.conformance.finding import STAGES, UNKNOWN, Finding
+from mxfp4ref.model.call import MoeCall
+from mxfp4ref.model.forward import KERNEL, Stages, forward
+
+__all__ = [
+    "FAILURES",
+    "STAGES",
+    "UNKNOWN",
+    "Change",
+    "Finding",
+    "Hypothesis",
+    "Pipeline",
+    "SlotRows",
+    "composed",
+    "finalized",
+    "of_output",
+    "of_slots",
+    "of_sum",
+    "slot_outputs",
+]
+
+FAILURES = (ValueError, TypeError, IndexError, RuntimeError)  # of a change that is not defined on a call
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A call and how it is computed; a change makes another one of it.
+
+    Attributes:
+        call: its experts in logical layout, not strict.
+        stages: as in `forward`.
+        run_call: computes the output; None for `forward` with the stages.
+        after: what is done with the output.
+    """
+
+    call: MoeCall
+    stages: Stages = KERNEL
+    run_call: Callable[[MoeCall], Tensor] | None = None
+    after: Callable[[Tensor], Tensor] | None = None
+
+    def run(self) -> Tensor:
+        """The output `[M, H] bf16`."""
+        call = self.checked.call
+        output = forward(call, self.stages) if self.run_call is None else self.run_call(call)
+        return output if self.after is None else self.after(output)
+
+    @property
+    def checked(self) -> Pipeline:
+        """With the experts' tensors checked, which `having` does not."""
+        return self.calling(experts=replace(self.call.experts))
+
+    def calling(self, **fields: Any) -> Pipeline:
+        """With other fields of the call."""
+        return replace(self, call=replace(self.call, **fields))
+
+    def staging(self, **stages: Any) -> Pipeline:
+        """With other stages."""
+        return replace(self, stages=replace(self.stages, **stages))
+
+    def having(self, **tensors: Any) -> Pipeline:
+        """With other tensors of the experts, which are not checked here."""
+        return replace(self, call=_unchecked(self.call, experts=_unchecked(self.call.experts, **tensors)))
+
+    def then(self, change: Callable[[Tensor], Tensor]) -> Pipeline:
+        """With the output changed afterwards."""
+        before = self.after
+        return replace(self, after=change if before is None else lambda output: change(before(output)))
+
+
+def _unchecked(record: Any, **fields: Any) -> Any:
+    """As `replace`, without the checks of a new record."""
+    new = object.__new__(type(record))
+    new.__dict__.update(record.__dict__ | fields)
+    return new
+
+
+Change = Callable[[Pipeline], Pipeline]
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One way to be wrong.
+
+    Attributes:
+        family: the kind of change, a key of `FAMILIES`.
+        stages: where it lies, one or two of `STAGES`.
+        words: what is wrong, without a full stop.
+        change: the pipeline with the change in it.
+        cost: how much it assumes; of several that explain the same the least is told.
+        name: of the named defect that it is.
+        slow: whether it takes many times as long as a forward.
+        of_rows: the change, where it is one of the slots' rows, so that no GEMM has to be computed again.
+        of_sum: likewise, where it is another `finalize`.
+        of_output: the change, where it is one of the output.
+    """
+
+    family: str
+    stages: tuple[str, ...]
+    words: str
+    change: Change
+    cost: float = 1.0
+    name: str = ""
+    slow: bool = False
+    of_rows: Callable[[SlotRows], SlotRows] | None = None
+    of_sum: Callable[..., Tensor] | None = None
+    of_output: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def cheap(self) -> bool:
+        """Whether no GEMM has to be computed again."""
+        return bool(self.of_rows or self.of_sum or self.of_output)
+
+    def run(self, pipeline: Pipeline) -> Tensor | None:
+        """The output, or None where the change is not defined."""
+        try:
+            return self.change(pipeline).run()
+        except FAILURES:
+            return None
+
+
+@dataclass(frozen=True)
+class SlotRows:
+    """What the weighted sum is made of.
+
+    Attributes:
+        call: whose these are.
+        y: `[M, k, H] bf16`, what GEMM2 gives; zeros where the slot is skipped.
+        local: `[M, k] int64`, the rank's expert, -1 where the slot is skipped.
+        weights: `[M, k] float32`.
+    """
+
+    call: MoeCall
+    y: Tensor
+    local: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, pipeline: Pipeline) -> SlotRows:
+        call = pipeline.call
+        return cls(call, slot_outputs(pipeline), local_of(pipeline), call.token_final_scales)
+
+    def output(self, pipeline: Pipeline) -> Tensor:
+        """The output of a pipeline that has these rows."""
+        output = finalized(pipeline, self.y, self.local, self.weights)
+        return output if pipeline.after is None else pipeline.after(output)
+
+
+def of_slots(
+    family: str, stages: tuple[str, ...], words: str, change: Callable[[SlotRows], SlotRows], cost: float
+) -> Hypothesis:
+    """A change of the slots' rows, experts or weights."""
+
+    def on(pipeline: Pipeline) -> Pipeline:
+        def run(call: MoeCall) -> Tensor:
+            inside = replace(pipeline, call=call, after=None)
+            return change(SlotRows.of(inside)).output(inside)
+
+        return replace(pipeline, run_call=run)
+
+    return Hypothesis(family, stages, words, on, cost, of_rows=change)
+
+
+def of_sum(
+    family: str, stages: tuple[str, ...], words: str, finalize: Callable[..., Tensor], cost: float
+) -> Hypothesis:
+    """Another weighted sum, called as `Stages.finalize`."""
+    return Hypothesis(family, stages, words, lambda p: p.staging(finalize=finalize), cost, of_sum=finalize)
+
+
+def of_output(
+    family: str, stages: tuple[str, ...], words: str, change: Callable[[Tensor], Tensor], cost: float
+) -> Hypothesis:
+    """A change of the output."""
+    return Hypothesis(family, stages, words, lambda p: p.then(change), cost, of_output=change)
+
+
+def local_of(pipeline: Pipeline) -> Tensor:
+    """The rank's expert of each slot, `[M, k] int64`."""
+    call, select = pipeline.call, pipeline.stages.select_local
+    return select(call.token_selected_experts, call.experts.num_experts, call.ep_size, call.ep_rank)
+
+
+def composed(first: Hypothesis, second: Hypothesis) -> Hypothesis:
+    """Both changes at once."""
+    stages = tuple(dict.fromkeys((*first.stages, *second.stages)))[:2]
+    return Hypothesis(
+        "two",
+        stages,
+        f"two things: {first.words}; and {second.words}",
+        lambda p: second.change(first.change(p)),
+        first.cost + second.cost + 5,
+        slow=first.slow or second.slow,
+    )
+
+
+def slot_outputs(pipeline: Pipeline, x: Tensor | None = None) -> Tensor:
+    """What GEMM2 gives for each slot, `[M, k, H] bf16`; zeros where the slot is skipped.
+
+    Args:
+        pipeline: its weighted sum and what comes after are left out.
+        x: `[M, k, H] bf16`, an input for each slot; by default the token's.
+    """
+    call = pipeline.call
+    tokens, top_k = call.token_selected_experts.shape
+    if x is None:
+        x = call.input[:, None].expand(-1, top_k, -1)
+    local = local_of(pipeline)
+    alone = replace(
+        call,
+        input=x.reshape(tokens * top_k, -1),
+        token_selected_experts=local.reshape(-1, 1).to(torch.int32),
+        token_final_scales=torch.ones(tokens * top_k, 1, dtype=torch.float32, device=x.device),
+        experts=replace(call.experts, fc2_biases=None),  # which checks them
+        ep_size=1,
+        ep_rank=0,
+    )
+    stages = replace(pipeline.stages, select_local=KERNEL.select_local, finalize=KERNEL.finalize)
+    return forward(alone, replace(stages, round_output=KERNEL.round_output)).view(tokens, top_k, -1)
+
+
+def finalized(pipeline: Pipeline, y: Tensor, local: Tensor, scales: Tensor) -> Tensor:
+    """The output for what GEMM2 gives for each slot."""
+    call = pipeline.call
+    bias = call.experts.fc2_biases if call.tp_rank == 0 else None
+    return pipeline.stages.round_output(pipeline.stages.finalize(y, local, scales, bias))

@@ -1,0 +1,239 @@
+"""Hypotheses on roundings between the stages, and on the order in which a GEMM's K groups are summed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mxfp4ref._spans import spans
+from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline, of_sum
+from mxfp4ref.defects.variants.finalize import FinalizeVariant
+from mxfp4ref.defects.variants.gemm import GemmVariant, Term, accumulate
+from mxfp4ref.defects.variants.rounding import bf16
+from mxfp4ref.formats.mxfp4 import GROUP_SIZE
+from mxfp4ref.model.call import MoeCall
+from mxfp4ref.sm90 import fp32
+
+__all__ = ["order_hypotheses", "rounding_hypotheses"]
+
+_Round = Callable[[Tensor], Tensor]
+
+
+def _upper(x: Tensor, added: int) -> Tensor:
+    bits = torch.where(x.isnan(), fp32.BF16_NAN, (x.view(torch.int32) + added) >> 16)
+    return bits.to(torch.int16).view(torch.bfloat16)
+
+
+def _through(dtype: torch.dtype) -> _Round:
+    return lambda x: fp32.to_bf16(x.to(dtype).to(torch.float32))
+
+
+def _roundings() -> Iterator[tuple[str, _Round, float]]:
+    """Of float32 to bf16."""
+    yield "cut to bf16 instead of rounded", lambda x: _upper(x, 0), 1
+    yield "rounded to bf16 with ties away from zero", lambda x: _upper(x, 0x8000), 1
+    yield "rounded to float16 on the way", _through(torch.float16), 1
+    yield "rounded to float8 e4m3 on the way", _through(torch.float8_e4m3fn), 1.1
+    yield "rounded to float8 e5m2 on the way", _through(torch.float8_e5m2), 1.2
+    yield "rounded away from zero", lambda x: _upper(x, 0xFFFF), 1.4
+    yield "rounded down", lambda x: torch.where(x < 0, _upper(x, 0xFFFF), _upper(x, 0)), 1.4
+    yield "rounded up", lambda x: torch.where(x < 0, _upper(x, 0), _upper(x, 0xFFFF)), 1.4
+    yield "rounded to 7 bits (one bit of bf16 lost)", lambda x: fp32.to_bf16(_short(x, 17)), 1.3
+    yield (
+        "with subnormal numbers as zeros",
+        lambda x: fp32.to_bf16(torch.where(x.abs() < 2.0**-126, x * 0, x)),
+        1.2,
+    )
+    yield "with infinities as the largest numbers", lambda x: _finite(x), 1.2
+
+
+def _short(x: Tensor, dropped: int) -> Tensor:
+    bits = x.view(torch.int32)
+    half = (1 << (dropped - 1)) - 1 + (bits >> dropped & 1)
+    return torch.where(x.isfinite(), (bits + half) >> dropped << dropped, bits).view(torch.float32)
+
+
+def _finite(x: Tensor) -> Tensor:
+    y = fp32.to_bf16(x)
+    return torch.where(y.isinf(), torch.nan_to_num(y), y)
+
+
+_PLACES = (
+    ("round_fc1", "GEMM1's output is", ("fc1", "activation")),
+    ("round_activation", "the activation is", ("activation", "fc2")),
+    ("round_fc2", "GEMM2's output is", ("fc2", "finalize")),
+    ("round_output", "the output is", ("finalize",)),
+)
+
+
+def rounding_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
+    """Other roundings at each place where there is one, one more, or none."""
+    for stage, words, stages in _PLACES:
+        for how, change, cost in _roundings():
+            yield Hypothesis(
+                "rounding",
+                stages[:1],
+                f"{words} {how}",
+                lambda p, s=stage, c=change: p.staging(**{s: c}),
+                cost,
+            )
+    for how, change, cost in _roundings():
+        yield Hypothesis(
+            "rounding",
+            ("input",),
+            f"the input is {how}",
+            lambda p, c=change: p.calling(input=c(fp32.widen(p.call.input))),
+            cost + 0.2,
+        )
+    for how, change, cost in _roundings():
+
+        def each_product(a: Tensor, w: Tensor, y: Tensor, b: Tensor, change: _Round = change) -> Tensor:
+            return fp32.add(a, fp32.widen(change(fp32.mul(w, fp32.add(y, b)))))
+
+        def each_sum(a: Tensor, w: Tensor, y: Tensor, b: Tensor, change: _Round = change) -> Tensor:
+            return fp32.widen(change(fp32.fma(w, fp32.add(y, b), a)))
+
+        yield _sum(f"each weighted row is {how}", each_product, cost + 0.2)
+        yield _sum(f"the sum over the slots is {how} after each slot", each_sum, cost + 0.2)
+    yield _sum(
+        "the sum over the slots is rounded to bf16 after each slot",
+        lambda a, w, y, b: bf16(fp32.fma(w, fp32.add(y, b), a)),
+        1,
+    )
+    yield _sum(
+        "the sum over the slots is kept in float16",
+        lambda a, w, y, b: fp32.fma(w, fp32.add(y, b), a).half().float(),
+        1,
+    )
+    yield _sum(
+        "each weighted row and the sum over the slots are rounded to float16",
+        lambda a, w, y, b: fp32.add(a, fp32.mul(w, fp32.add(y, b)).half().float()).half().float(),
+        1.2,
+    )
+
+
+def _sum(words: str, step: Callable[..., Tensor], cost: float) -> Hypothesis:
+    return of_sum("rounding", ("finalize",), words, FinalizeVariant(step), cost)
+
+
+_Accumulate = Callable[[list[Term]], Tensor]
+
+
+def _parts(size: Callable[[int], int]) -> _Accumulate:
+    """So many groups at a time from zero, then their sums in order."""
+
+    def run(terms: list[Term]) -> Tensor:
+        total, *rest = (accumulate(terms[part]) for part in spans(len(terms), max(size(len(terms)), 1)))
+        for part in rest:
+            total = fp32.add(total, part)
+        return total
+
+    return run
+
+
+def _strided(count: int) -> _Accumulate:
+    def run(terms: list[Term]) -> Tensor:
+        total, *rest = (accumulate(terms[start::count]) for start in range(min(count, len(terms))))
+        for part in rest:
+            total = fp32.add(total, part)
+        return total
+
+    return run
+
+
+def _tree(terms: list[Term]) -> Tensor:
+    parts = [fp32.mul(term.t, term.scale) for term in terms]
+    while len(parts) > 1:
+        pairs = [fp32.add(a, b) for a, b in zip(parts[::2], parts[1::2], strict=False)]
+        parts = pairs + parts[2 * len(pairs) :]
+    return parts[0]
+
+
+def _rounded(change: _Round) -> _Accumulate:
+    def run(terms: list[Term]) -> Tensor:
+        acc = torch.zeros_like(terms[0].t)
+        for term in terms:
+            acc = change(fp32.fma(term.t, term.scale, acc))
+        return acc
+
+    return run
+
+
+def _partial(rounding: _Round, size: Callable[[int], int]) -> _Accumulate:
+    def run(terms: list[Term]) -> Tensor:
+        total, *rest = (
+            rounding(accumulate(terms[part])) for part in spans(len(terms), max(size(len(terms)), 1))
+        )
+        for part in rest:
+            total = rounding(fp32.add(total, part))
+        return total
+
+    return run
+
+
+def _half(x: Tensor) -> Tensor:
+    return x.half().float()
+
+
+def _orders() -> Iterator[tuple[str, _Accumulate, float]]:
+    for count in (2, 3, 4, 8):
+        yield (
+            f"K is split in {count} parts that are added in float32",
+            _parts(lambda n, c=count: -(-n // c)),
+            1,
+        )
+        yield f"K groups are summed in {count} interleaved parts", _strided(count), 1.3
+    for size in (1, 2, 4, 8, 16):
+        yield (
+            f"{size} K groups ({size * GROUP_SIZE} of K) at a time are summed from zero",
+            _parts(lambda n, s=size: s),
+            1.2,
+        )
+    yield "K groups are summed in descending order", lambda terms: accumulate(terms[::-1]), 1
+    yield "K groups are summed as a tree", _tree, 1.1
+    yield "the sum of K groups is kept in bf16", _rounded(bf16), 1
+    yield "the sum of K groups is kept in float16", _rounded(_half), 1
+    for count in (2, 4):
+        yield (
+            f"K is split in {count} parts, each rounded to bf16",
+            _partial(bf16, lambda n, c=count: -(-n // c)),
+            1.2,
+        )
+        yield (
+            f"K is split in {count} parts, each rounded to float16",
+            _partial(_half, lambda n, c=count: -(-n // c)),
+            1.3,
+        )
+    for size in (2, 4, 8):
+        yield f"the sum of each {size} K groups is rounded to bf16", _partial(bf16, lambda n, s=size: s), 1.3
+    yield (
+        "K groups' sums are scaled after a rounding to float16",
+        lambda ts: accumulate([replace(t, t=_half(t.t)) for t in ts]),
+        1.2,
+    )
+    yield (
+        "the first and the second half of K change places",
+        lambda ts: accumulate(ts[len(ts) // 2 :] + ts[: len(ts) // 2]),
+        1.3,
+    )
+
+
+def order_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
+    """In one GEMM or in both."""
+    plain = lambda n, tile: list(range(n))  # noqa: E731
+    for words, change, cost in _orders():
+        for fcs in (("fc1",), ("fc2",), ("fc1", "fc2")):
+            where = f"GEMM{fcs[0][-1]}" if len(fcs) == 1 else "both GEMMs"
+            for order, extra in ((None, 0.0), (plain, 0.2)):
+                gemm = GemmVariant(accumulate=change, order=order)
+                also = ", in ascending order" if order else ""
+
+                def on(p: Pipeline, gemm: GemmVariant = gemm, fcs: tuple[str, ...] = fcs) -> Pipeline:
+                    return p.staging(**{f"{fc}_gemm": gemm for fc in fcs})
+
+                yield Hypothesis(
+                    "order of sums", fcs, f"in {where} {words}{also}", on, cost + extra, slow=True
+                )

@@ -1,0 +1,350 @@
+"""The search among hypotheses: which predicts every bit, everywhere or in a part, alone or with another one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from mxfp4ref.conformance.comparison import differing, ulp_distance
+from mxfp4ref.conformance.families.batches import each
+from mxfp4ref.conformance.families.hypothesis import (
+    FAILURES,
+    Hypothesis,
+    Pipeline,
+    SlotRows,
+    composed,
+    finalized,
+    local_of,
+    slot_outputs,
+)
+from mxfp4ref.conformance.families.named import NUMBER_OF_NAMES
+from mxfp4ref.conformance.families.places import (
+    column_set,
+    columns_in_words,
+    fitting_attributes,
+    tokens_in_words,
+)
+from mxfp4ref.model.call import MoeCall
+from mxfp4ref.model.forward import KERNEL
+from mxfp4ref.sm90 import fp32
+
+__all__ = ["Match", "Search", "one_thread", "surprise"]
+
+_FEWEST_BITS = 40  # that a match has to explain; see `surprise`
+
+
+@dataclass(frozen=True)
+class Match:
+    """A hypothesis and what came of it.
+
+    Attributes:
+        hypothesis: with its place in it.
+        exact: whether it predicts every bit of the output, wrong and right ones.
+    """
+
+    hypothesis: Hypothesis
+    exact: bool
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Small tensors are computed faster by one thread than by many that wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def surprise(got: Tensor, want: Tensor) -> float:
+    """How many bits of information there are in predicting `got` where it differs from `want`, at least.
+
+    One for each element that is a rounding off, more for one that is further off, at most six.
+    """
+    mask = differing(got, want)
+    far = ulp_distance(got, want)[mask].clamp(max=62)
+    return float((1 + far.clamp(min=1).to(torch.float64)).log2().sum())
+
+
+@dataclass
+class Search:
+    """One output that differs, and what has been found out about it.
+
+    Attributes:
+        pipeline: the right one, or one whose mistake is known.
+        got, want: `[M, H] bf16`.
+        until: `time.monotonic()` at which to stop.
+        tried: how many hypotheses were.
+        near: those that explain a part, and how far off they leave the output, from 0 to 1.
+        progress: called with the name of each named defect and how many there are.
+    """
+
+    pipeline: Pipeline
+    got: Tensor
+    want: Tensor
+    until: float
+    tried: int = 0
+    near: list[tuple[float, Hypothesis]] = field(default_factory=list)
+    progress: Callable[[str, int], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.wrong = differing(self.got, self.want)
+        self.local = local_of(self.pipeline)
+        self.tokens = self._probe_tokens()
+        part = (
+            self.pipeline
+            if self.whole
+            else replace(self.pipeline, call=self.pipeline.call.select(self.tokens))
+        )
+        if not self.whole and bool(differing(part.run(), self.want[self.tokens]).any()):
+            self.tokens, part = torch.arange(len(self.got)), self.pipeline  # rows show where they lie
+        self.part = part
+        self.part_got, self.part_want = self.got[self.tokens], self.want[self.tokens]
+        self.part_right = ~self.wrong[self.tokens]
+        self.base = _ulps(self.part_want, self.part_got), _angle(self.part_want, self.part_got)
+        self.base_of_all = _ulps(self.want, self.got), _angle(self.want, self.got)
+
+    @cached_property
+    def rows(self) -> SlotRows:
+        """Of the whole call."""
+        return SlotRows.of(self.pipeline)
+
+    @property
+    def whole(self) -> bool:
+        return len(self.tokens) == len(self.got)
+
+    def out_of_time(self) -> bool:
+        return time.monotonic() > self.until
+
+    @contextmanager
+    def share(self, part: float) -> Iterator[None]:
+        """Inside, only this part of the time that is left may be taken."""
+        until, now = self.until, time.monotonic()
+        self.until = min(until, now + part * (until - now))
+        try:
+            yield
+        finally:
+            self.until = until
+
+    def _probe_tokens(self) -> Tensor:
+        """The wrong token that tells most: many wrong elements, few slots, no NaN."""
+        amount = self.wrong.sum(1)
+        finite = (self.got.isfinite() & self.want.isfinite()).all(1)
+        score = amount.to(torch.float64) * torch.where(finite, 1.0, 0.25) / (2 + (self.local >= 0).sum(1))
+        return score.argmax().view(1).cpu()
+
+    def _predictions(
+        self, hypotheses: Iterable[Hypothesis]
+    ) -> Iterator[tuple[Hypothesis, Tensor | None, bool]]:
+        """Each hypothesis' output, of the whole call (True) or of its part (False)."""
+        known = self.pipeline.run_call is None
+        for of_rows, some in groupby(hypotheses, lambda h: known and h.cheap):
+            if of_rows:
+                yield from ((h, self._from_rows(h), True) for h in some)
+            else:
+                yield from ((h, output, self.whole) for h, output in each(self.part, some, Pipeline.run))
+
+    def _from_rows(self, h: Hypothesis) -> Tensor | None:
+        try:
+            if h.of_output is not None:
+                return h.of_output(self.want)
+            if h.of_rows is not None:
+                return h.of_rows(self.rows).output(self.pipeline)
+            return self.rows.output(h.change(self.pipeline))
+        except FAILURES:
+            return None
+
+    def _nearness(self, output: Tensor, *, of_all: bool) -> float:
+        """How far off an output leaves the kernel's, as a share of how far off the right one is; by ulps or by angle.
+
+        The angle tells a change that another one, such as a factor, hides from the ulps.
+        """
+        got, (ulps, angle) = (self.got, self.base_of_all) if of_all else (self.part_got, self.base)
+        return min(_ulps(output, got) / max(ulps, 1e-9), _angle(output, got) / max(angle, 1e-9))
+
+    def run(self, hypotheses: Iterable[Hypothesis], *, enough: int = 1 << 30) -> list[Match]:
+        """Those that predict every wrong bit; the others that come nearer to the output are kept in `near`."""
+        found: list[Match] = []
+        for hypothesis, output, of_all in self._predictions(hypotheses):
+            if self.out_of_time() or len(found) >= enough:
+                break
+            self.tried += 1
+            if hypothesis.name and self.progress is not None:
+                self.progress(hypothesis.name, NUMBER_OF_NAMES)
+            got, right = (self.got, ~self.wrong) if of_all else (self.part_got, self.part_right)
+            if output is None or output.shape != got.shape:
+                continue
+            equal = ~differing(output, got)
+            if bool((equal | right).all()):
+                if (match := self.confirm(hypothesis)) is not None:
+                    found.append(match)
+            else:
+                distance = self._nearness(output, of_all=of_all)
+                if distance < 0.8:
+                    self.near.append((distance, hypothesis))
+        return found
+
+    def confirm(self, hypothesis: Hypothesis) -> Match | None:
+        """On the whole call, everywhere or in a part that has words."""
+        output = hypothesis.run(self.pipeline)
+        if output is None:
+            return None
+        equal = ~differing(output, self.got)
+        if bool(equal.all()):
+            return Match(hypothesis, True)
+        if not bool((equal | ~self.wrong).all()) or surprise(self.got, self.want) < _FEWEST_BITS:
+            return None
+        moved = differing(output, self.want)
+        return self._limited(hypothesis, output, applied=moved & equal, spared=moved & ~equal)
+
+    def _limited(
+        self, hypothesis: Hypothesis, output: Tensor, applied: Tensor, spared: Tensor
+    ) -> Match | None:
+        """A hypothesis that holds in some tokens or some columns only."""
+        call = self.pipeline.call
+        tokens, others = applied.any(1), spared.any(1)
+        if not bool((tokens & others).any()):
+            words = tokens_in_words(call, self.local, tokens, tokens | others)
+            index = tokens.nonzero().flatten()
+            if words:
+                return Match(_in_rows(hypothesis, words, index, len(tokens)), True)
+            return None
+        columns, rest = applied.any(0), spared.any(0)
+        if not bool((columns & rest).any()):
+            words = columns_in_words(columns, columns | rest)
+            if words and hypothesis.stages[0] in ("fc2", "finalize", "slots"):
+                return Match(_in_columns(hypothesis, words, column_set(words, columns)), True)
+        return None
+
+    def run_in_slots(self, hypotheses: Iterable[Hypothesis], *, enough: int = 4) -> list[Match]:
+        """Those that predict every bit when they hold for one kind of slots only."""
+        wrong = self.wrong.any(1)
+        kinds = fitting_attributes(self.pipeline.call, self.local, wrong)
+        if not kinds:
+            return []
+        right = slot_outputs(self.part)
+        local, weights = self.local[self.tokens], self.part.call.token_final_scales
+        found: list[Match] = []
+        for hypothesis, y in each(self.part, hypotheses, _slot_outputs):
+            if self.out_of_time() or len(found) >= enough:
+                break
+            self.tried += 1
+            if y is None or y.shape != right.shape:
+                continue
+            for words, mask, mask_of in kinds:
+                merged = torch.where(mask[self.tokens][..., None], y, right)
+                if bool(differing(finalized(self.part, merged, local, weights), self.part_got).any()):
+                    continue
+                limited = _in_slots(hypothesis, words, mask_of)
+                output = limited.run(self.pipeline)
+                if output is not None and not bool(differing(output, self.got).any()):
+                    found.append(Match(limited, True))
+                    break
+        return found
+
+    def run_twos(self, hypotheses: Callable[[], Iterable[Hypothesis]], *, most: int = 5) -> list[Match]:
+        """Two changes at once: those that came nearest, each with another one."""
+        ranked = sorted(self.near, key=lambda pair: pair[0] + 0.02 * pair[1].cost)
+        starts: dict[float, Hypothesis] = {}  # of those that come equally near, the simplest
+        for distance, first in ranked:
+            if first.of_rows is None and not first.name:
+                starts.setdefault(round(distance, 2), first)
+        for first in list(starts.values())[:most]:
+            if self.out_of_time():
+                break
+            base = first.change(self.pipeline)
+            output = first.run(self.pipeline)
+            if output is None:
+                continue
+            if surprise(self.got, output) < _FEWEST_BITS:
+                continue
+            inner = Search(base, self.got, output, self.until)
+            found = inner.run(hypotheses(), enough=1)
+            self.tried += inner.tried
+            for match in found:
+                both = composed(first, match.hypothesis)
+                result = both.run(self.pipeline)
+                if result is not None and not bool(differing(result, self.got).any()):
+                    return [Match(both, True)]
+        return []
+
+
+def _ulps(output: Tensor, got: Tensor) -> float:
+    far = ulp_distance(output, got).clamp(max=1 << 15).to(torch.float64)
+    return float((1 + far).log2().mean())
+
+
+def _angle(output: Tensor, got: Tensor) -> float:
+    """The sine of the angle between them; 1 where there is none."""
+    one, other = (fp32.widen(t.contiguous()).to(torch.float64).flatten() for t in (output, got))
+    lengths = float(one.norm() * other.norm())
+    if not 0 < lengths < float("inf"):
+        return 1.0
+    return float(max(1 - (float(one @ other) / lengths) ** 2, 0.0) ** 0.5)
+
+
+def _slot_outputs(pipeline: Pipeline) -> Tensor:
+    if pipeline.run_call is not None or pipeline.after is not None:
+        raise ValueError("pipeline: expected one whose slots are seen")
+    return slot_outputs(pipeline)
+
+
+def _in_rows(hypothesis: Hypothesis, words: str, tokens: Tensor, count: int) -> Hypothesis:
+    def change(pipeline: Pipeline) -> Pipeline:
+        def run(call: MoeCall) -> Tensor:
+            right, wrong = (
+                replace(pipeline, call=call).run(),
+                hypothesis.change(replace(pipeline, call=call)).run(),
+            )
+            if len(right) != count:
+                raise ValueError("tokens: of another call")
+            right = right.clone()
+            right[tokens] = wrong[tokens]
+            return right
+
+        return Pipeline(pipeline.call, KERNEL, run)
+
+    return replace(
+        hypothesis, words=f"{hypothesis.words}, {words}", change=change, cost=hypothesis.cost + 1.5
+    )
+
+
+def _in_columns(hypothesis: Hypothesis, words: str, columns: Callable[[int], Tensor]) -> Hypothesis:
+    def change(pipeline: Pipeline) -> Pipeline:
+        def run(call: MoeCall) -> Tensor:
+            right, wrong = (
+                replace(pipeline, call=call).run(),
+                hypothesis.change(replace(pipeline, call=call)).run(),
+            )
+            return torch.where(columns(right.shape[1]).to(right.device), wrong, right)
+
+        return Pipeline(pipeline.call, KERNEL, run)
+
+    return replace(hypothesis, words=f"{hypothesis.words}, {words}", change=change, cost=hypothesis.cost + 1)
+
+
+def _in_slots(hypothesis: Hypothesis, words: str, mask_of: Callable[[MoeCall, Tensor], Tensor]) -> Hypothesis:
+    def change(pipeline: Pipeline) -> Pipeline:
+        def run(call: MoeCall) -> Tensor:
+            inside = replace(pipeline, call=call)
+            local = local_of(inside)
+            wrong = slot_outputs(hypothesis.change(inside))
+            y = torch.where(mask_of(call, local)[..., None], wrong, slot_outputs(inside))
+            return finalized(inside, y, local, call.token_final_scales)
+
+        return Pipeline(pipeline.call, KERNEL, run)
+
+    return replace(
+        hypothesis,
+        words=f"{hypothesis.words}, for slots {words} only",
+        change=change,
+        cost=hypothesis.cost + 1,
+    )

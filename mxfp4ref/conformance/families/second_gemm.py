@@ -1,0 +1,250 @@
+"""What the rows of an output prove of GEMM2 and of the activation that it got: linear equations, solved.
+
+An output row is the right one plus what another activation, or other K groups, add to it. There are as many equations
+as output columns, so that a few slots' activations, a few of their columns, or factors of K groups can be told, as
+far as the roundings to bf16 allow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mxfp4ref.conformance.families.hypothesis import Pipeline
+from mxfp4ref.conformance.families.places import suspected_experts
+from mxfp4ref.formats.mxfp4 import GROUP_SIZE, dequantize
+from mxfp4ref.model.forward import trace
+from mxfp4ref.sm90 import fp32
+
+__all__ = ["second_gemm"]
+
+_SIZE = 1 << 22  # elements of a system of equations
+_ROUNDING = 2.0**-9  # of bf16, relative, of each slot's row and of the sum
+_MARGIN = 1.6  # over the expected length of the rounding errors
+_SMOOTH, _ROUGH = 0.6, 0.85  # of neighbours' differences, as a share of any two's
+_Parts = tuple[tuple[str, ...], str, int, tuple[int, int] | None]  # of an `Evidence`
+
+
+@dataclass(frozen=True)
+class _System:
+    """One token's equations, `H` of them.
+
+    Attributes:
+        columns: `[H, n, I] float64`, GEMM2's weights times the routing weight, for n suspected slots.
+        rest: `[H]`, the kernel's row less the right one.
+        noise: `[H]`, the standard deviation of the roundings in it.
+        right, up, gate: `[n, I]`, the right activation and GEMM1's output.
+        slots: the n slots.
+    """
+
+    columns: Tensor
+    rest: Tensor
+    noise: Tensor
+    right: Tensor
+    up: Tensor
+    gate: Tensor
+    slots: tuple[int, ...]
+
+    def explained(self, chosen: Tensor) -> tuple[bool, Tensor]:
+        """Whether a sum of the columns of `chosen [H, m]` is the rest up to roundings, and the factors."""
+        weighted = chosen / self.noise[:, None]
+        lengths = weighted.norm(dim=0).clamp(min=1e-300)
+        solution = torch.linalg.lstsq(
+            weighted / lengths, (self.rest / self.noise)[:, None], driver="gelsd"
+        ).solution
+        left = self.rest / self.noise - (weighted / lengths) @ solution[:, 0]
+        free = max(len(self.rest) - chosen.shape[1], 1)
+        return float(left.norm()) <= _MARGIN * free**0.5, solution[:, 0] / lengths
+
+
+def second_gemm(
+    pipeline: Pipeline, got: Tensor, wrong: Tensor, local: Tensor, tokens: list[int]
+) -> Iterator[_Parts]:
+    """The parts of an `Evidence`, if there is any.
+
+    Args:
+        pipeline: the right one.
+        got, wrong: `[M, H]`, the output and where it differs.
+        local: `[M, k]`, the local experts.
+        tokens: wrong ones, whose numbers are finite.
+    """
+    if not pipeline.call.experts.tactics_show:
+        return
+    suspects = suspected_experts(pipeline.call, local, wrong.any(1))
+    only = None if suspects is None else torch.isin(local, torch.tensor(suspects[1], device=local.device))
+    systems = [s for t in tokens if (s := _system(pipeline, got, local, t, only)) is not None]
+    systems = [s for s in systems if float((s.rest / s.noise).norm()) > 3 * len(s.rest) ** 0.5]
+    if not systems:
+        return
+    of_expert = "" if suspects is None else f" of {suspects[0]}"
+    if (found := _groups(systems, of_expert)) is not None:
+        yield found
+        return
+    small = [s for s in systems if s.columns[0].numel() * 4 <= 3 * len(s.rest)]
+    if small:
+        solved = [s.explained(s.columns.flatten(1)) for s in small]
+        if all(fits for fits, _ in solved):
+            yield _of_activation(small, [delta for _, delta in solved], of_expert)
+        elif not any(fits for fits, _ in solved):
+            yield (
+                ("fc2", "finalize"),
+                f"no activation{of_expert} gives this output by the right GEMM2: GEMM2's weights or scales are "
+                "wrong, or what comes after",
+                2,
+                None,
+            )
+        return
+    if (block := _block(systems)) is not None:
+        yield (
+            ("fc1", "activation"),
+            f"the activation is wrong in its columns {block[0]} to {block[1]}{of_expert}, and GEMM2 is right: it is "
+            "in those rows of GEMM1 (weights, scales, bias) or in the activation",
+            3,
+            block,
+        )
+
+
+def _system(
+    pipeline: Pipeline, got: Tensor, local: Tensor, token: int, only: Tensor | None
+) -> _System | None:
+    call, experts = pipeline.call, pipeline.call.experts
+    suspected = local[token] >= 0 if only is None else only[token]
+    slots = suspected.nonzero().flatten()
+    if not len(slots) or len(slots) * experts.intermediate_size * experts.hidden_size > 4 * _SIZE:
+        return None
+    chosen = experts.select(local[token, slots])
+    assert chosen.fc2_scales is not None
+    weights = call.token_final_scales[token].to(torch.float64)
+    dense = dequantize(chosen.fc2_weights, chosen.fc2_scales, convention="sm90", dtype=torch.float32)
+    columns = (dense.to(torch.float64) * weights[slots][:, None, None]).permute(1, 0, 2)
+    one = trace(call.select(torch.tensor([token], device=got.device)))
+    place = {int(slot): row for row, slot in enumerate(one.slot.tolist())}
+    y = fp32.widen(one.fc2_output).to(torch.float64)
+    if experts.fc2_biases is not None and call.tp_rank == 0:
+        y = y + fp32.widen(experts.fc2_biases[one.expert]).to(torch.float64)
+    parts = y * weights[one.slot][:, None]
+    target = fp32.widen(got[token].contiguous()).to(torch.float64)
+    largest = torch.maximum(parts.square().sum(0), target.square())
+    noise = 0.8 * _ROUNDING * (largest + target.square()).sqrt()
+    noise = noise + 2.0**-3 * noise.mean() + 1e-30
+    rows = [place[int(slot)] for slot in slots]
+    fc1 = fp32.widen(one.fc1_output[rows]).to(torch.float64)
+    if chosen.fc1_biases is not None:
+        fc1 = fc1 + fp32.widen(chosen.fc1_biases).to(torch.float64)
+    up, gate = fc1.chunk(2, dim=1)
+    right = fp32.widen(one.activation[rows]).to(torch.float64)
+    if not all(bool(t.isfinite().all()) for t in (columns, target, parts, right, up, gate)):
+        return None
+    return _System(columns, target - parts.sum(0), noise, right, up, gate, tuple(slots.tolist()))
+
+
+def _groups(systems: list[_System], of_expert: str) -> _Parts | None:
+    """Whether K groups of the right activation count otherwise than once."""
+    factors = []
+    for system in systems:
+        by_group = (system.columns * system.right).reshape(*system.columns.shape[:2], -1, GROUP_SIZE).sum(3)
+        groups = by_group.shape[2]
+        if by_group[0].numel() * 3 > len(system.rest):
+            return None
+        fits, solution = system.explained(by_group.flatten(1))
+        if not fits:
+            return None
+        factors.append(1 + solution.view(-1, groups))
+    mean = torch.cat(factors).median(0).values
+    off = ((torch.cat(factors) - 1).abs() > 0.1).float().mean(0) > 0.5
+    if not bool(off.any()):
+        return None
+    if float(mean.max() - mean.min()) < 2.0**-5 * float(mean.abs().max()):
+        return (
+            ("fc2", "finalize"),
+            f"everything{of_expert} counts {float(mean.mean()):.4g} times, as far as bf16 shows: one factor on "
+            "GEMM2's scales or result, on the routing weights, or in the sum",
+            2,
+            None,
+        )
+    listed = ", ".join(
+        f"{g} (K {g * GROUP_SIZE} to {g * GROUP_SIZE + GROUP_SIZE - 1}) {float(mean[g]):.3g} times"
+        for g in off.nonzero().flatten().tolist()[:4]
+    )
+    return (
+        ("fc2", "activation"),
+        f"in GEMM2{of_expert} these K groups do not count once: {listed}{', ...' * (int(off.sum()) > 4)}; "
+        "GEMM1 is right",
+        3,
+        None,
+    )
+
+
+def _block(systems: list[_System]) -> tuple[int, int] | None:
+    """The smallest aligned block of the activation's columns whose change explains the output; as first, last."""
+    inner = systems[0].columns.shape[2]
+    for size in (8, 16, 32, 64):
+        if size >= inner or len(systems[0].slots) * size * 3 > len(systems[0].rest):
+            break
+        for start in range(0, inner, size):
+            block = slice(start, start + size)
+            if all(s.explained(s.columns[:, :, block].flatten(1))[0] for s in systems):
+                return start, start + size - 1
+    return None
+
+
+def _of_activation(systems: list[_System], deltas: list[Tensor], of_expert: str) -> _Parts:
+    """What the solved activation says: a few columns, another function of the same GEMM1, or another GEMM1."""
+    found = torch.cat([(s.right + d.view_as(s.right)) for s, d in zip(systems, deltas, strict=True)])
+    right = torch.cat([s.right for s in systems])
+    unsure = torch.cat([_unsure(s) for s in systems])
+    off = (found - right).abs() > 5 * unsure + 0.02 * right.abs()
+    columns = off.any(0).nonzero().flatten()
+    inner = right.shape[1]
+    if 0 < len(columns) <= inner // 2:
+        first, last = int(columns[0]), int(columns[-1])
+        if last - first + 1 <= max(1.5 * len(columns), 8) or len(columns) <= 4:
+            return (
+                ("fc1", "activation"),
+                f"the activation is wrong in its columns {first} to {last} of {inner}{of_expert}, and GEMM2 is "
+                "right: it is in those rows of GEMM1 (weights, scales, bias) or in the activation",
+                3,
+                (first, last),
+            )
+    points = torch.stack([torch.cat([getattr(s, n) for s in systems]).flatten() for n in ("up", "gate")], 1)
+    points = (points - points.mean(0)) / (points.std(0) + 1e-30)
+    row = torch.arange(right.numel()) // right.shape[1]  # each slot's expert has parameters of its own
+    points = torch.cat((points, 1e6 * row[:, None].to(points)), 1)[:2048]
+    nearest = (torch.cdist(points, points) + torch.eye(len(points), dtype=points.dtype) * 1e9).argmin(1)
+
+    change = torch.where(off, found - right, 0.0).flatten()[:2048]
+    shuffled = change[torch.randperm(len(change), generator=torch.Generator().manual_seed(0))]
+    roughness = float((change - change[nearest]).abs().sum() / ((change - shuffled).abs().sum() + 1e-300))
+    if roughness < _SMOOTH:
+        return (
+            ("activation", "fc1"),
+            f"GEMM2 is right, and the activation that it got{of_expert} is another function of the right GEMM1's "
+            "up and gate: the formula, its parameters, or the fc1 bias",
+            3,
+            None,
+        )
+    if roughness < _ROUGH:
+        return (
+            ("activation", "fc1"),
+            f"GEMM2 is right, and got another activation{of_expert}: GEMM1 or the activation is wrong",
+            2,
+            None,
+        )
+    return (
+        ("fc1", "input"),
+        f"GEMM2 is right, and the activation that it got{of_expert} is no function of the right GEMM1's up and gate: "
+        "GEMM1 or its input is wrong",
+        2,
+        None,
+    )
+
+
+def _unsure(system: _System) -> Tensor:
+    """Standard deviations of the solved activation, `[n, I]`."""
+    weighted = system.columns.flatten(1) / system.noise[:, None]
+    covariance = torch.linalg.pinv(weighted.T @ weighted, hermitian=True)
+    result: Tensor = covariance.diagonal().clamp(min=0).sqrt().view_as(system.right)
+    return result

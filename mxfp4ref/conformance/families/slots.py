@@ -1,0 +1,347 @@
+"""Hypotheses on which expert computes which slot of which token: ids, ranks, rows, dropped and repeated slots."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mxfp4ref.conformance.families.hypothesis import (
+    Change,
+    Hypothesis,
+    Pipeline,
+    SlotRows,
+    local_of,
+    of_slots,
+)
+from mxfp4ref.conformance.families.index_maps import expert_maps
+from mxfp4ref.model.call import MoeCall
+from mxfp4ref.model.forward import select_local
+
+__all__ = ["attributes", "position_in_expert", "slot_hypotheses"]
+
+_S = ("slots",)
+_ONCE = ", each expert once a token"
+_COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512)
+
+
+def position_in_expert(local: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each slot, its row's number among its expert's and how many these are, `[M, k] int64`; -1, 0 if skipped."""
+    flat = local.flatten()
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat.clamp(min=-1) + 1)
+    starts = (counts.cumsum(0) - counts)[flat[order] + 1]
+    position = torch.empty_like(flat)
+    position[order] = torch.arange(len(flat), device=flat.device) - starts
+    skipped = flat < 0
+    rows = torch.where(skipped, 0, counts[flat + 1])
+    return torch.where(skipped, -1, position).view_as(local), rows.view_as(local)
+
+
+def attributes(call: MoeCall, local: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Kinds of slots: words behind "slots", and which they are, `[M, k] bool`."""
+    here = local >= 0
+    position, rows = position_in_expert(local)
+    tokens, top_k = local.shape
+    slot = torch.arange(top_k, device=local.device).expand_as(local)
+    token = torch.arange(tokens, device=local.device)[:, None].expand_as(local)
+    weights = call.token_final_scales
+    yield "of the last place of a token", here & (slot == top_k - 1)
+    yield "of the first place of a token", here & (slot == 0)
+    for at in range(1, top_k - 1):
+        yield f"of place {at} of a token", here & (slot == at)
+    yield "with the largest weight of the token", here & (weights == weights.amax(1, keepdim=True))
+    yield "with the smallest weight of the token", here & (weights == weights.amin(1, keepdim=True))
+    yield "that are the last row of their expert", here & (position == rows - 1)
+    yield "that are the first row of their expert", here & (position == 0)
+    for count in _COUNTS:
+        if count < tokens:
+            yield f"that are rows beyond the first {count} of their expert", here & (position >= count)
+            yield f"of tokens from {count} on", here & (token >= count)
+            yield f"of experts with at most {count} row{'s' * (count > 1)}", here & (rows <= count)
+        if count > 1 and count < tokens:
+            yield (
+                f"that are the last row of each {count} of their expert",
+                here & (position % count == count - 1),
+            )
+            yield f"that are the first row of each {count} of their expert", here & (position % count == 0)
+            yield (
+                f"in the last, unfilled {count} rows of their expert",
+                here & (position >= rows // count * count),
+            )
+    yield "of the last token", here & (token == tokens - 1)
+    yield "of the first token", here & (token == 0)
+    for parity, word in ((1, "odd"), (0, "even")):
+        yield f"of tokens with an {word} number", here & (token % 2 == parity)
+        yield f"of experts with an {word} number", here & (local % 2 == parity)
+    yield "of the last expert", here & (local == call.experts.num_experts - 1)
+    yield "of the first expert", here & (local == 0)
+    for expert in range(call.experts.num_experts if call.experts.num_experts <= 16 else 0):
+        yield f"of expert {expert}", here & (local == expert)
+    for threshold in (0.5, 0.25, 0.1, 0.05, 0.01):
+        yield f"with a weight below {threshold:g}", here & (weights < threshold)
+    yield "with a negative weight", here & (weights < 0)
+
+
+def _selecting(
+    change: Callable[[Tensor, int, int, int, Callable[..., Tensor]], Tensor], *, once: bool = False
+) -> Change:
+    """Another `select_local`; gets the ids, E, ep_size, ep_rank, the right one. With `once` none counts twice."""
+
+    def on(pipeline: Pipeline) -> Pipeline:
+        right = pipeline.stages.select_local
+
+        def select(ids: Tensor, n: int, size: int, rank: int) -> Tensor:
+            local = change(ids, n, size, rank, right)
+            return select_local(local, n, 1, 0) if once else local
+
+        return pipeline.staging(select_local=select)
+
+    return on
+
+
+def _mapped_local(change: Callable[[Tensor, int], Tensor], once: bool) -> Change:
+    """Another of this rank's experts for each slot that is this rank's."""
+
+    def select(ids: Tensor, n: int, size: int, rank: int, right: Callable[..., Tensor]) -> Tensor:
+        local = right(ids, n, size, rank)
+        return torch.where(local >= 0, change(local.clamp(min=0), n), -1)
+
+    return _selecting(select, once=once)
+
+
+def _ids() -> Iterator[Hypothesis]:
+    for axis, once in itertools.product(expert_maps(), (False, True)):
+        yield Hypothesis(
+            "ids",
+            _S,
+            f"slots are computed by {axis.of('expert')} (weights, scales, biases and parameters alike)"
+            + _ONCE * once,
+            _mapped_local(lambda local, n, axis=axis: axis.index(n).to(local.device)[local], once),
+            axis.cost + 0.05 + 0.3 * once,
+        )
+    for at, words in ((0, "the first"), (-1, "the last")):
+        yield Hypothesis(
+            "ids",
+            _S,
+            f"every slot of a token is computed by the expert of {words} slot",
+            _selecting(
+                lambda ids, n, size, rank, right, a=at: right(ids, n, size, rank)[:, [a]].expand(
+                    -1, ids.shape[1]
+                )
+            ),
+            1.3,
+        )
+    for by, words in ((1, "before"), (-1, "after")):
+        yield Hypothesis(
+            "ids",
+            _S,
+            f"a token's slots are computed by the experts of the token {words}",
+            _selecting(lambda ids, n, size, rank, right, b=by: right(ids, n, size, rank).roll(b, 0)),
+            1.5,
+        )
+        yield Hypothesis(
+            "ids",
+            _S,
+            f"a slot is computed by the expert of the slot {words} it, with its own weight",
+            _selecting(lambda ids, n, size, rank, right, b=by: right(ids, n, size, rank).roll(b, 1)),
+            1.4,
+        )
+    yield Hypothesis(
+        "ids",
+        _S,
+        "a token's slots are computed in the order of their ids, their weights not",
+        _selecting(lambda ids, n, size, rank, right: right(ids.sort(1).values, n, size, rank)),
+        1.4,
+    )
+
+
+def _foreign() -> Iterator[Hypothesis]:
+    """Slots that are padding or another rank's, computed all the same, by the expert that `what` says."""
+    kinds = (
+        ("padded slots (-1)", lambda ids, local: (local < 0) & (ids < 0)),
+        ("slots of other ranks", lambda ids, local: (local < 0) & (ids >= 0)),
+        ("padded slots (-1) and slots of other ranks", lambda ids, local: local < 0),
+    )
+    whats: tuple[tuple[str, Callable[[Tensor, int, int, int], Tensor]], ...] = (
+        ("by the rank's first expert", lambda ids, n, size, rank: ids * 0),
+        ("by the rank's last expert", lambda ids, n, size, rank: ids * 0 + n - 1),
+        (
+            "by the expert with their id modulo the rank's number of experts",
+            lambda ids, n, size, rank: ids % n,
+        ),
+        (
+            "by the nearest of the rank's experts (ids cut off)",
+            lambda ids, n, size, rank: (ids - rank * n).clamp(0, n - 1),
+        ),
+        (
+            "by the expert that a negative index counts from the end",
+            lambda ids, n, size, rank: (ids - rank * n) % n,
+        ),
+    )
+    for words, chosen in kinds:
+        for where, expert in whats:
+
+            def select(
+                ids: Tensor,
+                n: int,
+                size: int,
+                rank: int,
+                right: Callable[..., Tensor],
+                chosen: Callable[[Tensor, Tensor], Tensor] = chosen,
+                expert: Callable[[Tensor, int, int, int], Tensor] = expert,
+            ) -> Tensor:
+                local = right(ids, n, size, rank)
+                return torch.where(chosen(ids, local), expert(ids.to(torch.int64), n, size, rank), local)
+
+            for once in (False, True):
+                yield Hypothesis(
+                    "ranks",
+                    _S,
+                    f"{words}, to be skipped, are computed {where}" + _ONCE * once,
+                    _selecting(select, once=once),
+                    1.1 + 0.3 * once,
+                )
+
+
+def _ranks() -> Iterator[Hypothesis]:
+    ways: tuple[tuple[str, Callable[[int, int, int], tuple[int, int]]], ...] = (
+        ("one expert too far up", lambda n, size, rank: (rank * n + 1, n)),
+        ("one expert too far down", lambda n, size, rank: (rank * n - 1, n)),
+        ("without its last expert", lambda n, size, rank: (rank * n, n - 1)),
+        ("that of the next rank", lambda n, size, rank: ((rank + 1) % size * n, n)),
+        ("that of the previous rank", lambda n, size, rank: ((rank - 1) % size * n, n)),
+        ("that of the rank counted from the end", lambda n, size, rank: ((size - 1 - rank) * n, n)),
+        ("that of rank 0", lambda n, size, rank: (0, n)),
+        ("by the rank itself, as if it were the number of its first expert", lambda n, size, rank: (rank, n)),
+        ("of half as many experts a rank", lambda n, size, rank: (rank * n // 2, n)),
+        ("of twice as many experts a rank", lambda n, size, rank: (rank * n * 2, n)),
+    )
+    for words, owned in ways:
+
+        def select(
+            ids: Tensor,
+            n: int,
+            size: int,
+            rank: int,
+            right: Callable[..., Tensor],
+            owned: Callable[[int, int, int], tuple[int, int]] = owned,
+        ) -> Tensor:
+            first, count = owned(n, size, rank)
+            local = ids.to(torch.int64) - first
+            return torch.where((local >= 0) & (local < count), local, -1)
+
+        yield Hypothesis(
+            "ranks", _S, f"the range of ids of this rank is taken {words}", _selecting(select), 1.3
+        )
+
+    def first_kept(ids: Tensor, n: int, size: int, rank: int, right: Callable[..., Tensor]) -> Tensor:
+        local = right(ids, n, size, rank) + 1
+        return torch.where(local > 0, local % n, -1)
+
+    yield Hypothesis(
+        "ranks", _S, "local ids are one too high, modulo the rank's experts", _selecting(first_kept), 2
+    )
+
+    def strided(ids: Tensor, n: int, size: int, rank: int, right: Callable[..., Tensor]) -> Tensor:
+        ids = ids.to(torch.int64)
+        return torch.where((ids >= 0) & (ids % size == rank), ids // size, -1)
+
+    yield Hypothesis(
+        "ranks",
+        _S,
+        "experts are dealt out to ranks in turn (id modulo ep_size) instead of in blocks",
+        _selecting(strided),
+        1.4,
+    )
+
+
+def _dropped(call: MoeCall) -> Iterator[Hypothesis]:
+    for words, _ in attributes(call, local_of(Pipeline(call))):
+
+        def change(rows: SlotRows, words: str = words) -> SlotRows:
+            chosen = dict(attributes(rows.call, rows.local)).get(words)
+            return rows if chosen is None else replace(rows, local=torch.where(chosen, -1, rows.local))
+
+        yield of_slots("dropped slots", _S, f"the slots {words} are left out of the sum", change, 1.3)
+
+
+def _row_maps() -> Iterator[tuple[str, Callable[[Tensor, Tensor], Tensor], float]]:
+    """Rows of an expert taken for others: words, (position, rows) to position, cost."""
+    yield "the row before it, the first keeping its own", lambda p, n: (p - 1).clamp(min=0), 1.5
+    yield "the row before it", lambda p, n: (p - 1) % n, 1.5
+    yield "the row after it", lambda p, n: (p + 1) % n, 1.5
+    yield "the first row", lambda p, n: p * 0, 1.6
+    yield "the rows in reverse", lambda p, n: n - 1 - p, 1.6
+    for size in (2, 4, 8, 16, 32, 64):
+        yield f"row modulo {size}", lambda p, n, s=size: p % s, 1.7
+        yield f"the first row of each {size}", lambda p, n, s=size: p // s * s, 1.7
+        yield (
+            f"the row {size} before it, the first {size} keeping their own",
+            lambda p, n, s=size: torch.where(p >= s, p - s, p),
+            1.8,
+        )
+        yield (
+            f"the neighbouring {size} rows (swapped in pairs)",
+            lambda p, n, s=size: torch.where((p ^ s) < n, p ^ s, p),
+            1.8,
+        )
+
+
+def _rows() -> Iterator[Hypothesis]:
+    for words, move, cost in _row_maps():
+
+        def change(rows: SlotRows, move: Callable[[Tensor, Tensor], Tensor] = move) -> SlotRows:
+            position, count = position_in_expert(rows.local)
+            flat, wanted = rows.local.flatten(), move(position, count.clamp(min=1)).flatten()
+            size = len(flat) + 1
+            order = (flat * size + position.flatten()).argsort()
+            key = (flat * size + position.flatten())[order]
+            source = order[torch.searchsorted(key, flat * size + wanted).clamp(max=len(flat) - 1)]
+            source = torch.where(flat >= 0, source, torch.arange(len(flat), device=flat.device))
+            return replace(rows, y=rows.y.flatten(0, 1)[source].view(rows.y.shape))
+
+        yield of_slots(
+            "rows of an expert", _S, f"within each expert a row's result is that of {words}", change, cost
+        )
+
+
+def _repeated(call: MoeCall) -> Iterator[Hypothesis]:
+    for source in range(min(call.top_k, 8)):
+        for target in range(min(call.top_k, 8)):
+            if source != target and (abs(source - target) == 1 or source == 0):
+
+                def select(
+                    ids: Tensor,
+                    n: int,
+                    size: int,
+                    rank: int,
+                    right: Callable[..., Tensor],
+                    pair: tuple[int, int] = (source, target),
+                ) -> Tensor:
+                    local = right(ids, n, size, rank).clone()
+                    local[:, pair[1]] = local[:, pair[0]]
+                    return local
+
+                yield Hypothesis(
+                    "ids",
+                    _S,
+                    f"slot {target} of a token is computed by the expert of slot {source}",
+                    _selecting(select),
+                    1.6,
+                )
+
+
+def slot_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
+    """All of them that can show on a call."""
+    if call.experts.num_experts > 1:
+        yield from _ids()
+        yield from _repeated(call)
+    yield from _foreign()
+    if call.ep_size > 1:
+        yield from _ranks()
+    yield from _dropped(call)
+    yield from _rows()

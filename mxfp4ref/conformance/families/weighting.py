@@ -1,0 +1,261 @@
+"""Hypotheses on the weighted sum, the routing weights, the fc2 bias, and what becomes of the output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mxfp4ref.conformance.families.hypothesis import (
+    Change,
+    Hypothesis,
+    Pipeline,
+    SlotRows,
+    finalized,
+    local_of,
+    of_slots,
+    of_sum,
+    slot_outputs,
+)
+from mxfp4ref.defects.variants.finalize import FinalizeVariant
+from mxfp4ref.defects.variants.rounding import bf16
+from mxfp4ref.model.call import MoeCall
+from mxfp4ref.sm90 import fp32
+
+__all__ = ["mul", "weighing", "weight_hypotheses"]
+
+_F = ("finalize",)
+_Weigh = Callable[[Tensor, Tensor], Tensor]  # weights [M, k] and local experts to other weights
+
+
+def mul(a: Tensor, b: Tensor) -> Tensor:
+    shape = torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call]
+    return fp32.mul(a.expand(shape), b.expand(shape))
+
+
+def _total(weights: Tensor, local: Tensor) -> Tensor:
+    total = torch.zeros_like(weights[:, :1])
+    for slot in range(weights.shape[1]):
+        total = fp32.add(total, weights[:, slot : slot + 1].contiguous())
+    return total
+
+
+def _weights() -> Iterator[tuple[str, _Weigh, float]]:
+    yield "not applied (all taken as 1)", lambda w, _: torch.ones_like(w), 1
+    yield "applied twice (squared)", lambda w, _: mul(w, w), 1
+    yield "applied as their square roots", lambda w, _: w.sqrt(), 1.4
+    yield "divided by their sum", lambda w, e: w / _total(w, e), 1.1
+    yield (
+        "divided by their sum over this rank's slots",
+        lambda w, e: w / torch.where(e >= 0, w, 0.0).sum(1, keepdim=True),
+        1.2,
+    )
+    yield "put through a softmax again", lambda w, _: torch.softmax(w, 1), 1.2
+    yield "taken as 1 / k", lambda w, _: torch.full_like(w, 1 / w.shape[1]), 1.1
+    yield "multiplied by k", lambda w, _: w * w.shape[1], 1.2
+    yield "divided by k", lambda w, _: w / w.shape[1], 1.2
+    yield "replaced by their reciprocals", lambda w, _: 1 / w, 1.5
+    yield "put through a sigmoid", lambda w, _: torch.sigmoid(w), 1.5
+    yield "taken without sign", lambda w, _: w.abs(), 1.2
+    yield "of the opposite sign", lambda w, _: -w, 1.2
+    yield "cut off at 1", lambda w, _: w.clamp(max=1), 1.3
+    yield "rounded to bf16", lambda w, _: bf16(w), 1.05
+    yield (
+        "cut to bf16 (lower half of the bits dropped)",
+        lambda w, _: (w.view(torch.int32) & -65536).view(torch.float32),
+        1.2,
+    )
+    yield "rounded to float16", lambda w, _: w.to(torch.float16).to(torch.float32), 1.1
+    yield (
+        "rounded to TF32",
+        lambda w, _: ((w.view(torch.int32) + 0xFFF + (w.view(torch.int32) >> 13 & 1)) & ~0x1FFF).view(
+            torch.float32
+        ),
+        1.3,
+    )
+    yield "cut to TF32", lambda w, _: (w.view(torch.int32) & ~0x1FFF).view(torch.float32), 1.3
+    yield "rounded to float8 e4m3", lambda w, _: w.to(torch.float8_e4m3fn).to(torch.float32), 1.4
+    yield "those of the next slot", lambda w, _: w.roll(-1, 1), 1.1
+    yield "those of the previous slot", lambda w, _: w.roll(1, 1), 1.1
+    yield "those of the slots in reverse", lambda w, _: w.flip(1), 1.15
+    yield (
+        "those of the other slot of its pair (2i and 2i+1 swapped)",
+        lambda w, _: _index(w, lambda i, n: (i ^ 1).clamp(max=n - 1)),
+        1.2,
+    )
+    yield "that of the first slot, for all", lambda w, _: w[:, :1].expand_as(w).contiguous(), 1.1
+    yield "that of the last slot, for all", lambda w, _: w[:, -1:].expand_as(w).contiguous(), 1.2
+    yield (
+        "the largest of the token, for all",
+        lambda w, _: w.amax(1, keepdim=True).expand_as(w).contiguous(),
+        1.3,
+    )
+    yield "the token's mean, for all", lambda w, _: w.mean(1, keepdim=True).expand_as(w).contiguous(), 1.3
+    yield "sorted, largest first, the ids not", lambda w, _: w.sort(1, descending=True).values, 1.2
+    yield "sorted, smallest first, the ids not", lambda w, _: w.sort(1).values, 1.2
+    yield (
+        "those of the order of ids (sorted by id, ids not)",
+        lambda w, e: w.gather(1, e.argsort(dim=1, stable=True)),
+        1.3,
+    )
+    yield "those of the next token", lambda w, _: w.roll(-1, 0), 1.2
+    yield "those of the previous token", lambda w, _: w.roll(1, 0), 1.2
+    yield "those of the first token, for all", lambda w, _: w[:1].expand_as(w).contiguous(), 1.2
+    yield (
+        "read as [k, M] where they lie as [M, k] (transposed)",
+        lambda w, _: w.reshape(w.shape[1], -1).t().contiguous(),
+        1.2,
+    )
+    yield (
+        "lying as [k, M] where [M, k] is expected (transposed)",
+        lambda w, _: w.t().contiguous().view(w.shape),
+        1.2,
+    )
+    yield (
+        "indexed by the expert's number instead of the slot's",
+        lambda w, e: w.gather(1, e.clamp(min=0) % w.shape[1]),
+        1.3,
+    )
+    yield (
+        "those of the token before, slot by slot in one list (index off by one)",
+        lambda w, _: w.flatten().roll(1).view(w.shape),
+        1.2,
+    )
+    yield (
+        "those one further in one list of all slots (index off by one)",
+        lambda w, _: w.flatten().roll(-1).view(w.shape),
+        1.2,
+    )
+    yield "1 for the first slot", lambda w, _: torch.cat((torch.ones_like(w[:, :1]), w[:, 1:]), 1), 1.4
+    yield "accumulated over the slots", lambda w, _: w.cumsum(1), 1.6
+
+
+def _index(w: Tensor, change: Callable[[Tensor, int], Tensor]) -> Tensor:
+    return w[:, change(torch.arange(w.shape[1], device=w.device), w.shape[1])]
+
+
+def weighing(words: str, change: _Weigh, cost: float, family: str = "routing weights") -> Hypothesis:
+    def on(rows: SlotRows) -> SlotRows:
+        return replace(rows, weights=change(rows.weights, rows.local).to(torch.float32))
+
+    return of_slots(family, _F, words, on, cost)
+
+
+def _bias_use() -> Iterator[tuple[str, Callable[..., Tensor], float]]:
+    """What becomes of a slot: words, (sum, weight, y, bias) to the next sum."""
+    add, fma, mul = fp32.add, fp32.fma, fp32.mul
+    yield "the fc2 bias is added twice", lambda a, w, y, b: fma(w, add(add(y, b), b), a), 1
+    yield "the fc2 bias is subtracted", lambda a, w, y, b: fma(w, add(y, -b), a), 1.2
+    yield "the fc2 bias is added without the routing weight", lambda a, w, y, b: add(fma(w, y, a), b), 1
+    yield "the fc2 bias gets the routing weight twice", lambda a, w, y, b: fma(w, add(y, mul(w, b)), a), 1.3
+    yield "the fc2 bias alone gets the routing weight", lambda a, w, y, b: add(a, fma(w, b, y)), 1.3
+
+
+def _row_weight(where: str) -> Change:
+    """The routing weight multiplied into the input or the activation, and 1 or itself afterwards."""
+
+    def on(pipeline: Pipeline) -> Pipeline:
+        place, again = where.split()
+
+        def run(call: MoeCall) -> Tensor:
+            inside = Pipeline(call, pipeline.stages)
+            local = local_of(inside)
+            weights = call.token_final_scales
+            x = fp32.widen(call.input)[:, None].expand(-1, call.top_k, -1)
+            scaled = fp32.to_bf16(mul(x, weights[..., None]).contiguous())
+            y = slot_outputs(inside, scaled if place == "input" else None)
+            return finalized(inside, y, local, weights if again == "twice" else torch.ones_like(weights))
+
+        return Pipeline(pipeline.call, pipeline.stages, run, pipeline.after)
+
+    return on
+
+
+def _sums() -> Iterator[tuple[str, Callable[[Tensor, Tensor, Tensor], Tensor], float]]:
+    """Other ways to make one row of a token's: words, (y [M, k, H], local, weights) to float32."""
+
+    def products(y: Tensor, local: Tensor, w: Tensor) -> Tensor:
+        product = mul(fp32.widen(y), w[..., None])
+        return torch.where((local >= 0)[..., None], product, 0.0)
+
+    def last(y: Tensor, local: Tensor, w: Tensor) -> Tensor:
+        total = torch.zeros_like(fp32.widen(y[:, 0].contiguous()))
+        for slot in range(local.shape[1]):
+            total = torch.where(local[:, slot, None] >= 0, products(y, local, w)[:, slot], total)
+        return total
+
+    def first(y: Tensor, local: Tensor, w: Tensor) -> Tensor:
+        return last(y.flip(1), local.flip(1), w.flip(1))
+
+    yield "each slot overwrites the sum, so that only a token's last one counts", last, 1
+    yield "only a token's first slot counts", first, 1.1
+    yield (
+        "the largest of the weighted rows is taken instead of their sum",
+        lambda *a: products(*a).amax(1),
+        1.5,
+    )
+
+
+def weight_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
+    """Routing weights, the fc2 bias, and the sum."""
+    for words, change, cost in _weights():
+        yield weighing(f"the routing weights are {words}", change, cost)
+    for words in ("input once", "input twice", "all twice"):
+        place, again = words.split()
+        if place == "input":
+            more = " and again in the sum" if again == "twice" else ""
+            yield Hypothesis(
+                "routing weights",
+                ("input", "finalize"),
+                f"the routing weight is multiplied into GEMM1's input{more}",
+                _row_weight(words),
+                1.1,
+            )
+    if call.experts.fc2_biases is not None and call.tp_rank == 0:
+        for words, step, cost in _bias_use():
+            yield of_sum("fc2 bias", _F, words, FinalizeVariant(step), cost)
+
+        def once(y: Tensor, local: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+            first = torch.arange(local.shape[1], device=local.device) == (local >= 0).to(torch.int8).argmax(
+                1, keepdim=True
+            )
+            return _with_bias_where(y, local, w, bias, first)
+
+        yield of_sum("fc2 bias", _F, "the fc2 bias is added for a token's first slot only", once, 1.3)
+    if call.experts.fc2_biases is not None and call.tp_rank > 0:
+        yield Hypothesis(
+            "fc2 bias",
+            _F,
+            "the fc2 bias is added on every tensor-parallel rank",
+            lambda p: p.calling(tp_rank=0),
+            1,
+        )
+    if call.experts.fc2_biases is not None and call.tp_size > 1:
+        for words, change in (
+            ("divided by tp_size", lambda b, n: (b.float() / n).to(b.dtype)),
+            ("added on another rank than 0", lambda b, n: torch.zeros_like(b)),
+        ):
+            yield Hypothesis(
+                "fc2 bias",
+                _F,
+                f"the fc2 bias is {words}",
+                lambda p, c=change: p.having(fc2_biases=c(p.call.experts.fc2_biases, p.call.tp_size)),
+                1.2,
+            )
+    for words, total, cost in _sums():
+        yield of_sum("sum of slots", _F, words, lambda y, e, w, b, t=total: t(_biased(y, e, b), e, w), cost)
+
+
+def _biased(y: Tensor, local: Tensor, bias: Tensor | None) -> Tensor:
+    return y if bias is None else fp32.add(fp32.widen(y), fp32.widen(bias[local.clamp(min=0)]))
+
+
+def _with_bias_where(y: Tensor, local: Tensor, w: Tensor, bias: Tensor | None, chosen: Tensor) -> Tensor:
+    acc = torch.zeros_like(fp32.widen(y[:, 0].contiguous()))
+    both = _biased(y, local, bias)
+    for slot in range(local.shape[1]):
+        row = torch.where(chosen[:, slot, None], both[:, slot], fp32.widen(y[:, slot].contiguous()))
+        acc = torch.where(local[:, slot, None] >= 0, fp32.fma(w[:, slot, None].expand_as(row), row, acc), acc)
+    return acc

@@ -1,0 +1,242 @@
+"""A member of each family, on a small call: the sentence and the stage; and what must not be named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import Tensor
+
+from mxfp4ref.__main__ import commands
+from mxfp4ref.conformance import Kernel, Options, diagnose, run
+from mxfp4ref.conformance.families import FAMILIES, family_of
+from mxfp4ref.conformance.families.slots import position_in_expert
+from mxfp4ref.defects import DEFECTS
+from mxfp4ref.defects.variants.finalize import FinalizeVariant
+from mxfp4ref.defects.variants.swiglu import SwigluVariant
+from mxfp4ref.goldens import open_goldens
+from mxfp4ref.model.call import MoeCall
+from mxfp4ref.model.forward import Stages, forward
+from mxfp4ref.sm90 import fp32
+from tests.helpers import layers
+
+EXPERTS = layers.random_experts(
+    5, num_experts=8, hidden=256, inner=128, biases=True, parameters=layers.PARAMETERS
+)
+CALL = layers.random_call(5, EXPERTS, tokens=24, top_k=3)
+EXPECTED = forward(CALL)
+
+
+def having(call: MoeCall, **tensors: Any) -> Tensor:
+    return forward(replace(call, experts=replace(call.experts, **tensors)))
+
+
+def changed(
+    name: str, where: tuple[Any, ...], change: Callable[[Tensor], Tensor]
+) -> Callable[[MoeCall], Tensor]:
+    """A kernel in which a part of a tensor of the experts is another."""
+
+    def kernel(call: MoeCall) -> Tensor:
+        tensor = getattr(call.experts, name).clone()
+        tensor[where] = change(tensor[where])
+        return having(call, **{name: tensor})
+
+    return kernel
+
+
+def rows_beyond_four(call: MoeCall) -> Tensor:
+    ids = call.token_selected_experts
+    position, _ = position_in_expert(ids.to(torch.int64))
+    return forward(replace(call, token_selected_experts=torch.where(position >= 4, -1, ids)))
+
+
+def two(call: MoeCall) -> Tensor:
+    return having(replace(call, token_final_scales=call.token_final_scales**2), swiglu_limit=None)
+
+
+def weighing(change: Callable[[Tensor], Tensor]) -> Callable[[MoeCall], Tensor]:
+    return lambda call: forward(
+        replace(call, token_final_scales=change(call.token_final_scales).contiguous())
+    )
+
+
+ALL = slice(None)
+MEMBERS: dict[str, tuple[Callable[[MoeCall], Tensor], str, str]] = {
+    "another expert's": (
+        lambda call: having(call, fc2_scales=call.experts.fc2_scales.roll(-1, 0)),
+        "fc2",
+        "GEMM2's scales are those of the next expert",
+    ),
+    "values": (
+        changed("fc1_scales", (3,), lambda s: s + 1),
+        "fc1",
+        "GEMM1's scales are 2x what they should be (every scale byte 1 too high), for slots of expert 3 only",
+    ),
+    "constant": (
+        lambda call: having(call, swiglu_limit=torch.full_like(call.experts.swiglu_limit, 1.5)),
+        "activation",
+        "the SwiGLU limit is hard-coded as 1.5",
+    ),
+    "part of K": (
+        changed("fc2_weights", (ALL, ALL, slice(-16, None)), torch.zeros_like),
+        "fc2",
+        "GEMM2: the last 1 K group (32 of K) are left out (taken as zero)",
+    ),
+    "some rows": (
+        changed("fc1_weights", (1, slice(32, 64)), torch.zeros_like),
+        "fc1",
+        "GEMM1: rows 32 to 63 of the up half are left out (taken as zero), for slots of expert 1 only",
+    ),
+    "columns": (
+        changed("fc2_scales", (ALL, slice(64, 128)), lambda s: torch.full_like(s, 127)),
+        "fc2",
+        "GEMM2's scales are taken as 1 (byte 127): they are not applied, in columns 64 to 127",
+    ),
+    "rows": (
+        lambda call: having(call, fc1_biases=call.experts.fc1_biases.roll(1, 1)),
+        "fc1",
+        "the fc1 biases are in each row those of the previous row",
+    ),
+    "ids": (
+        lambda call: forward(
+            replace(
+                call,
+                token_selected_experts=torch.where((i := call.token_selected_experts) < 0, -1, (i + 1) % 8),
+            )
+        ),
+        "slots",
+        "slots are computed by the next expert",
+    ),
+    "dropped slots": (
+        rows_beyond_four,
+        "slots",
+        "the slots that are rows beyond the first 4 of their expert are left out of the sum",
+    ),
+    "routing weights": (
+        weighing(torch.square),
+        "finalize",
+        "the routing weights are applied twice (squared)",
+    ),
+    "factor": (
+        lambda call: fp32.to_bf16(fp32.mul(fp32.widen(forward(call)), torch.full(call.input.shape, 1.1))),
+        "finalize",
+        "a factor of 1.1 too many on the bf16 output",
+    ),
+    "activation": (
+        lambda call: forward(
+            call,
+            Stages(
+                swiglu=SwigluVariant(clamp=lambda u, g, lim: (fp32.minimum(u, lim), g), sigmoid=torch.tanh)
+            ),
+        ),
+        "activation",
+        "",
+    ),
+    "rounding": (
+        lambda call: forward(call, Stages(round_fc2=lambda x: fp32.to_bf16(x.half().float()))),
+        "fc2",
+        "GEMM2's output is rounded to float16 on the way",
+    ),
+    "sum": (
+        lambda call: forward(
+            call,
+            Stages(
+                finalize=FinalizeVariant(lambda a, w, y, b: fp32.fma(w, fp32.add(y, b), a).half().float())
+            ),
+        ),
+        "finalize",
+        "the sum over the slots is kept in float16",
+    ),
+    "two": (
+        two,
+        "activation",
+        "two things: in the activation neither is clamped; and the routing weights are applied twice (squared)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_a_member_is_told_in_words(name: str) -> None:
+    kernel, stage, words = MEMBERS[name]
+    found = diagnose("moe", CALL, {"output": kernel(CALL)}, {"output": EXPECTED}).finding
+    assert words in found.sentence
+    assert stage in found.stages
+    assert len(found.stages) <= 2
+    assert found.exact == bool(words)
+
+
+def unlike(name: str) -> Callable[[MoeCall], Tensor]:
+    """Random bytes for a tensor of the experts."""
+
+    def kernel(call: MoeCall) -> Tensor:
+        tensor = getattr(call.experts, name)
+        random = torch.randint(
+            0, 256, tensor.shape, generator=torch.Generator().manual_seed(3), dtype=torch.uint8
+        )
+        return having(call, **{name: random})
+
+    return kernel
+
+
+def flipped(call: MoeCall) -> Tensor:
+    output = forward(call)
+    chosen = torch.rand(output.shape, generator=torch.Generator().manual_seed(3)) < 0.01
+    output.view(torch.int16)[chosen] ^= 1 << 6
+    return output
+
+
+UNNAMED: dict[str, tuple[Callable[[MoeCall], Tensor], str, str]] = {
+    "fc2": (unlike("fc2_weights"), "fc2", "no activation gives this output by the right GEMM2"),
+    "fc1": (unlike("fc1_weights"), "fc1", "GEMM2 is right"),
+    "bits": (flipped, "finalize", "single elements are far off, without a pattern of columns"),
+    "weights": (
+        weighing(lambda w: torch.rand(w.shape, generator=torch.Generator().manual_seed(3))),
+        "finalize",
+        "the routing weights used are others",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNNAMED)
+def test_what_is_in_no_family_gets_its_stage_and_no_name(name: str) -> None:
+    kernel, stage, words = UNNAMED[name]
+    output = kernel(CALL)
+    found = diagnose("moe", CALL, {"output": output}, {"output": EXPECTED}, effort="quick").finding
+    assert words in found.sentence
+    assert stage in found.stages
+    assert not found.exact
+
+
+def test_one_finding_for_all_cases() -> None:
+    """Cases that pass, and those that the first one leaves open, decide."""
+    goldens = open_goldens()
+    cases = [
+        goldens.load(name) for name in ("gemm/ordinary", "gemm/uneven_experts", "finalize/missing_experts")
+    ]
+    kernel = Kernel(
+        "next scales",
+        ("moe",),
+        lambda kind, call: ((kind, call), {}),
+        lambda kind, call: having(call, fc1_scales=call.experts.fc1_scales.roll(-1, 0)),
+        True,
+    )
+    report = run(kernel, cases, Options(repeat=False))
+    assert report.finding.sentence.startswith("GEMM1's scales are those of the next expert")
+    assert (report.finding.stages, report.finding.exact) == (("fc1",), True)
+    assert "Every wrong bit is predicted by this" in report.verdict
+    assert all(r.ok or (r.diagnosis and r.diagnosis.finding.exact) for r in report.results)
+
+
+def test_every_named_defect_of_the_layer_has_a_family() -> None:
+    assert [d.name for d in DEFECTS.values() if d.target == "moe" and family_of(d.name) is None] == []
+
+
+def test_the_commands_tell_families() -> None:
+    listed = CliRunner().invoke(commands, ["defects"]).output
+    assert all(name in listed for name in (*FAMILIES, *DEFECTS))
+    told = CliRunner().invoke(commands, ["explain", "part of K"]).output
+    assert "the tail, one group, one tile" in told
