@@ -28,6 +28,7 @@ from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward
 from mxfp4ref.model.parallel import Ranks, forward_all_ranks, gather
 from mxfp4ref.model.placement import STRATEGIES, place_experts
+from mxfp4ref.routing.route import Routing
 from mxfp4ref.sm90.tactics import Sm90Kernel
 from tests.helpers.checkpoints import (
     DEEPSEEK_H,
@@ -88,7 +89,8 @@ def test_positions_are_those_of_the_whole_call() -> None:
     call = MoeCall(one.input, ids, scales, experts, kernel=kernel)
     assert not same_bits(forward(call)[1:], forward(call.select(slice(1, None))))
     for ranks in (Ranks(), Ranks(3)):
-        got = streaming.forward_in_parts(one.input, ids, scales, experts, ranks, kernel)
+        routing = Routing(ids, scales, torch.zeros(600, dtype=torch.bool))
+        got = streaming.forward_in_parts(one.input, routing, experts, ranks, kernel)
         assert same_bits(got, forward_all_ranks(call, ranks))
 
 

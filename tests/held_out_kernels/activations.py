@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mxfp4ref import MoeCall, Stages, forward
 from mxfp4ref.sm90 import fp32
-from mxfp4ref.sm90.swiglu import sigmoid, swiglu
+from mxfp4ref.sm90.activation import sigmoid
+from mxfp4ref.sm90.swiglu import swiglu
 from tests.held_out_kernels.by_hand import layer, with_experts
 from tests.held_out_kernels.definition import wrong
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from mxfp4ref import Experts, MoeCall
 from mxfp4ref.formats.mxfp4 import dequantize
 from mxfp4ref.model.forward import select_local
+from mxfp4ref.sm90.activation import SWIGLU, SWIGLU_BIAS, activate
 from mxfp4ref.sm90.finalize import finalize
 from mxfp4ref.sm90.fp32 import to_bf16
 from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
@@ -79,10 +80,16 @@ def layer(call: MoeCall, **hooks: Callable[..., Any]) -> Tensor:
     x = hook("x", rows, taken, default=lambda: taken)
     acc = _gemm(call, 0, x, rows, hooks)
     fc1 = hook("fc1", rows, acc, default=lambda: to_bf16(acc))
-    named = [experts.fc1_biases, experts.swiglu_alpha, experts.swiglu_beta, experts.swiglu_limit]
-    given = [None if p is None else p.reshape(len(p), -1)[rows.expert] for p in named]
-    given = hook("parameters", rows, given, default=lambda: given)
-    activated = hook("swiglu", fc1, *given, default=lambda: swiglu(fc1, *given))
+    if call.activation.id in (SWIGLU, SWIGLU_BIAS):
+        named = [experts.fc1_biases, experts.swiglu_alpha, experts.swiglu_beta, experts.swiglu_limit]
+        given = [_of_rows(p, rows) for p in named]
+        given = hook("parameters", rows, given, default=lambda: given)
+        activated = hook("swiglu", fc1, *given, default=lambda: swiglu(fc1, *given))
+    else:  # which the mistakes do not concern
+        named = [getattr(experts, name) for name in call.activation.defaults]
+        activated = activate(
+            call.activation, fc1, _of_rows(experts.fc1_biases, rows), [_of_rows(p, rows) for p in named]
+        )
     a = hook("activation", rows, activated, default=lambda: to_bf16(activated))
     acc2 = _gemm(call, 1, a, rows, hooks)
     fc2 = hook("fc2", rows, acc2, default=lambda: to_bf16(acc2))
@@ -102,6 +109,10 @@ def groups_of(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
     values = dequantize(packed, scales, convention="sm90", dtype=torch.float32).double()
     parts = zip(x.double().split(32, dim=-1), values.split(32, dim=-1), strict=True)
     return torch.stack([(a @ w.T).float() for a, w in parts])
+
+
+def _of_rows(parameter: Tensor | None, rows: Rows) -> Tensor | None:
+    return None if parameter is None else parameter.reshape(len(parameter), -1)[rows.expert]
 
 
 def _rows(local: Tensor) -> Rows:

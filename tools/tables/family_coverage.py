@@ -26,9 +26,9 @@ from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.goldens import Case, open_goldens
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import Stages
+from mxfp4ref.sm90.activation import SWIGLU, SWIGLU_BIAS, Activation, activate
 from mxfp4ref.sm90.finalize import finalize
 from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
-from mxfp4ref.sm90.swiglu import swiglu
 
 ENOUGH = 2
 _MANY = 64  # tokens; larger cases are for what shows there only
@@ -85,7 +85,7 @@ def after(stage: str, change: Change) -> Run:
     """The kernel with something done to what a stage computes."""
     stages = {
         "fc1_gemm": group_scaled_gemm,
-        "swiglu": swiglu,
+        "activate": activate,
         "fc2_gemm": group_scaled_gemm,
         "finalize": finalize,
     }
@@ -98,7 +98,7 @@ def after(stage: str, change: Change) -> Run:
 
 GEMM_TENSORS = ("fc1_weights", "fc1_scales", "fc2_weights", "fc2_scales")
 EXPERT_TENSORS = (*GEMM_TENSORS, "fc1_biases", "fc2_biases", "swiglu_alpha", "swiglu_beta", "swiglu_limit")
-STAGES = ("fc1_gemm", "swiglu", "fc2_gemm", "finalize")
+STAGES = ("fc1_gemm", "activate", "fc2_gemm", "finalize")
 
 
 def index_maps(rng: random.Random) -> Iterator[Member]:
@@ -304,13 +304,11 @@ def activations(rng: random.Random) -> Iterator[Member]:
             choice["sigmoid"] = "hard"
 
         def activation(
-            fc1: Tensor,
-            bias: Any = None,
-            alpha: Any = None,
-            beta: Any = None,
-            limit: Any = None,
-            o: dict[str, Any] = choice,
+            which: Activation, fc1: Tensor, bias: Any, parameters: Any, o: dict[str, Any] = choice
         ) -> Tensor:
+            if which.id not in (SWIGLU, SWIGLU_BIAS):
+                return activate(which, fc1, bias, parameters)
+            limit = parameters[2] if parameters else None
             value = fc1.to(torch.float32)
             value = value if bias is None else value + bias.to(torch.float32)
             up, gate = value.chunk(2, -1)
@@ -324,7 +322,7 @@ def activations(rng: random.Random) -> Iterator[Member]:
             out = gate * sigmoids[o["sigmoid"]](gate * o["alpha"]) * (up + o["beta"])
             return out if limit is None or o["clamp"] != "after" else torch.minimum(out, limit)
 
-        yield Member("activation", str(choice), lambda c, f=activation: forward(c, Stages(swiglu=f)))
+        yield Member("activation", str(choice), lambda c, f=activation: forward(c, Stages(activate=f)))
 
 
 def stale(rng: random.Random) -> Iterator[Member]:
