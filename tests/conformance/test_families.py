@@ -130,7 +130,7 @@ MEMBERS: dict[str, tuple[Callable[[MoeCall], Tensor], str, str]] = {
         lambda call: forward(
             call,
             Stages(
-                swiglu=SwigluVariant(clamp=lambda u, g, lim: (fp32.minimum(u, lim), g), sigmoid=torch.tanh)
+                activate=SwigluVariant(clamp=lambda u, g, lim: (fp32.minimum(u, lim), g), sigmoid=torch.tanh)
             ),
         ),
         "activation",
