@@ -188,7 +188,8 @@ def one_call(kernel: Wrong) -> tuple[str, Any, dict[str, Tensor]]:
     """The name, the inputs and the right outputs of a call on which a kernel shows."""
     if kernel.kind == "quantize":
         values = quantised_values()
-        return "values", {"values": values}, dict(zip(("packed", "scales"), quantize(values), strict=True))
+        right = dict(zip(("packed", "scales"), quantize(values, rule="floor"), strict=True))
+        return "values", {"values": values, "rule": "floor"}, right
     if kernel.kind == "moe":
         for name in CALLS:
             expected = {"output": _right(name)}

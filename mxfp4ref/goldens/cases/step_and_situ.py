@@ -58,6 +58,7 @@ def step_at_rounding_boundaries(source: Source) -> MoeCall:
 
 @define(
     catches="activation_type_ignored no_limit_by_default step_limit_one_sided step_silu_bf16",
+    unique_for="SwigluStep's limit of 7",
 )
 def step_clamps_at_7(source: Source) -> MoeCall:
     """SwigluStep without a limit on both sides of 7: silu(gate) is clamped from above, up on both sides."""
@@ -93,7 +94,18 @@ def step_non_finite(source: Source) -> MoeCall:
     return _call(SWIGLU_STEP, *_non_finite_pairs(source), _infinite(_experts(), range(8, 24), range(16)))
 
 
-@define(catches="bias1_ignored bias1_bf16")
+@define(
+    catches="step_gate_clamped_below step_clamp_propagates_nan step_reads_alpha_and_beta",
+    unique_for="SwigluStep's options together",
+    pending=True,
+)
+def step_all_at_once(source: Source) -> MoeCall:
+    """SwigluStep of NaN and Inf beside numbers, limits of 0.2 and of 3, alpha and beta, which are not read."""
+    experts = _experts(swiglu_limit=[0.2, 3.0], swiglu_alpha=[1.702, 0.5], swiglu_beta=[1.0, -1.0])
+    return _call(SWIGLU_STEP, *_non_finite_pairs(source), _infinite(experts, range(8, 24), range(16)))
+
+
+@define(catches="bias1_ignored bias1_bf16", unique_for="SwigluStep after biases")
 def step_with_biases(source: Source) -> MoeCall:
     """SwigluStep after biases, two experts with other limits, a bias of fc2."""
     experts = _biased(source, _experts(swiglu_limit=[1.5, 4.0]))
@@ -136,7 +148,10 @@ def situ_linear_beta_alone(source: Source) -> MoeCall:
     return _call(SITU, *pairs, _experts(situ_linear_beta=[1.03]))
 
 
-@define(catches="params_of_first_expert params_bf16 situ_up_uncapped situ_clamped")
+@define(
+    catches="params_of_first_expert params_bf16 situ_up_uncapped situ_clamped",
+    unique_for="SiTU's parameters by expert",
+)
 def situ_parameters_by_expert(source: Source) -> MoeCall:
     """SiTU with two experts' parameters, one of them negative, and SwiGLU's, which it does not read."""
     read = {"situ_beta": [1.32, 4.0], "situ_linear_beta": [-2.97, 0.6]}
@@ -169,7 +184,7 @@ def situ_strange_parameters(source: Source) -> MoeCall:
     return _call(SITU, *_clamped_pairs(source, 5.0), experts)
 
 
-@define(catches="bias1_ignored bias1_bf16")
+@define(catches="bias1_ignored bias1_bf16", unique_for="SiTU after biases")
 def situ_with_biases(source: Source) -> MoeCall:
     """SiTU after biases, two experts with other parameters, a bias of fc2."""
     experts = _biased(source, _experts(situ_beta=[2.0, 3.7], situ_linear_beta=[5.0, 1.9]))
@@ -195,7 +210,7 @@ def geglu_special_values(source: Source) -> MoeCall:
     return _call(GEGLU, *_structured_pairs(source, None), experts)
 
 
-@define(catches="activation_type_ignored bias1_ignored bias1_bf16")
+@define(catches="activation_type_ignored bias1_ignored bias1_bf16", unique_for="Geglu after biases")
 def geglu_with_biases(source: Source) -> MoeCall:
     """Geglu after biases, two experts, a bias of fc2; gates on both sides of erf's two polynomials."""
     return _call(GEGLU, *_clamped_pairs(source, 3.0), _biased(source, _one_hot(2)))
