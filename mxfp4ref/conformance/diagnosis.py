@@ -18,10 +18,14 @@ from mxfp4ref.conformance.families.hypothesis import UNKNOWN, Finding, Hypothesi
 from mxfp4ref.conformance.families.named import named_hypotheses, stages_of
 from mxfp4ref.conformance.families.probe import probed
 from mxfp4ref.conformance.patterns import patterns
-from mxfp4ref.conformance.reduction import local_experts, one_token
+from mxfp4ref.conformance.reduction import is_heavy, local_experts, one_token
 from mxfp4ref.conformance.stage_fit import numbers, reconcile, stage_of_exposed
+<<<<<<< HEAD
 from mxfp4ref.conformance.stage_words import finding_of_stage
 from mxfp4ref.conformance.suspects import Prediction, Progress, closest, predict
+=======
+from mxfp4ref.conformance.suspects import Prediction, Progress, closest, predict, try_defects
+>>>>>>> families
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.formats.humming_experts import HummingExperts
 from mxfp4ref.model.call import MoeCall
@@ -30,6 +34,7 @@ from mxfp4ref.sm90 import fp32
 
 __all__ = ["EFFORTS", "Diagnosis", "Finding", "Known", "Prediction", "diagnose", "predict"]
 
+_NAMED_SECONDS = 60.0  # for the named defects, on a layer of real size
 EFFORTS = {"quick": 0.7, "full": 50.0}  # seconds for hypotheses
 _ULP_BINS = (1, 2, 4, 16, 256, FAR - 1)
 
@@ -184,6 +189,13 @@ def _investigated(
     part = probed(call, got, want)
     if part is None:
         return (), Finding(), ("no token gives its expected row alone, so that no hypothesis can be tried",)
+    if is_heavy(call):  # each is confirmed on more tokens than the families are
+        first_names = tuple(s for s in how.suspects if isinstance(s, str))
+        verdict = try_defects(
+            call, got, want, first=first_names, seconds=_NAMED_SECONDS, progress=how.progress
+        )
+        if any(p.exact for p in verdict.predictions):
+            return verdict.predictions, _named_finding(verdict.predictions), verdict.remarks
     small, rows_got, rows_want, note = part
     pipeline = prepared(small)
     names = {s for s in how.suspects if isinstance(s, str)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -32,6 +33,7 @@ from mxfp4ref.conformance.families.tensors import (
     value_hypotheses,
 )
 from mxfp4ref.conformance.families.weighting import weight_hypotheses
+from mxfp4ref.conformance.reduction import is_heavy
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
 
@@ -82,7 +84,8 @@ def investigate(
         known: what is known already, such as of an intermediate that the kernel returned.
         progress: called with the name of each named defect that is tried, and how many there are.
     """
-    with one_thread():
+    heavy = is_heavy(pipeline.call)
+    with nullcontext() if heavy else one_thread():
         until = time.monotonic() + seconds
         search = Search(pipeline, got, want, until, progress=progress)
         evidence: list[Evidence] = []
@@ -90,11 +93,15 @@ def investigate(
         if not found:
             evidence = [known] if known else gather(pipeline, got, want, search.wrong)
             for tier in _tiers(pipeline.call, search, evidence):
-                found = search.run(tier)
+                if heavy:  # the named ones have been tried, and what needs no GEMM is tried first
+                    tier = iter(sorted(filter(_by_token, tier), key=lambda h: not h.cheap))
+                found = search.run(tier, enough=3 if heavy else 1 << 30)
                 if found or search.out_of_time():
                     break
-        if not found and thorough and known is None and not _certain(evidence):
+        if not found and thorough and not heavy and known is None and not _certain(evidence):
             found = _thorough(search, evidence)
+    if any(e.zeros for e in evidence):  # which much would give, and nothing tells what
+        found = [m for m in found if m.hypothesis.family in ("output", "dropped slots", "ranks", "named")]
     matches = sorted(found, key=lambda m: (not m.exact, m.hypothesis.cost))
     return Result(
         tuple(matches), tuple(evidence), told(matches, evidence), search.tried, not search.out_of_time()
@@ -103,6 +110,12 @@ def investigate(
 
 def simplest(matches: list[Match]) -> list[Match]:
     return sorted(matches, key=lambda m: (not m.exact, m.hypothesis.cost))
+
+
+def _by_token(hypothesis: Hypothesis) -> bool:
+    """Whether a few tokens of a call show it: it does not depend on where a row lies among others."""
+    h = hypothesis
+    return not (h.name or h.family in ("dropped slots", "rows of an expert") or "token" in h.words)
 
 
 def _is_small(search: Search) -> bool:

@@ -42,6 +42,11 @@ class Evidence:
     strength: int
     inner: tuple[int, int] | None = None
 
+    @property
+    def zeros(self) -> bool:
+        """Whether it says no more than that rows are zero."""
+        return not self.stages and "are zero" in self.sentence
+
     def finding(self) -> Finding:
         return Finding(self.stages, self.sentence, False)
 

@@ -31,6 +31,7 @@ from mxfp4ref.conformance.families.places import (
     fitting_attributes,
     tokens_in_words,
 )
+from mxfp4ref.conformance.reduction import is_heavy, reduce_call
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import KERNEL
 from mxfp4ref.sm90 import fp32
@@ -65,10 +66,7 @@ def one_thread() -> Iterator[None]:
 
 
 def surprise(got: Tensor, want: Tensor) -> float:
-    """How many bits of information there are in predicting `got` where it differs from `want`, at least.
-
-    One for each element that is a rounding off, more for one that is further off, at most six.
-    """
+    """How many bits predicting `got` tells where it differs from `want`: one for a rounding, more further off."""
     mask = differing(got, want)
     far = ulp_distance(got, want)[mask].clamp(max=62)
     return float((1 + far.clamp(min=1).to(torch.float64)).log2().sum())
@@ -99,11 +97,7 @@ class Search:
         self.wrong = differing(self.got, self.want)
         self.local = local_of(self.pipeline)
         self.tokens = self._probe_tokens()
-        part = (
-            self.pipeline
-            if self.whole
-            else replace(self.pipeline, call=self.pipeline.call.select(self.tokens))
-        )
+        part = self.pipeline if self.whole else replace(self.pipeline, call=self._part_of(self.pipeline.call))
         if not self.whole and bool(differing(part.run(), self.want[self.tokens]).any()):
             self.tokens, part = torch.arange(len(self.got)), self.pipeline  # rows show where they lie
         self.part = part
@@ -111,6 +105,9 @@ class Search:
         self.part_right = ~self.wrong[self.tokens]
         self.base = _ulps(self.part_want, self.part_got), _angle(self.part_want, self.part_got)
         self.base_of_all = _ulps(self.want, self.got), _angle(self.want, self.got)
+
+    def _part_of(self, call: MoeCall) -> MoeCall:
+        return reduce_call(call, self.tokens, neighbours=True) if is_heavy(call) else call.select(self.tokens)
 
     @cached_property
     def rows(self) -> SlotRows:
@@ -328,7 +325,9 @@ def _in_columns(hypothesis: Hypothesis, words: str, columns: Callable[[int], Ten
 
         return Pipeline(pipeline.call, KERNEL, run)
 
-    return replace(hypothesis, words=f"{hypothesis.words}, {words}", change=change, cost=hypothesis.cost + 1)
+    return replace(
+        hypothesis, words=f"{hypothesis.words}, {words}", change=change, cost=hypothesis.cost + 1, name=""
+    )
 
 
 def _in_slots(hypothesis: Hypothesis, words: str, mask_of: Callable[[MoeCall, Tensor], Tensor]) -> Hypothesis:
@@ -347,4 +346,5 @@ def _in_slots(hypothesis: Hypothesis, words: str, mask_of: Callable[[MoeCall, Te
         words=f"{hypothesis.words}, for slots {words} only",
         change=change,
         cost=hypothesis.cost + 1,
+        name="",
     )
