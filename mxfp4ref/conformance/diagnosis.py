@@ -20,12 +20,8 @@ from mxfp4ref.conformance.families.probe import probed
 from mxfp4ref.conformance.patterns import patterns
 from mxfp4ref.conformance.reduction import is_heavy, local_experts, one_token
 from mxfp4ref.conformance.stage_fit import numbers, reconcile, stage_of_exposed
-<<<<<<< HEAD
 from mxfp4ref.conformance.stage_words import finding_of_stage
-from mxfp4ref.conformance.suspects import Prediction, Progress, closest, predict
-=======
 from mxfp4ref.conformance.suspects import Prediction, Progress, closest, predict, try_defects
->>>>>>> families
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.formats.humming_experts import HummingExperts
 from mxfp4ref.model.call import MoeCall
