@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,12 +23,14 @@ from mxfp4ref.checkpoint import (
     streaming,
     write_layer,
 )
+from mxfp4ref.formats.experts import Experts
 from mxfp4ref.formats.mxfp4 import dequantize
 from mxfp4ref.formats.quantize import quantize
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward
 from mxfp4ref.model.parallel import Ranks, forward_all_ranks, gather
 from mxfp4ref.model.placement import STRATEGIES, place_experts
+from mxfp4ref.routing import Routing
 from mxfp4ref.sm90.tactics import Sm90Kernel
 from tests.helpers.checkpoints import (
     DEEPSEEK_H,
@@ -87,8 +90,9 @@ def test_positions_are_those_of_the_whole_call() -> None:
     scales = one.token_final_scales[:1].expand(600, 2).contiguous()
     call = MoeCall(one.input, ids, scales, experts, kernel=kernel)
     assert not same_bits(forward(call)[1:], forward(call.select(slice(1, None))))
+    routing = Routing(ids, scales, torch.zeros(600, dtype=torch.bool))
     for ranks in (Ranks(), Ranks(3)):
-        got = streaming.forward_in_parts(one.input, ids, scales, experts, ranks, kernel)
+        got = streaming.forward_in_parts(one.input, routing, experts, ranks, kernel)
         assert same_bits(got, forward_all_ranks(call, ranks))
 
 
@@ -289,6 +293,75 @@ def test_a_shared_expert_in_fp8_or_bf16_is_requantised(tmp_path: Path, kind: str
     back = dequantize(packed, scales, dtype=torch.float64)
     assert float((back - values).abs().max() / values.abs().max()) < 0.5
     assert "output" in run_layer(fuse_shared(layer, rule), write_input(tmp_path))
+
+
+def shared_in_blocks(scales: Callable[[int, int], Tensor]) -> Callable[[Tensors], None]:
+    """A shared expert in float8_e4m3fn with these scales for a matrix of so many rows and columns."""
+
+    def change(tensors: Tensors) -> None:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            key = f"model.layers.1.mlp.shared_experts.{name}.weight"
+            tensors[key] = tensors[key].to(torch.float8_e4m3fn)
+            tensors[f"{key}_scale_inv"] = scales(*tensors[key].shape)
+
+    return change
+
+
+def test_a_last_block_that_is_cut_off(tmp_path: Path) -> None:
+    """Blocks of 128 in 160 columns are 128 and 32, not 80 and 80."""
+    make_checkpoint(tmp_path, "weight_scale")
+    layer = read_layer(tmp_path, 1)
+    weights = {
+        f"{n}_proj.weight": torch.randn(160, 160).to(torch.float8_e4m3fn) for n in ("gate", "up", "down")
+    }
+    scales = {f"{name}_scale_inv": torch.tensor([[1.0, 4.0], [16.0, 64.0]]) for name in weights}
+    wide = replace(layer, hidden_size=160, intermediate_size=160, shared_experts=weights | scales)
+    codes = torch.zeros(1, 480, 85, dtype=torch.uint8)
+    experts = Experts(codes[:, :320, :80], codes[:, :320, 80:], codes[:, 320:, :80], codes[:, 320:, 80:])
+    fused = fuse_shared(replace(wide, experts=experts), "floor").experts
+    assert isinstance(fused, Experts)
+    factor = torch.tensor([1.0, 4.0]).repeat_interleave(torch.tensor([128, 32]))
+    values = weights["down_proj.weight"].float() * factor * (factor * factor)[:, None]
+    assert same_bits(fused.fc2_weights[-1], quantize(values, rule="floor")[0])
+    assert fused.fc2_scales is not None
+    assert same_bits(fused.fc2_scales[-1], quantize(values, rule="floor")[1])
+
+
+def test_scales_in_bytes_are_powers_of_two(tmp_path: Path) -> None:
+    make_checkpoint(
+        tmp_path, "weight_scale", shared_in_blocks(lambda n, k: torch.full((n // 128, k // 128), 125.0))
+    )
+    bits = fuse_shared(open_layer(tmp_path, 1), "floor").experts.select(torch.tensor([EXPERTS])).fc2_scales
+    as_bytes = shared_in_blocks(lambda n, k: torch.full((n // 128, k // 128), 127, dtype=torch.uint8))
+    make_checkpoint(tmp_path, "weight_scale", as_bytes)
+    ones = fuse_shared(open_layer(tmp_path, 1), "floor").experts.select(torch.tensor([EXPERTS])).fc2_scales
+    assert bits is not None
+    assert ones is not None
+    assert int(bits.long().sum() - ones.long().sum()) > 5 * ones.numel()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            shared_in_blocks(lambda n, k: torch.ones(n // 128, k // 128, dtype=torch.int32)),
+            "expected a float32 or",
+        ),
+        (shared_in_blocks(lambda n, k: torch.ones(1, 3)), "blocks of a power of two, got 3 for"),
+        (
+            lambda tensors: tensors.update(
+                {"model.layers.1.mlp.shared_experts.gate_proj.bias": torch.ones(DEEPSEEK_I)}
+            ),
+            "expected a shared expert of weights and scales, found gate_proj.bias too",
+        ),
+    ],
+)
+def test_a_shared_expert_of_something_else(
+    tmp_path: Path, change: Callable[[Tensors], None], message: str
+) -> None:
+    make_checkpoint(tmp_path, "weight_scale", change)
+    with pytest.raises((CheckpointError, TypeError), match=message):
+        fuse_shared(open_layer(tmp_path, 1), "floor")
 
 
 def dequantize_blocks(scale: Tensor) -> Tensor:
