@@ -97,6 +97,21 @@ def test_what_would_be_refused_and_why(tmp_path: Path) -> None:
     assert given.exit_code == 0, given.output
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("num_experts_per_tok=7", "top_k: expected an int from 1 to 4, got 7"),
+        ("n_group=3", "n_group: expected a divisor"),
+    ],
+)
+def test_a_router_that_would_be_refused(tmp_path: Path, change: str, words: str) -> None:
+    """Whatever `layer` says of every input, this says too."""
+    make_checkpoint(tmp_path, "deepseek_v4")
+    result = invoke("checkpoint", tmp_path, "--layer", 1, "--names-only", "--set", change)
+    assert result.exit_code == 1
+    assert words in result.output
+
+
 def test_a_checkpoint_without_experts(tmp_path: Path) -> None:
     result = invoke("checkpoint", tmp_path)
     assert result.exit_code == 2
