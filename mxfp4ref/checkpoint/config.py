@@ -233,6 +233,8 @@ def read_config(root: Path, changes: Mapping[str, Any] | None = None) -> Config:
             continue
         if not isinstance(nested, dict):
             raise CheckpointError(f"{where}: {name}: expected an object, got {shown(nested)}")
+        if deeper := sorted(nested.keys() & set(_NESTED)):
+            raise CheckpointError(f"{where}: {name}: expected no further {deeper[0]} in it")
         for key in sorted(_KNOWN.difference(HONOURED["model_type"]) & nested.keys() & values.keys()):
             if None not in (nested[key], values[key]) and nested[key] != values[key]:
                 raise CheckpointError(

@@ -310,6 +310,11 @@ def test_a_name_map_reads_and_writes(tmp_path: Path) -> None:
         ('like = "gpt_oss"\nprefixes = "x"', "prefixes: expected a list"),
         ('like = "gpt_oss"\nprefixes = ["layers."]', "prefixes: expected one of {layer} and {draft}"),
         (
+            'like = "gpt_oss"\nprefixes = ["a.{layer}.{expert}."]',
+            "prefixes: expected one of {layer} and {draft}, once",
+        ),
+        ('like = "deepseek_v4"\nname = "gpt_oss"', "name: expected another name than that of a known format"),
+        (
             'like = "gpt_oss"\n[names]\nrouter = "x"',
             "names: expected roles among fc1_weights, .*got 'router'",
         ),
