@@ -267,3 +267,13 @@ class TestFlashinfer:
             pytest.skip("there is a GPU here")
         with pytest.raises(KernelError, match="needs a CUDA device"):
             load_kernel("flashinfer")
+
+
+def test_a_file_called_like_a_module_takes_nobodys_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("torch.py").write_text("import torch\ndef f(*a, **k): return torch.zeros(1)\n")
+    kernel = load_kernel("plain:torch.py:f")
+    assert sys.modules["torch"] is torch
+    assert isinstance(kernel.function(), Tensor)
