@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,7 +32,7 @@ __all__ = ["commands", "main"]
 
 @contextmanager
 def _ended_from_outside() -> Iterator[None]:
-    """Ctrl-C, a reader that has gone away and a full disk are no verdict: not exit code 1, and no traceback."""
+    """Ctrl-C, a reader that has gone away, a full disk and an error of ours are no verdict: not exit code 1."""
     try:
         try:
             yield
@@ -49,6 +50,13 @@ def _ended_from_outside() -> Iterator[None]:
         if isinstance(error, BrokenPipeError):
             sys.exit(_NOT_READ)
         raise UsageError(f"{type(error).__name__}: {error}") from error
+    except (click.ClickException, click.exceptions.Exit, click.Abort):
+        raise
+    except Exception as error:  # nobody's fault but this package's
+        traceback.print_exc()
+        raise UsageError(
+            "an error of mxfp4ref itself, no verdict; please report what stands above"
+        ) from error
 
 
 class _Commands(click.Group):

@@ -6,7 +6,6 @@ and whose name sounds of experts, routing or activations is refused: it may chan
 
 from __future__ import annotations
 
-import math
 import os.path
 import re
 from collections.abc import Iterable, Mapping
@@ -17,8 +16,9 @@ from typing import Any
 from mxfp4ref._validate import check_float, shown
 from mxfp4ref.checkpoint.shards import GGUF, CheckpointError, read_json
 from mxfp4ref.routing.models import DEEPSEEK_V3, DEEPSEEK_V4, MIXTRAL, Preset
+from mxfp4ref.sm90.activation import SITU, SWIGLU
 
-__all__ = ["HONOURED", "NOT_MATTERING", "OPTIONS", "Config", "read_config", "router_of", "swiglu_limit"]
+__all__ = ["ACTIVATION_NAMES", "HONOURED", "NOT_MATTERING", "OPTIONS", "Config", "read_config", "router_of"]
 
 # The keys that are read, by what they say. Of several names for one thing all that are there must agree.
 HONOURED: dict[str, tuple[str, ...]] = {
@@ -33,6 +33,8 @@ HONOURED: dict[str, tuple[str, ...]] = {
     "alpha": ("swiglu_alpha",),
     "beta": ("swiglu_beta",),
     "limit": ("swiglu_limit",),
+    "situ_beta": ("activation_situ_beta",),
+    "situ_linear_beta": ("activation_situ_linear_beta",),
     "activation": ("hidden_act", "hidden_activation"),
     "routed_scaling_factor": ("routed_scaling_factor",),
     "score": ("scoring_func", "moe_router_activation_func"),
@@ -72,7 +74,6 @@ NOT_MATTERING: dict[str, tuple[str, ...]] = {
     "how text is generated": ("temperature", "top_k"),
     "how an engine shares out the work": ("ep_size", "moe_ep_size", "moe_tp_size", "experts_implementation"),
     "parts of what another key is refused for": (
-        "activation_situ_(linear_)?beta",  # hidden_act
         "latent_moe_use_norm",  # routed_expert_hidden_size
         "dspark_.*",  # the draft's own head
     ),
@@ -86,6 +87,7 @@ OPTIONS = {
     "limit": "--limit",
 }
 _NESTED = ("text_config", "language_config", "llm_config")
+ACTIVATION_NAMES = {"silu": SWIGLU, "swiglu": SWIGLU, "situ": SITU}
 _SUSPICIOUS = re.compile(
     r"expert|moe|rout|gate|scor|top_?k|swiglu|glu_|(^|_)act(iv|_|$)|clamp|limit|temp|group|renorm|norm_topk"
 )
@@ -190,11 +192,11 @@ class Config:
             )
 
     def check_scheme(self) -> None:
-        """Raise CheckpointError if the file says that the experts are not MXFP4, or the activation not SwiGLU."""
+        """Raise CheckpointError if the file says that the experts are not MXFP4, or names an unknown activation."""
         activation = self.get("activation", str)
-        if activation not in (None, "silu", "swiglu"):
+        if activation not in (None, *ACTIVATION_NAMES):
             raise self.error(
-                f"{self.key('activation')}={shown(activation)}: expected silu, the kernel has no other activation; "
+                f"{self.key('activation')}={shown(activation)}: expected {' or '.join(ACTIVATION_NAMES)}; "
                 f"config={{'{self.key('activation')}': 'silu'}} (--set on the command line) reads the weights"
             )
         scheme = self.get("quantization", dict) or {}
@@ -231,6 +233,8 @@ def read_config(root: Path, changes: Mapping[str, Any] | None = None) -> Config:
             continue
         if not isinstance(nested, dict):
             raise CheckpointError(f"{where}: {name}: expected an object, got {shown(nested)}")
+        if deeper := sorted(nested.keys() & set(_NESTED)):
+            raise CheckpointError(f"{where}: {name}: expected no further {deeper[0]} in it")
         for key in sorted(_KNOWN.difference(HONOURED["model_type"]) & nested.keys() & values.keys()):
             if None not in (nested[key], values[key]) and nested[key] != values[key]:
                 raise CheckpointError(
@@ -238,6 +242,8 @@ def read_config(root: Path, changes: Mapping[str, Any] | None = None) -> Config:
                     f"{shown(nested[key])}"
                 )
         values |= {key: value for key, value in nested.items() if value is not None}
+    for name in sorted(set(_NESTED).intersection(changes or {})):
+        raise CheckpointError(f"{name}: expected its keys by themselves, they go before the nested ones too")
     values |= changes or {}
     return Config({key: value for key, value in values.items() if value is not None}, where)
 
@@ -322,9 +328,3 @@ def _objects(value: object) -> list[dict[str, Any]]:
     )
     flat = [item for part in found for item in (part if isinstance(part, list) else [part])]
     return [item for item in flat if isinstance(item, dict)]
-
-
-def swiglu_limit(config: Config, no_limit: float | None) -> float | None:
-    """The limit of config.json, Inf where it means none; None if the file has none."""
-    limit = config.get("limit", float)
-    return math.inf if limit is not None and limit == no_limit else limit

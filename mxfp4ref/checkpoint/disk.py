@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,8 +11,9 @@ from typing import Any
 
 import torch
 
-from mxfp4ref._validate import check_choice, check_float, check_instance, check_int, shown
-from mxfp4ref.checkpoint.config import Config, read_config, router_of, swiglu_limit
+from mxfp4ref._validate import check_choice, check_instance, check_int, shown
+from mxfp4ref.checkpoint.activation import activation_type, checked, parameters
+from mxfp4ref.checkpoint.config import Config, read_config, router_of
 from mxfp4ref.checkpoint.format import ROUTER, CheckpointFormat, Found
 from mxfp4ref.checkpoint.formats import FORMATS
 from mxfp4ref.checkpoint.layer import CheckpointLayer, ExpertsInFiles, Swiglu, has_shared_expert
@@ -107,7 +107,11 @@ def open_layer(
     config = read_config(shards.root, options.config)
     config.refuse_unknown()
     config.check_scheme()
-    given = Swiglu(*(_parameter(*p) for p in (("alpha", alpha), ("beta", beta), ("limit", limit))))
+    if options.quantize is not None and layers[layer][0].storage.quantized:
+        raise ValueError(
+            f"quantize: expected experts in bf16 to quantise, those of {layers[layer][1]}* are MXFP4"
+        )
+    given = Swiglu(*(checked(*p) for p in (("alpha", alpha), ("beta", beta), ("limit", limit))))
     return layer_at(shards, layer, layers[layer], config, (given, multiple, options))
 
 
@@ -137,7 +141,7 @@ def layer_at(
         )
     shared = has_shared_expert(rest["shared_experts"], rest["others"])
     config.check_layer(layer, hashed="tid2eid" in rest, biased="router_bias" in rest, shared=shared)
-    swiglu = _swiglu(config, format, given)
+    swiglu = parameters(config, format, given)
     top_k = config.get("draft_top_k", int) if draft else None
     padded = [size + -size % multiple for size in (found.hidden_size, found.intermediate_size)]
     if not format.storage.quantized and options.quantize is None:
@@ -154,6 +158,7 @@ def layer_at(
         routed_scaling_factor=config.get("routed_scaling_factor", float),
         router=_router(config, format),
         expert_ids=None if options.experts is None else ids,
+        activation_type=activation_type(config),
         **rest,
     )
 
@@ -306,31 +311,3 @@ def _router(config: Config, format: CheckpointFormat) -> Any:
                 f"{config.key(role)}: expected no such key in {format.name}, whose router is its own"
             )
     return PRESETS[format.router]
-
-
-def _swiglu(config: Config, format: CheckpointFormat, given: Swiglu) -> Swiglu:
-    limit = given.limit
-    if limit is None:
-        limit = swiglu_limit(config, format.no_limit)
-        if limit is None and format.needs_limit:
-            raise config.missing("limit", "an argument limit")
-        if limit is not None and limit <= 0:
-            raise config.error(f"{config.key('limit')}: expected a positive number, got {limit}")
-
-    def first(role: str, default: float | None) -> float | None:
-        value = getattr(given, role)
-        value = config.get(role, float) if value is None else value
-        return default if value is None else float(value)
-
-    return Swiglu(
-        first("alpha", format.alpha), first("beta", format.beta), None if limit in (None, math.inf) else limit
-    )
-
-
-def _parameter(name: str, value: float | None) -> float | None:
-    if value is None or (name == "limit" and value == math.inf):
-        return value
-    check_float(name, value)
-    if name == "limit" and value <= 0:
-        raise ValueError(f"{name}: expected a positive float32 number, got {value}")
-    return value

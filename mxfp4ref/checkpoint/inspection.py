@@ -16,7 +16,7 @@ from mxfp4ref.checkpoint.config import Config, read_config
 from mxfp4ref.checkpoint.disk import ReadOptions, find_layers, layer_at, ranges
 from mxfp4ref.checkpoint.format import CheckpointFormat, Found
 from mxfp4ref.checkpoint.layer import CheckpointLayer, ExpertsInFiles, Swiglu
-from mxfp4ref.checkpoint.run import router_to_run
+from mxfp4ref.checkpoint.run import checked_router
 from mxfp4ref.checkpoint.shards import CheckpointError, Shards, open_shards
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE
@@ -188,7 +188,7 @@ def _look(
     rest += [*layer.shared_experts.values(), *layer.others.values()]
     entry.bytes += sum(tensor.nbytes for tensor in rest if tensor is not None)
     entry.carried = sorted(layer.others)
-    preset = router_to_run(layer, None)
+    preset = checked_router(layer)
     entry.router = _in_words(preset, layer)
 
 

@@ -30,6 +30,8 @@ class Swiglu:
     alpha: float | None = None
     beta: float | None = None
     limit: float | None = None
+    situ_beta: float | None = None
+    situ_linear_beta: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +95,8 @@ class ExpertsInFiles:
             swiglu_alpha=each(self.swiglu.alpha),
             swiglu_beta=each(self.swiglu.beta),
             swiglu_limit=each(self.swiglu.limit),
+            situ_beta=each(self.swiglu.situ_beta),
+            situ_linear_beta=each(self.swiglu.situ_linear_beta),
         )
 
     def read(self) -> Experts:

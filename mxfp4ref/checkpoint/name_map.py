@@ -12,6 +12,7 @@ router_weight = "router.weight"
 
 from __future__ import annotations
 
+import re
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -68,13 +69,18 @@ def read_name_map(path: str | Path) -> CheckpointFormat:
             )
     prefixes = tuple(values.get("prefixes", like.prefixes))
     for prefix in prefixes:
-        if ("{layer}" in prefix) == ("{draft}" in prefix):
+        if [*re.findall(r"\{.*?\}", prefix)] not in (["{layer}"], ["{draft}"]):
             raise CheckpointError(
-                f"{path}: prefixes: expected one of {{layer}} and {{draft}}, got {shown(prefix)}"
+                f"{path}: prefixes: expected one of {{layer}} and {{draft}}, once, got {shown(prefix)}"
             )
+    name = values.get("name", path.stem)
+    if name in FORMATS:  # whose router and names would be taken for this one's
+        raise CheckpointError(
+            f"{path}: name: expected another name than that of a known format, got {shown(name)}"
+        )
     return replace(
         like,
-        name=values.get("name", path.stem),
+        name=name,
         stores=f"as {path.name} says",
         prefixes=prefixes,
         names={**like.names, **names},

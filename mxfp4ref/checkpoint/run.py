@@ -27,7 +27,7 @@ from mxfp4ref.routing.route import PADDING_ID, Gate, Routing, Tokens, route
 from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.tactics import Sm90Kernel
 
-__all__ = ["router_logits", "router_to_run", "run_layer"]
+__all__ = ["checked_router", "router_logits", "router_to_run", "run_layer"]
 
 _INPUTS = ("hidden", "logits", "token_ids", "shared_output", "padded", "image_mask")
 _ONE_RANK = Ranks()
@@ -176,6 +176,18 @@ def _preset(layer: CheckpointLayer) -> Preset:
     raise CheckpointError(
         f"config.json: expected {keys}, or an argument router (--router, or --set KEY=VALUE, on the command line)"
     )
+
+
+def checked_router(layer: CheckpointLayer) -> Preset:
+    """The router that `run_layer` uses, with top_k and factor, after a token of zeros has passed it.
+
+    Raises:
+        TypeError, ValueError, CheckpointError: as `run_layer` does whatever its input.
+    """
+    nothing = torch.zeros(1, layer.router_weight.shape[1], dtype=torch.bfloat16, device="cpu")
+    tokens = {"token_ids": torch.zeros(1, dtype=torch.int64, device="cpu")}
+    _route(layer, router_logits(layer, nothing), tokens, None)
+    return router_to_run(layer, None)
 
 
 def router_to_run(layer: CheckpointLayer, router: str | None) -> Preset:

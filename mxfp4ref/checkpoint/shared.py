@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._ieee import to_fp32, to_fp64
-from mxfp4ref._validate import check_choice
+from mxfp4ref._validate import check_choice, check_tensor
 from mxfp4ref.checkpoint.layer import CheckpointLayer, ExpertsInFiles, concatenated
 from mxfp4ref.checkpoint.shards import CheckpointError
-from mxfp4ref.formats.experts import Experts
+from mxfp4ref.formats.experts import PARAMETERS, Experts
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE, PACKED_DTYPES, SCALE_DTYPES
 from mxfp4ref.formats.quantize import SCALE_RULES, quantize
 from mxfp4ref.formats.resize import resize_experts
@@ -55,9 +55,7 @@ def fuse_shared(layer: CheckpointLayer, rule: str | None = None) -> CheckpointLa
         like = source.select(torch.zeros(shared.num_experts, dtype=torch.int64, device="cpu"))
         shared = replace(
             shared,
-            swiglu_alpha=like.swiglu_alpha,
-            swiglu_beta=like.swiglu_beta,
-            swiglu_limit=like.swiglu_limit,
+            **{name: getattr(like, name) for name in PARAMETERS},
         )
         experts = concatenated([source, shared])
     return replace(layer, experts=experts, fused=shared.num_experts, shared_experts=MappingProxyType({}))
@@ -70,6 +68,11 @@ def _slots(layer: CheckpointLayer, rule: str | None) -> Experts:
         raise CheckpointError(
             f"{layer.prefix}*: expected a shared expert with {_MODULES[0]} or {_MODULES[1]}, found "
             f"{', '.join(sorted(layer.shared_experts))}"
+        )
+    known = {name + end for name in names for end in (".weight", *_SCALES)}
+    if unknown := sorted(layer.shared_experts.keys() - known):
+        raise CheckpointError(
+            f"{layer.prefix}*: expected a shared expert of weights and scales, found {unknown[0]} too"
         )
     hidden, inner = layer.hidden_size, layer.intermediate_size
     (gate, gate_scales), (up, up_scales), (down, down_scales) = (_matrix(layer, name, rule) for name in names)
@@ -115,8 +118,17 @@ def _matrix(layer: CheckpointLayer, name: str, rule: str | None) -> tuple[Tensor
         return quantize(weight, rule=rule)
     if weight.dtype != torch.float8_e4m3fn or scales is None or weight.dim() != 2 or scales.dim() != 2:
         raise CheckpointError(f"{label}: expected bfloat16, or float8_e4m3fn with scales of its blocks")
-    blocks = [-(-size // count) for size, count in zip(weight.shape, scales.shape, strict=True)]
+    if scales.dtype == torch.uint8:  # UE8M0, as beside MXFP4
+        scales = scales.view(torch.float8_e8m0fnu)
+    dtypes = (torch.float32, torch.bfloat16, torch.float8_e8m0fnu)
+    check_tensor(f"{label}: scales", scales, dtype=dtypes, shape=("...",))
     wide = scales.to(torch.float32)
-    for dim, (block, size) in enumerate(zip(blocks, weight.shape, strict=True)):
+    for dim, (count, size) in enumerate(zip(scales.shape, weight.shape, strict=True)):
+        # The last block may be cut off: of all powers of two one at most gives so many blocks, unless that is one.
+        block = next((1 << n for n in range(size.bit_length() + 1) if -(-size >> n) == count), 0)
+        if not block:
+            raise CheckpointError(
+                f"{label}: expected scales of blocks of a power of two, got {count} for {size}"
+            )
         wide = wide.repeat_interleave(block, dim).narrow(dim, 0, size)
     return quantize(to_fp32(to_fp64(weight.to(torch.float32)) * to_fp64(wide)), rule=rule)

@@ -18,6 +18,8 @@ from mxfp4ref.conformance.plain import of_exception
 
 __all__ = ["check_takes", "import_function"]
 
+_FILES: set[str] = set()  # the names of modules that are files loaded here
+
 
 def import_function(path: str, names: Collection[str]) -> Callable[..., Any]:
     """The function that a name leads to; modules of the working directory are found too.
@@ -97,18 +99,21 @@ def _file(path: Path) -> ModuleType:
     folder = str(path.resolve().parent)
     if folder not in sys.path:
         sys.path.append(folder)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # A torch.py is nobody's torch but its own.
+    name = path.stem if path.stem not in sys.modules or path.stem in _FILES else f"kernel_{path.stem}"
+    _FILES.add(name)
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    before = sys.modules.get(path.stem)
-    sys.modules[path.stem] = module  # as importing does: dataclasses and pickle look there
+    before = sys.modules.get(name)
+    sys.modules[name] = module  # as importing does: dataclasses and pickle look there
     try:
         spec.loader.exec_module(module)
     except BaseException:
         if before is None:
-            del sys.modules[path.stem]
+            del sys.modules[name]
         else:
-            sys.modules[path.stem] = before
+            sys.modules[name] = before
         raise
     return module

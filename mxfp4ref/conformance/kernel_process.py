@@ -79,7 +79,7 @@ class _Answers:
 
 def serve() -> None:
     """The process of a kernel: load it, run it on request."""
-    requests, answers = os.fdopen(os.dup(0), "rb"), _Answers()
+    requests, answers = os.fdopen(os.dup(0), "rb", closefd=False), _Answers()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     faulthandler.enable(all_threads=False)
     if sys.platform == "linux":

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from mxfp4ref.conformance.worker import Worker
     from mxfp4ref.goldens import Case, Goldens
 
+_SUITE = "mxfp4"  # what the tests' names begin with
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("mxfp4ref", "MXFP4 mixture-of-experts conformance")
@@ -51,13 +53,50 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("mxfp4_kernel") and not hasattr(
+        config, "workerinput"
+    ):  # xdist's workers report to this one
+        config.pluginmanager.register(_Verdict(config.getoption("mxfp4_kernel")))
+
+
+class _Verdict:
+    """A kernel that ran no case has not passed: `mxfp4ref conform` ends so too."""
+
+    def __init__(self, spec: str) -> None:
+        self._spec = spec
+        self._cases: set[str] = set()
+        self._skipped: set[str] = set()
+
+    @property
+    def _none_ran(self) -> bool:
+        return bool(self._cases) and self._cases == self._skipped
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.nodeid.startswith(f"{_SUITE}::"):
+            self._cases.add(report.nodeid)
+            if report.skipped:
+                self._skipped.add(report.nodeid)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self._none_ran and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.USAGE_ERROR
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self._none_ran:
+            count = len(self._cases)
+            terminalreporter.write_line(
+                f"ERROR: --mxfp4-kernel: none of the {count} cases is of a kind that {self._spec} runs"
+            )
+
+
 @pytest.hookimpl(tryfirst=True)  # before -k and -m choose among the tests
 def pytest_collection_modifyitems(
     session: pytest.Session, config: pytest.Config, items: list[pytest.Item]
 ) -> None:
     if config.getoption("mxfp4_kernel"):
         _under_test(config)  # what cannot be loaded is wrong usage, said once
-        suite = _ConformanceSuite.from_parent(session, name="mxfp4", nodeid="mxfp4")
+        suite = _ConformanceSuite.from_parent(session, name=_SUITE, nodeid=_SUITE)
         items.extend(suite.collect())
 
 

@@ -123,7 +123,6 @@ def record(
     Exit codes: the script's; 2 if nothing was recorded.
     """
     from mxfp4ref.engine.recorder import Recorder, run_script
-    from mxfp4ref.engine.recordings import find_recordings
 
     check_no_swap()
     if not module and not Path(script).is_file():
@@ -132,21 +131,24 @@ def record(
         max_bytes = int(check_float("--max-gib", max_gib) * 2**30)
         folder = folder.absolute()  # the script may change the working directory
         folder.mkdir(parents=True, exist_ok=True)
-        before = len(find_recordings(folder))
     recorder = Recorder(folder, max_calls, max_bytes)
-    code = run_script(script, arguments, recorder, module=module)
-    for problem in recorder.problems:
-        echo(f"not recorded: {problem}", err=True)
-    if recorder.left_out:
-        echo(f"{recorder.left_out:,} calls were not recorded", err=True)
-    written = len(find_recordings(folder)) - before  # of forked processes too
-    if not written:
-        raise UsageError(
-            f"{script}: nothing recorded; expected calls of flashinfer.fused_moe.cutlass_fused_moe or of "
-            "mxfp4ref.torch_ref_cutlass_fused_moe in this process"
-        )
-    echo(f"{written:,} calls recorded in {folder}")
-    sys.exit(code)
+
+    def summary(code: int) -> int:
+        """Say what was recorded; the exit code."""
+        for problem in recorder.problems:
+            echo(f"not recorded: {problem}", err=True)
+        if recorder.left_out:
+            echo(f"{recorder.left_out:,} calls were not recorded", err=True)
+        if not (written := recorder.written()):
+            UsageError(
+                f"{script}: nothing recorded; expected calls of flashinfer.fused_moe.cutlass_fused_moe or of "
+                "mxfp4ref.torch_ref_cutlass_fused_moe in this process"
+            ).show()
+            return USAGE
+        echo(f"{written:,} calls recorded in {folder}")
+        return code
+
+    sys.exit(summary(run_script(script, arguments, recorder, module=module, at_exit=summary)))
 
 
 @click.command()

@@ -74,11 +74,13 @@ class Stored:
         return {"type": type(value).__name__, "repr": str(value)[:1000]}
 
 
-def write_inputs(folder: Path, function: str, module: str, number: int, inputs: Stored) -> Path:
+def write_inputs(
+    folder: Path, function: str, module: str, number: int, inputs: Stored, recorder: str = ""
+) -> Path:
     """Write a call's arguments, by `arg_0` or `kwarg_input`; returns the call's new folder in `folder`.
 
     It has `inputs.safetensors` and `metadata.jsonl` as flashinfer 0.7.2.post1 writes them with
-    `FLASHINFER_DUMP_SAFETENSORS=1`.
+    `FLASHINFER_DUMP_SAFETENSORS=1`; `recorder` tells it from those that others write meanwhile.
 
     Raises:
         OSError: it cannot be written.
@@ -103,7 +105,7 @@ def write_inputs(folder: Path, function: str, module: str, number: int, inputs: 
         | ({"flashinfer": release} if release else {}),
         "execution_status": "inputs_saved",
         "graph_capture": False,
-    }
+    } | ({"recorder": recorder} if recorder else {})
     write_file(path / "metadata.jsonl", json.dumps(metadata) + "\n")
     return path
 

@@ -11,9 +11,10 @@ import runpy
 import sys
 import threading
 import traceback
-from collections.abc import Collection, Iterator, Sequence
+import uuid
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import thread as pools
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 from mxfp4ref.engine.arguments import capturing
 from mxfp4ref.engine.dump import Stored, write_inputs, write_outputs
 from mxfp4ref.engine.install import Kernel, take_over
-from mxfp4ref.engine.recordings import FUNCTIONS
+from mxfp4ref.engine.recordings import FUNCTIONS, Unreadable, find_recordings
 from mxfp4ref.model.forward import MoeTrace
 
 __all__ = ["Recorder", "run_script"]
@@ -55,6 +56,15 @@ class Recorder:
         self._inside = threading.local()
         self._lock = threading.Lock()
         self._calls = self._bytes = 0
+        self._id = uuid.uuid4().hex  # that of forked processes too
+
+    def written(self) -> int:
+        """How many of the calls in the folder it has recorded, in forked processes too."""
+        ours = 0
+        for found in find_recordings(self.folder):
+            with suppress(Unreadable):  # another process may be writing it
+                ours += found.metadata().get("recorder") == self._id
+        return ours
 
     @contextmanager
     def recording(self) -> Iterator[Recorder]:
@@ -106,7 +116,7 @@ class Recorder:
                 self._calls += 1
                 self._bytes += size
                 number = self._calls
-            return write_inputs(self.folder, name, module, number, inputs)
+            return write_inputs(self.folder, name, module, number, inputs, self._id)
         except Exception as error:  # the script goes on, whatever the disk or an argument is like
             self._leave_out(f"{type(error).__name__}: {error}")
             return None
@@ -124,10 +134,22 @@ class Recorder:
             self.problems += (problem,)
 
 
-def run_script(script: str, arguments: Sequence[str], recorder: Recorder, *, module: bool = False) -> int:
+def run_script(
+    script: str,
+    arguments: Sequence[str],
+    recorder: Recorder,
+    *,
+    module: bool = False,
+    at_exit: Callable[[int], int] = int,
+) -> int:
     """Run a Python script, or a module, as the main program and record its calls; its exit code.
 
     As Python does, it prints what the script raises, and waits for its threads, whose calls are recorded.
+
+    Args:
+        script, arguments, module: as of `python [-m] script arguments`.
+        recorder: what records.
+        at_exit: called before the script ends this process by `os._exit`, with its exit code; the one to take.
 
     Raises:
         KeyboardInterrupt: Ctrl-C in the script.
@@ -135,7 +157,7 @@ def run_script(script: str, arguments: Sequence[str], recorder: Recorder, *, mod
     before, path, threads = sys.argv, list(sys.path), threading.enumerate()
     sys.argv = [script, *arguments]
     try:
-        with recorder.recording():
+        with recorder.recording(), _before_exit(at_exit):
             try:
                 if module:
                     sys.path.insert(0, os.getcwd())
@@ -156,6 +178,17 @@ def run_script(script: str, arguments: Sequence[str], recorder: Recorder, *, mod
     finally:
         sys.argv, sys.path[:] = before, path
     return 0
+
+
+@contextmanager
+def _before_exit(tell: Callable[[int], int]) -> Iterator[None]:
+    """While this lasts `os._exit`, which ends a process where it stands, calls `tell` first, in this process only."""
+    end, here = os._exit, os.getpid()
+    os._exit = lambda status: end(tell(status) if os.getpid() == here else status)
+    try:
+        yield
+    finally:
+        os._exit = end
 
 
 def _wait_for_threads(others: Collection[threading.Thread]) -> None:

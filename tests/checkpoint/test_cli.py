@@ -102,6 +102,14 @@ def test_own_names(tmp_path: Path) -> None:
     assert_written(tmp_path, run_layer(open_layer(tmp_path, 1, options=options), tmp_path / "x"))
 
 
+def test_the_name_map_is_not_replaced(tmp_path: Path) -> None:
+    (make(tmp_path, "weight_scale") / "y").write_text(NAME_MAP)
+    result = layer(tmp_path, "--name-map", tmp_path / "y")
+    assert result.exit_code == 2
+    assert (tmp_path / "y").read_text() == NAME_MAP
+    assert "y" in result.output
+
+
 def test_keys_of_config_by_hand(tmp_path: Path) -> None:
     result = layer(
         make(tmp_path, "deepseek_v4"), "--set", "norm_topk_prob=false", "--set", "scoring_func=sigmoid"
@@ -122,6 +130,23 @@ def test_keys_of_config_by_hand(tmp_path: Path) -> None:
         (("--layer", "mtp.3"), "layer: expected one of 0 to 2 in"),
         (("--quantize", "nearest"), "'nearest' is not one of"),
         (("--fuse-shared", "nearest"), "'nearest' is not one of"),
+        # What would have no effect is not silently ignored.
+        (
+            ("--quantize", "floor"),
+            "quantize: expected experts in bf16 to quantise, those of layers.1.ffn.* are MXFP4",
+        ),
+        (
+            ("--router", "mixtral", "--routed-scaling-factor", "7"),
+            "--routed-scaling-factor: expected none with --router mixtral",
+        ),
+        (("--activation", "Geglu", "--limit", "3"), "--limit: expected none with the activation Geglu"),
+        (
+            ("--activation", "SwigluStep", "--alpha", "3"),
+            "--alpha: expected none with the activation SwigluStep",
+        ),
+        (("--activation", "Situ", "--beta", "3"), "--beta: expected none with the activation Situ"),
+        (("--set", 'text_config={"n_group": 2}'), "text_config: expected its keys by themselves"),
+        (("--set", "swiglu_limit=" + "[" * 5000), "swiglu_limit: expected a float, got str '[[["),
     ],
 )
 def test_wrong_options(tmp_path: Path, options: tuple[str, str], message: str) -> None:

@@ -226,6 +226,7 @@ REFUSED: list[tuple[Changes, str]] = [
     ({"norm_topk_prob": 1}, "norm_topk_prob: expected bool, got 1"),
     ({"gate_temp": 0.0}, "gate_temp: expected a positive number"),
     ({"hidden_act": "gelu"}, "hidden_act='gelu': expected silu"),
+    ({"text_config": {"llm_config": {"n_group": 2}}}, "text_config: expected no further llm_config in it"),
     (
         {"n_routed_experts": 4, "num_experts": 8},
         "for n_routed_experts and num_experts, got 4 and 8",

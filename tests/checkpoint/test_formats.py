@@ -25,9 +25,11 @@ from mxfp4ref.checkpoint import (
     write_layer,
 )
 from mxfp4ref.checkpoint.run import router_to_run
+from mxfp4ref.formats.experts import Experts
 from mxfp4ref.formats.mxfp4 import dequantize
 from mxfp4ref.formats.quantize import quantize
 from mxfp4ref.routing import Gate, Tokens, route, scoring
+from mxfp4ref.sm90.activation import SITU
 from tests.helpers.checkpoints import (
     DEEPSEEK_H,
     DEEPSEEK_I,
@@ -48,17 +50,11 @@ from tests.helpers.checkpoints import (
     write_config,
 )
 
-SILU = ReadOptions(config={"hidden_act": "silu"})  # Kimi-K3's activation is refused
-
-
-def options_of(kind: str) -> ReadOptions:
-    return SILU if kind == "kimi_k3" else ReadOptions()
-
 
 @pytest.mark.parametrize("kind", PER_EXPERT)
 def test_rows_are_up_then_gate(tmp_path: Path, kind: str) -> None:
     stored = make_checkpoint(tmp_path, kind)
-    layer = read_layer(tmp_path, 1, options=options_of(kind))
+    layer = read_layer(tmp_path, 1)
     template, (gate, up, down), (weights, scales), bias = PER_EXPERT[kind]
     p = template.format(1)
     assert (layer.format, layer.prefix) == (kind, p)
@@ -84,7 +80,7 @@ def test_what_is_missing_is_named(tmp_path: Path, kind: str) -> None:
         folder = tmp_path / str(number)
         make_checkpoint(folder, kind, lambda tensors, name=p + name: tensors.pop(name))
         with pytest.raises(CheckpointError, match=f"{re.escape(p + name)}: expected in the checkpoint"):
-            read_layer(folder, 1, options=options_of(kind))
+            read_layer(folder, 1)
 
 
 @pytest.mark.parametrize("name", ["gate.bias_v2", "gate.scale", "experts.0.w1.zero_point", "norm.weight"])
@@ -219,17 +215,25 @@ def test_layers_of_a_draft_head(tmp_path: Path) -> None:
 # Kimi-K3: experts in a space of their own, an activation of its own
 
 
-def test_an_activation_that_the_kernel_lacks_is_refused(tmp_path: Path) -> None:
+def test_situ_with_the_numbers_of_the_config(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "kimi_k3")
-    with pytest.raises(
-        CheckpointError, match="hidden_act='situ': expected silu, the kernel has no other activation"
-    ):
-        read_layer(tmp_path, 1)
+    situ = {"activation_situ_beta": 2.0, "activation_situ_linear_beta": 9.0}
+    layer = read_layer(tmp_path, 1, options=ReadOptions(config=situ))
+    assert layer.activation_type == SITU
+    assert isinstance(layer.experts, Experts)
+    assert [
+        set(t.tolist()) for t in (layer.experts.situ_beta, layer.experts.situ_linear_beta) if t is not None
+    ] == [
+        {2.0},
+        {9.0},
+    ]
+    with pytest.raises(CheckpointError, match="expected activation_situ_beta, or"):
+        read_layer(tmp_path, 1, options=ReadOptions(config={"activation_situ_beta": None}))
 
 
 def test_experts_in_a_space_of_their_own(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "kimi_k3")
-    layer = read_layer(tmp_path, 1, options=SILU)
+    layer = read_layer(tmp_path, 1)
     assert (layer.hidden_size, layer.router_weight.shape[1]) == (LATENT, DEEPSEEK_H)
     assert sorted(layer.others) == [f"routed_expert_{n}.weight" for n in ("down_proj", "norm", "up_proj")]
     with pytest.raises(
@@ -305,6 +309,11 @@ def test_a_name_map_reads_and_writes(tmp_path: Path) -> None:
         ('like = "gpt_oss"\nrows = 1', "expected the keys .*got 'rows'"),
         ('like = "gpt_oss"\nprefixes = "x"', "prefixes: expected a list"),
         ('like = "gpt_oss"\nprefixes = ["layers."]', "prefixes: expected one of {layer} and {draft}"),
+        (
+            'like = "gpt_oss"\nprefixes = ["a.{layer}.{expert}."]',
+            "prefixes: expected one of {layer} and {draft}, once",
+        ),
+        ('like = "deepseek_v4"\nname = "gpt_oss"', "name: expected another name than that of a known format"),
         (
             'like = "gpt_oss"\n[names]\nrouter = "x"',
             "names: expected roles among fc1_weights, .*got 'router'",

@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from mxfp4ref.__main__ import commands
-from mxfp4ref.checkpoint import ReadOptions, inspection
+from mxfp4ref.checkpoint import inspection
 from mxfp4ref.checkpoint.inspection import Counts, inspect
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.formats.mxfp4 import pack_codes
@@ -38,11 +38,8 @@ KINDS = ("deepseek_v4", "gpt_oss", "gpt_oss_original", *PER_EXPERT)
 def test_every_layer_is_listed(tmp_path: Path, kind: str) -> None:
     make_checkpoint(tmp_path, kind)
     refused = {entry.refused for entry in inspect(tmp_path, weights=False).layers}
-    if kind == "kimi_k3":
-        assert "hidden_act='situ': expected silu" in refused.pop()
-    else:
-        assert refused == {""}
-    found = inspect(tmp_path, ReadOptions(config={"hidden_act": "silu"}), weights=False)
+    assert refused == {""}
+    found = inspect(tmp_path, weights=False)
     assert [entry.layer for entry in found.layers] == [0, 1, 2]
     assert {(entry.format, entry.experts) for entry in found.layers} == {(kind, EXPERTS)}
     size = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
@@ -98,6 +95,21 @@ def test_what_would_be_refused_and_why(tmp_path: Path) -> None:
         )
     )
     assert given.exit_code == 0, given.output
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("num_experts_per_tok=7", "top_k: expected an int from 1 to 4, got 7"),
+        ("n_group=3", "n_group: expected a divisor"),
+    ],
+)
+def test_a_router_that_would_be_refused(tmp_path: Path, change: str, words: str) -> None:
+    """Whatever `layer` says of every input, this says too."""
+    make_checkpoint(tmp_path, "deepseek_v4")
+    result = invoke("checkpoint", tmp_path, "--layer", 1, "--names-only", "--set", change)
+    assert result.exit_code == 1
+    assert words in result.output
 
 
 def test_a_checkpoint_without_experts(tmp_path: Path) -> None:

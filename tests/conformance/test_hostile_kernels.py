@@ -353,18 +353,40 @@ def test_without_isolation_the_command_needs_a_verdict(
         )
 
 
+def test_an_error_of_the_kit_is_not_the_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "kernel.py").write_text(
+        "import sys\n"
+        "from tests.helpers.kernels_under_test import good\n"
+        "sys.modules['mxfp4ref.conformance.cli.conform'].print_report = None  # in its place: an error of ours\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    goldens = ("--goldens", str(CHECKOUT), "--case", "finalize/slot_order", "--no-repeat")
+    monkeypatch.setattr(sys, "argv", ["mxfp4ref", "conform", "--no-isolate", "kernel.py:good", *goldens])
+    with pytest.raises(SystemExit) as done:
+        main()
+    err = capfd.readouterr().err
+    assert done.value.code == 2
+    assert "TypeError" in err
+    assert "an error of mxfp4ref itself" in err
+    assert "does not conform" not in err
+
+
 @pytest.mark.parametrize("isolation", ["--isolate", "--no-isolate"])
-def test_modules_of_the_working_directory_are_not_the_kits(
+def test_modules_of_the_working_directory_are_not_the_kits_and_nothing_warns(
     isolation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "json.py").write_text("raise SystemExit('a script')")
     (tmp_path / "kernel.py").write_text("from tests.helpers.kernels_under_test import good\n")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONWARNINGS", "error")
     goldens = ("--goldens", str(CHECKOUT), "--case", "finalize/slot_order", "--no-repeat")
     monkeypatch.setattr(sys, "argv", ["mxfp4ref", "conform", isolation, "kernel.py:good", *goldens])
     with pytest.raises(SystemExit) as done:
         main()
-    assert done.value.code == 0, capfd.readouterr()
+    out, err = capfd.readouterr()
+    assert (done.value.code, err) == (0, ""), out
 
 
 def test_no_room_for_the_verdict_is_not_the_kernels_fault(

@@ -291,3 +291,13 @@ class TestFlashinfer:
         assert {result.status for result in report.results} == ({"differs"} if wrong else {"equal"})
         if wrong:
             assert "fp8_residual_uncompensated" in str(report.verdict)
+
+
+def test_a_file_called_like_a_module_takes_nobodys_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("torch.py").write_text("import torch\ndef f(*a, **k): return torch.zeros(1)\n")
+    kernel = load_kernel("plain:torch.py:f")
+    assert sys.modules["torch"] is torch
+    assert isinstance(kernel.function(), Tensor)

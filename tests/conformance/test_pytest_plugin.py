@@ -39,6 +39,19 @@ def test_failure_is_the_diagnosis_and_other_kinds_are_skipped(pytester: pytest.P
     result.stdout.no_fnmatch_line("*Traceback*")
 
 
+@pytest.mark.parametrize("where", [(), ("-n", "1")])
+def test_a_kernel_that_ran_no_case_has_not_passed(pytester: pytest.Pytester, where: tuple[str, ...]) -> None:
+    """As from `mxfp4ref conform`, also beside tests that pass."""
+    if where:
+        pytest.importorskip("xdist")
+    pytester.makepyfile("def test_other(): pass")
+    case = ("--mxfp4-case", "layout/swap_halves")
+    result = pytester.runpytest_subprocess("--mxfp4-kernel=defect:last_slot_dropped", *case, *where)
+    result.assert_outcomes(passed=1, skipped=1)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stdout.fnmatch_lines(["*none of the 1 cases is of a kind that defect:last_slot_dropped runs"])
+
+
 def test_keyword_expression_and_junit(pytester: pytest.Pytester) -> None:
     result = pytester.runpytest("--mxfp4-kernel=oracle", "-k", "swap", "--junitxml=junit.xml", *ARGUMENTS)
     result.assert_outcomes(passed=1, deselected=1)

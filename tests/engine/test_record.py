@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -85,6 +86,30 @@ def test_what_the_script_raises_is_told_beside_what_was_recorded(
     assert result.exit_code == 1
     assert f"{error}: of the script" in result.output
     assert "1 calls recorded" in result.output
+
+
+@pytest.mark.parametrize(
+    ("count", "code", "words"), [("1", 0, "1 calls recorded"), ("0", 2, "nothing recorded")]
+)
+def test_a_script_that_ends_its_process_is_told(
+    tmp_path: Path, script: Path, count: str, code: int, words: str
+) -> None:
+    script.write_text(SCRIPT.replace("sys.exit", "import os; os._exit"))
+    command = ["record", "--output", str(tmp_path / "calls"), str(script), count, "0"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mxfp4ref", *command], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code
+    assert words in done.stdout + done.stderr
+
+
+def test_calls_that_others_write_meanwhile_are_theirs(tmp_path: Path, script: Path) -> None:
+    theirs = "mxfp4ref.engine.dump import Stored, write_inputs; from pathlib import Path"
+    write = f"write_inputs(Path({str(tmp_path / 'calls')!r}), 'cutlass_fused_moe', 'm', 1, Stored.of({{}}))"
+    script.write_text(f"from {theirs}; {write}")
+    result = invoke("record", "--output", tmp_path / "calls", script)
+    assert result.exit_code == 2
+    assert "nothing recorded" in result.output
 
 
 def test_threads_that_outlive_the_script_are_recorded(tmp_path: Path, script: Path) -> None:

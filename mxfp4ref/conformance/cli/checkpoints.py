@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from mxfp4ref.formats.quantize import SCALE_RULES
 from mxfp4ref.model.parallel import Ranks
 from mxfp4ref.model.placement import STRATEGIES, place_experts
 from mxfp4ref.routing import PRESETS
-from mxfp4ref.sm90.activation import ACTIVATIONS
+from mxfp4ref.sm90.activation import ACTIVATIONS, activation_of
 
 __all__ = ["checkpoint", "layer"]
 
@@ -63,7 +63,7 @@ class Setting(click.ParamType):  # type: ignore[type-arg, unused-ignore]
             self.fail(f"expected KEY=VALUE, got {value!r}", param, ctx)
         try:
             return key, json.loads(text)
-        except ValueError:  # a bare word
+        except (ValueError, RecursionError):  # a bare word
             return key, text
 
 
@@ -195,13 +195,14 @@ def layer(
     with usage_errors():
         if output_path is not None:
             inputs = [*root.iterdir()] if root.is_dir() else [root, root.parent / "config.json"]
-            check_no_input(output_path, inputs)
+            check_no_input(output_path, [*inputs, *([options["name_map"]] if options["name_map"] else [])])
         how = read_options(options["changes"], options["quantize"], options["name_map"], options["experts"])
         found = open_layer(root, index, **given("alpha", "beta", "limit"), options=how)
         found = replace(found, **given("top_k", "routed_scaling_factor"))
         if options["activation"] is not None:
             (chosen,) = (n for n, known in ACTIVATIONS.items() if known.name == options["activation"])
             found = replace(found, activation_type=chosen)
+        _refuse_unused(found, router, options)
         if options["fuse_shared"] is not None:
             found = fuse_shared(found, None if options["fuse_shared"] == "stored" else options["fuse_shared"])
         ep_size = options["ep_size"]
@@ -215,6 +216,20 @@ def layer(
         echo(f"{name:22}  {describe(tensor):22}  {first_values(tensor)}")
     if output_path is not None:
         echo(f"written: {output_path}")
+
+
+def _refuse_unused(layer: Any, router: str | None, options: Mapping[str, Any]) -> None:
+    """Raise ValueError if an option was given that the router or the activation does not read."""
+    if router in ("gpt_oss", "mixtral") and options["routed_scaling_factor"] is not None:
+        raise ValueError(
+            f"--routed-scaling-factor: expected none with --router {router}, which has no factor"
+        )
+    given = {name for name in ("alpha", "beta", "limit") if options[name] is not None}
+    activation = activation_of(layer.activation_type, {f"swiglu_{name}" for name in given})
+    if unread := sorted(name for name in given if f"swiglu_{name}" not in activation.defaults):
+        raise ValueError(
+            f"--{unread[0]}: expected none with the activation {activation.name}, which has none"
+        )
 
 
 @click.command()
