@@ -126,6 +126,7 @@ MEMBERS: dict[str, tuple[Callable[[MoeCall], Tensor], str, str]] = {
         "finalize",
         "a factor of 1.1 too many on the bf16 output",
     ),
+<<<<<<< HEAD
     "activation": (
         lambda call: forward(
             call,
@@ -136,6 +137,8 @@ MEMBERS: dict[str, tuple[Callable[[MoeCall], Tensor], str, str]] = {
         "activation",
         "",
     ),
+=======
+>>>>>>> families
     "rounding": (
         lambda call: forward(call, Stages(round_fc2=lambda x: fp32.to_bf16(x.half().float()))),
         "fc2",
@@ -190,6 +193,16 @@ def flipped(call: MoeCall) -> Tensor:
 
 
 UNNAMED: dict[str, tuple[Callable[[MoeCall], Tensor], str, str]] = {
+    "activation": (
+        lambda call: forward(
+            call,
+            Stages(
+                swiglu=SwigluVariant(clamp=lambda u, g, lim: (fp32.minimum(u, lim), g), sigmoid=torch.tanh)
+            ),
+        ),
+        "activation",
+        "GEMM2 is right",
+    ),
     "fc2": (unlike("fc2_weights"), "fc2", "no activation gives this output by the right GEMM2"),
     "fc1": (unlike("fc1_weights"), "fc1", "GEMM2 is right"),
     "bits": (flipped, "finalize", "single elements are far off, without a pattern of columns"),

@@ -24,7 +24,7 @@ from mxfp4ref.conformance.families.outputs import (
 )
 from mxfp4ref.conformance.families.regions import k_hypotheses, row_hypotheses, rows_at
 from mxfp4ref.conformance.families.roundings import order_hypotheses, rounding_hypotheses
-from mxfp4ref.conformance.families.search import Match, Search, one_thread
+from mxfp4ref.conformance.families.search import FEWEST_BITS, Match, Search, one_thread, surprise
 from mxfp4ref.conformance.families.slots import slot_hypotheses
 from mxfp4ref.conformance.families.tensors import (
     constants,
@@ -98,7 +98,8 @@ def investigate(
                 found = search.run(tier, enough=3 if heavy else 1 << 30)
                 if found or search.out_of_time():
                     break
-        if not found and thorough and not heavy and known is None and not _certain(evidence):
+        few = surprise(got, want) < FEWEST_BITS  # of which some small part of a family is always right
+        if not found and thorough and not heavy and not few and known is None and not _certain(evidence):
             found = _thorough(search, evidence)
     if any(e.zeros for e in evidence):  # which much would give, and nothing tells what
         found = [m for m in found if m.hypothesis.family in ("output", "dropped slots", "ranks", "named")]

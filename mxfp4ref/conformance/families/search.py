@@ -36,9 +36,9 @@ from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import KERNEL
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["Match", "Search", "one_thread", "surprise"]
+__all__ = ["FEWEST_BITS", "Match", "Search", "one_thread", "surprise"]
 
-_FEWEST_BITS = 40  # that a match has to explain; see `surprise`
+FEWEST_BITS = 40  # that a match has to explain; see `surprise`
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class Search:
         equal = ~differing(output, self.got)
         if bool(equal.all()):
             return Match(hypothesis, True)
-        if not bool((equal | ~self.wrong).all()) or surprise(self.got, self.want) < _FEWEST_BITS:
+        if not bool((equal | ~self.wrong).all()) or surprise(self.got, self.want) < FEWEST_BITS:
             return None
         moved = differing(output, self.want)
         return self._limited(hypothesis, output, applied=moved & equal, spared=moved & ~equal)
@@ -261,7 +261,7 @@ class Search:
             output = first.run(self.pipeline)
             if output is None:
                 continue
-            if surprise(self.got, output) < _FEWEST_BITS:
+            if surprise(self.got, output) < FEWEST_BITS:
                 continue
             inner = Search(base, self.got, output, self.until)
             found = inner.run(hypotheses(), enough=1)
@@ -310,7 +310,7 @@ def _in_rows(hypothesis: Hypothesis, words: str, tokens: Tensor, count: int) -> 
         return Pipeline(pipeline.call, KERNEL, run)
 
     return replace(
-        hypothesis, words=f"{hypothesis.words}, {words}", change=change, cost=hypothesis.cost + 1.5
+        hypothesis, words=f"{hypothesis.words}, {words}", change=change, cost=hypothesis.cost + 1.5, name=""
     )
 
 
