@@ -126,19 +126,6 @@ MEMBERS: dict[str, tuple[Callable[[MoeCall], Tensor], str, str]] = {
         "finalize",
         "a factor of 1.1 too many on the bf16 output",
     ),
-<<<<<<< HEAD
-    "activation": (
-        lambda call: forward(
-            call,
-            Stages(
-                activate=SwigluVariant(clamp=lambda u, g, lim: (fp32.minimum(u, lim), g), sigmoid=torch.tanh)
-            ),
-        ),
-        "activation",
-        "",
-    ),
-=======
->>>>>>> families
     "rounding": (
         lambda call: forward(call, Stages(round_fc2=lambda x: fp32.to_bf16(x.half().float()))),
         "fc2",
