@@ -57,6 +57,7 @@ _FAMILIES = (
             *("scale_bias_125", "scale_truncated", "scale_as_integer", "scale_ocp_ends", "half_code_flushed"),
             *("codes_as_int4", "params_bf16", "limit_ignored", "alpha_ignored", "beta_ignored"),
             *("all_or_none_params", "bias1_ignored", "bias2_ignored", "subnormal_input_flushed"),
+            *("limit_7_by_default", "no_limit_by_default", "situ_beta_ignored", "situ_linear_beta_ignored"),
         ),
     ),
     Family(
@@ -117,8 +118,10 @@ _FAMILIES = (
     Family("GEMM2's output", "columns of GEMM2's output at another place"),
     Family(
         "activation",
-        "clamps of up and gate on one side, both, none; sigmoid, GELU, ReLU and approximations; alpha and beta at "
-        "other places; bias to one half, twice, after the clamp; up and gate exchanged",
+        "another activation of the kernel; clamps of up and gate on one side, both, none; sigmoid, GELU, ReLU and "
+        "approximations; alpha and beta at other places; bias to one half, twice, after the clamp; up and gate "
+        "exchanged",
+        ("activation_type_ignored",),
     ),
     Family(
         "rounding",
@@ -141,11 +144,16 @@ def _with_members() -> dict[str, Family]:
     """The other defects go to the family of the module that they are written in."""
     from dataclasses import replace
 
-    from mxfp4ref.defects import DEFECTS, activation, finalize, gemm
+    from mxfp4ref.defects import DEFECTS, activation, finalize, gemm, step_and_situ
 
     known = {name for family in _FAMILIES for name in family.members}
     found = {family.name: family for family in _FAMILIES}
-    for module, name in ((activation, "activation"), (gemm, "order of sums"), (finalize, "sum of slots")):
+    for module, name in (
+        (activation, "activation"),
+        (step_and_situ, "activation"),
+        (gemm, "order of sums"),
+        (finalize, "sum of slots"),
+    ):
         more = tuple(d for d in DEFECTS if d in vars(module) and d not in known)
         found[name] = replace(found[name], members=found[name].members + more)
         known |= set(more)

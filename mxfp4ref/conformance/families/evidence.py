@@ -125,10 +125,10 @@ def _columns(got: Tensor, want: Tensor, wrong: Tensor, tokens: list[int]) -> Ite
         yield Evidence(("fc2", "finalize"), f"the output differs {words} only: {after}", 2)
     elif float(part.float().mean()) < 0.3:
         yield Evidence(
-            ("fc2", "finalize"),
+            (),
             f"{int(wrong.sum()):,} single elements are far off, without a pattern of columns, and all others of "
-            "their rows are right: GEMM1 and the activation are right, which would show in whole rows. It is in "
-            "GEMM2, or elements were overwritten or not written",
+            "their rows are right: what is before GEMM2 would show in whole rows; elements were overwritten, not "
+            "written, or damaged",
             2,
         )
 
@@ -143,8 +143,8 @@ def _scattered(wrong: Tensor) -> Iterator[Evidence]:
     dispersion = float(counts.var()) / (float(counts.mean()) * (1 - share) + 1e-30)
     how = f"{int(wrong.sum()):,} elements are a rounding off, "
     if dispersion < 2:
-        words = "spread over rows and columns as by chance, as roundings in GEMM2 or after it are; not proved"
-        yield Evidence(("fc2", "finalize"), how + words, 1)
+        words = "spread over rows and columns as by chance, as roundings in GEMM2 or after it are, or noise"
+        yield Evidence((), how + words, 1)
     elif dispersion > 4:
         words = "many of them in a few rows, as roundings before GEMM2 are; not proved"
         yield Evidence(("fc1", "activation"), how + words, 1)

@@ -179,7 +179,8 @@ def _values() -> Iterator[tuple[str, Callable[[Tensor], Tensor], float]]:
 def output_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     """The output, the input and the rows between them, taken from another place or written over."""
     for words, change, cost in (*_tokens(), *_columns(), *_values()):
-        yield of_output("output", _F, f"in the output {words}", change, cost + 0.2)
+        stages = ("fc2", "finalize") if "columns" in words else _F  # GEMM2's rows are the output's columns
+        yield of_output("output", stages, f"in the output {words}", change, cost + 0.2)
     for words, change, cost in (*_tokens(), *_columns(), *_values()):
         stages = ("input", "fc1") if "columns" in words else ("input",)
         yield Hypothesis(
