@@ -33,7 +33,7 @@ def defects(as_json: bool) -> None:
         echo(textwrap.fill(family.summary, WIDTH, initial_indent="  ", subsequent_indent="  "))
         for name in family.members:
             _line(name, width)
-    for target in ("routing", "dequantize"):
+    for target in dict.fromkeys(d.target for d in DEFECTS.values() if d.target != "moe"):
         echo(f"defects of {target}", bold=True)
         for defect in DEFECTS.values():
             if defect.target == target:
