@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from mxfp4ref._validate import did_you_mean, shown
+from mxfp4ref._version import __version__
 from mxfp4ref.conformance.adapters import (
     Kernel,
     KernelError,
@@ -135,7 +136,8 @@ def check_device(device: str) -> None:
 
 def environment(device: str) -> dict[str, str]:
     """Versions and machine, for the report."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.platform()}
+    found = {"mxfp4ref": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    found["machine"] = platform.platform()
     if device.startswith("cuda") and torch.cuda.is_available():
         found |= {"gpu": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
     return found

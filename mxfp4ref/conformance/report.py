@@ -48,7 +48,7 @@ def to_text(report: Report, *, verbose: bool = False) -> str:
             lines += [f"    {headline(r)}" for r in results if r.ok]
     for result in report.results:
         if not result.ok:
-            lines += ["", headline(result), *(f"    {line}" for line in case_lines(result))]
+            lines += ["", headline(result), *(f"    {line}" for line in case_lines(result, report.kernel))]
     return "\n".join([*lines, "", report.verdict])
 
 
@@ -71,8 +71,8 @@ def headline(result: CaseResult) -> str:
     return words + (": " + result.message.replace("\n", "\n        ") if result.message else "")
 
 
-def case_lines(result: CaseResult) -> list[str]:
-    """What there is to say of a failing case, a line each."""
+def case_lines(result: CaseResult, kernel: str = "KERNEL") -> list[str]:
+    """What there is to say of a failing case of that kernel, a line each."""
     lines = [f"{'recorded call' if result.kind == RECORDING else 'why this case'}: {result.why}"]
     if (found := result.diagnosis) is None:
         return lines
@@ -81,13 +81,13 @@ def case_lines(result: CaseResult) -> list[str]:
         lines.append(f"finding ({how}): {found.finding}")
     lines.append(f"first: {found.output} {found.first}")
     lines += [f"pattern: {words}" for words in found.patterns]
-    if found.stage:
+    if found.stage and not found.finding.exact and found.stage != found.finding.sentence:
         lines.append(f"stage: {found.stage}")
     lines += [f"defect: {words}" for words in _predicted(found)]
     lines += _attributed(found)
     lines += [f"feeds it: {words}" for words in found.feeds]
     if result.kind != RECORDING:
-        lines.append(f"again: {command(result)}")
+        lines.append(f"again: {command(result, kernel)}")
     return lines
 
 
@@ -119,6 +119,7 @@ def to_json(report: Report) -> str:
         "verdict": report.verdict,
         "defects": list(report.defects),
         "finding": asdict(report.finding),
+        "left": report.left,
         "seconds": round(report.seconds, 3),
         "environment": dict(report.environment),
         "results": [_result(r) for r in report.results],

@@ -67,6 +67,7 @@ class Report:
         seconds: of the whole run.
         environment: versions and machine.
         finding: what is wrong, in words, and in which stage, as far as all cases together say.
+        left: how many cases were not run, since enough had failed.
     """
 
     kernel: str
@@ -76,6 +77,7 @@ class Report:
     seconds: float = 0.0
     environment: Mapping[str, str] = field(default_factory=dict)
     finding: Finding = UNKNOWN
+    left: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kernel", printable(self.kernel, lines=False))
@@ -98,7 +100,8 @@ class Report:
             how = "equals the expected bits" if self.mode == "exact" else "stays within the bounds"
             return f"{self.kernel} conforms: it {how} in all {len(ran)} cases."
         words = f"{self.kernel} does not conform: {len(failed)} of {len(ran)} cases fail."
-        return words + self.culprit
+        left = f" {self.left} more were not run." if self.left else ""
+        return words + left + self.culprit
 
     @property
     def culprit(self) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mxfp4ref._validate import check_below, check_choice, check_instance, shown
+from mxfp4ref._validate import check_below, check_choice, check_instance, check_int, shown
 from mxfp4ref.conformance.adapters import Kernel
 from mxfp4ref.conformance.bounded import outside_bounds
 from mxfp4ref.conformance.comparison import differing
@@ -53,6 +53,7 @@ class Options:
         all_tactics: run each case by every tile and cluster of either GEMM, the other one's being the default.
         diagnosed: look for what is wrong where bits differ.
         dump: a folder for reproducers of the cases that fail.
+        max_failures: how many cases may fail before the rest is left out; None for no limit.
     """
 
     mode: str = "exact"
@@ -63,11 +64,14 @@ class Options:
     all_tactics: bool = False
     diagnosed: bool = True
     dump: Path | None = None
+    max_failures: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("mode", self.mode, MODES)
         check_below("confidence", self.confidence, 1, "a probability between 0 and 1")
         check_below("timeout", self.timeout, 1e9, "seconds, above 0 and below 10^9")  # as threads take them
+        if self.max_failures is not None:
+            check_int("max_failures", self.max_failures, minimum=1)
 
 
 _DEFAULTS = Options()
@@ -121,15 +125,21 @@ def run(
             raise ValueError(
                 f"all_tactics: expected a kernel whose tactics can be chosen (flashinfer), got {loaded.name}"
             )
-        for case in _each(cases):
+        remaining = _each(cases)
+        for case in remaining:
             result, failure = _run_case(loaded, case, options, worker)
             result = failing.take(result, failure)
             results.append(result)
             if progress is not None:
                 progress(result)
+            if sum(not r.ok for r in results) == options.max_failures:
+                break
+        left = sum(1 for _ in (cases.names()[len(results) :] if isinstance(cases, Goldens) else remaining))
     found = failing.verdict(results, cases if isinstance(cases, Goldens) else None)
     seconds = time.perf_counter() - start
-    return Report(loaded.name, options.mode, found.results, found.defects, seconds, where, found.finding)
+    return Report(
+        loaded.name, options.mode, found.results, found.defects, seconds, where, found.finding, left
+    )
 
 
 def run_case(

@@ -379,3 +379,14 @@ def test_doctor(copy: Path) -> None:
     ill = invoke("doctor", "--goldens", copy)
     assert ill.exit_code == 1
     assert "! goldens: 1 files are not those of the manifest" in ill.output
+
+
+@pytest.mark.parametrize(("option", "failures"), [(("-x",), 1), (("--maxfail", "2"), 2)])
+def test_a_run_stops_when_enough_has_failed(option: tuple[str, ...], failures: int) -> None:
+    arguments = ("conform", "defect:limit_ignored", "--case", "activation", "--no-diagnosis")
+    result = invoke(*arguments, *option)
+    assert result.exit_code == 1
+    assert f"{failures} of " in result.output.splitlines()[-1]
+    assert "more were not run." in result.output.splitlines()[-1]
+    assert "were not run" not in invoke(*arguments).output
+    assert invoke(*arguments, "--maxfail", "0").exit_code == 2

@@ -80,6 +80,14 @@ __all__ = ["conform"]
 @click.option("--no-repeat", is_flag=True, help="Run each case once only; a kernel that races may go unseen.")
 @click.option("--no-diagnosis", is_flag=True, help="Only compare.")
 @click.option(
+    "--maxfail",
+    "max_failures",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Stop when so many cases have failed.",
+)
+@click.option("-x", "max_failures", flag_value=1, type=int, help="The same as --maxfail 1.")
+@click.option(
     "--dump",
     type=click.Path(file_okay=False, path_type=Path),
     help="Write a minimal reproducer of each failing case here.",
@@ -126,7 +134,7 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
         goldens = open_goldens(root)
         names = _select(goldens, patterns)
         files.check(chain(_files_of(goldens), _sources(spec)))
-        with case_progress(len(names)) as advance:
+        with case_progress(names) as advance:
             result = run(
                 spec,
                 _Selection(goldens, names),

@@ -52,7 +52,7 @@ def verify(root: Path | None, files_only: bool) -> None:
                 echo("hardware record: none")
         if not problems and not files_only:
             try:
-                with case_progress(len(goldens.names())) as advance:
+                with case_progress(goldens.names()) as advance:
                     result = run("oracle", goldens, Options(repeat=False), progress=advance)
             except GoldenError as error:  # files that are whole, but make no case
                 problems.append(str(error))

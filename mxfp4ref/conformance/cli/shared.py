@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mxfp4ref._files import printable
 from mxfp4ref.conformance.adapters import KernelError
+from mxfp4ref.conformance.report import headline
 from mxfp4ref.conformance.results import CaseResult
 from mxfp4ref.goldens import GoldenError
 
@@ -96,15 +97,16 @@ def usage_errors() -> Iterator[None]:
 
 
 @contextmanager
-def progress(*, lines: bool = False) -> Iterator[Callable[[str, int], None]]:
+def progress(*, lines: bool = False, first: str = "") -> Iterator[Callable[[str, int], None]]:
     """A function to call after each step, with its name and the number of steps.
 
-    It moves a progress bar on stderr. Where stderr is no terminal it does nothing, or prints a line, if `lines`.
+    It moves a progress bar on stderr, which shows `first` until then. Where stderr is no terminal it does nothing, or
+    prints a line, if `lines`.
     """
     if sys.stderr.isatty():
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("", total=None)
+            task = bar.add_task(first, total=None)
             yield lambda name, total: bar.update(task, advance=1, total=total, description=name)
         return
     done = itertools.count(1)
@@ -117,15 +119,20 @@ def progress(*, lines: bool = False) -> Iterator[Callable[[str, int], None]]:
 
 
 @contextmanager
-def case_progress(total: int) -> Iterator[Callable[[CaseResult], None]]:
-    """`progress` of a conformance run, which tells how many cases have failed."""
-    failed = 0
-    with progress() as step:
+def case_progress(names: Sequence[str]) -> Iterator[Callable[[CaseResult], None]]:
+    """`progress` of a conformance run over these cases: how many have failed, and which one is running.
+
+    On a terminal a case that fails is also told at once, in a line.
+    """
+    done = failed = 0
+    with progress(first=names[0] if names else "") as step:
 
         def advance(result: CaseResult) -> None:
-            nonlocal failed
-            failed += not result.ok
-            step(f"{failed} failed  {result.case}", total)
+            nonlocal done, failed
+            done, failed = done + 1, failed + (not result.ok)
+            if not result.ok and sys.stderr.isatty():
+                echo(headline(result).split("\n")[0], err=True)
+            step(f"{failed} failed  {names[done] if done < len(names) else 'diagnosis'}", len(names))
 
         yield advance
 
