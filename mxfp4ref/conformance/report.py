@@ -150,7 +150,7 @@ def to_junit(report: Report) -> str:
         elif not result.ok:
             tag = "failure" if result.status in ("differs", "outside bounds") else "error"
             element = ElementTree.SubElement(case, tag, message=headline(result), type=result.status)
-            element.text = "\n".join(case_lines(result))
+            element.text = "\n".join(case_lines(result, report.kernel))
     root = ElementTree.Element("testsuites")
     root.append(suite)
     ElementTree.indent(root)
