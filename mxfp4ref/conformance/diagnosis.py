@@ -134,7 +134,7 @@ def diagnose(
             finding = _named_finding(predictions)
         table = attribution(inputs, mask)
         if finding.exact:
-            stage = f"{' or '.join(finding.stages)}: every wrong bit is predicted"
+            stage = f"{' or '.join(finding.stages)}: every wrong bit is predicted" if finding.stages else ""
         else:
             stage = finding.sentence or reconcile(inputs, outputs, mask)
     else:

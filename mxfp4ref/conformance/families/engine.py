@@ -40,6 +40,7 @@ from mxfp4ref.sm90 import fp32
 __all__ = ["Result", "investigate", "simplest", "told"]
 
 _ALIKE = 0.6  # how much more a hypothesis may assume to be told beside the simplest
+_MOST_NAMED = 3
 _Generator = Callable[[MoeCall], Iterable[Hypothesis]]
 
 
@@ -101,12 +102,18 @@ def investigate(
         few = surprise(got, want) < FEWEST_BITS  # of which some small part of a family is always right
         if not found and thorough and not heavy and not few and known is None and not _certain(evidence):
             found = _thorough(search, evidence)
-    if any(e.zeros for e in evidence):  # which much would give, and nothing tells what
-        found = []
+    zeros = [e.sentence for e in evidence if e.zeros]  # which much would give, and nothing tells what
+    if zeros:
+        found = [m for m in found if m.hypothesis.family in ("dropped slots", "ranks", "named")]
     matches = sorted(found, key=lambda m: (not m.exact, m.hypothesis.cost))
-    return Result(
-        tuple(matches), tuple(evidence), told(matches, evidence), search.tried, not search.out_of_time()
-    )
+    finding = _of_zeros(zeros[0], matches) if zeros else told(matches, evidence)
+    return Result(tuple(matches), tuple(evidence), finding, search.tried, not search.out_of_time())
+
+
+def _of_zeros(sentence: str, matches: list[Match]) -> Finding:
+    """Zeros, and what is known to give them; that is no proof, since so would other mistakes."""
+    names = [m.hypothesis.words for m in matches[:_MOST_NAMED]]
+    return Finding((), f"{sentence}; as by {', or by '.join(names)}" if names else sentence, False)
 
 
 def simplest(matches: list[Match]) -> list[Match]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline
+from mxfp4ref.conformance.families.hypothesis import STAGES, Hypothesis, Pipeline
 from mxfp4ref.defects import DEFECTS, Defect, activation, arguments, finalize, gemm, weights
 from mxfp4ref.model.call import MoeCall
 
@@ -54,7 +54,7 @@ _BY_NAME = {
 def stages_of(defect: Defect) -> tuple[str, ...]:
     """Where a named defect lies, one or two stages."""
     if defect.target != "moe":
-        return (defect.target,)
+        return (defect.target,) if defect.target in STAGES else ()
     if (stages := _BY_NAME.get(defect.name)) is not None:
         return stages
     for module, stages in _BY_MODULE:
