@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from mxfp4ref.conformance import (
     run,
     run_case,
 )
+from mxfp4ref.conformance.execution import execute_within
 from mxfp4ref.goldens import Case, open_goldens
 from mxfp4ref.sm90.tactics import Sm90Kernel
 from tests.helpers import kernels_under_test
@@ -111,6 +114,30 @@ def test_a_hang_is_reported_and_the_rest_runs(case: Case) -> None:
     report = run(hangs_once, [case, other], Options(timeout=0.5))
     assert [r.status for r in report.results] == ["timed out", "equal"]
     assert "no result within 0.5 s" in report.results[0].message
+
+
+def test_an_abandoned_run_leaves_the_settings_alone(case: Case) -> None:
+    """What the process has set since a run was given up stays as it is when that run's kernel returns after all."""
+    go_on, runs = threading.Event(), []
+
+    def late(**arguments: Any) -> Tensor:
+        runs.append(threading.current_thread())
+        go_on.wait()
+        return kernels_under_test.good(**arguments)
+
+    kernel = Kernel("late", ("moe",), load_kernel("tests.helpers.kernels_under_test:good").prepare, late)
+    outcome = execute_within(0.1, kernel, ("moe", case.call(), {"output": case.outputs[128, 128]}))
+    assert outcome.problem == "timed out"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        now = list(warnings.filters)
+        torch.manual_seed(1)
+        number = torch.get_rng_state()
+        go_on.set()
+        runs[0].join()
+        assert warnings.filters == now
+        assert torch.equal(torch.get_rng_state(), number)
+    assert len(runs) == 1  # no second run
 
 
 def test_isolation_survives_a_crash_and_a_hang(case: Case) -> None:
