@@ -63,7 +63,7 @@ def test_a_kernel_told_its_tiles_has_to_use_them() -> None:
         return case.outputs[128, 128]
 
     kernel = Kernel("always_128", ("moe",), lambda kind, call: ((kind, call), {}), always_128, True)
-    result = run_case(kernel, case, Options(diagnosed=False))
+    result = run_case(kernel, case, Options(diagnosis="none"))
     assert result.status == "differs"
     assert result.tiles == ("128x128",)
 
@@ -153,7 +153,7 @@ def test_isolation_survives_a_crash_and_a_hang(case: Case) -> None:
 def test_torch_reference_fails_exact_and_passes_bounded() -> None:
     names = ["gemm/mirrored_hidden_384", "gemm/ordinary", "gemm/wide_exponents", "finalize/biases_cancel"]
     cases = [GOLDENS.load(name) for name in names]
-    exact = run("torch-bf16", cases, Options(diagnosed=False))
+    exact = run("torch-bf16", cases, Options(diagnosis="none"))
     assert not exact.ok
     bounded = run("torch-bf16", cases, Options(mode="bounded"))
     assert bounded.ok

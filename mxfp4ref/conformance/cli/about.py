@@ -21,7 +21,8 @@ from mxfp4ref._files import printable
 from mxfp4ref._validate import did_you_mean
 from mxfp4ref._version import __version__
 from mxfp4ref.conformance.cli.shared import NOT_EQUAL, UsageError, echo, goldens_option, usage_errors
-from mxfp4ref.conformance.suite import Options, run
+from mxfp4ref.conformance.options import Options
+from mxfp4ref.conformance.suite import run
 from mxfp4ref.goldens import Goldens, open_goldens
 
 __all__ = ["doctor", "list_cases"]

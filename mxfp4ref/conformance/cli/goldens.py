@@ -23,7 +23,8 @@ from mxfp4ref.conformance.cli.shared import (
     progress,
     usage_errors,
 )
-from mxfp4ref.conformance.suite import Options, run
+from mxfp4ref.conformance.options import Options
+from mxfp4ref.conformance.suite import run
 from mxfp4ref.goldens import GoldenError, hardware_record, open_goldens
 
 __all__ = ["export", "regenerate", "show", "verify"]

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
+import shutil
+import signal
 import sys
+import textwrap
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,11 +25,13 @@ from torch import Tensor
 
 from mxfp4ref._files import printable
 from mxfp4ref.conformance.adapters import KernelError
+from mxfp4ref.conformance.options import DIAGNOSES
 from mxfp4ref.conformance.report import headline
 from mxfp4ref.conformance.results import CaseResult
 from mxfp4ref.goldens import GoldenError
 
 __all__ = [
+    "INTERRUPTED",
     "NOT_EQUAL",
     "USAGE",
     "WIDTH",
@@ -31,15 +39,30 @@ __all__ = [
     "case_progress",
     "check_no_swap",
     "describe",
+    "diagnosis_option",
     "echo",
+    "filled",
     "first_values",
     "goldens_option",
+    "interrupted_once",
     "progress",
     "usage_errors",
 ]
 
-NOT_EQUAL, USAGE = 1, 2  # exit codes, besides 0
+NOT_EQUAL, USAGE, INTERRUPTED = 1, 2, 128 + 2  # exit codes, besides 0
+_SAME = (
+    2.0  # seconds in which a second interrupt is taken for the first: of a terminal and of the parent, too
+)
 WIDTH = 100
+
+diagnosis_option = click.option(
+    "--diagnosis",
+    type=click.Choice(DIAGNOSES),
+    default="full",
+    show_default=True,
+    help="Where bits differ, look for what is wrong: quick, about a second for each; full, up to a minute more; "
+    "none, only compare.",
+)
 
 goldens_option = click.option(
     "--goldens",
@@ -74,6 +97,16 @@ def check_no_swap() -> None:
 def echo(text: str, **style: Any) -> None:
     """Print text that may come from a file: nothing in it commands the terminal."""
     click.secho(printable(text), **style)
+
+
+def filled(line: str) -> str:
+    """A line of a report, wrapped at words for the terminal, with what follows indented."""
+    indent = " " * (len(line) - len(line.lstrip(" ")))
+    width = max(shutil.get_terminal_size().columns, 40)
+    following = f"{indent}    "
+    return textwrap.fill(
+        line, width, subsequent_indent=following, break_on_hyphens=False, break_long_words=False
+    )
 
 
 @contextmanager
@@ -122,7 +155,7 @@ def progress(*, lines: bool = False, first: str = "") -> Iterator[Callable[[str,
 def case_progress(names: Sequence[str]) -> Iterator[Callable[[CaseResult], None]]:
     """`progress` of a conformance run over these cases: how many have failed, and which one is running.
 
-    On a terminal a case that fails is also told at once, in a line.
+    On a terminal a case that fails is also told at once, in a line, and in a second one what is known of it.
     """
     done = failed = 0
     with progress(first=names[0] if names else "") as step:
@@ -132,9 +165,32 @@ def case_progress(names: Sequence[str]) -> Iterator[Callable[[CaseResult], None]
             done, failed = done + 1, failed + (not result.ok)
             if not result.ok and sys.stderr.isatty():
                 echo(headline(result).split("\n")[0], err=True)
+                if result.diagnosis is not None and (found := str(result.diagnosis.finding)):
+                    echo(filled(f"    {found}"), err=True)
             step(f"{failed} failed  {names[done] if done < len(names) else 'diagnosis'}", len(names))
 
         yield advance
+
+
+@contextmanager
+def interrupted_once() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, but not a second time while the first is being answered."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    last = -math.inf
+
+    def handle(number: int, frame: object) -> None:
+        nonlocal last
+        before, last = last, time.monotonic()
+        if last - before > _SAME:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def describe(tensor: Tensor) -> str:

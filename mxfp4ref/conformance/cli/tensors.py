@@ -1,4 +1,4 @@
-"""The command on tensors in files: compare two."""
+"""The command that compares two files: outputs, or reports."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import click
 from torch import Tensor
 
 from mxfp4ref.checkpoint.shards import open_shards
-from mxfp4ref.conformance.cli.shared import NOT_EQUAL, describe, echo, usage_errors
+from mxfp4ref.conformance.cli.shared import NOT_EQUAL, describe, echo, filled, usage_errors
 from mxfp4ref.conformance.comparison import FAR, differing, first_difference, ulp_distance
+from mxfp4ref.conformance.report_comparison import Changes, compare_reports
+from mxfp4ref.conformance.report_reading import is_report, read_report
 
 __all__ = ["compare"]
 
@@ -19,11 +21,25 @@ __all__ = ["compare"]
 @click.argument("a", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("b", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def compare(a: Path, b: Path) -> None:
-    """Compare two saved outputs bit by bit: tensors of the same names in two safetensors files.
+    """Compare two saved outputs bit by bit, or two reports.
 
-    Exit codes: 0 equal, 1 different, 2 a file cannot be read.
+    Of two safetensors files the tensors of the same names are compared. Of two reports, as conform --json writes
+    them, A is the older: which cases fail now and did not, which pass, which fail in another way. What else is
+    different, such as goldens and versions, is told first.
+
+    Exit codes: 0 equal, or no case got worse; 1 different, or some case fails now and did not, or passed and was not
+    run now; 2 a file cannot be read, or is neither.
     """
     with usage_errors():
+        if is_report(a) and is_report(b):
+            changes = compare_reports(read_report(a), read_report(b))
+            _print(changes)
+            sys.exit(NOT_EQUAL if changes.worse else 0)
+        for path in (a, b):
+            if is_report(path):
+                raise ValueError(
+                    f"{path} is a report: expected two reports or none, got another file beside it"
+                )
         one, other = _load(a), _load(b)
         if not one and not other:
             raise ValueError(f"{a} and {b}: expected tensors to compare, got none in either")
@@ -49,6 +65,29 @@ def compare(a: Path, b: Path) -> None:
         furthest = f", at most {int(numbers.max()):,} ulp" if len(numbers) else ""
         echo(f"{name}: {int(mask.sum()):,} of {mask.numel():,} elements differ{furthest}; first {first}")
     sys.exit(0 if equal else NOT_EQUAL)
+
+
+_HEADINGS = {
+    "failing": "newly failing",
+    "lost": "passed, and was not run now",
+    "passing": "newly passing",
+    "changed": "changed",
+    "only_old": "in the old report only",
+    "only_new": "in the new report only",
+}
+
+
+def _print(changes: Changes) -> None:
+    fit = filled if sys.stdout.isatty() else str
+    for line in changes.conditions:
+        echo(fit(line))
+    for name, heading in _HEADINGS.items():
+        if lines := getattr(changes, name):
+            echo(f"{heading} ({len(lines)}):", bold=True)
+            for line in lines:
+                echo(fit(f"  {line}"))
+    words = f"{changes.worse} cases got worse" if changes.worse else "no case got worse"
+    echo(f"{words}, {changes.alike} are as they were", fg="red" if changes.worse else "green", bold=True)
 
 
 def _load(path: Path) -> dict[str, Tensor]:
