@@ -49,5 +49,5 @@ def plain_docstring(app, what, name, obj, options, lines):
 def escape(lines, which):
     for n in which:
         parts = lines[n].split("`")  # every second one is code
-        parts[::2] = [part.replace("*", r"\*") for part in parts[::2]]
+        parts[::2] = [re.sub(r"[*|]", r"\\\g<0>", part) for part in parts[::2]]
         lines[n] = "`".join(parts)

@@ -6,19 +6,21 @@ import doctest
 import importlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 from click.testing import CliRunner
 
 from mxfp4ref.__main__ import commands
-from mxfp4ref.goldens import open_goldens
+from mxfp4ref.goldens import open_goldens, tensor_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "goldens" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(python|sh|cpp)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
 
@@ -26,15 +28,43 @@ def _blocks(page: Path, language: str) -> list[str]:
     return [code for kind, code in BLOCK.findall(page.read_text(encoding="utf-8")) if kind == language]
 
 
-@pytest.mark.parametrize(
-    "page", [p for p in PAGES if _blocks(p, "python") and p.parent.name != "goldens"], ids=lambda p: p.stem
-)
+@pytest.mark.parametrize("page", [p for p in PAGES if _blocks(p, "python")], ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_examples_run(builtin_root: Path, page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Who has installed the package has no other goldens.
     monkeypatch.setenv("MXFP4REF_GOLDENS", str(builtin_root))
+    monkeypatch.chdir(ROOT)
     namespace: dict[str, object] = {"__name__": "example"}
     for number, code in enumerate(_blocks(page, "python")):
         exec(compile(code, f"{page.name}, example {number}", "exec"), namespace)
+
+
+def test_goldens_are_read_with_numpy_alone() -> None:
+    _, code = _blocks(ROOT / "goldens" / "README.md", "python")
+    without = "import sys; sys.modules.update(dict.fromkeys(('torch', 'mxfp4ref', 'ml_dtypes')))\n"
+    done = subprocess.run(
+        [sys.executable, "-c", without + code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("[2, 5]: got ")
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_goldens_are_read_in_cpp(tmp_path: Path) -> None:
+    (code,) = _blocks(ROOT / "goldens" / "README.md", "cpp")
+    main = """
+#include <cstdio>
+int main(int, char** arguments) {
+  for (unsigned char byte : read_tensor(arguments[1], arguments[2])) std::printf("%02x", byte);
+}
+"""
+    (tmp_path / "read.cpp").write_text(code + main)
+    subprocess.run(
+        ["c++", "-std=c++17", "-Wall", "-Werror", "-o", "read", "read.cpp"], cwd=tmp_path, check=True
+    )
+    for name in ("token_selected_experts", "input"):
+        case = ROOT / "goldens" / "gemm" / "wide_exponents.safetensors"
+        done = subprocess.run([tmp_path / "read", case, name], capture_output=True, text=True, check=True)
+        assert bytes.fromhex(done.stdout) == tensor_bytes(safetensors.torch.load_file(case)[name])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
