@@ -1,6 +1,9 @@
 """The documentation's build: `python -m sphinx -W docs site`."""
 
+import json
 import re
+
+from myst_parser.parsers.sphinx_ import MystParser
 
 from mxfp4ref import __version__ as release
 
@@ -29,9 +32,27 @@ default_role = "code"
 
 def setup(app):
     """Docstrings and help texts are plain text, with code in backticks or indented: nothing else is markup."""
+    app.add_source_suffix(".ipynb", "notebook")
+    app.add_source_parser(Notebook)
     app.connect("autodoc-process-docstring", plain_docstring)
     for event in ("process-description", "process-options", "process-arguments"):
         app.connect(f"sphinx-click-{event}", lambda app, context, lines: escape(lines, range(len(lines))))
+
+
+class Notebook(MystParser):
+    """A notebook as a page: its text, its code, and what the cells printed."""
+
+    supported = ("notebook",)
+
+    def parse(self, inputstring, document):
+        parts = []
+        for cell in json.loads(inputstring)["cells"]:
+            source = "".join(cell["source"])
+            parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+            parts += [
+                f"```text\n{''.join(output['text']).rstrip()}\n```" for output in cell.get("outputs", ())
+            ]
+        super().parse("\n\n".join(parts), document)
 
 
 def plain_docstring(app, what, name, obj, options, lines):

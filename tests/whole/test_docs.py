@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -28,7 +29,9 @@ def _blocks(page: Path, language: str) -> list[str]:
     return [code for kind, code in BLOCK.findall(page.read_text(encoding="utf-8")) if kind == language]
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if _blocks(p, "python")], ids=lambda p: p.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if _blocks(p, "python")], ids=lambda p: p.relative_to(ROOT).as_posix()
+)
 def test_examples_run(builtin_root: Path, page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Who has installed the package has no other goldens.
     monkeypatch.setenv("MXFP4REF_GOLDENS", str(builtin_root))
@@ -36,6 +39,13 @@ def test_examples_run(builtin_root: Path, page: Path, monkeypatch: pytest.Monkey
     namespace: dict[str, object] = {"__name__": "example"}
     for number, code in enumerate(_blocks(page, "python")):
         exec(compile(code, f"{page.name}, example {number}", "exec"), namespace)
+
+
+def test_tutorial_shows_what_its_cells_print(builtin_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MXFP4REF_GOLDENS", str(builtin_root))
+    tool = runpy.run_path(str(ROOT / "tools" / "tables" / "notebook.py"))
+    written = tool["read"]()
+    assert tool["executed"](written) == written
 
 
 def test_goldens_are_read_with_numpy_alone() -> None:
@@ -67,7 +77,7 @@ int main(int, char** arguments) {
         assert bytes.fromhex(done.stdout) == tensor_bytes(safetensors.torch.load_file(case)[name])
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "docs" / "tutorial.ipynb"], ids=lambda p: p.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in LINK.findall(page.read_text(encoding="utf-8")):
         if "://" not in target:

@@ -1,4 +1,4 @@
-"""Runs the cells of docs/tutorial.ipynb in one namespace and writes what each prints into it: nothing shown is typed in."""
+"""Runs the cells of docs/tutorial.ipynb and writes what each prints into it; none of it is typed in."""
 
 from __future__ import annotations
 
