@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import importlib.util
 import re
 import runpy
 import shlex
@@ -16,8 +17,10 @@ import pytest
 import safetensors.torch
 from click.testing import CliRunner
 
+import mxfp4ref
 from mxfp4ref.__main__ import commands
 from mxfp4ref.goldens import open_goldens, tensor_bytes
+from tests.test_rooms import FLOORS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "goldens" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -95,6 +98,21 @@ def test_commands_exist(builtin_root: Path, page: Path) -> None:
         assert words[1] != "show" or words[2] in open_goldens(builtin_root).names()
         for word in words[2:]:
             assert not word.startswith("--") or word.split("=")[0] in shown.output, line
+
+
+def test_api_page_has_all_rooms_and_names() -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    front, *rooms = re.split(r"^## ", text, flags=re.MULTILINE)
+    offered = {name: module for module, name in re.findall(r"`~(mxfp4ref[\w.]*)\.(\w+)`", front)}
+    assert {*offered, "__version__"} == set(mxfp4ref.__all__)
+    for name, module in offered.items():
+        assert getattr(importlib.import_module(module), name) is getattr(mxfp4ref, name)
+    assert [room.split()[0] for room in rooms] == [room for floor in FLOORS for room in floor]
+    for room in rooms:
+        modules = re.findall(r"automodule:: (mxfp4ref[\w.]*)", room)
+        assert modules
+        assert {module.split(".")[1] for module in modules} == {room.split()[0]}
+        assert all(importlib.util.find_spec(module) for module in modules)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda p: p.stem)
