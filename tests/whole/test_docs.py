@@ -80,6 +80,32 @@ int main(int, char** arguments) {
         assert bytes.fromhex(done.stdout) == tensor_bytes(safetensors.torch.load_file(case)[name])
 
 
+def test_readme_does_what_it_says(
+    builtin_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its commands, one after another, on the goldens of the package; `make demo` is too long for a test."""
+    page = ROOT / "README.md"
+    monkeypatch.setenv("MXFP4REF_GOLDENS", str(builtin_root))
+    monkeypatch.chdir(tmp_path)
+    for name, code in zip(("kernel.py", "layer.py"), _blocks(page, "python"), strict=True):
+        Path(name).write_text(code, encoding="utf-8")
+    (_, _, *first), *_ = (block.splitlines() for block in _blocks(page, "sh"))
+    said = [
+        CliRunner().invoke(commands, shlex.split(line, comments=True)[1:], env={"COLUMNS": "400"})
+        for line in first
+    ]
+    assert [result.exit_code for result in said] == [1, 1, 0, 0]
+    defect, unnamed, _, replayed = (result.output for result in said)
+    assert "Every wrong bit is that of limit_ignored" in defect
+    assert Path("report.html").stat().st_size > 10_000
+    assert "Every wrong bit is predicted by this: GEMM2's scales are those of the next expert" in unnamed
+    assert "1 recorded call of 1 layer: 1 equal." in replayed
+    (within,) = re.findall(
+        r"limit forgotten: .* (\d+%) are within", (ROOT / "docs" / "tutorial.ipynb").read_text()
+    )
+    assert f"{within} of the elements" in " ".join(page.read_text(encoding="utf-8").split())
+
+
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "docs" / "tutorial.ipynb"], ids=lambda p: p.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in LINK.findall(page.read_text(encoding="utf-8")):
