@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from mxfp4ref._choices import MODES
 from mxfp4ref._files import printable
 from mxfp4ref.conformance.diagnosis import Diagnosis, Finding
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN
@@ -12,7 +13,6 @@ from mxfp4ref.defects import DEFECTS
 
 __all__ = ["MODES", "PASSING", "RECORDING", "CaseResult", "Report", "name_defects"]
 
-MODES = ("exact", "bounded")
 PASSING = ("equal", "within bounds", "skipped")
 RECORDING = "recording"  # the kind of a call that was recorded elsewhere, which is no golden case
 
