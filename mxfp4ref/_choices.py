@@ -1,4 +1,4 @@
-"""What arguments and options may be, by name: the command line says so without importing torch, which takes seconds."""
+"""What arguments and options may be, by name. Nothing here needs torch, which takes seconds to import."""
 
 from __future__ import annotations
 

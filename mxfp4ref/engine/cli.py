@@ -10,28 +10,28 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mxfp4ref._files import folders_below
-from mxfp4ref._validate import check_float
+from mxfp4ref.conformance.cli.command import command
 from mxfp4ref.conformance.cli.report_files import pop_report_files, print_report, report_files
 from mxfp4ref.conformance.cli.shared import (
     NOT_EQUAL,
     USAGE,
     UsageError,
     check_no_swap,
-    echo,
     goldens_option,
     progress,
     usage_errors,
 )
+from mxfp4ref.conformance.cli.terminal import echo, echo_rows
 
 if TYPE_CHECKING:
     from mxfp4ref.engine.replaying import ReplayReport
 
 __all__ = ["COMMANDS"]
 
-_STYLES = {"equal": "green", "skipped": "dim"}
+_COLOURS = {"equal": "green", "skipped": "bright_black"}
 
 
-@click.command()
+@command()
 @click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option(
     "--autotune-cache",
@@ -86,7 +86,7 @@ def replay(folder: Path, **options: Any) -> None:
     raise UsageError(f"{folder}: none of the {len(report.results)} recorded calls could be compared")
 
 
-@click.command(context_settings={"ignore_unknown_options": True})
+@command(context_settings={"ignore_unknown_options": True})
 @click.argument("script")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 @click.option(
@@ -122,6 +122,7 @@ def record(
 
     Exit codes: the script's; 2 if nothing was recorded.
     """
+    from mxfp4ref._validate import check_float
     from mxfp4ref.engine.recorder import Recorder, run_script
 
     check_no_swap()
@@ -151,7 +152,7 @@ def record(
     sys.exit(summary(run_script(script, arguments, recorder, module=module, at_exit=summary)))
 
 
-@click.command()
+@command()
 @click.argument("what", metavar="CALL|DIR|KERNEL")
 @click.option(
     "--ranks",
@@ -231,27 +232,13 @@ def _files_of(*paths: Path | None) -> Iterator[Path]:
 
 def _print_table(report: ReplayReport) -> None:
     """A row for each call."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False)
-    for name in ("call", "layer", "tokens", "status", "K tiles", "note"):
-        table.add_column(name, overflow="fold")
+    rows = []
     for result in report.results:
-        layer = getattr(result, "layer", 0)
-        status = Text(result.status, style=_STYLES.get(result.status, "red"))
-        tiles = ", ".join(result.tiles)
-        read = (str(layer), f"{getattr(result, 'tokens', 0):,}") if layer else ("", "")
-        table.add_row(Text(result.case), *read, status, tiles, Text(result.message))
-    console = Console()
-    if not console.is_terminal:
-        console.width = 160
-    with (
-        console.capture() as text
-    ):  # printed by click: rich ends the process, with exit code 1, if nobody reads it
-        console.print(table)
-    click.echo(text.get())
+        layer, tokens = getattr(result, "layer", 0), getattr(result, "tokens", 0)
+        read = (str(layer), f"{tokens:,}") if layer else ("", "")
+        rows.append((result.case, *read, result.status, ", ".join(result.tiles), result.message))
+    colours = {result.status: _COLOURS.get(result.status, "red") for result in report.results}
+    echo_rows(("call", "layer", "tokens", "status", "K tiles", "note"), rows, colours)
 
 
 COMMANDS = (replay, record, invariance)

@@ -13,15 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
-from rich.console import Console
-from rich.table import Table
 
-from mxfp4ref._files import printable
-from mxfp4ref._validate import did_you_mean
 from mxfp4ref._version import __version__
-from mxfp4ref.conformance.cli.shared import NOT_EQUAL, UsageError, echo, goldens_option, usage_errors
-from mxfp4ref.conformance.suite import Options, run
+from mxfp4ref._words import did_you_mean
+from mxfp4ref.conformance.cli.command import command
+from mxfp4ref.conformance.cli.shared import NOT_EQUAL, UsageError, goldens_option, usage_errors
+from mxfp4ref.conformance.cli.terminal import echo, echo_rows
 from mxfp4ref.goldens import Goldens, open_goldens
 
 __all__ = ["doctor", "list_cases"]
@@ -43,7 +40,7 @@ _PACKAGES = (
 )
 
 
-@click.command("list")
+@command("list")
 @click.argument("patterns", nargs=-1, metavar="[GLOB]...")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @goldens_option
@@ -58,12 +55,10 @@ def list_cases(patterns: tuple[str, ...], as_json: bool, root: Path | None) -> N
     if as_json:
         echo(json.dumps(rows, indent=1))
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("case", "kind", "kept for", "made to catch"):
-        table.add_column(column, no_wrap=column == "case")
-    for row in rows:
-        table.add_row(row["case"], row["kind"], printable(row["unique_for"]), ", ".join(row["catches"]))
-    Console(file=sys.stdout, highlight=False, markup=False).print(table)
+    echo_rows(
+        ("case", "kind", "kept for", "made to catch"),
+        [(row["case"], row["kind"], row["unique_for"], ", ".join(row["catches"])) for row in rows],
+    )
     echo(f"{len(rows)} of {len(goldens.names())} cases in {goldens.root}")
 
 
@@ -86,7 +81,7 @@ def _row(goldens: Goldens, name: str) -> dict[str, Any]:
     return {**about, "catches": list(case.catches)}
 
 
-@click.command()
+@command()
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @goldens_option
 def doctor(as_json: bool, root: Path | None) -> None:
@@ -94,6 +89,8 @@ def doctor(as_json: bool, root: Path | None) -> None:
 
     Exit codes: 0 all is well, 1 something is not: it is said on the lines that begin with "!".
     """
+    import torch
+
     facts: dict[str, str] = {"mxfp4ref": f"{__version__} in {Path(__file__).parents[2]}"}
     facts |= {"python": platform.python_version(), "machine": platform.platform()}
     facts |= {name: version for name in _PACKAGES if (version := _version(name))}
@@ -121,6 +118,8 @@ def _version(package: str) -> str:
 
 
 def _gpus() -> dict[str, str]:
+    import torch
+
     if not torch.cuda.is_available():
         return {"GPU": "none that torch sees"}
     return {f"GPU {n}": torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())}
@@ -138,6 +137,8 @@ def _check_goldens(root: Path | None, facts: dict[str, str]) -> str:
 
 def _check_bits(root: Path | None, facts: dict[str, str]) -> str:
     """A few cases by the oracle; what it warns of, such as loops that cannot be compiled, is a problem too."""
+    from mxfp4ref.conformance.suite import Options, run
+
     try:
         goldens = open_goldens(root)
         small = [name for name in goldens.names() if name.split("/")[0] in ("activation", "finalize", "gemm")]

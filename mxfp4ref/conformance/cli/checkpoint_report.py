@@ -6,21 +6,24 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from mxfp4ref.checkpoint import find_layers, open_shards, read_layer
 from mxfp4ref.conformance.cli.checkpoints import Layer
-from mxfp4ref.conformance.cli.shared import echo, progress, usage_errors
-from mxfp4ref.formats.humming import PreparationLoss, preparation_loss
+from mxfp4ref.conformance.cli.command import command
+from mxfp4ref.conformance.cli.shared import progress, usage_errors
+from mxfp4ref.conformance.cli.terminal import echo, echo_rows
+
+if TYPE_CHECKING:
+    from mxfp4ref.formats.humming import PreparationLoss
 
 __all__ = ["checkpoint_report"]
 
 _HEADS = ("tensor", "groups", "rewritten", "weights changed", "to zero", "worst error", "mean error")
-Losses = dict[str, PreparationLoss]
 
 
-@click.command("checkpoint-report")
+@command("checkpoint-report")
 @click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
 @click.option("--layer", "layers", type=Layer(), multiple=True, help="Only this layer. Repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
@@ -32,7 +35,10 @@ def checkpoint_report(checkpoint: Path, layers: tuple[int | str, ...], as_json: 
     that it raises. A group has 32 weights; errors are absolute; zeros are weights that were none. One layer is in
     memory at a time, and unsharded: ranks of tensor parallelism prepare their shards, and lose no more.
     """
-    losses: Losses = {}
+    from mxfp4ref.checkpoint import find_layers, open_shards, read_layer
+    from mxfp4ref.formats.humming import PreparationLoss, preparation_loss
+
+    losses: dict[str, PreparationLoss] = {}
     with usage_errors(), progress() as step:
         numbers: tuple[int | str, ...] = layers or tuple(find_layers(open_shards(checkpoint)))
         for number in numbers:
@@ -45,10 +51,7 @@ def checkpoint_report(checkpoint: Path, layers: tuple[int | str, ...], as_json: 
     if as_json:
         echo(json.dumps({name: asdict(loss) for name, loss in (*losses.items(), ("all", total))}, indent=1))
         return
-    rows = [_HEADS, *(_row(name, loss) for name, loss in (*losses.items(), ("all", total)))]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADS))]
-    for row in rows:
-        echo("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+    echo_rows(_HEADS, [_row(name, loss) for name, loss in (*losses.items(), ("all", total))])
     if not total.groups_rewritten:
         echo("nothing is lost: no expert has scales over a range of more than 12")
 

@@ -11,13 +11,11 @@ from typing import Any
 
 import click
 
+from mxfp4ref._choices import ACTIVATION_NAMES, ROUTER_NAMES, SCALE_RULES, STRATEGIES
 from mxfp4ref._files import check_no_input
-from mxfp4ref.conformance.cli.shared import describe, echo, first_values, progress, usage_errors
-from mxfp4ref.formats.quantize import SCALE_RULES
-from mxfp4ref.model.parallel import Ranks
-from mxfp4ref.model.placement import STRATEGIES, place_experts
-from mxfp4ref.routing import PRESETS
-from mxfp4ref.sm90.activation import ACTIVATIONS, activation_of
+from mxfp4ref.conformance.cli.command import command
+from mxfp4ref.conformance.cli.shared import describe, first_values, progress, usage_errors
+from mxfp4ref.conformance.cli.terminal import echo
 
 __all__ = ["checkpoint", "layer"]
 
@@ -107,7 +105,7 @@ def read_options(
     )
 
 
-@click.command()
+@command()
 @click.option(
     "--checkpoint",
     "root",
@@ -132,7 +130,7 @@ def read_options(
     help="Write the output and the routing to this safetensors file.",
 )
 @click.option(
-    "--router", type=click.Choice(list(PRESETS)), help="Default: the one that config.json describes."
+    "--router", type=click.Choice(ROUTER_NAMES), help="Default: the one that config.json describes."
 )
 @click.option("--top-k", type=click.IntRange(min=1), help="Default: that of config.json.")
 @click.option("--routed-scaling-factor", type=float, help="Default: that of config.json.")
@@ -141,7 +139,7 @@ def read_options(
 @click.option("--limit", type=float, help="SwiGLU's limit; default: the model's.")
 @click.option(
     "--activation",
-    type=click.Choice([activation.name for activation in ACTIVATIONS.values()]),
+    type=click.Choice(ACTIVATION_NAMES),
     help="Default: the model's.",
 )
 @click.option(
@@ -188,6 +186,9 @@ def layer(
     folder.
     """
     from mxfp4ref.checkpoint import fuse_shared, open_layer, open_shards, run_layer
+    from mxfp4ref.model.parallel import Ranks
+    from mxfp4ref.model.placement import place_experts
+    from mxfp4ref.sm90.activation import ACTIVATIONS
 
     def given(*names: str) -> dict[str, Any]:
         return {name: options[name] for name in names if options[name] is not None}
@@ -220,6 +221,8 @@ def layer(
 
 def _refuse_unused(layer: Any, router: str | None, options: Mapping[str, Any]) -> None:
     """Raise ValueError if an option was given that the router or the activation does not read."""
+    from mxfp4ref.sm90.activation import activation_of
+
     if router in ("gpt_oss", "mixtral") and options["routed_scaling_factor"] is not None:
         raise ValueError(
             f"--routed-scaling-factor: expected none with --router {router}, which has no factor"
@@ -232,7 +235,7 @@ def _refuse_unused(layer: Any, router: str | None, options: Mapping[str, Any]) -
         )
 
 
-@click.command()
+@command()
 @click.argument("root", metavar="CHECKPOINT", type=click.Path(exists=True, path_type=Path))
 @click.option("--layer", "layers", type=Layer(), multiple=True, help="Only this layer. Repeatable.")
 @click.option("--names-only", is_flag=True, help="Do not read the weights: no counts of unusual ones.")

@@ -14,9 +14,10 @@ from typing import Any
 
 import click
 
+from mxfp4ref._choices import MODES, STORAGE
 from mxfp4ref._files import folders_below
-from mxfp4ref._validate import did_you_mean
-from mxfp4ref.conformance.bounds import STORAGE
+from mxfp4ref._words import did_you_mean
+from mxfp4ref.conformance.cli.command import command
 from mxfp4ref.conformance.cli.report_files import pop_report_files, print_report, report_files
 from mxfp4ref.conformance.cli.shared import (
     NOT_EQUAL,
@@ -28,14 +29,12 @@ from mxfp4ref.conformance.cli.shared import (
     goldens_option,
     usage_errors,
 )
-from mxfp4ref.conformance.results import MODES
-from mxfp4ref.conformance.suite import Options, run
 from mxfp4ref.goldens import Goldens, open_goldens
 
 __all__ = ["conform"]
 
 
-@click.command()
+@command()
 @click.argument("kernel", required=False)
 @click.option("--kernel", "kernel_option", metavar="KERNEL", help="The same as the argument.")
 @goldens_option
@@ -125,6 +124,8 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
     spec = kernel or kernel_option
     assert spec is not None
     check_no_swap()
+    from mxfp4ref.conformance.suite import Options, run
+
     files = pop_report_files(options)
     patterns, isolate, device, verbose = (
         options.pop(name) for name in ("patterns", "isolate", "device", "verbose")

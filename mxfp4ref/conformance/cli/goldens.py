@@ -4,32 +4,29 @@ from __future__ import annotations
 
 import os
 import sys
-import textwrap
 import time
 from pathlib import Path
 
 import click
 
-from mxfp4ref.conformance import report
+from mxfp4ref.conformance.cli.command import command
 from mxfp4ref.conformance.cli.shared import (
     NOT_EQUAL,
-    WIDTH,
     UsageError,
     case_progress,
     describe,
-    echo,
     first_values,
     goldens_option,
     progress,
     usage_errors,
 )
-from mxfp4ref.conformance.suite import Options, run
-from mxfp4ref.goldens import GoldenError, hardware_record, open_goldens
+from mxfp4ref.conformance.cli.terminal import echo
+from mxfp4ref.goldens import GoldenError, open_goldens
 
 __all__ = ["export", "regenerate", "show", "verify"]
 
 
-@click.command()
+@command()
 @goldens_option
 @click.option("--files-only", is_flag=True, help="Check sizes and hashes, compute nothing.")
 def verify(root: Path | None, files_only: bool) -> None:
@@ -38,6 +35,10 @@ def verify(root: Path | None, files_only: bool) -> None:
     First the files: size, dtype, shape, SHA-256. Then this machine: the oracle has to give the stored bits of every
     case. Then the record of what real GPUs gave, if there is one: its hashes have to be those of the goldens.
     """
+    from mxfp4ref.conformance import report
+    from mxfp4ref.conformance.suite import Options, run
+    from mxfp4ref.goldens import hardware_record
+
     with usage_errors():
         goldens = open_goldens(root)
         problems = goldens.verify()
@@ -64,7 +65,7 @@ def verify(root: Path | None, files_only: bool) -> None:
     sys.exit(NOT_EQUAL if problems else 0)
 
 
-@click.command()
+@command()
 @click.option("--check", is_flag=True, help="Write nothing; list the differences and exit with 1.")
 @click.option(
     "--only", multiple=True, metavar="GLOB", help="Only cases that match, as in 'gemm/*'. Repeatable."
@@ -103,7 +104,7 @@ def regenerate(check: bool, only: tuple[str, ...], jobs: int, root: Path | None)
     sys.exit(NOT_EQUAL if result.differences or too_large else 0)
 
 
-@click.command()
+@command()
 @click.argument("folder", metavar="DIR", type=click.Path(file_okay=False, path_type=Path))
 @goldens_option
 def export(folder: Path, root: Path | None) -> None:
@@ -132,7 +133,7 @@ def export(folder: Path, root: Path | None) -> None:
     echo(f"{folder}: {len(exported)} workloads written, {len(left_out)} cases left out")
 
 
-@click.command()
+@command()
 @click.argument("case")
 @goldens_option
 @click.option("--values", is_flag=True, help="The first values of each tensor too.")
@@ -142,9 +143,9 @@ def show(case: str, root: Path | None, values: bool) -> None:
         loaded = open_goldens(root).load(case)
     echo(loaded.id, bold=True)
     echo(f"kind: {loaded.kind}")
-    echo(textwrap.fill(f"why: {loaded.why}", WIDTH, subsequent_indent="     "))
+    echo(f"why: {loaded.why}")
     if loaded.catches:
-        echo(textwrap.fill(f"catches: {', '.join(loaded.catches)}", WIDTH, subsequent_indent="         "))
+        echo(f"catches: {', '.join(loaded.catches)}")
     if loaded.unique_for:
         echo(f"kept for: {loaded.unique_for}")
     for name, value in loaded.parameters.items():

@@ -8,12 +8,14 @@ from pathlib import Path
 import click
 
 from mxfp4ref._files import printable, write_file
-from mxfp4ref.conformance.cli.shared import UsageError, echo, usage_errors
+from mxfp4ref.conformance.cli.command import Group
+from mxfp4ref.conformance.cli.shared import UsageError, usage_errors
+from mxfp4ref.conformance.cli.terminal import echo
 
 __all__ = ["init"]
 
 
-@click.group()
+@click.group(cls=Group)
 def init() -> None:
     """Write a file to begin with."""
 

@@ -7,13 +7,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from mxfp4ref._files import check_no_input, write_file
 from mxfp4ref.conformance.cli.shared import UsageError, echo
-from mxfp4ref.conformance.results import Report
+
+if TYPE_CHECKING:
+    from mxfp4ref.conformance.results import Report
 
 __all__ = ["ReportFiles", "pop_report_files", "print_report", "report_files"]
 

@@ -8,25 +8,22 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
-import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors import SafetensorError
-from torch import Tensor
 
 from mxfp4ref._files import printable
-from mxfp4ref.conformance.adapters import KernelError
-from mxfp4ref.conformance.report import headline
-from mxfp4ref.conformance.results import CaseResult
-from mxfp4ref.goldens import GoldenError
+from mxfp4ref.conformance.cli.terminal import animated, console, echo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mxfp4ref.conformance.results import CaseResult
 
 __all__ = [
     "NOT_EQUAL",
     "USAGE",
-    "WIDTH",
     "UsageError",
     "case_progress",
     "check_no_swap",
@@ -39,7 +36,6 @@ __all__ = [
 ]
 
 NOT_EQUAL, USAGE = 1, 2  # exit codes, besides 0
-WIDTH = 100
 
 goldens_option = click.option(
     "--goldens",
@@ -71,11 +67,6 @@ def check_no_swap() -> None:
         )
 
 
-def echo(text: str, **style: Any) -> None:
-    """Print text that may come from a file: nothing in it commands the terminal."""
-    click.secho(printable(text), **style)
-
-
 @contextmanager
 def usage_errors() -> Iterator[None]:
     """What goes wrong before or beside the comparison is wrong usage or environment: exit code 2."""
@@ -83,16 +74,7 @@ def usage_errors() -> Iterator[None]:
         yield
     except MemoryError as error:
         raise UsageError("there is not enough memory") from error
-    except (
-        KernelError,
-        GoldenError,
-        ImportError,
-        TypeError,
-        ValueError,
-        OSError,
-        SafetensorError,
-        RuntimeError,
-    ) as error:
+    except (ImportError, TypeError, ValueError, OSError, SafetensorError, RuntimeError) as error:
         raise UsageError(str(error)) from error
 
 
@@ -103,9 +85,11 @@ def progress(*, lines: bool = False, first: str = "") -> Iterator[Callable[[str,
     It moves a progress bar on stderr, which shows `first` until then. Where stderr is no terminal it does nothing, or
     prints a line, if `lines`.
     """
-    if sys.stderr.isatty():
+    if animated():
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        with Progress(*columns, console=console(), transient=True) as bar:
             task = bar.add_task(first, total=None)
             yield lambda name, total: bar.update(task, advance=1, total=total, description=name)
         return
@@ -124,6 +108,8 @@ def case_progress(names: Sequence[str]) -> Iterator[Callable[[CaseResult], None]
 
     On a terminal a case that fails is also told at once, in a line.
     """
+    from mxfp4ref.conformance.report import headline
+
     done = failed = 0
     with progress(first=names[0] if names else "") as step:
 
@@ -142,6 +128,8 @@ def describe(tensor: Tensor) -> str:
 
 
 def first_values(tensor: Tensor) -> str:
+    import torch
+
     first = tensor.flatten()[:8]
     if first.dtype == torch.float4_e2m1fn_x2:
         first = first.view(torch.uint8)

@@ -10,7 +10,6 @@ from pathlib import Path
 import click
 
 from mxfp4ref.conformance.cli.shared import NOT_EQUAL, USAGE
-from mxfp4ref.conformance.worker import how_it_ended
 
 __all__ = ["main"]
 
@@ -55,6 +54,8 @@ def _supervise() -> int:
             return 128 + 2
         if verdict.is_file() and (code := verdict.read_bytes().strip()).isdigit():
             return int(code)
+    from mxfp4ref.conformance.worker import how_it_ended
+
     how = how_it_ended(done.returncode)
     click.echo(
         f"The kernel does not conform: it ended its process ({how}) before there was a verdict. Without --no-isolate "

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-from torch import Tensor
 
-from mxfp4ref.checkpoint.shards import open_shards
-from mxfp4ref.conformance.cli.shared import NOT_EQUAL, describe, echo, usage_errors
-from mxfp4ref.conformance.comparison import FAR, differing, first_difference, ulp_distance
+from mxfp4ref.conformance.cli.command import command
+from mxfp4ref.conformance.cli.shared import NOT_EQUAL, describe, usage_errors
+from mxfp4ref.conformance.cli.terminal import echo
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["compare"]
 
 
-@click.command()
+@command()
 @click.argument("a", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("b", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def compare(a: Path, b: Path) -> None:
@@ -23,6 +26,8 @@ def compare(a: Path, b: Path) -> None:
 
     Exit codes: 0 equal, 1 different, 2 a file cannot be read.
     """
+    from mxfp4ref.conformance.comparison import FAR, differing, first_difference, ulp_distance
+
     with usage_errors():
         one, other = _load(a), _load(b)
         if not one and not other:
@@ -52,5 +57,7 @@ def compare(a: Path, b: Path) -> None:
 
 
 def _load(path: Path) -> dict[str, Tensor]:
+    from mxfp4ref.checkpoint.shards import open_shards
+
     shards = open_shards(path)
     return shards.read(shards.files)
