@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import importlib.metadata
-import json
 import os
 import platform
 import sys
@@ -18,7 +17,7 @@ from mxfp4ref._version import __version__
 from mxfp4ref._words import did_you_mean
 from mxfp4ref.conformance.cli.command import command
 from mxfp4ref.conformance.cli.shared import NOT_EQUAL, UsageError, goldens_option, usage_errors
-from mxfp4ref.conformance.cli.terminal import echo, echo_rows
+from mxfp4ref.conformance.cli.terminal import echo, echo_json, echo_rows
 from mxfp4ref.goldens import Goldens, open_goldens
 
 __all__ = ["doctor", "list_cases"]
@@ -53,7 +52,7 @@ def list_cases(patterns: tuple[str, ...], as_json: bool, root: Path | None) -> N
         goldens = open_goldens(root)
         rows = [_row(goldens, name) for name in _chosen(goldens, patterns)]
     if as_json:
-        echo(json.dumps(rows, indent=1))
+        echo_json(rows)
         return
     echo_rows(
         ("case", "kind", "kept for", "made to catch"),
@@ -99,7 +98,7 @@ def doctor(as_json: bool, root: Path | None) -> None:
     facts |= {name: value for name, value in sorted(os.environ.items()) if name.startswith("MXFP4REF")}
     problems = {name: problem for name, check in _CHECKS.items() if (problem := check(root, facts))}
     if as_json:
-        echo(json.dumps({"facts": facts, "problems": problems}, indent=1))
+        echo_json({"facts": facts, "problems": problems})
     else:
         for name, fact in facts.items():
             echo(f"{name:18} {fact}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,7 @@ import click
 from mxfp4ref.conformance.cli.checkpoints import Layer
 from mxfp4ref.conformance.cli.command import command
 from mxfp4ref.conformance.cli.shared import progress, usage_errors
-from mxfp4ref.conformance.cli.terminal import echo, echo_rows
+from mxfp4ref.conformance.cli.terminal import echo, echo_json, echo_rows
 
 if TYPE_CHECKING:
     from mxfp4ref.formats.humming import PreparationLoss
@@ -49,7 +48,7 @@ def checkpoint_report(checkpoint: Path, layers: tuple[int | str, ...], as_json: 
             step(f"layer {number}", len(numbers))
     total = sum(losses.values(), PreparationLoss(0, 0, 0, 0, 0.0, 0.0, 0.0))
     if as_json:
-        echo(json.dumps({name: asdict(loss) for name, loss in (*losses.items(), ("all", total))}, indent=1))
+        echo_json({name: asdict(loss) for name, loss in (*losses.items(), ("all", total))})
         return
     echo_rows(_HEADS, [_row(name, loss) for name, loss in (*losses.items(), ("all", total))])
     if not total.groups_rewritten:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from mxfp4ref._choices import ACTIVATION_NAMES, ROUTER_NAMES, SCALE_RULES, STRAT
 from mxfp4ref._files import check_no_input
 from mxfp4ref.conformance.cli.command import command
 from mxfp4ref.conformance.cli.shared import describe, first_values, progress, usage_errors
-from mxfp4ref.conformance.cli.terminal import echo
+from mxfp4ref.conformance.cli.terminal import echo, echo_json
 
 __all__ = ["checkpoint", "layer"]
 
@@ -97,6 +98,9 @@ def read_options(
 ) -> Any:
     from mxfp4ref.checkpoint import ReadOptions, read_name_map
 
+    for key, count in Counter(key for key, _ in changes).items():
+        if count > 1:
+            raise ValueError(f"--set: expected {key} once, got it {count} times")
     return ReadOptions(
         config=dict(changes),
         experts=experts,
@@ -256,7 +260,7 @@ def checkpoint(
         how = read_options(options["changes"], options["quantize"], options["name_map"])
         found = inspect(root, how, layers=layers, weights=not names_only, step=step)
     if as_json:
-        click.echo(json.dumps(as_object(found), indent=2))
+        echo_json(as_object(found))
     else:
         show(found)
     if any(entry.refused for entry in found.layers):

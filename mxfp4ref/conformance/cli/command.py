@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import click
 
-from mxfp4ref.conformance.cli.terminal import columns, use_colour, wrapped
+from mxfp4ref.conformance.cli.terminal import use_colour, wrapped
 
 __all__ = ["WIDTH", "Command", "Group", "command"]
 
@@ -48,7 +49,7 @@ class _Context(click.Context):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.color = use_colour()
-        self.terminal_width = min(columns() or 80, WIDTH)
+        self.terminal_width = min(shutil.get_terminal_size().columns, WIDTH)
 
 
 class Command(click.Command):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,7 @@ import click
 
 from mxfp4ref.conformance.cli.command import command
 from mxfp4ref.conformance.cli.shared import goldens_option, usage_errors
-from mxfp4ref.conformance.cli.terminal import echo
+from mxfp4ref.conformance.cli.terminal import echo, echo_json
 from mxfp4ref.goldens import open_goldens
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ def defects(as_json: bool) -> None:
             {n: getattr(d, n) for n in ("name", "kind", "target", "summary", "seen_in")}
             for d in DEFECTS.values()
         ]
-        echo(json.dumps(rows, indent=1))
+        echo_json(rows)
         return
     width = max(len(name) for name in DEFECTS)
     for family in FAMILIES.values():

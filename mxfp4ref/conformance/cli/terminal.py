@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ from mxfp4ref._files import printable
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["animated", "columns", "console", "echo", "echo_rows", "use_colour", "wrapped"]
+__all__ = ["animated", "columns", "console", "echo", "echo_json", "echo_rows", "use_colour", "wrapped"]
 
 _LEAST = 24  # narrower columns of a table are unreadable
 # What stays on one line, to be pasted: `code`, a command with its arguments, and every word.
@@ -39,9 +40,7 @@ def animated() -> bool:
 
 def columns(*, err: bool = False) -> int | None:
     """How wide the terminal is; None where there is none, and lines are left whole for what reads them."""
-    if os.environ.get("COLUMNS", "").isdigit() or (sys.stderr if err else sys.stdout).isatty():
-        return max(shutil.get_terminal_size().columns, 1)
-    return None
+    return shutil.get_terminal_size().columns if (sys.stderr if err else sys.stdout).isatty() else None
 
 
 def console() -> Console:
@@ -56,6 +55,11 @@ def echo(text: str, *, err: bool = False, **style: Any) -> None:
     width = columns(err=err)
     lines = printable(text).split("\n")
     click.secho("\n".join(wrapped(line, width) for line in lines), err=err, **style)
+
+
+def echo_json(value: object) -> None:
+    """Print JSON, which no terminal's width may break."""
+    click.echo(json.dumps(value, indent=1))
 
 
 def wrapped(line: str, width: int | None, hang: int | None = None) -> str:
