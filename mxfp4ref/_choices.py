@@ -6,11 +6,13 @@ from typing import Literal, get_args
 
 __all__ = [
     "ACTIVATION_NAMES",
+    "DIAGNOSES",
     "MODES",
     "ROUTER_NAMES",
     "SCALE_RULES",
     "STORAGE",
     "STRATEGIES",
+    "Diagnosing",
     "Mode",
     "ScaleRule",
     "Storage",
@@ -28,6 +30,9 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 
 Storage = Literal["wider", "bf16"]
 STORAGE: tuple[Storage, ...] = get_args(Storage)
+
+Diagnosing = Literal["quick", "full", "none"]
+DIAGNOSES: tuple[Diagnosing, ...] = get_args(Diagnosing)
 
 # The keys of `routing.PRESETS`, and the names of `sm90.activation.ACTIVATIONS`.
 ROUTER_NAMES = ("deepseek_v3", "deepseek_v4", "gpt_oss", "mixtral")

@@ -12,13 +12,15 @@ if TYPE_CHECKING:
     from mxfp4ref.conformance.comparison import assert_bits_equal, differing, first_difference
     from mxfp4ref.conformance.diagnosis import Diagnosis, diagnose
     from mxfp4ref.conformance.kernels import load_kernel
+    from mxfp4ref.conformance.options import Options
     from mxfp4ref.conformance.results import CaseResult, Report
-    from mxfp4ref.conformance.suite import Options, run, run_case
+    from mxfp4ref.conformance.suite import Interrupted, run, run_case
 
 __all__ = [
     "Bounds",
     "CaseResult",
     "Diagnosis",
+    "Interrupted",
     "Kernel",
     "KernelError",
     "Options",
@@ -43,7 +45,8 @@ __getattr__, __dir__ = lazy(
         "comparison": ("assert_bits_equal", "differing", "first_difference"),
         "diagnosis": ("Diagnosis", "diagnose"),
         "kernels": ("load_kernel",),
+        "options": ("Options",),
         "results": ("CaseResult", "Report"),
-        "suite": ("Options", "run", "run_case"),
+        "suite": ("Interrupted", "run", "run_case"),
     },
 )

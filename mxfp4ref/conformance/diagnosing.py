@@ -1,14 +1,15 @@
-"""From the cases of a run that fail to its verdict: kernel calls are diagnosed together, all else one by one."""
+"""From the cases of a run that fail to its verdict: each is looked at as it comes, then all of them together."""
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from mxfp4ref.conformance.diagnosis import Diagnosis, Finding, Known, Prediction, diagnose
+from mxfp4ref.conformance.diagnosis import SECONDS, Diagnosis, Finding, Known, Located, Prediction
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline
 from mxfp4ref.conformance.families.jury import Failure, Verdict, judge
@@ -22,6 +23,10 @@ from mxfp4ref.model.call import MoeCall
 __all__ = ["Failed", "Failing", "Found", "diagnosed"]
 
 _SECONDS = 40.0  # for the hypotheses of a run
+_QUICK_SECONDS = (
+    8.0  # for those of all quick diagnoses together; then only suspects are tried, and evidence is read
+)
+_LEAST_SECONDS = 0.1
 _MOST_TOLD = 3  # different sentences of a verdict
 
 
@@ -39,6 +44,14 @@ class Failed:
         call = self.run.inputs
         return isinstance(call, MoeCall) and call.experts.tactics_show and not is_heavy(call)
 
+    @property
+    def whole_size(self) -> bool:
+        call = self.run.inputs
+        return isinstance(call, MoeCall) and call.experts.tactics_show and is_heavy(call)
+
+    def located(self) -> Located:
+        return Located(self.kind, self.run.inputs, self.outputs, self.run.expected)
+
 
 @dataclass(frozen=True)
 class Found:
@@ -49,92 +62,122 @@ class Found:
     finding: Finding
 
 
-def diagnosed(
-    result: CaseResult,
-    failed: Failed,
-    *,
-    suspects: tuple[str | Hypothesis, ...] = (),
-    effort: str = "full",
-    known: Known | None = None,
-) -> CaseResult:
-    """The result with its diagnosis; if that fails, with the reason."""
-    try:
-        found = diagnose(
-            failed.kind,
-            failed.run.inputs,
-            failed.outputs,
-            failed.run.expected,
-            suspects=suspects,
-            effort=effort,
-            known=known,
-        )
-    except Exception as error:  # of outputs that nobody has thought of; the result is not lost
-        words = f"no diagnosis: {of_exception(error)}"
-        return replace(result, message="; ".join(filter(None, (result.message, words))))
-    return replace(result, diagnosis=found)
+def diagnosed(result: CaseResult, failed: Failed, diagnosis: str) -> CaseResult:
+    """The result with a diagnosis, "quick", "full" or "none"; if that fails, with the reason."""
+    if diagnosis == "none":
+        return result
+    return _Failure(failed).looked_at(result, (), diagnosis)
+
+
+class _Failure:
+    """A case that fails, and what is known of it."""
+
+    def __init__(self, failed: Failed) -> None:
+        self.failed = failed
+        self.located: Located | None = None
+
+    def looked_at(
+        self,
+        result: CaseResult,
+        suspects: tuple[str | Hypothesis, ...],
+        diagnosis: str,
+        seconds: float | None = None,
+    ) -> CaseResult:
+        """The result with its diagnosis; if that fails, with the reason."""
+        start = time.perf_counter()
+        try:
+            self.located = self.located or self.failed.located()
+            known = self.located.search(suspects, diagnosis, seconds=seconds)
+            result = replace(result, diagnosis=self.located.told(known))
+        except Exception as error:  # of outputs that nobody has thought of; the result is not lost
+            words = f"no diagnosis: {of_exception(error)}"
+            result = replace(result, message="; ".join(filter(None, (result.message, words))))
+        return result.lasting(diagnosis=time.perf_counter() - start)
+
+    def told(self, result: CaseResult, known: Known) -> CaseResult:
+        """The result, with what else is known of it, if it could be looked at."""
+        return result if self.located is None else replace(result, diagnosis=self.located.told(known))
 
 
 class Failing:
-    """The failures of a run, as they come."""
+    """The failures of a run, as they come.
 
-    def __init__(self, wanted: bool) -> None:
-        self._wanted = wanted
-        self._later: dict[str, Failed] = {}
+    Args:
+        diagnosis: as in `Options`.
+    """
+
+    def __init__(self, diagnosis: str) -> None:
+        self._diagnosis = diagnosis
+        self._failures: dict[str, _Failure] = {}
+        self._suspects: dict[str, None] = {}
+        self._left = _QUICK_SECONDS
 
     def take(self, result: CaseResult, failed: Failed | None) -> CaseResult:
-        """The result, diagnosed if that is not done at the end."""
-        if failed is None or not self._wanted:
+        """The result with a quick diagnosis, if it is wanted."""
+        if failed is None or self._diagnosis == "none":
             return result
-        if failed.together:
-            self._later[result.case] = failed
-            return result
-        suspects: tuple[str | Hypothesis, ...] = ()
-        if isinstance(failed.run.inputs, MoeCall) and self._later:
-            suspects = self._judged(()).hypotheses
-            suspects = tuple(h.name or h for h in suspects)
-        return diagnosed(result, failed, suspects=suspects)
+        self._failures[result.case] = one = _Failure(failed)
+        seconds = min(SECONDS["quick"], max(self._left, _LEAST_SECONDS))
+        result = one.looked_at(result, tuple(self._suspects), "quick", seconds)
+        self._left -= min(result.diagnosis_seconds, seconds)
+        if result.diagnosis is not None:
+            self._suspects |= dict.fromkeys(result.diagnosis.exact)
+        return result
 
-    def verdict(self, results: list[CaseResult], goldens: Goldens | None) -> Found:
-        """All results with their diagnoses, and what they say together."""
-        if self._later:
-            found = self._judged(tuple(results), goldens)
+    def verdict(self, results: list[CaseResult], goldens: Goldens | None, *, search: bool = True) -> Found:
+        """All results with their diagnoses, and what they say together; `search` for what else they may say."""
+        full = search and self._diagnosis == "full"
+        together = {case: one.failed for case, one in self._failures.items() if one.failed.together}
+        found = Verdict(Finding(), (), {})
+        names: tuple[str, ...] = ()
+        if together and full:
+            found = _judged(together, results, goldens)
             names = tuple(h.name for h in found.hypotheses if h.name)
-            results = [self._with_diagnosis(r, found) for r in results]
-        else:
-            found, names = Verdict(Finding(), (), {}), ()
+        if full:
+            results = self._in_full(results, found)
         exact = [r.diagnosis.exact for r in results if r.diagnosis is not None]
-        defects = name_defects([names, *exact] if self._later else exact)
+        defects = name_defects([names, *exact] if together and full else exact)
         finding = found.finding
         if not finding.sentence and not finding.stages:
             finding = _agreed([r.diagnosis for r in results if r.diagnosis is not None])
         return Found(tuple(results), defects, finding)
 
-    def _judged(self, results: tuple[CaseResult, ...], goldens: Goldens | None = None) -> Verdict:
-        failures = []
-        for case, failed in self._later.items():
-            pipeline = prepared(failed.run.inputs)
-            got, want = failed.outputs["output"].cpu(), failed.run.expected["output"].cpu()
-            failures.append(Failure(case, pipeline, got, want))
-        right = [r.case for r in results if r.status == "equal" and r.kind == "moe"]
-
-        def passing() -> Iterator[tuple[Pipeline, Tensor]]:
-            for name in right:
-                if goldens is None:
-                    break
-                case = goldens.load(name)
-                if not case.derived:
-                    one = runs(case)[0]
-                    yield prepared(one.inputs), one.expected["output"]
-
-        return judge(failures, passing, seconds=_SECONDS)
-
-    def _with_diagnosis(self, result: CaseResult, found: Verdict) -> CaseResult:
-        failed = self._later.get(result.case)
-        if failed is None:
-            return result
-        finding = found.by_case.get(result.case, Finding())
+    def _in_full(self, results: list[CaseResult], found: Verdict) -> list[CaseResult]:
+        """The results, with what was found for all together, and by a search of its own on a layer of whole size."""
+        suspects = tuple(h.name or h for h in found.hypotheses)
         exact = tuple(Prediction(h.name, 1.0, True) for h in found.hypotheses if h.name)
-        return diagnosed(result, failed, known=(exact, finding, ()))
+        # Their searches take minutes: one is enough, and none is needed where smaller cases fail too.
+        searched = any(one.failed.together for one in self._failures.values())
+        told = []
+        for result in results:
+            one = self._failures.get(result.case)
+            if one is not None and result.case in found.by_case:
+                result = one.told(result, (exact, found.by_case[result.case], ()))
+            elif one is not None and one.failed.whole_size and (suspects or not searched):
+                result = one.looked_at(result, suspects, "quick" if searched else "full")
+                searched = True
+            told.append(result)
+        return told
+
+
+def _judged(failures: Mapping[str, Failed], results: list[CaseResult], goldens: Goldens | None) -> Verdict:
+    """What the calls that are diagnosed together come to."""
+    wrong = []
+    for case, failed in failures.items():
+        got, want = failed.outputs["output"].cpu(), failed.run.expected["output"].cpu()
+        wrong.append(Failure(case, prepared(failed.run.inputs), got, want))
+    right = [r.case for r in results if r.status == "equal" and r.kind == "moe"]
+
+    def passing() -> Iterator[tuple[Pipeline, Tensor]]:
+        for name in right:
+            if goldens is None:
+                break
+            case = goldens.load(name)
+            if not case.derived:
+                one = runs(case)[0]
+                yield prepared(one.inputs), one.expected["output"]
+
+    return judge(wrong, passing, seconds=_SECONDS)
 
 
 def _agreed(diagnoses: list[Diagnosis]) -> Finding:

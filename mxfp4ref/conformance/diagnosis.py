@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,10 +28,11 @@ from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import MoeTrace, trace
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["EFFORTS", "Diagnosis", "Finding", "Known", "Prediction", "diagnose", "predict"]
+__all__ = ["SECONDS", "Diagnosis", "Finding", "Known", "Located", "Prediction", "diagnose", "predict"]
 
-_NAMED_SECONDS = 60.0  # for the named defects, on a layer of real size
-EFFORTS = {"quick": 0.7, "full": 50.0}  # seconds for hypotheses
+# For hypotheses, and for the named defects on a layer of real size.
+SECONDS = {"quick": 0.7, "full": 50.0}
+_NAMED_SECONDS = {"quick": 0.4, "full": 60.0}
 _ULP_BINS = (1, 2, 4, 16, 256, FAR - 1)
 
 
@@ -80,9 +81,8 @@ def diagnose(
     expected: Mapping[str, Tensor],
     *,
     suspects: Iterable[str | Hypothesis] | None = None,
-    effort: str = "full",
+    diagnosis: str = "full",
     progress: Progress | None = None,
-    known: Known | None = None,
 ) -> Diagnosis:
     """Say how and why `outputs` differ from `expected`; they have to.
 
@@ -92,60 +92,88 @@ def diagnose(
         outputs: what the kernel gave, and any intermediates under the names of `MoeTrace`.
         expected: what it should have given.
         suspects: names of defects, and hypotheses, to try before all others, which are tried if none is exact.
-        effort: "full", or "quick" for about a second: the likeliest hypotheses only.
+        diagnosis: "full", or "quick" for about a second: the likeliest hypotheses only.
         progress: called before each named defect that is tried on a call, with its name and how many there are.
-        known: what has been found out about the call, so that nothing is searched.
 
     Raises:
         TypeError, ValueError: an output is missing, or of another dtype or shape than expected, or all are equal.
     """
-    check_choice("effort", effort, tuple(EFFORTS))
-    missing = [n for n in expected if n not in outputs]
-    if missing:
-        raise ValueError(f"outputs: expected {', '.join(expected)}, got {', '.join(outputs) or 'none'}")
-    name = next((n for n in expected if bool(differing(outputs[n], expected[n]).any())), None)
-    if name is None:
-        raise ValueError(
-            "outputs: expected an element that differs from `expected`, got equal bits in all of them"
+    check_choice("diagnosis", diagnosis, tuple(SECONDS))
+    located = Located(kind, inputs, outputs, expected)
+    return located.told(located.search(tuple(suspects or ()), diagnosis, progress=progress))
+
+
+class Located:
+    """An output that differs, and what is said of it without a search; arguments and errors as of `diagnose`."""
+
+    def __init__(
+        self, kind: str, inputs: Any, outputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+    ) -> None:
+        missing = [n for n in expected if n not in outputs]
+        if missing:
+            raise ValueError(f"outputs: expected {', '.join(expected)}, got {', '.join(outputs) or 'none'}")
+        name = next((n for n in expected if bool(differing(outputs[n], expected[n]).any())), None)
+        if name is None:
+            raise ValueError(
+                "outputs: expected an element that differs from `expected`, got equal bits in all of them"
+            )
+        self.kind, self.inputs, self.outputs, self.expected = kind, inputs, outputs, expected
+        self.got, self.want = outputs[name], expected[name]
+        mask = differing(self.got, self.want)
+        first = first_difference(self.got, self.want)
+        assert first is not None
+        feeds: tuple[str, ...] = ()
+        found: tuple[str, ...] = ()
+        table: tuple[Attribution, ...] = ()
+        if isinstance(inputs, MoeCall):
+            token = first.index[0]
+            one = trace(one_token(inputs, token))
+            feeds = _feeds(inputs, one, token, first.index[1])
+            found = patterns(inputs, self.got, self.want, mask)
+            table = attribution(inputs, mask)
+        elif kind == "layout":
+            found = (_layout_pattern(self.got, self.want, mask),)
+        ulps = _histogram(self.got, self.want, mask)
+        self._plain = Diagnosis(name, first, feeds, found, "", (), ulps, mask, attribution=table)
+
+    def search(
+        self,
+        suspects: tuple[str | Hypothesis, ...],
+        diagnosis: str,
+        *,
+        seconds: float | None = None,
+        progress: Progress | None = None,
+    ) -> Known:
+        """Look for what is wrong, as `diagnose` does; `seconds` is for hypotheses, if it is not what is usual."""
+        if not isinstance(self.inputs, MoeCall):
+            predictions = _named(self.kind, self.inputs, self.outputs, self.expected)
+            in_words = finding_of_stage(self.kind, self.inputs, self.outputs, self.expected)
+            named = _named_finding(predictions)
+            return predictions, named if named.exact or in_words is None else in_words, ()
+        if isinstance(self.inputs.experts, HummingExperts):
+            predictions = _named("w4a8", self.inputs, self.outputs, self.expected)
+            return predictions, _named_finding(predictions), ()
+        if not self.inputs.experts.tactics_show:  # no MXFP4 weights, of which all hypotheses are
+            return (), Finding(), ()
+        exposed = stage_of_exposed(self.inputs, self.outputs)
+        seen = (
+            Evidence(exposed, reconcile(self.inputs, self.outputs, self._plain.mask), 3) if exposed else None
         )
-    got, want = outputs[name], expected[name]
-    mask = differing(got, want)
-    first = first_difference(got, want)
-    assert first is not None
-    predictions: tuple[Prediction, ...] = ()
-    finding = Finding()
-    feeds: tuple[str, ...] = ()
-    found: tuple[str, ...] = ()
-    stage = ""
-    table: tuple[Attribution, ...] = ()
-    if isinstance(inputs, MoeCall):
-        token = first.index[0]
-        one = trace(one_token(inputs, token))
-        feeds = _feeds(inputs, one, token, first.index[1])
-        found = patterns(inputs, got, want, mask)
-        if inputs.experts.tactics_show:
-            exposed = stage_of_exposed(inputs, outputs)
-            seen = Evidence(exposed, reconcile(inputs, outputs, mask), 3) if exposed else None
-            search = _Search(tuple(suspects or ()), effort, progress, seen)
-            predictions, finding, more = known or _investigated(inputs, got, want, search)
-            found += more
-        elif isinstance(inputs.experts, HummingExperts):
-            predictions = _named("w4a8", inputs, outputs, expected)
-            finding = _named_finding(predictions)
-        table = attribution(inputs, mask)
-        if finding.exact:
+        seconds = SECONDS[diagnosis] if seconds is None else seconds
+        return _investigated(
+            self.inputs, self.got, self.want, _Search(suspects, diagnosis, seconds, progress, seen)
+        )
+
+    def told(self, known: Known) -> Diagnosis:
+        """The diagnosis, with what was found."""
+        predictions, finding, remarks = known
+        stage = ""
+        if isinstance(self.inputs, MoeCall) and finding.exact:
             stage = f"{' or '.join(finding.stages)}: every wrong bit is predicted" if finding.stages else ""
-        else:
-            stage = finding.sentence or reconcile(inputs, outputs, mask)
-    else:
-        predictions = _named(kind, inputs, outputs, expected)
-        if kind == "layout":
-            found = (_layout_pattern(got, want, mask),)
-        in_words = finding_of_stage(kind, inputs, outputs, expected)
-        named = _named_finding(predictions)
-        finding = named if named.exact or in_words is None else in_words
-    ulps = _histogram(got, want, mask)
-    return Diagnosis(name, first, feeds, found, stage, predictions, ulps, mask, finding, table)
+        elif isinstance(self.inputs, MoeCall):
+            stage = finding.sentence or reconcile(self.inputs, self.outputs, self._plain.mask)
+        said = self._plain.patterns + remarks
+        return replace(self._plain, predictions=predictions, finding=finding, stage=stage, patterns=said)
 
 
 def _named(
@@ -170,7 +198,8 @@ class _Search:
     """How to look for what is wrong, as in `diagnose`; `known` is the stage of an intermediate that differs."""
 
     suspects: tuple[str | Hypothesis, ...]
-    effort: str
+    diagnosis: str
+    seconds: float
     progress: Progress | None
     known: Evidence | None
 
@@ -188,7 +217,7 @@ def _investigated(
     if is_heavy(call):  # each is confirmed on more tokens than the families are
         first_names = tuple(s for s in how.suspects if isinstance(s, str))
         verdict = try_defects(
-            call, got, want, first=first_names, seconds=_NAMED_SECONDS, progress=how.progress
+            call, got, want, first=first_names, seconds=_NAMED_SECONDS[how.diagnosis], progress=how.progress
         )
         if any(p.exact for p in verdict.predictions):
             return verdict.predictions, _named_finding(verdict.predictions), verdict.remarks
@@ -200,14 +229,14 @@ def _investigated(
         pipeline,
         rows_got,
         rows_want,
-        seconds=EFFORTS[how.effort],
+        seconds=how.seconds,
         first=[*first, *(s for s in how.suspects if isinstance(s, Hypothesis))],
-        thorough=how.effort == "full",
+        thorough=how.diagnosis == "full",
         known=how.known,
         progress=how.progress,
     )
     remarks = [e.sentence for e in result.evidence if e.sentence != result.finding.sentence]
-    if not result.complete:
+    if not result.complete and how.diagnosis == "full":
         remarks.append(f"hypotheses were tried as long as there was time, {result.tried:,} of them")
     exact = (m.hypothesis.name for m in result.matches if m.hypothesis.name and m.exact)
     predictions = tuple(Prediction(name, 1.0, True) for name in dict.fromkeys(exact))

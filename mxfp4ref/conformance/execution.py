@@ -120,7 +120,7 @@ def execute_within(
     wanted = likes(expected, kernel.device)
     undo, restore = interference(), surroundings()  # of a run that has not come to its end, too
     collected, message = in_thread(
-        lambda report: collect(kernel, kind, inputs, wanted, repeat=repeat, report=report), seconds
+        lambda *told: collect(kernel, kind, inputs, wanted, *told, repeat=repeat), seconds
     )
     replaced, left = undo(), restore()
     if replaced:
@@ -140,27 +140,33 @@ def likes(expected: Mapping[str, Tensor], device: str) -> dict[str, Like]:
 
 
 def in_thread(
-    work: Callable[[Callable[[str], None]], Collected],
+    work: Callable[[Callable[[str], None], Callable[[], bool]], Collected],
     seconds: float | None = None,
     reported: Callable[[str], None] = lambda doing: None,
 ) -> tuple[Collected | None, str]:
     """What `work` gives, in a thread of its own, with a limit for each time it runs the kernel; or None, and why.
 
+    `work` is given the arguments `report` and `abandoned` of `collect`.
+
     In a thread an exception such as KeyboardInterrupt is the kernel's, and the thread's settings end with it. What it
-    is about to do is told to `reported`, before it does it.
+    is about to do is told to `reported`, before it does it. A thread that was abandoned ends when its kernel returns:
+    settings of the process are no longer its own to put back.
     """
     events: queue.SimpleQueue[str | Collected] = queue.SimpleQueue()
+    abandoned = threading.Event()
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
 
     def report(doing: str) -> None:
         reported(doing)
+        if abandoned.is_set():
+            raise SystemExit
         events.put(doing)
 
     def target() -> None:
         try:
             if device is not None:
                 torch.cuda.set_device(device)
-            events.put(work(report))
+            events.put(work(report, abandoned.is_set))
         except BaseException as error:  # not in the kernel itself
             events.put(Collected(problem="raised", message=of_exception(error)))
 
@@ -171,6 +177,7 @@ def in_thread(
         try:
             event = events.get(timeout=seconds if doing == RUN else None)
         except queue.Empty:
+            abandoned.set()
             return None, f"no result within {seconds:g} s"
         if isinstance(event, Collected):
             thread.join()
@@ -183,11 +190,15 @@ def collect(
     kind: str,
     inputs: Any,
     expected: Mapping[str, Like],
+    report: Callable[[str], None],
+    abandoned: Callable[[], bool],
     *,
     repeat: bool = True,
-    report: Callable[[str], None] = lambda doing: None,
 ) -> Collected:
-    """Run a kernel once or twice and keep the bytes of its outputs; `report` is told what comes next."""
+    """Run a kernel once or twice and keep the bytes of its outputs.
+
+    `report` is told what comes next; `abandoned` says whether the result is no longer waited for.
+    """
     report(ARGUMENTS)
     try:
         handed = Handed(kernel.prepare(kind, to_device(inputs, kernel.device)))
@@ -203,7 +214,7 @@ def collect(
         with without_modes():  # which the first run may have left switched on
             handed.poison_output()
             _poison_freed_memory(expected, kernel.device)
-        one = _run_once(kernel, kind, handed, expected, report)
+        one = _run_once(kernel, kind, handed, expected, report, abandoned)
         with without_modes():
             if not one.problem and (changes := handed.changes()):
                 one = replace(one, problem="input modified", message=f"the kernel changed {changes}")
@@ -252,6 +263,7 @@ def _run_once(
     handed: Handed,
     expected: Mapping[str, Like],
     report: Callable[[str], None],
+    abandoned: Callable[[], bool],
 ) -> Collected:
     process = os.getpid()
     left = ""
@@ -263,7 +275,7 @@ def _run_once(
             result = _call(kernel, handed)
         finally:
             seconds = time.perf_counter() - start
-            left = restore()
+            left = "" if abandoned() else restore()
         outputs = outputs_by_name(kind, result, handed.keywords)
         kept = {name: _output(name, outputs.get(name), want) for name, want in expected.items()}
         stages = {name: _stage(name, outputs[name]) for name in INTERMEDIATES if name in outputs}

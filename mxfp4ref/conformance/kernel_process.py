@@ -111,7 +111,7 @@ def serve() -> None:
             latest = inputs
             inputs = latest.call(tactics)
         found, _ = in_thread(
-            lambda report: collect(kernel, kind, inputs, expected, repeat=repeat, report=report),  # noqa: B023
+            lambda *told: collect(kernel, kind, inputs, expected, *told, repeat=repeat),  # noqa: B023
             reported=answers.send,
         )
         assert found is not None

@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 import torch
 from torch import Tensor
 
+from mxfp4ref.conformance.again import command
 from mxfp4ref.conformance.comparison import FAR
 from mxfp4ref.conformance.results import PASSING, RECORDING, CaseResult, Report
 from mxfp4ref.defects import DEFECTS
@@ -24,14 +25,14 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMAT", "case_lines", "check_html", "to_html", "to_json", "to_junit", "to_text"]
 
-FORMAT = "mxfp4ref-report-1"
+FORMAT = "mxfp4ref-report-2"
 
 _RED = "#b3261e"
 _MAP_ROWS, _MAP_COLUMNS = 64, 512  # a picture's cells; larger outputs are pooled
 
 
 def to_text(report: Report, *, verbose: bool = False) -> str:
-    """The report for a terminal, without colours: suites, then every failing case in detail, then the verdict.
+    """The report for a terminal, without colours: suites, every failing case in detail, what was tested, the verdict.
 
     Args:
         report: what to show.
@@ -48,8 +49,33 @@ def to_text(report: Report, *, verbose: bool = False) -> str:
             lines += [f"    {headline(r)}" for r in results if r.ok]
     for result in report.results:
         if not result.ok:
-            lines += ["", headline(result), *(f"    {line}" for line in case_lines(result, report.kernel))]
-    return "\n".join([*lines, "", report.verdict])
+            lines += [
+                "",
+                headline(result),
+                *(f"    {line}" for line in case_lines(result, command(report, result))),
+            ]
+    return "\n".join([*lines, "", *_tested(report), report.verdict])
+
+
+def _tested(report: Report) -> list[str]:
+    """What was tested, with what, when, and how long it took; nothing of a report that has no date."""
+    if not report.date:
+        return []
+    lines = []
+    if (used := report.goldens) is not None:
+        lines.append(
+            f"goldens: {used.path} ({used.format}, {used.cases} cases, manifest SHA-256 {used.sha256})"
+        )
+    versions = [f"{name} {report.environment[name]}" for name in _TOLD if name in report.environment]
+    lines.append(f"tested: {', '.join([*versions, report.date])}")
+    parts = {name: sum(getattr(r, f"{name}_seconds") for r in report.results) for name in _PARTS}
+    parts["diagnosis"] += report.verdict_seconds
+    shares = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
+    return [*lines, f"seconds: {report.seconds:.1f} in all; {shares}"]
+
+
+_TOLD = ("mxfp4ref", "torch", "gpu")
+_PARTS = ("kernel", "comparison", "diagnosis")
 
 
 _NAMED = 9  # three K tiles for each GEMM: so many are listed, and more, which are tactics, are counted
@@ -71,11 +97,12 @@ def headline(result: CaseResult) -> str:
     return words + (": " + result.message.replace("\n", "\n        ") if result.message else "")
 
 
-def case_lines(result: CaseResult, kernel: str = "KERNEL") -> list[str]:
-    """What there is to say of a failing case of that kernel, a line each."""
+def case_lines(result: CaseResult, again: str = "") -> list[str]:
+    """What there is to say of a failing case, a line each; `again` is the command that runs it again."""
     lines = [f"{'recorded call' if result.kind == RECORDING else 'why this case'}: {result.why}"]
+    last = [f"again: {again}"] if again else []
     if (found := result.diagnosis) is None:
-        return lines
+        return lines + last
     if found.finding.sentence:
         how = "every wrong bit" if found.finding.exact else "evidence"
         lines.append(f"finding ({how}): {found.finding}")
@@ -86,14 +113,7 @@ def case_lines(result: CaseResult, kernel: str = "KERNEL") -> list[str]:
     lines += [f"defect: {words}" for words in _predicted(found)]
     lines += _attributed(found)
     lines += [f"feeds it: {words}" for words in found.feeds]
-    if result.kind != RECORDING:
-        lines.append(f"again: {command(result, kernel)}")
-    return lines
-
-
-def command(result: CaseResult, kernel: str = "KERNEL") -> str:
-    """The command that runs this case again."""
-    return f"mxfp4ref conform {kernel} --case {result.case} --dump reproducers"
+    return lines + last
 
 
 _ROWS = 6  # of the attribution table, on a terminal
@@ -119,8 +139,18 @@ def to_json(report: Report) -> str:
         "verdict": report.verdict,
         "defects": list(report.defects),
         "finding": asdict(report.finding),
+        "interrupted": report.interrupted,
+        "cases": {
+            "chosen": len(report.results) + report.left,
+            "ran": sum(r.status != "skipped" for r in report.results),
+            "failed": sum(not r.ok for r in report.results),
+        },
         "left": report.left,
+        "goldens": report.goldens and asdict(report.goldens),
+        "date": report.date,
+        "arguments": list(report.arguments),
         "seconds": round(report.seconds, 3),
+        "verdict_seconds": round(report.verdict_seconds, 3),
         "environment": dict(report.environment),
         "results": [_result(r) for r in report.results],
     }
@@ -134,12 +164,21 @@ def to_junit(report: Report) -> str:
     suite = ElementTree.Element(
         "testsuite",
         name="mxfp4ref",
-        tests=str(len(report.results)),
+        tests=str(len(report.results) + report.interrupted),
         failures=str(len(failed) - errors),
-        errors=str(errors),
+        errors=str(errors + report.interrupted),
         skipped=str(sum(r.status == "skipped" for r in report.results)),
         time=f"{report.seconds:.3f}",
     )
+    facts = {"verdict": report.verdict, "date": report.date, **report.environment}
+    if report.goldens is not None:
+        facts |= {f"goldens.{name}": str(value) for name, value in asdict(report.goldens).items()}
+    properties = ElementTree.SubElement(suite, "properties")
+    for name, value in facts.items():
+        ElementTree.SubElement(properties, "property", name=name, value=value)
+    if report.interrupted:
+        case = ElementTree.SubElement(suite, "testcase", classname="mxfp4ref", name="interrupted", time="0")
+        ElementTree.SubElement(case, "error", message=report.verdict, type="interrupted")
     for result in report.results:
         group, _, name = result.case.rpartition("/")
         case = ElementTree.SubElement(
@@ -150,7 +189,7 @@ def to_junit(report: Report) -> str:
         elif not result.ok:
             tag = "failure" if result.status in ("differs", "outside bounds") else "error"
             element = ElementTree.SubElement(case, tag, message=headline(result), type=result.status)
-            element.text = "\n".join(case_lines(result, report.kernel))
+            element.text = "\n".join(case_lines(result, command(report, result)))
     root = ElementTree.Element("testsuites")
     root.append(suite)
     ElementTree.indent(root)
@@ -172,7 +211,7 @@ def to_html(report: Report) -> str:
     html: str = environment.from_string(source).render(
         report=report,
         suites=[_suite_row(suite, results) for suite, results in _by_suite(report)],
-        failures=[_failure(r) for r in report.results if not r.ok],
+        failures=[_failure(report, r) for r in report.results if not r.ok],
         passing=PASSING,
         headline=headline,
         defects=[DEFECTS[name] for name in report.defects],
@@ -211,7 +250,10 @@ def _result(result: CaseResult) -> dict[str, Any]:
         name: getattr(result, name)
         for name in ("case", "kind", "status", "ok", "elements", "differing", "outside", "message")
     }
-    value |= {"tiles": list(result.tiles), "seconds": round(result.seconds, 4)}
+    value |= {"tiles": list(result.tiles)}
+    value |= {
+        f"{p}seconds": round(getattr(result, f"{p}seconds"), 4) for p in ("", *(f"{n}_" for n in _PARTS))
+    }
     value |= {f.name: getattr(result, f.name) for f in fields(result)[len(fields(CaseResult)) :]}
     if (found := result.diagnosis) is not None:
         ulps = found.first.ulps
@@ -240,14 +282,14 @@ def _suite_row(suite: str, results: list[CaseResult]) -> dict[str, Any]:
     }
 
 
-def _failure(result: CaseResult) -> dict[str, Any]:
+def _failure(report: Report, result: CaseResult) -> dict[str, Any]:
     found = result.diagnosis
     return {
         "result": result,
         "headline": headline(result),
         "found": found,
         "predicted": _predicted(found) if found is not None else [],
-        "command": command(result),
+        "command": command(report, result),
         "map": _mismatch_map(found) if found is not None else "",
         "histogram": _ulp_histogram(found) if found is not None else "",
     }

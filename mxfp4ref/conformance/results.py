@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 from mxfp4ref._choices import MODES
 from mxfp4ref._files import printable
@@ -11,7 +12,7 @@ from mxfp4ref.conformance.diagnosis import Diagnosis, Finding
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN
 from mxfp4ref.defects import DEFECTS
 
-__all__ = ["MODES", "PASSING", "RECORDING", "CaseResult", "Report", "name_defects"]
+__all__ = ["MODES", "PASSING", "RECORDING", "CaseResult", "GoldensUsed", "Report", "name_defects"]
 
 PASSING = ("equal", "within bounds", "skipped")
 RECORDING = "recording"  # the kind of a call that was recorded elsewhere, which is no golden case
@@ -30,8 +31,10 @@ class CaseResult:
             of tiles agrees, from the closest expected output.
         outside: elements outside their bounds, in mode "bounded".
         message: the problem, in words.
-        seconds: the kernel's time for its first run.
         diagnosis: of the first run that differs.
+        kernel_seconds: for all runs of the kernel, with what is done to hand over a case and to get its outputs.
+        comparison_seconds: for expected outputs, bounds and reproducers.
+        diagnosis_seconds: for a diagnosis of this case alone.
     """
 
     case: str
@@ -43,8 +46,10 @@ class CaseResult:
     differing: int = 0
     outside: int = 0
     message: str = ""
-    seconds: float = 0.0
     diagnosis: Diagnosis | None = None
+    kernel_seconds: float = 0.0
+    comparison_seconds: float = 0.0
+    diagnosis_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("case", "why", "message"):  # text of files and kernels, to be shown anywhere
@@ -53,6 +58,37 @@ class CaseResult:
     @property
     def ok(self) -> bool:
         return self.status in PASSING
+
+    @property
+    def seconds(self) -> float:
+        """All that the case took."""
+        return self.kernel_seconds + self.comparison_seconds + self.diagnosis_seconds
+
+    def lasting(self, kernel: float = 0.0, comparison: float = 0.0, diagnosis: float = 0.0) -> Self:
+        """The result, with so many more seconds."""
+        return replace(
+            self,
+            kernel_seconds=self.kernel_seconds + kernel,
+            comparison_seconds=self.comparison_seconds + comparison,
+            diagnosis_seconds=self.diagnosis_seconds + diagnosis,
+        )
+
+
+@dataclass(frozen=True)
+class GoldensUsed:
+    """Which goldens a kernel was compared with.
+
+    Attributes:
+        path: their folder.
+        format: of their files.
+        sha256: of their manifest, which has the SHA-256 of every file.
+        cases: how many there are.
+    """
+
+    path: str
+    format: str
+    sha256: str
+    cases: int
 
 
 @dataclass(frozen=True)
@@ -67,7 +103,13 @@ class Report:
         seconds: of the whole run.
         environment: versions and machine.
         finding: what is wrong, in words, and in which stage, as far as all cases together say.
-        left: how many cases were not run, since enough had failed.
+        left: how many of the chosen cases were not run, since enough had failed or the run was interrupted.
+        interrupted: whether the run was: then there is no verdict.
+        goldens: which; None for cases that were given by themselves.
+        date: when the run began: UTC, ISO 8601.
+        arguments: of `mxfp4ref conform`, kernel first, to run it so again; empty where there are none, as for a
+            function.
+        verdict_seconds: for the diagnosis of all cases together.
     """
 
     kernel: str
@@ -78,6 +120,11 @@ class Report:
     environment: Mapping[str, str] = field(default_factory=dict)
     finding: Finding = UNKNOWN
     left: int = 0
+    interrupted: bool = False
+    goldens: GoldensUsed | None = None
+    date: str = ""
+    arguments: tuple[str, ...] = ()
+    verdict_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kernel", printable(self.kernel, lines=False))
@@ -86,22 +133,36 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether every case passed and at least one ran."""
-        return all(r.ok for r in self.results) and any(r.status != "skipped" for r in self.results)
+        """Whether every case passed, at least one ran, and the run came to its end."""
+        ran = any(r.status != "skipped" for r in self.results)
+        return ran and not self.interrupted and all(r.ok for r in self.results)
 
     @property
     def verdict(self) -> str:
         """The result in a sentence or two."""
         ran = [r for r in self.results if r.status != "skipped"]
-        failed = [r for r in ran if not r.ok]
+        failed = sum(not r.ok for r in ran)
+        if self.interrupted:
+            return (
+                f"{self.kernel}: interrupted, no verdict; {failed} of {len(ran)} cases failed{self._scope}."
+            )
         if not ran:
             return f"{self.kernel} ran on no case."
         if not failed:
             how = "equals the expected bits" if self.mode == "exact" else "stays within the bounds"
-            return f"{self.kernel} conforms: it {how} in all {len(ran)} cases."
-        words = f"{self.kernel} does not conform: {len(failed)} of {len(ran)} cases fail."
+            return f"{self.kernel} conforms: it {how} in all {len(ran)} cases{self._scope}."
+        words = f"{self.kernel} does not conform: {failed} of {len(ran)} cases fail{self._scope}."
         left = f" {self.left} more were not run." if self.left else ""
         return words + left + self.culprit
+
+    @property
+    def _scope(self) -> str:
+        """Of how many the cases that ran are some; "" if they are all."""
+        ran = sum(r.status != "skipped" for r in self.results)
+        if self.goldens is not None:
+            return f", of the goldens' {self.goldens.cases}" if ran < self.goldens.cases else ""
+        given = len(self.results) + self.left
+        return f", of {given}" if ran < given else ""
 
     @property
     def culprit(self) -> str:

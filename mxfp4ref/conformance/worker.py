@@ -21,7 +21,6 @@ import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import IO, Any
 
 import torch
@@ -30,12 +29,13 @@ from mxfp4ref.conformance.adapters import INTERMEDIATES, Kernel, KernelError
 from mxfp4ref.conformance.execution import PROBLEMS, RUN, Collected, Outcome, judge, likes
 from mxfp4ref.conformance.kernel_process import LOAD, LOADED, RESULT, unframed
 from mxfp4ref.conformance.plain import Like, printable
+from mxfp4ref.conformance.processes import MARK, how_it_ended, kill, marked
 from mxfp4ref.formats.generations import generation_named
 from mxfp4ref.goldens import Case
 from mxfp4ref.goldens.runs import Run
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["Worker", "how_it_ended"]
+__all__ = ["Worker"]
 
 _STAGE = 1 << 30
 _MESSAGE = 5000  # characters, more than the process makes of an exception
@@ -44,7 +44,6 @@ _OWN_SECONDS = 600  # for what the kit does itself in the process: importing tor
 _END_SECONDS = 2  # for a process that was told to end, or whose pipe is closed
 _SHOWN, _TAIL = 1 << 16, 1 << 11  # bytes of what the kernel prints: passed on, and kept for a crash
 
-_MARK = "MXFP4REF_WORKER"  # the environment's variable that tells the processes of a kernel
 _ELSE = "its process wrote something else into the pipe to the kit"
 
 # Nothing is imported before the path is set: until then it begins with the working directory, with anybody's json.py.
@@ -73,9 +72,18 @@ class Worker:
         KernelError: the kernel cannot be loaded, or not within `seconds`.
     """
 
-    def __init__(self, spec: str, device: str | None = None, seconds: float | None = None) -> None:
+    def __init__(
+        self,
+        spec: str,
+        device: str | None = None,
+        seconds: float | None = None,
+        *,
+        threads: int | None = None,
+    ) -> None:
         self._arguments = (spec, device)
         self._seconds = seconds
+        self._threads = threads  # of torch in the process; None for as many as it takes
+        self._over = False
         try:
             known = self._start()
             where = {printable(name): printable(words) for name, words in known["environment"].items()}
@@ -95,12 +103,17 @@ class Worker:
     def __enter__(self) -> Worker:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.stop()
+    def __exit__(self, kind: object, *exception: object) -> None:
+        self.stop(_END_SECONDS if kind is None else 0)
 
-    def stop(self) -> None:
-        """End the process."""
-        self._stop(_END_SECONDS)
+    def another(self) -> Worker:
+        """One more process for the same kernel."""
+        return Worker(*self._arguments, self._seconds, threads=self._threads)
+
+    def stop(self, seconds: float = _END_SECONDS) -> None:
+        """End the process, for good; it has so many seconds to end by itself."""
+        self._over = True
+        self._stop(seconds)
 
     def execute(self, seconds: float | None, case: Case, run: Run, *, repeat: bool = True) -> Outcome:
         """As `execution.execute_within`, for a run of a case."""
@@ -115,6 +128,8 @@ class Worker:
     def _execute(self, seconds: float | None, request: bytes, expected: Mapping[str, Like]) -> Outcome:
         start = time.perf_counter()
         try:
+            if self._over:
+                raise _Ended("its process was stopped")
             if self._process is None:
                 self._start()
             self._channel.ask(request)
@@ -128,13 +143,14 @@ class Worker:
 
     def _start(self) -> dict[str, Any]:
         self._mark = uuid.uuid4().hex
+        threads = {} if self._threads is None else {"OMP_NUM_THREADS": str(self._threads)}
         own_group: dict[str, Any] = {"start_new_session": True} if os.name == "posix" else {}
         self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
             [sys.executable, "-c", _START, repr(sys.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={**os.environ, _MARK: self._mark},
+            env={**os.environ, **threads, MARK: self._mark},
             **own_group,
         )
         self._channel = _Channel(self._process)
@@ -158,32 +174,14 @@ class Worker:
         self._channel.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(seconds)
-        _kill(process)
+        kill(process)
         for _ in range(5):  # some may have been forked meanwhile
-            for pid in (marked := _marked(self._mark)):
+            for pid in (left := marked(self._mark)):
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGKILL)
-            if not marked:
+            if not left:
                 break
         self._channel.join()
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    if os.name == "posix":
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-    process.kill()
-    process.wait()
-
-
-def _marked(mark: str) -> list[int]:
-    """The processes that have a mark in the environment that they were started with, or were forked with."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            if f"{_MARK}={mark}".encode() in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
-    return found
 
 
 class _TimedOut(_Ended):
@@ -294,16 +292,6 @@ class _Channel:
                     lines += ["[what else the kernel prints is not shown]\n"] if shown >= _SHOWN else []
                     with contextlib.suppress(Exception):  # stderr may be closed
                         sys.stderr.write("\n".join(lines))
-
-
-def how_it_ended(code: int) -> str:
-    """A process's exit code, or the signal that killed it, in words."""
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        return f"signal {signal.Signals(-code).name}"
-    except ValueError:  # a real-time signal, of which few have names
-        return f"signal {-code}"
 
 
 def _request(case: Case, run: Run, expected: Mapping[str, Like], repeat: bool) -> bytes:

@@ -17,6 +17,7 @@ from mxfp4ref.conformance.cli.shared import (
     USAGE,
     UsageError,
     check_no_swap,
+    diagnosis_option,
     goldens_option,
     progress,
     usage_errors,
@@ -42,7 +43,7 @@ _COLOURS = {"equal": "green", "skipped": "bright_black"}
 @click.option(
     "--any-tile", is_flag=True, help="Stop at the first pair of K tiles that fits, instead of naming all."
 )
-@click.option("--no-diagnosis", is_flag=True, help="Only compare.")
+@diagnosis_option
 @report_files
 def replay(folder: Path, **options: Any) -> None:
     """Compute the calls that a running server recorded again, and compare every bit.
@@ -64,7 +65,6 @@ def replay(folder: Path, **options: Any) -> None:
     from mxfp4ref.engine.replaying import replay as replay_folder
 
     files = pop_report_files(options)
-    options["diagnosed"] = not options.pop("no_diagnosis")
     with usage_errors():
         files.check(_files_of(folder, options["autotune_cache"]))
         with progress() as step:

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxfp4ref._validate import check_choice
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.diagnosis import diagnose
+from mxfp4ref.conformance.options import DIAGNOSES
 from mxfp4ref.conformance.results import RECORDING, CaseResult, Report, name_defects
 from mxfp4ref.engine.arguments import generation_in_record
 from mxfp4ref.engine.autotune import AutotuneCache, Prediction, read_autotune_cache
@@ -38,12 +40,16 @@ class ReplayOptions:
     Attributes:
         autotune_cache: flashinfer's autotune cache, file or folder, whose tactics are held against the bits.
         any_tile: stop at the first pair of K tiles that fits, instead of trying all.
-        diagnosed: look for what is wrong where bits differ.
+        diagnosis: where bits differ, look for what is wrong: "quick", about a second for each call; "full", up to a
+            minute; "none", only compare.
     """
 
     autotune_cache: Path | None = None
     any_tile: bool = False
-    diagnosed: bool = True
+    diagnosis: str = "full"
+
+    def __post_init__(self) -> None:
+        check_choice("diagnosis", self.diagnosis, DIAGNOSES)
 
 
 @dataclass(frozen=True)
@@ -167,7 +173,7 @@ class _Run:
             return ReplayResult(**about, status="wrong output", message=message)
         start = time.perf_counter()
         about |= self._compare(recording, call, output, arguments)
-        return ReplayResult(**about, seconds=time.perf_counter() - start)
+        return ReplayResult(**about).lasting(comparison=time.perf_counter() - start)
 
     def _compare(
         self, recording: Recording, call: MoeCall, output: Tensor, arguments: Mapping[str, Any]
@@ -228,12 +234,13 @@ class _Run:
         in_graph = recording.in_graph()
         if in_graph and (reason := self._buffers.overwritten(recording, output)):
             return found | {"status": "skipped", "message": reason}
-        if self._options.diagnosed:
+        effort = self._options.diagnosis
+        if effort != "none":
             outputs, right = {"output": output}, {"output": expected}
-            diagnosis = diagnose("moe", call, outputs, right, suspects=self._suspects)
+            diagnosis = diagnose("moe", call, outputs, right, suspects=self._suspects, diagnosis=effort)
             self._suspects = name_defects([self._suspects, diagnosis.exact]) or self._suspects
             found["diagnosis"] = diagnosis
-        if in_graph and not (self._options.diagnosed and diagnosis.exact) and _whole_tokens(wrong):
+        if in_graph and not (effort != "none" and diagnosis.exact) and _whole_tokens(wrong):
             found |= {"status": "unclear", "message": _UNCLEAR, "diagnosis": None}
         elif not _owned_once(call):
             found["message"] = _REPEATED

@@ -80,7 +80,9 @@ class Goldens:
     def _manifest(self) -> dict[str, dict[str, dict[str, Any]]]:
         """For each case the size and SHA-256 of its files."""
         path = self.root / "manifest.json"
-        manifest = _parse(path, _read(path))
+        data = _read(path)
+        self.sha256 = hashlib.sha256(data).hexdigest()  # of the manifest, and so of all files
+        manifest = _parse(path, data)
         if wrong := mismatch(manifest, {"format": (FORMAT,), "cases": {"*": _ENTRY}}, "manifest"):
             raise GoldenError(f"{path}: {wrong}")
         cases: dict[str, dict[str, dict[str, Any]]] = manifest["cases"]

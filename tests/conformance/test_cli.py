@@ -114,7 +114,7 @@ def test_conform_fails_names_the_defect_and_writes_everything(tmp_path: Path) ->
 @pytest.mark.parametrize("name", ["gemm-ordinary.py", "gemm-ordinary.safetensors"])
 def test_no_reproducer_replaces_what_is_none(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mine")
-    arguments = ("conform", "defect:gate_up_swapped", "--case", "gemm/ordinary", "--no-diagnosis")
+    arguments = ("conform", "defect:gate_up_swapped", "--case", "gemm/ordinary", "--diagnosis=none")
     result = invoke(*arguments, "--dump", tmp_path)
     assert result.exit_code == 1
     assert "its reproducer was not written: [Errno 17] expected a reproducer or none" in result.output
@@ -130,7 +130,7 @@ def test_reproducer_reproduces(tmp_path: Path, capsys: pytest.CaptureFixture[str
     import sys
 
     invoke(
-        "conform", "defect:gate_up_swapped", "--case", "gemm/ordinary", "--dump", tmp_path, "--no-diagnosis"
+        "conform", "defect:gate_up_swapped", "--case", "gemm/ordinary", "--dump", tmp_path, "--diagnosis=none"
     )
     script = str(tmp_path / "gemm-ordinary.py")
     sys.argv, before = [script], sys.argv
@@ -383,7 +383,7 @@ def test_doctor(copy: Path) -> None:
 
 @pytest.mark.parametrize(("option", "failures"), [(("-x",), 1), (("--maxfail", "2"), 2)])
 def test_a_run_stops_when_enough_has_failed(option: tuple[str, ...], failures: int) -> None:
-    arguments = ("conform", "defect:limit_ignored", "--case", "activation", "--no-diagnosis")
+    arguments = ("conform", "defect:limit_ignored", "--case", "activation", "--diagnosis=none")
     result = invoke(*arguments, *option)
     assert result.exit_code == 1
     assert f"{failures} of " in result.output.splitlines()[-1]

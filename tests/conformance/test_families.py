@@ -205,7 +205,7 @@ UNNAMED: dict[str, tuple[Callable[[MoeCall], Tensor], str, str]] = {
 def test_what_is_in_no_family_gets_its_stage_and_no_name(name: str) -> None:
     kernel, stage, words = UNNAMED[name]
     output = kernel(CALL)
-    found = diagnose("moe", CALL, {"output": output}, {"output": EXPECTED}, effort="quick").finding
+    found = diagnose("moe", CALL, {"output": output}, {"output": EXPECTED}, diagnosis="quick").finding
     assert words in found.sentence
     assert stage in found.stages if stage else not found.stages
     assert not found.exact

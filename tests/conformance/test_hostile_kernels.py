@@ -30,8 +30,8 @@ from tests.helpers import hostile_kernels
 from tests.helpers.hostile_files import CHECKOUT
 
 SPEC = "tests.helpers.hostile_kernels:chosen"
-OPTIONS = Options(timeout=30, diagnosed=False)
-QUICK = Options(timeout=1, diagnosed=False)
+OPTIONS = Options(timeout=30, diagnosis="none")
+QUICK = Options(timeout=1, diagnosis="none")
 
 PUT_BACK = "which was put back"
 # What a kernel does; the status; words of the message. The same, isolated or not.
@@ -271,9 +271,9 @@ def test_what_outlives_its_process(case: Case, choice: Path, monkeypatch: pytest
     with Worker(SPEC) as process:
         for name in ("forks_and_the_copy_stays", "exits_at_exit", "right"):
             assert isolated(name, case, choice, process).status == "equal"
-        assert len(worker_module._marked(process._mark)) == 2 or not Path("/proc/self/environ").exists()
+        assert len(worker_module.marked(process._mark)) == 2 or not Path("/proc/self/environ").exists()
     assert time.monotonic() - start < 15
-    assert worker_module._marked(process._mark) == []
+    assert worker_module.marked(process._mark) == []
 
 
 def test_what_is_printed(

@@ -127,7 +127,7 @@ class TestFiles:
         "spec", ["plain:own_kernel:f", "plain:own_kernel.py:f", "plain:./own_kernel.py:f"]
     )
     def test_by_module_and_by_file(self, spec: str, case: Case) -> None:
-        assert run_case(load_kernel(spec), case, Options(diagnosed=False)).status == "differs"
+        assert run_case(load_kernel(spec), case, Options(diagnosis="none")).status == "differs"
 
     @pytest.mark.parametrize(
         ("spec", "message"),

@@ -21,7 +21,7 @@ from tests.helpers.torch_routers import RIGHT, router
 
 GOLDENS = open_goldens()
 CASES = [GOLDENS.load(name) for name in GOLDENS.names("routing")]
-BOUNDED = Options(mode="bounded", repeat=False, diagnosed=False)
+BOUNDED = Options(mode="bounded", repeat=False, diagnosis="none")
 
 # What a correct float32 evaluation may do: break ties otherwise, or round otherwise.
 CORRECT = {
@@ -40,7 +40,7 @@ def test_plain_torch_routers_pass(name: str) -> None:
     report = run(kernel, CASES, BOUNDED)
     assert [(r.case, r.status, r.message, r.outside) for r in report.results if not r.ok] == []
     assert "within bounds" in {r.status for r in report.results}
-    assert not run(kernel, CASES, Options(repeat=False, diagnosed=False)).ok
+    assert not run(kernel, CASES, Options(repeat=False, diagnosis="none")).ok
 
 
 @pytest.mark.parametrize("name", [name for name, d in DEFECTS.items() if d.target == "routing"])

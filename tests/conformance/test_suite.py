@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from mxfp4ref.conformance import (
     run,
     run_case,
 )
+from mxfp4ref.conformance.execution import execute_within
 from mxfp4ref.goldens import Case, open_goldens
 from mxfp4ref.sm90.tactics import Sm90Kernel
 from tests.helpers import kernels_under_test
@@ -60,7 +63,7 @@ def test_a_kernel_told_its_tiles_has_to_use_them() -> None:
         return case.outputs[128, 128]
 
     kernel = Kernel("always_128", ("moe",), lambda kind, call: ((kind, call), {}), always_128, True)
-    result = run_case(kernel, case, Options(diagnosed=False))
+    result = run_case(kernel, case, Options(diagnosis="none"))
     assert result.status == "differs"
     assert result.tiles == ("128x128",)
 
@@ -113,6 +116,30 @@ def test_a_hang_is_reported_and_the_rest_runs(case: Case) -> None:
     assert "no result within 0.5 s" in report.results[0].message
 
 
+def test_an_abandoned_run_leaves_the_settings_alone(case: Case) -> None:
+    """What the process has set since a run was given up stays as it is when that run's kernel returns after all."""
+    go_on, runs = threading.Event(), []
+
+    def late(**arguments: Any) -> Tensor:
+        runs.append(threading.current_thread())
+        go_on.wait()
+        return kernels_under_test.good(**arguments)
+
+    kernel = Kernel("late", ("moe",), load_kernel("tests.helpers.kernels_under_test:good").prepare, late)
+    outcome = execute_within(0.1, kernel, ("moe", case.call(), {"output": case.outputs[128, 128]}))
+    assert outcome.problem == "timed out"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        now = list(warnings.filters)
+        torch.manual_seed(1)
+        number = torch.get_rng_state()
+        go_on.set()
+        runs[0].join()
+        assert warnings.filters == now
+        assert torch.equal(torch.get_rng_state(), number)
+    assert len(runs) == 1  # no second run
+
+
 def test_isolation_survives_a_crash_and_a_hang(case: Case) -> None:
     report = run("tests.helpers.kernels_under_test:hangs", [case], Options(timeout=0.5), isolate=True)
     assert report.results[0].status == "timed out"
@@ -126,7 +153,7 @@ def test_isolation_survives_a_crash_and_a_hang(case: Case) -> None:
 def test_torch_reference_fails_exact_and_passes_bounded() -> None:
     names = ["gemm/mirrored_hidden_384", "gemm/ordinary", "gemm/wide_exponents", "finalize/biases_cancel"]
     cases = [GOLDENS.load(name) for name in names]
-    exact = run("torch-bf16", cases, Options(diagnosed=False))
+    exact = run("torch-bf16", cases, Options(diagnosis="none"))
     assert not exact.ok
     bounded = run("torch-bf16", cases, Options(mode="bounded"))
     assert bounded.ok

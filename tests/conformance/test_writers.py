@@ -240,7 +240,7 @@ def test_a_reproducer_holds_words_as_words(folder: Path) -> None:
 def test_a_reproducer_that_cannot_be_written_is_no_reason_to_stop(folder: Path) -> None:
     (folder / "dump").write_text("mine")
     case = open_goldens().load(MOE)
-    options = conformance.Options(dump=folder / "dump", repeat=False, diagnosed=False)
+    options = conformance.Options(dump=folder / "dump", repeat=False, diagnosis="none")
     found = conformance.run("defect:bf16_finalize", [case], options)
     assert found.results[0].status == "differs"
     assert "its reproducer was not written: " in report.to_text(found)

@@ -28,7 +28,7 @@ from tests.helpers import drop_in, layers, recorded
 from tests.helpers.drop_in import CALL, EXPECTED, SM90_CALL, arguments_of
 
 POSITIONAL = tuple(arguments_of(SM90_CALL))[:7]
-COMPARE_ONLY = ReplayOptions(diagnosed=False)
+COMPARE_ONLY = ReplayOptions(diagnosis="none")
 
 
 def invoke(*arguments: str | Path) -> Result:
@@ -497,7 +497,7 @@ def test_a_damaged_call_is_one_row(tmp_path: Path, kind: str, words: str) -> Non
     path = recorded.write_call(tmp_path, SM90_CALL, EXPECTED)
     recorded.write_call(tmp_path, SM90_CALL, EXPECTED, number=2)
     damage(kind, path)
-    result = invoke("replay", tmp_path, "--any-tile", "--no-diagnosis")
+    result = invoke("replay", tmp_path, "--any-tile", "--diagnosis=none")
     assert result.exit_code == 1, result.output
     assert words in " ".join(result.output.split())
     assert "2 recorded calls of 1 layer: 1 unreadable, 1 equal." in result.output

@@ -58,7 +58,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         *("layer", "--checkpoint", "checkpoint", "--layer", "0", "--input", "hidden.safetensors"),
         *("--output", "out.safetensors"),
     ),
-    "replay": ("replay", "calls", "--no-diagnosis"),
+    "replay": ("replay", "calls", "--diagnosis=none"),
     "replay cache": ("replay", "calls", "--autotune-cache", "autotune.json", "--any-tile"),
     "invariance": ("invariance", "calls"),
     "checkpoint": ("checkpoint", "checkpoint"),

@@ -136,7 +136,8 @@ def _check_goldens(root: Path | None, facts: dict[str, str]) -> str:
 
 def _check_bits(root: Path | None, facts: dict[str, str]) -> str:
     """A few cases by the oracle; what it warns of, such as loops that cannot be compiled, is a problem too."""
-    from mxfp4ref.conformance.suite import Options, run
+    from mxfp4ref.conformance.options import Options
+    from mxfp4ref.conformance.suite import run
 
     try:
         goldens = open_goldens(root)

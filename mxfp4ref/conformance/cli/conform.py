@@ -20,13 +20,16 @@ from mxfp4ref._words import did_you_mean
 from mxfp4ref.conformance.cli.command import command
 from mxfp4ref.conformance.cli.report_files import pop_report_files, print_report, report_files
 from mxfp4ref.conformance.cli.shared import (
+    INTERRUPTED,
     NOT_EQUAL,
     USAGE,
     UsageError,
     case_progress,
     check_no_swap,
+    diagnosis_option,
     echo,
     goldens_option,
+    interrupted_once,
     usage_errors,
 )
 from mxfp4ref.goldens import Goldens, open_goldens
@@ -77,7 +80,16 @@ __all__ = ["conform"]
     help="flashinfer: every tile and cluster of either GEMM, instead of one of each K tile.",
 )
 @click.option("--no-repeat", is_flag=True, help="Run each case once only; a kernel that races may go unseen.")
-@click.option("--no-diagnosis", is_flag=True, help="Only compare.")
+@diagnosis_option
+@click.option(
+    "-j",
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="How many cases run side by side, each in a process of its own, with a share of torch's threads.",
+)
 @click.option(
     "--maxfail",
     "max_failures",
@@ -87,12 +99,20 @@ __all__ = ["conform"]
 )
 @click.option("-x", "max_failures", flag_value=1, type=int, help="The same as --maxfail 1.")
 @click.option(
+    "--last-failed",
+    "earlier",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="REPORT",
+    help="Only the cases that failed in an earlier report, as --json writes it.",
+)
+@click.option(
     "--dump",
     type=click.Path(file_okay=False, path_type=Path),
     help="Write a minimal reproducer of each failing case here.",
 )
 @report_files
 @click.option("-v", "--verbose", is_flag=True, help="A line for each passing case too.")
+@interrupted_once()
 def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **options: Any) -> None:
     """Run KERNEL over the golden cases, compare every bit, and say what is wrong.
 
@@ -117,36 +137,48 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
     a process of their own. With --no-isolate, for debuggers, a run that takes longer than --timeout is abandoned in
     its thread, and a kernel that ends its process ends the command, with exit code 1.
 
-    Exit codes: 0 conforms, 1 does not, 2 wrong usage or environment, or a report could not be written.
+    With Ctrl-C, what was run is told and the reports are written, marked as interrupted.
+
+    Exit codes: 0 conforms, 1 does not, 2 wrong usage or environment, or a report could not be written, 130
+    interrupted.
     """
     if (kernel is None) == (kernel_option is None):
         raise click.UsageError("expected one KERNEL, as the argument or as --kernel")
     spec = kernel or kernel_option
     assert spec is not None
     check_no_swap()
-    from mxfp4ref.conformance.suite import Options, run
+    from mxfp4ref.conformance.options import Options
+    from mxfp4ref.conformance.suite import Interrupted, run
 
     files = pop_report_files(options)
-    patterns, isolate, device, verbose = (
-        options.pop(name) for name in ("patterns", "isolate", "device", "verbose")
+    patterns, earlier, isolate, device, verbose = (
+        options.pop(name) for name in ("patterns", "earlier", "isolate", "device", "verbose")
     )
-    options["repeat"], options["diagnosed"] = not options.pop("no_repeat"), not options.pop("no_diagnosis")
-    with usage_errors():
+    options["repeat"] = not options.pop("no_repeat")
+    with files.stdout_kept(), usage_errors():
         goldens = open_goldens(root)
         names = _select(goldens, patterns)
-        files.check(chain(_files_of(goldens), _sources(spec)))
+        if earlier is not None:
+            names = _failed_in(earlier, goldens, names)
+        files.check(chain(_files_of(goldens), _sources(spec), [earlier] if earlier else ()))
         with case_progress(names) as advance:
-            result = run(
-                spec,
-                _Selection(goldens, names),
-                Options(**options),
-                device=device,
-                isolate=isolate,
-                progress=advance,
-            )
+            try:
+                result = run(
+                    spec,
+                    _Selection(goldens, names),
+                    Options(**options),
+                    device=device,
+                    isolate=isolate,
+                    progress=advance,
+                )
+            except Interrupted as interruption:
+                result = interruption.report
     complete = files.write_after(partial(print_report, result, verbose=verbose), result)
-    if options["dump"] is not None and not result.ok:
-        echo(f"Reproducers: {options['dump']}")
+    if options["dump"] is not None and any(not r.ok for r in result.results):
+        with files.stdout_kept():
+            echo(f"Reproducers: {options['dump']}")
+    if result.interrupted:
+        sys.exit(INTERRUPTED)
     if not any(r.status != "skipped" for r in result.results):
         raise UsageError(f"{spec}: none of the {len(names)} cases is of a kind that it runs")
     sys.exit(NOT_EQUAL if not result.ok else 0 if complete else USAGE)
@@ -175,6 +207,24 @@ def _select(goldens: Goldens, patterns: Iterable[str]) -> list[str]:
             )
         chosen.update(found)
     return [name for name in names if name in chosen] if chosen else names
+
+
+def _failed_in(path: Path, goldens: Goldens, chosen: list[str]) -> list[str]:
+    """Those of the chosen cases that failed in an earlier report."""
+    from mxfp4ref.conformance.report_reading import read_report
+
+    earlier = read_report(path)
+    failed = [case for case, result in earlier.cases.items() if not result["ok"]]
+    if unknown := [case for case in failed if case not in goldens.entries]:
+        raise UsageError(
+            f"--last-failed: {path}: {len(unknown)} of the {len(failed)} cases that failed are not in "
+            f"{goldens.root}, the first: {unknown[0]}"
+        )
+    if not (names := [name for name in chosen if name in failed]):
+        raise UsageError(f"--last-failed: none of the {len(chosen)} cases failed in {path}; nothing to run")
+    if earlier.left:
+        echo(f"--last-failed: {earlier.left} more cases were not run then, and are not now", err=True)
+    return names
 
 
 def _files_of(goldens: Goldens) -> list[Path]:

@@ -36,7 +36,8 @@ def verify(root: Path | None, files_only: bool) -> None:
     case. Then the record of what real GPUs gave, if there is one: its hashes have to be those of the goldens.
     """
     from mxfp4ref.conformance import report
-    from mxfp4ref.conformance.suite import Options, run
+    from mxfp4ref.conformance.options import Options
+    from mxfp4ref.conformance.suite import run
     from mxfp4ref.goldens import hardware_record
 
     with usage_errors():

@@ -1,9 +1,13 @@
-"""A report on the terminal and in files: `--json`, `--junit` and `--html` of the commands that make one."""
+"""A report on the terminal and in files: `--json`, `--junit` and `--html` of the commands that make one.
+
+One of them may be "-": it is written to stdout, and everything else to stderr.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from mxfp4ref._files import check_no_input, write_file
-from mxfp4ref.conformance.cli.shared import UsageError, echo
+from mxfp4ref.conformance.cli.shared import UsageError
+from mxfp4ref.conformance.cli.terminal import echo
 
 if TYPE_CHECKING:
     from mxfp4ref.conformance.results import Report
@@ -20,10 +25,11 @@ if TYPE_CHECKING:
 __all__ = ["ReportFiles", "pop_report_files", "print_report", "report_files"]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+_STDOUT = Path("-")
 _HELP = {
-    "json": "Write the report as JSON.",
-    "junit": "Write it as JUnit XML.",
-    "html": "Write it as one HTML file.",
+    "json": "Write the report as JSON; to stdout, with the text on stderr, if FILE is -.",
+    "junit": "Write it as JUnit XML; - as for --json.",
+    "html": "Write it as one HTML file; - as for --json.",
 }
 
 
@@ -32,6 +38,14 @@ class ReportFiles:
     """Where the report is to be written, by its format."""
 
     paths: Mapping[str, Path]
+
+    @contextmanager
+    def stdout_kept(self) -> Iterator[None]:
+        """Inside, what is printed goes to stderr if stdout is for a report."""
+        with ExitStack() as stack:
+            if _STDOUT in self.paths.values():
+                stack.enter_context(redirect_stdout(sys.stderr))
+            yield
 
     def check(self, inputs: Iterable[Path]) -> None:
         """Before the run, which may take long, refuse what cannot be written.
@@ -43,11 +57,15 @@ class ReportFiles:
         from mxfp4ref.conformance.report import check_html
 
         if len({path.resolve() for path in self.paths.values()}) < len(self.paths):
-            raise UsageError("--json, --junit, --html: expected a file of its own for each")
+            raise UsageError(
+                "--json, --junit, --html: expected a file of its own for each, and - for one at most"
+            )
         if "html" in self.paths:
             check_html()
         inputs = list(inputs) if self.paths else []
         for path in self.paths.values():
+            if path == _STDOUT:
+                continue
             if not path.absolute().parent.is_dir():
                 raise UsageError(f"cannot write {path}: there is no folder {path.absolute().parent}")
             check_no_input(path, inputs)
@@ -65,18 +83,28 @@ class ReportFiles:
         render = {"json": report.to_json, "junit": report.to_junit, "html": report.to_html}
 
         def write(kind: str, path: Path) -> None:
-            write_file(path, render[kind](result))
+            if path == _STDOUT:
+                click.echo(render[kind](result), nl=False)
+            else:
+                write_file(path, render[kind](result))
 
         unread: list[BrokenPipeError] = []
 
         def text() -> None:
-            try:
+            with self.stdout_kept():
                 show()
+
+        def told(work: Callable[[], None]) -> None:
+            try:
+                work()
             except BrokenPipeError as error:
                 unread.append(error)
 
-        done = [_attempt("the text", text)]
-        done += [_attempt(str(path), partial(write, kind, path)) for kind, path in self.paths.items()]
+        done = [_attempt("the text", partial(told, text))]
+        done += [
+            _attempt(str(path), partial(told, partial(write, kind, path)))
+            for kind, path in self.paths.items()
+        ]
         if unread:
             raise unread[0]
         return all(done)
@@ -96,8 +124,8 @@ def _attempt(what: str, write: Callable[[], None]) -> bool:
 def report_files(command: _Command) -> _Command:
     """The three options, as a decorator of a command."""
     for kind, words in reversed(_HELP.items()):
-        path = click.Path(dir_okay=False, path_type=Path)
-        command = click.option(f"--{kind}", f"{kind}_file", type=path, help=words)(command)
+        path = click.Path(dir_okay=False, path_type=Path, allow_dash=True)
+        command = click.option(f"--{kind}", f"{kind}_file", type=path, metavar="FILE", help=words)(command)
     return command
 
 
@@ -107,11 +135,11 @@ def pop_report_files(options: dict[str, Any]) -> ReportFiles:
 
 
 def print_report(result: Report, *, verbose: bool) -> None:
-    """The report; click drops the colours where the output is no terminal."""
+    """The report; wrapped on a terminal, and click drops the colours where the output is none."""
     from mxfp4ref.conformance import report
 
     *lines, verdict = report.to_text(result, verbose=verbose).split("\n")
+    cases = {f"{one.case}:" for one in result.results}
     for line in lines:
-        heading = bool(line) and not line.startswith(" ") and ":" in line
-        echo(line, bold=heading or None)
+        echo(line, bold=line.partition(" ")[0] in cases or None)
     echo(verdict, fg="green" if result.ok else "red", bold=True)

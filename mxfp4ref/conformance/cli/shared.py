@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +17,7 @@ from typing import TYPE_CHECKING
 import click
 from safetensors import SafetensorError
 
+from mxfp4ref._choices import DIAGNOSES
 from mxfp4ref._files import printable
 from mxfp4ref.conformance.cli.terminal import animated, console, echo
 
@@ -22,20 +27,35 @@ if TYPE_CHECKING:
     from mxfp4ref.conformance.results import CaseResult
 
 __all__ = [
+    "INTERRUPTED",
     "NOT_EQUAL",
     "USAGE",
     "UsageError",
     "case_progress",
     "check_no_swap",
     "describe",
+    "diagnosis_option",
     "echo",
     "first_values",
     "goldens_option",
+    "interrupted_once",
     "progress",
     "usage_errors",
 ]
 
-NOT_EQUAL, USAGE = 1, 2  # exit codes, besides 0
+NOT_EQUAL, USAGE, INTERRUPTED = 1, 2, 128 + 2  # exit codes, besides 0
+_SAME = (
+    2.0  # seconds in which a second interrupt is taken for the first: of a terminal and of the parent, too
+)
+
+diagnosis_option = click.option(
+    "--diagnosis",
+    type=click.Choice(DIAGNOSES),
+    default="full",
+    show_default=True,
+    help="Where bits differ, look for what is wrong: quick, about a second for each; full, up to a minute more; "
+    "none, only compare.",
+)
 
 goldens_option = click.option(
     "--goldens",
@@ -106,7 +126,7 @@ def progress(*, lines: bool = False, first: str = "") -> Iterator[Callable[[str,
 def case_progress(names: Sequence[str]) -> Iterator[Callable[[CaseResult], None]]:
     """`progress` of a conformance run over these cases: how many have failed, and which one is running.
 
-    On a terminal a case that fails is also told at once, in a line.
+    On a terminal a case that fails is also told at once, in a line, and in a second one what is known of it.
     """
     from mxfp4ref.conformance.report import headline
 
@@ -118,9 +138,32 @@ def case_progress(names: Sequence[str]) -> Iterator[Callable[[CaseResult], None]
             done, failed = done + 1, failed + (not result.ok)
             if not result.ok and sys.stderr.isatty():
                 echo(headline(result).split("\n")[0], err=True)
+                if result.diagnosis is not None and (found := str(result.diagnosis.finding)):
+                    echo(f"    {found}", err=True)
             step(f"{failed} failed  {names[done] if done < len(names) else 'diagnosis'}", len(names))
 
         yield advance
+
+
+@contextmanager
+def interrupted_once() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, but not a second time while the first is being answered."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    last = -math.inf
+
+    def handle(number: int, frame: object) -> None:
+        nonlocal last
+        before, last = last, time.monotonic()
+        if last - before > _SAME:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def describe(tensor: Tensor) -> str:

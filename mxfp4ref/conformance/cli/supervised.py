@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import tempfile
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import click
 
-from mxfp4ref.conformance.cli.shared import NOT_EQUAL, USAGE
+from mxfp4ref.conformance.cli.shared import INTERRUPTED, NOT_EQUAL, USAGE
+from mxfp4ref.conformance.processes import how_it_ended
 
 __all__ = ["main"]
 
@@ -20,6 +22,7 @@ verdict = sys.argv.pop(1)
 from mxfp4ref.__main__ import main
 main(verdict)
 """
+_PATIENCE = 3  # so many interrupts end the process at once
 _NONE = b"none"  # instead of an exit code, as long
 
 
@@ -48,15 +51,19 @@ def _supervise() -> int:
         verdict = Path(folder, "verdict")
         verdict.write_bytes(_NONE)  # written over in place, for which even a full disk has room
         command = [sys.executable, "-c", _START, repr(sys.path), str(verdict), *sys.argv[1:]]
-        try:
-            done = subprocess.run(command, check=False)
-        except KeyboardInterrupt:
-            return 128 + 2
+        process = subprocess.Popen(command)
+        interrupts = 0
+        while process.returncode is None:
+            try:
+                process.wait()
+            except KeyboardInterrupt:  # it writes its reports and ends, if its kernel lets it
+                interrupts += 1
+                process.send_signal(signal.SIGINT if interrupts < _PATIENCE else signal.SIGKILL)
         if verdict.is_file() and (code := verdict.read_bytes().strip()).isdigit():
             return int(code)
-    from mxfp4ref.conformance.worker import how_it_ended
-
-    how = how_it_ended(done.returncode)
+        if interrupts:
+            return INTERRUPTED
+    how = how_it_ended(process.returncode)
     click.echo(
         f"The kernel does not conform: it ended its process ({how}) before there was a verdict. Without --no-isolate "
         "the report tells on which case.",

@@ -1,0 +1,54 @@
+"""How to run a case again: the command, with all that a run was given."""
+
+from __future__ import annotations
+
+import shlex
+
+from mxfp4ref.conformance.options import Options
+from mxfp4ref.conformance.results import RECORDING, CaseResult, Report
+from mxfp4ref.goldens import GoldenError, Goldens, find_root
+
+__all__ = ["command", "conform_arguments"]
+
+_TIMEOUT = 600  # seconds, the command's default
+
+
+def conform_arguments(
+    kernel: str, options: Options, device: str | None, isolate: bool | None, goldens: Goldens | None
+) -> tuple[str, ...]:
+    """The arguments of `mxfp4ref conform` that run a kernel so; which cases, and what to write, is left to add."""
+    given: list[str] = [kernel]
+
+    def option(name: str, value: object, usual: object) -> None:
+        if value not in (None, usual):
+            given.extend((f"--{name}", f"{value:g}" if isinstance(value, float) else str(value)))
+
+    option("device", device, None)
+    option("mode", options.mode, "exact")
+    option("intermediates", options.storage, "wider")
+    option("confidence", options.confidence, None)
+    option("timeout", options.timeout, _TIMEOUT)
+    given += ["--all-tactics"] * options.all_tactics + ["--no-repeat"] * (not options.repeat)
+    if isolate is not None:
+        given.append("--isolate" if isolate else "--no-isolate")
+    if goldens is not None and goldens.root != _found():
+        option("goldens", goldens.root, None)
+    return tuple(given)
+
+
+def _found() -> object:
+    try:
+        return find_root()
+    except GoldenError:
+        return None
+
+
+def command(report: Report, result: CaseResult) -> str:
+    """The line, for a shell or, of a kernel that is no name, for Python; "" where there is none."""
+    if result.kind == RECORDING:
+        return ""
+    if not report.arguments:
+        return f"run({report.kernel}, [open_goldens().load({result.case!r})])"
+    return shlex.join(
+        ("mxfp4ref", "conform", *report.arguments, "--case", result.case, "--dump", "reproducers")
+    )

@@ -1,0 +1,49 @@
+"""How a kernel is compared with the goldens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mxfp4ref._choices import DIAGNOSES, MODES
+from mxfp4ref._validate import check_below, check_choice, check_int
+
+__all__ = ["DIAGNOSES", "Options"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a kernel is compared with the goldens.
+
+    Attributes:
+        mode: "exact" or "bounded".
+        storage, confidence: which bounds, as in `bounds.bound`.
+        timeout: seconds a run may take; None for no limit. `execution` says what becomes of one that takes longer.
+        repeat: run each case a second time and compare the bits (not the stand-ins on whole-size layers).
+        all_tactics: run each case by every tile and cluster of either GEMM, the other one's being the default.
+        diagnosis: where bits differ, look for what is wrong: "quick", about a second for each case as it comes;
+            "full", at the end also up to a minute for all of them together; "none", only compare.
+        dump: a folder for reproducers of the cases that fail.
+        max_failures: how many cases may fail before the rest is left out; None for no limit.
+        jobs: how many cases run side by side, each in a process of its own, with a share of torch's threads.
+    """
+
+    mode: str = "exact"
+    storage: str = "wider"
+    confidence: float | None = None
+    timeout: float | None = None
+    repeat: bool = True
+    all_tactics: bool = False
+    diagnosis: str = "full"
+    dump: Path | None = None
+    max_failures: int | None = None
+    jobs: int = 1
+
+    def __post_init__(self) -> None:
+        check_choice("mode", self.mode, MODES)
+        check_choice("diagnosis", self.diagnosis, DIAGNOSES)
+        check_below("confidence", self.confidence, 1, "a probability between 0 and 1")
+        check_below("timeout", self.timeout, 1e9, "seconds, above 0 and below 10^9")  # as threads take them
+        check_int("jobs", self.jobs, minimum=1)
+        if self.max_failures is not None:
+            check_int("max_failures", self.max_failures, minimum=1)

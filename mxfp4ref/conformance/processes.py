@@ -1,0 +1,42 @@
+"""Ending a kernel's process with all that it has started, and how one has ended, in words."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+__all__ = ["MARK", "how_it_ended", "kill", "marked"]
+
+MARK = "MXFP4REF_WORKER"  # the environment's variable that tells the processes of a kernel
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """End a process and its group, and wait for it."""
+    if os.name == "posix":
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.wait()
+
+
+def marked(mark: str) -> list[int]:
+    """The processes that have a mark in the environment that they were started with, or were forked with."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"{MARK}={mark}".encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return found
+
+
+def how_it_ended(code: int) -> str:
+    """A process's exit code, or the signal that killed it, in words."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"signal {signal.Signals(-code).name}"
+    except ValueError:  # a real-time signal, of which few have names
+        return f"signal {-code}"

@@ -1,0 +1,110 @@
+"""Reading a report that was written as JSON, by this version or an earlier one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mxfp4ref._files import mismatch, parse_json, read_file
+from mxfp4ref.conformance.report import FORMAT
+
+__all__ = ["WrittenReport", "is_report", "read_report"]
+
+_FORMATS = ("mxfp4ref-report-1", FORMAT)
+_FINDING = {"stages": [str], "sentence": str, "exact": bool}
+_RESULT = {
+    "case": str,
+    "status": str,
+    "ok": bool,
+    "elements": int,
+    "differing": int,
+    "message": str,
+    "diagnosis?": {"finding?": _FINDING, "*": object},
+    "*": object,
+}
+_GOLDENS = {"path": str, "format": str, "sha256": str, "cases": int}
+_REPORT = {
+    "format": _FORMATS,
+    "kernel": str,
+    "mode": str,
+    "verdict": str,
+    "environment": {"*": str},
+    "results": [_RESULT],
+    "finding?": _FINDING,
+    "left?": int,
+    "interrupted?": bool,
+    "goldens?": object,
+    "date?": str,
+    "*": object,
+}
+
+
+@dataclass(frozen=True)
+class WrittenReport:
+    """A report in a file.
+
+    Attributes:
+        path: the file.
+        kernel, mode, verdict, environment, left, interrupted, date: as in `results.Report`; what an earlier version
+            did not write is empty.
+        goldens: as `results.GoldensUsed`, by name; empty where it is not known.
+        finding: the verdict's, in words.
+        cases: for each case what `results.CaseResult` has, by name.
+    """
+
+    path: Path
+    kernel: str
+    mode: str
+    verdict: str
+    environment: Mapping[str, str]
+    cases: Mapping[str, Mapping[str, Any]]
+    goldens: Mapping[str, Any] = field(default_factory=dict)
+    finding: str = ""
+    left: int = 0
+    interrupted: bool = False
+    date: str = ""
+
+
+def read_report(path: Path) -> WrittenReport:
+    """The report in a file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no report, or one of a format that this version does not know.
+    """
+    try:
+        value = parse_json(read_file(path))
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: expected a report, as conform --json writes it, got no JSON: {error}"
+        ) from None
+    wrong = mismatch(value, _REPORT, "report")
+    if not wrong and value.get("goldens") is not None:
+        wrong = mismatch(value["goldens"], _GOLDENS, "report.goldens")
+    if not wrong and len({result["case"] for result in value["results"]}) < len(value["results"]):
+        wrong = "report.results: expected each case once"
+    if wrong:
+        raise ValueError(f"{path}: {wrong}")
+    known = {name: value[name] for name in ("left", "interrupted", "date") if name in value}
+    return WrittenReport(
+        path=path,
+        **{name: value[name] for name in ("kernel", "mode", "verdict", "environment")},
+        cases={result["case"]: result for result in value["results"]},
+        goldens=value.get("goldens") or {},
+        finding=value.get("finding", {}).get("sentence", ""),
+        **known,
+    )
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file says that it is a report, of whatever format."""
+    with path.open("rb") as file:
+        if not file.read(64).lstrip().startswith(b"{"):
+            return False
+    try:
+        value = parse_json(read_file(path))
+    except (OSError, ValueError):
+        return False
+    return isinstance(value, dict) and str(value.get("format")).startswith("mxfp4ref-report")

@@ -1,0 +1,211 @@
+"""Running a kernel on one golden case: by which tactics, and how near its outputs come to those expected."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from mxfp4ref._validate import check_instance
+from mxfp4ref.conformance.adapters import Kernel
+from mxfp4ref.conformance.bounded import outside_bounds
+from mxfp4ref.conformance.comparison import differing
+from mxfp4ref.conformance.diagnosing import Failed
+from mxfp4ref.conformance.execution import Outcome, execute_within
+from mxfp4ref.conformance.handing import to_device
+from mxfp4ref.conformance.options import Options
+from mxfp4ref.conformance.plain import like, raw_bytes, tensor_of
+from mxfp4ref.conformance.reproducer import write_reproducer
+from mxfp4ref.conformance.results import CaseResult
+from mxfp4ref.conformance.worker import Worker
+from mxfp4ref.formats.generations import NEWEST
+from mxfp4ref.goldens.case import Case
+from mxfp4ref.goldens.runs import Run, runs
+from mxfp4ref.model.forward import forward
+from mxfp4ref.sm90.tactics import Sm90Kernel, each_kernel
+
+__all__ = ["compare_case"]
+
+
+def compare_case(
+    kernel: Kernel, case: Case, options: Options, worker: Worker | None = None
+) -> tuple[CaseResult, Failed | None]:
+    """The result without a diagnosis, and what is to be diagnosed."""
+    check_instance("case", case, Case)
+    start, running = time.perf_counter(), 0.0
+    about: dict[str, Any] = {"case": case.id, "kind": case.kind, "why": case.why}
+    if reason := kernel.unable(case):
+        return CaseResult(**about, status="skipped", message=reason), None
+    all_runs = _runs(kernel, case)
+    # As bytes, before the kernel runs: nothing that it does in this process changes them.
+    bits = {one: _bits(one) for one in all_runs}
+    needed = _by_tactic(kernel, case) if options.all_tactics else _needed(kernel, case, all_runs)
+    found: list[_Comparison] = []
+    left, unsaid = "", ""
+    failure: Failed | None = None
+    for index, one in enumerate(needed):
+        repeat = options.repeat and (index == 0 or options.all_tactics) and not _takes_long(kernel, case)
+        candidates = {one: bits.get(one) or _bits(one)} if kernel.forces_tile_k else bits
+        before = time.perf_counter()
+        if worker is not None:
+            outcome = worker.execute(options.timeout, case, one, repeat=repeat)
+        else:
+            inputs = case.kind, one.inputs, one.expected
+            outcome = execute_within(options.timeout, kernel, inputs, repeat=repeat)
+        running += time.perf_counter() - before
+        left = left or outcome.left
+        if outcome.problem:
+            if outcome.problem != "skipped":
+                unsaid = _dump(options, kernel, case, one, {})
+            told = options.all_tactics or (kernel.forces_tile_k and len(all_runs) > 1)
+            which = f" ({'tactics' if options.all_tactics else 'K tiles'} {one.tiles})" if told else ""
+            message = _joined(outcome.message + which, _put_back(left), unsaid)
+            result = CaseResult(**about, status=outcome.problem, message=message)
+            return result.lasting(kernel=running, comparison=time.perf_counter() - start - running), None
+        compared = _compare(case.kind, outcome, candidates, options)
+        if compared.wrong and not any(earlier.wrong for earlier in found):
+            unsaid = _dump(options, kernel, case, compared.closest, outcome.outputs)
+            if options.diagnosis != "none":
+                failure = Failed(case.kind, compared.closest, outcome.outputs)
+        found.append(compared)
+    result = CaseResult(
+        **about,
+        status=_status(found),
+        tiles=tuple(dict.fromkeys(tiles for compared in found for tiles in compared.tiles)),
+        elements=sum(compared.elements for compared in found),
+        differing=sum(compared.differing for compared in found),
+        outside=sum(compared.outside or 0 for compared in found),
+        message=_joined(_put_back(left), unsaid),
+    )
+    return result.lasting(kernel=running, comparison=time.perf_counter() - start - running), failure
+
+
+def _bits(one: Run) -> dict[str, bytes]:
+    return {name: raw_bytes(tensor) for name, tensor in one.expected.items()}
+
+
+def _put_back(left: str) -> str:
+    return f"the kernel changed {left}, which was put back" if left else ""
+
+
+def _joined(*words: str) -> str:
+    return "; ".join(filter(None, words))
+
+
+def _dump(options: Options, kernel: Kernel, case: Case, one: Run, outputs: Mapping[str, Tensor]) -> str:
+    """Write a reproducer, if one is wanted; why it could not be written, which is no reason to stop."""
+    if options.dump is None:
+        return ""
+    try:
+        write_reproducer(options.dump, case, one, kernel.name, outputs)
+    except (OSError, ValueError) as error:
+        return f"its reproducer was not written: {error}"
+    return ""
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """The outputs of one run against each expectation that they may meet.
+
+    Attributes:
+        closest: the run whose expected outputs differ in the fewest elements.
+        tiles: of the runs whose expected outputs are equal.
+        elements, differing: compared with the closest.
+        outside: of those that differ, how many lie outside their bounds; None where no bounds apply.
+    """
+
+    closest: Run
+    tiles: tuple[str, ...]
+    elements: int
+    differing: int
+    outside: int | None
+
+    @property
+    def wrong(self) -> bool:
+        return bool(self.differing if self.outside is None else self.outside)
+
+
+def _compare(
+    kind: str, outcome: Outcome, expected: Mapping[Run, Mapping[str, bytes]], options: Options
+) -> _Comparison:
+    counts = [
+        sum(_count_differing(outcome.outputs[name], raw) for name, raw in bits.items())
+        for bits in expected.values()
+    ]
+    candidates = list(expected)
+    closest = candidates[counts.index(min(counts))]
+    tiles = tuple(one.tiles for one, count in zip(candidates, counts, strict=True) if not count and one.tiles)
+    outside = None
+    if min(counts) and options.mode == "bounded":
+        how = options.storage, options.confidence
+        outside = outside_bounds(kind, closest, outcome.outputs, *how)
+    elements = sum(want.numel() for want in closest.expected.values())
+    return _Comparison(closest, tiles, elements, min(counts), outside)
+
+
+def _count_differing(got: Tensor, expected: bytes) -> int:
+    """The elements in which they differ: none if and only if the bytes are equal."""
+    if raw_bytes(got) == expected:
+        return 0
+    return max(int(differing(got, tensor_of(expected, like(got))).sum()), 1)
+
+
+def _status(found: Sequence[_Comparison]) -> str:
+    different = [compared for compared in found if compared.differing]
+    if not different:
+        return "equal"
+    if any(compared.outside is None for compared in different):
+        return "differs"
+    return "outside bounds" if any(compared.wrong for compared in different) else "within bounds"
+
+
+def _runs(kernel: Kernel, case: Case) -> list[Run]:
+    """The case's runs; for an older generation of the kernel, which goldens are not of, what the model says."""
+    if case.kind != "moe" or kernel.generation is NEWEST:
+        return runs(case)
+    call = case.call(Sm90Kernel(generation=kernel.generation))
+    return [Run("128x128", call, {"output": forward(call)})]
+
+
+def _needed(kernel: Kernel, case: Case, all_runs: list[Run]) -> list[Run]:
+    """The runs to make: one where the kernel chooses its K tiles, else all.
+
+    Of cases that take long only those are made in which a tile of either GEMM occurs for the first time.
+    """
+    if not kernel.forces_tile_k:
+        return all_runs[:1]
+    if not _takes_long(kernel, case):
+        return all_runs
+    chosen: list[Run] = []
+    seen: set[tuple[int, str]] = set()
+    # Runs with the same tile in both GEMMs come first: each of them shows two new ones.
+    for one in sorted(all_runs, key=lambda one: len(set(one.tiles.split("x")))):
+        tiles = set(enumerate(one.tiles.split("x")))
+        if not tiles <= seen:
+            chosen.append(one)
+            seen |= tiles
+    return chosen
+
+
+def _by_tactic(kernel: Kernel, case: Case) -> Iterator[Run]:
+    """Every tactic of each GEMM beside the other one's default, with the output that its tiles give.
+
+    That is the stored one, but where an N tile shows (docs/arithmetic.md, section 3): the model tells for each.
+    """
+    call = to_device(case.call(), kernel.device)
+    expected: dict[Any, Tensor] = {}
+    for forced in each_kernel(call.experts.hidden_size, call.experts.intermediate_size, kernel.generation):
+        inputs = replace(call, kernel=forced)
+        tiles = forced.tile_k, forced.tile_n
+        if tiles not in expected:
+            stored = case.outputs.get(forced.tile_k) if forced.tile_n == call.kernel.tile_n else None
+            expected[tiles] = forward(inputs).cpu() if stored is None else stored
+        yield Run(str(forced), inputs, {"output": expected[tiles]})
+
+
+def _takes_long(kernel: Kernel, case: Case) -> bool:
+    """Whether a stand-in would take seconds for each run: a layer of whole size on a CPU."""
+    return bool(case.derived) and kernel.forces_tile_k and kernel.device == "cpu"
