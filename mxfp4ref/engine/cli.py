@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mxfp4ref._files import folders_below
+from mxfp4ref.conformance.cli import completing
 from mxfp4ref.conformance.cli.command import command
 from mxfp4ref.conformance.cli.report_files import pop_report_files, print_report, report_files
 from mxfp4ref.conformance.cli.shared import (
@@ -153,7 +154,7 @@ def record(
 
 
 @command()
-@click.argument("what", metavar="CALL|DIR|KERNEL")
+@click.argument("what", metavar="CALL|DIR|KERNEL", shell_complete=completing.kernels)
 @click.option(
     "--ranks",
     type=click.IntRange(min=2),
@@ -174,6 +175,7 @@ def record(
     "cases",
     multiple=True,
     metavar="NAME",
+    shell_complete=completing.cases,
     help="For a kernel: the golden cases whose tokens are computed; a few by default. Repeatable.",
 )
 @click.option("--device", help="For a kernel: where its tensors go; cpu, or cuda for flashinfer.")

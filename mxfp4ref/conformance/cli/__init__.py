@@ -5,6 +5,7 @@ from __future__ import annotations
 from mxfp4ref.conformance.cli.about import doctor, list_cases
 from mxfp4ref.conformance.cli.checkpoint_report import checkpoint_report
 from mxfp4ref.conformance.cli.checkpoints import checkpoint, layer
+from mxfp4ref.conformance.cli.completing import completion
 from mxfp4ref.conformance.cli.conform import conform
 from mxfp4ref.conformance.cli.defects import defects, explain
 from mxfp4ref.conformance.cli.goldens import export, regenerate, show, verify
@@ -15,5 +16,5 @@ __all__ = ["COMMANDS"]
 
 COMMANDS = (
     *(conform, init, list_cases, show, defects, explain, compare, layer, checkpoint, checkpoint_report),
-    *(verify, regenerate, export, doctor),
+    *(verify, regenerate, export, doctor, completion),
 )

@@ -15,6 +15,7 @@ import click
 
 from mxfp4ref._version import __version__
 from mxfp4ref._words import did_you_mean
+from mxfp4ref.conformance.cli import completing
 from mxfp4ref.conformance.cli.command import command
 from mxfp4ref.conformance.cli.shared import NOT_EQUAL, UsageError, goldens_option, usage_errors
 from mxfp4ref.conformance.cli.terminal import echo, echo_json, echo_rows
@@ -40,7 +41,7 @@ _PACKAGES = (
 
 
 @command("list")
-@click.argument("patterns", nargs=-1, metavar="[GLOB]...")
+@click.argument("patterns", nargs=-1, metavar="[GLOB]...", shell_complete=completing.globs)
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @goldens_option
 def list_cases(patterns: tuple[str, ...], as_json: bool, root: Path | None) -> None:

@@ -17,6 +17,7 @@ import click
 from mxfp4ref._choices import MODES, STORAGE
 from mxfp4ref._files import folders_below
 from mxfp4ref._words import did_you_mean
+from mxfp4ref.conformance.cli import completing
 from mxfp4ref.conformance.cli.command import command
 from mxfp4ref.conformance.cli.report_files import pop_report_files, print_report, report_files
 from mxfp4ref.conformance.cli.shared import (
@@ -38,11 +39,22 @@ __all__ = ["conform"]
 
 
 @command()
-@click.argument("kernel", required=False)
-@click.option("--kernel", "kernel_option", metavar="KERNEL", help="The same as the argument.")
+@click.argument("kernel", required=False, shell_complete=completing.kernels)
+@click.option(
+    "--kernel",
+    "kernel_option",
+    metavar="KERNEL",
+    shell_complete=completing.kernels,
+    help="The same as the argument.",
+)
 @goldens_option
 @click.option(
-    "--case", "patterns", multiple=True, metavar="GLOB", help="Only these cases, as in 'gemm/*'. Repeatable."
+    "--case",
+    "patterns",
+    multiple=True,
+    metavar="GLOB",
+    shell_complete=completing.globs,
+    help="Only these cases, as in 'gemm/*'. Repeatable.",
 )
 @click.option("--mode", type=click.Choice(MODES), default="exact", show_default=True)
 @click.option(

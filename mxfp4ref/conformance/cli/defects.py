@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mxfp4ref.conformance.cli import completing
 from mxfp4ref.conformance.cli.command import command
 from mxfp4ref.conformance.cli.shared import goldens_option, usage_errors
 from mxfp4ref.conformance.cli.terminal import echo, echo_json
@@ -54,7 +55,7 @@ def _line(name: str, width: int) -> None:
 
 
 @command()
-@click.argument("name")
+@click.argument("name", shell_complete=completing.defects)
 @goldens_option
 def explain(name: str, root: Path | None) -> None:
     """Explain a named defect or a family of wrong kernels, by its NAME.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from mxfp4ref.conformance.cli import completing
 from mxfp4ref.conformance.cli.command import command
 from mxfp4ref.conformance.cli.shared import (
     NOT_EQUAL,
@@ -69,7 +70,11 @@ def verify(root: Path | None, files_only: bool) -> None:
 @command()
 @click.option("--check", is_flag=True, help="Write nothing; list the differences and exit with 1.")
 @click.option(
-    "--only", multiple=True, metavar="GLOB", help="Only cases that match, as in 'gemm/*'. Repeatable."
+    "--only",
+    multiple=True,
+    metavar="GLOB",
+    shell_complete=completing.globs,
+    help="Only cases that match, as in 'gemm/*'. Repeatable.",
 )
 @click.option(
     "--jobs",
@@ -135,7 +140,7 @@ def export(folder: Path, root: Path | None) -> None:
 
 
 @command()
-@click.argument("case")
+@click.argument("case", shell_complete=completing.cases)
 @goldens_option
 @click.option("--values", is_flag=True, help="The first values of each tensor too.")
 def show(case: str, root: Path | None, values: bool) -> None:
