@@ -48,8 +48,8 @@ def helps(command, *names):
 
 run("--version")
 helps(commands)
-for line in ("mxfp4ref ", "mxfp4ref conform defect:", "mxfp4ref show ", "mxfp4ref conform --case g", "mxfp4ref layer --"):
-    run(COMP_LINE=line, _MXFP4REF_COMPLETE="bash_complete")
+for line in ("", "conform defect:", "show ", "conform --case g", "layer --"):
+    run(COMP_LINE=f"mxfp4ref {line}", _MXFP4REF_COMPLETE="bash_complete")
 print(sorted({"torch", "numpy", "numba", "rich"} & set(sys.modules)))
 """
 
@@ -84,7 +84,7 @@ def test_help_fits_and_cuts_no_word(width: int, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("line", [
     f"{NAME}: 3 of 4,096 elements differ, the first of them at [0, 7], where 1.5 was expected",
     f"    again: mxfp4ref conform mypackage.moe:fused_moe --case {NAME} --device cuda",
-    "    limit_ignored           the limit of SwiGLU is not applied, neither to the gate nor to up, in any of the experts",
+    "    limit_ignored           the limit of SwiGLU is not applied, neither to the gate nor to up, in any expert",
     "write `mxfp4ref conform plain:adapter.py:fused_moe --device cuda` and then look at what it says of the weights",
 ])  # fmt: skip
 @pytest.mark.parametrize("width", [40, 60, 80, 200])

@@ -40,7 +40,8 @@ class _Formatter(click.HelpFormatter):
                 self.write(wrapped(f"{' ' * indent}{term}".ljust(first) + text, self.width, first) + "\n")
             else:
                 hang = first if self.width >= _NARROW else indent + 4
-                self.write(f"{' ' * indent}{term}\n{wrapped(' ' * hang + text, self.width, hang)}\n")
+                lines = (" " * indent + term, " " * hang + text)
+                self.write("".join(f"{wrapped(line, self.width, hang)}\n" for line in lines))
 
 
 class _Context(click.Context):
