@@ -26,7 +26,7 @@ def compare(a: Path, b: Path) -> None:
 
     Exit codes: 0 equal, 1 different, 2 a file cannot be read.
     """
-    from mxfp4ref.conformance.comparison import FAR, differing, first_difference, ulp_distance
+    from mxfp4ref.conformance.comparison import in_words
 
     with usage_errors():
         one, other = _load(a), _load(b)
@@ -43,16 +43,9 @@ def compare(a: Path, b: Path) -> None:
             echo(f"{name}: {describe(got)} in {a}, {describe(want)} in {b}")
             equal = False
             continue
-        first = first_difference(got, want)
-        if first is None:
-            echo(f"{name}: equal, {describe(got)}")
-            continue
-        equal = False
-        mask = differing(got, want)
-        distance = ulp_distance(got, want)[mask]
-        numbers = distance[distance < FAR]
-        furthest = f", at most {int(numbers.max()):,} ulp" if len(numbers) else ""
-        echo(f"{name}: {int(mask.sum()):,} of {mask.numel():,} elements differ{furthest}; first {first}")
+        words = in_words(got, want)
+        equal &= words == "equal"
+        echo(f"{name}: {words}{f', {describe(got)}' if words == 'equal' else ''}")
     sys.exit(0 if equal else NOT_EQUAL)
 
 
