@@ -73,7 +73,7 @@ class _Commands(Group):
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, package_name="mxfp4ref")
 def commands() -> None:
-    """Bit-exact reference of the SM90 W4A16 MXFP4 mixture-of-experts kernel.
+    """Bit-exact reference of the SM90 W4A16 and W4A8 MXFP4 mixture-of-experts kernels.
 
     \b
     mxfp4ref conform oracle                      see what success looks like, no GPU needed
@@ -87,6 +87,9 @@ def commands() -> None:
 
     Exit codes: 0 conforms, equal or done; 1 does not; 2 wrong usage, or something is missing; 130 and 141
     interrupted, or nobody reads the output.
+
+    NO_COLOR, FORCE_COLOR, CLICOLOR, TERM and COLUMNS are obeyed; into a pipe go whole lines. `mxfp4ref completion`
+    lets a shell complete all names.
     """
 
 

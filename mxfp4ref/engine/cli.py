@@ -49,6 +49,10 @@ _COLOURS = {"equal": "green", "skipped": "bright_black"}
 def replay(folder: Path, **options: Any) -> None:
     """Compute the calls that a running server recorded again, and compare every bit.
 
+    \b
+    mxfp4ref replay flashinfer_dumps --html report.html
+    mxfp4ref replay flashinfer_dumps --autotune-cache autotune.json --diagnosis none
+
     DIR holds what flashinfer's own recorder wrote, with no change of the engine:
 
     \b
@@ -100,19 +104,30 @@ def replay(folder: Path, **options: Any) -> None:
 )
 @click.option("-m", "module", is_flag=True, help="SCRIPT is a module's name, as for python -m.")
 @click.option(
-    "--max-calls", type=click.IntRange(min=1), default=1000, show_default=True, help="Record no more calls."
+    "--max-calls",
+    type=click.IntRange(min=1),
+    default=1000,
+    metavar="N",
+    show_default=True,
+    help="Record no more calls.",
 )
 @click.option(
     "--max-gib",
     type=click.FloatRange(min=0, min_open=True),
     default=20,
+    metavar="GIB",
     show_default=True,
-    help="Record no more inputs than that, weights included.",
+    help="Record no more GiB of inputs, weights included.",
 )
 def record(
     script: str, arguments: tuple[str, ...], folder: Path, module: bool, max_calls: int, max_gib: float
 ) -> None:
     """Run a Python script and record its calls of flashinfer's cutlass_fused_moe.
+
+    \b
+    mxfp4ref record --output calls serve.py --port 8000
+    mxfp4ref record --output calls -m mypackage.server
+    mxfp4ref replay calls
 
     For releases of flashinfer without a recorder, or whose recorder leaves out lists (before 0.6.12). What it writes
     is what flashinfer writes, for `mxfp4ref replay`. Without flashinfer it records calls of
@@ -158,6 +173,7 @@ def record(
 @click.option(
     "--ranks",
     type=click.IntRange(min=2),
+    metavar="N",
     multiple=True,
     default=(2,),
     show_default=True,
@@ -178,7 +194,11 @@ def record(
     shell_complete=completing.cases,
     help="For a kernel: the golden cases whose tokens are computed; a few by default. Repeatable.",
 )
-@click.option("--device", help="For a kernel: where its tensors go; cpu, or cuda for flashinfer.")
+@click.option(
+    "--device",
+    metavar="DEVICE",
+    help="For a kernel: where its tensors go, as torch names it; by default cpu, and cuda for flashinfer.",
+)
 def invariance(what: str, **options: Any) -> None:
     """Say which bits of a token depend on what it is computed with.
 

@@ -69,6 +69,20 @@ def walk(command: click.Command, *names: str) -> list[tuple[tuple[str, ...], cli
 EVERY = walk(commands)
 
 
+def test_every_help_has_an_example_and_exit_codes() -> None:
+    for names, command in EVERY:
+        help = command.help or ""
+        assert f"    mxfp4ref {' '.join(names)}".rstrip() in f"    {help}" or len(names) == 0, names
+        if not isinstance(command, click.Group):
+            assert "\b\n" in help, names
+            assert "Exit codes: " in help, names
+        for option in command.params:
+            if isinstance(option, click.Option):
+                assert option.help, (names, option.name)
+                given = option.get_default(click.Context(command))
+                assert option.show_default or given in (None, False, ()), (names, option.name)
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
 def test_help_fits_and_cuts_no_word(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", str(width))

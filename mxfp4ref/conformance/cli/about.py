@@ -42,12 +42,20 @@ _PACKAGES = (
 
 @command("list")
 @click.argument("patterns", nargs=-1, metavar="[GLOB]...", shell_complete=completing.globs)
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")
 @goldens_option
 def list_cases(patterns: tuple[str, ...], as_json: bool, root: Path | None) -> None:
-    """List the golden cases that match, as in 'gemm/*' or a suite's name, with what each is for and catches.
+    """List the golden cases, with what each is kept for and made to catch.
+
+    GLOB is a suite or a pattern of names; without one, all are listed.
+
+    \b
+    mxfp4ref list
+    mxfp4ref list gemm 'routing/gpt_oss*'
 
     The names are those that `conform --case` and `show` take.
+
+    Exit codes: 0 listed; 2 nothing matches, or there are no goldens.
     """
     with usage_errors():
         goldens = open_goldens(root)
@@ -82,10 +90,14 @@ def _row(goldens: Goldens, name: str) -> dict[str, Any]:
 
 
 @command()
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")
 @goldens_option
 def doctor(as_json: bool, root: Path | None) -> None:
     """Say what a report of a fault needs: versions, machine, goldens, and whether this machine computes right.
+
+    \b
+    mxfp4ref doctor
+    mxfp4ref doctor --json > doctor.json
 
     Exit codes: 0 all is well, 1 something is not: it is said on the lines that begin with "!".
     """

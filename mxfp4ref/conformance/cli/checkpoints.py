@@ -186,8 +186,13 @@ def layer(
 ) -> None:
     """Run a whole mixture-of-experts layer of a checkpoint: router, experts, output.
 
+    \b
+    mxfp4ref layer --checkpoint DeepSeek-V4-Flash --layer 3 --input hidden.safetensors --output out.safetensors
+
     Experts are read some at a time, and only those that a token chose. `mxfp4ref checkpoint` says what is in a
     folder.
+
+    Exit codes: 0 done; 2 wrong usage, or a file that cannot be read or written.
     """
     from mxfp4ref.checkpoint import fuse_shared, open_layer, open_shards, run_layer
     from mxfp4ref.model.parallel import Ranks
@@ -241,15 +246,25 @@ def _refuse_unused(layer: Any, router: str | None, options: Mapping[str, Any]) -
 
 @command()
 @click.argument("root", metavar="CHECKPOINT", type=click.Path(exists=True, path_type=Path))
-@click.option("--layer", "layers", type=Layer(), multiple=True, help="Only this layer. Repeatable.")
+@click.option(
+    "--layer",
+    "layers",
+    type=Layer(),
+    multiple=True,
+    help="Only this layer: a number, or mtp.0 of a draft head; by default all. Repeatable.",
+)
 @click.option("--names-only", is_flag=True, help="Do not read the weights: no counts of unusual ones.")
-@click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead, with all numbers.")
 @reading
 def checkpoint(
     root: Path, layers: tuple[int | str, ...], names_only: bool, as_json: bool, **options: Any
 ) -> None:
     """Say what is in a checkpoint: layers, formats, router, parameters, unusual weights, and what `layer` would
     refuse.
+
+    \b
+    mxfp4ref checkpoint DeepSeek-V4-Flash
+    mxfp4ref checkpoint gpt-oss-20b --layer 0 --layer 1 --names-only
 
     Exit codes: 0 everything can be run, 1 a layer would be refused, 2 there is no checkpoint.
     """

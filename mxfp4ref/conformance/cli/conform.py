@@ -54,9 +54,15 @@ __all__ = ["conform"]
     multiple=True,
     metavar="GLOB",
     shell_complete=completing.globs,
-    help="Only these cases, as in 'gemm/*'. Repeatable.",
+    help="Only these cases: a suite, a case, or as in 'gemm/*'; by default all. Repeatable.",
 )
-@click.option("--mode", type=click.Choice(MODES), default="exact", show_default=True)
+@click.option(
+    "--mode",
+    type=click.Choice(MODES),
+    default="exact",
+    show_default=True,
+    help="exact: equal bits; bounded: within the bounds of every correct evaluation.",
+)
 @click.option(
     "--intermediates",
     "storage",
@@ -71,14 +77,18 @@ __all__ = ["conform"]
     metavar="P",
     help="In mode bounded: probabilistic bounds with this confidence, such as 0.999999, instead of rigorous ones.",
 )
-@click.option("--device", help="Where the kernel's tensors go; cpu, or cuda for flashinfer.")
+@click.option(
+    "--device",
+    metavar="DEVICE",
+    help="Where the kernel's tensors go, as torch names it; by default cpu, and cuda for flashinfer.",
+)
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
     default=600,
     show_default=True,
     metavar="SECONDS",
-    help="Limit for each run of the kernel, and, if it is more than 60, for importing it.",
+    help="Limit for each run of the kernel; importing it may take as long, and at least 60 seconds.",
 )
 @click.option(
     "--isolate/--no-isolate",
@@ -128,6 +138,12 @@ __all__ = ["conform"]
 def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **options: Any) -> None:
     """Run KERNEL over the golden cases, compare every bit, and say what is wrong.
 
+    \b
+    mxfp4ref conform oracle
+    mxfp4ref conform mypackage.moe:fused_moe --device cuda --html report.html
+    mxfp4ref conform plain:adapter.py:fused_moe --case 'gemm/*' -x --dump reproducers
+    mxfp4ref conform flashinfer --mode bounded --json report.json
+
     KERNEL is one of
 
     \b
@@ -135,7 +151,8 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
     defect:NAME                  a named wrong pipeline (mxfp4ref defects)
     torch-bf16                   dequantise to bf16 and matmul, as most references do
     flashinfer                   the installed flashinfer; its layout helpers are checked too
-    package.module:function      flashinfer's signature, weights in SM90 layout
+    flashinfer-w4a8              the same with FP8 activations (use_wfp4afp8_humming)
+    package.module:function      flashinfer's signature, weights in SM90 layout; file.py:function too
     logical:package.module:f     the same with weights and scales in logical layout
     plain:package.module:f       f(x, ids, scales, w1, s1, w2, s2, **parameters), logical layout
     stage:KIND:package.module:f  one stage: dequantize, layout, tensor_core, gemm, activation,

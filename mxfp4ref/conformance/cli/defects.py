@@ -20,9 +20,16 @@ __all__ = ["defects", "explain"]
 
 
 @command()
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")
 def defects(as_json: bool) -> None:
-    """List the families of wrong kernels with their named members, and the named defects of other stages."""
+    """List the families of wrong kernels with their named members, and the named defects of other stages.
+
+    \b
+    mxfp4ref defects
+    mxfp4ref defects --json | jq -r '.[].name'
+
+    Exit codes: 0 listed. `mxfp4ref explain` tells more of one; `mxfp4ref conform defect:NAME` runs it.
+    """
     from mxfp4ref.conformance.families import FAMILIES
     from mxfp4ref.defects import DEFECTS
 
@@ -60,8 +67,14 @@ def _line(name: str, width: int) -> None:
 def explain(name: str, root: Path | None) -> None:
     """Explain a named defect or a family of wrong kernels, by its NAME.
 
+    \b
+    mxfp4ref explain limit_ignored
+    mxfp4ref explain "K groups"
+
     Of a defect: what it does, where it was seen, and which golden cases are there for it. Of a family: what may
     happen, and its named members.
+
+    Exit codes: 0 explained; 2 there is none of that name. `mxfp4ref defects` lists them.
     """
     from mxfp4ref.conformance.families import FAMILIES, family_of
     from mxfp4ref.defects import get_defect

@@ -35,6 +35,12 @@ def verify(root: Path | None, files_only: bool) -> None:
 
     First the files: size, dtype, shape, SHA-256. Then this machine: the oracle has to give the stored bits of every
     case. Then the record of what real GPUs gave, if there is one: its hashes have to be those of the goldens.
+
+    \b
+    mxfp4ref verify --files-only             # seconds
+    mxfp4ref verify                          # minutes
+
+    Exit codes: 0 all is as it has to be; 1 something is not, and is listed; 2 there are no goldens.
     """
     from mxfp4ref.conformance import report
     from mxfp4ref.conformance.options import Options
@@ -74,13 +80,15 @@ def verify(root: Path | None, files_only: bool) -> None:
     multiple=True,
     metavar="GLOB",
     shell_complete=completing.globs,
-    help="Only cases that match, as in 'gemm/*'. Repeatable.",
+    help="Only cases that match, as in 'gemm/*'; by default all. Repeatable.",
 )
 @click.option(
     "--jobs",
     type=click.IntRange(min=1),
     default=lambda: os.cpu_count() or 1,
-    help="How many processes; by default one a core.",
+    metavar="N",
+    show_default="one a core",
+    help="How many processes.",
 )
 @click.option(
     "--root",
@@ -89,6 +97,10 @@ def verify(root: Path | None, files_only: bool) -> None:
 )
 def regenerate(check: bool, only: tuple[str, ...], jobs: int, root: Path | None) -> None:
     """Write the goldens from nothing, or --check that they are what would be written.
+
+    \b
+    mxfp4ref regenerate --check
+    mxfp4ref regenerate --only 'gemm/*' --only formats/scale_bytes_0_and_255
 
     Exit codes: 0 written, or equal byte for byte; 1 not equal, or larger than goldens may be; 2 wrong usage.
     """
@@ -118,10 +130,11 @@ def export(folder: Path, root: Path | None) -> None:
 
     DIR is created if it is not there, and files of an earlier export are replaced. Every kernel call with stored
     weights and a finite output becomes a workload; the others are listed with the reason. flashinfer-bench is not
-    needed for that. Put your kernels into DIR/solutions and run
+    needed for that.
 
     \b
-    flashinfer-bench run --local DIR
+    mxfp4ref export DIR
+    flashinfer-bench run --local DIR         # with your kernels in DIR/solutions
 
     It compares with a tolerance. To compare bits, use mxfp4ref conform.
 
@@ -142,9 +155,16 @@ def export(folder: Path, root: Path | None) -> None:
 @command()
 @click.argument("case", shell_complete=completing.cases)
 @goldens_option
-@click.option("--values", is_flag=True, help="The first values of each tensor too.")
+@click.option("--values", is_flag=True, help="The first 8 values of each tensor too.")
 def show(case: str, root: Path | None, values: bool) -> None:
-    """Show a golden CASE (suite/name): why it exists, what it catches, its tensors and outputs."""
+    """Show a golden CASE: why it exists, what it catches, its tensors and outputs.
+
+    \b
+    mxfp4ref show gemm/ordinary
+    mxfp4ref show routing/gpt_oss_bf16_ties --values
+
+    Exit codes: 0 shown; 2 there is no such case, or it is damaged. `mxfp4ref list` has the names.
+    """
     with usage_errors():
         loaded = open_goldens(root).load(case)
     echo(loaded.id, bold=True)
