@@ -200,8 +200,10 @@ def replacing(path: Path, root: Path | None = None) -> Iterator[Path]:
         finally:
             os.close(descriptor)
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(partial)):
+            error.filename = str(path)  # of a full disk Python says no name
         raise
 
 

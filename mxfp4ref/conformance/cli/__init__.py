@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mxfp4ref.conformance.cli.about import doctor, list_cases
+from mxfp4ref.conformance.cli.archives import archive
 from mxfp4ref.conformance.cli.checkpoint_report import checkpoint_report
 from mxfp4ref.conformance.cli.checkpoints import checkpoint, layer
 from mxfp4ref.conformance.cli.completing import completion
@@ -16,5 +17,5 @@ __all__ = ["COMMANDS"]
 
 COMMANDS = (
     *(conform, init, list_cases, show, defects, explain, compare, layer, checkpoint, checkpoint_report),
-    *(verify, regenerate, export, doctor, completion),
+    *(archive, verify, regenerate, export, doctor, completion),
 )

@@ -17,7 +17,11 @@ __all__ = ["init"]
 
 @click.group(cls=Group)
 def init() -> None:
-    """Write a file to begin with."""
+    """Write a file to begin with.
+
+    \b
+    mxfp4ref init adapter
+    """
 
 
 @init.command()

@@ -1,4 +1,4 @@
-"""The command on tensors in files: compare two."""
+"""The command that compares two files: outputs, or reports."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from mxfp4ref.conformance.cli.terminal import echo
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mxfp4ref.conformance.report_comparison import Changes
+
 __all__ = ["compare"]
 
 
@@ -22,19 +24,36 @@ __all__ = ["compare"]
 @click.argument("a", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("b", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def compare(a: Path, b: Path) -> None:
-    """Compare two saved outputs bit by bit: tensors of the same names in two safetensors files.
-
-    Of each tensor that differs: in how many elements, how far at most in ulp (steps from one representable number to
-    the next), and the first of them. A is what was computed, B what was expected.
+    """Compare two saved outputs bit by bit, or two reports.
 
     \b
     mxfp4ref compare mine.safetensors reference.safetensors
+    mxfp4ref compare yesterday.json today.json
 
-    Exit codes: 0 equal, 1 different, 2 a file cannot be read.
+    Of two safetensors files the tensors of the same names are compared: in how many elements they differ, how far at
+    most in ulp (steps from one representable number to the next), and the first of them. A is what was computed, B
+    what was expected.
+
+    Of two reports, as conform --json writes them, A is the older: which cases fail now and did not, which pass, which
+    fail in another way. What else is different, such as goldens and versions, is told first.
+
+    Exit codes: 0 equal, or no case got worse; 1 different, or some case fails now and did not, or passed and was not
+    run now; 2 a file cannot be read, or is neither.
     """
     from mxfp4ref.conformance.comparison import in_words
+    from mxfp4ref.conformance.report_comparison import compare_reports
+    from mxfp4ref.conformance.report_reading import is_report, read_report
 
     with usage_errors():
+        if is_report(a) and is_report(b):
+            changes = compare_reports(read_report(a), read_report(b))
+            _print(changes)
+            sys.exit(NOT_EQUAL if changes.worse else 0)
+        for path in (a, b):
+            if is_report(path):
+                raise ValueError(
+                    f"{path} is a report: expected two reports or none, got another file beside it"
+                )
         one, other = _load(a), _load(b)
         if not one and not other:
             raise ValueError(f"{a} and {b}: expected tensors to compare, got none in either")
@@ -53,6 +72,28 @@ def compare(a: Path, b: Path) -> None:
         equal &= words == "equal"
         echo(f"{name}: {words}{f', {describe(got)}' if words == 'equal' else ''}")
     sys.exit(0 if equal else NOT_EQUAL)
+
+
+_HEADINGS = {
+    "failing": "newly failing",
+    "lost": "passed, and was not run now",
+    "passing": "newly passing",
+    "changed": "changed",
+    "only_old": "in the old report only",
+    "only_new": "in the new report only",
+}
+
+
+def _print(changes: Changes) -> None:
+    for line in changes.conditions:
+        echo(line)
+    for name, heading in _HEADINGS.items():
+        if lines := getattr(changes, name):
+            echo(f"{heading} ({len(lines)}):", bold=True)
+            for line in lines:
+                echo(f"  {line}")
+    words = f"{changes.worse} cases got worse" if changes.worse else "no case got worse"
+    echo(f"{words}, {changes.alike} are as they were", fg="red" if changes.worse else "green", bold=True)
 
 
 def _load(path: Path) -> dict[str, Tensor]:

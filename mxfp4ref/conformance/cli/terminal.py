@@ -21,7 +21,7 @@ __all__ = ["animated", "columns", "console", "echo", "echo_json", "echo_rows", "
 
 _LEAST = 24  # narrower columns of a table are unreadable
 # What stays on one line, to be pasted: `code`, a command with its arguments, and every word.
-_UNIT = re.compile(r"`[^`]+`\S*|(?:^|(?<=: )|(?<=  ))mxfp4ref [a-z](?:(?!  ).)*|\S+")
+_UNIT = re.compile(r"`[^`]+`\S*|(?:^|(?<=: )|(?<=  ))(?:mxfp4ref|export|python|pip) (?:(?!  ).)*|\S+")
 
 
 def use_colour() -> bool | None:

@@ -1,0 +1,106 @@
+"""What changed between two reports of a kernel, as they lie in files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mxfp4ref.conformance.report_reading import WrittenReport
+
+__all__ = ["Changes", "compare_reports"]
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What changed between two reports, in words; of cases "name: what".
+
+    Attributes:
+        conditions: what else is different, such as the goldens and the versions.
+        failing: cases that fail now and did not, or were not run.
+        lost: cases that passed and were not run now.
+        passing: cases that pass now and failed.
+        changed: cases that fail in another way, or are passed or skipped in another way.
+        only_old, only_new: other cases that are in one report alone.
+        alike: how many cases are as they were.
+    """
+
+    conditions: tuple[str, ...]
+    failing: tuple[str, ...]
+    lost: tuple[str, ...]
+    passing: tuple[str, ...]
+    changed: tuple[str, ...]
+    only_old: tuple[str, ...]
+    only_new: tuple[str, ...]
+    alike: int
+
+    @property
+    def worse(self) -> int:
+        """How many cases got worse: they fail now and did not, or passed and were not run now."""
+        return len(self.failing) + len(self.lost)
+
+
+def compare_reports(old: WrittenReport, new: WrittenReport) -> Changes:
+    """What changed from one report to another one."""
+    found: dict[str, list[str]] = {name: [] for name in Changes.__annotations__ if name != "alike"}
+    found["conditions"] += _conditions(old, new)
+    alike = 0
+    for case in dict.fromkeys((*old.cases, *new.cases)):
+        before, now = old.cases.get(case), new.cases.get(case)
+        was, is_now = _state(before), _state(now)
+        if is_now == "failed" and was != "failed":
+            found["failing"].append(f"{case}: {_told(now)}")
+        elif was == "passed" and is_now in ("skipped", ""):
+            found["lost"].append(f"{case}: {_told(now)}")
+        elif was == "failed" and is_now == "passed":
+            found["passing"].append(f"{case}: {_told(now)}")
+        elif not is_now:
+            found["only_old"].append(f"{case}: {_told(before)}")
+        elif not was:
+            found["only_new"].append(f"{case}: {_told(now)}")
+        elif _told(before) != _told(now):
+            found["changed"].append(f"{case}: {_told(before)}; now {_told(now)}")
+        else:
+            alike += 1
+    return Changes(**{name: tuple(lines) for name, lines in found.items()}, alike=alike)
+
+
+def _state(result: Mapping[str, Any] | None) -> str:
+    if result is None:
+        return ""
+    if not result["ok"]:
+        return "failed"
+    return "skipped" if result["status"] == "skipped" else "passed"
+
+
+def _told(result: Mapping[str, Any] | None) -> str:
+    if result is None:
+        return "not run"
+    words = str(result["status"])
+    if not result["ok"] and result["elements"]:
+        words += f" in {result['differing']:,} of {result['elements']:,} elements"
+    finding = result.get("diagnosis", {}).get("finding", {}).get("sentence", "")
+    return "; ".join(filter(None, (words, finding or result["message"].split("\n")[0])))
+
+
+def _conditions(old: WrittenReport, new: WrittenReport) -> Iterator[str]:
+    for report, which in ((old, "the old"), (new, "the new")):
+        if report.interrupted:
+            yield f"{which} run was interrupted: {report.left} cases were not run"
+        elif report.left:
+            yield f"{which} run stopped when enough had failed: {report.left} cases were not run"
+    facts = {"kernel": (old.kernel, new.kernel), "mode": (old.mode, new.mode)}
+    facts["goldens"] = _goldens(old), _goldens(new)
+    names = dict.fromkeys((*old.environment, *new.environment))
+    facts |= {name: (old.environment.get(name, "?"), new.environment.get(name, "?")) for name in names}
+    for name, (before, now) in facts.items():
+        if before != now:
+            yield f"other {name}: {before}; now {now}"
+    if old.finding != new.finding:
+        yield f"other finding: {old.finding or 'none'}; now {new.finding or 'none'}"
+
+
+def _goldens(report: WrittenReport) -> str:
+    """By content, wherever they lie."""
+    used = report.goldens
+    return f"{used['cases']} cases, manifest SHA-256 {used['sha256']}" if used else "not told"

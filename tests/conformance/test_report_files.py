@@ -1,0 +1,198 @@
+"""Reports: the command in them, on stdout, read again, compared."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from mxfp4ref.__main__ import commands
+from mxfp4ref.conformance import CaseResult, Options, Report
+from mxfp4ref.conformance.again import command, conform_arguments
+from mxfp4ref.conformance.report import to_html, to_json, to_junit, to_text
+from mxfp4ref.conformance.report_comparison import compare_reports
+from mxfp4ref.conformance.report_reading import read_report
+from mxfp4ref.goldens import Goldens, open_goldens
+
+SMALL = "finalize/slot_order"
+GOLDENS = open_goldens()
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(commands, [str(a) for a in arguments])
+
+
+def result_of(case: str, status: str = "equal", **more: Any) -> CaseResult:
+    return CaseResult(case, "moe", "why", status, **more)
+
+
+def written(path: Path, *results: CaseResult, **more: Any) -> Path:
+    path.write_text(to_json(Report("kernel", "exact", results, **more)))
+    return path
+
+
+def test_the_command_to_run_a_case_again_is_whole() -> None:
+    kernel = "plain:my folder/it's.py:f"
+    options = Options(
+        mode="bounded", storage="bf16", confidence=0.999999, timeout=5, repeat=False, all_tactics=True
+    )
+    arguments = conform_arguments(kernel, options, "cuda:1", False, Goldens(GOLDENS.root))
+    report = Report(kernel, "bounded", (result_of(SMALL, "differs"),), arguments=arguments)
+    line = command(report, report.results[0])
+    assert shlex.split(line)[:3] == ["mxfp4ref", "conform", kernel]
+    with commands.make_context("mxfp4ref", shlex.split(line)[1:]) as context:
+        chosen = commands.commands["conform"].make_context(
+            "conform", [*context._protected_args, *context.args][1:]
+        )
+    given = {
+        name: chosen.params[name] for name in ("kernel", "device", "mode", "storage", "confidence", "timeout")
+    }
+    assert given == {
+        "kernel": kernel,
+        "device": "cuda:1",
+        "mode": "bounded",
+        "storage": "bf16",
+        "confidence": 0.999999,
+        "timeout": 5,
+    }
+    assert (chosen.params["no_repeat"], chosen.params["isolate"], chosen.params["all_tactics"]) == (
+        True,
+        False,
+        True,
+    )
+    for text in (to_text(report), to_junit(report)):
+        assert f"again: {line}" in text.replace("&quot;", '"').replace("&apos;", "'")
+    assert "KERNEL" not in to_html(report)
+
+
+def test_other_goldens_are_in_the_command(tmp_path: Path) -> None:
+    other = Goldens(GOLDENS.root)
+    other.root = tmp_path
+    assert conform_arguments("oracle", Options(), None, None, other) == ("oracle", "--goldens", str(tmp_path))
+    assert conform_arguments("oracle", Options(), None, None, GOLDENS) == ("oracle",)
+
+
+def test_a_function_has_a_line_of_python() -> None:
+    report = Report("my_kernel", "exact", ())
+    assert command(report, result_of(SMALL)) == f"run(my_kernel, [open_goldens().load('{SMALL}')])"
+
+
+def test_a_report_on_stdout_is_alone_there() -> None:
+    result = invoke(
+        "conform", "defect:last_slot_dropped", "--case", SMALL, "--diagnosis", "none", "--json", "-"
+    )
+    assert result.exit_code == 1
+    found = json.loads(result.stdout)
+    assert found["cases"] == {"chosen": 1, "ran": 1, "failed": 1}
+    assert found["goldens"]["sha256"] == GOLDENS.sha256
+    assert found["arguments"] == ["defect:last_slot_dropped", "--timeout", "600"][:1]
+    assert f"{SMALL}: differs in" in result.stderr
+    both = invoke("conform", "oracle", "--case", SMALL, "--json", "-", "--junit", "-")
+    assert both.exit_code == 2
+    assert "- for one at most" in both.stderr
+
+
+def test_an_interrupted_run_writes_its_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mxfp4ref.conformance import suite
+
+    original = suite.compare_case
+
+    def interrupted_at_the_second(kernel: Any, case: Any, *arguments: Any) -> Any:
+        if case.id != SMALL:
+            raise KeyboardInterrupt
+        return original(kernel, case, *arguments)
+
+    monkeypatch.setattr(suite, "compare_case", interrupted_at_the_second)
+    files = [x for kind in ("json", "junit", "html") for x in (f"--{kind}", tmp_path / f"r.{kind}")]
+    result = invoke("conform", "oracle", "--case", SMALL, "--case", "gemm/ordinary", *files)
+    assert result.exit_code == 130
+    assert result.output.splitlines()[-1].startswith("oracle: interrupted, no verdict; 0 of 1 cases failed")
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert (found["ok"], found["interrupted"], found["left"]) == (False, True, 1)
+    assert 'errors="1"' in (tmp_path / "r.junit").read_text()
+    assert "interrupted, no verdict" in (tmp_path / "r.html").read_text()
+    assert "conforms" not in (tmp_path / "r.html").read_text().replace("does not conform", "")
+
+
+def test_last_failed(tmp_path: Path) -> None:
+    earlier = written(tmp_path / "a.json", result_of(SMALL, "differs"), result_of("gemm/ordinary"), left=3)
+    compare = ("conform", "oracle", "--diagnosis", "none", "--last-failed")
+    result = invoke(*compare, earlier)
+    assert result.exit_code == 0
+    assert "in all 1 cases" in result.output
+    assert "3 more cases were not run then" in result.output
+    for wrong, message in (
+        (written(tmp_path / "b.json", result_of("gemm/ordinary")), "nothing to run"),
+        (written(tmp_path / "c.json", result_of("gemm/of_old", "differs")), "are not in"),
+    ):
+        refused = invoke(*compare, wrong)
+        assert (refused.exit_code, message in refused.output) == (2, True), refused.output
+    assert invoke(*compare, earlier, "--case", "gemm/*").exit_code == 2
+    replaced = invoke(*compare, earlier, "--json", earlier)
+    assert (replaced.exit_code, "expected another file than the input" in replaced.output) == (2, True)
+
+
+def test_what_changed_between_two_reports(tmp_path: Path) -> None:
+    differs = {"elements": 1000, "differing": 12}
+    old = written(
+        tmp_path / "old.json",
+        *(result_of("a/fails_now"), result_of("a/passes_now", "differs", **differs)),
+        *(result_of("a/other", "differs", **differs), result_of("a/same"), result_of("a/skipped_now")),
+        *(result_of("a/gone"), result_of("a/failed_and_gone", "raised", message="RuntimeError: no")),
+        environment={"torch": "2.12"},
+    )
+    new = written(
+        tmp_path / "new.json",
+        *(result_of("a/fails_now", "differs", **differs), result_of("a/passes_now")),
+        *(result_of("a/other", "crashed", message="SIGSEGV"), result_of("a/same")),
+        *(result_of("a/skipped_now", "skipped"), result_of("a/new"), result_of("a/new_fails", "raised")),
+        environment={"torch": "2.13"},
+    )
+    changes = compare_reports(read_report(old), read_report(new))
+    assert changes.conditions == ("other torch: 2.12; now 2.13",)
+    assert changes.failing == ("a/fails_now: differs in 12 of 1,000 elements", "a/new_fails: raised")
+    assert changes.lost == ("a/skipped_now: skipped", "a/gone: not run")
+    assert changes.passing == ("a/passes_now: equal",)
+    assert changes.changed == ("a/other: differs in 12 of 1,000 elements; now crashed; SIGSEGV",)
+    assert changes.only_old == ("a/failed_and_gone: raised; RuntimeError: no",)
+    assert changes.only_new == ("a/new: equal",)
+    assert (changes.worse, changes.alike) == (4, 1)
+    result = invoke("compare", old, new)
+    assert result.exit_code == 1
+    assert result.output.startswith("other torch: 2.12; now 2.13\nnewly failing (2):\n  a/fails_now: differs")
+    assert result.output.endswith("4 cases got worse, 1 are as they were\n")
+    same = invoke("compare", old, old)
+    assert (same.exit_code, same.output) == (0, "no case got worse, 7 are as they were\n")
+
+
+def test_reports_that_cannot_be_compared(tmp_path: Path) -> None:
+    good = written(tmp_path / "good.json", result_of(SMALL))
+    of_0_1 = json.loads(good.read_text())
+    for name in ("interrupted", "goldens", "date", "arguments", "cases", "verdict_seconds"):
+        del of_0_1[name]
+    (tmp_path / "old.json").write_text(json.dumps(of_0_1 | {"format": "mxfp4ref-report-1"}))
+    shown = invoke("compare", tmp_path / "old.json", good)
+    assert shown.exit_code == 0, shown.output
+    (tmp_path / "later.json").write_text(json.dumps(of_0_1 | {"format": "mxfp4ref-report-9"}))
+    (tmp_path / "broken.json").write_text(json.dumps({"format": "mxfp4ref-report-1", "results": [1]}))
+    (tmp_path / "other.json").write_text("{}")
+    for other, message in (
+        ("later.json", "report.format: expected one of 'mxfp4ref-report-1', 'mxfp4ref-report-2', got"),
+        ("broken.json", "broken.json: report.results[0]: expected an object"),
+        ("other.json", "expected two reports or none, got another file beside it"),
+    ):
+        refused = invoke("compare", good, tmp_path / other)
+        assert (refused.exit_code, message in refused.output) == (2, True), refused.output
+
+
+def test_seconds_include_all() -> None:
+    result = result_of(SMALL).lasting(kernel=1, comparison=2, diagnosis=3)
+    assert result.seconds == 6
+    report = Report("k", "exact", (result,), seconds=20, date="now", verdict_seconds=10)
+    assert "seconds: 20.0 in all; kernel 1.0, comparison 2.0, diagnosis 13.0" in to_text(report)
+    assert replace(report, date="") != report

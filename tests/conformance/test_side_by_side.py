@@ -1,0 +1,135 @@
+"""Runs of many cases: side by side, interrupted, diagnosed more or less."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from mxfp4ref.conformance import CaseResult, Interrupted, Options, Report, diagnosing, run
+from mxfp4ref.goldens import Goldens, open_goldens
+from tests.helpers import kernels_under_test
+
+GOLDENS = open_goldens()
+NAMES = ["finalize/slot_order", "formats/every_code_by_row", "gemm/ordinary", "layout/swap_halves"]
+COMPARE = Options(diagnosis="none", timeout=30)
+KERNEL = "tests.helpers.kernels_under_test:dies_once"  # on the first
+
+
+def cases() -> list[Any]:
+    return [GOLDENS.load(name) for name in NAMES]
+
+
+def told(report: Report) -> list[tuple[Any, ...]]:
+    """All that has to be the same however many run at once."""
+    return [(r.case, r.status, r.tiles, r.differing, r.message.split(";")[0]) for r in report.results]
+
+
+@pytest.mark.parametrize("spec", [KERNEL, "defect:last_slot_dropped"])
+def test_results_and_their_order_are_those_of_one_at_a_time(spec: str) -> None:
+    seen: list[str] = []
+    one = run(spec, cases(), COMPARE)
+    two = run(spec, cases(), replace(COMPARE, jobs=3), progress=lambda result: seen.append(result.case))
+    assert told(two) == told(one)
+    assert not one.ok
+    assert seen == NAMES
+    assert (one.verdict, one.left) == (two.verdict, two.left)
+
+
+def test_enough_failures_are_the_same_side_by_side() -> None:
+    options = replace(COMPARE, max_failures=1)
+    one, two = (run(KERNEL, cases(), replace(options, jobs=jobs)) for jobs in (1, 2))
+    assert told(one) == told(two)
+    assert (len(two.results), two.left) == (1, 3)
+    assert _children() == []
+
+
+def _children() -> list[str]:
+    """Kernels' processes that are left."""
+    found = subprocess.run(["ps", "-o", "args=", "--ppid", str(os.getpid())], capture_output=True, text=True)
+    return [
+        line for line in found.stdout.splitlines() if "kernel_process" in line and "<defunct>" not in line
+    ]
+
+
+def test_only_isolated_kernels_run_side_by_side() -> None:
+    for kernel, isolate in ((kernels_under_test.good, None), ("oracle", False)):
+        with pytest.raises(ValueError, match="jobs: expected 1, or a kernel given by its name and isolated"):
+            run(kernel, cases(), Options(jobs=2), isolate=isolate)
+    with pytest.raises(ValueError, match="jobs: expected"):
+        Options(jobs=0)
+
+
+def test_an_interrupted_run_gives_what_was_run() -> None:
+    def interrupt(result: CaseResult) -> None:
+        if result.case == NAMES[1]:
+            raise KeyboardInterrupt
+
+    for jobs in (1, 2):
+        with pytest.raises(KeyboardInterrupt) as raised:
+            run("oracle", cases(), replace(COMPARE, jobs=jobs), progress=interrupt)
+        assert isinstance(raised.value, Interrupted)
+        report = raised.value.report
+        assert [r.case for r in report.results] == NAMES[:2]
+        assert (report.ok, report.interrupted, report.left) == (False, True, 2)
+        assert report.verdict == "oracle: interrupted, no verdict; 0 of 2 cases failed, of 4."
+    assert _children() == []
+
+
+def test_an_interruption_while_the_kernel_runs() -> None:
+    threading.Timer(1, signal.raise_signal, [signal.SIGINT]).start()
+    start = time.monotonic()
+    with pytest.raises(Interrupted) as raised:
+        run(kernels_under_test.hangs, cases()[:1], COMPARE)
+    assert time.monotonic() - start < 20
+    assert raised.value.report.results == ()
+
+
+def wrong_finalize(**arguments: Any) -> Tensor:
+    output: Tensor = kernels_under_test.good(**arguments)[0]
+    return output * 1.5
+
+
+def test_diagnoses(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = cases()[:1]
+    (none,) = run("defect:last_slot_dropped", some, COMPARE).results
+    assert none.diagnosis is None
+    quick = run("defect:last_slot_dropped", some, Options(diagnosis="quick", repeat=False))
+    assert quick.defects == ("last_slot_dropped",)
+    assert quick.results[0].diagnosis is not None
+    assert quick.results[0].diagnosis_seconds > 0
+    monkeypatch.setattr(diagnosing, "judge", None)  # is not reached
+    assert run("defect:last_slot_dropped", some, Options(diagnosis="quick")).defects
+    with pytest.raises(ValueError, match="diagnosis: expected one of 'quick', 'full', 'none', got 'deep'"):
+        Options(diagnosis="deep")
+
+
+def test_progress_sees_a_quick_diagnosis() -> None:
+    seen: list[CaseResult] = []
+    report = run("defect:last_slot_dropped", cases()[:1], Options(repeat=False), progress=seen.append)
+    assert seen[0].diagnosis is not None
+    assert seen[0].diagnosis.exact == report.defects == ("last_slot_dropped",)
+
+
+def test_what_was_tested_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Some(Goldens):
+        def names(self, suite: str | None = None) -> list[str]:
+            return NAMES[:1]
+
+    report = run("oracle", Some(GOLDENS.root), COMPARE)
+    assert report.goldens is not None
+    assert (report.goldens.cases, report.goldens.sha256) == (len(GOLDENS.entries), GOLDENS.sha256)
+    assert report.verdict.endswith(f"in all 1 cases, of the goldens' {len(GOLDENS.entries)}.")
+    assert report.date.endswith("Z")
+    assert report.environment["mxfp4ref"]
+    assert report.arguments == ("oracle", "--timeout", "30")
+    result = report.results[0]
+    assert 0 < result.kernel_seconds <= result.seconds <= report.seconds
