@@ -19,7 +19,8 @@ _INTERRUPTED, _NOT_READ = 128 + 2, 128 + 13  # as of a process that SIGINT or SI
 try:
     from mxfp4ref.conformance.cli import COMMANDS as CONFORMANCE
     from mxfp4ref.conformance.cli import supervised
-    from mxfp4ref.conformance.cli.shared import WIDTH, UsageError
+    from mxfp4ref.conformance.cli.command import Group
+    from mxfp4ref.conformance.cli.shared import UsageError
     from mxfp4ref.engine.cli import COMMANDS as ENGINE
 except KeyboardInterrupt:  # imports take seconds
     sys.exit(_INTERRUPTED)
@@ -59,7 +60,7 @@ def _ended_from_outside() -> Iterator[None]:
         ) from error
 
 
-class _Commands(click.Group):
+class _Commands(Group):
     def make_context(self, *arguments: Any, **options: Any) -> click.Context:
         with _ended_from_outside():
             return super().make_context(*arguments, **options)
@@ -69,12 +70,10 @@ class _Commands(click.Group):
             return super().invoke(context)
 
 
-@click.group(
-    cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDTH}
-)
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, package_name="mxfp4ref")
 def commands() -> None:
-    """Bit-exact reference of the SM90 W4A16 MXFP4 mixture-of-experts kernel.
+    """Bit-exact reference of the SM90 W4A16 and W4A8 MXFP4 mixture-of-experts kernels.
 
     \b
     mxfp4ref conform oracle                      see what success looks like, no GPU needed
@@ -88,6 +87,9 @@ def commands() -> None:
 
     Exit codes: 0 conforms, equal or done; 1 does not; 2 wrong usage, or something is missing; 130 and 141
     interrupted, or nobody reads the output.
+
+    NO_COLOR, FORCE_COLOR, CLICOLOR, TERM and COLUMNS are obeyed; into a pipe go whole lines. `mxfp4ref completion`
+    lets a shell complete all names.
     """
 
 

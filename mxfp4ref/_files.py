@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
-from mxfp4ref._validate import shown
+from mxfp4ref._words import shown
 
 __all__ = [
     "UNFINISHED",

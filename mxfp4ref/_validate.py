@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from mxfp4ref._words import did_you_mean, shown
 
 __all__ = [
     "INT32_MAX",
@@ -144,12 +145,6 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
         raise ValueError(f"{name}: expected one of {listed}, got {shown(value)}{hint}")
 
 
-def did_you_mean(word: object, words: Iterable[str]) -> str:
-    """Which of these words are spelt nearly so, as the end of a message, or ""."""
-    near = difflib.get_close_matches(word, list(words), n=3) if isinstance(word, str) else []
-    return f"; did you mean {' or '.join(near)}?" if near else ""
-
-
 def check_bool(name: str, value: object) -> bool:
     """Return `value` if it is True or False itself, else raise TypeError."""
     if not isinstance(value, bool):
@@ -207,15 +202,6 @@ def check_ids(name: str, ids: Tensor, *, minimum: int = 0, maximum: int) -> None
         raise ValueError(
             f"{name}: expected ids from {minimum} to {maximum}, got {int(ids[tuple(index)])} at {index}"
         )
-
-
-def shown(value: object) -> str:
-    """Any value on one short line of a message."""
-    try:
-        text = " ".join(repr(value).split())
-    except Exception:  # an int of too many digits, somebody's class
-        text = object.__repr__(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def no_storage(tensor: Tensor) -> str:

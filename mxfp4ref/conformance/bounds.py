@@ -37,6 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxfp4ref._choices import STORAGE
 from mxfp4ref._compiler import uncompiled
 from mxfp4ref._validate import check_below, check_choice
 from mxfp4ref.conformance.activation_bounds import activated, is_enclosed
@@ -60,7 +61,6 @@ from mxfp4ref.sm90 import fp32
 
 __all__ = ["STORAGE", "Bounds", "bound"]
 
-STORAGE = ("wider", "bf16")
 
 _LARGEST_SCALE = 252  # with larger scale bytes a scaled weight may overflow
 _NO_NUMBER = 255  # the scale byte that is NaN, or infinite

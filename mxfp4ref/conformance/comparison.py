@@ -18,6 +18,7 @@ __all__ = [
     "difference_at",
     "differing",
     "first_difference",
+    "in_words",
     "ulp_distance",
 ]
 
@@ -112,6 +113,18 @@ def first_difference(got: Tensor, expected: Tensor) -> Difference | None:
     """The first element in C order that differs, or None."""
     where = differing(got, expected).nonzero()
     return None if len(where) == 0 else difference_at(got, expected, tuple(where[0].tolist()))
+
+
+def in_words(got: Tensor, expected: Tensor) -> str:
+    """How two tensors of one dtype and shape differ: how many elements, how far, and the first."""
+    first = first_difference(got, expected)
+    if first is None:
+        return "equal"
+    mask = differing(got, expected)
+    distance = ulp_distance(got, expected)[mask]
+    numbers = distance[distance < FAR]
+    furthest = f", at most {int(numbers.max()):,} ulp" if len(numbers) else ""
+    return f"{int(mask.sum()):,} of {mask.numel():,} elements differ{furthest}; first {first}"
 
 
 def difference_at(got: Tensor, expected: Tensor, index: tuple[int, ...]) -> Difference:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from mxfp4ref._choices import DIAGNOSES, MODES
 from mxfp4ref._validate import check_below, check_choice, check_int
-from mxfp4ref.conformance.results import MODES
 
 __all__ = ["DIAGNOSES", "Options"]
-
-DIAGNOSES = ("quick", "full", "none")
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
+import sys
+import sysconfig
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,11 @@ from torch import Tensor
 
 from mxfp4ref._files import parse_json, printable, read_file, write_file
 from mxfp4ref._validate import check_choice, check_instance
-from mxfp4ref.conformance.comparison import differing
+from mxfp4ref._version import __version__
+from mxfp4ref.conformance.bounded import outside_bounds
+from mxfp4ref.conformance.comparison import differing, in_words
+from mxfp4ref.conformance.execution import execute
+from mxfp4ref.conformance.kernels import load_kernel
 from mxfp4ref.conformance.reduction import reduce_call
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.formats.generations import generation_named
@@ -28,40 +36,58 @@ from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward
 from mxfp4ref.sm90.tactics import Sm90Kernel
 
-__all__ = ["load_reproducer", "write_reproducer"]
+__all__ = ["load_reproducer", "reproduce", "write_reproducer"]
 
 _SCRIPT = """\
 {about}
 #
-# Runs one token of the case through a kernel and shows the first element that differs.
-# Usage: python {name}.py [kernel]; see `mxfp4ref conform --help`.
+# Runs the case through a kernel (of a call of the whole layer, one token) and says what differs.
+# Needs mxfp4ref {version}, {name}.safetensors beside this file, and the kernel, if no other is given:
+#
+#     python {name}.py [KERNEL [DEVICE]]     as for `mxfp4ref conform`
+#
+# Exit codes: 0 nothing differs; 1 something does, or the kernel fails; 2 it could not be run.
 
 import sys
 from pathlib import Path
 
-from mxfp4ref.conformance.comparison import assert_bits_equal
-from mxfp4ref.conformance.execution import execute
-from mxfp4ref.conformance.kernels import load_kernel
-from mxfp4ref.conformance.reproducer import load_reproducer
+try:
+    from mxfp4ref.conformance.reproducer import reproduce
+except ImportError as error:
+    print(f"{{error}}; expected mxfp4ref to be installed: pip install mxfp4ref=={version}", file=sys.stderr)
+    sys.exit(2)
 
-kind, inputs, expected = load_reproducer(Path(__file__).with_suffix(".safetensors"))
-kernel = load_kernel(sys.argv[1] if len(sys.argv) > 1 else {kernel!r})
-outcome = execute(kernel, kind, inputs, expected)
-if outcome.problem:
-    sys.exit(f"{{outcome.problem}}: {{outcome.message}}")
-for name, tensor in expected.items():
-    assert_bits_equal(outcome.outputs[name], tensor, name)
-print("equal")
+{path}kernel = sys.argv[1] if sys.argv[1:] else {kernel!r}
+device = sys.argv[2] if sys.argv[2:] else {device!r}
+# To look at the tensors: kind, inputs, expected = mxfp4ref.conformance.reproducer.load_reproducer(path)
+sys.exit(reproduce(Path(__file__).with_suffix(".safetensors"), kernel, device))
 """
 _CALL_FIELDS = ("input", "token_selected_experts", "token_final_scales")
 
 
-def write_reproducer(folder: Path, case: Case, one: Run, kernel: str, outputs: Mapping[str, Tensor]) -> Path:
+def write_reproducer(
+    folder: Path,
+    case: Case,
+    one: Run,
+    kernel: str,
+    outputs: Mapping[str, Tensor],
+    device: str = "cpu",
+    bounds: tuple[str, float | None] | None = None,
+) -> Path:
     """Write `<suite>-<case>.safetensors` and `.py` into a folder and return the script's path; no link is followed.
 
     Of a kernel call the first token that differs is kept, if its expected output does not depend on the other
     tokens (it may, where the first two groups of K over- or underflow), and without expert parallelism only
-    the experts it uses. The kernel's own output is stored as `got.<name>`.
+    the experts it uses. The kernel's own output is stored as `got.<name>`. The script runs in any working directory,
+    and after both files were moved.
+
+    Args:
+        folder: where; it is made.
+        case, one: what was run.
+        kernel: its name.
+        outputs: what it gave.
+        device: where its tensors go.
+        bounds: in mode bounded, storage and confidence as in `bounds.bound`.
 
     Raises:
         OSError: a file cannot be written, or would replace one that is no reproducer.
@@ -84,14 +110,18 @@ def write_reproducer(folder: Path, case: Case, one: Run, kernel: str, outputs: M
         "parameters": json.dumps(parameters),
         "case": printable(case.id),
         "kernel": printable(kernel),
+        "bounds": json.dumps(bounds),
     }
     owned = {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
     script = folder / f"{name}.py"
     about = "\n".join(f"# {line}" for line in printable(f"{case.id}: {case.why}").split("\n"))
+    found, places = _from_anywhere(kernel)
+    names = {"kernel": found, "device": device, "version": __version__, "name": name, "about": about}
+    text = _SCRIPT.format(**names, path=f"sys.path += {places!r}  # the kernel is there\n" if places else "")
     _check_ours(script)
     try:
         write_file(script.with_suffix(".safetensors"), safetensors.torch.save(owned, metadata), folder)
-        write_file(script, _SCRIPT.format(about=about, name=name, kernel=kernel), folder)
+        write_file(script, text, folder)
     except SafetensorError as error:
         raise OSError(f"{script.with_suffix('.safetensors')}: {error}") from error
     return script
@@ -100,8 +130,23 @@ def write_reproducer(folder: Path, case: Case, one: Run, kernel: str, outputs: M
 def _check_ours(script: Path) -> None:
     """Raise OSError if a file is where a reproducer goes, and is none."""
     files = [path for path in (script, script.with_suffix(".safetensors")) if path.exists()]
-    if files and not (script.exists() and b"import load_reproducer" in read_file(script)):
+    if files and not (script.exists() and b"mxfp4ref.conformance.reproducer import" in read_file(script)):
         raise FileExistsError(errno.EEXIST, "expected a reproducer or none to write to", str(files[0]))
+
+
+def _from_anywhere(kernel: str) -> tuple[str, list[str]]:
+    """A kernel's name that leads to it from any working directory, and where its module is looked for."""
+    before, _, function = kernel.rpartition(":")
+    *head, module = before.split(":")
+    if module.endswith(".py"):
+        return ":".join((*head, str(Path(module).absolute()), function)), []
+    top = module.partition(".")[0]
+    if top.isidentifier():
+        installed = {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}
+        for place in [*sys.path, os.getcwd()]:
+            if PathFinder.find_spec(top, [place]) is not None:
+                return kernel, [] if place in installed else [os.path.abspath(place)]
+    return kernel, []
 
 
 def load_reproducer(path: Path) -> tuple[str, Any, dict[str, Tensor]]:
@@ -110,24 +155,81 @@ def load_reproducer(path: Path) -> tuple[str, Any, dict[str, Tensor]]:
     Raises:
         ValueError: the file is none; the message names it.
     """
+    one, _ = _read(path)
+    return one.kind, one.inputs, one.expected
+
+
+def reproduce(path: Path, kernel: str, device: str | None = None) -> int:
+    """Run a kernel on a reproducer, and print what differs.
+
+    Args:
+        path: its safetensors file.
+        kernel, device: as for `load_kernel`.
+
+    Returns:
+        0 where nothing differs, 1 where something does or the kernel fails, 2 where it could not be run.
+    """
+    try:
+        one, metadata = _read(path)
+        loaded = load_kernel(kernel, device)
+        bounds = parse_json(metadata.get("bounds", "null"))
+    except ValueError as error:
+        print(f"{error}\nAnother kernel or device: python {path.stem}.py KERNEL DEVICE", file=sys.stderr)
+        return 2
+    print(f"{metadata.get('case')}: {kernel} on {loaded.device}")
+    outcome = execute(loaded, one.kind, one.inputs, one.expected)
+    if outcome.problem:
+        print(f"{outcome.problem}: {outcome.message}")
+        return 2 if outcome.problem == "skipped" else 1
+    wrong = False
+    for name, want in one.expected.items():
+        got = outcome.outputs[name].cpu()
+        print(f"{name}: {in_words(got, want)}")
+        wrong |= bool(differing(got, want).any())
+        if name in one.got:
+            same = not bool(differing(got, one.got[name]).any())
+            print(f"    {'the same bits' if same else 'other bits than those'} that were recorded")
+    if wrong and bounds is not None:
+        run = Run("", one.inputs, one.expected)
+        outside = outside_bounds(
+            one.kind, run, {name: t.cpu() for name, t in outcome.outputs.items()}, *bounds
+        )
+        if outside is not None:
+            print(f"{outside:,} elements lie outside the bounds of correct evaluations")
+            return int(outside > 0)
+    return int(wrong)
+
+
+@dataclass(frozen=True)
+class _Reproducer:
+    """What is in the safetensors file."""
+
+    kind: str
+    inputs: Any
+    expected: dict[str, Tensor]
+    got: dict[str, Tensor]
+
+
+def _read(path: Path) -> tuple[_Reproducer, Mapping[str, str]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.offset_keys()}
-        return _load(metadata["kind"], parse_json(metadata["parameters"]), tensors)
+        return _load(metadata["kind"], parse_json(metadata["parameters"]), tensors), metadata
     except (OSError, SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: expected a reproducer, got {type(error).__name__}: {error}") from error
 
 
-def _load(
-    kind: str, parameters: dict[str, Any], tensors: dict[str, Tensor]
-) -> tuple[str, Any, dict[str, Tensor]]:
+def _load(kind: str, parameters: dict[str, Any], tensors: dict[str, Tensor]) -> _Reproducer:
     check_choice("kind", kind, KINDS)
     check_instance("parameters", parameters, dict)
-    expected = {key.removeprefix("expected."): t for key, t in tensors.items() if key.startswith("expected.")}
+    expected, got = (
+        {key.removeprefix(start): t for key, t in tensors.items() if key.startswith(start)}
+        for start in ("expected.", "got.")
+    )
     inputs = {key: t for key, t in tensors.items() if not key.startswith(("expected.", "got."))}
     if kind != "moe":
-        return kind, {**inputs, **parameters}, expected
+        return _Reproducer(kind, {**inputs, **parameters}, expected, got)
     experts = Experts(**{f.name: inputs.get(f.name) for f in fields(Experts)})  # type: ignore[arg-type]
     parameters["kernel"] = Sm90Kernel.of_tiles(
         tuple(parameters.pop("tile_k")),
@@ -135,7 +237,7 @@ def _load(
         generation_named(parameters.pop("generation")),
     )
     given: dict[str, Any] = {key: inputs[key] for key in _CALL_FIELDS}
-    return kind, MoeCall(**given, experts=experts, **parameters), expected
+    return _Reproducer(kind, MoeCall(**given, experts=experts, **parameters), expected, got)
 
 
 def _flatten(kind: str, inputs: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Self
 
+from mxfp4ref._choices import MODES
 from mxfp4ref._files import printable
 from mxfp4ref.conformance.diagnosis import Diagnosis, Finding
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN
@@ -13,7 +14,6 @@ from mxfp4ref.defects import DEFECTS
 
 __all__ = ["MODES", "PASSING", "RECORDING", "CaseResult", "GoldensUsed", "Report", "name_defects"]
 
-MODES = ("exact", "bounded")
 PASSING = ("equal", "within bounds", "skipped")
 RECORDING = "recording"  # the kind of a call that was recorded elsewhere, which is no golden case
 

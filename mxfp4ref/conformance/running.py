@@ -100,7 +100,8 @@ def _dump(options: Options, kernel: Kernel, case: Case, one: Run, outputs: Mappi
     if options.dump is None:
         return ""
     try:
-        write_reproducer(options.dump, case, one, kernel.name, outputs)
+        bounds = (options.storage, options.confidence) if options.mode == "bounded" else None
+        write_reproducer(options.dump, case, one, kernel.name, outputs, kernel.device, bounds)
     except (OSError, ValueError) as error:
         return f"its reproducer was not written: {error}"
     return ""

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mxfp4ref._files import folders_below
-from mxfp4ref._validate import check_float
+from mxfp4ref.conformance.cli import completing
+from mxfp4ref.conformance.cli.command import command
 from mxfp4ref.conformance.cli.report_files import pop_report_files, print_report, report_files
 from mxfp4ref.conformance.cli.shared import (
     NOT_EQUAL,
@@ -18,21 +19,21 @@ from mxfp4ref.conformance.cli.shared import (
     UsageError,
     check_no_swap,
     diagnosis_option,
-    echo,
     goldens_option,
     progress,
     usage_errors,
 )
+from mxfp4ref.conformance.cli.terminal import echo, echo_rows
 
 if TYPE_CHECKING:
     from mxfp4ref.engine.replaying import ReplayReport
 
 __all__ = ["COMMANDS"]
 
-_STYLES = {"equal": "green", "skipped": "dim"}
+_COLOURS = {"equal": "green", "skipped": "bright_black"}
 
 
-@click.command()
+@command()
 @click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option(
     "--autotune-cache",
@@ -47,6 +48,10 @@ _STYLES = {"equal": "green", "skipped": "dim"}
 @report_files
 def replay(folder: Path, **options: Any) -> None:
     """Compute the calls that a running server recorded again, and compare every bit.
+
+    \b
+    mxfp4ref replay flashinfer_dumps --html report.html
+    mxfp4ref replay flashinfer_dumps --autotune-cache autotune.json --diagnosis none
 
     DIR holds what flashinfer's own recorder wrote, with no change of the engine:
 
@@ -86,7 +91,7 @@ def replay(folder: Path, **options: Any) -> None:
     raise UsageError(f"{folder}: none of the {len(report.results)} recorded calls could be compared")
 
 
-@click.command(context_settings={"ignore_unknown_options": True})
+@command(context_settings={"ignore_unknown_options": True})
 @click.argument("script")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 @click.option(
@@ -99,19 +104,30 @@ def replay(folder: Path, **options: Any) -> None:
 )
 @click.option("-m", "module", is_flag=True, help="SCRIPT is a module's name, as for python -m.")
 @click.option(
-    "--max-calls", type=click.IntRange(min=1), default=1000, show_default=True, help="Record no more calls."
+    "--max-calls",
+    type=click.IntRange(min=1),
+    default=1000,
+    metavar="N",
+    show_default=True,
+    help="Record no more calls.",
 )
 @click.option(
     "--max-gib",
     type=click.FloatRange(min=0, min_open=True),
     default=20,
+    metavar="GIB",
     show_default=True,
-    help="Record no more inputs than that, weights included.",
+    help="Record no more GiB of inputs, weights included.",
 )
 def record(
     script: str, arguments: tuple[str, ...], folder: Path, module: bool, max_calls: int, max_gib: float
 ) -> None:
     """Run a Python script and record its calls of flashinfer's cutlass_fused_moe.
+
+    \b
+    mxfp4ref record --output calls serve.py --port 8000
+    mxfp4ref record --output calls -m mypackage.server
+    mxfp4ref replay calls
 
     For releases of flashinfer without a recorder, or whose recorder leaves out lists (before 0.6.12). What it writes
     is what flashinfer writes, for `mxfp4ref replay`. Without flashinfer it records calls of
@@ -122,6 +138,7 @@ def record(
 
     Exit codes: the script's; 2 if nothing was recorded.
     """
+    from mxfp4ref._validate import check_float
     from mxfp4ref.engine.recorder import Recorder, run_script
 
     check_no_swap()
@@ -151,11 +168,12 @@ def record(
     sys.exit(summary(run_script(script, arguments, recorder, module=module, at_exit=summary)))
 
 
-@click.command()
-@click.argument("what", metavar="CALL|DIR|KERNEL")
+@command()
+@click.argument("what", metavar="CALL|DIR|KERNEL", shell_complete=completing.kernels)
 @click.option(
     "--ranks",
     type=click.IntRange(min=2),
+    metavar="N",
     multiple=True,
     default=(2,),
     show_default=True,
@@ -173,9 +191,14 @@ def record(
     "cases",
     multiple=True,
     metavar="NAME",
+    shell_complete=completing.cases,
     help="For a kernel: the golden cases whose tokens are computed; a few by default. Repeatable.",
 )
-@click.option("--device", help="For a kernel: where its tensors go; cpu, or cuda for flashinfer.")
+@click.option(
+    "--device",
+    metavar="DEVICE",
+    help="For a kernel: where its tensors go, as torch names it; by default cpu, and cuda for flashinfer.",
+)
 def invariance(what: str, **options: Any) -> None:
     """Say which bits of a token depend on what it is computed with.
 
@@ -231,27 +254,13 @@ def _files_of(*paths: Path | None) -> Iterator[Path]:
 
 def _print_table(report: ReplayReport) -> None:
     """A row for each call."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False)
-    for name in ("call", "layer", "tokens", "status", "K tiles", "note"):
-        table.add_column(name, overflow="fold")
+    rows = []
     for result in report.results:
-        layer = getattr(result, "layer", 0)
-        status = Text(result.status, style=_STYLES.get(result.status, "red"))
-        tiles = ", ".join(result.tiles)
-        read = (str(layer), f"{getattr(result, 'tokens', 0):,}") if layer else ("", "")
-        table.add_row(Text(result.case), *read, status, tiles, Text(result.message))
-    console = Console()
-    if not console.is_terminal:
-        console.width = 160
-    with (
-        console.capture() as text
-    ):  # printed by click: rich ends the process, with exit code 1, if nobody reads it
-        console.print(table)
-    click.echo(text.get())
+        layer, tokens = getattr(result, "layer", 0), getattr(result, "tokens", 0)
+        read = (str(layer), f"{tokens:,}") if layer else ("", "")
+        rows.append((result.case, *read, result.status, ", ".join(result.tiles), result.message))
+    colours = {result.status: _COLOURS.get(result.status, "red") for result in report.results}
+    echo_rows(("call", "layer", "tokens", "status", "K tiles", "note"), rows, colours)
 
 
 COMMANDS = (replay, record, invariance)

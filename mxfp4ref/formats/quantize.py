@@ -11,6 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from mxfp4ref._choices import SCALE_RULES
 from mxfp4ref._compiler import uncompiled
 from mxfp4ref._spans import spans
 from mxfp4ref._validate import check_choice, check_tensor
@@ -18,7 +19,6 @@ from mxfp4ref.formats.mxfp4 import CHUNK_GROUPS, GROUP_SIZE, SCALE_BIAS, float_b
 
 __all__ = ["SCALE_RULES", "fp32_to_ue8m0", "quantize"]
 
-SCALE_RULES = ("floor", "ceil", "rceil", "even")
 _SCALE_NAN = 255
 
 

@@ -12,33 +12,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mxfp4ref._files import printable
 from mxfp4ref._shown import Shown
 from mxfp4ref.formats.experts import PARAMETERS, Experts
 from mxfp4ref.goldens.generator import generate
+from mxfp4ref.goldens.store import KINDS, GoldenError
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90.activation import SWIGLU
 from mxfp4ref.sm90.tactics import Sm90Kernel
 
-__all__ = ["EXPERT_TENSORS", "KINDS", "Case", "GoldenError", "derive", "dtype_name", "tensor_bytes"]
+__all__ = [
+    "EXPERT_TENSORS",
+    "KINDS",
+    "Case",
+    "GoldenError",
+    "derive",
+    "dtype_name",
+    "tensor_bytes",
+    "verified_case",
+]
 
 _DEFAULT_KERNEL = Sm90Kernel()
-KINDS = (
-    *("moe", "quantize", "dequantize", "layout", "tensor_core", "gemm", "activation", "finalize"),
-    *("routing", "w4a8", "preparation", "fp8_rows", "fp8_tensor_core"),
-)
 # Tensors of `Experts`, in logical layout; the biases and the parameters of the activation are optional.
 EXPERT_TENSORS = (
     *("fc1_weights", "fc1_scales", "fc2_weights", "fc2_scales", "fc1_biases", "fc2_biases"),
     *PARAMETERS,
 )
-
-
-class GoldenError(ValueError):
-    """The goldens are missing, damaged or not what they claim to be; the message names the file."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(printable(message))  # it may quote the file
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -177,3 +175,46 @@ def tensor_bytes(tensor: Tensor) -> bytes:
 
 def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def verified_case(name: str, sidecar: dict[str, Any], tensors: dict[str, Tensor]) -> Case:
+    """The verified case of a sidecar and its tensors."""
+    if f"{sidecar['suite']}/{sidecar['name']}" != name:
+        raise GoldenError(f"{name}: the file says that it is {sidecar['suite']}/{sidecar['name']}: renamed?")
+    if set(tensors) != set(sidecar["tensors"]):
+        raise GoldenError(f"{name}: expected the tensors {sorted(sidecar['tensors'])}, got {sorted(tensors)}")
+    for key, recorded in sidecar["tensors"].items():
+        tensor = tensors[key]
+        got = {"dtype": dtype_name(tensor), "shape": list(tensor.shape)}
+        if got != {"dtype": recorded["dtype"], "shape": recorded["shape"]}:
+            raise GoldenError(
+                f"{name}: tensor {key}: expected {recorded['dtype']} {recorded['shape']}, "
+                f"got {got['dtype']} {got['shape']}"
+            )
+        digest = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+        if digest != recorded["sha256"]:
+            raise GoldenError(f"{name}: tensor {key}: expected SHA-256 {recorded['sha256']}, got {digest}")
+    output_tensors = {
+        (first, second): output["tensor"]
+        for output in sidecar["outputs"]
+        for first, second in output["tile_k"]
+    }
+    unknown = sorted(set(output_tensors.values()) - set(tensors))
+    if unknown or bool(output_tensors) != (sidecar["kind"] == "moe"):
+        raise GoldenError(
+            f"{name}: expected outputs of kind 'moe' that are stored, got {unknown or output_tensors} "
+            f"for kind {sidecar['kind']!r}"
+        )
+    return Case(
+        suite=sidecar["suite"],
+        name=sidecar["name"],
+        kind=sidecar["kind"],
+        why=sidecar["why"],
+        catches=tuple(sidecar["catches"]),
+        unique_for=sidecar["unique_for"],
+        parameters=sidecar["parameters"],
+        tensors=tensors,
+        derived=sidecar["derived"],
+        output_tensors=output_tensors,
+        pending=sidecar.get("pending", False),
+    )

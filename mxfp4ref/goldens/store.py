@@ -1,7 +1,7 @@
 """Reading the goldens: stored cases, verified byte for byte before anything is compared with them.
 
 A case is a safetensors file and a JSON sidecar beside it; `manifest.json` at the root has the size and the
-SHA-256 of both. `goldens/README.md` defines every key.
+SHA-256 of both. `goldens/README.md` defines every key. torch is imported when a case is loaded: names need none.
 """
 
 from __future__ import annotations
@@ -11,20 +11,24 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 from safetensors import SafetensorError
-from torch import Tensor
 
-from mxfp4ref._files import UNFINISHED, mismatch, parse_json, read_file
+from mxfp4ref._files import UNFINISHED, mismatch, parse_json, printable, read_file
 from mxfp4ref._lock import locked
-from mxfp4ref._validate import did_you_mean
-from mxfp4ref.goldens.case import KINDS, Case, GoldenError, dtype_name, tensor_bytes
+from mxfp4ref._words import did_you_mean
 from mxfp4ref.goldens.manifest import FILE_KINDS, FORMAT
 
-__all__ = ["BUILTIN_ROOT", "Goldens", "find_root", "is_other_file", "open_goldens"]
+if TYPE_CHECKING:
+    from mxfp4ref.goldens.case import Case
 
+__all__ = ["BUILTIN_ROOT", "KINDS", "GoldenError", "Goldens", "find_root", "is_other_file", "open_goldens"]
+
+KINDS = (
+    *("moe", "quantize", "dequantize", "layout", "tensor_core", "gemm", "activation", "finalize"),
+    *("routing", "w4a8", "preparation", "fp8_rows", "fp8_tensor_core"),
+)
 # In an installed package only: a wheel contains it, a checkout has all goldens.
 BUILTIN_ROOT = Path(__file__).resolve().parent / "builtin"
 _PACKAGE_PARENT = BUILTIN_ROOT.parents[2]
@@ -51,6 +55,13 @@ _SIDECAR = {
     "outputs": [{"tensor": str, "tile_k": [[int, int]]}],
     "pending?": bool,
 }
+
+
+class GoldenError(ValueError):
+    """The goldens are missing, damaged or not what they claim to be; the message names the file."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))  # it may quote the file
 
 
 class Goldens:
@@ -111,6 +122,10 @@ class Goldens:
             return self._load(name)
 
     def _load(self, name: str) -> Case:
+        import safetensors.torch
+
+        from mxfp4ref.goldens.case import verified_case
+
         if name not in self.entries:
             hint = did_you_mean(name, self.entries)
             if self.root == BUILTIN_ROOT:
@@ -129,7 +144,7 @@ class Goldens:
             raise GoldenError(
                 f"{paths['safetensors']}: expected tensors, got {type(error).__name__}: {error}"
             ) from error
-        return _case(name, sidecar, tensors)
+        return verified_case(name, sidecar, tensors)
 
     def verify(self) -> list[str]:
         """Everything that is wrong with the files under the root, one line each; empty if nothing is.
@@ -194,49 +209,6 @@ def is_other_file(relative: Path) -> bool:
     """Whether a path below a root belongs there without being part of a case."""
     unfinished = UNFINISHED.fullmatch(relative.name) is not None
     return unfinished or relative.parts[0] in _OTHER_FOLDERS or relative.as_posix() in _OTHER_FILES
-
-
-def _case(name: str, sidecar: dict[str, Any], tensors: dict[str, Tensor]) -> Case:
-    """The verified case of a sidecar and its tensors."""
-    if f"{sidecar['suite']}/{sidecar['name']}" != name:
-        raise GoldenError(f"{name}: the file says that it is {sidecar['suite']}/{sidecar['name']}: renamed?")
-    if set(tensors) != set(sidecar["tensors"]):
-        raise GoldenError(f"{name}: expected the tensors {sorted(sidecar['tensors'])}, got {sorted(tensors)}")
-    for key, recorded in sidecar["tensors"].items():
-        tensor = tensors[key]
-        got = {"dtype": dtype_name(tensor), "shape": list(tensor.shape)}
-        if got != {"dtype": recorded["dtype"], "shape": recorded["shape"]}:
-            raise GoldenError(
-                f"{name}: tensor {key}: expected {recorded['dtype']} {recorded['shape']}, "
-                f"got {got['dtype']} {got['shape']}"
-            )
-        digest = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
-        if digest != recorded["sha256"]:
-            raise GoldenError(f"{name}: tensor {key}: expected SHA-256 {recorded['sha256']}, got {digest}")
-    output_tensors = {
-        (first, second): output["tensor"]
-        for output in sidecar["outputs"]
-        for first, second in output["tile_k"]
-    }
-    unknown = sorted(set(output_tensors.values()) - set(tensors))
-    if unknown or bool(output_tensors) != (sidecar["kind"] == "moe"):
-        raise GoldenError(
-            f"{name}: expected outputs of kind 'moe' that are stored, got {unknown or output_tensors} "
-            f"for kind {sidecar['kind']!r}"
-        )
-    return Case(
-        suite=sidecar["suite"],
-        name=sidecar["name"],
-        kind=sidecar["kind"],
-        why=sidecar["why"],
-        catches=tuple(sidecar["catches"]),
-        unique_for=sidecar["unique_for"],
-        parameters=sidecar["parameters"],
-        tensors=tensors,
-        derived=sidecar["derived"],
-        output_tensors=output_tensors,
-        pending=sidecar.get("pending", False),
-    )
 
 
 def _is_ours(manifest: Path) -> bool:

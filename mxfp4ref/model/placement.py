@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxfp4ref._choices import STRATEGIES
 from mxfp4ref._validate import INT32_MAX, check_choice, check_ids, check_int, check_same_device, check_tensor
 from mxfp4ref.routing.presets import PADDING_ID
 
@@ -33,8 +34,6 @@ __all__ = [
     "place_experts",
     "rank_arguments",
 ]
-
-STRATEGIES = ("linear", "round_robin")
 
 ExpertMap = Sequence[Sequence[int] | Tensor] | Tensor
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import runpy
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -18,10 +20,12 @@ from mxfp4ref.__main__ import commands
 from mxfp4ref.checkpoint import CheckpointLayer, read_layer, run_layer, write_layer
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.report import FORMAT
+from mxfp4ref.conformance.reproducer import write_reproducer
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.formats.generations import GENERATIONS
 from mxfp4ref.goldens import Goldens, open_goldens, tensor_bytes
 from mxfp4ref.goldens.hardware_record import compare
+from mxfp4ref.goldens.runs import runs
 from mxfp4ref.model.forward import forward
 from mxfp4ref.model.parallel import Ranks
 from mxfp4ref.sm90.tactics import Sm90Kernel
@@ -126,23 +130,52 @@ def test_no_reproducer_replaces_what_is_none(tmp_path: Path, name: str) -> None:
         assert "not written" not in invoke(*arguments, "--dump", tmp_path).output
 
 
-def test_reproducer_reproduces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import runpy
-    import sys
+def test_reproducer_reproduces(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From any working directory, and moved: also a kernel that was found in another one."""
+    for name in ("here", "there", "moved"):
+        (tmp_path / name).mkdir()
+    monkeypatch.syspath_prepend(tmp_path)  # puts the path back that the script adds to
+    monkeypatch.chdir(tmp_path / "here")
+    source = "from mxfp4ref.conformance.stand_ins import defect_kernel\nwrong = defect_kernel('{}', 'cpu').function\n"
+    Path("kernel_of_this_test.py").write_text(source.format("gate_up_swapped"))
+    case, one = open_goldens().load("gemm/ordinary"), runs(open_goldens().load("gemm/ordinary"))[0]
+    wrong = {"output": DEFECTS["gate_up_swapped"].run(one.inputs)}
+    for number, kernel in enumerate(
+        ("kernel_of_this_test:wrong", "kernel_of_this_test.py:wrong", "defect:gate_up_swapped")
+    ):
+        write_reproducer(tmp_path / "there", replace(case, name=f"case{number}"), one, kernel, wrong)
+    for path in (tmp_path / "there").iterdir():
+        path.rename(tmp_path / "moved" / path.name)
+    monkeypatch.chdir("/")
 
-    invoke(
-        "conform", "defect:gate_up_swapped", "--case", "gemm/ordinary", "--dump", tmp_path, "--diagnosis=none"
-    )
-    script = str(tmp_path / "gemm-ordinary.py")
-    sys.argv, before = [script], sys.argv
-    try:
-        with pytest.raises(AssertionError, match="elements differ; first at"):
+    def run(name: str, *arguments: str) -> tuple[int, str, str]:
+        script = str(tmp_path / "moved" / f"gemm-{name}.py")
+        monkeypatch.setattr("sys.argv", [script, *arguments])
+        with pytest.raises(SystemExit) as ended:
             runpy.run_path(script)
-        sys.argv = [script, "oracle"]
-        runpy.run_path(script)
-    finally:
-        sys.argv = before
-    assert capsys.readouterr().out == "equal\n"
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, *capsys.readouterr()
+
+    code, said, _ = run("case2")
+    assert code == 1
+    assert said.startswith("gemm/case2: defect:gate_up_swapped on cpu\noutput: ")
+    assert "elements differ, at most" in said
+    assert said.endswith("the same bits that were recorded\n")
+    assert run("case2", "oracle")[:2] == (
+        0,
+        "gemm/case2: oracle on cpu\noutput: equal\n    other bits than those that were recorded\n",
+    )
+    for name in ("case0", "case1"):  # found, and not of flashinfer's signature
+        assert "cannot import" not in run(name)[2]
+    (tmp_path / "here" / "kernel_of_this_test.py").unlink()
+    sys.modules.pop("kernel_of_this_test", None)
+    for name in ("case0", "case1"):
+        code, _, said = run(name)
+        assert code == 2
+        assert "cannot import" in said
+        assert said.endswith(f"Another kernel or device: python gemm-{name}.py KERNEL DEVICE\n")
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ from mxfp4ref import conformance
 from mxfp4ref.__main__ import commands
 from mxfp4ref.conformance import CaseResult, Report, diagnose, report
 from mxfp4ref.conformance.reproducer import load_reproducer, write_reproducer
-from mxfp4ref.goldens import Case, open_goldens, runs
+from mxfp4ref.goldens import Case, open_goldens
+from mxfp4ref.goldens.runs import runs
 from tests.helpers import hostile_files
 from tests.helpers.hostile_files import LAYOUT, MOE
 

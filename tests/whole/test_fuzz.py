@@ -28,6 +28,7 @@ counts: dict[str, int] = {}
 # Public names that are not fuzzed here, and why.
 EXEMPT_MODULES = {
     "mxfp4ref._validate": "the checks that all others use",
+    "mxfp4ref._words": "words of messages",
     "mxfp4ref._shown": "how objects show themselves",
     "mxfp4ref._compiled": "how loops are compiled and loaded; they get checked tensors only",
     "mxfp4ref._files": "tests/whole/test_hostile_files.py, tests/conformance/test_writers.py",

@@ -15,7 +15,8 @@ import torch
 from mxfp4ref._rounding import check_rounding
 from mxfp4ref.conformance.bounds import bound
 from mxfp4ref.formats.mxfp4 import dequantize
-from mxfp4ref.goldens import open_goldens, run_stage, runs
+from mxfp4ref.goldens import open_goldens, run_stage
+from mxfp4ref.goldens.runs import runs
 from mxfp4ref.model.forward import forward
 from tests.helpers import fuzz_targets, layers
 from tests.helpers.fuzzing import fingerprints

@@ -71,7 +71,7 @@ def main() -> int:
     )
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--output", type=Path, help="an .npz for the outputs of the seeds of --keep")
-    parser.add_argument("--keep", type=int, nargs="*", default=[], metavar="SEED")
+    parser.add_argument("--keep", type=int, nargs="*", action="extend", default=[], metavar="SEED")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("a GPU is needed: the real kernel runs nowhere else")

@@ -196,8 +196,8 @@ def main() -> int:
     parser.add_argument(
         "--activations",
         nargs="+",
+        action="extend",
         choices=list(names),
-        default=list(names),
         help="draw from these (default: all)",
     )
     parser.add_argument("--output", type=Path, help="write the result as JSON")
@@ -207,6 +207,7 @@ def main() -> int:
     provenance = hardware.Provenance.of_this_machine()
     kernel = flashinfer_kernel()
     generation = kernel.generation
+    activations = arguments.activations or list(names)
     first, end = (int(part) for part in arguments.seeds.split(":"))
     start = time.monotonic()
     elements = differing = cpu_elements = cpu_differing = 0
@@ -216,7 +217,7 @@ def main() -> int:
         if time.monotonic() - start > arguments.seconds:
             break
         call = real_size_call(seed) if arguments.real_size else random_call(seed, clusters=arguments.clusters)
-        call = with_activation(call, seed, [names[name] for name in arguments.activations])
+        call = with_activation(call, seed, [names[name] for name in activations])
         if not generation.forces_tactics:
             call = replace(call, kernel=Sm90Kernel(generation=generation))
         on_gpu = to_device(call, "cuda")
@@ -256,7 +257,7 @@ def main() -> int:
         "default_tactic": not generation.forces_tactics,
         "clusters": arguments.clusters,
         "real_size": arguments.real_size,
-        "activations": arguments.activations,
+        "activations": activations,
         "generation": generation.recorded_as,
         "failures": failures,
         "provenance": provenance.as_dict(),

@@ -153,20 +153,24 @@ def only_what_was_built() -> Iterator[None]:
             runner.get_valid_tactics = function  # type: ignore[attr-defined]
 
 
+_TOKENS = [1, 2, 7, 16, 64, 257, 1024, 4096]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 7, 16, 64, 257, 1024, 4096])
+    parser.add_argument("--tokens", type=int, nargs="+", action="extend", help=f"default: {_TOKENS}")
     parser.add_argument("--way", choices=WAYS, action="append", help="only this one; repeatable")
     parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("a GPU is needed: the real kernel runs nowhere else")
+    tokens = arguments.tokens or _TOKENS
     ways = arguments.way or list(WAYS)
     if arguments.in_this_process:
-        record(ways[0], arguments.out, arguments.tokens)
+        record(ways[0], arguments.out, tokens)
         return 0
     arguments.out.mkdir(parents=True, exist_ok=True)
     failed = 0
@@ -181,7 +185,7 @@ def main() -> int:
             "--tokens",
         ]
         environment = os.environ | recorder_settings(arguments.out / way)
-        done = subprocess.run([*command, *map(str, arguments.tokens)], env=environment, check=False)
+        done = subprocess.run([*command, *map(str, tokens)], env=environment, check=False)
         print(f"{way}: {'recorded' if done.returncode == 0 else f'FAILED with exit code {done.returncode}'}")
         failed += done.returncode != 0
     return 1 if failed else 0

@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ TACTICS_CASE = "gemm/mirrored_both_512"
 STEP_BLOCKS = 4096  # of 16 x 8 results, at once
 
 
-def record_goldens(out: Path, only: str = "*") -> int:
+def record_goldens(out: Path, only: Sequence[str] = ()) -> int:
     """Each kernel-call case by each pair of K tiles; two runs have to agree."""
     provenance = hardware.Provenance.of_this_machine()
     kernel = flashinfer_kernel()
@@ -65,7 +65,7 @@ def record_goldens(out: Path, only: str = "*") -> int:
             got, again = (launch().cpu() for _ in range(2))
             expected = case.tensors[name] if generation is NEWEST else forward(call).cpu()
             lines.append(_line(case, tile_k, got, again, expected, provenance))
-    part = "" if only == "*" else f"-{only.partition('/')[0]}"
+    part = "".join(f"-{pattern.partition('/')[0]}" for pattern in only)
     return _report(out / f"{_slug(provenance)}{part}.jsonl", lines)
 
 
@@ -250,9 +250,11 @@ and 15 in three runs of 585, 14 of them in all three) and other elements (seed 4
 """
 
 
-def _kernel_cases(only: str) -> Iterator[Case]:
+def _kernel_cases(only: Sequence[str]) -> Iterator[Case]:
     goldens = open_goldens(ROOT / "goldens")
-    for name in fnmatch.filter(goldens.names(), only):
+    for name in goldens.names():
+        if only and not any(fnmatch.fnmatch(name, pattern) for pattern in only):
+            continue
         case = goldens.load(name)
         if case.kind == "moe" and case.experts.quantized:
             yield case
@@ -398,7 +400,10 @@ def main() -> int:
         command.add_argument("out", type=Path, help="the folder to write the record to")
         if name == "goldens":
             command.add_argument(
-                "--only", default="*", help="run these cases, as 'suite/*'; the record is a file of its own"
+                "--only",
+                action="append",
+                default=[],
+                help="run these cases, as 'suite/*'; the record is a file of its own; repeatable",
             )
     command = commands.add_parser("install", help=install.__doc__)
     command.add_argument("sources", type=Path, nargs="*", help="folders or files of records")

@@ -6,6 +6,7 @@ from mxfp4ref.conformance.cli.about import doctor, list_cases
 from mxfp4ref.conformance.cli.archives import archive
 from mxfp4ref.conformance.cli.checkpoint_report import checkpoint_report
 from mxfp4ref.conformance.cli.checkpoints import checkpoint, layer
+from mxfp4ref.conformance.cli.completing import completion
 from mxfp4ref.conformance.cli.conform import conform
 from mxfp4ref.conformance.cli.defects import defects, explain
 from mxfp4ref.conformance.cli.goldens import export, regenerate, show, verify
@@ -16,5 +17,5 @@ __all__ = ["COMMANDS"]
 
 COMMANDS = (
     *(conform, init, list_cases, show, defects, explain, compare, layer, checkpoint, checkpoint_report),
-    *(archive, verify, regenerate, export, doctor),
+    *(archive, verify, regenerate, export, doctor, completion),
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import importlib.metadata
-import json
 import os
 import platform
 import sys
@@ -13,16 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
-from rich.console import Console
-from rich.table import Table
 
-from mxfp4ref._files import printable
-from mxfp4ref._validate import did_you_mean
 from mxfp4ref._version import __version__
-from mxfp4ref.conformance.cli.shared import NOT_EQUAL, UsageError, echo, goldens_option, usage_errors
-from mxfp4ref.conformance.options import Options
-from mxfp4ref.conformance.suite import run
+from mxfp4ref._words import did_you_mean
+from mxfp4ref.conformance.cli import completing
+from mxfp4ref.conformance.cli.command import command
+from mxfp4ref.conformance.cli.shared import NOT_EQUAL, UsageError, goldens_option, usage_errors
+from mxfp4ref.conformance.cli.terminal import echo, echo_json, echo_rows
 from mxfp4ref.goldens import Goldens, open_goldens
 
 __all__ = ["doctor", "list_cases"]
@@ -44,27 +40,33 @@ _PACKAGES = (
 )
 
 
-@click.command("list")
-@click.argument("patterns", nargs=-1, metavar="[GLOB]...")
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@command("list")
+@click.argument("patterns", nargs=-1, metavar="[GLOB]...", shell_complete=completing.globs)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")
 @goldens_option
 def list_cases(patterns: tuple[str, ...], as_json: bool, root: Path | None) -> None:
-    """List the golden cases that match, as in 'gemm/*' or a suite's name, with what each is for and catches.
+    """List the golden cases, with what each is kept for and made to catch.
+
+    GLOB is a suite or a pattern of names; without one, all are listed.
+
+    \b
+    mxfp4ref list
+    mxfp4ref list gemm 'routing/gpt_oss*'
 
     The names are those that `conform --case` and `show` take.
+
+    Exit codes: 0 listed; 2 nothing matches, or there are no goldens.
     """
     with usage_errors():
         goldens = open_goldens(root)
         rows = [_row(goldens, name) for name in _chosen(goldens, patterns)]
     if as_json:
-        echo(json.dumps(rows, indent=1))
+        echo_json(rows)
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("case", "kind", "kept for", "made to catch"):
-        table.add_column(column, no_wrap=column == "case")
-    for row in rows:
-        table.add_row(row["case"], row["kind"], printable(row["unique_for"]), ", ".join(row["catches"]))
-    Console(file=sys.stdout, highlight=False, markup=False).print(table)
+    echo_rows(
+        ("case", "kind", "kept for", "made to catch"),
+        [(row["case"], row["kind"], row["unique_for"], ", ".join(row["catches"])) for row in rows],
+    )
     echo(f"{len(rows)} of {len(goldens.names())} cases in {goldens.root}")
 
 
@@ -87,14 +89,20 @@ def _row(goldens: Goldens, name: str) -> dict[str, Any]:
     return {**about, "catches": list(case.catches)}
 
 
-@click.command()
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")
 @goldens_option
 def doctor(as_json: bool, root: Path | None) -> None:
     """Say what a report of a fault needs: versions, machine, goldens, and whether this machine computes right.
 
+    \b
+    mxfp4ref doctor
+    mxfp4ref doctor --json > doctor.json
+
     Exit codes: 0 all is well, 1 something is not: it is said on the lines that begin with "!".
     """
+    import torch
+
     facts: dict[str, str] = {"mxfp4ref": f"{__version__} in {Path(__file__).parents[2]}"}
     facts |= {"python": platform.python_version(), "machine": platform.platform()}
     facts |= {name: version for name in _PACKAGES if (version := _version(name))}
@@ -103,7 +111,7 @@ def doctor(as_json: bool, root: Path | None) -> None:
     facts |= {name: value for name, value in sorted(os.environ.items()) if name.startswith("MXFP4REF")}
     problems = {name: problem for name, check in _CHECKS.items() if (problem := check(root, facts))}
     if as_json:
-        echo(json.dumps({"facts": facts, "problems": problems}, indent=1))
+        echo_json({"facts": facts, "problems": problems})
     else:
         for name, fact in facts.items():
             echo(f"{name:18} {fact}")
@@ -122,6 +130,8 @@ def _version(package: str) -> str:
 
 
 def _gpus() -> dict[str, str]:
+    import torch
+
     if not torch.cuda.is_available():
         return {"GPU": "none that torch sees"}
     return {f"GPU {n}": torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())}
@@ -139,6 +149,9 @@ def _check_goldens(root: Path | None, facts: dict[str, str]) -> str:
 
 def _check_bits(root: Path | None, facts: dict[str, str]) -> str:
     """A few cases by the oracle; what it warns of, such as loops that cannot be compiled, is a problem too."""
+    from mxfp4ref.conformance.options import Options
+    from mxfp4ref.conformance.suite import run
+
     try:
         goldens = open_goldens(root)
         small = [name for name in goldens.names() if name.split("/")[0] in ("activation", "finalize", "gemm")]

@@ -8,18 +8,22 @@ from pathlib import Path
 import click
 
 from mxfp4ref._files import check_no_input, folders_below
-from mxfp4ref.conformance.cli.shared import echo, goldens_option, progress, usage_errors
+from mxfp4ref.conformance.cli.command import Group
+from mxfp4ref.conformance.cli.shared import goldens_option, progress, usage_errors
+from mxfp4ref.conformance.cli.terminal import echo
 from mxfp4ref.goldens import open_goldens
-from mxfp4ref.goldens.archive import fetch_archive, write_archive
 
 __all__ = ["archive"]
 
 
-@click.group("goldens")
+@click.group("goldens", cls=Group)
 def archive() -> None:
     """Get all goldens as one file, or write that file.
 
     What is installed with pip has a few cases only.
+
+    \b
+    mxfp4ref goldens fetch goldens.tar --sha256 HASH --into all_goldens
     """
 
 
@@ -39,10 +43,15 @@ def archive() -> None:
 def fetch(source: str, sha256: str, folder: Path) -> None:
     """Unpack goldens from SOURCE, a path or URL of a file that `goldens pack` wrote.
 
+    \b
+    mxfp4ref goldens fetch goldens.tar --sha256 HASH --into all_goldens
+
     DIR is there at the end with all files, which are verified, or not at all.
 
     Exit codes: 0 unpacked; 2 it could not be read, is another file, or DIR is not empty; 130 interrupted.
     """
+    from mxfp4ref.goldens.archive import fetch_archive
+
     with usage_errors(), progress(first="fetching") as step:
         found = fetch_archive(source, sha256, folder, lambda size: step(f"{size / 2**20:.0f} MiB", 0))
     echo(f"{found.root}: {len(found.names())} cases")
@@ -55,10 +64,15 @@ def fetch(source: str, sha256: str, folder: Path) -> None:
 def pack(file: Path, root: Path | None) -> None:
     """Write the goldens to FILE, a tar archive, and print its SHA-256 for `goldens fetch`.
 
+    \b
+    mxfp4ref goldens pack goldens.tar
+
     Equal goldens give equal bytes, on every machine.
 
     Exit codes: 0 written; 2 goldens are missing or damaged, or it could not be written.
     """
+    from mxfp4ref.goldens.archive import write_archive
+
     with usage_errors():
         found = open_goldens(root)
         check_no_input(

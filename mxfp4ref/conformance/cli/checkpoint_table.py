@@ -6,17 +6,13 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from mxfp4ref._files import printable
 from mxfp4ref.checkpoint.disk import ranges
 from mxfp4ref.checkpoint.inspection import Counts, Inspection, LayerEntry
+from mxfp4ref.conformance.cli.terminal import echo, echo_rows
 
 __all__ = ["as_object", "show"]
 
-_WIDTH = 200
 _COLUMNS = ("layers", "format", "experts", "H x I", "router", "size", "unusual")
 
 
@@ -27,30 +23,23 @@ def as_object(found: Inspection) -> dict[str, Any]:
 
 def show(found: Inspection) -> None:
     """Print a table, a line for each run of equal layers, and below it why any of them would be refused."""
-    console = Console()
-    if not console.is_terminal:  # whole lines for what reads them
-        console = Console(width=max(console.width, _WIDTH))
     total = sum(entry.bytes for entry in found.layers)
     parameters = sum(entry.parameters for entry in found.layers)
     head = (
         f"{found.root}: {found.model_type or 'no model_type'}, {found.tensors:,} tensors in {found.files:,} files; "
         f"{len(found.layers):,} layers with experts of {_short(parameters, 1000)} parameters, {_short(total)}B"
     )
-    console.print(_text(head))
-    table = Table(*_COLUMNS, box=None, pad_edge=False)
-    for row, some in groupby(found.layers, key=_row):
-        table.add_row(_text(ranges([entry.layer for entry in some])), *map(_text, row))
-    console.print(table)
+    _echo(head)
+    runs = groupby(found.layers, key=_row)
+    echo_rows(_COLUMNS, [(ranges([entry.layer for entry in some]), *row) for row, some in runs])
     carried = sorted({name for entry in found.layers for name in entry.carried})
     if carried:
-        console.print(_text(f"carried along, without effect here: {_some(carried)}"))
+        _echo(f"carried along, without effect here: {_some(carried)}")
     refused = [entry for entry in found.layers if entry.refused]
     for reason, some in groupby(refused, key=lambda entry: entry.refused):
-        console.print(_text(f"refused: layer {ranges([entry.layer for entry in some])}: {reason}"))
+        _echo(f"refused: layer {ranges([entry.layer for entry in some])}: {reason}")
     if not refused:
-        console.print(
-            _text("every layer can be run: mxfp4ref layer --checkpoint ... --layer ... --input ...")
-        )
+        echo("every layer can be run: mxfp4ref layer --checkpoint ... --layer ... --input ...")
 
 
 def _row(entry: LayerEntry) -> tuple[str, ...]:
@@ -89,6 +78,6 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
-def _text(text: str) -> Text:
-    """Text that may come from a file: nothing in it commands the terminal, or is markup."""
-    return Text(printable(text, lines=False))
+def _echo(line: str) -> None:
+    """Print a line with names of a file in it, which may have line breaks of their own."""
+    echo(printable(line, lines=False))

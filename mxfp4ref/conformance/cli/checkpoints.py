@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,11 @@ from typing import Any
 
 import click
 
+from mxfp4ref._choices import ACTIVATION_NAMES, ROUTER_NAMES, SCALE_RULES, STRATEGIES
 from mxfp4ref._files import check_no_input
-from mxfp4ref.conformance.cli.shared import describe, echo, first_values, progress, usage_errors
-from mxfp4ref.formats.quantize import SCALE_RULES
-from mxfp4ref.model.parallel import Ranks
-from mxfp4ref.model.placement import STRATEGIES, place_experts
-from mxfp4ref.routing import PRESETS
-from mxfp4ref.sm90.activation import ACTIVATIONS, activation_of
+from mxfp4ref.conformance.cli.command import command
+from mxfp4ref.conformance.cli.shared import describe, first_values, progress, usage_errors
+from mxfp4ref.conformance.cli.terminal import echo, echo_json
 
 __all__ = ["checkpoint", "layer"]
 
@@ -99,6 +98,9 @@ def read_options(
 ) -> Any:
     from mxfp4ref.checkpoint import ReadOptions, read_name_map
 
+    for key, count in Counter(key for key, _ in changes).items():
+        if count > 1:
+            raise ValueError(f"--set: expected {key} once, got it {count} times")
     return ReadOptions(
         config=dict(changes),
         experts=experts,
@@ -107,7 +109,7 @@ def read_options(
     )
 
 
-@click.command()
+@command()
 @click.option(
     "--checkpoint",
     "root",
@@ -132,7 +134,7 @@ def read_options(
     help="Write the output and the routing to this safetensors file.",
 )
 @click.option(
-    "--router", type=click.Choice(list(PRESETS)), help="Default: the one that config.json describes."
+    "--router", type=click.Choice(ROUTER_NAMES), help="Default: the one that config.json describes."
 )
 @click.option("--top-k", type=click.IntRange(min=1), help="Default: that of config.json.")
 @click.option("--routed-scaling-factor", type=float, help="Default: that of config.json.")
@@ -141,7 +143,7 @@ def read_options(
 @click.option("--limit", type=float, help="SwiGLU's limit; default: the model's.")
 @click.option(
     "--activation",
-    type=click.Choice([activation.name for activation in ACTIVATIONS.values()]),
+    type=click.Choice(ACTIVATION_NAMES),
     help="Default: the model's.",
 )
 @click.option(
@@ -184,10 +186,18 @@ def layer(
 ) -> None:
     """Run a whole mixture-of-experts layer of a checkpoint: router, experts, output.
 
+    \b
+    mxfp4ref layer --checkpoint DeepSeek-V4-Flash --layer 3 --input hidden.safetensors --output out.safetensors
+
     Experts are read some at a time, and only those that a token chose. `mxfp4ref checkpoint` says what is in a
     folder.
+
+    Exit codes: 0 done; 2 wrong usage, or a file that cannot be read or written.
     """
     from mxfp4ref.checkpoint import fuse_shared, open_layer, open_shards, run_layer
+    from mxfp4ref.model.parallel import Ranks
+    from mxfp4ref.model.placement import place_experts
+    from mxfp4ref.sm90.activation import ACTIVATIONS
 
     def given(*names: str) -> dict[str, Any]:
         return {name: options[name] for name in names if options[name] is not None}
@@ -220,6 +230,8 @@ def layer(
 
 def _refuse_unused(layer: Any, router: str | None, options: Mapping[str, Any]) -> None:
     """Raise ValueError if an option was given that the router or the activation does not read."""
+    from mxfp4ref.sm90.activation import activation_of
+
     if router in ("gpt_oss", "mixtral") and options["routed_scaling_factor"] is not None:
         raise ValueError(
             f"--routed-scaling-factor: expected none with --router {router}, which has no factor"
@@ -232,17 +244,27 @@ def _refuse_unused(layer: Any, router: str | None, options: Mapping[str, Any]) -
         )
 
 
-@click.command()
+@command()
 @click.argument("root", metavar="CHECKPOINT", type=click.Path(exists=True, path_type=Path))
-@click.option("--layer", "layers", type=Layer(), multiple=True, help="Only this layer. Repeatable.")
+@click.option(
+    "--layer",
+    "layers",
+    type=Layer(),
+    multiple=True,
+    help="Only this layer: a number, or mtp.0 of a draft head; by default all. Repeatable.",
+)
 @click.option("--names-only", is_flag=True, help="Do not read the weights: no counts of unusual ones.")
-@click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead, with all numbers.")
 @reading
 def checkpoint(
     root: Path, layers: tuple[int | str, ...], names_only: bool, as_json: bool, **options: Any
 ) -> None:
     """Say what is in a checkpoint: layers, formats, router, parameters, unusual weights, and what `layer` would
     refuse.
+
+    \b
+    mxfp4ref checkpoint DeepSeek-V4-Flash
+    mxfp4ref checkpoint gpt-oss-20b --layer 0 --layer 1 --names-only
 
     Exit codes: 0 everything can be run, 1 a layer would be refused, 2 there is no checkpoint.
     """
@@ -253,7 +275,7 @@ def checkpoint(
         how = read_options(options["changes"], options["quantize"], options["name_map"])
         found = inspect(root, how, layers=layers, weights=not names_only, step=step)
     if as_json:
-        click.echo(json.dumps(as_object(found), indent=2))
+        echo_json(as_object(found))
     else:
         show(found)
     if any(entry.refused for entry in found.layers):

@@ -14,9 +14,11 @@ from typing import Any
 
 import click
 
+from mxfp4ref._choices import MODES, STORAGE
 from mxfp4ref._files import folders_below
-from mxfp4ref._validate import did_you_mean
-from mxfp4ref.conformance.bounds import STORAGE
+from mxfp4ref._words import did_you_mean
+from mxfp4ref.conformance.cli import completing
+from mxfp4ref.conformance.cli.command import command
 from mxfp4ref.conformance.cli.report_files import pop_report_files, print_report, report_files
 from mxfp4ref.conformance.cli.shared import (
     INTERRUPTED,
@@ -31,23 +33,36 @@ from mxfp4ref.conformance.cli.shared import (
     interrupted_once,
     usage_errors,
 )
-from mxfp4ref.conformance.options import Options
-from mxfp4ref.conformance.report_reading import read_report
-from mxfp4ref.conformance.results import MODES
-from mxfp4ref.conformance.suite import Interrupted, run
 from mxfp4ref.goldens import Goldens, open_goldens
 
 __all__ = ["conform"]
 
 
-@click.command()
-@click.argument("kernel", required=False)
-@click.option("--kernel", "kernel_option", metavar="KERNEL", help="The same as the argument.")
+@command()
+@click.argument("kernel", required=False, shell_complete=completing.kernels)
+@click.option(
+    "--kernel",
+    "kernel_option",
+    metavar="KERNEL",
+    shell_complete=completing.kernels,
+    help="The same as the argument.",
+)
 @goldens_option
 @click.option(
-    "--case", "patterns", multiple=True, metavar="GLOB", help="Only these cases, as in 'gemm/*'. Repeatable."
+    "--case",
+    "patterns",
+    multiple=True,
+    metavar="GLOB",
+    shell_complete=completing.globs,
+    help="Only these cases: a suite, a case, or as in 'gemm/*'; by default all. Repeatable.",
 )
-@click.option("--mode", type=click.Choice(MODES), default="exact", show_default=True)
+@click.option(
+    "--mode",
+    type=click.Choice(MODES),
+    default="exact",
+    show_default=True,
+    help="exact: equal bits; bounded: within the bounds of every correct evaluation.",
+)
 @click.option(
     "--intermediates",
     "storage",
@@ -62,14 +77,18 @@ __all__ = ["conform"]
     metavar="P",
     help="In mode bounded: probabilistic bounds with this confidence, such as 0.999999, instead of rigorous ones.",
 )
-@click.option("--device", help="Where the kernel's tensors go; cpu, or cuda for flashinfer.")
+@click.option(
+    "--device",
+    metavar="DEVICE",
+    help="Where the kernel's tensors go, as torch names it; by default cpu, and cuda for flashinfer.",
+)
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
     default=600,
     show_default=True,
     metavar="SECONDS",
-    help="Limit for each run of the kernel, and, if it is more than 60, for importing it.",
+    help="Limit for each run of the kernel; importing it may take as long, and at least 60 seconds.",
 )
 @click.option(
     "--isolate/--no-isolate",
@@ -119,6 +138,12 @@ __all__ = ["conform"]
 def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **options: Any) -> None:
     """Run KERNEL over the golden cases, compare every bit, and say what is wrong.
 
+    \b
+    mxfp4ref conform oracle
+    mxfp4ref conform mypackage.moe:fused_moe --device cuda --html report.html
+    mxfp4ref conform plain:adapter.py:fused_moe --case 'gemm/*' -x --dump reproducers
+    mxfp4ref conform flashinfer --mode bounded --json report.json
+
     KERNEL is one of
 
     \b
@@ -126,7 +151,8 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
     defect:NAME                  a named wrong pipeline (mxfp4ref defects)
     torch-bf16                   dequantise to bf16 and matmul, as most references do
     flashinfer                   the installed flashinfer; its layout helpers are checked too
-    package.module:function      flashinfer's signature, weights in SM90 layout
+    flashinfer-w4a8              the same with FP8 activations (use_wfp4afp8_humming)
+    package.module:function      flashinfer's signature, weights in SM90 layout; file.py:function too
     logical:package.module:f     the same with weights and scales in logical layout
     plain:package.module:f       f(x, ids, scales, w1, s1, w2, s2, **parameters), logical layout
     stage:KIND:package.module:f  one stage: dequantize, layout, tensor_core, gemm, activation,
@@ -150,6 +176,9 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
     spec = kernel or kernel_option
     assert spec is not None
     check_no_swap()
+    from mxfp4ref.conformance.options import Options
+    from mxfp4ref.conformance.suite import Interrupted, run
+
     files = pop_report_files(options)
     patterns, earlier, isolate, device, verbose = (
         options.pop(name) for name in ("patterns", "earlier", "isolate", "device", "verbose")
@@ -211,6 +240,8 @@ def _select(goldens: Goldens, patterns: Iterable[str]) -> list[str]:
 
 def _failed_in(path: Path, goldens: Goldens, chosen: list[str]) -> list[str]:
     """Those of the chosen cases that failed in an earlier report."""
+    from mxfp4ref.conformance.report_reading import read_report
+
     earlier = read_report(path)
     failed = [case for case, result in earlier.cases.items() if not result["ok"]]
     if unknown := [case for case in failed if case not in goldens.entries]:

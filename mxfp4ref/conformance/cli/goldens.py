@@ -4,33 +4,30 @@ from __future__ import annotations
 
 import os
 import sys
-import textwrap
 import time
 from pathlib import Path
 
 import click
 
-from mxfp4ref.conformance import report
+from mxfp4ref.conformance.cli import completing
+from mxfp4ref.conformance.cli.command import command
 from mxfp4ref.conformance.cli.shared import (
     NOT_EQUAL,
-    WIDTH,
     UsageError,
     case_progress,
     describe,
-    echo,
     first_values,
     goldens_option,
     progress,
     usage_errors,
 )
-from mxfp4ref.conformance.options import Options
-from mxfp4ref.conformance.suite import run
-from mxfp4ref.goldens import GoldenError, hardware_record, open_goldens
+from mxfp4ref.conformance.cli.terminal import echo
+from mxfp4ref.goldens import GoldenError, open_goldens
 
 __all__ = ["export", "regenerate", "show", "verify"]
 
 
-@click.command()
+@command()
 @goldens_option
 @click.option("--files-only", is_flag=True, help="Check sizes and hashes, compute nothing.")
 def verify(root: Path | None, files_only: bool) -> None:
@@ -38,7 +35,18 @@ def verify(root: Path | None, files_only: bool) -> None:
 
     First the files: size, dtype, shape, SHA-256. Then this machine: the oracle has to give the stored bits of every
     case. Then the record of what real GPUs gave, if there is one: its hashes have to be those of the goldens.
+
+    \b
+    mxfp4ref verify --files-only             # seconds
+    mxfp4ref verify                          # minutes
+
+    Exit codes: 0 all is as it has to be; 1 something is not, and is listed; 2 there are no goldens.
     """
+    from mxfp4ref.conformance import report
+    from mxfp4ref.conformance.options import Options
+    from mxfp4ref.conformance.suite import run
+    from mxfp4ref.goldens import hardware_record
+
     with usage_errors():
         goldens = open_goldens(root)
         problems = goldens.verify()
@@ -65,16 +73,22 @@ def verify(root: Path | None, files_only: bool) -> None:
     sys.exit(NOT_EQUAL if problems else 0)
 
 
-@click.command()
+@command()
 @click.option("--check", is_flag=True, help="Write nothing; list the differences and exit with 1.")
 @click.option(
-    "--only", multiple=True, metavar="GLOB", help="Only cases that match, as in 'gemm/*'. Repeatable."
+    "--only",
+    multiple=True,
+    metavar="GLOB",
+    shell_complete=completing.globs,
+    help="Only cases that match, as in 'gemm/*'; by default all. Repeatable.",
 )
 @click.option(
     "--jobs",
     type=click.IntRange(min=1),
     default=lambda: os.cpu_count() or 1,
-    help="How many processes; by default one a core.",
+    metavar="N",
+    show_default="one a core",
+    help="How many processes.",
 )
 @click.option(
     "--root",
@@ -83,6 +97,10 @@ def verify(root: Path | None, files_only: bool) -> None:
 )
 def regenerate(check: bool, only: tuple[str, ...], jobs: int, root: Path | None) -> None:
     """Write the goldens from nothing, or --check that they are what would be written.
+
+    \b
+    mxfp4ref regenerate --check
+    mxfp4ref regenerate --only 'gemm/*' --only formats/scale_bytes_0_and_255
 
     Exit codes: 0 written, or equal byte for byte; 1 not equal, or larger than goldens may be; 2 wrong usage.
     """
@@ -104,7 +122,7 @@ def regenerate(check: bool, only: tuple[str, ...], jobs: int, root: Path | None)
     sys.exit(NOT_EQUAL if result.differences or too_large else 0)
 
 
-@click.command()
+@command()
 @click.argument("folder", metavar="DIR", type=click.Path(file_okay=False, path_type=Path))
 @goldens_option
 def export(folder: Path, root: Path | None) -> None:
@@ -112,10 +130,11 @@ def export(folder: Path, root: Path | None) -> None:
 
     DIR is created if it is not there, and files of an earlier export are replaced. Every kernel call with stored
     weights and a finite output becomes a workload; the others are listed with the reason. flashinfer-bench is not
-    needed for that. Put your kernels into DIR/solutions and run
+    needed for that.
 
     \b
-    flashinfer-bench run --local DIR
+    mxfp4ref export DIR
+    flashinfer-bench run --local DIR         # with your kernels in DIR/solutions
 
     It compares with a tolerance. To compare bits, use mxfp4ref conform.
 
@@ -133,19 +152,26 @@ def export(folder: Path, root: Path | None) -> None:
     echo(f"{folder}: {len(exported)} workloads written, {len(left_out)} cases left out")
 
 
-@click.command()
-@click.argument("case")
+@command()
+@click.argument("case", shell_complete=completing.cases)
 @goldens_option
-@click.option("--values", is_flag=True, help="The first values of each tensor too.")
+@click.option("--values", is_flag=True, help="The first 8 values of each tensor too.")
 def show(case: str, root: Path | None, values: bool) -> None:
-    """Show a golden CASE (suite/name): why it exists, what it catches, its tensors and outputs."""
+    """Show a golden CASE: why it exists, what it catches, its tensors and outputs.
+
+    \b
+    mxfp4ref show gemm/ordinary
+    mxfp4ref show routing/gpt_oss_bf16_ties --values
+
+    Exit codes: 0 shown; 2 there is no such case, or it is damaged. `mxfp4ref list` has the names.
+    """
     with usage_errors():
         loaded = open_goldens(root).load(case)
     echo(loaded.id, bold=True)
     echo(f"kind: {loaded.kind}")
-    echo(textwrap.fill(f"why: {loaded.why}", WIDTH, subsequent_indent="     "))
+    echo(f"why: {loaded.why}")
     if loaded.catches:
-        echo(textwrap.fill(f"catches: {', '.join(loaded.catches)}", WIDTH, subsequent_indent="         "))
+        echo(f"catches: {', '.join(loaded.catches)}")
     if loaded.unique_for:
         echo(f"kept for: {loaded.unique_for}")
     for name, value in loaded.parameters.items():

@@ -8,20 +8,35 @@ from pathlib import Path
 import click
 
 from mxfp4ref._files import printable, write_file
-from mxfp4ref.conformance.cli.shared import UsageError, echo, usage_errors
+from mxfp4ref.conformance.cli.command import Group
+from mxfp4ref.conformance.cli.shared import UsageError, usage_errors
+from mxfp4ref.conformance.cli.terminal import echo
 
 __all__ = ["init"]
 
 
-@click.group()
+@click.group(cls=Group)
 def init() -> None:
-    """Write a file to begin with."""
+    """Write a file to begin with.
+
+    \b
+    mxfp4ref init adapter
+    """
 
 
 @init.command()
 @click.argument("path", type=click.Path(dir_okay=False, path_type=Path), default="adapter.py")
 def adapter(path: Path) -> None:
-    """Write an adapter to PATH (adapter.py): a function that hands the golden cases to a kernel of yours."""
+    """Write an adapter: a function that hands the golden cases to a kernel of yours.
+
+    PATH is a new Python file, by default adapter.py; nothing is written over.
+
+    \b
+    mxfp4ref init adapter my_adapter.py
+    mxfp4ref conform plain:my_adapter.py:fused_moe
+
+    Exit codes: 0 written; 2 the file exists, or cannot be written.
+    """
     if path.suffix != ".py" or not path.stem.isidentifier():
         raise UsageError(f"PATH: expected the name of a Python module, as in adapter.py, got {str(path)!r}")
     if path.exists():

@@ -11,13 +11,16 @@ from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from mxfp4ref._files import check_no_input, write_file
-from mxfp4ref.conformance.cli.shared import UsageError, echo, filled
-from mxfp4ref.conformance.results import Report
+from mxfp4ref.conformance.cli.shared import UsageError
+from mxfp4ref.conformance.cli.terminal import echo
+
+if TYPE_CHECKING:
+    from mxfp4ref.conformance.results import Report
 
 __all__ = ["ReportFiles", "pop_report_files", "print_report", "report_files"]
 
@@ -135,10 +138,8 @@ def print_report(result: Report, *, verbose: bool) -> None:
     """The report; wrapped on a terminal, and click drops the colours where the output is none."""
     from mxfp4ref.conformance import report
 
-    fit = filled if sys.stdout.isatty() else str
     *lines, verdict = report.to_text(result, verbose=verbose).split("\n")
     cases = {f"{one.case}:" for one in result.results}
     for line in lines:
-        command = line.lstrip().startswith("again: ")  # to be copied whole
-        echo(line if command else fit(line), bold=line.partition(" ")[0] in cases or None)
-    echo(fit(verdict), fg="green" if result.ok else "red", bold=True)
+        echo(line, bold=line.partition(" ")[0] in cases or None)
+    echo(verdict, fg="green" if result.ok else "red", bold=True)

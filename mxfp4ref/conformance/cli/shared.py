@@ -5,43 +5,37 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import shutil
 import signal
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
-import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors import SafetensorError
-from torch import Tensor
 
+from mxfp4ref._choices import DIAGNOSES
 from mxfp4ref._files import printable
-from mxfp4ref.conformance.adapters import KernelError
-from mxfp4ref.conformance.options import DIAGNOSES
-from mxfp4ref.conformance.report import headline
-from mxfp4ref.conformance.results import CaseResult
-from mxfp4ref.goldens import GoldenError
+from mxfp4ref.conformance.cli.terminal import animated, console, echo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mxfp4ref.conformance.results import CaseResult
 
 __all__ = [
     "INTERRUPTED",
     "NOT_EQUAL",
     "USAGE",
-    "WIDTH",
     "UsageError",
     "case_progress",
     "check_no_swap",
     "describe",
     "diagnosis_option",
     "echo",
-    "filled",
     "first_values",
     "goldens_option",
     "interrupted_once",
@@ -53,7 +47,6 @@ NOT_EQUAL, USAGE, INTERRUPTED = 1, 2, 128 + 2  # exit codes, besides 0
 _SAME = (
     2.0  # seconds in which a second interrupt is taken for the first: of a terminal and of the parent, too
 )
-WIDTH = 100
 
 diagnosis_option = click.option(
     "--diagnosis",
@@ -94,21 +87,6 @@ def check_no_swap() -> None:
         )
 
 
-def echo(text: str, **style: Any) -> None:
-    """Print text that may come from a file: nothing in it commands the terminal."""
-    click.secho(printable(text), **style)
-
-
-def filled(line: str) -> str:
-    """A line of a report, wrapped at words for the terminal, with what follows indented."""
-    indent = " " * (len(line) - len(line.lstrip(" ")))
-    width = max(shutil.get_terminal_size().columns, 40)
-    following = f"{indent}    "
-    return textwrap.fill(
-        line, width, subsequent_indent=following, break_on_hyphens=False, break_long_words=False
-    )
-
-
 @contextmanager
 def usage_errors() -> Iterator[None]:
     """What goes wrong before or beside the comparison is wrong usage or environment: exit code 2."""
@@ -116,16 +94,7 @@ def usage_errors() -> Iterator[None]:
         yield
     except MemoryError as error:
         raise UsageError("there is not enough memory") from error
-    except (
-        KernelError,
-        GoldenError,
-        ImportError,
-        TypeError,
-        ValueError,
-        OSError,
-        SafetensorError,
-        RuntimeError,
-    ) as error:
+    except (ImportError, TypeError, ValueError, OSError, SafetensorError, RuntimeError) as error:
         raise UsageError(str(error)) from error
 
 
@@ -136,9 +105,11 @@ def progress(*, lines: bool = False, first: str = "") -> Iterator[Callable[[str,
     It moves a progress bar on stderr, which shows `first` until then. Where stderr is no terminal it does nothing, or
     prints a line, if `lines`.
     """
-    if sys.stderr.isatty():
+    if animated():
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        with Progress(*columns, console=console(), transient=True) as bar:
             task = bar.add_task(first, total=None)
             yield lambda name, total: bar.update(task, advance=1, total=total, description=name)
         return
@@ -157,6 +128,8 @@ def case_progress(names: Sequence[str]) -> Iterator[Callable[[CaseResult], None]
 
     On a terminal a case that fails is also told at once, in a line, and in a second one what is known of it.
     """
+    from mxfp4ref.conformance.report import headline
+
     done = failed = 0
     with progress(first=names[0] if names else "") as step:
 
@@ -166,7 +139,7 @@ def case_progress(names: Sequence[str]) -> Iterator[Callable[[CaseResult], None]
             if not result.ok and sys.stderr.isatty():
                 echo(headline(result).split("\n")[0], err=True)
                 if result.diagnosis is not None and (found := str(result.diagnosis.finding)):
-                    echo(filled(f"    {found}"), err=True)
+                    echo(f"    {found}", err=True)
             step(f"{failed} failed  {names[done] if done < len(names) else 'diagnosis'}", len(names))
 
         yield advance
@@ -198,6 +171,8 @@ def describe(tensor: Tensor) -> str:
 
 
 def first_values(tensor: Tensor) -> str:
+    import torch
+
     first = tensor.flatten()[:8]
     if first.dtype == torch.float4_e2m1fn_x2:
         first = first.view(torch.uint8)

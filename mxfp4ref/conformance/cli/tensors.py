@@ -4,32 +4,46 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-from torch import Tensor
 
-from mxfp4ref.checkpoint.shards import open_shards
-from mxfp4ref.conformance.cli.shared import NOT_EQUAL, describe, echo, filled, usage_errors
-from mxfp4ref.conformance.comparison import FAR, differing, first_difference, ulp_distance
-from mxfp4ref.conformance.report_comparison import Changes, compare_reports
-from mxfp4ref.conformance.report_reading import is_report, read_report
+from mxfp4ref.conformance.cli.command import command
+from mxfp4ref.conformance.cli.shared import NOT_EQUAL, describe, usage_errors
+from mxfp4ref.conformance.cli.terminal import echo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mxfp4ref.conformance.report_comparison import Changes
 
 __all__ = ["compare"]
 
 
-@click.command()
+@command()
 @click.argument("a", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("b", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def compare(a: Path, b: Path) -> None:
     """Compare two saved outputs bit by bit, or two reports.
 
-    Of two safetensors files the tensors of the same names are compared. Of two reports, as conform --json writes
-    them, A is the older: which cases fail now and did not, which pass, which fail in another way. What else is
-    different, such as goldens and versions, is told first.
+    \b
+    mxfp4ref compare mine.safetensors reference.safetensors
+    mxfp4ref compare yesterday.json today.json
+
+    Of two safetensors files the tensors of the same names are compared: in how many elements they differ, how far at
+    most in ulp (steps from one representable number to the next), and the first of them. A is what was computed, B
+    what was expected.
+
+    Of two reports, as conform --json writes them, A is the older: which cases fail now and did not, which pass, which
+    fail in another way. What else is different, such as goldens and versions, is told first.
 
     Exit codes: 0 equal, or no case got worse; 1 different, or some case fails now and did not, or passed and was not
     run now; 2 a file cannot be read, or is neither.
     """
+    from mxfp4ref.conformance.comparison import in_words
+    from mxfp4ref.conformance.report_comparison import compare_reports
+    from mxfp4ref.conformance.report_reading import is_report, read_report
+
     with usage_errors():
         if is_report(a) and is_report(b):
             changes = compare_reports(read_report(a), read_report(b))
@@ -54,16 +68,9 @@ def compare(a: Path, b: Path) -> None:
             echo(f"{name}: {describe(got)} in {a}, {describe(want)} in {b}")
             equal = False
             continue
-        first = first_difference(got, want)
-        if first is None:
-            echo(f"{name}: equal, {describe(got)}")
-            continue
-        equal = False
-        mask = differing(got, want)
-        distance = ulp_distance(got, want)[mask]
-        numbers = distance[distance < FAR]
-        furthest = f", at most {int(numbers.max()):,} ulp" if len(numbers) else ""
-        echo(f"{name}: {int(mask.sum()):,} of {mask.numel():,} elements differ{furthest}; first {first}")
+        words = in_words(got, want)
+        equal &= words == "equal"
+        echo(f"{name}: {words}{f', {describe(got)}' if words == 'equal' else ''}")
     sys.exit(0 if equal else NOT_EQUAL)
 
 
@@ -78,18 +85,19 @@ _HEADINGS = {
 
 
 def _print(changes: Changes) -> None:
-    fit = filled if sys.stdout.isatty() else str
     for line in changes.conditions:
-        echo(fit(line))
+        echo(line)
     for name, heading in _HEADINGS.items():
         if lines := getattr(changes, name):
             echo(f"{heading} ({len(lines)}):", bold=True)
             for line in lines:
-                echo(fit(f"  {line}"))
+                echo(f"  {line}")
     words = f"{changes.worse} cases got worse" if changes.worse else "no case got worse"
     echo(f"{words}, {changes.alike} are as they were", fg="red" if changes.worse else "green", bold=True)
 
 
 def _load(path: Path) -> dict[str, Tensor]:
+    from mxfp4ref.checkpoint.shards import open_shards
+
     shards = open_shards(path)
     return shards.read(shards.files)

@@ -1,0 +1,229 @@
+"""The command's front door: quick help, terminals of any width, colours as asked for, options, completion."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from mxfp4ref.__main__ import commands
+from mxfp4ref._choices import ACTIVATION_NAMES, ROUTER_NAMES
+from mxfp4ref.conformance.cli import completing, terminal
+from mxfp4ref.conformance.kernels import STAND_INS
+from mxfp4ref.defects import DEFECTS
+from mxfp4ref.goldens import open_goldens
+from mxfp4ref.routing import PRESETS
+from mxfp4ref.sm90.activation import ACTIVATIONS
+
+CHECKOUT = Path(__file__).parents[2]
+NAME = "gemm/underflow_in_gemm1"
+
+
+def test_names_without_torch_are_those_of_the_rooms() -> None:
+    assert list(ROUTER_NAMES) == list(PRESETS)
+    assert list(ACTIVATION_NAMES) == [activation.name for activation in ACTIVATIONS.values()]
+    assert completing.defect_names() == sorted(DEFECTS)
+    assert {name.removesuffix("NAME") for name in STAND_INS} < set(completing._KERNELS)
+
+
+_WITHOUT_TORCH = """\
+import sys
+from click.testing import CliRunner
+from mxfp4ref.__main__ import commands
+
+def run(*arguments, **environment):
+    result = CliRunner().invoke(commands, arguments, prog_name="mxfp4ref", env=environment)
+    assert result.exit_code == 0 and result.output.strip(), (arguments, environment, result.output)
+
+def helps(command, *names):
+    run(*names, "--help")
+    for name, below in getattr(command, "commands", {}).items():
+        helps(below, *names, name)
+
+run("--version")
+helps(commands)
+for line in ("", "conform defect:", "show ", "conform --case g", "layer --"):
+    run(COMP_LINE=f"mxfp4ref {line}", _MXFP4REF_COMPLETE="bash_complete")
+print(sorted({"torch", "numpy", "numba", "rich"} & set(sys.modules)))
+"""
+
+
+def test_help_and_completion_import_nothing_that_takes_seconds() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_TORCH], capture_output=True, text=True, check=False, cwd=CHECKOUT
+    )
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def walk(command: click.Command, *names: str) -> list[tuple[tuple[str, ...], click.Command]]:
+    below = command.commands.items() if isinstance(command, click.Group) else ()
+    return [(names, command), *(found for name, one in below for found in walk(one, *names, name))]
+
+
+EVERY = walk(commands)
+
+
+def test_every_help_has_an_example_and_exit_codes() -> None:
+    for names, command in EVERY:
+        help = command.help or ""
+        assert f"    mxfp4ref {' '.join(names)}".rstrip() in f"    {help}" or len(names) == 0, names
+        if not isinstance(command, click.Group):
+            assert "\b\n" in help, names
+            assert "Exit codes: " in help, names
+        for option in command.params:
+            if isinstance(option, click.Option):
+                assert option.help, (names, option.name)
+                given = option.get_default(click.Context(command))
+                assert option.show_default or given is False or not isinstance(given, (int, float, str)), (
+                    names
+                )
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_help_fits_and_cuts_no_word(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(click.formatting, "FORCED_WIDTH", None)
+    for names, command in EVERY:
+        text = CliRunner().invoke(commands, [*names, "--help"]).output
+        words = {word for line in text.split("\n") for word in line.split()}
+        assert set((command.help or "").replace("\b", "").split()) <= words, names
+        for line in text.split("\n"):  # only what is one word, one command or one piece of code is wider
+            assert len(line) <= width or terminal.wrapped(line, width) == line, (names, line)
+
+
+@pytest.mark.parametrize("line", [
+    f"{NAME}: 3 of 4,096 elements differ, the first of them at [0, 7], where 1.5 was expected",
+    f"    again: mxfp4ref conform mypackage.moe:fused_moe --case {NAME} --device cuda",
+    "    limit_ignored           the limit of SwiGLU is not applied, neither to the gate nor to up, in any expert",
+    "write `mxfp4ref conform plain:adapter.py:fused_moe --device cuda` and then look at what it says of the weights",
+])  # fmt: skip
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_lines_are_wrapped_at_words(line: str, width: int) -> None:
+    lines = terminal.wrapped(line, width).split("\n")
+    assert " ".join(" ".join(lines).split()) == " ".join(line.split())
+    command = line[line.find("mxfp4ref") :].partition("`")[0] if "mxfp4ref" in line else NAME
+    assert any(command in one for one in lines) or command not in line
+    for one in lines:
+        assert len(one) <= width or command in one
+    indent = len(line) - len(line.lstrip())
+    assert all(one.startswith(" " * (indent + 4)) for one in lines[1:])
+
+
+def test_a_table_folds_at_words_and_becomes_lists_where_it_is_narrow(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [(NAME, "moe", "what it is kept for in words", "one_defect, another_defect")] * 2
+    for width in (40, 60, 80, 100, 200, None):
+        monkeypatch.setattr(terminal, "columns", lambda width=width, err=False: width)
+        terminal.echo_rows(("case", "kind", "kept for", "catches"), rows)
+        text = capsys.readouterr().out
+        assert text.count(NAME) == 2
+        assert text.count("one_defect,") == 2
+        assert all(width is None or len(line) <= width for line in text.split("\n"))
+        assert not any(line != line.rstrip() for line in text.split("\n"))
+    assert len(text.split("\n")) == 4  # whole lines in a pipe
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        ({"TERM": "xterm"}, None),
+        ({"NO_COLOR": "1"}, False),
+        ({"NO_COLOR": ""}, None),
+        ({"NO_COLOR": "1", "FORCE_COLOR": "1"}, False),
+        ({"TERM": "dumb"}, False),
+        ({"TERM": "dumb", "FORCE_COLOR": "1"}, True),
+        ({"CLICOLOR": "0"}, False),
+        ({"CLICOLOR_FORCE": "1"}, True),
+        ({"FORCE_COLOR": "0"}, None),
+    ],
+)
+def test_colours(environment: dict[str, str], expected: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_COLOR", "FORCE_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert terminal.use_colour() is expected
+    on_a_terminal = CliRunner().invoke(commands, ["show", NAME], color=expected is None).output
+    assert ("\x1b[" in on_a_terminal) == (expected is not False)
+
+
+def test_options_given_twice_are_refused() -> None:
+    def said(*arguments: str) -> str:
+        result = CliRunner().invoke(commands, arguments)
+        assert result.exit_code == 2
+        return result.output
+
+    assert "--device: expected once" in said("conform", "oracle", "--device", "cpu", "--device", "cpu")
+    assert "-x and --maxfail: expected one" in said("conform", "oracle", "-x", "--maxfail", "2")
+    assert "--goldens: expected once" in said("show", NAME, "--goldens", "a", "--goldens", "b")
+    assert "isolate: expected once" in said("conform", "oracle", "--isolate", "--no-isolate")
+    assert "--output: expected once" in said("record", "--output", "a", "script.py", "--output", "b")
+    repeatable = {p.name for _, c in EVERY for p in c.params if isinstance(p, click.Option) and p.multiple}
+    assert repeatable == {"patterns", "changes", "layers", "only", "ranks", "cases"}
+
+
+_COMPLETED = [
+    ("conform defect:limit_ig", "limit_ignored"),  # bash replaces what follows the colon
+    ("conform flashinfer-w", "flashinfer-w4a8"),
+    (f"conform oracle --case {NAME[:-3]}", NAME),
+    ("show routing/gpt_oss_bf16_t", "routing/gpt_oss_bf16_ties"),
+    ("explain limit_ig", "limit_ignored"),
+    ("layer --router gpt", "gpt_oss"),
+    ("regenerate --on", "--only"),
+    ("doct", "doctor"),
+]
+
+
+def test_bash_completes() -> None:
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("there is no bash")
+    script = CliRunner().invoke(commands, ["completion", "bash"]).output
+    function = 'mxfp4ref() { "$PYTHON" -m mxfp4ref "$@"; }; env() { "$@"; }\ncompopt() { :; }\n'
+    function += "COMP_WORDBREAKS=$' \\t\\n\"\\'><=;|&(:'\n"
+    tries = "".join(
+        f'COMP_LINE="mxfp4ref {line}" COMP_POINT={len(line) + 9} COMPREPLY=()\n'
+        '_mxfp4ref_completion mxfp4ref\necho "${COMPREPLY[*]}"\n'
+        for line, _ in _COMPLETED[:2]
+    )
+    done = subprocess.run(
+        [bash, "-c", script + function + tries],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(CHECKOUT)},
+    )
+    assert done.stdout.split("\n") == [*(word for _, word in _COMPLETED[:2]), ""], done.stderr
+
+
+@pytest.mark.parametrize(("line", "word"), _COMPLETED)
+def test_words_that_are_completed(line: str, word: str) -> None:
+    environment = {"COMP_LINE": f"mxfp4ref {line}", "_MXFP4REF_COMPLETE": "bash_complete"}
+    result = CliRunner().invoke(commands, [], prog_name="mxfp4ref", env=environment)
+    assert f"plain,{line.split()[-1].partition(':')[0] + ':' if ':' in line else ''}{word}\n" in result.output
+
+
+def test_every_case_and_suite_can_be_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = click.Context(commands.commands["show"])
+    parameter = commands.commands["show"].params[0]
+    goldens = open_goldens()
+    assert completing.cases(context, parameter, "") == goldens.names()
+    assert completing.globs(context, parameter, "") == goldens.suites
+    assert completing.globs(context, parameter, "gemm/")[0] == "gemm/*"
+    monkeypatch.setenv("MXFP4REF_GOLDENS", str(tmp_path))
+    assert completing.cases(context, parameter, "") == []
+    monkeypatch.chdir(tmp_path)
+    Path("adapter.py").write_text("def fused_moe(): ...\n")
+    assert completing.kernels(context, parameter, "plain:ad") == ["plain:adapter.py:"]
+    assert completing.kernels(context, parameter, "adapter.py:") == ["adapter.py:fused_moe"]
+    assert completing.kernels(context, parameter, "stage:gemm:adapter.py:f") == [
+        "stage:gemm:adapter.py:fused_moe"
+    ]
