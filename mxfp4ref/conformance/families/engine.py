@@ -39,6 +39,7 @@ from mxfp4ref.sm90 import fp32
 
 __all__ = ["Result", "investigate", "simplest", "told"]
 
+_FOR_ALMOST = 3.0  # seconds
 _ALIKE = 0.6  # how much more a hypothesis may assume to be told beside the simplest
 _MOST_NAMED = 3
 _Generator = Callable[[MoeCall], Iterable[Hypothesis]]
@@ -92,7 +93,7 @@ def investigate(
         evidence: list[Evidence] = []
         found = search.run(first)
         if not found:
-            evidence = [known] if known else gather(pipeline, got, want, search.wrong)
+            evidence = [known] if known else gather(pipeline, got, want, search.wrong, thorough=thorough)
             for tier in _tiers(pipeline.call, search, evidence):
                 if heavy:  # the named ones have been tried, and what needs no GEMM is tried first
                     tier = iter(sorted(filter(_by_token, tier), key=lambda h: not h.cheap))
@@ -102,6 +103,9 @@ def investigate(
         few = surprise(got, want) < FEWEST_BITS  # of which some small part of a family is always right
         if not found and thorough and not heavy and not few and known is None and not _certain(evidence):
             found = _thorough(search, evidence)
+        if not found and not few:
+            with search.extra(_FOR_ALMOST):
+                found = search.almost()
     zeros = [e.sentence for e in evidence if e.zeros]  # which much would give, and nothing tells what
     if zeros:
         found = [m for m in found if m.hypothesis.family in ("dropped slots", "ranks", "named")]
