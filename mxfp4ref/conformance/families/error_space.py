@@ -1,9 +1,9 @@
 """Before GEMM2, in it or after it: where the errors of many tokens lie, as a question of likelihood.
 
-Where GEMM2 got another activation, a token's error is a sum of columns of GEMM2's weights, and its covariance over the
-output's columns is theirs, though there be more of them than outputs. Where GEMM2's weights are others, it is over the
-tokens that errors go together, as the activations do that these weights multiply. Noise does neither. For each it is
-asked how many times likelier the errors are with a covariance than without.
+Where GEMM2 got another activation, a token's error is a sum of columns of GEMM2's weights, and its covariance over
+the output's columns is theirs, though there be more of them than outputs. Where GEMM2's weights are others, errors go
+together over the tokens, as the activations do that these weights multiply. Noise does neither. For each it is asked
+how many times likelier the errors are with a covariance than without.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from mxfp4ref.conformance.families.sampled import Sample
 
 __all__ = ["Placed", "placed"]
 
-_TOKENS, _PROFILED = 16, 5
+_TOKENS, _FEWEST, _PROFILED = 16, 5, 5
 _FEWEST_TOGETHER = 8  # tokens from which it is asked how errors go together over them
 _SURE = 20.0  # of a log likelihood ratio
+_NO_DOUBT = 80.0
 _NEARLY = 3.0
 _SHARES = torch.tensor([0, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0], dtype=torch.float64)
-_SIZES = torch.logspace(-4, 4, 60, base=2, dtype=torch.float64)  # of the variance, around what it seems to be
+_SIZES = torch.logspace(-4, 4, 33, base=2, dtype=torch.float64)  # of the variance, around what it seems to be
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,7 @@ def placed(some: list[Sample], *, biased: bool, function: bool) -> Placed | None
     if not some or sum(s.second.shape[1] for s in some) < 128:
         return None
     space, chosen = _in_the_space_of_gemm2(some[:: max(len(some) // _TOKENS, 1)][:_TOKENS])
-    before, after = _SHARES >= 0.65, _SHARES <= 0.2
-    ratio = float(space[before].max() - space[after].max())
+    ratio, after = _ratio(space), _SHARES <= 0.2
     wholly = float(space[_SHARES >= 0.8].max() - space.max()) > -_NEARLY
     if ratio >= _SURE and wholly:
         return _before(chosen, _together(some), biased=biased, function=function)
@@ -125,6 +125,11 @@ def _likelihoods(squares: Tensor, spectrum: Tensor, noise: float, shares: Tensor
     return each.max(0).values.sum(1)
 
 
+def _ratio(space: Tensor) -> float:
+    """How much likelier most of the error is a sum of GEMM2's columns than not."""
+    return float(space[_SHARES >= 0.65].max() - space[_SHARES <= 0.2].max())
+
+
 class _Complement:
     """Numbers of a token in units of what GEMM2's columns would give, without what is a sum of the right rows `y`."""
 
@@ -153,7 +158,7 @@ def _covariance(sample: Sample, slots: list[int], variances: Tensor) -> Tensor:
 
 
 def _in_the_space_of_gemm2(some: list[Sample]) -> tuple[Tensor, list[tuple[Sample, list[int]]]]:
-    """Log likelihoods by the share of the errors that are sums of GEMM2's columns; of all slots, or one that is wrong."""
+    """Log likelihoods by the share of the errors that are sums of GEMM2's columns; of all slots, or of one."""
     total, chosen = torch.zeros_like(_SHARES), []
     for sample in some:
         every = list(range(len(sample.experts)))
@@ -167,6 +172,8 @@ def _in_the_space_of_gemm2(some: list[Sample]) -> tuple[Tensor, list[tuple[Sampl
         assert best is not None
         total += best[0]
         chosen.append((sample, best[1]))
+        if len(chosen) >= _FEWEST and abs(_ratio(total)) > _NO_DOUBT:
+            break
     return total, chosen
 
 

@@ -22,7 +22,7 @@ from mxfp4ref.conformance.families.sampled import samples
 from mxfp4ref.conformance.families.second_gemm import second_gemm
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["Evidence", "expert_weights", "gather"]
+__all__ = ["Evidence", "expert_weights", "gather", "look_closer"]
 
 _TOKENS = 6  # that are looked at
 _WORK = 1 << 29  # multiplications for one token's outputs of all experts
@@ -38,7 +38,8 @@ class Evidence:
     Attributes:
         stages: where the change must lie.
         sentence: what follows, for the engineer.
-        strength: 3 where it was solved and shows what happens, 2 where it was solved, 1 where places say it.
+        strength: 4 where it explains every row up to roundings, 3 where it was solved and shows what happens, 2 where
+            it was solved, 1 where places say it.
         inner: the activation's columns that are wrong, from the first to the last, where they were solved.
     """
 
@@ -46,6 +47,20 @@ class Evidence:
     sentence: str
     strength: int
     inner: tuple[int, int] | None = None
+
+    @property
+    def final(self) -> bool:
+        """Whether there is nothing left to search for in parts of tensors, or by two changes."""
+        return (
+            self.strength == 4
+            or (self.strength == 3 and set(self.stages) <= {"finalize", "slots"})
+            or self.lost
+        )
+
+    @property
+    def lost(self) -> bool:
+        """Whether it says that rows are no numbers, as a whole."""
+        return not self.stages and "in every column" in self.sentence
 
     @property
     def scattered(self) -> bool:
@@ -61,38 +76,42 @@ class Evidence:
         return Finding(self.stages, self.sentence, False)
 
 
-def gather(
-    pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor, *, thorough: bool = True
-) -> list[Evidence]:
-    """All evidence, the strongest first.
+def gather(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> list[Evidence]:
+    """What takes no more than a forward or two, the strongest first.
 
     Args:
         pipeline: the right one.
         got, want: `[M, H] bf16`.
         wrong: `[M, H] bool`.
-        thorough: whether also what takes seconds is.
     """
     found: list[Evidence] = []
     local = local_of(pipeline)
     tokens = _telling(got, want, wrong, local)
     found += _rows(pipeline, got, want, wrong)
     found += _columns(got, want, wrong, tokens)
-    scattered = any(e.scattered for e in found)
     if not found:
         found += _weights(pipeline, got, local, tokens)
-    some = samples(pipeline, got, wrong, local) if thorough and (scattered or not found) else []
-    formula = None
-    if not found and (told := mixed_up(pipeline, some)) is not None:
-        found.append(Evidence(*told, 3))
-    if not found and (formula := fitted(some)) is not None and formula.proved:
-        found.append(_other_function(formula))
     if not found:
         found += (Evidence(*parts) for parts in second_gemm(pipeline, got, wrong, local, tokens))
-    if scattered or not found:
-        biased = pipeline.call.experts.fc1_biases is not None
-        where = placed(some, biased=biased, function=formula is None or formula.explained > _PARTLY)
-        found += [Evidence(where.stages, where.words, 2)] if where else []
     return sorted(found, key=lambda e: -e.strength)
+
+
+def look_closer(pipeline: Pipeline, got: Tensor, wrong: Tensor, found: list[Evidence]) -> list[Evidence]:
+    """With what takes seconds, where the stage is not known well; arguments as of `gather`, and what it found."""
+    open_, scattered = all(e.strength < 3 and not e.final for e in found), any(e.scattered for e in found)
+    if not open_ or (found and not any(e.stages for e in found) and not scattered):
+        return found
+    some = samples(pipeline, got, wrong, local_of(pipeline))
+    if (told := mixed_up(pipeline, some)) is not None:
+        return [Evidence(*told, 4), *found]
+    formula = fitted(some)
+    if formula is not None and formula.proved:
+        return [_other_function(formula), *found]
+    if found and not scattered:
+        return found
+    biased = pipeline.call.experts.fc1_biases is not None
+    where = placed(some, biased=biased, function=formula is None or formula.explained > _PARTLY)
+    return [*([Evidence(where.stages, where.words, 2)] if where else []), *found]
 
 
 def _other_function(formula: Formula) -> Evidence:
@@ -170,7 +189,7 @@ def _lost(got: Tensor, lost: Tensor, rows: Tensor) -> Iterator[Evidence]:
         yield Evidence(
             ("fc2", "finalize"),
             f"{of} came out {kind}{' ' + words if words else ' in some columns'} only: a number before GEMM2 that is "
-            "none would show in all columns, so that it is in GEMM2, the fc2 bias, the sum or the writing of the output",
+            "none would show in all, so that it is in GEMM2, the fc2 bias, the sum or the writing of the output",
             2,
         )
 

@@ -15,7 +15,8 @@ from mxfp4ref.conformance.families.sampled import Sample
 
 __all__ = ["Formula", "fitted"]
 
-_TOKENS, _FEWEST = 24, 4
+_TOKENS, _FEWEST = 16, 4
+_HINT = 0.15  # of the errors, from which each expert's own function is tried
 _EXPLAINED = 0.8  # of the errors' squares that roundings do not make
 _A_FACTOR = 0.9  # likewise, by a factor alone, which may as well come later
 _GATES, _UPS = 12, 6  # knots
@@ -52,7 +53,7 @@ def fitted(some: list[Sample]) -> Formula | None:
     basis = _Basis.of(some, _GATES, _UPS)
     explained, solution = _explained(some, basis, by_expert=False)
     found = Formula(explained, False, _values(some, basis, solution))
-    if not found.proved and len({e for s in some for e in s.experts.tolist()}) > 1:
+    if _HINT <= explained < _EXPLAINED and len({e for s in some for e in s.experts.tolist()}) > 1:
         explained, _ = _explained(some, _Basis.of(some, 7, 4), by_expert=True)
         if explained > found.explained:
             return Formula(explained, True)
@@ -70,7 +71,9 @@ class _Basis:
     def of(cls, some: list[Sample], gates: int, ups: int) -> _Basis:
         def knots(name: str, count: int) -> Tensor:
             values = torch.cat([getattr(s, name).flatten() for s in some])
-            return torch.unique(values[:1_000_000].quantile(torch.linspace(0, 1, count, dtype=values.dtype)))
+            parts = torch.linspace(0, 1, count, dtype=values.dtype)
+            found: Tensor = torch.unique(values[:1_000_000].quantile(parts))
+            return found
 
         return cls(knots("gate", gates), knots("up", ups))
 
