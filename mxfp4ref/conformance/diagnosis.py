@@ -28,11 +28,21 @@ from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import MoeTrace, trace
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["EFFORTS", "Diagnosis", "Finding", "Known", "Prediction", "diagnose", "predict"]
+__all__ = [
+    "EFFORTS",
+    "ULP_BINS",
+    "Diagnosis",
+    "Finding",
+    "Known",
+    "Prediction",
+    "diagnose",
+    "predict",
+    "ulp_bins",
+]
 
 _NAMED_SECONDS = 60.0  # for the named defects, on a layer of real size
 EFFORTS = {"quick": 0.7, "full": 50.0}  # seconds for hypotheses
-_ULP_BINS = (1, 2, 4, 16, 256, FAR - 1)
+ULP_BINS = (1, 2, 4, 16, 256, FAR - 1, FAR)  # the largest distance of each; the last is that with a NaN
 
 
 Known = tuple[tuple[Prediction, ...], Finding, tuple[str, ...]]  # named defects, finding, remarks
@@ -51,9 +61,10 @@ class Diagnosis:
         predictions: the defects that predict the output exactly, or else up to three that come closest, with more of
             the wrong bits than chance gives (`suspects.NOISE`).
         ulps: elements by distance: (up to this many ulps, how many); the last with NaN.
-        mask: where the output differs.
+        bins: how far the output differs, `uint8` like it: 0 where the bits are equal, else which of `ulps`, from 1.
         finding: what is wrong, in words, and in which stage, as far as it is known.
         attribution: which share of the elements differs by expert, by rows, by columns, the most telling first.
+        experts: of a kernel call, the ids of the experts that each token has on this rank, `[M, k]`, else -1.
     """
 
     output: str
@@ -63,9 +74,15 @@ class Diagnosis:
     stage: str
     predictions: tuple[Prediction, ...]
     ulps: tuple[tuple[int, int], ...]
-    mask: Tensor
+    bins: Tensor
     finding: Finding = UNKNOWN
     attribution: tuple[Attribution, ...] = ()
+    experts: Tensor | None = None
+
+    @property
+    def mask(self) -> Tensor:
+        """Where the output differs, `bool` like it."""
+        return self.bins > 0
 
     @property
     def exact(self) -> tuple[str, ...]:
@@ -118,6 +135,7 @@ def diagnose(
     found: tuple[str, ...] = ()
     stage = ""
     table: tuple[Attribution, ...] = ()
+    experts = None
     if isinstance(inputs, MoeCall):
         token = first.index[0]
         one = trace(one_token(inputs, token))
@@ -133,6 +151,8 @@ def diagnose(
             predictions = _named("w4a8", inputs, outputs, expected)
             finding = _named_finding(predictions)
         table = attribution(inputs, mask)
+        local = local_experts(inputs)
+        experts = torch.where(local < 0, -1, local + inputs.ep_rank * inputs.experts.num_experts).cpu()
         if finding.exact:
             stage = f"{' or '.join(finding.stages)}: every wrong bit is predicted" if finding.stages else ""
         else:
@@ -144,8 +164,10 @@ def diagnose(
         in_words = finding_of_stage(kind, inputs, outputs, expected)
         named = _named_finding(predictions)
         finding = named if named.exact or in_words is None else in_words
-    ulps = _histogram(got, want, mask)
-    return Diagnosis(name, first, feeds, found, stage, predictions, ulps, mask, finding, table)
+    bins = ulp_bins(got, want, mask)
+    counts = torch.bincount(bins.flatten().to(torch.int64), minlength=len(ULP_BINS) + 1).tolist()
+    ulps = tuple(zip(ULP_BINS, counts[1:], strict=True))
+    return Diagnosis(name, first, feeds, found, stage, predictions, ulps, bins, finding, table, experts)
 
 
 def _named(
@@ -247,10 +269,8 @@ def _layout_pattern(got: Tensor, want: Tensor, mask: Tensor) -> str:
     return f"{int(mask.sum()):,} of {mask.numel():,} bytes differ: {kept}"
 
 
-def _histogram(got: Tensor, want: Tensor, mask: Tensor) -> tuple[tuple[int, int], ...]:
-    distance = ulp_distance(got, want)[mask]
-    bins, below = [], -1
-    for top in (*_ULP_BINS, FAR):
-        bins.append((top, int(((distance > below) & (distance <= top)).sum())))
-        below = top
-    return tuple(bins)
+def ulp_bins(got: Tensor, want: Tensor, mask: Tensor) -> Tensor:
+    """Which of `ULP_BINS` each element's distance falls into, from 1; 0 outside the mask. `uint8`, on the CPU."""
+    distance = ulp_distance(got, want)
+    bins = torch.bucketize(distance, torch.tensor(ULP_BINS, device=distance.device)) + 1
+    return torch.where(mask, bins, 0).to(torch.uint8).cpu()
