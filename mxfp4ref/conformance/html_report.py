@@ -123,7 +123,9 @@ def _common_patterns(report: Report) -> list[tuple[str, int, int]]:
     """What half of the failing cases or more have in common: the pattern, in how many of how many cases."""
     told = [r.diagnosis.patterns for r in report.results if r.diagnosis is not None and r.diagnosis.patterns]
     counts = Counter(words for patterns in told for words in patterns)
-    return [(words, n, len(told)) for words, n in counts.most_common(_MOST_PATTERNS) if 1 < n >= len(told) / 2]
+    return [
+        (words, n, len(told)) for words, n in counts.most_common(_MOST_PATTERNS) if 1 < n >= len(told) / 2
+    ]
 
 
 def _failure(number: int, result: CaseResult, kernel: str) -> dict[str, Any]:

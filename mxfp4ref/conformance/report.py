@@ -80,12 +80,12 @@ def case_lines(result: CaseResult, kernel: str = "KERNEL") -> list[str]:
         how = "every wrong bit" if found.finding.exact else "evidence"
         lines.append(f"finding ({how}): {found.finding}")
     lines.append(f"first: {found.output} {found.first}")
+    lines += [f"feeds it: {words}" for words in found.feeds]
     lines += [f"pattern: {words}" for words in found.patterns]
     if found.stage and not found.finding.exact and found.stage != found.finding.sentence:
         lines.append(f"stage: {found.stage}")
     lines += [f"defect: {words}" for words in predicted(found)]
     lines += _attributed(found)
-    lines += [f"feeds it: {words}" for words in found.feeds]
     if result.kind != RECORDING:
         lines.append(f"again: {command(result, kernel)}")
     return lines
