@@ -112,9 +112,7 @@ def case_lines(result: CaseResult, again: str = "") -> list[str]:
     if found.stage and not found.finding.exact and found.stage != found.finding.sentence:
         lines.append(f"stage: {found.stage}")
     lines += [f"defect: {words}" for words in predicted(found)]
-    lines += _attributed(found)
-    lines += [f"feeds it: {words}" for words in found.feeds]
-    return lines + last
+    return [*lines, *_attributed(found), *last]
 
 
 _ROWS = 6  # of the attribution table, on a terminal
