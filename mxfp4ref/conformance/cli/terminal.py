@@ -21,7 +21,9 @@ __all__ = ["animated", "columns", "console", "echo", "echo_json", "echo_rows", "
 
 _LEAST = 24  # narrower columns of a table are unreadable
 # What stays on one line, to be pasted: `code`, a command with its arguments, and every word.
-_UNIT = re.compile(r"`[^`]+`\S*|(?:^|(?<=: )|(?<=  ))(?:mxfp4ref|export|python|pip) (?:(?!  ).)*|\S+")
+_UNIT = re.compile(
+    r"`[^`]+`\S*|(?:^|(?<=: )|(?<=  ))(?:mxfp4ref [a-z]|export [A-Z]|python |pip )(?:(?!  ).)*|\S+"
+)
 
 
 def use_colour() -> bool | None:
@@ -53,8 +55,10 @@ def console() -> Console:
 def echo(text: str, *, err: bool = False, **style: Any) -> None:
     """Print text that may come from a file: nothing in it commands the terminal."""
     width = columns(err=err)
-    lines = printable(text).split("\n")
-    click.secho("\n".join(wrapped(line, width) for line in lines), err=err, **style)
+    shown = "\n".join(wrapped(line, width) for line in printable(text).split("\n"))
+    # By name, as print does: click's own stream writes past a progress bar, into its line.
+    file = sys.stderr if err else sys.stdout
+    click.echo(click.style(shown, **style) if any(style.values()) else shown, file=file)
 
 
 def echo_json(value: object) -> None:
