@@ -22,7 +22,8 @@ __all__ = ["animated", "columns", "console", "echo", "echo_json", "echo_rows", "
 _LEAST = 24  # narrower columns of a table are unreadable
 # What stays on one line, to be pasted: `code`, a command with its arguments, and every word.
 _UNIT = re.compile(
-    r"`[^`]+`\S*|(?:^|(?<=: )|(?<=  ))(?:mxfp4ref [a-z]|export [A-Z]|python |pip )(?:(?!  ).)*|\S+"
+    r"`[^`]+`\S*|\(mxfp4ref [^)]*\)\S*"
+    r"|(?:^|(?<=: )|(?<=  ))(?:mxfp4ref [a-z]|export [A-Z]|python |pip )(?:(?!  ).)*|\S+"
 )
 
 
@@ -58,7 +59,11 @@ def echo(text: str, *, err: bool = False, **style: Any) -> None:
     shown = "\n".join(wrapped(line, width) for line in printable(text).split("\n"))
     # By name, as print does: click's own stream writes past a progress bar, into its line.
     file = sys.stderr if err else sys.stdout
-    click.echo(click.style(shown, **style) if any(style.values()) else shown, file=file)
+    click.echo(_styled(shown, **style), file=file)
+
+
+def _styled(text: str, **style: Any) -> str:
+    return click.style(text, **style) if any(style.values()) else text
 
 
 def echo_json(value: object) -> None:
@@ -133,10 +138,10 @@ def _echo_row(row: Sequence[str], widths: Sequence[int], colours: Mapping[str, s
         texts = [column[n] if n < len(column) else "" for column in columns]
         last = max(i for i, text in enumerate(texts) if text or not i)
         padded = [
-            click.style(text, fg=colours.get(cell)) + " " * (0 if i == last else width - len(text) + 2)
+            _styled(text, fg=colours.get(cell)) + " " * (0 if i == last else width - len(text) + 2)
             for i, (text, width, cell) in enumerate(zip(texts, widths, row, strict=True))
         ]
-        click.secho("".join(padded[: last + 1]), **style)
+        click.echo(_styled("".join(padded[: last + 1]), **style))
 
 
 def _echo_lists(heads: Sequence[str], rows: Sequence[Sequence[str]], colours: Mapping[str, str]) -> None:
