@@ -43,12 +43,11 @@ def _found() -> object:
         return None
 
 
-def command(report: Report, result: CaseResult) -> str:
-    """The line, for a shell or, of a kernel that is no name, for Python; "" where there is none."""
-    if result.kind == RECORDING:
+def command(report: Report, result: CaseResult | None = None) -> str:
+    """The line that runs all, or one case, again: for a shell or, of a kernel that is no name, for Python; or ""."""
+    if result is not None and result.kind == RECORDING:
         return ""
     if not report.arguments:
-        return f"run({report.kernel}, [open_goldens().load({result.case!r})])"
-    return shlex.join(
-        ("mxfp4ref", "conform", *report.arguments, "--case", result.case, "--dump", "reproducers")
-    )
+        return f"run({report.kernel}, [open_goldens().load({result.case!r})])" if result else ""
+    case = ("--case", result.case, "--dump", "reproducers") if result else ()
+    return shlex.join(("mxfp4ref", "conform", *report.arguments, *case))

@@ -28,12 +28,23 @@ from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import MoeTrace, trace
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["SECONDS", "Diagnosis", "Finding", "Known", "Located", "Prediction", "diagnose", "predict"]
+__all__ = [
+    "SECONDS",
+    "ULP_BINS",
+    "Diagnosis",
+    "Finding",
+    "Known",
+    "Located",
+    "Prediction",
+    "diagnose",
+    "predict",
+    "ulp_bins",
+]
 
 # For hypotheses, and for the named defects on a layer of real size.
 SECONDS = {"quick": 0.7, "full": 50.0}
 _NAMED_SECONDS = {"quick": 0.4, "full": 60.0}
-_ULP_BINS = (1, 2, 4, 16, 256, FAR - 1)
+ULP_BINS = (1, 2, 4, 16, 256, FAR - 1, FAR)  # the largest distance of each; the last is that with a NaN
 
 
 Known = tuple[tuple[Prediction, ...], Finding, tuple[str, ...]]  # named defects, finding, remarks
@@ -52,9 +63,10 @@ class Diagnosis:
         predictions: the defects that predict the output exactly, or else up to three that come closest, with more of
             the wrong bits than chance gives (`suspects.NOISE`).
         ulps: elements by distance: (up to this many ulps, how many); the last with NaN.
-        mask: where the output differs.
+        bins: how far the output differs, `uint8` like it: 0 where the bits are equal, else which of `ulps`, from 1.
         finding: what is wrong, in words, and in which stage, as far as it is known.
         attribution: which share of the elements differs by expert, by rows, by columns, the most telling first.
+        experts: of a kernel call, the ids of the experts that each token has on this rank, `[M, k]`, else -1.
     """
 
     output: str
@@ -64,9 +76,15 @@ class Diagnosis:
     stage: str
     predictions: tuple[Prediction, ...]
     ulps: tuple[tuple[int, int], ...]
-    mask: Tensor
+    bins: Tensor
     finding: Finding = UNKNOWN
     attribution: tuple[Attribution, ...] = ()
+    experts: Tensor | None = None
+
+    @property
+    def mask(self) -> Tensor:
+        """Where the output differs, `bool` like it."""
+        return self.bins > 0
 
     @property
     def exact(self) -> tuple[str, ...]:
@@ -125,16 +143,23 @@ class Located:
         feeds: tuple[str, ...] = ()
         found: tuple[str, ...] = ()
         table: tuple[Attribution, ...] = ()
+        experts = None
         if isinstance(inputs, MoeCall):
             token = first.index[0]
             one = trace(one_token(inputs, token))
             feeds = _feeds(inputs, one, token, first.index[1])
             found = patterns(inputs, self.got, self.want, mask)
             table = attribution(inputs, mask)
+            local = local_experts(inputs)
+            experts = torch.where(local < 0, -1, local + inputs.ep_rank * inputs.experts.num_experts).cpu()
         elif kind == "layout":
             found = (_layout_pattern(self.got, self.want, mask),)
-        ulps = _histogram(self.got, self.want, mask)
-        self._plain = Diagnosis(name, first, feeds, found, "", (), ulps, mask, attribution=table)
+        bins = ulp_bins(self.got, self.want, mask)
+        counts = torch.bincount(bins.flatten().to(torch.int64), minlength=len(ULP_BINS) + 1).tolist()
+        ulps = tuple(zip(ULP_BINS, counts[1:], strict=True))
+        self._plain = Diagnosis(
+            name, first, feeds, found, "", (), ulps, bins, attribution=table, experts=experts
+        )
 
     def search(
         self,
@@ -276,10 +301,8 @@ def _layout_pattern(got: Tensor, want: Tensor, mask: Tensor) -> str:
     return f"{int(mask.sum()):,} of {mask.numel():,} bytes differ: {kept}"
 
 
-def _histogram(got: Tensor, want: Tensor, mask: Tensor) -> tuple[tuple[int, int], ...]:
-    distance = ulp_distance(got, want)[mask]
-    bins, below = [], -1
-    for top in (*_ULP_BINS, FAR):
-        bins.append((top, int(((distance > below) & (distance <= top)).sum())))
-        below = top
-    return tuple(bins)
+def ulp_bins(got: Tensor, want: Tensor, mask: Tensor) -> Tensor:
+    """Which of `ULP_BINS` each element's distance falls into, from 1; 0 outside the mask. `uint8`, on the CPU."""
+    distance = ulp_distance(got, want)
+    bins = torch.bucketize(distance, torch.tensor(ULP_BINS, device=distance.device)) + 1
+    return torch.where(mask, bins, 0).to(torch.uint8).cpu()

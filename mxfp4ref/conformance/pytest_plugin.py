@@ -1,17 +1,21 @@
 """pytest plugin: `pytest --mxfp4-kernel=package.module:function` makes a test of every golden case.
 
-Everything heavy is imported when it is first needed: without the option and the fixtures, no torch.
+The tests are named `mxfp4::CASE`, and `pytest 'mxfp4::CASE'` runs that one. Everything heavy is imported when it is
+first needed: without the option and the fixtures, no torch.
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from mxfp4ref.conformance.pytest_verdict import SUITE, Outcome, Verdict
 
 if TYPE_CHECKING:
     from mxfp4ref.conformance import Options
@@ -20,7 +24,7 @@ if TYPE_CHECKING:
     from mxfp4ref.conformance.worker import Worker
     from mxfp4ref.goldens import Case, Goldens
 
-_SUITE = "mxfp4"  # what the tests' names begin with
+_FULLY = 3  # failures of a session that are diagnosed fully, and the others quickly
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -47,57 +51,74 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--mxfp4-device", metavar="DEVICE", help="where the kernel's tensors go")
     group.addoption("--mxfp4-timeout", metavar="SECONDS", type=float, help="limit for each run of the kernel")
     group.addoption(
-        "--mxfp4-no-isolate",
+        "--mxfp4-isolate",
         action="store_true",
+        default=None,
+        help="run the kernel in a process of its own, which survives hangs and crashes: the default for every "
+        "kernel but the stand-ins",
+    )
+    group.addoption(
+        "--mxfp4-no-isolate",
+        action="store_false",
+        dest="mxfp4_isolate",
+        default=None,
         help="run the kernel in pytest's process, for debuggers: if it ends that, pytest ends without a word",
     )
+    group.addoption(
+        "--mxfp4-diagnosis",
+        choices=("full", "quick", "none"),
+        default="full",
+        help=f"say what is wrong where bits differ: full (default), up to a minute for each of the first {_FULLY} "
+        "failures and about a second for the others; quick, about a second for each; none",
+    )
+    group.addoption("--mxfp4-html", metavar="FILE", help="write a report on the kernel as one HTML file")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("mxfp4_kernel") and not hasattr(
-        config, "workerinput"
-    ):  # xdist's workers report to this one
-        config.pluginmanager.register(_Verdict(config.getoption("mxfp4_kernel")))
+    ids = _take_ids(config)
+    if not config.getoption("mxfp4_kernel"):
+        if ids is not None or config.getoption("mxfp4_html"):
+            what = f"{SUITE}::..." if ids is not None else "--mxfp4-html"
+            raise pytest.UsageError(f"{what}: expected --mxfp4-kernel=..., which says what is tested")
+        return
+    config.stash[_CHOSEN] = _chosen(config, ids)
+    if not hasattr(config, "workerinput"):  # xdist's workers report to this one
+        config.pluginmanager.register(Verdict(config, _goldens(config)))
 
 
-class _Verdict:
-    """A kernel that ran no case has not passed: `mxfp4ref conform` ends so too."""
-
-    def __init__(self, spec: str) -> None:
-        self._spec = spec
-        self._cases: set[str] = set()
-        self._skipped: set[str] = set()
-
-    @property
-    def _none_ran(self) -> bool:
-        return bool(self._cases) and self._cases == self._skipped
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.nodeid.startswith(f"{_SUITE}::"):
-            self._cases.add(report.nodeid)
-            if report.skipped:
-                self._skipped.add(report.nodeid)
-
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if self._none_ran and session.exitstatus == pytest.ExitCode.OK:
-            session.exitstatus = pytest.ExitCode.USAGE_ERROR
-
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        if self._none_ran:
-            count = len(self._cases)
-            terminalreporter.write_line(
-                f"ERROR: --mxfp4-kernel: none of the {count} cases is of a kind that {self._spec} runs"
-            )
+def _take_ids(config: pytest.Config) -> list[str] | None:
+    """Take the tests of this plugin out of pytest's arguments, which are files to it; None if there were none."""
+    own = [arg for arg in config.args if arg == SUITE or arg.startswith(f"{SUITE}::")]
+    own = [arg for arg in own if not (config.invocation_params.dir / arg).exists()]
+    if not own:
+        return None
+    config.args[:] = [arg for arg in config.args if arg not in own]
+    return [arg.removeprefix(SUITE).removeprefix("::") for arg in own]
 
 
-@pytest.hookimpl(tryfirst=True)  # before -k and -m choose among the tests
-def pytest_collection_modifyitems(
-    session: pytest.Session, config: pytest.Config, items: list[pytest.Item]
-) -> None:
-    if config.getoption("mxfp4_kernel"):
-        _under_test(config)  # what cannot be loaded is wrong usage, said once
-        suite = _ConformanceSuite.from_parent(session, name=_SUITE, nodeid=_SUITE)
-        items.extend(suite.collect())
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Add the suite to what a session has collected: it is then counted and chosen from like everything else."""
+    report = yield
+    config = collector.config
+    if isinstance(collector, pytest.Session) and config.getoption("mxfp4_kernel") and report.passed:
+        if not hasattr(config, "workerinput") and not config.getoption("collectonly"):
+            _under_test(config)  # what cannot be loaded is wrong usage, said once
+        report.result.append(_ConformanceSuite.from_parent(collector, name=SUITE, nodeid=SUITE))
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Hand the result over with the report."""
+    report = yield
+    if isinstance(item, _ConformanceItem) and report.when == "call" and item.result is not None:
+        tested = _under_test(item.config)
+        outcome = Outcome(item.result, tested.kernel.name, tested.environment)
+        report.mxfp4_outcome = outcome.to_text()  # type: ignore[attr-defined]
+    return report
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -131,25 +152,36 @@ class _ConformanceSuite(pytest.Collector):
     """The parent of the tests that `--mxfp4-kernel` adds."""
 
     def collect(self) -> list[pytest.Item]:
-        return [_ConformanceItem.from_parent(self, name=name) for name in _names(self.config)]
+        return [_ConformanceItem.from_parent(self, name=name) for name in self.config.stash[_CHOSEN]]
 
 
 class _ConformanceItem(pytest.Item):
     """One golden case, run through the kernel."""
 
-    def runtest(self) -> None:
-        from mxfp4ref.conformance import run_case
+    result: CaseResult | None = None
 
-        kernel, worker, options = _under_test(self.config)
-        result = run_case(kernel, _goldens(self.config).load(self.name), options, worker=worker)
-        if result.status == "skipped":
-            pytest.skip(result.message)
-        if not result.ok:
-            raise _Nonconformance(result)
+    def runtest(self) -> None:
+        self.result = _run(self.config, self.name)
+        if self.result.status == "skipped":
+            pytest.skip(self.result.message)
+        if not self.result.ok:
+            raise _Nonconformance(self.result)
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
+        from mxfp4ref.conformance.adapters import KernelError
+        from mxfp4ref.conformance.report import case_lines, headline
+        from mxfp4ref.goldens import GoldenError
+
         if isinstance(excinfo.value, _Nonconformance):
-            return str(excinfo.value)
+            assert self.result is not None
+            head, *more = headline(self.result).split("\n")
+            sentence = self.result.diagnosis.finding.sentence if self.result.diagnosis else ""
+            summary = head.removeprefix(f"{self.name}: ") + (f": {sentence}" if sentence else "")
+            lines = case_lines(self.result, self.config.getoption("mxfp4_kernel"))
+            return _Told(head, [*more, *(f"  {line}" for line in lines)], _Summary(summary))
+        if isinstance(excinfo.value, GoldenError | KernelError | pytest.UsageError):
+            words = f"{self.name}: {excinfo.value}"
+            return _Told(words, [], _Summary(words))
         return super().repr_failure(excinfo, style)
 
     def reportinfo(self) -> tuple[Path, None, str]:
@@ -157,15 +189,35 @@ class _ConformanceItem(pytest.Item):
 
 
 class _Nonconformance(AssertionError):
-    """A case that the kernel does not pass; the message is the diagnosis."""
+    """A case that the kernel does not pass."""
 
-    def __init__(self, result: CaseResult) -> None:
-        from mxfp4ref.conformance.report import case_lines, headline
 
-        super().__init__("\n  ".join([headline(result), *case_lines(result)]))
+@dataclass(frozen=True)
+class _Summary:
+    """What pytest's short summary, and JUnit XML, say of a failure."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class _Told:
+    """A failure as pytest shows one: the case and its status, and what there is to say of it."""
+
+    head: str
+    lines: list[str]
+    reprcrash: _Summary
+
+    def __str__(self) -> str:
+        return "\n".join([self.head, *self.lines])
+
+    def toterminal(self, writer: Any) -> None:
+        writer.line(self.head, bold=True, red=True)
+        for line in self.lines:
+            writer.line(line)
 
 
 def _names(config: pytest.Config) -> list[str]:
+    """The cases of `--mxfp4-case`, by default all."""
     names = _goldens(config).names()
     patterns = config.getoption("mxfp4_case")
     if not patterns:
@@ -174,6 +226,25 @@ def _names(config: pytest.Config) -> list[str]:
     if not chosen:
         raise pytest.UsageError(f"--mxfp4-case: {' '.join(patterns)} matches none of the {len(names)} cases")
     return chosen
+
+
+_CHOSEN = pytest.StashKey[list[str]]()
+
+
+def _chosen(config: pytest.Config, ids: list[str] | None) -> list[str]:
+    """Those of them that were asked for by the names of their tests; "" stands for all."""
+    from mxfp4ref._validate import did_you_mean
+
+    names = _names(config)
+    if ids is None or "" in ids:
+        return names
+    for one in ids:
+        if one not in names:
+            among = " of --mxfp4-case" if config.getoption("mxfp4_case") else ""
+            raise pytest.UsageError(
+                f"{SUITE}::{one}: none of the {len(names)} cases{among} has that name{did_you_mean(one, names)}"
+            )
+    return [name for name in names if name in ids]
 
 
 def _goldens(config: pytest.Config) -> Goldens:
@@ -190,26 +261,59 @@ def _open(root: str | None) -> Goldens:
         raise pytest.UsageError(str(error)) from error
 
 
-_LOADED = pytest.StashKey["tuple[Kernel, Worker | None, Options]"]()
+def _run(config: pytest.Config, name: str) -> CaseResult:
+    """A case's result, with as much of a diagnosis as is wanted."""
+    from mxfp4ref.conformance import run_case
+
+    how = config.getoption("mxfp4_diagnosis")
+    failures = config.stash.get(_FAILURES, 0)
+    tested = _under_test(config)
+    options = replace(tested.options, diagnosis="quick" if failures >= _FULLY and how == "full" else how)
+    case = _goldens(config).load(name)
+    result = run_case(tested.kernel, case, options, worker=tested.worker)
+    config.stash[_FAILURES] = failures + (not result.ok)
+    return result
 
 
-def _under_test(config: pytest.Config) -> tuple[Kernel, Worker | None, Options]:
-    """The kernel, the process it is in, which ends with the session, and the options; loaded when first asked for."""
+_FAILURES = pytest.StashKey[int]()
+
+
+@dataclass(frozen=True)
+class _UnderTest:
+    """The kernel, the process that it is in, which ends with the session, how it is compared, and where it runs."""
+
+    kernel: Kernel
+    worker: Worker | None
+    options: Options
+    environment: Mapping[str, str]
+
+
+_LOADED = pytest.StashKey["_UnderTest | pytest.UsageError"]()
+
+
+def _under_test(config: pytest.Config) -> _UnderTest:
+    """What is tested; loaded, or found that it cannot be, when first asked for."""
     from mxfp4ref.conformance import Options
     from mxfp4ref.conformance.adapters import KernelError
-    from mxfp4ref.conformance.kernels import is_stand_in, load_kernel
+    from mxfp4ref.conformance.kernels import environment, is_stand_in, load_kernel
     from mxfp4ref.conformance.worker import Worker
 
     if _LOADED not in config.stash:
         spec, device = config.getoption("mxfp4_kernel"), config.getoption("mxfp4_device")
+        isolate = config.getoption("mxfp4_isolate")
         try:
             options = Options(config.getoption("mxfp4_mode"), timeout=config.getoption("mxfp4_timeout"))
-            if config.getoption("mxfp4_no_isolate") or is_stand_in(spec):
-                config.stash[_LOADED] = load_kernel(spec, device), None, options
-            else:
+            if not is_stand_in(spec) if isolate is None else isolate:
                 worker = Worker(spec, device, options.timeout)
                 config.add_cleanup(worker.stop)
-                config.stash[_LOADED] = worker.kernel, worker, options
+                found = _UnderTest(worker.kernel, worker, options, worker.environment)
+            else:
+                kernel = load_kernel(spec, device)
+                found = _UnderTest(kernel, None, options, environment(kernel.device))
+            config.stash[_LOADED] = found
         except (KernelError, ValueError) as error:
-            raise pytest.UsageError(str(error)) from error
-    return config.stash[_LOADED]
+            config.stash[_LOADED] = pytest.UsageError(str(error))
+    loaded = config.stash[_LOADED]
+    if isinstance(loaded, pytest.UsageError):
+        raise loaded
+    return loaded

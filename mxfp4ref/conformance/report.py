@@ -1,34 +1,34 @@
-"""A conformance report as text, JSON, JUnit XML or one self-contained HTML file."""
+"""A conformance report as text, JSON or JUnit XML; `html_report` makes one HTML file of it."""
 
 from __future__ import annotations
 
-import base64
-import importlib
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, fields
-from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
-import torch
-from torch import Tensor
-
 from mxfp4ref.conformance.again import command
 from mxfp4ref.conformance.comparison import FAR
-from mxfp4ref.conformance.results import PASSING, RECORDING, CaseResult, Report
+from mxfp4ref.conformance.results import RECORDING, CaseResult, Report
 from mxfp4ref.defects import DEFECTS
 
 if TYPE_CHECKING:
     from mxfp4ref.conformance.diagnosis import Diagnosis
 
-__all__ = ["FORMAT", "case_lines", "check_html", "to_html", "to_json", "to_junit", "to_text"]
+__all__ = [
+    "FORMAT",
+    "by_suite",
+    "case_lines",
+    "headline",
+    "predicted",
+    "tested",
+    "to_json",
+    "to_junit",
+    "to_text",
+]
 
 FORMAT = "mxfp4ref-report-2"
-
-_RED = "#b3261e"
-_MAP_ROWS, _MAP_COLUMNS = 64, 512  # a picture's cells; larger outputs are pooled
 
 
 def to_text(report: Report, *, verbose: bool = False) -> str:
@@ -39,7 +39,7 @@ def to_text(report: Report, *, verbose: bool = False) -> str:
         verbose: a line for each passing case too.
     """
     lines = []
-    for suite, results in _by_suite(report):
+    for suite, results in by_suite(report):
         passed = sum(r.ok and r.status != "skipped" for r in results)
         skipped = sum(r.status == "skipped" for r in results)
         failed = len(results) - passed - skipped
@@ -54,10 +54,10 @@ def to_text(report: Report, *, verbose: bool = False) -> str:
                 headline(result),
                 *(f"    {line}" for line in case_lines(result, command(report, result))),
             ]
-    return "\n".join([*lines, "", *_tested(report), report.verdict])
+    return "\n".join([*lines, "", *tested(report), report.verdict])
 
 
-def _tested(report: Report) -> list[str]:
+def tested(report: Report) -> list[str]:
     """What was tested, with what, when, and how long it took; nothing of a report that has no date."""
     if not report.date:
         return []
@@ -107,10 +107,11 @@ def case_lines(result: CaseResult, again: str = "") -> list[str]:
         how = "every wrong bit" if found.finding.exact else "evidence"
         lines.append(f"finding ({how}): {found.finding}")
     lines.append(f"first: {found.output} {found.first}")
+    lines += [f"feeds it: {words}" for words in found.feeds]
     lines += [f"pattern: {words}" for words in found.patterns]
     if found.stage and not found.finding.exact and found.stage != found.finding.sentence:
         lines.append(f"stage: {found.stage}")
-    lines += [f"defect: {words}" for words in _predicted(found)]
+    lines += [f"defect: {words}" for words in predicted(found)]
     lines += _attributed(found)
     lines += [f"feeds it: {words}" for words in found.feeds]
     return lines + last
@@ -196,48 +197,16 @@ def to_junit(report: Report) -> str:
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
 
-def to_html(report: Report) -> str:
-    """The report as one HTML file with its pictures in it.
-
-    Raises:
-        ModuleNotFoundError: jinja2 or matplotlib is not installed (`pip install mxfp4ref[report]`).
-    """
-    check_html()
-    jinja2 = importlib.import_module("jinja2")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    source = files("mxfp4ref.conformance").joinpath("templates/report.html.j2").read_text(encoding="utf-8")
-    html: str = environment.from_string(source).render(
-        report=report,
-        suites=[_suite_row(suite, results) for suite, results in _by_suite(report)],
-        failures=[_failure(report, r) for r in report.results if not r.ok],
-        passing=PASSING,
-        headline=headline,
-        defects=[DEFECTS[name] for name in report.defects],
-    )
-    return html
-
-
-def check_html() -> None:
-    """Raise ModuleNotFoundError, with the way to install it, if what an HTML report needs is missing."""
-    try:
-        importlib.import_module("jinja2")
-        importlib.import_module("matplotlib")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"an HTML report needs {error.name}: pip install 'mxfp4ref[report]'"
-        ) from error
-
-
-def _by_suite(report: Report) -> Iterator[tuple[str, list[CaseResult]]]:
+def by_suite(report: Report) -> Iterator[tuple[str, list[CaseResult]]]:
+    """The results suite by suite."""
     suites: dict[str, list[CaseResult]] = {}
     for result in report.results:
         suites.setdefault(result.case.rsplit("/", 1)[0], []).append(result)
     yield from suites.items()
 
 
-def _predicted(found: Diagnosis) -> list[str]:
+def predicted(found: Diagnosis) -> list[str]:
+    """The named defects of a diagnosis, a line each."""
     lines = []
     for p in found.predictions:
         how = "predicts exactly these bits" if p.exact else f"predicts {p.fraction:.1%} of the wrong bits"
@@ -258,7 +227,7 @@ def _result(result: CaseResult) -> dict[str, Any]:
     if (found := result.diagnosis) is not None:
         ulps = found.first.ulps
         value["diagnosis"] = {
-            **{f.name: getattr(found, f.name) for f in fields(found) if f.name != "mask"},
+            **{f.name: getattr(found, f.name) for f in fields(found) if f.name not in ("bins", "experts")},
             "first": asdict(found.first) | {"ulps": None if ulps >= FAR else ulps},
             "finding": asdict(found.finding),
             "predictions": [asdict(p) for p in found.predictions],
@@ -266,85 +235,3 @@ def _result(result: CaseResult) -> dict[str, Any]:
             "ulps": [{"up_to": None if top >= FAR else top, "elements": count} for top, count in found.ulps],
         }
     return value
-
-
-def _suite_row(suite: str, results: list[CaseResult]) -> dict[str, Any]:
-    ran = [r for r in results if r.status != "skipped"]
-    return {
-        "name": suite,
-        "passed": sum(r.ok for r in ran),
-        "failed": sum(not r.ok for r in ran),
-        "skipped": len(results) - len(ran),
-        "elements": sum(r.elements for r in ran),
-        "differing": sum(r.differing for r in ran),
-        "seconds": sum(r.seconds for r in ran),
-        "results": results,
-    }
-
-
-def _failure(report: Report, result: CaseResult) -> dict[str, Any]:
-    found = result.diagnosis
-    return {
-        "result": result,
-        "headline": headline(result),
-        "found": found,
-        "predicted": _predicted(found) if found is not None else [],
-        "command": command(report, result),
-        "map": _mismatch_map(found) if found is not None else "",
-        "histogram": _ulp_histogram(found) if found is not None else "",
-    }
-
-
-def _mismatch_map(found: Diagnosis) -> str:
-    """Tokens down, columns across; a cell is as dark as the share of its elements that differ."""
-    mask = found.mask.reshape(found.mask.shape[0], -1) if found.mask.dim() > 1 else found.mask.reshape(1, -1)
-    shares = _pool(mask, _MAP_ROWS, _MAP_COLUMNS)
-    figure, axes = _figure(6.4, 3.0)
-    colours = importlib.import_module("matplotlib.colors")
-    colormap = colours.LinearSegmentedColormap.from_list("differing", ("#ffffff", _RED))
-    rows, columns = mask.shape
-    axes.imshow(
-        shares.numpy(),
-        cmap=colormap,
-        vmin=0,
-        vmax=1,
-        aspect="auto",
-        interpolation="nearest",
-        extent=(-0.5, columns - 0.5, rows - 0.5, -0.5),
-    )
-    names = ("token", "column") if found.output == "output" else ("row", "column")
-    axes.set_ylabel(names[0])
-    axes.set_xlabel(names[1])
-    axes.yaxis.get_major_locator().set_params(integer=True)
-    return _picture(figure)
-
-
-def _ulp_histogram(found: Diagnosis) -> str:
-    figure, axes = _figure(4.2, 3.0)
-    labels = ["≤ 1", "2", "≤ 4", "≤ 16", "≤ 256", "more", "NaN"]
-    counts = [count for _, count in found.ulps]
-    axes.bar(labels, counts, color=_RED)
-    axes.set_yscale("symlog")
-    axes.set_ylim(bottom=0)
-    axes.set_ylabel("elements")
-    axes.set_xlabel("distance in ulp")
-    return _picture(figure)
-
-
-def _pool(mask: Tensor, rows: int, columns: int) -> Tensor:
-    shape = (min(rows, mask.shape[0]), min(columns, mask.shape[1]))
-    return torch.nn.functional.adaptive_avg_pool2d(mask[None].to(torch.float32), shape)[0]
-
-
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    figure_module = importlib.import_module("matplotlib.figure")  # no pyplot: no display, no global state
-    figure = figure_module.Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _picture(figure: Any) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -36,7 +37,57 @@ def test_failure_is_the_diagnosis_and_other_kinds_are_skipped(pytester: pytest.P
     result.stdout.fnmatch_lines(
         ["*slot_order: differs in *", "*last_slot_dropped predicts exactly these bits*"]
     )
+    result.stdout.fnmatch_lines(
+        [
+            "  finding (every wrong bit): last_slot_dropped: *",
+            "  first: output at [[]0, 0]: *",
+            "  feeds it: slot 0: *",
+            "  again: mxfp4ref conform defect:last_slot_dropped --case finalize/slot_order *",
+            "*= mxfp4ref =*",
+            "defect:last_slot_dropped does not conform: 1 of 1 cases fail. Every wrong bit is that of last_slot*",
+            "1 of * golden cases ran, 1 skipped.",
+            "FAILED mxfp4::finalize/slot_order - differs in * of 1,024 elements*",
+        ]
+    )
     result.stdout.no_fnmatch_line("*Traceback*")
+
+
+def test_ids_can_be_pasted_back(pytester: pytest.Pytester) -> None:
+    """And then select that test and nothing else; as can those of the fixture, with brackets and slashes."""
+    pytester.makepyfile(
+        test_own="def test_other(): pass\n\ndef test_case(mxfp4_case): assert mxfp4_case.id\n"
+    )
+    kernel = "--mxfp4-kernel=oracle"
+    result = pytester.runpytest("-v", kernel, "mxfp4::finalize/slot_order")
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["*collected 1 item", "mxfp4::finalize/slot_order PASSED*"])
+    result = pytester.runpytest("-v", "test_own.py::test_case[finalize/slot_order]")
+    result.assert_outcomes(passed=1)
+    result = pytester.runpytest(
+        kernel, "mxfp4", "test_own.py::test_other", "--collect-only", "-q", *ARGUMENTS
+    )
+    assert [line for line in result.outlines if "::" in line] == [
+        "test_own.py::test_other",
+        "mxfp4::finalize/slot_order",
+        "mxfp4::layout/swap_halves",
+    ]
+    wrong = {
+        ("mxfp4::finalize/slot_ordr", kernel): "*slot_ordr: none of the * cases has that name; did you mean*",
+        ("mxfp4::gemm/ordinary", kernel, *ARGUMENTS): "*none of the 2 cases of --mxfp4-case has that name*",
+        ("mxfp4::gemm/ordinary",): "*mxfp4::...: expected --mxfp4-kernel=*",
+    }
+    for arguments, message in wrong.items():
+        result = pytester.runpytest(*arguments)
+        assert result.ret == pytest.ExitCode.USAGE_ERROR
+        result.stderr.fnmatch_lines([message])
+
+
+def test_last_failed(pytester: pytest.Pytester) -> None:
+    arguments = ("--mxfp4-kernel=defect:last_slot_dropped", "--mxfp4-diagnosis=none", *ARGUMENTS[2:])
+    pytester.runpytest(*arguments).assert_outcomes(failed=1, skipped=1)
+    result = pytester.runpytest(*arguments, "--lf")
+    result.assert_outcomes(failed=1, deselected=1)
+    result.stdout.no_fnmatch_line("*finding*")
 
 
 @pytest.mark.parametrize("where", [(), ("-n", "1")])
@@ -55,12 +106,49 @@ def test_a_kernel_that_ran_no_case_has_not_passed(pytester: pytest.Pytester, whe
 def test_keyword_expression_and_junit(pytester: pytest.Pytester) -> None:
     result = pytester.runpytest("--mxfp4-kernel=oracle", "-k", "swap", "--junitxml=junit.xml", *ARGUMENTS)
     result.assert_outcomes(passed=1, deselected=1)
+    result.stdout.fnmatch_lines(["collected 2 items / 1 deselected / 1 selected", "1 of * golden cases ran."])
     assert 'name="layout/swap_halves"' in (pytester.path / "junit.xml").read_text()
 
 
-def test_xdist(pytester: pytest.Pytester) -> None:
+def test_xdist_with_ids_and_a_report(pytester: pytest.Pytester) -> None:
     pytest.importorskip("xdist")
-    result = pytester.runpytest_subprocess("--mxfp4-kernel=oracle", "-n", "2", *ARGUMENTS)
+    ids = ("mxfp4::finalize/slot_order", "mxfp4::layout/swap_halves")
+    arguments = ("--mxfp4-kernel=defect:last_slot_dropped", "-n", "1", "--mxfp4-html=r.html", *ids)
+    result = pytester.runpytest_subprocess(*arguments)
+    result.assert_outcomes(failed=1, skipped=1)
+    result.stdout.fnmatch_lines(["*Every wrong bit is that of last_slot_dropped*", "report: *r.html"])
+    html = (pytester.path / "r.html").read_text()
+    assert "Every wrong bit is that of last_slot_dropped" in html
+    assert "Map of finalize/slot_order" in html
+
+
+def test_a_report_that_cannot_be_written(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is told before the kernel runs, or else costs neither the verdict nor the others' results."""
+    result = pytester.runpytest("--mxfp4-kernel=oracle", "--mxfp4-html=none/r.html", *ARGUMENTS)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*--mxfp4-html: *there is no folder*"])
+
+    def full(*arguments: object) -> None:
+        raise OSError("No space left")
+
+    monkeypatch.setattr("mxfp4ref._files.write_file", full)
+    result = pytester.runpytest("--mxfp4-kernel=oracle", "--mxfp4-html=r.html", *ARGUMENTS)
+    result.assert_outcomes(passed=2)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stdout.fnmatch_lines(
+        ["oracle conforms*", "ERROR: *r.html could not be written: OSError: No space*"]
+    )
+
+
+def test_isolation(pytester: pytest.Pytester) -> None:
+    """The kernel's process is its own, for a stand-in too, or pytest's."""
+    pytester.makepyfile(where="import os\n\ndef f(**arguments): raise ValueError(f'in {os.getpid()}')\n")
+    pytester.syspathinsert()
+    for how, same in (("--mxfp4-isolate", False), ("--mxfp4-no-isolate", True)):
+        result = pytester.runpytest("--mxfp4-kernel=where:f", how, *ARGUMENTS)
+        result.assert_outcomes(failed=1, skipped=1)
+        assert (f"ValueError: in {os.getpid()}" in result.stdout.str()) is same
+    result = pytester.runpytest("--mxfp4-kernel=oracle", "--mxfp4-isolate", *ARGUMENTS)
     result.assert_outcomes(passed=2)
 
 

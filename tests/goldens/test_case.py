@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,26 @@ def test_every_key_is_explained() -> None:
         words |= {key for recipe in sidecar["derived"].values() for key in recipe}
         words |= {tensor for tensor in sidecar["tensors"] if ".tile_k_" not in tensor}
     assert {word for word in words if f"`{word}`" not in readme} == set()
+
+
+# What can be understood only beside another case.
+LEANS = re.compile(
+    r"^(the same|this|these|that|it|both at once|as above|also|again|likewise|similarly|another) *\b"
+    r"|\b(see `|as above|as before|the (previous|preceding|last|other) case|mirrored_)",
+    re.IGNORECASE,
+)
+
+
+def test_every_text_stands_alone() -> None:
+    for text in (
+        "The same for GEMM2.",
+        "GEMM2's output. I = 384: see `mirrored_hidden_384`.",
+        "Both at once: ranks.",
+    ):
+        assert LEANS.search(text)
+    texts = [definition.why for definition in DEFINITIONS.values()]
+    assert [text for text in texts if LEANS.search(text)] == []
+    assert sorted(text for text in set(texts) if texts.count(text) > 1) == []
 
 
 def test_names_say_why() -> None:

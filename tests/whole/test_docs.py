@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import importlib.util
 import re
+import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 from click.testing import CliRunner
 
+import mxfp4ref
 from mxfp4ref.__main__ import commands
-from mxfp4ref.goldens import open_goldens
+from mxfp4ref.goldens import open_goldens, tensor_bytes
+from tests.test_rooms import FLOORS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "goldens" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(python|sh|cpp)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
 
@@ -27,17 +33,80 @@ def _blocks(page: Path, language: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "page", [p for p in PAGES if _blocks(p, "python") and p.parent.name != "goldens"], ids=lambda p: p.stem
+    "page", [p for p in PAGES if _blocks(p, "python")], ids=lambda p: p.relative_to(ROOT).as_posix()
 )
 def test_examples_run(builtin_root: Path, page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Who has installed the package has no other goldens.
     monkeypatch.setenv("MXFP4REF_GOLDENS", str(builtin_root))
+    monkeypatch.chdir(ROOT)
     namespace: dict[str, object] = {"__name__": "example"}
     for number, code in enumerate(_blocks(page, "python")):
         exec(compile(code, f"{page.name}, example {number}", "exec"), namespace)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_tutorial_shows_what_its_cells_print(builtin_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MXFP4REF_GOLDENS", str(builtin_root))
+    tool = runpy.run_path(str(ROOT / "tools" / "tables" / "notebook.py"))
+    written = tool["read"]()
+    assert tool["executed"](written) == written
+
+
+def test_goldens_are_read_with_numpy_alone() -> None:
+    _, code = _blocks(ROOT / "goldens" / "README.md", "python")
+    without = "import sys; sys.modules.update(dict.fromkeys(('torch', 'mxfp4ref', 'ml_dtypes')))\n"
+    done = subprocess.run(
+        [sys.executable, "-c", without + code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("[2, 5]: got ")
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_goldens_are_read_in_cpp(tmp_path: Path) -> None:
+    (code,) = _blocks(ROOT / "goldens" / "README.md", "cpp")
+    main = """
+#include <cstdio>
+int main(int, char** arguments) {
+  for (unsigned char byte : read_tensor(arguments[1], arguments[2])) std::printf("%02x", byte);
+}
+"""
+    (tmp_path / "read.cpp").write_text(code + main)
+    subprocess.run(
+        ["c++", "-std=c++17", "-Wall", "-Werror", "-o", "read", "read.cpp"], cwd=tmp_path, check=True
+    )
+    for name in ("token_selected_experts", "input"):
+        case = ROOT / "goldens" / "gemm" / "wide_exponents.safetensors"
+        done = subprocess.run([tmp_path / "read", case, name], capture_output=True, text=True, check=True)
+        assert bytes.fromhex(done.stdout) == tensor_bytes(safetensors.torch.load_file(case)[name])
+
+
+def test_readme_does_what_it_says(
+    builtin_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its commands, one after another, on the goldens of the package; `make demo` is too long for a test."""
+    page = ROOT / "README.md"
+    monkeypatch.setenv("MXFP4REF_GOLDENS", str(builtin_root))
+    monkeypatch.chdir(tmp_path)
+    for name, code in zip(("kernel.py", "layer.py"), _blocks(page, "python"), strict=True):
+        Path(name).write_text(code, encoding="utf-8")
+    (_, _, *first), *_ = (block.splitlines() for block in _blocks(page, "sh"))
+    said = [
+        CliRunner().invoke(commands, shlex.split(line, comments=True)[1:], env={"COLUMNS": "400"})
+        for line in first
+    ]
+    assert [result.exit_code for result in said] == [1, 1, 0, 0]
+    defect, unnamed, _, replayed = (result.output for result in said)
+    assert "Every wrong bit is that of limit_ignored" in defect
+    assert Path("report.html").stat().st_size > 10_000
+    assert "Every wrong bit is predicted by this: GEMM2's scales are those of the next expert" in unnamed
+    assert "1 recorded call of 1 layer: 1 equal." in replayed
+    (within,) = re.findall(
+        r"limit forgotten: .* (\d+%) are within", (ROOT / "docs" / "tutorial.ipynb").read_text()
+    )
+    assert f"{within} of the elements" in " ".join(page.read_text(encoding="utf-8").split())
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "docs" / "tutorial.ipynb"], ids=lambda p: p.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in LINK.findall(page.read_text(encoding="utf-8")):
         if "://" not in target:
@@ -55,6 +124,21 @@ def test_commands_exist(builtin_root: Path, page: Path) -> None:
         assert words[1] != "show" or words[2] in open_goldens(builtin_root).names()
         for word in words[2:]:
             assert not word.startswith("--") or word.split("=")[0] in shown.output, line
+
+
+def test_api_page_has_all_rooms_and_names() -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    front, *rooms = re.split(r"^## ", text, flags=re.MULTILINE)
+    offered = {name: module for module, name in re.findall(r"`~(mxfp4ref[\w.]*)\.(\w+)`", front)}
+    assert {*offered, "__version__"} == set(mxfp4ref.__all__)
+    for name, module in offered.items():
+        assert getattr(importlib.import_module(module), name) is getattr(mxfp4ref, name)
+    assert [room.split()[0] for room in rooms] == [room for floor in FLOORS for room in floor]
+    for room in rooms:
+        modules = re.findall(r"automodule:: (mxfp4ref[\w.]*)", room)
+        assert modules
+        assert {module.split(".")[1] for module in modules} == {room.split()[0]}
+        assert all(importlib.util.find_spec(module) for module in modules)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda p: p.stem)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import runpy
 import subprocess
 import sys
@@ -76,6 +77,13 @@ def test_wheel_from_the_source_distribution_is_the_same(tmp_path: Path) -> None:
     assert direct == from_sdist
     metadata = next(data for name, data in direct.items() if name.endswith("/METADATA")).decode()
     assert f"\nVersion: {mxfp4ref.__version__}\n" in metadata
+
+
+def test_the_version_has_a_section_and_stands_nowhere_else() -> None:
+    newest = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)[0]
+    assert re.fullmatch(re.escape(mxfp4ref.__version__) + r" \(\d{4}-\d\d-\d\d\)", newest)
+    for name in ("pyproject.toml", "CITATION.cff"):
+        assert not re.search(r"^version\b", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE)
 
 
 @pytest.mark.skipif(_missing("hatchling"), reason="needs hatchling")

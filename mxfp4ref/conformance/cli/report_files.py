@@ -54,7 +54,7 @@ class ReportFiles:
             UsageError, ValueError: a folder is missing, or a file would replace another one or an input.
             ModuleNotFoundError: what an HTML report needs is not installed.
         """
-        from mxfp4ref.conformance.report import check_html
+        from mxfp4ref.conformance.html_report import check_html
 
         if len({path.resolve() for path in self.paths.values()}) < len(self.paths):
             raise UsageError(
@@ -78,9 +78,9 @@ class ReportFiles:
         Raises:
             BrokenPipeError: nobody reads the text; the files are written.
         """
-        from mxfp4ref.conformance import report
+        from mxfp4ref.conformance import html_report, report
 
-        render = {"json": report.to_json, "junit": report.to_junit, "html": report.to_html}
+        render = {"json": report.to_json, "junit": report.to_junit, "html": html_report.to_html}
 
         def write(kind: str, path: Path) -> None:
             if path == _STDOUT:

@@ -173,6 +173,21 @@ def _wholes() -> Iterator[tuple[str, _Swiglu, float]]:
         value = fp32.add(value, fp32.widen(bias).expand_as(value))
         return swiglu(value, None, alpha, beta, None)
 
+    def after_alpha(of_product: bool) -> _Swiglu:
+        def run(
+            x: Tensor, bias: Tensor | None, alpha: Tensor | None, beta: Tensor | None, limit: Tensor | None
+        ) -> Tensor:
+            if alpha is None or limit is None:
+                return swiglu(x, bias, alpha, beta, limit)
+            value = fp32.widen(x) if bias is None else fp32.add(fp32.widen(x), fp32.widen(bias).expand_as(x))
+            up, gate = value.chunk(2, -1)
+            scaled = _min(_mul(gate, alpha.expand_as(gate)), limit.expand_as(gate))
+            up, clamped = clamp_both(up, gate, limit.expand_as(up))
+            up = up if beta is None else fp32.add(up, beta.expand_as(up))
+            return _mul(_mul(clamped if of_product else gate, sigmoid(scaled)), up)
+
+        return run
+
     def interleaved(x: Tensor, *rest: Tensor | None) -> Tensor:
         return swiglu(torch.cat((x[..., 1::2], x[..., ::2]), -1), *rest)
 
@@ -188,6 +203,16 @@ def _wholes() -> Iterator[tuple[str, _Swiglu, float]]:
     yield "the fc1 bias is added twice", twice, 1.1
     yield "the fc1 bias of gate is added to up and the other way round", biased("swapped"), 1.1
     yield "the fc1 bias is added after the clamp", after_clamp, 1
+    yield (
+        "gate is clamped for the sigmoid after alpha has scaled it, alpha gate to at most L",
+        after_alpha(True),
+        1.2,
+    )
+    yield (
+        "gate is clamped for the sigmoid only, after alpha has scaled it, alpha gate to at most L",
+        after_alpha(False),
+        1.4,
+    )
     yield "GEMM1's columns are taken as pairs gate, up, gate, up, ...", interleaved, 1.3
     yield "GEMM1's columns are taken as pairs up, gate, up, gate, ...", interleaved_out, 1.3
     yield "GEMM1's halves are taken as [gate; up]", swapped, 1.2
@@ -209,7 +234,8 @@ def activation_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
         for words, change, cost in choices:
             yield _hypothesis(words, SwigluVariant(**{part: change}), cost)
     for words, run, cost in _wholes():
-        if "bias" not in words or experts.fc1_biases is not None:
+        needed = {"bias": experts.fc1_biases, "alpha": experts.swiglu_alpha}
+        if all(tensor is not None for word, tensor in needed.items() if word in words):
             yield _hypothesis(words, _as_stage(run), cost)
     for words, clamp, cost in clamps:
         for part, choices in parts[1:]:

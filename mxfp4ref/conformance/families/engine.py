@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mxfp4ref.conformance.comparison import ulp_distance
 from mxfp4ref.conformance.families.activations import activation_hypotheses
-from mxfp4ref.conformance.families.evidence import Evidence, gather
+from mxfp4ref.conformance.families.evidence import Evidence, gather, look_closer
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline
 from mxfp4ref.conformance.families.named import named_hypotheses
 from mxfp4ref.conformance.families.outputs import (
@@ -27,6 +27,7 @@ from mxfp4ref.conformance.families.roundings import order_hypotheses, rounding_h
 from mxfp4ref.conformance.families.search import FEWEST_BITS, Match, Search, one_thread, surprise
 from mxfp4ref.conformance.families.slots import slot_hypotheses
 from mxfp4ref.conformance.families.tensors import (
+    bias_hypotheses,
     constants,
     expert_hypotheses,
     layout_hypotheses,
@@ -39,6 +40,7 @@ from mxfp4ref.sm90 import fp32
 
 __all__ = ["Result", "investigate", "simplest", "told"]
 
+_FOR_ALMOST = 3.0  # seconds
 _ALIKE = 0.6  # how much more a hypothesis may assume to be told beside the simplest
 _MOST_NAMED = 3
 _Generator = Callable[[MoeCall], Iterable[Hypothesis]]
@@ -93,15 +95,23 @@ def investigate(
         found = search.run(first)
         if not found:
             evidence = [known] if known else gather(pipeline, got, want, search.wrong)
+            closer = False
             for tier in _tiers(pipeline.call, search, evidence):
                 if heavy:  # the named ones have been tried, and what needs no GEMM is tried first
                     tier = iter(sorted(filter(_by_token, tier), key=lambda h: not h.cheap))
                 found = search.run(tier, enough=3 if heavy else 1 << 30)
-                if found or search.out_of_time():
+                if found:
+                    break
+                if thorough and not closer and not known:
+                    closer, evidence[:] = True, look_closer(pipeline, got, search.wrong, evidence)
+                if search.out_of_time():
                     break
         few = surprise(got, want) < FEWEST_BITS  # of which some small part of a family is always right
         if not found and thorough and not heavy and not few and known is None and not _certain(evidence):
             found = _thorough(search, evidence)
+        if not found and not few:
+            with search.extra(_FOR_ALMOST):
+                found = search.almost()
     zeros = [e.sentence for e in evidence if e.zeros]  # which much would give, and nothing tells what
     if zeros:
         found = [m for m in found if m.hypothesis.family in ("dropped slots", "ranks", "named")]
@@ -161,11 +171,13 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
         value_hypotheses,
         constants,
         activation_hypotheses,
+        bias_hypotheses,
         rounding_hypotheses,
         output_hypotheses,
     )
     small = _is_small(search)
     yield chain(wanted(factor), wanted(plain, slow=False), input_factor_hypotheses())
+    only = _stages_left(evidence)  # which may be more by now
     slow = of(order_hypotheses, named_hypotheses)
     if small:
         yield wanted(slow, slow=True)
@@ -238,13 +250,13 @@ def _thorough(search: Search, evidence: list[Evidence]) -> list[Match]:
 
 
 def _certain(evidence: list[Evidence]) -> bool:
-    """Whether the weights and experts of the sum were solved: then nothing before it is wrong."""
-    return any(e.strength == 3 and set(e.stages) <= {"finalize", "slots"} for e in evidence)
+    """Whether what happened is known but for a name: as where the weights and experts of the sum were solved."""
+    return any(e.final for e in evidence)
 
 
 def _stages_left(evidence: list[Evidence]) -> set[str]:
     """The stages that the evidence leaves; none where it leaves all."""
-    certain = {stage for e in evidence if e.strength == 3 for stage in e.stages}
+    certain = {stage for e in evidence if e.strength >= 3 for stage in e.stages}
     if certain:
         return certain
     weak = next((e for e in evidence if e.strength == 2 and e.stages), None)

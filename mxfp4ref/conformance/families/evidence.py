@@ -13,17 +13,22 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import ulp_distance
+from mxfp4ref.conformance.families.error_space import placed
+from mxfp4ref.conformance.families.formula import Formula, fitted
 from mxfp4ref.conformance.families.hypothesis import Finding, Pipeline, local_of, slot_outputs
+from mxfp4ref.conformance.families.mixed_up import mixed_up
 from mxfp4ref.conformance.families.places import columns_in_words
+from mxfp4ref.conformance.families.sampled import samples
 from mxfp4ref.conformance.families.second_gemm import second_gemm
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["Evidence", "expert_weights", "gather"]
+__all__ = ["Evidence", "expert_weights", "gather", "look_closer"]
 
 _TOKENS = 6  # that are looked at
 _WORK = 1 << 29  # multiplications for one token's outputs of all experts
 _ROUNDING = 2.0**-8  # of bf16, and of the slots' sum
 _GROSS = 32  # ulp
+_PARTLY = 0.25  # of the errors, from which a function of up and gate is not excluded
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,8 @@ class Evidence:
     Attributes:
         stages: where the change must lie.
         sentence: what follows, for the engineer.
-        strength: 3 where it was solved and shows what happens, 2 where it was solved, 1 where places say it.
+        strength: 4 where it explains every row up to roundings, 3 where it was solved and shows what happens, 2 where
+            it was solved, 1 where places say it.
         inner: the activation's columns that are wrong, from the first to the last, where they were solved.
     """
 
@@ -41,6 +47,25 @@ class Evidence:
     sentence: str
     strength: int
     inner: tuple[int, int] | None = None
+
+    @property
+    def final(self) -> bool:
+        """Whether there is nothing left to search for in parts of tensors, or by two changes."""
+        return (
+            self.strength == 4
+            or (self.strength == 3 and set(self.stages) <= {"finalize", "slots"})
+            or self.lost
+        )
+
+    @property
+    def lost(self) -> bool:
+        """Whether it says that rows are no numbers, as a whole."""
+        return not self.stages and "in every column" in self.sentence
+
+    @property
+    def scattered(self) -> bool:
+        """Whether it says no more than that elements are a rounding off."""
+        return not self.stages and "a rounding off" in self.sentence
 
     @property
     def zeros(self) -> bool:
@@ -52,7 +77,7 @@ class Evidence:
 
 
 def gather(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> list[Evidence]:
-    """All evidence, the strongest first.
+    """What takes no more than a forward or two, the strongest first.
 
     Args:
         pipeline: the right one.
@@ -62,13 +87,42 @@ def gather(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> list
     found: list[Evidence] = []
     local = local_of(pipeline)
     tokens = _telling(got, want, wrong, local)
-    found += _rows(got, want, wrong, local)
+    found += _rows(pipeline, got, want, wrong)
     found += _columns(got, want, wrong, tokens)
     if not found:
         found += _weights(pipeline, got, local, tokens)
     if not found:
         found += (Evidence(*parts) for parts in second_gemm(pipeline, got, wrong, local, tokens))
     return sorted(found, key=lambda e: -e.strength)
+
+
+def look_closer(pipeline: Pipeline, got: Tensor, wrong: Tensor, found: list[Evidence]) -> list[Evidence]:
+    """With what takes seconds, where the stage is not known well; arguments as of `gather`, and what it found."""
+    open_, scattered = all(e.strength < 3 and not e.final for e in found), any(e.scattered for e in found)
+    if not open_ or (found and not any(e.stages for e in found) and not scattered):
+        return found
+    some = samples(pipeline, got, wrong, local_of(pipeline))
+    if (told := mixed_up(pipeline, some)) is not None:
+        return [Evidence(*told, 4), *found]
+    formula = fitted(some)
+    if formula is not None and formula.proved:
+        return [_other_function(formula), *found]
+    if found and not scattered:
+        return found
+    biased = pipeline.call.experts.fc1_biases is not None
+    where = placed(some, biased=biased, function=formula is None or formula.explained > _PARTLY)
+    return [*([Evidence(where.stages, where.words, 2)] if where else []), *found]
+
+
+def _other_function(formula: Formula) -> Evidence:
+    own = ", which differs by expert," if formula.by_expert else ""
+    values = f"; it gives {formula.values}" if formula.values else ""
+    return Evidence(
+        ("activation", "fc1"),
+        f"the activation that GEMM2 got is another function{own} of the right GEMM1's up and gate: the formula, its "
+        f"parameters, or a factor on GEMM1's result{values}",
+        2,
+    )
 
 
 def _telling(got: Tensor, want: Tensor, wrong: Tensor, local: Tensor) -> list[int]:
@@ -78,16 +132,22 @@ def _telling(got: Tensor, want: Tensor, wrong: Tensor, local: Tensor) -> list[in
     return [t for t in order.tolist() if usable[t]][:_TOKENS]
 
 
-def _rows(got: Tensor, want: Tensor, wrong: Tensor, local: Tensor) -> Iterator[Evidence]:
-    """Whole rows that are zero, or another token's."""
+def _rows(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> Iterator[Evidence]:
+    """Whole rows that are zero, no numbers, or another token's."""
     rows = wrong.any(1)
+    what = "all tokens" if bool(rows.all()) else f"the {int(rows.sum())} tokens that differ"
     if not bool(fp32.widen(got[rows].contiguous()).any()) and bool(
         (fp32.widen(want[rows].contiguous()) != 0).any()
     ):
-        what = "all tokens" if bool(rows.all()) else f"the {int(rows.sum())} tokens that differ"
-        yield Evidence(
-            (), f"the rows of {what} are zero: nothing was added up for them, or nothing written", 1
-        )
+        sentence = f"the rows of {what} are zero: nothing was added up for them, or nothing written"
+        if _biased(pipeline, rows):
+            yield Evidence(("slots", "finalize"), f"{sentence}; not even the fc2 bias was added", 2)
+        else:
+            yield Evidence((), sentence, 1)
+        return
+    lost = ~got.isfinite() & want.isfinite()
+    if bool(lost[rows].any(1).all()):
+        yield from _lost(got, lost, rows)
         return
     same = {bytes(row.contiguous().view(torch.uint8).numpy()): i for i, row in enumerate(want.cpu())}
     pairs = []
@@ -98,6 +158,40 @@ def _rows(got: Tensor, want: Tensor, wrong: Tensor, local: Tensor) -> Iterator[E
     if pairs and len(pairs) == min(int(rows.sum()), 64) and len(got) > 1:
         shown = ", ".join(f"token {t} has token {s}'s row" for t, s in pairs[:4])
         yield Evidence(("finalize", "input"), f"rows of the output are other tokens' rows: {shown}", 3)
+
+
+def _biased(pipeline: Pipeline, rows: Tensor) -> bool:
+    """Whether each of these tokens would get an fc2 bias in its sum, whatever was computed for it."""
+    call, biases = pipeline.call, pipeline.call.experts.fc2_biases
+    if biases is None or call.tp_rank:
+        return False
+    local = local_of(pipeline)[rows]
+    given = biases.ne(0).any(1)[local.clamp(min=0)] & (local >= 0) & (call.token_final_scales[rows] != 0)
+    return bool(given.any(1).all())
+
+
+def _lost(got: Tensor, lost: Tensor, rows: Tensor) -> Iterator[Evidence]:
+    """NaN or infinities where there should be numbers: in whole rows, or in some columns."""
+    kind = "NaN" if bool(got[lost].isnan().all()) else "NaN or infinite"
+    tokens = rows.nonzero().flatten().tolist()
+    shown = ", ".join(map(str, tokens[:8])) + ", ..." * (len(tokens) > 8)
+    of = f"token{'s' * (len(tokens) > 1)} {shown}"
+    if bool(lost[rows].all()):
+        yield Evidence(
+            (),
+            f"{of} came out {kind} in every column, where numbers are right, and all other rows are right: whatever "
+            "went wrong for that row did so as a whole, as when one number before GEMM2 is no number, or a routing "
+            "weight is none, or the row was not written",
+            1,
+        )
+    elif not bool(lost[rows].all(1).any()):
+        words = columns_in_words(lost.any(0))
+        yield Evidence(
+            ("fc2", "finalize"),
+            f"{of} came out {kind}{' ' + words if words else ' in some columns'} only: a number before GEMM2 that is "
+            "none would show in all, so that it is in GEMM2, the fc2 bias, the sum or the writing of the output",
+            2,
+        )
 
 
 def _columns(got: Tensor, want: Tensor, wrong: Tensor, tokens: list[int]) -> Iterator[Evidence]:
@@ -146,8 +240,7 @@ def _scattered(wrong: Tensor) -> Iterator[Evidence]:
         words = "spread over rows and columns as by chance, as roundings in GEMM2 or after it are, or noise"
         yield Evidence((), how + words, 1)
     elif dispersion > 4:
-        words = "many of them in a few rows, as roundings before GEMM2 are; not proved"
-        yield Evidence(("fc1", "activation"), how + words, 1)
+        yield Evidence((), how + "many of them in a few rows, as roundings before GEMM2 are; not proved", 1)
 
 
 def _allowed(weights: Tensor, y: Tensor) -> Tensor:

@@ -80,6 +80,14 @@ def neighbour_maps() -> Iterator[IndexMap]:
             lambda i, n: (i % 2) * (n // 2) + i // 2,
             1.4,
         ),
+        (
+            "the {}s of the second and the first half taken in turn (n/2, 0, n/2 + 1, ...)",
+            lambda i, n: (1 - i % 2) * (n // 2) + i // 2,
+            1.4,
+        ),
+        ("the {}s taken apart, all odd ones first", lambda i, n: torch.cat((i[1::2], i[::2])), 1.5),
+        ("the {} at its place in the first half, for both halves", lambda i, n: i % max(n // 2, 1), 1.2),
+        ("the {} at its place in the second half, for both halves", _second_half, 1.3),
         ("the {}s taken apart (all even ones, then all odd ones)", lambda i, n: _apart(i, n), 1.4),
         ("the first {} of its pair", lambda i, n: i & ~1, 1.5),
         ("the {} with half its number", lambda i, n: i // 2, 1.6),
@@ -112,6 +120,10 @@ def block_maps(sizes: tuple[int, ...] = (4, 8, 16, 32, 64, 128)) -> Iterator[Ind
             (f"each block of {size} {{}}s with its halves swapped", _swap_inside(size), 1.8),
         )
         yield IndexMap(f"a {size}-wide transposition of the {{}}s", _transposed(size), 1.9)
+
+
+def _second_half(i: Tensor, n: int) -> Tensor:
+    return i % (n // 2) + n // 2 if n % 2 == 0 else i
 
 
 def _apart(i: Tensor, n: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.families.engine import Result, investigate, told
-from mxfp4ref.conformance.families.evidence import Evidence, gather
+from mxfp4ref.conformance.families.evidence import Evidence, gather, look_closer
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline
 from mxfp4ref.conformance.families.search import Match, one_thread
 
@@ -166,6 +166,7 @@ def _undecided(
             else:
                 wrong = differing(failure.got, failure.want)
                 evidence = gather(failure.pipeline, failure.got, failure.want, wrong)
+                evidence = look_closer(failure.pipeline, failure.got, wrong, evidence)
             strongest = [e for e in evidence if e.stages]
             if strongest:
                 first = strongest[0]

@@ -38,15 +38,17 @@ def _k_regions(groups: int) -> Iterator[_Region]:
     if groups > 2:
         yield "the second half of K", lambda n: torch.arange(n) >= n // 2, 1.05
         yield "the first half of K", lambda n: torch.arange(n) < n // 2, 1.06
-    for step, word in ((2, "second"), (4, "fourth"), (8, "eighth")):
-        if groups > step:
-            for at in range(step):
-                yield (
-                    f"every {word} K group from {at} on",
-                    lambda n, s=step, a=at: torch.arange(n) % s == a,
-                    1.5,
-                )
-    for tile in (4, 8):
+    for size in (1, 2, 4):
+        unit = "K group" if size == 1 else f"K tile of {size * GROUP_SIZE}"
+        for step, word in ((2, "second"), (3, "third"), (4, "fourth"), (8, "eighth")):
+            if groups > step * size or (groups == step * size > 2):
+                for at in range(step):
+                    yield (
+                        f"every {word} {unit} from {at} on",
+                        lambda n, s=step, a=at, z=size: torch.arange(n) // z % s == a,
+                        1.5 + 0.1 * (size > 1) + 0.1 * (step == 3),
+                    )
+    for tile in (2, 4, 8):
         if groups > tile:
             for at in range(groups // tile):
                 words = f"K tile {at} of {tile * GROUP_SIZE}"
@@ -132,6 +134,7 @@ def _bases(kind: str) -> Iterator[tuple[str, tuple[str, ...], _On, float]]:
             yield f"have the scales of those {block} before them", ("scales",), _roll(1, block), 0.6
         yield "have the scales of the row after", ("scales",), _roll(1, -1), 0.6
     else:
+        yield "have the two codes of each byte swapped", ("weights",), lambda p: p >> 4 | p << 4, 0.5
         for block in (1, 2, 4):
             yield (
                 f"have the scales of {block} K group{'s' * (block > 1)} before",

@@ -38,6 +38,8 @@ def _roundings() -> Iterator[tuple[str, _Round, float]]:
     yield "rounded to float16 on the way", _through(torch.float16), 1
     yield "rounded to float8 e4m3 on the way", _through(torch.float8_e4m3fn), 1.1
     yield "rounded to float8 e5m2 on the way", _through(torch.float8_e5m2), 1.2
+    yield "cut to tf32 (10 bits of mantissa) on the way", lambda x: fp32.to_bf16(_cut(x, 13)), 1.2
+    yield "rounded to tf32 (10 bits of mantissa) on the way", lambda x: fp32.to_bf16(_short(x, 13)), 1.3
     yield "rounded away from zero", lambda x: _upper(x, 0xFFFF), 1.4
     yield "rounded down", lambda x: torch.where(x < 0, _upper(x, 0xFFFF), _upper(x, 0)), 1.4
     yield "rounded up", lambda x: torch.where(x < 0, _upper(x, 0), _upper(x, 0xFFFF)), 1.4
@@ -48,6 +50,11 @@ def _roundings() -> Iterator[tuple[str, _Round, float]]:
         1.2,
     )
     yield "with infinities as the largest numbers", lambda x: _finite(x), 1.2
+
+
+def _cut(x: Tensor, dropped: int) -> Tensor:
+    bits = x.contiguous().view(torch.int32)
+    return torch.where(x.isfinite(), bits >> dropped << dropped, bits).view(torch.float32)
 
 
 def _short(x: Tensor, dropped: int) -> Tensor:

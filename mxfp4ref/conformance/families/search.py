@@ -38,6 +38,9 @@ from mxfp4ref.sm90 import fp32
 
 __all__ = ["FEWEST_BITS", "Match", "Search", "one_thread", "surprise"]
 
+_CLOSE = 0.3  # of how far off the right output is
+_A_ROUNDING, _LARGEST = 1.2, 12.0  # times the roundings, on average and of one element
+_FAR_OFF = 8.0
 FEWEST_BITS = 40  # that a match has to explain; see `surprise`
 
 
@@ -82,6 +85,7 @@ class Search:
         until: `time.monotonic()` at which to stop.
         tried: how many hypotheses were.
         near: those that explain a part, and how far off they leave the output, from 0 to 1.
+        close: those that explain all but roundings of the part that was looked at.
         progress: called with the name of each named defect and how many there are.
     """
 
@@ -91,6 +95,7 @@ class Search:
     until: float
     tried: int = 0
     near: list[tuple[float, Hypothesis]] = field(default_factory=list)
+    close: list[Hypothesis] = field(default_factory=list)
     progress: Callable[[str, int], None] | None = None
 
     def __post_init__(self) -> None:
@@ -126,6 +131,15 @@ class Search:
         """Inside, only this part of the time that is left may be taken."""
         until, now = self.until, time.monotonic()
         self.until = min(until, now + part * (until - now))
+        try:
+            yield
+        finally:
+            self.until = until
+
+    @contextmanager
+    def extra(self, seconds: float) -> Iterator[None]:
+        """Inside, so many seconds from now may be taken."""
+        until, self.until = self.until, max(self.until, time.monotonic() + seconds)
         try:
             yield
         finally:
@@ -187,7 +201,45 @@ class Search:
                 distance = self._nearness(output, of_all=of_all)
                 if distance < 0.8:
                     self.near.append((distance, hypothesis))
+                if distance < _CLOSE and self._up_to_roundings(output, of_all=of_all):
+                    self.close.append(hypothesis)
         return found
+
+    @cached_property
+    def _noise(self) -> Tensor:
+        """Standard deviations of the roundings of rows and sum to bf16, in two kernels, `[M, H]`."""
+        parts = (_last_place(self.rows.y).double() * self.rows.weights[..., None]).square().sum(1)
+        return ((parts + _last_place(self.want).double().square()) / 6).sqrt() + 1e-300
+
+    def _up_to_roundings(self, output: Tensor, *, of_all: bool) -> bool:
+        """Whether an output is the kernel's but for roundings, which the right one is far from."""
+        got, want, noise = (self.got, self.want, self._noise)
+        if not of_all:
+            got, want, noise = (t[self.tokens] for t in (got, want, noise))
+        off, before = (
+            ((fp32.widen(t.contiguous()).double() - fp32.widen(got.contiguous()).double()) / noise)
+            for t in (output, want)
+        )
+        if not bool(off.isfinite().all() & before.isfinite().all()):
+            return False
+        rest, error = (float(t.square().mean().sqrt()) for t in (off, before))
+        return (
+            rest <= _A_ROUNDING and error >= _FAR_OFF * max(rest, 1.0) and float(off.abs().max()) <= _LARGEST
+        )
+
+    def almost(self) -> list[Match]:
+        """Those that predict the whole output up to roundings, those with the fewest first."""
+        found = []
+        for hypothesis in {h.words: h for h in self.close}.values():
+            output = hypothesis.run(self.pipeline)
+            if output is None or output.shape != self.got.shape or self.out_of_time():
+                continue
+            if self._up_to_roundings(output, of_all=True):
+                part = float((~differing(output, self.got))[self.wrong].double().mean())
+                words = f"{hypothesis.words}, up to roundings ({part:.0%} of the wrong elements in every bit)"
+                found.append((part, Match(replace(hypothesis, words=words, name=""), False)))
+        found.sort(key=lambda pair: -pair[0])
+        return [match for part, match in found if part >= 0.9 * found[0][0]]
 
     def confirm(self, hypothesis: Hypothesis) -> Match | None:
         """On the whole call, everywhere or in a part that has words."""
@@ -272,6 +324,11 @@ class Search:
                 if result is not None and not bool(differing(result, self.got).any()):
                     return [Match(both, True)]
         return []
+
+
+def _last_place(values: Tensor) -> Tensor:
+    """A unit in the last place of bf16 numbers."""
+    return torch.ldexp(torch.ones(values.shape), torch.frexp(fp32.widen(values.contiguous())).exponent - 8)
 
 
 def _ulps(output: Tensor, got: Tensor) -> float:

@@ -13,7 +13,14 @@ from mxfp4ref.conformance.families.index_maps import IndexMap, block_maps, exper
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE, pack_codes, unpack_codes
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["constants", "expert_hypotheses", "layout_hypotheses", "mapped", "value_hypotheses"]
+__all__ = [
+    "bias_hypotheses",
+    "constants",
+    "expert_hypotheses",
+    "layout_hypotheses",
+    "mapped",
+    "value_hypotheses",
+]
 
 _BYTES = GROUP_SIZE // 2  # of a K group's codes
 _On = Callable[[Tensor], Tensor]
@@ -111,12 +118,22 @@ def _halves(tensor: Tensor, change: _On, which: tuple[int, ...]) -> Tensor:
     return torch.cat([change(part) if i in which else part for i, part in enumerate(parts)], dim=1)
 
 
+def bias_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
+    """Biases in another order."""
+    return _layouts(call, biases=True)
+
+
 def layout_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
-    """Rows and K groups in another order."""
+    """Rows and K groups of weights and scales in another order."""
+    return _layouts(call, biases=False)
+
+
+def _layouts(call: MoeCall, *, biases: bool) -> Iterator[Hypothesis]:
     for group in _groups():
-        if not group.given(call):
+        alone = group.names[0].endswith("biases")
+        if not group.given(call) or alone != biases:
             continue
-        fc = group.stages[0] if "biases" not in group.words else group.names[0][:3]
+        fc = group.names[0][:3]
         for part, within in _row_parts(fc):
             for axis in (*neighbour_maps(), *block_maps()):
                 yield Hypothesis(
@@ -126,7 +143,7 @@ def layout_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
                     mapped(group.names, _rows(axis, within)),
                     axis.cost + 0.3 * bool(part),
                 )
-        if not group.names[0].endswith("biases") and len(group.names) < 3:
+        if not alone and len(group.names) < 3:
             for axis in (*neighbour_maps(), *block_maps((2, 4, 8, 16))):
                 yield Hypothesis(
                     "K groups",

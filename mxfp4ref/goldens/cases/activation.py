@@ -115,7 +115,10 @@ def plain_at_rounding_boundaries(source: Source) -> MoeCall:
 
 @define(catches="alpha_ignored beta_ignored")
 def alpha_beta_at_rounding_boundaries(source: Source) -> MoeCall:
-    """The same with gpt-oss's alpha = 1.702 and a beta that is no short number."""
+    """SwiGLU with gpt-oss's alpha of 1.702 and a beta of 0.7, which is no short number, next to the
+    boundaries between bf16 results: where alpha or beta is left out or rounded otherwise, results go to
+    the other side.
+    """
     return _probe(*_boundary_pairs(source, 1.702, 0.7), _parameters([1.702], [0.7]))
 
 
@@ -124,7 +127,10 @@ def alpha_beta_at_rounding_boundaries(source: Source) -> MoeCall:
     unique_for="rounding of the clamped form as gpt-oss uses it",
 )
 def gpt_oss_at_rounding_boundaries(source: Source) -> MoeCall:
-    """The same with all parameters of gpt-oss; about one pair in four is clamped."""
+    """SwiGLU with all of gpt-oss's parameters (alpha 1.702, beta 1, limit 7) next to the boundaries between
+    bf16 results; about two pairs in five are clamped. Clamps, sigmoid and products that are rounded
+    otherwise go to the other side.
+    """
     return _probe(*_boundary_pairs(source, 1.702, 1.0, 7.0), _parameters([1.702], [1.0], [7.0]))
 
 
@@ -136,7 +142,9 @@ def plain_special_values(source: Source) -> MoeCall:
 
 @define(catches="limit_ignored limit_one_sided gate_clamped_below", unique_for="the neighbours of the limit")
 def limit_special_values(source: Source) -> MoeCall:
-    """DeepSeek-V4's limit 10 and special values: both neighbours of +-10, zeros, subnormals, every exponent."""
+    """SwiGLU with DeepSeek-V4's limit of 10 of special values: both neighbours of +-10, zeros, subnormals,
+    every exponent. A clamp of the wrong side, or only one, shows.
+    """
     return _probe(*_structured_pairs(source, 10.0), _parameters(limit=[10.0]))
 
 
@@ -145,7 +153,9 @@ def limit_special_values(source: Source) -> MoeCall:
     unique_for="zeros, subnormals and every exponent with all parameters",
 )
 def gpt_oss_special_values(source: Source) -> MoeCall:
-    """gpt-oss's parameters and special values: limit 7 before alpha and beta."""
+    """SwiGLU with gpt-oss's parameters (alpha 1.702, beta 1, limit 7) of special values: both neighbours of
+    +-7, zeros, subnormals, every exponent. The limit comes before alpha and beta.
+    """
     return _probe(*_structured_pairs(source, 7.0), _parameters([1.702], [1.0], [7.0]))
 
 
@@ -165,8 +175,8 @@ def _infinite_rows(experts: Experts) -> Experts:
 
 @define(catches="limit_ignored")
 def non_finite_before_clamp(source: Source) -> MoeCall:
-    """Gates and ups that are Inf or NaN before the clamp: +Inf and NaN become the limit, -Inf only as up. A
-    gate of -Inf stays and makes its token NaN; few tokens have one.
+    """SwiGLU with a limit of ups that are Inf or NaN and gates that are NaN before the clamp: NaN and +Inf
+    become the limit, an up of -Inf minus the limit, and no output is NaN.
     """
     gate, up = (source.spread(name, -2, 2, _TOKENS, _INNER) for name in ("gate", "up"))
     gate[:-4, 8:24] = gate[:-4, 8:24].abs()
@@ -190,19 +200,19 @@ def up_clamp_saturates(source: Source) -> MoeCall:
 
 @define(catches="all_or_none_params limit_ignored", unique_for="the clamp without alpha and beta")
 def limit_alone(source: Source) -> MoeCall:
-    """A limit alone: alpha and beta are then 1 and 0, and the limit still applies."""
+    """SwiGLU with a limit alone: alpha and beta are then 1 and 0, and the limit still applies."""
     return _probe(*_clamped_pairs(source, 3.0), _parameters(limit=[3.0]))
 
 
 @define(catches="all_or_none_params alpha_ignored", unique_for="alpha without the others")
 def alpha_alone(source: Source) -> MoeCall:
-    """Alpha alone, next to rounding boundaries: beta is then 0, and nothing is clamped."""
+    """SwiGLU with alpha alone, next to rounding boundaries: beta is then 0, and nothing is clamped."""
     return _probe(*_boundary_pairs(source, 1.3), _parameters([1.3]))
 
 
 @define(catches="all_or_none_params beta_ignored", unique_for="beta without the others")
 def beta_alone(source: Source) -> MoeCall:
-    """Beta alone, next to rounding boundaries: alpha is then 1, and nothing is clamped."""
+    """SwiGLU with beta alone, next to rounding boundaries: alpha is then 1, and nothing is clamped."""
     return _probe(*_boundary_pairs(source, beta=-0.3), _parameters(beta=[-0.3]))
 
 
@@ -265,13 +275,17 @@ def _stage(
 
 @define("activation", unique_for="one stage alone")
 def stage_plain(source: Source) -> Content:
-    """The plain stage alone, in float32 and rounded, over all exponents and special values."""
+    """The activation's stage alone, SwiGLU without parameters, in float32 and rounded, over all exponents and
+    special values.
+    """
     gate, up = _structured_pairs(source, None)
     return _stage(up, gate)
 
 
 @define("activation", unique_for="one stage alone")
 def stage_gpt_oss(source: Source) -> Content:
-    """The clamped stage alone, with gpt-oss's parameters."""
+    """The activation's stage alone, SwiGLU with gpt-oss's alpha, beta and limit, in float32 and rounded, over
+    all exponents and special values.
+    """
     gate, up = _structured_pairs(source, 7.0)
     return _stage(up, gate, 1.702, 1.0, 7.0)

@@ -201,7 +201,9 @@ def flush_boundary_of_products(source: Source) -> MoeCall:
 
 @define()
 def flush_boundary_of_sums(source: Source) -> MoeCall:
-    """The same of a sum: 2^-125 - (2^24 + 1) 2^-150 is 2^-126 (1 - 2^-24); 2^24 + 1 = 97 * 172961."""
+    """Sums over two slots of 2^-126 (1 - 2^-24), as 2^-125 - (2^24 + 1) 2^-150: rounded to 24 bits they are
+    below 2^-126 and flushed, though the subnormal grid would round them up to 2^-126.
+    """
     scales = torch.tensor([[2.0**-100, 172961 * 2.0**-120]]).repeat(8, 1)
     scales[4:] = -scales[4:]
     x = _activations(97 * 2.0**-30, 2.0**-25)
@@ -210,7 +212,9 @@ def flush_boundary_of_sums(source: Source) -> MoeCall:
 
 @define("finalize", unique_for="one stage alone")
 def stage_cancelling(source: Source) -> Content:
-    """The stage alone: eight slots that nearly cancel, skipped slots, fc2 biases."""
+    """The weighted sum over a token's slots alone: eight slots that nearly cancel, skipped slots, fc2 biases.
+    Another order of the slots, or a product that is rounded by itself, shows.
+    """
     half = source.normal("fc2_output", 8, 4, 64)
     y = torch.cat((half, -half), dim=1)
     local = source.range("local", 0, 4, 8, 8).to(torch.int64) - 1

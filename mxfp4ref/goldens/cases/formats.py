@@ -71,7 +71,9 @@ for _rule in SCALE_RULES:
 
 @define("quantize", unique_for="bf16 values")
 def quantize_bf16(source: Source) -> Content:
-    """The same rules for bf16 values, as activations and most checkpoints have, by DeepSeek-V4's rule."""
+    """Quantising bf16 values, as activations and most checkpoints have, by the rule 'ceil', which is
+    DeepSeek-V4's: ordinary numbers over 12 binades.
+    """
     return _quantized(source.spread("values", -6, 6, 32, 64), "ceil")
 
 
@@ -81,15 +83,16 @@ def _every_code_and_scale(convention: str, dtype: torch.dtype) -> Content:
     return _dequantized(pack_codes(codes.expand(256, 32)), scales, convention, dtype)
 
 
+_ENDS = {"ocp": "2^-127 and NaN", "sm90": "0 and Inf"}  # scale bytes 0 and 255
 for _convention in CONVENTIONS:
     for _dtype in (torch.bfloat16, torch.float32):
-        _name = f"{_convention}_{str(_dtype).removeprefix('torch.')}"
+        _result = str(_dtype).removeprefix("torch.")
 
         @define(
             "dequantize",
-            why=f"Every code under every scale byte, twice: the whole domain of dequantisation by the "
-            f"{_convention} convention.",
-            name=f"every_code_every_scale_{_name}",
+            why=f"Every code under every scale byte, twice: the whole domain of dequantisation to {_result} by the "
+            f"{_convention} convention, in which scale bytes 0 and 255 are {_ENDS[_convention]}.",
+            name=f"every_code_every_scale_{_convention}_{_result}",
             unique_for="exhaustive over the format",
         )
         def _(source: Source, convention: str = _convention, dtype: torch.dtype = _dtype) -> Content:
@@ -144,8 +147,9 @@ def scale_bytes_0_and_255(source: Source) -> MoeCall:
 
 @define(catches="scale_ocp_ends")
 def scale_bytes_0_and_255_before_activation(source: Source) -> MoeCall:
-    """The same for fc1: an up of -Inf is clamped to minus the limit and NaN to the limit; rows all of byte 0
-    give an up of 0 and not of 2^-127 times something.
+    """Scale bytes 0 and 255 in fc1, which are 0 and Inf and not 2^-127 and NaN: an up of -Inf is clamped to
+    minus the limit and NaN to the limit; rows all of byte 0 give an up of 0 and not of 2^-127 times
+    something.
     """
     experts = source.experts(2, 256, 128, fc2_scales=(220, 235), limit=7.0)
     scales = experts.fc1_scales

@@ -86,36 +86,44 @@ def ordinary(source: Source) -> MoeCall:
 
 @define(catches="scale_before_mma", unique_for="one tile in the middle, in GEMM1")
 def mirrored_hidden_384(source: Source) -> MoeCall:
-    """GEMM1's output is its rounding error. H = 384 allows tile_k 128 only, with one tile in the middle whose
-    last two groups are swapped: ascending order is wrong here for every tactic.
+    """The second half of GEMM1's K takes back the first, so that its output is its rounding error. H = 384
+    allows tile_k 128 only, with one tile in the middle whose last two groups are swapped: ascending order
+    is wrong here for every tactic.
     """
     return _mirrored_hidden(source, 16, 384, 128)
 
 
 @define(catches="scale_before_mma act_kept_fp32", unique_for="one tile in the middle, in GEMM2")
 def mirrored_inner_384(source: Source) -> MoeCall:
-    """GEMM2's output is its rounding error. I = 384: see `mirrored_hidden_384`."""
+    """The second half of GEMM2's K takes back the first, so that its output is its rounding error. I = 384
+    allows tile_k 128 only, with one tile in the middle whose last two groups are swapped: ascending order
+    is wrong here for every tactic.
+    """
     return _mirrored_inner(source, 16, 128, 384)
 
 
 @define(unique_for="all three tile_k tell apart in GEMM1")
 def mirrored_hidden_1536(source: Source) -> MoeCall:
-    """GEMM1's output is its rounding error and H = 1536 is three tiles of 512: each of the three tile_k
-    orders the groups in its own way, and none of them ascending.
+    """The second half of GEMM1's K takes back the first, so that its output is its rounding error, and H =
+    1536 is three tiles of 512: each of the three tile_k orders the groups in its own way, and none of them
+    ascending.
     """
     return _mirrored_hidden(source, 4, 1536, 128)
 
 
 @define(unique_for="all three tile_k tell apart in GEMM2")
 def mirrored_inner_1536(source: Source) -> MoeCall:
-    """The same for GEMM2: I = 1536."""
+    """The second half of GEMM2's K takes back the first, so that its output is its rounding error, and I =
+    1536 is three tiles of 512: each of the three tile_k orders the groups in its own way, and none of them
+    ascending.
+    """
     return _mirrored_inner(source, 4, 128, 1536)
 
 
 @define(unique_for="pairs of tile_k that share an output")
 def mirrored_both_512(source: Source) -> MoeCall:
-    """Both GEMMs' outputs are their rounding errors, with 512 for H and I, where tile_k 128 swaps groups and
-    256 and 512 do not.
+    """In both GEMMs the second half of K takes back the first, so that their outputs are their rounding
+    errors, with 512 for H and I, where tile_k 128 swaps groups and 256 and 512 do not.
     """
     experts = source.experts(1, 512, 512, fc1_scales=_FC1_MIRRORED, fc2_scales=(124, 144))
     x, experts = mirror_hidden(source.spread("input", -3, 3, 4, 512), _mirror_inner(experts))
@@ -124,8 +132,8 @@ def mirrored_both_512(source: Source) -> MoeCall:
 
 @define(unique_for="truncation in the tensor core")
 def wide_exponents(source: Source) -> MoeCall:
-    """Inputs over 25 binades, mirrored: in most steps the small products are truncated, so that the tensor
-    core's 25 fraction bits, its truncation and its step of 16 all show.
+    """Inputs over 25 binades, the second half of K minus the first: in most steps the small products are
+    truncated, so that the tensor core's 25 fraction bits, its truncation and its step of 16 all show.
     """
     experts = source.experts(1, 384, 128, fc1_scales=(124, 134))
     x, experts = mirror_hidden(source.spread("input", -20, 5, 16, 384), experts)
@@ -217,8 +225,8 @@ def first_groups_underflow(source: Source) -> MoeCall:
 
 @define(unique_for="overflow of sums")
 def overflow(source: Source) -> MoeCall:
-    """Sums that leave the float32 range in some columns and not in others: Inf, Inf - Inf and NaN 0x7FFF
-    reach the output through the activation.
+    """Sums of GEMM2 that leave the float32 range in some columns and not in others: Inf of their sign, and not
+    the largest number.
     """
     experts = source.experts(1, 256, 128, fc2_scales=(238, 250))
     weights = experts.fc2_weights.clone()
@@ -258,7 +266,7 @@ def _gemm(x: Tensor, packed: Tensor, scales: Tensor, tiles: tuple[int, ...]) -> 
 
 @define("gemm", unique_for="one group alone")
 def single_group(source: Source) -> Content:
-    """A single group of K: two tensor-core steps and one product with the scale."""
+    """One GEMM with a single group of K: two tensor-core steps and one product with the scale."""
     return _gemm(
         source.spread("x", -12, 12, 16, 32),
         source.bytes("packed", 64, 16),
@@ -269,8 +277,8 @@ def single_group(source: Source) -> Content:
 
 @define("gemm", unique_for="one GEMM alone")
 def four_groups(source: Source) -> Content:
-    """Four groups of K, mirrored within each group, wide exponents, one scale byte each from 0 to 254 and
-    rows of zeros: sums of +0, never -0.
+    """One GEMM with four groups of K, wide exponents, scale bytes from 60 to 190, and a row of zeros, whose
+    sums are +0 and never -0.
     """
     x = source.spread("x", -10, 3, 16, 128)
     x[3] = -0.0
@@ -279,7 +287,9 @@ def four_groups(source: Source) -> Content:
 
 @define("gemm", unique_for="the order of groups alone")
 def every_tile_k(source: Source) -> Content:
-    """K = 1536, mirrored, with an accumulator for every tile_k."""
+    """One GEMM with K = 1536, whose second half takes back the first, and the accumulators of each tile_k:
+    another order of the groups shows.
+    """
     half = source.normal("x", 8, 768)
     return _gemm(
         torch.cat((half, -half), dim=1),

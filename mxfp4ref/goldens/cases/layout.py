@@ -64,21 +64,21 @@ for _generation in GENERATIONS:
 
 @define("layout", unique_for="the layout alone, byte for byte")
 def swap_halves(source: Source) -> Content:
-    """Halves [w1(gate); w3(up)] of a DeepSeek checkpoint into the kernel's order."""
+    """Halves [w1(gate); w3(up)] of a DeepSeek checkpoint brought into the kernel's order, [up; gate]."""
     before = source.bytes("weights", 2, 64, 16)
     return _moved("swap_gate_up", before, swap_gate_up(before))
 
 
 @define("layout", unique_for="the layout alone, byte for byte")
 def interleaved_rows_to_halves(source: Source) -> Content:
-    """Rows gate0, up0, gate1, up1, ... of a gpt-oss checkpoint into the kernel's order."""
+    """Rows gate0, up0, gate1, up1, ... of a gpt-oss checkpoint brought into the kernel's order, [up; gate]."""
     before = source.bytes("weights", 2, 64, 16)
     return _moved("interleaved_to_halves", before, interleaved_to_halves(before))
 
 
 @define("layout", unique_for="the layout alone, byte for byte")
 def pad_each_half(source: Source) -> Content:
-    """Each half padded to a multiple of 128 rows on its own: 2 * 90 rows become 2 * 128."""
+    """Gate and up padded to a multiple of 128 rows each on its own: 2 * 90 rows become 2 * 128."""
     before = source.bytes("weights", 2, 180, 16)
     return _moved("pad_halves", before, pad_halves(before, 128), multiple=128)
 
@@ -131,14 +131,16 @@ def _padded(source: Source, inner: int, checkpoint: Experts) -> MoeCall:
 
 @define(catches="padding_end_of_fused gate_up_interleaved")
 def padded_halves(source: Source) -> MoeCall:
-    """gpt-oss in small: 96 rows of gate and of up, interleaved in the checkpoint, brought into halves and
-    padded to 128 rows each, biases and parameters as well. Padding at the end of the fused tensor moves the
-    border.
+    """A layer like gpt-oss's in small: 96 rows of gate and of up, interleaved in the checkpoint, brought into
+    halves and padded to 128 rows each, with their biases and parameters. Padding at the end of the fused
+    tensor moves the border.
     """
     return _padded(source, 96, source.experts(2, 256, 128, biases=True, alpha=1.702, beta=1.0, limit=7.0))
 
 
 @define(catches="padding_end_of_fused")
 def padded_halves_of_64(source: Source) -> MoeCall:
-    """64 rows of gate and of up, padded to 128 each, without biases and parameters."""
+    """A layer with 64 rows of gate and of up, padded to 128 each, without biases and parameters. Padding at
+    the end of the fused tensor moves the border between them.
+    """
     return _padded(source, 64, source.experts(2, 256, 128))

@@ -134,7 +134,9 @@ def deepseek_v4_flash(source: Source) -> Content:
 
 @define(unique_for="whole size under expert parallelism")
 def deepseek_v4_flash_expert_rank_5_of_8(source: Source) -> Content:
-    """The same model on expert rank 5 of 8, six tokens of which some have no expert there."""
+    """A whole DeepSeek-V4-Flash layer (H 4096, I 2048) on expert rank 5 of 8, which has 32 of the 256
+    experts; six tokens, of which some have no expert there.
+    """
     return _deepseek_v4(source, 6, 4096, 2048, 256, expert_rank=(5, 8))
 
 

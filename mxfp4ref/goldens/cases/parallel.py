@@ -66,7 +66,9 @@ def sentinels_on_rank_3_of_4(source: Source) -> MoeCall:
 
 @define(unique_for="what the kernel does with a mistake of its caller")
 def ids_of_no_rank(source: Source) -> MoeCall:
-    """Ids beyond every rank's experts, and below -1: the kernel skips them like -1."""
+    """Ids beyond the last rank's experts, and below -1, on one of several expert-parallel ranks: the kernel
+    skips them like -1.
+    """
     ids = source.distinct("ids", 16, 4, 12)
     ids[::3, 1], ids[::5, 2] = -7, 2**31 - 1
     return _ep_call(source, 3, ids, strict=False)
@@ -164,7 +166,9 @@ def foreign_slots_beside_infinite_experts(source: Source) -> Content:
 
 @define(unique_for="expert and tensor parallelism together")
 def expert_and_tensor_rank_1(source: Source) -> MoeCall:
-    """Both at once: expert rank 1 of 2, tensor rank 1 of 2, biases given and the second ignored."""
+    """Expert and tensor parallelism at once: rank 1 of 2 of either, biases given; the fc2 bias is that of
+    tensor rank 0 and not added here.
+    """
     return MoeCall(
         source.normal("input", 8, _H),
         source.distinct("ids", 8, 2, 4),

@@ -39,8 +39,8 @@ def _bias(source: Source, num_experts: int, around: float) -> Tensor:
     unique_for="the model's router as it is",
 )
 def deepseek_v4_flash(source: Source) -> Content:
-    """DeepSeek-V4-Flash: 256 experts, a correction bias that changes the selection but not the weights,
-    factor 1.5.
+    """DeepSeek-V4-Flash's router: 256 experts, a correction bias that changes the selection but not the
+    weights, factor 1.5.
     """
     tensors = {"logits": _logits(source, 32, 256), "correction_bias": _bias(source, 256, 0.0)}
     return _routed("deepseek_v4", tensors, top_k=6, routed_scaling_factor=1.5, routed_scaling="in_weights")
@@ -52,7 +52,7 @@ def deepseek_v4_flash(source: Source) -> Content:
     unique_for="the model's router as it is",
 )
 def deepseek_v4_pro(source: Source) -> Content:
-    """DeepSeek-V4-Pro: 384 experts, factor 2.5, bf16 logits."""
+    """DeepSeek-V4-Pro's router: 384 experts, a correction bias, factor 2.5, bf16 logits."""
     tensors = {"logits": source.normal("logits", 16, 384), "correction_bias": _bias(source, 384, 0.0)}
     return _routed("deepseek_v4", tensors, top_k=6, routed_scaling_factor=2.5, routed_scaling="in_weights")
 
@@ -79,7 +79,9 @@ def deepseek_v4_ties_on_the_bias_grid(source: Source) -> Content:
 
 @define("routing", catches="rsf_missing renorm_missing softplus_as_sigmoid")
 def deepseek_v4_hash_layer(source: Source) -> Content:
-    """DeepSeek-V4's first three layers: ids from a table by token id, weights from the scores in table order."""
+    """A hash layer of DeepSeek-V4-Flash, which its first three are: ids from a table by token id, weights
+    from the scores in table order.
+    """
     tensors = {
         "logits": _logits(source, 16, 256),
         "token_ids": source.range("token_ids", 0, 99, 16).to(torch.int32),
@@ -90,7 +92,9 @@ def deepseek_v4_hash_layer(source: Source) -> Content:
 
 @define("routing", catches="rsf_missing")
 def deepseek_v4_pro_hash_layer_padded(source: Source) -> Content:
-    """The same in DeepSeek-V4-Pro, with padded rows, which get id -1 and weight 0."""
+    """A hash layer of DeepSeek-V4-Pro: ids from a table by token id, weights from the scores in table order,
+    factor 2.5; padded rows get id -1 and weight 0.
+    """
     padded = torch.arange(16) % 4 == 3
     tensors = {
         "logits": source.normal("logits", 16, 384),
@@ -103,8 +107,8 @@ def deepseek_v4_pro_hash_layer_padded(source: Source) -> Content:
 
 @define("routing", catches="softplus_as_sigmoid renorm_missing", unique_for="both ends of softplus")
 def deepseek_v4_extreme_logits(source: Source) -> Content:
-    """Logits of large size: softplus is linear above 20 and nearly 0 far below; weights of one token differ
-    by many orders. Some experts are masked with -inf.
+    """DeepSeek-V4's router with logits of large size: softplus is linear above 20 and nearly 0 far below;
+    weights of one token differ by many orders. Some experts are masked with -inf.
     """
     logits = _logits(source, 16, 256) * 12.0
     logits[:, 10:20] = -torch.inf
@@ -114,7 +118,9 @@ def deepseek_v4_extreme_logits(source: Source) -> Content:
 
 @define("routing", unique_for="placement of the factor, and padding")
 def deepseek_v4_factor_on_output(source: Source) -> Content:
-    """The factor belongs on the output here: weights without it. Padded rows have id -1 and weight 0."""
+    """DeepSeek-V4's router where the routed scaling factor is left to the layer's output: weights without it.
+    Padded rows have id -1 and weight 0.
+    """
     tensors = {
         "logits": _logits(source, 16, 256),
         "correction_bias": _bias(source, 256, 0.0),
@@ -131,7 +137,9 @@ def deepseek_v4_factor_on_output(source: Source) -> Content:
     unique_for="the model's router as it is",
 )
 def deepseek_v3_groups(source: Source) -> Content:
-    """DeepSeek-V3: sigmoid scores, 8 groups of which 4 take part by the sum of their two best biased scores."""
+    """DeepSeek-V3's router: sigmoid scores, 8 groups of which 4 take part by the sum of their two best biased
+    scores.
+    """
     tensors = {"logits": _logits(source, 32, 256), "correction_bias": _bias(source, 256, 0.0)}
     return _routed(
         "deepseek_v3",
@@ -187,19 +195,23 @@ def deepseek_v3_negative_scores(source: Source) -> Content:
 
 @define("routing")
 def deepseek_v3_negative_scores_one_group(source: Source) -> Content:
-    """The same with 64 experts, of whose 4 groups only one takes part."""
+    """DeepSeek-V3's router with 64 experts in four groups, of which only one takes part: all biased scores
+    are negative, so that a 0 for groups that do not take part would win.
+    """
     return _v3_with_negative_scores(source, 16, 64, top_k=4, n_group=4, topk_group=1)
 
 
 @define("routing", catches="tie_highest_id renorm_missing")
 def gpt_oss_bf16_ties(source: Source) -> Content:
-    """gpt-oss: the four largest of 32 bf16 logits, many of them equal, softmax over the four."""
+    """gpt-oss's router: the four largest of 32 bf16 logits, many of them equal, where ties go to the lowest
+    id; softmax over the four.
+    """
     return _routed("gpt_oss", {"logits": (source.normal("logits", 64, 32) * 4).round() / 4}, top_k=4)
 
 
 @define("routing", catches="renorm_missing")
 def mixtral(source: Source) -> Content:
-    """Mixtral: softmax over eight experts, the two best, over their sum."""
+    """Mixtral's router: softmax over eight experts, the two best, divided by their sum."""
     return _routed("mixtral", {"logits": _logits(source, 64, 8)}, top_k=2)
 
 

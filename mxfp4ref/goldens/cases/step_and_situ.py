@@ -129,7 +129,10 @@ def situ_at_rounding_boundaries(source: Source) -> MoeCall:
     unique_for="the rounding of SiTU's parameters",
 )
 def situ_parameters_at_rounding_boundaries(source: Source) -> MoeCall:
-    """The same with parameters that are no short numbers, whose reciprocals the hardware does not round correctly."""
+    """SiTU next to the boundaries between bf16 results, with a beta and a linear beta that are no short
+    numbers and whose reciprocals the hardware does not round correctly: an exact division goes to the
+    other side.
+    """
     parameters = {"situ_beta": 1.32, "situ_linear_beta": 2.97}
     experts = _experts(**{name: [value] for name, value in parameters.items()})
     return _call(SITU, *_boundary_pairs(source, SITU, **parameters), experts)

@@ -25,15 +25,17 @@ def _float32(source: Source, name: str, low: int, high: int) -> Tensor:
 
 @define("tensor_core", unique_for="one step alone")
 def close_exponents(source: Source) -> Content:
-    """Exponents close together: nothing is truncated, the step is the exact sum rounded toward zero."""
+    """Tensor-core steps of 16 products with exponents close together: nothing is truncated, the step is the
+    exact sum rounded toward zero.
+    """
     a, b = (source.spread(name, -2, 2, _STEPS, 16) for name in "ab")
     return _step(a, b, _float32(source, "c", -2, 4))
 
 
 @define("tensor_core", unique_for="one step alone")
 def wide_exponents(source: Source) -> Content:
-    """Exponents spread over 40 binades: most terms are truncated to multiples of 2^(emax - 25), some vanish;
-    a step with 24 or 26 bits, or with products normalised first, differs.
+    """Tensor-core steps of 16 products with exponents over 40 binades: most terms are truncated to multiples
+    of 2^(emax - 25), some vanish; a step with 24 or 26 bits, or with products normalised first, differs.
     """
     a, b = (source.spread(name, -10, 10, _STEPS, 16) for name in "ab")
     return _step(a, b, _float32(source, "c", -20, 20))
@@ -41,7 +43,9 @@ def wide_exponents(source: Source) -> Content:
 
 @define("tensor_core", unique_for="one step alone")
 def cancelling(source: Source) -> Content:
-    """The largest terms cancel, so that the sum is what truncation left of the small ones; also exact zeros."""
+    """Tensor-core steps whose largest terms cancel, so that the sum is what truncation left of the small
+    ones; exact zeros, too.
+    """
     a, b = (source.spread(name, -12, 4, _STEPS, 16) for name in "ab")
     half = source.spread("large", 8, 12, _STEPS, 4)
     a[:, 0:4], a[:, 8:12], b[:, 8:12] = half, -half, b[:, 0:4]
@@ -51,7 +55,9 @@ def cancelling(source: Source) -> Content:
 
 @define("tensor_core", unique_for="one step alone")
 def subnormals(source: Source) -> Content:
-    """Subnormal operands (exponent -126, not normalised) and results, which the step keeps."""
+    """Tensor-core steps with subnormal operands (exponent -126, not normalised) and results, which the step
+    keeps: flushing them to zero shows.
+    """
     bits = source.words("a", _STEPS, 16) & 0x807F
     a = torch.where(bits >= 1 << 15, bits - (1 << 16), bits).to(torch.int16).view(torch.bfloat16)
     b = source.spread("b", -24, 8, _STEPS, 16)
@@ -60,8 +66,8 @@ def subnormals(source: Source) -> Content:
 
 @define("tensor_core", unique_for="one step alone")
 def special_values(source: Source) -> Content:
-    """Zeros of both signs, Inf and NaN in a, b and c, and sums that overflow: 0 * Inf, Inf - Inf, NaN
-    0x7FFFFFFF.
+    """Tensor-core steps with zeros of both signs, Inf and NaN in a, b and c, and sums that overflow: 0 * Inf,
+    Inf - Inf, NaN 0x7FFFFFFF.
     """
     special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 3e38, -3e38, 1.0])
     a, b = (special[(source.bytes(name, _STEPS, 16) & 7).long()].to(torch.bfloat16) for name in "ab")

@@ -1,0 +1,148 @@
+"""Whether the activation that GEMM2 got is another function of the right up and gate: fitted, and tried elsewhere.
+
+What is fitted is piecewise linear in up and in gate, the same in all columns, of all experts or of each. It is tried
+on tokens that it was not fitted to; only a mistake that is a function of these two numbers predicts them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mxfp4ref.conformance.families.sampled import Sample
+
+__all__ = ["Formula", "fitted"]
+
+_TOKENS, _FEWEST = 16, 4
+_HINT = 0.15  # of the errors, from which each expert's own function is tried
+_EXPLAINED = 0.8  # of the errors' squares that roundings do not make
+_A_FACTOR = 0.9  # likewise, by a factor alone, which may as well come later
+_GATES, _UPS = 12, 6  # knots
+_POINTS = ((1.0, 1.0), (-1.0, 1.0), (3.0, 1.0), (0.5, 0.5), (-0.5, 0.5))  # gate, up
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A function of up and gate.
+
+    Attributes:
+        explained: which part of the errors it explains.
+        by_expert: whether each expert has its own.
+        values: what it gives, in words.
+    """
+
+    explained: float
+    by_expert: bool
+    values: str = ""
+
+    @property
+    def proved(self) -> bool:
+        return self.explained >= _EXPLAINED
+
+
+def fitted(some: list[Sample]) -> Formula | None:
+    """The function that explains most; None of too few tokens, and where a factor alone explains the errors."""
+    some = [s for s in some if s.loudness > 1.5][:: max(len(some) // _TOKENS, 1)][:_TOKENS]
+    if len(some) < _FEWEST:
+        return None
+    factor, _ = _explained(some, _Basis.factor(), by_expert=False)
+    if factor > _A_FACTOR:
+        return None
+    basis = _Basis.of(some, _GATES, _UPS)
+    explained, solution = _explained(some, basis, by_expert=False)
+    found = Formula(explained, False, _values(some, basis, solution))
+    if _HINT <= explained < _EXPLAINED and len({e for s in some for e in s.experts.tolist()}) > 1:
+        explained, _ = _explained(some, _Basis.of(some, 7, 4), by_expert=True)
+        if explained > found.explained:
+            return Formula(explained, True)
+    return found
+
+
+@dataclass(frozen=True)
+class _Basis:
+    """Functions of up and gate: products of hats between knots, up itself, and the right activation."""
+
+    gates: Tensor
+    ups: Tensor
+
+    @classmethod
+    def of(cls, some: list[Sample], gates: int, ups: int) -> _Basis:
+        def knots(name: str, count: int) -> Tensor:
+            values = torch.cat([getattr(s, name).flatten() for s in some])
+            parts = torch.linspace(0, 1, count, dtype=values.dtype)
+            found: Tensor = torch.unique(values[:1_000_000].quantile(parts))
+            return found
+
+        return cls(knots("gate", gates), knots("up", ups))
+
+    @classmethod
+    def factor(cls) -> _Basis:
+        return cls(torch.empty(0), torch.empty(0))  # the right activation alone
+
+    def __call__(self, up: Tensor, gate: Tensor, activation: Tensor) -> Tensor:
+        if len(self.gates) < 2 or len(self.ups) < 2:
+            return activation[..., None]
+        rows, columns = _hats(gate, self.gates), torch.cat((_hats(up, self.ups), up[..., None]), -1)
+        products = rows[..., :, None] * columns[..., None, :]
+        found: Tensor = torch.cat((products.flatten(-2), activation[..., None]), -1)
+        return found
+
+
+def _hats(values: Tensor, knots: Tensor) -> Tensor:
+    values = values.clamp(float(knots[0]), float(knots[-1]))
+    left = (torch.searchsorted(knots, values.contiguous(), right=True) - 1).clamp(0, len(knots) - 2)
+    part = ((values - knots[left]) / (knots[left + 1] - knots[left]))[..., None]
+    found = torch.zeros(*values.shape, len(knots), dtype=values.dtype)
+    found.scatter_(-1, left[..., None], 1 - part).scatter_add_(-1, left[..., None] + 1, part)
+    return found
+
+
+def _explained(some: list[Sample], basis: _Basis, *, by_expert: bool) -> tuple[float, Tensor]:
+    """The part that is predicted of tokens that were not fitted to, and the solution for one half of them."""
+    ids = sorted({e for s in some for e in s.experts.tolist()})
+    systems, targets, quiet = [], [], 0.0
+    for s in some:
+        functions = basis(s.up, s.gate, s.activation)
+        given = torch.einsum("s,shi,sij->shj", s.weights, s.second, functions)
+        if by_expert:
+            place = torch.tensor([ids.index(e) for e in s.experts.tolist()])
+            given = given.new_zeros(len(ids), *given.shape[1:]).index_add_(0, place, given)
+            given = given.permute(1, 0, 2).flatten(1)
+        else:
+            given = given.sum(0)
+        size = s.error.square().mean().sqrt()  # each token counts alike
+        systems.append(given / size)
+        targets.append(s.error / size)
+        quiet += float((s.noise / size.square()).sum())
+    rest = total = 0.0
+    solution = torch.empty(0)
+    for start in (0, 1):
+        matrix, target = torch.cat(systems[start::2]), torch.cat(targets[start::2])
+        normal = matrix.T @ matrix
+        diagonal = normal.diagonal()
+        diagonal += (1e-3 if by_expert else 1e-4) * diagonal.mean() + 1e-12 * diagonal.max() + 1e-300
+        solution = torch.linalg.solve(normal, matrix.T @ target)
+        others, wanted = torch.cat(systems[1 - start :: 2]), torch.cat(targets[1 - start :: 2])
+        rest += float((wanted - others @ solution).square().sum())
+        total += float(wanted.square().sum())
+    return (total - rest) / max(total - quiet, 1e-300), solution
+
+
+def _values(some: list[Sample], basis: _Basis, solution: Tensor) -> str:
+    """What the function gives where there is much to fit it to."""
+    up, gate, right = (
+        torch.cat([getattr(s, n).flatten() for s in some]) for n in ("up", "gate", "activation")
+    )
+    told = []
+    for at_gate, at_up in _POINTS:
+        distance = (gate - at_gate).square() + (up - at_up).square()
+        near = int(distance.argmin())
+        if float(distance[near]) < 0.01:
+            change = basis(up[near][None], gate[near][None], right[near][None]) @ solution
+            told.append(
+                f"{float(right[near] + change):.2g} for gate {float(gate[near]):.2g} and up {float(up[near]):.2g} "
+                f"(right is {float(right[near]):.2g})"
+            )
+    return ", ".join(told[:3])

@@ -1,0 +1,222 @@
+"""Whether some slots' rows are others that the same weights and inputs give: another expert's, another token's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mxfp4ref.conformance.families.hypothesis import Pipeline, local_of
+from mxfp4ref.conformance.families.sampled import Sample
+from mxfp4ref.conformance.families.slots import attributes
+from mxfp4ref.formats.mxfp4 import dequantize
+from mxfp4ref.model.forward import MoeTrace, activate_rows, trace
+from mxfp4ref.sm90 import fp32
+
+__all__ = ["mixed_up"]
+
+_LOOKED_AT, _OTHERS = 8, 64  # tokens
+_WORK = 1 << 33  # multiplications of all tokens with all experts
+_LOUD, _QUIET = 4.0, 1.6  # times the roundings: before, and when explained
+_Told = tuple[tuple[str, ...], str]
+
+
+@dataclass(frozen=True)
+class _Swap:
+    """A slot's row that is another one: which slot, in words by what, and how that changes the token's row."""
+
+    slot: int
+    words: str
+    change: Tensor
+
+
+def mixed_up(pipeline: Pipeline, some: list[Sample]) -> _Told | None:
+    """The stages and a sentence, if rows that changed places explain the errors up to the roundings."""
+    loud = sorted((s for s in some if s.loudness > _LOUD), key=lambda s: -s.loudness / len(s.experts))
+    loud = loud[:_LOOKED_AT]
+    call, experts = pipeline.call, pipeline.call.experts
+    if not loud or len(loud[0].error) != experts.hidden_size:
+        return None
+    if (found := _other_biases(pipeline, loud)) is not None:
+        return found
+    others = [s.token for s in loud] + [t for t in range(call.num_tokens) if t not in {s.token for s in loud}]
+    tokens = others[:_OTHERS]
+    if len(tokens) * experts.num_experts * 3 * experts.hidden_size * experts.intermediate_size > _WORK:
+        return None
+    rows = _Grid.of(pipeline, tokens)
+    for stages, words, swaps in (
+        (("slots",), "are computed by other experts", rows.of_other_experts),
+        (("fc1",), "got GEMM1 of other experts' weights", rows.of_other_first),
+        (("fc2",), "got GEMM2 of other experts' weights", rows.of_other_second),
+        (("slots", "input"), "have the rows of other tokens", rows.of_other_tokens),
+    ):
+        explained = {s.token: e for s in loud if (e := _explained(s, list(swaps(s)))) is not None}
+        if 3 * len(explained) >= 2 * len(loud):
+            return (
+                stages,
+                f"slots{_which(pipeline, explained)} {words}: {_listed(explained)}; all else is right",
+            )
+    return None
+
+
+def _explained(sample: Sample, swaps: list[_Swap]) -> list[_Swap] | None:
+    """The swaps, at most one of each slot, that leave no more than roundings of the error."""
+    left, chosen = sample.error, []
+    while swaps and float((left.square() / sample.noise).mean().sqrt()) > _QUIET:
+        rest = left - torch.stack([s.change for s in swaps])
+        sizes = (rest.square() / sample.noise).sum(1)
+        best = int(sizes.argmin())
+        if float(sizes[best]) >= float((left.square() / sample.noise).sum()):
+            return None
+        left = rest[best]
+        chosen.append(swaps[best])
+        swaps = [s for s in swaps if s.slot != chosen[-1].slot]
+    return chosen if float((left.square() / sample.noise).mean().sqrt()) <= _QUIET else None
+
+
+def _which(pipeline: Pipeline, explained: dict[int, list[_Swap]]) -> str:
+    """Words for the slots, if they are all of a kind among those of the tokens looked at."""
+    local = local_of(pipeline)
+    mask = torch.zeros_like(local, dtype=torch.bool)
+    for token, swaps in explained.items():
+        here = (local[token] >= 0).nonzero().flatten()
+        mask[token, here[[s.slot for s in swaps]]] = True
+    tokens = list(explained)
+    if torch.equal(mask[tokens], local[tokens] >= 0):
+        return ""
+    kinds = (
+        words for words, kind in attributes(pipeline.call, local) if torch.equal(kind[tokens], mask[tokens])
+    )
+    return f" {words}" if (words := next(kinds, "")) else ""
+
+
+def _listed(explained: dict[int, list[_Swap]]) -> str:
+    told = [f"token {t}: {', '.join(s.words for s in swaps[:4])}" for t, swaps in explained.items()]
+    return "; ".join(told[:3])
+
+
+def _other_biases(pipeline: Pipeline, loud: list[Sample]) -> _Told | None:
+    """Whether the errors are sums of the experts' fc2 biases."""
+    call = pipeline.call
+    if call.experts.fc2_biases is None or 4 * call.experts.num_experts > call.experts.hidden_size:
+        return None
+    biases = fp32.widen(call.experts.fc2_biases).double()
+    told = []
+    for s in loud:
+        solution = torch.linalg.lstsq(biases.T, s.error[:, None], driver="gelsd").solution[:, 0]
+        if float(((s.error - solution @ biases).square() / s.noise).mean().sqrt()) > _QUIET:
+            continue
+        asked = torch.zeros(len(biases), dtype=torch.float64).index_add_(0, s.experts, s.weights)
+        asked *= call.tp_rank == 0
+        told.append(f"token {s.token} has {_sum(solution + asked)}, asked was {_sum(asked)}")
+    if 3 * len(told) < 2 * len(loud):
+        return None
+    return ("finalize", "fc2"), f"the fc2 biases added are others by weight or expert: {'; '.join(told[:2])}"
+
+
+def _sum(weights: Tensor) -> str:
+    parts = [f"{w:.3g} x expert {e}'s bias" for e, w in enumerate(weights.tolist()) if abs(w) > 2e-2]
+    return " + ".join(parts) or "none"
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Some tokens' rows by all experts of the rank: `[T, E, ...]`.
+
+    Attributes:
+        pipeline: the right one.
+        tokens: which.
+        fc1: GEMM1's output, bf16.
+        activation, y: float64; y with the fc2 bias.
+        second: `[E, H, I] float64`, GEMM2's weights.
+        biases: `[E, H]`, of fc2.
+    """
+
+    pipeline: Pipeline
+    tokens: list[int]
+    fc1: Tensor
+    activation: Tensor
+    y: Tensor
+    second: Tensor
+    biases: Tensor
+
+    @classmethod
+    def of(cls, pipeline: Pipeline, tokens: list[int]) -> _Grid:
+        call, experts = pipeline.call, pipeline.call.experts
+        count = experts.num_experts
+        ids = torch.arange(count, dtype=torch.int32).expand(len(tokens), -1).contiguous()
+        everyone = replace(
+            call,
+            input=call.input[tokens],
+            token_selected_experts=ids,
+            token_final_scales=torch.ones(len(tokens), count),
+            ep_size=1,
+            ep_rank=0,
+        )
+        rows: MoeTrace = trace(everyone)
+        order = (rows.token * count + rows.expert).argsort()
+        assert experts.fc2_scales is not None
+        dense = dequantize(experts.fc2_weights, experts.fc2_scales, convention="sm90", dtype=torch.float32)
+        biases = torch.zeros(count, experts.hidden_size, dtype=torch.float64)
+        if experts.fc2_biases is not None and call.tp_rank == 0:
+            biases = fp32.widen(experts.fc2_biases).double()
+        shaped = [
+            t[order].view(len(tokens), count, -1)
+            for t in (rows.fc1_output, rows.activation, rows.fc2_accumulators)
+        ]
+        activation, y = fp32.widen(shaped[1].contiguous()).double(), shaped[2].double() + biases
+        return cls(pipeline, tokens, shaped[0], activation, y, dense.double(), biases)
+
+    def _others(self, sample: Sample) -> Iterator[tuple[int, int, int, float]]:
+        """The token's place, and each slot, with each other expert and its weight."""
+        at = self.tokens.index(sample.token)
+        for slot, (own, weight) in enumerate(
+            zip(sample.experts.tolist(), sample.weights.tolist(), strict=True)
+        ):
+            for other in range(len(self.second)):
+                if other != own:
+                    yield at, slot, other, weight
+
+    def _swap(self, sample: Sample, slot: int, other: int, row: Tensor, weight: float) -> _Swap:
+        return _Swap(
+            slot,
+            f"expert {self._id(sample.experts[slot])} by {self._id(other)}",
+            weight * (row - sample.y[slot]),
+        )
+
+    def _id(self, expert: int | Tensor) -> int:
+        call = self.pipeline.call
+        return int(expert) + call.ep_rank * call.experts.num_experts
+
+    def of_other_experts(self, sample: Sample) -> Iterator[_Swap]:
+        for at, slot, other, weight in self._others(sample):
+            yield self._swap(sample, slot, other, self.y[at, other], weight)
+
+    def of_other_first(self, sample: Sample) -> Iterator[_Swap]:
+        call, count = self.pipeline.call, len(self.second)
+        at = self.tokens.index(sample.token)
+        own = sample.experts.repeat_interleave(count)
+        fc1 = self.fc1[at].repeat(len(sample.experts), 1)
+        rows = activate_rows(call, fc1, own, self.pipeline.stages.activate)
+        rounded = (
+            fp32.widen(self.pipeline.stages.round_activation(rows)).double().view(-1, count, rows.shape[1])
+        )
+        for _, slot, other, weight in self._others(sample):
+            row = sample.second[slot] @ rounded[slot, other] + self.biases[sample.experts[slot]]
+            yield self._swap(sample, slot, other, row, weight)
+
+    def of_other_second(self, sample: Sample) -> Iterator[_Swap]:
+        for _, slot, other, weight in self._others(sample):
+            row = self.second[other] @ sample.activation[slot] + self.biases[sample.experts[slot]]
+            yield self._swap(sample, slot, other, row, weight)
+
+    def of_other_tokens(self, sample: Sample) -> Iterator[_Swap]:
+        for slot, (expert, weight) in enumerate(
+            zip(sample.experts.tolist(), sample.weights.tolist(), strict=True)
+        ):
+            for place, token in enumerate(self.tokens):
+                if token != sample.token:
+                    change = weight * (self.y[place, expert] - sample.y[slot])
+                    yield _Swap(slot, f"expert {self._id(expert)} got token {token}", change)

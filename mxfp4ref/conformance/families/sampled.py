@@ -1,0 +1,114 @@
+"""The errors of some tokens, and what they may be sums of: GEMM2's weights times what it got."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mxfp4ref.conformance.families.hypothesis import Pipeline
+from mxfp4ref.formats.mxfp4 import dequantize
+from mxfp4ref.model.forward import trace
+from mxfp4ref.sm90 import fp32
+
+__all__ = ["Sample", "samples"]
+
+_TOKENS, _COLUMNS = 48, 1024
+_SIZE = 1 << 26  # elements of GEMM2's weights, of the experts that are used
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A token of `n` slots and `H` columns (all, or some of a large layer); all float64 but `token` and `experts`.
+
+    Attributes:
+        token: its number.
+        experts: `[n] int64`, the rank's experts, by slot.
+        weights: `[n]`, the routing weights.
+        second: `[n, H, I]`, GEMM2's weights.
+        activation, up, gate: `[n, I]`, the right ones; up and gate with their bias.
+        y: `[n, H]`, what GEMM2 gives, with the fc2 bias.
+        error: `[H]`, the kernel's row less the right sum, neither it nor `y` rounded.
+        noise: `[H]`, the variance of the roundings to bf16 in the error.
+    """
+
+    token: int
+    experts: Tensor
+    weights: Tensor
+    second: Tensor
+    activation: Tensor
+    up: Tensor
+    gate: Tensor
+    y: Tensor
+    error: Tensor
+    noise: Tensor
+
+    @property
+    def loudness(self) -> float:
+        """How many times larger than the roundings the error is."""
+        return float((self.error.square() / self.noise).mean().sqrt())
+
+    @property
+    def finite(self) -> bool:
+        numbers = (self.second, self.activation, self.up, self.gate, self.y, self.error, self.noise)
+        return all(bool(t.isfinite().all()) for t in numbers)
+
+
+def samples(pipeline: Pipeline, got: Tensor, wrong: Tensor, local: Tensor) -> list[Sample]:
+    """Of wrong tokens with finite numbers, the most wrong ones, in order; none of a layer that is too large.
+
+    Args:
+        pipeline: the right one.
+        got: `[M, H] bf16`, the kernel's output.
+        wrong: `[M, H] bool`.
+        local: `[M, k]`, the rank's expert of each slot, -1 for none.
+    """
+    call, experts = pipeline.call, pipeline.call.experts
+    amount = wrong.sum(1)
+    usable = (amount > 0) & got.isfinite().all(1) & (local >= 0).any(1)
+    order = amount.argsort(descending=True, stable=True)
+    index = order[usable[order]][:_TOKENS].sort().values
+    columns = torch.arange(0, experts.hidden_size, -(-experts.hidden_size // _COLUMNS), device=got.device)
+    used = torch.unique(local[index][local[index] >= 0])
+    if not len(index) or len(used) * len(columns) * experts.intermediate_size > _SIZE:
+        return []
+    some = experts.select(used)
+    assert some.fc2_scales is not None
+    codes, scales = some.fc2_weights[:, columns], some.fc2_scales[:, columns]
+    dense = dequantize(codes, scales, convention="sm90", dtype=torch.float32).double()
+    rows = trace(call.select(index))
+    y = rows.fc2_accumulators[:, columns].double()
+    units = _unit(y)  # of what is rounded, which is without the bias
+    if experts.fc2_biases is not None and call.tp_rank == 0:
+        y = y + fp32.widen(experts.fc2_biases[rows.expert][:, columns].contiguous()).double()
+    fc1 = fp32.widen(rows.fc1_output).double()
+    if experts.fc1_biases is not None:
+        fc1 = fc1 + fp32.widen(experts.fc1_biases[rows.expert]).double()
+    up, gate = fc1.chunk(2, dim=1)
+    activation = fp32.widen(rows.activation).double()
+    place = torch.searchsorted(used, rows.expert)
+    found = []
+    for number, token in enumerate(index.tolist()):
+        mine = (rows.token == number).nonzero().flatten()
+        mine = mine[rows.slot[mine].argsort()]
+        weights = call.token_final_scales[token, rows.slot[mine]].double()
+        target = fp32.widen(got[token, columns].contiguous()).double()
+        rounded = torch.cat((weights[:, None] * units[mine], _unit(target)[None]))
+        found.append(
+            Sample(
+                token,
+                rows.expert[mine],
+                weights,
+                dense[place[mine]],
+                *(t[mine] for t in (activation, up, gate, y)),
+                error=target - weights @ y[mine],
+                noise=rounded.square().sum(0) / 12,
+            )
+        )
+    return [one for one in found if one.finite and bool((one.noise > 0).all())]
+
+
+def _unit(values: Tensor) -> Tensor:
+    """A unit in the last place of bf16."""
+    return torch.ldexp(torch.ones_like(values), torch.frexp(values).exponent - 8)

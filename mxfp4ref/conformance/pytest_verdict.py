@@ -1,0 +1,140 @@
+"""What the tests of the pytest plugin say together: the verdict at the end of a session, and its HTML report."""
+
+from __future__ import annotations
+
+import base64
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from mxfp4ref.conformance.results import CaseResult, Report
+    from mxfp4ref.goldens import Goldens
+
+__all__ = ["SUITE", "Outcome", "Verdict"]
+
+SUITE = "mxfp4"  # what the tests' names begin with
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A case's result, the kernel's name, and where it ran."""
+
+    result: CaseResult
+    kernel: str
+    environment: Mapping[str, str]
+
+    def to_text(self) -> str:
+        """As text, as which xdist carries it."""
+        return base64.b64encode(pickle.dumps(self)).decode()
+
+    @classmethod
+    def of_text(cls, text: str) -> Outcome:
+        """What `to_text` gave, in a process of this session."""
+        found: Outcome = pickle.loads(base64.b64decode(text))
+        return found
+
+
+class Verdict:
+    """What all cases say together, and the report. A kernel that ran no case has not passed, as in `conform`."""
+
+    def __init__(self, config: pytest.Config, goldens: Goldens) -> None:
+        self._config = config
+        self._goldens = goldens
+        self._outcomes: list[Outcome] = []
+        self._lost: set[str] = set()
+        self._html = _html_file(config, goldens)
+        self._said = ""  # of the report's file
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if not report.nodeid.startswith(f"{SUITE}::"):
+            return
+        if hasattr(report, "mxfp4_outcome"):
+            self._outcomes.append(Outcome.of_text(report.mxfp4_outcome))
+        elif report.failed:  # before there was a result, or the worker is gone
+            self._lost.add(report.nodeid)
+
+    @property
+    def _none_ran(self) -> bool:
+        skipped = all(outcome.result.status == "skipped" for outcome in self._outcomes)
+        return bool(self._outcomes) and skipped and not self._lost
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        wrong = self._none_ran
+        if self._html is not None and self._outcomes:
+            from mxfp4ref._files import write_file
+            from mxfp4ref.conformance.html_report import to_html
+
+            try:
+                write_file(self._html, to_html(self._report()))
+                self._said = f"report: {self._html}"
+            except Exception as error:  # a full disk; the verdict is told all the same
+                wrong = True
+                self._said = f"ERROR: {self._html} could not be written: {type(error).__name__}: {error}"
+        if wrong and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.USAGE_ERROR
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        lost = f"{len(self._lost):,} without a result" if self._lost else ""
+        if not self._outcomes:
+            if lost:
+                terminalreporter.write_line(f"ERROR: --mxfp4-kernel: {lost}, none with one")
+            return
+        report = self._report()
+        terminalreporter.section(f"{SUITE}ref")
+        good = report.ok and not self._lost
+        terminalreporter.write_line(report.verdict, bold=True, green=good, red=not good)
+        skipped = sum(result.status == "skipped" for result in report.results)
+        told = [f"{len(report.results) - skipped:,} of {len(self._goldens.names()):,} golden cases ran"]
+        told += [f"{skipped:,} skipped"] if skipped else []
+        told += [lost] if lost else []
+        terminalreporter.write_line(", ".join(told) + ".")
+        if self._said:
+            terminalreporter.write_line(self._said)
+        if self._none_ran:
+            spec = self._config.getoption("mxfp4_kernel")
+            terminalreporter.write_line(
+                f"ERROR: --mxfp4-kernel: none of the {skipped} cases is of a kind that {spec} runs"
+            )
+
+    def _report(self) -> Report:
+        from mxfp4ref.conformance.diagnosing import Failing
+        from mxfp4ref.conformance.results import Report
+
+        results = [outcome.result for outcome in self._outcomes]
+        found = Failing("none").verdict(results, None)
+        last = self._outcomes[-1]
+        return Report(
+            last.kernel,
+            self._config.getoption("mxfp4_mode"),
+            found.results,
+            found.defects,
+            sum(result.seconds for result in results),
+            last.environment,
+            found.finding,
+        )
+
+
+def _html_file(config: pytest.Config, goldens: Goldens) -> Path | None:
+    """Where the report goes, if one is wanted, once it is clear that it can be written."""
+    if not (name := config.getoption("mxfp4_html")):
+        return None
+    from mxfp4ref._files import check_no_input, folders_below
+    from mxfp4ref.conformance.html_report import check_html
+
+    path: Path = config.invocation_params.dir / name
+    try:
+        check_html()
+        if not path.parent.is_dir():
+            raise ValueError(f"{path}: there is no folder {path.parent}")
+        if path.is_dir():
+            raise ValueError(f"{path}: expected a file to write to, it is a folder")
+        inputs = folders_below(goldens.root)
+        check_no_input(path, (place / file for place, _, files in inputs for file in files))
+    except (ModuleNotFoundError, ValueError, OSError) as error:
+        raise pytest.UsageError(f"--mxfp4-html: {error}") from error
+    return path

@@ -1,0 +1,210 @@
+"""The HTML report: one file, whole without scripts, for light and dark and for readers who see no hues."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import itertools
+import re
+import struct
+import zlib
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+
+from mxfp4ref.conformance import Options, Report, pictures, run
+from mxfp4ref.conformance.html_report import thread_url, to_html
+from mxfp4ref.goldens import open_goldens
+from tests.helpers.kernels_under_test import good
+
+CASES = ("parallel/sentinels_on_rank_3_of_4", "finalize/slot_order", "layout/swap_halves")
+
+
+class Page(HTMLParser):
+    """A page's elements with their attributes, and its text outside of styles and scripts."""
+
+    VOID = ("meta", "input", "br", "img")
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {name: value or "" for name, value in attrs}))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {name: value or "" for name, value in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def named() -> Report:
+    goldens = open_goldens()
+    return run("defect:ep_sentinel_aliases", [goldens.load(name) for name in CASES], Options(repeat=False))
+
+
+@pytest.fixture(scope="module")
+def html(named: Report) -> str:
+    return to_html(named)
+
+
+def test_the_verdict_comes_first_with_the_thread_and_the_command(html: str, named: Report) -> None:
+    page = Page(html)
+    head = page.text[: page.text.index("Cases that fail")]
+    assert named.verdict in head
+    assert "mxfp4ref conform defect:ep_sentinel_aliases" in head
+    assert {"href": "https://github.com/vllm-project/vllm/issues/42034", "rel": "noreferrer"} in page.all("a")
+    assert "conform defect:ep_sentinel_aliases --case parallel/sentinels_on_rank_3_of_4" in page.text
+    assert page.text.index("tokens without an expert") < page.text.index("output at [1, 0]")
+
+
+def test_nothing_is_loaded_and_only_the_own_script_runs(html: str) -> None:
+    page = Page(html)
+    sources = [a[n] for _, a in page.elements for n in ("src", "href", "data", "action") if n in a]
+    assert all(s.startswith(("#", "data:image/png;base64,", "https://github.com/")) for s in sources)
+    assert not re.search(r"url\(|@import", html)
+    assert not [n for _, a in page.elements for n in a if n.startswith("on")]
+    (script,) = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    (policy,) = (a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
+    assert base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() in policy
+    assert "default-src 'none'" in policy
+    assert len(html) < 40_000
+
+
+def test_the_content_needs_no_script_and_no_eyes(html: str) -> None:
+    page = Page(html)
+    hidden = [tag for tag, a in page.elements if "hidden" in a]
+    assert hidden == ["form"]  # the filter, which the script shows
+    headings = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
+    assert headings[0] == 1
+    assert headings.count(1) == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(headings))
+    ids = [a["id"] for _, a in page.elements if "id" in a]
+    assert len(ids) == len(set(ids))
+    assert {a["href"][1:] for a in page.all("a") if a["href"][0] == "#"} <= set(ids)
+    assert {a["aria-labelledby"] for a in page.all("section")} <= set(ids)
+    assert all("(9 in all) of 16 differ" in a["aria-label"] for a in page.all("svg") if a["role"] == "img")
+    assert all("tabindex" in a and "aria-label" in a for a in page.all("div") if a.get("class") == "scroll")
+
+
+def test_each_scheme_has_every_colour(html: str) -> None:
+    light, dark = re.findall(r":root \{(.*?)\}", html, re.DOTALL)
+    names = set(re.findall(r"var\((--\w+)\)", html))
+    for scheme in (light, dark):
+        assert names <= set(re.findall(r"(--\w+): #", scheme))
+    assert html.index("@media screen and (prefers-color-scheme: dark)") < html.index(dark)  # paper is light
+
+
+def test_a_kernel_that_conforms(named: Report) -> None:
+    page = Page(to_html(run(good, [open_goldens().load("finalize/slot_order")], Options(repeat=False))))
+    assert "✓ conforms" in page.text
+    assert "Cases that fail" not in page.text
+    assert not page.all("svg")
+
+
+@pytest.mark.parametrize(
+    ("seen_in", "url"),
+    [
+        ("flashinfer#5438", "https://github.com/flashinfer-ai/flashinfer/issues/5438"),
+        ("sglang#24492 (discussion)", "https://github.com/sgl-project/sglang/issues/24492"),
+        ("torchao#2939", "https://github.com/pytorch/ao/issues/2939"),
+        ("somebody#5", ""),
+        ("gpt-oss ports", ""),
+    ],
+)
+def test_threads(seen_in: str, url: str) -> None:
+    assert thread_url(seen_in) == url
+
+
+# Maps.
+
+
+def cells(png: str) -> np.ndarray:
+    """The indices of a PNG of one byte a cell."""
+    data = base64.b64decode(png)
+    width, height = struct.unpack(">II", data[16:24])
+    at = data.index(b"IDAT")
+    length = struct.unpack(">I", data[at - 4 : at])[0]
+    raw = zlib.decompress(data[at + 4 : at + 4 + length])
+    return np.frombuffer(raw, np.uint8).reshape(height, width + 1)[:, 1:]
+
+
+def test_a_map_shows_each_element_and_once_more_by_expert(named: Report) -> None:
+    found = named.results[0].diagnosis
+    assert found is not None
+    bins = torch.zeros(3, 256, dtype=torch.uint8)
+    bins[0, 130], bins[2, 5] = 7, 2
+    experts = torch.tensor([[9, 4], [4, -1], [-1, 9]])
+    by_token, by_expert = pictures.mismatch_maps(
+        type(found)(**{**vars(found), "bins": bins, "experts": experts})
+    )
+    assert np.array_equal(cells(by_token.light), bins.numpy())
+    assert np.array_equal(cells(by_expert.dark), bins[[0, 1, 0, 2]].numpy())
+    assert [band.label for band in by_expert.rows] == ["4", "9"]
+    assert [band.label for band in by_token.tiles] == ["0", "1"]
+    assert by_token.tiles[1].begin == by_token.left + by_token.width / 2
+    assert by_token.pooled == ""
+
+
+def test_a_large_map_loses_no_element(named: Report) -> None:
+    found = named.results[0].diagnosis
+    assert found is not None
+    bins = torch.zeros(1000, 3000, dtype=torch.uint8)
+    bins[777, 2999] = 3
+    (large,) = pictures.mismatch_maps(type(found)(**{**vars(found), "bins": bins, "experts": None}))
+    shown = cells(large.light)
+    assert shown.shape == (64, 256)
+    assert set(shown[shown > 0]) == {3}
+    assert shown[:, -1].any()
+    assert large.pooled == "A cell shows the largest distance of some 15.6 × 11.7 elements."
+
+
+# Machado, Oliveira, Fernandes: A Physiologically-based Model for Simulation of Color Vision Deficiency, 2009.
+SIGHTS = {
+    "normal": np.eye(3),
+    "protanopia": np.array(
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
+    ),
+    "deuteranopia": np.array(
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+    ),
+    "tritanopia": np.array(
+        [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]]
+    ),
+}
+
+
+def cie_lab(colour: str, sight: np.ndarray) -> np.ndarray:
+    """L*, a*, b* of an sRGB colour as somebody sees it."""
+    srgb = np.array(list(bytes.fromhex(colour[1:]))) / 255
+    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    x, y, z = np.cbrt(to_xyz @ (sight @ linear).clip(1e-3, 1) / to_xyz.sum(1))
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("sight", SIGHTS)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colours_are_told_apart_by_everybody(scheme: str, sight: str) -> None:
+    """By ten just noticeable differences, and the numbers' by lightness alone, in their order."""
+    seen = [cie_lab(getattr(one, scheme), SIGHTS[sight]) for one in (pictures.PAPER, *pictures.LEGEND)]
+    assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > 10
+    steps = np.diff([one[0] for one in seen[:-1]]) * (-1 if scheme == "light" else 1)
+    assert steps.min() > 6
