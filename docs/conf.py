@@ -29,6 +29,7 @@ html_theme = "furo"
 html_title = f"mxfp4ref {release}"
 html_copy_source = False
 default_role = "code"
+smartquotes = False  # -- is two hyphens in a command
 
 
 def setup(app):
@@ -39,7 +40,7 @@ def setup(app):
     app.connect("autodoc-process-docstring", rows_as_meant, priority=600)  # after it
     app.connect("autodoc-process-signature", readable_signature)
     for event in ("process-description", "process-options", "process-arguments"):
-        app.connect(f"sphinx-click-{event}", lambda app, context, lines: escape(lines, range(len(lines))))
+        app.connect(f"sphinx-click-{event}", plain_help)
 
 
 class Notebook(MystParser):
@@ -100,6 +101,17 @@ def readable_signature(app, what, name, obj, options, signature, return_annotati
     )
     signature = re.sub(r"<function (\w+)[^>]*>", r"\1", signature)
     return re.sub(r"<factory>", lambda match: next(made, "..."), signature), return_annotation
+
+
+def plain_help(app, context, lines):
+    """Lines that help leaves as they are, such as examples, are code."""
+    kept = [line.startswith("| ") for line in lines]
+    escape(lines, [n for n in range(len(lines)) if not kept[n]])
+    for n in reversed(range(len(lines))):
+        if kept[n]:
+            lines[n] = f"    {lines[n][2:]}"
+            if not n or not kept[n - 1]:
+                lines[n:n] = ["", "::", ""]
 
 
 def escape(lines, which):

@@ -22,7 +22,7 @@ try:
     from mxfp4ref.conformance.cli.command import Group
     from mxfp4ref.conformance.cli.shared import UsageError
     from mxfp4ref.engine.cli import COMMANDS as ENGINE
-except KeyboardInterrupt:  # imports take seconds
+except KeyboardInterrupt:
     sys.exit(_INTERRUPTED)
 except ValueError as error:  # of a variable in the environment
     print(f"Error: {error}", file=sys.stderr)

@@ -36,8 +36,8 @@ from mxfp4ref.conformance.flashinfer_kernel import flashinfer_kernel, flashinfer
 from mxfp4ref.conformance.importing import check_takes, import_function
 from mxfp4ref.conformance.plain import printable
 from mxfp4ref.conformance.stand_ins import defect_kernel, torch_bf16
-from mxfp4ref.goldens.case import KINDS
 from mxfp4ref.goldens.runs import run_stage
+from mxfp4ref.goldens.store import KINDS
 
 __all__ = ["check_device", "environment", "is_stand_in", "load_kernel"]
 

@@ -30,8 +30,8 @@ from mxfp4ref.conformance.reduction import reduce_call
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.formats.generations import generation_named
 from mxfp4ref.goldens import Case
-from mxfp4ref.goldens.case import KINDS
 from mxfp4ref.goldens.runs import Run
+from mxfp4ref.goldens.store import KINDS
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward
 from mxfp4ref.sm90.tactics import Sm90Kernel

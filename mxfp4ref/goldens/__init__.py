@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from mxfp4ref._lazy import lazy
 
 if TYPE_CHECKING:
-    from mxfp4ref.goldens.case import Case, GoldenError, derive, tensor_bytes
+    from mxfp4ref.goldens.case import Case, derive, tensor_bytes
     from mxfp4ref.goldens.runs import Run, run_stage
-    from mxfp4ref.goldens.store import Goldens, find_root, open_goldens
+    from mxfp4ref.goldens.store import GoldenError, Goldens, find_root, open_goldens
 
 __all__ = [
     "Case",

@@ -23,9 +23,8 @@ from typing import IO
 from mxfp4ref._files import UNFINISHED, read_file, replacing
 from mxfp4ref._lock import locked
 from mxfp4ref._validate import shown
-from mxfp4ref.goldens.case import GoldenError
 from mxfp4ref.goldens.manifest import FILE_KINDS
-from mxfp4ref.goldens.store import Goldens, is_other_file
+from mxfp4ref.goldens.store import GoldenError, Goldens, is_other_file
 
 __all__ = ["fetch_archive", "write_archive"]
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from mxfp4ref._files import mismatch, parse_json, read_file
 from mxfp4ref.formats.generations import GENERATIONS, NEWEST, generation_named
-from mxfp4ref.goldens.case import Case, GoldenError, tensor_bytes
-from mxfp4ref.goldens.store import Goldens
+from mxfp4ref.goldens.case import Case, tensor_bytes
+from mxfp4ref.goldens.store import GoldenError, Goldens
 from mxfp4ref.model.forward import forward
 from mxfp4ref.sm90.tactics import Sm90Kernel
 

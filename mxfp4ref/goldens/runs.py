@@ -35,7 +35,8 @@ from mxfp4ref.formats.experts import PARAMETERS
 from mxfp4ref.formats.generations import generation_named
 from mxfp4ref.formats.mxfp4 import dequantize
 from mxfp4ref.formats.quantize import quantize
-from mxfp4ref.goldens.case import Case, GoldenError
+from mxfp4ref.goldens.case import Case
+from mxfp4ref.goldens.store import GoldenError
 from mxfp4ref.model.forward import forward
 from mxfp4ref.model.humming import call_of
 from mxfp4ref.routing import presets as routing

@@ -16,7 +16,7 @@ import torch
 
 from mxfp4ref._files import read_file, write_file
 from mxfp4ref._lock import locked
-from mxfp4ref.goldens.case import GoldenError, dtype_name, tensor_bytes
+from mxfp4ref.goldens.case import dtype_name, tensor_bytes
 from mxfp4ref.goldens.cases import DEFINITIONS
 from mxfp4ref.goldens.cases.definition import Content, Definition
 from mxfp4ref.goldens.manifest import (
@@ -28,7 +28,7 @@ from mxfp4ref.goldens.manifest import (
     json_bytes,
     manifest_bytes,
 )
-from mxfp4ref.goldens.store import BUILTIN_ROOT, Goldens, find_root, is_other_file
+from mxfp4ref.goldens.store import BUILTIN_ROOT, GoldenError, Goldens, find_root, is_other_file
 
 __all__ = [
     "SIZE_LIMIT",

@@ -20,7 +20,7 @@ from mxfp4ref.conformance import (
     load_kernel,
     run,
     run_case,
-    suite,
+    running,
 )
 from mxfp4ref.formats import humming
 from mxfp4ref.formats.generations import BYTEWISE, NEWEST
@@ -194,7 +194,7 @@ class TestFlashinfer:
     def test_all_tactics(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Each runnable tactic of either GEMM once; the model gives what to expect of another N tile."""
         asked: list[MoeCall] = []
-        monkeypatch.setattr(suite, "forward", lambda call: (asked.append(call), forward(call))[1])
+        monkeypatch.setattr(running, "forward", lambda call: (asked.append(call), forward(call))[1])
         case = GOLDENS.load("gemm/first_group_overflows")
         experts = case.call().experts
         shapes = [(2 * experts.intermediate_size, experts.hidden_size)]

@@ -17,14 +17,14 @@ from mxfp4ref.goldens import (
     generator,
     open_goldens,
     run_stage,
-    runs,
     store,
     tensor_bytes,
     writing,
 )
-from mxfp4ref.goldens.case import KINDS
 from mxfp4ref.goldens.cases import DEFINITIONS, SUITES
 from mxfp4ref.goldens.manifest import BUILTIN
+from mxfp4ref.goldens.runs import runs
+from mxfp4ref.goldens.store import KINDS
 from mxfp4ref.sm90.tactics import Sm90Kernel
 
 CHECKOUT = Path(__file__).resolve().parents[2] / "goldens"

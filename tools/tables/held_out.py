@@ -50,8 +50,9 @@ from mxfp4ref._files import write_file
 from mxfp4ref.conformance import Diagnosis, Options, Report, diagnose, differing, run
 from mxfp4ref.conformance.adapters import Kernel, keyword_arguments, whole_arguments
 from mxfp4ref.goldens import open_goldens
-from mxfp4ref.goldens.case import KINDS, Case
+from mxfp4ref.goldens.case import Case
 from mxfp4ref.goldens.runs import runs
+from mxfp4ref.goldens.store import KINDS
 from tests.held_out_kernels.calls import CALLS, captured, quantised_values
 from tests.held_out_kernels.definition import STAGES, Wrong, load_all, run_on
 

@@ -21,7 +21,10 @@ __all__ = ["animated", "columns", "console", "echo", "echo_json", "echo_rows", "
 
 _LEAST = 24  # narrower columns of a table are unreadable
 # What stays on one line, to be pasted: `code`, a command with its arguments, and every word.
-_UNIT = re.compile(r"`[^`]+`\S*|(?:^|(?<=: )|(?<=  ))(?:mxfp4ref|export|python|pip) (?:(?!  ).)*|\S+")
+_UNIT = re.compile(
+    r"`[^`]+`\S*|\(mxfp4ref [^)]*\)\S*"
+    r"|(?:^|(?<=: )|(?<=  ))(?:mxfp4ref [a-z]|export [A-Z]|python |pip )(?:(?!  ).)*|\S+"
+)
 
 
 def use_colour() -> bool | None:
@@ -53,8 +56,14 @@ def console() -> Console:
 def echo(text: str, *, err: bool = False, **style: Any) -> None:
     """Print text that may come from a file: nothing in it commands the terminal."""
     width = columns(err=err)
-    lines = printable(text).split("\n")
-    click.secho("\n".join(wrapped(line, width) for line in lines), err=err, **style)
+    shown = "\n".join(wrapped(line, width) for line in printable(text).split("\n"))
+    # By name, as print does: click's own stream writes past a progress bar, into its line.
+    file = sys.stderr if err else sys.stdout
+    click.echo(_styled(shown, **style), file=file)
+
+
+def _styled(text: str, **style: Any) -> str:
+    return click.style(text, **style) if any(style.values()) else text
 
 
 def echo_json(value: object) -> None:
@@ -129,10 +138,10 @@ def _echo_row(row: Sequence[str], widths: Sequence[int], colours: Mapping[str, s
         texts = [column[n] if n < len(column) else "" for column in columns]
         last = max(i for i, text in enumerate(texts) if text or not i)
         padded = [
-            click.style(text, fg=colours.get(cell)) + " " * (0 if i == last else width - len(text) + 2)
+            _styled(text, fg=colours.get(cell)) + " " * (0 if i == last else width - len(text) + 2)
             for i, (text, width, cell) in enumerate(zip(texts, widths, row, strict=True))
         ]
-        click.secho("".join(padded[: last + 1]), **style)
+        click.echo(_styled("".join(padded[: last + 1]), **style))
 
 
 def _echo_lists(heads: Sequence[str], rows: Sequence[Sequence[str]], colours: Mapping[str, str]) -> None:
