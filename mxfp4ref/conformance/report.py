@@ -36,7 +36,7 @@ def to_text(report: Report, *, verbose: bool = False) -> str:
 
     Args:
         report: what to show.
-        verbose: a line for each passing case too.
+        verbose: a line for each passing case too, and all there is to say of each failing one, not of the first few.
     """
     lines = []
     for suite, results in _by_suite(report):
@@ -47,13 +47,17 @@ def to_text(report: Report, *, verbose: bool = False) -> str:
         lines.append(f"{suite:12} {', '.join([*words, *([f'{skipped} skipped'] if skipped else [])])}")
         if verbose:
             lines += [f"    {headline(r)}" for r in results if r.ok]
-    for result in report.results:
-        if not result.ok:
-            lines += [
-                "",
-                headline(result),
-                *(f"    {line}" for line in case_lines(result, command(report, result))),
-            ]
+    failed = [r for r in report.results if not r.ok]
+    for number, result in enumerate(failed):
+        said = case_lines(result, command(report, result))
+        if number >= _DETAILED and not verbose:
+            said = [line for line in said if line.startswith("finding")]
+        lines += ["", headline(result), *(f"    {line}" for line in said)]
+    if len(failed) > _DETAILED and not verbose:
+        lines += [
+            "",
+            f"Of {len(failed) - _DETAILED} cases only that; --verbose, and reports in files, tell all.",
+        ]
     return "\n".join([*lines, "", *_tested(report), report.verdict])
 
 
@@ -78,6 +82,7 @@ _TOLD = ("mxfp4ref", "torch", "gpu")
 _PARTS = ("kernel", "comparison", "diagnosis")
 
 
+_DETAILED = 8  # failing cases
 _NAMED = 9  # three K tiles for each GEMM: so many are listed, and more, which are tactics, are counted
 
 
