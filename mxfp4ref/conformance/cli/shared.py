@@ -135,8 +135,8 @@ def progress(
 ) -> Iterator[Callable[[str, int], None]]:
     """A function to call after each step, with its name and the number of steps.
 
-    It moves a progress bar on stderr, which shows `first` and `total` until then. Where stderr is no terminal it does nothing, or
-    prints a line, if `lines`.
+    It moves a progress bar on stderr, which shows `first` and `total` until then. Where stderr is no terminal it does
+    nothing, or prints a line, if `lines`.
     """
     if sys.stderr.isatty():
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
