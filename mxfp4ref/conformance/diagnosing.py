@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from mxfp4ref.conformance.diagnosis import SECONDS, Diagnosis, Finding, Known, Located, Prediction
+from mxfp4ref.conformance.diagnosis import Diagnosis, Finding, Known, Located, Prediction
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline
 from mxfp4ref.conformance.families.jury import Failure, Verdict, judge
@@ -24,9 +24,9 @@ __all__ = ["Failed", "Failing", "Found", "diagnosed"]
 
 _SECONDS = 40.0  # for the hypotheses of a run
 _QUICK_SECONDS = (
-    8.0  # for those of all quick diagnoses together; then only suspects are tried, and evidence is read
+    8.0  # of the processor, for all quick diagnoses: then suspects are tried, and evidence is read
 )
-_LEAST_SECONDS = 0.1
+_SUSPECTS_SECONDS = 0.1
 _MOST_TOLD = 3  # different sentences of a verdict
 
 
@@ -83,12 +83,12 @@ class _Failure:
         diagnosis: str,
         seconds: float | None = None,
     ) -> CaseResult:
-        """The result with its diagnosis; if that fails, with the reason."""
+        """The result with its diagnosis; if that fails, with the reason. With `seconds` it is a brief one."""
         start = time.perf_counter()
         try:
             self.located = self.located or self.failed.located()
             known = self.located.search(suspects, diagnosis, seconds=seconds)
-            result = replace(result, diagnosis=self.located.told(known))
+            result = replace(result, diagnosis=self.located.told(known, brief=seconds is not None))
         except Exception as error:  # of outputs that nobody has thought of; the result is not lost
             words = f"no diagnosis: {of_exception(error)}"
             result = replace(result, message="; ".join(filter(None, (result.message, words))))
@@ -117,9 +117,12 @@ class Failing:
         if failed is None or self._diagnosis == "none":
             return result
         self._failures[result.case] = one = _Failure(failed)
-        seconds = min(SECONDS["quick"], max(self._left, _LEAST_SECONDS))
+        seconds = None
+        if self._left <= 0:
+            seconds = _SUSPECTS_SECONDS if self._suspects else 0.0
+        start = time.thread_time()
         result = one.looked_at(result, tuple(self._suspects), "quick", seconds)
-        self._left -= min(result.diagnosis_seconds, seconds)
+        self._left -= time.thread_time() - start
         if result.diagnosis is not None:
             self._suspects |= dict.fromkeys(result.diagnosis.exact)
         return result

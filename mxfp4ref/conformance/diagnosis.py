@@ -189,14 +189,16 @@ class Located:
             self.inputs, self.got, self.want, _Search(suspects, diagnosis, seconds, progress, seen)
         )
 
-    def told(self, known: Known) -> Diagnosis:
-        """The diagnosis, with what was found."""
+    def told(self, known: Known, *, brief: bool = False) -> Diagnosis:
+        """The diagnosis, with what was found; if `brief`, without the bounds of each stage, which take long."""
         predictions, finding, remarks = known
         stage = ""
         if isinstance(self.inputs, MoeCall) and finding.exact:
             stage = f"{' or '.join(finding.stages)}: every wrong bit is predicted" if finding.stages else ""
         elif isinstance(self.inputs, MoeCall):
-            stage = finding.sentence or reconcile(self.inputs, self.outputs, self._plain.mask)
+            stage = finding.sentence
+            if not stage and not brief:
+                stage = reconcile(self.inputs, self.outputs, self._plain.mask)
         said = self._plain.patterns + remarks
         return replace(self._plain, predictions=predictions, finding=finding, stage=stage, patterns=said)
 

@@ -13,7 +13,7 @@ from typing import Any
 from mxfp4ref.conformance.again import command
 from mxfp4ref.conformance.diagnosis import Diagnosis
 from mxfp4ref.conformance.pictures import LEGEND, PAPER, mismatch_maps
-from mxfp4ref.conformance.report import by_suite, predicted, tested
+from mxfp4ref.conformance.report_text import by_suite, predicted, tested
 from mxfp4ref.conformance.results import CaseResult, Report
 from mxfp4ref.defects import DEFECTS
 

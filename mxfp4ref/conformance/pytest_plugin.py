@@ -116,7 +116,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     report = yield
     if isinstance(item, _ConformanceItem) and report.when == "call" and item.result is not None:
         tested = _under_test(item.config)
-        outcome = Outcome(item.result, tested.kernel.name, tested.environment)
+        outcome = Outcome(item.result, tested.kernel.name, tested.environment, tested.arguments)
         report.mxfp4_outcome = outcome.to_text()  # type: ignore[attr-defined]
     return report
 
@@ -169,7 +169,9 @@ class _ConformanceItem(pytest.Item):
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         from mxfp4ref.conformance.adapters import KernelError
-        from mxfp4ref.conformance.report import case_lines, headline
+        from mxfp4ref.conformance.again import command
+        from mxfp4ref.conformance.report_text import case_lines, headline
+        from mxfp4ref.conformance.results import Report
         from mxfp4ref.goldens import GoldenError
 
         if isinstance(excinfo.value, _Nonconformance):
@@ -177,7 +179,11 @@ class _ConformanceItem(pytest.Item):
             head, *more = headline(self.result).split("\n")
             sentence = self.result.diagnosis.finding.sentence if self.result.diagnosis else ""
             summary = head.removeprefix(f"{self.name}: ") + (f": {sentence}" if sentence else "")
-            lines = case_lines(self.result, self.config.getoption("mxfp4_kernel"))
+            tested = _under_test(self.config)
+            mode, arguments = tested.options.mode, tested.arguments
+            lines = case_lines(
+                self.result, command(Report(tested.kernel.name, mode, (), arguments=arguments), self.result)
+            )
             return _Told(head, [*more, *(f"  {line}" for line in lines)], _Summary(summary))
         if isinstance(excinfo.value, GoldenError | KernelError | pytest.UsageError):
             words = f"{self.name}: {excinfo.value}"
@@ -280,12 +286,13 @@ _FAILURES = pytest.StashKey[int]()
 
 @dataclass(frozen=True)
 class _UnderTest:
-    """The kernel, the process that it is in, which ends with the session, how it is compared, and where it runs."""
+    """The kernel, the process that it is in, which ends with the session, how it is compared, where it runs, and how to run it again."""
 
     kernel: Kernel
     worker: Worker | None
     options: Options
     environment: Mapping[str, str]
+    arguments: tuple[str, ...]
 
 
 _LOADED = pytest.StashKey["_UnderTest | pytest.UsageError"]()
@@ -295,6 +302,7 @@ def _under_test(config: pytest.Config) -> _UnderTest:
     """What is tested; loaded, or found that it cannot be, when first asked for."""
     from mxfp4ref.conformance import Options
     from mxfp4ref.conformance.adapters import KernelError
+    from mxfp4ref.conformance.again import conform_arguments
     from mxfp4ref.conformance.kernels import environment, is_stand_in, load_kernel
     from mxfp4ref.conformance.worker import Worker
 
@@ -303,13 +311,14 @@ def _under_test(config: pytest.Config) -> _UnderTest:
         isolate = config.getoption("mxfp4_isolate")
         try:
             options = Options(config.getoption("mxfp4_mode"), timeout=config.getoption("mxfp4_timeout"))
+            arguments = conform_arguments(spec, options, device, isolate, _goldens(config))
             if not is_stand_in(spec) if isolate is None else isolate:
                 worker = Worker(spec, device, options.timeout)
                 config.add_cleanup(worker.stop)
-                found = _UnderTest(worker.kernel, worker, options, worker.environment)
+                found = _UnderTest(worker.kernel, worker, options, worker.environment, arguments)
             else:
                 kernel = load_kernel(spec, device)
-                found = _UnderTest(kernel, None, options, environment(kernel.device))
+                found = _UnderTest(kernel, None, options, environment(kernel.device), arguments)
             config.stash[_LOADED] = found
         except (KernelError, ValueError) as error:
             config.stash[_LOADED] = pytest.UsageError(str(error))

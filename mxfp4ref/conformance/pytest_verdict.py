@@ -22,11 +22,12 @@ SUITE = "mxfp4"  # what the tests' names begin with
 
 @dataclass(frozen=True)
 class Outcome:
-    """A case's result, the kernel's name, and where it ran."""
+    """A case's result, the kernel's name, where it ran, and the arguments of `mxfp4ref conform` for it."""
 
     result: CaseResult
     kernel: str
     environment: Mapping[str, str]
+    arguments: tuple[str, ...]
 
     def to_text(self) -> str:
         """As text, as which xdist carries it."""
@@ -116,6 +117,7 @@ class Verdict:
             sum(result.seconds for result in results),
             last.environment,
             found.finding,
+            arguments=last.arguments,
         )
 
 

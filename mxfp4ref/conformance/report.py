@@ -1,131 +1,20 @@
-"""A conformance report as text, JSON or JUnit XML; `html_report` makes one HTML file of it."""
+"""A conformance report as JSON or JUnit XML; `report_text` has it in words, `html_report` as HTML."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from xml.etree import ElementTree
 
 from mxfp4ref.conformance.again import command
 from mxfp4ref.conformance.comparison import FAR
-from mxfp4ref.conformance.results import RECORDING, CaseResult, Report
-from mxfp4ref.defects import DEFECTS
+from mxfp4ref.conformance.report_text import PARTS, case_lines, headline
+from mxfp4ref.conformance.results import CaseResult, Report
 
-if TYPE_CHECKING:
-    from mxfp4ref.conformance.diagnosis import Diagnosis
-
-__all__ = [
-    "FORMAT",
-    "by_suite",
-    "case_lines",
-    "headline",
-    "predicted",
-    "tested",
-    "to_json",
-    "to_junit",
-    "to_text",
-]
+__all__ = ["FORMAT", "to_json", "to_junit"]
 
 FORMAT = "mxfp4ref-report-2"
-
-
-def to_text(report: Report, *, verbose: bool = False) -> str:
-    """The report for a terminal, without colours: suites, every failing case in detail, what was tested, the verdict.
-
-    Args:
-        report: what to show.
-        verbose: a line for each passing case too.
-    """
-    lines = []
-    for suite, results in by_suite(report):
-        passed = sum(r.ok and r.status != "skipped" for r in results)
-        skipped = sum(r.status == "skipped" for r in results)
-        failed = len(results) - passed - skipped
-        words = [f"{passed} passed", *([f"{failed} FAILED"] if failed else [])]
-        lines.append(f"{suite:12} {', '.join([*words, *([f'{skipped} skipped'] if skipped else [])])}")
-        if verbose:
-            lines += [f"    {headline(r)}" for r in results if r.ok]
-    for result in report.results:
-        if not result.ok:
-            lines += [
-                "",
-                headline(result),
-                *(f"    {line}" for line in case_lines(result, command(report, result))),
-            ]
-    return "\n".join([*lines, "", *tested(report), report.verdict])
-
-
-def tested(report: Report) -> list[str]:
-    """What was tested, with what, when, and how long it took; nothing of a report that has no date."""
-    if not report.date:
-        return []
-    lines = []
-    if (used := report.goldens) is not None:
-        lines.append(
-            f"goldens: {used.path} ({used.format}, {used.cases} cases, manifest SHA-256 {used.sha256})"
-        )
-    versions = [f"{name} {report.environment[name]}" for name in _TOLD if name in report.environment]
-    lines.append(f"tested: {', '.join([*versions, report.date])}")
-    parts = {name: sum(getattr(r, f"{name}_seconds") for r in report.results) for name in _PARTS}
-    parts["diagnosis"] += report.verdict_seconds
-    shares = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
-    return [*lines, f"seconds: {report.seconds:.1f} in all; {shares}"]
-
-
-_TOLD = ("mxfp4ref", "torch", "gpu")
-_PARTS = ("kernel", "comparison", "diagnosis")
-
-
-_NAMED = 9  # three K tiles for each GEMM: so many are listed, and more, which are tactics, are counted
-
-
-def headline(result: CaseResult) -> str:
-    """A case and its status in a line."""
-    words = f"{result.case}: {result.status}"
-    if result.elements and not result.ok:
-        words += f" in {result.differing:,} of {result.elements:,} elements"
-        if result.outside:
-            words += f", {result.outside:,} outside their bounds"
-    if result.tiles:
-        named = f"K tiles {', '.join(result.tiles)}"
-        words += f" ({named if len(result.tiles) <= _NAMED else f'{len(result.tiles)} tactics'})"
-    if result.status == "within bounds":
-        words += f" ({result.differing:,} of {result.elements:,} elements differ)"
-    # What follows further line ends of the message is not to be taken for a line of the report.
-    return words + (": " + result.message.replace("\n", "\n        ") if result.message else "")
-
-
-def case_lines(result: CaseResult, again: str = "") -> list[str]:
-    """What there is to say of a failing case, a line each; `again` is the command that runs it again."""
-    lines = [f"{'recorded call' if result.kind == RECORDING else 'why this case'}: {result.why}"]
-    last = [f"again: {again}"] if again else []
-    if (found := result.diagnosis) is None:
-        return lines + last
-    if found.finding.sentence:
-        how = "every wrong bit" if found.finding.exact else "evidence"
-        lines.append(f"finding ({how}): {found.finding}")
-    lines.append(f"first: {found.output} {found.first}")
-    lines += [f"feeds it: {words}" for words in found.feeds]
-    lines += [f"pattern: {words}" for words in found.patterns]
-    if found.stage and not found.finding.exact and found.stage != found.finding.sentence:
-        lines.append(f"stage: {found.stage}")
-    lines += [f"defect: {words}" for words in predicted(found)]
-    return [*lines, *_attributed(found), *last]
-
-
-_ROWS = 6  # of the attribution table, on a terminal
-
-
-def _attributed(found: Diagnosis) -> list[str]:
-    """The kind of place that tells most, in a line."""
-    if not found.attribution:
-        return []
-    by = found.attribution[0].by
-    rows = [row for row in found.attribution if row.by == by]
-    shown = "; ".join(f"{row.place}: {row.differing:,} of {row.elements:,}" for row in rows[:_ROWS])
-    return [f"by {by}: {shown}{'; ...' * (len(rows) > _ROWS)}"]
 
 
 def to_json(report: Report) -> str:
@@ -195,23 +84,6 @@ def to_junit(report: Report) -> str:
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
 
-def by_suite(report: Report) -> Iterator[tuple[str, list[CaseResult]]]:
-    """The results suite by suite."""
-    suites: dict[str, list[CaseResult]] = {}
-    for result in report.results:
-        suites.setdefault(result.case.rsplit("/", 1)[0], []).append(result)
-    yield from suites.items()
-
-
-def predicted(found: Diagnosis) -> list[str]:
-    """The named defects of a diagnosis, a line each."""
-    lines = []
-    for p in found.predictions:
-        how = "predicts exactly these bits" if p.exact else f"predicts {p.fraction:.1%} of the wrong bits"
-        lines.append(f"{p.name} {how} ({DEFECTS[p.name].summary})")
-    return lines
-
-
 def _result(result: CaseResult) -> dict[str, Any]:
     value: dict[str, Any] = {
         name: getattr(result, name)
@@ -219,7 +91,7 @@ def _result(result: CaseResult) -> dict[str, Any]:
     }
     value |= {"tiles": list(result.tiles)}
     value |= {
-        f"{p}seconds": round(getattr(result, f"{p}seconds"), 4) for p in ("", *(f"{n}_" for n in _PARTS))
+        f"{p}seconds": round(getattr(result, f"{p}seconds"), 4) for p in ("", *(f"{n}_" for n in PARTS))
     }
     value |= {f.name: getattr(result, f.name) for f in fields(result)[len(fields(CaseResult)) :]}
     if (found := result.diagnosis) is not None:

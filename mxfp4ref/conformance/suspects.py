@@ -152,7 +152,7 @@ class _Search:
 
     def __init__(self, call: MoeCall, output: Tensor, expected: Tensor, seconds: float) -> None:
         self.call, self.output, self.expected = call, output, expected
-        self.start, self.seconds = time.monotonic(), seconds
+        self.start, self.seconds = time.thread_time(), seconds
         self.heavy = is_heavy(call)
         wrong = differing(output, expected).sum(1).cpu()
         order = wrong.argsort(descending=True, stable=True).tolist()
@@ -162,7 +162,7 @@ class _Search:
         self.remarks: list[str] = []
 
     def out_of_time(self, share: float = 1.0) -> bool:
-        return self.heavy and time.monotonic() - self.start > share * self.seconds
+        return self.heavy and time.thread_time() - self.start > share * self.seconds
 
     def remark_untried(self, names: list[str]) -> None:
         if left := [name for name in names if name not in self.tried]:

@@ -24,7 +24,8 @@ from mxfp4ref.conformance import CaseResult, Kernel, KernelError, Options, Repor
 from mxfp4ref.conformance import worker as worker_module
 from mxfp4ref.conformance.adapters import whole_arguments
 from mxfp4ref.conformance.html_report import to_html
-from mxfp4ref.conformance.report import to_json, to_junit, to_text
+from mxfp4ref.conformance.report import to_json, to_junit
+from mxfp4ref.conformance.report_text import to_text
 from mxfp4ref.conformance.worker import Worker
 from mxfp4ref.goldens import Case, open_goldens
 from tests.helpers import hostile_kernels

@@ -15,9 +15,10 @@ from mxfp4ref.__main__ import commands
 from mxfp4ref.conformance import CaseResult, Options, Report
 from mxfp4ref.conformance.again import command, conform_arguments
 from mxfp4ref.conformance.html_report import to_html
-from mxfp4ref.conformance.report import to_json, to_junit, to_text
+from mxfp4ref.conformance.report import to_json, to_junit
 from mxfp4ref.conformance.report_comparison import compare_reports
 from mxfp4ref.conformance.report_reading import read_report
+from mxfp4ref.conformance.report_text import to_text
 from mxfp4ref.goldens import Goldens, open_goldens
 
 SMALL = "finalize/slot_order"

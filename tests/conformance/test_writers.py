@@ -22,7 +22,7 @@ from click.testing import CliRunner, Result
 
 from mxfp4ref import conformance
 from mxfp4ref.__main__ import commands
-from mxfp4ref.conformance import CaseResult, Report, diagnose, html_report, report
+from mxfp4ref.conformance import CaseResult, Report, diagnose, html_report, report, report_text
 from mxfp4ref.conformance.reproducer import load_reproducer, write_reproducer
 from mxfp4ref.goldens import Case, open_goldens
 from mxfp4ref.goldens.runs import runs
@@ -205,7 +205,7 @@ def is_clean(text: str) -> bool:
 
 def test_every_report_is_text_that_commands_nothing() -> None:
     found = hostile_report()
-    text = report.to_text(found, verbose=True)
+    text = report_text.to_text(found, verbose=True)
     assert is_clean(text)
     assert not [line for line in text.split("\n") if line.startswith("x conforms")]
     root = ElementTree.fromstring(report.to_junit(found).encode())
@@ -243,7 +243,7 @@ def test_a_reproducer_that_cannot_be_written_is_no_reason_to_stop(folder: Path) 
     options = conformance.Options(dump=folder / "dump", repeat=False, diagnosis="none")
     found = conformance.run("defect:bf16_finalize", [case], options)
     assert found.results[0].status == "differs"
-    assert "its reproducer was not written: " in report.to_text(found)
+    assert "its reproducer was not written: " in report_text.to_text(found)
     assert (folder / "dump").read_text() == "mine"
 
 

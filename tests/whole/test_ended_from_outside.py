@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner
 
 from mxfp4ref.__main__ import commands
-from mxfp4ref.conformance import report
+from mxfp4ref.conformance import report_text
 from tests.helpers.hostile_files import CHECKOUT, COMMANDS, make_folder
 
 MXFP4REF = (sys.executable, "-m", "mxfp4ref")
@@ -54,7 +54,7 @@ def test_reports_are_written_though_nobody_reads_the_text(
 
     make_folder(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(report, "to_text", unread)
+    monkeypatch.setattr(report_text, "to_text", unread)
     assert CliRunner().invoke(commands, [*COMMANDS[command], "--json", "r.json"]).exit_code == 141
     assert Path("r.json").read_bytes()
 

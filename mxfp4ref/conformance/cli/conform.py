@@ -133,7 +133,9 @@ __all__ = ["conform"]
     help="Write a minimal reproducer of each failing case here.",
 )
 @report_files
-@click.option("-v", "--verbose", is_flag=True, help="A line for each passing case too.")
+@click.option(
+    "-v", "--verbose", is_flag=True, help="All of each failing case, and a line for each passing one."
+)
 @interrupted_once()
 def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **options: Any) -> None:
     """Run KERNEL over the golden cases, compare every bit, and say what is wrong.

@@ -42,8 +42,8 @@ def verify(root: Path | None, files_only: bool) -> None:
 
     Exit codes: 0 all is as it has to be; 1 something is not, and is listed; 2 there are no goldens.
     """
-    from mxfp4ref.conformance import report
     from mxfp4ref.conformance.options import Options
+    from mxfp4ref.conformance.report_text import headline
     from mxfp4ref.conformance.suite import run
     from mxfp4ref.goldens import hardware_record
 
@@ -67,7 +67,7 @@ def verify(root: Path | None, files_only: bool) -> None:
                 problems.append(str(error))
             else:
                 echo(result.verdict)
-                problems += [report.headline(r) for r in result.results if not r.ok]
+                problems += [headline(r) for r in result.results if not r.ok]
     for problem in problems:
         echo(problem, err=True)
     sys.exit(NOT_EQUAL if problems else 0)

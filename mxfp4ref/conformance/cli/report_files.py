@@ -136,9 +136,9 @@ def pop_report_files(options: dict[str, Any]) -> ReportFiles:
 
 def print_report(result: Report, *, verbose: bool) -> None:
     """The report; wrapped on a terminal, and click drops the colours where the output is none."""
-    from mxfp4ref.conformance import report
+    from mxfp4ref.conformance.report_text import to_text
 
-    *lines, verdict = report.to_text(result, verbose=verbose).split("\n")
+    *lines, verdict = to_text(result, verbose=verbose).split("\n")
     cases = {f"{one.case}:" for one in result.results}
     for line in lines:
         echo(line, bold=line.partition(" ")[0] in cases or None)

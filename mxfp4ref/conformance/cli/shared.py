@@ -99,18 +99,20 @@ def usage_errors() -> Iterator[None]:
 
 
 @contextmanager
-def progress(*, lines: bool = False, first: str = "") -> Iterator[Callable[[str, int], None]]:
+def progress(
+    *, lines: bool = False, first: str = "", total: int | None = None
+) -> Iterator[Callable[[str, int], None]]:
     """A function to call after each step, with its name and the number of steps.
 
-    It moves a progress bar on stderr, which shows `first` until then. Where stderr is no terminal it does nothing, or
-    prints a line, if `lines`.
+    It moves a progress bar on stderr, which shows `first` and `total` until then. Where stderr is no terminal it does
+    nothing, or prints a line, if `lines`.
     """
     if animated():
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
         with Progress(*columns, console=console(), transient=True) as bar:
-            task = bar.add_task(first, total=None)
+            task = bar.add_task(first, total=total)
             yield lambda name, total: bar.update(task, advance=1, total=total, description=name)
         return
     done = itertools.count(1)
@@ -128,18 +130,19 @@ def case_progress(names: Sequence[str]) -> Iterator[Callable[[CaseResult], None]
 
     On a terminal a case that fails is also told at once, in a line, and in a second one what is known of it.
     """
-    from mxfp4ref.conformance.report import headline
+    from mxfp4ref.conformance.report_text import headline
 
     done = failed = 0
-    with progress(first=names[0] if names else "") as step:
+    with progress(first=names[0] if names else "", total=len(names)) as step:
 
         def advance(result: CaseResult) -> None:
             nonlocal done, failed
             done, failed = done + 1, failed + (not result.ok)
             if not result.ok and sys.stderr.isatty():
                 echo(headline(result).split("\n")[0], err=True)
-                if result.diagnosis is not None and (found := str(result.diagnosis.finding)):
-                    echo(f"    {found}", err=True)
+                if (found := result.diagnosis) is not None:
+                    said = str(found.finding) or found.stage or f"first: {found.output} {found.first}"
+                    echo(f"    {said}", err=True)
             step(f"{failed} failed  {names[done] if done < len(names) else 'diagnosis'}", len(names))
 
         yield advance

@@ -89,7 +89,7 @@ def investigate(
     """
     heavy = is_heavy(pipeline.call)
     with nullcontext() if heavy else one_thread():
-        until = time.monotonic() + seconds
+        until = time.thread_time() + seconds
         search = Search(pipeline, got, want, until, progress=progress)
         evidence: list[Evidence] = []
         found = search.run(first)

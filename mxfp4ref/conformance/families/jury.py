@@ -64,13 +64,13 @@ def judge(
         passing: gives pipelines and outputs of the cases that pass, when they are needed.
         seconds: that may be taken, roughly.
     """
-    until = time.monotonic() + seconds
+    until = time.thread_time() + seconds
     failures = sorted(failures, key=_telling, reverse=True)
     by_case: dict[str, Finding] = {}
     seen: dict[str, tuple[int, Match]] = {}
     results: list[Result] = []
     for number, failure in enumerate(_different(failures)):
-        left = until - time.monotonic()
+        left = until - time.thread_time()
         if number >= _SEARCHED or left < 1:
             break
         share = left * 0.6
@@ -159,7 +159,7 @@ def _undecided(
     best: dict[tuple[str, ...], Evidence] = {}
     with one_thread():
         for number, failure in enumerate(_different(failures)):
-            if number >= _READ or (number and time.monotonic() > until + 5):
+            if number >= _READ or (number and time.thread_time() > until + 5):
                 break
             if number < len(results) and results[number].evidence:
                 evidence: list[Evidence] = list(results[number].evidence)

@@ -82,7 +82,7 @@ class Search:
     Attributes:
         pipeline: the right one, or one whose mistake is known.
         got, want: `[M, H] bf16`.
-        until: `time.monotonic()` at which to stop.
+        until: `time.thread_time()` at which to stop: what is found does not depend on what else the machine does.
         tried: how many hypotheses were.
         near: those that explain a part, and how far off they leave the output, from 0 to 1.
         close: those that explain all but roundings of the part that was looked at.
@@ -124,12 +124,12 @@ class Search:
         return len(self.tokens) == len(self.got)
 
     def out_of_time(self) -> bool:
-        return time.monotonic() > self.until
+        return time.thread_time() > self.until
 
     @contextmanager
     def share(self, part: float) -> Iterator[None]:
         """Inside, only this part of the time that is left may be taken."""
-        until, now = self.until, time.monotonic()
+        until, now = self.until, time.thread_time()
         self.until = min(until, now + part * (until - now))
         try:
             yield
