@@ -109,6 +109,8 @@ def mismatch_maps(bins: Tensor, experts: Tensor | None = None) -> list[MismatchM
         order = torch.argsort(ids, stable=True)
         rows = bins[slots[order, 0]]
         title = "The same, for each expert the tokens that it works on"
+        if len(set(slots[:, 0].tolist())) < len(bins):
+            title += "; tokens without one are left out"
         return [by_token, _map(title, rows, "column", "expert", tiled=True, experts=ids[order])]
     if bins.dim() < 2:
         return [_map("Elements", bins.reshape(1, -1), "element", "")]
