@@ -7,7 +7,6 @@ import importlib
 import re
 from base64 import b64encode
 from collections import Counter
-from importlib.resources import files
 from typing import Any
 
 from mxfp4ref.conformance.again import command
@@ -40,27 +39,24 @@ def to_html(report: Report) -> str:
     Raises:
         ModuleNotFoundError: jinja2 is not installed (`pip install mxfp4ref[report]`).
     """
-    script = _template("report.js")
+    environment = _environment()
+    script = environment.loader.get_source(environment, "report.js")[0]
     failures = [_failure(n, r, report) for n, r in enumerate(report.results, 1) if not r.ok]
     anchors = {id(f["result"]): f["anchor"] for f in failures}
-    html: str = (
-        _environment()
-        .get_template("report.html.j2")
-        .render(
-            report=report,
-            script=script,
-            script_hash=b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-            again=command(report),
-            tested=[line.split(": ", 1) for line in tested(report)],
-            suites=[_suite(suite, results) for suite, results in by_suite(report)],
-            failures=failures,
-            anchor=lambda result: anchors[id(result)],
-            common=_common_patterns(report),
-            defects=[DEFECTS[name] for name in report.defects],
-            thread_url=thread_url,
-            legend=LEGEND,
-            paper=PAPER,
-        )
+    html: str = environment.get_template("report.html.j2").render(
+        report=report,
+        script=script,
+        script_hash=b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        again=command(report),
+        tested=[line.split(": ", 1) for line in tested(report)],
+        suites=[_suite(suite, results) for suite, results in by_suite(report)],
+        failures=failures,
+        anchor=lambda result: anchors[id(result)],
+        common=_common_patterns(report),
+        defects=[DEFECTS[name] for name in report.defects],
+        thread_url=thread_url,
+        legend=LEGEND,
+        paper=PAPER,
     )
     return html
 
@@ -87,16 +83,12 @@ def _environment() -> Any:
     check_html()
     jinja2 = importlib.import_module("jinja2")
     return jinja2.Environment(
-        loader=jinja2.FunctionLoader(_template),
+        loader=jinja2.PackageLoader("mxfp4ref.conformance"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-
-
-def _template(name: str) -> str:
-    return files("mxfp4ref.conformance").joinpath("templates", name).read_text(encoding="utf-8")
 
 
 def _suite(name: str, results: list[CaseResult]) -> dict[str, Any]:
@@ -134,7 +126,7 @@ def _failure(number: int, result: CaseResult, report: Report) -> dict[str, Any]:
         "exact": [line for name, line in named.items() if exact and name not in sentence],
         "nearest": [] if exact else list(named.values()),
         "command": command(report, result),
-        "maps": mismatch_maps(found) if found is not None else [],
+        "maps": mismatch_maps(found.bins, found.experts) if found is not None else [],
         "distances": _distances(found) if found is not None else [],
     }
 

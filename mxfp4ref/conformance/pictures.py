@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.diagnosis import ULP_BINS, Diagnosis
+from mxfp4ref.conformance.diagnosis import ULP_BINS
 
 __all__ = ["LEGEND", "PAPER", "Band", "MismatchMap", "UlpClass", "mismatch_maps"]
 
@@ -94,9 +94,12 @@ class MismatchMap:
         return f"A cell shows the largest distance of some {down:.3g} × {across:.3g} elements."
 
 
-def mismatch_maps(found: Diagnosis) -> list[MismatchMap]:
-    """The output as it lies in memory, and of a kernel call once more with its rows in the order of experts."""
-    bins, experts = found.bins, found.experts
+def mismatch_maps(bins: Tensor, experts: Tensor | None = None) -> list[MismatchMap]:
+    """The output as it lies in memory, and of a kernel call once more with its rows in the order of experts.
+
+    Args:
+        bins, experts: as in `Diagnosis`.
+    """
     if experts is not None:
         by_token = _map("Tokens by columns", bins, "column", "token", tiled=True)
         slots = (experts >= 0).nonzero()
@@ -106,6 +109,8 @@ def mismatch_maps(found: Diagnosis) -> list[MismatchMap]:
         order = torch.argsort(ids, stable=True)
         rows = bins[slots[order, 0]]
         title = "The same, for each expert the tokens that it works on"
+        if len(set(slots[:, 0].tolist())) < len(bins):
+            title += "; tokens without one are left out"
         return [by_token, _map(title, rows, "column", "expert", tiled=True, experts=ids[order])]
     if bins.dim() < 2:
         return [_map("Elements", bins.reshape(1, -1), "element", "")]

@@ -8,6 +8,9 @@ import sys
 
 import pytest
 
+from mxfp4ref.conformance import html_report, worker  # here, since pytester forgets what its sessions import
+from mxfp4ref.conformance.adapters import KernelError
+
 pytest_plugins = ["pytester"]
 
 ARGUMENTS = (
@@ -90,14 +93,11 @@ def test_last_failed(pytester: pytest.Pytester) -> None:
     result.stdout.no_fnmatch_line("*finding*")
 
 
-@pytest.mark.parametrize("where", [(), ("-n", "1")])
-def test_a_kernel_that_ran_no_case_has_not_passed(pytester: pytest.Pytester, where: tuple[str, ...]) -> None:
+def test_a_kernel_that_ran_no_case_has_not_passed(pytester: pytest.Pytester) -> None:
     """As from `mxfp4ref conform`, also beside tests that pass."""
-    if where:
-        pytest.importorskip("xdist")
     pytester.makepyfile("def test_other(): pass")
     case = ("--mxfp4-case", "layout/swap_halves")
-    result = pytester.runpytest_subprocess("--mxfp4-kernel=defect:last_slot_dropped", *case, *where)
+    result = pytester.runpytest("--mxfp4-kernel=defect:last_slot_dropped", *case)
     result.assert_outcomes(passed=1, skipped=1)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stdout.fnmatch_lines(["*none of the 1 cases is of a kind that defect:last_slot_dropped runs"])
@@ -112,14 +112,14 @@ def test_keyword_expression_and_junit(pytester: pytest.Pytester) -> None:
 
 def test_xdist_with_ids_and_a_report(pytester: pytest.Pytester) -> None:
     pytest.importorskip("xdist")
-    ids = ("mxfp4::finalize/slot_order", "mxfp4::layout/swap_halves")
-    arguments = ("--mxfp4-kernel=defect:last_slot_dropped", "-n", "1", "--mxfp4-html=r.html", *ids)
+    ids = ("mxfp4::routing/mixtral_ties", "mxfp4::layout/swap_halves")
+    arguments = ("--mxfp4-kernel=defect:renorm_missing", "-n", "1", "--mxfp4-html=r.html", *ids)
     result = pytester.runpytest_subprocess(*arguments)
     result.assert_outcomes(failed=1, skipped=1)
-    result.stdout.fnmatch_lines(["*Every wrong bit is that of last_slot_dropped*", "report: *r.html"])
+    result.stdout.fnmatch_lines(["*Every wrong bit is that of renorm_missing*", "report: *r.html"])
     html = (pytester.path / "r.html").read_text()
-    assert "Every wrong bit is that of last_slot_dropped" in html
-    assert "Map of finalize/slot_order" in html
+    assert "Every wrong bit is that of renorm_missing" in html
+    assert "Map of routing/mixtral_ties" in html
 
 
 def test_a_report_that_cannot_be_written(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,10 +128,10 @@ def test_a_report_that_cannot_be_written(pytester: pytest.Pytester, monkeypatch:
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["*--mxfp4-html: *there is no folder*"])
 
-    def full(*arguments: object) -> None:
+    def broken(*arguments: object) -> None:
         raise OSError("No space left")
 
-    monkeypatch.setattr("mxfp4ref._files.write_file", full)
+    monkeypatch.setattr(html_report, "to_html", broken)
     result = pytester.runpytest("--mxfp4-kernel=oracle", "--mxfp4-html=r.html", *ARGUMENTS)
     result.assert_outcomes(passed=2)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
@@ -140,20 +140,30 @@ def test_a_report_that_cannot_be_written(pytester: pytest.Pytester, monkeypatch:
     )
 
 
-def test_isolation(pytester: pytest.Pytester) -> None:
-    """The kernel's process is its own, for a stand-in too, or pytest's."""
+def test_isolation(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in can be isolated, and a kernel can be run here, whose process is then pytest's."""
     pytester.makepyfile(where="import os\n\ndef f(**arguments): raise ValueError(f'in {os.getpid()}')\n")
     pytester.syspathinsert()
-    for how, same in (("--mxfp4-isolate", False), ("--mxfp4-no-isolate", True)):
-        result = pytester.runpytest("--mxfp4-kernel=where:f", how, *ARGUMENTS)
-        result.assert_outcomes(failed=1, skipped=1)
-        assert (f"ValueError: in {os.getpid()}" in result.stdout.str()) is same
+    result = pytester.runpytest("--mxfp4-kernel=where:f", "--mxfp4-no-isolate", *ARGUMENTS)
+    result.assert_outcomes(failed=1, skipped=1)
+    result.stdout.fnmatch_lines([f"*slot_order: raised: ValueError: in {os.getpid()} (*"])
+
+    def isolated(*arguments: object) -> None:
+        raise KernelError(f"isolated {arguments[0]}")
+
+    monkeypatch.setattr(worker, "Worker", isolated)
     result = pytester.runpytest("--mxfp4-kernel=oracle", "--mxfp4-isolate", *ARGUMENTS)
-    result.assert_outcomes(passed=2)
+    result.stderr.fnmatch_lines(["ERROR: isolated oracle"])
 
 
 def test_exit_first_stops_at_the_first_failure(pytester: pytest.Pytester) -> None:
-    arguments = ("--mxfp4-kernel=defect:last_slot_dropped", "-x", "--mxfp4-case", "finalize/*")
+    arguments = (
+        "--mxfp4-kernel=defect:last_slot_dropped",
+        "-x",
+        "--mxfp4-case",
+        "finalize/*",
+        "--mxfp4-diagnosis=none",
+    )
     result = pytester.runpytest("-p", "no:cacheprovider", *arguments)
     assert result.parseoutcomes()["failed"] == 1
 

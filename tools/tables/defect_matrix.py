@@ -170,8 +170,22 @@ def markdown(matrix: Matrix, cases: Sequence[Case]) -> str:
     return "\n".join(lines) + "\n"
 
 
+_DARK = {
+    "#fff": "#14161b",
+    "#08306b": "#cfe3ff",
+    "#2171b5": "#7fb0ea",
+    "#6baed6": "#3f77b8",
+    "#c6dbef": "#26486e",
+}
+_STYLE = (
+    "<style>@media (prefers-color-scheme: dark) { svg { fill: #e7e8ee } "
+    + " ".join(f'[fill="{light}"] {{ fill: {dark} }}' for light, dark in _DARK.items())
+    + " }</style>"
+)
+
+
 def picture(matrix: Matrix, cases: Sequence[Case]) -> str:
-    """The matrix as an SVG: the darker, the more elements differ."""
+    """The matrix as an SVG, for light and dark pages: the further from the paper, the more elements differ."""
     shades = ((0.5, "#08306b"), (0.1, "#2171b5"), (0.01, "#6baed6"), (0.0, "#c6dbef"))
     tested = [case for case in cases if any(case.id in row for row in matrix.values())]
     cell, left, top = 11, 190, 290
@@ -204,6 +218,7 @@ def picture(matrix: Matrix, cases: Sequence[Case]) -> str:
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
             f'viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="9">',
             "<title>Fraction of output elements that a defect changes, by case</title>",
+            _STYLE,
             f'<rect width="{width}" height="{height}" fill="#fff"/>',
             *body,
             *labels,

@@ -1,15 +1,21 @@
-"""Draw the pictures of the documentation: `docs/figures/*.svg`, from the package itself where they show data."""
+"""Draw the pictures of the documentation: `docs/figures/*.svg`, from the package itself where they show data.
+
+Each is one file for light and dark pages: it holds its own paper, and its colours follow the reader's scheme.
+"""
 
 from __future__ import annotations
 
 import argparse
+import io
 from pathlib import Path
 
+import jinja2
 import matplotlib as mpl
-import torch
 
 from mxfp4ref import forward
-from mxfp4ref.conformance.comparison import differing, ulp_distance
+from mxfp4ref.conformance.comparison import differing
+from mxfp4ref.conformance.diagnosis import ulp_bins
+from mxfp4ref.conformance.pictures import LEGEND, PAPER, mismatch_maps
 from mxfp4ref.defects import get_defect
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.sm90.gemm.order import group_order
@@ -21,7 +27,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-INK, ACCENT, PALE, WARN = "#1f2933", "#2563a8", "#dbe7f3", "#c2571a"
+INK, ACCENT, PALE, WARN, CUT = "#1f2933", "#2563a8", "#dbe7f3", "#c2571a", "#f3c6a8"
+DARK = {
+    INK: "#e7e8ee", ACCENT: "#7fb2f0", PALE: "#2b3d55", WARN: "#f0995c", CUT: "#7a4420", "#ffffff": "#14161b",
+}  # fmt: skip
 FAMOUS = {
     "limit_ignored": "parallel/sentinels_on_rank_3_of_4",
     "ep_sentinel_aliases": "parallel/sentinels_on_rank_3_of_4",
@@ -35,15 +44,27 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # No date, no random ids: the same picture is the same file. Text stays text.
     mpl.rcParams.update({"svg.hashsalt": "mxfp4ref", "svg.fonttype": "none", "font.family": "sans-serif"})
+    mpl.rcParams.update({"text.color": INK})
     for name, draw in {
         "data_flow": data_flow,
         "group_order": draw_group_order,
         "tensor_core_step": tensor_core_step,
-        "mismatch_maps": mismatch_maps,
     }.items():
         figure = draw()
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None}, facecolor="white")
+        drawn = io.StringIO()
+        figure.savefig(drawn, format="svg", metadata={"Date": None}, facecolor="white")
+        (folder / f"{name}.svg").write_text(in_both_schemes(drawn.getvalue()), encoding="utf-8")
         plt.close(figure)
+    (folder / "mismatch_maps.svg").write_text(famous_maps(), encoding="utf-8")
+
+
+def in_both_schemes(svg: str) -> str:
+    """A picture with rules that give each of its colours another one on dark pages."""
+    used = [(kind, light) for light in DARK for kind in ("fill", "stroke") if f"{kind}: {light}" in svg]
+    rules = (f'[style*="{kind}: {light}"] {{ {kind}: {DARK[light]} !important }}' for kind, light in used)
+    style = "<style>@media (prefers-color-scheme: dark) {\n" + "\n".join(rules) + "\n}</style>\n"
+    head, defs, rest = svg.partition(" <defs>")
+    return head + style + defs + rest
 
 
 def data_flow() -> Figure:
@@ -126,7 +147,7 @@ def tensor_core_step() -> Figure:
         for bit in range(width):
             place = bit - exponent - (width == 16)  # a product's significand is in [1, 4)
             cut = place >= edge
-            colour = "#f3c6a8" if cut else PALE
+            colour = CUT if cut else PALE
             axes.add_patch(Rectangle((place, y), 1, 0.7, facecolor=colour, edgecolor="white"))
             if cut:
                 axes.plot((place + 0.15, place + 0.85), (y + 0.15, y + 0.55), color=WARN, linewidth=1)
@@ -140,29 +161,47 @@ def tensor_core_step() -> Figure:
     return figure
 
 
-def mismatch_maps() -> Figure:
-    """Where two famous defects change the output of a golden case."""
+MAPS = """{% from "map.svg.j2" import draw %}
+<svg xmlns="http://www.w3.org/2000/svg" width="840" height="{{ height + 76 }}" viewBox="0 0 840 {{ height + 76 }}">
+<style>
+{% include "map.css.j2" %}
+text { font: 12px sans-serif; fill: var(--ink); }
+</style>
+<rect width="100%" height="100%" fill="var(--paper)"/>
+{% for map, title in maps %}
+<text x="{{ 420 * loop.index0 + 46 }}" y="18">{{ title }}</text>
+{{ draw(map, title, 'x="%d" y="24" width="400" height="%d"' | format(420 * loop.index0, height) | safe) }}
+{% endfor %}
+{% for one in legend %}
+<g transform="translate({{ 46 + 106 * loop.index0 }} {{ height + 44 }})">
+<rect width="16" height="12" fill="var(--u{{ loop.index }})"/><text x="22" y="10">{{ one.label }}</text></g>
+{% endfor %}
+</svg>
+"""
+
+
+def famous_maps() -> str:
+    """Where two famous defects change the output of a golden case, drawn as in the HTML report."""
     goldens = open_goldens()
-    figure, both = plt.subplots(1, 2, figsize=(8.6, 3.3), layout="constrained")
-    for axes, (name, case_name) in zip(both, FAMOUS.items(), strict=True):
-        case = goldens.load(case_name)
-        call = case.call()
+    maps = []
+    for name, case_name in FAMOUS.items():
+        call = goldens.load(case_name).call()
         wrong, right = get_defect(name).run(call), forward(call)
         mask = differing(wrong, right)
-        distance = torch.where(mask, ulp_distance(wrong, right).clamp(1, 1 << 16).log2(), torch.nan)
-        rows, columns = distance.shape
-        # Large pixels: some viewers blur between neighbours.
-        image = axes.imshow(
-            distance.repeat_interleave(32, 0).repeat_interleave(8, 1), aspect="auto", cmap="YlOrBr", vmin=-3,
-            vmax=16, interpolation="none", extent=(-0.5, columns - 0.5, rows - 0.5, -0.5),
-        )  # fmt: skip
-        axes.set_facecolor(PALE)
-        axes.set_title(f"{name}: {mask.float().mean():.0%} differ", fontsize=9)
-        axes.set(xlabel="hidden column", ylabel="token")
-        axes.set_yticks(range(0, len(mask), max(1, len(mask) // 8)))
-    bar = figure.colorbar(image, ax=both, label="log2 of the distance in ulp", ticks=range(0, 17, 4))
-    bar.ax.set_ylim(0, 16)
-    return figure
+        maps.append(
+            (
+                mismatch_maps(ulp_bins(wrong, right, mask), call.token_selected_experts)[0],
+                f"{name}: {mask.float().mean():.0%} differ",
+            )
+        )
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("mxfp4ref.conformance"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    height = int(maps[0][0].top + maps[0][0].height + 34)
+    return environment.from_string(MAPS).render(maps=maps, height=height, legend=LEGEND, paper=PAPER)
 
 
 def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
