@@ -286,7 +286,7 @@ _FAILURES = pytest.StashKey[int]()
 
 @dataclass(frozen=True)
 class _UnderTest:
-    """The kernel, the process that it is in, which ends with the session, how it is compared, where and how it runs."""
+    """The kernel, the process that it is in, which ends with the session, and how and where it runs."""
 
     kernel: Kernel
     worker: Worker | None

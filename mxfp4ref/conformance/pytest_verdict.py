@@ -6,6 +6,7 @@ import base64
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,7 @@ class Verdict:
         self._outcomes: list[Outcome] = []
         self._lost: set[str] = set()
         self._html = _html_file(config, goldens)
+        self._date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         self._said = ""  # of the report's file
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -90,10 +92,10 @@ class Verdict:
         good = report.ok and not self._lost
         terminalreporter.write_line(report.verdict, bold=True, green=good, red=not good)
         skipped = sum(result.status == "skipped" for result in report.results)
-        told = [f"{len(report.results) - skipped:,} of {len(self._goldens.names()):,} golden cases ran"]
-        told += [f"{skipped:,} skipped"] if skipped else []
+        told = [f"{skipped:,} skipped"] if skipped else []
         told += [lost] if lost else []
-        terminalreporter.write_line(", ".join(told) + ".")
+        if told:
+            terminalreporter.write_line(", ".join(told) + ".")
         if self._said:
             terminalreporter.write_line(self._said)
         if self._none_ran:
@@ -105,6 +107,7 @@ class Verdict:
     def _report(self) -> Report:
         from mxfp4ref.conformance.diagnosing import Failing
         from mxfp4ref.conformance.results import Report
+        from mxfp4ref.conformance.suite import goldens_used
 
         results = [outcome.result for outcome in self._outcomes]
         found = Failing("none").verdict(results, None)
@@ -117,6 +120,8 @@ class Verdict:
             sum(result.seconds for result in results),
             last.environment,
             found.finding,
+            goldens=goldens_used(self._goldens),
+            date=self._date,
             arguments=last.arguments,
         )
 

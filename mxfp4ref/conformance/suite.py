@@ -34,7 +34,7 @@ from mxfp4ref.goldens import Goldens
 from mxfp4ref.goldens.case import Case
 from mxfp4ref.goldens.manifest import FORMAT
 
-__all__ = ["Interrupted", "run", "run_case"]
+__all__ = ["Interrupted", "goldens_used", "run", "run_case"]
 
 _DEFAULTS = Options()
 
@@ -204,12 +204,13 @@ class _State:
             finding=found.finding,
             left=self.left,
             interrupted=interrupted,
-            goldens=None if self.goldens is None else _used(self.goldens),
+            goldens=None if self.goldens is None else goldens_used(self.goldens),
             date=self.date,
             arguments=self.arguments,
             verdict_seconds=now - before,
         )
 
 
-def _used(goldens: Goldens) -> GoldensUsed:
+def goldens_used(goldens: Goldens) -> GoldensUsed:
+    """Which they are, for a report."""
     return GoldensUsed(str(goldens.root), FORMAT, goldens.sha256, len(goldens.entries))
