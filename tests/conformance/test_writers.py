@@ -128,7 +128,7 @@ def test_reports_are_no_goldens_and_not_each_other(folder: Path) -> None:
 def test_a_report_that_fails_comes_after_the_text_and_the_others(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(_: Report) -> str:
+    def broken(*_: object) -> str:
         raise RuntimeError("no fonts \x1b[2J")
 
     monkeypatch.setattr(html_report, "mismatch_maps", broken)
