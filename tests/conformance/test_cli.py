@@ -144,6 +144,7 @@ def test_reproducer_reproduces(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out == "equal\n"
 
 
+@pytest.mark.usefixtures("copied_processes")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -314,6 +315,7 @@ def test_defects_and_explain() -> None:
         assert words in result.output
 
 
+@pytest.mark.usefixtures("copied_processes")
 def test_init_writes_an_adapter_that_conforms_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,7 +46,7 @@ def test_a_kernel_that_ran_no_case_has_not_passed(pytester: pytest.Pytester, whe
         pytest.importorskip("xdist")
     pytester.makepyfile("def test_other(): pass")
     case = ("--mxfp4-case", "layout/swap_halves")
-    result = pytester.runpytest_subprocess("--mxfp4-kernel=defect:last_slot_dropped", *case, *where)
+    result = pytester.runpytest("--mxfp4-kernel=defect:last_slot_dropped", *case, *where)
     result.assert_outcomes(passed=1, skipped=1)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stdout.fnmatch_lines(["*none of the 1 cases is of a kind that defect:last_slot_dropped runs"])
@@ -60,7 +60,7 @@ def test_keyword_expression_and_junit(pytester: pytest.Pytester) -> None:
 
 def test_xdist(pytester: pytest.Pytester) -> None:
     pytest.importorskip("xdist")
-    result = pytester.runpytest_subprocess("--mxfp4-kernel=oracle", "-n", "2", *ARGUMENTS)
+    result = pytester.runpytest("--mxfp4-kernel=oracle", "-n", "2", *ARGUMENTS)
     result.assert_outcomes(passed=2)
 
 
@@ -98,6 +98,7 @@ def test_fixtures(pytester: pytest.Pytester) -> None:
     )
 
 
+@pytest.mark.usefixtures("copied_processes")
 def test_a_kernel_that_ends_its_process_fails(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(ends="import os\n\ndef f(**arguments): os._exit(0)\n")
     pytester.syspathinsert()
@@ -106,6 +107,7 @@ def test_a_kernel_that_ends_its_process_fails(pytester: pytest.Pytester) -> None
     result.stdout.fnmatch_lines(["*slot_order: crashed: *ended without a result: exit code 0*"])
 
 
+@pytest.mark.usefixtures("copied_processes")
 def test_wrong_usage_is_an_error_in_words(pytester: pytest.Pytester) -> None:
     result = pytester.runpytest("--mxfp4-kernel=oracle", "--mxfp4-case", "nosuch/*")
     assert result.ret == pytest.ExitCode.USAGE_ERROR

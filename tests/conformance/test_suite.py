@@ -113,10 +113,15 @@ def test_a_hang_is_reported_and_the_rest_runs(case: Case) -> None:
     assert "no result within 0.5 s" in report.results[0].message
 
 
-def test_isolation_survives_a_crash_and_a_hang(case: Case) -> None:
+@pytest.mark.usefixtures("copied_processes")
+def test_isolation_survives_a_hang(case: Case) -> None:
     report = run("tests.helpers.kernels_under_test:hangs", [case], Options(timeout=0.5), isolate=True)
     assert report.results[0].status == "timed out"
     assert "killed" in report.results[0].message
+
+
+def test_isolation_survives_a_crash(case: Case) -> None:
+    """In processes that begin as those of users do."""
     other = GOLDENS.load("formats/every_code_by_row")
     report = run("tests.helpers.kernels_under_test:dies_once", [case, other], isolate=True)
     assert [r.status for r in report.results] == ["crashed", "equal"]
