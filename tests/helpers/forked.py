@@ -25,7 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ForkingPopen"]
+__all__ = ["BeforeFirstUse", "ForkingPopen"]
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -38,7 +38,7 @@ def _read_at_start(environment: Mapping[str, str]) -> dict[str, str]:
 
 _Fresh = subprocess.Popen  # which tests replace by the class below
 _AT_START = _read_at_start(os.environ)
-_START = "from tests.helpers.forked import serve; serve({fd}, {parent})"
+_START = "from tests.helpers.forked import serve; serve({fd}, {parent}, {used})"
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -47,7 +47,13 @@ def _prctl(option: int, value: int) -> None:
 
 
 class ForkingPopen(_Fresh[Any]):
-    """`subprocess.Popen`, by a copy for `[sys.executable, "-c" or "-m", what, ...]`."""
+    """`subprocess.Popen`, by a copy for `[sys.executable, "-c" or "-m", what, ...]`.
+
+    Attributes:
+        used: whether the package's compiled loops have been used in what is copied.
+    """
+
+    used = True
 
     def _execute_child(self, args: Any, *rest: Any) -> None:
         names = list(inspect.signature(super()._execute_child).parameters)[1:]  # type: ignore[misc]
@@ -64,21 +70,26 @@ class ForkingPopen(_Fresh[Any]):
             return
         wanted = {
             "option": args[1][:2],
-            "arguments": [os.fspath(argument) for argument in (args[1][2:], *args[2:]) if argument],
+            "arguments": [os.fspath(argument) for argument in (*filter(None, [args[1][2:]]), *args[2:])],
             "folder": os.fspath(given["cwd"] or os.getcwd()),
             "environment": environment,
             "session": given["start_new_session"],
         }
         pipes = (given[name] for name in ("p2cread", "c2pwrite", "errwrite"))
-        self.pid = _copy(wanted, [number if pipe == -1 else pipe for number, pipe in enumerate(pipes)])
+        self.pid = _copy(
+            _original(self.used), wanted, [n if pipe == -1 else pipe for n, pipe in enumerate(pipes)]
+        )
         self._child_created = True
         ends = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
         self._close_pipe_fds(*(given[name] for name in ends))  # type: ignore[attr-defined]
 
 
-def _copy(wanted: dict[str, Any], streams: list[int]) -> int:
+class BeforeFirstUse(ForkingPopen):
+    used = False
+
+
+def _copy(channel: socket.socket, wanted: dict[str, Any], streams: list[int]) -> int:
     """A new child of this process, with these files as stdin, stdout and stderr; its id."""
-    channel = _original()
     request = pickle.dumps(wanted)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # the copy's parent ends at once, and this process takes its place
     try:
@@ -93,12 +104,12 @@ def _copy(wanted: dict[str, Any], streams: list[int]) -> int:
 
 
 @cache
-def _original() -> socket.socket:
+def _original(used: bool) -> socket.socket:
     """The process that is copied, which does nothing else."""
     here, there = socket.socketpair()
     with there:
         process = _Fresh(
-            [sys.executable, "-c", _START.format(fd=there.fileno(), parent=os.getpid())],
+            [sys.executable, "-c", _START.format(fd=there.fileno(), parent=os.getpid(), used=used)],
             pass_fds=[there.fileno()],
             stdin=subprocess.DEVNULL,
             cwd=CHECKOUT,
@@ -117,15 +128,17 @@ def _received(channel: socket.socket, size: int) -> bytes:
     return data
 
 
-def serve(fd: int, parent: int) -> None:
+def serve(fd: int, parent: int, used: bool) -> None:
     """The original returns when `parent` ends, and a copy when it has run what it is for."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     import mxfp4ref.conformance.cli.conform
     import mxfp4ref.conformance.kernel_process
-    from tests.helpers import layers
 
-    experts = layers.random_experts(1, num_experts=2)
-    mxfp4ref.forward(layers.random_call(1, experts, tokens=2, top_k=1))  # loads what is compiled
+    if used:
+        from tests.helpers import layers
+
+        experts = layers.random_experts(1, num_experts=2)
+        mxfp4ref.forward(layers.random_call(1, experts, tokens=2, top_k=1))
     channel = socket.socket(fileno=fd)
     gc.freeze()  # else the end of each copy takes 0.3 s
     while True:
