@@ -7,6 +7,8 @@ share the cores. `tests/helpers/modes.py` is where several threads have to give 
 from __future__ import annotations
 
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 from hypothesis import settings
 
 from mxfp4ref.goldens.manifest import write_builtin
+from tests.helpers import forked
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 torch.set_num_threads(1)
@@ -30,3 +33,17 @@ def builtin_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("wheel") / "builtin"
     write_builtin(Path(__file__).resolve().parents[1] / "goldens", root)
     return root
+
+
+@pytest.fixture
+def copied_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python processes need no time to import torch: see `tests/helpers/forked.py`."""
+    monkeypatch.setattr(subprocess, "Popen", forked.ForkingPopen)
+
+
+@pytest.fixture(scope="module")
+def copied_processes_of_module() -> Iterator[None]:
+    """The same, for fixtures of a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "Popen", forked.ForkingPopen)
+        yield

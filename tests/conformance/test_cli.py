@@ -178,6 +178,7 @@ def test_reproducer_reproduces(
         assert said.endswith(f"Another kernel or device: python gemm-{name}.py KERNEL DEVICE\n")
 
 
+@pytest.mark.usefixtures("copied_processes")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -348,6 +349,7 @@ def test_defects_and_explain() -> None:
         assert words in result.output
 
 
+@pytest.mark.usefixtures("copied_processes")
 def test_init_writes_an_adapter_that_conforms_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

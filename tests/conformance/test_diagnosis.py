@@ -92,7 +92,7 @@ def test_a_defect_in_one_token_only_is_not_named(case: Case) -> None:
 
 
 @pytest.fixture(scope="module")
-def unnamed() -> Report:
+def unnamed(copied_processes_of_module: None) -> Report:
     return run("tests.helpers.kernels_under_test:second_half_of_columns", [first_tokens(SMALL, 2)])
 
 

@@ -248,6 +248,7 @@ def test_replacing_what_compares(name: str, replaced: str, case: Case, choice: P
     assert run_case(load_kernel(hostile_kernels.wrong), case, OPTIONS).status == "differs"
 
 
+@pytest.mark.usefixtures("copied_processes")
 @pytest.mark.parametrize(("name", "status", "message"), ENDING)
 def test_ending_the_process(
     name: str, status: str, message: str, case: Case, choice: Path, worker: Worker
@@ -259,6 +260,7 @@ def test_ending_the_process(
     assert isolated("right", case, choice, worker).status == "equal"
 
 
+@pytest.mark.usefixtures("copied_processes")
 def test_a_bystander_may_end_the_process_later(case: Case, choice: Path, worker: Worker) -> None:
     """What an earlier run has left behind ends a later one, and only that."""
     assert isolated("exits_later", case, choice, worker).status == "equal"
@@ -313,6 +315,7 @@ def test_imports(lines: str, message: str, tmp_path: Path, monkeypatch: pytest.M
     assert str(error.value).isprintable()
 
 
+@pytest.mark.usefixtures("copied_processes")
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
@@ -337,6 +340,7 @@ def test_devices_that_are_not_here(device: str, case: Case) -> None:
             run(kernel, [case], device=device)
 
 
+@pytest.mark.usefixtures("copied_processes")
 def test_without_isolation_the_command_needs_a_verdict(
     choice: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -355,6 +359,7 @@ def test_without_isolation_the_command_needs_a_verdict(
         )
 
 
+@pytest.mark.usefixtures("copied_processes")
 def test_an_error_of_the_kit_is_not_the_kernels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -60,6 +60,7 @@ def test_adapters_hand_everything_over(spec: str) -> None:
         assert "128x128" in result.tiles
 
 
+@pytest.mark.usefixtures("copied_processes")
 def test_stage_kernels() -> None:
     report = run("stage:dequantize:tests.helpers.kernels_under_test:stage_dequantize", GOLDENS)
     assert report.ok
@@ -73,6 +74,7 @@ def test_stage_kernels() -> None:
     assert "the same bytes in another order" in moved.diagnosis.patterns[0]
 
 
+@pytest.mark.usefixtures("copied_processes")
 def test_a_quantiser_may_return_a_tuple() -> None:
     report = run("stage:quantize:tests.helpers.kernels_under_test:stage_quantize", GOLDENS)
     assert report.ok

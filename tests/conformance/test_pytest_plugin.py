@@ -107,7 +107,9 @@ def test_a_kernel_that_ran_no_case_has_not_passed(pytester: pytest.Pytester) -> 
 def test_keyword_expression_and_junit(pytester: pytest.Pytester) -> None:
     result = pytester.runpytest("--mxfp4-kernel=oracle", "-k", "swap", "--junitxml=junit.xml", *ARGUMENTS)
     result.assert_outcomes(passed=1, deselected=1)
-    result.stdout.fnmatch_lines(["collected 2 items / 1 deselected / 1 selected", "*in all 1 cases, of the goldens' *"])
+    result.stdout.fnmatch_lines(
+        ["collected 2 items / 1 deselected / 1 selected", "*in all 1 cases, of the goldens' *"]
+    )
     assert 'name="layout/swap_halves"' in (pytester.path / "junit.xml").read_text()
 
 
@@ -197,6 +199,7 @@ def test_fixtures(pytester: pytest.Pytester) -> None:
     )
 
 
+@pytest.mark.usefixtures("copied_processes")
 def test_a_kernel_that_ends_its_process_fails(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(ends="import os\n\ndef f(**arguments): os._exit(0)\n")
     pytester.syspathinsert()
@@ -205,6 +208,7 @@ def test_a_kernel_that_ends_its_process_fails(pytester: pytest.Pytester) -> None
     result.stdout.fnmatch_lines(["*slot_order: crashed: *ended without a result: exit code 0*"])
 
 
+@pytest.mark.usefixtures("copied_processes")
 def test_wrong_usage_is_an_error_in_words(pytester: pytest.Pytester) -> None:
     result = pytester.runpytest("--mxfp4-kernel=oracle", "--mxfp4-case", "nosuch/*")
     assert result.ret == pytest.ExitCode.USAGE_ERROR

@@ -140,10 +140,15 @@ def test_an_abandoned_run_leaves_the_settings_alone(case: Case) -> None:
     assert len(runs) == 1  # no second run
 
 
-def test_isolation_survives_a_crash_and_a_hang(case: Case) -> None:
+@pytest.mark.usefixtures("copied_processes")
+def test_isolation_survives_a_hang(case: Case) -> None:
     report = run("tests.helpers.kernels_under_test:hangs", [case], Options(timeout=0.5), isolate=True)
     assert report.results[0].status == "timed out"
     assert "killed" in report.results[0].message
+
+
+def test_isolation_survives_a_crash(case: Case) -> None:
+    """In processes that begin as those of users do."""
     other = GOLDENS.load("formats/every_code_by_row")
     report = run("tests.helpers.kernels_under_test:dies_once", [case, other], isolate=True)
     assert [r.status for r in report.results] == ["crashed", "equal"]

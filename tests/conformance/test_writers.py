@@ -170,18 +170,18 @@ def test_a_pipe_is_written_to(folder: Path, arguments: tuple[str, ...]) -> None:
     assert (folder / "pipe").is_fifo()
 
 
+@pytest.mark.usefixtures("copied_processes")
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_full_terminal_and_a_narrow_encoding(folder: Path, encoding: str) -> None:
     """stdout on a full disk, and names that its encoding lacks: the files are written all the same."""
-    code = "from mxfp4ref.__main__ import main; main()"
+    code = "import sys; sys.stdout.reconfigure(encoding={0!r}); sys.stderr.reconfigure(encoding={0!r})\n"
+    code = code.format(encoding) + "from mxfp4ref.__main__ import main; main()"
     arguments = ("conform", "oracle", "--goldens", "goldens", "--case", LAYOUT, "--json")
-    environment = {**os.environ, "PYTHONIOENCODING": encoding}
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [sys.executable, "-c", code, *arguments, "\u2713.json"],
             stdout=full if encoding == "ascii" else subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=environment,
         )
     assert json.loads((folder / "\u2713.json").read_text())["ok"]
     assert done.returncode == (2 if encoding == "ascii" else 0), done.stderr

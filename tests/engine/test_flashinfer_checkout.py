@@ -93,6 +93,7 @@ def test_another():
 """
 
 
+@pytest.mark.usefixtures("copied_processes")
 def test_the_harness_tells_right_from_wrong(tmp_path: Path) -> None:
     file = tmp_path / THEIR_TESTS
     file.parent.mkdir(parents=True)

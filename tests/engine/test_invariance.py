@@ -108,6 +108,7 @@ def test_an_installed_package_has_a_case_too(builtin_root: Path) -> None:
     assert "oracle, gemm/wide_exponents: no bit depends on the batch" in result.output
 
 
+@pytest.mark.usefixtures("copied_processes")
 def test_kernels_by_name() -> None:
     result = invoke("invariance", "tests.helpers.kernels_under_test:good")
     assert result.exit_code == 0, result.output
@@ -136,6 +137,7 @@ def test_recorded_calls_with_the_tactics_of_the_autotuner(tmp_path: Path) -> Non
     assert "another tactic: K tiles 256x128 here, 128x128 in the call" in result.output
 
 
+@pytest.mark.usefixtures("copied_processes")
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

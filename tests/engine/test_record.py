@@ -88,6 +88,7 @@ def test_what_the_script_raises_is_told_beside_what_was_recorded(
     assert "1 calls recorded" in result.output
 
 
+@pytest.mark.usefixtures("copied_processes")
 @pytest.mark.parametrize(
     ("count", "code", "words"), [("1", 0, "1 calls recorded"), ("0", 2, "nothing recorded")]
 )

@@ -169,6 +169,7 @@ def test_command_refuses(builtin_root: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.usefixtures("copied_processes")
 def test_the_other_package_is_not_needed() -> None:
     script = (
         "import sys, mxfp4ref.goldens.flashinfer_bench\n"

@@ -133,6 +133,7 @@ def check_after_a_kill(root: Path) -> None:
     assert Goldens(root).verify() == []
 
 
+@pytest.mark.usefixtures("copied_processes")
 def test_a_killed_writer(tmp_path: Path) -> None:
     """Killed before each of its steps, in a process without threads."""
     command = [sys.executable, "-c", KILLED, str(tmp_path / "goldens"), str(Path(__file__).parents[2])]

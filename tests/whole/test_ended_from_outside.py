@@ -59,6 +59,7 @@ def test_reports_are_written_though_nobody_reads_the_text(
     assert Path("r.json").read_bytes()
 
 
+@pytest.mark.usefixtures("copied_processes")
 @pytest.mark.parametrize("arguments", [("defects", "--json"), ("--help",)])
 def test_a_closed_pipe(arguments: tuple[str, ...]) -> None:
     reads, writes = os.pipe()
@@ -98,6 +99,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert (command.returncode, command.stderr) == (2, b"Error: OSError: [Errno 27] File too large\n")
 
 
+@pytest.mark.usefixtures("copied_processes")
 def test_ctrl_c(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text("import time\nprint('waiting', flush=True)\ntime.sleep(60)\n")

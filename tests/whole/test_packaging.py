@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import runpy
 import subprocess
@@ -23,6 +24,11 @@ from mxfp4ref import Experts, MoeCall, forward
 
 def layer(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: Experts) -> torch.Tensor:
     return forward(MoeCall(x, ids, weights, experts))
+"""
+TORCH = """\
+from typing import Any
+class Tensor: ...
+def __getattr__(name: str) -> Any: ...
 """
 
 
@@ -99,6 +105,9 @@ def test_an_editable_wheel_has_no_goldens(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(_missing("mypy"), reason="needs mypy")
 def test_types_reach_a_client(tmp_path: Path) -> None:
+    # In place of torch's, which take 10 s to read; `make check` reads those.
+    (tmp_path / "stubs" / "torch").mkdir(parents=True)
+    (tmp_path / "stubs" / "torch" / "__init__.pyi").write_text(TORCH)
     (tmp_path / "right.py").write_text(CLIENT)
     (tmp_path / "wrong.py").write_text(CLIENT + "layer(1, 2, 3, 4)\n")
     command = [
@@ -111,7 +120,8 @@ def test_types_reach_a_client(tmp_path: Path) -> None:
         "right.py",
         "wrong.py",
     ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "MYPYPATH": "stubs"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stdout
     *problems, _ = done.stdout.splitlines()
     last_line = CLIENT.count("\n") + 1

@@ -28,6 +28,7 @@ from mxfp4ref.sm90.gemm.reference import gemm_in_order
 from mxfp4ref.sm90.gemm.trial import check_gemm
 from mxfp4ref.sm90.tactics import TILE_K, TILE_N, Tactic
 from tests.helpers import bits, modes
+from tests.helpers.forked import BeforeFirstUse
 from tests.helpers.gemm_inputs import KINDS, SCALES, problem, random_x
 
 cpu_loops = pytest.importorskip("mxfp4ref.sm90.gemm.cpu_loops")
@@ -225,7 +226,8 @@ def test_twelve_threads() -> None:
 # --- first use --------------------------------------------------------------------------------------------
 
 FIRST_USE = """
-import sys, threading, torch
+import sys, threading, torch, warnings
+warnings.simplefilter("error")
 import mxfp4ref
 from mxfp4ref.sm90.gemm.compiled import gemm
 assert "numba" not in sys.modules
@@ -238,16 +240,15 @@ def use():
 
 def run(code: str, **environment: str) -> None:
     """In a new process, in which warnings are errors."""
-    command = [sys.executable, "-W", "error", "-c", FIRST_USE + code]
-    done = subprocess.run(
-        command,
+    with BeforeFirstUse(
+        [sys.executable, "-c", FIRST_USE + code],
         cwd=Path(__file__).parents[3],
         env={**os.environ, **environment},
-        capture_output=True,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    ) as process:
+        _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
 
 
 def test_first_use_by_many_threads_at_once() -> None:
@@ -282,7 +283,8 @@ def test_without_a_folder_for_the_cache() -> None:
         "caching.CacheImpl._locator_classes = []\n"
         "use()\n"
         "from mxfp4ref.sm90.gemm import cpu_loops\n"
-        "assert cpu_loops.gemm.stats.cache_path is None"
+        "assert cpu_loops.gemm.stats.cache_path is None",
+        NUMBA_OPT="0",  # compiles in half the time
     )
 
 
