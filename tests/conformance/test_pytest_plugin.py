@@ -107,9 +107,7 @@ def test_a_kernel_that_ran_no_case_has_not_passed(pytester: pytest.Pytester) -> 
 def test_keyword_expression_and_junit(pytester: pytest.Pytester) -> None:
     result = pytester.runpytest("--mxfp4-kernel=oracle", "-k", "swap", "--junitxml=junit.xml", *ARGUMENTS)
     result.assert_outcomes(passed=1, deselected=1)
-    result.stdout.fnmatch_lines(
-        ["collected 2 items / 1 deselected / 1 selected", "*in all 1 cases, of the goldens' *"]
-    )
+    result.stdout.fnmatch_lines(["collected 2 items / 1 deselected / 1 selected", "*in all 1 cases, of*"])
     assert 'name="layout/swap_halves"' in (pytester.path / "junit.xml").read_text()
 
 
