@@ -43,6 +43,7 @@ __all__ = [
 
 # For hypotheses, and for the named defects on a layer of real size.
 SECONDS = {"quick": 0.7, "full": 50.0}
+_QUICK_ELEMENTS = 1 << 18  # of an output: solving for what is in a larger one takes minutes
 _NAMED_SECONDS = {"quick": 0.4, "full": 60.0}
 ULP_BINS = (1, 2, 4, 16, 256, FAR - 1, FAR)  # the largest distance of each; the last is that with a NaN
 
