@@ -88,7 +88,8 @@ class _Failure:
         try:
             self.located = self.located or self.failed.located()
             known = self.located.search(suspects, diagnosis, seconds=seconds)
-            result = replace(result, diagnosis=self.located.told(known, brief=seconds is not None))
+            brief = seconds is not None or (diagnosis == "quick" and self.located.large)
+            result = replace(result, diagnosis=self.located.told(known, brief=brief))
         except Exception as error:  # of outputs that nobody has thought of; the result is not lost
             words = f"no diagnosis: {of_exception(error)}"
             result = replace(result, message="; ".join(filter(None, (result.message, words))))

@@ -43,6 +43,7 @@ __all__ = [
 
 # For hypotheses, and for the named defects on a layer of real size.
 SECONDS = {"quick": 0.7, "full": 50.0}
+_QUICK_ELEMENTS = 1 << 18  # of an output: solving for what is in a larger one takes minutes
 _NAMED_SECONDS = {"quick": 0.4, "full": 60.0}
 ULP_BINS = (1, 2, 4, 16, 256, FAR - 1, FAR)  # the largest distance of each; the last is that with a NaN
 
@@ -161,6 +162,13 @@ class Located:
             name, first, feeds, found, "", (), ulps, bins, attribution=table, experts=experts
         )
 
+    @property
+    def large(self) -> bool:
+        """Whether what is solved for and bounded takes longer than a quick diagnosis may."""
+        return self.got.numel() > _QUICK_ELEMENTS or (
+            isinstance(self.inputs, MoeCall) and is_heavy(self.inputs)
+        )
+
     def search(
         self,
         suspects: tuple[str | Hypothesis, ...],
@@ -248,6 +256,8 @@ def _investigated(
         )
         if any(p.exact for p in verdict.predictions):
             return verdict.predictions, _named_finding(verdict.predictions), verdict.remarks
+    if how.diagnosis == "quick" and (is_heavy(call) or got.numel() > _QUICK_ELEMENTS):
+        return (), Finding(), ("too large for a quick diagnosis",)
     small, rows_got, rows_want, note = part
     pipeline = prepared(small)
     names = {s for s in how.suspects if isinstance(s, str)}

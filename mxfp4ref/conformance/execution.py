@@ -179,6 +179,9 @@ def in_thread(
         except queue.Empty:
             abandoned.set()
             return None, f"no result within {seconds:g} s"
+        except BaseException:  # the run was interrupted
+            abandoned.set()
+            raise
         if isinstance(event, Collected):
             thread.join()
             return event, ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,12 +85,18 @@ def test_an_interrupted_run_gives_what_was_run() -> None:
 
 def test_an_interruption_while_the_kernel_runs() -> None:
     def interrupted(**arguments: Any) -> Tensor:
+        started.append(threading.current_thread())
         os.kill(os.getpid(), signal.SIGINT)
-        return kernels_under_test.hangs(**arguments)
+        return kernels_under_test.good(**arguments) if over.wait(30) else None
 
-    with pytest.raises(Interrupted) as raised:  # and no result of a run that took too long
+    started: list[threading.Thread] = []
+    over = threading.Event()
+    with pytest.raises(Interrupted) as raised:
         run(interrupted, cases()[:1], COMPARE)
     assert raised.value.report.results == ()
+    over.set()
+    started[0].join(30)
+    assert len(started) == 1  # the thread, which was given up, does not run the kernel a second time
 
 
 def test_searches_are_limited_in_processor_time() -> None:

@@ -139,7 +139,7 @@ class Search:
     @contextmanager
     def extra(self, seconds: float) -> Iterator[None]:
         """Inside, so many seconds from now may be taken."""
-        until, self.until = self.until, max(self.until, time.monotonic() + seconds)
+        until, self.until = self.until, max(self.until, time.thread_time() + seconds)
         try:
             yield
         finally:
