@@ -50,9 +50,9 @@ def placed(some: list[Sample], *, biased: bool, function: bool) -> Placed | None
     ratio, after = _ratio(space), _SHARES <= 0.2
     wholly = float(space[_SHARES >= 0.8].max() - space.max()) > -_NEARLY
     if ratio >= _SURE and wholly:
-        return _before(chosen, _together(some), biased=biased, function=function)
+        return _before(chosen, _together(some, chosen), biased=biased, function=function)
     if ratio <= -_SURE and float(space[after].max() - space.max()) > -_NEARLY:
-        return _after(_together(some))
+        return _after(_together(some, []))
     return None
 
 
@@ -177,7 +177,7 @@ def _in_the_space_of_gemm2(some: list[Sample]) -> tuple[Tensor, list[tuple[Sampl
     return total, chosen
 
 
-def _together(some: list[Sample]) -> dict[str, float]:
+def _together(some: list[Sample], chosen: list[tuple[Sample, list[int]]]) -> dict[str, float]:
     """How much likelier it is that errors go together over the tokens than that they do not, by what they multiply.
 
     That is the activation for other weights of GEMM2, what the activation gains with GEMM1's output for another fc1
@@ -192,11 +192,15 @@ def _together(some: list[Sample]) -> dict[str, float]:
     }
     everyone = [set(s.experts.tolist()) for s in some]
     ids = sorted(set.union(*everyone))
-    errors = torch.stack([_without_rows(s) for s in some])
+    errors = torch.stack([s.rest for s in some])
     noise = torch.stack([s.noise for s in some])
     found: dict[str, float] = {}
-    for chosen in (ids, *([e] for e in sorted(set.intersection(*everyone)) if len(ids) > 1)):
-        by_feature = {name: _over_tokens(some, errors, noise, of, chosen) for name, of in features.items()}
+    wrong = {e for sample, slots in chosen for e in sample.experts[slots].tolist()}
+    always = sorted(set.intersection(*everyone))
+    if len(wrong) == 1 and wrong <= set(always):
+        ids = always = sorted(wrong)
+    for experts in (ids, *([e] for e in always if len(ids) > 1)):
+        by_feature = {name: _over_tokens(some, errors, noise, of, experts) for name, of in features.items()}
         best = max(float(v[_SHARES >= 0.8].max()) for v in by_feature.values())
         for name, likelihoods in by_feature.items():
             full = float(likelihoods[_SHARES >= 0.8].max())
@@ -205,13 +209,6 @@ def _together(some: list[Sample]) -> dict[str, float]:
                 found.get(name, -1e300), min(ratio, full - best + abs(ratio)) if full < best else ratio
             )
     return found
-
-
-def _without_rows(sample: Sample) -> Tensor:
-    """The error less what is a sum of the right rows."""
-    solution = torch.linalg.lstsq(sample.y.T, sample.error[:, None], driver="gelsd").solution[:, 0]
-    rest: Tensor = sample.error - solution @ sample.y
-    return rest
 
 
 def _over_tokens(

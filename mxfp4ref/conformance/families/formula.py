@@ -18,7 +18,7 @@ __all__ = ["Formula", "fitted"]
 _TOKENS, _FEWEST = 16, 4
 _HINT = 0.15  # of the errors, from which each expert's own function is tried
 _EXPLAINED = 0.8  # of the errors' squares that roundings do not make
-_A_FACTOR = 0.9  # likewise, by a factor alone, which may as well come later
+_MORE = 0.1  # likewise, than other weights for the right rows explain
 _GATES, _UPS = 12, 6  # knots
 _POINTS = ((1.0, 1.0), (-1.0, 1.0), (3.0, 1.0), (0.5, 0.5), (-0.5, 0.5))  # gate, up
 
@@ -29,34 +29,37 @@ class Formula:
 
     Attributes:
         explained: which part of the errors it explains.
+        by_rows: which part other weights for the right rows explain.
         by_expert: whether each expert has its own.
         values: what it gives, in words.
     """
 
     explained: float
+    by_rows: float
     by_expert: bool
     values: str = ""
 
     @property
     def proved(self) -> bool:
-        return self.explained >= _EXPLAINED
+        return self.explained >= max(_EXPLAINED, self.by_rows + _MORE)
 
 
 def fitted(some: list[Sample]) -> Formula | None:
-    """The function that explains most; None of too few tokens, and where a factor alone explains the errors."""
+    """The function that explains most; None of too few tokens, and where the errors are sums of the right rows."""
     some = [s for s in some if s.loudness > 1.5][:: max(len(some) // _TOKENS, 1)][:_TOKENS]
     if len(some) < _FEWEST:
         return None
-    factor, _ = _explained(some, _Basis.factor(), by_expert=False)
-    if factor > _A_FACTOR:
+    loud = sum(1 - float(s.noise.sum() / s.error.square().sum()) for s in some)
+    by_rows = sum(1 - float(s.rest.square().sum() / s.error.square().sum()) for s in some) / max(loud, 1e-9)
+    if by_rows > 1 - _MORE:
         return None
     basis = _Basis.of(some, _GATES, _UPS)
     explained, solution = _explained(some, basis, by_expert=False)
-    found = Formula(explained, False, _values(some, basis, solution))
+    found = Formula(explained, by_rows, False, _values(some, basis, solution))
     if _HINT <= explained < _EXPLAINED and len({e for s in some for e in s.experts.tolist()}) > 1:
         explained, _ = _explained(some, _Basis.of(some, 7, 4), by_expert=True)
         if explained > found.explained:
-            return Formula(explained, True)
+            return Formula(explained, by_rows, True)
     return found
 
 
@@ -77,12 +80,8 @@ class _Basis:
 
         return cls(knots("gate", gates), knots("up", ups))
 
-    @classmethod
-    def factor(cls) -> _Basis:
-        return cls(torch.empty(0), torch.empty(0))  # the right activation alone
-
     def __call__(self, up: Tensor, gate: Tensor, activation: Tensor) -> Tensor:
-        if len(self.gates) < 2 or len(self.ups) < 2:
+        if len(self.gates) < 2 or len(self.ups) < 2:  # of numbers that are all alike
             return activation[..., None]
         rows, columns = _hats(gate, self.gates), torch.cat((_hats(up, self.ups), up[..., None]), -1)
         products = rows[..., :, None] * columns[..., None, :]
