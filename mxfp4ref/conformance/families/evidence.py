@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import ulp_distance
-from mxfp4ref.conformance.families.error_space import placed
+from mxfp4ref.conformance.families.error_space import Space
 from mxfp4ref.conformance.families.formula import Formula, fitted
 from mxfp4ref.conformance.families.hypothesis import Finding, Pipeline, local_of, slot_outputs
 from mxfp4ref.conformance.families.mixed_up import mixed_up
@@ -104,13 +104,14 @@ def look_closer(pipeline: Pipeline, got: Tensor, wrong: Tensor, found: list[Evid
     some = samples(pipeline, got, wrong, local_of(pipeline))
     if (told := mixed_up(pipeline, some)) is not None:
         return [Evidence(*told, 4), *found]
-    formula = fitted(some)
+    space = Space.of(some)
+    formula = fitted(some) if space is not None and space.inside else None
     if formula is not None and formula.proved:
         return [_other_function(formula), *found]
-    if found and not scattered:
+    if space is None or (found and not scattered):
         return found
     biased = pipeline.call.experts.fc1_biases is not None
-    where = placed(some, biased=biased, function=formula is None or formula.explained > _PARTLY)
+    where = space.placed(biased=biased, function=formula is None or formula.explained > _PARTLY)
     return [*([Evidence(where.stages, where.words, 2)] if where else []), *found]
 
 
