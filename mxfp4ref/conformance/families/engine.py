@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mxfp4ref.conformance.comparison import ulp_distance
 from mxfp4ref.conformance.families.activations import activation_hypotheses
+from mxfp4ref.conformance.families.distances import surprise
 from mxfp4ref.conformance.families.evidence import Evidence, gather, look_closer
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline
 from mxfp4ref.conformance.families.named import named_hypotheses
@@ -24,7 +25,7 @@ from mxfp4ref.conformance.families.outputs import (
 )
 from mxfp4ref.conformance.families.regions import k_hypotheses, row_hypotheses, rows_at
 from mxfp4ref.conformance.families.roundings import order_hypotheses, rounding_hypotheses
-from mxfp4ref.conformance.families.search import FEWEST_BITS, Match, Search, one_thread, surprise
+from mxfp4ref.conformance.families.search import FEWEST_BITS, Match, Search, one_thread
 from mxfp4ref.conformance.families.slots import slot_hypotheses
 from mxfp4ref.conformance.families.tensors import (
     bias_hypotheses,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mxfp4ref.conformance.families.sampled import Sample
 
-__all__ = ["Placed", "placed"]
+__all__ = ["Placed", "Space"]
 
 _TOKENS, _FEWEST, _PROFILED = 16, 5, 5
 _FEWEST_TOGETHER = 8  # tokens from which it is asked how errors go together over them
@@ -35,25 +35,47 @@ class Placed:
     words: str
 
 
-def placed(some: list[Sample], *, biased: bool, function: bool) -> Placed | None:
-    """Where the errors come from; None where that cannot be told.
+@dataclass(frozen=True)
+class Space:
+    """How likely errors are sums of columns of GEMM2's weights.
 
-    Args:
-        some: samples of wrong tokens.
-        biased: whether there is an fc1 bias.
-        function: whether the activation may be another function of up and gate.
+    Attributes:
+        samples: the tokens.
+        likelihoods: the log likelihoods by the share of the errors that are.
+        chosen: those of the tokens that were looked at, with the slots that are wrong.
     """
-    some = [s for s in some if s.second.shape[1] >= 2 * len(s.experts) + 8 and bool(s.error.any())]
-    if not some or sum(s.second.shape[1] for s in some) < 128:
+
+    samples: list[Sample]
+    likelihoods: Tensor
+    chosen: list[tuple[Sample, list[int]]]
+
+    @classmethod
+    def of(cls, some: list[Sample]) -> Space | None:
+        """None where there is too little to tell."""
+        some = [s for s in some if s.second.shape[1] >= 2 * len(s.experts) + 8 and bool(s.error.any())]
+        if sum(s.second.shape[1] for s in some) < 128:
+            return None
+        return cls(some, *_in_the_space_of_gemm2(some[:: max(len(some) // _TOKENS, 1)][:_TOKENS]))
+
+    @property
+    def inside(self) -> bool:
+        """Whether most of the error is surely such a sum."""
+        return _ratio(self.likelihoods) >= _SURE
+
+    def placed(self, *, biased: bool, function: bool) -> Placed | None:
+        """Where the errors come from; None where that cannot be told.
+
+        Args:
+            biased: whether there is an fc1 bias.
+            function: whether the activation may be another function of up and gate.
+        """
+        best, after = float(self.likelihoods.max()), self.likelihoods[_SHARES <= 0.2]
+        if self.inside and float(self.likelihoods[_SHARES >= 0.8].max()) > best - _NEARLY:
+            together = _together(self.samples, self.chosen)
+            return _before(self.chosen, together, biased=biased, function=function)
+        if _ratio(self.likelihoods) <= -_SURE and float(after.max()) > best - _NEARLY:
+            return _after(_together(self.samples, []))
         return None
-    space, chosen = _in_the_space_of_gemm2(some[:: max(len(some) // _TOKENS, 1)][:_TOKENS])
-    ratio, after = _ratio(space), _SHARES <= 0.2
-    wholly = float(space[_SHARES >= 0.8].max() - space.max()) > -_NEARLY
-    if ratio >= _SURE and wholly:
-        return _before(chosen, _together(some), biased=biased, function=function)
-    if ratio <= -_SURE and float(space[after].max() - space.max()) > -_NEARLY:
-        return _after(_together(some))
-    return None
 
 
 def _before(
@@ -64,9 +86,9 @@ def _before(
     activation, bias = together.get("activation", 0.0), together.get("fc1 bias", 0.0) if biased else -1e9
     if activation >= _SURE and activation > bias + _SURE / 2:
         return Placed(
-            ("fc2", "activation"),
-            f"{lie} that is the right one in another order or scaled, alike for all tokens: K of GEMM2, or the "
-            "activation's columns",
+            (),
+            f"{lie} that follows from the right one alike for all tokens, as in another order: K of GEMM2, the "
+            f"activation's columns, rows of GEMM1{', or the fc1 bias' * biased}",
         )
     if bias >= _SURE and bias > activation + _SURE / 2:
         return Placed(
@@ -177,7 +199,7 @@ def _in_the_space_of_gemm2(some: list[Sample]) -> tuple[Tensor, list[tuple[Sampl
     return total, chosen
 
 
-def _together(some: list[Sample]) -> dict[str, float]:
+def _together(some: list[Sample], chosen: list[tuple[Sample, list[int]]]) -> dict[str, float]:
     """How much likelier it is that errors go together over the tokens than that they do not, by what they multiply.
 
     That is the activation for other weights of GEMM2, what the activation gains with GEMM1's output for another fc1
@@ -192,11 +214,15 @@ def _together(some: list[Sample]) -> dict[str, float]:
     }
     everyone = [set(s.experts.tolist()) for s in some]
     ids = sorted(set.union(*everyone))
-    errors = torch.stack([_without_rows(s) for s in some])
+    errors = torch.stack([s.rest for s in some])
     noise = torch.stack([s.noise for s in some])
     found: dict[str, float] = {}
-    for chosen in (ids, *([e] for e in sorted(set.intersection(*everyone)) if len(ids) > 1)):
-        by_feature = {name: _over_tokens(some, errors, noise, of, chosen) for name, of in features.items()}
+    wrong = {e for sample, slots in chosen for e in sample.experts[slots].tolist()}
+    always = sorted(set.intersection(*everyone))
+    if len(wrong) == 1 and wrong <= set(always):
+        ids = always = sorted(wrong)
+    for experts in (ids, *([e] for e in always if len(ids) > 1)):
+        by_feature = {name: _over_tokens(some, errors, noise, of, experts) for name, of in features.items()}
         best = max(float(v[_SHARES >= 0.8].max()) for v in by_feature.values())
         for name, likelihoods in by_feature.items():
             full = float(likelihoods[_SHARES >= 0.8].max())
@@ -205,13 +231,6 @@ def _together(some: list[Sample]) -> dict[str, float]:
                 found.get(name, -1e300), min(ratio, full - best + abs(ratio)) if full < best else ratio
             )
     return found
-
-
-def _without_rows(sample: Sample) -> Tensor:
-    """The error less what is a sum of the right rows."""
-    solution = torch.linalg.lstsq(sample.y.T, sample.error[:, None], driver="gelsd").solution[:, 0]
-    rest: Tensor = sample.error - solution @ sample.y
-    return rest
 
 
 def _over_tokens(

@@ -7,28 +7,27 @@ unknowns, and have a solution within the roundings, the solution is what the ker
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import ulp_distance
-from mxfp4ref.conformance.families.error_space import placed
+from mxfp4ref.conformance.families.error_space import Space
+from mxfp4ref.conformance.families.expert_sums import other_sums
 from mxfp4ref.conformance.families.formula import Formula, fitted
-from mxfp4ref.conformance.families.hypothesis import Finding, Pipeline, local_of, slot_outputs
+from mxfp4ref.conformance.families.hypothesis import Finding, Pipeline, local_of
 from mxfp4ref.conformance.families.mixed_up import mixed_up
 from mxfp4ref.conformance.families.places import columns_in_words
 from mxfp4ref.conformance.families.sampled import samples
 from mxfp4ref.conformance.families.second_gemm import second_gemm
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["Evidence", "expert_weights", "gather", "look_closer"]
+__all__ = ["Evidence", "gather", "look_closer"]
 
 _TOKENS = 6  # that are looked at
-_WORK = 1 << 29  # multiplications for one token's outputs of all experts
-_ROUNDING = 2.0**-8  # of bf16, and of the slots' sum
 _GROSS = 32  # ulp
-_PARTLY = 0.25  # of the errors, from which a function of up and gate is not excluded
+_PARTLY = 0.05  # of the errors, from which a function of up and gate is not excluded
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def gather(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> list
     found += _rows(pipeline, got, want, wrong)
     found += _columns(got, want, wrong, tokens)
     if not found:
-        found += _weights(pipeline, got, local, tokens)
+        found += (Evidence(*parts) for parts in other_sums(pipeline, got, local, tokens))
     if not found:
         found += (Evidence(*parts) for parts in second_gemm(pipeline, got, wrong, local, tokens))
     return sorted(found, key=lambda e: -e.strength)
@@ -104,13 +103,14 @@ def look_closer(pipeline: Pipeline, got: Tensor, wrong: Tensor, found: list[Evid
     some = samples(pipeline, got, wrong, local_of(pipeline))
     if (told := mixed_up(pipeline, some)) is not None:
         return [Evidence(*told, 4), *found]
-    formula = fitted(some)
+    space = Space.of(some)
+    formula = fitted(some) if space is not None and space.inside else None
     if formula is not None and formula.proved:
         return [_other_function(formula), *found]
-    if found and not scattered:
+    if space is None or (found and not scattered):
         return found
     biased = pipeline.call.experts.fc1_biases is not None
-    where = placed(some, biased=biased, function=formula is None or formula.explained > _PARTLY)
+    where = space.placed(biased=biased, function=formula is None or formula.explained > _PARTLY)
     return [*([Evidence(where.stages, where.words, 2)] if where else []), *found]
 
 
@@ -241,141 +241,3 @@ def _scattered(wrong: Tensor) -> Iterator[Evidence]:
         yield Evidence((), how + words, 1)
     elif dispersion > 4:
         yield Evidence((), how + "many of them in a few rows, as roundings before GEMM2 are; not proved", 1)
-
-
-def _allowed(weights: Tensor, y: Tensor) -> Tensor:
-    """How far a sum of rounded rows may be off the numbers, by column."""
-    return _ROUNDING * (weights.abs() @ y.abs()) + 1e-30
-
-
-def expert_weights(pipeline: Pipeline, got: Tensor, token: int) -> dict[int, float] | None:
-    """With which weights the token's row is a sum of the experts' outputs; None if it is none, or not uniquely."""
-    call = pipeline.call
-    experts = call.experts
-    count, hidden = experts.num_experts, experts.hidden_size
-    if count * 3 * hidden * experts.intermediate_size > _WORK or count * 2 > hidden:
-        return None
-    everyone = replace(
-        call,
-        input=call.input[[token]],
-        token_selected_experts=torch.arange(count, dtype=torch.int32, device=got.device)[None],
-        token_final_scales=torch.ones(1, count, dtype=torch.float32, device=got.device),
-        ep_size=1,
-        ep_rank=0,
-    )
-    y = fp32.widen(slot_outputs(replace(pipeline, call=everyone))[0].contiguous()).to(torch.float64)
-    if experts.fc2_biases is not None and call.tp_rank == 0:
-        y = y + fp32.widen(experts.fc2_biases).to(torch.float64)
-    target = fp32.widen(got[token].contiguous()).to(torch.float64)
-    lengths = y.norm(dim=1)
-    if not bool(y.isfinite().all() & target.isfinite().all() & target.any() & (lengths > 0).all()):
-        return None
-    directions = y / lengths[:, None]
-    chosen = list(range(count))
-    for _ in range(8):  # all of them, then those that count
-        part = directions[chosen]
-        if (least := float(torch.linalg.svdvals(part).min())) < 2.0**-4:
-            return None
-        solution = torch.linalg.lstsq(part.T, target[:, None], driver="gelsd").solution[:, 0]
-        nothing = 8 * _ROUNDING * float(target.norm()) * hidden**-0.5 / least
-        kept = [e for e, c in zip(chosen, solution.tolist(), strict=True) if abs(c) > nothing]
-        if not kept:
-            return None
-        if kept == chosen:
-            break
-        chosen = kept
-    else:
-        return None
-    weights = solution / lengths[chosen]
-    if bool(((target - weights @ y[chosen]).abs() > _allowed(weights, y[chosen])).any()):
-        return None
-    return dict(zip(chosen, weights.tolist(), strict=True))
-
-
-def _weights(pipeline: Pipeline, got: Tensor, local: Tensor, tokens: list[int]) -> Iterator[Evidence]:
-    """Whether the output is a sum of right expert outputs, of which experts, with which weights."""
-    call = pipeline.call
-    fits: list[tuple[int, dict[int, float], dict[int, float]]] = []
-    for token in tokens:
-        found = expert_weights(pipeline, got, token)
-        if found is None:
-            continue
-        asked = {
-            e: float(w)
-            for e, w in zip(local[token].tolist(), call.token_final_scales[token].tolist(), strict=True)
-            if e >= 0
-        }
-        fits.append((token, asked, found))
-    if 3 * len(fits) < 2 * len(tokens) or len(fits) < min(2, len(tokens)):
-        return
-    first = call.ep_rank * call.experts.num_experts
-    if all(_close(asked, found) for _, asked, found in fits):
-        return  # too little is wrong to show here
-    same_experts = all(set(asked) == set(found) for _, asked, found in fits)
-    token, asked, found = next(fit for fit in fits if not _close(fit[1], fit[2]))
-    shown = _sum_in_words(found, first)
-    right = "GEMM1, activation and GEMM2 are right for the experts that were computed"
-    if same_experts:
-        ratios = [found[e] / asked[e] for _, asked, found in fits for e in asked if asked[e]]
-        if max(ratios) - min(ratios) < 2.0**-5 * abs(ratios[0]):
-            yield Evidence(
-                ("finalize", "fc2"),
-                f"every token that was looked at is the right output times {ratios[0]:.4g}, as far as bf16 shows: a "
-                "factor on the routing weights, in the sum, or on GEMM2's result",
-                3,
-            )
-            return
-        yield Evidence(
-            ("finalize",),
-            f"the routing weights used are others: token {token} is {shown}, asked was "
-            f"{_sum_in_words(asked, first)}; GEMM1, activation and GEMM2 are right",
-            3,
-        )
-        return
-    subset = all(set(found) < set(asked) or _close(asked, found) for _, asked, found in fits) and all(
-        abs(found[e] / asked[e] - 1) < 2.0**-5 for _, asked, found in fits for e in found
-    )
-    if subset:
-        missing = sorted(set(asked) - set(found))
-        slots = [local[token].tolist().index(e) for e in missing]
-        yield Evidence(
-            ("slots",),
-            f"slots are left out: token {token} lacks slot{'s' * (len(slots) > 1)} "
-            f"{', '.join(map(str, slots))} (expert {', '.join(str(e + first) for e in missing)}), the others have "
-            "their weights",
-            3,
-        )
-        return
-    swaps = [_exchanged(asked, found) for _, asked, found in fits]
-    pairs = sorted({pair for swap in swaps if swap for pair in swap})
-    mapping = f" ({', '.join(f'expert {a + first} by {b + first}' for a, b in pairs[:6])})" if pairs else ""
-    yield Evidence(
-        ("slots",),
-        f"slots are computed by other experts{mapping}: token {token} is {shown}, asked was "
-        f"{_sum_in_words(asked, first)}; {right}",
-        3,
-    )
-
-
-def _close(asked: dict[int, float], found: dict[int, float]) -> bool:
-    if set(asked) != set(found):
-        return False
-    return all(abs(found[e] - w) <= 2.0**-5 * max(abs(w), 1e-30) for e, w in asked.items())
-
-
-def _exchanged(asked: dict[int, float], found: dict[int, float]) -> list[tuple[int, int]]:
-    """Which expert stands for which, by their weights."""
-    pairs = []
-    for expert in set(asked) - set(found):
-        others = [
-            e
-            for e in set(found) - set(asked)
-            if abs(found[e] - asked[expert]) <= 2.0**-5 * abs(asked[expert])
-        ]
-        if len(others) == 1:
-            pairs.append((expert, others[0]))
-    return pairs
-
-
-def _sum_in_words(weights: dict[int, float], first: int) -> str:
-    return " + ".join(f"{w:.4g} x expert {e + first}" for e, w in weights.items()) or "nothing"

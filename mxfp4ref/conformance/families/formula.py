@@ -1,7 +1,8 @@
 """Whether the activation that GEMM2 got is another function of the right up and gate: fitted, and tried elsewhere.
 
 What is fitted is piecewise linear in up and in gate, the same in all columns, of all experts or of each. It is tried
-on tokens that it was not fitted to; only a mistake that is a function of these two numbers predicts them.
+on tokens that it was not fitted to; only a mistake that is a function of these two numbers predicts them. What of an
+error is a sum of the token's right rows is left out, since other weights in the sum would give that.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from mxfp4ref.conformance.families.sampled import Sample
 
 __all__ = ["Formula", "fitted"]
 
-_TOKENS, _FEWEST = 16, 4
-_HINT = 0.15  # of the errors, from which each expert's own function is tried
-_EXPLAINED = 0.8  # of the errors' squares that roundings do not make
-_A_FACTOR = 0.9  # likewise, by a factor alone, which may as well come later
+_TOKENS, _FEWEST = 24, 4
+_WHOLLY = 0.95  # likewise, from which values are told
+_LOUD = 2.0  # squares of errors, of those that roundings make
+_HINT = 0.05  # of the errors, from which each expert's own function is tried
+_EXPLAINED = 0.4  # of the errors' squares that roundings do not make; of what is no function it is below 0.05
 _GATES, _UPS = 12, 6  # knots
 _POINTS = ((1.0, 1.0), (-1.0, 1.0), (3.0, 1.0), (0.5, 0.5), (-0.5, 0.5))  # gate, up
 
@@ -43,21 +45,19 @@ class Formula:
 
 
 def fitted(some: list[Sample]) -> Formula | None:
-    """The function that explains most; None of too few tokens, and where a factor alone explains the errors."""
-    some = [s for s in some if s.loudness > 1.5][:: max(len(some) // _TOKENS, 1)][:_TOKENS]
+    """The function that explains most; None of too few tokens, and where errors are sums of the right rows."""
+    some = [s for s in some if float((s.rest.square() / s.noise).mean()) > _LOUD][
+        :: max(len(some) // _TOKENS, 1)
+    ][:_TOKENS]
     if len(some) < _FEWEST:
         return None
-    factor, _ = _explained(some, _Basis.factor(), by_expert=False)
-    if factor > _A_FACTOR:
-        return None
     basis = _Basis.of(some, _GATES, _UPS)
-    explained, solution = _explained(some, basis, by_expert=False)
-    found = Formula(explained, False, _values(some, basis, solution))
-    if _HINT <= explained < _EXPLAINED and len({e for s in some for e in s.experts.tolist()}) > 1:
-        explained, _ = _explained(some, _Basis.of(some, 7, 4), by_expert=True)
-        if explained > found.explained:
-            return Formula(explained, True)
-    return found
+    explained, _ = _explained(some, basis, by_expert=False)
+    if explained >= _EXPLAINED:
+        return Formula(explained, False, _values(some, basis))
+    if explained >= _HINT and len({e for s in some for e in s.experts.tolist()}) > 1:
+        return Formula(max(explained, _explained(some, _Basis.of(some, 7, 4), by_expert=True)[0]), True)
+    return Formula(explained, False)
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,8 @@ class _Basis:
 
         return cls(knots("gate", gates), knots("up", ups))
 
-    @classmethod
-    def factor(cls) -> _Basis:
-        return cls(torch.empty(0), torch.empty(0))  # the right activation alone
-
     def __call__(self, up: Tensor, gate: Tensor, activation: Tensor) -> Tensor:
-        if len(self.gates) < 2 or len(self.ups) < 2:
+        if len(self.gates) < 2 or len(self.ups) < 2:  # of numbers that are all alike
             return activation[..., None]
         rows, columns = _hats(gate, self.gates), torch.cat((_hats(up, self.ups), up[..., None]), -1)
         products = rows[..., :, None] * columns[..., None, :]
@@ -99,7 +95,9 @@ def _hats(values: Tensor, knots: Tensor) -> Tensor:
     return found
 
 
-def _explained(some: list[Sample], basis: _Basis, *, by_expert: bool) -> tuple[float, Tensor]:
+def _explained(
+    some: list[Sample], basis: _Basis, *, by_expert: bool, without_rows: bool = True
+) -> tuple[float, Tensor]:
     """The part that is predicted of tokens that were not fitted to, and the solution for one half of them."""
     ids = sorted({e for s in some for e in s.experts.tolist()})
     systems, targets, quiet = [], [], 0.0
@@ -112,9 +110,13 @@ def _explained(some: list[Sample], basis: _Basis, *, by_expert: bool) -> tuple[f
             given = given.permute(1, 0, 2).flatten(1)
         else:
             given = given.sum(0)
-        size = s.error.square().mean().sqrt()  # each token counts alike
+        error = s.rest if without_rows else s.error
+        if without_rows:
+            rows = torch.linalg.qr(s.y.T).Q
+            given = given - rows @ (rows.T @ given)
+        size = error.square().mean().sqrt()  # each token counts alike
         systems.append(given / size)
-        targets.append(s.error / size)
+        targets.append(error / size)
         quiet += float((s.noise / size.square()).sum())
     rest = total = 0.0
     solution = torch.empty(0)
@@ -130,8 +132,11 @@ def _explained(some: list[Sample], basis: _Basis, *, by_expert: bool) -> tuple[f
     return (total - rest) / max(total - quiet, 1e-300), solution
 
 
-def _values(some: list[Sample], basis: _Basis, solution: Tensor) -> str:
-    """What the function gives where there is much to fit it to."""
+def _values(some: list[Sample], basis: _Basis) -> str:
+    """What the function gives where there is much to fit it to, if it explains all of the error."""
+    explained, solution = _explained(some, basis, by_expert=False, without_rows=False)
+    if explained < _WHOLLY:
+        return ""
     up, gate, right = (
         torch.cat([getattr(s, n).flatten() for s in some]) for n in ("up", "gate", "activation")
     )

@@ -39,7 +39,7 @@ def mixed_up(pipeline: Pipeline, some: list[Sample]) -> _Told | None:
     call, experts = pipeline.call, pipeline.call.experts
     if not loud or len(loud[0].error) != experts.hidden_size:
         return None
-    if (found := _other_biases(pipeline, loud)) is not None:
+    if (found := _other_weights(pipeline, loud) or _other_biases(pipeline, loud)) is not None:
         return found
     others = [s.token for s in loud] + [t for t in range(call.num_tokens) if t not in {s.token for s in loud}]
     tokens = others[:_OTHERS]
@@ -51,6 +51,7 @@ def mixed_up(pipeline: Pipeline, some: list[Sample]) -> _Told | None:
         (("fc1",), "got GEMM1 of other experts' weights", rows.of_other_first),
         (("fc2",), "got GEMM2 of other experts' weights", rows.of_other_second),
         (("slots", "input"), "have the rows of other tokens", rows.of_other_tokens),
+        (("slots", "finalize"), "have the rows of other slots", rows.of_other_slots),
     ):
         explained = {s.token: e for s in loud if (e := _explained(s, list(swaps(s)))) is not None}
         if 3 * len(explained) >= 2 * len(loud):
@@ -95,6 +96,29 @@ def _which(pipeline: Pipeline, explained: dict[int, list[_Swap]]) -> str:
 def _listed(explained: dict[int, list[_Swap]]) -> str:
     told = [f"token {t}: {', '.join(s.words for s in swaps[:4])}" for t, swaps in explained.items()]
     return "; ".join(told[:3])
+
+
+def _other_weights(pipeline: Pipeline, loud: list[Sample]) -> _Told | None:
+    """Whether the rows are the right ones with other weights."""
+    first = pipeline.call.ep_rank * pipeline.call.experts.num_experts
+    told, by_expert = [], dict[int, list[float]]()
+    for s in loud:
+        if float((s.rest.square() / s.noise).mean().sqrt()) > _QUIET:
+            continue
+        found = s.own_weights
+        pairs = list(zip(s.experts.tolist(), s.weights.tolist(), found.tolist(), strict=True))
+        told.append(
+            f"token {s.token} has " + ", ".join(f"{w:.3g} for expert {e + first}" for e, _, w in pairs)
+        )
+        for expert, asked, weight in pairs:
+            if asked > 0.1:
+                by_expert.setdefault(expert, []).append(weight / asked)
+    if 3 * len(told) < 2 * len(loud):
+        return None
+    alike = all(max(r) - min(r) < 0.05 * abs(r[0]) + 0.02 for r in by_expert.values())
+    stages = ("finalize", "fc2") if alike else ("finalize",)
+    where = "; a factor of each expert, on GEMM2's scales or in the sum" if alike else ""
+    return stages, f"the right rows are summed with other weights: {'; '.join(told[:2])}{where}"
 
 
 def _other_biases(pipeline: Pipeline, loud: list[Sample]) -> _Told | None:
@@ -220,3 +244,12 @@ class _Grid:
                 if token != sample.token:
                     change = weight * (self.y[place, expert] - sample.y[slot])
                     yield _Swap(slot, f"expert {self._id(expert)} got token {token}", change)
+
+    def of_other_slots(self, sample: Sample) -> Iterator[_Swap]:
+        local = local_of(self.pipeline)
+        for slot, weight in enumerate(sample.weights.tolist()):
+            for place, token in enumerate(self.tokens):
+                for expert in local[token][local[token] >= 0].tolist():
+                    change = weight * (self.y[place, expert] - sample.y[slot])
+                    who = f"expert {self._id(sample.experts[slot])} by token {token}'s expert {self._id(expert)}"
+                    yield _Swap(slot, who, change)

@@ -50,6 +50,19 @@ class Sample:
         return float((self.error.square() / self.noise).mean().sqrt())
 
     @property
+    def own_weights(self) -> Tensor:
+        """The weights `[n]` with which the right rows come nearest to the kernel's."""
+        solution = torch.linalg.lstsq(self.y.T, self.error[:, None], driver="gelsd").solution[:, 0]
+        found: Tensor = self.weights + solution
+        return found
+
+    @property
+    def rest(self) -> Tensor:
+        """The error less what is a sum of the right rows, `[H]`."""
+        left: Tensor = self.error - (self.own_weights - self.weights) @ self.y
+        return left
+
+    @property
     def finite(self) -> bool:
         numbers = (self.second, self.activation, self.up, self.gate, self.y, self.error, self.noise)
         return all(bool(t.isfinite().all()) for t in numbers)

@@ -12,8 +12,9 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.comparison import differing, ulp_distance
+from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.families.batches import each
+from mxfp4ref.conformance.families.distances import angle_between, last_place, surprise, ulps_apart
 from mxfp4ref.conformance.families.hypothesis import (
     FAILURES,
     Hypothesis,
@@ -24,6 +25,7 @@ from mxfp4ref.conformance.families.hypothesis import (
     local_of,
     slot_outputs,
 )
+from mxfp4ref.conformance.families.limited import in_columns, in_rows, in_slots
 from mxfp4ref.conformance.families.named import NUMBER_OF_NAMES
 from mxfp4ref.conformance.families.places import (
     column_set,
@@ -33,10 +35,9 @@ from mxfp4ref.conformance.families.places import (
 )
 from mxfp4ref.conformance.reduction import is_heavy, reduce_call
 from mxfp4ref.model.call import MoeCall
-from mxfp4ref.model.forward import KERNEL
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["FEWEST_BITS", "Match", "Search", "one_thread", "surprise"]
+__all__ = ["FEWEST_BITS", "Match", "Search", "one_thread"]
 
 _CLOSE = 0.3  # of how far off the right output is
 _A_ROUNDING, _LARGEST = 1.2, 12.0  # times the roundings, on average and of one element
@@ -66,13 +67,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def surprise(got: Tensor, want: Tensor) -> float:
-    """How many bits predicting `got` tells where it differs from `want`: one for a rounding, more further off."""
-    mask = differing(got, want)
-    far = ulp_distance(got, want)[mask].clamp(max=62)
-    return float((1 + far.clamp(min=1).to(torch.float64)).log2().sum())
 
 
 @dataclass
@@ -108,8 +102,8 @@ class Search:
         self.part = part
         self.part_got, self.part_want = self.got[self.tokens], self.want[self.tokens]
         self.part_right = ~self.wrong[self.tokens]
-        self.base = _ulps(self.part_want, self.part_got), _angle(self.part_want, self.part_got)
-        self.base_of_all = _ulps(self.want, self.got), _angle(self.want, self.got)
+        self.base = ulps_apart(self.part_want, self.part_got), angle_between(self.part_want, self.part_got)
+        self.base_of_all = ulps_apart(self.want, self.got), angle_between(self.want, self.got)
 
     def _part_of(self, call: MoeCall) -> MoeCall:
         return reduce_call(call, self.tokens, neighbours=True) if is_heavy(call) else call.select(self.tokens)
@@ -179,7 +173,7 @@ class Search:
         The angle tells a change that another one, such as a factor, hides from the ulps.
         """
         got, (ulps, angle) = (self.got, self.base_of_all) if of_all else (self.part_got, self.base)
-        return min(_ulps(output, got) / max(ulps, 1e-9), _angle(output, got) / max(angle, 1e-9))
+        return min(ulps_apart(output, got) / max(ulps, 1e-9), angle_between(output, got) / max(angle, 1e-9))
 
     def run(self, hypotheses: Iterable[Hypothesis], *, enough: int = 1 << 30) -> list[Match]:
         """Those that predict every wrong bit; the others that come nearer to the output are kept in `near`."""
@@ -208,8 +202,8 @@ class Search:
     @cached_property
     def _noise(self) -> Tensor:
         """Standard deviations of the roundings of rows and sum to bf16, in two kernels, `[M, H]`."""
-        parts = (_last_place(self.rows.y).double() * self.rows.weights[..., None]).square().sum(1)
-        return ((parts + _last_place(self.want).double().square()) / 6).sqrt() + 1e-300
+        parts = (last_place(self.rows.y).double() * self.rows.weights[..., None]).square().sum(1)
+        return ((parts + last_place(self.want).double().square()) / 6).sqrt() + 1e-300
 
     def _up_to_roundings(self, output: Tensor, *, of_all: bool) -> bool:
         """Whether an output is the kernel's but for roundings, which the right one is far from."""
@@ -264,13 +258,13 @@ class Search:
             words = tokens_in_words(call, self.local, tokens, tokens | others)
             index = tokens.nonzero().flatten()
             if words:
-                return Match(_in_rows(hypothesis, words, index, len(tokens)), True)
+                return Match(in_rows(hypothesis, words, index, len(tokens)), True)
             return None
         columns, rest = applied.any(0), spared.any(0)
         if not bool((columns & rest).any()):
             words = columns_in_words(columns, columns | rest)
             if words and hypothesis.stages[0] in ("fc2", "finalize", "slots"):
-                return Match(_in_columns(hypothesis, words, column_set(words, columns)), True)
+                return Match(in_columns(hypothesis, words, column_set(words, columns)), True)
         return None
 
     def run_in_slots(self, hypotheses: Iterable[Hypothesis], *, enough: int = 4) -> list[Match]:
@@ -292,7 +286,7 @@ class Search:
                 merged = torch.where(mask[self.tokens][..., None], y, right)
                 if bool(differing(finalized(self.part, merged, local, weights), self.part_got).any()):
                     continue
-                limited = _in_slots(hypothesis, words, mask_of)
+                limited = in_slots(hypothesis, words, mask_of)
                 output = limited.run(self.pipeline)
                 if output is not None and not bool(differing(output, self.got).any()):
                     found.append(Match(limited, True))
@@ -326,82 +320,7 @@ class Search:
         return []
 
 
-def _last_place(values: Tensor) -> Tensor:
-    """A unit in the last place of bf16 numbers."""
-    return torch.ldexp(torch.ones(values.shape), torch.frexp(fp32.widen(values.contiguous())).exponent - 8)
-
-
-def _ulps(output: Tensor, got: Tensor) -> float:
-    far = ulp_distance(output, got).clamp(max=1 << 15).to(torch.float64)
-    return float((1 + far).log2().mean())
-
-
-def _angle(output: Tensor, got: Tensor) -> float:
-    """The sine of the angle between them; 1 where there is none."""
-    one, other = (fp32.widen(t.contiguous()).to(torch.float64).flatten() for t in (output, got))
-    lengths = float(one.norm() * other.norm())
-    if not 0 < lengths < float("inf"):
-        return 1.0
-    return float(max(1 - (float(one @ other) / lengths) ** 2, 0.0) ** 0.5)
-
-
 def _slot_outputs(pipeline: Pipeline) -> Tensor:
     if pipeline.run_call is not None or pipeline.after is not None:
         raise ValueError("pipeline: expected one whose slots are seen")
     return slot_outputs(pipeline)
-
-
-def _in_rows(hypothesis: Hypothesis, words: str, tokens: Tensor, count: int) -> Hypothesis:
-    def change(pipeline: Pipeline) -> Pipeline:
-        def run(call: MoeCall) -> Tensor:
-            right, wrong = (
-                replace(pipeline, call=call).run(),
-                hypothesis.change(replace(pipeline, call=call)).run(),
-            )
-            if len(right) != count:
-                raise ValueError("tokens: of another call")
-            right = right.clone()
-            right[tokens] = wrong[tokens]
-            return right
-
-        return Pipeline(pipeline.call, KERNEL, run)
-
-    return replace(
-        hypothesis, words=f"{hypothesis.words}, {words}", change=change, cost=hypothesis.cost + 1.5, name=""
-    )
-
-
-def _in_columns(hypothesis: Hypothesis, words: str, columns: Callable[[int], Tensor]) -> Hypothesis:
-    def change(pipeline: Pipeline) -> Pipeline:
-        def run(call: MoeCall) -> Tensor:
-            right, wrong = (
-                replace(pipeline, call=call).run(),
-                hypothesis.change(replace(pipeline, call=call)).run(),
-            )
-            return torch.where(columns(right.shape[1]).to(right.device), wrong, right)
-
-        return Pipeline(pipeline.call, KERNEL, run)
-
-    return replace(
-        hypothesis, words=f"{hypothesis.words}, {words}", change=change, cost=hypothesis.cost + 1, name=""
-    )
-
-
-def _in_slots(hypothesis: Hypothesis, words: str, mask_of: Callable[[MoeCall, Tensor], Tensor]) -> Hypothesis:
-    def change(pipeline: Pipeline) -> Pipeline:
-        def run(call: MoeCall) -> Tensor:
-            inside = replace(pipeline, call=call)
-            local = local_of(inside)
-            wrong = slot_outputs(hypothesis.change(inside))
-            y = torch.where(mask_of(call, local)[..., None], wrong, slot_outputs(inside))
-            return finalized(inside, y, local, call.token_final_scales)
-
-        return Pipeline(pipeline.call, KERNEL, run)
-
-    return replace(
-        hypothesis,
-        words=f"{hypothesis.words}, for slots {words} only",
-        change=change,
-        cost=hypothesis.cost + 1,
-        name="",
-    )

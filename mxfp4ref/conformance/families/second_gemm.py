@@ -38,6 +38,7 @@ class _System:
         noise: `[H]`, the standard deviation of the roundings in it.
         right, up, gate: `[n, I]`, the right activation and GEMM1's output.
         slots: the n slots.
+        whole: whether no slot of the token is skipped, so that none can have been computed all the same.
     """
 
     columns: Tensor
@@ -47,6 +48,7 @@ class _System:
     up: Tensor
     gate: Tensor
     slots: tuple[int, ...]
+    whole: bool
 
     def explained(self, chosen: Tensor) -> tuple[bool, Tensor]:
         """Whether a sum of the columns of `chosen [H, m]` is the rest up to roundings, and the factors."""
@@ -88,7 +90,7 @@ def second_gemm(
         solved = [s.explained(s.columns.flatten(1)) for s in small]
         if all(fits for fits, _ in solved):
             yield _of_activation(small, [delta for _, delta in solved], of_expert)
-        elif not any(fits for fits, _ in solved):
+        elif not any(fits for fits, _ in solved) and all(s.whole for s in small):
             yield (
                 ("fc2", "finalize"),
                 f"no activation{of_expert} gives this output by the right GEMM2: GEMM2's weights or scales are "
@@ -98,6 +100,13 @@ def second_gemm(
             )
         return
     if (block := _block(systems)) is not None:
+        part = slice(block[0], block[1] + 1)
+        inside = [s.explained(s.columns[:, :, part].flatten(1))[1].view(len(s.slots), -1) for s in systems]
+        right = torch.cat([s.right[:, part] for s in systems])
+        where = f" in its columns {block[0]} to {block[1]}"
+        if (moved := _rearranged(right, right + torch.cat(inside), of_expert, where)) is not None:
+            yield moved
+            return
         yield (
             ("fc1", "activation"),
             f"the activation is wrong in its columns {block[0]} to {block[1]}{of_expert}, and GEMM2 is right: it is "
@@ -105,6 +114,22 @@ def second_gemm(
             3,
             block,
         )
+
+
+def _rearranged(right: Tensor, found: Tensor, of_expert: str, where: str = "") -> _Parts | None:
+    """Where GEMM2 got the right numbers in other places, or zeros, which its own K gives too."""
+    one, other = (t.sort(1).values for t in (right, found))
+    size = right.square().mean().sqrt()
+    zero = float(found.square().mean().sqrt()) < 0.05 * float(size)
+    if not zero and float((one - other).square().mean().sqrt()) > 0.1 * float(size):
+        return None
+    what = "zeros" if zero else "the right numbers in other places"
+    stages = ("fc2", "activation") if zero else ()
+    words = (
+        f"the activation that GEMM2 got{of_expert} has {what}{where}: K of GEMM2, the activation's columns, or rows "
+        "of GEMM1"
+    )
+    return stages, words, 2, None
 
 
 def _system(
@@ -138,7 +163,16 @@ def _system(
     right = fp32.widen(one.activation[rows]).to(torch.float64)
     if not all(bool(t.isfinite().all()) for t in (columns, target, parts, right, up, gate)):
         return None
-    return _System(columns, target - parts.sum(0), noise, right, up, gate, tuple(slots.tolist()))
+    return _System(
+        columns,
+        target - parts.sum(0),
+        noise,
+        right,
+        up,
+        gate,
+        tuple(slots.tolist()),
+        bool((local[token] >= 0).all()),
+    )
 
 
 def _groups(systems: list[_System], of_expert: str) -> _Parts | None:
@@ -196,6 +230,8 @@ def _of_activation(systems: list[_System], deltas: list[Tensor], of_expert: str)
     found = torch.cat([(s.right + d.view_as(s.right)) for s, d in zip(systems, deltas, strict=True)])
     right = torch.cat([s.right for s in systems])
     unsure = torch.cat([_unsure(s) for s in systems])
+    if (moved := _rearranged(right, found, of_expert)) is not None:
+        return moved
     off = (found - right).abs() > 5 * unsure + 0.02 * right.abs()
     columns = off.any(0).nonzero().flatten()
     inner = right.shape[1]

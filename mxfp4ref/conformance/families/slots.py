@@ -73,9 +73,8 @@ def attributes(call: MoeCall, local: Tensor) -> Iterator[tuple[str, Tensor]]:
                 here & (position >= rows // count * count),
             )
     for size in (8, 16, 32, 64, 128):
-        if size < tokens:
-            words = f"that are rows {size} to {2 * size - 1} of their expert (its second tile of {size})"
-            yield words, here & (position // size == 1)
+        words = f"that are rows {size} to {2 * size - 1} of their expert (its second tile of {size})"
+        yield words, here & (position // size == 1)
     yield "of the last token", here & (token == tokens - 1)
     yield "of the first token", here & (token == 0)
     for parity, word in ((1, "odd"), (0, "even")):

@@ -1,0 +1,37 @@
+"""How far two outputs are from each other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mxfp4ref.conformance.comparison import differing, ulp_distance
+from mxfp4ref.sm90 import fp32
+
+__all__ = ["angle_between", "last_place", "surprise", "ulps_apart"]
+
+
+def surprise(got: Tensor, want: Tensor) -> float:
+    """How many bits predicting `got` tells where it differs from `want`: one for a rounding, more further off."""
+    mask = differing(got, want)
+    far = ulp_distance(got, want)[mask].clamp(max=62)
+    return float((1 + far.clamp(min=1).to(torch.float64)).log2().sum())
+
+
+def ulps_apart(output: Tensor, got: Tensor) -> float:
+    far = ulp_distance(output, got).clamp(max=1 << 15).to(torch.float64)
+    return float((1 + far).log2().mean())
+
+
+def angle_between(output: Tensor, got: Tensor) -> float:
+    """The sine of the angle between them; 1 where there is none."""
+    one, other = (fp32.widen(t.contiguous()).to(torch.float64).flatten() for t in (output, got))
+    lengths = float(one.norm() * other.norm())
+    if not 0 < lengths < float("inf"):
+        return 1.0
+    return float(max(1 - (float(one @ other) / lengths) ** 2, 0.0) ** 0.5)
+
+
+def last_place(values: Tensor) -> Tensor:
+    """A unit in the last place of bf16 numbers."""
+    return torch.ldexp(torch.ones(values.shape), torch.frexp(fp32.widen(values.contiguous())).exponent - 8)
