@@ -78,7 +78,7 @@ def test_the_stage_is_proved(name: str) -> None:
     assert words in sentence
 
 
-@pytest.mark.parametrize("size", [0.001, 0.01, 0.1, 1.0])
+@pytest.mark.parametrize("size", [0.01, 0.1])
 def test_noise_has_no_stage(size: float) -> None:
     output = fp32.widen(EXPECTED)
     even, relative = (
