@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import multiprocessing
 import sys
 import textwrap
@@ -31,6 +32,7 @@ from mxfp4ref.defects import DEFECTS
 from mxfp4ref.goldens import open_goldens, tensor_bytes
 from mxfp4ref.goldens.runs import runs
 
+HELD_OUT = Path(__file__).with_name("held_out.json")  # written by `held_out.py --store`
 STORED = Path(__file__).resolve().parents[2] / "docs" / "confusion.md"
 CONFIDENCE = 1 - 1e-9
 MOST_TOKENS = 64
@@ -137,7 +139,29 @@ the {len(columns)} golden cases that defects run on (whole-size layers and singl
 | kernel under test | kind | fails | named | wider | bf16 | probable |
 |---|---|---:|---|---:|---:|---:|
 """
-    return head + "\n".join(lines) + "\n", problems
+    return head + "\n".join(lines) + "\n" + held_out(), problems
+
+
+def held_out() -> str:
+    """What was said of wrong kernels that are on no list, as it was last measured."""
+    if not HELD_OUT.is_file():
+        return ""
+    lines = []
+    for place, found in json.loads(HELD_OUT.read_text(encoding="utf-8")).items():
+        parts = " | ".join(f"{found[name]:.0%}" for name in ("detected", "stage right", "described"))
+        where = "over the goldens" if place == "suite" else "one captured call each"
+        which = f" ({', '.join(found['which'])})" if found["which"] else ""
+        lines.append(f"| {where} | {found['kernels']} | {parts} | {found['misleading']:.0f}{which} |")
+    head = """
+## Kernels that are on no list
+
+`tools/tables/held_out.py` ran those of `tests/held_out_kernels/` and judged what was said of each: whether the stage
+is right, whether the sentence tells the mistake, and whether anything false was said.
+
+| where | kernels | detected | stage right | described | misleading |
+|---|---:|---:|---:|---:|---:|
+"""
+    return head + "\n".join(lines) + "\n"
 
 
 def main() -> int:

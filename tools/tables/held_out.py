@@ -2,6 +2,7 @@
 
     python tools/tables/held_out.py                           # all of them, over the goldens and as single calls
     python tools/tables/held_out.py --only 'weight*' --where single
+    python tools/tables/held_out.py --where single --store    # and keep the numbers, which docs/confusion.md tells
 
 Each is run (a) over the goldens as users do it, of which the suite's verdict is taken, and (b) on one captured
 call: the first of `tests/held_out_kernels/calls.py` on which it shows in 16 elements, else the golden case on which
@@ -56,6 +57,7 @@ from mxfp4ref.goldens.store import KINDS
 from tests.held_out_kernels.calls import CALLS, captured, quantised_values
 from tests.held_out_kernels.definition import STAGES, Wrong, load_all, run_on
 
+STORED = Path(__file__).with_suffix(".json")  # by place: how many kernels, the four numbers, which mislead
 SHOWS = 16  # elements from which a captured call is one on which somebody would have noticed
 ASKED = {"detected": 1.0, "stage right": 0.95, "described": 0.8}
 # How a sentence names a stage.
@@ -234,6 +236,16 @@ def numbers(judged: Iterable[Judged]) -> dict[str, float]:
     }
 
 
+def store(rows: list[Judged], path: Path = STORED) -> None:
+    """Keep the numbers of each place that was judged; those of the other place stay."""
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for place in ("suite", "single"):
+        if of_place := [row for row in rows if row.where.startswith(place)]:
+            names = [row.kernel for row in of_place if row.misleading]
+            kept[place] = {"kernels": len(of_place), **numbers(of_place), "which": names}
+    write_file(path, json.dumps(kept, indent=1) + "\n")
+
+
 def reached(found: dict[str, float]) -> bool:
     return found["misleading"] == 0 and all(found[name] >= least for name, least in ASKED.items())
 
@@ -302,9 +314,10 @@ def _count(got: dict[str, Tensor], expected: Any) -> int:
 @click.option(
     "--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Write everything to a file."
 )
+@click.option("--store", "kept", is_flag=True, help="Keep the numbers for docs/confusion.md.")
 @click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="Processes.")
 def main(
-    patterns: tuple[str, ...], where: str, goldens: str, whole: bool, path: Path | None, jobs: int
+    patterns: tuple[str, ...], where: str, goldens: str, whole: bool, path: Path | None, kept: bool, jobs: int
 ) -> None:
     kernels = load_all().values()
     chosen = [k.name for k in kernels if any(fnmatch(k.name, p) or fnmatch(k.theme, p) for p in patterns)]
@@ -322,6 +335,8 @@ def main(
                 console.print(f"{len(rows)}/{len(todo)} {row.kernel} ({row.seconds:.0f} s)", highlight=False)
             if path is not None:
                 write_file(path, json.dumps([asdict(row) for row in rows], indent=1))
+    if kept:
+        store(rows)
     sys.exit(0 if show(rows, console) else 1)
 
 

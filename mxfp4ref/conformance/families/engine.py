@@ -326,7 +326,7 @@ def _agreed_stages(found: list[Hypothesis]) -> tuple[str, ...]:
     best = found[0]
     stages = list(best.stages)
     for other in found[1:]:
-        if other.cost <= best.cost + _ALIKE and other.stages[0] not in stages:
+        if other.cost <= best.cost + _ALIKE and stages and other.stages and other.stages[0] not in stages:
             stages.append(other.stages[0])
     return tuple(stages[:2])
 

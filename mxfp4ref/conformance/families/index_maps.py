@@ -28,6 +28,15 @@ class IndexMap:
     def of(self, noun: str) -> str:
         return self.words.format(noun)
 
+    @property
+    def of_up_and_gate(self) -> str:
+        """What it comes to along fc1's rows, in words to be added."""
+        if self.words.endswith("other half (halves swapped)"):
+            return ": up and gate change places"
+        if "for both halves" in self.words:
+            return ": gate has up's" if "first half" in self.words else ": up has gate's"
+        return ""
+
 
 def _maps(*rows: tuple[str, Callable[[Tensor, int], Tensor], float]) -> Iterator[IndexMap]:
     for words, change, cost in rows:
@@ -76,12 +85,12 @@ def neighbour_maps() -> Iterator[IndexMap]:
         ("the {} counted from the end (order reversed)", lambda i, n: n - 1 - i, 1.4),
         ("the {} in the other half (halves swapped)", lambda i, n: (i + n // 2) % n, 1.3),
         (
-            "the {}s of both halves taken in turn (0, n/2, 1, ...)",
+            "the {}s of both halves taken in turn (interleaved: 0, n/2, 1, ...)",
             lambda i, n: (i % 2) * (n // 2) + i // 2,
             1.4,
         ),
         (
-            "the {}s of the second and the first half taken in turn (n/2, 0, n/2 + 1, ...)",
+            "the {}s of the second and the first half taken in turn (interleaved: n/2, 0, n/2 + 1, ...)",
             lambda i, n: (1 - i % 2) * (n // 2) + i // 2,
             1.4,
         ),
@@ -104,8 +113,8 @@ def block_maps(sizes: tuple[int, ...] = (4, 8, 16, 32, 64, 128)) -> Iterator[Ind
     """Along rows or columns, by blocks."""
     for size in sizes:
         yield from _maps(
-            (f"the {{}} {size} further on", lambda i, n, s=size: (i + s) % n, 1.6),
-            (f"the {{}} {size} before it", lambda i, n, s=size: (i - s) % n, 1.6),
+            (f"the {{}} {size} further on (shifted)", lambda i, n, s=size: (i + s) % n, 1.6),
+            (f"the {{}} {size} before it (shifted)", lambda i, n, s=size: (i - s) % n, 1.6),
             (f"the neighbouring block of {size} (blocks of {size} {{}}s swapped in pairs)", _swap(size), 1.6),
             (f"the first {{}} of each {size}", lambda i, n, s=size: i // s * s, 1.6),
             (

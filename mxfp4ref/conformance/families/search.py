@@ -42,6 +42,7 @@ __all__ = ["FEWEST_BITS", "Match", "Search", "one_thread"]
 _CLOSE = 0.3  # of how far off the right output is
 _A_ROUNDING, _LARGEST = 1.2, 12.0  # times the roundings, on average and of one element
 _FAR_OFF = 8.0
+_ANYWHERE = ("factor", "routing weights")  # families of which other places give the same up to roundings
 FEWEST_BITS = 40  # that a match has to explain; see `surprise`
 
 
@@ -231,7 +232,8 @@ class Search:
             if self._up_to_roundings(output, of_all=True):
                 part = float((~differing(output, self.got))[self.wrong].double().mean())
                 words = f"{hypothesis.words}, up to roundings ({part:.0%} of the wrong elements in every bit)"
-                found.append((part, Match(replace(hypothesis, words=words, name=""), False)))
+                stages = () if hypothesis.family in _ANYWHERE else hypothesis.stages
+                found.append((part, Match(replace(hypothesis, words=words, stages=stages, name=""), False)))
         found.sort(key=lambda pair: -pair[0])
         return [match for part, match in found if part >= 0.9 * found[0][0]]
 

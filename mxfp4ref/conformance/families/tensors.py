@@ -136,10 +136,11 @@ def _layouts(call: MoeCall, *, biases: bool) -> Iterator[Hypothesis]:
         fc = group.names[0][:3]
         for part, within in _row_parts(fc):
             for axis in (*neighbour_maps(), *block_maps()):
+                row = axis.of("row") + axis.of_up_and_gate * (fc == "fc1" and not part)
                 yield Hypothesis(
                     "rows",
                     group.stages,
-                    f"{group.words} are in each row those of {axis.of('row')}{part}",
+                    f"{group.words} are in each row those of {row}{part}",
                     mapped(group.names, _rows(axis, within)),
                     axis.cost + 0.3 * bool(part),
                 )

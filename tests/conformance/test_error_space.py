@@ -1,0 +1,94 @@
+"""Where errors come from, though no hypothesis fits: by the tokens' errors alone, and never of noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from mxfp4ref.conformance.comparison import differing
+from mxfp4ref.conformance.families.engine import prepared
+from mxfp4ref.conformance.families.evidence import gather, look_closer
+from mxfp4ref.model.call import MoeCall
+from mxfp4ref.model.forward import KERNEL, Stages, forward
+from mxfp4ref.sm90 import fp32
+from tests.helpers import layers
+
+EXPERTS = layers.random_experts(7, num_experts=4, hidden=256, inner=256)
+CALL = layers.random_call(7, EXPERTS, tokens=24, top_k=2)
+PIPELINE = prepared(CALL)
+EXPECTED = forward(CALL)
+
+
+def random(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def staged(**stages: object) -> Tensor:
+    return forward(CALL, replace(Stages(), **stages))  # type: ignore[arg-type]
+
+
+def overwritten(name: str) -> Tensor:
+    weights = getattr(CALL.experts, name)
+    other = torch.randint(
+        0, 256, weights.shape, generator=torch.Generator().manual_seed(3), dtype=torch.uint8
+    )
+    return forward(replace(CALL, experts=replace(CALL.experts, **{name: other})))
+
+
+def in_fp8(x: Tensor) -> Tensor:
+    scale = x.float().abs().amax(-1, keepdim=True) / 448
+    return fp32.to_bf16((x.float() / scale).to(torch.float8_e4m3fn).float() * scale)
+
+
+def softplus_of_gate(_: object, x: Tensor, *rest: object) -> Tensor:
+    up, gate = fp32.widen(x).chunk(2, -1)
+    return torch.nn.functional.softplus(gate) * up
+
+
+def second_slot_of_the_next_token(y: Tensor, *rest: Tensor | None) -> Tensor:
+    return KERNEL.finalize(torch.stack((y[:, 0], y[:, 1].roll(-1, 0)), 1), *rest)  # type: ignore[arg-type]
+
+
+KERNELS: dict[str, tuple[Callable[[], Tensor], set[str], str]] = {
+    "another function": (lambda: staged(activate=softplus_of_gate), {"activation"}, "another function"),
+    "other fc1": (lambda: overwritten("fc1_weights"), {"fc1"}, "GEMM1"),
+    "other fc2": (lambda: overwritten("fc2_weights"), {"fc2"}, "GEMM2"),
+    "input in fp8": (lambda: forward(replace(CALL, input=in_fp8(CALL.input))), {"fc1", "input"}, "GEMM1"),
+    "activation in fp8": (lambda: staged(round_activation=in_fp8), {"activation"}, "in proportion"),
+    "other rows": (lambda: staged(finalize=second_slot_of_the_next_token), {"slots", "finalize"}, "by token"),
+}
+
+
+def seen(got: Tensor) -> list[tuple[tuple[str, ...], str]]:
+    wrong = differing(got, EXPECTED)
+    found = look_closer(PIPELINE, got, wrong, gather(PIPELINE, got, EXPECTED, wrong))
+    return [(e.stages, e.sentence) for e in found if e.stages]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_stage_is_proved(name: str) -> None:
+    kernel, stages, words = KERNELS[name]
+    said, sentence = seen(kernel())[0]
+    assert stages & set(said)
+    assert len(said) <= 2
+    assert words in sentence
+
+
+@pytest.mark.parametrize("size", [0.01, 0.1])
+def test_noise_has_no_stage(size: float) -> None:
+    output = fp32.widen(EXPECTED)
+    even, relative = (
+        size * output.std() * random(1, *output.shape),
+        size * output * random(2, *output.shape),
+    )
+    assert seen(fp32.to_bf16(output + even)) == []
+    assert seen(fp32.to_bf16(output + relative)) == []
+
+
+def test_the_call_is_one_of_which_least_squares_tell_nothing() -> None:
+    call: MoeCall = CALL
+    assert call.top_k * call.experts.intermediate_size > call.experts.hidden_size
