@@ -202,7 +202,7 @@ def replacing(path: Path, root: Path | None = None) -> Iterator[Path]:
         os.replace(partial, path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, str(partial)):
+        if isinstance(error, OSError) and error.errno and error.filename in (None, str(partial)):
             error.filename = str(path)  # of a full disk Python says no name
         raise
 

@@ -105,7 +105,7 @@ def test_conform_fails_names_the_defect_and_writes_everything(tmp_path: Path) ->
     assert "bf16_finalize" in (failure.text or "")
 
     html = files["html"].read_text()
-    assert html.count("data:image/png;base64,") == 2 * len(failed)
+    assert html.count("data:image/png;base64,") == 4 * len(failed)  # a map by token and one by expert, twice
     assert "bf16_finalize predicts exactly these bits" in html
     assert "http://" not in html.replace("http://www.w3.org", "")
     assert "https://" not in html

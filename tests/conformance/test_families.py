@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mxfp4ref.__main__ import commands
 from mxfp4ref.conformance import Kernel, Options, diagnose, run
-from mxfp4ref.conformance.diagnosis import EFFORTS
+from mxfp4ref.conformance.diagnosis import SECONDS
 from mxfp4ref.conformance.families import FAMILIES, family_of
 from mxfp4ref.conformance.families.slots import position_in_expert
 from mxfp4ref.defects import DEFECTS
@@ -154,7 +154,7 @@ MEMBERS: dict[str, tuple[Callable[[MoeCall], Tensor], str, str]] = {
 @pytest.fixture(autouse=True)
 def _no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is found does not depend on how busy the machine is."""
-    monkeypatch.setitem(EFFORTS, "full", math.inf)
+    monkeypatch.setitem(SECONDS, "full", math.inf)
 
 
 @pytest.mark.parametrize("name", MEMBERS)

@@ -141,7 +141,7 @@ EVERYWHERE = [
 # What replaces functions of this process, which is not where an isolated kernel runs.
 REPLACING = [
     ("replaces_not_equal", "Tensor.__ne__"),
-    ("replaces_differing", "mxfp4ref.conformance.suite.differing"),
+    ("replaces_differing", "mxfp4ref.conformance.running.differing"),
     ("replaces_code_of_differing", "mxfp4ref.conformance.comparison.differing"),
     ("replaces_comparison_of_bytes", "mxfp4ref.conformance.plain.raw_bytes"),
     ("replaces_expected_outputs", "Case.outputs"),

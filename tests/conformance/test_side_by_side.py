@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
-import threading
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor
 
 from mxfp4ref.conformance import CaseResult, Interrupted, Options, Report, diagnosing, families, run, suspects
 from mxfp4ref.goldens import Goldens, open_goldens
@@ -19,7 +17,7 @@ from tests.helpers import kernels_under_test
 
 GOLDENS = open_goldens()
 NAMES = ["finalize/slot_order", "formats/every_code_by_row", "gemm/ordinary", "layout/swap_halves"]
-COMPARE = Options(diagnosis="none", timeout=30)
+COMPARE = Options(diagnosis="none")
 KERNEL = "tests.helpers.kernels_under_test:dies_once"  # on the first
 
 
@@ -32,6 +30,7 @@ def told(report: Report) -> list[tuple[Any, ...]]:
     return [(r.case, r.status, r.tiles, r.differing, r.message.split(";")[0]) for r in report.results]
 
 
+@pytest.mark.usefixtures("copied_processes")
 @pytest.mark.parametrize("spec", [KERNEL, "defect:last_slot_dropped"])
 def test_results_and_their_order_are_those_of_one_at_a_time(spec: str) -> None:
     seen: list[str] = []
@@ -83,20 +82,32 @@ def test_an_interrupted_run_gives_what_was_run() -> None:
     assert _children() == []
 
 
-def test_an_interruption_while_the_kernel_runs() -> None:
-    def interrupted(**arguments: Any) -> Tensor:
-        started.append(threading.current_thread())
-        os.kill(os.getpid(), signal.SIGINT)
-        return kernels_under_test.good(**arguments) if over.wait(30) else None
+INTERRUPTED = """
+import os, signal, threading
+from mxfp4ref.conformance import Interrupted, Options, run
+from mxfp4ref.goldens import open_goldens
 
-    started: list[threading.Thread] = []
-    over = threading.Event()
-    with pytest.raises(Interrupted) as raised:
-        run(interrupted, cases()[:1], COMPARE)
-    assert raised.value.report.results == ()
-    over.set()
-    started[0].join(30)
-    assert len(started) == 1  # the thread, which was given up, does not run the kernel a second time
+def interrupted(**arguments):
+    started.append(threading.current_thread())
+    os.kill(os.getpid(), signal.SIGINT)
+    over.wait(30)
+
+started, over = [], threading.Event()
+try:
+    run(interrupted, [open_goldens().load("finalize/slot_order")], Options(diagnosis="none"))
+except Interrupted as stopped:
+    print(stopped.report.results)
+over.set()
+started[0].join(30)
+print(len(started), started[0].is_alive())
+"""
+
+
+@pytest.mark.usefixtures("copied_processes")
+def test_an_interruption_while_the_kernel_runs() -> None:
+    """Its thread, which is given up, does not run the kernel a second time."""
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n") == ["()", "1 False", ""]
 
 
 def test_searches_are_limited_in_processor_time() -> None:

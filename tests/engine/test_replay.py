@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from torch import Tensor
 
 from mxfp4ref.__main__ import commands
-from mxfp4ref.conformance.diagnosis import EFFORTS
+from mxfp4ref.conformance.diagnosis import SECONDS
 from mxfp4ref.defects import get_defect
 from mxfp4ref.engine.replaying import ReplayOptions, ReplayReport, ReplayResult, replay
 from mxfp4ref.formats.generations import BYTEWISE
@@ -111,7 +111,7 @@ SMALL_CALL = replace(SMALL, experts=layers.to_sm90(SMALL.experts))
 
 
 def test_one_flipped_bit_is_found_and_located(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(EFFORTS, "full", 0.5)  # it has no name
+    monkeypatch.setitem(SECONDS, "full", 0.5)  # it has no name
     expected = forward(SMALL)
     recorded.write_call(tmp_path, SMALL_CALL, flipped(expected, 1, 77))
     recorded.write_call(tmp_path, SMALL_CALL, expected, number=2)
