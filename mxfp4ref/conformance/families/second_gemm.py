@@ -169,7 +169,6 @@ def _system(
         up,
         gate,
         tuple(slots.tolist()),
-        bool((local[token] >= 0).all()),
     )
 
 
