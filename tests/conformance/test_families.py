@@ -198,7 +198,7 @@ UNNAMED: dict[str, tuple[Callable[[MoeCall], Tensor], str, str]] = {
         "activation",
         "GEMM2 is right",
     ),
-    "fc2": (unlike("fc2_weights"), "fc2", "no activation gives this output by the right GEMM2"),
+    "fc2": (unlike("fc2_weights"), "", "no activation gives this output by the right GEMM2"),
     "fc1": (unlike("fc1_weights"), "fc1", "GEMM2 is right"),
     "bits": (flipped, "", "single elements are far off, without a pattern of columns"),
     "weights": (

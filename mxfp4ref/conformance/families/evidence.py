@@ -62,11 +62,6 @@ class Evidence:
         return not self.stages and "in every column" in self.sentence
 
     @property
-    def scattered(self) -> bool:
-        """Whether it says no more than that elements are a rounding off."""
-        return not self.stages and "a rounding off" in self.sentence
-
-    @property
     def zeros(self) -> bool:
         """Whether it says no more than that rows are zero."""
         return not self.stages and "are zero" in self.sentence
@@ -97,17 +92,17 @@ def gather(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> list
 
 def look_closer(pipeline: Pipeline, got: Tensor, wrong: Tensor, found: list[Evidence]) -> list[Evidence]:
     """With what takes seconds, where the stage is not known well; arguments as of `gather`, and what it found."""
-    open_, scattered = all(e.strength < 3 and not e.final for e in found), any(e.scattered for e in found)
-    if not open_ or (found and not any(e.stages for e in found) and not scattered):
+    staged = any(e.stages for e in found)
+    if any(e.zeros or e.final or e.strength >= (3 if e.stages else 2) for e in found):
         return found
     some = samples(pipeline, got, wrong, local_of(pipeline))
-    if (told := mixed_up(pipeline, some)) is not None:
-        return [Evidence(*told, 4), *found]
+    if (rows := mixed_up(pipeline, some)) is not None:
+        return [Evidence(*rows, 4), *found]
     space = Space.of(some)
     formula = fitted(some) if space is not None and space.inside else None
     if formula is not None and formula.proved:
         return [_other_function(formula), *found]
-    if space is None or (found and not scattered):
+    if space is None or staged:
         return found
     biased = pipeline.call.experts.fc1_biases is not None
     where = space.placed(biased=biased, function=formula is None or formula.explained > _PARTLY)

@@ -38,7 +38,6 @@ class _System:
         noise: `[H]`, the standard deviation of the roundings in it.
         right, up, gate: `[n, I]`, the right activation and GEMM1's output.
         slots: the n slots.
-        whole: whether no slot of the token is skipped, so that none can have been computed all the same.
     """
 
     columns: Tensor
@@ -48,7 +47,6 @@ class _System:
     up: Tensor
     gate: Tensor
     slots: tuple[int, ...]
-    whole: bool
 
     def explained(self, chosen: Tensor) -> tuple[bool, Tensor]:
         """Whether a sum of the columns of `chosen [H, m]` is the rest up to roundings, and the factors."""
@@ -90,12 +88,12 @@ def second_gemm(
         solved = [s.explained(s.columns.flatten(1)) for s in small]
         if all(fits for fits, _ in solved):
             yield _of_activation(small, [delta for _, delta in solved], of_expert)
-        elif not any(fits for fits, _ in solved) and all(s.whole for s in small):
+        elif not any(fits for fits, _ in solved):
             yield (
-                ("fc2", "finalize"),
-                f"no activation{of_expert} gives this output by the right GEMM2: GEMM2's weights or scales are "
-                "wrong, or what comes after",
-                2,
+                (),
+                f"no activation{of_expert} gives this output by the right GEMM2: foreign slots, GEMM2's weights or "
+                "scales, what comes after, or noise",
+                1,
                 None,
             )
         return
@@ -171,7 +169,6 @@ def _system(
         up,
         gate,
         tuple(slots.tolist()),
-        bool((local[token] >= 0).all()),
     )
 
 
