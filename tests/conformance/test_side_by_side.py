@@ -14,6 +14,7 @@ import pytest
 from torch import Tensor
 
 from mxfp4ref.conformance import CaseResult, Interrupted, Options, Report, diagnosing, families, run, suspects
+from mxfp4ref.conformance.diagnosing import Failing
 from mxfp4ref.goldens import Goldens, open_goldens
 from tests.helpers import kernels_under_test
 
@@ -141,3 +142,16 @@ def test_what_was_tested_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert report.arguments == ("oracle", "--timeout", "30")
     result = report.results[0]
     assert 0 < result.kernel_seconds <= result.seconds <= report.seconds
+
+
+def test_an_interrupted_diagnosis_costs_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Failing, "take", interrupted)
+    with pytest.raises(Interrupted) as raised:
+        run("defect:last_slot_dropped", cases()[:1], Options(repeat=False))
+    report = raised.value.report
+    assert [r.status for r in report.results] == ["differs"]
+    assert report.verdict.endswith("interrupted, no verdict; 1 of 1 cases failed.")
+    assert report.left == 0

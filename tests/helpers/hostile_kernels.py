@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mxfp4ref.conformance import Skip, comparison, plain, suite
+from mxfp4ref.conformance import Skip, comparison, plain, running
 from mxfp4ref.goldens import Case
 from tests.helpers.kernels_under_test import good
 
@@ -233,7 +233,7 @@ class _Liar(Tensor):
         return torch.zeros(8, 128, dtype=torch.bool)
 
     def cpu(self, *args: Any) -> Any:
-        return suite  # nothing that anybody could use
+        return running  # nothing that anybody could use
 
     numpy = contiguous = detach = view = clone = cpu
 
@@ -254,7 +254,7 @@ def replaces_not_equal(**arguments: Any) -> Any:
 
 def replaces_differing(**arguments: Any) -> Any:
     result = wrong(**arguments)
-    comparison.differing = suite.differing = _nothing_differs
+    comparison.differing = running.differing = _nothing_differs
     return result
 
 
@@ -266,7 +266,7 @@ def replaces_code_of_differing(**arguments: Any) -> Any:
 
 def replaces_comparison_of_bytes(**arguments: Any) -> Any:
     result = wrong(**arguments)
-    suite._count_differing = lambda got, expected: 0
+    running._count_differing = lambda got, expected: 0
     plain.raw_bytes = lambda value: b""
     return result
 
