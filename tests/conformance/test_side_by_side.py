@@ -13,7 +13,17 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from mxfp4ref.conformance import CaseResult, Interrupted, Options, Report, diagnosing, families, run, suspects
+from mxfp4ref.conformance import (
+    CaseResult,
+    Interrupted,
+    Options,
+    Report,
+    diagnosing,
+    execution,
+    families,
+    run,
+    suspects,
+)
 from mxfp4ref.conformance.diagnosing import Failing
 from mxfp4ref.goldens import Goldens, open_goldens
 from tests.helpers import kernels_under_test
@@ -142,6 +152,31 @@ def test_what_was_tested_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert report.arguments == ("oracle", "--timeout", "30")
     result = report.results[0]
     assert 0 < result.kernel_seconds <= result.seconds <= report.seconds
+
+
+def test_an_interruption_between_two_events_gives_the_thread_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only while one is waited for."""
+
+    class Interrupted(str):
+        def __eq__(self, other: object) -> bool:
+            raise KeyboardInterrupt
+
+        __hash__ = str.__hash__
+
+    told: list[Any] = []
+    over, known = threading.Event(), threading.Event()
+
+    def work(report: Any, abandoned: Any) -> Any:
+        report(Interrupted(execution.RUN))
+        over.wait(30)
+        told.append(abandoned())
+        known.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        execution.in_thread(work)
+    over.set()
+    assert known.wait(30)
+    assert told == [True]
 
 
 def test_an_interrupted_diagnosis_costs_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
