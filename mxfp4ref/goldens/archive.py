@@ -12,6 +12,7 @@ import io
 import os
 import re
 import shutil
+import stat
 import tarfile
 import urllib.error
 import urllib.parse
@@ -116,6 +117,8 @@ def fetch_archive(source: str, sha256: str, folder: Path, progress: Progress = l
             problems = [str(error)]
         if problems:
             raise GoldenError(f"{source}: {problems[0].replace(f'{unpacked}{os.sep}', '')}")
+        if folder.exists():
+            os.chmod(unpacked, stat.S_IMODE(folder.stat().st_mode))
         os.replace(unpacked, folder)
     return Goldens(folder)
 

@@ -24,7 +24,9 @@ from mxfp4ref.conformance import (
     run,
     suspects,
 )
+from mxfp4ref.conformance.adapters import KernelError
 from mxfp4ref.conformance.diagnosing import Failing
+from mxfp4ref.conformance.side_by_side import side_by_side
 from mxfp4ref.goldens import Goldens, open_goldens
 from tests.helpers import kernels_under_test
 
@@ -177,6 +179,21 @@ def test_an_interruption_between_two_events_gives_the_thread_up(monkeypatch: pyt
     over.set()
     assert known.wait(30)
     assert told == [True]
+
+
+def test_a_process_that_cannot_be_started_costs_no_result(capsys: pytest.CaptureFixture[str]) -> None:
+    """A GPU may have room for one."""
+
+    class Alone:
+        def another(self) -> Any:
+            raise KernelError("no room")
+
+        def stop(self, seconds: float = 0) -> None: ...
+
+    first: Any = Alone()
+    found = list(side_by_side(first, 3, range(9), lambda worker, item: (worker is first, item)))
+    assert found == [(True, item) for item in range(9)]
+    assert capsys.readouterr().err == "one process fewer for the kernel: no room\n" * 2
 
 
 def test_an_interrupted_diagnosis_costs_no_result(monkeypatch: pytest.MonkeyPatch) -> None:

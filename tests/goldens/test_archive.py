@@ -82,8 +82,9 @@ def test_unpacked_from_a_path(root: Path, archive: tuple[Path, str], tmp_path: P
     assert files_in(found.root) == files_in(root)
     assert sizes[-1] == archive[0].stat().st_size
     assert os.listdir(tmp_path) == ["got"]
-    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty").mkdir(mode=0o700)
     assert fetch_archive(str(archive[0]), archive[1], tmp_path / "empty").names() == list(CASES)
+    assert (tmp_path / "empty").stat().st_mode & 0o777 == 0o700
 
 
 class Quiet(SimpleHTTPRequestHandler):
