@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 
+from mxfp4ref._files import printable
 from mxfp4ref.conformance.options import Options
 from mxfp4ref.conformance.results import RECORDING, CaseResult, Report
 from mxfp4ref.goldens import GoldenError, Goldens, find_root
@@ -50,4 +51,4 @@ def command(report: Report, result: CaseResult | None = None) -> str:
     if not report.arguments:
         return f"run({report.kernel}, [open_goldens().load({result.case!r})])" if result else ""
     case = ("--case", result.case, "--dump", "reproducers") if result else ()
-    return shlex.join(("mxfp4ref", "conform", *report.arguments, *case))
+    return printable(shlex.join(("mxfp4ref", "conform", *report.arguments, *case)), lines=False)

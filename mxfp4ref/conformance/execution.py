@@ -171,21 +171,21 @@ def in_thread(
             events.put(Collected(problem="raised", message=of_exception(error)))
 
     thread = threading.Thread(target=target, daemon=True, name="kernel")
-    thread.start()
     doing = ""
-    while True:
-        try:
+    try:
+        thread.start()
+        while True:
             event = events.get(timeout=seconds if doing == RUN else None)
-        except queue.Empty:
-            abandoned.set()
-            return None, f"no result within {seconds:g} s"
-        except BaseException:  # the run was interrupted
-            abandoned.set()
-            raise
-        if isinstance(event, Collected):
-            thread.join()
-            return event, ""
-        doing = event
+            if isinstance(event, Collected):
+                thread.join()
+                return event, ""
+            doing = event
+    except queue.Empty:
+        abandoned.set()
+        return None, f"no result within {seconds:g} s"
+    except BaseException:  # the run was interrupted, at any place
+        abandoned.set()
+        raise
 
 
 def collect(

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import IO, Any
 
+from mxfp4ref._files import mismatch, parse_json
 from mxfp4ref.conformance.adapters import KernelError
 from mxfp4ref.conformance.execution import collect, in_thread
 from mxfp4ref.conformance.kernels import environment, load_kernel
@@ -26,6 +27,7 @@ __all__ = ["LOAD", "LOADED", "RESULT", "serve", "unframed"]
 LOAD, LOADED, RESULT = "load", "loaded", "result"  # names of answers, beside those of what `collect` reports
 
 _MAGIC = b"mxfp4ref"
+_ANSWER = {"name": str, "blobs": [int], "*": object}
 _HEADER = 1 << 16  # bytes, at most
 
 
@@ -35,14 +37,20 @@ def _framed(name: str, header: dict[str, Any], blobs: list[bytes]) -> list[bytes
 
 
 def unframed(stream: IO[bytes], largest: Callable[[], int]) -> tuple[dict[str, Any], list[bytes]] | None:
-    """The next answer in a pipe, or None at its end; ValueError where it is none."""
+    """The next answer in a pipe, or None where the pipe ends, be it within one; ValueError where it is none."""
     start = stream.read(len(_MAGIC) + 8)
-    if not start:
+    if not start.startswith(_MAGIC[: len(start)]):
+        raise ValueError
+    if len(start) < len(_MAGIC) + 8:
         return None
     length = int.from_bytes(start[len(_MAGIC) :], "little")
-    if not start.startswith(_MAGIC) or length > _HEADER:
+    if length > _HEADER:
         raise ValueError
-    header: dict[str, Any] = json.loads(stream.read(length))
+    if len(text := stream.read(length)) < length:
+        return None
+    header: dict[str, Any] = parse_json(text)
+    if mismatch(header, _ANSWER, "answer"):
+        raise ValueError
     sizes: list[int] = header["blobs"]
     if sum(sizes) > largest() or min(sizes, default=0) < 0:
         raise ValueError

@@ -51,6 +51,7 @@ class Verdict:
         self._lost: set[str] = set()
         self._html = _html_file(config, goldens)
         self._date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        self._interrupted = False
         self._said = ""  # of the report's file
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -68,6 +69,7 @@ class Verdict:
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         wrong = self._none_ran
+        self._interrupted = session.exitstatus == pytest.ExitCode.INTERRUPTED
         if self._html is not None and self._outcomes:
             from mxfp4ref._files import write_file
             from mxfp4ref.conformance.html_report import to_html
@@ -120,6 +122,8 @@ class Verdict:
             sum(result.seconds for result in results),
             last.environment,
             found.finding,
+            left=len(self._lost),
+            interrupted=self._interrupted or (bool(self._lost) and all(result.ok for result in results)),
             goldens=goldens_used(self._goldens),
             date=self._date,
             arguments=last.arguments,

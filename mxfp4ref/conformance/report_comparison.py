@@ -41,7 +41,13 @@ class Changes:
 
 
 def compare_reports(old: WrittenReport, new: WrittenReport) -> Changes:
-    """What changed from one report to another one."""
+    """What changed from one report to another one.
+
+    Raises:
+        ValueError: no case ran in the new one, which says nothing of the kernel.
+    """
+    if all(_state(result) == "skipped" for result in new.cases.values()):
+        raise ValueError(f"{new.path}: expected a report in which a case ran, got none")
     found: dict[str, list[str]] = {name: [] for name in Changes.__annotations__ if name != "alike"}
     found["conditions"] += _conditions(old, new)
     alike = 0

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mxfp4ref._files import mismatch, parse_json, read_file
+from mxfp4ref._words import shown
 from mxfp4ref.conformance.report import FORMAT
+from mxfp4ref.conformance.results import PASSING
 
 __all__ = ["WrittenReport", "is_report", "read_report"]
 
@@ -85,6 +87,10 @@ def read_report(path: Path) -> WrittenReport:
         wrong = mismatch(value["goldens"], _GOLDENS, "report.goldens")
     if not wrong and len({result["case"] for result in value["results"]}) < len(value["results"]):
         wrong = "report.results: expected each case once"
+    for result in () if wrong else value["results"]:
+        if result["ok"] != (result["status"] in PASSING):
+            said = f"{shown(result['status'])} and ok {result['ok']}"
+            wrong = f"report.results: {shown(result['case'])} has status {said}"
     if wrong:
         raise ValueError(f"{path}: {wrong}")
     known = {name: value[name] for name in ("left", "interrupted", "date") if name in value}
@@ -100,6 +106,8 @@ def read_report(path: Path) -> WrittenReport:
 
 def is_report(path: Path) -> bool:
     """Whether a file says that it is a report, of whatever format."""
+    if not path.is_file():  # a pipe, which may never end
+        return False
     with path.open("rb") as file:
         if not file.read(64).lstrip().startswith(b"{"):
             return False

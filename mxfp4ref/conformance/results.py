@@ -90,6 +90,9 @@ class GoldensUsed:
     sha256: str
     cases: int
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", printable(self.path, lines=False))
+
 
 @dataclass(frozen=True)
 class Report:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import queue
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from mxfp4ref.conformance.adapters import KernelError
 from mxfp4ref.conformance.worker import Worker
 
 __all__ = ["side_by_side"]
@@ -34,9 +36,13 @@ def side_by_side(
     def on_any(item: Item) -> T:
         worker = idle.get()
         try:
-            if worker is None:  # started in a thread that lasts: with it, on Linux, the process would end
-                worker = first.another()
-                workers.append(worker)
+            while worker is None:  # started in a thread that lasts: with it, on Linux, the process would end
+                try:
+                    worker = first.another()
+                    workers.append(worker)
+                except KernelError as error:  # such as no room for two on a GPU: the others do the work
+                    print(f"one process fewer for the kernel: {error}", file=sys.stderr)
+                    worker = idle.get()
             if over.is_set():
                 raise CancelledError
             return work(worker, item)

@@ -118,7 +118,8 @@ def run(
             )
             with closing(each):
                 for result, failure in each:
-                    state.results.append(state.failing.take(result, failure))
+                    state.results.append(result)  # an interruption costs its diagnosis only
+                    state.results[-1] = state.failing.take(result, failure)
                     if progress is not None:
                         progress(state.results[-1])
                     if sum(not r.ok for r in state.results) == options.max_failures:

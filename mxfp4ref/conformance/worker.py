@@ -25,6 +25,7 @@ from typing import IO, Any
 
 import torch
 
+from mxfp4ref._files import mismatch
 from mxfp4ref.conformance.adapters import INTERMEDIATES, Kernel, KernelError
 from mxfp4ref.conformance.execution import PROBLEMS, RUN, Collected, Outcome, judge, likes
 from mxfp4ref.conformance.kernel_process import LOAD, LOADED, RESULT, unframed
@@ -44,6 +45,10 @@ _OWN_SECONDS = 600  # for what the kit does itself in the process: importing tor
 _END_SECONDS = 2  # for a process that was told to end, or whose pipe is closed
 _SHOWN, _TAIL = 1 << 16, 1 << 11  # bytes of what the kernel prints: passed on, and kept for a crash
 
+_RESULT = {
+    **{"problem": str, "message": str, "left": str, "seconds": float | int, "runs": int},
+    **{"stages": [[str, str, [int]]], "*": object},
+}
 _ELSE = "its process wrote something else into the pipe to the kit"
 
 # Nothing is imported before the path is set: until then it begins with the working directory, with anybody's json.py.
@@ -161,9 +166,9 @@ class Worker:
         except _Ended:
             self._stop()
             raise
-        if header["error"]:
+        if error := header.get("error"):
             self._stop(_END_SECONDS)
-            raise KernelError(printable(header["error"], _MESSAGE))
+            raise KernelError(printable(str(error), _MESSAGE))
         return header
 
     def _stop(self, seconds: float = 0) -> None:
@@ -255,7 +260,7 @@ class _Channel:
             try:
                 while (found := unframed(stream, lambda: self._largest)) is not None:
                     self._answers.put(found)
-            except (ValueError, KeyError, TypeError):
+            except ValueError:
                 self._answers.put(_Ended(_ELSE))
                 while stream.read(1 << 16):
                     pass
@@ -307,8 +312,10 @@ def _request(case: Case, run: Run, expected: Mapping[str, Like], repeat: bool) -
 
 def _collected(header: dict[str, Any], blobs: list[bytes], expected: Mapping[str, Like]) -> Collected:
     """An answer, if it is one that `collect` may have given."""
+    if mismatch(header, _RESULT, "result"):
+        raise _Ended(_ELSE)
     try:
-        count = int(header["runs"])
+        count = header["runs"]
         first, second, *_ = (dict(zip(expected, blobs[i * len(expected) :], strict=False)) for i in range(2))
         kinds = [(name, Like(getattr(torch, dtype), tuple(shape))) for name, dtype, shape in header["stages"]]
         stages = {
@@ -320,13 +327,13 @@ def _collected(header: dict[str, Any], blobs: list[bytes], expected: Mapping[str
             stages,
             header["problem"],
             printable(header["message"], _MESSAGE),
-            float(header["seconds"]),
+            header["seconds"],
             printable(header["left"]),
         )
         sizes = [len(one[name]) == want.size for one in found.runs for name, want in expected.items()]
         sizes += [len(blob) == kind.size and name in INTERMEDIATES for name, (kind, blob) in stages.items()]
         known = count in (1, 2) if not found.problem else found.problem in PROBLEMS
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+    except (TypeError, ValueError, AttributeError, IndexError):
         raise _Ended(_ELSE) from None
     if not all(sizes) or not known:
         raise _Ended(_ELSE)

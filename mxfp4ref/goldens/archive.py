@@ -7,12 +7,15 @@ that the manifest lists, and what else belongs to goldens; owners, times and mod
 from __future__ import annotations
 
 import hashlib
+import http.client
 import io
 import os
 import re
 import shutil
+import stat
 import tarfile
 import urllib.error
+import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
@@ -70,7 +73,14 @@ def _files_of(goldens: Goldens) -> list[str]:
     cases = [f"{name}.{kind}" for name in goldens.entries for kind in FILE_KINDS]
     below = (path.relative_to(goldens.root) for path in goldens.root.rglob("*") if path.is_file())
     others = [p.as_posix() for p in below if is_other_file(p) and not UNFINISHED.fullmatch(p.name)]
+    if odd := [name for name in others if not _usual(name)]:
+        raise GoldenError(f"{goldens.root}: expected names of letters, digits and _.-, got {shown(odd[0])}")
     return sorted({*cases, *others})
+
+
+def _usual(name: str) -> bool:
+    """Whether a name is the same file on every system."""
+    return all(_PART.fullmatch(part) and part.strip(".") for part in name.split("/"))
 
 
 def fetch_archive(source: str, sha256: str, folder: Path, progress: Progress = lambda size: None) -> Goldens:
@@ -107,6 +117,8 @@ def fetch_archive(source: str, sha256: str, folder: Path, progress: Progress = l
             problems = [str(error)]
         if problems:
             raise GoldenError(f"{source}: {problems[0].replace(f'{unpacked}{os.sep}', '')}")
+        if folder.exists():
+            os.chmod(unpacked, stat.S_IMODE(folder.stat().st_mode))
         os.replace(unpacked, folder)
     return Goldens(folder)
 
@@ -125,30 +137,36 @@ def _beside(folder: Path) -> Iterator[Path]:
 def _copy(source: str, target: Path, progress: Progress) -> str:
     """Copy a file or what a URL gives; its SHA-256."""
     digest, size = hashlib.sha256(), 0
-    with _opened(source) as stream, target.open("xb") as file:
-        while chunk := stream.read(_CHUNK):
-            size += len(chunk)
-            if size > _LARGEST:
-                raise ValueError(f"{source}: expected at most {_LARGEST:,} bytes, got more")
-            digest.update(chunk)
-            file.write(chunk)
-            progress(size)
+    try:
+        with _opened(source) as stream, target.open("xb") as file:
+            while chunk := stream.read(_CHUNK):
+                size += len(chunk)
+                if size > _LARGEST:
+                    raise ValueError(f"{source}: expected at most {_LARGEST:,} bytes, got more")
+                digest.update(chunk)
+                file.write(chunk)
+                progress(size)
+            missing = getattr(stream, "length", None)  # of a download that has ended early
+    except urllib.error.URLError as error:
+        raise OSError(f"{source}: cannot be read: {error}") from error
+    except http.client.HTTPException as error:
+        raise OSError(f"{source}: cannot be read: {type(error).__name__}: {error}") from error
+    if missing:
+        raise OSError(f"{source}: ended after {size:,} bytes, {missing:,} before its end")
     return digest.hexdigest()
 
 
 def _opened(source: str) -> IO[bytes]:
     scheme, separator, _ = source.partition("://")
-    if not separator:
-        if not Path(source).is_file():
-            raise FileNotFoundError(f"{source}: there is no such file")
-        return Path(source).open("rb")
-    if scheme.lower() not in _SCHEMES:
+    if separator and scheme.lower() not in _SCHEMES:
         raise ValueError(f"source: expected a path or a URL of {', '.join(_SCHEMES)}, got {shown(source)}")
-    try:
+    if separator and scheme.lower() != "file":
         stream: IO[bytes] = urllib.request.urlopen(source, timeout=_SECONDS)
-    except urllib.error.URLError as error:
-        raise OSError(f"{source}: cannot be read: {error}") from error
-    return stream
+        return stream
+    path = Path(urllib.request.url2pathname(urllib.parse.urlsplit(source).path) if separator else source)
+    if not path.is_file():
+        raise FileNotFoundError(f"{source}: there is no such file")
+    return path.open("rb")
 
 
 def _unpack(archive: Path, folder: Path, source: str) -> None:
@@ -157,9 +175,11 @@ def _unpack(archive: Path, folder: Path, source: str) -> None:
         with tarfile.open(archive, "r:") as members:
             for member in members:
                 parts = member.name.split("/")
-                usual = all(_PART.fullmatch(part) and part.strip(".") for part in parts)
                 if not (
-                    member.isreg() and usual and (_CASE.fullmatch(member.name) or is_other_file(Path(*parts)))
+                    member.isreg()
+                    and not member.issparse()  # a few bytes that say that they are many
+                    and _usual(member.name)
+                    and (_CASE.fullmatch(member.name) or is_other_file(Path(*parts)))
                 ):
                     raise ValueError(f"{source}: expected files of goldens only, got {shown(member.name)}")
                 stream = members.extractfile(member)

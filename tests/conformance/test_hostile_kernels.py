@@ -6,6 +6,7 @@ They share a process as long as they leave it alive, and run on the smallest gol
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import sys
@@ -20,7 +21,17 @@ import torch
 
 from mxfp4ref import forward
 from mxfp4ref.__main__ import main
-from mxfp4ref.conformance import CaseResult, Kernel, KernelError, Options, Report, load_kernel, run, run_case
+from mxfp4ref.conformance import (
+    CaseResult,
+    Kernel,
+    KernelError,
+    Options,
+    Report,
+    kernel_process,
+    load_kernel,
+    run,
+    run_case,
+)
 from mxfp4ref.conformance import worker as worker_module
 from mxfp4ref.conformance.adapters import whole_arguments
 from mxfp4ref.conformance.html_report import to_html
@@ -357,6 +368,35 @@ def test_without_isolation_the_command_needs_a_verdict(
             not code,
             bool(code),
         )
+
+
+def test_every_beginning_of_an_answer_is_its_end() -> None:
+    """A process may die while it writes one: that is no other answer."""
+    whole = b"".join(kernel_process._framed("run", {}, [b"abc"]))
+    for size in range(len(whole)):
+        assert kernel_process.unframed(io.BytesIO(whole[:size]), lambda: 3) is None
+    assert kernel_process.unframed(io.BytesIO(whole), lambda: 3) == ({"name": "run", "blobs": [3]}, [b"abc"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 50_000, "[]", '{"blobs": []}', '{"name": [], "blobs": []}', '{"name": "a", "blobs": [0.5]}'],
+)
+def test_an_answer_that_is_none(text: str) -> None:
+    framed = b"mxfp4ref" + len(text).to_bytes(8, "little") + text.encode()
+    with pytest.raises(ValueError):  # noqa: PT011  # whatever it says
+        kernel_process.unframed(io.BytesIO(framed), lambda: 3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"runs": float("inf")}, {"stages": 5}, {"stages": [["a", "__doc__", [-1]]]}, {"seconds": "now"}],
+)
+def test_a_result_that_is_none(change: dict[str, Any]) -> None:
+    header = {"problem": "raised", "message": "", "seconds": 0.0, "left": "", "runs": 0, "stages": []}
+    assert worker_module._collected(header, [], {}).problem == "raised"
+    with pytest.raises(worker_module._Ended, match="wrote something else into the pipe"):
+        worker_module._collected(header | change, [], {})
 
 
 @pytest.mark.usefixtures("copied_processes")

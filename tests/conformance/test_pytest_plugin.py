@@ -224,3 +224,22 @@ def test_wrong_usage_is_an_error_in_words(pytester: pytest.Pytester) -> None:
 def test_plugin_does_not_import_torch() -> None:
     code = "import sys, mxfp4ref.conformance.pytest_plugin; assert not {'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("how", ["lost", "interrupted"])
+def test_no_verdict_without_every_result(pytester: pytest.Pytester, how: str) -> None:
+    """The other cases conform, which says nothing of one that pytest has no result of."""
+    pytester.makeconftest(
+        "import os, pytest\n"
+        "def pytest_runtest_setup(item):\n"
+        "    if item.name == 'gemm/ordinary':\n"
+        + ("        raise RuntimeError\n" if how == "lost" else "        raise KeyboardInterrupt\n")
+    )
+    chosen = ("--mxfp4-case=finalize/slot_order", "--mxfp4-case=gemm/ordinary")
+    arguments = ("--mxfp4-kernel=oracle", *chosen, "--mxfp4-html=report.html")
+    result = pytester.runpytest_inprocess(*arguments, no_reraise_ctrlc=True)
+    assert result.ret == (
+        pytest.ExitCode.INTERRUPTED if how == "interrupted" else pytest.ExitCode.TESTS_FAILED
+    )
+    result.stdout.fnmatch_lines(["oracle: interrupted, no verdict; 0 of 1 cases failed, of the goldens' *"])
+    assert "conforms" not in (pytester.path / "report.html").read_text()

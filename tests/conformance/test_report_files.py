@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +16,13 @@ from click.testing import CliRunner, Result
 from mxfp4ref.__main__ import commands
 from mxfp4ref.conformance import CaseResult, Options, Report
 from mxfp4ref.conformance.again import command, conform_arguments
+from mxfp4ref.conformance.cli.report_files import ReportFiles
 from mxfp4ref.conformance.html_report import to_html
 from mxfp4ref.conformance.report import to_json, to_junit
 from mxfp4ref.conformance.report_comparison import compare_reports
 from mxfp4ref.conformance.report_reading import read_report
 from mxfp4ref.conformance.report_text import to_text
+from mxfp4ref.conformance.results import GoldensUsed
 from mxfp4ref.goldens import Goldens, open_goldens
 
 SMALL = "finalize/slot_order"
@@ -186,10 +190,63 @@ def test_reports_that_cannot_be_compared(tmp_path: Path) -> None:
     for other, message in (
         ("later.json", "report.format: expected one of 'mxfp4ref-report-1', 'mxfp4ref-report-2', got"),
         ("broken.json", "broken.json: report.results[0]: expected an object"),
-        ("other.json", "expected two reports or none, got another file beside it"),
+        ("other.json", "other.json: report: expected the key 'format'"),
     ):
         refused = invoke("compare", good, tmp_path / other)
         assert (refused.exit_code, message in refused.output) == (2, True), refused.output
+
+
+def test_reports_that_say_nothing_or_two_things(tmp_path: Path) -> None:
+    """No verdict on what was not run, and nothing of a file passes for a line of the comparison."""
+    good = written(tmp_path / "good.json", result_of(SMALL))
+    empty = written(tmp_path / "empty.json")
+    skipped = written(tmp_path / "skipped.json", result_of(SMALL, "skipped"))
+    text = json.loads(good.read_text())
+    text["results"][0] |= {"status": "differs"}
+    (tmp_path / "edited.json").write_text(json.dumps(text))
+    (tmp_path / "cut.json").write_bytes(good.read_bytes()[:-20])
+    os.mkfifo(tmp_path / "pipe.json")
+    for old, new, message in (
+        (empty, empty, "empty.json: expected a report in which a case ran, got none"),
+        (good, skipped, "skipped.json: expected a report in which a case ran, got none"),
+        (good, tmp_path / "edited.json", "has status 'differs' and ok True"),
+        (
+            good,
+            tmp_path / "cut.json",
+            "cut.json: expected a report, as conform --json writes it, got no JSON",
+        ),
+        (tmp_path / "pipe.json", good, "expected a regular file"),
+    ):
+        refused = invoke("compare", old, new)
+        assert (refused.exit_code, message in refused.output) == (2, True), refused.output
+    text["results"][0] |= {"ok": False, "case": "a\nno case got worse, 1 are as they were"}
+    (tmp_path / "forged.json").write_text(json.dumps(text))
+    shown = invoke("compare", good, tmp_path / "forged.json").output
+    assert len([line for line in shown.splitlines() if line.startswith("no case got worse")]) == 0
+
+
+def test_stdout_is_kept_from_c_and_children(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with ReportFiles({"json": Path("-")}).stdout_kept():
+        print("python")
+        os.write(1, b"C\n")
+        ctypes.CDLL(None).puts(b"buffered")
+    os.write(1, b"report")
+    out, err = capfd.readouterr()
+    assert out == "report"
+    assert {"C", "buffered"} <= set(err.split())
+
+
+def test_arguments_of_any_bytes_can_be_written() -> None:
+    """A name of a file that is not UTF-8 reaches Python as lone surrogates."""
+    name = b"k\xff\x1b.py".decode("utf-8", "surrogateescape")
+    used = GoldensUsed(name, "format", "hash", 1)
+    report = Report(
+        name, "exact", (result_of(SMALL, "raised"),), goldens=used, date="now", arguments=(f"{name}:f",)
+    )
+    for render in (to_text, to_html, to_junit, to_json):
+        text = render(report)
+        text.encode()
+        assert "\x1b" not in text
 
 
 def test_seconds_include_all() -> None:

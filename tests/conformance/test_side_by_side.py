@@ -11,7 +11,20 @@ from typing import Any
 
 import pytest
 
-from mxfp4ref.conformance import CaseResult, Interrupted, Options, Report, diagnosing, families, run, suspects
+from mxfp4ref.conformance import (
+    CaseResult,
+    Interrupted,
+    Options,
+    Report,
+    diagnosing,
+    execution,
+    families,
+    run,
+    suspects,
+)
+from mxfp4ref.conformance.adapters import KernelError
+from mxfp4ref.conformance.diagnosing import Failing
+from mxfp4ref.conformance.side_by_side import side_by_side
 from mxfp4ref.goldens import Goldens, open_goldens
 from tests.helpers import kernels_under_test
 
@@ -152,3 +165,56 @@ def test_what_was_tested_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert report.arguments == ("oracle",)
     result = report.results[0]
     assert 0 < result.kernel_seconds <= result.seconds <= report.seconds
+
+
+def test_an_interruption_between_two_events_gives_the_thread_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only while one is waited for."""
+
+    class Interrupted(str):
+        def __eq__(self, other: object) -> bool:
+            raise KeyboardInterrupt
+
+        __hash__ = str.__hash__
+
+    told: list[Any] = []
+    over, known = threading.Event(), threading.Event()
+
+    def work(report: Any, abandoned: Any) -> Any:
+        report(Interrupted(execution.RUN))
+        over.wait(30)
+        told.append(abandoned())
+        known.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        execution.in_thread(work)
+    over.set()
+    assert known.wait(30)
+    assert told == [True]
+
+
+def test_a_process_that_cannot_be_started_costs_no_result(capsys: pytest.CaptureFixture[str]) -> None:
+    """A GPU may have room for one."""
+
+    class Alone:
+        def another(self) -> Any:
+            raise KernelError("no room")
+
+        def stop(self, seconds: float = 0) -> None: ...
+
+    first: Any = Alone()
+    found = list(side_by_side(first, 3, range(9), lambda worker, item: (worker is first, item)))
+    assert found == [(True, item) for item in range(9)]
+    assert capsys.readouterr().err == "one process fewer for the kernel: no room\n" * 2
+
+
+def test_an_interrupted_diagnosis_costs_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Failing, "take", interrupted)
+    with pytest.raises(Interrupted) as raised:
+        run("defect:last_slot_dropped", cases()[:1], Options(repeat=False))
+    report = raised.value.report
+    assert [r.status for r in report.results] == ["differs"]
+    assert report.verdict.endswith("interrupted, no verdict; 1 of 1 cases failed.")
+    assert report.left == 0

@@ -227,3 +227,16 @@ def test_every_case_and_suite_can_be_completed(tmp_path: Path, monkeypatch: pyte
     assert completing.kernels(context, parameter, "stage:gemm:adapter.py:f") == [
         "stage:gemm:adapter.py:fused_moe"
     ]
+
+
+def test_no_name_of_a_file_becomes_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bash puts what is completed into the line as it is; what a folder holds may be anything."""
+    context, parameter = click.Context(commands.commands["conform"]), commands.commands["conform"].params[0]
+    monkeypatch.chdir(tmp_path)
+    for name in (b"a$(touch x).py", b"a`x`.py", b"a;x.py", b"a\nx.py", b"a\xff.py", b"a'x.py", b"a.py"):
+        Path(os.fsdecode(name)).write_text("def f(): ...\n")
+    assert completing.kernels(context, parameter, "a") == ["a.py:"]
+    Path("deep.py").write_text("-" * 100_000 + "1")
+    os.mkfifo("pipe.py")
+    for name in ("deep.py:", "pipe.py:"):
+        assert completing.kernels(context, parameter, name) == []

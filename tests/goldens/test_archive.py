@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import socket
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -68,6 +69,10 @@ def test_what_is_damaged_is_not_packed(root: Path, tmp_path: Path) -> None:
     (copy / f"{CASES[0]}.json").write_text("{}")
     with pytest.raises(GoldenError, match=r"slot_order.json: expected \d+ bytes"):
         write_archive(Goldens(copy), tmp_path / "a.tar")
+    shutil.copy(root / f"{CASES[0]}.json", copy / f"{CASES[0]}.json")
+    (copy / "hardware" / "my gpu.jsonl").write_text("{}\n")
+    with pytest.raises(GoldenError, match=r"got 'hardware/my gpu\.jsonl'"):  # which no fetch would take
+        write_archive(Goldens(copy), tmp_path / "a.tar")
     assert os.listdir(tmp_path) == ["copy"]
 
 
@@ -77,8 +82,9 @@ def test_unpacked_from_a_path(root: Path, archive: tuple[Path, str], tmp_path: P
     assert files_in(found.root) == files_in(root)
     assert sizes[-1] == archive[0].stat().st_size
     assert os.listdir(tmp_path) == ["got"]
-    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty").mkdir(mode=0o700)
     assert fetch_archive(str(archive[0]), archive[1], tmp_path / "empty").names() == list(CASES)
+    assert (tmp_path / "empty").stat().st_mode & 0o777 == 0o700
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -99,6 +105,57 @@ def test_unpacked_from_a_url(address: str, archive: tuple[Path, str], tmp_path: 
     with pytest.raises(OSError, match=r"missing\.tar: cannot be read: HTTP Error 404"):
         fetch_archive(f"{address}/missing.tar", archive[1], tmp_path / "other")
     assert os.listdir(tmp_path) == ["got"]
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (b"no HTTP\r\n\r\n", "cannot be read: BadStatusLine"),
+        (
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n100\r\nabc",
+            "cannot be read: IncompleteRead",
+        ),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nabc", "ended after 3 bytes, 97 before its end"),
+    ],
+)
+def test_what_answers_may_be_anything(tmp_path: Path, reply: bytes, message: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            with server.accept()[0] as connection:
+                connection.recv(1 << 16)
+                connection.sendall(reply)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/goldens.tar"
+        with pytest.raises(OSError, match=message):
+            fetch_archive(url, "0" * 64, tmp_path / "got")
+        thread.join()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_source_is_a_file(archive: tuple[Path, str], tmp_path: Path) -> None:
+    """A pipe would be waited for; what cannot be an address is said."""
+    os.mkfifo(tmp_path / "pipe")
+    for source in (str(tmp_path / "pipe"), (tmp_path / "pipe").as_uri()):
+        with pytest.raises(FileNotFoundError, match="there is no such file"):
+            fetch_archive(source, archive[1], tmp_path / "got")
+    with pytest.raises(OSError, match="cannot be read: InvalidURL"):
+        fetch_archive("http://127.0.0.1:port/", archive[1], tmp_path / "got")
+    assert fetch_archive(archive[0].as_uri(), archive[1], tmp_path / "got").names() == list(CASES)
+
+
+def test_a_sparse_file_is_none_of_goldens(archive: tuple[Path, str], tmp_path: Path) -> None:
+    """A few bytes of an archive may stand for a terabyte of zeros."""
+    path, (about, data) = tmp_path / "bad.tar", member("hardware/zeros")
+    path.write_bytes(archive[0].read_bytes())
+    about.pax_headers = {"GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.map": "0,1"}
+    about.pax_headers["GNU.sparse.size"] = str(1 << 20)
+    with tarfile.open(path, "a", format=tarfile.PAX_FORMAT) as members:
+        members.addfile(about, io.BytesIO(data))
+    with pytest.raises(ValueError, match="expected files of goldens only, got 'hardware/zeros'"):
+        fetch_archive(str(path), hashlib.sha256(path.read_bytes()).hexdigest(), tmp_path / "got")
 
 
 def test_another_archive_is_not_unpacked(archive: tuple[Path, str], tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from click.shell_completion import (
     split_arg_string,
 )
 
+from mxfp4ref._files import read_file
 from mxfp4ref.conformance.cli.command import command
 from mxfp4ref.goldens import open_goldens
 
@@ -33,6 +34,8 @@ _KERNELS = (
     "plain:",
     "stage:",
 )
+# Names of files that are no more than that in a command line, where a shell puts them as they are.
+_PLAIN = re.compile(r"[\w@%+=,./-]+")
 _DEFECT = re.compile(r"^@defect\((?:.|\n)*?^def (\w+)", re.MULTILINE)
 
 
@@ -137,13 +140,13 @@ def _cases(context: click.Context) -> list[str]:
 def _functions(incomplete: str) -> list[str]:
     """Python files, and the functions of one: `adapter.py:fused_moe`."""
     path, colon, name = incomplete.partition(":")
-    with suppress(OSError, ValueError, SyntaxError):
+    with suppress(OSError, ValueError, SyntaxError, RecursionError, MemoryError):
         if not colon:
             folder = Path(path).parent if path[-1:] != "/" else Path(path)
-            found = [str(file) for file in sorted(folder.glob("*.py"))]
+            found = [str(file) for file in sorted(folder.glob("*.py")) if _PLAIN.fullmatch(str(file))]
             return [f"{file}:" for file in _starting(found, path.removeprefix("./"))]
         if path.endswith(".py"):
-            body = ast.parse(Path(path).read_text("utf-8")).body
+            body = ast.parse(read_file(Path(path))).body
             functions = [node.name for node in body if isinstance(node, ast.FunctionDef)]
             return [f"{path}:{function}" for function in _starting(functions, name)]
     return []

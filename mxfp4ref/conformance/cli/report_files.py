@@ -5,6 +5,8 @@ One of them may be "-": it is written to stdout, and everything else to stderr.
 
 from __future__ import annotations
 
+import ctypes
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
@@ -33,6 +35,26 @@ _HELP = {
 }
 
 
+@contextmanager
+def _descriptor_kept() -> Iterator[None]:
+    """Inside, what C code and child processes write to stdout goes to stderr too."""
+    try:
+        kept = os.dup(1)
+        os.dup2(2, 1)
+    except OSError:  # one of them is closed
+        yield
+        return
+    try:
+        yield
+    finally:
+        with suppress(OSError, AttributeError):
+            sys.__stdout__.flush()  # type: ignore[union-attr]
+        if os.name == "posix":
+            ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 @dataclass(frozen=True)
 class ReportFiles:
     """Where the report is to be written, by its format."""
@@ -44,6 +66,7 @@ class ReportFiles:
         """Inside, what is printed goes to stderr if stdout is for a report."""
         with ExitStack() as stack:
             if _STDOUT in self.paths.values():
+                stack.enter_context(_descriptor_kept())
                 stack.enter_context(redirect_stdout(sys.stderr))
             yield
 

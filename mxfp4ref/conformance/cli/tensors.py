@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mxfp4ref._files import printable
 from mxfp4ref.conformance.cli.command import command
 from mxfp4ref.conformance.cli.shared import NOT_EQUAL, describe, usage_errors
 from mxfp4ref.conformance.cli.terminal import echo
@@ -49,11 +50,9 @@ def compare(a: Path, b: Path) -> None:
             changes = compare_reports(read_report(a), read_report(b))
             _print(changes)
             sys.exit(NOT_EQUAL if changes.worse else 0)
-        for path in (a, b):
-            if is_report(path):
-                raise ValueError(
-                    f"{path} is a report: expected two reports or none, got another file beside it"
-                )
+        if is_report(a) or is_report(b):
+            for path in (a, b):
+                read_report(path)  # says what is wrong with the one that is none
         one, other = _load(a), _load(b)
         if not one and not other:
             raise ValueError(f"{a} and {b}: expected tensors to compare, got none in either")
@@ -86,12 +85,12 @@ _HEADINGS = {
 
 def _print(changes: Changes) -> None:
     for line in changes.conditions:
-        echo(line)
+        echo(printable(line, lines=False))
     for name, heading in _HEADINGS.items():
         if lines := getattr(changes, name):
             echo(f"{heading} ({len(lines)}):", bold=True)
             for line in lines:
-                echo(f"  {line}")
+                echo(f"  {printable(line, lines=False)}")
     words = f"{changes.worse} cases got worse" if changes.worse else "no case got worse"
     echo(f"{words}, {changes.alike} are as they were", fg="red" if changes.worse else "green", bold=True)
 
