@@ -109,6 +109,7 @@ class Report:
         date: when the run began: UTC, ISO 8601.
         arguments: of `mxfp4ref conform`, kernel first, to run it so again; empty where there are none, as for a
             function.
+        selection: further ones, which chose the cases; empty for all.
         verdict_seconds: for the diagnosis of all cases together.
     """
 
@@ -124,6 +125,7 @@ class Report:
     goldens: GoldensUsed | None = None
     date: str = ""
     arguments: tuple[str, ...] = ()
+    selection: tuple[str, ...] = ()
     verdict_seconds: float = 0.0
 
     def __post_init__(self) -> None:
