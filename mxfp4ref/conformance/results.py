@@ -8,6 +8,7 @@ from typing import Self
 
 from mxfp4ref._choices import MODES
 from mxfp4ref._files import printable
+from mxfp4ref._shown import Shown
 from mxfp4ref.conformance.diagnosis import Diagnosis, Finding
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN
 from mxfp4ref.defects import DEFECTS
@@ -18,8 +19,8 @@ PASSING = ("equal", "within bounds", "skipped")
 RECORDING = "recording"  # the kind of a call that was recorded elsewhere, which is no golden case
 
 
-@dataclass(frozen=True)
-class CaseResult:
+@dataclass(frozen=True, repr=False)
+class CaseResult(Shown):
     """What came of one case.
 
     Attributes:
@@ -91,8 +92,8 @@ class GoldensUsed:
     cases: int
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Shown):
     """The results of a run.
 
     Attributes:
@@ -132,6 +133,12 @@ class Report:
         object.__setattr__(self, "kernel", printable(self.kernel, lines=False))
         environment = {name: printable(value, lines=False) for name, value in self.environment.items()}
         object.__setattr__(self, "environment", environment)
+
+    def __str__(self) -> str:
+        """What the command prints."""
+        from mxfp4ref.conformance.report_text import to_text
+
+        return to_text(self)
 
     @property
     def ok(self) -> bool:
