@@ -53,11 +53,15 @@ def _text(value: object) -> str:
     if isinstance(value, Mapping):
         return _cut([f"{key}: {_text(item)}" for key, item in value.items()], "{}")
     if isinstance(value, (tuple, list)):
-        return _cut([_text(item) for item in value], "()" if isinstance(value, tuple) else "[]")
+        return _cut([_start(_text(item)) for item in value], "()" if isinstance(value, tuple) else "[]")
     text = repr(value)
     if isinstance(value, Shown) or len(text) <= _MOST_CHARACTERS:
         return text
-    return f"{text[:_MOST_CHARACTERS]}..."
+    return _start(text)
+
+
+def _start(text: str) -> str:
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."
 
 
 def _cut(items: list[str], brackets: str) -> str:

@@ -57,7 +57,10 @@ def main() -> None:
         parser.error("expected at least one layer, expert and shard, and top-k from 1 to experts")
     if options.hidden % 128 or options.inner % 128 or min(options.hidden, options.inner) < 128:
         parser.error("expected --hidden and --inner to be multiples of 128")
-    options.folder.mkdir(parents=True)
+    try:
+        options.folder.mkdir(parents=True)
+    except OSError as error:
+        parser.error(f"folder: expected a new one, got {options.folder}: {error.strerror}")
     torch.manual_seed(options.seed)
     format = FORMATS[options.format]
     parts = [part for layer in range(options.layers) for part in layer_parts(format, layer, options)]

@@ -49,7 +49,10 @@ class KernelError(ValueError):
 
 
 class Skip(Exception):
-    """The kernel cannot take this case, through no fault of its own."""
+    """Raised by a kernel, or before it is called: it cannot take this case, through no fault of its own.
+
+    The case is reported as skipped, with the exception's text, and neither passes nor fails.
+    """
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
+from pathlib import Path
 
 from mxfp4ref._files import printable
 from mxfp4ref.conformance.options import Options
 from mxfp4ref.conformance.results import RECORDING, CaseResult, Report
 from mxfp4ref.goldens import GoldenError, Goldens, find_root
 
-__all__ = ["command", "conform_arguments"]
+__all__ = ["command", "conform_arguments", "selection_arguments"]
 
 _TIMEOUT = 600  # seconds, the command's default
 
@@ -29,12 +31,23 @@ def conform_arguments(
     option("intermediates", options.storage, "wider")
     option("confidence", options.confidence, None)
     option("timeout", options.timeout, _TIMEOUT)
+    option("diagnosis", options.diagnosis, "full")
     given += ["--all-tactics"] * options.all_tactics + ["--no-repeat"] * (not options.repeat)
     if isolate is not None:
         given.append("--isolate" if isolate else "--no-isolate")
     if goldens is not None and goldens.root != _found():
         option("goldens", goldens.root, None)
     return tuple(given)
+
+
+def selection_arguments(
+    patterns: Iterable[str], earlier: Path | None, max_failures: int | None, jobs: int
+) -> tuple[str, ...]:
+    """The arguments that choose the cases and say when to stop: those of a whole run, not of one case of it."""
+    given = [word for pattern in patterns for word in ("--case", pattern)]
+    given += [] if earlier is None else ["--last-failed", str(earlier)]
+    given += [] if max_failures is None else ["--maxfail", str(max_failures)]
+    return (*given, *(["--jobs", str(jobs)] if jobs > 1 else []))
 
 
 def _found() -> object:
@@ -50,5 +63,5 @@ def command(report: Report, result: CaseResult | None = None) -> str:
         return ""
     if not report.arguments:
         return f"run({report.kernel}, [open_goldens().load({result.case!r})])" if result else ""
-    case = ("--case", result.case, "--dump", "reproducers") if result else ()
-    return printable(shlex.join(("mxfp4ref", "conform", *report.arguments, *case)), lines=False)
+    cases = ("--case", result.case, "--dump", "reproducers") if result else report.selection
+    return printable(shlex.join(("mxfp4ref", "conform", *report.arguments, *cases)), lines=False)

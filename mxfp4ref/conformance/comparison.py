@@ -50,6 +50,7 @@ class Difference:
         got_bits, expected_bits: hexadecimal bit patterns.
         got_value, expected_value: the values, NaN and signed zeros spelled out.
         ulps: representable numbers from one to the other (`FAR` with a NaN); 0 between +0 and -0.
+        whole: whether they are integers, and `ulps` is their difference.
     """
 
     index: tuple[int, ...]
@@ -58,9 +59,11 @@ class Difference:
     got_value: str
     expected_value: str
     ulps: int
+    whole: bool = False
 
     def __str__(self) -> str:
-        distance = "a NaN on one side" if self.ulps == FAR else f"{self.ulps:,} ulp"
+        distance = f"by {self.ulps:,}" if self.whole else f"{self.ulps:,} ulp"
+        distance = "a NaN on one side" if self.ulps == FAR else distance
         return (
             f"at {list(self.index)}: got {self.got_bits} ({self.got_value}), "
             f"expected {self.expected_bits} ({self.expected_value}), {distance}"
@@ -123,7 +126,10 @@ def in_words(got: Tensor, expected: Tensor) -> str:
     mask = differing(got, expected)
     distance = ulp_distance(got, expected)[mask]
     numbers = distance[distance < FAR]
-    furthest = f", at most {int(numbers.max()):,} ulp" if len(numbers) else ""
+    furthest = ""
+    if len(numbers):
+        most = f"{int(numbers.max()):,}"
+        furthest = f", by at most {most}" if first.whole else f", at most {most} ulp"
     return f"{int(mask.sum()):,} of {mask.numel():,} elements differ{furthest}; first {first}"
 
 
@@ -137,6 +143,7 @@ def difference_at(got: Tensor, expected: Tensor, index: tuple[int, ...]) -> Diff
         got_value=_value(one),
         expected_value=_value(other),
         ulps=int(ulp_distance(one, other)),
+        whole=got.dtype in _WHOLE,
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import queue
+import re
 import sys
 import threading
 import time
@@ -221,6 +222,8 @@ def collect(
         with without_modes():
             if not one.problem and (changes := handed.changes()):
                 one = replace(one, problem="input modified", message=f"the kernel changed {changes}")
+        if where and one.problem == "skipped":
+            one = replace(one, problem="raised", message=f"Skip: {one.message}")
         first = found if found.runs else one
         message = where + one.message if one.problem else ""
         runs, left = (*found.runs, *one.runs), found.left or one.left
@@ -285,14 +288,29 @@ def _run_once(
         del result, outputs  # while its time is limited
     except TensorError as error:
         found = Collected(problem="wrong output", message=printable(error))
+    except Skip as reason:
+        found = Collected(problem="skipped", message=printable(reason) or "the kernel skips this case")
     except BaseException as error:
-        found = Collected(problem="raised", message=of_exception(error, __file__))
+        found = Collected(problem="raised", message=of_exception(error, __file__) + _unknown_name(error))
     else:
         found = Collected((kept,), stages)
     if os.getpid() != process:  # a copy of this process that the kernel forked off, and that returned, too
         os._exit(0)
     report(CHECKS)
     return replace(found, seconds=seconds, left=left)
+
+
+def _unknown_name(error: BaseException) -> str:
+    """What to do about an argument that a kernel does not have, to be added to the message, or ""."""
+    name = re.search(
+        r"unexpected keyword argument '(\w+)'", printable(error) if type(error) is TypeError else ""
+    )
+    if name is None:
+        return ""
+    return (
+        f"; a kernel without {name[1]} can take **others and, if there are any, "
+        f'raise mxfp4ref.conformance.Skip("no {name[1]}")'
+    )
 
 
 def _call(kernel: Kernel, handed: Handed) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import inspect
@@ -16,8 +17,9 @@ from mxfp4ref._validate import did_you_mean, shown
 from mxfp4ref.conformance.adapters import KernelError
 from mxfp4ref.conformance.plain import of_exception
 
-__all__ = ["check_takes", "import_function"]
+__all__ = ["check_takes", "functions_in", "import_function"]
 
+_MOST = 8  # functions that are listed
 _FILES: set[str] = set()  # the names of modules that are files loaded here
 
 
@@ -36,24 +38,52 @@ def import_function(path: str, names: Collection[str]) -> Callable[..., Any]:
         hint = did_you_mean(path, names)
         if not hint and "." in path and ":" not in path:
             hint = f"; did you mean {':'.join(path.rsplit('.', 1))}?"
+        if path.endswith(".py"):
+            functions = functions_in(Path(path))
+            if functions is None:
+                hint = f"; {path} is no file of Python here"
+            else:
+                meant = (f"{path}:{function}" for function in functions[:_MOST] or ["FUNCTION"])
+                hint = f"; did you mean {' or '.join(meant)}?"
         raise KernelError(
-            f"kernel: expected package.module:function, file.py:function or one of {', '.join(names)}; "
-            f"got {shown(path)}{hint}"
+            "kernel: expected package.module:function, file.py:function, one of these two after logical:, plain: or "
+            f"stage:KIND:, or one of {', '.join(names)}; got {shown(path)}{hint}"
         )
     value: Any = _module(module_name)
     for part in name.split("."):
         try:
             value = getattr(value, part)
         except AttributeError:
-            functions = [found for found in dir(value) if callable(getattr(value, found, None))]
-            hint = did_you_mean(part, functions)
-            raise KernelError(f"kernel: {module_name!r} has no {name!r}{hint}") from None
+            raise KernelError(f"kernel: {module_name!r} has no {name!r}{_instead(part, value)}") from None
         except Exception as error:
             raise KernelError(f"kernel: {module_name!r} has no {name!r}: {of_exception(error)}") from None
     if not callable(value):
         raise KernelError(f"kernel: {path!r} is no function but {type(value).__name__}")
     function: Callable[..., Any] = value
     return function
+
+
+def _instead(name: str, owner: Any) -> str:
+    """The functions that a module or another object has, as the end of a message, those spelt nearly so first."""
+    found = [other for other in dir(owner) if callable(getattr(owner, other, None))]
+    if hint := did_you_mean(name, found):
+        return hint
+    own = [
+        n for n in found if getattr(getattr(owner, n), "__module__", None) == getattr(owner, "__name__", "")
+    ]
+    own = [n for n in own if not n.startswith("_")]
+    return f"; it has {', '.join(own[:_MOST])}{', ...' * (len(own) > _MOST)}" if own else ""
+
+
+def functions_in(file: Path) -> list[str] | None:
+    """The functions that a file of Python defines, by its text alone; None where it is none."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return None
+    return [
+        node.name for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+    ]
 
 
 def check_takes(spec: str, function: Callable[..., Any], positional: int, names: Iterable[str]) -> None:
@@ -70,10 +100,18 @@ def check_takes(spec: str, function: Callable[..., Any], positional: int, names:
         signature.bind(*[None] * positional, **dict.fromkeys([*names, *output]))
     except TypeError as error:
         raise KernelError(
-            f"kernel: {spec} cannot be called: {error}. Its parameters are {signature}; package.module:function and "
-            "logical:... get flashinfer's arguments by name, plain:... f(x, ids, scales, w1, s1, w2, s2, "
-            "**parameters). `mxfp4ref init adapter` writes one to fill in"
+            f"kernel: {spec} cannot be called: {error}. Its parameters are {signature}; "
+            f"{_called(positional, names)}. `mxfp4ref init adapter` writes one to fill in"
         ) from None
+
+
+def _called(positional: int, names: Iterable[str]) -> str:
+    if positional:
+        return "it is called f(x, ids, scales, w1, s1, w2, s2, **parameters)"
+    return (
+        f"it is called with flashinfer's arguments by name: {', '.join(names)}, and those that a case has besides, "
+        "such as swiglu_limit. plain:... is called f(x, ids, scales, w1, s1, w2, s2, **parameters) instead"
+    )
 
 
 def _module(name: str) -> ModuleType:
@@ -94,8 +132,8 @@ def _module(name: str) -> ModuleType:
 def _file(path: Path) -> ModuleType:
     """The module in a file, which may import its neighbours."""
     if not path.is_file():
-        near = did_you_mean(path.name, (found.name for found in path.parent.glob("*.py")))
-        raise FileNotFoundError(f"there is no file {str(path)!r}{near}")
+        near = did_you_mean(path.stem, (found.stem for found in path.parent.glob("*.py")))
+        raise FileNotFoundError(f"there is no file {str(path)!r}{near.replace('?', '.py?')}")
     folder = str(path.resolve().parent)
     if folder not in sys.path:
         sys.path.append(folder)

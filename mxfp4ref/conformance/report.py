@@ -36,7 +36,7 @@ def to_json(report: Report) -> str:
         "left": report.left,
         "goldens": report.goldens and asdict(report.goldens),
         "date": report.date,
-        "arguments": list(report.arguments),
+        "arguments": [*report.arguments, *report.selection],
         "seconds": round(report.seconds, 3),
         "verdict_seconds": round(report.verdict_seconds, 3),
         "environment": dict(report.environment),

@@ -17,26 +17,29 @@ class Changes:
 
     Attributes:
         conditions: what else is different, such as the goldens and the versions.
-        failing: cases that fail now and did not, or were not run.
-        lost: cases that passed and were not run now.
+        failing: cases that fail now and passed.
+        lost: cases that passed and are skipped now.
+        first_failing: cases that fail now and were skipped or not run before.
         passing: cases that pass now and failed.
-        changed: cases that fail in another way, or are passed or skipped in another way.
-        only_old, only_new: other cases that are in one report alone.
+        changed: cases that fail or pass in another way, or other ones that are skipped in one report only.
+        not_run: cases that only the old report has, as where the new run was of some of them.
+        only_new: other cases that only the new report has.
         alike: how many cases are as they were.
     """
 
     conditions: tuple[str, ...]
     failing: tuple[str, ...]
     lost: tuple[str, ...]
+    first_failing: tuple[str, ...]
     passing: tuple[str, ...]
     changed: tuple[str, ...]
-    only_old: tuple[str, ...]
+    not_run: tuple[str, ...]
     only_new: tuple[str, ...]
     alike: int
 
     @property
     def worse(self) -> int:
-        """How many cases got worse: they fail now and did not, or passed and were not run now."""
+        """How many cases got worse: they passed, and fail or are skipped now."""
         return len(self.failing) + len(self.lost)
 
 
@@ -55,13 +58,13 @@ def compare_reports(old: WrittenReport, new: WrittenReport) -> Changes:
         before, now = old.cases.get(case), new.cases.get(case)
         was, is_now = _state(before), _state(now)
         if is_now == "failed" and was != "failed":
-            found["failing"].append(f"{case}: {_told(now)}")
-        elif was == "passed" and is_now in ("skipped", ""):
+            found["failing" if was == "passed" else "first_failing"].append(f"{case}: {_told(now)}")
+        elif was == "passed" and is_now == "skipped":
             found["lost"].append(f"{case}: {_told(now)}")
         elif was == "failed" and is_now == "passed":
             found["passing"].append(f"{case}: {_told(now)}")
         elif not is_now:
-            found["only_old"].append(f"{case}: {_told(before)}")
+            found["not_run"].append(f"{case}: it was {_told(before)}")
         elif not was:
             found["only_new"].append(f"{case}: {_told(now)}")
         elif _told(before) != _told(now):
@@ -82,6 +85,8 @@ def _state(result: Mapping[str, Any] | None) -> str:
 def _told(result: Mapping[str, Any] | None) -> str:
     if result is None:
         return "not run"
+    if result["status"] == "skipped":  # why names the kernel
+        return "skipped"
     words = str(result["status"])
     if not result["ok"] and result["elements"]:
         words += f" in {result['differing']:,} of {result['elements']:,} elements"

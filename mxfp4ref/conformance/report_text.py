@@ -12,7 +12,7 @@ from mxfp4ref.defects import DEFECTS
 if TYPE_CHECKING:
     from mxfp4ref.conformance.diagnosis import Diagnosis
 
-__all__ = ["PARTS", "by_suite", "case_lines", "headline", "predicted", "tested", "to_text"]
+__all__ = ["PARTS", "by_suite", "case_lines", "headline", "predicted", "tested", "to_text", "wrong_elements"]
 
 _TOLD = ("mxfp4ref", "torch", "gpu")
 PARTS = ("kernel", "comparison", "diagnosis")
@@ -69,9 +69,7 @@ def headline(result: CaseResult) -> str:
     """A case and its status in a line."""
     words = f"{result.case}: {result.status}"
     if result.elements and not result.ok:
-        words += f" in {result.differing:,} of {result.elements:,} elements"
-        if result.outside:
-            words += f", {result.outside:,} outside their bounds"
+        words += f" in {wrong_elements(result)}"
     if result.tiles:
         named = f"K tiles {', '.join(result.tiles)}"
         words += f" ({named if len(result.tiles) <= _NAMED else f'{len(result.tiles)} tactics'})"
@@ -79,6 +77,13 @@ def headline(result: CaseResult) -> str:
         words += f" ({result.differing:,} of {result.elements:,} elements differ)"
     # What follows further line ends of the message is not to be taken for a line of the report.
     return words + (": " + result.message.replace("\n", "\n        ") if result.message else "")
+
+
+def wrong_elements(result: CaseResult) -> str:
+    """How many elements of a failing case are wrong: in mode bounded, those outside their bounds."""
+    if not result.outside:
+        return f"{result.differing:,} of {result.elements:,} elements"
+    return f"{result.outside:,} of {result.elements:,} elements ({result.differing:,} differ)"
 
 
 def case_lines(result: CaseResult, again: str = "") -> list[str]:

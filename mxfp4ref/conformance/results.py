@@ -8,6 +8,7 @@ from typing import Self
 
 from mxfp4ref._choices import MODES
 from mxfp4ref._files import printable
+from mxfp4ref._shown import Shown
 from mxfp4ref.conformance.diagnosis import Diagnosis, Finding
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN
 from mxfp4ref.defects import DEFECTS
@@ -18,8 +19,8 @@ PASSING = ("equal", "within bounds", "skipped")
 RECORDING = "recording"  # the kind of a call that was recorded elsewhere, which is no golden case
 
 
-@dataclass(frozen=True)
-class CaseResult:
+@dataclass(frozen=True, repr=False)
+class CaseResult(Shown):
     """What came of one case.
 
     Attributes:
@@ -94,8 +95,8 @@ class GoldensUsed:
         object.__setattr__(self, "path", printable(self.path, lines=False))
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Shown):
     """The results of a run.
 
     Attributes:
@@ -112,6 +113,7 @@ class Report:
         date: when the run began: UTC, ISO 8601.
         arguments: of `mxfp4ref conform`, kernel first, to run it so again; empty where there are none, as for a
             function.
+        selection: further ones, which chose the cases; empty for all.
         verdict_seconds: for the diagnosis of all cases together.
     """
 
@@ -127,12 +129,19 @@ class Report:
     goldens: GoldensUsed | None = None
     date: str = ""
     arguments: tuple[str, ...] = ()
+    selection: tuple[str, ...] = ()
     verdict_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kernel", printable(self.kernel, lines=False))
         environment = {name: printable(value, lines=False) for name, value in self.environment.items()}
         object.__setattr__(self, "environment", environment)
+
+    def __str__(self) -> str:
+        """What the command prints."""
+        from mxfp4ref.conformance.report_text import to_text
+
+        return to_text(self)
 
     @property
     def ok(self) -> bool:

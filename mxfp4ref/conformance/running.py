@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mxfp4ref._validate import check_instance
@@ -18,16 +19,20 @@ from mxfp4ref.conformance.execution import Outcome, execute_within
 from mxfp4ref.conformance.handing import to_device
 from mxfp4ref.conformance.options import Options
 from mxfp4ref.conformance.plain import like, raw_bytes, tensor_of
+from mxfp4ref.conformance.reduction import reduce_call
 from mxfp4ref.conformance.reproducer import write_reproducer
 from mxfp4ref.conformance.results import CaseResult
 from mxfp4ref.conformance.worker import Worker
 from mxfp4ref.formats.generations import NEWEST
 from mxfp4ref.goldens.case import Case
 from mxfp4ref.goldens.runs import Run, runs
+from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward
 from mxfp4ref.sm90.tactics import Sm90Kernel, each_kernel
 
 __all__ = ["compare_case"]
+
+_NOT_RUN_AGAIN = ("timed out", "unstable", "interfered")  # to see whether a part of the call fails likewise
 
 
 def compare_case(
@@ -59,7 +64,7 @@ def compare_case(
         left = left or outcome.left
         if outcome.problem:
             if outcome.problem != "skipped":
-                unsaid = _dump(options, kernel, case, one, {})
+                unsaid = _dump(options, kernel, case, (one, outcome), candidates, worker)
             told = options.all_tactics or (kernel.forces_tile_k and len(all_runs) > 1)
             which = f" ({'tactics' if options.all_tactics else 'K tiles'} {one.tiles})" if told else ""
             message = _joined(outcome.message + which, _put_back(left), unsaid)
@@ -67,7 +72,7 @@ def compare_case(
             return result.lasting(kernel=running, comparison=time.perf_counter() - start - running), None
         compared = _compare(case.kind, outcome, candidates, options)
         if compared.wrong and not any(earlier.wrong for earlier in found):
-            unsaid = _dump(options, kernel, case, compared.closest, outcome.outputs)
+            unsaid = _dump(options, kernel, case, (compared.closest, outcome), candidates, worker)
             if options.diagnosis != "none":
                 failure = Failed(case.kind, compared.closest, outcome.outputs)
         found.append(compared)
@@ -95,16 +100,67 @@ def _joined(*words: str) -> str:
     return "; ".join(filter(None, words))
 
 
-def _dump(options: Options, kernel: Kernel, case: Case, one: Run, outputs: Mapping[str, Tensor]) -> str:
+def _dump(
+    options: Options,
+    kernel: Kernel,
+    case: Case,
+    failed: tuple[Run, Outcome],
+    candidates: Iterable[Run],
+    worker: Worker | None,
+) -> str:
     """Write a reproducer, if one is wanted; why it could not be written, which is no reason to stop."""
     if options.dump is None:
         return ""
     try:
         bounds = (options.storage, options.confidence) if options.mode == "bounded" else None
+        one, outputs = _smallest(options, kernel, failed, candidates, worker)
         write_reproducer(options.dump, case, one, kernel.name, outputs, kernel.device, bounds)
     except (OSError, ValueError) as error:
         return f"its reproducer was not written: {error}"
     return ""
+
+
+def _smallest(
+    options: Options,
+    kernel: Kernel,
+    failed: tuple[Run, Outcome],
+    candidates: Iterable[Run],
+    worker: Worker | None,
+) -> tuple[Run, Mapping[str, Tensor]]:
+    """The smallest part of a call that fails as all of it did, and what the kernel gave for it; else all of it.
+
+    Tried are the first token that differs, and that with all before it: a mistake may need a token's place.
+    """
+    one, outcome = failed
+    if not isinstance(one.inputs, MoeCall) or outcome.problem in _NOT_RUN_AGAIN:
+        return one, outcome.outputs
+    call, want = to_device(one.inputs, "cpu"), one.expected["output"].cpu()
+    token = 0 if outcome.problem else int(differing(outcome.outputs["output"], want).any(1).nonzero()[0])
+    for first in dict.fromkeys((token, 0)):
+        part = reduce_call(call, torch.arange(first, token + 1))
+        rows = want[first : token + 1]
+        if part.num_tokens == call.num_tokens or bool(differing(forward(part), rows).any()):
+            continue
+        small = Run(one.tiles, part, {"output": rows})
+        if worker is not None:
+            again = worker.execute_call(options.timeout, part, repeat=bool(outcome.problem))
+        else:
+            inputs = "moe", part, small.expected
+            again = execute_within(options.timeout, kernel, inputs, repeat=bool(outcome.problem))
+        if again.problem or outcome.problem:
+            if again.problem == outcome.problem:
+                return small, {}
+            continue
+        # A kernel that chooses its K tiles may choose others for fewer tokens.
+        parts = {small: _bits(small)}
+        for other in candidates:
+            by_other = replace(part, kernel=other.inputs.kernel)
+            expected = Run(other.tiles, by_other, {"output": forward(by_other)})
+            parts[expected] = _bits(expected)
+        compared = _compare("moe", again, parts, options)
+        if compared.wrong:
+            return compared.closest, again.outputs
+    return one, outcome.outputs
 
 
 @dataclass(frozen=True)

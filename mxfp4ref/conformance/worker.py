@@ -125,10 +125,10 @@ class Worker:
         expected = likes(run.expected, self.kernel.device)
         return self._execute(seconds, _request(case, run, expected, repeat), expected)
 
-    def execute_call(self, seconds: float | None, call: MoeCall) -> Outcome:
-        """As `execute`, once, for any call; its output may be anything of the input's form."""
+    def execute_call(self, seconds: float | None, call: MoeCall, *, repeat: bool = False) -> Outcome:
+        """As `execute`, for any call; its output may be anything of the input's form."""
         expected = likes({"output": call.input}, self.kernel.device)
-        return self._execute(seconds, pickle.dumps(("moe", call, None, expected, False)), expected)
+        return self._execute(seconds, pickle.dumps(("moe", call, None, expected, repeat)), expected)
 
     def _execute(self, seconds: float | None, request: bytes, expected: Mapping[str, Like]) -> Outcome:
         start = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,6 +141,7 @@ def record(
     """
     from mxfp4ref._validate import check_float
     from mxfp4ref.engine.recorder import Recorder, run_script
+    from mxfp4ref.engine.recordings import find_recordings
 
     check_no_swap()
     if not module and not Path(script).is_file():
@@ -147,7 +149,9 @@ def record(
     with usage_errors():
         max_bytes = int(check_float("--max-gib", max_gib) * 2**30)
         folder = folder.absolute()  # the script may change the working directory
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
+        there = len(find_recordings(folder))
     recorder = Recorder(folder, max_calls, max_bytes)
 
     def summary(code: int) -> int:
@@ -156,13 +160,20 @@ def record(
             echo(f"not recorded: {problem}", err=True)
         if recorder.left_out:
             echo(f"{recorder.left_out:,} calls were not recorded", err=True)
+        ended = recorder.ended or (f"exit code {code}" if code else "")
         if not (written := recorder.written()):
+            words = f"the script ended with {ended} before any call of" if ended else "expected calls of"
             UsageError(
-                f"{script}: nothing recorded; expected calls of flashinfer.fused_moe.cutlass_fused_moe or of "
+                f"{script}: nothing recorded; {words} flashinfer.fused_moe.cutlass_fused_moe or of "
                 "mxfp4ref.torch_ref_cutlass_fused_moe in this process"
             ).show()
+            with suppress(OSError):  # only what this command made, and is empty
+                for path in made:
+                    path.rmdir()
             return USAGE
-        echo(f"{written:,} calls recorded in {folder}")
+        beside = f", beside {there:,} that were there" if there else ""
+        after = f"; then the script ended with {ended}" if ended else ""
+        echo(f"{written:,} {'call' if written == 1 else 'calls'} recorded in {folder}{beside}{after}")
         return code
 
     sys.exit(summary(run_script(script, arguments, recorder, module=module, at_exit=summary)))

@@ -43,6 +43,7 @@ class Recorder:
         max_calls, max_bytes: what is written at most; further calls are counted only.
         left_out: how many calls were not recorded.
         problems: why they were not, each reason once.
+        ended: the exception that ended a script, by the name of its class; "" if none did.
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class Recorder:
     max_bytes: int = 20 << 30
     left_out: int = 0
     problems: tuple[str, ...] = ()
+    ended: str = ""
 
     def __post_init__(self) -> None:
         self.folder = self.folder.absolute()  # the script may change the working directory
@@ -172,7 +174,10 @@ def run_script(
             return end.code or 0
         print(end.code, file=sys.stderr)
         return 1
-    except Exception:  # a BrokenPipeError too, which would be taken for one of this command's own output
+    except (
+        Exception
+    ) as error:  # a BrokenPipeError too, which would be taken for one of this command's own output
+        recorder.ended = type(error).__name__
         traceback.print_exc()
         return 1
     finally:

@@ -52,7 +52,7 @@ class ReplayOptions:
         check_choice("diagnosis", self.diagnosis, DIAGNOSES)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ReplayResult(CaseResult):
     """What came of one recorded call.
 
@@ -73,7 +73,7 @@ class ReplayResult(CaseResult):
     all_zero: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ReplayReport(Report):
     """The results of a replay; `kernel` is the folder."""
 

@@ -3,7 +3,7 @@
 All of it is read: from `mxfp4ref.formats.generations` and the table of activations, from `goldens/hardware/` and the
 goldens' sidecars, and from `tests/recordings/`. Where nothing was recorded the page says so.
 
-    python tools/tables/releases.py
+    python tools/tables/releases.py            # --check compares only
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import click
 import numpy as np
 
 from mxfp4ref.formats.generations import BYTEWISE, PLAIN, WORDWISE
@@ -180,5 +181,20 @@ _GOLDEN_FILES = {
 }
 
 
+@click.command(help=(__doc__ or "").split("\n\n")[0])
+@click.option(
+    "--check", is_flag=True, help="Write nothing; exit with 1 where the page is not what would be written."
+)
+def main(check: bool) -> None:
+    text = page()
+    same = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text
+    where = PAGE.relative_to(ROOT)
+    if check and not same:
+        raise click.ClickException(f"{where} is not what python tools/tables/releases.py writes")
+    if not same:
+        PAGE.write_text(text, encoding="utf-8")
+    click.echo(f"{where}: {'as it was' if same else 'written'}, {len(text.splitlines())} lines")
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    main()

@@ -20,9 +20,10 @@ from click.shell_completion import (
 
 from mxfp4ref._files import read_file
 from mxfp4ref.conformance.cli.command import command
+from mxfp4ref.conformance.finding import STAGES
 from mxfp4ref.goldens import open_goldens
 
-__all__ = ["cases", "completion", "defect_names", "defects", "globs", "kernels"]
+__all__ = ["cases", "completion", "defect_names", "explained", "globs", "kernels"]
 
 _KERNELS = (
     "oracle",
@@ -36,6 +37,7 @@ _KERNELS = (
 )
 # Names of files that are no more than that in a command line, where a shell puts them as they are.
 _PLAIN = re.compile(r"[\w@%+=,./-]+")
+_FAMILY = re.compile(r'^ +Family\(\s*"([^"]+)"', re.MULTILINE)
 _DEFECT = re.compile(r"^@defect\((?:.|\n)*?^def (\w+)", re.MULTILINE)
 
 
@@ -119,9 +121,10 @@ def kernels(context: click.Context, parameter: click.Parameter, incomplete: str)
     return [*_starting(_KERNELS, incomplete), *_functions(incomplete)]
 
 
-def defects(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
-    """The named defects."""
-    return _starting(defect_names(), incomplete)
+def explained(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """What can be explained: the named defects, the families and the stages."""
+    text = (files("mxfp4ref.conformance") / "families" / "__init__.py").read_text("utf-8")
+    return _starting(dict.fromkeys((*defect_names(), *_FAMILY.findall(text), *STAGES)), incomplete)
 
 
 def defect_names() -> list[str]:

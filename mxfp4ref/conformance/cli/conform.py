@@ -6,6 +6,7 @@ import fnmatch
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.machinery import PathFinder
 from itertools import chain
@@ -154,11 +155,14 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
     torch-bf16                   dequantise to bf16 and matmul, as most references do
     flashinfer                   the installed flashinfer; its layout helpers are checked too
     flashinfer-w4a8              the same with FP8 activations (use_wfp4afp8_humming)
-    package.module:function      flashinfer's signature, weights in SM90 layout; file.py:function too
+    package.module:function      called with flashinfer's arguments by name, weights in SM90 layout;
+                                 file.py:function too
     logical:package.module:f     the same with weights and scales in logical layout
     plain:package.module:f       f(x, ids, scales, w1, s1, w2, s2, **parameters), logical layout
     stage:KIND:package.module:f  one stage: dequantize, layout, tensor_core, gemm, activation,
                                  finalize or routing; called with a case's tensors by name
+
+    A kernel that lacks something a case needs raises mxfp4ref.conformance.Skip("no alpha"): that case is skipped.
 
     In mode exact an output must have the bits of one of the legitimate pairs of K tiles, and the report tells which.
     In mode bounded, for kernels that sum in another order, it must lie in the interval of all correct evaluations.
@@ -178,6 +182,7 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
     spec = kernel or kernel_option
     assert spec is not None
     check_no_swap()
+    from mxfp4ref.conformance.again import selection_arguments
     from mxfp4ref.conformance.options import Options
     from mxfp4ref.conformance.suite import Interrupted, run
 
@@ -204,6 +209,8 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
                 )
             except Interrupted as interruption:
                 result = interruption.report
+    limits = options["max_failures"], options["jobs"]
+    result = replace(result, selection=selection_arguments(patterns, earlier, *limits))
     complete = files.write_after(partial(print_report, result, verbose=verbose), result)
     if options["dump"] is not None and any(not r.ok for r in result.results):
         with files.stdout_kept():

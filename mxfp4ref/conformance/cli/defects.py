@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mxfp4ref._words import did_you_mean
 from mxfp4ref.conformance.cli import completing
 from mxfp4ref.conformance.cli.command import command
-from mxfp4ref.conformance.cli.shared import goldens_option, usage_errors
+from mxfp4ref.conformance.cli.shared import UsageError, goldens_option, usage_errors
 from mxfp4ref.conformance.cli.terminal import echo, echo_json
 from mxfp4ref.goldens import open_goldens
 
@@ -62,28 +63,39 @@ def _line(name: str, width: int) -> None:
 
 
 @command()
-@click.argument("name", shell_complete=completing.defects)
+@click.argument("name", shell_complete=completing.explained)
 @goldens_option
 def explain(name: str, root: Path | None) -> None:
-    """Explain a named defect or a family of wrong kernels, by its NAME.
+    """Explain a named defect, a family of wrong kernels or a stage, by its NAME.
 
     \b
     mxfp4ref explain limit_ignored
     mxfp4ref explain "K groups"
+    mxfp4ref explain slots
 
     Of a defect: what it does, where it was seen, and which golden cases are there for it. Of a family: what may
-    happen, and its named members.
+    happen, and its named members. Of a stage, which reports have in brackets: what it does, and the named defects
+    that lie in it.
 
     Exit codes: 0 explained; 2 there is none of that name. `mxfp4ref defects` lists them.
     """
     from mxfp4ref.conformance.families import FAMILIES, family_of
-    from mxfp4ref.defects import get_defect
+    from mxfp4ref.conformance.finding import STAGES
+    from mxfp4ref.defects import DEFECTS
 
-    if name in FAMILIES:
-        _explain_family(FAMILIES[name])
+    if name in FAMILIES or name in STAGES:
+        if name in STAGES:
+            _explain_stage(name)
+        if name in FAMILIES:
+            _explain_family(FAMILIES[name])
         return
+    if name not in DEFECTS:
+        raise UsageError(
+            f"NAME: expected one of the {len(DEFECTS)} defects, a family ({', '.join(FAMILIES)}) or a stage "
+            f"({', '.join(STAGES)}); got {name!r}{did_you_mean(name, [*DEFECTS, *FAMILIES, *STAGES])}"
+        )
     with usage_errors():
-        found = get_defect(name)
+        found = DEFECTS[name]
         goldens = open_goldens(root)
         catching = [case for case in goldens.names() if found.name in goldens.load(case).catches]
     echo(found.name, bold=True)
@@ -98,9 +110,35 @@ def explain(name: str, root: Path | None) -> None:
     echo(f"try it: mxfp4ref conform defect:{found.name}")
 
 
+_STAGES = {
+    "input": "the activations that the kernel is given, by token",
+    "slots": "which expert computes which row: ids, ranks and padding",
+    "fc1": "GEMM1, from the input and the fc1 weights and scales to the bf16 rows of up and gate",
+    "activation": "the activation of up and gate, with fc1 biases, alpha, beta and limit",
+    "fc2": "GEMM2, from the activation and the fc2 weights and scales to a bf16 row for each slot",
+    "finalize": "the sum of a token's rows, each with its fc2 bias and times its routing weight",
+    "routing": "the router, from logits to ids and weights",
+    "quantize": "values to MXFP4 codes and scales",
+    "dequantize": "MXFP4 codes and scales to values",
+    "layout": "the order of the bytes of weights and scales",
+}
+
+
+def _explain_stage(name: str) -> None:
+    from mxfp4ref.conformance.families.named import stages_of
+    from mxfp4ref.defects import DEFECTS
+
+    echo(f"stage {name}", bold=True)
+    echo(f"It is {_STAGES[name]}.")
+    members = [defect.name for defect in DEFECTS.values() if name in stages_of(defect)]
+    echo("Named defects that lie in it, or may:" if members else "No named defect lies in it.")
+    for member in members:
+        _line(member, max(map(len, members)))
+
+
 def _explain_family(family: Family) -> None:
-    echo(family.name, bold=True)
-    echo(family.summary)
+    echo(f"family {family.name}", bold=True)
+    echo(f"Its changes: {family.summary}.")
     echo("Such a change is tried with every parameter, and named where it predicts every bit.")
     for name in family.members:
         _line(name, max(len(member) for member in family.members))

@@ -32,14 +32,15 @@ def compare(a: Path, b: Path) -> None:
     mxfp4ref compare yesterday.json today.json
 
     Of two safetensors files the tensors of the same names are compared: in how many elements they differ, how far at
-    most in ulp (steps from one representable number to the next), and the first of them. A is what was computed, B
-    what was expected.
+    most in ulp (steps from one representable number to the next; for integers their difference), and the first of
+    them. A is what was computed, B what was expected.
 
-    Of two reports, as conform --json writes them, A is the older: which cases fail now and did not, which pass, which
+    Of two reports, as conform --json writes them, A is the older: which cases fail now and passed, which pass, which
     fail in another way. What else is different, such as goldens and versions, is told first.
 
-    Exit codes: 0 equal, or no case got worse; 1 different, or some case fails now and did not, or passed and was not
-    run now; 2 a file cannot be read, or is neither.
+    Exit codes: 0 equal, or no case got worse; 1 different, or some case passed, and fails or is skipped now; 2 a file
+    cannot be read, or is neither. Cases that only one report has, as after conform --last-failed, are told and do not
+    count.
     """
     from mxfp4ref.conformance.comparison import in_words
     from mxfp4ref.conformance.report_comparison import compare_reports
@@ -50,9 +51,13 @@ def compare(a: Path, b: Path) -> None:
             changes = compare_reports(read_report(a), read_report(b))
             _print(changes)
             sys.exit(NOT_EQUAL if changes.worse else 0)
-        if is_report(a) or is_report(b):
-            for path in (a, b):
-                read_report(path)  # says what is wrong with the one that is none
+        for path, other in ((a, b), (b, a)):
+            if is_report(path):
+                read_report(path)  # says what is wrong with it, if it is a damaged one
+                raise ValueError(
+                    f"{other}: expected a report in JSON, as conform --json writes it, since {path} is one, "
+                    f"got {'an HTML page' if other.suffix in ('.html', '.htm') else 'another file'}"
+                )
         one, other = _load(a), _load(b)
         if not one and not other:
             raise ValueError(f"{a} and {b}: expected tensors to compare, got none in either")
@@ -75,10 +80,11 @@ def compare(a: Path, b: Path) -> None:
 
 _HEADINGS = {
     "failing": "newly failing",
-    "lost": "passed, and was not run now",
+    "lost": "passed, and skipped now",
+    "first_failing": "failing, and not run before",
     "passing": "newly passing",
     "changed": "changed",
-    "only_old": "in the old report only",
+    "not_run": "in the old report only, not run now",
     "only_new": "in the new report only",
 }
 
@@ -92,7 +98,12 @@ def _print(changes: Changes) -> None:
             for line in lines:
                 echo(f"  {printable(line, lines=False)}")
     words = f"{changes.worse} cases got worse" if changes.worse else "no case got worse"
-    echo(f"{words}, {changes.alike} are as they were", fg="red" if changes.worse else "green", bold=True)
+    not_run = f", {len(changes.not_run)} were not run" if changes.not_run else ""
+    echo(
+        f"{words}, {changes.alike} are as they were{not_run}",
+        fg="red" if changes.worse else "green",
+        bold=True,
+    )
 
 
 def _load(path: Path) -> dict[str, Tensor]:

@@ -112,7 +112,10 @@ _FAMILIES = (
         "rows or columns of the output at another place, zero, stale or added up; NaN and infinities replaced",
         ("nan_as_7fc0", "nan_as_ffc0", "minus_zero_kept"),
     ),
-    Family("input", "the same of the input"),
+    Family(
+        "input",
+        "rows or columns of the input at another place, zero, stale or added up; NaN and infinities replaced",
+    ),
     Family("GEMM1's output", "columns of GEMM1's output at another place"),
     Family("GEMM2's input", "columns of the activation at another place"),
     Family("GEMM2's output", "columns of GEMM2's output at another place"),
