@@ -13,7 +13,7 @@ from mxfp4ref.conformance.report import FORMAT
 __all__ = ["WrittenReport", "is_report", "read_report"]
 
 _FORMATS = ("mxfp4ref-report-1", FORMAT)
-_FINDING = {"stages": [str], "sentence": str, "exact": bool}
+_FINDING = {"stages": [str], "sentence": str, "exact": bool, "*": object}
 _RESULT = {
     "case": str,
     "status": str,
