@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from mxfp4ref.conformance.diagnosis import Diagnosis, Finding, Known, Located, Prediction
+from mxfp4ref.conformance.agreement import agreed
+from mxfp4ref.conformance.diagnosis import Finding, Known, Located, Prediction
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline
 from mxfp4ref.conformance.families.jury import Failure, Verdict, judge
@@ -27,7 +27,6 @@ _QUICK_SECONDS = (
     8.0  # of the processor, for all quick diagnoses: then suspects are tried, and evidence is read
 )
 _SUSPECTS_SECONDS = 0.1
-_MOST_TOLD = 3  # different sentences of a verdict
 
 
 @dataclass(frozen=True)
@@ -141,10 +140,7 @@ class Failing:
             results = self._in_full(results, found)
         exact = [r.diagnosis.exact for r in results if r.diagnosis is not None]
         defects = name_defects([names, *exact] if together and full else exact)
-        finding = found.finding
-        if not finding.sentence and not finding.stages:
-            finding = _agreed([r.diagnosis for r in results if r.diagnosis is not None])
-        return Found(tuple(results), defects, finding)
+        return Found(tuple(results), defects, _strongest(found.finding, results))
 
     def _in_full(self, results: list[CaseResult], found: Verdict) -> list[CaseResult]:
         """The results, with what was found for all together, and by a search of its own on a layer of whole size."""
@@ -162,6 +158,14 @@ class Failing:
                 searched = True
             told.append(result)
         return told
+
+
+def _strongest(judged: Finding, results: list[CaseResult]) -> Finding:
+    """What was found for all cases together, unless by themselves they say more."""
+    if judged.exact or judged.cases:
+        return judged
+    own = agreed([r.diagnosis for r in results if r.diagnosis is not None])
+    return judged if (judged.sentence or judged.stages) and not (own.exact or own.cases) else own
 
 
 def _judged(failures: Mapping[str, Failed], results: list[CaseResult], goldens: Goldens | None) -> Verdict:
@@ -182,19 +186,3 @@ def _judged(failures: Mapping[str, Failed], results: list[CaseResult], goldens: 
                 yield prepared(one.inputs), one.expected["output"]
 
     return judge(wrong, passing, seconds=_SECONDS)
-
-
-def _agreed(diagnoses: list[Diagnosis]) -> Finding:
-    """What all cases say alike, or else up to three things that they say, with how many say each."""
-    findings = [d.finding for d in diagnoses]
-    if not findings:
-        return Finding()
-    counts = Counter(f.sentence for f in findings)
-    stages = tuple(s for s in findings[0].stages if all(s in f.stages for f in findings))
-    if len(counts) == 1:
-        return replace(findings[0], stages=stages)
-    told = [(words, count) for words, count in counts.most_common() if words]
-    if not stages or not told or len(told) > _MOST_TOLD:
-        return Finding(stages)
-    sentence = "; ".join(f"in {count} of {len(findings)} cases {words}" for words, count in told)
-    return Finding(stages, sentence, all(f.exact for f in findings))

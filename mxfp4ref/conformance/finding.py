@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["STAGES", "UNKNOWN", "Finding"]
+__all__ = ["ALTERNATIVES", "STAGES", "UNKNOWN", "Finding", "counted"]
 
 STAGES = (
     *("input", "slots", "fc1", "activation", "fc2", "finalize"),
     *("routing", "quantize", "dequantize", "layout"),
 )
+
+ALTERNATIVES = (
+    ". This output does not tell it from: "  # between a hypothesis and those that predict the same bits
+)
+
+
+def counted(count: int, noun: str) -> str:
+    """ "1 token", "2 tokens"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 @dataclass(frozen=True)
@@ -20,11 +29,16 @@ class Finding:
         stages: of `STAGES`, those in which the change may lie by the evidence: one, at most two, none if unknown.
         sentence: what is wrong, in words; "" if unknown.
         exact: whether every bit that differs is predicted.
+        cases: where the sentence predicts every bit of some failing cases only, of how many, and of how many in all.
+            With `exact`, the others are predicted by other sentences.
+        common: what most failing cases share where no sentence is known: a stage, or the places that differ.
     """
 
     stages: tuple[str, ...] = ()
     sentence: str = ""
     exact: bool = False
+    cases: tuple[int, int] | None = None
+    common: str = ""
 
     def __str__(self) -> str:
         where = f" [{' or '.join(self.stages)}]" if self.stages else ""

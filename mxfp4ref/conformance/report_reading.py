@@ -15,7 +15,7 @@ from mxfp4ref.conformance.results import PASSING
 __all__ = ["WrittenReport", "is_report", "read_report"]
 
 _FORMATS = ("mxfp4ref-report-1", FORMAT)
-_FINDING = {"stages": [str], "sentence": str, "exact": bool}
+_FINDING = {"stages": [str], "sentence": str, "exact": bool, "*": object}
 _RESULT = {
     "case": str,
     "status": str,

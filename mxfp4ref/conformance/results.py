@@ -11,6 +11,7 @@ from mxfp4ref._files import printable
 from mxfp4ref._shown import Shown
 from mxfp4ref.conformance.diagnosis import Diagnosis, Finding
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN
+from mxfp4ref.conformance.finding import counted
 from mxfp4ref.defects import DEFECTS
 
 __all__ = ["MODES", "PASSING", "RECORDING", "CaseResult", "GoldensUsed", "Report", "name_defects"]
@@ -154,16 +155,17 @@ class Report(Shown):
         """The result in a sentence or two."""
         ran = [r for r in self.results if r.status != "skipped"]
         failed = sum(not r.ok for r in ran)
+        of = f"{failed} of {counted(len(ran), 'case')}"
         if self.interrupted:
-            return (
-                f"{self.kernel}: interrupted, no verdict; {failed} of {len(ran)} cases failed{self._scope}."
-            )
+            return f"{self.kernel}: interrupted, no verdict; {of} failed{self._scope}."
         if not ran:
             return f"{self.kernel} ran on no case."
         if not failed:
             how = "equals the expected bits" if self.mode == "exact" else "stays within the bounds"
-            return f"{self.kernel} conforms: it {how} in all {len(ran)} cases{self._scope}."
-        words = f"{self.kernel} does not conform: {failed} of {len(ran)} cases fail{self._scope}."
+            which = f"all {len(ran)} cases" if len(ran) > 1 else "the one case that ran"
+            return f"{self.kernel} conforms: it {how} in {which}{self._scope}."
+        fail = "fails" if failed == 1 else "fail"
+        words = f"{self.kernel} does not conform: {of} {fail}{self._scope}."
         left = f" {self.left} more were not run." if self.left else ""
         return words + left + self.culprit
 
@@ -185,11 +187,18 @@ class Report(Shown):
             more = "" if len(self.defects) == 1 else " (these cases do not tell them apart)"
             return f" Every wrong bit is that of {which}{more}: {summary}."
         found = self.finding
+        where = f"; it lies in {' or '.join(found.stages)}" if found.stages else ""
+        if found.sentence and found.cases:
+            of = f"{found.cases[0]} of {counted(found.cases[1], 'failing case')}"
+            if found.exact:
+                return f" Each is explained in every bit, by different sentences; {of} by this: {found.sentence}."
+            return f" Every wrong bit in {of} is predicted by this: {found.sentence}{where}."
         if found.sentence and found.exact:
             return f" Every wrong bit is predicted by this: {found.sentence}."
         if found.sentence:
-            where = f"; it lies in {' or '.join(found.stages)}" if found.stages else ""
             return f" No hypothesis predicts every bit. The best evidence: {found.sentence}{where}."
+        if found.common:
+            return f" What is wrong is unknown; {found.common}."
         if found.stages:
             return f" What is wrong is unknown; it lies in {' or '.join(found.stages)}."
         return " What is wrong is unknown." if any(r.diagnosis for r in self.results) else ""

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._validate import check_choice
+from mxfp4ref.conformance.agreement import agreed
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.diagnosis import diagnose
+from mxfp4ref.conformance.finding import counted
 from mxfp4ref.conformance.options import DIAGNOSES
 from mxfp4ref.conformance.results import RECORDING, CaseResult, Report, name_defects
 from mxfp4ref.engine.arguments import generation_in_record
@@ -31,6 +33,8 @@ from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward
 
 __all__ = ["ReplayOptions", "ReplayReport", "ReplayResult", "replay"]
+
+_STATUS_OF_MANY = {"differs": "differ"}
 
 
 @dataclass(frozen=True)
@@ -86,12 +90,18 @@ class ReplayReport(Report):
     def verdict(self) -> str:
         counts = Counter(result.status for result in self.results)
         layers = len({r.layer for r in self.results if isinstance(r, ReplayResult)} - {0})
-        words = f"{_number(len(self.results), 'recorded call')} of {_number(layers, 'layer')}: "
-        words += ", ".join(f"{count} {status}" for status, count in counts.items()) + "."
+        words = f"{counted(len(self.results), 'recorded call')} of {counted(layers, 'layer')}: "
+        words += (
+            ", ".join(
+                f"{count} {_STATUS_OF_MANY.get(status, status) if count > 1 else status}"
+                for status, count in counts.items()
+            )
+            + "."
+        )
         replayed = [r for r in self.results if isinstance(r, ReplayResult)]
         if predicted := [r for r in replayed if r.predicted and r.status in ("equal", "wrong tactic")]:
             held = sum(r.ok for r in predicted)
-            words += f" {held} of {_number(len(predicted), 'prediction')} of tactics held."
+            words += f" {held} of {counted(len(predicted), 'prediction')} of tactics held."
         if zeros := sum(r.all_zero for r in replayed):
             words += f" {zeros} gave zeros only, which proves nothing."
         return words + self.culprit
@@ -140,7 +150,8 @@ def replay(
     environment = _environment(recordings)
     if cache is not None and cache.problems:
         environment["not read of the autotune cache"] = "; ".join(cache.problems)
-    return ReplayReport(str(root), "exact", tuple(results), named, seconds, environment)
+    finding = agreed([r.diagnosis for r in results if r.diagnosis is not None])
+    return ReplayReport(str(root), "exact", tuple(results), named, seconds, environment, finding)
 
 
 class _Run:
@@ -276,16 +287,12 @@ def _owned_once(call: MoeCall) -> bool:
 def _described(call: MoeCall) -> str:
     experts = call.experts
     words = (
-        f"{_number(call.num_tokens, 'token')}, top {call.top_k} of {call.num_global_experts} experts, hidden size "
+        f"{counted(call.num_tokens, 'token')}, top {call.top_k} of {call.num_global_experts} experts, hidden size "
         f"{experts.hidden_size}, intermediate size {experts.intermediate_size}"
     )
     for kind, size, rank in (("ep", call.ep_size, call.ep_rank), ("tp", call.tp_size, call.tp_rank)):
         words += f", {kind} rank {rank} of {size}" if size > 1 else ""
     return words
-
-
-def _number(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _environment(recordings: list[Recording]) -> dict[str, str]:

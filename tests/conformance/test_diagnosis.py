@@ -125,7 +125,7 @@ def test_name_defects_intersects() -> None:
 
 def test_verdict_without_a_named_defect_gives_the_finding(unnamed: Report) -> None:
     assert unnamed.defects == ()
-    assert "does not conform: 1 of 1 cases fail. Every wrong bit is predicted by this: " in unnamed.verdict
+    assert "does not conform: 1 of 1 case fails. Every wrong bit is predicted by this: " in unnamed.verdict
 
 
 @pytest.mark.parametrize(

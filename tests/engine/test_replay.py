@@ -191,6 +191,16 @@ def test_a_known_defect_is_named(tmp_path: Path) -> None:
     assert "bf16_finalize" in report.verdict
 
 
+def test_what_all_calls_show_is_the_verdict(tmp_path: Path) -> None:
+    scaled = (forward(SMALL).to(torch.float32) * 0.9).to(torch.bfloat16)
+    for number in (1, 2, 3):
+        recorded.write_call(tmp_path, SMALL_CALL, scaled, number=number)
+    report = replay(tmp_path, ReplayOptions(diagnosis="quick"))
+    words = "3 recorded calls of 1 layer: 3 differ. Every wrong bit is predicted by this: a factor of 0.9"
+    assert report.verdict.startswith(words)
+    assert report.finding.exact
+
+
 def test_bits_are_compared_not_values(tmp_path: Path) -> None:
     call = replace(SM90_CALL, token_final_scales=torch.full_like(CALL.token_final_scales, float("nan")))
     output = forward(call)

@@ -35,6 +35,7 @@ from mxfp4ref.conformance.families.tensors import (
     value_hypotheses,
 )
 from mxfp4ref.conformance.families.weighting import weight_hypotheses
+from mxfp4ref.conformance.finding import ALTERNATIVES
 from mxfp4ref.conformance.reduction import is_heavy
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
@@ -313,7 +314,7 @@ def told(matches: Iterable[Match], evidence: Iterable[Evidence]) -> Finding:
         if others:
             shown = "; ".join(h.words for h in others[:2])
             more = f" and {len(others) - 2} more" if len(others) > 2 else ""
-            words += f". This output does not tell it from: {shown}{more}"
+            words += f"{ALTERNATIVES}{shown}{more}"
         return Finding(stages, words, matches[0].exact)
     for one in evidence:
         if one.stages:

@@ -177,10 +177,8 @@ def _undecided(
     counted = sorted(seen.values(), key=lambda pair: (-pair[0], pair[1].hypothesis.cost))
     if counted and 2 * counted[0][0] >= len(failures):
         count, match = counted[0]
-        words = (
-            f"{match.hypothesis.words}; that predicts {count} of {len(failures)} failing cases in every bit"
-        )
-        return Verdict(Finding(match.hypothesis.stages, words, False), (), by_case)
+        found = match.hypothesis
+        return Verdict(Finding(found.stages, found.words, False, (count, len(failures))), (), by_case)
     if votes:
         stages = max(votes, key=lambda s: votes[s])
         return Verdict(Finding(stages, best[stages].sentence, False), (), by_case)

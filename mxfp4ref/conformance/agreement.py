@@ -1,0 +1,116 @@
+"""What the diagnoses of several cases say together."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from mxfp4ref.conformance.diagnosis import Diagnosis
+from mxfp4ref.conformance.finding import ALTERNATIVES, Finding, counted
+
+__all__ = ["agreed"]
+
+_MOST_TOLD = 3  # different sentences
+_BEFORE_FINALIZE = {"input", "fc1", "activation", "fc2"}
+_STAGE_LINES = {  # how a stage line begins, and what that says
+    "before finalize": "it lies before finalize",
+    "rounding": "every element lies within the interval of all correct evaluations",
+}
+
+
+def agreed(diagnoses: Sequence[Diagnosis]) -> Finding:
+    """The finding that most of the cases agree on, with in how many; else the stage, or the places, that most share.
+
+    Args:
+        diagnoses: of the cases that fail.
+    """
+    findings = [d.finding for d in diagnoses]
+    if not findings:
+        return Finding()
+    return _predicted(findings) or _evident(findings) or Finding(_shared(findings), common=_common(diagnoses))
+
+
+def _predicted(findings: list[Finding]) -> Finding | None:
+    """The sentence that predicts every bit of most cases: of at least half, or where each has one that does."""
+    exact = [f for f in findings if f.exact and f.sentence]
+    counts = Counter(words for f in exact for words in _alternatives(f))
+    heads = dict.fromkeys(_alternatives(f)[0] for f in exact)
+    if not heads:
+        return None
+    words = max(heads, key=lambda head: counts[head])
+    count, total = counts[words], len(findings)
+    if 2 * count < total and len(exact) < total:
+        return None
+    agreeing = [f for f in exact if words in _alternatives(f)]
+    others = [w for w in _alternatives(agreeing[0]) if all(w in _alternatives(f) for f in agreeing)]
+    others.remove(words)
+    sentence = words + (ALTERNATIVES + "; ".join(others) if others else "")
+    if len({f.sentence for f in agreeing}) == 1:
+        sentence = agreeing[0].sentence
+    cases = None if count == total else (count, total)
+    if cases and len(exact) == total:
+        return Finding(_shared(findings), sentence, True, cases)
+    return Finding(_shared(agreeing), sentence, count == total, cases)
+
+
+def _evident(findings: list[Finding]) -> Finding | None:
+    """What at least half of the cases say alike, or up to three things that all say of one stage."""
+    total = len(findings)
+    told = Counter(f.sentence for f in findings if f.sentence).most_common()
+    if not told:
+        return None
+    words, count = told[0]
+    if count == total:
+        return Finding(_shared(findings), words)
+    if 2 * count >= total and count > 1:
+        same = [f for f in findings if f.sentence == words]
+        return Finding(_shared(same), f"in {count} of {total} failing cases {words}")
+    stages = _shared(findings)
+    if not stages or len(told) > _MOST_TOLD:
+        return None
+    return Finding(stages, "; ".join(f"in {count} of {total} failing cases {words}" for words, count in told))
+
+
+def _alternatives(finding: Finding) -> list[str]:
+    """The hypothesis of a sentence, and those that it is not told apart from."""
+    head, _, tail = finding.sentence.partition(ALTERNATIVES)
+    return [head, *filter(None, re.sub(r" and \d+ more$", "", tail).split("; "))]
+
+
+def _shared(findings: Sequence[Finding]) -> tuple[str, ...]:
+    """The stages that all of them leave."""
+    return tuple(s for s in findings[0].stages if all(s in f.stages for f in findings))
+
+
+def _common(diagnoses: Sequence[Diagnosis]) -> str:
+    """The stage that most of the cases share, or else the pattern; "" without one."""
+    total = len(diagnoses)
+    for told in (_stages, _before_finalize, _places):
+        counts = Counter(words for d in diagnoses for words in set(told(d))).most_common(1)
+        if counts and 2 * counts[0][1] > total:
+            words, count = counts[0]
+            return f"in {count} of {counted(total, 'failing case')} {words}" if total > 1 else words
+    return ""
+
+
+def _stages(diagnosis: Diagnosis) -> list[str]:
+    stages = diagnosis.finding.stages
+    return [f"it lies in {' or '.join(stages)}"] if stages else []
+
+
+def _before_finalize(diagnosis: Diagnosis) -> list[str]:
+    stages = set(diagnosis.finding.stages)
+    if stages and stages <= _BEFORE_FINALIZE:
+        return [_STAGE_LINES["before finalize"]]
+    line = diagnosis.stage.partition(":")[0]
+    return [_STAGE_LINES[line]] if not stages and line in _STAGE_LINES else []
+
+
+def _places(diagnosis: Diagnosis) -> list[str]:
+    """Its patterns, without how many there are in all."""
+    return [
+        re.sub(r" of \d+ differs?$", " differ", p)
+        for p in diagnosis.patterns
+        if p.startswith(("only", "exactly"))
+    ]

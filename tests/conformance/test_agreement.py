@@ -1,0 +1,103 @@
+"""The verdict on several failing cases: nothing that was found for most of them is thrown away."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from torch import Tensor
+
+from mxfp4ref import forward
+from mxfp4ref.conformance import CaseResult, Diagnosis, Kernel, Options, Report, diagnose, run
+from mxfp4ref.conformance.adapters import whole_arguments
+from mxfp4ref.conformance.agreement import agreed
+from mxfp4ref.conformance.finding import Finding
+from mxfp4ref.goldens import open_goldens
+from mxfp4ref.model.call import MoeCall
+
+GOLDENS = open_goldens()
+FACTOR = "a factor of 0.9 too many on the bf16 output"
+TOLD_FROM = ". This output does not tell it from: "
+
+
+@pytest.fixture(scope="module")
+def plain() -> Diagnosis:
+    call = GOLDENS.load("finalize/slot_order").call().select(slice(1))
+    return diagnose("moe", call, {"output": -forward(call)}, {"output": forward(call)}, diagnosis="quick")
+
+
+def verdict(finding: Finding, plain: Diagnosis) -> str:
+    failed = CaseResult("a", "moe", "", "differs", diagnosis=plain)
+    return Report("it", "exact", (failed,), finding=finding).culprit
+
+
+def said(plain: Diagnosis, *findings: Finding) -> str:
+    return verdict(agreed([replace(plain, finding=f, stage="", patterns=()) for f in findings]), plain)
+
+
+def exact(words: str, *stages: str) -> Finding:
+    return Finding(stages or ("finalize",), words, True)
+
+
+def test_what_all_cases_say(plain: Diagnosis) -> None:
+    assert said(plain, *[exact(FACTOR)] * 3) == f" Every wrong bit is predicted by this: {FACTOR}."
+
+
+def test_alternatives_that_only_some_cases_leave_are_excluded_by_the_others(plain: Diagnosis) -> None:
+    words = said(
+        plain, exact(f"A{TOLD_FROM}B; C and 2 more"), exact(f"A{TOLD_FROM}C"), exact(f"C{TOLD_FROM}A")
+    )
+    assert words == f" Every wrong bit is predicted by this: A{TOLD_FROM}C."
+
+
+def test_what_most_cases_say_comes_with_the_count(plain: Diagnosis) -> None:
+    other = Finding(("fc2",), "something else")
+    words = said(plain, other, exact(FACTOR), exact(FACTOR), Finding())
+    assert (
+        words
+        == f" Every wrong bit in 2 of 4 failing cases is predicted by this: {FACTOR}; it lies in finalize."
+    )
+    assert "unknown" in said(plain, exact(FACTOR), other, Finding(), Finding()), "one case is no majority"
+
+
+def test_cases_that_are_all_explained_by_different_sentences(plain: Diagnosis) -> None:
+    words = said(plain, exact("A"), exact("B", "fc2"), exact("C"), exact("A"), exact("D"))
+    assert (
+        words == " Each is explained in every bit, by different sentences; 2 of 5 failing cases by this: A."
+    )
+
+
+def test_evidence_of_most_cases(plain: Diagnosis) -> None:
+    words = said(plain, *[Finding(("fc2",), "some evidence")] * 2, Finding())
+    assert words.endswith("best evidence: in 2 of 3 failing cases some evidence; it lies in fc2.")
+
+
+def test_without_a_sentence_the_stage_that_most_share(plain: Diagnosis) -> None:
+    lines = ["before finalize: 12 elements lie outside", "rounding: x", "before finalize: 3 elements"]
+    cases = [replace(plain, finding=Finding(), stage=line, patterns=()) for line in lines]
+    assert verdict(agreed(cases), plain) == (
+        " What is wrong is unknown; in 2 of 3 failing cases it lies before finalize."
+    )
+
+
+def test_without_a_stage_the_places_that_most_share(plain: Diagnosis) -> None:
+    patterns = [
+        "only tokens 2, 5, 8 of 9 differ",
+        "only tokens 2, 5, 8 of 16 differ",
+        "only token 1 of 2 differs",
+    ]
+    cases = [replace(plain, finding=Finding(), stage="", patterns=(p,)) for p in patterns]
+    assert verdict(agreed(cases), plain) == (
+        " What is wrong is unknown; in 2 of 3 failing cases only tokens 2, 5, 8 differ."
+    )
+
+
+def test_a_quick_run_repeats_the_finding() -> None:
+    def scaled(call: MoeCall) -> Tensor:
+        return forward(replace(call, token_final_scales=call.token_final_scales * 2.5))
+
+    kernel = Kernel("it", ("moe",), whole_arguments, lambda kind, call: scaled(call))
+    report = run(
+        kernel, map(GOLDENS.load, ("finalize/slot_order", "gemm/ordinary")), Options(diagnosis="quick")
+    )
+    assert "a factor of 2.5 too many on the routing weights" in report.verdict
