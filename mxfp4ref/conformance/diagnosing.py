@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.agreement import agreed
@@ -185,4 +186,5 @@ def _judged(failures: Mapping[str, Failed], results: list[CaseResult], goldens: 
                 one = runs(case)[0]
                 yield prepared(one.inputs), one.expected["output"]
 
-    return judge(wrong, passing, seconds=_SECONDS)
+    with torch.device("cpu"):  # whatever the caller's default is
+        return judge(wrong, passing, seconds=_SECONDS)

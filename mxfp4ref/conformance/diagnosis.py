@@ -263,16 +263,17 @@ def _investigated(
     pipeline = prepared(small)
     names = {s for s in how.suspects if isinstance(s, str)}
     first = [h for h in named_hypotheses(small) if h.name in names]
-    result = investigate(
-        pipeline,
-        rows_got,
-        rows_want,
-        seconds=how.seconds,
-        first=[*first, *(s for s in how.suspects if isinstance(s, Hypothesis))],
-        thorough=how.diagnosis == "full",
-        known=how.known,
-        progress=how.progress,
-    )
+    with torch.device("cpu"):  # whatever the caller's default is
+        result = investigate(
+            pipeline,
+            rows_got,
+            rows_want,
+            seconds=how.seconds,
+            first=[*first, *(s for s in how.suspects if isinstance(s, Hypothesis))],
+            thorough=how.diagnosis == "full",
+            known=how.known,
+            progress=how.progress,
+        )
     remarks = [e.sentence for e in result.evidence if e.sentence != result.finding.sentence]
     if not result.complete and how.diagnosis == "full":
         remarks.append(f"hypotheses were tried as long as there was time, {result.tried:,} of them")

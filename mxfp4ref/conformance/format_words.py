@@ -23,7 +23,7 @@ __all__ = ["format_finding"]
 
 _NAN = 255
 _MOST = 0.9
-_MAGNITUDES = torch.tensor(E2M1_VALUES[:8], dtype=torch.float64)
+_MAGNITUDES = torch.tensor(E2M1_VALUES[:8], dtype=torch.float64, device="cpu")
 _MIDPOINTS = (_MAGNITUDES[1:] + _MAGNITUDES[:-1]) / 2
 _EVEN_ABOVE = torch.tensor([False, True] * 3 + [False])  # whether the upper code of a midpoint is even
 
