@@ -16,6 +16,7 @@ from mxfp4ref.conformance.bounded import outside_bounds
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.diagnosing import Failed
 from mxfp4ref.conformance.execution import Outcome, execute_within
+from mxfp4ref.conformance.families.distances import angle_between
 from mxfp4ref.conformance.handing import to_device
 from mxfp4ref.conformance.options import Options
 from mxfp4ref.conformance.plain import like, raw_bytes, tensor_of
@@ -193,14 +194,24 @@ def _compare(
         for bits in expected.values()
     ]
     candidates = list(expected)
-    closest = candidates[counts.index(min(counts))]
+    count, closest = min(counts), candidates[counts.index(min(counts))]
     tiles = tuple(one.tiles for one, count in zip(candidates, counts, strict=True) if not count and one.tiles)
     outside = None
     if min(counts) and options.mode == "bounded":
         how = options.storage, options.confidence
         outside = outside_bounds(kind, closest, outcome.outputs, *how)
     elements = sum(want.numel() for want in closest.expected.values())
-    return _Comparison(closest, tiles, elements, min(counts), outside)
+    if kind == "moe" and len(candidates) > 1 and 2 * count > elements:
+        closest = _nearest(candidates, closest, outcome.outputs["output"])
+        count = counts[candidates.index(closest)]
+    return _Comparison(closest, tiles, elements, count, outside)
+
+
+def _nearest(candidates: Sequence[Run], fewest: Run, output: Tensor) -> Run:
+    """That whose output by far points the same way, if any: where most bits differ, a few equal ones are chance."""
+    angles = [angle_between(run.expected["output"], output.cpu()) for run in candidates]
+    best = angles.index(min(angles))
+    return candidates[best] if 2 * angles[best] < angles[candidates.index(fewest)] else fewest
 
 
 def _count_differing(got: Tensor, expected: bytes) -> int:

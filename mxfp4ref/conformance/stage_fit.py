@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mxfp4ref.conformance.bounds import bound
 from mxfp4ref.conformance.comparison import differing, first_difference
+from mxfp4ref.conformance.families.distances import solvable
 from mxfp4ref.conformance.reduction import is_heavy, local_experts, one_token, reduce_call
 from mxfp4ref.formats.mxfp4 import dequantize
 from mxfp4ref.model.call import MoeCall
@@ -163,8 +164,8 @@ def _fit_weights(call: MoeCall, output: Tensor, token: int) -> _Fit | None:
     usable = torch.isfinite(y).all() & torch.isfinite(target).all() & torch.isfinite(asked).all()
     if len(y) == 0 or not bool(usable & (lengths > 0).all() & (asked != 0).all()):
         return asked[:0], asked[:0], asked[:0]
-    if not bool(target.any()):
-        return None  # zeros say nothing
+    if not solvable(target):
+        return None
     directions = y / lengths[:, None]
     if float(torch.linalg.svdvals(directions).min()) < _INDEPENDENT or len(y) * 4 > y.shape[1]:
         return asked[:0], asked[:0], asked[:0]
@@ -194,17 +195,23 @@ def _fit_gemm2(call: MoeCall, output: Tensor, mask: Tensor) -> str:
     y = fp32.widen(output[token]).to(torch.float64) / float(call.token_final_scales[token, slot])
     if some.fc2_biases is not None and call.tp_rank == 0:
         y = y - fp32.widen(some.fc2_biases[0]).to(torch.float64)
-    if not bool(torch.isfinite(y).all() & torch.isfinite(weights).all() & y.any()):
+    if not bool(torch.isfinite(y).all() & torch.isfinite(weights).all()) or not solvable(y):
         return ""
     solution = torch.linalg.lstsq(weights, y[:, None], driver="gelsd").solution[:, 0]
-    rest = float((y - weights @ solution).norm() / y.norm().clamp(min=1e-30))
+    rest = _residual(y, weights @ solution)
     # With as many unknowns as equations anything can be fitted.
     if call.experts.intermediate_size * 2 > call.experts.hidden_size or rest > 2.0**-6:
         return f"; GEMM2's weights or scales, or what comes before (token {token})"
     right = fp32.widen(trace(one_token(call, token)).activation[0]).to(torch.float64)
+    if _residual(y, weights @ right) < 4 * max(rest, 2.0**-7):
+        return ""  # the right activation, summed in another way, gives it about as well
     wrong = ((solution - right).abs() > 0.05 * right.abs().max()).nonzero().flatten().tolist()
     shown = f"; {len(wrong)} of {len(right)} activation columns are off, first {wrong[:4]}" if wrong else ""
     return f"; it is GEMM2 of another activation (token {token}): GEMM1 or the activation is wrong{shown}"
+
+
+def _residual(y: Tensor, fitted: Tensor) -> float:
+    return float((y - fitted).norm() / y.norm())
 
 
 def numbers(values: Tensor) -> str:

@@ -8,7 +8,9 @@ from torch import Tensor
 from mxfp4ref.conformance.comparison import differing, ulp_distance
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["angle_between", "last_place", "surprise", "ulps_apart"]
+__all__ = ["angle_between", "last_place", "solvable", "surprise", "ulps_apart"]
+
+_UNDERFLOW = 2.0**-100  # below which sums lose what is below float32's least number
 
 
 def surprise(got: Tensor, want: Tensor) -> float:
@@ -35,3 +37,8 @@ def angle_between(output: Tensor, got: Tensor) -> float:
 def last_place(values: Tensor) -> Tensor:
     """A unit in the last place of bf16 numbers."""
     return torch.ldexp(torch.ones(values.shape), torch.frexp(fp32.widen(values.contiguous())).exponent - 8)
+
+
+def solvable(values: Tensor) -> bool:
+    """Whether numbers are large enough to be solved for what they are sums of: not zero, and far from underflow."""
+    return bool(values.abs().max() > _UNDERFLOW) if values.numel() else False

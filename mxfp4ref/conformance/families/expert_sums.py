@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from mxfp4ref.conformance.families.distances import solvable
 from mxfp4ref.conformance.families.hypothesis import Pipeline, slot_outputs
 from mxfp4ref.sm90 import fp32
 
@@ -20,7 +21,7 @@ _Parts = tuple[tuple[str, ...], str, int]  # of an `Evidence`
 
 def _allowed(weights: Tensor, y: Tensor) -> Tensor:
     """How far a sum of rounded rows may be off the numbers, by column."""
-    return _ROUNDING * (weights.abs() @ y.abs()) + 1e-30
+    return _ROUNDING * (weights.abs() @ y.abs())
 
 
 def _expert_weights(pipeline: Pipeline, got: Tensor, token: int) -> dict[int, float] | None:
@@ -43,7 +44,7 @@ def _expert_weights(pipeline: Pipeline, got: Tensor, token: int) -> dict[int, fl
         y = y + fp32.widen(experts.fc2_biases).to(torch.float64)
     target = fp32.widen(got[token].contiguous()).to(torch.float64)
     lengths = y.norm(dim=1)
-    if not bool(y.isfinite().all() & target.isfinite().all() & target.any() & (lengths > 0).all()):
+    if not bool(y.isfinite().all() & target.isfinite().all() & (lengths > 0).all()) or not solvable(target):
         return None
     directions = y / lengths[:, None]
     chosen = list(range(count))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -155,8 +156,7 @@ def _undecided(
     until: float,
 ) -> Verdict:
     """No hypothesis predicts all: the one that predicts most by far, or the stage that the evidence agrees on."""
-    votes: dict[tuple[str, ...], float] = {}
-    best: dict[tuple[str, ...], Evidence] = {}
+    proofs: list[Evidence] = []
     with one_thread():
         for number, failure in enumerate(_different(failures)):
             if number >= _READ or (number and time.thread_time() > until + 5):
@@ -170,16 +170,27 @@ def _undecided(
             strongest = [e for e in evidence if e.stages]
             if strongest:
                 first = strongest[0]
-                votes[first.stages] = votes.get(first.stages, 0) + first.strength
-                if first.stages not in best or best[first.stages].strength < first.strength:
-                    best[first.stages] = first
+                proofs.append(first)
                 by_case.setdefault(failure.case, first.finding())
     counted = sorted(seen.values(), key=lambda pair: (-pair[0], pair[1].hypothesis.cost))
     if counted and 2 * counted[0][0] >= len(failures):
         count, match = counted[0]
         found = match.hypothesis
         return Verdict(Finding(found.stages, found.words, False, (count, len(failures))), (), by_case)
-    if votes:
+    proofs = [one for one in proofs if not _refuted(one, proofs)]
+    if proofs:
+        votes = Counter[tuple[str, ...]]()
+        for one in proofs:
+            votes[one.stages] += one.strength
         stages = max(votes, key=lambda s: votes[s])
-        return Verdict(Finding(stages, best[stages].sentence, False), (), by_case)
+        best = max((one for one in proofs if one.stages == stages), key=lambda one: one.strength)
+        return Verdict(best.finding(), (), by_case)
     return Verdict(Finding(), (), by_case)
+
+
+def _refuted(one: Evidence, proofs: list[Evidence]) -> bool:
+    """Whether as many cases prove that it lies in other stages as say what this one says, or more."""
+    shared = sum(bool(set(one.stages) & set(other.stages)) for other in proofs)
+    return (
+        0 < shared <= sum(other.strength >= 2 and not set(one.stages) & set(other.stages) for other in proofs)
+    )

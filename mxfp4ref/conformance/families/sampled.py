@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mxfp4ref.conformance.families.distances import solvable
 from mxfp4ref.conformance.families.hypothesis import Pipeline
 from mxfp4ref.formats.mxfp4 import dequantize
 from mxfp4ref.model.forward import trace
@@ -119,7 +120,8 @@ def samples(pipeline: Pipeline, got: Tensor, wrong: Tensor, local: Tensor) -> li
                 noise=rounded.square().sum(0) / 12,
             )
         )
-    return [one for one in found if one.finite and bool((one.noise > 0).all())]
+    telling = solvable(fp32.widen(got[index].contiguous()))
+    return [one for one in found if telling and one.finite and bool((one.noise > 0).all())]
 
 
 def _unit(values: Tensor) -> Tensor:

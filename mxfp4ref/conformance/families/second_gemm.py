@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mxfp4ref.conformance.families.distances import solvable
 from mxfp4ref.conformance.families.hypothesis import Pipeline
 from mxfp4ref.conformance.families.places import suspected_experts
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE, dequantize
@@ -24,6 +25,7 @@ __all__ = ["second_gemm"]
 _SIZE = 1 << 22  # elements of a system of equations
 _ROUNDING = 2.0**-9  # of bf16, relative, of each slot's row and of the sum
 _MARGIN = 1.6  # over the expected length of the rounding errors
+_SIGMAS = 6.0  # of a solved number's standard deviation: more is no chance
 _SMOOTH, _ROUGH = 0.6, 0.85  # of neighbours' differences, as a share of any two's
 _Parts = tuple[tuple[str, ...], str, int, tuple[int, int] | None]  # of an `Evidence`
 
@@ -87,7 +89,8 @@ def second_gemm(
     if small:
         solved = [s.explained(s.columns.flatten(1)) for s in small]
         if all(fits for fits, _ in solved):
-            yield _of_activation(small, [delta for _, delta in solved], of_expert)
+            if (found := _of_activation(small, [delta for _, delta in solved], of_expert)) is not None:
+                yield found
         elif not any(fits for fits, _ in solved):
             yield (
                 (),
@@ -102,7 +105,8 @@ def second_gemm(
         inside = [s.explained(s.columns[:, :, part].flatten(1))[1].view(len(s.slots), -1) for s in systems]
         right = torch.cat([s.right[:, part] for s in systems])
         where = f" in its columns {block[0]} to {block[1]}"
-        if (moved := _rearranged(right, right + torch.cat(inside), of_expert, where)) is not None:
+        unsure = torch.cat([_unsure(s, part) for s in systems])
+        if (moved := _rearranged(right, right + torch.cat(inside), unsure, of_expert, where)) is not None:
             yield moved
             return
         yield (
@@ -114,12 +118,13 @@ def second_gemm(
         )
 
 
-def _rearranged(right: Tensor, found: Tensor, of_expert: str, where: str = "") -> _Parts | None:
-    """Where GEMM2 got the right numbers in other places, or zeros, which its own K gives too."""
-    one, other = (t.sort(1).values for t in (right, found))
-    size = right.square().mean().sqrt()
-    zero = float(found.square().mean().sqrt()) < 0.05 * float(size)
-    if not zero and float((one - other).square().mean().sqrt()) > 0.1 * float(size):
+def _rearranged(
+    right: Tensor, found: Tensor, unsure: Tensor, of_expert: str, where: str = ""
+) -> _Parts | None:
+    """Where GEMM2 got the right numbers in other places, each of them, or zeros, which its own K gives too."""
+    size = float(right.square().mean().sqrt())
+    zero = float(found.square().mean().sqrt()) < 0.05 * size
+    if not zero and not _permuted(right, found, unsure):
         return None
     what = "zeros" if zero else "the right numbers in other places"
     stages = ("fc2", "activation") if zero else ()
@@ -128,6 +133,16 @@ def _rearranged(right: Tensor, found: Tensor, of_expert: str, where: str = "") -
         "of GEMM1"
     )
     return stages, words, 2, None
+
+
+def _permuted(right: Tensor, found: Tensor, unsure: Tensor) -> bool:
+    """Whether each row has the right one's numbers, as exactly as they are solved; not where too few are distinct."""
+    one, (other, order) = right.sort(1).values, found.sort(1)
+    if float(unsure.square().mean().sqrt()) * _SIGMAS > float(right.square().mean().sqrt()) / 2:
+        return False
+    if any(len(row.unique()) <= len(row) // 2 for row in right):
+        return False
+    return bool(((one - other).abs() <= _SIGMAS * unsure.gather(1, order) + 2.0**-7 * other.abs()).all())
 
 
 def _system(
@@ -152,7 +167,7 @@ def _system(
     target = fp32.widen(got[token].contiguous()).to(torch.float64)
     largest = torch.maximum(parts.square().sum(0), target.square())
     noise = 0.8 * _ROUNDING * (largest + target.square()).sqrt()
-    noise = noise + 2.0**-3 * noise.mean() + 1e-30
+    noise = noise + 2.0**-3 * noise.mean()
     rows = [place[int(slot)] for slot in slots]
     fc1 = fp32.widen(one.fc1_output[rows]).to(torch.float64)
     if chosen.fc1_biases is not None:
@@ -160,6 +175,8 @@ def _system(
     up, gate = fc1.chunk(2, dim=1)
     right = fp32.widen(one.activation[rows]).to(torch.float64)
     if not all(bool(t.isfinite().all()) for t in (columns, target, parts, right, up, gate)):
+        return None
+    if not solvable(target):
         return None
     return _System(
         columns,
@@ -222,12 +239,19 @@ def _block(systems: list[_System]) -> tuple[int, int] | None:
     return None
 
 
-def _of_activation(systems: list[_System], deltas: list[Tensor], of_expert: str) -> _Parts:
-    """What the solved activation says: a few columns, another function of the same GEMM1, or another GEMM1."""
+def _of_activation(systems: list[_System], deltas: list[Tensor], of_expert: str) -> _Parts | None:
+    """What the solved activation says: a few columns, another function of the same GEMM1, or another GEMM1.
+
+    None where it is the right one, as far as it is known, or a multiple of it in each slot, as other routing weights
+    give too.
+    """
     found = torch.cat([(s.right + d.view_as(s.right)) for s, d in zip(systems, deltas, strict=True)])
     right = torch.cat([s.right for s in systems])
     unsure = torch.cat([_unsure(s) for s in systems])
-    if (moved := _rearranged(right, found, of_expert)) is not None:
+    factors = (found * right).sum(1, keepdim=True) / right.square().sum(1, keepdim=True).clamp(min=1e-300)
+    if bool(((found - factors * right).abs() <= _SIGMAS * unsure + 2.0**-7 * found.abs()).all()):
+        return None
+    if (moved := _rearranged(right, found, unsure, of_expert)) is not None:
         return moved
     off = (found - right).abs() > 5 * unsure + 0.02 * right.abs()
     columns = off.any(0).nonzero().flatten()
@@ -275,9 +299,9 @@ def _of_activation(systems: list[_System], deltas: list[Tensor], of_expert: str)
     )
 
 
-def _unsure(system: _System) -> Tensor:
-    """Standard deviations of the solved activation, `[n, I]`."""
-    weighted = system.columns.flatten(1) / system.noise[:, None]
+def _unsure(system: _System, part: slice = slice(None)) -> Tensor:
+    """Standard deviations of the solved activation, or of its part, `[n, I]`."""
+    weighted = system.columns[:, :, part].flatten(1) / system.noise[:, None]
     covariance = torch.linalg.pinv(weighted.T @ weighted, hermitian=True)
-    result: Tensor = covariance.diagonal().clamp(min=0).sqrt().view_as(system.right)
+    result: Tensor = covariance.diagonal().clamp(min=0).sqrt().view_as(system.right[:, part])
     return result

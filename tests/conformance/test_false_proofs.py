@@ -1,0 +1,84 @@
+"""Sentences that look proven and are false: near underflow, of a sum in few bits, of other K tiles, by chance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mxfp4ref import forward
+from mxfp4ref.conformance import CaseResult, Kernel, Options, differing, run_case
+from mxfp4ref.conformance.adapters import whole_arguments
+from mxfp4ref.conformance.families.engine import prepared
+from mxfp4ref.conformance.families.evidence import Evidence, gather
+from mxfp4ref.conformance.families.jury import _refuted
+from mxfp4ref.conformance.families.second_gemm import _permuted
+from mxfp4ref.conformance.stage_fit import reconcile
+from mxfp4ref.formats.mxfp4 import dequantize
+from mxfp4ref.goldens import open_goldens
+from mxfp4ref.model.call import MoeCall
+from tests.held_out_kernels.by_hand import layer, with_experts
+
+GOLDENS = open_goldens()
+
+
+def quick(function: Callable[[MoeCall], Tensor], case: str) -> CaseResult:
+    kernel = Kernel("it", ("moe",), whole_arguments, lambda kind, call: function(call))
+    return run_case(kernel, GOLDENS.load(case), Options(diagnosis="quick", repeat=False))
+
+
+def test_nothing_is_solved_for_near_underflow() -> None:
+    call = GOLDENS.load("finalize/underflowing_products").call()
+    right = forward(call)
+    pipeline = prepared(call)
+    assert pipeline.call.experts.fc2_scales is not None
+    shifted = with_experts(pipeline.call, fc2_scales=pipeline.call.experts.fc2_scales.roll(1, 2))
+    got = right.clone()
+    got[2::3] = forward(shifted)[2::3]
+    assert bool(differing(got, right).any())
+    found = gather(pipeline, got, right, differing(got, right))
+    assert not any("finalize" in one.stages or "are right" in one.sentence for one in found)
+
+
+def test_a_bf16_sum_in_gemm2_is_no_other_activation() -> None:
+    def summed(x: Tensor, packed: Tensor, scales: Tensor, tactic: object) -> Tensor:
+        weights = dequantize(packed, scales, convention="sm90", dtype=torch.float32)
+        total = torch.zeros(len(x), len(weights), dtype=torch.bfloat16)
+        for k in range(x.shape[1]):
+            total = (total.float() + x[:, k, None].float() * weights[:, k]).to(torch.bfloat16)
+        return total.float()
+
+    call = prepared(GOLDENS.load("gemm/first_group_overflows").call()).call
+    got = layer(call, gemm2=summed)
+    stage = reconcile(call, {"output": got}, differing(got, forward(call)))
+    assert stage.startswith("before finalize")
+    assert "activation" not in stage
+
+
+def test_a_factor_is_not_held_against_other_tiles() -> None:
+    """What is expected depends so much on the K tiles that those of most equal elements are others, by chance."""
+
+    def scaled(call: MoeCall) -> Tensor:
+        return forward(replace(call, token_final_scales=call.token_final_scales * 2.5))
+
+    found = quick(scaled, "gemm/mirrored_hidden_1536").diagnosis
+    assert found is not None
+    assert "2.5" in found.finding.sentence
+    assert found.finding.stages[0] == "finalize"
+
+
+def test_proofs_of_several_cases_refute_that_of_one() -> None:
+    one, *others = (Evidence(stages, "", 3) for stages in (("finalize",), ("fc2",), ("fc2", "fc1")))
+    assert _refuted(one, [one, *others])
+    assert not any(_refuted(other, [one, *others]) for other in others)
+
+
+def test_only_the_very_numbers_are_numbers_in_other_places() -> None:
+    right = torch.randn(2, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    unsure = torch.full_like(right, 1e-3)
+    assert _permuted(right, right.roll(32, 1), unsure)
+    assert not _permuted(right, (right * 1.08).roll(32, 1), unsure), "of about the same distribution"
+    assert not _permuted(right.sign(), right.sign().roll(1, 1), unsure), "too few are distinct"
+    assert not _permuted(right, right.roll(32, 1), 100 * unsure), "not solved well enough"
