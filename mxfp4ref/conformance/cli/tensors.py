@@ -50,11 +50,11 @@ def compare(a: Path, b: Path) -> None:
             changes = compare_reports(read_report(a), read_report(b))
             _print(changes)
             sys.exit(NOT_EQUAL if changes.worse else 0)
-        for path, other in ((a, b), (b, a)):
+        for path, beside in ((a, b), (b, a)):
             if is_report(path):
                 raise ValueError(
-                    f"{other}: expected a report in JSON, as conform --json writes it, since {path} is one, "
-                    f"got {'an HTML page' if other.suffix in ('.html', '.htm') else 'another file'}"
+                    f"{beside}: expected a report in JSON, as conform --json writes it, since {path} is one, "
+                    f"got {'an HTML page' if beside.suffix in ('.html', '.htm') else 'another file'}"
                 )
         one, other = _load(a), _load(b)
         if not one and not other:
