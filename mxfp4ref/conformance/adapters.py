@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.plain import TensorError
+from mxfp4ref.conformance.plain import TensorError, printable
 from mxfp4ref.formats.experts import PARAMETERS
 from mxfp4ref.formats.generations import NEWEST, Generation
 from mxfp4ref.formats.layout import fold_scales_sm90, interleave_weights_sm90
@@ -34,6 +35,7 @@ __all__ = [
     "sm90_arguments",
     "takes",
     "whole_arguments",
+    "without_argument",
 ]
 
 INTERMEDIATES = ("fc1_output", "activation", "fc2_output")  # those of `MoeTrace` that a diagnosis looks at
@@ -184,6 +186,19 @@ def sm90_arguments(
         return positional, keywords
 
     return prepare
+
+
+def without_argument(error: BaseException) -> str:
+    """What to do about an argument that a kernel does not have, to be added to the message, or ""."""
+    name = re.search(
+        r"unexpected keyword argument '(\w+)'", printable(error) if type(error) is TypeError else ""
+    )
+    if name is None:
+        return ""
+    return (
+        f"; a kernel without {name[1]} can take **others and, if there are any, "
+        f'raise mxfp4ref.conformance.Skip("no {name[1]}")'
+    )
 
 
 def takes(function: Callable[..., Any], name: str) -> bool:

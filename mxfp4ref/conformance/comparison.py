@@ -143,7 +143,7 @@ def difference_at(got: Tensor, expected: Tensor, index: tuple[int, ...]) -> Diff
         got_value=_value(one),
         expected_value=_value(other),
         ulps=int(ulp_distance(one, other)),
-        whole=got.dtype in _WHOLE,
+        whole=got.dtype in (*_WHOLE, torch.bool),
     )
 
 

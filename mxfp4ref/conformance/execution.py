@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import queue
-import re
 import sys
 import threading
 import time
@@ -23,7 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.adapters import INTERMEDIATES, Kernel, Skip, is_poison, outputs_by_name, poisoned
+from mxfp4ref.conformance.adapters import (
+    INTERMEDIATES,
+    Kernel,
+    Skip,
+    is_poison,
+    outputs_by_name,
+    poisoned,
+    without_argument,
+)
 from mxfp4ref.conformance.comparison import differing, first_difference
 from mxfp4ref.conformance.handing import Handed, to_device
 from mxfp4ref.conformance.plain import (
@@ -291,26 +298,13 @@ def _run_once(
     except Skip as reason:
         found = Collected(problem="skipped", message=printable(reason) or "the kernel skips this case")
     except BaseException as error:
-        found = Collected(problem="raised", message=of_exception(error, __file__) + _unknown_name(error))
+        found = Collected(problem="raised", message=of_exception(error, __file__) + without_argument(error))
     else:
         found = Collected((kept,), stages)
     if os.getpid() != process:  # a copy of this process that the kernel forked off, and that returned, too
         os._exit(0)
     report(CHECKS)
     return replace(found, seconds=seconds, left=left)
-
-
-def _unknown_name(error: BaseException) -> str:
-    """What to do about an argument that a kernel does not have, to be added to the message, or ""."""
-    name = re.search(
-        r"unexpected keyword argument '(\w+)'", printable(error) if type(error) is TypeError else ""
-    )
-    if name is None:
-        return ""
-    return (
-        f"; a kernel without {name[1]} can take **others and, if there are any, "
-        f'raise mxfp4ref.conformance.Skip("no {name[1]}")'
-    )
 
 
 def _call(kernel: Kernel, handed: Handed) -> Any:

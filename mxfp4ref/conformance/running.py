@@ -33,6 +33,7 @@ from mxfp4ref.sm90.tactics import Sm90Kernel, each_kernel
 
 __all__ = ["compare_case"]
 
+_LARGEST = 1 << 30  # bytes of the weights of a reproducer
 _NOT_RUN_AGAIN = ("timed out", "unstable", "interfered")  # to see whether a part of the call fails likewise
 
 
@@ -131,13 +132,16 @@ def _smallest(
     """The smallest part of a call that fails as all of it did, and what the kernel gave for it; else all of it.
 
     Tried are the first token that differs, and that with all before it: a mistake may need a token's place.
+
+    Raises:
+        ValueError: no part does, and all of it is too large to write.
     """
     one, outcome = failed
-    if not isinstance(one.inputs, MoeCall) or outcome.problem in _NOT_RUN_AGAIN:
+    if not isinstance(one.inputs, MoeCall):
         return one, outcome.outputs
     call, want = to_device(one.inputs, "cpu"), one.expected["output"].cpu()
     token = 0 if outcome.problem else int(differing(outcome.outputs["output"], want).any(1).nonzero()[0])
-    for first in dict.fromkeys((token, 0)):
+    for first in () if outcome.problem in _NOT_RUN_AGAIN else dict.fromkeys((token, 0)):
         part = reduce_call(call, torch.arange(first, token + 1))
         rows = want[first : token + 1]
         if part.num_tokens == call.num_tokens or bool(differing(forward(part), rows).any()):
@@ -149,11 +153,12 @@ def _smallest(
             inputs = "moe", part, small.expected
             again = execute_within(options.timeout, kernel, inputs, repeat=bool(outcome.problem))
         if again.problem or outcome.problem:
-            if again.problem == outcome.problem:
+            before, now = (f"{ran.problem}: {ran.message}".split(": ")[:2] for ran in (outcome, again))
+            if before == now:  # the class of what was raised, too
                 return small, {}
             continue
         # A kernel that chooses its K tiles may choose others for fewer tokens.
-        parts = {small: _bits(small)}
+        parts = {}
         for other in candidates:
             by_other = replace(part, kernel=other.inputs.kernel)
             expected = Run(other.tiles, by_other, {"output": forward(by_other)})
@@ -161,6 +166,11 @@ def _smallest(
         compared = _compare("moe", again, parts, options)
         if compared.wrong:
             return compared.closest, again.outputs
+    size = sum(tensor.nbytes for tensor in vars(call.experts).values() if isinstance(tensor, Tensor))
+    if size > _LARGEST:
+        raise ValueError(
+            f"no part of the call was seen to fail as it did, and all of it is {size / 2**30:.1f} GiB"
+        )
     return one, outcome.outputs
 
 

@@ -173,7 +173,7 @@ def record(
             return USAGE
         beside = f", beside {there:,} that were there" if there else ""
         after = f"; then the script ended with {ended}" if ended else ""
-        echo(f"{written:,} {'call' if written == 1 else 'calls'} recorded in {folder}{beside}{after}")
+        echo(f"{written:,} calls recorded in {folder}{beside}{after}")
         return code
 
     sys.exit(summary(run_script(script, arguments, recorder, module=module, at_exit=summary)))

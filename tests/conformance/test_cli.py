@@ -19,8 +19,9 @@ from click.testing import CliRunner, Result
 from mxfp4ref.__main__ import commands
 from mxfp4ref.checkpoint import CheckpointLayer, read_layer, run_layer, write_layer
 from mxfp4ref.conformance.comparison import differing
+from mxfp4ref.conformance.finding import STAGES
 from mxfp4ref.conformance.report import FORMAT
-from mxfp4ref.conformance.reproducer import write_reproducer
+from mxfp4ref.conformance.reproducer import load_reproducer, reproduce, write_reproducer
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.formats.generations import GENERATIONS
 from mxfp4ref.goldens import Goldens, open_goldens, tensor_bytes
@@ -132,6 +133,44 @@ def test_no_reproducer_replaces_what_is_none(tmp_path: Path, name: str) -> None:
         assert "not written" not in invoke(*arguments, "--dump", tmp_path).output
 
 
+@pytest.mark.parametrize(
+    ("only_if", "kept"),
+    [("len(output) > 0", 1), ("len(output) > 2", 3), ("len(output) > 3", 16)],
+    ids=["one token", "those before it too", "all"],
+)
+def test_a_reproducer_is_cut_to_what_was_seen_to_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, only_if: str, kept: int
+) -> None:
+    """A mistake in the third token, which needs none or some of the others."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "kernel_by_place.py").write_text(
+        "from mxfp4ref import torch_ref_cutlass_fused_moe\n\n\ndef f(**named):\n"
+        "    output = torch_ref_cutlass_fused_moe(**named)[0]\n"
+        f"    if {only_if}:\n        output[min(2, len(output) - 1)] *= 2\n    return output\n"
+    )
+    arguments = ("--case", "gemm/ordinary", "--no-repeat", "--no-isolate", "--diagnosis", "none")
+    result = invoke("conform", "kernel_by_place:f", *arguments, "--dump", tmp_path / "d")
+    assert result.exit_code == 1, result.output
+    path = tmp_path / "d" / "gemm-ordinary.safetensors"
+    _, call, expected = load_reproducer(path)
+    assert len(call.input) == len(expected["output"]) == kept
+    assert reproduce(path, "kernel_by_place:f") == 1
+    sys.modules.pop("kernel_by_place")
+
+
+def test_a_reproducer_of_what_is_raised(tmp_path: Path) -> None:
+    """Isolated; alone, the first token is computed."""
+    (tmp_path / "raises_for_two.py").write_text(
+        "from mxfp4ref import torch_ref_cutlass_fused_moe\n\n\ndef f(**named):\n"
+        "    if len(named['input']) > 1:\n        raise RuntimeError('two')\n"
+        "    return torch_ref_cutlass_fused_moe(**named)\n"
+    )
+    kernel = f"{tmp_path / 'raises_for_two.py'}:f"
+    result = invoke("conform", kernel, "--case", "gemm/ordinary", "--dump", tmp_path / "d")
+    assert "raised: RuntimeError: two" in result.output
+    assert len(load_reproducer(tmp_path / "d" / "gemm-ordinary.safetensors")[1].input) == 16
+
+
 def test_reproducer_reproduces(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,7 +206,8 @@ def test_reproducer_reproduces(
     assert said.endswith("the same bits that were recorded\n")
     assert run("case2", "oracle")[:2] == (
         0,
-        "gemm/case2: oracle on cpu\noutput: equal\n    other bits than those that were recorded\n",
+        "gemm/case2: oracle on cpu\noutput: equal\n    other bits than those that were recorded\n"
+        "The mistake does not show here: this kernel passes the case as it is stored.\n",
     )
     for name in ("case0", "case1"):  # found, and not of flashinfer's signature
         assert "cannot import" not in run(name)[2]
@@ -334,6 +374,23 @@ def test_kernel_as_an_option() -> None:
     result = invoke("conform", "--kernel", "oracle", "--case", "finalize/slot_order")
     assert result.exit_code == 0
     assert invoke("conform", "oracle", "--kernel", "oracle").exit_code == 2
+
+
+def test_stages_and_families_are_explained() -> None:
+    slots = invoke("explain", "slots")
+    assert slots.exit_code == 0
+    assert "stage slots\nWhat is in it: which expert" in slots.output
+    assert "ep_offset_dropped" in slots.output
+    both = invoke("explain", "input").output
+    assert "stage input\n" in both
+    assert "family input\nIts changes: rows or columns of the input at another place" in both
+    assert invoke("explain", "K", "groups").output == invoke("explain", "K groups").output
+    for name in STAGES:
+        assert invoke("explain", name).exit_code == 0
+    unknown = invoke("explain", "slot")
+    assert unknown.exit_code == 2
+    assert "did you mean slots" in unknown.output
+    assert "a family (another expert's, rows" in unknown.output
 
 
 def test_defects_and_explain() -> None:

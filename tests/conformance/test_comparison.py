@@ -9,7 +9,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mxfp4ref.conformance.comparison import FAR, assert_bits_equal, differing, first_difference, ulp_distance
+from mxfp4ref.conformance.comparison import (
+    FAR,
+    assert_bits_equal,
+    differing,
+    first_difference,
+    in_words,
+    ulp_distance,
+)
 
 EVERY_BF16 = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
 
@@ -118,6 +125,16 @@ def test_assert_bits_equal() -> None:
         assert_bits_equal([0.0], zeros)  # type: ignore[arg-type]
 
 
+def test_integers_have_no_ulp() -> None:
+    ids = torch.tensor([1, 2, 250], dtype=torch.int32)
+    assert in_words(ids, ids + torch.tensor([0, 3, 1], dtype=torch.int32)) == (
+        "2 of 3 elements differ, by at most 3; first at [1]: got 0x00000002 (2), expected 0x00000005 (5), by 3"
+    )
+    assert ", at most 128 ulp; first" in in_words(
+        torch.tensor([1.0]).bfloat16(), torch.tensor([2.0]).bfloat16()
+    )
+
+
 LARGEST = torch.finfo(torch.float64).max
 
 
@@ -133,9 +150,9 @@ LARGEST = torch.finfo(torch.float64).max
         (1.0, float("nan"), torch.float8_e5m2, "a NaN on one side"),
         (1.0, 8.0, torch.float8_e8m0fnu, "0x82 (8), 3 ulp"),
         (1 + 1j, 1 - 1j, torch.complex128, "((1-1j)), 9,214,364,837,600,034,816 ulp"),
-        (-(1 << 63), (1 << 63) - 1, torch.int64, "9,223,372,036,854,775,806 ulp"),
-        (1 << 63, (1 << 63) - 1, torch.uint64, "(9223372036854775807), 1 ulp"),
-        (True, False, torch.bool, "0x00 (False), 1 ulp"),
+        (-(1 << 63), (1 << 63) - 1, torch.int64, "by 9,223,372,036,854,775,806"),
+        (1 << 63, (1 << 63) - 1, torch.uint64, "(9223372036854775807), by 1"),
+        (True, False, torch.bool, "0x00 (False), by 1"),
     ],
 )
 def test_values_and_distances(got: float, expected: float, dtype: torch.dtype, words: str) -> None:

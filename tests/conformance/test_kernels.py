@@ -96,7 +96,10 @@ def test_a_kernel_that_chooses_its_tiles_is_not_held_against_an_n_tile() -> None
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("nonsense", "expected package.module:function, file.py:function or one of"),
+        (
+            "nonsense",
+            "expected package.module:function, file.py:function, one of these two after logical:, plain: or",
+        ),
         ("no.such.module:f", "cannot import 'no.such.module'"),
         ("tests.helpers.kernels_under_test:absent", "has no 'absent'"),
         ("tests.helpers.kernels_under_test:GOLDENS", "has no"),
@@ -124,6 +127,28 @@ class TestFiles:
         )
         Path("own_kernel.py").write_text("from neighbour import f\n\ndef few(x):\n    return x\n")
         Path("broken.py").write_text("import math\n\nx = 1 / 0\n")
+
+    @pytest.mark.parametrize(
+        ("spec", "message"),
+        [
+            ("own_kernel.py", "got 'own_kernel.py'; did you mean own_kernel.py:few?"),
+            ("plain:own_kernel.py:nosuch", "'own_kernel.py' has no 'nosuch'; it has few"),
+            ("absent.py:f", "there is no file 'absent.py'"),
+            ("neighbor.py:f", "there is no file 'neighbor.py'; did you mean neighbour.py?"),
+            ("absent.py", "got 'absent.py'; absent.py is no file of Python here"),
+            (
+                "own_kernel.py:few",
+                "flashinfer's arguments by name: input, token_selected_experts, token_final_scales",
+            ),
+        ],
+    )
+    def test_what_is_wrong_with_a_file_is_told(self, spec: str, message: str) -> None:
+        with pytest.raises(KernelError) as error:
+            load_kernel(spec)
+        assert message in str(error.value)
+        assert str(error.value).count("did you mean") <= 1
+        if spec == "absent.py:f":
+            assert "did you mean" not in str(error.value)
 
     @pytest.mark.parametrize(
         "spec", ["plain:own_kernel:f", "plain:own_kernel.py:f", "plain:./own_kernel.py:f"]

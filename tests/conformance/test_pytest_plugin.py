@@ -243,5 +243,5 @@ def test_no_verdict_without_every_result(pytester: pytest.Pytester, how: str) ->
     assert result.ret == (
         pytest.ExitCode.INTERRUPTED if how == "interrupted" else pytest.ExitCode.TESTS_FAILED
     )
-    result.stdout.fnmatch_lines(["oracle: interrupted, no verdict; 0 of 1 cases failed, of the goldens' *"])
+    result.stdout.fnmatch_lines(["oracle: interrupted, no verdict; 0 of 1 case failed, of the goldens' *"])
     assert "conforms" not in (pytester.path / "report.html").read_text()

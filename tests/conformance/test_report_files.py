@@ -14,14 +14,14 @@ import pytest
 from click.testing import CliRunner, Result
 
 from mxfp4ref.__main__ import commands
-from mxfp4ref.conformance import CaseResult, Options, Report
-from mxfp4ref.conformance.again import command, conform_arguments
+from mxfp4ref.conformance import CaseResult, Options, Report, run
+from mxfp4ref.conformance.again import command, conform_arguments, selection_arguments
 from mxfp4ref.conformance.cli.report_files import ReportFiles
 from mxfp4ref.conformance.html_report import to_html
 from mxfp4ref.conformance.report import to_json, to_junit
 from mxfp4ref.conformance.report_comparison import compare_reports
 from mxfp4ref.conformance.report_reading import read_report
-from mxfp4ref.conformance.report_text import to_text
+from mxfp4ref.conformance.report_text import headline, to_text
 from mxfp4ref.conformance.results import GoldensUsed
 from mxfp4ref.goldens import Goldens, open_goldens
 
@@ -96,7 +96,7 @@ def test_a_report_on_stdout_is_alone_there() -> None:
     found = json.loads(result.stdout)
     assert found["cases"] == {"chosen": 1, "ran": 1, "failed": 1}
     assert found["goldens"]["sha256"] == GOLDENS.sha256
-    assert found["arguments"] == ["defect:last_slot_dropped", "--timeout", "600"][:1]
+    assert found["arguments"] == ["defect:last_slot_dropped", "--diagnosis", "none", "--case", SMALL]
     assert f"{SMALL}: differs in" in result.stderr
     both = invoke("conform", "oracle", "--case", SMALL, "--json", "-", "--junit", "-")
     assert both.exit_code == 2
@@ -161,19 +161,63 @@ def test_what_changed_between_two_reports(tmp_path: Path) -> None:
     )
     changes = compare_reports(read_report(old), read_report(new))
     assert changes.conditions == ("other torch: 2.12; now 2.13",)
-    assert changes.failing == ("a/fails_now: differs in 12 of 1,000 elements", "a/new_fails: raised")
-    assert changes.lost == ("a/skipped_now: skipped", "a/gone: not run")
+    assert changes.failing == ("a/fails_now: differs in 12 of 1,000 elements",)
+    assert changes.lost == ("a/skipped_now: skipped",)
+    assert changes.first_failing == ("a/new_fails: raised",)
     assert changes.passing == ("a/passes_now: equal",)
     assert changes.changed == ("a/other: differs in 12 of 1,000 elements; now crashed; SIGSEGV",)
-    assert changes.only_old == ("a/failed_and_gone: raised; RuntimeError: no",)
+    assert changes.not_run == ("a/gone: it was equal", "a/failed_and_gone: it was raised; RuntimeError: no")
     assert changes.only_new == ("a/new: equal",)
-    assert (changes.worse, changes.alike) == (4, 1)
+    assert (changes.worse, changes.alike) == (2, 1)
     result = invoke("compare", old, new)
     assert result.exit_code == 1
-    assert result.output.startswith("other torch: 2.12; now 2.13\nnewly failing (2):\n  a/fails_now: differs")
-    assert result.output.endswith("4 cases got worse, 1 are as they were\n")
+    assert result.output.startswith("other torch: 2.12; now 2.13\nnewly failing (1):\n  a/fails_now: differs")
+    assert result.output.endswith("2 cases got worse, 1 are as they were, 2 were not run\n")
     same = invoke("compare", old, old)
     assert (same.exit_code, same.output) == (0, "no case got worse, 7 are as they were\n")
+
+
+def test_a_report_of_some_cases_is_not_worse(tmp_path: Path) -> None:
+    whole = written(
+        tmp_path / "whole.json",
+        *(result_of("a/same"), result_of("a/failed", "differs", elements=2, differing=1)),
+        result_of("a/skipped", "skipped", message="one does not run cases of kind layout"),
+    )
+    some = written(tmp_path / "some.json", result_of("a/failed"))
+    assert invoke("compare", whole, some).exit_code == 0
+    assert invoke("compare", some, whole).exit_code == 1  # a/failed passed and fails
+    other = written(
+        tmp_path / "other.json",
+        result_of("a/skipped", "skipped", message="two does not run cases of kind layout"),
+    )
+    assert compare_reports(read_report(whole), read_report(other)).alike == 1
+
+
+def test_the_command_of_a_run_has_its_selection(tmp_path: Path) -> None:
+    chosen = ("--case", SMALL, "--case", "gemm/ordin*")
+    invoke("conform", "oracle", *chosen, "-x", "--diagnosis", "none", "--json", tmp_path / "r.json")
+    arguments = json.loads((tmp_path / "r.json").read_text())["arguments"]
+    assert arguments == ["oracle", "--diagnosis", "none", *chosen, "--maxfail", "1"]
+    assert selection_arguments((), Path("a.json"), None, 4) == ("--last-failed", "a.json", "--jobs", "4")
+    report = Report("oracle", "exact", (result_of(SMALL),), arguments=("oracle",), selection=chosen)
+    assert command(report) == f"mxfp4ref conform oracle --case {SMALL} --case 'gemm/ordin*'"
+    one = command(report, report.results[0])
+    assert one == f"mxfp4ref conform oracle --case {SMALL} --dump reproducers"
+
+
+def test_how_many_lie_outside_their_bounds_comes_first() -> None:
+    result = result_of("a/b", "outside bounds", elements=4096, differing=1513, outside=1)
+    assert headline(result) == "a/b: outside bounds in 1 of 4,096 elements (1,513 differ)"
+
+
+def test_a_report_in_words_and_its_repr() -> None:
+    report = run("defect:bf16_finalize", [GOLDENS.load(SMALL)], Options(diagnosis="quick"))
+    assert str(report) == to_text(report)
+    assert "tensor(" not in repr(report) + repr(report.results[0]) + str(report.results[0].diagnosis)
+    assert "\n" not in repr(report)
+    assert repr(report).startswith(
+        "Report(kernel='defect:bf16_finalize', mode='exact', results=(CaseResult(case="
+    )
 
 
 def test_reports_that_cannot_be_compared(tmp_path: Path) -> None:
@@ -187,10 +231,12 @@ def test_reports_that_cannot_be_compared(tmp_path: Path) -> None:
     (tmp_path / "later.json").write_text(json.dumps(of_0_1 | {"format": "mxfp4ref-report-9"}))
     (tmp_path / "broken.json").write_text(json.dumps({"format": "mxfp4ref-report-1", "results": [1]}))
     (tmp_path / "other.json").write_text("{}")
+    (tmp_path / "page.html").write_text("<!DOCTYPE html>")
     for other, message in (
         ("later.json", "report.format: expected one of 'mxfp4ref-report-1', 'mxfp4ref-report-2', got"),
         ("broken.json", "broken.json: report.results[0]: expected an object"),
-        ("other.json", "other.json: report: expected the key 'format'"),
+        ("other.json", "other.json: expected a report in JSON, as conform --json writes it"),
+        ("page.html", "got an HTML page"),
     ):
         refused = invoke("compare", good, tmp_path / other)
         assert (refused.exit_code, message in refused.output) == (2, True), refused.output

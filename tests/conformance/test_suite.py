@@ -45,6 +45,20 @@ def test_oracle_conforms_on_all_small_cases() -> None:
     assert report.verdict == f"oracle conforms: it equals the expected bits in all {len(names)} cases."
 
 
+def test_a_kernel_may_skip_what_it_lacks() -> None:
+    """When it is called; in a process of its own too, and only in a first run."""
+    cases = [GOLDENS.load(name) for name in ("activation/alpha_alone", SMALL)]
+    for isolate in (False, True):
+        report = run("tests.helpers.kernels_under_test:without_alpha", cases, isolate=isolate)
+        assert [(r.status, r.message) for r in report.results] == [("skipped", "no alpha"), ("equal", "")]
+        assert report.ok
+    late = run(kernels_under_test.skips_later, cases[1:]).results[0]
+    assert (late.status, late.message) == ("raised", "in a second run: Skip: later")
+    refused = run(kernels_under_test.takes_no_alpha, cases[:1]).results[0]
+    assert refused.status == "raised"
+    assert 'raise mxfp4ref.conformance.Skip("no swiglu_alpha")' in refused.message
+
+
 def test_report_tells_which_tiles_agree() -> None:
     case = GOLDENS.load("gemm/mirrored_hidden_1536")
     assert len(set(case.output_hashes.values())) == 3

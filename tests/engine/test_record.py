@@ -59,7 +59,8 @@ def test_a_script_is_recorded_and_replayed(tmp_path: Path, script: Path) -> None
     assert flashinfer.torch_ref_cutlass_fused_moe is before
     assert sys.argv[0] != str(script)
     # A second run adds to the folder.
-    assert "1 calls recorded" in invoke("record", script, "1", "0", "--output", tmp_path / "calls").output
+    added = invoke("record", script, "1", "0", "--output", tmp_path / "calls").output
+    assert added.endswith(f"1 calls recorded in {tmp_path / 'calls'}, beside 2 that were there\n")
     assert len(find_recordings(tmp_path / "calls")) == 3
 
 
@@ -86,6 +87,28 @@ def test_what_the_script_raises_is_told_beside_what_was_recorded(
     assert result.exit_code == 1
     assert f"{error}: of the script" in result.output
     assert "1 calls recorded" in result.output
+
+
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        ("raise RuntimeError", "RuntimeError"),
+        ("import sys; sys.exit(7)", "exit code 7"),
+        ("import sys; sys.exit('x')", "exit code 1"),
+    ],
+)
+def test_a_script_that_ends_too_early_is_told(tmp_path: Path, script: Path, end: str, words: str) -> None:
+    script.write_text(end)
+    result = invoke("record", "--output", tmp_path / "new" / "calls", script)
+    assert result.exit_code == 2
+    assert (
+        f"nothing recorded; the script ended with {words} before any call of"
+        in result.output.splitlines()[-1]
+    )
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "mine").mkdir()
+    invoke("record", "--output", tmp_path / "mine", script)
+    assert (tmp_path / "mine").exists()
 
 
 @pytest.mark.usefixtures("copied_processes")

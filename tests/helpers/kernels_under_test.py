@@ -10,12 +10,46 @@ import torch
 from torch import Tensor
 
 from mxfp4ref import Experts, MoeCall, forward, quantize, torch_ref_cutlass_fused_moe
+from mxfp4ref.conformance import Skip
 
 _calls = 0
 
 
 def good(*args: Any, **kwargs: Any) -> Any:
     return torch_ref_cutlass_fused_moe(*args, **kwargs)
+
+
+def without_alpha(**kwargs: Any) -> Any:
+    if "swiglu_alpha" in kwargs:
+        raise Skip("no alpha")
+    return torch_ref_cutlass_fused_moe(**kwargs)
+
+
+def takes_no_alpha(
+    *,
+    input: Tensor,
+    token_selected_experts: Tensor,
+    token_final_scales: Tensor,
+    fc1_expert_weights: Tensor,
+    fc2_expert_weights: Tensor,
+    output_dtype: torch.dtype,
+    quant_scales: list[Tensor],
+    use_w4_group_scaling: bool,
+    tp_size: int,
+    tp_rank: int,
+    ep_size: int,
+    ep_rank: int,
+) -> Any:
+    return input
+
+
+def skips_later(**kwargs: Any) -> Any:
+    global _calls
+    _calls += 1
+    if _calls > 1:
+        _calls = 0
+        raise Skip("later")
+    return torch_ref_cutlass_fused_moe(**kwargs)
 
 
 def good_logical(**kwargs: Any) -> Any:

@@ -51,6 +51,19 @@ def test_the_page_from_the_start_to_an_output(tmp_path: Path, monkeypatch: pytes
     assert (list(output.shape), output.isfinite().all()) == ([5, 256], True)
 
 
+def test_a_folder_that_exists_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        make(monkeypatch, str(tmp_path))
+    assert ended.value.code == 2
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith(f"folder: expected a new one, got {tmp_path}: File exists")
+    )
+
+
 def test_the_page_lists_every_format() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \| `", PAGE, re.MULTILINE))
     assert [*rows] == [*FORMATS]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import runpy
 from pathlib import Path
 
+from click.testing import CliRunner
+
 from mxfp4ref.formats.generations import BYTEWISE, PLAIN, WORDWISE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,6 +21,11 @@ def test_the_page_is_what_the_tool_writes() -> None:
         release for row in table.splitlines()[1:] for release in row.split(" | ")[0].strip("| ").split(", ")
     ]
     assert sorted(named) == sorted((*PLAIN.releases, *BYTEWISE.releases, *WORDWISE.releases))
+
+
+def test_the_tool_says_what_it_did() -> None:
+    checked = CliRunner().invoke(TOOL["main"], ["--check"])
+    assert (checked.exit_code, checked.output.split(",")[0]) == (0, "docs/releases.md: as it was")
 
 
 def test_no_element_is_lost() -> None:

@@ -63,9 +63,9 @@ def _line(name: str, width: int) -> None:
 
 
 @command()
-@click.argument("name", shell_complete=completing.explained)
+@click.argument("words", metavar="NAME", nargs=-1, required=True, shell_complete=completing.explained)
 @goldens_option
-def explain(name: str, root: Path | None) -> None:
+def explain(words: tuple[str, ...], root: Path | None) -> None:
     """Explain a named defect, a family of wrong kernels or a stage, by its NAME.
 
     \b
@@ -83,6 +83,7 @@ def explain(name: str, root: Path | None) -> None:
     from mxfp4ref.conformance.finding import STAGES
     from mxfp4ref.defects import DEFECTS
 
+    name = " ".join(words)  # families have names of several words, which a shell completes without quotes
     if name in FAMILIES or name in STAGES:
         if name in STAGES:
             _explain_stage(name)
@@ -129,7 +130,7 @@ def _explain_stage(name: str) -> None:
     from mxfp4ref.defects import DEFECTS
 
     echo(f"stage {name}", bold=True)
-    echo(f"It is {_STAGES[name]}.")
+    echo(f"What is in it: {_STAGES[name]}.")
     members = [defect.name for defect in DEFECTS.values() if name in stages_of(defect)]
     echo("Named defects that lie in it, or may:" if members else "No named defect lies in it.")
     for member in members:
