@@ -58,13 +58,15 @@ def reconcile(call: MoeCall, outputs: Mapping[str, Tensor], mask: Tensor) -> str
             "or rounds in another way than the SM90 kernel, or is wrong by less than that"
         )
     outside = int((~inside).sum())
+    words = f"{counted(outside, 'element')}{where} {'lies' if outside == 1 else 'lie'} outside the interval of all "
+    words += "correct evaluations"
+    if not solvable(fp32.widen(outputs["output"][wrong]).nan_to_num(nan=1.0)):
+        return f"unknown: {words}, too near to underflow to be solved for more"
     fitted = _fit_finalize(call, outputs["output"], mask)
     if fitted:
         return fitted
     return (
-        f"before finalize: {counted(outside, 'element')}{where} {'lies' if outside == 1 else 'lie'} outside the "
-        "interval of all correct evaluations, and "
-        "other weights for the right expert outputs do not explain it"
+        f"before finalize: {words}, and other weights for the right expert outputs do not explain it"
         + _fit_gemm2(call, outputs["output"], mask)
     )
 

@@ -40,6 +40,9 @@ def test_nothing_is_solved_for_near_underflow() -> None:
     assert bool(differing(got, right).any())
     found = gather(pipeline, got, right, differing(got, right))
     assert not any("finalize" in one.stages or "are right" in one.sentence for one in found)
+    stage = reconcile(pipeline.call, {"output": got}, differing(got, right))
+    assert stage.startswith("unknown: ")
+    assert "too near to underflow" in stage
 
 
 def test_a_bf16_sum_in_gemm2_is_no_other_activation() -> None:

@@ -101,9 +101,7 @@ def test_values() -> None:
     assert "every element that differs came out as zero" in found(whole, torch.zeros_like(EXPECTED))
     nan = EXPECTED.clone()
     nan[3, 5] = torch.nan
-    assert "NaN where a number is expected in 1 element" in found(
-        nan != EXPECTED, nan
-    )
+    assert "NaN where a number is expected in 1 element" in found(nan != EXPECTED, nan)
     neighbour = (EXPECTED.view(torch.int16) ^ 1).view(torch.bfloat16)
     assert "no element is more than 1 ulp off: a rounding, or the sign of a zero" in found(whole, neighbour)
 
