@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import FAR, ulp_distance
+from mxfp4ref.conformance.finding import counted
 from mxfp4ref.conformance.reduction import local_experts
 from mxfp4ref.model.call import MoeCall
 
@@ -28,13 +29,18 @@ def patterns(call: MoeCall, got: Tensor, expected: Tensor, mask: Tensor) -> tupl
         got, expected: `[M, H] bf16`.
         mask: `[M, H] bool`, where they differ; somewhere they have to.
     """
-    found = [*_experts(call, mask), *_ranks(call, mask), *_tokens(mask), *_columns(mask)]
-    found += _values(got, expected, mask)
-    return tuple(found)
+    if int(mask.sum()) == 1 and mask.numel() > 1:  # of which no expert, row or column says more
+        token, column = mask.nonzero()[0].tolist()
+        near = int(ulp_distance(got[mask], expected[mask]).max()) <= 1
+        how = "by 1 ulp: a rounding, or damaged" if near else "damaged, or written by something else"
+        found = [f"a single element differs, [{token}, {column}]: {how}"]
+    else:
+        found = [*_experts(call, mask), *_ranks(call, mask), *_tokens(mask), *_columns(mask)]
+    return (*found, *_values(got, expected, mask))
 
 
 def _experts(call: MoeCall, mask: Tensor) -> list[str]:
-    """The experts that no right token uses, if every wrong token uses one of them."""
+    """The experts that no right token and several wrong ones use, if every wrong token uses one of them."""
     local = local_experts(call)
     wrong = mask.any(1)
     used = set(local[local >= 0].tolist())
@@ -43,7 +49,7 @@ def _experts(call: MoeCall, mask: Tensor) -> list[str]:
     if bool((wrong & without).any()):
         found.append("tokens without an expert on this rank differ, which should be zeros")
     in_right = set(local[~wrong][local[~wrong] >= 0].tolist())
-    suspects = sorted(used - in_right)
+    suspects = [e for e in sorted(used - in_right) if int((local[wrong] == e).any(1).sum()) > 1]
     explained = torch.isin(local, torch.tensor(suspects, device=local.device)).any(1)
     if suspects and len(suspects) < len(used) and bool((explained | ~wrong).all()):
         ids = [s + call.ep_rank * call.experts.num_experts for s in suspects]
@@ -91,6 +97,8 @@ def _columns(mask: Tensor) -> list[str]:
     found = []
     for size, name in _COLUMN_BLOCKS:
         if width % size == 0 and width > size:
+            if first == last:
+                return [f"only column {first} of {width} differs"]
             if first // size == last // size:
                 found.append(f"only columns of {name} {first // size} (columns {first} to {last}) differ")
                 return found[-1:] if size == _COLUMN_BLOCKS[-1][0] else found[-1:] + _finer(first, last, size)
@@ -133,7 +141,9 @@ def _values(got: Tensor, expected: Tensor, mask: Tensor) -> list[str]:
     if bool((~number).any()):
         fresh = int((torch.isnan(one) & ~torch.isnan(other)).sum())
         lost = int((torch.isnan(other) & ~torch.isnan(one)).sum())
-        found.append(f"NaN where a number is expected in {fresh:,} elements, a number for a NaN in {lost:,}")
+        parts = {"NaN where a number is expected": fresh, "a number where NaN is expected": lost}
+        parts["NaN of other bits than expected"] = int((torch.isnan(one) & torch.isnan(other)).sum())
+        found.append("; ".join(f"{what} in {counted(n, 'element')}" for what, n in parts.items() if n))
     if bool((one == 0).all()):
         found.append("every element that differs came out as zero")
     if bool(number.all()) and int(distance.max()) <= 1:

@@ -10,6 +10,7 @@ from torch import Tensor
 from mxfp4ref.conformance.bounds import bound
 from mxfp4ref.conformance.comparison import differing, first_difference
 from mxfp4ref.conformance.families.distances import solvable
+from mxfp4ref.conformance.finding import counted
 from mxfp4ref.conformance.reduction import is_heavy, local_experts, one_token, reduce_call
 from mxfp4ref.formats.mxfp4 import dequantize
 from mxfp4ref.model.call import MoeCall
@@ -49,18 +50,23 @@ def reconcile(call: MoeCall, outputs: Mapping[str, Tensor], mask: Tensor) -> str
     part = reduce_call(call, tokens)
     inside = bound(part).contains(outputs["output"][tokens], forward(part))
     where = "" if len(tokens) == call.num_tokens else f" of token{_of(tokens.tolist())}"
+    if bool(inside.all()) and int(mask.sum()) == 1:
+        return "rounding or damage: the one element that differs lies within the interval of all correct evaluations"
     if bool(inside.all()):
         return (
             f"rounding: every element{where} lies within the interval of all correct evaluations, so the kernel sums "
             "or rounds in another way than the SM90 kernel, or is wrong by less than that"
         )
     outside = int((~inside).sum())
+    words = f"{counted(outside, 'element')}{where} {'lies' if outside == 1 else 'lie'} outside the interval of all "
+    words += "correct evaluations"
+    if not solvable(fp32.widen(outputs["output"][wrong]).nan_to_num(nan=1.0)):
+        return f"unknown: {words}, too near to underflow to be solved for more"
     fitted = _fit_finalize(call, outputs["output"], mask)
     if fitted:
         return fitted
     return (
-        f"before finalize: {outside:,} elements{where} lie outside the interval of all correct evaluations, and "
-        "other weights for the right expert outputs do not explain it"
+        f"before finalize: {words}, and other weights for the right expert outputs do not explain it"
         + _fit_gemm2(call, outputs["output"], mask)
     )
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from mxfp4ref import forward
-from mxfp4ref.conformance import CaseResult, Kernel, Options, differing, run_case
+from mxfp4ref.conformance import CaseResult, Kernel, Options, diagnose, differing, run_case
 from mxfp4ref.conformance.adapters import whole_arguments
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.evidence import Evidence, gather
 from mxfp4ref.conformance.families.jury import _refuted
 from mxfp4ref.conformance.families.second_gemm import _permuted
 from mxfp4ref.conformance.stage_fit import reconcile
-from mxfp4ref.formats.mxfp4 import dequantize
+from mxfp4ref.formats.mxfp4 import dequantize, pack_codes, unpack_codes
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.model.call import MoeCall
 from tests.held_out_kernels.by_hand import layer, with_experts
@@ -40,6 +40,9 @@ def test_nothing_is_solved_for_near_underflow() -> None:
     assert bool(differing(got, right).any())
     found = gather(pipeline, got, right, differing(got, right))
     assert not any("finalize" in one.stages or "are right" in one.sentence for one in found)
+    stage = reconcile(pipeline.call, {"output": got}, differing(got, right))
+    assert stage.startswith("unknown: ")
+    assert "too near to underflow" in stage
 
 
 def test_a_bf16_sum_in_gemm2_is_no_other_activation() -> None:
@@ -82,3 +85,27 @@ def test_only_the_very_numbers_are_numbers_in_other_places() -> None:
     assert not _permuted(right, (right * 1.08).roll(32, 1), unsure), "of about the same distribution"
     assert not _permuted(right.sign(), right.sign().roll(1, 1), unsure), "too few are distinct"
     assert not _permuted(right, right.roll(32, 1), 100 * unsure), "not solved well enough"
+
+
+def test_a_flipped_bit_is_no_row_of_gemm2() -> None:
+    def flipped(call: MoeCall) -> Tensor:
+        output = forward(call).clone()
+        output.view(torch.int16)[0, 3] ^= 1 << 10
+        return output
+
+    found = quick(flipped, "gemm/ordinary").diagnosis
+    assert found is not None
+    assert found.finding.stages == ()
+    assert found.finding.sentence.startswith("a single element differs, [0, 3]: damaged")
+
+
+def test_a_code_read_as_another_in_one_gemm() -> None:
+    def zeroed(call: MoeCall) -> Tensor:
+        codes = unpack_codes(call.experts.fc1_weights)
+        read = pack_codes(torch.where((codes & 7) == 1, codes & 8, codes))
+        return forward(with_experts(call, fc1_weights=read))
+
+    call = prepared(GOLDENS.load("gemm/ordinary").call()).call
+    found = diagnose("moe", call, {"output": zeroed(call)}, {"output": forward(call)}).finding
+    assert (found.stages, found.exact) == (("fc1",), True)
+    assert found.sentence.startswith("GEMM1's weights have 0.5 read as 0")

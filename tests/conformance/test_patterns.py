@@ -101,8 +101,31 @@ def test_values() -> None:
     assert "every element that differs came out as zero" in found(whole, torch.zeros_like(EXPECTED))
     nan = EXPECTED.clone()
     nan[3, 5] = torch.nan
-    assert "NaN where a number is expected in 1 elements, a number for a NaN in 0" in found(
-        nan != EXPECTED, nan
-    )
+    assert "NaN where a number is expected in 1 element" in found(nan != EXPECTED, nan)
     neighbour = (EXPECTED.view(torch.int16) ^ 1).view(torch.bfloat16)
     assert "no element is more than 1 ulp off: a rounding, or the sign of a zero" in found(whole, neighbour)
+
+
+def test_one_element_is_no_pattern_of_columns() -> None:
+    mask = columns(3) & (torch.arange(16) == 5)[:, None]
+    words = found(mask, torch.where(mask, -EXPECTED, EXPECTED))
+    assert words[0] == "a single element differs, [5, 3]: damaged, or written by something else"
+    assert not any(word in " ".join(words) for word in ("only", "column", "block"))
+    near = EXPECTED.clone()
+    near.view(torch.int16)[5, 3] ^= 1
+    assert found(mask, near)[0] == "a single element differs, [5, 3]: by 1 ulp: a rounding, or damaged"
+
+
+def test_one_token_is_no_pattern_of_experts() -> None:
+    ids = torch.tensor([[0, 1]] * 14 + [[2, 3], [2, 1]], dtype=torch.int32)
+    call = replace(CALL, token_selected_experts=ids)
+    both = tokens(torch.arange(16) >= 14)
+    assert "only tokens of expert 2 differ" in found(both, call=call)
+    ids[15, 0] = 0
+    assert not any("of expert" in words for words in found(tokens(torch.arange(16) == 14), call=call))
+
+
+def test_nan_is_counted_where_there_is_any() -> None:
+    mask = columns(0)
+    words = found(mask, torch.where(mask, torch.nan, EXPECTED.float()).to(torch.bfloat16))
+    assert "NaN where a number is expected in 16 elements" in words

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mxfp4ref.conformance.comparison import ulp_distance
 from mxfp4ref.conformance.families.activations import activation_hypotheses
+from mxfp4ref.conformance.families.codes import code_hypotheses
 from mxfp4ref.conformance.families.distances import surprise
 from mxfp4ref.conformance.families.evidence import Evidence, gather, look_closer
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline
@@ -184,7 +185,7 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
     if small:
         yield wanted(slow, slow=True)
     yield wanted(of(k_hypotheses))
-    yield wanted(of(layout_hypotheses, inner_hypotheses))
+    yield wanted(of(code_hypotheses, layout_hypotheses, inner_hypotheses))
     if not small:
         yield wanted(slow, slow=True)
     if only and not _certain(evidence):  # should the evidence mislead, and as the first of two changes

@@ -21,6 +21,7 @@ from mxfp4ref.conformance.families.mixed_up import mixed_up
 from mxfp4ref.conformance.families.places import columns_in_words
 from mxfp4ref.conformance.families.sampled import samples
 from mxfp4ref.conformance.families.second_gemm import second_gemm
+from mxfp4ref.conformance.finding import counted
 from mxfp4ref.sm90 import fp32
 
 __all__ = ["Evidence", "gather", "look_closer"]
@@ -82,7 +83,7 @@ def gather(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> list
     local = local_of(pipeline)
     tokens = _telling(got, want, wrong, local)
     found += _rows(pipeline, got, want, wrong)
-    found += _columns(got, want, wrong, tokens)
+    found += _single(got, want, wrong, local) or _columns(got, want, wrong, tokens)
     if not found:
         found += (Evidence(*parts) for parts in other_sums(pipeline, got, local, tokens))
     if not found:
@@ -130,11 +131,14 @@ def _telling(got: Tensor, want: Tensor, wrong: Tensor, local: Tensor) -> list[in
 def _rows(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> Iterator[Evidence]:
     """Whole rows that are zero, no numbers, or another token's."""
     rows = wrong.any(1)
-    what = "all tokens" if bool(rows.all()) else f"the {int(rows.sum())} tokens that differ"
+    count = int(rows.sum())
+    what = "the token that differs" if count == 1 else f"the {count} tokens that differ"
+    what = "all tokens" if count == len(rows) > 1 else what
     if not bool(fp32.widen(got[rows].contiguous()).any()) and bool(
         (fp32.widen(want[rows].contiguous()) != 0).any()
     ):
-        sentence = f"the rows of {what} are zero: nothing was added up for them, or nothing written"
+        them = "it" if count == 1 else "them"
+        sentence = f"the rows of {what} are zero: nothing was added up for {them}, or nothing written"
         if _biased(pipeline, rows):
             yield Evidence(("slots", "finalize"), f"{sentence}; not even the fc2 bias was added", 2)
         else:
@@ -189,6 +193,24 @@ def _lost(got: Tensor, lost: Tensor, rows: Tensor) -> Iterator[Evidence]:
         )
 
 
+def _single(got: Tensor, want: Tensor, wrong: Tensor, local: Tensor) -> list[Evidence]:
+    """One element that is far off, where other tokens show that GEMM2's row of its column is right."""
+    if int(wrong.sum()) != 1 or float(ulp_distance(got[wrong], want[wrong]).max()) < _GROSS:
+        return []
+    token, column = wrong.nonzero()[0].tolist()
+    experts, others = local[token][local[token] >= 0], torch.cat((local[:token], local[token + 1 :]))
+    if not bool(torch.isin(experts, others).all()):
+        return []
+    return [
+        Evidence(
+            (),
+            f"a single element differs, [{token}, {column}]: damaged, or written by something else; its row and the "
+            "tokens that share its experts are right",
+            2,
+        )
+    ]
+
+
 def _columns(got: Tensor, want: Tensor, wrong: Tensor, tokens: list[int]) -> Iterator[Evidence]:
     """Wrong elements in some columns only: what is before GEMM2 would show in all."""
     if not tokens:
@@ -230,7 +252,9 @@ def _scattered(wrong: Tensor) -> Iterator[Evidence]:
     if share > 0.4 or len(counts) < 4:
         return
     dispersion = float(counts.var()) / (float(counts.mean()) * (1 - share) + 1e-30)
-    how = f"{int(wrong.sum()):,} elements are a rounding off, "
+    how = (
+        f"{counted(int(wrong.sum()), 'element')} {'is' if int(wrong.sum()) == 1 else 'are'} a rounding off, "
+    )
     if dispersion < 2:
         words = "spread over rows and columns as by chance, as roundings in GEMM2 or after it are, or noise"
         yield Evidence((), how + words, 1)
