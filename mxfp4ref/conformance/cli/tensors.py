@@ -53,11 +53,11 @@ def compare(a: Path, b: Path) -> None:
             sys.exit(NOT_EQUAL if changes.worse else 0)
         for path, beside in ((a, b), (b, a)):
             if is_report(path):
-                read_report(path)  # says what is wrong with it, if it is a damaged one
-                raise ValueError(
-                    f"{beside}: expected a report in JSON, as conform --json writes it, since {path} is one, "
-                    f"got {'an HTML page' if beside.suffix in ('.html', '.htm') else 'another file'}"
-                )
+                if beside.suffix in (".html", ".htm"):
+                    raise ValueError(
+                        f"{beside}: expected a report as conform --json writes it, got an HTML page"
+                    )
+                read_report(beside)  # says what is wrong with it
         one, other = _load(a), _load(b)
         if not one and not other:
             raise ValueError(f"{a} and {b}: expected tensors to compare, got none in either")
