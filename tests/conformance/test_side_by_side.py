@@ -163,7 +163,7 @@ def test_what_was_tested_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert report.verdict.endswith(f"in the one case that ran, of the goldens' {len(GOLDENS.entries)}.")
     assert report.date.endswith("Z")
     assert report.environment["mxfp4ref"]
-    assert report.arguments == ("oracle",)
+    assert report.arguments == ("oracle", "--diagnosis", "none")
     result = report.results[0]
     assert 0 < result.kernel_seconds <= result.seconds <= report.seconds
 
@@ -217,5 +217,5 @@ def test_an_interrupted_diagnosis_costs_no_result(monkeypatch: pytest.MonkeyPatc
         run("defect:last_slot_dropped", cases()[:1], Options(repeat=False))
     report = raised.value.report
     assert [r.status for r in report.results] == ["differs"]
-    assert report.verdict.endswith("interrupted, no verdict; 1 of 1 cases failed.")
+    assert report.verdict.endswith("interrupted, no verdict; 1 of 1 case failed.")
     assert report.left == 0
