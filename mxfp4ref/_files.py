@@ -20,6 +20,7 @@ from mxfp4ref._words import shown
 __all__ = [
     "UNFINISHED",
     "check_no_input",
+    "files_below",
     "folders_below",
     "mismatch",
     "parse_json",
@@ -77,6 +78,11 @@ def folders_below(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
         seen.add((status.st_dev, status.st_ino))
         folders.sort()
         yield Path(place), folders, sorted(files)
+
+
+def files_below(root: Path) -> Iterator[Path]:
+    """All files below a folder, in the order of `folders_below`, and with its errors."""
+    return (place / name for place, _, files in folders_below(root) for name in files)
 
 
 def parse_json(data: str | bytes) -> Any:

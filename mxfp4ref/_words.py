@@ -8,10 +8,10 @@ from collections.abc import Iterable
 __all__ = ["did_you_mean", "shown"]
 
 
-def did_you_mean(word: object, words: Iterable[str]) -> str:
-    """Which of these words are spelt nearly so, as the end of a message, or ""."""
+def did_you_mean(word: object, words: Iterable[str], *, ending: str = "") -> str:
+    """Which of these words, each with this ending, are spelt nearly so, as the end of a message, or ""."""
     near = difflib.get_close_matches(word, list(words), n=3) if isinstance(word, str) else []
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+    return f"; did you mean {' or '.join(one + ending for one in near)}?" if near else ""
 
 
 def shown(value: object) -> str:

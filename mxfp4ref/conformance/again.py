@@ -11,7 +11,7 @@ from mxfp4ref.conformance.options import Options
 from mxfp4ref.conformance.results import RECORDING, CaseResult, Report
 from mxfp4ref.goldens import GoldenError, Goldens, find_root
 
-__all__ = ["command", "conform_arguments", "selection_arguments"]
+__all__ = ["case_command", "command", "conform_arguments", "selection_arguments"]
 
 _TIMEOUT = 600  # seconds, the command's default
 
@@ -58,10 +58,25 @@ def _found() -> object:
 
 
 def command(report: Report, result: CaseResult | None = None) -> str:
-    """The line that runs all, or one case, again: for a shell or, of a kernel that is no name, for Python; or ""."""
-    if result is not None and result.kind == RECORDING:
+    """The line that runs all, for a shell and "" of a kernel that is no name, or one case again."""
+    if result is not None:
+        return case_command(report.kernel, report.arguments, result)
+    return _shell(*report.arguments, *report.selection) if report.arguments else ""
+
+
+def case_command(kernel: str, arguments: tuple[str, ...], result: CaseResult) -> str:
+    """The line that runs one case again: for a shell or, of a kernel that is no name, for Python; "" of a recording.
+
+    Args:
+        kernel, arguments: as in `Report`.
+        result: of the case.
+    """
+    if result.kind == RECORDING:
         return ""
-    if not report.arguments:
-        return f"run({report.kernel}, [open_goldens().load({result.case!r})])" if result else ""
-    cases = ("--case", result.case, "--dump", "reproducers") if result else report.selection
-    return printable(shlex.join(("mxfp4ref", "conform", *report.arguments, *cases)), lines=False)
+    if not arguments:
+        return f"run({kernel}, [open_goldens().load({result.case!r})])"
+    return _shell(*arguments, "--case", result.case, "--dump", "reproducers")
+
+
+def _shell(*arguments: str) -> str:
+    return printable(shlex.join(("mxfp4ref", "conform", *arguments)), lines=False)

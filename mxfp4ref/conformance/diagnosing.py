@@ -24,9 +24,8 @@ from mxfp4ref.model.call import MoeCall
 __all__ = ["Failed", "Failing", "Found", "diagnosed"]
 
 _SECONDS = 40.0  # for the hypotheses of a run
-_QUICK_SECONDS = (
-    8.0  # of the processor, for all quick diagnoses: then suspects are tried, and evidence is read
-)
+# Of the processor, for all quick diagnoses: then suspects are tried, and evidence is read.
+_QUICK_SECONDS = 8.0
 _SUSPECTS_SECONDS = 0.1
 
 
@@ -41,13 +40,16 @@ class Failed:
     @property
     def together(self) -> bool:
         """Whether it is one of the calls that are diagnosed together: not of whole size, with MXFP4 weights."""
-        call = self.run.inputs
-        return isinstance(call, MoeCall) and call.experts.tactics_show and not is_heavy(call)
+        return self._is_mxfp4_call and not is_heavy(self.run.inputs)
 
     @property
     def whole_size(self) -> bool:
+        return self._is_mxfp4_call and is_heavy(self.run.inputs)
+
+    @property
+    def _is_mxfp4_call(self) -> bool:
         call = self.run.inputs
-        return isinstance(call, MoeCall) and call.experts.tactics_show and is_heavy(call)
+        return isinstance(call, MoeCall) and call.experts.tactics_show
 
     def located(self) -> Located:
         return Located(self.kind, self.run.inputs, self.outputs, self.run.expected)

@@ -166,9 +166,7 @@ class Located:
     @property
     def large(self) -> bool:
         """Whether what is solved for and bounded takes longer than a quick diagnosis may."""
-        return self.got.numel() > _QUICK_ELEMENTS or (
-            isinstance(self.inputs, MoeCall) and is_heavy(self.inputs)
-        )
+        return _is_large(self.inputs, self.got)
 
     def search(
         self,
@@ -201,15 +199,18 @@ class Located:
     def told(self, known: Known, *, brief: bool = False) -> Diagnosis:
         """The diagnosis, with what was found; if `brief`, without the bounds of each stage, which take long."""
         predictions, finding, remarks = known
-        stage = ""
-        if isinstance(self.inputs, MoeCall) and finding.exact:
-            stage = f"{' or '.join(finding.stages)}: every wrong bit is predicted" if finding.stages else ""
-        elif isinstance(self.inputs, MoeCall):
-            stage = finding.sentence
-            if not stage and not brief:
-                stage = reconcile(self.inputs, self.outputs, self._plain.mask)
         said = self._plain.patterns + remarks
-        return replace(self._plain, predictions=predictions, finding=finding, stage=stage, patterns=said)
+        found = replace(self._plain, predictions=predictions, finding=finding, patterns=said)
+        return (
+            replace(found, stage=self._stage(finding, brief)) if isinstance(self.inputs, MoeCall) else found
+        )
+
+    def _stage(self, finding: Finding, brief: bool) -> str:
+        if finding.exact:
+            return f"{' or '.join(finding.stages)}: every wrong bit is predicted" if finding.stages else ""
+        if finding.sentence or brief:
+            return finding.sentence
+        return reconcile(self.inputs, self.outputs, self._plain.mask)
 
 
 def _named(
@@ -227,6 +228,10 @@ def _named_finding(predictions: tuple[Prediction, ...]) -> Finding:
     defect = DEFECTS[exact[0]]
     others = f" (not told apart here from {', '.join(exact[1:4])})" if exact[1:] else ""
     return Finding(stages_of(defect), f"{defect.name}: {defect.summary}{others}", True)
+
+
+def _is_large(inputs: Any, got: Tensor) -> bool:
+    return got.numel() > _QUICK_ELEMENTS or (isinstance(inputs, MoeCall) and is_heavy(inputs))
 
 
 @dataclass(frozen=True)
@@ -257,7 +262,7 @@ def _investigated(
         )
         if any(p.exact for p in verdict.predictions):
             return verdict.predictions, _named_finding(verdict.predictions), verdict.remarks
-    if how.diagnosis == "quick" and (is_heavy(call) or got.numel() > _QUICK_ELEMENTS):
+    if how.diagnosis == "quick" and _is_large(call, got):
         return (), Finding(), ("too large for a quick diagnosis",)
     small, rows_got, rows_want, note = part
     pipeline = prepared(small)

@@ -11,9 +11,8 @@ STAGES = (
     *("routing", "quantize", "dequantize", "layout"),
 )
 
-ALTERNATIVES = (
-    ". This output does not tell it from: "  # between a hypothesis and those that predict the same bits
-)
+# Between a hypothesis and those that predict the same bits.
+ALTERNATIVES = ". This output does not tell it from: "
 
 
 def counted(count: int, noun: str) -> str:

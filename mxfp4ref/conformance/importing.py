@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import importlib.util
 import inspect
@@ -16,8 +15,9 @@ from typing import Any
 from mxfp4ref._validate import did_you_mean, shown
 from mxfp4ref.conformance.adapters import KernelError
 from mxfp4ref.conformance.plain import of_exception
+from mxfp4ref.conformance.source import functions_in
 
-__all__ = ["check_takes", "functions_in", "import_function"]
+__all__ = ["check_takes", "import_function"]
 
 _MOST = 8  # functions that are listed
 _FILES: set[str] = set()  # the names of modules that are files loaded here
@@ -43,7 +43,8 @@ def import_function(path: str, names: Collection[str]) -> Callable[..., Any]:
             if functions is None:
                 hint = f"; {path} is no file of Python here"
             else:
-                meant = (f"{path}:{function}" for function in functions[:_MOST] or ["FUNCTION"])
+                public = [function for function in functions if not function.startswith("_")]
+                meant = (f"{path}:{function}" for function in public[:_MOST] or ["FUNCTION"])
                 hint = f"; did you mean {' or '.join(meant)}?"
         raise KernelError(
             "kernel: expected package.module:function, file.py:function, one of these two after logical:, plain: or "
@@ -68,22 +69,9 @@ def _instead(name: str, owner: Any) -> str:
     found = [other for other in dir(owner) if callable(getattr(owner, other, None))]
     if hint := did_you_mean(name, found):
         return hint
-    own = [
-        n for n in found if getattr(getattr(owner, n), "__module__", None) == getattr(owner, "__name__", "")
-    ]
-    own = [n for n in own if not n.startswith("_")]
+    module = getattr(owner, "__name__", "")
+    own = [n for n in found if n[0] != "_" and getattr(getattr(owner, n), "__module__", None) == module]
     return f"; it has {', '.join(own[:_MOST])}{', ...' * (len(own) > _MOST)}" if own else ""
-
-
-def functions_in(file: Path) -> list[str] | None:
-    """The functions that a file of Python defines, by its text alone; None where it is none."""
-    try:
-        tree = ast.parse(file.read_bytes())
-    except (OSError, SyntaxError, ValueError):
-        return None
-    return [
-        node.name for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
-    ]
 
 
 def check_takes(spec: str, function: Callable[..., Any], positional: int, names: Iterable[str]) -> None:
@@ -132,8 +120,8 @@ def _module(name: str) -> ModuleType:
 def _file(path: Path) -> ModuleType:
     """The module in a file, which may import its neighbours."""
     if not path.is_file():
-        near = did_you_mean(path.stem, (found.stem for found in path.parent.glob("*.py")))
-        raise FileNotFoundError(f"there is no file {str(path)!r}{near.replace('?', '.py?')}")
+        near = did_you_mean(path.stem, (found.stem for found in path.parent.glob("*.py")), ending=".py")
+        raise FileNotFoundError(f"there is no file {str(path)!r}{near}")
     folder = str(path.resolve().parent)
     if folder not in sys.path:
         sys.path.append(folder)

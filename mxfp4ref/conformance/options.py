@@ -8,7 +8,7 @@ from pathlib import Path
 from mxfp4ref._choices import DIAGNOSES, MODES
 from mxfp4ref._validate import check_below, check_choice, check_int
 
-__all__ = ["DIAGNOSES", "Options"]
+__all__ = ["Options"]
 
 
 @dataclass(frozen=True)

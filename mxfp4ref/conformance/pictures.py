@@ -175,9 +175,8 @@ def _png(cells: Tensor, colours: list[str]) -> str:
     height, width = cells.shape
     lines = b"".join(b"\0" + row.numpy().tobytes() for row in cells)
     chunks = {
-        b"IHDR": struct.pack(
-            ">IIBBBBB", width, height, 8, 3, 0, 0, 0
-        ),  # a byte a cell, which is a palette's index
+        # A byte a cell, which is a palette's index.
+        b"IHDR": struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0),
         b"PLTE": b"\0\0\0" + palette,
         b"tRNS": b"\0",
         b"IDAT": zlib.compress(lines, 9),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from mxfp4ref._choices import DIAGNOSES, MODES
 from mxfp4ref.conformance.pytest_verdict import SUITE, Outcome, Verdict
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--mxfp4-mode",
-        choices=("exact", "bounded"),
+        choices=MODES,
         default="exact",
         help="equal bits (default), or within the bounds of every correct evaluation",
     )
@@ -66,7 +67,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--mxfp4-diagnosis",
-        choices=("full", "quick", "none"),
+        choices=DIAGNOSES,
         default="full",
         help=f"say what is wrong where bits differ: full (default), up to a minute for each of the first {_FULLY} "
         "failures and about a second for the others; quick, about a second for each; none",
@@ -169,9 +170,8 @@ class _ConformanceItem(pytest.Item):
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         from mxfp4ref.conformance.adapters import KernelError
-        from mxfp4ref.conformance.again import command
+        from mxfp4ref.conformance.again import case_command
         from mxfp4ref.conformance.report_text import case_lines, headline
-        from mxfp4ref.conformance.results import Report
         from mxfp4ref.goldens import GoldenError
 
         if isinstance(excinfo.value, _Nonconformance):
@@ -180,10 +180,8 @@ class _ConformanceItem(pytest.Item):
             sentence = self.result.diagnosis.finding.sentence if self.result.diagnosis else ""
             summary = head.removeprefix(f"{self.name}: ") + (f": {sentence}" if sentence else "")
             tested = _under_test(self.config)
-            mode, arguments = tested.options.mode, tested.arguments
-            lines = case_lines(
-                self.result, command(Report(tested.kernel.name, mode, (), arguments=arguments), self.result)
-            )
+            again = case_command(tested.kernel.name, tested.arguments, self.result)
+            lines = case_lines(self.result, again)
             return _Told(head, [*more, *(f"  {line}" for line in lines)], _Summary(summary))
         if isinstance(excinfo.value, GoldenError | KernelError | pytest.UsageError):
             words = f"{self.name}: {excinfo.value}"

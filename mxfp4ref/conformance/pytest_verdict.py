@@ -6,7 +6,6 @@ import base64
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,7 +49,9 @@ class Verdict:
         self._outcomes: list[Outcome] = []
         self._lost: set[str] = set()
         self._html = _html_file(config, goldens)
-        self._date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        from mxfp4ref.conformance.results import now
+
+        self._date = now()
         self._interrupted = False
         self._said = ""  # of the report's file
 
@@ -134,18 +135,16 @@ def _html_file(config: pytest.Config, goldens: Goldens) -> Path | None:
     """Where the report goes, if one is wanted, once it is clear that it can be written."""
     if not (name := config.getoption("mxfp4_html")):
         return None
-    from mxfp4ref._files import check_no_input, folders_below
-    from mxfp4ref.conformance.html_report import check_html
+    from click import ClickException
+
+    from mxfp4ref._files import files_below
+    from mxfp4ref.conformance.cli.report_files import ReportFiles
 
     path: Path = config.invocation_params.dir / name
     try:
-        check_html()
-        if not path.parent.is_dir():
-            raise ValueError(f"{path}: there is no folder {path.parent}")
         if path.is_dir():
             raise ValueError(f"{path}: expected a file to write to, it is a folder")
-        inputs = folders_below(goldens.root)
-        check_no_input(path, (place / file for place, _, files in inputs for file in files))
-    except (ModuleNotFoundError, ValueError, OSError) as error:
+        ReportFiles({"html": path}).check(files_below(goldens.root))
+    except (ClickException, ModuleNotFoundError, ValueError, OSError) as error:
         raise pytest.UsageError(f"--mxfp4-html: {error}") from error
     return path

@@ -11,7 +11,7 @@ from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.model.call import PADDING_ID, MoeCall
 from mxfp4ref.model.forward import forward, select_local
 
-__all__ = ["Part", "is_heavy", "isolate", "local_experts", "one_token", "reduce_call"]
+__all__ = ["Part", "by_every_expert", "is_heavy", "isolate", "local_experts", "one_token", "reduce_call"]
 
 _EXPERT_BYTES = 1 << 25  # beyond which a call is heavy
 
@@ -51,6 +51,20 @@ def reduce_call(call: MoeCall, tokens: Tensor, *, neighbours: bool = False) -> M
 def one_token(call: MoeCall, token: int) -> MoeCall:
     """The call for one of its tokens."""
     return reduce_call(call, torch.tensor([token], device=call.input.device))
+
+
+def by_every_expert(call: MoeCall, tokens: Tensor) -> MoeCall:
+    """Some tokens, `[T] int64`, each with every expert of its rank, in the order of ids and with a weight of 1."""
+    count = call.experts.num_experts
+    ids = torch.arange(count, dtype=torch.int32, device=call.input.device)
+    return replace(
+        call,
+        input=call.input[tokens],
+        token_selected_experts=ids.expand(len(tokens), -1).contiguous(),
+        token_final_scales=torch.ones(len(tokens), count, dtype=torch.float32, device=call.input.device),
+        ep_size=1,
+        ep_rank=0,
+    )
 
 
 @dataclass(frozen=True)

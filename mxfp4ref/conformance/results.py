@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Self
 
 from mxfp4ref._choices import MODES
@@ -14,7 +15,7 @@ from mxfp4ref.conformance.families.hypothesis import UNKNOWN
 from mxfp4ref.conformance.finding import counted
 from mxfp4ref.defects import DEFECTS
 
-__all__ = ["MODES", "PASSING", "RECORDING", "CaseResult", "GoldensUsed", "Report", "name_defects"]
+__all__ = ["MODES", "PASSING", "RECORDING", "CaseResult", "GoldensUsed", "Report", "name_defects", "now"]
 
 PASSING = ("equal", "within bounds", "skipped")
 RECORDING = "recording"  # the kind of a call that was recorded elsewhere, which is no golden case
@@ -208,3 +209,8 @@ def name_defects(exact: Iterable[Iterable[str] | None]) -> tuple[str, ...]:
     """The defects that are in every one of the given sets; None counts as all defects."""
     sets = [tuple(names) for names in exact if names is not None]
     return tuple(name for name in (sets[0] if sets else ()) if all(name in names for names in sets))
+
+
+def now() -> str:
+    """For a report's date: UTC, ISO 8601."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -179,7 +179,7 @@ class _Comparison:
     """The outputs of one run against each expectation that they may meet.
 
     Attributes:
-        closest: the run whose expected outputs differ in the fewest elements.
+        closest: the run whose expected outputs differ in the fewest elements, or, where most differ, lie nearest.
         tiles: of the runs whose expected outputs are equal.
         elements, differing: compared with the closest.
         outside: of those that differ, how many lie outside their bounds; None where no bounds apply.
@@ -203,11 +203,11 @@ def _compare(
         sum(_count_differing(outcome.outputs[name], raw) for name, raw in bits.items())
         for bits in expected.values()
     ]
-    candidates = list(expected)
-    count, closest = min(counts), candidates[counts.index(min(counts))]
-    tiles = tuple(one.tiles for one, count in zip(candidates, counts, strict=True) if not count and one.tiles)
+    candidates, count = list(expected), min(counts)
+    closest = candidates[counts.index(count)]
+    tiles = tuple(one.tiles for one, wrong in zip(candidates, counts, strict=True) if not wrong and one.tiles)
     outside = None
-    if min(counts) and options.mode == "bounded":
+    if count and options.mode == "bounded":
         how = options.storage, options.confidence
         outside = outside_bounds(kind, closest, outcome.outputs, *how)
     elements = sum(want.numel() for want in closest.expected.values())

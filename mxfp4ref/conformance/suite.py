@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -26,7 +25,7 @@ from mxfp4ref.conformance.again import conform_arguments
 from mxfp4ref.conformance.diagnosing import Failed, Failing, diagnosed
 from mxfp4ref.conformance.kernels import check_device, environment, is_stand_in, load_kernel
 from mxfp4ref.conformance.options import Options
-from mxfp4ref.conformance.results import CaseResult, GoldensUsed, Report
+from mxfp4ref.conformance.results import CaseResult, GoldensUsed, Report, now
 from mxfp4ref.conformance.running import compare_case
 from mxfp4ref.conformance.side_by_side import side_by_side
 from mxfp4ref.conformance.worker import Worker
@@ -89,7 +88,7 @@ def run(
     arguments = (
         conform_arguments(kernel, options, device, isolate, goldens) if isinstance(kernel, str) else ()
     )
-    state = _State(options, goldens, datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), arguments)
+    state = _State(options, goldens, now(), arguments)
     with ExitStack() as stack:
         worker: Worker | None = None
         if isinstance(kernel, str) and (

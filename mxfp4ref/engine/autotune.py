@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mxfp4ref._files import folders_below, parse_json, read_file
+from mxfp4ref._files import files_below, parse_json, read_file
 from mxfp4ref._validate import check_int
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90.tactics import Sm90Kernel, runnable_tactics
@@ -173,8 +173,7 @@ def read_autotune_cache(path: Path) -> AutotuneCache:
         raise FileNotFoundError(f"autotune cache: there is no {path}")
     entries: list[_Entry] = []
     problems: list[str] = []
-    below = (place / name for place, _, files in folders_below(path) for name in files)
-    for file in [path] if path.is_file() else (file for file in below if file.suffix == ".json"):
+    for file in [path] if path.is_file() else (f for f in files_below(path) if f.suffix == ".json"):
         if file.name == "manifest.json" and path.is_dir():
             continue
         try:

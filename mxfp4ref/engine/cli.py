@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mxfp4ref._files import folders_below
+from mxfp4ref._files import files_below
 from mxfp4ref.conformance.cli import completing
 from mxfp4ref.conformance.cli.command import command
 from mxfp4ref.conformance.cli.report_files import pop_report_files, print_report, report_files
@@ -259,8 +259,7 @@ def _files_of(*paths: Path | None) -> Iterator[Path]:
     for path in paths:
         if path is not None:
             yield path
-            below = folders_below(path) if path.is_dir() else ()
-            yield from (place / name for place, _, files in below for name in files)
+            yield from files_below(path) if path.is_dir() else ()
 
 
 def _print_table(report: ReplayReport) -> None:

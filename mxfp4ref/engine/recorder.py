@@ -174,9 +174,8 @@ def run_script(
             return end.code or 0
         print(end.code, file=sys.stderr)
         return 1
-    except (
-        Exception
-    ) as error:  # a BrokenPipeError too, which would be taken for one of this command's own output
+    except Exception as error:
+        # A BrokenPipeError too, which would be taken for one of this command's own output.
         recorder.ended = type(error).__name__
         traceback.print_exc()
         return 1

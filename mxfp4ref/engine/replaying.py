@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxfp4ref._choices import DIAGNOSES
 from mxfp4ref._validate import check_choice
 from mxfp4ref.conformance.agreement import agreed
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.diagnosis import diagnose
 from mxfp4ref.conformance.finding import counted
-from mxfp4ref.conformance.options import DIAGNOSES
 from mxfp4ref.conformance.results import RECORDING, CaseResult, Report, name_defects
 from mxfp4ref.engine.arguments import generation_in_record
 from mxfp4ref.engine.autotune import AutotuneCache, Prediction, read_autotune_cache

@@ -53,7 +53,6 @@ def write_archive(goldens: Goldens, path: Path) -> str:
         goldens = Goldens(goldens.root)
         if problems := goldens.verify():
             raise GoldenError(f"{goldens.root}: expected the files of the manifest: {problems[0]}")
-        digest = hashlib.sha256()
         with replacing(path) as partial, partial.open("xb") as file:
             with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
                 for name in _files_of(goldens):
@@ -63,9 +62,7 @@ def write_archive(goldens: Goldens, path: Path) -> str:
                     archive.addfile(about, io.BytesIO(data))
             file.flush()
             with partial.open("rb") as written:
-                while chunk := written.read(_CHUNK):
-                    digest.update(chunk)
-    return digest.hexdigest()
+                return hashlib.file_digest(written, "sha256").hexdigest()
 
 
 def _files_of(goldens: Goldens) -> list[str]:

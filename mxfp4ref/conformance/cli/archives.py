@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from mxfp4ref._files import check_no_input, folders_below
+from mxfp4ref._files import check_no_input, files_below
 from mxfp4ref.conformance.cli.command import Group
 from mxfp4ref.conformance.cli.shared import goldens_option, progress, usage_errors
 from mxfp4ref.conformance.cli.terminal import echo
@@ -75,9 +75,7 @@ def pack(file: Path, root: Path | None) -> None:
 
     with usage_errors():
         found = open_goldens(root)
-        check_no_input(
-            file, (place / name for place, _, files in folders_below(found.root) for name in files)
-        )
+        check_no_input(file, files_below(found.root))
         digest = write_archive(found, file)
     echo(f"{file}: {len(found.names())} cases, {file.stat().st_size:,} bytes, SHA-256")
     echo(digest)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mxfp4ref.conformance.cli.checkpoints import Layer
+from mxfp4ref.conformance.cli.checkpoints import layers_option
 from mxfp4ref.conformance.cli.command import command
 from mxfp4ref.conformance.cli.shared import progress, usage_errors
 from mxfp4ref.conformance.cli.terminal import echo, echo_json, echo_rows
@@ -24,13 +24,7 @@ _HEADS = ("tensor", "groups", "rewritten", "weights changed", "to zero", "worst 
 
 @command("checkpoint-report")
 @click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
-@click.option(
-    "--layer",
-    "layers",
-    type=Layer(),
-    multiple=True,
-    help="Only this layer: a number, or mtp.0 of a draft head; by default all. Repeatable.",
-)
+@layers_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")
 def checkpoint_report(checkpoint: Path, layers: tuple[int | str, ...], as_json: bool) -> None:
     """Report what W4A8 loses of the MXFP4 weights of a CHECKPOINT.

@@ -66,6 +66,15 @@ class Setting(click.ParamType):  # type: ignore[type-arg, unused-ignore]
             return key, text
 
 
+layers_option = click.option(
+    "--layer",
+    "layers",
+    type=Layer(),
+    multiple=True,
+    help="Only this layer: a number, or mtp.0 of a draft head; by default all. Repeatable.",
+)
+
+
 def reading(function: Callable[..., None]) -> Callable[..., None]:
     """The options of how a checkpoint is read."""
     options = (
@@ -246,13 +255,7 @@ def _refuse_unused(layer: Any, router: str | None, options: Mapping[str, Any]) -
 
 @command()
 @click.argument("root", metavar="CHECKPOINT", type=click.Path(exists=True, path_type=Path))
-@click.option(
-    "--layer",
-    "layers",
-    type=Layer(),
-    multiple=True,
-    help="Only this layer: a number, or mtp.0 of a draft head; by default all. Repeatable.",
-)
+@layers_option
 @click.option("--names-only", is_flag=True, help="Do not read the weights: no counts of unusual ones.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead, with all numbers.")
 @reading

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 from collections.abc import Iterable
@@ -18,9 +17,9 @@ from click.shell_completion import (
     split_arg_string,
 )
 
-from mxfp4ref._files import read_file
 from mxfp4ref.conformance.cli.command import command
 from mxfp4ref.conformance.finding import STAGES
+from mxfp4ref.conformance.source import functions_in
 from mxfp4ref.goldens import open_goldens
 
 __all__ = ["cases", "completion", "defect_names", "explained", "globs", "kernels"]
@@ -143,15 +142,13 @@ def _cases(context: click.Context) -> list[str]:
 def _functions(incomplete: str) -> list[str]:
     """Python files, and the functions of one: `adapter.py:fused_moe`."""
     path, colon, name = incomplete.partition(":")
-    with suppress(OSError, ValueError, SyntaxError, RecursionError, MemoryError):
-        if not colon:
-            folder = Path(path).parent if path[-1:] != "/" else Path(path)
-            found = [str(file) for file in sorted(folder.glob("*.py")) if _PLAIN.fullmatch(str(file))]
-            return [f"{file}:" for file in _starting(found, path.removeprefix("./"))]
-        if path.endswith(".py"):
-            body = ast.parse(read_file(Path(path))).body
-            functions = [node.name for node in body if isinstance(node, ast.FunctionDef)]
-            return [f"{path}:{function}" for function in _starting(functions, name)]
+    if colon:
+        functions = functions_in(Path(path)) if path.endswith(".py") else None
+        return [f"{path}:{function}" for function in _starting(functions or (), name)]
+    with suppress(OSError, ValueError):
+        folder = Path(path).parent if path[-1:] != "/" else Path(path)
+        found = [str(file) for file in sorted(folder.glob("*.py")) if _PLAIN.fullmatch(str(file))]
+        return [f"{file}:" for file in _starting(found, path.removeprefix("./"))]
     return []
 
 

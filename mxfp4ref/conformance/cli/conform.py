@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from mxfp4ref._choices import MODES, STORAGE
-from mxfp4ref._files import folders_below
+from mxfp4ref._files import files_below
 from mxfp4ref._words import did_you_mean
 from mxfp4ref.conformance.cli import completing
 from mxfp4ref.conformance.cli.command import command
@@ -29,11 +29,11 @@ from mxfp4ref.conformance.cli.shared import (
     case_progress,
     check_no_swap,
     diagnosis_option,
-    echo,
     goldens_option,
     interrupted_once,
     usage_errors,
 )
+from mxfp4ref.conformance.cli.terminal import echo
 from mxfp4ref.goldens import Goldens, open_goldens
 
 __all__ = ["conform"]
@@ -196,7 +196,7 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
         names = _select(goldens, patterns)
         if earlier is not None:
             names = _failed_in(earlier, goldens, names)
-        files.check(chain(_files_of(goldens), _sources(spec), [earlier] if earlier else ()))
+        files.check(chain(files_below(goldens.root), _sources(spec), [earlier] if earlier else ()))
         with case_progress(names) as advance:
             try:
                 result = run(
@@ -263,11 +263,6 @@ def _failed_in(path: Path, goldens: Goldens, chosen: list[str]) -> list[str]:
     if earlier.left:
         echo(f"--last-failed: {earlier.left} more cases were not run then, and are not now", err=True)
     return names
-
-
-def _files_of(goldens: Goldens) -> list[Path]:
-    """All that the goldens are, which no report may replace."""
-    return [place / name for place, _, files in folders_below(goldens.root) for name in files]
 
 
 def _sources(spec: str) -> Iterator[Path]:

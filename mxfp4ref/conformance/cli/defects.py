@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,21 +46,20 @@ def defects(as_json: bool) -> None:
     for family in FAMILIES.values():
         echo(family.name, bold=True)
         echo(f"  {family.summary}")
-        for name in family.members:
-            _line(name, width)
+        _list(family.members, width)
     for target in dict.fromkeys(d.target for d in DEFECTS.values() if d.target != "moe"):
         echo(f"defects of {target}", bold=True)
-        for defect in DEFECTS.values():
-            if defect.target == target:
-                _line(defect.name, width)
+        _list([d.name for d in DEFECTS.values() if d.target == target], width)
 
 
-def _line(name: str, width: int) -> None:
+def _list(names: Sequence[str], width: int = 0) -> None:
+    """Defects, a line each; the summaries begin below each other, after the longest name or further right."""
     from mxfp4ref.defects import DEFECTS
 
-    defect = DEFECTS[name]
-    nature = "" if defect.kind == "defect" else " (another arithmetic)"
-    echo(f"    {name:{width}}  {defect.summary}{nature}")
+    width = max([width, *map(len, names)])
+    for defect in map(DEFECTS.__getitem__, names):
+        nature = "" if defect.kind == "defect" else " (another arithmetic)"
+        echo(f"    {defect.name:{width}}  {defect.summary}{nature}")
 
 
 @command()
@@ -84,11 +84,11 @@ def explain(words: tuple[str, ...], root: Path | None) -> None:
     from mxfp4ref.defects import DEFECTS
 
     name = " ".join(words)  # families have names of several words, which a shell completes without quotes
-    if name in FAMILIES or name in STAGES:
-        if name in STAGES:
-            _explain_stage(name)
-        if name in FAMILIES:
-            _explain_family(FAMILIES[name])
+    if name in STAGES:
+        _explain_stage(name)
+    if name in FAMILIES:
+        _explain_family(FAMILIES[name])
+    if name in STAGES or name in FAMILIES:
         return
     if name not in DEFECTS:
         raise UsageError(
@@ -133,13 +133,11 @@ def _explain_stage(name: str) -> None:
     echo(f"What is in it: {_STAGES[name]}.")
     members = [defect.name for defect in DEFECTS.values() if name in stages_of(defect)]
     echo("Named defects that lie in it, or may:" if members else "No named defect lies in it.")
-    for member in members:
-        _line(member, max(map(len, members)))
+    _list(members)
 
 
 def _explain_family(family: Family) -> None:
     echo(f"family {family.name}", bold=True)
     echo(f"Its changes: {family.summary}.")
     echo("Such a change is tried with every parameter, and named where it predicts every bit.")
-    for name in family.members:
-        _line(name, max(len(member) for member in family.members))
+    _list(family.members)

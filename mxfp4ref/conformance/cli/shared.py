@@ -35,7 +35,6 @@ __all__ = [
     "check_no_swap",
     "describe",
     "diagnosis_option",
-    "echo",
     "first_values",
     "goldens_option",
     "interrupted_once",
@@ -44,9 +43,8 @@ __all__ = [
 ]
 
 NOT_EQUAL, USAGE, INTERRUPTED = 1, 2, 128 + 2  # exit codes, besides 0
-_SAME = (
-    2.0  # seconds in which a second interrupt is taken for the first: of a terminal and of the parent, too
-)
+# Seconds in which a second interrupt is taken for the first: of a terminal and of the parent, too.
+_SAME = 2.0
 
 diagnosis_option = click.option(
     "--diagnosis",

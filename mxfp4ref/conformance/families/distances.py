@@ -35,8 +35,9 @@ def angle_between(output: Tensor, got: Tensor) -> float:
 
 
 def last_place(values: Tensor) -> Tensor:
-    """A unit in the last place of bf16 numbers."""
-    return torch.ldexp(torch.ones(values.shape), torch.frexp(fp32.widen(values.contiguous())).exponent - 8)
+    """A unit in the last place that bf16 has for numbers of any dtype, as float64."""
+    values = values.to(torch.float64)
+    return torch.ldexp(torch.ones_like(values), torch.frexp(values).exponent - 8)
 
 
 def solvable(values: Tensor) -> bool:

@@ -24,9 +24,8 @@ _SURE = 20.0  # of a log likelihood ratio
 _NO_DOUBT = 80.0
 _NEARLY = 3.0
 _SHARES = torch.tensor([0, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0], dtype=torch.float64, device="cpu")
-_SIZES = torch.logspace(
-    -4, 4, 33, base=2, dtype=torch.float64, device="cpu"
-)  # of the variance, around what it seems to be
+# Of the variance, around what it seems to be.
+_SIZES = torch.logspace(-4, 4, 33, base=2, dtype=torch.float64, device="cpu")
 
 
 @dataclass(frozen=True)

@@ -252,9 +252,8 @@ def _scattered(wrong: Tensor) -> Iterator[Evidence]:
     if share > 0.4 or len(counts) < 4:
         return
     dispersion = float(counts.var()) / (float(counts.mean()) * (1 - share) + 1e-30)
-    how = (
-        f"{counted(int(wrong.sum()), 'element')} {'is' if int(wrong.sum()) == 1 else 'are'} a rounding off, "
-    )
+    count = int(wrong.sum())
+    how = f"{counted(count, 'element')} {'is' if count == 1 else 'are'} a rounding off, "
     if dispersion < 2:
         words = "spread over rows and columns as by chance, as roundings in GEMM2 or after it are, or noise"
         yield Evidence((), how + words, 1)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mxfp4ref.conformance.families.distances import solvable
 from mxfp4ref.conformance.families.hypothesis import Pipeline, slot_outputs
+from mxfp4ref.conformance.reduction import by_every_expert
 from mxfp4ref.sm90 import fp32
 
 __all__ = ["other_sums"]
@@ -31,14 +32,7 @@ def _expert_weights(pipeline: Pipeline, got: Tensor, token: int) -> dict[int, fl
     count, hidden = experts.num_experts, experts.hidden_size
     if count * 3 * hidden * experts.intermediate_size > _WORK or count * 2 > hidden:
         return None
-    everyone = replace(
-        call,
-        input=call.input[[token]],
-        token_selected_experts=torch.arange(count, dtype=torch.int32, device=got.device)[None],
-        token_final_scales=torch.ones(1, count, dtype=torch.float32, device=got.device),
-        ep_size=1,
-        ep_rank=0,
-    )
+    everyone = by_every_expert(call, torch.tensor([token], device=got.device))
     y = fp32.widen(slot_outputs(replace(pipeline, call=everyone))[0].contiguous()).to(torch.float64)
     if experts.fc2_biases is not None and call.tp_rank == 0:
         y = y + fp32.widen(experts.fc2_biases).to(torch.float64)

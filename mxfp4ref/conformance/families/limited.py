@@ -22,56 +22,50 @@ __all__ = ["in_columns", "in_rows", "in_slots"]
 
 
 def in_rows(hypothesis: Hypothesis, words: str, tokens: Tensor, count: int) -> Hypothesis:
-    def change(pipeline: Pipeline) -> Pipeline:
-        def run(call: MoeCall) -> Tensor:
-            right, wrong = (
-                replace(pipeline, call=call).run(),
-                hypothesis.change(replace(pipeline, call=call)).run(),
-            )
-            if len(right) != count:
-                raise ValueError("tokens: of another call")
-            right = right.clone()
-            right[tokens] = wrong[tokens]
-            return right
+    def merge(right: Pipeline, wrong: Pipeline) -> Tensor:
+        rows, other = right.run(), wrong.run()
+        if len(rows) != count:
+            raise ValueError("tokens: of another call")
+        rows = rows.clone()
+        rows[tokens] = other[tokens]
+        return rows
 
-        return Pipeline(pipeline.call, KERNEL, run)
-
-    return replace(
-        hypothesis, words=f"{hypothesis.words}, {words}", change=change, cost=hypothesis.cost + 1.5, name=""
-    )
+    return _limited(hypothesis, words, 1.5, merge)
 
 
 def in_columns(hypothesis: Hypothesis, words: str, columns: Callable[[int], Tensor]) -> Hypothesis:
-    def change(pipeline: Pipeline) -> Pipeline:
-        def run(call: MoeCall) -> Tensor:
-            right, wrong = (
-                replace(pipeline, call=call).run(),
-                hypothesis.change(replace(pipeline, call=call)).run(),
-            )
-            return torch.where(columns(right.shape[1]).to(right.device), wrong, right)
+    def merge(right: Pipeline, wrong: Pipeline) -> Tensor:
+        rows = right.run()
+        return torch.where(columns(rows.shape[1]).to(rows.device), wrong.run(), rows)
 
-        return Pipeline(pipeline.call, KERNEL, run)
-
-    return replace(
-        hypothesis, words=f"{hypothesis.words}, {words}", change=change, cost=hypothesis.cost + 1, name=""
-    )
+    return _limited(hypothesis, words, 1, merge)
 
 
 def in_slots(hypothesis: Hypothesis, words: str, mask_of: Callable[[MoeCall, Tensor], Tensor]) -> Hypothesis:
+    def merge(right: Pipeline, wrong: Pipeline) -> Tensor:
+        call, local = right.call, local_of(right)
+        y = torch.where(mask_of(call, local)[..., None], slot_outputs(wrong), slot_outputs(right))
+        return finalized(right, y, local, call.token_final_scales)
+
+    return _limited(hypothesis, f"for slots {words} only", 1, merge)
+
+
+def _limited(
+    hypothesis: Hypothesis, words: str, cost: float, merge: Callable[[Pipeline, Pipeline], Tensor]
+) -> Hypothesis:
+    """With `merge` giving the output of the right pipeline and the changed one, of a call."""
+
     def change(pipeline: Pipeline) -> Pipeline:
         def run(call: MoeCall) -> Tensor:
             inside = replace(pipeline, call=call)
-            local = local_of(inside)
-            wrong = slot_outputs(hypothesis.change(inside))
-            y = torch.where(mask_of(call, local)[..., None], wrong, slot_outputs(inside))
-            return finalized(inside, y, local, call.token_final_scales)
+            return merge(inside, hypothesis.change(inside))
 
         return Pipeline(pipeline.call, KERNEL, run)
 
     return replace(
         hypothesis,
-        words=f"{hypothesis.words}, for slots {words} only",
+        words=f"{hypothesis.words}, {words}",
         change=change,
-        cost=hypothesis.cost + 1,
+        cost=hypothesis.cost + cost,
         name="",
     )

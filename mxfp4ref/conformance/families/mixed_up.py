@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from mxfp4ref.conformance.families.hypothesis import Pipeline, local_of
 from mxfp4ref.conformance.families.sampled import Sample
 from mxfp4ref.conformance.families.slots import attributes
+from mxfp4ref.conformance.reduction import by_every_expert
 from mxfp4ref.formats.mxfp4 import dequantize
 from mxfp4ref.model.forward import MoeTrace, activate_rows, trace
 from mxfp4ref.sm90 import fp32
@@ -65,7 +66,7 @@ def mixed_up(pipeline: Pipeline, some: list[Sample]) -> _Told | None:
 def _explained(sample: Sample, swaps: list[_Swap]) -> list[_Swap] | None:
     """The swaps, at most one of each slot, that leave no more than roundings of the error."""
     left, chosen = sample.error, []
-    while swaps and float((left.square() / sample.noise).mean().sqrt()) > _QUIET:
+    while swaps and sample.loudness_of(left) > _QUIET:
         rest = left - torch.stack([s.change for s in swaps])
         sizes = (rest.square() / sample.noise).sum(1)
         best = int(sizes.argmin())
@@ -74,7 +75,7 @@ def _explained(sample: Sample, swaps: list[_Swap]) -> list[_Swap] | None:
         left = rest[best]
         chosen.append(swaps[best])
         swaps = [s for s in swaps if s.slot != chosen[-1].slot]
-    return chosen if float((left.square() / sample.noise).mean().sqrt()) <= _QUIET else None
+    return chosen if sample.loudness_of(left) <= _QUIET else None
 
 
 def _which(pipeline: Pipeline, explained: dict[int, list[_Swap]]) -> str:
@@ -103,7 +104,7 @@ def _other_weights(pipeline: Pipeline, loud: list[Sample]) -> _Told | None:
     first = pipeline.call.ep_rank * pipeline.call.experts.num_experts
     told, by_expert = [], dict[int, list[float]]()
     for s in loud:
-        if float((s.rest.square() / s.noise).mean().sqrt()) > _QUIET:
+        if s.loudness_of(s.rest) > _QUIET:
             continue
         found = s.own_weights
         pairs = list(zip(s.experts.tolist(), s.weights.tolist(), found.tolist(), strict=True))
@@ -130,7 +131,7 @@ def _other_biases(pipeline: Pipeline, loud: list[Sample]) -> _Told | None:
     told = []
     for s in loud:
         solution = torch.linalg.lstsq(biases.T, s.error[:, None], driver="gelsd").solution[:, 0]
-        if float(((s.error - solution @ biases).square() / s.noise).mean().sqrt()) > _QUIET:
+        if s.loudness_of(s.error - solution @ biases) > _QUIET:
             continue
         asked = torch.zeros(len(biases), dtype=torch.float64).index_add_(0, s.experts, s.weights)
         asked *= call.tp_rank == 0
@@ -170,16 +171,7 @@ class _Grid:
     def of(cls, pipeline: Pipeline, tokens: list[int]) -> _Grid:
         call, experts = pipeline.call, pipeline.call.experts
         count = experts.num_experts
-        ids = torch.arange(count, dtype=torch.int32).expand(len(tokens), -1).contiguous()
-        everyone = replace(
-            call,
-            input=call.input[tokens],
-            token_selected_experts=ids,
-            token_final_scales=torch.ones(len(tokens), count),
-            ep_size=1,
-            ep_rank=0,
-        )
-        rows: MoeTrace = trace(everyone)
+        rows: MoeTrace = trace(by_every_expert(call, torch.tensor(tokens)))
         order = (rows.token * count + rows.expert).argsort()
         assert experts.fc2_scales is not None
         dense = dequantize(experts.fc2_weights, experts.fc2_scales, convention="sm90", dtype=torch.float32)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.families.distances import solvable
+from mxfp4ref.conformance.families.distances import last_place, solvable
 from mxfp4ref.conformance.families.hypothesis import Pipeline
 from mxfp4ref.formats.mxfp4 import dequantize
 from mxfp4ref.model.forward import trace
@@ -48,16 +49,20 @@ class Sample:
     @property
     def loudness(self) -> float:
         """How many times larger than the roundings the error is."""
-        return float((self.error.square() / self.noise).mean().sqrt())
+        return self.loudness_of(self.error)
 
-    @property
+    def loudness_of(self, error: Tensor) -> float:
+        """How many times larger than the roundings an error `[H]` is."""
+        return float((error.square() / self.noise).mean().sqrt())
+
+    @cached_property
     def own_weights(self) -> Tensor:
         """The weights `[n]` with which the right rows come nearest to the kernel's."""
         solution = torch.linalg.lstsq(self.y.T, self.error[:, None], driver="gelsd").solution[:, 0]
         found: Tensor = self.weights + solution
         return found
 
-    @property
+    @cached_property
     def rest(self) -> Tensor:
         """The error less what is a sum of the right rows, `[H]`."""
         left: Tensor = self.error - (self.own_weights - self.weights) @ self.y
@@ -93,7 +98,7 @@ def samples(pipeline: Pipeline, got: Tensor, wrong: Tensor, local: Tensor) -> li
     dense = dequantize(codes, scales, convention="sm90", dtype=torch.float32).double()
     rows = trace(call.select(index))
     y = rows.fc2_accumulators[:, columns].double()
-    units = _unit(y)  # of what is rounded, which is without the bias
+    units = last_place(y)  # of what is rounded, which is without the bias
     if experts.fc2_biases is not None and call.tp_rank == 0:
         y = y + fp32.widen(experts.fc2_biases[rows.expert][:, columns].contiguous()).double()
     fc1 = fp32.widen(rows.fc1_output).double()
@@ -108,7 +113,7 @@ def samples(pipeline: Pipeline, got: Tensor, wrong: Tensor, local: Tensor) -> li
         mine = mine[rows.slot[mine].argsort()]
         weights = call.token_final_scales[token, rows.slot[mine]].double()
         target = fp32.widen(got[token, columns].contiguous()).double()
-        rounded = torch.cat((weights[:, None] * units[mine], _unit(target)[None]))
+        rounded = torch.cat((weights[:, None] * units[mine], last_place(target)[None]))
         found.append(
             Sample(
                 token,
@@ -122,8 +127,3 @@ def samples(pipeline: Pipeline, got: Tensor, wrong: Tensor, local: Tensor) -> li
         )
     telling = solvable(fp32.widen(got[index].contiguous()))
     return [one for one in found if telling and one.finite and bool((one.noise > 0).all())]
-
-
-def _unit(values: Tensor) -> Tensor:
-    """A unit in the last place of bf16."""
-    return torch.ldexp(torch.ones_like(values), torch.frexp(values).exponent - 8)

@@ -124,21 +124,23 @@ class Search:
     @contextmanager
     def share(self, part: float) -> Iterator[None]:
         """Inside, only this part of the time that is left may be taken."""
-        until, now = self.until, time.thread_time()
-        self.until = min(until, now + part * (until - now))
-        try:
+        now = time.thread_time()
+        with self._stopping_at(min(self.until, now + part * (self.until - now))):
             yield
-        finally:
-            self.until = until
 
     @contextmanager
     def extra(self, seconds: float) -> Iterator[None]:
         """Inside, so many seconds from now may be taken."""
-        until, self.until = self.until, max(self.until, time.thread_time() + seconds)
+        with self._stopping_at(max(self.until, time.thread_time() + seconds)):
+            yield
+
+    @contextmanager
+    def _stopping_at(self, until: float) -> Iterator[None]:
+        before, self.until = self.until, until
         try:
             yield
         finally:
-            self.until = until
+            self.until = before
 
     def _probe_tokens(self) -> Tensor:
         """The wrong token that tells most: many wrong elements, few slots, no NaN."""
@@ -203,8 +205,8 @@ class Search:
     @cached_property
     def _noise(self) -> Tensor:
         """Standard deviations of the roundings of rows and sum to bf16, in two kernels, `[M, H]`."""
-        parts = (last_place(self.rows.y).double() * self.rows.weights[..., None]).square().sum(1)
-        return ((parts + last_place(self.want).double().square()) / 6).sqrt() + 1e-300
+        parts = (last_place(self.rows.y) * self.rows.weights[..., None]).square().sum(1)
+        return ((parts + last_place(self.want).square()) / 6).sqrt() + 1e-300
 
     def _up_to_roundings(self, output: Tensor, *, of_all: bool) -> bool:
         """Whether an output is the kernel's but for roundings, which the right one is far from."""

@@ -178,15 +178,7 @@ def _system(
         return None
     if not solvable(target):
         return None
-    return _System(
-        columns,
-        target - parts.sum(0),
-        noise,
-        right,
-        up,
-        gate,
-        tuple(slots.tolist()),
-    )
+    return _System(columns, target - parts.sum(0), noise, right, up, gate, tuple(slots.tolist()))
 
 
 def _groups(systems: list[_System], of_expert: str) -> _Parts | None:
