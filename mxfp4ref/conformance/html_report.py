@@ -16,7 +16,7 @@ from mxfp4ref.conformance.report_text import by_suite, predicted, tested
 from mxfp4ref.conformance.results import CaseResult, Report
 from mxfp4ref.defects import DEFECTS
 
-__all__ = ["check_html", "thread_url", "to_html"]
+__all__ = ["check_html", "environment", "thread_url", "to_html"]
 
 _OWNERS = {
     "compressed-tensors": "vllm-project/compressed-tensors",
@@ -39,11 +39,11 @@ def to_html(report: Report) -> str:
     Raises:
         ModuleNotFoundError: jinja2 is not installed (`pip install mxfp4ref[report]`).
     """
-    environment = _environment()
-    script = environment.loader.get_source(environment, "report.js")[0]
+    jinja = environment()
+    script = jinja.loader.get_source(jinja, "report.js")[0]
     failures = [_failure(n, r, report) for n, r in enumerate(report.results, 1) if not r.ok]
     anchors = {id(f["result"]): f["anchor"] for f in failures}
-    html: str = environment.get_template("report.html.j2").render(
+    html: str = jinja.get_template("report.html.j2").render(
         report=report,
         script=script,
         script_hash=b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -79,7 +79,8 @@ def thread_url(seen_in: str) -> str:
     return f"https://github.com/{_OWNERS[found[1]]}/issues/{found[2]}"
 
 
-def _environment() -> Any:
+def environment() -> Any:
+    """jinja2's, with the templates of reports; with the error of `check_html`."""
     check_html()
     jinja2 = importlib.import_module("jinja2")
     return jinja2.Environment(

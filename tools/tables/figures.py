@@ -9,12 +9,12 @@ import argparse
 import io
 from pathlib import Path
 
-import jinja2
 import matplotlib as mpl
 
 from mxfp4ref import forward
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.diagnosis import ulp_bins
+from mxfp4ref.conformance.html_report import environment
 from mxfp4ref.conformance.pictures import LEGEND, PAPER, mismatch_maps
 from mxfp4ref.defects import get_defect
 from mxfp4ref.goldens import open_goldens
@@ -194,14 +194,8 @@ def famous_maps() -> str:
                 f"{name}: {mask.float().mean():.0%} differ",
             )
         )
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mxfp4ref.conformance"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     height = int(maps[0][0].top + maps[0][0].height + 34)
-    return environment.from_string(MAPS).render(maps=maps, height=height, legend=LEGEND, paper=PAPER)
+    return environment().from_string(MAPS).render(maps=maps, height=height, legend=LEGEND, paper=PAPER)
 
 
 def _canvas(width: float, height: float) -> tuple[Figure, Axes]:

@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mxfp4ref._files import write_file
+
 NOTEBOOK = Path(__file__).resolve().parents[2] / "docs" / "tutorial.ipynb"
 
 
@@ -33,4 +35,4 @@ def read() -> dict[str, Any]:
 
 if __name__ == "__main__":
     os.environ.setdefault("COLUMNS", "100")
-    NOTEBOOK.write_text(json.dumps(executed(read()), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_file(NOTEBOOK, json.dumps(executed(read()), indent=1, ensure_ascii=False) + "\n")

@@ -8,6 +8,7 @@ goldens' sidecars, and from `tests/recordings/`. Where nothing was recorded the 
 
 from __future__ import annotations
 
+import functools
 import json
 import tarfile
 from collections import defaultdict
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import click
 import numpy as np
 
+from mxfp4ref._files import write_file
 from mxfp4ref.formats.generations import BYTEWISE, PLAIN, WORDWISE
 from mxfp4ref.sm90.activation import ACTIVATIONS, SWIGLU
 
@@ -128,6 +130,7 @@ def _kernels(found: Sequence[Record]) -> Iterator[Sequence[str]]:
                 yield release, generation.name, tactics, "; ".join(said + kept.get(release, []))
 
 
+@functools.cache
 def _kept_outputs() -> dict[str, list[str]]:
     """Outputs of a release's kernel that the tests hold this package against, beside the goldens."""
     kept: dict[str, list[str]] = defaultdict(list)
@@ -192,7 +195,7 @@ def main(check: bool) -> None:
     if check and not same:
         raise click.ClickException(f"{where} is not what python tools/tables/releases.py writes")
     if not same:
-        PAGE.write_text(text, encoding="utf-8")
+        write_file(PAGE, text)
     click.echo(f"{where}: {'as it was' if same else 'written'}, {len(text.splitlines())} lines")
 
 
