@@ -31,7 +31,7 @@ from mxfp4ref import Experts, MoeCall, forward
 from mxfp4ref._files import write_file
 from mxfp4ref.conformance.flashinfer_kernel import flashinfer_kernel
 from mxfp4ref.conformance.handing import to_device
-from mxfp4ref.sm90.activation import ACTIVATIONS
+from mxfp4ref.sm90.activation import ACTIVATIONS, SITU
 from mxfp4ref.sm90.tactics import Sm90Kernel, runnable_tactics
 
 Bytes = NDArray[np.uint8]
@@ -103,14 +103,17 @@ def random_call(seed: int, *, clusters: bool = False) -> MoeCall:
 
 
 def with_activation(call: MoeCall, seed: int, activations: Sequence[int]) -> MoeCall:
-    """The call with one of these activations and any subset of Situ's parameters, drawn apart from all else."""
+    """The call with one of these activations, drawn apart from all else.
+
+    Where Situ is one of them, any of them has any subset of Situ's parameters; older releases do not take them.
+    """
     rng = np.random.default_rng((seed, 4, *activations))
     parameters = {}
     for name, high in (("situ_beta", 8.0), ("situ_linear_beta", 30.0)):
         values = rng.uniform(0.2, high, call.experts.num_experts).astype(np.float32)
         if rng.random() < 0.2:
             values[0] = rng.choice([0.0, -1.5, np.inf, np.nan, 1e-40, 1e-38, 3e38])
-        if rng.random() < 0.6:
+        if rng.random() < 0.6 and SITU in activations:
             parameters[name] = torch.from_numpy(values).to(call.input.device)
     return replace(
         call,

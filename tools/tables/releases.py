@@ -50,8 +50,8 @@ What is known to be wrong with a kernel on hardware, and is not modelled:
 ## What was compared with hardware
 
 Elements of outputs that a GPU and this package computed for the same calls, and how many of them differ. Other
-calls are those designed for a question, one call by every tactic, and large calls repeated. Those that differ are
-{differing}; what is known of them is above.
+calls are those designed for a question, one call by every tactic, and large calls repeated. What is known of those
+that differ is above. They are {differing}.
 
 {compared}
 
@@ -107,11 +107,11 @@ def page() -> str:
     order = {kind: number for number, kind in enumerate(KINDS)}
     rows = sorted(sums, key=lambda key: (_number(key[0]), key[1], order[key[2].split(", ")[0]], key[2]))
     compared = ([*key, *(_counts(sums[key].get(how)) for how in HOW)] for key in rows)
-    differing = sorted({f"{r.release}'s, in {r.how}" for r in found if r.differing}) or ["none"]
+    differing = sorted({f"{r.release}'s {r.how}" for r in found if r.differing}) or ["none"]
     return TEXT.format(
         kernels=_table(("flashinfer-python", "kernel", "`profile_ids`", "run on hardware"), _kernels(found)),
         faults="\n".join(f"- {g.name}: {fault}." for g in GENERATIONS for fault in g.known_faults),
-        differing=" and ".join(differing),
+        differing=", ".join(differing),
         compared=_table(("flashinfer-python", "GPU", "kind", *HOW), compared),
         gaps="\n".join(_gaps(found)),
     )

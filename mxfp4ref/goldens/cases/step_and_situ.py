@@ -97,7 +97,6 @@ def step_non_finite(source: Source) -> MoeCall:
 @define(
     catches="step_gate_clamped_below step_clamp_propagates_nan step_reads_alpha_and_beta",
     unique_for="SwigluStep's options together",
-    pending=True,
 )
 def step_all_at_once(source: Source) -> MoeCall:
     """SwigluStep of NaN and Inf beside numbers, limits of 0.2 and of 3, alpha and beta, which are not read."""
