@@ -76,7 +76,7 @@ def record_tactics(out: Path) -> int:
     lines = []
     kernel = flashinfer_kernel()
     call = to_device(case.call(), "cuda")
-    for forced in each_kernel(call.experts.hidden_size, call.experts.intermediate_size, kernel.generation):
+    for forced in each_kernel(call.experts.gemm_shapes, kernel.generation):
         launch = hardware.launcher(kernel, replace(call, kernel=forced))
         got, again = (launch().cpu() for _ in range(2))
         line = _line(case, forced.tile_k, got, again, case.outputs[forced.tile_k], provenance)
