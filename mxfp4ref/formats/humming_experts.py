@@ -21,8 +21,8 @@ __all__ = ["HummingExperts", "Sm90HummingExperts"]
 class HummingExperts(Experts):
     """Experts prepared for FP8 activations, in logical order (`docs/arithmetic.md`, section 11).
 
-    As `Experts`, but that `fc1_scales` and `fc2_scales` are exponent offsets, 1 to 12, codes are rewritten, and biases
-    are bf16 or fp16, as the input of the call is.
+    As `Experts`, but that `fc1_scales` and `fc2_scales` are exponent offsets, 1 to 12, codes are rewritten, and
+    biases are bf16 or fp16, as the input of the call is.
 
     Attributes:
         fc1_residual, fc2_residual: `[E] float32`, `PreparedWeights.residual` times `COMPENSATION`, as the call takes

@@ -147,7 +147,7 @@ class MoeCall(Shown):
 
     @property
     def written(self) -> Tensor:
-        """Which tokens get an output, `[M] bool`: all, or with `enable_alltoall` those with an expert of this rank."""
+        """Which tokens get an output, `[M] bool`: all; with `enable_alltoall` those with an expert of this rank."""
         if not self.enable_alltoall or self.ep_size == 1:
             return torch.ones(self.num_tokens, dtype=torch.bool, device=self.input.device)
         local = self.token_selected_experts.to(torch.int64) - self.ep_rank * self.experts.num_experts

@@ -146,8 +146,9 @@ def torch_ref_cutlass_fused_moe(
         tp_size, tp_rank, ep_size, ep_rank: this rank; the fc2 bias is added where `tp_rank` is 0.
         output: `[M, H] bf16`, written in place; the list holds this very tensor. It is `input` itself, or
             shares memory with no input.
-        enable_alltoall: with `ep_size` above 1 the kernel writes no row of a token without an expert of this rank. Such
-            rows of `output` stay as they are; without `output` they are zeros here, with flashinfer what memory held.
+        enable_alltoall: with `ep_size` above 1 the kernel writes no row of a token without an expert of this rank.
+            Such rows of `output` stay as they are; without `output` they are zeros here, and whatever memory held
+            with flashinfer.
         activation_type: Swiglu (3), Geglu (4), SwigluBias (5), SwigluStep (7), GegluTanh (8) or Situ (10); without a
             gate Gelu (0), Relu (1), Silu (2), Relu2 (6) or Identity (9).
         profile_ids: flashinfer's ids of the tactics of GEMM1 and GEMM2, see `Sm90Kernel.of_profile_ids`. The

@@ -148,7 +148,11 @@ def _check_output_dtype(arguments: Mapping[str, Any]) -> None:
     both = {torch.bfloat16, torch.float16}
     if arguments["use_wfp4afp8_humming"] is not True or given not in both:
         if got is not torch.bfloat16:
-            known = "; the kernel has torch.float16 with use_wfp4afp8_humming=True" if got is torch.float16 else ""
+            known = (
+                "; the kernel has torch.float16 with use_wfp4afp8_humming=True"
+                if got is torch.float16
+                else ""
+            )
             raise NotImplementedError(
                 f"output_dtype: not modelled, expected torch.bfloat16, got {shown(got)}{known}"
             )
@@ -235,7 +239,9 @@ def _check_weights(arguments: Mapping[str, Any]) -> bool:
 
     bf16 weights are bf16 weights to the kernel whatever `use_w4_group_scaling` says.
     """
-    dtypes = (torch.bfloat16, torch.float16) if arguments["use_wfp4afp8_humming"] is True else (torch.bfloat16,)
+    dtypes = (
+        (torch.bfloat16, torch.float16) if arguments["use_wfp4afp8_humming"] is True else (torch.bfloat16,)
+    )
     hidden = check_tensor("input", arguments["input"], dtype=dtypes, shape=("M", "H")).shape[1]
     fc1, fc2 = arguments["fc1_expert_weights"], arguments["fc2_expert_weights"]
     quantized = check_bool("use_w4_group_scaling", arguments["use_w4_group_scaling"])

@@ -50,9 +50,7 @@ HUMMING = HummingStages()
 # By the dtype of the call, which its output and both GEMMs' are rounded to.
 STAGES = {
     torch.bfloat16: HUMMING,
-    torch.float16: HummingStages(
-        round_fc1=fp32.to_fp16, round_fc2=fp32.to_fp16, round_output=fp32.to_fp16
-    ),
+    torch.float16: HummingStages(round_fc1=fp32.to_fp16, round_fc2=fp32.to_fp16, round_output=fp32.to_fp16),
 }
 
 

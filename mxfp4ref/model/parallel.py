@@ -151,7 +151,9 @@ def split_intermediate(
     hidden = experts.hidden_size
     experts = resize_experts(resize_experts(experts, hidden, inner), hidden, tp_size * width)
     halves = 2 if experts.gated else 1
-    fc1: dict[str, Any] = {name: getattr(experts, name) for name in ("fc1_weights", "fc1_scales", "fc1_biases")}
+    fc1: dict[str, Any] = {
+        name: getattr(experts, name) for name in ("fc1_weights", "fc1_scales", "fc1_biases")
+    }
     shards = [
         replace(
             experts,

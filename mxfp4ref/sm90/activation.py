@@ -153,7 +153,7 @@ class Activation:
     Attributes:
         name, id: the member of flashinfer's `ActivationType`.
         function: from up and gate, or where there is no gate from the one value, the bias included, and the
-            parameters, all float32 of one shape, to the result. The kernel multiplies what comes out by a quantisation
+            parameters, all float32 of one shape, to the result. The kernel multiplies that by a quantisation
             factor, 1 for bf16, so that subnormal results are flushed whatever the function does.
         defaults: the parameters that it reads, by the names of the call's arguments and in the function's order, and
             what is compiled in for each, which counts where it is not given.

@@ -31,7 +31,7 @@ def runs(number: int, rows: int, depth: int) -> bool:
 
 
 def check_humming_profile_ids(profile_ids: Sequence[int], shapes: Sequence[tuple[int, int]]) -> None:
-    """Raise unless flashinfer's `profile_ids` force tactics that can run GEMMs of so many weight rows and so large a K.
+    """Raise unless flashinfer's `profile_ids` force tactics that can run GEMMs of these weight rows and K.
 
     Raises:
         TypeError: not two ints.

@@ -2,9 +2,9 @@
 
 Hand-picked cases miss rules that only show where options meet: here a call mixes kinds of inputs (ordinary,
 mirrored, wide, tiny, infinite, NaN, any bits), kinds of scales (ordinary, over- and underflowing, any byte),
-any subset of biases and of the activation's parameters, expert and tensor parallelism, padded and foreign ids, every
-activation, and every tile (by releases from 0.6.16 on; older ones run their default tactic). A call is a function of
-its seed and of the activations that are drawn from.
+any subset of biases and of the activation's parameters, expert and tensor parallelism, padded and foreign ids, no
+routing weights, `enable_alltoall`, every activation, and every tile (by releases from 0.6.16 on; older ones run their
+default tactic). A call is a function of its seed and of the activations that are drawn from.
 
     python tools/hardware/random_cases.py --seeds 0:1000 --output random.json
 """
@@ -103,7 +103,10 @@ def random_call(seed: int, *, clusters: bool = False) -> MoeCall:
 
 
 def with_activation(call: MoeCall, seed: int, activations: Sequence[int]) -> MoeCall:
-    """The call with one of these activations and any subset of Situ's parameters, drawn apart from all else."""
+    """The call with one of these activations and any subset of Situ's parameters, drawn apart from all else.
+
+    One call in five has no routing weights, half of those with expert-parallel ranks `enable_alltoall`.
+    """
     rng = np.random.default_rng((seed, 4, *activations))
     parameters = {}
     for name, high in (("situ_beta", 8.0), ("situ_linear_beta", 30.0)):
@@ -112,11 +115,39 @@ def with_activation(call: MoeCall, seed: int, activations: Sequence[int]) -> Moe
             values[0] = rng.choice([0.0, -1.5, np.inf, np.nan, 1e-40, 1e-38, 3e38])
         if rng.random() < 0.6:
             parameters[name] = torch.from_numpy(values).to(call.input.device)
+    activation = ACTIVATIONS[int(rng.choice(list(activations)))]
+    rng = np.random.default_rng((seed, 5))
+    unscaled = bool(rng.random() < 0.2)
+    experts = replace(call.experts, **parameters)
+    if not activation.gated:
+        experts = without_gate(experts)
     return replace(
         call,
-        experts=replace(call.experts, **parameters),
-        activation_type=int(rng.choice(list(activations))),
+        token_final_scales=torch.ones_like(call.token_final_scales) if unscaled else call.token_final_scales,
+        experts=experts,
+        kernel=call.kernel if activation.gated else _runnable(call.kernel, experts, rng),
+        activation_type=activation.id,
+        unscaled=unscaled,
+        enable_alltoall=call.ep_size > 1 and bool(rng.random() < 0.5),
     )
+
+
+def without_gate(experts: Experts) -> Experts:
+    """The same experts for an activation that has no gate: of fc1 the second half of the rows."""
+    names = ("fc1_weights", "fc1_scales", "fc1_biases")
+    halves = {
+        name: t.chunk(2, 1)[1].contiguous() for name in names if (t := getattr(experts, name)) is not None
+    }
+    return replace(experts, **halves)  # type: ignore[arg-type]
+
+
+def _runnable(kernel: Sm90Kernel, experts: Experts, rng: Generator) -> Sm90Kernel:
+    """The kernel, with another tactic for GEMM1 if fc1 has too few rows for its own."""
+    choices = runnable_tactics(*experts.gemm_shapes[0], kernel.generation)
+    if kernel.gemm1 in choices:
+        return kernel
+    choices = [tactic for tactic in choices if tactic.cluster == kernel.gemm1.cluster]
+    return replace(kernel, gemm1=choices[int(rng.integers(len(choices)))])
 
 
 def _bf16(values: NDArray[np.float64]) -> Tensor:
@@ -222,13 +253,15 @@ def main() -> int:
             call = replace(call, kernel=Sm90Kernel(generation=generation))
         on_gpu = to_device(call, "cuda")
         expected = forward(on_gpu)
+        cpu_expected = expected.cpu()
+        expected = hardware.as_launched(on_gpu, expected)
         got = hardware.launcher(kernel, on_gpu)()
         count = hardware.count_differences(got, expected)
         elements += got.numel()
         differing += count
         if (seed - first) % arguments.cpu_every == 0 and not arguments.real_size:
             cpu_elements += got.numel()
-            cpu_differing += hardware.count_differences(forward(call), expected.cpu())
+            cpu_differing += hardware.count_differences(forward(call), cpu_expected)
         if count:
             used = (
                 [str(tactic) for tactic in call.kernel.tactics]

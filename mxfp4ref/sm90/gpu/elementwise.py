@@ -219,7 +219,7 @@ def _activate(
         elif ACTIVATION == _SITU:  # beta, linear beta
             weighted = gpu.mul(gpu.mul(_tanh(gpu.mul(gate, gpu.rcp(p0))), _sigmoid(gate)), p0)
             up = gpu.mul(_tanh(gpu.mul(up, gpu.rcp(p1))), p1)
-        elif ACTIVATION == _GEGLU or ACTIVATION == _GELU:
+        elif ACTIVATION == _GEGLU or ACTIVATION == _GELU:  # noqa: SIM109
             one, half = tl.full([COLUMNS], 1.0, tl.float32), tl.full([COLUMNS], 0.5, tl.float32)
             weight = gpu.add(one, _erf(gpu.mul(gate, _number(_HALF_ROOT_TWO, gate))))
             weighted = gpu.mul(gpu.mul(half, gate), weight)
@@ -234,7 +234,7 @@ def _activate(
         elif ACTIVATION == _IDENTITY:
             weighted = gate
         else:
-            tl.static_assert(ACTIVATION == _SWIGLU or ACTIVATION == _SILU)
+            tl.static_assert(ACTIVATION == _SWIGLU or ACTIVATION == _SILU)  # noqa: SIM109
             weighted = gpu.mul(gate, _sigmoid(gate))
         tl.store(out + row64 * width + column, gpu.bf16_bits(gpu.mul(weighted, up)), mask=inside)
 
