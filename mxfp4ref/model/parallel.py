@@ -151,13 +151,12 @@ def split_intermediate(
     hidden = experts.hidden_size
     experts = resize_experts(resize_experts(experts, hidden, inner), hidden, tp_size * width)
     halves = 2 if experts.gated else 1
-    fc1: dict[str, Any] = {
-        name: getattr(experts, name) for name in ("fc1_weights", "fc1_scales", "fc1_biases")
-    }
+    names = ("fc1_weights", "fc1_scales", "fc1_biases")
+    fc1 = {name: tensor for name in names if (tensor := getattr(experts, name)) is not None}
     shards = [
         replace(
             experts,
-            **{name: None if t is None else _rows(t, halves, tp_size, rank) for name, t in fc1.items()},
+            **{name: _rows(tensor, halves, tp_size, rank) for name, tensor in fc1.items()},
             fc2_weights=_columns(experts.fc2_weights, tp_size, rank),
             fc2_scales=None if experts.fc2_scales is None else _columns(experts.fc2_scales, tp_size, rank),
             fc2_biases=experts.fc2_biases if rank == 0 else None,
