@@ -166,7 +166,8 @@ def logical_arguments(function: Callable[..., Any]) -> Prepare:
                 shape = getattr(experts, like).shape[:2]
                 keywords.setdefault(name, call.input.new_zeros(shape))
         if takes_output:
-            keywords["output"] = poisoned(call.input)
+            # Rows that the kernel does not write hold what they are compared with.
+            keywords["output"] = call.zeros_if_unwritten(poisoned(call.input))
         return (), keywords
 
     return prepare

@@ -153,6 +153,12 @@ class MoeCall(Shown):
         local = self.token_selected_experts.to(torch.int64) - self.ep_rank * self.experts.num_experts
         return ((local >= 0) & (local < self.experts.num_experts)).any(1)
 
+    def zeros_if_unwritten(self, output: Tensor) -> Tensor:
+        """A kernel's output, `[M, H]`, with zeros in the rows that it does not write, as the forward has them."""
+        if not self.enable_alltoall or self.ep_size == 1:
+            return output
+        return torch.where(self.written[:, None], output, torch.zeros_like(output))
+
     def select(self, tokens: slice | Tensor) -> MoeCall:
         """The same call for some of its tokens, a slice of them or `[n] int64`, in that order."""
         return replace(

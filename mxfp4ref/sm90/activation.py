@@ -39,6 +39,7 @@ __all__ = [
     "activation_of",
     "sigmoid",
     "tanh",
+    "up_and_gate",
 ]
 
 SWIGLU, GEGLU, SWIGLU_BIAS, SWIGLU_STEP, GEGLU_TANH, SITU = 3, 4, 5, 7, 8, 10
@@ -197,6 +198,14 @@ def activation_of(activation_type: int, given: Collection[str]) -> Activation:
     activation = ACTIVATIONS[activation_type]
     other = activation if activation.becomes is None else ACTIVATIONS[activation.becomes]
     return other if any(name in other.defaults for name in given) else activation
+
+
+def up_and_gate(value: Tensor, *, gated: bool) -> tuple[Tensor, Tensor]:
+    """The halves of `[..., 2I]`; where there is no gate ones and the only value, `[..., I]`."""
+    if not gated:
+        return torch.ones_like(value), value
+    up, gate = value.chunk(2, dim=-1)
+    return up, gate
 
 
 @uncompiled
