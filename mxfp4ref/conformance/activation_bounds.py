@@ -9,7 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mxfp4ref.conformance.intervals import HUGE, Interval, rounded
-from mxfp4ref.sm90.activation import GEGLU, GEGLU_TANH, SITU, SWIGLU, SWIGLU_BIAS, SWIGLU_STEP, Activation
+from mxfp4ref.sm90.activation import (
+    GEGLU,
+    GEGLU_TANH,
+    GELU,
+    IDENTITY,
+    RELU,
+    RELU2,
+    SILU,
+    SITU,
+    SWIGLU,
+    SWIGLU_BIAS,
+    SWIGLU_STEP,
+    Activation,
+)
 
 __all__ = ["activated", "is_enclosed"]
 
@@ -30,7 +43,10 @@ def is_enclosed(activation: Activation, parameters: Sequence[float]) -> bool:
 
 
 def activated(activation: Activation, value: Interval, parameters: Sequence[float]) -> _Enclosed:
-    """The activation of `[N, 2I]`, up first."""
+    """The activation of `[N, 2I]`, up first, or of `[N, I]` where there is no gate."""
+    if not activation.gated:
+        number, _, special = _numbers(value, value)
+        return _UNGATED[activation.id](number), special
     (up_low, gate_low), (up_high, gate_high) = (end.chunk(2, dim=-1) for end in (value.low, value.high))
     up_over, gate_over = value.overflows.chunk(2, dim=-1)
     up, gate = Interval(up_low, up_high, up_over), Interval(gate_low, gate_high, gate_over)
@@ -156,6 +172,25 @@ def _gelu_tanh(gate: Interval) -> Interval:
     low = torch.where(turns, torch.minimum(values.amin(0), F.gelu(turn, approximate="tanh")), values.amin(0))
     error = ends.abs().amax(0) * 2.0**-11 + 2.0**-40 * ends.abs().amax(0)
     return rounded(Interval(low - error, values.amax(0) + error, gate.overflows))
+
+
+def _relu(x: Interval) -> Interval:
+    return rounded(Interval(x.low.clamp(min=0), x.high.clamp(min=0), x.overflows))
+
+
+def _relu2(x: Interval) -> Interval:
+    positive = _relu(x)
+    return rounded(Interval(positive.low.square(), positive.high.square(), x.overflows))
+
+
+# Of the only value.
+_UNGATED: dict[int, Callable[[Interval], Interval]] = {
+    GELU: _gelu,
+    RELU: _relu,
+    SILU: lambda x: _swish(x, 1.0),
+    RELU2: _relu2,
+    IDENTITY: rounded,
+}
 
 
 def _sigmoid_error(steepest: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 INTERMEDIATES = ("fc1_output", "activation", "fc2_output")  # those of `MoeTrace` that a diagnosis looks at
-_POISON = 0x7FA5  # a bf16 NaN that no arithmetic produces
+_POISON = 0x7FA5  # a NaN of bf16 and of fp16 that no arithmetic produces
 _OPTIONAL = ("fc1_biases", "fc2_biases", *PARAMETERS)
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -93,12 +93,13 @@ class Kernel:
 
 
 def poisoned(like: Tensor) -> Tensor:
-    """A bf16 tensor of the same shape and device, every element the poison NaN 0x7FA5."""
-    return torch.full(like.shape, _POISON, dtype=torch.int16, device=like.device).view(torch.bfloat16)
+    """A bf16 (or fp16) tensor of the same shape and device, every element the poison NaN 0x7FA5."""
+    dtype = torch.float16 if like.dtype == torch.float16 else torch.bfloat16
+    return torch.full(like.shape, _POISON, dtype=torch.int16, device=like.device).view(dtype)
 
 
 def is_poison(output: Tensor) -> Tensor:
-    """Where a bf16 tensor still holds the poison, as bool."""
+    """Where a bf16 or fp16 tensor still holds the poison, as bool."""
     return output.contiguous().view(torch.int16) == _POISON
 
 
@@ -113,7 +114,10 @@ def keyword_arguments(kind: str, inputs: Any) -> Arguments:
 
 
 def plain_arguments(kind: str, call: MoeCall) -> Arguments:
-    """`(x, ids, scales, w1, s1, w2, s2)` and by name what else the call has, but for sizes of 1 and Swiglu."""
+    """`(x, ids, scales, w1, s1, w2, s2)` and by name what else the call has, but for sizes of 1 and Swiglu.
+
+    Routing weights of 1 stand for none.
+    """
     experts = call.experts
     keywords = {name: value for name in _OPTIONAL if (value := getattr(experts, name)) is not None}
     if call.ep_size != 1:
@@ -138,7 +142,7 @@ def logical_arguments(function: Callable[..., Any]) -> Prepare:
             "token_final_scales": call.token_final_scales,
             "fc1_expert_weights": experts.fc1_weights,
             "fc2_expert_weights": experts.fc2_weights,
-            "output_dtype": torch.bfloat16,
+            "output_dtype": call.input.dtype,
             "quant_scales": [experts.fc1_scales, experts.fc2_scales],
             "use_w4_group_scaling": True,
             "tp_size": call.tp_size,
@@ -148,6 +152,10 @@ def logical_arguments(function: Callable[..., Any]) -> Prepare:
         }
         if call.activation_type != SWIGLU:
             keywords["activation_type"] = call.activation_type
+        if call.unscaled:
+            keywords["token_final_scales"] = None
+        if call.enable_alltoall:
+            keywords["enable_alltoall"] = True
         for name in _OPTIONAL:
             if (value := getattr(experts, name)) is not None:
                 keywords[name.replace("_biases", "_expert_biases")] = value
@@ -158,7 +166,8 @@ def logical_arguments(function: Callable[..., Any]) -> Prepare:
                 shape = getattr(experts, like).shape[:2]
                 keywords.setdefault(name, call.input.new_zeros(shape))
         if takes_output:
-            keywords["output"] = poisoned(call.input)
+            # Rows that the kernel does not write hold what they are compared with.
+            keywords["output"] = call.zeros_if_unwritten(poisoned(call.input))
         return (), keywords
 
     return prepare
@@ -175,9 +184,7 @@ def sm90_arguments(
     def prepare(kind: str, call: MoeCall) -> Arguments:
         if not call.experts.quantized:
             raise Skip("the experts are not quantised")
-        rows = (call.experts.fc1_weights.shape[1], call.experts.fc2_weights.shape[1])
-        depths = (call.experts.hidden_size, call.experts.intermediate_size)
-        if any(r % 64 for r in rows) or any(k % 128 for k in depths):
+        if any(rows % 64 or depth % 128 for rows, depth in call.experts.gemm_shapes):
             raise Skip("the SM90 layouts need rows in multiples of 64 and K in multiples of 128")
         positional, keywords = logical(kind, call)
         for name in ("fc1_expert_weights", "fc2_expert_weights"):

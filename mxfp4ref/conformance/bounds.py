@@ -125,7 +125,7 @@ def _bound(call: MoeCall, storage: str, confidence: float | None) -> Bounds:
     shape = (*local.shape, call.experts.hidden_size)
     lower = torch.zeros(shape, dtype=torch.float64, device=local.device)
     upper, overflows = torch.zeros_like(lower), torch.zeros_like(lower, dtype=torch.bool)
-    sums = int((local >= 0).sum()) * (2 * call.experts.intermediate_size + call.experts.hidden_size)
+    sums = int((local >= 0).sum()) * (call.experts.gemm_shapes[0][0] + call.experts.hidden_size)
     kernels = trace(call) if _has_specials(call) else None
     for expert in torch.unique(local[local >= 0]):
         token, slot = (local == expert).nonzero(as_tuple=True)

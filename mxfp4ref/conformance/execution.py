@@ -246,7 +246,7 @@ def judge(collected: Collected, expected: Mapping[str, Like]) -> Outcome:
     runs = [{name: tensor_of(one[name], want) for name, want in expected.items()} for one in collected.runs]
     for number, outputs in enumerate(runs):
         for name, got in outputs.items():
-            if got.dtype == torch.bfloat16 and (message := _unwritten(name, got)):
+            if got.dtype in (torch.bfloat16, torch.float16) and (message := _unwritten(name, got)):
                 message = f"{'in a second run: ' if number else ''}{message}"
                 return replace(outcome, problem="not written", message=message)
     if collected.problem:
@@ -343,5 +343,5 @@ def _output(name: str, got: object, want: Like) -> bytes:
 def _poison_freed_memory(expected: Mapping[str, Like], device: str) -> None:
     """Fill memory of the outputs' sizes and free it: an allocator that reuses it hands the poison out."""
     for want in expected.values():
-        if want.dtype == torch.bfloat16:
+        if want.dtype in (torch.bfloat16, torch.float16):
             poisoned(torch.empty(want.shape, dtype=want.dtype, device=device))

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mxfp4ref.conformance.adapters import Arguments, poisoned
+from mxfp4ref.conformance.adapters import Arguments
 from mxfp4ref.conformance.comparison import first_difference
 from mxfp4ref.conformance.plain import Like, TensorError, geometry, like, raw_bytes, tensor_of, without_modes
 
@@ -34,9 +34,9 @@ class Handed:
         self._before = {name: _noted(tensor) for name, tensor in _tensors(self._given)}
 
     def poison_output(self) -> None:
-        """Give the kernel a new `output`, if it takes one, which holds the poison."""
+        """Give the kernel a new `output`, if it takes one, which holds the poison (or zeros: `logical_arguments`)."""
         if self._output is not None:
-            self.keywords["output"] = poisoned(self._output)
+            self.keywords["output"] = self._output.clone()
 
     def changes(self) -> str:
         """What the kernel has changed in its inputs, in words, or ""."""

@@ -275,7 +275,7 @@ def _by_tactic(kernel: Kernel, case: Case) -> Iterator[Run]:
     """
     call = to_device(case.call(), kernel.device)
     expected: dict[Any, Tensor] = {}
-    for forced in each_kernel(call.experts.hidden_size, call.experts.intermediate_size, kernel.generation):
+    for forced in each_kernel(call.experts.gemm_shapes, kernel.generation):
         inputs = replace(call, kernel=forced)
         tiles = forced.tile_k, forced.tile_n
         if tiles not in expected:

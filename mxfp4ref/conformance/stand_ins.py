@@ -15,7 +15,20 @@ from mxfp4ref.goldens.runs import routing_options, run_stage
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import Stages, forward
 from mxfp4ref.model.humming import call_of
-from mxfp4ref.sm90.activation import GEGLU, GEGLU_TANH, SITU, SWIGLU, SWIGLU_BIAS, SWIGLU_STEP, Activation
+from mxfp4ref.sm90.activation import (
+    GEGLU,
+    GEGLU_TANH,
+    GELU,
+    IDENTITY,
+    RELU,
+    RELU2,
+    SILU,
+    SITU,
+    SWIGLU,
+    SWIGLU_BIAS,
+    SWIGLU_STEP,
+    Activation,
+)
 
 __all__ = ["defect_kernel", "defect_outputs", "torch_bf16"]
 
@@ -87,12 +100,12 @@ def _torch_activate(
     value = fc1_output.to(torch.float32)
     if bias is not None:
         value = value + bias.to(torch.float32)
-    up, gate = value.chunk(2, dim=-1)
+    halves = value.chunk(2, dim=-1) if activation.gated else (value,)
     given = [
-        gate.new_tensor(default) if parameter is None else parameter
+        value.new_tensor(default) if parameter is None else parameter
         for parameter, default in zip(parameters, activation.defaults.values(), strict=True)
     ]
-    return _TORCH_ACTIVATIONS[activation.id](up, gate, *given)
+    return _TORCH_ACTIVATIONS[activation.id](*halves, *given)
 
 
 def _torch_clamp(x: Tensor, limit: Tensor) -> Tensor:
@@ -118,5 +131,10 @@ _TORCH_ACTIVATIONS: dict[int, Callable[..., Tensor]] = {
         torch.minimum(gate * torch.sigmoid(gate), limit) * _torch_clamp(up, limit)
     ),
     SITU: _torch_situ,
+    GELU: torch.nn.functional.gelu,
+    RELU: torch.relu,
+    SILU: torch.nn.functional.silu,
+    RELU2: lambda value: torch.relu(value).square(),
+    IDENTITY: lambda value: value,
 }
 _TORCH_BF16 = Stages(fc1_gemm=_matmul, fc2_gemm=_matmul, activate=_torch_activate)

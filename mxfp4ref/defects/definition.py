@@ -40,7 +40,7 @@ from mxfp4ref.formats.experts import Experts, Sm90Experts
 from mxfp4ref.formats.humming_experts import HummingExperts, Sm90HummingExperts
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import Stages, forward
-from mxfp4ref.model.humming import HUMMING
+from mxfp4ref.model.humming import STAGES
 from mxfp4ref.sm90.activation import Activation
 
 __all__ = [
@@ -50,6 +50,7 @@ __all__ = [
     "activated_by",
     "change_tensors",
     "defect",
+    "gated",
     "given",
     "logical",
     "runs",
@@ -131,6 +132,11 @@ def given(*tensors: str) -> Applies:
     return lambda call: any(getattr(call.experts, name) is not None for name in tensors)
 
 
+def gated(call: MoeCall) -> bool:
+    """A predicate: fc1 has rows of up and of gate."""
+    return call.experts.gated
+
+
 def runs(*activations: str) -> Applies:
     """A predicate: the call's activation is one of these."""
     return lambda call: call.activation.name in activations
@@ -160,8 +166,12 @@ def _pipeline(changes: str, change: Callable[..., Any]) -> tuple[_Target, Callab
     if whole == "routing":
         return "routing", lambda call: _routed(change(call)), _always
     if whole == "w4a8" and part:
-        changed = replace(HUMMING, **dict.fromkeys(part.split(), change))
-        return "w4a8", lambda call: forward(logical(call), changed), _always
+        changed = dict.fromkeys(part.split(), change)
+
+        def run_changed(call: MoeCall) -> Tensor:
+            return forward(logical(call), replace(STAGES[call.input.dtype], **changed))
+
+        return "w4a8", run_changed, _always
     if whole == "w4a8":
         return "w4a8", lambda call: forward(change(logical(call))), _always
     if whole == "call":

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mxfp4ref.defects.definition import change_tensors, defect, logical
+from mxfp4ref.defects.definition import change_tensors, defect, gated, logical
 from mxfp4ref.formats.generations import BYTEWISE, WORDWISE, Generation
 from mxfp4ref.formats.layout import (
     deinterleave_weights_sm90,
@@ -25,13 +25,13 @@ _WEIGHTS = "fc1_weights fc2_weights"
 _SCALES = "fc1_scales fc2_scales"
 
 
-@defect(_FC1, "Megatron-LM#6045", "vllm#40082", "vllm#48303")
+@defect(_FC1, "Megatron-LM#6045", "vllm#40082", "vllm#48303", applies=gated)
 def gate_up_swapped(fc1: Tensor) -> Tensor:
     """fc1 rows read as [gate; up]"""
     return swap_gate_up(fc1)
 
 
-@defect(_FC1, "vllm#44893", "sglang#25580")
+@defect(_FC1, "vllm#44893", "sglang#25580", applies=gated)
 def gate_up_interleaved(fc1: Tensor) -> Tensor:
     """fc1 rows read as gate0, up0, gate1, up1 and so on"""
     return interleaved_to_halves(fc1)
@@ -92,13 +92,13 @@ def scales_folded_new(scales: Tensor) -> Tensor:
     return _unfolded(fold_scales_sm90(scales, WORDWISE), scales, BYTEWISE)
 
 
-@defect("fc1_scales", "sglang#24492 (discussion)")
+@defect("fc1_scales", "sglang#24492 (discussion)", applies=gated)
 def scales_not_swapped(scales: Tensor) -> Tensor:
     """weight halves reordered, scales not"""
     return swap_gate_up(scales)
 
 
-@defect("fc1_biases", "derived from scales_not_swapped")
+@defect("fc1_biases", "derived from scales_not_swapped", applies=gated)
 def biases_not_swapped(biases: Tensor) -> Tensor:
     """weight halves reordered, fc1 bias not"""
     return swap_gate_up(biases)
@@ -176,7 +176,7 @@ def _num_padding_rows(call: MoeCall) -> int:
     return int((~used.view(2, -1).any(0)).flip(0).cumprod(0).sum())
 
 
-@defect("call", "vllm#48624", applies=lambda call: _num_padding_rows(call) > 0)
+@defect("call", "vllm#48624", applies=lambda call: gated(call) and _num_padding_rows(call) > 0)
 def padding_end_of_fused(call: MoeCall) -> MoeCall:
     """padding at the end of the fused fc1 tensor instead of each half shifts the up/gate border"""
     size = call.experts.intermediate_size - _num_padding_rows(call)

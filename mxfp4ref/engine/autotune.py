@@ -127,8 +127,7 @@ class AutotuneCache:
             raise ValueError(
                 f"{self.path}: {str(error).replace('profile_ids', 'tactics of the two GEMMs')}"
             ) from None
-        hidden, inner = call.experts.hidden_size, call.experts.intermediate_size
-        for tactic, (rows, depth) in zip(kernel.tactics, ((2 * inner, hidden), (hidden, inner)), strict=True):
+        for tactic, (rows, depth) in zip(kernel.tactics, call.experts.gemm_shapes, strict=True):
             if tactic not in runnable_tactics(rows, depth, generation):
                 raise ValueError(
                     f"{self.path}: expected a tactic that the {generation.name} kernel can run for {rows} weight "

@@ -99,7 +99,7 @@ def tile_k_kernels(call: MoeCall) -> list[Sm90Kernel]:
 
 def _check(call: MoeCall, output: Tensor, first: bool = False) -> None:
     check_instance("call", call, MoeCall)
-    check_tensor("output", output, dtype=torch.bfloat16, shape=tuple(call.input.shape))
+    check_tensor("output", output, dtype=call.input.dtype, shape=tuple(call.input.shape))
     check_bool("first", first)
 
 

@@ -139,7 +139,7 @@ class Shadow:
                 logging.WARNING, f"layer {due.layer.number}: {wrong}", once=f"{due.layer.number} {wrong}"
             )
             return "different"
-        call, output = _well_defined(due.call, returned)
+        call, output = _well_defined(due.call, due.call.zeros_if_unwritten(returned))
         kernel = call.kernel if due.forced else due.layer.last.get(call.num_tokens, call.kernel)
         if bool(differing(output, forward(replace(call, kernel=kernel))).any()):
             fits = () if due.forced else fitting_kernels(call, output, first=True)
@@ -187,10 +187,10 @@ class Shadow:
 
 def _wrong_kind(call: MoeCall, returned: object) -> str:
     """What the kernel returned instead of an output, or ""."""
-    wanted = f"expected the output first, torch.bfloat16 {list(call.input.shape)}"
+    wanted = f"expected the output first, {call.input.dtype} {list(call.input.shape)}"
     if not isinstance(returned, Tensor):
         return f"{wanted}, the kernel returned {type(returned).__name__}"
-    if returned.is_meta or (returned.dtype, returned.shape) != (torch.bfloat16, call.input.shape):
+    if returned.is_meta or (returned.dtype, returned.shape) != (call.input.dtype, call.input.shape):
         kind = "a meta tensor" if returned.is_meta else f"{returned.dtype} {list(returned.shape)}"
         return f"{wanted}, the kernel returned {kind}"
     return ""

@@ -43,8 +43,8 @@ class Experts(Shown):
 
     Attributes:
         fc1_weights: `[E, 2I, H/2] uint8`, two E2M1 codes a byte, rows [up(w3); gate(w1)]; or
-            `[E, 2I, H] bf16` for experts that are not quantised.
-        fc1_scales: `[E, 2I, H/32] uint8`, UE8M0; None with bf16 weights.
+            `[E, 2I, H] bf16` for experts that are not quantised. For an activation without a gate I rows.
+        fc1_scales: `[E, 2I, H/32] uint8`, UE8M0, rows as in `fc1_weights`; None with bf16 weights.
         fc2_weights: `[E, H, I/2] uint8` or `[E, H, I] bf16`.
         fc2_scales: `[E, H, I/32] uint8`; None with bf16 weights.
         fc1_biases: `[E, 2I] bf16`, rows as in `fc1_weights`, or None.
@@ -68,6 +68,8 @@ class Experts(Shown):
     situ_beta: Tensor | None = None
     situ_linear_beta: Tensor | None = None
 
+    _bias_dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.bfloat16,)
+
     @uncompiled
     def __post_init__(self) -> None:
         weight_dtypes = (torch.uint8, torch.bfloat16)
@@ -77,8 +79,9 @@ class Experts(Shown):
             raise ValueError("fc1_weights: expected at least one expert, got none")
         experts, hidden, inner = self.num_experts, self.hidden_size, self.intermediate_size
         packing = 2 if self.quantized else 1
+        fc1_rows = 2 * inner if self.gated else inner
         for name, value, rows, depth in (
-            ("fc1", fc1, 2 * inner, hidden),
+            ("fc1", fc1, fc1_rows, hidden),
             ("fc2", self.fc2_weights, hidden, inner),
         ):
             if depth % GROUP_SIZE:
@@ -92,14 +95,14 @@ class Experts(Shown):
                 self._check_scales(f"{name}_scales", scales, (experts, rows, depth // GROUP_SIZE))
             elif scales is not None:
                 raise ValueError(f"{name}_scales: expected None with bfloat16 weights, got a tensor")
-        optional: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-            "fc1_biases": (torch.bfloat16, (experts, 2 * inner)),
-            "fc2_biases": (torch.bfloat16, (experts, hidden)),
+        optional: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {
+            "fc1_biases": (self._bias_dtypes, (experts, fc1_rows)),
+            "fc2_biases": (self._bias_dtypes, (experts, hidden)),
         }
-        optional |= dict.fromkeys(PARAMETERS, (torch.float32, (experts,)))
-        for name, (dtype, shape) in optional.items():
+        optional |= dict.fromkeys(PARAMETERS, ((torch.float32,), (experts,)))
+        for name, (dtypes, shape) in optional.items():
             if getattr(self, name) is not None:
-                check_tensor(name, getattr(self, name), dtype=dtype, shape=shape)
+                check_tensor(name, getattr(self, name), dtype=dtypes, shape=shape)
         check_same_device(self._tensors())
 
     @property
@@ -123,6 +126,17 @@ class Experts(Shown):
     @property
     def intermediate_size(self) -> int:
         return self.fc2_weights.shape[2] * (2 if self.quantized else 1)
+
+    @property
+    def gated(self) -> bool:
+        """Whether fc1 has 2I rows, up and gate, rather than the I of an activation without a gate."""
+        return self.fc1_weights.shape[1] != self.intermediate_size
+
+    @property
+    def gemm_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Weight rows and K of GEMM1 and of GEMM2."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        return (self.fc1_weights.shape[1], hidden), (hidden, inner)
 
     @property
     def device(self) -> torch.device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ __all__ = ["HummingExperts", "Sm90HummingExperts"]
 class HummingExperts(Experts):
     """Experts prepared for FP8 activations, in logical order (`docs/arithmetic.md`, section 11).
 
-    As `Experts`, but that `fc1_scales` and `fc2_scales` are exponent offsets, 1 to 12, and codes are rewritten.
+    As `Experts`, but that `fc1_scales` and `fc2_scales` are exponent offsets, 1 to 12, codes are rewritten, and
+    biases are bf16 or fp16, as the input of the call is.
 
     Attributes:
         fc1_residual, fc2_residual: `[E] float32`, `PreparedWeights.residual` times `COMPENSATION`, as the call takes
@@ -30,6 +31,8 @@ class HummingExperts(Experts):
 
     fc1_residual: Tensor = field(kw_only=True)
     fc2_residual: Tensor = field(kw_only=True)
+
+    _bias_dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.bfloat16, torch.float16)
 
     def __post_init__(self) -> None:
         if isinstance(self.fc1_weights, Tensor) and self.fc1_weights.dtype == torch.bfloat16:

@@ -20,7 +20,7 @@ __all__ = ["resize_experts", "to_logical", "to_sm90"]
 
 
 def resize_experts(experts: Experts, hidden_size: int, intermediate_size: int) -> Experts:
-    """Pad experts with zeros to other sizes, or cut such padding off; each half of fc1 by itself.
+    """Pad experts with zeros to other sizes, or cut such padding off; each half of fc1 by itself, if it has two.
 
     Zero bytes are zero codes under any scale, and a padded row's activation is zero: no output changes, apart
     from H's added columns, which are zero. The input is to be padded with zeros, too.
@@ -46,7 +46,8 @@ def resize_experts(experts: Experts, hidden_size: int, intermediate_size: int) -
         "fc2_biases": (hidden_size,),
     }
     changed: dict[str, Any] = {
-        name: _fit(getattr(experts, name), name, *size) for name, size in sizes.items()
+        name: _fit(getattr(experts, name), 2 if name.startswith("fc1") and experts.gated else 1, *size)
+        for name, size in sizes.items()
     }
     resized = replace(experts, **changed)
     if hidden_size < old_hidden or intermediate_size < old_inner:
@@ -92,12 +93,10 @@ def to_logical(experts: Sm90Experts) -> Experts:
     return experts.select(torch.arange(experts.num_experts, device=experts.device))
 
 
-def _fit(tensor: Tensor | None, name: str, *size: int) -> Tensor | None:
-    """Pad, or crop, the last dimensions to these sizes, in fc1 those of each half."""
+def _fit(tensor: Tensor | None, parts: int, *size: int) -> Tensor | None:
+    """Pad, or crop, the last dimensions of each of so many parts of the rows to these sizes."""
     if tensor is None:
         return None
-    halves = name.startswith("fc1")
-    parts = tensor.reshape(len(tensor), 2, -1, *tensor.shape[2:]) if halves else tensor
-    ends = [want - have for want, have in zip(size, parts.shape[-len(size) :], strict=True)]
-    fitted = F.pad(parts, [amount for end in reversed(ends) for amount in (0, end)])
-    return fitted.flatten(1, 2) if halves else fitted
+    split = tensor.reshape(len(tensor), parts, -1, *tensor.shape[2:])
+    ends = [want - have for want, have in zip(size, split.shape[-len(size) :], strict=True)]
+    return F.pad(split, [amount for end in reversed(ends) for amount in (0, end)]).flatten(1, 2)

@@ -119,6 +119,8 @@ class Case(Shown):
             tp_rank=self.parameters["tp_rank"],
             strict=self.parameters["strict"],
             activation_type=self.parameters.get("activation_type", SWIGLU),
+            unscaled=self.parameters.get("unscaled", False),
+            enable_alltoall=self.parameters.get("enable_alltoall", False),
         )
 
     def _expect_kind(self, kind: str) -> None:

@@ -108,7 +108,7 @@ def export_flashinfer_bench(goldens: Goldens, folder: Path | str) -> tuple[list[
     Returns:
         The names of the exported cases, and for the other cases of kind "moe" the reason why they were left
         out: generated weights (gigabytes), no output of the default tactic, or one that is not finite, which
-        flashinfer-bench counts as an error of the kernel.
+        flashinfer-bench counts as an error of the kernel; an activation without a gate, or `enable_alltoall`.
 
     Raises:
         TypeError: `goldens` or `folder` is something else.
@@ -140,6 +140,10 @@ def export_flashinfer_bench(goldens: Goldens, folder: Path | str) -> tuple[list[
             left_out[name] = "it has no output of the default tactic"
         elif not bool(case.outputs[_TILE_K].isfinite().all()):
             left_out[name] = "its output is not finite"
+        elif not case.experts.gated:
+            left_out[name] = "its activation has no gate"
+        elif case.parameters.get("enable_alltoall"):
+            left_out[name] = "not all of its output is written"
         else:
             optional = tuple(tensor for tensor in _OPTIONAL if tensor in case.tensors)
             workloads.setdefault(optional, []).append(_write_workload(case, optional, folder))

@@ -59,7 +59,7 @@ def read(goldens: Goldens) -> list[dict[str, Any]]:
 def compare(goldens: Goldens) -> tuple[list[dict[str, Any]], list[str]]:
     """The records, and a line for each that does not agree with the golden's output.
 
-    A kernel that is known for a race, and did not repeat its own output, agrees with none and is not counted as wrong.
+    A kernel that is known for a race and did not repeat its own output agrees with none, which is not wrong.
     """
     records = read(goldens)
     by_case: dict[str, list[dict[str, Any]]] = {}

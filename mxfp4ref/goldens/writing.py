@@ -45,6 +45,7 @@ SIZE_LIMIT = 32 << 20
 _SAFETENSORS_DTYPES = {
     torch.bfloat16: "BF16",
     torch.bool: "BOOL",
+    torch.float16: "F16",
     torch.float32: "F32",
     torch.int32: "I32",
     torch.int64: "I64",

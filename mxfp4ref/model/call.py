@@ -20,7 +20,7 @@ from mxfp4ref._validate import (
 )
 from mxfp4ref.formats.experts import PARAMETERS, Experts
 from mxfp4ref.formats.humming_experts import HummingExperts
-from mxfp4ref.sm90.activation import ACTIVATIONS, SWIGLU, SWIGLU_BIAS, Activation, activation_of
+from mxfp4ref.sm90.activation import ACTIVATIONS, SWIGLU, Activation, activation_of
 from mxfp4ref.sm90.tactics import Sm90Kernel
 
 __all__ = ["PADDING_ID", "MoeCall"]
@@ -34,7 +34,7 @@ class MoeCall(Shown):
     """The arguments of a forward (`docs/arithmetic.md`, "Tensors and layouts").
 
     Attributes:
-        input: `[M, H] bf16`.
+        input: `[M, H] bf16`; with `HummingExperts` fp16 too, which biases and the output then are as well.
         token_selected_experts: `[M, k] int32`, global ids; -1 marks a padded slot.
         token_final_scales: `[M, k] float32`, the routing weights; NaN and Inf are allowed and propagate.
         experts: the experts of this rank (and, under tensor parallelism, its shard of them).
@@ -46,7 +46,12 @@ class MoeCall(Shown):
             skipped, as the kernel does, and of the latter only the first slot counts. The kernel leaves the other
             slot's row unset, so what it adds there depends on what its workspace held before.
         activation_type: flashinfer's number of the activation, one of `sm90.activation.ACTIVATIONS`: Swiglu (3) by
-            default, Geglu (4), SwigluBias (5), SwigluStep (7), GegluTanh (8), Situ (10).
+            default, Geglu (4), SwigluBias (5), SwigluStep (7), GegluTanh (8), Situ (10); without a gate, for experts
+            whose fc1 has I rows, Gelu (0), Relu (1), Silu (2), Relu2 (6), Identity (9).
+        unscaled: whether a kernel is given no routing weights (flashinfer's `token_final_scales=None`). The call then
+            holds ones, which give the same bits.
+        enable_alltoall: whether, on one rank of several (`ep_size`), tokens without an expert of this rank get no
+            output; see `written`. The forward leaves zeros in their rows, a kernel whatever was there.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -64,12 +69,19 @@ class MoeCall(Shown):
     kernel: Sm90Kernel = _DEFAULT_KERNEL
     strict: bool = True
     activation_type: int = SWIGLU
+    unscaled: bool = False
+    enable_alltoall: bool = False
 
     @uncompiled
     def __post_init__(self) -> None:
         check_instance("experts", self.experts, Experts)
         hidden, inner = self.experts.hidden_size, self.experts.intermediate_size
-        check_tensor("input", self.input, dtype=torch.bfloat16, shape=("M", hidden))
+        prepared = isinstance(self.experts, HummingExperts)
+        dtypes = (torch.bfloat16, torch.float16) if prepared else (torch.bfloat16,)
+        check_tensor("input", self.input, dtype=dtypes, shape=("M", hidden))
+        for name in ("fc1_biases", "fc2_biases"):
+            if (bias := getattr(self.experts, name)) is not None:
+                check_tensor(f"experts.{name}", bias, dtype=self.input.dtype, shape=(None, None))
         sizes = {"M": self.input.shape[0]}
         check_tensor(
             "token_selected_experts",
@@ -101,11 +113,9 @@ class MoeCall(Shown):
             size = check_int(f"{kind}_size", getattr(self, f"{kind}_size"), minimum=1, maximum=most)
             check_int(f"{kind}_rank", getattr(self, f"{kind}_rank"), minimum=0, maximum=size - 1)
         check_choice("activation_type", self.activation_type, tuple(ACTIVATIONS))
-        if isinstance(self.experts, HummingExperts) and self.activation_type not in (SWIGLU, SWIGLU_BIAS):
-            raise NotImplementedError(
-                f"activation_type: not modelled with FP8 activations but for Swiglu ({SWIGLU}) and SwigluBias "
-                f"({SWIGLU_BIAS}), got {ACTIVATIONS[self.activation_type].name} ({self.activation_type})"
-            )
+        self._check_rows()
+        for name in ("unscaled", "enable_alltoall"):
+            check_bool(name, getattr(self, name))
         check_instance("kernel", self.kernel, Sm90Kernel)
         if self.experts.quantized:
             for number, depth in enumerate((hidden, inner)):
@@ -135,6 +145,20 @@ class MoeCall(Shown):
         given = [name for name in PARAMETERS if getattr(self.experts, name) is not None]
         return activation_of(self.activation_type, given)
 
+    @property
+    def written(self) -> Tensor:
+        """Which tokens get an output, `[M] bool`: all; with `enable_alltoall` those with an expert of this rank."""
+        if not self.enable_alltoall or self.ep_size == 1:
+            return torch.ones(self.num_tokens, dtype=torch.bool, device=self.input.device)
+        local = self.token_selected_experts.to(torch.int64) - self.ep_rank * self.experts.num_experts
+        return ((local >= 0) & (local < self.experts.num_experts)).any(1)
+
+    def zeros_if_unwritten(self, output: Tensor) -> Tensor:
+        """A kernel's output, `[M, H]`, with zeros in the rows that it does not write, as the forward has them."""
+        if not self.enable_alltoall or self.ep_size == 1:
+            return output
+        return torch.where(self.written[:, None], output, torch.zeros_like(output))
+
     def select(self, tokens: slice | Tensor) -> MoeCall:
         """The same call for some of its tokens, a slice of them or `[n] int64`, in that order."""
         return replace(
@@ -142,6 +166,17 @@ class MoeCall(Shown):
             input=self.input[tokens],
             token_selected_experts=self.token_selected_experts[tokens],
             token_final_scales=self.token_final_scales[tokens],
+        )
+
+    def _check_rows(self) -> None:
+        activation, experts = ACTIVATIONS[self.activation_type], self.experts
+        if activation.gated == experts.gated:
+            return
+        inner = experts.intermediate_size
+        wanted, why = (2 * inner, "which has a gate") if activation.gated else (inner, "which has no gate")
+        raise ValueError(
+            f"activation_type: expected {wanted} rows of fc1 beside the {inner} columns of fc2 for {activation.name} "
+            f"({activation.id}), {why}, got {experts.fc1_weights.shape[1]}"
         )
 
     def _check_ids(self) -> None:

@@ -27,7 +27,7 @@ _OURS = ("kernel", "weight_layout", "strict", "trace")  # arguments that flashin
 def torch_ref_cutlass_fused_moe(
     input: Tensor,
     token_selected_experts: Tensor,
-    token_final_scales: Tensor,
+    token_final_scales: Tensor | None,
     fc1_expert_weights: Tensor,
     fc2_expert_weights: Tensor,
     output_dtype: torch.dtype,
@@ -75,7 +75,7 @@ def torch_ref_cutlass_fused_moe(*arguments: Any, trace: Literal[True], **options
 def torch_ref_cutlass_fused_moe(
     input: Tensor,
     token_selected_experts: Tensor,
-    token_final_scales: Tensor,
+    token_final_scales: Tensor | None,
     fc1_expert_weights: Tensor,
     fc2_expert_weights: Tensor,
     output_dtype: torch.dtype,
@@ -121,29 +121,36 @@ def torch_ref_cutlass_fused_moe(
 
     Modelled are MXFP4 weights (`use_w4_group_scaling=True`), with the bits of an H100, beside bf16 activations or,
     with `use_wfp4afp8_humming=True`, FP8 ones; and bf16 weights, with the rounding points of
-    `mxfp4ref.model.dense`. An argument that asks for anything else raises NotImplementedError;
+    `mxfp4ref.model.dense`. An argument that asks for anything else, which the kernel on Hopper does not run with
+    MXFP4 weights, raises NotImplementedError;
     arguments that cannot change the result are accepted and have no effect: `tune_max_num_tokens`, `enable_pdl`,
     `use_fused_finalize`, `workspace_buffer`, `swizzled_input_sf`, with a size of one `cluster_rank`, and with bf16
     weights, as for the kernel, `use_w4_group_scaling`, `quant_scales` and `profile_ids`.
 
     Args:
-        input: `[M, H] bf16`.
+        input: `[M, H] bf16`; with `use_wfp4afp8_humming=True` fp16 too, as biases and output then are.
         token_selected_experts: `[M, k] int32`, global expert ids, -1 for padding.
-        token_final_scales: `[M, k] float32`.
-        fc1_expert_weights: `[E, 2I, H/2] uint8`, rows [up(w3); gate(w1)], or `[E, 2I, H] bf16`.
+        token_final_scales: `[M, k] float32`, or None for weights of 1.
+        fc1_expert_weights: `[E, 2I, H/2] uint8`, rows [up(w3); gate(w1)], or `[E, 2I, H] bf16`; I rows for an
+            activation without a gate.
         fc2_expert_weights: `[E, H, I/2] uint8` likewise, or `[E, H, I] bf16`.
-        output_dtype: `torch.bfloat16`.
+        output_dtype: the input's, `torch.bfloat16` or `torch.float16`.
         quant_scales: the UE8M0 scales of fc1 and fc2, as uint8, float8_e8m0fnu or, if they are folded, int32. With
             `use_wfp4afp8_humming=True` five tensors: offsets of fc1, likewise, its residuals times 64,
             `[E] float32`, one, which the kernel does not read, and those of fc2 (`formats.humming.prepare`).
-        fc1_expert_biases, fc2_expert_biases: `[E, 2I]` and `[E, H] bf16`, both or none.
+        fc1_expert_biases, fc2_expert_biases: `[E, 2I]` (or `[E, I]`, as fc1 has rows) and `[E, H] bf16`, both or
+            none.
         swiglu_alpha, swiglu_beta, swiglu_limit, situ_beta, situ_linear_beta: `[E] float32`, any subset. SwiGLU reads
             the first three, SwigluStep the limit (7 where none is given), Situ the last two (4 and 25). What the
             activation does not read is checked and has no effect, as with flashinfer.
         tp_size, tp_rank, ep_size, ep_rank: this rank; the fc2 bias is added where `tp_rank` is 0.
         output: `[M, H] bf16`, written in place; the list holds this very tensor. It is `input` itself, or
             shares memory with no input.
-        activation_type: Swiglu (3), Geglu (4), SwigluBias (5), SwigluStep (7), GegluTanh (8) or Situ (10).
+        enable_alltoall: with `ep_size` above 1 the kernel writes no row of a token without an expert of this rank.
+            Such rows of `output` stay as they are; without `output` they are zeros here, and whatever memory held
+            with flashinfer.
+        activation_type: Swiglu (3), Geglu (4), SwigluBias (5), SwigluStep (7), GegluTanh (8) or Situ (10); without a
+            gate Gelu (0), Relu (1), Silu (2), Relu2 (6) or Identity (9).
         profile_ids: flashinfer's ids of the tactics of GEMM1 and GEMM2, see `Sm90Kernel.of_profile_ids`. The
             generation of the layout, or of `kernel`, numbers them; the older ones have no effect of them at all.
             With `use_wfp4afp8_humming=True` there are 126 for each GEMM, which all give the same bits.
@@ -187,6 +194,8 @@ def torch_ref_cutlass_fused_moe(
     intermediates = moe.trace(call) if trace else None
     result = moe.forward(call) if intermediates is None else intermediates.output
     if output is not None:
+        if call.enable_alltoall:
+            result = torch.where(call.written[:, None], result, output)
         result = output.copy_(result)
     return [result] if intermediates is None else replace(intermediates, output=result)
 

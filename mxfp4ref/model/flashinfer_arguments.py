@@ -41,19 +41,18 @@ _LAYOUTS: dict[str, type[Experts]] = {
 WEIGHT_LAYOUTS = tuple(_LAYOUTS)
 _HUMMING_LAYOUTS: dict[str, type[Experts]] = {"sm90": Sm90HummingExperts, "logical": HummingExperts}
 
-# Arguments that are not modelled, and the only value that is accepted.
-_NOT_MODELLED: dict[str, object] = {
-    "output_dtype": torch.bfloat16,
-    "input_sf": None,
-    "cluster_size": 1,
-    "enable_alltoall": False,
-    "use_deepseek_fp8_block_scale": False,
-    "use_mxfp8_act_scaling": False,
-    "min_latency_mode": False,
-    "use_packed_weights": False,
-    "clamped_relu2_limit": None,
-    "backend": "cutlass",
+# Arguments that are not modelled, the only value that is accepted, and why.
+_NOT_MODELLED: dict[str, tuple[object, str]] = {
+    "input_sf": (None, "block scales of the input belong to MXFP8 and NVFP4"),
+    "cluster_size": (1, "the kernel refuses any other"),
+    "use_deepseek_fp8_block_scale": (False, "its weights are FP8"),
+    "use_mxfp8_act_scaling": (False, "Hopper's branch of it is compiled out"),
+    "min_latency_mode": (False, "the kernel has it for NVFP4 on Blackwell alone"),
+    "use_packed_weights": (False, "its weights are int4"),
+    "clamped_relu2_limit": (None, "ClampedRelu2 runs on SM10x alone"),
+    "backend": ("cutlass", "another is another kernel"),
 }
+_CLAMPED_RELU2 = 12
 # Dtypes of input and weights for which the real function has other kernels, besides int64 weights, which are NVFP4.
 _OTHER_KERNELS = (
     (torch.float16, torch.float16),
@@ -96,9 +95,15 @@ def call_of(arguments: Mapping[str, Any]) -> MoeCall:
     check_choice("strict", arguments["strict"], STRICT)
     experts = experts_of(arguments)
     names = ("input", "token_selected_experts", "token_final_scales")
-    ranks = ("ep_size", "ep_rank", "tp_size", "tp_rank")
+    others = ("ep_size", "ep_rank", "tp_size", "tp_rank", "enable_alltoall")
+    given = {name: arguments[name] for name in (*names, *others)}
+    unscaled = given["token_final_scales"] is None
+    if unscaled:
+        ids = check_tensor(names[1], arguments[names[1]], dtype=torch.int32, shape=("M", "k"), cast=True)
+        given["token_final_scales"] = torch.ones(ids.shape, dtype=torch.float32, device=ids.device)
     return MoeCall(
-        **{name: arguments[name] for name in (*names, *ranks)},
+        **given,
+        unscaled=unscaled,
         experts=experts,
         kernel=kernel_of(arguments, experts),
         strict=arguments["strict"] is True,
@@ -116,23 +121,45 @@ def tensors_of(call: MoeCall) -> dict[str, Tensor | None]:
 
 def check_modelled(arguments: Mapping[str, Any]) -> None:
     """Raise NotImplementedError where an argument asks for what is not modelled."""
-    for name, modelled in _NOT_MODELLED.items():
+    for name, (modelled, why) in _NOT_MODELLED.items():
         if type(arguments[name]) is not type(modelled) or arguments[name] != modelled:
             raise NotImplementedError(
-                f"{name}: not modelled, expected {modelled!r}, got {shown(arguments[name])}"
+                f"{name}: not modelled, expected {modelled!r} ({why}), got {shown(arguments[name])}"
             )
+    _check_output_dtype(arguments)
     dtypes = tuple(getattr(arguments[name], "dtype", None) for name in ("input", "fc1_expert_weights"))
     if dtypes in _OTHER_KERNELS or dtypes[1] == torch.int64:
         raise NotImplementedError(
             "fc1_expert_weights: not modelled, expected uint8 (MXFP4) or bfloat16 weights and a bfloat16 input, got "
             f"{dtypes[1]} weights and a {dtypes[0]} input"
         )
-    if arguments["token_final_scales"] is None:
-        raise NotImplementedError("token_final_scales: not modelled, expected a tensor, got None")
-    if check_int("activation_type", arguments["activation_type"], minimum=0) not in ACTIVATIONS:
+    if (number := check_int("activation_type", arguments["activation_type"], minimum=0)) not in ACTIVATIONS:
         listed = ", ".join(f"{activation.name} ({id})" for id, activation in ACTIVATIONS.items())
+        why = " (ClampedRelu2, which runs on SM10x alone)" if number == _CLAMPED_RELU2 else ""
         raise NotImplementedError(
-            f"activation_type: not modelled, expected one of {listed}, got {shown(arguments['activation_type'])}"
+            f"activation_type: not modelled, expected one of {listed}, got "
+            f"{shown(arguments['activation_type'])}{why}"
+        )
+
+
+def _check_output_dtype(arguments: Mapping[str, Any]) -> None:
+    """The kernel's output has the dtype of its input; beside MXFP4 weights fp16 belongs to FP8 activations."""
+    got, given = arguments["output_dtype"], getattr(arguments["input"], "dtype", None)
+    both = {torch.bfloat16, torch.float16}
+    if arguments["use_wfp4afp8_humming"] is not True or given not in both:
+        if got is not torch.bfloat16:
+            known = (
+                "; the kernel has torch.float16 with use_wfp4afp8_humming=True"
+                if got is torch.float16
+                else ""
+            )
+            raise NotImplementedError(
+                f"output_dtype: not modelled, expected torch.bfloat16, got {shown(got)}{known}"
+            )
+    elif got is not given:
+        raise NotImplementedError(
+            f"output_dtype: not modelled, expected {given}, as the input has, since the kernel takes no other, got "
+            f"{shown(got)}"
         )
 
 
@@ -158,7 +185,7 @@ def experts_of(arguments: Mapping[str, Any]) -> Experts:
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor) and not tensor.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor, got strides {list(tensor.stride())}")
-    _check_biases(tensors["fc1_expert_biases"], tensors["fc2_expert_biases"])
+    _check_biases(tensors["fc1_expert_biases"], tensors["fc2_expert_biases"], arguments["input"].dtype)
     values: dict[str, Any] = {field: tensors[name] for field, name in held.items()}
     try:
         experts = kind(**values)
@@ -188,16 +215,12 @@ def kernel_of(arguments: Mapping[str, Any], experts: Experts) -> Sm90Kernel:
     profile_ids: Sequence[int] | None = arguments["profile_ids"]
     if isinstance(experts, HummingExperts):
         if profile_ids is not None:
-            check_humming_profile_ids(profile_ids, experts.hidden_size, experts.intermediate_size)
+            check_humming_profile_ids(profile_ids, experts.gemm_shapes)
         return kernel or Sm90Kernel()
     if profile_ids is None or not experts.quantized or not generation.forces_tactics:
         return kernel or Sm90Kernel(generation=generation)
     forced = Sm90Kernel.of_profile_ids(profile_ids, generation)
-    shapes = (
-        (2 * experts.intermediate_size, experts.hidden_size),
-        (experts.hidden_size, experts.intermediate_size),
-    )
-    for gemm, (tactic, (rows, depth)) in enumerate(zip(forced.tactics, shapes, strict=True)):
+    for gemm, (tactic, (rows, depth)) in enumerate(zip(forced.tactics, experts.gemm_shapes, strict=True)):
         if tactic not in runnable_tactics(rows, depth, generation):
             raise ValueError(
                 f"profile_ids[{gemm}]: expected a tactic that the kernel can run for the {rows} weight rows and "
@@ -216,7 +239,10 @@ def _check_weights(arguments: Mapping[str, Any]) -> bool:
 
     bf16 weights are bf16 weights to the kernel whatever `use_w4_group_scaling` says.
     """
-    hidden = check_tensor("input", arguments["input"], dtype=torch.bfloat16, shape=("M", "H")).shape[1]
+    dtypes = (
+        (torch.bfloat16, torch.float16) if arguments["use_wfp4afp8_humming"] is True else (torch.bfloat16,)
+    )
+    hidden = check_tensor("input", arguments["input"], dtype=dtypes, shape=("M", "H")).shape[1]
     fc1, fc2 = arguments["fc1_expert_weights"], arguments["fc2_expert_weights"]
     quantized = check_bool("use_w4_group_scaling", arguments["use_w4_group_scaling"])
     quantized = quantized and not (isinstance(fc1, Tensor) and fc1.dtype == torch.bfloat16)
@@ -225,9 +251,10 @@ def _check_weights(arguments: Mapping[str, Any]) -> bool:
         raise TypeError(
             "fc1_expert_weights: expected bfloat16 weights, got uint8; MXFP4 weights need use_w4_group_scaling=True"
         )
-    check_tensor("fc1_expert_weights", fc1, dtype=dtype, shape=("E", "2I", hidden // packing))
+    halves, rows_name = (2, "2I") if ACTIVATIONS[int(arguments["activation_type"])].gated else (1, "I")
+    check_tensor("fc1_expert_weights", fc1, dtype=dtype, shape=("E", rows_name, hidden // packing))
     experts, rows = fc1.shape[:2]
-    shape = (experts, hidden, rows // 2 // packing)
+    shape = (experts, hidden, rows // halves // packing)
     check_tensor("fc2_expert_weights", fc2, dtype=dtype, shape=shape)
     return quantized
 
@@ -279,15 +306,18 @@ def _scales(scales: Any, quantized: bool, humming: bool) -> dict[str, Tensor | N
     return found
 
 
-def _check_biases(fc1: Tensor | None, fc2: Tensor | None) -> None:
-    """The kernel takes both biases or none."""
+def _check_biases(fc1: Tensor | None, fc2: Tensor | None, dtype: torch.dtype) -> None:
+    """The kernel takes both biases or none, of the output's dtype."""
+    for name, bias in (("fc1", fc1), ("fc2", fc2)):
+        if bias is not None:
+            check_tensor(f"{name}_expert_biases", bias, dtype=dtype, shape=("E", None), cast=True)
     if (fc1 is None) == (fc2 is None):
         return
     missing, other = ("fc1", "fc2") if fc1 is None else ("fc2", "fc1")
     raise ValueError(
         f"{missing}_expert_biases: expected a tensor beside {other}_expert_biases, since the kernel takes both or "
         f"none, got None; write {missing}_expert_weights.new_zeros({missing}_expert_weights.shape[:2], "
-        "dtype=torch.bfloat16), which adds nothing"
+        f"dtype={dtype}), which adds nothing"
     )
 
 

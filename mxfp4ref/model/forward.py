@@ -15,7 +15,6 @@ from mxfp4ref._compiler import uncompiled
 from mxfp4ref._shown import Shown
 from mxfp4ref._spans import spans
 from mxfp4ref._validate import check_instance
-from mxfp4ref.formats.experts import Experts
 from mxfp4ref.formats.humming_experts import HummingExperts
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE
 from mxfp4ref.model import gpu
@@ -95,8 +94,8 @@ class MoeTrace(Shown):
 
     Attributes:
         token, slot, expert: `[R] int64`, where the row comes from; the expert is this rank's index.
-        fc1_accumulators: `[R, 2I] float32`.
-        fc1_output: `[R, 2I] bf16`, up in the first half and gate in the second, before the bias.
+        fc1_accumulators: `[R, 2I] float32`; `[R, I]` where the activation has no gate.
+        fc1_output: `[R, 2I] bf16`, up in the first half and gate in the second, before the bias; likewise.
         activation: `[R, I] bf16`, the input of GEMM2.
         fc2_accumulators: `[R, H] float32`.
         fc2_output: `[R, H] bf16`, before bias and routing weight.
@@ -116,7 +115,7 @@ class MoeTrace(Shown):
 
 @uncompiled
 def forward(call: MoeCall, stages: AnyStages | None = None) -> Tensor:
-    """The output `[M, H] bf16` of a call, by the kernel's stages unless others are given.
+    """The output `[M, H]` of a call, of the input's dtype, by the kernel's stages unless others are given.
 
     Experts that are `HummingExperts` are computed with FP8 activations, as `model.humming` says.
     """
@@ -130,7 +129,7 @@ def trace(call: MoeCall, stages: AnyStages | None = None) -> MoeTrace:
     outputs, parts = zip(*_forward_in_parts(call, stages, keep=True), strict=True)
     rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     order = torch.argsort(rows["expert"] * call.num_tokens + rows["token"])
-    _, _, kind = _path(call.experts)
+    _, _, kind = _path(call)
     return kind(output=torch.cat(outputs), **{name: value[order] for name, value in rows.items()})
 
 
@@ -139,7 +138,7 @@ def _forward_in_parts(
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """Outputs and, if they are to be kept, the intermediates by name, for some tokens at a time."""
     check_instance("call", call, MoeCall)
-    forward_rows, defaults, _ = _path(call.experts)
+    forward_rows, defaults, _ = _path(call)
     if stages is None and gpu.usable(call):
         yield from gpu.forward_in_parts(call, keep=keep)
         return
@@ -161,13 +160,13 @@ def _forward_in_parts(
         yield output, kept
 
 
-def _path(experts: Experts) -> tuple[Callable[..., tuple[Tensor, dict[str, Tensor]]], Any, type[MoeTrace]]:
-    """How rows of these experts are computed: the function, its stages by default, and what holds intermediates."""
-    if isinstance(experts, HummingExperts):
+def _path(call: MoeCall) -> tuple[Callable[..., tuple[Tensor, dict[str, Tensor]]], Any, type[MoeTrace]]:
+    """How rows of a call are computed: the function, its stages by default, and what holds intermediates."""
+    if isinstance(call.experts, HummingExperts):
         from mxfp4ref.model import humming  # which needs this module
 
-        return humming.forward_rows, humming.HUMMING, humming.HummingTrace
-    return _forward, KERNEL if experts.quantized else DENSE, MoeTrace
+        return humming.forward_rows, humming.STAGES[call.input.dtype], humming.HummingTrace
+    return _forward, KERNEL if call.experts.quantized else DENSE, MoeTrace
 
 
 def _forward(
@@ -215,7 +214,7 @@ def _gemm(
 
     experts, tactic, generation = call.experts, call.kernel.tactics[which], call.kernel.generation
     name = ("fc1", "fc2")[which]
-    num_columns = (2 * experts.intermediate_size, experts.hidden_size)[which]
+    num_columns = experts.gemm_shapes[which][0]
     loops = compiled_loops() if gemm is group_scaled_gemm and x.device.type == "cpu" else None
     if loops is not None:
         result = grouped_gemm(

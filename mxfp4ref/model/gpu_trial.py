@@ -118,16 +118,17 @@ def trial_calls(stored_for: Generation | None, activation: Activation = _SWIGLU_
     x[1:6] = (x[1:6].float() * torch.exp2(random_bytes(5, hidden).float() / 8 - 16)).to(torch.bfloat16)
     x[6, 0], x[7, 0] = torch.nan, torch.inf
     codes, scales = [], []
-    for rows, depth in ((2 * inner, hidden), (hidden, inner)):
+    fc1_rows = 2 * inner if activation.gated else inner
+    for rows, depth in ((fc1_rows, hidden), (hidden, inner)):
         codes.append(random_bytes(num_experts, rows, depth // 2))
         scale = 118 + random_bytes(num_experts, rows, depth // 32) % 6
         # Only half of the rows; in GEMM1 up, which the limit bounds, where an infinite gate would give NaNs.
-        half = scale[:, : rows // 2]
+        half = scale[:, : rows // 2 if activation.gated or rows == hidden else 0]
         half[1, ::3] = random_bytes(*half[1, ::3].shape)
         half[0, ::2, :2] = 254  # each of the first two products overflows, so that their order shows
         scales.append(scale)
     optional = {
-        "fc1_biases": normal(num_experts, 2 * inner),
+        "fc1_biases": normal(num_experts, fc1_rows),
         "fc2_biases": normal(num_experts, hidden),
         "swiglu_alpha": torch.tensor([1.0, 1.702, 0.5], device="cpu"),
         "swiglu_limit": torch.tensor([10.0, 7.0, torch.inf], device="cpu"),

@@ -13,11 +13,12 @@ from mxfp4ref._spans import spans
 from mxfp4ref.formats.humming_experts import HummingExperts
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import AnyStages, MoeTrace, Rows, activate_rows
+from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.elementwise import activate, finalize, to_bf16
 from mxfp4ref.sm90.gemm.fp8 import fp8_gemm
 from mxfp4ref.sm90.row_quantize import QuantizedRows, quantize_rows, scale_rows
 
-__all__ = ["HUMMING", "HummingStages", "HummingTrace", "call_of", "forward_rows", "inputs_of"]
+__all__ = ["HUMMING", "STAGES", "HummingStages", "HummingTrace", "call_of", "forward_rows", "inputs_of"]
 
 _ROWS_AT_ONCE = 256
 # What is called otherwise where experts are given tensor by tensor.
@@ -46,11 +47,16 @@ class HummingStages(AnyStages):
 
 
 HUMMING = HummingStages()
+# By the dtype of the call, which its output and both GEMMs' are rounded to.
+STAGES = {
+    torch.bfloat16: HUMMING,
+    torch.float16: HummingStages(round_fc1=fp32.to_fp16, round_fc2=fp32.to_fp16, round_output=fp32.to_fp16),
+}
 
 
 @dataclass(frozen=True)
 class HummingTrace(MoeTrace):
-    """Every intermediate of a W4A8 forward. As `MoeTrace`, but that `activation` is float32, and:
+    """Every intermediate of a W4A8 forward. As `MoeTrace`, but fp16 where the input is, `activation` float32, and:
 
     Attributes:
         fc1_input: `[R, H] uint8`, E4M3, the rows that GEMM1 multiplies.

@@ -114,7 +114,8 @@ def split_experts(experts: Experts, ep_size: int, expert_map: ExpertMap | None =
 def split_intermediate(
     experts: Experts, tp_size: int, *, intermediate_size: int | None = None
 ) -> list[Experts]:
-    """The shard of each tensor-parallel rank, as vLLM and sglang cut it: rows of both halves of fc1, columns of fc2.
+    """The shard of each tensor-parallel rank, as vLLM and sglang cut it: rows of both halves of fc1 (of fc1, if it
+    has no gate), columns of fc2.
 
     I's blocks of 32 are shared out, `ceil(I / 32 / tp_size)` of them a rank, so that the last ranks may have fewer,
     or none. MXFP4 shards are then padded with zeros to the next multiple of 128, which the kernel takes: gpt-oss's
@@ -149,12 +150,13 @@ def split_intermediate(
     width = GROUP_SIZE * -(-inner // (GROUP_SIZE * tp_size))
     hidden = experts.hidden_size
     experts = resize_experts(resize_experts(experts, hidden, inner), hidden, tp_size * width)
+    halves = 2 if experts.gated else 1
+    names = ("fc1_weights", "fc1_scales", "fc1_biases")
+    fc1 = {name: tensor for name in names if (tensor := getattr(experts, name)) is not None}
     shards = [
         replace(
             experts,
-            fc1_weights=_rows(experts.fc1_weights, tp_size, rank),
-            fc1_scales=None if experts.fc1_scales is None else _rows(experts.fc1_scales, tp_size, rank),
-            fc1_biases=None if experts.fc1_biases is None else _rows(experts.fc1_biases, tp_size, rank),
+            **{name: _rows(tensor, halves, tp_size, rank) for name, tensor in fc1.items()},
             fc2_weights=_columns(experts.fc2_weights, tp_size, rank),
             fc2_scales=None if experts.fc2_scales is None else _columns(experts.fc2_scales, tp_size, rank),
             fc2_biases=experts.fc2_biases if rank == 0 else None,
@@ -322,10 +324,10 @@ def _unpadded(experts: Experts, intermediate_size: int | None) -> int:
     return inner
 
 
-def _rows(fc1: Tensor, tp_size: int, rank: int) -> Tensor:
-    """The rank's share of the rows of either half, `[E, 2I, ...]` -> `[E, 2I / tp_size, ...]`."""
-    halves = fc1.reshape(fc1.shape[0], 2, tp_size, -1, *fc1.shape[2:])
-    return halves[:, :, rank].flatten(1, 2)
+def _rows(fc1: Tensor, halves: int, tp_size: int, rank: int) -> Tensor:
+    """The rank's share of the rows of each half, `[E, 2I, ...]` -> `[E, 2I / tp_size, ...]`; with one half of I."""
+    parts = fc1.reshape(fc1.shape[0], halves, tp_size, -1, *fc1.shape[2:])
+    return parts[:, :, rank].flatten(1, 2)
 
 
 def _columns(fc2: Tensor, tp_size: int, rank: int) -> Tensor:

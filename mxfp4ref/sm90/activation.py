@@ -23,8 +23,13 @@ __all__ = [
     "ERF_SPLIT",
     "GEGLU",
     "GEGLU_TANH",
+    "GELU",
     "GELU_TANH",
     "HALF_ROOT_TWO",
+    "IDENTITY",
+    "RELU",
+    "RELU2",
+    "SILU",
     "SITU",
     "SWIGLU",
     "SWIGLU_BIAS",
@@ -34,9 +39,11 @@ __all__ = [
     "activation_of",
     "sigmoid",
     "tanh",
+    "up_and_gate",
 ]
 
 SWIGLU, GEGLU, SWIGLU_BIAS, SWIGLU_STEP, GEGLU_TANH, SITU = 3, 4, 5, 7, 8, 10
+GELU, RELU, SILU, RELU2, IDENTITY = 0, 1, 2, 6, 9  # without a gate
 
 # float32 bits
 _LOG2_E = 0x3FB8AA3B  # 1.44269502
@@ -98,6 +105,16 @@ def silu(gate: Tensor) -> Tensor:
     return fp32.mul(gate, sigmoid(gate))
 
 
+def relu(x: Tensor) -> Tensor:
+    """max.NaN with +0, which -0 becomes: unlike `fp32.maximum` it keeps NaN."""
+    return torch.where(x.isnan(), fp32.flush(x), fp32.maximum(x, torch.zeros_like(x)))
+
+
+def relu2(x: Tensor) -> Tensor:
+    rectified = relu(x)
+    return fp32.mul(rectified, rectified)
+
+
 def clamp(x: Tensor, limit: Tensor) -> Tensor:
     """To [-L, L]. Of min or max with a NaN the other operand is left: NaN becomes the limit, even if that is Inf."""
     return fp32.maximum(fp32.minimum(x, limit), -limit)
@@ -136,10 +153,13 @@ class Activation:
 
     Attributes:
         name, id: the member of flashinfer's `ActivationType`.
-        function: from up and gate, the bias included, and the parameters, all float32 of one shape, to the result.
+        function: from up and gate, or where there is no gate from the one value, the bias included, and the
+            parameters, all float32 of one shape, to the result. The kernel multiplies that by a quantisation
+            factor, 1 for bf16, so that subnormal results are flushed whatever the function does.
         defaults: the parameters that it reads, by the names of the call's arguments and in the function's order, and
             what is compiled in for each, which counts where it is not given.
         becomes: the id of the activation that the kernel runs instead where any of that one's parameters is given.
+        gated: whether fc1 has 2I rows, up and gate, rather than I.
     """
 
     name: str
@@ -147,11 +167,15 @@ class Activation:
     function: Callable[..., Tensor]
     defaults: Mapping[str, float] = field(default_factory=dict)
     becomes: int | None = None
+    gated: bool = True
 
 
 ACTIVATIONS = {
     activation.id: activation
     for activation in (
+        Activation("Gelu", GELU, gelu, gated=False),
+        Activation("Relu", RELU, relu, gated=False),
+        Activation("Silu", SILU, silu, gated=False),
         Activation("Swiglu", SWIGLU, _swiglu, becomes=SWIGLU_BIAS),
         Activation("Geglu", GEGLU, _geglu),
         Activation(
@@ -160,8 +184,10 @@ ACTIVATIONS = {
             _swiglu_bias,
             {"swiglu_alpha": 1.0, "swiglu_beta": 0.0, "swiglu_limit": torch.inf},
         ),
+        Activation("Relu2", RELU2, relu2, gated=False),
         Activation("SwigluStep", SWIGLU_STEP, _swiglu_step, {"swiglu_limit": 7.0}),
         Activation("GegluTanh", GEGLU_TANH, _geglu_tanh),
+        Activation("Identity", IDENTITY, fp32.flush, gated=False),
         Activation("Situ", SITU, _situ, {"situ_beta": 4.0, "situ_linear_beta": 25.0}),
     )
 }
@@ -174,6 +200,14 @@ def activation_of(activation_type: int, given: Collection[str]) -> Activation:
     return other if any(name in other.defaults for name in given) else activation
 
 
+def up_and_gate(value: Tensor, *, gated: bool) -> tuple[Tensor, Tensor]:
+    """The halves of `[..., 2I]`; where there is no gate ones and the only value, `[..., I]`."""
+    if not gated:
+        return torch.ones_like(value), value
+    up, gate = value.chunk(2, dim=-1)
+    return up, gate
+
+
 @uncompiled
 def activate(
     activation: Activation, fc1_output: Tensor, bias: Tensor | None, parameters: Sequence[Tensor | None]
@@ -182,8 +216,9 @@ def activate(
 
     Args:
         activation: an entry of the table.
-        fc1_output: `[..., 2I] bf16` (or float32), up in the first half and gate in the second.
-        bias: `[..., 2I] bf16`, broadcastable to `fc1_output`, or None.
+        fc1_output: `[..., 2I]` bf16, fp16 or float32, up in the first half and gate in the second; `[..., I]` where
+            the activation has no gate.
+        bias: bf16 or fp16, broadcastable to `fc1_output`, or None.
         parameters: those that the activation reads, in its order: float32, broadcastable to `[..., I]`, or None for
             what is compiled in.
 
@@ -193,9 +228,9 @@ def activate(
     value = fp32.widen(fc1_output)
     if bias is not None:
         value = fp32.add(value, fp32.widen(bias).expand_as(value))
-    up, gate = value.chunk(2, dim=-1)
+    halves = value.chunk(2, dim=-1) if activation.gated else (value,)
     given = [
-        torch.full_like(gate, default) if parameter is None else parameter.expand_as(gate)
+        torch.full_like(halves[0], default) if parameter is None else parameter.expand_as(halves[0])
         for parameter, default in zip(parameters, activation.defaults.values(), strict=True)
     ]
-    return activation.function(up, gate, *given)
+    return activation.function(*halves, *given)

@@ -68,7 +68,8 @@ def _activate(
     parameters: Sequence[Tensor | None],
 ) -> Tensor:
     *leading, width = fc1_output.shape
-    out = torch.empty(*leading, width // 2, dtype=torch.float32, device="cpu")
+    inner = width // 2 if activation.gated else width
+    out = torch.empty(*leading, inner, dtype=torch.float32, device="cpu")
     num_rows = math.prod(leading)
     of_rows = np.empty((len(parameters), num_rows), np.float32)
     for row, parameter, default in zip(of_rows, parameters, activation.defaults.values(), strict=True):
@@ -77,7 +78,7 @@ def _activate(
         )
     x = as_numpy(fc1_output, np.int16).reshape(-1, width)
     added = x[:0] if bias is None else as_numpy(bias.expand_as(fc1_output), np.int16).reshape(-1, width)
-    out_bits = as_numpy(out, np.int32).reshape(-1, width // 2)
+    out_bits = as_numpy(out, np.int32).reshape(-1, inner)
     scaled = activation.id == SWIGLU_BIAS and parameters[0] is not None  # by alpha
     of_bf16 = np.empty(0, np.int32) if scaled or bias is not None else _sigmoids(compiled)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 __all__ = [
     "BF16_NAN",
+    "FP16_NAN",
     "FP32_NAN",
     "add",
     "bf16_to_fp64",
@@ -24,11 +25,12 @@ __all__ = [
     "mul",
     "round_fp64",
     "to_bf16",
+    "to_fp16",
     "widen",
 ]
 
 FP32_NAN = 0x7FFFFFFF
-BF16_NAN = 0x7FFF
+BF16_NAN = FP16_NAN = 0x7FFF
 
 _FP64_TAIL = (1 << 29) - 1  # the fraction bits that float64 has and float32 lacks
 _FP64_TIE = 1 << 28
@@ -77,11 +79,37 @@ def to_bf16(x: Tensor) -> Tensor:
     return torch.where(nan, BF16_NAN, rounded).to(torch.int16).view(torch.bfloat16)
 
 
+def to_fp16(x: Tensor) -> Tensor:
+    """cvt.rn.f16.f32: nearest fp16, ties to even, beyond its range Inf, every NaN 0x7FFF; subnormals are kept."""
+    bits = x.view(torch.int32)
+    magnitude = bits & 0x7FFFFFFF
+    # Numbers below 2^-14 are subnormal: multiples of 2^-24, which adding 1/2 rounds to in a float32 (ulp 2^-24).
+    small = (magnitude.view(torch.float32) + 0.5).view(torch.int32) - 0x3F000000
+    # Others: rebias the exponent and round 13 of 23 fraction bits away; a carry goes on into the exponent.
+    kept = magnitude - ((127 - 15) << 23)
+    large = (kept + 0xFFF + ((kept >> 13) & 1)) >> 13
+    rounded = torch.where(magnitude < ((127 - 14) << 23), small, large).clamp(max=0x7C00)
+    rounded = torch.where(bits < 0, rounded | -0x8000, rounded)
+    return torch.where(magnitude > 0x7F800000, FP16_NAN, rounded).to(torch.int16).view(torch.float16)
+
+
 def widen(x: Tensor) -> Tensor:
-    """bf16 as float32, subnormals included in every CPU mode; float32 as it is."""
+    """bf16 or fp16 as float32, subnormals included in every CPU mode; float32 as it is."""
     if x.dtype == torch.float32:
         return x
+    if x.dtype == torch.float16:
+        return _widen_fp16(x)
     return (x.view(torch.int16).to(torch.int32) << 16).view(torch.float32)
+
+
+def _widen_fp16(x: Tensor) -> Tensor:
+    bits = x.view(torch.int16).to(torch.int32)
+    magnitude = bits & 0x7FFF
+    # Subnormals are multiples of 2^-24, normal float32 numbers; Inf and NaN keep an exponent of all ones.
+    normal = (magnitude << 13) + ((127 - 15) << 23)
+    normal = torch.where(magnitude < 0x7C00, normal, (magnitude << 13) + ((255 - 31) << 23))
+    wide = torch.where(magnitude < 0x0400, (magnitude.to(torch.float32) * 2.0**-24).view(torch.int32), normal)
+    return (wide | (bits & -(1 << 31))).view(torch.float32)
 
 
 def bf16_to_fp64(x: Tensor) -> Tensor:

@@ -30,8 +30,8 @@ def runs(number: int, rows: int, depth: int) -> bool:
     return rows % tile[0] == 0 and depth % tile[2] == 0 and (depth > _SHORT_K) == bool(rolling)
 
 
-def check_humming_profile_ids(profile_ids: Sequence[int], hidden: int, inner: int) -> None:
-    """Raise unless flashinfer's `profile_ids` force tactics that can run a layer of these sizes.
+def check_humming_profile_ids(profile_ids: Sequence[int], shapes: Sequence[tuple[int, int]]) -> None:
+    """Raise unless flashinfer's `profile_ids` force tactics that can run GEMMs of these weight rows and K.
 
     Raises:
         TypeError: not two ints.
@@ -43,9 +43,7 @@ def check_humming_profile_ids(profile_ids: Sequence[int], hidden: int, inner: in
         raise ValueError(
             f"profile_ids: expected two ints, one for each GEMM, got {len(profile_ids)}: {shown(profile_ids)}"
         )
-    for gemm, (number, (rows, depth)) in enumerate(
-        zip(profile_ids, ((2 * inner, hidden), (hidden, inner)), strict=True)
-    ):
+    for gemm, (number, (rows, depth)) in enumerate(zip(profile_ids, shapes, strict=True)):
         check_int(f"profile_ids[{gemm}]", number, minimum=-1)
         first = gemm * NUM_TACTICS
         if number == -1:

@@ -174,9 +174,15 @@ def runnable_tactics(rows: int, depth: int, generation: Generation = NEWEST) -> 
     ]
 
 
-def each_kernel(hidden: int, inner: int, generation: Generation = NEWEST) -> Iterator[Sm90Kernel]:
-    """Every runnable tactic of GEMM1 beside the default of GEMM2, then the other way round."""
-    for tactic in runnable_tactics(2 * inner, hidden, generation):
+def each_kernel(shapes: Sequence[tuple[int, int]], generation: Generation = NEWEST) -> Iterator[Sm90Kernel]:
+    """Every runnable tactic of GEMM1 beside the default of GEMM2, then the other way round.
+
+    Args:
+        shapes: weight rows and K of the two GEMMs, as `Experts.gemm_shapes`.
+        generation: whose tactics.
+    """
+    gemm1, gemm2 = shapes
+    for tactic in runnable_tactics(*gemm1, generation):
         yield Sm90Kernel(gemm1=tactic, generation=generation)
-    for tactic in runnable_tactics(hidden, inner, generation):
+    for tactic in runnable_tactics(*gemm2, generation):
         yield Sm90Kernel(gemm2=tactic, generation=generation)

@@ -22,6 +22,11 @@ from mxfp4ref.sm90.activation import (
     ACTIVATIONS,
     GEGLU,
     GEGLU_TANH,
+    GELU,
+    IDENTITY,
+    RELU,
+    RELU2,
+    SILU,
     SITU,
     SWIGLU,
     SWIGLU_BIAS,
@@ -232,6 +237,12 @@ def test_the_gemm_interpreted(
         (GEGLU, ""),
         (GEGLU, "bias"),
         (GEGLU_TANH, "bias"),
+        (GELU, "bias"),
+        (RELU, ""),
+        (RELU, "bias"),
+        (SILU, "bias"),
+        (RELU2, "bias"),
+        (IDENTITY, "bias"),
         (SWIGLU_BIAS, ""),
         (SWIGLU_BIAS, "swiglu_alpha"),
         (SWIGLU_BIAS, "bias swiglu_beta swiglu_limit"),
@@ -265,6 +276,8 @@ def test_the_activation_and_the_weighted_sum_interpreted(
     activation = ACTIVATIONS[activation_type]
     if activation_type == SITU:
         fc1 *= 1024.0  # a tanh of 1, 0 or -1
+    if not activation.gated:
+        fc1, optional["bias"] = (tensor[:, 6:].contiguous() for tensor in (fc1, optional["bias"]))
     chosen = {name: t if name in given.split() else None for name, t in optional.items()}
     parameters = [chosen[name] for name in activation.defaults]
     per_row = [None if t is None else t[expert][:, None] for t in parameters]

@@ -86,7 +86,7 @@ class KernelPath(NamedTuple):
     """One kind of call: its activations, and what of the sources it needs.
 
     Attributes:
-        activation: the GEMM's first type, as the generator of launchers writes it.
+        activation, output: the GEMM's first type and its result's, as the generator of launchers writes them.
         source: the file that instantiates its GEMM runner.
         runner: its `CutlassMoeFCRunner<...>`, a pattern for the arguments with single spaces.
         gemm_runner: its `MoeGemmRunner<...>` likewise, where `source` has others too.
@@ -95,6 +95,7 @@ class KernelPath(NamedTuple):
     """
 
     activation: str
+    output: str
     source: str
     runner: str
     gemm_runner: str | None
@@ -102,25 +103,32 @@ class KernelPath(NamedTuple):
     members: str
 
 
+def _w4a8(output: str, dtype: str) -> KernelPath:
+    """FP8 activations, made of an input that has the output's type; `dtype` is the binding's name of it."""
+    mode = "Sm90Wfp4Afp8ScaleMode::kHummingPreMmaE8M0"
+    return KernelPath(
+        activation="__nv_fp8_e4m3",
+        output=output,
+        source="moe_gemm_kernels_fp8_fp4.cu",
+        runner=f"__nv_fp8_e4m3, Fp4Type, {output}, {output}, {output}, false, {mode}",
+        gemm_runner=f"__nv_fp8_e4m3, Fp4Type, {output}, {output}, false, {mode}",
+        condition=f"isWMxfp4AFp8HummingQuant() && mActivationDtype == {dtype}",
+        members=f"      mSm90Wfp4Afp8Mode = kernels::{mode};\n",
+    )
+
+
 KERNEL_PATHS = {
     "w4a16": KernelPath(
         activation="__nv_bfloat16",
+        output="__nv_bfloat16",
         source="moe_gemm_kernels_bf16_fp4.cu",
         runner=r"__nv_bfloat16, (?:kernels::)?(?:Fp4Type|__nv_fp4_e2m1)",
         gemm_runner=None,
         condition="isWFP4A16Quant() && mActivationDtype == dl_bfloat16",
         members="",
     ),
-    "w4a8": KernelPath(
-        activation="__nv_fp8_e4m3",
-        source="moe_gemm_kernels_fp8_fp4.cu",
-        runner="__nv_fp8_e4m3, Fp4Type, __nv_bfloat16, __nv_bfloat16, __nv_bfloat16, false, "
-        "Sm90Wfp4Afp8ScaleMode::kHummingPreMmaE8M0",
-        gemm_runner="__nv_fp8_e4m3, Fp4Type, __nv_bfloat16, __nv_bfloat16, false, "
-        "Sm90Wfp4Afp8ScaleMode::kHummingPreMmaE8M0",
-        condition="isWMxfp4AFp8HummingQuant() && mActivationDtype == dl_bfloat16",
-        members="      mSm90Wfp4Afp8Mode = kernels::Sm90Wfp4Afp8ScaleMode::kHummingPreMmaE8M0;\n",
-    ),
+    "w4a8": _w4a8("__nv_bfloat16", "dl_bfloat16"),
+    "w4a8-fp16": _w4a8("half", "dl_float16"),
 }
 
 
@@ -360,12 +368,13 @@ GEMMS = "data/csrc/nv_internal/tensorrt_llm/kernels/cutlass_kernels/moe_gemm"
 
 def patches(paths: Sequence[str]) -> dict[str, Callable[[str], str]]:
     """The files of the package that the copy has as its own; env.py because it finds the sources by its own place."""
+    wanted: dict[str, list[str]] = {}
+    for path in map(KERNEL_PATHS.__getitem__, paths):
+        if path.gemm_runner is not None:
+            wanted.setdefault(f"{GEMMS}/{path.source}", []).append(path.gemm_runner)
     of_gemms = {
-        f"{GEMMS}/{path.source}": functools.partial(
-            keep_runners, template="MoeGemmRunner", wanted=[path.gemm_runner]
-        )
-        for path in map(KERNEL_PATHS.__getitem__, paths)
-        if path.gemm_runner is not None
+        source: functools.partial(keep_runners, template="MoeGemmRunner", wanted=runners)
+        for source, runners in wanted.items()
     }
     return {
         "__init__.py": add_prologue,
@@ -450,9 +459,9 @@ def write_build(plan: str, paths: str, clusters: str, tiles: str) -> None:
     wanted = [
         op
         for op in kernels.generate_sm90_mixed_type_grouped_gemm_operations(True)
-        if type_names[op.act_type] in [path.activation for path in chosen]
-        and type_names[op.weight_type] in MXFP4_TYPES
-        and type_names[op.output_type] == "__nv_bfloat16"
+        if type_names[op.weight_type] in MXFP4_TYPES
+        and (type_names[op.act_type], type_names[op.output_type])
+        in [(path.activation, path.output) for path in chosen]
     ]
     only = {*parse_tiles(tiles), WORKSPACE_TILE} if tiles else None
     built = [
@@ -673,7 +682,8 @@ def _parser() -> argparse.ArgumentParser:
         type=_paths,
         default=["w4a16"],
         metavar="PATH[,PATH]",
-        help="w4a16 (bf16 activations, the default), w4a8 (FP8 activations, use_wfp4afp8_humming), or both",
+        help="w4a16 (bf16 activations, the default), w4a8 (FP8 activations made of bf16, use_wfp4afp8_humming) and "
+        "w4a8-fp16 (of fp16)",
     )
     parser.add_argument("--tiles", help="only these tiles, such as 64x16x128,128x64x256 (default: all)")
     parser.add_argument(

@@ -1,12 +1,16 @@
 """Compare the W4A8 ("Humming") kernel and its oracle on random and designed calls; needs a GPU.
 
-The calls are those of `random_cases.py`, which mix every option, with their weights prepared for W4A8; some have raw
-offsets and residuals that no preparation makes. Each runs with two tactics of the build at hand. The designed ones
+The calls are those of `random_cases.py`, which mix every option and activation, with their weights prepared for W4A8;
+some have raw offsets and residuals that no preparation makes. A call is a function of its seed, of the dtype and of
+the activations that are drawn from. Each runs with two tactics of the build at hand. The designed ones
 put one question each: the reciprocal of every bf16 row maximum, NaN and Inf in a row, rows of tiny and huge numbers,
-sums that cancel over K = 128, 256 and 512. The golden calls of suite `w4a8` run too. The oracle runs in processes of
+sums that cancel over K = 128, 256 and 512. The golden calls of that dtype run too. The oracle runs in processes of
 its own while the GPU goes on.
 
     python tools/hardware/humming_cases.py --seeds 0:300 --seconds 400 --output DIR
+    python tools/hardware/humming_cases.py --dtype float16 --seeds 0:300 --seconds 400 --output DIR
+
+`--dtype float16` needs a build of that path (`build_kernel.py --paths w4a8-fp16`).
 """
 
 from __future__ import annotations
@@ -23,11 +27,12 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import hardware
 import numpy as np
 import torch
-from random_cases import random_call
+from random_cases import random_call, with_activation
 from torch import Tensor
 
 from mxfp4ref import MoeCall, forward
@@ -37,13 +42,32 @@ from mxfp4ref.formats.humming_experts import HummingExperts
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.goldens.runs import runs
 from mxfp4ref.model.humming import call_of, inputs_of
+from mxfp4ref.sm90.activation import ACTIVATIONS
 
 DESIGNED_TOKENS = 256
+OPTIONS = (
+    "ep_size",
+    "ep_rank",
+    "tp_size",
+    "tp_rank",
+    "strict",
+    "activation_type",
+    "unscaled",
+    "enable_alltoall",
+)
+NAMES = {activation.name: id for id, activation in ACTIVATIONS.items()}
 
 
-def humming_call(seed: int) -> MoeCall:
+class Kind(NamedTuple):
+    """What besides a key says which call it is."""
+
+    dtype: torch.dtype
+    activations: tuple[int, ...]
+
+
+def humming_call(seed: int, of: Kind) -> MoeCall:
     """The random call of a seed with its experts prepared for W4A8, or with raw offsets or residuals."""
-    call = random_call(seed)
+    call = with_activation(random_call(seed), seed, of.activations, options=True)
     rng = np.random.default_rng((seed, 8))
     experts = HummingExperts.prepare(call.experts)
     kind = rng.choice(["prepared", "raw offsets", "any bytes", "raw residuals"], p=[0.7, 0.1, 0.1, 0.1])
@@ -66,29 +90,40 @@ def humming_call(seed: int) -> MoeCall:
             )
         fc1, fc2 = torch.from_numpy(values.astype(np.float32))
         experts = replace(experts, fc1_residual=fc1.clone(), fc2_residual=fc2.clone())
-    return replace(call, experts=experts)
+    call = replace(call, experts=experts)
+    return call if of.dtype == torch.bfloat16 else in_fp16(call, any_bits=bool(rng.random() < 0.4))
 
 
-def designed_call(name: str) -> MoeCall:
+def in_fp16(call: MoeCall, *, any_bits: bool = False) -> MoeCall:
+    """The call with input and biases in fp16: their numbers or, with `any_bits`, of the input the same bits."""
+    x = call.input.view(torch.float16) if any_bits else call.input.to(torch.float16)
+    biases = {name: getattr(call.experts, name) for name in ("fc1_biases", "fc2_biases")}
+    halves = {name: None if bias is None else bias.to(torch.float16) for name, bias in biases.items()}
+    return replace(call, input=x, experts=replace(call.experts, **halves))
+
+
+def designed_call(name: str, dtype: torch.dtype) -> MoeCall:
     """The call that puts a question; one expert, so that every row is one token."""
     rng = np.random.default_rng(len(name))
     kind, _, depth_text = name.partition(" ")
     depth = int(depth_text or 256)
-    tokens, inner = DESIGNED_TOKENS, depth
+    half = dtype == torch.float16
+    fractions = 1024 if half else 128
+    tokens, inner = 2 * fractions if kind == "maximum" else DESIGNED_TOKENS, depth
     x = torch.from_numpy(rng.normal(size=(tokens, depth)))
     rows = torch.arange(tokens)
-    if kind == "maximum":  # every fraction of a bf16 maximum, each with two exponents
+    if kind == "maximum":  # every fraction of a maximum, each with two exponents
         x = x.clamp(-0.99, 0.99)
-        x[:, 3] = torch.ldexp(1 + (rows % 128) / 128, rows // 128)
+        x[:, 3] = torch.ldexp(1 + (rows % fractions) / fractions, rows // fractions)
     elif kind == "special":  # one NaN, Inf or largest number a row
         values = torch.tensor([torch.nan, torch.inf, -torch.inf, 3.38e38, -3.38e38, 1e-39, -0.0, 0.0])
         x[rows, rows % depth] = values[rows % 8].double()
         x[rows % 16 >= 8] *= 0
         x[rows, rows % depth] = values[rows % 8].double()
     elif kind == "tiny":  # maxima from the least subnormal to above the least that 448 can be divided by
-        x = torch.ldexp(x / x.abs().amax(1, keepdim=True), -134 + (rows % 32)[:, None])
+        x = torch.ldexp(x / x.abs().amax(1, keepdim=True), (-25 if half else -134) + (rows % 32)[:, None])
     elif kind == "huge":
-        x = torch.ldexp(x / x.abs().amax(1, keepdim=True), 120 + (rows % 8)[:, None])
+        x = torch.ldexp(x / x.abs().amax(1, keepdim=True), (9 if half else 120) + (rows % 8)[:, None])
     elif kind == "cancel":  # the second half of K takes the first back: what is left are truncations
         x = torch.ldexp(x, torch.from_numpy(rng.integers(-9, 1, tuple(x.shape))))
         x[:, depth // 2 :] = -x[:, : depth // 2]
@@ -111,7 +146,7 @@ def designed_call(name: str) -> MoeCall:
     from mxfp4ref import Experts
 
     return MoeCall(
-        x.to(torch.bfloat16),
+        x.to(dtype),
         torch.zeros(tokens, 1, dtype=torch.int32),
         torch.ones(tokens, 1),
         HummingExperts.prepare(Experts(*tensors)),
@@ -124,24 +159,23 @@ DESIGNED = (
 )  # fmt: skip
 
 
-def call_for(key: int | str) -> MoeCall:
+def call_for(key: int | str, of: Kind) -> MoeCall:
     """A designed call by its name, a golden one by `suite/name`, a random one by its seed."""
     if isinstance(key, int):
-        return humming_call(key)
-    return call_of(runs(open_goldens().load(key))[0].inputs) if "/" in key else designed_call(key)
+        return humming_call(key, of)
+    return call_of(runs(open_goldens().load(key))[0].inputs) if "/" in key else designed_call(key, of.dtype)
 
 
-def golden_calls() -> list[str]:
-    goldens = open_goldens()
-    return [
-        name for name in goldens.names() if name.startswith("w4a8/") and goldens.load(name).kind == "w4a8"
-    ]
+def golden_calls(dtype: torch.dtype) -> list[str]:
+    cases = (goldens.load(name) for goldens in [open_goldens()] for name in goldens.names())
+    return [case.id for case in cases if case.kind == "w4a8" and case.tensors["input"].dtype == dtype]
 
 
-def oracle(key: int | str) -> np.ndarray[Any, Any]:
+def oracle(key: int | str, of: Kind) -> np.ndarray[Any, Any]:
     """In a process of its own."""
     torch.set_num_threads(1)
-    result: np.ndarray[Any, Any] = forward(call_for(key)).view(torch.int16).numpy()
+    call = call_for(key, of)
+    result: np.ndarray[Any, Any] = hardware.as_launched(call, forward(call)).view(torch.int16).numpy()
     return result
 
 
@@ -151,15 +185,15 @@ class Kernel:
     def __init__(self) -> None:
         import flashinfer.jit.fused_moe as jit
 
-        self._kernel, self._jit, self._tactics_of = flashinfer_w4a8_kernel(), jit, None
+        self._kernel, self._jit = flashinfer_w4a8_kernel(), jit
+        self._tactics_of: dict[torch.dtype, Any] = {}
         self._absent: set[int] = set()
         self.used: Counter[int] = Counter()
 
     def prepare(self, call: MoeCall) -> dict[str, Any]:
         """The arguments of flashinfer's function, on the GPU."""
-        names = ("ep_size", "ep_rank", "tp_size", "tp_rank", "strict")
         inputs = {name: tensor.cuda() for name, tensor in inputs_of(call).items()}
-        _, arguments = self._kernel.prepare("w4a8", inputs | {name: getattr(call, name) for name in names})
+        _, arguments = self._kernel.prepare("w4a8", inputs | {name: getattr(call, name) for name in OPTIONS})
         return arguments
 
     def run(self, arguments: dict[str, Any], tactics: list[int]) -> Tensor:
@@ -170,10 +204,9 @@ class Kernel:
 
     def tactics(self, call: MoeCall, arguments: dict[str, Any], rng: np.random.Generator) -> list[int]:
         """A pair of tactics that this build has and the call can run with."""
-        runner = self._runner()
-        hidden, inner = call.experts.hidden_size, call.experts.intermediate_size
+        runner = self._runner(call.input.dtype)
         chosen = [-1, -1]
-        for gemm, (rows, depth) in enumerate(((2 * inner, hidden), (hidden, inner))):
+        for gemm, (rows, depth) in enumerate(call.experts.gemm_shapes):
             valid = [int(t) for t in runner.get_valid_tactics_for_shape(gemm + 1, rows, depth)]
             while True:
                 possible = [tactic for tactic in valid if tactic not in self._absent]
@@ -188,12 +221,12 @@ class Kernel:
                 break
         return chosen
 
-    def _runner(self) -> Any:
-        if self._tactics_of is None:
+    def _runner(self, dtype: torch.dtype) -> Any:
+        if dtype not in self._tactics_of:
             library = self._jit.gen_cutlass_fused_moe_sm90_module().build_and_load()
-            bf16, uint8 = torch.bfloat16, torch.uint8
-            self._tactics_of = library.init(bf16, uint8, bf16, False, True, False, False, True, True)
-        return self._tactics_of
+            options = (False, True, False, False, True, True)
+            self._tactics_of[dtype] = library.init(dtype, torch.uint8, dtype, *options)
+        return self._tactics_of[dtype]
 
 
 def main() -> int:
@@ -206,19 +239,28 @@ def main() -> int:
     parser.add_argument(
         "--output", type=Path, required=True, help="a folder for the result and for what differs"
     )
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="of input, biases and output"
+    )
+    parser.add_argument(
+        "--activations",
+        nargs="+",
+        choices=list(NAMES),
+        default=list(NAMES),
+        help="draw from these (default: all)",
+    )
     parser.add_argument("--no-designed", action="store_true", help="random calls only")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("a GPU is needed: the real kernel runs nowhere else")
-    import hardware
-
+    of = Kind(getattr(torch, arguments.dtype), tuple(NAMES[name] for name in arguments.activations))
     arguments.output.mkdir(parents=True, exist_ok=True)
     first, end = (int(part) for part in arguments.seeds.split(":"))
     keys: list[int | str] = [
-        *([] if arguments.no_designed else [*DESIGNED, *golden_calls()]),
+        *([] if arguments.no_designed else [*DESIGNED, *golden_calls(of.dtype)]),
         *range(first, end),
     ]
-    oracle("plain 128")  # compiles the loops before other processes want them
+    oracle("plain 128", of)  # compiles the loops before other processes want them
     kernel = Kernel()
     start = time.monotonic()
     results: list[dict[str, Any]] = []
@@ -243,10 +285,10 @@ def main() -> int:
         for key in keys:
             if time.monotonic() - start > arguments.seconds:
                 break
-            call = call_for(key)
+            call = call_for(key, of)
             rng = np.random.default_rng((zlib.crc32(str(key).encode()), 9))
             prepared = kernel.prepare(call)
-            expected[key] = pool.submit(oracle, key)
+            expected[key] = pool.submit(oracle, key, of)
             outputs[key] = []
             for number in range(2):
                 tactics = (
@@ -259,15 +301,20 @@ def main() -> int:
                 settle(done)
         for key in list(expected):
             settle(key)
-    report(results, kernel.used, arguments.output, hardware.Provenance.of_this_machine().as_dict())
+    record = {
+        "path": "W4A8" if of.dtype == torch.bfloat16 else "W4A8 in fp16",
+        "activations": arguments.activations,
+    }
+    record |= {"provenance": hardware.Provenance.of_this_machine().as_dict()}
+    report(results, kernel.used, arguments.output, record)
     return 0 if not any(result["differing"] for result in results) else 1
 
 
 def report(
-    results: list[dict[str, Any]], used: Mapping[int, int], output: Path, provenance: dict[str, str]
+    results: list[dict[str, Any]], used: Mapping[int, int], output: Path, record: dict[str, Any]
 ) -> None:
     """Print a table of what differs, and write a record of all of it."""
-    record: dict[str, Any] = {"path": "W4A8", "provenance": provenance, "tactics": dict(sorted(used.items()))}
+    record["tactics"] = dict(sorted(used.items()))
     for key in dict.fromkeys(result["key"] if isinstance(result["key"], str) else "" for result in results):
         some = [
             result for result in results if (result["key"] == key if key else isinstance(result["key"], int))
@@ -277,17 +324,25 @@ def report(
             f"{key or 'random':14s} {len(some):5d} runs {elements:13,d} elements {differing:11,d} differing"
         )
         if key:
-            record[f"W4A8, {key}"] = {"compared": elements, "differing": differing, "runs": len(some)}
+            record[f"{record['path']}, {key}"] = {
+                "compared": elements,
+                "differing": differing,
+                "runs": len(some),
+            }
             continue
         seeds = [result["key"] for result in some]
         failures = [result for result in some if result["differing"]]
         print(*failures[:12], sep="\n")
         record |= {"seeds": [min(seeds), max(seeds) + 1], "elements": elements, "differing": differing}
         record["failures"] = failures
+    provenance = record["provenance"]
     slug = "-".join(
         [*provenance["gpu"].lower().removeprefix("nvidia ").split(), "flashinfer", provenance["flashinfer"]]
     )
-    write_file(output / f"{slug}-random-w4a8.json", json.dumps(record, indent=2) + "\n")
+    write_file(
+        output / f"{slug}-random-{record['path'].lower().replace(' ', '-')}.json",
+        json.dumps(record, indent=2) + "\n",
+    )
 
 
 if __name__ == "__main__":

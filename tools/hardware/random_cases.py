@@ -3,8 +3,9 @@
 Hand-picked cases miss rules that only show where options meet: here a call mixes kinds of inputs (ordinary,
 mirrored, wide, tiny, infinite, NaN, any bits), kinds of scales (ordinary, over- and underflowing, any byte),
 any subset of biases and of the activation's parameters, expert and tensor parallelism, padded and foreign ids, every
-activation, and every tile (by releases from 0.6.16 on; older ones run their default tactic). A call is a function of
-its seed and of the activations that are drawn from.
+activation, with `--options` no routing weights and `enable_alltoall`, and every tile (by releases from 0.6.16 on;
+older ones run their default tactic). A call is a function of its seed, of the activations that are drawn from and
+of `--options`.
 
     python tools/hardware/random_cases.py --seeds 0:1000 --output random.json
 """
@@ -102,10 +103,13 @@ def random_call(seed: int, *, clusters: bool = False) -> MoeCall:
     )
 
 
-def with_activation(call: MoeCall, seed: int, activations: Sequence[int]) -> MoeCall:
+def with_activation(
+    call: MoeCall, seed: int, activations: Sequence[int], *, options: bool = False
+) -> MoeCall:
     """The call with one of these activations, drawn apart from all else.
 
     Where Situ is one of them, any of them has any subset of Situ's parameters; older releases do not take them.
+    With `options` one call in five has no routing weights; half of those with expert-parallel ranks are all-to-all.
     """
     rng = np.random.default_rng((seed, 4, *activations))
     parameters = {}
@@ -115,11 +119,39 @@ def with_activation(call: MoeCall, seed: int, activations: Sequence[int]) -> Moe
             values[0] = rng.choice([0.0, -1.5, np.inf, np.nan, 1e-40, 1e-38, 3e38])
         if rng.random() < 0.6 and SITU in activations:
             parameters[name] = torch.from_numpy(values).to(call.input.device)
+    activation = ACTIVATIONS[int(rng.choice(list(activations)))]
+    rng = np.random.default_rng((seed, 5))
+    unscaled = options and bool(rng.random() < 0.2)
+    experts = replace(call.experts, **parameters)
+    if not activation.gated:
+        experts = without_gate(experts)
     return replace(
         call,
-        experts=replace(call.experts, **parameters),
-        activation_type=int(rng.choice(list(activations))),
+        token_final_scales=torch.ones_like(call.token_final_scales) if unscaled else call.token_final_scales,
+        experts=experts,
+        kernel=call.kernel if activation.gated else _runnable(call.kernel, experts, rng),
+        activation_type=activation.id,
+        unscaled=unscaled,
+        enable_alltoall=options and call.ep_size > 1 and bool(rng.random() < 0.5),
     )
+
+
+def without_gate(experts: Experts) -> Experts:
+    """The same experts for an activation that has no gate: of fc1 the second half of the rows."""
+    names = ("fc1_weights", "fc1_scales", "fc1_biases")
+    halves = {
+        name: t.chunk(2, 1)[1].contiguous() for name in names if (t := getattr(experts, name)) is not None
+    }
+    return replace(experts, **halves)  # type: ignore[arg-type]
+
+
+def _runnable(kernel: Sm90Kernel, experts: Experts, rng: Generator) -> Sm90Kernel:
+    """The kernel, with another tactic for GEMM1 if fc1 has too few rows for its own."""
+    choices = runnable_tactics(*experts.gemm_shapes[0], kernel.generation)
+    if kernel.gemm1 in choices:
+        return kernel
+    choices = [tactic for tactic in choices if tactic.cluster == kernel.gemm1.cluster]
+    return replace(kernel, gemm1=choices[int(rng.integers(len(choices)))])
 
 
 def _bf16(values: NDArray[np.float64]) -> Tensor:
@@ -203,6 +235,9 @@ def main() -> int:
         choices=list(names),
         help="draw from these (default: all)",
     )
+    parser.add_argument(
+        "--options", action="store_true", help="some without routing weights, some with enable_alltoall"
+    )
     parser.add_argument("--output", type=Path, help="write the result as JSON")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -220,18 +255,20 @@ def main() -> int:
         if time.monotonic() - start > arguments.seconds:
             break
         call = real_size_call(seed) if arguments.real_size else random_call(seed, clusters=arguments.clusters)
-        call = with_activation(call, seed, [names[name] for name in activations])
+        call = with_activation(call, seed, [names[name] for name in activations], options=arguments.options)
         if not generation.forces_tactics:
             call = replace(call, kernel=Sm90Kernel(generation=generation))
         on_gpu = to_device(call, "cuda")
         expected = forward(on_gpu)
+        cpu_expected = expected.cpu()
+        expected = hardware.as_launched(on_gpu, expected)
         got = hardware.launcher(kernel, on_gpu)()
         count = hardware.count_differences(got, expected)
         elements += got.numel()
         differing += count
         if (seed - first) % arguments.cpu_every == 0 and not arguments.real_size:
             cpu_elements += got.numel()
-            cpu_differing += hardware.count_differences(forward(call), expected.cpu())
+            cpu_differing += hardware.count_differences(forward(call), cpu_expected)
         if count:
             used = (
                 [str(tactic) for tactic in call.kernel.tactics]
@@ -261,6 +298,7 @@ def main() -> int:
         "clusters": arguments.clusters,
         "real_size": arguments.real_size,
         "activations": activations,
+        "options": arguments.options,
         "generation": generation.recorded_as,
         "failures": failures,
         "provenance": provenance.as_dict(),

@@ -28,7 +28,7 @@ PAGE = ROOT / "docs" / "releases.md"
 GOLDENS = ROOT / "goldens"
 RECORDINGS = ROOT / "tests" / "recordings"
 GENERATIONS = (PLAIN, BYTEWISE, WORDWISE)
-KINDS = (*(activation.name for activation in ACTIVATIONS.values()), "W4A8")
+KINDS = (*(activation.name for activation in ACTIVATIONS.values()), "W4A8", "W4A8 in fp16")
 HOW = ("golden calls", "random calls", "random calls of real size", "other calls")
 TEXT = """# Releases
 

@@ -221,7 +221,11 @@ def _wholes() -> Iterator[tuple[str, _Swiglu, float]]:
 def activation_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     """All of one deviation, and with a limit those of a clamp and a product or sigmoid."""
     for id, other in ACTIVATIONS.items():
-        if other is not call.activation and id != call.activation_type:
+        if (
+            other is not call.activation
+            and id != call.activation_type
+            and other.gated == call.activation.gated
+        ):
             words = f"the activation is {other.name}, where {ACTIVATIONS[call.activation_type].name} was asked for"
             yield Hypothesis("activation", _A, words, lambda p, id=id: p.calling(activation_type=id), 1)
     if call.activation.id not in (SWIGLU, SWIGLU_BIAS):

@@ -232,7 +232,7 @@ def _thorough(search: Search, evidence: list[Evidence]) -> list[Match]:
     passes: list[Callable[[], list[Match]]] = [
         *(
             [lambda: search.run(rows_at(*inner)), lambda: search.run_in_slots(rows_at(*inner))]
-            if inner
+            if inner and call.experts.gated
             else []
         ),
         lambda: search.run_in_slots(left(quick())),

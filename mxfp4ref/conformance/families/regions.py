@@ -153,7 +153,9 @@ def k_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
 
 
 def row_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
-    """Some rows of fc1; of fc2 the wrong columns tell which rows, so that it is tried elsewhere."""
+    """Some rows of the halves of fc1; of fc2 the wrong columns tell which rows, so that it is tried elsewhere."""
+    if not call.experts.gated:
+        return
     yield from _of("rows", "fc1", list(_row_regions(call.experts.intermediate_size)))
 
 

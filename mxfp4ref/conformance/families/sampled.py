@@ -13,6 +13,7 @@ from mxfp4ref.conformance.families.hypothesis import Pipeline
 from mxfp4ref.formats.mxfp4 import dequantize
 from mxfp4ref.model.forward import trace
 from mxfp4ref.sm90 import fp32
+from mxfp4ref.sm90.activation import up_and_gate
 
 __all__ = ["Sample", "samples"]
 
@@ -104,7 +105,7 @@ def samples(pipeline: Pipeline, got: Tensor, wrong: Tensor, local: Tensor) -> li
     fc1 = fp32.widen(rows.fc1_output).double()
     if experts.fc1_biases is not None:
         fc1 = fc1 + fp32.widen(experts.fc1_biases[rows.expert]).double()
-    up, gate = fc1.chunk(2, dim=1)
+    up, gate = up_and_gate(fc1, gated=experts.gated)
     activation = fp32.widen(rows.activation).double()
     place = torch.searchsorted(used, rows.expert)
     found = []

@@ -19,6 +19,7 @@ from mxfp4ref.conformance.families.places import suspected_experts
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE, dequantize
 from mxfp4ref.model.forward import trace
 from mxfp4ref.sm90 import fp32
+from mxfp4ref.sm90.activation import up_and_gate
 
 __all__ = ["second_gemm"]
 
@@ -172,7 +173,7 @@ def _system(
     fc1 = fp32.widen(one.fc1_output[rows]).to(torch.float64)
     if chosen.fc1_biases is not None:
         fc1 = fc1 + fp32.widen(chosen.fc1_biases).to(torch.float64)
-    up, gate = fc1.chunk(2, dim=1)
+    up, gate = up_and_gate(fc1, gated=chosen.gated)
     right = fp32.widen(one.activation[rows]).to(torch.float64)
     if not all(bool(t.isfinite().all()) for t in (columns, target, parts, right, up, gate)):
         return None

@@ -10,12 +10,14 @@ from mxfp4ref.goldens.cases import (
     gemm,
     layout,
     models,
+    options,
     parallel,
     routing,
     sizes,
     step_and_situ,
     tensor_core,
     tile_n,
+    ungated,
     w4a8,
 )
 from mxfp4ref.goldens.cases.definition import DEFINITIONS, Content, Definition
@@ -24,6 +26,6 @@ __all__ = ["DEFINITIONS", "SUITES", "Content", "Definition"]
 
 # In the order in which data flows; importing them registers their cases.
 SUITES = (
-    *(formats, layout, tensor_core, gemm, activation, step_and_situ, finalize, routing, parallel, sizes),
-    *(models, tile_n, w4a8),
+    *(formats, layout, tensor_core, gemm, activation, step_and_situ, ungated, finalize, routing, parallel),
+    *(sizes, models, tile_n, w4a8, options),
 )

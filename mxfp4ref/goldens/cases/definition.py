@@ -75,14 +75,14 @@ def define(
         why: as there; by default the function's docstring.
         catches: names of defects, separated by blanks.
         name: another name, where one function makes several cases.
-        pending: a kernel call that no GPU has confirmed yet, from a contributor who has none.
+        pending: a kernel call, of W4A16 or W4A8, that no GPU has confirmed yet, from a contributor who has none.
 
     Raises:
         ValueError: two cases of one name, or a case that is pending and no kernel call.
     """
-    if pending and kind != "moe":
+    if pending and kind not in ("moe", "w4a8"):
         raise ValueError(
-            f"pending: expected a case of kind 'moe', which a GPU can confirm, got kind {kind!r}"
+            f"pending: expected a case of kind 'moe' or 'w4a8', which a GPU can confirm, got kind {kind!r}"
         )
 
     def register(build: Callable[[Source], Content | MoeCall]) -> Callable[[Source], Content | MoeCall]:
@@ -155,6 +155,7 @@ def moe_content(
     parameters |= {} if tile_n is None else {"tile_n": tile_n}
     if call.activation_type != SWIGLU:
         parameters["activation_type"] = call.activation_type
+    parameters |= {name: True for name in ("unscaled", "enable_alltoall") if getattr(call, name)}
     return Content(tensors, parameters, derived or {}, names)
 
 

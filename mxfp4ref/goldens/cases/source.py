@@ -75,22 +75,24 @@ class Source:
         fc1_scales: tuple[int, int] = MODERATE_SCALES,
         fc2_scales: tuple[int, int] = MODERATE_SCALES,
         biases: bool = False,
+        gated: bool = True,
         **swiglu: float | list[float],
     ) -> Experts:
         """Experts with uniform codes, scale bytes from the given ranges, N(0, 1) biases.
 
-        `swiglu` is any of `alpha`, `beta` and `limit`: a number for all experts, or one for each.
+        `gated`: whether fc1 has 2I rows or I. `swiglu` is any of `alpha`, `beta` and `limit`: a number for all experts, or one for each.
         """
         parameters = {
             f"swiglu_{name}": float32(value if isinstance(value, list) else [value] * num_experts)
             for name, value in swiglu.items()
         }
+        rows = 2 * inner if gated else inner
         return Experts(
-            fc1_weights=self.bytes("fc1_weights", num_experts, 2 * inner, hidden // 2),
-            fc1_scales=self.range("fc1_scales", *fc1_scales, num_experts, 2 * inner, hidden // GROUP_SIZE),
+            fc1_weights=self.bytes("fc1_weights", num_experts, rows, hidden // 2),
+            fc1_scales=self.range("fc1_scales", *fc1_scales, num_experts, rows, hidden // GROUP_SIZE),
             fc2_weights=self.bytes("fc2_weights", num_experts, hidden, inner // 2),
             fc2_scales=self.range("fc2_scales", *fc2_scales, num_experts, hidden, inner // GROUP_SIZE),
-            fc1_biases=self.normal("fc1_biases", num_experts, 2 * inner) if biases else None,
+            fc1_biases=self.normal("fc1_biases", num_experts, rows) if biases else None,
             fc2_biases=self.normal("fc2_biases", num_experts, hidden) if biases else None,
             **parameters,
         )

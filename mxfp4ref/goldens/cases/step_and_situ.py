@@ -238,6 +238,17 @@ def swiglu_bias_alone(source: Source) -> MoeCall:
     return _call(SWIGLU_BIAS, gate.flatten(), up.flatten(), _infinite(_experts(), [8], []))
 
 
+@define(unique_for="SwigluBias's NaN and Inf beside all its parameters", pending=True)
+def swiglu_bias_non_finite(source: Source) -> MoeCall:
+    """SwigluBias with alpha, beta and a limit, one gate a token NaN, Inf or -Inf: of these only the last stays, and
+    makes its token NaN.
+    """
+    gate, up = (source.spread(name, -2, 2, _PROBES // _INNER, _INNER) for name in ("gate", "up"))
+    gate[::4, 8], gate[1::2, 8] = 0.0, gate[1::2, 8].abs()
+    experts = _experts(swiglu_alpha=[1.702], swiglu_beta=[1.0], swiglu_limit=[3.0])
+    return _call(SWIGLU_BIAS, gate.flatten(), up.flatten(), _infinite(experts, [8], []))
+
+
 def _stage(activation_type: int, up: Tensor, gate: Tensor, **parameters: float) -> Content:
     """The stage alone, for kernels that expose it: `[R, 2I]` with up in the first half."""
     fc1_output = torch.cat((up.view(-1, _INNER), gate.view(-1, _INNER)), dim=1)

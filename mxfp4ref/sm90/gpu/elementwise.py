@@ -16,8 +16,13 @@ from mxfp4ref.sm90.activation import (
     ERF_SPLIT,
     GEGLU,
     GEGLU_TANH,
+    GELU,
     GELU_TANH,
     HALF_ROOT_TWO,
+    IDENTITY,
+    RELU,
+    RELU2,
+    SILU,
     SITU,
     SWIGLU,
     SWIGLU_BIAS,
@@ -29,8 +34,11 @@ from mxfp4ref.sm90.gpu.routing import Rows
 
 __all__ = ["KERNELS", "activate", "finalize"]
 
-KERNELS = (SWIGLU, GEGLU, SWIGLU_BIAS, SWIGLU_STEP, GEGLU_TANH, SITU)  # that `activate` has
-_SWIGLU, _GEGLU, _SWIGLU_BIAS, _SWIGLU_STEP, _GEGLU_TANH, _SITU = map(tl.constexpr, KERNELS)
+_GATED = (SWIGLU, GEGLU, SWIGLU_BIAS, SWIGLU_STEP, GEGLU_TANH, SITU)
+_UNGATED = (GELU, RELU, SILU, RELU2, IDENTITY)
+KERNELS = (*_GATED, *_UNGATED)  # that `activate` has
+_SWIGLU, _GEGLU, _SWIGLU_BIAS, _SWIGLU_STEP, _GEGLU_TANH, _SITU = map(tl.constexpr, _GATED)
+_GELU, _RELU, _SILU, _RELU2, _IDENTITY = map(tl.constexpr, _UNGATED)
 _SPLIT, _HALF_ROOT_TWO = tl.constexpr(ERF_SPLIT), tl.constexpr(HALF_ROOT_TWO)
 _SQRT_2_PI, _CUBIC = map(tl.constexpr, GELU_TANH)
 _LARGE, _SMALL = tl.constexpr(ERF_LARGE), tl.constexpr(ERF_SMALL)
@@ -49,15 +57,15 @@ def activate(
 
     Args:
         activation: an entry whose id is in `KERNELS`.
-        fc1_output: `[R, 2I] bf16`.
+        fc1_output: `[R, 2I] bf16`, `[R, I]` where the activation has no gate.
         rows: the routed rows and their experts.
-        bias: `[E, 2I] bf16` or None.
+        bias: `[E, 2I] bf16`, likewise, or None.
         parameters: those that the activation reads, `[E] float32` each or None.
 
     Returns:
         `[R, I] bf16`; what lies behind the routed rows is unset.
     """
-    num_rows, width = fc1_output.shape[0], fc1_output.shape[1] // 2
+    num_rows, width = fc1_output.shape[0], fc1_output.shape[1] // (2 if activation.gated else 1)
     out = torch.empty(num_rows, width, dtype=torch.bfloat16, device=fc1_output.device)
     unused = (None,) * (_PARAMETERS - len(parameters))
     defaults = [*activation.defaults.values(), *(0.0 for _ in unused)]
@@ -73,6 +81,7 @@ def activate(
         len(rows.start) - 1,
         *(struct.unpack("<i", struct.pack("<f", default))[0] for default in defaults),
         ACTIVATION=activation.id,
+        GATED=activation.gated,
         COLUMNS=_COLUMNS,
     )
     return out
@@ -145,6 +154,12 @@ def _clamp(x, limit):
 
 
 @triton.jit
+def _relu(x):
+    """NaN stays; whether it is the canonical one shows nowhere."""
+    return tl.where(x != x, x, gpu.maximum(x, tl.zeros(x.shape, tl.float32)))
+
+
+@triton.jit
 def _parameter(values, expert, DEFAULT: tl.constexpr, COLUMNS: tl.constexpr):
     """An expert's parameter, or what is compiled in, whose bits DEFAULT is."""
     parameter = tl.full([COLUMNS], DEFAULT, tl.int32).to(tl.float32, bitcast=True)
@@ -155,7 +170,7 @@ def _parameter(values, expert, DEFAULT: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_experts"])
 def _activate(
-    fc1_output,  # [R, 2I] bf16
+    fc1_output,  # [R, 2I] bf16, [R, I] without a gate
     out,  # [R, I] int16, the bits
     row_expert,
     start,
@@ -169,6 +184,7 @@ def _activate(
     SECOND: tl.constexpr,
     THIRD: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """Some columns of one row, operation by operation as `docs/arithmetic.md` lists them."""
@@ -178,12 +194,18 @@ def _activate(
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         inside = column < width
         expert = tl.load(row_expert + row).to(tl.int64)
-        up = gpu.widen(tl.load(fc1_output + row64 * (2 * width) + column, mask=inside, other=0.0))
-        gate = gpu.widen(tl.load(fc1_output + row64 * (2 * width) + width + column, mask=inside, other=0.0))
+        rows = 2 * width if GATED else width
+        value_at = fc1_output + row64 * rows + column
+        # Without a gate the only value goes by the name of the gate, and is multiplied by one.
+        up = tl.full([COLUMNS], 1.0, tl.float32)
+        gate = gpu.widen(tl.load(value_at + (rows - width), mask=inside, other=0.0))
+        if GATED:
+            up = gpu.widen(tl.load(value_at, mask=inside, other=0.0))
         if bias is not None:
-            bias_at = bias + expert * (2 * width) + column
-            up = gpu.add(up, gpu.widen(tl.load(bias_at, mask=inside, other=0.0)))
-            gate = gpu.add(gate, gpu.widen(tl.load(bias_at + width, mask=inside, other=0.0)))
+            bias_at = bias + expert * rows + column
+            gate = gpu.add(gate, gpu.widen(tl.load(bias_at + (rows - width), mask=inside, other=0.0)))
+            if GATED:
+                up = gpu.add(up, gpu.widen(tl.load(bias_at, mask=inside, other=0.0)))
         p0 = _parameter(first, expert, FIRST, COLUMNS)
         p1 = _parameter(second, expert, SECOND, COLUMNS)
         p2 = _parameter(third, expert, THIRD, COLUMNS)
@@ -197,7 +219,7 @@ def _activate(
         elif ACTIVATION == _SITU:  # beta, linear beta
             weighted = gpu.mul(gpu.mul(_tanh(gpu.mul(gate, gpu.rcp(p0))), _sigmoid(gate)), p0)
             up = gpu.mul(_tanh(gpu.mul(up, gpu.rcp(p1))), p1)
-        elif ACTIVATION == _GEGLU:
+        elif ACTIVATION == _GEGLU or ACTIVATION == _GELU:  # noqa: SIM109
             one, half = tl.full([COLUMNS], 1.0, tl.float32), tl.full([COLUMNS], 0.5, tl.float32)
             weight = gpu.add(one, _erf(gpu.mul(gate, _number(_HALF_ROOT_TWO, gate))))
             weighted = gpu.mul(gpu.mul(half, gate), weight)
@@ -205,8 +227,14 @@ def _activate(
             inner = gpu.fma(gpu.mul(_number(_CUBIC, gate), gate), gate, _number(_SQRT_2_PI, gate))
             weighted = gpu.fma(gate, gpu.tanh(gpu.mul(gate, inner)), gate)
             weighted = gpu.mul(tl.full([COLUMNS], 0.5, tl.float32), weighted)
+        elif ACTIVATION == _RELU:
+            weighted = _relu(gate)
+        elif ACTIVATION == _RELU2:
+            weighted = gpu.mul(_relu(gate), _relu(gate))
+        elif ACTIVATION == _IDENTITY:
+            weighted = gate
         else:
-            tl.static_assert(ACTIVATION == _SWIGLU)
+            tl.static_assert(ACTIVATION == _SWIGLU or ACTIVATION == _SILU)  # noqa: SIM109
             weighted = gpu.mul(gate, _sigmoid(gate))
         tl.store(out + row64 * width + column, gpu.bf16_bits(gpu.mul(weighted, up)), mask=inside)
 
