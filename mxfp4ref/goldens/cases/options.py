@@ -1,4 +1,4 @@
-"""Suite `options`: what else the call takes: no routing weights, all-to-all, W4A8 with other activations and in fp16."""
+"""Suite `options`: no routing weights, all-to-all, W4A8 with other activations and in fp16."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def _prepared(call: MoeCall, x: Tensor | None = None) -> MoeCall:
     """The call with its experts prepared for W4A8, and with another input, whose dtype biases then get."""
     x = call.input if x is None else x
     experts = HummingExperts.prepare(call.experts)
-    biases = {name: getattr(experts, name) for name in ("fc1_biases", "fc2_biases")}
-    cast = {name: None if bias is None else bias.to(x.dtype) for name, bias in biases.items()}
+    names = ("fc1_biases", "fc2_biases")
+    cast = {name: bias.to(x.dtype) for name in names if (bias := getattr(experts, name)) is not None}
     return replace(call, input=x, experts=replace(experts, **cast))
 
 

@@ -80,7 +80,8 @@ class Source:
     ) -> Experts:
         """Experts with uniform codes, scale bytes from the given ranges, N(0, 1) biases.
 
-        `gated`: whether fc1 has 2I rows or I. `swiglu` is any of `alpha`, `beta` and `limit`: a number for all experts, or one for each.
+        `gated` is whether fc1 has 2I rows or I, `swiglu` any of `alpha`, `beta` and `limit`: a number for all
+        experts, or one for each.
         """
         parameters = {
             f"swiglu_{name}": float32(value if isinstance(value, list) else [value] * num_experts)

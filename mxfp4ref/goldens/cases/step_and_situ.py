@@ -18,7 +18,7 @@ from mxfp4ref.goldens.cases.activation import (
     _probe,
     _structured_pairs,
 )
-from mxfp4ref.goldens.cases.definition import Content, define
+from mxfp4ref.goldens.cases.definition import Content, define, moe_content
 from mxfp4ref.goldens.cases.source import Source, float32
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
@@ -239,14 +239,15 @@ def swiglu_bias_alone(source: Source) -> MoeCall:
 
 
 @define(unique_for="SwigluBias's NaN and Inf beside all its parameters", pending=True)
-def swiglu_bias_non_finite(source: Source) -> MoeCall:
+def swiglu_bias_non_finite(source: Source) -> Content:
     """SwigluBias with alpha, beta and a limit, one gate a token NaN, Inf or -Inf: of these only the last stays, and
     makes its token NaN.
     """
     gate, up = (source.spread(name, -2, 2, _PROBES // _INNER, _INNER) for name in ("gate", "up"))
     gate[::4, 8], gate[1::2, 8] = 0.0, gate[1::2, 8].abs()
     experts = _experts(swiglu_alpha=[1.702], swiglu_beta=[1.0], swiglu_limit=[3.0])
-    return _call(SWIGLU_BIAS, gate.flatten(), up.flatten(), _infinite(experts, [8], []))
+    call = _call(SWIGLU_BIAS, gate.flatten(), up.flatten(), _infinite(experts, [8], []))
+    return moe_content(call, compact=True)
 
 
 def _stage(activation_type: int, up: Tensor, gate: Tensor, **parameters: float) -> Content:

@@ -47,11 +47,12 @@ def _probe(activation_type: int, values: Tensor, experts: Experts | None = None)
 
 def _boundaries(source: Source, activation_type: int) -> Tensor:
     """The numbers, of half a million, whose float32 activation is nearest to the middle between two bf16 numbers."""
-    values = source.spread("values", -6, 4, _CANDIDATES).unique()
+    values = torch.unique(source.spread("values", -6, 4, _CANDIDATES).float()).to(torch.bfloat16)
     results = activate(ACTIVATIONS[activation_type], values[:, None], None, [])[:, 0]
     distance = ((results.view(torch.int32) & 0xFFFF) - 0x8000).abs()
     nearest = torch.argsort(distance, stable=True)[:_PROBES]
-    return values[nearest].repeat(-(-_PROBES // len(nearest)))[:_PROBES]
+    chosen: Tensor = values[nearest].repeat(-(-_PROBES // len(nearest)))[:_PROBES]
+    return chosen
 
 
 def _special(source: Source, high: int) -> Tensor:
