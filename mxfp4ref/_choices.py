@@ -34,6 +34,6 @@ STORAGE: tuple[Storage, ...] = get_args(Storage)
 Diagnosing = Literal["quick", "full", "none"]
 DIAGNOSES: tuple[Diagnosing, ...] = get_args(Diagnosing)
 
-# The keys of `routing.PRESETS`, and the names of `sm90.activation.ACTIVATIONS`.
+# The keys of `routing.PRESETS`, and the names of `sm90.activation.ACTIVATIONS` that have a gate, as checkpoints have.
 ROUTER_NAMES = ("deepseek_v3", "deepseek_v4", "gpt_oss", "mixtral")
 ACTIVATION_NAMES = ("Swiglu", "Geglu", "SwigluBias", "SwigluStep", "GegluTanh", "Situ")

@@ -169,28 +169,29 @@ def split_intermediate(
 
 @uncompiled
 def gather(outputs: Sequence[Tensor], *, reduction: str = "float32") -> Tensor:
-    """The sum of the ranks' `[M, H] bf16` outputs, in rank order, `[M, H] bf16`.
+    """The sum of the ranks' `[M, H] bf16` (or fp16) outputs, in rank order, of their dtype.
 
     Args:
         outputs: one tensor a rank.
         reduction: "float32" adds in float32 and rounds to bf16 at the end; "bf16" rounds after every
-            addition, as an all-reduce of bf16 tensors does (this one in rank order; a ring starts each chunk
-            at another rank).
+            addition (to fp16 where the outputs are), as an all-reduce of such tensors does (this one in rank order; a
+            ring starts each chunk at another rank).
     """
     check_choice("reduction", reduction, REDUCTIONS)
     check_instance("outputs", outputs, Sequence)
     if len(outputs) == 0:
         raise ValueError("outputs: expected at least one rank's output, got none")
-    first = check_tensor("outputs[0]", outputs[0], dtype=torch.bfloat16, shape=("M", "H"))
+    first = check_tensor("outputs[0]", outputs[0], dtype=(torch.bfloat16, torch.float16), shape=("M", "H"))
     for rank, output in enumerate(outputs):
-        check_tensor(f"outputs[{rank}]", output, dtype=torch.bfloat16, shape=tuple(first.shape))
+        check_tensor(f"outputs[{rank}]", output, dtype=first.dtype, shape=tuple(first.shape))
     check_same_device({f"outputs[{rank}]": output for rank, output in enumerate(outputs)})
+    rounded = fp32.to_fp16 if first.dtype == torch.float16 else fp32.to_bf16
     total = fp32.widen(first)
     for output in outputs[1:]:
-        total = to_fp32(to_fp64(total) + fp32.bf16_to_fp64(output))
+        total = to_fp32(to_fp64(total) + to_fp64(fp32.widen(output)))
         if reduction == "bf16":
-            total = fp32.widen(fp32.to_bf16(total))
-    return fp32.to_bf16(total)
+            total = fp32.widen(rounded(total))
+    return rounded(total)
 
 
 @dataclass(frozen=True)

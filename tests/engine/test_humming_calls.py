@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,12 @@ from mxfp4ref.__main__ import commands
 from mxfp4ref.conformance.bounds import bound
 from mxfp4ref.conformance.diagnosis import diagnose
 from mxfp4ref.defects import DEFECTS
+from mxfp4ref.engine import replay
+from mxfp4ref.formats.humming_experts import HummingExperts
 from mxfp4ref.model.forward import forward
 from mxfp4ref.model.parallel import split_intermediate
 from tests.helpers.recorded import write_call
-from tests.model.test_humming import CALL, EXPERTS, SM90_ARGUMENTS
+from tests.model.test_humming import CALL, EXPERTS, SM90_ARGUMENTS, arguments_of, in_fp16, to_sm90
 
 
 def test_recorded_calls(tmp_path: Path) -> None:
@@ -42,3 +45,26 @@ def test_what_there_is_not() -> None:
     with pytest.raises(TypeError, match="prepare the shard of each rank"):
         split_intermediate(EXPERTS, 2)
     assert not any(d.applies(CALL) for d in DEFECTS.values() if d.target == "moe")
+
+
+def test_calls_in_fp16_are_compared(tmp_path: Path) -> None:
+    call = in_fp16(CALL)
+    assert isinstance(call.experts, HummingExperts)
+    arguments = arguments_of(replace(call, experts=to_sm90(call.experts)))
+    write_call(tmp_path, arguments, forward(call))
+    write_call(tmp_path, arguments, forward(call).to(torch.bfloat16), number=2)
+    statuses = [result.status for result in replay(tmp_path).results]
+    assert statuses == ["equal", "wrong output"]
+
+
+def test_all_to_all_without_weights_is_compared_where_it_wrote(tmp_path: Path) -> None:
+    """Rows of foreign tokens hold whatever memory held; the recorded weights are None."""
+    call = replace(CALL, experts=EXPERTS.slice(0, 1), ep_size=4, ep_rank=1, enable_alltoall=True)
+    assert isinstance(call.experts, HummingExperts)
+    ones = replace(call, token_final_scales=torch.ones_like(call.token_final_scales))
+    output = torch.where(call.written[:, None], forward(ones), 7.0)
+    assert not bool(call.written.all())
+    arguments = arguments_of(replace(call, experts=to_sm90(call.experts)))
+    arguments |= {"token_final_scales": None, "enable_alltoall": True}
+    write_call(tmp_path, arguments, output)
+    assert [result.status for result in replay(tmp_path).results] == ["equal"]

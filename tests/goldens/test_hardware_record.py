@@ -57,7 +57,7 @@ def test_a_case_without_a_record_has_to_be_pending(tmp_path: Path, pending: bool
 
 
 def test_only_kernel_calls_can_be_pending() -> None:
-    with pytest.raises(ValueError, match="pending: expected a case of kind 'moe'"):
+    with pytest.raises(ValueError, match="pending: expected a case of kind 'moe' or 'w4a8'"):
         define("layout", why="why", pending=True)
 
 

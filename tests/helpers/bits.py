@@ -11,6 +11,7 @@ from torch import Tensor
 INTEGERS = {
     torch.float64: torch.int64,
     torch.float32: torch.int32,
+    torch.float16: torch.int16,
     torch.bfloat16: torch.int16,
     torch.int64: torch.int64,
     torch.int32: torch.int32,

@@ -234,7 +234,28 @@ def swiglu_step(gate: int, up: int, limit: int | None) -> int:
 
 def geglu(gate: int, up: int) -> int:
     """The same for Geglu."""
-    return mul(mul(mul(0x3F000000, gate), add(ONE, erf(mul(gate, 0x3F3504F3)))), up)
+    return mul(gelu(gate), up)
+
+
+def gelu(x: int) -> int:
+    """Of the activations without a gate, like those below, whose last step is a product by one."""
+    return mul(mul(0x3F000000, x), add(ONE, erf(mul(x, 0x3F3504F3))))
+
+
+def silu(x: int) -> int:
+    return mul(x, sigmoid(x))
+
+
+def relu(x: int) -> int:
+    return mul(x if is_nan(x) else maximum(x, 0), ONE)
+
+
+def relu2(x: int) -> int:
+    return mul(relu(x), relu(x))
+
+
+def identity(x: int) -> int:
+    return mul(x, ONE)
 
 
 def erf(x: int) -> int:

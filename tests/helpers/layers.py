@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,15 @@ def random_experts(
         fc2_biases=random_bf16(rng, num_experts, hidden) if biases else None,
         **{name: parameter(name) for name in experts_module.PARAMETERS},
     )
+
+
+def without_gate(experts: Experts) -> Experts:
+    """The same for an activation without a gate: of fc1 the rows of the gate alone."""
+    names = ("fc1_weights", "fc1_scales", "fc1_biases")
+    halves = {
+        name: t.chunk(2, 1)[1].contiguous() for name in names if (t := getattr(experts, name)) is not None
+    }
+    return replace(experts, **halves)
 
 
 def random_call(seed: int, experts: Experts, *, tokens: int = 6, top_k: int = 2, **options: Any) -> MoeCall:

@@ -13,7 +13,7 @@ from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.flashinfer import torch_ref_cutlass_fused_moe
 from mxfp4ref.model.forward import forward, trace
 from mxfp4ref.model.layer import moe_layer
-from mxfp4ref.model.parallel import Ranks, forward_all_ranks
+from mxfp4ref.model.parallel import Ranks, forward_all_ranks, split_intermediate
 from mxfp4ref.routing.presets import mixtral
 from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.activation import ACTIVATIONS, SITU, SWIGLU, SWIGLU_BIAS, SWIGLU_STEP, activate
@@ -33,6 +33,8 @@ CALL = layers.random_call(7, ALL, tokens=9, top_k=2)
 
 
 def of_type(activation_type: int, experts: Any = ALL) -> MoeCall:
+    if activation_type in ACTIVATIONS and not ACTIVATIONS[activation_type].gated:
+        experts = layers.without_gate(experts)
     return replace(CALL, experts=experts, activation_type=activation_type)
 
 
@@ -41,7 +43,7 @@ def of_type(activation_type: int, experts: Any = ALL) -> MoeCall:
 def test_the_trace_has_this_activation(activation_type: int, experts: Any) -> None:
     call = of_type(activation_type, experts)
     rows = trace(call)
-    own = experts.select(rows.expert)
+    own = call.experts.select(rows.expert)
     given = [getattr(own, name) for name in call.activation.defaults]
     parameters = [None if p is None else p[:, None] for p in given]
     expected = activate(call.activation, rows.fc1_output, own.fc1_biases, parameters)
@@ -85,7 +87,7 @@ def test_drop_in(activation_type: int) -> None:
         replace(BARE, swiglu_limit=GIVEN["swiglu_limit"], situ_beta=GIVEN["situ_beta"]),
     ):
         call = of_type(activation_type, experts)
-        arguments = arguments_of(replace(call, experts=layers.to_sm90(experts)))
+        arguments = arguments_of(replace(call, experts=layers.to_sm90(call.experts)))
         assert arguments["activation_type"] == activation_type
         bits.assert_same(torch_ref_cutlass_fused_moe(**arguments)[0], forward(call))
 
@@ -103,7 +105,61 @@ def test_ranks_and_layers_pass_it_on(activation_type: int) -> None:
     bits.assert_same(layer, forward(direct))
 
 
-@pytest.mark.parametrize("wrong", [0, 6, 11, "Situ", None, 3.0])
+@pytest.mark.parametrize("wrong", [11, 12, "Situ", None, 3.0])
 def test_unknown_activations_are_refused(wrong: Any) -> None:
-    with pytest.raises(ValueError, match=r"^activation_type: expected one of 3, 4, 5, 7, 8, 10, got "):
-        of_type(wrong)
+    with pytest.raises(
+        ValueError, match=r"^activation_type: expected one of 0, 1, 2, 3, 4, 5, 6, 7, .*, got "
+    ):
+        replace(CALL, activation_type=wrong)
+
+
+@pytest.mark.parametrize("activation_type", ACTIVATIONS)
+def test_rows_of_fc1_that_do_not_fit_are_refused(activation_type: int) -> None:
+    activation = ACTIVATIONS[activation_type]
+    inner = ALL.intermediate_size
+    rows, got = (2 * inner, inner) if activation.gated else (inner, 2 * inner)
+    message = rf"^activation_type: expected {rows} rows of fc1 .* for {activation.name} .*, got {got}$"
+    with pytest.raises(ValueError, match=message):
+        replace(
+            CALL,
+            experts=layers.without_gate(ALL) if activation.gated else ALL,
+            activation_type=activation_type,
+        )
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 3])
+def test_an_fc1_without_gates_is_cut_into_rows(tp_size: int) -> None:
+    """What the ranks have of fc1, one below the other, is the whole; 192 rows on 3 are 64, padded to 128."""
+    experts = layers.without_gate(layers.random_experts(4, num_experts=2, hidden=128, inner=192, biases=True))
+    shards = split_intermediate(experts, tp_size)
+    width = 192 // tp_size
+    for name in ("fc1_weights", "fc1_scales", "fc1_biases"):
+        parts = [getattr(shard, name) for shard in shards]
+        bits.assert_same(torch.cat([part[:, :width] for part in parts], 1), getattr(experts, name))
+        assert not any(bool(part[:, width:].any()) for part in parts)
+    assert not any(shard.gated for shard in shards)
+
+
+def test_no_routing_weights_are_ones() -> None:
+    """1.0f * x is x, and an FMA by one the sum."""
+    arguments = arguments_of(replace(CALL, experts=layers.to_sm90(ALL)))
+    got = torch_ref_cutlass_fused_moe(**arguments | {"token_final_scales": None})[0]
+    bits.assert_same(got, forward(replace(CALL, token_final_scales=torch.ones_like(CALL.token_final_scales))))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_all_to_all_leaves_foreign_tokens(given: bool) -> None:
+    call = replace(CALL, experts=ALL.slice(0, 2), ep_size=2, ep_rank=1)
+    foreign = (call.token_selected_experts < 2).all(1)
+    assert 0 < int(foreign.sum()) < len(foreign)
+    arguments = arguments_of(replace(call, experts=layers.to_sm90(call.experts)))
+    output = torch.full_like(call.input, 3.0) if given else None
+    got = torch_ref_cutlass_fused_moe(**arguments | {"enable_alltoall": True, "output": output})[0]
+    expected = forward(call)
+    assert not bool(expected[foreign].any())
+    bits.assert_same(got[~foreign], expected[~foreign])
+    assert bool((got[foreign] == (3.0 if given else 0.0)).all())
+    # On one rank alone the kernel writes every row.
+    alone = replace(CALL, enable_alltoall=True)
+    bits.assert_same(forward(alone), forward(CALL))
+    assert bool(alone.written.all())

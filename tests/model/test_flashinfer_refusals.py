@@ -29,13 +29,15 @@ from tests.helpers.drop_in import (
     oracle,
 )
 
+GATED = [id for id, activation in ACTIVATIONS.items() if activation.gated]
+UNGATED = [id for id in ACTIVATIONS if id not in GATED]
+
 
 @pytest.mark.parametrize(
     "refused",
     [
         {"input_sf": torch.ones(1)},
         {"cluster_size": 2},
-        {"enable_alltoall": True},
         {"use_deepseek_fp8_block_scale": True},
         {"use_mxfp8_act_scaling": True},
         {"min_latency_mode": True},
@@ -69,18 +71,44 @@ def test_other_kernels_of_the_real_function(x: torch.dtype, weights: torch.dtype
     message = f"^fc1_expert_weights: not modelled, .*got {weights} weights and a {x} input$"
     with pytest.raises(NotImplementedError, match=message):
         oracle(input=A["input"].to(x), fc1_expert_weights=A["fc1_expert_weights"].to(weights))
-    with pytest.raises(NotImplementedError, match=r"^token_final_scales: not modelled, .*got None$"):
-        oracle(token_final_scales=None)
 
 
 def test_the_refusal_lists_the_table() -> None:
-    message = r"^activation_type: not modelled, expected one of Swiglu \(3\), .*, Situ \(10\), got .*Silu"
+    message = r"^activation_type: not modelled, expected one of Gelu \(0\), .*, Situ \(10\), got 12 \(ClampedRelu2, "
     with pytest.raises(NotImplementedError, match=message):
-        oracle(activation_type=ActivationType.Silu)
+        oracle(activation_type=12)
+
+
+@pytest.mark.parametrize("activation_type", UNGATED)
+def test_an_fc1_with_gates_for_an_activation_without(activation_type: int) -> None:
+    with pytest.raises(
+        ValueError, match=r"^fc2_expert_weights: expected a uint8 tensor of shape \[4, 256, 128\]"
+    ):
+        oracle(activation_type=activation_type)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"output_dtype": torch.float16}, "; the kernel has torch.float16 with use_wfp4afp8_humming=True$"),
+        (
+            {"output_dtype": torch.float16, "use_wfp4afp8_humming": True},
+            "expected torch.bfloat16, as the input has",
+        ),
+        (
+            {"output_dtype": torch.float32, "use_wfp4afp8_humming": True},
+            "expected torch.bfloat16, as the input has",
+        ),
+        ({"cluster_size": 2}, r"expected 1 \(the kernel refuses any other\), got 2$"),
+    ],
+)
+def test_refusals_say_why(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(NotImplementedError, match=message):
+        oracle(**changes)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-@pytest.mark.parametrize("activation_type", ACTIVATIONS)
+@pytest.mark.parametrize("activation_type", GATED)
 def test_parameters_are_checked_whether_they_are_read_or_not(name: str, activation_type: int) -> None:
     with pytest.raises(
         ValueError, match=rf"^{name}: expected a float32 tensor of shape \[4\], got float32 \[3\]$"

@@ -288,8 +288,8 @@ def test_the_activation_and_the_weighted_sum_interpreted(
 
     scales = torch.tensor([[0.5, 2.0], [0.25, torch.nan]])
     bias = optional["bias"] if given else None
-    by_slot = torch.zeros(2, 2, 12, dtype=torch.bfloat16)
-    by_slot.view(4, 12)[rows.slot[:3].long()] = fc1[:3]
+    by_slot = torch.zeros(2, 2, fc1.shape[1], dtype=torch.bfloat16)
+    by_slot.view(4, -1)[rows.slot[:3].long()] = fc1[:3]
     expected = finalize(by_slot, select_local(ids, 2, 1, 0), scales, bias)
     bits.assert_same(elementwise.finalize(fc1, rows, scales, bias), fp32.to_bf16(expected))
 

@@ -15,7 +15,8 @@ from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.flashinfer import torch_ref_cutlass_fused_moe
 from mxfp4ref.model.forward import KERNEL, forward, trace
 from mxfp4ref.model.humming import HUMMING, HummingTrace
-from mxfp4ref.sm90 import fp32, row_quantize, swiglu
+from mxfp4ref.sm90 import fp32, row_quantize
+from mxfp4ref.sm90.activation import ACTIVATIONS, activate
 from mxfp4ref.sm90.finalize import finalize
 from mxfp4ref.sm90.gemm.fp8 import fp8_gemm_in_order
 from mxfp4ref.sm90.humming_tactics import NUM_TACTICS, runs
@@ -38,7 +39,9 @@ def slot_by_slot(call: MoeCall) -> Tensor:
     """Each routed row alone, stage after stage, by the transcriptions."""
     experts = call.experts
     assert isinstance(experts, HummingExperts)
-    by_slot = torch.zeros(*call.token_selected_experts.shape, experts.hidden_size, dtype=torch.bfloat16)
+    shape = (*call.token_selected_experts.shape, experts.hidden_size)
+    by_slot = torch.zeros(shape, dtype=call.input.dtype)
+    rounded = fp32.to_fp16 if call.input.dtype == torch.float16 else fp32.to_bf16
     local = call.token_selected_experts.long() - call.ep_rank * experts.num_experts
     local = torch.where((local < 0) | (local >= experts.num_experts), -1, local)
 
@@ -47,17 +50,23 @@ def slot_by_slot(call: MoeCall) -> Tensor:
         assert offsets is not None
         rows = row_quantize.quantize_rows(x, getattr(experts, f"{name}_residual")[expert, None])
         accumulators = fp8_gemm_in_order(rows.values, packed[0], offsets[0])
-        return fp32.to_bf16(row_quantize.scale_rows(accumulators, rows.factor))
+        return rounded(row_quantize.scale_rows(accumulators, rows.factor))
 
     for token, slot in (local >= 0).nonzero().tolist():
         expert = int(local[token, slot])
         fc1 = gemm("fc1", expert, call.input[token, None])
         bias = None if experts.fc1_biases is None else experts.fc1_biases[expert, None]
-        parameters = (getattr(experts, name) for name in layers.PARAMETERS)
-        given = (None if p is None else p[expert].view(1, 1) for p in parameters)
-        by_slot[token, slot] = gemm("fc2", expert, swiglu.swiglu(fc1, bias, *given))[0]
+        parameters = (getattr(experts, name) for name in call.activation.defaults)
+        given = [None if p is None else p[expert].view(1, 1) for p in parameters]
+        by_slot[token, slot] = gemm("fc2", expert, activate(call.activation, fc1, bias, given))[0]
     bias = experts.fc2_biases if call.tp_rank == 0 else None
-    return fp32.to_bf16(finalize(by_slot, local, call.token_final_scales, bias))
+    return rounded(finalize(by_slot, local, call.token_final_scales, bias))
+
+
+def in_fp16(call: MoeCall) -> MoeCall:
+    names = ("fc1_biases", "fc2_biases")
+    biases = {name: bias.half() for name in names if (bias := getattr(call.experts, name)) is not None}
+    return replace(call, input=call.input.half(), experts=replace(call.experts, **biases))
 
 
 @pytest.mark.parametrize("options", [{}, {"ep_size": 2, "ep_rank": 1}, {"tp_size": 2, "tp_rank": 1}])
@@ -145,7 +154,7 @@ def arguments_of(call: MoeCall) -> dict[str, Any]:
         **{name: getattr(call, name) for name in ("ep_size", "ep_rank", "tp_size", "tp_rank")},
         "fc1_expert_weights": experts.fc1_weights,
         "fc2_expert_weights": experts.fc2_weights,
-        "output_dtype": torch.bfloat16,
+        "output_dtype": call.input.dtype,
         "quant_scales": scales,
         "fc1_expert_biases": experts.fc1_biases,
         "fc2_expert_biases": experts.fc2_biases,
@@ -244,6 +253,44 @@ def test_tactics_that_fit() -> None:
     assert not runs(104, 128, 128)  # 256 rows
 
 
-def test_activations_that_were_not_measured_are_refused() -> None:
-    with pytest.raises(NotImplementedError, match=r"^activation_type: .* got SwigluStep \(7\)"):
-        replace(CALL, activation_type=7)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation_type", ACTIVATIONS)
+def test_every_activation(activation_type: int, dtype: torch.dtype) -> None:
+    gated = ACTIVATIONS[activation_type].gated
+    experts = HummingExperts.prepare(MXFP4 if gated else layers.without_gate(MXFP4))
+    call = layers.random_call(5, experts, tokens=3, top_k=2, activation_type=activation_type)
+    call = in_fp16(call) if dtype == torch.float16 else call
+    expected = forward(call)
+    assert expected.dtype == dtype
+    bits.assert_same(expected, slot_by_slot(call))
+    assert isinstance(call.experts, HummingExperts)
+    arguments = arguments_of(replace(call, experts=to_sm90(call.experts)))
+    given = torch_ref_cutlass_fused_moe(**arguments, activation_type=activation_type)
+    bits.assert_same(given[0], expected)
+
+
+def test_fp16_overflows_and_underflows() -> None:
+    """Rows whose GEMM outputs leave the range of fp16 on either side: Inf, and subnormal numbers that are kept."""
+    call = in_fp16(replace(CALL, experts=replace(EXPERTS, fc1_biases=None, fc2_biases=None)))
+    x = call.input.clone()
+    x[0] *= 2.0**13
+    x[1] = (x[1].float() * 2.0**-20).half()
+    call = replace(call, input=x)
+    steps = trace(call)
+    of = {name: steps.fc1_output[steps.token == token] for token, name in enumerate(("large", "small"))}
+    assert bool(of["large"].isinf().any())
+    assert bool(((of["small"] != 0) & (of["small"].abs() < 2.0**-14)).any())
+    bits.assert_same(steps.output, slot_by_slot(call))
+
+
+def test_fp16_all_through_or_not_at_all() -> None:
+    with pytest.raises(TypeError, match=r"^experts.fc1_biases: expected a float16 tensor .*, got bfloat16"):
+        replace(CALL, input=CALL.input.half())
+    with pytest.raises(TypeError, match=r"^input: expected a bfloat16 tensor"):
+        replace(CALL, input=CALL.input.half(), experts=MXFP4)
+    with pytest.raises(
+        NotImplementedError, match=r"^output_dtype: .*expected torch.float16, as the input has"
+    ):
+        oracle(input=CALL.input.half())
+    with pytest.raises(TypeError, match=r"^fc1_expert_biases: expected a float16 tensor"):
+        oracle(input=CALL.input.half(), output_dtype=torch.float16)

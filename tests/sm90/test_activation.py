@@ -16,6 +16,11 @@ from mxfp4ref.formats.experts import PARAMETERS
 from mxfp4ref.sm90.activation import (
     ACTIVATIONS,
     GEGLU,
+    GELU,
+    IDENTITY,
+    RELU,
+    RELU2,
+    SILU,
     SITU,
     SWIGLU,
     SWIGLU_BIAS,
@@ -29,7 +34,16 @@ from mxfp4ref.sm90.activation import (
 from tests.helpers import bits, exact
 from tests.sm90.test_swiglu import random_values
 
-EXACT = {GEGLU: exact.geglu, SWIGLU_STEP: exact.swiglu_step, SITU: exact.situ}
+EXACT = {
+    GEGLU: exact.geglu,
+    SWIGLU_STEP: exact.swiglu_step,
+    SITU: exact.situ,
+    GELU: exact.gelu,
+    RELU: exact.relu,
+    SILU: exact.silu,
+    RELU2: exact.relu2,
+    IDENTITY: exact.identity,
+}
 CHOICES = {
     "swiglu_limit": [
         0x40E00000,
@@ -61,6 +75,8 @@ def expected_of(which: int, fc1: np.ndarray, bias: np.ndarray | None, given: lis
     values = [value << 16 for value in fc1.tolist()]
     if bias is not None:
         values = [exact.add(value, b << 16) for value, b in zip(values, bias.tolist(), strict=True)]
+    if not ACTIVATIONS[which].gated:
+        return bits.fp32([EXACT[which](value) for value in values])
     half = len(values) // 2
     pairs = zip(values[half:], values[:half], strict=True)
     return bits.fp32([EXACT[which](gate, up, *given) for gate, up in pairs])
@@ -141,6 +157,27 @@ def test_swiglu_step_by_hand() -> None:
     assert np.isnan(one(SWIGLU, torch.nan, 1))
 
 
+def test_without_a_gate_by_hand() -> None:
+    values = torch.tensor([-0.0, 2.0**-130, -(2.0**-130), torch.nan, -torch.inf, torch.inf, -3.0, 3.0])
+    zero, minus_zero, infinity = 0x00000000, 1 << 31, 0x7F800000
+    expected = {
+        RELU: [zero, zero, zero, 0x7FFFFFFF, zero, infinity, zero, 0x40400000],
+        RELU2: [zero, zero, zero, 0x7FFFFFFF, zero, infinity, zero, 0x41100000],
+        IDENTITY: [
+            minus_zero,
+            zero,
+            minus_zero,
+            0x7FFFFFFF,
+            minus_zero | infinity,
+            infinity,
+            0xC0400000,
+            0x40400000,
+        ],
+    }
+    for which, patterns in expected.items():
+        bits.assert_same(activate(ACTIVATIONS[which], values, None, []), bits.fp32(patterns))
+
+
 def test_situ_by_hand() -> None:
     assert one(SITU, 1000, 1000, None, None) == 100
     assert one(SITU, -1000, 1000, 2.0, 3.0) == -6
@@ -164,14 +201,26 @@ def test_the_table_reads_what_experts_have() -> None:
 def test_ids_and_defaults_are_flashinfers() -> None:
     """`common.h` and the adaptors of `cutlass_fused_moe_kernels.cuh` of 0.7.2.post1."""
     assert {a.name: a.id for a in ACTIVATIONS.values()} == {
+        "Gelu": 0,
+        "Relu": 1,
+        "Silu": 2,
         "Swiglu": 3,
         "Geglu": 4,
         "SwigluBias": 5,
+        "Relu2": 6,
         "SwigluStep": 7,
         "GegluTanh": 8,
+        "Identity": 9,
         "Situ": 10,
     }
-    defaults = [list(a.defaults.values()) for a in ACTIVATIONS.values()]
+    assert [a.name for a in ACTIVATIONS.values() if not a.gated] == [
+        "Gelu",
+        "Relu",
+        "Silu",
+        "Relu2",
+        "Identity",
+    ]
+    defaults = [list(a.defaults.values()) for a in ACTIVATIONS.values() if a.gated]
     assert defaults == [[], [], [1.0, 0.0, torch.inf], [7.0], [], [4.0, 25.0]]
 
 

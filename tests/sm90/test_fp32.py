@@ -197,6 +197,23 @@ def test_to_bf16(patterns: list[int]) -> None:
     bits.assert_same(fp32.to_bf16(bits.fp32(patterns)), expected)
 
 
+def test_fp16_there_and_back() -> None:
+    """Every fp16 number is widened exactly; float32 numbers around each and halfway to the next are rounded right."""
+    half = torch.arange(1 << 16).to(torch.int16).view(torch.float16)
+    numbers = ~half.isnan()
+    wide = fp32.widen(half)
+    bits.assert_same(wide[numbers], half.float()[numbers])
+    assert bool(wide[~numbers].isnan().all())
+    assert bool((fp32.to_fp16(wide[~numbers]).view(torch.int16) == fp32.FP16_NAN).all())
+    around = wide[numbers].view(torch.int32)[:, None] + torch.tensor([-1, 0, 1, 0xFFF, 0x1000, 0x1001])
+    around = torch.cat(
+        (around.flatten(), torch.tensor([0, 1, 0x007FFFFF, 0x477FEFFF, 0x477FF000, 0x7F7FFFFF]))
+    )
+    x = torch.cat((around, around ^ -(1 << 31))).to(torch.int32).view(torch.float32)
+    x = x[~x.isnan()]
+    bits.assert_same(fp32.to_fp16(x), x.to(torch.float16))
+
+
 ALL_BF16 = bits.bf16(np.arange(1 << 16))
 
 

@@ -147,7 +147,7 @@ def test_runnable() -> None:
     """Tiles that divide the GEMM and that the kernel does not refuse."""
     assert {t.tile for t in runnable_tactics(64, 128)} == {(64, n, 128) for n in (16, 32, 64, 128)}
     assert not WORDWISE.refused & {t.tile for t in runnable_tactics(256, 512)}
-    kernels = list(each_kernel(256, 128))
+    kernels = list(each_kernel(((256, 256), (256, 128))))
     assert len(kernels) == len(runnable_tactics(256, 256)) + len(runnable_tactics(256, 128))
     assert all(Tactic() in kernel.tactics for kernel in kernels)
-    assert {kernel.generation for kernel in each_kernel(256, 128, BYTEWISE)} == {BYTEWISE}
+    assert {kernel.generation for kernel in each_kernel(((256, 256), (256, 128)), BYTEWISE)} == {BYTEWISE}

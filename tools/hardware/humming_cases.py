@@ -187,6 +187,7 @@ class Kernel:
 
         self._kernel, self._jit = flashinfer_w4a8_kernel(), jit
         self._tactics_of: dict[torch.dtype, Any] = {}
+        self._present: set[int] = set()
         self._absent: set[int] = set()
         self.used: Counter[int] = Counter()
 
@@ -203,23 +204,42 @@ class Kernel:
         return output.clone()
 
     def tactics(self, call: MoeCall, arguments: dict[str, Any], rng: np.random.Generator) -> list[int]:
-        """A pair of tactics that this build has and the call can run with."""
+        """A pair of tactics that this build has and the call can run with.
+
+        A trimmed build fails where it lacks one, its default too: which of two is told by the other, if that has run.
+        """
         runner = self._runner(call.input.dtype)
-        chosen = [-1, -1]
-        for gemm, (rows, depth) in enumerate(call.experts.gemm_shapes):
-            valid = [int(t) for t in runner.get_valid_tactics_for_shape(gemm + 1, rows, depth)]
-            while True:
-                possible = [tactic for tactic in valid if tactic not in self._absent]
-                chosen[gemm] = int(rng.choice(possible))
-                try:
-                    self.run(arguments, [chosen[gemm], -1] if gemm == 0 else [-1, chosen[gemm]])
-                except Exception as error:  # whatever the build throws where it lacks a tactic
-                    if "trimmed" not in str(error) and "undefined symbol" not in str(error):
-                        print(f"tactic {chosen[gemm]}: {str(error)[:200]}")
-                    self._absent.add(chosen[gemm])
-                    continue
-                break
-        return chosen
+        valid = [
+            {int(tactic) for tactic in runner.get_valid_tactics_for_shape(gemm, *shape)} - self._absent
+            for gemm, shape in enumerate(call.experts.gemm_shapes, 1)
+        ]
+        while True:
+            chosen = []
+            for tactics in valid:
+                seen, unseen = tactics & self._present, tactics - self._present
+                chosen.append(
+                    int(rng.choice(sorted(seen if seen and rng.random() < 0.7 else unseen or seen)))
+                )
+            try:
+                self.run(arguments, chosen)
+            except Exception as error:  # whatever the build throws where it lacks a tactic
+                if "trimmed" not in str(error) and "undefined symbol" not in str(error):
+                    print(f"tactics {chosen}: {str(error)[:200]}")
+                unseen = set(chosen) - self._present
+                if len(unseen) == 1:
+                    self._absent |= unseen
+                    valid = [tactics - unseen for tactics in valid]
+                continue
+            self._present.update(chosen)
+            return chosen
+
+    def default(self, call: MoeCall, arguments: dict[str, Any], rng: np.random.Generator) -> list[int]:
+        """What the kernel runs if it is told nothing, or another pair where the build lacks that."""
+        try:
+            self.run(arguments, [-1, -1])
+        except RuntimeError:
+            return self.tactics(call, arguments, rng)
+        return [-1, -1]
 
     def _runner(self, dtype: torch.dtype) -> Any:
         if dtype not in self._tactics_of:
@@ -291,9 +311,8 @@ def main() -> int:
             expected[key] = pool.submit(oracle, key, of)
             outputs[key] = []
             for number in range(2):
-                tactics = (
-                    kernel.tactics(call, prepared, rng) if number or not isinstance(key, str) else [-1, -1]
-                )
+                choose = kernel.tactics if number or not isinstance(key, str) else kernel.default
+                tactics = choose(call, prepared, rng)
                 got = kernel.run(prepared, tactics).view(torch.int16).cpu().numpy()
                 outputs[key].append((tactics, got))
                 kernel.used.update(tactics)

@@ -104,10 +104,10 @@ def _along(dim: int, axis: IndexMap, size: int = 1) -> Callable[[str, Tensor], T
     return change
 
 
-def _row_parts(fc: str, gated: bool) -> Iterator[tuple[str, Callable[[_On], _On]]]:
+def _row_parts(call: MoeCall, names: tuple[str, ...]) -> Iterator[tuple[str, Callable[[_On], _On]]]:
     """Rows taken together: all, or for an fc1 with gates the rows of up and gate each by themselves."""
     yield "", lambda change: change
-    if fc == "fc1" and gated:
+    if call.experts.gated and all(name.startswith("fc1") for name in names):
         yield " within each of the halves up and gate", lambda change: lambda t: _halves(t, change, (0, 1))
         yield " within the up half", lambda change: lambda t: _halves(t, change, (0,))
         yield " within the gate half", lambda change: lambda t: _halves(t, change, (1,))
@@ -134,7 +134,7 @@ def _layouts(call: MoeCall, *, biases: bool) -> Iterator[Hypothesis]:
         if not group.given(call) or alone != biases:
             continue
         fc = group.names[0][:3]
-        for part, within in _row_parts(fc, call.experts.gated):
+        for part, within in _row_parts(call, group.names):
             for axis in (*neighbour_maps(), *block_maps()):
                 row = axis.of("row") + axis.of_up_and_gate * (fc == "fc1" and call.experts.gated and not part)
                 yield Hypothesis(
@@ -272,9 +272,7 @@ def value_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
             if not group.given(call):
                 continue
             for words, change, cost in values():
-                for part, within in _row_parts(
-                    group.names[0][:3] if len(group.names) == 1 else "", call.experts.gated
-                ):
+                for part, within in _row_parts(call, group.names):
                     inside = within(change)
                     yield Hypothesis(
                         "values",
