@@ -68,8 +68,6 @@ class Experts(Shown):
     situ_beta: Tensor | None = None
     situ_linear_beta: Tensor | None = None
 
-    _bias_dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.bfloat16,)
-
     @uncompiled
     def __post_init__(self) -> None:
         weight_dtypes = (torch.uint8, torch.bfloat16)
@@ -173,6 +171,10 @@ class Experts(Shown):
     def to(self, device: torch.device | str) -> Self:
         """The same experts on another device."""
         return self._map(lambda tensor: tensor.to(device))
+
+    @property
+    def _bias_dtypes(self) -> tuple[torch.dtype, ...]:
+        return (torch.bfloat16,)
 
     @property
     def _orders(self) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,8 +32,6 @@ class HummingExperts(Experts):
     fc1_residual: Tensor = field(kw_only=True)
     fc2_residual: Tensor = field(kw_only=True)
 
-    _bias_dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.bfloat16, torch.float16)
-
     def __post_init__(self) -> None:
         if isinstance(self.fc1_weights, Tensor) and self.fc1_weights.dtype == torch.bfloat16:
             raise TypeError("fc1_weights: expected uint8, since W4A8 takes no bfloat16 weights, got bfloat16")
@@ -43,6 +41,10 @@ class HummingExperts(Experts):
         super().__post_init__()
         for name, residual in residuals.items():
             check_tensor(name, residual, dtype=torch.float32, shape=(self.num_experts,))
+
+    @property
+    def _bias_dtypes(self) -> tuple[torch.dtype, ...]:
+        return torch.bfloat16, torch.float16
 
     @property
     def tactics_show(self) -> bool:

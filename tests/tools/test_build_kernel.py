@@ -267,6 +267,26 @@ def test_what_w4a8_needs_is_kept() -> None:
     assert tool.keep_constructors(binding, ["w4a16", "w4a8"]).count("make_shared") == 2
 
 
+def test_both_dtypes_of_w4a8_keep_their_runners_in_one_file() -> None:
+    def of(dtype: str) -> str:
+        mode = "Sm90Wfp4Afp8ScaleMode::kHummingPreMmaE8M0"
+        return f"template class MoeGemmRunner<__nv_fp8_e4m3, Fp4Type, {dtype}, {dtype}, false, {mode}>;"
+
+    text = "\n".join((of("half"), of("__nv_bfloat16"), of("float")))
+    for paths, kept in ((["w4a8-fp16"], ["half"]), (["w4a8", "w4a8-fp16"], ["half", "__nv_bfloat16"])):
+        (gemms,) = [patch for name, patch in tool.patches(paths).items() if name.startswith(tool.GEMMS)]
+        assert gemms(text).split("\n")[:2] == [
+            of(dtype) if dtype in kept else "" for dtype in ("half", "__nv_bfloat16")
+        ]
+        assert "float, float" not in gemms(text)
+    bound = tool.keep_constructors(BINDING.replace("WEIGHT", "kernels::Fp4Type"), ["w4a8", "w4a8-fp16"])
+    assert "isWMxfp4AFp8HummingQuant() && mActivationDtype == dl_float16" in bound
+    assert (
+        "CutlassMoeFCRunner<__nv_fp8_e4m3, kernels::Fp4Type, half, half, half, false, kernels::Sm90Wfp4"
+        in bound
+    )
+
+
 def test_a_release_without_w4a8_is_told(package: Path, tmp_path: Path) -> None:
     (package / tool.GEMMS / "moe_gemm_kernels_fp8_fp4.cu").unlink()
     tool.make_private_copy(package, tmp_path / "one" / "flashinfer", ["w4a16"])
