@@ -47,7 +47,7 @@ def _experts(source: Source, **options: Any) -> Experts:
     return source.experts(2, _SIZE, _SIZE, fc2_scales=(114, 119), **options)
 
 
-@define(unique_for="no routing weights", pending=True)
+@define(unique_for="no routing weights")
 def no_routing_weights(source: Source) -> Content:
     """A call without routing weights: the experts' outputs and biases are summed up as they are."""
     return moe_content(_call(source, _experts(source, biases=True), unscaled=True), compact=True)
@@ -61,53 +61,53 @@ def _foreign(source: Source, experts: Experts) -> MoeCall:
     return call
 
 
-@define(unique_for="rows that all-to-all leaves", pending=True)
+@define(unique_for="rows that all-to-all leaves")
 def alltoall_foreign_tokens(source: Source) -> Content:
     """A rank with `enable_alltoall`: tokens without an expert of its own get no output, which is stored as zeros."""
     return moe_content(_foreign(source, _experts(source, biases=True)), compact=True)
 
 
-@define("w4a8", unique_for="W4A8 without routing weights", pending=True)
+@define("w4a8", unique_for="W4A8 without routing weights")
 def w4a8_no_routing_weights(source: Source) -> Content:
     """A W4A8 call without routing weights."""
     return _w4a8(_prepared(_call(source, _experts(source, biases=True), unscaled=True)))
 
 
-@define("w4a8", unique_for="rows that all-to-all leaves with W4A8", pending=True)
+@define("w4a8", unique_for="rows that all-to-all leaves with W4A8")
 def w4a8_alltoall_foreign_tokens(source: Source) -> Content:
     """A W4A8 rank with `enable_alltoall`, some of whose tokens have no expert there."""
     return _w4a8(_prepared(_foreign(source, _experts(source))))
 
 
-@define("w4a8", catches="fp8_activation_bf16", unique_for="SwigluStep with W4A8", pending=True)
+@define("w4a8", catches="fp8_activation_bf16", unique_for="SwigluStep with W4A8")
 def w4a8_step(source: Source) -> Content:
     """SwigluStep with W4A8, limits of 0.2 and 3: the activation is quantised from float32."""
     experts = replace(_experts(source), swiglu_limit=float32([0.2, 3.0]))
     return _w4a8(_prepared(_call(source, experts, activation_type=SWIGLU_STEP)))
 
 
-@define("w4a8", catches="fp8_activation_bf16", unique_for="SiTU with W4A8", pending=True)
+@define("w4a8", catches="fp8_activation_bf16", unique_for="SiTU with W4A8")
 def w4a8_situ(source: Source) -> Content:
     """SiTU with W4A8 and biases, a beta by expert and the linear beta that is compiled in."""
     experts = replace(_experts(source, biases=True), situ_beta=float32([1.32, 4.0]))
     return _w4a8(_prepared(_call(source, experts, activation_type=SITU)))
 
 
-@define("w4a8", catches="fp8_activation_bf16", unique_for="Relu2 with W4A8", pending=True)
+@define("w4a8", catches="fp8_activation_bf16", unique_for="Relu2 with W4A8")
 def w4a8_relu2(source: Source) -> Content:
     """Relu2, which has no gate, with W4A8 and biases: squares of a wide range within a row."""
     experts = _experts(source, biases=True, gated=False)
     return _w4a8(_prepared(_call(source, experts, activation_type=RELU2)))
 
 
-@define("w4a8", unique_for="W4A8 in fp16", pending=True)
+@define("w4a8", unique_for="W4A8 in fp16")
 def w4a8_fp16(source: Source) -> Content:
     """An ordinary W4A8 call in fp16: input, biases and output, and the outputs of both GEMMs."""
     call = _call(source, _experts(source, biases=True))
     return _w4a8(_prepared(call, call.input.to(torch.float16)))
 
 
-@define("w4a8", unique_for="special values of W4A8 in fp16", pending=True)
+@define("w4a8", unique_for="special values of W4A8 in fp16")
 def w4a8_fp16_special(source: Source) -> Content:
     """A W4A8 call in fp16 with rows of zeros, subnormals, NaN, Inf and the largest numbers, so that outputs of the
     GEMMs are subnormal or overflow to Inf, and rows of any bits.

@@ -238,7 +238,7 @@ def swiglu_bias_alone(source: Source) -> MoeCall:
     return _call(SWIGLU_BIAS, gate.flatten(), up.flatten(), _infinite(_experts(), [8], []))
 
 
-@define(unique_for="SwigluBias's NaN and Inf beside all its parameters", pending=True)
+@define(unique_for="SwigluBias's NaN and Inf beside all its parameters")
 def swiglu_bias_non_finite(source: Source) -> Content:
     """SwigluBias with alpha, beta and a limit, one gate a token NaN, Inf or -Inf: of these only the last stays, and
     makes its token NaN.

@@ -68,49 +68,49 @@ def _special(source: Source, high: int) -> Tensor:
     return torch.cat((few, source.spread("every", -126, high - 1, _PROBES - len(few))))
 
 
-@define(unique_for="Gelu's rounding", pending=True)
+@define(unique_for="Gelu's rounding")
 def gelu_at_rounding_boundaries(source: Source) -> Content:
     """Gelu, without a gate, next to the boundaries between bf16 results: CUDA's fast erf is not the exact one."""
     return _probe(GELU, _boundaries(source, GELU))
 
 
-@define(unique_for="Silu's rounding", pending=True)
+@define(unique_for="Silu's rounding")
 def silu_at_rounding_boundaries(source: Source) -> Content:
     """Silu, without a gate, next to the boundaries between bf16 results: EX2 and RCP are approximate."""
     return _probe(SILU, _boundaries(source, SILU))
 
 
-@define(unique_for="Relu2's rounding", pending=True)
+@define(unique_for="Relu2's rounding")
 def relu2_at_rounding_boundaries(source: Source) -> Content:
     """Relu2 next to the boundaries between bf16 results: squares that lie halfway go to the even neighbour."""
     return _probe(RELU2, _boundaries(source, RELU2))
 
 
-@define(unique_for="zeros, subnormals and every exponent through Gelu", pending=True)
+@define(unique_for="zeros, subnormals and every exponent through Gelu")
 def gelu_special_values(source: Source) -> Content:
     """Gelu of zeros, subnormals and every exponent."""
     return _probe(GELU, _special(source, 120))
 
 
-@define(unique_for="zeros, subnormals and every exponent through Relu", pending=True)
+@define(unique_for="zeros, subnormals and every exponent through Relu")
 def relu_special_values(source: Source) -> Content:
     """Relu of zeros, subnormals, which are flushed after it, and every exponent."""
     return _probe(RELU, _special(source, 120))
 
 
-@define(unique_for="zeros, subnormals and every exponent through Silu", pending=True)
+@define(unique_for="zeros, subnormals and every exponent through Silu")
 def silu_special_values(source: Source) -> Content:
     """Silu of zeros, subnormals and every exponent."""
     return _probe(SILU, _special(source, 120))
 
 
-@define(unique_for="zeros, subnormals and every exponent through Relu2", pending=True)
+@define(unique_for="zeros, subnormals and every exponent through Relu2")
 def relu2_special_values(source: Source) -> Content:
     """Relu2 of zeros, subnormals and every exponent: squares below 2^-126 are flushed, none is Inf."""
     return _probe(RELU2, _special(source, 63))
 
 
-@define(unique_for="zeros, subnormals and every exponent through Identity", pending=True)
+@define(unique_for="zeros, subnormals and every exponent through Identity")
 def identity_special_values(source: Source) -> Content:
     """Identity of zeros, subnormals, which are flushed all the same, and every exponent."""
     return _probe(IDENTITY, _special(source, 120))
@@ -127,13 +127,13 @@ def _non_finite(source: Source, activation_type: int) -> Content:
     return _probe(activation_type, x.flatten(), experts)
 
 
-@define(unique_for="Relu's NaN and Inf", pending=True)
+@define(unique_for="Relu's NaN and Inf")
 def relu_non_finite(source: Source) -> Content:
     """Relu of NaN, which stays NaN, of Inf and of -Inf, which becomes 0."""
     return _non_finite(source, RELU)
 
 
-@define(unique_for="Relu2's NaN and Inf", pending=True)
+@define(unique_for="Relu2's NaN and Inf")
 def relu2_non_finite(source: Source) -> Content:
     """Relu2 of NaN, which stays NaN, of Inf and of -Inf, which becomes 0."""
     return _non_finite(source, RELU2)
@@ -144,19 +144,19 @@ def _biased(source: Source) -> Experts:
     return replace(_one_hot(2), **biases)
 
 
-@define(catches="bias1_ignored", unique_for="Relu after biases", pending=True)
+@define(catches="bias1_ignored", unique_for="Relu after biases")
 def relu_with_biases(source: Source) -> Content:
     """Relu after biases, two experts, a bias of fc2."""
     return _probe(RELU, source.spread("values", -3, 2, _PROBES), _biased(source))
 
 
-@define(catches="bias1_ignored", unique_for="Identity after biases", pending=True)
+@define(catches="bias1_ignored", unique_for="Identity after biases")
 def identity_with_biases(source: Source) -> Content:
     """Identity of sums with biases, which float32 has and bf16 has not, two experts, a bias of fc2."""
     return _probe(IDENTITY, source.spread("values", -9, 2, _PROBES), _biased(source))
 
 
-@define(unique_for="Relu2 between two GEMMs", pending=True)
+@define(unique_for="Relu2 between two GEMMs")
 def relu2_layer(source: Source) -> Content:
     """Relu2 in a layer of two experts with ordinary weights, K of 256 and 128, on the second of two ranks."""
     call = MoeCall(
