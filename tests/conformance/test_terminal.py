@@ -218,6 +218,12 @@ def test_every_case_and_suite_can_be_completed(tmp_path: Path, monkeypatch: pyte
     assert completing.cases(context, parameter, "") == goldens.names()
     assert completing.globs(context, parameter, "") == goldens.suites
     assert completing.globs(context, parameter, "gemm/")[0] == "gemm/*"
+    explain, listed = (click.Context(commands.commands[name]) for name in ("explain", "defects"))
+    assert "K groups" in completing.explained(explain, parameter, "K")
+    explain.params["words"] = ("K",)
+    assert completing.explained(explain, parameter, "gr") == ["groups"]
+    assert completing.defect_globs(listed, parameter, "limit_ign") == ["limit_ignored"]
+    assert "K groups" not in completing.defect_globs(listed, parameter, "")
     monkeypatch.setenv("MXFP4REF_GOLDENS", str(tmp_path))
     assert completing.cases(context, parameter, "") == []
     monkeypatch.chdir(tmp_path)

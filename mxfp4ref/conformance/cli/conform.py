@@ -31,6 +31,7 @@ from mxfp4ref.conformance.cli.shared import (
     diagnosis_option,
     goldens_option,
     interrupted_once,
+    limited_jobs,
     usage_errors,
 )
 from mxfp4ref.conformance.cli.terminal import echo
@@ -196,6 +197,7 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
         names = _select(goldens, patterns)
         if earlier is not None:
             names = _failed_in(earlier, goldens, names, (spec, options["mode"]))
+        options["jobs"] = limited_jobs(options["jobs"], len(names))
         files.check(chain(files_below(goldens.root), _sources(spec), [earlier] if earlier else ()))
         with case_progress(names) as advance:
             try:

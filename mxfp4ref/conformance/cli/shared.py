@@ -38,6 +38,7 @@ __all__ = [
     "first_values",
     "goldens_option",
     "interrupted_once",
+    "limited_jobs",
     "progress",
     "usage_errors",
 ]
@@ -144,6 +145,16 @@ def case_progress(names: Sequence[str]) -> Iterator[Callable[[CaseResult], None]
             step(f"{failed} failed  {names[done] if done < len(names) else 'diagnosis'}", len(names))
 
         yield advance
+
+
+def limited_jobs(jobs: int, cases: int | None = None) -> int:
+    """As many jobs as have cases and cores, and a line if that is fewer than were asked for."""
+    limits = {"cores": os.cpu_count() or 1} | ({} if cases is None else {"cases": max(cases, 1)})
+    what = min(limits, key=lambda name: limits[name])
+    if jobs <= limits[what]:
+        return jobs
+    echo(f"--jobs: {jobs} are more than there are {what}: {limits[what]} are used", err=True)
+    return limits[what]
 
 
 @contextmanager
