@@ -217,9 +217,10 @@ class _Channel:
 
     def ask(self, request: bytes) -> None:
         """Send a request, in a thread: a process that hangs does not read. What it printed before is kept no more."""
-        waited = time.monotonic() + _DRAIN_SECONDS
+        waited, printed = time.monotonic() + _DRAIN_SECONDS, self._process.stderr
+        assert printed is not None
         with contextlib.suppress(OSError, ValueError):  # closed, or no pipes that can be waited for
-            while select.select([self._process.stderr], [], [], 0)[0] and time.monotonic() < waited:
+            while select.select([printed], [], [], 0)[0] and time.monotonic() < waited:
                 time.sleep(0.001)
         self._tail = b""
         threading.Thread(target=self._write, args=(request,), daemon=True).start()
