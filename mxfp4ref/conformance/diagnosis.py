@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxfp4ref._choices import EFFORTS, Effort
 from mxfp4ref._shown import Shown
 from mxfp4ref._validate import check_choice
 from mxfp4ref.conformance.attribution import Attribution, attribution
@@ -107,7 +108,7 @@ def diagnose(
     expected: Mapping[str, Tensor],
     *,
     suspects: Iterable[str | Hypothesis] | None = None,
-    diagnosis: str = "full",
+    diagnosis: Effort = "full",
     progress: Progress | None = None,
 ) -> Diagnosis:
     """Say how and why `outputs` differ from `expected`; NothingDiffers is raised where they do not.
@@ -125,7 +126,7 @@ def diagnose(
         NothingDiffers: all outputs equal those expected, in every bit; it is a ValueError.
         TypeError, ValueError: an output is missing, or of another dtype or shape than expected.
     """
-    check_choice("diagnosis", diagnosis, tuple(SECONDS))
+    check_choice("diagnosis", diagnosis, EFFORTS)
     located = Located(kind, inputs, outputs, expected)
     return located.told(located.search(tuple(suspects or ()), diagnosis, progress=progress))
 

@@ -32,7 +32,9 @@ class Layers:
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
-        self._first: dict[int, dict[str, str]] = {}  # the digests of the activation's parameters in the first call
+        self._first: dict[
+            int, dict[str, str]
+        ] = {}  # the digests of the activation's parameters in the first call
         self._loaded: OrderedDict[str, Experts] = OrderedDict()
 
     def __len__(self) -> int:
@@ -68,7 +70,7 @@ def _parameters(experts: Experts) -> dict[str, str]:
     return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
-def _add(digest: hashlib.blake2b, name: str, tensor: torch.Tensor | None) -> None:
+def _add(digest: Any, name: str, tensor: torch.Tensor | None) -> None:
     if tensor is not None:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy())

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxfp4ref._choices import DIAGNOSES
+from mxfp4ref._choices import DIAGNOSES, Diagnosing
 from mxfp4ref._validate import check_choice
 from mxfp4ref.conformance.agreement import agreed
 from mxfp4ref.conformance.comparison import differing
@@ -50,7 +50,7 @@ class ReplayOptions:
 
     autotune_cache: Path | None = None
     any_tile: bool = False
-    diagnosis: str = "full"
+    diagnosis: Diagnosing = "full"
 
     def __post_init__(self) -> None:
         check_choice("diagnosis", self.diagnosis, DIAGNOSES)
@@ -107,8 +107,8 @@ class ReplayReport(Report):
         if zeros := sum(r.all_zero for r in replayed):
             words += f" {zeros} gave zeros only, which proves nothing."
         for parameters, count in Counter(r.other for r in replayed if r.other).items():
-            verb = "has" if count == 1 else "have"
-            words += f" {counted(count, 'call')} {verb} another {' and '.join(parameters)} than the first of the layer."
+            words += f" {counted(count, 'call')} {'has' if count == 1 else 'have'} another "
+            words += f"{' and '.join(parameters)} than the first of the layer."
         return words + self.culprit
 
 
@@ -190,7 +190,9 @@ class _Run:
             return ReplayResult(**about, status="wrong output", message=message)
         start = time.perf_counter()
         about |= self._compare(recording, call, output, arguments)
-        other = f"another {' and '.join(about['other'])} than in the layer's first call" if about["other"] else ""
+        other = (
+            f"another {' and '.join(about['other'])} than in the layer's first call" if about["other"] else ""
+        )
         about["message"] = "; ".join(filter(None, (about.get("message"), other)))
         return ReplayResult(**about).lasting(comparison=time.perf_counter() - start)
 

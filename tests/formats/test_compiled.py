@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mxfp4ref import _compiled
+from mxfp4ref._choices import CONVENTIONS
 from mxfp4ref.formats import bytewise, compiled, mxfp4, quantize, wordwise
 from tests.helpers import bits
 
@@ -82,7 +83,7 @@ def by_steps(values: torch.Tensor, rule: str) -> tuple[torch.Tensor, torch.Tenso
     return packed, scales.unsqueeze(1)
 
 
-@pytest.mark.parametrize("convention", mxfp4.CONVENTIONS)
+@pytest.mark.parametrize("convention", CONVENTIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_dequantize_every_byte_of_every_scale(convention: str, dtype: torch.dtype) -> None:
     scales = torch.arange(256).to(torch.uint8).view(256, 1, 1).expand(256, 16, 1)
