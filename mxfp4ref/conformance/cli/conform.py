@@ -173,7 +173,8 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
     a process of their own. With --no-isolate, for debuggers, a run that takes longer than --timeout is abandoned in
     its thread, and a kernel that ends its process ends the command, with exit code 1.
 
-    With Ctrl-C, what was run is told and the reports are written, marked as interrupted.
+    With Ctrl-C, what was run is told and the reports are written, marked as interrupted. A second one changes
+    nothing, a third ends at once.
 
     Exit codes: 0 conforms, 1 does not, 2 wrong usage or environment, or a report could not be written, 130
     interrupted.
