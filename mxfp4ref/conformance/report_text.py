@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from mxfp4ref._files import printable
 from mxfp4ref.conformance.again import command, whole_command
 from mxfp4ref.conformance.finding import counted
 from mxfp4ref.conformance.results import RECORDING, CaseResult, Report
@@ -51,7 +52,7 @@ def to_text(report: Report, *, verbose: bool = False) -> str:
             f"{counted(len(others), 'other failing case')}; -v and reports in files tell all of each:",
         ]
         lines += [f"    {headline(result)}" for result in others]
-    return "\n".join([*lines, "", *tested(report), report.verdict])
+    return printable("\n".join([*lines, "", *tested(report), report.verdict]))
 
 
 def _of_each_kind(failing: list[CaseResult]) -> list[CaseResult]:
