@@ -204,6 +204,44 @@ def test_bash_completes() -> None:
     assert done.stdout.split("\n") == [*(word for _, word in _COMPLETED[:2]), ""], done.stderr
 
 
+# In zsh what a completing function may call is there in a widget only: here it prints what it is given.
+_ZSH = """
+compdef() { :; }
+compadd() { print -r -- ${(P)@[-1]}; }
+_describe() { :; }
+eval "$(mxfp4ref completion zsh)"
+words=(%s) CURRENT=$#words
+_mxfp4ref_completion
+"""
+
+
+@pytest.mark.parametrize(
+    ("shell", "arguments", "script"),
+    [
+        ("zsh", ("-f", "-c"), _ZSH),
+        ("fish", ("--no-config", "-c"), "mxfp4ref completion fish | source\ncomplete -C '%s'\n"),
+    ],
+)
+def test_zsh_and_fish_complete(shell: str, arguments: tuple[str, ...], script: str, tmp_path: Path) -> None:
+    program = shutil.which(shell)
+    if program is None:
+        pytest.skip(f"there is no {shell}")
+    command = tmp_path / "mxfp4ref"
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m mxfp4ref "$@"\n')
+    command.chmod(0o755)
+    path = os.pathsep.join((str(tmp_path), os.environ["PATH"]))
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(CHECKOUT), "HOME": str(tmp_path)}
+    for line, word in (
+        ("conform defect:limit_ig", "defect:limit_ignored"),
+        ("show routing/gpt_oss_bf16_t", "routing/gpt_oss_bf16_ties"),
+    ):
+        done = subprocess.run(
+            [program, *arguments, script % f"mxfp4ref {line}"],
+            **{"capture_output": True, "text": True, "check": False, "env": environment},
+        )
+        assert done.stdout.split() == [word], done.stderr
+
+
 @pytest.mark.parametrize(("line", "word"), _COMPLETED)
 def test_words_that_are_completed(line: str, word: str) -> None:
     environment = {"COMP_LINE": f"mxfp4ref {line}", "_MXFP4REF_COMPLETE": "bash_complete"}
