@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from mxfp4ref.__main__ import commands
 from mxfp4ref._choices import ACTIVATION_NAMES, ROUTER_NAMES
 from mxfp4ref.conformance.cli import completing, terminal
+from mxfp4ref.conformance.cli.shared import limited_jobs
 from mxfp4ref.conformance.kernels import STAND_INS
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.goldens import open_goldens
@@ -284,3 +285,16 @@ def test_no_name_of_a_file_becomes_a_command(tmp_path: Path, monkeypatch: pytest
     os.mkfifo("pipe.py")
     for name in ("deep.py:", "pipe.py:"):
         assert completing.kernels(context, parameter, name) == []
+
+
+def test_no_more_jobs_than_cases_and_cores(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert [limited_jobs(jobs, 12) for jobs in (1, 8)] == [1, 8]
+    assert capsys.readouterr().err == ""
+    assert (limited_jobs(1000, 3), limited_jobs(1000, 12), limited_jobs(1000)) == (3, 8, 8)
+    assert capsys.readouterr().err.splitlines() == [
+        "--jobs: 1000 are more than there are cases: 3 are used",
+        *["--jobs: 1000 are more than there are cores: 8 are used"] * 2,
+    ]
