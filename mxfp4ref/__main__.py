@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import click
@@ -106,8 +107,18 @@ def main(verdict: str | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):  # a character that its encoding lacks is no reason to stop
             stream.reconfigure(errors="backslashreplace")
     if sys.argv[1:2] == ["conform"] and "--no-isolate" in sys.argv:  # not one of a script that is recorded
-        supervised.main(commands, verdict)
-    commands(prog_name="mxfp4ref")
+        _run(lambda: supervised.main(commands, verdict))
+    _run(lambda: commands(prog_name="mxfp4ref"))
+
+
+def _run(command: Callable[[], Any]) -> None:
+    """Run what ends the process; Ctrl-C while Python cleans up, which takes a while, changes no exit code."""
+    try:
+        command()
+    except SystemExit:
+        with suppress(ValueError):  # in another thread than the main one
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise
 
 
 if __name__ == "__main__":

@@ -10,10 +10,12 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import sys
 import threading
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -29,6 +31,8 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 _lock = threading.RLock()
 _loaded: dict[str, ModuleType | None] = {}
+_COMPILING = "mxfp4ref: its loops are compiled for this CPU, once; that takes about half a minute"
+_told: list[bool] = []  # whether that has been said
 
 # A fork waits for a compilation to end, as the child would have neither the compiling thread nor a way to unlock.
 if hasattr(os, "register_at_fork"):
@@ -82,7 +86,8 @@ def _load(name: str, trial: Callable[[Any], None], consequence: str) -> ModuleTy
     if not _loaded:
         _keep_freed_memory()
     try:
-        module = importlib.import_module(name)
+        with _told_of_compiling():
+            module = importlib.import_module(name)
         trial(module)
     except Exception as error:  # no numba, one that does not fit numpy, a compiler that errs on this CPU, ...
         _loaded[name] = None  # also where the warning is an error
@@ -96,6 +101,27 @@ def _load(name: str, trial: Callable[[Any], None], consequence: str) -> ModuleTy
         warnings.warn(message, RuntimeWarning, stacklevel=4)
         return None
     return module
+
+
+@contextmanager
+def _told_of_compiling() -> Iterator[None]:
+    """Say once, at a terminal, why nothing happens for a while; not of what comes out of a cache."""
+    if not sys.stderr.isatty() or "pytest" in sys.modules:
+        yield
+        return
+    event: Any = importlib.import_module("numba.core.event")
+
+    class Telling(event.Listener):  # type: ignore[misc]
+        def on_start(self, happened: Any) -> None:
+            if not _told:
+                _told.append(True)
+                print(_COMPILING, file=sys.stderr, flush=True)
+
+        def on_end(self, happened: Any) -> None:
+            pass
+
+    with event.install_listener("numba:compile", Telling()):
+        yield
 
 
 def _keep_freed_memory() -> None:

@@ -69,3 +69,29 @@ def test_imports_point_down(path: Path) -> None:
 )
 def test_no_module_is_long(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 350
+
+
+# Their names come out of files, and are checked where they are read.
+_FROM_FILES = {
+    *("goldens/generator.py: rule", "goldens/runs.py: operation", "conformance/reproducer.py: kind"),
+    "defects/variants/router.py: preset",
+}
+
+
+def test_choices_are_literal_types() -> None:
+    """What is one of a few words says in its type which: an editor completes them, mypy refuses others."""
+    wide = set()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for scope in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(scope, ast.FunctionDef | ast.ClassDef):
+                continue
+            fields = [node for node in ast.iter_child_nodes(scope) if isinstance(node, ast.AnnAssign)]
+            typed = {ast.unparse(field.target): field.annotation for field in fields}
+            if isinstance(scope, ast.FunctionDef):
+                typed = {arg.arg: arg.annotation for arg in scope.args.args + scope.args.kwonlyargs}
+            for call in ast.walk(scope):
+                if isinstance(call, ast.Call) and ast.unparse(call.func) == "check_choice":
+                    name = ast.literal_eval(call.args[0])
+                    if (found := typed.get(name)) is not None and "str" in ast.unparse(found).split(" | "):
+                        wide.add(f"{path.relative_to(PACKAGE).as_posix()}: {name}")
+    assert wide == _FROM_FILES

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mxfp4ref._choices import ScaleRule
 from mxfp4ref._validate import check_choice, check_instance, check_int, shown
 from mxfp4ref.checkpoint.activation import activation_type, checked, parameters
 from mxfp4ref.checkpoint.config import Config, read_config, router_of
@@ -39,7 +40,7 @@ class ReadOptions:
 
     config: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     experts: Sequence[int] | None = None
-    quantize: str | None = None
+    quantize: ScaleRule | None = None
     format: CheckpointFormat | None = None
 
 

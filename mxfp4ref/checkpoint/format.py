@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mxfp4ref._choices import ScaleRule
 from mxfp4ref.checkpoint.shards import CheckpointError, Shards
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE
@@ -72,7 +73,7 @@ class Storage:
     """
 
     find: Callable[[CheckpointFormat, Shards, str], Found]
-    load: Callable[[CheckpointFormat, Shards, str, Found, Sequence[int], str | None], Experts]
+    load: Callable[[CheckpointFormat, Shards, str, Found, Sequence[int], ScaleRule | None], Experts]
     dump: Callable[[CheckpointFormat, Experts], dict[str, Tensor]]
     quantized: bool = True
 

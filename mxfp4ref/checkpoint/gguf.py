@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mxfp4ref._choices import ScaleRule
 from mxfp4ref.checkpoint.format import CheckpointFormat, Found, Storage, check_sizes
 from mxfp4ref.checkpoint.shards import CheckpointError, Shards
 from mxfp4ref.formats.experts import Experts
@@ -145,7 +146,12 @@ def _find(format: CheckpointFormat, shards: Shards, prefix: str) -> Found:
 
 
 def _load(
-    format: CheckpointFormat, shards: Shards, prefix: str, found: Found, ids: Sequence[int], rule: str | None
+    format: CheckpointFormat,
+    shards: Shards,
+    prefix: str,
+    found: Found,
+    ids: Sequence[int],
+    rule: ScaleRule | None,
 ) -> Experts:
     count, hidden, inner = len(found.ids), found.hidden_size, found.intermediate_size
     weights = {_UP: (inner, hidden), _GATE: (inner, hidden), _DOWN: (hidden, inner)}

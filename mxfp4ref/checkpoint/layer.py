@@ -10,6 +10,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from mxfp4ref._choices import ScaleRule
 from mxfp4ref._validate import check_ids, check_tensor
 from mxfp4ref.checkpoint.format import CheckpointFormat, Found
 from mxfp4ref.checkpoint.shards import Shards
@@ -55,7 +56,7 @@ class ExpertsInFiles:
     hidden_size: int
     intermediate_size: int
     swiglu: Swiglu = Swiglu()
-    rule: str | None = None
+    rule: ScaleRule | None = None
     more: Experts | None = None
 
     @property

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from mxfp4ref._choices import ScaleRule
 from mxfp4ref.checkpoint.format import CheckpointFormat, Found, Storage, check_sizes
 from mxfp4ref.checkpoint.shards import Shards
 from mxfp4ref.formats.experts import Experts
@@ -37,7 +38,12 @@ def _find(format: CheckpointFormat, shards: Shards, prefix: str) -> Found:
 
 
 def _load(
-    format: CheckpointFormat, shards: Shards, prefix: str, found: Found, ids: Sequence[int], rule: str | None
+    format: CheckpointFormat,
+    shards: Shards,
+    prefix: str,
+    found: Found,
+    ids: Sequence[int],
+    rule: ScaleRule | None,
 ) -> Experts:
     names = [{role: prefix + name for role, name in names_of(format, expert).items()} for expert in ids]
     tensors = shards.read([name for of_expert in names for name in of_expert.values()])

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mxfp4ref._choices import RouterName
 from mxfp4ref._files import check_no_input
 from mxfp4ref._ieee import to_fp64
 from mxfp4ref._validate import check_choice, check_tensor
@@ -55,7 +56,7 @@ def run_layer(
     input_path: str | Path,
     output_path: str | Path | None = None,
     *,
-    router: str | None = None,
+    router: RouterName | None = None,
     ranks: Ranks = _ONE_RANK,
     kernel: Sm90Kernel = _DEFAULT_KERNEL,
     step: Callable[[str, int], None] | None = None,
@@ -190,7 +191,7 @@ def checked_router(layer: CheckpointLayer) -> Preset:
     return router_to_run(layer, None)
 
 
-def router_to_run(layer: CheckpointLayer, router: str | None) -> Preset:
+def router_to_run(layer: CheckpointLayer, router: RouterName | None) -> Preset:
     """The router that `run_layer` uses, with top_k and factor.
 
     Raises:
@@ -220,7 +221,7 @@ def router_to_run(layer: CheckpointLayer, router: str | None) -> Preset:
 
 
 def _route(
-    layer: CheckpointLayer, logits: Tensor, given: Mapping[str, Tensor], router: str | None
+    layer: CheckpointLayer, logits: Tensor, given: Mapping[str, Tensor], router: RouterName | None
 ) -> Routing:
     if router is not None:
         check_choice("router", router, tuple(PRESETS))

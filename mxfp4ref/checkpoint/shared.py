@@ -8,6 +8,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from mxfp4ref._choices import ScaleRule
 from mxfp4ref._ieee import to_fp32, to_fp64
 from mxfp4ref._validate import check_choice, check_tensor
 from mxfp4ref.checkpoint.layer import CheckpointLayer, ExpertsInFiles, concatenated
@@ -23,7 +24,7 @@ _MODULES = (("w1", "w3", "w2"), ("gate_proj", "up_proj", "down_proj"))
 _SCALES = (".scale", ".weight_scale", ".weight_scale_inv")
 
 
-def fuse_shared(layer: CheckpointLayer, rule: str | None = None) -> CheckpointLayer:
+def fuse_shared(layer: CheckpointLayer, rule: ScaleRule | None = None) -> CheckpointLayer:
     """The layer with its shared expert in slot E, which every token chooses with weight 1.
 
     A shared expert that is n times as wide as the others takes the slots E to E + n - 1. It gets the SwiGLU
@@ -61,7 +62,7 @@ def fuse_shared(layer: CheckpointLayer, rule: str | None = None) -> CheckpointLa
     return replace(layer, experts=experts, fused=shared.num_experts, shared_experts=MappingProxyType({}))
 
 
-def _slots(layer: CheckpointLayer, rule: str | None) -> Experts:
+def _slots(layer: CheckpointLayer, rule: ScaleRule | None) -> Experts:
     """The shared expert as experts of the width of the others, without padding and parameters."""
     names = next((names for names in _MODULES if f"{names[0]}.weight" in layer.shared_experts), None)
     if names is None:
@@ -94,7 +95,7 @@ def _slots(layer: CheckpointLayer, rule: str | None) -> Experts:
     return Experts(rows(up, gate), rows(up_scales, gate_scales), columns(down), columns(down_scales))
 
 
-def _matrix(layer: CheckpointLayer, name: str, rule: str | None) -> tuple[Tensor, Tensor]:
+def _matrix(layer: CheckpointLayer, name: str, rule: ScaleRule | None) -> tuple[Tensor, Tensor]:
     """A matrix of the shared expert as codes and scales."""
     label = f"{layer.prefix}*.{name}.weight"
     if f"{name}.weight" not in layer.shared_experts:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mxfp4ref._choices import ScaleRule
 from mxfp4ref.checkpoint.format import ROUTER, CheckpointFormat, Found, Storage, check_sizes
 from mxfp4ref.checkpoint.shards import CheckpointError, Shards
 from mxfp4ref.formats.experts import Experts
@@ -32,7 +33,12 @@ def _find(format: CheckpointFormat, shards: Shards, prefix: str) -> Found:
 
 
 def _load(
-    format: CheckpointFormat, shards: Shards, prefix: str, found: Found, ids: Sequence[int], rule: str | None
+    format: CheckpointFormat,
+    shards: Shards,
+    prefix: str,
+    found: Found,
+    ids: Sequence[int],
+    rule: ScaleRule | None,
 ) -> Experts:
     assert format.rows is not None
     names = {role: prefix + name for role, name in format.names.items() if role not in ROUTER}
@@ -91,7 +97,12 @@ def _find_bfloat16(format: CheckpointFormat, shards: Shards, prefix: str) -> Fou
 
 
 def _load_bfloat16(
-    format: CheckpointFormat, shards: Shards, prefix: str, found: Found, ids: Sequence[int], rule: str | None
+    format: CheckpointFormat,
+    shards: Shards,
+    prefix: str,
+    found: Found,
+    ids: Sequence[int],
+    rule: ScaleRule | None,
 ) -> Experts:
     assert format.rows is not None
     if rule is None:

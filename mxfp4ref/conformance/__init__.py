@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from mxfp4ref.conformance.adapters import Kernel, KernelError, Skip
     from mxfp4ref.conformance.bounds import Bounds, bound
     from mxfp4ref.conformance.comparison import assert_bits_equal, differing, first_difference
-    from mxfp4ref.conformance.diagnosis import Diagnosis, diagnose
+    from mxfp4ref.conformance.diagnosis import Diagnosis, NothingDiffers, diagnose
     from mxfp4ref.conformance.kernels import load_kernel
     from mxfp4ref.conformance.options import Options
     from mxfp4ref.conformance.results import CaseResult, Report
@@ -23,6 +23,7 @@ __all__ = [
     "Interrupted",
     "Kernel",
     "KernelError",
+    "NothingDiffers",
     "Options",
     "Report",
     "Skip",
@@ -43,7 +44,7 @@ __getattr__, __dir__ = lazy(
         "adapters": ("Kernel", "KernelError", "Skip"),
         "bounds": ("Bounds", "bound"),
         "comparison": ("assert_bits_equal", "differing", "first_difference"),
-        "diagnosis": ("Diagnosis", "diagnose"),
+        "diagnosis": ("Diagnosis", "NothingDiffers", "diagnose"),
         "kernels": ("load_kernel",),
         "options": ("Options",),
         "results": ("CaseResult", "Report"),

@@ -11,7 +11,7 @@ from mxfp4ref.conformance.options import Options
 from mxfp4ref.conformance.results import RECORDING, CaseResult, Report
 from mxfp4ref.goldens import GoldenError, Goldens, find_root
 
-__all__ = ["case_command", "command", "conform_arguments", "selection_arguments"]
+__all__ = ["case_command", "command", "conform_arguments", "selection_arguments", "whole_command"]
 
 _TIMEOUT = 600  # seconds, the command's default
 
@@ -43,7 +43,10 @@ def conform_arguments(
 def selection_arguments(
     patterns: Iterable[str], earlier: Path | None, max_failures: int | None, jobs: int
 ) -> tuple[str, ...]:
-    """The arguments that choose the cases and say when to stop: those of a whole run, not of one case of it."""
+    """The arguments that choose the cases and say when to stop: those of a whole run, not of one case of it.
+
+    Each is an option and its value.
+    """
     given = [word for pattern in patterns for word in ("--case", pattern)]
     given += [] if earlier is None else ["--last-failed", str(earlier)]
     given += [] if max_failures is None else ["--maxfail", str(max_failures)]
@@ -62,6 +65,13 @@ def command(report: Report, result: CaseResult | None = None) -> str:
     if result is not None:
         return case_command(report.kernel, report.arguments, result)
     return _shell(*report.arguments, *report.selection) if report.arguments else ""
+
+
+def whole_command(report: Report) -> str:
+    """The line that runs all chosen cases, however many fail; "" of a kernel that is no name."""
+    options = zip(report.selection[::2], report.selection[1::2], strict=True)
+    kept = [word for option in options if option[0] != "--maxfail" for word in option]
+    return _shell(*report.arguments, *kept) if report.arguments else ""
 
 
 def case_command(kernel: str, arguments: tuple[str, ...], result: CaseResult) -> str:

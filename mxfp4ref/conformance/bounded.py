@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from mxfp4ref._choices import Storage
 from mxfp4ref.conformance.bounds import bound
 from mxfp4ref.conformance.router_bounds import routing_outside
 from mxfp4ref.goldens.runs import Run
@@ -15,7 +16,7 @@ __all__ = ["outside_bounds"]
 
 
 def outside_bounds(
-    kind: str, one: Run, outputs: Mapping[str, Tensor], storage: str, confidence: float | None
+    kind: str, one: Run, outputs: Mapping[str, Tensor], storage: Storage, confidence: float | None
 ) -> int | None:
     """How many elements lie outside their bounds; None where the kind has none and stays exact.
 

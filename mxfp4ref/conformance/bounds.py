@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxfp4ref._choices import STORAGE
+from mxfp4ref._choices import STORAGE, Storage
 from mxfp4ref._compiler import uncompiled
 from mxfp4ref._validate import check_below, check_choice
 from mxfp4ref.conformance.activation_bounds import activated, is_enclosed
@@ -100,7 +100,7 @@ class Bounds:
 
 
 @uncompiled
-def bound(call: MoeCall, *, storage: str = "wider", confidence: float | None = None) -> Bounds:
+def bound(call: MoeCall, *, storage: Storage = "wider", confidence: float | None = None) -> Bounds:
     """Enclose the output of every correct evaluation of a call with MXFP4 weights.
 
     Args:

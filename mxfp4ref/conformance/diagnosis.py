@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxfp4ref._choices import EFFORTS, Effort
 from mxfp4ref._shown import Shown
 from mxfp4ref._validate import check_choice
 from mxfp4ref.conformance.attribution import Attribution, attribution
@@ -18,6 +19,7 @@ from mxfp4ref.conformance.families.evidence import Evidence
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN, Finding, Hypothesis
 from mxfp4ref.conformance.families.named import named_hypotheses, stages_of
 from mxfp4ref.conformance.families.probe import probed
+from mxfp4ref.conformance.finding import counted
 from mxfp4ref.conformance.patterns import patterns
 from mxfp4ref.conformance.reduction import is_heavy, local_experts, one_token
 from mxfp4ref.conformance.stage_fit import numbers, reconcile, stage_of_exposed
@@ -36,6 +38,7 @@ __all__ = [
     "Finding",
     "Known",
     "Located",
+    "NothingDiffers",
     "Prediction",
     "diagnose",
     "predict",
@@ -94,6 +97,10 @@ class Diagnosis(Shown):
         return tuple(p.name for p in self.predictions if p.exact)
 
 
+class NothingDiffers(ValueError):
+    """The outputs have the expected bits: there is nothing to diagnose."""
+
+
 def diagnose(
     kind: str,
     inputs: Any,
@@ -101,10 +108,10 @@ def diagnose(
     expected: Mapping[str, Tensor],
     *,
     suspects: Iterable[str | Hypothesis] | None = None,
-    diagnosis: str = "full",
+    diagnosis: Effort = "full",
     progress: Progress | None = None,
 ) -> Diagnosis:
-    """Say how and why `outputs` differ from `expected`; they have to.
+    """Say how and why `outputs` differ from `expected`; NothingDiffers is raised where they do not.
 
     Args:
         kind: the golden case's kind.
@@ -116,9 +123,10 @@ def diagnose(
         progress: called before each named defect that is tried on a call, with its name and how many there are.
 
     Raises:
-        TypeError, ValueError: an output is missing, or of another dtype or shape than expected, or all are equal.
+        NothingDiffers: all outputs equal those expected, in every bit; it is a ValueError.
+        TypeError, ValueError: an output is missing, or of another dtype or shape than expected.
     """
-    check_choice("diagnosis", diagnosis, tuple(SECONDS))
+    check_choice("diagnosis", diagnosis, EFFORTS)
     located = Located(kind, inputs, outputs, expected)
     return located.told(located.search(tuple(suspects or ()), diagnosis, progress=progress))
 
@@ -134,8 +142,9 @@ class Located:
             raise ValueError(f"outputs: expected {', '.join(expected)}, got {', '.join(outputs) or 'none'}")
         name = next((n for n in expected if bool(differing(outputs[n], expected[n]).any())), None)
         if name is None:
-            raise ValueError(
-                "outputs: expected an element that differs from `expected`, got equal bits in all of them"
+            elements = sum(tensor.numel() for tensor in expected.values())
+            raise NothingDiffers(
+                f"nothing differs: {', '.join(expected)}: all {counted(elements, 'element')} have the expected bits"
             )
         self.kind, self.inputs, self.outputs, self.expected = kind, inputs, outputs, expected
         self.got, self.want = outputs[name], expected[name]

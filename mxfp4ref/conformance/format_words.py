@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxfp4ref._choices import Convention
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.finding import Finding
 from mxfp4ref.conformance.index_words import map_words
@@ -254,7 +255,7 @@ def _code_orders(codes: Tensor) -> Iterator[tuple[list[str], Tensor]]:
         yield [f"low nibbles are taken for the first half of a {name}, high ones for the second"], split
 
 
-def _value_words(codes: Tensor, bytes_: Tensor, convention: str, got: Tensor) -> list[str] | None:
+def _value_words(codes: Tensor, bytes_: Tensor, convention: Convention, got: Tensor) -> list[str] | None:
     """What explains values that depend on the code and the scale byte alone, or None if they do not."""
     bits = got.contiguous().view(torch.int16 if got.element_size() == 2 else torch.int32).to(torch.int64)
     pair = codes * 256 + bytes_
@@ -269,7 +270,7 @@ def _value_words(codes: Tensor, bytes_: Tensor, convention: str, got: Tensor) ->
     return _function_words(code, byte, value, convention)
 
 
-def _function_words(code: Tensor, byte: Tensor, value: Tensor, convention: str) -> list[str] | None:
+def _function_words(code: Tensor, byte: Tensor, value: Tensor, convention: Convention) -> list[str] | None:
     """How a function of code and scale byte is wrong; `value` is in the dtype of the output."""
     words: list[str] = []
     every = pack_codes(torch.arange(32, dtype=torch.uint8).expand(256, 32) % 16)

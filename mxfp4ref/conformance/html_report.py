@@ -9,6 +9,7 @@ from base64 import b64encode
 from collections import Counter
 from typing import Any
 
+from mxfp4ref._files import printable
 from mxfp4ref.conformance.again import command
 from mxfp4ref.conformance.diagnosis import Diagnosis
 from mxfp4ref.conformance.pictures import LEGEND, PAPER, mismatch_maps
@@ -58,7 +59,7 @@ def to_html(report: Report) -> str:
         legend=LEGEND,
         paper=PAPER,
     )
-    return html
+    return printable(html)
 
 
 def check_html() -> None:

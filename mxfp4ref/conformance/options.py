@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mxfp4ref._choices import DIAGNOSES, MODES
+from mxfp4ref._choices import DIAGNOSES, MODES, Diagnosing, Mode, Storage
 from mxfp4ref._validate import check_below, check_choice, check_int
 
 __all__ = ["Options"]
@@ -28,13 +28,13 @@ class Options:
         jobs: how many cases run side by side, each in a process of its own, with a share of torch's threads.
     """
 
-    mode: str = "exact"
-    storage: str = "wider"
+    mode: Mode = "exact"
+    storage: Storage = "wider"
     confidence: float | None = None
     timeout: float | None = None
     repeat: bool = True
     all_tactics: bool = False
-    diagnosis: str = "full"
+    diagnosis: Diagnosing = "full"
     dump: Path | None = None
     max_failures: int | None = None
     jobs: int = 1

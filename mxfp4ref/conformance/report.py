@@ -7,6 +7,7 @@ from dataclasses import asdict, fields
 from typing import Any
 from xml.etree import ElementTree
 
+from mxfp4ref._files import printable
 from mxfp4ref.conformance.again import command
 from mxfp4ref.conformance.comparison import FAR
 from mxfp4ref.conformance.report_text import PARTS, case_lines, headline
@@ -81,7 +82,7 @@ def to_junit(report: Report) -> str:
     root = ElementTree.Element("testsuites")
     root.append(suite)
     ElementTree.indent(root)
-    return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+    return printable(ElementTree.tostring(root, encoding="unicode", xml_declaration=True)) + "\n"
 
 
 def _result(result: CaseResult) -> dict[str, Any]:

@@ -39,6 +39,7 @@ _REPORT = {
     "interrupted?": bool,
     "goldens?": object,
     "date?": str,
+    "arguments?": [str],
     "*": object,
 }
 
@@ -49,8 +50,8 @@ class WrittenReport:
 
     Attributes:
         path: the file.
-        kernel, mode, verdict, environment, left, interrupted, date: as in `results.Report`; what an earlier version
-            did not write is empty.
+        kernel, mode, verdict, environment, left, interrupted, date, arguments: as in `results.Report`; what an
+            earlier version did not write is empty.
         goldens: as `results.GoldensUsed`, by name; empty where it is not known.
         finding: the verdict's, in words.
         cases: for each case what `results.CaseResult` has, by name.
@@ -67,6 +68,7 @@ class WrittenReport:
     left: int = 0
     interrupted: bool = False
     date: str = ""
+    arguments: tuple[str, ...] = ()
 
 
 def read_report(path: Path) -> WrittenReport:
@@ -91,6 +93,7 @@ def read_report(path: Path) -> WrittenReport:
         if result["ok"] != (result["status"] in PASSING):
             said = f"{shown(result['status'])} and ok {result['ok']}"
             wrong = f"report.results: {shown(result['case'])} has status {said}"
+    wrong = wrong or _negative(value)
     if wrong:
         raise ValueError(f"{path}: {wrong}")
     known = {name: value[name] for name in ("left", "interrupted", "date") if name in value}
@@ -100,8 +103,17 @@ def read_report(path: Path) -> WrittenReport:
         cases={result["case"]: result for result in value["results"]},
         goldens=value.get("goldens") or {},
         finding=value.get("finding", {}).get("sentence", ""),
+        arguments=tuple(value.get("arguments", ())),
         **known,
     )
+
+
+def _negative(report: dict[str, Any]) -> str:
+    """Which number of cases or elements cannot be one, in words; "" if all can."""
+    counts = {"left": report.get("left", 0), "goldens.cases": (report.get("goldens") or {}).get("cases", 0)}
+    for i, result in enumerate(report["results"]):
+        counts |= {f"results[{i}].{name}": result[name] for name in ("elements", "differing")}
+    return next((f"report.{name}: expected 0 or more, got {n}" for name, n in counts.items() if n < 0), "")
 
 
 def is_report(path: Path) -> bool:

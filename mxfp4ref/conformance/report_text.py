@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from mxfp4ref.conformance.again import command
+from mxfp4ref._files import printable
+from mxfp4ref.conformance.again import command, whole_command
+from mxfp4ref.conformance.finding import counted
 from mxfp4ref.conformance.results import RECORDING, CaseResult, Report
 from mxfp4ref.defects import DEFECTS
 
@@ -16,7 +18,7 @@ __all__ = ["PARTS", "by_suite", "case_lines", "headline", "predicted", "tested",
 
 _TOLD = ("mxfp4ref", "torch", "gpu")
 PARTS = ("kernel", "comparison", "diagnosis")
-_DETAILED = 8  # failing cases
+_FIRST, _DETAILED = 2, 5  # failing cases that are told in full: the first ones, and those of other kinds
 _NAMED = 9  # three K tiles for each GEMM: so many are listed, and more, which are tactics, are counted
 _ROWS = 6  # of the attribution table, on a terminal
 
@@ -26,7 +28,8 @@ def to_text(report: Report, *, verbose: bool = False) -> str:
 
     Args:
         report: what to show.
-        verbose: a line for each passing case too, and all there is to say of each failing one, not of the first few.
+        verbose: a line for each passing case too, and all there is to say of each failing one; otherwise that is
+            said of the first few and of the first of each other kind, and of the others a line.
     """
     lines = []
     for suite, results in by_suite(report):
@@ -38,18 +41,34 @@ def to_text(report: Report, *, verbose: bool = False) -> str:
         if verbose:
             lines += [f"    {headline(r)}" for r in results if r.ok]
     failing = [r for r in report.results if not r.ok]
-    for number, result in enumerate(failing):
+    full = failing if verbose else _of_each_kind(failing)
+    for result in full:
         said = case_lines(result, command(report, result))
-        if number >= _DETAILED and not verbose:
-            said = [line for line in said if line.startswith("finding")]
         lines += ["", headline(result), *(f"    {line}" for line in said)]
-    if len(failing) > _DETAILED and not verbose:
-        lines += ["", f"Of {len(failing) - _DETAILED} cases only that; reports in files tell all."]
-    return "\n".join([*lines, "", *tested(report), report.verdict])
+    told = {id(result) for result in full}
+    if others := [result for result in failing if id(result) not in told]:
+        lines += [
+            "",
+            f"{counted(len(others), 'other failing case')}; -v and reports in files tell all of each:",
+        ]
+        lines += [f"    {headline(result)}" for result in others]
+    return printable("\n".join([*lines, "", *tested(report), report.verdict]))
+
+
+def _of_each_kind(failing: list[CaseResult]) -> list[CaseResult]:
+    """The first failing cases, and the first of each other kind: what went wrong, and what the finding says of it."""
+    told: list[CaseResult] = []
+    kinds: set[tuple[str, str]] = set()
+    for result in failing:
+        kind = result.status, result.diagnosis.finding.sentence if result.diagnosis else ""
+        if len(told) < (_FIRST if kind in kinds else _DETAILED):
+            told.append(result)
+            kinds.add(kind)
+    return told
 
 
 def tested(report: Report) -> list[str]:
-    """What was tested, with what, when, and how long it took; nothing of a report that has no date."""
+    """What was tested, with what, when, how long it took, and what was not; nothing of a report that has no date."""
     if not report.date:
         return []
     lines = []
@@ -62,7 +81,11 @@ def tested(report: Report) -> list[str]:
     parts = {name: sum(getattr(r, f"{name}_seconds") for r in report.results) for name in PARTS}
     parts["diagnosis"] += report.verdict_seconds
     shares = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
-    return [*lines, f"seconds: {report.seconds:.1f} in all; {shares}"]
+    lines.append(f"seconds: {report.seconds:.1f} in all; {shares}")
+    if report.left:
+        again = whole_command(report)
+        lines.append(f"not run: {counted(report.left, 'case')}{f'; to run all: {again}' if again else ''}")
+    return lines
 
 
 def headline(result: CaseResult) -> str:

@@ -13,6 +13,7 @@ import contextlib
 import os
 import pickle
 import queue
+import select
 import signal
 import subprocess
 import sys
@@ -43,6 +44,7 @@ _MESSAGE = 5000  # characters, more than the process makes of an exception
 _LOAD_SECONDS = 60  # for importing the kernel, if a run has less
 _OWN_SECONDS = 600  # for what the kit does itself in the process: importing torch, generating weights
 _END_SECONDS = 2  # for a process that was told to end, or whose pipe is closed
+_DRAIN_SECONDS = 0.1  # for what an earlier run printed and has not been read yet
 _SHOWN, _TAIL = 1 << 16, 1 << 11  # bytes of what the kernel prints: passed on, and kept for a crash
 
 _RESULT = {
@@ -214,7 +216,13 @@ class _Channel:
         threading.Thread(target=self._wait, daemon=True).start()
 
     def ask(self, request: bytes) -> None:
-        """Send a request, in a thread: a process that hangs does not read."""
+        """Send a request, in a thread: a process that hangs does not read. What it printed before is kept no more."""
+        waited, printed = time.monotonic() + _DRAIN_SECONDS, self._process.stderr
+        assert printed is not None
+        with contextlib.suppress(OSError, ValueError):  # closed, or no pipes that can be waited for
+            while select.select([printed], [], [], 0)[0] and time.monotonic() < waited:
+                time.sleep(0.001)
+        self._tail = b""
         threading.Thread(target=self._write, args=(request,), daemon=True).start()
 
     def answer(

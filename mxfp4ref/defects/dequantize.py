@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mxfp4ref._choices import Convention
 from mxfp4ref.defects.definition import defect
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE, dequantize, unpack_codes
 
@@ -19,7 +20,7 @@ class DequantizeCall:
 
     packed: Tensor
     scales: Tensor
-    convention: str = "ocp"
+    convention: Convention = "ocp"
 
 
 def dequantize_call(call: DequantizeCall) -> Tensor:
@@ -43,7 +44,7 @@ def subnormal_weights_flushed(call: DequantizeCall) -> Tensor:
 @defect("dequantize", "TransformerEngine#3262", "triton#11624")
 def other_convention(call: DequantizeCall) -> Tensor:
     """bytes 0 and 255 by the other convention (ocp: 2^-127 and NaN; sm90: 0 and Inf)"""
-    other = "sm90" if call.convention == "ocp" else "ocp"
+    other: Convention = "sm90" if call.convention == "ocp" else "ocp"
     return dequantize(call.packed, call.scales, convention=other)
 
 

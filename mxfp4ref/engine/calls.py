@@ -13,7 +13,7 @@ import torch
 
 from mxfp4ref.engine.arguments import generation_in_record, layout_of_release
 from mxfp4ref.engine.recordings import FUNCTIONS, Recording
-from mxfp4ref.formats.experts import Experts, Sm90Experts
+from mxfp4ref.formats.experts import PARAMETERS, Experts, Sm90Experts
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.flashinfer import torch_ref_cutlass_fused_moe
 from mxfp4ref.model.flashinfer_arguments import call_of
@@ -25,32 +25,55 @@ _OURS = {"strict": False, "trace": False}  # what the kernel accepted is not ref
 
 
 class Layers:
-    """The experts of the calls read so far, numbered by their content; the latest two stay loaded.
+    """The experts of the calls read so far, numbered by their weights; the latest two stay loaded.
 
     A recording holds the weights of each call once more: calls of one layer get the same tensors back.
     """
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
-        self._loaded: OrderedDict[int, Experts] = OrderedDict()
+        self._first: dict[
+            int, dict[str, str]
+        ] = {}  # the digests of the activation's parameters in the first call
+        self._loaded: OrderedDict[str, Experts] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._numbers)
 
     def share(self, experts: Experts) -> tuple[int, Experts]:
-        """The number of these experts, from 1, and the experts, those of an earlier call if they are equal."""
+        """The number of these weights, from 1, and the experts, those of an earlier call if they are equal."""
         digest = hashlib.blake2b(type(experts).__name__.encode())
         for field in fields(experts):
-            tensor = getattr(experts, field.name)
-            if tensor is not None:
-                digest.update(f"{field.name} {tensor.dtype} {list(tensor.shape)}".encode())
-                digest.update(tensor.contiguous().view(torch.uint8).numpy())
+            if field.name not in PARAMETERS:
+                _add(digest, field.name, getattr(experts, field.name))
         number = self._numbers.setdefault(digest.hexdigest(), len(self._numbers) + 1)
-        shared = self._loaded.setdefault(number, experts)
-        self._loaded.move_to_end(number)
+        parameters = _parameters(experts)
+        self._first.setdefault(number, parameters)
+        key = f"{number} {parameters}"
+        shared = self._loaded.setdefault(key, experts)
+        self._loaded.move_to_end(key)
         while len(self._loaded) > 2:
             self._loaded.popitem(last=False)
         return number, shared
+
+    def other_parameters(self, number: int, experts: Experts) -> tuple[str, ...]:
+        """The activation's parameters that are not those of the first call with these weights."""
+        first, these = self._first[number], _parameters(experts)
+        return tuple(name for name in PARAMETERS if first[name] != these[name])
+
+
+def _parameters(experts: Experts) -> dict[str, str]:
+    """A digest of each parameter of the activation."""
+    digests = {name: hashlib.blake2b() for name in PARAMETERS}
+    for name, digest in digests.items():
+        _add(digest, name, getattr(experts, name))
+    return {name: digest.hexdigest() for name, digest in digests.items()}
+
+
+def _add(digest: Any, name: str, tensor: torch.Tensor | None) -> None:
+    if tensor is not None:
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy())
 
 
 def release_of(metadata: Mapping[str, Any]) -> str | None:

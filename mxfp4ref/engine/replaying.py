@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxfp4ref._choices import DIAGNOSES
+from mxfp4ref._choices import DIAGNOSES, Diagnosing
 from mxfp4ref._validate import check_choice
 from mxfp4ref.conformance.agreement import agreed
 from mxfp4ref.conformance.comparison import differing
@@ -50,7 +50,7 @@ class ReplayOptions:
 
     autotune_cache: Path | None = None
     any_tile: bool = False
-    diagnosis: str = "full"
+    diagnosis: Diagnosing = "full"
 
     def __post_init__(self) -> None:
         check_choice("diagnosis", self.diagnosis, DIAGNOSES)
@@ -65,7 +65,8 @@ class ReplayResult(CaseResult):
     its output, or was overwritten by a CUDA graph; "refused", if such arguments are; "wrong output"; "unreadable".
 
     Attributes:
-        layer: the number of the experts, by their content; 0 if they were not read.
+        layer: the number of the experts, by their weights; 0 if they were not read.
+        other: the activation's parameters (`swiglu_limit`, ...) that are not those of the layer's first call.
         tokens: M.
         predicted: the tactics that the call or the autotune cache names.
         all_zero: whether no output element is other than zero, so that the call alone proves nothing.
@@ -75,6 +76,7 @@ class ReplayResult(CaseResult):
     tokens: int = 0
     predicted: str = ""
     all_zero: bool = False
+    other: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, repr=False)
@@ -104,6 +106,9 @@ class ReplayReport(Report):
             words += f" {held} of {counted(len(predicted), 'prediction')} of tactics held."
         if zeros := sum(r.all_zero for r in replayed):
             words += f" {zeros} gave zeros only, which proves nothing."
+        for parameters, count in Counter(r.other for r in replayed if r.other).items():
+            words += f" {counted(count, 'call')} {'has' if count == 1 else 'have'} another "
+            words += f"{' and '.join(parameters)} than the first of the layer."
         return words + self.culprit
 
 
@@ -170,6 +175,7 @@ class _Run:
             about |= {
                 "layer": layer,
                 "tokens": call.num_tokens,
+                "other": self._layers.other_parameters(layer, call.experts),
                 "why": f"{recording.path}: {_described(call)}",
             }
             output = recording.output()
@@ -185,6 +191,10 @@ class _Run:
             return ReplayResult(**about, status="wrong output", message=message)
         start = time.perf_counter()
         about |= self._compare(recording, call, call.zeros_if_unwritten(output), arguments)
+        other = (
+            f"another {' and '.join(about['other'])} than in the layer's first call" if about["other"] else ""
+        )
+        about["message"] = "; ".join(filter(None, (about.get("message"), other)))
         return ReplayResult(**about).lasting(comparison=time.perf_counter() - start)
 
     def _compare(

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mxfp4ref._choices import CONVENTIONS, Convention
 from mxfp4ref._compiler import uncompiled
 from mxfp4ref._spans import spans
 from mxfp4ref._validate import check_choice, check_output, check_same_device, check_tensor
 
 __all__ = [
-    "CONVENTIONS",
     "E2M1_VALUES",
     "GROUP_SIZE",
     "PACKED_DTYPES",
@@ -34,7 +34,6 @@ __all__ = [
 
 GROUP_SIZE = 32
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-CONVENTIONS = ("ocp", "sm90")
 
 # Bytes under any name: checkpoints store packed codes as int8 and scales as float8_e8m0fnu as well.
 PACKED_DTYPES = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)
@@ -95,7 +94,9 @@ def pack_codes(codes: Tensor) -> Tensor:
 
 
 @uncompiled
-def decode_ue8m0(scales: Tensor, convention: str = "ocp", dtype: torch.dtype = torch.float32) -> Tensor:
+def decode_ue8m0(
+    scales: Tensor, convention: Convention = "ocp", dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Return the values of UE8M0 scale bytes: byte b is 2^(b-127), exact in each dtype (2^-127 is subnormal).
 
     Args:
@@ -122,7 +123,7 @@ def dequantize(
     packed: Tensor,
     scales: Tensor,
     *,
-    convention: str = "ocp",
+    convention: Convention = "ocp",
     dtype: torch.dtype = torch.bfloat16,
     out: Tensor | None = None,
 ) -> Tensor:

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from mxfp4ref._choices import SCALE_RULES
+from mxfp4ref._choices import SCALE_RULES, ScaleRule
 from mxfp4ref._compiler import uncompiled
 from mxfp4ref._spans import spans
 from mxfp4ref._validate import check_choice, check_tensor
@@ -23,7 +23,7 @@ _SCALE_NAN = 255
 
 
 @uncompiled
-def quantize(values: Tensor, *, rule: str = "floor") -> tuple[Tensor, Tensor]:
+def quantize(values: Tensor, *, rule: ScaleRule = "floor") -> tuple[Tensor, Tensor]:
     """Quantise to MXFP4: a power-of-two scale for each 32 elements, elements RN-even, saturating at +-6.
 
     With a the largest magnitude of the group and exact logarithms and quotients, the scale is

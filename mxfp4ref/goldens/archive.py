@@ -6,6 +6,7 @@ that the manifest lists, and what else belongs to goldens; owners, times and mod
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import http.client
 import io
@@ -46,7 +47,7 @@ def write_archive(goldens: Goldens, path: Path) -> str:
     """Write all files of the goldens to a tar archive; its SHA-256.
 
     Raises:
-        GoldenError: a file is missing or damaged.
+        GoldenError: a file is missing or damaged, or one that no case needs is a link.
         OSError: the archive cannot be written.
     """
     with locked(goldens.root):
@@ -68,8 +69,13 @@ def write_archive(goldens: Goldens, path: Path) -> str:
 def _files_of(goldens: Goldens) -> list[str]:
     """What is to be packed, sorted."""
     cases = [f"{name}.{kind}" for name in goldens.entries for kind in FILE_KINDS]
-    below = (path.relative_to(goldens.root) for path in goldens.root.rglob("*") if path.is_file())
-    others = [p.as_posix() for p in below if is_other_file(p) and not UNFINISHED.fullmatch(p.name)]
+    below = [p for p in goldens.root.rglob("*") if is_other_file(p.relative_to(goldens.root))]
+    if link := next((p for p in below if p.is_symlink()), None):
+        raise GoldenError(
+            f"{link}: expected no link, it leads to {os.readlink(link)!r}; put a file in its place"
+        )
+    files = (p.relative_to(goldens.root) for p in below if p.is_file() and not UNFINISHED.fullmatch(p.name))
+    others = [p.as_posix() for p in files]
     if odd := [name for name in others if not _usual(name)]:
         raise GoldenError(f"{goldens.root}: expected names of letters, digits and _.-, got {shown(odd[0])}")
     return sorted({*cases, *others})
@@ -92,7 +98,8 @@ def fetch_archive(source: str, sha256: str, folder: Path, progress: Progress = l
     Raises:
         ValueError: `sha256` or `source` is something else, or the archive has another SHA-256 or other files in it.
         GoldenError: what was unpacked is no goldens.
-        OSError: it cannot be read or written, or the folder has something in it.
+        OSError: it cannot be read or written, or the folder has something in it or cannot be replaced, as a mount
+            point and the working directory.
     """
     if not _SHA256.fullmatch(sha256):
         raise ValueError(f"sha256: expected 64 hexadecimal digits, got {shown(sha256)}")
@@ -102,6 +109,8 @@ def fetch_archive(source: str, sha256: str, folder: Path, progress: Progress = l
     if not folder.parent.is_dir():
         raise FileNotFoundError(f"{folder}: there is no folder {folder.parent}")
     with _beside(folder) as place:
+        if folder.exists():
+            _check_replaceable(folder, place)
         archive, unpacked = place / "archive", place / "goldens"
         found = _copy(source, archive, progress)
         if found != sha256.lower():
@@ -118,6 +127,27 @@ def fetch_archive(source: str, sha256: str, folder: Path, progress: Progress = l
             os.chmod(unpacked, stat.S_IMODE(folder.stat().st_mode))
         os.replace(unpacked, folder)
     return Goldens(folder)
+
+
+def _check_replaceable(folder: Path, place: Path) -> None:
+    """Refuse an empty folder in whose place, at the end, another one could not be put; tried with one as empty."""
+    what = "the working directory" if os.path.samefile(folder, os.curdir) else ""
+    if not what:
+        empty = place / "empty"
+        empty.mkdir()
+        os.chmod(empty, stat.S_IMODE(folder.stat().st_mode))
+        try:
+            os.replace(empty, folder)
+        except OSError as error:
+            if error.errno not in (errno.EBUSY, errno.EXDEV, errno.EINVAL):
+                raise
+            what = "a mount point"
+    if what:
+        raise OSError(
+            errno.EBUSY,
+            f"expected a folder that can be replaced, it is {what}; write {folder / 'goldens'}",
+            str(folder),
+        )
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxfp4ref._choices import ScaleRule
 from mxfp4ref._validate import check_choice
 from mxfp4ref.formats import humming, layout
 from mxfp4ref.formats.experts import PARAMETERS
@@ -122,7 +123,7 @@ def run_stage(kind: str, inputs: Any) -> Tensor | Mapping[str, Tensor]:
     return forward(inputs) if kind == "moe" else _STAGES[kind](**inputs)
 
 
-def _quantize(values: Tensor, rule: str) -> dict[str, Tensor]:
+def _quantize(values: Tensor, rule: ScaleRule) -> dict[str, Tensor]:
     packed, scales = quantize(values, rule=rule)
     return {"packed": packed, "scales": scales}
 

@@ -10,15 +10,16 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from mxfp4ref._choices import WEIGHT_LAYOUTS, WeightLayout
 from mxfp4ref._compiler import uncompiled
 from mxfp4ref._validate import check_bool, check_choice, check_instance, check_output, check_same_device
 from mxfp4ref.model import forward as moe
-from mxfp4ref.model.flashinfer_arguments import STRICT, WEIGHT_LAYOUTS, call_of, tensors_of
+from mxfp4ref.model.flashinfer_arguments import STRICT, call_of, tensors_of
 from mxfp4ref.model.skipped import count_skipped_slots
 from mxfp4ref.sm90.activation import SWIGLU
 from mxfp4ref.sm90.tactics import Sm90Kernel
 
-__all__ = ["WEIGHT_LAYOUTS", "drop_in", "torch_ref_cutlass_fused_moe"]
+__all__ = ["drop_in", "torch_ref_cutlass_fused_moe"]
 
 _OURS = ("kernel", "weight_layout", "strict", "trace")  # arguments that flashinfer does not have
 
@@ -65,7 +66,7 @@ def torch_ref_cutlass_fused_moe(
     situ_linear_beta: Tensor | None = None,
     backend: str = "cutlass",
     kernel: Sm90Kernel | None = None,
-    weight_layout: str | None = None,
+    weight_layout: WeightLayout | None = None,
     strict: bool | Literal["count"] = True,
     trace: Literal[False] = False,
 ) -> list[Tensor]: ...
@@ -113,7 +114,7 @@ def torch_ref_cutlass_fused_moe(
     situ_linear_beta: Tensor | None = None,
     backend: str = "cutlass",
     kernel: Sm90Kernel | None = None,
-    weight_layout: str | None = None,
+    weight_layout: WeightLayout | None = None,
     strict: bool | Literal["count"] = True,
     trace: bool = False,
 ) -> list[Tensor] | moe.MoeTrace:
@@ -203,7 +204,7 @@ def torch_ref_cutlass_fused_moe(
 def drop_in(
     *,
     kernel: Sm90Kernel | None = None,
-    weight_layout: str | None = None,
+    weight_layout: WeightLayout | None = None,
     strict: bool | Literal["count"] = True,
 ) -> Callable[..., list[Tensor]]:
     """A function with flashinfer's arguments alone, to be put in the place of its `cutlass_fused_moe`.

@@ -6,11 +6,12 @@ import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from mxfp4ref._choices import WEIGHT_LAYOUTS, WeightLayout
 from mxfp4ref._validate import check_bool, check_choice, check_instance, check_int, check_tensor, shown
 from mxfp4ref.formats.experts import Experts, PlainExperts, Sm90Experts
 from mxfp4ref.formats.generations import BYTEWISE, NEWEST, PLAIN
@@ -23,7 +24,6 @@ from mxfp4ref.sm90.tactics import Sm90Kernel, runnable_tactics
 
 __all__ = [
     "STRICT",
-    "WEIGHT_LAYOUTS",
     "call_of",
     "check_modelled",
     "experts_of",
@@ -33,13 +33,12 @@ __all__ = [
 
 STRICT = (True, False, "count")
 
-_LAYOUTS: dict[str, type[Experts]] = {
+_LAYOUTS: dict[WeightLayout, type[Experts]] = {
     "sm90": Sm90Experts,
     "logical": Experts,
     "logical_weights_folded_scales": PlainExperts,
 }
-WEIGHT_LAYOUTS = tuple(_LAYOUTS)
-_HUMMING_LAYOUTS: dict[str, type[Experts]] = {"sm90": Sm90HummingExperts, "logical": HummingExperts}
+_HUMMING_LAYOUTS: dict[WeightLayout, type[Experts]] = {"sm90": Sm90HummingExperts, "logical": HummingExperts}
 
 # Arguments that are not modelled, the only value that is accepted, and why.
 _NOT_MODELLED: dict[str, tuple[object, str]] = {
@@ -259,21 +258,21 @@ def _check_weights(arguments: Mapping[str, Any]) -> bool:
     return quantized
 
 
-def _layout(arguments: Mapping[str, Any], quantized: bool) -> str:
+def _layout(arguments: Mapping[str, Any], quantized: bool) -> WeightLayout:
     """The name of the weights' layout, by default that which the kernel takes."""
     layout, kernel = arguments["weight_layout"], arguments["kernel"]
     if layout is not None:
         check_choice("weight_layout", layout, WEIGHT_LAYOUTS)
         if not quantized and layout != "logical":
             raise ValueError(f"weight_layout: expected 'logical' for bfloat16 weights, got {layout!r}")
-        return str(layout)
+        return cast(WeightLayout, layout)
     if not quantized:
         return "logical"
     older = isinstance(kernel, Sm90Kernel) and kernel.generation is PLAIN
     return "logical_weights_folded_scales" if older else "sm90"
 
 
-def _kind(layout: str, humming: bool) -> type[Experts]:
+def _kind(layout: WeightLayout, humming: bool) -> type[Experts]:
     """What experts in a layout are to `Experts`."""
     kinds = _HUMMING_LAYOUTS if humming else _LAYOUTS
     if layout not in kinds:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxfp4ref._choices import REDUCTIONS, Reduction
 from mxfp4ref._compiler import uncompiled
 from mxfp4ref._ieee import to_fp32, to_fp64
 from mxfp4ref._validate import (
@@ -42,7 +43,6 @@ from mxfp4ref.routing.presets import PADDING_ID
 from mxfp4ref.sm90 import fp32
 
 __all__ = [
-    "REDUCTIONS",
     "Ranks",
     "forward_all_ranks",
     "gather",
@@ -55,7 +55,6 @@ __all__ = [
     "split_intermediate",
 ]
 
-REDUCTIONS = ("float32", "bf16")
 
 _KERNEL_MULTIPLE = 128  # the kernel's smallest K tile
 
@@ -168,7 +167,7 @@ def split_intermediate(
 
 
 @uncompiled
-def gather(outputs: Sequence[Tensor], *, reduction: str = "float32") -> Tensor:
+def gather(outputs: Sequence[Tensor], *, reduction: Reduction = "float32") -> Tensor:
     """The sum of the ranks' `[M, H] bf16` (or fp16) outputs, in rank order, of their dtype.
 
     Args:
@@ -218,7 +217,7 @@ class Ranks:
 
     ep_size: int = 1
     tp_size: int = 1
-    reduction: str = "float32"
+    reduction: Reduction = "float32"
     intermediate_size: int | None = None
     expert_map: ExpertMap | None = None
     physical_ids: Tensor | None = None

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxfp4ref._choices import STRATEGIES
+from mxfp4ref._choices import STRATEGIES, Strategy
 from mxfp4ref._validate import INT32_MAX, check_choice, check_ids, check_int, check_same_device, check_tensor
 from mxfp4ref.routing.presets import PADDING_ID
 
@@ -40,7 +40,9 @@ ExpertMap = Sequence[Sequence[int] | Tensor] | Tensor
 _INTS = (torch.int32, torch.int64)
 
 
-def place_experts(num_experts: int, ep_size: int, strategy: str = "linear") -> tuple[tuple[int, ...], ...]:
+def place_experts(
+    num_experts: int, ep_size: int, strategy: Strategy = "linear"
+) -> tuple[tuple[int, ...], ...]:
     """The expert map of a strategy of vLLM's `--expert-placement-strategy`, without redundant experts.
 
     Args:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from mxfp4ref._choices import Normalize
 from mxfp4ref.routing.scoring import raw_logits, sigmoid, softmax, sqrt_softplus
 
 __all__ = ["DEEPSEEK_V3", "DEEPSEEK_V4", "GPT_OSS", "MIXTRAL", "PRESETS", "Preset"]
@@ -29,7 +30,7 @@ class Preset:
 
     name: str
     score: Callable[[Tensor], Tensor]
-    normalize: str
+    normalize: Normalize
     top_k: int
     epsilon: float = 0.0
     n_group: int = 1

@@ -13,6 +13,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from mxfp4ref._choices import NORMALIZE, Normalize
 from mxfp4ref._compiler import uncompiled
 from mxfp4ref._ieee import to_fp32, to_fp64
 from mxfp4ref._shown import Shown
@@ -68,7 +69,7 @@ class Routing(Shown):
 
 @uncompiled
 def routing_weights(
-    scores: Tensor, ids: Tensor, *, normalize: str, epsilon: float = 0.0, factor: float = 1.0
+    scores: Tensor, ids: Tensor, *, normalize: Normalize, epsilon: float = 0.0, factor: float = 1.0
 ) -> Tensor:
     """The final scales `[M, k] float32` of the selected experts, from their unbiased scores.
 
@@ -86,7 +87,7 @@ def routing_weights(
     check_tensor("scores", scores, dtype=torch.float32, shape=("M", "E"))
     check_tensor("ids", ids, dtype=torch.int32, shape=("M", "k"), sizes={"M": len(scores)})
     check_same_device({"scores": scores, "ids": ids})
-    check_choice("normalize", normalize, ("sum", "softmax", "none"))
+    check_choice("normalize", normalize, NORMALIZE)
     epsilon = check_float("epsilon", epsilon, minimum=0.0)
     factor = check_float("factor", factor)
     if ids.shape[1] == 0:

@@ -22,6 +22,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from mxfp4ref._choices import ROUNDINGS, Rounding
 from mxfp4ref._compiler import uncompiled
 from mxfp4ref._ieee import to_fp32, to_fp64
 from mxfp4ref._validate import check_choice, check_tensor
@@ -85,7 +86,7 @@ def softplus(logits: Tensor) -> Tensor:
 
 
 @uncompiled
-def sqrt_softplus(logits: Tensor, *, rounding: str = "each_step") -> Tensor:
+def sqrt_softplus(logits: Tensor, *, rounding: Rounding = "each_step") -> Tensor:
     """`sqrt(softplus(x))` of `[..., E]` logits, float32: DeepSeek-V4's score (docs/arithmetic.md, section 7).
 
     Args:
@@ -94,7 +95,7 @@ def sqrt_softplus(logits: Tensor, *, rounding: str = "each_step") -> Tensor:
             does; "once" rounds the exact value of the whole function. On ordinary logits one result in eight
             differs, by 1 ulp; below -87 softplus is subnormal and the first loses digits, below -104 it is 0.
     """
-    check_choice("rounding", rounding, ("each_step", "once"))
+    check_choice("rounding", rounding, ROUNDINGS)
     if rounding == "each_step":
         # The float64 root of a float32 number rounds to its float32 root: 53 >= 2 * 24 + 2 bits.
         return to_fp32(to_fp64(softplus(logits)).sqrt())

@@ -397,6 +397,18 @@ def test_defects_and_explain() -> None:
     listed = invoke("defects").output
     assert all(f"  {name} " in listed for name in DEFECTS)
     assert len(json.loads(invoke("defects", "--json").output)) == len(DEFECTS)
+    limits = invoke("defects", "limit_*").output
+    assert "  limit_ignored " in limits
+    assert "  nibble_order " not in limits + invoke("defects", "finalize").output
+    groups = invoke("defects", "K groups", "--json", "scale_off*", "routing").output
+    chosen = {row["name"]: row["target"] for row in json.loads(groups)}
+    assert {"nibble_order", "scale_off_by_one_group"} < set(chosen)
+    assert set(chosen.values()) == {"moe", "routing"}
+    kinds = json.loads(invoke("defects", "arithmetic", "--json").output)
+    assert {row["kind"] for row in kinds} == {"arithmetic"}
+    assert invoke("defects", "some rows").output.startswith("some rows\n")  # a family without named members
+    wrong = invoke("defects", "limit_ignord")
+    assert (wrong.exit_code, "did you mean limit_ignored" in wrong.output) == (2, True)
     result = invoke("explain", "limit_one_sided")
     assert result.exit_code == 0
     for words in (

@@ -306,6 +306,12 @@ def test_what_is_printed(
     assert [c for c in printed if not c.isprintable() and c != "\n"] == []
 
 
+def test_what_an_earlier_run_printed_is_not_that_of_a_crash(case: Case, choice: Path, worker: Worker) -> None:
+    assert isolated("prints_and_is_right", case, choice, worker).status == "equal"
+    died = isolated("dies_silently", case, choice, worker)
+    assert (died.status, died.message.partition("; ")[2]) == ("crashed", "the last it printed: of this run")
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [

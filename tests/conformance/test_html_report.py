@@ -9,13 +9,21 @@ import re
 import struct
 import zlib
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
 
-from mxfp4ref.conformance import Options, Report, pictures, run
+from mxfp4ref._files import printable
+from mxfp4ref.conformance import CaseResult, Options, Report, pictures, run
+from mxfp4ref.conformance.attribution import Attribution
+from mxfp4ref.conformance.comparison import Difference
+from mxfp4ref.conformance.diagnosis import ULP_BINS, Diagnosis, Finding
 from mxfp4ref.conformance.html_report import thread_url, to_html
+from mxfp4ref.conformance.report import to_json, to_junit
+from mxfp4ref.conformance.report_text import to_text
+from mxfp4ref.conformance.results import GoldensUsed
 from mxfp4ref.goldens import open_goldens
 from tests.helpers.kernels_under_test import good
 
@@ -204,3 +212,67 @@ def test_colours_are_told_apart_by_everybody(scheme: str, sight: str) -> None:
     assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > 10
     steps = np.diff([one[0] for one in seen[:-1]]) * (-1 if scheme == "light" else 1)
     assert steps.min() > 6
+
+
+INJECTIONS = (
+    "<script>alert(1)</script>",
+    "</title></style></script><img src=x onerror=alert(1)>",
+    '" onmouseover="alert(1)" x=\'',
+    "' onfocus='alert(1)' autofocus='",
+    "javascript:alert(1)#1",
+    "]]></failure></testcase><!-- --!><?xml ?>&amp;&#0;&lt;",
+    "{{ 7 * 7 }}{% raw %}{# #}",
+    "\ud800 \x00 \x1b[2J \u202e \ufffe \x85 \u2028",
+)
+
+
+def _full_of(text: str) -> Report:
+    """A report in which whatever may come from a file, a kernel or a machine is this text."""
+    finding = Finding((text,), text, False, None, text)
+    ulps = tuple((top, 1) for top in ULP_BINS)
+    found = Diagnosis(
+        *(text, Difference((0, 0), text, text, text, text, 1), (text, text), (text, text), text, ()),
+        *(ulps, torch.ones(2, 2, dtype=torch.uint8), finding, (Attribution(text, text, 1, 2),)),
+    )
+    result = CaseResult(f"{text}/{text}", text, text, "differs", (text,), 4, 4, 1, text, found)
+    crashed = CaseResult(text, text, text, "crashed", message=text)
+    skipped = CaseResult(text, text, text, "skipped", message=text)
+    more = {
+        "environment": {text: text, "gpu": text, "torch": text},
+        "finding": finding,
+        "left": 1,
+        "date": text,
+    }
+    used = GoldensUsed(text, text, text, 3)
+    return Report(
+        *(text, text, (result, result, crashed, skipped), ()),
+        **more,
+        **{"goldens": used, "arguments": (text, text), "selection": (text, text)},
+    )
+
+
+def _shape_of_html(html: str) -> list[tuple[str, list[str]]]:
+    return [(tag, sorted(attributes)) for tag, attributes in Page(html).elements]
+
+
+def _shape_of_xml(xml: str) -> list[tuple[str, list[str]]]:
+    return [(one.tag, sorted(one.attrib)) for one in ElementTree.fromstring(xml.encode()).iter()]
+
+
+@pytest.mark.parametrize("text", INJECTIONS)
+def test_no_text_becomes_an_element_or_an_attribute(text: str) -> None:
+    """Reports have the elements and attributes that harmless words make, and say what was injected."""
+    hostile, harmless = _full_of(text), _full_of(re.sub("[^/]", "x", text))
+    html = to_html(hostile)
+    assert html.encode()
+    assert _shape_of_html(html) == _shape_of_html(to_html(harmless))
+    page = Page(html)
+    assert printable(text, lines=False) in page.text
+    links = [attributes["href"] for attributes in page.all("a")]
+    assert [link for link in links if not link.startswith(("#case-", "https://github.com/"))] == []
+    xml = to_junit(hostile)
+    assert _shape_of_xml(xml) == _shape_of_xml(to_junit(harmless))
+    root = ElementTree.fromstring(xml.encode())
+    assert all(printable(text, lines=False) in one.attrib["message"] for one in root.iter("error"))
+    for words in (html, xml, to_text(hostile, verbose=True), to_json(hostile)):
+        assert [c for c in words if not c.isprintable() and c not in "\n\t"] == []

@@ -11,18 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from mxfp4ref.__main__ import commands
 from mxfp4ref.conformance import CaseResult, Options, Report, run
 from mxfp4ref.conformance.again import command, conform_arguments, selection_arguments
 from mxfp4ref.conformance.cli.report_files import ReportFiles
+from mxfp4ref.conformance.comparison import Difference
+from mxfp4ref.conformance.diagnosis import ULP_BINS, Diagnosis, Finding
 from mxfp4ref.conformance.html_report import to_html
 from mxfp4ref.conformance.report import to_json, to_junit
 from mxfp4ref.conformance.report_comparison import compare_reports
 from mxfp4ref.conformance.report_reading import read_report
 from mxfp4ref.conformance.report_text import headline, to_text
 from mxfp4ref.conformance.results import GoldensUsed
+from mxfp4ref.conformance.suite import goldens_used
 from mxfp4ref.goldens import Goldens, open_goldens
 
 SMALL = "finalize/slot_order"
@@ -37,8 +41,8 @@ def result_of(case: str, status: str = "equal", **more: Any) -> CaseResult:
     return CaseResult(case, "moe", "why", status, **more)
 
 
-def written(path: Path, *results: CaseResult, **more: Any) -> Path:
-    path.write_text(to_json(Report("kernel", "exact", results, **more)))
+def written(path: Path, *results: CaseResult, mode: str = "exact", **more: Any) -> Path:
+    path.write_text(to_json(Report("kernel", mode, results, **more)))
     return path
 
 
@@ -141,6 +145,76 @@ def test_last_failed(tmp_path: Path) -> None:
     assert invoke(*compare, earlier, "--case", "gemm/*").exit_code == 2
     replaced = invoke(*compare, earlier, "--json", earlier)
     assert (replaced.exit_code, "expected another file than the input" in replaced.output) == (2, True)
+
+
+def test_last_failed_of_another_run_says_so(tmp_path: Path) -> None:
+    """Of another kernel, mode or goldens: the failures are those of something else."""
+    failing = result_of(SMALL, "differs")
+    used = goldens_used(GOLDENS)
+    for more, said in (
+        ({"arguments": ("other.py:f",), "goldens": used}, "is of kernel other.py:f, not oracle\n"),
+        (
+            {"arguments": ("oracle",), "goldens": replace(used, sha256="1" * 64)},
+            f"is of goldens {'1' * 64}, not ",
+        ),
+        ({"mode": "bounded"}, "is of kernel kernel, not oracle; mode bounded, not exact\n"),
+        ({"arguments": ("oracle",), "goldens": used}, ""),
+    ):
+        path = written(tmp_path / "a.json", failing, **more)
+        result = invoke("conform", "oracle", "--diagnosis", "none", "--last-failed", path)
+        assert result.exit_code == 0
+        assert said in result.stderr
+        assert bool(said) == bool(result.stderr)
+
+
+def test_numbers_of_cases_are_not_negative(tmp_path: Path) -> None:
+    for more in ({"left": -3}, {"goldens": replace(goldens_used(GOLDENS), cases=-1)}):
+        with pytest.raises(ValueError, match="expected 0 or more, got -"):
+            read_report(written(tmp_path / "a.json", result_of(SMALL), **more))
+    for name in ("elements", "differing"):
+        with pytest.raises(ValueError, match=rf"report.results\[0\].{name}: expected 0 or more, got -1"):
+            read_report(written(tmp_path / "a.json", replace(result_of(SMALL), **{name: -1})))
+
+
+def test_what_was_not_run_is_told_with_the_line_that_runs_it() -> None:
+    selection = selection_arguments(["gemm", "--maxfail"], Path("a.json"), 1, 3)
+    report = Report(
+        *("k", "exact", (result_of(SMALL, "differs"),)),
+        **{"left": 7, "date": "today", "arguments": ("k.py:f",), "selection": selection},
+    )
+    line = "not run: 7 cases; to run all: mxfp4ref conform k.py:f --case gemm --case --maxfail --last-failed a.json"
+    assert f"{line} --jobs 3" in to_text(report).split("\n")
+    assert "not run: 7 cases" in to_text(replace(report, arguments=())).split("\n")
+    assert "to run all: mxfp4ref" in to_html(report)
+    assert "not run: " not in to_text(replace(report, left=0))
+
+
+def test_some_failures_of_each_kind_are_told_in_full() -> None:
+    def failing(name: str, sentence: str = "", status: str = "differs") -> CaseResult:
+        first = Difference((0, 0), "0x0000", "0x0001", "0", "9e-41", 1)
+        none = torch.zeros(1, 1, dtype=torch.uint8)
+        ulps = tuple((top, 0) for top in ULP_BINS)
+        found = Diagnosis("output", first, (), (), "", (), ulps, none, Finding(("fc1",), sentence))
+        return result_of(f"suite/{name}", status, diagnosis=found if status == "differs" else None)
+
+    alike = [failing(str(n), "rows of fc1") for n in range(8)]
+    results = (
+        *alike,
+        failing("other", "rows of fc2"),
+        failing("unknown"),
+        failing("crash", status="crashed"),
+    )
+    text = to_text(Report("k", "exact", results))
+    told = [one.split("\n")[0].split(":")[0].removeprefix("suite/") for one in text.split("\n\n")[1:-2]]
+    assert told == ["0", "1", "other", "unknown", "crash"]
+    last = text.split("\n\n")[-2].split("\n")
+    assert last[0] == "6 other failing cases; -v and reports in files tell all of each:"
+    assert last[1:] == [f"    suite/{n}: differs" for n in range(2, 8)]
+    assert "other failing" not in to_text(Report("k", "exact", results), verbose=True)
+    many = Report("k", "exact", tuple(failing(str(n), f"row {n}") for n in range(20)))
+    assert "15 other failing cases" in to_text(many)
+    assert json.loads(to_json(many))["results"][19]["diagnosis"]["finding"]["sentence"] == "row 19"
+    assert "row 19" in to_html(many)
 
 
 def test_what_changed_between_two_reports(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from mxfp4ref.__main__ import commands
 from mxfp4ref._choices import ACTIVATION_NAMES, ROUTER_NAMES
 from mxfp4ref.conformance.cli import completing, terminal
+from mxfp4ref.conformance.cli.shared import limited_jobs
 from mxfp4ref.conformance.kernels import STAND_INS
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.goldens import open_goldens
@@ -204,6 +205,44 @@ def test_bash_completes() -> None:
     assert done.stdout.split("\n") == [*(word for _, word in _COMPLETED[:2]), ""], done.stderr
 
 
+# In zsh what a completing function may call is there in a widget only: here it prints what it is given.
+_ZSH = """
+compdef() { :; }
+compadd() { print -r -- ${(P)@[-1]}; }
+_describe() { :; }
+eval "$(mxfp4ref completion zsh)"
+words=(%s) CURRENT=$#words
+_mxfp4ref_completion
+"""
+
+
+@pytest.mark.parametrize(
+    ("shell", "arguments", "script"),
+    [
+        ("zsh", ("-f", "-c"), _ZSH),
+        ("fish", ("--no-config", "-c"), "mxfp4ref completion fish | source\ncomplete -C '%s'\n"),
+    ],
+)
+def test_zsh_and_fish_complete(shell: str, arguments: tuple[str, ...], script: str, tmp_path: Path) -> None:
+    program = shutil.which(shell)
+    if program is None:
+        pytest.skip(f"there is no {shell}")
+    command = tmp_path / "mxfp4ref"
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m mxfp4ref "$@"\n')
+    command.chmod(0o755)
+    path = os.pathsep.join((str(tmp_path), os.environ["PATH"]))
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(CHECKOUT), "HOME": str(tmp_path)}
+    for line, word in (
+        ("conform defect:limit_ig", "defect:limit_ignored"),
+        ("show routing/gpt_oss_bf16_t", "routing/gpt_oss_bf16_ties"),
+    ):
+        done = subprocess.run(
+            [program, *arguments, script % f"mxfp4ref {line}"],
+            **{"capture_output": True, "text": True, "check": False, "env": environment},
+        )
+        assert done.stdout.split() == [word], done.stderr
+
+
 @pytest.mark.parametrize(("line", "word"), _COMPLETED)
 def test_words_that_are_completed(line: str, word: str) -> None:
     environment = {"COMP_LINE": f"mxfp4ref {line}", "_MXFP4REF_COMPLETE": "bash_complete"}
@@ -218,6 +257,12 @@ def test_every_case_and_suite_can_be_completed(tmp_path: Path, monkeypatch: pyte
     assert completing.cases(context, parameter, "") == goldens.names()
     assert completing.globs(context, parameter, "") == goldens.suites
     assert completing.globs(context, parameter, "gemm/")[0] == "gemm/*"
+    explain, listed = (click.Context(commands.commands[name]) for name in ("explain", "defects"))
+    assert "K groups" in completing.explained(explain, parameter, "K")
+    explain.params["words"] = ("K",)
+    assert completing.explained(explain, parameter, "gr") == ["groups"]
+    assert completing.defect_globs(listed, parameter, "limit_ign") == ["limit_ignored"]
+    assert "K groups" not in completing.defect_globs(listed, parameter, "")
     monkeypatch.setenv("MXFP4REF_GOLDENS", str(tmp_path))
     assert completing.cases(context, parameter, "") == []
     monkeypatch.chdir(tmp_path)
@@ -240,3 +285,16 @@ def test_no_name_of_a_file_becomes_a_command(tmp_path: Path, monkeypatch: pytest
     os.mkfifo("pipe.py")
     for name in ("deep.py:", "pipe.py:"):
         assert completing.kernels(context, parameter, name) == []
+
+
+def test_no_more_jobs_than_cases_and_cores(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert [limited_jobs(jobs, 12) for jobs in (1, 8)] == [1, 8]
+    assert capsys.readouterr().err == ""
+    assert (limited_jobs(1000, 3), limited_jobs(1000, 12), limited_jobs(1000)) == (3, 8, 8)
+    assert capsys.readouterr().err.splitlines() == [
+        "--jobs: 1000 are more than there are cases: 3 are used",
+        *["--jobs: 1000 are more than there are cores: 8 are used"] * 2,
+    ]

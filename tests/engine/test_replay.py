@@ -105,6 +105,20 @@ def test_layers_are_numbered_by_their_weights(tmp_path: Path) -> None:
     assert [r.layer for r in report.results if isinstance(r, ReplayResult)] == [1, 2, 1, 2]
 
 
+def test_a_layer_with_other_limits_is_still_one(tmp_path: Path) -> None:
+    limits = (torch.full((CALL.experts.num_experts,), limit) for limit in (2.0, 3.0, 2.0))
+    for number, limit in enumerate((*limits, None), 1):
+        call = replace(SM90_CALL, experts=replace(SM90_CALL.experts, swiglu_limit=limit))
+        recorded.write_call(tmp_path, call, forward(call), number=number)
+    report = replay(tmp_path, COMPARE_ONLY)
+    assert report.ok
+    assert report.verdict == (
+        "4 recorded calls of 1 layer: 4 equal. 2 calls have another swiglu_limit than the first of the layer."
+    )
+    note = "another swiglu_limit than in the layer's first call"
+    assert [result.message for result in report.results] == ["", note, "", note]
+
+
 # Small enough to try all defects on.
 SMALL = layers.random_call(9, layers.random_experts(9, num_experts=2), tokens=2)
 SMALL_CALL = replace(SMALL, experts=layers.to_sm90(SMALL.experts))

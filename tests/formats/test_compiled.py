@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from mxfp4ref import _compiled
+from mxfp4ref._choices import CONVENTIONS
 from mxfp4ref.formats import bytewise, compiled, mxfp4, quantize, wordwise
 from tests.helpers import bits
 
@@ -82,7 +84,7 @@ def by_steps(values: torch.Tensor, rule: str) -> tuple[torch.Tensor, torch.Tenso
     return packed, scales.unsqueeze(1)
 
 
-@pytest.mark.parametrize("convention", mxfp4.CONVENTIONS)
+@pytest.mark.parametrize("convention", CONVENTIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_dequantize_every_byte_of_every_scale(convention: str, dtype: torch.dtype) -> None:
     scales = torch.arange(256).to(torch.uint8).view(256, 1, 1).expand(256, 16, 1)
@@ -149,3 +151,28 @@ def test_a_compiler_that_errs_in_mxfp4_is_found_out(wrong: str, monkeypatch: pyt
         values = mxfp4.dequantize(packed, scales)
     bits.assert_same(values, looked_up(packed, scales, "ocp", torch.bfloat16))
     assert torch.equal(quantize.quantize(values)[0], by_steps(values, "floor")[0])
+
+
+@pytest.mark.parametrize(
+    ("terminal", "tested", "told"), [(True, False, 1), (False, False, 0), (True, True, 0)]
+)
+def test_who_waits_for_the_compiler_is_told_once(
+    terminal: bool,
+    tested: bool,
+    told: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """At a terminal, and outside of tests; nothing is said where nothing is compiled."""
+    numba = importlib.import_module("numba")
+    monkeypatch.setattr(_compiled, "_told", [])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    if not tested:
+        monkeypatch.delitem(sys.modules, "pytest")
+    with _compiled._told_of_compiling():
+        pass
+    assert capsys.readouterr().err == ""
+    with _compiled._told_of_compiling():
+        for number in range(2 if told else 1):
+            numba.njit(["int64(int64)"])(eval(f"lambda x: x + {number}"))
+    assert capsys.readouterr().err.count("are compiled for this CPU, once") == told

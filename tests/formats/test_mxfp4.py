@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mxfp4ref._choices import CONVENTIONS
 from mxfp4ref.formats import mxfp4
 from tests.helpers.exact import E2M1
 from tests.helpers.float_formats import DTYPES, FORMATS, round_to_bits, unsigned_bits
@@ -202,7 +203,7 @@ def test_modes_change_nothing(mode: str) -> None:
     scales = torch.arange(256, dtype=torch.uint8)[:, None]
     packed = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 16)
     with MODES[mode]():
-        for convention, dtype in itertools.product(mxfp4.CONVENTIONS, DTYPES):
+        for convention, dtype in itertools.product(CONVENTIONS, DTYPES):
             got = mxfp4.dequantize(packed.roll(1, 0), scales, convention=convention, dtype=dtype)
             expected = [
                 expected_bits(byte, (byte - 1) % 256 >> 4 * half & 15, convention, dtype)

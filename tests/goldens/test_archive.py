@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
 import os
 import shutil
 import socket
+import stat
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -179,6 +181,44 @@ def test_nothing_is_replaced(archive: tuple[Path, str], tmp_path: Path) -> None:
     assert not (tmp_path / "nowhere").exists()
 
 
+def test_a_folder_that_cannot_be_replaced_is_refused_at_once(
+    archive: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(size: int) -> None:
+        raise AssertionError("nothing is to be read")
+
+    def busy(source: Path, target: Path) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir(empty)
+        with pytest.raises(OSError, match=r"it is the working directory; write \S+/empty/goldens"):
+            fetch_archive(str(archive[0]), archive[1], Path("."), read)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", busy)
+        with pytest.raises(OSError, match=r"it is a mount point; write \S+/empty/goldens"):
+            fetch_archive(str(archive[0]), archive[1], empty, read)
+    assert (os.listdir(tmp_path), os.listdir(empty)) == (["empty"], [])
+    empty.chmod(0o750)
+    fetch_archive(str(archive[0]), archive[1], empty)
+    assert stat.S_IMODE(empty.stat().st_mode) == 0o750
+
+
+@pytest.mark.parametrize("target", ["secret", "folder", "nowhere"])
+def test_links_are_not_packed(root: Path, tmp_path: Path, target: str) -> None:
+    """What they lead to is not of the goldens, and may be nobody else's business."""
+    copy = tmp_path / "copy"
+    shutil.copytree(root, copy)
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "folder").mkdir()
+    (copy / "hardware" / "b.jsonl").symlink_to(tmp_path / target)
+    with pytest.raises(GoldenError, match=rf"hardware/b\.jsonl: expected no link, it leads to '.*{target}'"):
+        write_archive(Goldens(copy), tmp_path / "a.tar")
+    assert not (tmp_path / "a.tar").exists()
+
+
 def member(
     name: str, data: bytes = b"x", kind: bytes = tarfile.REGTYPE, link: str = ""
 ) -> tuple[tarfile.TarInfo, bytes]:
@@ -253,13 +293,22 @@ def test_an_interruption_leaves_nothing(archive: tuple[Path, str], tmp_path: Pat
     assert os.listdir(tmp_path) == []
 
 
-def test_commands(root: Path, archive: tuple[Path, str], tmp_path: Path) -> None:
+def test_commands(
+    root: Path, archive: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def invoke(*arguments: str | Path) -> tuple[int, str]:
         result = CliRunner().invoke(commands, ["goldens", *map(str, arguments)])
         return result.exit_code, result.output
 
     code, output = invoke("pack", tmp_path / "a.tar", "--goldens", root)
     assert (code, output.splitlines()[-1]) == (0, archive[1])
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path)
+        result = CliRunner().invoke(commands, ["goldens", "pack", "-", "--goldens", str(root)])
+        assert result.exit_code == 0, result.output
+        assert result.stdout_bytes == (tmp_path / "a.tar").read_bytes()
+        assert result.stderr.splitlines()[-1] == archive[1]
+        assert os.listdir() == ["a.tar"]
     into = tmp_path / "with space"
     code, output = invoke("fetch", tmp_path / "a.tar", "--sha256", archive[1], "--into", into)
     assert code == 0

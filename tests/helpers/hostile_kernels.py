@@ -626,6 +626,16 @@ def floods_and_dies(**arguments: Any) -> Any:
     os.abort()
 
 
+def prints_and_is_right(**arguments: Any) -> Any:
+    os.write(2, b"of the run before\n" * 1000)
+    return right(**arguments)
+
+
+def dies_silently(**arguments: Any) -> Any:
+    os.write(2, b"of this run\n")
+    os._exit(3)
+
+
 def closes_everything(**arguments: Any) -> Any:
     os.closerange(0, 200)
     return right(**arguments)

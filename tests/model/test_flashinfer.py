@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from mxfp4ref._choices import WEIGHT_LAYOUTS
 from mxfp4ref.formats.generations import BYTEWISE, GENERATIONS, WORDWISE, Generation
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.model.call import MoeCall
-from mxfp4ref.model.flashinfer import WEIGHT_LAYOUTS, torch_ref_cutlass_fused_moe
+from mxfp4ref.model.flashinfer import torch_ref_cutlass_fused_moe
 from mxfp4ref.model.forward import MoeTrace, forward
 from mxfp4ref.model.forward import trace as moe_trace
 from mxfp4ref.sm90.tactics import Sm90Kernel

@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from click.testing import CliRunner
 
 from mxfp4ref.__main__ import commands
 from mxfp4ref.conformance import report_text
+from mxfp4ref.conformance.cli import shared
 from tests.helpers.hostile_files import CHECKOUT, COMMANDS, make_folder
 
 MXFP4REF = (sys.executable, "-m", "mxfp4ref")
@@ -114,3 +116,65 @@ def test_ctrl_c(tmp_path: Path) -> None:
         assert command.stdout.readline() == b"waiting\n"
         command.send_signal(signal.SIGINT)
         assert (command.wait(30), command.stderr.read()) == (130, b"")
+
+
+def test_the_second_ctrl_c_is_told_and_the_third_ends(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The reports are written on the first; what comes with it, of a terminal and of a parent, is the same one."""
+    now = 100.0
+    monkeypatch.setattr(shared.time, "monotonic", lambda: now)
+    before = signal.getsignal(signal.SIGINT)
+    with shared.interrupted_once():
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        now = 101.9
+        signal.raise_signal(signal.SIGINT)
+        assert capfd.readouterr().err == ""
+        now = 102.1
+        signal.raise_signal(signal.SIGINT)
+        assert "interrupted before: the reports are being written; a third Ctrl-C" in capfd.readouterr().err
+        now = 104.2
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+INTERRUPTED_TWICE = """
+import os, signal, sys, threading, time
+from mxfp4ref.conformance.cli.shared import interrupted_once
+from mxfp4ref import __main__
+
+@__main__.commands.command("waiting")
+@interrupted_once()
+def waiting():
+    try:
+        print("waiting", flush=True)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        time.sleep(0.3)
+        open("report", "w").write("whole")
+        sys.exit(130)
+
+class Late:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+
+late = Late()
+sys.argv = ["mxfp4ref", "waiting"]
+__main__.main()
+"""
+
+
+def test_a_hasty_second_ctrl_c_costs_neither_report_nor_exit_code(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED_TWICE],
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": ENVIRONMENT, "cwd": tmp_path},
+    ) as command:
+        assert command.stdout is not None
+        assert command.stdout.readline() == b"waiting\n"
+        for _ in range(3):
+            command.send_signal(signal.SIGINT)
+            time.sleep(0.01)
+        assert command.wait(30) == 130
+    assert (tmp_path / "report").read_text() == "whole"

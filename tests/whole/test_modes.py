@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mxfp4ref._choices import CONVENTIONS, REDUCTIONS
 from mxfp4ref.conformance import suite as conformance
 from mxfp4ref.conformance.bounds import bound
 from mxfp4ref.conformance.comparison import differing, ulp_distance
@@ -104,12 +105,12 @@ TOKEN_IDS = torch.tensor([2, 0, 1, 4, 4])
 COMPUTATIONS: dict[str, Callable[[], Any]] = {
     "mxfp4.decode_ue8m0": lambda: [
         mxfp4.decode_ue8m0(SCALES, convention, dtype)
-        for convention in mxfp4.CONVENTIONS
+        for convention in CONVENTIONS
         for dtype in (torch.float32, torch.float64, torch.bfloat16)
     ],
     "mxfp4.dequantize": lambda: [
         mxfp4.dequantize(PACKED, SCALES, convention=convention, dtype=dtype)
-        for convention in mxfp4.CONVENTIONS
+        for convention in CONVENTIONS
         for dtype in (torch.float32, torch.float64, torch.bfloat16)
     ],
     "mxfp4.quantize": lambda: [
@@ -206,7 +207,7 @@ COMPUTATIONS: dict[str, Callable[[], Any]] = {
         parallel.forward_all_ranks(
             replace(CALL, experts=EXPERTS), parallel.Ranks(ep_size=2, expert_map=MAP, physical_ids=CHOSEN)
         ),
-        *(parallel.gather(OUTPUTS, reduction=reduction) for reduction in parallel.REDUCTIONS),
+        *(parallel.gather(OUTPUTS, reduction=reduction) for reduction in REDUCTIONS),
     ],
     "layer": lambda: [
         layer.moe_layer(CALL.input, routing.mixtral(LOGITS[:, :4], top_k=2), EXPERTS),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+import sys
+import tempfile
 from pathlib import Path
 
 import click
@@ -59,10 +62,12 @@ def fetch(source: str, sha256: str, folder: Path) -> None:
 
 
 @archive.command()
-@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path, allow_dash=True))
 @goldens_option
 def pack(file: Path, root: Path | None) -> None:
     """Write the goldens to FILE, a tar archive, and print its SHA-256 for `goldens fetch`.
+
+    If FILE is -, the archive goes to stdout and all else to stderr.
 
     \b
     mxfp4ref goldens pack goldens.tar
@@ -73,9 +78,16 @@ def pack(file: Path, root: Path | None) -> None:
     """
     from mxfp4ref.goldens.archive import write_archive
 
-    with usage_errors():
-        found = open_goldens(root)
-        check_no_input(file, files_below(found.root))
-        digest = write_archive(found, file)
-    echo(f"{file}: {len(found.names())} cases, {file.stat().st_size:,} bytes, SHA-256")
-    echo(digest)
+    with tempfile.TemporaryDirectory() as folder:
+        to_stdout = file == Path("-")
+        path = Path(folder, "goldens.tar") if to_stdout else file
+        with usage_errors():
+            found = open_goldens(root)
+            check_no_input(path, files_below(found.root))
+            digest = write_archive(found, path)
+        if to_stdout:
+            with path.open("rb") as packed:
+                shutil.copyfileobj(packed, sys.stdout.buffer)
+        size = path.stat().st_size
+    echo(f"{file}: {len(found.names())} cases, {size:,} bytes, SHA-256", err=to_stdout)
+    echo(digest, err=to_stdout)

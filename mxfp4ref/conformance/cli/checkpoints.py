@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from mxfp4ref._choices import ACTIVATION_NAMES, ROUTER_NAMES, SCALE_RULES, STRATEGIES
+from mxfp4ref._choices import ACTIVATION_NAMES, ROUTER_NAMES, SCALE_RULES, STRATEGIES, RouterName, ScaleRule
 from mxfp4ref._files import check_no_input
 from mxfp4ref.conformance.cli.command import command
 from mxfp4ref.conformance.cli.shared import describe, first_values, progress, usage_errors
@@ -101,7 +101,7 @@ def reading(function: Callable[..., None]) -> Callable[..., None]:
 
 def read_options(
     changes: Sequence[tuple[str, object]],
-    quantize: str | None,
+    quantize: ScaleRule | None,
     name_map: Path | None,
     experts: Sequence[int] | None = None,
 ) -> Any:
@@ -190,7 +190,7 @@ def layer(
     index: int | str,
     input_path: Path,
     output_path: Path | None,
-    router: str | None,
+    router: RouterName | None,
     **options: Any,
 ) -> None:
     """Run a whole mixture-of-experts layer of a checkpoint: router, experts, output.

@@ -22,7 +22,7 @@ from mxfp4ref.conformance.finding import STAGES
 from mxfp4ref.conformance.source import functions_in
 from mxfp4ref.goldens import open_goldens
 
-__all__ = ["cases", "completion", "defect_names", "explained", "globs", "kernels"]
+__all__ = ["cases", "completion", "defect_globs", "defect_names", "explained", "globs", "kernels"]
 
 _KERNELS = (
     "oracle",
@@ -122,8 +122,18 @@ def kernels(context: click.Context, parameter: click.Parameter, incomplete: str)
 
 def explained(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
     """What can be explained: the named defects, the families and the stages."""
+    before = "".join(f"{word} " for word in context.params.get("words") or ())  # "K" of "K groups"
+    return [name.removeprefix(before) for name in _starting(_explainable(), before + incomplete)]
+
+
+def defect_globs(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """What `defects` lists: the named defects, families and stages, those of one word."""
+    return [name for name in _starting(_explainable(), incomplete) if " " not in name]
+
+
+def _explainable() -> Iterable[str]:
     text = (files("mxfp4ref.conformance") / "families" / "__init__.py").read_text("utf-8")
-    return _starting(dict.fromkeys((*defect_names(), *_FAMILY.findall(text), *STAGES)), incomplete)
+    return dict.fromkeys((*defect_names(), *_FAMILY.findall(text), *STAGES))
 
 
 def defect_names() -> list[str]:

@@ -31,6 +31,7 @@ from mxfp4ref.conformance.cli.shared import (
     diagnosis_option,
     goldens_option,
     interrupted_once,
+    limited_jobs,
     usage_errors,
 )
 from mxfp4ref.conformance.cli.terminal import echo
@@ -172,7 +173,8 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
     a process of their own. With --no-isolate, for debuggers, a run that takes longer than --timeout is abandoned in
     its thread, and a kernel that ends its process ends the command, with exit code 1.
 
-    With Ctrl-C, what was run is told and the reports are written, marked as interrupted.
+    With Ctrl-C, what was run is told and the reports are written, marked as interrupted. A second one changes
+    nothing, a third ends at once.
 
     Exit codes: 0 conforms, 1 does not, 2 wrong usage or environment, or a report could not be written, 130
     interrupted.
@@ -195,7 +197,8 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
         goldens = open_goldens(root)
         names = _select(goldens, patterns)
         if earlier is not None:
-            names = _failed_in(earlier, goldens, names)
+            names = _failed_in(earlier, goldens, names, (spec, options["mode"]))
+        options["jobs"] = limited_jobs(options["jobs"], len(names))
         files.check(chain(files_below(goldens.root), _sources(spec), [earlier] if earlier else ()))
         with case_progress(names) as advance:
             try:
@@ -247,8 +250,8 @@ def _select(goldens: Goldens, patterns: Iterable[str]) -> list[str]:
     return [name for name in names if name in chosen] if chosen else names
 
 
-def _failed_in(path: Path, goldens: Goldens, chosen: list[str]) -> list[str]:
-    """Those of the chosen cases that failed in an earlier report."""
+def _failed_in(path: Path, goldens: Goldens, chosen: list[str], run: tuple[str, str]) -> list[str]:
+    """Those of the chosen cases that failed in an earlier report; `run` is the kernel and the mode of this one."""
     from mxfp4ref.conformance.report_reading import read_report
 
     earlier = read_report(path)
@@ -260,6 +263,12 @@ def _failed_in(path: Path, goldens: Goldens, chosen: list[str]) -> list[str]:
         )
     if not (names := [name for name in chosen if name in failed]):
         raise UsageError(f"--last-failed: none of the {len(chosen)} cases failed in {path}; nothing to run")
+    then = {"kernel": (earlier.arguments or [earlier.kernel])[0], "mode": earlier.mode}
+    now = dict(zip(then, run, strict=True))
+    if earlier.goldens:
+        then["goldens"], now["goldens"] = earlier.goldens["sha256"], goldens.sha256
+    if others := [f"{name} {then[name]}, not {now[name]}" for name in then if then[name] != now[name]]:
+        echo(f"--last-failed: {path} is of {'; '.join(others)}", err=True)
     if earlier.left:
         echo(f"--last-failed: {earlier.left} more cases were not run then, and are not now", err=True)
     return names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from mxfp4ref.conformance.cli import completing
 from mxfp4ref.conformance.cli.command import command
 from mxfp4ref.conformance.cli.shared import UsageError, goldens_option, usage_errors
 from mxfp4ref.conformance.cli.terminal import echo, echo_json
+from mxfp4ref.conformance.finding import STAGES
 from mxfp4ref.goldens import open_goldens
 
 if TYPE_CHECKING:
@@ -22,34 +24,61 @@ __all__ = ["defects", "explain"]
 
 
 @command()
+@click.argument("patterns", nargs=-1, metavar="[GLOB]...", shell_complete=completing.defect_globs)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")
-def defects(as_json: bool) -> None:
+def defects(patterns: tuple[str, ...], as_json: bool) -> None:
     """List the families of wrong kernels with their named members, and the named defects of other stages.
+
+    GLOB is a pattern of names, a family, a stage, or "arithmetic" for those that mean the same and round otherwise;
+    without one, all are listed.
 
     \b
     mxfp4ref defects
+    mxfp4ref defects 'limit*' 'K groups' routing
     mxfp4ref defects --json | jq -r '.[].name'
 
-    Exit codes: 0 listed. `mxfp4ref explain` tells more of one; `mxfp4ref conform defect:NAME` runs it.
+    Exit codes: 0 listed; 2 nothing matches. `mxfp4ref explain` tells more of one; `mxfp4ref conform defect:NAME` runs
+    it.
     """
     from mxfp4ref.conformance.families import FAMILIES
     from mxfp4ref.defects import DEFECTS
 
+    chosen = _chosen(patterns)
     if as_json:
-        rows = [
-            {n: getattr(d, n) for n in ("name", "kind", "target", "summary", "seen_in")}
-            for d in DEFECTS.values()
-        ]
-        echo_json(rows)
+        fields = ("name", "kind", "target", "summary", "seen_in")
+        echo_json([{n: getattr(DEFECTS[name], n) for n in fields} for name in chosen])
         return
-    width = max(len(name) for name in DEFECTS)
+    width = max(map(len, chosen), default=0)
     for family in FAMILIES.values():
-        echo(family.name, bold=True)
-        echo(f"  {family.summary}")
-        _list(family.members, width)
-    for target in dict.fromkeys(d.target for d in DEFECTS.values() if d.target != "moe"):
+        members = [name for name in family.members if name in chosen]
+        if members or not patterns or family.name in patterns:
+            echo(family.name, bold=True)
+            echo(f"  {family.summary}")
+            _list(members, width)
+    for target in dict.fromkeys(DEFECTS[name].target for name in chosen if DEFECTS[name].target != "moe"):
         echo(f"defects of {target}", bold=True)
-        _list([d.name for d in DEFECTS.values() if d.target == target], width)
+        _list([name for name in chosen if DEFECTS[name].target == target], width)
+
+
+def _chosen(patterns: Sequence[str]) -> list[str]:
+    """The defects that any of the patterns means; all without one."""
+    from mxfp4ref.conformance.families import FAMILIES, family_of
+    from mxfp4ref.conformance.families.named import stages_of
+    from mxfp4ref.defects import DEFECTS
+
+    words: dict[str, set[str]] = {}  # what a pattern may mean besides the names
+    for name, defect in DEFECTS.items():
+        family = family_of(name)
+        kinds = {"arithmetic"} & {defect.kind}
+        words[name] = {defect.target, *stages_of(defect), *kinds} | ({family.name} if family else set())
+    chosen: set[str] = set()
+    for pattern in patterns:
+        found = {n for n in DEFECTS if pattern in words[n] or fnmatch.fnmatchcase(n, pattern)}
+        if not found and pattern not in FAMILIES:
+            hint = did_you_mean(pattern, [*DEFECTS, *FAMILIES, *STAGES])
+            raise UsageError(f"GLOB: {pattern!r} matches none of the {len(DEFECTS)} defects{hint}")
+        chosen |= found
+    return [name for name in DEFECTS if not patterns or name in chosen]
 
 
 def _list(names: Sequence[str], width: int = 0) -> None:
@@ -80,7 +109,6 @@ def explain(words: tuple[str, ...], root: Path | None) -> None:
     Exit codes: 0 explained; 2 there is none of that name. `mxfp4ref defects` lists them.
     """
     from mxfp4ref.conformance.families import FAMILIES, family_of
-    from mxfp4ref.conformance.finding import STAGES
     from mxfp4ref.defects import DEFECTS
 
     name = " ".join(words)  # families have names of several words, which a shell completes without quotes

@@ -18,6 +18,7 @@ from mxfp4ref.conformance.cli.shared import (
     describe,
     first_values,
     goldens_option,
+    limited_jobs,
     progress,
     usage_errors,
 )
@@ -106,7 +107,7 @@ def regenerate(check: bool, only: tuple[str, ...], jobs: int, root: Path | None)
     """
     from mxfp4ref.goldens import writing  # imports the definitions of all cases
 
-    start = time.monotonic()
+    start, jobs = time.monotonic(), limited_jobs(jobs)
     with usage_errors(), progress(lines=True) as step:
         result = writing.regenerate(root, only, check=check, jobs=jobs, progress=step)
     for difference in result.differences:

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,7 @@ __all__ = [
     "INTERRUPTED",
     "NOT_EQUAL",
     "USAGE",
+    "Presses",
     "UsageError",
     "case_progress",
     "check_no_swap",
@@ -38,13 +39,16 @@ __all__ = [
     "first_values",
     "goldens_option",
     "interrupted_once",
+    "limited_jobs",
     "progress",
     "usage_errors",
 ]
 
 NOT_EQUAL, USAGE, INTERRUPTED = 1, 2, 128 + 2  # exit codes, besides 0
-# Seconds in which a second interrupt is taken for the first: of a terminal and of the parent, too.
-_SAME = 2.0
+_SAME = (
+    2.0  # seconds in which a second interrupt is taken for the first: of a terminal and of the parent, too
+)
+_AGAIN = b"\ninterrupted before: the reports are being written; a third Ctrl-C ends at once, without them\n"
 
 diagnosis_option = click.option(
     "--diagnosis",
@@ -146,18 +150,44 @@ def case_progress(names: Sequence[str]) -> Iterator[Callable[[CaseResult], None]
         yield advance
 
 
+def limited_jobs(jobs: int, cases: int | None = None) -> int:
+    """As many jobs as have cases and cores, and a line if that is fewer than were asked for."""
+    limits = {"cores": os.cpu_count() or 1} | ({} if cases is None else {"cases": max(cases, 1)})
+    what = min(limits, key=lambda name: limits[name])
+    if jobs <= limits[what]:
+        return jobs
+    echo(f"--jobs: {jobs} are more than there are {what}: {limits[what]} are used", err=True)
+    return limits[what]
+
+
+class Presses:
+    """Ctrl-C, as often as it is pressed."""
+
+    def __init__(self) -> None:
+        self._count, self._last = 0, -math.inf
+
+    def take(self) -> int:
+        """Which one this is, from 1; 0 if it is the last one once more."""
+        if (now := time.monotonic()) - self._last <= _SAME:
+            return 0
+        self._last = now
+        self._count += 1
+        return self._count
+
+
 @contextmanager
 def interrupted_once() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt, but not a second time while the first is being answered."""
+    """Ctrl-C raises KeyboardInterrupt; the second only says that the first is being answered, the third raises."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    last = -math.inf
+    presses = Presses()
 
     def handle(number: int, frame: object) -> None:
-        nonlocal last
-        before, last = last, time.monotonic()
-        if last - before > _SAME:
+        if (which := presses.take()) == 2:
+            with suppress(OSError):
+                os.write(2, _AGAIN)
+        elif which:
             raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGINT, handle)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from mxfp4ref.conformance.cli.shared import INTERRUPTED, NOT_EQUAL, USAGE
+from mxfp4ref.conformance.cli.shared import INTERRUPTED, NOT_EQUAL, USAGE, Presses
 from mxfp4ref.conformance.processes import how_it_ended
 
 __all__ = ["main"]
@@ -22,7 +22,7 @@ verdict = sys.argv.pop(1)
 from mxfp4ref.__main__ import main
 main(verdict)
 """
-_PATIENCE = 3  # so many interrupts end the process at once
+_PATIENCE = 3  # so many interrupts end the process at once, as it says itself
 _NONE = b"none"  # instead of an exit code, as long
 
 
@@ -51,14 +51,19 @@ def _supervise() -> int:
         verdict = Path(folder, "verdict")
         verdict.write_bytes(_NONE)  # written over in place, for which even a full disk has room
         command = [sys.executable, "-c", _START, repr(sys.path), str(verdict), *sys.argv[1:]]
-        process = subprocess.Popen(command)
-        interrupts = 0
-        while process.returncode is None:
-            try:
-                process.wait()
-            except KeyboardInterrupt:  # it writes its reports and ends, if its kernel lets it
-                interrupts += 1
-                process.send_signal(signal.SIGINT if interrupts < _PATIENCE else signal.SIGKILL)
+        process, presses, interrupts = subprocess.Popen(command), Presses(), 0
+
+        def pass_on(number: int, frame: object) -> None:
+            nonlocal interrupts
+            if which := presses.take():  # it writes its reports and ends, if its kernel lets it
+                interrupts = which
+                process.send_signal(signal.SIGINT if which < _PATIENCE else signal.SIGKILL)
+
+        before = signal.signal(signal.SIGINT, pass_on)
+        try:
+            process.wait()
+        finally:
+            signal.signal(signal.SIGINT, before)
         if verdict.is_file() and (code := verdict.read_bytes().strip()).isdigit():
             return int(code)
         if interrupts:

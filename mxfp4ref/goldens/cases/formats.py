@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from mxfp4ref.formats.mxfp4 import CONVENTIONS, dequantize, pack_codes
+from mxfp4ref._choices import CONVENTIONS, Convention, ScaleRule
+from mxfp4ref.formats.mxfp4 import dequantize, pack_codes
 from mxfp4ref.formats.quantize import SCALE_RULES, quantize
 from mxfp4ref.goldens.cases.definition import Content, define
 from mxfp4ref.goldens.cases.source import Source
@@ -15,7 +16,9 @@ from mxfp4ref.model.call import MoeCall
 _ALL_CODES = torch.arange(16, dtype=torch.uint8)
 
 
-def _dequantized(packed: torch.Tensor, scales: torch.Tensor, convention: str, dtype: torch.dtype) -> Content:
+def _dequantized(
+    packed: torch.Tensor, scales: torch.Tensor, convention: Convention, dtype: torch.dtype
+) -> Content:
     values = dequantize(packed, scales, convention=convention, dtype=dtype)
     return Content(
         {"packed": packed, "scales": scales, "values": values},
@@ -51,7 +54,7 @@ def _to_be_quantized(source: Source) -> torch.Tensor:
     return values
 
 
-def _quantized(values: torch.Tensor, rule: str) -> Content:
+def _quantized(values: torch.Tensor, rule: ScaleRule) -> Content:
     packed, scales = quantize(values, rule=rule)
     return Content({"values": values, "packed": packed, "scales": scales}, {"rule": rule})
 
@@ -65,7 +68,7 @@ for _rule in SCALE_RULES:
         name=f"quantize_{_rule}",
         unique_for="every decision of a quantiser",
     )
-    def _(source: Source, rule: str = _rule) -> Content:
+    def _(source: Source, rule: ScaleRule = _rule) -> Content:
         return _quantized(_to_be_quantized(Source("formats/quantize")), rule)
 
 
@@ -77,7 +80,7 @@ def quantize_bf16(source: Source) -> Content:
     return _quantized(source.spread("values", -6, 6, 32, 64), "ceil")
 
 
-def _every_code_and_scale(convention: str, dtype: torch.dtype) -> Content:
+def _every_code_and_scale(convention: Convention, dtype: torch.dtype) -> Content:
     codes = torch.cat((_ALL_CODES, _ALL_CODES.flip(0)))
     scales = torch.arange(256, dtype=torch.uint8).unsqueeze(1)
     return _dequantized(pack_codes(codes.expand(256, 32)), scales, convention, dtype)
@@ -95,7 +98,7 @@ for _convention in CONVENTIONS:
             name=f"every_code_every_scale_{_convention}_{_result}",
             unique_for="exhaustive over the format",
         )
-        def _(source: Source, convention: str = _convention, dtype: torch.dtype = _dtype) -> Content:
+        def _(source: Source, convention: Convention = _convention, dtype: torch.dtype = _dtype) -> Content:
             return _every_code_and_scale(convention, dtype)
 
 
