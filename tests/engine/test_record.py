@@ -259,7 +259,10 @@ def test_a_call_that_raises_is_recorded_without_output(tmp_path: Path, stand_in:
     with Recorder(tmp_path).recording(), pytest.raises(NotImplementedError):
         stand_in.cutlass_fused_moe(**arguments_of(SM90_CALL), cluster_size=3)
     (result,) = replay(tmp_path).results
-    assert (result.status, result.message) == ("skipped", "cluster_size: not modelled, expected 1, got 3")
+    assert (result.status, result.message) == (
+        "skipped",
+        "cluster_size: not modelled, expected 1 (the kernel refuses any other), got 3",
+    )
 
 
 def test_a_full_disk_does_not_stop_the_script(tmp_path: Path, stand_in: ModuleType) -> None:
