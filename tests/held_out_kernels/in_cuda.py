@@ -273,7 +273,7 @@ def gathered_slot_by_slot(call: MoeCall) -> Tensor:
 
 @wrong(
     stage="finalize",
-    says=("weight", "slot|token", MOVED + "|wrong|other|major"),
+    says=("weight", "slot|token|\\bk\\b", MOVED + "|wrong|other|major"),
     story="the routing weights are read as [slots, tokens]",
 )
 def weights_read_slot_major(call: MoeCall) -> Tensor:

@@ -138,7 +138,7 @@ def silu_rounded_to_bf16(call: MoeCall) -> Tensor:
     stage="activation",
     says=(
         "sigmoid|exp2|log2|activation|alpha|gate|silu",
-        "log2|exp2|ln|0\\.69\\d*|1\\.44\\d*|base|alpha|" + OTHER,
+        "log2|exp2|2\\^x|ln|0\\.69\\d*|1\\.44\\d*|base|alpha|" + OTHER,
     ),
     story="exp2 is taken for exp: log2(e) is left out",
 )

@@ -17,6 +17,7 @@ from mxfp4ref.conformance.families.error_space import Space
 from mxfp4ref.conformance.families.expert_sums import other_sums
 from mxfp4ref.conformance.families.formula import Formula, fitted
 from mxfp4ref.conformance.families.hypothesis import Finding, Pipeline, local_of
+from mxfp4ref.conformance.families.lost_terms import lost_terms
 from mxfp4ref.conformance.families.mixed_up import mixed_up
 from mxfp4ref.conformance.families.places import columns_in_words
 from mxfp4ref.conformance.families.sampled import samples
@@ -28,6 +29,7 @@ __all__ = ["Evidence", "gather", "look_closer"]
 
 _TOKENS = 6  # that are looked at
 _GROSS = 32  # ulp
+_LEAST = 2.0**-125  # twice the least float32 and bf16 number that is not subnormal
 _PARTLY = 0.05  # of the errors, from which a function of up and gate is not excluded
 
 
@@ -82,7 +84,11 @@ def gather(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> list
     found: list[Evidence] = []
     local = local_of(pipeline)
     tokens = _telling(got, want, wrong, local)
+    if (tiny := _near_underflow(got, want, wrong)) is not None:
+        return [tiny]
     found += _rows(pipeline, got, want, wrong)
+    if not found and (lost := lost_terms(pipeline, got, want, wrong, local)) is not None:
+        return [Evidence(*lost)]
     found += _single(got, want, wrong, local) or _columns(got, want, wrong, tokens)
     if not found:
         found += (Evidence(*parts) for parts in other_sums(pipeline, got, local, tokens))
@@ -191,6 +197,19 @@ def _lost(got: Tensor, lost: Tensor, rows: Tensor) -> Iterator[Evidence]:
             "none would show in all, so that it is in GEMM2, the fc2 bias, the sum or the writing of the output",
             2,
         )
+
+
+def _near_underflow(got: Tensor, want: Tensor, wrong: Tensor) -> Evidence | None:
+    """Differences that are as small as the least numbers, and tell nothing of where they come from."""
+    far = (fp32.widen(got[wrong]).double() - fp32.widen(want[wrong]).double()).abs()
+    if not bool((far <= _LEAST).all()):  # nor where one is no number
+        return None
+    return Evidence(
+        (),
+        f"{counted(len(far), 'element')} {'differs' if len(far) == 1 else 'differ'} by no more than 2^-125, where "
+        "numbers underflow: subnormal ones are kept or flushed at another place, or something is rounded there",
+        2,
+    )
 
 
 def _single(got: Tensor, want: Tensor, wrong: Tensor, local: Tensor) -> list[Evidence]:

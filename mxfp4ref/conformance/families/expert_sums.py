@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mxfp4ref.conformance.families.distances import solvable
 from mxfp4ref.conformance.families.hypothesis import Pipeline, slot_outputs
+from mxfp4ref.conformance.families.known_factors import factor_in_words
 from mxfp4ref.conformance.reduction import by_every_expert
 from mxfp4ref.sm90 import fp32
 
@@ -88,10 +89,11 @@ def other_sums(pipeline: Pipeline, got: Tensor, local: Tensor, tokens: list[int]
     if same_experts:
         ratios = [found[e] / asked[e] for _, asked, found in fits for e in asked if asked[e]]
         if max(ratios) - min(ratios) < 2.0**-5 * abs(ratios[0]):
+            known = factor_in_words(ratios[0], [call], unsure=_ROUNDING)
             yield (
                 ("finalize", "fc2"),
                 f"every token that was looked at is the right output times {ratios[0]:.4g}, as far as bf16 shows: a "
-                "factor on the routing weights, in the sum, or on GEMM2's result",
+                f"factor on the routing weights, in the sum, or on GEMM2's result{'; ' * bool(known)}{known}",
                 3,
             )
             return
