@@ -97,6 +97,15 @@ def other_sums(pipeline: Pipeline, got: Tensor, local: Tensor, tokens: list[int]
                 3,
             )
             return
+        twice = [(t, e) for t, asked, found in fits for e in asked if found[e] > 1.5 * asked[e] > 0]
+        if twice and all(_counted(asked[e], found[e]) for _, asked, found in fits for e in asked):
+            listed = ", ".join(f"token {t}'s of expert {e + first}" for t, e in twice[:4])
+            yield (
+                ("slots", "finalize"),
+                f"some slots' terms are added twice: {listed}{', ...' * (len(twice) > 4)}; {right}",
+                3,
+            )
+            return
         yield (
             ("finalize",),
             f"the routing weights used are others: token {token} is {shown}, asked was "
@@ -127,6 +136,11 @@ def other_sums(pipeline: Pipeline, got: Tensor, local: Tensor, tokens: list[int]
         f"{_sum_in_words(asked, first)}; {right}",
         3,
     )
+
+
+def _counted(asked: float, found: float) -> bool:
+    """Whether a weight is the right one, once or twice."""
+    return any(abs(found - n * asked) <= 2.0**-5 * abs(n * asked) for n in (1, 2))
 
 
 def _close(asked: dict[int, float], found: dict[int, float]) -> bool:
