@@ -10,8 +10,7 @@ import torch
 
 from mxfp4ref import MoeCall, forward
 from mxfp4ref.conformance import diagnose
-from mxfp4ref.conformance.families.engine import _simple_between
-from mxfp4ref.conformance.families.known_factors import factor_in_words
+from mxfp4ref.conformance.families.known_factors import factor_in_words, simple_between
 from mxfp4ref.conformance.finding import NOTE
 from mxfp4ref.sm90.fp32 import to_bf16
 from tests.held_out_kernels.by_hand import layer
@@ -81,7 +80,7 @@ def test_constants(factor: float, words: str) -> None:
     call = weighted(1.0)
     assert factor_in_words(factor, [call]).startswith(words)
     size = abs(factor)
-    assert size in _simple_between(size * (1 - 2.0**-9), size * (1 + 2.0**-9))
+    assert size in simple_between(size * (1 - 2.0**-9), size * (1 + 2.0**-9))
 
 
 @pytest.mark.parametrize("factor", [1.0, -1.0, 0.0, math.inf, math.nan, 1.1, 3.3])
@@ -101,5 +100,7 @@ def test_a_diagnosis_says_it() -> None:
     )
     noisy = diagnose("moe", call, {"output": about}, {"output": forward(call)}, diagnosis="quick").finding
     assert not noisy.exact
-    assert "the right output times 2.5" in noisy.sentence
-    assert noisy.sentence.endswith(f"is {TWICE}")
+    assert noisy.stages == ()
+    assert noisy.sentence.startswith("a factor of 2.5 too many on ")
+    assert "or nearly so (" in noisy.sentence
+    assert noisy.sentence.endswith(f"2.5 is {TWICE}")

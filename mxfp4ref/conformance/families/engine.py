@@ -13,12 +13,13 @@ from torch import Tensor
 
 from mxfp4ref.conformance.comparison import ulp_distance
 from mxfp4ref.conformance.families.activations import activation_hypotheses
+from mxfp4ref.conformance.families.by_slot import by_slot_hypotheses
 from mxfp4ref.conformance.families.codes import code_hypotheses
 from mxfp4ref.conformance.families.distances import surprise
 from mxfp4ref.conformance.families.evidence import Evidence, gather, look_closer
 from mxfp4ref.conformance.families.fragments import fragment_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline
-from mxfp4ref.conformance.families.known_factors import CONSTANTS, factor_in_words
+from mxfp4ref.conformance.families.known_factors import factor_in_words, simple_between
 from mxfp4ref.conformance.families.named import named_hypotheses
 from mxfp4ref.conformance.families.nearly import nearly
 from mxfp4ref.conformance.families.outputs import (
@@ -188,7 +189,9 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
     if small:
         yield wanted(slow, slow=True)
     yield wanted(of(k_hypotheses))
-    yield wanted(of(code_hypotheses, layout_hypotheses, fragment_hypotheses, inner_hypotheses))
+    yield wanted(
+        of(code_hypotheses, layout_hypotheses, by_slot_hypotheses, fragment_hypotheses, inner_hypotheses)
+    )
     if not small:
         yield wanted(slow, slow=True)
     if only and not _certain(evidence):  # should the evidence mislead, and as the first of two changes
@@ -288,21 +291,8 @@ def _factors(search: Search) -> list[float]:
     high = float((ratio.abs() * (1 + 2.0**-8)).quantile(0.1)) if len(ratio) < 1 << 20 else abs(middle)
     sign = -1.0 if middle < 0 else 1.0
     low, high = min(low, high), max(low, high)
-    low, high = min(low, abs(middle) * (1 - 2.0**-9)), max(high, abs(middle) * (1 + 2.0**-9))
-    return [sign * f for f in _simple_between(low, high) if sign * f != 1]
-
-
-def _simple_between(low: float, high: float) -> list[float]:
-    """Powers of two, numbers that kernels are full of, short decimals, and quotients and roots of small integers."""
-    found: dict[float, None] = {}
-    exponents = [2.0**e for e in range(-16, 17)]
-    decimals = [n / 10**d for d in range(4) for n in range(int(low * 10**d), int(high * 10**d) + 2)][:64]
-    fractions = [a / b for b in range(1, 17) for a in range(1, 33)]
-    roots = [n**0.5 for n in range(2, 17)] + [n**-0.5 for n in range(2, 17)]
-    for number in (*exponents, *CONSTANTS, *decimals, *fractions, *roots):
-        if low <= number <= high and number > 0:
-            found[number] = None
-    return list(found)[:8]
+    low, high = min(low, abs(middle) * (1 - 2.0**-8)), max(high, abs(middle) * (1 + 2.0**-8))
+    return [sign * f for f in simple_between(low, high) if sign * f != 1]
 
 
 def told(matches: Iterable[Match], evidence: Iterable[Evidence], calls: Iterable[MoeCall]) -> Finding:

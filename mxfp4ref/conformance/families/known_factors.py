@@ -8,13 +8,14 @@ from typing import TypeVar
 
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["CONSTANTS", "factor_in_words"]
+__all__ = ["factor_in_words", "simple_between"]
 
 _T = TypeVar("_T")
 _SAME = 2.0**-20  # relative: of two that were computed in float32
 _SAME_SUM = 2.0**-8  # of weights that were rounded, to bf16 at worst
 _EXACT_SUM = 2.0**-9
 _MOST_TOLD = 2
+_CUT = 2.0**-8  # what a number loses that is cut off to bf16
 _NUMBERS = {
     6.0: "the largest E2M1 number",
     448.0: "the largest E4M3 number",
@@ -22,7 +23,7 @@ _NUMBERS = {
     1.702: "the alpha of quick GELU",
 }
 _MODELS = {2.5: "DeepSeek-V3's", 1.5: "DeepSeek-V4-Flash's", 2.827: "Kimi-K2's"}
-CONSTANTS = {
+_CONSTANTS = {
     1 / math.log(2): "log2(e)",
     math.log(2): "ln 2",
     **_NUMBERS,
@@ -71,7 +72,7 @@ def _of_calls(factor: float, calls: list[MoeCall], unsure: float) -> Iterator[st
 
 
 def _of_numbers(factor: float, unsure: float) -> Iterator[str]:
-    yield from (words for number, words in CONSTANTS.items() if _near(factor, number, unsure))
+    yield from (words for number, words in _CONSTANTS.items() if _near(factor, number, unsure))
     for number, model in _MODELS.items():
         yield from _number_or_reciprocal(factor, number, f"{model} routed scaling factor", unsure)
     power = round(math.log2(factor))
@@ -105,3 +106,18 @@ def _sum(call: MoeCall) -> float | None:
     if not 0 < total < math.inf or not bool(((sums - total).abs() <= _SAME_SUM * total).all()):
         return None
     return total
+
+
+def simple_between(low: float, high: float) -> list[float]:
+    """Powers of two, numbers that kernels are full of, short decimals, and quotients and roots of small integers."""
+    found: dict[float, None] = {}
+    near = 2.0 ** round(math.log2(high))
+    exponents = [near] if low * (1 - _CUT) <= near <= high * (1 + _CUT) else []
+    decimals = [n / 10**d for d in range(4) for n in range(int(low * 10**d), int(high * 10**d) + 2)][:64]
+    fractions = [a / b for b in range(1, 17) for a in range(1, 33)]
+    roots = [n**0.5 for n in range(2, 17)] + [n**-0.5 for n in range(2, 17)]
+    found.update(dict.fromkeys(exponents))  # also where all numbers are cut off besides
+    for number in (*_CONSTANTS, *decimals, *fractions, *roots):
+        if low <= number <= high and number > 0:
+            found[number] = None
+    return list(found)[:8]

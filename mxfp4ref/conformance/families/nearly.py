@@ -7,7 +7,7 @@ from dataclasses import replace
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.families.distances import share
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
-from mxfp4ref.conformance.families.search import MOSTLY, Match, Search
+from mxfp4ref.conformance.families.search import ANYWHERE, MOSTLY, Match, Search
 
 __all__ = ["nearly"]
 
@@ -31,4 +31,5 @@ def nearly(search: Search) -> list[Match]:
     if any(1 - other < 2 * (1 - part) for other, h in found if not set(h.stages) & set(best.stages)):
         return []
     words = f"{best.words}, or nearly so ({part:.0%} of the wrong elements in every bit)"
-    return [Match(replace(best, words=words), False)]
+    stages = () if best.family in ANYWHERE else best.stages
+    return [Match(replace(best, words=words, stages=stages, name=""), False)]

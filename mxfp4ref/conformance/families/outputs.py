@@ -39,8 +39,8 @@ def _factor_hypotheses(factor: float) -> Iterator[Hypothesis]:
         return fp32.to_bf16(scaled(fp32.widen(output)))
 
     def before_rounding(pipeline: Pipeline) -> Pipeline:
-        before = pipeline.stages.round_output
-        return pipeline.staging(round_output=lambda t: before(scaled(t)))
+        before = pipeline.stages.finalize  # another rounding may follow
+        return pipeline.staging(finalize=lambda *rows: scaled(before(*rows)))
 
     def on_y_after(pipeline: Pipeline) -> Pipeline:
         before = pipeline.stages.round_fc2

@@ -74,7 +74,8 @@ def _kinds(call: MoeCall, local: Tensor, wrong: Tensor) -> Iterator[tuple[str, T
 def tokens_in_words(call: MoeCall, local: Tensor, chosen: Tensor, among: Tensor) -> str:
     """Words for the tokens `chosen [M] bool` among those of `among`; "" if they are too many to name."""
     if int(chosen.sum()) == 1:
-        return f"for token {int(chosen.nonzero()[0])}"
+        token = int(chosen.nonzero()[0])
+        return f"for token {token}{', the last' * (token == len(chosen) - 1 > 0)}"
     for words, mask, _ in _kinds(call, local, chosen | ~among):
         tokens = mask.any(1)
         if bool(tokens.any()) and torch.equal(tokens & among, chosen & among):
