@@ -52,7 +52,10 @@ def row_tail_not_computed(call: MoeCall) -> Tensor:
 
 @wrong(
     stage=("slots", "fc1", "fc2"),
-    says=("expert", "next|previous|before|another|shift|off by|one too|other|neighbou?r|of expert|instead"),
+    says=(
+        "experts?\\b",
+        "next|previous|before|another|shift|off by|one too|other experts|neighbou?r|of expert",
+    ),
     story="experts without rows are not counted, so that those after one take the weights of an expert before",
 )
 def offset_after_an_empty_expert(call: MoeCall) -> Tensor:
@@ -246,7 +249,7 @@ def terms_lost_in_a_race(call: MoeCall) -> Tensor:
 
 @wrong(
     stage=("slots", "finalize"),
-    says=("row|token|slot|expert", MOVED + "|permutation|wrong|other|got"),
+    says=("rows|tokens|slots", MOVED + "|permutation|other (rows|tokens|slots)|got"),
     story="the sum reads rows by the permutation that sorted them instead of its inverse",
 )
 def permutation_instead_of_its_inverse(call: MoeCall) -> Tensor:

@@ -40,7 +40,7 @@ def _zero(x: Maybe) -> Tensor | float:
 
 @wrong(
     stage="activation",
-    says=(f"activation|{FLUSHED}",),
+    says=("activation", FLUSHED),
     story="the activation's subnormals are kept: the kernel was built without flushing",
 )
 def activation_subnormals_kept(call: MoeCall) -> Tensor:
@@ -57,7 +57,7 @@ def activation_subnormals_kept(call: MoeCall) -> Tensor:
 
 @wrong(
     stage="finalize",
-    says=(f"finalize|weighted sum|output|{FLUSHED}",),
+    says=(FLUSHED,),
     story="the weighted sum keeps subnormals: the kernel was built without flushing",
 )
 def sum_keeps_subnormals(call: MoeCall) -> Tensor:
@@ -232,7 +232,7 @@ def fc1_bias_by_global_expert_id(call: MoeCall) -> Tensor:
 
 @wrong(
     stage="fc1",
-    says=(FC1 + "|code|weight", "0\\.5|code|subnormal|\\b1\\b|small"),
+    says=(FC1 + "|code", "0\\.5|code|subnormal|small"),
     story="E2M1's subnormal 0.5 is flushed to 0 in fc1",
 )
 def fc1_codes_without_subnormals(call: MoeCall) -> Tensor:
@@ -319,7 +319,7 @@ def alpha_by_slot(call: MoeCall) -> Tensor:
 
 @wrong(
     stage=("fc1", "fc2"),
-    says=("scale|weight|GEMM|code", "underflow|small|zero|clamp|round|fp16|float16|precis|weight|scale"),
+    says=("scale|weight|GEMM|code", "underflow|small|zero|clamp|round|fp16|float16|precis"),
     story="dequantised weights are kept as fp16 times 2^-12 and lose their smallest values",
 )
 def small_weights_lost_in_fp16(call: MoeCall) -> Tensor:
