@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from mxfp4ref.conformance.diagnosis import Diagnosis
-from mxfp4ref.conformance.finding import ALTERNATIVES, Finding, counted
+from mxfp4ref.conformance.finding import ALTERNATIVES, NOTE, Finding, counted
 
 __all__ = ["agreed"]
 
@@ -74,7 +74,7 @@ def _evident(findings: list[Finding]) -> Finding | None:
 
 def _alternatives(finding: Finding) -> list[str]:
     """The hypothesis of a sentence, and those that it is not told apart from."""
-    head, _, tail = finding.sentence.partition(ALTERNATIVES)
+    head, _, tail = finding.sentence.partition(NOTE)[0].partition(ALTERNATIVES)
     return [head, *filter(None, re.sub(r" and \d+ more$", "", tail).split("; "))]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.families.slots import position_in_expert
+from mxfp4ref.conformance.families.slot_kinds import position_in_expert
 from mxfp4ref.conformance.reduction import local_experts
 from mxfp4ref.model.call import MoeCall
 

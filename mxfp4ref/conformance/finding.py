@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["ALTERNATIVES", "STAGES", "UNKNOWN", "Finding", "counted"]
+__all__ = ["ALTERNATIVES", "NOTE", "STAGES", "UNKNOWN", "Finding", "counted"]
 
 STAGES = (
     *("input", "slots", "fc1", "activation", "fc2", "finalize"),
@@ -13,6 +13,8 @@ STAGES = (
 
 # Between a hypothesis and those that predict the same bits.
 ALTERNATIVES = ". This output does not tell it from: "
+# Before what is known of a number in a sentence.
+NOTE = ". Note: "
 
 
 def counted(count: int, noun: str) -> str:

@@ -290,7 +290,10 @@ def _function_words(code: Tensor, byte: Tensor, value: Tensor, convention: Conve
     left = differing(value, stored)
     if factor != 1:
         words.append(_all_scaled(factor))
-        scaled = ((of * factor).to(value.dtype) for of in (right, stored.to(torch.float64)))
+        scaled = [(of * factor).to(value.dtype) for of in (right, stored.to(torch.float64))]
+        fraction, power = math.frexp(factor)
+        if fraction == 0.5:  # scale bytes may have been raised or lowered up to the last number
+            scaled.append(table[torch.where(byte == _NAN, byte, (byte + power - 1).clamp(0, _NAN - 1)), code])
         left = torch.stack([differing(value, one) for one in scaled]).all(0)
         left &= ~(right.isnan() & number.isnan())
     for said, chosen in (

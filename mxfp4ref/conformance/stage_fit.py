@@ -10,6 +10,7 @@ from torch import Tensor
 from mxfp4ref.conformance.bounds import bound
 from mxfp4ref.conformance.comparison import differing, first_difference
 from mxfp4ref.conformance.families.distances import solvable
+from mxfp4ref.conformance.families.known_factors import factor_in_words
 from mxfp4ref.conformance.finding import counted
 from mxfp4ref.conformance.reduction import is_heavy, local_experts, one_token, reduce_call
 from mxfp4ref.formats.mxfp4 import dequantize
@@ -130,9 +131,10 @@ def _fit_finalize(call: MoeCall, output: Tensor, mask: Tensor) -> str:
     largest = int((asked / unsure).abs().argmax())
     factor = found[largest] / asked[largest]
     if bool(((found - factor * asked).abs() <= (1 + factor.abs()) * unsure).all()):
+        known = factor_in_words(float(factor), [call], unsure=2.0**-8)
         return (
             f"a factor, in finalize or before: {_each(fits)} the right output times {float(factor):.3g}, as far as "
-            "bf16 shows"
+            f"bf16 shows{'; ' * bool(known)}{known}"
         )
     token, (found, asked, _) = fits[0]
     return (

@@ -16,7 +16,7 @@ from mxfp4ref.__main__ import commands
 from mxfp4ref.conformance import Kernel, Options, diagnose, run
 from mxfp4ref.conformance.diagnosis import SECONDS
 from mxfp4ref.conformance.families import FAMILIES, family_of
-from mxfp4ref.conformance.families.slots import position_in_expert
+from mxfp4ref.conformance.families.slot_kinds import position_in_expert
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.defects.variants.finalize import FinalizeVariant
 from mxfp4ref.defects.variants.swiglu import SwigluVariant

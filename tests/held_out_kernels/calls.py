@@ -26,6 +26,9 @@ CALLS = {
     "padded_hidden": (24, 384, 128, 4, 2),
     "tokens_150": (150, 256, 128, 4, 2),
     "tokens_600": (600, 128, 128, 4, 2),
+    "idle_experts": (20, 256, 128, 8, 2),
+    "scaled_weights": (24, 256, 128, 8, 4),
+    "tiny_values": (24, 256, 128, 4, 2),
 }
 
 
@@ -69,6 +72,13 @@ def captured(name: str) -> MoeCall:
         scales[::2] = 1 / top_k
     if name == "padded_hidden":
         x[:, -64:] = 0
+    if name == "idle_experts":
+        ids = ids // 3 * 3 + 1  # experts 1, 4 and 7
+        ids[:, 1] = torch.where(ids[:, 1] == ids[:, 0], (ids[:, 1] + 3) % 9, ids[:, 1])
+    if name == "scaled_weights":
+        scales = scales * 2.5  # as of a router with routed_scaling_factor 2.5
+    if name == "tiny_values":
+        x = x * 2.0**-62  # activations and terms of the sum fall below the smallest normal float32
     rank = {
         "expert_rank_2_of_4": {"ep_size": 4, "ep_rank": 2},
         "tensor_rank_1_of_2": {"tp_size": 2, "tp_rank": 1},

@@ -104,3 +104,29 @@ def _rounded_half_away(values: Tensor, scales: Tensor) -> Tensor:
     quotients = grouped.abs() / decode_ue8m0(scales, "ocp", torch.float64)[..., None]
     codes = torch.bucketize(quotients.flatten(-2), between, right=True)
     return pack_codes((codes + 8 * values.signbit()).to(torch.uint8))
+
+
+@wrong(
+    kind="quantize",
+    stage="quantize",
+    says=("round|truncat|cut|toward zero|chop", "zero|truncat|cut|down|chop"),
+    story="elements are cut off to the next code towards zero",
+)
+def quantised_toward_zero(values: Tensor, rule: str = "floor") -> dict[str, Tensor]:
+    scales = quantize(values, rule=rule)[1]
+    magnitudes = torch.tensor(E2M1_VALUES[1:8], dtype=torch.float64)
+    quotients = (
+        values.double().unflatten(-1, (-1, 32)).abs() / decode_ue8m0(scales, "ocp", torch.float64)[..., None]
+    )
+    codes = torch.bucketize(quotients.flatten(-2), magnitudes, right=True)
+    return {"packed": pack_codes((codes + 8 * values.signbit()).to(torch.uint8)), "scales": scales}
+
+
+@wrong(
+    kind="dequantize",
+    stage="dequantize",
+    says=("scale", "group|next|shift|neighbou?r|another|other|previous|before"),
+    story="each group takes the scale of the group after",
+)
+def scales_of_the_next_group(packed: Tensor, scales: Tensor, **how: Any) -> dict[str, Tensor]:
+    return _values(packed, scales.roll(-1, -1), **how)

@@ -223,3 +223,59 @@ def factor_before_normalisation(**inputs: Any) -> Routed:
 def ids_sorted_weights_not(**inputs: Any) -> Routed:
     routed = _right(inputs)
     return {"ids": routed["ids"].sort(1).values, "scales": routed["scales"]}
+
+
+@wrong(
+    kind="routing",
+    stage="routing",
+    says=("factor|scal", "twice|again|two times|squared|once more", "2\\.5|1\\.5|factor"),
+    story="the routed scaling factor is applied by the router and by what calls it",
+)
+def factor_applied_twice(**inputs: Any) -> Routed:
+    scaled = inputs.get("routed_scaling") == "in_weights"
+    return _times(_right(inputs), inputs["routed_scaling_factor"] if scaled else 1.0)
+
+
+@wrong(
+    kind="routing",
+    mode="bounded",
+    stage="routing",
+    says=("bias", "ignored|missing|without|left out|not|choice|chosen|select|ids"),
+    story="experts are chosen without the correction bias",
+)
+def chosen_without_the_bias(**inputs: Any) -> Routed:
+    return in_torch({name: value for name, value in inputs.items() if name != "correction_bias"})
+
+
+@wrong(
+    kind="routing",
+    mode="bounded",
+    stage="routing",
+    says=("group", "max|best|top|sum|two|one|score|wrong|other"),
+    story="groups are ranked by their best expert instead of the sum of their two best",
+)
+def groups_by_their_best_expert(**inputs: Any) -> Routed:
+    def keys(biased: Tensor) -> Tensor:
+        groups = inputs.get("n_group", 1)
+        if groups == 1:
+            return biased
+        by_group = biased.unflatten(1, (groups, -1))
+        best = by_group.amax(2).sort(dim=1, descending=True, stable=True).indices[:, : inputs["topk_group"]]
+        kept = torch.zeros(by_group.shape[:2], dtype=torch.bool).scatter_(1, best, True)
+        return by_group.masked_fill(~kept[..., None], -torch.inf).flatten(1)
+
+    return in_torch(inputs, keys=keys)
+
+
+@wrong(
+    kind="routing",
+    mode="bounded",
+    stage="routing",
+    says=("round|bf16|bfloat16|precis", "score|weight|logit|bf16"),
+    story="scores are kept as bf16",
+)
+def scores_in_bf16(**inputs: Any) -> Routed:
+    def taken(scores: Tensor, ids: Tensor, biased: Tensor) -> Tensor:
+        return scores.bfloat16().float().gather(1, ids)
+
+    return in_torch(inputs, taken=taken)

@@ -51,8 +51,8 @@ _FAMILIES = (
     ),
     Family(
         "values",
-        "other values: scales by a power of two, taken as 1, the first row's; codes without sign or cut off; biases "
-        "doubled; SwiGLU parameters that are constants",
+        "other values: scales by a power of two, taken as 1, the first row's; codes without sign or cut off, or "
+        "transposed in blocks of 8 x 8; biases doubled; SwiGLU parameters that are constants",
         (
             *("scale_bias_125", "scale_truncated", "scale_as_integer", "scale_ocp_ends", "half_code_flushed"),
             *("codes_as_int4", "params_bf16", "limit_ignored", "alpha_ignored", "beta_ignored"),
@@ -76,12 +76,13 @@ _FAMILIES = (
     ),
     Family(
         "dropped slots",
-        "slots left out: the last of a token, rows beyond the first n of an expert, small weights, one expert",
+        "slots left out or added twice: the last of a token, rows beyond the first n of an expert, small weights, one "
+        "expert",
         ("last_slot_dropped",),
     ),
     Family(
         "rows of an expert",
-        "rows taken from another place among their expert's: the row before, modulo n, blocks swapped",
+        "rows taken from another place among their expert's: the row before, modulo n, blocks swapped or transposed",
     ),
     Family(
         "routing weights",
@@ -118,18 +119,20 @@ _FAMILIES = (
     ),
     Family("GEMM1's output", "columns of GEMM1's output at another place"),
     Family("GEMM2's input", "columns of the activation at another place"),
-    Family("GEMM2's output", "columns of GEMM2's output at another place"),
+    Family(
+        "GEMM2's output", "columns of GEMM2's output at another place, or added to those of the tile after"
+    ),
     Family(
         "activation",
         "another activation of the kernel; clamps of up and gate on one side, both, none; sigmoid, GELU, ReLU and "
         "approximations; alpha and beta at other places; bias to one half, twice, after the clamp; up and gate "
-        "exchanged",
+        "exchanged; parameters by slot; steps in float16 or bf16",
         ("activation_type_ignored",),
     ),
     Family(
         "rounding",
-        "cut instead of rounded, float16, float8, ties away, at each place where a number is rounded, one "
-        "rounding more or less",
+        "cut instead of rounded, float16, float8, some bits of mantissa, ties away, at each place where a number is "
+        "rounded, one rounding more or less",
         (
             *("gemm1_kept_fp32", "act_kept_fp32", "gemm2_kept_fp32", "fc1_truncated", "activation_truncated"),
             *("fc2_truncated", "output_truncated", "round_half_away", "bf16_saturates", "activation_fp16"),

@@ -87,6 +87,8 @@ def _sigmoids() -> Iterator[tuple[str, Callable[[Tensor], Tensor], float]]:
 def _products() -> Iterator[tuple[str, _Product, float]]:
     yield "up is not multiplied in: silu(gate) alone", silu, 1.1
     yield "up and gate are multiplied without a sigmoid", lambda x: _mul(x.gate, x.shifted), 1.1
+    for dtype, name in ((torch.float16, "float16"), (torch.bfloat16, "bf16")):
+        yield f"every step is rounded to {name}", _in(dtype), 1.2
     yield "only the sigmoid of gate is taken: sigmoid(gate) up", lambda x: _mul(x.sigmoid, x.shifted), 1.1
     yield "up and gate change places: silu(up) gate", lambda x: _mul(_mul(x.up, sigmoid(x.up)), x.gate), 1.1
     yield "silu(gate) is added to up instead of multiplied", lambda x: fp32.add(silu(x), x.shifted), 1.3
@@ -108,7 +110,11 @@ def _products() -> Iterator[tuple[str, _Product, float]]:
     )
     yield "the product is clamped to at most L", lambda x: _min(multiply_in_order(x), x.limit), 1.3
     yield "the product is doubled", lambda x: _mul(multiply_in_order(x), torch.full_like(x.gate, 2.0)), 1.3
-    yield "1 is added to up", lambda x: _mul(silu(x), fp32.add(x.shifted, torch.ones_like(x.up))), 1.1
+    yield (
+        "1 is added to up (a beta of 1)",
+        lambda x: _mul(silu(x), fp32.add(x.shifted, torch.ones_like(x.up))),
+        1.1,
+    )
     yield "1 is added to gate", lambda x: _mul(fp32.add(silu(x), torch.ones_like(x.up)), x.shifted), 1.4
     yield (
         "beta is added to gate instead of up",
@@ -133,6 +139,18 @@ def _products() -> Iterator[tuple[str, _Product, float]]:
         lambda x: _mul(_mul(x.gate, sigmoid(_mul(x.gate, x.beta))), fp32.add(x.up, x.alpha)),
         1.3,
     )
+
+
+def _in(dtype: torch.dtype) -> _Product:
+    def short(t: Tensor) -> Tensor:
+        return t.to(dtype).to(torch.float32)
+
+    def product(x: Operands) -> Tensor:
+        gate = short(x.gate)
+        sigmoid_of = short(torch.sigmoid(short(_mul(gate, x.alpha))))
+        return short(_mul(short(_mul(gate, sigmoid_of)), short(fp32.add(short(x.up), x.beta))))
+
+    return product
 
 
 def _silu(t: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from mxfp4ref.conformance.comparison import differing, ulp_distance
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["angle_between", "last_place", "solvable", "surprise", "ulps_apart"]
+__all__ = ["angle_between", "last_place", "share", "solvable", "surprise", "ulps_apart"]
 
 _UNDERFLOW = 2.0**-100  # below which sums lose what is below float32's least number
 
@@ -43,3 +43,8 @@ def last_place(values: Tensor) -> Tensor:
 def solvable(values: Tensor) -> bool:
     """Whether numbers are large enough to be solved for what they are sums of: not zero, and far from underflow."""
     return bool(values.abs().max() > _UNDERFLOW) if values.numel() else False
+
+
+def share(equal: Tensor, of: Tensor) -> float:
+    """The part of the elements of a mask that another one has; 1 of none."""
+    return float(equal[of].double().mean()) if bool(of.any()) else 1.0

@@ -13,11 +13,15 @@ from torch import Tensor
 
 from mxfp4ref.conformance.comparison import ulp_distance
 from mxfp4ref.conformance.families.activations import activation_hypotheses
+from mxfp4ref.conformance.families.by_slot import by_slot_hypotheses
 from mxfp4ref.conformance.families.codes import code_hypotheses
 from mxfp4ref.conformance.families.distances import surprise
 from mxfp4ref.conformance.families.evidence import Evidence, gather, look_closer
+from mxfp4ref.conformance.families.fragments import fragment_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline
+from mxfp4ref.conformance.families.known_factors import factor_in_words, simple_between
 from mxfp4ref.conformance.families.named import named_hypotheses
+from mxfp4ref.conformance.families.nearly import nearly
 from mxfp4ref.conformance.families.outputs import (
     factor_hypotheses,
     inner_hypotheses,
@@ -36,7 +40,7 @@ from mxfp4ref.conformance.families.tensors import (
     value_hypotheses,
 )
 from mxfp4ref.conformance.families.weighting import weight_hypotheses
-from mxfp4ref.conformance.finding import ALTERNATIVES
+from mxfp4ref.conformance.finding import ALTERNATIVES, NOTE
 from mxfp4ref.conformance.reduction import is_heavy
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
@@ -114,12 +118,12 @@ def investigate(
             found = _thorough(search, evidence)
         if not found and not few:
             with search.extra(_FOR_ALMOST):
-                found = search.almost()
+                found = search.almost() or nearly(search)
     zeros = [e.sentence for e in evidence if e.zeros]  # which much would give, and nothing tells what
     if zeros:
         found = [m for m in found if m.hypothesis.family in ("dropped slots", "ranks", "named")]
     matches = sorted(found, key=lambda m: (not m.exact, m.hypothesis.cost))
-    finding = _of_zeros(zeros[0], matches) if zeros else told(matches, evidence)
+    finding = _of_zeros(zeros[0], matches) if zeros else told(matches, evidence, [pipeline.call])
     return Result(tuple(matches), tuple(evidence), finding, search.tried, not search.out_of_time())
 
 
@@ -185,7 +189,9 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
     if small:
         yield wanted(slow, slow=True)
     yield wanted(of(k_hypotheses))
-    yield wanted(of(code_hypotheses, layout_hypotheses, inner_hypotheses))
+    yield wanted(
+        of(code_hypotheses, layout_hypotheses, by_slot_hypotheses, fragment_hypotheses, inner_hypotheses)
+    )
     if not small:
         yield wanted(slow, slow=True)
     if only and not _certain(evidence):  # should the evidence mislead, and as the first of two changes
@@ -285,26 +291,17 @@ def _factors(search: Search) -> list[float]:
     high = float((ratio.abs() * (1 + 2.0**-8)).quantile(0.1)) if len(ratio) < 1 << 20 else abs(middle)
     sign = -1.0 if middle < 0 else 1.0
     low, high = min(low, high), max(low, high)
-    low, high = min(low, abs(middle) * (1 - 2.0**-9)), max(high, abs(middle) * (1 + 2.0**-9))
-    return [sign * f for f in _simple_between(low, high)]
+    low, high = min(low, abs(middle) * (1 - 2.0**-8)), max(high, abs(middle) * (1 + 2.0**-8))
+    return [sign * f for f in simple_between(low, high) if sign * f != 1]
 
 
-def _simple_between(low: float, high: float) -> list[float]:
-    """Powers of two, short decimals, and quotients and roots of small integers."""
-    found: dict[float, None] = {}
-    exponents = [2.0**e for e in range(-16, 17)]
-    decimals = [n / 10**d for d in range(4) for n in range(int(low * 10**d), int(high * 10**d) + 2)][:64]
-    fractions = [a / b for b in range(1, 17) for a in range(1, 33)]
-    roots = [n**0.5 for n in range(2, 17)] + [n**-0.5 for n in range(2, 17)]
-    for number in (*exponents, *decimals, *fractions, *roots):
-        if low <= number <= high and number != 1 and number > 0:
-            found[number] = None
-    return list(found)[:8]
-
-
-def told(matches: Iterable[Match], evidence: Iterable[Evidence]) -> Finding:
-    """What to tell: the simplest hypothesis that fits, and which others cannot be told apart; else the evidence."""
+def told(matches: Iterable[Match], evidence: Iterable[Evidence], calls: Iterable[MoeCall]) -> Finding:
+    """What to tell of calls: the simplest hypothesis, and those not told apart from it; without any, the evidence."""
     matches, evidence = list(matches), list(evidence)
+    factor = next(
+        (m.hypothesis.factor for m in matches if m.hypothesis.factor), None
+    )  # the simplest of several
+    matches = [m for m in matches if m.hypothesis.factor in (None, factor)]
     if matches:
         best = matches[0].hypothesis
         stages = _agreed_stages([m.hypothesis for m in matches])
@@ -316,6 +313,8 @@ def told(matches: Iterable[Match], evidence: Iterable[Evidence]) -> Finding:
             shown = "; ".join(h.words for h in others[:2])
             more = f" and {len(others) - 2} more" if len(others) > 2 else ""
             words += f"{ALTERNATIVES}{shown}{more}"
+        if best.factor is not None and (known := factor_in_words(best.factor, calls)):
+            words += NOTE + known
         return Finding(stages, words, matches[0].exact)
     for one in evidence:
         if one.stages:

@@ -12,22 +12,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mxfp4ref.conformance.bounds import bound
 from mxfp4ref.conformance.comparison import ulp_distance
 from mxfp4ref.conformance.families.error_space import Space
 from mxfp4ref.conformance.families.expert_sums import other_sums
 from mxfp4ref.conformance.families.formula import Formula, fitted
 from mxfp4ref.conformance.families.hypothesis import Finding, Pipeline, local_of
+from mxfp4ref.conformance.families.lost_terms import lost_terms
 from mxfp4ref.conformance.families.mixed_up import mixed_up
 from mxfp4ref.conformance.families.places import columns_in_words
 from mxfp4ref.conformance.families.sampled import samples
 from mxfp4ref.conformance.families.second_gemm import second_gemm
 from mxfp4ref.conformance.finding import counted
+from mxfp4ref.conformance.reduction import is_heavy, reduce_call
 from mxfp4ref.sm90 import fp32
 
 __all__ = ["Evidence", "gather", "look_closer"]
 
 _TOKENS = 6  # that are looked at
 _GROSS = 32  # ulp
+_BINADES = 40  # that no sum of products spans
+_LEAST = 2.0**-125  # twice the least float32 and bf16 number that is not subnormal
 _PARTLY = 0.05  # of the errors, from which a function of up and gate is not excluded
 
 
@@ -82,7 +87,11 @@ def gather(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> list
     found: list[Evidence] = []
     local = local_of(pipeline)
     tokens = _telling(got, want, wrong, local)
+    if (tiny := _near_underflow(got, want, wrong)) is not None:
+        return [tiny]
     found += _rows(pipeline, got, want, wrong)
+    if not found and (lost := lost_terms(pipeline, got, want, wrong, local)) is not None:
+        return [Evidence(*lost)]
     found += _single(got, want, wrong, local) or _columns(got, want, wrong, tokens)
     if not found:
         found += (Evidence(*parts) for parts in other_sums(pipeline, got, local, tokens))
@@ -134,9 +143,7 @@ def _rows(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> Itera
     count = int(rows.sum())
     what = "the token that differs" if count == 1 else f"the {count} tokens that differ"
     what = "all tokens" if count == len(rows) > 1 else what
-    if not bool(fp32.widen(got[rows].contiguous()).any()) and bool(
-        (fp32.widen(want[rows].contiguous()) != 0).any()
-    ):
+    if _all_zero(pipeline, got, want, rows):
         them = "it" if count == 1 else "them"
         sentence = f"the rows of {what} are zero: nothing was added up for {them}, or nothing written"
         if _biased(pipeline, rows):
@@ -157,6 +164,18 @@ def _rows(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> Itera
     if pairs and len(pairs) == min(int(rows.sum()), 64) and len(got) > 1:
         shown = ", ".join(f"token {t} has token {s}'s row" for t, s in pairs[:4])
         yield Evidence(("finalize", "input"), f"rows of the output are other tokens' rows: {shown}", 3)
+
+
+def _all_zero(pipeline: Pipeline, got: Tensor, want: Tensor, rows: Tensor) -> bool:
+    """Whether these rows are zero, and should not be: not the rest of a sum that cancels but for roundings."""
+    if bool(fp32.widen(got[rows].contiguous()).any()) or not bool(fp32.widen(want[rows].contiguous()).any()):
+        return False
+    if is_heavy(pipeline.call) or not pipeline.call.experts.tactics_show:
+        return True
+    amount = fp32.widen(want.contiguous()).abs().sum(1).nan_to_num(0, 0, 0)
+    token = torch.where(rows, amount, -1).argmax().view(1)
+    one = reduce_call(pipeline.call, token)
+    return not bool(bound(one).contains(got[token], want[token]).all())
 
 
 def _biased(pipeline: Pipeline, rows: Tensor) -> bool:
@@ -191,6 +210,19 @@ def _lost(got: Tensor, lost: Tensor, rows: Tensor) -> Iterator[Evidence]:
             "none would show in all, so that it is in GEMM2, the fc2 bias, the sum or the writing of the output",
             2,
         )
+
+
+def _near_underflow(got: Tensor, want: Tensor, wrong: Tensor) -> Evidence | None:
+    """Differences that are as small as the least numbers, and tell nothing of where they come from."""
+    far = (fp32.widen(got[wrong]).double() - fp32.widen(want[wrong]).double()).abs()
+    if not bool((far <= _LEAST).all()):  # nor where one is no number
+        return None
+    return Evidence(
+        (),
+        f"{counted(len(far), 'element')} {'differs' if len(far) == 1 else 'differ'} by no more than 2^-125, where "
+        "numbers underflow: subnormal ones are kept or flushed at another place, or something is rounded there",
+        2,
+    )
 
 
 def _single(got: Tensor, want: Tensor, wrong: Tensor, local: Tensor) -> list[Evidence]:
@@ -233,7 +265,9 @@ def _columns(got: Tensor, want: Tensor, wrong: Tensor, tokens: list[int]) -> Ite
         and float(wrong[:, columns].any(1).float().mean()) > 0
         and float(part[:, columns].float().mean()) > 0.3
     ):
-        yield Evidence(("fc2", "finalize"), f"the output differs {words} only: {after}", 2)
+        yield Evidence(
+            ("fc2", "finalize"), f"the output differs {words} only: {after}{_garbage(got[wrong])}", 2
+        )
     elif float(part.float().mean()) < 0.3:
         yield Evidence(
             (),
@@ -242,6 +276,14 @@ def _columns(got: Tensor, want: Tensor, wrong: Tensor, tokens: list[int]) -> Ite
             "written, or damaged",
             2,
         )
+
+
+def _garbage(values: Tensor) -> str:
+    """Words for numbers of all magnitudes."""
+    sizes = fp32.widen(values).abs().double()
+    sizes = sizes[(sizes > 0) & sizes.isfinite()]
+    low, high = (float(sizes.log2().quantile(q)) for q in (0.1, 0.9)) if len(sizes) else (0.0, 0.0)
+    return "; what is there is of all magnitudes, as in memory that was not written" * (high - low > _BINADES)
 
 
 def _scattered(wrong: Tensor) -> Iterator[Evidence]:

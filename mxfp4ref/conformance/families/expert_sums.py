@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mxfp4ref.conformance.families.distances import solvable
 from mxfp4ref.conformance.families.hypothesis import Pipeline, slot_outputs
+from mxfp4ref.conformance.families.known_factors import factor_in_words
 from mxfp4ref.conformance.reduction import by_every_expert
 from mxfp4ref.sm90 import fp32
 
@@ -88,10 +89,20 @@ def other_sums(pipeline: Pipeline, got: Tensor, local: Tensor, tokens: list[int]
     if same_experts:
         ratios = [found[e] / asked[e] for _, asked, found in fits for e in asked if asked[e]]
         if max(ratios) - min(ratios) < 2.0**-5 * abs(ratios[0]):
+            known = factor_in_words(ratios[0], [call], unsure=_ROUNDING)
             yield (
                 ("finalize", "fc2"),
                 f"every token that was looked at is the right output times {ratios[0]:.4g}, as far as bf16 shows: a "
-                "factor on the routing weights, in the sum, or on GEMM2's result",
+                f"factor on the routing weights, in the sum, or on GEMM2's result{'; ' * bool(known)}{known}",
+                3,
+            )
+            return
+        twice = [(t, e) for t, asked, found in fits for e in asked if found[e] > 1.5 * asked[e] > 0]
+        if twice and all(_counted(asked[e], found[e]) for _, asked, found in fits for e in asked):
+            listed = ", ".join(f"token {t}'s of expert {e + first}" for t, e in twice[:4])
+            yield (
+                ("slots", "finalize"),
+                f"some slots' terms are added twice: {listed}{', ...' * (len(twice) > 4)}; {right}",
                 3,
             )
             return
@@ -125,6 +136,11 @@ def other_sums(pipeline: Pipeline, got: Tensor, local: Tensor, tokens: list[int]
         f"{_sum_in_words(asked, first)}; {right}",
         3,
     )
+
+
+def _counted(asked: float, found: float) -> bool:
+    """Whether a weight is the right one, once or twice."""
+    return any(abs(found - n * asked) <= 2.0**-5 * abs(n * asked) for n in (1, 2))
 
 
 def _close(asked: dict[int, float], found: dict[int, float]) -> bool:

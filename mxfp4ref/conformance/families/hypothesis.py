@@ -103,6 +103,7 @@ class Hypothesis:
         of_rows: the change, where it is one of the slots' rows, so that no GEMM has to be computed again.
         of_sum: likewise, where it is another `finalize`.
         of_output: the change, where it is one of the output.
+        factor: that everything is multiplied with, where the change is no other.
     """
 
     family: str
@@ -115,6 +116,7 @@ class Hypothesis:
     of_rows: Callable[[SlotRows], SlotRows] | None = None
     of_sum: Callable[..., Tensor] | None = None
     of_output: Callable[[Tensor], Tensor] | None = None
+    factor: float | None = None
 
     @property
     def cheap(self) -> bool:

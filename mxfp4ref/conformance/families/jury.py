@@ -83,7 +83,7 @@ def judge(
                 seen[match.hypothesis.words] = (_explained(match.hypothesis, failures), match)
         full = [m for count, m in seen.values() if count == len(failures)]
         if full and (kept := _spared(full, passing)):
-            finding = told(kept, ())
+            finding = told(kept, (), [f.pipeline.call for f in failures])
             exact = Finding(finding.stages, finding.sentence, True)
             return Verdict(exact, tuple(m.hypothesis for m in kept), {f.case: exact for f in failures})
     return _undecided(failures, seen, results, by_case, until)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mxfp4ref.conformance.families.hypothesis import Pipeline, local_of
 from mxfp4ref.conformance.families.sampled import Sample
-from mxfp4ref.conformance.families.slots import attributes
+from mxfp4ref.conformance.families.slot_kinds import attributes
 from mxfp4ref.conformance.reduction import by_every_expert
 from mxfp4ref.formats.mxfp4 import dequantize
 from mxfp4ref.model.forward import MoeTrace, activate_rows, trace
@@ -26,11 +26,15 @@ _Told = tuple[tuple[str, ...], str]
 
 @dataclass(frozen=True)
 class _Swap:
-    """A slot's row that is another one: which slot, in words by what, and how that changes the token's row."""
+    """A slot's row that is another one: which slot, in words by what, how that changes the token's row.
+
+    `tokens_on` is how many tokens further on it is from.
+    """
 
     slot: int
     words: str
     change: Tensor
+    tokens_on: int = 0
 
 
 def mixed_up(pipeline: Pipeline, some: list[Sample]) -> _Told | None:
@@ -58,7 +62,8 @@ def mixed_up(pipeline: Pipeline, some: list[Sample]) -> _Told | None:
         if 3 * len(explained) >= 2 * len(loud):
             return (
                 stages,
-                f"slots{_which(pipeline, explained)} {words}: {_listed(explained)}; all else is right",
+                f"slots{_which(pipeline, explained)} {words}{_moved(explained)}: {_listed(explained)}; "
+                "all else is right",
             )
     return None
 
@@ -92,6 +97,17 @@ def _which(pipeline: Pipeline, explained: dict[int, list[_Swap]]) -> str:
         words for words, kind in attributes(pipeline.call, local) if torch.equal(kind[tokens], mask[tokens])
     )
     return f" {words}" if (words := next(kinds, "")) else ""
+
+
+def _moved(explained: dict[int, list[_Swap]]) -> str:
+    """Where from, if that is as many tokens on for all."""
+    on = {swap.tokens_on for swaps in explained.values() for swap in swaps}
+    if len(on) > 1 or on == {0}:
+        return ""
+    by = on.pop()
+    return {1: ", of the next token", -1: ", of the token before"}.get(
+        by, f", {abs(by)} tokens {'on' if by > 0 else 'before'}"
+    )
 
 
 def _listed(explained: dict[int, list[_Swap]]) -> str:
@@ -235,7 +251,8 @@ class _Grid:
             for place, token in enumerate(self.tokens):
                 if token != sample.token:
                     change = weight * (self.y[place, expert] - sample.y[slot])
-                    yield _Swap(slot, f"expert {self._id(expert)} got token {token}", change)
+                    words = f"expert {self._id(expert)} got token {token}"
+                    yield _Swap(slot, words, change, token - sample.token)
 
     def of_other_slots(self, sample: Sample) -> Iterator[_Swap]:
         local = local_of(self.pipeline)
@@ -244,4 +261,4 @@ class _Grid:
                 for expert in local[token][local[token] >= 0].tolist():
                     change = weight * (self.y[place, expert] - sample.y[slot])
                     who = f"expert {self._id(sample.experts[slot])} by token {token}'s expert {self._id(expert)}"
-                    yield _Swap(slot, who, change)
+                    yield _Swap(slot, who, change, token - sample.token)

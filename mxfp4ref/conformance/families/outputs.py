@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -20,6 +22,10 @@ _F = ("finalize",)
 
 def factor_hypotheses(factor: float) -> Iterator[Hypothesis]:
     """One factor on everything, at each place where it could be."""
+    return (replace(h, factor=factor) for h in _factor_hypotheses(factor))
+
+
+def _factor_hypotheses(factor: float) -> Iterator[Hypothesis]:
     of = f"a factor of {factor:.9g}"
 
     def scaled(t: Tensor) -> Tensor:
@@ -33,8 +39,8 @@ def factor_hypotheses(factor: float) -> Iterator[Hypothesis]:
         return fp32.to_bf16(scaled(fp32.widen(output)))
 
     def before_rounding(pipeline: Pipeline) -> Pipeline:
-        before = pipeline.stages.round_output
-        return pipeline.staging(round_output=lambda t: before(scaled(t)))
+        before = pipeline.stages.finalize  # another rounding may follow
+        return pipeline.staging(finalize=lambda *rows: scaled(before(*rows)))
 
     def on_y_after(pipeline: Pipeline) -> Pipeline:
         before = pipeline.stages.round_fc2
@@ -83,6 +89,7 @@ def input_factor_hypotheses() -> Iterator[Hypothesis]:
             f"{of} too many on the input",
             lambda p, s=scaled: p.calling(input=fp32.to_bf16(s(p.call.input))),
             1.3,
+            factor=factor,
         )
         yield Hypothesis(
             "factor",
@@ -90,6 +97,7 @@ def input_factor_hypotheses() -> Iterator[Hypothesis]:
             f"{of} too many on GEMM1's result",
             lambda p, s=scaled: p.staging(round_fc1=lambda t, b=p.stages.round_fc1: b(s(t))),
             1.4,
+            factor=factor,
         )
 
 
@@ -192,6 +200,17 @@ def output_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
         )
 
 
+def _not_cleared(t: Tensor, size: int, *, every: bool) -> Tensor:
+    tiles = [t[:, start : start + size] for start in range(0, t.shape[1], size)]
+    if len(tiles) < 2:
+        raise ValueError("size: expected one of which there are several tiles")
+    made = tiles[:1]
+    for before, tile in pairwise(tiles):
+        start = (made[-1] if every else before)[:, : tile.shape[1]].contiguous()
+        made.append(fp32.add(tile.contiguous(), start))
+    return torch.cat(made, 1)
+
+
 def inner_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     """Columns between the stages taken from another place."""
     for words, change, cost in _columns():
@@ -218,3 +237,14 @@ def inner_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
             lambda p, c=change: p.staging(round_fc1=lambda t, b=p.stages.round_fc1: c(b(t))),
             cost + 0.9,
         )
+    for size in (8, 16, 32, 64, 128, 256):
+        for every, words, cost in ((False, "the tile before", 1.6), (True, "all tiles before", 1.7)):
+            yield Hypothesis(
+                "GEMM2's output",
+                ("fc2",),
+                f"GEMM2's accumulators are not cleared: a tile of {size} columns starts from those of {words}",
+                lambda p, s=size, e=every: p.staging(
+                    round_fc2=lambda t, b=p.stages.round_fc2: b(_not_cleared(fp32.widen(t), s, every=e))
+                ),
+                cost,
+            )

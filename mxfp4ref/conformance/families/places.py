@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.families.slots import attributes
+from mxfp4ref.conformance.families.slot_kinds import attributes
 from mxfp4ref.model.call import MoeCall
 
 __all__ = ["column_set", "columns_in_words", "fitting_attributes", "suspected_experts", "tokens_in_words"]
@@ -74,7 +74,8 @@ def _kinds(call: MoeCall, local: Tensor, wrong: Tensor) -> Iterator[tuple[str, T
 def tokens_in_words(call: MoeCall, local: Tensor, chosen: Tensor, among: Tensor) -> str:
     """Words for the tokens `chosen [M] bool` among those of `among`; "" if they are too many to name."""
     if int(chosen.sum()) == 1:
-        return f"for token {int(chosen.nonzero()[0])}"
+        token = int(chosen.nonzero()[0])
+        return f"for token {token}{', the last' * (token == len(chosen) - 1 > 0)}"
     for words, mask, _ in _kinds(call, local, chosen | ~among):
         tokens = mask.any(1)
         if bool(tokens.any()) and torch.equal(tokens & among, chosen & among):
@@ -94,7 +95,7 @@ def columns_in_words(columns: Tensor, among: Tensor | None = None) -> str:
     if among is None:  # some were right by chance
         for words, chosen in _column_sets(columns):
             where = chosen(len(columns)).to(columns.device)
-            if bool((where | ~columns).all()) and float(columns[where].float().mean()) > 0.9:
+            if bool((where | ~columns).all()) and float(columns[where].float().mean()) > 0.8:
                 return words
     return ""
 

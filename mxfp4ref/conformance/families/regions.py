@@ -107,6 +107,11 @@ def _roll(dim: int, by: int) -> _On:
     return lambda t: t.roll(by, dim)
 
 
+def _pairs_swapped(scales: Tensor) -> Tensor:
+    groups = torch.arange(scales.shape[2], device=scales.device)
+    return scales[:, :, (groups ^ 1).clamp(max=len(groups) - 1)]
+
+
 def _bases(kind: str) -> Iterator[tuple[str, tuple[str, ...], _On, float]]:
     """What may happen there: words, which tensors, the change, its cost."""
     yield "are left out (taken as zero)", ("weights",), torch.zeros_like, 0
@@ -143,6 +148,10 @@ def _bases(kind: str) -> Iterator[tuple[str, tuple[str, ...], _On, float]]:
                 0.5,
             )
         yield "have the scales of the K group after", ("scales",), _roll(2, -1), 0.5
+        yield "have the scales of the other K group of their pair", ("scales",), _pairs_swapped, 0.5
+        for row, by in (("after", -1), ("before", 1)):
+            yield f"have the codes of the row {row} (and their own scales)", ("weights",), _roll(1, by), 0.6
+            yield f"are those of the row {row}", ("weights", "scales"), _roll(1, by), 0.6
 
 
 def k_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:

@@ -50,6 +50,15 @@ def _roundings() -> Iterator[tuple[str, _Round, float]]:
         1.2,
     )
     yield "with infinities as the largest numbers", lambda x: _finite(x), 1.2
+    yield "rounded to float8 e4m3 with a scale for each row on the way", _by_row, 1.2
+    for bits in (6, 5, 4, 3):
+        yield f"cut to {bits} bits of mantissa", lambda x, n=bits: fp32.to_bf16(_cut(x, 23 - n)), 1.4
+
+
+def _by_row(x: Tensor) -> Tensor:
+    """A row's largest number becomes that of float8 e4m3."""
+    scale = (x.abs().amax(-1, keepdim=True) / 448).clamp(min=2.0**-126)
+    return fp32.to_bf16((x / scale).to(torch.float8_e4m3fn).to(torch.float32) * scale)
 
 
 def _cut(x: Tensor, dropped: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.families.batches import each
-from mxfp4ref.conformance.families.distances import angle_between, last_place, surprise, ulps_apart
+from mxfp4ref.conformance.families.distances import angle_between, last_place, share, surprise, ulps_apart
 from mxfp4ref.conformance.families.hypothesis import (
     FAILURES,
     Hypothesis,
@@ -37,12 +37,13 @@ from mxfp4ref.conformance.reduction import is_heavy, reduce_call
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["FEWEST_BITS", "Match", "Search", "one_thread"]
+__all__ = ["ANYWHERE", "FEWEST_BITS", "MOSTLY", "Match", "Search", "one_thread"]
 
 _CLOSE = 0.3  # of how far off the right output is
 _A_ROUNDING, _LARGEST = 1.2, 12.0  # times the roundings, on average and of one element
 _FAR_OFF = 8.0
-_ANYWHERE = ("factor", "routing weights")  # families of which other places give the same up to roundings
+ANYWHERE = ("factor", "routing weights")  # families of which other places give the same up to roundings
+MOSTLY = 0.8  # of the wrong elements, predicted in every bit
 FEWEST_BITS = 40  # that a match has to explain; see `surprise`
 
 
@@ -81,6 +82,7 @@ class Search:
         tried: how many hypotheses were.
         near: those that explain a part, and how far off they leave the output, from 0 to 1.
         close: those that explain all but roundings of the part that was looked at.
+        partly: those that predict most of its wrong elements in every bit.
         progress: called with the name of each named defect and how many there are.
     """
 
@@ -91,6 +93,7 @@ class Search:
     tried: int = 0
     near: list[tuple[float, Hypothesis]] = field(default_factory=list)
     close: list[Hypothesis] = field(default_factory=list)
+    partly: list[Hypothesis] = field(default_factory=list)
     progress: Callable[[str, int], None] | None = None
 
     def __post_init__(self) -> None:
@@ -198,6 +201,8 @@ class Search:
                 distance = self._nearness(output, of_all=of_all)
                 if distance < 0.8:
                     self.near.append((distance, hypothesis))
+                if not hypothesis.name and share(equal, ~right) >= MOSTLY - 0.1:
+                    self.partly.append(hypothesis)
                 if distance < _CLOSE and self._up_to_roundings(output, of_all=of_all):
                     self.close.append(hypothesis)
         return found
@@ -234,7 +239,7 @@ class Search:
             if self._up_to_roundings(output, of_all=True):
                 part = float((~differing(output, self.got))[self.wrong].double().mean())
                 words = f"{hypothesis.words}, up to roundings ({part:.0%} of the wrong elements in every bit)"
-                stages = () if hypothesis.family in _ANYWHERE else hypothesis.stages
+                stages = () if hypothesis.family in ANYWHERE else hypothesis.stages
                 found.append((part, Match(replace(hypothesis, words=words, stages=stages, name=""), False)))
         found.sort(key=lambda pair: -pair[0])
         return [match for part, match in found if part >= 0.9 * found[0][0]]
@@ -262,7 +267,13 @@ class Search:
             words = tokens_in_words(call, self.local, tokens, tokens | others)
             index = tokens.nonzero().flatten()
             if words:
-                return Match(in_rows(hypothesis, words, index, len(tokens)), True)
+                limited = in_rows(hypothesis, words, index, len(tokens))
+                if not hypothesis.cheap and hypothesis.stages[0] in (
+                    "fc1",
+                    "fc2",
+                ):  # all tokens share the weights
+                    limited = replace(limited, cost=limited.cost + 0.6)
+                return Match(limited, True)
             return None
         columns, rest = applied.any(0), spared.any(0)
         if not bool((columns & rest).any()):
@@ -299,7 +310,9 @@ class Search:
 
     def run_twos(self, hypotheses: Callable[[], Iterable[Hypothesis]], *, most: int = 5) -> list[Match]:
         """Two changes at once: those that came nearest, each with another one."""
-        ranked = sorted(self.near, key=lambda pair: pair[0] + 0.02 * pair[1].cost)
+        factor = next((h.factor for _, h in self.near if h.factor), None)  # the simplest of several
+        near = [pair for pair in self.near if pair[1].factor in (None, factor)]
+        ranked = sorted(near, key=lambda pair: pair[0] + 0.02 * pair[1].cost)
         starts: dict[float, Hypothesis] = {}  # of those that come equally near, the simplest
         for distance, first in ranked:
             if first.of_rows is None and not first.name:

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from mxfp4ref.conformance.families.distances import solvable
 from mxfp4ref.conformance.families.hypothesis import Pipeline
+from mxfp4ref.conformance.families.known_factors import factor_in_words
 from mxfp4ref.conformance.families.places import suspected_experts
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE, dequantize
+from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import trace
 from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.activation import up_and_gate
@@ -83,7 +85,7 @@ def second_gemm(
     if not systems:
         return
     of_expert = "" if suspects is None else f" of {suspects[0]}"
-    if (found := _groups(systems, of_expert)) is not None:
+    if (found := _groups(pipeline.call, systems, of_expert)) is not None:
         yield found
         return
     small = [s for s in systems if s.columns[0].numel() * 4 <= 3 * len(s.rest)]
@@ -182,7 +184,7 @@ def _system(
     return _System(columns, target - parts.sum(0), noise, right, up, gate, tuple(slots.tolist()))
 
 
-def _groups(systems: list[_System], of_expert: str) -> _Parts | None:
+def _groups(call: MoeCall, systems: list[_System], of_expert: str) -> _Parts | None:
     """Whether K groups of the right activation count otherwise than once."""
     factors = []
     for system in systems:
@@ -199,10 +201,11 @@ def _groups(systems: list[_System], of_expert: str) -> _Parts | None:
     if not bool(off.any()):
         return None
     if float(mean.max() - mean.min()) < 2.0**-5 * float(mean.abs().max()):
+        known = "" if of_expert else factor_in_words(float(mean.mean()), [call], unsure=_ROUNDING)
         return (
             ("fc2", "finalize"),
             f"everything{of_expert} counts {float(mean.mean()):.4g} times, as far as bf16 shows: one factor on "
-            "GEMM2's scales or result, on the routing weights, or in the sum",
+            f"GEMM2's scales or result, on the routing weights, or in the sum{'; ' * bool(known)}{known}",
             2,
             None,
         )

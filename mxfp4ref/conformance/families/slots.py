@@ -18,75 +18,14 @@ from mxfp4ref.conformance.families.hypothesis import (
     of_slots,
 )
 from mxfp4ref.conformance.families.index_maps import expert_maps
+from mxfp4ref.conformance.families.slot_kinds import attributes, position_in_expert
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import select_local
 
-__all__ = ["attributes", "position_in_expert", "slot_hypotheses"]
+__all__ = ["slot_hypotheses"]
 
 _S = ("slots",)
 _ONCE = ", each expert once a token"
-_COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512)
-
-
-def position_in_expert(local: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each slot, its row's number among its expert's and how many these are, `[M, k] int64`; -1, 0 if skipped."""
-    flat = local.flatten()
-    order = flat.argsort(stable=True)
-    counts = torch.bincount(flat.clamp(min=-1) + 1)
-    starts = (counts.cumsum(0) - counts)[flat[order] + 1]
-    position = torch.empty_like(flat)
-    position[order] = torch.arange(len(flat), device=flat.device) - starts
-    skipped = flat < 0
-    rows = torch.where(skipped, 0, counts[flat + 1])
-    return torch.where(skipped, -1, position).view_as(local), rows.view_as(local)
-
-
-def attributes(call: MoeCall, local: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Kinds of slots: words behind "slots", and which they are, `[M, k] bool`."""
-    here = local >= 0
-    position, rows = position_in_expert(local)
-    tokens, top_k = local.shape
-    slot = torch.arange(top_k, device=local.device).expand_as(local)
-    token = torch.arange(tokens, device=local.device)[:, None].expand_as(local)
-    weights = call.token_final_scales
-    yield "of the last place of a token", here & (slot == top_k - 1)
-    yield "of the first place of a token", here & (slot == 0)
-    for at in range(1, top_k - 1):
-        yield f"of place {at} of a token", here & (slot == at)
-    yield "with the largest weight of the token", here & (weights == weights.amax(1, keepdim=True))
-    yield "with the smallest weight of the token", here & (weights == weights.amin(1, keepdim=True))
-    yield "that are the last row of their expert", here & (position == rows - 1)
-    yield "that are the first row of their expert", here & (position == 0)
-    for count in _COUNTS:
-        if count < tokens:
-            yield f"that are rows beyond the first {count} of their expert", here & (position >= count)
-            yield f"of tokens from {count} on", here & (token >= count)
-            yield f"of experts with at most {count} row{'s' * (count > 1)}", here & (rows <= count)
-        if count > 1 and count < tokens:
-            yield (
-                f"that are the last row of each {count} of their expert",
-                here & (position % count == count - 1),
-            )
-            yield f"that are the first row of each {count} of their expert", here & (position % count == 0)
-            yield (
-                f"in the last, unfilled {count} rows of their expert",
-                here & (position >= rows // count * count),
-            )
-    for size in (8, 16, 32, 64, 128):
-        words = f"that are rows {size} to {2 * size - 1} of their expert (its second tile of {size})"
-        yield words, here & (position // size == 1)
-    yield "of the last token", here & (token == tokens - 1)
-    yield "of the first token", here & (token == 0)
-    for parity, word in ((1, "odd"), (0, "even")):
-        yield f"of tokens with an {word} number", here & (token % 2 == parity)
-        yield f"of experts with an {word} number", here & (local % 2 == parity)
-    yield "of the last expert", here & (local == call.experts.num_experts - 1)
-    yield "of the first expert", here & (local == 0)
-    for expert in range(call.experts.num_experts if call.experts.num_experts <= 16 else 0):
-        yield f"of expert {expert}", here & (local == expert)
-    for threshold in (0.5, 0.25, 0.1, 0.05, 0.01):
-        yield f"with a weight below {threshold:g}", here & (weights < threshold)
-    yield "with a negative weight", here & (weights < 0)
 
 
 def _selecting(
@@ -262,14 +201,22 @@ def _ranks() -> Iterator[Hypothesis]:
     )
 
 
-def _dropped(call: MoeCall) -> Iterator[Hypothesis]:
+def _miscounted(call: MoeCall) -> Iterator[Hypothesis]:
+    """Some kind of slots that does not count, or counts twice."""
     for words, _ in attributes(call, local_of(Pipeline(call))):
 
-        def change(rows: SlotRows, words: str = words) -> SlotRows:
+        def kind(rows: SlotRows, words: str = words) -> Tensor:
             chosen = dict(attributes(rows.call, rows.local)).get(words)
-            return rows if chosen is None else replace(rows, local=torch.where(chosen, -1, rows.local))
+            return torch.zeros_like(rows.local, dtype=torch.bool) if chosen is None else chosen
 
-        yield of_slots("dropped slots", _S, f"the slots {words} are left out of the sum", change, 1.3)
+        def without(rows: SlotRows, kind: Callable[[SlotRows], Tensor] = kind) -> SlotRows:
+            return replace(rows, local=torch.where(kind(rows), -1, rows.local))
+
+        def twice(rows: SlotRows, kind: Callable[[SlotRows], Tensor] = kind) -> SlotRows:
+            return replace(rows, weights=torch.where(kind(rows), 2 * rows.weights, rows.weights))
+
+        yield of_slots("dropped slots", _S, f"the slots {words} are left out of the sum", without, 1.3)
+        yield of_slots("dropped slots", _S, f"the slots {words} are added twice", twice, 1.4)
 
 
 def _row_maps() -> Iterator[tuple[str, Callable[[Tensor, Tensor], Tensor], float]]:
@@ -346,5 +293,5 @@ def slot_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     yield from _foreign()
     if call.ep_size > 1:
         yield from _ranks()
-    yield from _dropped(call)
+    yield from _miscounted(call)
     yield from _rows()

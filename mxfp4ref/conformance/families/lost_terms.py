@@ -1,0 +1,94 @@
+"""Whether terms of the weighted sum are missing, or count twice, in blocks of columns: sums that are not atomic."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from mxfp4ref.conformance.families.distances import last_place, solvable
+from mxfp4ref.conformance.families.hypothesis import Pipeline, slot_outputs
+from mxfp4ref.sm90 import fp32
+
+__all__ = ["lost_terms"]
+
+_SIZES = (128, 64, 32, 16, 8)
+_LOUD, _QUIET = 4.0, 1.6  # times the roundings: before, and when explained
+_FEWEST = 4  # blocks
+_MOST = 0.7  # of all blocks
+_EXPLAINED = 0.9  # of the loud blocks
+_Parts = tuple[tuple[str, ...], str, int]  # of an `Evidence`
+
+
+def lost_terms(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor, local: Tensor) -> _Parts | None:
+    """The parts of an `Evidence`, if nearly all blocks that are off lack a slot's term, or two, or have it twice."""
+    call = pipeline.call
+    rows = (wrong.any(1) & (got.isfinite() & want.isfinite()).all(1)).nonzero().flatten()
+    if len(rows) < 2 or float(wrong[rows].float().mean()) > _MOST:
+        return None
+    y = fp32.widen(slot_outputs(pipeline)[rows].contiguous()).double()
+    if call.experts.fc2_biases is not None and call.tp_rank == 0:
+        y = y + fp32.widen(call.experts.fc2_biases[local[rows].clamp(min=0)].contiguous()).double()
+    weights = torch.where(local[rows] >= 0, call.token_final_scales[rows], 0.0).double()
+    terms = y * weights[..., None]
+    right = fp32.widen(want[rows].contiguous()).double()
+    error = fp32.widen(got[rows].contiguous()).double() - right
+    noise = (((last_place(y) * weights[..., None]).square().sum(1) + last_place(right).square()) / 6).sqrt()
+    if not bool(terms.isfinite().all()) or not solvable(right):
+        return None
+    for size in _SIZES:
+        if call.experts.hidden_size % size:
+            continue
+        loud = (error / noise).view(len(rows), -1, size).square().mean(2).sqrt() > _LOUD
+        count = int(loud.sum())
+        if count < _FEWEST or count > _MOST * loud.numel() or int(loud.any(1).sum()) < 2:
+            continue
+        if (found := _explained(error, terms, noise, loud, size)) is not None:
+            return _told(pipeline, rows, local, found, count, size)
+    return None
+
+
+_Found = list[tuple[int, int, tuple[int, ...], bool]]  # row, block, slots, whether twice
+
+
+def _explained(error: Tensor, terms: Tensor, noise: Tensor, loud: Tensor, size: int) -> _Found | None:
+    found: _Found = []
+    slots = range(terms.shape[1])
+    chosen = [c for n in (1, 2) for c in itertools.combinations(slots, n)]
+    places = loud.nonzero().tolist()
+    for row, block in places:
+        part = slice(block * size, (block + 1) * size)
+        sums = torch.stack([terms[row, list(c), part].sum(0) for c in chosen])
+        both = torch.cat((error[row, part] + sums, error[row, part] - sums)) / noise[row, part]
+        loudness = both.square().mean(1).sqrt()
+        best = int(loudness.argmin())
+        if float(loudness[best]) <= _QUIET:
+            found.append((row, block, chosen[best % len(chosen)], best >= len(chosen)))
+    return found if len(found) >= _EXPLAINED * len(places) else None
+
+
+def _told(pipeline: Pipeline, rows: Tensor, local: Tensor, found: _Found, count: int, size: int) -> _Parts:
+    first = pipeline.call.ep_rank * pipeline.call.experts.num_experts
+    listed = []
+    for row, block, slots, twice in found[:3]:
+        token = int(rows[row])
+        experts = ", ".join(str(int(local[token, slot]) + first) for slot in slots)
+        columns = f"columns {block * size} to {block * size + size - 1}"
+        listed.append(
+            f"token {token} {'has' if twice else 'lacks'} expert {experts}{' twice' * twice} in {columns}"
+        )
+    kinds = {twice for *_, twice in found}
+    how = (
+        "are missing or added twice"
+        if len(kinds) == 2
+        else "are added twice"
+        if True in kinds
+        else "are missing"
+    )
+    return (
+        ("slots", "finalize"),
+        f"single slots' terms {how} in {count} blocks of {size} columns, and all else is right, as where sums are "
+        f"neither atomic nor waited for: {'; '.join(listed)}",
+        3,
+    )

@@ -1,0 +1,35 @@
+"""The hypothesis that predicts nearly every bit: a change of which some detail is another."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mxfp4ref.conformance.comparison import differing
+from mxfp4ref.conformance.families.distances import share
+from mxfp4ref.conformance.families.hypothesis import Hypothesis
+from mxfp4ref.conformance.families.search import ANYWHERE, MOSTLY, Match, Search
+
+__all__ = ["nearly"]
+
+_SPARED = 0.97  # of the right elements, which have to stay so
+
+
+def nearly(search: Search) -> list[Match]:
+    """The one of those that a search has tried, where none of another stage comes near; none without."""
+    found: list[tuple[float, Hypothesis]] = []
+    for hypothesis in {h.words: h for h in search.partly}.values():
+        output = hypothesis.run(search.pipeline)
+        if output is None or output.shape != search.got.shape or search.out_of_time():
+            continue
+        equal = ~differing(output, search.got)
+        part = share(equal, search.wrong)
+        if part >= MOSTLY and share(equal, ~search.wrong) >= _SPARED:
+            found.append((part, hypothesis))
+    if not found:
+        return []
+    part, best = max(found, key=lambda pair: pair[0])
+    if any(1 - other < 2 * (1 - part) for other, h in found if not set(h.stages) & set(best.stages)):
+        return []
+    words = f"{best.words}, or nearly so ({part:.0%} of the wrong elements in every bit)"
+    stages = () if best.family in ANYWHERE else best.stages
+    return [Match(replace(best, words=words, stages=stages, name=""), False)]

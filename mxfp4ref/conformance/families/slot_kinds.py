@@ -1,0 +1,75 @@
+"""Kinds of slots: by place, weight, expert, and where their row lies among their expert's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mxfp4ref.model.call import MoeCall
+
+__all__ = ["attributes", "position_in_expert"]
+
+_COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512)
+
+
+def position_in_expert(local: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each slot, its row's number among its expert's and how many these are, `[M, k] int64`; -1, 0 if skipped."""
+    flat = local.flatten()
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat.clamp(min=-1) + 1)
+    starts = (counts.cumsum(0) - counts)[flat[order] + 1]
+    position = torch.empty_like(flat)
+    position[order] = torch.arange(len(flat), device=flat.device) - starts
+    skipped = flat < 0
+    rows = torch.where(skipped, 0, counts[flat + 1])
+    return torch.where(skipped, -1, position).view_as(local), rows.view_as(local)
+
+
+def attributes(call: MoeCall, local: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Kinds of slots: words behind "slots", and which they are, `[M, k] bool`."""
+    here = local >= 0
+    position, rows = position_in_expert(local)
+    tokens, top_k = local.shape
+    slot = torch.arange(top_k, device=local.device).expand_as(local)
+    token = torch.arange(tokens, device=local.device)[:, None].expand_as(local)
+    weights = call.token_final_scales
+    yield "of the last place of a token", here & (slot == top_k - 1)
+    yield "of the first place of a token", here & (slot == 0)
+    for at in range(1, top_k - 1):
+        yield f"of place {at} of a token", here & (slot == at)
+    yield "with the largest weight of the token", here & (weights == weights.amax(1, keepdim=True))
+    yield "with the smallest weight of the token", here & (weights == weights.amin(1, keepdim=True))
+    yield "that are the last row of their expert", here & (position == rows - 1)
+    yield "that are the first row of their expert", here & (position == 0)
+    for count in _COUNTS:
+        if count < tokens:
+            yield f"that are rows beyond the first {count} of their expert", here & (position >= count)
+            yield f"of tokens from {count} on", here & (token >= count)
+            yield f"of experts with at most {count} row{'s' * (count > 1)}", here & (rows <= count)
+        if count > 1 and count < tokens:
+            yield (
+                f"that are the last row of each {count} of their expert",
+                here & (position % count == count - 1),
+            )
+            yield f"that are the first row of each {count} of their expert", here & (position % count == 0)
+            yield (
+                f"in the last, unfilled {count} rows of their expert",
+                here & (position >= rows // count * count),
+            )
+    for size in (8, 16, 32, 64, 128):
+        words = f"that are rows {size} to {2 * size - 1} of their expert (its second tile of {size})"
+        yield words, here & (position // size == 1)
+    yield "of the last token", here & (token == tokens - 1)
+    yield "of the first token", here & (token == 0)
+    for parity, word in ((1, "odd"), (0, "even")):
+        yield f"of tokens with an {word} number", here & (token % 2 == parity)
+        yield f"of experts with an {word} number", here & (local % 2 == parity)
+    yield "of the last expert", here & (local == call.experts.num_experts - 1)
+    yield "of the first expert", here & (local == 0)
+    for expert in range(call.experts.num_experts if call.experts.num_experts <= 16 else 0):
+        yield f"of expert {expert}", here & (local == expert)
+    for threshold in (0.5, 0.25, 0.1, 0.05, 0.01):
+        yield f"with a weight below {threshold:g}", here & (weights < threshold)
+    yield "with a negative weight", here & (weights < 0)

@@ -1,0 +1,164 @@
+"""Mistakes of tiles, fragments, sums and underflow, which have sentences of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from mxfp4ref import MoeCall, forward
+from mxfp4ref.conformance import differing
+from mxfp4ref.conformance.families.by_slot import by_slot_hypotheses
+from mxfp4ref.conformance.families.engine import prepared
+from mxfp4ref.conformance.families.error_space import Space
+from mxfp4ref.conformance.families.evidence import gather
+from mxfp4ref.conformance.families.fragments import fragment_hypotheses
+from mxfp4ref.conformance.families.hypothesis import Hypothesis, local_of
+from mxfp4ref.conformance.families.outputs import inner_hypotheses
+from mxfp4ref.conformance.families.places import columns_in_words
+from mxfp4ref.conformance.families.regions import k_hypotheses
+from mxfp4ref.conformance.families.sampled import samples
+from mxfp4ref.conformance.families.slots import slot_hypotheses
+from mxfp4ref.goldens import open_goldens
+from mxfp4ref.sm90.fp32 import to_bf16
+from tests.held_out_kernels.by_hand import Rows, layer
+from tests.held_out_kernels.calls import captured
+from tests.held_out_kernels.definition import load_all
+
+KERNELS = load_all()
+
+
+def evidence(call: MoeCall, got: Tensor) -> list[tuple[tuple[str, ...], str]]:
+    want = forward(call)
+    return [(e.stages, e.sentence) for e in gather(prepared(call), got, want, differing(got, want))]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "call", "generator", "words"),
+    [
+        (
+            "activation_blocks_transposed",
+            "odd_tokens",
+            fragment_hypotheses,
+            "activation (rows x columns) are transposed",
+        ),
+        (
+            "fc1_code_blocks_transposed",
+            "odd_tokens",
+            fragment_hypotheses,
+            "GEMM1's weights (codes without the scales)",
+        ),
+        ("alpha_by_slot", "gpt_oss", by_slot_hypotheses, "the SwiGLU alphas are indexed by the slot's place"),
+        (
+            "last_row_tile_added_twice",
+            "odd_tokens",
+            slot_hypotheses,
+            "the last, unfilled 8 rows of their expert are added",
+        ),
+        (
+            "fc1_scales_exchanged_in_the_last_tile",
+            "odd_tokens",
+            k_hypotheses,
+            "the other K group of their pair",
+        ),
+        ("fc1_last_codes_of_the_next_row", "odd_tokens", k_hypotheses, "the codes of the row after"),
+    ],
+)
+def test_a_hypothesis_predicts_it(
+    kernel: str, call: str, generator: Callable[[MoeCall], list[Hypothesis]], words: str
+) -> None:
+    held, pipeline = KERNELS[kernel], prepared(captured(call))
+    got = held.function(pipeline.call)
+    assert bool(differing(got, forward(pipeline.call)).any())
+    asked = [h for h in generator(pipeline.call) if words in h.words]
+    exact = [h for h in asked if (out := h.run(pipeline)) is not None and not bool(differing(out, got).any())]
+    assert exact
+    assert all(set(h.stages) & set(held.stages) for h in exact)
+
+
+def test_accumulators_that_are_not_cleared() -> None:
+    def chained(rows: Rows, acc: Tensor) -> Tensor:
+        tiles = acc.unflatten(1, (-1, 64))
+        return to_bf16(
+            torch.stack(
+                [
+                    tiles[:, 0],
+                    tiles[:, 1] + tiles[:, 0],
+                    tiles[:, 2] + tiles[:, 1],
+                    tiles[:, 3] + tiles[:, 2],
+                ],
+                1,
+            ).flatten(1)
+        )
+
+    pipeline = prepared(captured("odd_tokens"))
+    got = layer(pipeline.call, fc2=chained)
+    asked = [h for h in inner_hypotheses(pipeline.call) if "not cleared: a tile of 64 columns" in h.words]
+    assert [h.words.rsplit("of ", 1)[1] for h in asked if torch.equal(h.run(pipeline), got)] == [
+        "the tile before"
+    ]
+
+
+def test_terms_lost_in_a_race() -> None:
+    call = captured("prefill")
+    ((stages, words),) = evidence(call, KERNELS["terms_lost_in_a_race"].function(call))
+    assert stages == ("slots", "finalize")
+    assert "terms are missing in" in words
+    assert "blocks of 64 columns" in words
+    noise = torch.randn(call.num_tokens, 4, generator=torch.Generator().manual_seed(0)).repeat_interleave(
+        64, 1
+    )
+    wrong = forward(call).float() * (1 + torch.where(noise > 1.5, noise, 0))  # of as many blocks, and no term
+    assert "terms" not in str(evidence(call, to_bf16(wrong)))
+
+
+def test_what_is_near_underflow_proves_nothing() -> None:
+    call = captured("tiny_values")
+    ((stages, words),) = evidence(call, KERNELS["sum_keeps_subnormals"].function(call))
+    assert stages == ()
+    assert "differ by no more than 2^-125, where numbers underflow" in words
+
+
+def test_a_sum_that_cancels_is_not_left_out() -> None:
+    call = open_goldens().load("gemm/mirrored_inner_384").call()
+    assert "are zero" not in str(evidence(call, torch.zeros_like(forward(call))))
+    ordinary = captured("odd_tokens")
+    assert "are zero: nothing was added up" in str(evidence(ordinary, torch.zeros_like(forward(ordinary))))
+
+
+def test_an_activation_that_moved_is_not_called_a_wrong_gemm1() -> None:
+    pipeline = prepared(captured("prefill"))
+
+    def placed(kernel: str) -> tuple[str, ...]:
+        got = KERNELS[kernel].function(pipeline.call)
+        some = samples(pipeline, got, differing(got, forward(pipeline.call)), local_of(pipeline))
+        space = Space.of(some)
+        assert space is not None
+        where = space.placed(biased=False, function=False)
+        assert where is not None
+        return where.stages
+
+    assert placed("activation_blocks_transposed") == ("fc1", "activation")
+    assert placed("input_tail_of_the_next_token") == ("fc1", "input")
+
+
+def test_columns_of_which_some_are_right_by_chance() -> None:
+    column = torch.arange(256)
+    assert (
+        columns_in_words((column // 16 % 4 == 1) & (column % 8 > 0))
+        == "in every fourth block of 16 columns, from 16 on"
+    )
+    assert columns_in_words((column // 16 % 4 == 1) & (column % 2 > 0)) == ""
+
+
+def test_columns_of_garbage() -> None:
+    call = captured("prefill")
+    got = KERNELS["a_column_block_of_garbage"].function(call)
+    ((stages, words),) = evidence(call, got)
+    assert stages == ("fc2", "finalize")
+    assert words.endswith("of all magnitudes, as in memory that was not written")
+    sign = forward(call)
+    sign[:, 48:64] = -3 * sign[:, 48:64]
+    assert "magnitudes" not in str(evidence(call, sign))
