@@ -114,8 +114,8 @@ def find_largest(x_exponents, w_exponents, largest):
 
 
 @compiled()
-def power(exponent):
-    """2^(exponent - BIAS)."""
+def bits_of_power(exponent):
+    """Of 2^(exponent - BIAS)."""
     return left(i32(i32(exponent) + i32(127 - BIAS)), i32(23))
 
 
@@ -146,8 +146,8 @@ def split_sum(x_bits, cut_bits, w, largest, per_unit, totals, sums, r):
     for step in range(2):
         for j in range(COLUMNS):
             t = toward_zero(totals[0, j], per_unit[0, j]) if step else f32(0)
-            power_of_largest = max(power(largest[step, j]), i32(bits_of(t) & i32(EXPONENT)))
-            per_unit[0, j] = float32_of(i32(i32((254 + CUT) << 23) - power_of_largest))
+            unit = i32(max(bits_of_power(largest[step, j]), i32(bits_of(t) & i32(EXPONENT))) - i32(CUT << 23))
+            per_unit[0, j] = float32_of(i32(254 << 23) - unit)
             totals[0, j] = i32(i32(t * per_unit[0, j]) + i32(sums[ROWS * step + r, j] * per_unit[0, j]))
         add_cut_products(x_bits, cut_bits, step, w, per_unit, totals)
     for j in range(COLUMNS):
@@ -155,7 +155,7 @@ def split_sum(x_bits, cut_bits, w, largest, per_unit, totals, sums, r):
 
 
 @compiled()
-def wide_sum(x_parts, x_exponents, w, w_exponents, largest, parts, t):
+def wide_sum(x_parts, x_exponents, w, w_exponents, largest, parts, t, r):
     """As `split_sum`, in float64. Inf and NaN are added up apart; where there are any they are the sum."""
     for j in range(COLUMNS):
         parts[1, j] = parts[0, j] = 0
@@ -185,7 +185,7 @@ def wide_sum(x_parts, x_exponents, w, w_exponents, largest, parts, t):
             parts[1, j] = parts[1, j] if parts[1, j] != 0 else overflow
     for j in range(COLUMNS):
         finite = parts[0, j] if abs(parts[0, j]) >= SMALLEST else 0.0
-        t[0, j] = f32(parts[1, j] if parts[1, j] != 0 else finite)
+        t[r, j] = f32(parts[1, j] if parts[1, j] != 0 else finite)
 
 
 @compiled()
@@ -265,38 +265,34 @@ def gemm(x_bits, facts, packed, scale_bytes, orders, columns, steps, swapped, ou
             unpack(words, group, orders[0], with_exponents[group], w, w_exponents)
             num_takers = 0
             for m in range(num_rows):
-                if taken_by != EVERY_ROW and taken_by != swapped[m]:
-                    continue
-                if facts[group, m, WAY] != WIDE:
+                if taken_by == EVERY_ROW or taken_by == swapped[m]:
                     takers[num_takers] = m
                     num_takers += 1
-                    continue
-                load_wide_exponents(x_bits, group, m, wide_exponents)
-                load_parts(x_bits, group, m, x_parts)
-                wide_sum(x_parts, wide_exponents, w, w_exponents, wide_largest, parts, sums)
-                accumulate(acc, m, sums, 0, scales, group, careful[m])
             start = 0
             while start < num_takers:
-                some = takers[start : start + (ROWS if start + ROWS <= num_takers else 1)]
-                for r in range(len(some)):
-                    load_x(x_bits, facts[group, some[r], CUT_BITS], group, some[r], x, r)
-                if len(some) == ROWS:
+                rows = takers[start : start + (ROWS if start + ROWS <= num_takers else 1)]
+                for r in range(len(rows)):
+                    load_x(x_bits, facts[group, rows[r], CUT_BITS], group, rows[r], x, r)
+                if len(rows) == ROWS:
                     sums_of_four(x, w, sums)
                 else:
                     sums_of_one(x, w, sums)
-                for r in range(len(some)):
-                    m = some[r]
+                for r in range(len(rows)):
+                    m = rows[r]
                     if facts[group, m, WAY] == PLAIN:
                         for j in range(COLUMNS):
                             sums[r, j] += sums[ROWS + r, j]
-                    else:
+                    elif facts[group, m, WAY] == SPLIT:
                         load_exponents(x_bits, group, m, x_exponents)
                         find_largest(x_exponents, w_exponents, largest)
-                        split_sum(
-                            x_bits[group, m], facts[group, m, CUT_BITS], w, largest, per_unit, totals, sums, r
-                        )
+                        cut_bits = facts[group, m, CUT_BITS]
+                        split_sum(x_bits[group, m], cut_bits, w, largest, per_unit, totals, sums, r)
+                    else:
+                        load_wide_exponents(x_bits, group, m, wide_exponents)
+                        load_parts(x_bits, group, m, x_parts)
+                        wide_sum(x_parts, wide_exponents, w, w_exponents, wide_largest, parts, sums, r)
                     accumulate(acc, m, sums, r, scales, group, careful[m])
-                start += len(some)
+                start += len(rows)
         for m in range(num_rows):
             for lane in range(COLUMNS):
                 column = first + column_of_lane(lane, orders[0])

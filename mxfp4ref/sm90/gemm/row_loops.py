@@ -47,7 +47,7 @@ def classify(x, facts):
 
     Args:
         x: `[G, M, 32]`, bf16 bits.
-        facts: `[G, M, 4]`, written: the way, bound, unit, and a bit for each x whose products SPLIT may have to cut.
+        facts: `[G, M, 4]`, written: the way, bound, unit, and a bit for each x whose products may have to be cut, all in WIDE.
             The products of the others are multiples of 2^(bound - 24), which is more than the step keeps.
     """
     for group in range(x.shape[0]):
@@ -68,7 +68,7 @@ def classify(x, facts):
             in_range = lowest >= LOWEST and highest <= HIGHEST
             facts[group, row, WAY] = (SPLIT if cut else PLAIN) if in_range else WIDE
             facts[group, row, BOUND], facts[group, row, UNIT] = bound, unit
-            facts[group, row, CUT_BITS] = i32(cut)
+            facts[group, row, CUT_BITS] = i32(cut) if in_range else i32(-1)
 
 
 @compiled()
@@ -79,7 +79,7 @@ def half(bits):
 
 @compiled()
 def load_x(x_bits, cut_bits, group, m, x, r):
-    """Zeros in the place of what SPLIT may have to cut."""
+    """Zeros in the place of what may have to be cut."""
     for k in range(32):
         kept = half(x_bits[group, m, k])
         x[r, k] = f32(0) if right(cut_bits, i32(k)) & i32(1) else kept
