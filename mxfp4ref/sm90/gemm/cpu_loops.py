@@ -75,7 +75,7 @@ def vectors(count, dtype):
 
 @compiled()
 def sums_of_four(x, w, sums):
-    """Each step's sum of each row's products, sums[ROWS * step + row]: in any order, and fused or not, all is exact."""
+    """Each step's sum of a row's products, sums[ROWS * step + row]. In any order, and fused or not: all is exact."""
     for step in range(2):
         first, second, third, fourth = ROWS * step, ROWS * step + 1, ROWS * step + 2, ROWS * step + 3
         for j in range(COLUMNS):

@@ -47,8 +47,8 @@ def classify(x, facts):
 
     Args:
         x: `[G, M, 32]`, bf16 bits.
-        facts: `[G, M, 4]`, written: the way, bound, unit, and a bit for each x whose products may have to be cut, all in WIDE.
-            The products of the others are multiples of 2^(bound - 24), which is more than the step keeps.
+        facts: `[G, M, 4]`, written: the way, bound, unit, and a bit for each x whose products may have to be cut, in
+            WIDE all. The products of the others are multiples of 2^(bound - 24), which is more than the step keeps.
     """
     for group in range(x.shape[0]):
         for row in range(x.shape[1]):
