@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
+from mxfp4ref._default_device import on_cpu
 from mxfp4ref.conformance.agreement import agreed
 from mxfp4ref.conformance.diagnosis import Finding, Known, Located, Prediction
 from mxfp4ref.conformance.families.engine import prepared
@@ -188,5 +188,5 @@ def _judged(failures: Mapping[str, Failed], results: list[CaseResult], goldens: 
                 one = runs(case)[0]
                 yield prepared(one.inputs), one.expected["output"]
 
-    with torch.device("cpu"):  # whatever the caller's default is
+    with on_cpu():
         return judge(wrong, passing, seconds=_SECONDS)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._choices import EFFORTS, Effort
+from mxfp4ref._default_device import on_cpu
 from mxfp4ref._shown import Shown
 from mxfp4ref._validate import check_choice
 from mxfp4ref.conformance.attribution import Attribution, attribution
@@ -277,7 +278,7 @@ def _investigated(
     pipeline = prepared(small)
     names = {s for s in how.suspects if isinstance(s, str)}
     first = [h for h in named_hypotheses(small) if h.name in names]
-    with torch.device("cpu"):  # whatever the caller's default is
+    with on_cpu():
         result = investigate(
             pipeline,
             rows_got,

@@ -10,7 +10,8 @@ import numpy as np
 
 from mxfp4ref._compiled import compiled
 
-i16, i32, i64, u16, u32, f32, f64 = np.int16, np.int32, np.int64, np.uint16, np.uint32, np.float32, np.float64
+i8, i16, i32, i64 = np.int8, np.int16, np.int32, np.int64
+u16, u32, f32, f64 = np.uint16, np.uint32, np.float32, np.float64
 left, right = np.left_shift, np.right_shift
 
 

@@ -20,14 +20,16 @@ from mxfp4ref.sm90.gemm.bit_loops import (
     f32,
     f64,
     float32_of,
+    i8,
     i16,
     i32,
     i64,
-    power32,
+    left,
     power64,
     right,
 )
 from mxfp4ref.sm90.gemm.row_loops import (
+    BIAS,
     BOUND,
     CUT_BITS,
     NO_EXPONENT,
@@ -36,10 +38,12 @@ from mxfp4ref.sm90.gemm.row_loops import (
     UNIT,
     WAY,
     WIDE,
+    ZERO_WEIGHT,
     classify,
+    half,
     load_exponents,
     load_parts,
-    load_split,
+    load_wide_exponents,
     load_x,
 )
 from mxfp4ref.sm90.gemm.weight_loops import COLUMNS, column_of_lane, fetch, unpack
@@ -48,8 +52,9 @@ __all__ = ["classify", "gemm"]
 
 EVERY_ROW = 2  # takes a step; else 0, rows that do not swap the first two groups, or 1, rows that do
 
-BELOW_ALL = -70  # below the exponents of all nonzero products and sums of PLAIN and SPLIT
+ROWS = 4  # that are summed up side by side
 CUT = 25  # terms are cut to multiples of 2^(largest exponent - 25)
+EXPONENT = 0x7F800000  # of float32, in place
 
 SMALLEST = 2.0**-126
 ROUNDS_TO_SMALLEST = 2.0**-126 * (1 - 2.0**-25)
@@ -69,70 +74,106 @@ def vectors(count, dtype):
 
 
 @compiled()
-def plain_sums(x, w, t):
-    """Of two rows, of which the second may be left over from before. In any order, and fused or not: all is exact."""
-    for j in range(COLUMNS):
-        t[0, j] = t[1, j] = 0
-    for part in range(0, 32, 8):  # eight of each row stay in registers
+def sums_of_four(x, w, sums):
+    """Each step's sum of a row's products, sums[ROWS * step + row]. In any order, and fused or not: all is exact."""
+    for step in range(2):
+        first, second, third, fourth = ROWS * step, ROWS * step + 1, ROWS * step + 2, ROWS * step + 3
         for j in range(COLUMNS):
-            first, second = t[0, j], t[1, j]
-            for k in range(part, part + 8):
-                first += x[0, k] * w[k, j]
-                second += x[1, k] * w[k, j]
-            t[0, j], t[1, j] = first, second
+            sums[first, j] = sums[second, j] = sums[third, j] = sums[fourth, j] = 0
+        for part in range(16 * step, 16 * step + 16, 4):  # four of each row stay in registers
+            for j in range(COLUMNS):
+                a, b, c, d = sums[first, j], sums[second, j], sums[third, j], sums[fourth, j]
+                for k in range(part, part + 4):
+                    a += x[0, k] * w[k, j]
+                    b += x[1, k] * w[k, j]
+                    c += x[2, k] * w[k, j]
+                    d += x[3, k] * w[k, j]
+                sums[first, j], sums[second, j], sums[third, j], sums[fourth, j] = a, b, c, d
+
+
+@compiled()
+def sums_of_one(x, w, sums):
+    for step in range(2):
+        for j in range(COLUMNS):
+            even = odd = f32(0)  # each waits for the sum before
+            for k in range(16 * step, 16 * step + 16, 2):
+                even += x[0, k] * w[k, j]
+                odd += x[0, k + 1] * w[k + 1, j]
+            sums[ROWS * step, j] = even + odd
 
 
 @compiled()
 def find_largest(x_exponents, w_exponents, largest):
-    """The largest exponent of each step's products."""
+    """The largest exponent of each step's products, BIAS higher, or the least that there is where all are zero."""
     for step in range(2):
         for j in range(COLUMNS):
-            exponent = i16(NO_EXPONENT)
+            exponent = i8(3)
             for k in range(16 * step, 16 * step + 16):
-                exponent = max(exponent, i16(x_exponents[k] + w_exponents[k, j]))
+                exponent = max(exponent, i8(x_exponents[k] + w_exponents[k, j]))
             largest[step, j] = exponent
 
 
 @compiled()
-def split_sum(x, x_exponents, w, w_exponents, largest, totals, t):
-    """Converting to int32 cuts toward zero. 16 products below 3 * 2^25 units and a sum below 2^26 fit."""
-    find_largest(x_exponents, w_exponents, largest)
-    per_unit = t[1]
-    for j in range(COLUMNS):
-        t[0, j] = 0
-    for step in range(2):
-        for j in range(COLUMNS):
-            exact = f32(0)
-            for k in range(16 * step, 16 * step + 16):
-                exact += x[0, k] * w[k, j]
-            of_sum = (right(bits_of(t[0, j]), i32(23)) & i32(255)) - i32(127)
-            per_unit[j] = power32(CUT - max(i32(largest[step, j]), of_sum, i32(BELOW_ALL)))
-            totals[0, j] = i32(i32(t[0, j] * per_unit[j]) + i32(exact * per_unit[j]))
-        for k in range(16 * step, 16 * step + 16):
-            if x[1, k] != 0:
-                for j in range(COLUMNS):
-                    totals[0, j] = i32(totals[0, j] + i32(x[1, k] * w[k, j] * per_unit[j]))
-        for j in range(COLUMNS):
-            total, unit = totals[0, j], float32_of(i32(254 << 23) - bits_of(per_unit[j]))
-            nearest = f32(total)
-            too_large = abs(i32(nearest)) > abs(total)  # then the next number toward zero is meant
-            t[0, j] = float32_of(bits_of(nearest) - i32(too_large)) * unit
+def bits_of_power(exponent):
+    """Of 2^(exponent - BIAS)."""
+    return left(i32(i32(exponent) + i32(127 - BIAS)), i32(23))
 
 
 @compiled()
-def wide_sum(x_parts, x_exponents, w, w_exponents, largest, parts, t):
+def add_cut_products(x_bits, cut_bits, step, w, per_unit, totals):
+    for k in range(16 * step, 16 * step + 16):
+        if cut_bits >> k & 1:
+            x = half(x_bits[k])
+            for j in range(COLUMNS):
+                totals[0, j] = i32(totals[0, j] + i32(x * w[k, j] * per_unit[0, j]))
+
+
+@compiled()
+def toward_zero(total, per_unit):
+    """The float32 number of an integer below 2^26, in its unit."""
+    nearest = f32(total)
+    too_large = abs(i32(nearest)) > abs(total)  # then the next number toward zero is meant
+    unit = float32_of(i32(254 << 23) - bits_of(per_unit))
+    return float32_of(bits_of(nearest) - i32(too_large)) * unit
+
+
+@compiled()
+def split_sum(x_bits, cut_bits, w, largest, per_unit, totals, sums, r):
+    """The sum t from the steps' sums of products that are not cut, in the place of the first of them.
+
+    Converting to int32 cuts toward zero. 16 products below 3 * 2^25 units and a sum below 2^26 fit.
+    """
+    for step in range(2):
+        for j in range(COLUMNS):
+            t = toward_zero(totals[0, j], per_unit[0, j]) if step else f32(0)
+            unit = i32(max(bits_of_power(largest[step, j]), i32(bits_of(t) & i32(EXPONENT))) - i32(CUT << 23))
+            per_unit[0, j] = float32_of(i32(254 << 23) - unit)
+            totals[0, j] = i32(i32(t * per_unit[0, j]) + i32(sums[ROWS * step + r, j] * per_unit[0, j]))
+        add_cut_products(x_bits, cut_bits, step, w, per_unit, totals)
+    for j in range(COLUMNS):
+        sums[r, j] = toward_zero(totals[0, j], per_unit[0, j])
+
+
+@compiled()
+def wide_sum(x_parts, x_exponents, w, w_exponents, largest, parts, t, r):
     """As `split_sum`, in float64. Inf and NaN are added up apart; where there are any they are the sum."""
-    find_largest(x_exponents, w_exponents, largest)
     for j in range(COLUMNS):
         parts[1, j] = parts[0, j] = 0
     for step in range(2):
+        for j in range(COLUMNS):
+            exponent = i16(NO_EXPONENT)
+            for k in range(16 * step, 16 * step + 16):
+                of_w = i16(w_exponents[k, j])
+                of_product = i16(x_exponents[k] + of_w)
+                exponent = max(exponent, of_product if of_w != i16(ZERO_WEIGHT) else i16(NO_EXPONENT))
+            largest[0, j] = exponent
         for k in range(16 * step, 16 * step + 16):
             if x_parts[1, k] != 0:
                 for j in range(COLUMNS):
                     parts[1, j] += x_parts[1, k] * f64(w[k, j])
         for j in range(COLUMNS):
             of_sum = max((f64(parts[0, j]).view(i64) >> 52 & 2047) - 1023, -126) if parts[0, j] != 0 else -200
-            exponent = max(i64(largest[step, j]), of_sum)
+            exponent = max(i64(largest[0, j]), of_sum)
             per_unit, unit = power64(CUT - exponent), power64(exponent - CUT)
             total = i32(parts[0, j] * per_unit)
             for k in range(16 * step, 16 * step + 16):
@@ -144,7 +185,7 @@ def wide_sum(x_parts, x_exponents, w, w_exponents, largest, parts, t):
             parts[1, j] = parts[1, j] if parts[1, j] != 0 else overflow
     for j in range(COLUMNS):
         finite = parts[0, j] if abs(parts[0, j]) >= SMALLEST else 0.0
-        t[0, j] = f32(parts[1, j] if parts[1, j] != 0 else finite)
+        t[r, j] = f32(parts[1, j] if parts[1, j] != 0 else finite)
 
 
 @compiled()
@@ -201,11 +242,13 @@ def gemm(x_bits, facts, packed, scale_bytes, orders, columns, steps, swapped, ou
     """
     num_groups, num_rows = facts.shape[:2]
     words, scales = vectors(4 * num_groups, i32), vectors(num_groups, f32)
-    x, x_exponents, x_parts = np.zeros((2, 32), f32), np.empty(32, i16), np.empty((2, 32), f64)
-    w, w_exponents = vectors(32, f32), vectors(32, i16)
-    t, t_parts, totals, largest = vectors(2, f32), vectors(2, f64), vectors(1, i32), vectors(2, i16)
+    w, w_exponents, sums = vectors(32, f32), vectors(32, i8), vectors(2 * ROWS, f32)
+    x, x_exponents, largest = np.empty((ROWS, 32), f32), np.empty(32, i8), vectors(2, i8)
+    per_unit, totals = vectors(1, f32), vectors(1, i32)
+    x_parts, wide_exponents = np.empty((2, 32), f64), np.empty(32, i16)
+    parts, wide_largest = vectors(2, f64), vectors(1, i16)
     acc, careful = vectors(num_rows, f32), np.empty(num_rows, np.bool_)
-    plain_rows = np.empty(num_rows, i64)
+    takers = np.empty(num_rows, i64)
     with_exponents = np.zeros(num_groups, np.bool_)
     for m in range(num_rows):
         for group in range(num_groups):
@@ -218,31 +261,38 @@ def gemm(x_bits, facts, packed, scale_bytes, orders, columns, steps, swapped, ou
             for j in range(COLUMNS):
                 acc[m, j] = 0
         for step in range(len(steps)):
-            group, takers = steps[step]
+            group, taken_by = steps[step]
             unpack(words, group, orders[0], with_exponents[group], w, w_exponents)
-            num_plain = 0
+            num_takers = 0
             for m in range(num_rows):
-                if takers != EVERY_ROW and takers != swapped[m]:
-                    continue
-                if facts[group, m, WAY] == PLAIN:
-                    plain_rows[num_plain] = m
-                    num_plain += 1
-                    continue
-                load_exponents(x_bits, group, m, x_exponents)
-                if facts[group, m, WAY] == SPLIT:
-                    load_split(x_bits, group, m, facts[group, m, CUT_BITS], x)
-                    split_sum(x, x_exponents, w, w_exponents, largest, totals, t)
+                if taken_by == EVERY_ROW or taken_by == swapped[m]:
+                    takers[num_takers] = m
+                    num_takers += 1
+            start = 0
+            while start < num_takers:
+                rows = takers[start : start + (ROWS if start + ROWS <= num_takers else 1)]
+                for r in range(len(rows)):
+                    load_x(x_bits, facts[group, rows[r], CUT_BITS], group, rows[r], x, r)
+                if len(rows) == ROWS:
+                    sums_of_four(x, w, sums)
                 else:
-                    load_parts(x_bits, group, m, x_parts)
-                    wide_sum(x_parts, x_exponents, w, w_exponents, largest, t_parts, t)
-                accumulate(acc, m, t, 0, scales, group, careful[m])
-            for start in range(0, num_plain, 2):
-                two = plain_rows[start : min(start + 2, num_plain)]
-                for r in range(len(two)):
-                    load_x(x_bits, group, two[r], x, r)
-                plain_sums(x, w, t)
-                for r in range(len(two)):
-                    accumulate(acc, two[r], t, r, scales, group, careful[two[r]])
+                    sums_of_one(x, w, sums)
+                for r in range(len(rows)):
+                    m = rows[r]
+                    if facts[group, m, WAY] == PLAIN:
+                        for j in range(COLUMNS):
+                            sums[r, j] += sums[ROWS + r, j]
+                    elif facts[group, m, WAY] == SPLIT:
+                        load_exponents(x_bits, group, m, x_exponents)
+                        find_largest(x_exponents, w_exponents, largest)
+                        cut_bits = facts[group, m, CUT_BITS]
+                        split_sum(x_bits[group, m], cut_bits, w, largest, per_unit, totals, sums, r)
+                    else:
+                        load_wide_exponents(x_bits, group, m, wide_exponents)
+                        load_parts(x_bits, group, m, x_parts)
+                        wide_sum(x_parts, wide_exponents, w, w_exponents, wide_largest, parts, sums, r)
+                    accumulate(acc, m, sums, r, scales, group, careful[m])
+                start += len(rows)
         for m in range(num_rows):
             for lane in range(COLUMNS):
                 column = first + column_of_lane(lane, orders[0])

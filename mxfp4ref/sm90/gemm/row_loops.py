@@ -17,13 +17,13 @@ from mxfp4ref.sm90.gemm.bit_loops import (
     f32,
     f64,
     float32_of,
+    i8,
     i16,
     i32,
     i64,
     lowest_bit_of_bf16,
     right,
     u16,
-    u32,
     value_of_bf16,
 )
 
@@ -32,9 +32,13 @@ __all__ = ["classify"]
 PLAIN, SPLIT, WIDE = 0, 1, 2  # facts[group, row, WAY]
 WAY, BOUND, UNIT, CUT_BITS = 0, 1, 2, 3
 
-LOWEST, HIGHEST = -60, 80  # exponents of x of PLAIN and SPLIT: all else stays in float32's normal range
+# Exponents of x of PLAIN and SPLIT. All else then stays in float32's normal range, and int8 holds the exponents of
+# products, BIAS higher: 3 to 127, less if a factor is zero, which has no part in the largest exponent. As exponents
+# zeros of x are 0 and those of weights are ZERO_WEIGHT.
+LOWEST, HIGHEST = -59, 62
+BIAS, ZERO_WEIGHT = 63, -128
 DIGITS = 24  # of float32
-NO_EXPONENT = -1000  # of a zero, which has no part in the largest exponent
+NO_EXPONENT = -1000  # of a zero in WIDE
 
 
 @compiled("void(uint16[:,:,::1], int32[:,:,::1])")
@@ -43,8 +47,8 @@ def classify(x, facts):
 
     Args:
         x: `[G, M, 32]`, bf16 bits.
-        facts: `[G, M, 4]`, written: the way, bound, unit, and a bit for each x whose products SPLIT may have to cut.
-            The products of the others are multiples of 2^(bound - 24), which is more than the step keeps.
+        facts: `[G, M, 4]`, written: the way, bound, unit, and a bit for each x whose products may have to be cut, in
+            WIDE all. The products of the others are multiples of 2^(bound - 24), which is more than the step keeps.
     """
     for group in range(x.shape[0]):
         for row in range(x.shape[1]):
@@ -64,31 +68,38 @@ def classify(x, facts):
             in_range = lowest >= LOWEST and highest <= HIGHEST
             facts[group, row, WAY] = (SPLIT if cut else PLAIN) if in_range else WIDE
             facts[group, row, BOUND], facts[group, row, UNIT] = bound, unit
-            facts[group, row, CUT_BITS] = i32(cut)
+            facts[group, row, CUT_BITS] = i32(cut) if in_range else i32(-1)
 
 
 @compiled()
-def load_x(x_bits, group, m, x, r):
+def half(bits):
     """Half of x, as weights are unpacked as twice their value."""
+    return float32_of(i32(bits) << 16) * f32(0.5)
+
+
+@compiled()
+def load_x(x_bits, cut_bits, group, m, x, r):
+    """Zeros in the place of what may have to be cut."""
     for k in range(32):
-        x[r, k] = float32_of(i32(x_bits[group, m, k]) << 16) * f32(0.5)
+        kept = half(x_bits[group, m, k])
+        x[r, k] = f32(0) if right(cut_bits, i32(k)) & i32(1) else kept
 
 
 @compiled()
 def load_exponents(x_bits, group, m, x_exponents):
+    """Of SPLIT, BIAS higher."""
+    for k in range(32):
+        bits = x_bits[group, m, k]
+        exponent = i8(i16(right(bits, u16(7)) & i16(255)) - i16(127 - BIAS))
+        x_exponents[k] = exponent if bits & u16(0x7FFF) else i8(0)
+
+
+@compiled()
+def load_wide_exponents(x_bits, group, m, x_exponents):
     for k in range(32):
         bits = x_bits[group, m, k]
         exponent = i16(max(i16(i16(right(bits, u16(7))) & i16(255)), i16(1)) - i16(127))  # of a subnormal too
         x_exponents[k] = exponent if bits & u16(0x7FFF) else i16(NO_EXPONENT)
-
-
-@compiled()
-def load_split(x_bits, group, m, cut_bits, x):
-    """x[0] is what gives products that are never cut, x[1] what gives others, each with zeros for the other."""
-    load_x(x_bits, group, m, x, 0)
-    for k in range(32):
-        x[1, k] = x[0, k] if right(u32(cut_bits), u32(k)) & u32(1) else f32(0)
-        x[0, k] -= x[1, k]
 
 
 @compiled()

@@ -9,8 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from mxfp4ref._compiled import compiled
-from mxfp4ref.sm90.gemm.bit_loops import bits_of, f32, float32_of, i16, i32, left, right, u32
-from mxfp4ref.sm90.gemm.row_loops import NO_EXPONENT
+from mxfp4ref.sm90.gemm.bit_loops import bits_of, f32, float32_of, i8, i32, left, right, u32
 
 COLUMNS = 128  # the weights of one group, 16 KiB as float32, stay in the nearest cache
 HALF = COLUMNS // 2
@@ -50,11 +49,12 @@ def fetch(packed, scale_bytes, orders, first, last, words, scales):
     num_columns, num_groups = packed.shape[0], packed.shape[1] // 4
     for strip in range(0, COLUMNS, 32):
         for group in range(num_groups):
-            for lane in range(strip, strip + 32):
-                column = first + column_of_lane(lane, orders[0])
-                if column < last:
-                    for i in range(4):
-                        words[4 * group + i, lane] = packed[column, 4 * group + i]
+            for lane in range(strip, strip + 32, 8):
+                column = first + column_of_lane(lane, orders[0])  # and the next ones
+                for j in range(8):
+                    if column + j < last:
+                        for i in range(4):
+                            words[4 * group + i, lane + j] = packed[column + j, 4 * group + i]
     for lane in range(COLUMNS):
         column, place = first + column_of_lane(lane, orders[0]), 0
         if column < last:
@@ -89,5 +89,4 @@ def unpack(words, group, order, with_exponents, w, w_exponents):
     if with_exponents:
         for k in range(32):
             for j in range(COLUMNS):
-                field = right(bits_of(w[k, j]), i32(23)) & i32(255)
-                w_exponents[k, j] = i16(field - 128 if field else NO_EXPONENT)
+                w_exponents[k, j] = i8(right(bits_of(w[k, j]), i32(23)) - i32(128))  # ZERO_WEIGHT of zeros

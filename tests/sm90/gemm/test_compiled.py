@@ -76,6 +76,21 @@ def test_columns_beyond_a_block(columns: int) -> None:
     assert_right(x, packed, scales)
 
 
+@pytest.mark.parametrize("high", [61, 62, 63])
+@pytest.mark.parametrize("low", [-60, -59, -58])
+def test_ends_of_the_exponents(low: int, high: int) -> None:
+    """Around the ends of what int8 holds, with zeros among factors, so that any product may be the largest."""
+    rng = np.random.default_rng([low + 60, high])
+    shape = (1, 48, 32)
+    exponents = rng.choice([low, low + 1, -1, high - 1, high], shape, p=[0.4, 0.3, 0.1, 0.1, 0.1])
+    x = rng.integers(0, 2, shape) << 15 | exponents + 127 << 7 | rng.integers(0, 128, shape)
+    x = np.where(rng.random(shape) < rng.choice([0.2, 0.6, 0.9], (1, 48, 1)), 0, x)
+    codes = rng.integers(0, 16, (1, 64, 32)).astype(np.uint8)
+    codes = np.where(rng.random(codes.shape) < rng.choice([0.2, 0.9], (1, 64, 1)), codes & 8, codes)
+    scales = torch.full((1, 64, 1), 127, dtype=torch.uint8)
+    assert_right(bits.bf16(x), pack_codes(torch.from_numpy(codes)), scales)
+
+
 def test_each_way_is_gone() -> None:
     """The kinds of inputs have rows of all three ways, and one row has groups of all three."""
     x = torch.cat([problem(1, kind, "ordinary", rows=4)[0] for kind in ("ordinary", "wide", "raw")], 1)
@@ -278,12 +293,14 @@ def test_after_a_fork(used_before: bool) -> None:
 
 def test_without_a_folder_for_the_cache() -> None:
     """numba raises "no locator available" where neither the package nor the user has a folder to write to."""
-    run(
+    run(  # with the loops of FP8, as these take ten seconds to compile
         "from numba.core import caching\n"
         "caching.CacheImpl._locator_classes = []\n"
-        "use()\n"
-        "from mxfp4ref.sm90.gemm import cpu_loops\n"
-        "assert cpu_loops.gemm.stats.cache_path is None",
+        "from mxfp4ref.sm90.gemm import fp8\n"
+        "x, offsets = torch.full((1, 32), 0x38, dtype=torch.uint8), torch.ones(3, 1, dtype=torch.uint8)\n"
+        "assert fp8.fp8_gemm(x, packed[0, :, :16], offsets).isfinite().all()\n"
+        "from mxfp4ref.sm90.gemm import fp8_loops\n"
+        "assert fp8_loops.gemm.stats.cache_path is None",
         NUMBA_OPT="0",  # compiles in half the time
     )
 
