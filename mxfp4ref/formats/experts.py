@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -227,7 +228,7 @@ class Sm90Experts(Experts):
             chosen |= zip(names, self._in_logical_layout(*(chosen[name] for name in names)), strict=True)
         return Experts(**chosen)
 
-    @property
+    @cached_property
     def generation(self) -> Generation:
         """Whose layouts these are, by the shape of the scales."""
         assert self.fc1_scales is not None

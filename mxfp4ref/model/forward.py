@@ -148,7 +148,8 @@ def _forward_in_parts(
     rows_before = torch.zeros(call.experts.num_experts, dtype=torch.int64, device=call.input.device)
     for start in range(0, max(call.num_tokens, 1), _TOKENS_AT_ONCE):
         with torch.no_grad(), torch.autocast(call.input.device.type, enabled=False):
-            part = call.select(slice(start, start + _TOKENS_AT_ONCE))
+            few = call.num_tokens <= _TOKENS_AT_ONCE
+            part = call if few else call.select(slice(start, start + _TOKENS_AT_ONCE))
             local = stages.select_local(
                 part.token_selected_experts, call.experts.num_experts, call.ep_size, call.ep_rank
             )
