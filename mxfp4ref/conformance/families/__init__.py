@@ -76,8 +76,8 @@ _FAMILIES = (
     ),
     Family(
         "dropped slots",
-        "slots left out or added twice: the last of a token, rows beyond the first n of an expert, small weights, one "
-        "expert",
+        "slots left out or added twice: the last of a token, rows beyond the first n of an expert, small weights, "
+        "one expert",
         ("last_slot_dropped",),
     ),
     Family(
