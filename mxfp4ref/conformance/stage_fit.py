@@ -205,10 +205,14 @@ def _fit_gemm2(call: MoeCall, output: Tensor, mask: Tensor) -> str:
         y = y - fp32.widen(some.fc2_biases[0]).to(torch.float64)
     if not bool(torch.isfinite(y).all() & torch.isfinite(weights).all()) or not solvable(y):
         return ""
+    said = weights.any(1)  # a row of zeros is no equation
+    weights, y = weights[said], y[said]
+    if not solvable(y):
+        return ""
     solution = torch.linalg.lstsq(weights, y[:, None], driver="gelsd").solution[:, 0]
     rest = _residual(y, weights @ solution)
     # With as many unknowns as equations anything can be fitted.
-    if call.experts.intermediate_size * 2 > call.experts.hidden_size or rest > 2.0**-6:
+    if call.experts.intermediate_size * 2 > len(y) or rest > 2.0**-6:
         return f"; GEMM2's weights or scales, or what comes before (token {token})"
     right = fp32.widen(trace(one_token(call, token)).activation[0]).to(torch.float64)
     if _residual(y, weights @ right) < 4 * max(rest, 2.0**-7):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -85,6 +86,24 @@ def test_only_the_very_numbers_are_numbers_in_other_places() -> None:
     assert not _permuted(right, (right * 1.08).roll(32, 1), unsure), "of about the same distribution"
     assert not _permuted(right.sign(), right.sign().roll(1, 1), unsure), "too few are distinct"
     assert not _permuted(right, right.roll(32, 1), 100 * unsure), "not solved well enough"
+
+
+@pytest.mark.parametrize(
+    "case", ["step_and_situ/step_limit_by_expert", "step_and_situ/situ_linear_beta_alone"]
+)
+def test_outputs_without_weights_are_no_equations(case: str) -> None:
+    """Half of the rows of GEMM2's weights are zeros there, and the others are as many as the activation's columns."""
+
+    def noisy(call: MoeCall) -> Tensor:
+        noise = torch.randn(
+            call.num_tokens, call.experts.hidden_size, generator=torch.Generator().manual_seed(3)
+        )
+        return (forward(call).float() * (1 + 0.01 * noise)).bfloat16()
+
+    found = quick(noisy, case).diagnosis
+    assert found is not None
+    assert found.finding.stages == ()
+    assert "right" not in found.finding.sentence
 
 
 def test_a_flipped_bit_is_no_row_of_gemm2() -> None:

@@ -139,7 +139,11 @@ def slots_of_equal_weight_counted_once(call: MoeCall) -> Tensor:
 
 @wrong(
     stage=("slots", "finalize"),
-    says=("slot", "odd|every (second|other)|\\b1\\b|alternate", "drop|missing|omit|not added|skipped|lost"),
+    says=(
+        "slot",
+        "odd|every (second|other)|\\b1\\b|alternate",
+        "drop|missing|omit|left out|not added|skipped|lost",
+    ),
     story="two slots are taken at a time and the second is forgotten",
 )
 def odd_slots_left_out(call: MoeCall) -> Tensor:

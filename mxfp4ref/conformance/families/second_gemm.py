@@ -38,9 +38,10 @@ class _System:
     """One token's equations, `H` of them.
 
     Attributes:
-        columns: `[H, n, I] float64`, GEMM2's weights times the routing weight, for n suspected slots.
-        rest: `[H]`, the kernel's row less the right one.
-        noise: `[H]`, the standard deviation of the roundings in it.
+        columns: `[h, n, I] float64`, GEMM2's weights times the routing weight, for n suspected slots, of the h output
+            columns of which they are not all zero.
+        rest: `[h]`, the kernel's row less the right one.
+        noise: `[h]`, the standard deviation of the roundings in it.
         right, up, gate: `[n, I]`, the right activation and GEMM1's output.
         slots: the n slots.
     """
@@ -181,7 +182,10 @@ def _system(
         return None
     if not solvable(target):
         return None
-    return _System(columns, target - parts.sum(0), noise, right, up, gate, tuple(slots.tolist()))
+    rest, said = target - parts.sum(0), columns.flatten(1).any(1)  # a row of zeros is no equation
+    if float((rest / noise)[~said].norm()) > _MARGIN * float((~said).sum()) ** 0.5:
+        return None
+    return _System(columns[said], rest[said], noise[said], right, up, gate, tuple(slots.tolist()))
 
 
 def _groups(call: MoeCall, systems: list[_System], of_expert: str) -> _Parts | None:

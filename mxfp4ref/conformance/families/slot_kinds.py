@@ -39,6 +39,14 @@ def attributes(call: MoeCall, local: Tensor) -> Iterator[tuple[str, Tensor]]:
     yield "of the first place of a token", here & (slot == 0)
     for at in range(1, top_k - 1):
         yield f"of place {at} of a token", here & (slot == at)
+    if top_k > 2:
+        for parity, word in ((1, "odd"), (0, "even")):
+            yield f"of {word} places of a token", here & (slot % 2 == parity)
+    earlier = torch.ones(top_k, top_k, dtype=torch.bool, device=local.device).tril(-1)
+    yield (
+        "with the weight of an earlier slot",
+        here & ((weights[:, :, None] == weights[:, None]) & here[:, None] & earlier).any(2),
+    )
     yield "with the largest weight of the token", here & (weights == weights.amax(1, keepdim=True))
     yield "with the smallest weight of the token", here & (weights == weights.amin(1, keepdim=True))
     yield "that are the last row of their expert", here & (position == rows - 1)
