@@ -106,7 +106,7 @@ def is_poison(output: Tensor) -> Tensor:
 
 
 def rows_left(kind: str, inputs: Any) -> Tensor | None:
-    """Which rows of its output a kernel leaves as they are, `[M] bool`, with `enable_alltoall`; None if it writes all."""
+    """Which rows of its output a kernel leaves as they are (`MoeCall.written`), `[M] bool`; None if it writes all."""
     if kind not in ("moe", "w4a8"):
         return None
     call = inputs if isinstance(inputs, MoeCall) else call_of(inputs)

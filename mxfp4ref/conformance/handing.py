@@ -28,7 +28,7 @@ class Handed:
     """
 
     def __init__(self, arguments: Arguments, rows_left: Tensor | None = None) -> None:
-        """`rows_left`, `[M] bool`: rows of the output that a kernel leaves as they are, and those of a new one unset."""
+        """`rows_left`, `[M] bool`: rows of `output` that a kernel leaves as they are, and of a new tensor unset."""
         self._rows_left = rows_left
         self._output: Tensor | None = arguments[1].get("output")
         self.positional, self.keywords = _copied(arguments)
@@ -54,7 +54,7 @@ class Handed:
         return "; ".join(changes)
 
     def zeros_in_rows_left(self, raw: bytes) -> bytes:
-        """An output's bytes with zeros in the rows that a kernel leaves, as goldens have them: it says nothing there."""
+        """An output's bytes with zeros in the rows that a kernel leaves, whatever they hold: goldens have zeros."""
         if self._rows_left is None:
             return raw
         rows = torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(len(self._rows_left), -1)

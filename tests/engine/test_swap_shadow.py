@@ -78,12 +78,12 @@ pytestmark = pytest.mark.usefixtures("flashinfer")
 def test_what_is_not_modelled_falls_through(caplog: pytest.LogCaptureFixture) -> None:
     call = served_by(lambda *arguments, **named: ("real", arguments, named))
     engine.swap()
-    for changes in ({"enable_alltoall": True}, {"enable_alltoall": True}, {"of_a_newer_release": 1}):
+    for changes in ({"min_latency_mode": True}, {"min_latency_mode": True}, {"of_a_newer_release": 1}):
         assert call(**ARGUMENTS, **changes)[0] == "real"
     bits.assert_same(call(**ARGUMENTS)[0], EXPECTED)
     assert engine.counts() == Counts(answered=1, not_modelled=3)
     assert [line.partition(",")[0] for line in lines(caplog)] == [
-        "swap: left to the real kernel: enable_alltoall: not modelled",
+        "swap: left to the real kernel: min_latency_mode: not modelled",
         "swap: left to the real kernel: arguments: not modelled",
     ]
 
@@ -91,8 +91,8 @@ def test_what_is_not_modelled_falls_through(caplog: pytest.LogCaptureFixture) ->
 def test_nothing_falls_through_unless_it_may() -> None:
     call = served_by(lambda *arguments, **named: "real")
     engine.swap(fall_through=False)
-    with pytest.raises(NotImplementedError, match="enable_alltoall: not modelled"):
-        call(**ARGUMENTS, enable_alltoall=True)
+    with pytest.raises(NotImplementedError, match="min_latency_mode: not modelled"):
+        call(**ARGUMENTS, min_latency_mode=True)
     with pytest.raises(TypeError, match=r"token_selected_experts: .*int32"):
         call(**{**ARGUMENTS, "token_selected_experts": CALL.token_selected_experts.long()})
 
@@ -269,13 +269,13 @@ def test_an_exception_of_the_kernel_is_the_servers() -> None:
 def test_what_is_not_compared(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     call = served_by(lambda *arguments, **named: "real")
     engine.shadow()
-    assert call(**arguments_of(DENSE_CALL)) == call(**ARGUMENTS, enable_alltoall=True) == "real"
+    assert call(**arguments_of(DENSE_CALL)) == call(**ARGUMENTS, min_latency_mode=True) == "real"
     monkeypatch.setattr(shadowing, "capturing", lambda arguments, named: True)
     assert call(**ARGUMENTS) == call(**ARGUMENTS) == "real"
     assert engine.counts() == Counts(not_modelled=2, in_graphs=2)
     told = lines(caplog)
     assert len(told) == 3
-    for line, words in zip(told, ("bf16 weights", "enable_alltoall", "--enforce-eager"), strict=True):
+    for line, words in zip(told, ("bf16 weights", "min_latency_mode", "--enforce-eager"), strict=True):
         assert words in line
 
 
