@@ -11,6 +11,7 @@ from torch import Tensor
 from mxfp4ref.conformance import Options, run
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.model.flashinfer import torch_ref_cutlass_fused_moe
+from mxfp4ref.sm90.activation import ACTIVATIONS
 
 GOLDENS = open_goldens()
 CASES = ("options/alltoall_foreign_tokens", "options/no_routing_weights", "ungated/relu2_layer")
@@ -61,3 +62,19 @@ def test_a_mistake_without_a_gate_is_diagnosed() -> None:
     assert result.status == "differs"
     assert result.diagnosis is not None
     assert "2" in str(result.diagnosis.finding)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("ungated/gelu_at_rounding_boundaries", "Silu"), ("ungated/identity_with_biases", "Relu")],
+)
+def test_another_activation_without_a_gate_is_named(name: str, other: str) -> None:
+    """Of one token's hypotheses some are computed at once: those that differ in no more than tensors."""
+    (number,) = (id for id, activation in ACTIVATIONS.items() if activation.name == other)
+
+    def kernel(**arguments: Any) -> list[Tensor]:
+        return torch_ref_cutlass_fused_moe(**arguments | {"activation_type": number})
+
+    (result,) = run(kernel, [GOLDENS.load(name)], Options(diagnosis="quick"), isolate=False).results
+    assert result.diagnosis is not None
+    assert f"the activation is {other}, where " in str(result.diagnosis.finding)
