@@ -19,6 +19,7 @@ from mxfp4ref.goldens.case import Case
 from mxfp4ref.goldens.runs import OUTPUTS
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import MoeTrace
+from mxfp4ref.model.humming import call_of
 from mxfp4ref.sm90.activation import SWIGLU
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "outputs_by_name",
     "plain_arguments",
     "poisoned",
+    "rows_left",
     "sm90_arguments",
     "takes",
     "whole_arguments",
@@ -103,6 +105,15 @@ def is_poison(output: Tensor) -> Tensor:
     return output.contiguous().view(torch.int16) == _POISON
 
 
+def rows_left(kind: str, inputs: Any) -> Tensor | None:
+    """Which rows of its output a kernel leaves as they are (`MoeCall.written`), `[M] bool`; None if it writes all."""
+    if kind not in ("moe", "w4a8"):
+        return None
+    call = inputs if isinstance(inputs, MoeCall) else call_of(inputs)
+    left: Tensor = ~call.written.cpu()
+    return left if bool(left.any()) else None
+
+
 def whole_arguments(kind: str, inputs: Any) -> Arguments:
     """The case's kind and its inputs as they are, for the stand-ins."""
     return (kind, inputs), {}
@@ -166,8 +177,7 @@ def logical_arguments(function: Callable[..., Any]) -> Prepare:
                 shape = getattr(experts, like).shape[:2]
                 keywords.setdefault(name, call.input.new_zeros(shape))
         if takes_output:
-            # Rows that the kernel does not write hold what they are compared with.
-            keywords["output"] = call.zeros_if_unwritten(poisoned(call.input))
+            keywords["output"] = poisoned(call.input)
         return (), keywords
 
     return prepare

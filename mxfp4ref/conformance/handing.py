@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.adapters import Arguments
-from mxfp4ref.conformance.comparison import first_difference
+from mxfp4ref.conformance.comparison import differing, first_difference
 from mxfp4ref.conformance.plain import Like, TensorError, geometry, like, raw_bytes, tensor_of, without_modes
 
 __all__ = ["Handed", "to_device"]
@@ -26,7 +27,9 @@ class Handed:
         positional, keywords: the copies. `output` has to be poisoned before each run.
     """
 
-    def __init__(self, arguments: Arguments) -> None:
+    def __init__(self, arguments: Arguments, rows_left: Tensor | None = None) -> None:
+        """`rows_left`, `[M] bool`: rows of `output` that a kernel leaves as they are, and of a new tensor unset."""
+        self._rows_left = rows_left
         self._output: Tensor | None = arguments[1].get("output")
         self.positional, self.keywords = _copied(arguments)
         self._given = _by_name((self.positional, self.keywords))
@@ -34,7 +37,7 @@ class Handed:
         self._before = {name: _noted(tensor) for name, tensor in _tensors(self._given)}
 
     def poison_output(self) -> None:
-        """Give the kernel a new `output`, if it takes one, which holds the poison (or zeros: `logical_arguments`)."""
+        """Give the kernel a new `output`, if it takes one, which holds the poison."""
         if self._output is not None:
             self.keywords["output"] = self._output.clone()
 
@@ -46,7 +49,33 @@ class Handed:
             change = _change(found[name], *before) if name in found else ", which is gone"
             if change:
                 changes.append(f"{name}{change}")
+        if self._rows_left is not None and (change := self._change_of_rows_left(self._rows_left)):
+            changes.append(change)
         return "; ".join(changes)
+
+    def zeros_in_rows_left(self, raw: bytes) -> bytes:
+        """An output's bytes with zeros in the rows that a kernel leaves, whatever they hold: goldens have zeros."""
+        if self._rows_left is None:
+            return raw
+        rows = torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(len(self._rows_left), -1)
+        return bytes(rows.masked_fill(self._rows_left[:, None], 0).numpy())
+
+    def _change_of_rows_left(self, rows_left: Tensor) -> str:
+        if self._output is None:
+            return ""
+        before = self._output.cpu()
+        try:
+            output = tensor_of(raw_bytes(self.keywords["output"]), like(before))
+        except (TensorError, RuntimeError):
+            return "output, which is gone"
+        changed = rows_left & differing(output, before).any(1)
+        if not bool(changed.any()):
+            return ""
+        tokens = changed.nonzero().flatten().tolist()
+        return (
+            f"output at {len(tokens)} tokens without an expert of this rank, the first of them {tokens[0]}: with "
+            "enable_alltoall=True the kernel does not write these rows"
+        )
 
 
 def _noted(tensor: Tensor) -> tuple[str, Like, bytes | int]:

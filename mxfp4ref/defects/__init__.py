@@ -25,6 +25,7 @@ from mxfp4ref.defects import (
     rounding,
     routing,
     step_and_situ,
+    ungated,
     weights,
 )
 from mxfp4ref.defects.definition import DEFINED, Defect
@@ -35,7 +36,7 @@ __all__ = ["DEFECTS", "Defect", "DequantizeCall", "RoutingCall", "dequantize_cal
 
 # In the order in which data flows; importing them registers their defects.
 _FAMILIES = (
-    *(weights, arguments, gemm, rounding, activation, step_and_situ, finalize, routing, dequantize),
+    *(weights, arguments, gemm, rounding, activation, step_and_situ, ungated, finalize, routing, dequantize),
     humming,
 )
 DEFECTS: Mapping[str, Defect] = MappingProxyType(

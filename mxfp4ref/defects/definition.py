@@ -14,13 +14,14 @@ The first argument says what the function stands for, and so what it takes and r
     "stages"                    a `MoeCall` to the `Stages` that run it, for a change in several places
     "gemm.order"                a part of `GemmVariant`, in both GEMMs
     "swiglu.clamp"              a part of `SwigluVariant`
-    "activation.Situ"           the function of an entry of `sm90.activation.ACTIVATIONS`
+    "activation.Geglu Gelu"     the function of these entries of `sm90.activation.ACTIVATIONS`
     "finalize.step"             a part of `FinalizeVariant`
     "router.select"             a part of `rerouted`
     "routing"                   a `RoutingCall` to another one, or to a wrong `Routing`
     "dequantize"                a `DequantizeCall` to wrong values
     "w4a8"                      a `MoeCall` with `HummingExperts` to another one
     "w4a8.fc1_gemm fc2_gemm"    each of these `HummingStages`
+    "w4a8.stages"               a `MoeCall` with `HummingExperts` to the `HummingStages` that run it
 """
 
 from __future__ import annotations
@@ -165,6 +166,8 @@ def _pipeline(changes: str, change: Callable[..., Any]) -> tuple[_Target, Callab
         return "routing", lambda call: rerouted(call, **{part: change}), _always
     if whole == "routing":
         return "routing", lambda call: _routed(change(call)), _always
+    if (whole, part) == ("w4a8", "stages"):
+        return "w4a8", lambda call: forward(logical(call), change(logical(call))), _always
     if whole == "w4a8" and part:
         changed = dict.fromkeys(part.split(), change)
 
@@ -179,7 +182,7 @@ def _pipeline(changes: str, change: Callable[..., Any]) -> tuple[_Target, Callab
     if whole == "stages":
         return "moe", lambda call: forward(logical(call), change(logical(call))), _always
     if whole == "activation":
-        is_part = runs(part)
+        is_part = runs(*part.split())
 
         def run(call: MoeCall) -> Tensor:
             return forward(activated_by(logical(call), change) if is_part(call) else logical(call))
@@ -222,9 +225,9 @@ class _OtherActivation(MoeCall):
 def activated_by(
     call: MoeCall, function: Callable[..., Tensor], defaults: Mapping[str, float] | None = None
 ) -> MoeCall:
-    """The call with another function of up, gate and parameters, by default those that its activation reads."""
+    """The call with another function of up, gate (if it has one) and parameters, by default those that it reads."""
     defaults = call.activation.defaults if defaults is None else defaults
-    other = Activation("other", -1, function, defaults)
+    other = Activation("other", -1, function, defaults, gated=call.activation.gated)
     return _OtherActivation(**{f.name: getattr(call, f.name) for f in fields(MoeCall)}, other=other)
 
 

@@ -11,6 +11,7 @@ from mxfp4ref.defects.definition import defect
 from mxfp4ref.formats import humming, wordwise
 from mxfp4ref.formats.humming_experts import HummingExperts
 from mxfp4ref.model.call import MoeCall
+from mxfp4ref.model.humming import STAGES, HummingStages
 from mxfp4ref.sm90 import fp8, fp32
 from mxfp4ref.sm90.gemm.fp8 import fp8_gemm
 from mxfp4ref.sm90.row_quantize import QuantizedRows, quantize_rows
@@ -168,3 +169,16 @@ def fp8_rounded_before_factor(accumulators: Tensor, factor: Tensor) -> Tensor:
     """accumulators rounded to bf16 before the row's factor is multiplied in"""
     rounded = fp32.widen(fp32.to_bf16(accumulators))
     return fp32.mul(rounded, factor[:, None].expand_as(rounded))
+
+
+def _is_fp16(call: MoeCall) -> bool:
+    return call.input.dtype == torch.float16
+
+
+@defect("w4a8.stages", "buffers that are bf16 whatever the input", applies=_is_fp16)
+def fp8_output_through_bf16(call: MoeCall) -> HummingStages:
+    """fp16 output rounded to bf16 on its way"""
+    stages = STAGES[call.input.dtype]
+    if not _is_fp16(call):
+        return stages
+    return replace(stages, round_output=lambda x: fp32.to_fp16(fp32.widen(fp32.to_bf16(x))))

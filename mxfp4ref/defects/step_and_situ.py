@@ -133,14 +133,15 @@ def situ_gate_bf16(up: Tensor, gate: Tensor, beta: Tensor, linear_beta: Tensor) 
     return fp32.mul(bf16(_gated(gate, beta)), bf16(_cap(up, linear_beta)))
 
 
-@defect("activation.Geglu", "GegluTanh", kind="arithmetic")
-def gelu_by_tanh(up: Tensor, gate: Tensor) -> Tensor:
-    """Geglu's GELU by the approximation with tanh, which is another activation of the kernel"""
-    x = gate.to(torch.float64)
+@defect("activation.Geglu Gelu", "GegluTanh", "F.gelu(x, approximate='tanh')", kind="arithmetic")
+def gelu_by_tanh(*up_and_gate: Tensor) -> Tensor:
+    """GELU, with a gate or without, by the approximation with tanh"""
+    x = up_and_gate[-1].to(torch.float64)
     inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
     power = _exp(-2 * inner.abs())
     tanh = torch.copysign((1 - power) / (1 + power), inner)
-    return fp32.mul(fp32.round_fp64(0.5 * x * (1 + tanh)), up)
+    weighted = fp32.round_fp64(0.5 * x * (1 + tanh))
+    return fp32.mul(weighted, up_and_gate[0]) if len(up_and_gate) > 1 else weighted
 
 
 @defect("activation.Geglu", "F.gelu(gate) in bf16", kind="arithmetic")

@@ -23,10 +23,27 @@ from mxfp4ref.formats.humming_experts import HummingExperts
 from mxfp4ref.sm90.activation import ACTIVATIONS, SWIGLU, Activation, activation_of
 from mxfp4ref.sm90.tactics import Sm90Kernel
 
-__all__ = ["PADDING_ID", "MoeCall"]
+__all__ = ["PADDING_ID", "MoeCall", "check_rows"]
 
 PADDING_ID = -1
 _DEFAULT_KERNEL = Sm90Kernel()
+
+
+def check_rows(activation_type: int, rows: int, inner: int) -> None:
+    """Raise ValueError where fc1's rows are those of an activation with a gate, or without, and this is another."""
+    activation = ACTIVATIONS[activation_type]
+    wanted = 2 * inner if activation.gated else inner
+    if rows not in (inner, 2 * inner) or rows == wanted:
+        return
+    why = "which has a gate" if activation.gated else "which has no gate"
+    fitting = [
+        f"{other.id} ({other.name})" for other in ACTIVATIONS.values() if other.gated is not activation.gated
+    ]
+    raise ValueError(
+        f"activation_type: expected {wanted} rows of fc1 beside the {inner} columns of fc2 for {activation.name} "
+        f"({activation.id}), {why}, got {rows}; write activation_type={', '.join(fitting[:-1])} or {fitting[-1]} "
+        "for weights of that shape"
+    )
 
 
 @dataclass(frozen=True, repr=False)
@@ -113,7 +130,7 @@ class MoeCall(Shown):
             size = check_int(f"{kind}_size", getattr(self, f"{kind}_size"), minimum=1, maximum=most)
             check_int(f"{kind}_rank", getattr(self, f"{kind}_rank"), minimum=0, maximum=size - 1)
         check_choice("activation_type", self.activation_type, tuple(ACTIVATIONS))
-        self._check_rows()
+        check_rows(self.activation_type, self.experts.fc1_weights.shape[1], inner)
         for name in ("unscaled", "enable_alltoall"):
             check_bool(name, getattr(self, name))
         check_instance("kernel", self.kernel, Sm90Kernel)
@@ -166,17 +183,6 @@ class MoeCall(Shown):
             input=self.input[tokens],
             token_selected_experts=self.token_selected_experts[tokens],
             token_final_scales=self.token_final_scales[tokens],
-        )
-
-    def _check_rows(self) -> None:
-        activation, experts = ACTIVATIONS[self.activation_type], self.experts
-        if activation.gated == experts.gated:
-            return
-        inner = experts.intermediate_size
-        wanted, why = (2 * inner, "which has a gate") if activation.gated else (inner, "which has no gate")
-        raise ValueError(
-            f"activation_type: expected {wanted} rows of fc1 beside the {inner} columns of fc2 for {activation.name} "
-            f"({activation.id}), {why}, got {experts.fc1_weights.shape[1]}"
         )
 
     def _check_ids(self) -> None:

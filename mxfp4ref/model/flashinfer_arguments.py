@@ -17,7 +17,7 @@ from mxfp4ref.formats.experts import Experts, PlainExperts, Sm90Experts
 from mxfp4ref.formats.generations import BYTEWISE, NEWEST, PLAIN
 from mxfp4ref.formats.humming_experts import HummingExperts, Sm90HummingExperts
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE
-from mxfp4ref.model.call import MoeCall
+from mxfp4ref.model.call import MoeCall, check_rows
 from mxfp4ref.sm90.activation import ACTIVATIONS
 from mxfp4ref.sm90.humming_tactics import check_humming_profile_ids
 from mxfp4ref.sm90.tactics import Sm90Kernel, runnable_tactics
@@ -253,6 +253,8 @@ def _check_weights(arguments: Mapping[str, Any]) -> bool:
     halves, rows_name = (2, "2I") if ACTIVATIONS[int(arguments["activation_type"])].gated else (1, "I")
     check_tensor("fc1_expert_weights", fc1, dtype=dtype, shape=("E", rows_name, hidden // packing))
     experts, rows = fc1.shape[:2]
+    if isinstance(fc2, Tensor) and fc2.dim() == 3:
+        check_rows(int(arguments["activation_type"]), rows, fc2.shape[2] * packing)
     shape = (experts, hidden, rows // halves // packing)
     check_tensor("fc2_expert_weights", fc2, dtype=dtype, shape=shape)
     return quantized

@@ -17,16 +17,25 @@ from mxfp4ref.sm90.activation import (
     ERF_SMALL,
     ERF_SPLIT,
     GEGLU,
+    GEGLU_TANH,
+    GELU,
+    GELU_TANH,
     HALF_ROOT_TWO,
+    IDENTITY,
+    RELU,
+    RELU2,
+    SILU,
     SITU,
     SWIGLU,
     SWIGLU_BIAS,
     SWIGLU_STEP,
 )
+from mxfp4ref.sm90.mufu import TANH_FIRST, TANH_ROWS, TANH_SEGMENTS, TANH_UNIT
 
 __all__ = ["ACTIVATIONS", "activate", "finalize", "sigmoids", "to_bf16"]
 
-ACTIVATIONS = (SWIGLU, GEGLU, SWIGLU_BIAS, SWIGLU_STEP, SITU)  # that `activate` has
+GATED = (SWIGLU, GEGLU, SWIGLU_BIAS, SWIGLU_STEP, GEGLU_TANH, SITU)
+ACTIVATIONS = (*GATED, GELU, RELU, SILU, RELU2, IDENTITY)  # that `activate` has
 
 INF_BITS, NAN_BITS, SMALLEST_BITS, FRACTION = 0x7F800000, 0x7FFFFFFF, 0x00800000, 0x007FFFFF
 SIGN = -(1 << 31)  # of bits as a negative number
@@ -36,6 +45,10 @@ LOG2_E = float(np.uint32(0x3FB8AA3B).view(np.float32))
 HALF_SQRT2 = float(np.uint32(HALF_ROOT_TWO).view(np.float32))
 SPLIT = float(np.uint32(ERF_SPLIT).view(np.float32))
 LARGE, SMALL = (np.array(p, np.uint32).view(np.float32).astype(np.float64) for p in (ERF_LARGE, ERF_SMALL))
+SQRT_2_PI, CUBIC = (float(np.uint32(bits).view(np.float32)) for bits in GELU_TANH)
+TANH_LOG2 = np.array([count.bit_length() - 1 for count in TANH_SEGMENTS])
+TANH_STARTS = np.cumsum((0, *TANH_SEGMENTS))
+TANH_TABLE = np.array(TANH_ROWS, np.int64)
 TAIL, TIE = (1 << 29) - 1, 1 << 28  # the bits that float64 has and float32 lacks
 
 u16, i32, i64, f32, f64 = np.uint16, np.int32, np.int64, np.float32, np.float64
@@ -157,6 +170,23 @@ def erf(z, ex2_rows, ex2_squares):
 
 
 @compiled()
+def tanh_approx(z, squares):
+    """As `mufu.tanh`."""
+    magnitude = bits_of(z) & 0x7FFFFFFF
+    binade = (magnitude >> 23) - TANH_FIRST
+    if binade < 0 or z != z:
+        return z
+    if binade >= len(TANH_LOG2):
+        return math.copysign(1.0, z)
+    fixed = (magnitude & FRACTION) >> (6 - TANH_LOG2[binade])
+    row, x = TANH_STARTS[binade] + (fixed >> 17), fixed & 0x1FFFF
+    result = (TANH_TABLE[row, 0] << 17) + TANH_TABLE[row, 1] * x + (TANH_TABLE[row, 2] << 2) * i64(squares[x])
+    unit = i64(1023 - 41 + min(binade - (TANH_UNIT - TANH_FIRST), 0) << 52).view(f64)
+    kept = f64(f64(result) * unit).view(i64) & ~TAIL
+    return math.copysign(i64(kept).view(f64), z)
+
+
+@compiled()
 def reciprocal(x, rcp_rows, rcp_squares):
     return number_of(rcp(bits_of(x), rcp_rows, rcp_squares))
 
@@ -172,14 +202,16 @@ def activate(
 
     Args:
         activation: its id, one of `ACTIVATIONS`.
-        fc1_output: `[R, 2I]`, bf16 bits, up before gate.
-        bias: the same, or `[0, 2I]` for none.
+        fc1_output: `[R, 2I]`, bf16 bits, up before gate; `[R, I]` where the activation has no gate. The only value
+            goes by the name of the gate then, and is multiplied by one.
+        bias: the same, or `[0, 2I]` or `[0, I]` for none.
         parameters: `[P, R]`, the float32 bits of those that it reads.
         of_bf16: `sigmoids` where the argument of its sigmoid is the gate in bf16 unless clamped; else `[0]`.
         ex2_rows, ex2_squares, rcp_rows, rcp_squares: the tables of `mufu`.
         out: `[R, I]`, written.
     """
     first = second = third = of_first = of_second = 1.0
+    before = fc1_output.shape[1] - out.shape[1]  # columns before those of the gate
     for row in range(out.shape[0]):
         if parameters.shape[0] > 0:
             first = number_of(parameters[0, row])
@@ -191,23 +223,31 @@ def activate(
             of_first = reciprocal(first, rcp_rows, rcp_squares)
             of_second = reciprocal(second, rcp_rows, rcp_squares)
         for i in range(out.shape[1]):
-            up, gate = (
-                number_of(i32(fc1_output[row, i]) << 16),
-                number_of(i32(fc1_output[row, i + out.shape[1]]) << 16),
-            )
+            gate, up = number_of(i32(fc1_output[row, i + before]) << 16), 1.0
+            if before:
+                up = number_of(i32(fc1_output[row, i]) << 16)
             if len(bias):
-                up = rounded(up + number_of(i32(bias[row, i]) << 16))
-                gate = rounded(gate + number_of(i32(bias[row, i + out.shape[1]]) << 16))
+                gate = rounded(gate + number_of(i32(bias[row, i + before]) << 16))
+                if before:
+                    up = rounded(up + number_of(i32(bias[row, i]) << 16))
             unclamped = scaled = gate
             if activation == SWIGLU_BIAS:
                 up, gate = clamp(up, third), minimum(gate, third)
                 scaled = rounded(gate * first)
                 up = rounded(up + second)
-            if activation == GEGLU:
+            if activation in (GEGLU, GELU):
                 weight = rounded(1.0 + erf(rounded(gate * HALF_SQRT2), ex2_rows, ex2_squares))
                 gate = rounded(0.5 * gate)
+            elif activation == GEGLU_TANH:
+                inner = fma(rounded(CUBIC * gate), gate, SQRT_2_PI)
+                gate = fma(gate, tanh_approx(rounded(gate * inner), ex2_squares), gate)
+                weight = 0.5
+            elif activation in (RELU, RELU2, IDENTITY):
+                if activation != IDENTITY and not gate > 0 and gate == gate:
+                    gate = 0.0
+                weight = gate if activation == RELU2 else 1.0
             elif len(of_bf16) and gate == unclamped:
-                weight = number_of(of_bf16[u16(fc1_output[row, i + out.shape[1]])])
+                weight = number_of(of_bf16[u16(fc1_output[row, i + before])])
             else:
                 weight = sigmoid(scaled, ex2_rows, ex2_squares, rcp_rows, rcp_squares)
             if activation == SITU:

@@ -21,7 +21,7 @@ from torch import Tensor
 from mxfp4ref._compiler import uncompiled
 from mxfp4ref._validate import check_tensor
 
-__all__ = ["TANH_ROWS", "TANH_SEGMENTS", "ex2", "rcp", "tanh"]
+__all__ = ["TANH_FIRST", "TANH_ROWS", "TANH_SEGMENTS", "TANH_UNIT", "ex2", "rcp", "tanh"]
 
 _INF = 0x7F800000
 _NAN = 0x7FFFFFFF
@@ -96,7 +96,7 @@ def tanh(x: Tensor) -> Tensor:
     bits = check_tensor("x", x, dtype=torch.float32, shape=("...",)).view(torch.int32)
     magnitude = bits & 0x7FFFFFFF
     exponent = (magnitude >> 23).to(torch.int64)
-    binade = (exponent - _TANH_FIRST).clamp(0, len(TANH_SEGMENTS) - 1)
+    binade = (exponent - TANH_FIRST).clamp(0, len(TANH_SEGMENTS) - 1)
     # Each binade has rows of 17 bits, the fraction's lowest being cut off.
     counts = torch.tensor(TANH_SEGMENTS, device=x.device)
     starts = counts.cumsum(0) - counts
@@ -107,12 +107,12 @@ def tanh(x: Tensor) -> Tensor:
     square = _squares(17).to(x.device)[low]
     result = (c0 << 17) + c1 * low + (c2 << 2) * square
     # In units of 2^-41, below 0.5 of half as much for each binade; cut off after 24 bits.
-    power = -41 - (_TANH_UNIT - exponent).clamp(0, _TANH_UNIT - _TANH_FIRST)
+    power = -41 - (TANH_UNIT - exponent).clamp(0, TANH_UNIT - TANH_FIRST)
     unit = (power + 1023 << 52).view(torch.float64)
     wide = (result.to(torch.float64) * unit).view(torch.int64) & -(1 << 29)
     value = wide.view(torch.float64).to(torch.float32).view(torch.int32)
-    value = torch.where(exponent < _TANH_FIRST, magnitude, value)
-    value = torch.where(exponent >= _TANH_FIRST + len(TANH_SEGMENTS), 0x3F800000, value) | (bits ^ magnitude)
+    value = torch.where(exponent < TANH_FIRST, magnitude, value)
+    value = torch.where(exponent >= TANH_FIRST + len(TANH_SEGMENTS), 0x3F800000, value) | (bits ^ magnitude)
     return torch.where(magnitude > _INF, _NAN, value).view(torch.float32)
 
 
@@ -210,7 +210,7 @@ _RCP_ROWS = (
     (532612, -16908, 133), (397881, -16775, 132), (264209, -16643, 131), (131587, -16513, 130),
 )
 
-_TANH_FIRST, _TANH_UNIT = 119, 126  # exponent fields: of 2^-8, and of 0.5
+TANH_FIRST, TANH_UNIT = 119, 126  # exponent fields: of 2^-8, and of 0.5
 TANH_SEGMENTS = (1, 1, 1, 2, 2, 4, 4, 4, 8, 16, 8)  # rows of each binade from 2^-8 on
 TANH_ROWS = (
     (8388608, 8388608, -256), (8388480, 8388096, -768), (8387968, 8387072, -3328),

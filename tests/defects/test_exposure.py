@@ -46,6 +46,9 @@ DESIGNED_FOR = {
     "geglu_by_expert": "gelu_by_tanh gelu_bf16 activation_type_ignored",
     "step_by_default": "no_limit_by_default activation_type_ignored",
     "step_special_values": "step_clamp_propagates_nan",
+    "ungated_gelu": "gelu_by_tanh ungated_given_as_both_halves ungated_halves_swapped",
+    "ungated_relu2": "relu2_not_squared relu2_not_rectified ungated_halves_swapped",
+    "ungated_special_values": "relu_loses_nan",
     "deepseek_v4_biased": "tie_highest_id padding_routed gate_bias_weights slots_by_id score_rounded_once",
     "deepseek_v4_table": "table_ignored softplus_as_sigmoid sqrt_missing ids_sorted_alone",
     "deepseek_v3_groups": "epsilon_missing group_score_best_one groups_ignored groups_masked_with_zero",
@@ -56,6 +59,7 @@ DESIGNED_FOR = {
     "w4a8_every_option": "fp8_residual_ignored fp8_residual_of_the_other_gemm fp8_rounded_before_factor",
     "w4a8_rows_of_any_size": "fp8_scale_of_all_rows fp8_quotient_exact fp8_factor_exact",
     "w4a8_cancelling": "fp8_accumulator_exact fp8_accumulator_float32 fp8_accumulator_promoted fp8_k_descending",
+    "w4a8_fp16": "fp8_output_through_bf16",
 }
 
 

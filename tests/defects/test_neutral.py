@@ -19,9 +19,9 @@ from mxfp4ref.formats.generations import BYTEWISE, GENERATIONS, Generation
 from mxfp4ref.goldens.store import open_goldens
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward
-from mxfp4ref.sm90.activation import GEGLU, SITU, SWIGLU_STEP
+from mxfp4ref.sm90.activation import GEGLU, GELU, IDENTITY, RELU, RELU2, SITU, SWIGLU_STEP
 from mxfp4ref.sm90.tactics import Sm90Kernel
-from tests.helpers import defect_calls
+from tests.helpers import defect_calls, layers
 from tests.helpers.defect_outputs import as_bytes
 
 Change = Callable[[MoeCall], MoeCall]
@@ -60,6 +60,11 @@ def first_row(fc1: Tensor) -> Tensor:
 
 def equal_halves(fc1: Tensor) -> Tensor:
     return torch.cat((fc1.chunk(2, dim=1)[0],) * 2, dim=1)
+
+
+def equal_halves_of_each(fc1: Tensor) -> Tensor:
+    """The halves of up, and those of gate."""
+    return torch.cat([equal_halves(half) for half in fc1.chunk(2, dim=1)], dim=1)
 
 
 def no_half(packed: Tensor) -> Tensor:
@@ -189,6 +194,29 @@ def small_sums(call: MoeCall) -> MoeCall:
     return replace(call, input=call.input * 2.0**-4)
 
 
+def ungated(activation_type: int, bias: Callable[[Tensor], Tensor] | None = None) -> Change:
+    """Without a gate; if a function of the biases is given, they are all that the activation gets."""
+
+    def changed(call: MoeCall) -> MoeCall:
+        call = replace(call, experts=layers.without_gate(call.experts), activation_type=activation_type)
+        if bias is None:
+            return call
+        return both(filled("fc1_weights", value=0), on("fc1_biases", change=bias))(call)
+
+    return changed
+
+
+def zeros_and_ones(biases: Tensor) -> Tensor:
+    return (biases > 0).to(biases.dtype)
+
+
+UNGATED: dict[str, Change] = {
+    "ungated_halves_swapped": both(on(*FC1, change=equal_halves_of_each), ungated(GELU)),
+    "ungated_given_as_both_halves": ungated(IDENTITY, zeros_and_ones),
+    "relu2_not_squared": ungated(RELU2, zeros_and_ones),
+    "relu2_not_rectified": ungated(RELU2, torch.abs),
+    "relu_loses_nan": ungated(RELU),
+}
 STEP_AND_SITU: dict[str, Change] = {
     "activation_type_ignored": both(large_gates, step(INF)),
     "no_limit_by_default": both(step(None), small_sums),
@@ -250,6 +278,7 @@ MOE: dict[str, Change] = {
     "params_bf16": on(*SWIGLU_PARAMETERS, change=lambda p: p.to(torch.bfloat16).to(torch.float32)),
     "limit_7_by_default": both(without(*SWIGLU_PARAMETERS), small_sums),
     **STEP_AND_SITU,
+    **UNGATED,
     "bias1_ignored": filled("fc1_biases", value=0),
     "bias2_ignored": NO_FC2_BIAS,
     "bias2_unweighted": NO_FC2_BIAS,

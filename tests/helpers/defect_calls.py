@@ -14,7 +14,8 @@ from mxfp4ref.defects import DequantizeCall, RoutingCall
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.formats.humming_experts import HummingExperts
 from mxfp4ref.model.call import MoeCall
-from mxfp4ref.sm90.activation import GEGLU, SITU, SWIGLU_STEP
+from mxfp4ref.sm90.activation import GEGLU, GELU, RELU, RELU2, SITU, SWIGLU_STEP
+from tests.helpers import layers
 
 M, H, INNER, E = 8, 512, 128, 4
 NAN, INF = math.nan, math.inf
@@ -246,6 +247,22 @@ def step_special_values() -> MoeCall:
     return replace(special_values(), activation_type=SWIGLU_STEP)
 
 
+def _without_gate(call: MoeCall, activation_type: int) -> MoeCall:
+    return replace(call, experts=layers.without_gate(call.experts), activation_type=activation_type)
+
+
+def ungated_gelu() -> MoeCall:
+    return _without_gate(every_option(), GELU)
+
+
+def ungated_relu2() -> MoeCall:
+    return _without_gate(every_option(), RELU2)
+
+
+def ungated_special_values() -> MoeCall:
+    return _without_gate(special_values(), RELU)
+
+
 _SPECIAL = (
     NAN,
     INF,
@@ -393,6 +410,9 @@ MOE_CALLS: dict[str, Callable[[], MoeCall]] = {
         step_by_expert,
         step_by_default,
         step_special_values,
+        ungated_gelu,
+        ungated_relu2,
+        ungated_special_values,
     )
 }
 
@@ -483,6 +503,14 @@ def w4a8_cancelling() -> MoeCall:
     return replace(call, input=torch.cat((half, -half), 1), experts=experts)
 
 
+def w4a8_fp16() -> MoeCall:
+    call = w4a8_every_option()
+    names = ("fc1_biases", "fc2_biases")
+    biases: dict[str, Any] = {name: getattr(call.experts, name).to(torch.float16) for name in names}
+    return replace(call, input=call.input.to(torch.float16), experts=replace(call.experts, **biases))
+
+
 W4A8_CALLS: dict[str, Callable[[], MoeCall]] = {
-    function.__name__: function for function in (w4a8_every_option, w4a8_rows_of_any_size, w4a8_cancelling)
+    function.__name__: function
+    for function in (w4a8_every_option, w4a8_rows_of_any_size, w4a8_cancelling, w4a8_fp16)
 }

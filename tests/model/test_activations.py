@@ -16,7 +16,7 @@ from mxfp4ref.model.layer import moe_layer
 from mxfp4ref.model.parallel import Ranks, forward_all_ranks, split_intermediate
 from mxfp4ref.routing.presets import mixtral
 from mxfp4ref.sm90 import fp32
-from mxfp4ref.sm90.activation import ACTIVATIONS, SITU, SWIGLU, SWIGLU_BIAS, SWIGLU_STEP, activate
+from mxfp4ref.sm90.activation import ACTIVATIONS, RELU2, SITU, SWIGLU, SWIGLU_BIAS, SWIGLU_STEP, activate
 from tests.helpers import bits, layers
 from tests.helpers.drop_in import arguments_of
 
@@ -118,13 +118,17 @@ def test_rows_of_fc1_that_do_not_fit_are_refused(activation_type: int) -> None:
     activation = ACTIVATIONS[activation_type]
     inner = ALL.intermediate_size
     rows, got = (2 * inner, inner) if activation.gated else (inner, 2 * inner)
-    message = rf"^activation_type: expected {rows} rows of fc1 .* for {activation.name} .*, got {got}$"
+    written = r"0 \(Gelu\), .* or 9 \(Identity\)" if activation.gated else r"3 \(Swiglu\), .* or 10 \(Situ\)"
+    message = (
+        rf"^activation_type: expected {rows} rows of fc1 .* for {activation.name} .*, got {got}; "
+        rf"write activation_type={written} for weights of that shape$"
+    )
+    fitting = of_type(RELU2 if activation.gated else SWIGLU)
     with pytest.raises(ValueError, match=message):
-        replace(
-            CALL,
-            experts=layers.without_gate(ALL) if activation.gated else ALL,
-            activation_type=activation_type,
-        )
+        replace(fitting, activation_type=activation_type)
+    arguments = arguments_of(fitting) | {"activation_type": activation_type}
+    with pytest.raises(ValueError, match=message):
+        torch_ref_cutlass_fused_moe(**arguments)
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 3])

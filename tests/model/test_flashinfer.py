@@ -287,9 +287,9 @@ def test_every_argument_is_accounted_for() -> None:
     effective = {"output", *PARALLEL, "profile_ids", *arguments_of(CALL)}
     no_effect = {"tune_max_num_tokens", "enable_pdl", "swizzled_input_sf", "use_fused_finalize"}
     no_effect |= {"workspace_buffer", "cluster_rank"}
-    refused = {"input_sf", "cluster_size", "enable_alltoall", "use_deepseek_fp8_block_scale"}
+    refused = {"input_sf", "cluster_size", "use_deepseek_fp8_block_scale"}
     refused |= {"use_mxfp8_act_scaling", "min_latency_mode", "use_packed_weights"}
-    effective |= {"use_wfp4afp8_humming"}  # test_humming.py
+    effective |= {"use_wfp4afp8_humming", "enable_alltoall"}  # test_humming.py, test_activations.py
     refused |= set(KEYWORD_ONLY)
     assert effective | no_effect | refused == set(POSITIONAL) | set(KEYWORD_ONLY)
 

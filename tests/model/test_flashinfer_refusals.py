@@ -30,7 +30,6 @@ from tests.helpers.drop_in import (
 )
 
 GATED = [id for id, activation in ACTIVATIONS.items() if activation.gated]
-UNGATED = [id for id in ACTIVATIONS if id not in GATED]
 
 
 @pytest.mark.parametrize(
@@ -77,14 +76,6 @@ def test_the_refusal_lists_the_table() -> None:
     message = r"^activation_type: not modelled, expected one of Gelu \(0\), .*, Situ \(10\), got 12 \(ClampedRelu2, "
     with pytest.raises(NotImplementedError, match=message):
         oracle(activation_type=12)
-
-
-@pytest.mark.parametrize("activation_type", UNGATED)
-def test_an_fc1_with_gates_for_an_activation_without(activation_type: int) -> None:
-    with pytest.raises(
-        ValueError, match=r"^fc2_expert_weights: expected a uint8 tensor of shape \[4, 256, 128\]"
-    ):
-        oracle(activation_type=activation_type)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.activation import ACTIVATIONS, SWIGLU, SWIGLU_BIAS, Activation, sigmoid
 from mxfp4ref.sm90.swiglu import swiglu
 
-__all__ = ["activation_hypotheses"]
+__all__ = ["activation_hypotheses", "other_activations"]
 
 _A = ("activation",)
 _Clamp = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -236,8 +236,8 @@ def _wholes() -> Iterator[tuple[str, _Swiglu, float]]:
     yield "GEMM1's halves are taken as [gate; up]", swapped, 1.2
 
 
-def activation_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
-    """All of one deviation, and with a limit those of a clamp and a product or sigmoid."""
+def other_activations(call: MoeCall) -> Iterator[Hypothesis]:
+    """Another one of those that have a gate, or of those that have none."""
     for id, other in ACTIVATIONS.items():
         if (
             other is not call.activation
@@ -246,6 +246,10 @@ def activation_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
         ):
             words = f"the activation is {other.name}, where {ACTIVATIONS[call.activation_type].name} was asked for"
             yield Hypothesis("activation", _A, words, lambda p, id=id: p.calling(activation_type=id), 1)
+
+
+def activation_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
+    """All of one deviation, and with a limit those of a clamp and a product or sigmoid."""
     if call.activation.id not in (SWIGLU, SWIGLU_BIAS):
         return
     experts = call.experts

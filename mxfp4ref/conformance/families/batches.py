@@ -80,14 +80,14 @@ def _reduced(part: Pipeline, hypothesis: Hypothesis, used: Tensor) -> Pipeline |
 def _simple(part: Pipeline, changed: Pipeline) -> bool:
     """Whether nothing but the experts' tensors and the input differ."""
     call, right = changed.call, part.call
+    others = [f.name for f in fields(right) if f.name not in ("input", "experts")]
+    pairs = [(getattr(call, name), getattr(right, name)) for name in others]
     return (
         changed.stages is part.stages
         and changed.run_call is None
         and changed.after is None
-        and call.token_selected_experts is right.token_selected_experts
-        and call.token_final_scales is right.token_final_scales
-        and (call.tp_rank, call.ep_rank, call.ep_size) == (right.tp_rank, right.ep_rank, right.ep_size)
-        and call.kernel == right.kernel
+        and type(call) is type(right)
+        and all(a is b or (not isinstance(a, Tensor) and a == b) for a, b in pairs)
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import ulp_distance
-from mxfp4ref.conformance.families.activations import activation_hypotheses
+from mxfp4ref.conformance.families.activations import activation_hypotheses, other_activations
 from mxfp4ref.conformance.families.by_slot import by_slot_hypotheses
 from mxfp4ref.conformance.families.codes import code_hypotheses
 from mxfp4ref.conformance.families.distances import surprise
@@ -171,6 +171,7 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
 
     factor = [h for f in _factors(search) for h in factor_hypotheses(f)]
     plain = of(
+        other_activations,  # few, and so known in a quick diagnosis too
         named_hypotheses,
         slot_hypotheses,
         weight_hypotheses,
@@ -201,6 +202,7 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
             expert_hypotheses,
             value_hypotheses,
             constants,
+            other_activations,
             activation_hypotheses,
         )
         yield (h for h in rest if not only & set(h.stages))
@@ -216,6 +218,7 @@ def _thorough(search: Search, evidence: list[Evidence]) -> list[Match]:
                 expert_hypotheses,
                 value_hypotheses,
                 constants,
+                other_activations,
                 activation_hypotheses,
                 rounding_hypotheses,
             )

@@ -86,15 +86,15 @@ def tokens_in_words(call: MoeCall, local: Tensor, chosen: Tensor, among: Tensor)
 
 def columns_in_words(columns: Tensor, among: Tensor | None = None) -> str:
     """Words for a set of output columns, `[H] bool`, among those of `among`; "" if there are none for it."""
-    for words, chosen in _column_sets(columns):
-        where = chosen(len(columns)).to(columns.device)
+    sets = [(words, chosen(len(columns)).to(columns.device)) for words, chosen in _column_sets(columns)]
+    sets = [(words, where) for words, where in sets if not bool(where.all())]  # as of columns right by chance
+    for words, where in sets:
         if torch.equal(
             columns if among is None else columns & among, where if among is None else where & among
         ):
             return words
     if among is None:  # some were right by chance
-        for words, chosen in _column_sets(columns):
-            where = chosen(len(columns)).to(columns.device)
+        for words, where in sets:
             if bool((where | ~columns).all()) and float(columns[where].float().mean()) > 0.8:
                 return words
     return ""

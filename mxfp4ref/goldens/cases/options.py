@@ -100,14 +100,14 @@ def w4a8_relu2(source: Source) -> Content:
     return _w4a8(_prepared(_call(source, experts, activation_type=RELU2)))
 
 
-@define("w4a8", unique_for="W4A8 in fp16")
+@define("w4a8", catches="fp8_output_through_bf16", unique_for="W4A8 in fp16")
 def w4a8_fp16(source: Source) -> Content:
     """An ordinary W4A8 call in fp16: input, biases and output, and the outputs of both GEMMs."""
     call = _call(source, _experts(source, biases=True))
     return _w4a8(_prepared(call, call.input.to(torch.float16)))
 
 
-@define("w4a8", unique_for="special values of W4A8 in fp16")
+@define("w4a8", catches="fp8_output_through_bf16", unique_for="special values of W4A8 in fp16")
 def w4a8_fp16_special(source: Source) -> Content:
     """A W4A8 call in fp16 with rows of zeros, subnormals, NaN, Inf and the largest numbers, so that outputs of the
     GEMMs are subnormal or overflow to Inf, and rows of any bits.

@@ -68,7 +68,7 @@ def _special(source: Source, high: int) -> Tensor:
     return torch.cat((few, source.spread("every", -126, high - 1, _PROBES - len(few))))
 
 
-@define(unique_for="Gelu's rounding")
+@define(catches="gelu_by_tanh", unique_for="Gelu's rounding")
 def gelu_at_rounding_boundaries(source: Source) -> Content:
     """Gelu, without a gate, next to the boundaries between bf16 results: CUDA's fast erf is not the exact one."""
     return _probe(GELU, _boundaries(source, GELU))
@@ -80,7 +80,7 @@ def silu_at_rounding_boundaries(source: Source) -> Content:
     return _probe(SILU, _boundaries(source, SILU))
 
 
-@define(unique_for="Relu2's rounding")
+@define(catches="relu2_not_squared relu2_not_rectified", unique_for="Relu2's rounding")
 def relu2_at_rounding_boundaries(source: Source) -> Content:
     """Relu2 next to the boundaries between bf16 results: squares that lie halfway go to the even neighbour."""
     return _probe(RELU2, _boundaries(source, RELU2))
@@ -127,13 +127,13 @@ def _non_finite(source: Source, activation_type: int) -> Content:
     return _probe(activation_type, x.flatten(), experts)
 
 
-@define(unique_for="Relu's NaN and Inf")
+@define(catches="relu_loses_nan", unique_for="Relu's NaN and Inf")
 def relu_non_finite(source: Source) -> Content:
     """Relu of NaN, which stays NaN, of Inf and of -Inf, which becomes 0."""
     return _non_finite(source, RELU)
 
 
-@define(unique_for="Relu2's NaN and Inf")
+@define(catches="relu_loses_nan", unique_for="Relu2's NaN and Inf")
 def relu2_non_finite(source: Source) -> Content:
     """Relu2 of NaN, which stays NaN, of Inf and of -Inf, which becomes 0."""
     return _non_finite(source, RELU2)
@@ -150,13 +150,13 @@ def relu_with_biases(source: Source) -> Content:
     return _probe(RELU, source.spread("values", -3, 2, _PROBES), _biased(source))
 
 
-@define(catches="bias1_ignored", unique_for="Identity after biases")
+@define(catches="bias1_ignored ungated_given_as_both_halves", unique_for="Identity after biases")
 def identity_with_biases(source: Source) -> Content:
     """Identity of sums with biases, which float32 has and bf16 has not, two experts, a bias of fc2."""
     return _probe(IDENTITY, source.spread("values", -9, 2, _PROBES), _biased(source))
 
 
-@define(unique_for="Relu2 between two GEMMs")
+@define(catches="ungated_halves_swapped relu2_not_squared", unique_for="Relu2 between two GEMMs")
 def relu2_layer(source: Source) -> Content:
     """Relu2 in a layer of two experts with ordinary weights, K of 256 and 128, on the second of two ranks."""
     call = MoeCall(
