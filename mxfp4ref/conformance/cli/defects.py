@@ -142,8 +142,8 @@ def explain(words: tuple[str, ...], root: Path | None) -> None:
 _STAGES = {
     "input": "the activations that the kernel is given, by token",
     "slots": "which expert computes which row: ids, ranks and padding",
-    "fc1": "GEMM1, from the input and the fc1 weights and scales to the bf16 rows of up and gate",
-    "activation": "the activation of up and gate, with fc1 biases, alpha, beta and limit",
+    "fc1": "GEMM1, from the input and the fc1 weights and scales to its bf16 rows: up and gate, or one value",
+    "activation": "the activation, with fc1 biases and its parameters such as alpha, beta and limit",
     "fc2": "GEMM2, from the activation and the fc2 weights and scales to a bf16 row for each slot",
     "finalize": "the sum of a token's rows, each with its fc2 bias and times its routing weight",
     "routing": "the router, from logits to ids and weights",

@@ -40,6 +40,7 @@ _FAMILIES = (
         "interleaved, transposed; of up and gate together or of one of them",
         (
             *("gate_up_swapped", "gate_up_interleaved", "scales_not_swapped", "biases_not_swapped"),
+            "ungated_halves_swapped",
             *("padding_end_of_fused", "weights_not_interleaved", "weights_interleaved_twice"),
             *("weights_interleaved_old", "scales_not_folded", "scales_folded_old", "scales_folded_new"),
         ),
@@ -150,13 +151,14 @@ def _with_members() -> dict[str, Family]:
     """The other defects go to the family of the module that they are written in."""
     from dataclasses import replace
 
-    from mxfp4ref.defects import DEFECTS, activation, finalize, gemm, step_and_situ
+    from mxfp4ref.defects import DEFECTS, activation, finalize, gemm, step_and_situ, ungated
 
     known = {name for family in _FAMILIES for name in family.members}
     found = {family.name: family for family in _FAMILIES}
     for module, name in (
         (activation, "activation"),
         (step_and_situ, "activation"),
+        (ungated, "activation"),
         (gemm, "order of sums"),
         (finalize, "sum of slots"),
     ):

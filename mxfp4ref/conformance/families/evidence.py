@@ -124,7 +124,7 @@ def _other_function(formula: Formula) -> Evidence:
     values = f"; it gives {formula.values}" if formula.values else ""
     return Evidence(
         ("activation", "fc1"),
-        f"the activation that GEMM2 got is another function{own} of the right GEMM1's up and gate: the formula, its "
+        f"the activation that GEMM2 got is another function{own} of the right GEMM1's output: the formula, its "
         f"parameters, or a factor on GEMM1's result{values}",
         2,
     )

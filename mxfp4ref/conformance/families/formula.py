@@ -140,14 +140,17 @@ def _values(some: list[Sample], basis: _Basis) -> str:
     up, gate, right = (
         torch.cat([getattr(s, n).flatten() for s in some]) for n in ("up", "gate", "activation")
     )
+    gated = not bool((up == 1).all())  # without a gate the only value goes by its name, beside ones
     told = []
-    for at_gate, at_up in _POINTS:
+    for at_gate, at_up in _POINTS if gated else {(at_gate, 1): None for at_gate, _ in _POINTS}:
         distance = (gate - at_gate).square() + (up - at_up).square()
         near = int(distance.argmin())
         if float(distance[near]) < 0.01:
             change = basis(up[near][None], gate[near][None], right[near][None]) @ solution
-            told.append(
-                f"{float(right[near] + change):.2g} for gate {float(gate[near]):.2g} and up {float(up[near]):.2g} "
-                f"(right is {float(right[near]):.2g})"
+            where = (
+                f"gate {float(gate[near]):.2g} and up {float(up[near]):.2g}"
+                if gated
+                else f"{float(gate[near]):.2g}"
             )
+            told.append(f"{float(right[near] + change):.2g} for {where} (right is {float(right[near]):.2g})")
     return ", ".join(told[:3])

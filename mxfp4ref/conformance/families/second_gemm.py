@@ -279,7 +279,7 @@ def _of_activation(systems: list[_System], deltas: list[Tensor], of_expert: str)
         return (
             ("activation", "fc1"),
             f"GEMM2 is right, and the activation that it got{of_expert} is another function of the right GEMM1's "
-            "up and gate: the formula, its parameters, or the fc1 bias",
+            "output: the formula, its parameters, or the fc1 bias",
             3,
             None,
         )
@@ -292,7 +292,7 @@ def _of_activation(systems: list[_System], deltas: list[Tensor], of_expert: str)
         )
     return (
         ("fc1", "input"),
-        f"GEMM2 is right, and the activation that it got{of_expert} is no function of the right GEMM1's up and gate: "
+        f"GEMM2 is right, and the activation that it got{of_expert} is no function of the right GEMM1's output: "
         "GEMM1 or its input is wrong",
         2,
         None,
