@@ -69,7 +69,8 @@ def check_tensor(
 
     def expected() -> str:  # written out for a message only: a call checks some fifteen tensors
         wanted = " or ".join(_short(d) for d in dtypes) + " " * bool(dtypes)
-        return f"{name}: expected a {wanted}tensor of shape {_describe(shape, sizes)}"
+        article = "an" if wanted.startswith("int") else "a"
+        return f"{name}: expected {article} {wanted}tensor of shape {_describe(shape, sizes)}"
 
     def got(tensor: Tensor) -> str:
         return f"{_short(tensor.dtype)} {list(tensor.shape)}"

@@ -53,7 +53,7 @@ def test_check_tensor_type(value: object, got: str) -> None:
 
 def test_check_tensor_lists_the_dtypes() -> None:
     with pytest.raises(
-        TypeError, match=r"^x: expected a int8 or bfloat16 tensor of shape \[M\], got uint8 \[2, 3\]$"
+        TypeError, match=r"^x: expected an int8 or bfloat16 tensor of shape \[M\], got uint8 \[2, 3\]$"
     ):
         check_tensor("x", X, dtype=(torch.int8, torch.bfloat16), shape=("M",))
 

@@ -36,7 +36,8 @@ def how_it_ended(code: int) -> str:
     """A process's exit code, or the signal that killed it, in words."""
     if code >= 0:
         return f"exit code {code}"
+    hint = ", as the system does it that runs out of memory" if code == -signal.SIGKILL else ""
     try:
-        return f"signal {signal.Signals(-code).name}"
+        return f"signal {signal.Signals(-code).name}{hint}"
     except ValueError:  # a real-time signal, of which few have names
         return f"signal {-code}"

@@ -161,9 +161,9 @@ class Shadow:
         where = differing(output, expected).nonzero()
         tiles = "the forced tiles" if due.forced else "any tiles"
         sentences = [
-            f"layer {due.layer.number} differs from the {generation.name} kernel with {tiles}, first in its call "
-            f"{due.number:,}: {len(where):,} of {output.numel():,} elements if the K tiles are {call.kernel.tile_k}; "
-            f"{difference_at(output, expected, tuple(where[0].tolist()))}",
+            f"layer {due.layer.number} differs from the reference ({generation.name} kernel) with {tiles}, first in "
+            f"its call {due.number:,}: {len(where):,} of {output.numel():,} elements if the K tiles are "
+            f"{call.kernel.tile_k}; {difference_at(output, expected, tuple(where[0].tolist()))}",
             f"M={call.num_tokens} H={experts.hidden_size} I={experts.intermediate_size} E={experts.num_experts} "
             f"k={call.top_k} ep={call.ep_rank}/{call.ep_size} tp={call.tp_rank}/{call.tp_size}",
             *(f"known of this kernel: {fault}" for fault in generation.known_faults),

@@ -47,12 +47,12 @@ WRONG: list[tuple[str, Callable[[Tensors], object], str]] = [
     (
         "deepseek_v4",
         put(D + "experts.3.w1.weight", lambda t: t.view(torch.uint8).clone()),
-        r"experts\.3\.w1\.weight \(model-0000.-of-00002\.safetensors\): expected a int8 tensor",
+        r"experts\.3\.w1\.weight \(model-0000.-of-00002\.safetensors\): expected an int8 tensor",
     ),
     (
         "deepseek_v4",
         put(D + "experts.3.w1.weight", lambda t: torch.zeros(DEEPSEEK_I, DEEPSEEK_H).to(torch.bfloat16)),
-        r"experts\.3\.w1\.weight .*expected a int8 tensor.*got bfloat16",
+        r"experts\.3\.w1\.weight .*expected an int8 tensor.*got bfloat16",
     ),
     (
         "deepseek_v4",

@@ -186,7 +186,8 @@ def test_the_first_difference_of_each_layer_is_told_once(caplog: pytest.LogCaptu
     assert (result != right).nonzero().tolist() == [[3, 17]]  # the server gets what the kernel gave
     (line,) = lines(caplog)
     assert line.startswith(
-        "shadow: layer 2 differs from the wordwise kernel with any tiles, first in its call 2: 1 of 1,792 elements "
+        "shadow: layer 2 differs from the reference (wordwise kernel) with any tiles, first in its call 2: "
+        "1 of 1,792 elements "
     )
     assert "at [3, 17]: got 0x" in line
     assert "1 ulp" in line

@@ -61,12 +61,12 @@ def test_properties() -> None:
         (
             {"token_selected_experts": CALL.token_selected_experts.long()},
             TypeError,
-            "token_selected_experts: expected a int32 tensor of shape [M=5, k], got int64 [5, 2]",
+            "token_selected_experts: expected an int32 tensor of shape [M=5, k], got int64 [5, 2]",
         ),
         (
             {"token_selected_experts": CALL.token_selected_experts[:4]},
             ValueError,
-            "token_selected_experts: expected a int32 tensor of shape [M=5, k], got int32 [4, 2]",
+            "token_selected_experts: expected an int32 tensor of shape [M=5, k], got int32 [4, 2]",
         ),
         (
             {"token_final_scales": CALL.token_final_scales.bfloat16()},

@@ -199,7 +199,7 @@ def strided(tensor: Tensor) -> Tensor:
         (
             {"token_selected_experts": A["token_selected_experts"].long()},
             TypeError,
-            "token_selected_experts: expected a int32 tensor of shape [M=7, k], got int64 [7, 2]; "
+            "token_selected_experts: expected an int32 tensor of shape [M=7, k], got int64 [7, 2]; "
             "write token_selected_experts.to(torch.int32)",
         ),
         (

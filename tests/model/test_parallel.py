@@ -324,7 +324,7 @@ ONE = torch.zeros(2, 3, dtype=torch.bfloat16)
         (lambda: slots(ep_size=0), ValueError, "ep_size: .* at least 1, got 0"),
         (lambda: slots(ids=IDS + 1), ValueError, r"ids: expected ids from -1 to 7, got 8 at \[0, 1\]"),
         (lambda: slots(ids=IDS - 2), ValueError, r"ids: .* got -2 at \[0, 0\]"),
-        (lambda: slots(ids=IDS.long()), TypeError, "ids: expected a int32 tensor"),
+        (lambda: slots(ids=IDS.long()), TypeError, "ids: expected an int32 tensor"),
         (lambda: slots(ids=IDS[0]), ValueError, r"ids: .*\[M, k\]"),
         (
             lambda: local_to_global(IDS, num_experts=8, ep_size=2, ep_rank=1),

@@ -305,15 +305,15 @@ def on(expert_map: object, **options: object) -> Tensor:
         (
             lambda: check_expert_map(torch.zeros(1, 1)),
             TypeError,
-            "expert_map: expected a int32 or int64 tensor",
+            "expert_map: expected an int32 or int64 tensor",
         ),
         (
             lambda: check_expert_map([torch.zeros(1)]),
             TypeError,
-            r"expert_map\[0\]: expected a int32 or int64 tensor",
+            r"expert_map\[0\]: expected an int32 or int64 tensor",
         ),
         (lambda: physical_ids(IDS + 1, [range(7)]), ValueError, "ids: expected ids from -1 to 6, got 7"),
-        (lambda: physical_ids(IDS.long(), [range(7)]), TypeError, "ids: expected a int32 tensor"),
+        (lambda: physical_ids(IDS.long(), [range(7)]), TypeError, "ids: expected an int32 tensor"),
         (
             lambda: physical_ids(IDS, EPLB),
             ValueError,
