@@ -46,6 +46,7 @@ class Handed:
             change = _change(found[name], *before) if name in found else ", which is gone"
             if change:
                 changes.append(f"{name}{change}")
+        changes += [f"{name}, which is new" for name in found if name not in self._before]
         return "; ".join(changes)
 
 

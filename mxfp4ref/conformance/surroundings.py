@@ -16,6 +16,7 @@ import os
 import random
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from types import BuiltinFunctionType, FunctionType, ModuleType
@@ -23,6 +24,11 @@ from typing import Any
 
 import numpy as np
 import torch
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None  # type: ignore[assignment]
 
 from mxfp4ref.conformance.plain import printable, without_modes
 
@@ -49,6 +55,16 @@ def _umask(value: int = 0o077) -> int:
     return before
 
 
+def _limits(value: dict[int, tuple[int, int]] | None = None) -> dict[int, tuple[int, int]]:
+    """What the system lets this process use of memory, files and time; set where given, {} where there are none."""
+    if resource is None:
+        return {}
+    for number, limit in (value or {}).items():
+        resource.setrlimit(number, limit)
+    numbers = {number for name, number in vars(resource).items() if name.startswith("RLIMIT_")}
+    return {number: resource.getrlimit(number) for number in sorted(numbers)}
+
+
 def _seed_torch(raw: bytes) -> None:
     torch.set_rng_state(torch.frombuffer(bytearray(raw), dtype=torch.uint8))
 
@@ -69,6 +85,7 @@ _TOLD: tuple[_Setting, ...] = (
     _attribute("torch.backends.cudnn.enabled", torch.backends.cudnn, "enabled"),
     ("the working directory", os.getcwd, os.chdir),
     ("the environment", lambda: dict(os.environ), lambda before: _replaced(os.environ, before)),
+    ("the limits of resources", _limits, _limits),
     ("the umask", _umask, os.umask),
     ("the locale", lambda: locale.setlocale(locale.LC_ALL), lambda v: locale.setlocale(locale.LC_ALL, v)),
     ("the recursion limit", sys.getrecursionlimit, sys.setrecursionlimit),
@@ -78,6 +95,9 @@ _TOLD: tuple[_Setting, ...] = (
     _attribute("sys.stderr", sys, "stderr"),
     _attribute("sys.excepthook", sys, "excepthook"),
     _attribute("threading.excepthook", threading, "excepthook"),
+    *(_attribute(f"time.{name}", time, name) for name in ("time", "monotonic", "perf_counter", "sleep")),
+    ("threads' trace function", threading.gettrace, threading.settrace),
+    ("threads' profile function", threading.getprofile, threading.setprofile),
     ("sys.path", lambda: list(sys.path), lambda before: sys.path.__setitem__(slice(None), before)),
     _attribute("logging's threshold", logging.root.manager, "disable"),
 )
