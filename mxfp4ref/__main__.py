@@ -61,11 +61,10 @@ def _ended_from_outside() -> Iterator[None]:
         raise
     except MemoryError as error:
         raise UsageError("there is not enough memory") from error
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] == "mxfp4ref":
-            raise
-        raise UsageError(f"what is installed cannot be imported: {str(error).strip()}") from error
-    except Exception as error:  # nobody's fault but this package's
+    except Exception as error:
+        if isinstance(error, ImportError) and (error.name or "").partition(".")[0] != "mxfp4ref":
+            raise UsageError(f"what is installed cannot be imported: {str(error).strip()}") from error
+        # Nobody's fault but this package's.
         traceback.print_exc()
         raise UsageError(
             "an error of mxfp4ref itself, no verdict; please report what stands above"

@@ -86,8 +86,7 @@ class Worker:
         *,
         threads: int | None = None,
     ) -> None:
-        self._arguments = (spec, device)
-        self._seconds = seconds
+        self._arguments, self._seconds = (spec, device), seconds
         self._threads = threads  # of torch in the process; None for as many as it takes
         self._over = False
         self._process: subprocess.Popen[bytes] | None = None
@@ -153,7 +152,9 @@ class Worker:
         threads = {"OMP_NUM_THREADS": str(self._threads)} if self._threads else {}
         process = subprocess.Popen(
             [sys.executable, "-c", _START, repr(sys.path)],
-            **dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             env={**os.environ, **threads, MARK: self._mark},
             start_new_session=True,  # which Windows ignores
         )
@@ -303,7 +304,7 @@ class _Channel:
                     text = chunk[: _SHOWN - shown].decode("utf-8", "backslashreplace")
                     lines = [printable(line, _SHOWN) for line in text.split("\n")]
                     shown += len(chunk)
-                    lines += ["[what else the kernel prints is not shown]\n"] if shown >= _SHOWN else []
+                    lines += ["[what else the kernel prints is not shown]\n"] * (shown >= _SHOWN)
                     with contextlib.suppress(Exception):  # stderr may be closed
                         sys.stderr.write("\n".join(lines))
 
@@ -341,7 +342,7 @@ def _collected(header: dict[str, Any], blobs: list[bytes], expected: Mapping[str
         )
         sizes = [len(one[name]) == want.size for one in found.runs for name, want in expected.items()]
         sizes += [len(blob) == kind.size and name in INTERMEDIATES for name, (kind, blob) in stages.items()]
-        known = count in (1, 2) if not found.problem else found.problem in PROBLEMS
+        known = found.problem in PROBLEMS if found.problem else count in (1, 2)
     except (TypeError, ValueError, AttributeError, IndexError):
         raise _Ended(_ELSE) from None
     if not all(sizes) or not known:
