@@ -49,6 +49,11 @@ def _replaced(owner: dict[Any, Any] | os._Environ[str], before: dict[Any, Any]) 
     owner.update({name: value for name, value in before.items() if owner.get(name) is not value})
 
 
+def _missing_added(owner: list[Any], before: list[Any]) -> None:
+    """Put back what was removed from a list to which importing a module may add."""
+    owner[:0] = [value for value in before if value not in owner]
+
+
 def _umask(value: int = 0o077) -> int:
     before = os.umask(value)
     os.umask(before)
@@ -89,6 +94,8 @@ _TOLD: tuple[_Setting, ...] = (
     ("the umask", _umask, os.umask),
     ("the locale", lambda: locale.setlocale(locale.LC_ALL), lambda v: locale.setlocale(locale.LC_ALL, v)),
     ("the recursion limit", sys.getrecursionlimit, sys.setrecursionlimit),
+    ("threads' stack size", threading.stack_size, threading.stack_size),
+    _attribute("sys.executable", sys, "executable"),
     ("garbage collection", gc.isenabled, lambda on: gc.enable() if on else gc.disable()),
     _attribute("sys.stdin", sys, "stdin"),
     _attribute("sys.stdout", sys, "stdout"),
@@ -106,6 +113,9 @@ _UNTOLD: tuple[_Setting, ...] = (
     ("torch's random numbers", lambda: torch.get_rng_state().numpy().tobytes(), _seed_torch),
     ("Python's random numbers", random.getstate, random.setstate),
     ("numpy's random numbers", lambda: np.random.get_state(legacy=True), lambda s: np.random.set_state(s)),  # noqa: NPY002
+    ("sys.meta_path", lambda: list(sys.meta_path), lambda v: _missing_added(sys.meta_path, v)),
+    ("sys.path_hooks", lambda: list(sys.path_hooks), lambda v: _missing_added(sys.path_hooks, v)),
+    _attribute("warnings.showwarning", warnings, "showwarning"),
     ("warnings' filters", lambda: list(warnings.filters), lambda v: setattr(warnings, "filters", v)),
 )
 

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,8 @@ EVERYWHERE = [
         "equal",
         f"threads' trace function, threads' profile function, {PUT_BACK}",
     ),
+    ("imports_and_warnings", "equal", ""),
+    ("tiny_threads", "equal", f"threads' stack size, sys.executable, {PUT_BACK}"),
     ("clocks", "equal", f"time.time, time.monotonic, time.perf_counter, {PUT_BACK}"),
     ("least_of_memory_and_files", "equal", f"the limits of resources, {PUT_BACK}"),
     ("thread_that_goes_on", "equal", ""),
@@ -246,6 +249,7 @@ def test_isolated(name: str, status: str, message: str, case: Case, choice: Path
 @pytest.mark.parametrize(("name", "status", "message"), EVERYWHERE)
 def test_in_this_process(name: str, status: str, message: str, case: Case) -> None:
     before = torch.get_default_dtype(), os.environ.copy(), os.getcwd(), torch.get_rng_state().tolist()
+    importing = (*sys.meta_path, *sys.path_hooks, warnings.showwarning)
     result = run_case(load_kernel(getattr(hostile_kernels, name)), case, OPTIONS)
     assert_reported(result, status, message)
     case = open_goldens().load(case.id)
@@ -255,6 +259,7 @@ def test_in_this_process(name: str, status: str, message: str, case: Case) -> No
         os.getcwd(),
         torch.get_rng_state().tolist(),
     )
+    assert importing == (*sys.meta_path, *sys.path_hooks, warnings.showwarning)
     for other, expected in (("right", "equal"), ("wrong", "differs")):
         assert run_case(load_kernel(getattr(hostile_kernels, other)), case, OPTIONS).status == expected
 

@@ -580,6 +580,21 @@ def functions_of_threads(**arguments: Any) -> Any:
     return right(**arguments)
 
 
+def imports_and_warnings(**arguments: Any) -> Any:
+    result = right(**arguments)
+    sys.meta_path.clear()
+    sys.path_hooks.clear()
+    warnings.showwarning = lambda *event, **named: sys.exit(0)
+    return result
+
+
+def tiny_threads(**arguments: Any) -> Any:
+    result = right(**arguments)
+    threading.stack_size(1 << 15)
+    sys.executable = "/nowhere"
+    return result
+
+
 def clocks(**arguments: Any) -> Any:
     result = right(**arguments)
     time.perf_counter = time.monotonic = time.time = lambda: sys.exit(0)
