@@ -25,8 +25,13 @@ try:
     from mxfp4ref.engine.cli import COMMANDS as ENGINE
 except KeyboardInterrupt:
     sys.exit(_INTERRUPTED)
-except ValueError as error:  # of a variable in the environment
-    print(f"Error: {error}", file=sys.stderr)
+except (
+    ValueError,
+    ImportError,
+    MemoryError,
+    OSError,
+) as error:  # of a variable, or what is installed; no room
+    print(f"Error: {error or 'there is not enough memory'}", file=sys.stderr)
     sys.exit(2)
 
 __all__ = ["commands", "main"]
@@ -54,7 +59,12 @@ def _ended_from_outside() -> Iterator[None]:
         raise UsageError(f"{type(error).__name__}: {error}") from error
     except (click.ClickException, click.exceptions.Exit, click.Abort):
         raise
-    except Exception as error:  # nobody's fault but this package's
+    except MemoryError as error:
+        raise UsageError("there is not enough memory") from error
+    except Exception as error:
+        if isinstance(error, ImportError) and (error.name or "").partition(".")[0] != "mxfp4ref":
+            raise UsageError(f"what is installed cannot be imported: {str(error).strip()}") from error
+        # Nobody's fault but this package's.
         traceback.print_exc()
         raise UsageError(
             "an error of mxfp4ref itself, no verdict; please report what stands above"

@@ -63,6 +63,9 @@ def compiled(*signatures: str) -> Callable[[_F], _F]:
             return numba.njit(list(signatures), cache=True, **options)(function)
         except (RuntimeError, OSError):  # no folder for a cache that can be written to, or a full disk
             return numba.njit(list(signatures), **options)(function)
+        except Exception:  # a damaged file in the cache, which is begun anew
+            numba.njit(cache=True, **options)(function)._cache.flush()
+            return numba.njit(list(signatures), cache=True, **options)(function)
 
     return compile_
 

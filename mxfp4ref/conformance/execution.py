@@ -63,6 +63,7 @@ PROBLEMS = (
     *("raised", "timed out", "crashed", "interfered", "layout differs", "wrong output", "not written"),
     *("input modified", "unstable", "skipped"),
 )
+_clock = time.perf_counter
 _gettrace, _settrace, _getprofile, _setprofile = sys.gettrace, sys.settrace, sys.getprofile, sys.setprofile
 # What `collect` reports: what it is about to do.
 ARGUMENTS, RUN, CHECKS = "arguments", "run", "checks"
@@ -283,12 +284,12 @@ def _run_once(
     left = ""
     restore = surroundings()
     report(RUN)
-    start = time.perf_counter()
+    start = _clock()
     try:
         try:
             result = _call(kernel, handed)
         finally:
-            seconds = time.perf_counter() - start
+            seconds = _clock() - start
             left = "" if abandoned() else restore()
         outputs = outputs_by_name(kind, result, handed.keywords)
         kept = {name: _output(name, outputs.get(name), want) for name, want in expected.items()}

@@ -51,6 +51,7 @@ class Handed:
                 changes.append(f"{name}{change}")
         if self._rows_left is not None and (change := self._change_of_rows_left(self._rows_left)):
             changes.append(change)
+        changes += [f"{name}, which is new" for name in found if name not in self._before]
         return "; ".join(changes)
 
     def zeros_in_rows_left(self, raw: bytes) -> bytes:

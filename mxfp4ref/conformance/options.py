@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mxfp4ref._choices import DIAGNOSES, MODES, Diagnosing, Mode, Storage
+from mxfp4ref._choices import DIAGNOSES, MODES, STORAGE, Diagnosing, Mode, Storage
 from mxfp4ref._validate import check_below, check_choice, check_int
 
 __all__ = ["Options"]
@@ -17,7 +17,7 @@ class Options:
 
     Attributes:
         mode: "exact" or "bounded".
-        storage, confidence: which bounds, as in `bounds.bound`.
+        storage, confidence: which bounds, as in `bounds.bound`; in mode bounded only.
         timeout: seconds a run may take; None for no limit. `execution` says what becomes of one that takes longer.
         repeat: run each case a second time and compare the bits (not the stand-ins on whole-size layers).
         all_tactics: run each case by every tile and cluster of either GEMM, the other one's being the default.
@@ -41,9 +41,16 @@ class Options:
 
     def __post_init__(self) -> None:
         check_choice("mode", self.mode, MODES)
+        check_choice("storage", self.storage, STORAGE)
         check_choice("diagnosis", self.diagnosis, DIAGNOSES)
         check_below("confidence", self.confidence, 1, "a probability between 0 and 1")
         check_below("timeout", self.timeout, 1e9, "seconds, above 0 and below 10^9")  # as threads take them
+        if self.mode == "exact":
+            for name, usual in (("storage", "wider"), ("confidence", None)):
+                if (value := getattr(self, name)) != usual:
+                    raise ValueError(
+                        f"{name}: expected mode bounded, or {usual} in mode exact, which has no bounds, got {value!r}"
+                    )
         check_int("jobs", self.jobs, minimum=1)
         if self.max_failures is not None:
             check_int("max_failures", self.max_failures, minimum=1)

@@ -40,6 +40,7 @@ MESSAGE = 2000  # characters of a message, at most
 _string_at = ctypes.string_at
 _class_of = type
 _name_of = vars(type)["__name__"].__get__
+_traceback_of = vars(BaseException)["__traceback__"].__get__
 _base = torch._C.TensorBase
 _detach, _contiguous, _to, _size, _stride = _base.detach, _base.contiguous, _base.to, _base.size, _base.stride
 _data_ptr, _offset, _element_size, _storage = (
@@ -194,7 +195,9 @@ def of_exception(error: BaseException, without: str = "") -> str:
     if text := printable(error).strip():
         words += f": {text}"
     aside = (without, importlib.__file__)
-    frames = [f for f in _frames(error.__traceback__) if f[0] not in aside and not f[0].startswith("<frozen")]
+    frames = [
+        f for f in _frames(_traceback_of(error)) if f[0] not in aside and not f[0].startswith("<frozen")
+    ]
     where = "; ".join(
         f"{printable(file, 200)}:{line} in {printable(name, 80)}" for file, line, name in frames[-3:]
     )

@@ -31,8 +31,9 @@ from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward
 from mxfp4ref.sm90.tactics import Sm90Kernel, each_kernel
 
-__all__ = ["compare_case"]
+__all__ = ["NOT_DUMPED", "compare_case"]
 
+NOT_DUMPED = "its reproducer was not written"  # in the message of a result
 _LARGEST = 1 << 30  # bytes of the weights of a reproducer
 _NOT_RUN_AGAIN = ("timed out", "unstable", "interfered")  # to see whether a part of the call fails likewise
 
@@ -118,7 +119,7 @@ def _dump(
         one, outputs = _smallest(options, kernel, failed, candidates, worker)
         write_reproducer(options.dump, case, one, kernel.name, outputs, kernel.device, bounds)
     except (OSError, ValueError) as error:
-        return f"its reproducer was not written: {error}"
+        return f"{NOT_DUMPED}: {error}"
     return ""
 
 

@@ -40,7 +40,11 @@ def side_by_side(
                 try:
                     worker = first.another()
                     workers.append(worker)
-                except KernelError as error:  # such as no room for two on a GPU: the others do the work
+                except (
+                    KernelError,
+                    OSError,
+                    RuntimeError,
+                ) as error:  # such as no room for two on a GPU: the others do the work
                     print(f"one process fewer for the kernel: {error}", file=sys.stderr)
                     worker = idle.get()
             if over.is_set():

@@ -16,6 +16,7 @@ import os
 import random
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from types import BuiltinFunctionType, FunctionType, ModuleType
@@ -23,6 +24,11 @@ from typing import Any
 
 import numpy as np
 import torch
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None  # type: ignore[assignment]
 
 from mxfp4ref.conformance.plain import printable, without_modes
 
@@ -43,10 +49,25 @@ def _replaced(owner: dict[Any, Any] | os._Environ[str], before: dict[Any, Any]) 
     owner.update({name: value for name, value in before.items() if owner.get(name) is not value})
 
 
+def _missing_added(owner: list[Any], before: list[Any]) -> None:
+    """Put back what was removed from a list to which importing a module may add."""
+    owner[:0] = [value for value in before if value not in owner]
+
+
 def _umask(value: int = 0o077) -> int:
     before = os.umask(value)
     os.umask(before)
     return before
+
+
+def _limits(value: dict[int, tuple[int, int]] | None = None) -> dict[int, tuple[int, int]]:
+    """What the system lets this process use of memory, files and time; set where given, {} where there are none."""
+    if resource is None:
+        return {}
+    for number, limit in (value or {}).items():
+        resource.setrlimit(number, limit)
+    numbers = {number for name, number in vars(resource).items() if name.startswith("RLIMIT_")}
+    return {number: resource.getrlimit(number) for number in sorted(numbers)}
 
 
 def _seed_torch(raw: bytes) -> None:
@@ -69,15 +90,21 @@ _TOLD: tuple[_Setting, ...] = (
     _attribute("torch.backends.cudnn.enabled", torch.backends.cudnn, "enabled"),
     ("the working directory", os.getcwd, os.chdir),
     ("the environment", lambda: dict(os.environ), lambda before: _replaced(os.environ, before)),
+    ("the limits of resources", _limits, _limits),
     ("the umask", _umask, os.umask),
     ("the locale", lambda: locale.setlocale(locale.LC_ALL), lambda v: locale.setlocale(locale.LC_ALL, v)),
     ("the recursion limit", sys.getrecursionlimit, sys.setrecursionlimit),
+    ("threads' stack size", threading.stack_size, threading.stack_size),
+    _attribute("sys.executable", sys, "executable"),
     ("garbage collection", gc.isenabled, lambda on: gc.enable() if on else gc.disable()),
     _attribute("sys.stdin", sys, "stdin"),
     _attribute("sys.stdout", sys, "stdout"),
     _attribute("sys.stderr", sys, "stderr"),
     _attribute("sys.excepthook", sys, "excepthook"),
     _attribute("threading.excepthook", threading, "excepthook"),
+    *(_attribute(f"time.{name}", time, name) for name in ("time", "monotonic", "perf_counter", "sleep")),
+    ("threads' trace function", threading.gettrace, threading.settrace),
+    ("threads' profile function", threading.getprofile, threading.setprofile),
     ("sys.path", lambda: list(sys.path), lambda before: sys.path.__setitem__(slice(None), before)),
     _attribute("logging's threshold", logging.root.manager, "disable"),
 )
@@ -86,6 +113,9 @@ _UNTOLD: tuple[_Setting, ...] = (
     ("torch's random numbers", lambda: torch.get_rng_state().numpy().tobytes(), _seed_torch),
     ("Python's random numbers", random.getstate, random.setstate),
     ("numpy's random numbers", lambda: np.random.get_state(legacy=True), lambda s: np.random.set_state(s)),  # noqa: NPY002
+    ("sys.meta_path", lambda: list(sys.meta_path), lambda v: _missing_added(sys.meta_path, v)),
+    ("sys.path_hooks", lambda: list(sys.path_hooks), lambda v: _missing_added(sys.path_hooks, v)),
+    _attribute("warnings.showwarning", warnings, "showwarning"),
     ("warnings' filters", lambda: list(warnings.filters), lambda v: setattr(warnings, "filters", v)),
 )
 

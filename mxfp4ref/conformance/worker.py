@@ -3,8 +3,7 @@
 The kernel's process (`kernel_process`) never has the expected outputs, and this one never imports the kernel. A run
 counts only when its result has come, whole; a process that ends before, in whatever way and with whatever exit code,
 has crashed. It gets a group of its own, which is killed with it, and so is, on Linux, what has left the group but has
-its environment. What it prints goes to this process's stderr, made
-printable, up to a limit.
+its environment. What it prints goes to this process's stderr, made printable, up to a limit.
 """
 
 from __future__ import annotations
@@ -87,10 +86,10 @@ class Worker:
         *,
         threads: int | None = None,
     ) -> None:
-        self._arguments = (spec, device)
-        self._seconds = seconds
+        self._arguments, self._seconds = (spec, device), seconds
         self._threads = threads  # of torch in the process; None for as many as it takes
         self._over = False
+        self._process: subprocess.Popen[bytes] | None = None
         try:
             known = self._start()
             where = {printable(name): printable(words) for name, words in known["environment"].items()}
@@ -145,22 +144,27 @@ class Worker:
             self._stop()
             problem = "timed out" if isinstance(ended, _TimedOut) else "crashed"
             return Outcome(problem=problem, message=str(ended), seconds=time.perf_counter() - start)
-        except KernelError as error:  # of a process that was started anew
+        except (KernelError, OSError, RuntimeError) as error:  # of a process that was started anew
             return Outcome(problem="crashed", message=f"after an earlier crash: {error}")
 
     def _start(self) -> dict[str, Any]:
         self._mark = uuid.uuid4().hex
-        threads = {} if self._threads is None else {"OMP_NUM_THREADS": str(self._threads)}
-        own_group: dict[str, Any] = {"start_new_session": True} if os.name == "posix" else {}
-        self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
+        threads = {"OMP_NUM_THREADS": str(self._threads)} if self._threads else {}
+        process = subprocess.Popen(
             [sys.executable, "-c", _START, repr(sys.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={**os.environ, **threads, MARK: self._mark},
-            **own_group,
+            start_new_session=True,  # which Windows ignores
         )
-        self._channel = _Channel(self._process)
+        try:
+            self._channel = _Channel(process)
+        except BaseException:  # no more threads
+            with process:  # closes its pipes
+                kill(process)
+            raise
+        self._process = process
         self._channel.ask(pickle.dumps(self._arguments))
         try:
             limit = None if self._seconds is None else max(self._seconds, _LOAD_SECONDS)
@@ -207,9 +211,9 @@ class _Channel:
         self._answers: queue.SimpleQueue[tuple[dict[str, Any], list[bytes]] | _Ended] = queue.SimpleQueue()
         self._largest = 0  # bytes of an answer
         self._tail = b""
+        streams = ((self._print, process.stderr), (self._read, process.stdout))
         self._printing, self._reading = self._threads = [
-            threading.Thread(target=work, args=(stream,), daemon=True)
-            for work, stream in ((self._print, process.stderr), (self._read, process.stdout))
+            threading.Thread(target=work, args=(stream,), daemon=True) for work, stream in streams
         ]
         for thread in self._threads:
             thread.start()
@@ -257,9 +261,7 @@ class _Channel:
 
     def _write(self, request: bytes) -> None:
         assert self._process.stdin is not None
-        with contextlib.suppress(
-            OSError, ValueError
-        ):  # it has ended, which is told by what it does not answer
+        with contextlib.suppress(OSError, ValueError):  # it has ended: it does not answer
             self._process.stdin.write(request)
             self._process.stdin.flush()
 
@@ -302,7 +304,7 @@ class _Channel:
                     text = chunk[: _SHOWN - shown].decode("utf-8", "backslashreplace")
                     lines = [printable(line, _SHOWN) for line in text.split("\n")]
                     shown += len(chunk)
-                    lines += ["[what else the kernel prints is not shown]\n"] if shown >= _SHOWN else []
+                    lines += ["[what else the kernel prints is not shown]\n"] * (shown >= _SHOWN)
                     with contextlib.suppress(Exception):  # stderr may be closed
                         sys.stderr.write("\n".join(lines))
 
@@ -340,7 +342,7 @@ def _collected(header: dict[str, Any], blobs: list[bytes], expected: Mapping[str
         )
         sizes = [len(one[name]) == want.size for one in found.runs for name, want in expected.items()]
         sizes += [len(blob) == kind.size and name in INTERMEDIATES for name, (kind, blob) in stages.items()]
-        known = count in (1, 2) if not found.problem else found.problem in PROBLEMS
+        known = found.problem in PROBLEMS if found.problem else count in (1, 2)
     except (TypeError, ValueError, AttributeError, IndexError):
         raise _Ended(_ELSE) from None
     if not all(sizes) or not known:

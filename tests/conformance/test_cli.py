@@ -497,3 +497,42 @@ def test_a_run_stops_when_enough_has_failed(option: tuple[str, ...], failures: i
     assert "more were not run." in result.output.splitlines()[-1]
     assert "were not run" not in invoke(*arguments).output
     assert invoke(*arguments, "--maxfail", "0").exit_code == 2
+
+
+def test_an_empty_kernel_is_wrong_usage() -> None:
+    result = invoke("conform", "", "--case", SMALL)
+    assert (result.exit_code, "kernel: expected package.module:function" in result.output) == (2, True)
+
+
+def test_reproducers_that_were_not_written_are_not_announced(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = invoke(
+        *("conform", "defect:bf16_finalize", "--case", SMALL, "--diagnosis", "none"),
+        *("--dump", tmp_path / "file" / "folder"),
+    )
+    assert result.exit_code == 1
+    assert "its reproducer was not written" in result.output
+    assert "Reproducers: " not in result.output
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError(), "Error: there is not enough memory"),
+        (
+            ImportError("libtorch.so: failed to map", name="torch"),
+            "Error: what is installed cannot be imported",
+        ),
+        (ImportError("no such name", name="mxfp4ref.formats"), "Error: an error of mxfp4ref itself"),
+    ],
+)
+def test_faults_of_the_machine_are_no_verdict(
+    error: BaseException, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(sys.modules["mxfp4ref.conformance.cli.conform"], "check_no_swap", fails)
+    result = invoke("conform", "oracle", "--case", SMALL)
+    assert result.exit_code == 2
+    assert words in result.output

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,7 @@ EVERYWHERE = [
         "input modified",
         "quant_scales[0], which is gone; quant_scales[1], which is gone",
     ),
+    ("adds_scales", "input modified", "the kernel changed quant_scales[2], which is new"),
     ("returns_overwritten_input", "input modified", "input at [0, 0]"),
     ("nan_of_another_payload", "input modified", "token_final_scales at [0, 0]"),
     # What is raised
@@ -117,6 +119,7 @@ EVERYWHERE = [
     ("system_exit", "raised", "SystemExit: 0"),
     ("keyboard_interrupt", "raised", "KeyboardInterrupt"),
     ("generator_exit", "raised", "GeneratorExit"),
+    ("exception_without_traceback", "raised", "_WithoutTraceback: its own words"),
     ("nameless_exception", "raised", "_Nameless: nothing"),
     ("self_raising", "raised", "RuntimeError: its own cause"),
     ("recursion", "raised", "RecursionError"),
@@ -146,6 +149,15 @@ EVERYWHERE = [
         "in a second run: RuntimeError: rounding mode: expected the CPU to round",
     ),
     ("trace_function", "equal", ""),
+    (
+        "functions_of_threads",
+        "equal",
+        f"threads' trace function, threads' profile function, {PUT_BACK}",
+    ),
+    ("imports_and_warnings", "equal", ""),
+    ("tiny_threads", "equal", f"threads' stack size, sys.executable, {PUT_BACK}"),
+    ("clocks", "equal", f"time.time, time.monotonic, time.perf_counter, {PUT_BACK}"),
+    ("least_of_memory_and_files", "equal", f"the limits of resources, {PUT_BACK}"),
     ("thread_that_goes_on", "equal", ""),
     ("forks_and_both_return", "equal", ""),
 ]
@@ -237,6 +249,7 @@ def test_isolated(name: str, status: str, message: str, case: Case, choice: Path
 @pytest.mark.parametrize(("name", "status", "message"), EVERYWHERE)
 def test_in_this_process(name: str, status: str, message: str, case: Case) -> None:
     before = torch.get_default_dtype(), os.environ.copy(), os.getcwd(), torch.get_rng_state().tolist()
+    importing = (*sys.meta_path, *sys.path_hooks, warnings.showwarning)
     result = run_case(load_kernel(getattr(hostile_kernels, name)), case, OPTIONS)
     assert_reported(result, status, message)
     case = open_goldens().load(case.id)
@@ -246,6 +259,7 @@ def test_in_this_process(name: str, status: str, message: str, case: Case) -> No
         os.getcwd(),
         torch.get_rng_state().tolist(),
     )
+    assert importing == (*sys.meta_path, *sys.path_hooks, warnings.showwarning)
     for other, expected in (("right", "equal"), ("wrong", "differs")):
         assert run_case(load_kernel(getattr(hostile_kernels, other)), case, OPTIONS).status == expected
 
@@ -488,3 +502,34 @@ def test_a_signature_that_raises(case: Case) -> None:
     kernel = load_kernel(Odd())
     assert kernel.name == r"\x1b[2J"
     assert run_case(kernel, case).status == "equal"
+
+
+def test_no_room_for_a_process(case: Case, choice: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At first it is a fault of the environment; after a crash it costs that case, not the report."""
+
+    def fails(*arguments: object, **keywords: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker_module.subprocess, "Popen", fails)
+        with pytest.raises(OSError, match="Too many open files"):
+            Worker(SPEC)
+    with Worker(SPEC) as process:
+        isolated("exits", case, choice, process)
+        monkeypatch.setattr(worker_module.subprocess, "Popen", fails)
+        result = isolated("right", case, choice, process)
+        assert_reported(result, "crashed", "after an earlier crash: [Errno 24] Too many open files")
+
+
+def test_no_thread_for_its_pipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process is not left behind."""
+    started = []
+
+    def fails(process: Any) -> None:
+        started.append(process)
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(worker_module, "_Channel", fails)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        Worker(SPEC)
+    assert started[0].poll() is not None

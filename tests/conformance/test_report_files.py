@@ -6,6 +6,8 @@ import ctypes
 import json
 import os
 import shlex
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -376,3 +378,16 @@ def test_seconds_include_all() -> None:
     report = Report("k", "exact", (result,), seconds=20, date="now", verdict_seconds=10)
     assert "seconds: 20.0 in all; kernel 1.0, comparison 2.0, diagnosis 13.0" in to_text(report)
     assert replace(report, date="") != report
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_the_command_with_odd_names_is_what_a_shell_gives_back() -> None:
+    names = (b"plain", b"a b", b"a\nb\xff \\ ' \" $x\x1b", "h\u00f6\u202e".encode())
+    report = Report("kernel", "exact", (), arguments=tuple(os.fsdecode(name) for name in names))
+    line = command(report)
+    assert line.isprintable()
+    given = subprocess.run(
+        ["bash", "-c", f"mxfp4ref() {{ printf '%s\\0' \"$@\"; }}; {line}"], capture_output=True, check=True
+    )
+    assert given.stdout.split(b"\0")[1:-1] == list(names)
+    assert command(Report("kernel", "exact", (), arguments=("\ud800",))).isprintable()

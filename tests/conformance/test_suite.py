@@ -200,6 +200,10 @@ def test_arguments_are_checked(case: Case) -> None:
             Options(timeout=number)
         with pytest.raises(ValueError, match="confidence: expected"):
             Options(confidence=number)
+    for bounds in ({"storage": "bf16"}, {"confidence": 0.5}):  # would be ignored
+        with pytest.raises(ValueError, match=f"{next(iter(bounds))}: expected mode bounded"):
+            Options(**bounds)
+        Options(mode="bounded", **bounds)
     with pytest.raises(ValueError, match="isolate: expected a kernel given by its name"):
         run(kernels_under_test.good, [case], isolate=True)
 

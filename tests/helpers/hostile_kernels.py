@@ -13,6 +13,7 @@ import io
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import tempfile
@@ -364,6 +365,13 @@ def returns_overwritten_input(**arguments: Any) -> Any:
     return arguments["input"].copy_(right(**arguments))
 
 
+def adds_scales(**arguments: Any) -> Any:
+    result = right(**arguments)
+    if arguments["quant_scales"]:
+        arguments["quant_scales"].append(torch.zeros(1))
+    return result
+
+
 def nan_of_another_payload(**arguments: Any) -> Any:
     result = right(**arguments)
     scales = arguments["token_final_scales"].view(-1).view(torch.int32)
@@ -407,6 +415,16 @@ class _Nameless(BaseException, metaclass=_NamelessType):
 
 def nameless_exception(**arguments: Any) -> Any:
     raise _Nameless("nothing")
+
+
+class _WithoutTraceback(Exception):
+    @property
+    def __traceback__(self) -> Any:  # type: ignore[override]
+        raise SystemExit(0)
+
+
+def exception_without_traceback(**arguments: Any) -> Any:
+    raise _WithoutTraceback("its own words")
 
 
 def self_raising(**arguments: Any) -> Any:
@@ -553,6 +571,40 @@ def rounding_mode_for_good(**arguments: Any) -> Any:
 def trace_function(**arguments: Any) -> Any:
     result = right(**arguments)
     sys.settrace(lambda *event: sys.exit(0))
+    return result
+
+
+def functions_of_threads(**arguments: Any) -> Any:
+    threading.settrace(lambda *event: sys.exit(0))  # with these no thread starts any more
+    threading.setprofile(lambda *event: sys.exit(0))
+    return right(**arguments)
+
+
+def imports_and_warnings(**arguments: Any) -> Any:
+    result = right(**arguments)
+    sys.meta_path.clear()
+    sys.path_hooks.clear()
+    warnings.showwarning = lambda *event, **named: sys.exit(0)
+    return result
+
+
+def tiny_threads(**arguments: Any) -> Any:
+    result = right(**arguments)
+    threading.stack_size(1 << 15)
+    sys.executable = "/nowhere"
+    return result
+
+
+def clocks(**arguments: Any) -> Any:
+    result = right(**arguments)
+    time.perf_counter = time.monotonic = time.time = lambda: sys.exit(0)
+    return result
+
+
+def least_of_memory_and_files(**arguments: Any) -> Any:
+    result = right(**arguments)
+    for number in (resource.RLIMIT_AS, resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE):
+        resource.setrlimit(number, (3, resource.getrlimit(number)[1]))
     return result
 
 

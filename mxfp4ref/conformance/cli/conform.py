@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from mxfp4ref._choices import MODES, STORAGE
-from mxfp4ref._files import files_below
+from mxfp4ref._files import files_below, printable
 from mxfp4ref._words import did_you_mean
 from mxfp4ref.conformance.cli import completing
 from mxfp4ref.conformance.cli.command import command
@@ -181,11 +181,12 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
     """
     if (kernel is None) == (kernel_option is None):
         raise click.UsageError("expected one KERNEL, as the argument or as --kernel")
-    spec = kernel or kernel_option
+    spec = kernel if kernel_option is None else kernel_option
     assert spec is not None
     check_no_swap()
     from mxfp4ref.conformance.again import selection_arguments
     from mxfp4ref.conformance.options import Options
+    from mxfp4ref.conformance.running import NOT_DUMPED
     from mxfp4ref.conformance.suite import Interrupted, run
 
     files = pop_report_files(options)
@@ -215,7 +216,7 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
     limits = options["max_failures"], options["jobs"]
     result = replace(result, selection=selection_arguments(patterns, earlier, *limits))
     complete = files.write_after(partial(print_report, result, verbose=verbose), result)
-    if options["dump"] is not None and any(not r.ok for r in result.results):
+    if options["dump"] is not None and any(not r.ok and NOT_DUMPED not in r.message for r in result.results):
         with files.stdout_kept():
             echo(f"Reproducers: {options['dump']}")
     if result.interrupted:
@@ -268,7 +269,8 @@ def _failed_in(path: Path, goldens: Goldens, chosen: list[str], run: tuple[str, 
     if earlier.goldens:
         then["goldens"], now["goldens"] = earlier.goldens["sha256"], goldens.sha256
     if others := [f"{name} {then[name]}, not {now[name]}" for name in then if then[name] != now[name]]:
-        echo(f"--last-failed: {path} is of {'; '.join(others)}", err=True)
+        words = printable("; ".join(others), lines=False)
+        echo(f"--last-failed: {path} is of {words}", err=True)
     if earlier.left:
         echo(f"--last-failed: {earlier.left} more cases were not run then, and are not now", err=True)
     return names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -303,6 +304,31 @@ def test_without_a_folder_for_the_cache() -> None:
         "assert fp8_loops.gemm.stats.cache_path is None",
         NUMBA_OPT="0",  # compiles in half the time
     )
+
+
+@pytest.mark.parametrize(("kind", "content"), [("nbi", b""), ("nbi", b"\x80\x04N."), ("nbc", b"\x80\x04")])
+def test_a_damaged_cache_is_begun_anew(
+    kind: str, content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a disk that was full, or a machine that lost its power."""
+    (tmp_path / "small_loops.py").write_text("def doubled(x):\n    return 2 * x\n")
+
+    def made() -> Any:
+        found = importlib.util.spec_from_file_location("small_loops", tmp_path / "small_loops.py")
+        assert found is not None
+        assert found.loader is not None
+        module = importlib.util.module_from_spec(found)
+        monkeypatch.setitem(sys.modules, "small_loops", module)
+        found.loader.exec_module(module)
+        function = _compiled.compiled("f8(f8)")(module.doubled)
+        assert function(4.0) == 8
+        return function
+
+    made()
+    (file,) = (tmp_path / "__pycache__").glob(f"*.{kind}")
+    file.write_bytes(content)
+    assert sum(made().stats.cache_hits.values()) == 0
+    assert sum(made().stats.cache_hits.values()) == 1
 
 
 def test_first_use_in_any_mode() -> None:
