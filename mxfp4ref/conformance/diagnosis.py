@@ -22,6 +22,7 @@ from mxfp4ref.conformance.families.named import named_hypotheses, stages_of
 from mxfp4ref.conformance.families.probe import probed
 from mxfp4ref.conformance.finding import counted
 from mxfp4ref.conformance.patterns import patterns
+from mxfp4ref.conformance.reach import reached
 from mxfp4ref.conformance.reduction import is_heavy, local_experts, one_token
 from mxfp4ref.conformance.stage_fit import numbers, reconcile, stage_of_exposed
 from mxfp4ref.conformance.stage_words import finding_of_stage
@@ -160,8 +161,9 @@ class Located:
             token = first.index[0]
             one = trace(one_token(inputs, token))
             feeds = _feeds(inputs, one, token, first.index[1])
-            found = patterns(inputs, self.got, self.want, mask)
-            table = attribution(inputs, mask)
+            could = reached(inputs, self.want, mask)
+            found = patterns(inputs, self.got, self.want, mask, could)
+            table = attribution(inputs, mask, could)
             local = local_experts(inputs)
             experts = torch.where(local < 0, -1, local + inputs.ep_rank * inputs.experts.num_experts).cpu()
         elif kind == "layout":
@@ -289,7 +291,9 @@ def _investigated(
             known=how.known,
             progress=how.progress,
         )
-    remarks = [e.sentence for e in result.evidence if e.sentence != result.finding.sentence]
+    # What places say is no more than a hint where every bit is predicted, and may say something else.
+    hints = () if result.finding.exact else result.evidence
+    remarks = [e.sentence for e in hints if e.sentence != result.finding.sentence]
     if not result.complete and how.diagnosis == "full":
         remarks.append(f"hypotheses were tried as long as there was time, {result.tried:,} of them")
     exact = (m.hypothesis.name for m in result.matches if m.hypothesis.name and m.exact)
