@@ -1,7 +1,7 @@
-"""Where an output shows what GEMM2 gets: a weight of zero hides it, and one in a row shows it in one element.
+"""Where an output shows what GEMM2 gets: a weight of zero hides it, one in a row shows it in one element.
 
-Elements that could not have differed are no evidence for a place; nor are right ones for the stages before GEMM2 where
-GEMM2's weights do not lead there.
+Elements that could not have differed are no evidence for a place; nor are right ones for the stages before GEMM2
+where its weights do not lead to them.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def reached(call: MoeCall, want: Tensor, mask: Tensor) -> Tensor:
 def is_spread(
     call: MoeCall, got: Tensor, want: Tensor, mask: Tensor, tokens: list[int], *, visible: float = VISIBLE
 ) -> bool:
-    """Whether an activation that makes such an error in some tokens would show in more columns than those that differ.
+    """Whether an activation that makes such errors in some tokens would show in more columns than those that differ.
 
     Only then is it no activation that is wrong. It is asked of each that a wrong element depends on.
 
