@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import differing
+from mxfp4ref.conformance.families.distances import surprise
 from mxfp4ref.conformance.families.engine import Result, investigate, told
 from mxfp4ref.conformance.families.evidence import Evidence, gather, look_closer
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline
-from mxfp4ref.conformance.families.search import Match, one_thread
+from mxfp4ref.conformance.families.search import FEWEST_BITS, Match, one_thread
 from mxfp4ref.conformance.finding import OTHERS
 from mxfp4ref.model.call import MoeCall
 
@@ -242,17 +243,19 @@ def _of_some(
     """
     for heard in ranked:
         stages = set(heard.match.hypothesis.stages)
+        told_by = [f for f in failures if f.case in heard.cases]
         elsewhere = sum(one.strength >= 2 and not stages & set(one.stages) for one in proofs)
         if not heard.cases or not heard.all_heard or heard.refuting & heard.kinds:
             continue
         if elsewhere >= len(heard.cases) or (best.stages and not stages & set(best.stages)):
             continue
+        if sum(surprise(f.got, f.want) for f in told_by) < FEWEST_BITS:
+            continue
         alike = [h.match for h in ranked if h.cases == heard.cases and not h.refuting & h.kinds]
         kept = _spared(alike, passing, heard.kinds)
         if not kept:
             continue
-        calls = [f.pipeline.call for f in failures if f.case in heard.cases]
-        found = told(kept, (), calls)
+        found = told(kept, (), [f.pipeline.call for f in told_by])
         words = found.sentence + (OTHERS + best.sentence if best.sentence else "")
         return Finding(best.stages or found.stages, words, False, (len(heard.cases), len(failures)))
     return None
