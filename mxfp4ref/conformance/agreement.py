@@ -95,13 +95,12 @@ def _common(diagnoses: Sequence[Diagnosis]) -> str:
 
 
 def _stages(diagnosis: Diagnosis) -> list[str]:
-    stages = diagnosis.finding.stages
-    return [f"it lies in {' or '.join(stages)}"] if stages else []
+    return [diagnosis.finding.where] if diagnosis.finding.stages else []
 
 
 def _before_finalize(diagnosis: Diagnosis) -> list[str]:
     stages = set(diagnosis.finding.stages)
-    if stages and stages <= _BEFORE_FINALIZE:
+    if stages and stages <= _BEFORE_FINALIZE and not diagnosis.finding.hedged:
         return [_STAGE_LINES["before finalize"]]
     line = diagnosis.stage.partition(":")[0]
     return [_STAGE_LINES[line]] if not stages and line in _STAGE_LINES else []

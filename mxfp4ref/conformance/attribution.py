@@ -25,7 +25,7 @@ class Attribution:
     Attributes:
         by: the kind of place, such as "expert".
         place: which of them.
-        differing, elements: of the output elements that have to do with it.
+        differing, elements: of the output elements that have to do with it, and could have differed.
     """
 
     by: str
@@ -34,15 +34,18 @@ class Attribution:
     elements: int
 
 
-def attribution(call: MoeCall, mask: Tensor) -> tuple[Attribution, ...]:
+def attribution(call: MoeCall, mask: Tensor, could: Tensor | None = None) -> tuple[Attribution, ...]:
     """The kinds of places whose shares of wrong elements differ most, with their counts; none where none differ.
 
     Args:
         call: the call.
         mask: `[M, H] bool`, where the output differs.
+        could: `[M, H] bool`, where it could have, and the only elements that count; everywhere by default.
     """
     kinds: dict[str, list[Attribution]] = {}
     for by, place, chosen in _places(call, mask):
+        if could is not None:
+            chosen &= could
         if bool(chosen.any()):
             row = Attribution(by, place, int((mask & chosen).sum()), int(chosen.sum()))
             kinds.setdefault(by, []).append(row)

@@ -165,9 +165,11 @@ class Failing:
 
 def _strongest(judged: Finding, results: list[CaseResult]) -> Finding:
     """What was found for all cases together, unless by themselves they say more."""
-    if judged.exact or judged.cases:
+    if judged.exact:
         return judged
     own = agreed([r.diagnosis for r in results if r.diagnosis is not None])
+    if judged.cases:
+        return own if own.cases and own.cases[0] > judged.cases[0] else judged
     return judged if (judged.sentence or judged.stages) and not (own.exact or own.cases) else own
 
 

@@ -22,7 +22,8 @@ from mxfp4ref.conformance.families.named import named_hypotheses, stages_of
 from mxfp4ref.conformance.families.probe import probed
 from mxfp4ref.conformance.finding import counted
 from mxfp4ref.conformance.patterns import patterns
-from mxfp4ref.conformance.reduction import is_heavy, local_experts, one_token
+from mxfp4ref.conformance.reach import reached
+from mxfp4ref.conformance.reduction import clock_of, is_heavy, local_experts, one_token
 from mxfp4ref.conformance.stage_fit import numbers, reconcile, stage_of_exposed
 from mxfp4ref.conformance.stage_words import finding_of_stage
 from mxfp4ref.conformance.suspects import Prediction, Progress, closest, predict, try_defects
@@ -46,10 +47,10 @@ __all__ = [
     "ulp_bins",
 ]
 
-# For hypotheses, and for the named defects on a layer of real size.
+# Of the processor: for hypotheses, and on a layer of real size for the named defects and hypotheses together.
 SECONDS = {"quick": 0.7, "full": 50.0}
 _QUICK_ELEMENTS = 1 << 18  # of an output: solving for what is in a larger one takes minutes
-_NAMED_SECONDS = {"quick": 0.4, "full": 60.0}
+_REAL_SECONDS = {"quick": 4.0, "full": 60.0}
 ULP_BINS = (1, 2, 4, 16, 256, FAR - 1, FAR)  # the largest distance of each; the last is that with a NaN
 
 
@@ -160,8 +161,9 @@ class Located:
             token = first.index[0]
             one = trace(one_token(inputs, token))
             feeds = _feeds(inputs, one, token, first.index[1])
-            found = patterns(inputs, self.got, self.want, mask)
-            table = attribution(inputs, mask)
+            could = reached(inputs, self.want, mask)
+            found = patterns(inputs, self.got, self.want, mask, could)
+            table = attribution(inputs, mask, could)
             local = local_experts(inputs)
             experts = torch.where(local < 0, -1, local + inputs.ep_rank * inputs.experts.num_experts).cpu()
         elif kind == "layout":
@@ -265,11 +267,12 @@ def _investigated(
     part = probed(call, got, want)
     if part is None:
         return (), Finding(), ("no token gives its expected row alone, so that no hypothesis can be tried",)
+    seconds, clock = how.seconds, clock_of(call)
     if is_heavy(call):  # each is confirmed on more tokens than the families are
         first_names = tuple(s for s in how.suspects if isinstance(s, str))
-        verdict = try_defects(
-            call, got, want, first=first_names, seconds=_NAMED_SECONDS[how.diagnosis], progress=how.progress
-        )
+        limit, start = _REAL_SECONDS[how.diagnosis], clock()
+        verdict = try_defects(call, got, want, first=first_names, seconds=limit, progress=how.progress)
+        seconds = min(seconds, limit - (clock() - start))
         if any(p.exact for p in verdict.predictions):
             return verdict.predictions, _named_finding(verdict.predictions), verdict.remarks
     if how.diagnosis == "quick" and _is_large(call, got):
@@ -283,13 +286,15 @@ def _investigated(
             pipeline,
             rows_got,
             rows_want,
-            seconds=how.seconds,
+            seconds=seconds,
             first=[*first, *(s for s in how.suspects if isinstance(s, Hypothesis))],
             thorough=how.diagnosis == "full",
             known=how.known,
             progress=how.progress,
         )
-    remarks = [e.sentence for e in result.evidence if e.sentence != result.finding.sentence]
+    # What places say is no more than a hint where every bit is predicted, and may say something else.
+    hints = () if result.finding.exact else result.evidence
+    remarks = [e.sentence for e in hints if e.sentence != result.finding.sentence]
     if not result.complete and how.diagnosis == "full":
         remarks.append(f"hypotheses were tried as long as there was time, {result.tried:,} of them")
     exact = (m.hypothesis.name for m in result.matches if m.hypothesis.name and m.exact)

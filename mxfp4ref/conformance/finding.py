@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["ALTERNATIVES", "NOTE", "STAGES", "UNKNOWN", "Finding", "counted"]
+__all__ = ["ALTERNATIVES", "NEARLY", "NOTE", "OTHERS", "ROUNDINGS", "STAGES", "UNKNOWN", "Finding", "counted"]
 
 STAGES = (
     *("input", "slots", "fc1", "activation", "fc2", "finalize"),
@@ -15,6 +15,10 @@ STAGES = (
 ALTERNATIVES = ". This output does not tell it from: "
 # Before what is known of a number in a sentence.
 NOTE = ". Note: "
+# After a hypothesis that predicts most, before how much.
+NEARLY, ROUNDINGS = ", or nearly so (", ", up to roundings ("
+# Between what predicts every bit of some cases, and what is known of the others.
+OTHERS = "; in the others "
 
 
 def counted(count: int, noun: str) -> str:
@@ -41,8 +45,19 @@ class Finding:
     cases: tuple[int, int] | None = None
     common: str = ""
 
+    @property
+    def hedged(self) -> bool:
+        """Whether the sentence is a prediction of most bits only, so that its stages are no more than likely."""
+        return not self.exact and any(words in self.sentence for words in (NEARLY, ROUNDINGS))
+
+    @property
+    def where(self) -> str:
+        """ "it lies in fc1 or activation", or that it probably does; "" if unknown."""
+        lies = "it probably lies in" if self.hedged else "it lies in"
+        return f"{lies} {' or '.join(self.stages)}" if self.stages else ""
+
     def __str__(self) -> str:
-        where = f" [{' or '.join(self.stages)}]" if self.stages else ""
+        where = f" [{'probably ' * self.hedged}{' or '.join(self.stages)}]" if self.stages else ""
         return f"{self.sentence}{where}" if self.sentence else ""
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mxfp4ref.conformance.comparison import FAR, ulp_distance
 from mxfp4ref.conformance.finding import counted
+from mxfp4ref.conformance.reach import is_spread
 from mxfp4ref.conformance.reduction import local_experts
 from mxfp4ref.model.call import MoeCall
 
@@ -19,36 +20,50 @@ _COLUMN_BLOCKS = (
     (16, "16-row block of fc2"),
 )
 _MOST_LISTED = 8
+_OF_THOSE = ", of those that could"  # where some could not have differed
+_ONE = "a single element differs"
 
 
-def patterns(call: MoeCall, got: Tensor, expected: Tensor, mask: Tensor) -> tuple[str, ...]:
+def patterns(
+    call: MoeCall, got: Tensor, expected: Tensor, mask: Tensor, could: Tensor | None = None
+) -> tuple[str, ...]:
     """Sentences that hold for the mismatch map of a call, the most telling first.
 
     Args:
         call: the call.
         got, expected: `[M, H] bf16`.
         mask: `[M, H] bool`, where they differ; somewhere they have to.
+        could: `[M, H] bool`, where they could have: right elements elsewhere are no part of a pattern. Everywhere by
+            default.
     """
+    could = torch.ones_like(mask) if could is None else could | mask
     if int(mask.sum()) == 1 and mask.numel() > 1:  # of which no expert, row or column says more
         token, column = mask.nonzero()[0].tolist()
         near = int(ulp_distance(got[mask], expected[mask]).max()) <= 1
-        how = "by 1 ulp: a rounding, or damaged" if near else "damaged, or written by something else"
-        found = [f"a single element differs, [{token}, {column}]: {how}"]
+        how = ": by 1 ulp: a rounding, or damaged" if near else ": damaged, or written by something else"
+        alone = near or not call.experts.tactics_show or is_spread(call, got, expected, mask, [token])
+        found = [f"{_ONE}, [{token}, {column}]{how if alone else ''}"]
     else:
-        found = [*_experts(call, mask), *_ranks(call, mask), *_tokens(mask), *_columns(mask)]
+        tokens, columns = could.any(1), could.any(0)
+        found = [*_experts(call, mask, tokens), *_ranks(call, mask, tokens)]
+        found += [*_tokens(mask, tokens), *_columns(mask, columns)]
     return (*found, *_values(got, expected, mask))
 
 
-def _experts(call: MoeCall, mask: Tensor) -> list[str]:
-    """The experts that no right token and several wrong ones use, if every wrong token uses one of them."""
+def _experts(call: MoeCall, mask: Tensor, could: Tensor) -> list[str]:
+    """The experts that no right token and several wrong ones use, if every wrong token uses one of them.
+
+    `could [M] bool`: the tokens that could have differed, here and below.
+    """
     local = local_experts(call)
     wrong = mask.any(1)
-    used = set(local[local >= 0].tolist())
+    used = set(local[could][local[could] >= 0].tolist())
     without = ~(local >= 0).any(1)
     found = []
     if bool((wrong & without).any()):
         found.append("tokens without an expert on this rank differ, which should be zeros")
-    in_right = set(local[~wrong][local[~wrong] >= 0].tolist())
+    right = local[~wrong & could]
+    in_right = set(right[right >= 0].tolist())
     suspects = [e for e in sorted(used - in_right) if int((local[wrong] == e).any(1).sum()) > 1]
     explained = torch.isin(local, torch.tensor(suspects, device=local.device)).any(1)
     if suspects and len(suspects) < len(used) and bool((explained | ~wrong).all()):
@@ -57,7 +72,7 @@ def _experts(call: MoeCall, mask: Tensor) -> list[str]:
     return found
 
 
-def _ranks(call: MoeCall, mask: Tensor) -> list[str]:
+def _ranks(call: MoeCall, mask: Tensor, could: Tensor) -> list[str]:
     """Whether only tokens differ that have slots on other ranks, or that have padded slots."""
     if not call.num_tokens:
         return []
@@ -70,27 +85,29 @@ def _ranks(call: MoeCall, mask: Tensor) -> list[str]:
         (padded, "exactly the tokens with a padded slot (-1) differ"),
         (elsewhere, "exactly the tokens with a slot on another rank differ"),
     ):
-        if bool((wrong == chosen).all()) and not bool(chosen.all()):
-            found.append(words)
+        if bool((wrong == chosen)[could].all()) and not bool(chosen[could].all()):
+            found.append(words + ("" if torch.equal(wrong, chosen) else _OF_THOSE))
     return found
 
 
-def _tokens(mask: Tensor) -> list[str]:
+def _tokens(mask: Tensor, could: Tensor) -> list[str]:
     wrong = mask.any(1)
     if bool(wrong.all()):
         return ["every token differs somewhere"] if len(wrong) > 1 else []
+    if torch.equal(wrong, could):
+        return [f"every token differs somewhere{_OF_THOSE}"] if int(wrong.sum()) > 1 else []
     rows = wrong.nonzero().flatten().tolist()
     found = [
         f"only token{_plural(rows)} {_listed(rows)} of {len(wrong)} differ{'s' if len(rows) == 1 else ''}"
     ]
-    regular = _regular(wrong, 1, "token")
+    regular = _regular(wrong, could, 1, "token")
     return [regular] if regular else found
 
 
-def _columns(mask: Tensor) -> list[str]:
+def _columns(mask: Tensor, could: Tensor) -> list[str]:
     wrong = mask.any(0)
     width = len(wrong)
-    if bool(wrong.all()):
+    if torch.equal(wrong, could):
         return []
     columns = wrong.nonzero().flatten()
     first, last = int(columns[0]), int(columns[-1])
@@ -99,18 +116,19 @@ def _columns(mask: Tensor) -> list[str]:
         if width % size == 0 and width > size:
             if first == last:
                 return [f"only column {first} of {width} differs"]
-            if first // size == last // size:
-                found.append(f"only columns of {name} {first // size} (columns {first} to {last}) differ")
+            block = first // size
+            if block == last // size and bool(could.view(-1, size).any(1).sum() > 1):
+                found.append(f"only columns of {name} {block} (columns {first} to {last}) differ")
                 return found[-1:] if size == _COLUMN_BLOCKS[-1][0] else found[-1:] + _finer(first, last, size)
-            regular = _regular(wrong.view(-1, size).any(1), size, name)
+            regular = _regular(wrong.view(-1, size).any(1), could.view(-1, size).any(1), size, name)
             if regular:
                 return [regular]
-    regular = _regular(wrong, 1, "column")
+    regular = _regular(wrong, could, 1, "column")
     if regular:
         return [regular]
     if last - first + 1 == len(columns):
         return [f"exactly the columns {first} to {last} of {width} differ"]
-    if len(columns) <= width // 4:
+    if len(columns) <= int(could.sum()) // 4:
         return [f"only {len(columns)} of {width} columns differ: {_listed(columns.tolist())}"]
     return []
 
@@ -121,15 +139,16 @@ def _finer(first: int, last: int, outer: int) -> list[str]:
     return [f"all of them within {inner[-1][1]} {first // inner[-1][0]}"] if inner else []
 
 
-def _regular(wrong: Tensor, size: int, name: str) -> str:
+def _regular(wrong: Tensor, could: Tensor, size: int, name: str) -> str:
     """ "every second ..." where exactly those of one residue modulo 2, 4, 8 or 16 differ."""
     for step, word in ((2, "second"), (4, "fourth"), (8, "eighth"), (16, "sixteenth")):
-        if len(wrong) < 2 * step:
+        if int(could.sum()) < 2 * step:
             break
         for start in range(step):
             chosen = torch.arange(len(wrong), device=wrong.device) % step == start
-            if bool((wrong == chosen).all()):
-                return f"exactly every {word} {name} differs, from {start} on"
+            if bool((wrong == chosen)[could].all()) and not bool(chosen[could].all()):
+                those = "" if torch.equal(wrong, chosen) else _OF_THOSE
+                return f"exactly every {word} {name} differs, from {start} on{those}"
     return ""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +13,16 @@ from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.model.call import PADDING_ID, MoeCall
 from mxfp4ref.model.forward import forward, select_local
 
-__all__ = ["Part", "by_every_expert", "is_heavy", "isolate", "local_experts", "one_token", "reduce_call"]
+__all__ = [
+    "Part",
+    "by_every_expert",
+    "clock_of",
+    "is_heavy",
+    "isolate",
+    "local_experts",
+    "one_token",
+    "reduce_call",
+]
 
 _EXPERT_BYTES = 1 << 25  # beyond which a call is heavy
 
@@ -125,3 +136,8 @@ def is_heavy(call: MoeCall) -> bool:
 def local_experts(call: MoeCall) -> Tensor:
     """This rank's index of each slot's expert, `[M, k] int64`; -1 where the slot is not this rank's."""
     return select_local(call.token_selected_experts, call.experts.num_experts, call.ep_size, call.ep_rank)
+
+
+def clock_of(call: MoeCall) -> Callable[[], float]:
+    """The clock for the limits of a search: seconds of the processor, of all threads where others compute."""
+    return time.process_time if is_heavy(call) else time.thread_time

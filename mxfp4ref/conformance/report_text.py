@@ -81,7 +81,8 @@ def tested(report: Report) -> list[str]:
     parts = {name: sum(getattr(r, f"{name}_seconds") for r in report.results) for name in PARTS}
     parts["diagnosis"] += report.verdict_seconds
     shares = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
-    lines.append(f"seconds: {report.seconds:.1f} in all; {shares}")
+    beside = ", of processes side by side" * (sum(parts.values()) > report.seconds + 0.1)
+    lines.append(f"seconds: {report.seconds:.1f} in all; {shares}{beside}")
     if report.left:
         again = whole_command(report)
         lines.append(f"not run: {counted(report.left, 'case')}{f'; to run all: {again}' if again else ''}")

@@ -188,7 +188,7 @@ class Report(Shown):
             more = "" if len(self.defects) == 1 else " (these cases do not tell them apart)"
             return f" Every wrong bit is that of {which}{more}: {summary}."
         found = self.finding
-        where = f"; it lies in {' or '.join(found.stages)}" if found.stages else ""
+        where = f"; {found.where}" if found.stages else ""
         if found.sentence and found.cases:
             of = f"{found.cases[0]} of {counted(found.cases[1], 'failing case')}"
             if found.exact:
@@ -201,7 +201,7 @@ class Report(Shown):
         if found.common:
             return f" What is wrong is unknown; {found.common}."
         if found.stages:
-            return f" What is wrong is unknown; it lies in {' or '.join(found.stages)}."
+            return f" What is wrong is unknown; {found.where}."
         return " What is wrong is unknown." if any(r.diagnosis for r in self.results) else ""
 
 

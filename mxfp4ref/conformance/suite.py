@@ -194,6 +194,8 @@ class _State:
         before = time.perf_counter()
         found = self.failing.verdict(self.results, self.goldens, search=not interrupted)
         now = time.perf_counter()
+        of_cases = sum(r.diagnosis_seconds for r in found.results)
+        of_cases -= sum(r.diagnosis_seconds for r in self.results)  # which counts for them already
         return Report(
             kernel=kernel,
             mode=self.options.mode,
@@ -207,7 +209,7 @@ class _State:
             goldens=None if self.goldens is None else goldens_used(self.goldens),
             date=self.date,
             arguments=self.arguments,
-            verdict_seconds=now - before,
+            verdict_seconds=now - before - of_cases,
         )
 
 

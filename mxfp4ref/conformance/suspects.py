@@ -6,7 +6,6 @@ large the call is. A layer of real size is 3 GB; one token's experts, and their 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import differing
-from mxfp4ref.conformance.reduction import Part, is_heavy, isolate, reduce_call
+from mxfp4ref.conformance.reduction import Part, clock_of, is_heavy, isolate, reduce_call
 from mxfp4ref.conformance.stand_ins import defect_outputs
 from mxfp4ref.defects import DEFECTS, gemm
 from mxfp4ref.defects.definition import logical
@@ -121,7 +120,8 @@ def try_defects(
         call: the call, with MXFP4 weights.
         output, expected: `[M, H] bf16`.
         first: defects to try before all others, which are tried if none of these is exact.
-        seconds: that the search may take on a call of real size, roughly. Smaller ones take what they take.
+        seconds: of the processor that the search may take on a call of real size, roughly. Smaller ones take what
+            they take.
         progress: called before each defect, with its name and how many there are.
     """
     search = _Search(call, output, expected, seconds)
@@ -152,8 +152,8 @@ class _Search:
 
     def __init__(self, call: MoeCall, output: Tensor, expected: Tensor, seconds: float) -> None:
         self.call, self.output, self.expected = call, output, expected
-        self.start, self.seconds = time.thread_time(), seconds
-        self.heavy = is_heavy(call)
+        self.heavy, self.clock = is_heavy(call), clock_of(call)
+        self.start, self.seconds = self.clock(), seconds
         wrong = differing(output, expected).sum(1).cpu()
         order = wrong.argsort(descending=True, stable=True).tolist()
         self.wrong = [token for token in order if wrong[token]]
@@ -162,7 +162,7 @@ class _Search:
         self.remarks: list[str] = []
 
     def out_of_time(self, share: float = 1.0) -> bool:
-        return self.heavy and time.thread_time() - self.start > share * self.seconds
+        return self.heavy and self.clock() - self.start > share * self.seconds
 
     def remark_untried(self, names: list[str]) -> None:
         if left := [name for name in names if name not in self.tried]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -41,7 +40,7 @@ from mxfp4ref.conformance.families.tensors import (
 )
 from mxfp4ref.conformance.families.weighting import weight_hypotheses
 from mxfp4ref.conformance.finding import ALTERNATIVES, NOTE
-from mxfp4ref.conformance.reduction import is_heavy
+from mxfp4ref.conformance.reduction import clock_of, is_heavy
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
 
@@ -96,7 +95,7 @@ def investigate(
     """
     heavy = is_heavy(pipeline.call)
     with nullcontext() if heavy else one_thread():
-        until = time.thread_time() + seconds
+        until = clock_of(pipeline.call)() + seconds
         search = Search(pipeline, got, want, until, progress=progress)
         evidence: list[Evidence] = []
         found = search.run(first)

@@ -13,18 +13,20 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.bounds import bound
-from mxfp4ref.conformance.comparison import ulp_distance
+from mxfp4ref.conformance.comparison import differing, ulp_distance
 from mxfp4ref.conformance.families.error_space import Space
 from mxfp4ref.conformance.families.expert_sums import other_sums
 from mxfp4ref.conformance.families.formula import Formula, fitted
 from mxfp4ref.conformance.families.hypothesis import Finding, Pipeline, local_of
 from mxfp4ref.conformance.families.lost_terms import lost_terms
 from mxfp4ref.conformance.families.mixed_up import mixed_up
-from mxfp4ref.conformance.families.places import columns_in_words
+from mxfp4ref.conformance.families.places import column_set, columns_in_words, residue_in_words
 from mxfp4ref.conformance.families.sampled import samples
 from mxfp4ref.conformance.families.second_gemm import second_gemm
 from mxfp4ref.conformance.finding import counted
-from mxfp4ref.conformance.reduction import is_heavy, reduce_call
+from mxfp4ref.conformance.reach import is_spread, reached
+from mxfp4ref.conformance.reduction import is_heavy, local_experts, reduce_call
+from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
 
 __all__ = ["Evidence", "gather", "look_closer"]
@@ -92,7 +94,7 @@ def gather(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> list
     found += _rows(pipeline, got, want, wrong)
     if not found and (lost := lost_terms(pipeline, got, want, wrong, local)) is not None:
         return [Evidence(*lost)]
-    found += _single(got, want, wrong, local) or _columns(got, want, wrong, tokens)
+    found += _single(pipeline.call, got, want, wrong) or _columns(pipeline.call, got, want, wrong, tokens)
     if not found:
         found += (Evidence(*parts) for parts in other_sums(pipeline, got, local, tokens))
     if not found:
@@ -153,7 +155,7 @@ def _rows(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> Itera
         return
     lost = ~got.isfinite() & want.isfinite()
     if bool(lost[rows].any(1).all()):
-        yield from _lost(got, lost, rows)
+        yield from _lost(pipeline.call, got, want, lost)
         return
     same = {bytes(row.contiguous().view(torch.uint8).numpy()): i for i, row in enumerate(want.cpu())}
     pairs = []
@@ -188,8 +190,9 @@ def _biased(pipeline: Pipeline, rows: Tensor) -> bool:
     return bool(given.any(1).all())
 
 
-def _lost(got: Tensor, lost: Tensor, rows: Tensor) -> Iterator[Evidence]:
+def _lost(call: MoeCall, got: Tensor, want: Tensor, lost: Tensor) -> Iterator[Evidence]:
     """NaN or infinities where there should be numbers: in whole rows, or in some columns."""
+    rows = lost.any(1)
     kind = "NaN" if bool(got[lost].isnan().all()) else "NaN or infinite"
     tokens = rows.nonzero().flatten().tolist()
     shown = ", ".join(map(str, tokens[:8])) + ", ..." * (len(tokens) > 8)
@@ -202,7 +205,9 @@ def _lost(got: Tensor, lost: Tensor, rows: Tensor) -> Iterator[Evidence]:
             "weight is none, or the row was not written",
             1,
         )
-    elif not bool(lost[rows].all(1).any()):
+    elif not bool(lost[rows].all(1).any()) and (
+        kind == "NaN" or is_spread(call, got, want, differing(got, want), tokens[:_TOKENS])
+    ):
         words = columns_in_words(lost.any(0))
         yield Evidence(
             ("fc2", "finalize"),
@@ -225,13 +230,14 @@ def _near_underflow(got: Tensor, want: Tensor, wrong: Tensor) -> Evidence | None
     )
 
 
-def _single(got: Tensor, want: Tensor, wrong: Tensor, local: Tensor) -> list[Evidence]:
-    """One element that is far off, where other tokens show that GEMM2's row of its column is right."""
+def _single(call: MoeCall, got: Tensor, want: Tensor, wrong: Tensor) -> list[Evidence]:
+    """One element that is far off, where its row and other tokens show that nothing that it depends on is."""
     if int(wrong.sum()) != 1 or float(ulp_distance(got[wrong], want[wrong]).max()) < _GROSS:
         return []
     token, column = wrong.nonzero()[0].tolist()
+    local = local_experts(call)
     experts, others = local[token][local[token] >= 0], torch.cat((local[:token], local[token + 1 :]))
-    if not bool(torch.isin(experts, others).all()):
+    if not bool(torch.isin(experts, others).all()) or not is_spread(call, got, want, wrong, [token]):
         return []
     return [
         Evidence(
@@ -243,47 +249,61 @@ def _single(got: Tensor, want: Tensor, wrong: Tensor, local: Tensor) -> list[Evi
     ]
 
 
-def _columns(got: Tensor, want: Tensor, wrong: Tensor, tokens: list[int]) -> Iterator[Evidence]:
-    """Wrong elements in some columns only: what is before GEMM2 would show in all."""
+def _columns(
+    call: MoeCall, got: Tensor, want: Tensor, wrong: Tensor, tokens: list[int]
+) -> Iterator[Evidence]:
+    """Wrong elements in some columns only, where what is before GEMM2 would show in others too."""
     if not tokens:
         return
-    columns = wrong.any(0)
-    part = wrong[tokens]
-    far = ulp_distance(got[tokens], want[tokens])[part]
-    if float(far.to(torch.float64).mean()) < 1.5 and len(tokens) > 1:
-        yield from _scattered(wrong)
+    columns, part = wrong.any(0), wrong[tokens]
+    far = ulp_distance(got[tokens], want[tokens])[part].to(torch.float64)
+    if float(far.mean()) < 1.5 and len(tokens) > 1:
+        if is_spread(call, got, want, wrong, tokens, visible=0):
+            yield from _scattered(wrong)
         return
-    if float(far.to(torch.float64).median()) < _GROSS or float(part.float().mean(1).max()) > 0.8:
+    could = reached(call, want, wrong)
+    share = part.sum(1) / could[tokens].sum(1)
+    if float(far.median()) < _GROSS or float(share.max()) > 0.8:
+        return
+    if not is_spread(call, got, want, wrong, tokens):
         return
     words = columns_in_words(columns)
+    if words and not bool(
+        (could.any(0) & ~column_set(words, columns)(len(columns)).to(columns.device)).any()
+    ):
+        words = ""
     after = (
         "GEMM1 and the activation are right, it is in GEMM2's rows of those columns (weights, scales), the fc2 bias, "
         "or the writing of the output"
     )
-    if (
-        words
-        and float(wrong[:, columns].any(1).float().mean()) > 0
-        and float(part[:, columns].float().mean()) > 0.3
-    ):
-        yield Evidence(
-            ("fc2", "finalize"), f"the output differs {words} only: {after}{_garbage(got[wrong])}", 2
-        )
-    elif float(part.float().mean()) < 0.3:
+    if words and float(part[:, columns].float().mean()) > 0.3:
+        sentence = f"the output differs {words} only: {after}{_garbage(got[wrong], want[wrong])}"
+        yield Evidence(("fc2", "finalize"), sentence, 2)
+    elif float(share.mean()) < 0.3 and (words := residue_in_words(columns)):
+        sentence = f"single elements differ, all of them {words}: {after}"
+        yield Evidence(("fc2", "finalize"), sentence, 2)
+    elif float(share.mean()) < 0.3:
         yield Evidence(
             (),
             f"{int(wrong.sum()):,} single elements are far off, without a pattern of columns, and all others of "
-            "their rows are right: what is before GEMM2 would show in whole rows; elements were overwritten, not "
+            "their rows are right: what is before GEMM2 would show in more columns; elements were overwritten, not "
             "written, or damaged",
             2,
         )
 
 
-def _garbage(values: Tensor) -> str:
-    """Words for numbers of all magnitudes."""
+def _garbage(got: Tensor, want: Tensor) -> str:
+    """Words for numbers of all magnitudes, where those expected are not."""
+    more = _binades(got) - _binades(want)
+    return "; what is there is of all magnitudes, as in memory that was not written" * (more > _BINADES)
+
+
+def _binades(values: Tensor) -> float:
+    """That most of these numbers span."""
     sizes = fp32.widen(values).abs().double()
     sizes = sizes[(sizes > 0) & sizes.isfinite()]
     low, high = (float(sizes.log2().quantile(q)) for q in (0.1, 0.9)) if len(sizes) else (0.0, 0.0)
-    return "; what is there is of all magnitudes, as in memory that was not written" * (high - low > _BINADES)
+    return high - low
 
 
 def _scattered(wrong: Tensor) -> Iterator[Evidence]:

@@ -5,20 +5,26 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import differing
+from mxfp4ref.conformance.families.distances import surprise
 from mxfp4ref.conformance.families.engine import Result, investigate, told
 from mxfp4ref.conformance.families.evidence import Evidence, gather, look_closer
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline
-from mxfp4ref.conformance.families.search import Match, one_thread
+from mxfp4ref.conformance.families.search import FEWEST_BITS, Match, one_thread
+from mxfp4ref.conformance.finding import OTHERS
+from mxfp4ref.model.call import MoeCall
 
 __all__ = ["Failure", "Verdict", "judge"]
 
 _SEARCHED = 4  # cases that are searched by themselves
 _READ = 12  # whose evidence is read
+_SUPPORTED = 0.5  # of the elements that are wrong, or would be, in a case of a kind
+_Passing = Callable[[], Iterable[tuple[Pipeline, Tensor]]]
+_Kind = tuple[object, ...]
 
 
 @dataclass(frozen=True)
@@ -52,9 +58,28 @@ class Verdict:
     by_case: dict[str, Finding]
 
 
+@dataclass
+class _Heard:
+    """A hypothesis that predicts every bit of some case, and what other failing cases say of it.
+
+    Attributes:
+        match: the hypothesis.
+        cases: in which it predicts every bit.
+        kinds: of these cases.
+        refuting: the kinds of the cases where it predicts few of the wrong bits, or wrong ones.
+        all_heard: whether all cases were asked.
+    """
+
+    match: Match
+    cases: list[str] = field(default_factory=list)
+    kinds: set[_Kind] = field(default_factory=set)
+    refuting: set[_Kind] = field(default_factory=set)
+    all_heard: bool = True
+
+
 def judge(
     failures: list[Failure],
-    passing: Callable[[], Iterable[tuple[Pipeline, Tensor]]],
+    passing: _Passing,
     *,
     seconds: float,
 ) -> Verdict:
@@ -68,7 +93,7 @@ def judge(
     until = time.thread_time() + seconds
     failures = sorted(failures, key=_telling, reverse=True)
     by_case: dict[str, Finding] = {}
-    seen: dict[str, tuple[int, Match]] = {}
+    seen: dict[str, _Heard] = {}
     results: list[Result] = []
     for number, failure in enumerate(_different(failures)):
         left = until - time.thread_time()
@@ -80,36 +105,56 @@ def judge(
         by_case[failure.case] = result.finding
         for match in result.matches:
             if match.hypothesis.words not in seen:
-                seen[match.hypothesis.words] = (_explained(match.hypothesis, failures), match)
-        full = [m for count, m in seen.values() if count == len(failures)]
+                seen[match.hypothesis.words] = _heard(match, failures)
+        full = [heard.match for heard in seen.values() if len(heard.cases) == len(failures)]
         if full and (kept := _spared(full, passing)):
             finding = told(kept, (), [f.pipeline.call for f in failures])
             exact = Finding(finding.stages, finding.sentence, True)
             return Verdict(exact, tuple(m.hypothesis for m in kept), {f.case: exact for f in failures})
-    return _undecided(failures, seen, results, by_case, until)
+    return _undecided(failures, passing, seen, results, by_case, until)
 
 
-def _explained(hypothesis: Hypothesis, failures: list[Failure]) -> int:
-    """In how many cases a hypothesis predicts every bit."""
-    count = 0
+def _heard(match: Match, failures: list[Failure]) -> _Heard:
+    """In which cases a hypothesis predicts every bit, and which kinds of cases refute it."""
+    heard = _Heard(match)
     with one_thread():
         for index, failure in enumerate(failures):
-            output = hypothesis.run(failure.pipeline)
-            count += (
-                output is not None
-                and output.shape == failure.got.shape
-                and not bool(differing(output, failure.got).any())
-            )
-            if hypothesis.slow and count <= index - 4:
+            output = match.hypothesis.run(failure.pipeline)
+            if output is not None and output.shape == failure.got.shape:
+                other = differing(output, failure.got)
+                moved = differing(output, failure.want)
+                concerned = moved | differing(failure.got, failure.want)
+                if not bool(other.any()):
+                    heard.cases.append(failure.case)
+                    heard.kinds.add(_kind(failure.pipeline.call))
+                elif bool(moved.any()) and float((~other)[concerned].double().mean()) < _SUPPORTED:
+                    heard.refuting.add(_kind(failure.pipeline.call))
+            if match.hypothesis.slow and len(heard.cases) <= index - 4:
+                heard.all_heard = index == len(failures) - 1
                 break
-    return count
+    return heard
 
 
-def _spared(matches: list[Match], passing: Callable[[], Iterable[tuple[Pipeline, Tensor]]]) -> list[Match]:
-    """Those that leave the passing cases as they are, the simplest first."""
+def _kind(call: MoeCall) -> _Kind:
+    """What decides which code of a kernel a call takes: one kind may be wrong where another is not."""
+    experts = call.experts
+    given = (
+        experts.swiglu_alpha,
+        experts.swiglu_beta,
+        experts.swiglu_limit,
+        experts.fc1_biases,
+        experts.fc2_biases,
+    )
+    return (call.activation, *(t is None for t in given), call.ep_size > 1, call.tp_size > 1)
+
+
+def _spared(matches: list[Match], passing: _Passing, kinds: set[_Kind] | None = None) -> list[Match]:
+    """Those that leave the passing cases (of some kinds) as they are, the simplest first."""
     kept = sorted(matches, key=lambda m: m.hypothesis.cost)
     with one_thread():
         for pipeline, want in passing():
+            if kinds is not None and _kind(pipeline.call) not in kinds:
+                continue
             outputs = [(m, m.hypothesis.run(pipeline)) for m in kept]
             kept = [m for m, out in outputs if out is None or not bool(differing(out, want).any())]
             if not kept:
@@ -150,7 +195,8 @@ def _different(failures: list[Failure]) -> Iterator[Failure]:
 
 def _undecided(
     failures: list[Failure],
-    seen: dict[str, tuple[int, Match]],
+    passing: _Passing,
+    seen: dict[str, _Heard],
     results: list[Result],
     by_case: dict[str, Finding],
     until: float,
@@ -172,10 +218,9 @@ def _undecided(
                 first = strongest[0]
                 proofs.append(first)
                 by_case.setdefault(failure.case, first.finding())
-    counted = sorted(seen.values(), key=lambda pair: (-pair[0], pair[1].hypothesis.cost))
-    if counted and 2 * counted[0][0] >= len(failures):
-        count, match = counted[0]
-        found = match.hypothesis
+    ranked = sorted(seen.values(), key=lambda heard: (-len(heard.cases), heard.match.hypothesis.cost))
+    if ranked and 2 * len(ranked[0].cases) >= len(failures):
+        found, count = ranked[0].match.hypothesis, len(ranked[0].cases)
         return Verdict(Finding(found.stages, found.words, False, (count, len(failures))), (), by_case)
     proofs = [one for one in proofs if not _refuted(one, proofs)]
     if proofs:
@@ -183,9 +228,37 @@ def _undecided(
         for one in proofs:
             votes[one.stages] += one.strength
         stages = max(votes, key=lambda s: votes[s])
-        best = max((one for one in proofs if one.stages == stages), key=lambda one: one.strength)
-        return Verdict(best.finding(), (), by_case)
-    return Verdict(Finding(), (), by_case)
+        best = max((one for one in proofs if one.stages == stages), key=lambda one: one.strength).finding()
+    else:
+        best = Finding()
+    return Verdict(_of_some(failures, passing, ranked, proofs, best) or best, (), by_case)
+
+
+def _of_some(
+    failures: list[Failure], passing: _Passing, ranked: list[_Heard], proofs: list[Evidence], best: Finding
+) -> Finding | None:
+    """What predicts every bit of fewer than half of the cases, where no case of their kinds says otherwise.
+
+    Nor may as many cases prove that it lies elsewhere. `best` is said of the others.
+    """
+    for heard in ranked:
+        stages = set(heard.match.hypothesis.stages)
+        told_by = [f for f in failures if f.case in heard.cases]
+        elsewhere = sum(one.strength >= 2 and not stages & set(one.stages) for one in proofs)
+        if not heard.cases or not heard.all_heard or heard.refuting & heard.kinds:
+            continue
+        if elsewhere >= len(heard.cases) or (best.stages and not stages & set(best.stages)):
+            continue
+        if sum(surprise(f.got, f.want) for f in told_by) < FEWEST_BITS:
+            continue
+        alike = [h.match for h in ranked if h.cases == heard.cases and not h.refuting & h.kinds]
+        kept = _spared(alike, passing, heard.kinds)
+        if not kept:
+            continue
+        found = told(kept, (), [f.pipeline.call for f in told_by])
+        words = found.sentence + (OTHERS + best.sentence if best.sentence else "")
+        return Finding(best.stages or found.stages, words, False, (len(heard.cases), len(failures)))
+    return None
 
 
 def _refuted(one: Evidence, proofs: list[Evidence]) -> bool:

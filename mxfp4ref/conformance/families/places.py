@@ -10,8 +10,16 @@ from torch import Tensor
 from mxfp4ref.conformance.families.slot_kinds import attributes
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["column_set", "columns_in_words", "fitting_attributes", "suspected_experts", "tokens_in_words"]
+__all__ = [
+    "column_set",
+    "columns_in_words",
+    "fitting_attributes",
+    "residue_in_words",
+    "suspected_experts",
+    "tokens_in_words",
+]
 
+_FEWEST_COLUMNS = 8  # of which a common rest is no chance
 
 _MaskOf = Callable[[MoeCall, Tensor], Tensor]
 
@@ -97,6 +105,17 @@ def columns_in_words(columns: Tensor, among: Tensor | None = None) -> str:
         for words, where in sets:
             if bool((where | ~columns).all()) and float(columns[where].float().mean()) > 0.8:
                 return words
+    return ""
+
+
+def residue_in_words(columns: Tensor) -> str:
+    """Words for columns, `[H] bool`, that all leave the same rest by 8, 4 or 2; "" of few, or where they do not."""
+    chosen = columns.nonzero().flatten()
+    if len(chosen) < _FEWEST_COLUMNS:
+        return ""
+    for step, word in ((8, "eighth"), (4, "fourth"), (2, "second")):
+        if bool((chosen % step == chosen[0] % step).all()):
+            return f"in every {word} column, from {int(chosen[0]) % step} on"
     return ""
 
 

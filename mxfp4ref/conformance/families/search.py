@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -33,7 +32,8 @@ from mxfp4ref.conformance.families.places import (
     fitting_attributes,
     tokens_in_words,
 )
-from mxfp4ref.conformance.reduction import is_heavy, reduce_call
+from mxfp4ref.conformance.finding import ROUNDINGS
+from mxfp4ref.conformance.reduction import clock_of, is_heavy, reduce_call
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
 
@@ -78,7 +78,7 @@ class Search:
     Attributes:
         pipeline: the right one, or one whose mistake is known.
         got, want: `[M, H] bf16`.
-        until: `time.thread_time()` at which to stop: what is found does not depend on what else the machine does.
+        until: `clock_of(call)()` at which to stop: what is found does not depend on what else the machine does.
         tried: how many hypotheses were.
         near: those that explain a part, and how far off they leave the output, from 0 to 1.
         close: those that explain all but roundings of the part that was looked at.
@@ -97,6 +97,7 @@ class Search:
     progress: Callable[[str, int], None] | None = None
 
     def __post_init__(self) -> None:
+        self.clock = clock_of(self.pipeline.call)
         self.wrong = differing(self.got, self.want)
         self.local = local_of(self.pipeline)
         self.tokens = self._probe_tokens()
@@ -122,19 +123,19 @@ class Search:
         return len(self.tokens) == len(self.got)
 
     def out_of_time(self) -> bool:
-        return time.thread_time() > self.until
+        return self.clock() > self.until
 
     @contextmanager
     def share(self, part: float) -> Iterator[None]:
         """Inside, only this part of the time that is left may be taken."""
-        now = time.thread_time()
+        now = self.clock()
         with self._stopping_at(min(self.until, now + part * (self.until - now))):
             yield
 
     @contextmanager
     def extra(self, seconds: float) -> Iterator[None]:
         """Inside, so many seconds from now may be taken."""
-        with self._stopping_at(max(self.until, time.thread_time() + seconds)):
+        with self._stopping_at(max(self.until, self.clock() + seconds)):
             yield
 
     @contextmanager
@@ -238,7 +239,7 @@ class Search:
                 continue
             if self._up_to_roundings(output, of_all=True):
                 part = float((~differing(output, self.got))[self.wrong].double().mean())
-                words = f"{hypothesis.words}, up to roundings ({part:.0%} of the wrong elements in every bit)"
+                words = f"{hypothesis.words}{ROUNDINGS}{part:.0%} of the wrong elements in every bit)"
                 stages = () if hypothesis.family in ANYWHERE else hypothesis.stages
                 found.append((part, Match(replace(hypothesis, words=words, stages=stages, name=""), False)))
         found.sort(key=lambda pair: -pair[0])

@@ -233,8 +233,12 @@ def _block(systems: list[_System]) -> tuple[int, int] | None:
         if size >= inner or len(systems[0].slots) * size * 3 > len(systems[0].rest):
             break
         for start in range(0, inner, size):
-            block = slice(start, start + size)
-            if all(s.explained(s.columns[:, :, block].flatten(1))[0] for s in systems):
+            parts = [s.columns[:, :, start : start + size].flatten(1) for s in systems]
+            if any(
+                int(part.any(1).sum()) < 3 * part.shape[1] for part in parts
+            ):  # of which any error is a sum
+                continue
+            if all(s.explained(part)[0] for s, part in zip(systems, parts, strict=True)):
                 return start, start + size - 1
     return None
 

@@ -1,0 +1,134 @@
+"""What is known of some failing cases only, or nearly, and how long it took, is said as that."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from mxfp4ref.conformance import CaseResult, Options, Report, diagnose
+from mxfp4ref.conformance.agreement import agreed
+from mxfp4ref.conformance.diagnosing import Found
+from mxfp4ref.conformance.families.activations import activation_hypotheses
+from mxfp4ref.conformance.families.engine import Result, prepared
+from mxfp4ref.conformance.families.jury import Failure, _heard, _of_some
+from mxfp4ref.conformance.families.search import Match
+from mxfp4ref.conformance.finding import UNKNOWN, Finding
+from mxfp4ref.conformance.reduction import clock_of
+from mxfp4ref.conformance.suite import _State
+from mxfp4ref.conformance.suspects import Verdict
+from mxfp4ref.goldens import open_goldens
+
+GOLDENS = open_goldens()
+ONE, ALIKE, OTHER = (
+    f"activation/{name}"
+    for name in ("gpt_oss_at_rounding_boundaries", "gpt_oss_special_values", "beta_alone")
+)
+
+
+def pipeline(case: str) -> Any:
+    return prepared(GOLDENS.load(case).call())
+
+
+def match() -> Match:
+    found = activation_hypotheses(pipeline(ONE).call)
+    return Match(next(h for h in found if h.words.endswith("the sigmoid takes e^x as 2^x")), True)
+
+
+def failure(case: str, got: Tensor | None = None) -> Failure:
+    """As the hypothesis predicts it, by default."""
+    right = pipeline(case)
+    output = match().hypothesis.run(right) if got is None else got
+    assert output is not None
+    return Failure(case, right, output, right.run())
+
+
+def of_another_kind() -> Failure:
+    return failure(OTHER, -pipeline(OTHER).run())
+
+
+def said(finding: Finding | None) -> str:
+    assert finding is not None
+    failed = CaseResult("a", "moe", "", "differs")
+    return Report("it", "exact", (failed,), finding=finding).culprit
+
+
+def test_what_predicts_one_case_of_three_is_said_first() -> None:
+    failures = [failure(ONE), of_another_kind(), of_another_kind()]
+    heard = _heard(match(), failures)
+    assert heard.cases == [ONE]
+    best = Finding(("activation", "fc1"), "GEMM2 is right, and got another activation")
+    words = said(_of_some(failures, tuple, [heard], [], best))
+    assert words == (
+        f" Every wrong bit in 1 of 3 failing cases is predicted by this: {match().hypothesis.words}; in the others "
+        "GEMM2 is right, and got another activation; it lies in activation or fc1."
+    )
+    assert "in the others" not in said(_of_some(failures, tuple, [heard], [], UNKNOWN))
+
+
+def test_what_a_case_alike_refutes_is_not_said() -> None:
+    otherwise = pipeline(ALIKE).run()
+    otherwise[0] = 1
+    for failures, passing in (
+        ([failure(ONE), failure(ALIKE, otherwise), of_another_kind()], []),
+        ([failure(ONE), of_another_kind(), of_another_kind()], [(pipeline(ALIKE), pipeline(ALIKE).run())]),
+    ):
+        assert _of_some(failures, lambda p=passing: p, [_heard(match(), failures)], [], UNKNOWN) is None
+    failures = [failure(ONE), of_another_kind(), of_another_kind()]
+    elsewhere = Finding(("finalize",), "the routing weights used are others")
+    assert _of_some(failures, tuple, [_heard(match(), failures)], [], elsewhere) is None
+
+
+def test_what_follows_from_a_prediction_of_most_bits_is_hedged() -> None:
+    for how in ("or nearly so (92% of the wrong elements in every bit)", "up to roundings (3% of them)"):
+        finding = Finding(("fc1",), f"GEMM1's rows are others, {how}")
+        assert str(finding).endswith("[probably fc1]")
+        assert said(finding).endswith("; it probably lies in fc1.")
+    sure = Finding(("fc1",), "GEMM1's rows are others")
+    assert said(sure).endswith("; it lies in fc1.")
+    assert agreed([]) == UNKNOWN
+
+
+def test_the_parts_of_the_time_are_no_more_than_all_of_it() -> None:
+    class Failing:
+        """The diagnosis of a case, made at the end, counts for the case."""
+
+        def verdict(self, results: list[CaseResult], *_: object, **__: object) -> Found:
+            return Found(tuple(r.lasting(diagnosis=5) for r in results), (), UNKNOWN)
+
+    state = _State(Options(), None, "", ())
+    state.failing = Failing()  # type: ignore[assignment]
+    state.results = [CaseResult("a", "moe", "", "differs")]
+    report = state.report("it")
+    assert report.results[0].diagnosis_seconds + report.verdict_seconds <= report.seconds
+
+
+def test_of_a_call_of_real_size_all_threads_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its GEMMs run in threads for which the one that searches only waits."""
+    call = pipeline(ONE).call
+    clocks = {False: time.thread_time, True: time.process_time}
+    for heavy, clock in clocks.items():
+        monkeypatch.setattr("mxfp4ref.conformance.reduction.is_heavy", lambda _, heavy=heavy: heavy)
+        assert clock_of(call) is clock
+
+
+def test_names_and_hypotheses_share_the_limit_of_a_call_of_real_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+    clock = iter((0.0, 48.0))
+
+    def investigate(*_: object, seconds: float, **__: object) -> Result:
+        given.append(seconds)
+        return Result((), (), UNKNOWN, 0, True)
+
+    for name, value in (
+        ("is_heavy", lambda _: True),
+        ("clock_of", lambda _: clock.__next__),
+        ("try_defects", lambda *_, **__: Verdict(())),
+        ("investigate", investigate),
+    ):
+        monkeypatch.setattr(f"mxfp4ref.conformance.diagnosis.{name}", value)
+    one = of_another_kind()
+    diagnose("moe", one.pipeline.call, {"output": one.got}, {"output": one.want})
+    assert given == [12.0]
