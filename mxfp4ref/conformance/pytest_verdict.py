@@ -94,17 +94,15 @@ class Verdict:
         terminalreporter.section(f"{SUITE}ref")
         good = report.ok and not self._lost
         terminalreporter.write_line(report.verdict, bold=True, green=good, red=not good)
-        skipped = sum(result.status == "skipped" for result in report.results)
-        told = [f"{skipped:,} skipped"] if skipped else []
-        told += [lost] if lost else []
-        if told:
-            terminalreporter.write_line(", ".join(told) + ".")
+        skipped = "" if self._none_ran else report.skipped  # the verdict has it
+        if told := "; ".join(filter(None, (skipped, lost))):
+            terminalreporter.write_line(f"{told}.")
         if self._said:
             terminalreporter.write_line(self._said)
         if self._none_ran:
             spec = self._config.getoption("mxfp4_kernel")
             terminalreporter.write_line(
-                f"ERROR: --mxfp4-kernel: none of the {skipped} cases is of a kind that {spec} runs"
+                f"ERROR: --mxfp4-kernel: none of the {len(report.results)} cases of {spec} ran"
             )
 
     def _report(self) -> Report:
