@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["COMMANDS"]
 
+_FLASHINFERS = "flashinfer.fused_moe.cutlass_fused_moe"
 _COLOURS = {"equal": "green", "skipped": "bright_black"}
 
 
@@ -163,9 +164,10 @@ def record(
         ended = recorder.ended or (f"exit code {code}" if code else "")
         if not (written := recorder.written()):
             words = f"the script ended with {ended} before any call of" if ended else "expected calls of"
+            missing = f"; {_FLASHINFERS} is not here: {recorder.missing}" if recorder.missing else ""
+            words += f" {' or of '.join(recorder.hooked)} in this process{missing}"
             UsageError(
-                f"{script}: nothing recorded; {words} flashinfer.fused_moe.cutlass_fused_moe or of "
-                "mxfp4ref.torch_ref_cutlass_fused_moe in this process"
+                f"{script}: {f'nothing recorded; {words}' if recorder.hooked else f'not run; {recorder.missing}'}"
             ).show()
             with suppress(OSError):  # only what this command made, and is empty
                 for path in made:

@@ -29,8 +29,8 @@ from mxfp4ref.goldens.hardware_record import compare
 from mxfp4ref.goldens.runs import runs
 from mxfp4ref.model.forward import forward
 from mxfp4ref.model.parallel import Ranks
-from mxfp4ref.sm90.tactics import Sm90Kernel
 from mxfp4ref.sm90.activation import ACTIVATIONS
+from mxfp4ref.sm90.tactics import Sm90Kernel
 from tests.helpers import layers
 
 SMALL = "finalize/slot_order"
