@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import pickle
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,7 @@ class Verdict:
             )
 
     def _report(self) -> Report:
+        from mxfp4ref._files import printable
         from mxfp4ref.conformance.diagnosing import Failing
         from mxfp4ref.conformance.results import Report
         from mxfp4ref.conformance.suite import goldens_used
@@ -126,6 +128,7 @@ class Verdict:
             goldens=goldens_used(self._goldens),
             date=self._date,
             arguments=last.arguments,
+            line=printable(shlex.join(("pytest", *self._config.invocation_params.args)), lines=False),
         )
 
 

@@ -120,6 +120,7 @@ class Report(Shown):
             function.
         selection: further ones, which chose the cases; empty for all.
         verdict_seconds: for the diagnosis of all cases together.
+        line: the shell's line that ran it, where that was not `mxfp4ref conform`.
     """
 
     kernel: str
@@ -136,6 +137,7 @@ class Report(Shown):
     arguments: tuple[str, ...] = ()
     selection: tuple[str, ...] = ()
     verdict_seconds: float = 0.0
+    line: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kernel", printable(self.kernel, lines=False))
