@@ -24,6 +24,8 @@ from mxfp4ref.sm90.activation import SWIGLU
 
 __all__ = [
     "INTERMEDIATES",
+    "OTHER_KIND",
+    "SKIPPED_BEFORE",
     "Kernel",
     "KernelError",
     "Skip",
@@ -43,6 +45,13 @@ __all__ = [
 INTERMEDIATES = ("fc1_output", "activation", "fc2_output")  # those of `MoeTrace` that a diagnosis looks at
 _POISON = 0x7FA5  # a NaN of bf16 and of fp16 that no arithmetic produces
 _OPTIONAL = ("fc1_biases", "fc2_biases", *PARAMETERS)
+
+# Why a case is skipped that the kernel was not called for, as far as the reasons are alike.
+OTHER_KIND = "does not run cases of kind"
+_OWN_TILE = "the output depends on the N tile"
+_NOT_QUANTIZED = "the experts are not quantised"
+_SM90_SIZES = "the SM90 layouts need rows in multiples of 64 and K in multiples of 128"
+SKIPPED_BEFORE = (OTHER_KIND, _OWN_TILE, _NOT_QUANTIZED, _SM90_SIZES)
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Prepare = Callable[[str, Any], Arguments]
@@ -88,9 +97,9 @@ class Kernel:
     def unable(self, case: Case) -> str:
         """Why it cannot be compared on a case, or ""."""
         if case.kind not in self.kinds:
-            return f"{self.name} does not run cases of kind {case.kind}"
+            return f"{self.name} {OTHER_KIND} {case.kind}"
         if "tile_n" in case.parameters and not self.forces_tile_k:
-            return f"the output depends on the N tile, and {self.name} chooses its own"
+            return f"{_OWN_TILE}, and {self.name} chooses its own"
         return ""
 
 
@@ -193,9 +202,9 @@ def sm90_arguments(
 
     def prepare(kind: str, call: MoeCall) -> Arguments:
         if not call.experts.quantized:
-            raise Skip("the experts are not quantised")
+            raise Skip(_NOT_QUANTIZED)
         if any(rows % 64 or depth % 128 for rows, depth in call.experts.gemm_shapes):
-            raise Skip("the SM90 layouts need rows in multiples of 64 and K in multiples of 128")
+            raise Skip(_SM90_SIZES)
         positional, keywords = logical(kind, call)
         for name in ("fc1_expert_weights", "fc2_expert_weights"):
             keywords[name] = weights(keywords[name])

@@ -64,11 +64,13 @@ def command(report: Report, result: CaseResult | None = None) -> str:
     """The line that runs all, for a shell and "" of a kernel that is no name, or one case again."""
     if result is not None:
         return case_command(report.kernel, report.arguments, result)
-    return _shell(*report.arguments, *report.selection) if report.arguments else ""
+    return report.line or (_shell(*report.arguments, *report.selection) if report.arguments else "")
 
 
 def whole_command(report: Report) -> str:
     """The line that runs all chosen cases, however many fail; "" of a kernel that is no name."""
+    if report.line:
+        return report.line
     options = zip(report.selection[::2], report.selection[1::2], strict=True)
     kept = [word for option in options if option[0] != "--maxfail" for word in option]
     return _shell(*report.arguments, *kept) if report.arguments else ""

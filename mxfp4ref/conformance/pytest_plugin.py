@@ -308,7 +308,11 @@ def _under_test(config: pytest.Config) -> _UnderTest:
         spec, device = config.getoption("mxfp4_kernel"), config.getoption("mxfp4_device")
         isolate = config.getoption("mxfp4_isolate")
         try:
-            options = Options(config.getoption("mxfp4_mode"), timeout=config.getoption("mxfp4_timeout"))
+            options = Options(
+                config.getoption("mxfp4_mode"),
+                timeout=config.getoption("mxfp4_timeout"),
+                diagnosis=config.getoption("mxfp4_diagnosis"),
+            )
             arguments = conform_arguments(spec, options, device, isolate, _goldens(config))
             if not is_stand_in(spec) if isolate is None else isolate:
                 worker = Worker(spec, device, options.timeout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import pickle
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,20 +95,19 @@ class Verdict:
         terminalreporter.section(f"{SUITE}ref")
         good = report.ok and not self._lost
         terminalreporter.write_line(report.verdict, bold=True, green=good, red=not good)
-        skipped = sum(result.status == "skipped" for result in report.results)
-        told = [f"{skipped:,} skipped"] if skipped else []
-        told += [lost] if lost else []
-        if told:
-            terminalreporter.write_line(", ".join(told) + ".")
+        skipped = "" if self._none_ran else report.skipped  # the verdict has it
+        if told := "; ".join(filter(None, (skipped, lost))):
+            terminalreporter.write_line(f"{told}.")
         if self._said:
             terminalreporter.write_line(self._said)
         if self._none_ran:
             spec = self._config.getoption("mxfp4_kernel")
             terminalreporter.write_line(
-                f"ERROR: --mxfp4-kernel: none of the {skipped} cases is of a kind that {spec} runs"
+                f"ERROR: --mxfp4-kernel: none of the {len(report.results)} cases of {spec} ran"
             )
 
     def _report(self) -> Report:
+        from mxfp4ref._files import printable
         from mxfp4ref.conformance.diagnosing import Failing
         from mxfp4ref.conformance.results import Report
         from mxfp4ref.conformance.suite import goldens_used
@@ -128,6 +128,7 @@ class Verdict:
             goldens=goldens_used(self._goldens),
             date=self._date,
             arguments=last.arguments,
+            line=printable(shlex.join(("pytest", *self._config.invocation_params.args)), lines=False),
         )
 
 

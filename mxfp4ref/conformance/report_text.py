@@ -78,6 +78,10 @@ def tested(report: Report) -> list[str]:
         )
     versions = [f"{name} {report.environment[name]}" for name in _TOLD if name in report.environment]
     lines.append(f"tested: {', '.join([*versions, report.date])}")
+    if (skipped := report.skipped) and any(
+        r.status != "skipped" for r in report.results
+    ):  # else the verdict has it
+        lines.append(f"cases: {skipped}")
     parts = {name: sum(getattr(r, f"{name}_seconds") for r in report.results) for name in PARTS}
     parts["diagnosis"] += report.verdict_seconds
     shares = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -10,6 +11,7 @@ from typing import Self
 from mxfp4ref._choices import MODES
 from mxfp4ref._files import printable
 from mxfp4ref._shown import Shown
+from mxfp4ref.conformance.adapters import OTHER_KIND, SKIPPED_BEFORE
 from mxfp4ref.conformance.diagnosis import Diagnosis, Finding
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN
 from mxfp4ref.conformance.finding import counted
@@ -18,6 +20,7 @@ from mxfp4ref.defects import DEFECTS
 __all__ = ["MODES", "PASSING", "RECORDING", "CaseResult", "GoldensUsed", "Report", "name_defects", "now"]
 
 PASSING = ("equal", "within bounds", "skipped")
+_REASONS = 5  # that are told of skipped cases
 RECORDING = "recording"  # the kind of a call that was recorded elsewhere, which is no golden case
 
 
@@ -117,6 +120,7 @@ class Report(Shown):
             function.
         selection: further ones, which chose the cases; empty for all.
         verdict_seconds: for the diagnosis of all cases together.
+        line: the shell's line that ran it, where that was not `mxfp4ref conform`.
     """
 
     kernel: str
@@ -133,6 +137,7 @@ class Report(Shown):
     arguments: tuple[str, ...] = ()
     selection: tuple[str, ...] = ()
     verdict_seconds: float = 0.0
+    line: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kernel", printable(self.kernel, lines=False))
@@ -160,7 +165,7 @@ class Report(Shown):
         if self.interrupted:
             return f"{self.kernel}: interrupted, no verdict; {of} failed{self._scope}."
         if not ran:
-            return f"{self.kernel} ran on no case."
+            return f"{self.kernel} ran on no case{f': {self.skipped}' if self.skipped else ''}."
         if not failed:
             how = "equals the expected bits" if self.mode == "exact" else "stays within the bounds"
             which = f"all {len(ran)} cases" if len(ran) > 1 else "the one case that ran"
@@ -169,6 +174,23 @@ class Report(Shown):
         words = f"{self.kernel} does not conform: {of} {fail}{self._scope}."
         left = f" {self.left} more were not run." if self.left else ""
         return words + left + self.culprit
+
+    @property
+    def skipped(self) -> str:
+        """How many cases were skipped and why, the most frequent reason first; "" if none were."""
+        skipped = [r for r in self.results if r.status == "skipped"]
+        reasons = Counter(" ".join(r.message.split()) for r in skipped if OTHER_KIND not in r.message)
+        others = len(skipped) - reasons.total()
+        of = len(self.results) - others
+        words = []
+        for reason, count in reasons.most_common(_REASONS):
+            by = "" if any(known in reason for known in SKIPPED_BEFORE) else " by the kernel"
+            words.append(f"{count:,} of {of:,} skipped{by}: {reason}")
+        if more := reasons.total() - sum(count for _, count in reasons.most_common(_REASONS)):
+            words.append(f"{more:,} for {counted(len(reasons) - _REASONS, 'other reason')}")
+        return "; ".join(
+            [*words, *([f"{others:,} skipped, of kinds that it does not run"] if others else [])]
+        )
 
     @property
     def _scope(self) -> str:

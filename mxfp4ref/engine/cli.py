@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -27,10 +28,13 @@ from mxfp4ref.conformance.cli.shared import (
 from mxfp4ref.conformance.cli.terminal import echo, echo_rows
 
 if TYPE_CHECKING:
+    from mxfp4ref.conformance.results import CaseResult
     from mxfp4ref.engine.replaying import ReplayReport
 
 __all__ = ["COMMANDS"]
 
+_FLASHINFERS = "flashinfer.fused_moe.cutlass_fused_moe"
+_NOTE = 60  # characters of a finding in the table
 _COLOURS = {"equal": "green", "skipped": "bright_black"}
 
 
@@ -163,9 +167,10 @@ def record(
         ended = recorder.ended or (f"exit code {code}" if code else "")
         if not (written := recorder.written()):
             words = f"the script ended with {ended} before any call of" if ended else "expected calls of"
+            missing = f"; {_FLASHINFERS} is not here: {recorder.missing}" if recorder.missing else ""
+            words += f" {' or of '.join(recorder.hooked)} in this process{missing}"
             UsageError(
-                f"{script}: nothing recorded; {words} flashinfer.fused_moe.cutlass_fused_moe or of "
-                "mxfp4ref.torch_ref_cutlass_fused_moe in this process"
+                f"{script}: {f'nothing recorded; {words}' if recorder.hooked else f'not run; {recorder.missing}'}"
             ).show()
             with suppress(OSError):  # only what this command made, and is empty
                 for path in made:
@@ -268,9 +273,20 @@ def _print_table(report: ReplayReport) -> None:
     for result in report.results:
         layer, tokens = getattr(result, "layer", 0), getattr(result, "tokens", 0)
         read = (str(layer), f"{tokens:,}") if layer else ("", "")
-        rows.append((result.case, *read, result.status, ", ".join(result.tiles), result.message))
+        rows.append((result.case, *read, result.status, ", ".join(result.tiles), _note(result)))
     colours = {result.status: _COLOURS.get(result.status, "red") for result in report.results}
     echo_rows(("call", "layer", "tokens", "status", "K tiles", "note"), rows, colours)
+
+
+def _note(result: CaseResult) -> str:
+    """Why a call was not compared or is not equal: the first words of what is said below the table."""
+    if result.message or result.ok:
+        return result.message
+    from mxfp4ref.conformance.report_text import wrong_elements
+
+    found = result.diagnosis
+    words = (found.finding.sentence or found.stage) if found else ""
+    return textwrap.shorten(words or f"{wrong_elements(result)} differ", _NOTE, placeholder=" ...")
 
 
 COMMANDS = (replay, record, invariance)

@@ -21,7 +21,17 @@ from importlib.machinery import ModuleSpec
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-__all__ = ["FUNCTION", "MODULE", "called", "install", "installed", "restore", "take_over", "taken_over"]
+__all__ = [
+    "FUNCTION",
+    "MODULE",
+    "called",
+    "install",
+    "installed",
+    "restore",
+    "take_over",
+    "taken_over",
+    "unwrapped",
+]
 
 MODULE, FUNCTION = "flashinfer.fused_moe", "cutlass_fused_moe"
 
@@ -59,7 +69,7 @@ _all: list[
     _Taken
 ] = []  # by the number in their code; kept, as a call may have begun before it was given back
 _make: Callable[[], Answer] | None = None  # while something is installed
-_taken: _Taken | None = None  # flashinfer's function, while calls arrive here
+_taken: list[_Taken] = []  # flashinfer's function, while calls arrive here, and one within it
 
 
 def install(make: Callable[[], Answer]) -> None:
@@ -80,7 +90,7 @@ def install(make: Callable[[], Answer]) -> None:
         restore()
         _make = make
         if MODULE in sys.modules:
-            _arrived(getattr(sys.modules[MODULE], FUNCTION, None))
+            _arrived(sys.modules[MODULE])
         else:
             sys.meta_path.insert(0, _waiting)
 
@@ -92,29 +102,61 @@ def installed() -> bool:
 
 def taken_over() -> bool:
     """Whether calls arrive here."""
-    return _taken is not None
+    return bool(_taken)
 
 
 def restore() -> None:
     """Give the function back as it was. Nothing happens if it was not taken over."""
-    global _make, _taken
+    global _make
     with _lock:
         if _waiting in sys.meta_path:
             sys.meta_path.remove(_waiting)
-        if _taken is not None:
-            _taken.restore()
-        _make = _taken = None
+        while _taken:
+            _taken.pop().restore()
+        _make = None
 
 
-def _arrived(function: Any) -> None:
-    """Take over flashinfer's function, or restore everything."""
-    global _taken
+def _arrived(package: ModuleType) -> None:
+    """Take over flashinfer's function, or restore everything.
+
+    A package may have one of its own around that of its module `core`, and either may be called.
+    """
     assert _make is not None
     try:
-        _taken = _take_over(function, _make())
+        answer = _make()
+        functions = [unwrapped(getattr(package, FUNCTION, None))]
+        inner = unwrapped(getattr(sys.modules.get(f"{MODULE}.core"), FUNCTION, None))
+        if isinstance(inner, FunctionType) and inner is not functions[0]:
+            functions.append(inner)
+            answer = _outermost(answer)
+        for function in functions:
+            _taken.append(_take_over(function, answer))
     except BaseException:
         restore()
         raise
+
+
+def _outermost(answer: Answer) -> Answer:
+    """Answers as `answer` does; calls that a thread makes meanwhile are left to the kernel."""
+    inside = threading.local()
+
+    def outermost(kernel: Kernel, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        if getattr(inside, "now", False):
+            return kernel(*arguments, **named)
+        inside.now = True
+        try:
+            return answer(kernel, arguments, named)
+        finally:
+            inside.now = False
+
+    return outermost
+
+
+def unwrapped(function: Any) -> Any:
+    """The function within flashinfer's own wrapper, `flashinfer.trace_apply`, around what engines may hold."""
+    while getattr(function, "_trace_apply", False):
+        function = function.__wrapped__
+    return function
 
 
 def take_over(function: Any, answer: Answer) -> Callable[[], None]:
@@ -137,8 +179,7 @@ def called(number: int, arguments: tuple[Any, ...], named: dict[str, Any]) -> An
 
 
 def _take_over(function: Any, answer: Answer) -> _Taken:
-    while getattr(function, "_trace_apply", False):  # flashinfer's own wrapper, around what engines may hold
-        function = function.__wrapped__
+    function = unwrapped(function)
     if not isinstance(function, FunctionType):
         raise TypeError(f"{MODULE}.{FUNCTION}: expected a Python function, got {type(function).__name__}")
     kernel = FunctionType(
@@ -206,7 +247,7 @@ class _Waiting(MetaPathFinder):
                 if self in sys.meta_path:  # not restored meanwhile
                     sys.meta_path.remove(self)
                     try:
-                        _arrived(getattr(module, FUNCTION, None))
+                        _arrived(module)
                     except Exception:  # the engine's import must not fail
                         logging.getLogger("mxfp4ref.engine").exception("%s: not taken over", MODULE)
 

@@ -22,16 +22,19 @@ from typing import Any
 
 from mxfp4ref.engine.arguments import capturing
 from mxfp4ref.engine.dump import Stored, write_inputs, write_outputs
-from mxfp4ref.engine.install import Kernel, take_over
+from mxfp4ref.engine.install import MODULE, Kernel, take_over, unwrapped
 from mxfp4ref.engine.recordings import FUNCTIONS, Unreadable, find_recordings
 from mxfp4ref.model.forward import MoeTrace
 
 __all__ = ["Recorder", "run_script"]
 
-_WHERE = (
-    "flashinfer.fused_moe.core",
-    "mxfp4ref.model.flashinfer",
-)  # of the functions, in the order of `FUNCTIONS`
+_THEIR_NAME, _OUR_NAME = FUNCTIONS
+_THEIRS = (
+    MODULE,
+    f"{MODULE}.core",
+    "flashinfer",
+)  # modules that may have flashinfer's function, or one of their own
+_OURS = "mxfp4ref.model.flashinfer"
 
 
 @dataclass
@@ -43,6 +46,8 @@ class Recorder:
         max_calls, max_bytes: what is written at most; further calls are counted only.
         left_out: how many calls were not recorded.
         problems: why they were not, each reason once.
+        hooked: the names of the functions whose calls are recorded.
+        missing: why flashinfer's function is not one of them; "" if it is.
         ended: the exception that ended a script, by the name of its class; "" if none did.
     """
 
@@ -51,11 +56,15 @@ class Recorder:
     max_bytes: int = 20 << 30
     left_out: int = 0
     problems: tuple[str, ...] = ()
+    hooked: tuple[str, ...] = ()
+    missing: str = ""
     ended: str = ""
 
     def __post_init__(self) -> None:
         self.folder = self.folder.absolute()  # the script may change the working directory
         self._inside = threading.local()
+        self._functions: list[Any] = []
+        self._taken = ExitStack()
         self._lock = threading.Lock()
         self._calls = self._bytes = 0
         self._id = uuid.uuid4().hex  # that of forked processes too
@@ -72,22 +81,74 @@ class Recorder:
     def recording(self) -> Iterator[Recorder]:
         """While this lasts flashinfer's function and this package's drop-in are recorded, whoever holds them.
 
-        flashinfer is imported if it is installed.
+        flashinfer is imported if it is installed. A call that one of these functions makes of another is part of it.
+
+        Raises:
+            TypeError: flashinfer's function is not one of Python.
         """
-        with ExitStack() as taken:
-            for module, name in zip(_WHERE, FUNCTIONS, strict=True):
+        self.hooked, self.missing = (), ""
+        with ExitStack() as self._taken:
+            for module in _THEIRS:
                 try:
-                    function = getattr(importlib.import_module(module), name)
-                except (ImportError, AttributeError, RuntimeError, OSError):
-                    continue  # not installed, or not for this machine
-                taken.callback(take_over(function, partial(self._call, name, module)))
-            yield self
+                    function = getattr(importlib.import_module(module), _THEIR_NAME)
+                except (ImportError, AttributeError, RuntimeError, OSError) as error:
+                    self.missing = self.missing or str(error)  # not installed, or not for this machine
+                    continue
+                self._hook(module, unwrapped(function))
+            self.missing = "" if self.hooked else self.missing
+            self._take_over(_OURS, getattr(importlib.import_module(_OURS), _OUR_NAME))
+            self.hooked += (f"mxfp4ref.{_OUR_NAME}",)
+            try:
+                yield self
+            finally:
+                self._functions.clear()
+
+    def _hook(self, module: str, function: Any) -> None:
+        """Record the calls of a function that flashinfer has in this module, once under however many names."""
+        if any(function is other for other in self._functions):
+            return
+        self._take_over(module, function)
+        self.hooked += (f"{module}.{_THEIR_NAME}",)
+
+    def _take_over(self, module: str, function: Any) -> None:
+        name = _OUR_NAME if module == _OURS else _THEIR_NAME
+        own = str(getattr(function, "__module__", ""))  # where flashinfer's own recorder says that it is
+        record = partial(self._call, name, own if own.startswith("flashinfer") else module)
+        self._taken.callback(take_over(function, record))
+        self._functions.append(function)
+
+    def _within_a_late_one(self) -> bool:
+        """Whether this call of the drop-in is one within a function of a flashinfer that came after the recording.
+
+        Its later calls are recorded.
+        """
+        within = False
+        for module in _THEIRS:
+            function = unwrapped(getattr(sys.modules.get(module), _THEIR_NAME, None))
+            if function is None or any(function is other for other in self._functions):
+                continue
+            code = getattr(function, "__code__", None)
+            frame = sys._getframe()
+            while frame is not None and frame.f_code is not code:
+                frame = frame.f_back  # type: ignore[assignment]
+            within |= frame is not None or code is None
+            try:
+                with self._lock:
+                    self._hook(module, function)
+            except TypeError as error:
+                self._leave_out(str(error))
+        return within
 
     def _call(
         self, name: str, module: str, kernel: Kernel, arguments: tuple[Any, ...], named: dict[str, Any]
     ) -> Any:
         """Record a call; one that it makes of the other function is not recorded again."""
         if getattr(self._inside, "now", False):
+            return kernel(*arguments, **named)
+        if name == _OUR_NAME and self._within_a_late_one():
+            self._leave_out(
+                "a flashinfer that came after the recording had begun made the call; its later ones are recorded"
+            )
             return kernel(*arguments, **named)
         self._inside.now = True
         try:
@@ -146,6 +207,8 @@ def run_script(
 ) -> int:
     """Run a Python script, or a module, as the main program and record its calls; its exit code.
 
+    Where flashinfer's function cannot be recorded, nothing runs, and `recorder.missing` says why.
+
     As Python does, it prints what the script raises, and waits for its threads, whose calls are recorded.
 
     Args:
@@ -158,14 +221,20 @@ def run_script(
     """
     before, path, threads = sys.argv, list(sys.path), threading.enumerate()
     sys.argv = [script, *arguments]
+    # As Python does, and before flashinfer is looked for: it may lie beside the script.
+    sys.path.insert(0, os.getcwd() if module else str(Path(script).resolve().parent))
     try:
-        with recorder.recording(), _before_exit(at_exit):
+        with ExitStack() as recording:
+            try:
+                recording.enter_context(recorder.recording())
+            except TypeError as error:
+                recorder.hooked, recorder.missing = (), str(error)
+                return 2
+            recording.enter_context(_before_exit(at_exit))
             try:
                 if module:
-                    sys.path.insert(0, os.getcwd())
                     runpy.run_module(script, run_name="__main__", alter_sys=True)
                 else:
-                    sys.path.insert(0, str(Path(script).resolve().parent))
                     runpy.run_path(script, run_name="__main__")
             finally:
                 _wait_for_threads(threads)

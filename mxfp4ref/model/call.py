@@ -20,7 +20,7 @@ from mxfp4ref._validate import (
 )
 from mxfp4ref.formats.experts import PARAMETERS, Experts
 from mxfp4ref.formats.humming_experts import HummingExperts
-from mxfp4ref.sm90.activation import ACTIVATIONS, SWIGLU, Activation, activation_of
+from mxfp4ref.sm90.activation import ACTIVATIONS, SWIGLU, Activation, activation_of, check_no_name
 from mxfp4ref.sm90.tactics import Sm90Kernel
 
 __all__ = ["PADDING_ID", "MoeCall", "check_rows"]
@@ -129,6 +129,7 @@ class MoeCall(Shown):
         for kind, most in (("ep", INT32_MAX // self.experts.num_experts), ("tp", INT32_MAX)):
             size = check_int(f"{kind}_size", getattr(self, f"{kind}_size"), minimum=1, maximum=most)
             check_int(f"{kind}_rank", getattr(self, f"{kind}_rank"), minimum=0, maximum=size - 1)
+        check_no_name(self.activation_type)
         check_choice("activation_type", self.activation_type, tuple(ACTIVATIONS))
         check_rows(self.activation_type, self.experts.fc1_weights.shape[1], inner)
         for name in ("unscaled", "enable_alltoall"):

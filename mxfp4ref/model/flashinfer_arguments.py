@@ -18,7 +18,7 @@ from mxfp4ref.formats.generations import BYTEWISE, NEWEST, PLAIN
 from mxfp4ref.formats.humming_experts import HummingExperts, Sm90HummingExperts
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE
 from mxfp4ref.model.call import MoeCall, check_rows
-from mxfp4ref.sm90.activation import ACTIVATIONS
+from mxfp4ref.sm90.activation import ACTIVATIONS, check_no_name
 from mxfp4ref.sm90.humming_tactics import check_humming_profile_ids
 from mxfp4ref.sm90.tactics import Sm90Kernel, runnable_tactics
 
@@ -132,6 +132,7 @@ def check_modelled(arguments: Mapping[str, Any]) -> None:
             "fc1_expert_weights: not modelled, expected uint8 (MXFP4) or bfloat16 weights and a bfloat16 input, got "
             f"{dtypes[1]} weights and a {dtypes[0]} input"
         )
+    check_no_name(arguments["activation_type"])
     if (number := check_int("activation_type", arguments["activation_type"], minimum=0)) not in ACTIVATIONS:
         listed = ", ".join(f"{activation.name} ({id})" for id, activation in ACTIVATIONS.items())
         why = " (ClampedRelu2, which runs on SM10x alone)" if number == _CLAMPED_RELU2 else ""

@@ -72,6 +72,13 @@ class Stages(AnyStages):
     The GEMMs take `(x [B, M, K], weights [B, N, ...], scales [B, N, K/32] or None, *, tactic,
     generation, positions [B, M])` and return `[B, M, N] float32`; the rounding stages take the float32 result of the
     stage before; the others have the signatures of the functions that are their defaults.
+
+    Tokens come 512 at a time. Of these a GEMM stage gets each expert's rows in one call: B is 1, M the number of rows
+    that chose the expert, in the order of the tokens, `weights` and `scales` those of that expert in logical layout,
+    and `positions` the numbers of the rows among all of the expert's rows in the whole MoeCall. Experts that no token
+    chose are left out, unless none was chosen: then there is one call, of expert 0 with M = 0. The calls begin in the
+    order of the experts; on a CPU threads may make several at once, so that a stage must not count on their order.
+    No argument says which expert it is. The default GEMM's compiled loops take all experts in one call instead.
     """
 
     fc1_gemm: Callable[..., Tensor] = group_scaled_gemm

@@ -6,6 +6,7 @@ for a GPU (`gpu/elementwise.py`) are optional: where there is none, the function
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._compiler import uncompiled
+from mxfp4ref._words import shown
 from mxfp4ref.sm90 import fp32, mufu
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "Activation",
     "activate",
     "activation_of",
+    "check_no_name",
     "sigmoid",
     "tanh",
     "up_and_gate",
@@ -191,6 +194,19 @@ ACTIVATIONS = {
         Activation("Situ", SITU, _situ, {"situ_beta": 4.0, "situ_linear_beta": 25.0}),
     )
 }
+
+
+def check_no_name(activation_type: object) -> None:
+    """Raise TypeError, with the number to write instead, where an activation is given by a name."""
+    if not isinstance(activation_type, str):
+        return
+    numbers = {one.name.lower(): f"{one.id} ({one.name})" for one in ACTIVATIONS.values()}
+    name = activation_type.lower()
+    near = [name] if name in numbers else difflib.get_close_matches(name, numbers)
+    words = f"did you mean {' or '.join(numbers[one] for one in near)}?"
+    hint = words if near else f"one of {', '.join(numbers.values())}"
+    hint = f"write {numbers[name]}" if name in numbers else hint
+    raise TypeError(f"activation_type: expected an int, got str {shown(activation_type)}; {hint}")
 
 
 def activation_of(activation_type: int, given: Collection[str]) -> Activation:

@@ -29,6 +29,7 @@ from mxfp4ref.goldens.hardware_record import compare
 from mxfp4ref.goldens.runs import runs
 from mxfp4ref.model.forward import forward
 from mxfp4ref.model.parallel import Ranks
+from mxfp4ref.sm90.activation import ACTIVATIONS
 from mxfp4ref.sm90.tactics import Sm90Kernel
 from tests.helpers import layers
 
@@ -233,7 +234,7 @@ def test_reproducer_reproduces(
         (["conform", "oracle", "--case", SMALL, "--json", "no/folder/r.json"], "there is no folder"),
         (
             ["conform", "torch-bf16", "--case", "layout/swap_halves"],
-            "none of the 1 cases is of a kind that it runs",
+            "none of the 1 cases ran: 1 skipped, of kinds that it does not run",
         ),
         (["show", "gemm/ordinry"], "did you mean gemm/ordinary"),
         (["explain", "limit_ignord"], "limit_ignored"),
@@ -430,6 +431,9 @@ def test_init_writes_an_adapter_that_conforms_as_it_is(
     assert "plain:adapter.py:fused_moe" in written.output
     text = Path("adapter.py").read_text()
     assert "mxfp4ref conform plain:adapter.py:fused_moe" in text
+    for number, activation in ACTIVATIONS.items():
+        assert f" {number} {activation.name}" in text
+    assert max(map(len, text.splitlines())) <= 120
     result = invoke("conform", "plain:adapter.py:fused_moe", "--case", SMALL, "--no-repeat")
     assert result.exit_code == 0, result.output
     Path("adapter.py").write_text("mine")

@@ -111,6 +111,8 @@ def test_the_content_needs_no_script_and_no_eyes(html: str) -> None:
     assert {a["href"][1:] for a in page.all("a") if a["href"][0] == "#"} <= set(ids)
     assert {a["aria-labelledby"] for a in page.all("section")} <= set(ids)
     assert all("(9 in all) of 16 differ" in a["aria-label"] for a in page.all("svg") if a["role"] == "img")
+    (command,) = re.findall(r"^\.command \{(.*)\}$", html, re.MULTILINE)
+    assert "white-space: pre-wrap; overflow-wrap: anywhere" in command  # nothing scrolls, nothing is added
     assert all("tabindex" in a and "aria-label" in a for a in page.all("div") if a.get("class") == "scroll")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +24,7 @@ from mxfp4ref.conformance import (
     run_case,
     running,
 )
+from mxfp4ref.conformance.adapters import logical_arguments, plain_arguments, sm90_arguments
 from mxfp4ref.formats import humming
 from mxfp4ref.formats.generations import BYTEWISE, NEWEST
 from mxfp4ref.formats.layout import fold_scales_sm90, interleave_weights_sm90
@@ -42,6 +45,26 @@ def case() -> Case:
 
 def result_of(spec: str, case: Case) -> CaseResult:
     return run_case(load_kernel(spec), case)
+
+
+def test_readme_names_the_arguments_that_a_kernel_is_called_with() -> None:
+    """All of them, those of every call and those of some, by either prefix; by plain: the adapter's own."""
+    page = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (text,) = (text for text in page.split("\n\n") if text.startswith("All arguments come by name"))
+    always, sometimes = (set(re.findall(r"`([a-z_0-9]+)`", part)) for part in text.split("Some cases have"))
+
+    def kernel(*, output: Tensor | None = None, **others: Any) -> Any: ...
+
+    cases = [GOLDENS.load(name) for name in GOLDENS.names() if not name.startswith("models/")]
+    calls = [case.call() for case in cases if case.kind == "moe"]
+    for spec in ("", "logical:"):
+        prepare = logical_arguments(kernel) if spec else sm90_arguments(kernel, torch.clone, torch.clone)
+        handed = [set(prepare("moe", call)[1]) for call in calls if spec or call.experts.quantized]
+        assert set.intersection(*handed) == always
+        assert set.union(*handed) == always | sometimes
+    adapter = (files("mxfp4ref.conformance") / "templates" / "adapter.py.txt").read_text(encoding="utf-8")
+    names = re.findall(r"^    (\w+): .* = ", adapter.partition(") -> Tensor")[0], re.MULTILINE)
+    assert set().union(*(plain_arguments("moe", call)[1] for call in calls)) == set(names)
 
 
 @pytest.mark.parametrize("spec", ["good", "logical:good_logical", "plain:good_plain"])

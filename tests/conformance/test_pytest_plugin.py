@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -49,7 +51,7 @@ def test_failure_is_the_diagnosis_and_other_kinds_are_skipped(pytester: pytest.P
             "  again: mxfp4ref conform defect:last_slot_dropped --case finalize/slot_order *",
             "*= mxfp4ref =*",
             "defect:last_slot_dropped does not conform: 1 of 1 case fails, of the goldens' *",
-            "1 skipped.",
+            "1 skipped, of kinds that it does not run.",
             "FAILED mxfp4::finalize/slot_order - differs in * of 1,024 elements*",
         ]
     )
@@ -101,7 +103,12 @@ def test_a_kernel_that_ran_no_case_has_not_passed(pytester: pytest.Pytester) -> 
     result = pytester.runpytest("--mxfp4-kernel=defect:last_slot_dropped", *case)
     result.assert_outcomes(passed=1, skipped=1)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stdout.fnmatch_lines(["*none of the 1 cases is of a kind that defect:last_slot_dropped runs"])
+    result.stdout.fnmatch_lines(
+        [
+            "defect:last_slot_dropped ran on no case: 1 skipped, of kinds that it does not run.",
+            "ERROR: --mxfp4-kernel: none of the 1 cases of defect:last_slot_dropped ran",
+        ]
+    )
 
 
 def test_keyword_expression_and_junit(pytester: pytest.Pytester) -> None:
@@ -123,6 +130,17 @@ def test_xdist_with_ids_and_a_report(pytester: pytest.Pytester) -> None:
     html = (pytester.path / "r.html").read_text()
     assert "Every wrong bit is that of renorm_missing" in html
     assert "Map of routing/mixtral_ties" in html
+    assert re.search(rf">pytest .*{re.escape(' '.join(arguments))}<", html)
+
+
+def test_the_report_says_how_pytest_ran(pytester: pytest.Pytester) -> None:
+    """By all that it was given, and how the command runs one case so."""
+    arguments = ("--mxfp4-kernel=defect:last_slot_dropped", "--mxfp4-diagnosis=quick", "--mxfp4-html=r.html")
+    pytester.runpytest(*arguments, "--mxfp4-case=finalize/slot_*")
+    html = (pytester.path / "r.html").read_text()
+    assert f" {' '.join(arguments)} &#39;--mxfp4-case=finalize/slot_*&#39;" in html
+    case = "--diagnosis quick --case finalize/slot_order --dump reproducers"
+    assert f"mxfp4ref conform defect:last_slot_dropped {case}" in html
 
 
 def test_a_report_that_cannot_be_written(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,31 +190,25 @@ def test_exit_first_stops_at_the_first_failure(pytester: pytest.Pytester) -> Non
 
 
 def test_fixtures(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile(
-        """
-        import torch
-
-        def test_case(mxfp4_case, mxfp4_oracle, assert_bits_equal):
-            if mxfp4_case.kind != "moe":
-                return
-            call = mxfp4_case.call()
-            got = mxfp4_oracle(
-                call.input, call.token_selected_experts, call.token_final_scales,
-                mxfp4_case.tensors["fc1_weights_sm90"], mxfp4_case.tensors["fc2_weights_sm90"], torch.bfloat16,
-                [mxfp4_case.tensors["fc1_scales_sm90"], mxfp4_case.tensors["fc2_scales_sm90"]],
-                use_w4_group_scaling=True,
-            )[0]
-            assert_bits_equal(got, mxfp4_case.outputs[128, 128])
-
-        def test_difference(assert_bits_equal):
-            assert_bits_equal(torch.tensor([1.0, 0.0]), torch.tensor([1.0, -0.0]))
-        """
+    """As docs/ci.md shows them, over a case of a call and one of another kind; and what a difference says."""
+    page = (Path(__file__).parents[2] / "docs" / "ci.md").read_text(encoding="utf-8")
+    (example,) = (
+        code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "mxfp4_oracle" in code
     )
+    difference = """
+def test_difference(assert_bits_equal):
+    assert_bits_equal(torch.tensor([1.0, 0.0]), torch.tensor([1.0, -0.0]))
+"""
+    pytester.makepyfile(example + difference)
     result = pytester.runpytest(*ARGUMENTS)
-    result.assert_outcomes(passed=2, failed=1)
+    result.assert_outcomes(passed=2, skipped=1, failed=1)
     result.stdout.fnmatch_lines(
         ["*1 of 2 elements differ; first at *1*: got 0x00000000*expected 0x80000000*0 ulp*"]
     )
+    wrong = example.replace("[0]", "[0].neg()", 1)
+    assert wrong != example
+    pytester.makepyfile(wrong)
+    pytester.runpytest(*ARGUMENTS).assert_outcomes(passed=1, skipped=1, failed=1)
 
 
 @pytest.mark.usefixtures("copied_processes")

@@ -14,6 +14,8 @@ from mxfp4ref.conformance import (
     CaseResult,
     Kernel,
     Options,
+    Report,
+    Skip,
     load_kernel,
     run,
     run_case,
@@ -45,6 +47,29 @@ def test_oracle_conforms_on_all_small_cases() -> None:
     assert report.verdict == f"oracle conforms: it equals the expected bits in all {len(names)} cases."
 
 
+def test_a_run_of_no_case_says_why() -> None:
+    """A kernel that skips all is not said to be of another kind, nor are those cases said to be skipped by it."""
+    names = (SMALL, "activation/alpha_alone", "layout/swap_halves", "tile_n/first_groups_overflow_16")
+    cases = [GOLDENS.load(name) for name in names]
+
+    def lacks_output(**named: Any) -> Any:
+        raise Skip("no output")
+
+    report = run(load_kernel(lacks_output), cases)
+    assert "ran on no case: " in report.verdict
+    assert report.skipped.startswith("2 of 3 skipped by the kernel: no output; 1 of 3 skipped: the output")
+    assert report.skipped.endswith("; 1 skipped, of kinds that it does not run")
+    assert report.skipped in report.verdict
+
+
+def test_many_reasons_are_counted() -> None:
+    results = [CaseResult(f"a/{n}", "moe", "", "skipped", message=f"no {n}") for n in range(7)]
+    results.append(CaseResult("a/7", "moe", "", "skipped", message="no 3"))
+    skipped = Report("kernel", "exact", tuple(results)).skipped
+    assert skipped.startswith("2 of 8 skipped by the kernel: no 3; 1 of 8 ")
+    assert skipped.endswith("no 4; 2 for 2 other reasons")
+
+
 def test_a_kernel_may_skip_what_it_lacks() -> None:
     """When it is called; in a process of its own too, and only in a first run."""
     cases = [GOLDENS.load(name) for name in ("activation/alpha_alone", SMALL)]
@@ -52,6 +77,8 @@ def test_a_kernel_may_skip_what_it_lacks() -> None:
         report = run("tests.helpers.kernels_under_test:without_alpha", cases, isolate=isolate)
         assert [(r.status, r.message) for r in report.results] == [("skipped", "no alpha"), ("equal", "")]
         assert report.ok
+        assert report.skipped == "1 of 2 skipped by the kernel: no alpha"
+        assert f"cases: {report.skipped}" in str(report).splitlines()
     late = run(kernels_under_test.skips_later, cases[1:]).results[0]
     assert (late.status, late.message) == ("raised", "in a second run: Skip: later")
     refused = run(kernels_under_test.takes_no_alpha, cases[:1]).results[0]
@@ -189,7 +216,7 @@ def test_bounded_catches_a_mistake(case: Case) -> None:
 def test_nothing_run_does_not_conform() -> None:
     report = run("torch-bf16", [GOLDENS.load("layout/swap_halves")])
     assert not report.ok
-    assert report.verdict == "torch-bf16 ran on no case."
+    assert report.verdict == "torch-bf16 ran on no case: 1 skipped, of kinds that it does not run."
 
 
 def test_arguments_are_checked(case: Case) -> None:

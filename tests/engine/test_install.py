@@ -55,6 +55,27 @@ def test_every_holder_gets_the_oracle_and_the_kernel_back(name: str, imported: s
     assert engine.counts().answered == engine.counts().calls == 1 + (name == "engine_of_names")
 
 
+@pytest.mark.parametrize("imported", ["before", "after"])
+def test_a_package_with_a_function_of_its_own_around_cores(flashinfer: Path, imported: str) -> None:
+    """Either is what users may call, and is answered; a call of one by the other is a part of it."""
+    (flashinfer / "site/flashinfer/fused_moe/__init__.py").write_text(
+        "from . import core\ndef cutlass_fused_moe(*arguments, **named):\n"
+        "    return core.cutlass_fused_moe(*arguments, **named)\n"
+    )
+    if imported == "before":
+        importlib.import_module("flashinfer")
+    engine.swap()
+    outer = importlib.import_module("flashinfer.fused_moe").cutlass_fused_moe
+    inner = importlib.import_module("flashinfer.fused_moe.core").cutlass_fused_moe
+    assert is_oracle(outer(**ARGUMENTS))
+    assert is_oracle(inner(**ARGUMENTS))
+    assert is_real(outer(**ARGUMENTS, enable_cuda_graph=True))
+    assert (engine.counts().answered, engine.counts().not_modelled, engine.counts().calls) == (2, 1, 3)
+    engine.restore()
+    assert is_real(outer(**ARGUMENTS))
+    assert is_real(inner(**ARGUMENTS))
+
+
 @pytest.mark.usefixtures("flashinfer")
 def test_restored_before_flashinfer_is_imported() -> None:
     before = list(sys.meta_path)

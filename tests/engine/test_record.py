@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +20,7 @@ from click.testing import CliRunner, Result
 from mxfp4ref.__main__ import commands
 from mxfp4ref.engine.recorder import Recorder
 from mxfp4ref.engine.recordings import find_recordings
-from mxfp4ref.engine.replaying import replay
+from mxfp4ref.engine.replaying import ReplayOptions, replay
 from mxfp4ref.model import flashinfer
 from mxfp4ref.sm90.tactics import Sm90Kernel
 from tests.engine.test_swap_shadow import CANCELLING
@@ -164,7 +165,8 @@ def test_threads_that_outlive_the_script_are_recorded(tmp_path: Path, script: Pa
         (["{script}", "0", "0", "--max-gib", "inf"], "--max-gib: expected a finite float32 number, got inf"),
         (
             ["{script}", "0", "0"],
-            "nothing recorded; expected calls of flashinfer.fused_moe.cutlass_fused_moe",
+            "nothing recorded; expected calls of mxfp4ref.torch_ref_cutlass_fused_moe in this process; "
+            "flashinfer.fused_moe.cutlass_fused_moe is not here: No module named 'flashinfer'",
         ),
     ],
 )
@@ -315,3 +317,109 @@ def test_a_trace_and_tensors_that_share_memory(tmp_path: Path) -> None:
     assert torch.equal(
         call.output(), oracle(**{k: arguments[k] for k in ("fc1_expert_biases", "fc2_expert_biases")})
     )
+
+
+# A package whose function is wrong and within the reference, in one of the ways in which packages are made.
+_IN_PACKAGE = """
+def cutlass_fused_moe(*arguments, **named):
+    from mxfp4ref.model.flashinfer import drop_in
+    result = drop_in()(*arguments, **named)
+    result[0].view(torch.int16)[2, 5] ^= 1
+    return result
+"""
+_AROUND_CORE = """
+from . import core
+def cutlass_fused_moe(*arguments, **named):
+    result = core.cutlass_fused_moe(*arguments, **named)
+    result[0].view(torch.int16)[2, 5] ^= 1
+    return result
+"""
+_OF_NOTHING = "def cutlass_fused_moe(input, *others, **named): return [torch.zeros_like(input)]\n"
+_CALLS = """
+import sys
+{before}
+import flashinfer.fused_moe
+from tests.helpers.drop_in import SM90_CALL, arguments_of
+for _ in range(2):
+    flashinfer.fused_moe.cutlass_fused_moe(**arguments_of(SM90_CALL))
+"""
+
+
+@pytest.fixture
+def no_flashinfer() -> Iterator[None]:
+    """What a test imports of its own flashinfer is gone after it."""
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flashinfer"]:
+        del sys.modules[name]
+
+
+def write_package(folder: Path, package: str, core: str = "") -> None:
+    (folder / "flashinfer" / "fused_moe").mkdir(parents=True)
+    (folder / "flashinfer" / "__init__.py").write_text('__version__ = "0.7.2.post1"\n')
+    (folder / "flashinfer" / "fused_moe" / "__init__.py").write_text(f"import torch\n{package}")
+    if core:
+        (folder / "flashinfer" / "fused_moe" / "core.py").write_text(f"import torch\n{core}")
+
+
+@pytest.mark.parametrize(
+    ("package", "core"),
+    [
+        (_IN_PACKAGE, ""),
+        (_AROUND_CORE, _IN_PACKAGE.replace("2, 5", "3, 1")),
+        ("from .core import *\n", _IN_PACKAGE),
+        (_OF_NOTHING, ""),
+        (_OF_NOTHING, _IN_PACKAGE),
+    ],
+    ids=["in the package", "around core's", "in core", "calls nothing of ours", "beside core's"],
+)
+@pytest.mark.usefixtures("no_flashinfer")
+def test_the_function_that_is_called_is_recorded_wherever_it_is_defined(
+    tmp_path: Path, script: Path, package: str, core: str
+) -> None:
+    """It lies beside the script, is recorded once a call, and never is what it calls within."""
+    write_package(tmp_path, package, core)
+    script.write_text(_CALLS.format(before=""))
+    result = invoke("record", "--output", tmp_path / "calls", script)
+    assert "2 calls recorded" in result.output
+    calls = find_recordings(tmp_path / "calls")
+    assert {call.metadata()["function_name"] for call in calls} == {"cutlass_fused_moe"}
+    assert [r.status for r in replay(tmp_path / "calls", ReplayOptions(diagnosis="none")).results] == [
+        "differs"
+    ] * 2
+
+
+@pytest.mark.usefixtures("no_flashinfer")
+def test_a_flashinfer_that_comes_late_is_told(tmp_path: Path, script: Path) -> None:
+    """The call within its first one is not taken for it."""
+    write_package(tmp_path / "late", _IN_PACKAGE)
+    script.write_text(_CALLS.format(before=f"sys.path.insert(0, {str(tmp_path / 'late')!r})"))
+    output = invoke("record", "--output", tmp_path / "calls", script).output
+    assert "not recorded: a flashinfer that came after the recording had begun" in output
+    assert "1 calls were not recorded" in output
+    assert [r.status for r in replay(tmp_path / "calls", ReplayOptions(diagnosis="none")).results] == [
+        "differs"
+    ]
+
+
+@pytest.mark.usefixtures("no_flashinfer")
+def test_what_cannot_be_recorded_is_told(tmp_path: Path, script: Path) -> None:
+    write_package(tmp_path, "cutlass_fused_moe = len\n")
+    script.write_text(_CALLS.format(before=""))
+    result = invoke("record", "--output", tmp_path / "calls", script)
+    assert result.exit_code == 2
+    words = "not run; flashinfer.fused_moe.cutlass_fused_moe: expected a Python function, got builtin"
+    assert words in result.output.splitlines()[-1]
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "calls").exists()
+
+
+@pytest.mark.usefixtures("no_flashinfer")
+def test_nothing_recorded_names_what_was_hooked(tmp_path: Path, script: Path) -> None:
+    write_package(tmp_path, _AROUND_CORE, _OF_NOTHING)
+    script.write_text("")
+    said = " ".join(invoke("record", "--output", tmp_path / "calls", script).output.split())
+    names = (
+        "flashinfer.fused_moe.cutlass_fused_moe or of flashinfer.fused_moe.core.cutlass_fused_moe or of "
+        "mxfp4ref.torch_ref_cutlass_fused_moe in this process"
+    )
+    assert said.endswith(f"nothing recorded; expected calls of {names}")

@@ -135,6 +135,8 @@ def test_one_flipped_bit_is_found_and_located(tmp_path: Path, monkeypatch: pytes
     assert "pid7/call0001: differs in 1 of 256 elements" in result.output
     assert "first: output at [1, 77]" in result.output
     assert "1 ulp" in result.output
+    row = next(line for line in result.output.splitlines() if line.startswith("pid7/call0001 "))
+    assert row.split("differs")[1].strip()  # the note
     experts = [i for i in SMALL.token_selected_experts[1].tolist() if i >= 0]
     assert all(f"expert {expert}, weight" in result.output for expert in experts)
     assert "2 recorded calls of 1 layer: 1 differs, 1 equal." in result.output

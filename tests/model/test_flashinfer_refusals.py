@@ -72,6 +72,24 @@ def test_other_kernels_of_the_real_function(x: torch.dtype, weights: torch.dtype
         oracle(input=A["input"].to(x), fc1_expert_weights=A["fc1_expert_weights"].to(weights))
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("Relu2", r"write 6 \(Relu2\)"),
+        ("situ", r"write 10 \(Situ\)"),
+        ("swiglu_step", r"did you mean 7 \(SwigluStep\)"),
+        ("xyz", r"one of 0 \(Gelu\), .*, 10 \(Situ\)"),
+    ],
+)
+def test_an_activation_by_its_name(name: str, hint: str) -> None:
+    """Its number is told, by the drop-in and by `MoeCall`."""
+    message = f"^activation_type: expected an int, got str '{name}'; {hint}"
+    with pytest.raises(TypeError, match=message):
+        oracle(activation_type=name)
+    with pytest.raises(TypeError, match=message):
+        replace(SM90_CALL, activation_type=name)  # type: ignore[arg-type]
+
+
 def test_the_refusal_lists_the_table() -> None:
     message = r"^activation_type: not modelled, expected one of Gelu \(0\), .*, Situ \(10\), got 12 \(ClampedRelu2, "
     with pytest.raises(NotImplementedError, match=message):

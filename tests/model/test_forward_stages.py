@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mxfp4ref.model.dense import dense_gemm
-from mxfp4ref.model.forward import DENSE, KERNEL, Stages, forward, trace
+from mxfp4ref.model.forward import DENSE, KERNEL, Stages, forward, select_local, trace
 from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.finalize import finalize
 from mxfp4ref.sm90.gemm.reference import group_scaled_gemm_reference
@@ -81,3 +81,37 @@ def test_every_stage_can_be_replaced(name: str) -> None:
 def test_bf16_experts_take_the_dense_stages() -> None:
     bits.assert_same(forward(DENSE_CALL), forward(DENSE_CALL, DENSE))
     assert replace(KERNEL, fc1_gemm=dense_gemm, fc2_gemm=dense_gemm) == DENSE
+
+
+def test_a_gemm_stage_gets_each_experts_rows_in_one_call() -> None:
+    """As `Stages` says: in the order of the tokens, 512 tokens at a time, and positions that go on."""
+    call = CALL.select(torch.arange(600) % CALL.num_tokens)
+    local = select_local(call.token_selected_experts, call.experts.num_experts, call.ep_size, call.ep_rank)
+    seen: list[tuple[int, list[int], torch.Tensor]] = []
+
+    def gemm(x: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor, **named: Any) -> torch.Tensor:
+        (which,) = [
+            expert
+            for expert in range(call.experts.num_experts)
+            if torch.equal(weights, call.experts.weights("fc1", expert)[0])
+        ]
+        seen.append((which, named["positions"][0].tolist(), x[0]))
+        return KERNEL.fc1_gemm(x, weights, scales, **named)
+
+    first = call.select(slice(0, 512))
+    bits.assert_same(forward(call, replace(KERNEL, fc1_gemm=gemm)), forward(call))
+    before = {expert: int((local[:512] == expert).sum()) for expert in range(call.experts.num_experts)}
+    seen.sort(key=lambda one: (one[0], one[1]))
+    for expert in range(call.experts.num_experts):
+        parts = [one[1:] for one in seen if one[0] == expert]
+        tokens = (local == expert).any(1).nonzero().flatten()
+        assert [position for positions, _ in parts for position in positions] == list(range(len(tokens)))
+        if before[expert]:
+            assert len(parts[0][0]) == before[expert]
+            bits.assert_same(parts[0][1], first.input[tokens[tokens < 512]])
+    assert len(seen) <= 2 * call.experts.num_experts
+
+    nobody = replace(CALL, token_selected_experts=torch.full_like(CALL.token_selected_experts, -1))
+    seen.clear()
+    forward(nobody, replace(KERNEL, fc1_gemm=gemm))
+    assert [(expert, positions) for expert, positions, _ in seen] == [(0, [])]

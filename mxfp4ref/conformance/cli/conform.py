@@ -222,7 +222,7 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
     if result.interrupted:
         sys.exit(INTERRUPTED)
     if not any(r.status != "skipped" for r in result.results):
-        raise UsageError(f"{spec}: none of the {len(names)} cases is of a kind that it runs")
+        raise UsageError(f"{spec}: none of the {len(names)} cases ran: {result.skipped}")
     sys.exit(NOT_EQUAL if not result.ok else 0 if complete else USAGE)
 
 

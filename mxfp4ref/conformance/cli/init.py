@@ -41,9 +41,15 @@ def adapter(path: Path) -> None:
         raise UsageError(f"PATH: expected the name of a Python module, as in adapter.py, got {str(path)!r}")
     if path.exists():
         raise UsageError(f"PATH: {path} exists, and nothing is written over it")
+    from mxfp4ref.sm90.activation import ACTIVATIONS
+
+    listed = {
+        which: ", ".join(f"{one.id} {one.name}" for one in ACTIVATIONS.values() if one.gated is gated)
+        for which, gated in (("gated", True), ("ungated", False))
+    }
     text = (files("mxfp4ref.conformance") / "templates" / "adapter.py.txt").read_text(encoding="utf-8")
     with usage_errors():
         name = printable(str(path).replace("\\", "\\\\").replace('"', '\\"'), lines=False)  # in a docstring
-        write_file(path, text.format(name=name).encode())
+        write_file(path, text.format(name=name, **listed).encode())
     echo(f"Wrote {path}. It runs as it is, with the reference in the kernel's place:")
     echo(f"  mxfp4ref conform plain:{path}:fused_moe")
