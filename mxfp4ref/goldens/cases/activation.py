@@ -173,7 +173,7 @@ def _infinite_rows(experts: Experts) -> Experts:
     return replace(experts, fc1_scales=scales)
 
 
-@define(catches="limit_ignored")
+@define(catches="limit_ignored", unique_for="NaN and Inf before a limit alone")
 def non_finite_before_clamp(source: Source) -> MoeCall:
     """SwiGLU with a limit of ups that are Inf or NaN and gates that are NaN before the clamp: NaN and +Inf
     become the limit, an up of -Inf minus the limit, and no output is NaN.

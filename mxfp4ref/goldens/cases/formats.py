@@ -148,7 +148,7 @@ def scale_bytes_0_and_255(source: Source) -> MoeCall:
     )
 
 
-@define(catches="scale_ocp_ends")
+@define(catches="scale_ocp_ends", unique_for="scale bytes 0 and 255 in fc1")
 def scale_bytes_0_and_255_before_activation(source: Source) -> MoeCall:
     """Scale bytes 0 and 255 in fc1, which are 0 and Inf and not 2^-127 and NaN: an up of -Inf is clamped to
     minus the limit and NaN to the limit; rows all of byte 0 give an up of 0 and not of 2^-127 times

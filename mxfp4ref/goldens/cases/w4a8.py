@@ -36,7 +36,11 @@ def _call(
     return Content({**inputs_of(call), "output": forward(call)}, options)
 
 
-@define("w4a8", catches="fp8_residual_ignored fp8_residual_uncompensated fp8_offsets_one_group_later")
+@define(
+    "w4a8",
+    catches="fp8_residual_ignored fp8_residual_uncompensated fp8_offsets_one_group_later",
+    unique_for="the baseline of W4A8",
+)
 def ordinary(source: Source) -> Content:
     """An ordinary W4A8 call: scales within the range of 12 that a prepared expert keeps, lower in GEMM2, so
     that no weight is rounded. Residuals or offsets that are left out, or of another group, show.
@@ -101,7 +105,9 @@ def _mirrored(experts: Experts) -> Experts:
 
 
 @define(
-    "w4a8", catches="fp8_accumulator_exact fp8_accumulator_float32 fp8_accumulator_promoted fp8_k_descending"
+    "w4a8",
+    catches="fp8_accumulator_exact fp8_accumulator_float32 fp8_accumulator_promoted fp8_k_descending",
+    unique_for="truncations of W4A8's GEMM1, which cancelling leaves",
 )
 def cancelling_gemm1(source: Source) -> Content:
     """A W4A8 call where the second half of GEMM1's K takes back the first: its output is what the FP8 tensor
