@@ -47,17 +47,17 @@ class Finding:
 
     @property
     def hedged(self) -> bool:
-        """Whether the sentence is a prediction of most bits only, so that its stages are no more than likely."""
+        """Whether the sentence is a prediction of most bits only, so that its stages are no more than possible."""
         return not self.exact and any(words in self.sentence for words in (NEARLY, ROUNDINGS))
 
     @property
     def where(self) -> str:
-        """ "it lies in fc1 or activation", or that it probably does; "" if unknown."""
-        lies = "it probably lies in" if self.hedged else "it lies in"
+        """ "it lies in fc1 or activation", or that it may; "" if unknown."""
+        lies = "it may lie in" if self.hedged else "it lies in"
         return f"{lies} {' or '.join(self.stages)}" if self.stages else ""
 
     def __str__(self) -> str:
-        where = f" [{'probably ' * self.hedged}{' or '.join(self.stages)}]" if self.stages else ""
+        where = f" [{'perhaps ' * self.hedged}{' or '.join(self.stages)}]" if self.stages else ""
         return f"{self.sentence}{where}" if self.sentence else ""
 
 

@@ -84,8 +84,8 @@ def test_what_a_case_alike_refutes_is_not_said() -> None:
 def test_what_follows_from_a_prediction_of_most_bits_is_hedged() -> None:
     for how in ("or nearly so (92% of the wrong elements in every bit)", "up to roundings (3% of them)"):
         finding = Finding(("fc1",), f"GEMM1's rows are others, {how}")
-        assert str(finding).endswith("[probably fc1]")
-        assert said(finding).endswith("; it probably lies in fc1.")
+        assert str(finding).endswith("[perhaps fc1]")
+        assert said(finding).endswith("; it may lie in fc1.")
     sure = Finding(("fc1",), "GEMM1's rows are others")
     assert said(sure).endswith("; it lies in fc1.")
     assert agreed([]) == UNKNOWN
