@@ -72,6 +72,38 @@ def test_evidence_of_most_cases(plain: Diagnosis) -> None:
     assert words.endswith("best evidence: in 2 of 3 failing cases some evidence; it lies in fc2.")
 
 
+def test_evidence_of_one_kind_with_numbers_of_its_own_in_each_case(plain: Diagnosis) -> None:
+    weights = [
+        Finding(("finalize",), f"the routing weights used are others: token {t} is x") for t in range(6)
+    ]
+    words = said(
+        plain,
+        *weights,
+        Finding(("slots", "finalize"), "slots are computed by other experts (3 by 4): token 0"),
+    )
+    assert words == (
+        " No hypothesis predicts every bit. The best evidence: in 6 of 7 failing cases the routing weights used are "
+        "others; in the first of them: token 0 is x; it lies in finalize."
+    )
+    slots = [
+        Finding(("slots",), f"slots are computed by other experts (expert {t} by 11): token 0")
+        for t in range(4)
+    ]
+    words = said(plain, *slots, Finding())
+    assert (
+        "in 4 of 5 failing cases slots are computed by other experts; in the first of them: (expert 0 by 11): token 0"
+        in words
+    )
+    slots[1] = Finding(
+        ("slots",), "slots are computed by the previous expert (weights and all), for token 3", True
+    )
+    slots[3] = Finding(
+        ("slots",), "slots of the last place of a token are computed by other experts: token 3: x"
+    )
+    assert said(plain, *slots, Finding()) == words
+    assert "unknown" in said(plain, *weights[:4], *slots), "half is not most"
+
+
 def test_without_a_sentence_the_stage_that_most_share(plain: Diagnosis) -> None:
     lines = ["before finalize: 12 elements lie outside", "rounding: x", "before finalize: 3 elements"]
     cases = [replace(plain, finding=Finding(), stage=line, patterns=()) for line in lines]

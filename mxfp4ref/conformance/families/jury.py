@@ -19,6 +19,7 @@ __all__ = ["Failure", "Verdict", "judge"]
 
 _SEARCHED = 4  # cases that are searched by themselves
 _READ = 12  # whose evidence is read
+_Cases = frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def judge(
     until = time.thread_time() + seconds
     failures = sorted(failures, key=_telling, reverse=True)
     by_case: dict[str, Finding] = {}
-    seen: dict[str, tuple[int, Match]] = {}
+    seen: dict[str, tuple[_Cases, Match]] = {}
     results: list[Result] = []
     for number, failure in enumerate(_different(failures)):
         left = until - time.thread_time()
@@ -81,7 +82,7 @@ def judge(
         for match in result.matches:
             if match.hypothesis.words not in seen:
                 seen[match.hypothesis.words] = (_explained(match.hypothesis, failures), match)
-        full = [m for count, m in seen.values() if count == len(failures)]
+        full = [m for cases, m in seen.values() if len(cases) == len(failures)]
         if full and (kept := _spared(full, passing)):
             finding = told(kept, (), [f.pipeline.call for f in failures])
             exact = Finding(finding.stages, finding.sentence, True)
@@ -89,20 +90,21 @@ def judge(
     return _undecided(failures, seen, results, by_case, until)
 
 
-def _explained(hypothesis: Hypothesis, failures: list[Failure]) -> int:
-    """In how many cases a hypothesis predicts every bit."""
-    count = 0
+def _explained(hypothesis: Hypothesis, failures: list[Failure]) -> _Cases:
+    """In which cases a hypothesis predicts every bit."""
+    cases = set()
     with one_thread():
         for index, failure in enumerate(failures):
             output = hypothesis.run(failure.pipeline)
-            count += (
+            if (
                 output is not None
                 and output.shape == failure.got.shape
                 and not bool(differing(output, failure.got).any())
-            )
-            if hypothesis.slow and count <= index - 4:
+            ):
+                cases.add(failure.case)
+            if hypothesis.slow and len(cases) <= index - 4:
                 break
-    return count
+    return frozenset(cases)
 
 
 def _spared(matches: list[Match], passing: Callable[[], Iterable[tuple[Pipeline, Tensor]]]) -> list[Match]:
@@ -150,7 +152,7 @@ def _different(failures: list[Failure]) -> Iterator[Failure]:
 
 def _undecided(
     failures: list[Failure],
-    seen: dict[str, tuple[int, Match]],
+    seen: dict[str, tuple[_Cases, Match]],
     results: list[Result],
     by_case: dict[str, Finding],
     until: float,
@@ -172,11 +174,13 @@ def _undecided(
                 first = strongest[0]
                 proofs.append(first)
                 by_case.setdefault(failure.case, first.finding())
-    counted = sorted(seen.values(), key=lambda pair: (-pair[0], pair[1].hypothesis.cost))
-    if counted and 2 * counted[0][0] >= len(failures):
-        count, match = counted[0]
-        found = match.hypothesis
-        return Verdict(Finding(found.stages, found.words, False, (count, len(failures))), (), by_case)
+    counted = sorted(seen.values(), key=lambda pair: (-len(pair[0]), pair[1].hypothesis.cost))
+    if counted and 2 * len(counted[0][0]) >= len(failures):
+        cases = counted[0][0]
+        alike = [match for others, match in counted if others == cases]
+        found = told(alike, (), [f.pipeline.call for f in failures if f.case in cases])
+        most = Finding(found.stages, found.sentence, False, (len(cases), len(failures)))
+        return Verdict(most, (), by_case)
     proofs = [one for one in proofs if not _refuted(one, proofs)]
     if proofs:
         votes = Counter[tuple[str, ...]]()
