@@ -71,6 +71,9 @@ def test_how_unsure_weights_are() -> None:
     rows[2] = -rows[0] * 1.5
     off = unsure_of(rows, torch.full((256,), 1e-6, dtype=torch.float64))
     assert off[0] == off[2] == torch.inf
+    rows[1] = 0
+    assert bool(unsure_of(rows, torch.ones(256, dtype=torch.float64)).isinf().all())
+    assert bool(unsure_of(rows[:, :2], torch.ones(2, dtype=torch.float64)).isinf().all())
     assert 1e-4 < float(off[1]) < 3e-4, "three standard deviations, 1e-3 / 16 each"
 
 
@@ -82,6 +85,7 @@ def test_no_more_digits_than_are_determined() -> None:
     words = "token 0 is 0.5 x expert 5 + 0.12 x expert 3, asked was 0.5 x expert 5 + 0.25 x expert 3"
     assert str(replace(weights(0, 0.5, 0.1234), unsure=(0.001, 0.004))) == words
     assert replace(weights(0, 0.5, 0.1234), unsure=(0.001, 0.04)).undetermined == (3,)
+    assert "about 0 x expert 3" in str(weights(0, 0.5, 0.0007))
 
 
 def test_what_all_ratios_share() -> None:

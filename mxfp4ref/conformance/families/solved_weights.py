@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Weights", "one_factor", "unsure_of"]
+__all__ = ["Weights", "digits", "one_factor", "unsure_of"]
 
 _SIGMAS = 3.0
 _LEAST = 2.0**-5  # singular value of rows of length 1, below which their own roundings decide
 _DIGITS = 4  # told at most
-_DETERMINED = 0.05  # of a weight, that it may be unsure by
+_DETERMINED = 0.05  # of the token's largest weight, that one may be unsure by
 
 
 def unsure_of(rows: Tensor, noise: Tensor) -> Tensor:
@@ -24,7 +24,9 @@ def unsure_of(rows: Tensor, noise: Tensor) -> Tensor:
         rows: `[n, H] float64`.
         noise: `[H]`, the variance of the roundings in the sum.
     """
-    lengths = rows.norm(dim=1)
+    if len(rows) > rows.shape[1]:
+        return torch.full_like(rows[:, 0], torch.inf)
+    lengths = rows.norm(dim=1).clamp(min=1e-300)  # of a row of zeros nothing is told
     columns, sizes, directions = torch.linalg.svd((rows / lengths[:, None]).T, full_matrices=False)
     unknown = sizes < _LEAST
     inverse = directions.T @ (columns / torch.where(unknown, 1.0, sizes)).T  # of unit rows, by weight
@@ -54,12 +56,12 @@ class Weights:
     @property
     def undetermined(self) -> tuple[int, ...]:
         """The experts whose weights the output does not tell."""
-        each = zip(self.experts, self.asked, self.found, self.unsure, strict=True)
-        return tuple(e for e, a, f, u in each if not u <= _DETERMINED * max(abs(a), abs(f)))
+        most = _DETERMINED * max(map(abs, (*self.asked, *self.found)), default=0.0)
+        return tuple(e for e, u in zip(self.experts, self.unsure, strict=True) if not u <= most)
 
     def __str__(self) -> str:
         each = zip(self.experts, self.found, self.unsure, strict=True)
-        told = " + ".join(f"{_digits(f, u)} x expert {e}" for e, f, u in each if f) or "nothing"
+        told = " + ".join(f"{digits(f, u)} x expert {e}" for e, f, u in each if f) or "nothing"
         each = zip(self.experts, self.asked, self.slots, strict=True)
         asked = " + ".join(f"{a:.4g} x expert {e}" for e, a, slot in each if slot >= 0)
         return f"token {self.token} is {told}, asked was {asked}"
@@ -70,13 +72,13 @@ def one_factor(tokens: Sequence[Weights]) -> tuple[str, set[int]]:
 
     "" where there are several factors, experts and slots, or where all weights of all tokens have the factor.
     """
-    wrong = [(e, s, f / a) for w in tokens for e, s, a, f in _wrong(w)]
-    ratios = [ratio for *_, ratio in wrong]
+    wrong = [one for w in tokens for one in _wrong(w)]
+    ratios = [ratio for *_, ratio, _ in wrong]
     if not wrong or len(wrong) == sum(len(w.slots) for w in tokens):
         return "", set()
     if max(ratios) - min(ratios) > 2.0**-6 * max(map(abs, ratios)):
         return "", set()
-    experts, slots = {expert for expert, *_ in wrong}, {slot for _, slot, _ in wrong}
+    experts, slots = {expert for expert, *_ in wrong}, {slot for _, slot, *_ in wrong}
     where = [f"expert {e}" for e in experts if len(experts) == 1] + [
         f"slot {s}" for s in slots if len(slots) == 1
     ]
@@ -86,20 +88,23 @@ def one_factor(tokens: Sequence[Weights]) -> tuple[str, set[int]]:
     each = "of the token" if len(tokens) == 1 else f"in each of the {count} tokens solved"
     if 1 < len(tokens) != count:
         each = f"in {count} of the {len(tokens)} tokens solved"
-    middle = sorted(ratios)[len(ratios) // 2]
-    return f"{middle:.3g} times the asked weight for {' in '.join(where)} {each}", experts
+    *_, ratio, unsure = min(wrong, key=lambda one: one[3])
+    return f"{digits(ratio, unsure)} times the asked weight for {' in '.join(where)} {each}", experts
 
 
 def _wrong(weights: Weights) -> list[tuple[int, int, float, float]]:
-    """Expert, slot, asked and found, where they differ by more than is unsure."""
-    each = zip(
-        *(getattr(weights, name) for name in ("experts", "slots", "asked", "found", "unsure")), strict=True
-    )
-    return [(e, s, a, f) for e, s, a, f, u in each if a and abs(f - a) > max(u, 2.0**-7 * abs(a))]
+    """Expert, slot, and the ratio of found to asked with how unsure it is, where it is surely not 1."""
+    w = weights
+    each = zip(w.experts, w.slots, w.asked, w.found, w.unsure, strict=True)
+    return [
+        (e, s, f / a, u / abs(a)) for e, s, a, f, u in each if a and abs(f - a) > max(u, 2.0**-7 * abs(a))
+    ]
 
 
-def _digits(value: float, unsure: float) -> str:
+def digits(value: float, unsure: float) -> str:
     """As many digits as are determined, four at most."""
+    if 0 < abs(value) <= unsure:
+        return "about 0"
     if not value or not unsure:
         return f"{value:.{_DIGITS}g}"
     sure = 1 + math.floor(math.log10(abs(value))) - math.ceil(math.log10(unsure))
