@@ -67,9 +67,30 @@ def _evident(findings: list[Finding]) -> Finding | None:
         same = [f for f in findings if f.sentence == words]
         return Finding(_shared(same), f"in {count} of {total} failing cases {words}")
     stages = _shared(findings)
-    if not stages or len(told) > _MOST_TOLD:
+    if stages and len(told) <= _MOST_TOLD:
+        return Finding(
+            stages, "; ".join(f"in {count} of {total} failing cases {words}" for words, count in told)
+        )
+    return _of_one_kind(findings)
+
+
+def _of_one_kind(findings: list[Finding]) -> Finding | None:
+    """What most of the cases say in kind, each with numbers of its own; with those of the first as an example."""
+    kinds = Counter(_kind(f.sentence) for f in findings if f.sentence)
+    kind, count = kinds.most_common(1)[0]
+    same = [f for f in findings if _kind(f.sentence) == kind]
+    if 2 * count <= len(findings) or not _shared(same):
         return None
-    return Finding(stages, "; ".join(f"in {count} of {total} failing cases {words}" for words, count in told))
+    of = f"in {count} of {counted(len(findings), 'failing case')} {kind}"
+    example = same[0].sentence.removeprefix(kind).lstrip(": ")
+    return Finding(_shared(same), f"{of}{'; in the first of them: ' * bool(example)}{example}")
+
+
+def _kind(sentence: str) -> str:
+    """What a sentence says, before the numbers of its own case."""
+    if re.match(r"slots\b[^:]* are computed by (other|the (next|previous)) expert", sentence):
+        return "slots are computed by other experts"
+    return re.sub(r" \([^)]*\)", "", sentence.partition(": ")[0])
 
 
 def _alternatives(finding: Finding) -> list[str]:

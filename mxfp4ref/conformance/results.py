@@ -171,7 +171,7 @@ class Report(Shown):
             which = f"all {len(ran)} cases" if len(ran) > 1 else "the one case that ran"
             return f"{self.kernel} conforms: it {how} in {which}{self._scope}."
         fail = "fails" if failed == 1 else "fail"
-        words = f"{self.kernel} does not conform: {of} {fail}{self._scope}."
+        words = f"{self.kernel} does not conform: {of} {fail}{self._how}{self._scope}."
         left = f" {self.left} more were not run." if self.left else ""
         return words + left + self.culprit
 
@@ -191,6 +191,19 @@ class Report(Shown):
         return "; ".join(
             [*words, *([f"{others:,} skipped, of kinds that it does not run"] if others else [])]
         )
+
+    @property
+    def _failing(self) -> list[CaseResult]:
+        return [r for r in self.results if not r.ok]
+
+    @property
+    def _how(self) -> str:
+        """How many fail in which way; "" if all do in one."""
+        counts = Counter(r.status for r in self._failing)
+        told = (
+            f"{n} {'differ' if status == 'differs' and n > 1 else status}" for status, n in counts.items()
+        )
+        return f" ({', '.join(told)})" if len(counts) > 1 else ""
 
     @property
     def _scope(self) -> str:
@@ -213,6 +226,7 @@ class Report(Shown):
         where = f"; {found.where}" if found.stages else ""
         if found.sentence and found.cases:
             of = f"{found.cases[0]} of {counted(found.cases[1], 'failing case')}"
+            of += " that were searched" * (found.cases[1] < len(self._failing))
             if found.exact:
                 return f" Each is explained in every bit, by different sentences; {of} by this: {found.sentence}."
             return f" Every wrong bit in {of} is predicted by this: {found.sentence}{where}."

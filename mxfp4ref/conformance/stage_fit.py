@@ -11,6 +11,7 @@ from mxfp4ref.conformance.bounds import bound
 from mxfp4ref.conformance.comparison import differing, first_difference
 from mxfp4ref.conformance.families.distances import solvable
 from mxfp4ref.conformance.families.known_factors import factor_in_words
+from mxfp4ref.conformance.families.solved_weights import digits
 from mxfp4ref.conformance.finding import counted
 from mxfp4ref.conformance.reduction import is_heavy, local_experts, one_token, reduce_call
 from mxfp4ref.formats.mxfp4 import dequantize
@@ -136,9 +137,10 @@ def _fit_finalize(call: MoeCall, output: Tensor, mask: Tensor) -> str:
             f"a factor, in finalize or before: {_each(fits)} the right output times {float(factor):.3g}, as far as "
             f"bf16 shows{'; ' * bool(known)}{known}"
         )
-    token, (found, asked, _) = fits[0]
+    token, (found, asked, unsure) = fits[0]
+    told = ", ".join(digits(*pair) for pair in zip(found.tolist(), unsure.tolist(), strict=True))
     return (
-        f"finalize: token {token} is the sum of the right expert outputs with weights {numbers(found)}, where "
+        f"finalize: token {token} is the sum of the right expert outputs with weights [{told}], where "
         f"{numbers(asked)} were asked for{_likewise(fits)}: GEMM1, activation and GEMM2 are right, up to a factor of "
         "each slot"
     )

@@ -11,6 +11,11 @@ from mxfp4ref import forward
 from mxfp4ref.conformance import CaseResult, Diagnosis, Kernel, Options, Report, diagnose, run
 from mxfp4ref.conformance.adapters import whole_arguments
 from mxfp4ref.conformance.agreement import agreed
+from mxfp4ref.conformance.families import jury
+from mxfp4ref.conformance.families.engine import Result, prepared
+from mxfp4ref.conformance.families.hypothesis import Hypothesis
+from mxfp4ref.conformance.families.jury import Failure, judge
+from mxfp4ref.conformance.families.search import Match
 from mxfp4ref.conformance.finding import Finding
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.model.call import MoeCall
@@ -72,6 +77,38 @@ def test_evidence_of_most_cases(plain: Diagnosis) -> None:
     assert words.endswith("best evidence: in 2 of 3 failing cases some evidence; it lies in fc2.")
 
 
+def test_evidence_of_one_kind_with_numbers_of_its_own_in_each_case(plain: Diagnosis) -> None:
+    weights = [
+        Finding(("finalize",), f"the routing weights used are others: token {t} is x") for t in range(6)
+    ]
+    words = said(
+        plain,
+        *weights,
+        Finding(("slots", "finalize"), "slots are computed by other experts (3 by 4): token 0"),
+    )
+    assert words == (
+        " No hypothesis predicts every bit. The best evidence: in 6 of 7 failing cases the routing weights used are "
+        "others; in the first of them: token 0 is x; it lies in finalize."
+    )
+    slots = [
+        Finding(("slots",), f"slots are computed by other experts (expert {t} by 11): token 0")
+        for t in range(4)
+    ]
+    words = said(plain, *slots, Finding())
+    assert (
+        "in 4 of 5 failing cases slots are computed by other experts; in the first of them: (expert 0 by 11): token 0"
+        in words
+    )
+    slots[1] = Finding(
+        ("slots",), "slots are computed by the previous expert (weights and all), for token 3", True
+    )
+    slots[3] = Finding(
+        ("slots",), "slots of the last place of a token are computed by other experts: token 3: x"
+    )
+    assert said(plain, *slots, Finding()) == words
+    assert "unknown" in said(plain, *weights[:4], *slots), "half is not most"
+
+
 def test_without_a_sentence_the_stage_that_most_share(plain: Diagnosis) -> None:
     lines = ["before finalize: 12 elements lie outside", "rounding: x", "before finalize: 3 elements"]
     cases = [replace(plain, finding=Finding(), stage=line, patterns=()) for line in lines]
@@ -90,6 +127,44 @@ def test_without_a_stage_the_places_that_most_share(plain: Diagnosis) -> None:
     assert verdict(agreed(cases), plain) == (
         " What is wrong is unknown; in 2 of 3 failing cases only tokens 2, 5, 8 differ."
     )
+
+
+def test_which_of_the_failing_cases_are_meant(plain: Diagnosis) -> None:
+    differ = [CaseResult(name, "moe", "", "differs", diagnosis=plain) for name in "abc"]
+    raised = [CaseResult(name, "moe", "", "raised") for name in "de"]
+    found = Finding(("finalize",), FACTOR, False, (1, 2))
+    words = Report("it", "exact", (*differ, *raised), finding=found).verdict
+    assert words == (
+        "it does not conform: 5 of 5 cases fail (3 differ, 2 raised). Every wrong bit in 1 of 2 failing cases that "
+        f"were searched is predicted by this: {FACTOR}; it lies in finalize."
+    )
+    assert "2 of 2 cases fail. " in Report("it", "exact", tuple(differ[:2]), finding=found).verdict, (
+        "in one way"
+    )
+
+
+def test_alternatives_of_what_predicts_some_cases_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of three hypotheses predict the one case, and none the other."""
+
+    def negative(call: MoeCall) -> Tensor:
+        return -forward(call)
+
+    calls = [GOLDENS.load(name).call() for name in ("finalize/slot_order", "finalize/missing_experts")]
+    outputs = negative(calls[0]), forward(calls[1]).flip(1)
+    failures = [
+        Failure(name, prepared(call), got, forward(call))
+        for name, call, got in zip("ab", calls, outputs, strict=True)
+    ]
+    matches = [
+        Match(
+            Hypothesis("sum of slots", ("finalize",), words, lambda p, f=change: replace(p, run_call=f)), True
+        )
+        for words, change in (("A", negative), ("B", negative), ("C", forward))
+    ]
+    result = Result(tuple(matches), (), Finding(), 3, True)
+    monkeypatch.setattr(jury, "investigate", lambda *_, **__: result)
+    found = judge(failures, lambda: (), seconds=9.0).finding
+    assert found == Finding(("finalize",), f"A{TOLD_FROM}B", False, (1, 2))
 
 
 def test_a_quick_run_repeats_the_finding() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.evidence import gather, look_closer
+from mxfp4ref.goldens import open_goldens
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import KERNEL, Stages, forward
 from mxfp4ref.sm90 import fp32
@@ -87,6 +88,22 @@ def test_noise_has_no_stage(size: float) -> None:
     )
     assert seen(fp32.to_bf16(output + even)) == []
     assert seen(fp32.to_bf16(output + relative)) == []
+
+
+def test_an_error_is_called_little_only_where_it_is_measured_to_be() -> None:
+    """Whose place looks like that of a little error may be large: gate's scales, 32 rows too far on, are 66 % off."""
+    call = open_goldens().load("parallel/expert_and_tensor_rank_1").call()
+    scales = call.experts.fc1_scales
+    assert scales is not None
+    gate = scales.shape[1] // 2
+    rows = torch.arange(gate, 2 * gate).add(32).clamp(max=2 * gate - 1)
+    other = replace(call.experts, fc1_scales=torch.cat((scales[:, :gate], scales[:, rows]), 1))
+    got, want = forward(replace(call, experts=other)), forward(call)
+    wrong, pipeline = differing(got, want), prepared(call)
+    (first,) = look_closer(pipeline, got, wrong, gather(pipeline, got, want, wrong))
+    assert first.stages == ("fc1", "input")
+    assert first.sentence.endswith(": GEMM1 or its input is wrong; GEMM2 and the sum are right")
+    assert "by little beside its size, as by a rounding" in seen(KERNELS["input in fp8"][0]())[0][1]
 
 
 def test_the_call_is_one_of_which_least_squares_tell_nothing() -> None:

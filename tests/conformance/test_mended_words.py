@@ -17,7 +17,7 @@ from mxfp4ref.conformance.families.evidence import gather
 from mxfp4ref.conformance.families.fragments import fragment_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, local_of
 from mxfp4ref.conformance.families.outputs import inner_hypotheses
-from mxfp4ref.conformance.families.places import columns_in_words
+from mxfp4ref.conformance.families.places import columns_in_words, tokens_in_words
 from mxfp4ref.conformance.families.regions import k_hypotheses
 from mxfp4ref.conformance.families.sampled import samples
 from mxfp4ref.conformance.families.slots import slot_hypotheses
@@ -162,3 +162,19 @@ def test_columns_of_garbage() -> None:
     sign = forward(call)
     sign[:, 48:64] = -3 * sign[:, 48:64]
     assert "magnitudes" not in str(evidence(call, sign))
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        (slice(1, None, 2), "for tokens with an odd number"),
+        (slice(3, None), "for tokens from 3 on"),
+        (slice(0, 1), "for token 0"),
+    ],
+)
+def test_tokens_are_told_as_tokens(step: slice, words: str) -> None:
+    call = captured("odd_tokens")
+    chosen = torch.zeros(call.num_tokens, dtype=torch.bool)
+    chosen[step] = True
+    local = local_of(prepared(call))
+    assert tokens_in_words(call, local, chosen, torch.ones_like(chosen)) == words

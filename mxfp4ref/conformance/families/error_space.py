@@ -23,6 +23,7 @@ _FEWEST_TOGETHER = 8  # tokens from which it is asked how errors go together ove
 _SURE = 20.0  # of a log likelihood ratio
 _NO_DOUBT = 80.0
 _NEARLY = 3.0
+_LITTLE = 0.1  # of GEMM1's output: more is no rounding
 _SHARES = torch.tensor([0, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0], dtype=torch.float64, device="cpu")
 # Of the variance, around what it seems to be.
 _SIZES = torch.logspace(-4, 4, 33, base=2, dtype=torch.float64, device="cpu")
@@ -122,7 +123,8 @@ def _before(
             f"{unlike}, as if it were another row's or column's: GEMM1 has other weights, scales or input, or the "
             "activation is written or read at other places; GEMM2's weights and the sum are right",
         )
-    little = ", by little beside its size, as by a rounding" * (fc1 == profile["fc1 0.02"] > other + _SURE)
+    as_by_little = fc1 == profile["fc1 0.02"] > other + _SURE and _off(chosen) < _LITTLE
+    little = ", by little beside its size, as by a rounding" * as_by_little
     return Placed(
         ("fc1", "input"), f"{unlike}: GEMM1 or its input is wrong{little}; GEMM2 and the sum are right"
     )
@@ -276,6 +278,16 @@ def _profile(chosen: list[tuple[Sample, list[int]]]) -> dict[str, float]:
             covariance = _covariance(sample, slots, variances / variances[slots].mean())
             found[name] = found.get(name, 0.0) + float(space.likelihoods(covariance, share))
     return found
+
+
+def _off(chosen: list[tuple[Sample, list[int]]]) -> float:
+    """How far GEMM1's output is off, in standard deviations of it, that gives errors of this size: the median."""
+    found = []
+    for sample, slots in chosen[:_PROFILED]:
+        of_little = _covariance(sample, slots, _variances(sample)["fc1 0.02"]).diagonal().sum()
+        error = (sample.error.square() - sample.noise).sum().clamp(min=0)
+        found.append(0.02 * float((error / of_little).sqrt()))
+    return sorted(found)[len(found) // 2]
 
 
 def _variances(sample: Sample) -> dict[str, Tensor]:

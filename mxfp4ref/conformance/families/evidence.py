@@ -96,7 +96,7 @@ def gather(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> list
         return [Evidence(*lost)]
     found += _single(pipeline.call, got, want, wrong) or _columns(pipeline.call, got, want, wrong, tokens)
     if not found:
-        found += (Evidence(*parts) for parts in other_sums(pipeline, got, local, tokens))
+        found += (Evidence(*parts) for parts in other_sums(pipeline, got, wrong, local, tokens))
     if not found:
         found += (Evidence(*parts) for parts in second_gemm(pipeline, got, wrong, local, tokens))
     return sorted(found, key=lambda e: -e.strength)
@@ -109,7 +109,7 @@ def look_closer(pipeline: Pipeline, got: Tensor, wrong: Tensor, found: list[Evid
         return found
     some = samples(pipeline, got, wrong, local_of(pipeline))
     if (rows := mixed_up(pipeline, some)) is not None:
-        return [Evidence(*rows, 4), *found]
+        return [Evidence(*rows, 4 if rows[0] else 1), *found]
     space = Space.of(some)
     formula = fitted(some) if space is not None and space.inside else None
     if formula is not None and formula.proved:

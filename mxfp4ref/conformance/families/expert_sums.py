@@ -8,9 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.families.distances import solvable
+from mxfp4ref.conformance.families.distances import last_place, solvable
 from mxfp4ref.conformance.families.hypothesis import Pipeline, slot_outputs
 from mxfp4ref.conformance.families.known_factors import factor_in_words
+from mxfp4ref.conformance.families.solved_weights import Weights, one_factor, unsure_of
 from mxfp4ref.conformance.reduction import by_every_expert
 from mxfp4ref.sm90 import fp32
 
@@ -26,8 +27,11 @@ def _allowed(weights: Tensor, y: Tensor) -> Tensor:
     return _ROUNDING * (weights.abs() @ y.abs())
 
 
-def _expert_weights(pipeline: Pipeline, got: Tensor, token: int) -> dict[int, float] | None:
-    """With which weights the token's row is a sum of the experts' outputs; None if it is none, or not uniquely."""
+def _expert_weights(pipeline: Pipeline, got: Tensor, token: int) -> dict[int, tuple[float, float]] | None:
+    """With which weights the token's row is a sum of the experts' outputs, and how unsure these are.
+
+    None if it is no such sum, or not uniquely.
+    """
     call = pipeline.call
     experts = call.experts
     count, hidden = experts.num_experts, experts.hidden_size
@@ -60,17 +64,23 @@ def _expert_weights(pipeline: Pipeline, got: Tensor, token: int) -> dict[int, fl
     weights = solution / lengths[chosen]
     if bool(((target - weights @ y[chosen]).abs() > _allowed(weights, y[chosen])).any()):
         return None
-    return dict(zip(chosen, weights.tolist(), strict=True))
+    unsure = unsure_of(y[chosen], last_place(target).square() / 12)
+    return dict(zip(chosen, zip(weights.tolist(), unsure.tolist(), strict=True), strict=True))
 
 
-def other_sums(pipeline: Pipeline, got: Tensor, local: Tensor, tokens: list[int]) -> Iterator[_Parts]:
+def other_sums(
+    pipeline: Pipeline, got: Tensor, wrong: Tensor, local: Tensor, tokens: list[int]
+) -> Iterator[_Parts]:
     """Whether the output is a sum of right expert outputs, of which experts, with which weights."""
     call = pipeline.call
     fits: list[tuple[int, dict[int, float], dict[int, float]]] = []
+    unsure: dict[int, dict[int, float]] = {}
     for token in tokens:
-        found = _expert_weights(pipeline, got, token)
-        if found is None:
+        solved = _expert_weights(pipeline, got, token)
+        if solved is None:
             continue
+        found = {e: weight for e, (weight, _) in solved.items()}
+        unsure[token] = {e: off for e, (_, off) in solved.items()}
         asked = {
             e: float(w)
             for e, w in zip(local[token].tolist(), call.token_final_scales[token].tolist(), strict=True)
@@ -83,8 +93,9 @@ def other_sums(pipeline: Pipeline, got: Tensor, local: Tensor, tokens: list[int]
     if all(_close(asked, found) for _, asked, found in fits):
         return  # too little is wrong to show here
     same_experts = all(set(asked) == set(found) for _, asked, found in fits)
+    told = [_weights(fit, unsure[fit[0]], local, first) for fit in fits]
     token, asked, found = next(fit for fit in fits if not _close(fit[1], fit[2]))
-    shown = _sum_in_words(found, first)
+    shown = next(str(w) for w in told if w.token == token)
     right = "GEMM1, activation and GEMM2 are right for the experts that were computed"
     if same_experts:
         ratios = [found[e] / asked[e] for _, asked, found in fits for e in asked if asked[e]]
@@ -106,10 +117,17 @@ def other_sums(pipeline: Pipeline, got: Tensor, local: Tensor, tokens: list[int]
                 3,
             )
             return
+        factor, experts = one_factor(told)
+        used = torch.isin(local, torch.tensor(sorted(experts), device=local.device) - first).any(1)
+        scaled = experts and not bool((used & ~wrong.any(1)).any())  # whatever the slot, and in every token
         yield (
-            ("finalize",),
-            f"the routing weights used are others: token {token} is {shown}, asked was "
-            f"{_sum_in_words(asked, first)}; GEMM1, activation and GEMM2 are right",
+            ("finalize", "fc2") if scaled else ("finalize",),
+            f"the routing weights used are others: {factor}{'; ' * bool(factor)}{shown}; "
+            + (
+                "a factor on GEMM2's result or in the sum"
+                if scaled
+                else "GEMM1, activation and GEMM2 are right"
+            ),
             3,
         )
         return
@@ -132,8 +150,7 @@ def other_sums(pipeline: Pipeline, got: Tensor, local: Tensor, tokens: list[int]
     mapping = f" ({', '.join(f'expert {a + first} by {b + first}' for a, b in pairs[:6])})" if pairs else ""
     yield (
         ("slots",),
-        f"slots are computed by other experts{mapping}: token {token} is {shown}, asked was "
-        f"{_sum_in_words(asked, first)}; {right}",
+        f"slots are computed by other experts{mapping}: {shown}; {right}",
         3,
     )
 
@@ -163,5 +180,16 @@ def _exchanged(asked: dict[int, float], found: dict[int, float]) -> list[tuple[i
     return pairs
 
 
-def _sum_in_words(weights: dict[int, float], first: int) -> str:
-    return " + ".join(f"{w:.4g} x expert {e + first}" for e, w in weights.items()) or "nothing"
+def _weights(
+    fit: tuple[int, dict[int, float], dict[int, float]], unsure: dict[int, float], local: Tensor, first: int
+) -> Weights:
+    """Of a token, its own experts in the order of its slots, then the others."""
+    token, asked, found = fit
+    row = local[token].tolist()
+    experts = [*asked, *(e for e in found if e not in asked)]
+    return Weights(
+        token,
+        tuple(row.index(e) if e in asked else -1 for e in experts),
+        tuple(e + first for e in experts),
+        *(tuple(by.get(e, 0.0) for e in experts) for by in (asked, found, unsure)),
+    )

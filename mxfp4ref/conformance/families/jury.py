@@ -220,8 +220,10 @@ def _undecided(
                 by_case.setdefault(failure.case, first.finding())
     ranked = sorted(seen.values(), key=lambda heard: (-len(heard.cases), heard.match.hypothesis.cost))
     if ranked and 2 * len(ranked[0].cases) >= len(failures):
-        found, count = ranked[0].match.hypothesis, len(ranked[0].cases)
-        return Verdict(Finding(found.stages, found.words, False, (count, len(failures))), (), by_case)
+        cases = ranked[0].cases
+        alike = [heard.match for heard in ranked if heard.cases == cases]
+        found = told(alike, (), [f.pipeline.call for f in failures if f.case in cases])
+        return Verdict(Finding(found.stages, found.sentence, False, (len(cases), len(failures))), (), by_case)
     proofs = [one for one in proofs if not _refuted(one, proofs)]
     if proofs:
         votes = Counter[tuple[str, ...]]()

@@ -11,6 +11,7 @@ from torch import Tensor
 from mxfp4ref.conformance.families.hypothesis import Pipeline, local_of
 from mxfp4ref.conformance.families.sampled import Sample
 from mxfp4ref.conformance.families.slot_kinds import attributes
+from mxfp4ref.conformance.families.solved_weights import one_factor
 from mxfp4ref.conformance.reduction import by_every_expert
 from mxfp4ref.formats.mxfp4 import dequantize
 from mxfp4ref.model.forward import MoeTrace, activate_rows, trace
@@ -116,26 +117,33 @@ def _listed(explained: dict[int, list[_Swap]]) -> str:
 
 
 def _other_weights(pipeline: Pipeline, loud: list[Sample]) -> _Told | None:
-    """Whether the rows are the right ones with other weights."""
-    first = pipeline.call.ep_rank * pipeline.call.experts.num_experts
-    told, by_expert = [], dict[int, list[float]]()
-    for s in loud:
-        if s.loudness_of(s.rest) > _QUIET:
-            continue
-        found = s.own_weights
-        pairs = list(zip(s.experts.tolist(), s.weights.tolist(), found.tolist(), strict=True))
-        told.append(
-            f"token {s.token} has " + ", ".join(f"{w:.3g} for expert {e + first}" for e, _, w in pairs)
-        )
-        for expert, asked, weight in pairs:
-            if asked > 0.1:
-                by_expert.setdefault(expert, []).append(weight / asked)
-    if 3 * len(told) < 2 * len(loud):
+    """Whether the rows are the right ones with other weights, and which, as far as the output determines them."""
+    fitting = [(s, s.solved(pipeline.call)) for s in loud if s.loudness_of(s.rest) <= _QUIET]
+    if 3 * len(fitting) < 2 * len(loud):
         return None
+    told = [weights for _, weights in fitting if not weights.undetermined]
+    if not told:
+        weights = fitting[0][1]
+        return (
+            (),
+            "the right rows are summed with other weights; those of experts "
+            f"{', '.join(map(str, weights.undetermined))} (token {weights.token}) cannot be told apart from this "
+            "output",
+        )
+    by_expert: dict[int, list[float]] = {}
+    for weights in told:
+        for expert, asked, found in zip(weights.experts, weights.asked, weights.found, strict=True):
+            if asked > 0.1:
+                by_expert.setdefault(expert, []).append(found / asked)
     alike = all(max(r) - min(r) < 0.05 * abs(r[0]) + 0.02 for r in by_expert.values())
     stages = ("finalize", "fc2") if alike else ("finalize",)
     where = "; a factor of each expert, on GEMM2's scales or in the sum" if alike else ""
-    return stages, f"the right rows are summed with other weights: {'; '.join(told[:2])}{where}"
+    factor, _ = one_factor(told)
+    return (
+        stages,
+        f"the right rows are summed with other weights: {factor}{'; ' * bool(factor)}{'; '.join(map(str, told[:2]))}"
+        f"{where}",
+    )
 
 
 def _other_biases(pipeline: Pipeline, loud: list[Sample]) -> _Told | None:

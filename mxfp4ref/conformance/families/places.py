@@ -87,9 +87,16 @@ def tokens_in_words(call: MoeCall, local: Tensor, chosen: Tensor, among: Tensor)
     for words, mask, _ in _kinds(call, local, chosen | ~among):
         tokens = mask.any(1)
         if bool(tokens.any()) and torch.equal(tokens & among, chosen & among):
-            return f"for tokens with slots {words}"
+            return _of_tokens(words)
     rows = chosen.nonzero().flatten().tolist()
     return f"for token{'s' if len(rows) > 1 else ''} {_listed(rows)}" if len(rows) <= 8 else ""
+
+
+def _of_tokens(words: str) -> str:
+    """Words for the tokens that have slots of a kind."""
+    if words.startswith(("of tokens ", "of the first token", "of the last token")):
+        return f"for {words.removeprefix('of ')}"
+    return f"for tokens with slots {words}"
 
 
 def columns_in_words(columns: Tensor, among: Tensor | None = None) -> str:

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from mxfp4ref.conformance.families.distances import last_place, solvable
 from mxfp4ref.conformance.families.hypothesis import Pipeline
+from mxfp4ref.conformance.families.solved_weights import Weights, unsure_of
+from mxfp4ref.conformance.reduction import local_experts
 from mxfp4ref.formats.mxfp4 import dequantize
+from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import trace
 from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.activation import up_and_gate
@@ -62,6 +65,18 @@ class Sample:
         solution = torch.linalg.lstsq(self.y.T, self.error[:, None], driver="gelsd").solution[:, 0]
         found: Tensor = self.weights + solution
         return found
+
+    def solved(self, call: MoeCall) -> Weights:
+        """These weights, with what was asked for and how far they may be off."""
+        here = local_experts(call)[self.token] >= 0
+        first = call.ep_rank * call.experts.num_experts
+        numbers = (self.weights, self.own_weights, unsure_of(self.y, self.noise))
+        return Weights(
+            self.token,
+            tuple(here.nonzero().flatten().tolist()),
+            tuple((self.experts + first).tolist()),
+            *(tuple(t.tolist()) for t in numbers),
+        )
 
     @cached_property
     def rest(self) -> Tensor:

@@ -1,0 +1,111 @@
+"""Weights that were solved for: which of them an output determines, to how many digits, and what they share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Weights", "digits", "one_factor", "unsure_of"]
+
+_SIGMAS = 3.0
+_LEAST = 2.0**-5  # singular value of rows of length 1, below which their own roundings decide
+_DIGITS = 4  # told at most
+_DETERMINED = 0.05  # of the token's largest weight, that one may be unsure by
+
+
+def unsure_of(rows: Tensor, noise: Tensor) -> Tensor:
+    """How far the weights `[n]` of rows in a sum can be off that are solved for; infinite where nothing is told.
+
+    Args:
+        rows: `[n, H] float64`.
+        noise: `[H]`, the variance of the roundings in the sum.
+    """
+    if len(rows) > rows.shape[1]:
+        return torch.full_like(rows[:, 0], torch.inf)
+    lengths = rows.norm(dim=1).clamp(min=1e-300)  # of a row of zeros nothing is told
+    columns, sizes, directions = torch.linalg.svd((rows / lengths[:, None]).T, full_matrices=False)
+    unknown = sizes < _LEAST
+    inverse = directions.T @ (columns / torch.where(unknown, 1.0, sizes)).T  # of unit rows, by weight
+    unsure = _SIGMAS * (inverse.square() @ noise).sqrt() / lengths
+    untold = (directions[unknown].abs() > _LEAST).any(0)
+    return torch.where(untold, torch.inf, unsure)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A token's weights, in the order of its slots.
+
+    Attributes:
+        token: its number.
+        slots, experts: `[n]`; -1 for no slot, and experts as they are numbered over all ranks.
+        asked, found: `[n]`, the weights.
+        unsure: `[n]`, how far those found may be off.
+    """
+
+    token: int
+    slots: tuple[int, ...]
+    experts: tuple[int, ...]
+    asked: tuple[float, ...]
+    found: tuple[float, ...]
+    unsure: tuple[float, ...]
+
+    @property
+    def undetermined(self) -> tuple[int, ...]:
+        """The experts whose weights the output does not tell."""
+        most = _DETERMINED * max(map(abs, (*self.asked, *self.found)), default=0.0)
+        return tuple(e for e, u in zip(self.experts, self.unsure, strict=True) if not u <= most)
+
+    def __str__(self) -> str:
+        each = zip(self.experts, self.found, self.unsure, strict=True)
+        told = " + ".join(f"{digits(f, u)} x expert {e}" for e, f, u in each if f) or "nothing"
+        each = zip(self.experts, self.asked, self.slots, strict=True)
+        asked = " + ".join(f"{a:.4g} x expert {e}" for e, a, slot in each if slot >= 0)
+        return f"token {self.token} is {told}, asked was {asked}"
+
+
+def one_factor(tokens: Sequence[Weights]) -> tuple[str, set[int]]:
+    """What the weights that are wrong share, in words: one factor, for one expert or slot; and these experts.
+
+    "" where there are several factors, experts and slots, or where all weights of all tokens have the factor.
+    """
+    wrong = [one for w in tokens for one in _wrong(w)]
+    ratios = [ratio for *_, ratio, _ in wrong]
+    if not wrong or len(wrong) == sum(len(w.slots) for w in tokens):
+        return "", set()
+    if max(ratios) - min(ratios) > 2.0**-6 * max(map(abs, ratios)):
+        return "", set()
+    experts, slots = {expert for expert, *_ in wrong}, {slot for _, slot, *_ in wrong}
+    where = [f"expert {e}" for e in experts if len(experts) == 1] + [
+        f"slot {s}" for s in slots if len(slots) == 1
+    ]
+    if not where:
+        return "", set()
+    count = sum(bool(_wrong(w)) for w in tokens)
+    each = "of the token" if len(tokens) == 1 else f"in each of the {count} tokens solved"
+    if 1 < len(tokens) != count:
+        each = f"in {count} of the {len(tokens)} tokens solved"
+    *_, ratio, unsure = min(wrong, key=lambda one: one[3])
+    return f"{digits(ratio, unsure)} times the asked weight for {' in '.join(where)} {each}", experts
+
+
+def _wrong(weights: Weights) -> list[tuple[int, int, float, float]]:
+    """Expert, slot, and the ratio of found to asked with how unsure it is, where it is surely not 1."""
+    w = weights
+    each = zip(w.experts, w.slots, w.asked, w.found, w.unsure, strict=True)
+    return [
+        (e, s, f / a, u / abs(a)) for e, s, a, f, u in each if a and abs(f - a) > max(u, 2.0**-7 * abs(a))
+    ]
+
+
+def digits(value: float, unsure: float) -> str:
+    """As many digits as are determined, four at most."""
+    if 0 < abs(value) <= unsure:
+        return "about 0"
+    if not value or not unsure:
+        return f"{value:.{_DIGITS}g}"
+    sure = 1 + math.floor(math.log10(abs(value))) - math.ceil(math.log10(unsure))
+    return f"{value:.{min(max(sure, 1), _DIGITS)}g}"

@@ -1,0 +1,104 @@
+"""Weights that are solved for are told only where the output determines them, and what they share is said."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from mxfp4ref import MoeCall, forward
+from mxfp4ref.conformance import differing
+from mxfp4ref.conformance.families.engine import prepared
+from mxfp4ref.conformance.families.evidence import Evidence, gather, look_closer
+from mxfp4ref.conformance.families.jury import Failure, judge
+from mxfp4ref.conformance.families.solved_weights import Weights, one_factor, unsure_of
+from mxfp4ref.goldens import open_goldens
+
+GOLDENS = open_goldens()
+
+
+def last_expert_last(call: MoeCall) -> Tensor:
+    """The last slot's weight is divided by 2.5 where it is of the last expert."""
+    ids, weights = call.token_selected_experts, call.token_final_scales.clone()
+    weights[:, -1][ids[:, -1] == ids.amax()] /= 2.5
+    return forward(replace(call, token_final_scales=weights))
+
+
+def evidence(case: str) -> list[Evidence]:
+    call = GOLDENS.load(case).call()
+    got, want = last_expert_last(call), forward(call)
+    wrong, pipeline = differing(got, want), prepared(call)
+    return look_closer(pipeline, got, wrong, gather(pipeline, got, want, wrong))
+
+
+@pytest.mark.parametrize(
+    ("case", "experts"), [("cancelling_experts", "1, 0, 2, 3 (token 1)"), ("biases_cancel", "1, 3 (token 6)")]
+)
+def test_weights_of_opposite_rows_are_not_told(case: str, experts: str) -> None:
+    first = evidence(f"finalize/{case}")[0]
+    assert first.sentence == (
+        f"the right rows are summed with other weights; those of experts {experts} cannot be told apart from this "
+        "output"
+    )
+    assert not first.stages, "no evidence for the verdict"
+
+
+def test_one_factor_is_said_and_weights_stand_by_slot() -> None:
+    (first,) = evidence("finalize/biases_inside_weight")
+    assert first.stages == ("finalize",), "expert 2 is right where another slot has it"
+    assert first.sentence == (
+        "the routing weights used are others: 0.4 times the asked weight for expert 2 in slot 1 in each of the 4 "
+        "tokens solved; token 7 is 0.996 x expert 1 + 0.249 x expert 2, asked was 0.9961 x expert 1 + 0.6223 x "
+        "expert 2; GEMM1, activation and GEMM2 are right"
+    )
+
+
+def test_the_verdict_takes_its_numbers_where_they_are_determined() -> None:
+    failures = []
+    for case in ("cancelling_experts", "biases_cancel", "biases_inside_weight"):
+        call = GOLDENS.load(f"finalize/{case}").call()
+        failures.append(Failure(case, prepared(call), last_expert_last(call), forward(call)))
+    found = judge(failures, lambda: (), seconds=0.0).finding
+    assert "0.4 times the asked weight for expert 2 in slot 1" in found.sentence
+    assert found.stages == ("finalize",)
+
+
+def test_how_unsure_weights_are() -> None:
+    random = torch.Generator().manual_seed(1)
+    rows = torch.randn(3, 256, generator=random, dtype=torch.float64)
+    rows[2] = -rows[0] * 1.5
+    off = unsure_of(rows, torch.full((256,), 1e-6, dtype=torch.float64))
+    assert off[0] == off[2] == torch.inf
+    rows[1] = 0
+    assert bool(unsure_of(rows, torch.ones(256, dtype=torch.float64)).isinf().all())
+    assert bool(unsure_of(rows[:, :2], torch.ones(2, dtype=torch.float64)).isinf().all())
+    assert 1e-4 < float(off[1]) < 3e-4, "three standard deviations, 1e-3 / 16 each"
+
+
+def weights(token: int, *found: float, experts: tuple[int, ...] = (5, 3)) -> Weights:
+    return Weights(token, (0, 1), experts, (0.5, 0.25), found, (0.001, 0.001))
+
+
+def test_no_more_digits_than_are_determined() -> None:
+    words = "token 0 is 0.5 x expert 5 + 0.12 x expert 3, asked was 0.5 x expert 5 + 0.25 x expert 3"
+    assert str(replace(weights(0, 0.5, 0.1234), unsure=(0.001, 0.004))) == words
+    assert replace(weights(0, 0.5, 0.1234), unsure=(0.001, 0.04)).undetermined == (3,)
+    assert "about 0 x expert 3" in str(weights(0, 0.5, 0.0007))
+
+
+def test_what_all_ratios_share() -> None:
+    assert one_factor([weights(0, 0.5, 0.1), weights(1, 0.2, 0.25, experts=(3, 5))]) == (
+        "0.4 times the asked weight for expert 3 in each of the 2 tokens solved",
+        {3},
+    )
+    assert (
+        one_factor([weights(0, 0.5, 0.1)])[0]
+        == "0.4 times the asked weight for expert 3 in slot 1 of the token"
+    )
+    assert one_factor([weights(0, 0.5, 0.1), weights(1, 0.5, 0.25)])[0].endswith(
+        "in 1 of the 2 tokens solved"
+    )
+    for other in (weights(1, 0.5, 0.2), weights(1, 0.2, 0.25)):
+        assert one_factor([weights(0, 0.5, 0.1), other]) == ("", set()), "other factors, or experts and slots"
