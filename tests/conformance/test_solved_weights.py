@@ -34,7 +34,12 @@ def evidence(case: str) -> list[Evidence]:
 
 
 @pytest.mark.parametrize(
-    ("case", "experts"), [("cancelling_experts", "1, 0, 2, 3 (token 1)"), ("biases_cancel", "1, 3 (token 6)")]
+    ("case", "experts"),
+    [
+        ("cancelling_experts", "1, 0, 2, 3 (token 1)"),
+        ("biases_cancel", "1, 3 (token 6)"),
+        ("slot_order", "1, 2, 0, 3 (token 5)"),  # was told as groups of K that count 0.7 times
+    ],
 )
 def test_weights_of_opposite_rows_are_not_told(case: str, experts: str) -> None:
     first = evidence(f"finalize/{case}")[0]

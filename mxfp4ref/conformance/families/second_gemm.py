@@ -17,6 +17,7 @@ from mxfp4ref.conformance.families.distances import solvable
 from mxfp4ref.conformance.families.hypothesis import Pipeline
 from mxfp4ref.conformance.families.known_factors import factor_in_words
 from mxfp4ref.conformance.families.places import suspected_experts
+from mxfp4ref.conformance.families.solved_weights import unsure_of
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE, dequantize
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import trace
@@ -199,16 +200,19 @@ def _groups(call: MoeCall, systems: list[_System], of_expert: str) -> _Parts | N
         fits, solution = system.explained(by_group.flatten(1))
         if not fits:
             return None
-        factors.append(1 + solution.view(-1, groups))
-    mean = torch.cat(factors).median(0).values
-    off = ((torch.cat(factors) - 1).abs() > 0.1).float().mean(0) > 0.5
-    if not bool(off.any()):
+        unsure = unsure_of(by_group.flatten(1).T, system.noise.square()).view(-1, groups)
+        factors.append((1 + solution.view(-1, groups)).where(unsure < 0.05, torch.nan))
+    factor = torch.cat(factors)
+    mean = factor.nanmedian(0).values
+    off = ((factor - 1).abs() > 0.1).sum(0) > 0.5 * (~factor.isnan()).sum(0)
+    if not bool(off.any()):  # or not determined, as where experts cancel
         return None
-    if float(mean.max() - mean.min()) < 2.0**-5 * float(mean.abs().max()):
-        known = "" if of_expert else factor_in_words(float(mean.mean()), [call], unsure=_ROUNDING)
+    known_of = mean[~mean.isnan()]
+    if float(known_of.max() - known_of.min()) < 2.0**-5 * float(known_of.abs().max()):
+        known = "" if of_expert else factor_in_words(float(known_of.mean()), [call], unsure=_ROUNDING)
         return (
             ("fc2", "finalize"),
-            f"everything{of_expert} counts {float(mean.mean()):.4g} times, as far as bf16 shows: one factor on "
+            f"everything{of_expert} counts {float(known_of.mean()):.4g} times, as far as bf16 shows: one factor on "
             f"GEMM2's scales or result, on the routing weights, or in the sum{'; ' * bool(known)}{known}",
             2,
             None,
