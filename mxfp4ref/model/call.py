@@ -166,14 +166,18 @@ class MoeCall(Shown):
     @property
     def written(self) -> Tensor:
         """Which tokens get an output, `[M] bool`: all; with `enable_alltoall` those with an expert of this rank."""
-        if not self.enable_alltoall or self.ep_size == 1:
+        if not self._may_leave_rows:
             return torch.ones(self.num_tokens, dtype=torch.bool, device=self.input.device)
         local = self.token_selected_experts.to(torch.int64) - self.ep_rank * self.experts.num_experts
         return ((local >= 0) & (local < self.experts.num_experts)).any(1)
 
+    @property
+    def _may_leave_rows(self) -> bool:
+        return self.enable_alltoall and self.ep_size > 1
+
     def zeros_if_unwritten(self, output: Tensor) -> Tensor:
         """A kernel's output, `[M, H]`, with zeros in the rows that it does not write, as the forward has them."""
-        if not self.enable_alltoall or self.ep_size == 1:
+        if not self._may_leave_rows:
             return output
         return torch.where(self.written[:, None], output, torch.zeros_like(output))
 

@@ -207,12 +207,12 @@ def _groups(call: MoeCall, systems: list[_System], of_expert: str) -> _Parts | N
     off = ((factor - 1).abs() > 0.1).sum(0) > 0.5 * (~factor.isnan()).sum(0)
     if not bool(off.any()):  # or not determined, as where experts cancel
         return None
-    known_of = mean[~mean.isnan()]
-    if float(known_of.max() - known_of.min()) < 2.0**-5 * float(known_of.abs().max()):
-        known = "" if of_expert else factor_in_words(float(known_of.mean()), [call], unsure=_ROUNDING)
+    determined = mean[~mean.isnan()]
+    if float(determined.max() - determined.min()) < 2.0**-5 * float(determined.abs().max()):
+        known = "" if of_expert else factor_in_words(float(determined.mean()), [call], unsure=_ROUNDING)
         return (
             ("fc2", "finalize"),
-            f"everything{of_expert} counts {float(known_of.mean()):.4g} times, as far as bf16 shows: one factor on "
+            f"everything{of_expert} counts {float(determined.mean()):.4g} times, as far as bf16 shows: one factor on "
             f"GEMM2's scales or result, on the routing weights, or in the sum{'; ' * bool(known)}{known}",
             2,
             None,
