@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.adapters import Arguments, Kernel, KernelError, logical_arguments, sm90_arguments
+from mxfp4ref.conformance.adapters import (
+    Arguments,
+    Kernel,
+    KernelError,
+    Skip,
+    logical_arguments,
+    sm90_arguments,
+    takes,
+)
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.formats import humming
 from mxfp4ref.formats.generations import Generation, generation_of
@@ -25,7 +33,8 @@ def flashinfer_kernel(device: str = "cuda") -> Kernel:
     """`cutlass_fused_moe` of the installed flashinfer, with the tactics that a call names where it can be told.
 
     Weights and scales are brought into the kernel's layouts by flashinfer's own helpers, whose bytes have to be those
-    of `mxfp4ref.formats.layout`; where they are not, preparing the arguments raises ValueError.
+    of `mxfp4ref.formats.layout`; where they are not, preparing the arguments raises ValueError. Calls
+    with an argument that the release does not have yet are skipped.
 
     Raises:
         KernelError: no flashinfer, one without this kernel or of an unknown release, or no GPU.
@@ -49,6 +58,8 @@ def flashinfer_kernel(device: str = "cuda") -> Kernel:
         keywords["enable_pdl"] = False
         if generation.forces_tactics:
             keywords["profile_ids"] = call.kernel.profile_ids
+        if unknown := [name for name in keywords if not takes(function, name)]:
+            raise Skip(f"this flashinfer has no {' and no '.join(unknown)}")
         return positional, keywords
 
     return Kernel(
