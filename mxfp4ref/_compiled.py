@@ -7,9 +7,12 @@ faults, and caches grow stale. Where numba is missing or the trial fails, the tr
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
+import math
 import os
+import re
 import sys
 import threading
 import warnings
@@ -39,7 +42,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
-def compiled(*signatures: str) -> Callable[[_F], _F]:
+def compiled(*signatures: str, shapes: str = "") -> Callable[[_F], _F]:
     """Compile a loop for these signatures at once, or, without any, as a part of the loops that call it.
 
     A product and a sum may become one fused operation, so any product that is added to something has to be exact.
@@ -48,6 +51,8 @@ def compiled(*signatures: str) -> Callable[[_F], _F]:
 
     Args:
         signatures: types in numba's notation.
+        shapes: of the arrays, "x[M, K] weights[N, K] packed[N, 4*G]". Each call is held against them: inside of a
+            loop no index is checked, and arrays that do not fit together would be read or written past their ends.
     """
     numba: Any = importlib.import_module("numba")
     if numba.config.DISABLE_JIT:
@@ -60,14 +65,43 @@ def compiled(*signatures: str) -> Callable[[_F], _F]:
         parts = sorted(Path(inspect.getfile(function)).parent.glob("*_loops.py"))
         function.__qualname__ += f"_{zlib.crc32(b''.join(map(Path.read_bytes, parts))):08x}"
         try:
-            return numba.njit(list(signatures), cache=True, **options)(function)
+            loop = numba.njit(list(signatures), cache=True, **options)(function)
         except (RuntimeError, OSError):  # no folder for a cache that can be written to, or a full disk
-            return numba.njit(list(signatures), **options)(function)
+            loop = numba.njit(list(signatures), **options)(function)
         except Exception:  # a damaged file in the cache, which is begun anew
             numba.njit(cache=True, **options)(function)._cache.flush()
-            return numba.njit(list(signatures), cache=True, **options)(function)
+            loop = numba.njit(list(signatures), cache=True, **options)(function)
+        return _held_to(shapes, loop)
 
     return compile_
+
+
+def _held_to(shapes: str, loop: Any) -> Any:
+    """The loop, of which each call first has its arrays' shapes compared."""
+    names = list(inspect.signature(loop.py_func).parameters)
+    expected = [
+        (names.index(name), name, [size.split("*") for size in sizes.split(", ")])
+        for name, sizes in re.findall(r"(\w+)\[(.*?)\]", shapes)
+    ]
+
+    @functools.wraps(loop)
+    def checked(*arguments: Any) -> Any:
+        known: dict[str, int] = {}
+        for place, name, sizes in expected:
+            shape = arguments[place].shape
+            for factors, size in zip(sizes, shape, strict=True):
+                if len(factors) == 1 and not factors[0].isdigit():
+                    wanted = known.setdefault(factors[0], size)
+                else:
+                    wanted = math.prod(known[f] if f in known else int(f) for f in factors)
+                if wanted != size:
+                    of = ", ".join("*".join(factors) for factors in sizes)
+                    agreed = ", ".join(f"{letter} = {value}" for letter, value in known.items())
+                    message = f"expected {name} [{of}] where {agreed}, got {list(shape)}"
+                    raise ValueError(f"{loop.__name__}: {message}")
+        return loop(*arguments)
+
+    return checked
 
 
 def loops(name: str, trial: Callable[[Any], None], consequence: str) -> Any:

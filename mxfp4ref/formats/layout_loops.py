@@ -103,7 +103,7 @@ def store(words, rows, r):
                 rows[r + 8 * half, g, i] = words[half, i, g]
 
 
-@compiled("void(uint32[:,:,::1], uint32[:,:,::1], boolean)")
+@compiled("void(uint32[:,:,::1], uint32[:,:,::1], boolean)", shapes="logical[R, C, 4] stored[R, C, 4]")
 def interleave(logical, stored, wordwise):
     """`[R, K/32, 4]` words of eight codes; R is a multiple of 16."""
     rows, words = np.empty((2, 4, logical.shape[1]), u32), np.empty((2, 4, logical.shape[1]), u32)
@@ -121,7 +121,7 @@ def interleave(logical, stored, wordwise):
             store(words, stored, r)
 
 
-@compiled("void(uint32[:,:,::1], uint32[:,:,::1], boolean)")
+@compiled("void(uint32[:,:,::1], uint32[:,:,::1], boolean)", shapes="logical[R, C, 4] stored[R, C, 4]")
 def deinterleave(stored, logical, wordwise):
     """The inverse of `interleave`."""
     rows, words = np.empty((2, 4, stored.shape[1]), u32), np.empty((2, 4, stored.shape[1]), u32)

@@ -16,6 +16,7 @@ i32, i64, u8 = np.int32, np.int64, np.uint8
 @compiled(
     "void(uint8[:,::1], uint8[::1], int32[:,::1], int32[:,::1])",
     "void(uint8[:,::1], uint8[::1], int64[:,::1], int64[:,::1])",
+    shapes="packed[G, 16] scales[G] pairs[256, 256] out[G, 16]",
 )
 def dequantize(packed, scales, pairs, out):
     """Pairs of values.
@@ -35,6 +36,7 @@ def dequantize(packed, scales, pairs, out):
 @compiled(
     "void(int16[:,::1], int64, int32[::1], int32[:,::1], uint8[:,::1], uint8[::1])",
     "void(int32[:,::1], int64, int32[::1], int32[:,::1], uint8[:,::1], uint8[::1])",
+    shapes="values[G, 32] scale_steps[255] code_steps[256, 7] packed[G, 16] scales[G]",
 )
 def quantize(values, shift, scale_steps, code_steps, packed, scales):
     """Scales and codes.

@@ -191,6 +191,10 @@ def _forward(
             for some in spans(max(len(x), 1), at_once)
         ]
     )
+    if activation.shape != (len(x), depth := experts.gemm_shapes[1][1]):
+        raise ValueError(
+            f"stages.activate: expected [{len(x)}, {depth}], which GEMM2 takes, got {list(activation.shape)}"
+        )
     fc2_accumulators, fc2_output = _gemm(call, 1, activation, rows, stages.fc2_gemm, stages.round_fc2, keep)
     by_slot = fc2_output.new_zeros(*local.shape, experts.hidden_size)
     by_slot.view(-1, experts.hidden_size).index_copy_(0, rows.token * call.top_k + rows.slot, fc2_output)

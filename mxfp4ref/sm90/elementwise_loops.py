@@ -136,7 +136,7 @@ def sigmoid(z, ex2_rows, ex2_squares, rcp_rows, rcp_squares):
     return number_of(rcp(bits_of(rounded(1.0 + power)), rcp_rows, rcp_squares))
 
 
-@compiled("void(int64[:,::1], uint16[::1], int64[:,::1], uint16[::1], int32[::1])")
+@compiled("void(int64[:,::1], uint16[::1], int64[:,::1], uint16[::1], int32[::1])", shapes="out[65536]")
 def sigmoids(ex2_rows, ex2_squares, rcp_rows, rcp_squares, out):
     """The sigmoid's float32 bits for every bf16 number: `[65536]`, by the number's bits."""
     for bits in range(len(out)):
@@ -193,7 +193,8 @@ def reciprocal(x, rcp_rows, rcp_squares):
 
 @compiled(
     "void(int64, int16[:,::1], int16[:,::1], int32[:,::1], int32[::1], "
-    "int64[:,::1], uint16[::1], int64[:,::1], uint16[::1], int32[:,::1])"
+    "int64[:,::1], uint16[::1], int64[:,::1], uint16[::1], int32[:,::1])",
+    shapes="fc1_output[R, W] bias[B, W] parameters[P, R] out[R, I]",
 )
 def activate(
     activation, fc1_output, bias, parameters, of_bf16, ex2_rows, ex2_squares, rcp_rows, rcp_squares, out
@@ -261,7 +262,10 @@ def activate(
             out[row, i] = bits_of(rounded(weighted * up))
 
 
-@compiled("void(int16[:,:,::1], int64[:,::1], int32[:,::1], int16[:,::1], int32[:,::1])")
+@compiled(
+    "void(int16[:,:,::1], int64[:,::1], int32[:,::1], int16[:,::1], int32[:,::1])",
+    shapes="fc2_output[M, k, H] local[M, k] scales[M, k] bias[E, H] out[M, H]",
+)
 def finalize(fc2_output, local, scales, bias, out):
     """The weighted sum's float32 bits.
 
@@ -289,7 +293,7 @@ def finalize(fc2_output, local, scales, bias, out):
             out[token, h] = bits_of(acc[h])
 
 
-@compiled("void(int32[::1], int16[::1])")
+@compiled("void(int32[::1], int16[::1])", shapes="bits[N] out[N]")
 def to_bf16(bits, out):
     """cvt.rn.bf16.f32: subnormals are kept, NaN becomes 0x7FFF."""
     for i in range(len(out)):

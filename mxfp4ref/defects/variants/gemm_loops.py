@@ -24,7 +24,10 @@ def power_of_two(x):
     return 0.0 if x == 0 else max(i64(f64(x).view(i64) & EXPONENT).view(f64), SMALLEST)
 
 
-@compiled("void(float64[:,:,::1], float64[:,:,::1], int64, int64, boolean, float64[:,:,::1])")
+@compiled(
+    "void(float64[:,:,::1], float64[:,:,::1], int64, int64, boolean, float64[:,:,::1])",
+    shapes="x[B, M, K] weights[B, N, K] out[B, M, N]",
+)
 def tensor_core_sum(x, weights, step_size, fraction_bits, toward_zero, out):
     """`x @ weights^T` by steps along K.
 

@@ -224,7 +224,9 @@ def find_careful_rows(facts, scales, careful):
 
 @compiled(
     "void(uint16[:,:,::1], int32[:,:,::1], int32[:,::1], uint8[::1], int64[::1], int64[::1], int64[:,::1], "
-    "boolean[::1], int32[:,:])"
+    "boolean[::1], int32[:,:])",
+    shapes="x_bits[G, M, 32] facts[G, M, 4] packed[N, 4*G] scale_bytes[N*G] orders[2] columns[2] steps[S, 2] "
+    "swapped[M] out[M, N]",
 )
 def gemm(x_bits, facts, packed, scale_bytes, orders, columns, steps, swapped, out):
     """The accumulators' bits for all rows of one expert and some of its columns.

@@ -29,7 +29,8 @@ def power_of_two(exponent):
 
 @compiled(
     "void(uint8[:,::1], uint8[:,::1], uint8[:,::1], "
-    "uint8[:,::1], float32[::1], int16[::1], int64[::1], float32[:,::1])"
+    "uint8[:,::1], float32[::1], int16[::1], int64[::1], float32[:,::1])",
+    shapes="offsets[N, G] x[M, 32*G] packed[N, 16*G] table[256, 16] values[256] exponents[256] columns[2] out[M, N]",
 )
 def gemm(x, packed, offsets, table, values, exponents, columns, out):
     """Finite sums of products.

@@ -41,7 +41,7 @@ DIGITS = 24  # of float32
 NO_EXPONENT = -1000  # of a zero in WIDE
 
 
-@compiled("void(uint16[:,:,::1], int32[:,:,::1])")
+@compiled("void(uint16[:,:,::1], int32[:,:,::1])", shapes="x[G, M, 32] facts[G, M, 4]")
 def classify(x, facts):
     """The way of each row's group; whatever the weights, |t| < 2^bound and t is a multiple of 2^unit (not of WIDE).
 
