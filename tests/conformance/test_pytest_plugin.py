@@ -27,7 +27,7 @@ ARGUMENTS = (
 
 @pytest.fixture(autouse=True)
 def _ini(pytester: pytest.Pytester) -> None:
-    pytester.makeini("[pytest]\nfilterwarnings = error\n")
+    pytester.makeini("[pytest]\nfilterwarnings = error\naddopts = -p no:benchmark\n")
 
 
 def test_collects_a_test_for_each_case(pytester: pytest.Pytester) -> None:

@@ -106,6 +106,7 @@ def doctor(as_json: bool, root: Path | None) -> None:
     facts: dict[str, str] = {"mxfp4ref": f"{__version__} in {Path(__file__).parents[2]}"}
     facts |= {"python": platform.python_version(), "machine": platform.platform()}
     facts |= {name: version for name in _PACKAGES if (version := _version(name))}
+    facts["torch"] = torch.__version__  # says which build it is, as "+cu130"
     facts["CPU"] = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     facts |= _gpus()
     facts |= {name: value for name, value in sorted(os.environ.items()) if name.startswith("MXFP4REF")}
