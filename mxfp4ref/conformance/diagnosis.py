@@ -34,6 +34,7 @@ from mxfp4ref.model.forward import MoeTrace, trace
 from mxfp4ref.sm90 import fp32
 
 __all__ = [
+    "REAL_SECONDS",
     "SECONDS",
     "ULP_BINS",
     "Diagnosis",
@@ -50,7 +51,7 @@ __all__ = [
 # Of the processor: for hypotheses, and on a layer of real size for the named defects and hypotheses together.
 SECONDS = {"quick": 0.7, "full": 50.0}
 _QUICK_ELEMENTS = 1 << 18  # of an output: solving for what is in a larger one takes minutes
-_REAL_SECONDS = {"quick": 4.0, "full": 60.0}
+REAL_SECONDS = {"quick": 4.0, "full": 60.0}
 ULP_BINS = (1, 2, 4, 16, 256, FAR - 1, FAR)  # the largest distance of each; the last is that with a NaN
 
 
@@ -270,7 +271,7 @@ def _investigated(
     seconds, clock = how.seconds, clock_of(call)
     if is_heavy(call):  # each is confirmed on more tokens than the families are
         first_names = tuple(s for s in how.suspects if isinstance(s, str))
-        limit, start = _REAL_SECONDS[how.diagnosis], clock()
+        limit, start = REAL_SECONDS[how.diagnosis], clock()
         verdict = try_defects(call, got, want, first=first_names, seconds=limit, progress=how.progress)
         seconds = min(seconds, limit - (clock() - start))
         if any(p.exact for p in verdict.predictions):
