@@ -16,15 +16,14 @@ from mxfp4ref._validate import check_choice
 from mxfp4ref.conformance.attribution import Attribution, attribution
 from mxfp4ref.conformance.comparison import FAR, Difference, differing, first_difference, ulp_distance
 from mxfp4ref.conformance.families.engine import investigate, prepared
-from mxfp4ref.conformance.families.evidence import Evidence
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN, Finding, Hypothesis
 from mxfp4ref.conformance.families.named import named_hypotheses, stages_of
 from mxfp4ref.conformance.families.probe import probed
-from mxfp4ref.conformance.finding import counted
-from mxfp4ref.conformance.patterns import patterns
+from mxfp4ref.conformance.finding import Evidence, counted
+from mxfp4ref.conformance.patterns import Pattern, patterns
 from mxfp4ref.conformance.reach import reached
 from mxfp4ref.conformance.reduction import clock_of, is_heavy, local_experts, one_token
-from mxfp4ref.conformance.stage_fit import numbers, reconcile, stage_of_exposed
+from mxfp4ref.conformance.stage_fit import Reach, Reconciled, numbers, reconcile, stage_of_exposed
 from mxfp4ref.conformance.stage_words import finding_of_stage
 from mxfp4ref.conformance.suspects import Prediction, Progress, closest, predict, try_defects
 from mxfp4ref.defects import DEFECTS
@@ -53,8 +52,6 @@ SECONDS = {"quick": 0.7, "full": 50.0}
 _QUICK_ELEMENTS = 1 << 18  # of an output: solving for what is in a larger one takes minutes
 REAL_SECONDS = {"quick": 4.0, "full": 60.0}
 ULP_BINS = (1, 2, 4, 16, 256, FAR - 1, FAR)  # the largest distance of each; the last is that with a NaN
-
-
 Known = tuple[tuple[Prediction, ...], Finding, tuple[str, ...]]  # named defects, finding, remarks
 
 
@@ -68,6 +65,7 @@ class Diagnosis(Shown):
         feeds: the inputs that feed it, in words.
         patterns: what the places that differ have in common, in words.
         stage: the stage up to which the output can be reconciled with the trace, in words.
+        reach: what that says, as of `stage_fit.Reconciled`; "" where the finding says more.
         predictions: the defects that predict the output exactly, or else up to three that come closest, with more of
             the wrong bits than chance gives (`suspects.NOISE`).
         ulps: elements by distance: (up to this many ulps, how many); the last with NaN.
@@ -75,6 +73,7 @@ class Diagnosis(Shown):
         finding: what is wrong, in words, and in which stage, as far as it is known.
         attribution: which share of the elements differs by expert, by rows, by columns, the most telling first.
         experts: of a kernel call, the ids of the experts that each token has on this rank, `[M, k]`, else -1.
+        places: the patterns that say where it differs, as other cases may, without how many places there are in all.
     """
 
     output: str
@@ -88,6 +87,8 @@ class Diagnosis(Shown):
     finding: Finding = UNKNOWN
     attribution: tuple[Attribution, ...] = ()
     experts: Tensor | None = None
+    reach: Reach = ""
+    places: tuple[str, ...] = ()
 
     @property
     def mask(self) -> Tensor:
@@ -155,7 +156,7 @@ class Located:
         first = first_difference(self.got, self.want)
         assert first is not None
         feeds: tuple[str, ...] = ()
-        found: tuple[str, ...] = ()
+        found: tuple[Pattern, ...] = ()
         table: tuple[Attribution, ...] = ()
         experts = None
         if isinstance(inputs, MoeCall):
@@ -168,12 +169,13 @@ class Located:
             local = local_experts(inputs)
             experts = torch.where(local < 0, -1, local + inputs.ep_rank * inputs.experts.num_experts).cpu()
         elif kind == "layout":
-            found = (_layout_pattern(self.got, self.want, mask),)
+            found = (Pattern(_layout_pattern(self.got, self.want, mask)),)
         bins = ulp_bins(self.got, self.want, mask)
         counts = torch.bincount(bins.flatten().to(torch.int64), minlength=len(ULP_BINS) + 1).tolist()
         ulps = tuple(zip(ULP_BINS, counts[1:], strict=True))
+        said, places = tuple(p.words for p in found), tuple(p.place for p in found if p.place)
         self._plain = Diagnosis(
-            name, first, feeds, found, "", (), ulps, bins, attribution=table, experts=experts
+            name, first, feeds, said, "", (), ulps, bins, attribution=table, experts=experts, places=places
         )
 
     @property
@@ -201,9 +203,7 @@ class Located:
         if not self.inputs.experts.tactics_show:  # no MXFP4 weights, of which all hypotheses are
             return (), Finding(), ()
         exposed = stage_of_exposed(self.inputs, self.outputs)
-        seen = (
-            Evidence(exposed, reconcile(self.inputs, self.outputs, self._plain.mask), 3) if exposed else None
-        )
+        seen = Evidence(exposed, self._reconciled().words, 3) if exposed else None
         seconds = SECONDS[diagnosis] if seconds is None else seconds
         return _investigated(
             self.inputs, self.got, self.want, _Search(suspects, diagnosis, seconds, progress, seen)
@@ -214,15 +214,20 @@ class Located:
         predictions, finding, remarks = known
         said = self._plain.patterns + remarks
         found = replace(self._plain, predictions=predictions, finding=finding, patterns=said)
-        return (
-            replace(found, stage=self._stage(finding, brief)) if isinstance(self.inputs, MoeCall) else found
-        )
+        if not isinstance(self.inputs, MoeCall):
+            return found
+        stage = self._stage(finding, brief)
+        return replace(found, stage=stage.words, reach=stage.reach)
 
-    def _stage(self, finding: Finding, brief: bool) -> str:
+    def _stage(self, finding: Finding, brief: bool) -> Reconciled:
         if finding.exact:
-            return f"{' or '.join(finding.stages)}: every wrong bit is predicted" if finding.stages else ""
+            stages = " or ".join(finding.stages)
+            return Reconciled(f"{stages}: every wrong bit is predicted" if stages else "")
         if finding.sentence or brief:
-            return finding.sentence
+            return Reconciled(finding.sentence)
+        return self._reconciled()
+
+    def _reconciled(self) -> Reconciled:
         return reconcile(self.inputs, self.outputs, self._plain.mask)
 
 
@@ -240,7 +245,8 @@ def _named_finding(predictions: tuple[Prediction, ...]) -> Finding:
         return Finding()
     defect = DEFECTS[exact[0]]
     others = f" (not told apart here from {', '.join(exact[1:4])})" if exact[1:] else ""
-    return Finding(stages_of(defect), f"{defect.name}: {defect.summary}{others}", True)
+    hypotheses = tuple(f"{name}: {DEFECTS[name].summary}" for name in exact)
+    return Finding(stages_of(defect), hypotheses[0] + others, True, hypotheses=hypotheses)
 
 
 def _is_large(inputs: Any, got: Tensor) -> bool:
