@@ -11,7 +11,7 @@ from torch import Tensor
 from mxfp4ref.conformance.families.distances import last_place, solvable
 from mxfp4ref.conformance.families.hypothesis import Pipeline, slot_outputs
 from mxfp4ref.conformance.families.known_factors import factor_in_words
-from mxfp4ref.conformance.families.solved_weights import Weights, one_factor, unsure_of
+from mxfp4ref.conformance.families.solved_weights import Weights, in_common, unsure_of
 from mxfp4ref.conformance.finding import OTHER_EXPERTS, Evidence
 from mxfp4ref.conformance.reduction import by_every_expert
 from mxfp4ref.sm90 import fp32
@@ -114,7 +114,7 @@ def other_sums(
             details = f"{listed}{', ...' * (len(twice) > 4)}; {right}"
             yield Evidence.of_kind(("slots", "finalize"), "some slots' terms are added twice", details, 3)
             return
-        factor, experts = one_factor(told)
+        factor, experts = in_common(told)
         used = torch.isin(local, torch.tensor(sorted(experts), device=local.device) - first).any(1)
         scaled = experts and not bool((used & ~wrong.any(1)).any())  # whatever the slot, and in every token
         after = (
