@@ -192,14 +192,16 @@ class Located:
         progress: Progress | None = None,
     ) -> Known:
         """Look for what is wrong, as `diagnose` does; `seconds` is for hypotheses, if it is not what is usual."""
-        if not isinstance(self.inputs, MoeCall):
-            predictions = _named(self.kind, self.inputs, self.outputs, self.expected)
-            in_words = finding_of_stage(self.kind, self.inputs, self.outputs, self.expected)
-            named = _named_finding(predictions)
-            return predictions, named if named.exact or in_words is None else in_words, ()
-        if isinstance(self.inputs.experts, HummingExperts):
-            predictions = _named("w4a8", self.inputs, self.outputs, self.expected)
-            return predictions, _named_finding(predictions), ()
+        prepared_for_fp8 = isinstance(self.inputs, MoeCall) and isinstance(
+            self.inputs.experts, HummingExperts
+        )
+        if not isinstance(self.inputs, MoeCall) or prepared_for_fp8:
+            kind = "w4a8" if prepared_for_fp8 else self.kind
+            predictions = _named(kind, self.inputs, self.outputs, self.expected)
+            if (named := _named_finding(predictions)).exact:
+                return predictions, named, ()
+            in_words = finding_of_stage(kind, self.inputs, self.outputs, self.expected)
+            return predictions, in_words or named, ()
         if not self.inputs.experts.tactics_show:  # no MXFP4 weights, of which all hypotheses are
             return (), Finding(), ()
         exposed = stage_of_exposed(self.inputs, self.outputs)
@@ -264,12 +266,7 @@ class _Search:
     known: Evidence | None
 
 
-def _investigated(
-    call: MoeCall,
-    got: Tensor,
-    want: Tensor,
-    how: _Search,
-) -> Known:
+def _investigated(call: MoeCall, got: Tensor, want: Tensor, how: _Search) -> Known:
     """The named defects that predict it, the finding, and remarks."""
     part = probed(call, got, want)
     if part is None:
