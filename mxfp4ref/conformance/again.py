@@ -13,6 +13,7 @@ from mxfp4ref.goldens import GoldenError, Goldens, find_root
 
 __all__ = ["case_command", "command", "conform_arguments", "selection_arguments", "whole_command"]
 
+_LIMITS = ("--maxfail", "--max-calls")
 _TIMEOUT = 600  # seconds, the command's default
 
 
@@ -64,7 +65,8 @@ def command(report: Report, result: CaseResult | None = None) -> str:
     """The line that runs all, for a shell and "" of a kernel that is no name, or one case again."""
     if result is not None:
         return case_command(report.kernel, report.arguments, result)
-    return report.line or (_shell(*report.arguments, *report.selection) if report.arguments else "")
+    given = (report.command, *report.arguments, *report.selection)
+    return report.line or (_shell(*given) if report.arguments else "")
 
 
 def whole_command(report: Report) -> str:
@@ -72,8 +74,8 @@ def whole_command(report: Report) -> str:
     if report.line:
         return report.line
     options = zip(report.selection[::2], report.selection[1::2], strict=True)
-    kept = [word for option in options if option[0] != "--maxfail" for word in option]
-    return _shell(*report.arguments, *kept) if report.arguments else ""
+    kept = [word for option in options if option[0] not in _LIMITS for word in option]
+    return _shell(report.command, *report.arguments, *kept) if report.arguments else ""
 
 
 def case_command(kernel: str, arguments: tuple[str, ...], result: CaseResult) -> str:
@@ -87,11 +89,11 @@ def case_command(kernel: str, arguments: tuple[str, ...], result: CaseResult) ->
         return ""
     if not arguments:
         return f"run({kernel}, [open_goldens().load({result.case!r})])"
-    return _shell(*arguments, "--case", result.case, "--dump", "reproducers")
+    return _shell("conform", *arguments, "--case", result.case, "--dump", "reproducers")
 
 
 def _shell(*arguments: str) -> str:
-    return " ".join(map(_quoted, ("mxfp4ref", "conform", *arguments)))
+    return " ".join(map(_quoted, ("mxfp4ref", *arguments)))
 
 
 def _quoted(word: str) -> str:

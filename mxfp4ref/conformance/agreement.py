@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 
 from mxfp4ref.conformance.diagnosis import Diagnosis
-from mxfp4ref.conformance.finding import ALTERNATIVES, NOTE, Finding, counted
+from mxfp4ref.conformance.finding import Finding, counted, in_words
 
 __all__ = ["agreed"]
 
 _MOST_TOLD = 3  # different sentences
 _BEFORE_FINALIZE = {"input", "fc1", "activation", "fc2"}
-_STAGE_LINES = {  # how a stage line begins, and what that says
+_REACHES = {
     "before finalize": "it lies before finalize",
     "rounding": "every element lies within the interval of all correct evaluations",
 }
@@ -34,24 +33,30 @@ def agreed(diagnoses: Sequence[Diagnosis]) -> Finding:
 def _predicted(findings: list[Finding]) -> Finding | None:
     """The sentence that predicts every bit of most cases: of at least half, or where each has one that does."""
     exact = [f for f in findings if f.exact and f.sentence]
-    counts = Counter(words for f in exact for words in _alternatives(f))
-    heads = dict.fromkeys(_alternatives(f)[0] for f in exact)
+    counts = Counter(words for f in exact for words in _hypotheses(f))
+    heads = dict.fromkeys(_hypotheses(f)[0] for f in exact)
     if not heads:
         return None
     words = max(heads, key=lambda head: counts[head])
     count, total = counts[words], len(findings)
     if 2 * count < total and len(exact) < total:
         return None
-    agreeing = [f for f in exact if words in _alternatives(f)]
-    others = [w for w in _alternatives(agreeing[0]) if all(w in _alternatives(f) for f in agreeing)]
-    others.remove(words)
-    sentence = words + (ALTERNATIVES + "; ".join(others) if others else "")
+    agreeing = [f for f in exact if words in _hypotheses(f)]
+    shared = [w for w in _hypotheses(agreeing[0]) if all(w in _hypotheses(f) for f in agreeing)]
+    shared.remove(words)
+    hypotheses = (words, *shared)
+    sentence = in_words(hypotheses)
     if len({f.sentence for f in agreeing}) == 1:
         sentence = agreeing[0].sentence
     cases = None if count == total else (count, total)
-    if cases and len(exact) == total:
-        return Finding(_shared(findings), sentence, True, cases)
-    return Finding(_shared(agreeing), sentence, count == total, cases)
+    different = cases is not None and len(exact) == total
+    return Finding(
+        _shared(findings if different else agreeing),
+        sentence,
+        different or count == total,
+        cases,
+        hypotheses=hypotheses,
+    )
 
 
 def _evident(findings: list[Finding]) -> Finding | None:
@@ -62,41 +67,38 @@ def _evident(findings: list[Finding]) -> Finding | None:
         return None
     words, count = told[0]
     if count == total:
-        return Finding(_shared(findings), words)
+        return Finding(_shared(findings), words, hedged=any(f.hedged for f in findings))
     if 2 * count >= total and count > 1:
         same = [f for f in findings if f.sentence == words]
-        return Finding(_shared(same), f"in {count} of {total} failing cases {words}")
+        hedged = any(f.hedged for f in same)
+        return Finding(_shared(same), f"in {count} of {total} failing cases {words}", hedged=hedged)
     stages = _shared(findings)
     if stages and len(told) <= _MOST_TOLD:
-        return Finding(
-            stages, "; ".join(f"in {count} of {total} failing cases {words}" for words, count in told)
-        )
+        sentence = "; ".join(f"in {count} of {total} failing cases {words}" for words, count in told)
+        return Finding(stages, sentence, hedged=any(f.hedged for f in findings))
     return _of_one_kind(findings)
 
 
 def _of_one_kind(findings: list[Finding]) -> Finding | None:
     """What most of the cases say in kind, each with numbers of its own; with those of the first as an example."""
-    kinds = Counter(_kind(f.sentence) for f in findings if f.sentence)
+    kinds = Counter(_kind(f) for f in findings if f.sentence)
     kind, count = kinds.most_common(1)[0]
-    same = [f for f in findings if _kind(f.sentence) == kind]
+    same = [f for f in findings if f.sentence and _kind(f) == kind]
     if 2 * count <= len(findings) or not _shared(same):
         return None
     of = f"in {count} of {counted(len(findings), 'failing case')} {kind}"
     example = same[0].sentence.removeprefix(kind).lstrip(": ")
-    return Finding(_shared(same), f"{of}{'; in the first of them: ' * bool(example)}{example}")
+    sentence = f"{of}{'; in the first of them: ' * bool(example)}{example}"
+    return Finding(_shared(same), sentence, hedged=any(f.hedged for f in same))
 
 
-def _kind(sentence: str) -> str:
-    """What a sentence says, before the numbers of its own case."""
-    if re.match(r"slots\b[^:]* are computed by (other|the (next|previous)) expert", sentence):
-        return "slots are computed by other experts"
-    return re.sub(r" \([^)]*\)", "", sentence.partition(": ")[0])
+def _kind(finding: Finding) -> str:
+    return finding.kind or finding.sentence
 
 
-def _alternatives(finding: Finding) -> list[str]:
-    """The hypothesis of a sentence, and those that it is not told apart from."""
-    head, _, tail = finding.sentence.partition(NOTE)[0].partition(ALTERNATIVES)
-    return [head, *filter(None, re.sub(r" and \d+ more$", "", tail).split("; "))]
+def _hypotheses(finding: Finding) -> tuple[str, ...]:
+    """Those that predict all; a sentence alone is one."""
+    return finding.hypotheses or (finding.sentence,)
 
 
 def _shared(findings: Sequence[Finding]) -> tuple[str, ...]:
@@ -115,22 +117,16 @@ def _common(diagnoses: Sequence[Diagnosis]) -> str:
     return ""
 
 
-def _stages(diagnosis: Diagnosis) -> list[str]:
+def _stages(diagnosis: Diagnosis) -> Sequence[str]:
     return [diagnosis.finding.where] if diagnosis.finding.stages else []
 
 
-def _before_finalize(diagnosis: Diagnosis) -> list[str]:
+def _before_finalize(diagnosis: Diagnosis) -> Sequence[str]:
     stages = set(diagnosis.finding.stages)
     if stages and stages <= _BEFORE_FINALIZE and not diagnosis.finding.hedged:
-        return [_STAGE_LINES["before finalize"]]
-    line = diagnosis.stage.partition(":")[0]
-    return [_STAGE_LINES[line]] if not stages and line in _STAGE_LINES else []
+        return [_REACHES["before finalize"]]
+    return [_REACHES[diagnosis.reach]] if not stages and diagnosis.reach else []
 
 
-def _places(diagnosis: Diagnosis) -> list[str]:
-    """Its patterns, without how many there are in all."""
-    return [
-        re.sub(r" of \d+ differs?$", " differ", p)
-        for p in diagnosis.patterns
-        if p.startswith(("only", "exactly"))
-    ]
+def _places(diagnosis: Diagnosis) -> Sequence[str]:
+    return diagnosis.places

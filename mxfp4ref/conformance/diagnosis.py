@@ -16,15 +16,14 @@ from mxfp4ref._validate import check_choice
 from mxfp4ref.conformance.attribution import Attribution, attribution
 from mxfp4ref.conformance.comparison import FAR, Difference, differing, first_difference, ulp_distance
 from mxfp4ref.conformance.families.engine import investigate, prepared
-from mxfp4ref.conformance.families.evidence import Evidence
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN, Finding, Hypothesis
 from mxfp4ref.conformance.families.named import named_hypotheses, stages_of
 from mxfp4ref.conformance.families.probe import probed
-from mxfp4ref.conformance.finding import counted
-from mxfp4ref.conformance.patterns import patterns
+from mxfp4ref.conformance.finding import Evidence, counted
+from mxfp4ref.conformance.patterns import Pattern, patterns
 from mxfp4ref.conformance.reach import reached
 from mxfp4ref.conformance.reduction import clock_of, is_heavy, local_experts, one_token
-from mxfp4ref.conformance.stage_fit import numbers, reconcile, stage_of_exposed
+from mxfp4ref.conformance.stage_fit import Reach, Reconciled, numbers, reconcile, stage_of_exposed
 from mxfp4ref.conformance.stage_words import finding_of_stage
 from mxfp4ref.conformance.suspects import Prediction, Progress, closest, predict, try_defects
 from mxfp4ref.defects import DEFECTS
@@ -34,6 +33,7 @@ from mxfp4ref.model.forward import MoeTrace, trace
 from mxfp4ref.sm90 import fp32
 
 __all__ = [
+    "REAL_SECONDS",
     "SECONDS",
     "ULP_BINS",
     "Diagnosis",
@@ -50,10 +50,8 @@ __all__ = [
 # Of the processor: for hypotheses, and on a layer of real size for the named defects and hypotheses together.
 SECONDS = {"quick": 0.7, "full": 50.0}
 _QUICK_ELEMENTS = 1 << 18  # of an output: solving for what is in a larger one takes minutes
-_REAL_SECONDS = {"quick": 4.0, "full": 60.0}
+REAL_SECONDS = {"quick": 4.0, "full": 60.0}
 ULP_BINS = (1, 2, 4, 16, 256, FAR - 1, FAR)  # the largest distance of each; the last is that with a NaN
-
-
 Known = tuple[tuple[Prediction, ...], Finding, tuple[str, ...]]  # named defects, finding, remarks
 
 
@@ -67,6 +65,7 @@ class Diagnosis(Shown):
         feeds: the inputs that feed it, in words.
         patterns: what the places that differ have in common, in words.
         stage: the stage up to which the output can be reconciled with the trace, in words.
+        reach: what that says, as of `stage_fit.Reconciled`; "" where the finding says more.
         predictions: the defects that predict the output exactly, or else up to three that come closest, with more of
             the wrong bits than chance gives (`suspects.NOISE`).
         ulps: elements by distance: (up to this many ulps, how many); the last with NaN.
@@ -74,6 +73,7 @@ class Diagnosis(Shown):
         finding: what is wrong, in words, and in which stage, as far as it is known.
         attribution: which share of the elements differs by expert, by rows, by columns, the most telling first.
         experts: of a kernel call, the ids of the experts that each token has on this rank, `[M, k]`, else -1.
+        places: the patterns that say where it differs, as other cases may, without how many places there are in all.
     """
 
     output: str
@@ -87,6 +87,8 @@ class Diagnosis(Shown):
     finding: Finding = UNKNOWN
     attribution: tuple[Attribution, ...] = ()
     experts: Tensor | None = None
+    reach: Reach = ""
+    places: tuple[str, ...] = ()
 
     @property
     def mask(self) -> Tensor:
@@ -154,7 +156,7 @@ class Located:
         first = first_difference(self.got, self.want)
         assert first is not None
         feeds: tuple[str, ...] = ()
-        found: tuple[str, ...] = ()
+        found: tuple[Pattern, ...] = ()
         table: tuple[Attribution, ...] = ()
         experts = None
         if isinstance(inputs, MoeCall):
@@ -167,12 +169,13 @@ class Located:
             local = local_experts(inputs)
             experts = torch.where(local < 0, -1, local + inputs.ep_rank * inputs.experts.num_experts).cpu()
         elif kind == "layout":
-            found = (_layout_pattern(self.got, self.want, mask),)
+            found = (Pattern(_layout_pattern(self.got, self.want, mask)),)
         bins = ulp_bins(self.got, self.want, mask)
         counts = torch.bincount(bins.flatten().to(torch.int64), minlength=len(ULP_BINS) + 1).tolist()
         ulps = tuple(zip(ULP_BINS, counts[1:], strict=True))
+        said, places = tuple(p.words for p in found), tuple(p.place for p in found if p.place)
         self._plain = Diagnosis(
-            name, first, feeds, found, "", (), ulps, bins, attribution=table, experts=experts
+            name, first, feeds, said, "", (), ulps, bins, attribution=table, experts=experts, places=places
         )
 
     @property
@@ -189,20 +192,20 @@ class Located:
         progress: Progress | None = None,
     ) -> Known:
         """Look for what is wrong, as `diagnose` does; `seconds` is for hypotheses, if it is not what is usual."""
-        if not isinstance(self.inputs, MoeCall):
-            predictions = _named(self.kind, self.inputs, self.outputs, self.expected)
-            in_words = finding_of_stage(self.kind, self.inputs, self.outputs, self.expected)
-            named = _named_finding(predictions)
-            return predictions, named if named.exact or in_words is None else in_words, ()
-        if isinstance(self.inputs.experts, HummingExperts):
-            predictions = _named("w4a8", self.inputs, self.outputs, self.expected)
-            return predictions, _named_finding(predictions), ()
+        prepared_for_fp8 = isinstance(self.inputs, MoeCall) and isinstance(
+            self.inputs.experts, HummingExperts
+        )
+        if not isinstance(self.inputs, MoeCall) or prepared_for_fp8:
+            kind = "w4a8" if prepared_for_fp8 else self.kind
+            predictions = _named(kind, self.inputs, self.outputs, self.expected)
+            if (named := _named_finding(predictions)).exact:
+                return predictions, named, ()
+            in_words = finding_of_stage(kind, self.inputs, self.outputs, self.expected)
+            return predictions, in_words or named, ()
         if not self.inputs.experts.tactics_show:  # no MXFP4 weights, of which all hypotheses are
             return (), Finding(), ()
         exposed = stage_of_exposed(self.inputs, self.outputs)
-        seen = (
-            Evidence(exposed, reconcile(self.inputs, self.outputs, self._plain.mask), 3) if exposed else None
-        )
+        seen = Evidence(exposed, self._reconciled().words, 3) if exposed else None
         seconds = SECONDS[diagnosis] if seconds is None else seconds
         return _investigated(
             self.inputs, self.got, self.want, _Search(suspects, diagnosis, seconds, progress, seen)
@@ -213,15 +216,20 @@ class Located:
         predictions, finding, remarks = known
         said = self._plain.patterns + remarks
         found = replace(self._plain, predictions=predictions, finding=finding, patterns=said)
-        return (
-            replace(found, stage=self._stage(finding, brief)) if isinstance(self.inputs, MoeCall) else found
-        )
+        if not isinstance(self.inputs, MoeCall):
+            return found
+        stage = self._stage(finding, brief)
+        return replace(found, stage=stage.words, reach=stage.reach)
 
-    def _stage(self, finding: Finding, brief: bool) -> str:
+    def _stage(self, finding: Finding, brief: bool) -> Reconciled:
         if finding.exact:
-            return f"{' or '.join(finding.stages)}: every wrong bit is predicted" if finding.stages else ""
+            stages = " or ".join(finding.stages)
+            return Reconciled(f"{stages}: every wrong bit is predicted" if stages else "")
         if finding.sentence or brief:
-            return finding.sentence
+            return Reconciled(finding.sentence)
+        return self._reconciled()
+
+    def _reconciled(self) -> Reconciled:
         return reconcile(self.inputs, self.outputs, self._plain.mask)
 
 
@@ -239,7 +247,8 @@ def _named_finding(predictions: tuple[Prediction, ...]) -> Finding:
         return Finding()
     defect = DEFECTS[exact[0]]
     others = f" (not told apart here from {', '.join(exact[1:4])})" if exact[1:] else ""
-    return Finding(stages_of(defect), f"{defect.name}: {defect.summary}{others}", True)
+    hypotheses = tuple(f"{name}: {DEFECTS[name].summary}" for name in exact)
+    return Finding(stages_of(defect), hypotheses[0] + others, True, hypotheses=hypotheses)
 
 
 def _is_large(inputs: Any, got: Tensor) -> bool:
@@ -257,12 +266,7 @@ class _Search:
     known: Evidence | None
 
 
-def _investigated(
-    call: MoeCall,
-    got: Tensor,
-    want: Tensor,
-    how: _Search,
-) -> Known:
+def _investigated(call: MoeCall, got: Tensor, want: Tensor, how: _Search) -> Known:
     """The named defects that predict it, the finding, and remarks."""
     part = probed(call, got, want)
     if part is None:
@@ -270,7 +274,7 @@ def _investigated(
     seconds, clock = how.seconds, clock_of(call)
     if is_heavy(call):  # each is confirmed on more tokens than the families are
         first_names = tuple(s for s in how.suspects if isinstance(s, str))
-        limit, start = _REAL_SECONDS[how.diagnosis], clock()
+        limit, start = REAL_SECONDS[how.diagnosis], clock()
         verdict = try_defects(call, got, want, first=first_names, seconds=limit, progress=how.progress)
         seconds = min(seconds, limit - (clock() - start))
         if any(p.exact for p in verdict.predictions):

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["ALTERNATIVES", "NEARLY", "NOTE", "OTHERS", "ROUNDINGS", "STAGES", "UNKNOWN", "Finding", "counted"]
+__all__ = ["OTHERS", "OTHER_EXPERTS", "STAGES", "UNKNOWN", "Evidence", "Finding", "counted", "in_words"]
 
 STAGES = (
     *("input", "slots", "fc1", "activation", "fc2", "finalize"),
     *("routing", "quantize", "dequantize", "layout"),
 )
 
-# Between a hypothesis and those that predict the same bits.
-ALTERNATIVES = ". This output does not tell it from: "
-# Before what is known of a number in a sentence.
-NOTE = ". Note: "
-# After a hypothesis that predicts most, before how much.
-NEARLY, ROUNDINGS = ", or nearly so (", ", up to roundings ("
+OTHER_EXPERTS = "slots are computed by other experts"  # the kind of a finding
 # Between what predicts every bit of some cases, and what is known of the others.
 OTHERS = "; in the others "
+
+
+_ALTERNATIVES = 2  # that a sentence names
+
+
+def in_words(hypotheses: Sequence[str]) -> str:
+    """Hypotheses that predict the same bits, as a sentence: the first, and that it is not told from the others."""
+    first, *others = hypotheses
+    if not others:
+        return first
+    more = f" and {len(others) - _ALTERNATIVES} more" if len(others) > _ALTERNATIVES else ""
+    return f"{first}. This output does not tell it from: {'; '.join(others[:_ALTERNATIVES])}{more}"
 
 
 def counted(count: int, noun: str) -> str:
@@ -37,6 +45,9 @@ class Finding:
         cases: where the sentence predicts every bit of some failing cases only, of how many, and of how many in all.
             With `exact`, the others are predicted by other sentences.
         common: what most failing cases share where no sentence is known: a stage, or the places that differ.
+        hypotheses: of a prediction, in words all that predict the same bits, the simplest first.
+        kind: what the sentence says without the numbers of its own case; "" where it has none.
+        hedged: whether it is a prediction of most bits only, so that its stages are no more than possible.
     """
 
     stages: tuple[str, ...] = ()
@@ -44,11 +55,9 @@ class Finding:
     exact: bool = False
     cases: tuple[int, int] | None = None
     common: str = ""
-
-    @property
-    def hedged(self) -> bool:
-        """Whether the sentence is a prediction of most bits only, so that its stages are no more than possible."""
-        return not self.exact and any(words in self.sentence for words in (NEARLY, ROUNDINGS))
+    hypotheses: tuple[str, ...] = ()
+    kind: str = ""
+    hedged: bool = False
 
     @property
     def where(self) -> str:
@@ -62,3 +71,48 @@ class Finding:
 
 
 UNKNOWN = Finding()
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One thing that follows from an output that differs.
+
+    Attributes:
+        stages: where the change must lie.
+        sentence: what follows, for the engineer.
+        strength: 4 where it explains every row up to roundings, 3 where it was solved and shows what happens, 2 where
+            it was solved, 1 where places say it.
+        inner: the activation's columns that are wrong, from the first to the last, where they were solved.
+        kind: as of a `Finding`.
+        lost: whether it says that rows are no numbers, as a whole.
+        zeros: whether it says no more than that rows are zero.
+    """
+
+    stages: tuple[str, ...]
+    sentence: str
+    strength: int
+    inner: tuple[int, int] | None = None
+    kind: str = ""
+    lost: bool = False
+    zeros: bool = False
+
+    @classmethod
+    def of_kind(
+        cls,
+        stages: tuple[str, ...],
+        kind: str,
+        details: str,
+        strength: int,
+        inner: tuple[int, int] | None = None,
+    ) -> Evidence:
+        """With the kind before the details in its sentence."""
+        return cls(stages, f"{kind}: {details}", strength, inner, kind)
+
+    @property
+    def final(self) -> bool:
+        """Whether there is nothing left to search for in parts of tensors, or by two changes."""
+        alone = self.strength == 3 and set(self.stages) <= {"finalize", "slots"}
+        return self.strength == 4 or alone or self.lost
+
+    def finding(self) -> Finding:
+        return Finding(self.stages, self.sentence, kind=self.kind)

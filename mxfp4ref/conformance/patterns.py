@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from mxfp4ref.conformance.reach import is_spread
 from mxfp4ref.conformance.reduction import local_experts
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["patterns"]
+__all__ = ["Pattern", "patterns"]
 
 _COLUMN_BLOCKS = (
     (128, "128-column block"),
@@ -24,10 +26,33 @@ _OF_THOSE = ", of those that could"  # where some could not have differed
 _ONE = "a single element differs"
 
 
+@dataclass(frozen=True)
+class Pattern:
+    """What holds for a mismatch map.
+
+    Attributes:
+        words: the sentence.
+        place: of those that say which tokens or columns differ, the same without how many there are in all, which
+            other cases may share; else "".
+    """
+
+    words: str
+    place: str = ""
+
+    @classmethod
+    def of(cls, which: str, total: int, count: int) -> Pattern:
+        """Of `count` tokens or columns among a total."""
+        return cls(f"{which} of {total} differ{'s' * (count == 1)}", f"{which} differ")
+
+    @classmethod
+    def placed(cls, words: str) -> Pattern:
+        return cls(words, words)
+
+
 def patterns(
     call: MoeCall, got: Tensor, expected: Tensor, mask: Tensor, could: Tensor | None = None
-) -> tuple[str, ...]:
-    """Sentences that hold for the mismatch map of a call, the most telling first.
+) -> tuple[Pattern, ...]:
+    """What holds for the mismatch map of a call, the most telling first.
 
     Args:
         call: the call.
@@ -42,15 +67,15 @@ def patterns(
         near = int(ulp_distance(got[mask], expected[mask]).max()) <= 1
         how = ": by 1 ulp: a rounding, or damaged" if near else ": damaged, or written by something else"
         alone = near or not call.experts.tactics_show or is_spread(call, got, expected, mask, [token])
-        found = [f"{_ONE}, [{token}, {column}]{how if alone else ''}"]
+        found = [Pattern(f"{_ONE}, [{token}, {column}]{how if alone else ''}")]
     else:
         tokens, columns = could.any(1), could.any(0)
         found = [*_experts(call, mask, tokens), *_ranks(call, mask, tokens)]
         found += [*_tokens(mask, tokens), *_columns(mask, columns)]
-    return (*found, *_values(got, expected, mask))
+    return (*found, *map(Pattern, _values(got, expected, mask)))
 
 
-def _experts(call: MoeCall, mask: Tensor, could: Tensor) -> list[str]:
+def _experts(call: MoeCall, mask: Tensor, could: Tensor) -> list[Pattern]:
     """The experts that no right token and several wrong ones use, if every wrong token uses one of them.
 
     `could [M] bool`: the tokens that could have differed, here and below.
@@ -61,18 +86,18 @@ def _experts(call: MoeCall, mask: Tensor, could: Tensor) -> list[str]:
     without = ~(local >= 0).any(1)
     found = []
     if bool((wrong & without).any()):
-        found.append("tokens without an expert on this rank differ, which should be zeros")
+        found.append(Pattern("tokens without an expert on this rank differ, which should be zeros"))
     right = local[~wrong & could]
     in_right = set(right[right >= 0].tolist())
     suspects = [e for e in sorted(used - in_right) if int((local[wrong] == e).any(1).sum()) > 1]
     explained = torch.isin(local, torch.tensor(suspects, device=local.device)).any(1)
     if suspects and len(suspects) < len(used) and bool((explained | ~wrong).all()):
         ids = [s + call.ep_rank * call.experts.num_experts for s in suspects]
-        found.append(f"only tokens of expert{_plural(ids)} {_listed(ids)} differ")
+        found.append(Pattern.placed(f"only tokens of expert{_plural(ids)} {_listed(ids)} differ"))
     return found
 
 
-def _ranks(call: MoeCall, mask: Tensor, could: Tensor) -> list[str]:
+def _ranks(call: MoeCall, mask: Tensor, could: Tensor) -> list[Pattern]:
     """Whether only tokens differ that have slots on other ranks, or that have padded slots."""
     if not call.num_tokens:
         return []
@@ -86,60 +111,55 @@ def _ranks(call: MoeCall, mask: Tensor, could: Tensor) -> list[str]:
         (elsewhere, "exactly the tokens with a slot on another rank differ"),
     ):
         if bool((wrong == chosen)[could].all()) and not bool(chosen[could].all()):
-            found.append(words + ("" if torch.equal(wrong, chosen) else _OF_THOSE))
+            found.append(Pattern.placed(words + ("" if torch.equal(wrong, chosen) else _OF_THOSE)))
     return found
 
 
-def _tokens(mask: Tensor, could: Tensor) -> list[str]:
+def _tokens(mask: Tensor, could: Tensor) -> list[Pattern]:
     wrong = mask.any(1)
     if bool(wrong.all()):
-        return ["every token differs somewhere"] if len(wrong) > 1 else []
+        return [Pattern("every token differs somewhere")] if len(wrong) > 1 else []
     if torch.equal(wrong, could):
-        return [f"every token differs somewhere{_OF_THOSE}"] if int(wrong.sum()) > 1 else []
+        return [Pattern(f"every token differs somewhere{_OF_THOSE}")] if int(wrong.sum()) > 1 else []
     rows = wrong.nonzero().flatten().tolist()
-    found = [
-        f"only token{_plural(rows)} {_listed(rows)} of {len(wrong)} differ{'s' if len(rows) == 1 else ''}"
-    ]
     regular = _regular(wrong, could, 1, "token")
-    return [regular] if regular else found
+    return regular or [Pattern.of(f"only token{_plural(rows)} {_listed(rows)}", len(wrong), len(rows))]
 
 
-def _columns(mask: Tensor, could: Tensor) -> list[str]:
+def _columns(mask: Tensor, could: Tensor) -> list[Pattern]:
     wrong = mask.any(0)
     width = len(wrong)
     if torch.equal(wrong, could):
         return []
     columns = wrong.nonzero().flatten()
     first, last = int(columns[0]), int(columns[-1])
-    found = []
     for size, name in _COLUMN_BLOCKS:
         if width % size == 0 and width > size:
             if first == last:
-                return [f"only column {first} of {width} differs"]
+                return [Pattern.of(f"only column {first}", width, 1)]
             block = first // size
             if block == last // size and bool(could.view(-1, size).any(1).sum() > 1):
-                found.append(f"only columns of {name} {block} (columns {first} to {last}) differ")
-                return found[-1:] if size == _COLUMN_BLOCKS[-1][0] else found[-1:] + _finer(first, last, size)
+                words = f"only columns of {name} {block} (columns {first} to {last}) differ"
+                return [Pattern.placed(words), *_finer(first, last, size)]
             regular = _regular(wrong.view(-1, size).any(1), could.view(-1, size).any(1), size, name)
             if regular:
-                return [regular]
-    regular = _regular(wrong, could, 1, "column")
-    if regular:
-        return [regular]
+                return regular
+    if regular := _regular(wrong, could, 1, "column"):
+        return regular
     if last - first + 1 == len(columns):
-        return [f"exactly the columns {first} to {last} of {width} differ"]
+        return [Pattern.of(f"exactly the columns {first} to {last}", width, len(columns))]
     if len(columns) <= int(could.sum()) // 4:
-        return [f"only {len(columns)} of {width} columns differ: {_listed(columns.tolist())}"]
+        return [Pattern.placed(f"only {len(columns)} of {width} columns differ: {_listed(columns.tolist())}")]
     return []
 
 
-def _finer(first: int, last: int, outer: int) -> list[str]:
+def _finer(first: int, last: int, outer: int) -> list[Pattern]:
     """The smallest block around all columns, if it is smaller than `outer`."""
     inner = [(s, n) for s, n in _COLUMN_BLOCKS if s < outer and first // s == last // s]
-    return [f"all of them within {inner[-1][1]} {first // inner[-1][0]}"] if inner else []
+    return [Pattern(f"all of them within {inner[-1][1]} {first // inner[-1][0]}")] if inner else []
 
 
-def _regular(wrong: Tensor, could: Tensor, size: int, name: str) -> str:
+def _regular(wrong: Tensor, could: Tensor, size: int, name: str) -> list[Pattern]:
     """ "every second ..." where exactly those of one residue modulo 2, 4, 8 or 16 differ."""
     for step, word in ((2, "second"), (4, "fourth"), (8, "eighth"), (16, "sixteenth")):
         if int(could.sum()) < 2 * step:
@@ -148,8 +168,8 @@ def _regular(wrong: Tensor, could: Tensor, size: int, name: str) -> str:
             chosen = torch.arange(len(wrong), device=wrong.device) % step == start
             if bool((wrong == chosen)[could].all()) and not bool(chosen[could].all()):
                 those = "" if torch.equal(wrong, chosen) else _OF_THOSE
-                return f"exactly every {word} {name} differs, from {start} on{those}"
-    return ""
+                return [Pattern.placed(f"exactly every {word} {name} differs, from {start} on{those}")]
+    return []
 
 
 def _values(got: Tensor, expected: Tensor, mask: Tensor) -> list[str]:

@@ -38,6 +38,7 @@ def to_json(report: Report) -> str:
         "goldens": report.goldens and asdict(report.goldens),
         "date": report.date,
         "arguments": [*report.arguments, *report.selection],
+        "command": command(report),
         "seconds": round(report.seconds, 3),
         "verdict_seconds": round(report.verdict_seconds, 3),
         "environment": dict(report.environment),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["PARTS", "by_suite", "case_lines", "headline", "predicted", "tested", "to_text", "wrong_elements"]
 
 _TOLD = ("mxfp4ref", "torch", "gpu")
+_OF_CALLS = ("recorded by flashinfer", "ranks", "activation")
 PARTS = ("kernel", "comparison", "diagnosis")
 _FIRST, _DETAILED = 2, 5  # failing cases that are told in full: the first ones, and those of other kinds
 _NAMED = 9  # three K tiles for each GEMM: so many are listed, and more, which are tactics, are counted
@@ -78,11 +79,14 @@ def tested(report: Report) -> list[str]:
         )
     versions = [f"{name} {report.environment[name]}" for name in _TOLD if name in report.environment]
     lines.append(f"tested: {', '.join([*versions, report.date])}")
+    if calls := [f"{name} {report.environment[name]}" for name in _OF_CALLS if name in report.environment]:
+        lines.append(f"calls: {'; '.join(calls)}")
     if (skipped := report.skipped) and any(
         r.status != "skipped" for r in report.results
     ):  # else the verdict has it
         lines.append(f"cases: {skipped}")
-    parts = {name: sum(getattr(r, f"{name}_seconds") for r in report.results) for name in PARTS}
+    recorded = all(r.kind == RECORDING for r in report.results)  # of which no kernel is run
+    parts = {name: sum(getattr(r, f"{name}_seconds") for r in report.results) for name in PARTS[recorded:]}
     parts["diagnosis"] += report.verdict_seconds
     shares = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
     beside = ", of processes side by side" * (sum(parts.values()) > report.seconds + 0.1)

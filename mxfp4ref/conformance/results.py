@@ -116,11 +116,11 @@ class Report(Shown):
         interrupted: whether the run was: then there is no verdict.
         goldens: which; None for cases that were given by themselves.
         date: when the run began: UTC, ISO 8601.
-        arguments: of `mxfp4ref conform`, kernel first, to run it so again; empty where there are none, as for a
-            function.
-        selection: further ones, which chose the cases; empty for all.
+        command: of `mxfp4ref`, that ran it.
+        arguments: of the command, kernel first, to run it so again; empty where there are none, as for a function.
+        selection: further ones, options with a value each, which chose the cases; empty for all.
         verdict_seconds: for the diagnosis of all cases together.
-        line: the shell's line that ran it, where that was not `mxfp4ref conform`.
+        line: the shell's line that ran it, where that was no command of `mxfp4ref`.
     """
 
     kernel: str
@@ -138,6 +138,7 @@ class Report(Shown):
     selection: tuple[str, ...] = ()
     verdict_seconds: float = 0.0
     line: str = ""
+    command: str = "conform"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kernel", printable(self.kernel, lines=False))
@@ -184,7 +185,8 @@ class Report(Shown):
         of = len(self.results) - others
         words = []
         for reason, count in reasons.most_common(_REASONS):
-            by = "" if any(known in reason for known in SKIPPED_BEFORE) else " by the kernel"
+            before = self.command != "conform" or any(known in reason for known in SKIPPED_BEFORE)
+            by = "" if before else " by the kernel"
             words.append(f"{count:,} of {of:,} skipped{by}: {reason}")
         if more := reasons.total() - sum(count for _, count in reasons.most_common(_REASONS)):
             words.append(f"{more:,} for {counted(len(reasons) - _REASONS, 'other reason')}")

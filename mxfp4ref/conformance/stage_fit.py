@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward, trace
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["numbers", "reconcile", "stage_of_exposed"]
+__all__ = ["Reach", "Reconciled", "numbers", "reconcile", "stage_of_exposed"]
 
 _TOKENS = 1  # of a large call, whose interval is computed: for each expert it takes as long as ten forwards
 _FITTED_TOKENS = 4
@@ -31,8 +33,25 @@ _Fit = tuple[Tensor, Tensor, Tensor]  # each `[S] float64`, by slot
 _STAGES = ("fc1_output", "activation", "fc2_output")
 
 
-def reconcile(call: MoeCall, outputs: Mapping[str, Tensor], mask: Tensor) -> str:
-    """The latest stage up to which the kernel and the trace agree, in words and as far as can be told.
+Reach = Literal["", "before finalize", "rounding"]
+
+
+@dataclass(frozen=True)
+class Reconciled:
+    """How far a wrong output can be reconciled with the right computation.
+
+    Attributes:
+        words: the stage, and why.
+        reach: "before finalize" where other weights do not explain it; "rounding" where every element lies within the
+            interval of all correct evaluations; else "".
+    """
+
+    words: str
+    reach: Reach = ""
+
+
+def reconcile(call: MoeCall, outputs: Mapping[str, Tensor], mask: Tensor) -> Reconciled:
+    """The latest stage up to which the kernel and the trace agree, as far as can be told.
 
     Args:
         call: the call.
@@ -41,36 +60,40 @@ def reconcile(call: MoeCall, outputs: Mapping[str, Tensor], mask: Tensor) -> str
     """
     exposed = [name for name in _STAGES if name in outputs]
     if exposed:
-        return _exposed(call, outputs, exposed)
+        return Reconciled(_exposed(call, outputs, exposed))
     if not call.experts.tactics_show:
-        return ""
+        return Reconciled("")
     wrong = mask.any(1)
     if not bool(fp32.widen(outputs["output"][wrong]).any()):
-        return "nothing was added up: tokens that differ came out as zeros, which says nothing of the stages before"
+        return Reconciled(
+            "nothing was added up: tokens that differ came out as zeros, which says nothing of the stages before"
+        )
     tokens = mask.sum(1).argsort(descending=True, stable=True)
     tokens = tokens[: _TOKENS if is_heavy(call) else len(tokens)].sort().values
     part = reduce_call(call, tokens)
     inside = bound(part).contains(outputs["output"][tokens], forward(part))
     where = "" if len(tokens) == call.num_tokens else f" of token{_of(tokens.tolist())}"
     if bool(inside.all()) and int(mask.sum()) == 1:
-        return "rounding or damage: the one element that differs lies within the interval of all correct evaluations"
+        return Reconciled(
+            "rounding or damage: the one element that differs lies within the interval of all correct evaluations"
+        )
     if bool(inside.all()):
-        return (
+        return Reconciled(
             f"rounding: every element{where} lies within the interval of all correct evaluations, so the kernel sums "
-            "or rounds in another way than the SM90 kernel, or is wrong by less than that"
+            "or rounds in another way than the SM90 kernel, or is wrong by less than that",
+            "rounding",
         )
     outside = int((~inside).sum())
     words = f"{counted(outside, 'element')}{where} {'lies' if outside == 1 else 'lie'} outside the interval of all "
     words += "correct evaluations"
     if not solvable(fp32.widen(outputs["output"][wrong]).nan_to_num(nan=1.0)):
-        return f"unknown: {words}, too near to underflow to be solved for more"
+        return Reconciled(f"unknown: {words}, too near to underflow to be solved for more")
     fitted = _fit_finalize(call, outputs["output"], mask)
     if fitted:
-        return fitted
-    return (
-        f"before finalize: {words}, and other weights for the right expert outputs do not explain it"
-        + _fit_gemm2(call, outputs["output"], mask)
-    )
+        return Reconciled(fitted)
+    words += ", and other weights for the right expert outputs do not explain it"
+    words += _fit_gemm2(call, outputs["output"], mask)
+    return Reconciled(f"before finalize: {words}", "before finalize")
 
 
 def stage_of_exposed(call: MoeCall, outputs: Mapping[str, Tensor]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The findings on cases that are no whole kernel call: routers, quantisers, dequantisation and layouts."""
+"""The findings on cases that are no call of MXFP4 weights: W4A8, routers, quantisers, dequantisation and layouts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from torch import Tensor
 
 from mxfp4ref.conformance.finding import Finding
 from mxfp4ref.conformance.format_words import format_finding
+from mxfp4ref.conformance.humming_words import residual_finding
 from mxfp4ref.conformance.routing_words import routing_finding
+from mxfp4ref.model.call import MoeCall
+from mxfp4ref.model.humming import call_of
 
 __all__ = ["finding_of_stage"]
 
@@ -22,4 +25,7 @@ def finding_of_stage(
         return routing_finding(inputs, outputs, expected)
     if kind in ("quantize", "dequantize", "layout"):
         return format_finding(kind, inputs, outputs, expected)
+    if kind == "w4a8":
+        call = inputs if isinstance(inputs, MoeCall) else call_of(inputs)
+        return residual_finding(call, outputs, expected)
     return None

@@ -49,6 +49,9 @@ _COLOURS = {"equal": "green", "skipped": "bright_black"}
 @click.option(
     "--any-tile", is_flag=True, help="Stop at the first pair of K tiles that fits, instead of naming all."
 )
+@click.option(
+    "--max-calls", type=click.IntRange(min=1), metavar="N", help="Replay no more calls than the first N."
+)
 @diagnosis_option
 @report_files
 def replay(folder: Path, **options: Any) -> None:
@@ -57,6 +60,7 @@ def replay(folder: Path, **options: Any) -> None:
     \b
     mxfp4ref replay flashinfer_dumps --html report.html
     mxfp4ref replay flashinfer_dumps --autotune-cache autotune.json --diagnosis none
+    mxfp4ref replay flashinfer_dumps --max-calls 4 --diagnosis quick
 
     DIR holds what flashinfer's own recorder wrote, with no change of the engine:
 
@@ -77,9 +81,12 @@ def replay(folder: Path, **options: Any) -> None:
     files = pop_report_files(options)
     with usage_errors():
         files.check(_files_of(folder, options["autotune_cache"]))
-        with progress() as step:
+        with progress(lines=True) as step:
             report = replay_folder(
-                folder, ReplayOptions(**options), progress=lambda result, total: step(result.case, total)
+                folder,
+                ReplayOptions(**options),
+                begin=lambda expected: echo(str(expected), err=True),
+                progress=lambda result, total: step(_line(result), total),
             )
 
     def show() -> None:
@@ -265,6 +272,11 @@ def _files_of(*paths: Path | None) -> Iterator[Path]:
         if path is not None:
             yield path
             yield from files_below(path) if path.is_dir() else ()
+
+
+def _line(result: CaseResult) -> str:
+    """What came of a call, as it ends."""
+    return f"{result.case}: {result.status}{f' ({note})' if (note := _note(result)) else ''}, {result.seconds:.1f} s"
 
 
 def _print_table(report: ReplayReport) -> None:

@@ -13,14 +13,16 @@ from mxfp4ref._spans import spans
 from mxfp4ref._validate import check_bool, check_instance, check_tensor
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.formats.generations import Generation
+from mxfp4ref.formats.mxfp4 import GROUP_SIZE
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward, trace
 from mxfp4ref.sm90.tactics import Sm90Kernel
 
-__all__ = ["Fit", "closest_kernel", "fitting_kernels", "tile_k_kernels"]
+__all__ = ["PROBED", "Fit", "closest_kernel", "fitting_kernels", "tile_k_kernels"]
 
 _TOKENS_AT_ONCE = 512  # bounds the memory of a trace
-_PROBED = 2  # tokens, the first ones: rows keep their positions among those of their expert
+PROBED = 2  # tokens, the first ones: rows keep their positions among those of their expert
+_FIRST_PAIR = 2 * GROUP_SIZE  # columns, in whose two groups alone the N tile may show
 _Pair = tuple[int, int]
 _Ranges = tuple[_Pair | None, ...]  # of the scales of both GEMMs
 
@@ -82,7 +84,7 @@ def closest_kernel(call: MoeCall, output: Tensor) -> Sm90Kernel:
     """
     _check(call, output)
     kernels = tile_k_kernels(call)
-    for tokens in (_PROBED, call.num_tokens):
+    for tokens in (PROBED, call.num_tokens):
         counts = [_count(call, kernel, output, tokens) for kernel in kernels]
         kernels = [kernel for kernel, count in zip(kernels, counts, strict=True) if count == min(counts)]
         if len(kernels) == 1:
@@ -113,7 +115,7 @@ def _fit(call: MoeCall, output: Tensor, tile_k: _Pair, scales: _Ranges) -> Fit |
     """How one pair of K tiles fits, by which N tiles."""
     kernels = _by_behaviour(call, tile_k)
     of_default = replace(call, kernel=kernels[0][0])
-    for tokens in sorted({min(_PROBED, call.num_tokens), call.num_tokens}):
+    for tokens in sorted({min(PROBED, call.num_tokens), call.num_tokens}):
         equal, n_tile_may_show = _looked_at(of_default.select(slice(0, tokens)), output[:tokens], scales)
         if n_tile_may_show:
             kernels = [(kernel, pairs) for kernel, pairs in kernels if _equal(call, kernel, output)]
@@ -144,7 +146,7 @@ def _looked_at(call: MoeCall, output: Tensor, scales: _Ranges) -> tuple[bool, bo
 
 
 def _equal(call: MoeCall, kernel: Sm90Kernel, output: Tensor) -> bool:
-    return not _count(call, kernel, output, _PROBED) and not _count(call, kernel, output, call.num_tokens)
+    return not _count(call, kernel, output, PROBED) and not _count(call, kernel, output, call.num_tokens)
 
 
 def _tile_k_pairs(call: MoeCall) -> Iterator[_Pair]:
@@ -193,11 +195,12 @@ def _range(scales: Tensor | None) -> _Pair | None:
 def _may_leave_range(x: Tensor, exponents: _Pair | None) -> bool:
     """Whether a product of a group and its scale may over- or underflow in a GEMM, without which no N tile shows.
 
-    See `docs/arithmetic.md`, "The first two groups out of range". A group's sum is at most 32 products of at most
-    6 |x|. If it is not zero, it is a multiple of the last place of the smallest |x|, halved, or of something larger.
+    See `docs/arithmetic.md`, "The first two groups out of range": others do not matter. A group's sum is at most
+    32 products of at most 6 |x|. If it is not zero, it is a multiple of the last place of the smallest |x|, halved,
+    or of something larger.
     False is certain, True a guess.
     """
-    values = x.abs().to(torch.float64)
+    values = x[:, :_FIRST_PAIR].abs().to(torch.float64)
     values = values[values != 0]
     if exponents is None or not len(values):
         return False

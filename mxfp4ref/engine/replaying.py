@@ -17,15 +17,18 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._choices import DIAGNOSES, Diagnosing
-from mxfp4ref._validate import check_choice
+from mxfp4ref._validate import check_choice, check_int
 from mxfp4ref.conformance.agreement import agreed
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.diagnosis import diagnose
 from mxfp4ref.conformance.finding import counted
-from mxfp4ref.conformance.results import RECORDING, CaseResult, Report, name_defects
+from mxfp4ref.conformance.kernels import environment
+from mxfp4ref.conformance.results import RECORDING, CaseResult, Report, name_defects, now
 from mxfp4ref.engine.arguments import generation_in_record
 from mxfp4ref.engine.autotune import AutotuneCache, Prediction, read_autotune_cache
 from mxfp4ref.engine.calls import Layers, arguments_of, read_call, release_of
+from mxfp4ref.engine.describing import Calls, described
+from mxfp4ref.engine.estimating import Estimate, estimate
 from mxfp4ref.engine.fitting import closest_kernel, fitting_kernels
 from mxfp4ref.engine.graph_buffers import GraphBuffers
 from mxfp4ref.engine.recordings import Incomplete, Recording, Unreadable, find_recordings
@@ -46,14 +49,18 @@ class ReplayOptions:
         any_tile: stop at the first pair of K tiles that fits, instead of trying all.
         diagnosis: where bits differ, look for what is wrong: "quick", about a second for each call; "full", up to a
             minute; "none", only compare.
+        max_calls: replay no more calls, the first ones; None for all.
     """
 
     autotune_cache: Path | None = None
     any_tile: bool = False
     diagnosis: Diagnosing = "full"
+    max_calls: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("diagnosis", self.diagnosis, DIAGNOSES)
+        if self.max_calls is not None:
+            check_int("max_calls", self.max_calls, minimum=1)
 
 
 @dataclass(frozen=True, repr=False)
@@ -109,6 +116,7 @@ class ReplayReport(Report):
         for parameters, count in Counter(r.other for r in replayed if r.other).items():
             words += f" {counted(count, 'call')} {'has' if count == 1 else 'have'} another "
             words += f"{' and '.join(parameters)} than the first of the layer."
+        words += f" {self.left} more were not replayed." if self.left else ""
         return words + self.culprit
 
 
@@ -116,6 +124,7 @@ def replay(
     folder: str | Path,
     options: ReplayOptions | None = None,
     *,
+    begin: Callable[[Estimate], None] | None = None,
     progress: Callable[[CaseResult, int], None] | None = None,
 ) -> ReplayReport:
     """Compute every recorded call below a folder again and compare each bit.
@@ -125,6 +134,7 @@ def replay(
     Args:
         folder: what flashinfer's recorder or `mxfp4ref record` wrote, at any depth.
         options: how to compare.
+        begin: called before the first call, with how long all will take.
         progress: called with each result and the number of calls.
 
     Raises:
@@ -141,22 +151,44 @@ def replay(
             f"{root}: no recorded call of cutlass_fused_moe in it; flashinfer records with FLASHINFER_LOGLEVEL=10 "
             "FLASHINFER_DUMP_INCLUDE='*cutlass_fused_moe*' FLASHINFER_DUMP_SAFETENSORS=1"
         )
-    start = time.perf_counter()
+    date, start = now(), time.perf_counter()
     cache = None if options.autotune_cache is None else read_autotune_cache(options.autotune_cache)
+    chosen = recordings[: options.max_calls]
+    if begin is not None:
+        begin(estimate(chosen, options.diagnosis))
     run = _Run(options, cache, GraphBuffers(recordings))
     results: list[ReplayResult] = []
-    for recording in recordings:
+    for recording in chosen:
         result = run.replay(recording)
         results.append(result)
         if progress is not None:
-            progress(result, len(recordings))
-    named = name_defects([r.diagnosis.exact for r in results if r.diagnosis is not None])
-    seconds = time.perf_counter() - start
-    environment = _environment(recordings)
+            progress(result, len(chosen))
+    found = {**environment("cpu"), **run.calls.environment}
     if cache is not None and cache.problems:
-        environment["not read of the autotune cache"] = "; ".join(cache.problems)
-    finding = agreed([r.diagnosis for r in results if r.diagnosis is not None])
-    return ReplayReport(str(root), "exact", tuple(results), named, seconds, environment, finding)
+        found["not read of the autotune cache"] = "; ".join(cache.problems)
+    return ReplayReport(
+        kernel=str(root),
+        mode="exact",
+        results=tuple(results),
+        defects=name_defects([r.diagnosis.exact for r in results if r.diagnosis is not None]),
+        seconds=time.perf_counter() - start,
+        environment=found,
+        finding=agreed([r.diagnosis for r in results if r.diagnosis is not None]),
+        left=len(recordings) - len(chosen),
+        date=date,
+        command="replay",
+        arguments=_arguments(root, options),
+        selection=() if options.max_calls is None else ("--max-calls", str(options.max_calls)),
+    )
+
+
+def _arguments(root: Path, options: ReplayOptions) -> tuple[str, ...]:
+    """Those of `mxfp4ref replay`, without the limit."""
+    given = [str(root)]
+    given += [] if options.autotune_cache is None else ["--autotune-cache", str(options.autotune_cache)]
+    given += ["--any-tile"] * options.any_tile
+    given += [] if options.diagnosis == "full" else ["--diagnosis", options.diagnosis]
+    return tuple(given)
 
 
 class _Run:
@@ -166,8 +198,10 @@ class _Run:
         self._options, self._cache, self._buffers = options, cache, buffers
         self._layers = Layers()
         self._suspects: tuple[str, ...] | None = None
+        self.calls = Calls()
 
     def replay(self, recording: Recording) -> ReplayResult:
+        self.calls.add_release(recording)
         about: dict[str, Any] = {"case": recording.name, "kind": RECORDING, "why": str(recording.path)}
         try:
             arguments = arguments_of(recording)
@@ -176,8 +210,9 @@ class _Run:
                 "layer": layer,
                 "tokens": call.num_tokens,
                 "other": self._layers.other_parameters(layer, call.experts),
-                "why": f"{recording.path}: {_described(call)}",
+                "why": f"{recording.path}: {described(call)}",
             }
+            self.calls.add(call)
             output = recording.output()
         except (Incomplete, NotImplementedError) as error:
             return ReplayResult(**about, status="skipped", message=str(error))
@@ -190,12 +225,13 @@ class _Run:
             message = f"expected a {wanted} output, got {output.dtype} {list(output.shape)}"
             return ReplayResult(**about, status="wrong output", message=message)
         start = time.perf_counter()
-        about |= self._compare(recording, call, call.zeros_if_unwritten(output), arguments)
+        about |= self._compare(recording, call, call.written_over(output), arguments)
         other = (
             f"another {' and '.join(about['other'])} than in the layer's first call" if about["other"] else ""
         )
         about["message"] = "; ".join(filter(None, (about.get("message"), other)))
-        return ReplayResult(**about).lasting(comparison=time.perf_counter() - start)
+        seconds = time.perf_counter() - start - about.get("diagnosis_seconds", 0.0)
+        return ReplayResult(**about).lasting(comparison=seconds)
 
     def _compare(
         self, recording: Recording, call: MoeCall, output: Tensor, arguments: Mapping[str, Any]
@@ -258,10 +294,11 @@ class _Run:
             return found | {"status": "skipped", "message": reason}
         effort = self._options.diagnosis
         if effort != "none":
+            start = time.perf_counter()
             outputs, right = {"output": output}, {"output": expected}
             diagnosis = diagnose("moe", call, outputs, right, suspects=self._suspects, diagnosis=effort)
             self._suspects = name_defects([self._suspects, diagnosis.exact]) or self._suspects
-            found["diagnosis"] = diagnosis
+            found |= {"diagnosis": diagnosis, "diagnosis_seconds": time.perf_counter() - start}
         if in_graph and not (effort != "none" and diagnosis.exact) and _whole_tokens(wrong):
             found |= {"status": "unclear", "message": _UNCLEAR, "diagnosis": None}
         elif not _owned_once(call):
@@ -293,25 +330,3 @@ def _owned_once(call: MoeCall) -> bool:
     first = call.ep_rank * call.experts.num_experts
     here = (ids >= first) & (ids < first + call.experts.num_experts)
     return not bool(((ids[:, 1:] == ids[:, :-1]) & here[:, 1:]).any())
-
-
-def _described(call: MoeCall) -> str:
-    experts = call.experts
-    words = (
-        f"{counted(call.num_tokens, 'token')}, top {call.top_k} of {call.num_global_experts} experts, hidden size "
-        f"{experts.hidden_size}, intermediate size {experts.intermediate_size}"
-    )
-    for kind, size, rank in (("ep", call.ep_size, call.ep_rank), ("tp", call.tp_size, call.tp_rank)):
-        words += f", {kind} rank {rank} of {size}" if size > 1 else ""
-    return words
-
-
-def _environment(recordings: list[Recording]) -> dict[str, str]:
-    """The releases that made the recordings, and the torch that replays them."""
-    releases = set()
-    for recording in recordings:
-        try:
-            releases.add(release_of(recording.metadata()) or "unknown")
-        except Unreadable:
-            continue
-    return {"recorded by flashinfer": ", ".join(sorted(releases)), "torch": torch.__version__}

@@ -139,7 +139,7 @@ class Shadow:
                 logging.WARNING, f"layer {due.layer.number}: {wrong}", once=f"{due.layer.number} {wrong}"
             )
             return "different"
-        call, output = _well_defined(due.call, due.call.zeros_if_unwritten(returned))
+        call, output = _well_defined(due.call, due.call.written_over(returned))
         kernel = call.kernel if due.forced else due.layer.last.get(call.num_tokens, call.kernel)
         if bool(differing(output, forward(replace(call, kernel=kernel))).any()):
             fits = () if due.forced else fitting_kernels(call, output, first=True)

@@ -175,11 +175,16 @@ class MoeCall(Shown):
     def _may_leave_rows(self) -> bool:
         return self.enable_alltoall and self.ep_size > 1
 
-    def zeros_if_unwritten(self, output: Tensor) -> Tensor:
-        """A kernel's output, `[M, H]`, with zeros in the rows that it does not write, as the forward has them."""
+    def written_over(self, output: Tensor, before: Tensor | float = 0.0) -> Tensor:
+        """An output, `[M, H]`, with what was there before in the rows that the kernel does not write.
+
+        Args:
+            output: of the forward or of a kernel.
+            before: `[M, H]` like it, or one number; zeros, as the forward has them, by default.
+        """
         if not self._may_leave_rows:
             return output
-        return torch.where(self.written[:, None], output, torch.zeros_like(output))
+        return torch.where(self.written[:, None], output, before)
 
     def select(self, tokens: slice | Tensor) -> MoeCall:
         """The same call for some of its tokens, a slice of them or `[n] int64`, in that order."""

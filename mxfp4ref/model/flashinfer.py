@@ -195,9 +195,7 @@ def torch_ref_cutlass_fused_moe(
     intermediates = moe.trace(call) if trace else None
     result = moe.forward(call) if intermediates is None else intermediates.output
     if output is not None:
-        if call.enable_alltoall:
-            result = torch.where(call.written[:, None], result, output)
-        result = output.copy_(result)
+        result = output.copy_(call.written_over(result, output))
     return [result] if intermediates is None else replace(intermediates, output=result)
 
 

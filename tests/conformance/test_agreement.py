@@ -16,7 +16,9 @@ from mxfp4ref.conformance.families.engine import Result, prepared
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
 from mxfp4ref.conformance.families.jury import Failure, judge
 from mxfp4ref.conformance.families.search import Match
-from mxfp4ref.conformance.finding import Finding
+from mxfp4ref.conformance.finding import OTHER_EXPERTS, Evidence, Finding, in_words
+from mxfp4ref.conformance.patterns import Pattern
+from mxfp4ref.conformance.stage_fit import Reach
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.model.call import MoeCall
 
@@ -37,11 +39,16 @@ def verdict(finding: Finding, plain: Diagnosis) -> str:
 
 
 def said(plain: Diagnosis, *findings: Finding) -> str:
-    return verdict(agreed([replace(plain, finding=f, stage="", patterns=()) for f in findings]), plain)
+    cases = [replace(plain, finding=f, stage="", reach="", patterns=(), places=()) for f in findings]
+    return verdict(agreed(cases), plain)
 
 
-def exact(words: str, *stages: str) -> Finding:
-    return Finding(stages or ("finalize",), words, True)
+def exact(*hypotheses: str, stages: tuple[str, ...] = ("finalize",)) -> Finding:
+    return Finding(stages, in_words(hypotheses), True, hypotheses=hypotheses)
+
+
+def evidence(stages: tuple[str, ...], kind: str, details: str) -> Finding:
+    return Evidence.of_kind(stages, kind, details, 3).finding()
 
 
 def test_what_all_cases_say(plain: Diagnosis) -> None:
@@ -49,9 +56,8 @@ def test_what_all_cases_say(plain: Diagnosis) -> None:
 
 
 def test_alternatives_that_only_some_cases_leave_are_excluded_by_the_others(plain: Diagnosis) -> None:
-    words = said(
-        plain, exact(f"A{TOLD_FROM}B; C and 2 more"), exact(f"A{TOLD_FROM}C"), exact(f"C{TOLD_FROM}A")
-    )
+    assert in_words("ABCDE") == f"A{TOLD_FROM}B; C and 2 more"
+    words = said(plain, exact(*"ABCDE"), exact(*"AC"), exact(*"CEA"))
     assert words == f" Every wrong bit is predicted by this: A{TOLD_FROM}C."
 
 
@@ -66,7 +72,7 @@ def test_what_most_cases_say_comes_with_the_count(plain: Diagnosis) -> None:
 
 
 def test_cases_that_are_all_explained_by_different_sentences(plain: Diagnosis) -> None:
-    words = said(plain, exact("A"), exact("B", "fc2"), exact("C"), exact("A"), exact("D"))
+    words = said(plain, exact("A"), exact("B", stages=("fc2",)), exact("C"), exact("A"), exact("D"))
     assert (
         words == " Each is explained in every bit, by different sentences; 2 of 5 failing cases by this: A."
     )
@@ -79,19 +85,15 @@ def test_evidence_of_most_cases(plain: Diagnosis) -> None:
 
 def test_evidence_of_one_kind_with_numbers_of_its_own_in_each_case(plain: Diagnosis) -> None:
     weights = [
-        Finding(("finalize",), f"the routing weights used are others: token {t} is x") for t in range(6)
+        evidence(("finalize",), "the routing weights used are others", f"token {t} is x") for t in range(6)
     ]
-    words = said(
-        plain,
-        *weights,
-        Finding(("slots", "finalize"), "slots are computed by other experts (3 by 4): token 0"),
-    )
+    words = said(plain, *weights, evidence(("slots", "finalize"), OTHER_EXPERTS, "token 0"))
     assert words == (
         " No hypothesis predicts every bit. The best evidence: in 6 of 7 failing cases the routing weights used are "
         "others; in the first of them: token 0 is x; it lies in finalize."
     )
     slots = [
-        Finding(("slots",), f"slots are computed by other experts (expert {t} by 11): token 0")
+        Finding(("slots",), f"{OTHER_EXPERTS} (expert {t} by 11): token 0", kind=OTHER_EXPERTS)
         for t in range(4)
     ]
     words = said(plain, *slots, Finding())
@@ -99,19 +101,20 @@ def test_evidence_of_one_kind_with_numbers_of_its_own_in_each_case(plain: Diagno
         "in 4 of 5 failing cases slots are computed by other experts; in the first of them: (expert 0 by 11): token 0"
         in words
     )
-    slots[1] = Finding(
-        ("slots",), "slots are computed by the previous expert (weights and all), for token 3", True
+    slots[1] = replace(
+        exact("slots are computed by the previous expert", stages=("slots",)), kind=OTHER_EXPERTS
     )
-    slots[3] = Finding(
-        ("slots",), "slots of the last place of a token are computed by other experts: token 3: x"
-    )
+    slots[3] = Finding(("slots",), "slots of the last place of a token: token 3: x", kind=OTHER_EXPERTS)
     assert said(plain, *slots, Finding()) == words
     assert "unknown" in said(plain, *weights[:4], *slots), "half is not most"
 
 
 def test_without_a_sentence_the_stage_that_most_share(plain: Diagnosis) -> None:
-    lines = ["before finalize: 12 elements lie outside", "rounding: x", "before finalize: 3 elements"]
-    cases = [replace(plain, finding=Finding(), stage=line, patterns=()) for line in lines]
+    lines: dict[str, Reach] = {"12 elements": "before finalize", "x": "rounding", "3": "before finalize"}
+    cases = [
+        replace(plain, finding=Finding(), stage=line, reach=reach, patterns=(), places=())
+        for line, reach in lines.items()
+    ]
     assert verdict(agreed(cases), plain) == (
         " What is wrong is unknown; in 2 of 3 failing cases it lies before finalize."
     )
@@ -119,11 +122,19 @@ def test_without_a_sentence_the_stage_that_most_share(plain: Diagnosis) -> None:
 
 def test_without_a_stage_the_places_that_most_share(plain: Diagnosis) -> None:
     patterns = [
+        Pattern.of("only tokens 2, 5, 8", 9, 3),
+        Pattern.of("only tokens 2, 5, 8", 16, 3),
+        Pattern.of("only token 1", 2, 1),
+    ]
+    assert [p.words for p in patterns] == [
         "only tokens 2, 5, 8 of 9 differ",
         "only tokens 2, 5, 8 of 16 differ",
         "only token 1 of 2 differs",
     ]
-    cases = [replace(plain, finding=Finding(), stage="", patterns=(p,)) for p in patterns]
+    cases = [
+        replace(plain, finding=Finding(), stage="", reach="", patterns=(p.words,), places=(p.place,))
+        for p in patterns
+    ]
     assert verdict(agreed(cases), plain) == (
         " What is wrong is unknown; in 2 of 3 failing cases only tokens 2, 5, 8 differ."
     )
@@ -164,7 +175,7 @@ def test_alternatives_of_what_predicts_some_cases_are_told(monkeypatch: pytest.M
     result = Result(tuple(matches), (), Finding(), 3, True)
     monkeypatch.setattr(jury, "investigate", lambda *_, **__: result)
     found = judge(failures, lambda: (), seconds=9.0).finding
-    assert found == Finding(("finalize",), f"A{TOLD_FROM}B", False, (1, 2))
+    assert found == Finding(("finalize",), f"A{TOLD_FROM}B", False, (1, 2), hypotheses=("A", "B"))
 
 
 def test_a_quick_run_repeats_the_finding() -> None:

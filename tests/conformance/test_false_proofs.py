@@ -41,7 +41,7 @@ def test_nothing_is_solved_for_near_underflow() -> None:
     assert bool(differing(got, right).any())
     found = gather(pipeline, got, right, differing(got, right))
     assert not any("finalize" in one.stages or "are right" in one.sentence for one in found)
-    stage = reconcile(pipeline.call, {"output": got}, differing(got, right))
+    stage = reconcile(pipeline.call, {"output": got}, differing(got, right)).words
     assert stage.startswith("unknown: ")
     assert "too near to underflow" in stage
 
@@ -56,7 +56,7 @@ def test_a_bf16_sum_in_gemm2_is_no_other_activation() -> None:
 
     call = prepared(GOLDENS.load("gemm/first_group_overflows").call()).call
     got = layer(call, gemm2=summed)
-    stage = reconcile(call, {"output": got}, differing(got, forward(call)))
+    stage = reconcile(call, {"output": got}, differing(got, forward(call))).words
     assert stage.startswith("before finalize")
     assert "activation" not in stage
 

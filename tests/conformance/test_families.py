@@ -16,7 +16,7 @@ from mxfp4ref.__main__ import commands
 from mxfp4ref.conformance import Kernel, Options, diagnose, run
 from mxfp4ref.conformance.diagnosis import SECONDS
 from mxfp4ref.conformance.families import FAMILIES, family_of
-from mxfp4ref.conformance.families.places import columns_in_words
+from mxfp4ref.conformance.families.places import named_columns
 from mxfp4ref.conformance.families.slot_kinds import position_in_expert
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.defects.variants.finalize import FinalizeVariant
@@ -260,4 +260,4 @@ def test_the_commands_tell_families() -> None:
 def test_all_columns_but_one_that_is_right_by_chance_are_no_part(right: int) -> None:
     columns = torch.ones(128, dtype=torch.bool)
     columns[right] = False
-    assert columns_in_words(columns) == ""
+    assert named_columns(columns) is None

@@ -12,7 +12,6 @@ import torch
 from mxfp4ref import MoeCall, forward
 from mxfp4ref.conformance import diagnose
 from mxfp4ref.conformance.families.known_factors import factor_in_words, simple_between
-from mxfp4ref.conformance.finding import NOTE
 from mxfp4ref.sm90.fp32 import to_bf16
 from tests.held_out_kernels.by_hand import layer
 from tests.held_out_kernels.calls import captured
@@ -97,7 +96,7 @@ def test_a_diagnosis_says_it(monkeypatch: pytest.MonkeyPatch) -> None:
     found = diagnose("moe", call, {"output": again}, {"output": forward(call)}, diagnosis="quick").finding
     assert found.exact
     assert found.sentence.startswith("a factor of 2.5 too many on ")
-    assert found.sentence.endswith(f"{NOTE}2.5 is {TWICE}")
+    assert found.sentence.endswith(f". Note: 2.5 is {TWICE}")
     about = to_bf16(
         again.float() * (1 + 2.0**-9 * torch.randn(again.shape, generator=torch.Generator().manual_seed(0)))
     )

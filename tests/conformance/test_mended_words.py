@@ -17,7 +17,7 @@ from mxfp4ref.conformance.families.evidence import gather
 from mxfp4ref.conformance.families.fragments import fragment_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, local_of
 from mxfp4ref.conformance.families.outputs import inner_hypotheses
-from mxfp4ref.conformance.families.places import columns_in_words, tokens_in_words
+from mxfp4ref.conformance.families.places import named_columns, tokens_in_words
 from mxfp4ref.conformance.families.regions import k_hypotheses
 from mxfp4ref.conformance.families.sampled import samples
 from mxfp4ref.conformance.families.slots import slot_hypotheses
@@ -146,11 +146,11 @@ def test_an_activation_that_moved_is_not_called_a_wrong_gemm1() -> None:
 
 def test_columns_of_which_some_are_right_by_chance() -> None:
     column = torch.arange(256)
-    assert (
-        columns_in_words((column // 16 % 4 == 1) & (column % 8 > 0))
-        == "in every fourth block of 16 columns, from 16 on"
-    )
-    assert columns_in_words((column // 16 % 4 == 1) & (column % 2 > 0)) == ""
+    named = named_columns((column // 16 % 4 == 1) & (column % 8 > 0))
+    assert named is not None
+    assert named[0] == "in every fourth block of 16 columns, from 16 on"
+    assert torch.equal(named[1](256), column // 16 % 4 == 1)
+    assert named_columns((column // 16 % 4 == 1) & (column % 2 > 0)) is None
 
 
 def test_columns_of_garbage() -> None:

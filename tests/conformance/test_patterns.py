@@ -28,7 +28,7 @@ EXPECTED = forward(CALL)
 def found(mask: Tensor, got: Tensor | None = None, call: MoeCall = CALL) -> tuple[str, ...]:
     if got is None:
         got = torch.where(mask, EXPECTED + 1, EXPECTED)
-    return patterns(call, got, EXPECTED, mask)
+    return tuple(pattern.words for pattern in patterns(call, got, EXPECTED, mask))
 
 
 def columns(*chosen: slice | int) -> Tensor:

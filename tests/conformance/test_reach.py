@@ -77,7 +77,7 @@ def test_columns_of_zeros_are_part_of_no_pattern(change: str) -> None:
     could = reached(call, want, mask)
     assert bool(could[:, :128].any(0).all())
     assert not bool(could[:, 128:].any())
-    found = patterns(call, got, want, mask, could)
+    found = [pattern.words for pattern in patterns(call, got, want, mask, could)]
     assert not any("block" in words for words in found)
     every_second = "exactly every second column differs, from 1 on, of those that could"
     assert (every_second in found) == (change == "the even column's gate")
@@ -96,7 +96,7 @@ def test_tokens_and_experts_that_could_not_differ_are_part_of_no_pattern() -> No
     mine = (call.token_selected_experts == 3).any(1)
     assert torch.equal(could.any(1), mine)
     assert not bool(mine.all())
-    found = patterns(call, want + 1, want, could, could)
+    found = [pattern.words for pattern in patterns(call, want + 1, want, could, could)]
     assert not any(words.startswith("only tokens") for words in found)
     assert "every token differs somewhere, of those that could" in found
 
@@ -108,7 +108,7 @@ def test_one_element_is_damaged_where_its_activation_would_show_elsewhere_too() 
         got.view(torch.int16)[0, 3] ^= 1 << 6
         mask = differing(got, want)
         assert is_spread(call, got, want, mask, [0]) == told
-        assert any("damaged" in words for words in patterns(call, got, want, mask)) == told
+        assert any("damaged" in pattern.words for pattern in patterns(call, got, want, mask)) == told
         said = gather(prepared(call), got, want, mask)
         assert any("damaged" in e.sentence for e in said) == told
         assert not any("is right" in e.sentence for e in said)

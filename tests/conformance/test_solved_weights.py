@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from mxfp4ref import MoeCall, forward
-from mxfp4ref.conformance import differing
+from mxfp4ref.conformance import diagnose, differing
 from mxfp4ref.conformance.families.engine import prepared
-from mxfp4ref.conformance.families.evidence import Evidence, gather, look_closer
+from mxfp4ref.conformance.families.evidence import gather, look_closer
 from mxfp4ref.conformance.families.jury import Failure, judge
-from mxfp4ref.conformance.families.solved_weights import Weights, one_factor, unsure_of
+from mxfp4ref.conformance.families.solved_weights import Weights, in_common, unsure_of
+from mxfp4ref.conformance.finding import Evidence
 from mxfp4ref.goldens import open_goldens
+from tests.held_out_kernels.calls import captured
 
 GOLDENS = open_goldens()
 
@@ -50,7 +52,7 @@ def test_weights_of_opposite_rows_are_not_told(case: str, experts: str) -> None:
     assert not first.stages, "no evidence for the verdict"
 
 
-def test_one_factor_is_said_and_weights_stand_by_slot() -> None:
+def test_in_common_is_said_and_weights_stand_by_slot() -> None:
     (first,) = evidence("finalize/biases_inside_weight")
     assert first.stages == ("finalize",), "expert 2 is right where another slot has it"
     assert first.sentence == (
@@ -94,16 +96,56 @@ def test_no_more_digits_than_are_determined() -> None:
 
 
 def test_what_all_ratios_share() -> None:
-    assert one_factor([weights(0, 0.5, 0.1), weights(1, 0.2, 0.25, experts=(3, 5))]) == (
+    assert in_common([weights(0, 0.5, 0.1), weights(1, 0.2, 0.25, experts=(3, 5))]) == (
         "0.4 times the asked weight for expert 3 in each of the 2 tokens solved",
         {3},
     )
     assert (
-        one_factor([weights(0, 0.5, 0.1)])[0]
+        in_common([weights(0, 0.5, 0.1)])[0]
         == "0.4 times the asked weight for expert 3 in slot 1 of the token"
     )
-    assert one_factor([weights(0, 0.5, 0.1), weights(1, 0.5, 0.25)])[0].endswith(
-        "in 1 of the 2 tokens solved"
-    )
+    assert in_common([weights(0, 0.5, 0.1), weights(1, 0.5, 0.25)])[0].endswith("in 1 of the 2 tokens solved")
     for other in (weights(1, 0.5, 0.2), weights(1, 0.2, 0.25)):
-        assert one_factor([weights(0, 0.5, 0.1), other]) == ("", set()), "other factors, or experts and slots"
+        assert in_common([weights(0, 0.5, 0.1), other]) == ("", set()), "other factors, or experts and slots"
+
+
+def of_another_slot(call: MoeCall, target: int, source: int) -> Tensor:
+    weights = call.token_final_scales.clone()
+    weights[:, target] = weights[:, source]
+    return forward(replace(call, token_final_scales=weights))
+
+
+def test_the_weight_of_another_slot_is_said_to_be_that_slots() -> None:
+    call = captured("prefill")
+    got, want = of_another_slot(call, 2, 3), forward(call)
+    found = diagnose("moe", call, {"output": got}, {"output": want}, diagnosis="quick").finding
+    assert (found.sentence, found.stages, found.exact) == (
+        "slot 2's routing weight is slot 3's",
+        ("finalize",),
+        True,
+    )
+    # What is solved alone says so too, as where something else is wrong besides.
+    wrong, pipeline = differing(got, want), prepared(call)
+    first = look_closer(pipeline, got, wrong, gather(pipeline, got, want, wrong))[0]
+    assert "slot 2's routing weight is slot 3's in each of the tokens solved" in first.sentence
+    assert first.stages == ("finalize",)
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (
+            ((0.3, 0.2, 0.2), (0.6, 0.1, 0.1)),
+            "slot 1's routing weight is slot 2's in each of the tokens solved",
+        ),
+        (((0.3, 0.2, 0.2), (0.6, 0.6, 0.1)), ""),  # in one token another one's
+        (((0.3, 0.25, 0.2), (0.6, 0.25, 0.1)), ""),
+    ],
+)
+def test_other_slots_weights_are_so_in_every_token(found: tuple[tuple[float, ...], ...], words: str) -> None:
+    asked = (0.3, 0.5, 0.2), (0.6, 0.3, 0.1)
+    tokens = [
+        Weights(t, (0, 1, 2), (4, 5, 6), a, f, (0.001,) * 3)
+        for t, (a, f) in enumerate(zip(asked, found, strict=True))
+    ]
+    assert in_common(tokens)[0] == words

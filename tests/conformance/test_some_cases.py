@@ -12,7 +12,8 @@ from mxfp4ref.conformance import CaseResult, Options, Report, diagnose
 from mxfp4ref.conformance.agreement import agreed
 from mxfp4ref.conformance.diagnosing import Found
 from mxfp4ref.conformance.families.activations import activation_hypotheses
-from mxfp4ref.conformance.families.engine import Result, prepared
+from mxfp4ref.conformance.families.engine import Result, prepared, told
+from mxfp4ref.conformance.families.hypothesis import Hypothesis
 from mxfp4ref.conformance.families.jury import Failure, _heard, _of_some
 from mxfp4ref.conformance.families.search import Match
 from mxfp4ref.conformance.finding import UNKNOWN, Finding
@@ -82,12 +83,13 @@ def test_what_a_case_alike_refutes_is_not_said() -> None:
 
 
 def test_what_follows_from_a_prediction_of_most_bits_is_hedged() -> None:
-    for how in ("or nearly so (92% of the wrong elements in every bit)", "up to roundings (3% of them)"):
-        finding = Finding(("fc1",), f"GEMM1's rows are others, {how}")
+    hypothesis = Hypothesis("rows", ("fc1",), "GEMM1's rows are others, or nearly so", lambda p: p)
+    for finding in (told([Match(hypothesis, False)], (), ()), Finding(("fc1",), "most", hedged=True)):
         assert str(finding).endswith("[perhaps fc1]")
         assert said(finding).endswith("; it may lie in fc1.")
-    sure = Finding(("fc1",), "GEMM1's rows are others")
+    sure = Finding(("fc1",), "GEMM1's rows are others, or nearly so")  # words alone say nothing
     assert said(sure).endswith("; it lies in fc1.")
+    assert not told([Match(hypothesis, True)], (), ()).hedged
     assert agreed([]) == UNKNOWN
 
 

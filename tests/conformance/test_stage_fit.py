@@ -25,7 +25,7 @@ def first_tokens(name: str, count: int) -> MoeCall:
 
 
 def stage_of(call: MoeCall, output: Tensor) -> str:
-    return reconcile(call, {"output": output}, differing(output, forward(call)))
+    return reconcile(call, {"output": output}, differing(output, forward(call))).words
 
 
 def weighted(call: MoeCall, *factors: float) -> Tensor:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mxfp4ref.conformance.comparison import differing
+from mxfp4ref.engine import fitting
 from mxfp4ref.engine.fitting import Fit, closest_kernel, fitting_kernels
 from mxfp4ref.formats.generations import BYTEWISE
 from mxfp4ref.goldens import open_goldens
@@ -68,6 +69,20 @@ def test_n_tiles_are_told_apart_where_they_show(tile_n: int) -> None:
     assert any(fit.has(kernel) for fit in fits)
     assert not any(fit.all_tile_n for fit in fits)
     assert_exactly_those(call, fits, output)
+
+
+def test_tiny_numbers_behind_the_first_two_groups_show_no_n_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = CALL.input.clone()
+    x[0, 64:] = 2.0**-120
+    call = replace(CALL, input=x)
+    output = forward(call)
+    assert_exactly_those(call.select(slice(0, 2)), fitting_kernels(call, output), output[:2])
+
+    def refuse(*arguments: Any) -> bool:
+        raise AssertionError("each kernel was tried")
+
+    monkeypatch.setattr(fitting, "_equal", refuse)
+    assert fitting_kernels(call, output)
 
 
 def test_n_tiles_that_show_are_named() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mxfp4ref.conformance.diagnosis import _REAL_SECONDS, SECONDS
+from mxfp4ref.conformance.diagnosis import REAL_SECONDS, SECONDS
 from mxfp4ref.engine import ReplayOptions, ReplayReport, ReplayResult, replay
 
 ARCHIVE = Path(__file__).parents[1] / "recordings" / "server_calls.tar.xz"
@@ -50,7 +50,7 @@ def test_tactics_are_those_of_the_autotuners_cache(
 
 
 def test_a_flipped_bit_is_found_and_located(calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(_REAL_SECONDS, "full", 0.5)  # it has no name
+    monkeypatch.setitem(REAL_SECONDS, "full", 0.5)  # it has no name
     monkeypatch.setitem(SECONDS, "full", 0.5)
     (*_, path) = sorted((calls / "0.7.2.post1" / "eager").glob("*/outputs.safetensors"))
     tensors = load_file(path)

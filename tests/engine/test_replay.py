@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,13 @@ import torch
 from click.testing import CliRunner, Result
 from torch import Tensor
 
+from mxfp4ref import __version__
 from mxfp4ref.__main__ import commands
+from mxfp4ref._choices import Diagnosing
 from mxfp4ref.conformance.diagnosis import SECONDS
 from mxfp4ref.defects import get_defect
+from mxfp4ref.engine import estimating
+from mxfp4ref.engine.recordings import Recording
 from mxfp4ref.engine.replaying import ReplayOptions, ReplayReport, ReplayResult, replay
 from mxfp4ref.formats.generations import BYTEWISE
 from mxfp4ref.goldens import open_goldens
@@ -149,6 +154,73 @@ def test_one_flipped_bit_is_found_and_located(tmp_path: Path, monkeypatch: pytes
     assert suite is not None
     assert (suite.attrib["tests"], suite.attrib["failures"], suite.attrib["errors"]) == ("2", "1", "0")
     assert "data:image/png" in files["html"].read_text()
+
+
+def test_how_long_it_takes_is_said_before_and_each_call_as_it_ends(tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        recorded.write_call(tmp_path, SMALL_CALL, forward(SMALL), number=number)
+    result = CliRunner().invoke(commands, ["replay", str(tmp_path), "--max-calls", "2"])
+    first, *each = result.stderr.splitlines()
+    assert re.fullmatch(
+        r"2 recorded calls: about \d+ s to compare; up to 2 minutes more if all differ", first
+    )
+    assert [line.split(",")[0] for line in each] == [
+        "[  1/2] pid7/call0001: equal",
+        "[  2/2] pid7/call0002: equal",
+    ]
+    words = " ".join(result.stdout.split())
+    assert "2 recorded calls of 1 layer: 2 equal. 1 more were not replayed." in words
+    assert f"not run: 1 case; to run all: mxfp4ref replay {tmp_path}" in words
+
+
+@pytest.mark.parametrize(
+    ("tokens", "diagnosis", "words"),
+    [
+        (8, "none", "1 recorded call, 1 of real size: about 2 s to compare"),
+        (512, "full", "1 recorded call, 1 of real size: about 8 s to compare; up to 60 s more if all differ"),
+    ],
+)
+def test_an_estimate_grows_with_the_call(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, diagnosis: Diagnosing, words: str
+) -> None:
+    arguments = {
+        "token_selected_experts": torch.zeros(tokens, 4, dtype=torch.int32),
+        "fc1_expert_weights": torch.zeros(8, 4096, 2048, dtype=torch.uint8),
+        "fc2_expert_weights": torch.zeros(8, 4096, 1024, dtype=torch.uint8),
+        "ep_size": 1,
+    }
+    monkeypatch.setattr(estimating, "arguments_of", lambda recording: arguments)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert str(estimating.estimate([Recording(Path(), "", "")], diagnosis)) == words
+
+
+def test_a_report_says_what_was_replayed_when_and_by_what(tmp_path: Path) -> None:
+    for rank, experts in enumerate(split_experts(SMALL.experts, 2)):
+        limits = torch.full((experts.num_experts,), 7.0)
+        experts = replace(layers.to_sm90(experts), swiglu_limit=limits)
+        call = replace(SMALL, experts=experts, ep_size=2, ep_rank=rank)
+        recorded.write_call(tmp_path, call, forward(call), pid=rank)
+    unmodelled = arguments_of(SM90_CALL) | {"use_deepseek_fp8_block_scale": True}
+    recorded.write_call(tmp_path, unmodelled, EXPECTED, release="0.6.15", number=9)
+    files = {kind: tmp_path / f"r.{kind}" for kind in ("json", "html")}
+    given = [x for kind, path in files.items() for x in (f"--{kind}", path)]
+    result = invoke("replay", tmp_path, "--diagnosis", "quick", *given)
+    assert result.exit_code == 0
+    words = " ".join(result.output.split())
+    calls = (
+        "recorded by flashinfer 0.6.15, 0.7.2.post1; ranks ep 0 of 2, ep 1 of 2; "
+        "activation SwigluBias with swiglu_limit 7"
+    )
+    assert f"tested: mxfp4ref {__version__}, torch" in words
+    assert f"calls: {calls}" in words
+    assert "1 of 3 skipped: use_deepseek_fp8_block_scale" in words  # by no kernel
+    assert "in all; comparison" in words  # no kernel ran
+    written = json.loads(files["json"].read_text())
+    assert written["command"] == f"mxfp4ref replay {tmp_path} --diagnosis quick"
+    assert written["date"].startswith("20")
+    assert (written["environment"]["mxfp4ref"], written["left"]) == (__version__, 0)
+    html = files["html"].read_text()
+    assert all(text in html for text in (calls, written["command"], written["date"]))
 
 
 def test_no_report_replaces_what_was_read(tmp_path: Path) -> None:

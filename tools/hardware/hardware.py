@@ -19,11 +19,6 @@ from mxfp4ref import MoeCall
 from mxfp4ref.conformance import Kernel
 
 
-def as_launched(call: MoeCall, output: Tensor) -> Tensor:
-    """The output that a launch of a call has to leave: rows that the kernel does not write keep the filling, NaN."""
-    return torch.where(call.written[:, None], output, torch.full_like(output, torch.nan))
-
-
 def launcher(kernel: Kernel, call: MoeCall, **options: Any) -> Callable[[], Tensor]:
     """Prepare a call; the result launches the kernel on it, each time into the same output.
 
@@ -32,7 +27,7 @@ def launcher(kernel: Kernel, call: MoeCall, **options: Any) -> Callable[[], Tens
         call: on the kernel's device; where the kernel can be told its tactics, it runs with those of the call.
         options: further arguments of flashinfer's function, such as `enable_pdl`.
 
-    Before each launch the output is filled with NaN: compare it with what `as_launched` gives.
+    Before each launch the output is filled with NaN: compare it with `call.written_over(expected, torch.nan)`.
     """
     positional, keywords = kernel.prepare("moe", call)
     output: Tensor = keywords["output"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -15,9 +15,9 @@ from mxfp4ref.conformance.families.activations import activation_hypotheses, oth
 from mxfp4ref.conformance.families.by_slot import by_slot_hypotheses
 from mxfp4ref.conformance.families.codes import code_hypotheses
 from mxfp4ref.conformance.families.distances import surprise
-from mxfp4ref.conformance.families.evidence import Evidence, gather, look_closer
+from mxfp4ref.conformance.families.evidence import gather, look_closer
 from mxfp4ref.conformance.families.fragments import fragment_hypotheses
-from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline
+from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline, of_first_factor
 from mxfp4ref.conformance.families.known_factors import factor_in_words, simple_between
 from mxfp4ref.conformance.families.named import named_hypotheses
 from mxfp4ref.conformance.families.nearly import nearly
@@ -39,7 +39,7 @@ from mxfp4ref.conformance.families.tensors import (
     value_hypotheses,
 )
 from mxfp4ref.conformance.families.weighting import weight_hypotheses
-from mxfp4ref.conformance.finding import ALTERNATIVES, NOTE
+from mxfp4ref.conformance.finding import Evidence, in_words
 from mxfp4ref.conformance.reduction import clock_of, is_heavy
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
@@ -139,7 +139,7 @@ def simplest(matches: list[Match]) -> list[Match]:
 def _by_token(hypothesis: Hypothesis) -> bool:
     """Whether a few tokens of a call show it: it does not depend on where a row lies among others."""
     h = hypothesis
-    return not (h.name or h.family in ("dropped slots", "rows of an expert") or "token" in h.words)
+    return not (h.name or h.family in ("dropped slots", "rows of an expert") or h.across_tokens)
 
 
 def _is_small(search: Search) -> bool:
@@ -297,27 +297,21 @@ def _factors(search: Search) -> list[float]:
     return [sign * f for f in simple_between(low, high) if sign * f != 1]
 
 
-def told(matches: Iterable[Match], evidence: Iterable[Evidence], calls: Iterable[MoeCall]) -> Finding:
+def told(matches: Sequence[Match], evidence: Iterable[Evidence], calls: Iterable[MoeCall]) -> Finding:
     """What to tell of calls: the simplest hypothesis, and those not told apart from it; without any, the evidence."""
-    matches, evidence = list(matches), list(evidence)
-    factor = next(
-        (m.hypothesis.factor for m in matches if m.hypothesis.factor), None
-    )  # the simplest of several
-    matches = [m for m in matches if m.hypothesis.factor in (None, factor)]
-    if matches:
-        best = matches[0].hypothesis
-        stages = _agreed_stages([m.hypothesis for m in matches])
-        others = [
-            h for m in matches[1:] if (h := m.hypothesis).words != best.words and h.cost <= best.cost + _ALIKE
-        ]
-        words = best.words
-        if others:
-            shown = "; ".join(h.words for h in others[:2])
-            more = f" and {len(others) - 2} more" if len(others) > 2 else ""
-            words += f"{ALTERNATIVES}{shown}{more}"
+    evidence = list(evidence)
+    exact = {id(m.hypothesis): m.exact for m in matches}
+    if found := of_first_factor(m.hypothesis for m in matches):
+        best = found[0]
+        near = [h for h in found[1:] if h.words != best.words and h.cost <= best.cost + _ALIKE]
+        words = tuple(h.words for h in (best, *near))
+        sentence = in_words(words)
         if best.factor is not None and (known := factor_in_words(best.factor, calls)):
-            words += NOTE + known
-        return Finding(stages, words, matches[0].exact)
+            sentence += f". Note: {known}"
+        sure = exact[id(best)]
+        return Finding(
+            _agreed_stages(found), sentence, sure, hypotheses=words, kind=best.kind, hedged=not sure
+        )
     for one in evidence:
         if one.stages:
             return one.finding()

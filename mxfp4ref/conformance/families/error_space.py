@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.families.sampled import Sample
+from mxfp4ref.conformance.finding import Evidence
 
-__all__ = ["Placed", "Space"]
+__all__ = ["Space"]
 
 _TOKENS, _FEWEST, _PROFILED = 16, 5, 5
 _FEWEST_TOGETHER = 8  # tokens from which it is asked how errors go together over them
@@ -27,14 +28,6 @@ _LITTLE = 0.1  # of GEMM1's output: more is no rounding
 _SHARES = torch.tensor([0, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0], dtype=torch.float64, device="cpu")
 # Of the variance, around what it seems to be.
 _SIZES = torch.logspace(-4, 4, 33, base=2, dtype=torch.float64, device="cpu")
-
-
-@dataclass(frozen=True)
-class Placed:
-    """What follows: the stages (none where nothing does), and why, in words."""
-
-    stages: tuple[str, ...]
-    words: str
 
 
 @dataclass(frozen=True)
@@ -64,7 +57,7 @@ class Space:
         """Whether most of the error is surely such a sum."""
         return _ratio(self.likelihoods) >= _SURE
 
-    def placed(self, *, biased: bool, function: bool) -> Placed | None:
+    def placed(self, *, biased: bool, function: bool) -> Evidence | None:
         """Where the errors come from; None where that cannot be told.
 
         Args:
@@ -82,20 +75,23 @@ class Space:
 
 def _before(
     chosen: list[tuple[Sample, list[int]]], together: dict[str, float], *, biased: bool, function: bool
-) -> Placed | None:
+) -> Evidence | None:
     """Of errors that are sums of columns of GEMM2's weights."""
     lie = "the errors are sums of columns of GEMM2's weights, as of another activation"
     activation, bias = together.get("activation", 0.0), together.get("fc1 bias", 0.0) if biased else -1e9
     if activation >= _SURE and activation > bias + _SURE / 2:
-        return Placed(
+        return Evidence.of_kind(
             (),
-            f"{lie} that follows from the right one alike for all tokens, as in another order: K of GEMM2, the "
-            f"activation's columns, rows of GEMM1{', or the fc1 bias' * biased}",
+            f"{lie} that follows from the right one alike for all tokens, as in another order",
+            f"K of GEMM2, the activation's columns, rows of GEMM1{', or the fc1 bias' * biased}",
+            2,
         )
     if bias >= _SURE and bias > activation + _SURE / 2:
-        return Placed(
+        return Evidence.of_kind(
             ("fc1", "activation"),
-            f"{lie} that is off by the same in all tokens: the fc1 bias, where it is added or which it is",
+            f"{lie} that is off by the same in all tokens",
+            "the fc1 bias, where it is added or which it is",
+            2,
         )
     profile = _profile(chosen)
     fc1 = max(value for name, value in profile.items() if name.startswith("fc1"))
@@ -105,44 +101,58 @@ def _before(
         return None  # K of GEMM2 may be in another order
     unlike = f"{lie}, and what is wrong in it differs from token to token"
     if proportional > max(fc1, other) + _SURE:
-        return Placed(
+        return Evidence.of_kind(
             ("activation", "fc2"),
-            f"{unlike} in proportion to it: it is rounded or scaled otherwise on its way to GEMM2",
+            f"{unlike} in proportion to it",
+            "it is rounded or scaled otherwise on its way to GEMM2",
+            2,
         )
     if proportional > fc1 - _SURE and max(proportional, fc1) > other:
-        return Placed(
-            ("fc1", "activation"), f"{unlike} in proportion to it: a rounding of GEMM1 or of the activation"
+        return Evidence.of_kind(
+            ("fc1", "activation"),
+            f"{unlike} in proportion to it",
+            "a rounding of GEMM1 or of the activation",
+            2,
         )
     if function:
-        return Placed(
-            ("fc1", "activation"), f"{unlike}: GEMM1 or the activation is wrong; GEMM2 and the sum are right"
+        return Evidence.of_kind(
+            ("fc1", "activation"),
+            unlike,
+            "GEMM1 or the activation is wrong; GEMM2 and the sum are right",
+            2,
         )
     if profile["even"] > profile["another"] - _SURE:
-        return Placed(
+        return Evidence.of_kind(
             ("fc1", "activation"),
-            f"{unlike}, as if it were another row's or column's: GEMM1 has other weights, scales or input, or the "
-            "activation is written or read at other places; GEMM2's weights and the sum are right",
+            f"{unlike}, as if it were another row's or column's",
+            "GEMM1 has other weights, scales or input, or the activation is written or read at other places; GEMM2's "
+            "weights and the sum are right",
+            2,
         )
     as_by_little = fc1 == profile["fc1 0.02"] > other + _SURE and _off(chosen) < _LITTLE
     little = ", by little beside its size, as by a rounding" * as_by_little
-    return Placed(
-        ("fc1", "input"), f"{unlike}: GEMM1 or its input is wrong{little}; GEMM2 and the sum are right"
+    return Evidence.of_kind(
+        ("fc1", "input"), unlike, f"GEMM1 or its input is wrong{little}; GEMM2 and the sum are right", 2
     )
 
 
-def _after(together: dict[str, float]) -> Placed | None:
+def _after(together: dict[str, float]) -> Evidence | None:
     """Of errors that have nothing to do with the columns of GEMM2's weights."""
     activation, bias = together.get("activation", 0.0), together.get("fc2 bias", 0.0)
     if activation >= _SURE and activation > bias + _SURE:
-        return Placed(
+        return Evidence.of_kind(
             ("fc2",),
             "the errors go together over the tokens as the right activations do, and are no sums of columns of "
-            "GEMM2's weights: GEMM2 has other weights or scales; what it gets is right",
+            "GEMM2's weights",
+            "GEMM2 has other weights or scales; what it gets is right",
+            2,
         )
     if bias >= _SURE and bias > activation + _SURE:
-        return Placed(
+        return Evidence.of_kind(
             ("finalize", "fc2"),
-            "the errors are alike for tokens of the same expert, in proportion to the routing weight: the fc2 bias",
+            "the errors are alike for tokens of the same expert, in proportion to the routing weight",
+            "the fc2 bias",
+            2,
         )
     return None
 

@@ -7,7 +7,6 @@ unknowns, and have a solution within the roundings, the solution is what the ker
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,65 +16,25 @@ from mxfp4ref.conformance.comparison import differing, ulp_distance
 from mxfp4ref.conformance.families.error_space import Space
 from mxfp4ref.conformance.families.expert_sums import other_sums
 from mxfp4ref.conformance.families.formula import Formula, fitted
-from mxfp4ref.conformance.families.hypothesis import Finding, Pipeline, local_of
+from mxfp4ref.conformance.families.hypothesis import Pipeline, local_of
 from mxfp4ref.conformance.families.lost_terms import lost_terms
 from mxfp4ref.conformance.families.mixed_up import mixed_up
-from mxfp4ref.conformance.families.places import column_set, columns_in_words, residue_in_words
+from mxfp4ref.conformance.families.places import named_columns, residue_in_words
 from mxfp4ref.conformance.families.sampled import samples
 from mxfp4ref.conformance.families.second_gemm import second_gemm
-from mxfp4ref.conformance.finding import counted
+from mxfp4ref.conformance.finding import Evidence, counted
 from mxfp4ref.conformance.reach import is_spread, reached
 from mxfp4ref.conformance.reduction import is_heavy, local_experts, reduce_call
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["Evidence", "gather", "look_closer"]
+__all__ = ["gather", "look_closer"]
 
 _TOKENS = 6  # that are looked at
 _GROSS = 32  # ulp
 _BINADES = 40  # that no sum of products spans
 _LEAST = 2.0**-125  # twice the least float32 and bf16 number that is not subnormal
 _PARTLY = 0.05  # of the errors, from which a function of up and gate is not excluded
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """One thing that follows.
-
-    Attributes:
-        stages: where the change must lie.
-        sentence: what follows, for the engineer.
-        strength: 4 where it explains every row up to roundings, 3 where it was solved and shows what happens, 2 where
-            it was solved, 1 where places say it.
-        inner: the activation's columns that are wrong, from the first to the last, where they were solved.
-    """
-
-    stages: tuple[str, ...]
-    sentence: str
-    strength: int
-    inner: tuple[int, int] | None = None
-
-    @property
-    def final(self) -> bool:
-        """Whether there is nothing left to search for in parts of tensors, or by two changes."""
-        return (
-            self.strength == 4
-            or (self.strength == 3 and set(self.stages) <= {"finalize", "slots"})
-            or self.lost
-        )
-
-    @property
-    def lost(self) -> bool:
-        """Whether it says that rows are no numbers, as a whole."""
-        return not self.stages and "in every column" in self.sentence
-
-    @property
-    def zeros(self) -> bool:
-        """Whether it says no more than that rows are zero."""
-        return not self.stages and "are zero" in self.sentence
-
-    def finding(self) -> Finding:
-        return Finding(self.stages, self.sentence, False)
 
 
 def gather(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> list[Evidence]:
@@ -93,12 +52,12 @@ def gather(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> list
         return [tiny]
     found += _rows(pipeline, got, want, wrong)
     if not found and (lost := lost_terms(pipeline, got, want, wrong, local)) is not None:
-        return [Evidence(*lost)]
+        return [lost]
     found += _single(pipeline.call, got, want, wrong) or _columns(pipeline.call, got, want, wrong, tokens)
     if not found:
-        found += (Evidence(*parts) for parts in other_sums(pipeline, got, wrong, local, tokens))
+        found += other_sums(pipeline, got, wrong, local, tokens)
     if not found:
-        found += (Evidence(*parts) for parts in second_gemm(pipeline, got, wrong, local, tokens))
+        found += second_gemm(pipeline, got, wrong, local, tokens)
     return sorted(found, key=lambda e: -e.strength)
 
 
@@ -109,7 +68,7 @@ def look_closer(pipeline: Pipeline, got: Tensor, wrong: Tensor, found: list[Evid
         return found
     some = samples(pipeline, got, wrong, local_of(pipeline))
     if (rows := mixed_up(pipeline, some)) is not None:
-        return [Evidence(*rows, 4 if rows[0] else 1), *found]
+        return [rows, *found]
     space = Space.of(some)
     formula = fitted(some) if space is not None and space.inside else None
     if formula is not None and formula.proved:
@@ -118,16 +77,16 @@ def look_closer(pipeline: Pipeline, got: Tensor, wrong: Tensor, found: list[Evid
         return found
     biased = pipeline.call.experts.fc1_biases is not None
     where = space.placed(biased=biased, function=formula is None or formula.explained > _PARTLY)
-    return [*([Evidence(where.stages, where.words, 2)] if where else []), *found]
+    return [*([where] if where else []), *found]
 
 
 def _other_function(formula: Formula) -> Evidence:
     own = ", which differs by expert," if formula.by_expert else ""
     values = f"; it gives {formula.values}" if formula.values else ""
-    return Evidence(
+    return Evidence.of_kind(
         ("activation", "fc1"),
-        f"the activation that GEMM2 got is another function{own} of the right GEMM1's output: the formula, its "
-        f"parameters, or a factor on GEMM1's result{values}",
+        f"the activation that GEMM2 got is another function{own} of the right GEMM1's output",
+        f"the formula, its parameters, or a factor on GEMM1's result{values}",
         2,
     )
 
@@ -151,7 +110,7 @@ def _rows(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> Itera
         if _biased(pipeline, rows):
             yield Evidence(("slots", "finalize"), f"{sentence}; not even the fc2 bias was added", 2)
         else:
-            yield Evidence((), sentence, 1)
+            yield Evidence((), sentence, 1, zeros=True)
         return
     lost = ~got.isfinite() & want.isfinite()
     if bool(lost[rows].any(1).all()):
@@ -165,7 +124,7 @@ def _rows(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> Itera
             pairs.append((token, source))
     if pairs and len(pairs) == min(int(rows.sum()), 64) and len(got) > 1:
         shown = ", ".join(f"token {t} has token {s}'s row" for t, s in pairs[:4])
-        yield Evidence(("finalize", "input"), f"rows of the output are other tokens' rows: {shown}", 3)
+        yield Evidence.of_kind(("finalize", "input"), "rows of the output are other tokens' rows", shown, 3)
 
 
 def _all_zero(pipeline: Pipeline, got: Tensor, want: Tensor, rows: Tensor) -> bool:
@@ -204,11 +163,14 @@ def _lost(call: MoeCall, got: Tensor, want: Tensor, lost: Tensor) -> Iterator[Ev
             "went wrong for that row did so as a whole, as when one number before GEMM2 is no number, or a routing "
             "weight is none, or the row was not written",
             1,
+            kind=f"rows came out {kind} in every column",
+            lost=True,
         )
     elif not bool(lost[rows].all(1).any()) and (
         kind == "NaN" or is_spread(call, got, want, differing(got, want), tokens[:_TOKENS])
     ):
-        words = columns_in_words(lost.any(0))
+        named = named_columns(lost.any(0))
+        words = named[0] if named else ""
         yield Evidence(
             ("fc2", "finalize"),
             f"{of} came out {kind}{' ' + words if words else ' in some columns'} only: a number before GEMM2 that is "
@@ -267,21 +229,20 @@ def _columns(
         return
     if not is_spread(call, got, want, wrong, tokens):
         return
-    words = columns_in_words(columns)
-    if words and not bool(
-        (could.any(0) & ~column_set(words, columns)(len(columns)).to(columns.device)).any()
-    ):
-        words = ""
+    named = named_columns(columns)
+    if named and not bool((could.any(0) & ~named[1](len(columns)).to(columns.device)).any()):
+        named = None
     after = (
         "GEMM1 and the activation are right, it is in GEMM2's rows of those columns (weights, scales), the fc2 bias, "
         "or the writing of the output"
     )
-    if words and float(part[:, columns].float().mean()) > 0.3:
-        sentence = f"the output differs {words} only: {after}{_garbage(got[wrong], want[wrong])}"
-        yield Evidence(("fc2", "finalize"), sentence, 2)
+    if named and float(part[:, columns].float().mean()) > 0.3:
+        kind = f"the output differs {named[0]} only"
+        details = after + _garbage(got[wrong], want[wrong])
+        yield Evidence.of_kind(("fc2", "finalize"), kind, details, 2)
     elif float(share.mean()) < 0.3 and (words := residue_in_words(columns)):
-        sentence = f"single elements differ, all of them {words}: {after}"
-        yield Evidence(("fc2", "finalize"), sentence, 2)
+        kind = f"single elements differ, all of them {words}"
+        yield Evidence.of_kind(("fc2", "finalize"), kind, after, 2)
     elif float(share.mean()) < 0.3:
         yield Evidence(
             (),

@@ -11,7 +11,8 @@ from torch import Tensor
 from mxfp4ref.conformance.families.distances import last_place, solvable
 from mxfp4ref.conformance.families.hypothesis import Pipeline, slot_outputs
 from mxfp4ref.conformance.families.known_factors import factor_in_words
-from mxfp4ref.conformance.families.solved_weights import Weights, one_factor, unsure_of
+from mxfp4ref.conformance.families.solved_weights import Weights, in_common, unsure_of
+from mxfp4ref.conformance.finding import OTHER_EXPERTS, Evidence
 from mxfp4ref.conformance.reduction import by_every_expert
 from mxfp4ref.sm90 import fp32
 
@@ -19,7 +20,6 @@ __all__ = ["other_sums"]
 
 _WORK = 1 << 29  # multiplications for one token's outputs of all experts
 _ROUNDING = 2.0**-8  # of bf16, and of the slots' sum
-_Parts = tuple[tuple[str, ...], str, int]  # of an `Evidence`
 
 
 def _allowed(weights: Tensor, y: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def _expert_weights(pipeline: Pipeline, got: Tensor, token: int) -> dict[int, tu
 
 def other_sums(
     pipeline: Pipeline, got: Tensor, wrong: Tensor, local: Tensor, tokens: list[int]
-) -> Iterator[_Parts]:
+) -> Iterator[Evidence]:
     """Whether the output is a sum of right expert outputs, of which experts, with which weights."""
     call = pipeline.call
     fits: list[tuple[int, dict[int, float], dict[int, float]]] = []
@@ -101,33 +101,29 @@ def other_sums(
         ratios = [found[e] / asked[e] for _, asked, found in fits for e in asked if asked[e]]
         if max(ratios) - min(ratios) < 2.0**-5 * abs(ratios[0]):
             known = factor_in_words(ratios[0], [call], unsure=_ROUNDING)
-            yield (
+            yield Evidence.of_kind(
                 ("finalize", "fc2"),
-                f"every token that was looked at is the right output times {ratios[0]:.4g}, as far as bf16 shows: a "
-                f"factor on the routing weights, in the sum, or on GEMM2's result{'; ' * bool(known)}{known}",
+                f"every token that was looked at is the right output times {ratios[0]:.4g}, as far as bf16 shows",
+                f"a factor on the routing weights, in the sum, or on GEMM2's result{'; ' * bool(known)}{known}",
                 3,
             )
             return
         twice = [(t, e) for t, asked, found in fits for e in asked if found[e] > 1.5 * asked[e] > 0]
         if twice and all(_counted(asked[e], found[e]) for _, asked, found in fits for e in asked):
             listed = ", ".join(f"token {t}'s of expert {e + first}" for t, e in twice[:4])
-            yield (
-                ("slots", "finalize"),
-                f"some slots' terms are added twice: {listed}{', ...' * (len(twice) > 4)}; {right}",
-                3,
-            )
+            details = f"{listed}{', ...' * (len(twice) > 4)}; {right}"
+            yield Evidence.of_kind(("slots", "finalize"), "some slots' terms are added twice", details, 3)
             return
-        factor, experts = one_factor(told)
+        factor, experts = in_common(told)
         used = torch.isin(local, torch.tensor(sorted(experts), device=local.device) - first).any(1)
         scaled = experts and not bool((used & ~wrong.any(1)).any())  # whatever the slot, and in every token
-        yield (
+        after = (
+            "a factor on GEMM2's result or in the sum" if scaled else "GEMM1, activation and GEMM2 are right"
+        )
+        yield Evidence.of_kind(
             ("finalize", "fc2") if scaled else ("finalize",),
-            f"the routing weights used are others: {factor}{'; ' * bool(factor)}{shown}; "
-            + (
-                "a factor on GEMM2's result or in the sum"
-                if scaled
-                else "GEMM1, activation and GEMM2 are right"
-            ),
+            "the routing weights used are others",
+            f"{factor}{'; ' * bool(factor)}{shown}; {after}",
             3,
         )
         return
@@ -137,22 +133,19 @@ def other_sums(
     if subset:
         missing = sorted(set(asked) - set(found))
         slots = [local[token].tolist().index(e) for e in missing]
-        yield (
+        yield Evidence.of_kind(
             ("slots",),
-            f"slots are left out: token {token} lacks slot{'s' * (len(slots) > 1)} "
-            f"{', '.join(map(str, slots))} (expert {', '.join(str(e + first) for e in missing)}), the others have "
-            "their weights",
+            "slots are left out",
+            f"token {token} lacks slot{'s' * (len(slots) > 1)} {', '.join(map(str, slots))} (expert "
+            f"{', '.join(str(e + first) for e in missing)}), the others have their weights",
             3,
         )
         return
     swaps = [_exchanged(asked, found) for _, asked, found in fits]
     pairs = sorted({pair for swap in swaps if swap for pair in swap})
     mapping = f" ({', '.join(f'expert {a + first} by {b + first}' for a, b in pairs[:6])})" if pairs else ""
-    yield (
-        ("slots",),
-        f"slots are computed by other experts{mapping}: {shown}; {right}",
-        3,
-    )
+    sentence = f"{OTHER_EXPERTS}{mapping}: {shown}; {right}"
+    yield Evidence(("slots",), sentence, 3, kind=OTHER_EXPERTS)
 
 
 def _counted(asked: float, found: float) -> bool:

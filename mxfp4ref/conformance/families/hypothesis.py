@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ __all__ = [
     "SlotRows",
     "composed",
     "finalized",
+    "of_first_factor",
     "of_output",
     "of_slots",
     "of_sum",
@@ -104,6 +105,8 @@ class Hypothesis:
         of_sum: likewise, where it is another `finalize`.
         of_output: the change, where it is one of the output.
         factor: that everything is multiplied with, where the change is no other.
+        across_tokens: whether it takes numbers of other tokens, or a token's place among them.
+        kind: as of a `Finding`.
     """
 
     family: str
@@ -117,6 +120,8 @@ class Hypothesis:
     of_sum: Callable[..., Tensor] | None = None
     of_output: Callable[[Tensor], Tensor] | None = None
     factor: float | None = None
+    across_tokens: bool = False
+    kind: str = ""
 
     @property
     def cheap(self) -> bool:
@@ -185,6 +190,13 @@ def of_output(
 ) -> Hypothesis:
     """A change of the output."""
     return Hypothesis(family, stages, words, lambda p: p.then(change), cost, of_output=change)
+
+
+def of_first_factor(hypotheses: Iterable[Hypothesis]) -> list[Hypothesis]:
+    """Those that are no factor, and of those that are, the ones with the first one's: the simplest of several."""
+    chosen = list(hypotheses)
+    factor = next((h.factor for h in chosen if h.factor), None)
+    return [h for h in chosen if h.factor in (None, factor)]
 
 
 def local_of(pipeline: Pipeline) -> Tensor:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.families.distances import surprise
 from mxfp4ref.conformance.families.engine import Result, investigate, told
-from mxfp4ref.conformance.families.evidence import Evidence, gather, look_closer
+from mxfp4ref.conformance.families.evidence import gather, look_closer
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline
 from mxfp4ref.conformance.families.search import FEWEST_BITS, Match, one_thread
-from mxfp4ref.conformance.finding import OTHERS
+from mxfp4ref.conformance.finding import OTHERS, Evidence
 from mxfp4ref.model.call import MoeCall
 
 __all__ = ["Failure", "Verdict", "judge"]
@@ -109,7 +109,7 @@ def judge(
         full = [heard.match for heard in seen.values() if len(heard.cases) == len(failures)]
         if full and (kept := _spared(full, passing)):
             finding = told(kept, (), [f.pipeline.call for f in failures])
-            exact = Finding(finding.stages, finding.sentence, True)
+            exact = replace(finding, exact=True, hedged=False)
             return Verdict(exact, tuple(m.hypothesis for m in kept), {f.case: exact for f in failures})
     return _undecided(failures, passing, seen, results, by_case, until)
 
@@ -223,7 +223,8 @@ def _undecided(
         cases = ranked[0].cases
         alike = [heard.match for heard in ranked if heard.cases == cases]
         found = told(alike, (), [f.pipeline.call for f in failures if f.case in cases])
-        return Verdict(Finding(found.stages, found.sentence, False, (len(cases), len(failures))), (), by_case)
+        some = replace(found, exact=False, cases=(len(cases), len(failures)))
+        return Verdict(some, (), by_case)
     proofs = [one for one in proofs if not _refuted(one, proofs)]
     if proofs:
         votes = Counter[tuple[str, ...]]()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mxfp4ref.conformance.families.distances import last_place, solvable
 from mxfp4ref.conformance.families.hypothesis import Pipeline, slot_outputs
+from mxfp4ref.conformance.finding import Evidence
 from mxfp4ref.sm90 import fp32
 
 __all__ = ["lost_terms"]
@@ -18,11 +19,12 @@ _LOUD, _QUIET = 4.0, 1.6  # times the roundings: before, and when explained
 _FEWEST = 4  # blocks
 _MOST = 0.7  # of all blocks
 _EXPLAINED = 0.9  # of the loud blocks
-_Parts = tuple[tuple[str, ...], str, int]  # of an `Evidence`
 
 
-def lost_terms(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor, local: Tensor) -> _Parts | None:
-    """The parts of an `Evidence`, if nearly all blocks that are off lack a slot's term, or two, or have it twice."""
+def lost_terms(
+    pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor, local: Tensor
+) -> Evidence | None:
+    """What follows, if nearly all blocks that are off lack a slot's term, or two, or have it twice."""
     call = pipeline.call
     rows = (wrong.any(1) & (got.isfinite() & want.isfinite()).all(1)).nonzero().flatten()
     if len(rows) < 2 or float(wrong[rows].float().mean()) > _MOST:
@@ -68,7 +70,7 @@ def _explained(error: Tensor, terms: Tensor, noise: Tensor, loud: Tensor, size: 
     return found if len(found) >= _EXPLAINED * len(places) else None
 
 
-def _told(pipeline: Pipeline, rows: Tensor, local: Tensor, found: _Found, count: int, size: int) -> _Parts:
+def _told(pipeline: Pipeline, rows: Tensor, local: Tensor, found: _Found, count: int, size: int) -> Evidence:
     first = pipeline.call.ep_rank * pipeline.call.experts.num_experts
     listed = []
     for row, block, slots, twice in found[:3]:
@@ -86,9 +88,10 @@ def _told(pipeline: Pipeline, rows: Tensor, local: Tensor, found: _Found, count:
         if True in kinds
         else "are missing"
     )
-    return (
+    return Evidence(
         ("slots", "finalize"),
         f"single slots' terms {how} in {count} blocks of {size} columns, and all else is right, as where sums are "
         f"neither atomic nor waited for: {'; '.join(listed)}",
         3,
+        kind=f"single slots' terms {how} in blocks of {size} columns",
     )

@@ -11,7 +11,8 @@ from torch import Tensor
 from mxfp4ref.conformance.families.hypothesis import Pipeline, local_of
 from mxfp4ref.conformance.families.sampled import Sample
 from mxfp4ref.conformance.families.slot_kinds import attributes
-from mxfp4ref.conformance.families.solved_weights import one_factor
+from mxfp4ref.conformance.families.solved_weights import in_common
+from mxfp4ref.conformance.finding import Evidence
 from mxfp4ref.conformance.reduction import by_every_expert
 from mxfp4ref.formats.mxfp4 import dequantize
 from mxfp4ref.model.forward import MoeTrace, activate_rows, trace
@@ -22,7 +23,7 @@ __all__ = ["mixed_up"]
 _LOOKED_AT, _OTHERS = 8, 64  # tokens
 _WORK = 1 << 33  # multiplications of all tokens with all experts
 _LOUD, _QUIET = 4.0, 1.6  # times the roundings: before, and when explained
-_Told = tuple[tuple[str, ...], str]
+_WEIGHTS = "the right rows are summed with other weights"
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class _Swap:
     tokens_on: int = 0
 
 
-def mixed_up(pipeline: Pipeline, some: list[Sample]) -> _Told | None:
-    """The stages and a sentence, if rows that changed places explain the errors up to the roundings."""
+def mixed_up(pipeline: Pipeline, some: list[Sample]) -> Evidence | None:
+    """What follows, if rows that changed places explain the errors up to the roundings."""
     loud = sorted((s for s in some if s.loudness > _LOUD), key=lambda s: -s.loudness / len(s.experts))
     loud = loud[:_LOOKED_AT]
     call, experts = pipeline.call, pipeline.call.experts
@@ -61,11 +62,9 @@ def mixed_up(pipeline: Pipeline, some: list[Sample]) -> _Told | None:
     ):
         explained = {s.token: e for s in loud if (e := _explained(s, list(swaps(s)))) is not None}
         if 3 * len(explained) >= 2 * len(loud):
-            return (
-                stages,
-                f"slots{_which(pipeline, explained)} {words}{_moved(explained)}: {_listed(explained)}; "
-                "all else is right",
-            )
+            which = f"slots{_which(pipeline, explained)} {words}{_moved(explained)}"
+            details = f"{_listed(explained)}; all else is right"
+            return Evidence(stages, f"{which}: {details}", 4, kind=f"slots {words}")
     return None
 
 
@@ -95,7 +94,9 @@ def _which(pipeline: Pipeline, explained: dict[int, list[_Swap]]) -> str:
     if torch.equal(mask[tokens], local[tokens] >= 0):
         return ""
     kinds = (
-        words for words, kind in attributes(pipeline.call, local) if torch.equal(kind[tokens], mask[tokens])
+        kind.words
+        for kind in attributes(pipeline.call, local)
+        if torch.equal(kind.mask[tokens], mask[tokens])
     )
     return f" {words}" if (words := next(kinds, "")) else ""
 
@@ -116,7 +117,7 @@ def _listed(explained: dict[int, list[_Swap]]) -> str:
     return "; ".join(told[:3])
 
 
-def _other_weights(pipeline: Pipeline, loud: list[Sample]) -> _Told | None:
+def _other_weights(pipeline: Pipeline, loud: list[Sample]) -> Evidence | None:
     """Whether the rows are the right ones with other weights, and which, as far as the output determines them."""
     fitting = [(s, s.solved(pipeline.call)) for s in loud if s.loudness_of(s.rest) <= _QUIET]
     if 3 * len(fitting) < 2 * len(loud):
@@ -124,11 +125,12 @@ def _other_weights(pipeline: Pipeline, loud: list[Sample]) -> _Told | None:
     told = [weights for _, weights in fitting if not weights.undetermined]
     if not told:
         weights = fitting[0][1]
-        return (
+        return Evidence(
             (),
-            "the right rows are summed with other weights; those of experts "
-            f"{', '.join(map(str, weights.undetermined))} (token {weights.token}) cannot be told apart from this "
-            "output",
+            f"{_WEIGHTS}; those of experts {', '.join(map(str, weights.undetermined))} (token {weights.token}) "
+            "cannot be told apart from this output",
+            1,
+            kind=_WEIGHTS,
         )
     by_expert: dict[int, list[float]] = {}
     for weights in told:
@@ -138,15 +140,12 @@ def _other_weights(pipeline: Pipeline, loud: list[Sample]) -> _Told | None:
     alike = all(max(r) - min(r) < 0.05 * abs(r[0]) + 0.02 for r in by_expert.values())
     stages = ("finalize", "fc2") if alike else ("finalize",)
     where = "; a factor of each expert, on GEMM2's scales or in the sum" if alike else ""
-    factor, _ = one_factor(told)
-    return (
-        stages,
-        f"the right rows are summed with other weights: {factor}{'; ' * bool(factor)}{'; '.join(map(str, told[:2]))}"
-        f"{where}",
-    )
+    factor, _ = in_common(told)
+    details = f"{factor}{'; ' * bool(factor)}{'; '.join(map(str, told[:2]))}{where}"
+    return Evidence.of_kind(stages, _WEIGHTS, details, 4)
 
 
-def _other_biases(pipeline: Pipeline, loud: list[Sample]) -> _Told | None:
+def _other_biases(pipeline: Pipeline, loud: list[Sample]) -> Evidence | None:
     """Whether the errors are sums of the experts' fc2 biases."""
     call = pipeline.call
     if call.experts.fc2_biases is None or 4 * call.experts.num_experts > call.experts.hidden_size:
@@ -162,7 +161,8 @@ def _other_biases(pipeline: Pipeline, loud: list[Sample]) -> _Told | None:
         told.append(f"token {s.token} has {_sum(solution + asked)}, asked was {_sum(asked)}")
     if 3 * len(told) < 2 * len(loud):
         return None
-    return ("finalize", "fc2"), f"the fc2 biases added are others by weight or expert: {'; '.join(told[:2])}"
+    kind = "the fc2 biases added are others by weight or expert"
+    return Evidence.of_kind(("finalize", "fc2"), kind, "; ".join(told[:2]), 4)
 
 
 def _sum(weights: Tensor) -> str:

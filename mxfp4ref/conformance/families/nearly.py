@@ -8,7 +8,6 @@ from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.families.distances import share
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
 from mxfp4ref.conformance.families.search import ANYWHERE, MOSTLY, Match, Search
-from mxfp4ref.conformance.finding import NEARLY
 
 __all__ = ["nearly"]
 
@@ -31,6 +30,6 @@ def nearly(search: Search) -> list[Match]:
     part, best = max(found, key=lambda pair: pair[0])
     if any(1 - other < 2 * (1 - part) for other, h in found if not set(h.stages) & set(best.stages)):
         return []
-    words = f"{best.words}{NEARLY}{part:.0%} of the wrong elements in every bit)"
+    words = f"{best.words}, or nearly so ({part:.0%} of the wrong elements in every bit)"
     stages = () if best.family in ANYWHERE else best.stages
     return [Match(replace(best, words=words, stages=stages, name=""), False)]

@@ -123,6 +123,12 @@ def _tokens() -> Iterator[tuple[str, Callable[[Tensor], Tensor], float]]:
             lambda t, c=count: torch.cat((t[: len(t) // c * c], torch.zeros_like(t[len(t) // c * c :]))),
             1.6,
         )
+    yield "the previous token's row is added", lambda t: (t.float() + t.float().roll(1, 0)).to(t.dtype), 1.5
+    yield (
+        "rows add up over the tokens (accumulators are not cleared)",
+        lambda t: t.float().cumsum(0).to(t.dtype),
+        1.5,
+    )
 
 
 def _columns() -> Iterator[tuple[str, Callable[[Tensor], Tensor], float]]:
@@ -176,28 +182,25 @@ def _values() -> Iterator[tuple[str, Callable[[Tensor], Tensor], float]]:
     )
     yield "-0 is +0", lambda t: torch.where(t == 0, 0.0, t), 1.1
     yield "everything is added to itself (written twice)", lambda t: t + t, 1.1
-    yield "the previous token's row is added", lambda t: (t.float() + t.float().roll(1, 0)).to(t.dtype), 1.5
-    yield (
-        "rows add up over the tokens (accumulators are not cleared)",
-        lambda t: t.float().cumsum(0).to(t.dtype),
-        1.5,
-    )
 
 
 def output_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     """The output, the input and the rows between them, taken from another place or written over."""
-    for words, change, cost in (*_tokens(), *_columns(), *_values()):
-        stages = ("fc2", "finalize") if "columns" in words else _F  # GEMM2's rows are the output's columns
-        yield of_output("output", stages, f"in the output {words}", change, cost + 0.2)
-    for words, change, cost in (*_tokens(), *_columns(), *_values()):
-        stages = ("input", "fc1") if "columns" in words else ("input",)
-        yield Hypothesis(
-            "input",
-            stages,
-            f"in the input {words}",
-            lambda p, c=change: p.calling(input=c(p.call.input)),
-            cost + 0.2,
-        )
+    # GEMM2's rows are the output's columns, GEMM1's K the input's.
+    for changes, stages in ((_tokens, _F), (_columns, ("fc2", "finalize")), (_values, _F)):
+        for words, change, cost in changes():
+            found = of_output("output", stages, f"in the output {words}", change, cost + 0.2)
+            yield replace(found, across_tokens=changes is _tokens)
+    for changes, stages in ((_tokens, ("input",)), (_columns, ("input", "fc1")), (_values, ("input",))):
+        for words, change, cost in changes():
+            yield Hypothesis(
+                "input",
+                stages,
+                f"in the input {words}",
+                lambda p, c=change: p.calling(input=c(p.call.input)),
+                cost + 0.2,
+                across_tokens=changes is _tokens,
+            )
 
 
 def _not_cleared(t: Tensor, size: int, *, every: bool) -> Tensor:

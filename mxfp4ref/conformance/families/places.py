@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.families.slot_kinds import attributes
+from mxfp4ref.conformance.families.slot_kinds import SlotKind, attributes, slots_of_kind
 from mxfp4ref.model.call import MoeCall
 
 __all__ = [
-    "column_set",
-    "columns_in_words",
     "fitting_attributes",
+    "named_columns",
     "residue_in_words",
     "suspected_experts",
     "tokens_in_words",
@@ -22,6 +23,7 @@ __all__ = [
 _FEWEST_COLUMNS = 8  # of which a common rest is no chance
 
 _MaskOf = Callable[[MoeCall, Tensor], Tensor]
+_Columns = Callable[[int], Tensor]  # of a width, which
 
 
 def fitting_attributes(
@@ -36,16 +38,38 @@ def fitting_attributes(
     """
     here = local >= 0
     found: list[tuple[str, Tensor, _MaskOf]] = []
-    for words, mask, mask_of in _kinds(call, local, wrong):
+    for kind, mask_of in _kinds(call, local, wrong):
+        mask = kind.mask
         if not bool(mask.any()) or torch.equal(mask, here):
             continue
         if torch.equal(mask.any(1), wrong) and not any(torch.equal(mask, other) for _, other, _ in found):
-            found.append((words, mask, mask_of))
+            found.append((kind.words, mask, mask_of))
     return found[:most]
 
 
-def suspected_experts(call: MoeCall, local: Tensor, wrong: Tensor) -> tuple[str, list[int]] | None:
-    """The experts that no right token uses, if every wrong token uses one of them; in words too."""
+@dataclass(frozen=True)
+class Suspects:
+    """Some experts of this rank.
+
+    Attributes:
+        words: which they are.
+        experts: their numbers on this rank.
+        last: whether it is the last one, in any call.
+    """
+
+    words: str
+    experts: tuple[int, ...]
+    last: bool = False
+
+    def among(self, call: MoeCall, local: Tensor) -> Tensor:
+        """Which slots are theirs."""
+        if self.last:
+            return local == call.experts.num_experts - 1
+        return torch.isin(local, torch.tensor(self.experts, device=local.device))
+
+
+def suspected_experts(call: MoeCall, local: Tensor, wrong: Tensor) -> Suspects | None:
+    """The experts that no right token uses, if every wrong token uses one of them."""
     in_right = set(local[~wrong].flatten().tolist())
     suspects = sorted(set(local[wrong].flatten().tolist()) - in_right - {-1})
     used = set(local.flatten().tolist()) - {-1}
@@ -56,27 +80,17 @@ def suspected_experts(call: MoeCall, local: Tensor, wrong: Tensor) -> tuple[str,
     count = call.experts.num_experts
     ids = [s + call.ep_rank * count for s in suspects]
     if len(ids) == 1 and suspects[0] in (0, count - 1):
-        return f"the {'last' if suspects[0] else 'first'} expert (here {ids[0]})", suspects
-    return f"expert{'s' if len(ids) > 1 else ''} {_listed(ids)}", suspects
+        last = suspects[0] > 0
+        return Suspects(f"the {'last' if last else 'first'} expert (here {ids[0]})", (suspects[0],), last)
+    return Suspects(f"expert{'s' if len(ids) > 1 else ''} {_listed(ids)}", tuple(suspects))
 
 
-def _kinds(call: MoeCall, local: Tensor, wrong: Tensor) -> Iterator[tuple[str, Tensor, _MaskOf]]:
+def _kinds(call: MoeCall, local: Tensor, wrong: Tensor) -> Iterator[tuple[SlotKind, _MaskOf]]:
+    """Kinds of slots, and how to find them in any call."""
     if (found := suspected_experts(call, local, wrong)) is not None:
-        who, suspects = found
-
-        def of_experts(call: MoeCall, local: Tensor) -> Tensor:
-            if "the last" in who:
-                return local == call.experts.num_experts - 1
-            return torch.isin(local, torch.tensor(suspects, device=local.device))
-
-        yield f"of {who}", of_experts(call, local), of_experts
-    for words, mask in attributes(call, local):
-
-        def of_kind(call: MoeCall, local: Tensor, words: str = words) -> Tensor:
-            found = dict(attributes(call, local)).get(words)
-            return torch.zeros_like(local, dtype=torch.bool) if found is None else found
-
-        yield words, mask, of_kind
+        yield SlotKind(f"of {found.words}", found.among(call, local)), found.among
+    for kind in attributes(call, local):
+        yield kind, partial(slots_of_kind, kind.words)
 
 
 def tokens_in_words(call: MoeCall, local: Tensor, chosen: Tensor, among: Tensor) -> str:
@@ -84,35 +98,31 @@ def tokens_in_words(call: MoeCall, local: Tensor, chosen: Tensor, among: Tensor)
     if int(chosen.sum()) == 1:
         token = int(chosen.nonzero()[0])
         return f"for token {token}{', the last' * (token == len(chosen) - 1 > 0)}"
-    for words, mask, _ in _kinds(call, local, chosen | ~among):
-        tokens = mask.any(1)
+    for kind, _ in _kinds(call, local, chosen | ~among):
+        tokens = kind.mask.any(1)
         if bool(tokens.any()) and torch.equal(tokens & among, chosen & among):
-            return _of_tokens(words)
+            return f"for {kind.tokens or f'tokens with slots {kind.words}'}"
     rows = chosen.nonzero().flatten().tolist()
     return f"for token{'s' if len(rows) > 1 else ''} {_listed(rows)}" if len(rows) <= 8 else ""
 
 
-def _of_tokens(words: str) -> str:
-    """Words for the tokens that have slots of a kind."""
-    if words.startswith(("of tokens ", "of the first token", "of the last token")):
-        return f"for {words.removeprefix('of ')}"
-    return f"for tokens with slots {words}"
+def named_columns(columns: Tensor, among: Tensor | None = None) -> tuple[str, _Columns] | None:
+    """Words for a set of output columns, `[H] bool`, among those of `among`, and that set for any width.
 
-
-def columns_in_words(columns: Tensor, among: Tensor | None = None) -> str:
-    """Words for a set of output columns, `[H] bool`, among those of `among`; "" if there are none for it."""
-    sets = [(words, chosen(len(columns)).to(columns.device)) for words, chosen in _column_sets(columns)]
-    sets = [(words, where) for words, where in sets if not bool(where.all())]  # as of columns right by chance
-    for words, where in sets:
+    None if there are no words for it.
+    """
+    sets = [(named, named[1](len(columns)).to(columns.device)) for named in _column_sets(columns)]
+    sets = [(named, where) for named, where in sets if not bool(where.all())]  # as of columns right by chance
+    for named, where in sets:
         if torch.equal(
             columns if among is None else columns & among, where if among is None else where & among
         ):
-            return words
+            return named
     if among is None:  # some were right by chance
-        for words, where in sets:
+        for named, where in sets:
             if bool((where | ~columns).all()) and float(columns[where].float().mean()) > 0.8:
-                return words
-    return ""
+                return named
+    return None
 
 
 def residue_in_words(columns: Tensor) -> str:
@@ -126,12 +136,7 @@ def residue_in_words(columns: Tensor) -> str:
     return ""
 
 
-def column_set(words: str, columns: Tensor) -> Callable[[int], Tensor]:
-    """The set that these words stand for, for any width."""
-    return dict(_column_sets(columns))[words]
-
-
-def _column_sets(columns: Tensor) -> Iterator[tuple[str, Callable[[int], Tensor]]]:
+def _column_sets(columns: Tensor) -> Iterator[tuple[str, _Columns]]:
     """Sets of columns that might be those, and their words."""
     chosen = columns.nonzero().flatten()
     if not len(chosen) or bool(columns.all()):

@@ -22,17 +22,16 @@ from mxfp4ref.conformance.families.hypothesis import (
     composed,
     finalized,
     local_of,
+    of_first_factor,
     slot_outputs,
 )
 from mxfp4ref.conformance.families.limited import in_columns, in_rows, in_slots
 from mxfp4ref.conformance.families.named import NUMBER_OF_NAMES
 from mxfp4ref.conformance.families.places import (
-    column_set,
-    columns_in_words,
     fitting_attributes,
+    named_columns,
     tokens_in_words,
 )
-from mxfp4ref.conformance.finding import ROUNDINGS
 from mxfp4ref.conformance.reduction import clock_of, is_heavy, reduce_call
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
@@ -239,7 +238,7 @@ class Search:
                 continue
             if self._up_to_roundings(output, of_all=True):
                 part = float((~differing(output, self.got))[self.wrong].double().mean())
-                words = f"{hypothesis.words}{ROUNDINGS}{part:.0%} of the wrong elements in every bit)"
+                words = f"{hypothesis.words}, up to roundings ({part:.0%} of the wrong elements in every bit)"
                 stages = () if hypothesis.family in ANYWHERE else hypothesis.stages
                 found.append((part, Match(replace(hypothesis, words=words, stages=stages, name=""), False)))
         found.sort(key=lambda pair: -pair[0])
@@ -278,9 +277,9 @@ class Search:
             return None
         columns, rest = applied.any(0), spared.any(0)
         if not bool((columns & rest).any()):
-            words = columns_in_words(columns, columns | rest)
-            if words and hypothesis.stages[0] in ("fc2", "finalize", "slots"):
-                return Match(in_columns(hypothesis, words, column_set(words, columns)), True)
+            named = named_columns(columns, columns | rest)
+            if named and hypothesis.stages[0] in ("fc2", "finalize", "slots"):
+                return Match(in_columns(hypothesis, *named), True)
         return None
 
     def run_in_slots(self, hypotheses: Iterable[Hypothesis], *, enough: int = 4) -> list[Match]:
@@ -311,8 +310,8 @@ class Search:
 
     def run_twos(self, hypotheses: Callable[[], Iterable[Hypothesis]], *, most: int = 5) -> list[Match]:
         """Two changes at once: those that came nearest, each with another one."""
-        factor = next((h.factor for _, h in self.near if h.factor), None)  # the simplest of several
-        near = [pair for pair in self.near if pair[1].factor in (None, factor)]
+        kept = {id(h) for h in of_first_factor(h for _, h in self.near)}
+        near = [pair for pair in self.near if id(pair[1]) in kept]
         ranked = sorted(near, key=lambda pair: pair[0] + 0.02 * pair[1].cost)
         starts: dict[float, Hypothesis] = {}  # of those that come equally near, the simplest
         for distance, first in ranked:

@@ -18,6 +18,7 @@ from mxfp4ref.conformance.families.hypothesis import Pipeline
 from mxfp4ref.conformance.families.known_factors import factor_in_words
 from mxfp4ref.conformance.families.places import suspected_experts
 from mxfp4ref.conformance.families.solved_weights import unsure_of
+from mxfp4ref.conformance.finding import Evidence
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE, dequantize
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import trace
@@ -30,8 +31,8 @@ _SIZE = 1 << 22  # elements of a system of equations
 _ROUNDING = 2.0**-9  # of bf16, relative, of each slot's row and of the sum
 _MARGIN = 1.6  # over the expected length of the rounding errors
 _SIGMAS = 6.0  # of a solved number's standard deviation: more is no chance
+_THOSE_ROWS = "it is in those rows of GEMM1 (weights, scales, bias) or in the activation"
 _SMOOTH, _ROUGH = 0.6, 0.85  # of neighbours' differences, as a share of any two's
-_Parts = tuple[tuple[str, ...], str, int, tuple[int, int] | None]  # of an `Evidence`
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ class _System:
 
 def second_gemm(
     pipeline: Pipeline, got: Tensor, wrong: Tensor, local: Tensor, tokens: list[int]
-) -> Iterator[_Parts]:
-    """The parts of an `Evidence`, if there is any.
+) -> Iterator[Evidence]:
+    """What follows, if anything does.
 
     Args:
         pipeline: the right one.
@@ -81,12 +82,12 @@ def second_gemm(
     if not pipeline.call.experts.tactics_show:
         return
     suspects = suspected_experts(pipeline.call, local, wrong.any(1))
-    only = None if suspects is None else torch.isin(local, torch.tensor(suspects[1], device=local.device))
+    only = None if suspects is None else suspects.among(pipeline.call, local)
     systems = [s for t in tokens if (s := _system(pipeline, got, local, t, only)) is not None]
     systems = [s for s in systems if float((s.rest / s.noise).norm()) > 3 * len(s.rest) ** 0.5]
     if not systems:
         return
-    of_expert = "" if suspects is None else f" of {suspects[0]}"
+    of_expert = "" if suspects is None else f" of {suspects.words}"
     if (found := _groups(pipeline.call, systems, of_expert)) is not None:
         yield found
         return
@@ -97,12 +98,11 @@ def second_gemm(
             if (found := _of_activation(small, [delta for _, delta in solved], of_expert)) is not None:
                 yield found
         elif not any(fits for fits, _ in solved):
-            yield (
+            yield Evidence(
                 (),
                 f"no activation{of_expert} gives this output by the right GEMM2: foreign slots, GEMM2's weights or "
                 "scales, what comes after, or noise",
                 1,
-                None,
             )
         return
     if (block := _block(systems)) is not None:
@@ -114,10 +114,10 @@ def second_gemm(
         if (moved := _rearranged(right, right + torch.cat(inside), unsure, of_expert, where)) is not None:
             yield moved
             return
-        yield (
+        yield Evidence.of_kind(
             ("fc1", "activation"),
-            f"the activation is wrong in its columns {block[0]} to {block[1]}{of_expert}, and GEMM2 is right: it is "
-            "in those rows of GEMM1 (weights, scales, bias) or in the activation",
+            f"the activation is wrong in its columns {block[0]} to {block[1]}{of_expert}, and GEMM2 is right",
+            _THOSE_ROWS,
             3,
             block,
         )
@@ -125,7 +125,7 @@ def second_gemm(
 
 def _rearranged(
     right: Tensor, found: Tensor, unsure: Tensor, of_expert: str, where: str = ""
-) -> _Parts | None:
+) -> Evidence | None:
     """Where GEMM2 got the right numbers in other places, each of them, or zeros, which its own K gives too."""
     size = float(right.square().mean().sqrt())
     zero = float(found.square().mean().sqrt()) < 0.05 * size
@@ -133,11 +133,8 @@ def _rearranged(
         return None
     what = "zeros" if zero else "the right numbers in other places"
     stages = ("fc2", "activation") if zero else ()
-    words = (
-        f"the activation that GEMM2 got{of_expert} has {what}{where}: K of GEMM2, the activation's columns, or rows "
-        "of GEMM1"
-    )
-    return stages, words, 2, None
+    kind = f"the activation that GEMM2 got{of_expert} has {what}{where}"
+    return Evidence.of_kind(stages, kind, "K of GEMM2, the activation's columns, or rows of GEMM1", 2)
 
 
 def _permuted(right: Tensor, found: Tensor, unsure: Tensor) -> bool:
@@ -189,7 +186,7 @@ def _system(
     return _System(columns[said], rest[said], noise[said], right, up, gate, tuple(slots.tolist()))
 
 
-def _groups(call: MoeCall, systems: list[_System], of_expert: str) -> _Parts | None:
+def _groups(call: MoeCall, systems: list[_System], of_expert: str) -> Evidence | None:
     """Whether K groups of the right activation count otherwise than once."""
     factors = []
     for system in systems:
@@ -210,23 +207,22 @@ def _groups(call: MoeCall, systems: list[_System], of_expert: str) -> _Parts | N
     determined = mean[~mean.isnan()]
     if float(determined.max() - determined.min()) < 2.0**-5 * float(determined.abs().max()):
         known = "" if of_expert else factor_in_words(float(determined.mean()), [call], unsure=_ROUNDING)
-        return (
+        return Evidence.of_kind(
             ("fc2", "finalize"),
-            f"everything{of_expert} counts {float(determined.mean()):.4g} times, as far as bf16 shows: one factor on "
-            f"GEMM2's scales or result, on the routing weights, or in the sum{'; ' * bool(known)}{known}",
+            f"everything{of_expert} counts {float(determined.mean()):.4g} times, as far as bf16 shows",
+            "one factor on GEMM2's scales or result, on the routing weights, or in the "
+            f"sum{'; ' * bool(known)}{known}",
             2,
-            None,
         )
     listed = ", ".join(
         f"{g} (K {g * GROUP_SIZE} to {g * GROUP_SIZE + GROUP_SIZE - 1}) {float(mean[g]):.3g} times"
         for g in off.nonzero().flatten().tolist()[:4]
     )
-    return (
+    return Evidence.of_kind(
         ("fc2", "activation"),
-        f"in GEMM2{of_expert} these K groups do not count once: {listed}{', ...' * (int(off.sum()) > 4)}; "
-        "GEMM1 is right",
+        f"in GEMM2{of_expert} these K groups do not count once",
+        f"{listed}{', ...' * (int(off.sum()) > 4)}; GEMM1 is right",
         3,
-        None,
     )
 
 
@@ -247,7 +243,7 @@ def _block(systems: list[_System]) -> tuple[int, int] | None:
     return None
 
 
-def _of_activation(systems: list[_System], deltas: list[Tensor], of_expert: str) -> _Parts | None:
+def _of_activation(systems: list[_System], deltas: list[Tensor], of_expert: str) -> Evidence | None:
     """What the solved activation says: a few columns, another function of the same GEMM1, or another GEMM1.
 
     None where it is the right one, as far as it is known, or a multiple of it in each slot, as other routing weights
@@ -267,10 +263,10 @@ def _of_activation(systems: list[_System], deltas: list[Tensor], of_expert: str)
     if 0 < len(columns) <= inner // 2:
         first, last = int(columns[0]), int(columns[-1])
         if last - first + 1 <= max(1.5 * len(columns), 8) or len(columns) <= 4:
-            return (
+            return Evidence.of_kind(
                 ("fc1", "activation"),
-                f"the activation is wrong in its columns {first} to {last} of {inner}{of_expert}, and GEMM2 is "
-                "right: it is in those rows of GEMM1 (weights, scales, bias) or in the activation",
+                f"the activation is wrong in its columns {first} to {last} of {inner}{of_expert}, and GEMM2 is right",
+                _THOSE_ROWS,
                 3,
                 (first, last),
             )
@@ -284,26 +280,21 @@ def _of_activation(systems: list[_System], deltas: list[Tensor], of_expert: str)
     shuffled = change[torch.randperm(len(change), generator=torch.Generator().manual_seed(0))]
     roughness = float((change - change[nearest]).abs().sum() / ((change - shuffled).abs().sum() + 1e-300))
     if roughness < _SMOOTH:
-        return (
+        return Evidence.of_kind(
             ("activation", "fc1"),
             f"GEMM2 is right, and the activation that it got{of_expert} is another function of the right GEMM1's "
-            "output: the formula, its parameters, or the fc1 bias",
+            "output",
+            "the formula, its parameters, or the fc1 bias",
             3,
-            None,
         )
     if roughness < _ROUGH:
-        return (
-            ("activation", "fc1"),
-            f"GEMM2 is right, and got another activation{of_expert}: GEMM1 or the activation is wrong",
-            2,
-            None,
-        )
-    return (
+        kind = f"GEMM2 is right, and got another activation{of_expert}"
+        return Evidence.of_kind(("activation", "fc1"), kind, "GEMM1 or the activation is wrong", 2)
+    return Evidence.of_kind(
         ("fc1", "input"),
-        f"GEMM2 is right, and the activation that it got{of_expert} is no function of the right GEMM1's output: "
+        f"GEMM2 is right, and the activation that it got{of_expert} is no function of the right GEMM1's output",
         "GEMM1 or its input is wrong",
         2,
-        None,
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["attributes", "position_in_expert"]
+__all__ = ["SlotKind", "attributes", "position_in_expert", "slots_of_kind"]
 
 _COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512)
 
@@ -27,57 +28,86 @@ def position_in_expert(local: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(skipped, -1, position).view_as(local), rows.view_as(local)
 
 
-def attributes(call: MoeCall, local: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Kinds of slots: words behind "slots", and which they are, `[M, k] bool`."""
+@dataclass(frozen=True)
+class SlotKind:
+    """Some slots of a call.
+
+    Attributes:
+        words: behind "slots", which they are.
+        mask: `[M, k] bool`.
+        tokens: of all slots of some tokens, which tokens these are; "" of others.
+    """
+
+    words: str
+    mask: Tensor
+    tokens: str = ""
+
+
+def attributes(call: MoeCall, local: Tensor) -> Iterator[SlotKind]:
+    """Kinds of slots."""
     here = local >= 0
     position, rows = position_in_expert(local)
     tokens, top_k = local.shape
     slot = torch.arange(top_k, device=local.device).expand_as(local)
     token = torch.arange(tokens, device=local.device)[:, None].expand_as(local)
     weights = call.token_final_scales
-    yield "of the last place of a token", here & (slot == top_k - 1)
-    yield "of the first place of a token", here & (slot == 0)
+
+    def of_tokens(words: str, mask: Tensor) -> SlotKind:
+        return SlotKind(f"of {words}", here & mask, words)
+
+    yield SlotKind("of the last place of a token", here & (slot == top_k - 1))
+    yield SlotKind("of the first place of a token", here & (slot == 0))
     for at in range(1, top_k - 1):
-        yield f"of place {at} of a token", here & (slot == at)
+        yield SlotKind(f"of place {at} of a token", here & (slot == at))
     if top_k > 2:
         for parity, word in ((1, "odd"), (0, "even")):
-            yield f"of {word} places of a token", here & (slot % 2 == parity)
+            yield SlotKind(f"of {word} places of a token", here & (slot % 2 == parity))
     earlier = torch.ones(top_k, top_k, dtype=torch.bool, device=local.device).tril(-1)
-    yield (
+    yield SlotKind(
         "with the weight of an earlier slot",
         here & ((weights[:, :, None] == weights[:, None]) & here[:, None] & earlier).any(2),
     )
-    yield "with the largest weight of the token", here & (weights == weights.amax(1, keepdim=True))
-    yield "with the smallest weight of the token", here & (weights == weights.amin(1, keepdim=True))
-    yield "that are the last row of their expert", here & (position == rows - 1)
-    yield "that are the first row of their expert", here & (position == 0)
+    yield SlotKind("with the largest weight of the token", here & (weights == weights.amax(1, keepdim=True)))
+    yield SlotKind("with the smallest weight of the token", here & (weights == weights.amin(1, keepdim=True)))
+    yield SlotKind("that are the last row of their expert", here & (position == rows - 1))
+    yield SlotKind("that are the first row of their expert", here & (position == 0))
     for count in _COUNTS:
         if count < tokens:
-            yield f"that are rows beyond the first {count} of their expert", here & (position >= count)
-            yield f"of tokens from {count} on", here & (token >= count)
-            yield f"of experts with at most {count} row{'s' * (count > 1)}", here & (rows <= count)
+            yield SlotKind(
+                f"that are rows beyond the first {count} of their expert", here & (position >= count)
+            )
+            yield of_tokens(f"tokens from {count} on", token >= count)
+            yield SlotKind(f"of experts with at most {count} row{'s' * (count > 1)}", here & (rows <= count))
         if count > 1 and count < tokens:
-            yield (
+            yield SlotKind(
                 f"that are the last row of each {count} of their expert",
                 here & (position % count == count - 1),
             )
-            yield f"that are the first row of each {count} of their expert", here & (position % count == 0)
-            yield (
+            yield SlotKind(
+                f"that are the first row of each {count} of their expert", here & (position % count == 0)
+            )
+            yield SlotKind(
                 f"in the last, unfilled {count} rows of their expert",
                 here & (position >= rows // count * count),
             )
     for size in (8, 16, 32, 64, 128):
         words = f"that are rows {size} to {2 * size - 1} of their expert (its second tile of {size})"
-        yield words, here & (position // size == 1)
-    yield "of the last token", here & (token == tokens - 1)
-    yield "of the first token", here & (token == 0)
+        yield SlotKind(words, here & (position // size == 1))
+    yield of_tokens("the last token", token == tokens - 1)
+    yield of_tokens("the first token", token == 0)
     for parity, word in ((1, "odd"), (0, "even")):
-        yield f"of tokens with an {word} number", here & (token % 2 == parity)
-        yield f"of experts with an {word} number", here & (local % 2 == parity)
-    yield "of the last expert", here & (local == call.experts.num_experts - 1)
-    yield "of the first expert", here & (local == 0)
+        yield of_tokens(f"tokens with an {word} number", token % 2 == parity)
+        yield SlotKind(f"of experts with an {word} number", here & (local % 2 == parity))
+    yield SlotKind("of the last expert", here & (local == call.experts.num_experts - 1))
+    yield SlotKind("of the first expert", here & (local == 0))
     for expert in range(call.experts.num_experts if call.experts.num_experts <= 16 else 0):
-        yield f"of expert {expert}", here & (local == expert)
+        yield SlotKind(f"of expert {expert}", here & (local == expert))
     for threshold in (0.5, 0.25, 0.1, 0.05, 0.01):
-        yield f"with a weight below {threshold:g}", here & (weights < threshold)
-    yield "with a negative weight", here & (weights < 0)
+        yield SlotKind(f"with a weight below {threshold:g}", here & (weights < threshold))
+    yield SlotKind("with a negative weight", here & (weights < 0))
+
+
+def slots_of_kind(words: str, call: MoeCall, local: Tensor) -> Tensor:
+    """The slots of the kind that has these words, `[M, k] bool`; none where a call has no such kind."""
+    found = {kind.words: kind.mask for kind in attributes(call, local)}
+    return found.get(words, torch.zeros_like(local, dtype=torch.bool))

@@ -18,7 +18,8 @@ from mxfp4ref.conformance.families.hypothesis import (
     of_slots,
 )
 from mxfp4ref.conformance.families.index_maps import expert_maps
-from mxfp4ref.conformance.families.slot_kinds import attributes, position_in_expert
+from mxfp4ref.conformance.families.slot_kinds import attributes, position_in_expert, slots_of_kind
+from mxfp4ref.conformance.finding import OTHER_EXPERTS
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import select_local
 
@@ -64,6 +65,7 @@ def _ids() -> Iterator[Hypothesis]:
             + _ONCE * once,
             _mapped_local(lambda local, n, axis=axis: axis.index(n).to(local.device)[local], once),
             axis.cost + 0.05 + 0.3 * once,
+            kind=OTHER_EXPERTS,
         )
     for at, words in ((0, "the first"), (-1, "the last")):
         yield Hypothesis(
@@ -84,6 +86,7 @@ def _ids() -> Iterator[Hypothesis]:
             f"a token's slots are computed by the experts of the token {words}",
             _selecting(lambda ids, n, size, rank, right, b=by: right(ids, n, size, rank).roll(b, 0)),
             1.5,
+            across_tokens=True,
         )
         yield Hypothesis(
             "ids",
@@ -203,11 +206,10 @@ def _ranks() -> Iterator[Hypothesis]:
 
 def _miscounted(call: MoeCall) -> Iterator[Hypothesis]:
     """Some kind of slots that does not count, or counts twice."""
-    for words, _ in attributes(call, local_of(Pipeline(call))):
+    for words in (kind.words for kind in attributes(call, local_of(Pipeline(call)))):
 
         def kind(rows: SlotRows, words: str = words) -> Tensor:
-            chosen = dict(attributes(rows.call, rows.local)).get(words)
-            return torch.zeros_like(rows.local, dtype=torch.bool) if chosen is None else chosen
+            return slots_of_kind(words, rows.call, rows.local)
 
         def without(rows: SlotRows, kind: Callable[[SlotRows], Tensor] = kind) -> SlotRows:
             return replace(rows, local=torch.where(kind(rows), -1, rows.local))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Weights", "digits", "one_factor", "unsure_of"]
+__all__ = ["Weights", "digits", "in_common", "unsure_of"]
 
 _SIGMAS = 3.0
 _LEAST = 2.0**-5  # singular value of rows of length 1, below which their own roundings decide
@@ -67,8 +67,33 @@ class Weights:
         return f"token {self.token} is {told}, asked was {asked}"
 
 
-def one_factor(tokens: Sequence[Weights]) -> tuple[str, set[int]]:
-    """What the weights that are wrong share, in words: one factor, for one expert or slot; and these experts.
+def in_common(tokens: Sequence[Weights]) -> tuple[str, set[int]]:
+    """What the weights that are wrong share, in words, and the experts if it is a factor.
+
+    That is one factor, for one expert or slot, or that they are the weights of other slots.
+    """
+    factor = _one_factor(tokens)
+    return factor if factor[0] else (_of_other_slots(tokens), set())
+
+
+def _of_other_slots(tokens: Sequence[Weights]) -> str:
+    """Which slot's weight each wrong one is, in every token, and is surely none of the others; "" if it is none."""
+    sources: dict[int, set[int]] = {}
+    for w in tokens:
+        wrong = {slot for _, slot, *_ in _wrong(w)}
+        asked = {s: a for s, a in zip(w.slots, w.asked, strict=True) if s >= 0}
+        for slot, found, unsure in zip(w.slots, w.found, w.unsure, strict=True):
+            if slot in wrong:
+                near = {s for s, a in asked.items() if abs(found - a) <= unsure + 2.0**-8 * abs(a)}
+                sources[slot] = sources.get(slot, near) & near
+    if not sources or -1 in sources or any(len(near) != 1 for near in sources.values()):
+        return ""
+    told = [f"slot {slot}'s routing weight is slot {near.pop()}'s" for slot, near in sorted(sources.items())]
+    return " and ".join(told) + (" in each of the tokens solved" if len(tokens) > 1 else "")
+
+
+def _one_factor(tokens: Sequence[Weights]) -> tuple[str, set[int]]:
+    """The factor in words; and these experts.
 
     "" where there are several factors, experts and slots, or where all weights of all tokens have the factor.
     """

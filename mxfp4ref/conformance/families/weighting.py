@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -27,6 +28,7 @@ from mxfp4ref.sm90 import fp32
 __all__ = ["mul", "weighing", "weight_hypotheses"]
 
 _F = ("finalize",)
+_SLOTS = 8  # of which any may have another's weight
 _Weigh = Callable[[Tensor, Tensor], Tensor]  # weights [M, k] and local experts to other weights
 
 
@@ -100,6 +102,16 @@ def _weights() -> Iterator[tuple[str, _Weigh, float]]:
         lambda w, e: w.gather(1, e.argsort(dim=1, stable=True)),
         1.3,
     )
+    yield (
+        "indexed by the expert's number instead of the slot's",
+        lambda w, e: w.gather(1, e.clamp(min=0) % w.shape[1]),
+        1.3,
+    )
+    yield "1 for the first slot", lambda w, _: torch.cat((torch.ones_like(w[:, :1]), w[:, 1:]), 1), 1.4
+    yield "accumulated over the slots", lambda w, _: w.cumsum(1), 1.6
+
+
+def _weights_across_tokens() -> Iterator[tuple[str, _Weigh, float]]:
     yield "those of the next token", lambda w, _: w.roll(-1, 0), 1.2
     yield "those of the previous token", lambda w, _: w.roll(1, 0), 1.2
     yield "those of the first token, for all", lambda w, _: w[:1].expand_as(w).contiguous(), 1.2
@@ -114,11 +126,6 @@ def _weights() -> Iterator[tuple[str, _Weigh, float]]:
         1.2,
     )
     yield (
-        "indexed by the expert's number instead of the slot's",
-        lambda w, e: w.gather(1, e.clamp(min=0) % w.shape[1]),
-        1.3,
-    )
-    yield (
         "those of the token before, slot by slot in one list (index off by one)",
         lambda w, _: w.flatten().roll(1).view(w.shape),
         1.2,
@@ -128,8 +135,22 @@ def _weights() -> Iterator[tuple[str, _Weigh, float]]:
         lambda w, _: w.flatten().roll(-1).view(w.shape),
         1.2,
     )
-    yield "1 for the first slot", lambda w, _: torch.cat((torch.ones_like(w[:, :1]), w[:, 1:]), 1), 1.4
-    yield "accumulated over the slots", lambda w, _: w.cumsum(1), 1.6
+
+
+def _weights_of_slots(top_k: int) -> Iterator[tuple[str, _Weigh, float]]:
+    """One slot's weight is another's, or two slots have each other's."""
+    for target, source in itertools.permutations(range(min(top_k, _SLOTS)), 2):
+        yield (
+            f"slot {target}'s routing weight is slot {source}'s",
+            lambda w, _, t=target, s=source: w.index_copy(1, torch.tensor([t]), w[:, [s]]),
+            1.3,
+        )
+        if target < source:
+            yield (
+                f"slots {target} and {source} have each other's routing weights",
+                lambda w, _, t=target, s=source: w.index_copy(1, torch.tensor([t, s]), w[:, [s, t]]),
+                1.3,
+            )
 
 
 def _index(w: Tensor, change: Callable[[Tensor, int], Tensor]) -> Tensor:
@@ -202,6 +223,10 @@ def weight_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     """Routing weights, the fc2 bias, and the sum."""
     for words, change, cost in _weights():
         yield weighing(f"the routing weights are {words}", change, cost)
+    for words, change, cost in _weights_of_slots(call.top_k):
+        yield weighing(words, change, cost)
+    for words, change, cost in _weights_across_tokens():
+        yield replace(weighing(f"the routing weights are {words}", change, cost), across_tokens=True)
     for words in ("input once", "input twice", "all twice"):
         place, again = words.split()
         if place == "input":

@@ -1,0 +1,71 @@
+"""Recorded calls in words: one in a line, and what all of a replay have in common."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from mxfp4ref.conformance.finding import counted
+from mxfp4ref.engine.calls import release_of
+from mxfp4ref.engine.recordings import Recording, Unreadable
+from mxfp4ref.formats.experts import PARAMETERS
+from mxfp4ref.model.call import MoeCall
+
+__all__ = ["Calls", "described"]
+
+_MOST = 8  # ranks, or activations, that are listed
+
+
+class Calls:
+    """What the calls of a replay were made by and with, each thing once."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, dict[str, None]] = {}
+
+    def add_release(self, recording: Recording) -> None:
+        """The release that made it, if it can be read."""
+        with suppress(Unreadable):
+            self._add("recorded by flashinfer", release_of(recording.metadata()) or "unknown")
+
+    def add(self, call: MoeCall) -> None:
+        """On which rank it ran, and its activation."""
+        self._add("ranks", *(words.replace(" rank", "") for words in _ranks(call)))
+        self._add("activation", _activation(call))
+
+    def _add(self, name: str, *words: str) -> None:
+        self._found.setdefault(name, {}).update(dict.fromkeys(words))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For a report, by name."""
+        return {name: _listed(sorted(words)) for name, words in self._found.items() if words}
+
+
+def _listed(words: list[str]) -> str:
+    more = [f"{len(words) - _MOST:,} others"] if len(words) > _MOST else []
+    return ", ".join([*words[:_MOST], *more])
+
+
+def described(call: MoeCall) -> str:
+    """A call in a line."""
+    experts = call.experts
+    words = (
+        f"{counted(call.num_tokens, 'token')}, top {call.top_k} of {call.num_global_experts} experts, hidden size "
+        f"{experts.hidden_size}, intermediate size {experts.intermediate_size}"
+    )
+    return ", ".join([words, *_ranks(call), _activation(call)])
+
+
+def _ranks(call: MoeCall) -> list[str]:
+    """Which rank it is of how many, where there are several."""
+    sizes = ("ep", call.ep_size, call.ep_rank), ("tp", call.tp_size, call.tp_rank)
+    return [f"{kind} rank {rank} of {size}" for kind, size, rank in sizes if size > 1]
+
+
+def _activation(call: MoeCall) -> str:
+    """Its name and parameters, each one's least and largest value where the experts' differ."""
+    given = []
+    for name in PARAMETERS:
+        if (values := getattr(call.experts, name)) is not None:
+            low, high = float(values.min()), float(values.max())
+            given.append(f"{name} {low:g}" if low == high else f"{name} {low:g} to {high:g}")
+    return call.activation.name + (f" with {' and '.join(given)}" if given else "")
