@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
-from mxfp4ref._words import shown
+from mxfp4ref._words import did_you_mean, shown
 
 __all__ = [
     "UNFINISHED",
@@ -152,23 +152,27 @@ def mismatch(value: Any, wanted: Any, where: str) -> str:
         if isinstance(wanted, dict)
         else []
     )
-    return f"{where}: expected the key {missing[0]!r}, got {shown(list(value))}" if missing else ""
+    if not missing:
+        return ""
+    near = [key for key in value if key not in named and did_you_mean(key, missing[:1])]
+    meant = f"; {near[0]!r} is spelt nearly so" if near else ""
+    return f"{where}: expected the key {missing[0]!r}, got {shown(list(value))}{meant}"
 
 
 @contextmanager
-def name_in_utf8(path: Path) -> Iterator[str]:
+def name_in_utf8(path: Path) -> Iterator[Path]:
     """A name of that file, inside only, for libraries that take no other than in UTF-8, as safetensors and torch.
 
     A file's name may be any bytes; the one of an open file or folder is not. To write, the last part has to be UTF-8.
     """
     text = str(path)
     if text.isascii() or text.encode(errors="replace").decode() == text or not Path("/proc/self/fd").is_dir():
-        yield text
+        yield path
         return
     beside = path.name.encode(errors="replace").decode() == path.name
     descriptor = os.open(path.parent if beside else path, os.O_RDONLY)
     try:
-        yield f"/proc/self/fd/{descriptor}" + f"/{path.name}" * beside
+        yield Path(f"/proc/self/fd/{descriptor}", path.name if beside else "")
     finally:
         os.close(descriptor)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from mxfp4ref._choices import RouterName
 from mxfp4ref._files import check_no_input
 from mxfp4ref._ieee import to_fp64
-from mxfp4ref._validate import check_choice, check_tensor
+from mxfp4ref._validate import check_choice, check_tensor, did_you_mean
 from mxfp4ref.checkpoint.config import HONOURED, OPTIONS
 from mxfp4ref.checkpoint.formats import FORMATS
 from mxfp4ref.checkpoint.layer import CheckpointLayer, ExpertsInFiles, has_shared_expert
@@ -96,7 +96,7 @@ def run_layer(
     if unknown or "hidden" not in shards.files:
         raise CheckpointError(
             f"{input_path}: expected the tensor hidden and optionally {', '.join(_INPUTS[1:])}, got "
-            f"{', '.join(sorted(shards.files))}"
+            f"{', '.join(sorted(shards.files))}{did_you_mean(unknown[0], _INPUTS) if unknown else ''}"
         )
     given = shards.read(shards.files)
     hidden, shared_output = given["hidden"], given.get("shared_output")

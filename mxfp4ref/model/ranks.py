@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._choices import REDUCTIONS, Reduction
+from mxfp4ref._shown import Shown
 from mxfp4ref._validate import check_choice, check_int, check_tensor
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE
 from mxfp4ref.model.placement import ExpertMap, check_expert_map
@@ -15,8 +16,8 @@ from mxfp4ref.model.placement import ExpertMap, check_expert_map
 __all__ = ["Ranks"]
 
 
-@dataclass(frozen=True)
-class Ranks:
+@dataclass(frozen=True, repr=False)
+class Ranks(Shown):
     """How many ranks run a layer, and how their outputs are added up.
 
         Ranks(ep_size=3, expert_map=place_experts(8, 3))
