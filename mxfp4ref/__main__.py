@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
@@ -18,6 +19,7 @@ from mxfp4ref._version import __version__
 _INTERRUPTED, _NOT_READ = 128 + 2, 128 + 13  # as of a process that SIGINT or SIGPIPE ended
 
 try:
+    from mxfp4ref.conformance import memory
     from mxfp4ref.conformance.cli import COMMANDS as CONFORMANCE
     from mxfp4ref.conformance.cli import supervised
     from mxfp4ref.conformance.cli.command import Group
@@ -31,7 +33,7 @@ except (
     MemoryError,
     OSError,
 ) as error:  # of a variable, or what is installed; no room
-    print(f"Error: {error or 'there is not enough memory'}", file=sys.stderr)
+    print(f"Error: {' '.join(str(error).split()) or 'there is not enough memory'}", file=sys.stderr)
     sys.exit(2)
 
 __all__ = ["commands", "main"]
@@ -56,14 +58,15 @@ def _ended_from_outside() -> Iterator[None]:
                 setattr(sys, name, None)
         if isinstance(error, BrokenPipeError):
             sys.exit(_NOT_READ)
-        raise UsageError(f"{type(error).__name__}: {error}") from error
+        words = "stdout is closed" if error.errno == errno.EBADF else f"{type(error).__name__}: {error}"
+        raise UsageError(words) from error
     except (click.ClickException, click.exceptions.Exit, click.Abort):
         raise
-    except MemoryError as error:
-        raise UsageError("there is not enough memory") from error
     except Exception as error:
+        if memory.ran_out(error):
+            raise UsageError(memory.not_enough(error)) from error
         if isinstance(error, ImportError) and (error.name or "").partition(".")[0] != "mxfp4ref":
-            raise UsageError(f"what is installed cannot be imported: {str(error).strip()}") from error
+            raise UsageError(f"what is installed cannot be imported: {memory.cause_of(error)}") from error
         # Nobody's fault but this package's.
         traceback.print_exc()
         raise UsageError(
@@ -79,6 +82,26 @@ class _Commands(Group):
     def invoke(self, context: click.Context) -> Any:
         with _ended_from_outside():
             return super().invoke(context)
+
+    def _main_shell_completion(self, *arguments: Any, **options: Any) -> None:
+        """As click's, which leaves variables that no shell of ours has set to a traceback, or to exit code 1."""
+        try:
+            with _ended_from_outside():
+                try:
+                    return super()._main_shell_completion(*arguments, **options)
+                except (LookupError, ValueError) as error:  # COMP_WORDS is missing, or no number
+                    wrong = f"{type(error).__name__} {error}"
+                except SystemExit as done:
+                    if not done.code:
+                        raise
+                    wrong = f"{os.environ['_MXFP4REF_COMPLETE']!r} is none"
+                raise UsageError(
+                    f"_MXFP4REF_COMPLETE: expected what the scripts of `mxfp4ref completion` set for bash, zsh or "
+                    f"fish, and with it COMP_WORDS and the like: {wrong}"
+                )
+        except click.ClickException as error:
+            error.show()
+            sys.exit(error.exit_code)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -112,13 +135,19 @@ def main(verdict: str | None = None) -> None:
     """Entry point of the console script; `verdict` is a file for the exit code, besides it."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed; its number would be that of the next file, such as a report
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+            # What is written to a stdout that is closed fails, as on a full disk; what is wrong can be told nowhere.
+            opener = _only_to_read if name == "stdout" and sys.argv[1:2] != ["record"] else None
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8", opener=opener))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a character that its encoding lacks is no reason to stop
             stream.reconfigure(errors="backslashreplace")
-    if sys.argv[1:2] == ["conform"] and "--no-isolate" in sys.argv:  # not one of a script that is recorded
+    if verdict is not None or supervised.needed(sys.argv[1:]):
         _run(lambda: supervised.main(commands, verdict))
     _run(lambda: commands(prog_name="mxfp4ref"))
+
+
+def _only_to_read(path: str, flags: int) -> int:
+    return os.open(path, os.O_RDONLY)
 
 
 def _run(command: Callable[[], Any]) -> None:

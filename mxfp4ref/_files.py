@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import stat
 import tempfile
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
-from mxfp4ref._words import shown
+from mxfp4ref._words import did_you_mean, shown
 
 __all__ = [
     "UNFINISHED",
@@ -23,8 +24,10 @@ __all__ = [
     "files_below",
     "folders_below",
     "mismatch",
+    "name_in_utf8",
     "parse_json",
     "printable",
+    "quoted",
     "read_file",
     "replacing",
     "write_file",
@@ -149,7 +152,29 @@ def mismatch(value: Any, wanted: Any, where: str) -> str:
         if isinstance(wanted, dict)
         else []
     )
-    return f"{where}: expected the key {missing[0]!r}, got {shown(list(value))}" if missing else ""
+    if not missing:
+        return ""
+    near = [key for key in value if key not in named and did_you_mean(key, missing[:1])]
+    meant = f"; {near[0]!r} is spelt nearly so" if near else ""
+    return f"{where}: expected the key {missing[0]!r}, got {shown(list(value))}{meant}"
+
+
+@contextmanager
+def name_in_utf8(path: Path) -> Iterator[Path]:
+    """A name of that file, inside only, for libraries that take no other than in UTF-8, as safetensors and torch.
+
+    A file's name may be any bytes; the one of an open file or folder is not. To write, the last part has to be UTF-8.
+    """
+    text = str(path)
+    if text.isascii() or text.encode(errors="replace").decode() == text or not Path("/proc/self/fd").is_dir():
+        yield path
+        return
+    beside = path.name.encode(errors="replace").decode() == path.name
+    descriptor = os.open(path.parent if beside else path, os.O_RDONLY)
+    try:
+        yield Path(f"/proc/self/fd/{descriptor}", path.name if beside else "")
+    finally:
+        os.close(descriptor)
 
 
 def check_no_input(path: Path, inputs: Iterable[Path]) -> None:
@@ -229,3 +254,21 @@ def printable(text: str, *, lines: bool = True) -> str:
         return text
     kept = "\n\t" if lines else ""
     return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+
+
+def quoted(word: str) -> str:
+    """For a shell, as text of which all can be seen: the bytes of a file's name that are none stand in $'...'."""
+    if word.isprintable():
+        return shlex.quote(word)
+    parts = (
+        c if c.isprintable() else "".join(f"\\x{byte:02x}" for byte in _encoded(c))
+        for c in re.sub(r"[\\']", r"\\\g<0>", word)
+    )
+    return f"$'{''.join(parts)}'"
+
+
+def _encoded(character: str) -> bytes:
+    """In UTF-8; what stands for a byte of a file's name, as that byte."""
+    return character.encode(
+        "utf-8", "surrogateescape" if "\udc80" <= character <= "\udcff" else "surrogatepass"
+    )

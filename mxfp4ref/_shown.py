@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields
 from html import escape
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
+
+from mxfp4ref._words import check_keywords
 
 __all__ = ["Shown"]
 
@@ -18,8 +20,18 @@ _MOST_CHARACTERS = 100
 class Shown:
     """A dataclass (declared with `repr=False`) that shows itself in a line, and in a notebook as a table.
 
-    Fields that have their default value are left out.
+    Fields that have their default value are left out. Keywords that are no fields are told with the field that is
+    spelt nearly so.
     """
+
+    _PARTS: ClassVar[tuple[type, ...]] = ()  # classes of its fields, whose fields may have been meant
+
+    def __new__(cls, *values: Any, **named: Any) -> Self:
+        if named:
+            check_keywords(
+                cls.__name__, named, _names(cls), {part.__name__: _names(part) for part in cls._PARTS}
+            )
+        return super().__new__(cls)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={text}' for name, text in self._shown())})"
@@ -37,6 +49,10 @@ class Shown:
             value = getattr(self, field.name)
             if not _is_default(field, value):
                 yield field.name, _text(value)
+
+
+def _names(kind: type) -> set[str]:
+    return {field.name for field in fields(kind)}
 
 
 def _is_default(field: Field[Any], value: object) -> bool:

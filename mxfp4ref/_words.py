@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-__all__ = ["did_you_mean", "shown"]
+__all__ = ["check_keywords", "did_you_mean", "shown"]
+
+_AS_WELL = 0.1  # of 1
 
 
 def did_you_mean(word: object, words: Iterable[str], *, ending: str = "") -> str:
     """Which of these words, each with this ending, are spelt nearly so, as the end of a message, or ""."""
     near = difflib.get_close_matches(word, list(words), n=3) if isinstance(word, str) else []
+    # The nearest, and those that may as well have been meant.
+    likeness = [difflib.SequenceMatcher(None, one, str(word)).ratio() for one in near]
+    near = [one for one, much in zip(near, likeness, strict=True) if much > max(likeness) - _AS_WELL]
     return f"; did you mean {' or '.join(one + ending for one in near)}?" if near else ""
+
+
+def check_keywords(
+    called: str, given: Iterable[str], known: Iterable[str], parts: Mapping[str, Iterable[str]] | None = None
+) -> None:
+    """Raise TypeError, as Python does and with the name that was meant, for a keyword that is none of these.
+
+    `parts`: by name, what else has keywords that may have been meant.
+    """
+    for name in given:
+        if name not in known:
+            hints = (did_you_mean(name, more, ending=f" of {part}") for part, more in (parts or {}).items())
+            hint = did_you_mean(name, known) or next(filter(None, hints), "")
+            raise TypeError(f"{called}() got an unexpected keyword argument {name!r}{hint}")
 
 
 def shown(value: object) -> str:

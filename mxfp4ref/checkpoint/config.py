@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mxfp4ref._validate import check_float, shown
+from mxfp4ref._validate import check_float, did_you_mean, shown
 from mxfp4ref.checkpoint.shards import GGUF, CheckpointError, read_json
 from mxfp4ref.routing.models import DEEPSEEK_V3, DEEPSEEK_V4, MIXTRAL, Preset
 from mxfp4ref.sm90.activation import SITU, SWIGLU
@@ -163,6 +163,7 @@ class Config:
             raise self.error(
                 f"{key}={shown(value)}: expected keys whose effect is known, and this one may change the result; "
                 f"config={{{key!r}: None}} (--set {key}=null on the command line) goes on without it"
+                f"{did_you_mean(key, _KNOWN)}"
             )
 
     def check_layer(self, layer: int | str, *, hashed: bool, biased: bool, shared: bool) -> None:
@@ -244,6 +245,9 @@ def read_config(root: Path, changes: Mapping[str, Any] | None = None) -> Config:
         values |= {key: value for key, value in nested.items() if value is not None}
     for name in sorted(set(_NESTED).intersection(changes or {})):
         raise CheckpointError(f"{name}: expected its keys by themselves, they go before the nested ones too")
+    for name in (changes or {}).keys() - values.keys() - _KNOWN:
+        if hint := did_you_mean(name, _KNOWN):
+            raise CheckpointError(f"{name}: expected a key that is read, or that is in {where}{hint}")
     values |= changes or {}
     return Config({key: value for key, value in values.items() if value is not None}, where)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mxfp4ref._choices import ScaleRule
+from mxfp4ref._shown import Shown
 from mxfp4ref._validate import check_choice, check_instance, check_int, shown
 from mxfp4ref.checkpoint.activation import activation_type, checked, parameters
 from mxfp4ref.checkpoint.config import Config, read_config, router_of
@@ -25,8 +26,8 @@ from mxfp4ref.routing.models import PRESETS
 __all__ = ["FORMATS", "ReadOptions", "find_layers", "open_layer", "ranges", "read_layer"]
 
 
-@dataclass(frozen=True)
-class ReadOptions:
+@dataclass(frozen=True, repr=False)
+class ReadOptions(Shown):
     """How a layer is read, where the checkpoint alone does not say it.
 
     Attributes:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mxfp4ref._files import mismatch, read_file
-from mxfp4ref._validate import shown
+from mxfp4ref._validate import did_you_mean, shown
 from mxfp4ref.checkpoint.format import ROUTER, CheckpointFormat
 from mxfp4ref.checkpoint.formats import FORMATS
 from mxfp4ref.checkpoint.shards import CheckpointError
@@ -51,16 +51,20 @@ def read_name_map(path: str | Path) -> CheckpointFormat:
         values: Any = tomllib.loads(read_file(path).decode())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: expected a TOML file, got {type(error).__name__}: {error}") from None
-    if unknown := sorted(values.keys() - {key.removesuffix("?") for key in _SHAPE}):
-        raise CheckpointError(f"{path}: expected the keys {', '.join(_SHAPE)}, got {unknown[0]!r}")
+    known = [key.removesuffix("?") for key in _SHAPE]
+    if unknown := sorted(values.keys() - set(known)):
+        raise CheckpointError(
+            f"{path}: expected the keys {', '.join(known)}, got {unknown[0]!r}{did_you_mean(unknown[0], known)}"
+        )
     if wrong := mismatch(values, _SHAPE, str(path)):
         raise CheckpointError(wrong)
     like = FORMATS[values["like"]]
     names = values.get("names", {})
     for role, name in names.items():
         if role not in like.names and role not in ROUTER:
+            hint = did_you_mean(role, (*like.names, *ROUTER))
             raise CheckpointError(
-                f"{path}: names: expected roles among {', '.join(like.names)}, got {role!r}"
+                f"{path}: names: expected roles among {', '.join(like.names)}, got {role!r}{hint}"
             )
         if ("{expert}" in name) != ("{expert}" in like.names.get(role, "")):
             wanted = "with" if "{expert}" in like.names.get(role, "") else "without"

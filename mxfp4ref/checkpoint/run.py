@@ -13,7 +13,7 @@ from torch import Tensor
 from mxfp4ref._choices import RouterName
 from mxfp4ref._files import check_no_input
 from mxfp4ref._ieee import to_fp64
-from mxfp4ref._validate import check_choice, check_tensor
+from mxfp4ref._validate import check_choice, check_tensor, did_you_mean
 from mxfp4ref.checkpoint.config import HONOURED, OPTIONS
 from mxfp4ref.checkpoint.formats import FORMATS
 from mxfp4ref.checkpoint.layer import CheckpointLayer, ExpertsInFiles, has_shared_expert
@@ -80,8 +80,8 @@ def run_layer(
     Returns:
         `output` `[M, H] bf16`, `logits`, and `token_selected_experts`, `token_final_scales` and `ambiguous` as
         in `Routing`. Where the layer has a shared expert and its output was not given, the result is
-        no layer's and is called `routed_output` instead; of a part of the experts it is what their rank adds to the
-        others', and is called `rank_output`.
+        no layer's and is called `routed_output` instead; of a part of the experts, or with `Ranks.tp_rank`, it is
+        what that rank adds to the others', and is called `rank_output`.
 
     Raises:
         TypeError, ValueError: as the router and `moe_layer` do; or the layer has no bias for the router, or a
@@ -96,7 +96,7 @@ def run_layer(
     if unknown or "hidden" not in shards.files:
         raise CheckpointError(
             f"{input_path}: expected the tensor hidden and optionally {', '.join(_INPUTS[1:])}, got "
-            f"{', '.join(sorted(shards.files))}"
+            f"{', '.join(sorted(shards.files))}{did_you_mean(unknown[0], _INPUTS) if unknown else ''}"
         )
     given = shards.read(shards.files)
     hidden, shared_output = given["hidden"], given.get("shared_output")
@@ -107,7 +107,8 @@ def run_layer(
             f"logits: expected in the input file, the experts of {layer.prefix}* have a space of their own, of "
             f"{layer.hidden_size}, and hidden is in it"
         )
-    if shared_output is not None and (layer.expert_ids is not None or layer.fused or latent):
+    alone = layer.expert_ids is not None or ranks.tp_rank is not None  # one rank of several
+    if shared_output is not None and (alone or layer.fused or latent):
         raise ValueError("shared_output: expected none, it is not added to this result")
     logits = given["logits"] if "logits" in given else router_logits(layer, hidden)
     check_tensor(
@@ -145,7 +146,9 @@ def run_layer(
             activation_type=layer.activation_type,
         )
     result = {
-        _name(layer, latent, shared_output): output[:, : layer.hidden_size].contiguous(),
+        "rank_output" if alone else _name(layer, latent, shared_output): output[
+            :, : layer.hidden_size
+        ].contiguous(),
         "logits": logits,
         "token_selected_experts": routing.ids,
         "token_final_scales": routing.scales,
@@ -157,9 +160,7 @@ def run_layer(
 
 
 def _name(layer: CheckpointLayer, latent: bool, shared_output: Tensor | None) -> str:
-    """What the output of the kernel is."""
-    if layer.expert_ids is not None:
-        return "rank_output"
+    """What the output of all ranks is."""
     shared = has_shared_expert(layer.shared_experts, layer.others)
     return "routed_output" if latent or (shared and shared_output is None and not layer.fused) else "output"
 

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mxfp4ref._files import parse_json, printable, read_file
+from mxfp4ref._files import name_in_utf8, parse_json, printable, read_file
 from mxfp4ref._validate import check_tensor, shown
 from mxfp4ref.formats.mxfp4 import SCALE_DTYPES
 from mxfp4ref.formats.quantize import fp32_to_ue8m0
@@ -179,7 +179,7 @@ def _read_index(index: Path) -> dict[str, Path]:
 def _opened(file: Path) -> Iterator[Any]:
     if file.exists() and not file.is_file():  # a pipe would be waited for
         raise OSError(errno.EINVAL, "expected a regular file", str(file))
-    with safe_open(file, framework="pt") as reader:
+    with name_in_utf8(file) as name, safe_open(name, framework="pt") as reader:
         yield reader
 
 

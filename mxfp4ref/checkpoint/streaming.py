@@ -86,15 +86,16 @@ def forward_in_parts(
         loaded = experts.select(some)
         if loaded.fc2_biases is not None:
             biases[some], biased = loaded.fc2_biases, True
-        for rank, shard in enumerate(
-            split_intermediate(loaded, ranks.tp_size, intermediate_size=ranks.intermediate_size)
-        ):
-            call = MoeCall(hidden, local, scales, shard, kernel=kernel, activation_type=activation_type)
+        shards = split_intermediate(loaded, ranks.tp_size, intermediate_size=ranks.intermediate_size)
+        for rank in ranks.tp_ranks:
+            call = MoeCall(
+                hidden, local, scales, shards[rank], kernel=kernel, activation_type=activation_type
+            )
             by_slot[rank][here] = _slots(call)[here]
     outputs = []
     for ep_rank in range(ranks.ep_size):
         mine = torch.where(serving == ep_rank, ids, -1).long()
-        for tp_rank in range(ranks.tp_size):
+        for tp_rank in ranks.tp_ranks:
             bias = biases if biased and tp_rank == 0 else None
             outputs.append(to_bf16(finalize(by_slot[tp_rank], mine, scales, bias)))
     return gather(outputs, reduction=ranks.reduction)

@@ -8,7 +8,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mxfp4ref._files import replacing
+from mxfp4ref._files import name_in_utf8, replacing
 from mxfp4ref._validate import check_choice, check_instance, shown
 from mxfp4ref.checkpoint.format import ROUTER, CheckpointFormat
 from mxfp4ref.checkpoint.formats import FORMATS
@@ -80,7 +80,7 @@ def save(path: str | Path, tensors: dict[str, Tensor]) -> None:
         CheckpointError: the file cannot be written.
     """
     try:
-        with replacing(Path(path)) as partial:
-            safetensors.torch.save_file(tensors, partial)
+        with replacing(Path(path)) as partial, name_in_utf8(partial) as name:
+            safetensors.torch.save_file(tensors, name)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: expected a file that can be written, got: {error}") from None

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
-import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
+from mxfp4ref._files import quoted
 from mxfp4ref.conformance.options import Options
 from mxfp4ref.conformance.results import RECORDING, CaseResult, Report
 from mxfp4ref.goldens import GoldenError, Goldens, find_root
@@ -93,22 +92,4 @@ def case_command(kernel: str, arguments: tuple[str, ...], result: CaseResult) ->
 
 
 def _shell(*arguments: str) -> str:
-    return " ".join(map(_quoted, ("mxfp4ref", *arguments)))
-
-
-def _quoted(word: str) -> str:
-    """For a shell, as text of which all can be seen: the bytes of a file's name that are none stand in $'...'."""
-    if word.isprintable():
-        return shlex.quote(word)
-    parts = (
-        c if c.isprintable() else "".join(f"\\x{byte:02x}" for byte in _encoded(c))
-        for c in re.sub(r"[\\']", r"\\\g<0>", word)
-    )
-    return f"$'{''.join(parts)}'"
-
-
-def _encoded(character: str) -> bytes:
-    """In UTF-8; what stands for a byte of a file's name, as that byte."""
-    return character.encode(
-        "utf-8", "surrogateescape" if "\udc80" <= character <= "\udcff" else "surrogatepass"
-    )
+    return " ".join(map(quoted, ("mxfp4ref", *arguments)))

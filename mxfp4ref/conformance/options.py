@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mxfp4ref._choices import DIAGNOSES, MODES, STORAGE, Diagnosing, Mode, Storage
+from mxfp4ref._shown import Shown
 from mxfp4ref._validate import check_below, check_choice, check_int
 
 __all__ = ["Options"]
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, repr=False)
+class Options(Shown):
     """How a kernel is compared with the goldens.
 
     Attributes:

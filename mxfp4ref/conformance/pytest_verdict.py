@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import pickle
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from mxfp4ref._files import quoted
 
 if TYPE_CHECKING:
     from mxfp4ref.conformance.results import CaseResult, Report
@@ -107,7 +108,6 @@ class Verdict:
             )
 
     def _report(self) -> Report:
-        from mxfp4ref._files import printable
         from mxfp4ref.conformance.diagnosing import Failing
         from mxfp4ref.conformance.results import Report
         from mxfp4ref.conformance.suite import goldens_used
@@ -128,7 +128,7 @@ class Verdict:
             goldens=goldens_used(self._goldens),
             date=self._date,
             arguments=last.arguments,
-            line=printable(shlex.join(("pytest", *self._config.invocation_params.args)), lines=False),
+            line=" ".join(map(quoted, ("pytest", *map(str, self._config.invocation_params.args)))),
         )
 
 

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mxfp4ref._files import parse_json, printable, read_file, write_file
+from mxfp4ref._files import name_in_utf8, parse_json, printable, read_file, write_file
 from mxfp4ref._validate import check_choice, check_instance
 from mxfp4ref._version import __version__
 from mxfp4ref.conformance.bounded import outside_bounds
@@ -164,12 +164,15 @@ def reproduce(path: Path, kernel: str, device: str | None = None) -> int:
         loaded = load_kernel(kernel, device)
         bounds = parse_json(metadata.get("bounds", "null"))
     except ValueError as error:
-        print(f"{error}\nAnother kernel or device: python {path.stem}.py KERNEL DEVICE", file=sys.stderr)
+        print(
+            f"{printable(str(error))}\nAnother kernel or device: python {path.stem}.py KERNEL DEVICE",
+            file=sys.stderr,
+        )
         return 2
-    print(f"{metadata.get('case')}: {kernel} on {loaded.device}")
+    print(printable(f"{metadata.get('case')}: {kernel} on {loaded.device}"))
     outcome = execute(loaded, one.kind, one.inputs, one.expected)
     if outcome.problem:
-        print(f"{outcome.problem}: {outcome.message}")
+        print(printable(f"{outcome.problem}: {outcome.message}"))
         return 2 if outcome.problem == "skipped" else 1
     wrong = False
     for name, want in one.expected.items():
@@ -204,7 +207,7 @@ class _Reproducer:
 
 def _read(path: Path) -> tuple[_Reproducer, Mapping[str, str]]:
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        with name_in_utf8(path) as name, safetensors.safe_open(name, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.offset_keys()}
         return _load(metadata["kind"], parse_json(metadata["parameters"]), tensors), metadata

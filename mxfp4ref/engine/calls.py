@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mxfp4ref._words import did_you_mean
 from mxfp4ref.engine.arguments import generation_in_record, layout_of_release
 from mxfp4ref.engine.recordings import FUNCTIONS, Recording
 from mxfp4ref.formats.experts import PARAMETERS, Experts, Sm90Experts
@@ -94,7 +95,10 @@ def arguments_of(recording: Recording) -> dict[str, Any]:
     try:
         bound = _SIGNATURE.bind(*positional, **{k: v for k, v in keywords.items() if k not in _OURS})
     except TypeError as error:
-        raise NotImplementedError(f"arguments: {error}") from None
+        unknown = next((name for name in keywords if name not in _SIGNATURE.parameters), None)
+        raise NotImplementedError(
+            f"arguments: {error}{did_you_mean(unknown, _SIGNATURE.parameters)}"
+        ) from None
     bound.apply_defaults()
     return bound.arguments | _OURS
 

@@ -25,6 +25,7 @@ from mxfp4ref.conformance.cli.shared import (
     progress,
     usage_errors,
 )
+from mxfp4ref.conformance.cli.supervised import others_code_begins
 from mxfp4ref.conformance.cli.terminal import echo, echo_rows
 
 if TYPE_CHECKING:
@@ -188,6 +189,7 @@ def record(
         echo(f"{written:,} calls recorded in {folder}{beside}{after}")
         return code
 
+    others_code_begins()
     sys.exit(summary(run_script(script, arguments, recorder, module=module, at_exit=summary)))
 
 

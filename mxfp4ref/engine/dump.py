@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from mxfp4ref._files import read_file, replacing, write_file
+from mxfp4ref._files import name_in_utf8, read_file, replacing, write_file
 from mxfp4ref.engine.arguments import loaded_release
 from mxfp4ref.engine.counting import rank
 from mxfp4ref.engine.install import FUNCTION, MODULE
@@ -152,5 +152,5 @@ def write_call(folder: Path, number: int, given: Mapping[str, Any], output: Tens
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    with replacing(path) as partial:
-        safetensors.torch.save_file(tensors, partial)
+    with replacing(path) as partial, name_in_utf8(partial) as name:
+        safetensors.torch.save_file(tensors, name)

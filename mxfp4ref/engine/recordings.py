@@ -28,7 +28,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from mxfp4ref._files import folders_below, parse_json, read_file
+from mxfp4ref._files import folders_below, name_in_utf8, parse_json, read_file
 from mxfp4ref.formats.generations import generation_named
 from mxfp4ref.sm90.tactics import Sm90Kernel, Tactic
 
@@ -237,12 +237,13 @@ def _missing(kind: str, status: str) -> str:
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
-    with safetensors.safe_open(path, framework="pt") as file:
+    with name_in_utf8(path) as name, safetensors.safe_open(name, framework="pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
 def _load_pt(path: Path) -> dict[str, Tensor]:
-    loaded: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    with name_in_utf8(path) as name:
+        loaded: dict[str, Tensor] = torch.load(name, map_location="cpu", weights_only=True, mmap=True)
     return loaded
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._choices import DIAGNOSES, Diagnosing
+from mxfp4ref._shown import Shown
 from mxfp4ref._validate import check_choice, check_int
 from mxfp4ref.conformance.agreement import agreed
 from mxfp4ref.conformance.comparison import differing
@@ -40,8 +41,8 @@ __all__ = ["ReplayOptions", "ReplayReport", "ReplayResult", "replay"]
 _STATUS_OF_MANY = {"differs": "differ"}
 
 
-@dataclass(frozen=True)
-class ReplayOptions:
+@dataclass(frozen=True, repr=False)
+class ReplayOptions(Shown):
     """How recorded calls are compared.
 
     Attributes:

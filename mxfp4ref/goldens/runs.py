@@ -31,6 +31,7 @@ from torch import Tensor
 
 from mxfp4ref._choices import ScaleRule
 from mxfp4ref._validate import check_choice
+from mxfp4ref._words import did_you_mean
 from mxfp4ref.formats import humming, layout
 from mxfp4ref.formats.experts import PARAMETERS
 from mxfp4ref.formats.generations import generation_named
@@ -150,6 +151,7 @@ def _activation(fc1_output: Tensor, activation_type: int = SWIGLU, **parameters:
     if activation_type not in ACTIVATIONS or unknown:
         raise TypeError(
             f"expected an activation and its parameters, got {activation_type} with {sorted(parameters)}"
+            f"{did_you_mean(next(iter(unknown), None), PARAMETERS)}"
         )
     activation = activation_of(activation_type, parameters)
     given = [parameters.get(name) for name in activation.defaults]

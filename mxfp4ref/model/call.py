@@ -89,6 +89,8 @@ class MoeCall(Shown):
     unscaled: bool = False
     enable_alltoall: bool = False
 
+    _PARTS = (Experts,)
+
     @uncompiled
     def __post_init__(self) -> None:
         check_instance("experts", self.experts, Experts)

@@ -9,7 +9,7 @@ hold no equal ranges, an expert map says what they hold: see `mxfp4ref.model.pla
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ from mxfp4ref.model.placement import (
     physical_ids,
     rank_arguments,
 )
+from mxfp4ref.model.ranks import Ranks
 from mxfp4ref.routing.presets import PADDING_ID
 from mxfp4ref.sm90 import fp32
 
@@ -136,7 +137,9 @@ def split_intermediate(
     check_instance("experts", experts, Experts)
     inner = _unpadded(experts, intermediate_size)
     if inner % tp_size:
-        raise ValueError(f"tp_size: expected a divisor of I={inner}, got {tp_size}")
+        raise ValueError(
+            f"tp_size: expected a divisor of the intermediate size {inner}, such as {_divisors(inner)}, got {tp_size}"
+        )
     if tp_size == 1:
         return [experts]
     if isinstance(experts, HummingExperts):
@@ -193,49 +196,6 @@ def gather(outputs: Sequence[Tensor], *, reduction: Reduction = "float32") -> Te
     return rounded(total)
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """How many ranks run a layer, and how their outputs are added up.
-
-        Ranks(ep_size=3, expert_map=place_experts(8, 3))
-        Ranks(ep_size=4, expert_map=physical_to_logical_map.view(4, -1), physical_ids=topk_ids)
-
-    Attributes:
-        ep_size: ranks that share the experts.
-        tp_size: ranks that share each expert.
-        reduction: see `gather`.
-        intermediate_size: I before padding, see `split_intermediate`; None if the experts are not padded.
-        expert_map: which experts each of the ep_size ranks holds, see `mxfp4ref.model.placement`; None for equal
-            ranges. The ids of a call are logical ones with any map.
-        physical_ids: `[M, k] int32`, which slot of the map, counted over all ranks, serves each id of the call, as an
-            engine's dispatch chose it. Needed only where the map has redundant experts; the choice decides which
-            terms are added up, and rounded, on one rank.
-
-    Raises:
-        TypeError, ValueError: a size that is no positive int, another reduction, or a map that is none.
-    """
-
-    ep_size: int = 1
-    tp_size: int = 1
-    reduction: Reduction = "float32"
-    intermediate_size: int | None = None
-    expert_map: ExpertMap | None = None
-    physical_ids: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        check_int("ep_size", self.ep_size, minimum=1)
-        check_int("tp_size", self.tp_size, minimum=1)
-        check_choice("reduction", self.reduction, REDUCTIONS)
-        if self.intermediate_size is not None:
-            check_int("intermediate_size", self.intermediate_size, minimum=GROUP_SIZE)
-        if self.expert_map is not None:
-            check_expert_map(self.expert_map, ep_size=self.ep_size)
-        if self.physical_ids is not None:
-            check_tensor("physical_ids", self.physical_ids, dtype=torch.int32, shape=("M", "k"))
-            if self.expert_map is None:
-                raise ValueError("physical_ids: expected None without an expert_map, got a tensor")
-
-
 @uncompiled
 def forward_all_ranks(call: MoeCall, ranks: Ranks, stages: Stages | None = None) -> Tensor:
     """`forward` on every rank with its part of the call's experts, and the `gather` of all, `[M, H] bf16`.
@@ -267,7 +227,8 @@ def rank_calls(call: MoeCall, ranks: Ranks) -> list[MoeCall]:
     parts = split_experts(call.experts, ranks.ep_size, ranks.expert_map)
     for local, told in zip(parts, _rank_arguments(call, ranks), strict=True):
         shards = split_intermediate(local, ranks.tp_size, intermediate_size=ranks.intermediate_size)
-        for tp_rank, shard in enumerate(shards):
+        for tp_rank in ranks.tp_ranks:
+            shard = shards[tp_rank]
             calls.append(replace(call, experts=shard, tp_size=ranks.tp_size, tp_rank=tp_rank, **told))
     return calls
 
@@ -305,6 +266,10 @@ def _rank_arguments(call: MoeCall, ranks: Ranks) -> list[dict[str, Any]]:
     else:
         physical = check_physical_ids(ranks.physical_ids, ids, ranks.expert_map)
     return rank_arguments(physical, ranks.expert_map)
+
+
+def _divisors(size: int) -> str:
+    return ", ".join(str(count) for count in range(1, 17) if size % count == 0)
 
 
 def _chosen(experts: Experts, slots: tuple[int, ...]) -> Experts:

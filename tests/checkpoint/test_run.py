@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +11,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mxfp4ref.checkpoint import CheckpointError, read_layer, router_logits, run_layer
+from mxfp4ref.checkpoint import (
+    CheckpointError,
+    CheckpointLayer,
+    open_layer,
+    read_layer,
+    router_logits,
+    run_layer,
+)
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward
-from mxfp4ref.model.parallel import Ranks, forward_all_ranks
+from mxfp4ref.model.parallel import Ranks, forward_all_ranks, gather, rank_calls
 from mxfp4ref.routing.presets import deepseek_v4, gpt_oss, mixtral
 from mxfp4ref.sm90.tactics import Sm90Kernel
 from tests.helpers.checkpoints import (
@@ -151,6 +159,30 @@ def test_a_padded_layer_is_cut_where_the_checkpoint_ends(tmp_path: Path, tp_size
     assert same_bits(result["output"], expected[:, :GPT_OSS_H].contiguous())
     moved = forward_all_ranks(call, Ranks(tp_size=tp_size))[:, :GPT_OSS_H].contiguous()
     assert same_bits(result["output"], moved) == (tp_size != 2)
+
+
+@pytest.mark.parametrize("open_it", [read_layer, open_layer])
+def test_one_tensor_parallel_rank(tmp_path: Path, open_it: Callable[..., CheckpointLayer]) -> None:
+    """It is the rank's own kernel call, and all together are what all ranks give; the first has the bias."""
+    make_checkpoint(tmp_path, "gpt_oss")
+    hidden = write_input(tmp_path / "x", GPT_OSS_H)
+    layer = open_it(tmp_path, 1)
+    whole = run_layer(layer, tmp_path / "x", ranks=Ranks(tp_size=2))
+    wide = torch.nn.functional.pad(hidden, (0, 128 - GPT_OSS_H))
+    routing = whole["token_selected_experts"], whole["token_final_scales"]
+    call = MoeCall(wide, *routing, read_layer(tmp_path, 1).experts)
+    calls = rank_calls(call, Ranks(tp_size=2, intermediate_size=160))
+    parts = []
+    for tp_rank, of_rank in enumerate(calls):
+        result = run_layer(layer, tmp_path / "x", ranks=Ranks(tp_size=2, tp_rank=tp_rank))
+        assert "output" not in result
+        parts.append(result["rank_output"])
+        assert same_bits(parts[-1], forward(of_rank)[:, :GPT_OSS_H].contiguous())
+    assert same_bits(gather(parts), whole["output"])
+    with pytest.raises(ValueError, match="tp_rank: expected an int from 0 to 1, got 2"):
+        Ranks(tp_size=2, tp_rank=2)
+    with pytest.raises(ValueError, match="tp_rank: expected None with an ep_size of 2, got 0"):
+        Ranks(ep_size=2, tp_size=2, tp_rank=0)
 
 
 def test_wrong_inputs(tmp_path: Path) -> None:

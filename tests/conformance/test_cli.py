@@ -363,6 +363,18 @@ def test_layer_runs_from_disk(tmp_path: Path) -> None:
     dealt = run_layer(stored, hidden, ranks=Ranks(ep_size=3, expert_map=[[0, 3], [1], [2]]))
     assert torch.equal(found["output"].view(torch.int16), dealt["output"].view(torch.int16))
     assert not torch.equal(dealt["output"], expected["output"])
+    result = invoke(*arguments, *options, "--tp-size", 2, "--tp-rank", 1)
+    assert result.exit_code == 0, result.output
+    found = safetensors.torch.load_file(written)
+    of_rank = run_layer(stored, hidden, ranks=Ranks(tp_size=2, tp_rank=1))
+    assert torch.equal(found["rank_output"].view(torch.int16), of_rank["rank_output"].view(torch.int16))
+    for more, message in (
+        (["--tp-rank", 1], "--tp-rank: expected one of 0 to 0 with --tp-size 1, got 1"),
+        (["--tp-size", 2, "--tp-rank", 0, "--ep-size", 2], "--tp-rank: expected --experts"),
+        (["--tp-size", 3], "tp_size: expected a divisor of the intermediate size 128, such as 1, 2, 4"),
+    ):
+        refused = invoke(*arguments, *options, *more)
+        assert (refused.exit_code, message in refused.output) == (2, True)
     many = invoke(*arguments, *options, "--ep-size", 5)
     assert many.exit_code == 2
     assert "ep_size: expected an int from 1 to 4, got 5" in many.output

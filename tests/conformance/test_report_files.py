@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import save_file
 
 from mxfp4ref.__main__ import commands
 from mxfp4ref.conformance import CaseResult, Options, Report, run
@@ -251,6 +252,35 @@ def test_what_changed_between_two_reports(tmp_path: Path) -> None:
     assert result.output.endswith("2 cases got worse, 1 are as they were, 2 were not run\n")
     same = invoke("compare", old, old)
     assert (same.exit_code, same.output) == (0, "no case got worse, 7 are as they were\n")
+
+
+def test_what_changed_as_json(tmp_path: Path) -> None:
+    """A file beside the text, or alone on stdout; of tensors as of reports."""
+    old, new, changes = (tmp_path / name for name in ("old.json", "new.json", "changes.json"))
+    for path, kernel in ((old, "oracle"), (new, "defect:bf16_finalize")):
+        invoke("conform", kernel, "--case", "finalize/slot_order", "--json", str(path))
+    result = invoke("compare", str(old), str(new), "--json", str(changes))
+    assert result.exit_code == 1
+    written = json.loads(changes.read_text())
+    assert (written["kind"], written["ok"], written["worse"], written["alike"]) == ("reports", False, 1, 0)
+    assert written["failing"][0].startswith("finalize/slot_order: differs in ")
+    one, other = tmp_path / "one.safetensors", tmp_path / "other.safetensors"
+    save_file({"x": torch.zeros(3), "y": torch.zeros(2)}, one)
+    save_file({"x": torch.tensor([0.0, 1.0, 0.0])}, other)
+    result = invoke("compare", str(one), str(other), "--json", "-")
+    found = json.loads(result.stdout)
+    assert (result.exit_code, found["kind"], found["ok"]) == (1, "tensors", False)
+    assert [(row["name"], row["equal"], row.get("differing")) for row in found["tensors"]] == [
+        ("x", False, 1),
+        ("y", False, None),
+    ]
+    assert found["tensors"][0]["message"] in result.stderr
+    refused = invoke("compare", str(old), str(new), "--json", str(old))
+    assert refused.exit_code == 2
+    assert "expected another file than the input" in refused.output
+    unknown = invoke("compare", str(old), str(new), "--junit", "x.xml")
+    assert unknown.exit_code == 2
+    assert "No such option '--junit'. There are --help, --json" in unknown.output
 
 
 def test_a_report_of_some_cases_is_not_worse(tmp_path: Path) -> None:

@@ -336,12 +336,12 @@ ONE = torch.zeros(2, 3, dtype=torch.bfloat16)
         (
             lambda: split_intermediate(make_experts(), 3),
             ValueError,
-            "tp_size: expected a divisor of I=128, got 3",
+            "tp_size: expected a divisor of the intermediate size 128, such as 1, 2, 4, 8, 16, got 3",
         ),
         (
             lambda: split_intermediate(make_experts(), 3, intermediate_size=64),
             ValueError,
-            "tp_size: expected a divisor of I=64, got 3",
+            "tp_size: expected a divisor of the intermediate size 64, such as 1, 2, 4, 8, 16, got 3",
         ),
         (
             lambda: split_intermediate(make_experts(), 2, intermediate_size=160),

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ def test_a_closed_pipe(arguments: tuple[str, ...]) -> None:
 
 
 def test_closed_streams(tmp_path: Path) -> None:
+    """The report's number is none of theirs, and what could not be printed is no success."""
     arguments = ("conform", "oracle", "--goldens", CHECKOUT, "--case", "finalize/slot_order")
     command = subprocess.run(
         ["sh", "-c", '"$@" --json r.json <&- >&- 2>&-', "sh", *MXFP4REF, *arguments],
@@ -81,8 +83,62 @@ def test_closed_streams(tmp_path: Path) -> None:
         cwd=tmp_path,
         check=False,
     )
-    assert command.returncode == 0
+    assert command.returncode == 2
     assert json.loads((tmp_path / "r.json").read_bytes())["ok"] is True
+
+
+@pytest.mark.parametrize("arguments", [("--version",), ("goldens", "pack", "-")])
+def test_a_closed_stdout(arguments: tuple[str, ...]) -> None:
+    command = subprocess.run(
+        ["sh", "-c", '"$@" >&-', "sh", *MXFP4REF, *arguments],
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT | {"MXFP4REF_GOLDENS": str(CHECKOUT)},
+        check=False,
+    )
+    assert (command.returncode, command.stderr) == (2, b"Error: stdout is closed\n")
+
+
+@pytest.mark.parametrize("megabytes", [20, 60, 100, 520])
+def test_too_little_memory_is_no_verdict(megabytes: int) -> None:
+    """C libraries that get none end the process, OpenBLAS and libgomp with the exit code of a wrong kernel."""
+    command = subprocess.run(
+        [*MXFP4REF, "conform", "oracle", "--goldens", CHECKOUT, "--case", "gemm/ordinary"],
+        capture_output=True,
+        env=ENVIRONMENT,
+        preexec_fn=partial(_limit_memory, megabytes * 10**6),
+        check=False,
+    )
+    assert (command.returncode, command.stdout) == (2, b"")
+    last = command.stderr.decode().splitlines()[-1]
+    assert last.startswith("Error: ")
+    assert megabytes == 20 or f"the limit is {megabytes * 10**6 >> 20} MiB (ulimit -v)" in last
+
+
+def _limit_memory(size: int) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+
+
+def test_a_script_may_end_as_it_likes_where_memory_is_limited(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\n")
+    command = subprocess.run(
+        [*MXFP4REF, "record", "--output", tmp_path / "calls", script],
+        capture_output=True,
+        env=ENVIRONMENT,
+        preexec_fn=partial(_limit_memory, 1 << 40),
+        check=False,
+    )
+    assert command.returncode == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("wanted", ["bash_complete", "zsh_complete", "nonsense"])
+def test_completion_that_no_shell_asked_for(wanted: str) -> None:
+    command = subprocess.run(
+        MXFP4REF, capture_output=True, env=ENVIRONMENT | {"_MXFP4REF_COMPLETE": wanted}, check=False
+    )
+    assert (command.returncode, command.stdout) == (2, b"")
+    assert command.stderr.startswith(b"Error: _MXFP4REF_COMPLETE: expected what the scripts of")
+    assert command.stderr.count(b"\n") == 1
 
 
 def test_a_full_disk(tmp_path: Path) -> None:

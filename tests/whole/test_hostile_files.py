@@ -10,6 +10,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -857,6 +859,50 @@ def folder(whole: Path, tmp_path: Path) -> Path:
 def test_unspoilt_files_are_read(folder: Path, command: str) -> None:
     outcome = run(folder, COMMANDS[command])
     assert (outcome.code, outcome.problem) == (0, ""), outcome.output
+
+
+ODD = os.fsdecode(b'caf\xe9 "$x')  # a name that is not UTF-8, as a folder may have it
+
+
+@pytest.fixture(scope="module")
+def odd(whole: Path) -> Path:
+    place = whole.parent / ODD
+    try:
+        place.mkdir()
+    except OSError:
+        pytest.skip("this file system takes names in UTF-8 only")
+    return Path(shutil.copytree(whole, place / ODD))
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("verify", "conform")])
+def test_names_that_are_not_utf8(odd: Path, command: str) -> None:
+    """safetensors and torch take no such paths."""
+    first, *words = COMMANDS[command]
+    known = {word for word in words if (odd / word).exists()} | set(WRITES.values())
+    outcome = run(odd, (first, *(str(odd / word) if word in known else word for word in words)))
+    assert (outcome.code, outcome.problem) == (0, ""), outcome.output
+
+
+def test_a_reproducer_where_names_are_not_utf8(odd: Path) -> None:
+    """The kernel lies there, too; and what it prints is UTF-8."""
+    (odd / "kernel.py").write_text(
+        "from mxfp4ref import torch_ref_cutlass_fused_moe\n\n\ndef f(**named):\n"
+        "    return -torch_ref_cutlass_fused_moe(**named)[0]\n"
+    )
+    command = ("conform", f"{odd / 'kernel.py'}:f", "--no-isolate", "--goldens", str(odd / "goldens"))
+    files = (f"--{kind}={odd / kind}" for kind in ("json", "junit"))
+    outcome = run(odd, (*command, "--case", MOE, "--dump", str(odd / "dump"), "--diagnosis=none", *files))
+    assert (outcome.code, outcome.problem) == (1, ""), outcome.output
+    (script,) = (odd / "dump").glob("*.py")
+    again = subprocess.run(
+        [sys.executable, script],
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONIOENCODING": "utf-8:strict"},
+        check=False,
+    )
+    assert again.returncode == 1, again.stderr
+    assert b"the same bits that were recorded" in again.stdout
+    assert b"caf\\udce9" in again.stdout
 
 
 @pytest.mark.parametrize(("name", "command"), RUNS)

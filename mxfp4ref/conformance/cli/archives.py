@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import sys
 import tempfile
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from mxfp4ref._files import check_no_input, files_below
+from mxfp4ref._files import check_no_input, files_below, quoted
 from mxfp4ref.conformance.cli.command import Group
 from mxfp4ref.conformance.cli.shared import goldens_option, progress, usage_errors
 from mxfp4ref.conformance.cli.terminal import echo
@@ -58,7 +57,7 @@ def fetch(source: str, sha256: str, folder: Path) -> None:
     with usage_errors(), progress(first="fetching") as step:
         found = fetch_archive(source, sha256, folder, lambda size: step(f"{size / 2**20:.0f} MiB", 0))
     echo(f"{found.root}: {len(found.names())} cases")
-    echo(f"to use them: export MXFP4REF_GOLDENS={shlex.quote(str(found.root))}, or --goldens")
+    echo(f"to use them: export MXFP4REF_GOLDENS={quoted(str(found.root))}, or --goldens")
 
 
 @archive.command()

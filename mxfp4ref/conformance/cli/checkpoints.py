@@ -174,7 +174,13 @@ def read_options(
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Ranks that share each expert's intermediate size.",
+    help="Ranks that share each expert's intermediate size, of which it has to be a divisor (that of the checkpoint, "
+    "before it is padded: 2880 for gpt-oss, which 3 ranks can share, too).",
+)
+@click.option(
+    "--tp-rank",
+    type=click.IntRange(min=0),
+    help="Run this one of the --tp-size ranks alone, from 0: what it adds to the output.",
 )
 @click.option(
     "--experts", type=Experts(), help="Only these, as 64-95 or 0,8,16: what one rank adds to the output."
@@ -197,6 +203,11 @@ def layer(
 
     \b
     mxfp4ref layer --checkpoint DeepSeek-V4-Flash --layer 3 --input hidden.safetensors --output out.safetensors
+    mxfp4ref layer --checkpoint gpt-oss-20b --layer 3 --input hidden.safetensors --tp-size 4 --tp-rank 1
+
+    With --experts or --tp-rank it is one rank's output, `rank_output`: its own sum, rounded to bf16, as the kernel
+    hands it to the all-reduce; fc2's bias is on --tp-rank 0 only, and a routed factor that the model applies to the
+    output is applied. Without them all ranks are run, and their outputs added in float32.
 
     Experts are read some at a time, and only those that a token chose. `mxfp4ref checkpoint` says what is in a
     folder.
@@ -226,7 +237,16 @@ def layer(
             found = fuse_shared(found, None if options["fuse_shared"] == "stored" else options["fuse_shared"])
         ep_size = options["ep_size"]
         expert_map = place_experts(found.experts.num_experts, ep_size, options["expert_placement"])
-        ranks = Ranks(ep_size, options["tp_size"], expert_map=expert_map)
+        tp_size, tp_rank = options["tp_size"], options["tp_rank"]
+        if tp_rank is not None and tp_rank >= tp_size:
+            raise ValueError(
+                f"--tp-rank: expected one of 0 to {tp_size - 1} with --tp-size {tp_size}, got {tp_rank}"
+            )
+        if tp_rank is not None and ep_size > 1:
+            raise ValueError(
+                "--tp-rank: expected --experts, those of the rank, with it, instead of --ep-size"
+            )
+        ranks = Ranks(ep_size, tp_size, expert_map=expert_map, tp_rank=tp_rank)
         with progress() as step:
             result = run_layer(found, input_path, output_path, router=router, ranks=ranks, step=step)
         if found.image_bias is not None and "image_mask" not in open_shards(input_path).files:

@@ -16,6 +16,7 @@ __all__ = ["WIDTH", "Command", "Group", "command"]
 
 WIDTH = 100  # of help, at most
 _NARROW = 70
+_FEW = 6  # options that are all listed beside the one that was meant
 
 
 class _Formatter(click.HelpFormatter):
@@ -60,7 +61,14 @@ class Command(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if not ctx.resilient_parsing:
-            _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+            try:
+                _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+            except click.NoSuchOption as error:
+                known = sorted(name for one in self.get_params(ctx) for name in one.opts if name[:2] == "--")
+                if error.possibilities and len(known) > _FEW:
+                    raise
+                words = f"{error.message} There {'are' if known[1:] else 'is'} {', '.join(known)}."
+                raise click.NoSuchOption(error.option_name, words, error.possibilities, ctx) from None
             _refuse_repeated(given, ctx)
         return super().parse_args(ctx, args)
 

@@ -34,6 +34,7 @@ from mxfp4ref.conformance.cli.shared import (
     limited_jobs,
     usage_errors,
 )
+from mxfp4ref.conformance.cli.supervised import others_code_begins
 from mxfp4ref.conformance.cli.terminal import echo
 from mxfp4ref.goldens import Goldens, open_goldens
 
@@ -185,6 +186,7 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
     assert spec is not None
     check_no_swap()
     from mxfp4ref.conformance.again import selection_arguments
+    from mxfp4ref.conformance.kernels import is_stand_in
     from mxfp4ref.conformance.options import Options
     from mxfp4ref.conformance.running import NOT_DUMPED
     from mxfp4ref.conformance.suite import Interrupted, run
@@ -201,6 +203,8 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
             names = _failed_in(earlier, goldens, names, (spec, options["mode"]))
         options["jobs"] = limited_jobs(options["jobs"], len(names))
         files.check(chain(files_below(goldens.root), _sources(spec), [earlier] if earlier else ()))
+        if isolate is False and not is_stand_in(spec):
+            others_code_begins()
         with case_progress(names) as advance:
             try:
                 result = run(

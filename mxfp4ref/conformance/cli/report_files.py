@@ -93,17 +93,31 @@ class ReportFiles:
                 raise UsageError(f"cannot write {path}: there is no folder {path.absolute().parent}")
             check_no_input(path, inputs)
 
-    def write_after(self, show: Callable[[], None], result: Report) -> bool:
+    def write_after(
+        self,
+        show: Callable[[], None],
+        result: Any,
+        render: Mapping[str, Callable[[Any], str]] | None = None,
+    ) -> bool:
         """Show the text, then write each file by itself; whether all of that went well.
 
         What fails costs that file and a line, not the results.
+
+        Args:
+            show: prints the text.
+            result: what is written, a `Report` unless `render` makes files of something else.
+            render: what makes a file of it, by format.
 
         Raises:
             BrokenPipeError: nobody reads the text; the files are written.
         """
         from mxfp4ref.conformance import html_report, report
 
-        render = {"json": report.to_json, "junit": report.to_junit, "html": html_report.to_html}
+        render = render or {
+            "json": report.to_json,
+            "junit": report.to_junit,
+            "html": html_report.to_html,
+        }
 
         def write(kind: str, path: Path) -> None:
             if path == _STDOUT:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from mxfp4ref._choices import DIAGNOSES
 from mxfp4ref._files import printable
 from mxfp4ref.conformance.cli.terminal import animated, console, echo
+from mxfp4ref.conformance.memory import cause_of, not_enough, ran_out
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,10 +95,10 @@ def usage_errors() -> Iterator[None]:
     """What goes wrong before or beside the comparison is wrong usage or environment: exit code 2."""
     try:
         yield
-    except MemoryError as error:
-        raise UsageError("there is not enough memory") from error
-    except (ImportError, TypeError, ValueError, OSError, SafetensorError, RuntimeError) as error:
-        raise UsageError(str(error)) from error
+    except ImportError as error:
+        raise UsageError(cause_of(error)) from error
+    except (TypeError, ValueError, OSError, SafetensorError, RuntimeError, MemoryError) as error:
+        raise UsageError(not_enough(error) if ran_out(error) else str(error)) from error
 
 
 @contextmanager

@@ -1,4 +1,8 @@
-"""A command that runs a kernel in its own process succeeds if it says so, and not by ending with exit code 0."""
+"""A command that may end at any place, with any exit code, has the one that it wrote before: no other is a verdict.
+
+That is one that runs a kernel in its own process, and any where memory or threads are limited: C libraries that get
+none, such as OpenBLAS and libgomp, end the process, and with the exit code of a kernel that does not conform.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,16 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from mxfp4ref.conformance.cli.shared import INTERRUPTED, NOT_EQUAL, USAGE, Presses
+from mxfp4ref.conformance.memory import limits
 from mxfp4ref.conformance.processes import how_it_ended
 
-__all__ = ["main"]
+__all__ = ["main", "needed", "others_code_begins"]
 
 _START = """\
 import sys
@@ -22,8 +28,32 @@ verdict = sys.argv.pop(1)
 from mxfp4ref.__main__ import main
 main(verdict)
 """
+_PASSED_ON = (
+    signal.SIGINT,
+    *(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)),
+)
 _PATIENCE = 3  # so many interrupts end the process at once, as it says itself
-_NONE = b"none"  # instead of an exit code, as long
+_NONE, _BEGUN = (
+    b"none",
+    b"code",
+)  # instead of an exit code, as long: from the start, and while others' code runs
+_verdict: Path | None = None  # in the process that is watched
+
+
+def needed(arguments: Sequence[str]) -> bool:
+    """Whether a command with these arguments has to be watched."""
+    return (arguments[:1] == ["conform"] and "--no-isolate" in arguments) or bool(limits())
+
+
+def others_code_begins() -> None:
+    """From here on a kernel or a script runs in this process: how that ends is its doing."""
+    if _verdict is not None:
+        _write(_verdict, _BEGUN)
+
+
+def _write(verdict: Path, code: bytes) -> None:
+    with verdict.open("r+b") as file:
+        file.write(code)
 
 
 def main(commands: click.Group, verdict: str | None) -> None:
@@ -38,11 +68,12 @@ def main(commands: click.Group, verdict: str | None) -> None:
         except OSError as error:
             print(f"Error: {type(error).__name__}: {error}", file=sys.stderr)
             sys.exit(USAGE)
+    global _verdict
+    _verdict = Path(verdict)
     try:
         commands(prog_name="mxfp4ref")
     except SystemExit as done:
-        with Path(verdict).open("r+b") as file:
-            file.write(f"{done.code!s:4.4}".encode())
+        _write(_verdict, f"{done.code or 0!s:4.4}".encode())
         raise
 
 
@@ -55,20 +86,32 @@ def _supervise() -> int:
 
         def pass_on(number: int, frame: object) -> None:
             nonlocal interrupts
-            if which := presses.take():  # it writes its reports and ends, if its kernel lets it
+            if number != signal.SIGINT:
+                process.send_signal(number)
+            elif which := presses.take():  # it writes its reports and ends, if its kernel lets it
                 interrupts = which
                 process.send_signal(signal.SIGINT if which < _PATIENCE else signal.SIGKILL)
 
-        before = signal.signal(signal.SIGINT, pass_on)
+        before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
         try:
             process.wait()
         finally:
-            signal.signal(signal.SIGINT, before)
-        if verdict.is_file() and (code := verdict.read_bytes().strip()).isdigit():
-            return int(code)
-        if interrupts:
-            return INTERRUPTED
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        state = verdict.read_bytes().strip() if verdict.is_file() else _NONE
+    if state.isdigit():
+        return int(state)
+    if interrupts:
+        return INTERRUPTED
+    if -process.returncode in _PASSED_ON:
+        return 128 - process.returncode
     how = how_it_ended(process.returncode)
+    if state != _BEGUN:
+        words = f"Error: the process ended ({how}) before it was done, and there is no verdict"
+        print("; ".join(filter(None, (words, limits()))), file=sys.stderr)
+        return USAGE
+    if sys.argv[1] == "record":
+        return process.returncode if process.returncode >= 0 else 128 - process.returncode
     click.echo(
         f"The kernel does not conform: it ended its process ({how}) before there was a verdict. Without --no-isolate "
         "the report tells on which case.",

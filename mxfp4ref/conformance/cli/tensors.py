@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mxfp4ref._files import printable
 from mxfp4ref.conformance.cli.command import command
-from mxfp4ref.conformance.cli.shared import NOT_EQUAL, describe, usage_errors
+from mxfp4ref.conformance.cli.report_files import ReportFiles
+from mxfp4ref.conformance.cli.shared import NOT_EQUAL, USAGE, describe, usage_errors
 from mxfp4ref.conformance.cli.terminal import echo
 
 if TYPE_CHECKING:
@@ -24,12 +28,19 @@ __all__ = ["compare"]
 @command()
 @click.argument("a", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("b", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-def compare(a: Path, b: Path) -> None:
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, path_type=Path, allow_dash=True),
+    metavar="FILE",
+    help="Write what is printed as JSON too; to stdout, with the text on stderr, if FILE is -.",
+)
+def compare(a: Path, b: Path, json_file: Path | None) -> None:
     """Compare two saved outputs bit by bit, or two reports.
 
     \b
     mxfp4ref compare mine.safetensors reference.safetensors
-    mxfp4ref compare yesterday.json today.json
+    mxfp4ref compare yesterday.json today.json --json changes.json
 
     Of two safetensors files the tensors of the same names are compared: in how many elements they differ, how far at
     most in ulp (steps from one representable number to the next; for integers their difference), and the first of
@@ -39,45 +50,64 @@ def compare(a: Path, b: Path) -> None:
     fail in another way. What else is different, such as goldens and versions, is told first.
 
     Exit codes: 0 equal, or no case got worse; 1 different, or some case passed, and fails or is skipped now; 2 a file
-    cannot be read, or is neither. Cases that only one report has, as after conform --last-failed, are told and do not
-    count.
+    cannot be read, or is neither, or the JSON could not be written. Cases that only one report has, as after conform
+    --last-failed, are told and do not count.
     """
-    from mxfp4ref.conformance.comparison import in_words
     from mxfp4ref.conformance.report_comparison import compare_reports
     from mxfp4ref.conformance.report_reading import is_report, read_report
 
+    files = ReportFiles({} if json_file is None else {"json": json_file})
     with usage_errors():
+        files.check([a, b])
         if is_report(a) and is_report(b):
             changes = compare_reports(read_report(a), read_report(b))
-            _print(changes)
-            sys.exit(NOT_EQUAL if changes.worse else 0)
-        for path, beside in ((a, b), (b, a)):
-            if is_report(path):
-                if beside.suffix in (".html", ".htm"):
-                    raise ValueError(
-                        f"{beside}: expected a report as conform --json writes it, got an HTML page"
-                    )
-                read_report(beside)  # says what is wrong with it
-        one, other = _load(a), _load(b)
-        if not one and not other:
-            raise ValueError(f"{a} and {b}: expected tensors to compare, got none in either")
-    equal = True
+            ok, show = not changes.worse, partial(_print, changes)
+            found = {"kind": "reports", **asdict(changes), "worse": changes.worse}
+        else:
+            compared = _compared(a, b)
+            ok, show = all(row["equal"] for row in compared), partial(_print_tensors, compared)
+            found = {"kind": "tensors", "tensors": compared}
+    value = {"format": _FORMAT, "a": printable(str(a)), "b": printable(str(b)), "ok": ok, **found}
+    complete = files.write_after(show, value, {"json": lambda value: json.dumps(value, indent=1) + "\n"})
+    sys.exit(NOT_EQUAL if not ok else 0 if complete else USAGE)
+
+
+def _compared(a: Path, b: Path) -> list[dict[str, Any]]:
+    """What is to be said of each tensor of two files."""
+    from mxfp4ref.conformance.comparison import differing, in_words
+    from mxfp4ref.conformance.report_reading import is_report, read_report
+
+    for path, beside in ((a, b), (b, a)):
+        if is_report(path):
+            if beside.suffix in (".html", ".htm"):
+                raise ValueError(f"{beside}: expected a report as conform --json writes it, got an HTML page")
+            read_report(beside)  # says what is wrong with it
+    one, other = _load(a), _load(b)
+    if not one and not other:
+        raise ValueError(f"{a} and {b}: expected tensors to compare, got none in either")
+    rows = []
     for name in sorted(one.keys() | other.keys()):
-        if name not in one or name not in other:
-            echo(f"{name}: only in {a if name in one else b}")
-            equal = False
-            continue
-        got, want = one[name], other[name]
-        if (got.dtype, got.shape) != (want.dtype, want.shape):
-            echo(f"{name}: {describe(got)} in {a}, {describe(want)} in {b}")
-            equal = False
-            continue
-        words = in_words(got, want)
-        equal &= words == "equal"
-        echo(f"{name}: {words}{f', {describe(got)}' if words == 'equal' else ''}")
-    sys.exit(0 if equal else NOT_EQUAL)
+        row: dict[str, Any] = {"name": printable(name), "equal": False}
+        row |= {key: describe(found[name]) for key, found in (("a", one), ("b", other)) if name in found}
+        if "a" not in row or "b" not in row:
+            row["message"] = f"only in {a if name in one else b}"
+        elif row["a"] != row["b"]:
+            row["message"] = f"{row['a']} in {a}, {row['b']} in {b}"
+        else:
+            row["message"] = words = in_words(one[name], other[name])
+            row |= {"equal": words == "equal", "elements": one[name].numel()}
+            row["differing"] = 0 if row["equal"] else int(differing(one[name], other[name]).sum())
+        row["message"] = printable(row["message"])
+        rows.append(row)
+    return rows
 
 
+def _print_tensors(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        echo(f"{row['name']}: {row['message']}{', ' + row['a'] if row['equal'] else ''}")
+
+
+_FORMAT = "mxfp4ref-comparison-1"
 _HEADINGS = {
     "failing": "newly failing",
     "lost": "passed, and skipped now",

@@ -1,0 +1,51 @@
+"""How much memory there is and how much is needed, in words, and what it looks like when there is not enough."""
+
+from __future__ import annotations
+
+import sys
+
+if sys.platform != "win32":
+    import resource
+
+__all__ = ["cause_of", "limits", "not_enough", "ran_out", "says_so"]
+
+NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # what torch says, in a RuntimeError
+_FEW_PROCESSES = 1000  # a limit below is one that somebody has set
+
+
+def limits() -> str:
+    """What this process may take of memory and threads, if that is limited; else ""."""
+    if sys.platform == "win32":
+        return ""
+    found = [
+        f"{soft >> 20:,} MiB ({name})"
+        for which, name in ((resource.RLIMIT_AS, "ulimit -v"), (resource.RLIMIT_DATA, "ulimit -d"))
+        if (soft := resource.getrlimit(which)[0]) != resource.RLIM_INFINITY
+    ]
+    soft = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+    found += [f"{soft:,} processes and threads (ulimit -u)"] if 0 <= soft < _FEW_PROCESSES else []
+    return f"the limit is {' and '.join(found)}" if found else ""
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that there was not enough memory."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and says_so(str(error)))
+
+
+def says_so(message: str) -> bool:
+    """The same of what was made of an error."""
+    return NO_MEMORY in message or message.startswith("MemoryError")
+
+
+def not_enough(error: BaseException) -> str:
+    """That there is not enough memory, with what is known of it."""
+    details = " ".join(str(error).rpartition(f"{NO_MEMORY}: ")[2].split("\n")[0].split())
+    return "; ".join(filter(None, ("there is not enough memory", details, limits())))
+
+
+def cause_of(error: BaseException) -> str:
+    """What is at the bottom of an error, in a line: of numpy's two pages on an import that failed, the library."""
+    while "\n" in str(error).strip() and isinstance(error.__cause__, ImportError | OSError):
+        error = error.__cause__
+    words = " ".join(str(error).split()) or type(error).__name__
+    return "; ".join(filter(None, (words, limits())))
