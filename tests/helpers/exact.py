@@ -1,7 +1,8 @@
 """The specification's arithmetic on bit patterns in exact integers, one element at a time.
 
-Every finite float32 is a whole number of 2^-149, every product of two of 2^-298. Written from sections 3 to 5 without the package: what the tests hold its fast integer code against. The one
-thing both share is the recorded results of EX2 and RCP on [1, 2).
+Every finite float32 is a whole number of 2^-149, every product of two of 2^-298. Written from sections 3 to 5
+without the package: what the tests hold its fast code against. The one thing both share is the recorded results of
+EX2 and RCP on [1, 2).
 """
 
 from __future__ import annotations
