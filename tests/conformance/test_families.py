@@ -28,9 +28,9 @@ from mxfp4ref.sm90 import fp32
 from tests.helpers import layers
 
 EXPERTS = layers.random_experts(
-    5, num_experts=8, hidden=256, inner=128, biases=True, parameters=layers.PARAMETERS
+    5, num_experts=4, hidden=256, inner=128, biases=True, parameters=layers.PARAMETERS
 )
-CALL = layers.random_call(5, EXPERTS, tokens=24, top_k=3)
+CALL = layers.random_call(5, EXPERTS, tokens=16, top_k=2)
 EXPECTED = forward(CALL)
 
 
@@ -108,7 +108,7 @@ MEMBERS: dict[str, tuple[Callable[[MoeCall], Tensor], str, str]] = {
         lambda call: forward(
             replace(
                 call,
-                token_selected_experts=torch.where((i := call.token_selected_experts) < 0, -1, (i + 1) % 8),
+                token_selected_experts=torch.where((i := call.token_selected_experts) < 0, -1, (i + 1) % 4),
             )
         ),
         "slots",

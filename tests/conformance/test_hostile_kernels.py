@@ -242,8 +242,7 @@ def test_isolated(name: str, status: str, message: str, case: Case, choice: Path
     assert_reported(result, status, message)
     if status not in ("equal", "differs"):
         assert_renders(result)
-    assert isolated("right", case, choice, worker).status == "equal"  # nothing is left behind
-    assert isolated("wrong", case, choice, worker).status == "differs"
+    assert isolated("wrong", case, choice, worker).differing == 1  # nothing is left behind
 
 
 @pytest.mark.parametrize(("name", "status", "message"), EVERYWHERE)
@@ -260,8 +259,7 @@ def test_in_this_process(name: str, status: str, message: str, case: Case) -> No
         torch.get_rng_state().tolist(),
     )
     assert importing == (*sys.meta_path, *sys.path_hooks, warnings.showwarning)
-    for other, expected in (("right", "equal"), ("wrong", "differs")):
-        assert run_case(load_kernel(getattr(hostile_kernels, other)), case, OPTIONS).status == expected
+    assert run_case(load_kernel(hostile_kernels.wrong), case, OPTIONS).differing == 1
 
 
 @pytest.mark.parametrize(("name", "replaced"), REPLACING)

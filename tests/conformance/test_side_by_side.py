@@ -27,7 +27,7 @@ from mxfp4ref.conformance.adapters import KernelError
 from mxfp4ref.conformance.diagnosing import Failing
 from mxfp4ref.conformance.side_by_side import side_by_side
 from mxfp4ref.goldens import Goldens, open_goldens
-from tests.helpers import kernels_under_test
+from tests.helpers import forked, kernels_under_test
 
 GOLDENS = open_goldens()
 NAMES = ["finalize/slot_order", "formats/every_code_by_row", "gemm/ordinary", "layout/swap_halves"]
@@ -56,20 +56,29 @@ def test_results_and_their_order_are_those_of_one_at_a_time(spec: str) -> None:
     assert (one.verdict, one.left) == (two.verdict, two.left)
 
 
-def test_enough_failures_are_the_same_side_by_side() -> None:
+def _processes() -> list[str]:
+    """The ids of kernels' processes, and of what is copied to make them."""
+    found = subprocess.run(
+        ["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True
+    )
+    lines = [line for line in found.stdout.splitlines() if "<defunct>" not in line]
+    return sorted(line.split()[0] for line in lines if "kernel_process" in line or "forked" in line)
+
+
+@pytest.fixture
+def processes(copied_processes: None) -> list[str]:
+    """Those before a run."""
+    forked.original(True)
+    assert _processes()
+    return _processes()
+
+
+def test_enough_failures_are_the_same_side_by_side(processes: list[str]) -> None:
     options = replace(COMPARE, max_failures=1)
     one, two = (run(KERNEL, cases(), replace(options, jobs=jobs)) for jobs in (1, 2))
     assert told(one) == told(two)
     assert (len(two.results), two.left) == (1, 3)
-    assert _children() == []
-
-
-def _children() -> list[str]:
-    """Kernels' processes that are left."""
-    found = subprocess.run(["ps", "-o", "args=", "--ppid", str(os.getpid())], capture_output=True, text=True)
-    return [
-        line for line in found.stdout.splitlines() if "kernel_process" in line and "<defunct>" not in line
-    ]
+    assert _processes() == processes  # none is left
 
 
 def test_only_isolated_kernels_run_side_by_side() -> None:
@@ -80,7 +89,7 @@ def test_only_isolated_kernels_run_side_by_side() -> None:
         Options(jobs=0)
 
 
-def test_an_interrupted_run_gives_what_was_run() -> None:
+def test_an_interrupted_run_gives_what_was_run(processes: list[str]) -> None:
     def interrupt(result: CaseResult) -> None:
         if result.case == NAMES[1]:
             raise KeyboardInterrupt
@@ -93,7 +102,7 @@ def test_an_interrupted_run_gives_what_was_run() -> None:
         assert [r.case for r in report.results] == NAMES[:2]
         assert (report.ok, report.interrupted, report.left) == (False, True, 2)
         assert report.verdict == "oracle: interrupted, no verdict; 0 of 2 cases failed, of 4."
-    assert _children() == []
+    assert _processes() == processes  # none is left
 
 
 INTERRUPTED = """

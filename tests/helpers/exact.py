@@ -1,7 +1,8 @@
-"""The specification's arithmetic on bit patterns in exact fractions, one element at a time.
+"""The specification's arithmetic on bit patterns in exact integers, one element at a time.
 
-Written from sections 3 to 5 without the package: what the tests hold its fast integer code against. The one
-thing both share is the recorded results of EX2 and RCP on [1, 2).
+Every finite float32 is a whole number of 2^-149, every product of two of 2^-298. Written from sections 3 to 5
+without the package: what the tests hold its fast code against. The one thing both share is the recorded results of
+EX2 and RCP on [1, 2).
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ def two_to(exponent: int) -> Fraction:
 
 def floor_log2(value: Fraction) -> int:
     """The exponent of the leading bit of a positive value."""
-    guess = value.numerator.bit_length() - value.denominator.bit_length()
-    return guess if two_to(guess) <= value else guess - 1
+    above, below = value.numerator, value.denominator
+    guess = above.bit_length() - below.bit_length()
+    return guess if below << max(guess, 0) <= above << max(-guess, 0) else guess - 1
 
 
 def is_nan(bits: int) -> bool:
@@ -45,13 +47,24 @@ def is_negative(bits: int) -> bool:
 
 
 @cache
-def value_of(bits: int) -> Fraction:
-    """The value of finite float32 bits, subnormals included."""
+def units(bits: int) -> int:
+    """The value of finite float32 bits in units of 2^-149, subnormals included."""
     exponent, fraction = bits >> 23 & 0xFF, bits & 0x7FFFFF
     assert exponent < 255
-    significand = fraction if exponent == 0 else fraction + (1 << 23)
-    value = significand * two_to(max(exponent, 1) - 150)
+    value = fraction if exponent == 0 else fraction + (1 << 23) << exponent - 1
     return -value if is_negative(bits) else value
+
+
+@cache
+def value_of(bits: int) -> Fraction:
+    """The value of finite float32 bits, subnormals included."""
+    return Fraction(units(bits), 1 << 149)
+
+
+def nearest_even(magnitude: int, cut: int) -> int:
+    """`magnitude / 2^cut`, rounded to nearest, ties to even."""
+    kept, rest = divmod(magnitude, 1 << cut)
+    return kept + (2 * rest > 1 << cut or (2 * rest == 1 << cut and kept % 2))
 
 
 def flushed(bits: int) -> int:
@@ -60,19 +73,29 @@ def flushed(bits: int) -> int:
 
 
 def rounded(value: Fraction, *, negative_zero: bool = False) -> int:
-    """RN to 24 bits with unlimited exponent, then FTZ and overflow, as float32 bits."""
-    if value == 0:
+    """RN to 24 bits with unlimited exponent, then FTZ and overflow, as float32 bits.
+
+    Of a fraction whose denominator is a power of two.
+    """
+    places = value.denominator.bit_length() - 1
+    assert value.denominator == 1 << places
+    return _rounded(value.numerator, -places, negative_zero=negative_zero)
+
+
+def _rounded(number: int, exponent: int, *, negative_zero: bool) -> int:
+    """The same for `number * 2^exponent`."""
+    if number == 0:
         return SIGN32 if negative_zero else 0
-    sign = SIGN32 if value < 0 else 0
-    magnitude = abs(value)
-    unit = two_to(floor_log2(magnitude) - 23)
-    magnitude = round(magnitude / unit) * unit  # Python's round is to nearest, ties to even
-    exponent = floor_log2(magnitude)
+    sign = SIGN32 if number < 0 else 0
+    cut = max(abs(number).bit_length() - 24, 0)
+    significand = nearest_even(abs(number), cut)
+    length = significand.bit_length()
+    exponent += cut + length - 1
     if exponent < -126:
         return sign
     if exponent > 127:
         return sign | INF32
-    return sign | (exponent + 126 << 23) + int(magnitude * two_to(23 - exponent))
+    return sign | (exponent + 126 << 23) + (significand << 24 >> length)
 
 
 def fma(a: int, b: int, c: int) -> int:
@@ -85,9 +108,9 @@ def fma(a: int, b: int, c: int) -> int:
         return NAN32 if zero_times_inf or (is_inf(c) and c & SIGN32 != sign) else sign | INF32
     if is_inf(c):
         return c
-    product = value_of(a) * value_of(b)
+    product = units(a) * units(b)
     both_minus_zero = product == 0 and sign != 0 and c == SIGN32
-    return rounded(product + value_of(c), negative_zero=both_minus_zero)
+    return _rounded(product + (units(c) << 149), -298, negative_zero=both_minus_zero)
 
 
 def add(a: int, b: int) -> int:
@@ -111,10 +134,10 @@ def _first_in_order(a: int, b: int, direction: int) -> int:
     if is_nan(a) or is_nan(b):
         return NAN32 if is_nan(a) and is_nan(b) else b if is_nan(a) else a
 
-    def rank(bits: int) -> tuple[int, Fraction, bool]:
+    def rank(bits: int) -> tuple[int, int, bool]:
         if is_inf(bits):
-            return (-1 if is_negative(bits) else 1), Fraction(0), True
-        return 0, value_of(bits), not is_negative(bits)  # -0 < +0
+            return (-1 if is_negative(bits) else 1), 0, True
+        return 0, units(bits), not is_negative(bits)  # -0 < +0
 
     ordered = sorted((a, b), key=rank)
     return ordered[0] if direction < 0 else ordered[1]
@@ -127,21 +150,21 @@ def to_bf16(bits: int) -> int:
     if is_inf(bits):
         return bits >> 16
     sign = bits >> 31 << 15
-    magnitude = abs(value_of(bits))
-    exponent = max(floor_log2(magnitude), -126) if magnitude else -126
-    return sign | (exponent + 126 << 7) + round(magnitude / two_to(exponent - 7))
+    magnitude = abs(units(bits))
+    cut = max(magnitude.bit_length() - 8, 16)  # 16 where the exponent is the least one
+    return sign | (cut - 16 << 7) + nearest_even(magnitude, cut)
 
 
 def tensor_core_step(a: Sequence[int], b: Sequence[int], c: int) -> int:
     """Section 3, "One tensor-core step"; a and b are bf16 bits, c and the result float32 bits."""
     infinities = set()
-    terms: list[tuple[int, Fraction]] = []
+    terms: list[tuple[int, int]] = []  # exponent, value in units of 2^-298
     if is_nan(c):
         return NAN32
     if is_inf(c):
         infinities.add(c)
-    elif value_of(c) != 0:
-        terms.append((_exponent(c), value_of(c)))
+    elif units(c):
+        terms.append((_exponent(c), units(c) << 149))
     for x, y in ((i << 16, j << 16) for i, j in zip(a, b, strict=True)):
         if is_nan(x) or is_nan(y):
             return NAN32
@@ -149,22 +172,20 @@ def tensor_core_step(a: Sequence[int], b: Sequence[int], c: int) -> int:
             if x & ~SIGN32 == 0 or y & ~SIGN32 == 0:
                 return NAN32
             infinities.add((x ^ y) & SIGN32 | INF32)
-        elif value_of(x) * value_of(y) != 0:
-            terms.append((_exponent(x) + _exponent(y), value_of(x) * value_of(y)))
+        elif product := units(x) * units(y):
+            terms.append((_exponent(x) + _exponent(y), product))
     if infinities:
         return infinities.pop() if len(infinities) == 1 else NAN32
     if not terms:
         return 0
-    unit = two_to(max(exponent for exponent, _ in terms) - 25)
-    total = sum(int(value / unit) for _, value in terms) * unit  # int() truncates toward zero
-    if total == 0:
-        return 0
-    sign = SIGN32 if total < 0 else 0
-    exponent = max(floor_log2(abs(total)), -126)
+    cut = 298 + max(exponent for exponent, _ in terms) - 25
+    total = sum(value >> cut if value > 0 else -(-value >> cut) for _, value in terms)  # toward zero
+    sign, magnitude = (SIGN32 if total < 0 else 0), abs(total) << cut
+    exponent = max(magnitude.bit_length() - 299, -126)
     if exponent > 127:
         return sign | INF32
-    magnitude = (exponent + 126 << 23) + int(abs(total) / two_to(exponent - 23))
-    return sign | magnitude if magnitude else 0
+    significand = magnitude >> 298 + exponent - 23
+    return sign | (exponent + 126 << 23) + significand if significand else 0
 
 
 def _exponent(bits: int) -> int:
@@ -298,7 +319,7 @@ def ex2(y: int) -> int:
         return NAN32
     if is_inf(y):
         return 0 if is_negative(y) else INF32
-    n, f = divmod(int(abs(value_of(y)) * (1 << 23)), 1 << 23)
+    n, f = divmod(abs(units(y)) >> 149 - 23, 1 << 23)
     if is_negative(y) and f:
         exponent, fraction = -(n + 1), int(_table("ex2")[(1 << 23) - 1 - f])
     else:

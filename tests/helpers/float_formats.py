@@ -22,18 +22,18 @@ def round_to_bits(value: Fraction, dtype: torch.dtype) -> int:
     """RN even of a non-negative fraction."""
     digits, largest, _ = FORMATS[dtype]
     exponent = max(floor_log2(value), 1 - largest) if value else 1 - largest
-    unit = Fraction(2) ** (exponent - digits + 1)
-    steps = value // unit
-    rest = value - steps * unit
-    if 2 * rest > unit or (2 * rest == unit and steps % 2):
+    unit = exponent - digits + 1
+    divisor = value.denominator << max(unit, 0)
+    steps, rest = divmod(value.numerator << max(-unit, 0), divisor)
+    if 2 * rest > divisor or (2 * rest == divisor and steps % 2):
         steps += 1
-    if steps * unit >= Fraction(2) ** (largest + 1):
-        return 2 * largest + 1 << digits - 1
     if steps == 1 << digits:
         steps, exponent = steps // 2, exponent + 1
+    if exponent > largest:
+        return 2 * largest + 1 << digits - 1
     if steps < 1 << digits - 1:
-        return int(steps)
-    return (exponent + largest << digits - 1) + int(steps) - (1 << digits - 1)
+        return steps
+    return (exponent + largest << digits - 1) + steps - (1 << digits - 1)
 
 
 def unsigned_bits(values: Tensor) -> list[int]:

@@ -26,7 +26,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["BeforeFirstUse", "ForkingPopen"]
+__all__ = ["BeforeFirstUse", "ForkingPopen", "original"]
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -78,7 +78,7 @@ class ForkingPopen(_Fresh[Any]):
         }
         pipes = (given[name] for name in ("p2cread", "c2pwrite", "errwrite"))
         self.pid = _copy(
-            _original(self.used), wanted, [n if pipe == -1 else pipe for n, pipe in enumerate(pipes)]
+            original(self.used), wanted, [n if pipe == -1 else pipe for n, pipe in enumerate(pipes)]
         )
         self._child_created = True
         ends = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
@@ -109,7 +109,7 @@ def _copy(channel: socket.socket, wanted: dict[str, Any], streams: list[int]) ->
 
 
 @cache
-def _original(used: bool) -> socket.socket:
+def original(used: bool) -> socket.socket:
     """The process that is copied, which does nothing else."""
     here, there = socket.socketpair()
     with there:

@@ -9,11 +9,12 @@ import numpy as np
 
 mp = mpmath.mp.clone()
 mp.prec = 250
+HALF_OF_LEAST = mp.mpf(2) ** -150
 
 
 def nearest_float32(value: mpmath.mpf) -> np.float32:
     """Nearest even at 24 bits, or at multiples of 2^-149, on integers."""
-    if value < mp.mpf(2) ** -151:
+    if value < HALF_OF_LEAST:
         return np.float32(0)
     _, mantissa, exponent, bits = value._mpf_
     drop = max(bits - 24, -149 - exponent)

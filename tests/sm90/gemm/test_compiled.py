@@ -254,12 +254,11 @@ def use():
 """
 
 
-def run(code: str, **environment: str) -> None:
+def run(code: str) -> None:
     """In a new process, in which warnings are errors."""
     with BeforeFirstUse(
         [sys.executable, "-c", FIRST_USE + code],
         cwd=Path(__file__).parents[3],
-        env={**os.environ, **environment},
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
@@ -267,42 +266,50 @@ def run(code: str, **environment: str) -> None:
     assert process.returncode == 0, error
 
 
-def test_first_use_by_many_threads_at_once() -> None:
+FORK = """
+import os
+warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
+child = os.fork()
+use()
+if child == 0: os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_first_use_by_many_threads_in_any_mode_at_once_and_then_after_a_fork() -> None:
     run(
+        "torch.set_flush_denormal(True)\n"
+        "torch.set_default_dtype(torch.float64)\n"
+        "torch.use_deterministic_algorithms(True)\n"
+        "def use_in_any_mode():\n"
+        "    with torch.device('meta'), torch.inference_mode(), torch.autocast('cpu', torch.bfloat16):\n"
+        "        use()\n"
         "errors = []\n"
         "threading.excepthook = errors.append\n"
-        "threads = [threading.Thread(target=use) for _ in range(12)]\n"
+        "threads = [threading.Thread(target=use_in_any_mode) for _ in range(12)]\n"
         "[t.start() for t in threads], [t.join() for t in threads]\n"
         "assert not errors, errors\n"
-        "assert 'numba' in sys.modules"
+        "assert 'numba' in sys.modules\n" + FORK
     )
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-@pytest.mark.parametrize("used_before", [False, True])
-def test_after_a_fork(used_before: bool) -> None:
-    run(
-        "import os, warnings\n"
-        "warnings.simplefilter('ignore', DeprecationWarning)  # of forks beside threads\n"
-        f"use() if {used_before} else threading.Thread(target=use).start()\n"
-        "child = os.fork()\n"
-        "use()\n"
-        "if child == 0: os._exit(0)\n"
-        "assert os.waitpid(child, 0)[1] == 0"
-    )
+def test_a_fork_during_the_first_use() -> None:
+    run("threading.Thread(target=use).start()\n" + FORK)
 
 
 def test_without_a_folder_for_the_cache() -> None:
     """numba raises "no locator available" where neither the package nor the user has a folder to write to."""
     run(  # with the loops of FP8, as these take ten seconds to compile
-        "from numba.core import caching\n"
+        "from numba.core import caching, config\n"
+        "config.OPT = type(config.OPT)(0)  # compiles in half the time\n"
         "caching.CacheImpl._locator_classes = []\n"
         "from mxfp4ref.sm90.gemm import fp8\n"
         "x, offsets = torch.full((1, 32), 0x38, dtype=torch.uint8), torch.ones(3, 1, dtype=torch.uint8)\n"
         "assert fp8.fp8_gemm(x, packed[0, :, :16], offsets).isfinite().all()\n"
         "from mxfp4ref.sm90.gemm import fp8_loops\n"
-        "assert fp8_loops.gemm.__wrapped__.stats.cache_path is None",
-        NUMBA_OPT="0",  # compiles in half the time
+        "assert fp8_loops.gemm.__wrapped__.stats.cache_path is None"
     )
 
 
@@ -331,28 +338,20 @@ def test_a_damaged_cache_is_begun_anew(
     assert sum(made().__wrapped__.stats.cache_hits.values()) == 1
 
 
-def test_first_use_in_any_mode() -> None:
-    run(
-        "torch.set_flush_denormal(True)\n"
-        "torch.set_default_dtype(torch.float64)\n"
-        "torch.use_deterministic_algorithms(True)\n"
-        "with torch.device('meta'), torch.inference_mode(), torch.autocast('cpu', torch.bfloat16):\n"
-        "    use()"
-    )
-
-
 @pytest.mark.parametrize("how", ["missing", "not to compile"])
 def test_without_numba_a_warning_and_the_transcription(how: str) -> None:
-    environment = {"NUMBA_DISABLE_JIT": "1"} if how == "not to compile" else {}
     run(
-        ("sys.modules['numba'] = None\n" if how == "missing" else "") + "import warnings\n"
-        "with warnings.catch_warnings(record=True) as caught:\n"
+        (
+            "sys.modules['numba'] = None\n"
+            if how == "missing"
+            else "import numba; numba.config.DISABLE_JIT = 1\n"
+        )
+        + "with warnings.catch_warnings(record=True) as caught:\n"
         "    warnings.simplefilter('always')\n"
         "    use(), use()\n"
         "assert len(caught) == 1, caught\n"
         "assert caught[0].category is RuntimeWarning\n"
-        "assert 'the GEMM takes 300 times as long as need be, all else 5 to 20' in str(caught[0].message)",
-        **environment,
+        "assert 'the GEMM takes 300 times as long as need be, all else 5 to 20' in str(caught[0].message)"
     )
 
 
