@@ -40,7 +40,6 @@ from mxfp4ref.sm90.gemm.row_loops import (
     WIDE,
     ZERO_WEIGHT,
     classify,
-    half,
     load_exponents,
     load_parts,
     load_wide_exponents,
@@ -52,7 +51,6 @@ __all__ = ["classify", "gemm"]
 
 EVERY_ROW = 2  # takes a step; else 0, rows that do not swap the first two groups, or 1, rows that do
 
-ROWS = 4  # that are summed up side by side
 CUT = 25  # terms are cut to multiples of 2^(largest exponent - 25)
 EXPONENT = 0x7F800000  # of float32, in place
 
@@ -63,43 +61,24 @@ NAN_BITS = np.int32(0x7FFFFFFF)
 
 @compiled()
 def vectors(count, dtype):
-    """Zeros `[count, COLUMNS]` that start a cache line, since a vector across two takes twice as long."""
-    size = count * COLUMNS
-    buffer = np.zeros(size + 64, dtype)
+    """Zeros `[count, COLUMNS]` whose rows start a cache line, since a vector across two takes twice as long."""
+    buffer = np.zeros((count, COLUMNS + 64), dtype)
     start = -buffer.ctypes.data % 64 // buffer.itemsize
-    return buffer[start : start + size].reshape((count, COLUMNS))
+    return buffer[:, start : start + COLUMNS]
 
 
 # --- the sum t of a group ------------------------------------------------------------------------------------
 
 
 @compiled()
-def sums_of_four(x, w, sums):
-    """Each step's sum of a row's products, sums[ROWS * step + row]. In any order, and fused or not: all is exact."""
-    for step in range(2):
-        first, second, third, fourth = ROWS * step, ROWS * step + 1, ROWS * step + 2, ROWS * step + 3
-        for j in range(COLUMNS):
-            sums[first, j] = sums[second, j] = sums[third, j] = sums[fourth, j] = 0
-        for part in range(16 * step, 16 * step + 16, 4):  # four of each row stay in registers
-            for j in range(COLUMNS):
-                a, b, c, d = sums[first, j], sums[second, j], sums[third, j], sums[fourth, j]
-                for k in range(part, part + 4):
-                    a += x[0, k] * w[k, j]
-                    b += x[1, k] * w[k, j]
-                    c += x[2, k] * w[k, j]
-                    d += x[3, k] * w[k, j]
-                sums[first, j], sums[second, j], sums[third, j], sums[fourth, j] = a, b, c, d
-
-
-@compiled()
-def sums_of_one(x, w, sums):
+def step_sums(x, w, sums):
+    """Each step's sum of products. In any order, and fused or not: all is exact."""
     for step in range(2):
         for j in range(COLUMNS):
-            even = odd = f32(0)  # each waits for the sum before
-            for k in range(16 * step, 16 * step + 16, 2):
-                even += x[0, k] * w[k, j]
-                odd += x[0, k + 1] * w[k + 1, j]
-            sums[ROWS * step, j] = even + odd
+            total = f32(0)
+            for k in range(16 * step, 16 * step + 16):
+                total += x[k] * w[k, j]
+            sums[step, j] = total
 
 
 @compiled()
@@ -123,7 +102,7 @@ def bits_of_power(exponent):
 def add_cut_products(x_bits, cut_bits, step, w, per_unit, totals):
     for k in range(16 * step, 16 * step + 16):
         if cut_bits >> k & 1:
-            x = half(x_bits[k])
+            x = float32_of(i32(x_bits[k]) << 16)
             for j in range(COLUMNS):
                 totals[0, j] = i32(totals[0, j] + i32(x * w[k, j] * per_unit[0, j]))
 
@@ -138,7 +117,7 @@ def toward_zero(total, per_unit):
 
 
 @compiled()
-def split_sum(x_bits, cut_bits, w, largest, per_unit, totals, sums, r):
+def split_sum(x_bits, cut_bits, w, largest, per_unit, totals, sums):
     """The sum t from the steps' sums of products that are not cut, in the place of the first of them.
 
     Converting to int32 cuts toward zero. 16 products below 3 * 2^25 units and a sum below 2^26 fit.
@@ -148,14 +127,14 @@ def split_sum(x_bits, cut_bits, w, largest, per_unit, totals, sums, r):
             t = toward_zero(totals[0, j], per_unit[0, j]) if step else f32(0)
             unit = i32(max(bits_of_power(largest[step, j]), i32(bits_of(t) & i32(EXPONENT))) - i32(CUT << 23))
             per_unit[0, j] = float32_of(i32(254 << 23) - unit)
-            totals[0, j] = i32(i32(t * per_unit[0, j]) + i32(sums[ROWS * step + r, j] * per_unit[0, j]))
+            totals[0, j] = i32(i32(t * per_unit[0, j]) + i32(sums[step, j] * per_unit[0, j]))
         add_cut_products(x_bits, cut_bits, step, w, per_unit, totals)
     for j in range(COLUMNS):
-        sums[r, j] = toward_zero(totals[0, j], per_unit[0, j])
+        sums[0, j] = toward_zero(totals[0, j], per_unit[0, j])
 
 
 @compiled()
-def wide_sum(x_parts, x_exponents, w, w_exponents, largest, parts, t, r):
+def wide_sum(x_parts, x_exponents, w, w_exponents, largest, parts, t):
     """As `split_sum`, in float64. Inf and NaN are added up apart; where there are any they are the sum."""
     for j in range(COLUMNS):
         parts[1, j] = parts[0, j] = 0
@@ -185,22 +164,22 @@ def wide_sum(x_parts, x_exponents, w, w_exponents, largest, parts, t, r):
             parts[1, j] = parts[1, j] if parts[1, j] != 0 else overflow
     for j in range(COLUMNS):
         finite = parts[0, j] if abs(parts[0, j]) >= SMALLEST else 0.0
-        t[r, j] = f32(parts[1, j] if parts[1, j] != 0 else finite)
+        t[0, j] = f32(parts[1, j] if parts[1, j] != 0 else finite)
 
 
 @compiled()
-def accumulate(acc, m, t, r, scales, group, carefully):
-    """acc[m] = fma(t[r], scale, acc[m]), a product that is exact.
+def accumulate(acc, m, t, scales, group, carefully):
+    """acc[m] = fma(t, scale, acc[m]), a product that is exact.
 
     Carefully where something may leave float32's normal range. float64 holds the product, and rounding the sum of two
     numbers of 24 bits to 53 bits and then to 24 is as if rounding once.
     """
     if not carefully:
         for j in range(COLUMNS):
-            acc[m, j] += t[r, j] * scales[group, j]
+            acc[m, j] += t[0, j] * scales[group, j]
     else:
         for j in range(COLUMNS):
-            total = f64(acc[m, j]) + f64(t[r, j]) * f64(scales[group, j])
+            total = f64(acc[m, j]) + f64(t[0, j]) * f64(scales[group, j])
             kept = max(abs(total), SMALLEST) if abs(total) >= ROUNDS_TO_SMALLEST else 0.0
             acc[m, j] = f32(total if total != total else math.copysign(kept, total))
 
@@ -244,13 +223,12 @@ def gemm(x_bits, facts, packed, scale_bytes, orders, columns, steps, swapped, ou
     """
     num_groups, num_rows = facts.shape[:2]
     words, scales = vectors(4 * num_groups, i32), vectors(num_groups, f32)
-    w, w_exponents, sums = vectors(32, f32), vectors(32, i8), vectors(2 * ROWS, f32)
-    x, x_exponents, largest = np.empty((ROWS, 32), f32), np.empty(32, i8), vectors(2, i8)
+    w, w_exponents, sums = vectors(32, f32), vectors(32, i8), vectors(2, f32)
+    x, x_exponents, largest = np.empty(32, f32), np.empty(32, i8), vectors(2, i8)
     per_unit, totals = vectors(1, f32), vectors(1, i32)
     x_parts, wide_exponents = np.empty((2, 32), f64), np.empty(32, i16)
     parts, wide_largest = vectors(2, f64), vectors(1, i16)
     acc, careful = vectors(num_rows, f32), np.empty(num_rows, np.bool_)
-    takers = np.empty(num_rows, i64)
     with_exponents = np.zeros(num_groups, np.bool_)
     for m in range(num_rows):
         for group in range(num_groups):
@@ -259,42 +237,29 @@ def gemm(x_bits, facts, packed, scale_bytes, orders, columns, steps, swapped, ou
     for first in range(columns[0], columns[1], COLUMNS):
         fetch(packed, scale_bytes, orders, first, columns[1], words, scales)
         find_careful_rows(facts, scales, careful)
-        for m in range(num_rows):
-            for j in range(COLUMNS):
-                acc[m, j] = 0
+        acc[:] = 0
         for step in range(len(steps)):
             group, taken_by = steps[step]
             unpack(words, group, orders[0], with_exponents[group], w, w_exponents)
-            num_takers = 0
             for m in range(num_rows):
-                if taken_by == EVERY_ROW or taken_by == swapped[m]:
-                    takers[num_takers] = m
-                    num_takers += 1
-            start = 0
-            while start < num_takers:
-                rows = takers[start : start + (ROWS if start + ROWS <= num_takers else 1)]
-                for r in range(len(rows)):
-                    load_x(x_bits, facts[group, rows[r], CUT_BITS], group, rows[r], x, r)
-                if len(rows) == ROWS:
-                    sums_of_four(x, w, sums)
+                if taken_by != EVERY_ROW and taken_by != swapped[m]:
+                    continue
+                way, cut_bits = facts[group, m, WAY], facts[group, m, CUT_BITS]
+                if way == WIDE:
+                    load_wide_exponents(x_bits, group, m, wide_exponents)
+                    load_parts(x_bits, group, m, x_parts)
+                    wide_sum(x_parts, wide_exponents, w, w_exponents, wide_largest, parts, sums)
                 else:
-                    sums_of_one(x, w, sums)
-                for r in range(len(rows)):
-                    m = rows[r]
-                    if facts[group, m, WAY] == PLAIN:
+                    load_x(x_bits, cut_bits, group, m, x)
+                    step_sums(x, w, sums)
+                    if way == PLAIN:
                         for j in range(COLUMNS):
-                            sums[r, j] += sums[ROWS + r, j]
-                    elif facts[group, m, WAY] == SPLIT:
+                            sums[0, j] += sums[1, j]
+                    else:
                         load_exponents(x_bits, group, m, x_exponents)
                         find_largest(x_exponents, w_exponents, largest)
-                        cut_bits = facts[group, m, CUT_BITS]
-                        split_sum(x_bits[group, m], cut_bits, w, largest, per_unit, totals, sums, r)
-                    else:
-                        load_wide_exponents(x_bits, group, m, wide_exponents)
-                        load_parts(x_bits, group, m, x_parts)
-                        wide_sum(x_parts, wide_exponents, w, w_exponents, wide_largest, parts, sums, r)
-                    accumulate(acc, m, sums, r, scales, group, careful[m])
-                start += len(rows)
+                        split_sum(x_bits[group, m], cut_bits, w, largest, per_unit, totals, sums)
+                accumulate(acc, m, sums, scales, group, careful[m])
         for m in range(num_rows):
             for lane in range(COLUMNS):
                 column = first + column_of_lane(lane, orders[0])

@@ -36,7 +36,7 @@ WAY, BOUND, UNIT, CUT_BITS = 0, 1, 2, 3
 # products, BIAS higher: 3 to 127, less if a factor is zero, which has no part in the largest exponent. As exponents
 # zeros of x are 0 and those of weights are ZERO_WEIGHT.
 LOWEST, HIGHEST = -59, 62
-BIAS, ZERO_WEIGHT = 63, -128
+BIAS, ZERO_WEIGHT = 63, -127
 DIGITS = 24  # of float32
 NO_EXPONENT = -1000  # of a zero in WIDE
 
@@ -72,17 +72,11 @@ def classify(x, facts):
 
 
 @compiled()
-def half(bits):
-    """Half of x, as weights are unpacked as twice their value."""
-    return float32_of(i32(bits) << 16) * f32(0.5)
-
-
-@compiled()
-def load_x(x_bits, cut_bits, group, m, x, r):
+def load_x(x_bits, cut_bits, group, m, x):
     """Zeros in the place of what may have to be cut."""
     for k in range(32):
-        kept = half(x_bits[group, m, k])
-        x[r, k] = f32(0) if right(cut_bits, i32(k)) & i32(1) else kept
+        kept = float32_of(i32(x_bits[group, m, k]) << 16)
+        x[k] = f32(0) if right(cut_bits, i32(k)) & i32(1) else kept
 
 
 @compiled()
@@ -106,6 +100,6 @@ def load_wide_exponents(x_bits, group, m, x_exponents):
 def load_parts(x_bits, group, m, x_parts):
     """x in float64: what is finite, and what is not, each with zeros for the other."""
     for k in range(32):
-        value = value_of_bf16(i64(x_bits[group, m, k])) / 2
+        value = value_of_bf16(i64(x_bits[group, m, k]))
         is_finite = abs(value) < np.inf
         x_parts[0, k], x_parts[1, k] = value if is_finite else 0.0, 0.0 if is_finite else value
