@@ -81,7 +81,10 @@ def layer(call: MoeCall, **hooks: Callable[..., Any]) -> Tensor:
     acc = _gemm(call, 0, x, rows, hooks)
     fc1 = hook("fc1", rows, acc, default=lambda: to_bf16(acc))
     if call.activation.id in (SWIGLU, SWIGLU_BIAS):
-        named = [experts.fc1_biases, experts.swiglu_alpha, experts.swiglu_beta, experts.swiglu_limit]
+        limit = experts.swiglu_limit
+        if call.activation.id == SWIGLU_BIAS and limit is None:  # which clamps a NaN, at Inf
+            limit = torch.full((experts.num_experts,), torch.inf)
+        named = [experts.fc1_biases, experts.swiglu_alpha, experts.swiglu_beta, limit]
         given = [_of_rows(p, rows) for p in named]
         given = hook("parameters", rows, given, default=lambda: given)
         activated = hook("swiglu", fc1, *given, default=lambda: swiglu(fc1, *given))

@@ -29,6 +29,7 @@ CALLS = {
     "idle_experts": (20, 256, 128, 8, 2),
     "scaled_weights": (24, 256, 128, 8, 4),
     "tiny_values": (24, 256, 128, 4, 2),
+    "many_experts": (24, 256, 128, 40, 4),
 }
 
 

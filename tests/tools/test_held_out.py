@@ -69,6 +69,11 @@ def test_the_layer_by_hand_is_right_without_hooks(name: str) -> None:
     assert not bool(differing(layer(captured(name)), forward(captured(name))).any())
 
 
+def test_the_layer_by_hand_is_right_on_swiglu_bias_without_parameters() -> None:
+    call = open_goldens().load("step_and_situ/swiglu_bias_alone").call()
+    assert not bool(differing(layer(call), forward(call)).any())
+
+
 def test_the_router_in_torch_is_right_to_four_ulps() -> None:
     goldens = open_goldens()
     for name in goldens.names("routing"):
