@@ -34,7 +34,6 @@ from mxfp4ref.sm90.gemm.row_loops import (
     CUT_BITS,
     NO_EXPONENT,
     PLAIN,
-    SPLIT,
     UNIT,
     WAY,
     WIDE,

@@ -17,7 +17,9 @@ HALF = COLUMNS // 2
 LOGICAL, BYTEWISE, WORDWISE = 0, 1, 2  # byte orders: docs/arithmetic.md, "Tensors and layouts"
 # Code n of a word in each order: shifted left by SHIFT[n] its sign is in the highest bit and its magnitude in bits 22 to
 # 24 after a shift to the right by GAP. Its place along K, and whether it belongs to the lower 8 of 16 columns.
-SHIFT = np.array([[28, 24, 20, 16, 12, 8, 4, 0], [28, 24, 20, 16, 12, 8, 4, 0], [16, 0, 19, 3, 22, 6, 20, 4]], np.uint8)
+SHIFT = np.array(
+    [[28, 24, 20, 16, 12, 8, 4, 0], [28, 24, 20, 16, 12, 8, 4, 0], [16, 0, 19, 3, 22, 6, 20, 4]], np.uint8
+)
 GAP = np.array([6, 6, 0], np.uint8)
 K = np.array([[0, 1, 2, 3, 4, 5, 6, 7], [0, 0, 1, 1, 8, 8, 9, 9], [0, 1, 0, 1, 8, 9, 8, 9]], np.uint8)
 LOWER = np.array([[0, 0, 0, 0, 0, 0, 0, 0], [0, 1, 0, 1, 0, 1, 0, 1], [0, 0, 1, 1, 0, 0, 1, 1]], np.uint8)
@@ -88,7 +90,10 @@ def unpack_in_order(words, group, order, w):
                     half = part if order == LOGICAL else i64(LOWER[order, n])
                     source = word
                     if order == WORDWISE and n >= 6:  # the lowest bit of its magnitude lies apart
-                        upper, lowest = right(word, u32(7)) & u32(0x00180018), right(word, u32(11)) & u32(0x00040004)
+                        upper, lowest = (
+                            right(word, u32(7)) & u32(0x00180018),
+                            right(word, u32(11)) & u32(0x00040004),
+                        )
                         source = u32(u32(upper | lowest) | right(word, u32(3)) & u32(0x08000800))
                     code = left(source, u32(SHIFT[order, n]))
                     # 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, of which the first two are to be 0 and 0.5.
