@@ -338,7 +338,7 @@ TARGETS: dict[str, Target] = {
         parallel.gather,
         lambda: {"outputs": [normal(M, H, dtype=torch.bfloat16)] * 2, "reduction": "float32"},
     ),
-    "model.parallel.Ranks": Target(
+    "model.ranks.Ranks": Target(
         parallel.Ranks,
         lambda: {
             "ep_size": 2,
