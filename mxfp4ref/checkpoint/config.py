@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mxfp4ref._validate import check_float, did_you_mean, shown
+from mxfp4ref.checkpoint.gguf_file import metadata
 from mxfp4ref.checkpoint.shards import GGUF, CheckpointError, read_json
 from mxfp4ref.routing.models import DEEPSEEK_V3, DEEPSEEK_V4, MIXTRAL, Preset
 from mxfp4ref.sm90.activation import SITU, SWIGLU
@@ -225,8 +226,6 @@ def read_config(root: Path, changes: Mapping[str, Any] | None = None) -> Config:
     if os.path.lexists(path):
         values = read_json(path)
     elif gguf is not None:
-        from mxfp4ref.checkpoint.gguf import metadata
-
         where, values = gguf.name, metadata(gguf)
     for name in _NESTED:
         nested = values.pop(name, None)

@@ -19,8 +19,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mxfp4ref._files import name_in_utf8, parse_json, printable, read_file
+from mxfp4ref._files import name_in_utf8, parse_json, read_file
 from mxfp4ref._validate import check_tensor, shown
+from mxfp4ref.checkpoint import gguf_file
+from mxfp4ref.checkpoint.error import CheckpointError
 from mxfp4ref.formats.mxfp4 import SCALE_DTYPES
 from mxfp4ref.formats.quantize import fp32_to_ue8m0
 
@@ -30,13 +32,6 @@ INDEX = "model.safetensors.index.json"
 GGUF = ".gguf"
 # The last four are torch's and the library's, where a file cannot be mapped or a dtype is not known to them.
 _UNREADABLE = (SafetensorError, OSError, RuntimeError, LookupError, TypeError, ValueError)
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged or not what it claims to be; the message names tensor and file."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(printable(message))  # it may quote the file
 
 
 @dataclass(frozen=True)
@@ -185,9 +180,7 @@ def _opened(file: Path) -> Iterator[Any]:
 
 def _names(file: Path) -> list[str]:
     if file.suffix == GGUF:
-        from mxfp4ref.checkpoint import gguf  # which needs this module
-
-        return gguf.tensor_names(file)
+        return gguf_file.tensor_names(file)
     try:
         with _opened(file) as reader:
             return list(reader.keys())
@@ -197,9 +190,7 @@ def _names(file: Path) -> list[str]:
 
 def _read_file(file: Path, wanted: Sequence[str]) -> dict[str, Tensor]:
     if file.suffix == GGUF:
-        from mxfp4ref.checkpoint import gguf  # which needs this module
-
-        return gguf.tensors(file, wanted)
+        return gguf_file.tensors(file, wanted)
     tensors = {}
     name = wanted[0]
     try:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from mxfp4ref._shown import Shown
 from mxfp4ref.formats.experts import PARAMETERS, Experts
+from mxfp4ref.goldens.error import GoldenError
 from mxfp4ref.goldens.generator import generate
-from mxfp4ref.goldens.store import GoldenError
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90.activation import SWIGLU
 from mxfp4ref.sm90.tactics import Sm90Kernel

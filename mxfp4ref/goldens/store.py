@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from mxfp4ref._files import UNFINISHED, mismatch, parse_json, printable, read_file
+from mxfp4ref._files import UNFINISHED, mismatch, parse_json, read_file
 from mxfp4ref._lock import locked
 from mxfp4ref._words import did_you_mean
+from mxfp4ref.goldens.error import GoldenError
 from mxfp4ref.goldens.manifest import FILE_KINDS, FORMAT
 
 if TYPE_CHECKING:
@@ -55,13 +56,6 @@ _SIDECAR = {
     "outputs": [{"tensor": str, "tile_k": [[int, int]]}],
     "pending?": bool,
 }
-
-
-class GoldenError(ValueError):
-    """The goldens are missing, damaged or not what they claim to be; the message names the file."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(printable(message))  # it may quote the file
 
 
 class Goldens:

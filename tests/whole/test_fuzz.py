@@ -56,6 +56,7 @@ EXEMPT_MODULES = {
     "mxfp4ref.goldens.archive": "tests/goldens/test_archive.py damages archives",
     "mxfp4ref.goldens.flashinfer_bench": "tests/goldens",
     "mxfp4ref.goldens.writing": "tests/goldens",
+    "mxfp4ref.goldens.error": "an exception",
     "mxfp4ref.checkpoint": "tests/checkpoint damages files and tensors; a CheckpointError names them",
     "mxfp4ref.conformance": "takes what `execution` checked; tests/conformance runs kernels that misbehave",
     "mxfp4ref.engine": "tests/engine damages recorded folders and files",

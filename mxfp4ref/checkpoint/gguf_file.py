@@ -1,0 +1,122 @@
+"""GGUF files: their tensors, and their metadata as keys of config.json. Read by the `gguf` package, an extra."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mxfp4ref.checkpoint.error import CheckpointError
+
+__all__ = ["metadata", "tensor_names", "tensors"]
+
+_KEYS = {
+    "expert_count": "n_routed_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "embedding_length": "hidden_size",
+    "expert_weights_scale": "routed_scaling_factor",
+    "expert_weights_norm": "norm_topk_prob",
+    "expert_gating_func": "scoring_func",
+    "expert_group_count": "n_group",
+    "expert_group_used_count": "topk_group",
+    "expert_shared_count": "n_shared_experts",
+    "swiglu_clamp_exp": "swiglu_limit",
+    "hash_layer_count": "num_hash_layers",
+}
+_SCORES = {1: "softmax", 2: "sigmoid", 4: "sqrtsoftplus"}
+# What says nothing about the experts, as far as its names sound like it.
+_ELSEWHERE = ("expert_shared_feed_forward_length", "swiglu_clamp_shexp", "leading_dense_block_count")
+
+
+def tensor_names(file: Path) -> list[str]:
+    """The names of a file's tensors.
+
+    Raises:
+        CheckpointError: it is no GGUF file, or the package `gguf` is not installed.
+    """
+    return [tensor.name for tensor in _open(file).tensors]
+
+
+def tensors(file: Path, wanted: Iterable[str]) -> dict[str, Tensor]:
+    """Tensors of a file, mapped: MXFP4 and other quantised ones as uint8 blocks along the last dimension.
+
+    Raises:
+        CheckpointError: the file has no such tensor, or cannot be read.
+    """
+    by_name = {tensor.name: tensor for tensor in _open(file).tensors}
+    found = {}
+    for name in wanted:
+        if name not in by_name:
+            raise CheckpointError(f"{name}: expected in {file}, not there")
+        tensor = by_name[name]
+        if tensor.tensor_type.name == "BF16":
+            found[name] = torch.from_numpy(np.array(tensor.data)).view(torch.bfloat16)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # that nobody may write to it, and nobody does
+                found[name] = torch.from_numpy(np.asarray(tensor.data))
+    return found
+
+
+def metadata(file: Path) -> dict[str, Any]:
+    """What the file says of the model, by the keys of config.json.
+
+    Raises:
+        CheckpointError: it is no GGUF file, or says of the routing what no key says.
+    """
+    fields = _open(file).fields
+    architecture = fields.get("general.architecture")
+    name = "" if architecture is None else str(architecture.contents())
+    values: dict[str, Any] = {"model_type": name}
+    for key, field in fields.items():
+        owner, _, rest = key.partition(".")
+        if owner != name or rest in _ELSEWHERE:
+            continue
+        value = field.contents()
+        if isinstance(value, list) and rest in _KEYS:
+            if len(set(value)) != 1:
+                raise CheckpointError(
+                    f"{file}: {key}: expected the same value for all layers, got {value[:8]}"
+                )
+            value = value[0]
+        if rest == "expert_gating_func":
+            if name == "gpt-oss":  # whose router is a matter of the format
+                continue
+            value = _SCORES.get(value, f"number {value}")
+        if rest in _KEYS:
+            values[_KEYS[rest]] = value
+        elif "." not in rest:
+            values.setdefault(rest, value)
+    return values
+
+
+@functools.lru_cache(maxsize=8)
+def _read(file: Path, size: int, changed: int) -> Any:
+    try:
+        from gguf import GGUFReader  # type: ignore[import-not-found, unused-ignore]
+    except ImportError as error:
+        raise CheckpointError(
+            f"{file}: expected the package gguf to read it: pip install 'mxfp4ref[gguf]' ({error})"
+        ) from None
+    try:
+        return GGUFReader(file)
+    except Exception as error:  # whatever a file that is none makes of the reader
+        raise CheckpointError(f"{file}: expected a GGUF file, got {type(error).__name__}: {error}") from None
+
+
+def _open(file: Path) -> Any:
+    try:
+        if file.exists() and not file.is_file():  # a pipe would be waited for
+            raise OSError(errno.EINVAL, "expected a regular file", str(file))
+        status = file.stat()
+    except OSError as error:
+        raise CheckpointError(f"{file}: expected a GGUF file, which cannot be read: {error}") from None
+    return _read(file, status.st_size, status.st_mtime_ns)
