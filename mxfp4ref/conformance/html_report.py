@@ -46,6 +46,7 @@ def to_html(report: Report) -> str:
     anchors = {id(f["result"]): f["anchor"] for f in failures}
     html: str = jinja.get_template("report.html.j2").render(
         report=report,
+        ran=sum(r.status != "skipped" for r in report.results),
         script=script,
         script_hash=b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         again=command(report),
@@ -109,7 +110,7 @@ def _suite(name: str, results: list[CaseResult]) -> dict[str, Any]:
 
 def _common_patterns(report: Report) -> list[tuple[str, int, int]]:
     """What half of the failing cases or more have in common: the pattern, in how many of how many cases."""
-    told = [r.diagnosis.patterns for r in report.results if r.diagnosis is not None and r.diagnosis.patterns]
+    told = [r.diagnosis.patterns for r in report.results if r.diagnosis is not None]
     counts = Counter(words for patterns in told for words in patterns)
     return [
         (words, n, len(told)) for words, n in counts.most_common(_MOST_PATTERNS) if 1 < n >= len(told) / 2
@@ -130,6 +131,7 @@ def _failure(number: int, result: CaseResult, report: Report) -> dict[str, Any]:
         "command": command(report, result),
         "maps": mismatch_maps(found.bins, found.experts) if found is not None else [],
         "distances": _distances(found) if found is not None else [],
+        "differing": sum(count for _, count in found.ulps) if found is not None else 0,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ _COLUMN_BLOCKS = (
     (16, "16-row block of fc2"),
 )
 _MOST_LISTED = 8
+_CHANCE = 0.01  # that as many wrong tokens or columns have a pattern, above which it is none
 _OF_THOSE = ", of those that could"  # where some could not have differed
 _ONE = "a single element differs"
 
@@ -141,7 +143,7 @@ def _columns(mask: Tensor, could: Tensor) -> list[Pattern]:
             if block == last // size and bool(could.view(-1, size).any(1).sum() > 1):
                 words = f"only columns of {name} {block} (columns {first} to {last}) differ"
                 return [Pattern.placed(words), *_finer(first, last, size)]
-            regular = _regular(wrong.view(-1, size).any(1), could.view(-1, size).any(1), size, name)
+            regular = _regular(wrong, could, size, name)
             if regular:
                 return regular
     if regular := _regular(wrong, could, 1, "column"):
@@ -160,10 +162,22 @@ def _finer(first: int, last: int, outer: int) -> list[Pattern]:
 
 
 def _regular(wrong: Tensor, could: Tensor, size: int, name: str) -> list[Pattern]:
-    """ "every second ..." where exactly those of one residue modulo 2, 4, 8 or 16 differ."""
+    """ "every second ..." where exactly those of one residue modulo 2, 4, 8 or 16 differ, and not by chance.
+
+    Args:
+        wrong, could: `[n] bool`, which tokens or columns differ, and could.
+        size: how many of them are one of the name's.
+        name: of what is counted.
+    """
+    single = int(wrong.sum())
+    wrong, could = (mask.view(-1, size).any(1) for mask in (wrong, could))
+    count, all_of_them = int(wrong.sum()), int(could.sum())
     for step, word in ((2, "second"), (4, "fourth"), (8, "eighth"), (16, "sixteenth")):
-        if int(could.sum()) < 2 * step:
+        if all_of_them < 2 * step:
             break
+        # That as many blocks are just those of one residue, and that as many single ones all lie in such blocks.
+        if min(step / math.comb(all_of_them, count), float(step) ** (1 - single)) > _CHANCE:
+            continue
         for start in range(step):
             chosen = torch.arange(len(wrong), device=wrong.device) % step == start
             if bool((wrong == chosen)[could].all()) and not bool(chosen[could].all()):

@@ -89,7 +89,10 @@ def to_junit(report: Report) -> str:
 def _result(result: CaseResult) -> dict[str, Any]:
     value: dict[str, Any] = {
         name: getattr(result, name)
-        for name in ("case", "kind", "status", "ok", "elements", "differing", "outside", "message")
+        for name in (
+            *("case", "kind", "status", "ok", "elements", "differing", "outside", "message"),
+            *("runs", "diagnosed_run"),
+        )
     }
     value |= {"tiles": list(result.tiles)}
     value |= {

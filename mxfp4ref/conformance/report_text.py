@@ -124,6 +124,8 @@ def case_lines(result: CaseResult, again: str = "") -> list[str]:
     last = [f"again: {again}"] if again else []
     if (found := result.diagnosis) is None:
         return lines + last
+    if part := result.diagnosed_part:
+        lines.append(f"what follows is of {part}")
     if found.finding.sentence:
         how = "every wrong bit" if found.finding.exact else "evidence"
         lines.append(f"finding ({how}): {found.finding}")

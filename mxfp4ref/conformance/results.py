@@ -37,7 +37,9 @@ class CaseResult(Shown):
             of tiles agrees, from the closest expected output.
         outside: elements outside their bounds, in mode "bounded".
         message: the problem, in words.
-        diagnosis: of the first run that differs.
+        diagnosis: of the first run that differs, and in it of one output.
+        runs, diagnosed_run: how many runs were compared, and of several the K tiles, or tactics, of the one that the
+            diagnosis is of.
         kernel_seconds: for all runs of the kernel, with what is done to hand over a case and to get its outputs.
         comparison_seconds: for expected outputs, bounds and reproducers.
         diagnosis_seconds: for a diagnosis of this case alone.
@@ -56,6 +58,8 @@ class CaseResult(Shown):
     kernel_seconds: float = 0.0
     comparison_seconds: float = 0.0
     diagnosis_seconds: float = 0.0
+    runs: int = 1
+    diagnosed_run: str = ""
 
     def __post_init__(self) -> None:
         for name in ("case", "why", "message"):  # text of files and kernels, to be shown anywhere
@@ -69,6 +73,15 @@ class CaseResult(Shown):
     def seconds(self) -> float:
         """All that the case took."""
         return self.kernel_seconds + self.comparison_seconds + self.diagnosis_seconds
+
+    @property
+    def diagnosed_part(self) -> str:
+        """Of which output and run the numbers of the diagnosis are, in words; "" if of all that was compared."""
+        found = self.diagnosis
+        if found is None or found.bins.numel() == self.elements:
+            return ""
+        run = f", tiles {self.diagnosed_run}, one of {self.runs} runs" if self.diagnosed_run else ""
+        return f"{found.output}{run}"
 
     def lasting(self, kernel: float = 0.0, comparison: float = 0.0, diagnosis: float = 0.0) -> Self:
         """The result, with so many more seconds."""

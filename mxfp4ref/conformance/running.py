@@ -91,6 +91,8 @@ def compare_case(
         differing=sum(compared.differing for compared in found),
         outside=sum(compared.outside or 0 for compared in found),
         message=_joined(_put_back(left), unsaid),
+        runs=len(found),
+        diagnosed_run=failure.run.tiles if failure is not None and len(found) > 1 else "",
     )
     return result.lasting(kernel=running, comparison=time.perf_counter() - start - running), failure
 

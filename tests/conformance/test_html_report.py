@@ -73,6 +73,28 @@ def html(named: Report) -> str:
     return to_html(named)
 
 
+def test_numbers_of_one_run_and_output_are_said_to_be_of_these() -> None:
+    goldens = open_goldens()
+    cases = [goldens.load("gemm/mirrored_hidden_1536")]
+    tiles = run("defect:gate_up_swapped", cases, Options(repeat=False, diagnosis="quick"))
+    (result,) = tiles.results
+    found = result.diagnosis
+    assert found is not None
+    assert (result.runs, result.diagnosed_run) == (3, "128x128")
+    elements = found.bins.numel()
+    assert result.elements == 3 * elements
+    part = "output, tiles 128x128, one of 3 runs"
+    assert f"what follows is of {part}" in to_text(tiles)
+    html = to_html(tiles)
+    page = Page(html)
+    assert f"Elements of {part} by their distance" in page.text
+    count = int(found.mask.sum())
+    labels = [a["aria-label"] for _, a in page.elements if a.get("aria-label", "").startswith("Map of")]
+    assert labels
+    assert all(f": {count:,} of {elements:,} elements differ" in label for label in labels)
+    assert "1 of 1 cases ran" in page.text
+
+
 def test_the_verdict_comes_first_with_the_thread_and_the_command(html: str, named: Report) -> None:
     page = Page(html)
     head = page.text[: page.text.index("Cases that fail")]

@@ -67,6 +67,22 @@ def test_places(mask: Tensor, sentence: str) -> None:
     assert sentence in found(mask)
 
 
+@pytest.mark.parametrize(("count", "told"), [(4, False), (8, False), (12, True), (16, True)])
+def test_every_second_of_few_tokens_is_no_pattern(count: int, told: bool) -> None:
+    """2 of 4 tokens are every second one in a third of the cases."""
+    call = CALL.select(slice(count))
+    want = EXPECTED[:count]
+    mask = tokens(torch.arange(16) % 2 == 1)[:count]
+    words = [pattern.words for pattern in patterns(call, torch.where(mask, want + 1, want), want, mask)]
+    assert ("exactly every second token differs, from 1 on" in words) == told
+    assert any(one.startswith("only tokens 1, 3") for one in words) != told
+
+
+def test_few_columns_are_a_pattern_of_blocks_where_they_are_enough() -> None:
+    assert not any("every" in words for words in found(columns(16, 50)) if "token" not in words)
+    assert "exactly every second 64-column block differs, from 0 on" in found(blocks(64, start=0))
+
+
 def test_columns_are_not_mentioned_when_all_differ() -> None:
     assert not any("column" in words for words in found(columns(slice(0, 256))))
 

@@ -339,6 +339,32 @@ def stale(rng: random.Random) -> Iterator[Member]:
             return t
 
         yield Member("stale memory", f"last {block} columns of {stage}: {kind}", after(stage, change))
+    for gemm in ("fc1", "fc2"):
+        part, share, by = rng.choice(("K", "rows")), rng.choice((0.25, 0.5, 1.0)), rng.choice((1, -1))
+
+        def tile(
+            call: MoeCall, gemm: str = gemm, part: str = part, share: float = share, by: int = by
+        ) -> Tensor:
+            return forward(stale_tile(call, gemm, part, share, by))
+
+        whose = f"those of the expert {'before' if by > 0 else 'after'}"
+        words = f"the last {share:.0%} of {part} of {gemm}'s weights are {whose}"
+        yield Member("stale memory", words, tile)
+
+
+def stale_tile(call: MoeCall, gemm: str, part: str, share: float, by: int) -> MoeCall:
+    """With the last share of K, or of rows, of a GEMM's weights and scales from another expert, used or not."""
+    changed = {}
+    for name in (f"{gemm}_weights", f"{gemm}_scales"):
+        tensor = getattr(call.experts, name).clone()
+        dim = 2 if part == "K" else 1
+        first = tensor.shape[dim] - max(round(share * tensor.shape[dim]), 1)
+        other = tensor.roll(by, 0)
+        tensor.narrow(dim, first, tensor.shape[dim] - first).copy_(
+            other.narrow(dim, first, tensor.shape[dim] - first)
+        )
+        changed[name] = tensor
+    return replace(call, experts=replace(call.experts, **changed))
 
 
 def ranks(rng: random.Random) -> Iterator[Member]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.formats.experts import Experts
-from mxfp4ref.goldens.cases.definition import Content, define
+from mxfp4ref.goldens.cases.definition import Content, define, moe_content
 from mxfp4ref.goldens.cases.source import Source
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
@@ -297,3 +297,30 @@ def every_tile_k(source: Source) -> Content:
         _mirrored(source.range("scales", 124, 130, 32, 48)),
         TILE_K,
     )
+
+
+def _in_turn(source: Source, rows: tuple[int, ...], hidden: int, inner: int) -> MoeCall:
+    """So many rows for each expert, a token each, the experts' rows one after the other among the tokens."""
+    ids = torch.cat([torch.full((n,), expert) for expert, n in enumerate(rows)])
+    order = torch.arange(len(ids)).view(-1, 2).T.flatten()
+    experts = source.experts(len(rows), hidden, inner)
+    x = source.normal("input", len(ids), hidden)
+    return MoeCall(x, ids[order, None].to(torch.int32), source.weights(len(ids), 1), experts)
+
+
+@define(catches="scales_of_next_expert", unique_for="stale tiles where K is one tile", pending=True)
+def experts_of_one_k_tile(source: Source) -> Content:
+    """Four experts with 18, 1, 2 and 17 rows, and one tile of K in both GEMMs: what a tile holds of the expert
+    before (weights, scales, accumulators, rows of the input) is neither multiplied away nor overwritten by a
+    later tile, and a token has one expert, whose mistake is in no other's sum.
+    """
+    return moe_content(_in_turn(source, (18, 1, 2, 17), 128, 128), compact=True)
+
+
+@define(catches="scales_of_next_expert", unique_for="stale tiles behind experts without rows", pending=True)
+def experts_between_empty_ones(source: Source) -> Content:
+    """Five experts, of which the second and fourth have no row, and two tiles of K in GEMM2: the expert before by
+    number is not the one that was computed before, and a stale tile of either shows, as does one of the last
+    expert.
+    """
+    return moe_content(_in_turn(source, (9, 0, 5, 0, 4), 128, 256), compact=True)
