@@ -42,6 +42,7 @@ from mxfp4ref.conformance.cli.conform import _Selection
 from mxfp4ref.conformance.html_report import to_html
 from mxfp4ref.conformance.report import to_json, to_junit
 from mxfp4ref.conformance.report_text import to_text
+from mxfp4ref.conformance.surroundings import surroundings
 from mxfp4ref.conformance.worker import Worker
 from mxfp4ref.goldens import Case, open_goldens
 from tests.helpers import hostile_kernels
@@ -275,6 +276,17 @@ def test_replacing_what_compares(name: str, replaced: str, case: Case, choice: P
     result = run_case(kernel, case, OPTIONS)
     assert_reported(result, "interfered", replaced)
     assert run_case(load_kernel(hostile_kernels.wrong), case, OPTIONS).status == "differs"
+
+
+def test_what_cannot_be_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the kernel's doing, and no error of what puts it back."""
+    folder = tmp_path / "removed"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    restore = surroundings()
+    os.chdir(tmp_path)
+    folder.rmdir()
+    assert restore() == "the working directory for good"
 
 
 def test_state_between_cases(choice: Path) -> None:
