@@ -12,17 +12,20 @@ import os
 import pickle
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import IO, Any
 
 from mxfp4ref._files import mismatch, parse_json
 from mxfp4ref.conformance.adapters import KernelError
 from mxfp4ref.conformance.execution import collect, in_thread
 from mxfp4ref.conformance.kernels import environment, load_kernel
-from mxfp4ref.conformance.plain import of_exception
+from mxfp4ref.conformance.plain import Like, of_exception
 from mxfp4ref.goldens import Case
+from mxfp4ref.goldens.runs import Run
+from mxfp4ref.model.call import MoeCall
 
-__all__ = ["LOAD", "LOADED", "RESULT", "serve", "unframed"]
+__all__ = ["LOAD", "LOADED", "RESULT", "request_of", "serve", "unframed"]
 
 LOAD, LOADED, RESULT = "load", "loaded", "result"  # names of answers, beside those of what `collect` reports
 
@@ -56,6 +59,17 @@ def unframed(stream: IO[bytes], largest: Callable[[], int]) -> tuple[dict[str, A
         raise ValueError
     blobs = [stream.read(size) for size in sizes]
     return (header, blobs) if [len(blob) for blob in blobs] == sizes else None
+
+
+def request_of(case: Case, run: Run, expected: Mapping[str, Like], repeat: bool) -> bytes:
+    """What a run needs, without the expected values; generated weights are generated anew."""
+    if not isinstance(run.inputs, MoeCall):
+        return pickle.dumps((case.kind, run.inputs, None, expected, repeat))
+    outputs = set(case.output_tensors.values())
+    inputs = {name: tensor for name, tensor in case.tensors.items() if name not in outputs}
+    return pickle.dumps(
+        ("moe", replace(case, tensors=inputs, output_tensors={}), run.inputs.kernel, expected, repeat)
+    )
 
 
 class _Answers:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mxfp4ref.goldens.case import Case
 
 if sys.platform != "win32":
     import resource
 
-__all__ = ["cause_of", "limits", "not_enough", "ran_out", "says_so"]
+__all__ = ["cause_of", "free", "limits", "needed", "not_enough", "ran_out", "says_so", "too_large"]
 
 NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # what torch says, in a RuntimeError
+_OWN = 700 << 20  # of a process with torch and this package
+_CGROUP = Path("/sys/fs/cgroup")
 _FEW_PROCESSES = 1000  # a limit below is one that somebody has set
 
 
@@ -49,3 +57,26 @@ def cause_of(error: BaseException) -> str:
         error = error.__cause__
     words = " ".join(str(error).split()) or type(error).__name__
     return "; ".join(filter(None, (words, limits())))
+
+
+def free() -> int | None:
+    """Bytes that the system says are free, of the machine or of its container; None where it does not say."""
+    found = []
+    with suppress(OSError, ValueError):
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        found.append(int(lines["MemAvailable"].split()[0]) << 10)
+    with suppress(OSError, ValueError):  # "max" is no number: no limit
+        limit, used = ((_CGROUP / f"memory.{name}").read_text() for name in ("max", "current"))
+        found.append(max(int(limit) - int(used), 0))
+    return min(found, default=None)
+
+
+def needed(case: Case) -> int:
+    """Bytes that a kernel's process takes for a case, about, where it is handed all experts in the SM90 layout."""
+    return case.nbytes + _OWN
+
+
+def too_large(case: Case, available: int | None) -> str:
+    """How much memory a case needs and how much there was, in words."""
+    there = "" if available is None else f", and {available / 2**30:.1f} GiB were free"
+    return f"{case.id} needs about {needed(case) / 2**30:.1f} GiB{there}"

@@ -8,9 +8,10 @@ import signal
 import subprocess
 from pathlib import Path
 
-__all__ = ["MARK", "how_it_ended", "kill", "marked"]
+__all__ = ["KILLED", "MARK", "how_it_ended", "kill", "marked"]
 
 MARK = "MXFP4REF_WORKER"  # the environment's variable that tells the processes of a kernel
+KILLED = ", as the system does it that runs out of memory"  # of a process that SIGKILL has ended
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
@@ -36,7 +37,7 @@ def how_it_ended(code: int) -> str:
     """A process's exit code, or the signal that killed it, in words."""
     if code >= 0:
         return f"exit code {code}"
-    hint = ", as the system does it that runs out of memory" if code == -signal.SIGKILL else ""
+    hint = KILLED if code == -signal.SIGKILL else ""
     try:
         return f"signal {signal.Signals(-code).name}{hint}"
     except ValueError:  # a real-time signal, of which few have names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from mxfp4ref.conformance.results import PASSING
 
 __all__ = ["WrittenReport", "is_report", "read_report"]
 
+_BYTE_ORDER_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # as some shells redirect
 _FORMATS = ("mxfp4ref-report-1", FORMAT)
 _FINDING = {"stages": [str], "sentence": str, "exact": bool, "*": object}
 _RESULT = {
@@ -120,10 +122,10 @@ def is_report(path: Path) -> bool:
     """Whether a file says that it is a report, of whatever format."""
     if not path.is_file():  # a pipe, which may never end
         return False
-    with path.open("rb") as file:
-        if not file.read(64).lstrip().startswith(b"{"):
-            return False
     try:
+        with path.open("rb") as file:
+            if not file.read(64).lstrip().startswith((b"{", *_BYTE_ORDER_MARKS)):
+                return False
         value = parse_json(read_file(path))
     except (OSError, ValueError):
         return False

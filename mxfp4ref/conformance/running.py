@@ -11,20 +11,23 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._validate import check_instance
-from mxfp4ref.conformance.adapters import Kernel
+from mxfp4ref.conformance.adapters import Kernel, KernelError
 from mxfp4ref.conformance.bounded import outside_bounds
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.diagnosing import Failed
 from mxfp4ref.conformance.execution import Outcome, execute_within
 from mxfp4ref.conformance.families.distances import angle_between
+from mxfp4ref.conformance.finding import counted
 from mxfp4ref.conformance.handing import to_device
 from mxfp4ref.conformance.kernels import is_stand_in
-from mxfp4ref.conformance.memory import says_so
+from mxfp4ref.conformance.memory import free, says_so, too_large
 from mxfp4ref.conformance.options import Options
 from mxfp4ref.conformance.plain import like, raw_bytes, tensor_of
+from mxfp4ref.conformance.processes import KILLED
 from mxfp4ref.conformance.reduction import reduce_call
 from mxfp4ref.conformance.reproducer import write_reproducer
 from mxfp4ref.conformance.results import CaseResult
+from mxfp4ref.conformance.surroundings import FOR_GOOD
 from mxfp4ref.conformance.worker import Worker
 from mxfp4ref.formats.generations import NEWEST
 from mxfp4ref.goldens.case import Case
@@ -37,6 +40,8 @@ __all__ = ["NOT_DUMPED", "compare_case"]
 
 NOT_DUMPED = "its reproducer was not written"  # in the message of a result
 _LARGEST = 1 << 30  # bytes of the weights of a reproducer
+_ALONE = ("raised", "wrong output", "not written", "unstable")  # what an earlier call may bring about
+_ALONE_AT_MOST = 3  # failing cases of a process that are run alone, each in a new one
 _NOT_RUN_AGAIN = ("timed out", "unstable", "interfered")  # to see whether a part of the call fails likewise
 
 
@@ -54,14 +59,17 @@ def compare_case(
     bits = {one: _bits(one) for one in all_runs}
     needed = _by_tactic(kernel, case) if options.all_tactics else _needed(kernel, case, all_runs)
     found: list[_Comparison] = []
-    left, unsaid = "", ""
+    left, unsaid, alone = "", "", ""
     failure: Failed | None = None
     for index, one in enumerate(needed):
         repeat = options.repeat and (index == 0 or options.all_tactics) and not _takes_long(kernel, case)
         candidates = {one: bits.get(one) or _bits(one)} if kernel.forces_tile_k else bits
         before = time.perf_counter()
         if worker is not None:
+            available = free()
             outcome = worker.execute(options.timeout, case, one, repeat=repeat)
+            if outcome.problem == "crashed" and KILLED in outcome.message:
+                outcome = replace(outcome, message=f"{outcome.message}; {too_large(case, available)}")
         else:
             inputs = case.kind, one.inputs, one.expected
             outcome = execute_within(options.timeout, kernel, inputs, repeat=repeat)
@@ -74,11 +82,13 @@ def compare_case(
                 unsaid = _dump(options, kernel, case, (one, outcome), candidates, worker)
             told = options.all_tactics or (kernel.forces_tile_k and len(all_runs) > 1)
             which = f" ({'tactics' if options.all_tactics else 'K tiles'} {one.tiles})" if told else ""
-            message = _joined(outcome.message + which, _put_back(left), unsaid)
+            alone = _right_alone(worker, case, one, candidates, options) if outcome.problem in _ALONE else ""
+            message = _joined(outcome.message + which, alone, _put_back(left), unsaid)
             result = CaseResult(**about, status=outcome.problem, message=message)
             return result.lasting(kernel=running, comparison=time.perf_counter() - start - running), None
         compared = _compare(case.kind, outcome, candidates, options)
         if compared.wrong and not any(earlier.wrong for earlier in found):
+            alone = _right_alone(worker, case, one, candidates, options)
             unsaid = _dump(options, kernel, case, (compared.closest, outcome), candidates, worker)
             if options.diagnosis != "none":
                 failure = Failed(case.kind, compared.closest, outcome.outputs)
@@ -90,11 +100,44 @@ def compare_case(
         elements=sum(compared.elements for compared in found),
         differing=sum(compared.differing for compared in found),
         outside=sum(compared.outside or 0 for compared in found),
-        message=_joined(_put_back(left), unsaid),
+        message=_joined(alone, _put_back(left), unsaid),
         runs=len(found),
         diagnosed_run=failure.run.tiles if failure is not None and len(found) > 1 else "",
     )
     return result.lasting(kernel=running, comparison=time.perf_counter() - start - running), failure
+
+
+def _right_alone(
+    worker: Worker | None,
+    case: Case,
+    one: Run,
+    candidates: Mapping[Run, Mapping[str, bytes]],
+    options: Options,
+) -> str:
+    """That a run that failed after others is right in a new process, in words; "" if it is not, or was not tried."""
+    if (
+        worker is None
+        or (before := worker.runs - 1) < 1
+        or worker.tried_alone >= _ALONE_AT_MOST
+        or case.derived
+    ):
+        return ""
+    tried, worker.tried_alone = (
+        worker.tried_alone,
+        _ALONE_AT_MOST,
+    )  # one that is wrong alone, too, is the last
+    try:
+        with worker.another() as fresh:
+            outcome = fresh.execute(options.timeout, case, one)
+    except (KernelError, OSError, RuntimeError):  # no room for a second process
+        return ""
+    if outcome.problem or _compare(case.kind, outcome, candidates, options).wrong:
+        return ""
+    worker.tried_alone = tried + 1
+    return (
+        f"right when run alone, twice in a new process, and not after {counted(before, 'other run')} in one: the "
+        "kernel keeps state between calls, or chance decides"
+    )
 
 
 def _bits(one: Run) -> dict[str, bytes]:
@@ -102,6 +145,8 @@ def _bits(one: Run) -> dict[str, bytes]:
 
 
 def _put_back(left: str) -> str:
+    if FOR_GOOD in left:
+        return f"the kernel changed {left}"
     return f"the kernel changed {left}, which was put back" if left else ""
 
 

@@ -119,9 +119,14 @@ _UNTOLD: tuple[_Setting, ...] = (
     ("warnings' filters", lambda: list(warnings.filters), lambda v: setattr(warnings, "filters", v)),
 )
 
+FOR_GOOD = " for good"  # of what cannot be put back
+
 
 def surroundings() -> Callable[[], str]:
-    """Take note of all settings; the function that is returned puts them back and says in words which had changed."""
+    """Take note of all settings; the function that is returned puts them back and says in words which had changed.
+
+    Those that cannot be put back end with `FOR_GOOD`.
+    """
     with without_modes():
         before = [(setting, setting[1]()) for setting in (*_TOLD, *_UNTOLD)]
     modules, names = dict(sys.modules), _builtins.copy()
@@ -138,11 +143,14 @@ def surroundings() -> Callable[[], str]:
                 sys.modules[name] = module
         with without_modes():
             for setting, value in before:
-                if setting in _UNTOLD:
+                told = setting in _TOLD
+                if told and not _differs(setting, value):
+                    continue
+                try:
                     setting[2](value)
-                elif _differs(setting, value):
-                    setting[2](value)
-                    changed.append(setting[0])
+                    changed += [setting[0]] * told
+                except Exception:  # a lowered hard limit, a working directory that was removed
+                    changed.append(f"{setting[0]}{FOR_GOOD}")
         return _listed(changed)
 
     return restore

@@ -20,7 +20,6 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import IO, Any
 
 import torch
@@ -28,7 +27,7 @@ import torch
 from mxfp4ref._files import mismatch
 from mxfp4ref.conformance.adapters import INTERMEDIATES, Kernel, KernelError
 from mxfp4ref.conformance.execution import PROBLEMS, RUN, Collected, Outcome, judge, likes
-from mxfp4ref.conformance.kernel_process import LOAD, LOADED, RESULT, unframed
+from mxfp4ref.conformance.kernel_process import LOAD, LOADED, RESULT, request_of, unframed
 from mxfp4ref.conformance.plain import Like, printable
 from mxfp4ref.conformance.processes import MARK, how_it_ended, kill, marked
 from mxfp4ref.formats.generations import generation_named
@@ -73,6 +72,7 @@ class Worker:
     Attributes:
         kernel: what is known of the kernel here: everything but its functions.
         environment: versions and machine, as in `results.Report`.
+        runs, tried_alone: how many cases its process has run, and how many failing ones another one has, alone.
 
     Raises:
         KernelError: the kernel cannot be loaded, or not within `seconds`.
@@ -87,6 +87,7 @@ class Worker:
         threads: int | None = None,
     ) -> None:
         self._arguments, self._seconds = (spec, device), seconds
+        self.runs = self.tried_alone = 0
         self._threads = threads  # of torch in the process; None for as many as it takes
         self._over = False
         self._process: subprocess.Popen[bytes] | None = None
@@ -124,7 +125,8 @@ class Worker:
     def execute(self, seconds: float | None, case: Case, run: Run, *, repeat: bool = True) -> Outcome:
         """As `execution.execute_within`, for a run of a case."""
         expected = likes(run.expected, self.kernel.device)
-        return self._execute(seconds, _request(case, run, expected, repeat), expected)
+        self.runs += 1
+        return self._execute(seconds, request_of(case, run, expected, repeat), expected)
 
     def execute_call(self, seconds: float | None, call: MoeCall, *, repeat: bool = False) -> Outcome:
         """As `execute`, for any call; its output may be anything of the input's form."""
@@ -148,6 +150,7 @@ class Worker:
             return Outcome(problem="crashed", message=f"after an earlier crash: {error}")
 
     def _start(self) -> dict[str, Any]:
+        self.runs = 0
         self._mark = uuid.uuid4().hex
         threads = {"OMP_NUM_THREADS": str(self._threads)} if self._threads else {}
         process = subprocess.Popen(
@@ -307,17 +310,6 @@ class _Channel:
                     lines += ["[what else the kernel prints is not shown]\n"] * (shown >= _SHOWN)
                     with contextlib.suppress(Exception):  # stderr may be closed
                         sys.stderr.write("\n".join(lines))
-
-
-def _request(case: Case, run: Run, expected: Mapping[str, Like], repeat: bool) -> bytes:
-    """What a run needs, without the expected values; generated weights are generated anew."""
-    if not isinstance(run.inputs, MoeCall):
-        return pickle.dumps((case.kind, run.inputs, None, expected, repeat))
-    outputs = set(case.output_tensors.values())
-    inputs = {name: tensor for name, tensor in case.tensors.items() if name not in outputs}
-    return pickle.dumps(
-        ("moe", replace(case, tensors=inputs, output_tensors={}), run.inputs.kernel, expected, repeat)
-    )
 
 
 def _collected(header: dict[str, Any], blobs: list[bytes], expected: Mapping[str, Like]) -> Collected:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,6 +80,16 @@ class Case(Shown):
     def output_hashes(self) -> dict[tuple[int, int], str]:
         """The SHA-256 of each output's bytes."""
         return {pair: hashlib.sha256(tensor_bytes(out)).hexdigest() for pair, out in self.outputs.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors, of the derived ones with every expert, as a kernel is handed them."""
+        stored = sum(tensor.nbytes for tensor in self.tensors.values())
+        sizes = [
+            (2 if recipe["rule"] == "bf16" else 1) * math.prod(recipe["shape"])
+            for recipe in self.derived.values()
+        ]
+        return int(stored + sum(sizes))
 
     def kernel(self, kernel: Sm90Kernel = _DEFAULT_KERNEL) -> Sm90Kernel:
         """That kernel with the case's own N tile, where the outputs are those of one N tile alone."""

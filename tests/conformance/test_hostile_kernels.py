@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -30,14 +31,18 @@ from mxfp4ref.conformance import (
     Report,
     kernel_process,
     load_kernel,
+    memory,
     run,
     run_case,
+    running,
 )
 from mxfp4ref.conformance import worker as worker_module
 from mxfp4ref.conformance.adapters import whole_arguments
+from mxfp4ref.conformance.cli.conform import _Selection
 from mxfp4ref.conformance.html_report import to_html
 from mxfp4ref.conformance.report import to_json, to_junit
 from mxfp4ref.conformance.report_text import to_text
+from mxfp4ref.conformance.surroundings import surroundings
 from mxfp4ref.conformance.worker import Worker
 from mxfp4ref.goldens import Case, open_goldens
 from tests.helpers import hostile_kernels
@@ -269,6 +274,46 @@ def test_replacing_what_compares(name: str, replaced: str, case: Case, choice: P
     result = run_case(kernel, case, OPTIONS)
     assert_reported(result, "interfered", replaced)
     assert run_case(load_kernel(hostile_kernels.wrong), case, OPTIONS).status == "differs"
+
+
+def test_what_cannot_be_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the kernel's doing, and no error of what puts it back."""
+    folder = tmp_path / "removed"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    restore = surroundings()
+    os.chdir(tmp_path)
+    folder.rmdir()
+    assert restore() == "the working directory for good"
+
+
+def test_state_between_cases(choice: Path) -> None:
+    """Right alone, and wrong after another case: that is seen, and said."""
+    goldens = open_goldens()
+    cases = [goldens.load(name) for name in ("finalize/slot_order", "finalize/cancelling_experts")]
+    choice.write_text("keeps_a_buffer")
+    first, second = run(SPEC, cases, OPTIONS).results
+    assert (first.status, second.status) == ("equal", "differs")
+    assert (
+        "right when run alone, twice in a new process, and not after 1 other run in one: the"
+        in second.message
+    )
+
+
+def test_the_need_of_memory_is_told(case: Case, choice: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system has killed the process, and of layers of whole size before that."""
+    monkeypatch.setattr(running, "free", lambda: 3 << 28)
+    choice.write_text("kills_itself")
+    with Worker(SPEC) as process:
+        result = run_case(process.kernel, case, OPTIONS, worker=process)
+    assert result.status == "crashed"
+    assert "signal SIGKILL, as the system does it that runs out of memory" in result.message
+    assert "finalize/slot_order needs about 0.7 GiB, and 0.8 GiB were free" in result.message
+    monkeypatch.setattr(memory, "free", lambda: 1 << 30)
+    whole = _Selection(open_goldens(CHECKOUT), ["models/deepseek_v4_pro"], in_full=True)
+    with redirect_stderr(io.StringIO()) as said:
+        assert whole.load("models/deepseek_v4_pro").nbytes > 12 << 30
+    assert said.getvalue() == "models/deepseek_v4_pro needs about 13.2 GiB, and 1.0 GiB were free\n"
 
 
 @pytest.mark.usefixtures("copied_processes")

@@ -254,6 +254,25 @@ def test_what_changed_between_two_reports(tmp_path: Path) -> None:
     assert (same.exit_code, same.output) == (0, "no case got worse, 7 are as they were\n")
 
 
+def test_reports_that_are_compared_are_reports(tmp_path: Path) -> None:
+    """A byte order mark, as shells write it, makes none something else; other JSON is no damaged tensor file."""
+    plain = written(tmp_path / "plain.json", result_of("a/b"))
+    for encoding in ("utf-8-sig", "utf-16"):
+        marked = tmp_path / f"{encoding}.json"
+        marked.write_text(plain.read_text(), encoding=encoding)
+        result = invoke("compare", plain, marked)
+        assert (result.exit_code, result.output) == (0, "no case got worse, 1 are as they were\n")
+    other = tmp_path / "other.json"
+    for text in ("[]", "\0", "9" * 5000):
+        other.write_text(text)
+        result = invoke("compare", other, other)
+        assert result.exit_code == 2
+        assert "other.json: " in result.output
+        assert "safetensors" not in result.output
+    result = invoke("conform", "oracle", "--case", SMALL, "--json", "")
+    assert (result.exit_code, result.output) == (2, "Error: cannot write .: it is a folder\n")
+
+
 def test_what_changed_as_json(tmp_path: Path) -> None:
     """A file beside the text, or alone on stdout; of tensors as of reports."""
     old, new, changes = (tmp_path / name for name in ("old.json", "new.json", "changes.json"))

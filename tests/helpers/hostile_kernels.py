@@ -56,6 +56,15 @@ def wrong(**arguments: Any) -> Tensor:
     return result
 
 
+def keeps_a_buffer(**arguments: Any) -> Tensor:
+    """Right, but for a number that it has from the call before, where that was another one."""
+    result = right(**arguments).clone()
+    if _kept and not torch.equal(_kept[0], result):
+        result[0, 0] = _kept[0][0, 0] + 1
+    _kept[:] = _kept or [result]
+    return result
+
+
 def _times(name: str) -> int:
     _calls[name] = _calls.get(name, 0) + 1
     return _calls[name]
@@ -648,6 +657,10 @@ def exits_in_c(**arguments: Any) -> Any:
 def exits_later(**arguments: Any) -> Any:
     threading.Timer(0.2, os._exit, (0,)).start()
     return right(**arguments)
+
+
+def kills_itself(**arguments: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def killed_by_real_time_signal(**arguments: Any) -> Any:

@@ -19,6 +19,7 @@ from mxfp4ref.conformance.cli import completing
 from mxfp4ref.conformance.cli.command import command
 from mxfp4ref.conformance.cli.shared import NOT_EQUAL, UsageError, goldens_option, usage_errors
 from mxfp4ref.conformance.cli.terminal import echo, echo_json, echo_rows
+from mxfp4ref.conformance.memory import needed
 from mxfp4ref.goldens import Goldens, open_goldens
 
 __all__ = ["doctor", "list_cases"]
@@ -53,6 +54,9 @@ def list_cases(patterns: tuple[str, ...], as_json: bool, root: Path | None) -> N
     mxfp4ref list
     mxfp4ref list gemm 'routing/gpt_oss*'
 
+    The memory is what a kernel's process takes, about, that is handed all experts in the SM90 layout; where nothing
+    is said, less than 1 GiB.
+
     The names are those that `conform --case` and `show` take.
 
     Exit codes: 0 listed; 2 nothing matches, or there are no goldens.
@@ -64,8 +68,18 @@ def list_cases(patterns: tuple[str, ...], as_json: bool, root: Path | None) -> N
         echo_json(rows)
         return
     echo_rows(
-        ("case", "kind", "kept for", "made to catch"),
-        [(row["case"], row["kind"], row["unique_for"], ", ".join(row["catches"])) for row in rows],
+        ("case", "kind", "memory", "kept for", "made to catch"),
+        [
+            (
+                *(
+                    row["case"],
+                    row["kind"],
+                    f"{row['bytes'] / 2**30:.1f} GiB" if row["bytes"] >= 2**30 else "",
+                ),
+                *(row["unique_for"], ", ".join(row["catches"])),
+            )
+            for row in rows
+        ],
     )
     echo(f"{len(rows)} of {len(goldens.names())} cases in {goldens.root}")
 
@@ -86,7 +100,7 @@ def _matches(name: str, pattern: str) -> bool:
 def _row(goldens: Goldens, name: str) -> dict[str, Any]:
     case = goldens.load(name)
     about = {"case": case.id, "kind": case.kind, "why": case.why, "unique_for": case.unique_for or ""}
-    return {**about, "catches": list(case.catches)}
+    return {**about, "catches": list(case.catches), "bytes": needed(case)}
 
 
 @command()

@@ -11,13 +11,14 @@ from functools import partial
 from importlib.machinery import PathFinder
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mxfp4ref._choices import MODES, STORAGE
 from mxfp4ref._files import files_below, printable
 from mxfp4ref._words import did_you_mean
+from mxfp4ref.conformance import memory
 from mxfp4ref.conformance.cli import completing
 from mxfp4ref.conformance.cli.command import command
 from mxfp4ref.conformance.cli.report_files import pop_report_files, print_report, report_files
@@ -37,6 +38,9 @@ from mxfp4ref.conformance.cli.shared import (
 from mxfp4ref.conformance.cli.supervised import others_code_begins
 from mxfp4ref.conformance.cli.terminal import echo
 from mxfp4ref.goldens import Goldens, open_goldens
+
+if TYPE_CHECKING:
+    from mxfp4ref.goldens import Case
 
 __all__ = ["conform"]
 
@@ -209,7 +213,7 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
             try:
                 result = run(
                     spec,
-                    _Selection(goldens, names),
+                    _Selection(goldens, names, in_full=_takes_all_experts(spec)),
                     Options(**options),
                     device=device,
                     isolate=isolate,
@@ -230,12 +234,25 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
     sys.exit(NOT_EQUAL if not result.ok else 0 if complete else USAGE)
 
 
+def _takes_all_experts(spec: str) -> bool:
+    """Whether a kernel is handed weights in a layout that is made of them: all experts are in memory then."""
+    return spec.partition(":")[0] not in ("oracle", "torch-bf16", "defect", "logical", "plain", "stage")
+
+
 class _Selection(Goldens):
     """Some of the cases, loaded one at a time."""
 
-    def __init__(self, goldens: Goldens, names: list[str]) -> None:
+    def __init__(self, goldens: Goldens, names: list[str], *, in_full: bool) -> None:
         super().__init__(goldens.root)
-        self._names = names
+        self._names, self._in_full = names, in_full
+
+    def load(self, name: str) -> Case:
+        """Told before the kernel's process runs out of memory, which says nothing."""
+        case = super().load(name)
+        available = memory.free() if self._in_full and case.derived else None
+        if available is not None and memory.needed(case) > available:
+            echo(memory.too_large(case, available), err=True)
+        return case
 
     def names(self, suite: str | None = None) -> list[str]:
         return self._names

@@ -91,6 +91,8 @@ class ReportFiles:
                 continue
             if not path.absolute().parent.is_dir():
                 raise UsageError(f"cannot write {path}: there is no folder {path.absolute().parent}")
+            if path.is_dir():  # "", too
+                raise UsageError(f"cannot write {path}: it is a folder")
             check_no_input(path, inputs)
 
     def write_after(

@@ -16,6 +16,7 @@ from mxfp4ref.conformance.cli.command import command
 from mxfp4ref.conformance.cli.report_files import ReportFiles
 from mxfp4ref.conformance.cli.shared import NOT_EQUAL, USAGE, describe, usage_errors
 from mxfp4ref.conformance.cli.terminal import echo
+from mxfp4ref.conformance.finding import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,10 +79,11 @@ def _compared(a: Path, b: Path) -> list[dict[str, Any]]:
     from mxfp4ref.conformance.report_reading import is_report, read_report
 
     for path, beside in ((a, b), (b, a)):
-        if is_report(path):
+        if is_report(path) or path.suffix == ".json":
             if beside.suffix in (".html", ".htm"):
                 raise ValueError(f"{beside}: expected a report as conform --json writes it, got an HTML page")
-            read_report(beside)  # says what is wrong with it
+            for either in (path, beside):
+                read_report(either)  # says what is wrong with it
     one, other = _load(a), _load(b)
     if not one and not other:
         raise ValueError(f"{a} and {b}: expected tensors to compare, got none in either")
@@ -127,7 +129,7 @@ def _print(changes: Changes) -> None:
             echo(f"{heading} ({len(lines)}):", bold=True)
             for line in lines:
                 echo(f"  {printable(line, lines=False)}")
-    words = f"{changes.worse} cases got worse" if changes.worse else "no case got worse"
+    words = f"{counted(changes.worse, 'case')} got worse" if changes.worse else "no case got worse"
     not_run = f", {len(changes.not_run)} were not run" if changes.not_run else ""
     echo(
         f"{words}, {changes.alike} are as they were{not_run}",
