@@ -89,7 +89,8 @@ class Evaluator:
     def sum(self, terms: Tensor) -> Tensor:
         """`[S, N, K]` added up over K in S random orders: one by one, or pairs, pairs of pairs, ..."""
         order = torch.rand(terms.shape[0], 1, terms.shape[2], generator=self.random).argsort(-1)
-        terms = terms.gather(-1, order.expand(terms.shape)).movedim(-1, 0).contiguous()
+        terms, order = terms.movedim(-1, 0), order.movedim(-1, 0)
+        terms = terms.gather(0, order.expand(terms.shape))
         if self.choice(2):
             while len(terms) > 1:
                 pairs = self.round(terms[0 : len(terms) // 2] + terms[len(terms) // 2 : len(terms) // 2 * 2])
