@@ -10,8 +10,11 @@ READY := $(VENV)/.ready
 demo: $(DEMO)
 	@$(BIN)/python tools/demo.py
 
+# Rewriting all asserts takes longer than many tests: what Python compiles is kept, whatever the shell says of it.
+test: export PYTHONDONTWRITEBYTECODE :=
+test: export PYTHONPYCACHEPREFIX := $(abspath $(VENV))/bytecode
 test: $(READY)
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
@@ -174,11 +174,10 @@ def interference() -> Callable[[], str]:
     """
     ours = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == "mxfp4ref"]
     classes = [c for module in ours for c in vars(module).values() if _is_class_of(c, module)]
-    noted = {owner: dict(_code_of(owner, _CODE)) for owner in (*ours, *classes)}
-    noted |= {owner: dict(_code_of(owner, _FUNCTIONS)) for owner in (torch, torch.Tensor)}
-    bodies = [
-        (f, f.__code__, f.__defaults__) for found in noted.values() for f in found.values() if _has_body(f)
-    ]
+    noted = {owner: _code_of(owner, _CODE) for owner in (*ours, *classes)}
+    functions = {f for found in noted.values() for f in found.values() if type(f) is FunctionType}
+    bodies = [(f, f.__code__, f.__defaults__) for f in functions if _package_of(f) == "mxfp4ref"]
+    noted |= {owner: _code_of(owner, _FUNCTIONS) for owner in (torch, torch.Tensor)}
 
     def restore() -> str:
         changed = []
@@ -213,14 +212,8 @@ def _package_of(value: Any) -> str:
     return str(getattr(value, "__module__", "")).partition(".")[0]
 
 
-def _has_body(value: Any) -> bool:
-    return type(value) is FunctionType and _package_of(value) == "mxfp4ref"
-
-
-def _code_of(owner: Any, kinds: tuple[type, ...]) -> Iterator[tuple[str, Any]]:
-    for name, value in vars(owner).items():
-        if issubclass(type(value), kinds):
-            yield name, value
+def _code_of(owner: Any, kinds: tuple[type, ...]) -> dict[str, Any]:
+    return {name: value for name, value in vars(owner).items() if issubclass(type(value), kinds)}
 
 
 _FUNCTIONS = (FunctionType, BuiltinFunctionType)

@@ -159,6 +159,7 @@ def test_a_reproducer_is_cut_to_what_was_seen_to_fail(
     sys.modules.pop("kernel_by_place")
 
 
+@pytest.mark.usefixtures("copied_processes")
 def test_a_reproducer_of_what_is_raised(tmp_path: Path) -> None:
     """Isolated; alone, the first token is computed."""
     (tmp_path / "raises_for_two.py").write_text(
@@ -515,6 +516,7 @@ def test_a_run_stops_when_enough_has_failed(option: tuple[str, ...], failures: i
     assert invoke(*arguments, "--maxfail", "0").exit_code == 2
 
 
+@pytest.mark.usefixtures("copied_processes")
 def test_an_empty_kernel_is_wrong_usage() -> None:
     result = invoke("conform", "", "--case", SMALL)
     assert (result.exit_code, "kernel: expected package.module:function" in result.output) == (2, True)

@@ -60,13 +60,18 @@ NAMED = [
 ]
 
 
+@pytest.fixture(scope="module")
+def small_cases() -> list[Case]:
+    return [GOLDENS.load(name) for name in GOLDENS.names() if name not in WHOLE_SIZE]
+
+
 @pytest.mark.parametrize("name", NAMED)
-def test_defects_are_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_defects_are_named(name: str, small_cases: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
     """On the cases that are there for them; `tools/tables/confusion_table.py` does all defects on all cases."""
-    names = [n for n in GOLDENS.names() if n not in WHOLE_SIZE and name in GOLDENS.load(n).catches]
+    cases = [case for case in small_cases if name in case.catches]
     monkeypatch.setitem(SECONDS, "quick", math.inf)
     options = Options(repeat=False, diagnosis="quick")
-    report = run(f"defect:{name}", [GOLDENS.load(n) for n in names], options)
+    report = run(f"defect:{name}", cases, options)
     assert not report.ok
     assert name in report.defects
 

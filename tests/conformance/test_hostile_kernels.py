@@ -48,6 +48,7 @@ from mxfp4ref.goldens import Case, open_goldens
 from tests.helpers import hostile_kernels
 from tests.helpers.hostile_files import CHECKOUT
 
+GOLDENS = open_goldens()
 SPEC = "tests.helpers.hostile_kernels:chosen"
 OPTIONS = Options(timeout=30, diagnosis="none")
 QUICK = Options(timeout=1, diagnosis="none")
@@ -199,7 +200,7 @@ SAFE_CONTROLS = "\n\t"
 
 @pytest.fixture
 def case() -> Case:
-    return open_goldens().load("finalize/slot_order")
+    return GOLDENS.load("finalize/slot_order")
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +257,7 @@ def test_in_this_process(name: str, status: str, message: str, case: Case) -> No
     importing = (*sys.meta_path, *sys.path_hooks, warnings.showwarning)
     result = run_case(load_kernel(getattr(hostile_kernels, name)), case, OPTIONS)
     assert_reported(result, status, message)
-    case = open_goldens().load(case.id)
+    case = GOLDENS.load(case.id)
     assert before == (
         torch.get_default_dtype(),
         os.environ.copy(),
@@ -515,7 +516,7 @@ def test_no_room_for_the_verdict_is_not_the_kernels_fault(
 
 def test_python_keeps_the_report(case: Case) -> None:
     """Whatever one case does, the results of the others are there."""
-    other = open_goldens().load("formats/every_code_by_row")
+    other = GOLDENS.load("formats/every_code_by_row")
 
     def some(**arguments: Any) -> Any:
         alike = torch.equal(arguments["input"], case.tensors["input"])

@@ -334,9 +334,9 @@ class TestFlashinfer:
         self.helpers.interleave_moe_weights_for_sm90_mixed_gemm = lambda weight, quant_type: (
             humming.interleave(weight) if quant_type == "fp4_fp8" else None
         )
-        names = [name for name in GOLDENS.names() if GOLDENS.load(name).kind == "w4a8"]
-        assert len(names) >= 7
-        report = run("flashinfer-w4a8", [GOLDENS.load(name) for name in names], device="cpu", isolate=False)
+        cases = [case for case in map(GOLDENS.load, GOLDENS.names()) if case.kind == "w4a8"]
+        assert len(cases) >= 7
+        report = run("flashinfer-w4a8", cases, device="cpu", isolate=False)
         assert report.ok != wrong
         assert {result.status for result in report.results} == ({"differs"} if wrong else {"equal"})
         if wrong:

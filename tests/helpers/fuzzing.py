@@ -183,8 +183,11 @@ def _dense_experts() -> Experts:
 
 
 def changes(value: Any) -> dict[str, Callable[[], Any]]:
-    """Everything that is put in the place of a valid argument."""
+    """Everything that is put in the place of a valid argument; for a tensor every shape of its own dtype."""
     found = dict(JUNK)
+    dtypes = [torch.float32, torch.uint8, torch.int32, torch.bfloat16]
+    if isinstance(value, Tensor):
+        dtypes = list(dict.fromkeys((torch.float32, value.dtype)))
     if isinstance(value, Tensor) and value.dim():
         found |= {f"tensor, {name}": lambda f=f: f(value) for name, f in HARMFUL.items()}  # type: ignore[misc]
         found |= {f"same, {name}": lambda f=f: f(value) for name, f in HARMLESS.items()}  # type: ignore[misc]
@@ -193,7 +196,7 @@ def changes(value: Any) -> dict[str, Callable[[], Any]]:
         found["experts, bf16"] = _dense_experts
     found |= {
         f"{dtype} {list(shape)}": lambda shape=shape, dtype=dtype: make_tensor(shape, dtype)  # type: ignore[misc]
-        for dtype in (torch.uint8, torch.int32, torch.float32, torch.bfloat16)
+        for dtype in dtypes
         for shape in SHAPES
     }
     return found

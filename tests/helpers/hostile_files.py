@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -133,16 +134,15 @@ def run(folder: Path, arguments: tuple[str, ...]) -> Outcome:
 
 
 def contents(folder: Path) -> dict[str, object]:
-    """Everything in a folder, to see that it is as it was."""
+    """Everything in a folder, to see that it is as it was and nothing was written, be it the same bytes."""
     found: dict[str, object] = {}
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if path.is_symlink():
-            found[name] = os.readlink(path)
-        elif path.is_file() and path.stat().st_size < 1 << 30:
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-        else:
-            found[name] = path.stat().st_mode
+    for place, folders, files in os.walk(folder):
+        for path in (os.path.join(place, name) for name in (*folders, *files)):
+            is_there = os.lstat(path)
+            is_file = stat.S_ISREG(is_there.st_mode)
+            about_files = (is_there.st_ino, is_there.st_size, is_there.st_mtime_ns) if is_file else ()
+            target = os.readlink(path) if os.path.islink(path) else ""
+            found[os.path.relpath(path, folder)] = (is_there.st_mode, target, *about_files)
     return found
 
 

@@ -182,31 +182,31 @@ def over_goldens(kernel: Wrong, goldens: str, *, whole: bool) -> tuple[bool, Sai
 
 def on_one_call(kernel: Wrong) -> tuple[bool, Said, str]:
     """Whether it shows, what is said of one call, and which."""
-    name, inputs, expected = one_call(kernel)
-    got = run_on(kernel, inputs)
+    name, inputs, expected, got = one_call(kernel)
     if not _count(got, expected):
         return False, Said(), name
     return True, said_of(diagnose(kernel.kind, inputs, got, expected)), name
 
 
-def one_call(kernel: Wrong) -> tuple[str, Any, dict[str, Tensor]]:
-    """The name, the inputs and the right outputs of a call on which a kernel shows."""
+def one_call(kernel: Wrong) -> tuple[str, Any, dict[str, Tensor], dict[str, Tensor]]:
+    """The name, the inputs and the right outputs of a call on which a kernel shows, and the kernel's outputs."""
     if kernel.kind == "quantize":
         values = quantised_values()
         right = dict(zip(("packed", "scales"), quantize(values, rule="floor"), strict=True))
-        return "values", {"values": values, "rule": "floor"}, right
+        inputs = {"values": values, "rule": "floor"}
+        return "values", inputs, right, run_on(kernel, inputs)
     if kernel.kind == "moe":
         for name in CALLS:
             expected = {"output": _right(name)}
-            if _count(run_on(kernel, captured(name)), expected) >= SHOWS:
-                return name, captured(name), expected
-    best: tuple[int, str, Any, dict[str, Tensor]] | None = None
+            if _count(got := run_on(kernel, captured(name)), expected) >= SHOWS:
+                return name, captured(name), expected, got
+    best: tuple[int, str, Any, dict[str, Tensor], dict[str, Tensor]] | None = None
     for case in _cases():
         if case.kind == kernel.kind and not _whole_size(case):
             one = runs(case)[0]
-            count = _count(run_on(kernel, one.inputs), one.expected)
+            count = _count(got := run_on(kernel, one.inputs), one.expected)
             if best is None or count > best[0]:
-                best = count, case.id, one.inputs, dict(one.expected)
+                best = count, case.id, one.inputs, dict(one.expected), got
     assert best is not None
     return best[1:]
 
