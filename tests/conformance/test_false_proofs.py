@@ -14,15 +14,20 @@ from mxfp4ref.conformance import CaseResult, Kernel, Options, diagnose, differin
 from mxfp4ref.conformance.adapters import whole_arguments
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.evidence import Evidence, gather
+from mxfp4ref.conformance.families.formula import fitted
+from mxfp4ref.conformance.families.hypothesis import local_of
 from mxfp4ref.conformance.families.jury import _refuted
+from mxfp4ref.conformance.families.sampled import samples
 from mxfp4ref.conformance.families.second_gemm import _permuted
 from mxfp4ref.conformance.stage_fit import reconcile
 from mxfp4ref.formats.mxfp4 import dequantize, pack_codes, unpack_codes
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.model.call import MoeCall
 from tests.held_out_kernels.by_hand import layer, with_experts
+from tests.held_out_kernels.definition import load_all
 
 GOLDENS = open_goldens()
+KERNELS = load_all()
 
 
 def quick(function: Callable[[MoeCall], Tensor], case: str) -> CaseResult:
@@ -128,3 +133,26 @@ def test_a_code_read_as_another_in_one_gemm() -> None:
     found = diagnose("moe", call, {"output": zeroed(call)}, {"output": forward(call)}).finding
     assert (found.stages, found.exact) == (("fc1",), True)
     assert found.sentence.startswith("GEMM1's weights have 0.5 read as 0")
+
+
+@pytest.mark.parametrize("kernel", ["fc2_column_scales", "permutation_instead_of_its_inverse"])
+def test_rows_beside_a_bias_are_no_other_activation(kernel: str) -> None:
+    """The bias is most of a row there, and what GEMM2 gives by itself is a sum of columns of its weights."""
+    call = GOLDENS.load("options/alltoall_foreign_tokens").call()
+    got, right = KERNELS[kernel].function(call), forward(call)
+    some = samples(prepared(call), got, differing(got, right), local_of(prepared(call)))
+    formula = fitted(some)
+    assert formula is None or not formula.proved
+
+
+def test_terms_that_underflow_in_gemm2_are_not_lost_by_the_sum() -> None:
+    call = GOLDENS.load("sizes/rows_297_of_one_expert").call()
+    got, right = KERNELS["fc2_accumulates_in_fp16"].function(call), forward(call)
+    found = gather(prepared(call), got, right, differing(got, right))
+    assert not any(one.stages or "missing" in one.sentence for one in found)
+
+
+def test_roundings_of_terms_that_cancel_are_no_damage() -> None:
+    call = GOLDENS.load("finalize/biases_cancel").call()
+    got, right = KERNELS["fc2_accumulates_in_fp16"].function(call), forward(call)
+    assert "far off" not in str(gather(prepared(call), got, right, differing(got, right)))

@@ -8,9 +8,11 @@ from torch import Tensor
 from mxfp4ref.conformance.comparison import differing, ulp_distance
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["angle_between", "last_place", "share", "solvable", "surprise", "ulps_apart"]
+__all__ = ["angle_between", "last_place", "may_underflow", "share", "solvable", "surprise", "ulps_apart"]
 
 _UNDERFLOW = 2.0**-100  # below which sums lose what is below float32's least number
+_SMALL = 2.0**-9  # the least number of FP8 e4m3; that of fp16 is smaller
+_BELOW = 0.05  # of those kept
 
 
 def surprise(got: Tensor, want: Tensor) -> float:
@@ -48,3 +50,11 @@ def solvable(values: Tensor) -> bool:
 def share(equal: Tensor, of: Tensor) -> float:
     """The part of the elements of a mask that another one has; 1 of none."""
     return float(equal[of].double().mean()) if bool(of.any()) else 1.0
+
+
+def may_underflow(lost: Tensor, kept: Tensor) -> bool:
+    """Whether numbers are missing because they are small: all are below what FP8 resolves, most below those kept."""
+    if not len(lost) or float(lost.max()) >= _SMALL:
+        return False
+    below = torch.searchsorted(kept.sort().values, lost.contiguous(), right=True)
+    return float(below.double().mean()) <= _BELOW * len(kept)

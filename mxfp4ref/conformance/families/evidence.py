@@ -7,16 +7,18 @@ unknowns, and have a solution within the roundings, the solution is what the ker
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.bounds import bound
 from mxfp4ref.conformance.comparison import differing, ulp_distance
+from mxfp4ref.conformance.families.distances import last_place
 from mxfp4ref.conformance.families.error_space import Space
 from mxfp4ref.conformance.families.expert_sums import other_sums
 from mxfp4ref.conformance.families.formula import Formula, fitted
-from mxfp4ref.conformance.families.hypothesis import Pipeline, local_of
+from mxfp4ref.conformance.families.hypothesis import Pipeline, local_of, slot_outputs
 from mxfp4ref.conformance.families.lost_terms import lost_terms
 from mxfp4ref.conformance.families.mixed_up import mixed_up
 from mxfp4ref.conformance.families.places import named_columns, residue_in_words
@@ -53,7 +55,7 @@ def gather(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> list
     found += _rows(pipeline, got, want, wrong)
     if not found and (lost := lost_terms(pipeline, got, want, wrong, local)) is not None:
         return [lost]
-    found += _single(pipeline.call, got, want, wrong) or _columns(pipeline.call, got, want, wrong, tokens)
+    found += _single(pipeline.call, got, want, wrong) or _columns(pipeline, got, want, wrong, tokens)
     if not found:
         found += other_sums(pipeline, got, wrong, local, tokens)
     if not found:
@@ -212,13 +214,13 @@ def _single(call: MoeCall, got: Tensor, want: Tensor, wrong: Tensor) -> list[Evi
 
 
 def _columns(
-    call: MoeCall, got: Tensor, want: Tensor, wrong: Tensor, tokens: list[int]
+    pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor, tokens: list[int]
 ) -> Iterator[Evidence]:
     """Wrong elements in some columns only, where what is before GEMM2 would show in others too."""
     if not tokens:
         return
-    columns, part = wrong.any(0), wrong[tokens]
-    far = ulp_distance(got[tokens], want[tokens])[part].to(torch.float64)
+    call, columns, part = pipeline.call, wrong.any(0), wrong[tokens]
+    far = _roundings(pipeline, got[tokens], want[tokens], tokens)[part]
     if float(far.mean()) < 1.5 and len(tokens) > 1:
         if is_spread(call, got, want, wrong, tokens, visible=0):
             yield from _scattered(wrong)
@@ -251,6 +253,21 @@ def _columns(
             "written, or damaged",
             2,
         )
+
+
+def _roundings(pipeline: Pipeline, got: Tensor, want: Tensor, tokens: list[int]) -> Tensor:
+    """How many units in the last place these tokens' elements are off: of the output, or of a larger term of its sum.
+
+    Where a sum cancels, a rounding of one of its terms is many units of the output.
+    """
+    far = ulp_distance(got, want).double()
+    if is_heavy(pipeline.call):
+        return far
+    some = replace(pipeline, call=pipeline.call.select(torch.tensor(tokens, device=got.device)))
+    terms = fp32.widen(slot_outputs(some).contiguous()) * some.call.token_final_scales[..., None]
+    one, other = (fp32.widen(t.contiguous()).double() for t in (got, want))
+    larger = torch.maximum(terms.abs().amax(1).nan_to_num(0, 0, 0), other.abs())
+    return torch.minimum(far, (one - other).abs() / last_place(larger.clamp(min=_LEAST)))
 
 
 def _garbage(got: Tensor, want: Tensor) -> str:

@@ -2,7 +2,8 @@
 
 What is fitted is piecewise linear in up and in gate, the same in all columns, of all experts or of each. It is tried
 on tokens that it was not fitted to; only a mistake that is a function of these two numbers predicts them. What of an
-error is a sum of the token's right rows is left out, since other weights in the sum would give that.
+error is a sum of the token's right rows, or of their biases, is left out, since other weights in the sum, a factor on
+GEMM2's result or on its bias, or rows of other slots in place of these would give that.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Formula:
 
 def fitted(some: list[Sample]) -> Formula | None:
     """The function that explains most; None of too few tokens, and where errors are sums of the right rows."""
-    some = [s for s in some if float((s.rest.square() / s.noise).mean()) > _LOUD][
+    some = [s for s in some if float((s.beside_rows(s.error).square() / s.noise).mean()) > _LOUD][
         :: max(len(some) // _TOKENS, 1)
     ][:_TOKENS]
     if len(some) < _FEWEST:
@@ -110,10 +111,9 @@ def _explained(
             given = given.permute(1, 0, 2).flatten(1)
         else:
             given = given.sum(0)
-        error = s.rest if without_rows else s.error
+        error = s.error
         if without_rows:
-            rows = torch.linalg.qr(s.y.T).Q
-            given = given - rows @ (rows.T @ given)
+            error, given = s.beside_rows(error), s.beside_rows(given)
         size = error.square().mean().sqrt()  # each token counts alike
         systems.append(given / size)
         targets.append(error / size)

@@ -1,4 +1,8 @@
-"""Whether terms of the weighted sum are missing, or count twice, in blocks of columns: sums that are not atomic."""
+"""Whether terms of the weighted sum are missing, or count twice, in blocks of columns: sums that are not atomic.
+
+That a term is missing says no more than that its row is zero there. So blocks are told only of rows of which others
+are right, and not where all that is missing is small: GEMM2 or what is before it may have lost that by underflow.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.families.distances import last_place, solvable
+from mxfp4ref.conformance.families.distances import last_place, may_underflow, solvable
 from mxfp4ref.conformance.families.hypothesis import Pipeline, slot_outputs
 from mxfp4ref.conformance.finding import Evidence
 from mxfp4ref.sm90 import fp32
@@ -19,6 +23,7 @@ _LOUD, _QUIET = 4.0, 1.6  # times the roundings: before, and when explained
 _FEWEST = 4  # blocks
 _MOST = 0.7  # of all blocks
 _EXPLAINED = 0.9  # of the loud blocks
+_PARTLY = 0.5  # of the rows with missing terms, of which some blocks have theirs
 
 
 def lost_terms(
@@ -40,13 +45,14 @@ def lost_terms(
     if not bool(terms.isfinite().all()) or not solvable(right):
         return None
     for size in _SIZES:
-        if call.experts.hidden_size % size:
+        if call.experts.hidden_size % size or size == call.experts.hidden_size:
             continue
         loud = (error / noise).view(len(rows), -1, size).square().mean(2).sqrt() > _LOUD
         count = int(loud.sum())
         if count < _FEWEST or count > _MOST * loud.numel() or int(loud.any(1).sum()) < 2:
             continue
-        if (found := _explained(error, terms, noise, loud, size)) is not None:
+        found = _explained(error, terms, noise, loud, size)
+        if found is not None and _by_block(found, y, weights, size):
             return _told(pipeline, rows, local, found, count, size)
     return None
 
@@ -68,6 +74,18 @@ def _explained(error: Tensor, terms: Tensor, noise: Tensor, loud: Tensor, size: 
         if float(loudness[best]) <= _QUIET:
             found.append((row, block, chosen[best % len(chosen)], best >= len(chosen)))
     return found if len(found) >= _EXPLAINED * len(places) else None
+
+
+def _by_block(found: _Found, y: Tensor, weights: Tensor, size: int) -> bool:
+    """Whether it is blocks that decide which terms are missing, not their rows, nor how small they are."""
+    blocks = y.view(*y.shape[:2], -1, size).square().mean(3).sqrt()  # [rows, slots, blocks]
+    lost = torch.zeros_like(blocks, dtype=torch.bool)
+    for row, block, slots, _ in found:
+        lost[row, list(slots), block] = True
+    kept = ~lost & (weights != 0)[..., None]
+    rows = lost.any(2)
+    partly = float((rows & kept.any(2)).sum()) >= _PARTLY * float(rows.sum())
+    return partly and (any(twice for *_, twice in found) or not may_underflow(blocks[lost], blocks[kept]))
 
 
 def _told(pipeline: Pipeline, rows: Tensor, local: Tensor, found: _Found, count: int, size: int) -> Evidence:

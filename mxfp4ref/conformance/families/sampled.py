@@ -21,6 +21,7 @@ from mxfp4ref.sm90.activation import up_and_gate
 __all__ = ["Sample", "samples"]
 
 _TOKENS, _COLUMNS = 48, 1024
+_LEAST = 1e-6  # singular value of rows of length 1, which are distinct
 _SIZE = 1 << 26  # elements of GEMM2's weights, of the experts that are used
 
 
@@ -35,6 +36,7 @@ class Sample:
         second: `[n, H, I]`, GEMM2's weights.
         activation, up, gate: `[n, I]`, the right ones; up and gate with their bias.
         y: `[n, H]`, what GEMM2 gives, with the fc2 bias.
+        bias: `[n, H]`, the fc2 bias; zeros without one.
         error: `[H]`, the kernel's row less the right sum, neither it nor `y` rounded.
         noise: `[H]`, the variance of the roundings to bf16 in the error.
     """
@@ -47,6 +49,7 @@ class Sample:
     up: Tensor
     gate: Tensor
     y: Tensor
+    bias: Tensor
     error: Tensor
     noise: Tensor
 
@@ -84,6 +87,20 @@ class Sample:
         left: Tensor = self.error - (self.own_weights - self.weights) @ self.y
         return left
 
+    @cached_property
+    def directions(self) -> Tensor:
+        """Of what GEMM2 gives without the bias, and of the bias, `[H, m]`, orthonormal."""
+        parts = torch.cat((self.y - self.bias, self.bias))
+        lengths = parts.norm(dim=1, keepdim=True)
+        axes, sizes, _ = torch.linalg.svd((parts / lengths)[lengths[:, 0] > 0].T, full_matrices=False)
+        found: Tensor = axes[:, sizes > _LEAST]
+        return found
+
+    def beside_rows(self, values: Tensor) -> Tensor:
+        """Less what is a sum of the right rows and of their biases, `[H]` or `[H, m]`."""
+        left: Tensor = values - self.directions @ (self.directions.T @ values)
+        return left
+
     @property
     def finite(self) -> bool:
         numbers = (self.second, self.activation, self.up, self.gate, self.y, self.error, self.noise)
@@ -115,8 +132,10 @@ def samples(pipeline: Pipeline, got: Tensor, wrong: Tensor, local: Tensor) -> li
     rows = trace(call.select(index))
     y = rows.fc2_accumulators[:, columns].double()
     units = last_place(y)  # of what is rounded, which is without the bias
+    bias = torch.zeros_like(y)
     if experts.fc2_biases is not None and call.tp_rank == 0:
-        y = y + fp32.widen(experts.fc2_biases[rows.expert][:, columns].contiguous()).double()
+        bias = fp32.widen(experts.fc2_biases[rows.expert][:, columns].contiguous()).double()
+    y = y + bias
     fc1 = fp32.widen(rows.fc1_output).double()
     if experts.fc1_biases is not None:
         fc1 = fc1 + fp32.widen(experts.fc1_biases[rows.expert]).double()
@@ -136,7 +155,7 @@ def samples(pipeline: Pipeline, got: Tensor, wrong: Tensor, local: Tensor) -> li
                 rows.expert[mine],
                 weights,
                 dense[place[mine]],
-                *(t[mine] for t in (activation, up, gate, y)),
+                *(t[mine] for t in (activation, up, gate, y, bias)),
                 error=target - weights @ y[mine],
                 noise=rounded.square().sum(0) / 12,
             )

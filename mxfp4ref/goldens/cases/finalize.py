@@ -67,6 +67,17 @@ def slot_order(source: Source) -> MoeCall:
     return MoeCall(source.normal("input", 8, _H), ids, source.weights(8, 4) * power, experts)
 
 
+@define(catches="rsf_post_hoc", unique_for="weights that carry a routed scaling factor", pending=True)
+def weights_with_a_routed_factor(source: Source) -> Content:
+    """Weights that sum to 2.5 a token, as of a router with routed_scaling_factor 2.5: a kernel that normalises them,
+    or knows the model and applies the factor once more, is right on weights that sum to 1 or to nothing in particular.
+    """
+    weights = source.weights(8, 4).double()
+    scales = (2.5 * weights / weights.sum(1, keepdim=True)).float()  # sums of four such numbers are exact
+    x, ids = source.normal("input", 8, _H), source.distinct("ids", 8, 4, 8)
+    return moe_content(MoeCall(x, ids, scales, source.experts(8, _H, _I)), compact=True)
+
+
 @define(catches="bias1_ignored bias2_ignored bias2_unweighted", unique_for="both biases with ordinary values")
 def biases_inside_weight(source: Source) -> MoeCall:
     """Both biases and unequal weights: the fc2 bias belongs inside the routing weight, once for each slot."""
