@@ -318,6 +318,10 @@ class Weighing:
             f"scores are rounded to {self.scores}": bool(self.scores),
             f"weights are normalised {self.normalization} instead of {right}": bool(self.normalization),
         }
+        if view.preset.normalize != "softmax" or self.score:
+            normalization = self.normalization or right
+            twice = (self.score or view.right_score, normalization) == ("softmax(logits)", "as softmax")
+            found["softmax is applied twice"] = twice
         found["weights are not normalised"] = self.normalization == _NONE
         found.pop(f"weights are normalised {_NONE} instead of {right}", None)
         return [words for words, applies in found.items() if applies]

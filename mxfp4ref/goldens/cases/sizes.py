@@ -75,9 +75,9 @@ def eight_slots(source: Source) -> Content:
 
 @define(unique_for="hidden states padded with zeros", pending=True)
 def hidden_192_padded_to_256(source: Source) -> Content:
-    """A hidden size that is a multiple of 64 and no more, padded to 256 as engines do it: zeros in the last 64 columns
-    of the input and of fc1, and in the last 64 rows of fc2. Kernels that skip what is padded may skip a whole tile
-    of 128, half of which is none.
+    """A hidden size that is a multiple of 64 and no more, padded to 256 as engines do it: zeros in the last 64
+    columns of the input and of fc1, and in the last 64 rows of fc2. Kernels that skip what is padded may skip a
+    whole tile of 128, half of which is none.
     """
     x, experts = source.normal("input", 8, 256), source.experts(2, 256, _I)
     assert experts.fc1_scales is not None
