@@ -1,0 +1,57 @@
+"""Whether each column of GEMM2's result has its own factor: fitted to half of the tokens, tried on the others."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mxfp4ref.conformance.families.sampled import Sample
+
+__all__ = ["column_factors"]
+
+_FEWEST = 4  # tokens
+_LOUD = 4.0  # times the roundings
+_EXPLAINED = 0.9  # of the errors' squares that roundings do not make
+_SEEN = 100.0  # of a column's squares, in those of its roundings, from which its factor is told
+_ALIKE = 2.0**-5  # factors that differ by less are one
+_Parts = tuple[tuple[str, ...], str, int]  # of an `Evidence`
+
+
+def column_factors(some: list[Sample]) -> _Parts | None:
+    """The parts of an `Evidence`, if factors that are the same for all tokens explain the errors."""
+    loud = [s for s in some if s.loudness > _LOUD]
+    if len(loud) < _FEWEST:
+        return None
+    error, noise = (torch.stack([getattr(s, name) for s in loud]) for name in ("error", "noise"))
+    for biased in (False, True):
+        sums = torch.stack([s.weights @ (s.y if biased else s.y - s.bias) for s in loud])
+        if min(_explained(error, sums, noise, half) for half in (0, 1)) < _EXPLAINED:
+            continue
+        seen = (sums.square() / noise).sum(0) > _SEEN
+        factors = 1 + _fitted(error, sums, noise)[seen]
+        low, high = (float(factors.quantile(q)) for q in (0.02, 0.98))
+        if high - low < _ALIKE * max(abs(low), abs(high)):
+            return None
+        bias = " and its bias" if biased and bool(loud[0].bias.any()) else ""
+        return (
+            ("fc2", "finalize"),
+            f"each column of GEMM2's result{bias} has a factor of its own, the same in all tokens that were looked "
+            f"at, from {low:.3g} to {high:.3g}: scales of output columns, or of rows of fc2's weights",
+            3,
+        )
+    return None
+
+
+def _fitted(error: Tensor, sums: Tensor, noise: Tensor) -> Tensor:
+    """By column, what `sums` has to be multiplied with to give the error."""
+    found: Tensor = (error * sums / noise).sum(0) / (sums.square() / noise).sum(0).clamp(min=1e-300)
+    return found
+
+
+def _explained(error: Tensor, sums: Tensor, noise: Tensor, half: int) -> float:
+    """The part of every second token's error that the other tokens' factors predict."""
+    fit, other = slice(half, None, 2), slice(1 - half, None, 2)
+    factors = _fitted(error[fit], sums[fit], noise[fit])
+    rest = ((error[other] - factors * sums[other]).square() / noise[other]).sum()
+    total, quiet = (error[other].square() / noise[other]).sum(), error[other].numel()
+    return float((total - rest) / (total - quiet).clamp(min=1e-300))
