@@ -100,6 +100,19 @@ def test_columns_with_factors_of_their_own() -> None:
     assert factors_of(KERNELS["expert_off_by_one"].function(call), call) is None
 
 
+def test_another_fc2_bias_is_no_factor_by_column() -> None:
+    call = GOLDENS.load("options/alltoall_foreign_tokens").call()  # whose bias is most of a row
+    assert factors_of(KERNELS["fc2_bias_permuted"].function(call), call) is None
+    assert factors_of(layer(call, fc2=times(FACTORS[::2])), call) is not None
+    call = GOLDENS.load("ungated/relu2_layer").call()  # whose activations are positive
+    off = torch.randn(call.experts.hidden_size, generator=torch.Generator().manual_seed(0))
+    output = forward(call).float()
+    assert (
+        factors_of(to_bf16(output + output.std() * off * call.token_final_scales.sum(1)[:, None]), call)
+        is None
+    )
+
+
 @pytest.mark.parametrize("preset", ["mixtral", "gpt_oss"])
 def test_a_softmax_of_a_softmax(preset: str) -> None:
     cases = (runs(GOLDENS.load(name))[0] for name in GOLDENS.names("routing"))

@@ -11,7 +11,8 @@ __all__ = ["column_factors"]
 
 _FEWEST = 4  # tokens
 _LOUD = 4.0  # times the roundings
-_EXPLAINED = 0.9  # of the errors' squares that roundings do not make
+# Of the errors' squares that roundings do not make: the most that may be left, and times more for another fc2 bias.
+_LEFT, _LEAST, _WORSE = 0.1, 0.005, 4
 _SEEN = 100.0  # of a column's squares, in those of its roundings, from which its factor is told
 _ALIKE = 2.0**-5  # factors that differ by less are one
 _Parts = tuple[tuple[str, ...], str, int]  # of an `Evidence`
@@ -23,23 +24,24 @@ def column_factors(some: list[Sample]) -> _Parts | None:
     if len(loud) < _FEWEST:
         return None
     error, noise = (torch.stack([getattr(s, name) for s in loud]) for name in ("error", "noise"))
-    for biased in (False, True):
-        sums = torch.stack([s.weights @ (s.y if biased else s.y - s.bias) for s in loud])
-        if min(_explained(error, sums, noise, half) for half in (0, 1)) < _EXPLAINED:
-            continue
-        seen = (sums.square() / noise).sum(0) > _SEEN
-        factors = 1 + _fitted(error, sums, noise)[seen]
-        low, high = (float(factors.quantile(q)) for q in (0.02, 0.98))
-        if high - low < _ALIKE * max(abs(low), abs(high)):
-            return None
-        bias = " and its bias" if biased and bool(loud[0].bias.any()) else ""
-        return (
-            ("fc2", "finalize"),
-            f"each column of GEMM2's result{bias} has a factor of its own, the same in all tokens that were looked "
-            f"at, from {low:.3g} to {high:.3g}: scales of output columns, or of rows of fc2's weights",
-            3,
-        )
-    return None
+    sums, bias, ones = (
+        torch.stack([s.weights @ part(s) for s in loud])
+        for part in (lambda s: s.y - s.bias, lambda s: s.bias, lambda s: torch.ones_like(s.y))
+    )
+    left = max(1 - _explained(error, sums, noise), _LEAST)
+    if left > _LEFT or any(1 - _explained(error, one, noise) < _WORSE * left for one in (bias, ones)):
+        return None  # another fc2 bias gives that as well
+    seen = (sums.square() / noise).sum(0) > _SEEN
+    factors = 1 + _fitted(error, sums, noise)[seen]
+    low, high = (float(factors.quantile(q)) for q in (0.02, 0.98))
+    if high - low < _ALIKE * max(abs(low), abs(high)):
+        return None
+    return (
+        ("fc2", "finalize"),
+        "each column of GEMM2's result has a factor of its own, the same in all tokens that were looked at, from "
+        f"{low:.3g} to {high:.3g}: scales of output columns, or of rows of fc2's weights",
+        3,
+    )
 
 
 def _fitted(error: Tensor, sums: Tensor, noise: Tensor) -> Tensor:
@@ -48,10 +50,13 @@ def _fitted(error: Tensor, sums: Tensor, noise: Tensor) -> Tensor:
     return found
 
 
-def _explained(error: Tensor, sums: Tensor, noise: Tensor, half: int) -> float:
-    """The part of every second token's error that the other tokens' factors predict."""
-    fit, other = slice(half, None, 2), slice(1 - half, None, 2)
-    factors = _fitted(error[fit], sums[fit], noise[fit])
-    rest = ((error[other] - factors * sums[other]).square() / noise[other]).sum()
-    total, quiet = (error[other].square() / noise[other]).sum(), error[other].numel()
-    return float((total - rest) / (total - quiet).clamp(min=1e-300))
+def _explained(error: Tensor, sums: Tensor, noise: Tensor) -> float:
+    """The part of every second token's error that the other tokens' factors predict, of either half the smaller."""
+    found = []
+    for half in (0, 1):
+        fit, other = slice(half, None, 2), slice(1 - half, None, 2)
+        factors = _fitted(error[fit], sums[fit], noise[fit])
+        rest = ((error[other] - factors * sums[other]).square() / noise[other]).sum()
+        total, quiet = (error[other].square() / noise[other]).sum(), error[other].numel()
+        found.append(float((total - rest) / (total - quiet).clamp(min=1e-300)))
+    return min(found)
