@@ -116,7 +116,7 @@ def _foreign() -> Iterator[Hypothesis]:
             lambda ids, n, size, rank: ids % n,
         ),
         (
-            "by the nearest of the rank's experts (ids cut off)",
+            "by the nearest of the rank's experts (ids are clamped to its range)",
             lambda ids, n, size, rank: (ids - rank * n).clamp(0, n - 1),
         ),
         (
