@@ -212,7 +212,7 @@ class Selection:
             "a group's score is its best expert's instead of the sum of its two best": self.best == 1,
             f"a group's score is the sum of its {self.best} best instead of its two best": self.best > 2,
             f"experts outside the groups get the score {self.outside:g}": self.outside != -math.inf,
-            f"the groups {_signed(self.moved)} take part instead of the best": self.moved != 0,
+            f"the groups {_signed(self.moved)} (shifted) take part instead of the best": self.moved != 0,
             "groups are made of every n-th expert instead of neighbours": self.interleaved,
             f"the best {self.skipped} of the experts are passed over": self.skipped > 0,
             "ties are broken to the higher id instead of the lower": self.high,
@@ -318,6 +318,10 @@ class Weighing:
             f"scores are rounded to {self.scores}": bool(self.scores),
             f"weights are normalised {self.normalization} instead of {right}": bool(self.normalization),
         }
+        if view.preset.normalize != "softmax" or self.score:
+            normalization = self.normalization or right
+            twice = (self.score or view.right_score, normalization) == ("softmax(logits)", "as softmax")
+            found["softmax is applied twice"] = twice
         found["weights are not normalised"] = self.normalization == _NONE
         found.pop(f"weights are normalised {_NONE} instead of {right}", None)
         return [words for words, applies in found.items() if applies]

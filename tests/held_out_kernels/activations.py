@@ -135,7 +135,7 @@ def exact_sigmoid(call: MoeCall) -> Tensor:
     stage="activation",
     says=(
         "gelu|activation|formula|silu|sigmoid|function",
-        "gelu|erf|tanh|another|other|not silu|1\\.702|instead",
+        "gelu|geglu|erf|tanh|another|other|not silu|1\\.702|instead",
     ),
     story="GeGLU: gelu(gate) where silu is meant",
 )

@@ -166,7 +166,7 @@ def fc2_scales_late_in_the_second_half(call: MoeCall) -> Tensor:
 
 @wrong(
     stage=("slots", "finalize"),
-    says=("token|row", "another|next|previous|got|shift"),
+    says=("token|row", "another|other|next|previous|got|shift"),
     story="the sum takes slot 1's row from the token after",
 )
 def second_slot_of_the_next_token(call: MoeCall) -> Tensor:

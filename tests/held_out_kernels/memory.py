@@ -54,7 +54,7 @@ def tokens_beyond_64_zero(call: MoeCall) -> Tensor:
 
 @wrong(
     stage=("slots", "finalize", "input"),
-    says=("token|row", "128|beyond|after|from|tail|wrap|first", STALE),
+    says=("token|row", "128|beyond|after|from|tail|wrap|first", STALE + "|other tokens' rows|modulo"),
     story="tokens beyond 128 get what token - 128 got",
 )
 def tokens_beyond_128_stale(call: MoeCall) -> Tensor:

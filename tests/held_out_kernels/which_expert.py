@@ -40,7 +40,7 @@ def expert_id_modulo_four(call: MoeCall) -> Tensor:
 
 @wrong(
     stage="slots",
-    says=("expert", "swap|exchang|interchang|permut|instead of|take|of expert"),
+    says=("expert", "swap|exchang|interchang|permut|instead of|take|of expert|0 by 1"),
     story="two experts were loaded in each other's place",
 )
 def first_two_experts_swapped(call: MoeCall) -> Tensor:
@@ -128,7 +128,7 @@ def last_slot_left_out(call: MoeCall) -> Tensor:
 
 @wrong(
     stage=("slots", "finalize"),
-    says=("slot", "equal|same|duplicate|repeat", "weight"),
+    says=("slot", "equal|same|weight of an earlier|duplicate|repeat", "weight"),
     story="slots are told apart by their weight, so of slots with equal weights one counts",
 )
 def slots_of_equal_weight_counted_once(call: MoeCall) -> Tensor:
@@ -189,7 +189,11 @@ def fc2_experts_swapped_in_pairs(call: MoeCall) -> Tensor:
 
 @wrong(
     stage="fc1",
-    says=("GEMM ?1|fc1|first GEMM", "expert", "tile|rows|boundar|first row|neighbou?r|of expert"),
+    says=(
+        "GEMM ?1|fc1|first GEMM",
+        "expert",
+        "tile|rows|boundar|first row|neighbou?r|of expert|other experts",
+    ),
     story="GEMM1 takes one expert for a tile of 16 sorted rows, though a tile may hold rows of two",
 )
 def fc1_tile_takes_its_first_rows_expert(call: MoeCall) -> Tensor:
@@ -222,7 +226,7 @@ def last_experts_fc1_is_the_firsts(call: MoeCall) -> Tensor:
     stage=("slots", "input", "fc1"),
     says=(
         "rows?|token",
-        "shift|next|previous|another|off by one|neighbou?r|wrong row|permut",
+        "shift|next|previous|before|other tokens|another|off by one|neighbou?r|wrong row|permut",
         "expert|slot|rows",
     ),
     story="the rows gathered for one expert are shifted by one",

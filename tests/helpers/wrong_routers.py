@@ -168,7 +168,11 @@ WRONG: dict[str, tuple[tuple[str, ...], Wrong, str]] = {
         _interleaved_groups,
         "groups are made of every n-th expert",
     ),
-    "the next groups": (("deepseek_v3",), _next_groups, "the groups 1 after take part instead of the best"),
+    "the next groups": (
+        ("deepseek_v3",),
+        _next_groups,
+        "the groups 1 after (shifted) take part instead of the best",
+    ),
     "the best passed over": (
         ("deepseek_v4", "gpt_oss", "mixtral"),
         _second_best,

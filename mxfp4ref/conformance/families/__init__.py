@@ -78,12 +78,17 @@ _FAMILIES = (
     Family(
         "dropped slots",
         "slots left out or added twice: the last of a token, rows beyond the first n of an expert, small weights, "
-        "one expert",
+        "one expert; or GEMM2's rows of them, beside an fc2 bias",
         ("last_slot_dropped",),
     ),
     Family(
         "rows of an expert",
         "rows taken from another place among their expert's: the row before, modulo n, blocks swapped or transposed",
+    ),
+    Family(
+        "permuted slots",
+        "GEMM2's rows, routing weights or input rows in the order of the sorted slots where that of the slots is "
+        "meant, the other way round, or by the permutation for its inverse",
     ),
     Family(
         "routing weights",

@@ -27,6 +27,7 @@ from mxfp4ref.conformance.families.outputs import (
     input_factor_hypotheses,
     output_hypotheses,
 )
+from mxfp4ref.conformance.families.permuted import permuted_hypotheses
 from mxfp4ref.conformance.families.regions import k_hypotheses, row_hypotheses, rows_at
 from mxfp4ref.conformance.families.roundings import order_hypotheses, rounding_hypotheses
 from mxfp4ref.conformance.families.search import FEWEST_BITS, Match, Search, one_thread
@@ -139,7 +140,8 @@ def simplest(matches: list[Match]) -> list[Match]:
 def _by_token(hypothesis: Hypothesis) -> bool:
     """Whether a few tokens of a call show it: it does not depend on where a row lies among others."""
     h = hypothesis
-    return not (h.name or h.family in ("dropped slots", "rows of an expert") or h.across_tokens)
+    kinds = ("dropped slots", "rows of an expert", "permuted slots")
+    return not (h.name or h.family in kinds or h.across_tokens)
 
 
 def _is_small(search: Search) -> bool:
@@ -173,6 +175,7 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
         other_activations,  # few, and so known in a quick diagnosis too
         named_hypotheses,
         slot_hypotheses,
+        permuted_hypotheses,
         weight_hypotheses,
         expert_hypotheses,
         value_hypotheses,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mxfp4ref.conformance.bounds import bound
 from mxfp4ref.conformance.comparison import differing, ulp_distance
+from mxfp4ref.conformance.families.column_factors import column_factors
 from mxfp4ref.conformance.families.distances import last_place
 from mxfp4ref.conformance.families.error_space import Space
 from mxfp4ref.conformance.families.expert_sums import other_sums
@@ -71,6 +72,8 @@ def look_closer(pipeline: Pipeline, got: Tensor, wrong: Tensor, found: list[Evid
     some = samples(pipeline, got, wrong, local_of(pipeline))
     if (rows := mixed_up(pipeline, some)) is not None:
         return [rows, *found]
+    if (factors := column_factors(some)) is not None:
+        return [factors, *found]
     space = Space.of(some)
     formula = fitted(some) if space is not None and space.inside else None
     if formula is not None and formula.proved:

@@ -13,7 +13,7 @@ from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline, of_su
 from mxfp4ref.defects.variants.finalize import FinalizeVariant
 from mxfp4ref.defects.variants.gemm import GemmVariant, Term, accumulate
 from mxfp4ref.defects.variants.rounding import bf16
-from mxfp4ref.formats.mxfp4 import GROUP_SIZE
+from mxfp4ref.formats.mxfp4 import GROUP_SIZE, dequantize
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
 
@@ -237,8 +237,30 @@ def _orders() -> Iterator[tuple[str, _Accumulate, float]]:
     )
 
 
+def _one_by_one(dtype: torch.dtype) -> Callable[..., Tensor]:
+    """A GEMM of scaled weights that adds one product after the other, in a type."""
+
+    def gemm(x: Tensor, packed: Tensor, scales: Tensor, **how: object) -> Tensor:
+        weights = dequantize(packed, scales, convention="sm90", dtype=torch.float32)
+        total = torch.zeros(*x.shape[:2], weights.shape[1], dtype=dtype, device=x.device)
+        for k in range(x.shape[2]):
+            product = fp32.widen(x[:, :, k].contiguous())[:, :, None] * weights[:, None, :, k]
+            total = (total.float() + product).to(dtype)
+        return total.float()
+
+    return gemm
+
+
 def order_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     """In one GEMM or in both."""
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "float16"), (torch.float32, "float32")):
+        for fc in ("fc1", "fc2"):
+
+            def single(p: Pipeline, fc: str = fc, dtype: torch.dtype = dtype) -> Pipeline:
+                return p.staging(**{f"{fc}_gemm": _one_by_one(dtype)})
+
+            words = f"in GEMM{fc[-1]} products are added one by one in {name}"
+            yield Hypothesis("order of sums", (fc,), words, single, 1.2, slow=True)
     plain = lambda n, tile: list(range(n))  # noqa: E731
     for words, change, cost in _orders():
         for fcs in (("fc1",), ("fc2",), ("fc1", "fc2")):

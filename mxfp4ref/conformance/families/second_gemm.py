@@ -29,6 +29,7 @@ __all__ = ["second_gemm"]
 
 _SIZE = 1 << 22  # elements of a system of equations
 _ROUNDING = 2.0**-9  # of bf16, relative, of each slot's row and of the sum
+_ZERO = 2.0**-5  # times that a K group counts
 _MARGIN = 1.6  # over the expected length of the rounding errors
 _SIGMAS = 6.0  # of a solved number's standard deviation: more is no chance
 _THOSE_ROWS = "it is in those rows of GEMM1 (weights, scales, bias) or in the activation"
@@ -205,6 +206,13 @@ def _groups(call: MoeCall, systems: list[_System], of_expert: str) -> Evidence |
     if not bool(off.any()):  # or not determined, as where experts cancel
         return None
     determined = mean[~mean.isnan()]
+    if float(determined.abs().max()) < _ZERO:
+        return Evidence(
+            ("fc2", "activation"),
+            f"GEMM2's rows{of_expert} are zero in most slots of the tokens that were looked at, and the fc2 bias is "
+            "added: rows that are not computed, not written, or of an activation of zeros",
+            2,
+        )
     if float(determined.max() - determined.min()) < 2.0**-5 * float(determined.abs().max()):
         known = "" if of_expert else factor_in_words(float(determined.mean()), [call], unsure=_ROUNDING)
         return Evidence.of_kind(

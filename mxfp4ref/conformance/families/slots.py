@@ -119,7 +119,7 @@ def _foreign() -> Iterator[Hypothesis]:
             lambda ids, n, size, rank: ids % n,
         ),
         (
-            "by the nearest of the rank's experts (ids cut off)",
+            "by the nearest of the rank's experts (ids are clamped to its range)",
             lambda ids, n, size, rank: (ids - rank * n).clamp(0, n - 1),
         ),
         (
@@ -206,6 +206,7 @@ def _ranks() -> Iterator[Hypothesis]:
 
 def _miscounted(call: MoeCall) -> Iterator[Hypothesis]:
     """Some kind of slots that does not count, or counts twice."""
+    biased = call.experts.fc2_biases is not None and call.tp_rank == 0
     for words in (kind.words for kind in attributes(call, local_of(Pipeline(call)))):
 
         def kind(rows: SlotRows, words: str = words) -> Tensor:
@@ -219,6 +220,21 @@ def _miscounted(call: MoeCall) -> Iterator[Hypothesis]:
 
         yield of_slots("dropped slots", _S, f"the slots {words} are left out of the sum", without, 1.3)
         yield of_slots("dropped slots", _S, f"the slots {words} are added twice", twice, 1.4)
+        for factor, what in ((0, "zero, not computed"), (2, "added twice")) if biased else ():
+
+            def rows_alone(
+                rows: SlotRows, kind: Callable[[SlotRows], Tensor] = kind, factor: int = factor
+            ) -> SlotRows:
+                return replace(rows, y=torch.where(kind(rows)[..., None], factor * rows.y, rows.y))
+
+            stages = ("fc2", "activation") if factor == 0 else ("fc2", "slots")
+            yield of_slots(
+                "dropped slots",
+                stages,
+                f"GEMM2's rows of slots {words} are {what}, their fc2 bias is added once",
+                rows_alone,
+                1.45,
+            )
 
 
 def _row_maps() -> Iterator[tuple[str, Callable[[Tensor, Tensor], Tensor], float]]:

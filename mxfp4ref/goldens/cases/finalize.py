@@ -70,7 +70,7 @@ def slot_order(source: Source) -> MoeCall:
 @define(catches="rsf_post_hoc", unique_for="weights that carry a routed scaling factor", pending=True)
 def weights_with_a_routed_factor(source: Source) -> Content:
     """Weights that sum to 2.5 a token, as of a router with routed_scaling_factor 2.5: a kernel that normalises them,
-    or that applies the factor once more, is right on weights that sum to 1 or to nothing in particular.
+    or knows the model and applies the factor once more, may be right on weights that sum to 1 or to anything.
     """
     weights = source.weights(8, 4).double()
     scales = (2.5 * weights / weights.sum(1, keepdim=True)).float()  # sums of four such numbers are exact

@@ -73,6 +73,22 @@ def eight_slots(source: Source) -> Content:
     return moe_content(call, compact=True)
 
 
+@define(unique_for="hidden states padded with zeros", pending=True)
+def hidden_192_padded_to_256(source: Source) -> Content:
+    """A hidden size that is a multiple of 64 and no more, padded to 256 as engines do it: zeros in the last 64
+    columns of the input and of fc1, and in the last 64 rows of fc2. Kernels that skip what is padded may skip a
+    whole tile of 128, half of which is none.
+    """
+    x, experts = source.normal("input", 8, 256), source.experts(2, 256, _I)
+    assert experts.fc1_scales is not None
+    assert experts.fc2_scales is not None
+    x[:, 192:] = 0
+    experts.fc1_weights[..., 96:], experts.fc1_scales[..., 6:] = 0, 0
+    experts.fc2_weights[:, 192:], experts.fc2_scales[:, 192:] = 0, 0
+    call = MoeCall(x, source.distinct("ids", 8, 2, 2), source.weights(8, 2), experts)
+    return moe_content(call, compact=True)
+
+
 @define(unique_for="384 experts with rows each")
 def experts_384_with_a_row_each(source: Source) -> Content:
     """384 experts, as many as DeepSeek-V4-Pro has, and one row for each: an expert's number does not fit into a
