@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mxfp4ref._compiled import as_numpy, loops
 from mxfp4ref._compiler import uncompiled
@@ -99,7 +100,7 @@ def grouped_gemm(
         compiled.classify(x_bits, facts)
         packed, scales, orders = weights(expert)
         if num_groups % 4:
-            scales = torch.nn.functional.pad(scales.view(num_columns, -1), (0, -num_groups % 4))
+            scales = pad(scales.reshape(num_columns, -1), (0, -num_groups % 4))
         of_expert = x_bits, facts, as_numpy(packed, np.int32), as_numpy(scales.flatten(), np.int32)
         for columns in spans(num_columns, _COLUMNS_AT_ONCE):
             bounds = np.array([columns.start, columns.stop])
