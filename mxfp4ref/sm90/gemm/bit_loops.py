@@ -26,11 +26,6 @@ def bits_of(number):
 
 
 @compiled()
-def power32(exponent):
-    return float32_of(left(i32(exponent + 127), i32(23)))
-
-
-@compiled()
 def power64(exponent):
     return i64((i64(exponent) + 1023) << 52).view(f64)
 
@@ -43,12 +38,12 @@ def exponent_of_bf16(bits):
 
 @compiled()
 def value_of_bf16(bits):
-    fraction = bits & 0x7F
-    if (bits >> 7) & 0xFF == 255:
+    """In float64; by integers, as a CPU told to may take subnormal numbers for zeros."""
+    field, fraction = bits >> 7 & 0xFF, bits & 0x7F
+    if field == 255:
         magnitude = np.nan if fraction else np.inf
     else:
-        leading = 0x80 if (bits >> 7) & 0xFF else 0
-        magnitude = (leading | fraction) * power64(exponent_of_bf16(bits) - 7)
+        magnitude = (fraction | (0x80 if field else 0)) * power64(exponent_of_bf16(bits) - 7)
     return -magnitude if bits >> 15 else magnitude
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mxfp4ref._compiled import as_numpy, loops
 from mxfp4ref._compiler import uncompiled
@@ -88,15 +89,19 @@ def grouped_gemm(
         `[R, N] float32`.
     """
     out = torch.empty(len(x), num_columns, dtype=torch.float32, device="cpu")
-    by_group = as_numpy(x, np.uint16).reshape(len(x), x.shape[1] // GROUP_SIZE, GROUP_SIZE).transpose(1, 0, 2)
-    swaps, out_bits, steps = as_numpy(swapped, np.bool_), as_numpy(out, np.int32), _steps(order)
+    num_groups = x.shape[1] // GROUP_SIZE
+    by_group = as_numpy(x, np.uint16).reshape(len(x), num_groups, GROUP_SIZE).transpose(1, 0, 2)
+    swaps, out_bits = as_numpy(swapped, np.bool_), as_numpy(out, np.int32)
+    steps = _steps(order, bool(swaps.any()))
     pieces: list[tuple[Any, ...]] = []
     for expert, rows in _experts_with_rows(ends):
         x_bits = np.ascontiguousarray(by_group[:, rows])
         facts = np.empty((*x_bits.shape[:2], 4), np.int32)
         compiled.classify(x_bits, facts)
         packed, scales, orders = weights(expert)
-        of_expert = x_bits, facts, as_numpy(packed, np.int32), as_numpy(scales, np.uint8).reshape(-1)
+        if num_groups % 4:
+            scales = pad(scales.reshape(num_columns, -1), (0, -num_groups % 4))
+        of_expert = x_bits, facts, as_numpy(packed, np.int32), as_numpy(scales.flatten(), np.int32)
         for columns in spans(num_columns, _COLUMNS_AT_ONCE):
             bounds = np.array([columns.start, columns.stop])
             pieces.append((*of_expert, np.array(orders), bounds, steps, swaps[rows], out_bits[rows]))
@@ -111,10 +116,10 @@ def _experts_with_rows(ends: Sequence[int]) -> Iterator[tuple[int, slice]]:
             yield expert, slice(start, end)
 
 
-def _steps(order: Sequence[int]) -> np.ndarray[Any, Any]:
+def _steps(order: Sequence[int], any_swapped: bool) -> np.ndarray[Any, Any]:
     """Groups in their order and who takes them: 0 rows that do not swap the first two, 1 rows that do, 2 all."""
     steps = [(group, 2) for group in order]
-    if len(steps) > 1:
+    if any_swapped and len(steps) > 1:
         steps[:2] = [(order[0], 0), (order[1], 2), (order[0], 1)]
     return np.array(steps, dtype=np.int64)
 

@@ -15,19 +15,7 @@ import math
 import numpy as np
 
 from mxfp4ref._compiled import compiled
-from mxfp4ref.sm90.gemm.bit_loops import (
-    bits_of,
-    f32,
-    f64,
-    float32_of,
-    i8,
-    i16,
-    i32,
-    i64,
-    left,
-    power64,
-    right,
-)
+from mxfp4ref.sm90.gemm.bit_loops import bits_of, f32, f64, float32_of, i8, i16, i32, i64, left, power64
 from mxfp4ref.sm90.gemm.row_loops import (
     BIAS,
     BOUND,
@@ -37,14 +25,22 @@ from mxfp4ref.sm90.gemm.row_loops import (
     UNIT,
     WAY,
     WIDE,
-    ZERO_WEIGHT,
     classify,
+    load,
     load_exponents,
-    load_parts,
-    load_wide_exponents,
-    load_x,
+    load_wide,
 )
-from mxfp4ref.sm90.gemm.weight_loops import COLUMNS, column_of_lane, fetch, unpack
+from mxfp4ref.sm90.gemm.weight_loops import (
+    COLUMNS,
+    ZERO_WEIGHT,
+    column_of_lane,
+    fetch,
+    find_exponents,
+    scale_byte,
+    unpack,
+    unpack_scales,
+    vectors,
+)
 
 __all__ = ["classify", "gemm"]
 
@@ -52,18 +48,9 @@ EVERY_ROW = 2  # takes a step; else 0, rows that do not swap the first two group
 
 CUT = 25  # terms are cut to multiples of 2^(largest exponent - 25)
 EXPONENT = 0x7F800000  # of float32, in place
-
 SMALLEST = 2.0**-126
 ROUNDS_TO_SMALLEST = 2.0**-126 * (1 - 2.0**-25)
 NAN_BITS = np.int32(0x7FFFFFFF)
-
-
-@compiled()
-def vectors(count, dtype):
-    """Zeros `[count, COLUMNS]` whose rows start a cache line, since a vector across two takes twice as long."""
-    buffer = np.zeros((count, COLUMNS + 64), dtype)
-    start = -buffer.ctypes.data % 64 // buffer.itemsize
-    return buffer[:, start : start + COLUMNS]
 
 
 # --- the sum t of a group ------------------------------------------------------------------------------------
@@ -92,18 +79,25 @@ def find_largest(x_exponents, w_exponents, largest):
 
 
 @compiled()
-def bits_of_power(exponent):
-    """Of 2^(exponent - BIAS)."""
-    return left(i32(i32(exponent) + i32(127 - BIAS)), i32(23))
+def split_sum(x_bits, group, m, cut_bits, sums, w, largest, per_unit, total, t):
+    """From the steps' sums of products that are not cut, and from the others.
 
-
-@compiled()
-def add_cut_products(x_bits, cut_bits, step, w, per_unit, totals):
-    for k in range(16 * step, 16 * step + 16):
-        if cut_bits >> k & 1:
-            x = float32_of(i32(x_bits[k]) << 16)
-            for j in range(COLUMNS):
-                totals[0, j] = i32(totals[0, j] + i32(x * w[k, j] * per_unit[0, j]))
+    Converting to int32 cuts toward zero. 16 products below 3 * 2^25 units and a sum below 2^26 fit.
+    """
+    for step in range(2):
+        for j in range(COLUMNS):
+            carried = toward_zero(total[0, j], per_unit[0, j]) if step else f32(0)
+            of_products = left(i32(i32(largest[step, j]) + i32(127 - BIAS)), i32(23))
+            unit = i32(max(of_products, i32(bits_of(carried) & i32(EXPONENT))) - i32(CUT << 23))
+            per_unit[0, j] = float32_of(i32(254 << 23) - unit)
+            total[0, j] = i32(i32(carried * per_unit[0, j]) + i32(sums[step, j] * per_unit[0, j]))
+        for k in range(16 * step, 16 * step + 16):
+            if cut_bits >> k & 1:
+                x = float32_of(i32(x_bits[group, m, k]) << 16)
+                for j in range(COLUMNS):
+                    total[0, j] = i32(total[0, j] + i32(x * w[k, j] * per_unit[0, j]))
+    for j in range(COLUMNS):
+        t[0, j] = toward_zero(total[0, j], per_unit[0, j])
 
 
 @compiled()
@@ -113,23 +107,6 @@ def toward_zero(total, per_unit):
     too_large = abs(i32(nearest)) > abs(total)  # then the next number toward zero is meant
     unit = float32_of(i32(254 << 23) - bits_of(per_unit))
     return float32_of(bits_of(nearest) - i32(too_large)) * unit
-
-
-@compiled()
-def split_sum(x_bits, cut_bits, w, largest, per_unit, totals, sums):
-    """The sum t from the steps' sums of products that are not cut, in the place of the first of them.
-
-    Converting to int32 cuts toward zero. 16 products below 3 * 2^25 units and a sum below 2^26 fit.
-    """
-    for step in range(2):
-        for j in range(COLUMNS):
-            t = toward_zero(totals[0, j], per_unit[0, j]) if step else f32(0)
-            unit = i32(max(bits_of_power(largest[step, j]), i32(bits_of(t) & i32(EXPONENT))) - i32(CUT << 23))
-            per_unit[0, j] = float32_of(i32(254 << 23) - unit)
-            totals[0, j] = i32(i32(t * per_unit[0, j]) + i32(sums[step, j] * per_unit[0, j]))
-        add_cut_products(x_bits, cut_bits, step, w, per_unit, totals)
-    for j in range(COLUMNS):
-        sums[0, j] = toward_zero(totals[0, j], per_unit[0, j])
 
 
 @compiled()
@@ -166,8 +143,11 @@ def wide_sum(x_parts, x_exponents, w, w_exponents, largest, parts, t):
         t[0, j] = f32(parts[1, j] if parts[1, j] != 0 else finite)
 
 
+# --- the accumulators ----------------------------------------------------------------------------------------
+
+
 @compiled()
-def accumulate(acc, m, t, scales, group, carefully):
+def accumulate(acc, m, t, scales, carefully):
     """acc[m] = fma(t, scale, acc[m]), a product that is exact.
 
     Carefully where something may leave float32's normal range. float64 holds the product, and rounding the sum of two
@@ -175,45 +155,45 @@ def accumulate(acc, m, t, scales, group, carefully):
     """
     if not carefully:
         for j in range(COLUMNS):
-            acc[m, j] += t[0, j] * scales[group, j]
+            acc[m, j] += t[0, j] * scales[0, j]
     else:
         for j in range(COLUMNS):
-            total = f64(acc[m, j]) + f64(t[0, j]) * f64(scales[group, j])
+            total = f64(acc[m, j]) + f64(t[0, j]) * f64(scales[0, j])
             kept = max(abs(total), SMALLEST) if abs(total) >= ROUNDS_TO_SMALLEST else 0.0
             acc[m, j] = f32(total if total != total else math.copysign(kept, total))
 
 
 @compiled()
-def find_careful_rows(facts, scales, careful):
+def find_careful_rows(facts, scale_words, careful):
     """Rows in which, with the scales of these columns, a product or a sum may overflow or be subnormal."""
     careful[:] = False
     for group in range(facts.shape[0]):
         lowest, highest = i32(254), i32(0)
         for j in range(COLUMNS):
-            byte = right(bits_of(scales[group, j]), i32(23))
+            byte = scale_byte(scale_words, group, j)
             lowest = min(lowest, byte if byte > 0 else i32(254))  # a scale of 0 makes no subnormals
             highest = max(highest, byte)
-        for row in range(facts.shape[1]):
+        for m in range(facts.shape[1]):
             # Else sums of 2^14 products stay below 2^127 and are multiples of 2^-126. Inf as a scale is no matter.
-            too_high = facts[group, row, BOUND] + highest - 127 > 112
-            too_low = facts[group, row, UNIT] + lowest - 127 < -126
-            careful[row] |= too_high or too_low or facts[group, row, WAY] == WIDE
+            too_high = facts[group, m, BOUND] + highest - 127 > 112
+            too_low = facts[group, m, UNIT] + lowest - 127 < -126
+            careful[m] |= too_high or too_low or facts[group, m, WAY] == WIDE
 
 
 @compiled(
-    "void(uint16[:,:,::1], int32[:,:,::1], int32[:,::1], uint8[::1], int64[::1], int64[::1], int64[:,::1], "
+    "void(uint16[:,:,::1], int32[:,:,::1], int32[:,::1], int32[::1], int64[::1], int64[::1], int64[:,::1], "
     "boolean[::1], int32[:,:])",
-    shapes="x_bits[G, M, 32] facts[G, M, 4] packed[N, 4*G] scale_bytes[N*G] orders[2] columns[2] steps[S, 2] "
-    "swapped[M] out[M, N]",
+    shapes="x_bits[G, M, 32] facts[G, M, 4] packed[N, 4*G] scales[N*G/4] orders[2] columns[2] steps[S, 2] swapped[M] "
+    "out[M, N]",
 )
-def gemm(x_bits, facts, packed, scale_bytes, orders, columns, steps, swapped, out):
+def gemm(x_bits, facts, packed, scales, orders, columns, steps, swapped, out):
     """The accumulators' bits for all rows of one expert and some of its columns.
 
     Args:
         x_bits: `[G, M, 32]`, bf16.
         facts: `[G, M, 4]`, of `row_loops.classify`.
         packed: `[N, K/8]`, eight E2M1 codes a word, in the byte order orders[0].
-        scale_bytes: `[N * G]`, in the byte order orders[1].
+        scales: `[N * ceil(G/4)]`, those of four groups a word, in the byte order orders[1].
         orders: the two byte orders.
         columns: the first column, and the one after the last; whole blocks of 16 where weights are not LOGICAL.
         steps: `[steps, 2]`, groups in their order and which rows take the step: EVERY_ROW or the value of `swapped`.
@@ -221,47 +201,49 @@ def gemm(x_bits, facts, packed, scale_bytes, orders, columns, steps, swapped, ou
         out: `[M, N]`, written in these columns.
     """
     num_groups, num_rows = facts.shape[:2]
-    words, scales = vectors(4 * num_groups, i32), vectors(num_groups, f32)
-    w, w_exponents, sums = vectors(32, f32), vectors(32, i8), vectors(2, f32)
-    x, x_exponents, largest = np.empty(32, f32), np.empty(32, i8), vectors(2, i8)
-    per_unit, totals = vectors(1, f32), vectors(1, i32)
+    words, scale_words = vectors(4 * num_groups, i32), vectors((num_groups + 3) // 4, i32)
+    w, w_exponents, scale = vectors(32, f32), vectors(32, i8), vectors(1, f32)
+    x, x_exponents = np.empty(32, f32), np.empty(32, i8)
+    sums, largest, per_unit, total = vectors(2, f32), vectors(2, i8), vectors(1, f32), vectors(1, i32)
     x_parts, wide_exponents = np.empty((2, 32), f64), np.empty(32, i16)
     parts, wide_largest = vectors(2, f64), vectors(1, i16)
-    acc, careful = vectors(num_rows, f32), np.empty(num_rows, np.bool_)
+    t, acc, careful = vectors(1, f32), vectors(num_rows, f32), np.empty(num_rows, np.bool_)
     with_exponents = np.zeros(num_groups, np.bool_)
-    for m in range(num_rows):
-        for group in range(num_groups):
+    for group in range(num_groups):
+        for m in range(num_rows):
             with_exponents[group] |= facts[group, m, WAY] != PLAIN
 
     for first in range(columns[0], columns[1], COLUMNS):
-        fetch(packed, scale_bytes, orders, first, columns[1], words, scales)
-        find_careful_rows(facts, scales, careful)
+        fetch(packed, scales, orders, first, columns[1], words, scale_words)
+        find_careful_rows(facts, scale_words, careful)
         acc[:] = 0
         for step in range(len(steps)):
             group, taken_by = steps[step]
-            unpack(words, group, orders[0], with_exponents[group], w, w_exponents)
+            unpack(words, group, orders[0], w)
+            unpack_scales(scale_words, group, scale)
+            if with_exponents[group]:
+                find_exponents(w, w_exponents)
             for m in range(num_rows):
                 if taken_by != EVERY_ROW and taken_by != swapped[m]:
                     continue
                 way, cut_bits = facts[group, m, WAY], facts[group, m, CUT_BITS]
                 if way == WIDE:
-                    load_wide_exponents(x_bits, group, m, wide_exponents)
-                    load_parts(x_bits, group, m, x_parts)
-                    wide_sum(x_parts, wide_exponents, w, w_exponents, wide_largest, parts, sums)
+                    load_wide(x_bits, group, m, wide_exponents, x_parts)
+                    wide_sum(x_parts, wide_exponents, w, w_exponents, wide_largest, parts, t)
                 else:
-                    load_x(x_bits, cut_bits, group, m, x)
+                    load(x_bits, group, m, cut_bits, x)
                     step_sums(x, w, sums)
                     if way == PLAIN:
                         for j in range(COLUMNS):
-                            sums[0, j] += sums[1, j]
+                            t[0, j] = sums[0, j] + sums[1, j]
                     else:
                         load_exponents(x_bits, group, m, x_exponents)
                         find_largest(x_exponents, w_exponents, largest)
-                        split_sum(x_bits[group, m], cut_bits, w, largest, per_unit, totals, sums)
-                accumulate(acc, m, sums, scales, group, careful[m])
+                        split_sum(x_bits, group, m, cut_bits, sums, w, largest, per_unit, total, t)
+                accumulate(acc, m, t, scale, careful[m])
         for m in range(num_rows):
             for lane in range(COLUMNS):
                 column = first + column_of_lane(lane, orders[0])
                 if column < columns[1]:
-                    total = acc[m, lane] + f32(0)  # the epilogue: -0 becomes +0
-                    out[m, column] = bits_of(total) if total == total else NAN_BITS
+                    number = acc[m, lane] + f32(0)  # the epilogue: -0 becomes +0
+                    out[m, column] = bits_of(number) if number == number else NAN_BITS

@@ -14,6 +14,7 @@ import numpy as np
 
 from mxfp4ref._compiled import compiled
 from mxfp4ref.sm90.gemm.bit_loops import (
+    exponent_of_bf16,
     f32,
     f64,
     float32_of,
@@ -33,12 +34,12 @@ PLAIN, SPLIT, WIDE = 0, 1, 2  # facts[group, row, WAY]
 WAY, BOUND, UNIT, CUT_BITS = 0, 1, 2, 3
 
 # Exponents of x of PLAIN and SPLIT. All else then stays in float32's normal range, and int8 holds the exponents of
-# products, BIAS higher: 3 to 127, less if a factor is zero, which has no part in the largest exponent. As exponents
-# zeros of x are 0 and those of weights are ZERO_WEIGHT.
+# products, BIAS higher: 3 to 127, less if a factor is zero, which has no part in the largest exponent.
 LOWEST, HIGHEST = -59, 62
-BIAS, ZERO_WEIGHT = 63, -127
+BIAS = 63
 DIGITS = 24  # of float32
 NO_EXPONENT = -1000  # of a zero in WIDE
+NONE = 1000  # the unit of zero
 
 
 @compiled("void(uint16[:,:,::1], int32[:,:,::1])", shapes="x[G, M, 32] facts[G, M, 4]")
@@ -52,11 +53,11 @@ def classify(x, facts):
     """
     for group in range(x.shape[0]):
         for row in range(x.shape[1]):
-            total, unit, lowest, highest = 0.0, i32(1000), i32(LOWEST), i32(HIGHEST)
+            total, unit, lowest, highest = 0.0, i32(NONE), i32(LOWEST), i32(HIGHEST)
             for k in range(32):
                 bits = i32(x[group, row, k] & 0x7FFF)
                 exponent = i32((bits >> 7) - 127)
-                unit = min(unit, lowest_bit_of_bf16(bits) if bits else i32(1000))
+                unit = min(unit, lowest_bit_of_bf16(bits) if bits else i32(NONE))
                 lowest = min(lowest, exponent if bits else i32(LOWEST))
                 highest = max(highest, exponent)
                 total += f64(float32_of(bits << 16))
@@ -72,34 +73,28 @@ def classify(x, facts):
 
 
 @compiled()
-def load_x(x_bits, cut_bits, group, m, x):
+def load(x_bits, group, m, cut_bits, x):
     """Zeros in the place of what may have to be cut."""
     for k in range(32):
-        kept = float32_of(i32(x_bits[group, m, k]) << 16)
-        x[k] = f32(0) if right(cut_bits, i32(k)) & i32(1) else kept
+        number = float32_of(i32(x_bits[group, m, k]) << 16)
+        x[k] = f32(0) if right(cut_bits, i32(k)) & i32(1) else number
 
 
 @compiled()
-def load_exponents(x_bits, group, m, x_exponents):
-    """Of SPLIT, BIAS higher."""
+def load_exponents(x_bits, group, m, exponents):
+    """BIAS higher, 0 of zeros."""
     for k in range(32):
         bits = x_bits[group, m, k]
         exponent = i8(i16(right(bits, u16(7)) & i16(255)) - i16(127 - BIAS))
-        x_exponents[k] = exponent if bits & u16(0x7FFF) else i8(0)
+        exponents[k] = exponent if bits & u16(0x7FFF) else i8(0)
 
 
 @compiled()
-def load_wide_exponents(x_bits, group, m, x_exponents):
+def load_wide(x_bits, group, m, exponents, parts):
+    """Exponents, and x in float64: what is finite, and what is not, each with zeros for the other."""
     for k in range(32):
-        bits = x_bits[group, m, k]
-        exponent = i16(max(i16(i16(right(bits, u16(7))) & i16(255)), i16(1)) - i16(127))  # of a subnormal too
-        x_exponents[k] = exponent if bits & u16(0x7FFF) else i16(NO_EXPONENT)
-
-
-@compiled()
-def load_parts(x_bits, group, m, x_parts):
-    """x in float64: what is finite, and what is not, each with zeros for the other."""
-    for k in range(32):
-        value = value_of_bf16(i64(x_bits[group, m, k]))
+        bits = i64(x_bits[group, m, k])
+        exponents[k] = exponent_of_bf16(bits) if bits & 0x7FFF else NO_EXPONENT
+        value = value_of_bf16(bits)
         is_finite = abs(value) < np.inf
-        x_parts[0, k], x_parts[1, k] = value if is_finite else 0.0, 0.0 if is_finite else value
+        parts[0, k], parts[1, k] = value if is_finite else 0.0, 0.0 if is_finite else value

@@ -33,6 +33,7 @@ from tests.helpers.forked import BeforeFirstUse
 from tests.helpers.gemm_inputs import KINDS, SCALES, problem, random_x
 
 cpu_loops = pytest.importorskip("mxfp4ref.sm90.gemm.cpu_loops")
+row_loops = pytest.importorskip("mxfp4ref.sm90.gemm.row_loops")
 COLUMNS = cpu_loops.COLUMNS
 
 
@@ -97,9 +98,9 @@ def test_each_way_is_gone() -> None:
     x = torch.cat([problem(1, kind, "ordinary", rows=4)[0] for kind in ("ordinary", "wide", "raw")], 1)
     x[0, 0, :32], x[0, 0, 32:64], x[0, 0, 64:96] = 1.0, torch.tensor([1.0, 2.0**-30]).repeat(16), torch.inf
     facts = classified(x)
-    for way in (cpu_loops.PLAIN, cpu_loops.SPLIT, cpu_loops.WIDE):
-        assert (facts[..., cpu_loops.WAY] == way).mean() > 0.02
-    assert facts[:3, 0, cpu_loops.WAY].tolist() == [cpu_loops.PLAIN, cpu_loops.SPLIT, cpu_loops.WIDE]
+    for way in (row_loops.PLAIN, row_loops.SPLIT, row_loops.WIDE):
+        assert (facts[..., row_loops.WAY] == way).mean() > 0.02
+    assert facts[:3, 0, row_loops.WAY].tolist() == [row_loops.PLAIN, row_loops.SPLIT, row_loops.WIDE]
 
 
 def classified(x: Tensor) -> np.ndarray:
@@ -116,12 +117,12 @@ def test_facts_hold_for_any_weights() -> None:
     x[0, 1, 0] = 2.0**20
     x[0, 1, 1] = 1.0
     assert classified(x)[0].tolist() == [
-        [cpu_loops.PLAIN, 4, -10, 0],
-        [cpu_loops.PLAIN, 23, -1, 0],
-        [cpu_loops.PLAIN, 0, 999, 0],
+        [row_loops.PLAIN, 4, -10, 0],
+        [row_loops.PLAIN, 23, -1, 0],
+        [row_loops.PLAIN, 0, 999, 0],
     ]
     x[0, 1, 1], x[0, 1, 31] = 0.5, 2.0**-40
-    assert classified(x)[0, 1].tolist() == [cpu_loops.SPLIT, 23, -41, -(1 << 31) | 2]
+    assert classified(x)[0, 1].tolist() == [row_loops.SPLIT, 23, -41, -(1 << 31) | 2]
 
 
 def test_exponents_at_the_ends_of_each_way() -> None:
@@ -393,8 +394,8 @@ def test_the_trial_goes_every_way() -> None:
         return gemm_in_order(x, *rest)
 
     check_gemm(right, torch.device("cpu"))
-    ways = classified(seen[0])[..., cpu_loops.WAY]
-    assert all((ways == way).sum() > 10 for way in (cpu_loops.PLAIN, cpu_loops.SPLIT, cpu_loops.WIDE))
+    ways = classified(seen[0])[..., row_loops.WAY]
+    assert all((ways == way).sum() > 10 for way in (row_loops.PLAIN, row_loops.SPLIT, row_loops.WIDE))
     for wrong in (
         lambda x, packed, scales, order, swapped: right(x, packed, scales.clamp(max=254), order, swapped),
         lambda x, packed, scales, order, swapped: right(x, packed, scales.clamp(min=1), order, swapped),
