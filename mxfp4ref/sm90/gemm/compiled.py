@@ -15,6 +15,7 @@ from torch import Tensor
 from mxfp4ref._compiled import as_numpy, loops
 from mxfp4ref._compiler import uncompiled
 from mxfp4ref._spans import spans
+from mxfp4ref._validate import check_tensor
 from mxfp4ref.formats.experts import StoredWeights
 from mxfp4ref.formats.generations import GENERATIONS
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE
@@ -87,6 +88,7 @@ def grouped_gemm(
     Returns:
         `[R, N] float32`.
     """
+    check_tensor("x", x, dtype=torch.bfloat16, shape=("R", len(order) * GROUP_SIZE))
     out = torch.empty(len(x), num_columns, dtype=torch.float32, device="cpu")
     by_group = as_numpy(x, np.uint16).reshape(len(x), x.shape[1] // GROUP_SIZE, GROUP_SIZE).transpose(1, 0, 2)
     swaps, out_bits, steps = as_numpy(swapped, np.bool_), as_numpy(out, np.int32), _steps(order)
