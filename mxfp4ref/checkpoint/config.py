@@ -244,8 +244,9 @@ def read_config(root: Path, changes: Mapping[str, Any] | None = None) -> Config:
         values |= {key: value for key, value in nested.items() if value is not None}
     for name in sorted(set(_NESTED).intersection(changes or {})):
         raise CheckpointError(f"{name}: expected its keys by themselves, they go before the nested ones too")
-    for name in (changes or {}).keys() - values.keys() - _KNOWN:
-        if hint := did_you_mean(name, _KNOWN):
+    for name, value in (changes or {}).items():
+        if value is not None and name not in _KNOWN and name not in values:
+            hint = did_you_mean(name, _KNOWN)
             raise CheckpointError(f"{name}: expected a key that is read, or that is in {where}{hint}")
     values |= changes or {}
     return Config({key: value for key, value in values.items() if value is not None}, where)

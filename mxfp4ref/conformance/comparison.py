@@ -49,7 +49,8 @@ class Difference:
         index: its coordinates.
         got_bits, expected_bits: hexadecimal bit patterns.
         got_value, expected_value: the values, NaN and signed zeros spelled out.
-        ulps: representable numbers from one to the other (`FAR` with a NaN); 0 between +0 and -0.
+        ulps: representable numbers from one to the other (`FAR` with a NaN, `FAR` - 1 if there are more than that); 0
+            between +0 and -0.
         whole: whether they are integers, and `ulps` is their difference.
     """
 
@@ -62,7 +63,7 @@ class Difference:
     whole: bool = False
 
     def __str__(self) -> str:
-        distance = f"by {self.ulps:,}" if self.whole else f"{self.ulps:,} ulp"
+        distance = f"by {_count(self.ulps)}" if self.whole else f"{_count(self.ulps)} ulp"
         distance = "a NaN on one side" if self.ulps == FAR else distance
         return (
             f"at {list(self.index)}: got {self.got_bits} ({self.got_value}), "
@@ -128,8 +129,8 @@ def in_words(got: Tensor, expected: Tensor) -> str:
     numbers = distance[distance < FAR]
     furthest = ""
     if len(numbers):
-        most = f"{int(numbers.max()):,}"
-        furthest = f", by at most {most}" if first.whole else f", at most {most} ulp"
+        most = ("at most " if int(numbers.max()) < FAR - 1 else "") + _count(int(numbers.max()))
+        furthest = f", by {most}" if first.whole else f", {most} ulp"
     return f"{int(mask.sum()):,} of {mask.numel():,} elements differ{furthest}; first {first}"
 
 
@@ -167,6 +168,10 @@ def assert_bits_equal(got: Tensor, expected: Tensor, name: str = "output") -> No
         raise AssertionError(
             f"{name}: {count:,} of {got.numel():,} elements differ; first {first_difference(got, expected)}"
         )
+
+
+def _count(ulps: int) -> str:
+    return f"{ulps:,}" + " or more" * (ulps == FAR - 1)
 
 
 def _parts(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from mxfp4ref._compiler import uncompiled
 from mxfp4ref._shown import Shown
 from mxfp4ref._spans import spans
-from mxfp4ref._validate import check_instance
+from mxfp4ref._validate import check_ids, check_instance, check_tensor
 from mxfp4ref.formats.humming_experts import HummingExperts
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE
 from mxfp4ref.model import gpu
@@ -35,6 +35,7 @@ __all__ = [
     "Rows",
     "Stages",
     "activate_rows",
+    "check_stage",
     "forward",
     "select_local",
     "trace",
@@ -157,11 +158,13 @@ def _forward_in_parts(
         with torch.no_grad(), torch.autocast(call.input.device.type, enabled=False):
             few = call.num_tokens <= _TOKENS_AT_ONCE
             part = call if few else call.select(slice(start, start + _TOKENS_AT_ONCE))
-            local = stages.select_local(
-                part.token_selected_experts, call.experts.num_experts, call.ep_size, call.ep_rank
-            )
+            ids, num_experts = part.token_selected_experts, call.experts.num_experts
+            local = stages.select_local(ids, num_experts, call.ep_size, call.ep_rank)
+            check_stage("select_local", local, ids.shape, torch.int64)
+            check_ids("stages.select_local", local, minimum=-1, maximum=num_experts - 1)
             rows = _route(local, rows_before)
             output, kept = forward_rows(part, local, rows, stages, keep)
+            check_stage("round_output", output, part.input.shape)
             rows_before += rows.per_expert
         if keep:
             kept["token"] += start
@@ -184,6 +187,7 @@ def _forward(
     experts = call.experts
     x = call.input.index_select(0, rows.token)
     fc1_accumulators, fc1_output = _gemm(call, 0, x, rows, stages.fc1_gemm, stages.round_fc1, keep)
+    check_stage("round_fc1", fc1_output, (len(x), experts.gemm_shapes[0][0]))
     at_once = _ROWS_AT_ONCE if x.device.type == "cpu" else _ROWS_AT_ONCE_ON_GPU
     activation = torch.cat(
         [
@@ -191,11 +195,9 @@ def _forward(
             for some in spans(max(len(x), 1), at_once)
         ]
     )
-    if activation.shape != (len(x), depth := experts.gemm_shapes[1][1]):
-        raise ValueError(
-            f"stages.activate: expected [{len(x)}, {depth}], which GEMM2 takes, got {list(activation.shape)}"
-        )
+    check_stage("round_activation", activation, (len(x), experts.intermediate_size))
     fc2_accumulators, fc2_output = _gemm(call, 1, activation, rows, stages.fc2_gemm, stages.round_fc2, keep)
+    check_stage("round_fc2", fc2_output, (len(x), experts.hidden_size))
     by_slot = fc2_output.new_zeros(*local.shape, experts.hidden_size)
     by_slot.view(-1, experts.hidden_size).index_copy_(0, rows.token * call.top_k + rows.slot, fc2_output)
     bias = experts.fc2_biases if call.tp_rank == 0 else None
@@ -258,6 +260,11 @@ def _gemm(
     return torch.cat(accumulators), torch.cat(outputs)
 
 
+def check_stage(name: str, result: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> None:
+    """Raise unless what a stage gave has the shape that the next one takes."""
+    check_tensor(f"stages.{name}", result, dtype=dtype, shape=tuple(shape))
+
+
 def activate_rows(call: MoeCall, fc1_output: Tensor, expert: Tensor, stage: Callable[..., Tensor]) -> Tensor:
     """The activation of routed rows by its stage, with the bias and the parameters of each row's expert."""
     # Indexing with a tensor would wait for all of torch's threads, however little there is to do.
@@ -265,7 +272,9 @@ def activate_rows(call: MoeCall, fc1_output: Tensor, expert: Tensor, stage: Call
     given = [getattr(call.experts, name) for name in activation.defaults]
     parameters = [None if p is None else p.index_select(0, expert).unsqueeze(1) for p in given]
     bias = None if bias is None else bias.index_select(0, expert)
-    return stage(activation, fc1_output, bias, parameters)
+    result = stage(activation, fc1_output, bias, parameters)
+    check_stage("activate", result, (len(fc1_output), call.experts.intermediate_size))
+    return result
 
 
 @dataclass(frozen=True)

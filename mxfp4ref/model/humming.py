@@ -12,7 +12,7 @@ from torch import Tensor
 from mxfp4ref._spans import spans
 from mxfp4ref.formats.humming_experts import HummingExperts
 from mxfp4ref.model.call import MoeCall
-from mxfp4ref.model.forward import AnyStages, MoeTrace, Rows, activate_rows
+from mxfp4ref.model.forward import AnyStages, MoeTrace, Rows, activate_rows, check_stage
 from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.elementwise import activate, finalize, to_bf16
 from mxfp4ref.sm90.gemm.fp8 import fp8_gemm
@@ -106,6 +106,7 @@ def forward_rows(
     fc1_input = stages.quantize_input(x, experts.fc1_residual.index_select(0, rows.expert))
     fc1_accumulators = _gemm(experts, "fc1", fc1_input.values, rows, stages.fc1_gemm)
     fc1_output = stages.round_fc1(stages.scale_fc1(fc1_accumulators, fc1_input.factor))
+    check_stage("round_fc1", fc1_output, (len(x), experts.gemm_shapes[0][0]))
     activation = torch.cat(
         [
             activate_rows(call, fc1_output[some], rows.expert[some], stages.activate)
@@ -115,6 +116,7 @@ def forward_rows(
     fc2_input = stages.quantize_activation(activation, experts.fc2_residual.index_select(0, rows.expert))
     fc2_accumulators = _gemm(experts, "fc2", fc2_input.values, rows, stages.fc2_gemm)
     fc2_output = stages.round_fc2(stages.scale_fc2(fc2_accumulators, fc2_input.factor))
+    check_stage("round_fc2", fc2_output, (len(x), experts.hidden_size))
     by_slot = fc2_output.new_zeros(*local.shape, experts.hidden_size)
     by_slot.view(-1, experts.hidden_size).index_copy_(0, rows.token * call.top_k + rows.slot, fc2_output)
     bias = experts.fc2_biases if call.tp_rank == 0 else None

@@ -14,6 +14,7 @@ from torch import Tensor
 from mxfp4ref._compiled import as_numpy, loops
 from mxfp4ref._compiler import uncompiled
 from mxfp4ref._spans import spans
+from mxfp4ref._validate import check_ids, check_tensor
 from mxfp4ref.sm90 import activation as transcribed_activation
 from mxfp4ref.sm90 import finalize as transcribed_finalize
 from mxfp4ref.sm90 import fp32, mufu
@@ -24,6 +25,7 @@ __all__ = ["activate", "finalize", "to_bf16"]
 
 _CPU = torch.device("cpu")
 _ROWS_AT_ONCE = 16  # the share of a thread
+_BIASES = (torch.bfloat16, torch.float16, torch.float32)
 _OPERATIONS = 16  # of an element, each about as long as one weight of a GEMM
 
 
@@ -32,12 +34,17 @@ def activate(
     activation: Activation, fc1_output: Tensor, bias: Tensor | None, parameters: Sequence[Tensor | None]
 ) -> Tensor:
     """As `sm90.activation.activate`; compiled for bf16 and parameters that do not vary along the last dimension."""
+    for name, parameter in zip(activation.defaults, parameters, strict=True):
+        if parameter is not None:
+            check_tensor(name, parameter, dtype=torch.float32, shape=("...",))
+    if bias is not None:
+        check_tensor("bias", bias, dtype=_BIASES, shape=("...",))
     compiled = _loops(fc1_output)
     vary = any(p is not None and p.dim() > 0 and p.shape[-1] != 1 for p in parameters)
     if (
         compiled is None
         or vary
-        or fc1_output.dtype != torch.bfloat16
+        or not _all_bf16(fc1_output, bias)
         or activation.id not in compiled.ACTIVATIONS
     ):
         return transcribed_activation.activate(activation, fc1_output, bias, parameters)
@@ -47,8 +54,14 @@ def activate(
 @uncompiled
 def finalize(fc2_output: Tensor, local: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
     """As `sm90.finalize.finalize`; compiled for bf16."""
+    sizes = dict(zip("MkH", fc2_output.shape, strict=True))
+    check_tensor("local", local, dtype=torch.int64, shape=("M", "k"), sizes=sizes)
+    check_tensor("scales", scales, dtype=torch.float32, shape=("M", "k"), sizes=sizes)
+    if bias is not None:
+        check_tensor("bias", bias, dtype=_BIASES, shape=("E", "H"), sizes=sizes)
+        check_ids("local", local, minimum=-1, maximum=len(bias) - 1)
     compiled = _loops(fc2_output)
-    if compiled is None or fc2_output.dtype != torch.bfloat16:
+    if compiled is None or not _all_bf16(fc2_output, bias):
         return transcribed_finalize.finalize(fc2_output, local, scales, bias)
     return _finalize(compiled, fc2_output, local, scales, bias)
 
@@ -56,8 +69,9 @@ def finalize(fc2_output: Tensor, local: Tensor, scales: Tensor, bias: Tensor | N
 @uncompiled
 def to_bf16(x: Tensor) -> Tensor:
     """As `fp32.to_bf16`."""
+    check_tensor("x", x, dtype=torch.float32, shape=("...",))
     compiled = _loops(x)
-    return fp32.to_bf16(x) if compiled is None else _to_bf16(compiled, x)
+    return fp32.to_bf16(x) if compiled is None or not x.dim() else _to_bf16(compiled, x)
 
 
 def _activate(
@@ -76,9 +90,9 @@ def _activate(
         row[:] = (
             default if parameter is None else as_numpy(parameter.expand(*leading, 1), np.float32).reshape(-1)
         )
-    x = as_numpy(fc1_output, np.int16).reshape(-1, width)
-    added = x[:0] if bias is None else as_numpy(bias.expand_as(fc1_output), np.int16).reshape(-1, width)
-    out_bits = as_numpy(out, np.int32).reshape(-1, inner)
+    x = as_numpy(fc1_output, np.int16).reshape(num_rows, width)
+    added = x[:0] if bias is None else as_numpy(bias.expand_as(fc1_output), np.int16).reshape(num_rows, width)
+    out_bits = as_numpy(out, np.int32).reshape(num_rows, inner)
     scaled = activation.id == SWIGLU_BIAS and parameters[0] is not None  # by alpha
     of_bf16 = np.empty(0, np.int32) if scaled or bias is not None else _sigmoids(compiled)
 
@@ -127,6 +141,11 @@ def _tables() -> tuple[np.ndarray[Any, Any], ...]:
         *rows, squares = mufu.constants(unit, _CPU)
         tables += [torch.stack(rows, 1).numpy(), squares.numpy().astype(np.uint16)]
     return tuple(tables)
+
+
+def _all_bf16(x: Tensor, bias: Tensor | None) -> bool:
+    """Else the loops would read bits of another type as those of bf16."""
+    return x.dtype == torch.bfloat16 and (bias is None or bias.dtype == torch.bfloat16)
 
 
 def _loops(x: Tensor) -> Any:

@@ -125,6 +125,7 @@ def test_keys_of_config_by_hand(tmp_path: Path) -> None:
         (("--experts", "3-1"), "experts: expected at least one, got none"),
         (("--experts", "9"), "experts: expected an int from 0 to 3, got 9"),
         (("--set", "norm_topk_prob"), "expected KEY=VALUE"),
+        (("--set", "zzz=1"), "zzz: expected a key that is read, or that is in config.json"),
         (("--set", "n_group=1", "--set", "n_group=2"), "--set: expected n_group once, got it 2 times"),
         (("--ep-size", "1", "--ep-size", "2"), "--ep-size: expected once, got it more often"),
         (("--layer", "mtp.x"), r"expected a number, or mtp.0 of a draft head, got 'mtp.x'"),

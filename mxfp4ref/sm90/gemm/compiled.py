@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from mxfp4ref._compiled import as_numpy, loops
 from mxfp4ref._compiler import uncompiled
 from mxfp4ref._spans import spans
+from mxfp4ref._validate import check_tensor
 from mxfp4ref.formats.experts import StoredWeights
 from mxfp4ref.formats.generations import GENERATIONS
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE
@@ -88,6 +89,7 @@ def grouped_gemm(
     Returns:
         `[R, N] float32`.
     """
+    check_tensor("x", x, dtype=torch.bfloat16, shape=("R", len(order) * GROUP_SIZE))
     out = torch.empty(len(x), num_columns, dtype=torch.float32, device="cpu")
     num_groups = x.shape[1] // GROUP_SIZE
     by_group = as_numpy(x, np.uint16).reshape(len(x), num_groups, GROUP_SIZE).transpose(1, 0, 2)

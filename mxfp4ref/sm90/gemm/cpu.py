@@ -9,7 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mxfp4ref._validate import check_tensor
 from mxfp4ref.formats.generations import NEWEST, Generation
+from mxfp4ref.formats.mxfp4 import GROUP_SIZE, PACKED_DTYPES, SCALE_DTYPES
 from mxfp4ref.sm90.gemm import compiled
 from mxfp4ref.sm90.gemm.order import first_pair_swapped, group_order
 from mxfp4ref.sm90.gemm.trial import check_gemm
@@ -41,7 +43,18 @@ def group_scaled_gemm(
 
     Returns:
         `[B, M, N] float32` after the epilogue's addition of +0: never -0, no subnormals, NaN is 0x7FFFFFFF.
+
+    Raises:
+        TypeError: another dtype of a tensor.
+        ValueError: shapes that do not match.
     """
+    check_tensor("scales", scales, dtype=SCALE_DTYPES, shape=("B", "N", "K/32"))
+    sizes = dict(zip(("B", "N", "K/32"), scales.shape, strict=True))
+    sizes |= {"K": sizes["K/32"] * GROUP_SIZE, "K/2": sizes["K/32"] * GROUP_SIZE // 2}
+    check_tensor("packed", packed, dtype=PACKED_DTYPES, shape=("B", "N", "K/2"), sizes=sizes)
+    check_tensor("x", x, dtype=torch.bfloat16, shape=("B", "M", "K"), sizes=sizes)
+    if positions is not None:
+        check_tensor("positions", positions, dtype=torch.int64, shape=tuple(x.shape[:2]))
     swapped = first_pair_swapped(x, positions, tactic, generation)
     order = group_order(scales.shape[2], tactic.tile_k, generation)
     return _gemm_on(x.device)(x, packed, scales, order, swapped)
