@@ -51,8 +51,9 @@ def compiled(*signatures: str, shapes: str = "") -> Callable[[_F], _F]:
 
     Args:
         signatures: types in numba's notation.
-        shapes: of the arrays, "x[M, K] weights[N, K] packed[N, 4*G]". Each call is held against them: inside of a
-            loop no index is checked, and arrays that do not fit together would be read or written past their ends.
+        shapes: of the arrays, "x[M, K] weights[N, K] packed[N, 4*G] scales[N*G/4]", G/4 rounded up. Each call
+            is held against them: inside of a loop no index is checked, and arrays that do not fit together would be
+            read or written past their ends.
     """
     numba: Any = importlib.import_module("numba")
     if numba.config.DISABLE_JIT:
@@ -90,10 +91,10 @@ def _held_to(shapes: str, loop: Any) -> Any:
         for place, name, sizes in expected:
             shape = arguments[place].shape
             for factors, size in zip(sizes, shape, strict=True):
-                if len(factors) == 1 and not factors[0].isdigit():
+                if len(factors) == 1 and factors[0].isalpha():
                     wanted = known.setdefault(factors[0], size)
                 else:
-                    wanted = math.prod(known[f] if f in known else int(f) for f in factors)
+                    wanted = math.prod(_size(factor, known) for factor in factors)
                 if wanted != size:
                     of = ", ".join("*".join(factors) for factors in sizes)
                     agreed = ", ".join(f"{letter} = {value}" for letter, value in known.items())
@@ -102,6 +103,12 @@ def _held_to(shapes: str, loop: Any) -> Any:
         return loop(*arguments)
 
     return checked
+
+
+def _size(factor: str, known: dict[str, int]) -> int:
+    """Of "4", "G" or "G/4", which is rounded up."""
+    size, _, divisor = factor.partition("/")
+    return -(-(known[size] if size in known else int(size)) // int(divisor or 1))
 
 
 def loops(name: str, trial: Callable[[Any], None], consequence: str) -> Any:

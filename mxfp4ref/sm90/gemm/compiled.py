@@ -102,7 +102,7 @@ def grouped_gemm(
         compiled.classify(x_bits, facts)
         packed, scales, orders = weights(expert)
         if num_groups % 4:
-            scales = pad(scales.reshape(num_columns, -1), (0, -num_groups % 4))
+            scales = pad(scales.reshape(-1, num_groups), (0, -num_groups % 4))
         of_expert = x_bits, facts, as_numpy(packed, np.int32), as_numpy(scales.flatten(), np.int32)
         for columns in spans(num_columns, _COLUMNS_AT_ONCE):
             bounds = np.array([columns.start, columns.stop])
