@@ -6,6 +6,9 @@ instructions of the loops over them, and the weights of a group are unpacked onc
 
 How the sum of a row's group is formed depends on the row alone: `row_loops.py` tells PLAIN, SPLIT and WIDE apart.
 No float32 operation here has a subnormal operand or result, so a CPU that flushes those changes nothing.
+
+Three things make the compiler's code fast: numbers that lie in `vectors`, with strides that it knows; no arrays made
+by slicing inside of the loops, as numba would count references to them; and parts that are small.
 """
 
 from __future__ import annotations
@@ -45,7 +48,6 @@ from mxfp4ref.sm90.gemm.weight_loops import (
 __all__ = ["classify", "gemm"]
 
 EVERY_ROW = 2  # takes a step; else 0, rows that do not swap the first two groups, or 1, rows that do
-
 CUT = 25  # terms are cut to multiples of 2^(largest exponent - 25)
 EXPONENT = 0x7F800000  # of float32, in place
 SMALLEST = 2.0**-126
@@ -80,7 +82,7 @@ def find_largest(x_exponents, w_exponents, largest):
 
 @compiled()
 def split_sum(x_bits, group, m, cut_bits, sums, w, largest, per_unit, total, t):
-    """From the steps' sums of products that are not cut, and from the others.
+    """t from the steps' sums of products that are not cut, and the others.
 
     Converting to int32 cuts toward zero. 16 products below 3 * 2^25 units and a sum below 2^26 fit.
     """
