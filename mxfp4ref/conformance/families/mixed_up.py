@@ -21,6 +21,7 @@ __all__ = ["mixed_up"]
 
 _LOOKED_AT, _OTHERS = 8, 64  # tokens
 _WORK = 1 << 33  # multiplications of all tokens with all experts
+_SEVERAL = 3  # experts that one stands for
 _LOUD, _QUIET = 4.0, 1.6  # times the roundings: before, and when explained
 _Told = tuple[tuple[str, ...], str]
 
@@ -63,8 +64,8 @@ def mixed_up(pipeline: Pipeline, some: list[Sample]) -> _Told | None:
         if 3 * len(explained) >= 2 * len(loud):
             return (
                 stages,
-                f"slots{_which(pipeline, explained)} {words}{_moved(explained)}: {_listed(explained)}; "
-                "all else is right",
+                f"slots{_which(pipeline, explained)} {words}{_moved(explained)}{_by_one(explained)}: "
+                f"{_listed(explained)}; all else is right",
             )
     return None
 
@@ -109,6 +110,14 @@ def _moved(explained: dict[int, list[_Swap]]) -> str:
     return {1: ", of the next token", -1: ", of the token before"}.get(
         by, f", {abs(by)} tokens {'on' if by > 0 else 'before'}"
     )
+
+
+def _by_one(explained: dict[int, list[_Swap]]) -> str:
+    """Words for the expert that stands for several others, if it is always the same."""
+    pairs = {tuple(s.words.split(" by ")) for swaps in explained.values() for s in swaps if " by " in s.words}
+    taken = {pair[-1] for pair in pairs}
+    one = taken.pop() if len(pairs) >= _SEVERAL and len(taken) == 1 else ""
+    return f" (always by expert {one})" if one.isdigit() else ""
 
 
 def _listed(explained: dict[int, list[_Swap]]) -> str:
