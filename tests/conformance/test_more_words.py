@@ -15,6 +15,7 @@ from mxfp4ref.conformance.families.column_factors import column_factors
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.evidence import gather
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, local_of
+from mxfp4ref.conformance.families.mixed_up import mixed_up
 from mxfp4ref.conformance.families.permuted import permuted_hypotheses
 from mxfp4ref.conformance.families.roundings import order_hypotheses
 from mxfp4ref.conformance.families.sampled import samples
@@ -75,6 +76,16 @@ def test_products_added_one_by_one() -> None:
     got = KERNELS["fc2_products_added_in_bf16"].function(call)
     asked = (h for h in order_hypotheses(call) if "one by one" in h.words)
     assert predicting(asked, call, got) == ["in GEMM2 products are added one by one in bf16"]
+
+
+def test_one_expert_stands_for_all_others() -> None:
+    call = captured("many_experts")
+    got, right = KERNELS["experts_beyond_eight_are_the_first"].function(call), forward(call)
+    pipeline = prepared(call)
+    found = mixed_up(pipeline, samples(pipeline, got, differing(got, right), local_of(pipeline)))
+    assert found is not None
+    assert found[0] == ("slots",)
+    assert "are computed by other experts (always by expert 0): token" in found[1]
 
 
 def factors_of(got: Tensor, call: MoeCall) -> str | None:

@@ -22,6 +22,7 @@ __all__ = ["mixed_up"]
 
 _LOOKED_AT, _OTHERS = 8, 64  # tokens
 _WORK = 1 << 33  # multiplications of all tokens with all experts
+_SEVERAL = 3  # experts that one stands for
 _LOUD, _QUIET = 4.0, 1.6  # times the roundings: before, and when explained
 _WEIGHTS = "the right rows are summed with other weights"
 
@@ -62,7 +63,7 @@ def mixed_up(pipeline: Pipeline, some: list[Sample]) -> Evidence | None:
     ):
         explained = {s.token: e for s in loud if (e := _explained(s, list(swaps(s)))) is not None}
         if 3 * len(explained) >= 2 * len(loud):
-            which = f"slots{_which(pipeline, explained)} {words}{_moved(explained)}"
+            which = f"slots{_which(pipeline, explained)} {words}{_moved(explained)}{_by_one(explained)}"
             details = f"{_listed(explained)}; all else is right"
             return Evidence(stages, f"{which}: {details}", 4, kind=f"slots {words}")
     return None
@@ -110,6 +111,14 @@ def _moved(explained: dict[int, list[_Swap]]) -> str:
     return {1: ", of the next token", -1: ", of the token before"}.get(
         by, f", {abs(by)} tokens {'on' if by > 0 else 'before'}"
     )
+
+
+def _by_one(explained: dict[int, list[_Swap]]) -> str:
+    """Words for the expert that stands for several others, if it is always the same."""
+    pairs = {tuple(s.words.split(" by ")) for swaps in explained.values() for s in swaps if " by " in s.words}
+    taken = {pair[-1] for pair in pairs}
+    one = taken.pop() if len(pairs) >= _SEVERAL and len(taken) == 1 else ""
+    return f" (always by expert {one})" if one.isdigit() else ""
 
 
 def _listed(explained: dict[int, list[_Swap]]) -> str:
