@@ -153,13 +153,17 @@ def regenerate(
         progress: called for each finished case with its name and with the number of cases.
 
     Raises:
-        GoldenError: a pattern matches no case, there is no folder to write to, or it has something else in it.
-            Nothing has been written then.
+        GoldenError: a pattern matches no case, there is no folder to write to, it has something else in it, or a case
+            is without a reason. Nothing has been written then.
         OSError: a file cannot be written.
     """
     root = _default_root(writing=not check) if root is None else root
     belonging = [case_id for case_id in DEFINITIONS if root != BUILTIN_ROOT or case_id in BUILTIN]
     selected = _select(belonging, patterns)
+    if silent := [case_id for case_id in selected if not DEFINITIONS[case_id].why]:
+        raise GoldenError(
+            f"{silent[0]}: expected a docstring that says why, which Python's option -OO takes away"
+        )
     if not check:
         _listed(root)  # refused here, before it takes time
     cases = _build_all(selected, jobs, progress or (lambda case_id, total: None))

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -268,6 +269,17 @@ def test_installed_package_can_check_but_not_write(
     assert "--root: expected a folder to write to" in refused.output
     (installed / "gemm" / "more.json").write_text("{}")
     assert regenerate("--check").exit_code == 1
+
+
+def test_no_golden_is_written_without_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where Python runs without docstrings, by -OO."""
+    name = "layout/fold_scales_0_6_16"
+    monkeypatch.setitem(DEFINITIONS, name, replace(DEFINITIONS[name], why=""))
+    result = CliRunner().invoke(commands, ["regenerate", "--root", str(tmp_path), "--only", name])
+    assert (result.exit_code, list(tmp_path.iterdir())) == (2, [])
+    assert (
+        f"Error: {name}: expected a docstring that says why, which Python's option -OO takes" in result.output
+    )
 
 
 def test_processes_and_threads_do_not_matter() -> None:
