@@ -91,7 +91,7 @@ def test_one_expert_stands_for_all_others() -> None:
 def factors_of(got: Tensor, call: MoeCall) -> str | None:
     pipeline = prepared(call)
     found = column_factors(samples(pipeline, got, differing(got, forward(call)), local_of(pipeline)))
-    return None if found is None else found[1]
+    return None if found is None else found.sentence
 
 
 def times(factors: Tensor) -> Callable[[Rows, Tensor], Tensor]:

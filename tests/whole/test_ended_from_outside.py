@@ -98,7 +98,7 @@ def test_a_closed_stdout(arguments: tuple[str, ...]) -> None:
     assert (command.returncode, command.stderr) == (2, b"Error: stdout is closed\n")
 
 
-@pytest.mark.parametrize("megabytes", [20, 60, 100, 520])
+@pytest.mark.parametrize("megabytes", [60, 100, 520])  # with less Python itself may not start
 def test_too_little_memory_is_no_verdict(megabytes: int) -> None:
     """C libraries that get none end the process, OpenBLAS and libgomp with the exit code of a wrong kernel."""
     command = subprocess.run(

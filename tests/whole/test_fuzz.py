@@ -70,6 +70,7 @@ EXEMPT = {
     "model.forward.AnyStages": "functions to be called; a wrong one fails as it does",
     "model.forward.MoeTrace": "a result",
     "model.forward.Rows": "a result",
+    "model.forward.check_stage": "a check of what stages give",
     "model.forward.activate_rows": "a stage, called with checked tensors only",
     "model.forward.select_local": "a stage, called with checked tensors only",
     "formats.experts.StoredWeights": "a result",

@@ -67,7 +67,7 @@ def slot_order(source: Source) -> MoeCall:
     return MoeCall(source.normal("input", 8, _H), ids, source.weights(8, 4) * power, experts)
 
 
-@define(catches="rsf_post_hoc", unique_for="weights that carry a routed scaling factor", pending=True)
+@define(catches="rsf_post_hoc", unique_for="weights that carry a routed scaling factor")
 def weights_with_a_routed_factor(source: Source) -> Content:
     """Weights that sum to 2.5 a token, as of a router with routed_scaling_factor 2.5: a kernel that normalises them,
     or knows the model and applies the factor once more, may be right on weights that sum to 1 or to anything.

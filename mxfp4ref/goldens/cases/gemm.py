@@ -308,7 +308,7 @@ def _in_turn(source: Source, rows: tuple[int, ...], hidden: int, inner: int) -> 
     return MoeCall(x, ids[order, None].to(torch.int32), source.weights(len(ids), 1), experts)
 
 
-@define(catches="scales_of_next_expert", unique_for="stale tiles where K is one tile", pending=True)
+@define(catches="scales_of_next_expert", unique_for="stale tiles where K is one tile")
 def experts_of_one_k_tile(source: Source) -> Content:
     """Four experts with 18, 1, 2 and 17 rows, and one tile of K in both GEMMs: what a tile holds of the expert
     before (weights, scales, accumulators, rows of the input) is neither multiplied away nor overwritten by a
@@ -317,7 +317,7 @@ def experts_of_one_k_tile(source: Source) -> Content:
     return moe_content(_in_turn(source, (18, 1, 2, 17), 128, 128), compact=True)
 
 
-@define(catches="scales_of_next_expert", unique_for="stale tiles behind experts without rows", pending=True)
+@define(catches="scales_of_next_expert", unique_for="stale tiles behind experts without rows")
 def experts_between_empty_ones(source: Source) -> Content:
     """Five experts, of which the second and fourth have no row, and two tiles of K in GEMM2: the expert before by
     number is not the one that was computed before, and a stale tile of either shows, as does one of the last

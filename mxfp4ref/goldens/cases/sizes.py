@@ -73,7 +73,7 @@ def eight_slots(source: Source) -> Content:
     return moe_content(call, compact=True)
 
 
-@define(unique_for="hidden states padded with zeros", pending=True)
+@define(unique_for="hidden states padded with zeros")
 def hidden_192_padded_to_256(source: Source) -> Content:
     """A hidden size that is a multiple of 64 and no more, padded to 256 as engines do it: zeros in the last 64
     columns of the input and of fc1, and in the last 64 rows of fc2. Kernels that skip what is padded may skip a
