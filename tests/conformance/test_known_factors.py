@@ -90,7 +90,7 @@ def test_nothing_is_known_of_most(factor: float) -> None:
 
 def test_a_diagnosis_says_it(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = time.thread_time
-    monkeypatch.setattr("time.thread_time", lambda: clock() / 3)  # quick, on a busy machine too
+    monkeypatch.setattr("time.thread_time", lambda: clock() / 6)  # quick, on a busy machine too
     call = captured("scaled_weights")
     again = layer(call, output=lambda sums: to_bf16(sums * 2.5))
     found = diagnose("moe", call, {"output": again}, {"output": forward(call)}, diagnosis="quick").finding
