@@ -100,6 +100,7 @@ def test_a_diagnosis_says_it(monkeypatch: pytest.MonkeyPatch) -> None:
     about = to_bf16(
         again.float() * (1 + 2.0**-9 * torch.randn(again.shape, generator=torch.Generator().manual_seed(0)))
     )
+    monkeypatch.setattr("time.thread_time", clock)
     noisy = diagnose("moe", call, {"output": about}, {"output": forward(call)}, diagnosis="quick").finding
     assert not noisy.exact
     assert noisy.stages == ()
