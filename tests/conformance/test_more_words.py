@@ -84,8 +84,8 @@ def test_one_expert_stands_for_all_others() -> None:
     pipeline = prepared(call)
     found = mixed_up(pipeline, samples(pipeline, got, differing(got, right), local_of(pipeline)))
     assert found is not None
-    assert found[0] == ("slots",)
-    assert "are computed by other experts (always by expert 0): token" in found[1]
+    assert found.stages == ("slots",)
+    assert "are computed by other experts (always by expert 0): token" in found.sentence
 
 
 def factors_of(got: Tensor, call: MoeCall) -> str | None:
