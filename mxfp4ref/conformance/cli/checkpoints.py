@@ -134,7 +134,8 @@ def read_options(
     "input_path",
     required=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="safetensors: hidden [M, H] bf16; optionally logits, token_ids, shared_output, padded, image_mask.",
+    help="safetensors: hidden [M, H] bf16; optionally logits, token_ids, shared_output, padded, image_mask; "
+    "token_selected_experts and token_final_scales take the router's place.",
 )
 @click.option(
     "--output",
