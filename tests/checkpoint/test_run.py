@@ -123,7 +123,7 @@ def test_given_ids_and_weights_take_the_router_s_place(tmp_path: Path) -> None:
         ({"logits": routed["logits"]}, "logits: expected none beside token_selected_experts and"),
         ({names[0]: ids + EXPERTS}, f"token_selected_experts: expected ids from -1 to {EXPERTS - 1}, got"),
         ({names[1]: weights[:, :1]}, r"token_final_scales: expected a float32 tensor of shape \[5, 2\]"),
-        ({"hiden": hidden}, "Did you mean 'hidden'"),
+        ({"hiden": hidden}, "did you mean hidden"),
     ):
         with pytest.raises(ValueError, match=message):
             run_layer(layer, given | wrong)
