@@ -16,7 +16,7 @@ from mxfp4ref.checkpoint.config import Config, read_config
 from mxfp4ref.checkpoint.disk import ReadOptions, find_layers, layer_at, ranges
 from mxfp4ref.checkpoint.format import CheckpointFormat, Found
 from mxfp4ref.checkpoint.layer import CheckpointLayer, ExpertsInFiles, Swiglu
-from mxfp4ref.checkpoint.run import checked_router
+from mxfp4ref.checkpoint.router import checked_router
 from mxfp4ref.checkpoint.shards import CheckpointError, Shards, open_shards
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,48 +13,31 @@ from torch import Tensor
 
 from mxfp4ref._choices import RouterName
 from mxfp4ref._files import check_no_input
-from mxfp4ref._ieee import to_fp64
-from mxfp4ref._validate import check_choice, check_tensor, did_you_mean
-from mxfp4ref.checkpoint.config import HONOURED, OPTIONS
-from mxfp4ref.checkpoint.formats import FORMATS
+from mxfp4ref._validate import check_ids, check_tensor, did_you_mean
+from mxfp4ref.checkpoint.error import CheckpointError
 from mxfp4ref.checkpoint.layer import CheckpointLayer, ExpertsInFiles, has_shared_expert
-from mxfp4ref.checkpoint.shards import CheckpointError, open_shards
+from mxfp4ref.checkpoint.router import route_layer, router_logits, with_shared
+from mxfp4ref.checkpoint.shards import open_shards
 from mxfp4ref.checkpoint.streaming import forward_in_parts
 from mxfp4ref.checkpoint.writing import save
-from mxfp4ref.model.dense import dense_gemm
+from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.layer import finish_output, moe_layer
-from mxfp4ref.model.parallel import Ranks
-from mxfp4ref.routing.models import PRESETS, Preset
-from mxfp4ref.routing.route import PADDING_ID, Gate, Routing, Tokens, route
-from mxfp4ref.sm90 import fp32
+from mxfp4ref.model.parallel import Ranks, split_intermediate
+from mxfp4ref.routing.route import PADDING_ID, Routing
 from mxfp4ref.sm90.tactics import Sm90Kernel
 
-__all__ = ["checked_router", "router_logits", "router_to_run", "run_layer"]
+__all__ = ["OUTPUTS", "ROUTING", "layer_call", "read_input", "route_input", "run_layer"]
 
-_INPUTS = ("hidden", "logits", "token_ids", "shared_output", "padded", "image_mask")
+ROUTING = ("token_selected_experts", "token_final_scales")
+OUTPUTS = ("routed_output", "output", "rank_output")
+_INPUTS = ("hidden", "logits", "token_ids", "shared_output", "padded", "image_mask", *ROUTING)
 _ONE_RANK = Ranks()
 _DEFAULT_KERNEL = Sm90Kernel()
 
 
-def router_logits(layer: CheckpointLayer, hidden: Tensor) -> Tensor:
-    """The router's logits of `[M, H] bf16` hidden states: `[M, E]`, float32 or, for gpt-oss, bf16.
-
-    Exact products summed in float64 by ascending K, rounded to float32 (a GPU's own order of summation may
-    give a neighbour); gpt-oss's bias is added in float32 and the sum rounded to bf16.
-    """
-    check_tensor("hidden", hidden, dtype=torch.bfloat16, shape=("M", layer.router_weight.shape[1]))
-    if layer.router_weight.dtype == torch.bfloat16:
-        logits = dense_gemm(hidden[None], layer.router_weight[None])[0]
-    else:
-        logits = _linear(to_fp64(hidden.to(torch.float32)), to_fp64(layer.router_weight))
-    if layer.router_bias is None or not _of_logits(layer):
-        return logits
-    return fp32.to_bf16(fp32.add(logits, layer.router_bias.to(torch.float32).expand_as(logits)))
-
-
 def run_layer(
     layer: CheckpointLayer,
-    input_path: str | Path,
+    input_path: str | Path | Mapping[str, Tensor],
     output_path: str | Path | None = None,
     *,
     router: RouterName | None = None,
@@ -71,15 +55,16 @@ def run_layer(
         input_path: a safetensors file with `hidden` `[M, H] bf16`, after the layer's norm, and optionally
             `logits` `[M, E]` (instead of `router_logits`), `token_ids` `[M] int64` (needed in DeepSeek-V4's
             hash layers), `shared_output` `[M, H] bf16`, `padded` `[M] bool` and, in models that see, `image_mask`
-            `[M] bool`, without which all tokens are text.
+            `[M] bool`, without which all tokens are text. `token_selected_experts` `[M, k] int32` and
+            `token_final_scales` `[M, k] float32` take the router's place. Or these tensors by name.
         output_path: a safetensors file to write the result to, too.
         router: a key of `PRESETS`; by default the router that config.json describes.
         ranks, kernel: as for `moe_layer`.
         step: called before each part of the experts with a description and the number of parts.
 
     Returns:
-        `output` `[M, H] bf16`, `logits`, and `token_selected_experts`, `token_final_scales` and `ambiguous` as
-        in `Routing`. Where the layer has a shared expert and its output was not given, the result is
+        `output` `[M, H] bf16`, `token_selected_experts`, `token_final_scales` and, of a router, `logits` and
+        `ambiguous`, as in `Routing`. Where the layer has a shared expert and its output was not given, the result is
         no layer's and is called `routed_output` instead; of a part of the experts, or with `Ranks.tp_rank`, it is
         what that rank adds to the others', and is called `rank_output`.
 
@@ -89,32 +74,17 @@ def run_layer(
         CheckpointError: the input file is damaged or has other tensors, config.json does not say what the router
             needs, or the output cannot be written.
     """
-    shards = open_shards(input_path)
-    if output_path is not None:
+    if output_path is not None and not isinstance(input_path, Mapping):
+        shards = open_shards(input_path)
         check_no_input(Path(output_path), {shards.root, *shards.files.values()})
-    unknown = sorted(set(shards.files) - set(_INPUTS))
-    if unknown or "hidden" not in shards.files:
-        raise CheckpointError(
-            f"{input_path}: expected the tensor hidden and optionally {', '.join(_INPUTS[1:])}, got "
-            f"{', '.join(sorted(shards.files))}{did_you_mean(unknown[0], _INPUTS) if unknown else ''}"
-        )
-    given = shards.read(shards.files)
-    hidden, shared_output = given["hidden"], given.get("shared_output")
-    padded_hidden = _widen(layer, "hidden", hidden)
-    latent = layer.router_weight.shape[1] != layer.hidden_size
-    if latent and "logits" not in given:
-        raise ValueError(
-            f"logits: expected in the input file, the experts of {layer.prefix}* have a space of their own, of "
-            f"{layer.hidden_size}, and hidden is in it"
-        )
+    given = read_input(input_path)
+    shared_output = given.get("shared_output")
+    latent = _latent(layer)
     alone = layer.expert_ids is not None or ranks.tp_rank is not None  # one rank of several
     if shared_output is not None and (alone or layer.fused or latent):
         raise ValueError("shared_output: expected none, it is not added to this result")
-    logits = given["logits"] if "logits" in given else router_logits(layer, hidden)
-    check_tensor(
-        "logits", logits, dtype=(torch.float32, torch.bfloat16), shape=(len(hidden), layer.num_experts)
-    )
-    routing = _route(layer, logits, given, router)
+    padded_hidden = _widen(layer, "hidden", given["hidden"])
+    logits, routing = route_input(layer, given, router)
     if ranks.intermediate_size is None:
         ranks = replace(ranks, intermediate_size=layer.intermediate_size)
     if shared_output is not None:
@@ -149,114 +119,133 @@ def run_layer(
         "rank_output" if alone else _name(layer, latent, shared_output): output[
             :, : layer.hidden_size
         ].contiguous(),
-        "logits": logits,
-        "token_selected_experts": routing.ids,
-        "token_final_scales": routing.scales,
-        "ambiguous": routing.ambiguous,
+        **({} if logits is None else {"logits": logits}),
+        **dict(zip(ROUTING, (routing.ids, routing.scales), strict=True)),
+        **({} if logits is None else {"ambiguous": routing.ambiguous}),
     }
     if output_path is not None:
         save(output_path, result)
     return result
 
 
+def layer_call(
+    layer: CheckpointLayer,
+    input_path: str | Path | Mapping[str, Tensor],
+    *,
+    router: RouterName | None = None,
+    ranks: Ranks = _ONE_RANK,
+) -> MoeCall:
+    """The kernel's call for a layer's input, with all experts of the rank in memory: what `diagnose` takes.
+
+    Args:
+        layer, input_path, router: as for `run_layer`.
+        ranks: one rank: of several tensor-parallel ones that of `tp_rank`; of expert-parallel ones, that of the
+            layer's `expert_ids`.
+
+    Raises:
+        ValueError: `ranks` are several.
+        TypeError, ValueError, CheckpointError: as `run_layer` does.
+    """
+    if ranks.ep_size > 1 or (ranks.tp_size > 1 and ranks.tp_rank is None):
+        raise ValueError(f"ranks: expected one rank, with tp_rank or the layer's expert_ids, got {ranks}")
+    given = read_input(input_path)
+    routing = route_input(layer, given, router)[1]
+    tp_rank = ranks.tp_rank or 0
+    experts = layer.experts.read() if isinstance(layer.experts, ExpertsInFiles) else layer.experts
+    inner = ranks.intermediate_size or layer.intermediate_size
+    shard = split_intermediate(experts, ranks.tp_size, intermediate_size=inner)[tp_rank]
+    ids, place = routing.ids, _equal_share(layer)
+    if place is None:
+        ids, place = _local(layer, ids, ranks), {}
+    return MoeCall(
+        _widen(layer, "hidden", given["hidden"]),
+        ids,
+        routing.scales,
+        shard,
+        tp_size=ranks.tp_size,
+        tp_rank=tp_rank,
+        strict=False,
+        activation_type=layer.activation_type,
+        **place,
+    )
+
+
+def read_input(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an input of `run_layer`, none of another name.
+
+    Raises:
+        CheckpointError: they have other names, or the file is damaged.
+    """
+    if isinstance(source, Mapping):
+        names, given = [*source], dict(source)
+    else:
+        shards = open_shards(source)
+        names = [*shards.files]
+    unknown = sorted(set(names) - set(_INPUTS))
+    if unknown or "hidden" not in names:
+        raise CheckpointError(
+            f"{'input' if isinstance(source, Mapping) else source}: expected the tensor hidden and optionally "
+            f"{', '.join(_INPUTS[1:])}, got {', '.join(sorted(names))}"
+            f"{did_you_mean(unknown[0], _INPUTS) if unknown else ''}"
+        )
+    return given if isinstance(source, Mapping) else shards.read(shards.files)
+
+
+def route_input(
+    layer: CheckpointLayer, given: Mapping[str, Tensor], router: RouterName | None = None
+) -> tuple[Tensor | None, Routing]:
+    """The logits and what the router decides; of an input with ids and weights None, and these.
+
+    Raises:
+        TypeError, ValueError: as the router does; or the input has not both ids and weights, or others than fit.
+    """
+    hidden = given["hidden"]
+    if not any(name in given for name in ROUTING):
+        if _latent(layer) and "logits" not in given:
+            raise ValueError(
+                f"logits: expected in the input file, the experts of {layer.prefix}* have a space of their own, of "
+                f"{layer.hidden_size}, and hidden is in it"
+            )
+        logits = given["logits"] if "logits" in given else router_logits(layer, hidden)
+        check_tensor(
+            "logits", logits, dtype=(torch.float32, torch.bfloat16), shape=(len(hidden), layer.num_experts)
+        )
+        return logits, route_layer(layer, logits, given, router)
+    if missing := [name for name in ROUTING if name not in given]:
+        raise ValueError(f"{missing[0]}: expected in the input, too: {' and '.join(ROUTING)} go together")
+    if "logits" in given or router is not None:
+        unused = "logits" if "logits" in given else "router"
+        raise ValueError(
+            f"{unused}: expected none beside {' and '.join(ROUTING)}, which take the router's place"
+        )
+    ids, weights = (given[name] for name in ROUTING)
+    check_tensor(ROUTING[0], ids, dtype=(torch.int32, torch.int64), shape=(len(hidden), "k"))
+    check_tensor(ROUTING[1], weights, dtype=torch.float32, shape=tuple(ids.shape))
+    check_ids(ROUTING[0], ids, minimum=PADDING_ID, maximum=layer.num_experts - 1)
+    routing = Routing(ids.to(torch.int32), weights, torch.zeros(len(ids), dtype=torch.bool, device="cpu"))
+    return None, with_shared(routing, layer) if layer.fused else routing
+
+
+def _latent(layer: CheckpointLayer) -> bool:
+    """Whether the experts work in a space of their own."""
+    return layer.router_weight.shape[1] != layer.hidden_size
+
+
+def _equal_share(layer: CheckpointLayer) -> dict[str, Any] | None:
+    """`ep_size` and `ep_rank` of the rank that has the layer's experts, which are one of equal ranges; else None."""
+    if layer.expert_ids is None:
+        return {}
+    first, count = layer.expert_ids[0], len(layer.expert_ids)
+    in_order = layer.expert_ids == tuple(range(first, first + count))
+    if layer.fused or not in_order or layer.num_experts % count or first % count:
+        return None
+    return {"ep_size": layer.num_experts // count, "ep_rank": first // count}
+
+
 def _name(layer: CheckpointLayer, latent: bool, shared_output: Tensor | None) -> str:
     """What the output of all ranks is."""
     shared = has_shared_expert(layer.shared_experts, layer.others)
     return "routed_output" if latent or (shared and shared_output is None and not layer.fused) else "output"
-
-
-def _preset(layer: CheckpointLayer) -> Preset:
-    """The layer's router, without its top_k and factor."""
-    if layer.router is not None:
-        return layer.router
-    format = FORMATS.get(layer.format)
-    if format is not None and format.router is not None:
-        return PRESETS[format.router]
-    if format is not None and "score" in format.defaults:
-        return PRESETS["deepseek_v4"]
-    keys = " and ".join(" or ".join(HONOURED[role]) for role in ("score", "normalize"))
-    raise CheckpointError(
-        f"config.json: expected {keys}, or an argument router (--router, or --set KEY=VALUE, on the command line)"
-    )
-
-
-def checked_router(layer: CheckpointLayer) -> Preset:
-    """The router that `run_layer` uses, with top_k and factor, after a token of zeros has passed it.
-
-    Raises:
-        TypeError, ValueError, CheckpointError: as `run_layer` does whatever its input.
-    """
-    nothing = torch.zeros(1, layer.router_weight.shape[1], dtype=torch.bfloat16, device="cpu")
-    tokens = {"token_ids": torch.zeros(1, dtype=torch.int64, device="cpu")}
-    _route(layer, router_logits(layer, nothing), tokens, None)
-    return router_to_run(layer, None)
-
-
-def router_to_run(layer: CheckpointLayer, router: RouterName | None) -> Preset:
-    """The router that `run_layer` uses, with top_k and factor.
-
-    Raises:
-        ValueError: the layer has a factor that its router does not apply.
-        CheckpointError: config.json does not say what the router needs.
-    """
-    own = _preset(layer) if router is None or layer.router is not None else PRESETS[router]
-    factor = layer.routed_scaling_factor
-    if own.name == "gpt_oss" and factor is not None:
-        raise ValueError(f"routed_scaling_factor: expected None with the router {own.name}")
-    if layer.top_k is None:
-        raise _missing("top_k")
-    preset = own if router is None else PRESETS[router]
-    if router in ("gpt_oss", "mixtral"):  # which have no factor
-        factor = 1.0
-    if factor is None:
-        if preset.name in ("deepseek_v3", "deepseek_v4"):
-            raise _missing("routed_scaling_factor")
-        factor = 1.0
-    if layer.top_k == 1 and preset.name.startswith("deepseek") and preset.normalize == "sum":
-        raise CheckpointError(
-            f"config.json: expected {' or '.join(HONOURED['normalize'])} to be false with one expert a token: "
-            f"engines "
-            f"differ in whether they divide its score by itself (--set norm_topk_prob=false leaves it as it is)"
-        )
-    return replace(preset, top_k=layer.top_k, factor=factor)
-
-
-def _route(
-    layer: CheckpointLayer, logits: Tensor, given: Mapping[str, Tensor], router: RouterName | None
-) -> Routing:
-    if router is not None:
-        check_choice("router", router, tuple(PRESETS))
-    table = layer.tid2eid if router in (None, "deepseek_v4") else None
-    # gpt-oss's bias is part of the logits; another router that was asked for needs the layer to have its own.
-    bias = None if router in ("gpt_oss", "mixtral") or _of_logits(layer) else layer.router_bias
-    if bias is None and table is None and router in ("deepseek_v3", "deepseek_v4"):
-        raise ValueError(f"router: expected a router without a correction bias for {layer.prefix}*")
-    preset = router_to_run(layer, router)
-    tokens = Tokens(given.get("padded"), given.get("token_ids"), given.get("image_mask"))
-    if table is not None and tokens.token_ids is None:
-        raise ValueError(f"token_ids: expected in the input file, {layer.prefix}* is a hash layer")
-    gate = Gate(None if bias is None else bias.to(torch.float32), layer.image_bias, table)
-    routing = route(preset, logits, gate, tokens)
-    return routing if not layer.fused else _with_shared(routing, layer)
-
-
-def _of_logits(layer: CheckpointLayer) -> bool:
-    """Whether the layer's bias is part of its logits."""
-    if layer.router is not None:
-        return layer.router.name == "gpt_oss"
-    format = FORMATS.get(layer.format)
-    return format is not None and format.router == "gpt_oss"
-
-
-def _with_shared(routing: Routing, layer: CheckpointLayer) -> Routing:
-    """The same with the shared expert in slots of its own, of weight 1."""
-    ids = torch.arange(layer.num_experts, layer.num_experts + layer.fused, dtype=torch.int32, device="cpu")
-    no_token = (routing.ids == PADDING_ID).all(1, keepdim=True)
-    shared = ids.expand(len(routing.ids), -1).masked_fill(no_token, PADDING_ID)
-    weights = torch.ones(shared.shape, dtype=torch.float32, device="cpu").masked_fill(no_token, 0.0)
-    return replace(
-        routing, ids=torch.cat([routing.ids, shared], 1), scales=torch.cat([routing.scales, weights], 1)
-    )
 
 
 def _local(layer: CheckpointLayer, ids: Tensor, ranks: Ranks) -> Tensor:
@@ -271,21 +260,6 @@ def _local(layer: CheckpointLayer, ids: Tensor, ranks: Ranks) -> Tensor:
     for local, expert in reversed([*enumerate(layer.expert_ids)]):
         index[expert] = local
     return index[ids.long()]
-
-
-def _missing(role: str) -> CheckpointError:
-    return CheckpointError(
-        f"config.json: expected {' or '.join(HONOURED[role])}, or {role} in the layer ({OPTIONS[role]} on the "
-        f"command line)"
-    )
-
-
-def _linear(x: Tensor, weights: Tensor) -> Tensor:
-    """`x @ weights^T` in float64, by ascending K, rounded to float32: `dense_gemm` of weights in float32."""
-    total = torch.zeros(len(x), len(weights), dtype=torch.float64, device=x.device)
-    for column, other in zip(x.T.contiguous(), weights.T.contiguous(), strict=True):
-        total += column[:, None] * other
-    return fp32.round_fp64(total)
 
 
 def _widen(layer: CheckpointLayer, name: str, tensor: Tensor) -> Tensor:

@@ -52,6 +52,7 @@ class Difference:
         ulps: representable numbers from one to the other (`FAR` with a NaN, `FAR` - 1 if there are more than that); 0
             between +0 and -0.
         whole: whether they are integers, and `ulps` is their difference.
+        counts: whether they are integers that number something, as ids of experts do, which values alone tell.
     """
 
     index: tuple[int, ...]
@@ -61,8 +62,11 @@ class Difference:
     expected_value: str
     ulps: int
     whole: bool = False
+    counts: bool = False
 
     def __str__(self) -> str:
+        if self.counts:
+            return f"at {list(self.index)}: got {self.got_value}, expected {self.expected_value}"
         distance = f"by {_count(self.ulps)}" if self.whole else f"{_count(self.ulps)} ulp"
         distance = "a NaN on one side" if self.ulps == FAR else distance
         return (
@@ -128,7 +132,7 @@ def in_words(got: Tensor, expected: Tensor) -> str:
     distance = ulp_distance(got, expected)[mask]
     numbers = distance[distance < FAR]
     furthest = ""
-    if len(numbers):
+    if len(numbers) and not first.counts:
         most = ("at most " if int(numbers.max()) < FAR - 1 else "") + _count(int(numbers.max()))
         furthest = f", by {most}" if first.whole else f", {most} ulp"
     return f"{int(mask.sum()):,} of {mask.numel():,} elements differ{furthest}; first {first}"
@@ -145,6 +149,7 @@ def difference_at(got: Tensor, expected: Tensor, index: tuple[int, ...]) -> Diff
         expected_value=_value(other),
         ulps=int(ulp_distance(one, other)),
         whole=got.dtype in (*_WHOLE, torch.bool),
+        counts=got.dtype in (torch.int16, torch.int32, torch.int64),
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from mxfp4ref.routing import scoring
 from mxfp4ref.routing.models import PRESETS, Preset
 
-__all__ = ["given_factor", "routing_outside", "selectable"]
+__all__ = ["given_factor", "preset_of", "routing_outside", "selectable"]
 
 _UNIT = 2.0**-24  # half an ulp of 1: the relative error of one rounding
 _FUNCTION = 4  # units: 2 ulp, of exp and of log1p
@@ -36,25 +36,31 @@ def routing_outside(inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]) ->
     outside their interval for the ids that came with them. Ties may be broken either way: `torch.topk` does.
 
     Args:
-        inputs: of a golden case of kind "routing".
+        inputs: of a golden case of kind "routing". Where the logits are not exactly those that the router had,
+            `logit_errors` `[M, E] float64` is how far they may be apart.
         outputs: `ids [M, k] int32` and `scales [M, k] float32`.
     """
-    preset = PRESETS[inputs["preset"]]
+    preset = preset_of(inputs)
     logits = inputs["logits"].cpu().to(torch.float64)
     ids, weights = outputs["ids"].cpu().long(), outputs["scales"].cpu().to(torch.float64)
     padded = _given(inputs, "padded", torch.zeros(len(ids), dtype=torch.bool))
     count = int((ids[padded] != -1).sum()) + int((weights[padded] != 0).sum())
-    logits, ids, weights = logits[~padded], ids[~padded], weights[~padded]
+    errors = _given(inputs, "logit_errors", torch.zeros_like(logits))
+    logits, ids, weights, errors = logits[~padded], ids[~padded], weights[~padded], errors[~padded]
 
     inside = (ids >= 0) & (ids < logits.shape[1])
     known = ids.clamp(0, logits.shape[1] - 1)
-    scores = _SCORES[preset.score](logits)
+    scores = _scores(preset, logits, errors)
     if (table := inputs.get("tid2eid")) is not None:
         wrong = ids != table.cpu().long()[inputs["token_ids"].cpu().long()[~padded]]
     else:
         bias = _given(inputs, "correction_bias", torch.zeros(logits.shape[1])).to(torch.float64)
-        wrong = ~selectable(preset, logits, bias, ids, _groups(inputs, preset))[:, None].expand_as(ids)
-    low, high = _weights(preset, logits, scores, known, _factor(inputs, preset))
+        wrong = ~_chosen(_added(scores, bias), ids, _groups(inputs, preset))[:, None].expand_as(ids)
+    if preset.normalize == "softmax":
+        scores = _widened(_exponentials(logits.gather(1, known)), errors.gather(1, known))
+    else:
+        scores = scores[0].gather(1, known), scores[1].gather(1, known)
+    low, high = _weights(preset, scores, _factor(inputs, preset))
     return count + int(wrong.sum()) + int((~((low <= weights) & (weights <= high) & inside)).sum())
 
 
@@ -67,8 +73,13 @@ def selectable(preset: Preset, logits: Tensor, bias: Tensor, ids: Tensor, groups
         ids: `[M, k] int64`, any numbers.
         groups: n_group and topk_group.
     """
-    known = ids.clamp(0, logits.shape[1] - 1)
-    chosen = _selectable(_added(_SCORES[preset.score](logits), bias), known, *groups)
+    return _chosen(_added(_SCORES[preset.score](logits), bias), ids, groups)
+
+
+def _chosen(scores: _Ends, ids: Tensor, groups: tuple[int, int]) -> Tensor:
+    """Whether some scores within their intervals select these ids, which may be any numbers, in this order."""
+    known = ids.clamp(0, scores[0].shape[1] - 1)
+    chosen = _selectable(scores, known, *groups)
     return chosen & (known == ids).all(1) & (known.sort(1).values.diff(dim=1) != 0).all(1)
 
 
@@ -81,6 +92,12 @@ def _factor(inputs: Mapping[str, Any], preset: Preset) -> float:
     if inputs.get("routed_scaling", "in_weights") != "in_weights":
         return 1.0
     return given_factor(inputs, preset)
+
+
+def preset_of(inputs: Mapping[str, Any]) -> Preset:
+    """The router of a case, which goldens have by name, and a checkpoint's layer as a record of its own."""
+    preset = inputs["preset"]
+    return preset if isinstance(preset, Preset) else PRESETS[preset]
 
 
 def given_factor(inputs: Mapping[str, Any], preset: Preset) -> float:
@@ -127,6 +144,20 @@ _SCORES: dict[Callable[..., Tensor], Callable[[Tensor], _Ends]] = {
 }
 
 
+def _scores(preset: Preset, logits: Tensor, errors: Tensor) -> _Ends:
+    """The scores of logits that may be so far off; scores grow with their logit."""
+    score = _SCORES[preset.score]
+    if preset.score is scoring.softmax:
+        return _widened(score(logits), errors)
+    return score(logits - errors)[0], score(logits + errors)[1]
+
+
+def _widened(powers: _Ends, errors: Tensor) -> _Ends:
+    """Exponentials of logits that may be so far off, each against the largest, which may be, too."""
+    reach = 2 * errors.amax(1, keepdim=True)
+    return powers[0] * (-reach).exp(), powers[1] * reach.exp()
+
+
 def _added(ends: _Ends, addend: Tensor) -> _Ends:
     """After one addition. A sum with 0 is exact."""
     low, high = (end + addend for end in ends)
@@ -163,13 +194,10 @@ def _in_order(scores: _Ends, ids: Tensor) -> Tensor:
     return possible
 
 
-def _weights(preset: Preset, logits: Tensor, scores: _Ends, ids: Tensor, factor: float) -> _Ends:
-    """The final scales of these experts: each over the sum, which contains it too, times the factor."""
-    if preset.normalize == "softmax":
-        low, high = _exponentials(logits.gather(1, ids))
-    else:
-        low, high = (end.gather(1, ids) for end in scores)
-    top_k = ids.shape[1]
+def _weights(preset: Preset, scores: _Ends, factor: float) -> _Ends:
+    """The final scales of experts of these scores: each over the sum, which contains it too, times the factor."""
+    low, high = scores
+    top_k = low.shape[1]
     least = low / (low + (high.sum(1, keepdim=True) - high) + preset.epsilon).clamp_min(_FLUSHED)
     most = high / (high + (low.sum(1, keepdim=True) - low) + preset.epsilon).clamp_min(_FLUSHED)
     reach = (top_k + _DIVISION + 3) * _UNIT  # the sum in any order, the quotient, two constants, a product

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.router_bounds import given_factor, selectable
+from mxfp4ref.conformance.router_bounds import given_factor, preset_of, selectable
 from mxfp4ref.routing import scoring
-from mxfp4ref.routing.models import PRESETS, Preset
+from mxfp4ref.routing.models import Preset
 
 __all__ = ["NORMALIZATIONS", "SCORES", "Selection", "View", "Weighing", "near", "selections", "weighings"]
 
@@ -94,7 +94,7 @@ class View:
     @classmethod
     def of(cls, inputs: Mapping[str, Any], rows: Tensor) -> View:
         """Of a golden case's inputs; `rows [M] bool` are the tokens."""
-        preset = PRESETS[inputs["preset"]]
+        preset = preset_of(inputs)
         logits = inputs["logits"].cpu().to(torch.float64)
         bias, table, token_ids = (inputs.get(name) for name in ("correction_bias", "tid2eid", "token_ids"))
         factor = given_factor(inputs, preset)

@@ -27,6 +27,7 @@ from mxfp4ref.conformance.cli.shared import (
 )
 from mxfp4ref.conformance.cli.supervised import others_code_begins
 from mxfp4ref.conformance.cli.terminal import echo, echo_rows
+from mxfp4ref.engine.layer_cli import layer
 
 if TYPE_CHECKING:
     from mxfp4ref.conformance.results import CaseResult
@@ -303,4 +304,4 @@ def _note(result: CaseResult) -> str:
     return textwrap.shorten(words or f"{wrong_elements(result)} differ", _NOTE, placeholder=" ...")
 
 
-COMMANDS = (replay, record, invariance)
+COMMANDS = (replay, record, invariance, layer)

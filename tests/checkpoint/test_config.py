@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from mxfp4ref.__main__ import commands
 from mxfp4ref.checkpoint import CheckpointError, ReadOptions, open_layer, read_layer, run_layer
 from mxfp4ref.checkpoint.config import HONOURED, NOT_MATTERING, Config, read_config
-from mxfp4ref.checkpoint.run import router_to_run
+from mxfp4ref.checkpoint.router import router_to_run
 from mxfp4ref.routing import Gate, route, routing_weights, scoring, select_experts
 from mxfp4ref.routing.models import DEEPSEEK_V4
 from tests.helpers.checkpoints import (

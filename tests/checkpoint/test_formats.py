@@ -24,7 +24,7 @@ from mxfp4ref.checkpoint import (
     run_layer,
     write_layer,
 )
-from mxfp4ref.checkpoint.run import router_to_run
+from mxfp4ref.checkpoint.router import router_to_run
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.formats.mxfp4 import dequantize
 from mxfp4ref.formats.quantize import quantize

@@ -14,6 +14,8 @@ from torch import Tensor
 from mxfp4ref.checkpoint import (
     CheckpointError,
     CheckpointLayer,
+    ReadOptions,
+    layer_call,
     open_layer,
     read_layer,
     router_logits,
@@ -102,6 +104,47 @@ def test_run_gpt_oss_layer(tmp_path: Path, kind: str) -> None:
     expected = forward(MoeCall(wide, routing.ids, routing.scales, layer.experts))
     assert not expected[:, GPT_OSS_H:].any()
     assert same_bits(result["output"], expected[:, :GPT_OSS_H].contiguous())
+
+
+def test_given_ids_and_weights_take_the_router_s_place(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "deepseek_v4")
+    layer = read_layer(tmp_path, 1)
+    hidden = write_input(tmp_path / "x", DEEPSEEK_H)
+    routed = run_layer(layer, tmp_path / "x")
+    names = ("token_selected_experts", "token_final_scales")
+    ids, weights = (routed[name] for name in names)
+    given = {"hidden": hidden, names[0]: ids.roll(1, 0).long(), names[1]: weights * 2}
+    result = run_layer(layer, given)
+    expected = forward(MoeCall(hidden, ids.roll(1, 0), weights * 2, layer.experts))
+    assert [*result] == ["routed_output", *names]
+    assert same_bits(result["routed_output"], expected)
+    assert same_bits(forward(layer_call(layer, given)), expected)
+    for wrong, message in (
+        ({"logits": routed["logits"]}, "logits: expected none beside token_selected_experts and"),
+        ({names[0]: ids + EXPERTS}, f"token_selected_experts: expected ids from -1 to {EXPERTS - 1}, got"),
+        ({names[1]: weights[:, :1]}, r"token_final_scales: expected a float32 tensor of shape \[5, 2\]"),
+        ({"hiden": hidden}, "did you mean hidden"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_layer(layer, given | wrong)
+    del given[names[1]]
+    with pytest.raises(ValueError, match="token_final_scales: expected in the input, too"):
+        run_layer(layer, given)
+
+
+@pytest.mark.parametrize("options", [{}, {"experts": [2, 3]}, {"experts": [3, 1]}])
+@pytest.mark.parametrize("ranks", [Ranks(), Ranks(tp_size=2, tp_rank=1)])
+def test_the_call_of_a_rank(tmp_path: Path, options: dict[str, list[int]], ranks: Ranks) -> None:
+    """Consecutive experts are a rank of the kernel's; of others it is given local ids."""
+    make_checkpoint(tmp_path, "gpt_oss")
+    write_input(tmp_path / "x", GPT_OSS_H)
+    layer = open_layer(tmp_path, 1, options=ReadOptions(**options))
+    call = layer_call(layer, tmp_path / "x", ranks=ranks)
+    name = "rank_output" if options or ranks.tp_rank else "output"
+    assert same_bits(forward(call)[:, :GPT_OSS_H], run_layer(layer, tmp_path / "x", ranks=ranks)[name])
+    assert (call.ep_size, call.ep_rank) == ((2, 1) if options == {"experts": [2, 3]} else (1, 0))
+    with pytest.raises(ValueError, match="ranks: expected one rank"):
+        layer_call(layer, tmp_path / "x", ranks=Ranks(ep_size=2))
 
 
 def test_given_logits_and_another_router(tmp_path: Path) -> None:

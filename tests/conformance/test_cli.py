@@ -327,7 +327,16 @@ def test_compare(tmp_path: Path) -> None:
     result = invoke("compare", b, a)
     assert result.exit_code == 1
     assert "1 of 6 elements differ, at most 1 ulp; first at [1, 2]: got 0x40A1 (5.03125)" in result.output
-    assert "more: only in" in invoke("compare", a, c).output
+    assert result.output.splitlines()[-1] == "different: 1 of 1 tensor"
+    result = invoke("compare", a, c)  # of an output alone, with what `layer` writes
+    assert result.exit_code == 0
+    assert f"more: only in {c}, not compared" in result.output
+    assert result.output.splitlines()[-1] == "equal: 1 tensor; 1 in one file only, not compared"
+    safetensors.torch.save_file({"routed_output": values, "ids": values[:1].clone()}, b)
+    result = invoke("compare", a, b)
+    assert result.exit_code == 2
+    assert f"got output in {a} and ids, routed_output in {b}" in " ".join(result.output.split())
+    assert "output and routed_output are both bfloat16 [2, 3]" in " ".join(result.output.split())
     safetensors.torch.save_file({}, b)
     result = invoke("compare", b, b)
     assert result.exit_code == 2

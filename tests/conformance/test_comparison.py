@@ -128,7 +128,7 @@ def test_assert_bits_equal() -> None:
 def test_integers_have_no_ulp() -> None:
     ids = torch.tensor([1, 2, 250], dtype=torch.int32)
     assert in_words(ids, ids + torch.tensor([0, 3, 1], dtype=torch.int32)) == (
-        "2 of 3 elements differ, by at most 3; first at [1]: got 0x00000002 (2), expected 0x00000005 (5), by 3"
+        "2 of 3 elements differ; first at [1]: got 2, expected 5"
     )
     assert ", at most 128 ulp; first" in in_words(
         torch.tensor([1.0]).bfloat16(), torch.tensor([2.0]).bfloat16()
@@ -155,7 +155,7 @@ LARGEST = torch.finfo(torch.float64).max
         (1.0, float("nan"), torch.float8_e5m2, "a NaN on one side"),
         (1.0, 8.0, torch.float8_e8m0fnu, "0x82 (8), 3 ulp"),
         (1 + 1j, 1 - 1j, torch.complex128, "((1-1j)), 9,214,364,837,600,034,816 ulp"),
-        (-(1 << 63), (1 << 63) - 1, torch.int64, "by 9,223,372,036,854,775,806 or more"),
+        (-(1 << 63), (1 << 63) - 1, torch.int64, "got -9223372036854775808, expected 9223372036854775807"),
         (1 << 63, (1 << 63) - 1, torch.uint64, "(9223372036854775807), by 1"),
         (True, False, torch.bool, "0x00 (False), by 1"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -44,15 +45,17 @@ def compare(a: Path, b: Path, json_file: Path | None) -> None:
     mxfp4ref compare yesterday.json today.json --json changes.json
 
     Of two safetensors files the tensors of the same names are compared: in how many elements they differ, how far at
-    most in ulp (steps from one representable number to the next; for integers their difference), and the first of
-    them. A is what was computed, B what was expected.
+    most in ulp (steps from one representable number to the next; for bytes their difference), and the first of
+    them. A is what was computed, B what was expected. Tensors that only one file has are told, and not compared; the
+    last line is the verdict.
 
     Of two reports, as conform --json writes them, A is the older: which cases fail now and passed, which pass, which
     fail in another way. What else is different, such as goldens and versions, is told first.
 
-    Exit codes: 0 equal, or no case got worse; 1 different, or some case passed, and fails or is skipped now; 2 a file
-    cannot be read, or is neither, or the JSON could not be written. Cases that only one report has, as after conform
-    --last-failed, are told and do not count.
+    Exit codes: 0 all tensors that both files have are equal, or no case got worse; 1 different, or some case passed,
+    and fails or is skipped now; 2 a file cannot be read, or is neither, the files have no tensor in common, or the
+    JSON could not be written. Cases that only one report has, as after conform --last-failed, are told and do not
+    count.
     """
     from mxfp4ref.conformance.report_comparison import compare_reports
     from mxfp4ref.conformance.report_reading import is_report, read_report
@@ -66,7 +69,8 @@ def compare(a: Path, b: Path, json_file: Path | None) -> None:
             found = {"kind": "reports", **asdict(changes), "worse": changes.worse}
         else:
             compared = _compared(a, b)
-            ok, show = all(row["equal"] for row in compared), partial(_print_tensors, compared)
+            ok = all(row["equal"] for row in compared if row["compared"])
+            show = partial(_print_tensors, compared)
             found = {"kind": "tensors", "tensors": compared}
     value = {"format": _FORMAT, "a": printable(str(a)), "b": printable(str(b)), "ok": ok, **found}
     complete = files.write_after(show, value, {"json": lambda value: json.dumps(value, indent=1) + "\n"})
@@ -87,12 +91,18 @@ def _compared(a: Path, b: Path) -> list[dict[str, Any]]:
     one, other = _load(a), _load(b)
     if not one and not other:
         raise ValueError(f"{a} and {b}: expected tensors to compare, got none in either")
+    if not one.keys() & other.keys():
+        raise ValueError(
+            f"expected a tensor that both files have, got {_named(one)} in {a} and {_named(other)} in {b}"
+            f"{_likely_pair(one, other)}"
+        )
     rows = []
     for name in sorted(one.keys() | other.keys()):
-        row: dict[str, Any] = {"name": printable(name), "equal": False}
+        both = name in one and name in other
+        row: dict[str, Any] = {"name": printable(name), "equal": False, "compared": both}
         row |= {key: describe(found[name]) for key, found in (("a", one), ("b", other)) if name in found}
-        if "a" not in row or "b" not in row:
-            row["message"] = f"only in {a if name in one else b}"
+        if not both:
+            row["message"] = f"only in {a if name in one else b}, not compared"
         elif row["a"] != row["b"]:
             row["message"] = f"{row['a']} in {a}, {row['b']} in {b}"
         else:
@@ -104,9 +114,31 @@ def _compared(a: Path, b: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _named(tensors: Mapping[str, Tensor]) -> str:
+    return ", ".join(sorted(tensors)) or "none"
+
+
+def _likely_pair(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str:
+    """A hint where a tensor of one file is like just one of the other's."""
+    alike = [(x, y) for x in one for y in other if describe(one[x]) == describe(other[y])]
+    if len(alike) != 1:
+        return ""
+    ((x, y),) = alike
+    return f": {x} and {y} are both {describe(one[x])}; save them under one name"
+
+
 def _print_tensors(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         echo(f"{row['name']}: {row['message']}{', ' + row['a'] if row['equal'] else ''}")
+    compared = [row for row in rows if row["compared"]]
+    different = sum(not row["equal"] for row in compared)
+    words = (
+        f"different: {different} of {counted(len(compared), 'tensor')}"
+        if different
+        else f"equal: {counted(len(compared), 'tensor')}"
+    )
+    left = f"; {alone} in one file only, not compared" if (alone := len(rows) - len(compared)) else ""
+    echo(f"{words}{left}", fg="red" if different else "green", bold=True)
 
 
 _FORMAT = "mxfp4ref-comparison-1"

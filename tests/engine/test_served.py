@@ -1,0 +1,177 @@
+"""What a server gave for a layer of a checkpoint, right and with mistakes of an engine's, by `layer --served`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mxfp4ref.__main__ import commands
+from mxfp4ref.checkpoint import (
+    CheckpointLayer,
+    ReadOptions,
+    layer_call,
+    open_layer,
+    router_logits,
+)
+from mxfp4ref.engine.served import ServedOptions, check_served
+from mxfp4ref.formats.layout import fold_scales_sm90, unfold_scales_sm90
+from mxfp4ref.model.call import MoeCall
+from mxfp4ref.model.forward import forward
+from mxfp4ref.sm90.tactics import Sm90Kernel
+from tests.helpers.checkpoints import DEEPSEEK_H, TOP_K, make_checkpoint
+
+FACTOR = 1.5
+Tensors = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("served")
+    make_checkpoint(root / "model", "deepseek_v4")
+    hidden = torch.randn(8, DEEPSEEK_H, generator=torch.Generator().manual_seed(1))
+    save_file({"hidden": (hidden / 16).to(torch.bfloat16)}, root / "x")
+    return root
+
+
+def check(root: Path, served: Tensors, *options: str) -> Result:
+    save_file({name: tensor.contiguous() for name, tensor in served.items()}, root / "served")
+    arguments = ["layer", "--checkpoint", root / "model", "--layer", 1, "--input", root / "x"]
+    return CliRunner().invoke(commands, [*map(str, arguments), "--served", str(root / "served"), *options])
+
+
+def routed(layer: CheckpointLayer, call: MoeCall, bug: str = "") -> Tensors:
+    """A router as torch has it."""
+    logits = call.input.float() @ layer.router_weight.float().T
+    scores = torch.nn.functional.softplus(logits).sqrt()
+    biased = scores + layer.router_bias
+    ids = biased.topk(TOP_K).indices
+    weights = (biased if bug == "bias in the weights" else scores).gather(1, ids)
+    if bug == "factor before the norm":
+        weights = weights * FACTOR / (weights * FACTOR).sum(1, keepdim=True)
+    else:
+        weights = weights / weights.sum(1, keepdim=True) * (FACTOR**2 if bug == "factor twice" else FACTOR)
+    return {"token_selected_experts": ids, "token_final_scales": weights}
+
+
+def called(root: Path, experts: list[int] | None = None) -> tuple[CheckpointLayer, MoeCall]:
+    layer = open_layer(root / "model", 1, options=ReadOptions(experts=experts))
+    return layer, layer_call(layer, root / "x")
+
+
+def of(call: MoeCall, routing: Tensors) -> MoeCall:
+    ids, weights = routing.values()
+    return replace(call, token_selected_experts=ids.int(), token_final_scales=weights)
+
+
+@pytest.mark.parametrize("tiles", [(128, 128), (256, 128)])
+def test_a_right_server(root: Path, tiles: tuple[int, int]) -> None:
+    """Its weights, by torch's float32, are a few ulp off, and other K tiles sum in another order."""
+    layer, call = called(root)
+    routing = routed(layer, call)
+    kernel = Sm90Kernel.of_tiles(tiles)
+    result = check(root, {"routed_output": forward(replace(of(call, routing), kernel=kernel)), **routing})
+    assert (result.exit_code, "equal: the output is the layer's" in result.output) == (0, True), result.output
+    result = check(root, {"output": forward(replace(call, kernel=kernel)), "logits": torch.zeros(1)})
+    assert result.exit_code == 0, result.output
+    assert "logits: not compared" in result.output
+    assert "output: taken for the layer's routed_output" in result.output
+
+
+@pytest.mark.parametrize(
+    ("bug", "says"),
+    [
+        ("factor twice", "all weights are 1.5x the right ones"),
+        ("factor before the norm", "the routed scaling factor 1.5 is left out, or multiplied in before"),
+        ("bias in the weights", "weights are made of the scores with the correction bias"),
+    ],
+)
+def test_a_mistake_of_the_router_is_not_the_experts(root: Path, bug: str, says: str) -> None:
+    layer, call = called(root)
+    routing = routed(layer, call, bug)
+    result = check(root, {"routed_output": forward(of(call, routing)), **routing})
+    assert result.exit_code == 1, result.output
+    verdict = result.output.splitlines()[-1]
+    assert "the router is wrong: " in verdict
+    assert says in verdict
+    assert verdict.endswith("the output is right for its ids and weights")
+
+
+def test_logits_summed_in_float32_give_right_weights(root: Path) -> None:
+    """Large logits, of which some weights are 33 ulp off."""
+    layer, call = called(root)
+    hidden = call.input * 16
+    call = replace(call, input=hidden)
+    routing = routed(layer, call)
+    served = {"routed_output": forward(of(call, routing)), **routing}
+    found = check_served(layer, {"hidden": hidden}, served, ServedOptions(diagnosis="none"))
+    assert found.ok, found
+    assert any(line.startswith("the router is right: a correct float32") for line in found.lines)
+    logits = {"hidden": hidden, "logits": router_logits(layer, hidden)}
+    assert not check_served(layer, logits, served, ServedOptions(diagnosis="none")).ok
+
+
+def halves_not_swapped(call: MoeCall) -> MoeCall:
+    scales = torch.cat(call.experts.fc1_scales.chunk(2, 1)[::-1], 1)
+    return replace(call, experts=replace(call.experts, fc1_scales=scales))
+
+
+def mapped_twice(call: MoeCall) -> MoeCall:
+    ids = call.token_selected_experts - 2
+    return replace(call, token_selected_experts=ids.masked_fill(ids < 0, -1))
+
+
+def not_folded(call: MoeCall) -> MoeCall:
+    def read(scales: Tensor) -> Tensor:
+        """Bytes as they are, in the folded shape, as the kernel reads them."""
+        return unfold_scales_sm90(scales.contiguous().reshape(fold_scales_sm90(scales).shape))
+
+    e = call.experts
+    return replace(call, experts=replace(e, fc1_scales=read(e.fc1_scales), fc2_scales=read(e.fc2_scales)))
+
+
+@pytest.mark.parametrize(
+    ("bug", "experts", "says"),
+    [
+        (halves_not_swapped, None, "scales_not_swapped"),
+        (not_folded, None, "scales_not_folded"),
+        (mapped_twice, [2, 3], "global"),
+    ],
+)
+def test_a_mistake_before_the_kernel_is_named(
+    root: Path, bug: Callable[[MoeCall], MoeCall], experts: list[int] | None, says: str
+) -> None:
+    layer, call = called(root, experts)
+    routing = routed(layer, call)
+    output = forward(bug(of(call, routing)))
+    name = "rank_output" if experts else "routed_output"
+    options = ["--experts", "2-3"] if experts else []
+    result = check(root, {name: output, **routing}, "--diagnosis", "quick", *options)
+    assert result.exit_code == 1, result.output
+    assert "token_selected_experts: equal" in result.output
+    assert "the router is wrong" not in result.output
+    assert says in result.output.splitlines()[-1]
+
+
+def test_what_cannot_be_compared(root: Path) -> None:
+    _, call = called(root)
+    output = forward(call)
+    for served, message in (
+        ({"out": output}, "expected one of routed_output, output, rank_output, got out"),
+        (
+            {"output": output[:3]},
+            "output: expected a bfloat16 tensor of shape [8, 256], got bfloat16 [3, 256]",
+        ),
+    ):
+        result = check(root, served)
+        assert (result.exit_code, message in result.output) == (2, True), result.output
+    result = check(root, {"routed_output": torch.zeros_like(output)}, "--diagnosis", "none")
+    assert result.exit_code == 1
+    assert "all of the output is zero, which proves nothing" in result.output
+    assert "the file has no token_selected_experts and token_final_scales" in result.output
