@@ -140,4 +140,22 @@ def _in_worker(_: object) -> None:
 
 def _at_exit() -> None:
     if install.taken_over():
-        _counting.log(logging.INFO, f"at exit, {_counting.counts()}", once="exit")
+        _counting.log(logging.INFO, f"at exit, {_counting.counts()}{_skipped()}", once="exit")
+
+
+def _skipped() -> str:
+    """Of swap, which slots it skipped, in words; "" if none."""
+    if not _counting.counts().answered:
+        return ""
+    from mxfp4ref.model.skipped import skipped_slots
+
+    try:
+        found = skipped_slots()
+    except RuntimeError:  # of a GPU that is gone
+        return ""
+    if not found.calls:
+        return ""
+    return (
+        f"; slots skipped in {found.calls:,} of them: {found.owned_by_none:,} with an id that no rank owns, "
+        f"{found.repeated:,} that name an expert a second time"
+    )
