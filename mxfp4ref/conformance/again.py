@@ -15,6 +15,7 @@ __all__ = [
     "case_command",
     "command",
     "conform_arguments",
+    "full_command",
     "selection_arguments",
     "whole_command",
 ]

@@ -277,7 +277,6 @@ class Report(Shown):
             return f" What is wrong is unknown; {found.where}."
         return " What is wrong is unknown." if any(r.diagnosis for r in self.results) else ""
 
-
     @property
     def further(self) -> str:
         """After a quick diagnosis that does not explain every bit of a call, the line of the full one."""
