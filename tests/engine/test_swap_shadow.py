@@ -492,3 +492,22 @@ def test_by_the_environment_alone(flashinfer: Path) -> None:
     assert said.count("shadow, rank 1: at exit, 1 call: 1 different") == 1
     assert any(line.startswith("WARNING mxfp4ref.engine shadow, rank 1: layer 1 differs") for line in said)
     assert len(list((flashinfer / "dumps/rank1").iterdir())) == 1
+
+
+def test_a_misspelt_mode_is_told_again_at_the_end(tmp_path: Path) -> None:
+    """Python passes over what is raised in sitecustomize, so that a server runs on."""
+    (tmp_path / "sitecustomize.py").write_text("import mxfp4ref.engine")
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", "print('served')"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)]), "MXFP4REF": "shado"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "served\n"
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(
+        "ERROR mxfp4ref.engine nothing was observed in this process: MXFP4REF: expected 'swap'"
+    )
+    assert last.endswith("got 'shado'; did you mean shadow?")
