@@ -10,7 +10,15 @@ from mxfp4ref.conformance.options import Options
 from mxfp4ref.conformance.results import RECORDING, CaseResult, Report
 from mxfp4ref.goldens import GoldenError, Goldens, find_root
 
-__all__ = ["case_command", "command", "conform_arguments", "selection_arguments", "whole_command"]
+__all__ = [
+    "bounded_command",
+    "case_command",
+    "command",
+    "conform_arguments",
+    "full_command",
+    "selection_arguments",
+    "whole_command",
+]
 
 _LIMITS = ("--maxfail", "--max-calls")
 _TIMEOUT = 600  # seconds, the command's default
@@ -72,9 +80,28 @@ def whole_command(report: Report) -> str:
     """The line that runs all chosen cases, however many fail; "" of a kernel that is no name."""
     if report.line:
         return report.line
+    return _shell(report.command, *report.arguments, *_kept(report)) if report.arguments else ""
+
+
+def full_command(report: Report) -> str:
+    """The line that looks for what is wrong with `--diagnosis full`; "" of a run that did, or of no name."""
+    quick = ("--diagnosis", "quick")
+    given = report.arguments
+    at = next((i for i in range(len(given)) if given[i : i + 2] == quick), None)
+    return "" if at is None else _shell(report.command, *given[:at], *given[at + 2 :], *report.selection)
+
+
+def _kept(report: Report) -> list[str]:
+    """The options that choose the cases, without those that limit how many fail or run."""
     options = zip(report.selection[::2], report.selection[1::2], strict=True)
-    kept = [word for option in options if option[0] not in _LIMITS for word in option]
-    return _shell(report.command, *report.arguments, *kept) if report.arguments else ""
+    return [word for option in options if option[0] not in _LIMITS for word in option]
+
+
+def bounded_command(report: Report) -> str:
+    """The line that runs the chosen cases in mode bounded; "" of a kernel that is no name."""
+    return (
+        _shell("conform", *report.arguments, *_kept(report), "--mode", "bounded") if report.arguments else ""
+    )
 
 
 def case_command(kernel: str, arguments: tuple[str, ...], result: CaseResult) -> str:

@@ -68,6 +68,9 @@ def _evident(findings: list[Finding]) -> Finding | None:
     words, count = told[0]
     if count == total:
         return Finding(_shared(findings), words, hedged=any(f.hedged for f in findings))
+    kinds = Counter(_kind(f) for f in findings if f.sentence)
+    if kinds.most_common(1)[0][1] > count and (one := _of_one_kind(findings)):
+        return one
     if 2 * count >= total and count > 1:
         same = [f for f in findings if f.sentence == words]
         hedged = any(f.hedged for f in same)
@@ -86,7 +89,8 @@ def _of_one_kind(findings: list[Finding]) -> Finding | None:
     same = [f for f in findings if f.sentence and _kind(f) == kind]
     if 2 * count <= len(findings) or not _shared(same):
         return None
-    of = f"in {count} of {counted(len(findings), 'failing case')} {kind}"
+    which = f"all {count}" if count == len(findings) else f"{count} of {len(findings)}"
+    of = f"in {which} failing cases {kind}"
     example = same[0].sentence.removeprefix(kind).lstrip(": ")
     sentence = f"{of}{'; in the first of them: ' * bool(example)}{example}"
     return Finding(_shared(same), sentence, hedged=any(f.hedged for f in same))

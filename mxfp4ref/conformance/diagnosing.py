@@ -141,9 +141,12 @@ class Failing:
             names = tuple(h.name for h in found.hypotheses if h.name)
         if full:
             results = self._in_full(results, found)
-        exact = [r.diagnosis.exact for r in results if r.diagnosis is not None]
+        # What a correct evaluation may give says nothing of what is wrong elsewhere.
+        telling = [r for r in results if r.diagnosis is not None and not r.correct]
+        telling = telling or [r for r in results if r.diagnosis is not None]
+        exact = [r.diagnosis.exact for r in telling if r.diagnosis is not None]
         defects = name_defects([names, *exact] if together and full else exact)
-        return Found(tuple(results), defects, _strongest(found.finding, results))
+        return Found(tuple(results), defects, _strongest(found.finding, telling))
 
     def _in_full(self, results: list[CaseResult], found: Verdict) -> list[CaseResult]:
         """The results, with what was found for all together, and by a search of its own on a layer of whole size."""

@@ -201,6 +201,8 @@ class Located:
             if (named := _named_finding(predictions)).exact:
                 return predictions, named, ()
             in_words = finding_of_stage(kind, self.inputs, self.outputs, self.expected)
+            if in_words is not None and in_words.sentence and (in_words.exact or kind == "routing"):
+                predictions = ()  # what predicts fewer bits than the sentence explains is no more than doubt
             return predictions, in_words or named, ()
         if not self.inputs.experts.tactics_show:  # no MXFP4 weights, of which all hypotheses are
             return (), Finding(), ()

@@ -93,7 +93,8 @@ def _experts(call: MoeCall, mask: Tensor, could: Tensor) -> list[Pattern]:
     in_right = set(right[right >= 0].tolist())
     suspects = [e for e in sorted(used - in_right) if int((local[wrong] == e).any(1).sum()) > 1]
     explained = torch.isin(local, torch.tensor(suspects, device=local.device)).any(1)
-    if suspects and len(suspects) < len(used) and bool((explained | ~wrong).all()):
+    some = bool(right.numel()) and len(suspects) < len(used)
+    if suspects and some and bool((explained | ~wrong).all()):
         ids = [s + call.ep_rank * call.experts.num_experts for s in suspects]
         found.append(Pattern.placed(f"only tokens of expert{_plural(ids)} {_listed(ids)} differ"))
     return found

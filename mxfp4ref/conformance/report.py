@@ -90,7 +90,7 @@ def _result(result: CaseResult) -> dict[str, Any]:
     value: dict[str, Any] = {
         name: getattr(result, name)
         for name in (
-            *("case", "kind", "status", "ok", "elements", "differing", "outside", "message"),
+            *("case", "kind", "status", "ok", "elements", "differing", "outside", "message", "correct"),
             *("runs", "diagnosed_run"),
         )
     }

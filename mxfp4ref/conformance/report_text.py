@@ -102,6 +102,8 @@ def headline(result: CaseResult) -> str:
     words = f"{result.case}: {result.status}"
     if result.elements and not result.ok:
         words += f" in {wrong_elements(result)}"
+    if result.correct:
+        words += ", as a correct float32 evaluation may"
     if result.tiles:
         named = f"K tiles {', '.join(result.tiles)}"
         words += f" ({named if len(result.tiles) <= _NAMED else f'{len(result.tiles)} tactics'})"
@@ -128,6 +130,8 @@ def case_lines(result: CaseResult, again: str = "") -> list[str]:
         lines.append(f"what follows is of {part}")
     if found.finding.sentence:
         how = "every wrong bit" if found.finding.exact else "evidence"
+        if found.finding.stages == ("routing",) and not found.finding.exact:
+            how = "all ids and weights, up to roundings"
         lines.append(f"finding ({how}): {found.finding}")
     lines.append(f"first: {found.output} {found.first}")
     lines += [f"feeds it: {words}" for words in found.feeds]

@@ -36,6 +36,8 @@ class CaseResult(Shown):
         elements, differing: output elements compared and how many differ; in mode "bounded", and where no pair
             of tiles agrees, from the closest expected output.
         outside: elements outside their bounds, in mode "bounded".
+        correct: whether a correct float32 evaluation may give all that differs, so that mode "bounded" accepts it; of
+            routers only, in mode "exact".
         message: the problem, in words.
         diagnosis: of the first run that differs, and in it of one output.
         runs, diagnosed_run: how many runs were compared, and of several the K tiles, or tactics, of the one that the
@@ -60,6 +62,7 @@ class CaseResult(Shown):
     diagnosis_seconds: float = 0.0
     runs: int = 1
     diagnosed_run: str = ""
+    correct: bool = False
 
     def __post_init__(self) -> None:
         for name in ("case", "why", "message"):  # text of files and kernels, to be shown anywhere
@@ -187,7 +190,7 @@ class Report(Shown):
         fail = "fails" if failed == 1 else "fail"
         words = f"{self.kernel} does not conform: {of} {fail}{self._how}{self._scope}."
         left = f" {self.left} more were not run." if self.left else ""
-        return words + left + self.culprit
+        return words + left + self._correct + self.culprit + self.further
 
     @property
     def skipped(self) -> str:
@@ -230,8 +233,25 @@ class Report(Shown):
         return f", of {given}" if ran < given else ""
 
     @property
+    def _correct(self) -> str:
+        """In how many failing cases mode bounded accepts all, and the line that runs it, as a sentence."""
+        from mxfp4ref.conformance.again import bounded_command
+
+        count = sum(r.correct for r in self._failing)
+        if not count:
+            return ""
+        in_all = count == len(self._failing)
+        which = "" if in_all else f" in {count} of {counted(len(self._failing), 'failing case')}"
+        again = bounded_command(self)
+        words = f" All that differs{which} is what a correct float32 evaluation may give"
+        words += f"; mode bounded accepts it{f': {again}' if again else ''}."
+        return words if in_all else f"{words} In the others more is wrong."
+
+    @property
     def culprit(self) -> str:
         """What is wrong, as a sentence after others; "" if nothing is known."""
+        if self._failing and all(r.correct for r in self._failing) and not self.finding.exact:
+            return ""
         if self.defects:
             which = " or ".join(self.defects)
             summary = DEFECTS[self.defects[0]].summary
@@ -247,6 +267,8 @@ class Report(Shown):
             return f" Every wrong bit in {of} is predicted by this: {found.sentence}{where}."
         if found.sentence and found.exact:
             return f" Every wrong bit is predicted by this: {found.sentence}."
+        if found.sentence and found.stages == ("routing",):
+            return f" Up to roundings, this explains all ids and weights: {found.sentence}."
         if found.sentence:
             return f" No hypothesis predicts every bit. The best evidence: {found.sentence}{where}."
         if found.common:
@@ -254,6 +276,17 @@ class Report(Shown):
         if found.stages:
             return f" What is wrong is unknown; {found.where}."
         return " What is wrong is unknown." if any(r.diagnosis for r in self.results) else ""
+
+    @property
+    def further(self) -> str:
+        """After a quick diagnosis that does not explain every bit of a call, the line of the full one."""
+        from mxfp4ref.conformance.again import full_command
+
+        calls = [r for r in self._failing if r.diagnosis is not None and r.kind in ("moe", RECORDING)]
+        again = full_command(self)
+        if not calls or not again or self.defects or self.finding.exact:
+            return ""
+        return f" This was a quick diagnosis; a full one tries more: {again}"
 
 
 def name_defects(exact: Iterable[Iterable[str] | None]) -> tuple[str, ...]:

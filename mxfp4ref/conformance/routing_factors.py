@@ -42,7 +42,7 @@ def factor_words(factor: float, view: View, *, plain: bool) -> list[str]:
         if factor == view.factor**2:
             return [f"{said}: the routed scaling factor {view.factor:g} is applied twice"]
         if factor == 1 / view.factor:
-            return [f"{said}: they are divided by the routed scaling factor {view.factor:g}"]
+            return [f"{said}: the weights are divided by the routed scaling factor {view.factor:g}"]
     elif factor == view.given != 1.0:
         return [
             f"{said}: the routed scaling factor {view.given:g} is in the weights and belongs to the output"

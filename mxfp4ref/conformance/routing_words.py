@@ -6,6 +6,7 @@ weights to within a few float32 ulp.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,6 +25,13 @@ __all__ = ["routing_finding"]
 _STAY = "while the weights stay where they were"
 _FEWEST = 4  # weights from which a factor is told
 _BF16, _FP16 = 2.0**-8, 2.0**-11
+# Of a sentence, what is right or a matter of rounding, and the numbers of its own case.
+_RIGHT = ("ids are right", "weights are right for these ids")
+_TIED = "ids differ only where scores tie or are a few ulp apart"
+_OWN = re.compile(
+    r"all weights are \S+ the right ones: |(?<=the routed scaling factor) [\d.]+"
+    r"|(?<=a factor of its own), .*|(?<=a factor of each expert): .*"
+)
 _CORRECT = 8  # ulp, within which weights are a matter of rounding
 
 
@@ -53,7 +61,10 @@ def routing_finding(
     exact = bool(words) and not tokens[0]
     if not exact and not tokens[0]:
         tokens = _rounding_words(inputs, outputs, expected), False
-    return Finding(("routing",), "; ".join([*words, *filter(None, [tokens[0]])]), exact or tokens[1])
+    sentence = "; ".join([*words, *filter(None, [tokens[0]])])
+    parts = [part for part in sentence.split("; ") if part not in (*_RIGHT, _TIED)]
+    kind = "; ".join(_OWN.sub("", part) for part in parts)
+    return Finding(("routing",), sentence, exact or tokens[1], kind=kind if kind != sentence else "")
 
 
 def _padded_words(inputs: Mapping[str, Any], got: tuple[Tensor, Tensor]) -> str:
@@ -136,9 +147,9 @@ def _explained(
         return None
     parts, exact = best
     if parts and torch.equal(ids, want[0]):
-        parts = ["ids are right", *parts]
+        parts = [_RIGHT[0], *parts]
     elif len(parts) == 1 and not parts[0].endswith(_STAY) and _right_weights(view, ids, weights) is not None:
-        parts = [*parts, "weights are right for these ids"]
+        parts = [*parts, _RIGHT[1]]
     return "; ".join(parts), exact
 
 
@@ -181,7 +192,7 @@ def _selected(view: View, ids: Tensor, want: Tensor) -> Iterator[_Candidate]:
             elif bool(Selection(high=True).agrees(view, ids).all()):
                 yield 0, ["ties are broken to the higher id instead of the lower"], ids
             else:
-                yield 0, ["ids differ only where scores tie or are a few ulp apart"], ids
+                yield 0, [_TIED], ids
         if same_shape:
             yield from _moved(view, ids, want)
         if bool(((ids >= 0) & (ids < view.logits.shape[1])).all()):

@@ -27,6 +27,7 @@ from mxfp4ref.conformance.processes import KILLED
 from mxfp4ref.conformance.reduction import reduce_call
 from mxfp4ref.conformance.reproducer import write_reproducer
 from mxfp4ref.conformance.results import CaseResult
+from mxfp4ref.conformance.router_bounds import routing_outside
 from mxfp4ref.conformance.surroundings import FOR_GOOD
 from mxfp4ref.conformance.worker import Worker
 from mxfp4ref.formats.generations import NEWEST
@@ -100,6 +101,7 @@ def compare_case(
         elements=sum(compared.elements for compared in found),
         differing=sum(compared.differing for compared in found),
         outside=sum(compared.outside or 0 for compared in found),
+        correct=any(c.correct for c in found) and all(c.correct or not c.differing for c in found),
         message=_joined(alone, _put_back(left), unsaid),
         runs=len(found),
         diagnosed_run=failure.run.tiles if failure is not None and len(found) > 1 else "",
@@ -235,6 +237,7 @@ class _Comparison:
         tiles: of the runs whose expected outputs are equal.
         elements, differing: compared with the closest.
         outside: of those that differ, how many lie outside their bounds; None where no bounds apply.
+        correct: as of `CaseResult`.
     """
 
     closest: Run
@@ -242,6 +245,7 @@ class _Comparison:
     elements: int
     differing: int
     outside: int | None
+    correct: bool = False
 
     @property
     def wrong(self) -> bool:
@@ -262,11 +266,13 @@ def _compare(
     if count and options.mode == "bounded":
         how = options.storage, options.confidence
         outside = outside_bounds(kind, closest, outcome.outputs, *how)
+    exact = count and options.mode == "exact" and kind == "routing"
+    correct = bool(exact) and routing_outside(closest.inputs, outcome.outputs) == 0
     elements = sum(want.numel() for want in closest.expected.values())
     if kind == "moe" and len(candidates) > 1 and 2 * count > elements:
         closest = _nearest(candidates, closest, outcome.outputs["output"])
         count = counts[candidates.index(closest)]
-    return _Comparison(closest, tiles, elements, count, outside)
+    return _Comparison(closest, tiles, elements, count, outside, correct)
 
 
 def _nearest(candidates: Sequence[Run], fewest: Run, output: Tensor) -> Run:

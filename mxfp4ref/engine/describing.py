@@ -10,7 +10,7 @@ from mxfp4ref.engine.recordings import Recording, Unreadable
 from mxfp4ref.formats.experts import PARAMETERS
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["Calls", "described"]
+__all__ = ["Calls", "described", "zeros_words"]
 
 _MOST = 8  # ranks, or activations, that are listed
 
@@ -53,6 +53,16 @@ def described(call: MoeCall) -> str:
         f"{experts.hidden_size}, intermediate size {experts.intermediate_size}"
     )
     return ", ".join([words, *_ranks(call), _activation(call)])
+
+
+def zeros_words(call: MoeCall) -> str:
+    """What there is to say of a right output that is all zeros."""
+    first = call.ep_rank * call.experts.num_experts
+    last = first + call.experts.num_experts - 1
+    ids = call.token_selected_experts
+    why = f"no id lies in {first} to {last}, which the rank owns: "
+    owned = bool(((ids >= first) & (ids <= last)).any())
+    return f"{'' if owned else why}all of the output is zero, so that this call alone proves nothing"
 
 
 def _ranks(call: MoeCall) -> list[str]:

@@ -7,9 +7,11 @@ import logging
 import multiprocessing.util
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Literal
 
+from mxfp4ref._words import did_you_mean
 from mxfp4ref.engine import install
 from mxfp4ref.engine.counting import LOGGER, Counting, Counts, show_log
 
@@ -94,15 +96,16 @@ def start() -> None:
     if not mode or install.installed():
         return
     if mode not in _MODES:
-        raise ValueError(f"MXFP4REF: expected 'swap' or 'shadow' in the environment, got {mode[:80]!r}")
+        hint = did_you_mean(mode, _MODES)
+        raise _refusal(f"MXFP4REF: expected 'swap' or 'shadow' in the environment, got {mode[:80]!r}{hint}")
     every = os.environ.get("MXFP4REF_EVERY") or "1"
     if re.fullmatch("0*[1-9][0-9]{0,8}", every) is None:
-        raise ValueError(
+        raise _refusal(
             f"MXFP4REF_EVERY: expected an int from 1 to 999999999 in the environment, got {every[:80]!r}"
         )
     dump = os.environ.get("MXFP4REF_DUMP")
     if dump and os.path.lexists(dump) and not os.path.isdir(dump):
-        raise ValueError(f"MXFP4REF_DUMP: expected a folder in the environment, got {dump[:80]!r}")
+        raise _refusal(f"MXFP4REF_DUMP: expected a folder in the environment, got {dump[:80]!r}")
 
     counting = Counting(mode)
     _begin(counting)
@@ -119,6 +122,15 @@ def start() -> None:
         install.install(answer)
     except ModuleNotFoundError as error:  # this may be any Python program
         LOGGER.info("MXFP4REF=%s has no effect here: %s", mode, error)
+
+
+def _refusal(message: str) -> ValueError:
+    """The error, which is told again at the end where Python passes over it: in sitecustomize and usercustomize."""
+    if sys.modules.keys().isdisjoint(("sitecustomize", "usercustomize")):
+        return ValueError(message)
+    words = f"ERROR {LOGGER.name} nothing was observed in this process: {message}"
+    atexit.register(lambda: print(words, file=sys.__stderr__))
+    return ValueError(message)
 
 
 def _begin(counting: Counting) -> None:
@@ -140,4 +152,22 @@ def _in_worker(_: object) -> None:
 
 def _at_exit() -> None:
     if install.taken_over():
-        _counting.log(logging.INFO, f"at exit, {_counting.counts()}", once="exit")
+        _counting.log(logging.INFO, f"at exit, {_counting.counts()}{_skipped()}", once="exit")
+
+
+def _skipped() -> str:
+    """Of swap, which slots it skipped, in words; "" if none."""
+    if not _counting.counts().answered:
+        return ""
+    from mxfp4ref.model.skipped import skipped_slots
+
+    try:
+        found = skipped_slots()
+    except RuntimeError:  # of a GPU that is gone
+        return ""
+    if not found.calls:
+        return ""
+    return (
+        f"; slots skipped in {found.calls:,} of them: {found.owned_by_none:,} with an id that no rank owns, "
+        f"{found.repeated:,} that name an expert a second time"
+    )

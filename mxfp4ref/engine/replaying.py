@@ -28,7 +28,7 @@ from mxfp4ref.conformance.results import RECORDING, CaseResult, Report, name_def
 from mxfp4ref.engine.arguments import generation_in_record
 from mxfp4ref.engine.autotune import AutotuneCache, Prediction, read_autotune_cache
 from mxfp4ref.engine.calls import Layers, arguments_of, read_call, release_of
-from mxfp4ref.engine.describing import Calls, described
+from mxfp4ref.engine.describing import Calls, described, zeros_words
 from mxfp4ref.engine.estimating import Estimate, estimate
 from mxfp4ref.engine.fitting import closest_kernel, fitting_kernels
 from mxfp4ref.engine.graph_buffers import GraphBuffers
@@ -118,7 +118,7 @@ class ReplayReport(Report):
             words += f" {counted(count, 'call')} {'has' if count == 1 else 'have'} another "
             words += f"{' and '.join(parameters)} than the first of the layer."
         words += f" {self.left} more were not replayed." if self.left else ""
-        return words + self.culprit
+        return words + self.culprit + self.further
 
 
 def replay(
@@ -253,7 +253,7 @@ class _Run:
                 f"expected {prediction.kernel} by {prediction.source}; the bits are those of K tiles "
                 f"{', '.join(map(str, fits))}"
             )
-        notes = [note, _ALL_ZERO * found["all_zero"], self._unknown_release(recording, call)]
+        notes = [note, zeros_words(call) if found["all_zero"] else "", self._unknown_release(recording, call)]
         return found | {"message": "; ".join(filter(None, notes))}
 
     def _unknown_release(self, recording: Recording, call: MoeCall) -> str:
@@ -307,7 +307,6 @@ class _Run:
         return found
 
 
-_ALL_ZERO = "all of the output is zero, so that this call alone proves nothing"
 _UNCLEAR = (
     "whole tokens differ, and a CUDA graph made the call: flashinfer's recorder reads inputs and output after the "
     "whole graph has run, when a later kernel may have written into either (an all-reduce or a residual in place, a "

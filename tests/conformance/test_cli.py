@@ -8,6 +8,7 @@ import runpy
 import shutil
 import sys
 from dataclasses import replace
+from os import environ
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -238,7 +239,10 @@ def test_reproducer_reproduces(
             "none of the 1 cases ran: 1 skipped, of kinds that it does not run",
         ),
         (["show", "gemm/ordinry"], "did you mean gemm/ordinary"),
-        (["explain", "limit_ignord"], "limit_ignored"),
+        (
+            ["explain", "ep_double"],
+            "there is no defect, family or stage 'ep_double'; did you mean ep_double_mapping",
+        ),
         (["compare", "absent", "absent"], "does not exist"),
     ],
 )
@@ -413,7 +417,7 @@ def test_stages_and_families_are_explained() -> None:
     unknown = invoke("explain", "slot")
     assert unknown.exit_code == 2
     assert "did you mean slots" in unknown.output
-    assert "a family (another expert's, rows" in unknown.output
+    assert "a family (another expert's, rows" in invoke("explain", "xyzzy").output
 
 
 def test_defects_and_explain() -> None:
@@ -497,15 +501,24 @@ def test_list_names_cases_as_other_commands_take_them() -> None:
     assert [row["case"] for row in rows] == open_goldens().names()
     (row,) = (row for row in rows if row["case"] == SMALL)
     assert row["catches"] == list(open_goldens().load(SMALL).catches)
+    assert max(map(len, invoke("list").output.splitlines())) <= 140
+    names = [case for case in open_goldens().names() if "limit_ignored" in open_goldens().load(case).catches]
+    assert f"{len(names)} of " in (caught := invoke("list", "limit_ignored").output)
+    assert [line.split()[0] for line in caught.splitlines()[1:-1]] == names
     refused = invoke("list", "finlize")
     assert refused.exit_code == 2
     assert "did you mean finalize?" in refused.output
 
 
-def test_doctor(copy: Path) -> None:
+def test_doctor(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in environ if name.startswith(("MXFP4REF", "FLASHINFER"))]:
+        monkeypatch.delenv(name)
     well = invoke("doctor", "--goldens", copy, "--json")
-    found = json.loads(well.output)
+    found = json.loads(well.stdout)
     assert (well.exit_code, found["problems"]) == (0, {})
+    assert well.stderr.splitlines() == [f"checking {what} ..." for what in ("goldens", "bits")]
+    assert found["facts"]["vllm"] == "not installed"
+    assert found["facts"]["environment"] == "no MXFP4REF* and no FLASHINFER*"
     assert found["facts"]["torch"] == torch.__version__
     assert "conforms" in found["facts"]["self-test"]
     (copy / f"{SMALL}.safetensors").write_bytes(b"")

@@ -141,6 +141,14 @@ def test_one_token_is_no_pattern_of_experts() -> None:
     assert not any("of expert" in words for words in found(tokens(torch.arange(16) == 14), call=call))
 
 
+def test_experts_are_no_pattern_where_every_token_differs() -> None:
+    """Experts that one token only uses are no suspects; tokens of theirs differ all the same."""
+    ids = torch.tensor([[0, 1]] * 14 + [[2, 1], [0, 3]], dtype=torch.int32)
+    words = found(columns(slice(0, 256)), call=replace(CALL, token_selected_experts=ids))
+    assert "every token differs somewhere" in words
+    assert not any("of expert" in said for said in words)
+
+
 def test_nan_is_counted_where_there_is_any() -> None:
     mask = columns(0)
     words = found(mask, torch.where(mask, torch.nan, EXPECTED.float()).to(torch.bfloat16))

@@ -21,12 +21,13 @@ from torch import Tensor
 
 from mxfp4ref import engine
 from mxfp4ref.defects import get_defect
-from mxfp4ref.engine import Counts, shadowing, swapping
+from mxfp4ref.engine import Counts, modes, shadowing, swapping
 from mxfp4ref.engine.counting import Counting
 from mxfp4ref.formats.generations import BYTEWISE, PLAIN
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.flashinfer import drop_in, torch_ref_cutlass_fused_moe
 from mxfp4ref.model.forward import forward
+from mxfp4ref.model.skipped import reset_skipped_slots
 from mxfp4ref.sm90.tactics import Sm90Kernel
 from tests.helpers import bits, flashinfer_package, layers
 from tests.helpers.drop_in import CALL, DENSE_CALL, EXPECTED, EXPERTS, SM90_CALL, arguments_of
@@ -298,6 +299,29 @@ def test_tokens_that_name_an_expert_twice_are_left_out() -> None:
     assert engine.counts() == Counts(equal=1, different=1)
 
 
+def test_zeros_are_said_to_prove_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    call = served_by(REAL)
+    engine.shadow()
+    elsewhere = torch.full_like(CALL.token_selected_experts, -1)
+    for _ in range(2):
+        call(**{**ARGUMENTS, "token_selected_experts": elsewhere})
+    assert engine.counts() == Counts(equal=2)
+    said = "layer 1, call 1: no id lies in 0 to 3, which the rank owns: all of the output is zero, so that this call"
+    assert [said in line for line in lines(caplog)] == [True]
+
+
+def test_swap_tells_the_slots_that_it_skipped(caplog: pytest.LogCaptureFixture) -> None:
+    call = served_by(REAL)
+    reset_skipped_slots()
+    engine.swap()
+    ids = CALL.token_selected_experts.clone()
+    ids[3] = 99
+    call(**{**ARGUMENTS, "token_selected_experts": ids})
+    modes._at_exit()
+    words = f"slots skipped in 1 of them: {ids.shape[1]} with an id that no rank owns, 0 that name an expert a second"
+    assert words in lines(caplog, logging.INFO)[-1]
+
+
 def test_nothing_compared_is_not_equal() -> None:
     """Every token names one expert twice, as in a warm-up with constant ids; the kernel returns anything."""
     call = served_by(lambda *arguments, **named: [torch.full_like(EXPECTED, 123.0)])
@@ -468,3 +492,22 @@ def test_by_the_environment_alone(flashinfer: Path) -> None:
     assert said.count("shadow, rank 1: at exit, 1 call: 1 different") == 1
     assert any(line.startswith("WARNING mxfp4ref.engine shadow, rank 1: layer 1 differs") for line in said)
     assert len(list((flashinfer / "dumps/rank1").iterdir())) == 1
+
+
+def test_a_misspelt_mode_is_told_again_at_the_end(tmp_path: Path) -> None:
+    """Python passes over what is raised in sitecustomize, so that a server runs on."""
+    (tmp_path / "sitecustomize.py").write_text("import mxfp4ref.engine")
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", "print('served')"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)]), "MXFP4REF": "shado"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "served\n"
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(
+        "ERROR mxfp4ref.engine nothing was observed in this process: MXFP4REF: expected 'swap'"
+    )
+    assert last.endswith("got 'shado'; did you mean shadow?")

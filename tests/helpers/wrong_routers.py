@@ -106,7 +106,7 @@ WRONG: dict[str, tuple[tuple[str, ...], Wrong, str]] = {
     "divided by the factor": (
         ("deepseek_v3",),
         _then(lambda i, w, a: (i, w / _factor(a) ** 2)),
-        "they are divided by the routed scaling factor",
+        "the weights are divided by the routed scaling factor",
     ),
     "softmax of the weights": (
         ("mixtral",),

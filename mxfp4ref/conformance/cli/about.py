@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from mxfp4ref.goldens import Goldens, open_goldens
 
 __all__ = ["doctor", "list_cases"]
 
+_NAMED, _WIDTH = 2, 50  # of a case, in the list: defects, and characters of its reason
+_ENVIRONMENT = ("MXFP4REF", "FLASHINFER")  # how the names begin of variables that change what is computed
+_ENGINES = ("flashinfer-python", "vllm", "sglang")  # of which a report says that they are absent, too
 _PACKAGES = (
     *(
         "torch",
@@ -37,7 +41,7 @@ _PACKAGES = (
         "jinja2",
         "matplotlib",
     ),
-    *("gguf", "flashinfer-python", "apache-tvm-ffi", "vllm", "sglang"),
+    *("gguf", "apache-tvm-ffi", *_ENGINES),
 )
 
 
@@ -46,16 +50,18 @@ _PACKAGES = (
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")
 @goldens_option
 def list_cases(patterns: tuple[str, ...], as_json: bool, root: Path | None) -> None:
-    """List the golden cases, with what each is kept for and made to catch.
+    """List the golden cases, with what each is made to catch.
 
-    GLOB is a suite or a pattern of names; without one, all are listed.
+    GLOB is a suite, a pattern of names, or a named defect, for the cases that are made to catch it; without one, all
+    are listed.
 
     \b
     mxfp4ref list
     mxfp4ref list gemm 'routing/gpt_oss*'
+    mxfp4ref list limit_ignored
 
-    The memory is what a kernel's process takes, about, that is handed all experts in the SM90 layout; where nothing
-    is said, less than 1 GiB.
+    The memory is what a kernel's process takes, about, that is handed all experts in the SM90 layout; "-" for
+    less than 1 GiB. --json has all that a case is made to catch, what it is kept for, and why.
 
     The names are those that `conform --case` and `show` take.
 
@@ -67,30 +73,42 @@ def list_cases(patterns: tuple[str, ...], as_json: bool, root: Path | None) -> N
     if as_json:
         echo_json(rows)
         return
-    echo_rows(
-        ("case", "kind", "memory", "kept for", "made to catch"),
-        [
-            (
-                *(
-                    row["case"],
-                    row["kind"],
-                    f"{row['bytes'] / 2**30:.1f} GiB" if row["bytes"] >= 2**30 else "",
-                ),
-                *(row["unique_for"], ", ".join(row["catches"])),
-            )
-            for row in rows
-        ],
-    )
+    heads = ("case", "kind", "memory", "made to catch, or kept for")
+    echo_rows(heads, [(row["case"], row["kind"], _memory(row["bytes"]), _about(row)) for row in rows])
     echo(f"{len(rows)} of {len(goldens.names())} cases in {goldens.root}")
 
 
+def _memory(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else "-"
+
+
+def _about(row: dict[str, Any]) -> str:
+    """The first defects that a case is made to catch; of one that is for none, what it is kept for."""
+    first, more = row["catches"][:_NAMED], len(row["catches"]) - _NAMED
+    return (
+        ", ".join([*first, *([f"{more} more"] if more > 0 else [])])
+        or row["unique_for"]
+        or textwrap.shorten(row["why"], _WIDTH)
+    )
+
+
 def _chosen(goldens: Goldens, patterns: tuple[str, ...]) -> list[str]:
+    from mxfp4ref.defects import DEFECTS
+
     names = goldens.names()
+    chosen: set[str] = set()
     for pattern in patterns:
-        if not any(_matches(name, pattern) for name in names):
-            hint = did_you_mean(pattern, [*goldens.suites, *names])
+        if pattern in DEFECTS:
+            found = [name for name in names if pattern in goldens.load(name).catches]
+        else:
+            found = [name for name in names if _matches(name, pattern)]
+        if not found:
+            if pattern in DEFECTS:
+                raise UsageError(f"GLOB: no case is made for {pattern}: mxfp4ref explain {pattern}")
+            hint = did_you_mean(pattern, [*goldens.suites, *names, *DEFECTS])
             raise UsageError(f"GLOB: {pattern!r} matches none of the {len(names)} cases{hint}")
-    return [name for name in names if not patterns or any(_matches(name, pattern) for pattern in patterns)]
+        chosen.update(found)
+    return [name for name in names if not patterns or name in chosen]
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -119,17 +137,33 @@ def doctor(as_json: bool, root: Path | None) -> None:
 
     facts: dict[str, str] = {"mxfp4ref": f"{__version__} in {Path(__file__).parents[2]}"}
     facts |= {"python": platform.python_version(), "machine": platform.platform()}
-    facts |= {name: version for name in _PACKAGES if (version := _version(name))}
+    versions = {name: _version(name) or "not installed" * (name in _ENGINES) for name in _PACKAGES}
+    facts |= {name: version for name, version in versions.items() if version}
     facts["torch"] = torch.__version__  # says which build it is, as "+cu130"
     facts["CPU"] = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     facts |= _gpus()
-    facts |= {name: value for name, value in sorted(os.environ.items()) if name.startswith("MXFP4REF")}
-    problems = {name: problem for name, check in _CHECKS.items() if (problem := check(root, facts))}
+    given = {
+        name: value for name, value in sorted(os.environ.items()) if value and name.startswith(_ENVIRONMENT)
+    }
+    facts |= given or {"environment": " and ".join(f"no {name}*" for name in _ENVIRONMENT)}
+    told: set[str] = set()
+
+    def tell() -> None:
+        """What is known by now and was not told."""
+        for name in [] if as_json else [name for name in facts if name not in told]:
+            echo(f"{name:18} {facts[name]}")
+            told.add(name)
+
+    problems = {}
+    for name, check in _CHECKS.items():
+        tell()
+        echo(f"checking {name} ...", err=True)
+        if problem := check(root, facts):
+            problems[name] = problem
+    tell()
     if as_json:
         echo_json({"facts": facts, "problems": problems})
     else:
-        for name, fact in facts.items():
-            echo(f"{name:18} {fact}")
         for name, problem in problems.items():
             echo(f"! {name}: {problem}", fg="red")
         if not problems:

@@ -119,9 +119,11 @@ def explain(words: tuple[str, ...], root: Path | None) -> None:
     if name in STAGES or name in FAMILIES:
         return
     if name not in DEFECTS:
+        if hint := did_you_mean(name, [*DEFECTS, *FAMILIES, *STAGES]):
+            raise UsageError(f"NAME: there is no defect, family or stage {name!r}{hint}")
         raise UsageError(
             f"NAME: expected one of the {len(DEFECTS)} defects, a family ({', '.join(FAMILIES)}) or a stage "
-            f"({', '.join(STAGES)}); got {name!r}{did_you_mean(name, [*DEFECTS, *FAMILIES, *STAGES])}"
+            f"({', '.join(STAGES)}); got {name!r}"
         )
     with usage_errors():
         found = DEFECTS[name]
