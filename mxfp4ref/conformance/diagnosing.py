@@ -141,12 +141,22 @@ class Failing:
             names = tuple(h.name for h in found.hypotheses if h.name)
         if full:
             results = self._in_full(results, found)
+        elif self._suspects:
+            results = [self._again(result) for result in results]
         # What a correct evaluation may give says nothing of what is wrong elsewhere.
         telling = [r for r in results if r.diagnosis is not None and not r.correct]
         telling = telling or [r for r in results if r.diagnosis is not None]
         exact = [r.diagnosis.exact for r in telling if r.diagnosis is not None]
         defects = name_defects([names, *exact] if together and full else exact)
         return Found(tuple(results), defects, _strongest(found.finding, telling))
+
+    def _again(self, result: CaseResult) -> CaseResult:
+        """The result; of zeros, which by themselves name nothing, with what other cases name, if that gives them."""
+        one = self._failures.get(result.case)
+        if one is None or one.located is None or not one.located.zeros or result.diagnosis is None:
+            return result
+        again = one.looked_at(result, tuple(self._suspects), "quick", _SUSPECTS_SECONDS)
+        return again if again.diagnosis is not None and again.diagnosis.exact else result
 
     def _in_full(self, results: list[CaseResult], found: Verdict) -> list[CaseResult]:
         """The results, with what was found for all together, and by a search of its own on a layer of whole size."""

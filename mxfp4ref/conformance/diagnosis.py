@@ -160,8 +160,7 @@ class Located:
         table: tuple[Attribution, ...] = ()
         experts = None
         if isinstance(inputs, MoeCall):
-            token = first.index[0]
-            one = trace(one_token(inputs, token))
+            one = trace(one_token(inputs, token := first.index[0]))
             feeds = _feeds(inputs, one, token, first.index[1])
             could = reached(inputs, self.want, mask)
             found = patterns(inputs, self.got, self.want, mask, could)
@@ -182,6 +181,11 @@ class Located:
     def large(self) -> bool:
         """Whether what is solved for and bounded takes longer than a quick diagnosis may."""
         return _is_large(self.inputs, self.got)
+
+    @property
+    def zeros(self) -> bool:
+        """Whether every row that differs is zero."""
+        return not bool(self.got[self._plain.mask.any(-1)].any())
 
     def search(
         self,
@@ -274,22 +278,22 @@ def _investigated(call: MoeCall, got: Tensor, want: Tensor, how: _Search) -> Kno
     if part is None:
         return (), Finding(), ("no token gives its expected row alone, so that no hypothesis can be tried",)
     seconds, clock = how.seconds, clock_of(call)
-    if is_heavy(call):  # each is confirmed on more tokens than the families are
-        first_names = tuple(s for s in how.suspects if isinstance(s, str))
+    first_names = tuple(s for s in how.suspects if isinstance(s, str))
+    # Each is confirmed on more tokens than the families are; of zeros nothing is, unless it is known already.
+    if is_heavy(call) and (first_names or bool(got.any())):
         limit, start = REAL_SECONDS[how.diagnosis], clock()
         verdict = try_defects(call, got, want, first=first_names, seconds=limit, progress=how.progress)
         seconds = min(seconds, limit - (clock() - start))
-        if any(p.exact for p in verdict.predictions):
+        found = {p.name for p in verdict.predictions if p.exact}
+        if found and (bool(got.any()) or found & set(first_names)):
             return verdict.predictions, _named_finding(verdict.predictions), verdict.remarks
     if how.diagnosis == "quick" and _is_large(call, got):
         return (), Finding(), ("too large for a quick diagnosis",)
     small, rows_got, rows_want, note = part
-    pipeline = prepared(small)
-    names = {s for s in how.suspects if isinstance(s, str)}
-    first = [h for h in named_hypotheses(small) if h.name in names]
+    first = [h for h in named_hypotheses(small) if h.name in first_names]
     with on_cpu():
         result = investigate(
-            pipeline,
+            prepared(small),
             rows_got,
             rows_want,
             seconds=seconds,

@@ -89,6 +89,8 @@ def reconcile(call: MoeCall, outputs: Mapping[str, Tensor], mask: Tensor) -> Rec
     if not solvable(fp32.widen(outputs["output"][wrong]).nan_to_num(nan=1.0)):
         return Reconciled(f"unknown: {words}, too near to underflow to be solved for more")
     fitted = _fit_finalize(call, outputs["output"], mask)
+    if fitted is None:
+        return Reconciled(f"unknown: {words}, and of these tokens no weights of the sum can be solved for")
     if fitted:
         return Reconciled(fitted)
     words += ", and other weights for the right expert outputs do not explain it"
@@ -133,8 +135,8 @@ def _exposed(call: MoeCall, outputs: Mapping[str, Tensor], names: list[str]) -> 
     return f"finalize: {', '.join(names)} agree in all bits"
 
 
-def _fit_finalize(call: MoeCall, output: Tensor, mask: Tensor) -> str:
-    """Whether the output is a sum of the right expert outputs with other weights.
+def _fit_finalize(call: MoeCall, output: Tensor, mask: Tensor) -> str | None:
+    """Whether the output is a sum of the right expert outputs with other weights: "" if not, None if nothing tells.
 
     It is only where every token looked at is such a sum, up to roundings to bf16, with weights that these outputs
     determine. Even then a factor that all slots share may as well come from before.
@@ -148,7 +150,7 @@ def _fit_finalize(call: MoeCall, output: Tensor, mask: Tensor) -> str:
         if len(fits) == _FITTED_TOKENS:
             break
     if not fits:
-        return ""
+        return None
     found, asked, unsure = (torch.cat([fit[part] for _, fit in fits]) for part in range(3))
     if any(bool(((fit[0] - fit[1]).abs() <= fit[2]).all()) for _, fit in fits):
         return ""  # the weights are right, and what is wrong is too little to show here
@@ -182,8 +184,8 @@ def _likewise(fits: list[tuple[int, _Fit]]) -> str:
 def _fit_weights(call: MoeCall, output: Tensor, token: int) -> _Fit | None:
     """Weights of the token's experts that give its output, those that were asked for, and how unsure the former are.
 
-    All empty where that cannot be told: no expert, numbers that are not finite, outputs too much alike. None where
-    no weights give the output.
+    All empty where that cannot be told: no expert, numbers that are not finite, a row of zeros, outputs too much
+    alike. None where no weights give the output.
     """
     one = trace(one_token(call, token))
     y = fp32.widen(one.fc2_output).to(torch.float64)
@@ -197,8 +199,8 @@ def _fit_weights(call: MoeCall, output: Tensor, token: int) -> _Fit | None:
     usable = torch.isfinite(y).all() & torch.isfinite(target).all() & torch.isfinite(asked).all()
     if len(y) == 0 or not bool(usable & (lengths > 0).all() & (asked != 0).all()):
         return asked[:0], asked[:0], asked[:0]
-    if not solvable(target):
-        return None
+    if not solvable(target):  # zeros, which weights of zero give, or numbers near underflow
+        return asked[:0], asked[:0], asked[:0]
     directions = y / lengths[:, None]
     if float(torch.linalg.svdvals(directions).min()) < _INDEPENDENT or len(y) * 4 > y.shape[1]:
         return asked[:0], asked[:0], asked[:0]

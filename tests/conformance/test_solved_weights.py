@@ -118,7 +118,7 @@ def of_another_slot(call: MoeCall, target: int, source: int) -> Tensor:
 def test_the_weight_of_another_slot_is_said_to_be_that_slots() -> None:
     call = captured("prefill")
     got, want = of_another_slot(call, 2, 3), forward(call)
-    found = diagnose("moe", call, {"output": got}, {"output": want}, diagnosis="quick").finding
+    found = diagnose("moe", call, {"output": got}, {"output": want}).finding
     assert (found.sentence, found.stages, found.exact) == (
         "slot 2's routing weight is slot 3's",
         ("finalize",),
@@ -140,6 +140,8 @@ def test_the_weight_of_another_slot_is_said_to_be_that_slots() -> None:
         ),
         (((0.3, 0.2, 0.2), (0.6, 0.6, 0.1)), ""),  # in one token another one's
         (((0.3, 0.25, 0.2), (0.6, 0.25, 0.1)), ""),
+        (((0.4, 0.4, 0.4), (0.7, 0.7, 0.7)), "all slots of a token have one weight"),
+        (((0.4, 0.4, 0.4), (0.7, 0.7, 0.6)), ""),
     ],
 )
 def test_other_slots_weights_are_so_in_every_token(found: tuple[tuple[float, ...], ...], words: str) -> None:

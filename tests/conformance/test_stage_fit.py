@@ -73,7 +73,7 @@ def test_a_factor_of_all_slots_may_come_from_before(factor: float) -> None:
 def test_no_stage_is_called_right_by_chance(wrong: Callable[[MoeCall], Tensor], name: str) -> None:
     """The experts' outputs of `ALIKE` are so much alike that large weights of both signs fit anything."""
     call = first_tokens(name, 2)
-    assert stage_of(call, wrong(call)).startswith(("before finalize", "nothing was added up"))
+    assert stage_of(call, wrong(call)).startswith(("before finalize", "nothing was added up", "unknown"))
 
 
 @pytest.mark.parametrize("name", ["scale_off_by_one_group", "gate_up_swapped", "weights_not_interleaved"])

@@ -102,6 +102,8 @@ def investigate(
         found = search.run(first)
         if not found:
             evidence = [known] if known else gather(pipeline, got, want, search.wrong)
+            if _tells_nothing(evidence, want, search.wrong):
+                return Result((), tuple(evidence), evidence[0].finding(), search.tried, True)
             closer = False
             for tier in _tiers(pipeline.call, search, evidence):
                 if heavy:  # the named ones have been tried, and what needs no GEMM is tried first
@@ -119,7 +121,7 @@ def investigate(
         if not found and not few:
             with search.extra(_FOR_ALMOST):
                 found = search.almost() or nearly(search)
-    zeros = [e.sentence for e in evidence if e.zeros]  # which much would give, and nothing tells what
+    zeros = [e for e in evidence if e.zeros]  # which much would give, but not everything in these rows only
     if zeros:
         found = [m for m in found if m.hypothesis.family in ("dropped slots", "ranks", "named")]
     matches = sorted(found, key=lambda m: (not m.exact, m.hypothesis.cost))
@@ -127,10 +129,16 @@ def investigate(
     return Result(tuple(matches), tuple(evidence), finding, search.tried, not search.out_of_time())
 
 
-def _of_zeros(sentence: str, matches: list[Match]) -> Finding:
-    """Zeros, and what is known to give them; that is no proof, since so would other mistakes."""
+def _tells_nothing(evidence: list[Evidence], want: Tensor, wrong: Tensor) -> bool:
+    """Whether all that should be numbers is zero: much gives that, and no rows that are right say what."""
+    return any(e.zeros for e in evidence) and not bool(fp32.widen(want[~wrong.any(1)]).any())
+
+
+def _of_zeros(zeros: Evidence, matches: list[Match]) -> Finding:
+    """Zeros in some rows, and what is known to give them there; that is no proof, since so would other mistakes."""
     names = [m.hypothesis.words for m in matches[:_MOST_NAMED]]
-    return Finding((), f"{sentence}; as by {', or by '.join(names)}" if names else sentence, False)
+    sentence = f"{zeros.sentence}; as by {', or by '.join(names)}" if names else zeros.sentence
+    return Finding(zeros.stages, sentence, False)
 
 
 def simplest(matches: list[Match]) -> list[Match]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mxfp4ref.conformance.bounds import bound
 from mxfp4ref.conformance.comparison import differing, ulp_distance
+from mxfp4ref.conformance.families.another_order import unless_in_another_order
 from mxfp4ref.conformance.families.column_factors import column_factors
 from mxfp4ref.conformance.families.distances import last_place
 from mxfp4ref.conformance.families.error_space import Space
@@ -55,12 +56,12 @@ def gather(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> list
         return [tiny]
     found += _rows(pipeline, got, want, wrong)
     if not found and (lost := lost_terms(pipeline, got, want, wrong, local)) is not None:
-        return [lost]
+        return unless_in_another_order(pipeline.call, got, wrong, [lost])
     found += _single(pipeline.call, got, want, wrong) or _columns(pipeline, got, want, wrong, tokens)
     if not found:
-        found += other_sums(pipeline, got, wrong, local, tokens)
-    if not found:
-        found += second_gemm(pipeline, got, wrong, local, tokens)
+        solved = list(other_sums(pipeline, got, wrong, local, tokens))
+        solved = solved or list(second_gemm(pipeline, got, wrong, local, tokens))
+        found = unless_in_another_order(pipeline.call, got, wrong, solved)
     return sorted(found, key=lambda e: -e.strength)
 
 
@@ -69,20 +70,26 @@ def look_closer(pipeline: Pipeline, got: Tensor, wrong: Tensor, found: list[Evid
     staged = any(e.stages for e in found)
     if any(e.zeros or e.final or e.strength >= (3 if e.stages else 2) for e in found):
         return found
+    solved = _solved(pipeline, got, wrong, staged=staged)
+    return [*unless_in_another_order(pipeline.call, got, wrong, solved), *found]
+
+
+def _solved(pipeline: Pipeline, got: Tensor, wrong: Tensor, *, staged: bool) -> list[Evidence]:
+    """What the errors of many tokens say; `staged` if a stage is known."""
     some = samples(pipeline, got, wrong, local_of(pipeline))
     if (rows := mixed_up(pipeline, some)) is not None:
-        return [rows, *found]
+        return [rows]
     if (factors := column_factors(some)) is not None:
-        return [factors, *found]
+        return [factors]
     space = Space.of(some)
     formula = fitted(some) if space is not None and space.inside else None
     if formula is not None and formula.proved:
-        return [_other_function(formula), *found]
+        return [_other_function(formula)]
     if space is None or staged:
-        return found
+        return []
     biased = pipeline.call.experts.fc1_biases is not None
     where = space.placed(biased=biased, function=formula is None or formula.explained > _PARTLY)
-    return [*([where] if where else []), *found]
+    return [where] if where else []
 
 
 def _other_function(formula: Formula) -> Evidence:
@@ -109,11 +116,15 @@ def _rows(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> Itera
     count = int(rows.sum())
     what = "the token that differs" if count == 1 else f"the {count} tokens that differ"
     what = "all tokens" if count == len(rows) > 1 else what
-    if _all_zero(pipeline, got, want, rows):
+    if _all_zero(got, want, rows):
         them = "it" if count == 1 else "them"
         sentence = f"the rows of {what} are zero: nothing was added up for {them}, or nothing written"
-        if _biased(pipeline, rows):
-            yield Evidence(("slots", "finalize"), f"{sentence}; not even the fc2 bias was added", 2)
+        if _cancels(pipeline.call, got, want, rows):
+            less = f"{what} came out as zeros, as the rest of a sum may that cancels but for its roundings"
+            yield Evidence((), less, 1, zeros=True)
+        elif _biased(pipeline, rows):
+            less = f"{sentence}; not even the fc2 bias was added"
+            yield Evidence(("slots", "finalize"), less, 2, zeros=True)
         else:
             yield Evidence((), sentence, 1, zeros=True)
         return
@@ -132,16 +143,19 @@ def _rows(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> Itera
         yield Evidence.of_kind(("finalize", "input"), "rows of the output are other tokens' rows", shown, 3)
 
 
-def _all_zero(pipeline: Pipeline, got: Tensor, want: Tensor, rows: Tensor) -> bool:
-    """Whether these rows are zero, and should not be: not the rest of a sum that cancels but for roundings."""
-    if bool(fp32.widen(got[rows].contiguous()).any()) or not bool(fp32.widen(want[rows].contiguous()).any()):
+def _all_zero(got: Tensor, want: Tensor, rows: Tensor) -> bool:
+    """Whether these rows are zero, and should not be."""
+    one, other = (fp32.widen(t[rows].contiguous()) for t in (got, want))
+    return bool(other.any()) and not bool(one.any())
+
+
+def _cancels(call: MoeCall, got: Tensor, want: Tensor, rows: Tensor) -> bool:
+    """Whether rows of zeros may be the rest of sums that cancel but for roundings."""
+    if is_heavy(call) or not call.experts.tactics_show:
         return False
-    if is_heavy(pipeline.call) or not pipeline.call.experts.tactics_show:
-        return True
     amount = fp32.widen(want.contiguous()).abs().sum(1).nan_to_num(0, 0, 0)
     token = torch.where(rows, amount, -1).argmax().view(1)
-    one = reduce_call(pipeline.call, token)
-    return not bool(bound(one).contains(got[token], want[token]).all())
+    return bool(bound(reduce_call(call, token)).contains(got[token], want[token]).all())
 
 
 def _biased(pipeline: Pipeline, rows: Tensor) -> bool:

@@ -30,6 +30,7 @@ __all__ = ["second_gemm"]
 _SIZE = 1 << 22  # elements of a system of equations
 _ROUNDING = 2.0**-9  # of bf16, relative, of each slot's row and of the sum
 _ZERO = 2.0**-5  # times that a K group counts
+_ALIKE = 2.0**-5  # of a factor, that slots may differ by
 _MARGIN = 1.6  # over the expected length of the rounding errors
 _SIGMAS = 6.0  # of a solved number's standard deviation: more is no chance
 _THOSE_ROWS = "it is in those rows of GEMM1 (weights, scales, bias) or in the activation"
@@ -188,8 +189,8 @@ def _system(
 
 
 def _groups(call: MoeCall, systems: list[_System], of_expert: str) -> Evidence | None:
-    """Whether K groups of the right activation count otherwise than once."""
-    factors = []
+    """Whether K groups of the right activation count otherwise than once: each alike in all slots."""
+    factors, unsures = [], []
     for system in systems:
         by_group = (system.columns * system.right).reshape(*system.columns.shape[:2], -1, GROUP_SIZE).sum(3)
         groups = by_group.shape[2]
@@ -200,8 +201,13 @@ def _groups(call: MoeCall, systems: list[_System], of_expert: str) -> Evidence |
             return None
         unsure = unsure_of(by_group.flatten(1).T, system.noise.square()).view(-1, groups)
         factors.append((1 + solution.view(-1, groups)).where(unsure < 0.05, torch.nan))
-    factor = torch.cat(factors)
+        unsures.append(unsure)
+    factor, unsure = torch.cat(factors), torch.cat(unsures)
     mean = factor.nanmedian(0).values
+    if bool(
+        ((factor - mean).abs() > 2 * unsure + _ALIKE * mean.abs()).any()
+    ):  # slots have factors of their own
+        return None
     off = ((factor - 1).abs() > 0.1).sum(0) > 0.5 * (~factor.isnan()).sum(0)
     if not bool(off.any()):  # or not determined, as where experts cancel
         return None

@@ -70,10 +70,21 @@ class Weights:
 def in_common(tokens: Sequence[Weights]) -> tuple[str, set[int]]:
     """What the weights that are wrong share, in words, and the experts if it is a factor.
 
-    That is one factor, for one expert or slot, or that they are the weights of other slots.
+    That is one factor, for one expert or slot, that they are the weights of other slots, or one for all slots.
     """
     factor = _one_factor(tokens)
-    return factor if factor[0] else (_of_other_slots(tokens), set())
+    return factor if factor[0] else (_of_other_slots(tokens) or _one_for_all(tokens), set())
+
+
+def _one_for_all(tokens: Sequence[Weights]) -> str:
+    """Whether each token has one weight for all of its slots, where others were asked for; "" if not."""
+    several = [w for w in tokens if len(w.slots) > 1 and len(set(w.asked)) > 1]
+    alike = all(
+        max(w.found) - min(w.found) <= 2 * max(w.unsure) + 2.0**-8 * max(map(abs, w.found))
+        and not w.undetermined
+        for w in several
+    )
+    return "all slots of a token have one weight" if several and alike else ""
 
 
 def _of_other_slots(tokens: Sequence[Weights]) -> str:

@@ -126,6 +126,11 @@ def _weights_across_tokens() -> Iterator[tuple[str, _Weigh, float]]:
         1.2,
     )
     yield (
+        "one for all slots of a token, read at its number instead of token * k + slot",
+        lambda w, _: w.flatten()[: len(w), None].expand_as(w).contiguous(),
+        1.2,
+    )
+    yield (
         "those of the token before, slot by slot in one list (index off by one)",
         lambda w, _: w.flatten().roll(1).view(w.shape),
         1.2,

@@ -1,0 +1,43 @@
+"""Whether what differs is no more than another order of summation may give: then it proves nothing."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mxfp4ref.conformance.bounds import bound
+from mxfp4ref.conformance.finding import Evidence
+from mxfp4ref.conformance.reduction import is_heavy, reduce_call
+from mxfp4ref.model.call import MoeCall
+
+__all__ = ["unless_in_another_order"]
+
+_TOKENS = 32  # that are looked at, the most wrong ones; of a layer of real size one
+_NOTHING = Evidence(
+    (),
+    "what differs lies within the interval of all correct evaluations: a correct kernel that sums in another order "
+    "could give this, so that it proves nothing of a formula or a stage",
+    2,
+)
+
+
+def unless_in_another_order(
+    call: MoeCall, got: Tensor, wrong: Tensor, solved: list[Evidence]
+) -> list[Evidence]:
+    """What was solved of the errors of an output, or that they may be those of another order of summation.
+
+    Args:
+        call: the right one.
+        got: `[M, H] bf16`.
+        wrong: `[M, H] bool`.
+        solved: what equations say whose errors were taken for those of a mistake.
+    """
+    if not any(one.stages for one in solved):
+        return solved
+    order = wrong.sum(1).argsort(descending=True, stable=True)
+    order = order[wrong[order].any(1)][: 1 if is_heavy(call) else _TOKENS]
+    for tokens in (order[:1], order[1:]):  # one alone shows most mistakes, and takes little time
+        if len(tokens):
+            inside = bound(reduce_call(call, tokens)).contains(got[tokens])
+            if not bool((inside | ~wrong[tokens]).all()):
+                return solved
+    return [_NOTHING]

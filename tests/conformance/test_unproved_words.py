@@ -1,0 +1,121 @@
+"""What is said of an output holds for all of it, and is not what a correct evaluation or zeros would give too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from mxfp4ref import forward
+from mxfp4ref.conformance import Kernel, Options, diagnose, differing, run
+from mxfp4ref.conformance.adapters import whole_arguments
+from mxfp4ref.conformance.families.engine import prepared
+from mxfp4ref.conformance.families.evidence import gather
+from mxfp4ref.conformance.families.weighting import weight_hypotheses
+from mxfp4ref.conformance.finding import Evidence
+from mxfp4ref.conformance.stage_fit import reconcile
+from mxfp4ref.defects import DEFECTS
+from mxfp4ref.formats.mxfp4 import dequantize
+from mxfp4ref.goldens import open_goldens
+from mxfp4ref.model.call import MoeCall
+
+GOLDENS = open_goldens()
+
+
+def call_of(case: str) -> MoeCall:
+    return prepared(GOLDENS.load(case).call()).call
+
+
+def weighed(call: MoeCall, weights: Tensor) -> Tensor:
+    return forward(replace(call, token_final_scales=weights))
+
+
+def one_weight_for_all_slots(call: MoeCall) -> Tensor:
+    weights = call.token_final_scales
+    return weighed(call, weights.flatten()[: len(weights), None].expand_as(weights).contiguous())
+
+
+def evidence(call: MoeCall, got: Tensor) -> list[Evidence]:
+    want = forward(call)
+    return gather(prepared(call), got, want, differing(got, want))
+
+
+@pytest.mark.parametrize(
+    "case", ["finalize/padded_rows_not_finite", "finalize/padded_slots_beside_infinite_experts"]
+)
+def test_one_tokens_factor_is_not_everyones(case: str) -> None:
+    call = call_of(case)
+    got = one_weight_for_all_slots(call)
+    assert "everything counts" not in str(evidence(call, got))
+    assert reconcile(call, {"output": got}, differing(got, forward(call))).words.startswith("finalize: ")
+    assert "as far as bf16 shows" in str(evidence(call, weighed(call, call.token_final_scales * 0.6)))
+
+
+def in_float32(call: MoeCall, inside: Callable[[Tensor], Tensor] = lambda h: h) -> Tensor:
+    """One slot a token: GEMMs in torch's order, and what is done with GEMM1's output."""
+    some = call.experts
+    assert some.fc1_scales is not None
+    assert some.fc2_scales is not None
+    first = dequantize(some.fc1_weights, some.fc1_scales, convention="sm90", dtype=torch.float32)
+    second = dequantize(some.fc2_weights, some.fc2_scales, convention="sm90", dtype=torch.float32)
+    expert = call.token_selected_experts[:, 0].long()
+    h = torch.einsum("mk,mrk->mr", call.input.float(), first[expert]).bfloat16().float()
+    up, gate = inside(h).chunk(2, 1)
+    activation = (up * gate / (1 + (-gate).exp())).bfloat16().float()
+    y = torch.einsum("mi,mhi->mh", activation, second[expert]).bfloat16().float()
+    return (y * call.token_final_scales).bfloat16()
+
+
+def test_another_order_of_summation_is_no_other_formula() -> None:
+    call = call_of("gemm/mirrored_hidden_1536")
+    found = evidence(call, in_float32(call))
+    assert [one.stages for one in found] == [()]
+    assert "a correct kernel that sums in another order could give this" in found[0].sentence
+    call = call_of("gemm/ordinary")
+    one = {n: getattr(call, n)[:, :1].contiguous() for n in ("token_selected_experts", "token_final_scales")}
+    call = replace(call, **one)
+    found = evidence(call, in_float32(call, lambda h: 1.1 * h))
+    assert found
+    assert "another order" not in str(found)
+
+
+@pytest.mark.parametrize("case", ["gemm/mirrored_hidden_384", "gemm/wide_exponents", "gemm/ordinary"])
+def test_nothing_is_named_that_only_gives_zeros(case: str) -> None:
+    call = call_of(case)
+    want = forward(call)
+    found = diagnose("moe", call, {"output": torch.zeros_like(want)}, {"output": want})
+    assert (found.finding.exact, found.finding.hypotheses, found.predictions) == (False, (), ())
+    assert "as by" not in found.finding.sentence
+    assert "zero" in found.finding.sentence
+
+
+def test_zeros_are_predicted_by_what_another_case_names() -> None:
+    def dropped(kind: str, call: MoeCall) -> Tensor:
+        return DEFECTS["last_slot_dropped"].run(call)
+
+    names = ("gemm/wide_exponents", "finalize/slot_order")  # of one slot a token, and of several
+    kernel = Kernel("it", ("moe",), whole_arguments, dropped)
+    report = run(kernel, [GOLDENS.load(name) for name in names], Options(diagnosis="quick", repeat=False))
+    assert "last_slot_dropped" in report.defects
+    alone = run(kernel, [GOLDENS.load(names[0])], Options(diagnosis="quick", repeat=False))
+    assert alone.defects == ()
+    assert "last_slot_dropped" not in alone.verdict
+
+
+def test_weights_that_nothing_tells_are_not_refuted() -> None:
+    """Some rows are zero, as weights of zero give, and of the others the experts' outputs are too much alike."""
+    call = call_of("finalize/slot_order")
+    got = one_weight_for_all_slots(call)
+    assert reconcile(call, {"output": got}, differing(got, forward(call))).words.startswith("unknown: ")
+
+
+def test_a_weight_read_at_the_tokens_number() -> None:
+    call = call_of("gemm/uneven_experts")
+    got, pipeline = one_weight_for_all_slots(call), prepared(call)
+    (found,) = (
+        h for h in weight_hypotheses(call) if (out := h.run(pipeline)) is not None and torch.equal(out, got)
+    )
+    assert "one for all slots of a token, read at its number" in found.words
