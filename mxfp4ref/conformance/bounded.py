@@ -12,13 +12,13 @@ from mxfp4ref.conformance.router_bounds import routing_outside
 from mxfp4ref.goldens.runs import Run
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["outside_bounds"]
+__all__ = ["outside_bounds", "where_outside"]
 
 
 def outside_bounds(
     kind: str, one: Run, outputs: Mapping[str, Tensor], storage: Storage, confidence: float | None
-) -> int | None:
-    """How many elements lie outside their bounds; None where the kind has none and stays exact.
+) -> tuple[int | None, Tensor | None]:
+    """How many elements lie outside their bounds, None where the kind has none and stays exact; and which, of a call.
 
     Args:
         kind: of the case.
@@ -27,8 +27,16 @@ def outside_bounds(
         storage, confidence: as in `bounds.bound`, for kind "moe".
     """
     if kind == "routing":
-        return routing_outside(one.inputs, outputs)
-    if not isinstance(one.inputs, MoeCall):
+        return routing_outside(one.inputs, outputs), None
+    where = where_outside(one, outputs, storage, confidence)
+    return (None if where is None else int(where.sum())), where
+
+
+def where_outside(
+    one: Run, outputs: Mapping[str, Tensor], storage: Storage = "wider", confidence: float | None = None
+) -> Tensor | None:
+    """Which elements of a call's output lie outside their bounds, `[M, H] bool`; None of what is no such call."""
+    if not isinstance(one.inputs, MoeCall) or not one.inputs.experts.tactics_show:
         return None
     bounds = bound(one.inputs, storage=storage, confidence=confidence)
-    return int((~bounds.contains(outputs["output"], one.expected["output"])).sum())
+    return ~bounds.contains(outputs["output"], one.expected["output"])

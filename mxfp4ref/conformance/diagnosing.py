@@ -31,11 +31,12 @@ _SUSPECTS_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Failed:
-    """What is to be diagnosed: a case's kind, its run, and what the kernel gave."""
+    """What is to be diagnosed: a case's kind, its run, and what the kernel gave; where it is outside its bounds."""
 
     kind: str
     run: Run
     outputs: Mapping[str, Tensor]
+    outside: Tensor | None = None
 
     @property
     def together(self) -> bool:
@@ -52,7 +53,7 @@ class Failed:
         return isinstance(call, MoeCall) and call.experts.tactics_show
 
     def located(self) -> Located:
-        return Located(self.kind, self.run.inputs, self.outputs, self.run.expected)
+        return Located(self.kind, self.run.inputs, self.outputs, self.run.expected, self.outside)
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def compare_case(
             alone = _right_alone(worker, case, one, candidates, options)
             unsaid = _dump(options, kernel, case, (compared.closest, outcome), candidates, worker)
             if options.diagnosis != "none":
-                failure = Failed(case.kind, compared.closest, outcome.outputs)
+                failure = Failed(case.kind, compared.closest, outcome.outputs, compared.where)
         found.append(compared)
     result = CaseResult(
         **about,
@@ -235,6 +235,7 @@ class _Comparison:
         tiles: of the runs whose expected outputs are equal.
         elements, differing: compared with the closest.
         outside: of those that differ, how many lie outside their bounds; None where no bounds apply.
+        where: which these are, of a call.
     """
 
     closest: Run
@@ -242,6 +243,7 @@ class _Comparison:
     elements: int
     differing: int
     outside: int | None
+    where: Tensor | None
 
     @property
     def wrong(self) -> bool:
@@ -258,15 +260,15 @@ def _compare(
     candidates, count = list(expected), min(counts)
     closest = candidates[counts.index(count)]
     tiles = tuple(one.tiles for one, wrong in zip(candidates, counts, strict=True) if not wrong and one.tiles)
-    outside = None
+    outside, where = None, None
     if count and options.mode == "bounded":
         how = options.storage, options.confidence
-        outside = outside_bounds(kind, closest, outcome.outputs, *how)
+        outside, where = outside_bounds(kind, closest, outcome.outputs, *how)
     elements = sum(want.numel() for want in closest.expected.values())
     if kind == "moe" and len(candidates) > 1 and 2 * count > elements:
         closest = _nearest(candidates, closest, outcome.outputs["output"])
         count = counts[candidates.index(closest)]
-    return _Comparison(closest, tiles, elements, count, outside)
+    return _Comparison(closest, tiles, elements, count, outside, where)
 
 
 def _nearest(candidates: Sequence[Run], fewest: Run, output: Tensor) -> Run:
