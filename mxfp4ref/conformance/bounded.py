@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
 from mxfp4ref._choices import Storage
 from mxfp4ref.conformance.bounds import bound
+from mxfp4ref.conformance.handing import to_device
 from mxfp4ref.conformance.router_bounds import routing_outside
 from mxfp4ref.goldens.runs import Run
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["outside_bounds", "where_outside"]
+__all__ = ["all_within", "outside_bounds", "where_outside"]
 
 
 def outside_bounds(
@@ -40,3 +41,16 @@ def where_outside(
         return None
     bounds = bound(one.inputs, storage=storage, confidence=confidence)
     return ~bounds.contains(outputs["output"], one.expected["output"])
+
+
+def all_within(runs: Iterable[tuple[Run, Mapping[str, Tensor]]]) -> bool:
+    """Whether all outputs of a call, by whatever K tiles, lie within its bounds; False of what is none."""
+    bounds = None
+    for one, outputs in runs:
+        call = one.inputs
+        if not isinstance(call, MoeCall) or not call.experts.tactics_show:
+            return False
+        bounds = bounds or bound(to_device(call, "cpu"))
+        if not bool(bounds.contains(outputs["output"].cpu(), one.expected["output"].cpu()).all()):
+            return False
+    return bounds is not None

@@ -43,6 +43,7 @@ __all__ = [
     "NothingDiffers",
     "Prediction",
     "diagnose",
+    "is_large",
     "predict",
     "ulp_bins",
 ]
@@ -189,7 +190,7 @@ class Located:
     @property
     def large(self) -> bool:
         """Whether what is solved for and bounded takes longer than a quick diagnosis may."""
-        return _is_large(self.inputs, self.got)
+        return is_large(self.inputs, self.got)
 
     def search(
         self,
@@ -259,7 +260,8 @@ def _named_finding(predictions: tuple[Prediction, ...]) -> Finding:
     return Finding(stages_of(defect), hypotheses[0] + others, True, hypotheses=hypotheses)
 
 
-def _is_large(inputs: Any, got: Tensor) -> bool:
+def is_large(inputs: Any, got: Tensor) -> bool:
+    """Whether solving for what is in an output takes longer than a quick diagnosis may."""
     return got.numel() > _QUICK_ELEMENTS or (isinstance(inputs, MoeCall) and is_heavy(inputs))
 
 
@@ -287,7 +289,7 @@ def _investigated(call: MoeCall, got: Tensor, want: Tensor, how: _Search) -> Kno
         seconds = min(seconds, limit - (clock() - start))
         if any(p.exact for p in verdict.predictions):
             return verdict.predictions, _named_finding(verdict.predictions), verdict.remarks
-    if how.diagnosis == "quick" and _is_large(call, got):
+    if how.diagnosis == "quick" and is_large(call, got):
         return (), Finding(), ("too large for a quick diagnosis",)
     small, rows_got, rows_want, note = part
     pipeline = prepared(small)

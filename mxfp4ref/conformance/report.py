@@ -91,7 +91,7 @@ def _result(result: CaseResult) -> dict[str, Any]:
         name: getattr(result, name)
         for name in (
             *("case", "kind", "status", "ok", "elements", "differing", "outside", "message"),
-            *("runs", "diagnosed_run"),
+            *("runs", "diagnosed_run", "within_bounds"),
         )
     }
     value |= {"tiles": list(result.tiles)}

@@ -17,8 +17,19 @@ from mxfp4ref.conformance.families.hypothesis import UNKNOWN
 from mxfp4ref.conformance.finding import counted
 from mxfp4ref.defects import DEFECTS
 
-__all__ = ["MODES", "PASSING", "RECORDING", "CaseResult", "GoldensUsed", "Report", "name_defects", "now"]
+__all__ = [
+    "MODES",
+    "PASSING",
+    "RECORDING",
+    "WITHIN",
+    "CaseResult",
+    "GoldensUsed",
+    "Report",
+    "name_defects",
+    "now",
+]
 
+WITHIN = "within the bounds of a correct evaluation in another order"
 PASSING = ("equal", "within bounds", "skipped")
 _REASONS = 5  # that are told of skipped cases
 RECORDING = "recording"  # the kind of a call that was recorded elsewhere, which is no golden case
@@ -36,6 +47,8 @@ class CaseResult(Shown):
         elements, differing: output elements compared and how many differ; in mode "bounded", and where no pair
             of tiles agrees, from the closest expected output.
         outside: elements outside their bounds, in mode "bounded".
+        within_bounds: of a call that differs in mode "exact": that it stays within the bounds of mode "bounded".
+            False too where that was not asked, as of large calls.
         message: the problem, in words.
         diagnosis: of the first run that differs, and in it of one output.
         runs, diagnosed_run: how many runs were compared, and of several the K tiles, or tactics, of the one that the
@@ -60,6 +73,7 @@ class CaseResult(Shown):
     diagnosis_seconds: float = 0.0
     runs: int = 1
     diagnosed_run: str = ""
+    within_bounds: bool = False
 
     def __post_init__(self) -> None:
         for name in ("case", "why", "message"):  # text of files and kernels, to be shown anywhere
@@ -230,8 +244,23 @@ class Report(Shown):
         return f", of {given}" if ran < given else ""
 
     @property
+    def within_bounds(self) -> int:
+        """How many failing cases a kernel that only sums in another order may fail so, in mode exact."""
+        return sum(r.within_bounds for r in self.results)
+
+    @property
     def culprit(self) -> str:
-        """What is wrong, as a sentence after others; "" if nothing is known."""
+        """What is wrong, as sentences after others; "" if nothing is known."""
+        count, found = self.within_bounds, self.finding
+        if not count or self.defects or (found.exact and not found.cases):
+            return self._culprit
+        if count == len(self._failing):
+            return f" All that differs lies {WITHIN}.{self._culprit if found.sentence else ''}"
+        lie = "lies" if count == 1 else "lie"
+        return f" {count} of these {lie} {WITHIN}. Of the others:{self._culprit or ' nothing is known.'}"
+
+    @property
+    def _culprit(self) -> str:
         if self.defects:
             which = " or ".join(self.defects)
             summary = DEFECTS[self.defects[0]].summary

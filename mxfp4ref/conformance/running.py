@@ -87,7 +87,9 @@ def compare_case(
             result = CaseResult(**about, status=outcome.problem, message=message)
             return result.lasting(kernel=running, comparison=time.perf_counter() - start - running), None
         compared = _compare(case.kind, outcome, candidates, options)
-        if compared.wrong and not any(earlier.wrong for earlier in found):
+        if compared.wrong and failure is not None:
+            failure = replace(failure, further=(*failure.further, (compared.closest, outcome.outputs)))
+        elif compared.wrong and not any(earlier.wrong for earlier in found):
             alone = _right_alone(worker, case, one, candidates, options)
             unsaid = _dump(options, kernel, case, (compared.closest, outcome), candidates, worker)
             if options.diagnosis != "none":

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance import Kernel, Options, run_case
+from mxfp4ref.conformance import CaseResult, Kernel, Options, Report, run_case
 from mxfp4ref.conformance.adapters import whole_arguments
 from mxfp4ref.conformance.attribution import attribution
 from mxfp4ref.conformance.bounds import bound
+from mxfp4ref.conformance.diagnosing import Failing
 from mxfp4ref.conformance.families.slot_kinds import position_in_expert
+from mxfp4ref.conformance.finding import UNKNOWN, Finding
+from mxfp4ref.conformance.kernels import load_kernel
 from mxfp4ref.conformance.reduction import local_experts
+from mxfp4ref.conformance.report_text import headline
+from mxfp4ref.conformance.results import now
+from mxfp4ref.conformance.running import compare_case
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.model.call import MoeCall
 
@@ -56,3 +64,60 @@ def test_what_the_other_slot_of_a_token_brings_about_is_no_place() -> None:
     rows = [row for row in attribution(call, mask) if row.by == "row of an expert, by 4"]
     assert any(row.differing for row in rows)
     assert all(row.differing == (row.elements if int(row.place.split()[0]) >= 16 else 0) for row in rows)
+
+
+def exactly(kernel: Kernel) -> CaseResult:
+    return run_case(kernel, GOLDENS.load(CASE), Options(repeat=False, diagnosis="quick"))
+
+
+def test_in_mode_exact_a_case_within_its_bounds_is_told_so() -> None:
+    result = exactly(off(near()))
+    assert (result.status, result.within_bounds) == ("differs", True)
+    assert headline(result).endswith("; within the bounds of a correct evaluation in another order")
+    assert result.diagnosis is not None
+    assert (result.diagnosis.finding.sentence, result.diagnosis.stage[:8]) == ("", "rounding")
+    wrong = exactly(off((3, LARGE[0], 128)))
+    assert (wrong.status, wrong.within_bounds) == ("differs", False)
+    assert "bounds" not in headline(wrong)
+
+
+def test_cases_outside_their_bounds_come_first() -> None:
+    """In full, while those within are told once for all, with the line that judges such a kernel."""
+    within = [
+        CaseResult(f"a/{n}", "moe", "", "differs", elements=9, differing=1, within_bounds=True)
+        for n in range(9)
+    ]
+    wrong = CaseResult("a/wrong", "moe", "the mistake", "differs", elements=9, differing=9)
+    common = {"arguments": ("f.py:f",), "date": now(), "finding": Finding(("fc1",), "this is so")}
+    text = str(Report("f.py:f", "exact", (*within, wrong), **common))
+    assert text.index("a/wrong") < text.index("a/0")
+    assert text.count("--mode bounded") == 1
+    line = "bounds: 9 of 10 failing cases lie within the bounds of a correct evaluation in another order; "
+    assert f"{line}what judges a kernel that sums so: mxfp4ref conform f.py:f --mode bounded\n" in text
+    assert "10 of 10 cases fail. 9 of these lie within the bounds of" in text
+    assert "Of the others: No hypothesis predicts every bit. The best evidence: this is so" in text
+    alone = Report("f.py:f", "exact", tuple(within), **{**common, "finding": UNKNOWN})
+    assert alone.verdict.endswith(
+        " All that differs lies within the bounds of a correct evaluation in another order."
+    )
+
+
+def test_the_verdict_is_that_of_the_cases_outside_their_bounds() -> None:
+    """And says so, where it does not hold for the others."""
+    failing = Failing("full")
+    results = []
+    for kernel in (off(near()), load_kernel("defect:gate_up_swapped")):
+        compared, failed = compare_case(kernel, GOLDENS.load(CASE), Options(repeat=False))
+        result = replace(compared, case=f"{CASE}_{len(results)}")
+        results.append(failing.take(result, failed))
+    assert [r.within_bounds for r in results] == [True, False]
+    found = failing.verdict(results, None)
+    report = Report("it", "exact", found.results, found.defects, finding=found.finding)
+    assert (
+        " 1 of these lies within the bounds of a correct evaluation in another order. Of the others: "
+        in report.culprit
+    )
+    assert (
+        "Every wrong bit in 1 of 1 failing case that were searched is predicted by this: gate_up_swapped"
+        in report.culprit
+    )
