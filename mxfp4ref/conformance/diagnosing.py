@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from mxfp4ref._default_device import on_cpu
 from mxfp4ref.conformance.agreement import agreed
 from mxfp4ref.conformance.bounded import all_within
-from mxfp4ref.conformance.diagnosis import Finding, Known, Located, Prediction, is_large
+from mxfp4ref.conformance.diagnosis import REAL_SECONDS, Finding, Known, Located, Prediction, is_large
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN, Hypothesis, Pipeline
 from mxfp4ref.conformance.families.jury import Failure, Verdict, judge
@@ -59,6 +59,16 @@ class Failed:
         return self._is_mxfp4_call and is_heavy(self.run.inputs)
 
     @property
+    def large(self) -> bool:
+        """Whether what is said of it takes longer than of others."""
+        return any(is_large(self.run.inputs, tensor) for tensor in self.outputs.values())
+
+    @property
+    def size(self) -> str:
+        """ "1,024 elements"."""
+        return f"{sum(tensor.numel() for tensor in self.run.expected.values()):,} elements"
+
+    @property
     def _is_mxfp4_call(self) -> bool:
         call = self.run.inputs
         return isinstance(call, MoeCall) and call.experts.tactics_show
@@ -97,11 +107,7 @@ class _Failure:
             [(self.failed.run, self.failed.outputs), *self.failed.further],
             replace(self.failed, further=()),
         )
-        if (
-            result.status != "differs"
-            or not self.failed.together
-            or is_large(self.failed.run.inputs, self.failed.outputs["output"])
-        ):
+        if result.status != "differs" or not self.failed.together or self.failed.large:
             return result
         start = time.perf_counter()
         result = replace(result, within_bounds=all_within(runs))
@@ -138,10 +144,11 @@ class Failing:
 
     Args:
         diagnosis: as in `Options`.
+        note: told, in words, before a large case is looked at.
     """
 
-    def __init__(self, diagnosis: str) -> None:
-        self._diagnosis = diagnosis
+    def __init__(self, diagnosis: str, note: Callable[[str], None] | None = None) -> None:
+        self._diagnosis, self._note = diagnosis, note or (lambda words: None)
         self._failures: dict[str, _Failure] = {}
         self._suspects: dict[str, None] = {}
         self._left = _QUICK_SECONDS
@@ -152,6 +159,8 @@ class Failing:
         if failed is None or self._diagnosis == "none":
             return result
         self._failures[result.case] = one = _Failure(failed)
+        if failed.large:
+            self._note(f"{result.case}: {failed.size}: a quick diagnosis")
         seconds = None
         if self._left <= 0:
             seconds = _SUSPECTS_SECONDS if self._suspects else 0.0
@@ -214,7 +223,10 @@ class Failing:
             if one is not None and result.case in found.by_case:
                 result = one.told(result, (exact, found.by_case[result.case], ()))
             elif one is not None and one.failed.whole_size and (suspects or not searched):
-                result = one.looked_at(result, suspects, "quick" if searched else "full")
+                effort = "quick" if searched else "full"
+                limit = f"up to {REAL_SECONDS[effort]:.0f} s of the processor"
+                self._note(f"{result.case}: {one.failed.size}: diagnosis, {limit}")
+                result = one.looked_at(result, suspects, effort)
                 searched = True
             told.append(result)
         return told

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance import CaseResult, Kernel, Options, Report, run_case
+from mxfp4ref.conformance import CaseResult, Kernel, Options, Report, run, run_case
 from mxfp4ref.conformance.adapters import whole_arguments
 from mxfp4ref.conformance.attribution import attribution
 from mxfp4ref.conformance.bounds import bound
-from mxfp4ref.conformance.diagnosing import Failing
+from mxfp4ref.conformance.diagnosing import Failing, _Failure
 from mxfp4ref.conformance.families.slot_kinds import position_in_expert
 from mxfp4ref.conformance.finding import UNKNOWN, Finding
 from mxfp4ref.conformance.kernels import load_kernel
@@ -121,3 +122,11 @@ def test_the_verdict_is_that_of_the_cases_outside_their_bounds() -> None:
         "Every wrong bit in 1 of 1 failing case that were searched is predicted by this: gate_up_swapped"
         in report.culprit
     )
+
+
+def test_a_large_case_is_told_before_it_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("mxfp4ref.conformance.diagnosing.is_large", lambda *_: True)
+    monkeypatch.setattr(_Failure, "looked_at", lambda self, result, *_: said.append("looked at") or result)
+    run(off(near()), [GOLDENS.load(CASE)], Options(repeat=False, diagnosis="quick"), note=said.append)
+    assert said == [f"{CASE}: 4,096 elements: a quick diagnosis", "looked at"]
