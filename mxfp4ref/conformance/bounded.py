@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
 from mxfp4ref._choices import Storage
 from mxfp4ref.conformance.bounds import bound
+from mxfp4ref.conformance.handing import to_device
 from mxfp4ref.conformance.router_bounds import routing_outside
 from mxfp4ref.goldens.runs import Run
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["outside_bounds"]
+__all__ = ["all_within", "outside_bounds", "where_outside"]
 
 
 def outside_bounds(
     kind: str, one: Run, outputs: Mapping[str, Tensor], storage: Storage, confidence: float | None
-) -> int | None:
-    """How many elements lie outside their bounds; None where the kind has none and stays exact.
+) -> tuple[int | None, Tensor | None]:
+    """How many elements lie outside their bounds, None where the kind has none and stays exact; and which, of a call.
 
     Args:
         kind: of the case.
@@ -27,8 +28,31 @@ def outside_bounds(
         storage, confidence: as in `bounds.bound`, for kind "moe".
     """
     if kind == "routing":
-        return routing_outside(one.inputs, outputs)
-    if not isinstance(one.inputs, MoeCall):
+        return routing_outside(one.inputs, outputs), None
+    where = where_outside(one, outputs, storage, confidence)
+    return (None if where is None else int(where.sum())), where
+
+
+def where_outside(
+    one: Run, outputs: Mapping[str, Tensor], storage: Storage = "wider", confidence: float | None = None
+) -> Tensor | None:
+    """Which elements of a call's output lie outside their bounds, `[M, H] bool`; None of what is no such call."""
+    if not isinstance(one.inputs, MoeCall) or not one.inputs.experts.tactics_show:
         return None
     bounds = bound(one.inputs, storage=storage, confidence=confidence)
-    return int((~bounds.contains(outputs["output"], one.expected["output"])).sum())
+    return ~bounds.contains(outputs["output"], one.expected["output"])
+
+
+def all_within(kind: str, runs: Iterable[tuple[Run, Mapping[str, Tensor]]]) -> bool:
+    """Whether all outputs of a router, or of a call by whatever K tiles, lie within bounds; False of all else."""
+    if kind == "routing":
+        return all(routing_outside(one.inputs, outputs) == 0 for one, outputs in runs)
+    bounds = None
+    for one, outputs in runs:
+        call = one.inputs
+        if not isinstance(call, MoeCall) or not call.experts.tactics_show:
+            return False
+        bounds = bounds or bound(to_device(call, "cpu"))
+        if not bool(bounds.contains(outputs["output"].cpu(), one.expected["output"].cpu()).all()):
+            return False
+    return bounds is not None

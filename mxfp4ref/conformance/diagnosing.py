@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from mxfp4ref._default_device import on_cpu
 from mxfp4ref.conformance.agreement import agreed
-from mxfp4ref.conformance.diagnosis import Finding, Known, Located, Prediction
+from mxfp4ref.conformance.bounded import all_within
+from mxfp4ref.conformance.diagnosis import REAL_SECONDS, Finding, Known, Located, Prediction, is_large
 from mxfp4ref.conformance.families.engine import prepared
-from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline
+from mxfp4ref.conformance.families.hypothesis import UNKNOWN, Hypothesis, Pipeline
 from mxfp4ref.conformance.families.jury import Failure, Verdict, judge
 from mxfp4ref.conformance.plain import of_exception
 from mxfp4ref.conformance.reduction import is_heavy
@@ -27,15 +28,26 @@ _SECONDS = 40.0  # for the hypotheses of a run
 # Of the processor, for all quick diagnoses: then suspects are tried, and evidence is read.
 _QUICK_SECONDS = 8.0
 _SUSPECTS_SECONDS = 0.1
+_BOUNDS_SECONDS = 8.0  # for all that is asked in mode exact: whether a failing case lies within bounds
 
 
 @dataclass(frozen=True)
 class Failed:
-    """What is to be diagnosed: a case's kind, its run, and what the kernel gave."""
+    """What is to be diagnosed.
+
+    Attributes:
+        kind: of the case.
+        run: the first that failed.
+        outputs: what the kernel gave.
+        outside: in mode bounded, where they are outside their bounds.
+        further: the other runs that failed, with what the kernel gave.
+    """
 
     kind: str
     run: Run
     outputs: Mapping[str, Tensor]
+    outside: Tensor | None = None
+    further: tuple[tuple[Run, Mapping[str, Tensor]], ...] = ()
 
     @property
     def together(self) -> bool:
@@ -47,12 +59,22 @@ class Failed:
         return self._is_mxfp4_call and is_heavy(self.run.inputs)
 
     @property
+    def large(self) -> bool:
+        """Whether what is said of it takes longer than of others."""
+        return any(is_large(self.run.inputs, tensor) for tensor in self.outputs.values())
+
+    @property
+    def size(self) -> str:
+        """ "1,024 elements"."""
+        return f"{sum(tensor.numel() for tensor in self.run.expected.values()):,} elements"
+
+    @property
     def _is_mxfp4_call(self) -> bool:
         call = self.run.inputs
         return isinstance(call, MoeCall) and call.experts.tactics_show
 
     def located(self) -> Located:
-        return Located(self.kind, self.run.inputs, self.outputs, self.run.expected)
+        return Located(self.kind, self.run.inputs, self.outputs, self.run.expected, self.outside)
 
 
 @dataclass(frozen=True)
@@ -68,7 +90,8 @@ def diagnosed(result: CaseResult, failed: Failed, diagnosis: str) -> CaseResult:
     """The result with a diagnosis, "quick", "full" or "none"; if that fails, with the reason."""
     if diagnosis == "none":
         return result
-    return _Failure(failed).looked_at(result, (), diagnosis)
+    one = _Failure(failed)
+    return one.looked_at(one.bounded(result), (), diagnosis)
 
 
 class _Failure:
@@ -77,6 +100,19 @@ class _Failure:
     def __init__(self, failed: Failed) -> None:
         self.failed = failed
         self.located: Located | None = None
+
+    def bounded(self, result: CaseResult) -> CaseResult:
+        """The result, with whether it lies within bounds; it may not where that was not asked, or takes long."""
+        runs, self.failed = (
+            [(self.failed.run, self.failed.outputs), *self.failed.further],
+            replace(self.failed, further=()),
+        )
+        quick = self.failed.kind == "routing" or (self.failed.together and not self.failed.large)
+        if result.status != "differs" or not quick:
+            return result
+        start = time.perf_counter()
+        result = replace(result, within_bounds=all_within(self.failed.kind, runs))
+        return result.lasting(comparison=time.perf_counter() - start)
 
     def looked_at(
         self,
@@ -91,6 +127,8 @@ class _Failure:
             self.located = self.located or self.failed.located()
             known = self.located.search(suspects, diagnosis, seconds=seconds)
             brief = seconds is not None or (diagnosis == "quick" and self.located.large)
+            if result.within_bounds and not known[1].exact:  # evidence for what need not be wrong
+                known, brief = ((), UNKNOWN, ()), False
             result = replace(result, diagnosis=self.located.told(known, brief=brief))
         except Exception as error:  # of outputs that nobody has thought of; the result is not lost
             words = f"no diagnosis: {of_exception(error)}"
@@ -107,22 +145,30 @@ class Failing:
 
     Args:
         diagnosis: as in `Options`.
+        note: told, in words, before a large case is looked at.
     """
 
-    def __init__(self, diagnosis: str) -> None:
-        self._diagnosis = diagnosis
+    def __init__(self, diagnosis: str, note: Callable[[str], None] | None = None) -> None:
+        self._diagnosis, self._note = diagnosis, note or (lambda words: None)
         self._failures: dict[str, _Failure] = {}
         self._suspects: dict[str, None] = {}
         self._left = _QUICK_SECONDS
+        self._left_for_bounds = _BOUNDS_SECONDS
 
     def take(self, result: CaseResult, failed: Failed | None) -> CaseResult:
         """The result with a quick diagnosis, if it is wanted."""
         if failed is None or self._diagnosis == "none":
             return result
         self._failures[result.case] = one = _Failure(failed)
+        if failed.large:
+            self._note(f"{result.case}: {failed.size}: a quick diagnosis")
         seconds = None
         if self._left <= 0:
             seconds = _SUSPECTS_SECONDS if self._suspects else 0.0
+        start = time.thread_time()
+        if self._left_for_bounds > 0:
+            result = one.bounded(result)
+            self._left_for_bounds -= time.thread_time() - start
         start = time.thread_time()
         result = one.looked_at(result, tuple(self._suspects), "quick", seconds)
         self._left -= time.thread_time() - start
@@ -137,14 +183,14 @@ class Failing:
         found = Verdict(Finding(), (), {})
         names: tuple[str, ...] = ()
         if together and full:
-            found = _judged(together, results, goldens)
+            found = self._judged(together, results, goldens)
             names = tuple(h.name for h in found.hypotheses if h.name)
         if full:
             results = self._in_full(results, found)
         elif self._suspects:
             results = [self._again(result) for result in results]
         # What a correct evaluation may give says nothing of what is wrong elsewhere.
-        telling = [r for r in results if r.diagnosis is not None and not r.correct]
+        telling = [r for r in results if r.diagnosis is not None and not r.within_bounds]
         telling = telling or [r for r in results if r.diagnosis is not None]
         exact = [r.diagnosis.exact for r in telling if r.diagnosis is not None]
         defects = name_defects([names, *exact] if together and full else exact)
@@ -158,6 +204,27 @@ class Failing:
         again = one.looked_at(result, tuple(self._suspects), "quick", _SUSPECTS_SECONDS)
         return again if again.diagnosis is not None and again.diagnosis.exact else result
 
+    def _judged(
+        self, together: Mapping[str, Failed], results: list[CaseResult], goldens: Goldens | None
+    ) -> Verdict:
+        """What they come to; where some lie within bounds and some do not, what the latter come to."""
+        within = {r.case for r in results if r.within_bounds}
+        outside = {case: one for case, one in together.items() if case not in within}
+        found = _judged(outside or together, results, goldens)
+        if not outside:  # evidence says what is wrong, which none of them need be
+            by_case = {case: one if one.exact else UNKNOWN for case, one in found.by_case.items()}
+            finding = found.finding if found.finding.exact or found.finding.cases else UNKNOWN
+            return replace(found, finding=finding, by_case=by_case)
+        suspects = tuple(h.name or h for h in found.hypotheses)
+        for i, result in enumerate(results):
+            if suspects and result.case in within:
+                again = self._failures[result.case].looked_at(result, suspects, "quick", _SUSPECTS_SECONDS)
+                results[i] = again if _predicting(again) else result
+        words = set(found.finding.hypotheses)
+        if all(words & _predicting(r) for r in results if r.case in within):
+            return found
+        return replace(found, hypotheses=(), finding=_of_some(found.finding, len(outside)))
+
     def _in_full(self, results: list[CaseResult], found: Verdict) -> list[CaseResult]:
         """The results, with what was found for all together, and by a search of its own on a layer of whole size."""
         suspects = tuple(h.name or h for h in found.hypotheses)
@@ -170,7 +237,10 @@ class Failing:
             if one is not None and result.case in found.by_case:
                 result = one.told(result, (exact, found.by_case[result.case], ()))
             elif one is not None and one.failed.whole_size and (suspects or not searched):
-                result = one.looked_at(result, suspects, "quick" if searched else "full")
+                effort = "quick" if searched else "full"
+                limit = f"up to {REAL_SECONDS[effort]:.0f} s of the processor"
+                self._note(f"{result.case}: {one.failed.size}: diagnosis, {limit}")
+                result = one.looked_at(result, suspects, effort)
                 searched = True
             told.append(result)
         return told
@@ -181,6 +251,11 @@ def _strongest(judged: Finding, results: list[CaseResult]) -> Finding:
     if judged.exact:
         return judged
     own = agreed([r.diagnosis for r in results if r.diagnosis is not None])
+    outside = [r.diagnosis for r in results if r.diagnosis is not None and not r.within_bounds]
+    if not own.exact and outside:
+        own = agreed(outside)
+        if any(r.within_bounds for r in results):
+            own = _of_some(own, len(outside))
     if judged.cases:
         return own if own.cases and own.cases[0] > judged.cases[0] else judged
     return judged if (judged.sentence or judged.stages) and not (own.exact or own.cases) else own
@@ -205,3 +280,18 @@ def _judged(failures: Mapping[str, Failed], results: list[CaseResult], goldens: 
 
     with on_cpu():
         return judge(wrong, passing, seconds=_SECONDS)
+
+
+def _of_some(finding: Finding, cases: int) -> Finding:
+    """What was found for so many cases, as what it is of all: where it predicts them, not every bit of every case."""
+    return (
+        replace(finding, exact=False, cases=(cases, cases))
+        if finding.exact and not finding.cases
+        else finding
+    )
+
+
+def _predicting(result: CaseResult) -> set[str]:
+    """In words, what predicts every bit of a case."""
+    found = Finding() if result.diagnosis is None else result.diagnosis.finding
+    return set(found.hypotheses or (found.sentence,)) if found.exact else set()

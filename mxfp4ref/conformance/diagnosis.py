@@ -14,23 +14,23 @@ from mxfp4ref._default_device import on_cpu
 from mxfp4ref._shown import Shown
 from mxfp4ref._validate import check_choice
 from mxfp4ref.conformance.attribution import Attribution, attribution
-from mxfp4ref.conformance.comparison import FAR, Difference, differing, first_difference, ulp_distance
+from mxfp4ref.conformance.comparison import FAR, Difference, difference_at, differing, ulp_distance
 from mxfp4ref.conformance.families.engine import investigate, prepared
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN, Finding, Hypothesis
 from mxfp4ref.conformance.families.named import named_hypotheses, stages_of
 from mxfp4ref.conformance.families.probe import probed
+from mxfp4ref.conformance.feeding import feeds_of
 from mxfp4ref.conformance.finding import Evidence, counted
 from mxfp4ref.conformance.patterns import Pattern, patterns
 from mxfp4ref.conformance.reach import reached
 from mxfp4ref.conformance.reduction import clock_of, is_heavy, local_experts, one_token
-from mxfp4ref.conformance.stage_fit import Reach, Reconciled, numbers, reconcile, stage_of_exposed
+from mxfp4ref.conformance.stage_fit import Reach, Reconciled, reconcile, stage_of_exposed
 from mxfp4ref.conformance.stage_words import finding_of_stage
 from mxfp4ref.conformance.suspects import Prediction, Progress, closest, predict, try_defects
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.formats.humming_experts import HummingExperts
 from mxfp4ref.model.call import MoeCall
-from mxfp4ref.model.forward import MoeTrace, trace
-from mxfp4ref.sm90 import fp32
+from mxfp4ref.model.forward import trace
 
 __all__ = [
     "REAL_SECONDS",
@@ -43,6 +43,7 @@ __all__ = [
     "NothingDiffers",
     "Prediction",
     "diagnose",
+    "is_large",
     "predict",
     "ulp_bins",
 ]
@@ -136,10 +137,18 @@ def diagnose(
 
 
 class Located:
-    """An output that differs, and what is said of it without a search; arguments and errors as of `diagnose`."""
+    """An output that differs, and what is said of it without a search; arguments and errors as of `diagnose`.
+
+    Of a call in mode bounded, `outside` is where it leaves its bounds, `[M, H] bool`: one of these elements is told.
+    """
 
     def __init__(
-        self, kind: str, inputs: Any, outputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+        self,
+        kind: str,
+        inputs: Any,
+        outputs: Mapping[str, Tensor],
+        expected: Mapping[str, Tensor],
+        outside: Tensor | None = None,
     ) -> None:
         missing = [n for n in expected if n not in outputs]
         if missing:
@@ -153,15 +162,16 @@ class Located:
         self.kind, self.inputs, self.outputs, self.expected = kind, inputs, outputs, expected
         self.got, self.want = outputs[name], expected[name]
         mask = differing(self.got, self.want)
-        first = first_difference(self.got, self.want)
-        assert first is not None
+        self._wrong = mask if outside is None or not bool(outside.any()) else outside
+        first = difference_at(self.got, self.want, tuple(self._wrong.nonzero()[0].tolist()))
         feeds: tuple[str, ...] = ()
         found: tuple[Pattern, ...] = ()
         table: tuple[Attribution, ...] = ()
         experts = None
         if isinstance(inputs, MoeCall):
-            one = trace(one_token(inputs, token := first.index[0]))
-            feeds = _feeds(inputs, one, token, first.index[1])
+            token = first.index[0]
+            one = trace(one_token(inputs, token))
+            feeds = feeds_of(inputs, one, token, first.index[1])
             could = reached(inputs, self.want, mask)
             found = patterns(inputs, self.got, self.want, mask, could)
             table = attribution(inputs, mask, could)
@@ -180,7 +190,7 @@ class Located:
     @property
     def large(self) -> bool:
         """Whether what is solved for and bounded takes longer than a quick diagnosis may."""
-        return _is_large(self.inputs, self.got)
+        return is_large(self.inputs, self.got)
 
     @property
     def zeros(self) -> bool:
@@ -236,7 +246,7 @@ class Located:
         return self._reconciled()
 
     def _reconciled(self) -> Reconciled:
-        return reconcile(self.inputs, self.outputs, self._plain.mask)
+        return reconcile(self.inputs, self.outputs, self._wrong)
 
 
 def _named(
@@ -257,7 +267,8 @@ def _named_finding(predictions: tuple[Prediction, ...]) -> Finding:
     return Finding(stages_of(defect), hypotheses[0] + others, True, hypotheses=hypotheses)
 
 
-def _is_large(inputs: Any, got: Tensor) -> bool:
+def is_large(inputs: Any, got: Tensor) -> bool:
+    """Whether solving for what is in an output takes longer than a quick diagnosis may."""
     return got.numel() > _QUICK_ELEMENTS or (isinstance(inputs, MoeCall) and is_heavy(inputs))
 
 
@@ -287,7 +298,7 @@ def _investigated(call: MoeCall, got: Tensor, want: Tensor, how: _Search) -> Kno
         found = {p.name for p in verdict.predictions if p.exact}
         if found and (bool(got.any()) or found & set(first_names)):
             return verdict.predictions, _named_finding(verdict.predictions), verdict.remarks
-    if how.diagnosis == "quick" and _is_large(call, got):
+    if how.diagnosis == "quick" and is_large(call, got):
         return (), Finding(), ("too large for a quick diagnosis",)
     small, rows_got, rows_want, note = part
     first = [h for h in named_hypotheses(small) if h.name in first_names]
@@ -310,33 +321,6 @@ def _investigated(call: MoeCall, got: Tensor, want: Tensor, how: _Search) -> Kno
     exact = (m.hypothesis.name for m in result.matches if m.hypothesis.name and m.exact)
     predictions = tuple(Prediction(name, 1.0, True) for name in dict.fromkeys(exact))
     return predictions, result.finding, (*remarks, *note)
-
-
-def _feeds(call: MoeCall, one: MoeTrace, token: int, column: int) -> tuple[str, ...]:
-    """What goes into output element [token, column]."""
-    x = fp32.widen(call.input[token])
-    ids = call.token_selected_experts[token]
-    local = local_experts(call)[token]
-    lines = [
-        f"input[{token}]: {int(torch.isfinite(x).sum()):,} of {x.numel():,} finite, "
-        f"largest {float(x.nan_to_num(0, 0, 0).abs().max()):.6g}, starts {numbers(x[:4])}"
-    ]
-    for slot, (global_id, expert) in enumerate(zip(ids.tolist(), local.tolist(), strict=True)):
-        scale = float(call.token_final_scales[token, slot])
-        if expert < 0:
-            lines.append(f"slot {slot}: id {global_id} is not on this rank or repeated, skipped")
-            continue
-        row = int((one.slot == slot).nonzero()[0])
-        activation = fp32.widen(one.activation[row])
-        bias = call.experts.fc2_biases
-        words = (
-            f", fc2 bias {float(bias[expert, column]):.9g}" if bias is not None and call.tp_rank == 0 else ""
-        )
-        lines.append(
-            f"slot {slot}: expert {global_id}, weight {scale:.9g}, GEMM2 gives "
-            f"{float(one.fc2_output[row, column]):.9g}{words}; activation starts {numbers(activation[:4])}"
-        )
-    return tuple(lines)
 
 
 def _layout_pattern(got: Tensor, want: Tensor, mask: Tensor) -> str:

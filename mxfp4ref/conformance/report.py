@@ -90,8 +90,8 @@ def _result(result: CaseResult) -> dict[str, Any]:
     value: dict[str, Any] = {
         name: getattr(result, name)
         for name in (
-            *("case", "kind", "status", "ok", "elements", "differing", "outside", "message", "correct"),
-            *("runs", "diagnosed_run"),
+            *("case", "kind", "status", "ok", "elements", "differing", "outside", "message"),
+            *("runs", "diagnosed_run", "within_bounds"),
         )
     }
     value |= {"tiles": list(result.tiles)}

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mxfp4ref.conformance.finding import counted
 from mxfp4ref.conformance.report_reading import WrittenReport
 
 __all__ = ["Changes", "compare_reports"]
@@ -89,7 +90,9 @@ def _told(result: Mapping[str, Any] | None) -> str:
         return "skipped"
     words = str(result["status"])
     if not result["ok"] and result["elements"]:
-        words += f" in {result['differing']:,} of {result['elements']:,} elements"
+        outside = result.get("outside", 0)  # in mode bounded
+        words += f" in {outside or result['differing']:,} of {result['elements']:,} elements"
+        words += f" ({result['differing']:,} differ)" if outside else ""
     finding = result.get("diagnosis", {}).get("finding", {}).get("sentence", "")
     return "; ".join(filter(None, (words, finding or result["message"].split("\n")[0])))
 
@@ -97,9 +100,9 @@ def _told(result: Mapping[str, Any] | None) -> str:
 def _conditions(old: WrittenReport, new: WrittenReport) -> Iterator[str]:
     for report, which in ((old, "the old"), (new, "the new")):
         if report.interrupted:
-            yield f"{which} run was interrupted: {report.left} cases were not run"
+            yield f"{which} run was interrupted: {_not_run(report.left)}"
         elif report.left:
-            yield f"{which} run stopped when enough had failed: {report.left} cases were not run"
+            yield f"{which} run stopped when enough had failed: {_not_run(report.left)}"
     facts = {"kernel": (old.kernel, new.kernel), "mode": (old.mode, new.mode)}
     facts["goldens"] = _goldens(old), _goldens(new)
     names = dict.fromkeys((*old.environment, *new.environment))
@@ -109,6 +112,10 @@ def _conditions(old: WrittenReport, new: WrittenReport) -> Iterator[str]:
             yield f"other {name}: {before}; now {now}"
     if old.finding != new.finding:
         yield f"other finding: {old.finding or 'none'}; now {new.finding or 'none'}"
+
+
+def _not_run(count: int) -> str:
+    return f"{counted(count, 'case')} {'was' if count == 1 else 'were'} not run"
 
 
 def _goldens(report: WrittenReport) -> str:

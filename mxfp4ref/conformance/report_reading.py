@@ -24,6 +24,7 @@ _RESULT = {
     "ok": bool,
     "elements": int,
     "differing": int,
+    "outside?": int,
     "message": str,
     "diagnosis?": {"finding?": _FINDING, "*": object},
     "*": object,
@@ -114,7 +115,11 @@ def _negative(report: dict[str, Any]) -> str:
     """Which number of cases or elements cannot be one, in words; "" if all can."""
     counts = {"left": report.get("left", 0), "goldens.cases": (report.get("goldens") or {}).get("cases", 0)}
     for i, result in enumerate(report["results"]):
-        counts |= {f"results[{i}].{name}": result[name] for name in ("elements", "differing")}
+        counts |= {
+            f"results[{i}].{name}": result[name]
+            for name in ("elements", "differing", "outside")
+            if name in result
+        }
     return next((f"report.{name}: expected 0 or more, got {n}" for name, n in counts.items() if n < 0), "")
 
 

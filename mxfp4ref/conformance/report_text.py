@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from mxfp4ref._files import printable
-from mxfp4ref.conformance.again import command, whole_command
+from mxfp4ref.conformance.again import bounded_command, command, whole_command
 from mxfp4ref.conformance.finding import counted
-from mxfp4ref.conformance.results import RECORDING, CaseResult, Report
+from mxfp4ref.conformance.results import RECORDING, WITHIN, CaseResult, Report
 from mxfp4ref.defects import DEFECTS
 
 if TYPE_CHECKING:
@@ -57,10 +57,13 @@ def to_text(report: Report, *, verbose: bool = False) -> str:
 
 
 def _of_each_kind(failing: list[CaseResult]) -> list[CaseResult]:
-    """The first failing cases, and the first of each other kind: what went wrong, and what the finding says of it."""
+    """The first failing cases, and the first of each other kind: what went wrong, and what the finding says of it.
+
+    Those that lie within bounds come last.
+    """
     told: list[CaseResult] = []
     kinds: set[tuple[str, str]] = set()
-    for result in failing:
+    for result in sorted(failing, key=lambda result: result.within_bounds):
         kind = result.status, result.diagnosis.finding.sentence if result.diagnosis else ""
         if len(told) < (_FIRST if kind in kinds else _DETAILED):
             told.append(result)
@@ -85,6 +88,12 @@ def tested(report: Report) -> list[str]:
         r.status != "skipped" for r in report.results
     ):  # else the verdict has it
         lines.append(f"cases: {skipped}")
+    if count := report.within_bounds:
+        of = f"{count} of {counted(sum(not r.ok for r in report.results), 'failing case')}"
+        by = bounded_command(report) or "Options(mode='bounded')"
+        lines.append(
+            f"bounds: {of} {'lies' if count == 1 else 'lie'} {WITHIN}; what judges a kernel that sums so: {by}"
+        )
     recorded = all(r.kind == RECORDING for r in report.results)  # of which no kernel is run
     parts = {name: sum(getattr(r, f"{name}_seconds") for r in report.results) for name in PARTS[recorded:]}
     parts["diagnosis"] += report.verdict_seconds
@@ -102,11 +111,11 @@ def headline(result: CaseResult) -> str:
     words = f"{result.case}: {result.status}"
     if result.elements and not result.ok:
         words += f" in {wrong_elements(result)}"
-    if result.correct:
-        words += ", as a correct float32 evaluation may"
     if result.tiles:
         named = f"K tiles {', '.join(result.tiles)}"
         words += f" ({named if len(result.tiles) <= _NAMED else f'{len(result.tiles)} tactics'})"
+    if result.within_bounds:
+        words += f"; {WITHIN}"
     if result.status == "within bounds":
         words += f" ({result.differing:,} of {result.elements:,} elements differ)"
     # What follows further line ends of the message is not to be taken for a line of the report.

@@ -184,7 +184,7 @@ def reproduce(path: Path, kernel: str, device: str | None = None) -> int:
             print(f"    {'the same bits' if same else 'other bits than those'} that were recorded")
     if wrong and bounds is not None:
         run = Run("", one.inputs, one.expected)
-        outside = outside_bounds(
+        outside, _ = outside_bounds(
             one.kind, run, {name: t.cpu() for name, t in outcome.outputs.items()}, *bounds
         )
         if outside is not None:

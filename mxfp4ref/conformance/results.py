@@ -17,8 +17,19 @@ from mxfp4ref.conformance.families.hypothesis import UNKNOWN
 from mxfp4ref.conformance.finding import counted
 from mxfp4ref.defects import DEFECTS
 
-__all__ = ["MODES", "PASSING", "RECORDING", "CaseResult", "GoldensUsed", "Report", "name_defects", "now"]
+__all__ = [
+    "MODES",
+    "PASSING",
+    "RECORDING",
+    "WITHIN",
+    "CaseResult",
+    "GoldensUsed",
+    "Report",
+    "name_defects",
+    "now",
+]
 
+WITHIN = "within the bounds of a correct evaluation in another order"
 PASSING = ("equal", "within bounds", "skipped")
 _REASONS = 5  # that are told of skipped cases
 RECORDING = "recording"  # the kind of a call that was recorded elsewhere, which is no golden case
@@ -36,8 +47,8 @@ class CaseResult(Shown):
         elements, differing: output elements compared and how many differ; in mode "bounded", and where no pair
             of tiles agrees, from the closest expected output.
         outside: elements outside their bounds, in mode "bounded".
-        correct: whether a correct float32 evaluation may give all that differs, so that mode "bounded" accepts it; of
-            routers only, in mode "exact".
+        within_bounds: of a call or a router that differs in mode "exact": that it stays within the bounds of mode
+            "bounded". False too where that was not asked, as of large calls.
         message: the problem, in words.
         diagnosis: of the first run that differs, and in it of one output.
         runs, diagnosed_run: how many runs were compared, and of several the K tiles, or tactics, of the one that the
@@ -62,7 +73,7 @@ class CaseResult(Shown):
     diagnosis_seconds: float = 0.0
     runs: int = 1
     diagnosed_run: str = ""
-    correct: bool = False
+    within_bounds: bool = False
 
     def __post_init__(self) -> None:
         for name in ("case", "why", "message"):  # text of files and kernels, to be shown anywhere
@@ -190,7 +201,7 @@ class Report(Shown):
         fail = "fails" if failed == 1 else "fail"
         words = f"{self.kernel} does not conform: {of} {fail}{self._how}{self._scope}."
         left = f" {self.left} more were not run." if self.left else ""
-        return words + left + self._correct + self.culprit + self.further
+        return words + left + self.culprit + self.further
 
     @property
     def skipped(self) -> str:
@@ -233,25 +244,29 @@ class Report(Shown):
         return f", of {given}" if ran < given else ""
 
     @property
-    def _correct(self) -> str:
-        """In how many failing cases mode bounded accepts all, and the line that runs it, as a sentence."""
-        from mxfp4ref.conformance.again import bounded_command
-
-        count = sum(r.correct for r in self._failing)
-        if not count:
-            return ""
-        in_all = count == len(self._failing)
-        which = "" if in_all else f" in {count} of {counted(len(self._failing), 'failing case')}"
-        again = bounded_command(self)
-        words = f" All that differs{which} is what a correct float32 evaluation may give"
-        words += f"; mode bounded accepts it{f': {again}' if again else ''}."
-        return words if in_all else f"{words} In the others more is wrong."
+    def within_bounds(self) -> int:
+        """How many failing cases a kernel that only sums in another order may fail so, in mode exact."""
+        return sum(r.within_bounds for r in self.results)
 
     @property
     def culprit(self) -> str:
-        """What is wrong, as a sentence after others; "" if nothing is known."""
-        if self._failing and all(r.correct for r in self._failing) and not self.finding.exact:
-            return ""
+        """What is wrong, as sentences after others; "" if nothing is known."""
+        from mxfp4ref.conformance.again import bounded_command
+
+        count, found = self.within_bounds, self.finding
+        if not count or self.defects or (found.exact and not found.cases):
+            return self._culprit
+        if count == len(self._failing):
+            again = bounded_command(self)
+            words = (
+                f" All that differs lies {WITHIN}; mode bounded accepts it{f': {again}' if again else ''}."
+            )
+            return words + (self._culprit if found.sentence else "")
+        lie = "lies" if count == 1 else "lie"
+        return f" {count} of these {lie} {WITHIN}. Of the others:{self._culprit or ' nothing is known.'}"
+
+    @property
+    def _culprit(self) -> str:
         if self.defects:
             which = " or ".join(self.defects)
             summary = DEFECTS[self.defects[0]].summary

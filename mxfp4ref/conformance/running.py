@@ -27,7 +27,6 @@ from mxfp4ref.conformance.processes import KILLED
 from mxfp4ref.conformance.reduction import reduce_call
 from mxfp4ref.conformance.reproducer import write_reproducer
 from mxfp4ref.conformance.results import CaseResult
-from mxfp4ref.conformance.router_bounds import routing_outside
 from mxfp4ref.conformance.surroundings import FOR_GOOD
 from mxfp4ref.conformance.worker import Worker
 from mxfp4ref.formats.generations import NEWEST
@@ -88,11 +87,13 @@ def compare_case(
             result = CaseResult(**about, status=outcome.problem, message=message)
             return result.lasting(kernel=running, comparison=time.perf_counter() - start - running), None
         compared = _compare(case.kind, outcome, candidates, options)
-        if compared.wrong and not any(earlier.wrong for earlier in found):
+        if compared.wrong and failure is not None:
+            failure = replace(failure, further=(*failure.further, (compared.closest, outcome.outputs)))
+        elif compared.wrong and not any(earlier.wrong for earlier in found):
             alone = _right_alone(worker, case, one, candidates, options)
             unsaid = _dump(options, kernel, case, (compared.closest, outcome), candidates, worker)
             if options.diagnosis != "none":
-                failure = Failed(case.kind, compared.closest, outcome.outputs)
+                failure = Failed(case.kind, compared.closest, outcome.outputs, compared.where)
         found.append(compared)
     result = CaseResult(
         **about,
@@ -101,7 +102,6 @@ def compare_case(
         elements=sum(compared.elements for compared in found),
         differing=sum(compared.differing for compared in found),
         outside=sum(compared.outside or 0 for compared in found),
-        correct=any(c.correct for c in found) and all(c.correct or not c.differing for c in found),
         message=_joined(alone, _put_back(left), unsaid),
         runs=len(found),
         diagnosed_run=failure.run.tiles if failure is not None and len(found) > 1 else "",
@@ -237,7 +237,7 @@ class _Comparison:
         tiles: of the runs whose expected outputs are equal.
         elements, differing: compared with the closest.
         outside: of those that differ, how many lie outside their bounds; None where no bounds apply.
-        correct: as of `CaseResult`.
+        where: which these are, of a call.
     """
 
     closest: Run
@@ -245,7 +245,7 @@ class _Comparison:
     elements: int
     differing: int
     outside: int | None
-    correct: bool = False
+    where: Tensor | None
 
     @property
     def wrong(self) -> bool:
@@ -262,17 +262,15 @@ def _compare(
     candidates, count = list(expected), min(counts)
     closest = candidates[counts.index(count)]
     tiles = tuple(one.tiles for one, wrong in zip(candidates, counts, strict=True) if not wrong and one.tiles)
-    outside = None
+    outside, where = None, None
     if count and options.mode == "bounded":
         how = options.storage, options.confidence
-        outside = outside_bounds(kind, closest, outcome.outputs, *how)
-    exact = count and options.mode == "exact" and kind == "routing"
-    correct = bool(exact) and routing_outside(closest.inputs, outcome.outputs) == 0
+        outside, where = outside_bounds(kind, closest, outcome.outputs, *how)
     elements = sum(want.numel() for want in closest.expected.values())
     if kind == "moe" and len(candidates) > 1 and 2 * count > elements:
         closest = _nearest(candidates, closest, outcome.outputs["output"])
         count = counts[candidates.index(closest)]
-    return _Comparison(closest, tiles, elements, count, outside, correct)
+    return _Comparison(closest, tiles, elements, count, outside, where)
 
 
 def _nearest(candidates: Sequence[Run], fewest: Run, output: Tensor) -> Run:

@@ -56,7 +56,7 @@ def reconcile(call: MoeCall, outputs: Mapping[str, Tensor], mask: Tensor) -> Rec
     Args:
         call: the call.
         outputs: the kernel's `output`, and any intermediates under the names of `MoeTrace`.
-        mask: `[M, H] bool`, where the output differs from the expected one.
+        mask: `[M, H] bool`, where the output differs from the expected one, or where it leaves its bounds.
     """
     exposed = [name for name in _STAGES if name in outputs]
     if exposed:

@@ -54,6 +54,7 @@ def run(
     device: str | None = None,
     isolate: bool | None = None,
     progress: Callable[[CaseResult], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Report:
     """Run a kernel over cases and compare.
 
@@ -67,6 +68,7 @@ def run(
             cases run side by side. A kernel that is not isolated may end this process, and a verdict on one that
             means harm is worth nothing.
         progress: called with each result, in the order of the cases.
+        note: called in words before the diagnosis of a large case, which may take long.
 
     Raises:
         KernelError: the kernel cannot be loaded, or its device is not here.
@@ -88,7 +90,7 @@ def run(
     arguments = (
         conform_arguments(kernel, options, device, isolate, goldens) if isinstance(kernel, str) else ()
     )
-    state = _State(options, goldens, now(), arguments)
+    state = _State(options, goldens, now(), arguments, note)
     with ExitStack() as stack:
         worker: Worker | None = None
         if isinstance(kernel, str) and (
@@ -181,10 +183,11 @@ class _State:
     goldens: Goldens | None
     date: str
     arguments: tuple[str, ...]
+    note: Callable[[str], None] | None = None
 
     def __post_init__(self) -> None:
         self.start = time.perf_counter()
-        self.failing = Failing(self.options.diagnosis)
+        self.failing = Failing(self.options.diagnosis, self.note)
         self.results: list[CaseResult] = []
         self.environment: dict[str, str] = {}
         self.left = 0

@@ -249,9 +249,18 @@ def test_what_changed_between_two_reports(tmp_path: Path) -> None:
     result = invoke("compare", old, new)
     assert result.exit_code == 1
     assert result.output.startswith("other torch: 2.12; now 2.13\nnewly failing (1):\n  a/fails_now: differs")
-    assert result.output.endswith("2 cases got worse, 1 are as they were, 2 were not run\n")
+    assert result.output.endswith("2 cases got worse, 1 is as it was, 2 were not run\n")
     same = invoke("compare", old, old)
     assert (same.exit_code, same.output) == (0, "no case got worse, 7 are as they were\n")
+
+
+def test_what_is_compared_of_mode_bounded_is_what_lies_outside(tmp_path: Path) -> None:
+    good = written(tmp_path / "good.json", result_of("a/b"))
+    numbers = {"elements": 4224, "differing": 1918, "outside": 1906}
+    bad = written(tmp_path / "bad.json", result_of("a/b", "outside bounds", **numbers), left=1)
+    changes = compare_reports(read_report(good), read_report(bad))
+    assert changes.failing == ("a/b: outside bounds in 1,906 of 4,224 elements (1,918 differ)",)
+    assert changes.conditions == ("the new run stopped when enough had failed: 1 case was not run",)
 
 
 def test_reports_that_are_compared_are_reports(tmp_path: Path) -> None:
@@ -261,7 +270,7 @@ def test_reports_that_are_compared_are_reports(tmp_path: Path) -> None:
         marked = tmp_path / f"{encoding}.json"
         marked.write_text(plain.read_text(), encoding=encoding)
         result = invoke("compare", plain, marked)
-        assert (result.exit_code, result.output) == (0, "no case got worse, 1 are as they were\n")
+        assert (result.exit_code, result.output) == (0, "no case got worse, 1 is as it was\n")
     other = tmp_path / "other.json"
     for text in ("[]", "\0", "9" * 5000):
         other.write_text(text)
@@ -391,7 +400,7 @@ def test_reports_that_say_nothing_or_two_things(tmp_path: Path) -> None:
     ):
         refused = invoke("compare", old, new)
         assert (refused.exit_code, message in refused.output) == (2, True), refused.output
-    text["results"][0] |= {"ok": False, "case": "a\nno case got worse, 1 are as they were"}
+    text["results"][0] |= {"ok": False, "case": "a\nno case got worse, 1 is as it was"}
     (tmp_path / "forged.json").write_text(json.dumps(text))
     shown = invoke("compare", good, tmp_path / "forged.json").output
     assert not [line for line in shown.splitlines() if line.startswith("no case got worse, 1 are")]

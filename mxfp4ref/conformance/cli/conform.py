@@ -218,6 +218,7 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
                     device=device,
                     isolate=isolate,
                     progress=advance,
+                    note=partial(echo, err=True),
                 )
             except Interrupted as interruption:
                 result = interruption.report

@@ -162,9 +162,10 @@ def _print(changes: Changes) -> None:
             for line in lines:
                 echo(f"  {printable(line, lines=False)}")
     words = f"{counted(changes.worse, 'case')} got worse" if changes.worse else "no case got worse"
-    not_run = f", {len(changes.not_run)} were not run" if changes.not_run else ""
+    count = len(changes.not_run)
+    not_run = f", {count} {'was' if count == 1 else 'were'} not run" if count else ""
     echo(
-        f"{words}, {changes.alike} are as they were{not_run}",
+        f"{words}, {changes.alike} {'is as it was' if changes.alike == 1 else 'are as they were'}{not_run}",
         fg="red" if changes.worse else "green",
         bold=True,
     )

@@ -1,0 +1,133 @@
+"""Kernels that sum in another order than the SM90 kernel: what is told of them in either mode."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from mxfp4ref.conformance import CaseResult, Kernel, Options, Report, run, run_case
+from mxfp4ref.conformance.adapters import whole_arguments
+from mxfp4ref.conformance.attribution import attribution
+from mxfp4ref.conformance.bounds import bound
+from mxfp4ref.conformance.diagnosing import Failing, _Failure
+from mxfp4ref.conformance.families.slot_kinds import position_in_expert
+from mxfp4ref.conformance.finding import UNKNOWN, Finding
+from mxfp4ref.conformance.kernels import load_kernel
+from mxfp4ref.conformance.reduction import local_experts
+from mxfp4ref.conformance.report_text import headline
+from mxfp4ref.conformance.results import now
+from mxfp4ref.conformance.running import compare_case
+from mxfp4ref.goldens import open_goldens
+from mxfp4ref.model.call import MoeCall
+
+GOLDENS = open_goldens()
+CASE = "activation/plain_special_values"
+RIGHT = GOLDENS.load(CASE).outputs[128, 128]
+LARGE = sorted(RIGHT[3].abs().topk(2).indices.tolist())  # columns of token 3
+
+
+def near() -> tuple[int, int, int]:
+    """An element that may be the next larger number by its bounds, of token 0."""
+    free = (bound(GOLDENS.load(CASE).call()).upper[0] > RIGHT[0].float()) & (RIGHT[0] > 0)
+    return 0, int(free.nonzero()[0]), 1
+
+
+def off(*places: tuple[int, int, int]) -> Kernel:
+    """The expected output, but for elements (token, column) whose bits have so much added; 128 doubles one."""
+
+    def kernel(kind: str, call: MoeCall) -> Tensor:
+        bits = RIGHT.clone().view(torch.int16)
+        for token, column, by in places:
+            bits[token, column] += by
+        return bits.view(torch.bfloat16)
+
+    return Kernel("off", ("moe",), whole_arguments, kernel)
+
+
+def test_what_is_told_of_one_element_is_of_one_outside_its_bounds() -> None:
+    """Not of one that another order of summation may give, though it comes first."""
+    kernel = off(near(), (3, LARGE[0], 128), (3, LARGE[1], 128))
+    result = run_case(kernel, GOLDENS.load(CASE), Options(mode="bounded", repeat=False, diagnosis="quick"))
+    assert (result.status, result.differing, result.outside) == ("outside bounds", 3, 2)
+    assert result.diagnosis is not None
+    assert result.diagnosis.first.index == (3, LARGE[0])
+    assert "token 0" not in result.diagnosis.stage
+
+
+def test_what_the_other_slot_of_a_token_brings_about_is_no_place() -> None:
+    """Rows 16 and more of an expert are wrong: rows of the tokens' other slots are none that differ."""
+    call = GOLDENS.load("gemm/uneven_experts").call()
+    position, _ = position_in_expert(local_experts(call))
+    mask = (position >= 16).any(1)[:, None].expand(-1, call.experts.hidden_size).contiguous()
+    rows = [row for row in attribution(call, mask) if row.by == "row of an expert, by 4"]
+    assert any(row.differing for row in rows)
+    assert all(row.differing == (row.elements if int(row.place.split()[0]) >= 16 else 0) for row in rows)
+
+
+def exactly(kernel: Kernel) -> CaseResult:
+    return run_case(kernel, GOLDENS.load(CASE), Options(repeat=False, diagnosis="quick"))
+
+
+def test_in_mode_exact_a_case_within_its_bounds_is_told_so() -> None:
+    result = exactly(off(near()))
+    assert (result.status, result.within_bounds) == ("differs", True)
+    assert headline(result).endswith("; within the bounds of a correct evaluation in another order")
+    assert result.diagnosis is not None
+    assert (result.diagnosis.finding.sentence, result.diagnosis.stage[:8]) == ("", "rounding")
+    wrong = exactly(off((3, LARGE[0], 128)))
+    assert (wrong.status, wrong.within_bounds) == ("differs", False)
+    assert "bounds" not in headline(wrong)
+
+
+def test_cases_outside_their_bounds_come_first() -> None:
+    """In full, while those within are told once for all, with the line that judges such a kernel."""
+    within = [
+        CaseResult(f"a/{n}", "moe", "", "differs", elements=9, differing=1, within_bounds=True)
+        for n in range(9)
+    ]
+    wrong = CaseResult("a/wrong", "moe", "the mistake", "differs", elements=9, differing=9)
+    common = {"arguments": ("f.py:f",), "date": now(), "finding": Finding(("fc1",), "this is so")}
+    text = str(Report("f.py:f", "exact", (*within, wrong), **common))
+    assert text.index("a/wrong") < text.index("a/0")
+    assert text.count("--mode bounded") == 1
+    line = "bounds: 9 of 10 failing cases lie within the bounds of a correct evaluation in another order; "
+    assert f"{line}what judges a kernel that sums so: mxfp4ref conform f.py:f --mode bounded\n" in text
+    assert "10 of 10 cases fail. 9 of these lie within the bounds of" in text
+    assert "Of the others: No hypothesis predicts every bit. The best evidence: this is so" in text
+    alone = Report("f.py:f", "exact", tuple(within), **{**common, "finding": UNKNOWN})
+    assert alone.verdict.endswith(
+        " All that differs lies within the bounds of a correct evaluation in another order; mode bounded accepts it: "
+        "mxfp4ref conform f.py:f --mode bounded."
+    )
+
+
+def test_the_verdict_is_that_of_the_cases_outside_their_bounds() -> None:
+    """And says so, where it does not hold for the others."""
+    failing = Failing("full")
+    results = []
+    for kernel in (off(near()), load_kernel("defect:gate_up_swapped")):
+        compared, failed = compare_case(kernel, GOLDENS.load(CASE), Options(repeat=False))
+        result = replace(compared, case=f"{CASE}_{len(results)}")
+        results.append(failing.take(result, failed))
+    assert [r.within_bounds for r in results] == [True, False]
+    found = failing.verdict(results, None)
+    report = Report("it", "exact", found.results, found.defects, finding=found.finding)
+    assert (
+        " 1 of these lies within the bounds of a correct evaluation in another order. Of the others: "
+        in report.culprit
+    )
+    assert (
+        "Every wrong bit in 1 of 1 failing case that were searched is predicted by this: gate_up_swapped"
+        in report.culprit
+    )
+
+
+def test_a_large_case_is_told_before_it_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("mxfp4ref.conformance.diagnosing.is_large", lambda *_: True)
+    monkeypatch.setattr(_Failure, "looked_at", lambda self, result, *_: said.append("looked at") or result)
+    run(off(near()), [GOLDENS.load(CASE)], Options(repeat=False, diagnosis="quick"), note=said.append)
+    assert said == [f"{CASE}: 4,096 elements: a quick diagnosis", "looked at"]
