@@ -1,7 +1,7 @@
 """Make a checkpoint of random weights, with a published one's names, dtypes and shapes, and an input for its layers.
 
     python tools/make_checkpoint.py checkpoint                        # DeepSeek-V4's, small: two layers, a megabyte
-    python tools/make_checkpoint.py checkpoint --format gpt_oss
+    python tools/make_checkpoint.py checkpoint --format gpt_oss --hidden 2880 --inner 2880 --experts 32 --top-k 4
     python tools/make_checkpoint.py checkpoint --experts 256 --hidden 4096 --inner 2048 --top-k 6 --shards 5
 
 The last has two layers of DeepSeek-V4-Flash's size, 3.4 GB each; `--layers 1` makes one. The first layer of
@@ -27,6 +27,7 @@ from mxfp4ref.checkpoint.stacked import BLOCKS
 
 VOCABULARY = 1000
 GROUP = 32
+FP8_BLOCK = 128  # rows and columns that share a scale in DeepSeek's shared expert
 MADE = [
     name for name, format in FORMATS.items() if format.storage in (PER_EXPERT, BLOCKS) and name != "kimi_k3"
 ]
@@ -38,15 +39,16 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path, help="a new folder; input.safetensors is written into it, too")
     parser.add_argument("--format", choices=MADE, default="deepseek_v4")
-    for name, default in (
-        ("layers", 2),
-        ("experts", 8),
-        ("hidden", 256),
-        ("inner", 128),
-        ("top-k", 2),
-        ("shards", 2),
+    sizes = f"a multiple of {GROUP}, of {FP8_BLOCK} in deepseek_v4; "
+    for name, default, words in (
+        ("layers", 2, ""),
+        ("experts", 8, ""),
+        ("hidden", 256, sizes),
+        ("inner", 128, sizes),
+        ("top-k", 2, ""),
+        ("shards", 2, ""),
     ):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{words}default: {default}")
     parser.add_argument("--tokens", type=int, default=5, help="of the input; default: 5")
     parser.add_argument(
         "--images", action="store_true", help="DeepSeek-V4: a second bias, for the tokens of images"
@@ -55,8 +57,12 @@ def main() -> None:
     options = parser.parse_args()
     if min(options.layers, options.experts, options.shards) < 1 or not 0 < options.top_k <= options.experts:
         parser.error("expected at least one layer, expert and shard, and top-k from 1 to experts")
-    if options.hidden % 128 or options.inner % 128 or min(options.hidden, options.inner) < 128:
-        parser.error("expected --hidden and --inner to be multiples of 128")
+    multiple = FP8_BLOCK if options.format == "deepseek_v4" else GROUP
+    if options.hidden % multiple or options.inner % multiple or min(options.hidden, options.inner) < multiple:
+        parser.error(
+            f"expected --hidden and --inner to be multiples of {multiple} in {options.format}, "
+            f"got {options.hidden} and {options.inner}"
+        )
     try:
         options.folder.mkdir(parents=True)
     except OSError as error:
@@ -106,7 +112,7 @@ def layer_parts(format: CheckpointFormat, layer: int, options: argparse.Namespac
     if format.name == "deepseek_v4":
         for name, (rows, depth) in zip(("w1", "w3", "w2"), shapes.values(), strict=True):
             rest[f"{format.shared}{name}.weight"] = ("float8", (rows, depth))
-            rest[f"{format.shared}{name}.scale"] = ("scale", (rows // 128, depth // 128))
+            rest[f"{format.shared}{name}.scale"] = ("scale", (rows // FP8_BLOCK, depth // FP8_BLOCK))
     elif format.shared:
         for name, shape in zip(("gate_proj", "up_proj", "down_proj"), shapes.values(), strict=True):
             rest[f"{format.shared}{name}.weight"] = ("bfloat16", shape)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mxfp4ref._files import printable
 from mxfp4ref.conformance.finding import counted
 from mxfp4ref.conformance.report_reading import WrittenReport
 
@@ -48,10 +49,15 @@ def compare_reports(old: WrittenReport, new: WrittenReport) -> Changes:
     """What changed from one report to another one.
 
     Raises:
-        ValueError: no case ran in the new one, which says nothing of the kernel.
+        ValueError: no case ran in the new one, which says nothing of the kernel; or they have none in common.
     """
     if all(_state(result) == "skipped" for result in new.cases.values()):
         raise ValueError(f"{new.path}: expected a report in which a case ran, got none")
+    if not old.cases.keys() & new.cases.keys():
+        first, second = (printable(next(iter(report.cases), "none"), lines=False) for report in (old, new))
+        raise ValueError(
+            f"expected reports of the same cases, got {first}, ... in {old.path} and {second}, ... in {new.path}"
+        )
     found: dict[str, list[str]] = {name: [] for name in Changes.__annotations__ if name != "alike"}
     found["conditions"] += _conditions(old, new)
     alike = 0

@@ -101,6 +101,11 @@ __all__ = ["layer"]
     help="Run this one of the --tp-size ranks alone, from 0: what it adds to the output.",
 )
 @click.option(
+    "--ep-rank",
+    type=click.IntRange(min=0),
+    help="Run this one of the --ep-size ranks alone, from 0: what its experts add to the output.",
+)
+@click.option(
     "--experts", type=Experts(), help="Only these, as 64-95 or 0,8,16: what one rank adds to the output."
 )
 @click.option(
@@ -126,16 +131,16 @@ def layer(
     mxfp4ref layer --checkpoint gpt-oss-20b --layer 3 --input hidden.safetensors --tp-size 4 --tp-rank 1
     mxfp4ref layer --checkpoint DeepSeek-V4-Flash --layer 3 --input hidden.safetensors --served served.safetensors
 
-    With --experts or --tp-rank it is one rank's output, `rank_output`: its own sum, rounded to bf16, as the kernel
-    hands it to the all-reduce; fc2's bias is on --tp-rank 0 only, and a routed factor that the model applies to the
-    output is applied. Without them all ranks are run, and their outputs added in float32.
+    With --experts, --ep-rank or --tp-rank it is one rank's output, `rank_output`: its own sum, rounded to bf16, as
+    the kernel hands it to the all-reduce; fc2's bias is on --tp-rank 0 only, and a routed factor that the model
+    applies to the output is applied. Without them all ranks are run, and their outputs added in float32.
 
     Experts are read some at a time, and only those that a token chose. `mxfp4ref checkpoint` says what is in a
     folder.
 
     With --served, ids and weights are compared first, as far as the file has them, and the output is expected for
     these: a mistake of the router is told from one of the experts, and either is named as `conform` and `replay` name
-    it. All K tiles are tried. A rank's own output needs --experts, or --tp-rank, as the rank has them.
+    it. All K tiles are tried. A rank's own output needs --ep-rank, --experts or --tp-rank.
 
     Exit codes: 0 done, or equal; 1 what was served is wrong; 2 wrong usage, or a file that cannot be read or
     written.
@@ -157,6 +162,9 @@ def layer(
             check_no_input(output_path, [*inputs, *filter(None, (options["name_map"], served_path))])
         how = read_options(options["changes"], options["quantize"], options["name_map"], options["experts"])
         found = open_layer(root, index, **given("alpha", "beta", "limit"), options=how)
+        if options["ep_rank"] is not None:
+            how = replace(how, experts=_experts_of_rank(found.num_experts, options))
+            found = open_layer(root, index, **given("alpha", "beta", "limit"), options=how)
         found = replace(found, **given("top_k", "routed_scaling_factor"))
         if options["activation"] is not None:
             (chosen,) = (n for n, known in ACTIVATIONS.items() if known.name == options["activation"])
@@ -164,7 +172,7 @@ def layer(
         _refuse_unused(found, router, options)
         if options["fuse_shared"] is not None:
             found = fuse_shared(found, None if options["fuse_shared"] == "stored" else options["fuse_shared"])
-        ep_size = options["ep_size"]
+        ep_size = options["ep_size"] if options["ep_rank"] is None else 1
         expert_map = place_experts(found.experts.num_experts, ep_size, options["expert_placement"])
         tp_size, tp_rank = options["tp_size"], options["tp_rank"]
         if tp_rank is not None and tp_rank >= tp_size:
@@ -173,7 +181,7 @@ def layer(
             )
         if tp_rank is not None and ep_size > 1:
             raise ValueError(
-                "--tp-rank: expected --experts, those of the rank, with it, instead of --ep-size"
+                "--tp-rank: expected --ep-rank, too, or the rank's --experts instead of --ep-size"
             )
         ranks = Ranks(ep_size, tp_size, expert_map=expert_map, tp_rank=tp_rank)
         with progress() as step:
@@ -194,6 +202,20 @@ def layer(
             echo(printable(line))
         echo(printable(f"{served_path}: {served.verdict}"), fg="green" if served.ok else "red", bold=True)
         sys.exit(0 if served.ok else NOT_EQUAL)
+
+
+def _experts_of_rank(num_experts: int, options: Mapping[str, Any]) -> tuple[int, ...]:
+    """Those that --ep-rank has."""
+    from mxfp4ref.model.placement import place_experts
+
+    ep_size, ep_rank = options["ep_size"], options["ep_rank"]
+    if options["experts"] is not None:
+        raise ValueError("--ep-rank: expected none with --experts, which are those of a rank")
+    if ep_rank >= ep_size:
+        raise ValueError(
+            f"--ep-rank: expected one of 0 to {ep_size - 1} with --ep-size {ep_size}, got {ep_rank}"
+        )
+    return place_experts(num_experts, ep_size, options["expert_placement"])[ep_rank]
 
 
 def _refuse_unused(layer: Any, router: str | None, options: Mapping[str, Any]) -> None:

@@ -56,7 +56,8 @@ class Recording:
 
     Attributes:
         path: the folder.
-        process: where it was found and the process that made it: `pid7`, `node1/pid7`.
+        process: where it was found and which process there made it, by their ids: `process1`, `node1/process2`. Of
+            another recording of the same server it has the same name.
         call: which of its calls: `call0001`, `call0002 flush_0001`; with the time where a process has two of these.
     """
 
@@ -173,7 +174,7 @@ def find_recordings(root: Path) -> list[Recording]:
             folders.clear()
     flushed = {path.parent.parent for path in calls if path.parent.name == FLUSHES}
     found = [path for path in calls if path not in flushed]
-    names = {path: _names(path, root) for path in found}
+    names = _by_number({path: _names(path, root) for path in found})
     count = Counter((process, call) for process, call, _ in names.values())
     recordings = [
         Recording(path, process, call if count[process, call] == 1 else f"{time} {call}")
@@ -182,17 +183,33 @@ def find_recordings(root: Path) -> list[Recording]:
     return sorted(recordings, key=lambda recording: (recording.process, recording.path))
 
 
-def _names(path: Path, root: Path) -> tuple[str, str, str]:
-    """Process, call and time of a folder."""
+def _by_number(names: Mapping[Path, tuple[str, int | None, str, str]]) -> dict[Path, tuple[str, str, str]]:
+    """Process, call and time, with the number of the process among those of its folder in place of its id."""
+    processes: dict[str, set[int]] = {}
+    for above, pid, _, _ in names.values():
+        if pid is not None:
+            processes.setdefault(above, set()).add(pid)
+    numbered = {}
+    for path, (above, pid, call, time) in names.items():
+        process = "" if pid is None else f"process{sorted(processes[above]).index(pid) + 1}"
+        numbered[path] = (
+            "/".join(filter(None, ("" if above == "." and process else above, process))),
+            call,
+            time,
+        )
+    return numbered
+
+
+def _names(path: Path, root: Path) -> tuple[str, int | None, str, str]:
+    """The folder above, the id of the process, call and time of a folder."""
     folder = path.parent.parent if path.parent.name == FLUSHES else path
     above = (
         folder.parent.relative_to(root).as_posix() if folder.is_relative_to(root) and folder != root else "."
     )
     flush = "" if folder == path else f" {path.name}"
     if (found := _FOLDER.match(folder.name)) is None:
-        return above, folder.name + flush, ""
-    process = f"pid{found['pid']}"
-    return (process if above == "." else f"{above}/{process}"), f"call{found['number']}{flush}", found["time"]
+        return above, None, folder.name + flush, ""
+    return above, int(found["pid"]), f"call{found['number']}{flush}", found["time"]
 
 
 def _is_call(path: Path, files: list[str]) -> bool:

@@ -68,6 +68,16 @@ def test_one_rank_s_part(tmp_path: Path) -> None:
     assert "rank_output" in result.output
 
 
+@pytest.mark.parametrize(
+    ("placement", "experts"), [((), [2, 3]), (("--expert-placement", "round_robin"), [1, 3])]
+)
+def test_a_rank_by_its_number(tmp_path: Path, placement: tuple[str, ...], experts: list[int]) -> None:
+    result = layer(make(tmp_path, "deepseek_v4"), "--ep-size", "2", "--ep-rank", "1", *placement)
+    assert result.exit_code == 0, result.output
+    part = open_layer(tmp_path, 1, options=ReadOptions(experts=experts))
+    assert_written(tmp_path, run_layer(part, tmp_path / "x"))
+
+
 def test_fused_shared_expert(tmp_path: Path) -> None:
     refused = layer(make(tmp_path, "deepseek_v4"), "--fuse-shared", "stored")
     assert "name the rule by which it is to be requantised" in refused.output
@@ -124,6 +134,9 @@ def test_keys_of_config_by_hand(tmp_path: Path) -> None:
         (("--experts", "3-"), "expected experts as 64-95 or 0,8,16, got '3-'"),
         (("--experts", "3-1"), "experts: expected at least one, got none"),
         (("--experts", "9"), "experts: expected an int from 0 to 3, got 9"),
+        (("--ep-size", "2", "--ep-rank", "2"), "--ep-rank: expected one of 0 to 1 with --ep-size 2, got 2"),
+        (("--ep-rank", "0", "--experts", "1"), "--ep-rank: expected none with --experts"),
+        (("--diagnosis", "none"), "--diagnosis: expected --served with it"),
         (("--set", "norm_topk_prob"), "expected KEY=VALUE"),
         (("--set", "zzz=1"), "zzz: expected a key that is read, or that is in config.json"),
         (("--set", "n_group=1", "--set", "n_group=2"), "--set: expected n_group once, got it 2 times"),

@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from mxfp4ref.__main__ import commands
 from mxfp4ref.checkpoint import inspection
 from mxfp4ref.checkpoint.inspection import Counts, inspect
+from mxfp4ref.conformance.cli.checkpoint_table import _unusual
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.formats.mxfp4 import pack_codes
 from tests.helpers.checkpoints import (
@@ -59,8 +60,10 @@ def test_the_table(tmp_path: Path) -> None:
     assert re.search(
         r"[12] +deepseek_v4 +4 +256 x 128 +sqrt_softplus, 2 of 4, bias, .*factor 1\.5", result.output
     )
-    assert re.search(r"12\.\d % of codes at \+-6", result.output)  # of random codes: an eighth
-    assert "every layer can be run" in result.output
+    assert "of codes at +-6" not in result.output  # of random codes they are an eighth
+    assert f"every layer can be run: mxfp4ref layer --checkpoint {tmp_path} --layer 0 --input" in " ".join(
+        result.output.split()
+    )
     quick = invoke("checkpoint", tmp_path, "--names-only")
     assert "1 to 2" in quick.output
     assert "not read" in quick.output
@@ -168,3 +171,8 @@ def test_unusual_weights_and_scales_are_counted(
     )
     assert zeros is not None
     assert (zeros.groups, zeros.zero_scales, zeros.nan_scales) == (groups, 0, 0)
+
+
+def test_many_codes_at_the_end_are_unusual() -> None:
+    assert _unusual(Counts(codes=1000, saturated_codes=130)) == ""
+    assert _unusual(Counts(codes=1000, saturated_codes=160)) == "16.0 % of codes at +-6"

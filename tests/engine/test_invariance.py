@@ -133,7 +133,7 @@ def test_recorded_calls_with_the_tactics_of_the_autotuner(tmp_path: Path) -> Non
     cache = autotune_caches.write_json(tmp_path / "cache.json", arguments_of(call), tactics)
     result = invoke("invariance", tmp_path / "calls", "--autotune-cache", cache)
     assert result.exit_code == 1, result.output
-    assert "pid7/call0001: bits depend on the batch: alone" in result.output
+    assert "process1/call0001: bits depend on the batch: alone" in result.output
     assert "another tactic: K tiles 256x128 here, 128x128 in the call" in result.output
 
 

@@ -70,7 +70,7 @@ def test_calls_of_both_formats_and_both_ways_of_passing_arguments(
     result = only(replay(tmp_path))
     assert (result.status, result.layer, result.tokens, result.differing) == ("equal", 1, 7, 0)
     assert result.tiles == ("128x128", "256x128")  # K is 256 and 128, and no group is in another place
-    assert result.case == "pid7/call0001"
+    assert result.case == "process1/call0001"
 
 
 def test_several_processes_and_nested_folders_are_told_apart(tmp_path: Path) -> None:
@@ -78,9 +78,23 @@ def test_several_processes_and_nested_folders_are_told_apart(tmp_path: Path) -> 
         recorded.write_call(folder, SM90_CALL, EXPECTED, pid=pid)
     report = replay(tmp_path)
     assert statuses(report) == dict.fromkeys(
-        ["node0/rank0/pid7/call0001", "node1/pid7/call0001", "node1/pid8/call0001"], "equal"
+        ["node0/rank0/process1/call0001", "node1/process1/call0001", "node1/process2/call0001"], "equal"
     )
     assert report.verdict == "3 recorded calls of 1 layer: 3 equal."
+
+
+def test_two_recordings_of_the_same_calls_compare(tmp_path: Path) -> None:
+    """Processes have other ids each time, and reports without a common case say nothing."""
+    for name, pids in (("before", (41, 7)), ("after", (99, 100)), ("other", (3,))):
+        for pid in pids:
+            recorded.write_call(tmp_path / name, SMALL_CALL, forward(SMALL), pid=pid, number=5 - len(pids))
+        invoke("replay", tmp_path / name, "--diagnosis", "none", "--json", tmp_path / f"{name}.json")
+    before, after, other = (tmp_path / f"{name}.json" for name in ("before", "after", "other"))
+    result = invoke("compare", before, after)
+    assert "no case got worse, 2 are as they were" in result.output
+    result = invoke("compare", before, other)
+    assert result.exit_code == 2
+    assert "expected reports of the same cases, got process1/call0003, ..." in " ".join(result.output.split())
 
 
 def test_restarts_with_the_same_process_id_are_told_apart(tmp_path: Path) -> None:
@@ -88,7 +102,7 @@ def test_restarts_with_the_same_process_id_are_told_apart(tmp_path: Path) -> Non
     first.rename(first.with_name(first.name.replace("20261127", "20261126")))
     recorded.write_call(tmp_path, SM90_CALL, EXPECTED)
     cases = list(statuses(replay(tmp_path, COMPARE_ONLY)))
-    assert cases == ["pid7/20261126_101500_123 call0001", "pid7/20261127_101500_123 call0001"]
+    assert cases == ["process1/20261126_101500_123 call0001", "process1/20261127_101500_123 call0001"]
 
 
 def test_ranks_of_a_parallel_layer(tmp_path: Path) -> None:
@@ -137,10 +151,10 @@ def test_one_flipped_bit_is_found_and_located(tmp_path: Path, monkeypatch: pytes
     files = {kind: tmp_path / f"r.{kind}" for kind in ("json", "junit", "html")}
     result = invoke("replay", tmp_path, *(x for kind, path in files.items() for x in (f"--{kind}", path)))
     assert result.exit_code == 1
-    assert "pid7/call0001: differs in 1 of 256 elements" in result.output
+    assert "process1/call0001: differs in 1 of 256 elements" in result.output
     assert "first: output at [1, 77]" in result.output
     assert "1 ulp" in result.output
-    row = next(line for line in result.output.splitlines() if line.startswith("pid7/call0001 "))
+    row = next(line for line in result.output.splitlines() if line.startswith("process1/call0001 "))
     assert row.split("differs")[1].strip()  # the note
     experts = [i for i in SMALL.token_selected_experts[1].tolist() if i >= 0]
     assert all(f"expert {expert}, weight" in result.output for expert in experts)
@@ -165,8 +179,8 @@ def test_how_long_it_takes_is_said_before_and_each_call_as_it_ends(tmp_path: Pat
         r"2 recorded calls: about \d+ s to compare; up to 2 minutes more if all differ", first
     )
     assert [line.split(",")[0] for line in each] == [
-        "[  1/2] pid7/call0001: equal",
-        "[  2/2] pid7/call0002: equal",
+        "[  1/2] process1/call0001: equal",
+        "[  2/2] process1/call0002: equal",
     ]
     words = " ".join(result.stdout.split())
     assert "2 recorded calls of 1 layer: 2 equal. 1 more were not replayed." in words
@@ -418,8 +432,8 @@ def test_links_are_followed(tmp_path: Path, what: str) -> None:
         outputs = next(elsewhere.rglob("outputs.safetensors"))
         assert "than the input" in invoke("replay", root, "--json", outputs).output
     assert statuses(replay(root, COMPARE_ONLY)) == {
-        "node/pid7/call0001": "equal",
-        "node/pid7/call0002 flush_0001": "equal",
+        "node/process1/call0001": "equal",
+        "node/process1/call0002 flush_0001": "equal",
     }
 
 
@@ -461,9 +475,9 @@ def test_here_is_a_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     call = recorded.write_call(tmp_path, SMALL_CALL, forward(SMALL))
     graph = recorded.write_flushes(tmp_path, [(SMALL_CALL, forward(SMALL))], number=2)
     for place, name in (
-        (call, "pid7/call0001"),
-        (graph, "pid7/call0002 flush_0001"),
-        (graph / "graph_flushes" / "flush_0001", "pid7/call0002 flush_0001"),
+        (call, "process1/call0001"),
+        (graph, "process1/call0002 flush_0001"),
+        (graph / "graph_flushes" / "flush_0001", "process1/call0002 flush_0001"),
     ):
         monkeypatch.chdir(place)
         assert statuses(replay(".", COMPARE_ONLY)) == {name: "equal"}
@@ -483,8 +497,8 @@ OTHER_EXPECTED = forward(OTHER_CALL)
 def test_each_replay_of_a_graph_is_a_call(tmp_path: Path, form: str) -> None:
     in_graph(form, tmp_path, (SM90_CALL, EXPECTED), (OTHER_CALL, OTHER_EXPECTED))
     assert statuses(replay(tmp_path)) == {
-        "pid7/call0001 flush_0001": "equal",
-        "pid7/call0001 flush_0002": "equal",
+        "process1/call0001 flush_0001": "equal",
+        "process1/call0001 flush_0002": "equal",
     }
 
 
@@ -494,7 +508,7 @@ def test_one_output_buffer_of_all_layers_is_not_the_kernels_fault(tmp_path: Path
     first, second = replay(tmp_path).results
     assert (first.status, second.status) == ("skipped", "equal")
     assert (
-        "overwritten its output: what was recorded of it are the bits of pid7/call0002 flush_0001"
+        "overwritten its output: what was recorded of it are the bits of process1/call0002 flush_0001"
         in first.message
     )
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from mxfp4ref.__main__ import commands
-from mxfp4ref.checkpoint import FORMATS
+from mxfp4ref.checkpoint import FORMATS, open_layer, run_layer
 from mxfp4ref.checkpoint.inspection import inspect
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,6 +68,20 @@ def test_the_page_lists_every_format() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \| `", PAGE, re.MULTILINE))
     assert [*rows] == [*FORMATS]
     assert all(text.startswith(FORMATS[name].stores) for name, text in rows.items())
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "weight_scale"])
+def test_sizes_that_are_no_multiples_of_128(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As gpt-oss's own 2880; DeepSeek-V4's shared expert has a scale for each 128 x 128."""
+    sizes = ("--hidden", "96", "--inner", "160", "--layers", "1")
+    make(monkeypatch, str(tmp_path / "model"), "--format", name, *sizes)
+    result = run_layer(open_layer(tmp_path / "model", 0), tmp_path / "model" / "input.safetensors")
+    assert next(iter(result.values())).shape == (5, 96)
+    with pytest.raises(SystemExit):
+        make(monkeypatch, str(tmp_path / "other"), *sizes)
+    assert "multiples of 128 in deepseek_v4, got 96 and 160" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", MADE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from itertools import groupby
 from typing import Any
@@ -10,9 +11,11 @@ from mxfp4ref._files import printable
 from mxfp4ref.checkpoint.disk import ranges
 from mxfp4ref.checkpoint.inspection import Counts, Inspection, LayerEntry
 from mxfp4ref.conformance.cli.terminal import echo, echo_rows
+from mxfp4ref.conformance.finding import counted
 
 __all__ = ["as_object", "show"]
 
+_MANY = 0.15  # of codes at +-6: more than the eighth that they are where all codes are equally frequent
 _COLUMNS = ("layers", "format", "experts", "H x I", "router", "size", "unusual")
 
 
@@ -25,9 +28,10 @@ def show(found: Inspection) -> None:
     """Print a table, a line for each run of equal layers, and below it why any of them would be refused."""
     total = sum(entry.bytes for entry in found.layers)
     parameters = sum(entry.parameters for entry in found.layers)
+    layers = counted(len(found.layers), "layer")
     head = (
         f"{found.root}: {found.model_type or 'no model_type'}, {found.tensors:,} tensors in {found.files:,} files; "
-        f"{len(found.layers):,} layers with experts of {_short(parameters, 1000)} parameters, {_short(total)}B"
+        f"{layers} with experts of {_short(parameters, 1000)} parameters, {_short(total)}B"
     )
     _echo(head)
     runs = groupby(found.layers, key=_row)
@@ -39,7 +43,11 @@ def show(found: Inspection) -> None:
     for reason, some in groupby(refused, key=lambda entry: entry.refused):
         _echo(f"refused: layer {ranges([entry.layer for entry in some])}: {reason}")
     if not refused:
-        echo("every layer can be run: mxfp4ref layer --checkpoint ... --layer ... --input ...")
+        first = found.layers[0].layer
+        line = shlex.join(
+            ["mxfp4ref", "layer", "--checkpoint", str(found.root), "--layer", str(first), "--input"]
+        )
+        _echo(f"every layer can be run: {line} hidden.safetensors")
 
 
 def _row(entry: LayerEntry) -> tuple[str, ...]:
@@ -61,7 +69,7 @@ def _unusual(counts: Counts) -> str:
         "empty groups": counts.empty_groups,
     }
     listed = [f"{count:,} {word}" for word, count in words.items() if count]
-    if counts.codes:
+    if counts.codes and counts.saturated_codes / counts.codes > _MANY:
         listed.append(f"{100 * counts.saturated_codes / counts.codes:.1f} % of codes at +-6")
     return ", ".join(listed)
 
