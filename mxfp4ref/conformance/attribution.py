@@ -16,6 +16,7 @@ __all__ = ["Attribution", "attribution"]
 
 _MOST = 12  # places of a kind
 _CONTRAST = 0.25  # between the shares of two places, below which a kind says nothing
+_AS_MUCH = 0.05  # of contrast, that smaller blocks may have more than larger ones of the same kind
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Attribution:
 def attribution(call: MoeCall, mask: Tensor, could: Tensor | None = None) -> tuple[Attribution, ...]:
     """The kinds of places whose shares of wrong elements differ most, with their counts; none where none differ.
 
+    Of columns, tokens or rows in blocks of several sizes one is told.
+
     Args:
         call: the call.
         mask: `[M, H] bool`, where the output differs.
@@ -50,8 +53,20 @@ def attribution(call: MoeCall, mask: Tensor, could: Tensor | None = None) -> tup
             row = Attribution(by, place, int((mask & chosen).sum()), int(chosen.sum()))
             kinds.setdefault(by, []).append(row)
     contrasts = {by: _contrast(rows) for by, rows in kinds.items()}
-    telling = sorted((by for by in kinds if contrasts[by] >= _CONTRAST), key=lambda by: -contrasts[by])
+    # Of one kind in blocks of several sizes, the largest that tells as much as any.
+    most: dict[str, float] = {}
+    for by, contrast in contrasts.items():
+        most[_kind(by)] = max(contrast, most.get(_kind(by), 0.0))
+    sizes: dict[str, str] = {}
+    for by, contrast in contrasts.items():
+        if contrast >= max(_CONTRAST, most[_kind(by)] - _AS_MUCH):
+            sizes.setdefault(_kind(by), by)
+    telling = sorted(sizes.values(), key=lambda by: -contrasts[by])
     return tuple(row for by in telling for row in _most(kinds[by]))
+
+
+def _kind(by: str) -> str:
+    return by.partition(", by ")[0]
 
 
 def _contrast(rows: list[Attribution]) -> float:
