@@ -17,6 +17,7 @@ __all__ = ["Attribution", "attribution"]
 _MOST = 12  # places of a kind
 _OF_SLOTS = ("expert", "row of an expert")  # a token may have slots in several places
 _CONTRAST = 0.25  # between the shares of two places, below which a kind says nothing
+_AS_MUCH = 0.05  # of contrast, that smaller blocks may have more than larger ones of the same kind
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Attribution:
 def attribution(call: MoeCall, mask: Tensor, could: Tensor | None = None) -> tuple[Attribution, ...]:
     """The kinds of places whose shares of wrong elements differ most, with their counts; none where none differ.
 
+    Of columns, tokens or rows in blocks of several sizes one is told.
+
     Args:
         call: the call.
         mask: `[M, H] bool`, where the output differs.
@@ -55,7 +58,15 @@ def attribution(call: MoeCall, mask: Tensor, could: Tensor | None = None) -> tup
     for by in kinds:
         if by.startswith(_OF_SLOTS):
             rows[by] = [one.row(by, counts) for one in _without_worse(kinds[by], rows[by])]
-    telling = sorted((by for by in kinds if contrasts[by] >= _CONTRAST), key=lambda by: -contrasts[by])
+    # Of one kind in blocks of several sizes, the largest that tells as much as any.
+    most: dict[str, float] = {}
+    for by, contrast in contrasts.items():
+        most[_kind(by)] = max(contrast, most.get(_kind(by), 0.0))
+    sizes: dict[str, str] = {}
+    for by, contrast in contrasts.items():
+        if contrast >= max(_CONTRAST, most[_kind(by)] - _AS_MUCH):
+            sizes.setdefault(_kind(by), by)
+    telling = sorted(sizes.values(), key=lambda by: -contrasts[by])
     return tuple(row for by in telling for row in _most(rows[by]))
 
 
@@ -87,6 +98,10 @@ def _without_worse(places: list[_Place], rows: list[Attribution]) -> Iterator[_P
 
 def _share(row: Attribution) -> float:
     return row.differing / row.elements if row.elements else 0.0
+
+
+def _kind(by: str) -> str:
+    return by.partition(", by ")[0]
 
 
 def _contrast(rows: list[Attribution]) -> float:

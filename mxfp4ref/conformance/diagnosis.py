@@ -161,6 +161,7 @@ class Located:
             )
         self.kind, self.inputs, self.outputs, self.expected = kind, inputs, outputs, expected
         self.got, self.want = outputs[name], expected[name]
+        self.found: list[Hypothesis] = []  # by a search, those that predict every bit
         mask = differing(self.got, self.want)
         self._wrong = mask if outside is None or not bool(outside.any()) else outside
         first = difference_at(self.got, self.want, tuple(self._wrong.nonzero()[0].tolist()))
@@ -223,9 +224,8 @@ class Located:
         exposed = stage_of_exposed(self.inputs, self.outputs)
         seen = Evidence(exposed, self._reconciled().words, 3) if exposed else None
         seconds = SECONDS[diagnosis] if seconds is None else seconds
-        return _investigated(
-            self.inputs, self.got, self.want, _Search(suspects, diagnosis, seconds, progress, seen)
-        )
+        how = _Search(suspects, diagnosis, seconds, progress, seen, self.found)
+        return _investigated(self.inputs, self.got, self.want, how)
 
     def told(self, known: Known, *, brief: bool = False) -> Diagnosis:
         """The diagnosis, with what was found; if `brief`, without the bounds of each stage, which take long."""
@@ -281,6 +281,7 @@ class _Search:
     seconds: float
     progress: Progress | None
     known: Evidence | None
+    found: list[Hypothesis]
 
 
 def _investigated(call: MoeCall, got: Tensor, want: Tensor, how: _Search) -> Known:
@@ -318,7 +319,8 @@ def _investigated(call: MoeCall, got: Tensor, want: Tensor, how: _Search) -> Kno
     remarks = [e.sentence for e in hints if e.sentence != result.finding.sentence]
     if not result.complete and how.diagnosis == "full":
         remarks.append(f"hypotheses were tried as long as there was time, {result.tried:,} of them")
-    exact = (m.hypothesis.name for m in result.matches if m.hypothesis.name and m.exact)
+    how.found.extend(m.hypothesis for m in result.matches if m.exact)
+    exact = (h.name for h in how.found if h.name)
     predictions = tuple(Prediction(name, 1.0, True) for name in dict.fromkeys(exact))
     return predictions, result.finding, (*remarks, *note)
 

@@ -21,14 +21,15 @@ from mxfp4ref._shown import Shown
 from mxfp4ref._validate import check_choice, check_int
 from mxfp4ref.conformance.agreement import agreed
 from mxfp4ref.conformance.comparison import differing
-from mxfp4ref.conformance.diagnosis import diagnose
+from mxfp4ref.conformance.diagnosis import Located
+from mxfp4ref.conformance.families.hypothesis import Hypothesis
 from mxfp4ref.conformance.finding import counted
 from mxfp4ref.conformance.kernels import environment
 from mxfp4ref.conformance.results import RECORDING, CaseResult, Report, name_defects, now
 from mxfp4ref.engine.arguments import generation_in_record
 from mxfp4ref.engine.autotune import AutotuneCache, Prediction, read_autotune_cache
 from mxfp4ref.engine.calls import Layers, arguments_of, read_call, release_of
-from mxfp4ref.engine.describing import Calls, described, zeros_words
+from mxfp4ref.engine.describing import LOOKED_AT, Calls, described, reaches_limit, zeros_words
 from mxfp4ref.engine.estimating import Estimate, estimate
 from mxfp4ref.engine.fitting import closest_kernel, fitting_kernels
 from mxfp4ref.engine.graph_buffers import GraphBuffers
@@ -77,6 +78,7 @@ class ReplayResult(CaseResult):
         other: the activation's parameters (`swiglu_limit`, ...) that are not those of the layer's first call.
         tokens: M.
         predicted: the tactics that the call or the autotune cache names.
+        limit_reached: of a call that is equal, as of `describing.reaches_limit`; None once an earlier one reached it.
         all_zero: whether no output element is other than zero, so that the call alone proves nothing.
     """
 
@@ -85,6 +87,7 @@ class ReplayResult(CaseResult):
     predicted: str = ""
     all_zero: bool = False
     other: tuple[str, ...] = ()
+    limit_reached: bool | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -114,6 +117,10 @@ class ReplayReport(Report):
             words += f" {held} of {counted(len(predicted), 'prediction')} of tactics held."
         if zeros := sum(r.all_zero for r in replayed):
             words += f" {zeros} gave zeros only, which proves nothing."
+        limits = [r.limit_reached for r in replayed if r.limit_reached is not None]
+        if limits and not any(limits):
+            words += f" No up or gate value of the first {LOOKED_AT} tokens of a call reaches swiglu_limit:"
+            words += " such calls do not show whether the kernel applies it."
         for parameters, count in Counter(r.other for r in replayed if r.other).items():
             words += f" {counted(count, 'call')} {'has' if count == 1 else 'have'} another "
             words += f"{' and '.join(parameters)} than the first of the layer."
@@ -198,7 +205,8 @@ class _Run:
     def __init__(self, options: ReplayOptions, cache: AutotuneCache | None, buffers: GraphBuffers) -> None:
         self._options, self._cache, self._buffers = options, cache, buffers
         self._layers = Layers()
-        self._suspects: tuple[str, ...] | None = None
+        self._suspects: dict[str | Hypothesis, None] = {}
+        self._limit_reached = False
         self.calls = Calls()
 
     def replay(self, recording: Recording) -> ReplayResult:
@@ -246,6 +254,9 @@ class _Run:
         }
         if not fits:
             return found | self._differing(recording, call, output)
+        if not self._limit_reached:
+            found["limit_reached"] = reaches_limit(call)
+            self._limit_reached = bool(found["limit_reached"])
         found |= {"status": "equal", "tiles": tuple(map(str, fits)) if call.experts.tactics_show else ()}
         if prediction is not None and not any(fit.has(prediction.kernel) for fit in fits):
             found |= {"status": "wrong tactic", "elements": 0}  # no element is wrong
@@ -297,8 +308,10 @@ class _Run:
         if effort != "none":
             start = time.perf_counter()
             outputs, right = {"output": output}, {"output": expected}
-            diagnosis = diagnose("moe", call, outputs, right, suspects=self._suspects, diagnosis=effort)
-            self._suspects = name_defects([self._suspects, diagnosis.exact]) or self._suspects
+            located = Located("moe", call, outputs, right)
+            diagnosis = located.told(located.search(tuple(self._suspects), effort))
+            # The next call that differs may do so for the same reason.
+            self._suspects = dict.fromkeys([*diagnosis.exact, *located.found, *self._suspects])
             found |= {"diagnosis": diagnosis, "diagnosis_seconds": time.perf_counter() - start}
         if in_graph and not (effort != "none" and diagnosis.exact) and _whole_tokens(wrong):
             found |= {"status": "unclear", "message": _UNCLEAR, "diagnosis": None}

@@ -38,6 +38,16 @@ def verdict(finding: Finding, plain: Diagnosis) -> str:
     return Report("it", "exact", (failed,), finding=finding).culprit
 
 
+def test_a_quick_diagnosis_names_the_line_of_the_full_one(plain: Diagnosis) -> None:
+    failed = CaseResult("a", "moe", "", "differs", diagnosis=plain)
+    given = ("mine.py:f", "--diagnosis", "quick", "--no-repeat")
+    quick = Report("it", "exact", (failed,), arguments=given, selection=("--case", "gemm"))
+    line = "a full one tries more: mxfp4ref conform mine.py:f --no-repeat --case gemm"
+    assert quick.verdict.endswith(f"What is wrong is unknown. This was a quick diagnosis; {line}")
+    assert "quick" not in replace(quick, finding=exact(FACTOR)).verdict
+    assert "quick" not in replace(quick, arguments=given[:1]).verdict
+
+
 def said(plain: Diagnosis, *findings: Finding) -> str:
     cases = [replace(plain, finding=f, stage="", reach="", patterns=(), places=()) for f in findings]
     return verdict(agreed(cases), plain)

@@ -474,6 +474,20 @@ def test_init_writes_an_adapter_that_conforms_as_it_is(
     compile(odd.read_text(), "adapter.py", "exec")
 
 
+@pytest.mark.usefixtures("copied_processes")
+def test_init_writes_a_router_that_conforms_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "stage:routing:router.py:route --mode bounded" in invoke("init", "router").output
+    text = Path("router.py").read_text()
+    assert max(map(len, text.splitlines())) <= 120
+    assert "deepseek_v3, deepseek_v4, gpt_oss, mixtral" in text
+    result = invoke("conform", "stage:routing:router.py:route", "--no-repeat")
+    assert result.exit_code == 0, result.output
+    assert "14 passed" in result.output
+    told = [line for line in result.output.splitlines() if "passed" in line]
+    assert len(told) == 1  # nothing of suites that are not a router's
+
+
 def test_a_pattern_that_matches_nothing_names_what_is_near(copy: Path) -> None:
     result = invoke("conform", "oracle", "--goldens", copy, "--case", "finlize")
     assert result.exit_code == 2

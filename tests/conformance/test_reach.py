@@ -85,6 +85,14 @@ def test_columns_of_zeros_are_part_of_no_pattern(change: str) -> None:
     assert any(row.by.startswith("column") for row in attribution(call, mask))
 
 
+def test_columns_in_blocks_of_several_sizes_are_told_once() -> None:
+    call = sparse("gate_clamp_saturates")
+    columns = torch.arange(call.experts.hidden_size)
+    for wrong, by in ((columns < 128, "column, by 128"), (columns % 64 < 16, "column, by 16")):
+        rows = attribution(call, wrong.expand(call.num_tokens, -1))
+        assert {row.by for row in rows if row.by.startswith("column")} == {by}
+
+
 def test_tokens_and_experts_that_could_not_differ_are_part_of_no_pattern() -> None:
     call = prepared(GOLDENS.load("gemm/uneven_experts").call()).call
     weights = call.experts.fc2_weights.clone()

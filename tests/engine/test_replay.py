@@ -20,7 +20,7 @@ from torch import Tensor
 from mxfp4ref import __version__
 from mxfp4ref.__main__ import commands
 from mxfp4ref._choices import Diagnosing
-from mxfp4ref.conformance.diagnosis import SECONDS
+from mxfp4ref.conformance.diagnosis import SECONDS, Located
 from mxfp4ref.defects import get_defect
 from mxfp4ref.engine import estimating
 from mxfp4ref.engine.recordings import Recording
@@ -28,7 +28,7 @@ from mxfp4ref.engine.replaying import ReplayOptions, ReplayReport, ReplayResult,
 from mxfp4ref.formats.generations import BYTEWISE
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.model.call import MoeCall
-from mxfp4ref.model.forward import forward
+from mxfp4ref.model.forward import forward, trace
 from mxfp4ref.model.parallel import split_experts
 from tests.helpers import drop_in, layers, recorded
 from tests.helpers.drop_in import CALL, EXPECTED, SM90_CALL, arguments_of
@@ -293,6 +293,27 @@ def test_a_known_defect_is_named(tmp_path: Path) -> None:
     assert "bf16_finalize" in report.verdict
 
 
+def test_what_explained_one_call_is_tried_first_on_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hypotheses that have no name, too: a search of the same again takes as long as the first."""
+    scaled = (forward(SMALL).to(torch.float32) * 0.9).to(torch.bfloat16)
+    for number in (1, 2):
+        recorded.write_call(tmp_path, SMALL_CALL, scaled, number=number)
+    given, search = [], Located.search
+
+    def noted(self: Located, suspects: tuple[Any, ...], diagnosis: str) -> Any:
+        given.append(suspects)
+        return search(self, suspects, diagnosis)
+
+    monkeypatch.setattr(Located, "search", noted)
+    report = replay(tmp_path, ReplayOptions(diagnosis="quick"))
+    assert [len(suspects) > 0 for suspects in given] == [False, True]
+    sentences = {r.diagnosis.finding.sentence for r in report.results if r.diagnosis}
+    assert len(sentences) == 1
+    assert "a factor of 0.9" in sentences.pop()
+
+
 def test_what_all_calls_show_is_the_verdict(tmp_path: Path) -> None:
     scaled = (forward(SMALL).to(torch.float32) * 0.9).to(torch.bfloat16)
     for number in (1, 2, 3):
@@ -383,6 +404,17 @@ def test_forced_tactics_have_to_be_those_of_the_bits(tmp_path: Path) -> None:
     result = invoke("replay", tmp_path)
     assert "2 equal, 1 wrong tactic. 2 of 3 predictions of tactics held." in " ".join(result.output.split())
     assert "in 0 of" not in result.output
+
+
+def test_a_limit_that_nothing_reaches_is_not_tested(tmp_path: Path) -> None:
+    largest = trace(SMALL_CALL).fc1_output.abs().max().to(torch.float32)
+    for number, (limit, tested) in enumerate([(2 * largest, False), (largest / 2, True)], 1):
+        limits = torch.full((SMALL.experts.num_experts,), float(limit))
+        call = replace(SMALL_CALL, experts=replace(SMALL_CALL.experts, swiglu_limit=limits))
+        recorded.write_call(tmp_path, call, forward(call), number=number)
+        report = replay(tmp_path, COMPARE_ONLY)
+        assert report.ok
+        assert ("reaches swiglu_limit: such calls do not show" in report.verdict) != tested
 
 
 def test_an_output_of_zeros_proves_nothing(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 
@@ -21,6 +22,7 @@ def init() -> None:
 
     \b
     mxfp4ref init adapter
+    mxfp4ref init router
     """
 
 
@@ -37,19 +39,47 @@ def adapter(path: Path) -> None:
 
     Exit codes: 0 written; 2 the file exists, or cannot be written.
     """
-    if path.suffix != ".py" or not path.stem.isidentifier():
-        raise UsageError(f"PATH: expected the name of a Python module, as in adapter.py, got {str(path)!r}")
-    if path.exists():
-        raise UsageError(f"PATH: {path} exists, and nothing is written over it")
     from mxfp4ref.sm90.activation import ACTIVATIONS
 
     listed = {
         which: ", ".join(f"{one.id} {one.name}" for one in ACTIVATIONS.values() if one.gated is gated)
         for which, gated in (("gated", True), ("ungated", False))
     }
-    text = (files("mxfp4ref.conformance") / "templates" / "adapter.py.txt").read_text(encoding="utf-8")
+    _write("adapter", path, listed)
+    echo(f"Wrote {path}. It runs as it is, with the reference in the kernel's place:")
+    echo(f"  mxfp4ref conform plain:{path}:fused_moe")
+
+
+@init.command()
+@click.argument("path", type=click.Path(dir_okay=False, path_type=Path), default="router.py")
+def router(path: Path) -> None:
+    """Write an adapter for a router: a function that hands the routing cases to yours.
+
+    PATH is a new Python file, by default router.py; nothing is written over.
+
+    \b
+    mxfp4ref init router my_router.py
+    mxfp4ref conform stage:routing:my_router.py:route --mode bounded
+
+    Exit codes: 0 written; 2 the file exists, or cannot be written.
+    """
+    from mxfp4ref.routing import ROUTERS, RoutedScaling
+
+    scalings = " or ".join(repr(one.value) for one in RoutedScaling)
+    _write("router", path, {"presets": ", ".join(ROUTERS), "scalings": scalings})
+    echo(f"Wrote {path}. It runs as it is, with the reference in the router's place:")
+    echo(f"  mxfp4ref conform stage:routing:{path}:route --mode bounded")
+
+
+def _write(template: str, path: Path, listed: Mapping[str, str]) -> None:
+    """Write a new file from a template, with its name and what else is to be filled in."""
+    if path.suffix != ".py" or not path.stem.isidentifier():
+        raise UsageError(
+            f"PATH: expected the name of a Python module, as in {template}.py, got {str(path)!r}"
+        )
+    if path.exists():
+        raise UsageError(f"PATH: {path} exists, and nothing is written over it")
+    text = (files("mxfp4ref.conformance") / "templates" / f"{template}.py.txt").read_text(encoding="utf-8")
     with usage_errors():
         name = printable(str(path).replace("\\", "\\\\").replace('"', '\\"'), lines=False)  # in a docstring
         write_file(path, text.format(name=name, **listed).encode())
-    echo(f"Wrote {path}. It runs as it is, with the reference in the kernel's place:")
-    echo(f"  mxfp4ref conform plain:{path}:fused_moe")
