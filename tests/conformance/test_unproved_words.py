@@ -21,6 +21,8 @@ from mxfp4ref.defects import DEFECTS
 from mxfp4ref.formats.mxfp4 import dequantize
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.model.call import MoeCall
+from mxfp4ref.model.forward import trace
+from mxfp4ref.sm90 import fp32
 
 GOLDENS = open_goldens()
 
@@ -90,6 +92,44 @@ def test_nothing_is_named_that_only_gives_zeros(case: str) -> None:
     assert (found.finding.exact, found.finding.hypotheses, found.predictions) == (False, (), ())
     assert "as by" not in found.finding.sentence
     assert "zero" in found.finding.sentence
+
+
+CLAMP = "activation/non_finite_before_clamp"
+
+
+@pytest.mark.parametrize("bits", [0x7FFF, -1])
+def test_nan_everywhere_is_first_that_of_what_concerns_nan(bits: int) -> None:
+    """Much else gives nothing but NaN there, as swapped rows do; a kernel's NaN may have other bits."""
+    call = call_of(CLAMP)
+    want, got = forward(call), DEFECTS["clamp_propagates_nan"].run(call)
+    assert bool(got.isnan().all())
+    got = torch.full_like(got.view(torch.int16), bits).view(torch.bfloat16)
+    finding = diagnose("moe", call, {"output": got}, {"output": want}, diagnosis="quick").finding
+    assert (finding.exact, finding.stages) == (False, ())
+    assert "; as by clamp_propagates_nan: " in finding.sentence
+    assert ("but for the bits of NaN" in finding.sentence) == (bits == -1)
+    assert "all other rows" not in finding.sentence, "there are none"
+
+
+def test_rows_of_nan_beside_rows_that_underflow() -> None:
+    call = call_of("activation/plain_special_values")
+    want = forward(call)
+    h = trace(call)
+    above = torch.zeros(call.num_tokens, dtype=torch.bool)
+    above[h.token[(fp32.widen(h.fc1_output)[:, call.experts.intermediate_size :] > 89).any(1)]] = True
+    got = want.clone()
+    got[above] = torch.nan
+    assert bool(above.any() & ~above.all())
+    token = int((~above).nonzero()[0])
+    got[token, 0] = 2.0**-130
+    finding = diagnose("moe", call, {"output": got}, {"output": want}, diagnosis="quick").finding
+    assert "came out NaN in every column" in finding.sentence
+    assert "all other rows are right but for what underflows" in finding.sentence
+    assert "each of these tokens, and no other, has a gate above 88.72" in finding.sentence
+    beside = want.clone()
+    beside[above] = torch.nan
+    beside[token] += 1
+    assert "came out NaN" not in str(evidence(call, beside))
 
 
 def test_zeros_are_predicted_by_what_another_case_names() -> None:
