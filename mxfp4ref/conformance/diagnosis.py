@@ -15,9 +15,10 @@ from mxfp4ref._shown import Shown
 from mxfp4ref._validate import check_choice
 from mxfp4ref.conformance.attribution import Attribution, attribution
 from mxfp4ref.conformance.comparison import FAR, Difference, difference_at, differing, ulp_distance
-from mxfp4ref.conformance.families.engine import investigate, prepared
+from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN, Finding, Hypothesis
 from mxfp4ref.conformance.families.named import named_hypotheses, stages_of
+from mxfp4ref.conformance.families.nan_bits import investigated
 from mxfp4ref.conformance.families.probe import probed
 from mxfp4ref.conformance.feeding import feeds_of
 from mxfp4ref.conformance.finding import Evidence, counted
@@ -150,8 +151,7 @@ class Located:
         expected: Mapping[str, Tensor],
         outside: Tensor | None = None,
     ) -> None:
-        missing = [n for n in expected if n not in outputs]
-        if missing:
+        if any(n not in outputs for n in expected):
             raise ValueError(f"outputs: expected {', '.join(expected)}, got {', '.join(outputs) or 'none'}")
         name = next((n for n in expected if bool(differing(outputs[n], expected[n]).any())), None)
         if name is None:
@@ -304,7 +304,7 @@ def _investigated(call: MoeCall, got: Tensor, want: Tensor, how: _Search) -> Kno
     small, rows_got, rows_want, note = part
     first = [h for h in named_hypotheses(small) if h.name in first_names]
     with on_cpu():
-        result = investigate(
+        result = investigated(
             prepared(small),
             rows_got,
             rows_want,

@@ -88,13 +88,15 @@ def reconcile(call: MoeCall, outputs: Mapping[str, Tensor], mask: Tensor) -> Rec
     words += "correct evaluations"
     if not solvable(fp32.widen(outputs["output"][wrong]).nan_to_num(nan=1.0)):
         return Reconciled(f"unknown: {words}, too near to underflow to be solved for more")
-    fitted = _fit_finalize(call, outputs["output"], mask)
+    beyond = torch.zeros_like(mask)  # what lies inside its interval says nothing of the others
+    beyond[tokens] = ~inside
+    fitted = _fit_finalize(call, outputs["output"], beyond)
     if fitted is None:
         return Reconciled(f"unknown: {words}, and of these tokens no weights of the sum can be solved for")
     if fitted:
         return Reconciled(fitted)
     words += ", and other weights for the right expert outputs do not explain it"
-    words += _fit_gemm2(call, outputs["output"], mask)
+    words += _fit_gemm2(call, outputs["output"], beyond)
     return Reconciled(f"before finalize: {words}", "before finalize")
 
 

@@ -183,7 +183,7 @@ def test_alternatives_of_what_predicts_some_cases_are_told(monkeypatch: pytest.M
         for words, change in (("A", negative), ("B", negative), ("C", forward))
     ]
     result = Result(tuple(matches), (), Finding(), 3, True)
-    monkeypatch.setattr(jury, "investigate", lambda *_, **__: result)
+    monkeypatch.setattr(jury, "investigated", lambda *_, **__: result)
     found = judge(failures, lambda: (), seconds=9.0).finding
     assert found == Finding(("finalize",), f"A{TOLD_FROM}B", False, (1, 2), hypotheses=("A", "B"))
 

@@ -14,6 +14,8 @@ from mxfp4ref.conformance import Kernel, Options, diagnose, differing, run
 from mxfp4ref.conformance.adapters import whole_arguments
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.evidence import gather
+from mxfp4ref.conformance.families.hypothesis import local_of
+from mxfp4ref.conformance.families.slot_kinds import position_in_expert
 from mxfp4ref.conformance.families.weighting import weight_hypotheses
 from mxfp4ref.conformance.finding import Evidence
 from mxfp4ref.conformance.stage_fit import reconcile
@@ -21,6 +23,9 @@ from mxfp4ref.defects import DEFECTS
 from mxfp4ref.formats.mxfp4 import dequantize
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.model.call import MoeCall
+from mxfp4ref.model.forward import trace
+from mxfp4ref.sm90 import fp32
+from tests.held_out_kernels.calls import captured
 
 GOLDENS = open_goldens()
 
@@ -92,6 +97,44 @@ def test_nothing_is_named_that_only_gives_zeros(case: str) -> None:
     assert "zero" in found.finding.sentence
 
 
+CLAMP = "activation/non_finite_before_clamp"
+
+
+@pytest.mark.parametrize("bits", [0x7FFF, -1])
+def test_nan_everywhere_is_first_that_of_what_concerns_nan(bits: int) -> None:
+    """Much else gives nothing but NaN there, as swapped rows do; a kernel's NaN may have other bits."""
+    call = call_of(CLAMP)
+    want, got = forward(call), DEFECTS["clamp_propagates_nan"].run(call)
+    assert bool(got.isnan().all())
+    got = torch.full_like(got.view(torch.int16), bits).view(torch.bfloat16)
+    finding = diagnose("moe", call, {"output": got}, {"output": want}, diagnosis="quick").finding
+    assert (finding.exact, finding.stages) == (False, ())
+    assert "; as by clamp_propagates_nan: " in finding.sentence
+    assert ("but for the bits of NaN" in finding.sentence) == (bits == -1)
+    assert "all other rows" not in finding.sentence, "there are none"
+
+
+def test_rows_of_nan_beside_rows_that_underflow() -> None:
+    call = call_of("activation/plain_special_values")
+    want = forward(call)
+    h = trace(call)
+    above = torch.zeros(call.num_tokens, dtype=torch.bool)
+    above[h.token[(fp32.widen(h.fc1_output)[:, call.experts.intermediate_size :] > 89).any(1)]] = True
+    got = want.clone()
+    got[above] = torch.nan
+    assert bool(above.any() & ~above.all())
+    token = int((~above).nonzero()[0])
+    got[token, 0] = 2.0**-130
+    finding = diagnose("moe", call, {"output": got}, {"output": want}, diagnosis="quick").finding
+    assert "came out NaN in every column" in finding.sentence
+    assert "all other rows are right but for what underflows" in finding.sentence
+    assert "each of these tokens, and no other, has a gate above 88.72" in finding.sentence
+    beside = want.clone()
+    beside[above] = torch.nan
+    beside[token] += 1
+    assert "came out NaN" not in str(evidence(call, beside))
+
+
 def test_zeros_are_predicted_by_what_another_case_names() -> None:
     def dropped(kind: str, call: MoeCall) -> Tensor:
         return DEFECTS["last_slot_dropped"].run(call)
@@ -119,3 +162,38 @@ def test_a_weight_read_at_the_tokens_number() -> None:
         h for h in weight_hypotheses(call) if (out := h.run(pipeline)) is not None and torch.equal(out, got)
     )
     assert "one for all slots of a token, read at its number" in found.words
+
+
+def partial_blocks_of_the_next_expert(call: MoeCall, whole: int = 16) -> Tensor:
+    """The rows of an expert beyond the last whole block are computed by the next expert that has rows.
+
+    Not where the token has that expert too, if it has more than two.
+    """
+    local = local_of(prepared(call))
+    position, rows = position_in_expert(local)
+    used = sorted(set(local[local >= 0].tolist()))
+    after = torch.tensor([*used[1:], used[-1]])[torch.searchsorted(torch.tensor(used), local.clamp(min=0))]
+    moved = (rows > whole) & (position >= rows // whole * whole) & (local >= 0)
+    if call.top_k > 2:
+        moved &= ~(after[:, :, None] == local[:, None]).any(2)
+    ids = torch.where(moved, after, local).to(torch.int32)
+    return forward(replace(call, token_selected_experts=ids, ep_size=1, ep_rank=0))
+
+
+def test_the_slots_themselves_are_told_and_not_all_of_their_tokens() -> None:
+    call = call_of("gemm/uneven_experts")
+    want, got = forward(call), partial_blocks_of_the_next_expert(call)
+    finding = diagnose("moe", call, {"output": got}, {"output": want}).finding
+    assert finding.exact
+    assert "slots are computed by the next expert" in finding.sentence
+    assert "for slots that are rows beyond the first 16 of their expert only" in finding.sentence
+    assert "for tokens with slots" not in finding.sentence
+
+
+def test_an_expert_is_not_said_to_be_another_in_all_of_its_rows() -> None:
+    call = captured("prefill")
+    got, want = partial_blocks_of_the_next_expert(call), forward(call)
+    found = evidence(call, got)
+    assert bool(differing(got, want).any())
+    assert "slots are computed by other experts" in found[0].sentence
+    assert ", not in all of their rows" in found[0].sentence or "on of an expert only" in found[0].sentence

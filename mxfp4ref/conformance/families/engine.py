@@ -19,6 +19,7 @@ from mxfp4ref.conformance.families.evidence import gather, look_closer
 from mxfp4ref.conformance.families.fragments import fragment_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline, of_first_factor
 from mxfp4ref.conformance.families.known_factors import factor_in_words, simple_between
+from mxfp4ref.conformance.families.lost_rows import none_right
 from mxfp4ref.conformance.families.named import named_hypotheses
 from mxfp4ref.conformance.families.nearly import nearly
 from mxfp4ref.conformance.families.outputs import (
@@ -45,7 +46,7 @@ from mxfp4ref.conformance.reduction import clock_of, is_heavy
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["Result", "investigate", "simplest", "told"]
+__all__ = ["Result", "investigate", "told"]
 
 _FOR_ALMOST = 3.0  # seconds
 _ALIKE = 0.6  # how much more a hypothesis may assume to be told beside the simplest
@@ -102,7 +103,7 @@ def investigate(
         found = search.run(first)
         if not found:
             evidence = [known] if known else gather(pipeline, got, want, search.wrong)
-            if _tells_nothing(evidence, want, search.wrong):
+            if any(e.zeros for e in evidence) and none_right(want, search.wrong):
                 return Result((), tuple(evidence), evidence[0].finding(), search.tried, True)
             closer = False
             for tier in _tiers(pipeline.call, search, evidence):
@@ -121,28 +122,29 @@ def investigate(
         if not found and not few:
             with search.extra(_FOR_ALMOST):
                 found = search.almost() or nearly(search)
-    zeros = [e for e in evidence if e.zeros]  # which much would give, but not everything in these rows only
-    if zeros:
+    # Much gives zeros, or NaN, but not in these rows only.
+    blank = next((e for e in evidence if e.zeros or (e.lost and none_right(want, search.wrong))), None)
+    if blank is not None and blank.zeros:
         found = [m for m in found if m.hypothesis.family in ("dropped slots", "ranks", "named")]
-    matches = sorted(found, key=lambda m: (not m.exact, m.hypothesis.cost))
-    finding = _of_zeros(zeros[0], matches) if zeros else told(matches, evidence, [pipeline.call])
+    of_nan = (
+        blank is not None and blank.lost
+    )  # then what is said of NaN is more likely than what makes one here
+    matches = sorted(
+        found,
+        key=lambda m: (not m.exact, of_nan and "nan" not in m.hypothesis.words.lower(), m.hypothesis.cost),
+    )
+    finding = told(matches, evidence, [pipeline.call]) if blank is None else _of_blank(blank, matches)
     return Result(tuple(matches), tuple(evidence), finding, search.tried, not search.out_of_time())
 
 
-def _tells_nothing(evidence: list[Evidence], want: Tensor, wrong: Tensor) -> bool:
-    """Whether all that should be numbers is zero: much gives that, and no rows that are right say what."""
-    return any(e.zeros for e in evidence) and not bool(fp32.widen(want[~wrong.any(1)]).any())
-
-
-def _of_zeros(zeros: Evidence, matches: list[Match]) -> Finding:
-    """Zeros in some rows, and what is known to give them there; that is no proof, since so would other mistakes."""
-    names = [m.hypothesis.words for m in matches[:_MOST_NAMED]]
-    sentence = f"{zeros.sentence}; as by {', or by '.join(names)}" if names else zeros.sentence
-    return Finding(zeros.stages, sentence, False)
-
-
-def simplest(matches: list[Match]) -> list[Match]:
-    return sorted(matches, key=lambda m: (not m.exact, m.hypothesis.cost))
+def _of_blank(blank: Evidence, matches: list[Match]) -> Finding:
+    """Zeros or NaN, and what is known to give them there; that is no proof, since so would other mistakes."""
+    names = [m.hypothesis.words for m in matches]
+    more = f", or {len(names) - _MOST_NAMED} others that were tried" * (len(names) > _MOST_NAMED)
+    sentence = (
+        f"{blank.sentence}; as by {', or by '.join(names[:_MOST_NAMED])}{more}" if names else blank.sentence
+    )
+    return Finding(blank.stages, sentence, kind=blank.kind)
 
 
 def _by_token(hypothesis: Hypothesis) -> bool:

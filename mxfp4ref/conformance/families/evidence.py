@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.bounds import bound
-from mxfp4ref.conformance.comparison import differing, ulp_distance
+from mxfp4ref.conformance.comparison import ulp_distance
 from mxfp4ref.conformance.families.another_order import unless_in_another_order
 from mxfp4ref.conformance.families.column_factors import column_factors
 from mxfp4ref.conformance.families.distances import last_place
@@ -21,6 +21,7 @@ from mxfp4ref.conformance.families.error_space import Space
 from mxfp4ref.conformance.families.expert_sums import other_sums
 from mxfp4ref.conformance.families.formula import Formula, fitted
 from mxfp4ref.conformance.families.hypothesis import Pipeline, local_of, slot_outputs
+from mxfp4ref.conformance.families.lost_rows import lost_rows
 from mxfp4ref.conformance.families.lost_terms import lost_terms
 from mxfp4ref.conformance.families.mixed_up import mixed_up
 from mxfp4ref.conformance.families.places import named_columns, residue_in_words
@@ -129,8 +130,9 @@ def _rows(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> Itera
             yield Evidence((), sentence, 1, zeros=True)
         return
     lost = ~got.isfinite() & want.isfinite()
-    if bool(lost[rows].any(1).all()):
-        yield from _lost(pipeline.call, got, want, lost)
+    others = wrong & ~lost.any(1, keepdim=True)
+    if bool(lost.any()) and (not bool(others.any()) or _near_underflow(got, want, others) is not None):
+        yield from lost_rows(pipeline.call, got, want, lost)
         return
     same = {bytes(row.contiguous().view(torch.uint8).numpy()): i for i, row in enumerate(want.cpu())}
     pairs = []
@@ -166,36 +168,6 @@ def _biased(pipeline: Pipeline, rows: Tensor) -> bool:
     local = local_of(pipeline)[rows]
     given = biases.ne(0).any(1)[local.clamp(min=0)] & (local >= 0) & (call.token_final_scales[rows] != 0)
     return bool(given.any(1).all())
-
-
-def _lost(call: MoeCall, got: Tensor, want: Tensor, lost: Tensor) -> Iterator[Evidence]:
-    """NaN or infinities where there should be numbers: in whole rows, or in some columns."""
-    rows = lost.any(1)
-    kind = "NaN" if bool(got[lost].isnan().all()) else "NaN or infinite"
-    tokens = rows.nonzero().flatten().tolist()
-    shown = ", ".join(map(str, tokens[:8])) + ", ..." * (len(tokens) > 8)
-    of = f"token{'s' * (len(tokens) > 1)} {shown}"
-    if bool(lost[rows].all()):
-        yield Evidence(
-            (),
-            f"{of} came out {kind} in every column, where numbers are right, and all other rows are right: whatever "
-            "went wrong for that row did so as a whole, as when one number before GEMM2 is no number, or a routing "
-            "weight is none, or the row was not written",
-            1,
-            kind=f"rows came out {kind} in every column",
-            lost=True,
-        )
-    elif not bool(lost[rows].all(1).any()) and (
-        kind == "NaN" or is_spread(call, got, want, differing(got, want), tokens[:_TOKENS])
-    ):
-        named = named_columns(lost.any(0))
-        words = named[0] if named else ""
-        yield Evidence(
-            ("fc2", "finalize"),
-            f"{of} came out {kind}{' ' + words if words else ' in some columns'} only: a number before GEMM2 that is "
-            "none would show in all, so that it is in GEMM2, the fc2 bias, the sum or the writing of the output",
-            2,
-        )
 
 
 def _near_underflow(got: Tensor, want: Tensor, wrong: Tensor) -> Evidence | None:

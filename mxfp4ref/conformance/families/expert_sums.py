@@ -11,6 +11,7 @@ from torch import Tensor
 from mxfp4ref.conformance.families.distances import last_place, may_underflow, solvable
 from mxfp4ref.conformance.families.hypothesis import Pipeline, slot_outputs
 from mxfp4ref.conformance.families.known_factors import factor_in_words
+from mxfp4ref.conformance.families.slot_kinds import position_in_expert
 from mxfp4ref.conformance.families.solved_weights import Weights, in_common, unsure_of
 from mxfp4ref.conformance.finding import OTHER_EXPERTS, Evidence
 from mxfp4ref.conformance.reduction import by_every_expert
@@ -146,8 +147,27 @@ def other_sums(
     swaps = [_exchanged(asked, found) for _, asked, found in fits]
     pairs = sorted({pair for swap in swaps if swap for pair in swap})
     mapping = f" ({', '.join(f'expert {a + first} by {b + first}' for a, b in pairs[:6])})" if pairs else ""
-    sentence = f"{OTHER_EXPERTS}{mapping}: {shown}; {right}"
+    some = _of_which_rows(local, wrong, {a for a, _ in pairs}) if pairs else ""
+    sentence = f"{OTHER_EXPERTS}{mapping}{some}: {shown}; {right}"
     yield Evidence(("slots",), sentence, 3, kind=OTHER_EXPERTS)
+
+
+def _of_which_rows(local: Tensor, wrong: Tensor, experts: set[int]) -> str:
+    """That not all slots of these experts are concerned, and which rows are, where right tokens show it; else ""."""
+    position, _ = position_in_expert(local)
+    token_wrong = wrong.any(1)[:, None].expand_as(local)
+    firsts, exact = set(), True
+    for expert in sorted(experts):
+        ours = local == expert
+        right, off = position[ours & ~token_wrong], position[ours & token_wrong]
+        if len(right):
+            firsts.add(int(off.min()))
+            exact &= int(right.max()) < int(off.min())
+    if not firsts:
+        return ""
+    if exact and len(firsts) == 1 and 0 not in firsts:
+        return f", in rows from {firsts.pop()} on of an expert only"
+    return ", not in all of their rows"
 
 
 def _may_be_small(

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.families.distances import surprise
-from mxfp4ref.conformance.families.engine import Result, investigate, told
+from mxfp4ref.conformance.families.engine import Result, told
 from mxfp4ref.conformance.families.evidence import gather, look_closer
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline
+from mxfp4ref.conformance.families.nan_bits import investigated
 from mxfp4ref.conformance.families.search import FEWEST_BITS, Match, one_thread
 from mxfp4ref.conformance.finding import OTHERS, Evidence
 from mxfp4ref.model.call import MoeCall
@@ -100,7 +101,7 @@ def judge(
         if number >= _SEARCHED or left < 1:
             break
         share = left * 0.6
-        result = investigate(failure.pipeline, failure.got, failure.want, seconds=share, thorough=number < 2)
+        result = investigated(failure.pipeline, failure.got, failure.want, seconds=share, thorough=number < 2)
         results.append(result)
         by_case[failure.case] = result.finding
         for match in result.matches:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import islice
 
 import torch
 from torch import Tensor
 
+from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.families.hypothesis import (
     Hypothesis,
     Pipeline,
@@ -15,10 +17,14 @@ from mxfp4ref.conformance.families.hypothesis import (
     local_of,
     slot_outputs,
 )
+from mxfp4ref.conformance.families.places import MaskOf
+from mxfp4ref.conformance.families.slot_kinds import SlotKind
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import KERNEL
 
-__all__ = ["in_columns", "in_rows", "in_slots"]
+__all__ = ["in_columns", "in_rows", "in_slots", "in_slots_alone"]
+
+_KINDS = 4  # that are tried
 
 
 def in_rows(hypothesis: Hypothesis, words: str, tokens: Tensor, count: int) -> Hypothesis:
@@ -48,6 +54,18 @@ def in_slots(hypothesis: Hypothesis, words: str, mask_of: Callable[[MoeCall, Ten
         return finalized(right, y, local, call.token_final_scales)
 
     return _limited(hypothesis, f"for slots {words} only", 1, merge)
+
+
+def in_slots_alone(
+    hypothesis: Hypothesis, kinds: Iterable[tuple[SlotKind, MaskOf]], pipeline: Pipeline, got: Tensor
+) -> Hypothesis | None:
+    """A hypothesis that holds in some tokens, in their slots of a kind only, if that predicts every bit of `got`."""
+    for kind, mask_of in islice((pair for pair in kinds if not pair[0].tokens), _KINDS):
+        limited = in_slots(hypothesis, kind.words, mask_of)
+        output = limited.run(pipeline)
+        if output is not None and not bool(differing(output, got).any()):
+            return limited
+    return None
 
 
 def _limited(

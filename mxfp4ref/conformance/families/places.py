@@ -13,7 +13,9 @@ from mxfp4ref.conformance.families.slot_kinds import SlotKind, attributes, slots
 from mxfp4ref.model.call import MoeCall
 
 __all__ = [
+    "MaskOf",
     "fitting_attributes",
+    "kinds_of_tokens",
     "named_columns",
     "residue_in_words",
     "suspected_experts",
@@ -22,13 +24,13 @@ __all__ = [
 
 _FEWEST_COLUMNS = 8  # of which a common rest is no chance
 
-_MaskOf = Callable[[MoeCall, Tensor], Tensor]
+MaskOf = Callable[[MoeCall, Tensor], Tensor]
 _Columns = Callable[[int], Tensor]  # of a width, which
 
 
 def fitting_attributes(
     call: MoeCall, local: Tensor, wrong: Tensor, *, most: int = 8
-) -> list[tuple[str, Tensor, _MaskOf]]:
+) -> list[tuple[str, Tensor, MaskOf]]:
     """Kinds of slots that every wrong token has one of and no right token, the most telling first.
 
     Args:
@@ -37,7 +39,7 @@ def fitting_attributes(
         wrong: `[M] bool`.
     """
     here = local >= 0
-    found: list[tuple[str, Tensor, _MaskOf]] = []
+    found: list[tuple[str, Tensor, MaskOf]] = []
     for kind, mask_of in _kinds(call, local, wrong):
         mask = kind.mask
         if not bool(mask.any()) or torch.equal(mask, here):
@@ -85,7 +87,7 @@ def suspected_experts(call: MoeCall, local: Tensor, wrong: Tensor) -> Suspects |
     return Suspects(f"expert{'s' if len(ids) > 1 else ''} {_listed(ids)}", tuple(suspects))
 
 
-def _kinds(call: MoeCall, local: Tensor, wrong: Tensor) -> Iterator[tuple[SlotKind, _MaskOf]]:
+def _kinds(call: MoeCall, local: Tensor, wrong: Tensor) -> Iterator[tuple[SlotKind, MaskOf]]:
     """Kinds of slots, and how to find them in any call."""
     if (found := suspected_experts(call, local, wrong)) is not None:
         yield SlotKind(f"of {found.words}", found.among(call, local)), found.among
@@ -93,15 +95,23 @@ def _kinds(call: MoeCall, local: Tensor, wrong: Tensor) -> Iterator[tuple[SlotKi
         yield kind, partial(slots_of_kind, kind.words)
 
 
+def kinds_of_tokens(
+    call: MoeCall, local: Tensor, chosen: Tensor, among: Tensor
+) -> Iterator[tuple[SlotKind, MaskOf]]:
+    """Kinds of slots that the tokens `chosen [M] bool` have, and no other of those of `among`."""
+    for kind, mask_of in _kinds(call, local, chosen | ~among):
+        tokens = kind.mask.any(1)
+        if bool(tokens.any()) and torch.equal(tokens & among, chosen & among):
+            yield kind, mask_of
+
+
 def tokens_in_words(call: MoeCall, local: Tensor, chosen: Tensor, among: Tensor) -> str:
     """Words for the tokens `chosen [M] bool` among those of `among`; "" if they are too many to name."""
     if int(chosen.sum()) == 1:
         token = int(chosen.nonzero()[0])
         return f"for token {token}{', the last' * (token == len(chosen) - 1 > 0)}"
-    for kind, _ in _kinds(call, local, chosen | ~among):
-        tokens = kind.mask.any(1)
-        if bool(tokens.any()) and torch.equal(tokens & among, chosen & among):
-            return f"for {kind.tokens or f'tokens with slots {kind.words}'}"
+    for kind, _ in kinds_of_tokens(call, local, chosen, among):
+        return f"for {kind.tokens or f'tokens with slots {kind.words}'}"
     rows = chosen.nonzero().flatten().tolist()
     return f"for token{'s' if len(rows) > 1 else ''} {_listed(rows)}" if len(rows) <= 8 else ""
 

@@ -25,10 +25,11 @@ from mxfp4ref.conformance.families.hypothesis import (
     of_first_factor,
     slot_outputs,
 )
-from mxfp4ref.conformance.families.limited import in_columns, in_rows, in_slots
+from mxfp4ref.conformance.families.limited import in_columns, in_rows, in_slots, in_slots_alone
 from mxfp4ref.conformance.families.named import NUMBER_OF_NAMES
 from mxfp4ref.conformance.families.places import (
     fitting_attributes,
+    kinds_of_tokens,
     named_columns,
     tokens_in_words,
 )
@@ -264,6 +265,9 @@ class Search:
         call = self.pipeline.call
         tokens, others = applied.any(1), spared.any(1)
         if not bool((tokens & others).any()):
+            kinds = kinds_of_tokens(call, self.local, tokens, tokens | others)
+            if (some := in_slots_alone(hypothesis, kinds, self.pipeline, self.got)) is not None:
+                return Match(some, True)
             words = tokens_in_words(call, self.local, tokens, tokens | others)
             index = tokens.nonzero().flatten()
             if words:
