@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["OTHERS", "OTHER_EXPERTS", "STAGES", "UNKNOWN", "Evidence", "Finding", "counted", "in_words"]
+__all__ = [
+    "OTHERS",
+    "OTHER_EXPERTS",
+    "STAGES",
+    "UNKNOWN",
+    "WITHIN",
+    "Evidence",
+    "Finding",
+    "counted",
+    "in_words",
+]
 
 STAGES = (
     *("input", "slots", "fc1", "activation", "fc2", "finalize"),
@@ -17,6 +27,7 @@ OTHER_EXPERTS = "slots are computed by other experts"  # the kind of a finding
 OTHERS = "; in the others "
 
 
+WITHIN = "within the bounds of a correct evaluation in another order"
 _ALTERNATIVES = 2  # that a sentence names
 
 

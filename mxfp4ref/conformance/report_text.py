@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from mxfp4ref._files import printable
 from mxfp4ref.conformance.again import command, whole_command
-from mxfp4ref.conformance.finding import counted
-from mxfp4ref.conformance.results import RECORDING, WITHIN, CaseResult, Report
+from mxfp4ref.conformance.finding import WITHIN, counted
+from mxfp4ref.conformance.results import RECORDING, CaseResult, Report
 from mxfp4ref.defects import DEFECTS
 
 if TYPE_CHECKING:

@@ -14,14 +14,13 @@ from mxfp4ref._shown import Shown
 from mxfp4ref.conformance.adapters import OTHER_KIND, SKIPPED_BEFORE
 from mxfp4ref.conformance.diagnosis import Diagnosis, Finding
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN
-from mxfp4ref.conformance.finding import counted
+from mxfp4ref.conformance.finding import WITHIN, counted
 from mxfp4ref.defects import DEFECTS
 
 __all__ = [
     "MODES",
     "PASSING",
     "RECORDING",
-    "WITHIN",
     "CaseResult",
     "GoldensUsed",
     "Report",
@@ -29,7 +28,6 @@ __all__ = [
     "now",
 ]
 
-WITHIN = "within the bounds of a correct evaluation in another order"
 PASSING = ("equal", "within bounds", "skipped")
 _REASONS = 5  # that are told of skipped cases
 RECORDING = "recording"  # the kind of a call that was recorded elsewhere, which is no golden case

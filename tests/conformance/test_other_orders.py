@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
-from mxfp4ref.conformance import CaseResult, Kernel, Options, Report, run, run_case
+from mxfp4ref.conformance import (
+    CaseResult,
+    Kernel,
+    NothingDiffers,
+    Options,
+    Report,
+    Search,
+    diagnose,
+    run,
+    run_case,
+)
 from mxfp4ref.conformance.adapters import whole_arguments
 from mxfp4ref.conformance.attribution import attribution
 from mxfp4ref.conformance.bounds import bound
 from mxfp4ref.conformance.diagnosing import Failing, _Failure
+from mxfp4ref.conformance.families.engine import Result
 from mxfp4ref.conformance.families.slot_kinds import position_in_expert
 from mxfp4ref.conformance.finding import UNKNOWN, Finding
 from mxfp4ref.conformance.kernels import load_kernel
@@ -20,8 +33,8 @@ from mxfp4ref.conformance.reduction import local_experts
 from mxfp4ref.conformance.report_text import headline
 from mxfp4ref.conformance.results import now
 from mxfp4ref.conformance.running import compare_case
+from mxfp4ref.conformance.shown_progress import shown_progress
 from mxfp4ref.goldens import open_goldens
-from mxfp4ref.model.call import MoeCall
 
 GOLDENS = open_goldens()
 CASE = "activation/plain_special_values"
@@ -35,16 +48,17 @@ def near() -> tuple[int, int, int]:
     return 0, int(free.nonzero()[0]), 1
 
 
-def off(*places: tuple[int, int, int]) -> Kernel:
+def with_bits(*places: tuple[int, int, int]) -> Tensor:
     """The expected output, but for elements (token, column) whose bits have so much added; 128 doubles one."""
+    bits = RIGHT.clone().view(torch.int16)
+    for token, column, by in places:
+        bits[token, column] += by
+    return bits.view(torch.bfloat16)
 
-    def kernel(kind: str, call: MoeCall) -> Tensor:
-        bits = RIGHT.clone().view(torch.int16)
-        for token, column, by in places:
-            bits[token, column] += by
-        return bits.view(torch.bfloat16)
 
-    return Kernel("off", ("moe",), whole_arguments, kernel)
+def off(*places: tuple[int, int, int]) -> Kernel:
+
+    return Kernel("off", ("moe",), whole_arguments, lambda kind, call: with_bits(*places))
 
 
 def test_what_is_told_of_one_element_is_of_one_outside_its_bounds() -> None:
@@ -130,3 +144,37 @@ def test_a_large_case_is_told_before_it_is_looked_at(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(_Failure, "looked_at", lambda self, result, *_: said.append("looked at") or result)
     run(off(near()), [GOLDENS.load(CASE)], Options(repeat=False, diagnosis="quick"), note=said.append)
     assert said == [f"{CASE}: 4,096 elements: a quick diagnosis", "looked at"]
+
+
+def test_a_call_is_diagnosed_in_mode_bounded_within_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+
+    def investigate(*_: object, seconds: float, **__: object) -> Result:
+        given.append(seconds)
+        return Result((), (), UNKNOWN, 0, True)
+
+    monkeypatch.setattr("mxfp4ref.conformance.diagnosis.investigate", investigate)
+    call, expected = GOLDENS.load(CASE).call(), {"output": RIGHT}
+    one, far = near(), (3, LARGE[0], 128)
+    bounded = Search(seconds=3, mode="bounded")
+    words = "nothing is wrong in mode bounded: 1 of 4,096 elements differ, all within the bounds of a correct"
+    with pytest.raises(NothingDiffers, match=words):
+        diagnose("moe", call, {"output": with_bits(one)}, expected, diagnosis=bounded)
+    found = diagnose("moe", call, {"output": with_bits(one, far)}, expected, diagnosis=bounded)
+    assert (found.first.index, given) == ((3, LARGE[0]), [3])
+    with pytest.raises(ValueError, match="effort: expected "):
+        Search("none")  # type: ignore[arg-type]
+
+
+def test_a_search_at_a_terminal_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    with shown_progress(None) as nothing:
+        assert nothing is None
+    monkeypatch.setattr("mxfp4ref.conformance.cli.terminal.animated", lambda: True)
+    written = io.StringIO()
+    terminal = Console(file=written, force_terminal=True)
+    monkeypatch.setattr("mxfp4ref.conformance.cli.terminal.console", lambda: terminal)
+    with shown_progress(None) as told, shown_progress(print) as given:
+        assert given is print
+        assert told is not None
+        told("limit_ignored", 9)
+    assert "diagnosis: limit_ignored" in written.getvalue()
