@@ -29,6 +29,7 @@ OTHERS = "; in the others "
 
 WITHIN = "within the bounds of a correct evaluation in another order"
 _ALTERNATIVES = 2  # that a sentence names
+_ALIKE = 8  # words, below which a sentence is told whole
 
 
 def in_words(hypotheses: Sequence[str]) -> str:
@@ -37,7 +38,27 @@ def in_words(hypotheses: Sequence[str]) -> str:
     if not others:
         return first
     more = f" and {len(others) - _ALTERNATIVES} more" if len(others) > _ALTERNATIVES else ""
-    return f"{first}. This output does not tell it from: {'; '.join(others[:_ALTERNATIVES])}{more}"
+    told = "; ".join(_apart(other, first) for other in others[:_ALTERNATIVES])
+    return f"{first}. This output does not tell it from: {told}{more}"
+
+
+def _apart(sentence: str, first: str) -> str:
+    """A sentence, or what it says in other words than the first one, if most of its words are the same."""
+    words, others = sentence.split(), first.split()
+    before = _alike(words, others)
+    after = _alike(words[before:][::-1], others[before:][::-1])
+    own = words[before : len(words) - after]
+    if not own or before + after < max(_ALIKE, len(words) / 2):
+        return sentence
+    return " ".join([*["..."] * bool(before), *own, *["..."] * bool(after)])
+
+
+def _alike(words: list[str], others: list[str]) -> int:
+    """How many of their first ones are the same."""
+    return next(
+        (i for i, (a, b) in enumerate(zip(words, others, strict=False)) if a != b),
+        min(len(words), len(others)),
+    )
 
 
 def counted(count: int, noun: str) -> str:

@@ -100,7 +100,8 @@ def tested(report: Report) -> list[str]:
     parts = {name: sum(getattr(r, f"{name}_seconds") for r in report.results) for name in PARTS[recorded:]}
     parts["diagnosis"] += report.verdict_seconds
     shares = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
-    beside = ", of processes side by side" * (sum(parts.values()) > report.seconds + 0.1)
+    rest = report.seconds - sum(parts.values())
+    beside = ", of processes side by side" if rest < -0.1 else f", other {rest:.1f}" if rest >= 0.1 else ""
     lines.append(f"seconds: {report.seconds:.1f} in all; {shares}{beside}")
     if report.left:
         again = whole_command(report)
@@ -126,9 +127,10 @@ def headline(result: CaseResult) -> str:
 
 def wrong_elements(result: CaseResult) -> str:
     """How many elements of a failing case are wrong: in mode bounded, those outside their bounds."""
+    of_runs = f" of {result.runs} runs" if result.runs > 1 else ""
     if not result.outside:
-        return f"{result.differing:,} of {result.elements:,} elements"
-    return f"{result.outside:,} of {result.elements:,} elements ({result.differing:,} differ)"
+        return f"{result.differing:,} of {result.elements:,} elements{of_runs}"
+    return f"{result.outside:,} of {result.elements:,} elements{of_runs} ({result.differing:,} differ)"
 
 
 def case_lines(result: CaseResult, again: str = "") -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from dataclasses import replace
 
 import pytest
@@ -27,13 +28,14 @@ from mxfp4ref.conformance.bounds import bound
 from mxfp4ref.conformance.diagnosing import Failing, _Failure
 from mxfp4ref.conformance.families.engine import Result
 from mxfp4ref.conformance.families.slot_kinds import position_in_expert
-from mxfp4ref.conformance.finding import UNKNOWN, Finding
+from mxfp4ref.conformance.finding import UNKNOWN, Finding, in_words
 from mxfp4ref.conformance.kernels import load_kernel
 from mxfp4ref.conformance.reduction import local_experts
 from mxfp4ref.conformance.report_text import headline
 from mxfp4ref.conformance.results import now
 from mxfp4ref.conformance.running import compare_case
 from mxfp4ref.conformance.shown_progress import shown_progress
+from mxfp4ref.conformance.suite import Interrupted
 from mxfp4ref.goldens import open_goldens
 
 GOLDENS = open_goldens()
@@ -178,3 +180,31 @@ def test_a_search_at_a_terminal_shows_how_far_it_is(monkeypatch: pytest.MonkeyPa
         assert told is not None
         told("limit_ignored", 9)
     assert "diagnosis: limit_ignored" in written.getvalue()
+
+
+def test_alternatives_are_told_by_what_differs() -> None:
+    start, end = (
+        "slots are computed by the next expert, the last one",
+        "for tokens with slots beyond the first 16",
+    )
+    words = in_words((f"{start} {end}", f"{start} once a token, {end}", "rows are others"))
+    assert words.endswith(" does not tell it from: ... once a token, ...; rows are others")
+    assert words.startswith(f"{start} {end}. This")
+
+
+def test_elements_of_several_runs_are_told_as_that() -> None:
+    result = CaseResult("a/b", "moe", "", "differs", elements=8192, differing=9, runs=2)
+    assert headline(result) == "a/b: differs in 9 of 8,192 elements of 2 runs"
+
+
+def test_seconds_of_an_interrupted_diagnosis_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> CaseResult:
+        time.sleep(0.02)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Failing, "take", interrupted)
+    with pytest.raises(Interrupted) as raised:
+        run(off(near()), [GOLDENS.load(CASE)], Options(repeat=False))
+    assert raised.value.report.results[0].diagnosis_seconds >= 0.02
+    text = str(Report("f.py:f", "exact", (), date=now(), seconds=5.0))
+    assert "seconds: 5.0 in all; kernel 0.0, comparison 0.0, diagnosis 0.0, other 5.0" in text
