@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 __all__ = [
     "OTHERS",
@@ -55,10 +56,7 @@ def _apart(sentence: str, first: str) -> str:
 
 def _alike(words: list[str], others: list[str]) -> int:
     """How many of their first ones are the same."""
-    return next(
-        (i for i, (a, b) in enumerate(zip(words, others, strict=False)) if a != b),
-        min(len(words), len(others)),
-    )
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(words, others, strict=False)))
 
 
 def counted(count: int, noun: str) -> str:

@@ -268,7 +268,7 @@ class Report(Shown):
         where = f"; {found.where}" if found.stages else ""
         if found.sentence and found.cases:
             of = f"{found.cases[0]} of {counted(found.cases[1], 'failing case')}"
-            of += " that were searched" * (found.cases[1] < len(self._failing))
+            of += " that were searched" * (found.cases[1] < len(self._failing) - self.within_bounds)
             if found.exact:
                 return f" Each is explained in every bit, by different sentences; {of} by this: {found.sentence}."
             return f" Every wrong bit in {of} is predicted by this: {found.sentence}{where}."

@@ -134,10 +134,7 @@ def test_the_verdict_is_that_of_the_cases_outside_their_bounds() -> None:
         " 1 of these lies within the bounds of a correct evaluation in another order. Of the others: "
         in report.culprit
     )
-    assert (
-        "Every wrong bit in 1 of 1 failing case that were searched is predicted by this: gate_up_swapped"
-        in report.culprit
-    )
+    assert "Every wrong bit in 1 of 1 failing case is predicted by this: gate_up_swapped" in report.culprit
 
 
 def test_a_large_case_is_told_before_it_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,4 +204,4 @@ def test_seconds_of_an_interrupted_diagnosis_are_counted(monkeypatch: pytest.Mon
         run(off(near()), [GOLDENS.load(CASE)], Options(repeat=False))
     assert raised.value.report.results[0].diagnosis_seconds >= 0.02
     text = str(Report("f.py:f", "exact", (), date=now(), seconds=5.0))
-    assert "seconds: 5.0 in all; kernel 0.0, comparison 0.0, diagnosis 0.0, other 5.0" in text
+    assert "seconds: 5.0 in all; comparison 0.0, diagnosis 0.0, other 5.0" in text
