@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mxfp4ref.conformance.comparison import assert_bits_equal, differing, first_difference
     from mxfp4ref.conformance.diagnosis import Diagnosis, NothingDiffers, diagnose
     from mxfp4ref.conformance.kernels import load_kernel
-    from mxfp4ref.conformance.options import Options
+    from mxfp4ref.conformance.options import Options, Search
     from mxfp4ref.conformance.results import CaseResult, Report
     from mxfp4ref.conformance.suite import Interrupted, run, run_case
 
@@ -26,6 +26,7 @@ __all__ = [
     "NothingDiffers",
     "Options",
     "Report",
+    "Search",
     "Skip",
     "assert_bits_equal",
     "bound",
@@ -46,7 +47,7 @@ __getattr__, __dir__ = lazy(
         "comparison": ("assert_bits_equal", "differing", "first_difference"),
         "diagnosis": ("Diagnosis", "NothingDiffers", "diagnose"),
         "kernels": ("load_kernel",),
-        "options": ("Options",),
+        "options": ("Options", "Search"),
         "results": ("CaseResult", "Report"),
         "suite": ("Interrupted", "run", "run_case"),
     },

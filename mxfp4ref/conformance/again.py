@@ -49,13 +49,18 @@ def conform_arguments(
 
 
 def selection_arguments(
-    patterns: Iterable[str], earlier: Path | None, max_failures: int | None, jobs: int
+    patterns: Iterable[str],
+    earlier: Path | None,
+    max_failures: int | None,
+    jobs: int,
+    excluded: Iterable[str] = (),
 ) -> tuple[str, ...]:
     """The arguments that choose the cases and say when to stop: those of a whole run, not of one case of it.
 
     Each is an option and its value.
     """
     given = [word for pattern in patterns for word in ("--case", pattern)]
+    given += [word for pattern in excluded for word in ("--exclude", pattern)]
     given += [] if earlier is None else ["--last-failed", str(earlier)]
     given += [] if max_failures is None else ["--maxfail", str(max_failures)]
     return (*given, *(["--jobs", str(jobs)] if jobs > 1 else []))

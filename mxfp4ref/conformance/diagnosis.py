@@ -14,22 +14,32 @@ from mxfp4ref._default_device import on_cpu
 from mxfp4ref._shown import Shown
 from mxfp4ref._validate import check_choice
 from mxfp4ref.conformance.attribution import Attribution, attribution
+from mxfp4ref.conformance.bounded import where_outside
 from mxfp4ref.conformance.comparison import FAR, Difference, difference_at, differing, ulp_distance
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN, Finding, Hypothesis
-from mxfp4ref.conformance.families.named import named_hypotheses, stages_of
+from mxfp4ref.conformance.families.named import named_hypotheses
 from mxfp4ref.conformance.families.nan_bits import investigated
 from mxfp4ref.conformance.families.probe import probed
 from mxfp4ref.conformance.feeding import feeds_of
-from mxfp4ref.conformance.finding import Evidence, counted
+from mxfp4ref.conformance.finding import WITHIN, Evidence, counted
+from mxfp4ref.conformance.options import Search
 from mxfp4ref.conformance.patterns import Pattern, patterns
 from mxfp4ref.conformance.reach import reached
 from mxfp4ref.conformance.reduction import clock_of, is_heavy, local_experts, one_token
+from mxfp4ref.conformance.shown_progress import shown_progress
 from mxfp4ref.conformance.stage_fit import Reach, Reconciled, reconcile, stage_of_exposed
 from mxfp4ref.conformance.stage_words import finding_of_stage
-from mxfp4ref.conformance.suspects import Prediction, Progress, closest, predict, try_defects
-from mxfp4ref.defects import DEFECTS
+from mxfp4ref.conformance.suspects import (
+    Prediction,
+    Progress,
+    named_finding,
+    predict,
+    predicted_by,
+    try_defects,
+)
 from mxfp4ref.formats.humming_experts import HummingExperts
+from mxfp4ref.goldens.runs import Run
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import trace
 
@@ -114,7 +124,7 @@ def diagnose(
     expected: Mapping[str, Tensor],
     *,
     suspects: Iterable[str | Hypothesis] | None = None,
-    diagnosis: Effort = "full",
+    diagnosis: Effort | Search = "full",
     progress: Progress | None = None,
 ) -> Diagnosis:
     """Say how and why `outputs` differ from `expected`; NothingDiffers is raised where they do not.
@@ -125,16 +135,35 @@ def diagnose(
         outputs: what the kernel gave, and any intermediates under the names of `MoeTrace`.
         expected: what it should have given.
         suspects: names of defects, and hypotheses, to try before all others, which are tried if none is exact.
-        diagnosis: "full", or "quick" for about a second: the likeliest hypotheses only.
-        progress: called before each named defect that is tried on a call, with its name and how many there are.
+        diagnosis: "full", or "quick" for about a second: the likeliest hypotheses only; or a `Search`, for a limit
+            and the mode.
+        progress: called before each named defect that is tried on a call, with its name and how many there are; by
+            default a bar on stderr, if that is a terminal.
 
     Raises:
-        NothingDiffers: all outputs equal those expected, in every bit; it is a ValueError.
+        NothingDiffers: all outputs equal those expected, in every bit; in mode bounded, all of a call's output lies
+            within the bounds of a correct evaluation in another order. It is a ValueError.
         TypeError, ValueError: an output is missing, or of another dtype or shape than expected.
     """
-    check_choice("diagnosis", diagnosis, EFFORTS)
-    located = Located(kind, inputs, outputs, expected)
-    return located.told(located.search(tuple(suspects or ()), diagnosis, progress=progress))
+    if not isinstance(diagnosis, Search):
+        check_choice("diagnosis", diagnosis, EFFORTS)
+        diagnosis = Search(diagnosis)
+    outside = None
+    if diagnosis.mode == "bounded" and "output" in outputs and "output" in expected:
+        outside = where_outside(Run("", inputs, expected), outputs)
+    located = Located(kind, inputs, outputs, expected, outside)
+    if outside is not None and not bool(outside.any()):
+        differ = f"{int(located.mask.sum()):,} of {counted(located.mask.numel(), 'element')} differ"
+        raise NothingDiffers(f"nothing is wrong in mode bounded: {differ}, all {WITHIN}")
+    with shown_progress(progress) as told:
+        known = located.search(
+            tuple(suspects or ()),
+            diagnosis.effort,
+            seconds=diagnosis.seconds,
+            limit=diagnosis.seconds,
+            progress=told,
+        )
+    return located.told(known)
 
 
 class Located:
@@ -204,16 +233,20 @@ class Located:
         diagnosis: str,
         *,
         seconds: float | None = None,
+        limit: float | None = None,
         progress: Progress | None = None,
     ) -> Known:
-        """Look for what is wrong, as `diagnose` does; `seconds` is for hypotheses, if it is not what is usual."""
+        """Look for what is wrong, as `diagnose` does.
+
+        `seconds` is for hypotheses, and `limit` for all on a layer of real size, if they are not what is usual.
+        """
         prepared_for_fp8 = isinstance(self.inputs, MoeCall) and isinstance(
             self.inputs.experts, HummingExperts
         )
         if not isinstance(self.inputs, MoeCall) or prepared_for_fp8:
             kind = "w4a8" if prepared_for_fp8 else self.kind
-            predictions = _named(kind, self.inputs, self.outputs, self.expected)
-            if (named := _named_finding(predictions)).exact:
+            predictions = predicted_by(kind, self.inputs, self.outputs, self.expected)
+            if (named := named_finding(predictions)).exact:
                 return predictions, named, ()
             in_words = finding_of_stage(kind, self.inputs, self.outputs, self.expected)
             if in_words is not None and in_words.sentence and (in_words.exact or kind == "routing"):
@@ -224,8 +257,14 @@ class Located:
         exposed = stage_of_exposed(self.inputs, self.outputs)
         seen = Evidence(exposed, self._reconciled().words, 3) if exposed else None
         seconds = SECONDS[diagnosis] if seconds is None else seconds
-        how = _Search(suspects, diagnosis, seconds, progress, seen, self.found)
+        limit = REAL_SECONDS[diagnosis] if limit is None else limit
+        how = _Search(suspects, diagnosis, seconds, limit, progress, seen, self.found)
         return _investigated(self.inputs, self.got, self.want, how)
+
+    @property
+    def mask(self) -> Tensor:
+        """Where the output differs."""
+        return self._plain.mask
 
     def told(self, known: Known, *, brief: bool = False) -> Diagnosis:
         """The diagnosis, with what was found; if `brief`, without the bounds of each stage, which take long."""
@@ -249,24 +288,6 @@ class Located:
         return reconcile(self.inputs, self.outputs, self._wrong)
 
 
-def _named(
-    target: str, inputs: Any, outputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]
-) -> tuple[Prediction, ...]:
-    names = (n for n, defect in DEFECTS.items() if defect.target == target)
-    found_by = (predict(inputs, outputs, expected, n) for n in names)
-    return closest(p for p in found_by if p is not None)
-
-
-def _named_finding(predictions: tuple[Prediction, ...]) -> Finding:
-    exact = [p.name for p in predictions if p.exact]
-    if not exact:
-        return Finding()
-    defect = DEFECTS[exact[0]]
-    others = f" (not told apart here from {', '.join(exact[1:4])})" if exact[1:] else ""
-    hypotheses = tuple(f"{name}: {DEFECTS[name].summary}" for name in exact)
-    return Finding(stages_of(defect), hypotheses[0] + others, True, hypotheses=hypotheses)
-
-
 def is_large(inputs: Any, got: Tensor) -> bool:
     """Whether solving for what is in an output takes longer than a quick diagnosis may."""
     return got.numel() > _QUICK_ELEMENTS or (isinstance(inputs, MoeCall) and is_heavy(inputs))
@@ -279,6 +300,7 @@ class _Search:
     suspects: tuple[str | Hypothesis, ...]
     diagnosis: str
     seconds: float
+    limit: float
     progress: Progress | None
     known: Evidence | None
     found: list[Hypothesis]
@@ -293,12 +315,12 @@ def _investigated(call: MoeCall, got: Tensor, want: Tensor, how: _Search) -> Kno
     first_names = tuple(s for s in how.suspects if isinstance(s, str))
     # Each is confirmed on more tokens than the families are; of zeros nothing is, unless it is known already.
     if is_heavy(call) and (first_names or bool(got.any())):
-        limit, start = REAL_SECONDS[how.diagnosis], clock()
+        limit, start = how.limit, clock()
         verdict = try_defects(call, got, want, first=first_names, seconds=limit, progress=how.progress)
         seconds = min(seconds, limit - (clock() - start))
         found = {p.name for p in verdict.predictions if p.exact}
         if found and (bool(got.any()) or found & set(first_names)):
-            return verdict.predictions, _named_finding(verdict.predictions), verdict.remarks
+            return verdict.predictions, named_finding(verdict.predictions), verdict.remarks
     if how.diagnosis == "quick" and is_large(call, got):
         return (), Finding(), ("too large for a quick diagnosis",)
     small, rows_got, rows_want, note = part

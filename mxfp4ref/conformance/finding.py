@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
-__all__ = ["OTHERS", "OTHER_EXPERTS", "STAGES", "UNKNOWN", "Evidence", "Finding", "counted", "in_words"]
+__all__ = [
+    "OTHERS",
+    "OTHER_EXPERTS",
+    "STAGES",
+    "UNKNOWN",
+    "WITHIN",
+    "Evidence",
+    "Finding",
+    "counted",
+    "in_words",
+]
 
 STAGES = (
     *("input", "slots", "fc1", "activation", "fc2", "finalize"),
@@ -17,7 +28,9 @@ OTHER_EXPERTS = "slots are computed by other experts"  # the kind of a finding
 OTHERS = "; in the others "
 
 
+WITHIN = "within the bounds of a correct evaluation in another order"
 _ALTERNATIVES = 2  # that a sentence names
+_ALIKE = 8  # words, below which a sentence is told whole
 
 
 def in_words(hypotheses: Sequence[str]) -> str:
@@ -26,7 +39,24 @@ def in_words(hypotheses: Sequence[str]) -> str:
     if not others:
         return first
     more = f" and {len(others) - _ALTERNATIVES} more" if len(others) > _ALTERNATIVES else ""
-    return f"{first}. This output does not tell it from: {'; '.join(others[:_ALTERNATIVES])}{more}"
+    told = "; ".join(_apart(other, first) for other in others[:_ALTERNATIVES])
+    return f"{first}. This output does not tell it from: {told}{more}"
+
+
+def _apart(sentence: str, first: str) -> str:
+    """A sentence, or what it says in other words than the first one, if most of its words are the same."""
+    words, others = sentence.split(), first.split()
+    before = _alike(words, others)
+    after = _alike(words[before:][::-1], others[before:][::-1])
+    own = words[before : len(words) - after]
+    if not own or before + after < max(_ALIKE, len(words) / 2):
+        return sentence
+    return " ".join([*["..."] * bool(before), *own, *["..."] * bool(after)])
+
+
+def _alike(words: list[str], others: list[str]) -> int:
+    """How many of their first ones are the same."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(words, others, strict=False)))
 
 
 def counted(count: int, noun: str) -> str:

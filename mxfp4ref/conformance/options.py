@@ -5,11 +5,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mxfp4ref._choices import DIAGNOSES, MODES, STORAGE, Diagnosing, Mode, Storage
+from mxfp4ref._choices import DIAGNOSES, EFFORTS, MODES, STORAGE, Diagnosing, Effort, Mode, Storage
 from mxfp4ref._shown import Shown
 from mxfp4ref._validate import check_below, check_choice, check_int
 
-__all__ = ["Options"]
+__all__ = ["Options", "Search"]
+
+
+@dataclass(frozen=True)
+class Search:
+    """How `diagnose` looks for what is wrong.
+
+    Attributes:
+        effort: "full", or "quick" for about a second: the likeliest hypotheses only.
+        seconds: of the processor, for trying hypotheses, in place of what is usual: "quick" 0.7 (a layer of real size
+            4), "full" 50 (60). What is read off the output comes on top of that.
+        mode: "exact", or "bounded" for a kernel that may sum in another order.
+    """
+
+    effort: Effort = "full"
+    seconds: float | None = None
+    mode: Mode = "exact"
+
+    def __post_init__(self) -> None:
+        check_choice("effort", self.effort, EFFORTS)
+        check_choice("mode", self.mode, MODES)
+        check_below("seconds", self.seconds, 1e9, "seconds, above 0 and below 10^9")
 
 
 @dataclass(frozen=True, repr=False)

@@ -99,7 +99,10 @@ def _told(result: Mapping[str, Any] | None) -> str:
         outside = result.get("outside", 0)  # in mode bounded
         words += f" in {outside or result['differing']:,} of {result['elements']:,} elements"
         words += f" ({result['differing']:,} differ)" if outside else ""
-    finding = result.get("diagnosis", {}).get("finding", {}).get("sentence", "")
+    found = result.get("diagnosis", {}).get("finding", {})
+    finding = next(
+        iter(found.get("hypotheses", ())), found.get("sentence", "")
+    )  # without what is not told from it
     return "; ".join(filter(None, (words, finding or result["message"].split("\n")[0])))
 
 

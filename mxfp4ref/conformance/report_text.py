@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from mxfp4ref._files import printable
 from mxfp4ref.conformance.adapters import OTHER_KIND
 from mxfp4ref.conformance.again import bounded_command, command, whole_command
-from mxfp4ref.conformance.finding import counted
-from mxfp4ref.conformance.results import RECORDING, WITHIN, CaseResult, Report
+from mxfp4ref.conformance.finding import WITHIN, counted
+from mxfp4ref.conformance.results import RECORDING, CaseResult, Report
 from mxfp4ref.defects import DEFECTS
 
 if TYPE_CHECKING:
@@ -101,7 +101,8 @@ def tested(report: Report) -> list[str]:
     parts = {name: sum(getattr(r, f"{name}_seconds") for r in report.results) for name in PARTS[recorded:]}
     parts["diagnosis"] += report.verdict_seconds
     shares = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
-    beside = ", of processes side by side" * (sum(parts.values()) > report.seconds + 0.1)
+    rest = report.seconds - sum(parts.values())
+    beside = ", of processes side by side" if rest < -0.1 else f", other {rest:.1f}" if rest >= 0.1 else ""
     lines.append(f"seconds: {report.seconds:.1f} in all; {shares}{beside}")
     if report.left:
         again = whole_command(report)
@@ -127,9 +128,10 @@ def headline(result: CaseResult) -> str:
 
 def wrong_elements(result: CaseResult) -> str:
     """How many elements of a failing case are wrong: in mode bounded, those outside their bounds."""
+    of_runs = f" of {result.runs} runs" if result.runs > 1 else ""
     if not result.outside:
-        return f"{result.differing:,} of {result.elements:,} elements"
-    return f"{result.outside:,} of {result.elements:,} elements ({result.differing:,} differ)"
+        return f"{result.differing:,} of {result.elements:,} elements{of_runs}"
+    return f"{result.outside:,} of {result.elements:,} elements{of_runs} ({result.differing:,} differ)"
 
 
 def case_lines(result: CaseResult, again: str = "") -> list[str]:

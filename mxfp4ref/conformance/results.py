@@ -14,14 +14,13 @@ from mxfp4ref._shown import Shown
 from mxfp4ref.conformance.adapters import OTHER_KIND, SKIPPED_BEFORE
 from mxfp4ref.conformance.diagnosis import Diagnosis, Finding
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN
-from mxfp4ref.conformance.finding import counted
+from mxfp4ref.conformance.finding import WITHIN, counted
 from mxfp4ref.defects import DEFECTS
 
 __all__ = [
     "MODES",
     "PASSING",
     "RECORDING",
-    "WITHIN",
     "CaseResult",
     "GoldensUsed",
     "Report",
@@ -29,7 +28,6 @@ __all__ = [
     "now",
 ]
 
-WITHIN = "within the bounds of a correct evaluation in another order"
 PASSING = ("equal", "within bounds", "skipped")
 _REASONS = 5  # that are told of skipped cases
 RECORDING = "recording"  # the kind of a call that was recorded elsewhere, which is no golden case
@@ -276,7 +274,7 @@ class Report(Shown):
         where = f"; {found.where}" if found.stages else ""
         if found.sentence and found.cases:
             of = f"{found.cases[0]} of {counted(found.cases[1], 'failing case')}"
-            of += " that were searched" * (found.cases[1] < len(self._failing))
+            of += " that were searched" * (found.cases[1] < len(self._failing) - self.within_bounds)
             if found.exact:
                 return f" Each is explained in every bit, by different sentences; {of} by this: {found.sentence}."
             return f" Every wrong bit in {of} is predicted by this: {found.sentence}{where}."

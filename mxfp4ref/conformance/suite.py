@@ -120,7 +120,7 @@ def run(
             with closing(each):
                 for result, failure in each:
                     state.results.append(result)  # an interruption costs its diagnosis only
-                    state.results[-1] = state.failing.take(result, failure)
+                    state.diagnose_last(failure)
                     if progress is not None:
                         progress(state.results[-1])
                     if sum(not r.ok for r in state.results) == options.max_failures:
@@ -191,10 +191,20 @@ class _State:
         self.results: list[CaseResult] = []
         self.environment: dict[str, str] = {}
         self.left = 0
+        self.done = 0.0  # when the last case was
+
+    def diagnose_last(self, failure: Failed | None) -> None:
+        """A quick diagnosis of the last result, which counts for it if it is interrupted, too."""
+        before, result = time.perf_counter(), self.results[-1]
+        try:
+            self.results[-1] = self.failing.take(result, failure)
+        except KeyboardInterrupt:
+            self.results[-1] = result.lasting(diagnosis=time.perf_counter() - before)
+            raise
 
     def report(self, kernel: str, *, interrupted: bool = False) -> Report:
-        """With a diagnosis of all cases together, unless the run was interrupted."""
-        before = time.perf_counter()
+        """With a diagnosis of all cases together, unless the run was interrupted, maybe in one."""
+        before = self.done = self.done or time.perf_counter()
         found = self.failing.verdict(self.results, self.goldens, search=not interrupted)
         now = time.perf_counter()
         of_cases = sum(r.diagnosis_seconds for r in found.results)

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import differing
+from mxfp4ref.conformance.families.named import stages_of
+from mxfp4ref.conformance.finding import Finding
 from mxfp4ref.conformance.reduction import Part, clock_of, is_heavy, isolate, reduce_call
 from mxfp4ref.conformance.stand_ins import defect_outputs
 from mxfp4ref.defects import DEFECTS, gemm
@@ -21,7 +24,17 @@ from mxfp4ref.defects.definition import logical
 from mxfp4ref.formats.humming_experts import HummingExperts
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["NOISE", "Prediction", "Progress", "Verdict", "closest", "predict", "try_defects"]
+__all__ = [
+    "NOISE",
+    "Prediction",
+    "Progress",
+    "Verdict",
+    "closest",
+    "named_finding",
+    "predict",
+    "predicted_by",
+    "try_defects",
+]
 
 Progress = Callable[[str, int], None]
 
@@ -236,3 +249,23 @@ class _Search:
             if score.agreeing >= _FEWEST
         )
         return closest(found)
+
+
+def predicted_by(
+    target: str, inputs: Any, outputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> tuple[Prediction, ...]:
+    """How well the named defects of a stage, other than a whole call, predict what came; the closest."""
+    names = (n for n, defect in DEFECTS.items() if defect.target == target)
+    found_by = (predict(inputs, outputs, expected, n) for n in names)
+    return closest(p for p in found_by if p is not None)
+
+
+def named_finding(predictions: tuple[Prediction, ...]) -> Finding:
+    """What named defects that predict every bit say; nothing where none does."""
+    exact = [p.name for p in predictions if p.exact]
+    if not exact:
+        return Finding()
+    defect = DEFECTS[exact[0]]
+    others = f" (not told apart here from {', '.join(exact[1:4])})" if exact[1:] else ""
+    hypotheses = tuple(f"{name}: {DEFECTS[name].summary}" for name in exact)
+    return Finding(stages_of(defect), hypotheses[0] + others, True, hypotheses=hypotheses)

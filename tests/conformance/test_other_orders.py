@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+import io
+import time
 from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
-from mxfp4ref.conformance import CaseResult, Kernel, Options, Report, run, run_case
+from mxfp4ref.conformance import (
+    CaseResult,
+    Kernel,
+    NothingDiffers,
+    Options,
+    Report,
+    Search,
+    diagnose,
+    run,
+    run_case,
+)
 from mxfp4ref.conformance.adapters import whole_arguments
 from mxfp4ref.conformance.attribution import attribution
 from mxfp4ref.conformance.bounds import bound
 from mxfp4ref.conformance.diagnosing import Failing, _Failure
+from mxfp4ref.conformance.families.engine import Result
 from mxfp4ref.conformance.families.slot_kinds import position_in_expert
-from mxfp4ref.conformance.finding import UNKNOWN, Finding
+from mxfp4ref.conformance.finding import UNKNOWN, Finding, in_words
 from mxfp4ref.conformance.kernels import load_kernel
 from mxfp4ref.conformance.reduction import local_experts
 from mxfp4ref.conformance.report_text import headline
 from mxfp4ref.conformance.results import now
 from mxfp4ref.conformance.running import compare_case
+from mxfp4ref.conformance.shown_progress import shown_progress
+from mxfp4ref.conformance.suite import Interrupted
 from mxfp4ref.goldens import open_goldens
-from mxfp4ref.model.call import MoeCall
 
 GOLDENS = open_goldens()
 CASE = "activation/plain_special_values"
@@ -35,16 +50,17 @@ def near() -> tuple[int, int, int]:
     return 0, int(free.nonzero()[0]), 1
 
 
-def off(*places: tuple[int, int, int]) -> Kernel:
+def with_bits(*places: tuple[int, int, int]) -> Tensor:
     """The expected output, but for elements (token, column) whose bits have so much added; 128 doubles one."""
+    bits = RIGHT.clone().view(torch.int16)
+    for token, column, by in places:
+        bits[token, column] += by
+    return bits.view(torch.bfloat16)
 
-    def kernel(kind: str, call: MoeCall) -> Tensor:
-        bits = RIGHT.clone().view(torch.int16)
-        for token, column, by in places:
-            bits[token, column] += by
-        return bits.view(torch.bfloat16)
 
-    return Kernel("off", ("moe",), whole_arguments, kernel)
+def off(*places: tuple[int, int, int]) -> Kernel:
+
+    return Kernel("off", ("moe",), whole_arguments, lambda kind, call: with_bits(*places))
 
 
 def test_what_is_told_of_one_element_is_of_one_outside_its_bounds() -> None:
@@ -119,10 +135,7 @@ def test_the_verdict_is_that_of_the_cases_outside_their_bounds() -> None:
         " 1 of these lies within the bounds of a correct evaluation in another order. Of the others: "
         in report.culprit
     )
-    assert (
-        "Every wrong bit in 1 of 1 failing case that were searched is predicted by this: gate_up_swapped"
-        in report.culprit
-    )
+    assert "Every wrong bit in 1 of 1 failing case is predicted by this: gate_up_swapped" in report.culprit
 
 
 def test_a_large_case_is_told_before_it_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,3 +144,65 @@ def test_a_large_case_is_told_before_it_is_looked_at(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(_Failure, "looked_at", lambda self, result, *_: said.append("looked at") or result)
     run(off(near()), [GOLDENS.load(CASE)], Options(repeat=False, diagnosis="quick"), note=said.append)
     assert said == [f"{CASE}: 4,096 elements: a quick diagnosis", "looked at"]
+
+
+def test_a_call_is_diagnosed_in_mode_bounded_within_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+
+    def investigate(*_: object, seconds: float, **__: object) -> Result:
+        given.append(seconds)
+        return Result((), (), UNKNOWN, 0, True)
+
+    monkeypatch.setattr("mxfp4ref.conformance.diagnosis.investigate", investigate)
+    call, expected = GOLDENS.load(CASE).call(), {"output": RIGHT}
+    one, far = near(), (3, LARGE[0], 128)
+    bounded = Search(seconds=3, mode="bounded")
+    words = "nothing is wrong in mode bounded: 1 of 4,096 elements differ, all within the bounds of a correct"
+    with pytest.raises(NothingDiffers, match=words):
+        diagnose("moe", call, {"output": with_bits(one)}, expected, diagnosis=bounded)
+    found = diagnose("moe", call, {"output": with_bits(one, far)}, expected, diagnosis=bounded)
+    assert (found.first.index, given) == ((3, LARGE[0]), [3])
+    with pytest.raises(ValueError, match="effort: expected "):
+        Search("none")  # type: ignore[arg-type]
+
+
+def test_a_search_at_a_terminal_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    with shown_progress(None) as nothing:
+        assert nothing is None
+    monkeypatch.setattr("mxfp4ref.conformance.cli.terminal.animated", lambda: True)
+    written = io.StringIO()
+    terminal = Console(file=written, force_terminal=True)
+    monkeypatch.setattr("mxfp4ref.conformance.cli.terminal.console", lambda: terminal)
+    with shown_progress(None) as told, shown_progress(print) as given:
+        assert given is print
+        assert told is not None
+        told("limit_ignored", 9)
+    assert "diagnosis: limit_ignored" in written.getvalue()
+
+
+def test_alternatives_are_told_by_what_differs() -> None:
+    start, end = (
+        "slots are computed by the next expert, the last one",
+        "for tokens with slots beyond the first 16",
+    )
+    words = in_words((f"{start} {end}", f"{start} once a token, {end}", "rows are others"))
+    assert words.endswith(" does not tell it from: ... once a token, ...; rows are others")
+    assert words.startswith(f"{start} {end}. This")
+
+
+def test_elements_of_several_runs_are_told_as_that() -> None:
+    result = CaseResult("a/b", "moe", "", "differs", elements=8192, differing=9, runs=2)
+    assert headline(result) == "a/b: differs in 9 of 8,192 elements of 2 runs"
+
+
+def test_seconds_of_an_interrupted_diagnosis_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> CaseResult:
+        time.sleep(0.02)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Failing, "take", interrupted)
+    with pytest.raises(Interrupted) as raised:
+        run(off(near()), [GOLDENS.load(CASE)], Options(repeat=False))
+    assert raised.value.report.results[0].diagnosis_seconds >= 0.02
+    text = str(Report("f.py:f", "exact", (), date=now(), seconds=5.0))
+    assert "seconds: 5.0 in all; comparison 0.0, diagnosis 0.0, other 5.0" in text

@@ -333,6 +333,23 @@ def test_the_command_of_a_run_has_its_selection(tmp_path: Path) -> None:
     invoke("conform", "oracle", *chosen, "-x", "--diagnosis", "none", "--json", tmp_path / "r.json")
     arguments = json.loads((tmp_path / "r.json").read_text())["arguments"]
     assert arguments == ["oracle", "--diagnosis", "none", *chosen, "--maxfail", "1"]
+    every = ("--case", "gemm/*")
+    without = invoke(
+        "conform",
+        "oracle",
+        *every,
+        "--exclude",
+        "gemm/[!o]*",
+        "--exclude",
+        "layout",
+        "--json",
+        tmp_path / "s.json",
+    )
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert found["arguments"] == ["oracle", *every, "--exclude", "gemm/[!o]*", "--exclude", "layout"]
+    assert {r["case"].split("/")[1][0] for r in found["results"]} == {"o"}, without.output
+    none = invoke("conform", "oracle", "--case", "gemm/ordinary", "--exclude", "gemm")
+    assert (none.exit_code, none.output) == (2, "Error: --exclude: none of the chosen cases is left\n")
     assert selection_arguments((), Path("a.json"), None, 4) == ("--last-failed", "a.json", "--jobs", "4")
     report = Report("oracle", "exact", (result_of(SMALL),), arguments=("oracle",), selection=chosen)
     assert command(report) == f"mxfp4ref conform oracle --case {SMALL} --case 'gemm/ordin*'"
@@ -434,7 +451,7 @@ def test_seconds_include_all() -> None:
     result = result_of(SMALL).lasting(kernel=1, comparison=2, diagnosis=3)
     assert result.seconds == 6
     report = Report("k", "exact", (result,), seconds=20, date="now", verdict_seconds=10)
-    assert "seconds: 20.0 in all; kernel 1.0, comparison 2.0, diagnosis 13.0" in to_text(report)
+    assert "seconds: 20.0 in all; kernel 1.0, comparison 2.0, diagnosis 13.0, other 4.0" in to_text(report)
     assert replace(report, date="") != report
 
 

@@ -64,6 +64,14 @@ __all__ = ["conform"]
     help="Only these cases: a suite, a case, or as in 'gemm/*'; by default all. Repeatable.",
 )
 @click.option(
+    "--exclude",
+    "excluded",
+    multiple=True,
+    metavar="GLOB",
+    shell_complete=completing.globs,
+    help="None of these cases, a suite or as in --case. Repeatable.",
+)
+@click.option(
     "--mode",
     type=click.Choice(MODES),
     default="exact",
@@ -197,13 +205,16 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
     from mxfp4ref.conformance.suite import Interrupted, run
 
     files = pop_report_files(options)
-    patterns, earlier, isolate, device, verbose = (
-        options.pop(name) for name in ("patterns", "earlier", "isolate", "device", "verbose")
+    patterns, excluded, earlier, isolate, device, verbose = (
+        options.pop(name) for name in ("patterns", "excluded", "earlier", "isolate", "device", "verbose")
     )
     options["repeat"] = not options.pop("no_repeat")
     with files.stdout_kept(), usage_errors():
         goldens = open_goldens(root)
-        names = _select(goldens, patterns)
+        names = _select(goldens, patterns, "--case") or goldens.names()
+        out = _select(goldens, excluded, "--exclude")
+        if not (names := [name for name in names if name not in out]):
+            raise UsageError("--exclude: none of the chosen cases is left")
         if earlier is not None:
             names = _failed_in(earlier, goldens, names, (spec, options["mode"]))
         options["jobs"] = limited_jobs(options["jobs"], len(names))
@@ -224,7 +235,7 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
             except Interrupted as interruption:
                 result = interruption.report
     limits = options["max_failures"], options["jobs"]
-    result = replace(result, selection=selection_arguments(patterns, earlier, *limits))
+    result = replace(result, selection=selection_arguments(patterns, earlier, *limits, excluded))
     complete = files.write_after(partial(print_report, result, verbose=verbose), result)
     if options["dump"] is not None and any(not r.ok and NOT_DUMPED not in r.message for r in result.results):
         with files.stdout_kept():
@@ -260,7 +271,8 @@ class _Selection(Goldens):
         return self._names
 
 
-def _select(goldens: Goldens, patterns: Iterable[str]) -> list[str]:
+def _select(goldens: Goldens, patterns: Iterable[str], option: str) -> list[str]:
+    """The cases that an option chooses, in the goldens' order."""
     names = goldens.names()
     chosen: set[str] = set()
     for pattern in patterns:
@@ -268,10 +280,10 @@ def _select(goldens: Goldens, patterns: Iterable[str]) -> list[str]:
         if not found:
             hint = did_you_mean(pattern, [*goldens.suites, *names])
             raise UsageError(
-                f"--case: {pattern!r} matches none of the {len(names)} cases in {goldens.root}{hint}"
+                f"{option}: {pattern!r} matches none of the {len(names)} cases in {goldens.root}{hint}"
             )
         chosen.update(found)
-    return [name for name in names if name in chosen] if chosen else names
+    return [name for name in names if name in chosen]
 
 
 def _failed_in(path: Path, goldens: Goldens, chosen: list[str], run: tuple[str, str]) -> list[str]:
