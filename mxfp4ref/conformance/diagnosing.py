@@ -11,10 +11,11 @@ from torch import Tensor
 from mxfp4ref._default_device import on_cpu
 from mxfp4ref.conformance.agreement import agreed
 from mxfp4ref.conformance.bounded import all_within
-from mxfp4ref.conformance.diagnosis import REAL_SECONDS, Finding, Known, Located, Prediction, is_large
+from mxfp4ref.conformance.diagnosis import Finding, Located, Prediction
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN, Hypothesis, Pipeline
 from mxfp4ref.conformance.families.jury import Failure, Verdict, judge
+from mxfp4ref.conformance.looking import REAL_SECONDS, Known, is_large
 from mxfp4ref.conformance.plain import of_exception
 from mxfp4ref.conformance.reduction import is_heavy
 from mxfp4ref.conformance.results import CaseResult, name_defects

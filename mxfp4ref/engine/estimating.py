@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._choices import Diagnosing
-from mxfp4ref.conformance.diagnosis import REAL_SECONDS, SECONDS
 from mxfp4ref.conformance.finding import counted
+from mxfp4ref.conformance.looking import REAL_SECONDS, SECONDS
 from mxfp4ref.engine.calls import arguments_of
 from mxfp4ref.engine.fitting import PROBED
 from mxfp4ref.engine.recordings import Incomplete, Recording, Unreadable

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from mxfp4ref.__main__ import commands
 from mxfp4ref.conformance import Kernel, Options, diagnose, run
-from mxfp4ref.conformance.diagnosis import SECONDS
 from mxfp4ref.conformance.families import FAMILIES, family_of
 from mxfp4ref.conformance.families.places import named_columns
 from mxfp4ref.conformance.families.slot_kinds import position_in_expert
+from mxfp4ref.conformance.looking import SECONDS
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.defects.variants.finalize import FinalizeVariant
 from mxfp4ref.defects.variants.swiglu import SwigluVariant

@@ -153,7 +153,7 @@ def test_a_call_is_diagnosed_in_mode_bounded_within_a_limit(monkeypatch: pytest.
         given.append(seconds)
         return Result((), (), UNKNOWN, 0, True)
 
-    monkeypatch.setattr("mxfp4ref.conformance.diagnosis.investigate", investigate)
+    monkeypatch.setattr("mxfp4ref.conformance.looking.investigated", investigate)
     call, expected = GOLDENS.load(CASE).call(), {"output": RIGHT}
     one, far = near(), (3, LARGE[0], 128)
     bounded = Search(seconds=3, mode="bounded")

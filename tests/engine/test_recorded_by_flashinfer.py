@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mxfp4ref.conformance.diagnosis import REAL_SECONDS, SECONDS
+from mxfp4ref.conformance.looking import REAL_SECONDS, SECONDS
 from mxfp4ref.engine import ReplayOptions, ReplayReport, ReplayResult, replay
 
 ARCHIVE = Path(__file__).parents[1] / "recordings" / "server_calls.tar.xz"

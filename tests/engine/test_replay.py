@@ -20,7 +20,8 @@ from torch import Tensor
 from mxfp4ref import __version__
 from mxfp4ref.__main__ import commands
 from mxfp4ref._choices import Diagnosing
-from mxfp4ref.conformance.diagnosis import SECONDS, Located
+from mxfp4ref.conformance.diagnosis import Located
+from mxfp4ref.conformance.looking import SECONDS
 from mxfp4ref.defects import get_defect
 from mxfp4ref.engine import estimating
 from mxfp4ref.engine.recordings import Recording
