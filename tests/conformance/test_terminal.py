@@ -168,7 +168,7 @@ def test_options_given_twice_are_refused() -> None:
     assert "isolate: expected once" in said("conform", "oracle", "--isolate", "--no-isolate")
     assert "--output: expected once" in said("record", "--output", "a", "script.py", "--output", "b")
     repeatable = {p.name for _, c in EVERY for p in c.params if isinstance(p, click.Option) and p.multiple}
-    assert repeatable == {"patterns", "changes", "layers", "only", "ranks", "cases"}
+    assert repeatable == {"patterns", "excluded", "changes", "layers", "only", "ranks", "cases"}
 
 
 _COMPLETED = [
