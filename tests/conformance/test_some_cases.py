@@ -128,7 +128,7 @@ def test_names_and_hypotheses_share_the_limit_of_a_call_of_real_size(monkeypatch
         ("is_heavy", lambda _: True),
         ("clock_of", lambda _: clock.__next__),
         ("try_defects", lambda *_, **__: Verdict(())),
-        ("investigate", investigate),
+        ("investigated", investigate),
     ):
         monkeypatch.setattr(f"mxfp4ref.conformance.diagnosis.{name}", value)
     one = of_another_kind()
