@@ -130,7 +130,7 @@ def test_names_and_hypotheses_share_the_limit_of_a_call_of_real_size(monkeypatch
         ("try_defects", lambda *_, **__: Verdict(())),
         ("investigated", investigate),
     ):
-        monkeypatch.setattr(f"mxfp4ref.conformance.diagnosis.{name}", value)
+        monkeypatch.setattr(f"mxfp4ref.conformance.looking.{name}", value)
     one = of_another_kind()
     diagnose("moe", one.pipeline.call, {"output": one.got}, {"output": one.want})
     assert given == [12.0]

@@ -141,7 +141,7 @@ def not_folded(call: MoeCall) -> MoeCall:
     [
         (halves_not_swapped, None, "scales_not_swapped"),
         (not_folded, None, "scales_not_folded"),
-        (mapped_twice, [2, 3], "global"),
+        (mapped_twice, [2, 3], "ep_double_mapping"),
     ],
 )
 def test_a_mistake_before_the_kernel_is_named(

@@ -120,6 +120,8 @@ def _rows(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> Itera
     if _all_zero(got, want, rows):
         them = "it" if count == 1 else "them"
         sentence = f"the rows of {what} are zero: nothing was added up for {them}, or nothing written"
+        if pipeline.call.ep_rank > 0:  # whose own experts have other local numbers
+            sentence += ", as where global ids are mapped to local ones twice (ep_double_mapping)"
         if _cancels(pipeline.call, got, want, rows):
             less = f"{what} came out as zeros, as the rest of a sum may that cancels but for its roundings"
             yield Evidence((), less, 1, zeros=True)

@@ -44,7 +44,9 @@ def in_columns(hypothesis: Hypothesis, words: str, columns: Callable[[int], Tens
         rows = right.run()
         return torch.where(columns(rows.shape[1]).to(rows.device), wrong.run(), rows)
 
-    return _limited(hypothesis, words, 1, merge)
+    limited = _limited(hypothesis, words, 1, merge)
+    # Slots are whole rows: what is another slot's in some columns only became so where there are columns.
+    return replace(limited, stages=("fc2", "finalize")) if limited.stages == ("slots",) else limited
 
 
 def in_slots(hypothesis: Hypothesis, words: str, mask_of: Callable[[MoeCall, Tensor], Tensor]) -> Hypothesis:

@@ -52,7 +52,7 @@ def lost_terms(
         if count < _FEWEST or count > _MOST * loud.numel() or int(loud.any(1).sum()) < 2:
             continue
         found = _explained(error, terms, noise, loud, size)
-        if found is not None and _by_block(found, y, weights, size):
+        if found is not None and _by_block(found, y, weights, size) and not _by_expert(found, local[rows]):
             return _told(pipeline, rows, local, found, count, size)
     return None
 
@@ -86,6 +86,20 @@ def _by_block(found: _Found, y: Tensor, weights: Tensor, size: int) -> bool:
     rows = lost.any(2)
     partly = float((rows & kept.any(2)).sum()) >= _PARTLY * float(rows.sum())
     return partly and (any(twice for *_, twice in found) or not may_underflow(blocks[lost], blocks[kept]))
+
+
+def _by_expert(found: _Found, local: Tensor) -> bool:
+    """Whether an expert's terms are missing in the same blocks of all its rows: then its weights are it, no race."""
+    lost: dict[tuple[int, int], int] = {}
+    for row, block, slots, _ in found:
+        for slot in slots:
+            key = int(local[row, slot]), block
+            lost[key] = lost.get(key, 0) + 1
+    of_expert = local.flatten()[local.flatten() >= 0].bincount()
+    several = [
+        int(of_expert[expert]) == count for (expert, _), count in lost.items() if of_expert[expert] > 1
+    ]
+    return len(several) >= _FEWEST and all(several)
 
 
 def _told(pipeline: Pipeline, rows: Tensor, local: Tensor, found: _Found, count: int, size: int) -> Evidence:
