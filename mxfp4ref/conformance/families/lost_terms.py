@@ -52,7 +52,7 @@ def lost_terms(
         if count < _FEWEST or count > _MOST * loud.numel() or int(loud.any(1).sum()) < 2:
             continue
         found = _explained(error, terms, noise, loud, size)
-        if found is not None and _by_block(found, y, weights, size) and not _by_expert(found, local[rows]):
+        if found is not None and _by_block(found, y, weights, size) and _by_row(found, local[rows]):
             return _told(pipeline, rows, local, found, count, size)
     return None
 
@@ -88,18 +88,15 @@ def _by_block(found: _Found, y: Tensor, weights: Tensor, size: int) -> bool:
     return partly and (any(twice for *_, twice in found) or not may_underflow(blocks[lost], blocks[kept]))
 
 
-def _by_expert(found: _Found, local: Tensor) -> bool:
-    """Whether an expert's terms are missing in the same blocks of all its rows: then its weights are it, no race."""
+def _by_row(found: _Found, local: Tensor) -> bool:
+    """Whether an expert's terms are missing in a block of some of its rows only: in all, its weights may be it."""
     lost: dict[tuple[int, int], int] = {}
     for row, block, slots, _ in found:
         for slot in slots:
             key = int(local[row, slot]), block
             lost[key] = lost.get(key, 0) + 1
-    of_expert = local.flatten()[local.flatten() >= 0].bincount()
-    several = [
-        int(of_expert[expert]) == count for (expert, _), count in lost.items() if of_expert[expert] > 1
-    ]
-    return len(several) >= _FEWEST and all(several)
+    rows = local.flatten()[local.flatten() >= 0].bincount()
+    return 2 * sum(count < int(rows[expert]) for (expert, _), count in lost.items()) > len(lost)
 
 
 def _told(pipeline: Pipeline, rows: Tensor, local: Tensor, found: _Found, count: int, size: int) -> Evidence:
