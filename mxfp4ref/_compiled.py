@@ -36,6 +36,7 @@ _lock = threading.RLock()
 _loaded: dict[str, ModuleType | None] = {}
 _COMPILING = "mxfp4ref: its loops are compiled for this CPU, once; that takes about half a minute"
 _told: list[bool] = []  # whether that has been said
+_REMEMBERED = 4096  # shapes of a loop's arrays that fit together
 
 # A fork waits for a compilation to end, as the child would have neither the compiling thread nor a way to unlock.
 if hasattr(os, "register_at_fork"):
@@ -85,11 +86,20 @@ def _held_to(shapes: str, loop: Any) -> Any:
         for name, sizes in re.findall(r"(\w+)\[(.*?)\]", shapes)
     ]
 
+    fit: set[tuple[tuple[int, ...], ...]] = set()  # a layer has the same few again and again
+
     @functools.wraps(loop)
     def checked(*arguments: Any) -> Any:
+        given = tuple(arguments[place].shape for place, *_ in expected)
+        if given not in fit:
+            compare(given)
+            if len(fit) < _REMEMBERED:
+                fit.add(given)
+        return loop(*arguments)
+
+    def compare(given: tuple[tuple[int, ...], ...]) -> None:
         known: dict[str, int] = {}
-        for place, name, sizes in expected:
-            shape = arguments[place].shape
+        for (_, name, sizes), shape in zip(expected, given, strict=True):
             for factors, size in zip(sizes, shape, strict=True):
                 if len(factors) == 1 and factors[0].isalpha():
                     wanted = known.setdefault(factors[0], size)
@@ -100,7 +110,6 @@ def _held_to(shapes: str, loop: Any) -> Any:
                     agreed = ", ".join(f"{letter} = {value}" for letter, value in known.items())
                     message = f"expected {name} [{of}] where {agreed}, got {list(shape)}"
                     raise ValueError(f"{loop.__name__}: {message}")
-        return loop(*arguments)
 
     return checked
 
