@@ -115,19 +115,16 @@ def check_served(
         how = replace(how, router=None)
         if not all(_same(served[one], result[one]) for one in ROUTING):
             expected = run_layer(layer, given, ranks=how.ranks, step=how.step)[name]
-    words, told = _output(layer, given, got, expected, how)
+    compared = _output(layer, given, got, expected, how)
     by = " for the ids and weights in the file" if both else ""
-    lines += [*routing_lines, f"{found}{',' * both}{by}: {words}", *told]
-    right = words.startswith("equal")
-    if not right and not both:
+    lines += [*routing_lines, f"{found}{',' * both}{by}: {compared.words}", *compared.told]
+    if not compared.equal and not both:
         lines.append(_NOT_TOLD_APART)
     if not bool(got.any()):
         lines.append(_nothing_to_compute(layer, result) or _ALL_ZERO)
     verdicts = [f"the router is wrong: {wrong_routing}"] if wrong_routing else []
-    if not right:
-        verdicts.append(
-            "the output is wrong" + (by if both else "") + (f": {_said(told)}" if _said(told) else "")
-        )
+    if not compared.equal:
+        verdicts.append(f"the output is wrong{by}" + (f": {compared.said}" if compared.said else ""))
     elif wrong_routing and both:
         verdicts.append("the output is right for its ids and weights")
     return Served(
@@ -258,42 +255,47 @@ def _logit_errors(layer: CheckpointLayer, hidden: Tensor, logits: Tensor) -> Ten
     return torch.maximum(*((end - logits.to(torch.float64)).abs() for end in ends))
 
 
+@dataclass(frozen=True)
+class _Compared:
+    """How the output differs, in words; what is wrong, in lines, and what the diagnosis found, or ""."""
+
+    words: str
+    equal: bool = False
+    told: tuple[str, ...] = ()
+    said: str = ""
+
+
 def _output(
     layer: CheckpointLayer,
     given: Mapping[str, Tensor],
     got: Tensor,
     expected: Tensor,
     how: ServedOptions,
-) -> tuple[str, list[str]]:
-    """How the output differs, in words that begin with "equal" if it does not; and what is wrong."""
+) -> _Compared:
     if not bool(differing(got, expected).any()):
-        return "equal", []
+        return _Compared("equal", True)
     ranks = how.ranks
     if ranks.ep_size > 1 or (ranks.tp_size > 1 and ranks.tp_rank is None) or "shared_output" in given:
-        return in_words(got, expected), [
+        why = (
             "not diagnosed: it is a sum. One rank's own output is, with --experts and --tp-rank, and a routed_output "
             "without the shared expert's"
-        ]
+        )
+        return _Compared(in_words(got, expected), told=(why,))
     call = layer_call(layer, given, router=how.router, ranks=ranks)
     got = F.pad(got, (0, call.experts.hidden_size - layer.hidden_size))
     if fits := fitting_kernels(call, got, first=True):
-        return f"equal, by K tiles {fits[0]}", []
+        return _Compared(f"equal, by K tiles {fits[0]}", True)
     call = replace(call, kernel=closest_kernel(call, got))
     want = forward(call)
     words = in_words(got[:, : layer.hidden_size], want[:, : layer.hidden_size])
     if how.diagnosis == "none":
-        return words, []
+        return _Compared(words)
     found = diagnose("moe", call, {"output": got}, {"output": want}, diagnosis=how.diagnosis)
     result = CaseResult(
         case="served", kind="moe", why="", status="differs", elements=got.numel(), diagnosis=found
     )
-    return words, case_lines(result)[1:]
-
-
-def _said(told: list[str]) -> str:
-    """The sentence of the diagnosis; "" where it has none."""
-    finding = next((line for line in told if line.startswith("finding (")), "")
-    return finding.partition("): ")[2]
+    said = str(found.finding) if found.finding.sentence else ""
+    return _Compared(words, told=tuple(case_lines(result)[1:]), said=said)
 
 
 def _nothing_to_compute(layer: CheckpointLayer, result: Mapping[str, Tensor]) -> str:
