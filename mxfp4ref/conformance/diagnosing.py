@@ -11,7 +11,7 @@ from torch import Tensor
 from mxfp4ref._default_device import on_cpu
 from mxfp4ref.conformance.agreement import agreed
 from mxfp4ref.conformance.bounded import all_within
-from mxfp4ref.conformance.diagnosis import Finding, Located, Prediction
+from mxfp4ref.conformance.diagnosis import Diagnosis, Finding, Located, Prediction
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN, Hypothesis, Pipeline
 from mxfp4ref.conformance.families.jury import Failure, Verdict, judge
@@ -191,9 +191,9 @@ class Failing:
         elif self._suspects:
             results = [self._again(result) for result in results]
         # What a correct evaluation may give says nothing of what is wrong elsewhere.
-        telling = [r for r in results if r.diagnosis is not None and not r.within_bounds]
-        telling = telling or [r for r in results if r.diagnosis is not None]
-        exact = [r.diagnosis.exact for r in telling if r.diagnosis is not None]
+        telling = [r.diagnosis for r in results if r.diagnosis is not None and not r.within_bounds]
+        telling = telling or [r.diagnosis for r in results if r.diagnosis is not None]
+        exact = [one.exact for one in telling]
         defects = name_defects([names, *exact] if together and full else exact)
         return Found(tuple(results), defects, _strongest(found.finding, telling))
 
@@ -247,16 +247,11 @@ class Failing:
         return told
 
 
-def _strongest(judged: Finding, results: list[CaseResult]) -> Finding:
+def _strongest(judged: Finding, telling: list[Diagnosis]) -> Finding:
     """What was found for all cases together, unless by themselves they say more."""
     if judged.exact:
         return judged
-    own = agreed([r.diagnosis for r in results if r.diagnosis is not None])
-    outside = [r.diagnosis for r in results if r.diagnosis is not None and not r.within_bounds]
-    if not own.exact and outside:
-        own = agreed(outside)
-        if any(r.within_bounds for r in results):
-            own = _of_some(own, len(outside))
+    own = agreed(telling)
     if judged.cases:
         return own if own.cases and own.cases[0] > judged.cases[0] else judged
     return judged if (judged.sentence or judged.stages) and not (own.exact or own.cases) else own
