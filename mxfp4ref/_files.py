@@ -166,15 +166,19 @@ def name_in_utf8(path: Path) -> Iterator[Path]:
     A file's name may be any bytes; the one of an open file or folder is not. To write, the last part has to be UTF-8.
     """
     text = str(path)
-    if text.isascii() or text.encode(errors="replace").decode() == text or not Path("/proc/self/fd").is_dir():
+    if _is_utf8(text) or not Path("/proc/self/fd").is_dir():
         yield path
         return
-    beside = path.name.encode(errors="replace").decode() == path.name
+    beside = _is_utf8(path.name)
     descriptor = os.open(path.parent if beside else path, os.O_RDONLY)
     try:
         yield Path(f"/proc/self/fd/{descriptor}", path.name if beside else "")
     finally:
         os.close(descriptor)
+
+
+def _is_utf8(name: str) -> bool:
+    return name.encode(errors="replace").decode() == name
 
 
 def check_no_input(path: Path, inputs: Iterable[Path]) -> None:
