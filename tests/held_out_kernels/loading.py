@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from mxfp4ref.formats.layout import deinterleave_weights_sm90, interleave_weights_sm90
-from mxfp4ref.sm90.finalize import finalize
-from mxfp4ref.sm90.fp32 import to_bf16
 from torch import Tensor
 
 from mxfp4ref import MoeCall, forward
+from mxfp4ref.formats.layout import deinterleave_weights_sm90, interleave_weights_sm90
+from mxfp4ref.sm90.finalize import finalize
+from mxfp4ref.sm90.fp32 import to_bf16
 from tests.held_out_kernels.by_hand import Rows, layer, with_experts
 from tests.held_out_kernels.definition import wrong
 

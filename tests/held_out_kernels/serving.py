@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from mxfp4ref import MoeCall, dequantize, forward, quantize
 from mxfp4ref.routing import routing_weights
 from mxfp4ref.routing.models import PRESETS
 from mxfp4ref.routing.presets import ROUTERS, RoutedScaling
@@ -12,9 +15,6 @@ from mxfp4ref.sm90.finalize import finalize
 from mxfp4ref.sm90.fp32 import to_bf16
 from mxfp4ref.sm90.swiglu import swiglu
 from mxfp4ref.sm90.tactics import Tactic
-from torch import Tensor
-
-from mxfp4ref import MoeCall, dequantize, forward, quantize
 from tests.held_out_kernels.by_hand import Rows, layer
 from tests.held_out_kernels.definition import wrong
 
