@@ -239,12 +239,17 @@ def read_config(root: Path, changes: Mapping[str, Any] | None = None) -> Config:
     """
     where = "config.json"
     path = (root if root.is_dir() else root.parent) / where
-    gguf = root if root.suffix == GGUF else next(iter(sorted(root.glob(f"*{GGUF}"))), None)
+    ggufs = [root] if root.suffix == GGUF else sorted(root.glob(f"*{GGUF}"))
     values: dict[str, Any] = {}
     if os.path.lexists(path):
         values = read_json(path)
-    elif gguf is not None:
-        where, values = gguf.name, metadata(gguf)
+    elif (
+        ggufs
+    ):  # a vision tower's may be among them, and of a model in several files only the first says anything
+        found = ((file.name, metadata(file)) for file in ggufs)
+        where, values = next(
+            (f for f in found if "n_routed_experts" in f[1]), (ggufs[0].name, metadata(ggufs[0]))
+        )
     for name in _NESTED:
         nested = values.pop(name, None)
         if nested is None:

@@ -71,6 +71,12 @@ def read_name_map(path: str | Path) -> CheckpointFormat:
             raise CheckpointError(
                 f"{path}: names.{role}: expected a name {wanted} {{expert}}, got {shown(name)}"
             )
+    roles: dict[str, str] = {}
+    for role, name in {**like.names, **names}.items():
+        if (other := roles.setdefault(name, role)) != role:
+            raise CheckpointError(
+                f"{path}: names: expected a name for each role, got {shown(name)} for {other} and {role}"
+            )
     prefixes = tuple(values.get("prefixes", like.prefixes))
     for prefix in prefixes:
         if [*re.findall(r"\{.*?\}", prefix)] not in (["{layer}"], ["{draft}"]):
