@@ -120,7 +120,7 @@ def layer_parts(format: CheckpointFormat, layer: int, options: argparse.Namespac
     elif format.shared:
         for name, shape in zip(("gate_proj", "up_proj", "down_proj"), shapes.values(), strict=True):
             rest[f"{format.shared}{name}.weight"] = ("bfloat16", shape)
-    own = format.names.get("gate_scales", "").endswith(".scale")  # DeepSeek's own dtypes
+    own = torch.int8 in format.dtypes  # DeepSeek's
     if format.storage is PER_EXPERT:
         for expert in range(count):
             part: Part = {}

@@ -299,6 +299,31 @@ def test_a_name_map_reads_and_writes(tmp_path: Path) -> None:
     assert all(same_bits(back[name], tensors[name]) for name in tensors)
 
 
+def test_a_name_map_keeps_the_dtypes_of_what_it_is_like(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "deepseek_v4")
+    tensors = {
+        name.replace("layers.", "h.").replace(".scale", ".ue8m0")
+        if ".experts." in name
+        else name.replace("layers.", "h."): tensor
+        for name, tensor in layer_tensors("deepseek_v4", 1).items()
+    }
+    save_file(tensors, tmp_path / "mine.safetensors")
+    names = "".join(
+        f'{matrix}_scales = "experts.{{expert}}.{module}.ue8m0"\n'
+        for matrix, module in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
+    )
+    (tmp_path / "names.toml").write_text(
+        f'like = "deepseek_v4"\nprefixes = ["h.{{layer}}.ffn."]\n[names]\n{names}'
+    )
+    format = read_name_map(tmp_path / "names.toml")
+    options = ReadOptions(format=format)
+    layer = read_layer(tmp_path / "mine.safetensors", 1, options=options)
+    write_layer(tmp_path / "back.safetensors", layer, format=format)
+    back = load_file(tmp_path / "back.safetensors")
+    assert back.keys() == tensors.keys()
+    assert all(same_bits(back[name], tensors[name]) for name in tensors)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
