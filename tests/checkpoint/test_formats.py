@@ -347,6 +347,14 @@ def test_a_name_map_keeps_the_dtypes_of_what_it_is_like(tmp_path: Path) -> None:
             'like = "weight_scale"\n[names]\ngate_weights = "x"',
             "names.gate_weights: expected a name with {expert}",
         ),
+        (
+            'like = "gpt_oss"\ncarried = ["experts."]',
+            "carried: expected the beginning of no role's name, got 'experts.'",
+        ),
+        (
+            'like = "deepseek_v4"\nshared = "gate."',
+            "shared: expected the beginning of no role's name, got 'gate.'",
+        ),
         ('like = "gpt_oss"\n[names]\nfc1_weights = 3', "names.fc1_weights: expected str"),
         (
             'like = "deepseek_v4"\n[names]\nup_scales = "experts.{expert}.w1.scale"',
