@@ -99,7 +99,7 @@ _SCORES = {"sqrtsoftplus": DEEPSEEK_V4, "sigmoid": DEEPSEEK_V3, "softmax": MIXTR
 _SOFTMAX: dict[str, Any] = {"score": "softmax"}
 _NORMALIZED = _SOFTMAX | {"normalize": True}
 _FIXED = {
-    "glm4_moe": {"score": "sigmoid"},
+    "glm4_moe": {"score": "sigmoid", "method": "noaux_tc"},
     "qwen2_moe": _SOFTMAX,
     "qwen3_moe": _SOFTMAX,
     "qwen3_next": _SOFTMAX,
@@ -155,6 +155,11 @@ class Config:
             raise self.error(f"{key}: expected an int from 0 to {(1 << 31) - 1}, got {shown(value)}")
         return value
 
+    @property
+    def fixed(self) -> Mapping[str, Any]:
+        """What the code of the model's type fixes of the router, by role."""
+        return _FIXED.get(str(self.values.get("model_type")), {})
+
     def key(self, role: str) -> str:
         """The name by which the file has a role, or could have it."""
         return next((key for key in HONOURED[role] if key in self.values), " or ".join(HONOURED[role]))
@@ -192,13 +197,14 @@ class Config:
                     f"{self.key('layer_types')}: expected {'no' if hashed else 'a'} table tid2eid in layer {layer}, "
                     f"which is {shown(types[layer])}"
                 )
-        if not hashed and self.get("method", str) == ("greedy" if biased else "noaux_tc"):
+        method = self.get("method", str) or self.fixed.get("method")
+        if not hashed and method == ("greedy" if biased else "noaux_tc"):
             raise self.error(
-                f"{self.key('method')}={self.get('method', str)}: expected {'no' if biased else 'a'} correction "
+                f"{self.key('method')}={method}: expected {'no' if biased else 'a'} correction "
                 f"bias in layer {layer}"
             )
         n_group = self.get("n_group", int) or 1
-        limited = self.get("grouped", bool) is not False and self.get("method", str) != "greedy"
+        limited = self.get("grouped", bool) is not False and method != "greedy"
         if limited and not hashed and not biased and (self.get("topk_group", int) or 1) < n_group:
             raise self.error(
                 f"{self.key('n_group')}={n_group}: expected a correction bias in layer {layer}: without one "
@@ -285,7 +291,7 @@ def router_of(config: Config, defaults: Mapping[str, Any]) -> Preset | None:
     Raises:
         CheckpointError: a router that is not modelled.
     """
-    fixed = {**defaults, **_FIXED.get(str(config.get("model_type", object)), {})}
+    fixed = {**defaults, **config.fixed}
 
     def setting(role: str, kind: type) -> Any:
         value = config.get(role, kind)

@@ -292,6 +292,17 @@ def test_what_is_not_modelled_is_refused(tmp_path: Path, changes: Changes, messa
         run_layer(open_layer(tmp_path, 1), write_input(tmp_path))
 
 
+def test_a_bias_that_a_model_s_code_has_is_missed(tmp_path: Path) -> None:
+    """GLM's config.json has no topk_method."""
+    make_checkpoint(
+        tmp_path, "weight_scale", lambda t: t.pop("model.layers.1.mlp.gate.e_score_correction_bias")
+    )
+    write_config(tmp_path, "weight_scale", topk_method=None, model_type="glm4_moe")
+    assert open_layer(tmp_path, 0).router_bias is not None
+    with pytest.raises(CheckpointError, match="topk_method=noaux_tc: expected a correction bias in layer 1"):
+        open_layer(tmp_path, 1)
+
+
 def test_groups_without_a_correction_bias_are_refused(tmp_path: Path) -> None:
     """Models without one take each group's best expert for its score, those with one the sum of two."""
     make_checkpoint(
