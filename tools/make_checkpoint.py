@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,11 +113,14 @@ def layer_parts(format: CheckpointFormat, layer: int, options: argparse.Namespac
     if format.name == "deepseek_v4":
         for name, (rows, depth) in zip(("w1", "w3", "w2"), shapes.values(), strict=True):
             rest[f"{format.shared}{name}.weight"] = ("float8", (rows, depth))
-            rest[f"{format.shared}{name}.scale"] = ("scale", (rows // FP8_BLOCK, depth // FP8_BLOCK))
+            rest[f"{format.shared}{name}.scale"] = (
+                "scale of float8",
+                (rows // FP8_BLOCK, depth // FP8_BLOCK),
+            )
     elif format.shared:
         for name, shape in zip(("gate_proj", "up_proj", "down_proj"), shapes.values(), strict=True):
             rest[f"{format.shared}{name}.weight"] = ("bfloat16", shape)
-    own = format.names.get("gate_scales", "").endswith(".scale")  # DeepSeek's own dtypes
+    own = torch.int8 in format.dtypes  # DeepSeek's
     if format.storage is PER_EXPERT:
         for expert in range(count):
             part: Part = {}
@@ -144,7 +148,7 @@ def made(part: Part) -> Iterator[tuple[str, Tensor]]:
 
 
 def tensor(kind: str, shape: tuple[int, ...]) -> Tensor:
-    """Random numbers of a kind, about as large as those of real layers."""
+    """Random numbers of a kind; scales so that some of what GEMM1 gives is beyond SwiGLU's limit, whatever K."""
     if kind == "table":
         vocabulary, top_k, experts = shape
         return torch.rand(vocabulary, experts).argsort(1)[:, :top_k].contiguous()
@@ -155,7 +159,10 @@ def tensor(kind: str, shape: tuple[int, ...]) -> Tensor:
     if kind == "float8":
         return torch.randn(shape).to(torch.float8_e4m3fn)
     if kind.startswith("scale"):
-        scales = torch.randint(117, 122, shape, dtype=torch.uint8)
+        # Rows of weights whose norm is about 5: of hidden states of size 1 they make numbers of size 5.
+        block, size = (FP8_BLOCK, 1.0) if kind.endswith("float8") else (GROUP, 2.9)
+        middle = 127 + round(math.log2(5 / size / math.sqrt(shape[-1] * block)))
+        scales = torch.randint(middle - 2, middle + 2, shape, dtype=torch.uint8)
         return scales if kind.endswith("byte") else scales.view(torch.float8_e8m0fnu)
     codes = torch.randint(0, 256, shape, dtype=torch.uint8)
     return codes if kind.endswith("byte") else codes.view(torch.int8)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os.path
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mxfp4ref._validate import check_float, did_you_mean, shown
 from mxfp4ref.checkpoint.gguf_file import metadata
+from mxfp4ref.checkpoint.quantization import not_mxfp4
 from mxfp4ref.checkpoint.shards import GGUF, CheckpointError, read_json
 from mxfp4ref.routing.models import DEEPSEEK_V3, DEEPSEEK_V4, MIXTRAL, Preset
 from mxfp4ref.sm90.activation import SITU, SWIGLU
@@ -90,19 +91,29 @@ OPTIONS = {
 _NESTED = ("text_config", "language_config", "llm_config")
 ACTIVATION_NAMES = {"silu": SWIGLU, "swiglu": SWIGLU, "situ": SITU}
 _SUSPICIOUS = re.compile(
-    r"expert|moe|rout|gate|scor|top_?k|swiglu|glu_|(^|_)act(iv|_|$)|clamp|limit|temp|group|renorm|norm_topk"
+    r"expert|moe|rout|gat(e|ing)|scor|top_?k|swiglu|glu_|(^|_)act(iv|_|$)|clamp|limit|(^|_)temp(erature|_|$)|group"
+    r"|renorm|norm(alize)?_(topk|prob|weight)|sigmoid|softmax|correction|capacity|drop_tok|on_input"
 )
 _SCORES = {"sqrtsoftplus": DEEPSEEK_V4, "sigmoid": DEEPSEEK_V3, "softmax": MIXTRAL}
 # What a model's own code fixes, so that its config.json does not say it.
-_FIXED: dict[str, dict[str, Any]] = {
-    "mixtral": {"score": "softmax", "normalize": True},
-    "glm4_moe": {"score": "sigmoid"},
-    "qwen2_moe": {"score": "softmax"},
-    "qwen3_moe": {"score": "softmax"},
+_SOFTMAX: dict[str, Any] = {"score": "softmax"}
+_NORMALIZED = _SOFTMAX | {"normalize": True}
+_FIXED = {
+    "glm4_moe": {"score": "sigmoid", "method": "noaux_tc"},
+    "qwen2_moe": _SOFTMAX,
+    "qwen3_moe": _SOFTMAX,
+    "qwen3_next": _SOFTMAX,
+    "qwen3_vl_moe_text": _NORMALIZED,
+    "qwen3_5_moe_text": _NORMALIZED,
+    "mixtral": _NORMALIZED,
+    # By the names of GGUF, which has no keys for them either
+    "qwen3moe": _NORMALIZED,
+    "qwen3next": _NORMALIZED,
+    "qwen3vlmoe": _NORMALIZED,
+    "qwen35moe": _NORMALIZED,
 }
 _KNOWN = frozenset(key for keys in HONOURED.values() for key in keys)
 _IGNORED = re.compile("|".join(f"(?:{name})" for names in NOT_MATTERING.values() for name in names))
-_MXFP4_SCHEMES = "mxfp4, fp8 with expert_dtype fp4, compressed-tensors, quark or modelopt"
 
 
 @dataclass(frozen=True)
@@ -144,6 +155,11 @@ class Config:
             raise self.error(f"{key}: expected an int from 0 to {(1 << 31) - 1}, got {shown(value)}")
         return value
 
+    @property
+    def fixed(self) -> Mapping[str, Any]:
+        """What the code of the model's type fixes of the router, by role."""
+        return _FIXED.get(str(self.values.get("model_type")), {})
+
     def key(self, role: str) -> str:
         """The name by which the file has a role, or could have it."""
         return next((key for key in HONOURED[role] if key in self.values), " or ".join(HONOURED[role]))
@@ -181,10 +197,18 @@ class Config:
                     f"{self.key('layer_types')}: expected {'no' if hashed else 'a'} table tid2eid in layer {layer}, "
                     f"which is {shown(types[layer])}"
                 )
-        if not hashed and self.get("method", str) == ("greedy" if biased else "noaux_tc"):
+        method = self.get("method", str) or self.fixed.get("method")
+        if not hashed and method == ("greedy" if biased else "noaux_tc"):
             raise self.error(
-                f"{self.key('method')}={self.get('method', str)}: expected {'no' if biased else 'a'} correction "
+                f"{self.key('method')}={method}: expected {'no' if biased else 'a'} correction "
                 f"bias in layer {layer}"
+            )
+        n_group = self.get("n_group", int) or 1
+        limited = self.get("grouped", bool) is not False and method != "greedy"
+        if limited and not hashed and not biased and (self.get("topk_group", int) or 1) < n_group:
+            raise self.error(
+                f"{self.key('n_group')}={n_group}: expected a correction bias in layer {layer}: without one "
+                f"a group's score is its best expert's, which is not modelled"
             )
         wanted = self.get("shared_experts", int)
         if wanted is not None and bool(wanted) != shared:
@@ -205,7 +229,7 @@ class Config:
         for dtype in (self.get("expert_dtype", str), scheme.get("expert_dtype")):
             if dtype not in (None, "fp4", "mxfp4"):
                 raise self.error(f"expert_dtype: expected 'fp4', got {shown(dtype)}")
-        if wrong := _not_mxfp4(scheme):
+        if wrong := not_mxfp4(scheme):
             raise self.error(f"quantization_config.{wrong}")
 
 
@@ -221,12 +245,17 @@ def read_config(root: Path, changes: Mapping[str, Any] | None = None) -> Config:
     """
     where = "config.json"
     path = (root if root.is_dir() else root.parent) / where
-    gguf = root if root.suffix == GGUF else next(iter(sorted(root.glob(f"*{GGUF}"))), None)
+    ggufs = [root] if root.suffix == GGUF else sorted(root.glob(f"*{GGUF}"))
     values: dict[str, Any] = {}
     if os.path.lexists(path):
         values = read_json(path)
-    elif gguf is not None:
-        where, values = gguf.name, metadata(gguf)
+    elif (
+        ggufs
+    ):  # a vision tower's may be among them, and of a model in several files only the first says anything
+        found = ((file.name, metadata(file)) for file in ggufs)
+        where, values = next(
+            (f for f in found if "n_routed_experts" in f[1]), (ggufs[0].name, metadata(ggufs[0]))
+        )
     for name in _NESTED:
         nested = values.pop(name, None)
         if nested is None:
@@ -262,7 +291,7 @@ def router_of(config: Config, defaults: Mapping[str, Any]) -> Preset | None:
     Raises:
         CheckpointError: a router that is not modelled.
     """
-    fixed = {**defaults, **_FIXED.get(str(config.get("model_type", object)), {})}
+    fixed = {**defaults, **config.fixed}
 
     def setting(role: str, kind: type) -> Any:
         value = config.get(role, kind)
@@ -289,46 +318,3 @@ def router_of(config: Config, defaults: Mapping[str, Any]) -> Preset | None:
         topk_group=topk_group,
         temperature=1.0 if temperature is None else temperature,
     )
-
-
-def _not_mxfp4(scheme: Mapping[str, Any]) -> str:
-    """What in a quantization_config says that the experts' weights are not MXFP4, in words; "" if nothing does."""
-    method = scheme.get("quant_method")
-    if method in (None, "mxfp4", "fp8"):  # fp8: DeepSeek's, whose experts are a matter of expert_dtype
-        return ""
-    if method == "compressed-tensors":
-        groups = _objects(scheme.get("config_groups"))
-        formats = [scheme.get("format"), *(group.get("format") for group in groups)]
-        if "mxfp4-pack-quantized" not in formats:
-            return f"format: expected 'mxfp4-pack-quantized', got {shown(formats[0])}"
-        return ""
-    if method == "quark":
-        if any(
-            str(step.get("name")) == "rotation" and any("online" in key and step[key] for key in step)
-            for step in _objects(scheme.get("algo_config"))
-        ):
-            return "algo_config: expected no rotation of the activations, which is not modelled"
-        layers = _objects(scheme.get("layer_quant_config"))
-        weights = [part.get("weight") for part in (*_objects([scheme.get("global_quant_config")]), *layers)]
-        if not any(
-            part.get("dtype") in ("fp4", "mxfp4") for weight in weights for part in _objects([weight])
-        ):
-            return "global_quant_config.weight.dtype: expected 'fp4', found it nowhere"
-        return ""
-    if method == "modelopt":
-        wanted = {"MXFP4", "W4A8_MXFP4_FP8"}
-        layers = _objects(scheme.get("quantized_layers"))
-        algorithms = [scheme.get("quant_algo"), *(part.get("quant_algo") for part in layers)]
-        if not wanted & {a for a in algorithms if isinstance(a, str)}:
-            return f"quant_algo: expected {' or '.join(sorted(wanted))}, got {shown(algorithms[0])}"
-        return ""
-    return f"quant_method: expected {_MXFP4_SCHEMES}, got {shown(method)}"
-
-
-def _objects(value: object) -> list[dict[str, Any]]:
-    """The JSON objects in a list, or among the values of an object."""
-    found: Iterable[object] = (
-        value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    )
-    flat = [item for part in found for item in (part if isinstance(part, list) else [part])]
-    return [item for item in flat if isinstance(item, dict)]

@@ -94,6 +94,7 @@ class CheckpointFormat:
         carried: likewise of tensors that a layer may have and whose values change nothing here.
         router: a key of `PRESETS` where the models' code fixes it, so that config.json has no say; else None.
         defaults: what the models' code fixes of the router, by role of `HONOURED`, if config.json does not say it.
+        dtypes: of weights and scales where they are tensors for each expert.
         rows: the order of fc1's rows, None where gate and up are tensors of their own.
         alpha, beta: SwiGLU parameters that the models' code fixes, None where it has none.
         needs_limit: whether the models have a SwiGLU limit, so that config.json has to say which.
@@ -109,6 +110,7 @@ class CheckpointFormat:
     carried: tuple[str, ...] = ()
     router: str | None = None
     defaults: Mapping[str, Any] = field(default_factory=lambda: _EMPTY)
+    dtypes: tuple[torch.dtype, torch.dtype] = (torch.uint8, torch.uint8)
     rows: RowOrder | None = None
     alpha: float | None = None
     beta: float | None = None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from mxfp4ref.checkpoint.format import CheckpointFormat, RowOrder
 from mxfp4ref.checkpoint.gguf import GGML_BLOCKS
 from mxfp4ref.checkpoint.per_expert import PER_EXPERT
@@ -56,6 +58,7 @@ DEEPSEEK_V4 = CheckpointFormat(
     },
     shared="shared_experts.",
     defaults={"score": "sqrtsoftplus", "normalize": True},
+    dtypes=(torch.int8, torch.float8_e8m0fnu),
     needs_limit=True,
 )
 DEEPSEEK_V4_QUARK = replace(
@@ -64,6 +67,7 @@ DEEPSEEK_V4_QUARK = replace(
     stores="DeepSeek-V4 by AMD Quark",
     names={**DEEPSEEK_V4.names} | _matrices(*_W123, ".weight", ".weight_scale"),
     carried=_INPUT_SCALES,
+    dtypes=(torch.uint8, torch.uint8),
 )
 # model.layers.3.mlp.experts.E.gate_proj.weight [I, H/2] uint8, .weight_scale [I, H/32] uint8
 #                   .gate.weight [E, H] bf16, .gate.e_score_correction_bias [E] float32

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mxfp4ref._choices import ScaleRule
 from mxfp4ref.checkpoint.format import CheckpointFormat, Found, Storage, check_sizes
+from mxfp4ref.checkpoint.gguf_file import type_of
 from mxfp4ref.checkpoint.shards import CheckpointError, Shards
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE
@@ -24,6 +25,10 @@ _GATE, _UP, _DOWN = "gate_weights", "up_weights", "down_weights"
 
 
 def _find(format: CheckpointFormat, shards: Shards, prefix: str) -> Found:
+    for role in (_GATE, _UP, _DOWN):
+        name = prefix + format.names[role]
+        if name in shards.files and (kind := type_of(shards.files[name], name)) != "MXFP4":
+            raise CheckpointError(f"{shards.label(name)}: expected MXFP4, got {kind}")
     name = prefix + format.names[_GATE]
     blocks = shards.check(name, shards.read([name])[name], torch.uint8, ("E", "I", "H * 17/32"))
     count, inner, width = blocks.shape

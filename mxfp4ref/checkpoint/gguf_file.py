@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mxfp4ref.checkpoint.error import CheckpointError
 
-__all__ = ["metadata", "tensor_names", "tensors"]
+__all__ = ["metadata", "tensor_names", "tensors", "type_of"]
 
 _KEYS = {
     "expert_count": "n_routed_experts",
@@ -45,18 +45,24 @@ def tensor_names(file: Path) -> list[str]:
     return [tensor.name for tensor in _open(file).tensors]
 
 
+def type_of(file: Path, name: str) -> str:
+    """ggml's name for the type of one of a file's tensors, as "MXFP4" or "Q8_0".
+
+    Raises:
+        CheckpointError: the file has no such tensor, or cannot be read.
+    """
+    return str(_find(file, name).tensor_type.name)
+
+
 def tensors(file: Path, wanted: Iterable[str]) -> dict[str, Tensor]:
     """Tensors of a file, mapped: MXFP4 and other quantised ones as uint8 blocks along the last dimension.
 
     Raises:
         CheckpointError: the file has no such tensor, or cannot be read.
     """
-    by_name = {tensor.name: tensor for tensor in _open(file).tensors}
     found = {}
     for name in wanted:
-        if name not in by_name:
-            raise CheckpointError(f"{name}: expected in {file}, not there")
-        tensor = by_name[name]
+        tensor = _find(file, name)
         if tensor.tensor_type.name == "BF16":
             found[name] = torch.from_numpy(np.array(tensor.data)).view(torch.bfloat16)
         else:
@@ -96,6 +102,13 @@ def metadata(file: Path) -> dict[str, Any]:
         elif "." not in rest:
             values.setdefault(rest, value)
     return values
+
+
+def _find(file: Path, name: str) -> Any:
+    tensor = next((tensor for tensor in _open(file).tensors if tensor.name == name), None)
+    if tensor is None:
+        raise CheckpointError(f"{name}: expected in {file}, not there")
+    return tensor
 
 
 @functools.lru_cache(maxsize=8)

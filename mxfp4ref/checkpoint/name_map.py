@@ -71,6 +71,18 @@ def read_name_map(path: str | Path) -> CheckpointFormat:
             raise CheckpointError(
                 f"{path}: names.{role}: expected a name {wanted} {{expert}}, got {shown(name)}"
             )
+    roles: dict[str, str] = {}
+    for role, name in {**like.names, **names}.items():
+        if (other := roles.setdefault(name, role)) != role:
+            raise CheckpointError(
+                f"{path}: names: expected a name for each role, got {shown(name)} for {other} and {role}"
+            )
+    kept = {"shared": [values.get("shared", like.shared)], "carried": values.get("carried", like.carried)}
+    for key, start in ((key, start) for key, starts in kept.items() for start in starts):
+        if start and any(name.startswith(start) for name in roles):
+            raise CheckpointError(
+                f"{path}: {key}: expected the beginning of no role's name, got {shown(start)}"
+            )
     prefixes = tuple(values.get("prefixes", like.prefixes))
     for prefix in prefixes:
         if [*re.findall(r"\{.*?\}", prefix)] not in (["{layer}"], ["{draft}"]):

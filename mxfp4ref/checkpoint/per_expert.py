@@ -69,9 +69,7 @@ def _load(
 def _dump(format: CheckpointFormat, experts: Experts) -> dict[str, Tensor]:
     if experts.fc1_biases is not None or experts.fc2_biases is not None:
         raise ValueError(f"layer.experts: expected no biases in {format.name}, got some")
-    # As the formats are published: DeepSeek's in its own dtypes, all others as bytes.
-    own = format.names["gate_scales"].endswith(".scale")
-    weight_dtype, scale_dtype = (torch.int8, torch.float8_e8m0fnu) if own else (torch.uint8, torch.uint8)
+    weight_dtype, scale_dtype = format.dtypes
     tensors = {}
     for index, matrix, weights, scales in _matrices(experts):
         names = names_of(format, index)

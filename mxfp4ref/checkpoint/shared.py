@@ -11,7 +11,7 @@ from torch import Tensor
 from mxfp4ref._choices import ScaleRule
 from mxfp4ref._ieee import to_fp32, to_fp64
 from mxfp4ref._validate import check_choice, check_tensor
-from mxfp4ref.checkpoint.layer import CheckpointLayer, ExpertsInFiles, concatenated
+from mxfp4ref.checkpoint.layer import CheckpointLayer, ExpertsInFiles, concatenated, has_shared_expert
 from mxfp4ref.checkpoint.shards import CheckpointError
 from mxfp4ref.formats.experts import PARAMETERS, Experts
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE, PACKED_DTYPES, SCALE_DTYPES
@@ -45,7 +45,11 @@ def fuse_shared(layer: CheckpointLayer, rule: ScaleRule | None = None) -> Checkp
     if layer.expert_ids is not None:
         raise ValueError("layer: expected all experts to put the shared one beside them, got a part")
     if not layer.shared_experts:
-        raise ValueError(f"layer: expected a shared expert in {layer.prefix}*, found none")
+        gated = next(
+            (name for name in layer.others if has_shared_expert({}, {name: layer.others[name]})), None
+        )
+        found = f"{gated}: one with a gate of its own, or in GGUF, is not fused" if gated else "none"
+        raise ValueError(f"layer: expected a shared expert in {layer.prefix}*, found {found}")
     shared = _slots(layer, rule)
     source = layer.experts
     experts: Experts | ExpertsInFiles
@@ -64,11 +68,15 @@ def fuse_shared(layer: CheckpointLayer, rule: ScaleRule | None = None) -> Checkp
 
 def _slots(layer: CheckpointLayer, rule: ScaleRule | None) -> Experts:
     """The shared expert as experts of the width of the others, without padding and parameters."""
+    packed = {name: name.replace(".weight_packed", ".weight") for name in layer.shared_experts}
+    if len(set(packed.values())) == len(packed):  # compressed-tensors' name for weights in MXFP4
+        renamed = {packed[name]: tensor for name, tensor in layer.shared_experts.items()}
+        layer = replace(layer, shared_experts=renamed)
     names = next((names for names in _MODULES if f"{names[0]}.weight" in layer.shared_experts), None)
     if names is None:
         raise CheckpointError(
-            f"{layer.prefix}*: expected a shared expert with {_MODULES[0]} or {_MODULES[1]}, found "
-            f"{', '.join(sorted(layer.shared_experts))}"
+            f"{layer.prefix}*: expected a shared expert with {' or '.join('/'.join(names) for names in _MODULES)}, "
+            f"found {', '.join(sorted(layer.shared_experts))}"
         )
     known = {name + end for name in names for end in (".weight", *_SCALES)}
     if unknown := sorted(layer.shared_experts.keys() - known):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 
 from mxfp4ref.__main__ import commands
 from mxfp4ref.checkpoint import CheckpointError, ReadOptions, open_layer, read_layer, run_layer
-from mxfp4ref.checkpoint.config import HONOURED, NOT_MATTERING, Config, read_config
+from mxfp4ref.checkpoint.config import HONOURED, NOT_MATTERING, Config, read_config, router_of
 from mxfp4ref.checkpoint.router import router_to_run
 from mxfp4ref.routing import Gate, route, routing_weights, scoring, select_experts
 from mxfp4ref.routing.models import DEEPSEEK_V4
@@ -77,12 +78,16 @@ _GPT_OSS = (
     "swiglu_limit tie_word_embeddings use_cache vocab_size"
 )
 _QWEN3 = "decoder_sparse_step mlp_only_layers moe_intermediate_size norm_topk_prob num_experts router_aux_loss_coef"
+_QWEN3_NEXT = (
+    "full_attention_interval layer_types linear_num_value_heads partial_rotary_factor attn_output_gate "
+    "shared_expert_intermediate_size rope_parameters mtp_num_hidden_layers qkv_bias chat_template"
+)
 _MIXTRAL = (
     "num_local_experts num_experts_per_tok router_aux_loss_coef router_jitter_noise output_router_logits"
 )
 
 
-@pytest.mark.parametrize("keys", [_V4, _V41, _K3, _K2, _GPT_OSS, _QWEN3, _MIXTRAL], ids=range(7))
+@pytest.mark.parametrize("keys", [_V4, _V41, _K3, _K2, _GPT_OSS, _QWEN3, _QWEN3_NEXT, _MIXTRAL], ids=range(8))
 def test_every_key_of_published_models_is_known(keys: str) -> None:
     Config(dict.fromkeys(keys.split(), 1), "config.json").refuse_unknown()
 
@@ -260,6 +265,17 @@ REFUSED: list[tuple[Changes, str]] = [
         {"expert_capacity": 4},
         r"expert_capacity=4: .*may change the result; config=\{'expert_capacity': None\}",
     ),
+    *[
+        ({key: 1}, f"{key}=1: expected keys whose effect is known")
+        for key in (
+            "gating_func",
+            "capacity_factor",
+            "use_softmax",
+            "use_correction_bias",
+            "normalize_weights",
+        )
+    ],
+    ({"apply_weight_on_input": True}, "apply_weight_on_input=True: expected keys whose effect is known"),
     ({"moe_router_use_sigmoid": True}, "moe_router_use_sigmoid=True: expected keys whose effect is known"),
     (
         {"num_experts_per_tok": 1},
@@ -274,6 +290,62 @@ def test_what_is_not_modelled_is_refused(tmp_path: Path, changes: Changes, messa
     write_config(tmp_path, "deepseek_v4", **changes)
     with pytest.raises(CheckpointError, match=message):
         run_layer(open_layer(tmp_path, 1), write_input(tmp_path))
+
+
+def test_a_bias_that_a_model_s_code_has_is_missed(tmp_path: Path) -> None:
+    """GLM's config.json has no topk_method."""
+    make_checkpoint(
+        tmp_path, "weight_scale", lambda t: t.pop("model.layers.1.mlp.gate.e_score_correction_bias")
+    )
+    write_config(tmp_path, "weight_scale", topk_method=None, model_type="glm4_moe")
+    assert open_layer(tmp_path, 0).router_bias is not None
+    with pytest.raises(CheckpointError, match="topk_method=noaux_tc: expected a correction bias in layer 1"):
+        open_layer(tmp_path, 1)
+
+
+def test_groups_without_a_correction_bias_are_refused(tmp_path: Path) -> None:
+    """Models without one take each group's best expert for its score, those with one the sum of two."""
+    make_checkpoint(
+        tmp_path, "weight_scale", lambda t: t.pop("model.layers.1.mlp.gate.e_score_correction_bias")
+    )
+    groups: Changes = {"n_group": 2, "topk_group": 1, "topk_method": None}
+    write_config(tmp_path, "weight_scale", **groups)
+    with pytest.raises(
+        CheckpointError, match="n_group=2: expected a correction bias in layer 1: without one"
+    ):
+        open_layer(tmp_path, 1)
+    for harmless in (
+        {"topk_group": 2},
+        {"n_group": 1},
+        {"topk_method": "greedy"},
+        {"use_grouped_topk": False},
+    ):
+        write_config(tmp_path, "weight_scale", **groups | harmless)
+        open_layer(tmp_path, 1)
+
+
+@pytest.mark.parametrize(
+    ("location", "refused"), [("input", True), ("output", True), ("weight_input", False)]
+)
+def test_rotations_of_activations_are_refused(location: str, refused: bool) -> None:
+    """compressed-tensors' transforms; those of weights are in the weights already."""
+    transform = {"R4": {"type": "hadamard", "apply": [{"targets": ["re:.*down_proj"], "location": location}]}}
+    scheme = CONFIGS["compressed_tensors"]["text_config"]["quantization_config"]
+    config = Config({"quantization_config": scheme | {"transform_config": {"config_groups": transform}}}, "x")
+    with pytest.raises(CheckpointError, match="transform_config: expected no") if refused else nullcontext():
+        config.check_scheme()
+
+
+@pytest.mark.parametrize(
+    ("name", "normalize"),
+    [("qwen3_vl_moe_text", "sum"), ("qwen3_5_moe_text", "sum"), ("qwen3moe", "sum"), ("qwen3_next", None)],
+)
+def test_routers_that_a_model_s_code_fixes(name: str, normalize: str | None) -> None:
+    router = router_of(Config({"model_type": name}, "config.json"), {})
+    assert (None if router is None else router.normalize) == normalize
+    router = router_of(Config({"model_type": name, "norm_topk_prob": True}, "config.json"), {})
+    assert router is not None
+    assert (router.score, router.normalize) == (scoring.softmax, "sum")
 
 
 @pytest.mark.parametrize("key", ["scoring_func", "norm_topk_prob", "n_group", "gate_temp", "topk_method"])

@@ -299,6 +299,31 @@ def test_a_name_map_reads_and_writes(tmp_path: Path) -> None:
     assert all(same_bits(back[name], tensors[name]) for name in tensors)
 
 
+def test_a_name_map_keeps_the_dtypes_of_what_it_is_like(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "deepseek_v4")
+    tensors = {
+        name.replace("layers.", "h.").replace(".scale", ".ue8m0")
+        if ".experts." in name
+        else name.replace("layers.", "h."): tensor
+        for name, tensor in layer_tensors("deepseek_v4", 1).items()
+    }
+    save_file(tensors, tmp_path / "mine.safetensors")
+    names = "".join(
+        f'{matrix}_scales = "experts.{{expert}}.{module}.ue8m0"\n'
+        for matrix, module in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
+    )
+    (tmp_path / "names.toml").write_text(
+        f'like = "deepseek_v4"\nprefixes = ["h.{{layer}}.ffn."]\n[names]\n{names}'
+    )
+    format = read_name_map(tmp_path / "names.toml")
+    options = ReadOptions(format=format)
+    layer = read_layer(tmp_path / "mine.safetensors", 1, options=options)
+    write_layer(tmp_path / "back.safetensors", layer, format=format)
+    back = load_file(tmp_path / "back.safetensors")
+    assert back.keys() == tensors.keys()
+    assert all(same_bits(back[name], tensors[name]) for name in tensors)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -322,7 +347,19 @@ def test_a_name_map_reads_and_writes(tmp_path: Path) -> None:
             'like = "weight_scale"\n[names]\ngate_weights = "x"',
             "names.gate_weights: expected a name with {expert}",
         ),
+        (
+            'like = "gpt_oss"\ncarried = ["experts."]',
+            "carried: expected the beginning of no role's name, got 'experts.'",
+        ),
+        (
+            'like = "deepseek_v4"\nshared = "gate."',
+            "shared: expected the beginning of no role's name, got 'gate.'",
+        ),
         ('like = "gpt_oss"\n[names]\nfc1_weights = 3', "names.fc1_weights: expected str"),
+        (
+            'like = "deepseek_v4"\n[names]\nup_scales = "experts.{expert}.w1.scale"',
+            "names: expected a name for each role, got 'experts.{expert}.w1.scale' for gate_scales and up_scales",
+        ),
     ],
 )
 def test_name_maps_that_are_none(tmp_path: Path, text: str, message: str) -> None:
@@ -443,6 +480,39 @@ def test_gguf_that_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         file.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=r"model\.gguf"):
             read_layer(file, 1)
+
+
+def test_gguf_experts_of_another_type_are_refused_by_its_name(tmp_path: Path) -> None:
+    """Q8_0 has blocks of 34 bytes, which MXFP4's 17 divide."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "qwen3moe")
+    for name in ("gate", "up", "down"):
+        blocks = torch.zeros(EXPERTS, 32, 34, dtype=torch.uint8).numpy()
+        writer.add_tensor(f"blk.0.ffn_{name}_exps.weight", blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(
+        CheckpointError, match=r"ffn_gate_exps\.weight \(model\.gguf\): expected MXFP4, got Q8_0"
+    ):
+        read_layer(tmp_path, 0)
+
+
+def test_a_gguf_file_of_the_vision_tower_lies_beside_the_model(tmp_path: Path) -> None:
+    expected = deepseek_gguf(tmp_path)
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "mmproj-F16.gguf", "clip")
+    writer.add_uint32("clip.projection_dim", 64)
+    writer.add_tensor("v.patch_embd.weight", torch.ones(4).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (tmp_path / "model.gguf").rename(tmp_path / "the-model.gguf")
+    layer = read_layer(tmp_path, 1)
+    assert layer.top_k == TOP_K
+    assert_same_experts(layer.experts, expected.experts)
 
 
 def test_gguf_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

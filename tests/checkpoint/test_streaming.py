@@ -320,7 +320,25 @@ def test_a_shared_expert_twice_as_wide_takes_two_slots(tmp_path: Path) -> None:
     assert result["token_selected_experts"][0, -2:].tolist() == [EXPERTS, EXPERTS + 1]
 
 
+def test_a_shared_expert_by_compressed_tensors_names(tmp_path: Path) -> None:
+    p = "language_model.model.layers.1.mlp.shared_experts."
+
+    def pack(tensors: Tensors) -> None:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            codes, scales = quantize(tensors.pop(f"{p}{name}.weight"))
+            tensors |= {f"{p}{name}.weight_packed": codes, f"{p}{name}.weight_scale": scales}
+
+    stored = make_checkpoint(tmp_path, "compressed_tensors", pack)
+    fused = fuse_shared(read_layer(tmp_path, 1))
+    assert same_bits(fused.experts.fc2_weights[EXPERTS], stored[f"{p}down_proj.weight_packed"])
+    assert same_bits(fused.experts.fc2_scales[EXPERTS], stored[f"{p}down_proj.weight_scale"])
+
+
 def test_no_shared_expert_to_fuse(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "gpt_oss")
+    layer = read_layer(tmp_path, 1)
     with pytest.raises(ValueError, match=r"expected a shared expert in .*, found none"):
-        fuse_shared(read_layer(tmp_path, 1), "floor")
+        fuse_shared(layer, "floor")
+    gated = replace(layer, others={"shared_expert.up_proj.weight": layer.router_weight})  # as Qwen's
+    with pytest.raises(ValueError, match=r"found shared_expert\.up_proj\.weight: one with a gate of its own"):
+        fuse_shared(gated, "floor")

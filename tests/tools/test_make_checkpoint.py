@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import runpy
 import shlex
@@ -82,6 +83,21 @@ def test_sizes_that_are_no_multiples_of_128(
     with pytest.raises(SystemExit):
         make(monkeypatch, str(tmp_path / "other"), *sizes)
     assert "multiples of 128 in deepseek_v4, got 96 and 160" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("hidden", [128, 2048])
+@pytest.mark.parametrize("name", [name for name in MADE if FORMATS[name].needs_limit])
+def test_a_wrong_limit_is_seen(
+    tmp_path: Path, name: str, hidden: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every token, whatever the width."""
+    folder = tmp_path / "model"
+    sizes = ("--hidden", str(hidden), "--experts", "3", "--layers", "1", "--shards", "1")
+    make(monkeypatch, str(folder), "--format", name, *sizes)
+    layers = [open_layer(folder, 0, limit=limit) for limit in (None, math.inf)]
+    right, wrong = (next(iter(run_layer(layer, folder / "input.safetensors").values())) for layer in layers)
+    assert right.isfinite().all()
+    assert (right != wrong).any(1).all()
 
 
 @pytest.mark.parametrize("name", MADE)
