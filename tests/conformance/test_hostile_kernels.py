@@ -86,6 +86,10 @@ EVERYWHERE = [
     ("transposed", "equal", ""),
     ("of_inference_mode", "equal", ""),
     ("resized_output", "wrong output", "got bfloat16 [2, 128]"),
+    ("writes_other_bits_into_output", "wrong output", "wrote other bits into that one"),
+    ("writes_a_row_into_output", "wrong output", "wrote other bits into that one"),
+    ("copies_into_output_and_returns_its_own", "equal", ""),
+    ("puts_output_elsewhere", "wrong output", "a view of it sees nothing of the result"),
     ("poison", "not written", "wrote nothing"),
     ("not_a_number", "differs", ""),
     # What lies
