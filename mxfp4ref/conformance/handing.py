@@ -62,7 +62,7 @@ class Handed:
         given = self.keywords["output"]
         if (geometry(given), address(given)) != self._place:
             raise TensorError(
-                "output: the kernel put the tensor that it was given elsewhere: a view of it sees nothing of the result"
+                "output: the kernel put the tensor that it was given elsewhere: views of it see nothing of the result"
             )
         if outputs["output"] is given or (written := raw_bytes(given)) == raw_bytes(self._output):
             return

@@ -89,7 +89,7 @@ EVERYWHERE = [
     ("writes_other_bits_into_output", "wrong output", "wrote other bits into that one"),
     ("writes_a_row_into_output", "wrong output", "wrote other bits into that one"),
     ("copies_into_output_and_returns_its_own", "equal", ""),
-    ("puts_output_elsewhere", "wrong output", "a view of it sees nothing of the result"),
+    ("puts_output_elsewhere", "wrong output", "views of it see nothing of the result"),
     ("poison", "not written", "wrote nothing"),
     ("not_a_number", "differs", ""),
     # What lies
