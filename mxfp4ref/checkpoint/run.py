@@ -26,10 +26,11 @@ from mxfp4ref.model.parallel import Ranks, split_intermediate
 from mxfp4ref.routing.route import PADDING_ID, Routing
 from mxfp4ref.sm90.tactics import Sm90Kernel
 
-__all__ = ["OUTPUTS", "ROUTING", "layer_call", "read_input", "route_input", "run_layer"]
+__all__ = ["OUTPUTS", "ROUTER_INPUTS", "ROUTING", "layer_call", "read_input", "route_input", "run_layer"]
 
 ROUTING = ("token_selected_experts", "token_final_scales")
 OUTPUTS = ("routed_output", "output", "rank_output")
+ROUTER_INPUTS = ("logits", "token_ids", "padded", "image_mask")  # what the router alone reads
 _INPUTS = ("hidden", "logits", "token_ids", "shared_output", "padded", "image_mask", *ROUTING)
 _ONE_RANK = Ranks()
 _DEFAULT_KERNEL = Sm90Kernel()
@@ -213,10 +214,11 @@ def route_input(
         return logits, route_layer(layer, logits, given, router)
     if missing := [name for name in ROUTING if name not in given]:
         raise ValueError(f"{missing[0]}: expected in the input, too: {' and '.join(ROUTING)} go together")
-    if "logits" in given or router is not None:
-        unused = "logits" if "logits" in given else "router"
+    unused = [name for name in ROUTER_INPUTS if name in given] + ["router"] * (router is not None)
+    if unused:
         raise ValueError(
-            f"{unused}: expected none beside {' and '.join(ROUTING)}, which take the router's place"
+            f"{unused[0]}: expected none beside {' and '.join(ROUTING)}, which take the router's place"
+            + "; ids of padded tokens are -1" * (unused[0] == "padded")
         )
     ids, weights = (given[name] for name in ROUTING)
     check_tensor(ROUTING[0], ids, dtype=(torch.int32, torch.int64), shape=(len(hidden), "k"))

@@ -294,6 +294,7 @@ def _run_once(
         outputs = outputs_by_name(kind, result, handed.keywords)
         kept = {name: _output(name, outputs.get(name), want) for name, want in expected.items()}
         kept = {name: handed.zeros_in_rows_left(raw) for name, raw in kept.items()}
+        handed.check_output(outputs, kept)
         stages = {name: _stage(name, outputs[name]) for name in INTERMEDIATES if name in outputs}
         del result, outputs  # while its time is limited
     except TensorError as error:
@@ -336,9 +337,7 @@ def _output(name: str, got: object, want: Like) -> bytes:
     except TensorError as error:
         raise TensorError(f"{name}: expected a {want} tensor, got {error}") from None
     if found != want:
-        other = (
-            f" on {found.device}, where its inputs are on {want.device}" if str(found) == str(want) else ""
-        )
+        other = f" on {found.device}, where its inputs are on {want.device}" * (str(found) == str(want))
         raise TensorError(f"{name}: expected {want}, got {found}{other}")
     return raw_bytes(got)
 

@@ -12,7 +12,16 @@ from torch import Tensor
 
 from mxfp4ref.conformance.adapters import Arguments
 from mxfp4ref.conformance.comparison import differing, first_difference
-from mxfp4ref.conformance.plain import Like, TensorError, geometry, like, raw_bytes, tensor_of, without_modes
+from mxfp4ref.conformance.plain import (
+    Like,
+    TensorError,
+    address,
+    geometry,
+    like,
+    raw_bytes,
+    tensor_of,
+    without_modes,
+)
 
 __all__ = ["Handed", "to_device"]
 
@@ -39,7 +48,28 @@ class Handed:
     def poison_output(self) -> None:
         """Give the kernel a new `output`, if it takes one, which holds the poison."""
         if self._output is not None:
-            self.keywords["output"] = self._output.clone()
+            self.keywords["output"] = output = self._output.clone()
+            self._place = geometry(output), address(output)
+
+    def check_output(self, outputs: Mapping[str, Any], kept: Mapping[str, bytes]) -> None:
+        """Raise TensorError unless the `output` that was given holds what the kernel gave, or was left alone.
+
+        Args:
+            outputs, kept: what it gave, and the bytes of that with zeros in the rows that it leaves.
+        """
+        if self._output is None or "output" not in kept:
+            return
+        given = self.keywords["output"]
+        if (geometry(given), address(given)) != self._place:
+            raise TensorError(
+                "output: the kernel put the tensor that it was given elsewhere: views of it see nothing of the result"
+            )
+        if outputs["output"] is given or (written := raw_bytes(given)) == raw_bytes(self._output):
+            return
+        if self.zeros_in_rows_left(written) != kept["output"]:
+            raise TensorError(
+                "output: the kernel returned another tensor than it was given, and wrote other bits into that one"
+            )
 
     def changes(self) -> str:
         """What the kernel has changed in its inputs, in words, or ""."""

@@ -36,10 +36,11 @@ from mxfp4ref.conformance.flashinfer_kernel import flashinfer_kernel, flashinfer
 from mxfp4ref.conformance.importing import check_takes, import_function
 from mxfp4ref.conformance.plain import printable
 from mxfp4ref.conformance.stand_ins import defect_kernel, torch_bf16
+from mxfp4ref.conformance.surroundings import interference
 from mxfp4ref.goldens.runs import run_stage
 from mxfp4ref.goldens.store import KINDS
 
-__all__ = ["check_device", "environment", "is_stand_in", "load_kernel"]
+__all__ = ["check_device", "environment", "is_stand_in", "load_kernel", "load_kernel_here"]
 
 # What every call hands over, the number of arguments by place and the others' names.
 FLASHINFER_TAKES = (
@@ -58,6 +59,27 @@ FLASHINFER_TAKES = (
 )
 PLAIN_TAKES = (7, ())
 STAND_INS = ("oracle", "torch-bf16", "defect:NAME", "flashinfer", "flashinfer-w4a8")
+
+
+def load_kernel_here(spec: str | Callable[..., Any], device: str | None = None) -> Kernel:
+    """As `load_kernel`, into a process that gives verdicts: what an import replaces is put back, and told.
+
+    Raises:
+        TypeError, KernelError: as of `load_kernel`; or the import replaced a function that a verdict rests on.
+    """
+    if isinstance(spec, str) and spec.startswith("flashinfer"):  # whose imports are known
+        return load_kernel(spec, device)
+    undo = interference()
+    try:
+        kernel = load_kernel(spec, device)
+    finally:
+        replaced = undo()
+    if replaced:
+        raise KernelError(
+            f"kernel: importing {kernel.name} replaced {replaced}: a verdict needs a kernel that does not, or a "
+            "process of its own"
+        )
+    return kernel
 
 
 def load_kernel(spec: str | Callable[..., Any], device: str | None = None) -> Kernel:

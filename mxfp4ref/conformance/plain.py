@@ -25,6 +25,7 @@ from mxfp4ref._files import printable as escaped
 __all__ = [
     "Like",
     "TensorError",
+    "address",
     "geometry",
     "like",
     "of_exception",
@@ -155,6 +156,12 @@ def raw_bytes(value: object) -> bytes:
             return _string_at(_data_ptr(tensor), found.size)
     except Exception as error:  # such as no room for it, or a dtype that torch cannot copy
         raise TensorError(f"a {found} tensor that cannot be read ({of_exception(error)})") from None
+
+
+def address(value: object) -> int:
+    """Where a tensor's first element lies in memory."""
+    like(value)
+    return _data_ptr(value)  # type: ignore[arg-type]
 
 
 def geometry(value: object) -> str:

@@ -301,7 +301,7 @@ def _under_test(config: pytest.Config) -> _UnderTest:
     from mxfp4ref.conformance import Options
     from mxfp4ref.conformance.adapters import KernelError
     from mxfp4ref.conformance.again import conform_arguments
-    from mxfp4ref.conformance.kernels import environment, is_stand_in, load_kernel
+    from mxfp4ref.conformance.kernels import environment, is_stand_in, load_kernel_here
     from mxfp4ref.conformance.worker import Worker
 
     if _LOADED not in config.stash:
@@ -319,7 +319,7 @@ def _under_test(config: pytest.Config) -> _UnderTest:
                 config.add_cleanup(worker.stop)
                 found = _UnderTest(worker.kernel, worker, options, worker.environment, arguments)
             else:
-                kernel = load_kernel(spec, device)
+                kernel = load_kernel_here(spec, device)
                 found = _UnderTest(kernel, None, options, environment(kernel.device), arguments)
             config.stash[_LOADED] = found
         except (KernelError, ValueError) as error:

@@ -23,7 +23,7 @@ from mxfp4ref._validate import check_instance, shown
 from mxfp4ref.conformance.adapters import Kernel
 from mxfp4ref.conformance.again import conform_arguments
 from mxfp4ref.conformance.diagnosing import Failed, Failing, diagnosed
-from mxfp4ref.conformance.kernels import check_device, environment, is_stand_in, load_kernel
+from mxfp4ref.conformance.kernels import check_device, environment, is_stand_in, load_kernel_here
 from mxfp4ref.conformance.options import Options
 from mxfp4ref.conformance.results import CaseResult, GoldensUsed, Report, now
 from mxfp4ref.conformance.running import compare_case
@@ -102,7 +102,7 @@ def run(
             # What it says of this package is not asked of a process that a kernel is in.
             state.environment = {**worker.environment, **environment("cpu")}
         else:
-            loaded = kernel if isinstance(kernel, Kernel) else load_kernel(kernel, device)
+            loaded = kernel if isinstance(kernel, Kernel) else load_kernel_here(kernel, device)
             check_device(loaded.device)
             state.environment = environment(loaded.device)
         if options.all_tactics and not loaded.forces_tactics:

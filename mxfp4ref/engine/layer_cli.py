@@ -186,7 +186,8 @@ def layer(
         ranks = Ranks(ep_size, tp_size, expert_map=expert_map, tp_rank=tp_rank)
         with progress() as step:
             result = run_layer(found, input_path, output_path, router=router, ranks=ranks, step=step)
-        if found.image_bias is not None and "image_mask" not in open_shards(input_path).files:
+        routed = "logits" in result  # by a router, and not by ids in the input
+        if routed and found.image_bias is not None and "image_mask" not in open_shards(input_path).files:
             echo("no image_mask in the input: all tokens were routed as text", err=True)
     for name, tensor in result.items():
         echo(f"{name:22}  {describe(tensor):22}  {first_values(tensor)}")

@@ -21,7 +21,15 @@ from mxfp4ref._choices import DIAGNOSES, Diagnosing, RouterName
 from mxfp4ref._validate import check_choice, check_tensor
 from mxfp4ref.checkpoint.layer import CheckpointLayer
 from mxfp4ref.checkpoint.router import gate_of, router_to_run
-from mxfp4ref.checkpoint.run import OUTPUTS, ROUTING, layer_call, read_input, route_input, run_layer
+from mxfp4ref.checkpoint.run import (
+    OUTPUTS,
+    ROUTER_INPUTS,
+    ROUTING,
+    layer_call,
+    read_input,
+    route_input,
+    run_layer,
+)
 from mxfp4ref.checkpoint.shards import CheckpointError, open_shards
 from mxfp4ref.conformance.comparison import differing, in_words, ulp_distance
 from mxfp4ref.conformance.diagnosis import diagnose
@@ -104,21 +112,32 @@ def check_served(
     name = next(name for name in OUTPUTS if name in result)
     found = name if name in served else next(name for name in OUTPUTS if name in served)
     got = check_tensor(found, served[found], dtype=torch.bfloat16, shape=tuple(result[name].shape))
+    if not got.numel():
+        raise ValueError(f"{found}: expected the output of one token or more, got {list(got.shape)}")
     lines = [f"{other}: not compared" for other in sorted(served.keys() - {found, *ROUTING})]
     lines += [] if found == name else [f"{found}: taken for the layer's {name}"]
     routing_lines, wrong_routing = _routing(layer, given, served, result, how)
-    both = all(one in served for one in ROUTING)
+    if _no_experts(served.get(ROUTING[0]), layer):
+        lines += [*routing_lines, f"{found}: not compared: the ids in the file are no routing"]
+        return Served(tuple(lines), f"the router is wrong: {wrong_routing}", False)
+    routed = {one: served[one] for one in ROUTING if one in served}
+    chosen = (
+        result[ROUTING[0]].shape[1] - layer.fused
+    )  # slots of the router, before those of the shared expert
+    both = len(routed) == len(ROUTING) and all(
+        _same(tensor[:, chosen:], result[one][:, chosen : tensor.shape[1]]) for one, tensor in routed.items()
+    )
     expected = result[name]
     if both:
-        given = {key: tensor for key, tensor in given.items() if key != "logits"}
-        given |= {one: served[one].contiguous() for one in ROUTING}
+        given = {key: tensor for key, tensor in given.items() if key not in ROUTER_INPUTS}
+        given |= {one: tensor[:, :chosen].contiguous() for one, tensor in routed.items()}
         how = replace(how, router=None)
-        if not all(_same(served[one], result[one]) for one in ROUTING):
+        if not all(_same(given[one], result[one][:, :chosen]) for one in ROUTING):
             expected = run_layer(layer, given, ranks=how.ranks, step=how.step)[name]
     compared = _output(layer, given, got, expected, how)
     by = " for the ids and weights in the file" if both else ""
     lines += [*routing_lines, f"{found}{',' * both}{by}: {compared.words}", *compared.told]
-    if not compared.equal and not both:
+    if not compared.equal and len(routed) < len(ROUTING):
         lines.append(_NOT_TOLD_APART)
     if not bool(got.any()):
         lines.append(_nothing_to_compute(layer, result) or _ALL_ZERO)
@@ -173,6 +192,8 @@ def _routing(
             expected[name] = result[name][:, : -layer.fused]  # without the slots of the shared expert
         dtype = (torch.int32, torch.int64) if name == ROUTING[0] else torch.float32
         check_tensor(name, served[name], dtype=dtype, shape=tuple(expected[name].shape))
+    if said := _no_experts(served.get(ROUTING[0]), layer):
+        return [f"{ROUTING[0]}: {said}"], said
     got = {name: served[name].to(expected[name].dtype) for name in expected}
     lines = [f"{name}: {in_words(got[name], expected[name])}" for name in expected]
     if all(_same(got[name], expected[name]) for name in expected):
@@ -200,6 +221,20 @@ def _routing(
     rounded = {**case, "logits": given["hidden"].to(torch.float32) @ layer.router_weight.to(torch.float32).T}
     said = _factor(outputs, wanted) or routing_finding(rounded, outputs, wanted).sentence
     return [*lines, *([] if said else [_OTHER_LOGITS])], said or _PLAIN
+
+
+def _no_experts(ids: Tensor | None, layer: CheckpointLayer) -> str:
+    """Which id is no expert's, or which token names one twice, in words; "" if the kernel may be given them all."""
+    if ids is None:
+        return ""
+    outside = (ids < PADDING_ID) | (ids >= layer.num_experts + layer.fused)
+    if bool(outside.any()):
+        token, slot = outside.nonzero()[0].tolist()
+        return f"id {int(ids[token, slot])} at token {token}, slot {slot} is no expert's"
+    ordered = ids.sort(1).values
+    twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1)
+    token = int(twice.nonzero()[0]) if bool(twice.any()) else -1
+    return f"token {token} names an expert twice: {ids[token].tolist()}" if token >= 0 else ""
 
 
 def _factor(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> str:

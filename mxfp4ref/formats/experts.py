@@ -83,10 +83,9 @@ class Experts(Shown):
             ("fc1", fc1, fc1_rows, hidden),
             ("fc2", self.fc2_weights, hidden, inner),
         ):
-            if depth % GROUP_SIZE:
-                raise ValueError(
-                    f"{name}_weights: expected a multiple of {GROUP_SIZE} values along K, got {depth}"
-                )
+            if depth % GROUP_SIZE or not depth:
+                wanted = f"a multiple of {GROUP_SIZE} values along K" + ", not 0" * (not depth)
+                raise ValueError(f"{name}_weights: expected {wanted}, got {depth}")
             shape: tuple[int, ...] = (experts, rows, depth // packing)
             check_tensor(f"{name}_weights", value, dtype=fc1.dtype, shape=shape)
             scales = getattr(self, f"{name}_scales")

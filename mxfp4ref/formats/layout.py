@@ -144,6 +144,8 @@ def fold_scales_sm90(scales: Tensor, generation: Generation = NEWEST) -> Tensor:
             f"scales: expected [E, R, K/32] with R % {generation.layout.SCALE_ROWS} == 0 and K % 128 == 0, got "
             f"{list(scales.shape)} (R = {rows}, K = {groups * 32})"
         )
+    if not scales.numel():  # no bytes make no words
+        return scales.new_empty(generation.layout.folded_shape(*scales.shape))
     return generation.layout.fold(_in_words(scales))
 
 
@@ -167,7 +169,10 @@ def unfold_scales_sm90(folded: Tensor, generation: Generation | None = None) -> 
         check_generation(generation)
     possible = GENERATIONS if generation is None else (generation,)
     for candidate in possible:
-        if candidate.layout.logical_shape(folded_bytes_shape(folded)) is not None:
+        logical = candidate.layout.logical_shape(folded_bytes_shape(folded))
+        if logical is not None:
+            if not folded.numel():
+                return folded.new_empty(logical, dtype=torch.uint8)
             return candidate.layout.unfold(_in_words(folded))
     wanted = " or ".join(f"{g.layout.SCALE_AXES} ({g.name})" for g in possible)
     raise ValueError(

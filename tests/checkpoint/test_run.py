@@ -123,6 +123,10 @@ def test_given_ids_and_weights_take_the_router_s_place(tmp_path: Path) -> None:
         ({"logits": routed["logits"]}, "logits: expected none beside token_selected_experts and"),
         ({names[0]: ids + EXPERTS}, f"token_selected_experts: expected ids from -1 to {EXPERTS - 1}, got"),
         ({names[1]: weights[:, :1]}, r"token_final_scales: expected a float32 tensor of shape \[5, 2\]"),
+        (
+            {"padded": torch.ones(5, dtype=torch.bool)},
+            "padded: expected none .*; ids of padded tokens are -1$",
+        ),
         ({"hiden": hidden}, "did you mean hidden"),
     ):
         with pytest.raises(ValueError, match=message):

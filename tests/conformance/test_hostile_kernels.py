@@ -86,6 +86,10 @@ EVERYWHERE = [
     ("transposed", "equal", ""),
     ("of_inference_mode", "equal", ""),
     ("resized_output", "wrong output", "got bfloat16 [2, 128]"),
+    ("writes_other_bits_into_output", "wrong output", "wrote other bits into that one"),
+    ("writes_a_row_into_output", "wrong output", "wrote other bits into that one"),
+    ("copies_into_output_and_returns_its_own", "equal", ""),
+    ("puts_output_elsewhere", "wrong output", "views of it see nothing of the result"),
     ("poison", "not written", "wrote nothing"),
     ("not_a_number", "differs", ""),
     # What lies
@@ -577,3 +581,19 @@ def test_no_thread_for_its_pipes(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="can't start new thread"):
         Worker(SPEC)
     assert started[0].poll() is not None
+
+
+def test_what_an_import_replaces_is_no_verdict_in_this_process(tmp_path: Path) -> None:
+    """A kernel that was wrong conformed: what was noted before each run had been replaced already."""
+    path = tmp_path / "replaces_when_imported.py"
+    path.write_text(
+        "import torch\nfrom mxfp4ref.conformance import results\n"
+        "from tests.helpers.hostile_kernels import wrong as f\n"
+        "torch.equal = lambda *tensors: True\nresults.CaseResult.ok = property(lambda result: True)\n"
+    )
+    ok, equal = CaseResult.ok, torch.equal
+    with pytest.raises(
+        KernelError, match=r"importing .* replaced .*CaseResult\.ok.*: a verdict needs a kernel"
+    ):
+        run(f"{path}:f", [GOLDENS.load("finalize/slot_order")], OPTIONS, isolate=False)
+    assert (CaseResult.ok, torch.equal) == (ok, equal)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,11 @@ from mxfp4ref.__main__ import commands
 from mxfp4ref.checkpoint import (
     CheckpointLayer,
     ReadOptions,
+    fuse_shared,
     layer_call,
     open_layer,
     router_logits,
+    run_layer,
 )
 from mxfp4ref.engine.served import ServedOptions, check_served
 from mxfp4ref.formats.layout import fold_scales_sm90, unfold_scales_sm90
@@ -175,3 +178,47 @@ def test_what_cannot_be_compared(root: Path) -> None:
     assert result.exit_code == 1
     assert "all of the output is zero, which proves nothing" in result.output
     assert "the file has no token_selected_experts and token_final_scales" in result.output
+
+
+@pytest.mark.parametrize(
+    ("ids", "says"),
+    [
+        ([[3, 1], [0, 99]], "id 99 at token 1, slot 1 is no expert's"),
+        ([[3, -2], [0, 1]], "id -2 at token 0, slot 1 is no expert's"),
+        ([[3, 1], [0, 1 << 32]], "id 4294967296 at token 1, slot 1 is no expert's"),
+        ([[3, 1], [2, 2]], r"token 1 names an expert twice: \[2, 2\]"),
+    ],
+)
+@pytest.mark.parametrize("with_weights", [True, False])
+def test_ids_that_are_no_routing_are_the_router_s(
+    root: Path, ids: list[list[int]], says: str, with_weights: bool
+) -> None:
+    """Ids of 2^32 more once counted as equal, others as a file that cannot be read."""
+    layer, call = called(root)
+    served = {"routed_output": forward(call)[:2], "token_selected_experts": torch.tensor(ids)}
+    served |= {"token_final_scales": torch.ones(2, 2)} if with_weights else {}
+    found = check_served(layer, {"hidden": call.input[:2]}, served, ServedOptions(diagnosis="none"))
+    assert not found.ok
+    assert re.fullmatch(f"the router is wrong: {says}", found.verdict)
+    assert any(line.startswith("routed_output: not compared") for line in found.lines)
+
+
+@pytest.mark.parametrize("wrong", ["", "output", "weight"])
+def test_slots_of_a_fused_shared_expert(root: Path, wrong: str) -> None:
+    layer = fuse_shared(open_layer(root / "model", 1), "floor")
+    hidden = {"hidden": called(root)[1].input}
+    served = run_layer(layer, hidden)
+    if wrong:
+        served = {name: tensor.clone() for name, tensor in served.items()}
+        served["output" if wrong == "output" else "token_final_scales"][3, -1] += 1
+    found = check_served(layer, hidden, served, ServedOptions(diagnosis="none"))
+    assert (found.ok, "output is wrong" in found.verdict) == (not wrong, wrong == "output"), found
+    assert ("the router is wrong" in found.verdict) == (wrong == "weight")
+
+
+def test_no_tokens_are_not_equal(root: Path) -> None:
+    layer, call = called(root)
+    with pytest.raises(
+        ValueError, match=r"^routed_output: expected the output of one token or more, got \[0, "
+    ):
+        check_served(layer, {"hidden": call.input[:0]}, {"routed_output": call.input[:0]})

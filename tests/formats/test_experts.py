@@ -94,6 +94,22 @@ def test_refuses_no_experts() -> None:
         Experts(**empty)
 
 
+@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize(("hidden", "inner", "name"), [(0, 64, "fc1"), (64, 0, "fc2"), (0, 0, "fc1")])
+def test_refuses_sizes_of_zero(quantized: bool, hidden: int, inner: int, name: str) -> None:
+    def weights(rows: int, depth: int) -> tuple[Tensor, Tensor | None]:
+        if not quantized:
+            return torch.zeros(2, rows, depth, dtype=torch.bfloat16), None
+        return bytes_of(2, rows, depth // 2), bytes_of(2, rows, depth // 32)
+
+    def bytes_of(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.uint8)
+
+    message = rf"^{name}_weights: expected a multiple of 32 values along K, not 0, got 0$"
+    with pytest.raises(ValueError, match=message):
+        Experts(*weights(2 * inner, hidden), *weights(hidden, inner))
+
+
 def test_slice() -> None:
     part = ALL.slice(1, 3)
     assert part.num_experts == 2

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mxfp4ref.formats import layout, wordwise
-from mxfp4ref.formats.generations import BYTEWISE, GENERATIONS, WORDWISE, Generation
+from mxfp4ref.formats.generations import BYTEWISE, GENERATIONS, PLAIN, WORDWISE, Generation
 
 SETS = ("a", "b", "c")
 
@@ -157,6 +157,16 @@ def test_scales(generation: Generation, experts: int, blocks: int, quads: int, s
         assert torch.equal(layout.unfold_scales_sm90(folded.view(torch.int32), given_generation), scales)
     as_e8m0 = layout.fold_scales_sm90(scales.view(torch.float8_e8m0fnu), generation)
     assert torch.equal(as_e8m0, folded)
+
+
+@pytest.mark.parametrize("generation", [*GENERATIONS, PLAIN])
+@pytest.mark.parametrize("empty", [(0, 64, 4), (2, 0, 4), (2, 64, 0), (0, 0, 0)])
+def test_nothing_is_folded_into_nothing(generation: Generation, empty: tuple[int, int, int]) -> None:
+    folded = layout.fold_scales_sm90(torch.zeros(empty, dtype=torch.uint8), generation)
+    assert folded.shape == generation.layout.folded_shape(*empty)
+    assert layout.unfold_scales_sm90(folded, generation).shape == empty
+    packed = torch.zeros(*empty[:2], empty[2] * 16, dtype=torch.uint8)
+    assert layout.interleave_weights_sm90(packed, generation).shape == packed.shape
 
 
 def test_older_scales_of_few_rows() -> None:

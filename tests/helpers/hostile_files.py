@@ -17,6 +17,7 @@ import torch
 from click.testing import CliRunner
 
 from mxfp4ref.__main__ import commands
+from mxfp4ref.checkpoint import read_layer, run_layer
 from mxfp4ref.goldens import Goldens
 from mxfp4ref.model.forward import forward
 from mxfp4ref.model.parallel import Ranks, rank_calls
@@ -59,6 +60,10 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         *("layer", "--checkpoint", "checkpoint", "--layer", "0", "--input", "hidden.safetensors"),
         *("--output", "out.safetensors"),
     ),
+    "layer served": (
+        *("layer", "--checkpoint", "checkpoint", "--layer", "0", "--input", "hidden.safetensors"),
+        *("--served", "served.safetensors", "--diagnosis", "none"),
+    ),
     "replay": ("replay", "calls", "--diagnosis=none"),
     "replay cache": ("replay", "calls", "--autotune-cache", "autotune.json", "--any-tile"),
     "invariance": ("invariance", "calls"),
@@ -84,6 +89,9 @@ def make_folder(root: Path) -> None:
     make_checkpoint(root / "checkpoint", "gpt_oss")
     hidden = torch.randn(3, GPT_OSS_H, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     safetensors.torch.save_file({"hidden": hidden}, root / "hidden.safetensors")
+    served = run_layer(read_layer(root / "checkpoint", 0), {"hidden": hidden})
+    names = ("output", "token_selected_experts", "token_final_scales")
+    safetensors.torch.save_file({name: served[name] for name in names}, root / "served.safetensors")
     for name in "ab":
         safetensors.torch.save_file({"output": hidden}, root / f"{name}.safetensors")
     outputs = [forward(call) for call in _CALLS]

@@ -223,6 +223,27 @@ def resized_output(output: Tensor, **arguments: Any) -> None:
     output.resize_(2, 128)
 
 
+def writes_other_bits_into_output(output: Tensor, **arguments: Any) -> Tensor:
+    """Right for who takes what is returned, and wrong for who reads the tensor that was handed over."""
+    output.copy_(wrong(**arguments))
+    return right(**arguments)
+
+
+def writes_a_row_into_output(output: Tensor, **arguments: Any) -> Tensor:
+    result = right(**arguments)
+    output[:1] = result[:1]
+    return result
+
+
+def copies_into_output_and_returns_its_own(output: Tensor, **arguments: Any) -> Tensor:
+    return output.copy_(right(**arguments)).clone()
+
+
+def puts_output_elsewhere(output: Tensor, **arguments: Any) -> Tensor:
+    output.data = right(**arguments)
+    return output
+
+
 def poison(**arguments: Any) -> Any:
     return torch.full_like(arguments["input"].view(torch.int16), 0x7FA5).view(torch.bfloat16)
 

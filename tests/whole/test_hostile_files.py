@@ -623,6 +623,47 @@ hostile(
 )
 hostile("input: NaN and Inf", tensors("hidden.safetensors", hidden=BF16 * torch.inf), "(nan|logits)", "layer")
 
+# What a server gave. Every file that cannot be compared is exit code 2; whatever the server did is 1.
+SERVED = "served.safetensors"
+IDS, WEIGHTS = torch.tensor([[2, 1], [2, 0], [1, 0]]), torch.ones(3, 2)
+for name, spoil, says in (
+    ("a pipe", fifo(SERVED), "expected a safetensors file, .*regular file"),
+    ("a terabyte", sparse(SERVED), "expected a safetensors file"),
+    ("nothing", write(SERVED, ""), "expected a safetensors file"),
+    ("no output", tensors(SERVED, hidden=BF16), "expected one of routed_output, output, rank_output"),
+    ("two outputs", tensors(SERVED, output=BF16, rank_output=BF16.clone()), "expected one of"),
+    ("float32", tensors(SERVED, output=BF16.float()), "output: expected a bfloat16 tensor"),
+    ("a token less", tensors(SERVED, output=BF16[:2].clone()), "output: expected"),
+    (
+        "no tokens",
+        both(tensors(SERVED, output=BF16[:0]), tensors("hidden.safetensors", hidden=BF16[:0])),
+        "output: expected the output of one token or more",
+    ),
+    (
+        "ids of float",
+        tensors(SERVED, output=BF16, token_selected_experts=IDS.float()),
+        "expected an int32 or",
+    ),
+    (
+        "a slot less",
+        tensors(SERVED, output=BF16, token_selected_experts=IDS[:, :1].clone()),
+        "expected an int",
+    ),
+):
+    hostile(f"served: {name}", spoil, says, "layer served")
+for name, served, says in (
+    ("NaN", {"output": BF16 * torch.nan}, "the output is wrong"),
+    ("ids beyond 32 bits", {"output": BF16, "token_selected_experts": IDS + (1 << 32)}, "is no expert's"),
+    ("an id twice", {"output": BF16, "token_selected_experts": IDS * 0}, "names an expert twice"),
+    (
+        "weights of NaN",
+        {"output": BF16, "token_selected_experts": IDS, "token_final_scales": WEIGHTS * torch.nan},
+        "all weights are nan",
+    ),
+    ("a name that commands", {"output": BF16, ESCAPE: BF16.clone()}, SHOWN),
+):
+    hostile(f"served: {name}", tensors(SERVED, **served), says, layer_served=1)
+
 # Files to be compared.
 BOTH = ("a.safetensors", "b.safetensors")
 hostile("compared: a pipe", fifo("a.safetensors"), "expected a safetensors file, .*regular file", "compare")
@@ -696,8 +737,8 @@ for name, one, other, says in (
 hostile(
     "compared: nothing to differ",
     both(*(tensors(n, output=torch.ones(0)) for n in BOTH)),
-    r"output: equal, float32 \[0\]",
-    compare=0,
+    "expected a tensor with elements, got none that both",
+    "compare",
 )
 hostile(
     "compared: equal float4",

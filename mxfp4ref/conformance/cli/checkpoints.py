@@ -41,7 +41,7 @@ class Experts(click.ParamType):  # type: ignore[type-arg, unused-ignore]
         ids: list[int] = []
         for part in str(value).split(","):
             match = re.fullmatch("([0-9]{1,6})(?:-([0-9]{1,6}))?", part)
-            if match is None:
+            if match is None or int(match[2] or match[1]) < int(match[1]):
                 self.fail(f"expected experts as 64-95 or 0,8,16, got {part!r}", param, ctx)
             ids += range(int(match[1]), int(match[2] or match[1]) + 1)
         return ids

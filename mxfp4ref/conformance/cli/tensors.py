@@ -111,6 +111,9 @@ def _compared(a: Path, b: Path) -> list[dict[str, Any]]:
             row["differing"] = 0 if row["equal"] else int(differing(one[name], other[name]).sum())
         row["message"] = printable(row["message"])
         rows.append(row)
+    compared = [row for row in rows if row["compared"]]
+    if not any(row.get("elements", not row["equal"]) for row in compared):
+        raise ValueError(f"expected a tensor with elements, got none that both {a} and {b} have")
     return rows
 
 

@@ -20,7 +20,12 @@ def group_order(num_groups: int, tile_k: int, generation: Generation = NEWEST) -
 
     >>> group_order(16, 128)
     [0, 1, 2, 3, 4, 5, 7, 6, 8, 9, 11, 10, 12, 13, 14, 15]
+
+    Raises:
+        ValueError: no groups, of which no kernel makes a sum.
     """
+    if num_groups < 1:
+        raise ValueError(f"K/32: expected at least one group of {GROUP_SIZE} along K, got {num_groups}")
     per_tile = tile_k // GROUP_SIZE
     order = list(range(num_groups))
     if not generation.swaps_groups:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from mxfp4ref.formats.generations import BYTEWISE, GENERATIONS, WORDWISE, Generation
 from mxfp4ref.formats.mxfp4 import pack_codes
 from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
+from mxfp4ref.sm90.gemm.reference import group_scaled_gemm_reference
 from mxfp4ref.sm90.tactics import TILE_K, TILE_N, Tactic
 from tests.helpers import bits
 from tests.helpers.gemm_inputs import KINDS, SCALES, assert_fast_is_slow, problem, random_x
@@ -150,3 +153,10 @@ def test_arguments_are_left_alone() -> None:
     group_scaled_gemm(*arguments)
     for tensor, copy in zip(arguments, copies, strict=True):
         bits.assert_same(tensor, copy)
+
+
+@pytest.mark.parametrize("gemm", [group_scaled_gemm, group_scaled_gemm_reference])
+def test_refuses_a_k_of_zero(gemm: Callable[..., Tensor]) -> None:
+    x, weights = torch.zeros(1, 2, 0, dtype=torch.bfloat16), torch.zeros(1, 8, 0, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"^K/32: expected at least one group of 32 along K, got 0$"):
+        gemm(x, weights, weights)
