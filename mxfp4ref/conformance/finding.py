@@ -116,6 +116,8 @@ class Evidence:
         kind: as of a `Finding`.
         lost: whether it says that rows are no numbers, as a whole.
         zeros: whether it says no more than that rows are zero.
+        rounding: whether what it says may be no more than roundings before GEMM2, which another order changes too.
+        hedged: as of a `Finding`.
     """
 
     stages: tuple[str, ...]
@@ -125,6 +127,8 @@ class Evidence:
     kind: str = ""
     lost: bool = False
     zeros: bool = False
+    rounding: bool = False
+    hedged: bool = False
 
     @classmethod
     def of_kind(
@@ -145,4 +149,4 @@ class Evidence:
         return self.strength == 4 or alone or self.lost
 
     def finding(self) -> Finding:
-        return Finding(self.stages, self.sentence, kind=self.kind)
+        return Finding(self.stages, self.sentence, kind=self.kind, hedged=self.hedged)

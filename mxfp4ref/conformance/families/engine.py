@@ -144,7 +144,7 @@ def _of_blank(blank: Evidence, matches: list[Match]) -> Finding:
     sentence = (
         f"{blank.sentence}; as by {', or by '.join(names[:_MOST_NAMED])}{more}" if names else blank.sentence
     )
-    return Finding(blank.stages, sentence, kind=blank.kind)
+    return Finding(blank.stages, sentence, kind=blank.kind, hedged=blank.hedged)
 
 
 def _by_token(hypothesis: Hypothesis) -> bool:

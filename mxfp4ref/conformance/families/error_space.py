@@ -9,7 +9,7 @@ how many times likelier the errors are with a covariance than without.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -101,19 +101,21 @@ def _before(
         return None  # K of GEMM2 may be in another order
     unlike = f"{lie}, and what is wrong in it differs from token to token"
     if proportional > max(fc1, other) + _SURE:
-        return Evidence.of_kind(
+        found = Evidence.of_kind(
             ("activation", "fc2"),
             f"{unlike} in proportion to it",
             "it is rounded or scaled otherwise on its way to GEMM2",
             2,
         )
+        return replace(found, rounding=True)
     if proportional > fc1 - _SURE and max(proportional, fc1) > other:
-        return Evidence.of_kind(
+        found = Evidence.of_kind(
             ("fc1", "activation"),
             f"{unlike} in proportion to it",
             "a rounding of GEMM1 or of the activation",
             2,
         )
+        return replace(found, rounding=True)
     if function:
         return Evidence.of_kind(
             ("fc1", "activation"),

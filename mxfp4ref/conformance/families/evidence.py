@@ -12,7 +12,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.bounds import bound
 from mxfp4ref.conformance.comparison import ulp_distance
 from mxfp4ref.conformance.families.another_order import unless_in_another_order
 from mxfp4ref.conformance.families.column_factors import column_factors
@@ -27,9 +26,10 @@ from mxfp4ref.conformance.families.mixed_up import mixed_up
 from mxfp4ref.conformance.families.places import named_columns, residue_in_words
 from mxfp4ref.conformance.families.sampled import samples
 from mxfp4ref.conformance.families.second_gemm import second_gemm
+from mxfp4ref.conformance.families.zero_rows import zero_rows
 from mxfp4ref.conformance.finding import Evidence, counted
 from mxfp4ref.conformance.reach import is_spread, reached
-from mxfp4ref.conformance.reduction import is_heavy, local_experts, reduce_call
+from mxfp4ref.conformance.reduction import is_heavy, local_experts
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
 
@@ -114,22 +114,8 @@ def _telling(got: Tensor, want: Tensor, wrong: Tensor, local: Tensor) -> list[in
 def _rows(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> Iterator[Evidence]:
     """Whole rows that are zero, no numbers, or another token's."""
     rows = wrong.any(1)
-    count = int(rows.sum())
-    what = "the token that differs" if count == 1 else f"the {count} tokens that differ"
-    what = "all tokens" if count == len(rows) > 1 else what
-    if _all_zero(got, want, rows):
-        them = "it" if count == 1 else "them"
-        sentence = f"the rows of {what} are zero: nothing was added up for {them}, or nothing written"
-        if pipeline.call.ep_rank > 0:  # whose own experts have other local numbers
-            sentence += ", as where global ids are mapped to local ones twice (ep_double_mapping)"
-        if _cancels(pipeline.call, got, want, rows):
-            less = f"{what} came out as zeros, as the rest of a sum may that cancels but for its roundings"
-            yield Evidence((), less, 1, zeros=True)
-        elif _biased(pipeline, rows):
-            less = f"{sentence}; not even the fc2 bias was added"
-            yield Evidence(("slots", "finalize"), less, 2, zeros=True)
-        else:
-            yield Evidence((), sentence, 1, zeros=True)
+    if zero := list(zero_rows(pipeline, got, want, rows)):
+        yield from zero
         return
     lost = ~got.isfinite() & want.isfinite()
     others = wrong & ~lost.any(1, keepdim=True)
@@ -145,31 +131,6 @@ def _rows(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> Itera
     if pairs and len(pairs) == min(int(rows.sum()), 64) and len(got) > 1:
         shown = ", ".join(f"token {t} has token {s}'s row" for t, s in pairs[:4])
         yield Evidence.of_kind(("finalize", "input"), "rows of the output are other tokens' rows", shown, 3)
-
-
-def _all_zero(got: Tensor, want: Tensor, rows: Tensor) -> bool:
-    """Whether these rows are zero, and should not be."""
-    one, other = (fp32.widen(t[rows].contiguous()) for t in (got, want))
-    return bool(other.any()) and not bool(one.any())
-
-
-def _cancels(call: MoeCall, got: Tensor, want: Tensor, rows: Tensor) -> bool:
-    """Whether rows of zeros may be the rest of sums that cancel but for roundings."""
-    if is_heavy(call) or not call.experts.tactics_show:
-        return False
-    amount = fp32.widen(want.contiguous()).abs().sum(1).nan_to_num(0, 0, 0)
-    token = torch.where(rows, amount, -1).argmax().view(1)
-    return bool(bound(reduce_call(call, token)).contains(got[token], want[token]).all())
-
-
-def _biased(pipeline: Pipeline, rows: Tensor) -> bool:
-    """Whether each of these tokens would get an fc2 bias in its sum, whatever was computed for it."""
-    call, biases = pipeline.call, pipeline.call.experts.fc2_biases
-    if biases is None or call.tp_rank:
-        return False
-    local = local_of(pipeline)[rows]
-    given = biases.ne(0).any(1)[local.clamp(min=0)] & (local >= 0) & (call.token_final_scales[rows] != 0)
-    return bool(given.any(1).all())
 
 
 def _near_underflow(got: Tensor, want: Tensor, wrong: Tensor) -> Evidence | None:
