@@ -256,6 +256,7 @@ def _thorough(search: Search, evidence: list[Evidence]) -> list[Match]:
             if inner and call.experts.gated
             else []
         ),
+        lambda: search.run_twos(lambda: rounding_hypotheses(call), most=2),
         lambda: search.run_in_slots(left(quick())),
         *((lambda part=part: search.run_in_slots(left(part(call)))) for part in parts),
         lambda: search.run(left(row_hypotheses(call)), enough=12),

@@ -19,7 +19,7 @@ from mxfp4ref.conformance.families.distances import last_place
 from mxfp4ref.conformance.families.error_space import Space
 from mxfp4ref.conformance.families.expert_sums import other_sums
 from mxfp4ref.conformance.families.formula import Formula, fitted
-from mxfp4ref.conformance.families.hypothesis import Pipeline, local_of, slot_outputs
+from mxfp4ref.conformance.families.hypothesis import Pipeline, SlotRows, local_of, slot_outputs
 from mxfp4ref.conformance.families.lost_rows import lost_rows
 from mxfp4ref.conformance.families.lost_terms import lost_terms
 from mxfp4ref.conformance.families.mixed_up import mixed_up
@@ -32,6 +32,7 @@ from mxfp4ref.conformance.reach import is_spread, reached
 from mxfp4ref.conformance.reduction import is_heavy, local_experts
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
+from mxfp4ref.sm90.fp32 import bf16_to_fp64
 
 __all__ = ["gather", "look_closer"]
 
@@ -39,6 +40,8 @@ _TOKENS = 6  # that are looked at
 _GROSS = 32  # ulp
 _BINADES = 40  # that no sum of products spans
 _LEAST = 2.0**-125  # twice the least float32 and bf16 number that is not subnormal
+_NORMAL, _HALF = 2.0**-126, 2.0**-133 * 0.501  # the least normal number; half a unit of subnormal ones
+_FEWEST, _ALMOST_ALL = 4, 0.9  # elements that are subnormal, and the part of them that has to be explained
 _PARTLY = 0.05  # of the errors, from which a function of up and gate is not excluded
 
 
@@ -54,7 +57,7 @@ def gather(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> list
     local = local_of(pipeline)
     tokens = _telling(got, want, wrong, local)
     if (tiny := _near_underflow(got, want, wrong)) is not None:
-        return [tiny]
+        return [_kept_subnormals(pipeline, got, wrong) or tiny]
     found += _rows(pipeline, got, want, wrong)
     if not found and (lost := lost_terms(pipeline, got, want, wrong, local)) is not None:
         return unless_in_another_order(pipeline.call, got, wrong, [lost])
@@ -143,6 +146,29 @@ def _near_underflow(got: Tensor, want: Tensor, wrong: Tensor) -> Evidence | None
         f"{counted(len(far), 'element')} {'differs' if len(far) == 1 else 'differ'} by no more than 2^-125, where "
         "numbers underflow: subnormal ones are kept or flushed at another place, or something is rounded there",
         2,
+    )
+
+
+def _kept_subnormals(pipeline: Pipeline, got: Tensor, wrong: Tensor) -> Evidence | None:
+    """Subnormal numbers, which the kernel's weighted sum flushes, where they are what a sum gives that keeps them."""
+    size = bf16_to_fp64(got).abs()
+    kept = wrong & (size > 0) & (size < _NORMAL)
+    if int(kept.sum()) < _FEWEST or is_heavy(pipeline.call):
+        return None
+    rows = SlotRows.of(pipeline)
+    terms = bf16_to_fp64(rows.y.contiguous())
+    biases = pipeline.call.experts.fc2_biases
+    if biases is not None and pipeline.call.tp_rank == 0:
+        terms = terms + bf16_to_fp64(biases)[rows.local.clamp(min=0)]
+    weights = torch.where(rows.local >= 0, rows.weights, 0.0).double()
+    off = (bf16_to_fp64(got) - (terms * weights[..., None]).sum(1)).abs()[kept]
+    if not float((off <= _HALF).float().mean()) > _ALMOST_ALL:
+        return None
+    return Evidence(
+        ("finalize",),
+        f"{int(kept.sum()):,} of {counted(int(wrong.sum()), 'element')} that differ are subnormal, as where the "
+        "weighted sum keeps subnormal numbers: the SM90 kernel flushes them to zero (ftz)",
+        3,
     )
 
 
