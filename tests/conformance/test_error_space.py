@@ -79,6 +79,28 @@ def test_the_stage_is_proved(name: str) -> None:
     assert words in sentence
 
 
+def by_chance(x: Tensor) -> Tensor:
+    """Up or down to bf16."""
+    up = torch.randint(0, 1 << 16, x.shape, generator=torch.Generator().manual_seed(5), dtype=torch.int32)
+    return ((x.contiguous().view(torch.int32) + up) >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+@pytest.mark.parametrize("stage", ["round_activation", "round_fc2"])
+def test_the_stage_of_roundings_that_need_not_be_wrong(stage: str) -> None:
+    got = staged(**{stage: by_chance})
+    wrong = differing(got, EXPECTED)
+    found = look_closer(PIPELINE, got, wrong, gather(PIPELINE, got, EXPECTED, wrong))
+    staged_ones = [e for e in found if e.stages]
+    if stage == "round_fc2":
+        assert staged_ones == []
+        return
+    (one,) = staged_ones
+    assert one.stages == ("fc1", "activation")
+    assert one.hedged
+    assert "a rounding of GEMM1 or of the activation, or another order of GEMM1's sums" in one.sentence
+    assert one.sentence.endswith("lies within the interval of all correct evaluations, and need not be wrong")
+
+
 @pytest.mark.parametrize("size", [0.01, 0.1])
 def test_noise_has_no_stage(size: float) -> None:
     output = fp32.widen(EXPECTED)
