@@ -117,8 +117,10 @@ def investigate(
                 if search.out_of_time():
                     break
         few = surprise(got, want) < FEWEST_BITS  # of which some small part of a family is always right
-        if not found and thorough and not heavy and not few and known is None and not _certain(evidence):
-            found = _thorough(search, evidence)
+        if not found and thorough and not heavy and not few and known is None:
+            with search.share(0.5):
+                found = search.run_twos(lambda: rounding_hypotheses(pipeline.call), most=2)
+            found = found or ([] if _certain(evidence) else _thorough(search, evidence))
         if not found and not few:
             with search.extra(_FOR_ALMOST):
                 found = search.almost() or nearly(search)
@@ -256,7 +258,6 @@ def _thorough(search: Search, evidence: list[Evidence]) -> list[Match]:
             if inner and call.experts.gated
             else []
         ),
-        lambda: search.run_twos(lambda: rounding_hypotheses(call), most=2),
         lambda: search.run_in_slots(left(quick())),
         *((lambda part=part: search.run_in_slots(left(part(call)))) for part in parts),
         lambda: search.run(left(row_hypotheses(call)), enough=12),
