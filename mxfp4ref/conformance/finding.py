@@ -77,7 +77,8 @@ class Finding:
         common: what most failing cases share where no sentence is known: a stage, or the places that differ.
         hypotheses: of a prediction, in words all that predict the same bits, the simplest first.
         kind: what the sentence says without the numbers of its own case; "" where it has none.
-        hedged: whether it is a prediction of most bits only, so that its stages are no more than possible.
+        hedged: whether its stages are no more than possible: it predicts most bits only, or something else could give
+            them.
     """
 
     stages: tuple[str, ...] = ()
