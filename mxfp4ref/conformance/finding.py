@@ -77,7 +77,8 @@ class Finding:
         common: what most failing cases share where no sentence is known: a stage, or the places that differ.
         hypotheses: of a prediction, in words all that predict the same bits, the simplest first.
         kind: what the sentence says without the numbers of its own case; "" where it has none.
-        hedged: whether it is a prediction of most bits only, so that its stages are no more than possible.
+        hedged: whether its stages are no more than possible: it predicts most bits only, or something else could give
+            them.
     """
 
     stages: tuple[str, ...] = ()
@@ -116,6 +117,8 @@ class Evidence:
         kind: as of a `Finding`.
         lost: whether it says that rows are no numbers, as a whole.
         zeros: whether it says no more than that rows are zero.
+        rounding: whether what it says may be no more than roundings before GEMM2, which another order changes too.
+        hedged: as of a `Finding`.
     """
 
     stages: tuple[str, ...]
@@ -125,6 +128,8 @@ class Evidence:
     kind: str = ""
     lost: bool = False
     zeros: bool = False
+    rounding: bool = False
+    hedged: bool = False
 
     @classmethod
     def of_kind(
@@ -145,4 +150,4 @@ class Evidence:
         return self.strength == 4 or alone or self.lost
 
     def finding(self) -> Finding:
-        return Finding(self.stages, self.sentence, kind=self.kind)
+        return Finding(self.stages, self.sentence, kind=self.kind, hedged=self.hedged)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -115,10 +116,20 @@ def test_terms_lost_in_a_race() -> None:
 
 
 def test_what_is_near_underflow_proves_nothing() -> None:
+    call, want = captured("tiny_values"), forward(captured("tiny_values"))
+    last_bit_of_zero = torch.where(want == 0, 1, want.view(torch.int16)).to(torch.int16).view(torch.bfloat16)
+    assert bool(differing(last_bit_of_zero, want).any())
+    for got in (KERNELS["fc2_split_k_in_fp32"].function(call), last_bit_of_zero):
+        ((stages, words),) = evidence(call, got)
+        assert stages == ()
+        assert "differ by no more than 2^-125, where numbers underflow" in words
+
+
+def test_subnormal_numbers_are_a_sum_that_keeps_them() -> None:
     call = captured("tiny_values")
     ((stages, words),) = evidence(call, KERNELS["sum_keeps_subnormals"].function(call))
-    assert stages == ()
-    assert "differ by no more than 2^-125, where numbers underflow" in words
+    assert stages == ("finalize",)
+    assert "that differ are subnormal, as where the weighted sum keeps subnormal numbers" in words
 
 
 def test_a_sum_that_cancels_is_not_left_out() -> None:
@@ -126,6 +137,25 @@ def test_a_sum_that_cancels_is_not_left_out() -> None:
     assert "are zero" not in str(evidence(call, torch.zeros_like(forward(call))))
     ordinary = captured("odd_tokens")
     assert "are zero: nothing was added up" in str(evidence(ordinary, torch.zeros_like(forward(ordinary))))
+
+
+def zeros_in(call: MoeCall, tokens: Tensor) -> tuple[str, ...]:
+    ((stages, words),) = evidence(call, forward(call).index_fill(0, tokens, 0))
+    assert "are zero: nothing was added up" in words
+    assert ("all its slots were left out, or its row of the input" in words) == bool(stages)
+    return stages
+
+
+def test_rows_of_zeros_are_left_out_where_their_experts_are_right_in_others() -> None:
+    call = captured("odd_tokens")
+    ids, weights, size = call.token_selected_experts, call.token_final_scales, forward(call).abs().amax(1)
+    assert zeros_in(call, torch.arange(1, call.num_tokens, 2)) == ("slots", "finalize")
+    of_expert = (ids == 3).any(1).nonzero().flatten()
+    assert zeros_in(call, of_expert) == ()  # whose weights may be zero, and the others' rows moved
+    assert zeros_in(call, size.argsort()[:3]) == ()  # which may underflow
+    assert zeros_in(call, size.argsort()[-3:]) == ()  # or overflow
+    alone = replace(call, token_final_scales=torch.stack((weights[:, 0], weights[:, 1] * 0), 1))
+    assert zeros_in(alone, torch.arange(1, call.num_tokens, 2)) == ()  # rows of GEMM2 may be missing
 
 
 def test_an_activation_that_moved_is_not_called_a_wrong_gemm1() -> None:

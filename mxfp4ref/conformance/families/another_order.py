@@ -1,6 +1,8 @@
-"""Whether what differs is no more than another order of summation may give: then it proves nothing."""
+"""Whether what differs is no more than another order of summation may give: then it proves nothing to be wrong."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from mxfp4ref.model.call import MoeCall
 __all__ = ["unless_in_another_order"]
 
 _TOKENS = 32  # that are looked at, the most wrong ones; of a layer of real size one
+_NEED_NOT = "all that differs lies within the interval of all correct evaluations, and need not be wrong"
 _NOTHING = Evidence(
     (),
     "what differs lies within the interval of all correct evaluations: a correct kernel that sums in another order "
@@ -24,6 +27,8 @@ def unless_in_another_order(
     call: MoeCall, got: Tensor, wrong: Tensor, solved: list[Evidence]
 ) -> list[Evidence]:
     """What was solved of the errors of an output, or that they may be those of another order of summation.
+
+    Where another order makes such errors too, it is still told where they come from.
 
     Args:
         call: the right one.
@@ -40,4 +45,9 @@ def unless_in_another_order(
             inside = bound(reduce_call(call, tokens)).contains(got[tokens])
             if not bool((inside | ~wrong[tokens]).all()):
                 return solved
-    return [_NOTHING]
+    return [_in_another_order(one) for one in solved if one.rounding] or [_NOTHING]
+
+
+def _in_another_order(one: Evidence) -> Evidence:
+    words = f"{one.sentence}, or another order of GEMM1's sums; {_NEED_NOT}"
+    return replace(one, sentence=words, kind=words, hedged=True)

@@ -117,8 +117,10 @@ def investigate(
                 if search.out_of_time():
                     break
         few = surprise(got, want) < FEWEST_BITS  # of which some small part of a family is always right
-        if not found and thorough and not heavy and not few and known is None and not _certain(evidence):
-            found = _thorough(search, evidence)
+        if not found and thorough and not heavy and not few and known is None:
+            with search.share(0.5):
+                found = search.run_twos(lambda: rounding_hypotheses(pipeline.call), most=2)
+            found = found or ([] if _certain(evidence) else _thorough(search, evidence))
         if not found and not few:
             with search.extra(_FOR_ALMOST):
                 found = search.almost() or nearly(search)
@@ -144,7 +146,7 @@ def _of_blank(blank: Evidence, matches: list[Match]) -> Finding:
     sentence = (
         f"{blank.sentence}; as by {', or by '.join(names[:_MOST_NAMED])}{more}" if names else blank.sentence
     )
-    return Finding(blank.stages, sentence, kind=blank.kind)
+    return Finding(blank.stages, sentence, kind=blank.kind, hedged=blank.hedged)
 
 
 def _by_token(hypothesis: Hypothesis) -> bool:

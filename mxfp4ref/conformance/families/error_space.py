@@ -9,11 +9,12 @@ how many times likelier the errors are with a covariance than without.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from mxfp4ref.conformance.families.gains import gains, grows_alike
 from mxfp4ref.conformance.families.sampled import Sample
 from mxfp4ref.conformance.finding import Evidence
 
@@ -67,14 +68,19 @@ class Space:
         best, after = float(self.likelihoods.max()), self.likelihoods[_SHARES <= 0.2]
         if self.inside and float(self.likelihoods[_SHARES >= 0.8].max()) > best - _NEARLY:
             together = _together(self.samples, self.chosen)
-            return _before(self.chosen, together, biased=biased, function=function)
+            return _before(self.samples, self.chosen, together, biased=biased, function=function)
         if _ratio(self.likelihoods) <= -_SURE and float(after.max()) > best - _NEARLY:
             return _after(_together(self.samples, []))
         return None
 
 
 def _before(
-    chosen: list[tuple[Sample, list[int]]], together: dict[str, float], *, biased: bool, function: bool
+    some: list[Sample],
+    chosen: list[tuple[Sample, list[int]]],
+    together: dict[str, float],
+    *,
+    biased: bool,
+    function: bool,
 ) -> Evidence | None:
     """Of errors that are sums of columns of GEMM2's weights."""
     lie = "the errors are sums of columns of GEMM2's weights, as of another activation"
@@ -101,19 +107,30 @@ def _before(
         return None  # K of GEMM2 may be in another order
     unlike = f"{lie}, and what is wrong in it differs from token to token"
     if proportional > max(fc1, other) + _SURE:
-        return Evidence.of_kind(
+        found = Evidence.of_kind(
             ("activation", "fc2"),
             f"{unlike} in proportion to it",
             "it is rounded or scaled otherwise on its way to GEMM2",
             2,
         )
+        return replace(found, rounding=True)
+    relative = max(proportional, profile["fc1 relative"])
     if proportional > fc1 - _SURE and max(proportional, fc1) > other:
-        return Evidence.of_kind(
+        additive = max(profile[name] for name in ("fc1 0.02", "fc1 0.3", "fc1 1"))
+        if relative < additive + 1.5 * _SURE or grows_alike(some):  # so may another input, or a factor on it
+            return Evidence.of_kind(
+                (),
+                f"{unlike}, about in proportion to it",
+                "GEMM1, its input or the activation is rounded, scaled or summed otherwise",
+                2,
+            )
+        found = Evidence.of_kind(
             ("fc1", "activation"),
             f"{unlike} in proportion to it",
             "a rounding of GEMM1 or of the activation",
             2,
         )
+        return replace(found, rounding=True)
     if function:
         return Evidence.of_kind(
             ("fc1", "activation"),
@@ -231,7 +248,7 @@ def _together(some: list[Sample], chosen: list[tuple[Sample, list[int]]]) -> dic
         return {}
     features: dict[str, Callable[[Sample], Tensor]] = {
         "activation": lambda s: s.activation,
-        "fc1 bias": _gains,
+        "fc1 bias": gains,
         "fc2 bias": lambda s: torch.ones_like(s.activation[:, :1]),
     }
     everyone = [set(s.experts.tolist()) for s in some]
@@ -270,12 +287,6 @@ def _over_tokens(
     units = errors.square().mean(1, keepdim=True).sqrt() + 1e-300  # of a token's size nothing is said
     quiet = float((noise / units.square()).mean())
     return _likelihoods((axes.T @ (errors / units)).square(), spectrum, quiet, _SHARES)
-
-
-def _gains(sample: Sample) -> Tensor:
-    """What the activation gains with up and with gate, `[n, 2I]`, for SwiGLU without parameters."""
-    sigmoid = torch.sigmoid(sample.gate)
-    return torch.cat((sample.gate * sigmoid, sample.up * sigmoid * (1 + sample.gate * (1 - sigmoid))), 1)
 
 
 def _profile(chosen: list[tuple[Sample, list[int]]]) -> dict[str, float]:

@@ -12,7 +12,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.bounds import bound
 from mxfp4ref.conformance.comparison import ulp_distance
 from mxfp4ref.conformance.families.another_order import unless_in_another_order
 from mxfp4ref.conformance.families.column_factors import column_factors
@@ -20,18 +19,20 @@ from mxfp4ref.conformance.families.distances import last_place
 from mxfp4ref.conformance.families.error_space import Space
 from mxfp4ref.conformance.families.expert_sums import other_sums
 from mxfp4ref.conformance.families.formula import Formula, fitted
-from mxfp4ref.conformance.families.hypothesis import Pipeline, local_of, slot_outputs
+from mxfp4ref.conformance.families.hypothesis import Pipeline, SlotRows, local_of, slot_outputs
 from mxfp4ref.conformance.families.lost_rows import lost_rows
 from mxfp4ref.conformance.families.lost_terms import lost_terms
 from mxfp4ref.conformance.families.mixed_up import mixed_up
 from mxfp4ref.conformance.families.places import named_columns, residue_in_words
 from mxfp4ref.conformance.families.sampled import samples
 from mxfp4ref.conformance.families.second_gemm import second_gemm
+from mxfp4ref.conformance.families.zero_rows import zero_rows
 from mxfp4ref.conformance.finding import Evidence, counted
 from mxfp4ref.conformance.reach import is_spread, reached
-from mxfp4ref.conformance.reduction import is_heavy, local_experts, reduce_call
+from mxfp4ref.conformance.reduction import is_heavy, local_experts
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
+from mxfp4ref.sm90.fp32 import bf16_to_fp64
 
 __all__ = ["gather", "look_closer"]
 
@@ -39,6 +40,8 @@ _TOKENS = 6  # that are looked at
 _GROSS = 32  # ulp
 _BINADES = 40  # that no sum of products spans
 _LEAST = 2.0**-125  # twice the least float32 and bf16 number that is not subnormal
+_NORMAL, _HALF = 2.0**-126, 2.0**-133 * 0.501  # the least normal number; half a unit of subnormal ones
+_FEWEST, _ALMOST_ALL = 4, 0.9  # elements that are subnormal, and the part of them that has to be explained
 _PARTLY = 0.05  # of the errors, from which a function of up and gate is not excluded
 
 
@@ -54,7 +57,7 @@ def gather(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> list
     local = local_of(pipeline)
     tokens = _telling(got, want, wrong, local)
     if (tiny := _near_underflow(got, want, wrong)) is not None:
-        return [tiny]
+        return [_kept_subnormals(pipeline, got, wrong) or tiny]
     found += _rows(pipeline, got, want, wrong)
     if not found and (lost := lost_terms(pipeline, got, want, wrong, local)) is not None:
         return unless_in_another_order(pipeline.call, got, wrong, [lost])
@@ -114,22 +117,8 @@ def _telling(got: Tensor, want: Tensor, wrong: Tensor, local: Tensor) -> list[in
 def _rows(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> Iterator[Evidence]:
     """Whole rows that are zero, no numbers, or another token's."""
     rows = wrong.any(1)
-    count = int(rows.sum())
-    what = "the token that differs" if count == 1 else f"the {count} tokens that differ"
-    what = "all tokens" if count == len(rows) > 1 else what
-    if _all_zero(got, want, rows):
-        them = "it" if count == 1 else "them"
-        sentence = f"the rows of {what} are zero: nothing was added up for {them}, or nothing written"
-        if pipeline.call.ep_rank > 0:  # whose own experts have other local numbers
-            sentence += ", as where global ids are mapped to local ones twice (ep_double_mapping)"
-        if _cancels(pipeline.call, got, want, rows):
-            less = f"{what} came out as zeros, as the rest of a sum may that cancels but for its roundings"
-            yield Evidence((), less, 1, zeros=True)
-        elif _biased(pipeline, rows):
-            less = f"{sentence}; not even the fc2 bias was added"
-            yield Evidence(("slots", "finalize"), less, 2, zeros=True)
-        else:
-            yield Evidence((), sentence, 1, zeros=True)
+    if zero := list(zero_rows(pipeline, got, want, rows)):
+        yield from zero
         return
     lost = ~got.isfinite() & want.isfinite()
     others = wrong & ~lost.any(1, keepdim=True)
@@ -147,31 +136,6 @@ def _rows(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> Itera
         yield Evidence.of_kind(("finalize", "input"), "rows of the output are other tokens' rows", shown, 3)
 
 
-def _all_zero(got: Tensor, want: Tensor, rows: Tensor) -> bool:
-    """Whether these rows are zero, and should not be."""
-    one, other = (fp32.widen(t[rows].contiguous()) for t in (got, want))
-    return bool(other.any()) and not bool(one.any())
-
-
-def _cancels(call: MoeCall, got: Tensor, want: Tensor, rows: Tensor) -> bool:
-    """Whether rows of zeros may be the rest of sums that cancel but for roundings."""
-    if is_heavy(call) or not call.experts.tactics_show:
-        return False
-    amount = fp32.widen(want.contiguous()).abs().sum(1).nan_to_num(0, 0, 0)
-    token = torch.where(rows, amount, -1).argmax().view(1)
-    return bool(bound(reduce_call(call, token)).contains(got[token], want[token]).all())
-
-
-def _biased(pipeline: Pipeline, rows: Tensor) -> bool:
-    """Whether each of these tokens would get an fc2 bias in its sum, whatever was computed for it."""
-    call, biases = pipeline.call, pipeline.call.experts.fc2_biases
-    if biases is None or call.tp_rank:
-        return False
-    local = local_of(pipeline)[rows]
-    given = biases.ne(0).any(1)[local.clamp(min=0)] & (local >= 0) & (call.token_final_scales[rows] != 0)
-    return bool(given.any(1).all())
-
-
 def _near_underflow(got: Tensor, want: Tensor, wrong: Tensor) -> Evidence | None:
     """Differences that are as small as the least numbers, and tell nothing of where they come from."""
     far = (fp32.widen(got[wrong]).double() - fp32.widen(want[wrong]).double()).abs()
@@ -182,6 +146,29 @@ def _near_underflow(got: Tensor, want: Tensor, wrong: Tensor) -> Evidence | None
         f"{counted(len(far), 'element')} {'differs' if len(far) == 1 else 'differ'} by no more than 2^-125, where "
         "numbers underflow: subnormal ones are kept or flushed at another place, or something is rounded there",
         2,
+    )
+
+
+def _kept_subnormals(pipeline: Pipeline, got: Tensor, wrong: Tensor) -> Evidence | None:
+    """Subnormal numbers, which the kernel's weighted sum flushes, where they are what a sum gives that keeps them."""
+    size = bf16_to_fp64(got).abs()
+    kept = wrong & (size > 0) & (size < _NORMAL)
+    if int(kept.sum()) < _FEWEST or is_heavy(pipeline.call):
+        return None
+    rows = SlotRows.of(pipeline)
+    terms = bf16_to_fp64(rows.y.contiguous())
+    biases = pipeline.call.experts.fc2_biases
+    if biases is not None and pipeline.call.tp_rank == 0:
+        terms = terms + bf16_to_fp64(biases)[rows.local.clamp(min=0)]
+    weights = torch.where(rows.local >= 0, rows.weights, 0.0).double()
+    off = (bf16_to_fp64(got) - (terms * weights[..., None]).sum(1)).abs()[kept]
+    if not float((off <= _HALF).float().mean()) > _ALMOST_ALL:
+        return None
+    return Evidence(
+        ("finalize",),
+        f"{int(kept.sum()):,} of {counted(int(wrong.sum()), 'element')} that differ are subnormal, as where the "
+        "weighted sum keeps subnormal numbers: the SM90 kernel flushes them to zero (ftz)",
+        3,
     )
 
 

@@ -19,7 +19,6 @@ from mxfp4ref.conformance.families.hypothesis import (
     Hypothesis,
     Pipeline,
     SlotRows,
-    composed,
     finalized,
     local_of,
     of_first_factor,
@@ -27,6 +26,7 @@ from mxfp4ref.conformance.families.hypothesis import (
 )
 from mxfp4ref.conformance.families.limited import in_columns, in_rows, in_slots, in_slots_alone
 from mxfp4ref.conformance.families.named import NUMBER_OF_NAMES
+from mxfp4ref.conformance.families.pairs import alike, pairs
 from mxfp4ref.conformance.families.places import (
     fitting_attributes,
     kinds_of_tokens,
@@ -320,8 +320,8 @@ class Search:
         starts: dict[float, Hypothesis] = {}  # of those that come equally near, the simplest
         for distance, first in ranked:
             if first.of_rows is None and not first.name:
-                starts.setdefault(round(distance, 2), first)
-        for first in list(starts.values())[:most]:
+                starts.setdefault(alike(distance), first)
+        for distance, first in list(starts.items())[:most]:
             if self.out_of_time():
                 break
             base = first.change(self.pipeline)
@@ -333,11 +333,11 @@ class Search:
             inner = Search(base, self.got, output, self.until)
             found = inner.run(hypotheses(), enough=1)
             self.tried += inner.tried
+            same = [h for d, h in ranked if h is not first and alike(d) == alike(distance)]
             for match in found:
-                both = composed(first, match.hypothesis)
-                result = both.run(self.pipeline)
-                if result is not None and not bool(differing(result, self.got).any()):
-                    return [Match(both, True)]
+                if both := pairs(self.pipeline, self.got, [first], match.hypothesis):
+                    both += pairs(self.pipeline, self.got, same, match.hypothesis)
+                    return [Match(pair, True) for pair in both]
         return []
 
 

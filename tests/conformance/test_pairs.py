@@ -1,0 +1,35 @@
+"""Two changes at once, of which the first one is told by each of the words that give the same."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mxfp4ref import forward
+from mxfp4ref.conformance.families.engine import prepared, told
+from mxfp4ref.conformance.families.outputs import factor_hypotheses
+from mxfp4ref.conformance.families.roundings import rounding_hypotheses
+from mxfp4ref.conformance.families.search import Search
+from mxfp4ref.model.call import MoeCall
+from mxfp4ref.model.forward import Stages
+from mxfp4ref.sm90.fp32 import mul
+from tests.held_out_kernels.calls import captured
+
+
+def doubled_and_cut(x: Tensor) -> Tensor:
+    return (mul(x, torch.full_like(x, 2.0)).view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def test_a_factor_and_a_rounding_are_told_with_all_places_of_the_factor() -> None:
+    call: MoeCall = captured("odd_tokens")
+    pipeline, got = prepared(call), forward(call, Stages(round_output=doubled_and_cut))
+    search = Search(pipeline, got, forward(call), 1e300)
+    assert search.run(factor_hypotheses(2.0)) == []
+    found = search.run_twos(lambda: rounding_hypotheses(call), most=2)
+    words = [match.hypothesis.words for match in found]
+    assert all("the output is cut to bf16 instead of rounded" in one for one in words)
+    for place in ("on the sum", "on the routing weights", "on GEMM2's result", "on the activation"):
+        assert any(f"a factor of 2 too many {place}" in one for one in words)
+    finding = told(found, [], [call])
+    assert finding.exact
+    assert "finalize" in finding.stages
