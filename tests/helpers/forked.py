@@ -38,6 +38,7 @@ def _read_at_start(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 _Fresh = subprocess.Popen  # which tests replace by the class below
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of all processes that tests start
 _AT_START = _read_at_start(os.environ)
 _START = "from tests.helpers.forked import serve; serve({fd}, {parent}, {used})"
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
