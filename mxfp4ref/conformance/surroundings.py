@@ -19,7 +19,8 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from types import BuiltinFunctionType, FunctionType, ModuleType
+from operator import is_
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -173,7 +174,12 @@ def interference() -> Callable[[], str]:
     They are this package's, with their code, and torch's. It says in words what a kernel had replaced.
     """
     ours = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == "mxfp4ref"]
-    classes = [c for module in ours for c in vars(module).values() if _is_class_of(c, module)]
+    classes = [
+        value
+        for module in ours
+        for value in vars(module).values()
+        if isinstance(value, type) and value.__module__ == module.__name__
+    ]
     # Copies of all that they have, since these take less time than to choose what is code.
     noted = {owner: dict(vars(owner)) for owner in (*ours, *classes)}
     functions = {f for found in noted.values() for f in found.values() if type(f) is FunctionType}
@@ -184,6 +190,8 @@ def interference() -> Callable[[], str]:
         changed = []
         for owner, found in noted.items():
             now = vars(owner)
+            if len(now) == len(found) and all(map(is_, now.values(), found.values())):
+                continue
             for name, value in found.items():
                 if (new := now.get(name)) is value or not issubclass(type(value), _CODE):
                     continue
@@ -206,10 +214,6 @@ def interference() -> Callable[[], str]:
 
 
 _INHERITED = frozenset(dir(torch._C.TensorBase)) - frozenset(vars(torch.Tensor))
-
-
-def _is_class_of(value: Any, module: ModuleType) -> bool:
-    return isinstance(value, type) and value.__module__ == module.__name__
 
 
 def _package_of(value: Any) -> str:
