@@ -32,9 +32,12 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def _read_at_start(environment: Mapping[str, str]) -> dict[str, str]:
-    """What Python, numba and torch read when they start; a copy extends its path by itself."""
-    names = ("PYTHON", "NUMBA", "OMP", "MKL", "TORCH")
-    return {k: v for k, v in environment.items() if k.startswith(names) and k != "PYTHONPATH"}
+    """What Python, numba and torch read when they start.
+
+    A copy extends its path by itself; the other is set by torch's compiler at its first use, for itself.
+    """
+    names, later = ("PYTHON", "NUMBA", "OMP", "MKL", "TORCH"), ("PYTHONPATH", "TORCHINDUCTOR_CACHE_DIR")
+    return {k: v for k, v in environment.items() if k.startswith(names) and k not in later}
 
 
 _Fresh = subprocess.Popen  # which tests replace by the class below
