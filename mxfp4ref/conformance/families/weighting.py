@@ -34,7 +34,7 @@ _Weigh = Callable[[Tensor, Tensor], Tensor]  # weights [M, k] and local experts 
 
 def mul(a: Tensor, b: Tensor) -> Tensor:
     # Not by `torch.broadcast_shapes`, which imports sympy: that takes a second in each process.
-    return fp32.mul(*torch.broadcast_tensors(a, b))
+    return fp32.mul(*torch.broadcast_tensors(a, b))  # type: ignore[no-untyped-call]
 
 
 def _total(weights: Tensor, local: Tensor) -> Tensor:
