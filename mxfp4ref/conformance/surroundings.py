@@ -181,7 +181,7 @@ def interference() -> Callable[[], str]:
         if isinstance(value, type) and value.__module__ == module.__name__
     ]
     # Copies of all that they have, since these take less time than to choose what is code.
-    noted = {owner: dict(vars(owner)) for owner in (*ours, *classes)}
+    noted: dict[Any, dict[str, Any]] = {owner: dict(vars(owner)) for owner in (*ours, *classes)}
     functions = {f for found in noted.values() for f in found.values() if type(f) is FunctionType}
     bodies = [(f, f.__code__, f.__defaults__) for f in functions]
     noted |= {owner: _code_of(owner, _FUNCTIONS) for owner in (torch, torch.Tensor)}
