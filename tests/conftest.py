@@ -6,7 +6,6 @@ share the cores. `tests/helpers/modes.py` is where several threads have to give 
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -19,7 +18,6 @@ from hypothesis import settings
 from mxfp4ref.goldens.manifest import write_builtin
 from tests.helpers import forked
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a suite in a shell's background: tests send it
     signal.signal(signal.SIGINT, signal.default_int_handler)

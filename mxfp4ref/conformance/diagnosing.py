@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -211,7 +211,7 @@ class Failing:
         """What they come to; where some lie within bounds and some do not, what the latter come to."""
         within = {r.case for r in results if r.within_bounds}
         outside = {case: one for case, one in together.items() if case not in within}
-        found = _judged(outside or together, results, goldens)
+        found = _judged(outside or together, results, goldens, self._suspects)
         if not outside:  # evidence says what is wrong, which none of them need be
             by_case = {case: one if one.exact else UNKNOWN for case, one in found.by_case.items()}
             finding = found.finding if found.finding.exact or found.finding.cases else UNKNOWN
@@ -257,7 +257,12 @@ def _strongest(judged: Finding, telling: list[Diagnosis]) -> Finding:
     return judged if (judged.sentence or judged.stages) and not (own.exact or own.cases) else own
 
 
-def _judged(failures: Mapping[str, Failed], results: list[CaseResult], goldens: Goldens | None) -> Verdict:
+def _judged(
+    failures: Mapping[str, Failed],
+    results: list[CaseResult],
+    goldens: Goldens | None,
+    known: Collection[str],
+) -> Verdict:
     """What the calls that are diagnosed together come to."""
     wrong = []
     for case, failed in failures.items():
@@ -275,7 +280,7 @@ def _judged(failures: Mapping[str, Failed], results: list[CaseResult], goldens: 
                 yield prepared(one.inputs), one.expected["output"]
 
     with on_cpu():
-        return judge(wrong, passing, seconds=_SECONDS)
+        return judge(wrong, passing, seconds=_SECONDS, known=known)
 
 
 def _of_some(finding: Finding, cases: int) -> Finding:

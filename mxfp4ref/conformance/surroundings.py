@@ -19,7 +19,8 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from types import BuiltinFunctionType, FunctionType, ModuleType
+from operator import is_
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -173,26 +174,38 @@ def interference() -> Callable[[], str]:
     They are this package's, with their code, and torch's. It says in words what a kernel had replaced.
     """
     ours = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == "mxfp4ref"]
-    classes = [c for module in ours for c in vars(module).values() if _is_class_of(c, module)]
-    noted = {owner: _code_of(owner, _CODE) for owner in (*ours, *classes)}
+    classes = [
+        value
+        for module in ours
+        for value in vars(module).values()
+        if isinstance(value, type) and value.__module__ == module.__name__
+    ]
+    # Copies of all that they have, since these take less time than to choose what is code.
+    noted: dict[Any, dict[str, Any]] = {owner: dict(vars(owner)) for owner in (*ours, *classes)}
     functions = {f for found in noted.values() for f in found.values() if type(f) is FunctionType}
-    bodies = [(f, f.__code__, f.__defaults__) for f in functions if _package_of(f) == "mxfp4ref"]
+    bodies = [(f, f.__code__, f.__defaults__) for f in functions]
     noted |= {owner: _code_of(owner, _FUNCTIONS) for owner in (torch, torch.Tensor)}
 
     def restore() -> str:
         changed = []
         for owner, found in noted.items():
+            now = vars(owner)
+            if len(now) == len(found) and all(map(is_, now.values(), found.values())):
+                continue
             for name, value in found.items():
-                new = vars(owner).get(name)
+                if (new := now.get(name)) is value or not issubclass(type(value), _CODE):
+                    continue
                 # torch replaces some functions by its own when it imports its compiler.
-                if new is not value and {_package_of(value), _package_of(new)} != {"torch"}:
+                if {_package_of(value), _package_of(new)} != {"torch"}:
                     setattr(owner, name, value)
                     changed.append(f"{owner.__name__}.{name}")
         for name in [name for name in vars(torch.Tensor) if name in _INHERITED - noted[torch.Tensor].keys()]:
             delattr(torch.Tensor, name)
             changed.append(f"Tensor.{name}")
         for function, code, defaults in bodies:
-            if function.__code__ is not code or function.__defaults__ is not defaults:
+            if function.__code__ is code and function.__defaults__ is defaults:
+                continue
+            if _package_of(function) == "mxfp4ref":
                 function.__code__, function.__defaults__ = code, defaults
                 changed.append(f"{function.__module__}.{function.__qualname__}")
         return _listed(changed)
@@ -201,10 +214,6 @@ def interference() -> Callable[[], str]:
 
 
 _INHERITED = frozenset(dir(torch._C.TensorBase)) - frozenset(vars(torch.Tensor))
-
-
-def _is_class_of(value: Any, module: ModuleType) -> bool:
-    return isinstance(value, type) and value.__module__ == module.__name__
 
 
 def _package_of(value: Any) -> str:

@@ -15,13 +15,17 @@ from torch import Tensor
 from mxfp4ref.__main__ import commands
 from mxfp4ref.conformance import Kernel, Options, diagnose, run
 from mxfp4ref.conformance.families import FAMILIES, family_of
+from mxfp4ref.conformance.families.activations import activation_hypotheses
+from mxfp4ref.conformance.families.batches import each
+from mxfp4ref.conformance.families.engine import prepared
+from mxfp4ref.conformance.families.hypothesis import Pipeline
 from mxfp4ref.conformance.families.places import named_columns
 from mxfp4ref.conformance.families.slot_kinds import position_in_expert
 from mxfp4ref.conformance.looking import SECONDS
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.defects.variants.finalize import FinalizeVariant
 from mxfp4ref.defects.variants.swiglu import SwigluVariant
-from mxfp4ref.goldens import open_goldens
+from mxfp4ref.goldens import open_goldens, tensor_bytes
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import Stages, forward
 from mxfp4ref.sm90 import fp32
@@ -243,6 +247,18 @@ def test_one_finding_for_all_cases() -> None:
     assert (report.finding.stages, report.finding.exact) == (("fc1",), True)
     assert "Every wrong bit is predicted by this" in report.verdict
     assert all(r.ok or (r.diagnosis and r.diagnosis.finding.exact) for r in report.results)
+
+
+def test_activations_that_are_computed_at_once_are_those_of_each_alone() -> None:
+    part = prepared(CALL.select(slice(3, 4)))
+    some = [*activation_hypotheses(part.call)][::9]
+    outputs = [output for _, output in each(part, some, Pipeline.run)]
+    assert len({tensor_bytes(output) for output in outputs if output is not None}) > len(some) / 2
+    for hypothesis, output in zip(some, outputs, strict=True):
+        alone = hypothesis.run(part)
+        assert output is not None
+        assert alone is not None
+        assert torch.equal(output, alone), hypothesis.words
 
 
 def test_every_named_defect_of_the_layer_has_a_family() -> None:

@@ -32,12 +32,16 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def _read_at_start(environment: Mapping[str, str]) -> dict[str, str]:
-    """What Python, numba and torch read when they start; a copy extends its path by itself."""
-    names = ("PYTHON", "NUMBA", "OMP", "MKL", "TORCH")
-    return {k: v for k, v in environment.items() if k.startswith(names) and k != "PYTHONPATH"}
+    """What Python, numba and torch read when they start.
+
+    A copy extends its path by itself; the other is set by torch's compiler at its first use, for itself.
+    """
+    names, later = ("PYTHON", "NUMBA", "OMP", "MKL", "TORCH"), ("PYTHONPATH", "TORCHINDUCTOR_CACHE_DIR")
+    return {k: v for k, v in environment.items() if k.startswith(names) and k not in later}
 
 
 _Fresh = subprocess.Popen  # which tests replace by the class below
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of all processes that tests start
 _AT_START = _read_at_start(os.environ)
 _START = "from tests.helpers.forked import serve; serve({fd}, {parent}, {used})"
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36

@@ -109,9 +109,13 @@ def oracle_arguments() -> dict[str, Any]:
     given |= {"output_dtype": torch.bfloat16, "quant_scales": [made.fc1_scales, made.fc2_scales]}
     given |= {"fc1_expert_biases": made.fc1_biases, "fc2_expert_biases": made.fc2_biases}
     given |= {name: getattr(made, name) for name in experts.PARAMETERS}
+    return {**oracle_defaults(), **given, "use_w4_group_scaling": True}
+
+
+@cache
+def oracle_defaults() -> dict[str, Any]:
     signature = inspect.signature(oracle.torch_ref_cutlass_fused_moe)
-    given |= {name: p.default for name, p in signature.parameters.items() if name not in given}
-    return given | {"use_w4_group_scaling": True}
+    return {name: p.default for name, p in signature.parameters.items()}
 
 
 def dense_oracle_arguments() -> dict[str, Any]:

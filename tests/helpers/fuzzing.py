@@ -228,6 +228,11 @@ class Target:
     def annotations(self) -> dict[str, Any]:
         return get_type_hints(self.function)
 
+    @cached_property
+    def fingerprints(self) -> dict[str, Any]:
+        """Of the valid arguments."""
+        return {name: fingerprints(value) for name, value in self.arguments().items()}
+
     def choices(self, argument: str, value: Any) -> list[str]:
         """The names of the changes of an argument that has this value."""
         names = [change for change in changes(value) if change not in self.without.get(argument, ())]
@@ -265,7 +270,7 @@ def tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Mapping):
         return [t for item in value.values() for t in tensors(item)]
     if isinstance(value, tuple | list):
-        return [t for item in value for t in tensors(item)]
+        return [t for item in value if type(item) is not float for t in tensors(item)]
     if is_dataclass(value) and not isinstance(value, type):
         return [t for field in fields(value) for t in tensors(getattr(value, field.name))]
     return []
@@ -277,7 +282,10 @@ def problem(target: Target, valid: Any, changed: Mapping[str, str]) -> str:
     for name, change in changed.items():
         arguments[name] = changes(arguments[name])[change]()
     read_only = {name: value for name, value in arguments.items() if name not in target.written}
-    before = fingerprints(read_only)
+    known = target.fingerprints
+    before = {
+        name: fingerprints(value) if name in changed else known[name] for name, value in read_only.items()
+    }
     try:
         with time_limit(SECONDS):
             result = target.function(**arguments)
@@ -290,7 +298,9 @@ def problem(target: Target, valid: Any, changed: Mapping[str, str]) -> str:
             return ""
         return f"{type(error).__name__}: {str(error)[:300]}"
     return wrong_result(target, changed, arguments, result, valid) or (
-        "" if fingerprints(read_only) == before else "an argument was written into"
+        ""
+        if {name: fingerprints(value) for name, value in read_only.items()} == before
+        else "an argument was written into"
     )
 
 

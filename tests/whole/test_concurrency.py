@@ -75,7 +75,8 @@ def test_two_writers_and_a_reader(tmp_path: Path) -> None:
     kept = Goldens(root)
     assert kept.names() == list(CASES)
     seen = set()
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as executor:
+    multiprocessing.set_forkserver_preload([__name__])  # so that torch is imported once
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("forkserver")) as executor:
         writers = [executor.submit(keep_writing, root, pattern) for pattern in ("layout/f*", "layout/s*")]
         while not all(writer.done() for writer in writers):
             # One that was opened before all changes, and one that is opened between them.

@@ -1,9 +1,9 @@
-"""Many hypotheses on the experts' tensors, computed by one forward: each has experts of its own."""
+"""Many hypotheses on the experts' tensors and the activation, computed by one forward: each has its own experts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields, replace
 from itertools import islice
 
 import torch
@@ -12,11 +12,13 @@ from torch import Tensor
 from mxfp4ref.conformance.families.hypothesis import FAILURES, Hypothesis, Pipeline, local_of
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.model.forward import KERNEL
+from mxfp4ref.sm90.activation import Activation
 
 __all__ = ["each"]
 
 _AT_ONCE = 32
 _BYTES = 1 << 24  # of the experts of one forward
+_ROWS = 256  # which the activation takes at once
 _NAMES = tuple(field.name for field in fields(Experts))
 
 
@@ -39,7 +41,7 @@ def each(
     size = sum(t.nbytes for n in _NAMES if (t := getattr(part.call.experts, n)) is not None)
     size = size // part.call.experts.num_experts * len(used)
     rest = iter(hypotheses)
-    while some := list(islice(rest, max(1, min(_AT_ONCE, _BYTES // size)))):
+    while some := list(islice(rest, max(1, min(_AT_ONCE, _BYTES // size, _ROWS // len(used))))):
         alike: dict[tuple[bool, ...], list[tuple[Hypothesis, Pipeline]]] = {}
         for one in some:
             if (changed := _reduced(part, one, used)) is None:
@@ -78,12 +80,12 @@ def _reduced(part: Pipeline, hypothesis: Hypothesis, used: Tensor) -> Pipeline |
 
 
 def _simple(part: Pipeline, changed: Pipeline) -> bool:
-    """Whether nothing but the experts' tensors and the input differ."""
+    """Whether nothing but the experts' tensors, the input and the activation differ."""
     call, right = changed.call, part.call
     others = [f.name for f in fields(right) if f.name not in ("input", "experts")]
     pairs = [(getattr(call, name), getattr(right, name)) for name in others]
     return (
-        changed.stages is part.stages
+        replace(changed.stages, activate=part.stages.activate) == part.stages
         and changed.run_call is None
         and changed.after is None
         and type(call) is type(right)
@@ -103,7 +105,7 @@ def _joined(part: Pipeline, reduced: list[Pipeline]) -> Pipeline:
     for name in _NAMES:
         parts = [getattr(p.call.experts, name) for p in reduced]
         tensors[name] = None if parts[0] is None else torch.cat(parts)
-    return part.calling(
+    return part.staging(activate=_one_by_one([p.stages.activate for p in reduced], count)).calling(
         input=torch.cat([p.call.input for p in reduced]),
         token_selected_experts=ids,
         token_final_scales=part.call.token_final_scales.expand(len(reduced), -1).contiguous(),
@@ -111,3 +113,23 @@ def _joined(part: Pipeline, reduced: list[Pipeline]) -> Pipeline:
         ep_size=1,
         ep_rank=0,
     )
+
+
+def _one_by_one(functions: list[Callable[..., Tensor]], count: int) -> Callable[..., Tensor]:
+    """An activation of which each function gets its `count` rows, as if it were alone."""
+    if all(function is functions[0] for function in functions):
+        return functions[0]
+
+    def activate(
+        activation: Activation, rows: Tensor, bias: Tensor | None, parameters: Sequence[Tensor | None]
+    ) -> Tensor:
+        if len(rows) != count * len(functions):
+            raise ValueError("rows: expected those of all functions")
+        outputs = []
+        for number, function in enumerate(functions):
+            own = slice(number * count, (number + 1) * count)
+            given = [None if p is None else p[own] for p in parameters]
+            outputs.append(function(activation, rows[own], None if bias is None else bias[own], given))
+        return torch.cat(outputs)
+
+    return activate

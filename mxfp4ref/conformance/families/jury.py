@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -14,6 +14,7 @@ from mxfp4ref.conformance.families.distances import surprise
 from mxfp4ref.conformance.families.engine import Result, told
 from mxfp4ref.conformance.families.evidence import gather, look_closer
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline
+from mxfp4ref.conformance.families.named import named_hypotheses
 from mxfp4ref.conformance.families.nan_bits import investigated
 from mxfp4ref.conformance.families.search import FEWEST_BITS, Match, one_thread
 from mxfp4ref.conformance.finding import OTHERS, Evidence
@@ -83,6 +84,7 @@ def judge(
     passing: _Passing,
     *,
     seconds: float,
+    known: Collection[str] = (),
 ) -> Verdict:
     """The verdict.
 
@@ -90,9 +92,13 @@ def judge(
         failures: the kernel calls that fail.
         passing: gives pipelines and outputs of the cases that pass, when they are needed.
         seconds: that may be taken, roughly.
+        known: named defects that predict every bit of some case; where one predicts all, no other is looked for that
+            has no name.
     """
     until = time.thread_time() + seconds
     failures = sorted(failures, key=_telling, reverse=True)
+    if known and (verdict := _of_known(failures, passing, known, seconds)):
+        return verdict
     by_case: dict[str, Finding] = {}
     seen: dict[str, _Heard] = {}
     results: list[Result] = []
@@ -107,12 +113,32 @@ def judge(
         for match in result.matches:
             if match.hypothesis.words not in seen:
                 seen[match.hypothesis.words] = _heard(match, failures)
-        full = [heard.match for heard in seen.values() if len(heard.cases) == len(failures)]
-        if full and (kept := _spared(full, passing)):
-            finding = told(kept, (), [f.pipeline.call for f in failures])
-            exact = replace(finding, exact=True, hedged=False)
-            return Verdict(exact, tuple(m.hypothesis for m in kept), {f.case: exact for f in failures})
+        if verdict := _of_all(seen.values(), failures, passing):
+            return verdict
     return _undecided(failures, passing, seen, results, by_case, until)
+
+
+def _of_all(heard: Iterable[_Heard], failures: list[Failure], passing: _Passing) -> Verdict | None:
+    """That of what predicts every bit of every case and leaves the others alone."""
+    full = [one.match for one in heard if len(one.cases) == len(failures)]
+    if not full or not (kept := _spared(full, passing)):
+        return None
+    finding = told(kept, (), [f.pipeline.call for f in failures])
+    exact = replace(finding, exact=True, hedged=False)
+    return Verdict(exact, tuple(m.hypothesis for m in kept), {f.case: exact for f in failures})
+
+
+def _of_known(
+    failures: list[Failure], passing: _Passing, known: Collection[str], seconds: float
+) -> Verdict | None:
+    """That of a defect that is known to predict some case, and of those with a name that are not told from it."""
+    most = failures[0]
+    named = [h for h in named_hypotheses(most.pipeline.call) if h.name in known or not h.slow]
+    likely = [_heard(Match(h, True), failures) for h in named if h.name in known]
+    if not any(len(heard.cases) == len(failures) for heard in likely):
+        return None
+    result = investigated(most.pipeline, most.got, most.want, seconds=seconds, first=named)
+    return _of_all((_heard(match, failures) for match in result.matches), failures, passing)
 
 
 def _heard(match: Match, failures: list[Failure]) -> _Heard:

@@ -33,8 +33,8 @@ _Weigh = Callable[[Tensor, Tensor], Tensor]  # weights [M, k] and local experts 
 
 
 def mul(a: Tensor, b: Tensor) -> Tensor:
-    shape = torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call]
-    return fp32.mul(a.expand(shape), b.expand(shape))
+    # Not by `torch.broadcast_shapes`, which imports sympy: that takes a second in each process.
+    return fp32.mul(*torch.broadcast_tensors(a, b))  # type: ignore[no-untyped-call]
 
 
 def _total(weights: Tensor, local: Tensor) -> Tensor:
