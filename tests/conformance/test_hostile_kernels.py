@@ -471,8 +471,11 @@ def test_a_result_that_is_none(change: dict[str, Any]) -> None:
 def test_an_error_of_the_kit_is_not_the_kernels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "kernel.py").write_text("from tests.helpers.kernels_under_test import good\n")
-    monkeypatch.setattr(sys.modules["mxfp4ref.conformance.cli.conform"], "print_report", None)
+    (tmp_path / "kernel.py").write_text(
+        "import sys\n"
+        "from tests.helpers.kernels_under_test import good\n"
+        "sys.modules['mxfp4ref.conformance.report_text'].PARTS = None  # so that printing is an error of ours\n"
+    )
     monkeypatch.chdir(tmp_path)
     goldens = ("--goldens", str(CHECKOUT), "--case", "finalize/slot_order", "--no-repeat")
     monkeypatch.setattr(sys, "argv", ["mxfp4ref", "conform", "--no-isolate", "kernel.py:good", *goldens])
