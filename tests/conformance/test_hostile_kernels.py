@@ -474,7 +474,7 @@ def test_an_error_of_the_kit_is_not_the_kernels(
     (tmp_path / "kernel.py").write_text(
         "import sys\n"
         "from tests.helpers.kernels_under_test import good\n"
-        "sys.modules['mxfp4ref.conformance.report_text'].PARTS = None  # so that printing is an error of ours\n"
+        "sys.modules['mxfp4ref.conformance.results'].PASSING = None  # which is an error of ours\n"
     )
     monkeypatch.chdir(tmp_path)
     goldens = ("--goldens", str(CHECKOUT), "--case", "finalize/slot_order", "--no-repeat")
