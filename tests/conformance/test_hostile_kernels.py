@@ -473,17 +473,18 @@ def test_an_error_of_the_kit_is_not_the_kernels(
 ) -> None:
     (tmp_path / "kernel.py").write_text(
         "import sys\n"
-        "from tests.helpers.kernels_under_test import good\n"
-        "sys.modules['mxfp4ref.conformance.results'].PASSING = None  # which is an error of ours\n"
+        "from tests.helpers.hostile_kernels import wrong\n"
+        "del sys.modules['mxfp4ref.conformance.cli.conform'].NOT_EQUAL  # an error of ours\n"
     )
     monkeypatch.chdir(tmp_path)
     goldens = ("--goldens", str(CHECKOUT), "--case", "finalize/slot_order", "--no-repeat")
-    monkeypatch.setattr(sys, "argv", ["mxfp4ref", "conform", "--no-isolate", "kernel.py:good", *goldens])
+    options = ("--no-isolate", "--diagnosis", "none")
+    monkeypatch.setattr(sys, "argv", ["mxfp4ref", "conform", *options, "kernel.py:wrong", *goldens])
     with pytest.raises(SystemExit) as done:
         main()
     err = capfd.readouterr().err
     assert done.value.code == 2
-    assert "TypeError" in err
+    assert "NameError" in err
     assert "an error of mxfp4ref itself" in err
     assert "does not conform" not in err
 
