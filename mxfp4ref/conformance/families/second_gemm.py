@@ -36,6 +36,7 @@ _SIGMAS = 6.0  # of a solved number's standard deviation: more is no chance
 _THOSE_ROWS = "it is in those rows of GEMM1 (weights, scales, bias) or in the activation"
 _FEWEST, _TOGETHER = 5, 0.5  # wrong columns of one row; the part of any row's that each has
 _SMOOTH, _ROUGH = 0.6, 0.85  # of neighbours' differences, as a share of any two's
+_NEAR = 0.25  # standard deviations of up and gate, up to which the nearest number of a row is a neighbour
 
 
 @dataclass(frozen=True)
@@ -312,7 +313,8 @@ def _of_activation(systems: list[_System], deltas: list[Tensor], of_expert: str)
             "the formula, its parameters, or the fc1 bias",
             3,
         )
-    if roughness < _ROUGH:
+    apart = (points - points[nearest]).norm(dim=1)
+    if roughness < _ROUGH or float((apart * change.abs()).sum() / change.abs().sum().clamp(min=1e-300)) > _NEAR:
         kind = f"GEMM2 is right, and got another activation{of_expert}"
         return Evidence.of_kind(("activation", "fc1"), kind, "GEMM1 or the activation is wrong", 2)
     return Evidence.of_kind(
