@@ -127,23 +127,23 @@ def _sigmoids() -> Iterator[tuple[str, _Function, float]]:
     for dtype, name in _TYPES:
         r = _to(dtype)
         yield (
-            f"tanh is computed in {name} for the sigmoid, 1/2 + tanh(x / 2) / 2",
+            f"the sigmoid is 1/2 + tanh(x / 2) / 2, with tanh and its argument rounded to {name}",
             lambda z, r=r: 0.5 + 0.5 * r(torch.tanh(r(0.5 * z))),
             1.3,
         )
         yield (
-            f"the sigmoid is computed in {name}, as 1/2 + tanh(x / 2) / 2",
+            f"the sigmoid is 1/2 + tanh(x / 2) / 2, each step rounded to {name}",
             lambda z, r=r: r(0.5 + 0.5 * r(torch.tanh(r(0.5 * z)))),
             1.2,
         )
         yield (
-            f"the sigmoid is computed in {name}, as 1 / (1 + e^-x)",
+            f"the sigmoid is 1 / (1 + e^-x), each step rounded to {name}",
             lambda z, r=r: r(1 / r(1 + r(torch.exp(r(-z))))),
             1.2,
         )
         yield f"e^-x is rounded to {name} in the sigmoid", lambda z, r=r: 1 / (1 + r(torch.exp(-z))), 1.3
         yield (
-            f"the sigmoid is computed in {name}, as e^x / (1 + e^x), NaN of a large x",
+            f"the sigmoid is e^x / (1 + e^x), each step rounded to {name}: NaN of a large x",
             lambda z, r=r: _ratio_in(z, r),
             1.3,
         )

@@ -314,7 +314,10 @@ def _of_activation(systems: list[_System], deltas: list[Tensor], of_expert: str)
             3,
         )
     apart = (points - points[nearest]).norm(dim=1)
-    if roughness < _ROUGH or float((apart * change.abs()).sum() / change.abs().sum().clamp(min=1e-300)) > _NEAR:
+    if (
+        roughness < _ROUGH
+        or float((apart * change.abs()).sum() / change.abs().sum().clamp(min=1e-300)) > _NEAR
+    ):
         kind = f"GEMM2 is right, and got another activation{of_expert}"
         return Evidence.of_kind(("activation", "fc1"), kind, "GEMM1 or the activation is wrong", 2)
     return Evidence.of_kind(
