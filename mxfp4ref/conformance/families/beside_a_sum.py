@@ -60,8 +60,10 @@ def beside_a_sum(
     found.sort(key=lambda h: h.cost)
     for hypothesis in found[:_MOST]:
         base, output = hypothesis.change(search.pipeline), hypothesis.run(search.pipeline)
-        if output is None or surprise(search.got, output) < FEWEST_BITS or search.out_of_time():
+        if output is None or search.out_of_time():
             continue
+        if surprise(search.got, output) < FEWEST_BITS:
+            return []  # this change alone is what is wrong, or nearly so
         others_of_sum = (h for h in second() if _SUM & set(h.stages))
         for match in Search(base, search.got, output, search.until).run(others_of_sum, enough=1):
             both = composed(hypothesis, match.hypothesis)
