@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mxfp4ref.conformance.families.activation_steps import (
+    OfSwiglu,
+    activation_hypothesis,
+    as_stage,
+    step_hypotheses,
+)
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
 from mxfp4ref.defects.variants.swiglu import Operands, SwigluVariant, clamp_both, multiply_in_order, silu
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
-from mxfp4ref.sm90.activation import ACTIVATIONS, SWIGLU, SWIGLU_BIAS, Activation, sigmoid
+from mxfp4ref.sm90.activation import ACTIVATIONS, SWIGLU, SWIGLU_BIAS, sigmoid
 from mxfp4ref.sm90.swiglu import swiglu
 
 __all__ = ["activation_hypotheses", "other_activations"]
@@ -157,13 +163,10 @@ def _silu(t: Tensor) -> Tensor:
     return _mul(t, sigmoid(t))
 
 
-_Swiglu = Callable[..., Tensor]
-
-
-def _wholes() -> Iterator[tuple[str, _Swiglu, float]]:
+def _wholes() -> Iterator[tuple[str, OfSwiglu, float]]:
     """Bias, interleaving and order of steps."""
 
-    def biased(part: str) -> _Swiglu:
+    def biased(part: str) -> OfSwiglu:
         def run(x: Tensor, bias: Tensor | None, *rest: Tensor | None) -> Tensor:
             if bias is not None:
                 up, gate = bias.chunk(2, -1)
@@ -191,7 +194,7 @@ def _wholes() -> Iterator[tuple[str, _Swiglu, float]]:
         value = fp32.add(value, fp32.widen(bias).expand_as(value))
         return swiglu(value, None, alpha, beta, None)
 
-    def after_alpha(of_product: bool) -> _Swiglu:
+    def after_alpha(of_product: bool) -> OfSwiglu:
         def run(
             x: Tensor, bias: Tensor | None, alpha: Tensor | None, beta: Tensor | None, limit: Tensor | None
         ) -> Tensor:
@@ -233,7 +236,7 @@ def _wholes() -> Iterator[tuple[str, _Swiglu, float]]:
     )
     yield "GEMM1's columns are taken as pairs gate, up, gate, up, ...", interleaved, 1.3
     yield "GEMM1's columns are taken as pairs up, gate, up, gate, ...", interleaved_out, 1.3
-    yield "GEMM1's halves are taken as [gate; up]", swapped, 1.2
+    yield "GEMM1's halves change places: they are taken as [gate; up]", swapped, 1.2
 
 
 def other_activations(call: MoeCall) -> Iterator[Hypothesis]:
@@ -258,26 +261,14 @@ def activation_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     parts: list[tuple[str, list[Any]]] = [("clamp", clamps), ("sigmoid", sigmoids), ("product", products)]
     for part, choices in parts:
         for words, change, cost in choices:
-            yield _hypothesis(words, SwigluVariant(**{part: change}), cost)
+            yield activation_hypothesis(words, SwigluVariant(**{part: change}), cost)
     for words, run, cost in _wholes():
         needed = {"bias": experts.fc1_biases, "alpha": experts.swiglu_alpha}
         if all(tensor is not None for word, tensor in needed.items() if word in words):
-            yield _hypothesis(words, _as_stage(run), cost)
+            yield activation_hypothesis(words, as_stage(run), cost)
+    yield from step_hypotheses(call)
     for words, clamp, cost in clamps:
         for part, choices in parts[1:]:
             for more, change, extra in choices:
                 variant = SwigluVariant(clamp=clamp, **{part: change})
-                yield _hypothesis(f"{words}, and {more}", variant, cost + extra + 2)
-
-
-def _as_stage(run: _Swiglu) -> Callable[..., Tensor]:
-    def stage(
-        activation: Activation, x: Tensor, bias: Tensor | None, parameters: Sequence[Tensor | None]
-    ) -> Tensor:
-        return run(x, bias, *(parameters or (None, None, None)))
-
-    return stage
-
-
-def _hypothesis(words: str, run: Callable[..., Tensor], cost: float) -> Hypothesis:
-    return Hypothesis("activation", _A, f"in the activation {words}", lambda p: p.staging(activate=run), cost)
+                yield activation_hypothesis(f"{words}, and {more}", variant, cost + extra + 2)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mxfp4ref.conformance.comparison import ulp_distance
 from mxfp4ref.conformance.families.activations import activation_hypotheses, other_activations
+from mxfp4ref.conformance.families.beside_a_sum import beside_a_sum
 from mxfp4ref.conformance.families.by_slot import by_slot_hypotheses
 from mxfp4ref.conformance.families.codes import code_hypotheses
 from mxfp4ref.conformance.families.distances import surprise
@@ -253,6 +254,7 @@ def _thorough(search: Search, evidence: list[Evidence]) -> list[Match]:
     if "fc1" in only:
         parts.reverse()
     passes: list[Callable[[], list[Match]]] = [
+        lambda: beside_a_sum(search, left(second()), lambda: chain(second(), bias_hypotheses(call))),
         *(
             [lambda: search.run(rows_at(*inner)), lambda: search.run_in_slots(rows_at(*inner))]
             if inner and call.experts.gated

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import differing
+from mxfp4ref.conformance.families.and_another import and_another
 from mxfp4ref.conformance.families.distances import surprise
 from mxfp4ref.conformance.families.engine import Result, told
 from mxfp4ref.conformance.families.evidence import gather, look_closer
@@ -24,6 +25,7 @@ __all__ = ["Failure", "Verdict", "judge"]
 
 _SEARCHED = 4  # cases that are searched by themselves
 _READ = 12  # whose evidence is read
+_FOR_A_SECOND = 6.0  # seconds, to look for a change beside the one that predicts most cases
 _SUPPORTED = 0.5  # of the elements that are wrong, or would be, in a case of a kind
 _Passing = Callable[[], Iterable[tuple[Pipeline, Tensor]]]
 _Kind = tuple[object, ...]
@@ -246,6 +248,9 @@ def _undecided(
                 proofs.append(first)
                 by_case.setdefault(failure.case, first.finding())
     ranked = sorted(seen.values(), key=lambda heard: (-len(heard.cases), heard.match.hypothesis.cost))
+    plain = [one for one in ranked if one.cases == ranked[0].cases and not one.match.hypothesis.name]
+    if plain and (two := _two(failures, passing, plain[0], until)) is not None:
+        return two
     if ranked and 2 * len(ranked[0].cases) >= len(failures):
         cases = ranked[0].cases
         alike = [heard.match for heard in ranked if heard.cases == cases]
@@ -262,6 +267,27 @@ def _undecided(
     else:
         best = Finding()
     return Verdict(_of_some(failures, passing, ranked, proofs, best) or best, (), by_case)
+
+
+def _two(failures: list[Failure], passing: _Passing, heard: _Heard, until: float) -> Verdict | None:
+    """The change that predicts most cases, with a second one that predicts the others too."""
+    others = [(f.pipeline, f.got) for f in failures if f.case not in heard.cases]
+    first = heard.match.hypothesis
+    if not heard.cases or not heard.all_heard or first.slow or first.family == "two":
+        return None
+    with one_thread():
+        clock = time.thread_time
+        both = and_another(first, others, clock=clock, until=max(until, clock() + _FOR_A_SECOND))
+        both = [h for h in both if all(_predicted(h, f) for f in failures if f.case in heard.cases)]
+    if not (kept := _spared([Match(h, True) for h in both], passing)):
+        return None
+    exact = replace(told(kept, (), [f.pipeline.call for f in failures]), exact=True, hedged=False)
+    return Verdict(exact, tuple(m.hypothesis for m in kept), {f.case: exact for f in failures})
+
+
+def _predicted(hypothesis: Hypothesis, failure: Failure) -> bool:
+    output = hypothesis.run(failure.pipeline)
+    return output is not None and not bool(differing(output, failure.got).any())
 
 
 def _of_some(

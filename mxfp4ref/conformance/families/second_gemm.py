@@ -34,7 +34,9 @@ _ALIKE = 2.0**-5  # of a factor, that slots may differ by
 _MARGIN = 1.6  # over the expected length of the rounding errors
 _SIGMAS = 6.0  # of a solved number's standard deviation: more is no chance
 _THOSE_ROWS = "it is in those rows of GEMM1 (weights, scales, bias) or in the activation"
+_FEWEST, _TOGETHER = 5, 0.5  # wrong columns of one row; the part of any row's that each has
 _SMOOTH, _ROUGH = 0.6, 0.85  # of neighbours' differences, as a share of any two's
+_NEAR = 0.25  # standard deviations of up and gate, up to which the nearest number of a row is a neighbour
 
 
 @dataclass(frozen=True)
@@ -113,12 +115,15 @@ def second_gemm(
         right = torch.cat([s.right[:, part] for s in systems])
         where = f" in its columns {block[0]} to {block[1]}"
         unsure = torch.cat([_unsure(s, part) for s in systems])
-        if (moved := _rearranged(right, right + torch.cat(inside), unsure, of_expert, where)) is not None:
+        change = torch.cat(inside)
+        if not _alike_by_column(change.abs() > 5 * unsure + 0.02 * right.abs()):
+            return  # single numbers, of which these columns have the largest
+        if (moved := _rearranged(right, right + change, unsure, of_expert, where)) is not None:
             yield moved
             return
         yield Evidence.of_kind(
             ("fc1", "activation"),
-            f"the activation is wrong in its columns {block[0]} to {block[1]}{of_expert}, and GEMM2 is right",
+            f"GEMM2 is right, and the activation that it got{of_expert} is wrong{where}",
             _THOSE_ROWS,
             3,
             block,
@@ -137,6 +142,14 @@ def _rearranged(
     stages = ("fc2", "activation") if zero else ()
     kind = f"the activation that GEMM2 got{of_expert} has {what}{where}"
     return Evidence.of_kind(stages, kind, "K of GEMM2, the activation's columns, or rows of GEMM1", 2)
+
+
+def _alike_by_column(off: Tensor) -> bool:
+    """Whether rows `[n, m]` are wrong in the same columns, or the only one in several."""
+    rows, columns = off[off.any(1)], off.any(0)
+    if len(rows) < 2:
+        return int(columns.sum()) >= _FEWEST
+    return float(rows[:, columns].double().mean()) > _TOGETHER
 
 
 def _permuted(right: Tensor, found: Tensor, unsure: Tensor) -> bool:
@@ -274,16 +287,15 @@ def _of_activation(systems: list[_System], deltas: list[Tensor], of_expert: str)
     off = (found - right).abs() > 5 * unsure + 0.02 * right.abs()
     columns = off.any(0).nonzero().flatten()
     inner = right.shape[1]
-    if 0 < len(columns) <= inner // 2:
+    if 0 < len(columns) <= inner // 2 and _alike_by_column(off):
         first, last = int(columns[0]), int(columns[-1])
-        if last - first + 1 <= max(1.5 * len(columns), 8) or len(columns) <= 4:
-            return Evidence.of_kind(
-                ("fc1", "activation"),
-                f"the activation is wrong in its columns {first} to {last} of {inner}{of_expert}, and GEMM2 is right",
-                _THOSE_ROWS,
-                3,
-                (first, last),
-            )
+        said = (right != 0).any(0)  # columns in which a mistake would show
+        others = int(said.sum() - said[first : last + 1].sum())
+        near = last - first + 1 <= max(1.5 * len(columns), 8) or len(columns) <= 4
+        if near and others > len(columns) // 2:
+            where = f"in its columns {first} to {last} of {inner}"
+            kind = f"GEMM2 is right, and the activation that it got{of_expert} is wrong {where}"
+            return Evidence.of_kind(("fc1", "activation"), kind, _THOSE_ROWS, 3, (first, last))
     points = torch.stack([torch.cat([getattr(s, n) for s in systems]).flatten() for n in ("up", "gate")], 1)
     points = (points - points.mean(0)) / (points.std(0) + 1e-30)
     row = torch.arange(right.numel()) // right.shape[1]  # each slot's expert has parameters of its own
@@ -301,7 +313,11 @@ def _of_activation(systems: list[_System], deltas: list[Tensor], of_expert: str)
             "the formula, its parameters, or the fc1 bias",
             3,
         )
-    if roughness < _ROUGH:
+    apart = (points - points[nearest]).norm(dim=1)
+    if (
+        roughness < _ROUGH
+        or float((apart * change.abs()).sum() / change.abs().sum().clamp(min=1e-300)) > _NEAR
+    ):
         kind = f"GEMM2 is right, and got another activation{of_expert}"
         return Evidence.of_kind(("activation", "fc1"), kind, "GEMM1 or the activation is wrong", 2)
     return Evidence.of_kind(

@@ -1,0 +1,217 @@
+"""Hypotheses on the activation's steps: their order, the rounding of each, and how the sigmoid is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from mxfp4ref.conformance.families.hypothesis import Hypothesis
+from mxfp4ref.defects.variants.swiglu import SwigluVariant, clamp_both
+from mxfp4ref.model.call import MoeCall
+from mxfp4ref.sm90 import fp32, mufu
+from mxfp4ref.sm90.activation import SWIGLU, Activation, sigmoid
+from mxfp4ref.sm90.swiglu import swiglu
+
+__all__ = ["OfSwiglu", "activation_hypothesis", "as_stage", "step_hypotheses"]
+
+OfSwiglu = Callable[..., Tensor]  # called as `swiglu`
+_Maybe = Tensor | None
+_Function = Callable[[Tensor], Tensor]
+_add, _max, _min, _mul = fp32.add, fp32.maximum, fp32.minimum, fp32.mul
+_TYPES = ((torch.bfloat16, "bf16"), (torch.float16, "float16"))
+# Above these e^x is infinite, and e^x / (1 + e^x) is NaN.
+_OVERFLOWS = ((88.722839, "float32"), (11.0898664, "float16"))
+# Alpha, beta and limit, more than one of them; with one alone there are other hypotheses.
+_OF_GPT_OSS = ((1.702, 1.0, 7.0), (1.702, 1.0, torch.inf), (1.702, 0.0, 7.0), (1.0, 1.0, 7.0))
+
+
+def as_stage(run: OfSwiglu) -> Callable[..., Tensor]:
+    """What is called as `swiglu`, as the stage `activate`."""
+
+    def stage(activation: Activation, x: Tensor, bias: _Maybe, parameters: Sequence[_Maybe]) -> Tensor:
+        return run(x, bias, *(parameters or (None, None, None)))
+
+    return stage
+
+
+def activation_hypothesis(words: str, run: Callable[..., Tensor], cost: float) -> Hypothesis:
+    """That another stage `activate` runs."""
+    change = lambda p: p.staging(activate=run)  # noqa: E731
+    return Hypothesis("activation", ("activation",), f"in the activation {words}", change, cost)
+
+
+def step_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
+    """Of a SwiGLU, with and without parameters."""
+    experts = call.experts
+    given = {
+        "GEMM1's output plus bias": experts.fc1_biases,
+        "alpha gate": experts.swiglu_alpha,
+        "up + beta": experts.swiglu_beta,
+    }
+    places = [*(place for place, tensor in given.items() if tensor is not None), "the sigmoid", "silu(gate)"]
+    for words, run, cost in _roundings(places):
+        yield activation_hypothesis(words, as_stage(run), cost)
+    for words, function, cost in _sigmoids():
+        yield activation_hypothesis(words, SwigluVariant(sigmoid=function), cost)
+    for words, run, cost in _orders(call):
+        yield activation_hypothesis(words, as_stage(run), cost)
+    if call.activation.id == SWIGLU:
+        for alpha, beta, limit in _OF_GPT_OSS:
+            said = {"alpha is 1.702": alpha != 1, "beta is 1": beta, "the limit is 7": limit < torch.inf}
+            words = (
+                f"{', '.join(w for w, there in said.items() if there)} as of gpt-oss, where none are given"
+            )
+            cost = 0.9 + 0.2 * sum(map(bool, said.values()))
+            yield activation_hypothesis(words, as_stage(_with(alpha, beta, limit)), cost)
+
+
+def _steps(
+    x: Tensor, bias: _Maybe, alpha: _Maybe, beta: _Maybe, limit: _Maybe, rounded: dict[str, _Function]
+) -> Tensor:
+    """The kernel's SwiGLU, with what comes of these steps rounded."""
+
+    def step(name: str, value: Tensor) -> Tensor:
+        return rounded[name](value) if name in rounded else value
+
+    value = fp32.widen(x)
+    if bias is not None:
+        value = step("GEMM1's output plus bias", _add(value, fp32.widen(bias).expand_as(value)))
+    up, gate = value.chunk(2, dim=-1)
+    if limit is not None:
+        up, gate = clamp_both(up, gate, limit.expand_as(up))
+    scaled = gate if alpha is None else step("alpha gate", _mul(gate, alpha.expand_as(gate)))
+    gated = step("silu(gate)", _mul(gate, step("the sigmoid", sigmoid(scaled))))
+    return _mul(gated, up if beta is None else step("up + beta", _add(up, beta.expand_as(up))))
+
+
+def _roundings(places: list[str]) -> Iterator[tuple[str, OfSwiglu, float]]:
+    """Of one or two of the steps; of the sigmoid alone other hypotheses are."""
+    some = [(place,) for place in places if place != "the sigmoid"]
+    for chosen in (*some, *combinations(places, 2)):
+        for dtype, name in _TYPES:
+
+            def run(*given: _Maybe, chosen: tuple[str, ...] = chosen, dtype: torch.dtype = dtype) -> Tensor:
+                return _steps(*given, rounded=dict.fromkeys(chosen, _to(dtype)))  # type: ignore[arg-type]
+
+            words = f"{' and '.join(chosen)} {'is' if len(chosen) == 1 else 'are'} rounded to {name}"
+            yield words, run, 0.2 + len(chosen)
+
+
+def _to(dtype: torch.dtype) -> _Function:
+    return lambda t: t.to(dtype).to(torch.float32)
+
+
+def _sigmoids() -> Iterator[tuple[str, _Function, float]]:
+    half = torch.tensor(0.5)
+
+    def by_tanh(z: Tensor) -> Tensor:
+        halved = half.to(z.device).expand_as(z)
+        return fp32.fma(mufu.tanh(_mul(z, halved)), halved, halved)
+
+    def ratio(z: Tensor) -> Tensor:
+        power = torch.exp(z)
+        return power / (1 + power)
+
+    yield "the sigmoid is 1/2 + tanh(x / 2) / 2 with tanh.approx", by_tanh, 1.2
+    yield "the sigmoid is e^x / (1 + e^x) in float32, NaN of a large x", ratio, 1.2
+    for most, name in _OVERFLOWS:
+        yield (
+            f"the sigmoid is NaN of a large argument, above {most:.5g}, of which e^x overflows {name}: as of "
+            "e^x / (1 + e^x), Inf / Inf",
+            lambda z, most=most: sigmoid(z).masked_fill(z > most, torch.nan),
+            1.1,
+        )
+    for dtype, name in _TYPES:
+        r = _to(dtype)
+        yield (
+            f"the sigmoid is 1/2 + tanh(x / 2) / 2, with tanh and its argument rounded to {name}",
+            lambda z, r=r: 0.5 + 0.5 * r(torch.tanh(r(0.5 * z))),
+            1.3,
+        )
+        yield (
+            f"the sigmoid is 1/2 + tanh(x / 2) / 2, each step rounded to {name}",
+            lambda z, r=r: r(0.5 + 0.5 * r(torch.tanh(r(0.5 * z)))),
+            1.2,
+        )
+        yield (
+            f"the sigmoid is 1 / (1 + e^-x), each step rounded to {name}",
+            lambda z, r=r: r(1 / r(1 + r(torch.exp(r(-z))))),
+            1.2,
+        )
+        yield f"e^-x is rounded to {name} in the sigmoid", lambda z, r=r: 1 / (1 + r(torch.exp(-z))), 1.3
+        yield (
+            f"the sigmoid is e^x / (1 + e^x), each step rounded to {name}: NaN of a large x",
+            lambda z, r=r: _ratio_in(z, r),
+            1.3,
+        )
+        yield (
+            f"the sigmoid's argument and the sigmoid are rounded to {name}",
+            lambda z, r=r: r(torch.sigmoid(r(z))),
+            1.3,
+        )
+
+
+def _ratio_in(z: Tensor, rounded: _Function) -> Tensor:
+    power = rounded(torch.exp(rounded(z)))
+    return rounded(power / rounded(1 + power))
+
+
+def _orders(call: MoeCall) -> Iterator[tuple[str, OfSwiglu, float]]:
+    """Steps in another order."""
+    experts = call.experts
+    if experts.swiglu_limit is None:
+        return
+
+    def halves(x: Tensor, bias: _Maybe) -> tuple[Tensor, Tensor]:
+        value = fp32.widen(x)
+        value = value if bias is None else _add(value, fp32.widen(bias).expand_as(value))
+        up, gate = value.chunk(2, dim=-1)
+        return up, gate
+
+    def shifted(again: bool) -> OfSwiglu:
+        def run(x: Tensor, bias: _Maybe, alpha: _Maybe, beta: _Maybe, limit: _Maybe) -> Tensor:
+            up, gate = halves(x, bias)
+            if beta is not None and limit is not None:
+                limit = limit.expand_as(up)
+                up = _max(_min(up, limit), -limit) if again else up
+                up, beta = _add(up, beta.expand_as(up)), None
+            return swiglu(torch.cat((up, gate), -1), None, alpha, beta, limit)
+
+        return run
+
+    def apart(of_sigmoid: bool, of_product: bool, of_silu: bool) -> OfSwiglu:
+        """Gate is clamped in these places only."""
+
+        def run(x: Tensor, bias: _Maybe, alpha: _Maybe, beta: _Maybe, limit: _Maybe) -> Tensor:
+            up, gate = halves(x, bias)
+            if limit is None:
+                return swiglu(x, bias, alpha, beta, limit)
+            limit = limit.expand_as(gate)
+            up, clamped = clamp_both(up, gate, limit)
+            scaled = clamped if of_sigmoid else gate
+            scaled = scaled if alpha is None else _mul(scaled, alpha.expand_as(gate))
+            gated = _mul(clamped if of_product else gate, sigmoid(scaled))
+            gated = _min(gated, limit) if of_silu else gated
+            return _mul(gated, up if beta is None else _add(up, beta.expand_as(up)))
+
+        return run
+
+    if experts.swiglu_beta is not None:
+        yield "beta is added to up before the clamp to the limit, not after it", shifted(False), 1
+        yield "up is clamped to the limit again after beta is added", shifted(True), 1.1
+    yield "gate is clamped for the sigmoid only, not where it is multiplied", apart(True, False, False), 1.1
+    yield "gate is clamped where it is multiplied, not for the sigmoid", apart(False, True, False), 1.1
+    yield "silu(gate) is clamped to the limit instead of gate", apart(False, False, True), 1.1
+
+
+def _with(alpha: float, beta: float, limit: float) -> OfSwiglu:
+    def run(x: Tensor, bias: _Maybe, *given: _Maybe) -> Tensor:
+        if any(parameter is not None for parameter in given):
+            return swiglu(x, bias, *given)
+        numbers = (torch.tensor([value], device=x.device) for value in (alpha, beta, limit))
+        return swiglu(x, bias, *numbers)
+
+    return run

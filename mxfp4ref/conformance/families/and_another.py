@@ -1,0 +1,87 @@
+"""A second change beside one that predicts every bit of some cases but not of all: the others show both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+
+from torch import Tensor
+
+from mxfp4ref.conformance.comparison import differing
+from mxfp4ref.conformance.families.activations import activation_hypotheses, other_activations
+from mxfp4ref.conformance.families.distances import surprise
+from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline, composed, of_sum
+from mxfp4ref.conformance.families.roundings import rounding_hypotheses
+from mxfp4ref.conformance.families.search import FEWEST_BITS, Search
+from mxfp4ref.conformance.families.slots import slot_hypotheses
+from mxfp4ref.conformance.families.tensors import (
+    bias_hypotheses,
+    constants,
+    expert_hypotheses,
+    value_hypotheses,
+)
+from mxfp4ref.conformance.families.weighting import weight_hypotheses
+from mxfp4ref.defects import DEFECTS, finalize
+from mxfp4ref.defects.variants.finalize import FinalizeVariant
+from mxfp4ref.model.call import MoeCall
+
+__all__ = ["and_another"]
+
+_SUMS = (
+    ("finalize_slots_reversed", FinalizeVariant(order=finalize.finalize_slots_reversed)),
+    ("finalize_by_expert", FinalizeVariant(order=finalize.finalize_by_expert)),
+    ("finalize_by_weight", FinalizeVariant(order=finalize.finalize_by_weight)),
+    ("finalize_unfused", FinalizeVariant(finalize.finalize_unfused)),
+    ("finalize_pairwise", finalize.finalize_pairwise),
+    ("finalize_float64", finalize.finalize_float64),
+)
+_SEARCHED = 2  # cases
+_ENOUGH = 12  # second changes, tried on all cases
+Case = tuple[Pipeline, Tensor]  # the right one, and the kernel's output
+
+
+def and_another(
+    first: Hypothesis, others: list[Case], *, clock: Callable[[], float], until: float
+) -> list[Hypothesis]:
+    """Both changes at once, that predict every bit of cases which the first one alone does not predict.
+
+    Args:
+        first: the one change.
+        others: the cases.
+        clock, until: what tells the time, and when to stop.
+    """
+    left = []
+    for pipeline, got in others:
+        output = first.run(pipeline)
+        if output is None or output.shape != got.shape:
+            return []
+        left.append((surprise(got, output), pipeline, got, output))
+    if sum(bits for bits, *_ in left) < FEWEST_BITS:
+        return []
+    left.sort(key=lambda one: -one[0])
+    for _, pipeline, got, output in left[:_SEARCHED]:
+        now = clock()
+        if now > until:
+            break
+        search = Search(first.change(pipeline), got, output, now + (until - now) / 2)
+        found = search.run(_second(pipeline.call), enough=_ENOUGH)
+        both = [composed(first, match.hypothesis) for match in found]
+        if kept := [h for h in both if all(_predicts(h, p, g) for _, p, g, _ in left)]:
+            return kept
+    return []
+
+
+def _predicts(hypothesis: Hypothesis, pipeline: Pipeline, got: Tensor) -> bool:
+    output = hypothesis.run(pipeline)
+    return output is not None and output.shape == got.shape and not bool(differing(output, got).any())
+
+
+def _second(call: MoeCall) -> Iterator[Hypothesis]:
+    """None by the name of a defect, which is a pipeline of its own."""
+    for defect, variant in _SUMS:
+        yield of_sum("sum of slots", ("finalize",), DEFECTS[defect].summary, variant, 1)
+    kinds: tuple[Callable[[MoeCall], Iterable[Hypothesis]], ...] = (
+        *(weight_hypotheses, slot_hypotheses, bias_hypotheses, rounding_hypotheses, other_activations),
+        *(activation_hypotheses, value_hypotheses, constants, expert_hypotheses),
+    )
+    yield from chain.from_iterable(kind(call) for kind in kinds)

@@ -1,0 +1,141 @@
+"""Two changes, one before the weighted sum and one in it: the first is found whatever the second is.
+
+The sum is linear in GEMM2's rows and in the fc2 biases. A change of these rows that leaves no more than roundings,
+with whatever weights fit each token best, is one of the two; what is wrong in the sum is then searched for beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mxfp4ref.conformance.comparison import differing
+from mxfp4ref.conformance.families.batches import each
+from mxfp4ref.conformance.families.distances import last_place, surprise
+from mxfp4ref.conformance.families.evidence import gather
+from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline, composed, local_of, slot_outputs
+from mxfp4ref.conformance.families.search import FEWEST_BITS, Match, Search
+from mxfp4ref.sm90 import fp32
+
+__all__ = ["beside_a_sum"]
+
+_BEFORE, _SUM = {"input", "fc1", "activation", "fc2"}, {"slots", "finalize"}
+_A_ROUNDING, _FAR_OFF = 1.3, 6.0  # times the roundings: the most that is left, and the least before
+_EQUATIONS = 8  # for each weight that is solved for
+_TOKENS, _FEWEST = 6, 3  # that a first change is tried on
+_MOST = 6  # first changes, of which the second is searched for
+
+
+def beside_a_sum(
+    search: Search,
+    first: Iterable[Hypothesis],
+    second: Callable[[], Iterable[Hypothesis]],
+) -> list[Match]:
+    """The two of them, or the first alone where no second one is known; empty if there is none.
+
+    Args:
+        search: of one output.
+        first: hypotheses on what comes before the weighted sum; others are left out.
+        second: hypotheses on the sum; others are left out.
+    """
+    fits = [_Fit.of(search, token) for token in _tokens(search)]
+    told = [fit for fit in fits if fit is not None and fit.left(fit.right) > _FAR_OFF]
+    if len(told) < _FEWEST:
+        return []
+    one, *others = told
+    found: list[Hypothesis] = []
+    for hypothesis, y in each(one.part, (h for h in first if _BEFORE & set(h.stages)), slot_outputs):
+        if search.out_of_time():
+            break
+        search.tried += 1
+        if (
+            y is not None
+            and one.explained_by(y)
+            and all(fit.explained_by(_rows(fit, hypothesis)) for fit in others)
+        ):
+            found.append(hypothesis)
+    found.sort(key=lambda h: h.cost)
+    for hypothesis in found[:_MOST]:
+        base, output = hypothesis.change(search.pipeline), hypothesis.run(search.pipeline)
+        if output is None or search.out_of_time():
+            continue
+        if surprise(search.got, output) < FEWEST_BITS:
+            return []  # this change alone is what is wrong, or nearly so
+        others_of_sum = (h for h in second() if _SUM & set(h.stages))
+        for match in Search(base, search.got, output, search.until).run(others_of_sum, enough=1):
+            both = composed(hypothesis, match.hypothesis)
+            result = both.run(search.pipeline)
+            if result is not None and not bool(differing(result, search.got).any()):
+                return [Match(both, True)]
+    return [_alone(search, hypothesis) for hypothesis in found[:1]]
+
+
+def _alone(search: Search, first: Hypothesis) -> Match:
+    """With what is solved of the sum beside it."""
+    base, output = first.change(search.pipeline), first.run(search.pipeline)
+    assert output is not None
+    solved = gather(base, search.got, output, differing(search.got, output))
+    other = next(
+        (e.sentence for e in solved if _SUM & set(e.stages)),
+        "other routing weights or fc2 biases are used in the sum",
+    )
+    words = f"two things: {first.words}; and {other.partition('; GEMM1')[0]}"
+    stages = (first.stages[0], "finalize")
+    return Match(replace(first, words=words, stages=stages, name="", cost=first.cost + 5), False)
+
+
+def _tokens(search: Search) -> list[int]:
+    """Wrong tokens of finite numbers, those with few slots and many wrong elements first."""
+    finite = (search.got.isfinite() & search.want.isfinite()).all(1)
+    slots, amount = (search.local >= 0).sum(1), search.wrong.sum(1)
+    order = (slots * (1 << 20) - amount).argsort(stable=True)
+    return [t for t in order.tolist() if finite[t] and amount[t] and slots[t]][:_TOKENS]
+
+
+class _Fit:
+    """One token's equations."""
+
+    def __init__(self, part: Pipeline, got: Tensor, right: Tensor, biases: Tensor) -> None:
+        self.part, self.right, self.biases = part, right, biases
+        self.got = fp32.widen(got.contiguous()).double()
+        self.weights = part.call.token_final_scales[0].double()
+        self.rounding = last_place(self.got).square() / 12
+
+    @classmethod
+    def of(cls, search: Search, token: int) -> _Fit | None:
+        """None of a token with too few output columns for its slots."""
+        call = search.pipeline.call.select(torch.tensor([token], device=search.got.device))
+        part = replace(search.pipeline, call=call)
+        local = local_of(part)[0]
+        biases = torch.zeros(0, len(search.got[token]), dtype=torch.float64)
+        if call.experts.fc2_biases is not None and call.tp_rank == 0:
+            biases = fp32.widen(call.experts.fc2_biases[local[local >= 0]]).double()
+        if _EQUATIONS * (int((local >= 0).sum()) + len(biases)) > len(search.got[token]):
+            return None
+        return cls(part, search.got[token], slot_outputs(part), biases)
+
+    def left(self, y: Tensor) -> float:
+        """What is left of the kernel's row beside GEMM2's rows `[1, k, H]` and the biases, in roundings."""
+        rows = fp32.widen(y[0].contiguous()).double()
+        units = (last_place(rows) * self.weights[:, None]).square().sum(0) / 12
+        noise = (units + self.rounding).sqrt() + 1e-300
+        columns = (torch.cat((rows, self.biases)) / noise).T
+        lengths = columns.norm(dim=0)
+        columns = columns[:, lengths > 0] / lengths[lengths > 0]
+        target = self.got / noise
+        if not bool(columns.isfinite().all() & target.isfinite().all()):
+            return float("inf")
+        solution = torch.linalg.lstsq(columns, target[:, None], driver="gelsd").solution
+        rest = target - (columns @ solution)[:, 0]
+        return float(rest.norm() / max(len(rest) - columns.shape[1], 1) ** 0.5)
+
+    def explained_by(self, y: Tensor | None) -> bool:
+        return y is not None and y.shape == self.right.shape and self.left(y) < _A_ROUNDING
+
+
+def _rows(fit: _Fit, hypothesis: Hypothesis) -> Tensor | None:
+    (_, y), *_ = each(fit.part, [hypothesis], slot_outputs)
+    return y

@@ -1,0 +1,91 @@
+"""Two changes at once, one of them in the weighted sum: in one call, and over several cases."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import torch
+
+from mxfp4ref import Experts, MoeCall
+from mxfp4ref.conformance import differing
+from mxfp4ref.conformance.families.activations import activation_hypotheses
+from mxfp4ref.conformance.families.and_another import and_another
+from mxfp4ref.conformance.families.beside_a_sum import beside_a_sum
+from mxfp4ref.conformance.families.engine import prepared
+from mxfp4ref.conformance.families.hypothesis import Hypothesis
+from mxfp4ref.conformance.families.roundings import rounding_hypotheses
+from mxfp4ref.conformance.families.search import Match, Search
+from mxfp4ref.conformance.families.weighting import weight_hypotheses
+from mxfp4ref.defects import finalize
+from mxfp4ref.defects.variants.finalize import FinalizeVariant
+from mxfp4ref.defects.variants.swiglu import SwigluVariant
+from mxfp4ref.sm90.fp32 import to_bf16
+from tests.conformance.test_activation_steps import call
+
+CALL = call(parameters=True)
+
+
+def found(got_of: MoeCall, right: MoeCall) -> list[Match]:
+    """Where the kernel clamps neither up nor gate, beside what else is wrong in the call that it computes."""
+    pipeline = prepared(right)
+    unclamped = SwigluVariant(clamp=lambda up, gate, limit: (up, gate))
+    got = prepared(got_of).staging(activate=unclamped).run()
+    search = Search(pipeline, got, pipeline.run(), time.thread_time() + 60)
+    return beside_a_sum(search, some(right), lambda: weight_hypotheses(right))
+
+
+def some(right: MoeCall) -> list[Hypothesis]:
+    return [h for h in activation_hypotheses(right) if h.cost <= 1.1]
+
+
+def test_a_clamp_and_another_use_of_the_weights() -> None:
+    (match,) = found(replace(CALL, token_final_scales=CALL.token_final_scales**2), CALL)
+    assert match.exact
+    assert (
+        "in the activation neither is clamped; and the routing weights are applied twice"
+        in match.hypothesis.words
+    )
+
+
+def test_a_clamp_and_weights_of_no_rule() -> None:
+    scales = torch.rand(8, 2, generator=torch.Generator().manual_seed(5)) + 0.1
+    (match,) = found(replace(CALL, token_final_scales=scales), CALL)
+    assert not match.exact
+    assert match.hypothesis.stages == ("activation", "finalize")
+    words = match.hypothesis.words
+    assert "neither is clamped; and the routing weights used are others" in words
+    assert "right" not in words
+
+
+def test_one_change_is_not_told_as_two() -> None:
+    assert not found(CALL, CALL)
+
+
+def test_noise_is_not_two_changes() -> None:
+    pipeline = prepared(CALL)
+    want = pipeline.run()
+    noise = torch.randn(want.shape, generator=torch.Generator().manual_seed(6)) * want.float().std()
+    search = Search(pipeline, to_bf16(want.float() + noise), want, time.thread_time() + 60)
+    assert not beside_a_sum(search, some(CALL), lambda: weight_hypotheses(CALL))
+
+
+def test_an_order_of_slots_shows_in_some_cases() -> None:
+    one = call(parameters=False)
+    words = "GEMM1's output is cut to bf16 instead of rounded"
+    cut = next(h for h in rounding_hypotheses(one) if h.words == words)
+    e = one.experts
+    alike = [
+        t[:1].expand_as(t).contiguous() for t in (e.fc1_weights, e.fc1_scales, e.fc2_weights, e.fc2_scales)
+    ]
+    scales = torch.tensor([1 / 3, -1 / 3 - 2.0**-20]).expand(8, 2).contiguous()  # so that their sum cancels
+    one = replace(one, experts=Experts(*alike), token_final_scales=scales)
+    pipeline = prepared(one)
+    got = cut.change(pipeline).staging(finalize=FinalizeVariant(order=finalize.finalize_slots_reversed)).run()
+    alone = cut.run(pipeline)
+    assert alone is not None
+    assert differing(alone, got).any()
+    until = time.thread_time() + 60
+    (both, *_) = and_another(cut, [(pipeline, got)], clock=time.thread_time, until=until)
+    assert both.words == f"two things: {words}; and slots summed from the last to the first"
+    assert not and_another(cut, [(pipeline, alone)], clock=time.thread_time, until=until)
