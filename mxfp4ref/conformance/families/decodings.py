@@ -106,7 +106,7 @@ def _scales() -> Iterator[tuple[str, _Values]]:
         ("a float of 5 bits of exponent and 3 of mantissa", lambda s: _unsigned_float(s, 3, 15)),
     )
     for words, factors in ways:
-        yield f"scale bytes are read as {words} (E8M0 is expected)", lambda p, s, f=factors: _scaled(p, f(s))  # type: ignore[misc]
+        yield f"scale bytes are read as {words} (E8M0 is expected)", lambda p, s, f=factors: _scaled(p, f(s))
 
 
 def _unsigned_float(bytes_: Tensor, mantissa: int, bias: int) -> Tensor:
@@ -148,7 +148,7 @@ def _codes() -> Iterator[tuple[str, _Values]]:
         "E2M1 with 6 as infinity's 8": signed(0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0),
     }
     for name, table in tables.items():
-        yield f"codes are read as {name}", lambda p, s, t=table: _by_table(p, s, t)  # type: ignore[misc]
+        yield f"codes are read as {name}", lambda p, s, t=table: _by_table(p, s, t)
 
 
 def _by_table(packed: Tensor, scales: Tensor, table: tuple[float, ...]) -> Tensor:

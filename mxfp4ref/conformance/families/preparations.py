@@ -36,6 +36,7 @@ _PARTS = (
     ("weights with their scales", ("weights", "scales")),
 )
 _SHARDS = (2, 4, 8)
+_LATE = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32)  # K groups after which a ring of buffers begins again
 
 
 def loading_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
@@ -103,12 +104,15 @@ def _folded() -> Iterator[Hypothesis]:
 def _tiled(call: MoeCall) -> Iterator[Hypothesis]:
     """Scales in tiles, as other kernels want them, that are read row by row, and the other way round."""
     for fcs, whose in _GEMMS:
-        for reading, order in (("lie in {} and are read row by row", 0), ("lie row by row and are read as {}", 1)):
+        for reading, order in (
+            ("lie in {} and are read row by row", 0),
+            ("lie row by row and are read as {}", 1),
+        ):
             yield _of(
                 fcs,
                 f"{whose} scales {reading.format('the blocks of 128x4 that Blackwell wants (swizzled layout)')}",
                 "scales",
-                lambda t, o=order: _blackwell(t, back=bool(o)),  # type: ignore[misc]
+                lambda t, o=order: _blackwell(t, back=bool(o)),
                 1.2,
             )
             for rows in (8, 16, 32, 64, 128):
@@ -119,7 +123,7 @@ def _tiled(call: MoeCall) -> Iterator[Hypothesis]:
                             fcs,
                             f"{whose} scales {reading.format(f'{tile} (a layout of tiles)')}",
                             "scales",
-                            lambda t, r=rows, g=groups, x=turned, o=order: _in_tiles(t, r, g, x, bool(o)),  # type: ignore[misc]
+                            lambda t, r=rows, g=groups, x=turned, o=order: _in_tiles(t, r, g, x, bool(o)),
                             1.6,
                         )
 
@@ -154,7 +158,11 @@ def _shards(call: MoeCall) -> Iterator[Hypothesis]:
     """Rows of up and gate of each tensor-parallel shard, joined as if each were one half, and taken apart so."""
     if not call.experts.gated:
         return
-    kinds = (*_PARTS, ("biases", ("biases",)), ("weights, scales and biases", ("weights", "scales", "biases")))
+    kinds = (
+        *_PARTS,
+        ("biases", ("biases",)),
+        ("weights, scales and biases", ("weights", "scales", "biases")),
+    )
     for kind, names in kinds:
         tensors = tuple(f"fc1_{name}" for name in names)
         for shards in _SHARDS:
@@ -162,6 +170,8 @@ def _shards(call: MoeCall) -> Iterator[Hypothesis]:
                 (True, "joined shard by shard [up; gate; up; gate; ...]"),
                 (False, "taken apart as if they were joined shard by shard [up; gate; up; gate; ...]"),
             ):
+                if shards == 2 and not joined:  # which is the same
+                    continue
                 yield Hypothesis(
                     "rows",
                     ("fc1", "activation") if names == ("biases",) else ("fc1",),
@@ -212,25 +222,36 @@ def _stages_of_a_ring(call: MoeCall) -> Iterator[Hypothesis]:
     for fc, stage in (("fc1", "GEMM1"), ("fc2", "GEMM2")):
         for kind, names in _PARTS:
             tensors = tuple(f"{fc}_{name}" for name in names)
-            for tile in (1, 2, 4, 8):
-                for depth in range(1, 9):
-                    for words, change in _rings(depth, tile):
-                        yield Hypothesis(
-                            "K groups",
-                            (fc,),
-                            f"{stage}'s {kind} are in the K tiles of {tile * GROUP_SIZE} from number {depth} on {words}",
-                            mapped(tensors, lambda name, t, c=change: _along_k(name, t, c)),
-                            1.5 + 0.02 * depth,
-                        )
+            for late in _LATE:
+                start = late * GROUP_SIZE
+                for words, change in _rings(late):
+                    yield Hypothesis(
+                        "K groups",
+                        (fc,),
+                        f"{stage}'s {kind} are from K = {start} on those of {words}, as where tiles of a ring of "
+                        f"{_stages(late)} are read before they are loaded",
+                        mapped(tensors, lambda name, t, c=change: _along_k(name, t, c)),
+                        1.5 + 0.02 * late,
+                    )
 
 
-def _rings(depth: int, tile: int) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
-    late = depth * tile
-    before = f"those of {depth} tile{'s' * (depth > 1)} before (stale)"
-    yield before, lambda g: torch.where(g >= late, g - late, g)
-    if depth > 1:
-        yield f"the first {depth} again (stale)", lambda g: g % late
-    yield f"tile {depth - 1}'s again (stale)", lambda g: torch.where(g >= late, late - tile + g % tile, g)
+def _stages(late: int) -> str:
+    """ "3 stages of 64": how many tiles so many K groups may be."""
+    sizes = [n for n in (2, 4, 8) if late % n == 0 and 2 <= late // n <= 8]
+    counted = [f"{late // n} of {n * GROUP_SIZE}" for n in sizes[:2]]
+    return f"stages ({' or '.join(counted)} elements)" if counted else "stages"
+
+
+def _rings(late: int) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+    start = late * GROUP_SIZE
+    yield f"{start} elements before (stale)", lambda g: torch.where(g >= late, g - late, g)
+    yield f"the first {start} elements again (stale)", lambda g: g % late
+    for tile in (1, 2, 4, 8):
+        if tile < late and late % tile == 0:
+            yield (
+                f"the tile of {tile * GROUP_SIZE} before it, again and again (stale)",
+                lambda g, t=tile: torch.where(g >= late, late - t + g % t, g),
+            )
 
 
 def _along_k(name: str, tensor: Tensor, index: Callable[[Tensor], Tensor]) -> Tensor:
