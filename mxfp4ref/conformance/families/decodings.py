@@ -29,8 +29,8 @@ def table_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
                 yield Hypothesis(
                     "values",
                     fcs,
-                    f"{whose} weights have one wrong entry in the table of E2M1 codes: code {code} ({_value(code)}) is "
-                    f"read as {_value(other)}",
+                    f"{whose} weights have one wrong entry in the table of E2M1 codes: code {code} ({_value(code)}) "
+                    f"is read as {_value(other)}",
                     mapped(
                         tuple(f"{fc}_weights" for fc in fcs),
                         lambda _, t, c=code, o=other: _with_entry(t, c, o),

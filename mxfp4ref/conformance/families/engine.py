@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 
-import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import ulp_distance

@@ -27,6 +27,7 @@ from mxfp4ref.conformance.families.mixed_up import mixed_up
 from mxfp4ref.conformance.families.places import named_columns, residue_in_words
 from mxfp4ref.conformance.families.sampled import samples
 from mxfp4ref.conformance.families.second_gemm import second_gemm
+from mxfp4ref.conformance.families.weight_tables import weight_tables
 from mxfp4ref.conformance.finding import Evidence, counted
 from mxfp4ref.conformance.reach import is_spread, reached
 from mxfp4ref.conformance.reduction import is_heavy, local_experts, reduce_call
@@ -82,6 +83,8 @@ def _solved(pipeline: Pipeline, got: Tensor, wrong: Tensor, *, staged: bool) -> 
         return [rows]
     if (factors := column_factors(some)) is not None:
         return [factors]
+    if (table := weight_tables(pipeline.call, some)) is not None:
+        return [table]
     space = Space.of(some)
     formula = fitted(some) if space is not None and space.inside else None
     if formula is not None and formula.proved:

@@ -175,8 +175,8 @@ def _shards(call: MoeCall) -> Iterator[Hypothesis]:
                 yield Hypothesis(
                     "rows",
                     ("fc1", "activation") if names == ("biases",) else ("fc1",),
-                    f"GEMM1's {kind} are {words}, of {shards} shards, where [all of up; all of gate] is expected: rows "
-                    "of up and gate are exchanged in blocks",
+                    f"GEMM1's {kind} are {words}, of {shards} shards, where [all of up; all of gate] is expected: "
+                    "rows of up and gate are exchanged in blocks",
                     mapped(tensors, lambda _, t, n=shards, j=joined: _by_shard(t, n, j)),
                     1.3,
                 )
