@@ -48,7 +48,8 @@ class _Fit:
 
     def uniform(self, right: Tensor) -> bool:
         """Whether one factor on all that is right gives it as well."""
-        known = self.unsure < 0.25 * right.abs().clamp(min=0.25)
+        sizes = torch.maximum(right.abs(), (right + self.off).abs()).clamp(min=0.25)
+        known = self.unsure < 0.25 * sizes
         off, right = self.off[known], right[known]
         factor = float((off * right).sum() / right.square().sum().clamp(min=1e-300))
         apart = (off - factor * right).abs()
@@ -218,7 +219,7 @@ def _of_bytes(call: MoeCall, fit: _Fit, where: str) -> Evidence | None:
     changed = [b for b in fit.changed(ones) if bool(fit.unsure[b].isfinite())]
     if not changed or fit.uniform(ones):
         return None
-    listed = ", ".join(f"{b} (2^{b - 127}) {1 + float(fit.off[b]):.4g}x" for b in changed[:_NAMED])
+    listed = ", ".join(f"{b} (2^{b - 127}) {1 + float(fit.off[b]):.3g}x" for b in changed[:_NAMED])
     return Evidence.of_kind(
         ("fc2",),
         f"GEMM2{where} decodes its scale bytes otherwise than as exponents E8M0, each byte alike wherever it stands, "
