@@ -207,10 +207,10 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
     slow = of(order_hypotheses, named_hypotheses)
     if small:
         yield wanted(slow, slow=True)
-    yield wanted(of(preparation_hypotheses, decoding_hypotheses, table_hypotheses))
     yield wanted(of(k_hypotheses))
+    rearranged = of(layout_hypotheses, preparation_hypotheses, fragment_hypotheses, inner_hypotheses)
     yield wanted(
-        of(code_hypotheses, layout_hypotheses, by_slot_hypotheses, fragment_hypotheses, inner_hypotheses)
+        chain(of(code_hypotheses, by_slot_hypotheses), rearranged, of(decoding_hypotheses, table_hypotheses))
     )
     if not small:
         yield wanted(slow, slow=True)

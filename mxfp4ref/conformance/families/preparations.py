@@ -211,8 +211,8 @@ def _rows_of_blocks(call: MoeCall) -> Iterator[Hypothesis]:
 
 def _one_of_two(rows: Tensor, size: int, second: bool) -> Tensor:
     count = rows.shape[1]
-    if count <= size:
-        raise ValueError("rows: one block")
+    if count <= 2 * size:
+        raise ValueError("rows: no two pairs of blocks")
     row = torch.arange(count, device=rows.device)
     return rows[:, ((row | size) if second else row & ~size).clamp(max=count - 1)]
 
