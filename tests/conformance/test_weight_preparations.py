@@ -17,6 +17,7 @@ from mxfp4ref.conformance.families.decodings import decoding_hypotheses, table_h
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, local_of
 from mxfp4ref.conformance.families.preparations import loading_hypotheses, preparation_hypotheses
+from mxfp4ref.conformance.families.row_maps import row_maps
 from mxfp4ref.conformance.families.sampled import samples
 from mxfp4ref.conformance.families.search import Search, one_thread
 from mxfp4ref.conformance.families.weight_tables import weight_tables
@@ -203,6 +204,21 @@ def test_parts_of_k_in_some_rows_and_columns() -> None:
         "in GEMM2 of expert 3, in columns 32 to 63, these K groups do not count once: 2 (K 64 to 95) is left out, "
         "3 (K 96 to 127) is left out; GEMM1 is right"
     )
+
+
+@pytest.mark.parametrize("kind", ["scales", "weights"])
+def test_rows_that_have_another_rows(kind: str) -> None:
+    call, want = call_and_output("odd_tokens")
+    row = torch.arange(256)
+    row[40:72], row[200] = row[40:72] + 100, 3
+    tensor = getattr(call.experts, f"fc2_{kind}")[:, row].contiguous()
+    got = forward(with_experts(call, **{f"fc2_{kind}": tensor}))
+    pipeline = prepared(call)
+    with one_thread():
+        found = row_maps(pipeline.call, samples(pipeline, got, differing(got, want), local_of(pipeline)))
+    assert found is not None
+    assert f"GEMM2's {kind}" in found.sentence
+    assert "rows 40 to 71 have those of rows 140 to 171, row 200 has row 3's;" in found.sentence
 
 
 def test_one_factor_is_no_table() -> None:
