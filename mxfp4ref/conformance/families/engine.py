@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 
-import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import ulp_distance
@@ -15,11 +14,12 @@ from mxfp4ref.conformance.families.activations import activation_hypotheses, oth
 from mxfp4ref.conformance.families.beside_a_sum import beside_a_sum
 from mxfp4ref.conformance.families.by_slot import by_slot_hypotheses
 from mxfp4ref.conformance.families.codes import code_hypotheses
+from mxfp4ref.conformance.families.decodings import decoding_hypotheses, table_hypotheses
 from mxfp4ref.conformance.families.distances import surprise
 from mxfp4ref.conformance.families.evidence import gather, look_closer
 from mxfp4ref.conformance.families.fragments import fragment_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline, of_first_factor
-from mxfp4ref.conformance.families.known_factors import factor_in_words, simple_between
+from mxfp4ref.conformance.families.known_factors import factor_in_words
 from mxfp4ref.conformance.families.lost_rows import none_right
 from mxfp4ref.conformance.families.named import named_hypotheses
 from mxfp4ref.conformance.families.nearly import nearly
@@ -30,6 +30,7 @@ from mxfp4ref.conformance.families.outputs import (
     output_hypotheses,
 )
 from mxfp4ref.conformance.families.permuted import permuted_hypotheses
+from mxfp4ref.conformance.families.preparations import loading_hypotheses, preparation_hypotheses
 from mxfp4ref.conformance.families.regions import k_hypotheses, row_hypotheses, rows_at
 from mxfp4ref.conformance.families.roundings import order_hypotheses, rounding_hypotheses
 from mxfp4ref.conformance.families.search import FEWEST_BITS, Match, Search, one_thread
@@ -41,6 +42,7 @@ from mxfp4ref.conformance.families.tensors import (
     layout_hypotheses,
     value_hypotheses,
 )
+from mxfp4ref.conformance.families.uniform_factors import uniform_factors
 from mxfp4ref.conformance.families.weighting import weight_hypotheses
 from mxfp4ref.conformance.finding import Evidence, in_words
 from mxfp4ref.conformance.reduction import clock_of, is_heavy
@@ -50,6 +52,7 @@ from mxfp4ref.sm90 import fp32
 __all__ = ["Result", "investigate", "told"]
 
 _FOR_ALMOST = 3.0  # seconds
+_SURELY = 0.95  # of the wrong elements predicted in every bit, and the others up to roundings: nothing else is tried
 _ALIKE = 0.6  # how much more a hypothesis may assume to be told beside the simplest
 _MOST_NAMED = 3
 _Generator = Callable[[MoeCall], Iterable[Hypothesis]]
@@ -117,6 +120,9 @@ def investigate(
                     closer, evidence[:] = True, look_closer(pipeline, got, search.wrong, evidence)
                 if search.out_of_time():
                     break
+        if not found and not heavy:
+            with search.extra(_FOR_ALMOST):
+                found = search.almost(least=_SURELY)
         few = surprise(got, want) < FEWEST_BITS  # of which some small part of a family is always right
         if not found and thorough and not heavy and not few and known is None:
             with search.share(0.5):
@@ -183,7 +189,7 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
     def of(*generators: _Generator) -> Iterator[Hypothesis]:
         return chain.from_iterable(generator(call) for generator in generators)
 
-    factor = [h for f in _factors(search) for h in factor_hypotheses(f)]
+    factor = [h for f in uniform_factors(search.got, search.want, search.wrong) for h in factor_hypotheses(f)]
     plain = of(
         other_activations,  # few, and so known in a quick diagnosis too
         named_hypotheses,
@@ -205,8 +211,9 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
     if small:
         yield wanted(slow, slow=True)
     yield wanted(of(k_hypotheses))
+    rearranged = of(layout_hypotheses, preparation_hypotheses, fragment_hypotheses, inner_hypotheses)
     yield wanted(
-        of(code_hypotheses, layout_hypotheses, by_slot_hypotheses, fragment_hypotheses, inner_hypotheses)
+        chain(of(code_hypotheses, by_slot_hypotheses), rearranged, of(decoding_hypotheses, table_hypotheses))
     )
     if not small:
         yield wanted(slow, slow=True)
@@ -260,6 +267,7 @@ def _thorough(search: Search, evidence: list[Evidence]) -> list[Match]:
             if inner and call.experts.gated
             else []
         ),
+        lambda: search.run_in_slots(left(loading_hypotheses(call))),
         lambda: search.run_in_slots(left(quick())),
         *((lambda part=part: search.run_in_slots(left(part(call)))) for part in parts),
         lambda: search.run(left(row_hypotheses(call)), enough=12),
@@ -291,27 +299,6 @@ def _stages_left(evidence: list[Evidence]) -> set[str]:
     if weak is None:
         return set()
     return set(weak.stages) | ({"slots"} if "fc2" in weak.stages else set())
-
-
-def _factors(search: Search) -> list[float]:
-    """Numbers that every element is off by, up to rounding: the simplest of those that all elements allow."""
-    got, want = (fp32.widen(t.contiguous()).to(torch.float64) for t in (search.got, search.want))
-    usable = (
-        search.wrong & got.isfinite() & want.isfinite() & (want.abs() > 2.0**-100) & (got.abs() > 2.0**-100)
-    )
-    if int(usable.sum()) < 8:
-        return []
-    ratio = got[usable] / want[usable]
-    middle = float(ratio.median())
-    if float(((ratio - middle).abs() <= 2.0**-6 * abs(middle)).double().mean()) < 0.7:
-        return []
-    # Most elements lie within one rounding of either side: their common interval.
-    low = float((ratio.abs() * (1 - 2.0**-8)).quantile(0.9)) if len(ratio) < 1 << 20 else abs(middle)
-    high = float((ratio.abs() * (1 + 2.0**-8)).quantile(0.1)) if len(ratio) < 1 << 20 else abs(middle)
-    sign = -1.0 if middle < 0 else 1.0
-    low, high = min(low, high), max(low, high)
-    low, high = min(low, abs(middle) * (1 - 2.0**-8)), max(high, abs(middle) * (1 + 2.0**-8))
-    return [sign * f for f in simple_between(low, high) if sign * f != 1]
 
 
 def told(matches: Sequence[Match], evidence: Iterable[Evidence], calls: Iterable[MoeCall]) -> Finding:

@@ -24,8 +24,10 @@ from mxfp4ref.conformance.families.lost_rows import lost_rows
 from mxfp4ref.conformance.families.lost_terms import lost_terms
 from mxfp4ref.conformance.families.mixed_up import mixed_up
 from mxfp4ref.conformance.families.places import named_columns, residue_in_words
+from mxfp4ref.conformance.families.row_maps import row_maps
 from mxfp4ref.conformance.families.sampled import samples
 from mxfp4ref.conformance.families.second_gemm import second_gemm
+from mxfp4ref.conformance.families.weight_tables import weight_tables
 from mxfp4ref.conformance.families.zero_rows import zero_rows
 from mxfp4ref.conformance.finding import Evidence, counted
 from mxfp4ref.conformance.reach import is_spread, reached
@@ -85,6 +87,10 @@ def _solved(pipeline: Pipeline, got: Tensor, wrong: Tensor, *, staged: bool) -> 
         return [rows]
     if (factors := column_factors(some)) is not None:
         return [factors]
+    if (table := weight_tables(pipeline.call, some)) is not None:
+        return [table]
+    if (moved := row_maps(pipeline.call, some)) is not None:
+        return [moved]
     space = Space.of(some)
     formula = fitted(some) if space is not None and space.inside else None
     if formula is not None and formula.proved:

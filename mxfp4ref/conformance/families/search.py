@@ -42,6 +42,7 @@ __all__ = ["ANYWHERE", "FEWEST_BITS", "MOSTLY", "Match", "Search", "one_thread"]
 _CLOSE = 0.3  # of how far off the right output is
 _A_ROUNDING, _LARGEST = 1.2, 12.0  # times the roundings, on average and of one element
 _FAR_OFF = 8.0
+_LARGER = 4.0  # times, that rows are than the right ones
 ANYWHERE = ("factor", "routing weights")  # families of which other places give the same up to roundings
 MOSTLY = 0.8  # of the wrong elements, predicted in every bit
 FEWEST_BITS = 40  # that a match has to explain; see `surprise`
@@ -195,10 +196,12 @@ class Search:
             if output is None or output.shape != got.shape:
                 continue
             equal = ~differing(output, got)
-            if bool((equal | right).all()):
-                if (match := self.confirm(hypothesis)) is not None:
-                    found.append(match)
-            else:
+            fits = bool((equal | right).all())
+            if fits and (match := self.confirm(hypothesis)) is not None:
+                found.append(match)
+            elif fits and not self.whole and not hypothesis.cheap:  # roundings may show in other tokens only
+                self.close.append(hypothesis)
+            elif not fits:
                 distance = self._nearness(output, of_all=of_all)
                 if distance < 0.8:
                     self.near.append((distance, hypothesis))
@@ -216,13 +219,13 @@ class Search:
 
     def _up_to_roundings(self, output: Tensor, *, of_all: bool) -> bool:
         """Whether an output is the kernel's but for roundings, which the right one is far from."""
-        got, want, noise = (self.got, self.want, self._noise)
+        noise, parts = self._noise, [output, self.got, self.want]
         if not of_all:
-            got, want, noise = (t[self.tokens] for t in (got, want, noise))
-        off, before = (
-            ((fp32.widen(t.contiguous()).double() - fp32.widen(got.contiguous()).double()) / noise)
-            for t in (output, want)
-        )
+            noise, parts[1:] = noise[self.tokens], [t[self.tokens] for t in parts[1:]]
+        predicted, got, want = (fp32.widen(t.contiguous()).double() for t in parts)
+        size, right = (t.square().mean(1, keepdim=True) for t in (predicted, want))
+        larger = (size - _LARGER**2 * right).clamp(min=0) / 3 * 2.0**-16  # and so rounded more coarsely
+        off, before = (predicted - got) / (noise.square() + larger).sqrt(), (want - got) / noise
         if not bool(off.isfinite().all() & before.isfinite().all()):
             return False
         rest, error = (float(t.square().mean().sqrt()) for t in (off, before))
@@ -230,8 +233,8 @@ class Search:
             rest <= _A_ROUNDING and error >= _FAR_OFF * max(rest, 1.0) and float(off.abs().max()) <= _LARGEST
         )
 
-    def almost(self) -> list[Match]:
-        """Those that predict the whole output up to roundings, those with the fewest first."""
+    def almost(self, *, least: float = 0.0) -> list[Match]:
+        """Those that predict the whole output up to roundings, those with the fewest first; `least` in every bit."""
         found = []
         for hypothesis in {h.words: h for h in self.close}.values():
             output = hypothesis.run(self.pipeline)
@@ -243,7 +246,7 @@ class Search:
                 stages = () if hypothesis.family in ANYWHERE else hypothesis.stages
                 found.append((part, Match(replace(hypothesis, words=words, stages=stages, name=""), False)))
         found.sort(key=lambda pair: -pair[0])
-        return [match for part, match in found if part >= 0.9 * found[0][0]]
+        return [match for part, match in found if part >= max(0.9 * found[0][0], least)]
 
     def confirm(self, hypothesis: Hypothesis) -> Match | None:
         """On the whole call, everywhere or in a part that has words."""

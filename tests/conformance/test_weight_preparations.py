@@ -1,0 +1,228 @@
+"""Words for layouts, shards, tiles, tables and dtypes of weights and scales, each with random parameters."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from mxfp4ref import MoeCall, forward
+from mxfp4ref.conformance import differing
+from mxfp4ref.conformance.families.decodings import decoding_hypotheses, table_hypotheses
+from mxfp4ref.conformance.families.engine import prepared
+from mxfp4ref.conformance.families.hypothesis import Hypothesis, local_of
+from mxfp4ref.conformance.families.preparations import loading_hypotheses, preparation_hypotheses
+from mxfp4ref.conformance.families.row_maps import row_maps
+from mxfp4ref.conformance.families.sampled import samples
+from mxfp4ref.conformance.families.search import Search, one_thread
+from mxfp4ref.conformance.families.weight_tables import weight_tables
+from mxfp4ref.formats.layout import deinterleave_weights_sm90
+from mxfp4ref.formats.mxfp4 import dequantize
+from mxfp4ref.sm90 import fp32
+from tests.held_out_kernels.by_hand import groups_of, layer, right_gemm, with_experts
+from tests.held_out_kernels.calls import captured
+
+RANDOM = random.Random(31)
+LONG = 10.0  # seconds, more than any search here takes
+
+
+@cache
+def call_and_output(name: str) -> tuple[MoeCall, Tensor]:
+    call = captured(name)
+    return call, forward(call)
+
+
+def search(got: Tensor, name: str = "odd_tokens") -> Search:
+    call, want = call_and_output(name)
+    one = Search(prepared(call), got, want, 0.0)
+    one.until = one.clock() + LONG
+    return one
+
+
+def predicting(hypotheses: Callable[[MoeCall], Iterable[Hypothesis]], got: Tensor) -> list[str]:
+    with one_thread():
+        found = search(got).run(hypotheses(captured("odd_tokens")))
+    return [match.hypothesis.words for match in found]
+
+
+def table_of(got: Tensor, name: str = "odd_tokens") -> str:
+    call, want = call_and_output(name)
+    pipeline = prepared(call)
+    with one_thread():
+        found = weight_tables(pipeline.call, samples(pipeline, got, differing(got, want), local_of(pipeline)))
+    return found.sentence if found else ""
+
+
+def test_scales_in_tiles() -> None:
+    call, _ = call_and_output("odd_tokens")
+    rows, groups = 32, 4
+    scales = call.experts.fc1_scales
+    assert scales is not None
+    tiles = scales.view(len(scales), -1, rows, scales.shape[2] // groups, groups).transpose(2, 3)
+    got = forward(with_experts(call, fc1_scales=tiles.reshape(scales.shape)))
+    assert any("tiles of 32 rows x 4 K groups" in words for words in predicting(preparation_hypotheses, got))
+
+
+def test_shards_of_up_and_gate() -> None:
+    call, _ = call_and_output("odd_tokens")
+    parts = call.experts.fc1_weights.chunk(8, 1)
+    joined = torch.cat([parts[i] for i in (0, 4, 1, 5, 2, 6, 3, 7)], 1)
+    (words,) = predicting(preparation_hypotheses, forward(with_experts(call, fc1_weights=joined)))
+    assert "joined shard by shard" in words
+    assert "4 shards" in words
+
+
+def test_blocks_of_rows() -> None:
+    call, _ = call_and_output("odd_tokens")
+    scales = call.experts.fc2_scales
+    assert scales is not None
+    row = torch.arange(scales.shape[1]) | 32
+    (words,) = predicting(preparation_hypotheses, forward(with_experts(call, fc2_scales=scales[:, row])))
+    assert words == "GEMM2's scales are in the first 32 of each 64 rows those of the last 32"
+
+
+def test_tiles_of_k_that_are_stale() -> None:
+    call, _ = call_and_output("odd_tokens")
+    late = call.experts.fc1_weights.clone()
+    late[:, :, 5 * 16 :] = late[:, :, 4 * 16 : 5 * 16].repeat(1, 1, 3)
+    found = predicting(preparation_hypotheses, forward(with_experts(call, fc1_weights=late)))
+    assert any("from K = 160 on those of the tile of 32 before it" in words for words in found)
+
+
+def test_one_expert_that_is_not_interleaved() -> None:
+    call, _ = call_and_output("odd_tokens")
+    codes = call.experts.fc2_weights.clone()
+    codes[2:3] = deinterleave_weights_sm90(codes[2:3])
+    with one_thread():
+        found = search(forward(with_experts(call, fc2_weights=codes))).run_in_slots(loading_hypotheses(call))
+    assert [m.hypothesis.words for m in found] == [
+        "GEMM2's weights are not interleaved (raw, where a kernel of flashinfer from 0.6.16 on reads its layout), "
+        "for slots of expert 2 only"
+    ]
+
+
+def test_an_entry_of_the_table_of_codes() -> None:
+    code, other = RANDOM.sample([1, 2, 3, 5, 6, 7, 9, 12, 15], 2)
+    words = [h for h in table_hypotheses(captured("odd_tokens")) if f"code {code} " in h.words]
+    (chosen,) = [h for h in words if h.stages == ("fc1",) and h.words.endswith(f" {_VALUES[other]}")]
+    call, _ = call_and_output("odd_tokens")
+    got = chosen.run(prepared(call))
+    assert got is not None
+    some = [h for h in words if h.stages[0] == "fc1"]
+    assert chosen.words in predicting(lambda _: some, got)
+
+
+_VALUES = ("0", "0.5", "1", "1.5", "2", "3", "4", "6", "-0", "-0.5", "-1", "-1.5", "-2", "-3", "-4", "-6")
+
+
+def _dense(change: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    def gemm(x: Tensor, packed: Tensor, scales: Tensor, tactic: object) -> Tensor:
+        weights = change(dequantize(packed, scales, convention="sm90", dtype=torch.float32))
+        return (fp32.widen(x).double() @ weights.double().T).float()
+
+    return gemm
+
+
+def test_weights_that_are_quantised_again() -> None:
+    """Predicted up to roundings, since the order of the sums is another one."""
+    call, _ = call_and_output("odd_tokens")
+
+    def rounded(weights: Tensor) -> Tensor:
+        scale = weights.abs().amax(1, keepdim=True) / 448
+        return (weights / scale).to(torch.float8_e4m3fn).float() * scale
+
+    got = layer(call, gemm1=_dense(rounded), gemm2=_dense(rounded))
+    with one_thread():
+        one = search(got)
+        found = one.run(h for h in decoding_hypotheses(call) if "again" in h.words) or one.almost(least=0.95)
+    (words,) = {m.hypothesis.words.split(", up to")[0] for m in found}
+    assert (
+        words == "both GEMMs' weights are quantised again, to FP8 (float8_e4m3fn) with one scale for each row"
+    )
+
+
+def test_weights_with_noise_are_not_quantised_again() -> None:
+    call, _ = call_and_output("odd_tokens")
+    drawn = torch.Generator().manual_seed(3)
+
+    def noisy(weights: Tensor) -> Tensor:
+        return weights * (1 + 0.03 * torch.randn(weights.shape, generator=drawn))
+
+    got = layer(call, gemm1=_dense(noisy), gemm2=_dense(noisy))
+    with one_thread():
+        one = search(got)
+        assert not one.run(h for h in decoding_hypotheses(call) if "again" in h.words)
+        assert not one.almost()
+    assert not table_of(got)
+
+
+def test_any_table_of_codes_is_solved() -> None:
+    call, _ = call_and_output("odd_tokens")
+    pipeline = prepared(call)
+    (found,) = [h for h in decoding_hypotheses(call) if h.words == "GEMM2's codes are read as E3M0"]
+    got = found.run(pipeline)
+    assert got is not None
+    words = table_of(got)
+    assert "reads codes of its weights as other values" in words
+    assert "1 (0.5) as 0.25, 2 (1) as 0.5" in words
+
+
+@pytest.mark.parametrize("factor", [lambda s: s.float() - 127, lambda s: 3.0 ** (s.float() - 127)])
+def test_any_decoding_of_scale_bytes_is_solved(factor: Callable[[Tensor], Tensor]) -> None:
+    call, _ = call_and_output("odd_tokens")
+
+    def gemm(x: Tensor, packed: Tensor, scales: Tensor, tactic: object) -> Tensor:
+        parts = groups_of(x, packed, torch.full_like(scales.view(torch.uint8), 127))
+        return (parts * factor(scales.view(torch.uint8)).T[:, None]).sum(0)
+
+    words = table_of(layer(call, gemm2=gemm))
+    assert "decodes its scale bytes otherwise" in words
+    assert "byte 120 (2^-7) " in words
+    solved = float(words.split("byte 120 (2^-7) ")[1].split("x")[0])
+    assert solved == pytest.approx(float(factor(torch.tensor(120))) * 2.0**7, rel=0.02, abs=2.0**-6)
+
+
+def test_parts_of_k_in_some_rows_and_columns() -> None:
+    """Counted otherwise in one expert's first rows, in columns 32 to 63."""
+    call, _ = call_and_output("prefill")
+    experts = call.experts
+    packed, scales = experts.fc2_weights[3], experts.fc2_scales
+    assert scales is not None
+
+    def gemm(x: Tensor, codes: Tensor, own: Tensor, tactic: object) -> Tensor:
+        acc = right_gemm(x, codes, own, tactic).clone()  # type: ignore[arg-type]
+        if torch.equal(codes, packed):
+            acc[:9, 32:64] -= groups_of(x[:9], codes[32:64], own[32:64])[2:4].sum(0)
+        return acc
+
+    assert table_of(layer(call, gemm2=gemm), "prefill") == (
+        "in GEMM2 of expert 3, in columns 32 to 63, these K groups do not count once: 2 (K 64 to 95) is left out, "
+        "3 (K 96 to 127) is left out; GEMM1 is right"
+    )
+
+
+@pytest.mark.parametrize("kind", ["scales", "weights"])
+def test_rows_that_have_another_rows(kind: str) -> None:
+    call, want = call_and_output("odd_tokens")
+    row = torch.arange(256)
+    row[40:72], row[200] = row[40:72] + 100, 3
+    tensor = getattr(call.experts, f"fc2_{kind}")[:, row].contiguous()
+    got = forward(with_experts(call, **{f"fc2_{kind}": tensor}))
+    pipeline = prepared(call)
+    with one_thread():
+        found = row_maps(pipeline.call, samples(pipeline, got, differing(got, want), local_of(pipeline)))
+    assert found is not None
+    assert f"GEMM2's {kind}" in found.sentence
+    assert "rows 40 to 71 have those of rows 140 to 171, row 200 has row 3's;" in found.sentence
+
+
+def test_one_factor_is_no_table() -> None:
+    call, _ = call_and_output("odd_tokens")
+    assert not table_of(layer(call, gemm2=_dense(lambda w: 1.3 * w)))
+    halved = replace(call, token_final_scales=call.token_final_scales * 0.5)
+    assert not table_of(forward(halved))
