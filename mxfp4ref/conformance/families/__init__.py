@@ -83,8 +83,8 @@ _FAMILIES = (
     ),
     Family(
         "rows of an expert",
-        "rows taken from another place among their expert's: the row before, modulo n, blocks swapped or transposed; or "
-        "where the offsets of the experts' rows say, if these are padded, without carry, cut to some bits, one too far",
+        "rows taken from another place among their expert's: the row before, modulo n, blocks swapped or transposed; "
+        "or from where wrong offsets of the experts' rows say: padded, without carry, cut to some bits, the next one's",
     ),
     Family(
         "permuted slots",
@@ -93,8 +93,8 @@ _FAMILIES = (
     ),
     Family(
         "routing weights",
-        "routing weights not applied, applied twice, normalised again, rounded, another slot's or token's, or "
-        "applied at another place, read with another stride or by chunks of tokens, or not for tokens of n slots here",
+        "routing weights not applied, applied twice, normalised again, rounded, another slot's or token's, "
+        "applied at another place, read with another stride or by chunks of tokens, or not for tokens of n slots",
         ("weights_bf16", "weight_before_gemm2", "weight_in_gemm2_epilogue"),
     ),
     Family(
@@ -153,8 +153,8 @@ _FAMILIES = (
     ),
     Family(
         "tiles",
-        "tiles of GEMM2, of rows of an expert and columns: the last wave, every n-th or one not computed or added twice; "
-        "stored in another raster, or one column of tiles further",
+        "tiles of GEMM2, of rows of an expert and columns: the last wave, every n-th or one not computed or added "
+        "twice; stored in another raster, or one column of tiles further",
     ),
     Family("two", "two changes at once, where one explains a part"),
 )

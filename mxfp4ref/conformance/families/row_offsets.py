@@ -195,7 +195,9 @@ def _owning(starts: _Starts, *, parameters: bool = True) -> Callable[[SlotRows],
     def on(rows: SlotRows) -> SlotRows:
         experts, found = rows.call.experts, _Sorted.of(rows.local, rows.call.experts.num_experts)
         owner = found.owner(starts)
-        pairs, pair = torch.stack((owner.clamp(min=0), found.expert)).unique(dim=1, return_inverse=True)
+        pairs, pair = torch.unique(
+            torch.stack((owner.clamp(min=0), found.expert)), dim=1, return_inverse=True
+        )
         tensors = {
             field.name: None if (t := getattr(experts, field.name)) is None else t[pairs[int(not whole)]]
             for field in fields(experts)

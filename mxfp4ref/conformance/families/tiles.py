@@ -136,8 +136,8 @@ def _sets(tiles: _Tiles, blocks: Tensor, weighs: Tensor) -> Iterator[tuple[str, 
                 lambda t, n=n, b=by_columns: t.number(b) >= t.total // n * n,
                 1.4 + n / 1000,
             )
-        suspects = number.transpose(1, 2).reshape(-1, number.shape[1])[few].unique().tolist()
-        for at in [n for n in suspects if n >= 0]:
+        suspects = number.transpose(1, 2).reshape(-1, number.shape[1])[few].tolist()
+        for at in sorted({n for n in suspects if n >= 0}):
             words = (
                 f"counted {order}, the {'last' if at == tiles.total - 1 else f'one with number {at} alone'}"
             )
