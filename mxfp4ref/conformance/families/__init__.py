@@ -84,7 +84,7 @@ _FAMILIES = (
     Family(
         "rows of an expert",
         "rows taken from another place among their expert's: the row before, modulo n, blocks swapped or transposed; "
-        "or from where wrong offsets of the experts' rows say: padded, without carry, cut to some bits, the next one's",
+        "or from where wrong offsets of the experts' rows say: padded, without carry, in too few bits, the next's",
     ),
     Family(
         "permuted slots",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mxfp4ref.conformance.comparison import ulp_distance
 from mxfp4ref.conformance.families.activations import activation_hypotheses, other_activations
+from mxfp4ref.conformance.families.by_place import hypotheses_by_place
 from mxfp4ref.conformance.families.by_slot import by_slot_hypotheses
 from mxfp4ref.conformance.families.codes import code_hypotheses
 from mxfp4ref.conformance.families.distances import surprise
@@ -20,10 +21,8 @@ from mxfp4ref.conformance.families.fragments import fragment_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline, of_first_factor
 from mxfp4ref.conformance.families.known_factors import factor_in_words, simple_between
 from mxfp4ref.conformance.families.lost_rows import none_right
-from mxfp4ref.conformance.families.misread import misread_hypotheses
 from mxfp4ref.conformance.families.named import named_hypotheses
 from mxfp4ref.conformance.families.nearly import nearly
-from mxfp4ref.conformance.families.output_memory import memory_hypotheses
 from mxfp4ref.conformance.families.outputs import (
     factor_hypotheses,
     inner_hypotheses,
@@ -33,7 +32,6 @@ from mxfp4ref.conformance.families.outputs import (
 from mxfp4ref.conformance.families.permuted import permuted_hypotheses
 from mxfp4ref.conformance.families.regions import k_hypotheses, row_hypotheses, rows_at
 from mxfp4ref.conformance.families.roundings import order_hypotheses, rounding_hypotheses
-from mxfp4ref.conformance.families.row_offsets import offset_hypotheses
 from mxfp4ref.conformance.families.search import FEWEST_BITS, Match, Search, one_thread
 from mxfp4ref.conformance.families.slots import slot_hypotheses
 from mxfp4ref.conformance.families.tensors import (
@@ -43,7 +41,6 @@ from mxfp4ref.conformance.families.tensors import (
     layout_hypotheses,
     value_hypotheses,
 )
-from mxfp4ref.conformance.families.tiles import tile_hypotheses
 from mxfp4ref.conformance.families.weighting import weight_hypotheses
 from mxfp4ref.conformance.finding import Evidence, in_words
 from mxfp4ref.conformance.reduction import clock_of, is_heavy
@@ -185,9 +182,6 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
         return chain.from_iterable(generator(call) for generator in generators)
 
     factor = [h for f in _factors(search) for h in factor_hypotheses(f)]
-    # Which of them the places that are wrong allow: few, and so tried whatever the evidence says.
-    placed = chain(offset_hypotheses(call, search.wrong.any(1)), tile_hypotheses(call, search.wrong))
-    placed = chain(of(misread_hypotheses, memory_hypotheses), () if is_heavy(call) else placed)
     plain = of(
         other_activations,  # few, and so known in a quick diagnosis too
         named_hypotheses,
@@ -203,7 +197,12 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
         output_hypotheses,
     )
     small = _is_small(search)
-    yield chain(wanted(factor), placed, wanted(plain, slow=False), input_factor_hypotheses())
+    yield chain(
+        wanted(factor),
+        hypotheses_by_place(call, search.wrong),
+        wanted(plain, slow=False),
+        input_factor_hypotheses(),
+    )
     only = _stages_left(evidence)  # which may be more by now
     slow = of(order_hypotheses, named_hypotheses)
     if small:

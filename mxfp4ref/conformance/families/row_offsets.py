@@ -23,7 +23,7 @@ from mxfp4ref.conformance.families.hypothesis import (
 )
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["offset_hypotheses"]
+__all__ = ["count_hypotheses", "offset_hypotheses"]
 
 _MOSTLY = 0.8  # of the tokens that a change concerns, which come out wrong
 _Starts = Callable[[Tensor], Tensor]  # rows by expert, `[E]`, to where each expert's begin
@@ -164,6 +164,46 @@ def offset_hypotheses(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
                     cost,
                 )
                 yield replace(one, across_tokens=True, slow=True)
+
+
+def count_hypotheses(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
+    """As `offset_hypotheses`, of rows that are not computed: those beyond another expert's number of rows."""
+    local = local_of(Pipeline(call))
+    rows = _Sorted.of(local, call.experts.num_experts)
+    counts: tuple[tuple[str, _Starts, float], ...] = (
+        ("the expert with rows before it", lambda n: torch.where(n.cumsum(0) > n, _before(n), n), 1.2),
+        ("the expert before it", lambda n: torch.cat((n[:1], n[:-1])), 1.25),
+        ("the expert after it", lambda n: torch.cat((n[1:], n[-1:])), 1.3),
+        ("the first expert", lambda n: n[:1].expand_as(n), 1.4),
+        ("the average expert, rounded down", lambda n: (n.sum() // len(n)).expand_as(n), 1.5),
+        ("the average expert, rounded up", lambda n: (-(-n.sum() // len(n))).expand_as(n), 1.5),
+    )
+    for words, limit, cost in counts:
+        concerned = torch.zeros_like(local, dtype=torch.bool).flatten()
+        concerned[rows.flat[rows.position >= limit(rows.counts)[rows.expert]]] = True
+        tokens = concerned.view(local.shape).any(1)
+        if (
+            bool((wrong & ~tokens).any())
+            or not bool(tokens.any())
+            or float(wrong[tokens].float().mean()) < _MOSTLY
+        ):
+            continue
+
+        def on(rows: SlotRows, limit: _Starts = limit) -> SlotRows:
+            found = _Sorted.of(rows.local, rows.call.experts.num_experts)
+            y = rows.y.flatten(0, 1).clone()
+            y[found.flat[found.position >= limit(found.counts)[found.expert]]] = 0
+            return replace(rows, y=y.view_as(rows.y))
+
+        one = of_slots(
+            "rows of an expert",
+            ("fc2", "slots"),
+            f"an expert's rows beyond the number of rows of {words} are not computed: GEMM2, or its input, has zeros "
+            "for them",
+            on,
+            cost,
+        )
+        yield replace(one, across_tokens=True, slow=True)
 
 
 def _reading_input(starts: _Starts) -> Callable[[SlotRows], SlotRows]:
