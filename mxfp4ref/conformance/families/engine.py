@@ -26,7 +26,6 @@ from mxfp4ref.conformance.families.nearly import nearly
 from mxfp4ref.conformance.families.outputs import (
     factor_hypotheses,
     inner_hypotheses,
-    input_factor_hypotheses,
     output_hypotheses,
 )
 from mxfp4ref.conformance.families.permuted import permuted_hypotheses
@@ -197,12 +196,7 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
         output_hypotheses,
     )
     small = _is_small(search)
-    yield chain(
-        wanted(factor),
-        hypotheses_by_place(call, search.wrong),
-        wanted(plain, slow=False),
-        input_factor_hypotheses(),
-    )
+    yield chain(wanted(factor), hypotheses_by_place(call, search.wrong), wanted(plain, slow=False))
     only = _stages_left(evidence)  # which may be more by now
     slow = of(order_hypotheses, named_hypotheses)
     if small:
