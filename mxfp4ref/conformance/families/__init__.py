@@ -83,7 +83,8 @@ _FAMILIES = (
     ),
     Family(
         "rows of an expert",
-        "rows taken from another place among their expert's: the row before, modulo n, blocks swapped or transposed",
+        "rows taken from another place among their expert's: the row before, modulo n, blocks swapped or transposed; "
+        "or from where wrong offsets of the experts' rows say: padded, without carry, in too few bits, the next's",
     ),
     Family(
         "permuted slots",
@@ -92,13 +93,14 @@ _FAMILIES = (
     ),
     Family(
         "routing weights",
-        "routing weights not applied, applied twice, normalised again, rounded, another slot's or token's, or "
-        "applied at another place",
+        "routing weights not applied, applied twice, normalised again, rounded, another slot's or token's, "
+        "applied at another place, read with another stride or by chunks of tokens, or not for tokens of n slots",
         ("weights_bf16", "weight_before_gemm2", "weight_in_gemm2_epilogue"),
     ),
     Family(
         "fc2 bias",
-        "the fc2 bias added twice, without the weight, for one slot only, on every rank",
+        "the fc2 bias added twice, without the weight, for one slot only, on every rank, for slots without an expert "
+        "here, divided by the number of ranks, or read as another dtype or with another stride",
         ("bias2_unweighted", "bias2_on_every_tp_rank", "bias2_before_rounding", "bias2_bf16"),
     ),
     Family(
@@ -116,7 +118,8 @@ _FAMILIES = (
     ),
     Family(
         "output",
-        "rows or columns of the output at another place, zero, stale or added up; NaN and infinities replaced",
+        "rows or columns of the output at another place, zero, stale or added up, or added onto the input; rows that "
+        "are not written and keep the input; NaN and infinities replaced",
         ("nan_as_7fc0", "nan_as_ffc0", "minus_zero_kept"),
     ),
     Family(
@@ -147,6 +150,11 @@ _FAMILIES = (
     ),
     Family(
         "order of sums", "K in n parts, interleaved, as a tree, descending, partial sums in bf16 or float16"
+    ),
+    Family(
+        "tiles",
+        "tiles of GEMM2, of rows of an expert and columns: the last wave, every n-th or one not computed or added "
+        "twice; stored in another raster, or one column of tiles further",
     ),
     Family("two", "two changes at once, where one explains a part"),
 )

@@ -12,6 +12,7 @@ from torch import Tensor
 from mxfp4ref.conformance.comparison import ulp_distance
 from mxfp4ref.conformance.families.activations import activation_hypotheses, other_activations
 from mxfp4ref.conformance.families.beside_a_sum import beside_a_sum
+from mxfp4ref.conformance.families.by_place import hypotheses_by_place
 from mxfp4ref.conformance.families.by_slot import by_slot_hypotheses
 from mxfp4ref.conformance.families.codes import code_hypotheses
 from mxfp4ref.conformance.families.decodings import decoding_hypotheses, table_hypotheses
@@ -26,7 +27,6 @@ from mxfp4ref.conformance.families.nearly import nearly
 from mxfp4ref.conformance.families.outputs import (
     factor_hypotheses,
     inner_hypotheses,
-    input_factor_hypotheses,
     output_hypotheses,
 )
 from mxfp4ref.conformance.families.permuted import permuted_hypotheses
@@ -205,7 +205,7 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
         output_hypotheses,
     )
     small = _is_small(search)
-    yield chain(wanted(factor), wanted(plain, slow=False), input_factor_hypotheses())
+    yield chain(wanted(factor), hypotheses_by_place(call, search.wrong), wanted(plain, slow=False))
     only = _stages_left(evidence)  # which may be more by now
     slow = of(order_hypotheses, named_hypotheses)
     if small:

@@ -23,10 +23,12 @@ from mxfp4ref.conformance.families.hypothesis import Pipeline, SlotRows, local_o
 from mxfp4ref.conformance.families.lost_rows import lost_rows
 from mxfp4ref.conformance.families.lost_terms import lost_terms
 from mxfp4ref.conformance.families.mixed_up import mixed_up
+from mxfp4ref.conformance.families.output_memory import rows_of_the_input
 from mxfp4ref.conformance.families.places import named_columns, residue_in_words
 from mxfp4ref.conformance.families.row_maps import row_maps
 from mxfp4ref.conformance.families.sampled import samples
 from mxfp4ref.conformance.families.second_gemm import second_gemm
+from mxfp4ref.conformance.families.tile_sums import tile_sums
 from mxfp4ref.conformance.families.weight_tables import weight_tables
 from mxfp4ref.conformance.families.zero_rows import zero_rows
 from mxfp4ref.conformance.finding import Evidence, counted
@@ -60,9 +62,13 @@ def gather(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> list
     tokens = _telling(got, want, wrong, local)
     if (tiny := _near_underflow(got, want, wrong)) is not None:
         return [_kept_subnormals(pipeline, got, wrong) or tiny]
+    if (kept := rows_of_the_input(pipeline.call, got, wrong)) is not None:
+        return [kept]
     found += _rows(pipeline, got, want, wrong)
     if not found and (lost := lost_terms(pipeline, got, want, wrong, local)) is not None:
         return unless_in_another_order(pipeline.call, got, wrong, [lost])
+    if not found and (tile := tile_sums(pipeline, got, wrong, local)) is not None:
+        return [tile]
     found += _single(pipeline.call, got, want, wrong) or _columns(pipeline, got, want, wrong, tokens)
     if not found:
         solved = list(other_sums(pipeline, got, wrong, local, tokens))

@@ -136,9 +136,10 @@ def other_sums(
             return
         missing = sorted(set(asked) - set(found))
         slots = [local[token].tolist().index(e) for e in missing]
+        bare = call.experts.fc2_biases is None or call.tp_rank > 0
         yield Evidence.of_kind(
-            ("slots",),
-            "slots are left out",
+            ("slots", "fc2") if bare else ("slots",),  # without a bias a row of zeros adds nothing
+            f"slots are left out{', or GEMM2 gives zeros for their rows' * bare}",
             f"token {token} lacks slot{'s' * (len(slots) > 1)} {', '.join(map(str, slots))} (expert "
             f"{', '.join(str(e + first) for e in missing)}), the others have their weights",
             3,

@@ -1,0 +1,29 @@
+"""Hypotheses that are few, most because the wrong places leave few of them: tried whatever the evidence says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+
+from torch import Tensor
+
+from mxfp4ref.conformance.families.hypothesis import Hypothesis
+from mxfp4ref.conformance.families.misread import misread_hypotheses
+from mxfp4ref.conformance.families.output_memory import memory_hypotheses
+from mxfp4ref.conformance.families.outputs import input_factor_hypotheses
+from mxfp4ref.conformance.families.row_offsets import count_hypotheses, offset_hypotheses
+from mxfp4ref.conformance.families.tiles import tile_hypotheses
+from mxfp4ref.conformance.reduction import is_heavy
+from mxfp4ref.model.call import MoeCall
+
+__all__ = ["hypotheses_by_place"]
+
+
+def hypotheses_by_place(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
+    """Those that fit what is wrong, `[M, H] bool`; of a call that is heavy, without those of rows among others."""
+    yield from chain(misread_hypotheses(call), memory_hypotheses(call), input_factor_hypotheses())
+    if not is_heavy(call):
+        tokens = wrong.any(1)
+        yield from chain(
+            offset_hypotheses(call, tokens), count_hypotheses(call, tokens), tile_hypotheses(call, wrong)
+        )
