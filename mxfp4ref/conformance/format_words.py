@@ -17,6 +17,7 @@ from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.finding import Finding
 from mxfp4ref.conformance.index_words import map_words
 from mxfp4ref.conformance.layout_words import layout_words, slice_words
+from mxfp4ref.conformance.quantizer_words import solved_quantizer
 from mxfp4ref.formats.mxfp4 import E2M1_VALUES, GROUP_SIZE, decode_ue8m0, dequantize, pack_codes, unpack_codes
 from mxfp4ref.formats.quantize import SCALE_RULES, quantize
 
@@ -40,13 +41,22 @@ def format_finding(
         outputs, expected: by name, of the same dtypes and shapes.
     """
     got, want = ({name: t.cpu() for name, t in tensors.items()} for tensors in (outputs, expected))
+    solved, exact = list[str](), True
     if kind == "quantize":
-        words = _quantize_words(inputs["values"].cpu(), inputs["rule"], got, want)
+        values, rule = inputs["values"].cpu(), inputs["rule"]
+        words = _quantize_words(values, rule, got, want)
+        if not words:
+            solved, exact = solved_quantizer(values, rule, got, want)
+            words = "; ".join(solved)
     elif kind == "dequantize":
         words = _dequantize_words(inputs, got["values"], want["values"])
     else:
         words = layout_words(inputs, got["after"], want["after"])
-    return Finding((kind,), words, bool(words))
+    exact = exact and bool(words)
+    general = "; ".join(part.partition(": ")[0] for part in solved) or words
+    if general == words:
+        return Finding((kind,), words, exact)
+    return Finding((kind,), words, exact, hypotheses=(general,) if exact else (), kind=general)
 
 
 # Quantisers.

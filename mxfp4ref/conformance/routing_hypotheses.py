@@ -1,4 +1,4 @@
-"""What a router may do instead of the right thing, one part at a time: scores, selection, weights.
+"""What a router may do instead of the right thing: scores and selection; `routing_weighings.py` has the weights.
 
 Everything is float64, rounded to float32 where a router rounds; what follows from a hypothesis is compared to within
 a few float32 ulp, which is more than any correct evaluation needs and thousands of times less than what is wrong.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,14 +18,14 @@ from mxfp4ref.conformance.router_bounds import given_factor, preset_of, selectab
 from mxfp4ref.routing import scoring
 from mxfp4ref.routing.models import Preset
 
-__all__ = ["NORMALIZATIONS", "SCORES", "Selection", "View", "Weighing", "near", "selections", "weighings"]
+__all__ = ["SCORES", "Selection", "View", "near", "rounded", "selections", "to_float32"]
 
 _ULPS = 8 * 2.0**-23  # relative
 
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid(logit)": torch.sigmoid,
     "softplus(logit)": lambda x: _softplus(x),
-    "sqrt(softplus(logit))": lambda x: _float32(_softplus(x)).sqrt(),
+    "sqrt(softplus(logit))": lambda x: to_float32(_softplus(x)).sqrt(),
     "logit": lambda x: x,
     "softmax(logits)": lambda x: x.softmax(1),
     "exp(logit)": torch.exp,
@@ -51,11 +51,11 @@ def _softplus(x: Tensor) -> Tensor:
     return torch.nn.functional.softplus(x, threshold=scoring.SOFTPLUS_THRESHOLD)
 
 
-def _float32(x: Tensor) -> Tensor:
+def to_float32(x: Tensor) -> Tensor:
     return x.to(torch.float32).to(torch.float64)
 
 
-def _rounded(x: Tensor, name: str) -> Tensor:
+def rounded(x: Tensor, name: str) -> Tensor:
     dtype = _ROUNDINGS[name]
     return x if dtype is None else x.to(dtype).to(torch.float64)
 
@@ -78,6 +78,7 @@ class View:
         factor: the routed scaling factor; 1 where the weights are not to contain it.
         given: the same where it belongs to the output.
         table, token_ids: of a hash layer, or None.
+        places: `[T]`, of the tokens in the batch.
     """
 
     preset: Preset
@@ -90,6 +91,7 @@ class View:
     given: float
     table: Tensor | None
     token_ids: Tensor | None
+    places: Tensor
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any], rows: Tensor) -> View:
@@ -112,12 +114,13 @@ class View:
             factor,
             None if table is None else table.cpu().long(),
             None if token_ids is None else token_ids.cpu().long()[rows],
+            rows.nonzero().flatten(),
         )
 
     def take(self, rows: Tensor) -> View:
         """Some of the tokens."""
         token_ids = None if self.token_ids is None else self.token_ids[rows]
-        return replace(self, logits=self.logits[rows], token_ids=token_ids)
+        return replace(self, logits=self.logits[rows], token_ids=token_ids, places=self.places[rows])
 
     @property
     def right_score(self) -> str:
@@ -133,7 +136,7 @@ class View:
 
     def scores(self, name: str, logits: str = "") -> Tensor:
         """Scores `[T, E]` as float32 code has them, of logits rounded to `logits`."""
-        return _float32(SCORES[name](_rounded(self.logits, logits)))
+        return to_float32(SCORES[name](rounded(self.logits, logits)))
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,7 @@ class Selection:
         logits, scores: "" or what logits and scores are rounded to.
         bias: how often the bias is added.
         shift: of whose bias: expert e gets that of expert e + shift.
+        group_bias: how often it is added in the scores of groups; None for as often.
         groups: (n_group, topk_group) or None for the right ones.
         best: how many experts' scores make a group's.
         outside: the score of experts outside the groups.
@@ -152,6 +156,7 @@ class Selection:
         interleaved: whether expert e is of group e modulo n_group.
         skipped: how many of the best experts are passed over.
         high: whether ties go to the higher id.
+        among: of which experts, (first, last).
     """
 
     score: str = ""
@@ -159,6 +164,7 @@ class Selection:
     scores: str = ""
     bias: int = 1
     shift: int = 0
+    group_bias: int | None = None
     groups: tuple[int, int] | None = None
     best: int = 2
     outside: float = -math.inf
@@ -166,23 +172,31 @@ class Selection:
     interleaved: bool = False
     skipped: int = 0
     high: bool = False
+    among: tuple[int, int] | None = None
 
     def keys(self, view: View) -> Tensor:
         """What the experts are ordered by, `[T, E]`."""
         bias = self.bias * view.bias.roll(-self.shift)
-        scores = _rounded(view.scores(self.score or view.right_score, self.logits), self.scores)
-        keys = _float32(scores + bias)
+        scores = rounded(view.scores(self.score or view.right_score, self.logits), self.scores)
+        keys = to_float32(scores + bias)
+        if self.among is not None:
+            experts = torch.arange(keys.shape[1])
+            keys = keys.masked_fill((experts < self.among[0]) | (experts > self.among[1]), -math.inf)
         n_group, topk_group = self.groups or (view.n_group, view.topk_group)
         if n_group == 1:
             return keys
-        by_group = (
-            keys.view(len(keys), -1, n_group).mT if self.interleaved else keys.view(len(keys), n_group, -1)
-        )
-        totals = _float32(by_group.topk(min(self.best, by_group.shape[2])).values.sum(2))
+        by_group = self._by_group(keys, n_group)
+        of_groups = by_group
+        if self.group_bias is not None:
+            of_groups = self._by_group(to_float32(scores + self.group_bias * view.bias), n_group)
+        totals = to_float32(of_groups.topk(min(self.best, by_group.shape[2])).values.sum(2))
         chosen = _first(totals, topk_group, self.high)
         inside = torch.zeros_like(totals, dtype=torch.bool).scatter_(1, chosen, True).roll(self.moved, 1)
         limited = by_group.masked_fill(~inside[..., None], self.outside)
         return (limited.mT if self.interleaved else limited).flatten(1)
+
+    def _by_group(self, keys: Tensor, n_group: int) -> Tensor:
+        return keys.view(len(keys), -1, n_group).mT if self.interleaved else keys.view(len(keys), n_group, -1)
 
     def agrees(self, view: View, ids: Tensor) -> Tensor:
         """Which tokens' ids it selects, to within scores a few ulp apart unless ties are what it is about."""
@@ -206,6 +220,9 @@ class Selection:
             "the correction bias is subtracted in the selection": self.bias == -1,
             "the correction bias is added twice in the selection": self.bias == 2,
             f"an expert's correction bias is that of the expert {_signed(self.shift)} it": self.shift != 0,
+            "groups are scored without the correction bias, which only their experts get": self.group_bias
+            == 0,
+            "the correction bias is added twice in the scores of groups": self.group_bias == 2,
             "the selection is not limited to groups": n_group == 1,
             f"{topk_group} of {n_group} groups take part instead of {view.topk_group} of {view.n_group}": n_group
             > 1,
@@ -217,6 +234,12 @@ class Selection:
             f"the best {self.skipped} of the experts are passed over": self.skipped > 0,
             "ties are broken to the higher id instead of the lower": self.high,
         }
+        if self.among is not None:
+            first, last = self.among
+            found[f"the last experts are never selected: those above {last}"] = (
+                last < view.logits.shape[1] - 1
+            )
+            found[f"the first experts are never selected: those below {first}"] = first > 0
         return [words for words, applies in found.items() if applies]
 
 
@@ -247,6 +270,7 @@ def selections(view: View) -> Iterator[tuple[int, Selection]]:
         valid = [(n, t) for n, t in counts if n and t and size % n == 0 and t * (size // n) >= view.top_k]
         changes += [{"groups": one} for one in valid if one[0] == 1 or size // one[0] > 1]
         changes += [{"best": 1}, {"best": 3}, {"best": size // view.n_group}, {"outside": 0.0}]
+        changes += [{"group_bias": n} for n in (0, 2) if view.biased]
         changes += [{"moved": 1}, {"moved": -1}, {"interleaved": True}]
     changes += [{name: dtype} for name in ("logits", "scores") for dtype in ("bf16", "fp16")]
     changes += [{"score": name} for name in SCORES if name != view.right_score]
@@ -256,89 +280,3 @@ def selections(view: View) -> Iterator[tuple[int, Selection]]:
         for other in changes[index + 1 :]:
             if not one.keys() & other.keys():
                 yield 2, Selection(**one, **other)
-
-
-def _over(total: Tensor, selected: Tensor) -> Tensor:
-    return selected / total.unsqueeze(1)
-
-
-_NONE = "not at all"
-# From all scores [T, E], those of the selected experts [T, k] and epsilon to weights before the factor.
-NORMALIZATIONS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
-    "over their sum": lambda every, s, epsilon: _over(s.sum(1) + epsilon, s),
-    "as softmax": lambda every, s, epsilon: s.softmax(1),
-    _NONE: lambda every, s, epsilon: s,
-    "over the sum of all experts": lambda every, s, epsilon: _over(every.sum(1), s),
-    "over their sum without epsilon": lambda every, s, epsilon: _over(s.sum(1), s),
-    "over their sum and then by softmax": lambda every, s, epsilon: _over(s.sum(1), s).softmax(1),
-    "by softmax twice": lambda every, s, epsilon: s.softmax(1).softmax(1),
-    "over the largest of them": lambda every, s, epsilon: _over(s.amax(1), s),
-    "over the first of them": lambda every, s, epsilon: _over(s[:, 0], s),
-    "over the root of the sum of their squares": lambda every, s, epsilon: _over(s.square().sum(1).sqrt(), s),
-    "over the sum of all but the last": lambda every, s, epsilon: _over(s[:, :-1].sum(1), s),
-    "over the sum of one more": lambda every, s, epsilon: _over(_one_more(every, s), s),
-}
-
-
-def _one_more(every: Tensor, selected: Tensor) -> Tensor:
-    return every.topk(min(selected.shape[1] + 1, every.shape[1])).values.sum(1)
-
-
-@dataclass(frozen=True)
-class Weighing:
-    """A way to weigh selected experts; see `Selection`.
-
-    Attributes:
-        score, logits: as in `Selection`.
-        bias: whether the scores are those with the bias.
-        scores: "" or what the scores are rounded to.
-        normalization: of `NORMALIZATIONS`; "" for the right one.
-    """
-
-    score: str = ""
-    logits: str = ""
-    bias: bool = False
-    scores: str = ""
-    normalization: str = ""
-    changes: int = field(default=0, compare=False)
-
-    def weights(self, view: View, ids: Tensor) -> Tensor:
-        """Before the factor, `[T, k]` for these ids."""
-        every = view.scores(self.score or view.right_score, self.logits)
-        every = _rounded(_float32(every + view.bias) if self.bias else every, self.scores)
-        right = "as softmax" if view.preset.normalize == "softmax" else "over their sum"
-        return NORMALIZATIONS[self.normalization or right](every, every.gather(1, ids), view.preset.epsilon)
-
-    def words(self, view: View) -> list[str]:
-        right = "as softmax" if view.preset.normalize == "softmax" else "over their sum"
-        found = {
-            f"weights are made of {self.score} instead of {view.right_score}": bool(self.score),
-            f"logits are rounded to {self.logits}": bool(self.logits),
-            "weights are made of the scores with the correction bias": self.bias,
-            f"scores are rounded to {self.scores}": bool(self.scores),
-            f"weights are normalised {self.normalization} instead of {right}": bool(self.normalization),
-        }
-        if view.preset.normalize != "softmax" or self.score:
-            normalization = self.normalization or right
-            twice = (self.score or view.right_score, normalization) == ("softmax(logits)", "as softmax")
-            found["softmax is applied twice"] = twice
-        found["weights are not normalised"] = self.normalization == _NONE
-        found.pop(f"weights are normalised {_NONE} instead of {right}", None)
-        return [words for words, applies in found.items() if applies]
-
-
-def weighings(view: View) -> Iterator[Weighing]:
-    """The right weights, then wrong ones by how much is changed, up to two parts."""
-    right = "as softmax" if view.preset.normalize == "softmax" else "over their sum"
-    parts: dict[str, list[Any]] = {
-        "normalization": [name for name in NORMALIZATIONS if name != right],
-        "bias": [True] if view.biased else [],
-        "score": [name for name in SCORES if name not in (view.right_score, "-logit")],
-        "logits": ["bf16", "fp16"],
-        "scores": ["bf16", "fp16"],
-    }
-    made: list[dict[str, Any]] = [{}]
-    for name, values in parts.items():
-        made += [{**one, name: value} for one in made if len(one) < 2 for value in values]
-    for one in sorted(made, key=len):
-        yield Weighing(**one, changes=len(one))

@@ -17,8 +17,11 @@ from mxfp4ref.conformance.comparison import differing, ulp_distance
 from mxfp4ref.conformance.finding import Finding
 from mxfp4ref.conformance.index_words import map_words
 from mxfp4ref.conformance.router_bounds import routing_outside
+from mxfp4ref.conformance.router_solving import ids_of_a_rank, right_half, solved_router
+from mxfp4ref.conformance.router_weights import some_weights
 from mxfp4ref.conformance.routing_factors import factor_between, factor_words, factors_by_part
-from mxfp4ref.conformance.routing_hypotheses import Selection, View, Weighing, near, selections, weighings
+from mxfp4ref.conformance.routing_hypotheses import Selection, View, near, selections
+from mxfp4ref.conformance.routing_weighings import Weighing, weighings
 
 __all__ = ["routing_finding"]
 
@@ -26,11 +29,14 @@ _STAY = "while the weights stay where they were"
 _FEWEST = 4  # weights from which a factor is told
 _BF16, _FP16 = 2.0**-8, 2.0**-11
 # Of a sentence, what is right or a matter of rounding, and the numbers of its own case.
-_RIGHT = ("ids are right", "weights are right for these ids")
+_RIGHT = ("ids are right", "weights are right for these ids", "the others are right")
 _TIED = "ids differ only where scores tie or are a few ulp apart"
 _OWN = re.compile(
     r"all weights are \S+ the right ones: |(?<=the routed scaling factor) [\d.]+"
     r"|(?<=a factor of its own), .*|(?<=a factor of each expert): .*"
+    r"|(?<=before dividing by it): .*|(?<=by a number): .*|(?<=tanh.logit / c.): .*|(?<=all logits): .*"
+    r"|(?<=largest magnitude): .*|(?<=never selected): .*|(?<=selected by score): .*|(?<=others have one id): .*"
+    r"|(?<=experts are selected): .*|(?<=the right experts): .*|(?<=some weights are .): .*|(?<=router of fewer) .*"
 )
 _CORRECT = 8  # ulp, within which weights are a matter of rounding
 
@@ -85,7 +91,13 @@ def _padded_words(inputs: Mapping[str, Any], got: tuple[Tensor, Tensor]) -> str:
 
 def _token_words(view: View, got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> tuple[str, bool] | None:
     """What explains all tokens, or those that differ; "" where nothing does but roundings, None where nothing."""
+    if of_a_rank := ids_of_a_rank(view, got, want):
+        return of_a_rank, False
     found = _explained(view, got, want)
+    if found is not None and not _of_two(found[0]):
+        return found
+    if solved := solved_router(view, got, want):
+        return solved, False
     if found is not None:
         return found
     wrong = torch.ones(len(view.logits), dtype=torch.bool)
@@ -98,7 +110,16 @@ def _token_words(view: View, got: tuple[Tensor, ...], want: tuple[Tensor, ...]) 
             return f"in {_rows(wrong)}: {found[0]}", False
     if got[0].shape != want[0].shape:
         return None
-    return _other_tokens(got, want) or _explained(view, got, want, by_part=True)
+    if torch.equal(got[0], want[0]) and (some := some_weights(view, *got)):
+        return some, False
+    found = _other_tokens(got, want) or _explained(view, got, want, by_part=True)
+    half = right_half(view, got, want) if found is None else ""
+    return (half, False) if half else found
+
+
+def _of_two(sentence: str) -> bool:
+    """Whether it says of two things that they are wrong."""
+    return sum(part not in _RIGHT for part in sentence.split("; ")) > 1
 
 
 def _rows(wrong: Tensor) -> str:
@@ -211,7 +232,7 @@ def _from_table(view: View, ids: Tensor, want: Tensor) -> Iterator[_Candidate]:
         yield 1, ["experts are selected by score instead of by the table of token ids"], ids
     yield from _moved(view, ids, want)
     rows = {f"token id {shift:+d}": view.table.roll(-shift, 0)[view.token_ids] for shift in (1, -1)}
-    rows["the token's place in the batch"] = view.table[torch.arange(len(ids)) % len(view.table)]
+    rows["the token's place in the batch"] = view.table[view.places % len(view.table)]
     for words, taken in rows.items():
         if torch.equal(taken, ids):
             yield 1, [f"the table's row of {words} is taken"], ids

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from mxfp4ref import Experts, MoeCall, quantize
+from mxfp4ref._choices import ScaleRule
 
-__all__ = ["CALLS", "captured", "quantised_values"]
+__all__ = ["CALLS", "QUANTISED", "captured", "quantised_values"]
 
 # name: (tokens, hidden, inner, this rank's experts, top k)
 CALLS = {
@@ -87,7 +88,35 @@ def captured(name: str) -> MoeCall:
     return MoeCall(x.bfloat16(), ids.int(), scales, held, **rank.get(name, {}))
 
 
-def quantised_values() -> Tensor:
-    """`[16, 128] float32`, of which many lie half way between two codes."""
+# name: how it is rounded, the first that shows a kernel is taken
+QUANTISED: dict[str, ScaleRule] = {
+    "values": "floor",
+    "weights": "floor",
+    "weights_ceil": "ceil",
+    "weights_even": "even",
+    "weights_rceil": "rceil",
+}
+
+
+@cache
+def quantised_values(name: str = "values") -> Tensor:
+    """`[16, 128] float32`, of which many lie half way between two codes; or `[64, 256]` as weights are.
+
+    Those have groups of every size from 2^-40 to 2^24, largest magnitudes just above, just below and at every point
+    where a rule changes its mind, and values just beside the middle of two codes: nearer than bf16 tells apart.
+    """
     random = torch.Generator().manual_seed(5)
-    return torch.randint(-24, 25, (16, 128), generator=random) / 4
+    if name == "values":
+        return torch.randint(-24, 25, (16, 128), generator=random) / 4
+    groups = torch.randn(512, 32, generator=random)
+    exponents = (torch.arange(512) % 65 - 40).float()
+    groups = groups / groups.abs().amax(1, True) * (1 + torch.rand(512, 1, generator=random))
+    middles = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])[
+        torch.randint(7, (512, 8), generator=random)
+    ]
+    near = 1 + torch.tensor([-(2.0**-12), -(2.0**-10), 2.0**-10, 2.0**-12])[torch.arange(8) % 4]
+    edges = torch.tensor([1.0, 1.5, 1.75, 2.0])[torch.arange(512) % 4]
+    off = 1 + torch.tensor([-(2.0**-20), 0.0, 2.0**-20])[torch.arange(512) % 3]
+    groups[:, :8] = middles * near / 8
+    groups[256:, 9] = -(edges * off)[256:]
+    return (groups * exponents.exp2()[:, None]).view(64, 256)
