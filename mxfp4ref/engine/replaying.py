@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,12 @@ from mxfp4ref.conformance.results import RECORDING, CaseResult, Report, name_def
 from mxfp4ref.engine.arguments import generation_in_record
 from mxfp4ref.engine.autotune import AutotuneCache, Prediction, read_autotune_cache
 from mxfp4ref.engine.calls import Layers, arguments_of, read_call, release_of
-from mxfp4ref.engine.describing import LOOKED_AT, Calls, described, reaches_limit, zeros_words
+from mxfp4ref.engine.describing import Calls, described, zeros_words
 from mxfp4ref.engine.estimating import Estimate, estimate
 from mxfp4ref.engine.fitting import closest_kernel, fitting_kernels
 from mxfp4ref.engine.graph_buffers import GraphBuffers
 from mxfp4ref.engine.recordings import Incomplete, Recording, Unreadable, find_recordings
+from mxfp4ref.engine.unshown import shown, unshown
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward
 
@@ -78,7 +79,7 @@ class ReplayResult(CaseResult):
         other: the activation's parameters (`swiglu_limit`, ...) that are not those of the layer's first call.
         tokens: M.
         predicted: the tactics that the call or the autotune cache names.
-        limit_reached: of a call that is equal, as of `describing.reaches_limit`; None once an earlier one reached it.
+        shown: of a call that is equal, as `unshown.shown` gives it; without what an earlier one showed.
         all_zero: whether no output element is other than zero, so that the call alone proves nothing.
     """
 
@@ -87,7 +88,7 @@ class ReplayResult(CaseResult):
     predicted: str = ""
     all_zero: bool = False
     other: tuple[str, ...] = ()
-    limit_reached: bool | None = None
+    shown: Mapping[str, bool] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, repr=False)
@@ -117,10 +118,7 @@ class ReplayReport(Report):
             words += f" {held} of {counted(len(predicted), 'prediction')} of tactics held."
         if zeros := sum(r.all_zero for r in replayed):
             words += f" {zeros} gave zeros only, which proves nothing."
-        limits = [r.limit_reached for r in replayed if r.limit_reached is not None]
-        if limits and not any(limits):
-            words += f" No up or gate value of the first {LOOKED_AT} tokens of a call reaches swiglu_limit:"
-            words += " such calls do not show whether the kernel applies it."
+        words += "".join(f" {sentence}" for sentence in unshown([r.shown for r in replayed]))
         for parameters, count in Counter(r.other for r in replayed if r.other).items():
             words += f" {counted(count, 'call')} {'has' if count == 1 else 'have'} another "
             words += f"{' and '.join(parameters)} than the first of the layer."
@@ -206,7 +204,7 @@ class _Run:
         self._options, self._cache, self._buffers = options, cache, buffers
         self._layers = Layers()
         self._suspects: dict[str | Hypothesis, None] = {}
-        self._limit_reached = False
+        self._shown: set[str] = set()
         self.calls = Calls()
 
     def replay(self, recording: Recording) -> ReplayResult:
@@ -254,9 +252,8 @@ class _Run:
         }
         if not fits:
             return found | self._differing(recording, call, output)
-        if not self._limit_reached:
-            found["limit_reached"] = reaches_limit(call)
-            self._limit_reached = bool(found["limit_reached"])
+        found["shown"] = shown(call, self._shown)
+        self._shown |= {name for name, seen in found["shown"].items() if seen}
         found |= {"status": "equal", "tiles": tuple(map(str, fits)) if call.experts.tactics_show else ()}
         if prediction is not None and not any(fit.has(prediction.kernel) for fit in fits):
             found |= {"status": "wrong tactic", "elements": 0}  # no element is wrong
