@@ -16,14 +16,15 @@ import click
 
 from mxfp4ref._version import __version__
 
-_INTERRUPTED, _NOT_READ = 128 + 2, 128 + 13  # as of a process that SIGINT or SIGPIPE ended
+# As of a process that SIGINT, SIGPIPE or SIGTERM ended.
+_INTERRUPTED, _NOT_READ, _TERMINATED = 128 + 2, 128 + 13, 128 + 15
 
 try:
     from mxfp4ref.conformance import memory
     from mxfp4ref.conformance.cli import COMMANDS as CONFORMANCE
     from mxfp4ref.conformance.cli import supervised
     from mxfp4ref.conformance.cli.command import Group
-    from mxfp4ref.conformance.cli.shared import UsageError
+    from mxfp4ref.conformance.cli.shared import Terminated, UsageError
     from mxfp4ref.engine.cli import COMMANDS as ENGINE
 except KeyboardInterrupt:
     sys.exit(_INTERRUPTED)
@@ -48,6 +49,8 @@ def _ended_from_outside() -> Iterator[None]:
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()
+    except Terminated:
+        sys.exit(_TERMINATED)
     except KeyboardInterrupt:
         sys.exit(_INTERRUPTED)
     except OSError as error:
@@ -119,8 +122,8 @@ def commands() -> None:
     mxfp4ref show gemm/ordinary                  what is in a golden case, and why
     mxfp4ref explain limit_ignored               what a named defect does, and where it was seen
 
-    Exit codes: 0 conforms, equal or done; 1 does not; 2 wrong usage, or something is missing; 130 and 141
-    interrupted, or nobody reads the output.
+    Exit codes: 0 conforms, equal or done; 1 does not; 2 wrong usage, or something is missing; 130, 143 and
+    141 interrupted, by Ctrl-C or SIGTERM, or nobody reads the output.
 
     NO_COLOR, FORCE_COLOR, CLICOLOR, TERM and COLUMNS are obeyed; into a pipe go whole lines. `mxfp4ref completion`
     lets a shell complete all names.

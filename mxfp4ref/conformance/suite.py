@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -91,45 +91,65 @@ def run(
         conform_arguments(kernel, options, device, isolate, goldens) if isinstance(kernel, str) else ()
     )
     state = _State(options, goldens, now(), arguments, note)
-    with ExitStack() as stack:
-        worker: Worker | None = None
-        if isinstance(kernel, str) and (
-            options.jobs > 1 or (not is_stand_in(kernel) if isolate is None else isolate)
-        ):
-            threads = max(torch.get_num_threads() // options.jobs, 1) if options.jobs > 1 else None
-            worker = stack.enter_context(Worker(kernel, device, options.timeout, threads=threads))
-            loaded = worker.kernel
-            # What it says of this package is not asked of a process that a kernel is in.
-            state.environment = {**worker.environment, **environment("cpu")}
-        else:
-            loaded = kernel if isinstance(kernel, Kernel) else load_kernel_here(kernel, device)
-            check_device(loaded.device)
-            state.environment = environment(loaded.device)
-        if options.all_tactics and not loaded.forces_tactics:
-            raise ValueError(
-                f"all_tactics: expected a kernel whose tactics can be chosen (flashinfer), got {loaded.name}"
-            )
-        try:
-            todo = _Todo(cases)
-            compare = partial(_compare, loaded, options)
-            each: Generator[tuple[CaseResult, Failed | None], None, None] = (
-                side_by_side(worker, options.jobs, todo, compare)
-                if worker is not None and options.jobs > 1
-                else (compare(worker, load) for load in todo)
-            )
-            with closing(each):
-                for result, failure in each:
-                    state.results.append(result)  # an interruption costs its diagnosis only
-                    state.diagnose_last(failure)
-                    if progress is not None:
-                        progress(state.results[-1])
-                    if sum(not r.ok for r in state.results) == options.max_failures:
-                        break
-            state.left = todo.left(len(state.results))
-            return state.report(loaded.name)
-        except KeyboardInterrupt:
-            state.left = todo.left(len(state.results), count=False)
-            raise Interrupted(state.report(loaded.name, interrupted=True)) from None
+    report: Report | None = None
+    try:
+        with ExitStack() as stack:
+            report = _run(stack, kernel, cases, (device, isolate), progress, state)
+    except KeyboardInterrupt:
+        if report is None:
+            raise
+        raise Interrupted(replace(report, interrupted=True)) from None  # while the kernel's process was ended
+    return report
+
+
+def _run(
+    stack: ExitStack,
+    kernel: str | Callable[..., Any] | Kernel,
+    cases: Goldens | Iterable[Case],
+    where: tuple[str | None, bool | None],
+    progress: Callable[[CaseResult], None] | None,
+    state: _State,
+) -> Report:
+    """As `run`; what the stack gets ends with it."""
+    (device, isolate), options = where, state.options
+    worker: Worker | None = None
+    if isinstance(kernel, str) and (
+        options.jobs > 1 or (not is_stand_in(kernel) if isolate is None else isolate)
+    ):
+        threads = max(torch.get_num_threads() // options.jobs, 1) if options.jobs > 1 else None
+        worker = stack.enter_context(Worker(kernel, device, options.timeout, threads=threads))
+        loaded = worker.kernel
+        # What it says of this package is not asked of a process that a kernel is in.
+        state.environment = {**worker.environment, **environment("cpu")}
+    else:
+        loaded = kernel if isinstance(kernel, Kernel) else load_kernel_here(kernel, device)
+        check_device(loaded.device)
+        state.environment = environment(loaded.device)
+    if options.all_tactics and not loaded.forces_tactics:
+        raise ValueError(
+            f"all_tactics: expected a kernel whose tactics can be chosen (flashinfer), got {loaded.name}"
+        )
+    try:
+        todo = _Todo(cases)
+        compare = partial(_compare, loaded, options)
+        each: Generator[tuple[CaseResult, Failed | None], None, None] = (
+            side_by_side(worker, options.jobs, todo, compare)
+            if worker is not None and options.jobs > 1
+            else (compare(worker, load) for load in todo)
+        )
+        with closing(each):
+            for result, failure in each:
+                state.results.append(result)  # an interruption costs its diagnosis only
+                state.diagnose_last(failure)
+                if progress is not None:
+                    progress(state.results[-1])
+                if sum(not r.ok for r in state.results) == options.max_failures:
+                    break
+        state.left = todo.left(len(state.results))
+        return state.report(loaded.name)
+    except KeyboardInterrupt:
+        state.left = todo.left(len(state.results), count=False)
+        raise Interrupted(state.report(loaded.name, interrupted=True)) from None
 
 
 def run_case(

@@ -3,106 +3,30 @@
 from __future__ import annotations
 
 import sys
-import textwrap
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from mxfp4ref._files import files_below
 from mxfp4ref.conformance.cli import completing
 from mxfp4ref.conformance.cli.command import command
-from mxfp4ref.conformance.cli.report_files import pop_report_files, print_report, report_files
 from mxfp4ref.conformance.cli.shared import (
     NOT_EQUAL,
     USAGE,
     UsageError,
     check_no_swap,
-    diagnosis_option,
     goldens_option,
-    progress,
     usage_errors,
 )
 from mxfp4ref.conformance.cli.supervised import others_code_begins
-from mxfp4ref.conformance.cli.terminal import echo, echo_rows
+from mxfp4ref.conformance.cli.terminal import echo
 from mxfp4ref.engine.layer_cli import layer
-
-if TYPE_CHECKING:
-    from mxfp4ref.conformance.results import CaseResult
-    from mxfp4ref.engine.replaying import ReplayReport
+from mxfp4ref.engine.replay_cli import replay
 
 __all__ = ["COMMANDS"]
 
 _FLASHINFERS = "flashinfer.fused_moe.cutlass_fused_moe"
-_NOTE = 60  # characters of a finding in the table
-_COLOURS = {"equal": "green", "skipped": "bright_black"}
-
-
-@command()
-@click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option(
-    "--autotune-cache",
-    type=click.Path(exists=True, path_type=Path),
-    metavar="PATH",
-    help="flashinfer's autotune cache, JSON file or v2 folder: a call that ran other tactics is a finding.",
-)
-@click.option(
-    "--any-tile", is_flag=True, help="Stop at the first pair of K tiles that fits, instead of naming all."
-)
-@click.option(
-    "--max-calls", type=click.IntRange(min=1), metavar="N", help="Replay no more calls than the first N."
-)
-@diagnosis_option
-@report_files
-def replay(folder: Path, **options: Any) -> None:
-    """Compute the calls that a running server recorded again, and compare every bit.
-
-    \b
-    mxfp4ref replay flashinfer_dumps --html report.html
-    mxfp4ref replay flashinfer_dumps --autotune-cache autotune.json --diagnosis none
-    mxfp4ref replay flashinfer_dumps --max-calls 4 --diagnosis quick
-
-    DIR holds what flashinfer's own recorder wrote, with no change of the engine:
-
-    \b
-    FLASHINFER_LOGLEVEL=10 FLASHINFER_DUMP_INCLUDE='*cutlass_fused_moe*'
-    FLASHINFER_DUMP_SAFETENSORS=1 FLASHINFER_DUMP_DIR=DIR
-
-    or what `mxfp4ref record` did; calls are found at any depth, of any number of processes and ranks. Every call is
-    equal, for the pairs of K tiles (GEMM1 x GEMM2) that are listed, or different, with a diagnosis. A call that is
-    not modelled, has no recorded output, or that a CUDA graph has overwritten since is skipped, and the reason told.
-
-    Exit codes: 0 all that were compared are equal; 1 some differ or cannot be read, or ran other tactics than
-    predicted; 2 wrong usage, nothing to compare, or a report could not be written.
-    """
-    from mxfp4ref.engine.replaying import ReplayOptions
-    from mxfp4ref.engine.replaying import replay as replay_folder
-
-    files = pop_report_files(options)
-    with usage_errors():
-        files.check(_files_of(folder, options["autotune_cache"]))
-        with progress(lines=True) as step:
-            report = replay_folder(
-                folder,
-                ReplayOptions(**options),
-                begin=lambda expected: echo(str(expected), err=True),
-                progress=lambda result, total: step(_line(result), total),
-            )
-
-    def show() -> None:
-        _print_table(report)
-        if problems := report.environment.get("not read of the autotune cache"):
-            echo(f"not read of the autotune cache: {problems}", err=True)
-        print_report(report, verbose=False)
-
-    complete = files.write_after(show, report)
-    if any(not result.ok for result in report.results):
-        sys.exit(NOT_EQUAL)
-    if report.ok:
-        sys.exit(0 if complete else USAGE)
-    raise UsageError(f"{folder}: none of the {len(report.results)} recorded calls could be compared")
 
 
 @command(context_settings={"ignore_unknown_options": True})
@@ -267,41 +191,6 @@ def invariance(what: str, **options: Any) -> None:
     if not count:
         raise UsageError(f"{what}: nothing to compute")
     sys.exit(0 if ok else NOT_EQUAL)
-
-
-def _files_of(*paths: Path | None) -> Iterator[Path]:
-    """Files, and those below folders, which no report may replace."""
-    for path in paths:
-        if path is not None:
-            yield path
-            yield from files_below(path) if path.is_dir() else ()
-
-
-def _line(result: CaseResult) -> str:
-    """What came of a call, as it ends."""
-    return f"{result.case}: {result.status}{f' ({note})' if (note := _note(result)) else ''}, {result.seconds:.1f} s"
-
-
-def _print_table(report: ReplayReport) -> None:
-    """A row for each call."""
-    rows = []
-    for result in report.results:
-        layer, tokens = getattr(result, "layer", 0), getattr(result, "tokens", 0)
-        read = (str(layer), f"{tokens:,}") if layer else ("", "")
-        rows.append((result.case, *read, result.status, ", ".join(result.tiles), _note(result)))
-    colours = {result.status: _COLOURS.get(result.status, "red") for result in report.results}
-    echo_rows(("call", "layer", "tokens", "status", "K tiles", "note"), rows, colours)
-
-
-def _note(result: CaseResult) -> str:
-    """Why a call was not compared or is not equal: the first words of what is said below the table."""
-    if result.message or result.ok:
-        return result.message
-    from mxfp4ref.conformance.report_text import wrong_elements
-
-    found = result.diagnosis
-    words = (found.finding.sentence or found.stage) if found else ""
-    return textwrap.shorten(words or f"{wrong_elements(result)} differ", _NOTE, placeholder=" ...")
 
 
 COMMANDS = (replay, record, invariance, layer)

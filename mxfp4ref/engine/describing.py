@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-import torch
-
 from mxfp4ref.conformance.finding import counted
 from mxfp4ref.engine.calls import release_of
 from mxfp4ref.engine.recordings import Recording, Unreadable
+from mxfp4ref.engine.unshown import owned
 from mxfp4ref.formats.experts import PARAMETERS
 from mxfp4ref.model.call import MoeCall
-from mxfp4ref.model.forward import trace
 
-__all__ = ["LOOKED_AT", "Calls", "described", "reaches_limit", "zeros_words"]
+__all__ = ["Calls", "described", "zeros_words"]
 
-LOOKED_AT = 64  # tokens of a call, for its limit
 _MOST = 8  # ranks, or activations, that are listed
 
 
@@ -61,27 +58,15 @@ def described(call: MoeCall) -> str:
 
 def zeros_words(call: MoeCall) -> str:
     """What there is to say of a right output that is all zeros."""
-    first = call.ep_rank * call.experts.num_experts
-    last = first + call.experts.num_experts - 1
-    ids = call.token_selected_experts
-    why = f"no id lies in {first} to {last}, which the rank owns: "
-    owned = bool(((ids >= first) & (ids <= last)).any())
-    return f"{'' if owned else why}all of the output is zero, so that this call alone proves nothing"
-
-
-def reaches_limit(call: MoeCall) -> bool | None:
-    """Whether an up or gate value of the first `LOOKED_AT` tokens reaches `swiglu_limit`; None without a limit."""
-    experts = call.experts
-    limits = experts.swiglu_limit
-    if limits is None or not call.num_tokens or not experts.tactics_show or not bool(limits.isfinite().any()):
-        return None
-    rows = trace(call.select(slice(LOOKED_AT)))
-    up, gate = rows.fc1_output.to(torch.float32).chunk(2, dim=1)
-    if experts.fc1_biases is not None:
-        biases = experts.fc1_biases[rows.expert].to(torch.float32).chunk(2, dim=1)
-        up, gate = up + biases[0], gate + biases[1]
-    limit = limits[rows.expert][:, None]
-    return bool(((up.abs() >= limit) | (gate >= limit)).any())
+    count = call.experts.num_experts
+    first, ids = call.ep_rank * count, call.token_selected_experts
+    why = ""
+    if not bool(owned(call).any()):
+        why = f"no id lies in {first} to {first + count - 1}, which the rank owns: "
+        if call.ep_rank and bool((ids >= 0).any()) and int(ids.max()) < count:
+            why = why.replace(": ", f"; they are {int(ids.min())} to {int(ids.max())}: ")
+            why += "are these local ids already? The kernel takes global ones. As they are, "
+    return f"{why}all of the output is zero, so that this call alone proves nothing"
 
 
 def _ranks(call: MoeCall) -> list[str]:

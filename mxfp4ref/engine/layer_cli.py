@@ -193,7 +193,14 @@ def layer(
         echo(f"{name:22}  {describe(tensor):22}  {first_values(tensor)}")
     if output_path is not None:
         echo(f"written: {output_path}")
-    if served_path is not None:
+    if served_path is None:
+        from mxfp4ref.checkpoint.run import read_input
+        from mxfp4ref.engine.unshown import shown_by_layer, unshown
+
+        with usage_errors():
+            for words in unshown([shown_by_layer(found, read_input(input_path), router)]):
+                echo(words, err=True)
+    else:
         from mxfp4ref.engine.served import ServedOptions, check_served
 
         with usage_errors(), progress() as step:

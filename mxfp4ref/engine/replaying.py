@@ -7,125 +7,39 @@ print(report.verdict)
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mxfp4ref._choices import DIAGNOSES, Diagnosing
-from mxfp4ref._shown import Shown
-from mxfp4ref._validate import check_choice, check_int
 from mxfp4ref.conformance.agreement import agreed
+from mxfp4ref.conformance.bounded import where_outside
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.diagnosis import Located
+from mxfp4ref.conformance.execution import Outcome
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
-from mxfp4ref.conformance.finding import counted
 from mxfp4ref.conformance.kernels import environment
-from mxfp4ref.conformance.results import RECORDING, CaseResult, Report, name_defects, now
+from mxfp4ref.conformance.results import RECORDING, CaseResult, name_defects, now
+from mxfp4ref.conformance.suite import Interrupted
+from mxfp4ref.engine.answering import answering
 from mxfp4ref.engine.arguments import generation_in_record
 from mxfp4ref.engine.autotune import AutotuneCache, Prediction, read_autotune_cache
 from mxfp4ref.engine.calls import Layers, arguments_of, read_call, release_of
-from mxfp4ref.engine.describing import LOOKED_AT, Calls, described, reaches_limit, zeros_words
+from mxfp4ref.engine.describing import Calls, described, zeros_words
 from mxfp4ref.engine.estimating import Estimate, estimate
 from mxfp4ref.engine.fitting import closest_kernel, fitting_kernels
 from mxfp4ref.engine.graph_buffers import GraphBuffers
 from mxfp4ref.engine.recordings import Incomplete, Recording, Unreadable, find_recordings
+from mxfp4ref.engine.replay_report import ReplayOptions, ReplayReport, ReplayResult
+from mxfp4ref.engine.unshown import shown
+from mxfp4ref.goldens.runs import Run
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward
 
 __all__ = ["ReplayOptions", "ReplayReport", "ReplayResult", "replay"]
-
-_STATUS_OF_MANY = {"differs": "differ"}
-
-
-@dataclass(frozen=True, repr=False)
-class ReplayOptions(Shown):
-    """How recorded calls are compared.
-
-    Attributes:
-        autotune_cache: flashinfer's autotune cache, file or folder, whose tactics are held against the bits.
-        any_tile: stop at the first pair of K tiles that fits, instead of trying all.
-        diagnosis: where bits differ, look for what is wrong: "quick", about a second for each call; "full", up to a
-            minute; "none", only compare.
-        max_calls: replay no more calls, the first ones; None for all.
-    """
-
-    autotune_cache: Path | None = None
-    any_tile: bool = False
-    diagnosis: Diagnosing = "full"
-    max_calls: int | None = None
-
-    def __post_init__(self) -> None:
-        check_choice("diagnosis", self.diagnosis, DIAGNOSES)
-        if self.max_calls is not None:
-            check_int("max_calls", self.max_calls, minimum=1)
-
-
-@dataclass(frozen=True, repr=False)
-class ReplayResult(CaseResult):
-    """What came of one recorded call.
-
-    `status` is "equal"; "differs"; "wrong tactic", if the bits are right for other tiles than were predicted;
-    "unclear", if a CUDA graph may have overwritten what was recorded; "skipped", if the call is not modelled, lacks
-    its output, or was overwritten by a CUDA graph; "refused", if such arguments are; "wrong output"; "unreadable".
-
-    Attributes:
-        layer: the number of the experts, by their weights; 0 if they were not read.
-        other: the activation's parameters (`swiglu_limit`, ...) that are not those of the layer's first call.
-        tokens: M.
-        predicted: the tactics that the call or the autotune cache names.
-        limit_reached: of a call that is equal, as of `describing.reaches_limit`; None once an earlier one reached it.
-        all_zero: whether no output element is other than zero, so that the call alone proves nothing.
-    """
-
-    layer: int = 0
-    tokens: int = 0
-    predicted: str = ""
-    all_zero: bool = False
-    other: tuple[str, ...] = ()
-    limit_reached: bool | None = None
-
-
-@dataclass(frozen=True, repr=False)
-class ReplayReport(Report):
-    """The results of a replay; `kernel` is the folder."""
-
-    @property
-    def ok(self) -> bool:
-        """Whether every call that was compared is equal, and any had elements to be."""
-        return super().ok and any(result.elements for result in self.results)
-
-    @property
-    def verdict(self) -> str:
-        counts = Counter(result.status for result in self.results)
-        layers = len({r.layer for r in self.results if isinstance(r, ReplayResult)} - {0})
-        words = f"{counted(len(self.results), 'recorded call')} of {counted(layers, 'layer')}: "
-        words += (
-            ", ".join(
-                f"{count} {_STATUS_OF_MANY.get(status, status) if count > 1 else status}"
-                for status, count in counts.items()
-            )
-            + "."
-        )
-        replayed = [r for r in self.results if isinstance(r, ReplayResult)]
-        if predicted := [r for r in replayed if r.predicted and r.status in ("equal", "wrong tactic")]:
-            held = sum(r.ok for r in predicted)
-            words += f" {held} of {counted(len(predicted), 'prediction')} of tactics held."
-        if zeros := sum(r.all_zero for r in replayed):
-            words += f" {zeros} gave zeros only, which proves nothing."
-        limits = [r.limit_reached for r in replayed if r.limit_reached is not None]
-        if limits and not any(limits):
-            words += f" No up or gate value of the first {LOOKED_AT} tokens of a call reaches swiglu_limit:"
-            words += " such calls do not show whether the kernel applies it."
-        for parameters, count in Counter(r.other for r in replayed if r.other).items():
-            words += f" {counted(count, 'call')} {'has' if count == 1 else 'have'} another "
-            words += f"{' and '.join(parameters)} than the first of the layer."
-        words += f" {self.left} more were not replayed." if self.left else ""
-        return words + self.culprit + self.further
 
 
 def replay(
@@ -148,6 +62,8 @@ def replay(
     Raises:
         FileNotFoundError: there is no such folder, no recorded call in it, or no autotune cache where one is named.
         ValueError: the autotune cache is none.
+        KernelError: the options' kernel cannot be loaded, or does not run whole calls.
+        Interrupted: as KeyboardInterrupt, with a report of the calls that had been replayed.
     """
     options = options or ReplayOptions()
     root = Path(folder)
@@ -166,28 +82,37 @@ def replay(
         begin(estimate(chosen, options.diagnosis))
     run = _Run(options, cache, GraphBuffers(recordings))
     results: list[ReplayResult] = []
-    for recording in chosen:
-        result = run.replay(recording)
-        results.append(result)
-        if progress is not None:
-            progress(result, len(chosen))
+    interrupted = False
+    with answering(options) as run.answer:
+        try:
+            for recording in chosen:
+                result = run.replay(recording)
+                results.append(result)
+                if progress is not None:
+                    progress(result, len(chosen))
+        except KeyboardInterrupt:
+            interrupted = True
     found = {**environment("cpu"), **run.calls.environment}
     if cache is not None and cache.problems:
         found["not read of the autotune cache"] = "; ".join(cache.problems)
-    return ReplayReport(
-        kernel=str(root),
-        mode="exact",
+    report = ReplayReport(
+        kernel=options.kernel or str(root),
+        mode=options.mode,
         results=tuple(results),
         defects=name_defects([r.diagnosis.exact for r in results if r.diagnosis is not None]),
         seconds=time.perf_counter() - start,
         environment=found,
         finding=agreed([r.diagnosis for r in results if r.diagnosis is not None]),
-        left=len(recordings) - len(chosen),
+        left=len(recordings) - len(results),
+        interrupted=interrupted,
         date=date,
         command="replay",
         arguments=_arguments(root, options),
         selection=() if options.max_calls is None else ("--max-calls", str(options.max_calls)),
     )
+    if interrupted:
+        raise Interrupted(report)
+    return report
 
 
 def _arguments(root: Path, options: ReplayOptions) -> tuple[str, ...]:
@@ -196,6 +121,9 @@ def _arguments(root: Path, options: ReplayOptions) -> tuple[str, ...]:
     given += [] if options.autotune_cache is None else ["--autotune-cache", str(options.autotune_cache)]
     given += ["--any-tile"] * options.any_tile
     given += [] if options.diagnosis == "full" else ["--diagnosis", options.diagnosis]
+    for name, usual in (("mode", "exact"), ("kernel", None), ("device", None), ("timeout", 600.0)):
+        if (value := getattr(options, name)) != usual:
+            given += [f"--{name}", f"{value:g}" if isinstance(value, float) else str(value)]
     return tuple(given)
 
 
@@ -206,8 +134,9 @@ class _Run:
         self._options, self._cache, self._buffers = options, cache, buffers
         self._layers = Layers()
         self._suspects: dict[str | Hypothesis, None] = {}
-        self._limit_reached = False
+        self._shown: set[str] = set()
         self.calls = Calls()
+        self.answer: Callable[[MoeCall], Outcome] | None = None
 
     def replay(self, recording: Recording) -> ReplayResult:
         self.calls.add_release(recording)
@@ -222,7 +151,10 @@ class _Run:
                 "why": f"{recording.path}: {described(call)}",
             }
             self.calls.add(call)
-            output = recording.output()
+            outcome = None if self.answer is None else self.answer(call)
+            if outcome is not None and outcome.problem:
+                return ReplayResult(**about, status=outcome.problem, message=outcome.message)
+            output = recording.output() if outcome is None else outcome.outputs["output"]
         except (Incomplete, NotImplementedError) as error:
             return ReplayResult(**about, status="skipped", message=str(error))
         except Unreadable as error:
@@ -254,9 +186,8 @@ class _Run:
         }
         if not fits:
             return found | self._differing(recording, call, output)
-        if not self._limit_reached:
-            found["limit_reached"] = reaches_limit(call)
-            self._limit_reached = bool(found["limit_reached"])
+        found["shown"] = shown(call, self._shown)
+        self._shown |= {name for name, seen in found["shown"].items() if seen}
         found |= {"status": "equal", "tiles": tuple(map(str, fits)) if call.experts.tactics_show else ()}
         if prediction is not None and not any(fit.has(prediction.kernel) for fit in fits):
             found |= {"status": "wrong tactic", "elements": 0}  # no element is wrong
@@ -301,14 +232,21 @@ class _Run:
         expected = forward(call)
         wrong = differing(output, expected)
         found: dict[str, Any] = {"status": "differs", "differing": int(wrong.sum())}
-        in_graph = recording.in_graph()
+        outputs, right = {"output": output}, {"output": expected}
+        outside = None
+        if self._options.mode == "bounded":
+            outside = where_outside(Run("", call, right), outputs)
+        if outside is not None:
+            found |= {"status": "outside bounds", "outside": int(outside.sum())}
+            if not found["outside"]:
+                return found | {"status": "within bounds"}
+        in_graph = self.answer is None and recording.in_graph()
         if in_graph and (reason := self._buffers.overwritten(recording, output)):
             return found | {"status": "skipped", "message": reason}
         effort = self._options.diagnosis
         if effort != "none":
             start = time.perf_counter()
-            outputs, right = {"output": output}, {"output": expected}
-            located = Located("moe", call, outputs, right)
+            located = Located("moe", call, outputs, right, outside)
             diagnosis = located.told(located.search(tuple(self._suspects), effort))
             # The next call that differs may do so for the same reason.
             self._suspects = dict.fromkeys([*diagnosis.exact, *located.found, *self._suspects])

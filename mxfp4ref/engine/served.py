@@ -38,6 +38,7 @@ from mxfp4ref.conformance.results import CaseResult
 from mxfp4ref.conformance.router_bounds import routing_outside
 from mxfp4ref.conformance.routing_words import routing_finding
 from mxfp4ref.engine.fitting import closest_kernel, fitting_kernels
+from mxfp4ref.engine.unshown import shown_by_layer, unshown
 from mxfp4ref.model.forward import forward
 from mxfp4ref.model.parallel import Ranks
 from mxfp4ref.routing.route import PADDING_ID
@@ -141,6 +142,8 @@ def check_served(
         lines.append(_NOT_TOLD_APART)
     if not bool(got.any()):
         lines.append(_nothing_to_compute(layer, result) or _ALL_ZERO)
+    elif compared.equal:
+        lines += unshown([shown_by_layer(layer, given, how.router)])
     verdicts = [f"the router is wrong: {wrong_routing}"] if wrong_routing else []
     if not compared.equal:
         verdicts.append(f"the output is wrong{by}" + (f": {compared.said}" if compared.said else ""))

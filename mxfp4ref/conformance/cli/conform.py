@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import fnmatch
-import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib.machinery import PathFinder
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,16 +12,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mxfp4ref._choices import MODES, STORAGE
-from mxfp4ref._files import files_below, printable
-from mxfp4ref._words import did_you_mean
+from mxfp4ref._files import files_below
 from mxfp4ref.conformance import memory
 from mxfp4ref.conformance.cli import completing
 from mxfp4ref.conformance.cli.command import command
 from mxfp4ref.conformance.cli.report_files import pop_report_files, print_report, report_files
+from mxfp4ref.conformance.cli.selecting import failed_in, select, sources
 from mxfp4ref.conformance.cli.shared import (
     INTERRUPTED,
     NOT_EQUAL,
     USAGE,
+    Interruption,
     UsageError,
     case_progress,
     check_no_swap,
@@ -151,7 +148,6 @@ __all__ = ["conform"]
 @click.option(
     "-v", "--verbose", is_flag=True, help="All of each failing case, and a line for each passing one."
 )
-@interrupted_once()
 def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **options: Any) -> None:
     """Run KERNEL over the golden cases, compare every bit, and say what is wrong.
 
@@ -187,17 +183,25 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
     a process of their own. With --no-isolate, for debuggers, a run that takes longer than --timeout is abandoned in
     its thread, and a kernel that ends its process ends the command, with exit code 1.
 
-    With Ctrl-C, what was run is told and the reports are written, marked as interrupted. A second one changes
-    nothing, a third ends at once.
+    Where stderr is no terminal, a line there every ten seconds says how far it has come.
 
-    Exit codes: 0 conforms, 1 does not, 2 wrong usage or environment, or a report could not be written, 130
-    interrupted.
+    With Ctrl-C or SIGTERM, what was run is told and the reports are written, marked as interrupted. A second one
+    changes nothing, a third ends at once.
+
+    Exit codes: 0 conforms, 1 does not, 2 wrong usage or environment, or a report could not be written, 130 and 143
+    interrupted, by Ctrl-C or SIGTERM.
     """
     if (kernel is None) == (kernel_option is None):
         raise click.UsageError("expected one KERNEL, as the argument or as --kernel")
     spec = kernel if kernel_option is None else kernel_option
     assert spec is not None
     check_no_swap()
+    with interrupted_once() as interruption:
+        sys.exit(_conform(spec, root, options, interruption))
+
+
+def _conform(spec: str, root: Path | None, options: dict[str, Any], interruption: Interruption) -> int:
+    """Run the kernel and tell what came of it; the exit code."""
     from mxfp4ref.conformance.again import selection_arguments
     from mxfp4ref.conformance.kernels import is_stand_in
     from mxfp4ref.conformance.options import Options
@@ -211,17 +215,17 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
     options["repeat"] = not options.pop("no_repeat")
     with files.stdout_kept(), usage_errors():
         goldens = open_goldens(root)
-        names = _select(goldens, patterns, "--case") or goldens.names()
-        out = _select(goldens, excluded, "--exclude")
+        names = select(goldens, patterns, "--case") or goldens.names()
+        out = select(goldens, excluded, "--exclude")
         if not (names := [name for name in names if name not in out]):
             raise UsageError("--exclude: none of the chosen cases is left")
         if earlier is not None:
-            names = _failed_in(earlier, goldens, names, (spec, options["mode"]))
+            names = failed_in(earlier, goldens, names, (spec, options["mode"]))
         options["jobs"] = limited_jobs(options["jobs"], len(names))
-        files.check(chain(files_below(goldens.root), _sources(spec), [earlier] if earlier else ()))
+        files.check(chain(files_below(goldens.root), sources(spec), [earlier] if earlier else ()))
         if isolate is False and not is_stand_in(spec):
             others_code_begins()
-        with case_progress(names) as advance:
+        with case_progress(names, options["max_failures"]) as advance:
             try:
                 result = run(
                     spec,
@@ -232,19 +236,27 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
                     progress=advance,
                     note=partial(echo, err=True),
                 )
-            except Interrupted as interruption:
-                result = interruption.report
+            except Interrupted as interrupted:
+                result = interrupted.report
+            interruption.done = True  # what is left to do is short, and worth the wait
+    # An interruption that did not end the run may have cut anything in it short.
+    result = replace(result, interrupted=result.interrupted or bool(interruption.signal))
     limits = options["max_failures"], options["jobs"]
     result = replace(result, selection=selection_arguments(patterns, earlier, *limits, excluded))
     complete = files.write_after(partial(print_report, result, verbose=verbose), result)
     if options["dump"] is not None and any(not r.ok and NOT_DUMPED not in r.message for r in result.results):
         with files.stdout_kept():
             echo(f"Reproducers: {options['dump']}")
-    if result.interrupted:
-        sys.exit(INTERRUPTED)
+    if interruption.signal and not result.interrupted:
+        echo(
+            "interrupted while the reports were written: all cases had been run, and the verdict holds",
+            err=True,
+        )
+    if result.interrupted or interruption.signal:
+        return interruption.exit_code if interruption.signal else INTERRUPTED
     if not any(r.status != "skipped" for r in result.results):
         raise UsageError(f"{spec}: none of the {len(names)} cases ran: {result.skipped}")
-    sys.exit(NOT_EQUAL if not result.ok else 0 if complete else USAGE)
+    return NOT_EQUAL if not result.ok else 0 if complete else USAGE
 
 
 def _takes_all_experts(spec: str) -> bool:
@@ -269,60 +281,3 @@ class _Selection(Goldens):
 
     def names(self, suite: str | None = None) -> list[str]:
         return self._names
-
-
-def _select(goldens: Goldens, patterns: Iterable[str], option: str) -> list[str]:
-    """The cases that an option chooses, in the goldens' order."""
-    names = goldens.names()
-    chosen: set[str] = set()
-    for pattern in patterns:
-        found = [name for name in names if fnmatch.fnmatch(name, pattern) or name.split("/")[0] == pattern]
-        if not found:
-            hint = did_you_mean(pattern, [*goldens.suites, *names])
-            raise UsageError(
-                f"{option}: {pattern!r} matches none of the {len(names)} cases in {goldens.root}{hint}"
-            )
-        chosen.update(found)
-    return [name for name in names if name in chosen]
-
-
-def _failed_in(path: Path, goldens: Goldens, chosen: list[str], run: tuple[str, str]) -> list[str]:
-    """Those of the chosen cases that failed in an earlier report; `run` is the kernel and the mode of this one."""
-    from mxfp4ref.conformance.report_reading import read_report
-
-    earlier = read_report(path)
-    failed = [case for case, result in earlier.cases.items() if not result["ok"]]
-    if unknown := [case for case in failed if case not in goldens.entries]:
-        raise UsageError(
-            f"--last-failed: {path}: {len(unknown)} of the {len(failed)} cases that failed are not in "
-            f"{goldens.root}, the first: {unknown[0]}"
-        )
-    if not (names := [name for name in chosen if name in failed]):
-        raise UsageError(f"--last-failed: none of the {len(chosen)} cases failed in {path}; nothing to run")
-    then = {"kernel": (earlier.arguments or [earlier.kernel])[0], "mode": earlier.mode}
-    now = dict(zip(then, run, strict=True))
-    if earlier.goldens:
-        then["goldens"], now["goldens"] = earlier.goldens["sha256"], goldens.sha256
-    if others := [f"{name} {then[name]}, not {now[name]}" for name in then if then[name] != now[name]]:
-        words = printable("; ".join(others), lines=False)
-        echo(f"--last-failed: {path} is of {words}", err=True)
-    if earlier.left:
-        echo(f"--last-failed: {earlier.left} more cases were not run then, and are not now", err=True)
-    return names
-
-
-def _sources(spec: str) -> Iterator[Path]:
-    """The files of a kernel's module and of the packages that it lies in; nothing is imported."""
-    *_, module = spec.rpartition(":")[0].split(":")
-    if module.endswith(".py"):
-        yield Path(module)
-        return
-    places: Sequence[str] = [*sys.path, os.getcwd()]
-    parts = module.split(".")
-    for count in range(1, len(parts) + 1):
-        found = PathFinder.find_spec(".".join(parts[:count]), places) if parts[count - 1] else None
-        if found is None:
-            return
-        if found.origin is not None:
-            yield Path(found.origin)
-        places = found.submodule_search_locations or ()

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 from mxfp4ref._choices import DIAGNOSES
 from mxfp4ref._files import printable
 from mxfp4ref.conformance.cli.terminal import animated, console, echo
+from mxfp4ref.conformance.heartbeat import heartbeat
 from mxfp4ref.conformance.memory import cause_of, not_enough, ran_out
 
 if TYPE_CHECKING:
@@ -31,7 +33,9 @@ __all__ = [
     "INTERRUPTED",
     "NOT_EQUAL",
     "USAGE",
+    "Interruption",
     "Presses",
+    "Terminated",
     "UsageError",
     "case_progress",
     "check_no_swap",
@@ -107,8 +111,8 @@ def progress(
 ) -> Iterator[Callable[[str, int], None]]:
     """A function to call after each step, with its name and the number of steps.
 
-    It moves a progress bar on stderr, which shows `first` and `total` until then. Where stderr is no terminal it does
-    nothing, or prints a line, if `lines`.
+    It moves a progress bar on stderr, which shows `first` and `total` until then. Where none can be drawn it prints a
+    line, if `lines`; and how far it has come, after each so many seconds that pass in silence.
     """
     if animated():
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -120,23 +124,44 @@ def progress(
         return
     done = itertools.count(1)
 
-    def line(name: str, total: int) -> None:
-        if lines:
-            echo(f"[{next(done):3}/{total}] {name}", err=True)
+    def say(words: str) -> None:
+        with suppress(OSError, ValueError):  # stderr is closed
+            echo(words, err=True)
 
-    yield line
+    start = time.monotonic()
+    with heartbeat(say) as now:
+        now(_so_far(0, total, 0.0, first))
+
+        def line(name: str, total: int) -> None:
+            count = next(done)
+            if lines:
+                echo(f"[{count:3}/{total}] {name}", err=True)
+            now(_so_far(count, total, time.monotonic() - start, "" if lines else name))
+
+        yield line
+
+
+def _so_far(count: int, total: int | None, seconds: float, now: str) -> str:
+    """ "12 of 69 done, about 40 s more at this rate; 3 failed; now gemm/ordinary"."""
+    left = seconds / count * (total - count) if total and count else 0.0
+    rate = f", about {left:.0f} s more at this rate" if left >= 1 else ""
+    return "; ".join(filter(None, (f"{count} of {total} done{rate}" if total else "", now)))
 
 
 @contextmanager
-def case_progress(names: Sequence[str]) -> Iterator[Callable[[CaseResult], None]]:
+def case_progress(
+    names: Sequence[str], max_failures: int | None = None
+) -> Iterator[Callable[[CaseResult], None]]:
     """`progress` of a conformance run over these cases: how many have failed, and which one is running.
+
+    After the last case, or so many failures, that is the diagnosis of all together.
 
     On a terminal a case that fails is also told at once, in a line, and in a second one what is known of it.
     """
     from mxfp4ref.conformance.report_text import headline
 
     done = failed = 0
-    with progress(first=names[0] if names else "", total=len(names)) as step:
+    with progress(first=f"now {names[0]}" if names else "", total=len(names)) as step:
 
         def advance(result: CaseResult) -> None:
             nonlocal done, failed
@@ -146,7 +171,11 @@ def case_progress(names: Sequence[str]) -> Iterator[Callable[[CaseResult], None]
                 if (found := result.diagnosis) is not None:
                     said = str(found.finding) or found.stage or f"first: {found.output} {found.first}"
                     echo(f"    {said}", err=True)
-            step(f"{failed} failed  {names[done] if done < len(names) else 'diagnosis'}", len(names))
+            ended = done == len(names) or failed == max_failures
+            step(
+                f"{failed} failed; now {'the diagnosis of all together' if ended else names[done]}",
+                len(names),
+            )
 
         yield advance
 
@@ -159,6 +188,10 @@ def limited_jobs(jobs: int, cases: int | None = None) -> int:
         return jobs
     echo(f"--jobs: {jobs} are more than there are {what}: {limits[what]} are used", err=True)
     return limits[what]
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as `timeout` and CI send it; it is answered as Ctrl-C is."""
 
 
 class Presses:
@@ -176,26 +209,42 @@ class Presses:
         return self._count
 
 
+@dataclass
+class Interruption:
+    """What has come from outside: `signal`, the first, or 0; once all is `done`, no first one raises anything."""
+
+    signal: int = 0
+    done: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.signal
+
+
 @contextmanager
-def interrupted_once() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt; the second only says that the first is being answered, the third raises."""
+def interrupted_once() -> Iterator[Interruption]:
+    """Ctrl-C raises KeyboardInterrupt, SIGTERM `Terminated`; of both, the second is only told, the third raises."""
+    found = Interruption()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield found
         return
     presses = Presses()
 
     def handle(number: int, frame: object) -> None:
-        if (which := presses.take()) == 2:
+        which = presses.take()
+        found.signal = found.signal or number
+        if which == 2:
             with suppress(OSError):
                 os.write(2, _AGAIN)
-        elif which:
-            raise KeyboardInterrupt
+        elif which > 2 or (which and not found.done):
+            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, handle)
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield found
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def describe(tensor: Tensor) -> str:

@@ -1,0 +1,47 @@
+"""A sign of life, where no progress bar can be drawn: what is being done, told whenever nothing was for a while."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+__all__ = ["SILENCE", "heartbeat"]
+
+SILENCE = 10.0  # seconds
+
+
+@contextmanager
+def heartbeat(say: Callable[[str], None], seconds: float | None = None) -> Iterator[Callable[[str], None]]:
+    """A function to call with what is done from now on, in words, or "" for nothing that is worth a line.
+
+    Args:
+        say: called, in a thread, with "[ 25 s] ", the words and how long they have been true, after each so many
+            seconds since it was last called, or since words came that were told by themselves.
+        seconds: of silence; by default `SILENCE`.
+    """
+    silence = SILENCE if seconds is None else seconds
+    start = since = time.monotonic()
+    words = ""
+    ended = threading.Event()
+
+    def now(what: str) -> None:
+        nonlocal words, since
+        words, since = what, time.monotonic()
+
+    def beat() -> None:
+        while not ended.wait(silence):
+            told = words
+            if told and not ended.is_set():
+                moment = time.monotonic()
+                lasting = f", {moment - since:.0f} s" if moment - since >= 1 else ""
+                say(f"[{moment - start:3.0f} s] {told}{lasting}")
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield now
+    finally:
+        ended.set()
+        thread.join()

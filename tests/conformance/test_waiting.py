@@ -1,0 +1,118 @@
+"""What a run says while it takes long, and what it leaves behind when it is ended from outside."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from mxfp4ref.__main__ import commands
+from mxfp4ref.conformance import heartbeat, suite
+from mxfp4ref.conformance.cli import report_files, shared
+
+FIRST, SECOND = "finalize/slot_order", "gemm/ordinary"
+TWO = ("--case", FIRST, "--case", SECOND, "--diagnosis", "none")
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(commands, [str(a) for a in arguments])
+
+
+def test_a_sign_of_life_comes_in_silence_only() -> None:
+    heard: list[str] = []
+    one = threading.Event()
+
+    def say(words: str) -> None:
+        heard.append(words)
+        one.set()
+
+    with heartbeat.heartbeat(say, 0.001) as now:
+        assert not one.wait(0.05)  # there is nothing to say
+        now("1 of 2")
+        assert one.wait(30)
+    assert heard[0] == "[  0 s] 1 of 2"
+    with heartbeat.heartbeat(heard.append, 1e6) as now:
+        heard.clear()
+        now("2 of 2")
+    assert heard == []
+
+
+def before_each_case(monkeypatch: pytest.MonkeyPatch, act: Callable[[str], None]) -> None:
+    original = suite.compare_case
+
+    def acting(kernel: Any, case: Any, *arguments: Any) -> Any:
+        act(case.id)
+        return original(kernel, case, *arguments)
+
+    monkeypatch.setattr(suite, "compare_case", acting)
+
+
+def test_a_slow_case_is_named_where_no_bar_can_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = threading.Event()
+    told: list[str] = []
+
+    def echo(words: str, **_: Any) -> None:
+        if SECOND in words:
+            told.append(words)
+            said.set()
+
+    monkeypatch.setattr(heartbeat, "SILENCE", 0.001)
+    monkeypatch.setattr(shared, "echo", echo)
+    before_each_case(monkeypatch, lambda case: None if case == FIRST else waited(said))
+    assert invoke("conform", "oracle", *TWO).exit_code == 0
+    assert told[0].split("] ")[1].split(",")[0] == f"1 of 2 done; 0 failed; now {SECOND}"
+
+
+def waited(said: threading.Event) -> None:
+    assert said.wait(30)
+
+
+def test_a_quick_run_says_nothing_on_the_way() -> None:
+    assert invoke("conform", "oracle", *TWO).stderr == ""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("swallowed", [False, True])
+def test_what_ends_a_run_from_outside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int, swallowed: bool
+) -> None:
+    """Wherever it hits, and whatever answers it there: no verdict is given."""
+
+    def act(case: str) -> None:
+        if case == SECOND:
+            with suppress(*[KeyboardInterrupt] * swallowed):
+                signal.raise_signal(number)
+
+    before_each_case(monkeypatch, act)
+    files = ("--json", tmp_path / "r.json", "--html", tmp_path / "r.html")
+    result = invoke("conform", "defect:last_slot_dropped", *TWO, *files)
+    assert result.exit_code == code
+    assert "interrupted, no verdict" in result.stdout.splitlines()[-1]
+    assert json.loads((tmp_path / "r.json").read_text())["interrupted"] is True
+    html = (tmp_path / "r.html").read_text()
+    assert "<title>defect:last_slot_dropped: interrupted, no verdict</title>" in html
+    assert "does not conform" not in html
+
+
+def test_an_interruption_after_the_last_case_costs_no_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = report_files.ReportFiles.write_after
+
+    def interrupted(*arguments: Any, **named: Any) -> bool:
+        signal.raise_signal(signal.SIGINT)
+        return written(*arguments, **named)
+
+    monkeypatch.setattr(report_files.ReportFiles, "write_after", interrupted)
+    result = invoke("conform", "oracle", *TWO, "--json", tmp_path / "r.json")
+    assert result.exit_code == 130
+    assert "oracle conforms" in result.stdout.splitlines()[-1]
+    assert "the verdict holds" in result.stderr
+    assert json.loads((tmp_path / "r.json").read_text())["ok"] is True
