@@ -132,7 +132,7 @@ _FAMILIES = (
         "activation",
         "another activation of the kernel; clamps of up and gate on one side, both, none; sigmoid, GELU, ReLU and "
         "approximations; alpha and beta at other places; bias to one half, twice, after the clamp; up and gate "
-        "exchanged; parameters by slot; steps in float16 or bf16",
+        "exchanged; parameters by slot; steps in another order, each in float16 or bf16; NaN of a large gate",
         ("activation_type_ignored",),
     ),
     Family(
@@ -148,7 +148,10 @@ _FAMILIES = (
     Family(
         "order of sums", "K in n parts, interleaved, as a tree, descending, partial sums in bf16 or float16"
     ),
-    Family("two", "two changes at once, where one explains a part"),
+    Family(
+        "two",
+        "two changes at once, where one explains a part: of a case, beside any weighted sum, or some of the cases",
+    ),
 )
 
 
