@@ -135,7 +135,7 @@ _FAMILIES = (
         "activation",
         "another activation of the kernel; clamps of up and gate on one side, both, none; sigmoid, GELU, ReLU and "
         "approximations; alpha and beta at other places; bias to one half, twice, after the clamp; up and gate "
-        "exchanged; parameters by slot; steps in float16 or bf16",
+        "exchanged; parameters by slot; steps in another order, each in float16 or bf16; NaN of a large gate",
         ("activation_type_ignored",),
     ),
     Family(
@@ -156,7 +156,10 @@ _FAMILIES = (
         "tiles of GEMM2, of rows of an expert and columns: the last wave, every n-th or one not computed or added "
         "twice; stored in another raster, or one column of tiles further",
     ),
-    Family("two", "two changes at once, where one explains a part"),
+    Family(
+        "two",
+        "two changes at once, where one explains a part: of a case, beside any weighted sum, or some of the cases",
+    ),
 )
 
 

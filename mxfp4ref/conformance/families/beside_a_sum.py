@@ -24,6 +24,7 @@ __all__ = ["beside_a_sum"]
 
 _BEFORE, _SUM = {"input", "fc1", "activation", "fc2"}, {"slots", "finalize"}
 _A_ROUNDING, _FAR_OFF = 1.3, 6.0  # times the roundings: the most that is left, and the least before
+_NOISE = 2.0**-6  # of the row, the most that its terms' roundings may be
 _EQUATIONS = 8  # for each weight that is solved for
 _TOKENS, _FEWEST = 6, 3  # that a first change is tried on
 _MOST = 6  # first changes, of which the second is searched for
@@ -118,18 +119,27 @@ class _Fit:
         return cls(part, search.got[token], slot_outputs(part), biases)
 
     def left(self, y: Tensor) -> float:
-        """What is left of the kernel's row beside GEMM2's rows `[1, k, H]` and the biases, in roundings."""
+        """What is left of the kernel's row beside GEMM2's rows `[1, k, H]` and the biases, in roundings.
+
+        Infinite where these would have to cancel, so that their roundings could be anything.
+        """
         rows = fp32.widen(y[0].contiguous()).double()
-        units = (last_place(rows) * self.weights[:, None]).square().sum(0) / 12
-        noise = (units + self.rounding).sqrt() + 1e-300
-        columns = (torch.cat((rows, self.biases)) / noise).T
-        lengths = columns.norm(dim=0)
-        columns = columns[:, lengths > 0] / lengths[lengths > 0]
-        target = self.got / noise
-        if not bool(columns.isfinite().all() & target.isfinite().all()):
+        columns = torch.cat((rows, self.biases))
+        columns = columns[columns.any(1)].T
+        if not bool(columns.isfinite().all() & self.got.isfinite().all()):
             return float("inf")
-        solution = torch.linalg.lstsq(columns, target[:, None], driver="gelsd").solution
-        rest = target - (columns @ solution)[:, 0]
+        units = last_place(rows)
+        noise = ((units * self.weights[:, None]).square().sum(0) / 12 + self.rounding).sqrt() + 1e-300
+        for _ in range(2):
+            lengths = (columns / noise[:, None]).norm(dim=0)
+            scaled, target = columns / noise[:, None] / lengths, self.got / noise
+            solution = torch.linalg.lstsq(scaled, target[:, None], driver="gelsd").solution[:, 0]
+            rest = target - scaled @ solution
+            weights = torch.zeros(len(rows), dtype=torch.float64)
+            weights[rows.any(1)] = (solution / lengths)[: int(rows.any(1).sum())]
+            noise = ((units * weights[:, None]).square().sum(0) / 12 + self.rounding).sqrt() + 1e-300
+        if float(noise.norm()) > _NOISE * float(self.got.norm()):
+            return float("inf")
         return float(rest.norm() / max(len(rest) - columns.shape[1], 1) ** 0.5)
 
     def explained_by(self, y: Tensor | None) -> bool:

@@ -98,7 +98,7 @@ def _solved(pipeline: Pipeline, got: Tensor, wrong: Tensor, *, staged: bool) -> 
     if (moved := row_maps(pipeline.call, some)) is not None:
         return [moved]
     space = Space.of(some)
-    formula = fitted(some) if space is not None and space.inside else None
+    formula = fitted(some, pipeline.call.experts.swiglu_limit) if space is not None and space.inside else None
     if formula is not None and formula.proved:
         return [_other_function(formula)]
     if space is None or staged:
@@ -111,6 +111,7 @@ def _solved(pipeline: Pipeline, got: Tensor, wrong: Tensor, *, staged: bool) -> 
 def _other_function(formula: Formula) -> Evidence:
     own = ", which differs by expert," if formula.by_expert else ""
     values = f"; it gives {formula.values}" if formula.values else ""
+    values += f"; it seems to be the right one but where {formula.where}" if formula.where else ""
     return Evidence.of_kind(
         ("activation", "fc1"),
         f"the activation that GEMM2 got is another function{own} of the right GEMM1's output",

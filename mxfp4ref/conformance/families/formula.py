@@ -8,6 +8,7 @@ GEMM2's result or on its bias, or rows of other slots in place of these would gi
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ _WHOLLY = 0.95  # likewise, from which values are told
 _LOUD = 2.0  # squares of errors, of those that roundings make
 _HINT = 0.05  # of the errors, from which each expert's own function is tried
 _EXPLAINED = 0.4  # of the errors' squares that roundings do not make; of what is no function it is below 0.05
+_MOST_OF_PLANE, _LOST = 0.7, 0.02  # of the numbers, and of what is explained, to tell a part of the plane
 _GATES, _UPS = 12, 6  # knots
 _POINTS = ((1.0, 1.0), (-1.0, 1.0), (3.0, 1.0), (0.5, 0.5), (-0.5, 0.5))  # gate, up
 
@@ -34,19 +36,26 @@ class Formula:
         explained: which part of the errors it explains.
         by_expert: whether each expert has its own.
         values: what it gives, in words.
+        where: where alone it is not the right one, in words.
     """
 
     explained: float
     by_expert: bool
     values: str = ""
+    where: str = ""
 
     @property
     def proved(self) -> bool:
         return self.explained >= _EXPLAINED
 
 
-def fitted(some: list[Sample]) -> Formula | None:
-    """The function that explains most; None of too few tokens, and where errors are sums of the right rows."""
+def fitted(some: list[Sample], limits: Tensor | None = None) -> Formula | None:
+    """The function that explains most; None of too few tokens, and where errors are sums of the right rows.
+
+    Args:
+        some: the tokens.
+        limits: `[E]`, to which each expert clamps up and gate.
+    """
     some = [s for s in some if float((s.beside_rows(s.error).square() / s.noise).mean()) > _LOUD][
         :: max(len(some) // _TOKENS, 1)
     ][:_TOKENS]
@@ -55,7 +64,7 @@ def fitted(some: list[Sample]) -> Formula | None:
     basis = _Basis.of(some, _GATES, _UPS)
     explained, _ = _explained(some, basis, by_expert=False)
     if explained >= _EXPLAINED:
-        return Formula(explained, False, _values(some, basis))
+        return Formula(explained, False, _values(some, basis), _where(some, basis, limits, explained))
     if explained >= _HINT and len({e for s in some for e in s.experts.tolist()}) > 1:
         return Formula(max(explained, _explained(some, _Basis.of(some, 7, 4), by_expert=True)[0]), True)
     return Formula(explained, False)
@@ -96,14 +105,55 @@ def _hats(values: Tensor, knots: Tensor) -> Tensor:
     return found
 
 
+_Region = Callable[[Tensor, Tensor, Tensor], Tensor]  # of up, gate and the limit, by element
+
+
+def _regions(limited: bool) -> Iterator[tuple[str, _Region]]:
+    """Parts of the plane of up and gate."""
+    if limited:
+        yield "up is above the limit", lambda up, gate, limit: up > limit
+        yield "up is below minus the limit", lambda up, gate, limit: up < -limit
+        yield "up is beyond the limit, on either side", lambda up, gate, limit: up.abs() > limit
+        yield "gate is above the limit", lambda up, gate, limit: gate > limit
+        yield "gate is below minus the limit", lambda up, gate, limit: gate < -limit
+        yield "up or gate is beyond the limit", lambda up, gate, limit: (up.abs() > limit) | (gate > limit)
+    yield "gate is positive", lambda up, gate, limit: gate > 0
+    yield "gate is negative", lambda up, gate, limit: gate < 0
+    yield "up is positive", lambda up, gate, limit: up > 0
+    yield "up is negative", lambda up, gate, limit: up < 0
+
+
+def _where(some: list[Sample], basis: _Basis, limits: Tensor | None, explained: float) -> str:
+    """The smallest part of the plane in which another function explains as much; "" if none does."""
+    if bool((some[0].up == 1).all()):
+        return ""
+    infinite = torch.tensor([torch.inf], dtype=torch.float64)
+    limit = [infinite if limits is None else limits[s.experts].double()[:, None] for s in some]
+    found = []
+    for words, region in _regions(limits is not None):
+        masks = [region(s.up, s.gate, most).double() for s, most in zip(some, limit, strict=True)]
+        size = float(torch.cat([mask.flatten() for mask in masks]).mean())
+        if 0 < size <= _MOST_OF_PLANE:
+            part, _ = _explained(some, basis, by_expert=False, masks=masks)
+            if part >= explained - _LOST:
+                found.append((size, words))
+    return min(found)[1] if found else ""
+
+
 def _explained(
-    some: list[Sample], basis: _Basis, *, by_expert: bool, without_rows: bool = True
+    some: list[Sample],
+    basis: _Basis,
+    *,
+    by_expert: bool,
+    without_rows: bool = True,
+    masks: list[Tensor] | None = None,
 ) -> tuple[float, Tensor]:
     """The part that is predicted of tokens that were not fitted to, and the solution for one half of them."""
     ids = sorted({e for s in some for e in s.experts.tolist()})
     systems, targets, quiet = [], [], 0.0
-    for s in some:
+    for number, s in enumerate(some):
         functions = basis(s.up, s.gate, s.activation)
+        functions = functions if masks is None else functions * masks[number][..., None]
         given = torch.einsum("s,shi,sij->shj", s.weights, s.second, functions)
         if by_expert:
             place = torch.tensor([ids.index(e) for e in s.experts.tolist()])
