@@ -53,8 +53,8 @@ _FAMILIES = (
     Family(
         "values",
         "other values: scales by a power of two, taken as 1, the first row's, of another format; codes without sign, "
-        "cut off, of another table, or transposed in blocks of 8 x 8; weights quantised again; biases doubled; SwiGLU "
-        "parameters that are constants",
+        "cut off, of another table, or transposed in blocks of 8 x 8; weights quantised again; biases doubled; "
+        "SwiGLU parameters that are constants",
         (
             *("scale_bias_125", "scale_truncated", "scale_as_integer", "scale_ocp_ends", "half_code_flushed"),
             *("codes_as_int4", "params_bf16", "limit_ignored", "alpha_ignored", "beta_ignored"),
