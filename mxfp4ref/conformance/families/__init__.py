@@ -37,7 +37,7 @@ _FAMILIES = (
     Family(
         "rows",
         "rows of a GEMM's weights, scales or bias in another order: shifted, swapped or reversed by 1 to 128, "
-        "interleaved, transposed; of up and gate together or of one of them",
+        "interleaved, transposed, in tiles or shards, in another kernel's layout; of up and gate together or of one",
         (
             *("gate_up_swapped", "gate_up_interleaved", "scales_not_swapped", "biases_not_swapped"),
             "ungated_halves_swapped",
@@ -47,13 +47,14 @@ _FAMILIES = (
     ),
     Family(
         "K groups",
-        "K groups of 32, or bytes within them, in another order",
+        "K groups of 32, or bytes within them, in another order; stale tiles of K",
         ("scale_off_by_one_group", "nibble_order", "nibble_split"),
     ),
     Family(
         "values",
-        "other values: scales by a power of two, taken as 1, the first row's; codes without sign or cut off, or "
-        "transposed in blocks of 8 x 8; biases doubled; SwiGLU parameters that are constants",
+        "other values: scales by a power of two, taken as 1, the first row's, of another format; codes without sign, "
+        "cut off, of another table, or transposed in blocks of 8 x 8; weights quantised again; biases doubled; "
+        "SwiGLU parameters that are constants",
         (
             *("scale_bias_125", "scale_truncated", "scale_as_integer", "scale_ocp_ends", "half_code_flushed"),
             *("codes_as_int4", "params_bf16", "limit_ignored", "alpha_ignored", "beta_ignored"),

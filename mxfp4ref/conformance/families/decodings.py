@@ -174,6 +174,7 @@ def _quantised_again() -> Iterator[tuple[str, _Values]]:
         ("one scale for each 128 x 128", lambda w: _largest(w, 128, 128)),
         ("one scale for each 128 of K", lambda w: _largest(w, 1, 128)),
         ("one scale for each 64 of K", lambda w: _largest(w, 1, 64)),
+        ("one scale for each 32 of K", lambda w: _largest(w, 1, GROUP_SIZE)),
         ("one scale for each 16 of K", lambda w: _largest(w, 1, 16)),
     )
     for name, most, rounded in types:

@@ -93,7 +93,7 @@ def _solved(pipeline: Pipeline, got: Tensor, wrong: Tensor, *, staged: bool) -> 
         return [rows]
     if (factors := column_factors(some)) is not None:
         return [factors]
-    if (table := weight_tables(pipeline.call, some)) is not None:
+    if (table := weight_tables(pipeline.call, some, everywhere=bool(wrong.any(1).all()))) is not None:
         return [table]
     if (moved := row_maps(pipeline.call, some)) is not None:
         return [moved]

@@ -56,12 +56,13 @@ class _Fit:
         return bool((apart <= self.unsure[known] + _ALIKE * (right + off).abs()).all())
 
 
-def weight_tables(call: MoeCall, some: Sequence[Sample]) -> Evidence | None:
+def weight_tables(call: MoeCall, some: Sequence[Sample], *, everywhere: bool = True) -> Evidence | None:
     """What follows, if one of these ways, and no other, explains the errors.
 
     Args:
         call: the right one.
         some: tokens that are wrong.
+        everywhere: whether all tokens are.
     """
     loud = [s for s in some if s.loudness > _LOUD]
     loud = loud[:: max(len(loud) // _MOST, 1)][:_MOST]
@@ -72,7 +73,7 @@ def weight_tables(call: MoeCall, some: Sequence[Sample]) -> Evidence | None:
         return None
     ways: list[tuple[_Fit, Evidence | None]] = []
     for words, experts in _whose(call, loud):
-        where = _columns(call, seen)
+        where = _columns(call, seen) + ("" if everywhere else " in tokens that differ")
         for features, told in (
             (_by_group, _of_groups),
             (_by_code, _of_codes),
