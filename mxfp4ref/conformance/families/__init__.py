@@ -155,7 +155,7 @@ _FAMILIES = (
     Family(
         "tiles",
         "tiles of GEMM2, of rows of an expert and columns: the last wave, every n-th or one not computed or added "
-        "twice; stored in another raster, or one column of tiles further",
+        "twice; stored in another raster",
     ),
     Family(
         "two",

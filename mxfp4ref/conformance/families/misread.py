@@ -29,7 +29,7 @@ def _weights(call: MoeCall) -> Iterator[Hypothesis]:
     def as_one(count: int) -> Callable[[Tensor, Tensor], Tensor]:
         return lambda w, local: torch.where((local >= 0).sum(1, keepdim=True) == count, 1.0, w)
 
-    for count in range(1, min(call.top_k, 8) + 1):
+    for count in range(1, max(min(call.top_k, 9), 2)):  # for all of its slots it is no condition
         slots = "a single slot" if count == 1 else f"{count} slots"
         copied = ", as where a lone row is copied without its weight" * (count == 1)
         yield weighing(

@@ -28,6 +28,7 @@ _SWAPPED = (
 )
 _WAVES = 264  # tiles at once
 _PERIODS = 33
+_ORDINALS = {2: "second", 3: "third"}
 _MOST_ALIKE = 8  # ways to count tiles that come to the same ones
 _MOST_TOLD = 4  # sizes of waves that leave the same tiles
 
@@ -102,7 +103,10 @@ def tile_hypotheses(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
         blocks = padded.view(len(wrong), -1, columns).any(2)
         size, cost = f"GEMM2's tiles of {rows} rows of an expert x {columns} columns", (row + 2 * column) / 50
         for words, which, more in _sets(tiles, blocks, weighs):
-            alike = tuple(tiles.to_columns(which(tiles), hidden).flatten().nonzero().flatten().tolist())
+            chosen = which(tiles)
+            if len(chosen[weighs].unique(dim=0)) == 1:  # type: ignore[no-untyped-call]
+                continue  # it is columns, of all rows
+            alike = tuple(tiles.to_columns(chosen, hidden).flatten().nonzero().flatten().tolist())
             seen[alike] += 1
             if seen[alike] <= _MOST_ALIKE:
                 yield from _changed(size, words, (rows, columns), which, cost + more)
@@ -152,7 +156,7 @@ def _sets(tiles: _Tiles, blocks: Tensor, weighs: Tensor) -> Iterator[tuple[str, 
             for n in range(2, min(tiles.total // 2, _PERIODS)):
                 if _fits(((number % n == at % n) & (number >= 0)).any(1), blocks):
                     yield (
-                        f"counted {order}, every {n}th from number {at % n} on",
+                        f"counted {order}, every {_ORDINALS.get(n, f'{n}th')} from number {at % n} on",
                         lambda t, n=n, a=at % n, b=by_columns: (t.number(b) >= 0) & (t.number(b) % n == a),
                         1.6 + n / 100,
                     )
@@ -200,15 +204,6 @@ def _rasters() -> Iterator[tuple[str, _Stored, float]]:
         lambda t: taken(t, True),
         1.4,
     )
-    for words, shift in (("next", 1), ("previous", -1)):
-        yield (
-            f"stored one too {'early' if shift > 0 else 'late'}: each column of tiles is the {words} one's",
-            lambda t, s=shift: (
-                t.row[..., None].expand(*t.row.shape, t.across),
-                (torch.arange(t.across, device=t.row.device) + s).expand(*t.row.shape, -1) % t.across,
-            ),
-            1.6,
-        )
 
 
 def _mixed(words: str, shape: tuple[int, int], stored: _Stored, cost: float) -> Hypothesis:
