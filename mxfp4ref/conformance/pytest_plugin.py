@@ -7,11 +7,12 @@ first needed: without the option and the fixtures, no torch.
 from __future__ import annotations
 
 import fnmatch
+import os
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import pytest
 
@@ -85,6 +86,22 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_CHOSEN] = _chosen(config, ids)
     if not hasattr(config, "workerinput"):  # xdist's workers report to this one
         config.pluginmanager.register(Verdict(config, _goldens(config)))
+        config.stash[_STDERR] = _stderr(config)
+
+
+def _stderr(config: pytest.Config) -> IO[str] | None:
+    """What stderr is before pytest captures it; None of a terminal, where pytest itself shows what is running."""
+    try:
+        if os.isatty(2):
+            return None
+        found = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace")
+    except OSError:  # closed
+        return None
+    config.add_cleanup(found.close)
+    return found
+
+
+_STDERR = pytest.StashKey["IO[str] | None"]()
 
 
 def _take_ids(config: pytest.Config) -> list[str] | None:
@@ -162,7 +179,12 @@ class _ConformanceItem(pytest.Item):
     result: CaseResult | None = None
 
     def runtest(self) -> None:
-        self.result = _run(self.config, self.name)
+        from mxfp4ref.conformance.heartbeat import heartbeat
+
+        stderr = self.config.stash.get(_STDERR, None)
+        with heartbeat(lambda words: print(words, file=stderr, flush=True)) as now:
+            now(f"{SUITE}::{self.name}" if stderr is not None else "")
+            self.result = _run(self.config, self.name)
         if self.result.status == "skipped":
             pytest.skip(self.result.message)
         if not self.result.ok:
