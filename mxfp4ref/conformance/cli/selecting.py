@@ -14,7 +14,6 @@ from mxfp4ref._words import did_you_mean
 from mxfp4ref.conformance import memory
 from mxfp4ref.conformance.cli.shared import UsageError
 from mxfp4ref.conformance.cli.terminal import echo
-from mxfp4ref.conformance.kernels import is_stand_in
 from mxfp4ref.goldens import Goldens
 
 __all__ = ["failed_in", "select", "sources", "that_fit"]
@@ -42,6 +41,8 @@ def that_fit(goldens: Goldens, names: list[str], spec: str, device: str | None) 
 
     A kernel on a CPU that gets weights in logical layout is taken to dequantise all experts to float32.
     """
+    from mxfp4ref.conformance.kernels import is_stand_in
+
     if is_stand_in(spec) or (available := memory.free()) is None:
         return names
     dequantises = spec.startswith(("plain:", "logical:")) and device in (None, "cpu")
