@@ -7,7 +7,6 @@ first needed: without the option and the fixtures, no torch.
 from __future__ import annotations
 
 import fnmatch
-import os
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -17,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 import pytest
 
 from mxfp4ref._choices import DIAGNOSES, MODES
-from mxfp4ref.conformance.pytest_verdict import SUITE, Outcome, Verdict
+from mxfp4ref.conformance.pytest_verdict import SUITE, Outcome, Verdict, uncaptured_stderr
 
 if TYPE_CHECKING:
     from mxfp4ref.conformance import Options
@@ -86,22 +85,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_CHOSEN] = _chosen(config, ids)
     if not hasattr(config, "workerinput"):  # xdist's workers report to this one
         config.pluginmanager.register(Verdict(config, _goldens(config)))
-        config.stash[_STDERR] = _stderr(config)
+        config.stash[_STDERR] = uncaptured_stderr(config)
 
 
-def _stderr(config: pytest.Config) -> IO[str] | None:
-    """What stderr is before pytest captures it; None of a terminal, where pytest itself shows what is running."""
-    try:
-        if os.isatty(2):
-            return None
-        found = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace")
-    except OSError:  # closed
-        return None
-    config.add_cleanup(found.close)
-    return found
-
-
-_STDERR = pytest.StashKey["IO[str] | None"]()
+_STDERR = pytest.StashKey[IO[str] | None]()
 
 
 def _take_ids(config: pytest.Config) -> list[str] | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
+import os
 import pickle
 import signal
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import pytest
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from mxfp4ref.conformance.results import CaseResult, Report
     from mxfp4ref.goldens import Goldens
 
-__all__ = ["SUITE", "Outcome", "Verdict"]
+__all__ = ["SUITE", "Outcome", "Verdict", "uncaptured_stderr"]
 
 SUITE = "mxfp4"  # what the tests' names begin with
 
@@ -147,6 +148,18 @@ class Verdict:
             arguments=last.arguments,
             line=" ".join(map(quoted, ("pytest", *map(str, self._config.invocation_params.args)))),
         )
+
+
+def uncaptured_stderr(config: pytest.Config) -> IO[str] | None:
+    """What stderr is before pytest captures it; None of a terminal, where pytest itself shows what is running."""
+    try:
+        if os.isatty(2):
+            return None
+        found = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace")
+    except OSError:  # closed
+        return None
+    config.add_cleanup(found.close)
+    return found
 
 
 def _end_at_sigterm() -> None:
