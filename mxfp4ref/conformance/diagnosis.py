@@ -88,6 +88,12 @@ class Diagnosis(Shown):
     reach: Reach = ""
     places: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        """What a report says of it, in whole sentences."""
+        from mxfp4ref.conformance.report_text import diagnosis_lines
+
+        return "\n".join(diagnosis_lines(self))
+
     @property
     def mask(self) -> Tensor:
         """Where the output differs, `bool` like it."""

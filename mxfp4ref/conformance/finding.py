@@ -49,9 +49,9 @@ def _apart(sentence: str, first: str) -> str:
     before = _alike(words, others)
     after = _alike(words[before:][::-1], others[before:][::-1])
     own = words[before : len(words) - after]
-    if not own or before + after < max(_ALIKE, len(words) / 2):
-        return sentence
-    return " ".join([*["..."] * bool(before), *own, *["..."] * bool(after)])
+    told = " ".join([*["..."] * bool(before), *own, *["..."] * bool(after)])
+    cut = told.count("(") != told.count(")")
+    return sentence if not own or cut or before + after < max(_ALIKE, len(words) / 2) else told
 
 
 def _alike(words: list[str], others: list[str]) -> int:

@@ -71,9 +71,12 @@ def free() -> int | None:
     return min(found, default=None)
 
 
-def needed(case: Case) -> int:
-    """Bytes that a kernel's process takes for a case, about, where it is handed all experts in the SM90 layout."""
-    return case.nbytes + _OWN
+def needed(case: Case, *, dequantised: bool = False) -> int:
+    """Bytes that a kernel's process takes for a case, about, where it is handed all experts in the SM90 layout.
+
+    With `dequantised`, where it has all of them in float32, 32 bits for each of 4.
+    """
+    return case.nbytes * (8 if dequantised else 1) + _OWN
 
 
 def too_large(case: Case, available: int | None) -> str:

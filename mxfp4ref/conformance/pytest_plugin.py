@@ -11,12 +11,12 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import pytest
 
 from mxfp4ref._choices import DIAGNOSES, MODES
-from mxfp4ref.conformance.pytest_verdict import SUITE, Outcome, Verdict
+from mxfp4ref.conformance.pytest_verdict import SUITE, Outcome, Verdict, uncaptured_stderr
 
 if TYPE_CHECKING:
     from mxfp4ref.conformance import Options
@@ -85,6 +85,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_CHOSEN] = _chosen(config, ids)
     if not hasattr(config, "workerinput"):  # xdist's workers report to this one
         config.pluginmanager.register(Verdict(config, _goldens(config)))
+        config.stash[_STDERR] = uncaptured_stderr(config)
+
+
+_STDERR = pytest.StashKey[IO[str] | None]()
 
 
 def _take_ids(config: pytest.Config) -> list[str] | None:
@@ -162,7 +166,12 @@ class _ConformanceItem(pytest.Item):
     result: CaseResult | None = None
 
     def runtest(self) -> None:
-        self.result = _run(self.config, self.name)
+        from mxfp4ref.conformance.heartbeat import heartbeat
+
+        stderr = self.config.stash.get(_STDERR, None)
+        with heartbeat(lambda words: print(words, file=stderr, flush=True)) as now:
+            now(f"{SUITE}::{self.name}" if stderr is not None else "")
+            self.result = _run(self.config, self.name)
         if self.result.status == "skipped":
             pytest.skip(self.result.message)
         if not self.result.ok:

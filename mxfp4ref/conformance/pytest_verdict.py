@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import os
 import pickle
+import signal
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import pytest
 
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
     from mxfp4ref.conformance.results import CaseResult, Report
     from mxfp4ref.goldens import Goldens
 
-__all__ = ["SUITE", "Outcome", "Verdict"]
+__all__ = ["SUITE", "Outcome", "Verdict", "uncaptured_stderr"]
 
 SUITE = "mxfp4"  # what the tests' names begin with
 
@@ -54,8 +57,21 @@ class Verdict:
         from mxfp4ref.conformance.results import now
 
         self._date = now()
-        self._interrupted = False
+        self._interrupted = self._terminated = False
         self._said = ""  # of the report's file
+        self._end_as_ctrl_c_does()
+
+    def _end_as_ctrl_c_does(self) -> None:
+        """SIGTERM, as `timeout` and CI send it, leaves a verdict and reports too, unless somebody else answers it."""
+
+        def handle(number: int, frame: object) -> None:
+            self._terminated = True
+            raise KeyboardInterrupt
+
+        ours = threading.current_thread() is threading.main_thread()
+        if ours and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, handle)
+            self._config.add_cleanup(_end_at_sigterm)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if not report.nodeid.startswith(f"{SUITE}::"):
@@ -83,6 +99,8 @@ class Verdict:
             except Exception as error:  # a full disk; the verdict is told all the same
                 wrong = True
                 self._said = f"ERROR: {self._html} could not be written: {type(error).__name__}: {error}"
+        if self._terminated:
+            session.exitstatus = 128 + signal.SIGTERM
         if wrong and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.USAGE_ERROR
 
@@ -130,6 +148,22 @@ class Verdict:
             arguments=last.arguments,
             line=" ".join(map(quoted, ("pytest", *map(str, self._config.invocation_params.args)))),
         )
+
+
+def uncaptured_stderr(config: pytest.Config) -> IO[str] | None:
+    """What stderr is before pytest captures it; None of a terminal, where pytest itself shows what is running."""
+    try:
+        if os.isatty(2):
+            return None
+        found = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace")
+    except OSError:  # closed
+        return None
+    config.add_cleanup(found.close)
+    return found
+
+
+def _end_at_sigterm() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _html_file(config: pytest.Config, goldens: Goldens) -> Path | None:

@@ -42,7 +42,7 @@ def to_json(report: Report) -> str:
         "seconds": round(report.seconds, 3),
         "verdict_seconds": round(report.verdict_seconds, 3),
         "environment": dict(report.environment),
-        "results": [_result(r) for r in report.results],
+        "results": [_result(r, report.mode) for r in report.results],
     }
     return json.dumps(value, indent=1) + "\n"
 
@@ -86,7 +86,7 @@ def to_junit(report: Report) -> str:
     return printable(ElementTree.tostring(root, encoding="unicode", xml_declaration=True)) + "\n"
 
 
-def _result(result: CaseResult) -> dict[str, Any]:
+def _result(result: CaseResult, mode: str) -> dict[str, Any]:
     value: dict[str, Any] = {
         name: getattr(result, name)
         for name in (
@@ -94,6 +94,8 @@ def _result(result: CaseResult) -> dict[str, Any]:
             *("runs", "diagnosed_run", "within_bounds"),
         )
     }
+    if mode == "exact" and not result.outside:
+        del value["outside"]  # which is not asked
     value |= {"tiles": list(result.tiles)}
     value |= {
         f"{p}seconds": round(getattr(result, f"{p}seconds"), 4) for p in ("", *(f"{n}_" for n in PARTS))

@@ -15,7 +15,17 @@ from mxfp4ref.defects import DEFECTS
 if TYPE_CHECKING:
     from mxfp4ref.conformance.diagnosis import Diagnosis
 
-__all__ = ["PARTS", "by_suite", "case_lines", "headline", "predicted", "tested", "to_text", "wrong_elements"]
+__all__ = [
+    "PARTS",
+    "by_suite",
+    "case_lines",
+    "diagnosis_lines",
+    "headline",
+    "predicted",
+    "tested",
+    "to_text",
+    "wrong_elements",
+]
 
 _TOLD = ("mxfp4ref", "torch", "gpu")
 _OF_CALLS = ("recorded by flashinfer", "ranks", "activation")
@@ -140,8 +150,13 @@ def case_lines(result: CaseResult, again: str = "") -> list[str]:
     last = [f"again: {again}"] if again else []
     if (found := result.diagnosis) is None:
         return lines + last
-    if part := result.diagnosed_part:
-        lines.append(f"what follows is of {part}")
+    part = [f"what follows is of {part}"] if (part := result.diagnosed_part) else []
+    return [*lines, *part, *diagnosis_lines(found), *last]
+
+
+def diagnosis_lines(found: Diagnosis) -> list[str]:
+    """What a diagnosis says, a line each."""
+    lines = []
     if found.finding.sentence:
         how = "every wrong bit" if found.finding.exact else "evidence"
         if found.finding.stages == ("routing",) and not found.finding.exact:
@@ -153,7 +168,7 @@ def case_lines(result: CaseResult, again: str = "") -> list[str]:
     if found.stage and not found.finding.exact and found.stage != found.finding.sentence:
         lines.append(f"stage: {found.stage}")
     lines += [f"defect: {words}" for words in predicted(found)]
-    return [*lines, *_attributed(found), *last]
+    return [*lines, *_attributed(found)]
 
 
 def _attributed(found: Diagnosis) -> list[str]:

@@ -38,6 +38,7 @@ from mxfp4ref.defects.variants.gemm import GemmVariant
 from mxfp4ref.defects.variants.router import RoutingCall, rerouted, route
 from mxfp4ref.defects.variants.swiglu import SwigluVariant
 from mxfp4ref.formats.experts import Experts, Sm90Experts
+from mxfp4ref.formats.generations import GENERATIONS
 from mxfp4ref.formats.humming_experts import HummingExperts, Sm90HummingExperts
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import Stages, forward
@@ -106,6 +107,8 @@ def defect(
 ) -> Callable[[_Change], _Change]:
     """Register the decorated function as a defect under its own name; its docstring is the summary.
 
+    The name of a generation in braces stands for its releases.
+
     Args:
         changes: what the function stands for, see above.
         seen_in, kind: as in `Defect`.
@@ -118,6 +121,8 @@ def defect(
         if name in DEFINED:
             raise ValueError(f"{name}: defined twice")
         summary = " ".join((change.__doc__ or "").split())
+        for generation in GENERATIONS:
+            summary = summary.replace(f"{{{generation.name}}}", generation.spans)
         target, run, sensible = _pipeline(changes, change)
         shows = (lambda call: sensible(call) and applies(call)) if applies else sensible
         if target == "moe":

@@ -63,9 +63,9 @@ def weights_interleaved_twice(packed: Tensor) -> Tensor:
     return interleave_weights_sm90(packed)
 
 
-@defect(_WEIGHTS, "upgrades across flashinfer 0.6.16")
+@defect(_WEIGHTS, "upgrades of flashinfer to 0.6.16, or to 0.6.18 and newer")
 def weights_interleaved_old(packed: Tensor) -> Tensor:
-    """weights interleaved for the bytewise kernel (flashinfer 0.6.10 to 0.6.15), handed to the wordwise one"""
+    """weights interleaved for the bytewise kernel (flashinfer {bytewise}), handed to the wordwise one"""
     return deinterleave_weights_sm90(interleave_weights_sm90(packed, BYTEWISE))
 
 
@@ -80,15 +80,15 @@ def scales_not_folded(scales: Tensor) -> Tensor:
     return _unfolded(scales, scales, WORDWISE)
 
 
-@defect(_SCALES, "upgrades across flashinfer 0.6.16")
+@defect(_SCALES, "upgrades of flashinfer to 0.6.16, or to 0.6.18 and newer")
 def scales_folded_old(scales: Tensor) -> Tensor:
-    """scales folded for the bytewise kernel (flashinfer 0.6.10 to 0.6.15), handed to the wordwise one"""
+    """scales folded for the bytewise kernel (flashinfer {bytewise}), handed to the wordwise one"""
     return _unfolded(fold_scales_sm90(scales, BYTEWISE), scales, WORDWISE)
 
 
-@defect(_SCALES, "downgrades across flashinfer 0.6.16")
+@defect(_SCALES, "changes of flashinfer from 0.6.16 to 0.6.16.post3, or from 0.6.18 back")
 def scales_folded_new(scales: Tensor) -> Tensor:
-    """scales folded for the wordwise kernel (flashinfer 0.6.18 and later), handed to the bytewise one"""
+    """scales folded for the wordwise kernel (flashinfer {wordwise}), handed to the bytewise one"""
     return _unfolded(fold_scales_sm90(scales, WORDWISE), scales, BYTEWISE)
 
 

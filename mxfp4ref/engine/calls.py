@@ -120,7 +120,9 @@ def read_call(recording: Recording, arguments: Mapping[str, Any], layers: Layers
     if ran is not None and isinstance(call.experts, Sm90Experts) and call.experts.generation is not ran:
         raise ValueError(
             f"quant_scales: expected scales as flashinfer {release} takes them ({ran.layout.SCALE_AXES}), got "
-            f"those of the {call.experts.generation.name} kernel; the kernel reads other scales than are meant"
+            f"those of the {call.experts.generation.name} kernel (flashinfer {call.experts.generation.spans}); the "
+            f"kernel reads other scales than are meant. interleave_weights_sm90(weights, {ran!r}) and "
+            f"fold_scales_sm90(scales, {ran!r}) give what flashinfer {ran.spans} takes"
         )
     number, experts = layers.share(call.experts)
     return number, replace(call, experts=experts)

@@ -10,6 +10,7 @@ from mxfp4ref.engine.recordings import Recording, Unreadable
 from mxfp4ref.engine.unshown import owned
 from mxfp4ref.formats.experts import PARAMETERS
 from mxfp4ref.model.call import MoeCall
+from mxfp4ref.sm90.activation import ACTIVATIONS
 
 __all__ = ["Calls", "described", "zeros_words"]
 
@@ -82,4 +83,5 @@ def _activation(call: MoeCall) -> str:
         if (values := getattr(call.experts, name)) is not None:
             low, high = float(values.min()), float(values.max())
             given.append(f"{name} {low:g}" if low == high else f"{name} {low:g} to {high:g}")
-    return call.activation.name + (f" with {' and '.join(given)}" if given else "")
+    named = ACTIVATIONS.get(call.activation_type, call.activation) if given else call.activation
+    return named.name + (f" with {' and '.join(given)}" if given else "")

@@ -48,7 +48,11 @@ class Estimate:
         """In a line."""
         words = f"{counted(self.calls, 'recorded call')}{f', {self.large:,} of real size' if self.large else ''}: "
         words += f"about {_duration(self.comparing)} to compare"
-        return words + (f"; up to {_duration(self.diagnosing)} more if all differ" if self.diagnosing else "")
+        return words + (
+            f"; up to {_duration(self.diagnosing)} of the processor more if all differ"
+            if self.diagnosing
+            else ""
+        )
 
 
 def estimate(recordings: Sequence[Recording], diagnosis: Diagnosing = "full") -> Estimate:

@@ -81,6 +81,20 @@ class Generation:
     def __repr__(self) -> str:
         return self.name.upper()
 
+    @property
+    def spans(self) -> str:
+        """Its releases, as spans of all that are known: "0.6.10 to 0.6.15.post1, 0.6.16.post3 to 0.6.17"."""
+        spans: list[list[str]] = []
+        before = False
+        for release in sorted((r for one in _NAMED for r in one.releases), key=_by_number):
+            here = release in self.releases
+            if here and before:
+                spans[-1][1:] = [release]
+            elif here:
+                spans.append([release])
+            before = here
+        return ", ".join(" to ".join(span) for span in spans)
+
     def __reduce__(self) -> tuple[Callable[[str], Generation], tuple[str]]:
         if self not in _NAMED:  # a changed record must not become the one whose name it has kept
             raise PicklingError(
@@ -93,6 +107,10 @@ class Generation:
 
     def __deepcopy__(self, memo: object) -> Generation:
         return self
+
+
+def _by_number(release: str) -> list[int]:
+    return [int(part.removeprefix("post")) for part in release.split(".")]
 
 
 # (tile_n, tile_k) of the kernels that round the second product alone and fuse the first, in rows 0, 2, 4, 6.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -257,3 +258,26 @@ def test_no_verdict_without_every_result(pytester: pytest.Pytester, how: str) ->
     )
     result.stdout.fnmatch_lines(["oracle: interrupted, no verdict; 0 of 1 case failed, of the goldens' *"])
     assert "conforms" not in (pytester.path / "report.html").read_text()
+
+
+def test_a_session_that_is_ended_by_sigterm_has_a_verdict_and_a_report(pytester: pytest.Pytester) -> None:
+    pytester.makeconftest(
+        "import signal\n"
+        "def pytest_runtest_logfinish(nodeid):\n"
+        "    if nodeid.startswith('mxfp4::'):\n"
+        "        signal.raise_signal(signal.SIGTERM)\n"
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    result = pytester.runpytest("--mxfp4-kernel=oracle", "--mxfp4-html=r.html", *ARGUMENTS)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert result.ret == 128 + signal.SIGTERM
+    result.stdout.fnmatch_lines(["*oracle: interrupted, no verdict; 0 of 1 case failed*"])
+    assert "interrupted, no verdict" in (pytester.path / "r.html").read_text()
+
+
+def test_a_long_case_is_told_on_stderr(pytester: pytest.Pytester) -> None:
+    """Past pytest's capture; the silence is made short, the case is as long as it is."""
+    pytester.makeconftest("from mxfp4ref.conformance import heartbeat\nheartbeat.SILENCE = 0.001\n")
+    result = pytester.runpytest_subprocess("--mxfp4-kernel=oracle", *ARGUMENTS)
+    result.assert_outcomes(passed=2)
+    assert "s] mxfp4::finalize/slot_order" in result.stderr.str()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import threading
 from collections.abc import Callable
@@ -14,8 +15,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from mxfp4ref.__main__ import commands
-from mxfp4ref.conformance import heartbeat, suite
+from mxfp4ref.conformance import heartbeat, memory, suite
 from mxfp4ref.conformance.cli import report_files, shared
+from mxfp4ref.conformance.cli.selecting import that_fit
+from mxfp4ref.goldens import open_goldens
 
 FIRST, SECOND = "finalize/slot_order", "gemm/ordinary"
 TWO = ("--case", FIRST, "--case", SECOND, "--diagnosis", "none")
@@ -67,7 +70,8 @@ def test_a_slow_case_is_named_where_no_bar_can_be_drawn(monkeypatch: pytest.Monk
     monkeypatch.setattr(shared, "echo", echo)
     before_each_case(monkeypatch, lambda case: None if case == FIRST else waited(said))
     assert invoke("conform", "oracle", *TWO).exit_code == 0
-    assert told[0].split("] ")[1].split(",")[0] == f"1 of 2 done; 0 failed; now {SECOND}"
+    rate = r"(, about \d+ s more at this rate)?"
+    assert re.fullmatch(rf"\[ *\d+ s\] 1 of 2 done{rate}; 0 failed; now {SECOND}(, \d+ s)?", told[0])
 
 
 def waited(said: threading.Event) -> None:
@@ -116,3 +120,30 @@ def test_an_interruption_after_the_last_case_costs_no_report(
     assert "oracle conforms" in result.stdout.splitlines()[-1]
     assert "the verdict holds" in result.stderr
     assert json.loads((tmp_path / "r.json").read_text())["ok"] is True
+
+
+@pytest.mark.parametrize(
+    ("spec", "device", "gib", "left"),
+    [
+        ("plain:k.py:f", None, 13, ["deepseek_v4_flash", "deepseek_v4_pro"]),
+        ("plain:k.py:f", "cuda", 13, ["deepseek_v4_pro"]),
+        ("k.py:f", None, 1000, []),
+        ("oracle", None, 1, []),
+    ],
+)
+def test_layers_that_may_not_fit_are_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    spec: str,
+    device: str | None,
+    gib: int,
+    left: list[str],
+) -> None:
+    monkeypatch.setattr(memory, "free", lambda: gib << 30)
+    goldens = open_goldens()
+    names = [FIRST, *goldens.names("models")]
+    fit = that_fit(goldens, names, spec, device)
+    assert [f"models/{name}" for name in left] == [name for name in names if name not in fit]
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split()[0] for line in told] == [f"models/{name}" for name in left]
+    assert all("runs it" in line for line in told)

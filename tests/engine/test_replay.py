@@ -177,7 +177,8 @@ def test_how_long_it_takes_is_said_before_and_each_call_as_it_ends(tmp_path: Pat
     result = CliRunner().invoke(commands, ["replay", str(tmp_path), "--max-calls", "2"])
     first, *each = result.stderr.splitlines()
     assert re.fullmatch(
-        r"2 recorded calls: about \d+ s to compare; up to 2 minutes more if all differ", first
+        r"2 recorded calls: about \d+ s to compare; up to 2 minutes of the processor more if all differ",
+        first,
     )
     assert [line.split(",")[0] for line in each] == [
         "[  1/2] process1/call0001: equal",
@@ -192,7 +193,11 @@ def test_how_long_it_takes_is_said_before_and_each_call_as_it_ends(tmp_path: Pat
     ("tokens", "diagnosis", "words"),
     [
         (8, "none", "1 recorded call, 1 of real size: about 2 s to compare"),
-        (512, "full", "1 recorded call, 1 of real size: about 8 s to compare; up to 60 s more if all differ"),
+        (
+            512,
+            "full",
+            "1 recorded call, 1 of real size: about 8 s to compare; up to 60 s of the processor more if all differ",
+        ),
     ],
 )
 def test_an_estimate_grows_with_the_call(
@@ -224,7 +229,7 @@ def test_a_report_says_what_was_replayed_when_and_by_what(tmp_path: Path) -> Non
     words = " ".join(result.output.split())
     calls = (
         "recorded by flashinfer 0.6.15, 0.7.2.post1; ranks ep 0 of 2, ep 1 of 2; "
-        "activation SwigluBias with swiglu_limit 7"
+        "activation Swiglu with swiglu_limit 7"
     )
     assert f"tested: mxfp4ref {__version__}, torch" in words
     assert f"calls: {calls}" in words

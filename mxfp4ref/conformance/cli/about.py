@@ -52,8 +52,8 @@ _PACKAGES = (
 def list_cases(patterns: tuple[str, ...], as_json: bool, root: Path | None) -> None:
     """List the golden cases, with what each is made to catch.
 
-    GLOB is a suite, a pattern of names, or a named defect, for the cases that are made to catch it; without one, all
-    are listed.
+    GLOB is a suite, a pattern of names, a kind such as quantize, or a named defect, for the cases that are made to
+    catch it; without one, all are listed.
 
     \b
     mxfp4ref list
@@ -102,6 +102,7 @@ def _chosen(goldens: Goldens, patterns: tuple[str, ...]) -> list[str]:
             found = [name for name in names if pattern in goldens.load(name).catches]
         else:
             found = [name for name in names if _matches(name, pattern)]
+            found = found or [name for name in names if goldens.load(name).kind == pattern]
         if not found:
             if pattern in DEFECTS:
                 raise UsageError(f"GLOB: no case is made for {pattern}: mxfp4ref explain {pattern}")

@@ -17,7 +17,7 @@ from mxfp4ref.conformance import memory
 from mxfp4ref.conformance.cli import completing
 from mxfp4ref.conformance.cli.command import command
 from mxfp4ref.conformance.cli.report_files import pop_report_files, print_report, report_files
-from mxfp4ref.conformance.cli.selecting import failed_in, select, sources
+from mxfp4ref.conformance.cli.selecting import failed_in, select, sources, that_fit
 from mxfp4ref.conformance.cli.shared import (
     INTERRUPTED,
     NOT_EQUAL,
@@ -58,7 +58,7 @@ __all__ = ["conform"]
     multiple=True,
     metavar="GLOB",
     shell_complete=completing.globs,
-    help="Only these cases: a suite, a case, or as in 'gemm/*'; by default all. Repeatable.",
+    help="Only these cases: a suite, a case, or as in 'gemm/*'; by default all that fit into memory. Repeatable.",
 )
 @click.option(
     "--exclude",
@@ -215,7 +215,7 @@ def _conform(spec: str, root: Path | None, options: dict[str, Any], interruption
     options["repeat"] = not options.pop("no_repeat")
     with files.stdout_kept(), usage_errors():
         goldens = open_goldens(root)
-        names = select(goldens, patterns, "--case") or goldens.names()
+        names = select(goldens, patterns, "--case") or that_fit(goldens, goldens.names(), spec, device)
         out = select(goldens, excluded, "--exclude")
         if not (names := [name for name in names if name not in out]):
             raise UsageError("--exclude: none of the chosen cases is left")

@@ -11,11 +11,14 @@ from pathlib import Path
 
 from mxfp4ref._files import printable
 from mxfp4ref._words import did_you_mean
+from mxfp4ref.conformance import memory
 from mxfp4ref.conformance.cli.shared import UsageError
 from mxfp4ref.conformance.cli.terminal import echo
 from mxfp4ref.goldens import Goldens
 
-__all__ = ["failed_in", "select", "sources"]
+__all__ = ["failed_in", "select", "sources", "that_fit"]
+
+_WHOLE_SIZE = "models/"  # the suite of layers that take GiB of memory
 
 
 def select(goldens: Goldens, patterns: Iterable[str], option: str) -> list[str]:
@@ -31,6 +34,31 @@ def select(goldens: Goldens, patterns: Iterable[str], option: str) -> list[str]:
             )
         chosen.update(found)
     return [name for name in names if name in chosen]
+
+
+def that_fit(goldens: Goldens, names: list[str], spec: str, device: str | None) -> list[str]:
+    """The cases without layers of whole size that a kernel may have no memory for; what is left out is told.
+
+    A kernel on a CPU that gets weights in logical layout is taken to dequantise all experts to float32.
+    """
+    from mxfp4ref.conformance.kernels import is_stand_in
+
+    if is_stand_in(spec) or (available := memory.free()) is None:
+        return names
+    dequantises = spec.startswith(("plain:", "logical:")) and device in (None, "cpu")
+    fit = []
+    for name in names:
+        case = goldens.load(name) if name.startswith(_WHOLE_SIZE) else None
+        if case is None or (needs := memory.needed(case, dequantised=dequantises)) <= available:
+            fit.append(name)
+            continue
+        how = ", all experts dequantised to float32," if dequantises else ""
+        echo(
+            f"{name} is left out: it may need {needs / 2**30:.1f} GiB{how} and {available / 2**30:.1f} GiB are free; "
+            f"--case {name} runs it",
+            err=True,
+        )
+    return fit
 
 
 def failed_in(path: Path, goldens: Goldens, chosen: list[str], run: tuple[str, str]) -> list[str]:
