@@ -6,6 +6,8 @@ advance from tile to tile is right there. Weights are derived from the generator
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ _H, _I = 384, 256
 
 
 def _content(
-    source: Source, ids: Tensor, num_experts: int, *, hidden: int = _H, inner: int = _I, **ranks: int
+    source: Source, ids: Tensor, num_experts: int, *, hidden: int = _H, inner: int = _I, **ranks: Any
 ) -> Content:
     """A call with these ids; every expert has biases and its own alpha, beta and limit."""
     recipes, tensors = recipes_and_tensors(
