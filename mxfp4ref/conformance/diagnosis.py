@@ -61,7 +61,7 @@ class Diagnosis(Shown):
         output: the name of the output.
         first: the first element that differs.
         feeds: the inputs that feed it, in words.
-        patterns: what the places that differ have in common, in words.
+        patterns: what the places that differ have in common, in words; in mode bounded, those outside their bounds.
         stage: the stage up to which the output can be reconciled with the trace, in words.
         reach: what that says, as of `stage_fit.Reconciled`; "" where the finding says more.
         predictions: the defects that predict the output exactly, or else up to three that come closest, with more of
@@ -69,7 +69,8 @@ class Diagnosis(Shown):
         ulps: elements by distance: (up to this many ulps, how many); the last with NaN.
         bins: how far the output differs, `uint8` like it: 0 where the bits are equal, else which of `ulps`, from 1.
         finding: what is wrong, in words, and in which stage, as far as it is known.
-        attribution: which share of the elements differs by expert, by rows, by columns, the most telling first.
+        attribution: which share of the elements differs by expert, by rows, by columns, the most telling first; in
+            mode bounded, which share lies outside its bounds.
         experts: of a kernel call, the ids of the experts that each token has on this rank, `[M, k]`, else -1.
         places: the patterns that say where it differs, as other cases may, without how many places there are in all.
     """
@@ -161,7 +162,8 @@ def diagnose(
 class Located:
     """An output that differs, and what is said of it without a search; arguments and errors as of `diagnose`.
 
-    Of a call in mode bounded, `outside` is where it leaves its bounds, `[M, H] bool`: one of these elements is told.
+    Of a call in mode bounded, `outside` is where it leaves its bounds, `[M, H] bool`: these elements alone are wrong,
+    and counted. What differs within bounds is shown in `bins` alone.
     """
 
     def __init__(
@@ -194,9 +196,9 @@ class Located:
             token = first.index[0]
             one = trace(one_token(inputs, token))
             feeds = feeds_of(inputs, one, token, first.index[1])
-            could = reached(inputs, self.want, mask)
-            found = patterns(inputs, self.got, self.want, mask, could)
-            table = attribution(inputs, mask, could)
+            could = reached(inputs, self.want, self._wrong)
+            found = patterns(inputs, self.got, self.want, self._wrong, could)
+            table = attribution(inputs, self._wrong, could)
             local = local_experts(inputs)
             experts = torch.where(local < 0, -1, local + inputs.ep_rank * inputs.experts.num_experts).cpu()
         elif kind == "layout":

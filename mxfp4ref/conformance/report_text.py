@@ -32,7 +32,7 @@ _OF_CALLS = ("recorded by flashinfer", "ranks", "activation")
 PARTS = ("kernel", "comparison", "diagnosis")
 _FIRST, _DETAILED = 2, 5  # failing cases that are told in full: the first ones, and those of other kinds
 _NAMED = 9  # three K tiles for each GEMM: so many are listed, and more, which are tactics, are counted
-_ROWS = 6  # of the attribution table, on a terminal
+_KINDS, _ROWS = 3, 6  # of the attribution table, and of each kind, on a terminal
 
 
 def to_text(report: Report, *, verbose: bool = False) -> str:
@@ -151,11 +151,12 @@ def case_lines(result: CaseResult, again: str = "") -> list[str]:
     if (found := result.diagnosis) is None:
         return lines + last
     part = [f"what follows is of {part}"] if (part := result.diagnosed_part) else []
-    return [*lines, *part, *diagnosis_lines(found), *last]
+    wrong = "outside bounds" * bool(result.outside)
+    return [*lines, *part, *diagnosis_lines(found, wrong), *last]
 
 
-def diagnosis_lines(found: Diagnosis) -> list[str]:
-    """What a diagnosis says, a line each."""
+def diagnosis_lines(found: Diagnosis, wrong: str = "") -> list[str]:
+    """What a diagnosis says, a line each; `wrong` says of the elements it is about what they are, if not all."""
     lines = []
     if found.finding.sentence:
         how = "every wrong bit" if found.finding.exact else "evidence"
@@ -164,21 +165,24 @@ def diagnosis_lines(found: Diagnosis) -> list[str]:
         lines.append(f"finding ({how}): {found.finding}")
     lines.append(f"first: {found.output} {found.first}")
     lines += [f"feeds it: {words}" for words in found.feeds]
-    lines += [f"pattern: {words}" for words in found.patterns]
+    lines += [f"pattern{f' ({wrong})' * bool(wrong)}: {words}" for words in found.patterns]
     if found.stage and not found.finding.exact and found.stage != found.finding.sentence:
         lines.append(f"stage: {found.stage}")
     lines += [f"defect: {words}" for words in predicted(found)]
-    return [*lines, *_attributed(found)]
+    return [*lines, *_attributed(found, wrong)]
 
 
-def _attributed(found: Diagnosis) -> list[str]:
-    """The kind of place that tells most, in a line."""
-    if not found.attribution:
-        return []
-    by = found.attribution[0].by
-    rows = [row for row in found.attribution if row.by == by]
-    shown = "; ".join(f"{row.place}: {row.differing:,} of {row.elements:,}" for row in rows[:_ROWS])
-    return [f"by {by}: {shown}{'; ...' * (len(rows) > _ROWS)}"]
+def _attributed(found: Diagnosis, what: str) -> list[str]:
+    """The kinds of places that tell most, a line each, with the places of which the largest share is wrong."""
+    lines = []
+    for by in list(dict.fromkeys(row.by for row in found.attribution))[:_KINDS]:
+        rows = [row for row in found.attribution if row.by == by]
+        rows.sort(key=lambda row: -row.differing / row.elements)
+        wrong = [row for row in rows if row.differing]
+        shown = [f"{row.place}: {row.differing:,} of {row.elements:,}" for row in wrong[:_ROWS]]
+        more = ["..."] if len(wrong) > _ROWS else ["none of the others"] if len(wrong) < len(rows) else []
+        lines.append(f"{what} by {by}: {'; '.join([*shown, *more])}".strip())
+    return lines
 
 
 def by_suite(report: Report) -> Iterator[tuple[str, list[CaseResult]]]:

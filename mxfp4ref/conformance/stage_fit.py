@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -29,11 +29,31 @@ _INDEPENDENT = (
     2.0**-3
 )  # the least singular value of expert outputs of length 1 from which weights can be told
 _SAME = 2.0**-6  # relative; bf16 outputs tell weights to about 2^-9
-_Fit = tuple[Tensor, Tensor, Tensor]  # each `[S] float64`, by slot
+_UNSURE = "up to what correct evaluations may differ by"
 _STAGES = ("fc1_output", "activation", "fc2_output")
 
 
 Reach = Literal["", "before finalize", "rounding"]
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """A token's weights that give its output, `[S] float64` each, by slot; without any where that cannot be told.
+
+    Attributes:
+        found, asked: the weights.
+        unsure: how far those found may be off.
+        loose: whether they give it only as any correct evaluation might, and not up to roundings to bf16.
+    """
+
+    found: Tensor
+    asked: Tensor
+    unsure: Tensor
+    loose: bool = False
+
+    @property
+    def is_right(self) -> bool:
+        return bool(((self.found - self.asked).abs() <= self.unsure).all())
 
 
 @dataclass(frozen=True)
@@ -140,37 +160,40 @@ def _exposed(call: MoeCall, outputs: Mapping[str, Tensor], names: list[str]) -> 
 def _fit_finalize(call: MoeCall, output: Tensor, mask: Tensor) -> str | None:
     """Whether the output is a sum of the right expert outputs with other weights: "" if not, None if nothing tells.
 
-    It is only where every token looked at is such a sum, up to roundings to bf16, with weights that these outputs
-    determine. Even then a factor that all slots share may as well come from before.
+    It is only where every token looked at is such a sum, up to roundings to bf16 or as far as a correct
+    evaluation may be off, with weights that these outputs determine. Even then a factor that all slots share may
+    as well come from before.
     """
     fits = []
     for token in mask.any(1).nonzero().flatten().tolist():
         fit = _fit_weights(call, output, token)
         if fit is None:
             return ""
-        fits += [(token, fit)] if len(fit[0]) else []
+        fits += [(token, fit)] if len(fit.found) else []
         if len(fits) == _FITTED_TOKENS:
             break
     if not fits:
         return None
-    found, asked, unsure = (torch.cat([fit[part] for _, fit in fits]) for part in range(3))
-    if any(bool(((fit[0] - fit[1]).abs() <= fit[2]).all()) for _, fit in fits):
-        return ""  # the weights are right, and what is wrong is too little to show here
+    found = torch.cat([fit.found for _, fit in fits])
+    asked, unsure = (torch.cat([getattr(fit, name) for _, fit in fits]) for name in ("asked", "unsure"))
+    loose = any(fit.loose for _, fit in fits)
     largest = int((asked / unsure).abs().argmax())
     factor = found[largest] / asked[largest]
     if bool(((found - factor * asked).abs() <= (1 + factor.abs()) * unsure).all()):
         known = factor_in_words(float(factor), [call], unsure=2.0**-8)
         return (
-            f"a factor, in finalize or before: {_each(fits)} the right output times {float(factor):.3g}, as far as "
-            f"bf16 shows{'; ' * bool(known)}{known}"
+            f"a factor, in finalize or before: {_each(fits)} the right output times {float(factor):.3g}, "
+            f"{_UNSURE if loose else 'as far as bf16 shows'}{'; ' * bool(known)}{known}"
         )
-    token, (found, asked, unsure) = fits[0]
-    told = ", ".join(digits(*pair) for pair in zip(found.tolist(), unsure.tolist(), strict=True))
-    return (
-        f"finalize: token {token} is the sum of the right expert outputs with weights [{told}], where "
-        f"{numbers(asked)} were asked for{_likewise(fits)}: GEMM1, activation and GEMM2 are right, up to a factor of "
-        "each slot"
+    token, fit = fits[0]
+    told = ", ".join(digits(*pair) for pair in zip(fit.found.tolist(), fit.unsure.tolist(), strict=True))
+    words = (
+        f"token {token} is the sum of the right expert outputs with weights [{told}], where {numbers(fit.asked)} "
+        f"were asked for{_likewise(fits)}"
     )
+    if loose:
+        return f"finalize, or a factor of each slot before it: {words}, {_UNSURE}"
+    return f"finalize: {words}: GEMM1, activation and GEMM2 are right, up to a factor of each slot"
 
 
 def _each(fits: list[tuple[int, _Fit]]) -> str:
@@ -184,10 +207,10 @@ def _likewise(fits: list[tuple[int, _Fit]]) -> str:
 
 
 def _fit_weights(call: MoeCall, output: Tensor, token: int) -> _Fit | None:
-    """Weights of the token's experts that give its output, those that were asked for, and how unsure the former are.
+    """Weights of the token's experts that give its output, which is no correct evaluation's with those asked for.
 
-    All empty where that cannot be told: no expert, numbers that are not finite, a row of zeros, outputs too much
-    alike. None where no weights give the output.
+    None if it is proved that no weights do. Nothing can be told of no expert, numbers that are not finite, a row of
+    zeros, or outputs too much alike, nor of weights too near to those asked for.
     """
     one = trace(one_token(call, token))
     y = fp32.widen(one.fc2_output).to(torch.float64)
@@ -200,21 +223,47 @@ def _fit_weights(call: MoeCall, output: Tensor, token: int) -> _Fit | None:
     lengths = y.norm(dim=1)
     usable = torch.isfinite(y).all() & torch.isfinite(target).all() & torch.isfinite(asked).all()
     if len(y) == 0 or not bool(usable & (lengths > 0).all() & (asked != 0).all()):
-        return asked[:0], asked[:0], asked[:0]
+        return _Fit(asked[:0], asked[:0], asked[:0])
     if not solvable(target):  # zeros, which weights of zero give, or numbers near underflow
-        return asked[:0], asked[:0], asked[:0]
-    directions = y / lengths[:, None]
-    if float(torch.linalg.svdvals(directions).min()) < _INDEPENDENT or len(y) * 4 > y.shape[1]:
-        return asked[:0], asked[:0], asked[:0]
-    found = torch.linalg.lstsq(directions.T, target[:, None], driver="gelsd").solution[:, 0] / lengths
+        return _Fit(asked[:0], asked[:0], asked[:0])
+    nothing = _Fit(asked[:0], asked[:0], asked[:0])
+    columns, sizes, _ = torch.linalg.svd((y / lengths[:, None]).T, full_matrices=False)
+    if float(sizes.min()) < _INDEPENDENT or len(y) * 4 > y.shape[1]:
+        return nothing
+    found = (
+        torch.linalg.lstsq((y / lengths[:, None]).T, target[:, None], driver="gelsd").solution[:, 0] / lengths
+    )
     share = (
         found.abs() * lengths
     ).max() / lengths  # a weight for which the slot would be as large as the largest
+    off = (target - found @ y).abs()
     # As many roundings to bf16 as there are slots, of sums that are no larger than that of the magnitudes; these make
     # the weights unsure, the least squares' way.
     allowed = 2.0**-8 * (found.abs() @ y.abs()) + 2.0**-7 * y.shape[1] ** -0.5 * (share @ y.abs())
-    unsure = _SAME * (asked.abs() + share)
-    return (found, asked, unsure) if bool(((target - found @ y).abs() <= allowed).all()) else None
+    fit = _Fit(found, asked, _SAME * (asked.abs() + share))
+    if bool((off <= allowed).all()) and not fit.is_right:
+        return fit
+    reach = found.abs() @ _reach(one_token(call, token), slots, y) + 2.0**-8 * (found @ y).abs()
+    if not bool(torch.isfinite(reach).all()):
+        return nothing
+    # What weights give it by reach, the least squares miss by no more than its projection on the outputs besides.
+    if bool((off > reach + reach.norm() * columns.norm(dim=1)).any()):
+        return None
+    fit = replace(fit, unsure=fit.unsure + reach.norm() / (lengths * sizes.min()), loose=True)
+    return nothing if fit.is_right or bool((off > reach).any()) else fit
+
+
+def _reach(one: MoeCall, slots: Tensor, y: Tensor) -> Tensor:
+    """How far a correct evaluation may be from the outputs of these slots of a token, `[S, H] float64` like these."""
+    each = replace(
+        one,
+        input=one.input.expand(len(slots), -1).contiguous(),
+        token_selected_experts=one.token_selected_experts[0, slots][:, None].contiguous(),
+        token_final_scales=torch.ones(len(slots), 1, dtype=torch.float32, device=y.device),
+    )
+    bounds = bound(each)
+    ends = torch.stack((bounds.lower, bounds.upper)).to(torch.float64)
+    return torch.where(bounds.overflows, torch.inf, (ends - y).abs().amax(0))
 
 
 def _fit_gemm2(call: MoeCall, output: Tensor, mask: Tensor) -> str:

@@ -27,7 +27,7 @@ GOLDENS = open_goldens()
 MOE = [
     n
     for n in GOLDENS.names()
-    if not n.startswith(("models/", "sizes/", "tile_n/"))
+    if not n.startswith(("models/", "sizes/", "gpt_oss/", "tile_n/"))
     and json.loads((GOLDENS.root / f"{n}.json").read_bytes())["kind"] == "moe"
 ]
 BATCHES, EVALUATIONS = 4, 125  # at a time

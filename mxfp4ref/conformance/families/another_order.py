@@ -10,6 +10,7 @@ from mxfp4ref.conformance.bounds import bound
 from mxfp4ref.conformance.finding import Evidence
 from mxfp4ref.conformance.reduction import is_heavy, reduce_call
 from mxfp4ref.model.call import MoeCall
+from mxfp4ref.model.forward import forward
 
 __all__ = ["unless_in_another_order"]
 
@@ -42,7 +43,8 @@ def unless_in_another_order(
     order = order[wrong[order].any(1)][: 1 if is_heavy(call) else _TOKENS]
     for tokens in (order[:1], order[1:]):  # one alone shows most mistakes, and takes little time
         if len(tokens):
-            inside = bound(reduce_call(call, tokens)).contains(got[tokens])
+            part = reduce_call(call, tokens)
+            inside = bound(part).contains(got[tokens], forward(part))
             if not bool((inside | ~wrong[tokens]).all()):
                 return solved
     return [_in_another_order(one) for one in solved if one.rounding] or [_NOTHING]

@@ -8,6 +8,7 @@ from mxfp4ref.goldens.cases import (
     finalize,
     formats,
     gemm,
+    gpt_oss,
     layout,
     models,
     options,
@@ -27,5 +28,5 @@ __all__ = ["DEFINITIONS", "SUITES", "Content", "Definition"]
 # In the order in which data flows; importing them registers their cases.
 SUITES = (
     *(formats, layout, tensor_core, gemm, activation, step_and_situ, ungated, finalize, routing, parallel),
-    *(sizes, models, tile_n, w4a8, options),
+    *(sizes, gpt_oss, models, tile_n, w4a8, options),
 )
