@@ -48,6 +48,8 @@ def _predicted(findings: list[Finding]) -> Finding | None:
     sentence = in_words(hypotheses)
     if len({f.sentence for f in agreeing}) == 1:
         sentence = agreeing[0].sentence
+    elif agreeing[0].kind == sentence:
+        sentence = f"{sentence}; in the first of them: {_details(agreeing[0])}"
     cases = None if count == total else (count, total)
     different = cases is not None and len(exact) == total
     return Finding(
@@ -91,9 +93,19 @@ def _of_one_kind(findings: list[Finding]) -> Finding | None:
         return None
     which = f"all {count}" if count == len(findings) else f"{count} of {len(findings)}"
     of = f"in {which} failing cases {kind}"
-    example = same[0].sentence.removeprefix(kind).lstrip(": ")
+    example = _details(same[0])
     sentence = f"{of}{'; in the first of them: ' * bool(example)}{example}"
     return Finding(_shared(same), sentence, hedged=any(f.hedged for f in same))
+
+
+def _details(finding: Finding) -> str:
+    """What it says beside its kind, part by part."""
+    general = _kind(finding).split("; ")
+    own = [part for part in finding.sentence.split("; ") if part not in general]
+    return "; ".join(
+        next((part.removeprefix(one).lstrip(": ") for one in general if part.startswith(one)), part)
+        for part in own
+    )
 
 
 def _kind(finding: Finding) -> str:

@@ -18,6 +18,7 @@ from mxfp4ref.conformance.finding import Finding
 from mxfp4ref.conformance.index_words import map_words
 from mxfp4ref.conformance.layout_words import layout_words, slice_words
 from mxfp4ref.conformance.quantizer_words import solved_quantizer
+from mxfp4ref.conformance.value_words import all_scaled, kinds_of, solved_values
 from mxfp4ref.formats.mxfp4 import E2M1_VALUES, GROUP_SIZE, decode_ue8m0, dequantize, pack_codes, unpack_codes
 from mxfp4ref.formats.quantize import SCALE_RULES, quantize
 
@@ -41,19 +42,22 @@ def format_finding(
         outputs, expected: by name, of the same dtypes and shapes.
     """
     got, want = ({name: t.cpu() for name, t in tensors.items()} for tensors in (outputs, expected))
-    solved, exact = list[str](), True
+    exact = True
     if kind == "quantize":
         values, rule = inputs["values"].cpu(), inputs["rule"]
         words = _quantize_words(values, rule, got, want)
         if not words:
-            solved, exact = solved_quantizer(values, rule, got, want)
-            words = "; ".join(solved)
+            words, exact = solved_quantizer(values, rule, got, want)
     elif kind == "dequantize":
-        words = _dequantize_words(inputs, got["values"], want["values"])
+        words = ""
+        if bool(got["values"].any()):  # else every code is 0 instead, which says less
+            words = _dequantize_words(inputs, got["values"], want["values"])
+        if not words:
+            words, exact = solved_values(inputs, got["values"], want["values"])
     else:
         words = layout_words(inputs, got["after"], want["after"])
     exact = exact and bool(words)
-    general = "; ".join(part.partition(": ")[0] for part in solved) or words
+    general = "; ".join(part.partition(": ")[0] for part in words.split("; "))
     if general == words:
         return Finding((kind,), words, exact)
     return Finding((kind,), words, exact, hypotheses=(general,) if exact else (), kind=general)
@@ -299,7 +303,7 @@ def _function_words(code: Tensor, byte: Tensor, value: Tensor, convention: Conve
         factor = 1.0
     left = differing(value, stored)
     if factor != 1:
-        words.append(_all_scaled(factor))
+        words.append(all_scaled(factor))
         scaled = [(of * factor).to(value.dtype) for of in (right, stored.to(torch.float64))]
         fraction, power = math.frexp(factor)
         if fraction == 0.5:  # scale bytes may have been raised or lowered up to the last number
@@ -324,27 +328,9 @@ def _function_words(code: Tensor, byte: Tensor, value: Tensor, convention: Conve
         left &= (code != one) | differing(value, (instead * scale).to(value.dtype))
     for end in (0, _NAN):
         chosen = left & (byte == end)
-        kinds = _kinds(number[chosen]), _kinds(right[chosen])
+        kinds = kinds_of(number[chosen]), kinds_of(right[chosen])
         if bool(chosen.any()):
             if kinds[0] == kinds[1]:
                 return None
             words.append(f"scale byte {end} gives {kinds[0]} instead of {kinds[1]} (convention {convention})")
     return words if not bool((left & ~ends).any()) else None
-
-
-def _all_scaled(factor: float) -> str:
-    fraction, power = math.frexp(abs(factor))
-    if factor > 0 and fraction == 0.5:
-        how = "high" if power > 1 else "low"
-        return f"all values are {factor:g}x the right ones: scales are taken {abs(power - 1)} too {how}"
-    return "all values have the other sign" if factor == -1 else f"all values are {factor:g}x the right ones"
-
-
-def _kinds(values: Tensor) -> str:
-    if bool(values.isnan().all()):
-        return "NaN"
-    if bool(values.isinf().all()):
-        return "Inf"
-    if bool((values == 0).all()):
-        return "0"
-    return "numbers"

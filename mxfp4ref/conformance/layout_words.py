@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.index_words import map_words
+from mxfp4ref.conformance.value_words import bit_words, region_words
 from mxfp4ref.formats import layout
 from mxfp4ref.formats.generations import GENERATIONS
 
@@ -36,7 +37,10 @@ def layout_words(inputs: Mapping[str, Any], got: Tensor, want: Tensor) -> str:
             return words
     if torch.equal(got, (want & 15) << 4 | want >> 4):
         return "the nibbles of every byte are exchanged"
-    names = ("expert", "row", "column") if got.dim() == 3 else tuple(f"index {n}" for n in range(got.dim()))
+    plain = got.dim() == 3
+    names = ("expert", "row", "column") if plain else tuple(f"dimension-{n} slice" for n in range(got.dim()))
+    if words := region_words(got, want, names, _there(inputs, want)) or bit_words(got, want):
+        return words
     for dim, name in enumerate(names):
         if words := slice_words(got, want, dim, name):
             return words
@@ -63,6 +67,13 @@ def _operations(inputs: Mapping[str, Any]) -> Iterator[tuple[str, Tensor | None]
         padded = before.new_zeros(right.shape if right is not None else before.shape)
         padded[:, : before.shape[1]] = before
         yield "the padding is at the end of the joined halves instead of each half's", padded
+
+
+def _there(inputs: Mapping[str, Any], want: Tensor) -> Iterator[tuple[str, Tensor | None]]:
+    """What there may be in some places only."""
+    yield from _operations(inputs)
+    for dim in range(1, want.dim()):
+        yield f"dimension {dim} is in reverse", want.flip(dim)
 
 
 def _applied(operation: str, tensor: Tensor, inputs: Mapping[str, Any]) -> Tensor | None:

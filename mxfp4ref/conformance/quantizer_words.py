@@ -22,10 +22,10 @@ __all__ = ["solved_quantizer"]
 
 def solved_quantizer(
     values: Tensor, rule: str, got: Mapping[str, Tensor], want: Mapping[str, Tensor]
-) -> Words:
+) -> tuple[str, bool]:
     """What a quantiser did instead, and whether that accounts for every byte; no words where nothing was found.
 
-    A word is what is wrong, and after a colon the numbers of this case.
+    In each part the numbers of this case are after a colon.
 
     Args:
         values: `[..., K]`, what was quantised.
@@ -34,10 +34,10 @@ def solved_quantizer(
     """
     groups = Groups.of(values, rule, got, want)
     if not bool(groups.ordinary.any()):
-        return [], False
+        return "", False
     words, exact = _of_other_values(groups) or _by_part(groups) or ([], False)
     odd = _odd_words(groups) if words else []
-    return [*words, *odd], bool(words) and exact and not odd
+    return "; ".join([*words, *odd]), bool(words) and exact and not odd
 
 
 def _cut(bits: int) -> Callable[[Tensor], Tensor]:

@@ -35,6 +35,7 @@ _OWN = re.compile(
     r"all weights are \S+ the right ones: |(?<=the routed scaling factor) [\d.]+"
     r"|(?<=a factor of its own), .*|(?<=a factor of each expert): .*"
     r"|(?<=before dividing by it): .*|(?<=by a number): .*|(?<=tanh.logit / c.): .*|(?<=all logits): .*"
+    r"| instead of (sigmoid|softmax|sqrt|logit).*"
     r"|(?<=largest magnitude): .*|(?<=never selected): .*|(?<=selected by score): .*|(?<=others have one id): .*"
     r"|(?<=experts are selected): .*|(?<=the right experts): .*|(?<=some weights are .): .*|(?<=router of fewer) .*"
 )
