@@ -156,6 +156,24 @@ def test_a_shared_expert_in_the_last_slot(name: str) -> None:
     assert sentence.endswith(f"the others are those of a router of fewer experts: top-{top_k}")
 
 
+@pytest.mark.parametrize("name", ["deepseek_v4_flash", "deepseek_v4_pro"])
+def test_a_multiple_of_the_bias(name: str) -> None:
+    (one,) = runs(GOLDENS.load(f"routing/{name}"))
+    factor = DRAW.choice((0.3, 0.6, 3.0))
+    _, changed = routed(name, correction_bias=one.inputs["correction_bias"] * factor)
+    sentence = routing_finding(one.inputs, changed, one.expected).sentence
+    low, high = (float(part.split()[0]) for part in sentence.split("all from ")[1].split(" to "))
+    assert low <= factor <= high
+    assert sentence.startswith("the correction bias is multiplied by a number in the selection: ")
+
+
+def test_weights_of_other_tokens() -> None:
+    one, right = routed("deepseek_v4_flash")
+    outputs = {**right, "scales": right["scales"].roll(1, 0)}
+    sentence = routing_finding(one.inputs, outputs, one.expected).sentence
+    assert sentence == "ids are right; weights are those of other tokens, 1 before them"
+
+
 def test_a_ranks_ids() -> None:
     one, right = routed("deepseek_v4_flash")
     first = DRAW.randrange(40, 100)
