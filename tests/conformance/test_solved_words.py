@@ -219,3 +219,16 @@ def test_a_layout_of_one_expert_only() -> None:
     after[1] = one.inputs["before"][1]
     finding = format_finding("layout", one.inputs, {"after": after}, one.expected)
     assert finding.sentence == "swap_gate_up is left out in some places: in expert 1 of 2 only"
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_scattered_codes_and_ids_are_not_explained(seed: int) -> None:
+    drawn = torch.Generator().manual_seed(seed)
+    values = some_values(5)
+    packed, scales = quantize(values)
+    hit = torch.rand(packed.shape, generator=drawn) < 0.02
+    assert found({"packed": torch.where(hit, packed ^ 1, packed), "scales": scales}, values).sentence == ""
+    one, right = routed("mixtral_ties")
+    other = torch.randint(0, 8, right["ids"].shape, generator=drawn).int()
+    ids = torch.where(torch.rand(other.shape, generator=drawn) < 0.2, other, right["ids"])
+    assert "logits" not in routing_finding(one.inputs, {**right, "ids": ids}, one.expected).sentence
