@@ -113,11 +113,14 @@ def _threshold(of: Groups) -> Words | None:
     low, high = (2 * mantissa[free & (above == kind)] for kind in kinds)
     if min(len(low), len(high)) < ENOUGH or not low.max() < high.min():
         return None
-    sure = bool((above[~free] >= kinds[0]).all())  # those at the ends are limited
+    point = float(high.min())
+    made = exponent.to(torch.int64) - 1 + SCALE_BIAS + kinds[0] + (2 * mantissa >= point)
+    if not torch.equal(made.clamp(0, NAN_BYTE - 1), of.scales[of.ordinary]):
+        return None
     return [
-        f"scales are 2^(floor(log2 amax) {kinds[0]:+d}), and twice that where the significand of amax is large: "
-        f"from a point between {float(low.max()):.6g} and {float(high.min()):.6g} on"
-    ], sure
+        f"scales turn over at another point of the largest magnitude's significand: they are 2^(floor(log2 amax) "
+        f"{kinds[0]:+d}), and twice that from a point between {float(low.max()):.6g} and {point:.6g} on"
+    ], True
 
 
 def _conditional(of: Groups) -> Words | None:

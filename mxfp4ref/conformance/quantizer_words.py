@@ -95,6 +95,8 @@ def _by_part(of: Groups) -> Words | None:
         if codes is not None and codes[0] == []:
             return None  # only that codes are right for scales which nothing explains
     if codes is None:
+        if not scales[0]:
+            return None  # scales are right, and nothing explains the codes
         count = int((of.codes != of.right_codes)[of.ordinary].sum())
         codes = [f"{count:,} codes differ, and are not those that follow from the scales"], False
     elif not codes[0] and scales[0]:

@@ -16,6 +16,7 @@ __all__ = ["changed_logits"]
 _Change = Callable[[Tensor, float], Tensor]
 _TOKENS = 8  # on which the number is searched
 _CLOSE = 2.0**-16  # of weights, to within which a solved number fits
+_UNEQUAL = 2.0**-10
 _GOLDEN = (5**0.5 - 1) / 2
 
 _CHANGES: dict[str, _Change] = {
@@ -35,6 +36,8 @@ def changed_logits(view: View, got: tuple[Tensor, ...], want: tuple[Tensor, ...]
     if not right or not bool(view.logits.isfinite().all()) or ids.shape[1] < 2:
         return ""
     far = (weights / weights.sum(1, keepdim=True) - 1 / ids.shape[1]).abs().amax(1)
+    if int((far > _UNEQUAL).sum()) < _TOKENS // 2:
+        return ""  # equal weights say nothing of logits
     some = far.topk(min(_TOKENS, len(ids))).indices  # whose weights tell most
     part, their_ids, their_weights = view.take(some), ids[some], weights[some]
     for words, change in _CHANGES.items():

@@ -33,7 +33,7 @@ def solved_router(view: View, got: _Pair, want: _Pair) -> str:
     """
     if got[0].shape != want[0].shape or len(got[0]) < _FEWEST:
         return ""
-    for solve in (_of_other_slots, _of_some_experts, changed_logits, _of_weights):
+    for solve in (_of_other_slots, _of_some_experts, _of_part_of_the_bias, changed_logits, _of_weights):
         if words := solve(view, got, want):
             return words
     return ""
@@ -192,6 +192,37 @@ def _of_some_experts(view: View, got: _Pair, want: _Pair) -> str:
             one = Selection(among=among, **way)
             if among != (0, last) and bool(one.agrees(view, ids).all()):
                 return "; ".join([*one.words(view), "weights are right for these ids"])
+    return ""
+
+
+def _of_part_of_the_bias(view: View, got: _Pair, want: _Pair) -> str:
+    """A multiple of the bias that selects these experts: between which numbers it lies follows from comparisons."""
+    ids, weights = got
+    if view.table is not None or not view.biased or torch.equal(ids, want[0]):
+        return ""
+    if not _valid(view, ids) or not _right(view, ids, weights):
+        return ""
+    scores = view.scores(view.right_score)
+    selected = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, ids, True)
+    low, high = 0.0, 16.0
+    for slot in ids[:, :, None].unbind(1):
+        part = (view.bias[slot] - view.bias).masked_fill(
+            selected, 0.0
+        )  # of a selected expert before all others
+        least = (scores - scores.gather(1, slot)) / part
+        if view.n_group > 1:
+            size = scores.shape[1] // view.n_group
+            part = part.masked_fill(torch.arange(scores.shape[1]) // size != slot // size, 0.0)
+        low = max(low, float(least[part > 0].max())) if bool((part > 0).any()) else low
+        high = min(high, float(least[part < 0].min())) if bool((part < 0).any()) else high
+    if not low <= high:
+        return ""
+    for digits in range(1, 5):
+        number = float(f"{(low + high) / 2:.{digits}g}")
+        if low <= number <= high and bool(Selection(bias=number).agrees(view, ids).all()):
+            between = f"{number:g} does, as all from {low:.4g} to {high:.4g} may"
+            head = "the correction bias is multiplied by a number in the selection"
+            return f"{head}: {between}; weights are right for these ids"
     return ""
 
 

@@ -26,7 +26,22 @@ def weight_words(view: View, ids: Tensor, weights: Tensor) -> str:
     right = Weighing().weights(view, ids) * view.factor
     if not bool(right.isfinite().all()) or bool(near(weights, right).all()):
         return ""
-    return _of_a_sum(view, ids, weights, right) or _as_numbers(weights, right)
+    return _moved(weights, right) or _of_a_sum(view, ids, weights, right) or _as_numbers(weights, right)
+
+
+def _moved(weights: Tensor, right: Tensor) -> str:
+    """Whether the weights are the right ones of other tokens, or of other slots of their token."""
+    if len(right) < _ENOUGH:
+        return ""
+    moved = {f"tokens, {abs(n)} {'before' if n > 0 else 'after'} them": right.roll(n, 0) for n in (1, -1)}
+    moved["tokens, in reverse order"] = right.flip(0)
+    moved["slots, in reverse order"] = right.flip(1)
+    for n in range(1, right.shape[1]):
+        moved[f"slots, {n} before them, around the end"] = right.roll(n, 1)
+    for words, made in moved.items():
+        if bool(near(weights, made).all()):
+            return f"weights are those of other {words}"
+    return ""
 
 
 def _of_a_sum(view: View, ids: Tensor, weights: Tensor, right: Tensor) -> str:

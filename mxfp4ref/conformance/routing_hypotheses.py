@@ -162,7 +162,7 @@ class Selection:
     score: str = ""
     logits: str = ""
     scores: str = ""
-    bias: int = 1
+    bias: float = 1
     shift: int = 0
     group_bias: int | None = None
     groups: tuple[int, int] | None = None
@@ -222,6 +222,7 @@ class Selection:
             f"an expert's correction bias is that of the expert {_signed(self.shift)} it": self.shift != 0,
             "groups are scored without the correction bias, which only their experts get": self.group_bias
             == 0,
+            "groups are scored with it": self.group_bias == 1,
             "the correction bias is added twice in the scores of groups": self.group_bias == 2,
             "the selection is not limited to groups": n_group == 1,
             f"{topk_group} of {n_group} groups take part instead of {view.topk_group} of {view.n_group}": n_group
@@ -271,6 +272,7 @@ def selections(view: View) -> Iterator[tuple[int, Selection]]:
         changes += [{"groups": one} for one in valid if one[0] == 1 or size // one[0] > 1]
         changes += [{"best": 1}, {"best": 3}, {"best": size // view.n_group}, {"outside": 0.0}]
         changes += [{"group_bias": n} for n in (0, 2) if view.biased]
+        changes += [{"bias": 0, "group_bias": 1}] * view.biased
         changes += [{"moved": 1}, {"moved": -1}, {"interleaved": True}]
     changes += [{name: dtype} for name in ("logits", "scores") for dtype in ("bf16", "fp16")]
     changes += [{"score": name} for name in SCORES if name != view.right_score]
