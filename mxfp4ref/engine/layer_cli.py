@@ -175,7 +175,7 @@ def layer(
         ep_size = options["ep_size"] if options["ep_rank"] is None else 1
         expert_map = place_experts(found.experts.num_experts, ep_size, options["expert_placement"])
         tp_size, tp_rank = options["tp_size"], options["tp_rank"]
-        if tp_rank is not None and tp_size == 1:
+        if tp_rank and tp_size == 1:
             raise ValueError(
                 f"--tp-rank: expected --tp-size with it, the number of ranks, got {tp_rank} alone"
             )
@@ -223,7 +223,7 @@ def _experts_of_rank(num_experts: int, options: Mapping[str, Any]) -> tuple[int,
     ep_size, ep_rank = options["ep_size"], options["ep_rank"]
     if options["experts"] is not None:
         raise ValueError("--ep-rank: expected none with --experts, which are those of a rank")
-    if ep_size == 1:
+    if ep_rank and ep_size == 1:
         raise ValueError(f"--ep-rank: expected --ep-size with it, the number of ranks, got {ep_rank} alone")
     if ep_rank >= ep_size:
         raise ValueError(

@@ -383,7 +383,7 @@ def test_layer_runs_from_disk(tmp_path: Path) -> None:
     of_rank = run_layer(stored, hidden, ranks=Ranks(tp_size=2, tp_rank=1))
     assert torch.equal(found["rank_output"].view(torch.int16), of_rank["rank_output"].view(torch.int16))
     for more, message in (
-        (["--tp-rank", 1], "--tp-rank: expected one of 0 to 0 with --tp-size 1, got 1"),
+        (["--tp-rank", 1], "--tp-rank: expected --tp-size with it, the number of ranks, got 1"),
         (["--tp-size", 2, "--tp-rank", 0, "--ep-size", 2], "--tp-rank: expected --ep-rank, too"),
         (["--tp-size", 3], "tp_size: expected a divisor of the intermediate size 128, such as 1, 2, 4"),
     ):

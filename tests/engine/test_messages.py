@@ -52,7 +52,7 @@ def test_a_rank_without_the_number_of_ranks(tmp_path: Path) -> None:
     save_file({"hidden": torch.zeros(2, DEEPSEEK_H, dtype=torch.bfloat16)}, tmp_path / "x")
     layer = ("layer", "--checkpoint", tmp_path / "model", "--layer", "1", "--input", tmp_path / "x")
     for kind in ("ep", "tp"):
-        for rank in ("0", "2"):
+        for rank in ("1", "2"):
             result = invoke(*layer, f"--{kind}-rank", rank)
             assert result.exit_code == 2
             assert f"--{kind}-rank: expected --{kind}-size with it" in result.output
