@@ -29,6 +29,10 @@ _INDEPENDENT = (
     2.0**-3
 )  # the least singular value of expert outputs of length 1 from which weights can be told
 _SAME = 2.0**-6  # relative; bf16 outputs tell weights to about 2^-9
+_SPECIAL = (
+    "these have to be the SM90 kernel's, and are not those of a kernel that takes scale byte 255 for NaN, keeps NaN "
+    "in a clamp, or adds up what overflows in another order"
+)
 _UNSURE = "up to what correct evaluations may differ by"
 _STAGES = ("fc1_output", "activation", "fc2_output")
 
@@ -91,7 +95,8 @@ def reconcile(call: MoeCall, outputs: Mapping[str, Tensor], mask: Tensor) -> Rec
     tokens = mask.sum(1).argsort(descending=True, stable=True)
     tokens = tokens[: _TOKENS if is_heavy(call) else len(tokens)].sort().values
     part = reduce_call(call, tokens)
-    inside = bound(part).contains(outputs["output"][tokens], forward(part))
+    right = forward(part)
+    inside = bound(part).contains(outputs["output"][tokens], right)
     where = "" if len(tokens) == call.num_tokens else f" of token{_of(tokens.tolist())}"
     if bool(inside.all()) and int(mask.sum()) == 1:
         return Reconciled(
@@ -106,6 +111,9 @@ def reconcile(call: MoeCall, outputs: Mapping[str, Tensor], mask: Tensor) -> Rec
     outside = int((~inside).sum())
     words = f"{counted(outside, 'element')}{where} {'lies' if outside == 1 else 'lie'} outside the interval of all "
     words += "correct evaluations"
+    got, want = outputs["output"][tokens][~inside], right[~inside]
+    if not bool((got.isfinite() & want.isfinite()).any()):
+        return Reconciled(f"unknown: {words}, all of them NaN or infinite, or expected to be: {_SPECIAL}")
     if not solvable(fp32.widen(outputs["output"][wrong]).nan_to_num(nan=1.0)):
         return Reconciled(f"unknown: {words}, too near to underflow to be solved for more")
     beyond = torch.zeros_like(mask)  # what lies inside its interval says nothing of the others
