@@ -7,6 +7,7 @@ from torch import Tensor
 from mxfp4ref.conformance.bounds import bound
 from mxfp4ref.conformance.finding import Evidence
 from mxfp4ref.conformance.reduction import is_heavy, reduce_call
+from mxfp4ref.conformance.stage_fit import fit_finalize
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward
 
@@ -26,6 +27,8 @@ def unless_in_another_order(
 ) -> list[Evidence]:
     """What was solved of the errors of an output, or that they may be those of another order of summation.
 
+    Nothing where other weights for right expert outputs explain it too, and all that was solved is of other stages.
+
     Args:
         call: the right one.
         got: `[M, H] bf16`.
@@ -41,5 +44,6 @@ def unless_in_another_order(
             part = reduce_call(call, tokens)
             inside = bound(part).contains(got[tokens], forward(part))
             if not bool((inside | ~wrong[tokens]).all()):
-                return solved
+                elsewhere = not any("finalize" in one.stages for one in solved)
+                return [] if elsewhere and fit_finalize(call, got, wrong) else solved
     return [_NOTHING]
