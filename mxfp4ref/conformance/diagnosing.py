@@ -267,7 +267,9 @@ def _judged(
     wrong = []
     for case, failed in failures.items():
         got, want = failed.outputs["output"].cpu(), failed.run.expected["output"].cpu()
-        wrong.append(Failure(case, prepared(failed.run.inputs), got, want))
+        outside = failed.outside if failed.outside is None or bool(failed.outside.any()) else None
+        outside = None if outside is None else outside.cpu()
+        wrong.append(Failure(case, prepared(failed.run.inputs), got, want, outside))
     right = [r.case for r in results if r.status == "equal" and r.kind == "moe"]
 
     def passing() -> Iterator[tuple[Pipeline, Tensor]]:

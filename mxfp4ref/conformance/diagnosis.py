@@ -186,7 +186,8 @@ class Located:
         self.got, self.want = outputs[name], expected[name]
         self.found: list[Hypothesis] = []  # by a search, those that predict every bit
         mask = differing(self.got, self.want)
-        self._wrong = mask if outside is None or not bool(outside.any()) else outside
+        self._outside = outside if outside is not None and bool(outside.any()) else None
+        self._wrong = mask if self._outside is None else self._outside
         first = difference_at(self.got, self.want, tuple(self._wrong.nonzero()[0].tolist()))
         feeds: tuple[str, ...] = ()
         found: tuple[Pattern, ...] = ()
@@ -252,7 +253,7 @@ class Located:
         seen = Evidence(exposed, self._reconciled().words, 3) if exposed else None
         seconds = SECONDS[diagnosis] if seconds is None else seconds
         limit = REAL_SECONDS[diagnosis] if limit is None else limit
-        how = HowToLook(suspects, diagnosis, seconds, limit, progress, seen, self.found)
+        how = HowToLook(suspects, diagnosis, seconds, limit, progress, seen, self.found, self._outside)
         return look(self.inputs, self.got, self.want, how)
 
     @property

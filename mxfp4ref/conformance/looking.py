@@ -34,7 +34,11 @@ def is_large(inputs: Any, got: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class HowToLook:
-    """How to look for what is wrong, as in `diagnose`; `known` is the stage of an intermediate that differs."""
+    """How to look for what is wrong, as in `diagnose`.
+
+    `known` is the stage of an intermediate that differs, `outside` where the output leaves its bounds, in mode
+    bounded.
+    """
 
     suspects: tuple[str | Hypothesis, ...]
     diagnosis: str
@@ -43,6 +47,7 @@ class HowToLook:
     progress: Progress | None
     known: Evidence | None
     found: list[Hypothesis]
+    outside: Tensor | None = None
 
 
 def look(call: MoeCall, got: Tensor, want: Tensor, how: HowToLook) -> Known:
@@ -74,6 +79,7 @@ def look(call: MoeCall, got: Tensor, want: Tensor, how: HowToLook) -> Known:
             thorough=how.diagnosis == "full",
             known=how.known,
             progress=how.progress,
+            outside=how.outside if small is call else None,
         )
     # What places say is no more than a hint where every bit is predicted, and may say something else.
     hints = () if result.finding.exact else result.evidence

@@ -193,9 +193,11 @@ def _values(got: Tensor, expected: Tensor, mask: Tensor) -> list[str]:
     distance = ulp_distance(one, other)
     number = distance < FAR
     if bool((~number).any()):
-        fresh = int((torch.isnan(one) & ~torch.isnan(other)).sum())
+        fresh = int((torch.isnan(one) & torch.isfinite(other)).sum())
+        of_infinite = int((torch.isnan(one) & torch.isinf(other)).sum())
         lost = int((torch.isnan(other) & ~torch.isnan(one)).sum())
-        parts = {"NaN where a number is expected": fresh, "a number where NaN is expected": lost}
+        parts = {"NaN where a number is expected": fresh, "NaN where an infinity is expected": of_infinite}
+        parts["a number where NaN is expected"] = lost
         parts["NaN of other bits than expected"] = int((torch.isnan(one) & torch.isnan(other)).sum())
         found.append("; ".join(f"{what} in {counted(n, 'element')}" for what, n in parts.items() if n))
     if bool((one == 0).all()):

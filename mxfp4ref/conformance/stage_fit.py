@@ -21,14 +21,18 @@ from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward, trace
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["Reach", "Reconciled", "numbers", "reconcile", "stage_of_exposed"]
+__all__ = ["Reach", "Reconciled", "fit_finalize", "numbers", "reconcile", "stage_of_exposed"]
 
 _TOKENS = 1  # of a large call, whose interval is computed: for each expert it takes as long as ten forwards
-_FITTED_TOKENS = 4
+_FITTED_TOKENS, _LOOKED_AT = 4, 32
 _INDEPENDENT = (
     2.0**-3
 )  # the least singular value of expert outputs of length 1 from which weights can be told
 _SAME = 2.0**-6  # relative; bf16 outputs tell weights to about 2^-9
+_SPECIAL = (
+    "these have to be the SM90 kernel's, and are not those of a kernel that takes scale byte 255 for NaN, keeps NaN "
+    "in a clamp, or adds up what overflows in another order"
+)
 _UNSURE = "up to what correct evaluations may differ by"
 _STAGES = ("fc1_output", "activation", "fc2_output")
 
@@ -91,7 +95,8 @@ def reconcile(call: MoeCall, outputs: Mapping[str, Tensor], mask: Tensor) -> Rec
     tokens = mask.sum(1).argsort(descending=True, stable=True)
     tokens = tokens[: _TOKENS if is_heavy(call) else len(tokens)].sort().values
     part = reduce_call(call, tokens)
-    inside = bound(part).contains(outputs["output"][tokens], forward(part))
+    right = forward(part)
+    inside = bound(part).contains(outputs["output"][tokens], right)
     where = "" if len(tokens) == call.num_tokens else f" of token{_of(tokens.tolist())}"
     if bool(inside.all()) and int(mask.sum()) == 1:
         return Reconciled(
@@ -106,11 +111,14 @@ def reconcile(call: MoeCall, outputs: Mapping[str, Tensor], mask: Tensor) -> Rec
     outside = int((~inside).sum())
     words = f"{counted(outside, 'element')}{where} {'lies' if outside == 1 else 'lie'} outside the interval of all "
     words += "correct evaluations"
+    got, want = outputs["output"][tokens][~inside], right[~inside]
+    if not bool((got.isfinite() & want.isfinite()).any()):
+        return Reconciled(f"unknown: {words}, all of them NaN or infinite, or expected to be: {_SPECIAL}")
     if not solvable(fp32.widen(outputs["output"][wrong]).nan_to_num(nan=1.0)):
         return Reconciled(f"unknown: {words}, too near to underflow to be solved for more")
     beyond = torch.zeros_like(mask)  # what lies inside its interval says nothing of the others
     beyond[tokens] = ~inside
-    fitted = _fit_finalize(call, outputs["output"], beyond)
+    fitted = fit_finalize(call, outputs["output"], beyond)
     if fitted is None:
         return Reconciled(f"unknown: {words}, and of these tokens no weights of the sum can be solved for")
     if fitted:
@@ -157,7 +165,7 @@ def _exposed(call: MoeCall, outputs: Mapping[str, Tensor], names: list[str]) -> 
     return f"finalize: {', '.join(names)} agree in all bits"
 
 
-def _fit_finalize(call: MoeCall, output: Tensor, mask: Tensor) -> str | None:
+def fit_finalize(call: MoeCall, output: Tensor, mask: Tensor) -> str | None:
     """Whether the output is a sum of the right expert outputs with other weights: "" if not, None if nothing tells.
 
     It is only where every token looked at is such a sum, up to roundings to bf16 or as far as a correct
@@ -165,7 +173,11 @@ def _fit_finalize(call: MoeCall, output: Tensor, mask: Tensor) -> str | None:
     as well come from before.
     """
     fits = []
-    for token in mask.any(1).nonzero().flatten().tolist():
+    wrong = mask.sum(1)
+    looked_at = (
+        wrong.argsort(descending=True, stable=True)[: 1 if is_heavy(call) else _LOOKED_AT].sort().values
+    )
+    for token in looked_at[wrong[looked_at] > 0].tolist():
         fit = _fit_weights(call, output, token)
         if fit is None:
             return ""

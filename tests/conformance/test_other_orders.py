@@ -26,9 +26,10 @@ from mxfp4ref.conformance.adapters import whole_arguments
 from mxfp4ref.conformance.attribution import attribution
 from mxfp4ref.conformance.bounds import bound
 from mxfp4ref.conformance.diagnosing import Failing, _Failure
+from mxfp4ref.conformance.families.another_order import unless_in_another_order
 from mxfp4ref.conformance.families.engine import Result
 from mxfp4ref.conformance.families.slot_kinds import position_in_expert
-from mxfp4ref.conformance.finding import UNKNOWN, Finding, in_words
+from mxfp4ref.conformance.finding import UNKNOWN, Evidence, Finding, in_words
 from mxfp4ref.conformance.kernels import load_kernel
 from mxfp4ref.conformance.reduction import local_experts
 from mxfp4ref.conformance.report_text import headline
@@ -206,3 +207,26 @@ def test_seconds_of_an_interrupted_diagnosis_are_counted(monkeypatch: pytest.Mon
     assert raised.value.report.results[0].diagnosis_seconds >= 0.02
     text = str(Report("f.py:f", "exact", (), date=now(), seconds=5.0))
     assert "seconds: 5.0 in all; comparison 0.0, diagnosis 0.0, other 5.0" in text
+
+
+OVERFLOWS = "gemm/first_group_overflows"
+
+
+def test_nan_for_an_infinity_is_no_other_order_and_shows_no_layout() -> None:
+    """Where a sum overflows an infinity may be right, and NaN is the kernel's only."""
+    call, right = GOLDENS.load(OVERFLOWS).call(), GOLDENS.load(OVERFLOWS).outputs[128, 128]
+    got = torch.where(right.isinf(), torch.nan, right)
+    wrong = right.isinf()
+    solved = [Evidence(("fc2",), "it is GEMM2", 2)]
+    assert unless_in_another_order(call, got, wrong, solved) == solved
+
+    alone = GOLDENS.load("step_and_situ/swiglu_bias_alone")
+    want = next(iter(alone.outputs.values()))
+    nan = torch.full_like(want.view(torch.int16), -1).view(torch.bfloat16)
+    for search in (Search("quick", mode="bounded"), Search("quick")):
+        found = diagnose("moe", alone.call(), {"output": nan}, {"output": want}, diagnosis=search)
+        assert (found.finding.sentence, found.predictions) == ("", ())
+        where = "unknown: 11 elements lie outside the interval of all correct evaluations, all "
+        assert found.stage.startswith(where)
+        assert "these have to be the SM90 kernel's" in found.stage
+    assert "NaN where an infinity is expected in 11 elements" in " ".join(found.patterns)

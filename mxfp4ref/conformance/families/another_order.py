@@ -9,6 +9,7 @@ from torch import Tensor
 from mxfp4ref.conformance.bounds import bound
 from mxfp4ref.conformance.finding import Evidence
 from mxfp4ref.conformance.reduction import is_heavy, reduce_call
+from mxfp4ref.conformance.stage_fit import fit_finalize
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward
 
@@ -29,7 +30,8 @@ def unless_in_another_order(
 ) -> list[Evidence]:
     """What was solved of the errors of an output, or that they may be those of another order of summation.
 
-    Where another order makes such errors too, it is still told where they come from.
+    Where another order makes such errors too, it is still told where they come from. Nothing where other weights for
+    right expert outputs explain it too, and all that was solved is of other stages.
 
     Args:
         call: the right one.
@@ -46,7 +48,8 @@ def unless_in_another_order(
             part = reduce_call(call, tokens)
             inside = bound(part).contains(got[tokens], forward(part))
             if not bool((inside | ~wrong[tokens]).all()):
-                return solved
+                elsewhere = not any("finalize" in one.stages for one in solved)
+                return [] if elsewhere and fit_finalize(call, got, wrong) else solved
     return [_in_another_order(one) for one in solved if one.rounding] or [_NOTHING]
 
 

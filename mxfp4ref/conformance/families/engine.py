@@ -87,6 +87,7 @@ def investigate(
     thorough: bool = True,
     known: Evidence | None = None,
     progress: Callable[[str, int], None] | None = None,
+    outside: Tensor | None = None,
 ) -> Result:
     """What is wrong with an output.
 
@@ -98,6 +99,7 @@ def investigate(
         thorough: whether also what takes long is: parts of weights, kinds of slots, two changes at once.
         known: what is known already, such as of an intermediate that the kernel returned.
         progress: called with the name of each named defect that is tried, and how many there are.
+        outside: `[M, H] bool`, in mode bounded where it leaves its bounds: rows without any are no evidence.
     """
     heavy = is_heavy(pipeline.call)
     with nullcontext() if heavy else one_thread():
@@ -105,8 +107,9 @@ def investigate(
         search = Search(pipeline, got, want, until, progress=progress)
         evidence: list[Evidence] = []
         found = search.run(first)
+        wrong = search.wrong if outside is None else search.wrong & outside.any(1, keepdim=True)
         if not found:
-            evidence = [known] if known else gather(pipeline, got, want, search.wrong)
+            evidence = [known] if known else gather(pipeline, got, want, wrong)
             if any(e.zeros for e in evidence) and none_right(want, search.wrong):
                 return Result((), tuple(evidence), evidence[0].finding(), search.tried, True)
             closer = False
@@ -117,7 +120,7 @@ def investigate(
                 if found:
                     break
                 if thorough and not closer and not known:
-                    closer, evidence[:] = True, look_closer(pipeline, got, search.wrong, evidence)
+                    closer, evidence[:] = True, look_closer(pipeline, got, wrong, evidence)
                 if search.out_of_time():
                     break
         if not found and not heavy:
@@ -135,9 +138,8 @@ def investigate(
     blank = next((e for e in evidence if e.zeros or (e.lost and none_right(want, search.wrong))), None)
     if blank is not None and blank.zeros:
         found = [m for m in found if m.hypothesis.family in ("dropped slots", "ranks", "named")]
-    of_nan = (
-        blank is not None and blank.lost
-    )  # then what is said of NaN is more likely than what makes one here
+    # Then what is said of NaN is more likely than what makes one here.
+    of_nan = blank is not None and blank.lost
     matches = sorted(
         found,
         key=lambda m: (not m.exact, of_nan and "nan" not in m.hypothesis.words.lower(), m.hypothesis.cost),

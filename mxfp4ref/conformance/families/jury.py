@@ -39,12 +39,14 @@ class Failure:
         case: its id.
         pipeline: the right one, as `engine.prepared` makes it.
         got, want: `[M, H] bf16`.
+        outside: `[M, H] bool`, in mode bounded, where it leaves its bounds.
     """
 
     case: str
     pipeline: Pipeline
     got: Tensor
     want: Tensor
+    outside: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,8 @@ def judge(
         if number >= _SEARCHED or left < 1:
             break
         share = left * 0.6
-        result = investigated(failure.pipeline, failure.got, failure.want, seconds=share, thorough=number < 2)
+        how = {"seconds": share, "thorough": number < 2, "outside": failure.outside}
+        result = investigated(failure.pipeline, failure.got, failure.want, **how)
         results.append(result)
         by_case[failure.case] = result.finding
         for match in result.matches:
@@ -240,6 +243,7 @@ def _undecided(
                 evidence: list[Evidence] = list(results[number].evidence)
             else:
                 wrong = differing(failure.got, failure.want)
+                wrong = wrong if failure.outside is None else wrong & failure.outside.any(1, keepdim=True)
                 evidence = gather(failure.pipeline, failure.got, failure.want, wrong)
                 evidence = look_closer(failure.pipeline, failure.got, wrong, evidence)
             strongest = [e for e in evidence if e.stages]

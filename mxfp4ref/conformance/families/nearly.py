@@ -16,6 +16,8 @@ _SPARED = 0.97  # of the right elements, which have to stay so
 
 def nearly(search: Search) -> list[Match]:
     """The one of those that a search has tried, where none of another stage comes near; none without."""
+    if bool(search.got[search.wrong].isnan().all()):  # which many mistakes give
+        return []
     found: list[tuple[float, Hypothesis]] = []
     for hypothesis in {h.words: h for h in search.partly}.values():
         output = hypothesis.run(search.pipeline)
