@@ -244,6 +244,8 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
         sys.exit(INTERRUPTED)
     if not any(r.status != "skipped" for r in result.results):
         raise UsageError(f"{spec}: none of the {len(names)} cases ran: {result.skipped}")
+    if not result.compared:
+        raise UsageError(f"{spec}: none of the cases that ran has an element to compare")
     sys.exit(NOT_EQUAL if not result.ok else 0 if complete else USAGE)
 
 
