@@ -35,7 +35,9 @@ def import_function(path: str, names: Collection[str]) -> Callable[..., Any]:
     """
     module_name, _, name = path.rpartition(":")
     if not module_name or not name:
-        hint = did_you_mean(path, names)
+        hint = (
+            f"; {path} stands alone, with nothing before it" if path in names else did_you_mean(path, names)
+        )
         if not hint and "." in path and ":" not in path:
             hint = f"; did you mean {':'.join(path.rsplit('.', 1))}?"
         if path.endswith(".py"):

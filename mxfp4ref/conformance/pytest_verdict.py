@@ -53,6 +53,7 @@ class Verdict:
         self._goldens = goldens
         self._outcomes: list[Outcome] = []
         self._lost: set[str] = set()
+        self._passed_over: set[str] = set()
         self._html = _html_file(config, goldens)
         from mxfp4ref.conformance.results import now
 
@@ -80,14 +81,16 @@ class Verdict:
             self._outcomes.append(Outcome.of_text(report.mxfp4_outcome))
         elif report.failed:  # before there was a result, or the worker is gone
             self._lost.add(report.nodeid)
+        elif report.skipped:  # by a mark, or another plugin
+            self._passed_over.add(report.nodeid)
 
     @property
-    def _none_ran(self) -> bool:
-        skipped = all(outcome.result.status == "skipped" for outcome in self._outcomes)
-        return bool(self._outcomes) and skipped and not self._lost
+    def _nothing_compared(self) -> bool:
+        compared = any(outcome.result.compared for outcome in self._outcomes)
+        return bool(self._outcomes or self._passed_over) and not self._lost and not compared
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        wrong = self._none_ran
+        wrong = self._nothing_compared
         self._interrupted = session.exitstatus == pytest.ExitCode.INTERRUPTED
         if self._html is not None and self._outcomes:
             from mxfp4ref._files import write_file
@@ -109,20 +112,23 @@ class Verdict:
         if not self._outcomes:
             if lost:
                 terminalreporter.write_line(f"ERROR: --mxfp4-kernel: {lost}, none with one")
+            elif count := len(self._passed_over):
+                terminalreporter.write_line(f"ERROR: --mxfp4-kernel: none ran, {count:,} were skipped before")
             return
         report = self._report()
         terminalreporter.section(f"{SUITE}ref")
         good = report.ok and not self._lost
         terminalreporter.write_line(report.verdict, bold=True, green=good, red=not good)
-        skipped = "" if self._none_ran else report.skipped  # the verdict has it
-        if told := "; ".join(filter(None, (skipped, lost))):
+        skipped = "" if self._nothing_compared else report.skipped  # the verdict has it
+        before = f"{count:,} skipped before they ran" if (count := len(self._passed_over)) else ""
+        if told := "; ".join(filter(None, (skipped, before, lost))):
             terminalreporter.write_line(f"{told}.")
         if self._said:
             terminalreporter.write_line(self._said)
-        if self._none_ran:
+        if self._nothing_compared:
             spec = self._config.getoption("mxfp4_kernel")
             terminalreporter.write_line(
-                f"ERROR: --mxfp4-kernel: none of the {len(report.results)} cases of {spec} ran"
+                f"ERROR: --mxfp4-kernel: none of the {len(report.results)} cases of {spec} ran on any element"
             )
 
     def _report(self) -> Report:

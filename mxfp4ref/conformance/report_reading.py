@@ -96,7 +96,7 @@ def read_report(path: Path) -> WrittenReport:
         if result["ok"] != (result["status"] in PASSING):
             said = f"{shown(result['status'])} and ok {result['ok']}"
             wrong = f"report.results: {shown(result['case'])} has status {said}"
-    wrong = wrong or _negative(value)
+    wrong = wrong or _negative(value) or next(filter(None, map(_contradiction, value["results"])), "")
     if wrong:
         raise ValueError(f"{path}: {wrong}")
     known = {name: value[name] for name in ("left", "interrupted", "date") if name in value}
@@ -109,6 +109,17 @@ def read_report(path: Path) -> WrittenReport:
         arguments=tuple(value.get("arguments", ())),
         **known,
     )
+
+
+def _contradiction(result: Mapping[str, Any]) -> str:
+    """Which of a case's numbers its status, or how many elements it has, rules out, in words; "" if none is."""
+    status, elements = result["status"], result["elements"]
+    most = {"equal": (0, 0), "within bounds": (elements, 0)}.get(status, (elements, elements))
+    for name, limit in zip(("differing", "outside"), most, strict=True):
+        if (count := result.get(name, 0)) > limit:
+            said = f"{name}={count} with status {status} and elements={elements}"
+            return f"report.results: {shown(result['case'])} has {said}"
+    return ""
 
 
 def _negative(report: dict[str, Any]) -> str:

@@ -82,6 +82,11 @@ class CaseResult(Shown):
         return self.status in PASSING
 
     @property
+    def compared(self) -> bool:
+        """Whether an element was compared, or the case failed before that."""
+        return self.status != "skipped" and (self.elements > 0 or not self.ok)
+
+    @property
     def seconds(self) -> float:
         """All that the case took."""
         return self.kernel_seconds + self.comparison_seconds + self.diagnosis_seconds
@@ -178,9 +183,13 @@ class Report(Shown):
 
     @property
     def ok(self) -> bool:
-        """Whether every case passed, at least one ran, and the run came to its end."""
-        ran = any(r.status != "skipped" for r in self.results)
-        return ran and not self.interrupted and all(r.ok for r in self.results)
+        """Whether every case passed, any had elements that were compared, and the run came to its end."""
+        return self.compared and not self.interrupted and all(r.ok for r in self.results)
+
+    @property
+    def compared(self) -> bool:
+        """Whether that is so of any case; else there is no verdict."""
+        return any(r.compared for r in self.results)
 
     @property
     def verdict(self) -> str:
@@ -192,6 +201,10 @@ class Report(Shown):
             return f"{self.kernel}: interrupted, no verdict; {of} failed{self._scope}."
         if not ran:
             return f"{self.kernel} ran on no case{f': {self.skipped}' if self.skipped else ''}."
+        if not self.compared:
+            return (
+                f"{self.kernel} ran on {counted(len(ran), 'case')} without an element to compare: no verdict."
+            )
         if not failed:
             how = "equals the expected bits" if self.mode == "exact" else "stays within the bounds"
             which = f"all {len(ran)} cases" if len(ran) > 1 else "the one case that ran"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sized
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,22 +20,27 @@ from typing import Any
 import torch
 
 from mxfp4ref._validate import check_instance, shown
-from mxfp4ref.conformance.adapters import Kernel
+from mxfp4ref.conformance.adapters import Kernel, KernelError
 from mxfp4ref.conformance.again import conform_arguments
 from mxfp4ref.conformance.diagnosing import Failed, Failing, diagnosed
 from mxfp4ref.conformance.kernels import check_device, environment, is_stand_in, load_kernel_here
+from mxfp4ref.conformance.memory import ran_out
 from mxfp4ref.conformance.options import Options
 from mxfp4ref.conformance.results import CaseResult, GoldensUsed, Report, now
 from mxfp4ref.conformance.running import compare_case
 from mxfp4ref.conformance.side_by_side import side_by_side
 from mxfp4ref.conformance.worker import Worker
-from mxfp4ref.goldens import Goldens
+from mxfp4ref.goldens import GoldenError, Goldens
 from mxfp4ref.goldens.case import Case
 from mxfp4ref.goldens.manifest import FORMAT
 
-__all__ = ["Interrupted", "goldens_used", "run", "run_case"]
+__all__ = ["InternalError", "Interrupted", "goldens_used", "run", "run_case"]
 
 _DEFAULTS = Options()
+
+
+class InternalError(Exception):
+    """An error of this package itself, its cause: there is no verdict."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -76,6 +81,7 @@ def run(
         TypeError: an argument is something else, or something else than a case is among the cases.
         ValueError: a callable to be isolated, cases side by side of a kernel that is not, or all tactics of a kernel
             whose tactics cannot be chosen.
+        InternalError: a mistake of this package, its cause.
         Interrupted: as KeyboardInterrupt, with a report of the cases that had been run.
     """
     check_instance("options", options, Options)
@@ -140,13 +146,15 @@ def _run(
         with closing(each):
             for result, failure in each:
                 state.results.append(result)  # an interruption costs its diagnosis only
-                state.diagnose_last(failure)
+                with _own_errors():
+                    state.diagnose_last(failure)
                 if progress is not None:
                     progress(state.results[-1])
                 if sum(not r.ok for r in state.results) == options.max_failures:
                     break
         state.left = todo.left(len(state.results))
-        return state.report(loaded.name)
+        with _own_errors():
+            return state.report(loaded.name)
     except KeyboardInterrupt:
         state.left = todo.left(len(state.results), count=False)
         raise Interrupted(state.report(loaded.name, interrupted=True)) from None
@@ -163,7 +171,26 @@ def run_case(
 def _compare(
     kernel: Kernel, options: Options, worker: Worker | None, load: Callable[[], Case]
 ) -> tuple[CaseResult, Failed | None]:
-    return compare_case(kernel, load(), options, worker)
+    case = load()
+    with _own_errors():
+        return compare_case(kernel, case, options, worker)
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """What is raised inside is this package's error, and not that of who called it."""
+    try:
+        yield
+    except (GoldenError, KernelError):
+        raise
+    except (TypeError, ValueError) as error:
+        raise InternalError(f"{type(error).__name__}: {error}") from error
+    except RuntimeError as error:
+        if (
+            type(error) is not RuntimeError or ran_out(error) or "thread" in str(error)
+        ):  # a GPU, no more threads
+            raise
+        raise InternalError(f"RuntimeError: {error}") from error
 
 
 class _Todo(Iterator[Callable[[], Case]]):

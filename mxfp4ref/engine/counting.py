@@ -22,7 +22,9 @@ class Counts:
     Attributes:
         answered: swap: the oracle's output was returned.
         equal: shadow: the kernel's output has the bits of a pair of tiles.
-        different: shadow: it has those of none.
+        different: shadow: it has those of none, or the `output` that the engine gave has other bits than what the
+            kernel returned.
+        empty: shadow: no token has an output, so that there was nothing to compare.
         not_modelled: the real kernel answered, and nothing was compared.
         not_due: shadow: left out by `every`.
         in_graphs: shadow: not compared, since a CUDA graph was being captured.
@@ -32,6 +34,7 @@ class Counts:
     answered: int = 0
     equal: int = 0
     different: int = 0
+    empty: int = 0
     not_modelled: int = 0
     not_due: int = 0
     in_graphs: int = 0

@@ -179,9 +179,10 @@ class _Run:
     ) -> dict[str, Any]:
         prediction, note = self._predict(recording, call, arguments)
         fits = fitting_kernels(call, output, first=self._options.any_tile and prediction is None)
+        written = output[call.written]
         found: dict[str, Any] = {
-            "elements": output.numel(),
-            "all_zero": not bool((output != 0).any()),
+            "elements": written.numel(),
+            "all_zero": bool(written.numel() or not call.num_tokens) and not bool((written != 0).any()),
             "predicted": str(prediction.kernel) if prediction else "",
         }
         if not fits:
@@ -195,7 +196,8 @@ class _Run:
                 f"expected {prediction.kernel} by {prediction.source}; the bits are those of K tiles "
                 f"{', '.join(map(str, fits))}"
             )
-        notes = [note, zeros_words(call) if found["all_zero"] else "", self._unknown_release(recording, call)]
+        zeros = zeros_words(call) if found["all_zero"] else "" if found["elements"] else _NOT_WRITTEN
+        notes = [note, zeros, self._unknown_release(recording, call)]
         return found | {"message": "; ".join(filter(None, notes))}
 
     def _unknown_release(self, recording: Recording, call: MoeCall) -> str:
@@ -258,6 +260,7 @@ class _Run:
         return found
 
 
+_NOT_WRITTEN = "no token has an expert of this rank: with enable_alltoall the kernel writes nothing"
 _UNCLEAR = (
     "whole tokens differ, and a CUDA graph made the call: flashinfer's recorder reads inputs and output after the "
     "whole graph has run, when a later kernel may have written into either (an all-reduce or a residual in place, a "

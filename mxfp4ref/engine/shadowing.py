@@ -135,12 +135,16 @@ class Shadow:
 
     def _compare(self, due: _Due, result: Any) -> str:
         returned = result[0] if isinstance(result, (list, tuple)) and result else result
-        if wrong := _wrong_kind(due.call, returned):
+        if wrong := _wrong_kind(due.call, returned) or _elsewhere(
+            due.call, due.given.get("output"), returned
+        ):
             self._counting.log(
                 logging.WARNING, f"layer {due.layer.number}: {wrong}", once=f"{due.layer.number} {wrong}"
             )
             return "different"
         call, output = _well_defined(due.call, due.call.written_over(returned))
+        if not output[call.written].numel():
+            return "empty"
         kernel = call.kernel if due.forced else due.layer.last.get(call.num_tokens, call.kernel)
         if bool(differing(output, forward(replace(call, kernel=kernel))).any()):
             fits = () if due.forced else fitting_kernels(call, output, first=True)
@@ -198,6 +202,16 @@ def _wrong_kind(call: MoeCall, returned: object) -> str:
         kind = "a meta tensor" if returned.is_meta else f"{returned.dtype} {list(returned.shape)}"
         return f"{wanted}, the kernel returned {kind}"
     return ""
+
+
+def _elsewhere(call: MoeCall, given: object, returned: Tensor) -> str:
+    """That the engine's own `output`, in which it looks, has not got what the kernel returned, or ""."""
+    if not isinstance(given, Tensor) or given is returned:
+        return ""
+    alike = (given.dtype, given.shape) == (returned.dtype, returned.shape)
+    if alike and not bool(differing(*map(call.written_over, (given, returned))).any()):
+        return ""
+    return "the kernel returned another tensor than the output that it was given, and that one has other bits"
 
 
 def _well_defined(call: MoeCall, output: Tensor) -> tuple[MoeCall, Tensor]:

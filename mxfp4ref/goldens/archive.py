@@ -28,7 +28,7 @@ from mxfp4ref._files import UNFINISHED, read_file, replacing
 from mxfp4ref._lock import locked
 from mxfp4ref._validate import shown
 from mxfp4ref.goldens.manifest import FILE_KINDS
-from mxfp4ref.goldens.store import GoldenError, Goldens, is_other_file
+from mxfp4ref.goldens.store import GoldenError, Goldens, is_other_file, open_goldens
 
 __all__ = ["fetch_archive", "write_archive"]
 
@@ -118,7 +118,7 @@ def fetch_archive(source: str, sha256: str, folder: Path, progress: Progress = l
         unpacked.mkdir()
         _unpack(archive, unpacked, source)
         try:
-            problems = Goldens(unpacked).verify()
+            problems = open_goldens(unpacked).verify()
         except GoldenError as error:
             problems = [str(error)]
         if problems:

@@ -87,7 +87,9 @@ def runs(case: Case) -> list[Run]:
         GoldenError: the case lacks tensors or parameters of its kind, or has others than the kind can take.
     """
     try:
-        return _runs(case)
+        if found := _runs(case):
+            return found
+        raise GoldenError(f"{case.id}: expected an output of kind {case.kind} to compare with, got none")
     except GoldenError:
         raise
     except (LookupError, TypeError, ValueError) as error:

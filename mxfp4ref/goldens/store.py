@@ -169,9 +169,13 @@ def open_goldens(root: Path | str | None = None) -> Goldens:
     """The goldens under `root`, or those that `find_root` finds.
 
     Raises:
-        GoldenError: no manifest there, or not one of this format.
+        GoldenError: no manifest there, or not one of this format; or one without a case, as an interrupted
+            `regenerate` leaves it, with which everything would agree.
     """
-    return Goldens(find_root() if root is None else Path(root))
+    found = Goldens(find_root() if root is None else Path(root))
+    if not found.entries:
+        raise GoldenError(f"{found.root}: expected goldens, got a manifest without a case")
+    return found
 
 
 def find_root() -> Path:

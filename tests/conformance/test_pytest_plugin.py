@@ -107,9 +107,30 @@ def test_a_kernel_that_ran_no_case_has_not_passed(pytester: pytest.Pytester) -> 
     result.stdout.fnmatch_lines(
         [
             "defect:last_slot_dropped ran on no case: 1 skipped, of kinds that it does not run.",
-            "ERROR: --mxfp4-kernel: none of the 1 cases of defect:last_slot_dropped ran",
+            "ERROR: --mxfp4-kernel: none of the 1 cases of defect:last_slot_dropped ran on any element",
         ]
     )
+
+
+@pytest.mark.parametrize("marked", [1, 2])
+def test_a_kernel_whose_cases_a_mark_skips_has_not_passed(pytester: pytest.Pytester, marked: int) -> None:
+    pytester.makeconftest(
+        "import pytest\n"
+        "def pytest_collection_modifyitems(items):\n"
+        f"    for item in items[:{marked}]: item.add_marker(pytest.mark.skip(reason='not today'))\n"
+    )
+    result = pytester.runpytest(
+        "--mxfp4-kernel=oracle", "--mxfp4-case=finalize/slot_order", "--mxfp4-case=layout/swap_halves"
+    )
+    result.assert_outcomes(skipped=marked, passed=2 - marked)
+    if marked == 1:
+        assert result.ret == pytest.ExitCode.OK
+        result.stdout.fnmatch_lines(
+            ["oracle conforms: * in the one case that ran*", "1 skipped before they ran."]
+        )
+    else:
+        assert result.ret == pytest.ExitCode.USAGE_ERROR
+        result.stdout.fnmatch_lines(["ERROR: --mxfp4-kernel: none ran, 2 were skipped before"])
 
 
 def test_keyword_expression_and_junit(pytester: pytest.Pytester) -> None:

@@ -179,6 +179,22 @@ def test_numbers_of_cases_are_not_negative(tmp_path: Path) -> None:
             read_report(written(tmp_path / "a.json", replace(result_of(SMALL), **{name: -1})))
 
 
+def test_numbers_of_a_case_do_not_contradict_its_status(tmp_path: Path) -> None:
+    one = replace(result_of(SMALL), elements=4)
+    for changes, said in (
+        ({"differing": 3}, "has differing=3 with status equal"),
+        ({"outside": 3}, "has outside=3 with status equal"),
+        ({"status": "differs", "differing": 5}, "has differing=5 with status differs and elements=4"),
+        (
+            {"status": "within bounds", "differing": 4, "outside": 1},
+            "has outside=1 with status within bounds",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"report.results: '{SMALL}' {said}"):
+            read_report(written(tmp_path / "a.json", replace(one, **changes)))
+    read_report(written(tmp_path / "a.json", replace(one, status="within bounds", differing=4)))
+
+
 def test_what_was_not_run_is_told_with_the_line_that_runs_it() -> None:
     selection = selection_arguments(["gemm", "--maxfail"], Path("a.json"), 1, 3)
     report = Report(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor
 
+from mxfp4ref.__main__ import commands
 from mxfp4ref.conformance import (
     CaseResult,
     Kernel,
@@ -21,7 +24,8 @@ from mxfp4ref.conformance import (
     run_case,
 )
 from mxfp4ref.conformance.execution import execute_within
-from mxfp4ref.goldens import Case, open_goldens
+from mxfp4ref.conformance.suite import InternalError
+from mxfp4ref.goldens import Case, GoldenError, open_goldens
 from mxfp4ref.sm90.tactics import Sm90Kernel
 from tests.helpers import kernels_under_test
 
@@ -218,6 +222,50 @@ def test_nothing_run_does_not_conform() -> None:
     report = run("torch-bf16", [GOLDENS.load("layout/swap_halves")])
     assert not report.ok
     assert report.verdict == "torch-bf16 ran on no case: 1 skipped, of kinds that it does not run."
+
+
+@pytest.mark.parametrize("mode", ["exact", "bounded"])
+def test_nothing_to_compare_does_not_conform(mode: Any, case: Case) -> None:
+    """Cases of no tokens, and cases that hold no output at all."""
+    stage = GOLDENS.load("activation/stage_plain")
+    empty = {n: t[:0] if n in ("fc1_output", "activation") else t for n, t in stage.tensors.items()}
+    report = run("oracle", [replace(stage, tensors=empty)], Options(mode=mode))
+    assert not report.ok
+    assert report.verdict == "oracle ran on 1 case without an element to compare: no verdict."
+    assert run("oracle", [replace(stage, tensors=empty), stage], Options(mode=mode)).ok
+    gemm = GOLDENS.load("gemm/every_tile_k")
+    inputs = {n: t for n, t in gemm.tensors.items() if not n.startswith("accumulators")}
+    for other in (replace(GOLDENS.load("gemm/ordinary"), output_tensors={}), replace(gemm, tensors=inputs)):
+        with pytest.raises(
+            GoldenError, match=f"{other.id}: expected an output of kind {other.kind} to compare"
+        ):
+            run("oracle", [other], Options(mode=mode))
+
+
+def test_rows_that_no_kernel_writes_are_not_compared() -> None:
+    case = GOLDENS.load("options/alltoall_foreign_tokens")
+    written = int(case.call().written.sum())
+    assert written < case.call().num_tokens
+    (result,) = run("oracle", [case]).results
+    assert result.elements == result.runs * written * case.call().experts.hidden_size
+
+
+@pytest.mark.parametrize("error", [TypeError("argument is not iterable"), ValueError("b"), RuntimeError("c")])
+@pytest.mark.parametrize("where", ["compare_case", "Failing.take", "Failing.verdict"])
+def test_an_error_of_the_kit_is_not_the_callers(
+    where: str, error: Exception, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any, **named: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(f"mxfp4ref.conformance.suite.{where}", broken)
+    with pytest.raises(InternalError, match=f"{type(error).__name__}: {error}") as raised:
+        run("oracle", [case])
+    assert raised.value.__cause__ is error
+    if type(error) is TypeError:
+        result = CliRunner().invoke(commands, ["conform", "oracle", "--case", case.id])
+        assert result.exit_code == 2
+        assert "an error of mxfp4ref itself, no verdict; please report what stands above" in result.output
 
 
 def test_arguments_are_checked(case: Case) -> None:

@@ -493,6 +493,22 @@ def test_calls_without_tokens_prove_nothing(tmp_path: Path) -> None:
     assert "none of the 1 recorded calls could be compared" in result.output
 
 
+def test_rows_that_the_kernel_does_not_write_prove_nothing(tmp_path: Path) -> None:
+    """With enable_alltoall tokens without an expert of the rank keep what was there."""
+    ids = torch.full_like(SM90_CALL.token_selected_experts, 5)
+    call = replace(SM90_CALL, token_selected_experts=ids, ep_size=2, enable_alltoall=True, strict=False)
+    recorded.write_call(
+        tmp_path, arguments_of(call) | {"enable_alltoall": True}, torch.full_like(EXPECTED, 7.0)
+    )
+    report = replay(tmp_path, COMPARE_ONLY)
+    assert not report.ok
+    assert only(report).elements == 0
+    assert "with enable_alltoall the kernel writes nothing" in only(report).message
+    result = invoke("replay", tmp_path)
+    assert result.exit_code == 2
+    assert "none of the 1 recorded calls could be compared" in result.output
+
+
 def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorded.write_call(tmp_path, SMALL_CALL, forward(SMALL))
     (tmp_path / "node1").mkdir()

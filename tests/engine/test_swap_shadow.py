@@ -330,6 +330,29 @@ def test_nothing_compared_is_not_equal() -> None:
     assert engine.counts() == Counts(not_modelled=1)
 
 
+@pytest.mark.parametrize("changes", [{"tokens": 0}, {"alltoall": True}])
+def test_no_row_compared_is_not_equal(changes: dict[str, Any]) -> None:
+    call = served_by(lambda *arguments, **named: [torch.full_like(arguments[0], 123.0)])
+    engine.shadow()
+    if "tokens" in changes:
+        call(**arguments_of(SM90_CALL.select(slice(0))))
+    else:
+        ids = torch.full_like(CALL.token_selected_experts, 5)
+        call(**{**ARGUMENTS, "token_selected_experts": ids, "ep_size": 2, "enable_alltoall": True})
+    assert engine.counts() == Counts(empty=1)
+
+
+def test_the_output_that_the_engine_looks_at_is_compared(caplog: pytest.LogCaptureFixture) -> None:
+    """A kernel that returns the right bits, and writes none, or wrong ones, into what it was given for them."""
+    call = served_by(lambda *arguments, output, **named: REAL(*arguments, **named))
+    engine.shadow()
+    right = EXPECTED.clone()
+    for output in (right, torch.zeros_like(EXPECTED), EXPECTED.float()):
+        call(**ARGUMENTS, output=output)
+    assert engine.counts() == Counts(equal=1, different=2)
+    assert "another tensor than the output that it was given" in lines(caplog)[0]
+
+
 @pytest.mark.parametrize("result", [[EXPECTED.float()], [EXPECTED[:4]], [], None, [EXPECTED.to("meta")]])
 def test_another_kind_of_output_is_the_kernels_fault(result: Any, caplog: pytest.LogCaptureFixture) -> None:
     call = served_by(lambda *arguments, **named: result)

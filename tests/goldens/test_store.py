@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mxfp4ref.__main__ import commands
 from mxfp4ref.goldens import (
     GoldenError,
     Goldens,
     open_goldens,
     store,
 )
+from mxfp4ref.goldens.manifest import manifest_bytes
 
 MOE = "gemm/wide_exponents"
 SMALL = "layout/fold_scales_0_6_16"
@@ -257,3 +260,14 @@ def test_nothing_found(elsewhere: Path, tmp_path: Path, monkeypatch: pytest.Monk
         open_goldens()
     with pytest.raises(GoldenError, match="cannot be read"):
         open_goldens(tmp_path / "none")
+
+
+def test_goldens_without_a_case_are_refused(tmp_path: Path) -> None:
+    """As an interrupted `regenerate` leaves them: everything would agree with them."""
+    (tmp_path / "manifest.json").write_bytes(manifest_bytes({}))
+    with pytest.raises(GoldenError, match="expected goldens, got a manifest without a case"):
+        open_goldens(tmp_path)
+    for command in ("verify", "verify --files-only", "conform oracle", "goldens pack x.tar", "list"):
+        result = CliRunner().invoke(commands, [*command.split(), "--goldens", str(tmp_path)])
+        assert result.exit_code == 2
+        assert "a manifest without a case" in result.output

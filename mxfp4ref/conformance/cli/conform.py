@@ -256,6 +256,8 @@ def _conform(spec: str, root: Path | None, options: dict[str, Any], interruption
         return interruption.exit_code if interruption.signal else INTERRUPTED
     if not any(r.status != "skipped" for r in result.results):
         raise UsageError(f"{spec}: none of the {len(names)} cases ran: {result.skipped}")
+    if not result.compared:
+        raise UsageError(f"{spec}: none of the cases that ran has an element to compare")
     return NOT_EQUAL if not result.ok else 0 if complete else USAGE
 
 
