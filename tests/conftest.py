@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from mxfp4ref.conformance import heartbeat
 from mxfp4ref.goldens.manifest import write_builtin
 from tests.helpers import forked
 
@@ -34,6 +35,10 @@ def builtin_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("wheel") / "builtin"
     write_builtin(Path(__file__).resolve().parents[1] / "goldens", root)
     return root
+
+
+# Tests do not depend on how fast a machine is; those of the sign of life set it themselves.
+heartbeat.SILENCE = 1e6
 
 
 @pytest.fixture

@@ -95,7 +95,8 @@ class Outcome:
     Attributes:
         outputs: by name, on the CPU; intermediates too where the kernel returns them.
         problem: one of `PROBLEMS`, or "" when there are outputs to compare.
-        message: the problem in words.
+        message: the problem in words; or, beside outputs, what is wrong even if these are right: the status is
+            "wrong output" then.
         seconds: the first run's time.
         left: settings that the kernel had changed and that were put back, in words, or "".
     """
@@ -234,7 +235,7 @@ def collect(
         if where and one.problem == "skipped":
             one = replace(one, problem="raised", message=f"Skip: {one.message}")
         first = found if found.runs else one
-        message = where + one.message if one.problem else ""
+        message = where + one.message if one.problem else found.message or one.message
         runs, left = (*found.runs, *one.runs), found.left or one.left
         found = replace(first, runs=runs, problem=one.problem, message=message, left=left)
         if found.problem:
@@ -261,7 +262,7 @@ def judge(collected: Collected, expected: Mapping[str, Like]) -> Outcome:
             message = f"{words}; {first_difference(second[name], got)}"
             return replace(outcome, problem="unstable", message=message)
     stages = {name: tensor_of(raw, kept) for name, (kept, raw) in collected.stages.items()}
-    return replace(outcome, outputs={**stages, **first})
+    return replace(outcome, outputs={**stages, **first}, message=collected.message)
 
 
 def _unwritten(name: str, got: Tensor) -> str:
@@ -294,7 +295,7 @@ def _run_once(
         outputs = outputs_by_name(kind, result, handed.keywords)
         kept = {name: _output(name, outputs.get(name), want) for name, want in expected.items()}
         kept = {name: handed.zeros_in_rows_left(raw) for name, raw in kept.items()}
-        handed.check_output(outputs, kept)
+        disagreement = handed.disagreement(outputs, kept)
         stages = {name: _stage(name, outputs[name]) for name in INTERMEDIATES if name in outputs}
         del result, outputs  # while its time is limited
     except TensorError as error:
@@ -304,7 +305,7 @@ def _run_once(
     except BaseException as error:
         found = Collected(problem="raised", message=of_exception(error, __file__) + without_argument(error))
     else:
-        found = Collected((kept,), stages)
+        found = Collected((kept,), stages, message=disagreement)
     if os.getpid() != process:  # a copy of this process that the kernel forked off, and that returned, too
         os._exit(0)
     report(CHECKS)

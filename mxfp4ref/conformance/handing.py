@@ -51,25 +51,24 @@ class Handed:
             self.keywords["output"] = output = self._output.clone()
             self._place = geometry(output), address(output)
 
-    def check_output(self, outputs: Mapping[str, Any], kept: Mapping[str, bytes]) -> None:
-        """Raise TensorError unless the `output` that was given holds what the kernel gave, or was left alone.
+    def disagreement(self, outputs: Mapping[str, Any], kept: Mapping[str, bytes]) -> str:
+        """How the `output` that was given, unless it was left alone, disagrees with what the kernel gave; or "".
 
         Args:
             outputs, kept: what it gave, and the bytes of that with zeros in the rows that it leaves.
         """
         if self._output is None or "output" not in kept:
-            return
+            return ""
         given = self.keywords["output"]
         if (geometry(given), address(given)) != self._place:
-            raise TensorError(
-                "output: the kernel put the tensor that it was given elsewhere: views of it see nothing of the result"
-            )
+            return "output: the kernel put the tensor that it was given elsewhere: its views see nothing of the result"
         if outputs["output"] is given or (written := raw_bytes(given)) == raw_bytes(self._output):
-            return
-        if self.zeros_in_rows_left(written) != kept["output"]:
-            raise TensorError(
-                "output: the kernel returned another tensor than it was given, and wrote other bits into that one"
-            )
+            return ""
+        if self.zeros_in_rows_left(written) == kept["output"]:
+            return ""
+        return (
+            "output: the kernel returned another tensor than it was given, and wrote other bits into that one"
+        )
 
     def changes(self) -> str:
         """What the kernel has changed in its inputs, in words, or ""."""

@@ -190,6 +190,9 @@ def reproduce(path: Path, kernel: str, device: str | None = None) -> int:
         if outside is not None:
             print(f"{outside:,} elements lie outside the bounds of correct evaluations")
             wrong = outside > 0
+    if outcome.message and not wrong:
+        print(printable(f"wrong output: {outcome.message}"))
+        return 1
     if not wrong:
         print("The mistake does not show here: this kernel passes the case as it is stored.")
     return int(wrong)

@@ -87,6 +87,11 @@ def compare_case(
             result = CaseResult(**about, status=outcome.problem, message=message)
             return result.lasting(kernel=running, comparison=time.perf_counter() - start - running), None
         compared = _compare(case.kind, outcome, candidates, options)
+        if outcome.message and not compared.wrong:
+            result = CaseResult(
+                **about, status="wrong output", message=_joined(outcome.message, _put_back(left))
+            )
+            return result.lasting(kernel=running, comparison=time.perf_counter() - start - running), None
         if compared.wrong and failure is not None:
             failure = replace(failure, further=(*failure.further, (compared.closest, outcome.outputs)))
         elif compared.wrong and not any(earlier.wrong for earlier in found):

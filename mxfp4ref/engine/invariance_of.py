@@ -106,8 +106,10 @@ def of_kernel(
                 outcome = execute(kernel, "moe", call, {"output": call.input}, repeat=False)
             else:
                 outcome = worker.execute_call(None, call)
-            if outcome.problem:
-                raise KernelError(f"{spec}: {outcome.problem} on {call.num_tokens} tokens: {outcome.message}")
+            if outcome.message:
+                raise KernelError(
+                    f"{spec}: {outcome.problem or 'wrong output'} on {call.num_tokens} tokens: {outcome.message}"
+                )
             return outcome.outputs["output"]
 
         stored = open_goldens(goldens)

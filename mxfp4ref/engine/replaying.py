@@ -22,7 +22,7 @@ from mxfp4ref.conformance.diagnosis import Located
 from mxfp4ref.conformance.execution import Outcome
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
 from mxfp4ref.conformance.kernels import environment
-from mxfp4ref.conformance.results import RECORDING, CaseResult, name_defects, now
+from mxfp4ref.conformance.results import PASSING, RECORDING, CaseResult, name_defects, now
 from mxfp4ref.conformance.suite import Interrupted
 from mxfp4ref.engine.answering import answering
 from mxfp4ref.engine.arguments import generation_in_record
@@ -167,6 +167,8 @@ class _Run:
             return ReplayResult(**about, status="wrong output", message=message)
         start = time.perf_counter()
         about |= self._compare(recording, call, call.written_over(output), arguments)
+        if outcome is not None and outcome.message and about["status"] in PASSING:
+            about |= {"status": "wrong output", "message": outcome.message}
         other = (
             f"another {' and '.join(about['other'])} than in the layer's first call" if about["other"] else ""
         )

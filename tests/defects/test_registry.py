@@ -100,7 +100,7 @@ def test_description(name: str) -> None:
     defect = DEFECTS[name]
     assert defect.name == name
     assert name.isidentifier()
-    assert 10 < len(defect.summary) < 110
+    assert 10 < len(defect.summary) < 140
     assert not defect.summary.endswith(".")
     assert defect.seen_in
     assert all(source.strip() for source in defect.seen_in)

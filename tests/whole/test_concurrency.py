@@ -65,6 +65,8 @@ def keep_writing(root: Path, pattern: str) -> None:
         time.sleep(0.01)
     for number in (2, 1) * (ROUNDS // 2):
         write(root, pattern, number)
+        while number == 2 and not (root.parent / "seen").exists():  # by the reader
+            time.sleep(0.01)
         # Nobody else writes these: they have to be there as written.
         assert write(root, pattern, number, check=True) == ()
 
@@ -78,13 +80,18 @@ def test_two_writers_and_a_reader(tmp_path: Path) -> None:
     multiprocessing.set_forkserver_preload([__name__])  # so that torch is imported once
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("forkserver")) as executor:
         writers = [executor.submit(keep_writing, root, pattern) for pattern in ("layout/f*", "layout/s*")]
-        while not all(writer.done() for writer in writers):
-            # One that was opened before all changes, and one that is opened between them.
-            for goldens in (kept, Goldens(root)):
-                seen.update((case_id, read(goldens, case_id)) for case_id in CASES)
-                assert goldens.verify() == []
-            differences = write(root, "layout/[fs]*", 1, check=True)
-            assert all(line.endswith("differs") for line in differences)  # old or new, but there
+        try:
+            while not all(writer.done() for writer in writers):
+                # One that was opened before all changes, and one that is opened between them.
+                for goldens in (kept, Goldens(root)):
+                    seen.update((case_id, read(goldens, case_id)) for case_id in CASES)
+                    assert goldens.verify() == []
+                differences = write(root, "layout/[fs]*", 1, check=True)
+                assert all(line.endswith("differs") for line in differences)  # old or new, but there
+                if len(seen) == 2 * len(CASES):
+                    (tmp_path / "seen").touch()
+        finally:
+            (tmp_path / "seen").touch()
         for writer in writers:
             writer.result()
     assert seen == {(case_id, number) for case_id in CASES for number in (1, 2)}

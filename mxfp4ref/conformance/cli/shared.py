@@ -154,7 +154,7 @@ def case_progress(
 ) -> Iterator[Callable[[CaseResult], None]]:
     """`progress` of a conformance run over these cases: how many have failed, and which one is running.
 
-    After the last case, or so many failures, that is the diagnosis of all together.
+    After the last case, or so many failures, that is the diagnosis of those that failed.
 
     On a terminal a case that fails is also told at once, in a line, and in a second one what is known of it.
     """
@@ -172,10 +172,8 @@ def case_progress(
                     said = str(found.finding) or found.stage or f"first: {found.output} {found.first}"
                     echo(f"    {said}", err=True)
             ended = done == len(names) or failed == max_failures
-            step(
-                f"{failed} failed; now {'the diagnosis of all together' if ended else names[done]}",
-                len(names),
-            )
+            last = "the diagnosis of all together" if failed else "the end of the run"
+            step(f"{failed} failed; now {last if ended else names[done]}", len(names))
 
         yield advance
 

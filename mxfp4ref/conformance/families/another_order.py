@@ -48,7 +48,7 @@ def unless_in_another_order(
             part = reduce_call(call, tokens)
             inside = bound(part).contains(got[tokens], forward(part))
             if not bool((inside | ~wrong[tokens]).all()):
-                elsewhere = not any("finalize" in one.stages for one in solved)
+                elsewhere = not any({"slots", "finalize"} & set(one.stages) for one in solved)
                 return [] if elsewhere and fit_finalize(call, got, wrong) else solved
     return [_in_another_order(one) for one in solved if one.rounding] or [_NOTHING]
 

@@ -40,7 +40,7 @@ def _content(
     return moe_content(call, derived=recipes)
 
 
-@define(catches="bias1_ignored bias2_ignored", unique_for="gpt-oss's options beyond one tile", pending=True)
+@define(catches="bias1_ignored bias2_ignored", unique_for="gpt-oss's options beyond one tile")
 def beyond_one_tile(source: Source) -> Content:
     """Biases and gpt-oss's parameters where everything takes several tiles: H 384 and I 256, and experts with
     129, 65 and 18 rows, a token each. What is read of a bias, a parameter or a routing weight once for all tiles
@@ -51,9 +51,7 @@ def beyond_one_tile(source: Source) -> Content:
     return _content(source, ids[source.words("order", len(ids)).argsort(stable=True), None], 3)
 
 
-@define(
-    catches="bias2_on_every_tp_rank", unique_for="gpt-oss's options on a rank beyond one tile", pending=True
-)
+@define(catches="bias2_on_every_tp_rank", unique_for="gpt-oss's options on a rank beyond one tile")
 def expert_and_tensor_rank_1(source: Source) -> Content:
     """Rank 1 of 2 of expert and of tensor parallelism, with biases, gpt-oss's parameters, four slots a token, H 384
     and I 256: parameters and the fc1 bias are those of local experts, and the fc2 bias, which tensor rank 0 adds, is
@@ -63,9 +61,7 @@ def expert_and_tensor_rank_1(source: Source) -> Content:
     return _content(source, ids, 4, ep_size=2, ep_rank=1, tp_size=2, tp_rank=1)
 
 
-@define(
-    catches="params_of_first_expert", unique_for="gpt-oss's options of many experts, padded", pending=True
-)
+@define(catches="params_of_first_expert", unique_for="gpt-oss's options of many experts, padded")
 def many_experts_padded(source: Source) -> Content:
     """36 experts, each with biases and its own alpha, beta and limit, four slots a token, and sizes of 320 and 192
     that are padded to 384 and 256, biases included: a parameter that is that of another expert beyond the first 32,
