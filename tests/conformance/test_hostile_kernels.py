@@ -113,6 +113,7 @@ EVERYWHERE = [
         "input modified",
         "token_final_scales from float32 [8, 4], strides [4, 1] to float32 [4, 8]",
     ),
+    ("puts_an_input_elsewhere", "input modified", "changed input, which lies elsewhere in memory now"),
     ("shrinks_memory_of_input", "input modified", "without the memory for it"),
     ("swaps_data_of_input", "input modified", "token_final_scales at [0, 0]"),
     ("wants_gradient_of_input", "input modified", "requires a gradient"),
