@@ -60,7 +60,12 @@ class Handed:
         if self._output is None or "output" not in kept:
             return
         given = self.keywords["output"]
-        if (geometry(given), address(given)) != self._place:
+        before, place = self._place
+        if (after := geometry(given)) != before:
+            raise TensorError(
+                f"output: the kernel changed the tensor that it was given from {before} to {after}"
+            )
+        if address(given) != place:
             raise TensorError(
                 "output: the kernel put the tensor that it was given elsewhere: views of it see nothing of the result"
             )

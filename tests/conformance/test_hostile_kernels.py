@@ -90,6 +90,11 @@ EVERYWHERE = [
     ("writes_a_row_into_output", "wrong output", "wrote other bits into that one"),
     ("copies_into_output_and_returns_its_own", "equal", ""),
     ("puts_output_elsewhere", "wrong output", "views of it see nothing of the result"),
+    (
+        "wants_gradient_of_output",
+        "wrong output",
+        "to bfloat16 [8, 128], strides [128, 1], requires a gradient",
+    ),
     ("poison", "not written", "wrote nothing"),
     ("not_a_number", "differs", ""),
     # What lies

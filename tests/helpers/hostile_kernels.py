@@ -244,6 +244,10 @@ def puts_output_elsewhere(output: Tensor, **arguments: Any) -> Tensor:
     return output
 
 
+def wants_gradient_of_output(output: Tensor, **arguments: Any) -> Tensor:
+    return output.copy_(right(**arguments)).requires_grad_()
+
+
 def puts_an_input_elsewhere(**arguments: Any) -> Any:
     """What it then writes where the input was, other views of that see."""
     result, x = right(**arguments), arguments["input"]
