@@ -28,6 +28,7 @@ from mxfp4ref.conformance import (
 )
 from mxfp4ref.conformance.adapters import KernelError
 from mxfp4ref.conformance.execution import execute_within
+from mxfp4ref.conformance.kernel_process import _same_experts
 from mxfp4ref.conformance.kernels import load_kernel_here
 from mxfp4ref.conformance.suite import InternalError
 from mxfp4ref.goldens import Case, GoldenError, open_goldens
@@ -324,6 +325,17 @@ def test_what_the_kit_writes_with_is_as_before_an_import(
     finally:
         sys.stdout = stdout
         os.umask(mask)
+
+
+def test_weights_are_not_taken_from_another_case_of_one_name() -> None:
+    """The kernel's process generates those of a large case once for all of its runs."""
+    large = GOLDENS.load(WHOLE_SIZE[0])
+    name, recipe = next(iter(large.derived.items()))
+    other = replace(large, derived={**large.derived, name: {**recipe, "seed": recipe["seed"] + 1}})
+    biased = replace(large, tensors={**large.tensors, "fc2_biases": torch.zeros(1, 1)})
+    assert _same_experts(large, replace(large, output_tensors={}))
+    assert not _same_experts(large, other)
+    assert not _same_experts(large, biased)
 
 
 def test_progress_sees_each_result(case: Case) -> None:
