@@ -60,8 +60,11 @@ class Handed:
         if self._output is None or "output" not in kept:
             return ""
         given = self.keywords["output"]
-        if (geometry(given), address(given)) != self._place:
-            return "output: the kernel put the tensor that it was given elsewhere: its views see nothing of the result"
+        before, place = self._place
+        if (after := geometry(given)) != before:
+            return f"output: the kernel changed the tensor that it was given from {before} to {after}"
+        if address(given) != place:
+            return "output: the kernel put the tensor that it was given elsewhere: its views do not see the result"
         if outputs["output"] is given or (written := raw_bytes(given)) == raw_bytes(self._output):
             return ""
         if self.zeros_in_rows_left(written) == kept["output"]:
@@ -108,11 +111,12 @@ class Handed:
         )
 
 
-def _noted(tensor: Tensor) -> tuple[str, Like, bytes | int]:
-    return geometry(tensor), like(tensor), _samples(tensor) if _is_large(tensor) else raw_bytes(tensor)
+def _noted(tensor: Tensor) -> tuple[str, int, Like, bytes | int]:
+    content = _samples(tensor) if _is_large(tensor) else raw_bytes(tensor)
+    return geometry(tensor), address(tensor), like(tensor), content
 
 
-def _change(tensor: Tensor, shape: str, kind: Like, content: bytes | int) -> str:
+def _change(tensor: Tensor, shape: str, place: int, kind: Like, content: bytes | int) -> str:
     try:
         after = geometry(tensor)
     except TensorError as error:
@@ -120,9 +124,12 @@ def _change(tensor: Tensor, shape: str, kind: Like, content: bytes | int) -> str
     if shape != after:
         return f" from {shape} to {after}"
     if isinstance(content, int):
-        return "" if _samples(tensor) == content else " somewhere"
-    got = raw_bytes(tensor)
-    return "" if got == content else f" {first_difference(tensor_of(got, kind), tensor_of(content, kind))}"
+        if _samples(tensor) != content:
+            return " somewhere"
+    elif (got := raw_bytes(tensor)) != content:
+        return f" {first_difference(tensor_of(got, kind), tensor_of(content, kind))}"
+    # What it then wrote into the old place, other views see.
+    return ", which lies elsewhere in memory now" if address(tensor) != place else ""
 
 
 def to_device(inputs: Any, device: str) -> Any:

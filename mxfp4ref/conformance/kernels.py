@@ -36,7 +36,7 @@ from mxfp4ref.conformance.flashinfer_kernel import flashinfer_kernel, flashinfer
 from mxfp4ref.conformance.importing import check_takes, import_function
 from mxfp4ref.conformance.plain import printable
 from mxfp4ref.conformance.stand_ins import defect_kernel, torch_bf16
-from mxfp4ref.conformance.surroundings import interference
+from mxfp4ref.conformance.surroundings import interference, modes_of_torch, settings_of_the_kit
 from mxfp4ref.goldens.runs import run_stage
 from mxfp4ref.goldens.store import KINDS
 
@@ -64,16 +64,25 @@ STAND_INS = ("oracle", "torch-bf16", "defect:NAME", "flashinfer", "flashinfer-w4
 def load_kernel_here(spec: str | Callable[..., Any], device: str | None = None) -> Kernel:
     """As `load_kernel`, into a process that gives verdicts: what an import replaces is put back, and told.
 
+    The working directory, the umask and the standard streams are put back without a word: reports are written later.
+
     Raises:
-        TypeError, KernelError: as of `load_kernel`; or the import replaced a function that a verdict rests on.
+        TypeError, KernelError: as of `load_kernel`; or the import replaced a function that a verdict
+            rests on, or left one of torch's modes switched on.
     """
     if isinstance(spec, str) and spec.startswith("flashinfer"):  # whose imports are known
         return load_kernel(spec, device)
-    undo = interference()
+    undo, restore, modes = interference(), settings_of_the_kit(), modes_of_torch()
     try:
         kernel = load_kernel(spec, device)
     finally:
         replaced = undo()
+        restore()
+    if left := [name for name in modes_of_torch() if name not in modes]:
+        raise KernelError(
+            f"kernel: importing {kernel.name} left torch's mode {left[0]} switched on, which sees all that the kit "
+            "computes: a verdict needs a kernel that does not, or a process of its own"
+        )
     if replaced:
         raise KernelError(
             f"kernel: importing {kernel.name} replaced {replaced}: a verdict needs a kernel that does not, or a "

@@ -58,6 +58,11 @@ def compare_reports(old: WrittenReport, new: WrittenReport) -> Changes:
         raise ValueError(
             f"expected reports of the same cases, got {first}, ... in {old.path} and {second}, ... in {new.path}"
         )
+    common = [case for case in old.cases if case in new.cases]
+    if all(_state(report.cases[case]) == "skipped" for report in (old, new) for case in common):
+        raise ValueError(
+            f"expected a case that ran in {old.path} or {new.path} among those that both have, all were skipped"
+        )
     found: dict[str, list[str]] = {name: [] for name in Changes.__annotations__ if name != "alike"}
     found["conditions"] += _conditions(old, new)
     alike = 0
@@ -86,7 +91,7 @@ def _state(result: Mapping[str, Any] | None) -> str:
         return ""
     if not result["ok"]:
         return "failed"
-    return "skipped" if result["status"] == "skipped" else "passed"
+    return "skipped" if result["status"] == "skipped" or not result["elements"] else "passed"
 
 
 def _told(result: Mapping[str, Any] | None) -> str:
@@ -94,7 +99,7 @@ def _told(result: Mapping[str, Any] | None) -> str:
         return "not run"
     if result["status"] == "skipped":  # why names the kernel
         return "skipped"
-    words = str(result["status"])
+    words = str(result["status"]) + ", of no elements" * (result["ok"] and not result["elements"])
     if not result["ok"] and result["elements"]:
         outside = result.get("outside", 0)  # in mode bounded
         words += f" in {outside or result['differing']:,} of {result['elements']:,} elements"

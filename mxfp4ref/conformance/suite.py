@@ -24,7 +24,6 @@ from mxfp4ref.conformance.adapters import Kernel, KernelError
 from mxfp4ref.conformance.again import conform_arguments
 from mxfp4ref.conformance.diagnosing import Failed, Failing, diagnosed
 from mxfp4ref.conformance.kernels import check_device, environment, is_stand_in, load_kernel_here
-from mxfp4ref.conformance.memory import ran_out
 from mxfp4ref.conformance.options import Options
 from mxfp4ref.conformance.results import CaseResult, GoldensUsed, Report, now
 from mxfp4ref.conformance.running import compare_case
@@ -185,12 +184,6 @@ def _own_errors() -> Iterator[None]:
         raise
     except (TypeError, ValueError) as error:
         raise InternalError(f"{type(error).__name__}: {error}") from error
-    except RuntimeError as error:
-        if (
-            type(error) is not RuntimeError or ran_out(error) or "thread" in str(error)
-        ):  # a GPU, no more threads
-            raise
-        raise InternalError(f"RuntimeError: {error}") from error
 
 
 class _Todo(Iterator[Callable[[], Case]]):

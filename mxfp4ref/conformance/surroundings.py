@@ -25,6 +25,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 try:
     import resource
@@ -33,7 +36,7 @@ except ImportError:  # on Windows
 
 from mxfp4ref.conformance.plain import printable, without_modes
 
-__all__ = ["interference", "surroundings"]
+__all__ = ["interference", "modes_of_torch", "settings_of_the_kit", "surroundings"]
 
 _builtins = vars(builtins)
 _Setting = tuple[str, Callable[[], Any], Callable[[Any], object]]
@@ -155,6 +158,30 @@ def surroundings() -> Callable[[], str]:
         return _listed(changed)
 
     return restore
+
+
+def settings_of_the_kit() -> Callable[[], None]:
+    """Take note of what the kit itself needs to read and write files; the function that is returned puts it back."""
+    before = [(setting, setting[1]()) for setting in _TOLD if setting[0] in _OF_THE_KIT]
+
+    def restore() -> None:
+        for setting, value in before:
+            if _differs(setting, value):
+                setting[2](value)
+
+    return restore
+
+
+_OF_THE_KIT = ("the working directory", "the umask", "sys.stdin", "sys.stdout", "sys.stderr")
+
+
+def modes_of_torch() -> list[str]:
+    """The names of torch's modes that are switched on in this thread, but for that of a default device."""
+    modes = [
+        *_get_current_dispatch_mode_stack(),
+        *_get_current_function_mode_stack(),  # type: ignore[no-untyped-call]
+    ]
+    return [type(mode).__name__ for mode in modes if not isinstance(mode, DeviceContext)]
 
 
 def _differs(setting: _Setting, value: Any) -> bool:

@@ -137,7 +137,7 @@ def _compared(call: MoeCall, base: Tensor, batch: _Batch, run: Run) -> Variant:
         whole = run(other)
         output, want = whole[rows], base[tokens[rows]]
         wrong = differing(output, want)
-        elements += want.numel()
+        elements += want[other.written[rows]].numel()
         count += int(wrong.sum())
         if first is None and bool(wrong.any()):
             row, column = wrong.nonzero()[0].tolist()

@@ -22,6 +22,7 @@ from mxfp4ref.conformance.diagnosis import Located
 from mxfp4ref.conformance.execution import Outcome
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
 from mxfp4ref.conformance.kernels import environment
+from mxfp4ref.conformance.plain import of_exception
 from mxfp4ref.conformance.results import PASSING, RECORDING, CaseResult, name_defects, now
 from mxfp4ref.conformance.suite import Interrupted
 from mxfp4ref.engine.answering import answering
@@ -251,14 +252,19 @@ class _Run:
         if effort != "none":
             start = time.perf_counter()
             located = Located("moe", call, outputs, right, outside)
-            diagnosis = located.told(located.search(tuple(self._suspects), effort))
-            # The next call that differs may do so for the same reason.
-            self._suspects = dict.fromkeys([*diagnosis.exact, *located.found, *self._suspects])
-            found |= {"diagnosis": diagnosis, "diagnosis_seconds": time.perf_counter() - start}
-        if in_graph and not (effort != "none" and diagnosis.exact) and _whole_tokens(wrong):
+            try:
+                diagnosis = located.told(located.search(tuple(self._suspects), effort))
+                # The next call that differs may do so for the same reason.
+                self._suspects = dict.fromkeys([*diagnosis.exact, *located.found, *self._suspects])
+                found["diagnosis"] = diagnosis
+            except Exception as error:  # of outputs that nobody has thought of; the other calls are not lost
+                found["message"] = f"no diagnosis: {of_exception(error)}"
+            found["diagnosis_seconds"] = time.perf_counter() - start
+        exact = bool(found["diagnosis"].exact) if "diagnosis" in found else False
+        if in_graph and not exact and _whole_tokens(wrong):
             found |= {"status": "unclear", "message": _UNCLEAR, "diagnosis": None}
         elif not _owned_once(call):
-            found["message"] = _REPEATED
+            found["message"] = "; ".join(filter(None, (found.get("message"), _REPEATED)))
         return found
 
 

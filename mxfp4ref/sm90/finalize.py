@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._compiler import uncompiled
+from mxfp4ref._validate import check_ids
 from mxfp4ref.sm90 import fp32
 
 __all__ = ["finalize"]
@@ -23,8 +24,13 @@ def finalize(fc2_output: Tensor, local: Tensor, scales: Tensor, bias: Tensor | N
 
     Returns:
         `[M, H] float32`; zeros for a token without a local expert.
+
+    Raises:
+        ValueError: a slot names an expert that has no bias.
     """
     num_tokens, top_k, hidden_size = fc2_output.shape
+    if bias is not None:
+        check_ids("local", local, minimum=-1, maximum=len(bias) - 1)
     acc = torch.zeros(num_tokens, hidden_size, dtype=torch.float32, device=fc2_output.device)
     for slot in range(top_k):
         tokens = (local[:, slot] >= 0).nonzero().flatten()

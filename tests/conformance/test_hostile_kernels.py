@@ -90,6 +90,11 @@ EVERYWHERE = [
     ("writes_a_row_into_output", "wrong output", "wrote other bits into that one"),
     ("copies_into_output_and_returns_its_own", "equal", ""),
     ("puts_output_elsewhere", "wrong output", "views of it see nothing of the result"),
+    (
+        "wants_gradient_of_output",
+        "wrong output",
+        "to bfloat16 [8, 128], strides [128, 1], requires a gradient",
+    ),
     ("poison", "not written", "wrote nothing"),
     ("not_a_number", "differs", ""),
     # What lies
@@ -113,6 +118,7 @@ EVERYWHERE = [
         "input modified",
         "token_final_scales from float32 [8, 4], strides [4, 1] to float32 [4, 8]",
     ),
+    ("puts_an_input_elsewhere", "input modified", "changed input, which lies elsewhere in memory now"),
     ("shrinks_memory_of_input", "input modified", "without the memory for it"),
     ("swaps_data_of_input", "input modified", "token_final_scales at [0, 0]"),
     ("wants_gradient_of_input", "input modified", "requires a gradient"),

@@ -41,7 +41,8 @@ def invoke(*arguments: str | Path) -> Result:
 
 
 def result_of(case: str, status: str = "equal", **more: Any) -> CaseResult:
-    return CaseResult(case, "moe", "why", status, **more)
+    elements = 4 if status in ("equal", "within bounds") else 0
+    return CaseResult(case, "moe", "why", status, **{"elements": elements, **more})
 
 
 def written(path: Path, *results: CaseResult, mode: str = "exact", **more: Any) -> Path:
@@ -296,6 +297,23 @@ def test_reports_that_are_compared_are_reports(tmp_path: Path) -> None:
         assert "safetensors" not in result.output
     result = invoke("conform", "oracle", "--case", SMALL, "--json", "")
     assert (result.exit_code, result.output) == (2, "Error: cannot write .: it is a folder\n")
+
+
+def test_nothing_that_ran_is_not_as_it_was(tmp_path: Path) -> None:
+    """Cases that both have were skipped, or had no elements: neither says anything of the kernel."""
+    skipped, empty = result_of("a/x", "skipped"), result_of("a/x", elements=0)
+    passed, other = result_of("a/y"), result_of("a/z")
+    for one in (skipped, empty):
+        old, new = (
+            written(tmp_path / f"{name}.json", one, more) for name, more in (("a", passed), ("b", other))
+        )
+        result = invoke("compare", old, new)
+        assert result.exit_code == 2
+        assert "expected a case that ran in" in result.output
+        lost = invoke("compare", written(tmp_path / "a.json", result_of("a/x")), new)
+        assert lost.exit_code == 1
+        assert ("a/x: skipped" if one is skipped else "a/x: equal, of no elements") in lost.output
+    assert invoke("compare", new, written(tmp_path / "a.json", empty)).exit_code == 2
 
 
 def test_what_changed_as_json(tmp_path: Path) -> None:

@@ -291,6 +291,18 @@ def test_a_pipe_among_the_metadata_is_not_waited_for(tmp_path: Path) -> None:
     assert "expected a regular file" in result.message
 
 
+def test_a_diagnosis_that_fails_costs_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any) -> Any:
+        raise ValueError("of the kit")
+
+    monkeypatch.setattr(Located, "search", broken)
+    recorded.write_call(tmp_path, SMALL_CALL, flipped(forward(SMALL), 1, 2))
+    recorded.write_call(tmp_path, SMALL_CALL, forward(SMALL), number=2)
+    first, second = replay(tmp_path).results
+    assert (first.status, second.status) == ("differs", "equal")
+    assert first.message.startswith("no diagnosis: ValueError: of the kit")
+
+
 def test_a_known_defect_is_named(tmp_path: Path) -> None:
     recorded.write_call(tmp_path, SMALL_CALL, get_defect("bf16_finalize").run(SMALL))
     result = only(report := replay(tmp_path))

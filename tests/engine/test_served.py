@@ -222,3 +222,16 @@ def test_no_tokens_are_not_equal(root: Path) -> None:
         ValueError, match=r"^routed_output: expected the output of one token or more, got \[0, "
     ):
         check_served(layer, {"hidden": call.input[:0]}, {"routed_output": call.input[:0]})
+
+
+def test_a_diagnosis_that_fails_leaves_the_verdict(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object, **named: object) -> None:
+        raise ValueError("of the kit")
+
+    monkeypatch.setattr("mxfp4ref.engine.served.diagnose", broken)
+    output = run_layer(open_layer(root / "model", 1), root / "x")["routed_output"]
+    output.view(torch.int16)[1, 2] ^= 1
+    result = check(root, {"routed_output": output})
+    assert result.exit_code == 1
+    assert "no diagnosis: ValueError: of the kit" in result.output
+    assert "the output is wrong" in result.output

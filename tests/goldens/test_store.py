@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mxfp4ref.__main__ import commands
+from mxfp4ref.conformance.results import CaseResult, Report
 from mxfp4ref.goldens import (
     GoldenError,
     Goldens,
@@ -271,3 +272,12 @@ def test_goldens_without_a_case_are_refused(tmp_path: Path) -> None:
         result = CliRunner().invoke(commands, [*command.split(), "--goldens", str(tmp_path)])
         assert result.exit_code == 2
         assert "a manifest without a case" in result.output
+
+
+def test_verify_needs_a_bit_that_was_checked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = CaseResult("a/x", "moe", "why", "equal")
+    monkeypatch.setattr("mxfp4ref.conformance.suite.run", lambda *a, **k: Report("oracle", "exact", (empty,)))
+    result = CliRunner().invoke(commands, ["verify", "--goldens", str(root)])
+    assert result.exit_code == 1
+    assert "oracle ran on 1 case without an element to compare: no verdict." in result.output
+    assert "no bit of this machine was checked" in result.output

@@ -244,6 +244,19 @@ def puts_output_elsewhere(output: Tensor, **arguments: Any) -> Tensor:
     return output
 
 
+def wants_gradient_of_output(output: Tensor, **arguments: Any) -> Tensor:
+    return output.copy_(right(**arguments)).requires_grad_()
+
+
+def puts_an_input_elsewhere(**arguments: Any) -> Any:
+    """What it then writes where the input was, other views of that see."""
+    result, x = right(**arguments), arguments["input"]
+    before = x.view(-1)
+    x.set_(x.clone())
+    before.zero_()
+    return result
+
+
 def poison(**arguments: Any) -> Any:
     return torch.full_like(arguments["input"].view(torch.int16), 0x7FA5).view(torch.bfloat16)
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mxfp4ref.sm90 import elementwise
 from mxfp4ref.sm90.finalize import finalize
 from tests.helpers import bits, exact
 
@@ -96,3 +97,14 @@ def test_no_tokens_or_no_slots(tokens: int) -> None:
         torch.zeros(tokens, 0),
     )
     bits.assert_same(got, torch.zeros(tokens, 4))
+
+
+@pytest.mark.parametrize("experts", [0, 2])
+def test_an_expert_without_a_bias_is_refused(experts: int) -> None:
+    """As by the loops, which would read beyond it."""
+    rows, local = torch.zeros(1, 1, 64, dtype=torch.bfloat16), torch.full((1, 1), experts)
+    for compute in (finalize, elementwise.finalize):
+        with pytest.raises(
+            ValueError, match=f"local: expected ids from -1 to {experts - 1}, got {experts} at"
+        ):
+            compute(rows, local, torch.ones(1, 1), torch.zeros(experts, 64, dtype=torch.bfloat16))

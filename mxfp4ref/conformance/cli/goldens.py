@@ -69,6 +69,8 @@ def verify(root: Path | None, files_only: bool) -> None:
             else:
                 echo(result.verdict)
                 problems += [headline(r) for r in result.results if not r.ok]
+                if not problems and not result.ok:  # of cases without an element
+                    problems.append("no bit of this machine was checked")
     for problem in problems:
         echo(problem, err=True)
     sys.exit(NOT_EQUAL if problems else 0)
