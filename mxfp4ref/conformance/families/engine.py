@@ -22,6 +22,7 @@ from mxfp4ref.conformance.families.fragments import fragment_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline, of_first_factor
 from mxfp4ref.conformance.families.known_factors import factor_in_words
 from mxfp4ref.conformance.families.lost_rows import none_right
+from mxfp4ref.conformance.families.more_activations import more_activations
 from mxfp4ref.conformance.families.named import named_hypotheses
 from mxfp4ref.conformance.families.nearly import nearly
 from mxfp4ref.conformance.families.outputs import (
@@ -33,6 +34,7 @@ from mxfp4ref.conformance.families.permuted import permuted_hypotheses
 from mxfp4ref.conformance.families.preparations import loading_hypotheses, preparation_hypotheses
 from mxfp4ref.conformance.families.regions import k_hypotheses, row_hypotheses, rows_at
 from mxfp4ref.conformance.families.roundings import order_hypotheses, rounding_hypotheses
+from mxfp4ref.conformance.families.rows_beside import beside_hypotheses
 from mxfp4ref.conformance.families.search import FEWEST_BITS, Match, Search, one_thread
 from mxfp4ref.conformance.families.slots import slot_hypotheses
 from mxfp4ref.conformance.families.tensors import (
@@ -202,6 +204,7 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
         value_hypotheses,
         constants,
         activation_hypotheses,
+        more_activations,
         bias_hypotheses,
         rounding_hypotheses,
         output_hypotheses,
@@ -213,7 +216,9 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
     if small:
         yield wanted(slow, slow=True)
     yield wanted(of(k_hypotheses))
-    rearranged = of(layout_hypotheses, preparation_hypotheses, fragment_hypotheses, inner_hypotheses)
+    rearranged = of(
+        beside_hypotheses, layout_hypotheses, preparation_hypotheses, fragment_hypotheses, inner_hypotheses
+    )
     yield wanted(
         chain(of(code_hypotheses, by_slot_hypotheses), rearranged, of(decoding_hypotheses, table_hypotheses))
     )
