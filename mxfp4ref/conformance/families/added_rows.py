@@ -58,8 +58,7 @@ def added_rows(call: MoeCall, got: Tensor, want: Tensor, wrong: Tensor) -> Evide
 
 def _sources(error: Tensor, scale: Tensor, rows: Tensor, tokens: Tensor) -> Tensor | None:
     """For each token whose row its error is, `[T]`, -1 for few; None if not for nearly all, or if it is its own."""
-    unit = lambda t: t / t.norm(dim=1, keepdim=True).clamp(min=1e-300)  # noqa: E731
-    alike = (unit(error) @ unit(rows).T).abs() > _ALIKE
+    alike = (_unit(error) @ _unit(rows).T).abs() > _ALIKE
     if not bool(alike.any(1).double().mean() >= _NEARLY_ALL):
         return None
     own = torch.zeros_like(alike)
@@ -68,7 +67,7 @@ def _sources(error: Tensor, scale: Tensor, rows: Tensor, tokens: Tensor) -> Tens
         return None
     # Of several rows that are alike, the one at the distance that most tokens have.
     distances = tokens[:, None] - torch.arange(len(rows))
-    values, counts = distances[alike].unique(return_counts=True)
+    values, counts = torch.unique(distances[alike], return_counts=True)
     frequency = torch.zeros(2 * len(rows) + 1, dtype=torch.int64)
     frequency[values + len(rows)] = counts
     source: Tensor = torch.where(alike, frequency[distances + len(rows)], -1).argmax(1)
@@ -82,15 +81,19 @@ def _sources(error: Tensor, scale: Tensor, rows: Tensor, tokens: Tensor) -> Tens
     return torch.where(known, source, -1) if float(known.double().mean()) >= _NEARLY_ALL else None
 
 
+def _unit(rows: Tensor) -> Tensor:
+    return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp(min=1e-300)
+
+
 def _in_words(tokens: Tensor, source: Tensor, whose: str, times: str) -> str:
     """Which row each token has: of a distance, one for all, or the first of them."""
-    distance = (tokens - source).unique()
+    distance = torch.unique(tokens - source)
     first = f"token {int(tokens[0])} has token {int(source[0])}'s"
     if len(distance) == 1:
         n = int(distance)
         where = f"{abs(n)} {'before' if n > 0 else 'after'} it"
         return f"each of them, from token {int(tokens[0])} on, begins with {times}{whose} the token {where} ({first})"
-    if len(source.unique()) == 1:
+    if len(torch.unique(source)) == 1:
         return f"each of them begins with {times}{whose} token {int(source[0])}"
     some = ", ".join(
         f"token {t} with token {s}'s" for t, s in zip(tokens[:4].tolist(), source[:4].tolist(), strict=True)

@@ -63,7 +63,7 @@ class _Moved:
     def __init__(self, source: _Source, halves: tuple[bool, bool], zeros: bool) -> None:
         self.source, self.halves, self.zeros = source, halves, zeros
 
-    def __call__(self, x: Tensor, weights: Tensor, scales: Tensor | None, **more: Any) -> Tensor:
+    def __call__(self, x: Tensor, weights: Tensor, scales: Tensor, **more: Any) -> Tensor:
         right = group_scaled_gemm(x, weights, scales, **more)
         count = right.shape[1]
         index = torch.arange(count, device=right.device)
