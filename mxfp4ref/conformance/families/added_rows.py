@@ -49,7 +49,7 @@ def added_rows(call: MoeCall, got: Tensor, want: Tensor, wrong: Tensor) -> Evide
         which = _in_words(tokens[chosen], source[chosen], whose, times)
         return Evidence.of_kind(
             ("finalize", "slots"),
-            "rows of the output have another token's whole row added to their own, which is right",
+            "rows of the output have another token's whole row added to their own",
             f"{which}; as where accumulators, or the output's memory, are not cleared and begin with an earlier sum",
             3,
         )
@@ -82,7 +82,8 @@ def _sources(error: Tensor, scale: Tensor, rows: Tensor, tokens: Tensor) -> Tens
 
 
 def _unit(rows: Tensor) -> Tensor:
-    return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp(min=1e-300)
+    length: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return rows / length.clamp(min=1e-300)
 
 
 def _in_words(tokens: Tensor, source: Tensor, whose: str, times: str) -> str:

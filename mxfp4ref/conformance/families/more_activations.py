@@ -118,7 +118,7 @@ def _short_tables(call: MoeCall) -> Iterator[Hypothesis]:
                 yield Hypothesis(
                     "values",
                     stage,
-                    f"{what} is right for {given}; for all others, beyond it, it is {words}, as of a tensor "
+                    f"{what} is given for {given}; for all others, beyond it, it is {words}, as of a tensor "
                     "that is too short",
                     mapped((name,), lambda _, t, n=count, b=beyond: torch.cat((t[:n], b(t, n)))),
                     1.2 + 0.1 * (count > 1),
