@@ -36,7 +36,7 @@ def added_rows(call: MoeCall, got: Tensor, want: Tensor, wrong: Tensor) -> Evide
     kernels, right = bf16_to_fp64(got.contiguous()), bf16_to_fp64(want.contiguous())
     error = kernels[tokens] - right[tokens]
     scale = (last_place(kernels) + last_place(right))[tokens]
-    for rows, whose in ((right, "the right row of"), (kernels, "the row that the kernel gave")):
+    for rows, whose in ((right, "the right row of"), (kernels, "the row that the kernel gave for")):
         source = _sources(error, scale, rows, tokens)
         if source is None:
             continue

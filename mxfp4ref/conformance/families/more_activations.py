@@ -132,14 +132,14 @@ def _strides(call: MoeCall) -> Iterator[Hypothesis]:
         if bias is None:
             continue
         width, hidden, inner = bias.shape[1], call.experts.hidden_size, call.experts.intermediate_size
-        ways = {
+        padded = {-(-width // n) * n: f"a row padded to a multiple of {n}" for n in (64, 128, 256, 512)}
+        ways = padded | {
             width // 2: "half of a row"
             + ", of one of up and gate" * (name == "fc1_biases" and width == 2 * inner),
             width * 2: "two rows",
             hidden: "H",
             inner: "I",
             2 * inner: "2I",
-            **{-(-width // n) * n: f"a row padded to a multiple of {n}" for n in (64, 128, 256, 512)},
             width + 1: "one number more",
             width - 1: "one number less",
             0: "none: the first expert's is used for all",
