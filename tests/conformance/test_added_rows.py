@@ -13,6 +13,7 @@ from mxfp4ref import MoeCall, forward
 from mxfp4ref.conformance import differing
 from mxfp4ref.conformance.families.added_rows import added_rows
 from mxfp4ref.conformance.families.another_bias import of_another_fc2_bias
+from mxfp4ref.conformance.families.bias_sums import bias_sum_hypotheses
 from mxfp4ref.conformance.families.column_factors import column_factors
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, local_of
@@ -113,6 +114,20 @@ def up_of_the_row_before(call: MoeCall) -> Tensor:
     return layer(call, fc1=fc1)
 
 
+def biases_first(call: MoeCall) -> Tensor:
+    def sums(y: Tensor, local: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
+        total = torch.zeros(y[:, 0].shape)
+        for row, weight in [
+            (bias[local[:, s]], torch.ones_like(weights[:, s])) for s in range(local.shape[1])
+        ]:
+            total = fp32.fma(weight[:, None], row.float(), total)
+        for slot in range(local.shape[1]):
+            total = fp32.fma(weights[:, slot, None], y[:, slot].float(), total)
+        return total
+
+    return layer(call, finalize=sums)
+
+
 def centred(call: MoeCall) -> Tensor:
     x = call.input.float()
     return forward(replace(call, input=to_bf16(x - x.mean(1, keepdim=True))))
@@ -126,6 +141,7 @@ def centred(call: MoeCall) -> Tensor:
         ("top_8", saturated, more_activations, "clamped to [-6, 6]"),
         ("top_8", sigmoid_in_half, more_activations, "1 + e^-x is rounded to float16 in the sigmoid"),
         ("top_8", up_of_the_row_before, beside_hypotheses, "up is those of the row before"),
+        ("gpt_oss", biases_first, bias_sum_hypotheses, "before all rows, slot by slot, without"),
         ("top_8", centred, lambda call: norm_hypotheses(), "less its mean"),
     ],
 )

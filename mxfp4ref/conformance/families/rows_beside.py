@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline, SlotRows, of_slots, slot_outputs
+from mxfp4ref.conformance.families.hypothesis import (
+    Hypothesis,
+    Pipeline,
+    SlotRows,
+    local_of,
+    of_slots,
+    slot_outputs,
+)
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
 
@@ -19,16 +26,15 @@ _Source = Callable[[Tensor], Tensor]  # from positions among an expert's rows to
 
 
 def _sources() -> Iterator[tuple[str, _Source, float]]:
-    for n in (1, 2, 4, 8, 16, 32, 64):
+    for n in (1, 2, 4, 8, 16, 64):
         pairs = "rows 2i and 2i + 1" if n == 1 else f"rows {n} apart within {2 * n}"
         yield f"those of the row beside: {pairs} are exchanged", lambda p, n=n: p ^ n, 1.2
-    for n in (1, 2, 8, 16, 64):
+    for n in (1, 8):
         rows = "row" if n == 1 else f"{n} rows"
         yield f"those of the {rows} before", lambda p, n=n: p - n, 1.3
         yield f"those of the {rows} after", lambda p, n=n: p + n, 1.3
-    for n in (8, 16, 32, 64):
+    for n in (8, 64):
         yield f"those of the first row of each {n}", lambda p, n=n: p // n * n, 1.4
-        yield f"those of {n} rows in reversed order", lambda p, n=n: p // n * n + n - 1 - p % n, 1.4
     yield "those of the expert's first row", torch.zeros_like, 1.3
 
 
@@ -36,9 +42,19 @@ def beside_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     """For a layer with a gate; what lies beyond an expert's rows is zero, or the row keeps its own."""
     if not call.experts.gated:
         return
+    local = local_of(Pipeline(call))
+    most = int(torch.bincount(local[local >= 0].flatten()).max()) if bool((local >= 0).any()) else 0
+    own = torch.arange(most, device=local.device)
     for part, halves in (("gate", (False, True)), ("up", (True, False)), ("up and gate", (True, True))):
+        seen = {_key(own)}
         for words, source, cost in _sources():
+            taken = source(own)
+            there = (taken >= 0) & (taken < most)
             for zeros in (True, False):
+                moved = torch.where(there, taken, -1 if zeros else own)
+                if _key(moved) in seen:
+                    continue
+                seen.add(_key(moved))
 
                 def on(
                     rows: SlotRows, take: _Source = source, halves: Any = halves, zeros: bool = zeros
@@ -55,6 +71,10 @@ def beside_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
                     cost + 0.05 * (not zeros),
                 )
                 yield replace(one, across_tokens=True)
+
+
+def _key(index: Tensor) -> tuple[int, ...]:
+    return tuple(index.tolist())
 
 
 class _Moved:

@@ -7,6 +7,7 @@ from itertools import chain
 
 from mxfp4ref.conformance.families.activations import activation_hypotheses, other_activations
 from mxfp4ref.conformance.families.beside_a_sum import beside_a_sum
+from mxfp4ref.conformance.families.bias_sums import bias_sum_hypotheses
 from mxfp4ref.conformance.families.distances import surprise
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
 from mxfp4ref.conformance.families.more_activations import more_activations
@@ -46,7 +47,9 @@ def quick(call: MoeCall) -> Iterator[Hypothesis]:
 def second(call: MoeCall) -> Iterator[Hypothesis]:
     """That may be the second of two changes."""
     named = (h for h in named_hypotheses(call) if not h.slow)
-    return chain(named, weight_hypotheses(call), slot_hypotheses(call), quick(call))
+    return chain(
+        named, weight_hypotheses(call), bias_sum_hypotheses(call), slot_hypotheses(call), quick(call)
+    )
 
 
 def soon(search: Search, only: set[str]) -> list[Match]:
