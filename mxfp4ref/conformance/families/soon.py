@@ -27,6 +27,8 @@ from mxfp4ref.model.call import MoeCall
 
 __all__ = ["quick", "second", "soon"]
 
+_NEARLY = 0.15  # of how far off the right output is, that one change leaves
+
 
 def quick(call: MoeCall) -> Iterator[Hypothesis]:
     """Those of whole tensors, values and formulas."""
@@ -53,7 +55,9 @@ def second(call: MoeCall) -> Iterator[Hypothesis]:
 
 
 def soon(search: Search, only: set[str]) -> list[Match]:
-    """What takes little and is likely: experts alone that no right token has, and one of two changes in the sum.
+    """What takes little and is likely: experts alone that no right token has, and two changes.
+
+    Of the two one is in the sum, or explains nearly all.
 
     Args:
         search: of one output.
@@ -70,4 +74,9 @@ def soon(search: Search, only: set[str]) -> list[Match]:
         return []
     with search.share(0.3):
         first = (h for h in second(call) if not only or only & set(h.stages))
-        return beside_a_sum(search, first, lambda: chain(second(call), bias_hypotheses(call)))
+        if found := beside_a_sum(search, first, lambda: chain(second(call), bias_hypotheses(call))):
+            return found
+    if min((distance for distance, _ in search.near), default=1.0) > _NEARLY:
+        return []
+    with search.share(0.3):
+        return search.run_twos(lambda: second(call), most=1)
