@@ -23,6 +23,7 @@ from mxfp4ref.conformance.families.rows_beside import beside_hypotheses
 from mxfp4ref.conformance.families.sampled import Sample, samples
 from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.fp32 import to_bf16
+from mxfp4ref.sm90.swiglu import swiglu
 from tests.held_out_kernels.by_hand import Rows, layer, with_experts
 from tests.held_out_kernels.calls import captured
 
@@ -128,6 +129,14 @@ def biases_first(call: MoeCall) -> Tensor:
     return layer(call, finalize=sums)
 
 
+def no_bias_and_up_free(call: MoeCall) -> Tensor:
+    def act(fc1: Tensor, bias: Tensor, alpha: Tensor, beta: Tensor, limit: Tensor) -> Tensor:
+        up, gate = fc1.float().chunk(2, -1)
+        return swiglu(torch.cat((up, gate.minimum(limit)), -1), None, alpha, beta, None)
+
+    return layer(call, swiglu=act)
+
+
 def centred(call: MoeCall) -> Tensor:
     x = call.input.float()
     return forward(replace(call, input=to_bf16(x - x.mean(1, keepdim=True))))
@@ -142,6 +151,7 @@ def centred(call: MoeCall) -> Tensor:
         ("top_8", sigmoid_in_half, more_activations, "1 + e^-x is rounded to float16 in the sigmoid"),
         ("top_8", up_of_the_row_before, beside_hypotheses, "up is those of the row before"),
         ("gpt_oss", biases_first, bias_sum_hypotheses, "before all rows, slot by slot, without"),
+        ("gpt_oss", no_bias_and_up_free, more_activations, "bias is left out; and up is not clamped"),
         ("top_8", centred, lambda call: norm_hypotheses(), "less its mean"),
     ],
 )

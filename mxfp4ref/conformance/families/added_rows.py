@@ -57,13 +57,12 @@ def added_rows(call: MoeCall, got: Tensor, want: Tensor, wrong: Tensor) -> Evide
 
 
 def _sources(error: Tensor, scale: Tensor, rows: Tensor, tokens: Tensor) -> Tensor | None:
-    """For each token whose row its error is, `[T]`, -1 for few; None if not for nearly all, or if it is its own."""
+    """For each token whose row its error is, `[T]`, -1 for few; None if not for nearly all."""
     alike = (_unit(error) @ _unit(rows).T).abs() > _ALIKE
+    alike[torch.arange(len(tokens)), tokens] = (
+        False  # which is a factor on its own row, or where nothing was right
+    )
     if not bool(alike.any(1).double().mean() >= _NEARLY_ALL):
-        return None
-    own = torch.zeros_like(alike)
-    own[torch.arange(len(tokens)), tokens] = True
-    if bool((alike & own).any()):  # a factor on its own row
         return None
     # Of several rows that are alike, the one at the distance that most tokens have.
     distances = tokens[:, None] - torch.arange(len(rows))
