@@ -22,7 +22,7 @@ from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.activation import ACTIVATIONS, SWIGLU, SWIGLU_BIAS, sigmoid
 from mxfp4ref.sm90.swiglu import swiglu
 
-__all__ = ["activation_hypotheses", "other_activations"]
+__all__ = ["activation_hypotheses", "clamps", "other_activations"]
 
 _A = ("activation",)
 _Clamp = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -30,7 +30,7 @@ _Product = Callable[[Operands], Tensor]
 _min, _max, _mul = fp32.minimum, fp32.maximum, fp32.mul
 
 
-def _clamps() -> Iterator[tuple[str, _Clamp, float]]:
+def clamps() -> Iterator[tuple[str, _Clamp, float]]:
     """Instead of up to [-L, L] and gate to at most L."""
 
     def both(t: Tensor, limit: Tensor) -> Tensor:
@@ -256,9 +256,9 @@ def activation_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     if call.activation.id not in (SWIGLU, SWIGLU_BIAS):
         return
     experts = call.experts
-    clamps = list(_clamps()) if experts.swiglu_limit is not None else []
+    limited = list(clamps()) if experts.swiglu_limit is not None else []
     sigmoids, products = list(_sigmoids()), list(_products())
-    parts: list[tuple[str, list[Any]]] = [("clamp", clamps), ("sigmoid", sigmoids), ("product", products)]
+    parts: list[tuple[str, list[Any]]] = [("clamp", limited), ("sigmoid", sigmoids), ("product", products)]
     for part, choices in parts:
         for words, change, cost in choices:
             yield activation_hypothesis(words, SwigluVariant(**{part: change}), cost)
@@ -267,7 +267,7 @@ def activation_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
         if all(tensor is not None for word, tensor in needed.items() if word in words):
             yield activation_hypothesis(words, as_stage(run), cost)
     yield from step_hypotheses(call)
-    for words, clamp, cost in clamps:
+    for words, clamp, cost in limited:
         for part, choices in parts[1:]:
             for more, change, extra in choices:
                 variant = SwigluVariant(clamp=clamp, **{part: change})

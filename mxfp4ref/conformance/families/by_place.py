@@ -7,7 +7,9 @@ from itertools import chain
 
 from torch import Tensor
 
+from mxfp4ref.conformance.families.bias_sums import bias_sum_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
+from mxfp4ref.conformance.families.input_norms import norm_hypotheses
 from mxfp4ref.conformance.families.misread import misread_hypotheses
 from mxfp4ref.conformance.families.output_memory import memory_hypotheses
 from mxfp4ref.conformance.families.outputs import input_factor_hypotheses
@@ -21,7 +23,13 @@ __all__ = ["hypotheses_by_place"]
 
 def hypotheses_by_place(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
     """Those that fit what is wrong, `[M, H] bool`; of a call that is heavy, without those of rows among others."""
-    yield from chain(misread_hypotheses(call), memory_hypotheses(call), input_factor_hypotheses())
+    yield from chain(
+        misread_hypotheses(call),
+        memory_hypotheses(call),
+        input_factor_hypotheses(),
+        norm_hypotheses(),
+        bias_sum_hypotheses(call),
+    )
     if not is_heavy(call):
         tokens = wrong.any(1)
         yield from chain(

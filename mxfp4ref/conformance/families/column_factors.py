@@ -31,8 +31,14 @@ def column_factors(some: list[Sample]) -> Evidence | None:
     left = max(1 - _explained(error, sums, noise), _LEAST)
     if left > _LEFT or any(1 - _explained(error, one, noise) < _WORSE * left for one in (bias, ones)):
         return None  # another fc2 bias gives that as well
+    # Where it is nearly zero, a factor of nearly zero explains the error but nothing of what is there.
+    gained = _fitted(error, sums, noise)
+    there = torch.minimum(error.square().sum(0), (sums + error).square().sum(0)).sum()
+    rest = ((error - gained * sums).square() - noise).sum()
+    if float(rest) > _LEFT * float(there):
+        return None
     seen = (sums.square() / noise).sum(0) > _SEEN
-    factors = 1 + _fitted(error, sums, noise)[seen]
+    factors = 1 + gained[seen]
     low, high = (float(factors.quantile(q)) for q in (0.02, 0.98))
     if high - low < _ALIKE * max(abs(low), abs(high)):
         return None

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from mxfp4ref.conformance.comparison import ulp_distance
 from mxfp4ref.conformance.families.activations import activation_hypotheses, other_activations
-from mxfp4ref.conformance.families.beside_a_sum import beside_a_sum
 from mxfp4ref.conformance.families.by_place import hypotheses_by_place
 from mxfp4ref.conformance.families.by_slot import by_slot_hypotheses
 from mxfp4ref.conformance.families.codes import code_hypotheses
@@ -22,6 +21,7 @@ from mxfp4ref.conformance.families.fragments import fragment_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline, of_first_factor
 from mxfp4ref.conformance.families.known_factors import factor_in_words
 from mxfp4ref.conformance.families.lost_rows import none_right
+from mxfp4ref.conformance.families.more_activations import more_activations
 from mxfp4ref.conformance.families.named import named_hypotheses
 from mxfp4ref.conformance.families.nearly import nearly
 from mxfp4ref.conformance.families.outputs import (
@@ -33,8 +33,10 @@ from mxfp4ref.conformance.families.permuted import permuted_hypotheses
 from mxfp4ref.conformance.families.preparations import loading_hypotheses, preparation_hypotheses
 from mxfp4ref.conformance.families.regions import k_hypotheses, row_hypotheses, rows_at
 from mxfp4ref.conformance.families.roundings import order_hypotheses, rounding_hypotheses
+from mxfp4ref.conformance.families.rows_beside import beside_hypotheses
 from mxfp4ref.conformance.families.search import FEWEST_BITS, Match, Search, one_thread
 from mxfp4ref.conformance.families.slots import slot_hypotheses
+from mxfp4ref.conformance.families.soon import quick, second, soon
 from mxfp4ref.conformance.families.tensors import (
     bias_hypotheses,
     constants,
@@ -121,6 +123,12 @@ def investigate(
                     break
                 if thorough and not closer and not known:
                     closer, evidence[:] = True, look_closer(pipeline, got, wrong, evidence)
+                    if (
+                        not heavy
+                        and not _certain(evidence)
+                        and (found := soon(search, _stages_left(evidence)))
+                    ):
+                        break
                 if search.out_of_time():
                     break
         if not found and not heavy:
@@ -202,6 +210,7 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
         value_hypotheses,
         constants,
         activation_hypotheses,
+        more_activations,
         bias_hypotheses,
         rounding_hypotheses,
         output_hypotheses,
@@ -213,7 +222,9 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
     if small:
         yield wanted(slow, slow=True)
     yield wanted(of(k_hypotheses))
-    rearranged = of(layout_hypotheses, preparation_hypotheses, fragment_hypotheses, inner_hypotheses)
+    rearranged = of(
+        beside_hypotheses, layout_hypotheses, preparation_hypotheses, fragment_hypotheses, inner_hypotheses
+    )
     yield wanted(
         chain(of(code_hypotheses, by_slot_hypotheses), rearranged, of(decoding_hypotheses, table_hypotheses))
     )
@@ -233,47 +244,22 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
 
 
 def _thorough(search: Search, evidence: list[Evidence]) -> list[Match]:
-    call = search.pipeline.call
-
-    def quick() -> Iterator[Hypothesis]:
-        return (
-            h
-            for generator in (
-                expert_hypotheses,
-                value_hypotheses,
-                constants,
-                other_activations,
-                activation_hypotheses,
-                rounding_hypotheses,
-            )
-            for h in generator(call)
-        )
-
-    def second() -> Iterator[Hypothesis]:
-        return chain(
-            (h for h in named_hypotheses(call) if not h.slow),
-            weight_hypotheses(call),
-            slot_hypotheses(call),
-            quick(),
-        )
-
-    only = _stages_left(evidence)
+    call, only = search.pipeline.call, _stages_left(evidence)
     inner = next((e.inner for e in evidence if e.inner is not None), None)
     parts: list[_Generator] = [k_hypotheses, row_hypotheses]
     if "fc1" in only:
         parts.reverse()
     passes: list[Callable[[], list[Match]]] = [
-        lambda: beside_a_sum(search, left(second()), lambda: chain(second(), bias_hypotheses(call))),
         *(
             [lambda: search.run(rows_at(*inner)), lambda: search.run_in_slots(rows_at(*inner))]
             if inner and call.experts.gated
             else []
         ),
         lambda: search.run_in_slots(left(loading_hypotheses(call))),
-        lambda: search.run_in_slots(left(quick())),
+        lambda: search.run_in_slots(left(quick(call))),
         *((lambda part=part: search.run_in_slots(left(part(call)))) for part in parts),
         lambda: search.run(left(row_hypotheses(call)), enough=12),
-        lambda: search.run_twos(second),
+        lambda: search.run_twos(lambda: second(call)),
         lambda: search.run_in_slots(left(layout_hypotheses(call))),
     ]
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mxfp4ref.conformance.families.another_bias import of_another_fc2_bias
 from mxfp4ref.conformance.families.gains import gains, grows_alike
 from mxfp4ref.conformance.families.sampled import Sample
 from mxfp4ref.conformance.finding import Evidence
@@ -70,7 +71,7 @@ class Space:
             together = _together(self.samples, self.chosen)
             return _before(self.samples, self.chosen, together, biased=biased, function=function)
         if _ratio(self.likelihoods) <= -_SURE and float(after.max()) > best - _NEARLY:
-            return _after(_together(self.samples, []))
+            return _after(self.samples, _together(self.samples, []))
         return None
 
 
@@ -153,7 +154,7 @@ def _before(
     )
 
 
-def _after(together: dict[str, float]) -> Evidence | None:
+def _after(some: list[Sample], together: dict[str, float]) -> Evidence | None:
     """Of errors that have nothing to do with the columns of GEMM2's weights."""
     activation, bias = together.get("activation", 0.0), together.get("fc2 bias", 0.0)
     if activation >= _SURE and activation > bias + _SURE:
@@ -164,7 +165,7 @@ def _after(together: dict[str, float]) -> Evidence | None:
             "GEMM2 has other weights or scales; what it gets is right",
             2,
         )
-    if bias >= _SURE and bias > activation + _SURE:
+    if bias >= _SURE and bias > activation + _SURE and of_another_fc2_bias(some):
         return Evidence.of_kind(
             ("finalize", "fc2"),
             "the errors are alike for tokens of the same expert, in proportion to the routing weight",

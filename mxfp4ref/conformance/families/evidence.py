@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import ulp_distance
+from mxfp4ref.conformance.families.added_rows import added_rows
 from mxfp4ref.conformance.families.another_order import unless_in_another_order
 from mxfp4ref.conformance.families.column_factors import column_factors
 from mxfp4ref.conformance.families.distances import last_place
@@ -65,6 +66,8 @@ def gather(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> list
     if (kept := rows_of_the_input(pipeline.call, got, wrong)) is not None:
         return [kept]
     found += _rows(pipeline, got, want, wrong)
+    if not found and (added := added_rows(pipeline.call, got, want, wrong)) is not None:
+        return [added]
     if not found and (lost := lost_terms(pipeline, got, want, wrong, local)) is not None:
         return unless_in_another_order(pipeline.call, got, wrong, [lost])
     if not found and (tile := tile_sums(pipeline, got, wrong, local)) is not None:

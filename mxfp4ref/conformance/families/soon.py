@@ -1,0 +1,82 @@
+"""What is tried before the long lists: changes of a few experts alone, and two changes of which one is in the sum."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+
+from mxfp4ref.conformance.families.activations import activation_hypotheses, other_activations
+from mxfp4ref.conformance.families.beside_a_sum import beside_a_sum
+from mxfp4ref.conformance.families.bias_sums import bias_sum_hypotheses
+from mxfp4ref.conformance.families.distances import surprise
+from mxfp4ref.conformance.families.hypothesis import Hypothesis
+from mxfp4ref.conformance.families.more_activations import more_activations
+from mxfp4ref.conformance.families.named import named_hypotheses
+from mxfp4ref.conformance.families.places import suspected_experts
+from mxfp4ref.conformance.families.roundings import rounding_hypotheses
+from mxfp4ref.conformance.families.search import FEWEST_BITS, Match, Search
+from mxfp4ref.conformance.families.slots import slot_hypotheses
+from mxfp4ref.conformance.families.tensors import (
+    bias_hypotheses,
+    constants,
+    expert_hypotheses,
+    value_hypotheses,
+)
+from mxfp4ref.conformance.families.weighting import weight_hypotheses
+from mxfp4ref.model.call import MoeCall
+
+__all__ = ["quick", "second", "soon"]
+
+_NEARLY = 0.15  # of how far off the right output is, that one change leaves
+
+
+def quick(call: MoeCall) -> Iterator[Hypothesis]:
+    """Those of whole tensors, values and formulas."""
+    return (
+        h
+        for generator in (
+            expert_hypotheses,
+            value_hypotheses,
+            constants,
+            other_activations,
+            activation_hypotheses,
+            rounding_hypotheses,
+        )
+        for h in generator(call)
+    )
+
+
+def second(call: MoeCall) -> Iterator[Hypothesis]:
+    """That may be the second of two changes."""
+    named = (h for h in named_hypotheses(call) if not h.slow)
+    return chain(
+        named, weight_hypotheses(call), bias_sum_hypotheses(call), slot_hypotheses(call), quick(call)
+    )
+
+
+def soon(search: Search, only: set[str]) -> list[Match]:
+    """What takes little and is likely: experts alone that no right token has, and two changes.
+
+    Of the two one is in the sum, or explains nearly all.
+
+    Args:
+        search: of one output.
+        only: the stages that the evidence leaves; empty where it leaves all.
+    """
+    call = search.pipeline.call
+    before = not only or bool(only & {"input", "fc1", "activation"})
+    if before and suspected_experts(call, search.local, search.wrong.any(1)):
+        with search.share(0.3):
+            some = chain(other_activations(call), activation_hypotheses(call), more_activations(call))
+            if found := search.run_in_slots(h for h in some if h.cost < 1.6):
+                return found
+    if surprise(search.got, search.want) < FEWEST_BITS:
+        return []
+    with search.share(0.3):
+        first = (h for h in second(call) if not only or only & set(h.stages))
+        if found := beside_a_sum(search, first, lambda: chain(second(call), bias_hypotheses(call))):
+            return found
+    if min((distance for distance, _ in search.near), default=1.0) > _NEARLY:
+        return []
+    with search.share(0.3):
+        return search.run_twos(lambda: second(call), most=1)
