@@ -11,6 +11,7 @@ from mxfp4ref.conformance.families.hypothesis import Hypothesis
 from mxfp4ref.conformance.families.misread import misread_hypotheses
 from mxfp4ref.conformance.families.output_memory import memory_hypotheses
 from mxfp4ref.conformance.families.outputs import input_factor_hypotheses
+from mxfp4ref.conformance.families.row_experts import row_expert_hypotheses
 from mxfp4ref.conformance.families.row_offsets import count_hypotheses, offset_hypotheses
 from mxfp4ref.conformance.families.tiles import tile_hypotheses
 from mxfp4ref.conformance.reduction import is_heavy
@@ -25,5 +26,8 @@ def hypotheses_by_place(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
     if not is_heavy(call):
         tokens = wrong.any(1)
         yield from chain(
-            offset_hypotheses(call, tokens), count_hypotheses(call, tokens), tile_hypotheses(call, wrong)
+            offset_hypotheses(call, tokens),
+            count_hypotheses(call, tokens),
+            row_expert_hypotheses(call, tokens),
+            tile_hypotheses(call, wrong),
         )
