@@ -100,8 +100,6 @@ def attributes(call: MoeCall, local: Tensor) -> Iterator[SlotKind]:
         yield SlotKind(f"of experts with an {word} number", here & (local % 2 == parity))
     yield SlotKind("of the last expert", here & (local == call.experts.num_experts - 1))
     yield SlotKind("of the first expert", here & (local == 0))
-    yield SlotKind("of all experts but the first", local > 0)
-    yield SlotKind("of all experts but the last", here & (local < call.experts.num_experts - 1))
     for expert in range(call.experts.num_experts if call.experts.num_experts <= 16 else 0):
         yield SlotKind(f"of expert {expert}", here & (local == expert))
     for threshold in (0.5, 0.25, 0.1, 0.05, 0.01):
