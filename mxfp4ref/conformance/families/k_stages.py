@@ -53,7 +53,7 @@ def k_stage_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     ):
         for tile in _TILES:
             for by in (n * sign for n in range(1, _MOST + 1) for sign in (1, -1)):
-                if abs(by) * tile >= depth:
+                if abs(by) * tile >= depth or (by < 0 and "weights" in words):  # which is tried elsewhere
                     continue
                 which = f"{abs(by)} {'further on' if by > 0 else 'before'}"
                 why = "a stage released too early" if by > 0 else "a stage not waited for"
