@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._choices import Convention
+from mxfp4ref.conformance.code_numberings import NUMBERINGS
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.finding import Finding
 from mxfp4ref.conformance.index_words import map_words
@@ -174,32 +175,11 @@ def _code_words(groups: Tensor, scales: Tensor, got: Tensor) -> list[str] | None
                         said.append("groups with NaN or Inf have codes other than 0")
                     return said
     right = _ROUNDINGS[""](scaled) + sign
-    for words, table in _NUMBERINGS.items():
+    for words, table in NUMBERINGS.items():
         if torch.equal(torch.tensor(table)[right], got.to(torch.int64)):
             return [f"codes are {words}"]
     others = map_words(got.to(torch.int64).flatten(), "code", 16, of=right.flatten())
     return [f"codes are others: {others}"] if others else None
-
-
-# Ways to number the 16 values, from the right code to another.
-_NUMBERINGS = {
-    "negated in two's complement: a negative one is 16 less its magnitude, not its magnitude with the sign bit (8 to "
-    "15), and -0 is 0": [*range(8), *(16 - m & 15 for m in range(8))],
-    "negated in one's complement: a negative one is 15 less its magnitude, not its magnitude with the sign bit": [
-        *range(8),
-        *(15 - m for m in range(8)),
-    ],
-    "numbered from the least value up (an offset instead of sign and magnitude), 8 for 0": [
-        *(8 + m for m in range(8)),
-        *(8 - m for m in range(8)),
-    ],
-    "numbered from the least value up (in the order of the values instead of sign and magnitude), 7 for -0": [
-        *(8 + m for m in range(8)),
-        *(7 - m for m in range(8)),
-    ],
-    "rotated: the sign is the lowest bit instead of the highest": [c << 1 & 15 | c >> 3 for c in range(16)],
-    "of which the bits are in reverse": [int(f"{c:04b}"[::-1], 2) for c in range(16)],
-}
 
 
 def _nearest(ties_up: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
