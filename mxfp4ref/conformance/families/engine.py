@@ -12,17 +12,14 @@ from torch import Tensor
 from mxfp4ref.conformance.comparison import ulp_distance
 from mxfp4ref.conformance.families.activations import activation_hypotheses, other_activations
 from mxfp4ref.conformance.families.beside_a_sum import beside_a_sum
-from mxfp4ref.conformance.families.by_place import hypotheses_by_place
+from mxfp4ref.conformance.families.by_place import hypotheses_by_place, hypotheses_of_words_and_tiles
 from mxfp4ref.conformance.families.by_slot import by_slot_hypotheses
-from mxfp4ref.conformance.families.code_parts import code_part_hypotheses, scale_format_hypotheses
 from mxfp4ref.conformance.families.codes import code_hypotheses
 from mxfp4ref.conformance.families.decodings import decoding_hypotheses, table_hypotheses
 from mxfp4ref.conformance.families.distances import surprise
 from mxfp4ref.conformance.families.evidence import gather, look_closer
-from mxfp4ref.conformance.families.fragment_maps import fragment_map_hypotheses, stale_tile_hypotheses
 from mxfp4ref.conformance.families.fragments import fragment_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline, of_first_factor
-from mxfp4ref.conformance.families.k_stages import k_stage_hypotheses
 from mxfp4ref.conformance.families.known_factors import factor_in_words
 from mxfp4ref.conformance.families.lost_rows import none_right
 from mxfp4ref.conformance.families.named import named_hypotheses
@@ -217,13 +214,12 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
         yield wanted(slow, slow=True)
     yield wanted(of(k_hypotheses))
     rearranged = of(layout_hypotheses, preparation_hypotheses, fragment_hypotheses, inner_hypotheses)
-    elsewhere = of(code_part_hypotheses, k_stage_hypotheses, fragment_map_hypotheses, stale_tile_hypotheses)
     yield wanted(
         chain(
-            of(code_hypotheses, by_slot_hypotheses, scale_format_hypotheses),
+            of(code_hypotheses, by_slot_hypotheses),
             rearranged,
             of(decoding_hypotheses, table_hypotheses),
-            elsewhere,
+            () if small else hypotheses_of_words_and_tiles(call, search.wrong),
         )
     )
     if not small:

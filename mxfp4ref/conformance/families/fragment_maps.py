@@ -5,17 +5,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import chain, combinations
 
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline, SlotRows, of_slots, slot_outputs
+from mxfp4ref.conformance.families.hypothesis import (
+    Hypothesis,
+    Pipeline,
+    SlotRows,
+    local_of,
+    of_slots,
+    slot_outputs,
+)
 from mxfp4ref.conformance.families.row_offsets import sorted_rows
+from mxfp4ref.conformance.families.slot_kinds import position_in_expert
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import KERNEL
 
-__all__ = ["fragment_map_hypotheses", "stale_tile_hypotheses"]
+__all__ = ["fragment_map_hypotheses"]
+
+_MOSTLY = 0.8  # of the tokens that a change concerns, which come out wrong
 
 # From the rows' places in their expert `[R, 1]` and the columns `[1, n]` to those that are read: rows, columns.
 _Change = Callable[[Tensor], Tensor]  # of the sorted rows
@@ -74,7 +84,7 @@ def _result(rows: SlotRows, moved: _Change, order: Tensor) -> Tensor:
 
 _RESULT = _Matrix("GEMM2's result", ("fc2", "finalize"), _result)
 _ACTIVATION = _Matrix("the activation", ("activation", "fc2"), _activation)
-_INPUT = _Matrix("GEMM1's input rows", ("input", "fc1"), _input)
+_INPUT = _Matrix("the matrix of GEMM1's input rows", ("input", "fc1"), _input)
 _FC1 = _Matrix("GEMM1's result", ("fc1", "activation"), _fc1)
 _GATE = _Matrix("gate (GEMM1's result)", ("fc1", "activation"), _gate)
 
@@ -104,8 +114,22 @@ def _moved(matrix: _Matrix, words: str, of: _Map, cost: float, *, missing: float
     return replace(of_slots("rows of an expert", matrix.stages, words, on, cost), across_tokens=True)
 
 
-def fragment_map_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
-    """Elements at places that differ in one bit of the row and one of the column, and chunks in another swizzle."""
+def fragment_map_hypotheses(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
+    """Those that concern the tokens that are wrong, `wrong [M, H] bool`, and hardly any others.
+
+    Elements whose places differ in a bit of the row and one of the column, chunks in another swizzle, stale tiles.
+    """
+    local, tokens = local_of(Pipeline(call)), wrong.any(1)
+    position, _ = position_in_expert(local)
+    for late, hypothesis in chain(_stale(call), ((lambda r: r >= 0, h) for h in _exchanges())):
+        concerned = late(position).any(1)
+        if bool((tokens & ~concerned).any()) or not bool(concerned.any()):
+            continue
+        if float(tokens[concerned].float().mean()) >= _MOSTLY:
+            yield hypothesis
+
+
+def _exchanges() -> Iterator[Hypothesis]:
     for matrix, more in ((_RESULT, 0.0), (_ACTIVATION, 0.1), (_FC1, 0.2), (_INPUT, 0.2)):
         for row in (1, 2, 4, 8):
             for column in (1, 2, 4, 8, 16, 32, 64):
@@ -140,15 +164,15 @@ def _swizzled(matrix: _Matrix, more: float) -> Iterator[Hypothesis]:
     for (one, first), (other, second) in combinations(_SWIZZLES, 2):
         yield _moved(
             matrix,
-            f"{matrix.words} is stored with one swizzle of shared memory and read with another, {one} and {other}: "
+            f"{matrix.words} lies in shared memory with one swizzle and is read with another, {one} and {other}: "
             "chunks of 8 columns (16 bytes) are permuted within a row, by the row",
             lambda r, c, f=first, g=second: (r + 0 * c, c ^ _CHUNK * (f(r) ^ g(r))),
             1.5 + more,
         )
 
 
-def stale_tile_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
-    """Row tiles, in all columns or some tiles of K, that hold what the tile before held."""
+def _stale(call: MoeCall) -> Iterator[tuple[_Change, Hypothesis]]:
+    """Row tiles that hold in some tiles of K what the tile before held; first which rows these are."""
     for matrix in (_INPUT, _ACTIVATION, _RESULT):
         kind = "columns" if matrix is _RESULT else "K"
         for size in (8, 16, 32, 64, 128):
@@ -159,12 +183,18 @@ def stale_tile_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
                     (f"each tile of {size} rows of an expert after the first", lambda r, s=size: r >= s),
                     (f"the second tile of {size} rows of an expert", lambda r, s=size: r // s == 1),
                 ):
-                    yield _moved(
-                        matrix,
-                        f"in {matrix.words} {which} has the tile before's numbers in {words} of {kind} (a stale tile "
-                        "of other rows)",
-                        lambda r, c, s=size, i=inside, late=late: (torch.where(late(r) & i(c), r - s, r), c),
-                        1.6,
+                    yield (
+                        late,
+                        _moved(
+                            matrix,
+                            f"in {matrix.words} {which} has the tile before's numbers in {words} of {kind} "
+                            "(a stale tile of other rows)",
+                            lambda r, c, s=size, i=inside, late=late: (
+                                torch.where(late(r) & i(c), r - s, r),
+                                c,
+                            ),
+                            1.6,
+                        ),
                     )
 
 
