@@ -12,6 +12,7 @@ from torch import Tensor
 from mxfp4ref import MoeCall, forward, quantize
 from mxfp4ref.conformance import diagnose, differing
 from mxfp4ref.conformance.families.by_place import hypotheses_of_words_and_tiles
+from mxfp4ref.conformance.families.code_parts import scale_format_hypotheses
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.row_experts import row_expert_hypotheses
 from mxfp4ref.conformance.families.search import Search
@@ -102,8 +103,8 @@ def test_words_and_tiles_are_found_with_their_numbers(wrong: Callable[[MoeCall],
     call = captured("prefill")
     got, want = wrong(call), forward(call)
     search = Search(prepared(call), got, want, torch.inf)
-    found = search.run(hypotheses_of_words_and_tiles(prepared(call).call, search.wrong))
-    assert any(words in m.hypothesis.words and m.exact for m in found), [m.hypothesis.words for m in found]
+    every = hypotheses_of_words_and_tiles(search.pipeline.call, search.wrong)
+    assert any(m.exact for m in search.run(h for h in every if words in h.words))
 
 
 def test_scales_in_a_smaller_format() -> None:
@@ -113,8 +114,8 @@ def test_scales_in_a_smaller_format() -> None:
     low = (call.experts.fc2_scales.view(torch.uint8).int() - 8).to(torch.uint8)
     pipeline = prepared(with_experts(call, fc2_scales=low))
     search = Search(pipeline, got, want, torch.inf)
-    found = search.run(hypotheses_of_words_and_tiles(pipeline.call, search.wrong))
-    assert any("GEMM2's scales are kept in FP8 (float8_e4m3fn)" in m.hypothesis.words for m in found)
+    every = scale_format_hypotheses(pipeline.call)
+    assert search.run(h for h in every if "GEMM2's scales are kept in FP8 (float8_e4m3fn)" in h.words)
 
 
 def _last_rows_expert(expert: Tensor) -> Tensor:

@@ -25,7 +25,12 @@ __all__ = ["hypotheses_by_place", "hypotheses_of_words_and_tiles"]
 
 def hypotheses_by_place(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
     """Those that fit what is wrong, `[M, H] bool`; of a call that is heavy, without those of rows among others."""
-    yield from chain(misread_hypotheses(call), memory_hypotheses(call), input_factor_hypotheses())
+    yield from chain(
+        misread_hypotheses(call),
+        memory_hypotheses(call),
+        input_factor_hypotheses(),
+        scale_format_hypotheses(call),
+    )
     if not is_heavy(call):
         tokens = wrong.any(1)
         yield from chain(
@@ -37,7 +42,7 @@ def hypotheses_by_place(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
 
 
 def hypotheses_of_words_and_tiles(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
-    """On words of codes, formats of scales, tiles of K, fragments and tiles of rows; `wrong [M, H] bool`."""
-    yield from chain(scale_format_hypotheses(call), code_part_hypotheses(call), k_stage_hypotheses(call))
+    """On words of codes, tiles of K, fragments and tiles of rows; `wrong [M, H] bool`."""
+    yield from chain(code_part_hypotheses(call), k_stage_hypotheses(call))
     if not is_heavy(call):
         yield from fragment_map_hypotheses(call, wrong)

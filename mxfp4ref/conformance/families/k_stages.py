@@ -62,7 +62,7 @@ def k_stage_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
                     stages,
                     f"{words}: in each K tile of {tile} it is that of the tile {which}, where there is one ({why})",
                     change(lambda n, t=tile, b=by: _shifted(n, t * b)),
-                    1.7 + 0.02 * abs(by) + 0.01 * (tile != 64),
+                    1.5 + 0.02 * abs(by) + 0.01 * (tile != 64),
                 )
 
 
