@@ -175,9 +175,9 @@ def _code_words(groups: Tensor, scales: Tensor, got: Tensor) -> list[str] | None
                         said.append("groups with NaN or Inf have codes other than 0")
                     return said
     right = _ROUNDINGS[""](scaled) + sign
-    for words, table in NUMBERINGS.items():
+    for numbering, table in NUMBERINGS.items():
         if torch.equal(torch.tensor(table)[right], got.to(torch.int64)):
-            return [f"codes are {words}"]
+            return [f"codes are {numbering}"]
     others = map_words(got.to(torch.int64).flatten(), "code", 16, of=right.flatten())
     return [f"codes are others: {others}"] if others else None
 

@@ -23,7 +23,7 @@ from tests.held_out_kernels.calls import captured
 
 
 def magnitudes_reversed(call: MoeCall) -> Tensor:
-    codes = unpack_codes(call.experts.fc1_weights).unflatten(2, (-1, 4))
+    codes = unpack_codes(call.experts.fc1_weights).unflatten(2, (-1, 4))  # type: ignore[no-untyped-call]
     words = (codes & 8 | codes.flip(3) & 7).flatten(2)
     return forward(with_experts(call, fc1_weights=pack_codes(words.contiguous())))
 
