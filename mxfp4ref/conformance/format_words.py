@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._choices import Convention
+from mxfp4ref.conformance.code_numberings import NUMBERINGS
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.finding import Finding
 from mxfp4ref.conformance.index_words import map_words
@@ -174,6 +175,9 @@ def _code_words(groups: Tensor, scales: Tensor, got: Tensor) -> list[str] | None
                         said.append("groups with NaN or Inf have codes other than 0")
                     return said
     right = _ROUNDINGS[""](scaled) + sign
+    for numbering, table in NUMBERINGS.items():
+        if torch.equal(torch.tensor(table)[right], got.to(torch.int64)):
+            return [f"codes are {numbering}"]
     others = map_words(got.to(torch.int64).flatten(), "code", 16, of=right.flatten())
     return [f"codes are others: {others}"] if others else None
 

@@ -64,7 +64,7 @@ class Handed:
         if (after := geometry(given)) != before:
             return f"output: the kernel changed the tensor that it was given from {before} to {after}"
         if address(given) != place:
-            return "output: the kernel put the tensor that it was given elsewhere: views of it see nothing of the result"
+            return "output: the kernel put the given tensor elsewhere: views of it see nothing of the result"
         if outputs["output"] is given or (written := raw_bytes(given)) == raw_bytes(self._output):
             return ""
         if self.zeros_in_rows_left(written) == kept["output"]:

@@ -147,6 +147,8 @@ class Selection:
         score: of `SCORES`; "" for the right one.
         logits, scores: "" or what logits and scores are rounded to.
         bias: how often the bias is added.
+        bias_type: "" or what the bias is rounded to.
+        early: whether it is added to the logits instead of the scores.
         shift: of whose bias: expert e gets that of expert e + shift.
         group_bias: how often it is added in the scores of groups; None for as often.
         groups: (n_group, topk_group) or None for the right ones.
@@ -163,6 +165,8 @@ class Selection:
     logits: str = ""
     scores: str = ""
     bias: float = 1
+    bias_type: str = ""
+    early: bool = False
     shift: int = 0
     group_bias: int | None = None
     groups: tuple[int, int] | None = None
@@ -176,9 +180,11 @@ class Selection:
 
     def keys(self, view: View) -> Tensor:
         """What the experts are ordered by, `[T, E]`."""
-        bias = self.bias * view.bias.roll(-self.shift)
+        bias = rounded(self.bias * view.bias.roll(-self.shift), self.bias_type)
+        if self.early:
+            view = replace(view, logits=to_float32(view.logits + bias))
         scores = rounded(view.scores(self.score or view.right_score, self.logits), self.scores)
-        keys = to_float32(scores + bias)
+        keys = scores if self.early else to_float32(scores + bias)
         if self.among is not None:
             experts = torch.arange(keys.shape[1])
             keys = keys.masked_fill((experts < self.among[0]) | (experts > self.among[1]), -math.inf)
@@ -219,6 +225,10 @@ class Selection:
             "the correction bias is left out of the selection": self.bias == 0,
             "the correction bias is subtracted in the selection": self.bias == -1,
             "the correction bias is added twice in the selection": self.bias == 2,
+            f"the correction bias is rounded to {self.bias_type} (loaded in another dtype) in the selection": bool(
+                self.bias_type
+            ),
+            "the correction bias is added to the logits, before they become scores, in the selection": self.early,
             f"an expert's correction bias is that of the expert {_signed(self.shift)} it": self.shift != 0,
             "groups are scored without the correction bias, which only their experts get": self.group_bias
             == 0,
@@ -260,6 +270,7 @@ def selections(view: View) -> Iterator[tuple[int, Selection]]:
     changes: list[dict[str, Any]] = [{"high": True}, {"skipped": 1}]
     if view.biased:
         changes += [{"bias": 0}, {"bias": -1}, {"bias": 2}, {"shift": 1}, {"shift": -1}]
+        changes += [{"early": True}, {"bias_type": "bf16"}, {"bias_type": "fp16"}]
     size = view.logits.shape[1]
     if view.n_group > 1:
         counts = [(1, 1), *((view.n_group, n) for n in range(1, view.n_group) if n != view.topk_group)]

@@ -31,7 +31,8 @@ class Family:
 _FAMILIES = (
     Family(
         "another expert's",
-        "weights, scales, biases or SwiGLU parameters of another expert: the next one's, the first's for all, ...",
+        "weights, scales, biases or SwiGLU parameters of another expert: the next one's, the first's for all, ...; "
+        "or for some rows: a tile's first row's, those kept for equal counts, the neighbour's at a boundary",
         ("scales_of_next_expert", "params_of_first_expert", "params_by_global_id"),
     ),
     Family(
@@ -53,7 +54,8 @@ _FAMILIES = (
     Family(
         "values",
         "other values: scales by a power of two, taken as 1, the first row's, of another format; codes without sign, "
-        "cut off, of another table, or transposed in blocks of 8 x 8; weights quantised again; biases doubled; "
+        "cut off, of another table, transposed in blocks of 8 x 8, with signs or magnitudes of others; "
+        "scales held in a smaller format; weights quantised again; biases doubled; "
         "SwiGLU parameters that are constants",
         (
             *("scale_bias_125", "scale_truncated", "scale_as_integer", "scale_ocp_ends", "half_code_flushed"),
@@ -85,7 +87,8 @@ _FAMILIES = (
     Family(
         "rows of an expert",
         "rows taken from another place among their expert's: the row before, modulo n, blocks swapped or transposed; "
-        "or from where wrong offsets of the experts' rows say: padded, without carry, in too few bits, the next's",
+        "or from where wrong offsets of the experts' rows say: padded, without carry, in too few bits, the next's; "
+        "elements exchanged in fragments, another swizzle, stale tiles of K",
     ),
     Family(
         "permuted slots",

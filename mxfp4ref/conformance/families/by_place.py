@@ -8,17 +8,21 @@ from itertools import chain
 from torch import Tensor
 
 from mxfp4ref.conformance.families.bias_sums import bias_sum_hypotheses
+from mxfp4ref.conformance.families.code_parts import code_part_hypotheses, scale_format_hypotheses
+from mxfp4ref.conformance.families.fragment_maps import fragment_map_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
 from mxfp4ref.conformance.families.input_norms import norm_hypotheses
+from mxfp4ref.conformance.families.k_stages import k_stage_hypotheses
 from mxfp4ref.conformance.families.misread import misread_hypotheses
 from mxfp4ref.conformance.families.output_memory import memory_hypotheses
 from mxfp4ref.conformance.families.outputs import input_factor_hypotheses
+from mxfp4ref.conformance.families.row_experts import row_expert_hypotheses
 from mxfp4ref.conformance.families.row_offsets import count_hypotheses, offset_hypotheses
 from mxfp4ref.conformance.families.tiles import tile_hypotheses
 from mxfp4ref.conformance.reduction import is_heavy
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["hypotheses_by_place"]
+__all__ = ["hypotheses_by_place", "hypotheses_of_words_and_tiles"]
 
 
 def hypotheses_by_place(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
@@ -27,11 +31,22 @@ def hypotheses_by_place(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
         misread_hypotheses(call),
         memory_hypotheses(call),
         input_factor_hypotheses(),
+        scale_format_hypotheses(call),
         norm_hypotheses(),
         bias_sum_hypotheses(call),
     )
     if not is_heavy(call):
         tokens = wrong.any(1)
         yield from chain(
-            offset_hypotheses(call, tokens), count_hypotheses(call, tokens), tile_hypotheses(call, wrong)
+            offset_hypotheses(call, tokens),
+            count_hypotheses(call, tokens),
+            row_expert_hypotheses(call, tokens),
+            tile_hypotheses(call, wrong),
         )
+
+
+def hypotheses_of_words_and_tiles(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
+    """On words of codes, tiles of K, fragments and tiles of rows; `wrong [M, H] bool`."""
+    yield from chain(code_part_hypotheses(call), k_stage_hypotheses(call))
+    if not is_heavy(call):
+        yield from fragment_map_hypotheses(call, wrong)

@@ -42,6 +42,8 @@ def column_factors(some: list[Sample]) -> Evidence | None:
     low, high = (float(factors.quantile(q)) for q in (0.02, 0.98))
     if high - low < _ALIKE * max(abs(low), abs(high)):
         return None
+    if bool(((factors - 1).abs().minimum(factors.abs()) < _ALIKE).all()):
+        return None  # columns that are not there, or hold something else, are no product
     return Evidence(
         ("fc2", "finalize"),
         "each column of GEMM2's result has a factor of its own, the same in all tokens that were looked at, from "

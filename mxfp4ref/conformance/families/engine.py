@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mxfp4ref.conformance.comparison import ulp_distance
 from mxfp4ref.conformance.families.activations import activation_hypotheses, other_activations
-from mxfp4ref.conformance.families.by_place import hypotheses_by_place
+from mxfp4ref.conformance.families.by_place import hypotheses_by_place, hypotheses_of_words_and_tiles
 from mxfp4ref.conformance.families.by_slot import by_slot_hypotheses
 from mxfp4ref.conformance.families.codes import code_hypotheses
 from mxfp4ref.conformance.families.decodings import decoding_hypotheses, table_hypotheses
@@ -226,7 +226,12 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
         beside_hypotheses, layout_hypotheses, preparation_hypotheses, fragment_hypotheses, inner_hypotheses
     )
     yield wanted(
-        chain(of(code_hypotheses, by_slot_hypotheses), rearranged, of(decoding_hypotheses, table_hypotheses))
+        chain(
+            of(code_hypotheses, by_slot_hypotheses),
+            rearranged,
+            of(decoding_hypotheses, table_hypotheses),
+            () if small else hypotheses_of_words_and_tiles(call, search.wrong),
+        )
     )
     if not small:
         yield wanted(slow, slow=True)

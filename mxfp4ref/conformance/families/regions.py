@@ -107,6 +107,17 @@ def _roll(dim: int, by: int) -> _On:
     return lambda t: t.roll(by, dim)
 
 
+def _rolled_but(by: int, kept: int) -> _On:
+    """The experts' tensors shifted, but for one that keeps its own."""
+
+    def change(t: Tensor) -> Tensor:
+        moved = t.roll(by, 0)
+        moved[kept] = t[kept]
+        return moved
+
+    return change
+
+
 def _pairs_swapped(scales: Tensor) -> Tensor:
     groups = torch.arange(scales.shape[2], device=scales.device)
     return scales[:, :, (groups ^ 1).clamp(max=len(groups) - 1)]
@@ -131,6 +142,14 @@ def _bases(kind: str) -> Iterator[tuple[str, tuple[str, ...], _On, float]]:
             f"have the {words} expert's codes (and their own scales)",
             ("weights",),
             _roll(0, by),
+            0.5 + extra,
+        )
+    for words, by, kept, extra in (("previous", 1, 0, 0.1), ("next", -1, -1, 0.1)):
+        own = "first" if by > 0 else "last"
+        yield (
+            f"are the {words} expert's, the {own} one keeping its own",
+            ("weights", "scales"),
+            _rolled_but(by, kept),
             0.5 + extra,
         )
     if kind == "rows":

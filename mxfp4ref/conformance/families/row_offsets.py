@@ -23,7 +23,7 @@ from mxfp4ref.conformance.families.hypothesis import (
 )
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["count_hypotheses", "offset_hypotheses"]
+__all__ = ["count_hypotheses", "offset_hypotheses", "sorted_rows"]
 
 _MOSTLY = 0.8  # of the tokens that a change concerns, which come out wrong
 _Starts = Callable[[Tensor], Tensor]  # rows by expert, `[E]`, to where each expert's begin
@@ -64,6 +64,12 @@ class _Sorted:
         source = self.source(starts).clamp(max=len(self.flat))
         found[source] = self.expert  # in the order of the experts: on a CPU the last one stays
         return found[:-1]
+
+
+def sorted_rows(local: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """By row, `[R]`: the slot's number, the place among its expert's rows, and how many these are."""
+    rows = _Sorted.of(local, experts)
+    return rows.flat, rows.position, rows.counts[rows.expert]
 
 
 def _offsets(counts: Tensor) -> Tensor:

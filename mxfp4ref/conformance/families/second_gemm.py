@@ -323,7 +323,7 @@ def _of_activation(systems: list[_System], deltas: list[Tensor], of_expert: str)
     return Evidence.of_kind(
         ("fc1", "input"),
         f"GEMM2 is right, and the activation that it got{of_expert} is no function of the right GEMM1's output",
-        "GEMM1 or its input is wrong",
+        "GEMM1 (its weights' codes, scales or order) or its input is wrong",
         2,
     )
 

@@ -1,0 +1,143 @@
+"""Hypotheses on codes widened by words: signs, magnitudes or whole codes of others nearby; and on scales as
+another format holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from mxfp4ref.conformance.families.hypothesis import Hypothesis
+from mxfp4ref.conformance.families.tensors import mapped
+from mxfp4ref.formats.mxfp4 import pack_codes, unpack_codes
+from mxfp4ref.model.call import MoeCall
+
+__all__ = ["code_part_hypotheses", "scale_format_hypotheses"]
+
+_GEMMS = (
+    ("GEMM1's", ("fc1",), 0.0),
+    ("GEMM2's", ("fc2",), 0.0),
+    ("both GEMMs'", ("fc1", "fc2"), 0.2),
+)
+_PARTS = (("signs", 8), ("magnitudes", 7), ("codes", 15))
+_NTHS = {2: "second", 4: "fourth", 8: "eighth"}
+_Places = Callable[[Tensor], Tensor]  # the number of a code in its row, to that of the one whose part it gets
+
+
+def code_part_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
+    """The sign, magnitude or all of each code taken from another of its byte or word, or lost in every n-th."""
+    for whose, fcs, more in _GEMMS:
+        for words, change, cost in _changes():
+            yield Hypothesis(
+                "values",
+                fcs,
+                f"{whose} weights have {words}",
+                mapped(tuple(f"{fc}_weights" for fc in fcs), lambda _, t, c=change: c(t)),
+                cost + more,
+            )
+
+
+def _changes() -> Iterator[tuple[str, Callable[[Tensor], Tensor], float]]:
+    for part, bits in _PARTS:
+        for words, places, cost in _places():
+            if part != "codes" or "byte" not in words:  # whole codes within a byte are tried elsewhere
+                yield f"the {part} of {words}", _taken(bits, places), cost
+    for step, nth in _NTHS.items():
+        for at in range(step):
+            where = f"in every {nth} code, from {at} on"
+            if step == 2:
+                where += f" (the {('low', 'high')[at]} one of each byte)"
+            yield f"no sign {where}", _masked(7, step, at), 1.4 + step / 40
+            yield f"the opposite sign {where}", _flipped(step, at), 1.5 + step / 40
+            yield f"zero {where}", _masked(0, step, at), 1.45 + step / 40
+
+
+def _places() -> Iterator[tuple[str, _Places, float]]:
+    yield "the other code of the byte (nibbles exchanged)", lambda i: i ^ 1, 1.4
+    yield "the low code of the byte for both", lambda i: i & ~1, 1.4
+    yield "the high code of the byte for both", lambda i: i | 1, 1.4
+    for size in (4, 8):
+        yield f"the code at the other end of each word of {size} (reversed)", _reversed(size), 1.5
+        yield f"the first code of each word of {size} for all", lambda i, s=size: i // s * s, 1.5
+        yield f"the code in the other half of each word of {size}", lambda i, s=size: i ^ (s // 2), 1.5
+        yield f"the next code in each word of {size} (rotated)", _rotated(size, 1), 1.5
+        yield f"the code before in each word of {size} (rotated)", _rotated(size, -1), 1.5
+        yield f"the codes of each word of {size} in the order of even ones, then odd ones", _apart(size), 1.5
+        yield f"the codes of each word of {size} in the order of both halves in turn", _in_turn(size), 1.5
+    yield "the code two before or after (bytes exchanged in pairs)", lambda i: i ^ 2, 1.5
+
+
+def _reversed(size: int) -> _Places:
+    return lambda i: i // size * size + size - 1 - i % size
+
+
+def _rotated(size: int, by: int) -> _Places:
+    return lambda i: i // size * size + (i + by) % size
+
+
+def _apart(size: int) -> _Places:
+    return lambda i: i // size * size + i % size * 2 % size + i % size // (size // 2)
+
+
+def _in_turn(size: int) -> _Places:
+    return lambda i: i // size * size + i % 2 * (size // 2) + i % size // 2
+
+
+def _taken(bits: int, places: _Places) -> Callable[[Tensor], Tensor]:
+    """With these bits of each code those of the code at another place."""
+
+    def change(packed: Tensor) -> Tensor:
+        codes = unpack_codes(packed)
+        other = codes[..., places(torch.arange(codes.shape[2], device=codes.device))]
+        return pack_codes((codes & (15 ^ bits) | other & bits).contiguous())
+
+    return change
+
+
+def _masked(bits: int, step: int, at: int) -> Callable[[Tensor], Tensor]:
+    return lambda packed: _every(packed, step, at, lambda codes: codes & bits)
+
+
+def _flipped(step: int, at: int) -> Callable[[Tensor], Tensor]:
+    return lambda packed: _every(packed, step, at, lambda codes: codes ^ 8)
+
+
+def _every(packed: Tensor, step: int, at: int, change: Callable[[Tensor], Tensor]) -> Tensor:
+    codes = unpack_codes(packed).clone()
+    codes[..., at::step] = change(codes[..., at::step])
+    return pack_codes(codes)
+
+
+# Format, least and largest exponent of a power of two in it, and how much is rounded up to the least one.
+_FORMATS = (
+    ("float16", -24, 15),
+    ("float16 without its subnormal numbers", -14, 15),
+    ("FP8 (float8_e4m3fn)", -9, 8),
+    ("FP8 (float8_e5m2)", -16, 15),
+)
+_BEYOND = (("infinite", 255), ("zero", 0), ("the largest power of two", None), ("left as they are", -1))
+
+
+def scale_format_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
+    """Scales kept in a format of a smaller range: those below it are zero, or its least; those above it infinite."""
+    for whose, fcs, more in _GEMMS:
+        for words, least, largest in _FORMATS:
+            for above, high in _BEYOND:
+                low = least - 1  # which a tie to even rounds to zero
+                yield Hypothesis(
+                    "values",
+                    fcs,
+                    f"{whose} scales are kept in {words}: those below 2^{least} are zero, those above "
+                    f"2^{largest} {above}",
+                    mapped(
+                        tuple(f"{fc}_scales" for fc in fcs),
+                        lambda _, s, a=low + 127, b=largest + 127, h=high: _limited(s, a, b, h),
+                    ),
+                    1.3 + more + 0.02 * (high != 255),
+                )
+
+
+def _limited(scales: Tensor, zero: int, largest: int, above: int | None) -> Tensor:
+    high = scales if above == -1 else torch.full_like(scales, largest if above is None else above)
+    return torch.where(scales > largest, high, torch.where(scales <= zero, 0, scales))

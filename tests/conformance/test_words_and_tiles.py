@@ -1,0 +1,173 @@
+"""Families of words of codes, tiles of K, fragments and rows of several experts, with numbers of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+
+import pytest
+import torch
+from torch import Tensor
+
+from mxfp4ref import MoeCall, forward, quantize
+from mxfp4ref.conformance import diagnose, differing
+from mxfp4ref.conformance.families.by_place import hypotheses_of_words_and_tiles
+from mxfp4ref.conformance.families.code_parts import scale_format_hypotheses
+from mxfp4ref.conformance.families.engine import prepared
+from mxfp4ref.conformance.families.row_experts import row_expert_hypotheses
+from mxfp4ref.conformance.families.search import Search
+from mxfp4ref.formats.mxfp4 import pack_codes, unpack_codes
+from mxfp4ref.sm90.fp32 import to_bf16
+from tests.held_out_kernels.by_hand import Rows, layer, with_experts
+from tests.held_out_kernels.calls import captured
+
+
+def magnitudes_reversed(call: MoeCall) -> Tensor:
+    codes = unpack_codes(call.experts.fc1_weights).unflatten(2, (-1, 4))  # type: ignore[no-untyped-call]
+    words = (codes & 8 | codes.flip(3) & 7).flatten(2)
+    return forward(with_experts(call, fc1_weights=pack_codes(words.contiguous())))
+
+
+def third_sign_lost(call: MoeCall) -> Tensor:
+    codes = unpack_codes(call.experts.fc2_weights).clone()
+    codes[..., 2::4] &= 7
+    return forward(with_experts(call, fc2_weights=pack_codes(codes)))
+
+
+def scales_in_e4m3(call: MoeCall) -> Tensor:
+    scales = call.experts.fc2_scales
+    assert scales is not None
+    low = scales.view(torch.uint8).int() - 8  # of which many lie below 2^-9
+    call = with_experts(call, fc2_scales=low.to(torch.uint8))
+    kept = torch.where(low <= 127 - 10, 0, low).to(torch.uint8)
+    return torch.stack((forward(call), forward(with_experts(call, fc2_scales=kept))))
+
+
+def later_stage(call: MoeCall) -> Tensor:
+    def activation(rows: Rows, a: Tensor) -> Tensor:
+        return to_bf16(torch.cat((a[:, 64:], a[:, -64:]), 1))
+
+    return layer(call, activation=activation)
+
+
+def registers(call: MoeCall) -> Tensor:
+    def fc2(rows: Rows, acc: Tensor) -> Tensor:
+        row, column = rows.position[:, None], torch.arange(acc.shape[1])[None]
+        differ = ((row & 2) != 0) ^ ((column & 4) != 0)
+        source = torch.arange(len(acc))[:, None] + torch.where(differ, (row ^ 2) - row, 0)
+        there = (source < len(acc)) & (rows.expert[source.clamp(max=len(acc) - 1)] == rows.expert[:, None])
+        taken = acc[source.clamp(max=len(acc) - 1), torch.where(differ, column ^ 4, column)]
+        return to_bf16(torch.where(there, taken, 0))
+
+    return layer(call, fc2=fc2)
+
+
+def unswizzled(call: MoeCall) -> Tensor:
+    def x(rows: Rows, taken: Tensor) -> Tensor:
+        column = torch.arange(taken.shape[1])[None]
+        return taken.gather(1, column ^ (8 * (rows.position[:, None] // 4 % 2)))
+
+    return layer(call, x=x)
+
+
+def stale_activation(call: MoeCall) -> Tensor:
+    def activation(rows: Rows, a: Tensor) -> Tensor:
+        stale, late = to_bf16(a), (rows.position // 8 == 1).nonzero().flatten()
+        stale[late, :32] = to_bf16(a)[late - 8, :32]
+        return stale
+
+    return layer(call, activation=activation)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (
+            magnitudes_reversed,
+            "GEMM1's weights have the magnitudes of the code at the other end of each word of 4",
+        ),
+        (third_sign_lost, "GEMM2's weights have no sign in every fourth code, from 2 on"),
+        (later_stage, "in each K tile of 64 it is that of the tile 1 further on"),
+        (registers, "each tile of 4 rows of an expert x 8 columns"),
+        (
+            unswizzled,
+            "and is read with another, 32 bytes",
+        ),
+        (
+            stale_activation,
+            "the second tile of 8 rows of an expert has the tile before's numbers in the first 32",
+        ),
+    ],
+)
+def test_words_and_tiles_are_found_with_their_numbers(wrong: Callable[[MoeCall], Tensor], words: str) -> None:
+    call = captured("prefill")
+    got, want = wrong(call), forward(call)
+    search = Search(prepared(call), got, want, torch.inf)
+    every = hypotheses_of_words_and_tiles(search.pipeline.call, search.wrong)
+    assert any(m.exact for m in search.run(h for h in every if words in h.words))
+
+
+def test_scales_in_a_smaller_format() -> None:
+    call = captured("padded_hidden")
+    want, got = scales_in_e4m3(call)
+    assert call.experts.fc2_scales is not None
+    low = (call.experts.fc2_scales.view(torch.uint8).int() - 8).to(torch.uint8)
+    pipeline = prepared(with_experts(call, fc2_scales=low))
+    search = Search(pipeline, got, want, torch.inf)
+    every = scale_format_hypotheses(pipeline.call)
+    assert search.run(h for h in every if "GEMM2's scales are kept in FP8 (float8_e4m3fn)" in h.words)
+
+
+def _last_rows_expert(expert: Tensor) -> Tensor:
+    row = torch.arange(len(expert))
+    return expert[(row // 32 * 32 + 31).clamp(max=len(expert) - 1)]
+
+
+def _boundary_off(expert: Tensor) -> Tensor:
+    return expert[(torch.arange(len(expert)) + 2).clamp(max=len(expert) - 1)]
+
+
+def _counted(expert: Tensor) -> Tensor:
+    return torch.searchsorted(torch.unique(expert), expert)
+
+
+@pytest.mark.parametrize(
+    ("name", "whose", "words"),
+    [
+        ("prefill", _last_rows_expert, "tile of 32 sorted rows"),
+        ("gpt_oss", _boundary_off, "the last 2 rows of each expert with the weights of the expert after"),
+        ("idle_experts", _counted, "the n-th expert that has any with the weights of expert n"),
+    ],
+)
+def test_rows_by_the_weights_of_others(name: str, whose: Callable[[Tensor], Tensor], words: str) -> None:
+    call = captured(name)
+    got = layer(call, expert2=lambda rows: whose(rows.expert))
+    wrong = differing(got, forward(call)).any(1)
+    pipeline = prepared(call)
+    found = [
+        h for h in row_expert_hypotheses(pipeline.call, wrong) if words in h.words and h.stages == ("fc2",)
+    ]
+    assert any(not differing(output, got).any() for h in found if (output := h.run(pipeline)) is not None)
+
+
+def test_none_of_them_is_noise() -> None:
+    call = captured("prefill")
+    want = forward(call)
+    random = torch.Generator().manual_seed(1)
+    got = torch.where(torch.rand(want.shape, generator=random) < 0.1, want * 1.5, want)
+    search = Search(prepared(call), got, want, torch.inf)
+    every = chain(
+        hypotheses_of_words_and_tiles(search.pipeline.call, search.wrong),
+        row_expert_hypotheses(search.pipeline.call, search.wrong.any(1)),
+    )
+    assert not search.run(every)
+
+
+def test_another_numbering_of_codes() -> None:
+    values = torch.randn(4, 64, generator=torch.Generator().manual_seed(2))
+    packed, scales = quantize(values)
+    codes = unpack_codes(packed).int()
+    other = torch.where(codes >= 8, 23 - codes, codes).to(torch.uint8)
+    inputs, right = {"values": values, "rule": "floor"}, {"packed": packed, "scales": scales}
+    said = diagnose("quantize", inputs, {**right, "packed": pack_codes(other)}, right)
+    assert "one's complement" in said.finding.sentence
