@@ -42,6 +42,7 @@ NOT_DUMPED = "its reproducer was not written"  # in the message of a result
 _LARGEST = 1 << 30  # bytes of the weights of a reproducer
 _ALONE = ("raised", "wrong output", "not written", "unstable")  # what an earlier call may bring about
 _ALONE_AT_MOST = 3  # failing cases of a process that are run alone, each in a new one
+_STATE = "the kernel keeps state between calls, or chance decides"
 _NOT_RUN_AGAIN = ("timed out", "unstable", "interfered")  # to see whether a part of the call fails likewise
 
 
@@ -141,10 +142,8 @@ def _right_alone(
     if outcome.problem or _compare(case.kind, outcome, candidates, options).wrong:
         return ""
     worker.tried_alone = tried + 1
-    return (
-        f"right when run alone, twice in a new process, and not after {counted(before, 'other run')} in one: the "
-        "kernel keeps state between calls, or chance decides"
-    )
+    others = counted(before, "other run")
+    return f"right when run alone, twice in a new process, and not after {others} in one: {_STATE}"
 
 
 def _bits(one: Run) -> dict[str, bytes]:
