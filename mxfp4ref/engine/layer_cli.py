@@ -146,6 +146,7 @@ def layer(
     written.
     """
     from mxfp4ref.checkpoint import fuse_shared, open_layer, open_shards, run_layer
+    from mxfp4ref.checkpoint.run import check_whose_output
     from mxfp4ref.model.parallel import Ranks
     from mxfp4ref.model.placement import place_experts
     from mxfp4ref.sm90.activation import ACTIVATIONS
@@ -188,6 +189,8 @@ def layer(
                 "--tp-rank: expected --ep-rank, too, or the rank's --experts instead of --ep-size"
             )
         ranks = Ranks(ep_size, tp_size, expert_map=expert_map, tp_rank=tp_rank)
+        if served_path is not None:
+            check_whose_output(open_shards(served_path).files, found, ranks)
         with progress() as step:
             result = run_layer(found, input_path, output_path, router=router, ranks=ranks, step=step)
         routed = "logits" in result  # by a router, and not by ids in the input

@@ -25,6 +25,7 @@ from mxfp4ref.checkpoint.run import (
     OUTPUTS,
     ROUTER_INPUTS,
     ROUTING,
+    check_whose_output,
     layer_call,
     read_input,
     route_input,
@@ -46,9 +47,8 @@ from mxfp4ref.routing.route import PADDING_ID
 
 __all__ = ["Served", "ServedOptions", "check_served"]
 
-_ROUNDINGS = (
-    8  # ulp, within which weights of the right ids are a matter of how the router's logits were rounded
-)
+# ulp, within which weights of the right ids are a matter of how the router's logits were rounded
+_ROUNDINGS = 8
 _ALL_ZERO = "all of the output is zero, which proves nothing"
 _NOT_TOLD_APART = (
     f"the file has no {' and '.join(ROUTING)}: with them, the router's mistakes are told from the experts'"
@@ -109,6 +109,7 @@ def check_served(
     how = options or ServedOptions()
     given = read_input(input_path)
     served = _read(served_path)
+    check_whose_output(served, layer, how.ranks)
     if result is None:
         result = run_layer(layer, given, router=how.router, ranks=how.ranks, step=how.step)
     name = next(name for name in OUTPUTS if name in result)
@@ -123,9 +124,8 @@ def check_served(
         lines += [*routing_lines, f"{found}: not compared: the ids in the file are no routing"]
         return Served(tuple(lines), f"the router is wrong: {wrong_routing}", False)
     routed = {one: served[one] for one in ROUTING if one in served}
-    chosen = (
-        result[ROUTING[0]].shape[1] - layer.fused
-    )  # slots of the router, before those of the shared expert
+    # slots of the router, before those of the shared expert
+    chosen = result[ROUTING[0]].shape[1] - layer.fused
     both = len(routed) == len(ROUTING) and all(
         _same(tensor[:, chosen:], result[one][:, chosen : tensor.shape[1]]) for one, tensor in routed.items()
     )
