@@ -150,9 +150,9 @@ def check_served(
         verdicts.append(f"the output is wrong{by}" + (f": {compared.said}" if compared.said else ""))
     elif wrong_routing and both:
         verdicts.append("the output is right for its ids and weights")
-    return Served(
-        tuple(lines), "; ".join(verdicts) or "equal: the output is the layer's in every bit", not verdicts
-    )
+    whose = "the rank's part of the layer's" if name == "rank_output" else "the layer's"
+    right = f"equal: the output is {whose} in every bit"
+    return Served(tuple(lines), "; ".join(verdicts) or right, not verdicts)
 
 
 def _read(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -178,7 +178,9 @@ def test_what_cannot_be_compared(root: Path) -> None:
     result = check(root, {"rank_output": right["rank_output"]})  # once compared with the whole layer's
     assert (result.exit_code, "routed_output  " in result.output) == (2, False), result.output
     assert all(option in result.output for option in ("--ep-rank", "--experts", "--tp-rank"))
-    assert check(root, {"rank_output": right["rank_output"]}, "--experts", "0,1").exit_code == 0
+    result = check(root, {"rank_output": right["rank_output"]}, "--experts", "0,1")
+    assert result.exit_code == 0
+    assert result.output.strip().endswith("equal: the output is the rank's part of the layer's in every bit")
     result = check(root, {"routed_output": torch.zeros_like(output)}, "--diagnosis", "none")
     assert result.exit_code == 1
     assert "all of the output is zero, which proves nothing" in result.output
