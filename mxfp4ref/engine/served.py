@@ -47,8 +47,7 @@ from mxfp4ref.routing.route import PADDING_ID
 
 __all__ = ["Served", "ServedOptions", "check_served"]
 
-# ulp, within which weights of the right ids are a matter of how the router's logits were rounded
-_ROUNDINGS = 8
+_ROUNDINGS = 8  # ulp, within which weights of the right ids tell only how the router's logits were rounded
 _ALL_ZERO = "all of the output is zero, which proves nothing"
 _NOT_TOLD_APART = (
     f"the file has no {' and '.join(ROUTING)}: with them, the router's mistakes are told from the experts'"
@@ -63,7 +62,7 @@ class ServedOptions:
         router: the router to expect; None for the layer's own.
         ranks: whose output it is.
         diagnosis: "full", "quick" or "none".
-        step: as of `run_layer`.
+        step: as of `run_layer`; and before a diagnosis, with 0 parts.
     """
 
     router: RouterName | None = None
@@ -324,6 +323,8 @@ def _output(
     got = F.pad(got, (0, call.experts.hidden_size - layer.hidden_size))
     if fits := fitting_kernels(call, got, first=True):
         return _Compared(f"equal, by K tiles {fits[0]}", True)
+    if how.step is not None:
+        how.step("now the diagnosis", 0)
     call = replace(call, kernel=closest_kernel(call, got))
     want = forward(call)
     words = in_words(got[:, : layer.hidden_size], want[:, : layer.hidden_size])
