@@ -153,7 +153,11 @@ class _Run:
                 "why": f"{recording.path}: {described(call)}",
             }
             self.calls.add(call)
-            outcome = None if self.answer is None else self.answer(call)
+            outcome = None
+            if self.answer is not None:
+                start = time.perf_counter()
+                outcome = self.answer(call)
+                about["kernel_seconds"] = time.perf_counter() - start
             if outcome is not None and outcome.problem:
                 return ReplayResult(**about, status=outcome.problem, message=outcome.message)
             output = recording.output() if outcome is None else outcome.outputs["output"]
