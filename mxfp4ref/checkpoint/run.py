@@ -144,8 +144,8 @@ def of_one_rank(layer: CheckpointLayer, ranks: Ranks) -> bool:
 
 
 def check_whose_output(names: Container[str], layer: CheckpointLayer, ranks: Ranks) -> None:
-    """Raise ValueError if a `rank_output` is among the names of what was served, and no rank was chosen."""
-    if "rank_output" in names and not of_one_rank(layer, ranks):
+    """Raise ValueError if a `rank_output` alone is among the names of what was served, and no rank was chosen."""
+    if [name for name in OUTPUTS if name in names] == ["rank_output"] and not of_one_rank(layer, ranks):
         raise ValueError(
             "rank_output: expected the rank that gave it, by --ep-size and --ep-rank, --experts, or --tp-size and "
             "--tp-rank (ReadOptions.experts, Ranks.tp_rank), got none; the whole layer's is routed_output or output"
