@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,16 @@ from mxfp4ref.model.parallel import Ranks, split_intermediate
 from mxfp4ref.routing.route import PADDING_ID, Routing
 from mxfp4ref.sm90.tactics import Sm90Kernel
 
-__all__ = ["OUTPUTS", "ROUTER_INPUTS", "ROUTING", "layer_call", "read_input", "route_input", "run_layer"]
+__all__ = [
+    "OUTPUTS",
+    "ROUTER_INPUTS",
+    "ROUTING",
+    "check_whose_output",
+    "layer_call",
+    "read_input",
+    "route_input",
+    "run_layer",
+]
 
 ROUTING = ("token_selected_experts", "token_final_scales")
 OUTPUTS = ("routed_output", "output", "rank_output")
@@ -81,7 +90,7 @@ def run_layer(
     given = read_input(input_path)
     shared_output = given.get("shared_output")
     latent = _latent(layer)
-    alone = layer.expert_ids is not None or ranks.tp_rank is not None  # one rank of several
+    alone = of_one_rank(layer, ranks)
     if shared_output is not None and (alone or layer.fused or latent):
         raise ValueError("shared_output: expected none, it is not added to this result")
     padded_hidden = _widen(layer, "hidden", given["hidden"])
@@ -127,6 +136,20 @@ def run_layer(
     if output_path is not None:
         save(output_path, result)
     return result
+
+
+def of_one_rank(layer: CheckpointLayer, ranks: Ranks) -> bool:
+    """Whether the result is one rank's of several, `rank_output`."""
+    return layer.expert_ids is not None or ranks.tp_rank is not None
+
+
+def check_whose_output(names: Container[str], layer: CheckpointLayer, ranks: Ranks) -> None:
+    """Raise ValueError if a `rank_output` alone is among the names of what was served, and no rank was chosen."""
+    if [name for name in OUTPUTS if name in names] == ["rank_output"] and not of_one_rank(layer, ranks):
+        raise ValueError(
+            "rank_output: expected the rank that gave it, by --ep-size and --ep-rank, --experts, or --tp-size and "
+            "--tp-rank (ReadOptions.experts, Ranks.tp_rank), got none; the whole layer's is routed_output or output"
+        )
 
 
 def layer_call(

@@ -57,7 +57,7 @@ def to_junit(report: Report) -> str:
         tests=str(len(report.results) + report.interrupted),
         failures=str(len(failed) - errors),
         errors=str(errors + report.interrupted),
-        skipped=str(sum(r.status == "skipped" for r in report.results)),
+        skipped=str(sum(r.status == "skipped" or r.proves_nothing for r in report.results)),
         time=f"{report.seconds:.3f}",
     )
     facts = {"verdict": report.verdict, "date": report.date, **report.environment}
@@ -76,10 +76,14 @@ def to_junit(report: Report) -> str:
         )
         if result.status == "skipped":
             ElementTree.SubElement(case, "skipped", message=result.message)
+        elif result.proves_nothing:
+            ElementTree.SubElement(case, "skipped", message=f"{result.status}, but {result.message}")
         elif not result.ok:
             tag = "failure" if result.status in ("differs", "outside bounds") else "error"
             element = ElementTree.SubElement(case, tag, message=headline(result), type=result.status)
             element.text = "\n".join(case_lines(result, command(report, result)))
+        elif result.message:
+            ElementTree.SubElement(case, "system-out").text = result.message
     root = ElementTree.Element("testsuites")
     root.append(suite)
     ElementTree.indent(root)

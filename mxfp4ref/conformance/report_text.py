@@ -107,7 +107,8 @@ def tested(report: Report) -> list[str]:
         lines.append(
             f"bounds: {of} {'lies' if count == 1 else 'lie'} {WITHIN}; what judges a kernel that sums so: {by}"
         )
-    recorded = all(r.kind == RECORDING for r in report.results)  # of which no kernel is run
+    # Where outputs were recorded no kernel is run.
+    recorded = all(r.kind == RECORDING and not r.kernel_seconds for r in report.results)
     parts = {name: sum(getattr(r, f"{name}_seconds") for r in report.results) for name in PARTS[recorded:]}
     parts["diagnosis"] += report.verdict_seconds
     shares = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())

@@ -82,6 +82,11 @@ class CaseResult(Shown):
         return self.status in PASSING
 
     @property
+    def proves_nothing(self) -> bool:
+        """Whether it passed, and any kernel would have."""
+        return False
+
+    @property
     def compared(self) -> bool:
         """Whether an element was compared, or the case failed before that."""
         return self.status != "skipped" and (self.elements > 0 or not self.ok)
@@ -190,6 +195,21 @@ class Report(Shown):
     def compared(self) -> bool:
         """Whether that is so of any case; else there is no verdict."""
         return any(r.compared for r in self.results)
+
+    @property
+    def judged(self) -> str:
+        """The result in a few words."""
+        if not self.ok:
+            return "interrupted, no verdict" if self.interrupted else "does not conform"
+        if self.proves_nothing:
+            return "equal, but this proves nothing"
+        nothing = sum(r.proves_nothing for r in self.results)
+        return "conforms" + (f", but {nothing:,} of {len(self.results):,} prove nothing" if nothing else "")
+
+    @property
+    def proves_nothing(self) -> bool:
+        """Whether all passed, and any kernel would have."""
+        return self.ok and all(r.proves_nothing for r in self.results if r.status != "skipped")
 
     @property
     def verdict(self) -> str:

@@ -77,6 +77,7 @@ def record(
     Exit codes: the script's; 2 if nothing was recorded.
     """
     from mxfp4ref._validate import check_float
+    from mxfp4ref.conformance.finding import counted
     from mxfp4ref.engine.recorder import Recorder, run_script
     from mxfp4ref.engine.recordings import find_recordings
 
@@ -96,7 +97,8 @@ def record(
         for problem in recorder.problems:
             echo(f"not recorded: {problem}", err=True)
         if recorder.left_out:
-            echo(f"{recorder.left_out:,} calls were not recorded", err=True)
+            left = recorder.left_out
+            echo(f"{counted(left, 'call')} {'was' if left == 1 else 'were'} not recorded", err=True)
         ended = recorder.ended or (f"exit code {code}" if code else "")
         if not (written := recorder.written()):
             words = f"the script ended with {ended} before any call of" if ended else "expected calls of"
@@ -111,7 +113,7 @@ def record(
             return USAGE
         beside = f", beside {there:,} that were there" if there else ""
         after = f"; then the script ended with {ended}" if ended else ""
-        echo(f"{written:,} calls recorded in {folder}{beside}{after}")
+        echo(f"{counted(written, 'call')} recorded in {folder}{beside}{after}")
         return code
 
     others_code_begins()

@@ -62,6 +62,7 @@ class Counting:
         self._lock = threading.Lock()
         self._found: Counter[str] = Counter()
         self._said: set[Hashable] = set()
+        self._local: set[int] = set()
 
     def add(self, outcome: str) -> None:
         """Count a call; the log has the counts at the first, tenth, hundredth ... call: a server may be killed."""
@@ -74,6 +75,18 @@ class Counting:
     def counts(self) -> Counts:
         with self._lock:
             return Counts(**self._found)
+
+    def add_local_ids(self, layer: int) -> None:
+        """Keep in mind that the ids of this layer look local."""
+        with self._lock:
+            self._local.add(layer)
+
+    def doubts(self) -> str:
+        """What the counts do not say of calls that are equal, in words; "" if nothing."""
+        with self._lock:
+            count = len(self._local)
+        layers = f"{count:,} layer{'s' * (count != 1)}"
+        return f"; in {layers} the ids look local already, and the kernel takes global ones" if count else ""
 
     def log(self, level: int, message: str, *, once: Hashable = None, traceback: bool = False) -> None:
         """A line of the log with mode and rank; if `once` is given, only the first of those that share it."""

@@ -57,6 +57,14 @@ def described(call: MoeCall) -> str:
     return ", ".join([words, *_ranks(call), _activation(call)])
 
 
+def local_ids(call: MoeCall) -> bool:
+    """Whether no id is this rank's, and all look as if they were numbered from its first expert."""
+    ids = call.token_selected_experts
+    if not call.ep_rank or bool(owned(call).any()) or not bool((ids >= 0).any()):
+        return False
+    return int(ids.max()) < call.experts.num_experts
+
+
 def zeros_words(call: MoeCall) -> str:
     """What there is to say of a right output that is all zeros."""
     count = call.experts.num_experts
@@ -64,7 +72,7 @@ def zeros_words(call: MoeCall) -> str:
     why = ""
     if not bool(owned(call).any()):
         why = f"no id lies in {first} to {first + count - 1}, which the rank owns: "
-        if call.ep_rank and bool((ids >= 0).any()) and int(ids.max()) < count:
+        if local_ids(call):
             why = why.replace(": ", f"; they are {int(ids.min())} to {int(ids.max())}: ")
             why += "are these local ids already? The kernel takes global ones. As they are, "
     return f"{why}all of the output is zero, so that this call alone proves nothing"

@@ -146,6 +146,7 @@ def layer(
     written.
     """
     from mxfp4ref.checkpoint import fuse_shared, open_layer, open_shards, run_layer
+    from mxfp4ref.checkpoint.run import check_whose_output
     from mxfp4ref.model.parallel import Ranks
     from mxfp4ref.model.placement import place_experts
     from mxfp4ref.sm90.activation import ACTIVATIONS
@@ -188,7 +189,9 @@ def layer(
                 "--tp-rank: expected --ep-rank, too, or the rank's --experts instead of --ep-size"
             )
         ranks = Ranks(ep_size, tp_size, expert_map=expert_map, tp_rank=tp_rank)
-        with progress() as step:
+        if served_path is not None:
+            check_whose_output(open_shards(served_path).files, found, ranks)
+        with progress(before=True) as step:
             result = run_layer(found, input_path, output_path, router=router, ranks=ranks, step=step)
         routed = "logits" in result  # by a router, and not by ids in the input
         if routed and found.image_bias is not None and "image_mask" not in open_shards(input_path).files:
@@ -207,7 +210,7 @@ def layer(
     else:
         from mxfp4ref.engine.served import ServedOptions, check_served
 
-        with usage_errors(), progress() as step:
+        with usage_errors(), progress(before=True) as step:
             how = ServedOptions(router, ranks, options["diagnosis"], step)
             served = check_served(found, input_path, served_path, how, result=result)
         for line in served.lines:

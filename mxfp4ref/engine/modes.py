@@ -152,7 +152,9 @@ def _in_worker(_: object) -> None:
 
 def _at_exit() -> None:
     if install.taken_over():
-        _counting.log(logging.INFO, f"at exit, {_counting.counts()}{_skipped()}", once="exit")
+        doubts = _counting.doubts()
+        words = f"at exit, {_counting.counts()}{_skipped()}{doubts}"
+        _counting.log(logging.WARNING if doubts else logging.INFO, words, once="exit")
 
 
 def _skipped() -> str:

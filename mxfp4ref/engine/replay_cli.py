@@ -152,7 +152,9 @@ def _replay(folder: Path, options: dict[str, Any], interruption: Interruption) -
         return NOT_EQUAL
     if report.ok:
         return 0 if complete else USAGE
-    raise UsageError(f"{folder}: none of the {len(report.results)} recorded calls could be compared")
+    count = len(report.results)
+    which = "the one recorded call could not" if count == 1 else f"none of the {count:,} recorded calls could"
+    raise UsageError(f"{folder}: {which} be compared")
 
 
 def _files_of(*paths: Path | None) -> Iterator[Path]:

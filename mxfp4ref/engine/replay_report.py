@@ -70,14 +70,20 @@ class ReplayResult(CaseResult):
         predicted: the tactics that the call or the autotune cache names.
         shown: of a call that is equal, as `unshown.shown` gives it; without what an earlier one showed.
         all_zero: whether no output element is other than zero, so that the call alone proves nothing.
+        local_ids: whether no id is the rank's, and all look as if they were local ones.
     """
 
     layer: int = 0
     tokens: int = 0
     predicted: str = ""
     all_zero: bool = False
+    local_ids: bool = False
     other: tuple[str, ...] = ()
     shown: Mapping[str, bool] = field(default_factory=dict)
+
+    @property
+    def proves_nothing(self) -> bool:
+        return self.ok and self.status != "skipped" and (self.all_zero or not self.elements)
 
 
 @dataclass(frozen=True, repr=False)
@@ -104,6 +110,8 @@ class ReplayReport(Report):
             words += f" {held} of {counted(len(predicted), 'prediction')} of tactics held."
         if zeros := sum(r.all_zero for r in replayed):
             words += f" {zeros} gave zeros only, which proves nothing."
+        if local := sum(r.local_ids for r in replayed):
+            words += f" Are the ids of {counted(local, 'call')} local already? The kernel takes global ones."
         words += "".join(f" {sentence}" for sentence in unshown([r.shown for r in replayed]))
         for parameters, count in Counter(r.other for r in replayed if r.other).items():
             words += f" {counted(count, 'call')} {'has' if count == 1 else 'have'} another "

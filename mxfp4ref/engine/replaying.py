@@ -29,7 +29,7 @@ from mxfp4ref.engine.answering import answering
 from mxfp4ref.engine.arguments import generation_in_record
 from mxfp4ref.engine.autotune import AutotuneCache, Prediction, read_autotune_cache
 from mxfp4ref.engine.calls import Layers, arguments_of, read_call, release_of
-from mxfp4ref.engine.describing import Calls, described, zeros_words
+from mxfp4ref.engine.describing import Calls, described, local_ids, zeros_words
 from mxfp4ref.engine.estimating import Estimate, estimate
 from mxfp4ref.engine.fitting import closest_kernel, fitting_kernels
 from mxfp4ref.engine.graph_buffers import GraphBuffers
@@ -148,11 +148,16 @@ class _Run:
             about |= {
                 "layer": layer,
                 "tokens": call.num_tokens,
+                "local_ids": local_ids(call),
                 "other": self._layers.other_parameters(layer, call.experts),
                 "why": f"{recording.path}: {described(call)}",
             }
             self.calls.add(call)
-            outcome = None if self.answer is None else self.answer(call)
+            outcome = None
+            if self.answer is not None:
+                start = time.perf_counter()
+                outcome = self.answer(call)
+                about["kernel_seconds"] = time.perf_counter() - start
             if outcome is not None and outcome.problem:
                 return ReplayResult(**about, status=outcome.problem, message=outcome.message)
             output = recording.output() if outcome is None else outcome.outputs["output"]

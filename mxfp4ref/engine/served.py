@@ -25,6 +25,7 @@ from mxfp4ref.checkpoint.run import (
     OUTPUTS,
     ROUTER_INPUTS,
     ROUTING,
+    check_whose_output,
     layer_call,
     read_input,
     route_input,
@@ -46,9 +47,7 @@ from mxfp4ref.routing.route import PADDING_ID
 
 __all__ = ["Served", "ServedOptions", "check_served"]
 
-_ROUNDINGS = (
-    8  # ulp, within which weights of the right ids are a matter of how the router's logits were rounded
-)
+_ROUNDINGS = 8  # ulp, within which weights of the right ids tell only how the router's logits were rounded
 _ALL_ZERO = "all of the output is zero, which proves nothing"
 _NOT_TOLD_APART = (
     f"the file has no {' and '.join(ROUTING)}: with them, the router's mistakes are told from the experts'"
@@ -63,7 +62,7 @@ class ServedOptions:
         router: the router to expect; None for the layer's own.
         ranks: whose output it is.
         diagnosis: "full", "quick" or "none".
-        step: as of `run_layer`.
+        step: as of `run_layer`; and before a diagnosis, with 0 parts.
     """
 
     router: RouterName | None = None
@@ -109,6 +108,7 @@ def check_served(
     how = options or ServedOptions()
     given = read_input(input_path)
     served = _read(served_path)
+    check_whose_output(served, layer, how.ranks)
     if result is None:
         result = run_layer(layer, given, router=how.router, ranks=how.ranks, step=how.step)
     name = next(name for name in OUTPUTS if name in result)
@@ -123,9 +123,8 @@ def check_served(
         lines += [*routing_lines, f"{found}: not compared: the ids in the file are no routing"]
         return Served(tuple(lines), f"the router is wrong: {wrong_routing}", False)
     routed = {one: served[one] for one in ROUTING if one in served}
-    chosen = (
-        result[ROUTING[0]].shape[1] - layer.fused
-    )  # slots of the router, before those of the shared expert
+    # slots of the router, before those of the shared expert
+    chosen = result[ROUTING[0]].shape[1] - layer.fused
     both = len(routed) == len(ROUTING) and all(
         _same(tensor[:, chosen:], result[one][:, chosen : tensor.shape[1]]) for one, tensor in routed.items()
     )
@@ -150,9 +149,9 @@ def check_served(
         verdicts.append(f"the output is wrong{by}" + (f": {compared.said}" if compared.said else ""))
     elif wrong_routing and both:
         verdicts.append("the output is right for its ids and weights")
-    return Served(
-        tuple(lines), "; ".join(verdicts) or "equal: the output is the layer's in every bit", not verdicts
-    )
+    whose = "the rank's part of the layer's" if name == "rank_output" else "the layer's"
+    right = f"equal: the output is {whose} in every bit"
+    return Served(tuple(lines), "; ".join(verdicts) or right, not verdicts)
 
 
 def _read(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -324,6 +323,8 @@ def _output(
     got = F.pad(got, (0, call.experts.hidden_size - layer.hidden_size))
     if fits := fitting_kernels(call, got, first=True):
         return _Compared(f"equal, by K tiles {fits[0]}", True)
+    if how.step is not None:
+        how.step("now the diagnosis", 0)
     call = replace(call, kernel=closest_kernel(call, got))
     want = forward(call)
     words = in_words(got[:, : layer.hidden_size], want[:, : layer.hidden_size])

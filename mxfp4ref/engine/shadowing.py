@@ -16,7 +16,7 @@ from mxfp4ref._validate import check_int
 from mxfp4ref.conformance.comparison import difference_at, differing
 from mxfp4ref.engine.arguments import bind, capturing, lenient_call
 from mxfp4ref.engine.counting import Counting
-from mxfp4ref.engine.describing import zeros_words
+from mxfp4ref.engine.describing import local_ids, zeros_words
 from mxfp4ref.engine.dump import write_call
 from mxfp4ref.engine.fitting import closest_kernel, fitting_kernels
 from mxfp4ref.engine.install import Kernel
@@ -154,6 +154,8 @@ class Shadow:
                 return "different"
             due.layer.last[call.num_tokens] = fits[0].kernel
         if returned.numel() and not bool((returned != 0).any()):
+            if local_ids(due.call):
+                self._counting.add_local_ids(due.layer.number)
             words = f"layer {due.layer.number}, call {due.number:,}: {zeros_words(due.call)}"
             self._counting.log(logging.WARNING, words, once=f"{due.layer.number} zeros")
         return "equal"

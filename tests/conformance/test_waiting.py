@@ -7,8 +7,9 @@ import re
 import signal
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from mxfp4ref.__main__ import commands
 from mxfp4ref.conformance import heartbeat, memory, suite
 from mxfp4ref.conformance.cli import report_files, shared
 from mxfp4ref.conformance.cli.selecting import that_fit
+from mxfp4ref.conformance.results import CaseResult
 from mxfp4ref.goldens import open_goldens
 
 FIRST, SECOND = "finalize/slot_order", "gemm/ordinary"
@@ -76,6 +78,36 @@ def test_a_slow_case_is_named_where_no_bar_can_be_drawn(monkeypatch: pytest.Monk
 
 def waited(said: threading.Event) -> None:
     assert said.wait(30)
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a heartbeat would say."""
+    words: list[str] = []
+    monkeypatch.setattr(shared, "heartbeat", lambda say: nullcontext(words.append))
+    return words
+
+
+def test_a_part_is_not_done_before_it_ends(told: list[str]) -> None:
+    with shared.progress(before=True) as step:
+        step("experts 0 to 3", 1)
+        step("now the diagnosis", 0)
+    assert told[1:] == ["0 of 1 done; now experts 0 to 3", "now the diagnosis"]
+
+
+def test_what_is_not_run_takes_no_time(told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 1000, 90))
+    monkeypatch.setattr(shared, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with shared.case_progress([FIRST, SECOND], 1) as advance:
+        advance(CaseResult(FIRST, "moe", "", "differs"))
+    assert told[-1] == "1 of 2 done; 1 failed; now the diagnosis of all together"
+
+
+def test_the_last_line_is_not_the_end(told: list[str]) -> None:
+    with shared.progress(lines=True) as step:
+        step("call 1", 2)
+        step("call 2", 2)
+    assert told[-2:] == ["1 of 2 done", "2 of 2 done; now the end of the run"]
 
 
 def test_a_quick_run_says_nothing_on_the_way() -> None:

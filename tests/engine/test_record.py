@@ -61,7 +61,7 @@ def test_a_script_is_recorded_and_replayed(tmp_path: Path, script: Path) -> None
     assert sys.argv[0] != str(script)
     # A second run adds to the folder.
     added = invoke("record", script, "1", "0", "--output", tmp_path / "calls").output
-    assert added.endswith(f"1 calls recorded in {tmp_path / 'calls'}, beside 2 that were there\n")
+    assert added.endswith(f"1 call recorded in {tmp_path / 'calls'}, beside 2 that were there\n")
     assert len(find_recordings(tmp_path / "calls")) == 3
 
 
@@ -74,7 +74,7 @@ def test_a_script_that_goes_elsewhere(tmp_path: Path, script: Path, monkeypatch:
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path)
     result = invoke("record", "--output", "calls", script, "1", "0")
-    assert f"1 calls recorded in {tmp_path / 'calls'}" in result.output
+    assert f"1 call recorded in {tmp_path / 'calls'}" in result.output
     assert len(find_recordings(tmp_path / "calls")) == 1
     assert not list((tmp_path / "other").iterdir())
 
@@ -87,7 +87,7 @@ def test_what_the_script_raises_is_told_beside_what_was_recorded(
     result = invoke("record", "--output", tmp_path / "calls", script, "1")
     assert result.exit_code == 1
     assert f"{error}: of the script" in result.output
-    assert "1 calls recorded" in result.output
+    assert "1 call recorded" in result.output
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_script_that_ends_too_early_is_told(tmp_path: Path, script: Path, end:
 
 @pytest.mark.usefixtures("copied_processes")
 @pytest.mark.parametrize(
-    ("count", "code", "words"), [("1", 0, "1 calls recorded"), ("0", 2, "nothing recorded")]
+    ("count", "code", "words"), [("1", 0, "1 call recorded"), ("0", 2, "nothing recorded")]
 )
 def test_a_script_that_ends_its_process_is_told(
     tmp_path: Path, script: Path, count: str, code: int, words: str
@@ -182,7 +182,7 @@ def test_limits_are_told(tmp_path: Path, script: Path) -> None:
     assert result.exit_code == 0
     assert "not recorded: the limit of 1 calls or 20 GiB is reached" in result.output
     assert "2 calls were not recorded" in result.output
-    assert "1 calls recorded" in result.output
+    assert "1 call recorded" in result.output
 
 
 @pytest.fixture
@@ -395,7 +395,7 @@ def test_a_flashinfer_that_comes_late_is_told(tmp_path: Path, script: Path) -> N
     script.write_text(_CALLS.format(before=f"sys.path.insert(0, {str(tmp_path / 'late')!r})"))
     output = invoke("record", "--output", tmp_path / "calls", script).output
     assert "not recorded: a flashinfer that came after the recording had begun" in output
-    assert "1 calls were not recorded" in output
+    assert "1 call was not recorded" in output
     assert [r.status for r in replay(tmp_path / "calls", ReplayOptions(diagnosis="none")).results] == [
         "differs"
     ]

@@ -21,7 +21,9 @@ from mxfp4ref import __version__
 from mxfp4ref.__main__ import commands
 from mxfp4ref._choices import Diagnosing
 from mxfp4ref.conformance.diagnosis import Located
+from mxfp4ref.conformance.html_report import to_html
 from mxfp4ref.conformance.looking import SECONDS
+from mxfp4ref.conformance.report import to_junit
 from mxfp4ref.defects import get_defect
 from mxfp4ref.engine import estimating
 from mxfp4ref.engine.recordings import Recording
@@ -435,6 +437,40 @@ def test_a_limit_that_nothing_reaches_is_not_tested(tmp_path: Path) -> None:
         assert ("reaches swiglu_limit: such calls do not show" in report.verdict) != tested
 
 
+def test_local_ids_are_doubted_in_each_report(tmp_path: Path) -> None:
+    """Zeros are equal to what such ids give, but nothing is proved: once a green check, without a word."""
+    ids = torch.arange(SMALL.top_k, dtype=torch.int32).repeat(SMALL.num_tokens, 1)
+    local = replace(SMALL_CALL, token_selected_experts=ids, ep_size=2, ep_rank=1)
+    recorded.write_call(tmp_path / "calls", local, forward(local))
+    files = {kind: tmp_path / f"r.{kind}" for kind in ("junit", "html")}
+    given = [text for kind, path in files.items() for text in (f"--{kind}", path)]
+    result = invoke("replay", tmp_path / "calls", *given)
+    assert result.exit_code == 0, result.output
+    assert result.output.splitlines()[-1].endswith(
+        "ids of 1 call local already? The kernel takes global ones."
+    )
+    html = files["html"].read_text()
+    assert "equal, but this proves nothing" in html
+    assert "are these local ids already?" in html
+    assert not any(green in html for green in ("✓", "conforms", 'class="good"', "verdict ok"))
+    suite = ElementTree.parse(files["junit"]).getroot().find("testsuite")
+    assert suite is not None
+    assert suite.attrib["skipped"] == "1"
+    skipped = suite.find("testcase/skipped")
+    assert skipped is not None
+    assert "are these local ids already?" in skipped.attrib["message"]
+
+
+def test_notes_of_calls_that_are_equal_are_in_each_report(tmp_path: Path) -> None:
+    noted = ReplayResult("a", "recording", "", "equal", elements=1, message="no prediction: of a cache")
+    zeros = replace(noted, case="b", message="zeros prove nothing", all_zero=True)
+    report = ReplayReport("calls", "exact", (noted, zeros))
+    html = to_html(report)
+    assert "conforms, but 1 of 2 prove nothing" in html
+    assert "no prediction: of a cache" in html
+    assert "<system-out>no prediction: of a cache</system-out>" in to_junit(report)
+
+
 def test_an_output_of_zeros_proves_nothing(tmp_path: Path) -> None:
     zeros = replace(SMALL_CALL, token_final_scales=torch.zeros_like(SMALL.token_final_scales))
     recorded.write_call(tmp_path, zeros, forward(zeros))
@@ -502,7 +538,7 @@ def test_calls_without_tokens_prove_nothing(tmp_path: Path) -> None:
     recorded.write_call(tmp_path, call, forward(call))
     result = invoke("replay", tmp_path)
     assert result.exit_code == 2
-    assert "none of the 1 recorded calls could be compared" in result.output
+    assert "the one recorded call could not be compared" in result.output
 
 
 def test_rows_that_the_kernel_does_not_write_prove_nothing(tmp_path: Path) -> None:
@@ -518,7 +554,7 @@ def test_rows_that_the_kernel_does_not_write_prove_nothing(tmp_path: Path) -> No
     assert "with enable_alltoall the kernel writes nothing" in only(report).message
     result = invoke("replay", tmp_path)
     assert result.exit_code == 2
-    assert "none of the 1 recorded calls could be compared" in result.output
+    assert "the one recorded call could not be compared" in result.output
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

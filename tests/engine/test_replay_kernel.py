@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ def test_a_kernel_of_ones_own(wrong: Path, tmp_path: Path) -> None:
     found = json.loads((tmp_path / "r.json").read_text())
     assert found["mode"] == "bounded"
     assert found["results"][0]["outside"] > 0
+    assert found["results"][0]["kernel_seconds"] > 0
+    assert re.search(r"^seconds: .* in all; kernel [0-9.]+, comparison ", result.output, re.MULTILINE)
 
 
 def test_mode_bounded_of_what_was_recorded(tmp_path: Path) -> None:

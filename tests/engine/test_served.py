@@ -174,6 +174,13 @@ def test_what_cannot_be_compared(root: Path) -> None:
     ):
         result = check(root, served)
         assert (result.exit_code, message in result.output) == (2, True), result.output
+    right = run_layer(called(root, [0, 1])[0], root / "x")
+    result = check(root, {"rank_output": right["rank_output"]})  # once compared with the whole layer's
+    assert (result.exit_code, "routed_output  " in result.output) == (2, False), result.output
+    assert all(option in result.output for option in ("--ep-rank", "--experts", "--tp-rank"))
+    result = check(root, {"rank_output": right["rank_output"]}, "--experts", "0,1")
+    assert result.exit_code == 0
+    assert result.output.strip().endswith("equal: the output is the rank's part of the layer's in every bit")
     result = check(root, {"routed_output": torch.zeros_like(output)}, "--diagnosis", "none")
     assert result.exit_code == 1
     assert "all of the output is zero, which proves nothing" in result.output

@@ -310,6 +310,18 @@ def test_zeros_are_said_to_prove_nothing(caplog: pytest.LogCaptureFixture) -> No
     assert [said in line for line in lines(caplog)] == [True]
 
 
+def test_ids_that_look_local_are_told_again_at_the_end(caplog: pytest.LogCaptureFixture) -> None:
+    """Hours after the warning, "2 equal" is what is read."""
+    call = served_by(REAL)
+    engine.shadow()
+    for _ in range(2):
+        call(**{**ARGUMENTS, "ep_size": 2, "ep_rank": 1})
+    modes._at_exit()
+    assert "are these local ids already?" in lines(caplog)[0]
+    end = "at exit, 2 calls: 2 equal; in 1 layer the ids look local already, and the kernel takes global ones"
+    assert lines(caplog)[-1].endswith(end)
+
+
 def test_swap_tells_the_slots_that_it_skipped(caplog: pytest.LogCaptureFixture) -> None:
     call = served_by(REAL)
     reset_skipped_slots()

@@ -137,7 +137,7 @@ def checkpoint(
     from mxfp4ref.checkpoint.inspection import inspect
     from mxfp4ref.conformance.cli.checkpoint_table import as_object, show
 
-    with usage_errors(), progress() as step:
+    with usage_errors(), progress(before=True) as step:
         how = read_options(options["changes"], options["quantize"], options["name_map"])
         found = inspect(root, how, layers=layers, weights=not names_only, step=step)
     if as_json:

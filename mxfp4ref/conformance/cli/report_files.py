@@ -181,4 +181,5 @@ def print_report(result: Report, *, verbose: bool) -> None:
     cases = {f"{one.case}:" for one in result.results}
     for line in lines:
         echo(line, bold=line.partition(" ")[0] in cases or None)
-    echo(verdict, fg="green" if result.ok else "red", bold=True)
+    colour = "yellow" if result.proves_nothing else "green" if result.ok else "red"
+    echo(verdict, fg=colour, bold=True)

@@ -107,22 +107,24 @@ def usage_errors() -> Iterator[None]:
 
 @contextmanager
 def progress(
-    *, lines: bool = False, first: str = "", total: int | None = None
+    *, lines: bool = False, first: str = "", total: int | None = None, before: bool = False
 ) -> Iterator[Callable[[str, int], None]]:
-    """A function to call after each step, with its name and the number of steps.
+    """A function to call after each step, or `before` it, with its name and the number of steps; 0 if unknown.
 
     It moves a progress bar on stderr, which shows `first` and `total` until then. Where none can be drawn it prints a
     line, if `lines`; and how far it has come, after each so many seconds that pass in silence.
     """
+    done = itertools.count(0 if before else 1)
     if animated():
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
         with Progress(*columns, console=console(), transient=True) as bar:
             task = bar.add_task(first, total=total)
-            yield lambda name, total: bar.update(task, advance=1, total=total, description=name)
+            yield lambda name, total: bar.update(
+                task, completed=next(done), total=total or None, description=name
+            )
         return
-    done = itertools.count(1)
 
     def say(words: str) -> None:
         with suppress(OSError, ValueError):  # stderr is closed
@@ -136,7 +138,10 @@ def progress(
             count = next(done)
             if lines:
                 echo(f"[{count:3}/{total}] {name}", err=True)
-            now(_so_far(count, total, time.monotonic() - start, "" if lines else name))
+            words = f"now {name}" if before and total else name
+            if lines:  # which has told the name
+                words = "now the end of the run" if count == total else ""
+            now(_so_far(count, total, time.monotonic() - start, words))
 
         yield line
 
@@ -173,7 +178,11 @@ def case_progress(
                     echo(f"    {said}", err=True)
             ended = done == len(names) or failed == max_failures
             last = "the diagnosis of all together" if failed else "the end of the run"
-            step(f"{failed} failed; now {last if ended else names[done]}", len(names))
+            words = f"{failed} failed; now {last if ended else names[done]}"
+            if ended and done < len(names):  # there is no rate: the other cases are not run
+                step(f"{done} of {len(names)} done; {words}", 0)
+            else:
+                step(words, len(names))
 
         yield advance
 
