@@ -14,6 +14,7 @@ _MOST_TOLD = 3  # different sentences
 _BEFORE_FINALIZE = {"input", "fc1", "activation", "fc2"}
 _REACHES = {
     "before finalize": "it lies before finalize",
+    "before or after finalize's sum": "it lies before or after finalize's weighted sum",
     "rounding": "every element lies within the interval of all correct evaluations",
 }
 
