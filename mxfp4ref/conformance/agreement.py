@@ -126,7 +126,7 @@ def _several(findings: list[Finding]) -> Finding | None:
         + " (with numbers of their own)" * (len(set(parts)) > 1)
         for i, parts in enumerate(most[:_MOST_TOLD])
     ]
-    more = ["more in the cases"] * (len(most) > _MOST_TOLD)
+    more = ["and more, told of each case"] * (len(most) > _MOST_TOLD)
     sentence = f"{SEVERAL}: {'; '.join([*told, *more])}"
     return Finding(_shared(findings), sentence, kind=SEVERAL, hedged=any(f.hedged for f in telling))
 
