@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
 from mxfp4ref.conformance.diagnosis import Diagnosis
-from mxfp4ref.conformance.finding import Finding, counted, in_words
+from mxfp4ref.conformance.finding import SEVERAL, Finding, counted, in_words
 
 __all__ = ["agreed"]
 
 _MOST_TOLD = 3  # different sentences
+_NUMBER = re.compile(r"\d[\d.,]*")
+_RIGHT = (" are right", " is right")
 _BEFORE_FINALIZE = {"input", "fc1", "activation", "fc2"}
 _REACHES = {
     "before finalize": "it lies before finalize",
+    "before or after finalize's sum": "it lies before or after finalize's weighted sum",
     "rounding": "every element lies within the interval of all correct evaluations",
 }
 
@@ -27,7 +31,12 @@ def agreed(diagnoses: Sequence[Diagnosis]) -> Finding:
     findings = [d.finding for d in diagnoses]
     if not findings:
         return Finding()
-    return _predicted(findings) or _evident(findings) or Finding(_shared(findings), common=_common(diagnoses))
+    return (
+        _predicted(findings)
+        or _evident(findings)
+        or _several(findings)
+        or Finding(_shared(findings), common=_common(diagnoses))
+    )
 
 
 def _predicted(findings: list[Finding]) -> Finding | None:
@@ -96,6 +105,30 @@ def _of_one_kind(findings: list[Finding]) -> Finding | None:
     example = _details(same[0])
     sentence = f"{of}{'; in the first of them: ' * bool(example)}{example}"
     return Finding(_shared(same), sentence, hedged=any(f.hedged for f in same))
+
+
+def _several(findings: list[Finding]) -> Finding | None:
+    """What most of the cases say, each something of its own: the parts of it that are said most often."""
+    telling = [f for f in findings if f.sentence]
+    if len(findings) == 1 or 2 * len(telling) <= len(findings):
+        return None
+    said: dict[str, list[str]] = {}  # by the words without their numbers, as each case says it
+    for finding in telling:
+        parts = (finding.hypotheses[0] if finding.hypotheses else _kind(finding)).split("; ")
+        own = {_NUMBER.sub("", part): part for part in parts if not part.endswith(_RIGHT)}
+        for words, part in own.items():
+            said.setdefault(words, []).append(part)
+    most = sorted(said.values(), key=len, reverse=True)
+    if not most:
+        return None
+    told = [
+        f"in {len(parts)} of {len(findings)}{' failing cases' * (i == 0)} {parts[0]}"
+        + " (with numbers of their own)" * (len(set(parts)) > 1)
+        for i, parts in enumerate(most[:_MOST_TOLD])
+    ]
+    more = ["and more, told of each case"] * (len(most) > _MOST_TOLD)
+    sentence = f"{SEVERAL}: {'; '.join([*told, *more])}"
+    return Finding(_shared(findings), sentence, kind=SEVERAL, hedged=any(f.hedged for f in telling))
 
 
 def _details(finding: Finding) -> str:

@@ -12,10 +12,14 @@ from mxfp4ref.conformance.families.slot_kinds import position_in_expert
 from mxfp4ref.conformance.reduction import local_experts
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["Attribution", "attribution"]
+__all__ = ["ALL_TOKENS", "OF_SLOTS", "Attribution", "attribution"]
+
+ALL_TOKENS = (
+    ", of all tokens with a slot there"  # where slots are not told apart: a token counts in several places
+)
 
 _MOST = 12  # places of a kind
-_OF_SLOTS = ("expert", "row of an expert")  # a token may have slots in several places
+OF_SLOTS = ("expert", "row of an expert")  # a token may have slots in several places
 _CONTRAST = 0.25  # between the shares of two places, below which a kind says nothing
 _AS_MUCH = 0.05  # of contrast, that smaller blocks may have more than larger ones of the same kind
 
@@ -28,7 +32,8 @@ class Attribution:
         by: the kind of place, such as "expert".
         place: which of them.
         differing, elements: of the output elements that have to do with it, and could have differed; of experts and
-            their rows without those of tokens that have a slot in a place of which more differs.
+            their rows without those of tokens that have a slot in a place of which more differs, unless `by` ends
+            with `ALL_TOKENS`.
     """
 
     by: str
@@ -56,8 +61,9 @@ def attribution(call: MoeCall, mask: Tensor, could: Tensor | None = None) -> tup
     rows = {by: [one.row(by, counts) for one in places] for by, places in kinds.items()}
     contrasts = {by: _contrast(rows[by]) for by in kinds}
     for by in kinds:
-        if by.startswith(_OF_SLOTS):
-            rows[by] = [one.row(by, counts) for one in _without_worse(kinds[by], rows[by])]
+        if by.startswith(OF_SLOTS):
+            apart = [one.row(by, counts) for one in _without_worse(kinds[by], rows[by])]
+            rows[by] = apart if _told_apart(apart, rows[by], mask & could) else _overlapping(rows[by])
     # Of one kind in blocks of several sizes, the largest that tells as much as any.
     most: dict[str, float] = {}
     for by, contrast in contrasts.items():
@@ -94,6 +100,16 @@ def _without_worse(places: list[_Place], rows: list[Attribution]) -> Iterator[_P
             taken = taken | place.chosen if own == share else taken
     for place, share in zip(places, shares, strict=True):
         yield replace(place, chosen=place.chosen & ~worse[share])
+
+
+def _told_apart(apart: list[Attribution], all_of_them: list[Attribution], wrong: Tensor) -> bool:
+    """Whether every wrong element is counted once, and every place with wrong ones has tokens of its own."""
+    alone = all(one.elements or not row.differing for one, row in zip(apart, all_of_them, strict=True))
+    return alone and sum(row.differing for row in apart) == int(wrong.sum())
+
+
+def _overlapping(rows: list[Attribution]) -> list[Attribution]:
+    return [replace(row, by=f"{row.by}{ALL_TOKENS}") for row in rows]
 
 
 def _share(row: Attribution) -> float:

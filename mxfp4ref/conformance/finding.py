@@ -9,6 +9,7 @@ from itertools import takewhile
 __all__ = [
     "OTHERS",
     "OTHER_EXPERTS",
+    "SEVERAL",
     "STAGES",
     "UNKNOWN",
     "WITHIN",
@@ -24,6 +25,9 @@ STAGES = (
 )
 
 OTHER_EXPERTS = "slots are computed by other experts"  # the kind of a finding
+SEVERAL = (
+    "two or more mistakes, or one that shows in several ways"  # the kind of what cases say that do not agree
+)
 # Between what predicts every bit of some cases, and what is known of the others.
 OTHERS = "; in the others "
 

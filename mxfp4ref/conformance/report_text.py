@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from mxfp4ref._files import printable
 from mxfp4ref.conformance.adapters import OTHER_KIND
 from mxfp4ref.conformance.again import bounded_command, command, whole_command
+from mxfp4ref.conformance.attribution import ALL_TOKENS, OF_SLOTS
 from mxfp4ref.conformance.finding import WITHIN, counted
 from mxfp4ref.conformance.results import RECORDING, CaseResult, Report
 from mxfp4ref.defects import DEFECTS
@@ -181,7 +182,9 @@ def _attributed(found: Diagnosis, what: str) -> list[str]:
         rows.sort(key=lambda row: -row.differing / row.elements)
         wrong = [row for row in rows if row.differing]
         shown = [f"{row.place}: {row.differing:,} of {row.elements:,}" for row in wrong[:_ROWS]]
-        more = ["..."] if len(wrong) > _ROWS else ["none of the others"] if len(wrong) < len(rows) else []
+        apart = by.startswith(OF_SLOTS) and not by.endswith(ALL_TOKENS)
+        none = "none of the tokens without a slot there" if apart else "none of the others"
+        more = ["..."] if len(wrong) > _ROWS else [none] if len(wrong) < len(rows) else []
         lines.append(f"{what} by {by}: {'; '.join([*shown, *more])}".strip())
     return lines
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from mxfp4ref._shown import Shown
 from mxfp4ref.conformance.adapters import OTHER_KIND, SKIPPED_BEFORE
 from mxfp4ref.conformance.diagnosis import Diagnosis, Finding
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN
-from mxfp4ref.conformance.finding import WITHIN, counted
+from mxfp4ref.conformance.finding import SEVERAL, WITHIN, counted
 from mxfp4ref.defects import DEFECTS
 
 __all__ = [
@@ -313,6 +314,9 @@ class Report(Shown):
             return f" Every wrong bit in {of} is predicted by this: {found.sentence}{where}."
         if found.sentence and found.exact:
             return f" Every wrong bit is predicted by this: {found.sentence}."
+        of_some = found.stages == ("routing",) and re.match(r"in \d", found.sentence)
+        if found.kind == SEVERAL or of_some:
+            return f" No one sentence explains all: {found.sentence}{where}."
         if found.sentence and found.stages == ("routing",):
             return f" Up to roundings, this explains all ids and weights: {found.sentence}."
         if found.sentence:

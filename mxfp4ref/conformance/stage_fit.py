@@ -34,10 +34,11 @@ _SPECIAL = (
     "in a clamp, or adds up what overflows in another order"
 )
 _UNSURE = "up to what correct evaluations may differ by"
+_ANOTHER_ACTIVATION = "it is GEMM2 of another activation"
 _STAGES = ("fc1_output", "activation", "fc2_output")
 
 
-Reach = Literal["", "before finalize", "rounding"]
+Reach = Literal["", "before finalize", "before or after finalize's sum", "rounding"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class Reconciled:
 
     Attributes:
         words: the stage, and why.
-        reach: "before finalize" where other weights do not explain it; "rounding" where every element lies within the
+        reach: "before or after finalize's sum" where other weights do not explain it, "before finalize" where besides
+            it is GEMM2 of another activation; "rounding" where every element lies within the
             interval of all correct evaluations; else "".
     """
 
@@ -124,8 +126,9 @@ def reconcile(call: MoeCall, outputs: Mapping[str, Tensor], mask: Tensor) -> Rec
     if fitted:
         return Reconciled(fitted)
     words += ", and other weights for the right expert outputs do not explain it"
-    words += _fit_gemm2(call, outputs["output"], beyond)
-    return Reconciled(f"before finalize: {words}", "before finalize")
+    gemm2 = _fit_gemm2(call, outputs["output"], beyond)
+    reach: Reach = "before finalize" if _ANOTHER_ACTIVATION in gemm2 else "before or after finalize's sum"
+    return Reconciled(f"{reach}: {words}{gemm2}", reach)
 
 
 def stage_of_exposed(call: MoeCall, outputs: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -303,13 +306,13 @@ def _fit_gemm2(call: MoeCall, output: Tensor, mask: Tensor) -> str:
     rest = _residual(y, weights @ solution)
     # With as many unknowns as equations anything can be fitted.
     if call.experts.intermediate_size * 2 > len(y) or rest > 2.0**-6:
-        return f"; GEMM2's weights or scales, or what comes before (token {token})"
+        return f"; GEMM2's weights or scales, or what comes before or after (token {token})"
     right = fp32.widen(trace(one_token(call, token)).activation[0]).to(torch.float64)
     if _residual(y, weights @ right) < 4 * max(rest, 2.0**-7):
         return ""  # the right activation, summed in another way, gives it about as well
     wrong = ((solution - right).abs() > 0.05 * right.abs().max()).nonzero().flatten().tolist()
     shown = f"; {len(wrong)} of {len(right)} activation columns are off, first {wrong[:4]}" if wrong else ""
-    return f"; it is GEMM2 of another activation (token {token}): GEMM1 or the activation is wrong{shown}"
+    return f"; {_ANOTHER_ACTIVATION} (token {token}): GEMM1 or the activation is wrong{shown}"
 
 
 def _residual(y: Tensor, fitted: Tensor) -> float:

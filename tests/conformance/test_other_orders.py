@@ -11,8 +11,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from mxfp4ref import forward
 from mxfp4ref.conformance import (
     CaseResult,
+    Diagnosis,
     Kernel,
     NothingDiffers,
     Options,
@@ -32,12 +34,13 @@ from mxfp4ref.conformance.families.slot_kinds import position_in_expert
 from mxfp4ref.conformance.finding import UNKNOWN, Evidence, Finding, in_words
 from mxfp4ref.conformance.kernels import load_kernel
 from mxfp4ref.conformance.reduction import local_experts
-from mxfp4ref.conformance.report_text import headline
+from mxfp4ref.conformance.report_text import case_lines, headline
 from mxfp4ref.conformance.results import now
 from mxfp4ref.conformance.running import compare_case
 from mxfp4ref.conformance.shown_progress import shown_progress
 from mxfp4ref.conformance.suite import Interrupted
 from mxfp4ref.goldens import open_goldens
+from mxfp4ref.model.call import MoeCall
 
 GOLDENS = open_goldens()
 CASE = "activation/plain_special_values"
@@ -82,6 +85,30 @@ def test_what_the_other_slot_of_a_token_brings_about_is_no_place() -> None:
     rows = [row for row in attribution(call, mask) if row.by == "row of an expert, by 4"]
     assert any(row.differing for row in rows)
     assert all(row.differing == (row.elements if int(row.place.split()[0]) >= 16 else 0) for row in rows)
+
+
+def test_slots_that_are_not_told_apart_are_of_all_tokens_with_a_slot_there() -> None:
+    """The one wrong token has two experts, each of which has one right token more: it counts for both."""
+    call = GOLDENS.load("finalize/slot_order").call().select(slice(4))
+    ids = torch.tensor([[0, 1], [0, 2], [1, 2], [2, 3]], dtype=torch.int32)
+    call = replace(call, token_selected_experts=ids, token_final_scales=torch.ones(4, 2))
+    want = forward(call)
+    got = want.clone()
+    got[0] = -got[0]
+    lines = case_lines(CaseResult("a", "moe", "", "differs", diagnosis=told_quickly(call, got, want)))
+    whole = call.experts.hidden_size
+    each = f"{whole} of {2 * whole}"
+    assert f"by expert, of all tokens with a slot there: 0: {each}; 1: {each}; none of the others" in lines
+
+    call = replace(
+        call, token_selected_experts=torch.tensor([[0, 1], [0, 2], [1, 2], [1, 3]], dtype=torch.int32)
+    )
+    lines = case_lines(CaseResult("a", "moe", "", "differs", diagnosis=told_quickly(call, got, want)))
+    assert f"by expert: 0: {each}; none of the tokens without a slot there" in lines
+
+
+def told_quickly(call: MoeCall, got: Tensor, want: Tensor) -> Diagnosis:
+    return diagnose("moe", call, {"output": got}, {"output": want}, diagnosis="quick")
 
 
 def exactly(kernel: Kernel) -> CaseResult:

@@ -78,13 +78,13 @@ def test_a_factor_of_all_slots_may_come_from_before(factor: float) -> None:
 def test_no_stage_is_called_right_by_chance(wrong: Callable[[MoeCall], Tensor], name: str) -> None:
     """The experts' outputs of `ALIKE` are so much alike that large weights of both signs fit anything."""
     call = first_tokens(name, 2)
-    assert stage_of(call, wrong(call)).startswith(("before finalize", "nothing was added up", "unknown"))
+    assert stage_of(call, wrong(call)).startswith(("before ", "nothing was added up", "unknown"))
 
 
 @pytest.mark.parametrize("name", ["scale_off_by_one_group", "gate_up_swapped", "weights_not_interleaved"])
 def test_wrong_weights_and_scales_are_not_blamed_on_finalize(name: str) -> None:
     call = first_tokens(ORDINARY, 3)
-    assert stage_of(call, DEFECTS[name].run(call)).startswith("before finalize")
+    assert stage_of(call, DEFECTS[name].run(call)).startswith("before ")
 
 
 def in_another_order(call: MoeCall, weights: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def test_other_weights_are_recognised_of_a_kernel_that_sums_in_another_order() -
     )
     lines = case_lines(result)
     assert "pattern (outside bounds): only tokens 26, 27, 37 of 38 differ" in lines
-    rows = "outside bounds by row of an expert, by 16: 16 to 31: 383 of 384; none of the others"
+    rows = "outside bounds by row of an expert, by 16: 16 to 31: 383 of 384; none of the tokens without a slot there"
     assert rows in lines
 
     next_scales = call.experts.fc2_scales.roll(-1, dims=0)
@@ -142,4 +142,4 @@ def test_other_weights_are_recognised_of_a_kernel_that_sums_in_another_order() -
         replace(call, experts=replace(call.experts, fc2_scales=next_scales)), call.token_final_scales
     )
     outside = ~bound(call).contains(mistaken)
-    assert reconcile(call, {"output": mistaken}, outside).reach == "before finalize"
+    assert reconcile(call, {"output": mistaken}, outside).reach == "before or after finalize's sum"

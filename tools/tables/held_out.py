@@ -76,7 +76,9 @@ NAMES = {
 }
 CALLED_RIGHT = re.compile(r"[^.;:]*?\b(?:(?:is|are) right|agrees?)\b", re.IGNORECASE)
 # "before finalize" does not say that finalize is wrong.
-ELSEWHERE = re.compile(r"\b(?:before|after|up to|not|than) (?:the )?\w+(?: ?[12])?", re.IGNORECASE)
+ELSEWHERE = re.compile(
+    r"\b(?:before or after|before|after|up to|not|than) (?:the )?\w+(?: ?[12])?", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)

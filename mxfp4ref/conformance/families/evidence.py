@@ -24,6 +24,7 @@ from mxfp4ref.conformance.families.hypothesis import Pipeline, SlotRows, local_o
 from mxfp4ref.conformance.families.lost_rows import lost_rows
 from mxfp4ref.conformance.families.lost_terms import lost_terms
 from mxfp4ref.conformance.families.mixed_up import mixed_up
+from mxfp4ref.conformance.families.moved_columns import moved_columns
 from mxfp4ref.conformance.families.output_memory import rows_of_the_input
 from mxfp4ref.conformance.families.places import named_columns, residue_in_words
 from mxfp4ref.conformance.families.row_maps import row_maps
@@ -65,6 +66,8 @@ def gather(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> list
         return [_kept_subnormals(pipeline, got, wrong) or tiny]
     if (kept := rows_of_the_input(pipeline.call, got, wrong)) is not None:
         return [kept]
+    if (moved := moved_columns(got, want, wrong)) is not None:
+        return [moved]
     found += _rows(pipeline, got, want, wrong)
     if not found and (added := added_rows(pipeline.call, got, want, wrong)) is not None:
         return [added]
