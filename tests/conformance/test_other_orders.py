@@ -233,3 +233,19 @@ def test_nan_for_an_infinity_is_no_other_order_and_shows_no_layout() -> None:
     assert found.stage.startswith(where)
     assert "these have to be the SM90 kernel's" in found.stage
     assert "NaN where an infinity is expected in 11 elements" in " ".join(found.patterns)
+
+
+def test_what_lies_within_bounds_hides_no_pattern_of_columns() -> None:
+    """Elements that another order of summation gives count as right where others are far off."""
+    case = GOLDENS.load("gemm/ordinary")
+    call, want = case.call(), next(iter(case.outputs.values()))
+    got = bound(call).upper.to(torch.bfloat16)  # one element of each token as another order may give it
+    got = torch.where(torch.arange(want.shape[1]) == torch.arange(len(want))[:, None], got, want)
+    columns = torch.arange(want.shape[1]) % 64 >= 56
+    got.view(torch.int16)[:, columns] ^= torch.arange(len(want), dtype=torch.int16)[:, None] * 131 | 1 << 7
+    found = diagnose(
+        "moe", call, {"output": got}, {"output": want}, diagnosis=Search("quick", mode="bounded")
+    )
+    assert found.finding.sentence.startswith(
+        "the output differs in every eighth block of 8 columns, from 56 on only: "
+    )
