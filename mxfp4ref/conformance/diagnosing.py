@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from mxfp4ref._default_device import on_cpu
-from mxfp4ref.conformance.agreement import agreed
+from mxfp4ref.conformance.agreement import agreed, unrefuted
 from mxfp4ref.conformance.bounded import all_within
 from mxfp4ref.conformance.diagnosis import Diagnosis, Finding, Located, Prediction
 from mxfp4ref.conformance.families.engine import prepared
@@ -213,7 +213,8 @@ class Failing:
         defects = name_defects([names, *exact] if together and full else exact)
         if special and len(special) == len(outside):
             return Found(tuple(results), defects, of_specials(special, agreed(telling)))
-        return Found(tuple(results), defects, _strongest(found.finding, telling))
+        finding = unrefuted(_strongest(found.finding, telling), [one.finding for one in telling])
+        return Found(tuple(results), defects, finding)
 
     def _again(self, result: CaseResult) -> CaseResult:
         """The result; of zeros, which by themselves name nothing, with what other cases name, if that gives them."""

@@ -9,6 +9,7 @@ from itertools import takewhile
 __all__ = [
     "OTHERS",
     "OTHER_EXPERTS",
+    "SPECIAL",
     "STAGES",
     "UNKNOWN",
     "WITHIN",
@@ -103,7 +104,7 @@ class Finding:
 
 
 UNKNOWN = Finding()
-_SPECIAL = "special values alone are wrong, all else lies within bounds"
+SPECIAL = "special values alone are wrong, all else lies within bounds"
 _HANDLED = (
     "where a NaN or an infinity goes in or a sum overflows, it is handled otherwise than by the SM90 kernel, as "
     "where scale byte 255 is NaN, Inf is multiplied by 0, or a clamp keeps NaN"
@@ -118,8 +119,8 @@ def of_specials(cases: Sequence[str] = (), named: Finding = UNKNOWN) -> Finding:
     without = "".join(f" --exclude {case}" for case in cases)
     leave = f"; to leave {'them' if cases[1:] else 'it'} out:{without}" * bool(cases)
     if not named.exact:
-        return Finding((), f"{_SPECIAL}: {_HANDLED}{leave}", kind=_SPECIAL)
-    return replace(named, sentence=f"{named.sentence}; {_SPECIAL}{leave}")
+        return Finding((), f"{SPECIAL}: {_HANDLED}{leave}", kind=SPECIAL)
+    return replace(named, sentence=f"{named.sentence}; {SPECIAL}{leave}")
 
 
 @dataclass(frozen=True)

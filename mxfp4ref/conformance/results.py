@@ -14,7 +14,7 @@ from mxfp4ref._shown import Shown
 from mxfp4ref.conformance.adapters import OTHER_KIND, SKIPPED_BEFORE
 from mxfp4ref.conformance.diagnosis import Diagnosis, Finding
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN
-from mxfp4ref.conformance.finding import WITHIN, counted
+from mxfp4ref.conformance.finding import SPECIAL, WITHIN, counted
 from mxfp4ref.defects import DEFECTS
 
 __all__ = [
@@ -278,12 +278,13 @@ class Report(Shown):
 
     @property
     def _culprit(self) -> str:
+        found = self.finding
         if self.defects:
             which = " or ".join(self.defects)
             summary = DEFECTS[self.defects[0]].summary
             more = "" if len(self.defects) == 1 else " (these cases do not tell them apart)"
-            return f" Every wrong bit is that of {which}{more}: {summary}."
-        found = self.finding
+            _, special, rest = found.sentence.partition(f"; {SPECIAL}")
+            return f" Every wrong bit is that of {which}{more}: {summary}{special}{rest}."
         where = f"; {found.where}" if found.stages else ""
         if found.sentence and found.cases:
             of = f"{found.cases[0]} of {counted(found.cases[1], 'failing case')}"

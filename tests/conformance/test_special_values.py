@@ -61,6 +61,7 @@ def test_of_special_values_alone_nothing_else_is_named(effort: Any) -> None:
         assert set(result.diagnosis.exact) <= {"scale_ocp_ends"}
         assert all(words.startswith("scale_ocp_ends") for words in finding.hypotheses)
     assert report.finding.sentence.startswith("special values alone are wrong")
+    assert report.finding.sentence.removesuffix(".") in report.verdict
     assert report.finding.sentence.endswith(
         "; to leave them out:" + "".join(f" --exclude {case}" for case in CASES)
     )
