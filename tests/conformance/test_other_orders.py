@@ -249,3 +249,15 @@ def test_what_lies_within_bounds_hides_no_pattern_of_columns() -> None:
     assert found.finding.sentence.startswith(
         "the output differs in every eighth block of 8 columns, from 56 on only: "
     )
+
+
+def test_what_is_left_out_of_a_table_of_places_is_counted() -> None:
+    """Every other block of 16 of 1,024 columns is wrong, and all are listed; of tokens as many as there is room for."""
+    call = GOLDENS.load("gemm/ordinary").call()
+    wrong = (torch.arange(1024) // 16 % 2 == 1).expand(call.num_tokens, -1)
+    rows = [row for row in attribution(call, wrong) if row.by == "column, by 16"]
+    assert [(len(rows), row.places) for row in rows] == [(64, 64)] * 64
+    assert [bool(row.differing) for row in rows] == [False, True] * 32
+    wide = (torch.arange(2048) // 16 % 2 == 1).expand(call.num_tokens, -1)
+    rows = [row for row in attribution(call, wide) if row.by == "column, by 16"]
+    assert [(row.places, row.differing > 0) for row in rows] == [(128, True)] * 64
