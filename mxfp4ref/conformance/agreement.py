@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mxfp4ref.conformance.diagnosis import Diagnosis
-from mxfp4ref.conformance.finding import SEVERAL, Finding, counted, in_words
+from mxfp4ref.conformance.finding import SEVERAL, STAGES, Finding, counted, in_words
 
-__all__ = ["agreed"]
+__all__ = ["agreed", "unrefuted"]
 
 _MOST_TOLD = 3  # different sentences
 _NUMBER = re.compile(r"\d[\d.,]*")
@@ -20,6 +21,31 @@ _REACHES = {
     "before or after finalize's sum": "it lies before or after finalize's weighted sum",
     "rounding": "every element lies within the interval of all correct evaluations",
 }
+# A part of a sentence that says what is right, and what stands before and after it.
+_SAID_RIGHT = re.compile(r"(; |: )([^;:,]*\b(?:is|are) right)(, |(?=;|$))")
+_STAGE_OF = {"GEMM1": "fc1", "activation": "activation", "GEMM2": "fc2", "sum": "finalize"}
+
+
+def unrefuted(finding: Finding, findings: Sequence[Finding]) -> Finding:
+    """The finding without what it says to be right, where another case says that it lies there."""
+    refuting: list[Finding] = []
+
+    def kept(match: re.Match[str]) -> str:
+        right = {stage for word, stage in _STAGE_OF.items() if word in match[2]}
+        if "all else" in match[2]:
+            right = set(STAGES) - set(finding.stages)
+        others = [f for f in findings if f.stages and set(f.stages) <= right]
+        refuting.extend(others)
+        return match[0] if not others else match[1] * bool(match[3])
+
+    sentence = _SAID_RIGHT.sub(kept, finding.sentence)
+    if finding.exact or not refuting:
+        return finding
+    other = refuting[0]
+    where = f", {'perhaps ' * other.hedged}in {' or '.join(other.stages)}"
+    return replace(
+        finding, sentence=f"{sentence}; another case shows something else{where}: {_kind(other)}", hedged=True
+    )
 
 
 def agreed(diagnoses: Sequence[Diagnosis]) -> Finding:

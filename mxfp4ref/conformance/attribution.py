@@ -18,7 +18,7 @@ ALL_TOKENS = (
     ", of all tokens with a slot there"  # where slots are not told apart: a token counts in several places
 )
 
-_MOST = 12  # places of a kind
+_MOST = 64  # places of a kind
 OF_SLOTS = ("expert", "row of an expert")  # a token may have slots in several places
 _CONTRAST = 0.25  # between the shares of two places, below which a kind says nothing
 _AS_MUCH = 0.05  # of contrast, that smaller blocks may have more than larger ones of the same kind
@@ -34,12 +34,14 @@ class Attribution:
         differing, elements: of the output elements that have to do with it, and could have differed; of experts and
             their rows without those of tokens that have a slot in a place of which more differs, unless `by` ends
             with `ALL_TOKENS`.
+        places: how many of its kind there are, of which no more than 64 are listed, those with the largest shares.
     """
 
     by: str
     place: str
     differing: int
     elements: int
+    places: int = 0
 
 
 def attribution(call: MoeCall, mask: Tensor, could: Tensor | None = None) -> tuple[Attribution, ...]:
@@ -127,8 +129,9 @@ def _contrast(rows: list[Attribution]) -> float:
 
 def _most(rows: list[Attribution]) -> list[Attribution]:
     """The places with the largest shares, in their own order."""
-    chosen = sorted((row for row in rows if row.elements), key=lambda row: -_share(row))[:_MOST]
-    return [row for row in rows if row in chosen]
+    rows = [row for row in rows if row.elements]
+    chosen = sorted(rows, key=lambda row: -_share(row))[:_MOST]
+    return [replace(row, places=len(rows)) for row in rows if row in chosen]
 
 
 def _places(call: MoeCall, mask: Tensor) -> Iterator[tuple[str, _Place]]:

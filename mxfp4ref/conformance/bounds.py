@@ -59,7 +59,7 @@ from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import MoeTrace, trace
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["STORAGE", "Bounds", "bound"]
+__all__ = ["STORAGE", "Bounds", "bound", "specials_alone"]
 
 
 _LARGEST_SCALE = 252  # with larger scale bytes a scaled weight may overflow
@@ -120,16 +120,36 @@ def bound(call: MoeCall, *, storage: Storage = "wider", confidence: float | None
         return _bound(call, storage, confidence)
 
 
-def _bound(call: MoeCall, storage: str, confidence: float | None) -> Bounds:
+@uncompiled
+def specials_alone(call: MoeCall, output: Tensor, outside: Tensor) -> bool:
+    """Whether an evaluation gives what lies outside that is correct but for special values, handled anyhow.
+
+    These are what comes of the call's NaNs, infinities and scale bytes 255, and of a sum that overflows on the way.
+
+    Args:
+        call: the call.
+        output: `[M, H] bf16`, what a kernel gave.
+        outside: `[M, H] bool`, where that leaves its bounds.
+    """
+    of_experts = zip(*(p.tolist() for p in _parameters(call)), strict=True)
+    if not all(is_enclosed(call.activation, parameters) for parameters in of_experts):
+        return False
+    if not _has_specials(call) and bool(output[outside].isfinite().any()):
+        return False
+    with torch.no_grad():
+        return bool(_bound(call, "wider", None, anyhow=True).contains(output)[outside].all())
+
+
+def _bound(call: MoeCall, storage: str, confidence: float | None, *, anyhow: bool = False) -> Bounds:
     local = local_experts(call)
     shape = (*local.shape, call.experts.hidden_size)
     lower = torch.zeros(shape, dtype=torch.float64, device=local.device)
     upper, overflows = torch.zeros_like(lower), torch.zeros_like(lower, dtype=torch.bool)
     sums = int((local >= 0).sum()) * (call.experts.gemm_shapes[0][0] + call.experts.hidden_size)
-    kernels = trace(call) if _has_specials(call) else None
+    kernels = trace(call) if _has_specials(call) and not anyhow else None
     for expert in torch.unique(local[local >= 0]):
         token, slot = (local == expert).nonzero(as_tuple=True)
-        one = _Expert(call, int(expert), kernels, storage, confidence, sums).output(token)
+        one = _Expert(call, int(expert), kernels, storage, confidence, sums, anyhow).output(token)
         lower[token, slot], upper[token, slot], overflows[token, slot] = one.low, one.high, one.overflows
 
     scale = torch.where(local >= 0, fp32.widen(call.token_final_scales).to(torch.float64), 0.0)[..., None]
@@ -176,6 +196,7 @@ class _Expert:
     storage: str
     confidence: float | None
     sums: int
+    anyhow: bool  # whether a value that is no number may be anything
 
     def output(self, token: Tensor) -> Interval:
         """Its output, with its bias, for its tokens: `[N, H]`."""
@@ -189,13 +210,19 @@ class _Expert:
             value = stored(value, storage) if storage == "wider" else value
         parameters = [float(of_experts[self.expert]) for of_experts in _parameters(call)]
         activation, special = activated(call.activation, value, parameters)
-        activation = stored(activation.certain(special, self._kernels("activation", activation.low)), storage)
+        activation = stored(self._settled(activation, special, "activation"), storage)
         value = self._gemm(activation, some.fc2_weights[0], some.fc2_scales, "fc2_output")
         value = stored(value, storage)
         if some.fc2_biases is not None and call.tp_rank == 0:
             value = add(value, some.fc2_biases[0])
             value = stored(value, storage) if storage == "wider" else value
         return value
+
+    def _settled(self, value: Interval, special: Tensor, name: str) -> Interval:
+        """With the kernel's own values of a stage where they are special, or with anything."""
+        return (
+            value.unknown(special) if self.anyhow else value.certain(special, self._kernels(name, value.low))
+        )
 
     def _kernels(self, name: str, like: Tensor) -> Tensor:
         """The kernel's values of a stage for this expert's tokens; only where `_has_specials` are they asked for."""
@@ -232,7 +259,7 @@ class _Expert:
         overflows = x.overflows.any(1, keepdim=True) | (scales > _LARGEST_SCALE).any(1)
         overflows = overflows | (unscaled >= HUGE) | (magnitude >= HUGE)
         special = ~finite.all(1, keepdim=True) | (scales == _NO_NUMBER).any(1)
-        return Interval(value - error, value + error, overflows).certain(special, self._kernels(name, value))
+        return self._settled(Interval(value - error, value + error, overflows), special, name)
 
 
 def _gamma(depth: int) -> float:

@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from mxfp4ref._default_device import on_cpu
-from mxfp4ref.conformance.agreement import agreed
+from mxfp4ref.conformance.agreement import agreed, unrefuted
 from mxfp4ref.conformance.bounded import all_within
 from mxfp4ref.conformance.diagnosis import Diagnosis, Finding, Located, Prediction
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN, Hypothesis, Pipeline
 from mxfp4ref.conformance.families.jury import Failure, Verdict, judge
+from mxfp4ref.conformance.finding import of_specials
 from mxfp4ref.conformance.looking import REAL_SECONDS, Known, is_large
 from mxfp4ref.conformance.plain import of_exception
 from mxfp4ref.conformance.reduction import is_heavy
@@ -102,6 +103,11 @@ class _Failure:
         self.failed = failed
         self.located: Located | None = None
 
+    @property
+    def special(self) -> bool:
+        """Whether special values alone are wrong, as far as it was looked at."""
+        return self.located is not None and self.located.special
+
     def bounded(self, result: CaseResult) -> CaseResult:
         """The result, with whether it lies within bounds; it may not where that was not asked, or takes long."""
         runs, self.failed = (
@@ -130,6 +136,8 @@ class _Failure:
             brief = seconds is not None or (diagnosis == "quick" and self.located.large)
             if result.within_bounds and not known[1].exact:  # evidence for what need not be wrong
                 known, brief = ((), UNKNOWN, ()), False
+            if self.special:
+                known = (known[0], of_specials([result.case], known[1]), known[2])
             result = replace(result, diagnosis=self.located.told(known, brief=brief))
         except Exception as error:  # of outputs that nobody has thought of; the result is not lost
             words = f"no diagnosis: {of_exception(error)}"
@@ -180,7 +188,12 @@ class Failing:
     def verdict(self, results: list[CaseResult], goldens: Goldens | None, *, search: bool = True) -> Found:
         """All results with their diagnoses, and what they say together; `search` for what else they may say."""
         full = search and self._diagnosis == "full"
-        together = {case: one.failed for case, one in self._failures.items() if one.failed.together}
+        special = [case for case, one in self._failures.items() if one.special]
+        together = {
+            case: one.failed
+            for case, one in self._failures.items()
+            if one.failed.together and case not in special
+        }
         found = Verdict(Finding(), (), {})
         names: tuple[str, ...] = ()
         if together and full:
@@ -191,11 +204,17 @@ class Failing:
         elif self._suspects:
             results = [self._again(result) for result in results]
         # What a correct evaluation may give says nothing of what is wrong elsewhere.
-        telling = [r.diagnosis for r in results if r.diagnosis is not None and not r.within_bounds]
+        outside = {r.case: r.diagnosis for r in results if r.diagnosis is not None and not r.within_bounds}
+        telling = [
+            one for case, one in outside.items() if case not in special or len(special) == len(outside)
+        ]
         telling = telling or [r.diagnosis for r in results if r.diagnosis is not None]
         exact = [one.exact for one in telling]
         defects = name_defects([names, *exact] if together and full else exact)
-        return Found(tuple(results), defects, _strongest(found.finding, telling))
+        if special and len(special) == len(outside):
+            return Found(tuple(results), defects, of_specials(special, agreed(telling)))
+        finding = unrefuted(_strongest(found.finding, telling), [one.finding for one in telling])
+        return Found(tuple(results), defects, finding)
 
     def _again(self, result: CaseResult) -> CaseResult:
         """The result; of zeros, which by themselves name nothing, with what other cases name, if that gives them."""

@@ -14,10 +14,11 @@ from mxfp4ref._shown import Shown
 from mxfp4ref._validate import check_choice
 from mxfp4ref.conformance.attribution import Attribution, attribution
 from mxfp4ref.conformance.bounded import where_outside
+from mxfp4ref.conformance.bounds import specials_alone
 from mxfp4ref.conformance.comparison import FAR, Difference, difference_at, differing, ulp_distance
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN, Finding, Hypothesis
 from mxfp4ref.conformance.feeding import feeds_of
-from mxfp4ref.conformance.finding import WITHIN, Evidence, counted
+from mxfp4ref.conformance.finding import WITHIN, Evidence, counted, of_specials
 from mxfp4ref.conformance.looking import REAL_SECONDS, SECONDS, HowToLook, Known, is_large, look
 from mxfp4ref.conformance.options import Search
 from mxfp4ref.conformance.patterns import Pattern, patterns
@@ -32,6 +33,7 @@ from mxfp4ref.conformance.suspects import (
     named_finding,
     predict,
     predicted_by,
+    special_predictions,
 )
 from mxfp4ref.formats.humming_experts import HummingExperts
 from mxfp4ref.goldens.runs import Run
@@ -163,7 +165,8 @@ class Located:
     """An output that differs, and what is said of it without a search; arguments and errors as of `diagnose`.
 
     Of a call in mode bounded, `outside` is where it leaves its bounds, `[M, H] bool`: these elements alone are wrong,
-    and counted. What differs within bounds is shown in `bins` alone.
+    and counted. What differs within bounds is shown in `bins` alone. `special` is whether special values alone are
+    wrong.
     """
 
     def __init__(
@@ -188,6 +191,7 @@ class Located:
         mask = differing(self.got, self.want)
         self._outside = outside if outside is not None and bool(outside.any()) else None
         self._wrong = mask if self._outside is None else self._outside
+        self.special = self._outside is not None and specials_alone(inputs, self.got, self._outside)
         first = difference_at(self.got, self.want, tuple(self._wrong.nonzero()[0].tolist()))
         feeds: tuple[str, ...] = ()
         found: tuple[Pattern, ...] = ()
@@ -249,6 +253,9 @@ class Located:
             return predictions, in_words or named, ()
         if not self.inputs.experts.tactics_show:  # no MXFP4 weights, of which all hypotheses are
             return (), Finding(), ()
+        if self.special:
+            predictions = special_predictions(self.inputs, self.outputs, self.expected)
+            return predictions, named_finding(predictions) if predictions else of_specials(), ()
         exposed = stage_of_exposed(self.inputs, self.outputs)
         seen = Evidence(exposed, self._reconciled().words, 3) if exposed else None
         seconds = SECONDS[diagnosis] if seconds is None else seconds

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 
 __all__ = [
     "OTHERS",
     "OTHER_EXPERTS",
     "SEVERAL",
+    "SPECIAL",
     "STAGES",
     "UNKNOWN",
     "WITHIN",
@@ -17,6 +18,7 @@ __all__ = [
     "Finding",
     "counted",
     "in_words",
+    "of_specials",
 ]
 
 STAGES = (
@@ -106,6 +108,23 @@ class Finding:
 
 
 UNKNOWN = Finding()
+SPECIAL = "special values alone are wrong, all else lies within bounds"
+_HANDLED = (
+    "where a NaN or an infinity goes in or a sum overflows, it is handled otherwise than by the SM90 kernel, as "
+    "where scale byte 255 is NaN, Inf is multiplied by 0, or a clamp keeps NaN"
+)
+
+
+def of_specials(cases: Sequence[str] = (), named: Finding = UNKNOWN) -> Finding:
+    """That of cases in which special values alone are wrong, with the arguments that leave them out.
+
+    `named` is what predicts every bit of them, if anything does.
+    """
+    without = "".join(f" --exclude {case}" for case in cases)
+    leave = f"; to leave {'them' if cases[1:] else 'it'} out:{without}" * bool(cases)
+    if not named.exact:
+        return Finding((), f"{SPECIAL}: {_HANDLED}{leave}", kind=SPECIAL)
+    return replace(named, sentence=f"{named.sentence}; {SPECIAL}{leave}")
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,12 @@ class Interval:
             self.overflows & ~where,
         )
 
+    def unknown(self, where: Tensor) -> Interval:
+        """With any number at these places, an infinity or NaN."""
+        return Interval(
+            torch.where(where, -HUGE, self.low), torch.where(where, HUGE, self.high), self.overflows | where
+        )
+
 
 def add(value: Interval, bias: Tensor) -> Interval:
     shift = fp32.bf16_to_fp64(bias.contiguous())

@@ -15,7 +15,7 @@ from mxfp4ref._shown import Shown
 from mxfp4ref.conformance.adapters import OTHER_KIND, SKIPPED_BEFORE
 from mxfp4ref.conformance.diagnosis import Diagnosis, Finding
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN
-from mxfp4ref.conformance.finding import SEVERAL, WITHIN, counted
+from mxfp4ref.conformance.finding import SEVERAL, SPECIAL, WITHIN, counted
 from mxfp4ref.defects import DEFECTS
 
 __all__ = [
@@ -223,9 +223,8 @@ class Report(Shown):
         if not ran:
             return f"{self.kernel} ran on no case{f': {self.skipped}' if self.skipped else ''}."
         if not self.compared:
-            return (
-                f"{self.kernel} ran on {counted(len(ran), 'case')} without an element to compare: no verdict."
-            )
+            cases = counted(len(ran), "case")
+            return f"{self.kernel} ran on {cases} without an element to compare: no verdict."
         if not failed:
             how = "equals the expected bits" if self.mode == "exact" else "stays within the bounds"
             which = f"all {len(ran)} cases" if len(ran) > 1 else "the one case that ran"
@@ -299,12 +298,13 @@ class Report(Shown):
 
     @property
     def _culprit(self) -> str:
+        found = self.finding
         if self.defects:
             which = " or ".join(self.defects)
             summary = DEFECTS[self.defects[0]].summary
             more = "" if len(self.defects) == 1 else " (these cases do not tell them apart)"
-            return f" Every wrong bit is that of {which}{more}: {summary}."
-        found = self.finding
+            _, special, rest = found.sentence.partition(f"; {SPECIAL}")
+            return f" Every wrong bit is that of {which}{more}: {summary}{special}{rest}."
         where = f"; {found.where}" if found.stages else ""
         if found.sentence and found.cases:
             of = f"{found.cases[0]} of {counted(found.cases[1], 'failing case')}"

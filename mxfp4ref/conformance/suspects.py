@@ -6,6 +6,7 @@ large the call is. A layer of real size is 3 GB; one token's experts, and their 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -33,6 +34,7 @@ __all__ = [
     "named_finding",
     "predict",
     "predicted_by",
+    "special_predictions",
     "try_defects",
 ]
 
@@ -258,6 +260,16 @@ def predicted_by(
     names = (n for n, defect in DEFECTS.items() if defect.target == target)
     found_by = (predict(inputs, outputs, expected, n) for n in names)
     return closest(p for p in found_by if p is not None)
+
+
+def special_predictions(
+    inputs: MoeCall, outputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> tuple[Prediction, ...]:
+    """The named defects that predict every bit, of those that concern NaN and infinities alone."""
+    moe = (name for name, defect in DEFECTS.items() if defect.target == "moe")
+    names = (name for name in moe if re.search(r"\b(NaN|Inf)", DEFECTS[name].summary))
+    found_by = (predict(inputs, outputs, expected, name) for name in names)
+    return tuple(p for p in found_by if p is not None and p.exact)
 
 
 def named_finding(predictions: tuple[Prediction, ...]) -> Finding:

@@ -91,6 +91,11 @@ class Case(Shown):
         ]
         return int(stored + sum(sizes))
 
+    @property
+    def is_whole_layer(self) -> bool:
+        """Whether its weights, which are derived then, are those of a model's whole layer: 64 MiB or more in all."""
+        return bool(self.derived) and self.nbytes >= 64 << 20
+
     def kernel(self, kernel: Sm90Kernel = _DEFAULT_KERNEL) -> Sm90Kernel:
         """That kernel with the case's own N tile, where the outputs are those of one N tile alone."""
         tile_n = self.parameters.get("tile_n")

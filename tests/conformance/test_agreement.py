@@ -10,7 +10,7 @@ from torch import Tensor
 from mxfp4ref import forward
 from mxfp4ref.conformance import CaseResult, Diagnosis, Kernel, Options, Report, diagnose, run
 from mxfp4ref.conformance.adapters import whole_arguments
-from mxfp4ref.conformance.agreement import agreed
+from mxfp4ref.conformance.agreement import agreed, unrefuted
 from mxfp4ref.conformance.families import jury
 from mxfp4ref.conformance.families.engine import Result, prepared
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
@@ -218,3 +218,21 @@ def test_a_quick_run_repeats_the_finding() -> None:
         kernel, map(GOLDENS.load, ("finalize/slot_order", "gemm/ordinary")), Options(diagnosis="quick")
     )
     assert "a factor of 2.5 too many on the routing weights" in report.verdict
+
+
+@pytest.mark.parametrize(
+    ("sentence", "left"),
+    [
+        ("it differs: GEMM1 is wrong; GEMM2 and the sum are right", "it differs: GEMM1 is wrong"),
+        ("rows: token 1 has 2's; all else is right", "rows: token 1 has 2's"),
+        ("columns: GEMM2 and the sum are right, it is in GEMM1", "columns: it is in GEMM1"),
+    ],
+)
+def test_what_another_case_refutes_is_not_repeated(sentence: str, left: str) -> None:
+    one = Finding(("fc1", "input"), sentence)
+    other = Finding(("finalize",), "other weights: token 0 is 1 x expert 0", kind="other weights")
+    said = unrefuted(one, [one, other])
+    assert said.sentence == f"{left}; another case shows something else, in finalize: other weights"
+    assert said.where == "it may lie in fc1 or input"
+    assert unrefuted(one, [one, replace(other, stages=("fc1",))]) == one
+    assert ", perhaps in finalize: " in unrefuted(one, [one, replace(other, hedged=True)]).sentence

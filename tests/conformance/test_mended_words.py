@@ -208,3 +208,16 @@ def test_tokens_are_told_as_tokens(step: slice, words: str) -> None:
     chosen[step] = True
     local = local_of(prepared(call))
     assert tokens_in_words(call, local, chosen, torch.ones_like(chosen)) == words
+
+
+def test_zeros_of_the_smallest_numbers_may_have_underflowed() -> None:
+    """Weights of 1e-21 applied twice: everything was added up, and is less than the least number."""
+    call = open_goldens().load("finalize/underflowing_products").call()
+    first, *_ = evidence(call, forward(replace(call, token_final_scales=call.token_final_scales.square())))
+    assert first == (
+        (),
+        "the rows of all tokens are zero: nothing was added up for them, or nothing written, or their products "
+        "underflowed: all that is expected lies below 2^-100",
+    )
+    ordinary = open_goldens().load("gemm/ordinary").call()
+    assert "underflowed" not in evidence(ordinary, torch.zeros_like(forward(ordinary)))[0][1]

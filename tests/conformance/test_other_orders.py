@@ -250,10 +250,41 @@ def test_nan_for_an_infinity_is_no_other_order_and_shows_no_layout() -> None:
     alone = GOLDENS.load("step_and_situ/swiglu_bias_alone")
     want = next(iter(alone.outputs.values()))
     nan = torch.full_like(want.view(torch.int16), -1).view(torch.bfloat16)
-    for search in (Search("quick", mode="bounded"), Search("quick")):
-        found = diagnose("moe", alone.call(), {"output": nan}, {"output": want}, diagnosis=search)
-        assert (found.finding.sentence, found.predictions) == ("", ())
-        where = "unknown: 11 elements lie outside the interval of all correct evaluations, all "
-        assert found.stage.startswith(where)
-        assert "these have to be the SM90 kernel's" in found.stage
+    bounded = Search("quick", mode="bounded")
+    found = diagnose("moe", alone.call(), {"output": nan}, {"output": want}, diagnosis=bounded)
+    assert found.finding.sentence.startswith("special values alone are wrong, all else lies within bounds: ")
+    assert (found.finding.stages, found.predictions) == ((), ())
+    found = diagnose("moe", alone.call(), {"output": nan}, {"output": want}, diagnosis="quick")
+    assert (found.finding.sentence, found.predictions) == ("", ())
+    where = "unknown: 11 elements lie outside the interval of all correct evaluations, all "
+    assert found.stage.startswith(where)
+    assert "these have to be the SM90 kernel's" in found.stage
     assert "NaN where an infinity is expected in 11 elements" in " ".join(found.patterns)
+
+
+def test_what_lies_within_bounds_hides_no_pattern_of_columns() -> None:
+    """Elements that another order of summation gives count as right where others are far off."""
+    case = GOLDENS.load("gemm/ordinary")
+    call, want = case.call(), next(iter(case.outputs.values()))
+    got = bound(call).upper.to(torch.bfloat16)  # one element of each token as another order may give it
+    got = torch.where(torch.arange(want.shape[1]) == torch.arange(len(want))[:, None], got, want)
+    columns = torch.arange(want.shape[1]) % 64 >= 56
+    got.view(torch.int16)[:, columns] ^= torch.arange(len(want), dtype=torch.int16)[:, None] * 131 | 1 << 7
+    found = diagnose(
+        "moe", call, {"output": got}, {"output": want}, diagnosis=Search("quick", mode="bounded")
+    )
+    assert found.finding.sentence.startswith(
+        "the output differs in every eighth block of 8 columns, from 56 on only: "
+    )
+
+
+def test_what_is_left_out_of_a_table_of_places_is_counted() -> None:
+    """Every other block of 16 of 1,024 columns is wrong, and all are listed; of tokens what there is room for."""
+    call = GOLDENS.load("gemm/ordinary").call()
+    wrong = (torch.arange(1024) // 16 % 2 == 1).expand(call.num_tokens, -1)
+    rows = [row for row in attribution(call, wrong) if row.by == "column, by 16"]
+    assert [(len(rows), row.places) for row in rows] == [(64, 64)] * 64
+    assert [bool(row.differing) for row in rows] == [False, True] * 32
+    wide = (torch.arange(2048) // 16 % 2 == 1).expand(call.num_tokens, -1)
+    rows = [row for row in attribution(call, wide) if row.by == "column, by 16"]
+    assert [(row.places, row.differing > 0) for row in rows] == [(128, True)] * 64

@@ -151,3 +151,15 @@ def test_other_slots_weights_are_so_in_every_token(found: tuple[tuple[float, ...
         for t, (a, f) in enumerate(zip(asked, found, strict=True))
     ]
     assert in_common(tokens)[0] == words
+
+
+def test_a_factor_that_differs_between_tokens_is_none_of_an_expert() -> None:
+    """Expert 0 is asked with -1 and -0.5: squared, that is a factor of -1 and of -0.5."""
+    call = GOLDENS.load("finalize/unusual_weights").call()
+    got = forward(replace(call, token_final_scales=call.token_final_scales.square()))
+    want, pipeline = forward(call), prepared(call)
+    wrong = differing(got, want)
+    first = look_closer(pipeline, got, wrong, gather(pipeline, got, want, wrong))[0]
+    assert "token 1 is 0.25 x expert 0" in first.sentence
+    assert first.stages == ("finalize",)
+    assert "a factor of each expert" not in first.sentence

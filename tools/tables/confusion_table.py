@@ -54,7 +54,11 @@ def column(name: str) -> Column | None:
     torch.set_num_threads(1)
     case = open_goldens().load(name)
     targets = {defect.target for defect in DEFECTS.values()}
-    if case.kind not in targets or case.derived or case.parameters.get("dtype", "bfloat16") != "bfloat16":
+    if (
+        case.kind not in targets
+        or case.is_whole_layer
+        or case.parameters.get("dtype", "bfloat16") != "bfloat16"
+    ):
         return None
     if case.kind == "moe" and (len(case.tensors["input"]) > MOST_TOKENS or "tile_n" in case.parameters):
         return None

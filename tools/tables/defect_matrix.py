@@ -59,7 +59,7 @@ def in_matrix(case: Case) -> bool:
         return bool(case.parameters["dtype"] == "bfloat16")
     if case.kind == "moe" and (len(case.tensors["input"]) > _MOST_TOKENS or "tile_n" in case.parameters):
         return False
-    return case.kind in _TARGETS and not case.derived
+    return case.kind in _TARGETS and not case.is_whole_layer
 
 
 def entries(case: Case, defects: Iterable[str]) -> dict[str, Entry]:

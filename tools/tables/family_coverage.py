@@ -459,7 +459,7 @@ def members(seed: int) -> list[Member]:
 def cases() -> list[Case]:
     goldens = open_goldens()
     loaded = (goldens.load(name) for name in goldens.names() if not name.startswith(("models/", "tile_n/")))
-    return [case for case in loaded if case.kind == "moe" and not case.derived]
+    return [case for case in loaded if case.kind == "moe" and not case.is_whole_layer]
 
 
 def catching(member: Member, of: Iterable[Case], enough: int = ENOUGH) -> list[str]:

@@ -26,7 +26,6 @@ those that are asked for: 100 % detected, 95 % stage right, 80 % described, none
 from __future__ import annotations
 
 import json
-import math
 import multiprocessing
 import re
 import sys
@@ -59,7 +58,6 @@ from tests.held_out_kernels.calls import CALLS, QUANTISED, captured, quantised_v
 from tests.held_out_kernels.definition import STAGES, Wrong, load_all, run_on
 
 STORED = Path(__file__).with_suffix(".json")  # by place: how many kernels, the four numbers, which mislead
-_WHOLE = 1 << 25  # bytes of the codes of fc1
 SHOWS = 16  # elements from which a captured call is one on which somebody would have noticed
 ASKED = {"detected": 1.0, "stage right": 0.95, "described": 0.8}
 # How a sentence names a stage.
@@ -177,7 +175,7 @@ def over_goldens(kernel: Wrong, goldens: str, *, whole: bool) -> tuple[bool, Sai
     """Whether the suite rejects it, and its verdict."""
     if kernel.kind not in KINDS:
         return False, Said(sentence=f"the goldens have no cases of kind {kernel.kind}")
-    cases = [case for case in _cases() if fnmatch(case.id, goldens) and (whole or not _whole_size(case))]
+    cases = [case for case in _cases() if fnmatch(case.id, goldens) and (whole or not case.is_whole_layer)]
     report = run(under_test(kernel), cases, Options(mode=kernel.mode, repeat=False))
     return any(not result.ok for result in report.results), said_of(report)
 
@@ -206,7 +204,7 @@ def one_call(kernel: Wrong) -> tuple[str, Any, dict[str, Tensor], dict[str, Tens
                 return name, inputs, right, got
     best: tuple[int, str, Any, dict[str, Tensor], dict[str, Tensor]] | None = None
     for case in _cases():
-        if case.kind == kernel.kind and not _whole_size(case):
+        if case.kind == kernel.kind and not case.is_whole_layer:
             one = runs(case)[0]
             count = _count(got := run_on(kernel, one.inputs), one.expected)
             if best is None or count > best[0]:
@@ -297,11 +295,6 @@ def show(rows: list[Judged], console: Console) -> bool:
 def _cases() -> list[Case]:
     goldens = open_goldens()
     return [goldens.load(name) for name in goldens.names()]
-
-
-def _whole_size(case: Case) -> bool:
-    """Whether a case's weights, which are derived then, are those of a whole layer."""
-    return bool(case.derived) and math.prod(case.derived["fc1_weights"]["shape"]) > _WHOLE
 
 
 @cache

@@ -111,7 +111,7 @@ def investigate(
         found = search.run(first)
         wrong = search.wrong if outside is None else search.wrong & outside.any(1, keepdim=True)
         if not found:
-            evidence = [known] if known else gather(pipeline, got, want, wrong)
+            evidence = [known] if known else gather(pipeline, got, want, wrong, outside)
             if any(e.zeros for e in evidence) and none_right(want, search.wrong):
                 return Result((), tuple(evidence), evidence[0].finding(), search.tried, True)
             closer = False

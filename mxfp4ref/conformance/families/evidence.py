@@ -51,13 +51,17 @@ _FEWEST, _ALMOST_ALL = 4, 0.9  # elements that are subnormal, and the part of th
 _PARTLY = 0.05  # of the errors, from which a function of up and gate is not excluded
 
 
-def gather(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> list[Evidence]:
+def gather(
+    pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor, outside: Tensor | None = None
+) -> list[Evidence]:
     """What takes no more than a forward or two, the strongest first.
 
     Args:
         pipeline: the right one.
         got, want: `[M, H] bf16`.
         wrong: `[M, H] bool`.
+        outside: `[M, H] bool`, in mode bounded where it leaves its bounds: of single elements and columns all others
+            are right.
     """
     found: list[Evidence] = []
     local = local_of(pipeline)
@@ -75,7 +79,8 @@ def gather(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> list
         return unless_in_another_order(pipeline.call, got, wrong, [lost])
     if not found and (tile := tile_sums(pipeline, got, wrong, local)) is not None:
         return [tile]
-    found += _single(pipeline.call, got, want, wrong) or _columns(pipeline, got, want, wrong, tokens)
+    alone = wrong if outside is None else wrong & outside
+    found += _single(pipeline.call, got, want, alone) or _columns(pipeline, got, want, alone, tokens)
     if not found:
         solved = list(other_sums(pipeline, got, wrong, local, tokens))
         solved = solved or list(second_gemm(pipeline, got, wrong, local, tokens))

@@ -244,7 +244,7 @@ def _undecided(
             else:
                 wrong = differing(failure.got, failure.want)
                 wrong = wrong if failure.outside is None else wrong & failure.outside.any(1, keepdim=True)
-                evidence = gather(failure.pipeline, failure.got, failure.want, wrong)
+                evidence = gather(failure.pipeline, failure.got, failure.want, wrong, failure.outside)
                 evidence = look_closer(failure.pipeline, failure.got, wrong, evidence)
             strongest = [e for e in evidence if e.stages]
             if strongest:

@@ -144,11 +144,12 @@ def _other_weights(pipeline: Pipeline, loud: list[Sample]) -> Evidence | None:
     by_expert: dict[int, list[float]] = {}
     for weights in told:
         for expert, asked, found in zip(weights.experts, weights.asked, weights.found, strict=True):
-            if asked > 0.1:
+            if abs(asked) > 0.1:
                 by_expert.setdefault(expert, []).append(found / asked)
     alike = all(max(r) - min(r) < 0.05 * abs(r[0]) + 0.02 for r in by_expert.values())
     stages = ("finalize", "fc2") if alike else ("finalize",)
-    where = "; a factor of each expert, on GEMM2's scales or in the sum" if alike else ""
+    shown = alike and any(len(r) > 1 for r in by_expert.values())
+    where = "; a factor of each expert, on GEMM2's scales or in the sum" if shown else ""
     factor, _ = in_common(told)
     details = f"{factor}{'; ' * bool(factor)}{'; '.join(map(str, told[:2]))}{where}"
     return Evidence.of_kind(stages, _WEIGHTS, details, 4)

@@ -18,6 +18,9 @@ __all__ = ["zero_rows"]
 
 _COUNTS = 2.0**-4  # of a row's largest weight, from which a slot's term shows in the row
 _MOST = 0.5  # of the rows
+_SMALL = (
+    2.0**-100
+)  # numbers that a factor such as a weight, applied once more or earlier, takes below the least ones
 
 
 def zero_rows(pipeline: Pipeline, got: Tensor, want: Tensor, rows: Tensor) -> Iterator[Evidence]:
@@ -29,6 +32,9 @@ def zero_rows(pipeline: Pipeline, got: Tensor, want: Tensor, rows: Tensor) -> It
     what = "all tokens" if count == len(rows) > 1 else what
     them = "it" if count == 1 else "them"
     sentence = f"the rows of {what} are zero: nothing was added up for {them}, or nothing written"
+    if bool((fp32.widen(want[rows].contiguous()).abs() < _SMALL).all()):
+        sentence += ", or its products underflowed: " if count == 1 else ", or their products underflowed: "
+        sentence += "all that is expected lies below 2^-100"
     if pipeline.call.ep_rank > 0:  # whose own experts have other local numbers
         sentence += ", as where global ids are mapped to local ones twice (ep_double_mapping)"
     if _cancels(pipeline.call, got, want, rows):
