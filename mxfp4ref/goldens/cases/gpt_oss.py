@@ -40,7 +40,7 @@ def _content(
     return moe_content(call, derived=recipes)
 
 
-@define(catches="bias1_ignored bias2_ignored", unique_for="gpt-oss's options beyond one tile")
+@define(unique_for="gpt-oss's options beyond one tile")
 def beyond_one_tile(source: Source) -> Content:
     """Biases and gpt-oss's parameters where everything takes several tiles: H 384 and I 256, and experts with
     129, 65 and 18 rows, a token each. What is read of a bias, a parameter or a routing weight once for all tiles

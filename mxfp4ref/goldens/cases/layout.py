@@ -129,7 +129,9 @@ def _padded(source: Source, inner: int, checkpoint: Experts) -> MoeCall:
     )
 
 
-@define(catches="padding_end_of_fused gate_up_interleaved")
+@define(
+    catches="padding_end_of_fused gate_up_interleaved", unique_for="halves padded to 128 rows, with biases"
+)
 def padded_halves(source: Source) -> MoeCall:
     """A layer like gpt-oss's in small: 96 rows of gate and of up, interleaved in the checkpoint, brought into
     halves and padded to 128 rows each, with their biases and parameters. Padding at the end of the fused
@@ -138,7 +140,7 @@ def padded_halves(source: Source) -> MoeCall:
     return _padded(source, 96, source.experts(2, 256, 128, biases=True, alpha=1.702, beta=1.0, limit=7.0))
 
 
-@define(catches="padding_end_of_fused")
+@define(catches="padding_end_of_fused", unique_for="halves padded to 128 rows, without biases")
 def padded_halves_of_64(source: Source) -> MoeCall:
     """A layer with 64 rows of gate and of up, padded to 128 each, without biases and parameters. Padding at
     the end of the fused tensor moves the border between them.
