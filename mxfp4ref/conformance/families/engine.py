@@ -204,9 +204,8 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
         return chain.from_iterable(generator(call) for generator in generators)
 
     factor = [h for f in uniform_factors(search.got, search.want, search.wrong) for h in factor_hypotheses(f)]
+    known = of(other_activations, named_hypotheses)  # before all others, for a quick diagnosis too
     plain = of(
-        other_activations,  # few, and so known in a quick diagnosis too
-        named_hypotheses,
         slot_hypotheses,
         permuted_hypotheses,
         weight_hypotheses,
@@ -220,7 +219,8 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
         output_hypotheses,
     )
     small = _is_small(search)
-    yield chain(wanted(factor), hypotheses_by_place(call, search.wrong), wanted(plain, slow=False))
+    by_place = hypotheses_by_place(call, search.wrong)
+    yield chain(wanted(factor), wanted(known, slow=False), by_place, wanted(plain, slow=False))
     only = _stages_left(evidence)  # which may be more by now
     slow = of(order_hypotheses, named_hypotheses)
     if small:
