@@ -18,14 +18,13 @@ from mxfp4ref.conformance.families.hypothesis import (
     of_slots,
     slot_outputs,
 )
+from mxfp4ref.conformance.families.places import concerns_what_is_wrong
 from mxfp4ref.conformance.families.row_offsets import sorted_rows
 from mxfp4ref.conformance.families.slot_kinds import position_in_expert
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import KERNEL
 
 __all__ = ["fragment_map_hypotheses"]
-
-_MOSTLY = 0.8  # of the tokens that a change concerns, which come out wrong
 
 # From the rows' places in their expert `[R, 1]` and the columns `[1, n]` to those that are read: rows, columns.
 _Change = Callable[[Tensor], Tensor]  # of the sorted rows
@@ -122,10 +121,7 @@ def fragment_map_hypotheses(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis
     local, tokens = local_of(Pipeline(call)), wrong.any(1)
     position, _ = position_in_expert(local)
     for late, hypothesis in chain(_stale(call), ((lambda r: r >= 0, h) for h in _exchanges())):
-        concerned = late(position).any(1)
-        if bool((tokens & ~concerned).any()) or not bool(concerned.any()):
-            continue
-        if float(tokens[concerned].float().mean()) >= _MOSTLY:
+        if concerns_what_is_wrong(late(position).any(1), tokens):
             yield hypothesis
 
 

@@ -14,6 +14,7 @@ from mxfp4ref.model.call import MoeCall
 
 __all__ = [
     "MaskOf",
+    "concerns_what_is_wrong",
     "fitting_attributes",
     "kinds_of_tokens",
     "named_columns",
@@ -23,6 +24,7 @@ __all__ = [
 ]
 
 _FEWEST_COLUMNS = 8  # of which a common rest is no chance
+_MOSTLY = 0.8  # of the places that a change concerns, which come out wrong
 
 MaskOf = Callable[[MoeCall, Tensor], Tensor]
 _Columns = Callable[[int], Tensor]  # of a width, which
@@ -47,6 +49,13 @@ def fitting_attributes(
         if torch.equal(mask.any(1), wrong) and not any(torch.equal(mask, other) for _, other, _ in found):
             found.append((kind.words, mask, mask_of))
     return found[:most]
+
+
+def concerns_what_is_wrong(concerned: Tensor, wrong: Tensor) -> bool:
+    """Whether the places that a change concerns, `bool`, are all that are wrong, `bool`, and hardly any others."""
+    if bool((wrong & ~concerned).any()) or not bool(concerned.any()):
+        return False
+    return float(wrong[concerned].float().mean()) >= _MOSTLY
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from mxfp4ref.conformance.families.hypothesis import (
     of_slots,
     slot_outputs,
 )
+from mxfp4ref.conformance.families.places import concerns_what_is_wrong
 from mxfp4ref.conformance.families.row_offsets import sorted_rows
 from mxfp4ref.model.call import MoeCall
 
 __all__ = ["row_expert_hypotheses"]
 
-_MOSTLY = 0.8  # of the tokens that a change concerns, which come out wrong
 _GEMMS = (
     (("fc1",), "GEMM1 multiplies"),
     (("fc2",), "GEMM2 multiplies"),
@@ -42,9 +42,7 @@ def row_expert_hypotheses(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
         other = (whose(own) != own) & weighs
         concerned = torch.zeros_like(wrong)
         concerned[(order // local.shape[1])[other]] = True
-        if bool((wrong & ~concerned).any()) or not bool(concerned.any()):
-            continue
-        if float(wrong[concerned].float().mean()) < _MOSTLY:
+        if not concerns_what_is_wrong(concerned, wrong):
             continue
         for fcs, multiplies in _GEMMS:
             yield replace(

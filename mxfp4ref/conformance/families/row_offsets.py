@@ -21,11 +21,11 @@ from mxfp4ref.conformance.families.hypothesis import (
     of_slots,
     slot_outputs,
 )
+from mxfp4ref.conformance.families.places import concerns_what_is_wrong
 from mxfp4ref.model.call import MoeCall
 
 __all__ = ["count_hypotheses", "offset_hypotheses", "sorted_rows"]
 
-_MOSTLY = 0.8  # of the tokens that a change concerns, which come out wrong
 _Starts = Callable[[Tensor], Tensor]  # rows by expert, `[E]`, to where each expert's begin
 
 
@@ -161,7 +161,7 @@ def offset_hypotheses(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
             concerned = torch.zeros_like(local, dtype=torch.bool).flatten()
             concerned[rows.flat[moved]] = True
             tokens = concerned.view(local.shape).any(1)
-            if not bool((wrong & ~tokens).any()) and float(wrong[tokens].float().mean()) >= _MOSTLY:
+            if concerns_what_is_wrong(tokens, wrong):
                 one = of_slots(
                     "rows of an expert",
                     stages,
@@ -188,11 +188,7 @@ def count_hypotheses(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
         concerned = torch.zeros_like(local, dtype=torch.bool).flatten()
         concerned[rows.flat[rows.position >= limit(rows.counts)[rows.expert]]] = True
         tokens = concerned.view(local.shape).any(1)
-        if (
-            bool((wrong & ~tokens).any())
-            or not bool(tokens.any())
-            or float(wrong[tokens].float().mean()) < _MOSTLY
-        ):
+        if not concerns_what_is_wrong(tokens, wrong):
             continue
 
         def on(rows: SlotRows, limit: _Starts = limit) -> SlotRows:

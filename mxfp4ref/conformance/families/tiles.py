@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline, SlotRows, local_of, of_slots
+from mxfp4ref.conformance.families.places import concerns_what_is_wrong
 from mxfp4ref.conformance.families.slot_kinds import position_in_expert
 from mxfp4ref.model.call import MoeCall
 
@@ -22,7 +23,6 @@ __all__ = ["tile_hypotheses"]
 _ROWS = (16, 64, 128, 8, 32, 256)
 _COLUMNS = (64, 128, 256, 32, 16)
 _STAGES = ("fc2", "finalize")
-_MOSTLY = 0.8  # of the blocks that a change concerns, which come out wrong
 _SWAPPED = (
     ": of experts with more than one tile of rows they lie in each other's places, as in another raster"
 )
@@ -113,15 +113,8 @@ def tile_hypotheses(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
         for words, stored, more in _rasters():
             at, source = stored(tiles)
             moved = (tiles.row[..., None] != at) | (source != torch.arange(tiles.across, device=local.device))
-            if _fits((moved & weighs[..., None]).any(1), blocks):
+            if concerns_what_is_wrong((moved & weighs[..., None]).any(1), blocks):
                 yield _mixed(f"{size} are {words}", (rows, columns), stored, cost + more)
-
-
-def _fits(concerned: Tensor, blocks: Tensor) -> bool:
-    """Whether blocks `[M, C] bool` that a change concerns are those that are wrong."""
-    if bool((blocks & ~concerned).any()) or not bool(concerned.any()):
-        return False
-    return float(blocks[concerned].float().mean()) >= _MOSTLY
 
 
 def _sets(tiles: _Tiles, blocks: Tensor, weighs: Tensor) -> Iterator[tuple[str, _Which, float]]:
@@ -145,7 +138,7 @@ def _sets(tiles: _Tiles, blocks: Tensor, weighs: Tensor) -> Iterator[tuple[str, 
             words = (
                 f"counted {order}, the {'last' if at == tiles.total - 1 else f'one with number {at} alone'}"
             )
-            if _fits((number == at).any(1), blocks):
+            if concerns_what_is_wrong((number == at).any(1), blocks):
                 yield (
                     words,
                     lambda t, at=at - tiles.total * (at == tiles.total - 1), b=by_columns: (
@@ -154,7 +147,7 @@ def _sets(tiles: _Tiles, blocks: Tensor, weighs: Tensor) -> Iterator[tuple[str, 
                     1.5,
                 )
             for n in range(2, min(tiles.total // 2, _PERIODS)):
-                if _fits(((number % n == at % n) & (number >= 0)).any(1), blocks):
+                if concerns_what_is_wrong(((number % n == at % n) & (number >= 0)).any(1), blocks):
                     yield (
                         f"counted {order}, every {_ORDINALS.get(n, f'{n}th')} from number {at % n} on",
                         lambda t, n=n, a=at % n, b=by_columns: (t.number(b) >= 0) & (t.number(b) % n == a),
