@@ -14,10 +14,9 @@ from mxfp4ref.conformance.families.hypothesis import (
     SlotRows,
     local_of,
     of_slots,
-    slot_outputs,
 )
 from mxfp4ref.conformance.families.places import concerns_what_is_wrong
-from mxfp4ref.conformance.families.row_offsets import sorted_rows
+from mxfp4ref.conformance.families.row_offsets import by_two_experts, sorted_rows
 from mxfp4ref.model.call import MoeCall
 
 __all__ = ["row_expert_hypotheses"]
@@ -119,21 +118,8 @@ def _numbered(expert: Tensor, by: int) -> Tensor:
 
 def _with_others(rows: SlotRows, fcs: tuple[str, ...], whose: _Whose) -> SlotRows:
     """Each row by an expert of its own and the other one's weights."""
-    experts = rows.call.experts
-    order, _, _ = sorted_rows(rows.local, experts.num_experts)
+    order, _, _ = sorted_rows(rows.local, rows.call.experts.num_experts)
     own = rows.local.flatten()[order]
-    pairs, which = torch.unique(own * experts.num_experts + whose(own), return_inverse=True)
-    tensors = {}
-    for name, tensor in vars(experts).items():
-        if isinstance(tensor, Tensor):
-            of_gemm = name.startswith(fcs) and name.endswith(_NAMES)
-            tensors[name] = tensor[pairs % experts.num_experts if of_gemm else pairs // experts.num_experts]
-    local = torch.full_like(rows.local, -1)
-    local.view(-1)[order] = which
-    call = Pipeline(rows.call).calling(
-        token_selected_experts=local.to(torch.int32),
-        experts=replace(experts, **tensors),
-        ep_size=1,
-        ep_rank=0,
+    return by_two_experts(
+        rows, order, own, whose(own), lambda name: name.startswith(fcs) and name.endswith(_NAMES)
     )
-    return replace(rows, y=slot_outputs(call))

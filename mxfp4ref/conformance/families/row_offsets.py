@@ -24,7 +24,7 @@ from mxfp4ref.conformance.families.hypothesis import (
 from mxfp4ref.conformance.families.places import concerns_what_is_wrong
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["count_hypotheses", "offset_hypotheses", "sorted_rows"]
+__all__ = ["by_two_experts", "count_hypotheses", "offset_hypotheses", "sorted_rows"]
 
 _Starts = Callable[[Tensor], Tensor]  # rows by expert, `[E]`, to where each expert's begin
 
@@ -235,22 +235,42 @@ def _owning(starts: _Starts, *, parameters: bool = True) -> Callable[[SlotRows],
     """With `parameters` all of the owner's, else its weights and scales only."""
 
     def on(rows: SlotRows) -> SlotRows:
-        experts, found = rows.call.experts, _Sorted.of(rows.local, rows.call.experts.num_experts)
+        found = _Sorted.of(rows.local, rows.call.experts.num_experts)
         owner = found.owner(starts)
-        pairs, pair = torch.unique(
-            torch.stack((owner.clamp(min=0), found.expert)), dim=1, return_inverse=True
+        slots = torch.where(owner >= 0, found.flat, -1)
+        return by_two_experts(
+            rows,
+            slots,
+            found.expert,
+            owner.clamp(min=0),
+            lambda name: parameters or name.endswith(("weights", "scales")),
         )
-        tensors = {
-            field.name: None if (t := getattr(experts, field.name)) is None else t[pairs[int(not whole)]]
-            for field in fields(experts)
-            for whole in [parameters or field.name.endswith(("weights", "scales"))]
-        }
-        local = torch.full_like(rows.local, -1).flatten()
-        local[found.flat] = torch.where(owner >= 0, pair, -1)
-        ids = local.view(rows.local.shape).to(torch.int32)
-        pipeline = Pipeline(rows.call).having(**tensors)
-        pipeline = pipeline.calling(token_selected_experts=ids, ep_size=1, ep_rank=0)
-        pipeline = pipeline.staging(select_local=lambda ids, *_: ids.to(torch.int64))  # one may come twice
-        return replace(rows, y=slot_outputs(pipeline))
 
     return on
+
+
+def by_two_experts(
+    rows: SlotRows, slots: Tensor, own: Tensor, other: Tensor, of_other: Callable[[str], bool]
+) -> SlotRows:
+    """Rows that are computed by an expert of their own with some tensors of another one.
+
+    Args:
+        rows: the call's.
+        slots: `[R]`, the rows' slots in one list of all, or -1 for a row that nobody computes.
+        own, other: `[R]`, the two experts.
+        of_other: whether the tensor of a name (`fc1_scales`) is the other's.
+    """
+    experts = rows.call.experts
+    pairs, pair = torch.unique(torch.stack((own, other)), dim=1, return_inverse=True)
+    tensors = {
+        field.name: tensor[pairs[int(of_other(field.name))]]
+        for field in fields(experts)
+        if (tensor := getattr(experts, field.name)) is not None
+    }
+    local = torch.full_like(rows.local, -1).flatten()
+    local[slots[slots >= 0]] = pair[slots >= 0]
+    ids = local.view(rows.local.shape).to(torch.int32)
+    pipeline = Pipeline(rows.call).having(**tensors)
+    pipeline = pipeline.calling(token_selected_experts=ids, ep_size=1, ep_rank=0)
+    pipeline = pipeline.staging(select_local=lambda ids, *_: ids.to(torch.int64))  # one may come twice
+    return replace(rows, y=slot_outputs(pipeline))
