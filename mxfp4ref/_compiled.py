@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import threading
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -28,7 +29,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["as_numpy", "compiled", "loops"]
+__all__ = ["as_numpy", "compiled", "loops", "seconds_loading"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -36,6 +37,7 @@ _lock = threading.RLock()
 _loaded: dict[str, ModuleType | None] = {}
 _COMPILING = "mxfp4ref: its loops are compiled for this CPU, once; that takes about half a minute"
 _told: list[bool] = []  # whether that has been said
+_loading: list[float] = []  # seconds of the processor, of each module
 _REMEMBERED = 4096  # shapes of a loop's arrays that fit together
 
 # A fork waits for a compilation to end, as the child would have neither the compiling thread nor a way to unlock.
@@ -131,8 +133,15 @@ def loops(name: str, trial: Callable[[Any], None], consequence: str) -> Any:
     if name not in _loaded:
         with _lock:
             if name not in _loaded:
-                _loaded[name] = _load(name, trial, consequence)
+                start = time.thread_time() - seconds_loading()
+                _loaded[name] = _load(name, trial, consequence)  # whose trial may load others
+                _loading.append(time.thread_time() - seconds_loading() - start)
     return _loaded[name]
+
+
+def seconds_loading() -> float:
+    """Seconds of the processor that went into loops at their first use, of all threads: mostly into compiling."""
+    return sum(_loading)
 
 
 def _load(name: str, trial: Callable[[Any], None], consequence: str) -> ModuleType | None:

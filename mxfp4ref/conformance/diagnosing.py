@@ -18,7 +18,7 @@ from mxfp4ref.conformance.families.jury import Failure, Verdict, judge
 from mxfp4ref.conformance.finding import of_specials
 from mxfp4ref.conformance.looking import REAL_SECONDS, Known, is_large
 from mxfp4ref.conformance.plain import of_exception
-from mxfp4ref.conformance.reduction import is_heavy
+from mxfp4ref.conformance.reduction import is_heavy, thread_clock
 from mxfp4ref.conformance.results import CaseResult, name_defects
 from mxfp4ref.goldens import Goldens
 from mxfp4ref.goldens.runs import Run, runs
@@ -174,13 +174,13 @@ class Failing:
         seconds = None
         if self._left <= 0:
             seconds = _SUSPECTS_SECONDS if self._suspects else 0.0
-        start = time.thread_time()
+        start = thread_clock()
         if self._left_for_bounds > 0:
             result = one.bounded(result)
-            self._left_for_bounds -= time.thread_time() - start
-        start = time.thread_time()
+            self._left_for_bounds -= thread_clock() - start
+        start = thread_clock()
         result = one.looked_at(result, tuple(self._suspects), "quick", seconds)
-        self._left -= time.thread_time() - start
+        self._left -= thread_clock() - start
         if result.diagnosis is not None:
             self._suspects |= dict.fromkeys(result.diagnosis.exact)
         return result

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mxfp4ref._compiled import seconds_loading
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.model.call import PADDING_ID, MoeCall
 from mxfp4ref.model.forward import forward, select_local
@@ -22,6 +23,7 @@ __all__ = [
     "local_experts",
     "one_token",
     "reduce_call",
+    "thread_clock",
 ]
 
 _EXPERT_BYTES = 1 << 25  # beyond which a call is heavy
@@ -140,4 +142,9 @@ def local_experts(call: MoeCall) -> Tensor:
 
 def clock_of(call: MoeCall) -> Callable[[], float]:
     """The clock for the limits of a search: seconds of the processor, of all threads where others compute."""
-    return time.process_time if is_heavy(call) else time.thread_time
+    return (lambda: time.process_time() - seconds_loading()) if is_heavy(call) else thread_clock
+
+
+def thread_clock() -> float:
+    """Seconds of the processor in this thread, without those that went into loading loops at their first use."""
+    return time.thread_time() - seconds_loading()

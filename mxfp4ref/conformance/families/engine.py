@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 
-import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import ulp_distance
@@ -48,9 +47,8 @@ from mxfp4ref.conformance.families.tensors import (
 from mxfp4ref.conformance.families.uniform_factors import uniform_factors
 from mxfp4ref.conformance.families.weighting import weight_hypotheses
 from mxfp4ref.conformance.finding import Evidence, in_words
-from mxfp4ref.conformance.reduction import clock_of, is_heavy, reduce_call
+from mxfp4ref.conformance.reduction import clock_of, is_heavy
 from mxfp4ref.model.call import MoeCall
-from mxfp4ref.model.forward import forward
 from mxfp4ref.sm90 import fp32
 
 __all__ = ["Result", "investigate", "told"]
@@ -107,8 +105,6 @@ def investigate(
     """
     heavy = is_heavy(pipeline.call)
     with nullcontext() if heavy else one_thread():
-        # What is compiled at first use takes none of the seconds.
-        forward(reduce_call(pipeline.call, torch.zeros(1, dtype=torch.int64)))
         until = clock_of(pipeline.call)() + seconds
         search = Search(pipeline, got, want, until, progress=progress)
         evidence: list[Evidence] = []

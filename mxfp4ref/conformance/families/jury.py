@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ from mxfp4ref.conformance.families.named import named_hypotheses
 from mxfp4ref.conformance.families.nan_bits import investigated
 from mxfp4ref.conformance.families.search import FEWEST_BITS, Match, one_thread
 from mxfp4ref.conformance.finding import OTHERS, Evidence
+from mxfp4ref.conformance.reduction import thread_clock
 from mxfp4ref.model.call import MoeCall
 
 __all__ = ["Failure", "Verdict", "judge"]
@@ -99,7 +99,7 @@ def judge(
         known: named defects that predict every bit of some case; where one predicts all, no other is looked for that
             has no name.
     """
-    until = time.thread_time() + seconds
+    until = thread_clock() + seconds
     failures = sorted(failures, key=_telling, reverse=True)
     if known and (verdict := _of_known(failures, passing, known, seconds)):
         return verdict
@@ -107,7 +107,7 @@ def judge(
     seen: dict[str, _Heard] = {}
     results: list[Result] = []
     for number, failure in enumerate(_different(failures)):
-        left = until - time.thread_time()
+        left = until - thread_clock()
         if number >= _SEARCHED or left < 1:
             break
         share = left * 0.6
@@ -237,7 +237,7 @@ def _undecided(
     proofs: list[Evidence] = []
     with one_thread():
         for number, failure in enumerate(_different(failures)):
-            if number >= _READ or (number and time.thread_time() > until + 5):
+            if number >= _READ or (number and thread_clock() > until + 5):
                 break
             if number < len(results) and results[number].evidence:
                 evidence: list[Evidence] = list(results[number].evidence)
@@ -280,7 +280,7 @@ def _two(failures: list[Failure], passing: _Passing, heard: _Heard, until: float
     if not heard.cases or not heard.all_heard or first.slow or first.family == "two":
         return None
     with one_thread():
-        clock = time.thread_time
+        clock = thread_clock
         both = and_another(first, others, clock=clock, until=max(until, clock() + _FOR_A_SECOND))
         both = [h for h in both if all(_predicted(h, f) for f in failures if f.case in heard.cases)]
     if not (kept := _spared([Match(h, True) for h in both], passing)):
