@@ -110,10 +110,12 @@ def test_the_parts_of_the_time_are_no_more_than_all_of_it() -> None:
 def test_of_a_call_of_real_size_all_threads_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its GEMMs run in threads for which the one that searches only waits."""
     call = pipeline(ONE).call
-    clocks = {False: time.thread_time, True: time.process_time}
-    for heavy, clock in clocks.items():
+    monkeypatch.setattr(time, "thread_time", lambda: 1.0)
+    monkeypatch.setattr(time, "process_time", lambda: 2.0)
+    monkeypatch.setattr("mxfp4ref.conformance.reduction.seconds_loading", lambda: 0.25)  # which do not count
+    for heavy, seconds in {False: 1.0, True: 2.0}.items():
         monkeypatch.setattr("mxfp4ref.conformance.reduction.is_heavy", lambda _, heavy=heavy: heavy)
-        assert clock_of(call) is clock
+        assert clock_of(call)() == seconds - 0.25
 
 
 def test_names_and_hypotheses_share_the_limit_of_a_call_of_real_size(monkeypatch: pytest.MonkeyPatch) -> None:
