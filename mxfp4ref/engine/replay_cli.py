@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mxfp4ref._choices import MODES
 from mxfp4ref._files import files_below
 from mxfp4ref.conformance.cli import completing
 from mxfp4ref.conformance.cli.command import command
@@ -26,6 +25,7 @@ from mxfp4ref.conformance.cli.shared import (
     check_no_swap,
     diagnosis_option,
     interrupted_once,
+    mode_option,
     progress,
     usage_errors,
 )
@@ -54,13 +54,7 @@ _COLOURS = {"equal": "green", "within bounds": "green", "skipped": "bright_black
 @click.option(
     "--max-calls", type=click.IntRange(min=1), metavar="N", help="Replay no more calls than the first N."
 )
-@click.option(
-    "--mode",
-    type=click.Choice(MODES),
-    default="exact",
-    show_default=True,
-    help="exact: equal bits; bounded: within the bounds of every correct evaluation.",
-)
+@mode_option
 @click.option(
     "--kernel",
     metavar="KERNEL",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mxfp4ref._choices import MODES, STORAGE
+from mxfp4ref._choices import STORAGE
 from mxfp4ref._files import files_below
 from mxfp4ref.conformance import memory
 from mxfp4ref.conformance.cli import completing
@@ -30,6 +30,7 @@ from mxfp4ref.conformance.cli.shared import (
     goldens_option,
     interrupted_once,
     limited_jobs,
+    mode_option,
     usage_errors,
 )
 from mxfp4ref.conformance.cli.supervised import others_code_begins
@@ -68,13 +69,7 @@ __all__ = ["conform"]
     shell_complete=completing.globs,
     help="None of these cases, a suite or as in --case. Repeatable.",
 )
-@click.option(
-    "--mode",
-    type=click.Choice(MODES),
-    default="exact",
-    show_default=True,
-    help="exact: equal bits; bounded: within the bounds of every correct evaluation.",
-)
+@mode_option
 @click.option(
     "--intermediates",
     "storage",

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import click
 from safetensors import SafetensorError
 
-from mxfp4ref._choices import DIAGNOSES
+from mxfp4ref._choices import DIAGNOSES, MODES
 from mxfp4ref._files import printable
 from mxfp4ref.conformance.cli.terminal import animated, console, echo
 from mxfp4ref.conformance.heartbeat import heartbeat
@@ -45,6 +45,7 @@ __all__ = [
     "goldens_option",
     "interrupted_once",
     "limited_jobs",
+    "mode_option",
     "progress",
     "usage_errors",
 ]
@@ -62,6 +63,14 @@ diagnosis_option = click.option(
     show_default=True,
     help="Where bits differ, look for what is wrong: quick, about a second for each; full, up to a minute more; "
     "none, only compare.",
+)
+
+mode_option = click.option(
+    "--mode",
+    type=click.Choice(MODES),
+    default="exact",
+    show_default=True,
+    help="exact: equal bits; bounded: within the bounds of every correct evaluation.",
 )
 
 goldens_option = click.option(

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import differing
-from mxfp4ref.conformance.families.activations import activation_hypotheses, other_activations
 from mxfp4ref.conformance.families.distances import surprise
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline, composed, of_sum
-from mxfp4ref.conformance.families.roundings import rounding_hypotheses
 from mxfp4ref.conformance.families.search import FEWEST_BITS, Search
 from mxfp4ref.conformance.families.slots import slot_hypotheses
-from mxfp4ref.conformance.families.tensors import (
-    bias_hypotheses,
-    constants,
-    expert_hypotheses,
-    value_hypotheses,
-)
+from mxfp4ref.conformance.families.soon import quick
+from mxfp4ref.conformance.families.tensors import bias_hypotheses
 from mxfp4ref.conformance.families.weighting import weight_hypotheses
 from mxfp4ref.defects import DEFECTS, finalize
 from mxfp4ref.defects.variants.finalize import FinalizeVariant
@@ -80,8 +74,4 @@ def _second(call: MoeCall) -> Iterator[Hypothesis]:
     """None by the name of a defect, which is a pipeline of its own."""
     for defect, variant in _SUMS:
         yield of_sum("sum of slots", ("finalize",), DEFECTS[defect].summary, variant, 1)
-    kinds: tuple[Callable[[MoeCall], Iterable[Hypothesis]], ...] = (
-        *(weight_hypotheses, slot_hypotheses, bias_hypotheses, rounding_hypotheses, other_activations),
-        *(activation_hypotheses, value_hypotheses, constants, expert_hypotheses),
-    )
-    yield from chain.from_iterable(kind(call) for kind in kinds)
+    yield from chain(weight_hypotheses(call), slot_hypotheses(call), bias_hypotheses(call), quick(call))

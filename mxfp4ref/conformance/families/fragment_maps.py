@@ -58,17 +58,6 @@ def _fc1(rows: SlotRows, moved: _Change, order: Tensor) -> Tensor:
     return slot_outputs(Pipeline(rows.call, replace(KERNEL, round_fc1=lambda t: moved(KERNEL.round_fc1(t)))))
 
 
-def _gate(rows: SlotRows, moved: _Change, order: Tensor) -> Tensor:
-    if not rows.call.experts.gated:
-        raise ValueError("experts: expected gated ones")
-
-    def rounded(t: Tensor) -> Tensor:
-        up, gate = KERNEL.round_fc1(t).chunk(2, 1)
-        return torch.cat((up, moved(gate)), 1)
-
-    return slot_outputs(Pipeline(rows.call, replace(KERNEL, round_fc1=rounded)))
-
-
 def _activation(rows: SlotRows, moved: _Change, order: Tensor) -> Tensor:
     stages = replace(KERNEL, round_activation=lambda t: moved(KERNEL.round_activation(t)))
     return slot_outputs(Pipeline(rows.call, stages))
@@ -85,7 +74,6 @@ _RESULT = _Matrix("GEMM2's result", ("fc2", "finalize"), _result)
 _ACTIVATION = _Matrix("the activation", ("activation", "fc2"), _activation)
 _INPUT = _Matrix("the matrix of GEMM1's input rows", ("input", "fc1"), _input)
 _FC1 = _Matrix("GEMM1's result", ("fc1", "activation"), _fc1)
-_GATE = _Matrix("gate (GEMM1's result)", ("fc1", "activation"), _gate)
 
 
 def _moved(matrix: _Matrix, words: str, of: _Map, cost: float, *, missing: float | None = 0.0) -> Hypothesis:
@@ -139,7 +127,7 @@ def _exchanges() -> Iterator[Hypothesis]:
                 )
         if matrix is not _RESULT:
             yield from _swizzled(matrix, more)
-    for matrix in (_GATE, _FC1, _ACTIVATION, _RESULT):
+    for matrix in (_ACTIVATION, _RESULT):  # of GEMM1's result, of gate and of up: rows_beside
         for row in (1, 8, 2, 4):
             yield _moved(
                 matrix,
