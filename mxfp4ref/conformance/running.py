@@ -127,7 +127,7 @@ def _right_alone(
         worker is None
         or (before := worker.runs - 1) < 1
         or worker.tried_alone >= _ALONE_AT_MOST
-        or case.derived
+        or case.is_whole_layer
     ):
         return ""
     tried, worker.tried_alone = (
@@ -347,4 +347,4 @@ def _by_tactic(kernel: Kernel, case: Case) -> Iterator[Run]:
 
 def _takes_long(kernel: Kernel, case: Case) -> bool:
     """Whether a stand-in would take seconds for each run: a layer of whole size on a CPU."""
-    return bool(case.derived) and kernel.forces_tile_k and kernel.device == "cpu"
+    return case.is_whole_layer and kernel.forces_tile_k and kernel.device == "cpu"

@@ -271,7 +271,7 @@ class _Selection(Goldens):
     def load(self, name: str) -> Case:
         """Told before the kernel's process runs out of memory, which says nothing."""
         case = super().load(name)
-        available = memory.free() if self._in_full and case.derived else None
+        available = memory.free() if self._in_full and case.is_whole_layer else None
         if available is not None and memory.needed(case) > available:
             echo(memory.too_large(case, available), err=True)
         return case
