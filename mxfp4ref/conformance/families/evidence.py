@@ -25,6 +25,7 @@ from mxfp4ref.conformance.families.lost_rows import lost_rows
 from mxfp4ref.conformance.families.lost_terms import lost_terms
 from mxfp4ref.conformance.families.mixed_up import mixed_up
 from mxfp4ref.conformance.families.moved_columns import moved_columns
+from mxfp4ref.conformance.families.operands import other_operands
 from mxfp4ref.conformance.families.output_memory import rows_of_the_input
 from mxfp4ref.conformance.families.places import named_columns, residue_in_words
 from mxfp4ref.conformance.families.row_maps import row_maps
@@ -108,6 +109,8 @@ def _solved(pipeline: Pipeline, got: Tensor, wrong: Tensor, *, staged: bool) -> 
         return [table]
     if (moved := row_maps(pipeline.call, some)) is not None:
         return [moved]
+    if (operands := other_operands(pipeline, some, wrong.any(1))) is not None:
+        return [operands]
     space = Space.of(some)
     formula = fitted(some, pipeline.call.experts.swiglu_limit) if space is not None and space.inside else None
     if formula is not None and formula.proved:

@@ -1,0 +1,131 @@
+"""Operands that a GEMM took for others, K group by K group."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from mxfp4ref import Experts, MoeCall, forward, quantize
+from mxfp4ref.conformance.comparison import differing
+from mxfp4ref.conformance.families.engine import prepared
+from mxfp4ref.conformance.families.hypothesis import local_of
+from mxfp4ref.conformance.families.operands import other_operands
+from mxfp4ref.conformance.families.sampled import samples
+from mxfp4ref.conformance.finding import Evidence
+
+
+@pytest.fixture(scope="module")
+def call() -> MoeCall:
+    random = torch.Generator().manual_seed(6)
+    experts = [
+        quantize(torch.randn(4, *s, generator=random) * s[1] ** -0.5) for s in ((256, 256), (256, 128))
+    ]
+    ids = torch.stack([torch.randperm(4, generator=random)[:2] for _ in range(24)]).int()
+    x = torch.randn(24, 256, generator=random).bfloat16()
+    return MoeCall(x, ids, torch.rand(24, 2, generator=random) + 0.2, Experts(*experts[0], *experts[1]))
+
+
+def with_experts(call: MoeCall, **tensors: Tensor) -> MoeCall:
+    return replace(call, experts=replace(call.experts, **tensors))
+
+
+def said(call: MoeCall, got: Tensor) -> Evidence | None:
+    pipeline, wrong = prepared(call), differing(got, forward(call))
+    return other_operands(pipeline, samples(pipeline, got, wrong, local_of(pipeline)), wrong.any(1))
+
+
+def another_experts_gate(call: MoeCall) -> Tensor:
+    codes, scales = call.experts.fc1_weights.clone(), call.experts.fc1_scales.clone()
+    codes[:-1, 128:, :32], scales[:-1, 128:, :2] = codes[1:, 128:, :32], scales[1:, 128:, :2]
+    return forward(with_experts(call, fc1_weights=codes, fc1_scales=scales))
+
+
+def a_stale_stage(call: MoeCall) -> Tensor:
+    codes, scales = call.experts.fc1_weights.clone(), call.experts.fc1_scales.clone()
+    codes[..., 64:96], scales[..., 4:6] = codes[..., :32], scales[..., :2]
+    x = call.input.clone()
+    x[:, 128:192] = x[:, :64]
+    return forward(replace(with_experts(call, fc1_weights=codes, fc1_scales=scales), input=x))
+
+
+def the_next_tokens_input(call: MoeCall) -> Tensor:
+    x = call.input.clone()
+    x[:-1, 32:64] = x[1:, 32:64]
+    return forward(replace(call, input=x))
+
+
+def scales_of_another_row(call: MoeCall) -> Tensor:
+    scales = call.experts.fc2_scales.clone()
+    scales[:, :-8, 2:] = call.experts.fc2_scales[:, 8:, 2:]
+    return forward(with_experts(call, fc2_scales=scales))
+
+
+def a_rest_of_k(call: MoeCall) -> Tensor:
+    x = call.input.clone()
+    x[:, 192:] = 0
+    return forward(replace(call, input=x))
+
+
+def a_block_of_rows(call: MoeCall) -> Tensor:
+    codes, scales = call.experts.fc1_weights.clone(), call.experts.fc1_scales.clone()
+    codes[:, 64:128, 32:64], scales[:, 64:128, 2:4] = codes[:, 64:128, :32], scales[:, 64:128, :2]
+    return forward(with_experts(call, fc1_weights=codes, fc1_scales=scales))
+
+
+def of_one_expert(call: MoeCall) -> Tensor:
+    codes, scales = call.experts.fc2_weights.clone(), call.experts.fc2_scales.clone()
+    codes[2, :, :16], scales[2, :, :1] = codes[0, :, :16], scales[0, :, :1]
+    return forward(with_experts(call, fc2_weights=codes, fc2_scales=scales))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stages", "words"),
+    [
+        (
+            another_experts_gate,
+            ("fc1",),
+            "in GEMM1 .*: K 0 to 63 of gate has the weights of the expert 1 further on",
+        ),
+        (a_stale_stage, ("input", "fc1"), "in GEMM1 .*: K 128 to 191 has both operands of K 0 to 63"),
+        (the_next_tokens_input, ("input", "fc1"), "K 32 to 63 has the input of the token 1 further on"),
+        (scales_of_another_row, ("fc2",), "in GEMM2 .*: K 64 to 127 has the scales of the row 8 further on"),
+        (a_rest_of_k, ("input", "fc1"), "in GEMM1 .*: K 192 to 255 is left out"),
+        (a_block_of_rows, ("fc1",), "rows 64 to 127: K 64 to 127 has the weights of K 0 to 63"),
+        (of_one_expert, ("fc2",), "for slots of expert 2: K 0 to 31 has the weights of expert 0"),
+    ],
+)
+def test_named(
+    call: MoeCall, kernel: Callable[[MoeCall], Tensor], stages: tuple[str, ...], words: str
+) -> None:
+    found = said(call, kernel(call))
+    assert found is not None
+    assert found.stages == stages
+    assert re.search(words, found.sentence), found.sentence
+
+
+def noise(call: MoeCall) -> Tensor:
+    random = torch.Generator().manual_seed(1)
+    right = forward(call).float()
+    return (right + right.std() * torch.randn(right.shape, generator=random)).bfloat16()
+
+
+def another_formula(call: MoeCall) -> Tensor:
+    return forward(with_experts(call, swiglu_limit=torch.full((4,), 0.5)))
+
+
+def half_of_a_group(call: MoeCall) -> Tensor:
+    x = call.input.clone()
+    x[:, 32:48] = 0
+    return forward(replace(call, input=x))
+
+
+@pytest.mark.parametrize("kernel", [noise, another_formula, half_of_a_group])
+def test_nothing_is_said_of_what_is_no_such_change(
+    call: MoeCall, kernel: Callable[[MoeCall], Tensor]
+) -> None:
+    assert said(call, kernel(call)) is None
