@@ -37,10 +37,15 @@ def as_stage(run: OfSwiglu) -> Callable[..., Tensor]:
     return stage
 
 
+# As rows of GEMM1's weights in another order do.
+_AS_ROWS = ("up and gate change places", "GEMM1's columns", "GEMM1's halves")
+
+
 def activation_hypothesis(words: str, run: Callable[..., Tensor], cost: float) -> Hypothesis:
     """That another stage `activate` runs."""
     change = lambda p: p.staging(activate=run)  # noqa: E731
-    return Hypothesis("activation", ("activation",), f"in the activation {words}", change, cost)
+    stages = ("fc1", "activation") if words.startswith(_AS_ROWS) else ("activation",)
+    return Hypothesis("activation", stages, f"in the activation {words}", change, cost)
 
 
 def step_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:

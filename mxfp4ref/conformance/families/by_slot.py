@@ -35,6 +35,21 @@ def by_slot_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
                 _by_place(name),
                 1.5,
             )
+    if call.experts.fc2_biases is not None:
+        words = "the fc2 biases are indexed by the slot's place in its token instead of the expert"
+        yield Hypothesis("fc2 bias", ("finalize", "fc2"), words, _bias_by_place, 1.4)
+
+
+def _bias_by_place(pipeline: Pipeline) -> Pipeline:
+    right = pipeline.stages.finalize
+
+    def finalize(y: Tensor, local: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is None or not len(bias):
+            return right(y, local, scales, bias)
+        place = torch.arange(local.shape[1], device=local.device).expand_as(local) % len(bias)
+        return right(y, torch.where(local >= 0, place, local), scales, bias)
+
+    return pipeline.staging(finalize=finalize)
 
 
 def _by_place(name: str) -> Callable[[SlotRows], SlotRows]:

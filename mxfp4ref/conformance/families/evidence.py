@@ -27,6 +27,7 @@ from mxfp4ref.conformance.families.mixed_up import mixed_up
 from mxfp4ref.conformance.families.moved_columns import moved_columns
 from mxfp4ref.conformance.families.operands import other_operands
 from mxfp4ref.conformance.families.output_memory import rows_of_the_input
+from mxfp4ref.conformance.families.output_rows import rows_of_others
 from mxfp4ref.conformance.families.places import named_columns, residue_in_words
 from mxfp4ref.conformance.families.row_maps import row_maps
 from mxfp4ref.conformance.families.sampled import samples
@@ -152,15 +153,8 @@ def _rows(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> Itera
     if bool(lost.any()) and (not bool(others.any()) or _near_underflow(got, want, others) is not None):
         yield from lost_rows(pipeline.call, got, want, lost)
         return
-    same = {bytes(row.contiguous().view(torch.uint8).numpy()): i for i, row in enumerate(want.cpu())}
-    pairs = []
-    for token in rows.nonzero().flatten().tolist()[:64]:
-        source = same.get(bytes(got[token].cpu().contiguous().view(torch.uint8).numpy()))
-        if source is not None and bool(want[source].to(torch.float32).abs().sum() > 0):
-            pairs.append((token, source))
-    if pairs and len(pairs) == min(int(rows.sum()), 64) and len(got) > 1:
-        shown = ", ".join(f"token {t} has token {s}'s row" for t, s in pairs[:4])
-        yield Evidence.of_kind(("finalize", "input"), "rows of the output are other tokens' rows", shown, 3)
+    if (moved := rows_of_others(got, want, rows)) is not None:
+        yield moved
 
 
 def _near_underflow(got: Tensor, want: Tensor, wrong: Tensor) -> Evidence | None:

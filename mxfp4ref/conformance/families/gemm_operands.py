@@ -270,7 +270,8 @@ def gemms(pipeline: Pipeline) -> Iterator[Gemm]:
     yield Gemm(
         "GEMM2",
         "the activation",
-        (("fc2",), ("activation", "fc2")),
+        # A bias of GEMM1 is added where it belongs, wherever GEMM1's columns are stored.
+        (("fc2",), ("fc1" if experts.fc1_biases is None else "activation", "fc2")),
         *second,
         grouped(rows.activation),
         rows.activation.new_zeros(0),

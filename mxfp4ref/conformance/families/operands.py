@@ -174,14 +174,19 @@ def _told(gemm: Gemm, found: list[Change], slots: str) -> Evidence:
         ]
     shown = [words for *_, words in sorted(said)]
     of_weights, of_input = gemm.stages
-    own = all(
-        c.source.what in ("weights", "scales") or c.part for c in found
-    )  # another input shows in all parts
-    right = "; what it gets is right" if gemm.name == "GEMM2" and own else ""
+    # Another input shows in all parts.
+    own = all(c.source.what in ("weights", "scales") or c.part for c in found)
+    more = ""
+    if gemm.name == "GEMM2":
+        more = (
+            "; what it gets is right"
+            if own
+            else "; as GEMM1's columns or the activation are stored, or GEMM2 reads them"
+        )
     return Evidence.of_kind(
         of_weights if own else of_input,
         f"in {gemm.name} operands are others along K{slots}",
-        f"{'; '.join(shown[:_LISTED])}{'; ...' * (len(shown) > _LISTED)}{right}",
+        f"{'; '.join(shown[:_LISTED])}{'; ...' * (len(shown) > _LISTED)}{more}",
         3,
     )
 

@@ -42,6 +42,11 @@ class SlotKind:
     mask: Tensor
     tokens: str = ""
 
+    @property
+    def of_rows(self) -> bool:
+        """Whether it goes by the row's place among its expert's, as tiles of a GEMM do."""
+        return " row" in self.words
+
 
 def attributes(call: MoeCall, local: Tensor) -> Iterator[SlotKind]:
     """Kinds of slots."""

@@ -207,7 +207,8 @@ def _ranks() -> Iterator[Hypothesis]:
 def _miscounted(call: MoeCall) -> Iterator[Hypothesis]:
     """Some kind of slots that does not count, or counts twice."""
     biased = call.experts.fc2_biases is not None and call.tp_rank == 0
-    for words in (kind.words for kind in attributes(call, local_of(Pipeline(call)))):
+    before = "fc1" if call.experts.fc1_biases is None else "activation"  # which adds that bias to zeros too
+    for of_rows, words in ((kind.of_rows, kind.words) for kind in attributes(call, local_of(Pipeline(call)))):
 
         def kind(rows: SlotRows, words: str = words) -> Tensor:
             return slots_of_kind(words, rows.call, rows.local)
@@ -218,7 +219,18 @@ def _miscounted(call: MoeCall) -> Iterator[Hypothesis]:
         def twice(rows: SlotRows, kind: Callable[[SlotRows], Tensor] = kind) -> SlotRows:
             return replace(rows, weights=torch.where(kind(rows), 2 * rows.weights, rows.weights))
 
-        yield of_slots("dropped slots", _S, f"the slots {words} are left out of the sum", without, 1.3)
+        # Without a bias a row that is not added may as well be zero, and rows of an expert are tiles of GEMMs.
+        zero = of_rows and not biased
+        or_zero = (
+            ", or their rows are zero: not computed or not written by a GEMM or by the activation" * zero
+        )
+        yield of_slots(
+            "dropped slots",
+            (before, "fc2") if zero else _S,
+            f"the slots {words} are left out of the sum{or_zero}",
+            without,
+            1.3,
+        )
         yield of_slots("dropped slots", _S, f"the slots {words} are added twice", twice, 1.4)
         for factor, what in ((0, "zero, not computed"), (2, "added twice")) if biased else ():
 
@@ -277,6 +289,32 @@ def _rows() -> Iterator[Hypothesis]:
         )
 
 
+def _routes(call: MoeCall) -> Iterator[Hypothesis]:
+    """Tokens that have the ids and the weights of other tokens."""
+    chunks = [1 << n for n in range(3, 14) if 1 << n < call.num_tokens]
+    ways: list[tuple[str, Callable[[Tensor, int], Tensor], float]] = [
+        ("the token before", lambda t, n: (t - 1).clamp(min=0), 1.3),
+        ("the token after", lambda t, n: (t + 1).clamp(max=n - 1), 1.3),
+        *(
+            (
+                f"the token's number modulo {c}: each chunk of {c} tokens has the first one's",
+                lambda t, n, c=c: t % c,
+                1.2,
+            )
+            for c in chunks
+        ),
+    ]
+    for words, source, cost in ways:
+
+        def on(pipeline: Pipeline, source: Callable[[Tensor, int], Tensor] = source) -> Pipeline:
+            ids, scales = pipeline.call.token_selected_experts, pipeline.call.token_final_scales
+            at = source(torch.arange(len(ids), device=ids.device), len(ids))
+            return pipeline.calling(token_selected_experts=ids[at], token_final_scales=scales[at])
+
+        told = f"tokens have the routes, expert ids and weights, of {words}"
+        yield Hypothesis("ids", _S, told, on, cost, across_tokens=True)
+
+
 def _repeated(call: MoeCall) -> Iterator[Hypothesis]:
     for source in range(min(call.top_k, 8)):
         for target in range(min(call.top_k, 8)):
@@ -308,6 +346,7 @@ def slot_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     if call.experts.num_experts > 1:
         yield from _ids()
         yield from _repeated(call)
+        yield from _routes(call)
     yield from _foreign()
     if call.ep_size > 1:
         yield from _ranks()
