@@ -23,20 +23,24 @@ from torch import Tensor
 from mxfp4ref._files import printable as escaped
 
 __all__ = [
+    "LARGEST_STAGE",
     "Like",
     "TensorError",
     "address",
+    "alias",
     "geometry",
     "like",
     "of_exception",
     "printable",
     "raw_bytes",
     "resolved",
+    "stage_bytes",
     "tensor_of",
     "without_modes",
 ]
 
 MESSAGE = 2000  # characters of a message, at most
+LARGEST_STAGE = 1 << 30  # bytes of an intermediate
 
 _string_at = ctypes.string_at
 _class_of = type
@@ -156,6 +160,28 @@ def raw_bytes(value: object) -> bytes:
             return _string_at(_data_ptr(tensor), found.size)
     except Exception as error:  # such as no room for it, or a dtype that torch cannot copy
         raise TensorError(f"a {found} tensor that cannot be read ({of_exception(error)})") from None
+
+
+def stage_bytes(name: str, value: object) -> tuple[Like, bytes]:
+    """What an intermediate is, and its bytes.
+
+    Raises:
+        TensorError: as of `like`, with the name; or it is so large that it is none.
+    """
+    try:
+        found = like(value)
+        if found.size <= LARGEST_STAGE:
+            return found, raw_bytes(value)
+    except TensorError as error:
+        raise TensorError(f"{name}: expected a tensor, got {error}") from None
+    raise TensorError(f"{name}: expected at most {LARGEST_STAGE:,} bytes, got {found} of {found.size:,}")
+
+
+def alias(value: Any) -> Tensor:
+    """A plain tensor that lies where another does, and does not keep that one alive."""
+    with without_modes():
+        found: Tensor = _detach(value)
+        return found
 
 
 def address(value: object) -> int:

@@ -82,6 +82,11 @@ EVERYWHERE = [
     ("no_elements", "wrong output", "got bfloat16 [0, 128]"),
     ("meta_intermediates", "wrong output", "activation: expected a tensor, got a meta float32 [3] tensor"),
     ("odd_intermediates", "differs", ""),
+    (
+        "vast_intermediates",
+        "wrong output",
+        "activation: expected at most 1,073,741,824 bytes, got float32 [1048576, 4096] of 17,179,869,184",
+    ),
     ("parameter", "equal", ""),
     ("transposed", "equal", ""),
     ("of_inference_mode", "equal", ""),
@@ -94,6 +99,11 @@ EVERYWHERE = [
         "wants_gradient_of_output",
         "wrong output",
         "to bfloat16 [8, 128], strides [128, 1], requires a gradient",
+    ),
+    (
+        "clears_what_it_returned_before",
+        "unstable",
+        "output, of run 1 of 2, was changed after it had been returned",
     ),
     ("poison", "not written", "wrote nothing"),
     ("not_a_number", "differs", ""),

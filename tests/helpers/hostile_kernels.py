@@ -206,6 +206,10 @@ def odd_intermediates(**arguments: Any) -> Any:
     return wrong(**arguments), {"activation": torch.zeros(0, 3, dtype=torch.complex64), "fc1_output": None}
 
 
+def vast_intermediates(**arguments: Any) -> Any:
+    return wrong(**arguments), {"activation": torch.zeros(1).expand(1 << 20, 1 << 12)}
+
+
 def parameter(**arguments: Any) -> Any:
     return torch.nn.Parameter(right(**arguments))
 
@@ -263,6 +267,13 @@ def poison(**arguments: Any) -> Any:
 
 def not_a_number(**arguments: Any) -> Any:
     return torch.full_like(arguments["input"], torch.nan)
+
+
+def clears_what_it_returned_before(**arguments: Any) -> Any:
+    if _times("clears") % 2 == 0:
+        _kept.pop().zero_()
+    _kept.append(right(**arguments).clone())
+    return _kept[-1]
 
 
 # What lies
