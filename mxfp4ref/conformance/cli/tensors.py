@@ -53,8 +53,8 @@ def compare(a: Path, b: Path, json_file: Path | None) -> None:
     fail in another way. What else is different, such as goldens and versions, is told first.
 
     Exit codes: 0 all tensors that both files have are equal, or no case got worse; 1 different, or some case passed,
-    and fails or is skipped now; 2 a file cannot be read, or is neither, both are the same file, have no tensor or case in
-    common, or the JSON could not be written. Cases that only one report has, as after conform --last-failed, are
+    and fails or is skipped now; 2 a file cannot be read, or is none, both are the same file, have no tensor or case
+    in common, or the JSON could not be written. Cases that only one report has, as after conform --last-failed, are
     told and do not count.
     """
     from mxfp4ref.conformance.report_comparison import compare_reports
