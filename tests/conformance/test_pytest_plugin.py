@@ -281,6 +281,30 @@ def test_no_verdict_without_every_result(pytester: pytest.Pytester, how: str) ->
     assert "conforms" not in (pytester.path / "report.html").read_text()
 
 
+@pytest.mark.parametrize("skipped", ["mxfp4", "gemm/ordinary"])
+@pytest.mark.parametrize("hook", ["protocol", "call"])
+def test_tests_that_another_plugin_takes_over_have_no_result(
+    pytester: pytest.Pytester, skipped: str, hook: str
+) -> None:
+    pytester.makeconftest(
+        "import pytest\n"
+        "@pytest.hookimpl(tryfirst=True)\n"
+        "def pytest_runtest_protocol(item):\n"
+        f"    if {skipped!r} in item.nodeid:\n"
+        + ("        return True\n" if hook == "protocol" else "        item.runtest = lambda: None\n")
+    )
+    chosen = ("--mxfp4-case=finalize/slot_order", "--mxfp4-case=gemm/ordinary")
+    result = pytester.runpytest("--mxfp4-kernel=oracle", *chosen)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    if skipped == "mxfp4":
+        result.stdout.fnmatch_lines(["ERROR: --mxfp4-kernel: 2 without a result, none with one"])
+    else:
+        result.stdout.fnmatch_lines(
+            ["oracle: interrupted, no verdict; 0 of 1 case failed*", "1 without a result."]
+        )
+    result.stdout.no_fnmatch_line("oracle conforms*")
+
+
 def test_a_session_that_is_ended_by_sigterm_has_a_verdict_and_a_report(pytester: pytest.Pytester) -> None:
     pytester.makeconftest(
         "import signal\n"

@@ -441,11 +441,7 @@ def test_reports_that_say_nothing_or_two_things(tmp_path: Path) -> None:
     (tmp_path / "cut.json").write_bytes(good.read_bytes()[:-20])
     os.mkfifo(tmp_path / "pipe.json")
     for old, new, message in (
-        (
-            empty,
-            written(tmp_path / "none.json"),
-            "empty.json: expected a report in which a case ran, got none",
-        ),
+        (good, empty, "empty.json: expected a report in which a case ran, got none"),
         (good, skipped, "skipped.json: expected a report in which a case ran, got none"),
         (good, tmp_path / "edited.json", "has status 'differs' and ok True"),
         (
