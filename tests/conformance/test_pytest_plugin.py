@@ -242,6 +242,22 @@ def test_a_kernel_that_ends_its_process_fails(pytester: pytest.Pytester) -> None
     result.stdout.fnmatch_lines(["*slot_order: crashed: *ended without a result: exit code 0*"])
 
 
+def test_a_kernel_that_ends_pytests_own_process_fails(pytester: pytest.Pytester) -> None:
+    """And one that does not has the exit code, and the output, of a session that nobody watches."""
+    pytester.makepyfile(
+        ends="import os\n\ndef f(**arguments): os._exit(0)\n",
+        raises="import os\n\ndef f(**arguments): raise ValueError(os.getppid())\n",
+    )
+    arguments = ("--mxfp4-no-isolate", *ARGUMENTS)
+    result = pytester.runpytest_subprocess("--mxfp4-kernel=ends:f", *arguments)
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stderr.fnmatch_lines(["The kernel does not conform: it ended its process (exit code 0) before*"])
+    result = pytester.runpytest_subprocess("--mxfp4-kernel=raises:f", *arguments)
+    result.assert_outcomes(failed=1, skipped=1)
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    assert "ended its process" not in result.stderr.str()
+
+
 @pytest.mark.usefixtures("copied_processes")
 def test_wrong_usage_is_an_error_in_words(pytester: pytest.Pytester) -> None:
     result = pytester.runpytest("--mxfp4-kernel=oracle", "--mxfp4-case", "nosuch/*")
