@@ -193,6 +193,8 @@ REPLACING = [
     ("replaces_differing", "mxfp4ref.conformance.running.differing"),
     ("replaces_code_of_differing", "mxfp4ref.conformance.comparison.differing"),
     ("replaces_comparison_of_bytes", "mxfp4ref.conformance.plain.raw_bytes"),
+    ("replaces_what_passes", "mxfp4ref.conformance.results.PASSING"),
+    ("replaces_what_is_held_by_a_constant", "mxfp4ref.conformance.comparison._INTEGERS"),
     ("replaces_expected_outputs", "Case.outputs"),
 ]
 # What ends or blocks the process that it runs in.

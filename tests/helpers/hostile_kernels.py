@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mxfp4ref.conformance import Skip, comparison, plain, running
+from mxfp4ref.conformance import Skip, comparison, plain, results, running
 from mxfp4ref.goldens import Case
 from tests.helpers.kernels_under_test import good
 
@@ -323,6 +323,18 @@ def replaces_comparison_of_bytes(**arguments: Any) -> Any:
     result = wrong(**arguments)
     running._count_differing = lambda got, expected: 0
     plain.raw_bytes = lambda value: b""
+    return result
+
+
+def replaces_what_passes(**arguments: Any) -> Any:
+    result = wrong(**arguments)
+    results.PASSING = (*results.PASSING, "differs")  # type: ignore[assignment]
+    return result
+
+
+def replaces_what_is_held_by_a_constant(**arguments: Any) -> Any:
+    result = wrong(**arguments)
+    comparison._INTEGERS[2] = torch.int8
     return result
 
 
