@@ -58,6 +58,25 @@ def _missing_added(owner: list[Any], before: list[Any]) -> None:
     owner[:0] = [value for value in before if value not in owner]
 
 
+def _stream(name: str, number: int) -> _Setting:
+    """A standard stream, which may have been closed, too; the file with its number is open then all the same."""
+
+    def found() -> Any:
+        stream = getattr(sys, name)
+        return None if getattr(stream, "closed", False) else stream
+
+    def put_back(stream: Any) -> None:
+        if getattr(stream, "closed", False):
+            if stream is not getattr(sys, f"__{name}__"):
+                raise ValueError("somebody's own, which cannot be opened again")
+            how = {"encoding": stream.encoding, "errors": stream.errors, "closefd": False}
+            stream = open(number, "r" if name == "stdin" else "w", buffering=1, **how)  # noqa: SIM115
+            setattr(sys, f"__{name}__", stream)
+        setattr(sys, name, stream)
+
+    return f"sys.{name}", found, put_back
+
+
 def _umask(value: int = 0o077) -> int:
     before = os.umask(value)
     os.umask(before)
@@ -101,9 +120,7 @@ _TOLD: tuple[_Setting, ...] = (
     ("threads' stack size", threading.stack_size, threading.stack_size),
     _attribute("sys.executable", sys, "executable"),
     ("garbage collection", gc.isenabled, lambda on: gc.enable() if on else gc.disable()),
-    _attribute("sys.stdin", sys, "stdin"),
-    _attribute("sys.stdout", sys, "stdout"),
-    _attribute("sys.stderr", sys, "stderr"),
+    *(_stream(name, number) for number, name in enumerate(("stdin", "stdout", "stderr"))),
     _attribute("sys.excepthook", sys, "excepthook"),
     _attribute("threading.excepthook", threading, "excepthook"),
     *(_attribute(f"time.{name}", time, name) for name in ("time", "monotonic", "perf_counter", "sleep")),

@@ -441,19 +441,22 @@ def test_devices_that_are_not_here(device: str, case: Case) -> None:
 def test_without_isolation_the_command_needs_a_verdict(
     choice: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kernel that ends the process with exit code 0 does not conform."""
-    for name, code in (("exits", 1), ("right", 0)):
+    """A kernel that ends the process with exit code 0 does not conform; one that closes stdout does not end it."""
+    for name, code, said in (
+        ("exits", 1, "does not conform: it ended its process"),
+        ("right", 0, "conforms: it equals"),
+        ("closed_streams", 1, "does not conform: 1 of 1 case fails"),
+    ):
         choice.write_text(name)
         command = ["mxfp4ref", "conform", "--no-isolate", SPEC, "--case", "finalize/slot_order"]
+        command += ["--diagnosis", "none"]
         monkeypatch.setattr(sys, "argv", command)
         with pytest.raises(SystemExit) as done:
             main()
         assert done.value.code == code
         out, err = capfd.readouterr()
-        assert ("conforms: it equals" in out, "does not conform: it ended its process" in err) == (
-            not code,
-            bool(code),
-        )
+        assert said in (err if name == "exits" else out)
+        assert ("it ended its process" in err) == (name == "exits")
 
 
 def test_every_beginning_of_an_answer_is_its_end() -> None:

@@ -597,6 +597,13 @@ def standard_streams(**arguments: Any) -> Any:
     return right(**arguments)
 
 
+def closed_streams(**arguments: Any) -> Any:
+    result = wrong(**arguments)
+    sys.stdout.close()
+    sys.stderr.close()
+    return result
+
+
 def replaced_builtins(**arguments: Any) -> Any:
     result = right(**arguments)
     builtins.len = lambda value: 0
