@@ -46,6 +46,7 @@ _string_at = ctypes.string_at
 _class_of = type
 _name_of = vars(type)["__name__"].__get__
 _traceback_of = vars(BaseException)["__traceback__"].__get__
+_cause_of = vars(BaseException)["__cause__"].__get__
 _base = torch._C.TensorBase
 _detach, _contiguous, _to, _size, _stride = _base.detach, _base.contiguous, _base.to, _base.size, _base.stride
 _data_ptr, _offset, _element_size, _storage = (
@@ -223,7 +224,7 @@ def printable(value: object, limit: int = MESSAGE) -> str:
 
 
 def of_exception(error: BaseException, without: str = "") -> str:
-    """An exception and its innermost frames, but those of the file `without` and of importing."""
+    """An exception, its innermost frames, but those of the file `without` and of importing, and its cause."""
     words = printable(_name_of(_class_of(error)), 80)
     if text := printable(error).strip():
         words += f": {text}"
@@ -234,7 +235,12 @@ def of_exception(error: BaseException, without: str = "") -> str:
     where = "; ".join(
         f"{printable(file, 200)}:{line} in {printable(name, 80)}" for file, line, name in frames[-3:]
     )
-    return words + (f" ({where})" if where else "")
+    words += f" ({where})" if where else ""
+    cause = _cause_of(error)
+    if cause is None or cause is error:
+        return words
+    text = printable(cause).strip()
+    return f"{words}; its cause: {printable(_name_of(_class_of(cause)), 80)}{f': {text}' if text else ''}"
 
 
 def _frames(traceback: TracebackType | None) -> Iterator[tuple[str, int, str]]:

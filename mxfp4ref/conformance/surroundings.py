@@ -244,12 +244,12 @@ def interference() -> Callable[[], str]:
             if len(now) == len(found) and all(map(is_, now.values(), found.values())):
                 continue
             for name, value in found.items():
-                if (new := now.get(name)) is value or not (issubclass(type(value), _CODE) or name.isupper()):
-                    continue
+                new = now.get(name)
+                matters = issubclass(type(value), _CODE) or name.isupper() or name not in now
                 # torch replaces some functions by its own when it imports its compiler.
-                if {_package_of(value), _package_of(new)} != {"torch"}:
+                if new is not value and matters and {_package_of(value), _package_of(new)} != {"torch"}:
                     setattr(owner, name, value)
-                    changed.append(f"{owner.__name__}.{name}")
+                    changed.append(f"{found.get('__name__') or owner.__name__}.{name}")
         for name in [name for name in vars(torch.Tensor) if name in _INHERITED - noted[torch.Tensor].keys()]:
             delattr(torch.Tensor, name)
             changed.append(f"Tensor.{name}")

@@ -77,6 +77,7 @@ EVERYWHERE = [
     ("pretender", "wrong output", "got _Pretender"),
     ("lying_mapping", "raised", "KeyboardInterrupt"),
     ("mapping_with_more", "equal", ""),
+    ("mapping_without_output", "wrong output", "expected the key output, got a mapping with out"),
     ("integers", "wrong output", "expected bfloat16 [8, 128], got int16 [8, 128]"),
     ("vast", "wrong output", "got bfloat16 [1048576, 1048576]"),
     ("no_elements", "wrong output", "got bfloat16 [0, 128]"),
@@ -148,6 +149,7 @@ EVERYWHERE = [
     ("exception_without_traceback", "raised", "_WithoutTraceback: its own words"),
     ("nameless_exception", "raised", "_Nameless: nothing"),
     ("self_raising", "raised", "RuntimeError: its own cause"),
+    ("raises_from", "raised", "; its cause: ValueError: what it came from"),
     ("recursion", "raised", "RecursionError"),
     ("out_of_memory", "raised", "MemoryError"),
     ("kit_skip", "skipped", "this one is not for me"),
@@ -195,6 +197,7 @@ REPLACING = [
     ("replaces_comparison_of_bytes", "mxfp4ref.conformance.plain.raw_bytes"),
     ("replaces_what_passes", "mxfp4ref.conformance.results.PASSING"),
     ("replaces_what_is_held_by_a_constant", "mxfp4ref.conformance.comparison._INTEGERS"),
+    ("empties_a_module_of_the_kit", "mxfp4ref.conformance.running.__name__"),
     ("replaces_expected_outputs", "Case.outputs"),
 ]
 # What ends or blocks the process that it runs in.

@@ -186,6 +186,10 @@ def mapping_with_more(**arguments: Any) -> Any:
     return {"output": right(**arguments), 5: self_raising, "extra": object()}
 
 
+def mapping_without_output(**arguments: Any) -> Any:
+    return {"out": right(**arguments)}
+
+
 def integers(**arguments: Any) -> Any:
     return right(**arguments).view(torch.int16)
 
@@ -335,6 +339,12 @@ def replaces_what_passes(**arguments: Any) -> Any:
 def replaces_what_is_held_by_a_constant(**arguments: Any) -> Any:
     result = wrong(**arguments)
     comparison._INTEGERS[2] = torch.int8
+    return result
+
+
+def empties_a_module_of_the_kit(**arguments: Any) -> Any:
+    result = wrong(**arguments)
+    vars(running).clear()
     return result
 
 
@@ -497,6 +507,10 @@ def self_raising(**arguments: Any) -> Any:
     error = RuntimeError("its own cause")
     error.__cause__ = error.__context__ = error
     raise error
+
+
+def raises_from(**arguments: Any) -> Any:
+    raise RuntimeError("the outer one") from ValueError("what it came from")
 
 
 def recursion(**arguments: Any) -> Any:
