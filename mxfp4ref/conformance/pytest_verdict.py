@@ -109,7 +109,8 @@ class Verdict:
         self._interrupted = session.exitstatus == pytest.ExitCode.INTERRUPTED
         stopped = self._interrupted or session.shouldstop or session.shouldfail
         untold = self._chosen - self._told  # such as where another plugin runs the tests, in its own way
-        if not stopped and not self._config.getoption("collectonly"):
+        dry = self._config.getoption("collectonly") or self._config.getoption("setuponly", False)
+        if not stopped and not dry:
             self._lost |= untold
         wrong = self._nothing_compared or bool(self._lost)
         if self._html is not None and self._outcomes:
