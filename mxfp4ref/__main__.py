@@ -47,7 +47,7 @@ def _ended_from_outside() -> Iterator[None]:
         try:
             yield
         finally:
-            if sys.stdout is not None:
+            if not getattr(sys.stdout, "closed", True):
                 sys.stdout.flush()
     except Terminated:
         sys.exit(_TERMINATED)
@@ -70,6 +70,8 @@ def _ended_from_outside() -> Iterator[None]:
             raise UsageError(memory.not_enough(error)) from error
         if isinstance(error, ImportError) and (error.name or "").partition(".")[0] != "mxfp4ref":
             raise UsageError(f"what is installed cannot be imported: {memory.cause_of(error)}") from error
+        if isinstance(error, ValueError) and getattr(sys.stdout, "closed", False):  # by a script
+            raise UsageError("stdout is closed") from error
         # Nobody's fault but this package's.
         traceback.print_exc()
         raise UsageError(

@@ -252,9 +252,13 @@ def outputs_by_name(kind: str, result: Any, arguments: Mapping[str, Any]) -> dic
     Raises:
         TensorError: anything else, such as a tuple of two tensors, of which either might be the output.
     """
-    if isinstance(result, Mapping):
-        return dict(result)
     names = OUTPUTS[kind]
+    if isinstance(result, Mapping):
+        found = dict(result)
+        if missing := [name for name in names if name not in found]:
+            has = ", ".join(sorted(printable(name, 40) for name in found)[:10]) or "nothing"
+            raise TensorError(f"{missing[0]}: expected the key {missing[0]}, got a mapping with {has}")
+        return found
     if isinstance(result, list | tuple) and 1 < len(names) == len(result):
         return dict(zip(names, result, strict=True))
     if isinstance(result, MoeTrace):

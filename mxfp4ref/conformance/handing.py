@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from mxfp4ref.conformance.plain import (
     Like,
     TensorError,
     address,
+    alias,
     geometry,
     like,
     raw_bytes,
@@ -43,6 +44,7 @@ class Handed:
         self.positional, self.keywords = _copied(arguments)
         self._given = _by_name((self.positional, self.keywords))
         self._given.pop("output", None)
+        self._returned: list[dict[str, Tensor]] = []
         self._before = {name: _noted(tensor) for name, tensor in _tensors(self._given)}
 
     def poison_output(self) -> None:
@@ -72,6 +74,24 @@ class Handed:
         return (
             "output: the kernel returned another tensor than it was given, and wrote other bits into that one"
         )
+
+    def keep(self, outputs: Mapping[str, Any]) -> None:
+        """Take what a run has returned as its caller has it: a kernel may still write there."""
+        self._returned.append({name: alias(tensor) for name, tensor in outputs.items()})
+
+    def changed_after(self, runs: Sequence[Mapping[str, bytes]]) -> str:
+        """Which output no longer holds what it held when it was returned, the bytes of each run, in words; or ""."""
+        for number, (outputs, before) in enumerate(zip(self._returned, runs, strict=True)):
+            for name, tensor in outputs.items():
+                try:
+                    changed = self.zeros_in_rows_left(raw_bytes(tensor)) != before[name]
+                except TensorError:
+                    changed = True
+                if changed:
+                    return (
+                        f"{name}, of run {number + 1} of {len(runs)}, was changed after it had been returned"
+                    )
+        return ""
 
     def changes(self) -> str:
         """What the kernel has changed in its inputs, in words, or ""."""

@@ -20,7 +20,7 @@ from mxfp4ref.conformance.source import functions_in
 __all__ = ["check_takes", "import_function"]
 
 _MOST = 8  # functions that are listed
-_FILES: set[str] = set()  # the names of modules that are files loaded here
+_files: set[str] = set()  # the names of modules that are files loaded here
 
 
 def import_function(path: str, names: Collection[str]) -> Callable[..., Any]:
@@ -128,8 +128,8 @@ def _file(path: Path) -> ModuleType:
     if folder not in sys.path:
         sys.path.append(folder)
     # A torch.py is nobody's torch but its own.
-    name = path.stem if path.stem not in sys.modules or path.stem in _FILES else f"kernel_{path.stem}"
-    _FILES.add(name)
+    name = path.stem if path.stem not in sys.modules or path.stem in _files else f"kernel_{path.stem}"
+    _files.add(name)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None

@@ -23,25 +23,30 @@ from torch import Tensor
 from mxfp4ref._files import printable as escaped
 
 __all__ = [
+    "LARGEST_STAGE",
     "Like",
     "TensorError",
     "address",
+    "alias",
     "geometry",
     "like",
     "of_exception",
     "printable",
     "raw_bytes",
     "resolved",
+    "stage_bytes",
     "tensor_of",
     "without_modes",
 ]
 
 MESSAGE = 2000  # characters of a message, at most
+LARGEST_STAGE = 1 << 30  # bytes of an intermediate
 
 _string_at = ctypes.string_at
 _class_of = type
 _name_of = vars(type)["__name__"].__get__
 _traceback_of = vars(BaseException)["__traceback__"].__get__
+_cause_of = vars(BaseException)["__cause__"].__get__
 _base = torch._C.TensorBase
 _detach, _contiguous, _to, _size, _stride = _base.detach, _base.contiguous, _base.to, _base.size, _base.stride
 _data_ptr, _offset, _element_size, _storage = (
@@ -158,6 +163,28 @@ def raw_bytes(value: object) -> bytes:
         raise TensorError(f"a {found} tensor that cannot be read ({of_exception(error)})") from None
 
 
+def stage_bytes(name: str, value: object) -> tuple[Like, bytes]:
+    """What an intermediate is, and its bytes.
+
+    Raises:
+        TensorError: as of `like`, with the name; or it is so large that it is none.
+    """
+    try:
+        found = like(value)
+        if found.size <= LARGEST_STAGE:
+            return found, raw_bytes(value)
+    except TensorError as error:
+        raise TensorError(f"{name}: expected a tensor, got {error}") from None
+    raise TensorError(f"{name}: expected at most {LARGEST_STAGE:,} bytes, got {found} of {found.size:,}")
+
+
+def alias(value: Any) -> Tensor:
+    """A plain tensor that lies where another does, and does not keep that one alive."""
+    with without_modes():
+        found: Tensor = _detach(value)
+        return found
+
+
 def address(value: object) -> int:
     """Where a tensor's first element lies in memory."""
     like(value)
@@ -197,7 +224,7 @@ def printable(value: object, limit: int = MESSAGE) -> str:
 
 
 def of_exception(error: BaseException, without: str = "") -> str:
-    """An exception and its innermost frames, but those of the file `without` and of importing."""
+    """An exception, its innermost frames, but those of the file `without` and of importing, and its cause."""
     words = printable(_name_of(_class_of(error)), 80)
     if text := printable(error).strip():
         words += f": {text}"
@@ -208,7 +235,12 @@ def of_exception(error: BaseException, without: str = "") -> str:
     where = "; ".join(
         f"{printable(file, 200)}:{line} in {printable(name, 80)}" for file, line, name in frames[-3:]
     )
-    return words + (f" ({where})" if where else "")
+    words += f" ({where})" if where else ""
+    cause = _cause_of(error)
+    if cause is None or cause is error:
+        return words
+    text = printable(cause).strip()
+    return f"{words}; its cause: {printable(_name_of(_class_of(cause)), 80)}{f': {text}' if text else ''}"
 
 
 def _frames(traceback: TracebackType | None) -> Iterator[tuple[str, int, str]]:

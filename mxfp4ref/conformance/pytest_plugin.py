@@ -63,7 +63,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_false",
         dest="mxfp4_isolate",
         default=None,
-        help="run the kernel in pytest's process, for debuggers: if it ends that, pytest ends without a word",
+        help="run the kernel in pytest's process, which another one watches unless a debugger does",
     )
     group.addoption(
         "--mxfp4-diagnosis",
@@ -73,6 +73,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "failures and about a second for the others; quick, about a second for each; none",
     )
     group.addoption("--mxfp4-html", metavar="FILE", help="write a report on the kernel as one HTML file")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    """Watch a session that a kernel may end at any place, with any exit code."""
+    from mxfp4ref.conformance.pytest_watching import watch
+
+    return watch(config) if config.getoption("mxfp4_isolate") is False else None
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -310,6 +318,7 @@ def _under_test(config: pytest.Config) -> _UnderTest:
     from mxfp4ref.conformance import Options
     from mxfp4ref.conformance.adapters import KernelError
     from mxfp4ref.conformance.again import conform_arguments
+    from mxfp4ref.conformance.cli.supervised import others_code_begins
     from mxfp4ref.conformance.kernels import environment, is_stand_in, load_kernel_here
     from mxfp4ref.conformance.worker import Worker
 
@@ -328,6 +337,8 @@ def _under_test(config: pytest.Config) -> _UnderTest:
                 config.add_cleanup(worker.stop)
                 found = _UnderTest(worker.kernel, worker, options, worker.environment, arguments)
             else:
+                if not is_stand_in(spec):
+                    others_code_begins()
                 kernel = load_kernel_here(spec, device)
                 found = _UnderTest(kernel, None, options, environment(kernel.device), arguments)
             config.stash[_LOADED] = found

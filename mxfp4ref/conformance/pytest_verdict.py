@@ -7,7 +7,7 @@ import os
 import pickle
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -52,6 +52,10 @@ class Verdict:
         self._config = config
         self._goldens = goldens
         self._outcomes: list[Outcome] = []
+        self._chosen: set[str] = (
+            set()
+        )  # that are to be run, and of which there was a report that tells something
+        self._told: set[str] = set()
         self._lost: set[str] = set()
         self._passed_over: set[str] = set()
         self._html = _html_file(config, goldens)
@@ -74,9 +78,21 @@ class Verdict:
             signal.signal(signal.SIGTERM, handle)
             self._config.add_cleanup(_end_at_sigterm)
 
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self._choose([item.nodeid for item in session.items])
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: Sequence[str]) -> None:
+        self._choose(ids)
+
+    def _choose(self, ids: Sequence[str]) -> None:
+        self._chosen.update(one for one in ids if one.startswith(f"{SUITE}::"))
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if not report.nodeid.startswith(f"{SUITE}::"):
             return
+        if hasattr(report, "mxfp4_outcome") or report.failed or report.skipped:
+            self._told.add(report.nodeid)
         if hasattr(report, "mxfp4_outcome"):
             self._outcomes.append(Outcome.of_text(report.mxfp4_outcome))
         elif report.failed:  # before there was a result, or the worker is gone
@@ -90,8 +106,13 @@ class Verdict:
         return bool(self._outcomes or self._passed_over) and not self._lost and not compared
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        wrong = self._nothing_compared
         self._interrupted = session.exitstatus == pytest.ExitCode.INTERRUPTED
+        stopped = self._interrupted or session.shouldstop or session.shouldfail
+        untold = self._chosen - self._told  # such as where another plugin runs the tests, in its own way
+        dry = self._config.getoption("collectonly") or self._config.getoption("setuponly", False)
+        if not stopped and not dry:
+            self._lost |= untold
+        wrong = self._nothing_compared or bool(self._lost)
         if self._html is not None and self._outcomes:
             from mxfp4ref._files import write_file
             from mxfp4ref.conformance.html_report import to_html

@@ -58,6 +58,25 @@ def _missing_added(owner: list[Any], before: list[Any]) -> None:
     owner[:0] = [value for value in before if value not in owner]
 
 
+def _stream(name: str, number: int) -> _Setting:
+    """A standard stream, which may have been closed, too; the file with its number is open then all the same."""
+
+    def found() -> Any:
+        stream = getattr(sys, name)
+        return None if getattr(stream, "closed", False) else stream
+
+    def put_back(stream: Any) -> None:
+        if getattr(stream, "closed", False):
+            if stream is not getattr(sys, f"__{name}__"):
+                raise ValueError("somebody's own, which cannot be opened again")
+            how = {"encoding": stream.encoding, "errors": stream.errors, "closefd": False}
+            stream = open(number, "r" if name == "stdin" else "w", buffering=1, **how)  # noqa: SIM115
+            setattr(sys, f"__{name}__", stream)
+        setattr(sys, name, stream)
+
+    return f"sys.{name}", found, put_back
+
+
 def _umask(value: int = 0o077) -> int:
     before = os.umask(value)
     os.umask(before)
@@ -101,9 +120,7 @@ _TOLD: tuple[_Setting, ...] = (
     ("threads' stack size", threading.stack_size, threading.stack_size),
     _attribute("sys.executable", sys, "executable"),
     ("garbage collection", gc.isenabled, lambda on: gc.enable() if on else gc.disable()),
-    _attribute("sys.stdin", sys, "stdin"),
-    _attribute("sys.stdout", sys, "stdout"),
-    _attribute("sys.stderr", sys, "stderr"),
+    *(_stream(name, number) for number, name in enumerate(("stdin", "stdout", "stderr"))),
     _attribute("sys.excepthook", sys, "excepthook"),
     _attribute("threading.excepthook", threading, "excepthook"),
     *(_attribute(f"time.{name}", time, name) for name in ("time", "monotonic", "perf_counter", "sleep")),
@@ -196,9 +213,10 @@ _PLAIN = ("builtins", "torch")
 
 
 def interference() -> Callable[[], str]:
-    """Take note of all functions and classes that a verdict rests on; the returned function undoes replacements.
+    """Take note of functions, classes and constants that a verdict rests on; what is returned undoes replacements.
 
-    They are this package's, with their code, and torch's. It says in words what a kernel had replaced.
+    They are this package's, functions with their code and constants with what they hold, and torch's. It says in
+    words what a kernel had replaced.
     """
     ours = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == "mxfp4ref"]
     classes = [
@@ -211,6 +229,12 @@ def interference() -> Callable[[], str]:
     noted: dict[Any, dict[str, Any]] = {owner: dict(vars(owner)) for owner in (*ours, *classes)}
     functions = {f for found in noted.values() for f in found.values() if type(f) is FunctionType}
     bodies = [(f, f.__code__, f.__defaults__) for f in functions]
+    held = {
+        f"{owner.__name__}.{name}": (value, value.copy())
+        for owner, found in noted.items()
+        for name, value in found.items()
+        if type(value) in _CONTAINERS and name.isupper()
+    }
     noted |= {owner: _code_of(owner, _FUNCTIONS) for owner in (torch, torch.Tensor)}
 
     def restore() -> str:
@@ -220,15 +244,20 @@ def interference() -> Callable[[], str]:
             if len(now) == len(found) and all(map(is_, now.values(), found.values())):
                 continue
             for name, value in found.items():
-                if (new := now.get(name)) is value or not issubclass(type(value), _CODE):
-                    continue
+                new = now.get(name)
+                matters = issubclass(type(value), _CODE) or name.isupper() or name not in now
                 # torch replaces some functions by its own when it imports its compiler.
-                if {_package_of(value), _package_of(new)} != {"torch"}:
+                if new is not value and matters and {_package_of(value), _package_of(new)} != {"torch"}:
                     setattr(owner, name, value)
-                    changed.append(f"{owner.__name__}.{name}")
+                    changed.append(f"{found.get('__name__') or owner.__name__}.{name}")
         for name in [name for name in vars(torch.Tensor) if name in _INHERITED - noted[torch.Tensor].keys()]:
             delattr(torch.Tensor, name)
             changed.append(f"Tensor.{name}")
+        for name, (value, before) in held.items():
+            if _other(value, before):
+                value.clear()
+                value.extend(before) if type(value) is list else value.update(before)
+                changed.append(name)
         for function, code, defaults in bodies:
             if function.__code__ is code and function.__defaults__ is defaults:
                 continue
@@ -252,6 +281,14 @@ def _code_of(owner: Any, kinds: tuple[type, ...]) -> dict[str, Any]:
     return {name: value for name, value in vars(owner).items() if issubclass(type(value), kinds)}
 
 
+def _other(value: Any, before: Any) -> bool:
+    """Whether something in a container was replaced or removed; a module that is imported later may add to a dict."""
+    if type(value) is dict:
+        return any(value.get(name) is not item for name, item in before.items())
+    return len(value) != len(before) or not all(map(is_, value, before))
+
+
+_CONTAINERS = (dict, list, set)
 _FUNCTIONS = (FunctionType, BuiltinFunctionType)
 _CODE = (*_FUNCTIONS, type, property, staticmethod, classmethod)
 

@@ -28,7 +28,7 @@ from mxfp4ref._files import mismatch
 from mxfp4ref.conformance.adapters import INTERMEDIATES, Kernel, KernelError
 from mxfp4ref.conformance.execution import PROBLEMS, RUN, Collected, Outcome, judge, likes
 from mxfp4ref.conformance.kernel_process import LOAD, LOADED, RESULT, request_of, unframed
-from mxfp4ref.conformance.plain import Like, printable
+from mxfp4ref.conformance.plain import LARGEST_STAGE, Like, printable
 from mxfp4ref.conformance.processes import MARK, how_it_ended, kill, marked
 from mxfp4ref.formats.generations import generation_named
 from mxfp4ref.goldens import Case
@@ -37,7 +37,6 @@ from mxfp4ref.model.call import MoeCall
 
 __all__ = ["Worker"]
 
-_STAGE = 1 << 30
 _MESSAGE = 5000  # characters, more than the process makes of an exception
 _LOAD_SECONDS = 60  # for importing the kernel, if a run has less
 _OWN_SECONDS = 600  # for what the kit does itself in the process: importing torch, generating weights
@@ -236,7 +235,7 @@ class _Channel:
         self, wanted: str, seconds: float | None, expected: Mapping[str, Like]
     ) -> tuple[dict[str, Any], list[bytes]]:
         """Wait for the answer of that name; `seconds` is the limit for each time that the kernel is at work."""
-        self._largest = 2 * sum(want.size for want in expected.values()) + len(INTERMEDIATES) * _STAGE
+        self._largest = 2 * sum(want.size for want in expected.values()) + len(INTERMEDIATES) * LARGEST_STAGE
         doing = ""
         while True:
             limit = seconds if doing in (RUN, LOAD) else _OWN_SECONDS

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._files import folders_below, name_in_utf8, parse_json, read_file
+from mxfp4ref._validate import no_storage
 from mxfp4ref.formats.generations import generation_named
 from mxfp4ref.sm90.tactics import Sm90Kernel, Tactic
 
@@ -143,11 +144,11 @@ class Recording:
                 f"{files[0].name}: cannot be read: {what or type(error).__name__:.200}"
             ) from error
         if not isinstance(tensors, dict) or not all(
-            isinstance(k, str) and type(t) is Tensor and t.layout is torch.strided and t.device.type == "cpu"
+            isinstance(k, str) and type(t) is Tensor and not no_storage(t) and t.device.type == "cpu"
             for k, t in tensors.items()
         ):
             raise Unreadable(f"{files[0].name}: expected tensors by name, and nothing else")
-        return tensors
+        return {key: tensor.resolve_neg() for key, tensor in tensors.items()}  # which torch.save keeps lazy
 
 
 def find_recordings(root: Path) -> list[Recording]:

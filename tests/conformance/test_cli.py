@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from os import environ
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -18,7 +19,9 @@ import torch
 from click.testing import CliRunner, Result
 
 from mxfp4ref.__main__ import commands
+from mxfp4ref._validate import check_tensor
 from mxfp4ref.checkpoint import CheckpointLayer, read_layer, run_layer, write_layer
+from mxfp4ref.conformance import comparison
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.finding import STAGES
 from mxfp4ref.conformance.report import FORMAT
@@ -319,6 +322,28 @@ def test_show() -> None:
         assert words in result.output
 
 
+@pytest.mark.parametrize("error", [TypeError, RuntimeError])
+def test_a_mistake_of_the_kit_is_no_wrong_usage(
+    error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What nobody wrote a message for is told with its traceback; what was is one line."""
+    for name in "ab":
+        safetensors.torch.save_file({"output": torch.ones(3)}, tmp_path / f"{name}.safetensors")
+    files = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    wrong: Any = {
+        TypeError: lambda *tensors: None + 1,
+        RuntimeError: lambda *tensors: torch.ones(2) + torch.ones(3),
+    }
+    monkeypatch.setattr(comparison, "in_words", wrong[error])
+    result = invoke("compare", *files)
+    assert result.exit_code == 2
+    assert "Traceback" in result.output
+    assert "an error of mxfp4ref itself, no verdict; please report what stands above" in result.output
+    monkeypatch.setattr(comparison, "in_words", lambda *tensors: check_tensor("got", 3, dtype=None, shape=()))
+    result = invoke("compare", *files)
+    assert (result.exit_code, result.output) == (2, "Error: got: expected a tensor of shape [], got int\n")
+
+
 def test_compare(tmp_path: Path) -> None:
     values = torch.arange(6, dtype=torch.float32).reshape(2, 3).to(torch.bfloat16)
     other = values.clone()
@@ -327,7 +352,15 @@ def test_compare(tmp_path: Path) -> None:
     safetensors.torch.save_file({"output": values}, a)
     safetensors.torch.save_file({"output": other}, b)
     safetensors.torch.save_file({"output": values, "more": other}, c)
-    assert invoke("compare", a, a).exit_code == 0
+    alias = tmp_path / "alias.safetensors"
+    alias.hardlink_to(a)
+    for same in (a, alias):  # that a file equals itself is no verdict
+        result = invoke("compare", a, same)
+        assert result.exit_code == 2
+        assert f"{same}: expected another file than {a}" in " ".join(result.output.split())
+    alias.unlink()
+    alias.write_bytes(a.read_bytes())
+    assert invoke("compare", a, alias).exit_code == 0
     result = invoke("compare", b, a)
     assert result.exit_code == 1
     assert "1 of 6 elements differ, at most 1 ulp; first at [1, 2]: got 0x40A1 (5.03125)" in result.output
@@ -341,8 +374,9 @@ def test_compare(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert f"got output in {a} and ids, routed_output in {b}" in " ".join(result.output.split())
     assert "output and routed_output are both bfloat16 [2, 3]" in " ".join(result.output.split())
-    safetensors.torch.save_file({}, b)
-    result = invoke("compare", b, b)
+    for empty in (b, c):
+        safetensors.torch.save_file({}, empty)
+    result = invoke("compare", b, c)
     assert result.exit_code == 2
     assert "expected tensors to compare, got none" in result.output
     b.write_bytes(b"nonsense")

@@ -77,11 +77,17 @@ EVERYWHERE = [
     ("pretender", "wrong output", "got _Pretender"),
     ("lying_mapping", "raised", "KeyboardInterrupt"),
     ("mapping_with_more", "equal", ""),
+    ("mapping_without_output", "wrong output", "expected the key output, got a mapping with out"),
     ("integers", "wrong output", "expected bfloat16 [8, 128], got int16 [8, 128]"),
     ("vast", "wrong output", "got bfloat16 [1048576, 1048576]"),
     ("no_elements", "wrong output", "got bfloat16 [0, 128]"),
     ("meta_intermediates", "wrong output", "activation: expected a tensor, got a meta float32 [3] tensor"),
     ("odd_intermediates", "differs", ""),
+    (
+        "vast_intermediates",
+        "wrong output",
+        "activation: expected at most 1,073,741,824 bytes, got float32 [1048576, 4096] of 17,179,869,184",
+    ),
     ("parameter", "equal", ""),
     ("transposed", "equal", ""),
     ("of_inference_mode", "equal", ""),
@@ -94,6 +100,11 @@ EVERYWHERE = [
         "wants_gradient_of_output",
         "wrong output",
         "to bfloat16 [8, 128], strides [128, 1], requires a gradient",
+    ),
+    (
+        "clears_what_it_returned_before",
+        "unstable",
+        "output, of run 1 of 2, was changed after it had been returned",
     ),
     ("poison", "not written", "wrote nothing"),
     ("not_a_number", "differs", ""),
@@ -138,6 +149,7 @@ EVERYWHERE = [
     ("exception_without_traceback", "raised", "_WithoutTraceback: its own words"),
     ("nameless_exception", "raised", "_Nameless: nothing"),
     ("self_raising", "raised", "RuntimeError: its own cause"),
+    ("raises_from", "raised", "; its cause: ValueError: what it came from"),
     ("recursion", "raised", "RecursionError"),
     ("out_of_memory", "raised", "MemoryError"),
     ("kit_skip", "skipped", "this one is not for me"),
@@ -183,6 +195,9 @@ REPLACING = [
     ("replaces_differing", "mxfp4ref.conformance.running.differing"),
     ("replaces_code_of_differing", "mxfp4ref.conformance.comparison.differing"),
     ("replaces_comparison_of_bytes", "mxfp4ref.conformance.plain.raw_bytes"),
+    ("replaces_what_passes", "mxfp4ref.conformance.results.PASSING"),
+    ("replaces_what_is_held_by_a_constant", "mxfp4ref.conformance.comparison._INTEGERS"),
+    ("empties_a_module_of_the_kit", "mxfp4ref.conformance.running.__name__"),
     ("replaces_expected_outputs", "Case.outputs"),
 ]
 # What ends or blocks the process that it runs in.
@@ -429,19 +444,22 @@ def test_devices_that_are_not_here(device: str, case: Case) -> None:
 def test_without_isolation_the_command_needs_a_verdict(
     choice: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kernel that ends the process with exit code 0 does not conform."""
-    for name, code in (("exits", 1), ("right", 0)):
+    """A kernel that ends the process with exit code 0 does not conform; one that closes stdout does not end it."""
+    for name, code, said in (
+        ("exits", 1, "does not conform: it ended its process"),
+        ("right", 0, "conforms: it equals"),
+        ("closed_streams", 1, "does not conform: 1 of 1 case fails"),
+    ):
         choice.write_text(name)
         command = ["mxfp4ref", "conform", "--no-isolate", SPEC, "--case", "finalize/slot_order"]
+        command += ["--diagnosis", "none"]
         monkeypatch.setattr(sys, "argv", command)
         with pytest.raises(SystemExit) as done:
             main()
         assert done.value.code == code
         out, err = capfd.readouterr()
-        assert ("conforms: it equals" in out, "does not conform: it ended its process" in err) == (
-            not code,
-            bool(code),
-        )
+        assert said in (err if name == "exits" else out)
+        assert ("it ended its process" in err) == (name == "exits")
 
 
 def test_every_beginning_of_an_answer_is_its_end() -> None:
@@ -478,9 +496,9 @@ def test_an_error_of_the_kit_is_not_the_kernels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "kernel.py").write_text(
-        "import sys\n"
+        "import platform\n"
         "from tests.helpers.hostile_kernels import wrong\n"
-        "del sys.modules['mxfp4ref.conformance.cli.conform'].NOT_EQUAL  # an error of ours\n"
+        "platform.platform = None  # an error of ours\n"
     )
     monkeypatch.chdir(tmp_path)
     goldens = ("--goldens", str(CHECKOUT), "--case", "finalize/slot_order", "--no-repeat")
@@ -490,7 +508,7 @@ def test_an_error_of_the_kit_is_not_the_kernels(
         main()
     err = capfd.readouterr().err
     assert done.value.code == 2
-    assert "NameError" in err
+    assert "TypeError" in err
     assert "an error of mxfp4ref itself" in err
     assert "does not conform" not in err
 

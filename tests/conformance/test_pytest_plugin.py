@@ -242,6 +242,22 @@ def test_a_kernel_that_ends_its_process_fails(pytester: pytest.Pytester) -> None
     result.stdout.fnmatch_lines(["*slot_order: crashed: *ended without a result: exit code 0*"])
 
 
+def test_a_kernel_that_ends_pytests_own_process_fails(pytester: pytest.Pytester) -> None:
+    """And one that does not has the exit code, and the output, of a session that nobody watches."""
+    pytester.makepyfile(
+        ends="import os\n\ndef f(**arguments): os._exit(0)\n",
+        raises="import os\n\ndef f(**arguments): raise ValueError(os.getppid())\n",
+    )
+    arguments = ("--mxfp4-no-isolate", *ARGUMENTS)
+    result = pytester.runpytest_subprocess("--mxfp4-kernel=ends:f", *arguments)
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stderr.fnmatch_lines(["The kernel does not conform: it ended its process (exit code 0) before*"])
+    result = pytester.runpytest_subprocess("--mxfp4-kernel=raises:f", *arguments)
+    result.assert_outcomes(failed=1, skipped=1)
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    assert "ended its process" not in result.stderr.str()
+
+
 @pytest.mark.usefixtures("copied_processes")
 def test_wrong_usage_is_an_error_in_words(pytester: pytest.Pytester) -> None:
     result = pytester.runpytest("--mxfp4-kernel=oracle", "--mxfp4-case", "nosuch/*")
@@ -279,6 +295,30 @@ def test_no_verdict_without_every_result(pytester: pytest.Pytester, how: str) ->
     )
     result.stdout.fnmatch_lines(["oracle: interrupted, no verdict; 0 of 1 case failed, of the goldens' *"])
     assert "conforms" not in (pytester.path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("skipped", ["mxfp4", "gemm/ordinary"])
+@pytest.mark.parametrize("hook", ["protocol", "call"])
+def test_tests_that_another_plugin_takes_over_have_no_result(
+    pytester: pytest.Pytester, skipped: str, hook: str
+) -> None:
+    pytester.makeconftest(
+        "import pytest\n"
+        "@pytest.hookimpl(tryfirst=True)\n"
+        "def pytest_runtest_protocol(item):\n"
+        f"    if {skipped!r} in item.nodeid:\n"
+        + ("        return True\n" if hook == "protocol" else "        item.runtest = lambda: None\n")
+    )
+    chosen = ("--mxfp4-case=finalize/slot_order", "--mxfp4-case=gemm/ordinary")
+    result = pytester.runpytest("--mxfp4-kernel=oracle", *chosen)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    if skipped == "mxfp4":
+        result.stdout.fnmatch_lines(["ERROR: --mxfp4-kernel: 2 without a result, none with one"])
+    else:
+        result.stdout.fnmatch_lines(
+            ["oracle: interrupted, no verdict; 0 of 1 case failed*", "1 without a result."]
+        )
+    result.stdout.no_fnmatch_line("oracle conforms*")
 
 
 def test_a_session_that_is_ended_by_sigterm_has_a_verdict_and_a_report(pytester: pytest.Pytester) -> None:

@@ -751,6 +751,14 @@ def test_an_output_of_another_shape_is_one_row(tmp_path: Path) -> None:
     assert "expected a bfloat16 [7, 256] output" in result.message
 
 
+def test_tensors_that_torch_saves_unresolved(tmp_path: Path) -> None:
+    """What is lazily negated in the file is compared, and costs no other call its result."""
+    lazy = torch._neg_view(-EXPECTED)
+    recorded.write_call(tmp_path, SM90_CALL, lazy, form="pt")
+    recorded.write_call(tmp_path, SM90_CALL, -lazy, form="pt", number=2)
+    assert [result.status for result in replay(tmp_path).results] == ["equal", "differs"]
+
+
 def test_lists_that_an_older_recorder_did_not_keep(tmp_path: Path) -> None:
     path = recorded.write_call(tmp_path, SM90_CALL, None, release="0.6.9") / "metadata.jsonl"
     stored = json.loads(path.read_text())

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mxfp4ref.conformance import Skip, comparison, plain, running
+from mxfp4ref.conformance import Skip, comparison, plain, results, running
 from mxfp4ref.goldens import Case
 from tests.helpers.kernels_under_test import good
 
@@ -186,6 +186,10 @@ def mapping_with_more(**arguments: Any) -> Any:
     return {"output": right(**arguments), 5: self_raising, "extra": object()}
 
 
+def mapping_without_output(**arguments: Any) -> Any:
+    return {"out": right(**arguments)}
+
+
 def integers(**arguments: Any) -> Any:
     return right(**arguments).view(torch.int16)
 
@@ -204,6 +208,10 @@ def meta_intermediates(**arguments: Any) -> Any:
 
 def odd_intermediates(**arguments: Any) -> Any:
     return wrong(**arguments), {"activation": torch.zeros(0, 3, dtype=torch.complex64), "fc1_output": None}
+
+
+def vast_intermediates(**arguments: Any) -> Any:
+    return wrong(**arguments), {"activation": torch.zeros(1).expand(1 << 20, 1 << 12)}
 
 
 def parameter(**arguments: Any) -> Any:
@@ -265,6 +273,13 @@ def not_a_number(**arguments: Any) -> Any:
     return torch.full_like(arguments["input"], torch.nan)
 
 
+def clears_what_it_returned_before(**arguments: Any) -> Any:
+    if _times("clears") % 2 == 0:
+        _kept.pop().zero_()
+    _kept.append(right(**arguments).clone())
+    return _kept[-1]
+
+
 # What lies
 
 
@@ -312,6 +327,24 @@ def replaces_comparison_of_bytes(**arguments: Any) -> Any:
     result = wrong(**arguments)
     running._count_differing = lambda got, expected: 0
     plain.raw_bytes = lambda value: b""
+    return result
+
+
+def replaces_what_passes(**arguments: Any) -> Any:
+    result = wrong(**arguments)
+    results.PASSING = (*results.PASSING, "differs")  # type: ignore[assignment]
+    return result
+
+
+def replaces_what_is_held_by_a_constant(**arguments: Any) -> Any:
+    result = wrong(**arguments)
+    comparison._INTEGERS[2] = torch.int8
+    return result
+
+
+def empties_a_module_of_the_kit(**arguments: Any) -> Any:
+    result = wrong(**arguments)
+    vars(running).clear()
     return result
 
 
@@ -476,6 +509,10 @@ def self_raising(**arguments: Any) -> Any:
     raise error
 
 
+def raises_from(**arguments: Any) -> Any:
+    raise RuntimeError("the outer one") from ValueError("what it came from")
+
+
 def recursion(**arguments: Any) -> Any:
     return recursion(**arguments)
 
@@ -572,6 +609,13 @@ def modules(**arguments: Any) -> Any:
 def standard_streams(**arguments: Any) -> Any:
     sys.stdout = sys.stderr = io.StringIO()
     return right(**arguments)
+
+
+def closed_streams(**arguments: Any) -> Any:
+    result = wrong(**arguments)
+    sys.stdout.close()
+    sys.stderr.close()
+    return result
 
 
 def replaced_builtins(**arguments: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import itertools
 import math
 import os
@@ -51,6 +52,7 @@ __all__ = [
 ]
 
 NOT_EQUAL, USAGE, INTERRUPTED = 1, 2, 128 + 2  # exit codes, besides 0
+_RAISE = dis.opmap["RAISE_VARARGS"]  # what a `raise` compiles to
 _SAME = (
     2.0  # seconds in which a second interrupt is taken for the first: of a terminal and of the parent, too
 )
@@ -105,13 +107,28 @@ def check_no_swap() -> None:
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """What goes wrong before or beside the comparison is wrong usage or environment: exit code 2."""
+    """What goes wrong before or beside the comparison is wrong usage or environment: exit code 2, in a line."""
     try:
         yield
     except ImportError as error:
         raise UsageError(cause_of(error)) from error
     except (TypeError, ValueError, OSError, SafetensorError, RuntimeError, MemoryError) as error:
-        raise UsageError(not_enough(error) if ran_out(error) else str(error)) from error
+        if ran_out(error):
+            raise UsageError(not_enough(error)) from error
+        if isinstance(error, TypeError | RuntimeError) and not _said(error):
+            raise  # a mistake of this package: told as one, with the traceback
+        raise UsageError(str(error)) from error
+
+
+def _said(error: BaseException) -> bool:
+    """Whether it says what is wrong with an argument or with CUDA: a `raise` of this package raised it, or a GPU."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None or type(error).__name__ == "AcceleratorError":
+        return True
+    ours = str(last.tb_frame.f_globals.get("__name__")).partition(".")[0] == "mxfp4ref"
+    return ours and last.tb_frame.f_code.co_code[last.tb_lasti] == _RAISE
 
 
 @contextmanager

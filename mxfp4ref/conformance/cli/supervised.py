@@ -19,7 +19,7 @@ from mxfp4ref.conformance.cli.shared import INTERRUPTED, NOT_EQUAL, USAGE, Press
 from mxfp4ref.conformance.memory import limits
 from mxfp4ref.conformance.processes import how_it_ended
 
-__all__ = ["main", "needed", "others_code_begins"]
+__all__ = ["begin", "end", "main", "needed", "others_code_begins", "supervise"]
 
 _START = """\
 import sys
@@ -56,6 +56,18 @@ def _write(verdict: Path, code: bytes) -> None:
         file.write(code)
 
 
+def begin(verdict: str) -> None:
+    """From here on this is the process that is watched, by that file."""
+    global _verdict
+    _verdict = Path(verdict)
+
+
+def end(code: object) -> None:
+    """Write the exit code with which this process is going to end, if it is watched."""
+    if _verdict is not None:
+        _write(_verdict, f"{code or 0!s:4.4}".encode())
+
+
 def main(commands: click.Group, verdict: str | None) -> None:
     """Run the command of `sys.argv` in a process of its own or, in that process, itself; never returns.
 
@@ -63,25 +75,32 @@ def main(commands: click.Group, verdict: str | None) -> None:
         verdict: in that process, the file that the command's exit code is written to.
     """
     if verdict is None:
+        script = sys.argv[1] == "record"
         try:
-            sys.exit(_supervise())
+            sys.exit(supervise(_START, sys.argv[1:], None if script else "--no-isolate"))
         except OSError as error:
             print(f"Error: {type(error).__name__}: {error}", file=sys.stderr)
             sys.exit(USAGE)
-    global _verdict
-    _verdict = Path(verdict)
+    begin(verdict)
     try:
         commands(prog_name="mxfp4ref")
     except SystemExit as done:
-        _write(_verdict, f"{done.code or 0!s:4.4}".encode())
+        end(done.code)
         raise
 
 
-def _supervise() -> int:
+def supervise(start: str, arguments: Sequence[str], without: str | None) -> int:
+    """Run Python in a process of its own, with the exit code that it writes by `end`; returns that.
+
+    Args:
+        start: the code; `sys.argv` has `repr(sys.path)`, the file to `begin` with, and the `arguments`.
+        without: the option without which a kernel that ends its process is told in the report; None if it is a
+            script, whose exit code is its own.
+    """
     with tempfile.TemporaryDirectory() as folder:
         verdict = Path(folder, "verdict")
         verdict.write_bytes(_NONE)  # written over in place, for which even a full disk has room
-        command = [sys.executable, "-c", _START, repr(sys.path), str(verdict), *sys.argv[1:]]
+        command = [sys.executable, "-c", start, repr(sys.path), str(verdict), *arguments]
         process, presses, interrupts = subprocess.Popen(command), Presses(), 0
 
         def pass_on(number: int, frame: object) -> None:
@@ -110,10 +129,10 @@ def _supervise() -> int:
         words = f"Error: the process ended ({how}) before it was done, and there is no verdict"
         print("; ".join(filter(None, (words, limits()))), file=sys.stderr)
         return USAGE
-    if sys.argv[1] == "record":
+    if without is None:
         return process.returncode if process.returncode >= 0 else 128 - process.returncode
     click.echo(
-        f"The kernel does not conform: it ended its process ({how}) before there was a verdict. Without --no-isolate "
+        f"The kernel does not conform: it ended its process ({how}) before there was a verdict. Without {without} "
         "the report tells on which case.",
         err=True,
     )

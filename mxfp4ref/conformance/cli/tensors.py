@@ -53,9 +53,9 @@ def compare(a: Path, b: Path, json_file: Path | None) -> None:
     fail in another way. What else is different, such as goldens and versions, is told first.
 
     Exit codes: 0 all tensors that both files have are equal, or no case got worse; 1 different, or some case passed,
-    and fails or is skipped now; 2 a file cannot be read, or is neither, the files have no tensor or case in common,
-    or the JSON could not be written. Cases that only one report has, as after
-    conform --last-failed, are told and do not count.
+    and fails or is skipped now; 2 a file cannot be read, or is none, both are the same file, have no tensor or case
+    in common, or the JSON could not be written. Cases that only one report has, as after conform --last-failed, are
+    told and do not count.
     """
     from mxfp4ref.conformance.report_comparison import compare_reports
     from mxfp4ref.conformance.report_reading import is_report, read_report
@@ -63,6 +63,8 @@ def compare(a: Path, b: Path, json_file: Path | None) -> None:
     files = ReportFiles({} if json_file is None else {"json": json_file})
     with usage_errors():
         files.check([a, b])
+        if a.samefile(b):
+            raise ValueError(f"{b}: expected another file than {a}, which it is itself: that proves nothing")
         if is_report(a) and is_report(b):
             changes = compare_reports(read_report(a), read_report(b))
             ok, show = not changes.worse, partial(_print, changes)
