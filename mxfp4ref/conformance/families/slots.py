@@ -18,7 +18,7 @@ from mxfp4ref.conformance.families.hypothesis import (
     of_slots,
 )
 from mxfp4ref.conformance.families.index_maps import expert_maps
-from mxfp4ref.conformance.families.slot_kinds import attributes, position_in_expert, slots_of_kind
+from mxfp4ref.conformance.families.slot_kinds import attributes, slots_of_kind
 from mxfp4ref.conformance.finding import OTHER_EXPERTS
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import select_local
@@ -237,46 +237,6 @@ def _miscounted(call: MoeCall) -> Iterator[Hypothesis]:
             )
 
 
-def _row_maps() -> Iterator[tuple[str, Callable[[Tensor, Tensor], Tensor], float]]:
-    """Rows of an expert taken for others: words, (position, rows) to position, cost."""
-    yield "the row before it, the first keeping its own", lambda p, n: (p - 1).clamp(min=0), 1.5
-    yield "the row before it", lambda p, n: (p - 1) % n, 1.5
-    yield "the row after it", lambda p, n: (p + 1) % n, 1.5
-    yield "the first row", lambda p, n: p * 0, 1.6
-    yield "the rows in reverse", lambda p, n: n - 1 - p, 1.6
-    for size in (2, 4, 8, 16, 32, 64):
-        yield f"row modulo {size}", lambda p, n, s=size: p % s, 1.7
-        yield f"the first row of each {size}", lambda p, n, s=size: p // s * s, 1.7
-        yield (
-            f"the row {size} before it, the first {size} keeping their own",
-            lambda p, n, s=size: torch.where(p >= s, p - s, p),
-            1.8,
-        )
-        yield (
-            f"the neighbouring {size} rows (swapped in pairs)",
-            lambda p, n, s=size: torch.where((p ^ s) < n, p ^ s, p),
-            1.8,
-        )
-
-
-def _rows() -> Iterator[Hypothesis]:
-    for words, move, cost in _row_maps():
-
-        def change(rows: SlotRows, move: Callable[[Tensor, Tensor], Tensor] = move) -> SlotRows:
-            position, count = position_in_expert(rows.local)
-            flat, wanted = rows.local.flatten(), move(position, count.clamp(min=1)).flatten()
-            size = len(flat) + 1
-            order = (flat * size + position.flatten()).argsort()
-            key = (flat * size + position.flatten())[order]
-            source = order[torch.searchsorted(key, flat * size + wanted).clamp(max=len(flat) - 1)]
-            source = torch.where(flat >= 0, source, torch.arange(len(flat), device=flat.device))
-            return replace(rows, y=rows.y.flatten(0, 1)[source].view(rows.y.shape))
-
-        yield of_slots(
-            "rows of an expert", _S, f"within each expert a row's result is that of {words}", change, cost
-        )
-
-
 def _repeated(call: MoeCall) -> Iterator[Hypothesis]:
     for source in range(min(call.top_k, 8)):
         for target in range(min(call.top_k, 8)):
@@ -312,4 +272,3 @@ def slot_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     if call.ep_size > 1:
         yield from _ranks()
     yield from _miscounted(call)
-    yield from _rows()
