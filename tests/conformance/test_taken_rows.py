@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,9 @@ from torch import Tensor
 from mxfp4ref import MoeCall, forward
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.families.engine import prepared
+from mxfp4ref.conformance.families.evidence import gather
 from mxfp4ref.conformance.families.hypothesis import SlotRows
+from mxfp4ref.conformance.families.slots import slot_hypotheses
 from mxfp4ref.conformance.families.taken_rows import taken_hypotheses
 from mxfp4ref.sm90.fp32 import to_bf16
 from tests.held_out_kernels.by_hand import Rows, layer
@@ -78,3 +81,30 @@ def test_a_map_is_solved(
 def test_what_is_no_sum_of_right_rows_gives_none() -> None:
     call = captured("prefill")
     assert predicting(call, layer(call, fc2=lambda rows, acc: to_bf16(acc * 1.5))) == {}
+
+
+def test_foreign_slots_that_were_added_are_told() -> None:
+    call = captured("expert_rank_2_of_4")
+    ids = call.token_selected_experts.long()
+
+    def local(right: Tensor) -> Tensor:
+        return torch.where((ids % 5 == 0) & (right < 0), 1, right)
+
+    got, want = layer(call, local=local), forward(call)
+    first = gather(prepared(call), got, want, differing(got, want))[0]
+    assert first.stages == ("slots",)
+    assert "slots that are another rank's, or padded, are computed and added: id" in first.sentence
+    assert "by expert 9" in first.sentence
+    assert all(int(number) % 5 == 0 for number in re.findall(r"ids? (\d+)", first.sentence))
+
+
+def test_the_first_id_of_the_next_rank_has_words() -> None:
+    call = captured("expert_rank_2_of_4")
+    ids = call.token_selected_experts
+    pipeline = prepared(call)
+    got = layer(call, local=lambda right: torch.where(ids == 12, 0, right))
+    named = [h for h in slot_hypotheses(call) if not differing(h.run(pipeline), got).any()]
+    assert (
+        "slots with the first id of the next rank, to be skipped, are computed by the rank's first expert"
+        in [h.words for h in named]
+    )

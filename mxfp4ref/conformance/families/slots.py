@@ -26,6 +26,7 @@ from mxfp4ref.model.forward import select_local
 __all__ = ["slot_hypotheses"]
 
 _S = ("slots",)
+_PADDED = -(1 << 40)
 _ONCE = ", each expert once a token"
 
 
@@ -104,12 +105,17 @@ def _ids() -> Iterator[Hypothesis]:
     )
 
 
-def _foreign() -> Iterator[Hypothesis]:
+def _foreign(call: MoeCall) -> Iterator[Hypothesis]:
     """Slots that are padding or another rank's, computed all the same, by the expert that `what` says."""
-    kinds = (
-        ("padded slots (-1)", lambda ids, local: (local < 0) & (ids < 0)),
-        ("slots of other ranks", lambda ids, local: (local < 0) & (ids >= 0)),
-        ("padded slots (-1) and slots of other ranks", lambda ids, local: local < 0),
+    kinds: tuple[tuple[str, Callable[[Tensor, int], Tensor]], ...] = (
+        ("padded slots (-1)", lambda place, n: place == _PADDED),
+        ("slots that name an expert once more", lambda place, n: (place >= 0) & (place < n)),
+        ("slots of other ranks", lambda place, n: place != _PADDED),
+        ("padded slots (-1) and slots of other ranks", lambda place, n: place == place),
+        ("slots with the first id of the next rank", lambda place, n: place == n),
+        ("slots with the last id of the rank before", lambda place, n: place == -1),
+        ("slots of later ranks", lambda place, n: place >= n),
+        ("slots of earlier ranks", lambda place, n: (place < 0) & (place != _PADDED)),
     )
     whats: tuple[tuple[str, Callable[[Tensor, int, int, int], Tensor]], ...] = (
         ("by the rank's first expert", lambda ids, n, size, rank: ids * 0),
@@ -127,7 +133,7 @@ def _foreign() -> Iterator[Hypothesis]:
             lambda ids, n, size, rank: (ids - rank * n) % n,
         ),
     )
-    for words, chosen in kinds:
+    for words, chosen in kinds if call.ep_size > 1 else kinds[:2]:
         for where, expert in whats:
 
             def select(
@@ -136,11 +142,12 @@ def _foreign() -> Iterator[Hypothesis]:
                 size: int,
                 rank: int,
                 right: Callable[..., Tensor],
-                chosen: Callable[[Tensor, Tensor], Tensor] = chosen,
+                chosen: Callable[[Tensor, int], Tensor] = chosen,
                 expert: Callable[[Tensor, int, int, int], Tensor] = expert,
             ) -> Tensor:
-                local = right(ids, n, size, rank)
-                return torch.where(chosen(ids, local), expert(ids.to(torch.int64), n, size, rank), local)
+                local, ids = right(ids, n, size, rank), ids.to(torch.int64)
+                place = torch.where(ids < 0, _PADDED, ids - rank * n)  # among this rank's experts
+                return torch.where((local < 0) & chosen(place, n), expert(ids, n, size, rank), local)
 
             for once in (False, True):
                 yield Hypothesis(
@@ -268,7 +275,7 @@ def slot_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     if call.experts.num_experts > 1:
         yield from _ids()
         yield from _repeated(call)
-    yield from _foreign()
+    yield from _foreign(call)
     if call.ep_size > 1:
         yield from _ranks()
     yield from _miscounted(call)
