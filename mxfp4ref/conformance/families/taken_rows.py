@@ -276,6 +276,8 @@ def _left_out(slots: SlotRows, rows: _Rows, solved: _Solved, wrong: Tensor) -> I
         least = int(place[solved.row].max()) + 1
         for size in sorted({least, 1 << (least - 1).bit_length()}):
             lost, right = counts[solved.row], counts[kept & (place < size)]
+            if bool((lost <= size).all()):
+                continue  # it is whole experts
             for cost, (words, holds) in enumerate(_conditions(int(lost.min()), int(lost.max()))):
                 if bool(holds(lost).all()) and not bool(holds(right).any()):
                     bare = slots.call.experts.fc2_biases is None or slots.call.tp_rank > 0
