@@ -52,7 +52,7 @@ def shifted_tokens(call: MoeCall) -> Tensor:
     return layer(call, x=lambda rows, x: call.input[(rows.token + 5) % call.num_tokens])
 
 
-SAME, ANY, ZERO = ("input", "finalize"), ("finalize", "fc2"), ("fc2", "activation")
+SAME, ANY, ZERO = ("input", "fc2"), ("finalize", "fc2"), ("fc2", "activation")
 MODULO = "row n is row n modulo 24"
 AROUND = "sorted row n is sorted row n +3, around the end"
 LAST = "the last 8 rows of each expert that has a multiple of 8 rows are left out"

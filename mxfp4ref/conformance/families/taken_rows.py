@@ -116,6 +116,9 @@ def taken_hypotheses(pipeline: Pipeline, slots: SlotRows, got: Tensor, wrong: Te
     rows = _Rows.of(slots.local, experts.num_experts)
     if not len(tokens) or not 0 < len(rows) <= _ROWS or not bool(slots.y.isfinite().all()):
         return
+    weights = torch.where(slots.local < 0, torch.nan, slots.weights).sort(1).values
+    alike = (weights.diff(dim=1) == 0).any(1)[tokens]  # of which it does not show which slot has which row
+    tokens = tokens if bool(alike.all()) else tokens[~alike]
     tokens = tokens[:: -(-len(tokens) // _TOKENS)]
     results = bf16_to_fp64(slots.y.contiguous()).flatten(0, 1)[rows.flat]
     solved = _solved(pipeline, slots, got, tokens, lambda expert: results)
@@ -125,12 +128,8 @@ def taken_hypotheses(pipeline: Pipeline, slots: SlotRows, got: Tensor, wrong: Te
             yield from _left_out(slots, rows, solved, wrong)
         elif bool((source >= 0).all()):
             same = bool((rows.expert[solved.row] == rows.expert[source]).all())
-            stages = ("input", "finalize") if same else ("finalize", "fc2")
-            what = (
-                "a row's input, or its result, is another row's"
-                if same
-                else "GEMM2's rows are read elsewhere"
-            )
+            stages = ("input", "fc2") if same else ("finalize", "fc2")  # and what is between them, as well
+            what = "a row's input, or its result at any stage," if same else "GEMM2's row that is added up"
             right = _weighing(slots, rows, ~wrong.any(1))
             for cost, (name, where) in enumerate(_NUMBERINGS):
                 index, count = rows.index(name)
@@ -144,7 +143,7 @@ def taken_hypotheses(pipeline: Pipeline, slots: SlotRows, got: Tensor, wrong: Te
                     for own, more in ((False, ""), (True, ", where there is none its own"))[: 1 + beyond]:
                         yield _hypothesis(
                             stages,
-                            f"{where} {what}: {words}{more}",
+                            f"{where} {what} is another row's: {words}{more}",
                             partial(_results, name=name, rule=rule, own=own),
                             1.2 + cost / 20 + number / 100 + own / 200,
                         )
