@@ -181,7 +181,7 @@ class Failing:
         start = thread_clock()
         result = one.looked_at(result, tuple(self._suspects), "quick", seconds)
         self._left -= thread_clock() - start
-        if result.diagnosis is not None:
+        if result.diagnosis is not None and one.located is not None and not one.located.blank:
             self._suspects |= dict.fromkeys(result.diagnosis.exact)
         return result
 

@@ -226,6 +226,12 @@ class Located:
         """Whether every row that differs is zero."""
         return not bool(self.got[self._plain.mask.any(-1)].any())
 
+    @property
+    def blank(self) -> bool:
+        """Whether zeros, or no numbers, came wherever it differs: much gives those, so that they name nothing."""
+        got, want = self.got[self._plain.mask], self.want[self._plain.mask]
+        return bool(((got == 0) | ~got.isfinite()).all() & want.isfinite().all())
+
     def search(
         self,
         suspects: tuple[str | Hypothesis, ...],

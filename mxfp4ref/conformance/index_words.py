@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
 
-__all__ = ["map_words"]
+__all__ = ["Rule", "map_rules", "map_words"]
+
+Rule = Callable[[Tensor, Tensor], Tensor]  # indices, and of each how many there are, to those that are taken
 
 _MOST_LISTED = 6
+_SEVERAL = 3  # indices that one rule moves
 
 
 def map_words(got: Tensor, name: str, count: int, *, of: Tensor | None = None) -> str:
@@ -22,44 +27,64 @@ def map_words(got: Tensor, name: str, count: int, *, of: Tensor | None = None) -
     want = torch.arange(len(got)) if of is None else of
     if torch.equal(got, want) or not len(got):
         return ""
-    rules = [*_shifts(got, want, name, count), *_blocks(got, want, name, count)]
-    if words := next((words for words, made in rules if torch.equal(made, got)), ""):
-        return words
-    return _listed(got, want, name)
+    rules = map_rules(got, want, name, torch.full_like(want, count))
+    return next((words for words, _ in rules), "") or _listed(got, want, name)
 
 
-def _shifts(got: Tensor, want: Tensor, name: str, count: int) -> list[tuple[str, Tensor]]:
-    shift = int(got[0] - want[0])
-    rules = []
-    if shift:
-        rules.append((f"{name} n is {name} n {shift:+d}", want + shift))
-        around = shift % count
-        signed = around if around <= count // 2 else around - count
-        rules.append((f"{name} n is {name} n {signed:+d}, around the end", (want + signed) % count))
-        rules.append(
-            (f"{name} n is {name} n {shift:+d}, the last ones stay", (want + shift).clamp(0, count - 1))
+def map_rules(got: Tensor, want: Tensor, name: str, count: Tensor) -> Iterator[tuple[str, Rule]]:
+    """The rules that give all of `got`, in words and as functions; arguments as of `map_words`, `count [N]`."""
+    if torch.equal(got, want):
+        return
+    for words, rule in (*_shifts(got, want, name, count), *_blocks(name, int(count.max()))):
+        if torch.equal(rule(want, count), got):
+            yield words, rule
+
+
+def _by(rule: Callable[[Tensor, Tensor, int], Tensor], number: int) -> Rule:
+    return lambda n, of: rule(n, of, number)
+
+
+def _shifts(got: Tensor, want: Tensor, name: str, count: Tensor) -> Iterator[tuple[str, Rule]]:
+    moved = (got != want).nonzero().flatten()[:1]
+    shift = int((got - want)[moved])
+    first = int(want[moved[0]])
+    if torch.equal(moved, torch.zeros_like(moved)):
+        yield f"{name} n is {name} n {shift:+d}", lambda n, of: n + shift
+        around = shift % int(count[0])
+        around -= int(count[0]) * (around > int(count[0]) // 2)
+        yield f"{name} n is {name} n {around:+d}, around the end", lambda n, of: (n + around) % of
+        yield (
+            f"{name} n is {name} n {shift:+d}, the last ones stay",
+            lambda n, of: (n + shift).clamp(min=0).minimum(of - 1),
         )
-    rules.append((f"every {name} is {name} {int(got[0])}", torch.full_like(want, int(got[0]))))
-    rules.append((f"in reverse: {name} n is {name} {count - 1} - n", count - 1 - want))
-    return rules
+    if len(torch.unique(want[want >= first])) >= _SEVERAL:
+        yield (
+            f"from {name} {first} on {name} n is {name} n {shift:+d}",
+            lambda n, of: torch.where(n >= first, n + shift, n),
+        )
+    yield f"every {name} is {name} {int(got[0])}", _by(lambda n, of, to: n * 0 + to, int(got[0]))
+    last = str(int(count[0]) - 1) if bool((count == count[0]).all()) else "the last one"
+    yield f"in reverse: {name} n is {name} {last} - n", lambda n, of: of - 1 - n
 
 
-def _blocks(got: Tensor, want: Tensor, name: str, count: int) -> list[tuple[str, Tensor]]:
-    rules = []
-    for size in range(2, count):
-        rules.append((f"{name} n is {name} n modulo {size}", want % size))
+def _blocks(name: str, count: int) -> Iterator[tuple[str, Rule]]:
+    for size in range(count - 1, 1, -1):  # of several that fit the one that moves least
+        yield f"{name} n is {name} n modulo {size}", _by(lambda n, of, s: n % s, size)
     size = 1
     while size < count:
-        rules.append(
-            (f"neighbouring blocks of {size} are exchanged: {name} n is {name} n ^ {size}", want ^ size)
+        yield (
+            f"neighbouring blocks of {size} are exchanged: {name} n is {name} n ^ {size}",
+            _by(lambda n, of, s: n ^ s, size),
         )
-        rules.append((f"{name} n is {name} n // {2 * size}", want // (2 * size)))
+        yield f"{name} n is {name} n // {2 * size}", _by(lambda n, of, s: n // s, 2 * size)
+        yield f"{name} n is the first {name} of each {2 * size}", _by(lambda n, of, s: n // s * s, 2 * size)
         size *= 2
     for rows in range(2, count):
         if count % rows == 0:
-            transposed = want % rows * (count // rows) + want // rows
-            rules.append((f"transposed: {name} n is number n // {rows} of part n modulo {rows}", transposed))
-    return rules
+            yield (
+                f"transposed: {name} n is number n // {rows} of part n modulo {rows}",
+                _by(lambda n, of, r: n % r * (of // r) + n // r, rows),
+            )
 
 
 def _listed(got: Tensor, want: Tensor, name: str) -> str:

@@ -165,7 +165,10 @@ def _statistics(of: Groups) -> Iterator[tuple[str, Tensor]]:
     while count <= of.columns:
         if of.columns % count == 0:
             together = rows.view(len(rows), -1, count).amax(2, True).expand(-1, -1, count)
-            yield f"the largest magnitude of {count} groups together (blocks of {32 * count} values)", together.reshape(-1)
+            yield (
+                f"the largest magnitude of {count} groups together (blocks of {32 * count} values)",
+                together.reshape(-1),
+            )
         count *= 2
     if of.columns > 1:
         yield "the largest magnitude of the row up to the group's end", rows.cummax(1).values.flatten()

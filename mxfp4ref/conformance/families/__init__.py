@@ -86,7 +86,8 @@ _FAMILIES = (
     ),
     Family(
         "rows of an expert",
-        "rows taken from another place among their expert's: the row before, modulo n, blocks swapped or transposed; "
+        "rows taken from another place, among their expert's or all sorted rows: shifted, modulo n, blocks swapped; "
+        "the first or last n left out, where their number is a multiple; accumulators or workspaces of earlier ones; "
         "or from where wrong offsets of the experts' rows say: padded, without carry, in too few bits, the next's; "
         "elements exchanged in fragments, another swizzle, stale tiles of K",
     ),

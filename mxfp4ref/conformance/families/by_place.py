@@ -13,6 +13,7 @@ from mxfp4ref.conformance.families.fragment_maps import fragment_map_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
 from mxfp4ref.conformance.families.input_norms import norm_hypotheses
 from mxfp4ref.conformance.families.k_stages import k_stage_hypotheses
+from mxfp4ref.conformance.families.kept_memory import kept_hypotheses
 from mxfp4ref.conformance.families.misread import misread_hypotheses
 from mxfp4ref.conformance.families.output_memory import memory_hypotheses
 from mxfp4ref.conformance.families.outputs import input_factor_hypotheses
@@ -49,4 +50,4 @@ def hypotheses_of_words_and_tiles(call: MoeCall, wrong: Tensor) -> Iterator[Hypo
     """On words of codes, tiles of K, fragments and tiles of rows; `wrong [M, H] bool`."""
     yield from chain(code_part_hypotheses(call), k_stage_hypotheses(call))
     if not is_heavy(call):
-        yield from fragment_map_hypotheses(call, wrong)
+        yield from chain(kept_hypotheses(call, wrong.any(1)), fragment_map_hypotheses(call, wrong))

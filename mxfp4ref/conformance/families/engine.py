@@ -38,6 +38,7 @@ from mxfp4ref.conformance.families.rows_beside import beside_hypotheses
 from mxfp4ref.conformance.families.search import FEWEST_BITS, Match, Search, one_thread
 from mxfp4ref.conformance.families.slots import slot_hypotheses
 from mxfp4ref.conformance.families.soon import quick, second, soon
+from mxfp4ref.conformance.families.taken_rows import taken_hypotheses
 from mxfp4ref.conformance.families.tensors import (
     bias_hypotheses,
     constants,
@@ -217,7 +218,8 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
     )
     small = _is_small(search)
     by_place = hypotheses_by_place(call, search.wrong)
-    yield chain(wanted(factor), wanted(known, slow=False), by_place, wanted(plain, slow=False))
+    taken = () if is_heavy(call) else taken_hypotheses(search.pipeline, search.rows, search.got, search.wrong)
+    yield chain(wanted(factor), taken, wanted(known, slow=False), by_place, wanted(plain, slow=False))
     only = _stages_left(evidence)  # which may be more by now
     slow = of(order_hypotheses, named_hypotheses)
     if small:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ __all__ = ["other_sums"]
 
 _WORK = 1 << 29  # multiplications for one token's outputs of all experts
 _ROUNDING = 2.0**-8  # of bf16, and of the slots' sum
+_SAME = 2.0**-6  # that two weights may differ by, of the token's largest
+_RIGHT = "GEMM1, activation and GEMM2 are right for the experts that were computed"
 
 
 def _allowed(weights: Tensor, y: Tensor) -> Tensor:
@@ -93,11 +96,14 @@ def other_sums(
     first = call.ep_rank * call.experts.num_experts
     if all(_close(asked, found) for _, asked, found in fits):
         return  # too little is wrong to show here
+    if added := _foreign_slots(pipeline, fits, local):
+        kind = "slots that are another rank's, or padded, are computed and added"
+        yield Evidence.of_kind(("slots",), kind, f"{added}; {_RIGHT}", 3)
+        return
     same_experts = all(set(asked) == set(found) for _, asked, found in fits)
     told = [_weights(fit, unsure[fit[0]], local, first) for fit in fits]
     token, asked, found = next(fit for fit in fits if not _close(fit[1], fit[2]))
     shown = next(str(w) for w in told if w.token == token)
-    right = "GEMM1, activation and GEMM2 are right for the experts that were computed"
     if same_experts:
         ratios = [found[e] / asked[e] for _, asked, found in fits for e in asked if asked[e]]
         if max(ratios) - min(ratios) < 2.0**-5 * abs(ratios[0]):
@@ -112,7 +118,7 @@ def other_sums(
         twice = [(t, e) for t, asked, found in fits for e in asked if found[e] > 1.5 * asked[e] > 0]
         if twice and all(_counted(asked[e], found[e]) for _, asked, found in fits for e in asked):
             listed = ", ".join(f"token {t}'s of expert {e + first}" for t, e in twice[:4])
-            details = f"{listed}{', ...' * (len(twice) > 4)}; {right}"
+            details = f"{listed}{', ...' * (len(twice) > 4)}; {_RIGHT}"
             yield Evidence.of_kind(("slots", "finalize"), "some slots' terms are added twice", details, 3)
             return
         factor, experts = in_common(told)
@@ -149,8 +155,32 @@ def other_sums(
     pairs = sorted({pair for swap in swaps if swap for pair in swap})
     mapping = f" ({', '.join(f'expert {a + first} by {b + first}' for a, b in pairs[:6])})" if pairs else ""
     some = _of_which_rows(local, wrong, {a for a, _ in pairs}) if pairs else ""
-    sentence = f"{OTHER_EXPERTS}{mapping}{some}: {shown}; {right}"
+    sentence = f"{OTHER_EXPERTS}{mapping}{some}: {shown}; {_RIGHT}"
     yield Evidence(("slots",), sentence, 3, kind=OTHER_EXPERTS)
+
+
+def _foreign_slots(
+    pipeline: Pipeline, fits: list[tuple[int, dict[int, float], dict[int, float]]], local: Tensor
+) -> str:
+    """Which slots that are not this rank's were computed by which experts, if that is all that the sums have more."""
+    call, told = pipeline.call, list[str]()
+    for token, asked, found in fits:
+        foreign = (local[token] < 0).nonzero().flatten().tolist()
+        weights = call.token_final_scales[token].tolist()
+        near = _SAME * max(map(abs, weights))
+        more = {e: found.get(e, 0.0) - asked.get(e, 0.0) for e in asked.keys() | found.keys()}
+        for expert, extra in sorted(more.items()):
+            if abs(extra) <= near:
+                continue
+            some = (c for n in range(1, min(len(foreign), 4) + 1) for c in combinations(foreign, n))
+            slots = next((c for c in some if abs(extra - sum(weights[s] for s in c)) <= near), ())
+            if not slots:
+                return ""
+            foreign = [s for s in foreign if s not in slots]
+            ids = ", ".join(str(int(call.token_selected_experts[token, s])) for s in slots)
+            which = expert + call.ep_rank * call.experts.num_experts
+            told.append(f"id{'s' * (len(slots) > 1)} {ids} of token {token} by expert {which}")
+    return ", ".join(told[:4]) + ", ..." * (len(told) > 4)
 
 
 def _of_which_rows(local: Tensor, wrong: Tensor, experts: set[int]) -> str:

@@ -1,4 +1,4 @@
-"""Hypotheses on the weighted sum's small tensors: routing weights and fc2 biases read with another stride or type."""
+"""Hypotheses on tensors read with another stride or type: routing weights, fc2 biases, rows of codes and scales."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ from mxfp4ref.model.call import MoeCall
 __all__ = ["misread_hypotheses"]
 
 _F = ("finalize",)
+_MATRICES = {
+    f"{fc}_{tensor}": f"GEMM{fc[2]}'s {words}"
+    for fc in ("fc1", "fc2")
+    for tensor, words in (("scales", "scales"), ("weights", "weights (codes)"))
+}
 _CHUNKS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
@@ -23,6 +28,44 @@ def misread_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     yield from _weights(call)
     if call.experts.fc2_biases is not None:
         yield from _biases(call)
+    for name, what in _MATRICES.items():
+        if getattr(call.experts, name) is not None:
+            yield from _pitches(call, name, what)
+
+
+def _pitches(call: MoeCall, name: str, what: str) -> Iterator[Hypothesis]:
+    """Rows of a matrix read with strides that are multiples of what a copy may want, where they lie densely."""
+    size = getattr(call.experts, name).shape[2]
+    seen = {size}
+    for unit in (16, 32, 64, 128, 256):
+        if (pitch := -(-size // unit) * unit) in seen:
+            continue
+        seen.add(pitch)
+        for where, cost in (
+            ("; each expert begins at the right place", 1.2),
+            (", all experts' in one list", 1.25),
+        ):
+
+            def on(p: Pipeline, unit: int = unit, each: bool = where[0] == ";") -> Pipeline:
+                tensor = getattr(p.call.experts, name)
+                rows = tensor.view(torch.uint8).flatten(0, 1)
+                pitch = -(-rows.shape[1] // unit) * unit
+                starts = torch.arange(len(rows)) * pitch
+                if each:
+                    number = torch.arange(len(rows)) // tensor.shape[1] * tensor.shape[1]
+                    starts -= number * (pitch - rows.shape[1])
+                index = (starts[:, None] + torch.arange(rows.shape[1])).clamp(max=rows.numel())
+                memory = torch.cat((rows.flatten(), rows.new_zeros(1)))
+                return p.having(**{name: memory[index].view(tensor.shape).view(tensor.dtype)})
+
+            yield Hypothesis(
+                "rows",
+                (name[:3],),
+                f"the rows of {what} are read with a stride rounded up to a multiple of {unit} bytes (here {pitch}), "
+                f"but lie densely, {size} bytes apart: most rows have those of other, later rows{where}",
+                on,
+                cost,
+            )
 
 
 def _weights(call: MoeCall) -> Iterator[Hypothesis]:

@@ -45,7 +45,8 @@ def _place(got: Tensor, want: Tensor, rows: Tensor) -> str:
     # [offset, column]: whether a column has, in all of these rows, what belongs so many columns further on.
     offsets = sorted(range(-_FURTHEST, _FURTHEST + 1), key=lambda d: (abs(d), d))
     offsets = [d for d in offsets if abs(d) < bits.shape[1]]
-    same = torch.stack([(bits == right.roll(-d, 1)).all(0) for d in offsets])
+    telling = (bits & 0x7FFF).any(0)  # where zeros are everywhere, they come from nowhere
+    same = torch.stack([(bits == right.roll(-d, 1)).all(0) & telling for d in offsets])
     if torch.equal(bits.sort(1).values, right.sort(1).values):
         return _in_words(same, offsets) or "each row has its own, in another order"
     return _shift(same, offsets, (bits != right).any(0))

@@ -18,7 +18,7 @@ from mxfp4ref.conformance.families.hypothesis import (
     of_slots,
 )
 from mxfp4ref.conformance.families.index_maps import expert_maps
-from mxfp4ref.conformance.families.slot_kinds import attributes, position_in_expert, slots_of_kind
+from mxfp4ref.conformance.families.slot_kinds import attributes, slots_of_kind
 from mxfp4ref.conformance.finding import OTHER_EXPERTS
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import select_local
@@ -26,6 +26,7 @@ from mxfp4ref.model.forward import select_local
 __all__ = ["slot_hypotheses"]
 
 _S = ("slots",)
+_PADDED = -(1 << 40)
 _ONCE = ", each expert once a token"
 
 
@@ -104,12 +105,17 @@ def _ids() -> Iterator[Hypothesis]:
     )
 
 
-def _foreign() -> Iterator[Hypothesis]:
+def _foreign(call: MoeCall) -> Iterator[Hypothesis]:
     """Slots that are padding or another rank's, computed all the same, by the expert that `what` says."""
-    kinds = (
-        ("padded slots (-1)", lambda ids, local: (local < 0) & (ids < 0)),
-        ("slots of other ranks", lambda ids, local: (local < 0) & (ids >= 0)),
-        ("padded slots (-1) and slots of other ranks", lambda ids, local: local < 0),
+    kinds: tuple[tuple[str, Callable[[Tensor, int], Tensor]], ...] = (
+        ("padded slots (-1)", lambda place, n: place == _PADDED),
+        ("slots that name an expert once more", lambda place, n: (place >= 0) & (place < n)),
+        ("slots of other ranks", lambda place, n: place != _PADDED),
+        ("padded slots (-1) and slots of other ranks", lambda place, n: place == place),
+        ("slots with the first id of the next rank", lambda place, n: place == n),
+        ("slots with the last id of the rank before", lambda place, n: place == -1),
+        ("slots of later ranks", lambda place, n: place >= n),
+        ("slots of earlier ranks", lambda place, n: (place < 0) & (place != _PADDED)),
     )
     whats: tuple[tuple[str, Callable[[Tensor, int, int, int], Tensor]], ...] = (
         ("by the rank's first expert", lambda ids, n, size, rank: ids * 0),
@@ -127,7 +133,7 @@ def _foreign() -> Iterator[Hypothesis]:
             lambda ids, n, size, rank: (ids - rank * n) % n,
         ),
     )
-    for words, chosen in kinds:
+    for words, chosen in kinds if call.ep_size > 1 else kinds[:2]:
         for where, expert in whats:
 
             def select(
@@ -136,11 +142,12 @@ def _foreign() -> Iterator[Hypothesis]:
                 size: int,
                 rank: int,
                 right: Callable[..., Tensor],
-                chosen: Callable[[Tensor, Tensor], Tensor] = chosen,
+                chosen: Callable[[Tensor, int], Tensor] = chosen,
                 expert: Callable[[Tensor, int, int, int], Tensor] = expert,
             ) -> Tensor:
-                local = right(ids, n, size, rank)
-                return torch.where(chosen(ids, local), expert(ids.to(torch.int64), n, size, rank), local)
+                local, ids = right(ids, n, size, rank), ids.to(torch.int64)
+                place = torch.where(ids < 0, _PADDED, ids - rank * n)  # among this rank's experts
+                return torch.where((local < 0) & chosen(place, n), expert(ids, n, size, rank), local)
 
             for once in (False, True):
                 yield Hypothesis(
@@ -249,46 +256,6 @@ def _miscounted(call: MoeCall) -> Iterator[Hypothesis]:
             )
 
 
-def _row_maps() -> Iterator[tuple[str, Callable[[Tensor, Tensor], Tensor], float]]:
-    """Rows of an expert taken for others: words, (position, rows) to position, cost."""
-    yield "the row before it, the first keeping its own", lambda p, n: (p - 1).clamp(min=0), 1.5
-    yield "the row before it", lambda p, n: (p - 1) % n, 1.5
-    yield "the row after it", lambda p, n: (p + 1) % n, 1.5
-    yield "the first row", lambda p, n: p * 0, 1.6
-    yield "the rows in reverse", lambda p, n: n - 1 - p, 1.6
-    for size in (2, 4, 8, 16, 32, 64):
-        yield f"row modulo {size}", lambda p, n, s=size: p % s, 1.7
-        yield f"the first row of each {size}", lambda p, n, s=size: p // s * s, 1.7
-        yield (
-            f"the row {size} before it, the first {size} keeping their own",
-            lambda p, n, s=size: torch.where(p >= s, p - s, p),
-            1.8,
-        )
-        yield (
-            f"the neighbouring {size} rows (swapped in pairs)",
-            lambda p, n, s=size: torch.where((p ^ s) < n, p ^ s, p),
-            1.8,
-        )
-
-
-def _rows() -> Iterator[Hypothesis]:
-    for words, move, cost in _row_maps():
-
-        def change(rows: SlotRows, move: Callable[[Tensor, Tensor], Tensor] = move) -> SlotRows:
-            position, count = position_in_expert(rows.local)
-            flat, wanted = rows.local.flatten(), move(position, count.clamp(min=1)).flatten()
-            size = len(flat) + 1
-            order = (flat * size + position.flatten()).argsort()
-            key = (flat * size + position.flatten())[order]
-            source = order[torch.searchsorted(key, flat * size + wanted).clamp(max=len(flat) - 1)]
-            source = torch.where(flat >= 0, source, torch.arange(len(flat), device=flat.device))
-            return replace(rows, y=rows.y.flatten(0, 1)[source].view(rows.y.shape))
-
-        yield of_slots(
-            "rows of an expert", _S, f"within each expert a row's result is that of {words}", change, cost
-        )
-
-
 def _routes(call: MoeCall) -> Iterator[Hypothesis]:
     """Tokens that have the ids and the weights of other tokens."""
     chunks = [1 << n for n in range(3, 14) if 1 << n < call.num_tokens]
@@ -347,8 +314,7 @@ def slot_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
         yield from _ids()
         yield from _repeated(call)
         yield from _routes(call)
-    yield from _foreign()
+    yield from _foreign(call)
     if call.ep_size > 1:
         yield from _ranks()
     yield from _miscounted(call)
-    yield from _rows()

@@ -1,0 +1,110 @@
+"""Rows of a layer that have other rows' results, or none: solved, and told as one map."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from mxfp4ref import MoeCall, forward
+from mxfp4ref.conformance.comparison import differing
+from mxfp4ref.conformance.families.engine import prepared
+from mxfp4ref.conformance.families.evidence import gather
+from mxfp4ref.conformance.families.hypothesis import SlotRows
+from mxfp4ref.conformance.families.slots import slot_hypotheses
+from mxfp4ref.conformance.families.taken_rows import taken_hypotheses
+from mxfp4ref.sm90.fp32 import to_bf16
+from tests.held_out_kernels.by_hand import Rows, layer
+from tests.held_out_kernels.calls import captured
+
+Source = Callable[[Rows], Tensor]
+
+
+def predicting(call: MoeCall, got: Tensor) -> dict[str, tuple[str, ...]]:
+    """The sentences of those that predict every bit, with their stages."""
+    pipeline, wrong = prepared(call), differing(got, forward(call))
+    assert wrong.any()
+    found = taken_hypotheses(pipeline, SlotRows.of(pipeline), got, wrong)
+    outputs = ((h, h.run(pipeline)) for h in found)
+    return {h.words: h.stages for h, out in outputs if out is not None and not differing(out, got).any()}
+
+
+def result_of(source: Source) -> Callable[[MoeCall], Tensor]:
+    return lambda call: layer(call, fc2=lambda rows, acc: to_bf16(acc)[source(rows)])
+
+
+def without(lost: Source) -> Callable[[MoeCall], Tensor]:
+    return lambda call: layer(call, fc2=lambda rows, acc: to_bf16(acc).masked_fill(lost(rows)[:, None], 0.0))
+
+
+def here(rows: Rows) -> Tensor:
+    return torch.arange(len(rows.token))
+
+
+def counts(rows: Rows) -> Tensor:
+    return torch.bincount(rows.expert)[rows.expert]
+
+
+def shifted_tokens(call: MoeCall) -> Tensor:
+    return layer(call, x=lambda rows, x: call.input[(rows.token + 5) % call.num_tokens])
+
+
+SAME, ANY, ZERO = ("input", "fc2"), ("finalize", "fc2"), ("fc2", "activation")
+MODULO = "row n is row n modulo 24"
+AROUND = "sorted row n is sorted row n +3, around the end"
+LAST = "the last 8 rows of each expert that has a multiple of 8 rows are left out"
+FIRST = "the first 2 rows of each expert whose number of rows is no multiple of 4 are left out, but for the fc2 bias"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "name", "words", "stages"),
+    [
+        (result_of(lambda r: here(r) - r.position // 24 * 24), "tokens_150", MODULO, SAME),
+        (result_of(lambda r: here(r) % 192), "tokens_150", "is sorted row n modulo 192", ANY),
+        (result_of(lambda r: (here(r) + 3) % len(r.token)), "gpt_oss", AROUND, ANY),
+        (shifted_tokens, "gpt_oss", "token n is token n +5, around the end", ("input", "slots")),
+        (without(lambda r: (counts(r) % 8 == 0) & (r.position >= counts(r) - 8)), "prefill", LAST, ("slots", "fc2")),
+        (without(lambda r: (counts(r) % 4 != 0) & (r.position < 2)), "gpt_oss", FIRST, ZERO),
+    ],
+)  # fmt: skip
+def test_a_map_is_solved(
+    kernel: Callable[[MoeCall], Tensor], name: str, words: str, stages: tuple[str, ...]
+) -> None:
+    call = captured(name)
+    found = predicting(call, kernel(call))
+    assert stages in [s for told, s in found.items() if words in told], found
+
+
+def test_what_is_no_sum_of_right_rows_gives_none() -> None:
+    call = captured("prefill")
+    assert predicting(call, layer(call, fc2=lambda rows, acc: to_bf16(acc * 1.5))) == {}
+
+
+def test_foreign_slots_that_were_added_are_told() -> None:
+    call = captured("expert_rank_2_of_4")
+    ids = call.token_selected_experts.long()
+
+    def local(right: Tensor) -> Tensor:
+        return torch.where((ids % 5 == 0) & (right < 0), 1, right)
+
+    got, want = layer(call, local=local), forward(call)
+    first = gather(prepared(call), got, want, differing(got, want))[0]
+    assert first.stages == ("slots",)
+    assert "slots that are another rank's, or padded, are computed and added: id" in first.sentence
+    assert "by expert 9" in first.sentence
+    assert all(int(number) % 5 == 0 for number in re.findall(r"ids? (\d+)", first.sentence))
+
+
+def test_the_first_id_of_the_next_rank_has_words() -> None:
+    call = captured("expert_rank_2_of_4")
+    ids = call.token_selected_experts
+    pipeline = prepared(call)
+    got = layer(call, local=lambda right: torch.where(ids == 12, 0, right))
+    named = [h for h in slot_hypotheses(call) if not differing(h.run(pipeline), got).any()]
+    assert (
+        "slots with the first id of the next rank, to be skipped, are computed by the rank's first expert"
+        in [h.words for h in named]
+    )
