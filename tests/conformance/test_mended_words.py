@@ -17,9 +17,10 @@ from mxfp4ref.conformance.families.error_space import Space
 from mxfp4ref.conformance.families.evidence import gather
 from mxfp4ref.conformance.families.fragments import fragment_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, local_of
-from mxfp4ref.conformance.families.outputs import inner_hypotheses
+from mxfp4ref.conformance.families.outputs import inner_hypotheses, output_hypotheses
 from mxfp4ref.conformance.families.places import named_columns, tokens_in_words
 from mxfp4ref.conformance.families.regions import k_hypotheses
+from mxfp4ref.conformance.families.roundings import order_hypotheses, rounding_hypotheses
 from mxfp4ref.conformance.families.sampled import samples
 from mxfp4ref.conformance.families.slots import slot_hypotheses
 from mxfp4ref.goldens import open_goldens
@@ -65,6 +66,14 @@ def evidence(call: MoeCall, got: Tensor) -> list[tuple[tuple[str, ...], str]]:
             "the other K group of their pair",
         ),
         ("fc1_last_codes_of_the_next_row", "odd_tokens", k_hypotheses, "the codes of the row after"),
+        ("accumulators_through_tf32", "odd_tokens", rounding_hypotheses, "ties away from zero) on the way"),
+        ("down_projection_in_two_k_slices", "tiny_values", order_hypotheses, "as of split-K"),
+        (
+            "k_unrolled_by_256_without_a_rest",
+            "padded_hidden",
+            output_hypotheses,
+            "the last 128 of K are left",
+        ),
     ],
 )
 def test_a_hypothesis_predicts_it(
