@@ -11,7 +11,6 @@ from torch import Tensor
 
 from mxfp4ref import MoeCall, forward
 from mxfp4ref.conformance import differing
-from mxfp4ref.conformance.families.by_slot import by_slot_hypotheses
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.error_space import Space
 from mxfp4ref.conformance.families.evidence import gather
@@ -21,6 +20,7 @@ from mxfp4ref.conformance.families.outputs import inner_hypotheses, output_hypot
 from mxfp4ref.conformance.families.places import named_columns, tokens_in_words
 from mxfp4ref.conformance.families.regions import k_hypotheses
 from mxfp4ref.conformance.families.roundings import order_hypotheses, rounding_hypotheses
+from mxfp4ref.conformance.families.row_parameters import row_parameter_hypotheses
 from mxfp4ref.conformance.families.sampled import samples
 from mxfp4ref.conformance.families.slots import slot_hypotheses
 from mxfp4ref.goldens import open_goldens
@@ -52,7 +52,12 @@ def evidence(call: MoeCall, got: Tensor) -> list[tuple[tuple[str, ...], str]]:
             fragment_hypotheses,
             "GEMM1's weights (codes without the scales)",
         ),
-        ("alpha_by_slot", "gpt_oss", by_slot_hypotheses, "the SwiGLU alphas are indexed by the slot's place"),
+        (
+            "alpha_by_slot",
+            "gpt_oss",
+            row_parameter_hypotheses,
+            "the SwiGLU alphas are indexed by the slot's place",
+        ),
         (
             "last_row_tile_added_twice",
             "odd_tokens",
@@ -66,6 +71,8 @@ def evidence(call: MoeCall, got: Tensor) -> list[tuple[tuple[str, ...], str]]:
             "the other K group of their pair",
         ),
         ("fc1_last_codes_of_the_next_row", "odd_tokens", k_hypotheses, "the codes of the row after"),
+        ("parameters_of_the_slot_number", "gpt_oss", row_parameter_hypotheses, "alphas and betas and limits"),
+        ("fc1_bias_broadcast_along_tokens", "gpt_oss", row_parameter_hypotheses, "columns of each 128 get"),
         ("accumulators_through_tf32", "odd_tokens", rounding_hypotheses, "ties away from zero) on the way"),
         ("down_projection_in_two_k_slices", "tiny_values", order_hypotheses, "as of split-K"),
         (

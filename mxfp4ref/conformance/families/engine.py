@@ -12,7 +12,6 @@ from torch import Tensor
 from mxfp4ref.conformance.comparison import ulp_distance
 from mxfp4ref.conformance.families.activations import activation_hypotheses, other_activations
 from mxfp4ref.conformance.families.by_place import hypotheses_by_place, hypotheses_of_words_and_tiles
-from mxfp4ref.conformance.families.by_slot import by_slot_hypotheses
 from mxfp4ref.conformance.families.codes import code_hypotheses
 from mxfp4ref.conformance.families.decodings import decoding_hypotheses, table_hypotheses
 from mxfp4ref.conformance.families.distances import surprise
@@ -33,6 +32,7 @@ from mxfp4ref.conformance.families.permuted import permuted_hypotheses
 from mxfp4ref.conformance.families.preparations import loading_hypotheses, preparation_hypotheses
 from mxfp4ref.conformance.families.regions import k_hypotheses, row_hypotheses, rows_at
 from mxfp4ref.conformance.families.roundings import order_hypotheses, rounding_hypotheses
+from mxfp4ref.conformance.families.row_parameters import row_parameter_hypotheses
 from mxfp4ref.conformance.families.rows_beside import beside_hypotheses
 from mxfp4ref.conformance.families.search import FEWEST_BITS, Match, Search, one_thread
 from mxfp4ref.conformance.families.slots import slot_hypotheses
@@ -227,7 +227,7 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
     )
     yield wanted(
         chain(
-            of(code_hypotheses, by_slot_hypotheses),
+            of(code_hypotheses, row_parameter_hypotheses),
             rearranged,
             of(decoding_hypotheses, table_hypotheses),
             () if small else hypotheses_of_words_and_tiles(call, search.wrong),
