@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mxfp4ref import MoeCall, forward
 from mxfp4ref.conformance import differing
-from mxfp4ref.conformance.families.engine import prepared
+from mxfp4ref.conformance.families.engine import of_blank, prepared
 from mxfp4ref.conformance.families.error_space import Space
 from mxfp4ref.conformance.families.evidence import gather
 from mxfp4ref.conformance.families.fragments import fragment_hypotheses
@@ -22,7 +22,9 @@ from mxfp4ref.conformance.families.regions import k_hypotheses
 from mxfp4ref.conformance.families.roundings import order_hypotheses, rounding_hypotheses
 from mxfp4ref.conformance.families.row_parameters import row_parameter_hypotheses
 from mxfp4ref.conformance.families.sampled import samples
+from mxfp4ref.conformance.families.search import Match
 from mxfp4ref.conformance.families.slots import slot_hypotheses
+from mxfp4ref.conformance.finding import Evidence
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.sm90.fp32 import to_bf16
 from tests.held_out_kernels.by_hand import Rows, layer
@@ -237,3 +239,21 @@ def test_zeros_of_the_smallest_numbers_may_have_underflowed() -> None:
     )
     ordinary = open_goldens().load("gemm/ordinary").call()
     assert "underflowed" not in evidence(ordinary, torch.zeros_like(forward(ordinary)))[0][1]
+
+
+@pytest.mark.parametrize(
+    ("others", "stages"),
+    [
+        ([("fc1", "nan of scales"), ("finalize", "any other mistake")], ("fc1", "activation")),
+        ([("fc1", "scales are infinite"), ("fc2", "scales are infinite")], ()),
+        ([("finalize", "any other mistake")], ("activation",)),
+    ],
+)
+def test_nan_everywhere_is_told_by_what_concerns_nan(
+    others: list[tuple[str, str]], stages: tuple[str, ...]
+) -> None:
+    blank = Evidence((), "all rows are NaN", 1, lost=True)
+    said = [("activation", "the clamp keeps NaN"), *others]
+    found = [Match(Hypothesis("values", (stage,), words, lambda p: p), True) for stage, words in said]
+    finding = of_blank(blank, found)
+    assert (finding.stages, finding.hedged) == (stages, bool(stages))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, combinations
 
 from torch import Tensor
 
@@ -46,17 +47,18 @@ from mxfp4ref.conformance.families.tensors import (
 )
 from mxfp4ref.conformance.families.uniform_factors import uniform_factors
 from mxfp4ref.conformance.families.weighting import weight_hypotheses
-from mxfp4ref.conformance.finding import Evidence, in_words
+from mxfp4ref.conformance.finding import STAGES, Evidence, in_words
 from mxfp4ref.conformance.reduction import clock_of, is_heavy
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["Result", "investigate", "told"]
+__all__ = ["Result", "investigate", "of_blank", "told"]
 
 _FOR_ALMOST = 3.0  # seconds
 _SURELY = 0.95  # of the wrong elements predicted in every bit, and the others up to roundings: nothing else is tried
 _ALIKE = 0.6  # how much more a hypothesis may assume to be told beside the simplest
 _MOST_NAMED = 3
+_ENDLESS = re.compile(r"\bnan\b|infinit|overflow", re.IGNORECASE)
 _Generator = Callable[[MoeCall], Iterable[Hypothesis]]
 
 
@@ -152,18 +154,31 @@ def investigate(
         found,
         key=lambda m: (not m.exact, of_nan and "nan" not in m.hypothesis.words.lower(), m.hypothesis.cost),
     )
-    finding = told(matches, evidence, [pipeline.call]) if blank is None else _of_blank(blank, matches)
+    finding = told(matches, evidence, [pipeline.call]) if blank is None else of_blank(blank, matches)
     return Result(tuple(matches), tuple(evidence), finding, search.tried, not search.out_of_time())
 
 
-def _of_blank(blank: Evidence, matches: list[Match]) -> Finding:
+def of_blank(blank: Evidence, matches: list[Match]) -> Finding:
     """Zeros or NaN, and what is known to give them there; that is no proof, since so would other mistakes."""
     names = [m.hypothesis.words for m in matches]
     more = f", or {len(names) - _MOST_NAMED} others that were tried" * (len(names) > _MOST_NAMED)
     sentence = (
         f"{blank.sentence}; as by {', or by '.join(names[:_MOST_NAMED])}{more}" if names else blank.sentence
     )
+    if blank.lost and (stages := _covering(matches)):
+        return Finding(stages, sentence, kind=blank.kind, hedged=True)
     return Finding(blank.stages, sentence, kind=blank.kind, hedged=blank.hedged)
+
+
+def _covering(matches: list[Match]) -> tuple[str, ...]:
+    """One or two stages in which all lies that predicts every element and concerns NaN or infinities, if any does.
+
+    Other mistakes give NaN too, but rarely nothing else.
+    """
+    exact = [m.hypothesis for m in matches if m.exact]
+    concerned = [set(h.stages) for h in exact if _ENDLESS.search(h.words)]
+    ways = chain(((stage,) for stage in STAGES), combinations(STAGES, 2))
+    return next((way for way in ways if concerned and all(set(way) & some for some in concerned)), ())
 
 
 def _by_token(hypothesis: Hypothesis) -> bool:
