@@ -12,6 +12,7 @@ from torch import Tensor
 from mxfp4ref import MoeCall, forward
 from mxfp4ref.conformance import differing
 from mxfp4ref.conformance.families.activation_steps import step_hypotheses
+from mxfp4ref.conformance.families.code_parts import small_weight_hypotheses
 from mxfp4ref.conformance.families.engine import of_blank, prepared
 from mxfp4ref.conformance.families.error_space import Space
 from mxfp4ref.conformance.families.evidence import gather
@@ -76,6 +77,12 @@ def evidence(call: MoeCall, got: Tensor) -> list[tuple[tuple[str, ...], str]]:
         ("fc1_last_codes_of_the_next_row", "odd_tokens", k_hypotheses, "the codes of the row after"),
         ("parameters_of_the_slot_number", "gpt_oss", row_parameter_hypotheses, "alphas and betas and limits"),
         ("fc1_bias_broadcast_along_tokens", "gpt_oss", row_parameter_hypotheses, "columns of each 128 get"),
+        (
+            "small_weights_lost_in_fp16",
+            "odd_tokens",
+            small_weight_hypotheses,
+            "both GEMMs' small weights are lost",
+        ),
         ("exp2_by_a_cubic_polynomial", "gpt_oss", step_hypotheses, "is a polynomial of degree 3"),
         ("accumulators_through_tf32", "odd_tokens", rounding_hypotheses, "ties away from zero) on the way"),
         ("down_projection_in_two_k_slices", "tiny_values", order_hypotheses, "as of split-K"),

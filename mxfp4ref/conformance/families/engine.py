@@ -13,6 +13,7 @@ from torch import Tensor
 from mxfp4ref.conformance.comparison import ulp_distance
 from mxfp4ref.conformance.families.activations import activation_hypotheses, other_activations
 from mxfp4ref.conformance.families.by_place import hypotheses_by_place, hypotheses_of_words_and_tiles
+from mxfp4ref.conformance.families.code_parts import small_weight_hypotheses
 from mxfp4ref.conformance.families.codes import code_hypotheses
 from mxfp4ref.conformance.families.decodings import decoding_hypotheses, table_hypotheses
 from mxfp4ref.conformance.families.distances import surprise
@@ -242,7 +243,7 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
     )
     yield wanted(
         chain(
-            of(code_hypotheses, row_parameter_hypotheses),
+            of(code_hypotheses, row_parameter_hypotheses, small_weight_hypotheses),
             rearranged,
             of(decoding_hypotheses, table_hypotheses),
             () if small else hypotheses_of_words_and_tiles(call, search.wrong),
