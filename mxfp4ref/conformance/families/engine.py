@@ -161,25 +161,25 @@ def investigate(
 
 def of_blank(blank: Evidence, matches: list[Match]) -> Finding:
     """Zeros or NaN, and what is known to give them there; that is no proof, since so would other mistakes."""
-    names = [m.hypothesis.words for m in matches]
+    stages, concerned = _covering(matches) if blank.lost else ((), [])
+    names = [m.hypothesis.words for m in concerned or matches]
     more = f", or {len(names) - _MOST_NAMED} others that were tried" * (len(names) > _MOST_NAMED)
     sentence = (
         f"{blank.sentence}; as by {', or by '.join(names[:_MOST_NAMED])}{more}" if names else blank.sentence
     )
-    if blank.lost and (stages := _covering(matches)):
-        return Finding(stages, sentence, kind=blank.kind, hedged=True)
-    return Finding(blank.stages, sentence, kind=blank.kind, hedged=blank.hedged)
+    if stages and len(matches) > len(concerned):
+        sentence += f"; so would {len(matches) - len(concerned)} other mistakes that do not concern NaN"
+    return Finding(stages or blank.stages, sentence, kind=blank.kind, hedged=bool(stages) or blank.hedged)
 
 
-def _covering(matches: list[Match]) -> tuple[str, ...]:
-    """One or two stages in which all lies that predicts every element and concerns NaN or infinities, if any does.
-
-    Other mistakes give NaN too, but rarely nothing else.
-    """
-    exact = [m.hypothesis for m in matches if m.exact]
-    concerned = [set(h.stages) for h in exact if _ENDLESS.search(h.words)]
-    ways = chain(((stage,) for stage in STAGES), combinations(STAGES, 2))
-    return next((way for way in ways if concerned and all(set(way) & some for some in concerned)), ())
+def _covering(matches: list[Match]) -> tuple[tuple[str, ...], list[Match]]:
+    """One or two stages in which all lies that predicts every element and concerns NaN or infinities, and that."""
+    concerned = [m for m in matches if m.exact and _ENDLESS.search(m.hypothesis.words)]
+    sets = [set(m.hypothesis.stages) for m in concerned]
+    for way in chain(((stage,) for stage in STAGES), combinations(STAGES, 2)):
+        if sets and all(set(way) & some for some in sets):
+            return way, concerned
+    return (), []
 
 
 def _by_token(hypothesis: Hypothesis) -> bool:

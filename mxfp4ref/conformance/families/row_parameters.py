@@ -97,7 +97,7 @@ def _as_expert(
 ) -> Callable[[MoeTrace, MoeCall, _Given], _Given]:
     def change(rows: MoeTrace, call: MoeCall, given: _Given) -> _Given:
         index = number(rows) % call.experts.num_experts
-        taken = {name: getattr(call.experts, name)[index] for name in names}
+        taken = {n: t[index] for n in names if (t := getattr(call.experts, n)) is not None and n in given}
         return given | {name: t if name == "fc1_biases" else t[:, None] for name, t in taken.items()}
 
     return change
