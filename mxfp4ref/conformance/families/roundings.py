@@ -36,19 +36,24 @@ def _roundings() -> Iterator[tuple[str, _Round, float]]:
     yield "cut to bf16 instead of rounded", lambda x: _upper(x, 0), 1
     yield "rounded to bf16 with ties away from zero", lambda x: _upper(x, 0x8000), 1
     yield "rounded to float16 on the way", _through(torch.float16), 1
+    yield (
+        "cast to float16 and back once it is bf16: below 2^-17 bits are lost, below 2^-25 all, above 65504 it is Inf",
+        lambda x: fp32.to_bf16(fp32.widen(fp32.to_bf16(x)).half().float()),
+        1.1,
+    )
     yield "rounded to float8 e4m3 on the way", _through(torch.float8_e4m3fn), 1.1
     yield "rounded to float8 e5m2 on the way", _through(torch.float8_e5m2), 1.2
     yield "cut to tf32 (10 bits of mantissa) on the way", lambda x: fp32.to_bf16(_cut(x, 13)), 1.2
-    yield (
-        "rounded to tf32 (10 bits of mantissa, ties away from zero) on the way, and so rounded twice",
-        lambda x: fp32.to_bf16(_cut(_halves_added(x), 13)),
-        1.1,
-    )
-    yield (
-        "rounded to tf32 (10 bits of mantissa, ties to even) on the way, and so rounded twice",
-        lambda x: fp32.to_bf16(_short(x, 13)),
-        1.2,
-    )
+    for bits in (10, 8, 9, 11, 12):
+        name, cost = (
+            ("tf32 (10 bits of mantissa", 1.1) if bits == 10 else (f"some type ({bits} bits of mantissa", 1.3)
+        )
+        for ties, way, more in (("away from zero", _away, 0.0), ("to even", _short, 0.1)):
+            yield (
+                f"rounded to {name}, ties {ties}) on the way, and so rounded twice",
+                lambda x, way=way, dropped=23 - bits: fp32.to_bf16(way(x, dropped)),
+                cost + more,
+            )
     yield "rounded away from zero", lambda x: _upper(x, 0xFFFF), 1.4
     yield "rounded down", lambda x: torch.where(x < 0, _upper(x, 0xFFFF), _upper(x, 0)), 1.4
     yield "rounded up", lambda x: torch.where(x < 0, _upper(x, 0), _upper(x, 0xFFFF)), 1.4
@@ -75,10 +80,10 @@ def _cut(x: Tensor, dropped: int) -> Tensor:
     return torch.where(x.isfinite(), bits >> dropped << dropped, bits).view(torch.float32)
 
 
-def _halves_added(x: Tensor) -> Tensor:
-    """Half a unit of tf32 added to each magnitude, as cvt.rna does before it cuts."""
+def _away(x: Tensor, dropped: int) -> Tensor:
+    """Rounded with ties away from zero, as cvt.rna does."""
     bits = x.contiguous().view(torch.int32)
-    return torch.where(x.isfinite(), bits + (1 << 12), bits).view(torch.float32)
+    return _cut(torch.where(x.isfinite(), bits + (1 << (dropped - 1)), bits).view(torch.float32), dropped)
 
 
 def _short(x: Tensor, dropped: int) -> Tensor:
