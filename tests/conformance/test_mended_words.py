@@ -11,17 +11,22 @@ from torch import Tensor
 
 from mxfp4ref import MoeCall, forward
 from mxfp4ref.conformance import differing
-from mxfp4ref.conformance.families.by_slot import by_slot_hypotheses
-from mxfp4ref.conformance.families.engine import prepared
+from mxfp4ref.conformance.families.activation_steps import step_hypotheses
+from mxfp4ref.conformance.families.code_parts import small_weight_hypotheses
+from mxfp4ref.conformance.families.engine import of_blank, prepared
 from mxfp4ref.conformance.families.error_space import Space
 from mxfp4ref.conformance.families.evidence import gather
 from mxfp4ref.conformance.families.fragments import fragment_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, local_of
-from mxfp4ref.conformance.families.outputs import inner_hypotheses
+from mxfp4ref.conformance.families.outputs import inner_hypotheses, output_hypotheses
 from mxfp4ref.conformance.families.places import named_columns, tokens_in_words
 from mxfp4ref.conformance.families.regions import k_hypotheses
+from mxfp4ref.conformance.families.roundings import order_hypotheses, rounding_hypotheses
+from mxfp4ref.conformance.families.row_parameters import row_parameter_hypotheses
 from mxfp4ref.conformance.families.sampled import samples
+from mxfp4ref.conformance.families.search import Match
 from mxfp4ref.conformance.families.slots import slot_hypotheses
+from mxfp4ref.conformance.finding import Evidence
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.sm90.fp32 import to_bf16
 from tests.held_out_kernels.by_hand import Rows, layer
@@ -51,7 +56,12 @@ def evidence(call: MoeCall, got: Tensor) -> list[tuple[tuple[str, ...], str]]:
             fragment_hypotheses,
             "GEMM1's weights (codes without the scales)",
         ),
-        ("alpha_by_slot", "gpt_oss", by_slot_hypotheses, "the SwiGLU alphas are indexed by the slot's place"),
+        (
+            "alpha_by_slot",
+            "gpt_oss",
+            row_parameter_hypotheses,
+            "the SwiGLU alphas are indexed by the slot's place",
+        ),
         (
             "last_row_tile_added_twice",
             "odd_tokens",
@@ -65,6 +75,23 @@ def evidence(call: MoeCall, got: Tensor) -> list[tuple[tuple[str, ...], str]]:
             "the other K group of their pair",
         ),
         ("fc1_last_codes_of_the_next_row", "odd_tokens", k_hypotheses, "the codes of the row after"),
+        ("parameters_of_the_slot_number", "gpt_oss", row_parameter_hypotheses, "alphas and betas and limits"),
+        ("fc1_bias_broadcast_along_tokens", "gpt_oss", row_parameter_hypotheses, "columns of each 128 get"),
+        (
+            "small_weights_lost_in_fp16",
+            "odd_tokens",
+            small_weight_hypotheses,
+            "both GEMMs' small weights are lost",
+        ),
+        ("exp2_by_a_cubic_polynomial", "gpt_oss", step_hypotheses, "is a polynomial of degree 3"),
+        ("accumulators_through_tf32", "odd_tokens", rounding_hypotheses, "ties away from zero) on the way"),
+        ("down_projection_in_two_k_slices", "tiny_values", order_hypotheses, "as of split-K"),
+        (
+            "k_unrolled_by_256_without_a_rest",
+            "padded_hidden",
+            output_hypotheses,
+            "the last 128 of K are left",
+        ),
     ],
 )
 def test_a_hypothesis_predicts_it(
@@ -221,3 +248,21 @@ def test_zeros_of_the_smallest_numbers_may_have_underflowed() -> None:
     )
     ordinary = open_goldens().load("gemm/ordinary").call()
     assert "underflowed" not in evidence(ordinary, torch.zeros_like(forward(ordinary)))[0][1]
+
+
+@pytest.mark.parametrize(
+    ("others", "stages"),
+    [
+        ([("fc1", "nan of scales"), ("finalize", "any other mistake")], ("fc1", "activation")),
+        ([("fc1", "scales are infinite"), ("fc2", "scales are infinite")], ()),
+        ([("finalize", "any other mistake")], ("activation",)),
+    ],
+)
+def test_nan_everywhere_is_told_by_what_concerns_nan(
+    others: list[tuple[str, str]], stages: tuple[str, ...]
+) -> None:
+    blank = Evidence((), "all rows are NaN", 1, lost=True)
+    said = [("activation", "the clamp keeps NaN"), *others]
+    found = [Match(Hypothesis("values", (stage,), words, lambda p: p), True) for stage, words in said]
+    finding = of_blank(blank, found)
+    assert (finding.stages, finding.hedged) == (stages, bool(stages))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 
@@ -24,6 +25,25 @@ _add, _max, _min, _mul = fp32.add, fp32.maximum, fp32.minimum, fp32.mul
 _TYPES = ((torch.bfloat16, "bf16"), (torch.float16, "float16"))
 # Above these e^x is infinite, and e^x / (1 + e^x) is NaN.
 _OVERFLOWS = ((88.722839, "float32"), (11.0898664, "float16"))
+# 2^f by a polynomial, lowest power first, relative errors as small as can be: of f from 0 to 1 with 1 for f = 0, as
+# FlashAttention-4 has them; with any number for it; and of f from -1/2 to 1/2.
+_POLYNOMIALS = (
+    (1.0, 0.922497093677521),
+    (1.0, 0.665785074234009, 0.330107033252716),
+    (1.0, 0.695146143436432, 0.22756439447403, 0.077119089663028717),
+    (1.0, 0.693042695522308, 0.241291254758835, 0.052225358784199, 0.013434938155115),
+    (1.0, 0.693151414394379, 0.240163609385490, 0.055802188213689, 0.009014522656798, 0.001868101535365),
+    (0.970178794191430, 0.970178794191430),
+    (1.001724763214726, 0.657636275736264, 0.337189434619560),
+    (0.999925218562715, 0.695833540494753, 0.226067155427483, 0.078024522640480),
+    (1.000002593370694, 0.693003834469992, 0.241442756891416, 0.052011460610461, 0.013534167916049),
+)
+_CENTRED = (
+    (1.029030006504222, 0.686020004336148),
+    (1.000443141956297, 0.703448005891327, 0.238428935763949),
+    (0.999928073539401, 0.693260985460656, 0.242611122193216, 0.055171669057925),
+    (0.999999261445712, 0.693121814736689, 0.240247448278638, 0.055917860319388, 0.009570101911165),
+)
 # Alpha, beta and limit, more than one of them; with one alone there are other hypotheses.
 _OF_GPT_OSS = ((1.702, 1.0, 7.0), (1.702, 1.0, torch.inf), (1.702, 0.0, 7.0), (1.0, 1.0, 7.0))
 
@@ -129,6 +149,15 @@ def _sigmoids() -> Iterator[tuple[str, _Function, float]]:
             lambda z, most=most: sigmoid(z).masked_fill(z > most, torch.nan),
             1.1,
         )
+    for powers, start in ((_POLYNOMIALS, "0"), (_CENTRED, "-1/2")):
+        for coefficients in powers:
+            first = ", 1 for 0" * (coefficients[0] == 1)
+            yield (
+                f"the sigmoid's exponential is a polynomial of degree {len(coefficients) - 1}, not ex2.approx: 2^x "
+                f"of fractions from {start}{first}",
+                _by_polynomial(coefficients, centred=powers is _CENTRED),
+                1.2,
+            )
     for dtype, name in _TYPES:
         r = _to(dtype)
         yield (
@@ -157,6 +186,20 @@ def _sigmoids() -> Iterator[tuple[str, _Function, float]]:
             lambda z, r=r: r(torch.sigmoid(r(z))),
             1.3,
         )
+
+
+def _by_polynomial(coefficients: Sequence[float], *, centred: bool) -> _Function:
+    """1 / (1 + 2^x), where 2^x is a polynomial of x's fraction above (or on either side of) a whole number."""
+
+    def run(z: Tensor) -> Tensor:
+        x = _mul(-z, torch.full_like(z, math.log2(math.e))).clamp(-127.0, 128.0)
+        whole = x.round() if centred else x.floor()
+        value = torch.full_like(x, coefficients[-1])
+        for coefficient in coefficients[-2::-1]:
+            value = fp32.fma(value, x - whole, torch.full_like(x, coefficient))
+        return mufu.rcp(_add(torch.ones_like(x), value * torch.exp2(whole)))
+
+    return run
 
 
 def _ratio_in(z: Tensor, rounded: _Function) -> Tensor:

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.families.hypothesis import Hypothesis
+from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline
 from mxfp4ref.conformance.families.tensors import mapped
-from mxfp4ref.formats.mxfp4 import pack_codes, unpack_codes
+from mxfp4ref.conformance.reduction import is_heavy
+from mxfp4ref.formats.mxfp4 import E2M1_VALUES, GROUP_SIZE, pack_codes, unpack_codes
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["code_part_hypotheses", "scale_format_hypotheses"]
+__all__ = ["code_part_hypotheses", "scale_format_hypotheses", "small_weight_hypotheses"]
 
 _GEMMS = (
     ("GEMM1's", ("fc1",), 0.0),
@@ -22,6 +23,7 @@ _GEMMS = (
 )
 _PARTS = (("signs", 8), ("magnitudes", 7), ("codes", 15))
 _NTHS = {2: "second", 4: "fourth", 8: "eighth"}
+_SCALES = 8  # the smallest ones, up to which weights may be lost
 _Places = Callable[[Tensor], Tensor]  # the number of a code in its row, to that of the one whose part it gets
 
 
@@ -141,3 +143,42 @@ def scale_format_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
 def _limited(scales: Tensor, zero: int, largest: int, above: int | None) -> Tensor:
     high = scales if above == -1 else torch.full_like(scales, largest if above is None else above)
     return torch.where(scales > largest, high, torch.where(scales <= zero, 0, scales))
+
+
+def small_weight_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
+    """Weights that are lost below a size, or codes in groups of small scales: as in a format of a smaller range."""
+    magnitudes = torch.tensor(E2M1_VALUES[:8], dtype=torch.float64)
+    exponents = torch.arange(256) - 127
+    for whose, fcs, more in _GEMMS:
+        scales = [getattr(call.experts, f"{fc}_scales") for fc in fcs]
+        if any(t is None for t in scales) or is_heavy(call):
+            continue
+        present = torch.unique(torch.cat([t.view(torch.uint8).flatten() for t in scales])).long() - 127
+        few = present.tolist()[: _SCALES + 1]
+        sizes = torch.unique(magnitudes[1:] * present[: _SCALES + 1, None].double().exp2()).tolist()
+        for size in sizes[1 : 4 * _SCALES]:
+            lost = (magnitudes * exponents[:, None].double().exp2() < size).sum(1) - 1
+            words = f"below {size:.4g} are zero, as in float16 or FP8 of too small a range"
+            yield _losing(f"{whose} weights {words}", fcs, lost, 1.4 + more)
+        for exponent in few[:-1]:
+            for code in range(1, 6):
+                lost = torch.where(exponents <= exponent, code, 0)
+                words = f"up to {magnitudes[code]:g} times their scale are zero where that is 2^{exponent} or less"
+                yield _losing(f"{whose} small weights are lost: those {words}", fcs, lost, 1.5 + more)
+
+
+def _losing(words: str, fcs: tuple[str, ...], lost: Tensor, cost: float) -> Hypothesis:
+    """Without the magnitudes up to that code which is `lost`, `[256] int64` by scale byte."""
+    codes = unpack_codes(torch.arange(256, dtype=torch.uint8)[:, None]).long()
+    kept = torch.where(codes & 7 > lost[:, None, None], codes, codes & 8)
+    table = pack_codes(kept.view(-1, 2).to(torch.uint8)).view(256, 256)
+
+    def on(p: Pipeline) -> Pipeline:
+        experts, changed = p.call.experts, {}
+        for fc in fcs:
+            packed, scales = getattr(experts, f"{fc}_weights"), getattr(experts, f"{fc}_scales")
+            rows = scales.view(torch.uint8).long().repeat_interleave(GROUP_SIZE // 2, -1)
+            changed[f"{fc}_weights"] = table.to(packed.device)[rows, packed.long()]
+        return p.having(**changed)
+
+    return Hypothesis("values", fcs, words, on, cost)

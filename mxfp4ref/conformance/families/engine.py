@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, combinations
 
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import ulp_distance
 from mxfp4ref.conformance.families.activations import activation_hypotheses, other_activations
 from mxfp4ref.conformance.families.by_place import hypotheses_by_place, hypotheses_of_words_and_tiles
-from mxfp4ref.conformance.families.by_slot import by_slot_hypotheses
+from mxfp4ref.conformance.families.code_parts import small_weight_hypotheses
 from mxfp4ref.conformance.families.codes import code_hypotheses
 from mxfp4ref.conformance.families.decodings import decoding_hypotheses, table_hypotheses
 from mxfp4ref.conformance.families.distances import surprise
@@ -34,6 +35,7 @@ from mxfp4ref.conformance.families.permuted import permuted_hypotheses
 from mxfp4ref.conformance.families.preparations import loading_hypotheses, preparation_hypotheses
 from mxfp4ref.conformance.families.regions import k_hypotheses, row_hypotheses, rows_at
 from mxfp4ref.conformance.families.roundings import order_hypotheses, rounding_hypotheses
+from mxfp4ref.conformance.families.row_parameters import row_parameter_hypotheses
 from mxfp4ref.conformance.families.rows_beside import beside_hypotheses
 from mxfp4ref.conformance.families.search import FEWEST_BITS, Match, Search, one_thread
 from mxfp4ref.conformance.families.slots import slot_hypotheses
@@ -48,17 +50,18 @@ from mxfp4ref.conformance.families.tensors import (
 )
 from mxfp4ref.conformance.families.uniform_factors import uniform_factors
 from mxfp4ref.conformance.families.weighting import weight_hypotheses
-from mxfp4ref.conformance.finding import Evidence, in_words
+from mxfp4ref.conformance.finding import STAGES, Evidence, in_words
 from mxfp4ref.conformance.reduction import clock_of, is_heavy
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["Result", "investigate", "told"]
+__all__ = ["Result", "investigate", "of_blank", "told"]
 
 _FOR_ALMOST = 3.0  # seconds
 _SURELY = 0.95  # of the wrong elements predicted in every bit, and the others up to roundings: nothing else is tried
 _ALIKE = 0.6  # how much more a hypothesis may assume to be told beside the simplest
 _MOST_NAMED = 3
+_ENDLESS = re.compile(r"\bnan\b|infinit|overflow", re.IGNORECASE)
 _Generator = Callable[[MoeCall], Iterable[Hypothesis]]
 
 
@@ -154,18 +157,31 @@ def investigate(
         found,
         key=lambda m: (not m.exact, of_nan and "nan" not in m.hypothesis.words.lower(), m.hypothesis.cost),
     )
-    finding = told(matches, evidence, [pipeline.call]) if blank is None else _of_blank(blank, matches)
+    finding = told(matches, evidence, [pipeline.call]) if blank is None else of_blank(blank, matches)
     return Result(tuple(matches), tuple(evidence), finding, search.tried, not search.out_of_time())
 
 
-def _of_blank(blank: Evidence, matches: list[Match]) -> Finding:
+def of_blank(blank: Evidence, matches: list[Match]) -> Finding:
     """Zeros or NaN, and what is known to give them there; that is no proof, since so would other mistakes."""
-    names = [m.hypothesis.words for m in matches]
+    stages, concerned = _covering(matches) if blank.lost else ((), [])
+    names = [m.hypothesis.words for m in concerned or matches]
     more = f", or {len(names) - _MOST_NAMED} others that were tried" * (len(names) > _MOST_NAMED)
     sentence = (
         f"{blank.sentence}; as by {', or by '.join(names[:_MOST_NAMED])}{more}" if names else blank.sentence
     )
-    return Finding(blank.stages, sentence, kind=blank.kind, hedged=blank.hedged)
+    if stages and len(matches) > len(concerned):
+        sentence += f"; so would {len(matches) - len(concerned)} other mistakes that do not concern NaN"
+    return Finding(stages or blank.stages, sentence, kind=blank.kind, hedged=bool(stages) or blank.hedged)
+
+
+def _covering(matches: list[Match]) -> tuple[tuple[str, ...], list[Match]]:
+    """One or two stages in which all lies that predicts every element and concerns NaN or infinities, and that."""
+    concerned = [m for m in matches if m.exact and _ENDLESS.search(m.hypothesis.words)]
+    sets = [set(m.hypothesis.stages) for m in concerned]
+    for way in chain(((stage,) for stage in STAGES), combinations(STAGES, 2)):
+        if sets and all(set(way) & some for some in sets):
+            return way, concerned
+    return (), []
 
 
 def _by_token(hypothesis: Hypothesis) -> bool:
@@ -235,7 +251,7 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
     )
     yield wanted(
         chain(
-            of(code_hypotheses, by_slot_hypotheses),
+            of(code_hypotheses, row_parameter_hypotheses, small_weight_hypotheses),
             rearranged,
             of(decoding_hypotheses, table_hypotheses),
             () if small else hypotheses_of_words_and_tiles(call, search.wrong),

@@ -189,6 +189,8 @@ def _biases(call: MoeCall) -> Iterator[Hypothesis]:
             )
     if call.tp_rank == 0:
         yield from _missing()
+        words = "the fc2 biases are indexed by the slot's place in its token instead of the expert"
+        yield Hypothesis("fc2 bias", ("finalize", "fc2"), words, _by_place, 1.4)
 
 
 def _read_as(words: str) -> Change:
@@ -212,6 +214,18 @@ def _divided(count: Callable[[MoeCall], int], *, everywhere: bool) -> Change:
         return pipeline.staging(finalize=lambda y, local, w, _: before(y, local, w, part))
 
     return on
+
+
+def _by_place(pipeline: Pipeline) -> Pipeline:
+    right = pipeline.stages.finalize
+
+    def finalize(y: Tensor, local: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is None or not len(bias):
+            return right(y, local, scales, bias)
+        place = torch.arange(local.shape[1], device=local.device).expand_as(local) % len(bias)
+        return right(y, torch.where(local >= 0, place, local), scales, bias)
+
+    return pipeline.staging(finalize=finalize)
 
 
 def _missing() -> Iterator[Hypothesis]:

@@ -193,10 +193,12 @@ def output_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
             yield replace(found, across_tokens=changes is _tokens)
     for changes, stages in ((_tokens, ("input",)), (_columns, ("input", "fc1")), (_values, ("input",))):
         for words, change, cost in changes():
+            left_out = changes is _columns and "zero" in words
+            in_gemm1 = words.replace("columns are", "of K are").replace("zero", "left out")
             yield Hypothesis(
                 "input",
                 stages,
-                f"in the input {words}",
+                f"in the input {words}" + f", or in GEMM1 {in_gemm1}" * left_out,
                 lambda p, c=change: p.calling(input=c(p.call.input)),
                 cost + 0.2,
                 across_tokens=changes is _tokens,

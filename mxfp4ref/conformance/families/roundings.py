@@ -36,10 +36,24 @@ def _roundings() -> Iterator[tuple[str, _Round, float]]:
     yield "cut to bf16 instead of rounded", lambda x: _upper(x, 0), 1
     yield "rounded to bf16 with ties away from zero", lambda x: _upper(x, 0x8000), 1
     yield "rounded to float16 on the way", _through(torch.float16), 1
+    yield (
+        "cast to float16 and back once it is bf16: below 2^-17 bits are lost, below 2^-25 all, above 65504 it is Inf",
+        lambda x: fp32.to_bf16(fp32.widen(fp32.to_bf16(x)).half().float()),
+        1.1,
+    )
     yield "rounded to float8 e4m3 on the way", _through(torch.float8_e4m3fn), 1.1
     yield "rounded to float8 e5m2 on the way", _through(torch.float8_e5m2), 1.2
     yield "cut to tf32 (10 bits of mantissa) on the way", lambda x: fp32.to_bf16(_cut(x, 13)), 1.2
-    yield "rounded to tf32 (10 bits of mantissa) on the way", lambda x: fp32.to_bf16(_short(x, 13)), 1.3
+    for bits in (10, 8, 9, 11, 12):
+        name, cost = (
+            ("tf32 (10 bits of mantissa", 1.1) if bits == 10 else (f"some type ({bits} bits of mantissa", 1.3)
+        )
+        for ties, way, more in (("away from zero", _away, 0.0), ("to even", _short, 0.1)):
+            yield (
+                f"rounded to {name}, ties {ties}) on the way, and so rounded twice",
+                lambda x, way=way, dropped=23 - bits: fp32.to_bf16(way(x, dropped)),
+                cost + more,
+            )
     yield "rounded away from zero", lambda x: _upper(x, 0xFFFF), 1.4
     yield "rounded down", lambda x: torch.where(x < 0, _upper(x, 0xFFFF), _upper(x, 0)), 1.4
     yield "rounded up", lambda x: torch.where(x < 0, _upper(x, 0), _upper(x, 0xFFFF)), 1.4
@@ -64,6 +78,12 @@ def _by_row(x: Tensor) -> Tensor:
 def _cut(x: Tensor, dropped: int) -> Tensor:
     bits = x.contiguous().view(torch.int32)
     return torch.where(x.isfinite(), bits >> dropped << dropped, bits).view(torch.float32)
+
+
+def _away(x: Tensor, dropped: int) -> Tensor:
+    """Rounded with ties away from zero, as cvt.rna does."""
+    bits = x.contiguous().view(torch.int32)
+    return _cut(torch.where(x.isfinite(), bits + (1 << (dropped - 1)), bits).view(torch.float32), dropped)
 
 
 def _short(x: Tensor, dropped: int) -> Tensor:
@@ -138,11 +158,12 @@ def _sum(words: str, step: Callable[..., Tensor], cost: float) -> Hypothesis:
 _Accumulate = Callable[[list[Term]], Tensor]
 
 
-def _parts(size: Callable[[int], int]) -> _Accumulate:
-    """So many groups at a time from zero, then their sums in order."""
+def _parts(size: Callable[[int], int], *, kernels: bool = False) -> _Accumulate:
+    """So many groups at a time from zero, then their sums in order; `kernels` if each part adds +0 as one does."""
 
     def run(terms: list[Term]) -> Tensor:
-        total, *rest = (accumulate(terms[part]) for part in spans(len(terms), max(size(len(terms)), 1)))
+        parts = [accumulate(terms[part]) for part in spans(len(terms), max(size(len(terms)), 1))]
+        total, *rest = (fp32.add(t, torch.zeros_like(t)) for t in parts) if kernels else parts
         for part in rest:
             total = fp32.add(total, part)
         return total
@@ -262,11 +283,18 @@ def order_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
             words = f"in GEMM{fc[-1]} products are added one by one in {name}"
             yield Hypothesis("order of sums", (fc,), words, single, 1.2, slow=True)
     plain = lambda n, tile: list(range(n))  # noqa: E731
-    for words, change, cost in _orders():
+    every = [(words, GemmVariant(accumulate=change), cost) for words, change, cost in _orders()]
+    for count in (2, 3, 4, 8):  # it shows in the sign of zero alone
+        part = _parts(lambda n, c=count: -(-n // c), kernels=True)
+        words = (
+            f"K is split in {count} parts, as of split-K, that are added in float32 without the kernel's +0"
+        )
+        every.append((words, GemmVariant(accumulate=part, add_zero=False), 1.1))
+    for words, variant, cost in every:
         for fcs in (("fc1",), ("fc2",), ("fc1", "fc2")):
             where = f"GEMM{fcs[0][-1]}" if len(fcs) == 1 else "both GEMMs"
             for order, extra in ((None, 0.0), (plain, 0.2)):
-                gemm = GemmVariant(accumulate=change, order=order)
+                gemm = replace(variant, order=order)
                 also = ", in ascending order" if order else ""
 
                 def on(p: Pipeline, gemm: GemmVariant = gemm, fcs: tuple[str, ...] = fcs) -> Pipeline:
