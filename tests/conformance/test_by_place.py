@@ -68,14 +68,6 @@ def missing_take_the_last(call: MoeCall) -> Tensor:
     return layer(call, finalize=sums)
 
 
-def codes_in_lines_of_256(call: MoeCall) -> Tensor:
-    codes = call.experts.fc2_weights.contiguous()
-    memory = torch.cat((codes.flatten(), codes.new_zeros(len(codes.flatten()) * 8)))
-    index = torch.arange(codes.shape[0] * codes.shape[1])[:, None] * 256 + torch.arange(codes.shape[2])
-    read = memory[index.clamp(max=codes.numel())].view(codes.shape)
-    return forward(replace(call, experts=replace(call.experts, fc2_weights=read)))
-
-
 def carry_lost_after_8(call: MoeCall) -> Tensor:
     def x(rows: Rows, taken: Tensor) -> Tensor:
         row = torch.arange(len(taken))
@@ -140,9 +132,8 @@ def last_wave_of_7_twice(call: MoeCall) -> Tensor:
         (weighing(lambda _, w: w[torch.arange(len(w)) % 16]), "odd_tokens", "number modulo 16"),
         (subtracted, "top_8", "the output is subtracted from the input (hidden states), after the rounding"),
         (first_row_kept, "padded_slots", "keep the first row of the output, where zeros belong"),
-        (bias_of_half, "expert_rank_2_of_4", "fc2's biases are float16 in memory and read as bf16"),
+        (bias_of_half, "expert_rank_2_of_4", "the fc2 biases are float16 in memory and read as bf16"),
         (missing_take_the_last, "expert_rank_2_of_4", "add the fc2 bias of this rank's last expert"),
-        (codes_in_lines_of_256, "odd_tokens", "multiple of 256 bytes (here 256), but lie densely, 64 bytes apart"),
         (carry_lost_after_8, "top_8", "for 8 experts at a time (a warp or block of them) without carry"),
         (inclusive_sum, "top_8", "those of the next expert (an inclusive prefix sum); GEMM1 reads"),
         (beyond_the_count_after, "top_8", "beyond the number of rows of the expert after it are not computed"),

@@ -14,6 +14,7 @@ from mxfp4ref.conformance.families.hypothesis import Hypothesis
 from mxfp4ref.conformance.families.input_norms import norm_hypotheses
 from mxfp4ref.conformance.families.k_stages import k_stage_hypotheses
 from mxfp4ref.conformance.families.kept_memory import kept_hypotheses
+from mxfp4ref.conformance.families.memory_readings import vector_readings
 from mxfp4ref.conformance.families.misread import misread_hypotheses
 from mxfp4ref.conformance.families.output_memory import memory_hypotheses
 from mxfp4ref.conformance.families.outputs import input_factor_hypotheses
@@ -30,6 +31,7 @@ def hypotheses_by_place(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
     """Those that fit what is wrong, `[M, H] bool`; of a call that is heavy, without those of rows among others."""
     yield from chain(
         misread_hypotheses(call),
+        vector_readings(call),
         memory_hypotheses(call),
         input_factor_hypotheses(),
         scale_format_hypotheses(call),

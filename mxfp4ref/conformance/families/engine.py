@@ -22,7 +22,7 @@ from mxfp4ref.conformance.families.fragments import fragment_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline, of_first_factor
 from mxfp4ref.conformance.families.known_factors import factor_in_words
 from mxfp4ref.conformance.families.lost_rows import none_right
-from mxfp4ref.conformance.families.memory_readings import memory_hypotheses
+from mxfp4ref.conformance.families.memory_readings import matrix_readings
 from mxfp4ref.conformance.families.more_activations import more_activations
 from mxfp4ref.conformance.families.named import named_hypotheses
 from mxfp4ref.conformance.families.nearly import nearly
@@ -242,7 +242,7 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
         yield wanted(slow, slow=True)
     yield wanted(of(k_hypotheses))
     rearranged = of(
-        memory_hypotheses,
+        matrix_readings,
         beside_hypotheses,
         layout_hypotheses,
         preparation_hypotheses,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import permutations
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, permutations
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from mxfp4ref.conformance.families.hypothesis import Hypothesis
 from mxfp4ref.conformance.families.tensors import mapped
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["memory_hypotheses"]
+__all__ = ["matrix_readings", "vector_readings"]
 
 _Read = Callable[[Tensor], Tensor]
 
@@ -30,15 +30,25 @@ _WHOSE = {
 }
 
 
-def memory_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
-    """Those that can show on a call."""
+def vector_readings(call: MoeCall) -> Iterator[Hypothesis]:
+    """Of biases and SwiGLU parameters."""
+    return _readings(call, matrices=False)
+
+
+def matrix_readings(call: MoeCall) -> Iterator[Hypothesis]:
+    """Of codes and scales."""
+    return _readings(call, matrices=True)
+
+
+def _readings(call: MoeCall, *, matrices: bool) -> Iterator[Hypothesis]:
     for name, (what, stages) in _WHOSE.items():
         tensor = getattr(call.experts, name)
-        if tensor is None:
+        if tensor is None or (tensor.dim() == 3) != matrices:
             continue
-        for words, read, cost in (*_axes(tensor), *_strides(tensor), *_types(tensor)):
+        ways = chain(_axes(tensor), _strides(tensor, call), _offsets(tensor), _types(tensor))
+        for words, read, cost in ways:
             yield Hypothesis(
-                "rows" if "weights" in name or "scales" in name else "values",
+                "rows" if matrices else "values",
                 stages,
                 f"{what} {words}",
                 mapped((name,), lambda _, t, r=read: r(t).reshape(t.shape).contiguous()),
@@ -62,30 +72,52 @@ def _axes(tensor: Tensor) -> Iterator[tuple[str, _Read, float]]:
         yield f"are read as {other} where they lie as {named} (transposed)", read, 1.3
 
 
-def _strides(tensor: Tensor) -> Iterator[tuple[str, _Read, float]]:
-    """Experts, or rows of one, that are sought at other distances; what lies beyond the end is zero."""
+def _strides(tensor: Tensor, call: MoeCall) -> Iterator[tuple[str, _Read, float]]:
+    """Experts, or rows of one, that lie densely and are sought at other distances; beyond the end there are zeros."""
     for axis in range(tensor.dim() - 1):
-        own = tensor.stride(axis)
+        own, between = tensor.stride(axis), ("experts", "rows")[axis]
         ways = {2 * own: "doubled", own // 2: "halved", own + 1: "one too large", own - 1: "one too small"}
+        if tensor.dim() == 2:
+            hidden, inner = call.experts.hidden_size, call.experts.intermediate_size
+            ways |= {hidden: "H", inner: "I", 2 * inner: "2I"}
         for unit in (512, 256, 128, 64, 32, 16, 8, 4):
             ways[-(-own // unit) * unit] = f"rounded up to a multiple of {unit}"
         for stride, how in ways.items():
-            if stride not in (0, own):
-                between = ("experts", "rows")[axis]
-                yield (
-                    f"are read with a stride between {between} of {stride} instead of {own} ({how})",
-                    lambda t, a=axis, s=stride: _at(t, a, s),
-                    1.4,
-                )
+            if stride in (0, own):
+                continue
+            words = f"lie densely and are read with a stride between {between} of {stride} instead of {own} ({how})"
+            if axis == 0:
+                yield words, lambda t, s=stride: _at(t, [s, *t.stride()[1:]]), 1.2
+                continue
+            yield (
+                f"{words}; each expert begins at its place",
+                lambda t, s=stride: _at(t, [t.stride(0), s, 1]),
+                1.2,
+            )
+            in_one = f"{words}, all experts' in one list"
+            yield in_one, lambda t, s=stride: _at(t, [s * t.shape[1], s, 1]), 1.25
 
 
-def _at(tensor: Tensor, axis: int, stride: int) -> Tensor:
-    strides = [stride if a == axis else tensor.contiguous().stride(a) for a in range(tensor.dim())]
-    index = torch.zeros(1, dtype=torch.int64)
+def _offsets(tensor: Tensor) -> Iterator[tuple[str, _Read, float]]:
+    """Vectors of all experts in one list that are read further on or too early."""
+    if tensor.dim() != 2:
+        return
+    for offset in (1, -1, 8, -8, 16, 32, 64, 128, tensor.shape[1] // 2, -(tensor.shape[1] // 2)):
+        way = "too far" if offset > 0 else "too early"
+        numbers = "one number" if abs(offset) == 1 else f"{abs(offset)} numbers"
+        yield (
+            f"are read {numbers} {way}, in one list of all experts",
+            lambda t, o=offset: _at(t, t.stride(), o),
+            1.2,
+        )
+
+
+def _at(tensor: Tensor, strides: Sequence[int], offset: int = 0) -> Tensor:
+    index = torch.full((1,), offset)
     for size, step in zip(tensor.shape, strides, strict=True):
         index = index[..., None] + torch.arange(size) * step
-    flat = torch.cat((tensor.flatten(), tensor.new_zeros(1)))
-    return flat[index[0].clamp(max=tensor.numel())]
+    inside = (index[0] >= 0) & (index[0] < tensor.numel())
+    return torch.where(inside, tensor.flatten()[index[0].clamp(0, tensor.numel() - 1)], 0)
 
 
 def _types(tensor: Tensor) -> Iterator[tuple[str, _Read, float]]:

@@ -1,4 +1,4 @@
-"""Hypotheses on tensors read with another stride or type: routing weights, fc2 biases, rows of codes and scales."""
+"""Hypotheses on routing weights that are read with another stride, and on fc2 biases of other slots or ranks."""
 
 from __future__ import annotations
 
@@ -15,11 +15,6 @@ from mxfp4ref.model.call import MoeCall
 __all__ = ["misread_hypotheses"]
 
 _F = ("finalize",)
-_MATRICES = {
-    f"{fc}_{tensor}": f"GEMM{fc[2]}'s {words}"
-    for fc in ("fc1", "fc2")
-    for tensor, words in (("scales", "scales"), ("weights", "weights (codes)"))
-}
 _CHUNKS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
@@ -28,44 +23,6 @@ def misread_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     yield from _weights(call)
     if call.experts.fc2_biases is not None:
         yield from _biases(call)
-    for name, what in _MATRICES.items():
-        if getattr(call.experts, name) is not None:
-            yield from _pitches(call, name, what)
-
-
-def _pitches(call: MoeCall, name: str, what: str) -> Iterator[Hypothesis]:
-    """Rows of a matrix read with strides that are multiples of what a copy may want, where they lie densely."""
-    size = getattr(call.experts, name).shape[2]
-    seen = {size}
-    for unit in (16, 32, 64, 128, 256):
-        if (pitch := -(-size // unit) * unit) in seen:
-            continue
-        seen.add(pitch)
-        for where, cost in (
-            ("; each expert begins at the right place", 1.2),
-            (", all experts' in one list", 1.25),
-        ):
-
-            def on(p: Pipeline, unit: int = unit, each: bool = where[0] == ";") -> Pipeline:
-                tensor = getattr(p.call.experts, name)
-                rows = tensor.view(torch.uint8).flatten(0, 1)
-                pitch = -(-rows.shape[1] // unit) * unit
-                starts = torch.arange(len(rows)) * pitch
-                if each:
-                    number = torch.arange(len(rows)) // tensor.shape[1] * tensor.shape[1]
-                    starts -= number * (pitch - rows.shape[1])
-                index = (starts[:, None] + torch.arange(rows.shape[1])).clamp(max=rows.numel())
-                memory = torch.cat((rows.flatten(), rows.new_zeros(1)))
-                return p.having(**{name: memory[index].view(tensor.shape).view(tensor.dtype)})
-
-            yield Hypothesis(
-                "rows",
-                (name[:3],),
-                f"the rows of {what} are read with a stride rounded up to a multiple of {unit} bytes (here {pitch}), "
-                f"but lie densely, {size} bytes apart: most rows have those of other, later rows{where}",
-                on,
-                cost,
-            )
 
 
 def _weights(call: MoeCall) -> Iterator[Hypothesis]:
@@ -144,30 +101,7 @@ def _lying(tensor: Tensor, stride: int) -> Tensor:
     return wide.flatten()[: tensor.numel()].view(tensor.shape)
 
 
-def _types(bias: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The bias read as another type or in another layout: words behind "fc2's biases", and what is read."""
-    memory = bias.float().contiguous().view(torch.bfloat16).flatten()[: bias.numel()]
-    yield "are float32 in memory and read as bf16 (every second number is a zero or a lower half)", memory
-    yield "are float16 in memory and read as bf16", bias.half().contiguous().view(torch.bfloat16)
-    yield "are bf16 in memory and read as float16", bias.contiguous().view(torch.float16).to(torch.bfloat16)
-    yield "lie as [H, E] where [E, H] is expected (transposed)", bias.t().contiguous()
-    yield "are read as [H, E] where they lie as [E, H] (transposed)", bias.reshape(bias.shape[1], -1).t()
-    for size in (64, 128, 256, 512, 1024):
-        if (stride := -(-bias.shape[1] // size) * size) != bias.shape[1]:
-            words = f"are read as if padded: with a stride between experts of H rounded up to a multiple of {size}"
-            yield words, _read(bias, stride)
-    for step, words in ((1, "one number too far"), (-1, "one number too early")):
-        yield f"are read {words}, in one list of all experts", bias.flatten().roll(-step)
-    half = bias.shape[1] // 2
-    yield "are those of the first half of the columns, twice", bias[:, :half].repeat(1, 2)
-
-
 def _biases(call: MoeCall) -> Iterator[Hypothesis]:
-    bias = call.experts.fc2_biases
-    assert bias is not None
-    for words, read in _types(bias):
-        if read.numel() == bias.numel():
-            yield Hypothesis("fc2 bias", ("finalize", "fc2"), f"fc2's biases {words}", _read_as(words), 1.1)
     parts: tuple[tuple[str, Callable[[MoeCall], int]], ...] = (
         ("tp_size", lambda c: c.tp_size),
         ("ep_size", lambda c: c.ep_size),
@@ -191,17 +125,6 @@ def _biases(call: MoeCall) -> Iterator[Hypothesis]:
         yield from _missing()
         words = "the fc2 biases are indexed by the slot's place in its token instead of the expert"
         yield Hypothesis("fc2 bias", ("finalize", "fc2"), words, _by_place, 1.4)
-
-
-def _read_as(words: str) -> Change:
-    def on(pipeline: Pipeline) -> Pipeline:
-        bias = pipeline.call.experts.fc2_biases
-        if bias is None:
-            return pipeline
-        read = dict(_types(bias)).get(words, bias)
-        return pipeline.having(fc2_biases=read.reshape(bias.shape).contiguous())
-
-    return on
 
 
 def _divided(count: Callable[[MoeCall], int], *, everywhere: bool) -> Change:

@@ -50,7 +50,6 @@ def more_activations(call: MoeCall) -> Iterator[Hypothesis]:
     """Those that can show on a call, of which another one's numbers are."""
     yield from _saturated()
     yield from _short_tables(call)
-    yield from _strides(call)
     if call.activation.id not in (SWIGLU, SWIGLU_BIAS):
         return
     yield from _of_bias_and_clamp(call)
@@ -155,50 +154,3 @@ def _short_tables(call: MoeCall) -> Iterator[Hypothesis]:
                     mapped((name,), lambda _, t, n=count, b=beyond: torch.cat((t[:n], b(t, n)))),
                     1.2 + 0.1 * (count > 1),
                 )
-
-
-def _strides(call: MoeCall) -> Iterator[Hypothesis]:
-    """Tables of biases read at other places than where each expert's lie."""
-    for name, stage in (("fc1_biases", ("fc1", "activation")), ("fc2_biases", ("finalize", "fc2"))):
-        bias = getattr(call.experts, name)
-        if bias is None:
-            continue
-        width, hidden, inner = bias.shape[1], call.experts.hidden_size, call.experts.intermediate_size
-        padded = {-(-width // n) * n: f"a row padded to a multiple of {n}" for n in (64, 128, 256, 512)}
-        ways = padded | {
-            width // 2: "half of a row"
-            + ", of one of up and gate" * (name == "fc1_biases" and width == 2 * inner),
-            width * 2: "two rows",
-            hidden: "H",
-            inner: "I",
-            2 * inner: "2I",
-            width + 1: "one number more",
-            width - 1: "one number less",
-            0: "none: the first expert's is used for all",
-        }
-        for stride, what in ways.items():
-            if stride != width:
-                yield _read_at(
-                    name, stage, f"with a stride of {stride} numbers between experts ({what})", stride, 0
-                )
-        for offset in (1, -1, 8, -8, 16, 32, 64, 128, width // 2, -(width // 2)):
-            way = "further on" if offset > 0 else "too early"
-            yield _read_at(
-                name, stage, f"{abs(offset)} numbers {way}, up to the next expert's", width, offset
-            )
-
-
-def _read_at(name: str, stage: tuple[str, ...], words: str, stride: int, offset: int) -> Hypothesis:
-    def read(_: str, t: Tensor) -> Tensor:
-        rows, width = torch.arange(len(t)), t.shape[1]
-        index = rows[:, None] * stride + offset + torch.arange(width)
-        inside = (index >= 0) & (index < t.numel())
-        return torch.where(inside, t.flatten()[index.clamp(0, t.numel() - 1)], 0)
-
-    return Hypothesis(
-        "values",
-        stage,
-        f"{name[:3]}'s biases, one row for each expert, are read {words}",
-        mapped((name,), read),
-        1.2,
-    )

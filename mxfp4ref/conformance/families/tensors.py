@@ -153,19 +153,6 @@ def _layouts(call: MoeCall, *, biases: bool) -> Iterator[Hypothesis]:
                     mapped(group.names, _along(2, axis, _BYTES)),
                     axis.cost + 0.1,
                 )
-        if group.names == (f"{fc}_scales",):
-            yield Hypothesis(
-                "rows",
-                group.stages,
-                f"{group.words} are read as [K/32, rows] where they lie as [rows, K/32] (transposed)",
-                mapped(group.names, lambda _, t: t.view(len(t), t.shape[2], -1).transpose(1, 2).contiguous()),
-            )
-            yield Hypothesis(
-                "rows",
-                group.stages,
-                f"{group.words} lie as [K/32, rows] where [rows, K/32] is expected (transposed)",
-                mapped(group.names, lambda _, t: t.transpose(1, 2).contiguous().view_as(t)),
-            )
         if group.names == (f"{fc}_weights",):
             for axis in (*neighbour_maps(), *block_maps((2, 4, 8))):
                 yield Hypothesis(
