@@ -35,7 +35,11 @@ def map_rules(got: Tensor, want: Tensor, name: str, count: Tensor) -> Iterator[t
     """The rules that give all of `got`, in words and as functions; arguments as of `map_words`, `count [N]`."""
     if torch.equal(got, want):
         return
-    for words, rule in (*_shifts(got, want, name, count), *_blocks(name, int(count.max()))):
+    for words, rule in (
+        *_shifts(got, want, name, count),
+        *_blocks(name, int(count.max())),
+        *_late_shift(got, want, name),
+    ):
         if torch.equal(rule(want, count), got):
             yield words, rule
 
@@ -45,10 +49,9 @@ def _by(rule: Callable[[Tensor, Tensor, int], Tensor], number: int) -> Rule:
 
 
 def _shifts(got: Tensor, want: Tensor, name: str, count: Tensor) -> Iterator[tuple[str, Rule]]:
-    moved = (got != want).nonzero().flatten()[:1]
-    shift = int((got - want)[moved])
-    first = int(want[moved[0]])
-    if torch.equal(moved, torch.zeros_like(moved)):
+    moved = got != want
+    shift = int((got - want)[moved][0])
+    if bool(moved[0]):
         yield f"{name} n is {name} n {shift:+d}", lambda n, of: n + shift
         around = shift % int(count[0])
         around -= int(count[0]) * (around > int(count[0]) // 2)
@@ -57,14 +60,19 @@ def _shifts(got: Tensor, want: Tensor, name: str, count: Tensor) -> Iterator[tup
             f"{name} n is {name} n {shift:+d}, the last ones stay",
             lambda n, of: (n + shift).clamp(min=0).minimum(of - 1),
         )
+    yield f"every {name} is {name} {int(got[0])}", _by(lambda n, of, to: n * 0 + to, int(got[0]))
+    last = str(int(count[0]) - 1) if bool((count == count[0]).all()) else "the last one"
+    yield f"in reverse: {name} n is {name} {last} - n", lambda n, of: of - 1 - n
+
+
+def _late_shift(got: Tensor, want: Tensor, name: str) -> Iterator[tuple[str, Rule]]:
+    moved = got != want
+    shift, first = int((got - want)[moved][0]), int(want[moved].min())
     if len(torch.unique(want[want >= first])) >= _SEVERAL:
         yield (
             f"from {name} {first} on {name} n is {name} n {shift:+d}",
             lambda n, of: torch.where(n >= first, n + shift, n),
         )
-    yield f"every {name} is {name} {int(got[0])}", _by(lambda n, of, to: n * 0 + to, int(got[0]))
-    last = str(int(count[0]) - 1) if bool((count == count[0]).all()) else "the last one"
-    yield f"in reverse: {name} n is {name} {last} - n", lambda n, of: of - 1 - n
 
 
 def _blocks(name: str, count: int) -> Iterator[tuple[str, Rule]]:

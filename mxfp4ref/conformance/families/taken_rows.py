@@ -27,7 +27,7 @@ __all__ = ["taken_hypotheses"]
 
 _TOKENS, _FIRST = 64, 6  # that are solved, and before all others
 _ROWS = 8192  # of a call
-_WORK = 1 << 31  # multiplications of all tokens with all experts
+_WORK = 1 << 29  # multiplications of all tokens with all experts
 _LOUD, _QUIET = 3.0, 1.6  # times the roundings: before, and when explained
 _CANCELLED = 2.0**-12  # of the terms, that is left where they cancel
 _SUM = 2.0**-21  # of the terms, that float32 may round off in their sum
