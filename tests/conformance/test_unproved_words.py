@@ -108,8 +108,9 @@ def test_nan_everywhere_is_first_that_of_what_concerns_nan(bits: int) -> None:
     assert bool(got.isnan().all())
     got = torch.full_like(got.view(torch.int16), bits).view(torch.bfloat16)
     finding = diagnose("moe", call, {"output": got}, {"output": want}, diagnosis="quick").finding
-    assert (finding.exact, finding.stages) == (False, ())
+    assert (finding.exact, finding.stages, finding.hedged) == (False, ("activation",), True)
     assert "; as by clamp_propagates_nan: " in finding.sentence
+    assert "other mistakes that do not concern NaN" in finding.sentence
     assert ("but for the bits of NaN" in finding.sentence) == (bits == -1)
     assert "all other rows" not in finding.sentence, "there are none"
 

@@ -55,7 +55,7 @@ _FAMILIES = (
         "values",
         "other values: scales by a power of two, taken as 1, the first row's, of another format; codes without sign, "
         "cut off, of another table, transposed in blocks of 8 x 8, with signs or magnitudes of others; "
-        "scales held in a smaller format; weights quantised again; biases doubled; "
+        "scales held in a smaller format; small weights lost; weights quantised again; biases doubled; "
         "SwiGLU parameters that are constants",
         (
             *("scale_bias_125", "scale_truncated", "scale_as_integer", "scale_ocp_ends", "half_code_flushed"),
@@ -140,13 +140,14 @@ _FAMILIES = (
         "activation",
         "another activation of the kernel; clamps of up and gate on one side, both, none; sigmoid, GELU, ReLU and "
         "approximations; alpha and beta at other places; bias to one half, twice, after the clamp; up and gate "
-        "exchanged; parameters by slot; steps in another order, each in float16 or bf16; NaN of a large gate",
+        "exchanged; parameters by slot, token or row; the exponential by a polynomial; steps in another order, "
+        "each in float16 or bf16; NaN of a large gate",
         ("activation_type_ignored",),
     ),
     Family(
         "rounding",
-        "cut instead of rounded, float16, float8, some bits of mantissa, ties away, at each place where a number is "
-        "rounded, one rounding more or less",
+        "cut instead of rounded, by way of float16, float8, tf32 or some bits of mantissa, ties away, at each "
+        "place where a number is rounded, one rounding more or less",
         (
             *("gemm1_kept_fp32", "act_kept_fp32", "gemm2_kept_fp32", "fc1_truncated", "activation_truncated"),
             *("fc2_truncated", "output_truncated", "round_half_away", "bf16_saturates", "activation_fp16"),
