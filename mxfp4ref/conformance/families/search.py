@@ -22,6 +22,7 @@ from mxfp4ref.conformance.families.hypothesis import (
     finalized,
     local_of,
     of_first_factor,
+    roughly,
     slot_outputs,
 )
 from mxfp4ref.conformance.families.limited import in_columns, in_rows, in_slots, in_slots_alone
@@ -37,13 +38,13 @@ from mxfp4ref.conformance.reduction import clock_of, is_heavy, reduce_call
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["ANYWHERE", "FEWEST_BITS", "MOSTLY", "Match", "Search", "one_thread"]
+__all__ = ["FEWEST_BITS", "MOSTLY", "SURELY", "Match", "Search", "one_thread"]
 
 _CLOSE = 0.3  # of how far off the right output is
 _A_ROUNDING, _LARGEST = 1.2, 12.0  # times the roundings, on average and of one element
 _FAR_OFF = 8.0
 _LARGER = 4.0  # times, that rows are than the right ones
-ANYWHERE = ("factor", "routing weights")  # families of which other places give the same up to roundings
+SURELY = 0.95  # of the wrong elements predicted in every bit, and the others up to roundings: nothing else is tried
 MOSTLY = 0.8  # of the wrong elements, predicted in every bit
 FEWEST_BITS = 40  # that a match has to explain; see `surprise`
 
@@ -242,9 +243,7 @@ class Search:
                 continue
             if self._up_to_roundings(output, of_all=True):
                 part = float((~differing(output, self.got))[self.wrong].double().mean())
-                words = f"{hypothesis.words}, up to roundings ({part:.0%} of the wrong elements in every bit)"
-                stages = () if hypothesis.family in ANYWHERE else hypothesis.stages
-                found.append((part, Match(replace(hypothesis, words=words, stages=stages, name=""), False)))
+                found.append((part, Match(roughly(hypothesis, "up to roundings", part), False)))
         found.sort(key=lambda pair: -pair[0])
         return [match for part, match in found if part >= max(0.9 * found[0][0], least)]
 
