@@ -34,6 +34,7 @@ from mxfp4ref.conformance.families.places import (
     named_columns,
     tokens_in_words,
 )
+from mxfp4ref.conformance.reach import is_spread
 from mxfp4ref.conformance.reduction import clock_of, is_heavy, reduce_call
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
@@ -270,22 +271,22 @@ class Search:
             kinds = kinds_of_tokens(call, self.local, tokens, tokens | others)
             if (some := in_slots_alone(hypothesis, kinds, self.pipeline, self.got)) is not None:
                 return Match(some, True)
-            words = tokens_in_words(call, self.local, tokens, tokens | others)
-            index = tokens.nonzero().flatten()
-            if words:
-                limited = in_rows(hypothesis, words, index, len(tokens))
-                if not hypothesis.cheap and hypothesis.stages[0] in (
-                    "fc1",
-                    "fc2",
-                ):  # all tokens share the weights
+            if words := tokens_in_words(call, self.local, tokens, tokens | others):
+                limited = in_rows(hypothesis, words, tokens.nonzero().flatten(), len(tokens))
+                if not hypothesis.cheap and hypothesis.stages[0] in ("fc1", "fc2"):  # shared by all tokens
                     limited = replace(limited, cost=limited.cost + 0.6)
                 return Match(limited, True)
             return None
         columns, rest = applied.any(0), spared.any(0)
         if not bool((columns & rest).any()):
             named = named_columns(columns, columns | rest)
-            if named and hypothesis.stages[0] in ("fc2", "finalize", "slots"):
-                return Match(in_columns(hypothesis, *named), True)
+            zeros = not bool(self.got[applied].any())  # which many things give
+            told = not zeros or hypothesis.words.endswith("everything is zero")
+            if told and named and hypothesis.stages[0] in ("fc2", "finalize", "slots"):
+                limited = in_columns(hypothesis, *named)
+                if zeros and not is_spread(call, self.got, self.want, self.wrong, self.tokens.tolist()):
+                    limited = replace(limited, stages=())  # columns of the activation may be zero, too
+                return Match(limited, True)
         return None
 
     def run_in_slots(self, hypotheses: Iterable[Hypothesis], *, enough: int = 4) -> list[Match]:
