@@ -211,7 +211,9 @@ class Located:
         bins = ulp_bins(self.got, self.want, mask)
         counts = torch.bincount(bins.flatten().to(torch.int64), minlength=len(ULP_BINS) + 1).tolist()
         ulps = tuple(zip(ULP_BINS, counts[1:], strict=True))
-        said, places = tuple(p.words for p in found), tuple(p.place for p in found if p.place)
+        what = "outside bounds: " * (self._outside is not None)
+        said = tuple(f"{what}{p.words}" for p in found)
+        places = tuple(f"{what}{p.place}" for p in found if p.place)
         self._plain = Diagnosis(
             name, first, feeds, said, "", (), ulps, bins, attribution=table, experts=experts, places=places
         )

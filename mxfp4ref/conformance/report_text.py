@@ -167,7 +167,7 @@ def diagnosis_lines(found: Diagnosis, wrong: str = "") -> list[str]:
         lines.append(f"finding ({how}): {found.finding}")
     lines.append(f"first: {found.output} {found.first}")
     lines += [f"feeds it: {words}" for words in found.feeds]
-    lines += [f"pattern{f' ({wrong})' * bool(wrong)}: {words}" for words in found.patterns]
+    lines += [f"pattern: {words}" for words in found.patterns]
     if found.stage and not found.finding.exact and found.stage != found.finding.sentence:
         lines.append(f"stage: {found.stage}")
     lines += [f"defect: {words}" for words in predicted(found)]

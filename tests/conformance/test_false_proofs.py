@@ -51,6 +51,16 @@ def test_nothing_is_solved_for_near_underflow() -> None:
     assert "too near to underflow" in stage
 
 
+def test_zeros_in_some_columns_are_told_as_zeros() -> None:
+    call = prepared(GOLDENS.load("activation/gate_clamp_saturates").call()).call
+    want = forward(call)
+    got = want.clone()
+    got[:, 112:128] = 0  # as of 16 columns of the activation: GEMM2 takes each to one column
+    found = diagnose("moe", call, {"output": got}, {"output": want}, diagnosis="quick").finding
+    assert found.hypotheses == ("in the output everything is zero, in columns 112 to 127",)
+    assert (found.exact, found.stages) == (True, ())
+
+
 def test_a_bf16_sum_in_gemm2_is_no_other_activation() -> None:
     def summed(x: Tensor, packed: Tensor, scales: Tensor, tactic: object) -> Tensor:
         weights = dequantize(packed, scales, convention="sm90", dtype=torch.float32)

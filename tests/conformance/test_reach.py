@@ -122,6 +122,17 @@ def test_one_element_is_damaged_where_its_activation_would_show_elsewhere_too() 
         assert not any("is right" in e.sentence for e in said)
 
 
+def test_what_is_wrong_within_bounds_is_no_evidence_that_it_is_right() -> None:
+    call = prepared(GOLDENS.load("gemm/ordinary").call()).call
+    want = forward(call)
+    outside = torch.rand(want.shape, generator=torch.Generator().manual_seed(4)) < 0.02
+    for within, told in ((1.0, True), (1.1, False)):
+        got = (want * torch.where(outside, 2.0, within)).to(torch.bfloat16)
+        assert is_spread(call, got, want, outside, [0]) == told
+        said = gather(prepared(call), got, want, outside, outside)
+        assert any("elements were overwritten" in e.sentence for e in said) == told
+
+
 def test_single_elements_in_every_second_column_have_a_pattern() -> None:
     call = GOLDENS.load("gemm/ordinary").call()
     want = forward(call)

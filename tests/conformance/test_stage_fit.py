@@ -127,13 +127,13 @@ def test_other_weights_are_recognised_of_a_kernel_that_sums_in_another_order() -
     )
 
     found = diagnose("moe", call, {"output": output}, {"output": forward(call)}, diagnosis=BOUNDED)
-    assert found.patterns[0] == "only tokens 26, 27, 37 of 38 differ"
+    assert found.patterns[0] == "outside bounds: only tokens 26, 27, 37 of 38 differ"
     assert found.attribution[0].by == "token, by 1"
     result = CaseResult(
         ONE_SLOT, "moe", case.why, "outside bounds", outside=int(outside.sum()), diagnosis=found
     )
     lines = case_lines(result)
-    assert "pattern (outside bounds): only tokens 26, 27, 37 of 38 differ" in lines
+    assert "pattern: outside bounds: only tokens 26, 27, 37 of 38 differ" in lines
     rows = "outside bounds by row of an expert, by 16: 16 to 31: 383 of 384; none of the tokens without a slot there"
     assert rows in lines
 

@@ -62,6 +62,20 @@ def test_one_change_is_not_told_as_two() -> None:
     assert not found(CALL, CALL)
 
 
+def test_roundings_that_are_left_are_no_second_change() -> None:
+    pipeline = prepared(CALL)
+    base = pipeline.staging(activate=SwigluVariant(clamp=lambda up, gate, limit: (up, gate)))
+    words = "GEMM2's output is rounded to float16 on the way"
+    rounded = next(h for h in rounding_hypotheses(CALL) if h.words == words).run(base)
+    assert rounded is not None
+    got = torch.where(torch.arange(rounded.shape[1]) % 2 == 0, rounded, base.run())
+    search = Search(pipeline, got, pipeline.run(), time.thread_time() + 60)
+    (match,) = beside_a_sum(search, some(CALL), lambda: weight_hypotheses(CALL))
+    assert match.hypothesis.words.startswith("in the activation neither is clamped, up to roundings (9")
+    assert "finalize" not in match.hypothesis.stages
+    assert not match.exact
+
+
 def test_noise_is_not_two_changes() -> None:
     pipeline = prepared(CALL)
     want = pipeline.run()

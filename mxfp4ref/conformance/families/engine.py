@@ -37,7 +37,7 @@ from mxfp4ref.conformance.families.regions import k_hypotheses, row_hypotheses, 
 from mxfp4ref.conformance.families.roundings import order_hypotheses, rounding_hypotheses
 from mxfp4ref.conformance.families.row_parameters import row_parameter_hypotheses
 from mxfp4ref.conformance.families.rows_beside import beside_hypotheses
-from mxfp4ref.conformance.families.search import FEWEST_BITS, Match, Search, one_thread
+from mxfp4ref.conformance.families.search import FEWEST_BITS, SURELY, Match, Search, one_thread
 from mxfp4ref.conformance.families.slots import slot_hypotheses
 from mxfp4ref.conformance.families.soon import quick, second, soon
 from mxfp4ref.conformance.families.taken_rows import taken_hypotheses
@@ -58,7 +58,6 @@ from mxfp4ref.sm90 import fp32
 __all__ = ["Result", "investigate", "of_blank", "told"]
 
 _FOR_ALMOST = 3.0  # seconds
-_SURELY = 0.95  # of the wrong elements predicted in every bit, and the others up to roundings: nothing else is tried
 _ALIKE = 0.6  # how much more a hypothesis may assume to be told beside the simplest
 _MOST_NAMED = 3
 _ENDLESS = re.compile(r"\bnan\b|infinit|overflow", re.IGNORECASE)
@@ -138,7 +137,7 @@ def investigate(
                     break
         if not found and not heavy:
             with search.extra(_FOR_ALMOST):
-                found = search.almost(least=_SURELY)
+                found = search.almost(least=SURELY)
         few = surprise(got, want) < FEWEST_BITS  # of which some small part of a family is always right
         if not found and thorough and not heavy and not few and known is None:
             with search.share(0.5):

@@ -28,9 +28,11 @@ __all__ = [
     "of_output",
     "of_slots",
     "of_sum",
+    "roughly",
     "slot_outputs",
 ]
 
+_ANYWHERE = ("factor", "routing weights")  # families of which other places give the same up to roundings
 FAILURES = (ValueError, TypeError, IndexError, RuntimeError)  # of a change that is not defined on a call
 
 
@@ -248,3 +250,10 @@ def finalized(pipeline: Pipeline, y: Tensor, local: Tensor, scales: Tensor) -> T
     call = pipeline.call
     bias = call.experts.fc2_biases if call.tp_rank == 0 else None
     return pipeline.stages.round_output(pipeline.stages.finalize(y, local, scales, bias))
+
+
+def roughly(hypothesis: Hypothesis, how: str, part: float) -> Hypothesis:
+    """One that predicts an output so, and in every bit no more than a part of what is wrong."""
+    words = f"{hypothesis.words}, {how} ({int(100 * part)}% of the wrong elements in every bit)"
+    stages = () if hypothesis.family in _ANYWHERE else hypothesis.stages
+    return replace(hypothesis, words=words, stages=stages, name="")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.families.distances import share
-from mxfp4ref.conformance.families.hypothesis import Hypothesis
-from mxfp4ref.conformance.families.search import ANYWHERE, MOSTLY, Match, Search
+from mxfp4ref.conformance.families.hypothesis import Hypothesis, roughly
+from mxfp4ref.conformance.families.search import MOSTLY, Match, Search
 
 __all__ = ["nearly"]
 
@@ -32,6 +30,4 @@ def nearly(search: Search) -> list[Match]:
     part, best = max(found, key=lambda pair: pair[0])
     if any(1 - other < 2 * (1 - part) for other, h in found if not set(h.stages) & set(best.stages)):
         return []
-    words = f"{best.words}, or nearly so ({part:.0%} of the wrong elements in every bit)"
-    stages = () if best.family in ANYWHERE else best.stages
-    return [Match(replace(best, words=words, stages=stages, name=""), False)]
+    return [Match(roughly(best, "or nearly so", part), False)]

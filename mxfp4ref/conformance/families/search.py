@@ -22,6 +22,7 @@ from mxfp4ref.conformance.families.hypothesis import (
     finalized,
     local_of,
     of_first_factor,
+    roughly,
     slot_outputs,
 )
 from mxfp4ref.conformance.families.limited import in_columns, in_rows, in_slots, in_slots_alone
@@ -33,17 +34,18 @@ from mxfp4ref.conformance.families.places import (
     named_columns,
     tokens_in_words,
 )
+from mxfp4ref.conformance.reach import is_spread
 from mxfp4ref.conformance.reduction import clock_of, is_heavy, reduce_call
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["ANYWHERE", "FEWEST_BITS", "MOSTLY", "Match", "Search", "one_thread"]
+__all__ = ["FEWEST_BITS", "MOSTLY", "SURELY", "Match", "Search", "one_thread"]
 
 _CLOSE = 0.3  # of how far off the right output is
 _A_ROUNDING, _LARGEST = 1.2, 12.0  # times the roundings, on average and of one element
 _FAR_OFF = 8.0
 _LARGER = 4.0  # times, that rows are than the right ones
-ANYWHERE = ("factor", "routing weights")  # families of which other places give the same up to roundings
+SURELY = 0.95  # of the wrong elements predicted in every bit, and the others up to roundings: nothing else is tried
 MOSTLY = 0.8  # of the wrong elements, predicted in every bit
 FEWEST_BITS = 40  # that a match has to explain; see `surprise`
 
@@ -242,9 +244,7 @@ class Search:
                 continue
             if self._up_to_roundings(output, of_all=True):
                 part = float((~differing(output, self.got))[self.wrong].double().mean())
-                words = f"{hypothesis.words}, up to roundings ({part:.0%} of the wrong elements in every bit)"
-                stages = () if hypothesis.family in ANYWHERE else hypothesis.stages
-                found.append((part, Match(replace(hypothesis, words=words, stages=stages, name=""), False)))
+                found.append((part, Match(roughly(hypothesis, "up to roundings", part), False)))
         found.sort(key=lambda pair: -pair[0])
         return [match for part, match in found if part >= max(0.9 * found[0][0], least)]
 
@@ -271,22 +271,22 @@ class Search:
             kinds = kinds_of_tokens(call, self.local, tokens, tokens | others)
             if (some := in_slots_alone(hypothesis, kinds, self.pipeline, self.got)) is not None:
                 return Match(some, True)
-            words = tokens_in_words(call, self.local, tokens, tokens | others)
-            index = tokens.nonzero().flatten()
-            if words:
-                limited = in_rows(hypothesis, words, index, len(tokens))
-                if not hypothesis.cheap and hypothesis.stages[0] in (
-                    "fc1",
-                    "fc2",
-                ):  # all tokens share the weights
+            if words := tokens_in_words(call, self.local, tokens, tokens | others):
+                limited = in_rows(hypothesis, words, tokens.nonzero().flatten(), len(tokens))
+                if not hypothesis.cheap and hypothesis.stages[0] in ("fc1", "fc2"):  # shared by all tokens
                     limited = replace(limited, cost=limited.cost + 0.6)
                 return Match(limited, True)
             return None
         columns, rest = applied.any(0), spared.any(0)
         if not bool((columns & rest).any()):
             named = named_columns(columns, columns | rest)
-            if named and hypothesis.stages[0] in ("fc2", "finalize", "slots"):
-                return Match(in_columns(hypothesis, *named), True)
+            zeros = not bool(self.got[applied].any())  # which many things give
+            told = not zeros or hypothesis.words.endswith("everything is zero")
+            if told and named and hypothesis.stages[0] in ("fc2", "finalize", "slots"):
+                limited = in_columns(hypothesis, *named)
+                if zeros and not is_spread(call, self.got, self.want, self.wrong, self.tokens.tolist()):
+                    limited = replace(limited, stages=())  # columns of the activation may be zero, too
+                return Match(limited, True)
         return None
 
     def run_in_slots(self, hypotheses: Iterable[Hypothesis], *, enough: int = 4) -> list[Match]:
