@@ -187,7 +187,7 @@ def _told(gemm: Gemm, found: list[Change], slots: str) -> Evidence:
         of_weights if own else of_input,
         f"in {gemm.name} operands are others along K{slots}",
         f"{'; '.join(shown[:_LISTED])}{'; ...' * (len(shown) > _LISTED)}{more}",
-        3,
+        4,
     )
 
 
