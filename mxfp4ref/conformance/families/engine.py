@@ -237,13 +237,13 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
     slow = of(order_hypotheses, named_hypotheses)
     if small:
         yield wanted(slow, slow=True)
-    yield wanted(of(k_hypotheses))
+    yield wanted(of(row_parameter_hypotheses, k_hypotheses))
     rearranged = of(
         beside_hypotheses, layout_hypotheses, preparation_hypotheses, fragment_hypotheses, inner_hypotheses
     )
     yield wanted(
         chain(
-            of(code_hypotheses, row_parameter_hypotheses, small_weight_hypotheses),
+            of(code_hypotheses, small_weight_hypotheses),
             rearranged,
             of(decoding_hypotheses, table_hypotheses),
             () if small else hypotheses_of_words_and_tiles(call, search.wrong),
