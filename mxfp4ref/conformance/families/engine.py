@@ -239,7 +239,7 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
     slow = of(order_hypotheses, named_hypotheses)
     if small:
         yield wanted(slow, slow=True)
-    yield wanted(of(k_hypotheses))
+    yield wanted(of(row_parameter_hypotheses, k_hypotheses))
     rearranged = of(
         matrix_readings,
         beside_hypotheses,
@@ -250,7 +250,7 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
     )
     yield wanted(
         chain(
-            of(code_hypotheses, row_parameter_hypotheses, small_weight_hypotheses),
+            of(code_hypotheses, small_weight_hypotheses),
             rearranged,
             of(decoding_hypotheses, table_hypotheses),
             () if small else hypotheses_of_words_and_tiles(call, search.wrong),
