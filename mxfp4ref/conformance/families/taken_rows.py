@@ -288,6 +288,8 @@ def _left_out(slots: SlotRows, rows: _Rows, solved: _Solved, wrong: Tensor) -> I
                         partial(_without, which=which, size=size, holds=holds, zero=zero and not bare),
                         1.2 + cost / 50,
                     )
+                    if not words:
+                        break  # which the numbers of rows do not decide
 
 
 def _place(rows: _Rows, which: str) -> Tensor:
