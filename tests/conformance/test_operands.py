@@ -12,11 +12,14 @@ from torch import Tensor
 
 from mxfp4ref import Experts, MoeCall, forward, quantize
 from mxfp4ref.conformance.comparison import differing
+from mxfp4ref.conformance.families.column_maps import column_map
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.hypothesis import local_of
 from mxfp4ref.conformance.families.operands import other_operands
 from mxfp4ref.conformance.families.sampled import samples
 from mxfp4ref.conformance.finding import Evidence
+from mxfp4ref.formats.mxfp4 import pack_codes, unpack_codes
+from mxfp4ref.model.forward import KERNEL
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +132,54 @@ def test_nothing_is_said_of_what_is_no_such_change(
     call: MoeCall, kernel: Callable[[MoeCall], Tensor]
 ) -> None:
     assert said(call, kernel(call)) is None
+
+
+def columns(order: Callable[[Tensor], Tensor]) -> Callable[[MoeCall], Tensor]:
+    def kernel(call: MoeCall) -> Tensor:
+        def stored(values: Tensor) -> Tensor:
+            right = KERNEL.round_activation(values)
+            return right[:, order(torch.arange(right.shape[1]))]
+
+        return forward(call, replace(KERNEL, round_activation=stored))
+
+    return kernel
+
+
+def other_codes(call: MoeCall) -> Tensor:
+    """The order in which some tools pack the eight codes of a word."""
+    codes = unpack_codes(call.experts.fc2_weights).view(4, 256, -1, 8)[..., [0, 2, 4, 6, 1, 3, 5, 7]]
+    return forward(with_experts(call, fc2_weights=pack_codes(codes.flatten(2).contiguous())))
+
+
+def map_of(call: MoeCall, got: Tensor) -> Evidence | None:
+    pipeline, wrong = prepared(call), differing(got, forward(call))
+    return column_map(call, samples(pipeline, got, wrong, local_of(pipeline)))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "words"),
+    [
+        (
+            columns(lambda n: n ^ 8),
+            "in another order: neighbouring blocks of 1 are exchanged: block of 8 n is",
+        ),
+        (
+            columns(lambda n: torch.where(n // 32 == 3, n - 32, n)),
+            "some of them twice: columns 96 to 127 are those of 64 to 95",
+        ),
+        (columns(lambda n: (n + 100) % 128), "block of 4 n is block of 4 n -7, around the end"),
+        (other_codes, "in each 8 columns 1 are those of 4, 2 are those of 1, 3 are those of 5"),
+    ],
+)
+def test_columns_of_the_activation_at_other_places(
+    call: MoeCall, kernel: Callable[[MoeCall], Tensor], words: str
+) -> None:
+    found = map_of(call, kernel(call))
+    assert found is not None
+    assert found.stages == ("fc1", "fc2")
+    assert words in found.sentence
+
+
+@pytest.mark.parametrize("kernel", [noise, another_formula, half_of_a_group, a_stale_stage])
+def test_no_order_of_columns(call: MoeCall, kernel: Callable[[MoeCall], Tensor]) -> None:
+    assert map_of(call, kernel(call)) is None

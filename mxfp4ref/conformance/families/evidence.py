@@ -16,6 +16,7 @@ from mxfp4ref.conformance.comparison import differing, ulp_distance
 from mxfp4ref.conformance.families.added_rows import added_rows
 from mxfp4ref.conformance.families.another_order import unless_in_another_order
 from mxfp4ref.conformance.families.column_factors import column_factors
+from mxfp4ref.conformance.families.column_maps import column_map
 from mxfp4ref.conformance.families.distances import last_place
 from mxfp4ref.conformance.families.error_space import Space
 from mxfp4ref.conformance.families.expert_sums import other_sums
@@ -104,6 +105,8 @@ def _solved(pipeline: Pipeline, got: Tensor, wrong: Tensor, *, staged: bool) -> 
     some = samples(pipeline, got, wrong, local_of(pipeline))
     if (rows := mixed_up(pipeline, some)) is not None:
         return [rows]
+    if (columns := column_map(pipeline.call, some)) is not None:
+        return [columns]
     if (factors := column_factors(some)) is not None:
         return [factors]
     if (table := weight_tables(pipeline.call, some, everywhere=bool(wrong.any(1).all()))) is not None:

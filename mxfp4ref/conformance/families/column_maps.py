@@ -1,0 +1,138 @@
+"""Which columns of the activation GEMM2 got where: solved block by block, as its weights are known.
+
+GEMM2 adds up what each block of its weights gives with a block of the activation. For every pair of blocks it is
+known how like the kernel's output that is; the likeliest pairs are taken, what they give is subtracted, and so again.
+What is found has to give the output of every token up to roundings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mxfp4ref.conformance.families.sampled import Sample
+from mxfp4ref.conformance.finding import Evidence
+from mxfp4ref.conformance.index_words import map_words
+from mxfp4ref.model.call import MoeCall
+
+__all__ = ["column_map"]
+
+_LOUD, _QUIET = 4.0, 1.6  # times the roundings: before, and when explained
+_FEWEST = 4  # tokens
+_ROUNDING = 2.0**-9  # of bf16, relative
+_BLOCKS = (32, 16, 8, 4)  # columns that stay together
+_PERIODS = (4, 8, 16, 32, 64)  # columns after which the order repeats
+_SWEEPS = 6
+_LISTED = 6
+_SIZE = 1 << 25  # weights of all rows
+
+
+def column_map(call: MoeCall, some: Sequence[Sample]) -> Evidence | None:
+    """What follows, if GEMM2 has the activation's columns in another order, the same in all rows.
+
+    Args:
+        call: the right one.
+        some: tokens that are wrong.
+    """
+    loud = [s for s in some if s.loudness > _LOUD]
+    inner = call.experts.intermediate_size
+    if len(loud) < _FEWEST or sum(s.second.numel() for s in loud) > _SIZE:
+        return None
+    stored = "fc1" if call.experts.fc1_biases is None else "activation"  # a bias is added at its own place
+    for size, inside in (*((size, False) for size in _BLOCKS), *((size, True) for size in _PERIODS)):
+        if inner % size or inner == size or (found := _solved(loud, size, inside=inside)) is None:
+            continue
+        words = f"in each {size} {_listed(found, 1)}" if inside else _in_words(found, size)
+        return Evidence.of_kind(
+            (stored, "fc2"),
+            f"the activation that GEMM2 got has its columns {_how(found)}",
+            f"{words}; as GEMM1's columns or the activation are stored, or as GEMM2 reads them or its codes along K",
+            4,
+        )
+    return None
+
+
+def _how(found: Tensor) -> str:
+    """Whether each is there once."""
+    return (
+        "in another order"
+        if len(torch.unique(found)) == len(found)
+        else "at other places, some of them twice"
+    )
+
+
+def _solved(loud: Sequence[Sample], size: int, *, inside: bool) -> Tensor | None:
+    """For each block of columns the one that is there, `[B] int64`; None if that does not explain all tokens.
+
+    If `inside`, for each column of a block, in all blocks alike.
+    """
+
+    def parted(values: Tensor) -> Tensor:
+        blocks: Tensor = values.unflatten(-1, (-1, size))  # type: ignore[no-untyped-call]
+        return blocks.transpose(-1, -2) if inside else blocks
+
+    second = [parted(s.second) * s.weights[:, None, None, None] for s in loud]  # [n, H, B, size]
+    activation = [parted(s.activation) for s in loud]
+    units = [(s.noise + _ROUNDING**2 * s.error.square().mean()).sqrt() for s in loud]
+    second = [w / u[:, None, None] for w, u in zip(second, units, strict=True)]
+    right = [torch.einsum("nhbs,nbs->h", w, a) for w, a in zip(second, activation, strict=True)]
+    target = [s.error / u + r for s, u, r in zip(loud, units, right, strict=True)]
+    powers = (
+        torch.stack([_powers(w, a) for w, a in zip(second, activation, strict=True)]).sum(0).clamp(min=1e-300)
+    )
+    own = torch.arange(len(powers))
+    found, before = own, torch.full_like(own, -1)
+    for _ in range(_SWEEPS):
+        if torch.equal(found, before):
+            break
+        before = found
+        likeness = torch.zeros_like(powers)
+        for w, a, goal in zip(second, activation, target, strict=True):
+            rest = goal - torch.einsum("nhbs,nbs->h", w, a[:, found])
+            back = torch.einsum("nhbs,h->nbs", w, rest)
+            likeness += torch.einsum("nbs,ncs->bc", back, a)
+        # What a block that is there gives is in the rest no more.
+        gain = likeness + torch.where(own == found[:, None], powers, 0)
+        gain = 2 * gain - powers  # of the squares of what is left
+        found = gain.argmax(1)
+    left = [
+        g - torch.einsum("nhbs,nbs->h", w, a[:, found])
+        for w, a, g in zip(second, activation, target, strict=True)
+    ]
+    quiet = all(float(r.square().mean().sqrt()) <= _QUIET for r in left)
+    return found if quiet and not torch.equal(found, own) else None
+
+
+def _powers(second: Tensor, activation: Tensor) -> Tensor:
+    """The squares of what each block of weights gives with each block of the activation, `[B, B]`, of a token."""
+    given = torch.einsum("nhbs,ncs->hbc", second, activation)
+    return given.square().sum(0)
+
+
+def _in_words(found: Tensor, size: int) -> str:
+    if rule := map_words(found, f"block of {size}", len(found)):
+        return rule
+    return _listed(found, size)
+
+
+def _listed(found: Tensor, size: int) -> str:
+    runs: list[list[int]] = []  # first, last, the first one's source
+    for block, other in enumerate(found.tolist()):
+        if block == other:
+            continue
+        if runs and runs[-1][1] == block - 1 and other - block == runs[-1][2] - runs[-1][0]:
+            runs[-1][1] = block
+        else:
+            runs.append([block, block, other])
+    shown = ", ".join(
+        f"{_columns(first, last, size)} are those of {_columns(other, other + last - first, size)}"
+        for first, last, other in runs[:_LISTED]
+    )
+    return f"columns {shown}{', ...' * (len(runs) > _LISTED)}"
+
+
+def _columns(first: int, last: int, size: int) -> str:
+    start, stop = first * size, last * size + size - 1
+    return str(start) if start == stop else f"{start} to {stop}"
