@@ -80,6 +80,12 @@ def a_block_of_rows(call: MoeCall) -> Tensor:
     return forward(with_experts(call, fc1_weights=codes, fc1_scales=scales))
 
 
+def a_row_too_early(call: MoeCall) -> Tensor:
+    codes, scales = call.experts.fc1_weights.clone(), call.experts.fc1_scales.clone()
+    codes[:, 128:], scales[:, 128:] = call.experts.fc1_weights[:, 127:-1], call.experts.fc1_scales[:, 127:-1]
+    return forward(with_experts(call, fc1_weights=codes, fc1_scales=scales))
+
+
 def of_one_expert(call: MoeCall) -> Tensor:
     codes, scales = call.experts.fc2_weights.clone(), call.experts.fc2_scales.clone()
     codes[2, :, :16], scales[2, :, :1] = codes[0, :, :16], scales[0, :, :1]
@@ -92,13 +98,14 @@ def of_one_expert(call: MoeCall) -> Tensor:
         (
             another_experts_gate,
             ("fc1",),
-            "in GEMM1 .*: K 0 to 63 of gate has the weights of the expert 1 further on",
+            "in GEMM1 .*: K 0 to 63 of gate has the weights of the expert after",
         ),
         (a_stale_stage, ("input", "fc1"), "in GEMM1 .*: K 128 to 191 has both operands of K 0 to 63"),
-        (the_next_tokens_input, ("input", "fc1"), "K 32 to 63 has the input of the token 1 further on"),
+        (the_next_tokens_input, ("input", "fc1"), "K 32 to 63 has the input of the token after"),
         (scales_of_another_row, ("fc2",), "in GEMM2 .*: K 64 to 127 has the scales of the row 8 further on"),
         (a_rest_of_k, ("input", "fc1"), "in GEMM1 .*: K 192 to 255 is left out"),
         (a_block_of_rows, ("fc1",), "rows 64 to 127: K 64 to 127 has the weights of K 0 to 63"),
+        (a_row_too_early, ("fc1",), "all of K of gate has the weights of the row before"),
         (of_one_expert, ("fc2",), "for slots of expert 2: K 0 to 31 has the weights of expert 0"),
     ],
 )

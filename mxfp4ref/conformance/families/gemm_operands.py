@@ -41,10 +41,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Change:
-    """A K group of some of the GEMM's columns that has another operand."""
+    """A K group of some of the GEMM's columns that has another operand; without a group all of them have."""
 
     source: Source
-    group: int
+    group: int | None
     part: str
 
 

@@ -8,6 +8,7 @@ best is kept. What is found has to explain tokens that it was not sought on, up 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -30,7 +31,7 @@ _ROWS, _FEWEST = 24, 3  # rows that are sought on, tokens of which there have to
 _PROGRESS = 0.04  # of the errors' squares, that a change has to explain
 _OF_A_KIND = 1.02  # times as much may be left by a change of the kind of those before
 _KINDS = 4  # of slots
-_COMPUTED = 8  # changes at each step, of whole groups, and of parts as many
+_COMPUTED, _WHOLE = 8, 5  # changes at each step, of one K group and of all
 _SIZE = 1 << 25  # weights, and what they are multiplied with
 _LISTED = 4
 
@@ -112,14 +113,18 @@ class _State:
         return float(self._rest(self.sums).square().mean().sqrt())
 
     def _gain(self, change: Change) -> Tensor:
-        products, there = self.gemm.products(self.rows, change.source, change.group)
-        gain = torch.where(there[:, None], products - self.parts[:, change.group], 0.0)
+        """What the change adds to the sums, `[r, G, N]` by the groups that it concerns."""
+        groups = range(self.parts.shape[1]) if change.group is None else [change.group]
+        products, there = zip(*(self.gemm.products(self.rows, change.source, g) for g in groups), strict=True)
+        gain = torch.where(
+            there[0][:, None, None], torch.stack(products, 1) - self.parts[:, list(groups)], 0.0
+        )
         return torch.where(self.gemm.parts[change.part], gain, 0.0)
 
     def take(self, change: Change) -> None:
         gain = self._gain(change)
-        self.parts[:, change.group] += gain
-        self.sums = self.sums + gain.double()
+        self.parts[:, slice(None) if change.group is None else [change.group]] += gain
+        self.sums = self.sums + gain.double().sum(1)
 
     def best(self, before: Sequence[Change]) -> Change | None:
         """The change that leaves least, if it leaves less by far than there is; it is taken."""
@@ -127,9 +132,9 @@ class _State:
         size = float(rest.square().sum())
         taken = {(change.group, change.part) for change in before}
         sizes = {
-            change: float(self._rest(self.sums + self._gain(change).double()).square().sum())
+            change: float(self._rest(self.sums + self._gain(change).double().sum(1)).square().sum())
             for change in self._promising(rest)
-            if (change.group, change.part) not in taken
+            if (change.group, change.part) not in taken and (None, change.part) not in taken
         }
         alike = {(c.source.what, c.source.along) for c in before}
 
@@ -151,13 +156,18 @@ class _State:
         for source, gained, there in gained_by(self.gemm, self.rows, self.parts, slope):
             by_block = gained[there].sum(0)
             for part, mask in zip(self.gemm.parts, blocks, strict=True):
-                scores = by_block[mask].sum(0).tolist()
-                found += [
-                    (score, Change(source, group, part)) for group, score in enumerate(scores) if score > 0
-                ]
+                scores = by_block[mask].sum(0)
+                found += [(s, Change(source, g, part)) for g, s in enumerate(scores.tolist()) if s > 0]
+                if source.along != "K" and float(scores.sum()) > 0:
+                    found.append((float(scores.sum()), Change(source, None, part)))
         found.sort(key=lambda pair: -pair[0])
-        for alone in (False, True):
-            yield from [c for _, c in found if c.part.startswith("rows") == alone][:_COMPUTED]
+        seen: Counter[tuple[bool, str]] = Counter()
+        for _, change in found:
+            part = "rows" if change.part.startswith("rows") else change.part
+            kind = change.group is None, part * (change.group is None or part == "rows")
+            seen[kind] += 1
+            if seen[kind] <= (_WHOLE if change.group is None else _COMPUTED):
+                yield change
 
 
 def _told(gemm: Gemm, found: list[Change], slots: str) -> Evidence:
@@ -165,13 +175,14 @@ def _told(gemm: Gemm, found: list[Change], slots: str) -> Evidence:
         return change.part, change.source.what, change.source.along, change.source.by
 
     said = []
-    for _, alike in groupby(sorted(_in_order(found), key=lambda c: (*order(c), c.group)), key=order):
+    for (part, *_), alike in groupby(
+        sorted(_in_order(found), key=lambda c: (*order(c), c.group or 0)), key=order
+    ):
         changes = list(alike)
-        of = changes[0]
-        said += [
-            (first, of.part, _in_words(gemm, of, first, last))
-            for first, last in _runs([c.group for c in changes])
-        ]
+        groups = [c.group for c in changes if c.group is not None]
+        said += [(first, part, _in_words(gemm, changes[0], first, last)) for first, last in _runs(groups)]
+        if not groups:
+            said.append((0, part, _in_words(gemm, changes[0], 0, gemm.x.shape[1] - 1)))
     shown = [words for *_, words in sorted(said)]
     of_weights, of_input = gemm.stages
     # Another input shows in all parts.
@@ -196,8 +207,8 @@ def _in_order(found: list[Change]) -> list[Change]:
     whole = [c for c in found if c.source.what == "operands"]
     rest = [c for c in found if c.source.what != "operands"]
     for part in {c.part for c in whole}:
-        groups = sorted(c.group for c in whole if c.part == part)
-        others = sorted(c.group + c.source.by for c in whole if c.part == part)
+        groups = sorted(c.group for c in whole if c.part == part and c.group is not None)
+        others = sorted(c.group + c.source.by for c in whole if c.part == part and c.group is not None)
         pairs = zip(groups, others, strict=True)
         rest += [Change(replace(whole[0].source, by=other - group), group, part) for group, other in pairs]
     return rest
@@ -206,11 +217,13 @@ def _in_order(found: list[Change]) -> list[Change]:
 def _in_words(gemm: Gemm, change: Change, first: int, last: int) -> str:
     source, part = change.source, change.part
     rows = part.startswith("rows")
-    here = f"{f'{part}: ' * rows}K {first * GROUP_SIZE} to {(last + 1) * GROUP_SIZE - 1}{part * (not rows)}"
+    here = "all of K" if change.group is None else f"K {first * GROUP_SIZE} to {(last + 1) * GROUP_SIZE - 1}"
+    here = f"{part}: {here}" if rows else f"{here}{part}"
     if source.what in ("left out", "twice"):
         return f"{here} {'is' if source.what == 'left out' else 'counts'} {source.what}"
     what = {"input": gemm.reads, "operands": "both operands"}.get(source.what, f"the {source.what}")
-    away = f"{abs(source.by)} {'further on' if source.by > 0 else 'before'}"
+    way = "further on" if source.by > 0 else "before"
+    away = f"{abs(source.by)} {way}" if abs(source.by) > 1 else ("after" if source.by > 0 else "before")
     among = " among those sorted by expert" * (source.what == "input")
     there = {
         "K": f"K {(first + source.by) * GROUP_SIZE} to {(last + source.by + 1) * GROUP_SIZE - 1}",
