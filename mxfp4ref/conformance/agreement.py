@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from mxfp4ref.conformance.diagnosis import Diagnosis
@@ -18,7 +18,7 @@ _RIGHT = (" are right", " is right")
 _BEFORE_FINALIZE = {"input", "fc1", "activation", "fc2"}
 _REACHES = {
     "before finalize": "it lies before finalize",
-    "before or after finalize's sum": "it lies before or after finalize's weighted sum",
+    "other than the sum's weights": "it is not the weights of finalize's sum",
     "rounding": "every element lies within the interval of all correct evaluations",
 }
 # A part of a sentence that says what is right, and what stands before and after it.
@@ -182,14 +182,21 @@ def _shared(findings: Sequence[Finding]) -> tuple[str, ...]:
 
 
 def _common(diagnoses: Sequence[Diagnosis]) -> str:
-    """The stage that most of the cases share, or else the pattern; "" without one."""
+    """The stage that most of the cases share, and the pattern; "" without either."""
+    stage = _of_most(diagnoses, _stages) or _of_most(diagnoses, _before_finalize)
+    return "; ".join(filter(None, (stage, _of_most(diagnoses, _places))))
+
+
+def _of_most(diagnoses: Sequence[Diagnosis], told: Callable[[Diagnosis], Sequence[str]]) -> str:
+    """What more than half of them say of it; "" if nothing."""
     total = len(diagnoses)
-    for told in (_stages, _before_finalize, _places):
-        counts = Counter(words for d in diagnoses for words in set(told(d))).most_common(1)
-        if counts and 2 * counts[0][1] > total:
-            words, count = counts[0]
-            return f"in {count} of {counted(total, 'failing case')} {words}" if total > 1 else words
-    return ""
+    (words, count), *_ = [
+        *Counter(words for d in diagnoses for words in dict.fromkeys(told(d))).most_common(1),
+        ("", 0),
+    ]
+    if 2 * count <= total:
+        return ""
+    return f"in {count} of {counted(total, 'failing case')} {words}" if total > 1 else words
 
 
 def _stages(diagnosis: Diagnosis) -> Sequence[str]:

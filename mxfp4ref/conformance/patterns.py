@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import FAR, ulp_distance
+from mxfp4ref.conformance.families.slot_kinds import attributes
 from mxfp4ref.conformance.finding import counted
 from mxfp4ref.conformance.reach import is_spread
 from mxfp4ref.conformance.reduction import local_experts
@@ -73,7 +74,7 @@ def patterns(
     else:
         tokens, columns = could.any(1), could.any(0)
         found = [*_experts(call, mask, tokens), *_ranks(call, mask, tokens)]
-        found += [*_tokens(mask, tokens), *_columns(mask, columns)]
+        found += [*_tokens(mask, tokens), *_slots(call, mask, tokens), *_columns(mask, columns)]
     return (*found, *map(Pattern, _values(got, expected, mask)))
 
 
@@ -116,6 +117,22 @@ def _ranks(call: MoeCall, mask: Tensor, could: Tensor) -> list[Pattern]:
         if bool((wrong == chosen)[could].all()) and not bool(chosen[could].all()):
             found.append(Pattern.placed(words + ("" if torch.equal(wrong, chosen) else _OF_THOSE)))
     return found
+
+
+def _slots(call: MoeCall, mask: Tensor, could: Tensor) -> list[Pattern]:
+    """The rarest kind of slots that every wrong token has and hardly any right one: by their place among rows."""
+    wrong = mask.any(1)
+    count, total = int(wrong.sum()), int(could.sum())
+    kinds = [k for k in attributes(call, local_experts(call)) if "row" in k.words]
+    having = [(k.words, k.mask.any(1) & could) for k in kinds if bool((k.mask.any(1) | ~wrong).all())]
+    words, rarest = min(having, key=lambda one: int(one[1].sum()), default=("", could))
+    others = int(rarest.sum()) - count
+    # That some kind would have all of them by chance.
+    if len(kinds) * math.comb(count + others, count) > _CHANCE * math.comb(total, count):
+        return []
+    place = f"every token that differs has slots {words}"
+    rest = f"{others} of the {total - count} others do, too" if others else "none of the others does"
+    return [Pattern(f"{place}; {rest}", place)]
 
 
 def _tokens(mask: Tensor, could: Tensor) -> list[Pattern]:

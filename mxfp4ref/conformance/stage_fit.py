@@ -38,7 +38,7 @@ _ANOTHER_ACTIVATION = "it is GEMM2 of another activation"
 _STAGES = ("fc1_output", "activation", "fc2_output")
 
 
-Reach = Literal["", "before finalize", "before or after finalize's sum", "rounding"]
+Reach = Literal["", "before finalize", "other than the sum's weights", "rounding"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Reconciled:
 
     Attributes:
         words: the stage, and why.
-        reach: "before or after finalize's sum" where other weights do not explain it, "before finalize" where besides
+        reach: "other than the sum's weights" where these do not explain it, "before finalize" where besides
             it is GEMM2 of another activation; "rounding" where every element lies within the
             interval of all correct evaluations; else "".
     """
@@ -127,7 +127,7 @@ def reconcile(call: MoeCall, outputs: Mapping[str, Tensor], mask: Tensor) -> Rec
         return Reconciled(fitted)
     words += ", and other weights for the right expert outputs do not explain it"
     gemm2 = _fit_gemm2(call, outputs["output"], beyond)
-    reach: Reach = "before finalize" if _ANOTHER_ACTIVATION in gemm2 else "before or after finalize's sum"
+    reach: Reach = "before finalize" if _ANOTHER_ACTIVATION in gemm2 else "other than the sum's weights"
     return Reconciled(f"{reach}: {words}{gemm2}", reach)
 
 
@@ -306,7 +306,7 @@ def _fit_gemm2(call: MoeCall, output: Tensor, mask: Tensor) -> str:
     rest = _residual(y, weights @ solution)
     # With as many unknowns as equations anything can be fitted.
     if call.experts.intermediate_size * 2 > len(y) or rest > 2.0**-6:
-        return f"; GEMM2's weights or scales, or what comes before or after (token {token})"
+        return ""
     right = fp32.widen(trace(one_token(call, token)).activation[0]).to(torch.float64)
     if _residual(y, weights @ right) < 4 * max(rest, 2.0**-7):
         return ""  # the right activation, summed in another way, gives it about as well

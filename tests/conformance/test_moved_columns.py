@@ -62,5 +62,5 @@ def test_other_numbers_are_not_moved(factor: float) -> None:
 
 def test_nothing_excludes_what_comes_after_the_sum() -> None:
     stage = reconcile(CALL, {"output": EXCHANGED}, differing(EXCHANGED, RIGHT))
-    assert stage.reach == "before or after finalize's sum"
-    assert stage.words.startswith("before or after finalize's sum: ")
+    assert stage.reach == "other than the sum's weights"
+    assert stage.words.startswith("other than the sum's weights: ")

@@ -153,3 +153,23 @@ def test_nan_is_counted_where_there_is_any() -> None:
     mask = columns(0)
     words = found(mask, torch.where(mask, torch.nan, EXPECTED.float()).to(torch.bfloat16))
     assert "NaN where a number is expected in 16 elements" in words
+
+
+def test_wrong_tokens_that_share_rows_of_their_experts_are_said_to() -> None:
+    ids = torch.tensor(
+        [[0, 1]] * 12 + [[2, 3]] * 12 + [[1, 3]] * 8, dtype=torch.int32
+    )  # 12, 20, 12 and 20 rows
+    again = torch.arange(32) % 16
+    scales = CALL.token_final_scales[again, :2].contiguous()
+    call = replace(CALL, input=CALL.input[again], token_selected_experts=ids, token_final_scales=scales)
+    want = forward(call)
+    token = torch.arange(32)
+    wrong = (token % 12 >= 8) & (token < 24)  # of experts 0 and 2, whose 12 rows fill no tile of 16
+    found = [p.words for p in patterns(call, want + 1, want, wrong[:, None].expand_as(want))]
+    words = (
+        "every token that differs has slots beyond the first 8 of the last, unfilled 16 rows of their expert"
+    )
+    assert f"{words}; none of the others does" in found
+    chosen = torch.rand(32, generator=torch.Generator().manual_seed(1)) < 0.3
+    found = [p.words for p in patterns(call, want + 1, want, chosen[:, None].expand_as(want))]
+    assert not any("every token that differs has" in words for words in found)

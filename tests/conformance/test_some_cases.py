@@ -6,11 +6,13 @@ import time
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from mxfp4ref.conformance import CaseResult, Options, Report, diagnose
 from mxfp4ref.conformance.agreement import agreed
 from mxfp4ref.conformance.diagnosing import Found
+from mxfp4ref.conformance.families import jury
 from mxfp4ref.conformance.families.activations import activation_hypotheses
 from mxfp4ref.conformance.families.engine import Result, prepared, told
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
@@ -136,3 +138,14 @@ def test_names_and_hypotheses_share_the_limit_of_a_call_of_real_size(monkeypatch
     one = of_another_kind()
     diagnose("moe", one.pipeline.call, {"output": one.got}, {"output": one.want})
     assert given == [12.0]
+
+
+def test_a_plain_case_is_searched_where_no_other_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jury, "_SEARCHED", 0)
+    noise = [failure(case, torch.randn_like(failure(case).got)) for case in (ALIKE, OTHER)]
+    verdict = jury.judge([*noise, failure(ONE)], lambda: [], seconds=0.0)
+    assert (
+        f"{ONE} by itself shows in every bit: in the activation the sigmoid takes e^x"
+        in verdict.finding.sentence
+    )
+    assert verdict.by_case[ONE].exact

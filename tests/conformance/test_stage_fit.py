@@ -78,13 +78,15 @@ def test_a_factor_of_all_slots_may_come_from_before(factor: float) -> None:
 def test_no_stage_is_called_right_by_chance(wrong: Callable[[MoeCall], Tensor], name: str) -> None:
     """The experts' outputs of `ALIKE` are so much alike that large weights of both signs fit anything."""
     call = first_tokens(name, 2)
-    assert stage_of(call, wrong(call)).startswith(("before ", "nothing was added up", "unknown"))
+    assert stage_of(call, wrong(call)).startswith(
+        ("before ", "other than the sum's weights", "nothing was added up", "unknown")
+    )
 
 
 @pytest.mark.parametrize("name", ["scale_off_by_one_group", "gate_up_swapped", "weights_not_interleaved"])
 def test_wrong_weights_and_scales_are_not_blamed_on_finalize(name: str) -> None:
     call = first_tokens(ORDINARY, 3)
-    assert stage_of(call, DEFECTS[name].run(call)).startswith("before ")
+    assert stage_of(call, DEFECTS[name].run(call)).startswith(("before ", "other than the sum's weights"))
 
 
 def in_another_order(call: MoeCall, weights: Tensor) -> Tensor:
@@ -142,4 +144,4 @@ def test_other_weights_are_recognised_of_a_kernel_that_sums_in_another_order() -
         replace(call, experts=replace(call.experts, fc2_scales=next_scales)), call.token_final_scales
     )
     outside = ~bound(call).contains(mistaken)
-    assert reconcile(call, {"output": mistaken}, outside).reach == "before or after finalize's sum"
+    assert reconcile(call, {"output": mistaken}, outside).reach == "other than the sum's weights"

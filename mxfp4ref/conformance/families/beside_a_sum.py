@@ -71,7 +71,7 @@ def beside_a_sum(
         if output is None or search.out_of_time():
             continue
         if surprise(search.got, output) < FEWEST_BITS:
-            return []  # this change alone is what is wrong, or nearly so
+            return _nearly(search, hypothesis)  # this change alone is what is wrong, or nearly so
         others_of_sum = (h for h in second() if _SUM & set(h.stages))
         for match in Search(base, search.got, output, search.until).run(others_of_sum, enough=1):
             both = composed(hypothesis, match.hypothesis)
@@ -84,10 +84,10 @@ def beside_a_sum(
 
 
 def _nearly(search: Search, first: Hypothesis) -> list[Match]:
-    """The first change alone, if that predicts nearly all bits."""
+    """The first change alone, if that predicts nearly all bits, but not all."""
     output = first.run(search.pipeline)
     part = 0.0 if output is None else share(~differing(output, search.got), search.wrong)
-    return [Match(roughly(first, "up to roundings", part), False)] if part >= SURELY else []
+    return [Match(roughly(first, "up to roundings", part), False)] if SURELY <= part < 1 else []
 
 
 def _alone(search: Search, first: Hypothesis) -> Match:

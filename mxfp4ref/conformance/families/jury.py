@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from mxfp4ref.conformance.families.evidence import gather, look_closer
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline
 from mxfp4ref.conformance.families.named import named_hypotheses
 from mxfp4ref.conformance.families.nan_bits import investigated
+from mxfp4ref.conformance.families.order_of_cases import different, plain_one, telling
 from mxfp4ref.conformance.families.search import FEWEST_BITS, Match, one_thread
 from mxfp4ref.conformance.finding import OTHERS, Evidence
 from mxfp4ref.conformance.reduction import thread_clock
@@ -26,6 +27,7 @@ __all__ = ["Failure", "Verdict", "judge"]
 _SEARCHED = 4  # cases that are searched by themselves
 _READ = 12  # whose evidence is read
 _FOR_A_SECOND = 6.0  # seconds, to look for a change beside the one that predicts most cases
+_FOR_A_PLAIN_ONE = 15.0  # seconds, where none of those searched is explained
 _SUPPORTED = 0.5  # of the elements that are wrong, or would be, in a case of a kind
 _Passing = Callable[[], Iterable[tuple[Pipeline, Tensor]]]
 _Kind = tuple[object, ...]
@@ -100,13 +102,13 @@ def judge(
             has no name.
     """
     until = thread_clock() + seconds
-    failures = sorted(failures, key=_telling, reverse=True)
+    failures = sorted(failures, key=telling, reverse=True)
     if known and (verdict := _of_known(failures, passing, known, seconds)):
         return verdict
     by_case: dict[str, Finding] = {}
     seen: dict[str, _Heard] = {}
     results: list[Result] = []
-    for number, failure in enumerate(_different(failures)):
+    for number, failure in enumerate(different(failures)):
         left = until - thread_clock()
         if number >= _SEARCHED or left < 1:
             break
@@ -120,7 +122,31 @@ def judge(
                 seen[match.hypothesis.words] = _heard(match, failures)
         if verdict := _of_all(seen.values(), failures, passing):
             return verdict
-    return _undecided(failures, passing, seen, results, by_case, until)
+    alone = None
+    if not any(match.exact for result in results for match in result.matches):
+        alone = plain_one(f for f in failures if f.case not in by_case)
+    if alone is not None:
+        start = thread_clock()
+        how = {"seconds": _FOR_A_PLAIN_ONE, "outside": alone.outside}
+        result = investigated(alone.pipeline, alone.got, alone.want, **how)
+        until += thread_clock() - start
+        by_case[alone.case] = result.finding
+        for match in result.matches:
+            seen.setdefault(match.hypothesis.words, _heard(match, failures))
+        if verdict := _of_all(seen.values(), failures, passing):
+            return verdict
+    verdict = _undecided(failures, passing, seen, results, by_case, until)
+    return verdict if alone is None else _and_alone(verdict, alone.case)
+
+
+def _and_alone(verdict: Verdict, case: str) -> Verdict:
+    """With what explains a case by itself, where the verdict says nothing as good."""
+    found, all_of_them = verdict.by_case[case], verdict.finding
+    if not found.exact or all_of_them.exact or all_of_them.cases:
+        return verdict
+    words = f"{case} by itself shows in every bit: {found.sentence}"
+    sentence = "; ".join(filter(None, (all_of_them.sentence, words)))
+    return replace(verdict, finding=replace(all_of_them, sentence=sentence))
 
 
 def _of_all(heard: Iterable[_Heard], failures: list[Failure], passing: _Passing) -> Verdict | None:
@@ -194,37 +220,6 @@ def _spared(matches: list[Match], passing: _Passing, kinds: set[_Kind] | None = 
     return kept
 
 
-def _telling(failure: Failure) -> tuple[float, ...]:
-    """How much a case tells: many wrong numbers, several experts, and equations that can be solved."""
-    call = failure.pipeline.call
-    wrong = differing(failure.got, failure.want)
-    finite = failure.got.isfinite() & failure.want.isfinite()
-    amount = float((wrong & finite).sum().clamp(max=512)) / 512
-    several = min(call.experts.num_experts, 4) / 4
-    solvable = call.experts.hidden_size >= 2 * call.experts.intermediate_size
-    return (amount + several + 0.3 * solvable + 0.2 * (call.top_k > 1) - 0.5 * float((~finite).any()),)
-
-
-def _different(failures: list[Failure]) -> Iterator[Failure]:
-    """The most telling of each kind first: with and without parameters, biases, ranks."""
-    kinds: set[tuple[object, ...]] = set()
-    later = []
-    for failure in failures:
-        call, experts = failure.pipeline.call, failure.pipeline.call.experts
-        kind = (
-            experts.swiglu_limit is None,
-            experts.fc1_biases is None,
-            call.ep_size,
-            call.experts.num_experts > 1,
-        )
-        if kind in kinds:
-            later.append(failure)
-        else:
-            kinds.add(kind)
-            yield failure
-    yield from later
-
-
 def _undecided(
     failures: list[Failure],
     passing: _Passing,
@@ -236,7 +231,7 @@ def _undecided(
     """No hypothesis predicts all: the one that predicts most by far, or the stage that the evidence agrees on."""
     proofs: list[Evidence] = []
     with one_thread():
-        for number, failure in enumerate(_different(failures)):
+        for number, failure in enumerate(different(failures)):
             if number >= _READ or (number and thread_clock() > until + 5):
                 break
             if number < len(results) and results[number].evidence:

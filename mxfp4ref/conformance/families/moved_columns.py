@@ -49,7 +49,8 @@ def _place(got: Tensor, want: Tensor, rows: Tensor) -> str:
     same = torch.stack([(bits == right.roll(-d, 1)).all(0) & telling for d in offsets])
     if torch.equal(bits.sort(1).values, right.sort(1).values):
         return _in_words(same, offsets) or "each row has its own, in another order"
-    return _shift(same, offsets, (bits != right).any(0))
+    numbers = (bits & 0x7FFF).ne(0).any(0)  # zeros are no column's own
+    return _shift(same & numbers, offsets, (bits != right).any(0))
 
 
 def _shift(same: Tensor, offsets: list[int], wrong: Tensor) -> str:

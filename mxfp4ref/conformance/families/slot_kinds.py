@@ -95,6 +95,13 @@ def attributes(call: MoeCall, local: Tensor) -> Iterator[SlotKind]:
                 f"in the last, unfilled {count} rows of their expert",
                 here & (position >= rows // count * count),
             )
+        if count % 8 == 0 and count < tokens:  # as a half of the rows of an MMA's fragment
+            half = here & (position % count >= count // 2)
+            yield SlotKind(f"in the second half of each {count} rows of their expert", half)
+            yield SlotKind(
+                f"beyond the first {count // 2} of the last, unfilled {count} rows of their expert",
+                half & (position >= rows // count * count),
+            )
     for size in (8, 16, 32, 64, 128):
         words = f"that are rows {size} to {2 * size - 1} of their expert (its second tile of {size})"
         yield SlotKind(words, here & (position // size == 1))
