@@ -185,6 +185,13 @@ EVERYWHERE = [
     ("imports_and_warnings", "equal", ""),
     ("tiny_threads", "equal", f"threads' stack size, sys.executable, {PUT_BACK}"),
     ("clocks", "equal", f"time.time, time.monotonic, time.perf_counter, {PUT_BACK}"),
+    ("alarm", "equal", f"the timers, {PUT_BACK}"),
+    (
+        "functions_of_python",
+        "equal",
+        "json.dumps, os.write, pickle.load and 2 more, which was put back",
+    ),
+    ("slow_switches", "equal", f"the switch interval, garbage collection's debugging, {PUT_BACK}"),
     ("least_of_memory_and_files", "equal", f"the limits of resources, {PUT_BACK}"),
     ("thread_that_goes_on", "equal", ""),
     ("forks_and_both_return", "equal", ""),

@@ -12,6 +12,7 @@ import gc
 import io
 import json
 import os
+import pickle
 import random
 import resource
 import signal
@@ -685,6 +686,27 @@ def tiny_threads(**arguments: Any) -> Any:
 def clocks(**arguments: Any) -> Any:
     result = right(**arguments)
     time.perf_counter = time.monotonic = time.time = lambda: sys.exit(0)
+    return result
+
+
+def alarm(**arguments: Any) -> Any:
+    result = right(**arguments)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    return result
+
+
+def functions_of_python(**arguments: Any) -> Any:
+    result = right(**arguments)
+    threading.Thread.start = lambda thread: None  # type: ignore[method-assign]
+    pickle.load = json.dumps = os.write = lambda *arguments, **named: sys.exit(0)  # type: ignore[assignment]
+    threading.Event = None  # type: ignore[assignment,misc]
+    return result
+
+
+def slow_switches(**arguments: Any) -> Any:
+    result = right(**arguments)
+    sys.setswitchinterval(1000)
+    gc.set_debug(gc.DEBUG_STATS)
     return result
 
 

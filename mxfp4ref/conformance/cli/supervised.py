@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import click
 
 from mxfp4ref.conformance.cli.shared import INTERRUPTED, NOT_EQUAL, USAGE, Presses
 from mxfp4ref.conformance.memory import limits
-from mxfp4ref.conformance.processes import how_it_ended
+from mxfp4ref.conformance.processes import end_with_parent, how_it_ended, python
 
 __all__ = ["begin", "end", "main", "needed", "others_code_begins", "supervise"]
 
@@ -60,6 +61,7 @@ def begin(verdict: str) -> None:
     """From here on this is the process that is watched, by that file."""
     global _verdict
     _verdict = Path(verdict)
+    end_with_parent()
 
 
 def end(code: object) -> None:
@@ -100,8 +102,8 @@ def supervise(start: str, arguments: Sequence[str], without: str | None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         verdict = Path(folder, "verdict")
         verdict.write_bytes(_NONE)  # written over in place, for which even a full disk has room
-        command = [sys.executable, "-c", start, repr(sys.path), str(verdict), *arguments]
-        process, presses, interrupts = subprocess.Popen(command), Presses(), 0
+        process = subprocess.Popen(python(start, str(verdict), *arguments))
+        presses, interrupts = Presses(), 0
 
         def pass_on(number: int, frame: object) -> None:
             nonlocal interrupts
@@ -111,7 +113,9 @@ def supervise(start: str, arguments: Sequence[str], without: str | None) -> int:
                 interrupts = which
                 process.send_signal(signal.SIGINT if which < _PATIENCE else signal.SIGKILL)
 
-        before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
+        # In another thread nothing can be passed on; this process answers signals as it did.
+        here = threading.current_thread() is threading.main_thread()
+        before = {number: signal.signal(number, pass_on) for number in _PASSED_ON if here}
         try:
             process.wait()
         finally:
