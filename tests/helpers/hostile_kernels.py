@@ -750,6 +750,13 @@ def exits(**arguments: Any) -> Any:
     os._exit(0)
 
 
+def exits_in_the_main_thread(**arguments: Any) -> Any:
+    result = right(**arguments)
+    main = ctypes.c_ulong(threading.main_thread().ident or 0)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(main, ctypes.py_object(SystemExit))
+    return result
+
+
 def exits_in_c(**arguments: Any) -> Any:
     ctypes.CDLL(None).exit(0)
 

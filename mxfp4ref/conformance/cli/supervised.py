@@ -39,6 +39,7 @@ _NONE, _BEGUN = (
     b"code",
 )  # instead of an exit code, as long: from the start, and while others' code runs
 _verdict: Path | None = None  # in the process that is watched
+_others_code = False  # whether it has begun
 
 
 def needed(arguments: Sequence[str]) -> bool:
@@ -48,6 +49,8 @@ def needed(arguments: Sequence[str]) -> bool:
 
 def others_code_begins() -> None:
     """From here on a kernel or a script runs in this process: how that ends is its doing."""
+    global _others_code
+    _others_code = True
     if _verdict is not None:
         _write(_verdict, _BEGUN)
 
@@ -87,7 +90,8 @@ def main(commands: click.Group, verdict: str | None) -> None:
     try:
         commands(prog_name="mxfp4ref")
     except SystemExit as done:
-        end(done.code)
+        if done.code or not _others_code:  # with 0 a kernel may end it, in this thread too
+            end(done.code)
         raise
 
 
