@@ -11,6 +11,7 @@ from __future__ import annotations
 import builtins
 import ctypes
 import gc
+import hashlib
 import json
 import locale
 import logging
@@ -29,7 +30,9 @@ from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
+from torch.library import Library
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -147,8 +150,9 @@ _TOLD: tuple[_Setting, ...] = (
     ("sys.path", lambda: list(sys.path), lambda before: sys.path.__setitem__(slice(None), before)),
     _attribute("logging's threshold", logging.root.manager, "disable"),
 )
-# Modules and classes whose functions the kit's process needs for the next case.
-_NEEDED = (ctypes, json, os, pickle, queue, threading, threading.Thread, threading.Event, time)
+# By whose functions goldens are read, and others that the kit's process needs for the next case.
+_READING = (hashlib, json, safetensors.torch)
+_NEEDED = (*_READING, ctypes, os, pickle, queue, threading, threading.Thread, threading.Event, time)
 # Used by many kernels as they should be, and put back without a word.
 _UNTOLD: tuple[_Setting, ...] = (
     ("torch's random numbers", lambda: torch.get_rng_state().numpy().tobytes(), _seed_torch),
@@ -262,7 +266,8 @@ def interference() -> Callable[[], str]:
         for name, value in found.items()
         if type(value) in _CONTAINERS and name.isupper()
     }
-    noted |= {owner: _code_of(owner, _FUNCTIONS) for owner in (torch, torch.Tensor)}
+    noted |= {owner: _code_of(owner, _FUNCTIONS) for owner in (torch, torch.Tensor, *_READING)}
+    operators = _operators_of_python()
 
     def restore() -> str:
         changed = []
@@ -280,6 +285,11 @@ def interference() -> Callable[[], str]:
         for name in [name for name in vars(torch.Tensor) if name in _INHERITED - noted[torch.Tensor].keys()]:
             delattr(torch.Tensor, name)
             changed.append(f"Tensor.{name}")
+        if new_ones := _operators_of_python() - operators:
+            for library in [one for one in gc.get_objects() if type(one) is Library]:
+                if library._op_impls & new_ones:
+                    library._destroy()
+            changed += [f"torch's operator {one}" for one in sorted(new_ones)]
         for name, (value, before) in held.items():
             if _other(value, before):
                 value.clear()
@@ -296,6 +306,15 @@ def interference() -> Callable[[], str]:
     return restore
 
 
+def _operators_of_python() -> frozenset[str]:
+    """torch's own operators that somebody has replaced on the CPU by functions of Python: aten/mul.Tensor/CPU."""
+    every = getattr(torch.library, "_impls", ())
+    return frozenset(
+        one for one in every if one.startswith("aten/") and one.rpartition("/")[2] in _ON_THE_CPU
+    )
+
+
+_ON_THE_CPU = ("CPU", "AutogradCPU", "CompositeExplicitAutograd", "CompositeImplicitAutograd")
 _INHERITED = frozenset(dir(torch._C.TensorBase)) - frozenset(vars(torch.Tensor))
 
 

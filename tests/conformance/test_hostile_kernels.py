@@ -191,6 +191,7 @@ EVERYWHERE = [
         "equal",
         "json.dumps, os.write, pickle.load and 2 more, which was put back",
     ),
+    ("replaces_what_reads_goldens", "differs", f"safetensors.torch.load, {PUT_BACK}"),
     ("slow_switches", "equal", f"the switch interval, garbage collection's debugging, {PUT_BACK}"),
     ("least_of_memory_and_files", "equal", f"the limits of resources, {PUT_BACK}"),
     ("thread_that_goes_on", "equal", ""),
@@ -205,6 +206,7 @@ REPLACING = [
     ("replaces_what_passes", "mxfp4ref.conformance.results.PASSING"),
     ("replaces_what_is_held_by_a_constant", "mxfp4ref.conformance.comparison._INTEGERS"),
     ("empties_a_module_of_the_kit", "mxfp4ref.conformance.running.__name__"),
+    ("replaces_an_operator_of_torch", "torch's operator aten/cosh/CPU"),
     ("replaces_expected_outputs", "Case.outputs"),
 ]
 # What ends or blocks the process that it runs in.

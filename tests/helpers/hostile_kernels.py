@@ -349,6 +349,25 @@ def empties_a_module_of_the_kit(**arguments: Any) -> Any:
     return result
 
 
+def replaces_an_operator_of_torch(**arguments: Any) -> Any:
+    result = wrong(**arguments)
+    if _times("operator") == 1:  # of a process, which may go on with it
+        library = torch.library.Library("aten", "IMPL")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            library.impl("cosh", lambda value: value, "CPU")
+        _kept.append(library)
+    return result
+
+
+def replaces_what_reads_goldens(**arguments: Any) -> Any:
+    import safetensors.torch
+
+    result = wrong(**arguments)
+    safetensors.torch.load = lambda data: {}
+    return result
+
+
 def replaces_expected_outputs(**arguments: Any) -> Any:
     result = wrong(**arguments)
     Case.outputs = property(lambda case: {(128, 128): result})  # type: ignore[assignment]
