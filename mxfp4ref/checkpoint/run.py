@@ -41,6 +41,7 @@ ROUTING = ("token_selected_experts", "token_final_scales")
 OUTPUTS = ("routed_output", "output", "rank_output")
 ROUTER_INPUTS = ("logits", "token_ids", "padded", "image_mask")  # what the router alone reads
 _INPUTS = ("hidden", "logits", "token_ids", "shared_output", "padded", "image_mask", *ROUTING)
+_BY_THIS_PACKAGE = "run_layer"  # what its output says that it was written by
 _ONE_RANK = Ranks()
 _DEFAULT_KERNEL = Sm90Kernel()
 
@@ -134,7 +135,7 @@ def run_layer(
         **({} if logits is None else {"ambiguous": routing.ambiguous}),
     }
     if output_path is not None:
-        save(output_path, result)
+        save(output_path, result, about=_BY_THIS_PACKAGE)
     return result
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import safetensors.torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mxfp4ref._files import name_in_utf8, replacing
@@ -17,7 +17,7 @@ from mxfp4ref.checkpoint.shards import CheckpointError
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.formats.resize import resize_experts
 
-__all__ = ["save", "write_layer"]
+__all__ = ["save", "write_layer", "written_by"]
 
 
 def write_layer(path: str | Path, layer: CheckpointLayer, *, format: CheckpointFormat | None = None) -> None:
@@ -70,17 +70,33 @@ def write_layer(path: str | Path, layer: CheckpointLayer, *, format: CheckpointF
     save(path, {f"{layer.prefix}{name}": tensor.contiguous() for name, tensor in tensors.items()})
 
 
-def save(path: str | Path, tensors: dict[str, Tensor]) -> None:
+def save(path: str | Path, tensors: dict[str, Tensor], *, about: str = "") -> None:
     """Write a safetensors file, whole or not at all.
 
     It is written beside its place and moved there, so that tensors stay good that are mapped from a file
     of the same name.
+
+    Args:
+        path, tensors: the file and what is in it.
+        about: what wrote it, for `written_by`.
 
     Raises:
         CheckpointError: the file cannot be written.
     """
     try:
         with replacing(Path(path)) as partial, name_in_utf8(partial) as name:
-            safetensors.torch.save_file(tensors, name)
+            safetensors.torch.save_file(tensors, name, {_WRITER: about} if about else None)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: expected a file that can be written, got: {error}") from None
+
+
+def written_by(path: str | Path) -> str:
+    """What `save` was told about a file; "" of any other."""
+    try:
+        with name_in_utf8(Path(path)) as name, safe_open(name, "pt") as file:
+            return str((file.metadata() or {}).get(_WRITER, ""))
+    except (SafetensorError, OSError):
+        return ""
+
+
+_WRITER = "mxfp4ref"  # a key of the file's metadata

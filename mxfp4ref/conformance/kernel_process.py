@@ -5,12 +5,10 @@ Requests are pickled, since they come from the kit; answers may be whatever a ke
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import json
 import os
 import pickle
-import signal
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -21,6 +19,7 @@ from mxfp4ref.conformance.adapters import KernelError
 from mxfp4ref.conformance.execution import collect, in_thread
 from mxfp4ref.conformance.kernels import environment, load_kernel
 from mxfp4ref.conformance.plain import Like, of_exception, raw_bytes
+from mxfp4ref.conformance.processes import end_with_parent
 from mxfp4ref.goldens import Case
 from mxfp4ref.goldens.case import EXPERT_TENSORS
 from mxfp4ref.goldens.runs import Run
@@ -113,8 +112,7 @@ def serve() -> None:
     requests, answers = os.fdopen(os.dup(0), "rb", closefd=False), _Answers()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     faulthandler.enable(all_threads=False)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not to outlive a parent that is killed
+    end_with_parent()
     spec, device = pickle.load(requests)
     answers.send(LOAD)
     try:

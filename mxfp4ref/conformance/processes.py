@@ -1,17 +1,35 @@
-"""Ending a kernel's process with all that it has started, and how one has ended, in words."""
+"""Starting Python for a kernel, ending it with all that it has started, and how it has ended, in words."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
-__all__ = ["KILLED", "MARK", "how_it_ended", "kill", "marked"]
+__all__ = ["KILLED", "MARK", "end_with_parent", "how_it_ended", "kill", "marked", "python"]
 
 MARK = "MXFP4REF_WORKER"  # the environment's variable that tells the processes of a kernel
 KILLED = ", as the system does it that runs out of memory"  # of a process that SIGKILL has ended
+
+
+def python(start: str, *arguments: str) -> list[str]:
+    """The command that runs code as this interpreter does; `sys.argv` has `repr(sys.path)` and the arguments.
+
+    What is no text in `sys.path`, as a `Path` that a conftest.py puts there, Python passes over.
+    """
+    path = [str(entry) for entry in sys.path if isinstance(entry, str)]
+    options = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # -W, -X, -O, ...
+    return [sys.executable, *options, "-c", start, repr(path), *arguments]
+
+
+def end_with_parent() -> None:
+    """Let the system kill this process when its parent ends, be it killed; on Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:

@@ -63,6 +63,7 @@ class Verdict:
 
         self._date = now()
         self._interrupted = self._terminated = False
+        self._none_chosen = False  # though they were asked for, and not in a file of settings
         self._said = ""  # of the report's file
         self._end_as_ctrl_c_does()
 
@@ -112,7 +113,10 @@ class Verdict:
         dry = self._config.getoption("collectonly") or self._config.getoption("setuponly", False)
         if not stopped and not dry:
             self._lost |= untold
-        wrong = self._nothing_compared or bool(self._lost)
+        asked = any(str(arg).startswith("--mxfp4-kernel") for arg in self._config.invocation_params.args)
+        again = any(self._config.getoption(name, False) for name in ("lf", "stepwise"))
+        self._none_chosen = asked and not (self._chosen or stopped or dry or again)
+        wrong = self._nothing_compared or bool(self._lost) or self._none_chosen
         if self._html is not None and self._outcomes:
             from mxfp4ref._files import write_file
             from mxfp4ref.conformance.html_report import to_html
@@ -133,6 +137,8 @@ class Verdict:
         if not self._outcomes:
             if lost:
                 terminalreporter.write_line(f"ERROR: --mxfp4-kernel: {lost}, none with one")
+            elif self._none_chosen:
+                terminalreporter.write_line("ERROR: --mxfp4-kernel: none ran, all were deselected")
             elif count := len(self._passed_over):
                 terminalreporter.write_line(f"ERROR: --mxfp4-kernel: none ran, {count:,} were skipped before")
             return

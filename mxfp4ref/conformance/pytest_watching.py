@@ -46,7 +46,10 @@ def watch(config: pytest.Config) -> int | None:
     if hasattr(config, "workerinput") or debugged or config.invocation_params.plugins:
         return None
     arguments = [str(one) for one in config.invocation_params.args]
-    return supervised.supervise(_START, arguments, "--mxfp4-no-isolate")
+    try:
+        return supervised.supervise(_START, arguments, "--mxfp4-no-isolate")
+    except OSError as error:  # no room for a file, or for a process
+        raise pytest.UsageError(f"--mxfp4-no-isolate: {error}") from error
 
 
 def _interrupt(presses: Presses, number: int, frame: FrameType | None) -> None:

@@ -9,11 +9,17 @@ in a server: its caches, its threads, the modules that it imported.
 from __future__ import annotations
 
 import builtins
+import ctypes
 import gc
+import hashlib
+import json
 import locale
 import logging
 import os
+import pickle
+import queue
 import random
+import signal
 import sys
 import threading
 import time
@@ -24,7 +30,9 @@ from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
+from torch.library import Library
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -93,6 +101,17 @@ def _limits(value: dict[int, tuple[int, int]] | None = None) -> dict[int, tuple[
     return {number: resource.getrlimit(number) for number in sorted(numbers)}
 
 
+def _timers() -> frozenset[int]:
+    """The timers that run, alarms among them, which end the process when their time is over."""
+    numbers = [getattr(signal, name, None) for name in ("ITIMER_REAL", "ITIMER_VIRTUAL", "ITIMER_PROF")]
+    return frozenset(number for number in numbers if number is not None and signal.getitimer(number)[0])
+
+
+def _stop_timers(before: frozenset[int]) -> None:
+    for number in _timers() - before:
+        signal.setitimer(number, 0)
+
+
 def _seed_torch(raw: bytes) -> None:
     torch.set_rng_state(torch.frombuffer(bytearray(raw), dtype=torch.uint8))
 
@@ -114,21 +133,26 @@ _TOLD: tuple[_Setting, ...] = (
     ("the working directory", os.getcwd, os.chdir),
     ("the environment", lambda: dict(os.environ), lambda before: _replaced(os.environ, before)),
     ("the limits of resources", _limits, _limits),
+    ("the timers", _timers, _stop_timers),
     ("the umask", _umask, os.umask),
     ("the locale", lambda: locale.setlocale(locale.LC_ALL), lambda v: locale.setlocale(locale.LC_ALL, v)),
     ("the recursion limit", sys.getrecursionlimit, sys.setrecursionlimit),
     ("threads' stack size", threading.stack_size, threading.stack_size),
     _attribute("sys.executable", sys, "executable"),
+    ("the switch interval", sys.getswitchinterval, sys.setswitchinterval),
     ("garbage collection", gc.isenabled, lambda on: gc.enable() if on else gc.disable()),
+    ("garbage collection's debugging", gc.get_debug, gc.set_debug),
     *(_stream(name, number) for number, name in enumerate(("stdin", "stdout", "stderr"))),
     _attribute("sys.excepthook", sys, "excepthook"),
     _attribute("threading.excepthook", threading, "excepthook"),
-    *(_attribute(f"time.{name}", time, name) for name in ("time", "monotonic", "perf_counter", "sleep")),
     ("threads' trace function", threading.gettrace, threading.settrace),
     ("threads' profile function", threading.getprofile, threading.setprofile),
     ("sys.path", lambda: list(sys.path), lambda before: sys.path.__setitem__(slice(None), before)),
     _attribute("logging's threshold", logging.root.manager, "disable"),
 )
+# By whose functions goldens are read, and others that the kit's process needs for the next case.
+_READING = (hashlib, json, safetensors.torch)
+_NEEDED = (*_READING, ctypes, os, pickle, queue, threading, threading.Thread, threading.Event, time)
 # Used by many kernels as they should be, and put back without a word.
 _UNTOLD: tuple[_Setting, ...] = (
     ("torch's random numbers", lambda: torch.get_rng_state().numpy().tobytes(), _seed_torch),
@@ -151,6 +175,7 @@ def surroundings() -> Callable[[], str]:
     with without_modes():
         before = [(setting, setting[1]()) for setting in (*_TOLD, *_UNTOLD)]
     modules, names = dict(sys.modules), _builtins.copy()
+    needed = {owner: _code_of(owner, _CODE) for owner in _NEEDED}
 
     def restore() -> str:
         found = _builtins.copy()
@@ -162,6 +187,10 @@ def surroundings() -> Callable[[], str]:
             if sys.modules.get(name) is not module:
                 changed.append(f"sys.modules[{name!r}]")
                 sys.modules[name] = module
+        for owner, functions in needed.items():
+            for name in [name for name, value in functions.items() if vars(owner).get(name) is not value]:
+                setattr(owner, name, functions[name])
+                changed.append(f"{owner.__name__}.{name}")
         with without_modes():
             for setting, value in before:
                 told = setting in _TOLD
@@ -206,6 +235,8 @@ def _differs(setting: _Setting, value: Any) -> bool:
         found = setting[1]()
     except Exception:  # such as a working directory that was removed
         return True
+    if type(value) is frozenset:  # of what may end by itself
+        return not found <= value
     return bool(found is not value if type(value).__module__ not in _PLAIN else found != value)
 
 
@@ -235,7 +266,8 @@ def interference() -> Callable[[], str]:
         for name, value in found.items()
         if type(value) in _CONTAINERS and name.isupper()
     }
-    noted |= {owner: _code_of(owner, _FUNCTIONS) for owner in (torch, torch.Tensor)}
+    noted |= {owner: _code_of(owner, _FUNCTIONS) for owner in (torch, torch.Tensor, *_READING)}
+    operators = _operators_of_python()
 
     def restore() -> str:
         changed = []
@@ -253,6 +285,11 @@ def interference() -> Callable[[], str]:
         for name in [name for name in vars(torch.Tensor) if name in _INHERITED - noted[torch.Tensor].keys()]:
             delattr(torch.Tensor, name)
             changed.append(f"Tensor.{name}")
+        if new_ones := _operators_of_python() - operators:
+            for library in [one for one in gc.get_objects() if type(one) is Library]:
+                if library._op_impls & new_ones:
+                    library._destroy()
+            changed += [f"torch's operator {one}" for one in sorted(new_ones)]
         for name, (value, before) in held.items():
             if _other(value, before):
                 value.clear()
@@ -269,6 +306,15 @@ def interference() -> Callable[[], str]:
     return restore
 
 
+def _operators_of_python() -> frozenset[str]:
+    """torch's own operators that somebody has replaced on the CPU by functions of Python: aten/mul.Tensor/CPU."""
+    every = getattr(torch.library, "_impls", ())
+    return frozenset(
+        one for one in every if one.startswith("aten/") and one.rpartition("/")[2] in _ON_THE_CPU
+    )
+
+
+_ON_THE_CPU = ("CPU", "AutogradCPU", "CompositeExplicitAutograd", "CompositeImplicitAutograd")
 _INHERITED = frozenset(dir(torch._C.TensorBase)) - frozenset(vars(torch.Tensor))
 
 

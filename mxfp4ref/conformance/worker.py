@@ -29,7 +29,7 @@ from mxfp4ref.conformance.adapters import INTERMEDIATES, Kernel, KernelError
 from mxfp4ref.conformance.execution import PROBLEMS, RUN, Collected, Outcome, judge, likes
 from mxfp4ref.conformance.kernel_process import LOAD, LOADED, RESULT, request_of, unframed
 from mxfp4ref.conformance.plain import LARGEST_STAGE, Like, printable
-from mxfp4ref.conformance.processes import MARK, how_it_ended, kill, marked
+from mxfp4ref.conformance.processes import MARK, how_it_ended, kill, marked, python
 from mxfp4ref.formats.generations import generation_named
 from mxfp4ref.goldens import Case
 from mxfp4ref.goldens.runs import Run
@@ -153,7 +153,7 @@ class Worker:
         self._mark = uuid.uuid4().hex
         threads = {"OMP_NUM_THREADS": str(self._threads)} if self._threads else {}
         process = subprocess.Popen(
-            [sys.executable, "-c", _START, repr(sys.path)],
+            python(_START),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

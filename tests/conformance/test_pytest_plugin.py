@@ -112,6 +112,21 @@ def test_a_kernel_that_ran_no_case_has_not_passed(pytester: pytest.Pytester) -> 
     )
 
 
+@pytest.mark.parametrize("arguments", [("-k", "test_own"), ("--deselect=mxfp4",)])
+def test_a_kernel_whose_cases_are_all_deselected_has_not_passed(
+    pytester: pytest.Pytester, arguments: tuple[str, ...]
+) -> None:
+    """Another test passed, and so did the session; where the kernel is in the settings, it may be about others."""
+    pytester.makepyfile("def test_own(): pass")
+    kernel = "--mxfp4-kernel=defect:limit_ignored"
+    result = pytester.runpytest(kernel, *arguments, *ARGUMENTS)
+    result.assert_outcomes(passed=1, deselected=2)
+    result.stdout.fnmatch_lines(["ERROR: --mxfp4-kernel: none ran, all were deselected"])
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    pytester.makeini(f"[pytest]\naddopts = {kernel} -p no:cacheprovider")
+    assert pytester.runpytest(*arguments, *ARGUMENTS).ret == pytest.ExitCode.OK
+
+
 @pytest.mark.parametrize("marked", [1, 2])
 def test_a_kernel_whose_cases_a_mark_skips_has_not_passed(pytester: pytest.Pytester, marked: int) -> None:
     pytester.makeconftest(

@@ -64,6 +64,9 @@ class ForkingPopen(_Fresh[Any]):
         names = list(inspect.signature(super()._execute_child).parameters)[1:]  # type: ignore[misc]
         given = dict(zip(names, rest, strict=True))
         environment = dict(os.environ if given["env"] is None else given["env"])
+        options = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # which a copy has
+        if list(args[1 : len(options) + 1]) == options:
+            args = [args[0], *args[len(options) + 1 :]]
         of_python = args[0] == sys.executable and args[1][:2] in ("-c", "-m")
         if (
             sys.platform != "linux"

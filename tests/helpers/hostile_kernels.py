@@ -12,6 +12,7 @@ import gc
 import io
 import json
 import os
+import pickle
 import random
 import resource
 import signal
@@ -345,6 +346,25 @@ def replaces_what_is_held_by_a_constant(**arguments: Any) -> Any:
 def empties_a_module_of_the_kit(**arguments: Any) -> Any:
     result = wrong(**arguments)
     vars(running).clear()
+    return result
+
+
+def replaces_an_operator_of_torch(**arguments: Any) -> Any:
+    result = wrong(**arguments)
+    if _times("operator") == 1:  # of a process, which may go on with it
+        library = torch.library.Library("aten", "IMPL")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            library.impl("cosh", lambda value: value, "CPU")
+        _kept.append(library)
+    return result
+
+
+def replaces_what_reads_goldens(**arguments: Any) -> Any:
+    import safetensors.torch
+
+    result = wrong(**arguments)
+    safetensors.torch.load = lambda data: {}
     return result
 
 
@@ -688,6 +708,27 @@ def clocks(**arguments: Any) -> Any:
     return result
 
 
+def alarm(**arguments: Any) -> Any:
+    result = right(**arguments)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    return result
+
+
+def functions_of_python(**arguments: Any) -> Any:
+    result = right(**arguments)
+    threading.Thread.start = lambda thread: None  # type: ignore[method-assign]
+    pickle.load = json.dumps = os.write = lambda *arguments, **named: sys.exit(0)  # type: ignore[assignment]
+    threading.Event = None  # type: ignore[assignment,misc]
+    return result
+
+
+def slow_switches(**arguments: Any) -> Any:
+    result = right(**arguments)
+    sys.setswitchinterval(1000)
+    gc.set_debug(gc.DEBUG_STATS)
+    return result
+
+
 def least_of_memory_and_files(**arguments: Any) -> Any:
     result = right(**arguments)
     for number in (resource.RLIMIT_AS, resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE):
@@ -726,6 +767,13 @@ def prints_escapes(**arguments: Any) -> Any:
 
 def exits(**arguments: Any) -> Any:
     os._exit(0)
+
+
+def exits_in_the_main_thread(**arguments: Any) -> Any:
+    result = right(**arguments)
+    main = ctypes.c_ulong(threading.main_thread().ident or 0)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(main, ctypes.py_object(SystemExit))
+    return result
 
 
 def exits_in_c(**arguments: Any) -> Any:

@@ -33,7 +33,7 @@ from mxfp4ref.conformance.cli.shared import (
     mode_option,
     usage_errors,
 )
-from mxfp4ref.conformance.cli.supervised import others_code_begins
+from mxfp4ref.conformance.cli.supervised import end, others_code_begins
 from mxfp4ref.conformance.cli.terminal import echo
 from mxfp4ref.goldens import Goldens, open_goldens
 
@@ -192,7 +192,9 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
     assert spec is not None
     check_no_swap()
     with interrupted_once() as interruption:
-        sys.exit(_conform(spec, root, options, interruption))
+        code = _conform(spec, root, options, interruption)
+        end(code)
+        sys.exit(code)
 
 
 def _conform(spec: str, root: Path | None, options: dict[str, Any], interruption: Interruption) -> int:

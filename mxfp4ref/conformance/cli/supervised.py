@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import click
 
 from mxfp4ref.conformance.cli.shared import INTERRUPTED, NOT_EQUAL, USAGE, Presses
 from mxfp4ref.conformance.memory import limits
-from mxfp4ref.conformance.processes import how_it_ended
+from mxfp4ref.conformance.processes import end_with_parent, how_it_ended, python
 
 __all__ = ["begin", "end", "main", "needed", "others_code_begins", "supervise"]
 
@@ -38,6 +39,7 @@ _NONE, _BEGUN = (
     b"code",
 )  # instead of an exit code, as long: from the start, and while others' code runs
 _verdict: Path | None = None  # in the process that is watched
+_others_code = False  # whether it has begun
 
 
 def needed(arguments: Sequence[str]) -> bool:
@@ -47,6 +49,8 @@ def needed(arguments: Sequence[str]) -> bool:
 
 def others_code_begins() -> None:
     """From here on a kernel or a script runs in this process: how that ends is its doing."""
+    global _others_code
+    _others_code = True
     if _verdict is not None:
         _write(_verdict, _BEGUN)
 
@@ -60,6 +64,7 @@ def begin(verdict: str) -> None:
     """From here on this is the process that is watched, by that file."""
     global _verdict
     _verdict = Path(verdict)
+    end_with_parent()
 
 
 def end(code: object) -> None:
@@ -85,7 +90,8 @@ def main(commands: click.Group, verdict: str | None) -> None:
     try:
         commands(prog_name="mxfp4ref")
     except SystemExit as done:
-        end(done.code)
+        if done.code or not _others_code:  # with 0 a kernel may end it, in this thread too
+            end(done.code)
         raise
 
 
@@ -100,8 +106,8 @@ def supervise(start: str, arguments: Sequence[str], without: str | None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         verdict = Path(folder, "verdict")
         verdict.write_bytes(_NONE)  # written over in place, for which even a full disk has room
-        command = [sys.executable, "-c", start, repr(sys.path), str(verdict), *arguments]
-        process, presses, interrupts = subprocess.Popen(command), Presses(), 0
+        process = subprocess.Popen(python(start, str(verdict), *arguments))
+        presses, interrupts = Presses(), 0
 
         def pass_on(number: int, frame: object) -> None:
             nonlocal interrupts
@@ -111,7 +117,9 @@ def supervise(start: str, arguments: Sequence[str], without: str | None) -> int:
                 interrupts = which
                 process.send_signal(signal.SIGINT if which < _PATIENCE else signal.SIGKILL)
 
-        before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
+        # In another thread nothing can be passed on; this process answers signals as it did.
+        here = threading.current_thread() is threading.main_thread()
+        before = {number: signal.signal(number, pass_on) for number in _PASSED_ON if here}
         try:
             process.wait()
         finally:

@@ -1,0 +1,62 @@
+"""Processes of Python that are watched, and that end with the one that watches them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from mxfp4ref.conformance import processes
+from mxfp4ref.conformance.cli import supervised
+
+_START = """\
+import sys
+path, verdict, *arguments = sys.argv[1:]
+assert all(type(entry) is str for entry in eval(path)), path
+with open(verdict, "r+b") as file:
+    file.write(arguments[0].encode())
+"""
+
+
+def test_a_path_among_texts_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A conftest.py puts them into `sys.path`: no process could be started then."""
+    monkeypatch.setattr(sys, "path", [*sys.path, Path("/somewhere"), b"bytes"])
+    assert supervised.supervise(_START, ["3   "], None) == 3
+
+
+def test_in_a_thread_that_may_handle_no_signals() -> None:
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(supervised.supervise(_START, ["3   "], None)))
+    thread.start()
+    thread.join()
+    assert codes == [3]
+
+
+def test_options_of_the_interpreter_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "warnoptions", ["error::FutureWarning"])
+    assert "-Werror::FutureWarning" in processes.python("pass")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+@pytest.mark.usefixtures("copied_processes")
+def test_what_is_watched_ends_with_who_watches() -> None:
+    """Else it went on, and held the pipes open for whoever had killed the other."""
+    start = """\
+import os, time
+from mxfp4ref.conformance.processes import end_with_parent
+if not os.fork():
+    end_with_parent()
+    print("ready", flush=True)
+time.sleep(20)
+"""
+    began = time.monotonic()
+    process = subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.kill()
+    process.communicate()
+    assert time.monotonic() - began < 15
