@@ -57,7 +57,7 @@ def _apart(sentence: str, first: str) -> str:
     own = words[before : len(words) - after]
     told = " ".join([*["..."] * bool(before), *own, *["..."] * bool(after)])
     cut = told.count("(") != told.count(")")
-    return sentence if not own or cut or before + after < max(_ALIKE, len(words) / 2) else told
+    return sentence if not own or not before or cut or before + after < max(_ALIKE, len(words) / 2) else told
 
 
 def _alike(words: list[str], others: list[str]) -> int:

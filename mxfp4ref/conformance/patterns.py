@@ -45,7 +45,7 @@ class Pattern:
     @classmethod
     def of(cls, which: str, total: int, count: int) -> Pattern:
         """Of `count` tokens or columns among a total."""
-        return cls(f"{which} of {total} differ{'s' * (count == 1)}", f"{which} differ")
+        return cls(f"{which} of {total} differ{'s' * (count == 1)}", f"{which} differ{'s' * (count == 1)}")
 
     @classmethod
     def placed(cls, words: str) -> Pattern:

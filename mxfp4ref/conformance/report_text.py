@@ -73,16 +73,21 @@ def to_text(report: Report, *, verbose: bool = False) -> str:
 def _of_each_kind(failing: list[CaseResult]) -> list[CaseResult]:
     """The first failing cases, and the first of each other kind: what went wrong, and what the finding says of it.
 
-    Those that lie within bounds come last.
+    First those with a finding; those that lie within bounds come last.
     """
     told: list[CaseResult] = []
     kinds: set[tuple[str, str]] = set()
-    for result in sorted(failing, key=lambda result: result.within_bounds):
+    for result in sorted(failing, key=lambda result: (result.within_bounds, _untold(result))):
         kind = result.status, result.diagnosis.finding.sentence if result.diagnosis else ""
         if len(told) < (_FIRST if kind in kinds else _DETAILED):
             told.append(result)
             kinds.add(kind)
     return told
+
+
+def _untold(result: CaseResult) -> bool:
+    """Whether no diagnosis found anything."""
+    return result.diagnosis is None or not result.diagnosis.finding.sentence
 
 
 def tested(report: Report) -> list[str]:

@@ -26,7 +26,8 @@ class Calls:
     def add_release(self, recording: Recording) -> None:
         """The release that made it, if it can be read."""
         with suppress(Unreadable):
-            self._add("recorded by flashinfer", release_of(recording.metadata()) or "unknown")
+            if release := release_of(recording.metadata()):  # none of a recording without flashinfer
+                self._add("recorded by flashinfer", release)
 
     def add(self, call: MoeCall) -> None:
         """On which rank it ran, and its activation."""

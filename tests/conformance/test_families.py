@@ -91,7 +91,7 @@ MEMBERS: dict[str, tuple[Callable[[MoeCall], Tensor], str, str]] = {
     "part of K": (
         changed("fc2_weights", (ALL, ALL, slice(-16, None)), torch.zeros_like),
         "fc2",
-        "GEMM2: the last 1 K group (32 of K) are left out (taken as zero)",
+        "GEMM2: the last K group (32 of K) is left out (taken as zero)",
     ),
     "some rows": (
         changed("fc1_weights", (1, slice(32, 64)), torch.zeros_like),

@@ -80,3 +80,8 @@ def test_what_is_not_told_apart_is_cut_at_no_bracket() -> None:
     one = "slots are computed by the expert in {} (weights, scales{} biases alike), each expert once a token"
     told = in_words([one.format("the next place", ","), one.format("its own place", " and")])
     assert told.split("tell it from: ")[1] == one.format("its own place", " and")
+    alike = (
+        "cut to bf16 instead of rounded, in every second column, from 1 on"  # nor down to "the output is ..."
+    )
+    told = in_words([f"output_truncated: the output {alike}", f"the output is {alike}"])
+    assert told.endswith(f"tell it from: the output is {alike}")

@@ -212,9 +212,10 @@ def _conform(spec: str, root: Path | None, options: dict[str, Any], interruption
     options["repeat"] = not options.pop("no_repeat")
     with files.stdout_kept(), usage_errors():
         goldens = open_goldens(root)
-        names = select(goldens, patterns, "--case") or that_fit(goldens, goldens.names(), spec, device)
         out = select(goldens, excluded, "--exclude")
-        if not (names := [name for name in names if name not in out]):
+        names = [n for n in select(goldens, patterns, "--case") or goldens.names() if n not in out]
+        names = names if patterns else that_fit(goldens, names, spec, device)
+        if not names:
             raise UsageError("--exclude: none of the chosen cases is left")
         if earlier is not None:
             names = failed_in(earlier, goldens, names, (spec, options["mode"]))

@@ -32,7 +32,7 @@ def _k_regions(groups: int) -> Iterator[_Region]:
             )
     for count in (1, 2, 3, 4, 6, 8, 12, 16):
         if count < groups:
-            of_k = f"{count} K group{'s' * (count > 1)} ({GROUP_SIZE * count} of K)"
+            of_k = f"{f'{count} K groups' if count > 1 else 'K group'} ({GROUP_SIZE * count} of K)"
             yield f"the last {of_k}", lambda n, c=count: torch.arange(n) >= n - c, 1.1 + count / 40
             yield f"the first {of_k}", lambda n, c=count: torch.arange(n) < c, 1.2 + count / 40
     if groups > 2:
@@ -121,6 +121,12 @@ def _rolled_but(by: int, kept: int) -> _On:
 def _pairs_swapped(scales: Tensor) -> Tensor:
     groups = torch.arange(scales.shape[2], device=scales.device)
     return scales[:, :, (groups ^ 1).clamp(max=len(groups) - 1)]
+
+
+def _agreeing(place: str, what: str) -> str:
+    """What happens there, of one place or of several."""
+    one = place.startswith(("K ", "every ", "the rest ")) or "half of K" in place or " K group (" in place
+    return what.replace("are ", "is ", 1).replace("have ", "has ", 1) if one else what
 
 
 def _bases(kind: str) -> Iterator[tuple[str, tuple[str, ...], _On, float]]:
@@ -216,7 +222,7 @@ def _of(kind: str, fc: str, regions: list[_Region]) -> Iterator[Hypothesis]:
             yield Hypothesis(
                 "part of K" if kind == "K" else "some rows",
                 ("fc2", "fc1") if zero else (fc,),  # rows of GEMM1 that give zeros show alike
-                f"GEMM{fc[-1]}: {words} {base}{', or GEMM1 gives zeros for them' * zero}",
+                f"GEMM{fc[-1]}: {words} {_agreeing(words, base)}{', or GEMM1 gives zeros for them' * zero}",
                 mapped(tuple(f"{fc}_{w}" for w in which), _in_region(kind, where, change)),
                 cost + extra + 0.6,
             )
