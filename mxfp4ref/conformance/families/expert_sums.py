@@ -121,16 +121,20 @@ def other_sums(
             details = f"{listed}{', ...' * (len(twice) > 4)}; {_RIGHT}"
             yield Evidence.of_kind(("slots", "finalize"), "some slots' terms are added twice", details, 3)
             return
+    conserved = all(_sums_of(call.token_final_scales[token].tolist(), found) for token, _, found in fits)
+    fewer = all(set(found) <= set(asked) for _, asked, found in fits)
+    if same_experts or (fewer and not conserved):
         factor, experts = in_common(told)
         used = torch.isin(local, torch.tensor(sorted(experts), device=local.device) - first).any(1)
         scaled = experts and not bool((used & ~wrong.any(1)).any())  # whatever the slot, and in every token
         after = (
             "a factor on GEMM2's result or in the sum" if scaled else "GEMM1, activation and GEMM2 are right"
         )
+        sure = ("finalize",) if same_experts else ("finalize", "slots")
         yield Evidence.of_kind(
-            ("finalize", "fc2") if scaled else ("finalize",),
+            ("finalize", "fc2") if scaled else sure,
             "the routing weights used are others",
-            f"{factor}{'; ' * bool(factor)}{shown}; {after}",
+            f"{factor}{'; ' * bool(factor)}{shown}{f'; {after}' * (same_experts or bool(scaled))}",
             3,
         )
         return
@@ -156,7 +160,14 @@ def other_sums(
     mapping = f" ({', '.join(f'expert {a + first} by {b + first}' for a, b in pairs[:6])})" if pairs else ""
     some = _of_which_rows(local, wrong, {a for a, _ in pairs}) if pairs else ""
     sentence = f"{OTHER_EXPERTS}{mapping}{some}: {shown}; {_RIGHT}"
-    yield Evidence(("slots",), sentence, 3, kind=OTHER_EXPERTS)
+    yield Evidence(("slots",) if conserved else ("slots", "finalize"), sentence, 3, kind=OTHER_EXPERTS)
+
+
+def _sums_of(weights: list[float], found: dict[int, float]) -> bool:
+    """Whether all weights found are sums of those of the token, as where other experts compute its slots."""
+    near = _SAME * max(map(abs, weights))
+    sums = [sum(c) for n in range(1, 5) for c in combinations(weights, n)]
+    return all(any(abs(w - one) <= near for one in sums) for w in found.values())
 
 
 def _foreign_slots(
