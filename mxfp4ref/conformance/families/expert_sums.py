@@ -146,9 +146,12 @@ def other_sums(
             return
         missing = sorted(set(asked) - set(found))
         slots = [local[token].tolist().index(e) for e in missing]
-        bare = call.experts.fc2_biases is None or call.tp_rank > 0
+        places = {local[t].tolist().index(e) for t, a, found in fits for e in set(a) - set(found)}
+        ended = len(places) == 1 and bool(wrong.any(1)[local[:, min(places)] >= 0].all())
+        bare = (call.experts.fc2_biases is None or call.tp_rank > 0) and not ended
         yield Evidence.of_kind(
-            ("slots", "fc2") if bare else ("slots",),  # without a bias a row of zeros adds nothing
+            # Without a bias a row of zeros adds nothing; a sum may end early.
+            ("slots", "fc2") if bare else ("slots", "finalize")[: 1 + ended],
             f"slots are left out{', or GEMM2 gives zeros for their rows' * bare}",
             f"token {token} lacks slot{'s' * (len(slots) > 1)} {', '.join(map(str, slots))} (expert "
             f"{', '.join(str(e + first) for e in missing)}), the others have their weights",
