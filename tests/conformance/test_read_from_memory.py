@@ -12,8 +12,13 @@ from torch import Tensor
 from mxfp4ref import Experts, MoeCall, forward, quantize
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.families.engine import prepared
+from mxfp4ref.conformance.families.expert_sums import other_sums
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
-from mxfp4ref.conformance.families.memory_readings import matrix_readings, vector_readings
+from mxfp4ref.conformance.families.memory_readings import (
+    matrix_readings,
+    route_readings,
+    vector_readings,
+)
 from mxfp4ref.conformance.families.output_rows import rows_of_others
 from mxfp4ref.conformance.families.slot_kinds import position_in_expert
 from mxfp4ref.conformance.families.slots import slot_hypotheses
@@ -69,6 +74,42 @@ def test_read_otherwise(call: MoeCall, name: str, read: Callable[[Tensor], Tenso
     got = with_experts(call, **{name: read(tensor)})
     readings = matrix_readings if tensor.dim() == 3 else vector_readings
     assert words in " ".join(h.words for h in exact(call, got, readings))
+
+
+@pytest.mark.parametrize(
+    ("name", "read", "words"),
+    [
+        (
+            "token_final_scales",
+            lambda t: t.view(torch.bfloat16).flatten()[:48].float(),
+            "the routing weights are float32 in memory and read as bf16",
+        ),
+        (
+            "token_selected_experts",
+            lambda t: t.long().view(torch.int32).flatten()[:48],
+            "the expert ids are int64 in memory and read as int32",
+        ),
+    ],
+)
+def test_routes_of_another_type(
+    call: MoeCall, name: str, read: Callable[[Tensor], Tensor], words: str
+) -> None:
+    tensor = getattr(call, name)
+    got = forward(replace(call, strict=False, **{name: read(tensor).view(tensor.shape).contiguous()}))
+    wrong = differing(got, forward(call)).any(1)
+    assert words in " ".join(h.words for h in exact(call, got, lambda c: route_readings(c, wrong)))
+
+
+def test_absurd_weights_are_no_other_experts(call: MoeCall) -> None:
+    """One term that outweighs all others is no sum of other experts: its weight is none that was asked for."""
+    weights = call.token_final_scales.clone()
+    weights[:, 0] = torch.linspace(1, 24, 24) * 2.0**60
+    local, want = call.token_selected_experts.long(), forward(call)
+    got = forward(replace(call, token_final_scales=weights))
+    tokens = [3, 8, 13, 20]
+    [found] = other_sums(prepared(call), got, differing(got, want), local, tokens)
+    assert found.stages == ("finalize", "slots")
+    assert found.kind == "the routing weights used are others"
 
 
 def test_a_stride_that_is_rounded_up(call: MoeCall) -> None:

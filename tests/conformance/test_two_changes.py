@@ -16,6 +16,8 @@ from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
 from mxfp4ref.conformance.families.roundings import rounding_hypotheses
 from mxfp4ref.conformance.families.search import Match, Search
+from mxfp4ref.conformance.families.slots import slot_hypotheses
+from mxfp4ref.conformance.families.soon import two_in_the_sum
 from mxfp4ref.conformance.families.weighting import weight_hypotheses
 from mxfp4ref.defects import finalize
 from mxfp4ref.defects.variants.finalize import FinalizeVariant
@@ -56,6 +58,19 @@ def test_a_clamp_and_weights_of_no_rule() -> None:
     words = match.hypothesis.words
     assert "neither is clamped; and the routing weights used are others" in words
     assert "right" not in words
+
+
+def test_a_slot_less_and_weights_in_bf16() -> None:
+    pipeline = prepared(CALL)
+    ids, scales = CALL.token_selected_experts.clone(), to_bf16(CALL.token_final_scales).float()
+    ids[:, -1] = -1
+    got = prepared(replace(CALL, token_selected_experts=ids, token_final_scales=scales)).run()
+    search = Search(pipeline, got, pipeline.run(), time.thread_time() + 60)
+    assert not search.run(h for h in slot_hypotheses(CALL) if h.of_rows)
+    (match,) = two_in_the_sum(search)
+    assert match.hypothesis.stages == ("slots", "finalize")
+    assert "the slots of the last place of a token are left out" in match.hypothesis.words
+    assert "the routing weights are rounded to bf16" in match.hypothesis.words
 
 
 def test_one_change_is_not_told_as_two() -> None:

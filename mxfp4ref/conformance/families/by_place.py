@@ -14,7 +14,7 @@ from mxfp4ref.conformance.families.hypothesis import Hypothesis
 from mxfp4ref.conformance.families.input_norms import norm_hypotheses
 from mxfp4ref.conformance.families.k_stages import k_stage_hypotheses
 from mxfp4ref.conformance.families.kept_memory import kept_hypotheses
-from mxfp4ref.conformance.families.memory_readings import vector_readings
+from mxfp4ref.conformance.families.memory_readings import route_readings, vector_readings
 from mxfp4ref.conformance.families.misread import misread_hypotheses
 from mxfp4ref.conformance.families.output_memory import memory_hypotheses
 from mxfp4ref.conformance.families.outputs import input_factor_hypotheses
@@ -44,6 +44,7 @@ def hypotheses_by_place(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
             offset_hypotheses(call, tokens),
             count_hypotheses(call, tokens),
             row_expert_hypotheses(call, tokens),
+            route_readings(call, tokens),
             tile_hypotheses(call, wrong),
         )
 

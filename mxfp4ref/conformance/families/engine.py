@@ -10,7 +10,6 @@ from itertools import chain, combinations
 
 from torch import Tensor
 
-from mxfp4ref.conformance.comparison import ulp_distance
 from mxfp4ref.conformance.families.activations import activation_hypotheses, other_activations
 from mxfp4ref.conformance.families.by_place import hypotheses_by_place, hypotheses_of_words_and_tiles
 from mxfp4ref.conformance.families.code_parts import small_weight_hypotheses
@@ -39,7 +38,7 @@ from mxfp4ref.conformance.families.row_parameters import row_parameter_hypothese
 from mxfp4ref.conformance.families.rows_beside import beside_hypotheses
 from mxfp4ref.conformance.families.search import FEWEST_BITS, SURELY, Match, Search, one_thread
 from mxfp4ref.conformance.families.slots import slot_hypotheses
-from mxfp4ref.conformance.families.soon import quick, second, soon
+from mxfp4ref.conformance.families.soon import is_small, quick, second, soon, two_in_the_sum
 from mxfp4ref.conformance.families.taken_rows import taken_hypotheses
 from mxfp4ref.conformance.families.tensors import (
     bias_hypotheses,
@@ -53,7 +52,6 @@ from mxfp4ref.conformance.families.weighting import weight_hypotheses
 from mxfp4ref.conformance.finding import STAGES, Evidence, in_words
 from mxfp4ref.conformance.reduction import clock_of, is_heavy
 from mxfp4ref.model.call import MoeCall
-from mxfp4ref.sm90 import fp32
 
 __all__ = ["Result", "investigate", "of_blank", "told"]
 
@@ -135,6 +133,9 @@ def investigate(
                         break
                 if search.out_of_time():
                     break
+        if not found and not heavy and thorough and not known:
+            with search.extra(_FOR_ALMOST):
+                found = two_in_the_sum(search)
         if not found and not heavy:
             with search.extra(_FOR_ALMOST):
                 found = search.almost(least=SURELY)
@@ -190,20 +191,6 @@ def _by_token(hypothesis: Hypothesis) -> bool:
     return not (h.name or h.family in kinds or h.across_tokens)
 
 
-def _is_small(search: Search) -> bool:
-    """Whether what is wrong is in the last bits."""
-    mask = ~search.part_right
-    far = ulp_distance(search.part_got, search.part_want)[mask]
-    if not len(far) or bool((far > 1 << 30).any()):
-        return False
-    want, got = (fp32.widen(t.contiguous()) for t in (search.part_want, search.part_got))
-    scale = want.abs().nan_to_num(0, 0, 0).mean(1, keepdim=True)
-    return (
-        bool(((got - want).abs() <= 2.0**-5 * scale).nan_to_num().all())
-        or float((far <= 4).float().mean()) > 0.9
-    )
-
-
 def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[Iterator[Hypothesis]]:
     """Groups of hypotheses; all of one are tried before the next."""
     only = _stages_left(evidence)
@@ -231,7 +218,7 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
         rounding_hypotheses,
         output_hypotheses,
     )
-    small = _is_small(search)
+    small = is_small(search)
     by_place = hypotheses_by_place(call, search.wrong)
     taken = () if is_heavy(call) else taken_hypotheses(search.pipeline, search.rows, search.got, search.wrong)
     yield chain(wanted(factor), taken, wanted(known, slow=False), by_place, wanted(plain, slow=False))

@@ -121,16 +121,20 @@ def other_sums(
             details = f"{listed}{', ...' * (len(twice) > 4)}; {_RIGHT}"
             yield Evidence.of_kind(("slots", "finalize"), "some slots' terms are added twice", details, 3)
             return
+    conserved = all(_sums_of(call.token_final_scales[token].tolist(), found) for token, _, found in fits)
+    fewer = all(set(found) <= set(asked) for _, asked, found in fits)
+    if same_experts or (fewer and not conserved):
         factor, experts = in_common(told)
         used = torch.isin(local, torch.tensor(sorted(experts), device=local.device) - first).any(1)
         scaled = experts and not bool((used & ~wrong.any(1)).any())  # whatever the slot, and in every token
         after = (
             "a factor on GEMM2's result or in the sum" if scaled else "GEMM1, activation and GEMM2 are right"
         )
+        sure = ("finalize",) if same_experts else ("finalize", "slots")
         yield Evidence.of_kind(
-            ("finalize", "fc2") if scaled else ("finalize",),
+            ("finalize", "fc2") if scaled else sure,
             "the routing weights used are others",
-            f"{factor}{'; ' * bool(factor)}{shown}; {after}",
+            f"{factor}{'; ' * bool(factor)}{shown}{f'; {after}' * (same_experts or bool(scaled))}",
             3,
         )
         return
@@ -142,9 +146,12 @@ def other_sums(
             return
         missing = sorted(set(asked) - set(found))
         slots = [local[token].tolist().index(e) for e in missing]
-        bare = call.experts.fc2_biases is None or call.tp_rank > 0
+        places = {local[t].tolist().index(e) for t, a, found in fits for e in set(a) - set(found)}
+        ended = len(places) == 1 and bool(wrong.any(1)[local[:, min(places)] >= 0].all())
+        bare = (call.experts.fc2_biases is None or call.tp_rank > 0) and not ended
         yield Evidence.of_kind(
-            ("slots", "fc2") if bare else ("slots",),  # without a bias a row of zeros adds nothing
+            # Without a bias a row of zeros adds nothing; a sum may end early.
+            ("slots", "fc2") if bare else ("slots", "finalize")[: 1 + ended],
             f"slots are left out{', or GEMM2 gives zeros for their rows' * bare}",
             f"token {token} lacks slot{'s' * (len(slots) > 1)} {', '.join(map(str, slots))} (expert "
             f"{', '.join(str(e + first) for e in missing)}), the others have their weights",
@@ -156,7 +163,14 @@ def other_sums(
     mapping = f" ({', '.join(f'expert {a + first} by {b + first}' for a, b in pairs[:6])})" if pairs else ""
     some = _of_which_rows(local, wrong, {a for a, _ in pairs}) if pairs else ""
     sentence = f"{OTHER_EXPERTS}{mapping}{some}: {shown}; {_RIGHT}"
-    yield Evidence(("slots",), sentence, 3, kind=OTHER_EXPERTS)
+    yield Evidence(("slots",) if conserved else ("slots", "finalize"), sentence, 3, kind=OTHER_EXPERTS)
+
+
+def _sums_of(weights: list[float], found: dict[int, float]) -> bool:
+    """Whether all weights found are sums of those of the token, as where other experts compute its slots."""
+    near = _SAME * max(map(abs, weights))
+    sums = [sum(c) for n in range(1, 5) for c in combinations(weights, n)]
+    return all(any(abs(w - one) <= near for one in sums) for w in found.values())
 
 
 def _foreign_slots(

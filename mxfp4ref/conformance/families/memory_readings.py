@@ -1,21 +1,37 @@
-"""Hypotheses on how the experts' tensors are read from memory: axes in another order, other strides, another type."""
+"""Hypotheses on how tensors are read from memory: axes in another order, other strides, another type.
+
+Those are the experts' tensors; of the routing weights and the ids it is the type alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain, permutations
 
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.families.hypothesis import Hypothesis
+from mxfp4ref.conformance.families.hypothesis import (
+    Hypothesis,
+    Pipeline,
+    SlotRows,
+    local_of,
+    of_slots,
+    slot_outputs,
+)
+from mxfp4ref.conformance.families.places import concerns_what_is_wrong
 from mxfp4ref.conformance.families.tensors import mapped
+from mxfp4ref.conformance.families.weighting import weighing
 from mxfp4ref.model.call import MoeCall
+from mxfp4ref.model.forward import select_local
 
-__all__ = ["matrix_readings", "vector_readings"]
+__all__ = ["matrix_readings", "route_readings", "vector_readings"]
 
 _Read = Callable[[Tensor], Tensor]
 
+_FLOATS = {torch.float32: "float32", torch.bfloat16: "bf16", torch.float16: "float16"}
+_INTEGERS = {torch.int64: "int64", torch.int32: "int32", torch.int16: "int16", torch.uint8: "uint8"}
 _AXES = ("experts", "rows", "K")
 _WHOSE = {
     "fc1_weights": ("GEMM1's weights (codes without the scales)", ("fc1",)),
@@ -120,10 +136,40 @@ def _at(tensor: Tensor, strides: Sequence[int], offset: int = 0) -> Tensor:
     return torch.where(inside, tensor.flatten()[index[0].clamp(0, tensor.numel() - 1)], 0)
 
 
+def route_readings(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
+    """Of the routing weights, and of the ids those that concern the tokens that are wrong, `wrong [M] bool`."""
+    for words, read, cost in _types(call.token_final_scales):
+        told = f"the routing weights {words}: other numbers"
+        yield replace(
+            weighing(told, lambda w, _, r=read: r(w).view(w.shape), cost - 0.15), across_tokens=True
+        )
+    local = local_of(Pipeline(call))
+    for words, read, cost in _types(call.token_selected_experts.to(torch.int64)):
+
+        def on(rows: SlotRows, read: _Read = read) -> SlotRows:
+            other = _reading(rows.call, read)
+            return replace(rows, y=slot_outputs(other), local=local_of(other))
+
+        told = f"the expert ids {words}: slots are computed by other experts, or left out"
+        hypothesis = of_slots("ids", ("slots",), told, on, cost)
+        moved = (local_of(_reading(call, read)) != local).any(1)
+        if bool(moved.any()) and concerns_what_is_wrong(moved, wrong):
+            yield replace(hypothesis, across_tokens=True)
+
+
+def _reading(call: MoeCall, read: _Read) -> Pipeline:
+    """With the ids read so."""
+    ids = call.token_selected_experts
+    local = select_local(
+        read(ids.long()).view(ids.shape), call.experts.num_experts, call.ep_size, call.ep_rank
+    )
+    return Pipeline(call).staging(select_local=lambda *_: local)
+
+
 def _types(tensor: Tensor) -> Iterator[tuple[str, _Read, float]]:
-    """Biases and parameters that are read as of another type."""
-    names = {torch.float32: "float32", torch.bfloat16: "bf16", torch.float16: "float16"}
-    if tensor.dtype not in names:
+    """Vectors that are read as of another type."""
+    names = _INTEGERS if tensor.dtype in _INTEGERS else _FLOATS
+    if tensor.dim() == 3 or tensor.dtype not in names:
         return
     for stored, of in names.items():
         for taken, as_ in names.items():

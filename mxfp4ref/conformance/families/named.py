@@ -37,11 +37,12 @@ _BY_NAME = {
     "weights_bf16": ("finalize", "routing"),
     **dict.fromkeys(
         (
-            *("last_slot_dropped", "ep_double_mapping", "ep_sentinel_aliases", "ep_offset_dropped"),
+            *("ep_double_mapping", "ep_sentinel_aliases", "ep_offset_dropped"),
             "ep_ids_modulo",
         ),
         ("slots",),
     ),
+    "last_slot_dropped": ("slots", "finalize"),
     **dict.fromkeys(("gemm1_kept_fp32", "fc1_truncated"), ("fc1", "activation")),
     **dict.fromkeys(("act_kept_fp32", "activation_truncated", "activation_fp16"), ("activation", "fc2")),
     "weight_before_gemm2": ("activation", "finalize"),

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import differing
-from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline, composed
+from mxfp4ref.conformance.families.hypothesis import (
+    FAILURES,
+    Hypothesis,
+    Pipeline,
+    SlotRows,
+    composed,
+    of_slots,
+)
 
-__all__ = ["alike", "pairs"]
+__all__ = ["alike", "pair_in_the_sum", "pairs"]
 
 _TRIED = 8  # first changes
+_LOOKED_AT = 4  # tokens, before all of them
 
 
 def alike(distance: float) -> float:
@@ -35,3 +46,45 @@ def pairs(pipeline: Pipeline, got: Tensor, firsts: list[Hypothesis], second: Hyp
         if output is not None and not bool(differing(output, got).any()):
             found.append(pair)
     return found
+
+
+def pair_in_the_sum(
+    pipeline: Pipeline, rows: SlotRows, got: Tensor, first: Hypothesis, seconds: Iterable[Hypothesis]
+) -> Hypothesis | None:
+    """The first change, of the slots' rows, with a second of these or of the sum, if they predict every bit of `got`.
+
+    Args:
+        pipeline: the right one.
+        rows: what its weighted sum is made of.
+        got: `[M, H] bf16`.
+        first: with `of_rows`.
+        seconds: others than those with `of_rows` or `of_sum` are left out.
+    """
+    of_first = first.of_rows
+    if of_first is None:
+        return None
+    changed = of_first(rows)
+    telling = differing(changed.output(pipeline), got).sum(1).argsort(descending=True, stable=True)
+    some = telling[:_LOOKED_AT]
+    for second in seconds:
+        try:
+            both = changed if second.of_rows is None else second.of_rows(changed)
+            run = pipeline if second.of_sum is None else second.change(pipeline)
+            few = replace(both, y=both.y[some], local=both.local[some], weights=both.weights[some])
+            if (second.of_rows or second.of_sum) and not bool(differing(few.output(run), got[some]).any()):
+                pair = _pair(first, second)
+                if not bool(differing(pair.change(pipeline).run(), got).any()):
+                    return pair
+        except FAILURES:
+            continue
+    return None
+
+
+def _pair(first: Hypothesis, second: Hypothesis) -> Hypothesis:
+    """Both changes at once, of which the first is of the slots' rows."""
+    both = composed(first, second)
+    one, other = first.of_rows, second.of_rows
+    assert one is not None
+    if other is None:
+        return replace(both, change=lambda p: first.change(second.change(p)))
+    return of_slots("two", both.stages, both.words, lambda rows: other(one(rows)), both.cost)

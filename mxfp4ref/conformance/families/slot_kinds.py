@@ -47,6 +47,11 @@ class SlotKind:
         """Whether it goes by the row's place among its expert's, as tiles of a GEMM do."""
         return " row" in self.words
 
+    @property
+    def of_places(self) -> bool:
+        """Whether it goes by the slot's place in its token, as the loop of the weighted sum does."""
+        return " place" in self.words
+
 
 def attributes(call: MoeCall, local: Tensor) -> Iterator[SlotKind]:
     """Kinds of slots."""
@@ -60,8 +65,8 @@ def attributes(call: MoeCall, local: Tensor) -> Iterator[SlotKind]:
     def of_tokens(words: str, mask: Tensor) -> SlotKind:
         return SlotKind(f"of {words}", here & mask, words)
 
-    yield SlotKind("of the last place of a token", here & (slot == top_k - 1))
-    yield SlotKind("of the first place of a token", here & (slot == 0))
+    for at, word in ((top_k - 1, "last"), (0, "first")) if top_k > 1 else ():
+        yield SlotKind(f"of the {word} place of a token", here & (slot == at))
     for at in range(1, top_k - 1):
         yield SlotKind(f"of place {at} of a token", here & (slot == at))
     if top_k > 2:

@@ -215,7 +215,9 @@ def _miscounted(call: MoeCall) -> Iterator[Hypothesis]:
     """Some kind of slots that does not count, or counts twice."""
     biased = call.experts.fc2_biases is not None and call.tp_rank == 0
     before = "fc1" if call.experts.fc1_biases is None else "activation"  # which adds that bias to zeros too
-    for of_rows, words in ((kind.of_rows, kind.words) for kind in attributes(call, local_of(Pipeline(call)))):
+    for one in attributes(call, local_of(Pipeline(call))):
+        words, of_rows = one.words, one.of_rows
+        skipped = ("slots", "finalize") if one.of_places else _S  # or the loop of the sum is another
 
         def kind(rows: SlotRows, words: str = words) -> Tensor:
             return slots_of_kind(words, rows.call, rows.local)
@@ -233,12 +235,12 @@ def _miscounted(call: MoeCall) -> Iterator[Hypothesis]:
         )
         yield of_slots(
             "dropped slots",
-            (before, "fc2") if zero else _S,
+            (before, "fc2") if zero else skipped,
             f"the slots {words} are left out of the sum{or_zero}",
             without,
             1.3,
         )
-        yield of_slots("dropped slots", _S, f"the slots {words} are added twice", twice, 1.4)
+        yield of_slots("dropped slots", skipped, f"the slots {words} are added twice", twice, 1.4)
         for factor, what in ((0, "zero, not computed"), (2, "added twice")) if biased else ():
 
             def rows_alone(

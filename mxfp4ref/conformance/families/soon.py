@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain
 
+from mxfp4ref.conformance.comparison import ulp_distance
 from mxfp4ref.conformance.families.activations import activation_hypotheses, other_activations
 from mxfp4ref.conformance.families.beside_a_sum import beside_a_sum
 from mxfp4ref.conformance.families.bias_sums import bias_sum_hypotheses
@@ -12,6 +13,7 @@ from mxfp4ref.conformance.families.distances import surprise
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
 from mxfp4ref.conformance.families.more_activations import more_activations
 from mxfp4ref.conformance.families.named import named_hypotheses
+from mxfp4ref.conformance.families.pairs import alike, pair_in_the_sum
 from mxfp4ref.conformance.families.places import suspected_experts
 from mxfp4ref.conformance.families.roundings import rounding_hypotheses
 from mxfp4ref.conformance.families.search import FEWEST_BITS, Match, Search
@@ -24,9 +26,11 @@ from mxfp4ref.conformance.families.tensors import (
 )
 from mxfp4ref.conformance.families.weighting import weight_hypotheses
 from mxfp4ref.model.call import MoeCall
+from mxfp4ref.sm90 import fp32
 
-__all__ = ["quick", "second", "soon"]
+__all__ = ["is_small", "quick", "second", "soon", "two_in_the_sum"]
 
+_FIRST = 5  # changes of the sum, each of which is tried with all others
 _NEARLY = 0.15  # of how far off the right output is, that one change leaves
 
 
@@ -80,3 +84,33 @@ def soon(search: Search, only: set[str]) -> list[Match]:
         return []
     with search.share(0.3):
         return search.run_twos(lambda: second(call), most=1)
+
+
+def two_in_the_sum(search: Search) -> list[Match]:
+    """Two changes of the weights, the slots or the sum, of which the nearest leaves much to explain."""
+    call, starts = search.pipeline.call, dict[float, Hypothesis]()
+    for distance, first in sorted(search.near, key=lambda pair: pair[0] + 0.02 * pair[1].cost):
+        if first.of_rows is not None:
+            starts.setdefault(alike(distance), first)
+    for first in list(starts.values())[:_FIRST]:
+        output = first.run(search.pipeline)
+        if output is None or search.out_of_time() or surprise(search.got, output) < FEWEST_BITS:
+            continue
+        seconds = chain(weight_hypotheses(call), bias_sum_hypotheses(call), slot_hypotheses(call))
+        if pair := pair_in_the_sum(search.pipeline, search.rows, search.got, first, seconds):
+            return [Match(pair, True)]
+    return []
+
+
+def is_small(search: Search) -> bool:
+    """Whether what is wrong is in the last bits."""
+    mask = ~search.part_right
+    far = ulp_distance(search.part_got, search.part_want)[mask]
+    if not len(far) or bool((far > 1 << 30).any()):
+        return False
+    want, got = (fp32.widen(t.contiguous()) for t in (search.part_want, search.part_got))
+    scale = want.abs().nan_to_num(0, 0, 0).mean(1, keepdim=True)
+    return (
+        bool(((got - want).abs() <= 2.0**-5 * scale).nan_to_num().all())
+        or float((far <= 4).float().mean()) > 0.9
+    )
