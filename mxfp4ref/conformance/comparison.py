@@ -68,7 +68,9 @@ class Difference:
         if self.counts:
             return f"at {list(self.index)}: got {self.got_value}, expected {self.expected_value}"
         distance = f"by {_count(self.ulps)}" if self.whole else f"{_count(self.ulps)} ulp"
-        distance = "a NaN on one side" if self.ulps == FAR else distance
+        if self.ulps == FAR:
+            both = self.got_value == self.expected_value == "NaN"
+            distance = "NaNs of other bits" if both else "a NaN on one side"
         return (
             f"at {list(self.index)}: got {self.got_bits} ({self.got_value}), "
             f"expected {self.expected_bits} ({self.expected_value}), {distance}"

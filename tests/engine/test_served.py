@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mxfp4ref.__main__ import commands
 from mxfp4ref.checkpoint import (
+    CheckpointError,
     CheckpointLayer,
     ReadOptions,
     fuse_shared,
@@ -61,6 +62,15 @@ def routed(layer: CheckpointLayer, call: MoeCall, bug: str = "") -> Tensors:
     else:
         weights = weights / weights.sum(1, keepdim=True) * (FACTOR**2 if bug == "factor twice" else FACTOR)
     return {"token_selected_experts": ids, "token_final_scales": weights}
+
+
+def test_what_this_package_wrote_is_no_servers(root: Path) -> None:
+    """It was equal to itself, without a word, which says nothing of a server."""
+    result = run_layer(open_layer(root / "model", 1), root / "x", root / "written")
+    copied = check(root, load_file(root / "written"))  # its tensors may be, in a file of somebody's own
+    assert (copied.exit_code, "equal: the output is the layer's" in copied.output) == (0, True)
+    with pytest.raises(CheckpointError, match="written: expected what a server gave, got what run_layer of"):
+        check_served(open_layer(root / "model", 1), root / "x", root / "written", result=result)
 
 
 def called(root: Path, experts: list[int] | None = None) -> tuple[CheckpointLayer, MoeCall]:

@@ -725,7 +725,7 @@ for name, one, other, says in (
     ),
     ("bool", torch.tensor([True]), torch.tensor([False]), "1 of 1 elements differ"),
     ("scalars", torch.tensor(1.0), torch.tensor(2.0), r"first at \[\]: got 0x3F800000"),
-    ("only NaN", torch.tensor([torch.nan]), -torch.tensor([torch.nan]), "a NaN on one side"),
+    ("only NaN", torch.tensor([torch.nan]), -torch.tensor([torch.nan]), "NaNs of other bits"),
     ("empty, of other shapes", torch.ones(0, 3), torch.ones(3, 0), r"float32 \[0, 3\] in a"),
 ):
     hostile(
