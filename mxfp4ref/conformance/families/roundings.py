@@ -69,6 +69,16 @@ def _roundings() -> Iterator[tuple[str, _Round, float]]:
         yield f"cut to {bits} bits of mantissa", lambda x, n=bits: fp32.to_bf16(_cut(x, 23 - n)), 1.4
 
 
+def _kept() -> Iterator[tuple[str, _Round, float]]:
+    """Of float32 to a type that holds more than bf16 does, with which the next stage goes on."""
+    yield "float16", _half, 1.05
+    yield "tf32 (10 bits of mantissa, cut)", lambda x: _cut(x, 13), 1.15
+    for bits in (10, 8, 9, 11, 12):
+        name = "tf32 (10 bits of mantissa" if bits == 10 else f"some type ({bits} bits of mantissa"
+        for ties, way in (("to even", _short), ("away from zero", _away)):
+            yield f"{name}, ties {ties})", lambda x, way=way, dropped=23 - bits: way(x, dropped), 1.25
+
+
 def _by_row(x: Tensor) -> Tensor:
     """A row's largest number becomes that of float8 e4m3."""
     scale = (x.abs().amax(-1, keepdim=True) / 448).clamp(min=2.0**-126)
@@ -114,6 +124,18 @@ def rounding_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
                 stages[:1],
                 f"{words} {how}",
                 lambda p, s=stage, c=change: p.staging(**{s: c}),
+                cost,
+            )
+    for stage, words, stages in _PLACES[:-1]:
+        more = (
+            {"fc2_gemm": GemmVariant()} if stage == "round_activation" else {}
+        )  # the kernel's takes bf16 only
+        for how, change, cost in _kept():
+            yield Hypothesis(
+                "rounding",
+                stages[:1],
+                f"{words} kept in {how}, not rounded to bf16",
+                lambda p, more=more | {stage: change}: p.staging(**more),
                 cost,
             )
     for how, change, cost in _roundings():

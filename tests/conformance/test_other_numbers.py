@@ -1,0 +1,59 @@
+"""Intermediates of other types, quantised operands, orders of codes in a word, and sums of slices of K."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from mxfp4ref import MoeCall, forward
+from mxfp4ref.conformance import differing
+from mxfp4ref.conformance.families.engine import prepared
+from mxfp4ref.conformance.families.hypothesis import Hypothesis
+from mxfp4ref.conformance.families.roundings import rounding_hypotheses
+from mxfp4ref.conformance.families.search import Search
+from mxfp4ref.defects.variants.gemm import GemmVariant
+from mxfp4ref.formats.generations import NEWEST
+from tests.held_out_kernels.by_hand import layer
+from tests.held_out_kernels.calls import captured
+
+CALL = captured("odd_tokens")
+
+
+def found(call: MoeCall, got: Tensor, hypotheses: Iterator[Hypothesis]) -> list[Hypothesis]:
+    """Those that predict every bit, the simplest first."""
+    assert bool(differing(got, forward(call)).any())
+    search = Search(prepared(call), got, forward(call), float("inf"))
+    return sorted((m.hypothesis for m in search.run(hypotheses) if m.exact), key=lambda h: h.cost)
+
+
+def in_float16(t: Tensor) -> Tensor:
+    return t.half().float()
+
+
+def gemm_of_float16(x: Tensor, packed: Tensor, scales: Tensor, tactic: object) -> Tensor:
+    positions = torch.arange(len(x))[None]
+    given = {"tactic": tactic, "generation": NEWEST, "positions": positions}
+    return GemmVariant()(x[None], packed[None], scales[None], **given)[0]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("hooks", "stage", "words"),
+    [
+        ({"fc1": lambda rows, acc: in_float16(acc)}, "fc1", "GEMM1's output is kept in float16"),
+        ({"fc2": lambda rows, acc: in_float16(acc)}, "fc2", "GEMM2's output is kept in float16"),
+        (
+            {"activation": lambda rows, a: in_float16(a), "gemm2": gemm_of_float16},
+            "activation",
+            "the activation is kept in float16",
+        ),
+    ],
+)
+def test_a_wider_type_in_place_of_bf16(
+    hooks: dict[str, Callable[..., Tensor]], stage: str, words: str
+) -> None:
+    best, *_ = found(CALL, layer(CALL, **hooks), rounding_hypotheses(CALL))
+    assert best.stages == (stage,)
+    assert best.words.startswith(words)
