@@ -41,10 +41,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Change:
-    """A K group of some of the GEMM's columns that has another operand; without a group all of them have."""
+    """K groups, from the first to the last, of some of the GEMM's columns that have another operand."""
 
     source: Source
-    group: int | None
+    first: int
+    last: int
     part: str
 
 

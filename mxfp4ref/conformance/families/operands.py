@@ -31,7 +31,8 @@ _ROWS, _FEWEST = 24, 3  # rows that are sought on, tokens of which there have to
 _PROGRESS = 0.04  # of the errors' squares, that a change has to explain
 _OF_A_KIND = 1.02  # times as much may be left by a change of the kind of those before
 _KINDS = 4  # of slots
-_COMPUTED, _WHOLE = 8, 5  # changes at each step, of one K group and of all
+_COMPUTED, _SEVERAL = 8, 5  # changes at each step, of one K group and of several
+_MOST = 10  # changes
 _SIZE = 1 << 25  # weights, and what they are multiplied with
 _LISTED = 4
 
@@ -75,7 +76,7 @@ def _sought(gemm: Gemm, mask: Tensor, loud: Sequence[Sample]) -> list[Change]:
     found: list[Change] = []
     while state.left > _QUIET:
         best = state.best(found)
-        if best is None or len(found) > 2 * gemm.x.shape[1]:
+        if best is None or len(found) == _MOST:
             return []
         found.append(best)
     tried = _State(gemm, mask, others)
@@ -114,27 +115,27 @@ class _State:
 
     def _gain(self, change: Change) -> Tensor:
         """What the change adds to the sums, `[r, G, N]` by the groups that it concerns."""
-        groups = range(self.parts.shape[1]) if change.group is None else [change.group]
+        groups = range(change.first, change.last + 1)
         products, there = zip(*(self.gemm.products(self.rows, change.source, g) for g in groups), strict=True)
-        gain = torch.where(
-            there[0][:, None, None], torch.stack(products, 1) - self.parts[:, list(groups)], 0.0
-        )
+        now = self.parts[:, change.first : change.last + 1]
+        gain = torch.where(there[0][:, None, None], torch.stack(products, 1) - now, 0.0)
         return torch.where(self.gemm.parts[change.part], gain, 0.0)
 
     def take(self, change: Change) -> None:
         gain = self._gain(change)
-        self.parts[:, slice(None) if change.group is None else [change.group]] += gain
+        self.parts[:, change.first : change.last + 1] += gain
         self.sums = self.sums + gain.double().sum(1)
 
     def best(self, before: Sequence[Change]) -> Change | None:
         """The change that leaves least, if it leaves less by far than there is; it is taken."""
         rest = self._rest(self.sums)
         size = float(rest.square().sum())
-        taken = {(change.group, change.part) for change in before}
         sizes = {
             change: float(self._rest(self.sums + self._gain(change).double().sum(1)).square().sum())
             for change in self._promising(rest)
-            if (change.group, change.part) not in taken and (None, change.part) not in taken
+            if not any(
+                change.part == c.part and change.first <= c.last and c.first <= change.last for c in before
+            )
         }
         alike = {(c.source.what, c.source.along) for c in before}
 
@@ -155,19 +156,36 @@ class _State:
         found: list[tuple[float, Change]] = []
         for source, gained, there in gained_by(self.gemm, self.rows, self.parts, slope):
             by_block = gained[there].sum(0)
+            at = torch.arange(by_block.shape[1]) + source.by * (source.along == "K")
+            exists = (at >= 0) & (at < len(at))
             for part, mask in zip(self.gemm.parts, blocks, strict=True):
-                scores = by_block[mask].sum(0)
-                found += [(s, Change(source, g, part)) for g, s in enumerate(scores.tolist()) if s > 0]
-                if source.along != "K" and float(scores.sum()) > 0:
-                    found.append((float(scores.sum()), Change(source, None, part)))
+                scores = torch.where(exists, by_block[mask].sum(0), -torch.inf).tolist()
+                found += [(s, Change(source, g, g, part)) for g, s in enumerate(scores) if s > 0]
+                total, first, last = _best_run(scores)
+                if last > first:
+                    found.append((total, Change(source, first, last, part)))
         found.sort(key=lambda pair: -pair[0])
         seen: Counter[tuple[bool, str]] = Counter()
         for _, change in found:
-            part = "rows" if change.part.startswith("rows") else change.part
-            kind = change.group is None, part * (change.group is None or part == "rows")
+            part, several = (
+                "rows" if change.part.startswith("rows") else change.part,
+                change.last > change.first,
+            )
+            kind = several, part * (several or part == "rows")
             seen[kind] += 1
-            if seen[kind] <= (_WHOLE if change.group is None else _COMPUTED):
+            if seen[kind] <= (_SEVERAL if several else _COMPUTED):
                 yield change
+
+
+def _best_run(scores: Sequence[float]) -> tuple[float, int, int]:
+    """The largest sum of numbers that follow each other, and the first and last of them."""
+    best, total, start = (-float("inf"), 0, 0), 0.0, 0
+    for place, score in enumerate(scores):
+        if total <= 0:
+            total, start = 0.0, place
+        total += score
+        best = max(best, (total, start, place))
+    return best
 
 
 def _told(gemm: Gemm, found: list[Change], slots: str) -> Evidence:
@@ -175,14 +193,10 @@ def _told(gemm: Gemm, found: list[Change], slots: str) -> Evidence:
         return change.part, change.source.what, change.source.along, change.source.by
 
     said = []
-    for (part, *_), alike in groupby(
-        sorted(_in_order(found), key=lambda c: (*order(c), c.group or 0)), key=order
-    ):
+    for (part, *_), alike in groupby(sorted(_in_order(found), key=lambda c: (*order(c), c.first)), key=order):
         changes = list(alike)
-        groups = [c.group for c in changes if c.group is not None]
+        groups = sorted(g for c in changes for g in range(c.first, c.last + 1))
         said += [(first, part, _in_words(gemm, changes[0], first, last)) for first, last in _runs(groups)]
-        if not groups:
-            said.append((0, part, _in_words(gemm, changes[0], 0, gemm.x.shape[1] - 1)))
     shown = [words for *_, words in sorted(said)]
     of_weights, of_input = gemm.stages
     # Another input shows in all parts.
@@ -207,17 +221,18 @@ def _in_order(found: list[Change]) -> list[Change]:
     whole = [c for c in found if c.source.what == "operands"]
     rest = [c for c in found if c.source.what != "operands"]
     for part in {c.part for c in whole}:
-        groups = sorted(c.group for c in whole if c.part == part and c.group is not None)
-        others = sorted(c.group + c.source.by for c in whole if c.part == part and c.group is not None)
-        pairs = zip(groups, others, strict=True)
-        rest += [Change(replace(whole[0].source, by=other - group), group, part) for group, other in pairs]
+        each = [(g, g + c.source.by) for c in whole if c.part == part for g in range(c.first, c.last + 1)]
+        groups, others = (sorted(column) for column in zip(*each, strict=True))
+        for group, other in zip(groups, others, strict=True):
+            rest.append(Change(replace(whole[0].source, by=other - group), group, group, part))
     return rest
 
 
 def _in_words(gemm: Gemm, change: Change, first: int, last: int) -> str:
     source, part = change.source, change.part
     rows = part.startswith("rows")
-    here = "all of K" if change.group is None else f"K {first * GROUP_SIZE} to {(last + 1) * GROUP_SIZE - 1}"
+    whole = first == 0 and last == gemm.x.shape[1] - 1
+    here = "all of K" if whole else f"K {first * GROUP_SIZE} to {(last + 1) * GROUP_SIZE - 1}"
     here = f"{part}: {here}" if rows else f"{here}{part}"
     if source.what in ("left out", "twice"):
         return f"{here} {'is' if source.what == 'left out' else 'counts'} {source.what}"
