@@ -26,10 +26,10 @@ from mxfp4ref.model.forward import KERNEL
 def call() -> MoeCall:
     random = torch.Generator().manual_seed(6)
     experts = [
-        quantize(torch.randn(4, *s, generator=random) * s[1] ** -0.5) for s in ((256, 256), (256, 128))
+        quantize(torch.randn(4, *s, generator=random) * s[1] ** -0.5) for s in ((256, 128), (128, 128))
     ]
     ids = torch.stack([torch.randperm(4, generator=random)[:2] for _ in range(24)]).int()
-    x = torch.randn(24, 256, generator=random).bfloat16()
+    x = torch.randn(24, 128, generator=random).bfloat16()
     return MoeCall(x, ids, torch.rand(24, 2, generator=random) + 0.2, Experts(*experts[0], *experts[1]))
 
 
@@ -44,15 +44,15 @@ def said(call: MoeCall, got: Tensor) -> Evidence | None:
 
 def another_experts_gate(call: MoeCall) -> Tensor:
     codes, scales = call.experts.fc1_weights.clone(), call.experts.fc1_scales.clone()
-    codes[:-1, 128:, :32], scales[:-1, 128:, :2] = codes[1:, 128:, :32], scales[1:, 128:, :2]
+    codes[:-1, 128:, :16], scales[:-1, 128:, :1] = codes[1:, 128:, :16], scales[1:, 128:, :1]
     return forward(with_experts(call, fc1_weights=codes, fc1_scales=scales))
 
 
 def a_stale_stage(call: MoeCall) -> Tensor:
     codes, scales = call.experts.fc1_weights.clone(), call.experts.fc1_scales.clone()
-    codes[..., 64:96], scales[..., 4:6] = codes[..., :32], scales[..., :2]
+    codes[..., 32:48], scales[..., 2:3] = codes[..., :16], scales[..., :1]
     x = call.input.clone()
-    x[:, 128:192] = x[:, :64]
+    x[:, 64:96] = x[:, :32]
     return forward(replace(with_experts(call, fc1_weights=codes, fc1_scales=scales), input=x))
 
 
@@ -70,13 +70,13 @@ def scales_of_another_row(call: MoeCall) -> Tensor:
 
 def a_rest_of_k(call: MoeCall) -> Tensor:
     x = call.input.clone()
-    x[:, 192:] = 0
+    x[:, 96:] = 0
     return forward(replace(call, input=x))
 
 
 def a_block_of_rows(call: MoeCall) -> Tensor:
     codes, scales = call.experts.fc1_weights.clone(), call.experts.fc1_scales.clone()
-    codes[:, 64:128, 32:64], scales[:, 64:128, 2:4] = codes[:, 64:128, :32], scales[:, 64:128, :2]
+    codes[:, 64:128, 16:32], scales[:, 64:128, 1:2] = codes[:, 64:128, :16], scales[:, 64:128, :1]
     return forward(with_experts(call, fc1_weights=codes, fc1_scales=scales))
 
 
@@ -98,13 +98,13 @@ def of_one_expert(call: MoeCall) -> Tensor:
         (
             another_experts_gate,
             ("fc1",),
-            "in GEMM1 .*: K 0 to 63 of gate has the weights of the expert after",
+            "in GEMM1 .*: K 0 to 31 of gate has the weights of the expert after",
         ),
-        (a_stale_stage, ("input", "fc1"), "in GEMM1 .*: K 128 to 191 has both operands of K 0 to 63"),
+        (a_stale_stage, ("input", "fc1"), "in GEMM1 .*: K 64 to 95 has both operands of K 0 to 31"),
         (the_next_tokens_input, ("input", "fc1"), "K 32 to 63 has the input of the token after"),
         (scales_of_another_row, ("fc2",), "in GEMM2 .*: K 64 to 127 has the scales of the row 8 further on"),
-        (a_rest_of_k, ("input", "fc1"), "in GEMM1 .*: K 192 to 255 is left out"),
-        (a_block_of_rows, ("fc1",), "rows 64 to 127: K 64 to 127 has the weights of K 0 to 63"),
+        (a_rest_of_k, ("input", "fc1"), "in GEMM1 .*: K 96 to 127 is left out"),
+        (a_block_of_rows, ("fc1",), "rows 64 to 127: K 32 to 63 has the weights of K 0 to 31"),
         (a_row_too_early, ("fc1",), "all of K of gate has the weights of the row before"),
         (of_one_expert, ("fc2",), "for slots of expert 2: K 0 to 31 has the weights of expert 0"),
     ],
@@ -154,7 +154,7 @@ def columns(order: Callable[[Tensor], Tensor]) -> Callable[[MoeCall], Tensor]:
 
 def other_codes(call: MoeCall) -> Tensor:
     """The order in which some tools pack the eight codes of a word."""
-    codes = unpack_codes(call.experts.fc2_weights).view(4, 256, -1, 8)[..., [0, 2, 4, 6, 1, 3, 5, 7]]
+    codes = unpack_codes(call.experts.fc2_weights).view(4, 128, -1, 8)[..., [0, 2, 4, 6, 1, 3, 5, 7]]
     return forward(with_experts(call, fc2_weights=pack_codes(codes.flatten(2).contiguous())))
 
 
