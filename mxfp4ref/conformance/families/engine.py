@@ -33,6 +33,7 @@ from mxfp4ref.conformance.families.outputs import (
 )
 from mxfp4ref.conformance.families.permuted import permuted_hypotheses
 from mxfp4ref.conformance.families.preparations import loading_hypotheses, preparation_hypotheses
+from mxfp4ref.conformance.families.quantised import quantised_hypotheses
 from mxfp4ref.conformance.families.regions import k_hypotheses, row_hypotheses, rows_at
 from mxfp4ref.conformance.families.roundings import order_hypotheses, rounding_hypotheses
 from mxfp4ref.conformance.families.row_parameters import row_parameter_hypotheses
@@ -229,6 +230,7 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
         more_activations,
         bias_hypotheses,
         rounding_hypotheses,
+        quantised_hypotheses,
         output_hypotheses,
     )
     small = _is_small(search)
