@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mxfp4ref import MoeCall, forward
 from mxfp4ref.conformance import differing
+from mxfp4ref.conformance.families.code_parts import code_part_hypotheses
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
 from mxfp4ref.conformance.families.quantised import quantised_hypotheses
@@ -17,8 +18,9 @@ from mxfp4ref.conformance.families.roundings import rounding_hypotheses
 from mxfp4ref.conformance.families.search import Search
 from mxfp4ref.defects.variants.gemm import GemmVariant
 from mxfp4ref.formats.generations import NEWEST
+from mxfp4ref.formats.mxfp4 import pack_codes, unpack_codes
 from mxfp4ref.sm90.fp32 import to_bf16
-from tests.held_out_kernels.by_hand import Rows, layer
+from tests.held_out_kernels.by_hand import Rows, layer, with_experts
 from tests.held_out_kernels.calls import captured
 
 CALL = captured("odd_tokens")
@@ -95,3 +97,17 @@ def test_operands_that_were_quantised(
     best, *_ = found(CALL, layer(CALL, **hooks), quantised_hypotheses(CALL))
     assert best.stages == (stage,)
     assert best.words.startswith(words)
+
+
+@pytest.mark.parametrize(
+    "order", [[0, 2, 4, 6, 1, 3, 5, 7], [0, 4, 1, 5, 2, 6, 3, 7], [7, 5, 3, 1, 6, 4, 2, 0]]
+)
+@pytest.mark.parametrize("fc", ["fc1", "fc2"])
+def test_words_packed_in_another_order(fc: str, order: list[int]) -> None:
+    codes = unpack_codes(getattr(CALL.experts, f"{fc}_weights"))
+    words = codes.unflatten(-1, (-1, 8))[..., order]  # type: ignore[no-untyped-call]
+    got = forward(with_experts(CALL, **{f"{fc}_weights": pack_codes(words.flatten(-2).contiguous())}))
+    best, *_ = found(
+        CALL, got, (h for h in code_part_hypotheses(CALL) if " ".join(map(str, order)) in h.words)
+    )
+    assert best.stages == (fc,)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mxfp4ref.conformance.comparison import ulp_distance
 from mxfp4ref.conformance.families.activations import activation_hypotheses, other_activations
-from mxfp4ref.conformance.families.by_place import hypotheses_by_place, hypotheses_of_words_and_tiles
-from mxfp4ref.conformance.families.code_parts import small_weight_hypotheses
+from mxfp4ref.conformance.families.by_place import hypotheses_by_place, hypotheses_of_tiles
+from mxfp4ref.conformance.families.code_parts import code_part_hypotheses, small_weight_hypotheses
 from mxfp4ref.conformance.families.codes import code_hypotheses
 from mxfp4ref.conformance.families.decodings import decoding_hypotheses, table_hypotheses
 from mxfp4ref.conformance.families.distances import surprise
@@ -219,6 +219,7 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
 
     factor = [h for f in uniform_factors(search.got, search.want, search.wrong) for h in factor_hypotheses(f)]
     known = of(other_activations, named_hypotheses)  # before all others, for a quick diagnosis too
+    small = _is_small(search)
     plain = of(
         slot_hypotheses,
         permuted_hypotheses,
@@ -232,8 +233,8 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
         rounding_hypotheses,
         quantised_hypotheses,
         output_hypotheses,
+        *(() if small else (code_part_hypotheses,)),
     )
-    small = _is_small(search)
     by_place = hypotheses_by_place(call, search.wrong)
     taken = () if is_heavy(call) else taken_hypotheses(search.pipeline, search.rows, search.got, search.wrong)
     yield chain(wanted(factor), taken, wanted(known, slow=False), by_place, wanted(plain, slow=False))
@@ -255,7 +256,7 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
             of(code_hypotheses, small_weight_hypotheses),
             rearranged,
             of(decoding_hypotheses, table_hypotheses),
-            () if small else hypotheses_of_words_and_tiles(call, search.wrong),
+            () if small else hypotheses_of_tiles(call, search.wrong),
         )
     )
     if not small:
