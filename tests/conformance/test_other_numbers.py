@@ -10,13 +10,17 @@ from torch import Tensor
 
 from mxfp4ref import MoeCall, forward
 from mxfp4ref.conformance import differing
+from mxfp4ref.conformance.families.code_parts import code_part_hypotheses
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
+from mxfp4ref.conformance.families.quantised import quantised_hypotheses
 from mxfp4ref.conformance.families.roundings import rounding_hypotheses
 from mxfp4ref.conformance.families.search import Search
 from mxfp4ref.defects.variants.gemm import GemmVariant
 from mxfp4ref.formats.generations import NEWEST
-from tests.held_out_kernels.by_hand import layer
+from mxfp4ref.formats.mxfp4 import pack_codes, unpack_codes
+from mxfp4ref.sm90.fp32 import to_bf16
+from tests.held_out_kernels.by_hand import Rows, layer, with_experts
 from tests.held_out_kernels.calls import captured
 
 CALL = captured("odd_tokens")
@@ -57,3 +61,53 @@ def test_a_wider_type_in_place_of_bf16(
     best, *_ = found(CALL, layer(CALL, **hooks), rounding_hypotheses(CALL))
     assert best.stages == (stage,)
     assert best.words.startswith(words)
+
+
+def mxfp8(x: Tensor) -> Tensor:
+    """E4M3 with E8M0 scales by 32, as the OCP's specification has it."""
+    blocks = x.view(len(x), -1, 32)
+    largest = blocks.abs().amax(-1, keepdim=True)
+    step = torch.where(largest > 0, torch.exp2(torch.floor(torch.log2(largest)) - 8), 1.0)
+    return ((blocks / step).clamp(-448, 448).to(torch.float8_e4m3fn).float() * step).view_as(x)
+
+
+def int8_by_tensor(rows: Rows, taken: Tensor) -> Tensor:
+    step = CALL.input.float().abs().max() / 127
+    return to_bf16((taken.float() / step).round() * step)
+
+
+@pytest.mark.parametrize(
+    ("hooks", "stage", "words"),
+    [
+        (
+            {"x": int8_by_tensor},
+            "input",
+            "the input is quantised to int8 (8 bits) and back, with one scale for the whole",
+        ),
+        (
+            {"activation": lambda rows, a: to_bf16(mxfp8(a))},
+            "activation",
+            "the activation is quantised to FP8 (float8_e4m3fn) and back, with one scale for each 32",
+        ),
+    ],
+)
+def test_operands_that_were_quantised(
+    hooks: dict[str, Callable[..., Tensor]], stage: str, words: str
+) -> None:
+    best, *_ = found(CALL, layer(CALL, **hooks), quantised_hypotheses(CALL))
+    assert best.stages == (stage,)
+    assert best.words.startswith(words)
+
+
+@pytest.mark.parametrize(
+    "order", [[0, 2, 4, 6, 1, 3, 5, 7], [0, 4, 1, 5, 2, 6, 3, 7], [7, 5, 3, 1, 6, 4, 2, 0]]
+)
+@pytest.mark.parametrize("fc", ["fc1", "fc2"])
+def test_words_packed_in_another_order(fc: str, order: list[int]) -> None:
+    codes = unpack_codes(getattr(CALL.experts, f"{fc}_weights"))
+    words = codes.unflatten(-1, (-1, 8))[..., order]  # type: ignore[no-untyped-call]
+    got = forward(with_experts(CALL, **{f"{fc}_weights": pack_codes(words.flatten(-2).contiguous())}))
+    best, *_ = found(
+        CALL, got, (h for h in code_part_hypotheses(CALL) if " ".join(map(str, order)) in h.words)
+    )
+    assert best.stages == (fc,)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mxfp4ref import MoeCall, forward, quantize
 from mxfp4ref.conformance import diagnose, differing
-from mxfp4ref.conformance.families.by_place import hypotheses_of_words_and_tiles
-from mxfp4ref.conformance.families.code_parts import scale_format_hypotheses
+from mxfp4ref.conformance.families.by_place import hypotheses_of_tiles
+from mxfp4ref.conformance.families.code_parts import code_part_hypotheses, scale_format_hypotheses
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.row_experts import row_expert_hypotheses
 from mxfp4ref.conformance.families.search import Search
@@ -103,7 +103,7 @@ def test_words_and_tiles_are_found_with_their_numbers(wrong: Callable[[MoeCall],
     call = captured("prefill")
     got, want = wrong(call), forward(call)
     search = Search(prepared(call), got, want, torch.inf)
-    every = hypotheses_of_words_and_tiles(search.pipeline.call, search.wrong)
+    every = chain(code_part_hypotheses(call), hypotheses_of_tiles(search.pipeline.call, search.wrong))
     assert any(m.exact for m in search.run(h for h in every if words in h.words))
 
 
@@ -157,7 +157,8 @@ def test_none_of_them_is_noise() -> None:
     got = torch.where(torch.rand(want.shape, generator=random) < 0.1, want * 1.5, want)
     search = Search(prepared(call), got, want, torch.inf)
     every = chain(
-        hypotheses_of_words_and_tiles(search.pipeline.call, search.wrong),
+        code_part_hypotheses(call),
+        hypotheses_of_tiles(search.pipeline.call, search.wrong),
         row_expert_hypotheses(search.pipeline.call, search.wrong.any(1)),
     )
     assert not search.run(every)

@@ -8,7 +8,7 @@ from itertools import chain
 from torch import Tensor
 
 from mxfp4ref.conformance.families.bias_sums import bias_sum_hypotheses
-from mxfp4ref.conformance.families.code_parts import code_part_hypotheses, scale_format_hypotheses
+from mxfp4ref.conformance.families.code_parts import scale_format_hypotheses
 from mxfp4ref.conformance.families.fragment_maps import fragment_map_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
 from mxfp4ref.conformance.families.input_norms import norm_hypotheses
@@ -24,7 +24,7 @@ from mxfp4ref.conformance.families.tiles import tile_hypotheses
 from mxfp4ref.conformance.reduction import is_heavy
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["hypotheses_by_place", "hypotheses_of_words_and_tiles"]
+__all__ = ["hypotheses_by_place", "hypotheses_of_tiles"]
 
 
 def hypotheses_by_place(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
@@ -49,8 +49,8 @@ def hypotheses_by_place(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
         )
 
 
-def hypotheses_of_words_and_tiles(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
-    """On words of codes, tiles of K, fragments and tiles of rows; `wrong [M, H] bool`."""
-    yield from chain(code_part_hypotheses(call), k_stage_hypotheses(call))
+def hypotheses_of_tiles(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
+    """On tiles of K, fragments and tiles of rows; `wrong [M, H] bool`."""
+    yield from k_stage_hypotheses(call)
     if not is_heavy(call):
         yield from chain(kept_hypotheses(call, wrong.any(1)), fragment_map_hypotheses(call, wrong))

@@ -4,6 +4,7 @@ another format holds them."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import permutations, product
 
 import torch
 from torch import Tensor
@@ -23,6 +24,11 @@ _GEMMS = (
 )
 _PARTS = (("signs", 8), ("magnitudes", 7), ("codes", 15))
 _NTHS = {2: "second", 4: "fourth", 8: "eighth"}
+_KNOWN = {
+    (0, 2, 4, 6, 1, 3, 5, 7): " (even ones, then odd ones, as AWQ and Marlin pack them)",
+    (0, 4, 1, 5, 2, 6, 3, 7): " (both halves in turn, which undoes the order of AWQ and Marlin)",
+    (0, 2, 1, 3): " (even ones, then odd ones)",
+}
 _SCALES = 8  # the smallest ones, up to which weights may be lost
 _Places = Callable[[Tensor], Tensor]  # the number of a code in its row, to that of the one whose part it gets
 
@@ -45,6 +51,10 @@ def _changes() -> Iterator[tuple[str, Callable[[Tensor], Tensor], float]]:
         for words, places, cost in _places():
             if part != "codes" or "byte" not in words:  # whole codes within a byte are tried elsewhere
                 yield f"the {part} of {words}", _taken(bits, places), cost
+    for places, order, known in _orders():
+        for part, bits in _PARTS:
+            if known or part == "codes":
+                yield f"the {part} of each word of {order}{known}", _taken(bits, places), 1.5
     for step, nth in _NTHS.items():
         for at in range(step):
             where = f"in every {nth} code, from {at} on"
@@ -65,8 +75,6 @@ def _places() -> Iterator[tuple[str, _Places, float]]:
         yield f"the code in the other half of each word of {size}", lambda i, s=size: i ^ (s // 2), 1.5
         yield f"the next code in each word of {size} (rotated)", _rotated(size, 1), 1.5
         yield f"the code before in each word of {size} (rotated)", _rotated(size, -1), 1.5
-        yield f"the codes of each word of {size} in the order of even ones, then odd ones", _apart(size), 1.5
-        yield f"the codes of each word of {size} in the order of both halves in turn", _in_turn(size), 1.5
     yield "the code two before or after (bytes exchanged in pairs)", lambda i: i ^ 2, 1.5
 
 
@@ -78,12 +86,25 @@ def _rotated(size: int, by: int) -> _Places:
     return lambda i: i // size * size + (i + by) % size
 
 
-def _apart(size: int) -> _Places:
-    return lambda i: i // size * size + i % size * 2 % size + i % size // (size // 2)
-
-
-def _in_turn(size: int) -> _Places:
-    return lambda i: i // size * size + i % 2 * (size // 2) + i % size // 2
+def _orders() -> Iterator[tuple[_Places, str, str]]:
+    """Codes of a word in other orders, by the bits of their places, and what is known of each order."""
+    told = {tuple(places(torch.arange(16)).tolist()) for _, places, _ in _places()}
+    for size in (8, 4, 16):
+        bits = range(size.bit_length() - 1)
+        ways = permutations(bits) if size < 16 else ((*bits[n:], *bits[:n]) for n in bits)
+        for way, flipped in product(list(ways), range(size if size < 16 else 2)):
+            order = [flipped ^ sum((i >> bit & 1) << to for bit, to in enumerate(way)) for i in range(size)]
+            every = tuple(i // size * size + order[i % size] for i in range(16))
+            if every in told or every == tuple(range(16)):
+                continue
+            told.add(every)
+            known = _KNOWN.get(tuple(order), "")
+            words = f"{size} in the order {' '.join(map(str, order))}"
+            yield (
+                (lambda i, o=order, n=size: i // n * n + torch.tensor(o, device=i.device)[i % n]),
+                words,
+                known,
+            )
 
 
 def _taken(bits: int, places: _Places) -> Callable[[Tensor], Tensor]:

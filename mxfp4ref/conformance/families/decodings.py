@@ -13,7 +13,7 @@ from mxfp4ref.formats.mxfp4 import E2M1_VALUES, GROUP_SIZE, dequantize, pack_cod
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["decoding_hypotheses", "table_hypotheses"]
+__all__ = ["TYPES", "decoding_hypotheses", "table_hypotheses"]
 
 _GEMMS = ((("fc1",), "GEMM1's"), (("fc2",), "GEMM2's"), (("fc1", "fc2"), "both GEMMs'"))
 _Values = Callable[[Tensor, Tensor], Tensor]  # of codes and scales
@@ -160,13 +160,6 @@ def _by_table(packed: Tensor, scales: Tensor, table: tuple[float, ...]) -> Tenso
 
 def _quantised_again() -> Iterator[tuple[str, _Values]]:
     """Weights that were dequantised and quantised to another type, as for a fallback."""
-    types: tuple[tuple[str, float, Callable[[Tensor], Tensor]], ...] = (
-        ("FP8 (float8_e4m3fn)", 448.0, lambda t: t.to(torch.float8_e4m3fn).to(torch.float32)),
-        ("FP8 (float8_e5m2)", 57344.0, lambda t: t.to(torch.float8_e5m2).to(torch.float32)),
-        ("int8 (8 bits)", 127.0, torch.round),
-        ("int4 (4 bits)", 7.0, torch.round),
-        ("NVFP4-like E2M1 (4 bits)", 6.0, _to_e2m1),
-    )
     spans: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = (
         ("one scale for each expert's matrix", lambda w: w.abs().amax()),
         ("one scale for each row", lambda w: w.abs().amax(1, keepdim=True)),
@@ -177,7 +170,7 @@ def _quantised_again() -> Iterator[tuple[str, _Values]]:
         ("one scale for each 32 of K", lambda w: _largest(w, 1, GROUP_SIZE)),
         ("one scale for each 16 of K", lambda w: _largest(w, 1, 16)),
     )
-    for name, most, rounded in types:
+    for name, most, rounded in TYPES:
         for words, largest in spans:
 
             def values(
@@ -204,6 +197,16 @@ def _to_e2m1(values: Tensor) -> Tensor:
     steps = torch.tensor(E2M1_VALUES[:8], device=values.device)
     middles = (steps[1:] + steps[:-1]) / 2
     return steps[torch.bucketize(values.abs(), middles)].copysign(values)
+
+
+# Name, largest number, and numbers of float32 rounded to it.
+TYPES: tuple[tuple[str, float, Callable[[Tensor], Tensor]], ...] = (
+    ("FP8 (float8_e4m3fn)", 448.0, lambda t: t.to(torch.float8_e4m3fn).to(torch.float32)),
+    ("FP8 (float8_e5m2)", 57344.0, lambda t: t.to(torch.float8_e5m2).to(torch.float32)),
+    ("int8 (8 bits)", 127.0, torch.round),
+    ("int4 (4 bits)", 7.0, torch.round),
+    ("NVFP4-like E2M1 (4 bits)", 6.0, _to_e2m1),
+)
 
 
 def _largest(weights: Tensor, tall: int, wide: int) -> Tensor:

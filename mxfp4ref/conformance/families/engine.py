@@ -11,8 +11,8 @@ from itertools import chain, combinations
 from torch import Tensor
 
 from mxfp4ref.conformance.families.activations import activation_hypotheses, other_activations
-from mxfp4ref.conformance.families.by_place import hypotheses_by_place, hypotheses_of_words_and_tiles
-from mxfp4ref.conformance.families.code_parts import small_weight_hypotheses
+from mxfp4ref.conformance.families.by_place import hypotheses_by_place, hypotheses_of_tiles
+from mxfp4ref.conformance.families.code_parts import code_part_hypotheses, small_weight_hypotheses
 from mxfp4ref.conformance.families.codes import code_hypotheses
 from mxfp4ref.conformance.families.decodings import decoding_hypotheses, table_hypotheses
 from mxfp4ref.conformance.families.distances import surprise
@@ -32,6 +32,7 @@ from mxfp4ref.conformance.families.outputs import (
 )
 from mxfp4ref.conformance.families.permuted import permuted_hypotheses
 from mxfp4ref.conformance.families.preparations import loading_hypotheses, preparation_hypotheses
+from mxfp4ref.conformance.families.quantised import quantised_hypotheses
 from mxfp4ref.conformance.families.regions import k_hypotheses, row_hypotheses, rows_at
 from mxfp4ref.conformance.families.roundings import order_hypotheses, rounding_hypotheses
 from mxfp4ref.conformance.families.row_parameters import row_parameter_hypotheses
@@ -205,6 +206,7 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
 
     factor = [h for f in uniform_factors(search.got, search.want, search.wrong) for h in factor_hypotheses(f)]
     known = of(other_activations, named_hypotheses)  # before all others, for a quick diagnosis too
+    small = is_small(search)
     plain = of(
         slot_hypotheses,
         permuted_hypotheses,
@@ -216,9 +218,10 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
         more_activations,
         bias_hypotheses,
         rounding_hypotheses,
+        quantised_hypotheses,
         output_hypotheses,
+        *(() if small else (code_part_hypotheses,)),
     )
-    small = is_small(search)
     by_place = hypotheses_by_place(call, search.wrong)
     taken = () if is_heavy(call) else taken_hypotheses(search.pipeline, search.rows, search.got, search.wrong)
     yield chain(wanted(factor), taken, wanted(known, slow=False), by_place, wanted(plain, slow=False))
@@ -240,7 +243,7 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
             of(code_hypotheses, small_weight_hypotheses),
             rearranged,
             of(decoding_hypotheses, table_hypotheses),
-            () if small else hypotheses_of_words_and_tiles(call, search.wrong),
+            () if small else hypotheses_of_tiles(call, search.wrong),
         )
     )
     if not small:

@@ -17,7 +17,7 @@ from mxfp4ref.formats.mxfp4 import GROUP_SIZE, dequantize
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["order_hypotheses", "rounding_hypotheses"]
+__all__ = ["PLACES", "order_hypotheses", "rounding_hypotheses"]
 
 _Round = Callable[[Tensor], Tensor]
 
@@ -64,7 +64,6 @@ def _roundings() -> Iterator[tuple[str, _Round, float]]:
         1.2,
     )
     yield "with infinities as the largest numbers", lambda x: _finite(x), 1.2
-    yield "rounded to float8 e4m3 with a scale for each row on the way", _by_row, 1.2
     for bits in (6, 5, 4, 3):
         yield f"cut to {bits} bits of mantissa", lambda x, n=bits: fp32.to_bf16(_cut(x, 23 - n)), 1.4
 
@@ -77,12 +76,6 @@ def _kept() -> Iterator[tuple[str, _Round, float]]:
         name = "tf32 (10 bits of mantissa" if bits == 10 else f"some type ({bits} bits of mantissa"
         for ties, way in (("to even", _short), ("away from zero", _away)):
             yield f"{name}, ties {ties})", lambda x, way=way, dropped=23 - bits: way(x, dropped), 1.25
-
-
-def _by_row(x: Tensor) -> Tensor:
-    """A row's largest number becomes that of float8 e4m3."""
-    scale = (x.abs().amax(-1, keepdim=True) / 448).clamp(min=2.0**-126)
-    return fp32.to_bf16((x / scale).to(torch.float8_e4m3fn).to(torch.float32) * scale)
 
 
 def _cut(x: Tensor, dropped: int) -> Tensor:
@@ -107,7 +100,7 @@ def _finite(x: Tensor) -> Tensor:
     return torch.where(y.isinf(), torch.nan_to_num(y), y)
 
 
-_PLACES = (
+PLACES = (
     ("round_fc1", "GEMM1's output is", ("fc1", "activation")),
     ("round_activation", "the activation is", ("activation", "fc2")),
     ("round_fc2", "GEMM2's output is", ("fc2", "finalize")),
@@ -117,7 +110,7 @@ _PLACES = (
 
 def rounding_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     """Other roundings at each place where there is one, one more, or none."""
-    for stage, words, stages in _PLACES:
+    for stage, words, stages in PLACES:
         for how, change, cost in _roundings():
             yield Hypothesis(
                 "rounding",
@@ -126,7 +119,7 @@ def rounding_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
                 lambda p, s=stage, c=change: p.staging(**{s: c}),
                 cost,
             )
-    for stage, words, stages in _PLACES[:-1]:
+    for stage, words, stages in PLACES[:-1]:
         more = (
             {"fc2_gemm": GemmVariant()} if stage == "round_activation" else {}
         )  # the kernel's takes bf16 only
