@@ -13,7 +13,7 @@ from mxfp4ref.conformance.families.distances import last_place, may_underflow, s
 from mxfp4ref.conformance.families.hypothesis import Pipeline, slot_outputs
 from mxfp4ref.conformance.families.known_factors import factor_in_words
 from mxfp4ref.conformance.families.slot_kinds import position_in_expert
-from mxfp4ref.conformance.families.solved_weights import Weights, in_common, unsure_of
+from mxfp4ref.conformance.families.solved_weights import Weights, in_common, powers_of, unsure_of
 from mxfp4ref.conformance.finding import OTHER_EXPERTS, Evidence
 from mxfp4ref.conformance.reduction import by_every_expert
 from mxfp4ref.sm90 import fp32
@@ -124,9 +124,11 @@ def other_sums(
     conserved = all(_sums_of(call.token_final_scales[token].tolist(), found) for token, _, found in fits)
     fewer = all(set(found) <= set(asked) for _, asked, found in fits)
     if same_experts or (fewer and not conserved):
-        factor, experts = in_common(told)
+        power = powers_of(told)
+        factor, experts = (power, set()) if power else in_common(told)
         used = torch.isin(local, torch.tensor(sorted(experts), device=local.device) - first).any(1)
         scaled = experts and not bool((used & ~wrong.any(1)).any())  # whatever the slot, and in every token
+        scaled = scaled or bool(power)
         after = (
             "a factor on GEMM2's result or in the sum" if scaled else "GEMM1, activation and GEMM2 are right"
         )

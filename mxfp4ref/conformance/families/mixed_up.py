@@ -11,7 +11,7 @@ from torch import Tensor
 from mxfp4ref.conformance.families.hypothesis import Pipeline, local_of
 from mxfp4ref.conformance.families.sampled import Sample
 from mxfp4ref.conformance.families.slot_kinds import attributes
-from mxfp4ref.conformance.families.solved_weights import in_common
+from mxfp4ref.conformance.families.solved_weights import in_common, powers_of
 from mxfp4ref.conformance.finding import Evidence
 from mxfp4ref.conformance.reduction import by_every_expert
 from mxfp4ref.formats.mxfp4 import dequantize
@@ -147,10 +147,11 @@ def _other_weights(pipeline: Pipeline, loud: list[Sample]) -> Evidence | None:
             if abs(asked) > 0.1:
                 by_expert.setdefault(expert, []).append(found / asked)
     alike = all(max(r) - min(r) < 0.05 * abs(r[0]) + 0.02 for r in by_expert.values())
-    stages = ("finalize", "fc2") if alike else ("finalize",)
-    shown = alike and any(len(r) > 1 for r in by_expert.values())
+    power = powers_of(told)
+    stages = ("finalize", "fc2") if alike or power else ("finalize",)
+    shown = alike and not power and any(len(r) > 1 for r in by_expert.values())
     where = "; a factor of each expert, on GEMM2's scales or in the sum" if shown else ""
-    factor, _ = in_common(told)
+    factor = power or in_common(told)[0]
     details = f"{factor}{'; ' * bool(factor)}{'; '.join(map(str, told[:2]))}{where}"
     return Evidence.of_kind(stages, _WEIGHTS, details, 4)
 
