@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-__all__ = ["Rule", "map_rules", "map_words"]
+__all__ = ["Rule", "map_rules", "map_words", "pair_words"]
 
 Rule = Callable[[Tensor, Tensor], Tensor]  # indices, and of each how many there are, to those that are taken
 
@@ -42,6 +42,24 @@ def map_rules(got: Tensor, want: Tensor, name: str, count: Tensor) -> Iterator[t
     ):
         if torch.equal(rule(want, count), got):
             yield words, rule
+
+
+def pair_words(pairs: Iterable[tuple[int, int]], name: str, numbers: range) -> str:
+    """The rule of some pairs, what should be there and what is, of which at least three are unlike; "" if none.
+
+    One that gives each of the numbers another one of them, if there is one.
+    """
+    known = sorted(set(pairs))
+    if sum(a != b for a, b in known) < _SEVERAL or len({a for a, _ in known}) < len(known):
+        return ""
+    want, got = torch.tensor(known).unbind(1)
+    every = torch.tensor(numbers)
+    rules = list(map_rules(got, want, name, torch.full_like(want, numbers.stop)))
+    all_of = ((words, rule(every, torch.full_like(every, numbers.stop))) for words, rule in rules)
+    inside = (
+        words for words, to in all_of if int(to.min()) >= numbers.start and int(to.max()) < numbers.stop
+    )
+    return next(inside, next((words for words, _ in rules), ""))
 
 
 def _by(rule: Callable[[Tensor, Tensor, int], Tensor], number: int) -> Rule:

@@ -18,6 +18,7 @@ __all__ = [
     "Part",
     "by_every_expert",
     "clock_of",
+    "expert_numbers",
     "is_heavy",
     "isolate",
     "local_experts",
@@ -78,6 +79,12 @@ def by_every_expert(call: MoeCall, tokens: Tensor) -> MoeCall:
         ep_size=1,
         ep_rank=0,
     )
+
+
+def expert_numbers(call: MoeCall) -> range:
+    """The ids of the rank's experts."""
+    count = call.experts.num_experts
+    return range(call.ep_rank * count, (call.ep_rank + 1) * count)
 
 
 @dataclass(frozen=True)

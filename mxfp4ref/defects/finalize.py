@@ -19,7 +19,7 @@ from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.activation import Activation, activate
 from mxfp4ref.sm90.finalize import finalize
 
-__all__ = ["ROUTED_SCALING_FACTOR"]
+__all__ = ["ROUTED_SCALING_FACTOR", "activation_weighted"]
 
 ROUTED_SCALING_FACTOR = 1.5  # DeepSeek-V4-Flash's; a call does not tell
 
@@ -37,16 +37,21 @@ def bias2_unweighted(acc: Tensor, scale: Tensor, y: Tensor, bias: Tensor) -> Ten
 @defect("stages", "DeepSeek's own reference")
 def weight_before_gemm2(call: MoeCall) -> Stages:
     """routing weight multiplied into the activation before its rounding to bf16"""
+    # The bias keeps its weight: the reference has none, and bias2_unweighted is another defect.
+    biased = FinalizeVariant(lambda acc, scale, y, bias: fp32.fma(scale, bias, fp32.add(y, acc)))
+    plain = FinalizeVariant(lambda acc, scale, y, bias: fp32.add(y, acc))
+    return Stages(activate=activation_weighted(call), finalize=biased if _has_bias(call) else plain)
+
+
+def activation_weighted(call: MoeCall) -> Callable[..., Tensor]:
+    """The stage `activate`, with the routing weights multiplied into its result; for one forward of this call."""
     take = _in_turn(_weights_by_row(call))
 
     def weighted(activation: Activation, fc1_output: Tensor, *operands: Any) -> Tensor:
         activated = activate(activation, fc1_output, *operands)
         return fp32.mul(activated, take(len(activated))[:, None].expand_as(activated))
 
-    # The bias keeps its weight: the reference has none, and bias2_unweighted is another defect.
-    biased = FinalizeVariant(lambda acc, scale, y, bias: fp32.fma(scale, bias, fp32.add(y, acc)))
-    plain = FinalizeVariant(lambda acc, scale, y, bias: fp32.add(y, acc))
-    return Stages(activate=weighted, finalize=biased if _has_bias(call) else plain)
+    return weighted
 
 
 def _weights_by_row(call: MoeCall) -> Tensor:

@@ -14,12 +14,13 @@ from mxfp4ref.conformance import diagnose, differing
 from mxfp4ref.conformance.families.column_factors import column_factors
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.evidence import gather
-from mxfp4ref.conformance.families.hypothesis import Hypothesis, local_of
+from mxfp4ref.conformance.families.hypothesis import Hypothesis, finalized, local_of, slot_outputs
 from mxfp4ref.conformance.families.mixed_up import mixed_up
 from mxfp4ref.conformance.families.permuted import permuted_hypotheses
 from mxfp4ref.conformance.families.roundings import order_hypotheses
 from mxfp4ref.conformance.families.sampled import samples
 from mxfp4ref.conformance.families.slots import slot_hypotheses
+from mxfp4ref.conformance.index_words import pair_words
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.goldens.runs import runs
 from mxfp4ref.model.call import MoeCall
@@ -86,6 +87,20 @@ def test_one_expert_stands_for_all_others() -> None:
     assert found is not None
     assert found.stages == ("slots",)
     assert "are computed by other experts (always by expert 0): token" in found.sentence
+
+
+def test_experts_by_a_rule() -> None:
+    call = captured("many_experts")
+    pipeline = prepared(call)
+    local = local_of(pipeline)
+    modulo = pipeline.staging(select_local=lambda *_: local % 24)
+    got = finalized(pipeline, slot_outputs(modulo), local, call.token_final_scales)
+    found = mixed_up(pipeline, samples(pipeline, got, differing(got, forward(call)), local))
+    assert found is not None
+    assert "(expert n is expert n modulo 24, in all tokens looked at): token" in found.sentence
+    assert pair_words([(5, 1), (6, 2), (3, 3), (7, 3)], "expert", range(8)) == "expert n is expert n modulo 4"
+    assert not pair_words([(5, 1), (6, 2), (3, 3)], "expert", range(8)), "too few"
+    assert not pair_words([(5, 1), (6, 2), (7, 3), (7, 4)], "expert", range(8))
 
 
 def factors_of(got: Tensor, call: MoeCall) -> str | None:

@@ -13,9 +13,14 @@ from mxfp4ref.conformance import diagnose, differing
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.evidence import gather, look_closer
 from mxfp4ref.conformance.families.jury import Failure, judge
-from mxfp4ref.conformance.families.solved_weights import Weights, in_common, unsure_of
+from mxfp4ref.conformance.families.solved_weights import Weights, in_common, powers_of, unsure_of
+from mxfp4ref.conformance.families.weighting import weight_hypotheses
 from mxfp4ref.conformance.finding import Evidence
+from mxfp4ref.defects.finalize import activation_weighted
+from mxfp4ref.defects.variants.finalize import FinalizeVariant
 from mxfp4ref.goldens import open_goldens
+from mxfp4ref.model.forward import KERNEL
+from mxfp4ref.sm90 import fp32
 from tests.held_out_kernels.calls import captured
 
 GOLDENS = open_goldens()
@@ -151,6 +156,32 @@ def test_other_slots_weights_are_so_in_every_token(found: tuple[tuple[float, ...
         for t, (a, f) in enumerate(zip(asked, found, strict=True))
     ]
     assert in_common(tokens)[0] == words
+
+
+def test_powers_of_what_was_asked_for() -> None:
+    def of(*found: float) -> list[Weights]:
+        asked = (0.5, 0.25, 0.125)
+        return [Weights(7, (0, 1, 2), (5, 3, 4), asked, found, (2.0**-12,) * 3)]
+
+    squares = "they are the squares of those asked for in each of the tokens solved, as where they are applied twice"
+    assert powers_of(of(0.25, 0.0625, 0.015625)) == squares
+    assert "the reciprocals" in powers_of(of(2.0, 4.0, 8.0))
+    assert not powers_of(of(0.25, 0.0625, 0.03))
+    assert not powers_of(of(0.25, 0.125, 0.0625)), "a factor"
+
+
+@pytest.mark.parametrize("where", ["GEMM2's result before its rounding", "the activation"])
+def test_weights_that_are_applied_twice(where: str) -> None:
+    call = GOLDENS.load("finalize/slot_order").call()
+    pipeline = prepared(call)
+    if where == "the activation":
+        stages = replace(KERNEL, activate=activation_weighted(pipeline.call))
+        got = forward(pipeline.call, stages)
+    else:
+        scaled = FinalizeVariant(lambda a, w, y, b: fp32.fma(w, fp32.to_bf16(fp32.mul(w, y)).float(), a))
+        got = forward(pipeline.call, replace(KERNEL, round_fc2=lambda t: t, finalize=scaled))
+    exact = [h for h in weight_hypotheses(call) if (o := h.run(pipeline)) is not None and torch.equal(o, got)]
+    assert any(f"applied twice (squared): to {where}" in h.words for h in exact)
 
 
 def test_a_factor_that_differs_between_tokens_is_none_of_an_expert() -> None:

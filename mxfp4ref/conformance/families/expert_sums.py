@@ -13,9 +13,10 @@ from mxfp4ref.conformance.families.distances import last_place, may_underflow, s
 from mxfp4ref.conformance.families.hypothesis import Pipeline, slot_outputs
 from mxfp4ref.conformance.families.known_factors import factor_in_words
 from mxfp4ref.conformance.families.slot_kinds import position_in_expert
-from mxfp4ref.conformance.families.solved_weights import Weights, in_common, unsure_of
+from mxfp4ref.conformance.families.solved_weights import Weights, in_common, powers_of, unsure_of
 from mxfp4ref.conformance.finding import OTHER_EXPERTS, Evidence
-from mxfp4ref.conformance.reduction import by_every_expert
+from mxfp4ref.conformance.index_words import pair_words
+from mxfp4ref.conformance.reduction import by_every_expert, expert_numbers
 from mxfp4ref.sm90 import fp32
 
 __all__ = ["other_sums"]
@@ -124,9 +125,11 @@ def other_sums(
     conserved = all(_sums_of(call.token_final_scales[token].tolist(), found) for token, _, found in fits)
     fewer = all(set(found) <= set(asked) for _, asked, found in fits)
     if same_experts or (fewer and not conserved):
-        factor, experts = in_common(told)
+        power = powers_of(told)
+        factor, experts = (power, set()) if power else in_common(told)
         used = torch.isin(local, torch.tensor(sorted(experts), device=local.device) - first).any(1)
         scaled = experts and not bool((used & ~wrong.any(1)).any())  # whatever the slot, and in every token
+        scaled = scaled or bool(power)
         after = (
             "a factor on GEMM2's result or in the sum" if scaled else "GEMM1, activation and GEMM2 are right"
         )
@@ -160,7 +163,13 @@ def other_sums(
         return
     swaps = [_exchanged(asked, found) for _, asked, found in fits]
     pairs = sorted({pair for swap in swaps if swap for pair in swap})
-    mapping = f" ({', '.join(f'expert {a + first} by {b + first}' for a, b in pairs[:6])})" if pairs else ""
+    kept = {(e, e) for _, asked, found in fits for e in set(asked) & set(found)}
+    rule = pair_words(((a + first, b + first) for a, b in {*pairs, *kept}), "expert", expert_numbers(call))
+    mapping = (
+        f" ({f'{rule}: ' * bool(rule)}{', '.join(f'expert {a + first} by {b + first}' for a, b in pairs[:6])})"
+        if pairs
+        else ""
+    )
     some = _of_which_rows(local, wrong, {a for a, _ in pairs}) if pairs else ""
     sentence = f"{OTHER_EXPERTS}{mapping}{some}: {shown}; {_RIGHT}"
     yield Evidence(("slots",) if conserved else ("slots", "finalize"), sentence, 3, kind=OTHER_EXPERTS)

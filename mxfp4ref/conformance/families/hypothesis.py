@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 _ANYWHERE = ("factor", "routing weights")  # families of which other places give the same up to roundings
+_UNLIKE = 1.1  # factor between those of two slots
 FAILURES = (ValueError, TypeError, IndexError, RuntimeError)  # of a change that is not defined on a call
 
 
@@ -252,8 +253,18 @@ def finalized(pipeline: Pipeline, y: Tensor, local: Tensor, scales: Tensor) -> T
     return pipeline.stages.round_output(pipeline.stages.finalize(y, local, scales, bias))
 
 
-def roughly(hypothesis: Hypothesis, how: str, part: float) -> Hypothesis:
-    """One that predicts an output so, and in every bit no more than a part of what is wrong."""
+def roughly(hypothesis: Hypothesis, how: str, part: float, rows: SlotRows | None = None) -> Hypothesis:
+    """One that predicts an output so, and in every bit no more than a part of what is wrong.
+
+    Routing weights that are others, not by one factor for all `rows` of a token, are applied to GEMM2's result: there
+    or in the sum.
+    """
     words = f"{hypothesis.words}, {how} ({int(100 * part)}% of the wrong elements in every bit)"
     stages = () if hypothesis.family in _ANYWHERE else hypothesis.stages
+    if rows is not None and hypothesis.family == "routing weights" and hypothesis.of_rows is not None:
+        ratio = (hypothesis.of_rows(rows).weights / rows.weights).masked_fill(rows.local < 0, torch.nan)
+        high, low = ratio.nan_to_num(-torch.inf).amax(1), ratio.nan_to_num(torch.inf).amin(1)
+        several = (rows.local >= 0).sum(1) > 1
+        if bool((several & (high > _UNLIKE * low.clamp(min=0))).any()):
+            stages = ("finalize", "fc2")
     return replace(hypothesis, words=words, stages=stages, name="")

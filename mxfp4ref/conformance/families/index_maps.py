@@ -58,7 +58,7 @@ def expert_maps() -> Iterator[IndexMap]:
         ("the first {} of its pair", lambda i, n: i & ~1, 1.7),
         ("the {} with half its number", lambda i, n: i // 2, 1.8),
     )
-    for modulus in (2, 4, 8, 16, 32, 64):
+    for modulus in (2, 4, 8, 16, 32, 64, 128, 256):
         yield from _maps(
             (f"the {{}} with its number modulo {modulus}", lambda i, n, m=modulus: i % m % n, 1.8)
         )

@@ -11,9 +11,10 @@ from torch import Tensor
 from mxfp4ref.conformance.families.hypothesis import Pipeline, local_of
 from mxfp4ref.conformance.families.sampled import Sample
 from mxfp4ref.conformance.families.slot_kinds import attributes
-from mxfp4ref.conformance.families.solved_weights import in_common
+from mxfp4ref.conformance.families.solved_weights import in_common, powers_of
 from mxfp4ref.conformance.finding import Evidence
-from mxfp4ref.conformance.reduction import by_every_expert
+from mxfp4ref.conformance.index_words import pair_words
+from mxfp4ref.conformance.reduction import by_every_expert, expert_numbers
 from mxfp4ref.formats.mxfp4 import dequantize
 from mxfp4ref.model.forward import MoeTrace, activate_rows, trace
 from mxfp4ref.sm90 import fp32
@@ -63,7 +64,8 @@ def mixed_up(pipeline: Pipeline, some: list[Sample]) -> Evidence | None:
     ):
         explained = {s.token: e for s in loud if (e := _explained(s, list(swaps(s)))) is not None}
         if 3 * len(explained) >= 2 * len(loud):
-            which = f"slots{_which(pipeline, explained)} {words}{_moved(explained)}{_by_one(explained)}"
+            rule = _by_one(explained) or _by_rule(pipeline, explained)
+            which = f"slots{_which(pipeline, explained)} {words}{_moved(explained)}{rule}"
             details = f"{_listed(explained)}; all else is right"
             return Evidence(stages, f"{which}: {details}", 4, kind=f"slots {words}")
     return None
@@ -121,6 +123,20 @@ def _by_one(explained: dict[int, list[_Swap]]) -> str:
     return f" (always by expert {one})" if one.isdigit() else ""
 
 
+def _by_rule(pipeline: Pipeline, explained: dict[int, list[_Swap]]) -> str:
+    """The rule by which experts stand for others in these tokens, and for themselves in their other slots."""
+    local, numbers = local_of(pipeline), expert_numbers(pipeline.call)
+    found: list[tuple[int, int]] = []
+    for token, swaps in explained.items():
+        own = (local[token][local[token] >= 0] + numbers.start).tolist()
+        by = {s.slot: s.words.removeprefix("expert ").split(" by ") for s in swaps}
+        if any(len(pair) != 2 or not "".join(pair).isdigit() for pair in by.values()):
+            return ""
+        found += [(expert, int(by[slot][1]) if slot in by else expert) for slot, expert in enumerate(own)]
+    words = pair_words(found, "expert", numbers)
+    return f" ({words}, in all tokens looked at)" if words else ""
+
+
 def _listed(explained: dict[int, list[_Swap]]) -> str:
     told = [f"token {t}: {', '.join(s.words for s in swaps[:4])}" for t, swaps in explained.items()]
     return "; ".join(told[:3])
@@ -147,10 +163,11 @@ def _other_weights(pipeline: Pipeline, loud: list[Sample]) -> Evidence | None:
             if abs(asked) > 0.1:
                 by_expert.setdefault(expert, []).append(found / asked)
     alike = all(max(r) - min(r) < 0.05 * abs(r[0]) + 0.02 for r in by_expert.values())
-    stages = ("finalize", "fc2") if alike else ("finalize",)
-    shown = alike and any(len(r) > 1 for r in by_expert.values())
+    power = powers_of(told)
+    stages = ("finalize", "fc2") if alike or power else ("finalize",)
+    shown = alike and not power and any(len(r) > 1 for r in by_expert.values())
     where = "; a factor of each expert, on GEMM2's scales or in the sum" if shown else ""
-    factor, _ = in_common(told)
+    factor = power or in_common(told)[0]
     details = f"{factor}{'; ' * bool(factor)}{'; '.join(map(str, told[:2]))}{where}"
     return Evidence.of_kind(stages, _WEIGHTS, details, 4)
 
@@ -237,8 +254,7 @@ class _Grid:
         )
 
     def _id(self, expert: int | Tensor) -> int:
-        call = self.pipeline.call
-        return int(expert) + call.ep_rank * call.experts.num_experts
+        return int(expert) + expert_numbers(self.pipeline.call).start
 
     def of_other_experts(self, sample: Sample) -> Iterator[_Swap]:
         for at, slot, other, weight in self._others(sample):

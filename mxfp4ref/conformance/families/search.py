@@ -244,7 +244,7 @@ class Search:
                 continue
             if self._up_to_roundings(output, of_all=True):
                 part = float((~differing(output, self.got))[self.wrong].double().mean())
-                found.append((part, Match(roughly(hypothesis, "up to roundings", part), False)))
+                found.append((part, Match(roughly(hypothesis, "up to roundings", part, self.rows), False)))
         found.sort(key=lambda pair: -pair[0])
         return [match for part, match in found if part >= max(0.9 * found[0][0], least)]
 

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Weights", "digits", "in_common", "unsure_of"]
+__all__ = ["Weights", "digits", "in_common", "powers_of", "unsure_of"]
 
 _SIGMAS = 3.0
 _LEAST = 2.0**-5  # singular value of rows of length 1, below which their own roundings decide
 _DIGITS = 4  # told at most
+_POWERS = {2.0: "the squares", 3.0: "the cubes", 0.5: "the square roots", -1.0: "the reciprocals"}
+_FEWEST = 3  # weights that have to be so
 _DETERMINED = 0.05  # of the token's largest weight, that one may be unsure by
 
 
@@ -74,6 +76,20 @@ def in_common(tokens: Sequence[Weights]) -> tuple[str, set[int]]:
     """
     factor = _one_factor(tokens)
     return factor if factor[0] else (_of_other_slots(tokens) or _one_for_all(tokens), set())
+
+
+def powers_of(tokens: Sequence[Weights]) -> str:
+    """Which power of those that were asked for all weights are, and surely not one multiple of them; "" if none."""
+    each = [one for w in tokens for one in zip(w.asked, w.found, w.unsure, strict=True)]
+    known = [(a, f, u) for a, f, u in each if a > 0]
+    ratios = [f / a for a, f, _ in known]
+    if len(known) < max(len(each), _FEWEST) or max(ratios) - min(ratios) < 2.0**-3 * max(map(abs, ratios)):
+        return ""
+    for power, words in _POWERS.items():
+        if all(abs(f - a**power) <= u + 2.0**-7 * a**power for a, f, u in known):
+            more = ", as where they are applied twice" * (power == 2)
+            return f"they are {words} of those asked for in each of the tokens solved{more}"
+    return ""
 
 
 def _one_for_all(tokens: Sequence[Weights]) -> str:

@@ -20,9 +20,11 @@ from mxfp4ref.conformance.families.hypothesis import (
     of_sum,
     slot_outputs,
 )
+from mxfp4ref.defects.finalize import activation_weighted
 from mxfp4ref.defects.variants.finalize import FinalizeVariant
-from mxfp4ref.defects.variants.rounding import bf16
+from mxfp4ref.defects.variants.rounding import bf16, keep
 from mxfp4ref.model.call import MoeCall
+from mxfp4ref.model.forward import forward
 from mxfp4ref.sm90 import fp32
 
 __all__ = ["mul", "weighing", "weight_hypotheses"]
@@ -179,24 +181,41 @@ def _bias_use() -> Iterator[tuple[str, Callable[..., Tensor], float]]:
     yield "the fc2 bias alone gets the routing weight", lambda a, w, y, b: add(a, fma(w, b, y)), 1.3
 
 
-def _row_weight(where: str) -> Change:
-    """The routing weight multiplied into the input or the activation, and 1 or itself afterwards."""
+def _row_weight(again: bool) -> Change:
+    """The routing weight multiplied into the input, and 1 or itself afterwards."""
 
     def on(pipeline: Pipeline) -> Pipeline:
-        place, again = where.split()
-
         def run(call: MoeCall) -> Tensor:
             inside = Pipeline(call, pipeline.stages)
-            local = local_of(inside)
             weights = call.token_final_scales
             x = fp32.widen(call.input)[:, None].expand(-1, call.top_k, -1)
             scaled = fp32.to_bf16(mul(x, weights[..., None]).contiguous())
-            y = slot_outputs(inside, scaled if place == "input" else None)
-            return finalized(inside, y, local, weights if again == "twice" else torch.ones_like(weights))
+            y = slot_outputs(inside, scaled)
+            return finalized(inside, y, local_of(inside), weights if again else torch.ones_like(weights))
 
         return Pipeline(pipeline.call, pipeline.stages, run, pipeline.after)
 
     return on
+
+
+def _activation_weight(pipeline: Pipeline) -> Pipeline:
+    """The routing weight multiplied into the activation before its rounding, and again in the sum."""
+
+    def run(call: MoeCall) -> Tensor:
+        return forward(call, replace(pipeline.stages, activate=activation_weighted(call)))
+
+    return replace(pipeline, run_call=run)
+
+
+def _twice() -> Iterator[tuple[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]]]:
+    """Where GEMM2's result may get the weight that it gets again: words, steps of the sum of what is not rounded."""
+    add, fma, mul = fp32.add, fp32.fma, fp32.mul
+    yield "before its rounding", lambda a, w, y, b: fma(w, add(bf16(mul(w, y)), b), a)
+    yield (
+        "after its rounding, and rounded once more",
+        lambda a, w, y, b: fma(w, add(bf16(mul(w, bf16(y))), b), a),
+    )
+    yield "with its bias before its rounding", lambda a, w, y, b: fma(w, bf16(mul(w, add(y, b))), a)
 
 
 def _sums() -> Iterator[tuple[str, Callable[[Tensor, Tensor, Tensor], Tensor], float]]:
@@ -232,17 +251,18 @@ def weight_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
         yield weighing(words, change, cost)
     for words, change, cost in _weights_across_tokens():
         yield replace(weighing(f"the routing weights are {words}", change, cost), across_tokens=True)
-    for words in ("input once", "input twice", "all twice"):
-        place, again = words.split()
-        if place == "input":
-            more = " and again in the sum" if again == "twice" else ""
-            yield Hypothesis(
-                "routing weights",
-                ("input", "finalize"),
-                f"the routing weight is multiplied into GEMM1's input{more}",
-                _row_weight(words),
-                1.1,
-            )
+    for again in (False, True):
+        more = " and again in the sum" * again
+        words = f"the routing weight is multiplied into GEMM1's input{more}"
+        yield Hypothesis("routing weights", ("input", "finalize"), words, _row_weight(again), 1.1)
+    for where, step in _twice():
+        words = f"the routing weights are applied twice (squared): to GEMM2's result {where}, and again in the sum"
+        stages = {"round_fc2": keep, "finalize": FinalizeVariant(step)}
+        yield Hypothesis(
+            "routing weights", ("fc2", "finalize"), words, lambda p, s=stages: p.staging(**s), 1.1
+        )
+    words = "the routing weights are applied twice (squared): to the activation and again in the sum"
+    yield Hypothesis("routing weights", ("activation", "finalize"), words, _activation_weight, 1.15)
     if call.experts.fc2_biases is not None and call.tp_rank == 0:
         for words, step, cost in _bias_use():
             yield of_sum("fc2 bias", _F, words, FinalizeVariant(step), cost)
