@@ -146,7 +146,10 @@ def _statistics(of: Groups) -> Iterator[tuple[str, Tensor]]:
     """What a scale may be made of instead of the largest magnitude of its group, `[G] float64`."""
     size, largest = of.groups.abs().nan_to_num(0, 0, 0), of.largest.nan_to_num(0, 0, 0)
     signed = of.groups.nan_to_num(0, 0, 0)
-    yield "the largest value, without taking magnitudes", signed.amax(1).clamp_min(0)
+    yield (
+        "the largest value, without taking magnitudes (signed, no absolute value)",
+        signed.amax(1).clamp_min(0),
+    )
     yield "the magnitude of the smallest value", (-signed.amin(1)).clamp_min(0)
     for part in (2, 4, 8, 16):
         for n, lanes in enumerate(size.view(len(size), part, -1).unbind(1)):

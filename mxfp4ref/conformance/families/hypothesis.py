@@ -132,11 +132,12 @@ class Hypothesis:
         return bool(self.of_rows or self.of_sum or self.of_output)
 
     def run(self, pipeline: Pipeline) -> Tensor | None:
-        """The output, or None where the change is not defined."""
+        """The output, or None where the change is not defined, as of a call with other rows."""
         try:
-            return self.change(pipeline).run()
+            output = self.change(pipeline).run()
         except FAILURES:
             return None
+        return output if output.shape == pipeline.call.input.shape else None
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,7 @@ def tile_hypotheses(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
     weighs = (local >= 0) & (call.token_final_scales != 0)
     seen = Counter[tuple[int, ...]]()
     across = [c for c in _COLUMNS if c < hidden]
+    biased = call.experts.fc1_biases is not None
     for (column, columns), (row, rows) in product(enumerate(across), enumerate(_ROWS)):
         tiles = _Tiles.of(call, local, rows, columns)
         padded = torch.nn.functional.pad(wrong, (0, tiles.across * columns - hidden))
@@ -109,7 +110,9 @@ def tile_hypotheses(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
             alike = tuple(tiles.to_columns(chosen, hidden).flatten().nonzero().flatten().tolist())
             seen[alike] += 1
             if seen[alike] <= _MOST_ALIKE:
-                yield from _changed(size, words, (rows, columns), which, cost + more)
+                rows_alone = torch.equal(chosen[weighs].any(1), chosen[weighs].all(1))
+                for one in _changed(size, words, (rows, columns), which, cost + more):
+                    yield _of_either(one) if rows_alone and "zeros" in one.words and not biased else one
         for words, stored, more in _rasters():
             at, source = stored(tiles)
             moved = (tiles.row[..., None] != at) | (source != torch.arange(tiles.across, device=local.device))
@@ -153,6 +156,12 @@ def _sets(tiles: _Tiles, blocks: Tensor, weighs: Tensor) -> Iterator[tuple[str, 
                         lambda t, n=n, a=at % n, b=by_columns: (t.number(b) >= 0) & (t.number(b) % n == a),
                         1.6 + n / 100,
                     )
+
+
+def _of_either(hypothesis: Hypothesis) -> Hypothesis:
+    """Of rows that are zero as a whole, as they are too where GEMM1's are."""
+    words = f"{hypothesis.words}, or GEMM1's tiles of these rows are not"
+    return replace(hypothesis, stages=("fc1", "fc2"), words=words)
 
 
 def _changed(
