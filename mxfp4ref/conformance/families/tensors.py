@@ -87,7 +87,7 @@ def expert_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
             for axis in expert_maps():
                 yield Hypothesis(
                     "another expert's",
-                    ("slots", "fc1") if whole else group.stages,
+                    ("fc1", "slots") if whole else group.stages,
                     f"{group.words} are those of {axis.of('expert')}",
                     mapped(group.names, _along(0, axis)),
                     axis.cost,
