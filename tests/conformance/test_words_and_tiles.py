@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import chain
 
 import pytest
@@ -14,6 +14,8 @@ from mxfp4ref.conformance import diagnose, differing
 from mxfp4ref.conformance.families.by_place import hypotheses_of_tiles
 from mxfp4ref.conformance.families.code_parts import code_part_hypotheses, scale_format_hypotheses
 from mxfp4ref.conformance.families.engine import prepared
+from mxfp4ref.conformance.families.fragment_maps import fragment_map_hypotheses, swizzled_weights
+from mxfp4ref.conformance.families.hypothesis import Hypothesis
 from mxfp4ref.conformance.families.row_experts import row_expert_hypotheses
 from mxfp4ref.conformance.families.search import Search
 from mxfp4ref.formats.mxfp4 import pack_codes, unpack_codes
@@ -79,6 +81,22 @@ def stale_activation(call: MoeCall) -> Tensor:
     return layer(call, activation=activation)
 
 
+def bytes_of_w2(call: MoeCall) -> Tensor:
+    codes = call.experts.fc2_weights
+    row, byte = torch.arange(codes.shape[1])[:, None], torch.arange(codes.shape[2])[None]
+    return forward(with_experts(call, fc2_weights=codes[:, row, byte ^ 16 * (row // 2 % 4)]))
+
+
+def everything(search: Search) -> Iterator[Hypothesis]:
+    call, wrong = search.pipeline.call, search.wrong
+    return chain(
+        code_part_hypotheses(call),
+        hypotheses_of_tiles(call, wrong),
+        fragment_map_hypotheses(call, wrong),
+        swizzled_weights(call),
+    )
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
@@ -93,6 +111,7 @@ def stale_activation(call: MoeCall) -> Tensor:
             unswizzled,
             "and is read with another, 32 bytes",
         ),
+        (bytes_of_w2, "are read with another, 64 bytes and none: chunks of 32 codes"),
         (
             stale_activation,
             "the second tile of 8 rows of an expert has the tile before's numbers in the first 32",
@@ -103,7 +122,7 @@ def test_words_and_tiles_are_found_with_their_numbers(wrong: Callable[[MoeCall],
     call = captured("prefill")
     got, want = wrong(call), forward(call)
     search = Search(prepared(call), got, want, torch.inf)
-    every = chain(code_part_hypotheses(call), hypotheses_of_tiles(search.pipeline.call, search.wrong))
+    every = everything(search)
     assert any(m.exact for m in search.run(h for h in every if words in h.words))
 
 
@@ -157,8 +176,7 @@ def test_none_of_them_is_noise() -> None:
     got = torch.where(torch.rand(want.shape, generator=random) < 0.1, want * 1.5, want)
     search = Search(prepared(call), got, want, torch.inf)
     every = chain(
-        code_part_hypotheses(call),
-        hypotheses_of_tiles(search.pipeline.call, search.wrong),
+        everything(search),
         row_expert_hypotheses(search.pipeline.call, search.wrong.any(1)),
     )
     assert not search.run(every)

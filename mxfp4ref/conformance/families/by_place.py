@@ -9,7 +9,6 @@ from torch import Tensor
 
 from mxfp4ref.conformance.families.bias_sums import bias_sum_hypotheses
 from mxfp4ref.conformance.families.code_parts import scale_format_hypotheses
-from mxfp4ref.conformance.families.fragment_maps import fragment_map_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
 from mxfp4ref.conformance.families.input_norms import norm_hypotheses
 from mxfp4ref.conformance.families.k_stages import k_stage_hypotheses
@@ -50,7 +49,7 @@ def hypotheses_by_place(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
 
 
 def hypotheses_of_tiles(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
-    """On tiles of K, fragments and tiles of rows; `wrong [M, H] bool`."""
+    """On tiles of K and tiles of rows; `wrong [M, H] bool`."""
     yield from k_stage_hypotheses(call)
     if not is_heavy(call):
-        yield from chain(kept_hypotheses(call, wrong.any(1)), fragment_map_hypotheses(call, wrong))
+        yield from kept_hypotheses(call, wrong.any(1))

@@ -17,6 +17,7 @@ from mxfp4ref.conformance.families.codes import code_hypotheses
 from mxfp4ref.conformance.families.decodings import decoding_hypotheses, table_hypotheses
 from mxfp4ref.conformance.families.distances import surprise
 from mxfp4ref.conformance.families.evidence import gather, look_closer
+from mxfp4ref.conformance.families.fragment_maps import fragment_map_hypotheses, swizzled_weights
 from mxfp4ref.conformance.families.fragments import fragment_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline, of_first_factor
 from mxfp4ref.conformance.families.known_factors import factor_in_words
@@ -229,6 +230,8 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
     slow = of(order_hypotheses, named_hypotheses)
     if small:
         yield wanted(slow, slow=True)
+    if not small and not is_heavy(call):
+        yield wanted(fragment_map_hypotheses(call, search.wrong))
     yield wanted(of(row_parameter_hypotheses, k_hypotheses))
     rearranged = of(
         matrix_readings,
@@ -236,6 +239,7 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
         layout_hypotheses,
         preparation_hypotheses,
         fragment_hypotheses,
+        swizzled_weights,
         inner_hypotheses,
     )
     yield wanted(

@@ -24,6 +24,7 @@ __all__ = ["other_sums"]
 _WORK = 1 << 29  # multiplications for one token's outputs of all experts
 _ROUNDING = 2.0**-8  # of bf16, and of the slots' sum
 _SAME = 2.0**-6  # that two weights may differ by, of the token's largest
+_FEW = 8  # slots, of which all sums of weights are looked at
 _RIGHT = "GEMM1, activation and GEMM2 are right for the experts that were computed"
 
 
@@ -178,7 +179,8 @@ def other_sums(
 def _sums_of(weights: list[float], found: dict[int, float]) -> bool:
     """Whether all weights found are sums of those of the token, as where other experts compute its slots."""
     near = _SAME * max(map(abs, weights))
-    sums = [sum(c) for n in range(1, 5) for c in combinations(weights, n)]
+    most = len(weights) if len(weights) <= _FEW else _FEW // 2
+    sums = [sum(c) for n in range(1, most + 1) for c in combinations(weights, n)]
     return all(any(abs(w - one) <= near for one in sums) for w in found.values())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import chain, combinations
+from itertools import chain, combinations, product
 
 import torch
 from torch import Tensor
@@ -21,19 +21,26 @@ from mxfp4ref.conformance.families.hypothesis import (
 from mxfp4ref.conformance.families.places import concerns_what_is_wrong
 from mxfp4ref.conformance.families.row_offsets import sorted_rows
 from mxfp4ref.conformance.families.slot_kinds import position_in_expert
+from mxfp4ref.conformance.families.tensors import mapped
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import KERNEL
 
-__all__ = ["fragment_map_hypotheses"]
+__all__ = ["fragment_map_hypotheses", "swizzled_weights"]
 
 # From the rows' places in their expert `[R, 1]` and the columns `[1, n]` to those that are read: rows, columns.
 _Change = Callable[[Tensor], Tensor]  # of the sorted rows
 _Map = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-_SWIZZLES = (
-    ("128 bytes", lambda row: row % 8),
-    ("64 bytes", lambda row: row // 2 % 4),
-    ("32 bytes", lambda row: row // 4 % 2),
-    ("none", lambda row: row * 0),
+_Swizzle = Callable[[Tensor, Tensor], Tensor]
+# From rows and columns (of 2 bytes) to the number that a chunk of 16 bytes is exchanged by: address bits from 7 on.
+_SWIZZLES: tuple[tuple[str, _Swizzle], ...] = (
+    ("128 bytes", lambda row, column: row % 8),
+    ("64 bytes", lambda row, column: row // 2 % 4),
+    ("32 bytes", lambda row, column: row // 4 % 2),
+    ("none", lambda row, column: row * 0),
+    ("64 bytes in rows of 128", lambda row, column: row % 4),
+    ("32 bytes in rows of 128", lambda row, column: row % 2),
+    ("32 bytes in rows of 64", lambda row, column: row // 2 % 2),
+    ("128 bytes in rows of 256", lambda row, column: (2 * row + column // 64 % 2) % 8),
 )
 _CHUNK = 8  # bf16 numbers of 16 bytes
 
@@ -125,8 +132,7 @@ def _exchanges() -> Iterator[Hypothesis]:
                     lambda r, c, i=row, j=column: _exchanged(r, c, i, j),
                     1.6 + more + 0.01 * (row * column != 8),
                 )
-        if matrix is not _RESULT:
-            yield from _swizzled(matrix, more)
+        yield from _swizzled(matrix, more)
     for matrix in (_ACTIVATION, _RESULT):  # of GEMM1's result, of gate and of up: rows_beside
         for row in (1, 8, 2, 4):
             yield _moved(
@@ -145,14 +151,38 @@ def _exchanged(row: Tensor, column: Tensor, i: int, j: int) -> tuple[Tensor, Ten
 
 
 def _swizzled(matrix: _Matrix, more: float) -> Iterator[Hypothesis]:
-    for (one, first), (other, second) in combinations(_SWIZZLES, 2):
+    for number, ((one, first), (other, second)) in enumerate(combinations(_SWIZZLES, 2)):
         yield _moved(
             matrix,
             f"{matrix.words} lies in shared memory with one swizzle and is read with another, {one} and {other}: "
             "chunks of 8 columns (16 bytes) are permuted within a row, by the row",
-            lambda r, c, f=first, g=second: (r + 0 * c, c ^ _CHUNK * (f(r) ^ g(r))),
-            1.5 + more,
+            lambda r, c, f=first, g=second: (r + 0 * c, c ^ _CHUNK * (f(r, c) ^ g(r, c))),
+            1.5 + more + number / 1000,
         )
+
+
+def swizzled_weights(call: MoeCall) -> Iterator[Hypothesis]:
+    """Codes of which chunks lie at other places of their row: 16 bytes of packed codes, or of bf16 made of them."""
+    pairs = list(enumerate(combinations(_SWIZZLES, 2)))
+    for fc, size in product(("fc1", "fc2"), (16, 4)):
+        columns = "32 codes (16 bytes)" if size == 16 else "8 codes (16 bytes in bf16)"
+        for number, ((one, first), (other, second)) in pairs:
+
+            def on(
+                _: str, codes: Tensor, size: int = size, f: _Swizzle = first, g: _Swizzle = second
+            ) -> Tensor:
+                row, byte = torch.arange(codes.shape[1])[:, None], torch.arange(codes.shape[2])[None]
+                column = byte * _CHUNK // size  # as if chunks were of 8
+                return codes[:, row, byte ^ size * (f(row, column) ^ g(row, column))]
+
+            yield Hypothesis(
+                "K groups",
+                (fc,),
+                f"GEMM{fc[-1]}'s weights (codes without the scales) lie in shared memory with one swizzle and are "
+                f"read with another, {one} and {other}: chunks of {columns} are permuted within a row, by the row",
+                mapped((f"{fc}_weights",), on),
+                1.6 + number / 1000,
+            )
 
 
 def _stale(call: MoeCall) -> Iterator[tuple[_Change, Hypothesis]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -80,12 +80,14 @@ def expert_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     """Tensors of another expert."""
     if call.experts.num_experts < 2:
         return
+    given = {f.name for f in fields(call.experts) if isinstance(getattr(call.experts, f.name), Tensor)}
     for group in (*_groups(), *_both(), *_parameters()):
         if group.given(call):
+            whole = given <= set(group.names)  # the expert as a whole, as where it is taken for a slot
             for axis in expert_maps():
                 yield Hypothesis(
                     "another expert's",
-                    group.stages,
+                    ("fc1", "slots") if whole else group.stages,
                     f"{group.words} are those of {axis.of('expert')}",
                     mapped(group.names, _along(0, axis)),
                     axis.cost,
