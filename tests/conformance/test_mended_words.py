@@ -12,8 +12,9 @@ from torch import Tensor
 from mxfp4ref import MoeCall, forward
 from mxfp4ref.conformance import differing
 from mxfp4ref.conformance.families.activation_steps import step_hypotheses
+from mxfp4ref.conformance.families.blank import of_blank
 from mxfp4ref.conformance.families.code_parts import small_weight_hypotheses
-from mxfp4ref.conformance.families.engine import of_blank, prepared
+from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.error_space import Space
 from mxfp4ref.conformance.families.evidence import gather
 from mxfp4ref.conformance.families.fragments import fragment_hypotheses

@@ -9,18 +9,20 @@ import torch
 from torch import Tensor
 
 from mxfp4ref import MoeCall, forward
-from mxfp4ref.conformance import differing
+from mxfp4ref.conformance import diagnose, differing
 from mxfp4ref.conformance.families.code_parts import code_part_hypotheses
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
 from mxfp4ref.conformance.families.quantised import quantised_hypotheses
 from mxfp4ref.conformance.families.roundings import rounding_hypotheses
 from mxfp4ref.conformance.families.search import Search
+from mxfp4ref.conformance.families.slices import slice_hypotheses
 from mxfp4ref.defects.variants.gemm import GemmVariant
 from mxfp4ref.formats.generations import NEWEST
 from mxfp4ref.formats.mxfp4 import pack_codes, unpack_codes
+from mxfp4ref.goldens import open_goldens
 from mxfp4ref.sm90.fp32 import to_bf16
-from tests.held_out_kernels.by_hand import Rows, layer, with_experts
+from tests.held_out_kernels.by_hand import Rows, layer, right_gemm, with_experts
 from tests.held_out_kernels.calls import captured
 
 CALL = captured("odd_tokens")
@@ -111,3 +113,39 @@ def test_words_packed_in_another_order(fc: str, order: list[int]) -> None:
         CALL, got, (h for h in code_part_hypotheses(CALL) if " ".join(map(str, order)) in h.words)
     )
     assert best.stages == (fc,)
+
+
+def at(end: int) -> Callable[..., Tensor]:
+    """A GEMM of two slices of K."""
+
+    def gemm(x: Tensor, packed: Tensor, scales: Tensor, tactic: object) -> Tensor:
+        parts = [
+            (x[:, k], packed[:, k.start // 2 : k.stop // 2], scales[:, k.start // 32 : k.stop // 32])
+            for k in (slice(0, end), slice(end, x.shape[1]))
+        ]
+        one, other = (right_gemm(*(t.contiguous() for t in part), tactic) for part in parts)  # type: ignore[arg-type]
+        return one + other
+
+    return gemm
+
+
+def test_slices_of_k_that_are_not_alike() -> None:
+    call = open_goldens().load("gemm/mirrored_hidden_384").call()
+    got = layer(call, gemm1=at(128))
+    best, *_ = found(call, got, slice_hypotheses(call))
+    assert best.stages == ("fc1",)
+    assert best.words.startswith(
+        "in GEMM1 K is split in 2 slices of whole tiles of 128 (the last ones longer"
+    )
+
+
+def test_zeros_that_another_order_of_a_sum_leaves() -> None:
+    """A possibility, told with its stages: not written is another."""
+    call = open_goldens().load("gemm/mirrored_hidden_1536").call()
+    got = layer(call, gemm1=at(768))
+    assert not got.any()
+    finding = diagnose("moe", call, {"output": got}, {"output": forward(call)}).finding
+    assert "nothing was written; as where in GEMM1 K is split in 2 slices" in finding.sentence
+    assert "fc1" in finding.stages
+    assert finding.hedged
+    assert not finding.exact

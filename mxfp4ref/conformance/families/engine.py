@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import chain, combinations
+from itertools import chain
 
 from torch import Tensor
 
 from mxfp4ref.conformance.families.activations import activation_hypotheses, other_activations
+from mxfp4ref.conformance.families.blank import of_blank
 from mxfp4ref.conformance.families.by_place import hypotheses_by_place, hypotheses_of_tiles
 from mxfp4ref.conformance.families.code_parts import code_part_hypotheses, small_weight_hypotheses
 from mxfp4ref.conformance.families.codes import code_hypotheses
@@ -39,6 +39,7 @@ from mxfp4ref.conformance.families.roundings import order_hypotheses, rounding_h
 from mxfp4ref.conformance.families.row_parameters import row_parameter_hypotheses
 from mxfp4ref.conformance.families.rows_beside import beside_hypotheses
 from mxfp4ref.conformance.families.search import FEWEST_BITS, SURELY, Match, Search, one_thread
+from mxfp4ref.conformance.families.slices import slice_hypotheses
 from mxfp4ref.conformance.families.slots import slot_hypotheses
 from mxfp4ref.conformance.families.soon import is_small, quick, second, soon, two_in_the_sum
 from mxfp4ref.conformance.families.taken_rows import taken_hypotheses
@@ -51,16 +52,14 @@ from mxfp4ref.conformance.families.tensors import (
 )
 from mxfp4ref.conformance.families.uniform_factors import uniform_factors
 from mxfp4ref.conformance.families.weighting import weight_hypotheses
-from mxfp4ref.conformance.finding import STAGES, Evidence, in_words
+from mxfp4ref.conformance.finding import Evidence, in_words
 from mxfp4ref.conformance.reduction import clock_of, is_heavy
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["Result", "investigate", "of_blank", "told"]
+__all__ = ["Result", "investigate", "told"]
 
 _FOR_ALMOST = 3.0  # seconds
 _ALIKE = 0.6  # how much more a hypothesis may assume to be told beside the simplest
-_MOST_NAMED = 3
-_ENDLESS = re.compile(r"\bnan\b|infinit|overflow", re.IGNORECASE)
 _Generator = Callable[[MoeCall], Iterable[Hypothesis]]
 
 
@@ -116,8 +115,12 @@ def investigate(
         wrong = search.wrong if outside is None else search.wrong & outside.any(1, keepdim=True)
         if not found:
             evidence = [known] if known else gather(pipeline, got, want, wrong, outside)
-            if any(e.zeros for e in evidence) and none_right(want, search.wrong):
-                return Result((), tuple(evidence), evidence[0].finding(), search.tried, True)
+            zero = next((e for e in evidence if e.zeros), None)
+            if zero is not None and none_right(want, search.wrong):
+                orders = (slice_hypotheses, order_hypotheses, rounding_hypotheses) if zero.rounding else ()
+                found = [m for one in orders for m in search.run(one(pipeline.call)) if m.exact]
+                finding = of_blank(zero, sorted(found, key=lambda m: m.hypothesis.cost))
+                return Result(tuple(found), tuple(evidence), finding, search.tried, not search.out_of_time())
             closer = False
             for tier in _tiers(pipeline.call, search, evidence):
                 if heavy:  # the named ones have been tried, and what needs no GEMM is tried first
@@ -152,7 +155,8 @@ def investigate(
     # Much gives zeros, or NaN, but not in these rows only.
     blank = next((e for e in evidence if e.zeros or (e.lost and none_right(want, search.wrong))), None)
     if blank is not None and blank.zeros:
-        found = [m for m in found if m.hypothesis.family in ("dropped slots", "ranks", "named")]
+        likely = ["dropped slots", "ranks", "named", *["order of sums", "rounding"] * blank.rounding]
+        found = [m for m in found if m.hypothesis.family in likely]
     # Then what is said of NaN is more likely than what makes one here.
     of_nan = blank is not None and blank.lost
     matches = sorted(
@@ -161,29 +165,6 @@ def investigate(
     )
     finding = told(matches, evidence, [pipeline.call]) if blank is None else of_blank(blank, matches)
     return Result(tuple(matches), tuple(evidence), finding, search.tried, not search.out_of_time())
-
-
-def of_blank(blank: Evidence, matches: list[Match]) -> Finding:
-    """Zeros or NaN, and what is known to give them there; that is no proof, since so would other mistakes."""
-    stages, concerned = _covering(matches) if blank.lost else ((), [])
-    names = [m.hypothesis.words for m in concerned or matches]
-    more = f", or {len(names) - _MOST_NAMED} others that were tried" * (len(names) > _MOST_NAMED)
-    sentence = (
-        f"{blank.sentence}; as by {', or by '.join(names[:_MOST_NAMED])}{more}" if names else blank.sentence
-    )
-    if stages and len(matches) > len(concerned):
-        sentence += f"; so would {len(matches) - len(concerned)} other mistakes that do not concern NaN"
-    return Finding(stages or blank.stages, sentence, kind=blank.kind, hedged=bool(stages) or blank.hedged)
-
-
-def _covering(matches: list[Match]) -> tuple[tuple[str, ...], list[Match]]:
-    """One or two stages in which all lies that predicts every element and concerns NaN or infinities, and that."""
-    concerned = [m for m in matches if m.exact and _ENDLESS.search(m.hypothesis.words)]
-    sets = [set(m.hypothesis.stages) for m in concerned]
-    for way in chain(((stage,) for stage in STAGES), combinations(STAGES, 2)):
-        if sets and all(set(way) & some for some in sets):
-            return way, concerned
-    return (), []
 
 
 def _by_token(hypothesis: Hypothesis) -> bool:
@@ -227,7 +208,7 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
     taken = () if is_heavy(call) else taken_hypotheses(search.pipeline, search.rows, search.got, search.wrong)
     yield chain(wanted(factor), taken, wanted(known, slow=False), by_place, wanted(plain, slow=False))
     only = _stages_left(evidence)  # which may be more by now
-    slow = of(order_hypotheses, named_hypotheses)
+    slow = of(slice_hypotheses, order_hypotheses, named_hypotheses)
     if small:
         yield wanted(slow, slow=True)
     if not small and not is_heavy(call):

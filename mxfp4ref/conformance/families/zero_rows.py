@@ -38,8 +38,8 @@ def zero_rows(pipeline: Pipeline, got: Tensor, want: Tensor, rows: Tensor) -> It
     if pipeline.call.ep_rank > 0:  # whose own experts have other local numbers
         sentence += ", as where global ids are mapped to local ones twice (ep_double_mapping)"
     if _cancels(pipeline.call, got, want, rows):
-        less = f"{what} came out as zeros, as the rest of a sum may that cancels but for its roundings"
-        yield Evidence((), less, 1, zeros=True)
+        less = "as the rest of a sum may that cancels but for its roundings, or nothing was written"
+        yield Evidence((), f"{what} came out as zeros, {less}", 1, zeros=True, rounding=True)
     elif _biased(pipeline, rows):
         less = f"{sentence}; not even the fc2 bias was added"
         yield Evidence(("slots", "finalize"), less, 2, zeros=True)
