@@ -16,6 +16,7 @@ from mxfp4ref.conformance.families.hypothesis import (
     SlotRows,
     local_of,
     of_slots,
+    slot_outputs,
 )
 from mxfp4ref.conformance.families.index_maps import expert_maps
 from mxfp4ref.conformance.families.slot_kinds import attributes, slots_of_kind
@@ -275,13 +276,14 @@ def _routes(call: MoeCall) -> Iterator[Hypothesis]:
     ]
     for words, source, cost in ways:
 
-        def on(pipeline: Pipeline, source: Callable[[Tensor, int], Tensor] = source) -> Pipeline:
-            ids, scales = pipeline.call.token_selected_experts, pipeline.call.token_final_scales
-            at = source(torch.arange(len(ids), device=ids.device), len(ids))
-            return pipeline.calling(token_selected_experts=ids[at], token_final_scales=scales[at])
+        def on(rows: SlotRows, source: Callable[[Tensor, int], Tensor] = source) -> SlotRows:
+            at = source(torch.arange(len(rows.local), device=rows.local.device), len(rows.local))
+            local = rows.local[at]
+            other = Pipeline(rows.call).staging(select_local=lambda *_: local)
+            return replace(rows, y=slot_outputs(other), local=local, weights=rows.weights[at])
 
         told = f"tokens have the routes, expert ids and weights, of {words}"
-        yield Hypothesis("ids", _S, told, on, cost, across_tokens=True)
+        yield replace(of_slots("ids", _S, told, on, cost), across_tokens=True)
 
 
 def _repeated(call: MoeCall) -> Iterator[Hypothesis]:
