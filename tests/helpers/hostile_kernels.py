@@ -638,6 +638,14 @@ def closed_streams(**arguments: Any) -> Any:
     return result
 
 
+def redirected_streams(**arguments: Any) -> Any:
+    result = right(**arguments)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(2)
+    return result
+
+
 def replaced_builtins(**arguments: Any) -> Any:
     result = right(**arguments)
     builtins.len = lambda value: 0
