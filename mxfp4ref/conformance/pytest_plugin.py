@@ -124,9 +124,15 @@ def pytest_make_collect_report(
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Hand the result over with the report."""
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Hand the result over with the report, or that there is none through no fault of the kernel's."""
     report = yield
+    if isinstance(item, _ConformanceItem) and call.excinfo is not None:
+        from mxfp4ref.goldens import GoldenError
+
+        report.mxfp4_unusable = call.excinfo.errisinstance((pytest.UsageError, GoldenError))  # type: ignore[attr-defined]
     if isinstance(item, _ConformanceItem) and report.when == "call" and item.result is not None:
         tested = _under_test(item.config)
         outcome = Outcome(item.result, tested.kernel.name, tested.environment, tested.arguments)

@@ -57,6 +57,7 @@ class Verdict:
         )  # that are to be run, and of which there was a report that tells something
         self._told: set[str] = set()
         self._lost: set[str] = set()
+        self._unusable = 0  # of those: a kernel that cannot be loaded by xdist's workers, a damaged golden
         self._passed_over: set[str] = set()
         self._html = _html_file(config, goldens)
         from mxfp4ref.conformance.results import now
@@ -92,6 +93,7 @@ class Verdict:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if not report.nodeid.startswith(f"{SUITE}::"):
             return
+        self._unusable += getattr(report, "mxfp4_unusable", False)
         if hasattr(report, "mxfp4_outcome") or report.failed or report.skipped:
             self._told.add(report.nodeid)
         if hasattr(report, "mxfp4_outcome"):
@@ -129,7 +131,8 @@ class Verdict:
                 self._said = f"ERROR: {self._html} could not be written: {type(error).__name__}: {error}"
         if self._terminated:
             session.exitstatus = 128 + signal.SIGTERM
-        if wrong and session.exitstatus == pytest.ExitCode.OK:
+        only_unusable = bool(self._unusable) and self._unusable == session.testsfailed
+        if wrong and (session.exitstatus == pytest.ExitCode.OK or only_unusable):
             session.exitstatus = pytest.ExitCode.USAGE_ERROR
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:

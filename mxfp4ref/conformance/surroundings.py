@@ -273,7 +273,7 @@ def interference() -> Callable[[], str]:
         if new_ones := _operators_of_python() - operators:
             for library in [one for one in gc.get_objects() if type(one) is Library]:
                 if library._op_impls & new_ones:
-                    library._destroy()
+                    library._destroy()  # type: ignore[no-untyped-call]
             changed += [f"torch's operator {one}" for one in sorted(new_ones)]
         for name, (value, before) in held.items():
             if _other(value, before):
