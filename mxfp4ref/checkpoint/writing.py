@@ -17,7 +17,7 @@ from mxfp4ref.checkpoint.shards import CheckpointError
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.formats.resize import resize_experts
 
-__all__ = ["save", "write_layer", "written_by"]
+__all__ = ["check_others", "save", "write_layer"]
 
 
 def write_layer(path: str | Path, layer: CheckpointLayer, *, format: CheckpointFormat | None = None) -> None:
@@ -78,7 +78,7 @@ def save(path: str | Path, tensors: dict[str, Tensor], *, about: str = "") -> No
 
     Args:
         path, tensors: the file and what is in it.
-        about: what wrote it, for `written_by`.
+        about: what of this package wrote it, for `check_others`.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -90,13 +90,18 @@ def save(path: str | Path, tensors: dict[str, Tensor], *, about: str = "") -> No
         raise CheckpointError(f"{path}: expected a file that can be written, got: {error}") from None
 
 
-def written_by(path: str | Path) -> str:
-    """What `save` was told about a file; "" of any other."""
+def check_others(path: str | Path) -> None:
+    """Raise CheckpointError if `save` was told what of this package a file is by: it is no server's output."""
     try:
         with name_in_utf8(Path(path)) as name, safe_open(name, "pt") as file:
-            return str((file.metadata() or {}).get(_WRITER, ""))
-    except (SafetensorError, OSError):
-        return ""
+            by = (file.metadata() or {}).get(_WRITER)
+    except (SafetensorError, OSError):  # which whoever reads it tells
+        return
+    if by:
+        raise CheckpointError(
+            f"{path}: expected what a server gave, got what {by} of this package wrote, as `mxfp4ref layer --output` "
+            "does; `mxfp4ref compare` compares it"
+        )
 
 
 _WRITER = "mxfp4ref"  # a key of the file's metadata

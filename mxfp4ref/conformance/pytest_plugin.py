@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 import pytest
 
 from mxfp4ref._choices import DIAGNOSES, MODES
-from mxfp4ref.conformance.pytest_verdict import SUITE, Outcome, Verdict, uncaptured_stderr
+from mxfp4ref.conformance.pytest_verdict import SUITE, Outcome, Summary, Told, Verdict, uncaptured_stderr
 
 if TYPE_CHECKING:
     from mxfp4ref.conformance import Options
@@ -205,10 +205,10 @@ class _ConformanceItem(pytest.Item):
             tested = _under_test(self.config)
             again = case_command(tested.kernel.name, tested.arguments, self.result)
             lines = case_lines(self.result, again)
-            return _Told(head, [*more, *(f"  {line}" for line in lines)], _Summary(summary))
+            return Told(head, [*more, *(f"  {line}" for line in lines)], Summary(summary))
         if isinstance(excinfo.value, GoldenError | KernelError | pytest.UsageError):
             words = f"{self.name}: {excinfo.value}"
-            return _Told(words, [], _Summary(words))
+            return Told(words, [], Summary(words))
         return super().repr_failure(excinfo, style)
 
     def reportinfo(self) -> tuple[Path, int, str]:
@@ -217,30 +217,6 @@ class _ConformanceItem(pytest.Item):
 
 class _Nonconformance(AssertionError):
     """A case that the kernel does not pass."""
-
-
-@dataclass(frozen=True)
-class _Summary:
-    """What pytest's short summary, and JUnit XML, say of a failure."""
-
-    message: str
-
-
-@dataclass(frozen=True)
-class _Told:
-    """A failure as pytest shows one: the case and its status, and what there is to say of it."""
-
-    head: str
-    lines: list[str]
-    reprcrash: _Summary
-
-    def __str__(self) -> str:
-        return "\n".join([self.head, *self.lines])
-
-    def toterminal(self, writer: Any) -> None:
-        writer.line(self.head, bold=True, red=True)
-        for line in self.lines:
-            writer.line(line)
 
 
 def _names(config: pytest.Config) -> list[str]:

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import pytest
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mxfp4ref.conformance.results import CaseResult, Report
     from mxfp4ref.goldens import Goldens
 
-__all__ = ["SUITE", "Outcome", "Verdict", "uncaptured_stderr"]
+__all__ = ["SUITE", "Outcome", "Summary", "Told", "Verdict", "uncaptured_stderr"]
 
 SUITE = "mxfp4"  # what the tests' names begin with
 
@@ -43,6 +43,30 @@ class Outcome:
         """What `to_text` gave, in a process of this session."""
         found: Outcome = pickle.loads(base64.b64decode(text))
         return found
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What pytest's short summary, and JUnit XML, say of a failure."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class Told:
+    """A failure as pytest shows one: the case and its status, and what there is to say of it."""
+
+    head: str
+    lines: list[str]
+    reprcrash: Summary
+
+    def __str__(self) -> str:
+        return "\n".join([self.head, *self.lines])
+
+    def toterminal(self, writer: Any) -> None:
+        writer.line(self.head, bold=True, red=True)
+        for line in self.lines:
+            writer.line(line)
 
 
 class Verdict:

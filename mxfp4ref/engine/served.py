@@ -32,7 +32,7 @@ from mxfp4ref.checkpoint.run import (
     run_layer,
 )
 from mxfp4ref.checkpoint.shards import CheckpointError, open_shards
-from mxfp4ref.checkpoint.writing import written_by
+from mxfp4ref.checkpoint.writing import check_others
 from mxfp4ref.conformance.comparison import differing, in_words, ulp_distance
 from mxfp4ref.conformance.diagnosis import diagnose
 from mxfp4ref.conformance.plain import of_exception
@@ -160,11 +160,7 @@ def _read(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
     if isinstance(source, Mapping):
         tensors = dict(source)
     else:
-        if by := written_by(source):
-            raise CheckpointError(
-                f"{source}: expected what a server gave, got what {by} of this package wrote, as `mxfp4ref layer "
-                "--output` does: it is compared by `mxfp4ref compare`"
-            )
+        check_others(source)
         shards = open_shards(source)
         tensors = shards.read(shards.files)
     outputs = [name for name in OUTPUTS if name in tensors]
@@ -179,9 +175,11 @@ def _read(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _same(one: Tensor, other: Tensor) -> bool:
     if one.shape != other.shape:
         return False
-    if not one.is_floating_point():
-        return torch.equal(one.long(), other.long())
-    return not bool(differing(one, other).any())
+    return (
+        not bool(differing(one, other).any())
+        if one.is_floating_point()
+        else torch.equal(one.long(), other.long())
+    )
 
 
 def _routing(
