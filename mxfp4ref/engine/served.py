@@ -31,8 +31,8 @@ from mxfp4ref.checkpoint.run import (
     route_input,
     run_layer,
 )
-from mxfp4ref.checkpoint.shards import CheckpointError, open_shards
-from mxfp4ref.checkpoint.writing import check_others
+from mxfp4ref.checkpoint.shards import CheckpointError
+from mxfp4ref.checkpoint.writing import open_of_others
 from mxfp4ref.conformance.comparison import differing, in_words, ulp_distance
 from mxfp4ref.conformance.diagnosis import diagnose
 from mxfp4ref.conformance.plain import of_exception
@@ -160,8 +160,7 @@ def _read(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
     if isinstance(source, Mapping):
         tensors = dict(source)
     else:
-        check_others(source)
-        shards = open_shards(source)
+        shards = open_of_others(source)
         tensors = shards.read(shards.files)
     outputs = [name for name in OUTPUTS if name in tensors]
     if len(outputs) != 1:
@@ -175,11 +174,8 @@ def _read(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _same(one: Tensor, other: Tensor) -> bool:
     if one.shape != other.shape:
         return False
-    return (
-        not bool(differing(one, other).any())
-        if one.is_floating_point()
-        else torch.equal(one.long(), other.long())
-    )
+    whole = not one.is_floating_point()
+    return torch.equal(one.long(), other.long()) if whole else not bool(differing(one, other).any())
 
 
 def _routing(
