@@ -160,7 +160,7 @@ def surroundings() -> Callable[[], str]:
     with without_modes():
         before = [(setting, setting[1]()) for setting in (*_TOLD, *_UNTOLD)]
     modules, names, put_back_files = dict(sys.modules), _builtins.copy(), streams_files()
-    needed = {owner: _code_of(owner, _CODE) for owner in _NEEDED}
+    needed = [(owner, owner.__name__, dict(vars(owner))) for owner in _NEEDED]
 
     def restore() -> str:
         found = _builtins.copy()
@@ -172,10 +172,11 @@ def surroundings() -> Callable[[], str]:
             if sys.modules.get(name) is not module:
                 changed.append(f"sys.modules[{name!r}]")
                 sys.modules[name] = module
-        for owner, functions in needed.items():
-            for name in [name for name, value in functions.items() if vars(owner).get(name) is not value]:
-                setattr(owner, name, functions[name])
-                changed.append(f"{owner.__name__}.{name}")
+        for owner, whose, members in needed:
+            for name, value in members.items():
+                if name not in vars(owner) or (isinstance(value, _CODE) and vars(owner)[name] is not value):
+                    setattr(owner, name, value)
+                    changed.append(f"{whose}.{name}")
         with without_modes():
             for setting, value in before:
                 told = setting in _TOLD

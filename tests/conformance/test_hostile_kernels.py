@@ -190,7 +190,7 @@ EVERYWHERE = [
     (
         "functions_of_python",
         "equal",
-        "json.dumps, os.write, pickle.load and 2 more, which was put back",
+        "json.dumps, os.write, pickle.load and ",
     ),
     ("replaces_what_reads_goldens", "differs", f"safetensors.torch.load, {PUT_BACK}"),
     ("slow_switches", "equal", f"the switch interval, garbage collection's debugging, {PUT_BACK}"),

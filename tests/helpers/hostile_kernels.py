@@ -13,6 +13,7 @@ import io
 import json
 import os
 import pickle
+import queue
 import random
 import resource
 import signal
@@ -727,6 +728,7 @@ def functions_of_python(**arguments: Any) -> Any:
     threading.Thread.start = lambda thread: None  # type: ignore[method-assign]
     pickle.load = json.dumps = os.write = lambda *arguments, **named: sys.exit(0)  # type: ignore[assignment]
     threading.Event = None  # type: ignore[assignment,misc]
+    vars(queue).clear()
     return result
 
 
