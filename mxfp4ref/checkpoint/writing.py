@@ -13,11 +13,11 @@ from mxfp4ref._validate import check_choice, check_instance, shown
 from mxfp4ref.checkpoint.format import ROUTER, CheckpointFormat
 from mxfp4ref.checkpoint.formats import FORMATS
 from mxfp4ref.checkpoint.layer import CheckpointLayer
-from mxfp4ref.checkpoint.shards import CheckpointError
+from mxfp4ref.checkpoint.shards import CheckpointError, Shards, open_shards
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.formats.resize import resize_experts
 
-__all__ = ["save", "write_layer", "written_by"]
+__all__ = ["open_of_others", "save", "write_layer"]
 
 
 def write_layer(path: str | Path, layer: CheckpointLayer, *, format: CheckpointFormat | None = None) -> None:
@@ -78,7 +78,7 @@ def save(path: str | Path, tensors: dict[str, Tensor], *, about: str = "") -> No
 
     Args:
         path, tensors: the file and what is in it.
-        about: what wrote it, for `written_by`.
+        about: what of this package wrote it, for `open_of_others`.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -90,12 +90,27 @@ def save(path: str | Path, tensors: dict[str, Tensor], *, about: str = "") -> No
         raise CheckpointError(f"{path}: expected a file that can be written, got: {error}") from None
 
 
-def written_by(path: str | Path) -> str:
-    """What `save` was told about a file; "" of any other."""
+def open_of_others(path: str | Path) -> Shards:
+    """The tensors of a file or folder, as `open_shards`, that `save` was not told to be of this package.
+
+    Raises:
+        CheckpointError: as of `open_shards`; or it was: no server gave these.
+    """
+    shards = open_shards(path)
+    for file in sorted(set(shards.files.values())):
+        if by := _written_by(file):
+            raise CheckpointError(
+                f"{file}: expected what a server gave, got what {by} of this package wrote, as `mxfp4ref layer "
+                "--output` does; `mxfp4ref compare` compares it"
+            )
+    return shards
+
+
+def _written_by(file: Path) -> str:
     try:
-        with name_in_utf8(Path(path)) as name, safe_open(name, "pt") as file:
-            return str((file.metadata() or {}).get(_WRITER, ""))
-    except (SafetensorError, OSError):
+        with name_in_utf8(file) as name, safe_open(name, "pt") as opened:
+            return str((opened.metadata() or {}).get(_WRITER, ""))
+    except (SafetensorError, OSError):  # told by whoever reads it; or GGUF
         return ""
 
 

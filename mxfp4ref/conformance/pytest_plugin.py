@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 import pytest
 
 from mxfp4ref._choices import DIAGNOSES, MODES
-from mxfp4ref.conformance.pytest_verdict import SUITE, Outcome, Verdict, uncaptured_stderr
+from mxfp4ref.conformance.pytest_verdict import SUITE, Outcome, Summary, Told, Verdict, uncaptured_stderr
 
 if TYPE_CHECKING:
     from mxfp4ref.conformance import Options
@@ -124,9 +124,15 @@ def pytest_make_collect_report(
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Hand the result over with the report."""
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Hand the result over with the report, or that there is none through no fault of the kernel's."""
     report = yield
+    if isinstance(item, _ConformanceItem) and call.excinfo is not None:
+        from mxfp4ref.goldens import GoldenError
+
+        report.mxfp4_unusable = call.excinfo.errisinstance((pytest.UsageError, GoldenError))  # type: ignore[attr-defined]
     if isinstance(item, _ConformanceItem) and report.when == "call" and item.result is not None:
         tested = _under_test(item.config)
         outcome = Outcome(item.result, tested.kernel.name, tested.environment, tested.arguments)
@@ -199,10 +205,10 @@ class _ConformanceItem(pytest.Item):
             tested = _under_test(self.config)
             again = case_command(tested.kernel.name, tested.arguments, self.result)
             lines = case_lines(self.result, again)
-            return _Told(head, [*more, *(f"  {line}" for line in lines)], _Summary(summary))
+            return Told(head, [*more, *(f"  {line}" for line in lines)], Summary(summary))
         if isinstance(excinfo.value, GoldenError | KernelError | pytest.UsageError):
             words = f"{self.name}: {excinfo.value}"
-            return _Told(words, [], _Summary(words))
+            return Told(words, [], Summary(words))
         return super().repr_failure(excinfo, style)
 
     def reportinfo(self) -> tuple[Path, int, str]:
@@ -211,30 +217,6 @@ class _ConformanceItem(pytest.Item):
 
 class _Nonconformance(AssertionError):
     """A case that the kernel does not pass."""
-
-
-@dataclass(frozen=True)
-class _Summary:
-    """What pytest's short summary, and JUnit XML, say of a failure."""
-
-    message: str
-
-
-@dataclass(frozen=True)
-class _Told:
-    """A failure as pytest shows one: the case and its status, and what there is to say of it."""
-
-    head: str
-    lines: list[str]
-    reprcrash: _Summary
-
-    def __str__(self) -> str:
-        return "\n".join([self.head, *self.lines])
-
-    def toterminal(self, writer: Any) -> None:
-        writer.line(self.head, bold=True, red=True)
-        for line in self.lines:
-            writer.line(line)
 
 
 def _names(config: pytest.Config) -> list[str]:

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import pytest
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mxfp4ref.conformance.results import CaseResult, Report
     from mxfp4ref.goldens import Goldens
 
-__all__ = ["SUITE", "Outcome", "Verdict", "uncaptured_stderr"]
+__all__ = ["SUITE", "Outcome", "Summary", "Told", "Verdict", "uncaptured_stderr"]
 
 SUITE = "mxfp4"  # what the tests' names begin with
 
@@ -45,6 +45,30 @@ class Outcome:
         return found
 
 
+@dataclass(frozen=True)
+class Summary:
+    """What pytest's short summary, and JUnit XML, say of a failure."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class Told:
+    """A failure as pytest shows one: the case and its status, and what there is to say of it."""
+
+    head: str
+    lines: list[str]
+    reprcrash: Summary
+
+    def __str__(self) -> str:
+        return "\n".join([self.head, *self.lines])
+
+    def toterminal(self, writer: Any) -> None:
+        writer.line(self.head, bold=True, red=True)
+        for line in self.lines:
+            writer.line(line)
+
+
 class Verdict:
     """What all cases say together, and the report. A kernel that ran no case has not passed, as in `conform`."""
 
@@ -57,6 +81,7 @@ class Verdict:
         )  # that are to be run, and of which there was a report that tells something
         self._told: set[str] = set()
         self._lost: set[str] = set()
+        self._unusable = 0  # of those: a kernel that cannot be loaded by xdist's workers, a damaged golden
         self._passed_over: set[str] = set()
         self._html = _html_file(config, goldens)
         from mxfp4ref.conformance.results import now
@@ -92,6 +117,7 @@ class Verdict:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if not report.nodeid.startswith(f"{SUITE}::"):
             return
+        self._unusable += getattr(report, "mxfp4_unusable", False)
         if hasattr(report, "mxfp4_outcome") or report.failed or report.skipped:
             self._told.add(report.nodeid)
         if hasattr(report, "mxfp4_outcome"):
@@ -129,7 +155,8 @@ class Verdict:
                 self._said = f"ERROR: {self._html} could not be written: {type(error).__name__}: {error}"
         if self._terminated:
             session.exitstatus = 128 + signal.SIGTERM
-        if wrong and session.exitstatus == pytest.ExitCode.OK:
+        only_unusable = bool(self._unusable) and self._unusable == session.testsfailed
+        if wrong and (session.exitstatus == pytest.ExitCode.OK or only_unusable):
             session.exitstatus = pytest.ExitCode.USAGE_ERROR
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:

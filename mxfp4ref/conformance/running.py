@@ -27,7 +27,7 @@ from mxfp4ref.conformance.processes import KILLED
 from mxfp4ref.conformance.reduction import reduce_call
 from mxfp4ref.conformance.reproducer import write_reproducer
 from mxfp4ref.conformance.results import CaseResult
-from mxfp4ref.conformance.surroundings import FOR_GOOD
+from mxfp4ref.conformance.standard_streams import FOR_GOOD
 from mxfp4ref.conformance.worker import Worker
 from mxfp4ref.formats.generations import NEWEST
 from mxfp4ref.goldens.case import Case

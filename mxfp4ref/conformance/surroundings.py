@@ -43,6 +43,7 @@ except ImportError:  # on Windows
     resource = None  # type: ignore[assignment]
 
 from mxfp4ref.conformance.plain import printable, without_modes
+from mxfp4ref.conformance.standard_streams import FOR_GOOD, STREAMS, stream_of, streams_files
 
 __all__ = ["interference", "modes_of_torch", "settings_of_the_kit", "surroundings"]
 
@@ -64,25 +65,6 @@ def _replaced(owner: dict[Any, Any] | os._Environ[str], before: dict[Any, Any]) 
 def _missing_added(owner: list[Any], before: list[Any]) -> None:
     """Put back what was removed from a list to which importing a module may add."""
     owner[:0] = [value for value in before if value not in owner]
-
-
-def _stream(name: str, number: int) -> _Setting:
-    """A standard stream, which may have been closed, too; the file with its number is open then all the same."""
-
-    def found() -> Any:
-        stream = getattr(sys, name)
-        return None if getattr(stream, "closed", False) else stream
-
-    def put_back(stream: Any) -> None:
-        if getattr(stream, "closed", False):
-            if stream is not getattr(sys, f"__{name}__"):
-                raise ValueError("somebody's own, which cannot be opened again")
-            how = {"encoding": stream.encoding, "errors": stream.errors, "closefd": False}
-            stream = open(number, "r" if name == "stdin" else "w", buffering=1, **how)  # noqa: SIM115
-            setattr(sys, f"__{name}__", stream)
-        setattr(sys, name, stream)
-
-    return f"sys.{name}", found, put_back
 
 
 def _umask(value: int = 0o077) -> int:
@@ -139,10 +121,15 @@ _TOLD: tuple[_Setting, ...] = (
     ("the recursion limit", sys.getrecursionlimit, sys.setrecursionlimit),
     ("threads' stack size", threading.stack_size, threading.stack_size),
     _attribute("sys.executable", sys, "executable"),
-    ("the switch interval", sys.getswitchinterval, sys.setswitchinterval),
+    # In whole microseconds, which a kernel's rounding mode does not change.
+    (
+        "the switch interval",
+        lambda: int(sys.getswitchinterval() * 1e6 + 0.5),
+        lambda v: sys.setswitchinterval(v / 1e6),
+    ),
     ("garbage collection", gc.isenabled, lambda on: gc.enable() if on else gc.disable()),
     ("garbage collection's debugging", gc.get_debug, gc.set_debug),
-    *(_stream(name, number) for number, name in enumerate(("stdin", "stdout", "stderr"))),
+    *(stream_of(name, number) for number, name in enumerate(STREAMS)),
     _attribute("sys.excepthook", sys, "excepthook"),
     _attribute("threading.excepthook", threading, "excepthook"),
     ("threads' trace function", threading.gettrace, threading.settrace),
@@ -164,8 +151,6 @@ _UNTOLD: tuple[_Setting, ...] = (
     ("warnings' filters", lambda: list(warnings.filters), lambda v: setattr(warnings, "filters", v)),
 )
 
-FOR_GOOD = " for good"  # of what cannot be put back
-
 
 def surroundings() -> Callable[[], str]:
     """Take note of all settings; the function that is returned puts them back and says in words which had changed.
@@ -174,23 +159,24 @@ def surroundings() -> Callable[[], str]:
     """
     with without_modes():
         before = [(setting, setting[1]()) for setting in (*_TOLD, *_UNTOLD)]
-    modules, names = dict(sys.modules), _builtins.copy()
-    needed = {owner: _code_of(owner, _CODE) for owner in _NEEDED}
+    modules, names, put_back_files = dict(sys.modules), _builtins.copy(), streams_files()
+    needed = [(owner, owner.__name__, dict(vars(owner))) for owner in _NEEDED]
 
     def restore() -> str:
         found = _builtins.copy()
         _builtins.update(names)  # this needs none of them, and what follows does
-        changed = []
+        changed = put_back_files()
         if any(found.get(name) is not value for name, value in names.items() if name != "_"):
             changed.append("Python's builtins")
         for name, module in modules.items():
             if sys.modules.get(name) is not module:
                 changed.append(f"sys.modules[{name!r}]")
                 sys.modules[name] = module
-        for owner, functions in needed.items():
-            for name in [name for name, value in functions.items() if vars(owner).get(name) is not value]:
-                setattr(owner, name, functions[name])
-                changed.append(f"{owner.__name__}.{name}")
+        for owner, whose, members in needed:
+            for name, value in members.items():
+                if name not in vars(owner) or (isinstance(value, _CODE) and vars(owner)[name] is not value):
+                    setattr(owner, name, value)
+                    changed.append(f"{whose}.{name}")
         with without_modes():
             for setting, value in before:
                 told = setting in _TOLD
@@ -288,7 +274,7 @@ def interference() -> Callable[[], str]:
         if new_ones := _operators_of_python() - operators:
             for library in [one for one in gc.get_objects() if type(one) is Library]:
                 if library._op_impls & new_ones:
-                    library._destroy()
+                    library._destroy()  # type: ignore[no-untyped-call]
             changed += [f"torch's operator {one}" for one in sorted(new_ones)]
         for name, (value, before) in held.items():
             if _other(value, before):

@@ -78,6 +78,10 @@ class Recording:
         """
         return _metadata(self.path)
 
+    def of_this_package(self) -> bool:
+        """Whether the call was one of `torch_ref_cutlass_fused_moe`, and none of flashinfer's kernel."""
+        return str(self.metadata().get("module")).partition(".")[0] == "mxfp4ref"
+
     def in_graph(self) -> bool:
         """Whether a CUDA graph captured the call, so that its tensors were read after the whole graph."""
         return self.path.parent.name == FLUSHES or self.metadata().get("graph_capture") is True

@@ -71,6 +71,7 @@ class ReplayResult(CaseResult):
         shown: of a call that is equal, as `unshown.shown` gives it; without what an earlier one showed.
         all_zero: whether no output element is other than zero, so that the call alone proves nothing.
         local_ids: whether no id is the rank's, and all look as if they were local ones.
+        own: whether this package's function gave the output that was compared, so that equal tells of no kernel.
     """
 
     layer: int = 0
@@ -78,6 +79,7 @@ class ReplayResult(CaseResult):
     predicted: str = ""
     all_zero: bool = False
     local_ids: bool = False
+    own: bool = False
     other: tuple[str, ...] = ()
     shown: Mapping[str, bool] = field(default_factory=dict)
 
@@ -110,6 +112,8 @@ class ReplayReport(Report):
             words += f" {held} of {counted(len(predicted), 'prediction')} of tactics held."
         if zeros := sum(r.all_zero for r in replayed):
             words += f" {zeros} gave zeros only, which proves nothing."
+        if own := sum(r.own for r in replayed):
+            words += f" This package's own function gave {own}: that tells nothing of a kernel."
         if local := sum(r.local_ids for r in replayed):
             words += f" Are the ids of {counted(local, 'call')} local already? The kernel takes global ones."
         words += "".join(f" {sentence}" for sentence in unshown([r.shown for r in replayed]))

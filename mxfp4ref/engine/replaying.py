@@ -149,6 +149,7 @@ class _Run:
                 "layer": layer,
                 "tokens": call.num_tokens,
                 "local_ids": local_ids(call),
+                "own": self.answer is None and recording.of_this_package(),
                 "other": self._layers.other_parameters(layer, call.experts),
                 "why": f"{recording.path}: {described(call)}",
             }

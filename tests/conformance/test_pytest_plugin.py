@@ -13,6 +13,7 @@ import pytest
 
 from mxfp4ref.conformance import html_report, worker  # here, since pytester forgets what its sessions import
 from mxfp4ref.conformance.adapters import KernelError
+from mxfp4ref.goldens import Case, GoldenError, Goldens
 
 pytest_plugins = ["pytester"]
 
@@ -125,6 +126,20 @@ def test_a_kernel_whose_cases_are_all_deselected_has_not_passed(
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     pytester.makeini(f"[pytest]\naddopts = {kernel} -p no:cacheprovider")
     assert pytester.runpytest(*arguments, *ARGUMENTS).ret == pytest.ExitCode.OK
+
+
+def test_a_damaged_golden_is_no_failure_of_the_kernel(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(goldens: Goldens, name: str) -> Case:
+        raise GoldenError(f"{name}: damaged")
+
+    monkeypatch.setattr(Goldens, "load", damaged)
+    result = pytester.runpytest("--mxfp4-kernel=oracle", *ARGUMENTS)
+    result.assert_outcomes(failed=2)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    pytester.makepyfile("def test_own(): assert False")
+    assert pytester.runpytest("--mxfp4-kernel=oracle", *ARGUMENTS).ret == pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.mark.parametrize("marked", [1, 2])

@@ -156,6 +156,10 @@ def test_rows_that_are_not_written_are_not_compared() -> None:
         (["oracle", "--case", "layout/swap_halves"], "expected a case of kind moe"),
         (["stage:finalize:tests.helpers.kernels_under_test:good"], "expected one that runs whole calls"),
         (["tests.engine.test_invariance:broken"], "raised on "),
+        (
+            ["tests.helpers.hostile_kernels:wrong_second_time"],
+            "unstable on 4 tokens: a second run on the same",
+        ),
         (["tests.helpers.hostile_kernels:exits"], "ended without a result: exit code 0"),
         (["{empty}"], "nothing to compute"),
         (["{no_tokens}"], "call0001: there are no tokens, which tells nothing"),

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import pickle
+import queue
 import random
 import resource
 import signal
@@ -638,6 +639,14 @@ def closed_streams(**arguments: Any) -> Any:
     return result
 
 
+def redirected_streams(**arguments: Any) -> Any:
+    result = right(**arguments)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(2)
+    return result
+
+
 def replaced_builtins(**arguments: Any) -> Any:
     result = right(**arguments)
     builtins.len = lambda value: 0
@@ -719,6 +728,7 @@ def functions_of_python(**arguments: Any) -> Any:
     threading.Thread.start = lambda thread: None  # type: ignore[method-assign]
     pickle.load = json.dumps = os.write = lambda *arguments, **named: sys.exit(0)  # type: ignore[assignment]
     threading.Event = None  # type: ignore[assignment,misc]
+    vars(queue).clear()
     return result
 
 

@@ -107,10 +107,11 @@ def supervise(start: str, arguments: Sequence[str], without: str | None) -> int:
         verdict = Path(folder, "verdict")
         verdict.write_bytes(_NONE)  # written over in place, for which even a full disk has room
         process = subprocess.Popen(python(start, str(verdict), *arguments))
-        presses, interrupts = Presses(), 0
+        presses, interrupts, passed = Presses(), 0, set()
 
         def pass_on(number: int, frame: object) -> None:
             nonlocal interrupts
+            passed.add(number)
             if number != signal.SIGINT:
                 process.send_signal(number)
             elif which := presses.take():  # it writes its reports and ends, if its kernel lets it
@@ -130,7 +131,7 @@ def supervise(start: str, arguments: Sequence[str], without: str | None) -> int:
         return int(state)
     if interrupts:
         return INTERRUPTED
-    if -process.returncode in _PASSED_ON:
+    if -process.returncode in (passed if here else _PASSED_ON):  # others are the kernel's doing
         return 128 - process.returncode
     how = how_it_ended(process.returncode)
     if state != _BEGUN:
