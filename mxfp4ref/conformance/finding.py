@@ -140,6 +140,7 @@ class Evidence:
         kind: as of a `Finding`.
         lost: whether it says that rows are no numbers, as a whole.
         zeros: whether it says no more than that rows are zero.
+        cancels: of these, whether they may be the rest of sums that cancel but for roundings.
         rounding: whether what it says may be no more than roundings before GEMM2, which another order changes too.
         hedged: as of a `Finding`.
     """
@@ -151,6 +152,7 @@ class Evidence:
     kind: str = ""
     lost: bool = False
     zeros: bool = False
+    cancels: bool = False
     rounding: bool = False
     hedged: bool = False
 

@@ -39,7 +39,7 @@ def zero_rows(pipeline: Pipeline, got: Tensor, want: Tensor, rows: Tensor) -> It
         sentence += ", as where global ids are mapped to local ones twice (ep_double_mapping)"
     if _cancels(pipeline.call, got, want, rows):
         less = f"{what} came out as zeros, as the rest of a sum may that cancels but for its roundings"
-        yield Evidence((), less, 1, zeros=True)
+        yield Evidence((), less, 1, zeros=True, cancels=True)
     elif _biased(pipeline, rows):
         less = f"{sentence}; not even the fc2 bias was added"
         yield Evidence(("slots", "finalize"), less, 2, zeros=True)
