@@ -289,9 +289,12 @@ class Report(Shown):
             return self._culprit
         if count == len(self._failing):
             again = bounded_command(self)
-            words = (
-                f" All that differs lies {WITHIN}; mode bounded accepts it{f': {again}' if again else ''}."
+            accepts = (
+                f"of the {self.left} that were not run nothing is known"
+                if self.left
+                else "mode bounded accepts it"
             )
+            words = f" All that differs lies {WITHIN}; {accepts}{f': {again}' if again else ''}."
             return words + (self._culprit if found.sentence else "")
         lie = "lies" if count == 1 else "lie"
         return f" {count} of these {lie} {WITHIN}. Of the others:{self._culprit or ' nothing is known.'}"

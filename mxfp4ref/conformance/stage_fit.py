@@ -90,10 +90,6 @@ def reconcile(call: MoeCall, outputs: Mapping[str, Tensor], mask: Tensor) -> Rec
     if not call.experts.tactics_show:
         return Reconciled("")
     wrong = mask.any(1)
-    if not bool(fp32.widen(outputs["output"][wrong]).any()):
-        return Reconciled(
-            "nothing was added up: tokens that differ came out as zeros, which says nothing of the stages before"
-        )
     tokens = mask.sum(1).argsort(descending=True, stable=True)
     tokens = tokens[: _TOKENS if is_heavy(call) else len(tokens)].sort().values
     part = reduce_call(call, tokens)
@@ -109,6 +105,10 @@ def reconcile(call: MoeCall, outputs: Mapping[str, Tensor], mask: Tensor) -> Rec
             f"rounding: every element{where} lies within the interval of all correct evaluations, so the kernel sums "
             "or rounds in another way than the SM90 kernel, or is wrong by less than that",
             "rounding",
+        )
+    if not bool(fp32.widen(outputs["output"][wrong]).any()):
+        return Reconciled(
+            "nothing was added up: tokens that differ came out as zeros, which says nothing of the stages before"
         )
     outside = int((~inside).sum())
     words = f"{counted(outside, 'element')}{where} {'lies' if outside == 1 else 'lie'} outside the interval of all "

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mxfp4ref import MoeCall, forward
 from mxfp4ref.conformance import differing
+from mxfp4ref.conformance.diagnosis import diagnose
 from mxfp4ref.conformance.families.activation_steps import step_hypotheses
 from mxfp4ref.conformance.families.blank import of_blank
 from mxfp4ref.conformance.families.code_parts import small_weight_hypotheses
@@ -28,7 +29,9 @@ from mxfp4ref.conformance.families.sampled import samples
 from mxfp4ref.conformance.families.search import Match
 from mxfp4ref.conformance.families.slots import slot_hypotheses
 from mxfp4ref.conformance.finding import Evidence
+from mxfp4ref.conformance.stage_fit import reconcile
 from mxfp4ref.goldens import open_goldens
+from mxfp4ref.goldens.runs import runs
 from mxfp4ref.sm90.fp32 import to_bf16
 from tests.held_out_kernels.by_hand import Rows, layer
 from tests.held_out_kernels.calls import captured
@@ -165,6 +168,16 @@ def test_a_sum_that_cancels_is_not_left_out() -> None:
     assert "are zero" not in str(evidence(call, torch.zeros_like(forward(call))))
     ordinary = captured("odd_tokens")
     assert "are zero: nothing was added up" in str(evidence(ordinary, torch.zeros_like(forward(ordinary))))
+
+
+def test_zeros_of_sums_that_cancel_are_predicted_by_named_defects() -> None:
+    one = runs(open_goldens().load("finalize/biases_cancel"))[0]
+    zeros = {"output": torch.zeros_like(one.expected["output"])}
+    found = diagnose("moe", one.inputs, zeros, one.expected, diagnosis="quick")
+    assert found.finding.exact
+    assert "weights_bf16" in found.exact
+    assert "nothing was added up" not in str(found)
+    assert reconcile(one.inputs, zeros, found.mask).reach == "rounding"
 
 
 def zeros_in(call: MoeCall, tokens: Tensor) -> tuple[str, ...]:

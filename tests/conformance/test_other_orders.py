@@ -142,6 +142,8 @@ def test_cases_outside_their_bounds_come_first() -> None:
     assert "10 of 10 cases fail. 9 of these lie within the bounds of" in text
     assert "Of the others: No hypothesis predicts every bit. The best evidence: this is so" in text
     alone = Report("f.py:f", "exact", tuple(within), **{**common, "finding": UNKNOWN})
+    assert "of the 5 that were not run nothing is known" in replace(alone, left=5).verdict
+    assert "accepts" not in replace(alone, left=5).verdict
     assert alone.verdict.endswith(
         " All that differs lies within the bounds of a correct evaluation in another order; mode bounded accepts it: "
         "mxfp4ref conform f.py:f --mode bounded."
