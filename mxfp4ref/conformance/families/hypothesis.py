@@ -268,4 +268,4 @@ def roughly(hypothesis: Hypothesis, how: str, part: float, rows: SlotRows | None
         several = (rows.local >= 0).sum(1) > 1
         if bool((several & (high > _UNLIKE * low.clamp(min=0))).any()):
             stages = ("finalize", "fc2")
-    return replace(hypothesis, words=words, stages=stages, name="")
+    return replace(hypothesis, words=words, stages=stages, name="", kind=hypothesis.kind or hypothesis.words)

@@ -49,6 +49,12 @@ def _groups() -> Iterator[_Group]:
         yield _Group(f"GEMM{number}'s weights, scales and biases", (fc,), every)
 
 
+def _beside_the_codes() -> Iterator[_Group]:
+    for number, fc in enumerate(("fc1", "fc2"), 1):
+        words = f"GEMM{number}'s scales and biases, not its codes,"
+        yield _Group(words, (fc, ("activation", "finalize")[number - 1]), (f"{fc}_scales", f"{fc}_biases"))
+
+
 def _both() -> Iterator[_Group]:
     for words, names in (
         ("the scales of both GEMMs", ("scales",)),
@@ -81,7 +87,8 @@ def expert_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     if call.experts.num_experts < 2:
         return
     given = {f.name for f in fields(call.experts) if isinstance(getattr(call.experts, f.name), Tensor)}
-    for group in (*_groups(), *_both(), *_parameters()):
+    beside = () if call.experts.fc2_biases is None else _beside_the_codes()
+    for group in (*_groups(), *_both(), *_parameters(), *beside):
         if group.given(call):
             whole = given <= set(group.names)  # the expert as a whole, as where it is taken for a slot
             for axis in expert_maps():
