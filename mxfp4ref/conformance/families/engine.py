@@ -118,9 +118,13 @@ def investigate(
             zero = next((e for e in evidence if e.zeros), None)
             if zero is not None and none_right(want, search.wrong):
                 # Much gives zeros; few mistakes do where sums cancel but for their roundings.
-                likely = (named_hypotheses, slice_hypotheses, order_hypotheses, rounding_hypotheses)
+                generators = (named_hypotheses, slice_hypotheses, order_hypotheses, rounding_hypotheses)
                 found = [
-                    m for one in likely if zero.rounding for m in search.run(one(pipeline.call)) if m.exact
+                    m
+                    for one in generators
+                    if zero.rounding
+                    for m in search.run(one(pipeline.call))
+                    if m.exact
                 ]
                 found.sort(key=lambda m: (not m.hypothesis.name, m.hypothesis.cost))
                 named = bool(found) and bool(found[0].hypothesis.name)

@@ -270,6 +270,18 @@ def _inputs(slots: SlotRows, rule: Rule) -> SlotRows:
 def _left_out(slots: SlotRows, rows: _Rows, solved: _Solved, wrong: Tensor) -> Iterator[Hypothesis]:
     """The first or last rows of experts, of all or of those with some numbers of rows."""
     kept, counts = _weighing(slots, rows, ~wrong.any(1)), rows.counts
+    bare = slots.call.experts.fc2_biases is None or slots.call.tp_rank > 0
+    zero = bool((solved.source == _ZERO).all())
+    before = "fc1" if slots.call.experts.fc1_biases is None else "activation"  # which adds that bias to zeros
+    stages = (before, "fc2") if bare else (("fc2", "activation") if zero else ("slots",))
+    but = ", or zero: not computed" if bare else ", but for the fc2 bias" * zero
+    least, right = int(solved.row.min()), kept.nonzero().flatten()
+    after = int(right.max()) + 1 if len(right) else 0
+    if after <= least:
+        aligned = (least // size * size for size in (128, 64, 32, 16, 8))
+        from_ = next((n for n in aligned if n >= after > 0), least)
+        words = f"of all rows, sorted by expert, those from number {from_} on are left out{but}"
+        yield _hypothesis(stages, words, partial(_beyond, first=from_, zero=zero and not bare), 1.15)
     for which in ("last", "first"):
         place = _place(rows, which)
         least = int(place[solved.row].max()) + 1
@@ -279,12 +291,10 @@ def _left_out(slots: SlotRows, rows: _Rows, solved: _Solved, wrong: Tensor) -> I
                 continue  # it is whole experts
             for cost, (words, holds) in enumerate(_conditions(int(lost.min()), int(lost.max()))):
                 if bool(holds(lost).all()) and not bool(holds(right).any()):
-                    bare = slots.call.experts.fc2_biases is None or slots.call.tp_rank > 0
-                    zero = bool((solved.source == _ZERO).all())
                     yield _hypothesis(
-                        ("slots", "fc2") if bare else (("fc2", "activation") if zero else ("slots",)),
+                        stages,
                         f"the {which} {counted(size, 'row')} of each expert{words} {'is' if size == 1 else 'are'} "
-                        f"left out{'' if bare or not zero else ', but for the fc2 bias'}",
+                        f"left out{but}",
                         partial(_without, which=which, size=size, holds=holds, zero=zero and not bare),
                         1.2 + cost / 50,
                     )
@@ -311,7 +321,15 @@ def _conditions(least: int, most: int) -> Iterator[tuple[str, _Holds]]:
 
 def _without(slots: SlotRows, which: str, size: int, holds: _Holds, zero: bool) -> SlotRows:
     rows = _Rows.of(slots.local, slots.call.experts.num_experts)
-    lost = rows.flat[(_place(rows, which) < size) & holds(rows.counts)]
+    return _lost(slots, rows.flat[(_place(rows, which) < size) & holds(rows.counts)], zero)
+
+
+def _beyond(slots: SlotRows, first: int, zero: bool) -> SlotRows:
+    return _lost(slots, _Rows.of(slots.local, slots.call.experts.num_experts).flat[first:], zero)
+
+
+def _lost(slots: SlotRows, lost: Tensor, zero: bool) -> SlotRows:
+    """Without these slots, or, if `zero`, with rows of zeros for them."""
     if zero:
         y = slots.y.flatten(0, 1).clone()
         y[lost] = 0
