@@ -230,7 +230,7 @@ def test_a_report_says_what_was_replayed_when_and_by_what(tmp_path: Path) -> Non
     assert result.exit_code == 0
     words = " ".join(result.output.split())
     calls = (
-        "recorded by flashinfer 0.6.15, 0.7.2.post1; ranks ep 0 of 2, ep 1 of 2; "
+        "recorded with flashinfer 0.6.15, 0.7.2.post1; ranks ep 0 of 2, ep 1 of 2; "
         "activation Swiglu with swiglu_limit 7"
     )
     assert f"tested: mxfp4ref {__version__}, torch" in words
@@ -434,7 +434,7 @@ def test_a_limit_that_nothing_reaches_is_not_tested(tmp_path: Path) -> None:
         recorded.write_call(tmp_path, call, forward(call), number=number)
         report = replay(tmp_path, COMPARE_ONLY)
         assert report.ok
-        assert ("reaches swiglu_limit: such calls do not show" in report.verdict) != tested
+        assert ("reaches swiglu_limit: this does not show" in report.verdict) != tested
 
 
 def test_local_ids_are_doubted_in_each_report(tmp_path: Path) -> None:
