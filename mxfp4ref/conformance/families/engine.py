@@ -48,7 +48,7 @@ from mxfp4ref.conformance.families.tensors import (
     layout_hypotheses,
     value_hypotheses,
 )
-from mxfp4ref.conformance.families.uniform_factors import uniform_factors
+from mxfp4ref.conformance.families.uniform_factors import clamps, uniform_factors
 from mxfp4ref.conformance.families.weighting import weight_hypotheses
 from mxfp4ref.conformance.finding import STAGES, Evidence, in_words
 from mxfp4ref.conformance.reduction import clock_of, is_heavy
@@ -117,9 +117,7 @@ def investigate(
             evidence = [known] if known else gather(pipeline, got, want, wrong, outside)
             if any(e.zeros for e in evidence) and none_right(want, search.wrong):
                 # Much gives zeros; few mistakes do where sums cancel but for their roundings.
-                found = (
-                    search.run(named_hypotheses(pipeline.call)) if any(e.cancels for e in evidence) else []
-                )
+                found = search.run(named_hypotheses(pipeline.call) if evidence[0].cancels else ())
                 finding = told(found, evidence, [pipeline.call])
                 return Result(tuple(found), tuple(evidence), finding, search.tried, True)
             closer = False
@@ -210,6 +208,7 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
         return chain.from_iterable(generator(call) for generator in generators)
 
     factor = [h for f in uniform_factors(search.got, search.want, search.wrong) for h in factor_hypotheses(f)]
+    limit = clamps(search.got, search.want, search.wrong)
     known = of(other_activations, named_hypotheses)  # before all others, for a quick diagnosis too
     small = is_small(search)
     plain = of(
@@ -229,7 +228,7 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
     )
     by_place = hypotheses_by_place(call, search.wrong)
     taken = () if is_heavy(call) else taken_hypotheses(search.pipeline, search.rows, search.got, search.wrong)
-    yield chain(wanted(factor), taken, wanted(known, slow=False), by_place, wanted(plain, slow=False))
+    yield chain(limit, wanted(factor), taken, wanted(known, slow=False), by_place, wanted(plain, slow=False))
     only = _stages_left(evidence)  # which may be more by now
     slow = of(order_hypotheses, named_hypotheses)
     if small:
