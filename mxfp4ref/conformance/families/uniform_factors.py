@@ -38,7 +38,7 @@ def uniform_factors(output: Tensor, right: Tensor, wrong: Tensor) -> list[float]
 def clamps(output: Tensor, right: Tensor, wrong: Tensor) -> Iterator[Hypothesis]:
     """A clamp, where all elements that differ have one magnitude, and larger ones of the same sign are expected."""
     got, want = (fp32.widen(t[wrong]) for t in (output, right))
-    sizes = got.abs().unique()
+    sizes = torch.unique(got.abs())
     if len(got) < _FEWEST or len(sizes) != 1 or not 0 < float(sizes[0]) < torch.inf:
         return
     if bool(((want.abs() > sizes[0]) & (want.signbit() == got.signbit())).all()):
