@@ -289,11 +289,8 @@ class Report(Shown):
             return self._culprit
         if count == len(self._failing):
             again = bounded_command(self)
-            accepts = (
-                f"of the {self.left} that were not run nothing is known"
-                if self.left
-                else "mode bounded accepts it"
-            )
+            unknown = f"of the {self.left} that were not run nothing is known"
+            accepts = unknown if self.left else "mode bounded accepts it"
             words = f" All that differs lies {WITHIN}; {accepts}{f': {again}' if again else ''}."
             return words + (self._culprit if found.sentence else "")
         lie = "lies" if count == 1 else "lie"

@@ -263,7 +263,7 @@ def _moved(view: View, ids: Tensor, want: Tensor) -> Iterator[_Candidate]:
 
 def _by_id(view: View, ids: Tensor) -> Iterator[_Candidate]:
     """Experts that a right router may select, other ones among those that tie, in the order of their ids."""
-    keys = Selection().keys(view).gather(1, ids)
+    keys = Selection(groups=(1, 1)).keys(view).gather(1, ids)
     by_score = ids.gather(1, keys.sort(dim=1, descending=True, stable=True).indices)
     for order, descending in (("ascending", False), ("descending", True)):
         sorted_ids = ids.sort(dim=1, descending=descending).values

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref import dequantize, quantize
+from mxfp4ref.conformance.diagnosis import diagnose
 from mxfp4ref.conformance.finding import Finding
 from mxfp4ref.conformance.format_words import format_finding
 from mxfp4ref.conformance.routing_words import routing_finding
@@ -256,3 +257,18 @@ def test_a_lost_sign_of_zero_is_no_other_rounding() -> None:
     codes = unpack_codes(packed)
     finding = found({"packed": pack_codes(torch.where(values == 0, 0, codes)), "scales": scales}, values)
     assert (finding.sentence, finding.exact) == ("values of -0 lose their sign", True)
+
+
+def test_the_values_of_the_first_code_or_scale_that_differs_are_shown() -> None:
+    values = some_values(9)
+    packed, scales = quantize(values)
+    right = {"packed": packed, "scales": scales}
+    inputs = {"values": values, "rule": "floor"}
+    for name, column in (("packed", 35), ("scales", 2)):
+        other = right[name].clone()
+        other[3, column] ^= 1
+        found = diagnose("quantize", inputs, {**right, name: other}, right, diagnosis="quick")
+        first = 70 if name == "packed" else 64
+        assert found.feeds[0].startswith(f"values from {first} on: [{float(values[3, first]):.6g}, ")
+        largest = float(values[3, 64:96].abs().max())
+        assert found.feeds[1] == f"group 2 of the row, values [64, 95]: largest magnitude {largest:.9g}"

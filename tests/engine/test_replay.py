@@ -83,8 +83,8 @@ def test_several_processes_and_nested_folders_are_told_apart(tmp_path: Path) -> 
     assert statuses(report) == dict.fromkeys(
         ["node0/rank0/process1/call0001", "node1/process1/call0001", "node1/process2/call0001"], "equal"
     )
-    handed = " So the kernel computed what it was handed; whether that is the layer's, `mxfp4ref layer --served` tells."
-    assert report.verdict == f"3 recorded calls of 1 layer: 3 equal.{handed}"
+    handed = "3 equal. So the kernel computed what it was handed; whether that is the layer's, "
+    assert report.verdict == f"3 recorded calls of 1 layer: {handed}`mxfp4ref layer --served` tells."
 
 
 def test_two_recordings_of_the_same_calls_compare(tmp_path: Path) -> None:
