@@ -149,7 +149,7 @@ def check_whose_output(names: Container[str], layer: CheckpointLayer, ranks: Ran
     if [name for name in OUTPUTS if name in names] == ["rank_output"] and not of_one_rank(layer, ranks):
         raise ValueError(
             "rank_output: expected the rank that gave it, by --ep-size and --ep-rank, --experts, or --tp-size and "
-            "--tp-rank (ReadOptions.experts, Ranks.tp_rank), got none; the whole layer's is routed_output or output"
+            "--tp-rank, got none; the whole layer's is routed_output or output"
         )
 
 
@@ -211,7 +211,7 @@ def read_input(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{'input' if isinstance(source, Mapping) else source}: expected the tensor hidden and optionally "
             f"{', '.join(_INPUTS[1:])}, got {', '.join(sorted(names))}"
-            f"{did_you_mean(unknown[0], _INPUTS) if unknown else ''}"
+            f"{did_you_mean(unknown[0], _INPUTS if 'hidden' in names else ('hidden',)) if unknown else ''}"
         )
     return given if isinstance(source, Mapping) else shards.read(shards.files)
 

@@ -17,7 +17,7 @@ from mxfp4ref.conformance.bounded import where_outside
 from mxfp4ref.conformance.bounds import specials_alone
 from mxfp4ref.conformance.comparison import FAR, Difference, difference_at, differing, ulp_distance
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN, Finding, Hypothesis
-from mxfp4ref.conformance.feeding import feeds_of
+from mxfp4ref.conformance.feeding import feeds_of, feeds_of_quantizer
 from mxfp4ref.conformance.finding import WITHIN, Evidence, counted, of_specials
 from mxfp4ref.conformance.looking import REAL_SECONDS, SECONDS, HowToLook, Known, is_large, look
 from mxfp4ref.conformance.options import Search
@@ -211,6 +211,8 @@ class Located:
             table = attribution(inputs, self._wrong, could)
             local = local_experts(inputs)
             experts = torch.where(local < 0, -1, local + inputs.ep_rank * inputs.experts.num_experts).cpu()
+        elif kind == "quantize":
+            feeds = feeds_of_quantizer(inputs["values"].cpu(), first.index, name)
         elif kind == "layout":
             found = (Pattern(_layout_pattern(self.got, self.want, mask)),)
         bins = ulp_bins(self.got, self.want, mask)

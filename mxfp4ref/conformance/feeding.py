@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from mxfp4ref.conformance.reduction import local_experts
 from mxfp4ref.conformance.stage_fit import numbers
+from mxfp4ref.formats.mxfp4 import GROUP_SIZE
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import MoeTrace
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["feeds_of"]
+__all__ = ["feeds_of", "feeds_of_quantizer"]
 
 
 def feeds_of(call: MoeCall, one: MoeTrace, token: int, column: int) -> tuple[str, ...]:
@@ -38,3 +40,14 @@ def feeds_of(call: MoeCall, one: MoeTrace, token: int, column: int) -> tuple[str
             f"{float(one.fc2_output[row, column]):.9g}{words}; activation starts {numbers(activation[:4])}"
         )
     return tuple(lines)
+
+
+def feeds_of_quantizer(values: Tensor, index: tuple[int, ...], output: str) -> tuple[str, ...]:
+    """What goes into an element of `packed`, two values, or of `scales`: these, and their group."""
+    size = 2 if output == "packed" else GROUP_SIZE
+    first, row = index[-1] * size, values[index[:-1]].float()
+    start = first // GROUP_SIZE * GROUP_SIZE
+    group = row[start : start + GROUP_SIZE]
+    where = f"group {start // GROUP_SIZE} of the row, values [{start}, {start + GROUP_SIZE - 1}]"
+    largest = f"{where}: largest magnitude {float(group.abs().max()):.9g}"
+    return (f"values from {first} on: {numbers(row[first : first + min(size, 4)])}", largest)

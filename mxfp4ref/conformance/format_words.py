@@ -32,6 +32,9 @@ _MIDPOINTS = (_MAGNITUDES[1:] + _MAGNITUDES[:-1]) / 2
 _EVEN_ABOVE = torch.tensor([False, True] * 3 + [False])  # whether the upper code of a midpoint is even
 
 
+_SEVERAL = "several scale bytes"
+
+
 def format_finding(
     kind: str, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> Finding:
@@ -47,6 +50,7 @@ def format_finding(
     if kind == "quantize":
         values, rule = inputs["values"].cpu(), inputs["rule"]
         words = _quantize_words(values, rule, got, want)
+        exact = _SEVERAL not in words
         if not words:
             words, exact = solved_quantizer(values, rule, got, want)
     elif kind == "dequantize":
@@ -103,9 +107,8 @@ def _scale_words(values: Tensor, rule: str, got: Tensor, want: Tensor) -> list[s
         held = set(one[chosen].tolist())
         if torch.equal(one[chosen], made[chosen]):
             continue
-        if len(held) > 1:
-            return None
-        words = [*words, f"{name} get scale byte {held.pop()} instead of {int(other[chosen][0])}"]
+        byte = f"scale byte {min(held)}" if len(held) == 1 else f"{_SEVERAL}, {min(held)} to {max(held)},"
+        words = [*words, f"{name} get {byte} instead of {int(other[chosen][0])}"]
     return words
 
 
@@ -225,6 +228,7 @@ def _variants(magnitude: Tensor, sign: Tensor, scaled: Tensor) -> Iterator[tuple
     }
     signs = {
         "": sign,
+        "values of -0 lose their sign": torch.where(scaled == 0, 0, sign),
         "zeros lose their sign": torch.where(magnitude == 0, 0, sign),
         "signs are lost": torch.zeros_like(sign),
         "signs are exchanged": 8 - sign,

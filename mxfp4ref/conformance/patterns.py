@@ -93,7 +93,11 @@ def _experts(call: MoeCall, mask: Tensor, could: Tensor) -> list[Pattern]:
     right = local[~wrong & could]
     in_right = set(right[right >= 0].tolist())
     suspects = [e for e in sorted(used - in_right) if int((local[wrong] == e).any(1).sum()) > 1]
-    explained = torch.isin(local, torch.tensor(suspects, device=local.device)).any(1)
+    slots = torch.isin(local, torch.tensor(suspects, device=local.device))
+    explained = slots.any(1)
+    alone = torch.unique(local[slots & (slots.sum(1, keepdim=True) == 1)])  # the only suspects of some tokens
+    if torch.equal(torch.isin(local, alone).any(1), explained):  # the others never occur without one of these
+        suspects = alone.tolist()
     some = bool(right.numel()) and len(suspects) < len(used)
     if suspects and some and bool((explained | ~wrong).all()):
         ids = [s + call.ep_rank * call.experts.num_experts for s in suspects]

@@ -104,9 +104,9 @@ def _random(size: Tensor, magnitude: Tensor) -> Words | None:
     between = above != below
     part = ((size - MAGNITUDES[below]) / (MAGNITUDES[above] - MAGNITUDES[below]).clamp_min(0.5))[between]
     up = (magnitude == above)[between].to(torch.float64)
-    if len(up) < 16 * ENOUGH:
-        return None
     wrong = int((nearest_codes(size) != magnitude).sum())
+    if len(up) < 16 * ENOUGH or not wrong:
+        return None
     words = "each value gets one of the two codes next to it, not always the nearer one"
     details = f"{wrong:,} of {size.numel():,} do not"
     thirds = [up[(part >= low) & (part < low + 1 / 3)] for low in (0.0, 1 / 3, 2 / 3)]

@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 _TOLD = ("mxfp4ref", "torch", "gpu")
-_OF_CALLS = ("recorded by flashinfer", "ranks", "activation")
+_OF_CALLS = ("recorded with flashinfer", "ranks", "activation")
 PARTS = ("kernel", "comparison", "diagnosis")
 _FIRST, _DETAILED = 2, 5  # failing cases that are told in full: the first ones, and those of other kinds
 _NAMED = 9  # three K tiles for each GEMM: so many are listed, and more, which are tactics, are counted

@@ -18,13 +18,14 @@ def _over(total: Tensor, selected: Tensor) -> Tensor:
 
 
 _NONE = "not at all"
+_NO_EPSILON = "over their sum without epsilon"
 # From all scores [T, E], those of the selected experts [T, k] and epsilon to weights before the factor.
 NORMALIZATIONS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "over their sum": lambda every, s, epsilon: _over(s.sum(1) + epsilon, s),
     "as softmax": lambda every, s, epsilon: s.softmax(1),
     _NONE: lambda every, s, epsilon: s,
     "over the sum of all experts": lambda every, s, epsilon: _over(every.sum(1), s),
-    "over their sum without epsilon": lambda every, s, epsilon: _over(s.sum(1), s),
+    _NO_EPSILON: lambda every, s, epsilon: _over(s.sum(1), s),
     "over their sum and then by softmax": lambda every, s, epsilon: _over(s.sum(1), s).softmax(1),
     "by softmax twice": lambda every, s, epsilon: s.softmax(1).softmax(1),
     "over the largest of them": lambda every, s, epsilon: _over(s.amax(1), s),
@@ -78,6 +79,11 @@ class Weighing:
             twice = (self.score or view.right_score, normalization) == ("softmax(logits)", "as softmax")
             found["softmax is applied twice"] = twice
         found["weights are not normalised"] = self.normalization == _NONE
+        if self.normalization == _NO_EPSILON and right == "over their sum":
+            found.pop(f"weights are normalised {_NO_EPSILON} instead of {right}")
+            found[f"the {view.preset.epsilon:g} that is added to the sum in the denominator is left out"] = (
+                True
+            )
         found.pop(f"weights are normalised {_NONE} instead of {right}", None)
         return [words for words, applies in found.items() if applies]
 

@@ -219,6 +219,7 @@ def _selected(view: View, ids: Tensor, want: Tensor) -> Iterator[_Candidate]:
         if same_shape:
             yield from _moved(view, ids, want)
         if bool(((ids >= 0) & (ids < view.logits.shape[1])).all()):
+            yield from _by_id(view, ids)
             for changes, one in selections(view):
                 if bool(one.agrees(view, ids).all()):
                     yield changes, one.words(view), ids
@@ -258,6 +259,18 @@ def _moved(view: View, ids: Tensor, want: Tensor) -> Iterator[_Candidate]:
             yield 1, [words], ids
     if words := map_words(ids.flatten(), "id", view.logits.shape[1], of=want.flatten()):
         yield 1, [f"ids are renumbered: {words}"], want
+
+
+def _by_id(view: View, ids: Tensor) -> Iterator[_Candidate]:
+    """Experts that a right router may select, other ones among those that tie, in the order of their ids."""
+    keys = Selection(groups=(1, 1)).keys(view).gather(1, ids)
+    by_score = ids.gather(1, keys.sort(dim=1, descending=True, stable=True).indices)
+    for order, descending in (("ascending", False), ("descending", True)):
+        sorted_ids = ids.sort(dim=1, descending=descending).values
+        if ids.shape[1] > 1 and torch.equal(sorted_ids, ids) and bool(view.selectable(by_score).all()):
+            words = f"each token has its right experts, in {order} order of ids"
+            yield 1, [f"{words}, {_STAY}"], by_score
+            yield 1, [words], ids
 
 
 def _in_another_order(ids: Tensor, want: Tensor) -> Iterator[_Candidate]:

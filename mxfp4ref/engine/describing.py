@@ -27,7 +27,7 @@ class Calls:
         """The release that made it, if it can be read."""
         with suppress(Unreadable):
             if release := release_of(recording.metadata()):  # none of a recording without flashinfer
-                self._add("recorded by flashinfer", release)
+                self._add("recorded with flashinfer", release)
 
     def add(self, call: MoeCall) -> None:
         """On which rank it ran, and its activation."""

@@ -135,6 +135,9 @@ def layer(
     the kernel hands it to the all-reduce; fc2's bias is on --tp-rank 0 only, and a routed factor that the model
     applies to the output is applied. Without them all ranks are run, and their outputs added in float32.
 
+    Beside the output, `ambiguous` is true of tokens whose ids hang on a few ulp of their scores, so that another
+    correct router may choose others; `token_selected_experts` and `token_final_scales` are the router's.
+
     Experts are read some at a time, and only those that a token chose. `mxfp4ref checkpoint` says what is in a
     folder.
 

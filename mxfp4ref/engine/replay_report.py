@@ -88,6 +88,9 @@ class ReplayResult(CaseResult):
         return self.ok and self.status != "skipped" and (self.all_zero or not self.elements)
 
 
+_HANDED = " So the kernel computed what it was handed; whether that is the layer's, `mxfp4ref layer --served` tells."
+
+
 @dataclass(frozen=True, repr=False)
 class ReplayReport(Report):
     """The results of a replay; `kernel` is the folder, or the kernel that ran on the calls in it."""
@@ -121,4 +124,6 @@ class ReplayReport(Report):
             words += f" {counted(count, 'call')} {'has' if count == 1 else 'have'} another "
             words += f"{' and '.join(parameters)} than the first of the layer."
         words += f" {self.left} more were not replayed." if self.left else ""
+        if set(counts) == {"equal"} and not zeros and not local and "--kernel" not in self.arguments:
+            words += _HANDED
         return words + self.culprit + self.further

@@ -76,28 +76,33 @@ class Shadow:
 
     @uncompiled
     def __call__(self, kernel: Kernel, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        due: _Due | str
+        due: _Due | str | Exception
         try:
             due = self._prepare(arguments, named)
         except Exception as error:
-            due = self._failed(error)
-        result = kernel(*arguments, **named)
+            due = error
         try:
+            result = kernel(*arguments, **named)
+        except Exception:
+            if isinstance(due, Exception):
+                self._counting.add(self._failed(due, "the oracle failed, and then the kernel"))
+            raise
+        try:
+            if isinstance(due, Exception):
+                raise due
             outcome = due if isinstance(due, str) else self._compare(due, result)
         except Exception as error:
             outcome = self._failed(error)
         self._counting.add(outcome)
         return result
 
-    def _failed(self, error: Exception) -> str:
+    def _failed(self, error: Exception, what: str = "the oracle failed, the server did not") -> str:
         """Count what is not modelled, and what went wrong, which the log has once with its traceback."""
         said = f"{type(error).__name__}: {error}"
         if isinstance(error, NotImplementedError):
             self._counting.log(logging.WARNING, f"not compared: {error}", once=said)
             return "not_modelled"
-        self._counting.log(
-            logging.ERROR, f"the oracle failed, the server did not: {said}", once=said, traceback=True
-        )
+        self._counting.log(logging.ERROR, f"{what}: {said}", once=said, traceback=True)
         return "failed"
 
     def _prepare(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> _Due | str:

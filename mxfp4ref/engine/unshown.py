@@ -16,15 +16,15 @@ from mxfp4ref.model.forward import trace
 
 __all__ = ["owned", "shown", "shown_by_layer", "unshown"]
 
-_LOOKED_AT = 64  # tokens of a call
+_LOOKED_AT = 64  # tokens
 _AT_ONCE = 16  # experts of a layer in files that are in memory together
-_OF = f"of the first {_LOOKED_AT} tokens of a call"
+_OF = f"of this rank's slots (of {_LOOKED_AT} tokens at most)"
 _WORDS = {
-    "limit": f"No up or gate value {_OF} reaches swiglu_limit: such calls do not show whether the kernel applies it.",
-    "weights": f"No routing weight {_OF} differs from another: such calls do not show which slot gets which.",
-    "experts": f"All slots {_OF} have one expert: such calls do not show whether each slot takes its own.",
-    "fc1_biases": f"No fc1 bias {_OF} is other than zero: such calls do not show whether the kernel adds it.",
-    "fc2_biases": f"No fc2 bias {_OF} is other than zero: such calls do not show whether the kernel adds it.",
+    "limit": f"No up or gate value {_OF} reaches swiglu_limit: this does not show whether the kernel applies it.",
+    "weights": f"No routing weight {_OF} differs from another: this does not show which slot gets which.",
+    "experts": f"All slots {_OF} have one expert: this does not show whether each slot takes its own.",
+    "fc1_biases": f"No fc1 bias {_OF} is other than zero: this does not show whether the kernel adds it.",
+    "fc2_biases": f"No fc2 bias {_OF} is other than zero: this does not show whether the kernel adds it.",
 }
 
 

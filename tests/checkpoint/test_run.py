@@ -237,6 +237,7 @@ def test_wrong_inputs(tmp_path: Path) -> None:
     good = torch.zeros(2, GPT_OSS_H, dtype=torch.bfloat16)
     for tensors, message in (
         ({"x": good}, "expected the tensor hidden and optionally logits, .*got x"),
+        ({"routed_output": good}, "got routed_output$"),
         ({"hidden": good, "tokens": good.clone()}, "expected the tensor hidden .*got hidden, tokens"),
         ({"hidden": good.float()}, "hidden: expected a bfloat16 tensor"),
         ({"hidden": good[:, 1:].contiguous()}, r"hidden: expected .*\[M, 96\], got bfloat16 \[2, 95\]"),

@@ -28,6 +28,7 @@ from mxfp4ref.conformance.families.row_parameters import row_parameter_hypothese
 from mxfp4ref.conformance.families.sampled import samples
 from mxfp4ref.conformance.families.search import Match
 from mxfp4ref.conformance.families.slots import slot_hypotheses
+from mxfp4ref.conformance.families.uniform_factors import clamps
 from mxfp4ref.conformance.finding import Evidence
 from mxfp4ref.conformance.stage_fit import reconcile
 from mxfp4ref.goldens import open_goldens
@@ -280,3 +281,18 @@ def test_nan_everywhere_is_told_by_what_concerns_nan(
     found = [Match(Hypothesis("values", (stage,), words, lambda p: p), True) for stage, words in said]
     finding = of_blank(blank, found)
     assert (finding.stages, finding.hedged) == (stages, bool(stages))
+
+
+def test_elements_of_one_magnitude_are_a_clamp() -> None:
+    one = runs(open_goldens().load("finalize/slot_order"))[0]
+    want = one.expected["output"]
+    largest = float(want.abs().flatten().sort().values[-20])
+    got = want.clamp(-largest, largest)
+    found = diagnose("moe", one.inputs, {"output": got}, one.expected, diagnosis="quick").finding
+    assert (
+        found.sentence == f"the output, or a stage just before it, is clamped to -{largest:g} ... {largest:g}"
+    )
+    assert (found.stages, found.exact) == (("finalize", "fc2"), True)
+    wrong = differing(got, want)
+    assert not list(clamps(want, got, wrong)), "larger than expected"
+    assert not list(clamps(got, want, torch.zeros_like(wrong)))

@@ -87,6 +87,7 @@ def test_one_expert_stands_for_all_others() -> None:
     assert found is not None
     assert found.stages == ("slots",)
     assert "are computed by other experts (always by expert 0): token" in found.sentence
+    assert found.sentence.endswith("; all else of these tokens is right"), "of three tokens among more"
 
 
 def test_experts_by_a_rule() -> None:

@@ -132,6 +132,15 @@ def test_one_element_is_no_pattern_of_columns() -> None:
     assert found(mask, near)[0] == "a single element differs, [5, 3]: by 1 ulp: a rounding, or damaged"
 
 
+def test_an_expert_that_only_occurs_beside_wrong_ones_is_not_among_them() -> None:
+    ids = torch.tensor([[0, -1]] * 10 + [[2, 0], [2, 1], [2, 1], [3, 1], [3, -1], [2, -1]], dtype=torch.int32)
+    call = replace(CALL, token_selected_experts=ids)
+    wrong = tokens(torch.arange(16) >= 10)
+    assert "only tokens of experts 2, 3 differ" in found(wrong, call=call)
+    ids[10:] = torch.tensor([2, 1])
+    assert "only tokens of experts 1, 2 differ" in found(wrong, call=call)
+
+
 def test_one_token_is_no_pattern_of_experts() -> None:
     ids = torch.tensor([[0, 1]] * 14 + [[2, 3], [2, 1]], dtype=torch.int32)
     call = replace(CALL, token_selected_experts=ids)

@@ -64,7 +64,7 @@ NAMED = {
     "ids_sorted_alone": "in ascending order of ids, while the weights stay where they were",
     "logits_bf16": "logits are rounded to bf16",
     "scores_bf16": "scores are rounded to bf16",
-    "epsilon_missing": "without epsilon",
+    "epsilon_missing": "the 1e-20 that is added to the sum in the denominator is left out",
 }
 
 
@@ -140,3 +140,16 @@ def test_one_mistake_is_one_sentence_whatever_its_number() -> None:
     assert said in report.verdict
     assert "No hypothesis" not in report.verdict
     assert not any(r.diagnosis.predictions for r in report.results if r.diagnosis and not r.within_bounds)
+
+
+@pytest.mark.parametrize("name", TIED[:2])
+def test_slots_in_the_order_of_ids_are_told_where_scores_tie(name: str) -> None:
+    """The experts that torch.topk takes among those that tie, sorted by id."""
+    one = CASES[name]
+    right = RIGHT["float32"](**one.inputs)
+    ids, order = right["ids"].sort(dim=1)
+    outputs = {"ids": ids, "scales": right["scales"].gather(1, order)}
+    said = routing_finding(one.inputs, outputs, one.expected).sentence
+    assert (
+        said == "each token has its right experts, in ascending order of ids; weights are right for these ids"
+    )

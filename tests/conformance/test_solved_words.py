@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from mxfp4ref import dequantize, quantize
+from mxfp4ref.conformance.diagnosis import diagnose
 from mxfp4ref.conformance.finding import Finding
 from mxfp4ref.conformance.format_words import format_finding
 from mxfp4ref.conformance.routing_words import routing_finding
-from mxfp4ref.formats.mxfp4 import GROUP_SIZE
+from mxfp4ref.formats.mxfp4 import GROUP_SIZE, pack_codes, unpack_codes
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.goldens.runs import runs
 from mxfp4ref.routing.models import PRESETS
@@ -232,3 +233,42 @@ def test_scattered_codes_and_ids_are_not_explained(seed: int) -> None:
     other = torch.randint(0, 8, right["ids"].shape, generator=drawn).int()
     ids = torch.where(torch.rand(other.shape, generator=drawn) < 0.2, other, right["ids"])
     assert "logits" not in routing_finding(one.inputs, {**right, "ids": ids}, one.expected).sentence
+
+
+def test_what_is_wrong_with_groups_of_nan_hides_nothing_else() -> None:
+    """Scale bytes as of finite numbers, and codes of their own; besides, nothing, or codes that saturate to 4."""
+    values = some_values(7)
+    values[::5, 40] = torch.nan
+    packed, scales = quantize(values)
+    scales[::5, 1] = torch.arange(100, 107, dtype=torch.uint8)
+    of_nan = "groups with NaN or Inf get several scale bytes, 100 to 106, instead of 255"
+    alone = found({"packed": packed, "scales": scales}, values)
+    assert (alone.sentence, alone.exact) == (of_nan, False)
+    codes = unpack_codes(packed)
+    saturated = pack_codes(torch.where(codes & 7 == 7, codes - 1, codes))
+    both = found({"packed": saturated, "scales": scales}, values)
+    assert both.sentence == f"{of_nan}; everything saturates to 4"
+
+
+def test_a_lost_sign_of_zero_is_no_other_rounding() -> None:
+    values = some_values(8)
+    values[:, ::7] = -0.0
+    packed, scales = quantize(values)
+    codes = unpack_codes(packed)
+    finding = found({"packed": pack_codes(torch.where(values == 0, 0, codes)), "scales": scales}, values)
+    assert (finding.sentence, finding.exact) == ("values of -0 lose their sign", True)
+
+
+def test_the_values_of_the_first_code_or_scale_that_differs_are_shown() -> None:
+    values = some_values(9)
+    packed, scales = quantize(values)
+    right = {"packed": packed, "scales": scales}
+    inputs = {"values": values, "rule": "floor"}
+    for name, column in (("packed", 35), ("scales", 2)):
+        other = right[name].clone()
+        other[3, column] ^= 1
+        found = diagnose("quantize", inputs, {**right, name: other}, right, diagnosis="quick")
+        first = 70 if name == "packed" else 64
+        assert found.feeds[0].startswith(f"values from {first} on: [{float(values[3, first]):.6g}, ")
+        largest = float(values[3, 64:96].abs().max())
+        assert found.feeds[1] == f"group 2 of the row, values [64, 95]: largest magnitude {largest:.9g}"

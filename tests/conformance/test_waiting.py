@@ -179,3 +179,14 @@ def test_layers_that_may_not_fit_are_left_out(
     told = capsys.readouterr().err.splitlines()
     assert [line.split()[0] for line in told] == [f"models/{name}" for name in left]
     assert all("runs it" in line for line in told)
+
+
+def test_skipped_cases_say_nothing_of_how_long_others_take(
+    told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 1000, 90))
+    monkeypatch.setattr(shared, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with shared.case_progress([FIRST] * 4) as advance:
+        for status in ("equal", "skipped", "equal"):
+            advance(CaseResult(FIRST, "moe", "", status))
+    assert ["at this rate" in words for words in told] == [False, True, False, False]

@@ -268,6 +268,19 @@ def test_an_exception_of_the_kernel_is_the_servers() -> None:
     assert engine.counts().calls == 0
 
 
+def test_a_call_that_neither_takes_is_one_that_failed(caplog: pytest.LogCaptureFixture) -> None:
+    def broken(*arguments: Any, **named: Any) -> None:
+        raise TypeError("input: none")
+
+    call = served_by(broken)
+    engine.shadow()
+    with pytest.raises(TypeError, match="input: none"):
+        call(**{**ARGUMENTS, "input": None})
+    assert engine.counts() == Counts(failed=1)
+    assert lines(caplog)[0].startswith("shadow: the oracle failed, and then the kernel: ")
+    assert "did not" not in caplog.text
+
+
 def test_what_is_not_compared(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     call = served_by(lambda *arguments, **named: "real")
     engine.shadow()

@@ -96,4 +96,4 @@ def test_a_layer_whose_input_reaches_no_limit(tmp_path: Path, experts: list[int]
         for options in ([], ["--served", tmp_path / "served"]):
             result = CliRunner().invoke(commands, [*map(str, (*command, "--limit", limit, *options))])
             assert result.exit_code == 0, result.output
-            assert ("reaches swiglu_limit: such calls do not show" in result.output) is not reached
+            assert ("reaches swiglu_limit: this does not show" in result.output) is not reached

@@ -165,8 +165,9 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
     logical:package.module:f     the same with weights and scales in logical layout
     plain:package.module:f       f(x, ids, scales, w1, s1, w2, s2, **parameters), logical layout
     stage:KIND:package.module:f  one stage: quantize, dequantize, layout, tensor_core, gemm,
-                                 activation, finalize or routing; called with a case's inputs by
-                                 name, tensors and numbers (mxfp4ref init router: a router's)
+                                 activation, finalize, routing, w4a8, preparation, fp8_rows or
+                                 fp8_tensor_core; called with a case's inputs by name, tensors and
+                                 numbers (mxfp4ref init router: a router's)
 
     A kernel that lacks something a case needs raises mxfp4ref.conformance.Skip("no alpha"): that case is skipped.
 

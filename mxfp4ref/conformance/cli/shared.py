@@ -134,8 +134,10 @@ def _said(error: BaseException) -> bool:
 @contextmanager
 def progress(
     *, lines: bool = False, first: str = "", total: int | None = None, before: bool = False
-) -> Iterator[Callable[[str, int], None]]:
+) -> Iterator[Callable[..., None]]:
     """A function to call after each step, or `before` it, with its name and the number of steps; 0 if unknown.
+
+    A third argument is whether the steps to come may take as long as those done.
 
     It moves a progress bar on stderr, which shows `first` and `total` until then. Where none can be drawn it prints a
     line, if `lines`; and how far it has come, after each so many seconds that pass in silence.
@@ -147,7 +149,7 @@ def progress(
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
         with Progress(*columns, console=console(), transient=True) as bar:
             task = bar.add_task(first, total=total)
-            yield lambda name, total: bar.update(
+            yield lambda name, total, rate=True: bar.update(
                 task, completed=next(done), total=total or None, description=name
             )
         return
@@ -160,14 +162,14 @@ def progress(
     with heartbeat(say) as now:
         now(_so_far(0, total, 0.0, first))
 
-        def line(name: str, total: int) -> None:
+        def line(name: str, total: int, rate: bool = True) -> None:
             count = next(done)
             if lines:
                 echo(f"[{count:3}/{total}] {name}", err=True)
             words = f"now {name}" if before and total else name
             if lines:  # which has told the name
                 words = "now the end of the run" if count == total else ""
-            now(_so_far(count, total, time.monotonic() - start, words))
+            now(_so_far(count, total, (time.monotonic() - start) * rate, words))
 
         yield line
 
@@ -192,10 +194,12 @@ def case_progress(
     from mxfp4ref.conformance.report_text import headline
 
     done = failed = 0
+    skipped = False  # which takes no time, and says nothing of how long the others take
     with progress(first=f"now {names[0]}" if names else "", total=len(names)) as step:
 
         def advance(result: CaseResult) -> None:
-            nonlocal done, failed
+            nonlocal done, failed, skipped
+            skipped |= result.status == "skipped"
             done, failed = done + 1, failed + (not result.ok)
             if not result.ok and sys.stderr.isatty():
                 echo(headline(result).split("\n")[0], err=True)
@@ -208,7 +212,7 @@ def case_progress(
             if ended and done < len(names):  # there is no rate: the other cases are not run
                 step(f"{done} of {len(names)} done; {words}", 0)
             else:
-                step(words, len(names))
+                step(words, len(names), not skipped)
 
         yield advance
 

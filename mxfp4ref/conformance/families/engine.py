@@ -50,7 +50,7 @@ from mxfp4ref.conformance.families.tensors import (
     layout_hypotheses,
     value_hypotheses,
 )
-from mxfp4ref.conformance.families.uniform_factors import uniform_factors
+from mxfp4ref.conformance.families.uniform_factors import clamps, uniform_factors
 from mxfp4ref.conformance.families.weighting import weight_hypotheses
 from mxfp4ref.conformance.finding import Evidence, in_words
 from mxfp4ref.conformance.reduction import clock_of, is_heavy
@@ -196,6 +196,7 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
         return chain.from_iterable(generator(call) for generator in generators)
 
     factor = [h for f in uniform_factors(search.got, search.want, search.wrong) for h in factor_hypotheses(f)]
+    limit = clamps(search.got, search.want, search.wrong)
     known = of(other_activations, named_hypotheses)  # before all others, for a quick diagnosis too
     small = is_small(search)
     plain = of(
@@ -215,7 +216,7 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
     )
     by_place = hypotheses_by_place(call, search.wrong)
     taken = () if is_heavy(call) else taken_hypotheses(search.pipeline, search.rows, search.got, search.wrong)
-    yield chain(wanted(factor), taken, wanted(known, slow=False), by_place, wanted(plain, slow=False))
+    yield chain(limit, wanted(factor), taken, wanted(known, slow=False), by_place, wanted(plain, slow=False))
     only = _stages_left(evidence)  # which may be more by now
     slow = of(slice_hypotheses, order_hypotheses, named_hypotheses)
     if small:

@@ -66,7 +66,7 @@ def mixed_up(pipeline: Pipeline, some: list[Sample]) -> Evidence | None:
         if 3 * len(explained) >= 2 * len(loud):
             rule = _by_one(explained) or _by_rule(pipeline, explained)
             which = f"slots{_which(pipeline, explained)} {words}{_moved(explained)}{rule}"
-            details = f"{_listed(explained)}; all else is right"
+            details = f"{_listed(explained)}; all else of these tokens is right"
             return Evidence(stages, f"{which}: {details}", 4, kind=f"slots {words}")
     return None
 
@@ -138,7 +138,7 @@ def _by_rule(pipeline: Pipeline, explained: dict[int, list[_Swap]]) -> str:
 
 
 def _listed(explained: dict[int, list[_Swap]]) -> str:
-    told = [f"token {t}: {', '.join(s.words for s in swaps[:4])}" for t, swaps in explained.items()]
+    told = [f"token {t}: {', '.join(s.words for s in swaps)}" for t, swaps in explained.items()]
     return "; ".join(told[:3])
 
 

@@ -1,14 +1,19 @@
-"""One factor that an output is off by, read off its numbers."""
+"""One factor that an output is off by, or one magnitude that it is cut off at, read off its numbers."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from mxfp4ref.conformance.families.hypothesis import Hypothesis, of_output
 from mxfp4ref.conformance.families.known_factors import simple_between
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["uniform_factors"]
+__all__ = ["clamps", "uniform_factors"]
+
+_FEWEST = 4  # elements that have one magnitude
 
 
 def uniform_factors(output: Tensor, right: Tensor, wrong: Tensor) -> list[float]:
@@ -28,3 +33,15 @@ def uniform_factors(output: Tensor, right: Tensor, wrong: Tensor) -> list[float]
     low, high = min(low, high), max(low, high)
     low, high = min(low, abs(middle) * (1 - 2.0**-8)), max(high, abs(middle) * (1 + 2.0**-8))
     return [sign * f for f in simple_between(low, high) if sign * f != 1]
+
+
+def clamps(output: Tensor, right: Tensor, wrong: Tensor) -> Iterator[Hypothesis]:
+    """A clamp, where all elements that differ have one magnitude, and larger ones of the same sign are expected."""
+    got, want = (fp32.widen(t[wrong]) for t in (output, right))
+    sizes = torch.unique(got.abs())
+    if len(got) < _FEWEST or len(sizes) != 1 or not 0 < float(sizes[0]) < torch.inf:
+        return
+    if bool(((want.abs() > sizes[0]) & (want.signbit() == got.signbit())).all()):
+        largest = float(sizes[0])
+        words = f"the output, or a stage just before it, is clamped to -{largest:g} ... {largest:g}"
+        yield of_output("output", ("finalize", "fc2"), words, lambda t: t.clamp(-largest, largest), 2.1)
