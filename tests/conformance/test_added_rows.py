@@ -18,6 +18,7 @@ from mxfp4ref.conformance.families.column_factors import column_factors
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, local_of
 from mxfp4ref.conformance.families.input_norms import norm_hypotheses
+from mxfp4ref.conformance.families.memory_readings import vector_readings
 from mxfp4ref.conformance.families.more_activations import more_activations
 from mxfp4ref.conformance.families.rows_beside import beside_hypotheses
 from mxfp4ref.conformance.families.sampled import Sample, samples
@@ -146,7 +147,7 @@ def centred(call: MoeCall) -> Tensor:
     ("name", "wrong", "of_call", "words"),
     [
         ("gpt_oss", few_limits, more_activations, "limit is given for the first 4 experts only"),
-        ("tensor_rank_1_of_2", bias_by_two_rows, more_activations, "(two rows)"),
+        ("tensor_rank_1_of_2", bias_by_two_rows, vector_readings, "between experts of 512 instead of 256"),
         ("top_8", saturated, more_activations, "clamped to [-6, 6]"),
         ("top_8", sigmoid_in_half, more_activations, "1 + e^-x is rounded to float16 in the sigmoid"),
         ("top_8", up_of_the_row_before, beside_hypotheses, "up is those of the row before"),

@@ -132,7 +132,8 @@ def gather_thinks_slots_are_outermost(call: MoeCall) -> Tensor:
     stage="slots",
     says=(
         r"expert|slot|\bids?\b",
-        r"foreign|other rank|another rank|next rank|not local|remote|off.by.one|range|bound|border|outside"
+        r"foreign|other rank|another rank|next rank|not local|remote|off.by.one|range|bound|border|"
+        r"outside (?:its|the|this) ra"
         r"|not (?:this|the) rank|of no|last|belong|neighbou?r",
     ),
     story="a rank takes start <= id <= end for its range: the next rank's first expert is computed as its last",

@@ -73,7 +73,7 @@ def fc2_row_coordinate_masked_to_seven_bits(call: MoeCall) -> Tensor:
     stage=("activation", "fc2"),
     says=(
         r"column|element|\bk\b|position|channel|lane",
-        r"shift|roll|rotat|moved|off by|by 8|\+ ?8|- ?8|8 (col|el|pos)",
+        r"shift|roll|rotat|moved|off by|by 8|\+ ?8|- ?8|\b8 (col|el|pos)",
     ),
     story="ldmatrix starts 16 bytes late: GEMM2's input is read eight columns further, around its end",
 )

@@ -96,7 +96,8 @@ def persistent_ctas_do_one_wave(call: MoeCall) -> Tensor:
     stage=("fc1", "fc2"),
     says=(
         r"expert",
-        r"empty|without (rows|tokens)|compact|skip|among|non-?empty|unused|another|other|wrong|shift|previous|"
+        r"empty|without (rows|tokens)|compact|skip|among|non-?empty|unused|(?:another|other) expert|"
+        r"wrong|shift|previous|"
         r"earlier|preceding|lower|no (rows|tokens)|before",
     ),
     story="experts without rows are left out of the problem sizes but not of the pointers to the weights",
@@ -195,7 +196,7 @@ def graph_of_the_smaller_batch(call: MoeCall) -> Tensor:
 
 @wrong(
     stage="none",
-    says=(),
+    says=("noise|chance|random|unknown|damag|scattered|without a pattern|rounding",),
     story="a card with a failing memory: one element in two hundred has one of its bits flipped, never the same ones",
 )
 def memory_flips_single_bits(call: MoeCall) -> Tensor:

@@ -125,7 +125,8 @@ def gather_as_if_slot_major(call: MoeCall) -> Tensor:
     says=(
         r"expert|slot|\bids?\b",
         r"foreign|next rank|other rank|another rank|neighbou?r|not local|non-local|remote|beyond|off by one|"
-        r"inclusive|one too many|past|outside|out of range|not (of )?(this|its|the) rank|range|border|first id|upper",
+        r"inclusive|one too many|past|outside (?:its|the|this) ra|out of range|not (of )?(this|its|"
+        r"the) rank|range|border|first id|upper",
     ),
     story="a rank's range of ids is tested with <= at its end, and the one too many reads the last expert",
 )

@@ -117,7 +117,10 @@ def groups_chosen_without_the_bias(**case: Any) -> dict[str, Tensor]:
 @wrong(
     stage="routing",
     kind="routing",
-    says=("order|sort|ascend|permut|slot|by id|another|other", "\\bids?\\b|weight|expert|scale"),
+    says=(
+        "order|sort|ascend|permut|slot|by id|(?:another|other) (?:order|slot|id)",
+        "\\bids?\\b|weight|expert|scale",
+    ),
     story="ids are sorted for the dispatch, and the weights stay in the order of the scores",
 )
 def ids_sorted_for_the_dispatch(**case: Any) -> dict[str, Tensor]:

@@ -117,18 +117,12 @@ def investigate(
             evidence = [known] if known else gather(pipeline, got, want, wrong, outside)
             zero = next((e for e in evidence if e.zeros), None)
             if zero is not None and none_right(want, search.wrong):
-                # Much gives zeros; few mistakes do where sums cancel but for their roundings.
-                generators = (named_hypotheses, slice_hypotheses, order_hypotheses, rounding_hypotheses)
-                found = [
-                    m
-                    for one in generators
-                    if zero.rounding
-                    for m in search.run(one(pipeline.call))
-                    if m.exact
-                ]
-                found.sort(key=lambda m: (not m.hypothesis.name, m.hypothesis.cost))
-                named = bool(found) and bool(found[0].hypothesis.name)
-                finding = told(found, evidence, [pipeline.call]) if named else of_blank(zero, found)
+                # Much gives zeros; where sums cancel but for their roundings, those that round otherwise do.
+                weights = (h for h in named_hypotheses(pipeline.call) if h.family == "routing weights")
+                orders = (slice_hypotheses, order_hypotheses, rounding_hypotheses)
+                every = chain(weights, *(one(pipeline.call) for one in orders))
+                found = [m for m in search.run(every if zero.rounding else ()) if m.exact]
+                finding = of_blank(zero, sorted(found, key=lambda m: m.hypothesis.cost))
                 return Result(tuple(found), tuple(evidence), finding, search.tried, not search.out_of_time())
             closer = False
             for tier in _tiers(pipeline.call, search, evidence):
