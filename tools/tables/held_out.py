@@ -240,13 +240,17 @@ def numbers(judged: Iterable[Judged]) -> dict[str, float]:
     }
 
 
-def store(rows: list[Judged], path: Path = STORED) -> None:
-    """Keep the numbers of each place that was judged; those of the other place stay."""
+def store(rows: list[Judged], path: Path = STORED, *, first_sight: bool = False) -> None:
+    """Keep the numbers of each place that was judged, those of kernels seen for the first time apart; others stay."""
     kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for place in ("suite", "single"):
         if of_place := [row for row in rows if row.where.startswith(place)]:
             names = [row.kernel for row in of_place if row.misleading]
-            kept[place] = {"kernels": len(of_place), **numbers(of_place), "which": names}
+            kept[f"{place}{', at first sight' * first_sight}"] = {
+                "kernels": len(of_place),
+                **numbers(of_place),
+                "which": names,
+            }
     write_file(path, json.dumps(kept, indent=1) + "\n")
 
 
@@ -319,9 +323,19 @@ def _count(got: dict[str, Tensor], expected: Any) -> int:
     "--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Write everything to a file."
 )
 @click.option("--store", "kept", is_flag=True, help="Keep the numbers for docs/confusion.md.")
+@click.option(
+    "--first-sight", is_flag=True, help="Keep them apart: nothing had been mended by these kernels."
+)
 @click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="Processes.")
 def main(
-    patterns: tuple[str, ...], where: str, goldens: str, whole: bool, path: Path | None, kept: bool, jobs: int
+    patterns: tuple[str, ...],
+    where: str,
+    goldens: str,
+    whole: bool,
+    path: Path | None,
+    kept: bool,
+    first_sight: bool,
+    jobs: int,
 ) -> None:
     kernels = load_all().values()
     chosen = [k.name for k in kernels if any(fnmatch(k.name, p) or fnmatch(k.theme, p) for p in patterns)]
@@ -340,7 +354,7 @@ def main(
             if path is not None:
                 write_file(path, json.dumps([asdict(row) for row in rows], indent=1))
     if kept:
-        store(rows)
+        store(rows, first_sight=first_sight)
     sys.exit(0 if show(rows, console) else 1)
 
 
