@@ -9,6 +9,7 @@ from itertools import chain
 
 from torch import Tensor
 
+from mxfp4ref.conformance.families import FAMILIES
 from mxfp4ref.conformance.families.activations import activation_hypotheses, other_activations
 from mxfp4ref.conformance.families.blank import of_blank
 from mxfp4ref.conformance.families.by_place import hypotheses_by_place, hypotheses_of_tiles
@@ -60,6 +61,7 @@ __all__ = ["Result", "investigate", "told"]
 
 _FOR_ALMOST = 3.0  # seconds
 _ALIKE = 0.6  # how much more a hypothesis may assume to be told beside the simplest
+_WEIGHTS = FAMILIES["routing weights"]
 _Generator = Callable[[MoeCall], Iterable[Hypothesis]]
 
 
@@ -118,7 +120,7 @@ def investigate(
             zero = next((e for e in evidence if e.zeros), None)
             if zero is not None and none_right(want, search.wrong):
                 # Much gives zeros; where sums cancel but for their roundings, those that round otherwise do.
-                weights = (h for h in named_hypotheses(pipeline.call) if h.family == "routing weights")
+                weights = (h for h in named_hypotheses(pipeline.call) if h.name in _WEIGHTS.members)
                 orders = (slice_hypotheses, order_hypotheses, rounding_hypotheses)
                 every = chain(weights, *(one(pipeline.call) for one in orders))
                 found = [m for m in search.run(every if zero.rounding else ()) if m.exact]
