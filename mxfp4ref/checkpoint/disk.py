@@ -13,6 +13,7 @@ import torch
 
 from mxfp4ref._choices import ScaleRule
 from mxfp4ref._shown import Shown
+from mxfp4ref._spans import runs
 from mxfp4ref._validate import check_choice, check_instance, check_int, shown
 from mxfp4ref.checkpoint.activation import activation_type, checked, parameters
 from mxfp4ref.checkpoint.config import Config, read_config, router_of
@@ -202,13 +203,8 @@ def read_layer(
 
 def ranges(layers: Sequence[int | str]) -> str:
     """Layers in words, as "0 to 2, 5, mtp.0"."""
-    runs: list[list[int]] = []
-    for number in (layer for layer in layers if isinstance(layer, int)):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1] = [runs[-1][0], number]
-        else:
-            runs.append([number])
-    words = [" to ".join(map(str, run)) for run in runs]
+    numbers = runs(layer for layer in layers if isinstance(layer, int))
+    words = [str(first) if first == last else f"{first} to {last}" for first, last in numbers]
     return ", ".join([*words, *(layer for layer in layers if isinstance(layer, str))])
 
 

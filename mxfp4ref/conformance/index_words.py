@@ -7,12 +7,25 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["Rule", "map_rules", "map_words", "pair_words"]
+__all__ = ["Rule", "map_rules", "map_words", "moved_runs", "pair_words"]
 
 Rule = Callable[[Tensor, Tensor], Tensor]  # indices, and of each how many there are, to those that are taken
 
 _MOST_LISTED = 6
 _SEVERAL = 3  # indices that one rule moves
+
+
+def moved_runs(source: Iterable[int]) -> list[tuple[int, int, int]]:
+    """Places that have others', by runs of both: the first, the last, and whose the first has; < 0 is unknown."""
+    runs: list[tuple[int, int, int]] = []
+    for place, other in enumerate(source):
+        if other < 0 or other == place:
+            continue
+        if runs and runs[-1][1] == place - 1 and other - place == runs[-1][2] - runs[-1][0]:
+            runs[-1] = (runs[-1][0], place, runs[-1][2])
+        else:
+            runs.append((place, place, other))
+    return runs
 
 
 def map_words(got: Tensor, name: str, count: int, *, of: Tensor | None = None) -> str:

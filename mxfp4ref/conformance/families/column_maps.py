@@ -12,16 +12,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mxfp4ref.conformance.families.places import stage_before_gemm2
 from mxfp4ref.conformance.families.sampled import Sample
 from mxfp4ref.conformance.finding import Evidence
-from mxfp4ref.conformance.index_words import map_words
+from mxfp4ref.conformance.index_words import map_words, moved_runs
 from mxfp4ref.model.call import MoeCall
 
 __all__ = ["column_map"]
 
 _LOUD, _QUIET = 4.0, 1.6  # times the roundings: before, and when explained
 _FEWEST = 4  # tokens
-_ROUNDING = 2.0**-9  # of bf16, relative
 _BLOCKS = (32, 16, 8, 4)  # columns that stay together
 _PERIODS = (4, 8, 16, 32, 64)  # columns after which the order repeats
 _SWEEPS = 6
@@ -40,13 +40,12 @@ def column_map(call: MoeCall, some: Sequence[Sample]) -> Evidence | None:
     inner = call.experts.intermediate_size
     if len(loud) < _FEWEST or sum(s.second.numel() for s in loud) > _SIZE:
         return None
-    stored = "fc1" if call.experts.fc1_biases is None else "activation"  # a bias is added at its own place
     for size, inside in (*((size, False) for size in _BLOCKS), *((size, True) for size in _PERIODS)):
         if inner % size or inner == size or (found := _solved(loud, size, inside=inside)) is None:
             continue
         words = f"in each {size} {_listed(found, 1)}" if inside else _in_words(found, size)
         return Evidence.of_kind(
-            (stored, "fc2"),
+            (stage_before_gemm2(call), "fc2"),
             f"the activation that GEMM2 got has its columns {_how(found)}",
             f"{words}; as GEMM1's columns or the activation are stored, or as GEMM2 reads them or its codes along K",
             4,
@@ -75,7 +74,7 @@ def _solved(loud: Sequence[Sample], size: int, *, inside: bool) -> Tensor | None
 
     second = [parted(s.second) * s.weights[:, None, None, None] for s in loud]  # [n, H, B, size]
     activation = [parted(s.activation) for s in loud]
-    units = [(s.noise + _ROUNDING**2 * s.error.square().mean()).sqrt() for s in loud]
+    units = [s.roundings.sqrt() for s in loud]
     second = [w / u[:, None, None] for w, u in zip(second, units, strict=True)]
     right = [torch.einsum("nhbs,nbs->h", w, a) for w, a in zip(second, activation, strict=True)]
     target = [s.error / u + r for s, u, r in zip(loud, units, right, strict=True)]
@@ -118,14 +117,7 @@ def _in_words(found: Tensor, size: int) -> str:
 
 
 def _listed(found: Tensor, size: int) -> str:
-    runs: list[list[int]] = []  # first, last, the first one's source
-    for block, other in enumerate(found.tolist()):
-        if block == other:
-            continue
-        if runs and runs[-1][1] == block - 1 and other - block == runs[-1][2] - runs[-1][0]:
-            runs[-1][1] = block
-        else:
-            runs.append([block, block, other])
+    runs = moved_runs(found.tolist())
     shown = ", ".join(
         f"{_columns(first, last, size)} are those of {_columns(other, other + last - first, size)}"
         for first, last, other in runs[:_LISTED]

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.families.hypothesis import Pipeline
+from mxfp4ref.conformance.families.index_maps import shifted
+from mxfp4ref.conformance.families.places import stage_before_gemm2
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE, dequantize
 from mxfp4ref.model.forward import activate_rows, trace
 from mxfp4ref.sm90 import fp32
@@ -110,7 +112,8 @@ class Gemm:
             other, there = self.experts(rows, source)
             scales = self.scales[other, :, at]
         if source.along == "rows" and source.what != "input":
-            weights, scales = _moved(weights, source.by), _moved(scales, source.by)
+            at_row = shifted(weights.shape[1], source.by)
+            weights, scales = weights[:, at_row], scales[:, at_row]
         if source.what == "scales":
             weights = self.codes[expert, :, group] * scales[..., None]
         return torch.einsum("rns,rs->rn", weights, x), there
@@ -146,12 +149,6 @@ class Gemm:
             yield from (Source(what, "experts", by) for by in range(1 - count, count) if by)
 
 
-def _moved(values: Tensor, by: int) -> Tensor:
-    """Those of the row so far on, `[r, N, ...]`, where there is one."""
-    at = torch.arange(values.shape[1]) + by
-    return values[:, torch.where((at >= 0) & (at < len(at)), at, at - by)]
-
-
 def _split(values: Tensor, axis: int, size: int) -> Tensor:
     """An axis as two, the second of this size."""
     found: Tensor = values.unflatten(axis, (-1, size))  # type: ignore[no-untyped-call]
@@ -184,12 +181,11 @@ def gained_by(
     towards = torch.einsum("rbn,ebngs->rebgs", parted, _split(gemm.weights, 1, size))
     own = towards[torch.arange(len(rows)), expert]
     pairs = torch.einsum("rbcs,rgs->rbcg", own, x)
-    bare = torch.einsum("rngs,rgs->rng", gemm.codes[expert], x) * by_columns
-    scales = gemm.scales[expert]
-    right = bare * scales
+    unscaled, scales = torch.einsum("rngs,rgs->rng", gemm.codes[expert], x), gemm.scales[expert]
+    bare, unsloped = unscaled * by_columns, unscaled * scales
+    right = unsloped * by_columns
     of_expert = torch.einsum("rebgs,rgs->rebg", towards, x)
     of_scales = torch.stack([blocks(bare * gemm.scales[e]) for e in range(len(gemm.scales))], 1)
-    unsloped = torch.where(by_columns != 0, right / by_columns, 0.0)
     for source in gemm.sources():
         gained, there = current.clone(), everywhere
         start, length = max(0, -source.by), groups - abs(source.by)
@@ -206,8 +202,9 @@ def gained_by(
             inputs, there = gemm.others(rows, source)
             gained = torch.einsum("rbgs,rgs->rbg", own, inputs)
         elif source.along == "rows":
-            moved = _moved(unsloped, source.by) * by_columns
-            gained = blocks(moved if source.what == "weights" else bare * _moved(scales, source.by))
+            at_row = shifted(scales.shape[1], source.by)
+            moved = unsloped[:, at_row] * by_columns if source.what == "weights" else bare * scales[:, at_row]
+            gained = blocks(moved)
         else:
             other, there = gemm.experts(rows, source)
             gained = (of_expert if source.what == "weights" else of_scales)[torch.arange(len(rows)), other]
@@ -244,7 +241,6 @@ def gemms(pipeline: Pipeline) -> Iterator[Gemm]:
 
     routed = rows.token, rows.slot, call.token_final_scales[rows.token, rows.slot].double()
     second = weights(experts.fc2_weights, experts.fc2_scales)
-    dense = second[0].flatten(2).double()
 
     def after_first(at: Tensor, sums: Tensor) -> Tensor:
         rounded = stages.round_fc1(sums.float())
@@ -271,8 +267,7 @@ def gemms(pipeline: Pipeline) -> Iterator[Gemm]:
     yield Gemm(
         "GEMM2",
         "the activation",
-        # A bias of GEMM1 is added where it belongs, wherever GEMM1's columns are stored.
-        (("fc2",), ("fc1" if experts.fc1_biases is None else "activation", "fc2")),
+        (("fc2",), (stage_before_gemm2(call), "fc2")),
         *second,
         grouped(rows.activation),
         rows.activation.new_zeros(0),
@@ -283,6 +278,7 @@ def gemms(pipeline: Pipeline) -> Iterator[Gemm]:
         parts(experts.hidden_size, False),
         first,
     )
+    dense = second[0].flatten(2).double()
     yield Gemm(
         "GEMM1",
         "the input",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["IndexMap", "block_maps", "expert_maps", "neighbour_maps"]
+__all__ = ["IndexMap", "block_maps", "expert_maps", "neighbour_maps", "shifted"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,13 @@ class IndexMap:
 def _maps(*rows: tuple[str, Callable[[Tensor, int], Tensor], float]) -> Iterator[IndexMap]:
     for words, change, cost in rows:
         yield IndexMap(words, lambda n, change=change: change(torch.arange(n), n), cost)
+
+
+def shifted(size: int, by: int) -> Tensor:
+    """The place so far on, where there is one; else the own, `[n] int64`."""
+    at = torch.arange(size)
+    other = at + by
+    return torch.where((other >= 0) & (other < size), other, at)
 
 
 def expert_maps() -> Iterator[IndexMap]:

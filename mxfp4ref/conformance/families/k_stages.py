@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.families.hypothesis import Change, Hypothesis, Pipeline
+from mxfp4ref.conformance.families.index_maps import shifted
 from mxfp4ref.conformance.families.tensors import mapped
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE
 from mxfp4ref.model.call import MoeCall
@@ -61,15 +61,9 @@ def k_stage_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
                     "K groups",
                     stages,
                     f"{words}: in each K tile of {tile} it is that of the tile {which}, where there is one ({why})",
-                    change(lambda n, t=tile, b=by: _shifted(n, t * b)),
+                    change(lambda n, t=tile, b=by: shifted(n, t * b)),
                     1.5 + 0.02 * abs(by) + 0.01 * (tile != 64),
                 )
-
-
-def _shifted(size: int, by: int) -> Tensor:
-    at = torch.arange(size)
-    other = at + by
-    return torch.where((other >= 0) & (other < size), other, at)
 
 
 def _activation(at: _At) -> Change:

@@ -16,6 +16,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from mxfp4ref._spans import runs
 from mxfp4ref.conformance.families.gemm_operands import Change, Gemm, block_of, gained_by, gemms
 from mxfp4ref.conformance.families.hypothesis import Pipeline, local_of
 from mxfp4ref.conformance.families.places import fitting_attributes
@@ -26,7 +27,6 @@ from mxfp4ref.formats.mxfp4 import GROUP_SIZE
 __all__ = ["other_operands"]
 
 _LOUD, _QUIET = 4.0, 1.6  # times the roundings: before, and when explained
-_ROUNDING = 2.0**-9  # of bf16, relative
 _ROWS, _FEWEST = 24, 3  # rows that are sought on, tokens of which there have to be as many others
 _PROGRESS = 0.04  # of the errors' squares, that a change has to explain
 _OF_A_KIND = 1.02  # times as much may be left by a change of the kind of those before
@@ -94,7 +94,7 @@ class _State:
         self.rows = torch.cat(mine)
         self.place = torch.arange(len(mine)).repeat_interleave(torch.tensor(list(map(len, mine))))
         self.weights = gemm.weight[self.rows]
-        self.unit = torch.stack([(s.noise + _ROUNDING**2 * s.error.square().mean()).sqrt() for s in samples])
+        self.unit = torch.stack([s.roundings.sqrt() for s in samples])
         self.parts = gemm.right(self.rows)
         self.sums = self.parts.double().sum(1)
         self.error = torch.stack([s.error for s in samples])
@@ -196,7 +196,7 @@ def _told(gemm: Gemm, found: list[Change], slots: str) -> Evidence:
     for (part, *_), alike in groupby(sorted(_in_order(found), key=lambda c: (*order(c), c.first)), key=order):
         changes = list(alike)
         groups = sorted(g for c in changes for g in range(c.first, c.last + 1))
-        said += [(first, part, _in_words(gemm, changes[0], first, last)) for first, last in _runs(groups)]
+        said += [(first, part, _in_words(gemm, changes[0], first, last)) for first, last in runs(groups)]
     shown = [words for *_, words in sorted(said)]
     of_weights, of_input = gemm.stages
     # Another input shows in all parts.
@@ -248,12 +248,3 @@ def _in_words(gemm: Gemm, change: Change, first: int, last: int) -> str:
         "expert": f"expert {source.by + gemm.first}",
     }[source.along]
     return f"{here} has {what} of {there}"
-
-
-def _runs(groups: list[int]) -> Iterator[tuple[int, int]]:
-    """The first and last of each run of numbers in order."""
-    start = 0
-    for end in range(1, len(groups) + 1):
-        if end == len(groups) or groups[end] != groups[end - 1] + 1:
-            yield groups[start], groups[end - 1]
-            start = end

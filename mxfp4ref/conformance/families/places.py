@@ -19,6 +19,7 @@ __all__ = [
     "kinds_of_tokens",
     "named_columns",
     "residue_in_words",
+    "stage_before_gemm2",
     "suspected_experts",
     "tokens_in_words",
 ]
@@ -49,6 +50,14 @@ def fitting_attributes(
         if torch.equal(mask.any(1), wrong) and not any(torch.equal(mask, other) for _, other, _ in found):
             found.append((kind.words, mask, mask_of))
     return found[:most]
+
+
+def stage_before_gemm2(call: MoeCall) -> str:
+    """The first one in which rows of zeros, or columns in other places, come out of the activation as such.
+
+    GEMM1, unless it has a bias: that is added to zeros too, and where it belongs.
+    """
+    return "fc1" if call.experts.fc1_biases is None else "activation"
 
 
 def concerns_what_is_wrong(concerned: Tensor, wrong: Tensor) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
+from mxfp4ref.conformance.families.index_maps import shifted
 from mxfp4ref.conformance.families.tensors import mapped
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE
 from mxfp4ref.model.call import MoeCall
@@ -119,12 +120,6 @@ def _rolled_but(by: int, kept: int) -> _On:
     return change
 
 
-def _shifted(scales: Tensor, by: int) -> Tensor:
-    """Those of K groups so far on, where there are such."""
-    at = torch.arange(scales.shape[2], device=scales.device) + by
-    return scales[:, :, torch.where((at >= 0) & (at < len(at)), at, at - by)]
-
-
 def _pairs_swapped(scales: Tensor) -> Tensor:
     groups = torch.arange(scales.shape[2], device=scales.device)
     return scales[:, :, (groups ^ 1).clamp(max=len(groups) - 1)]
@@ -174,7 +169,12 @@ def _bases(kind: str) -> Iterator[tuple[str, tuple[str, ...], _On, float]]:
         yield "have the two codes of each byte swapped", ("weights",), lambda p: p >> 4 | p << 4, 0.5
         for block, (by, way) in product((1, 2, 4), ((1, "further on"), (-1, "before"))):
             words = f"have the scales {block} K group{'s' * (block > 1)} {way} ({GROUP_SIZE * block} of K)"
-            yield words, ("scales",), lambda s, n=by * block: _shifted(s, n), 0.5
+            yield (
+                words,
+                ("scales",),
+                lambda s, n=by * block: s[:, :, shifted(s.shape[2], n).to(s.device)],
+                0.5,
+            )
         yield "have the scales of the other K group of their pair", ("scales",), _pairs_swapped, 0.5
         for row, by in (("after", -1), ("before", 1)):
             yield f"have the codes of the row {row} (and their own scales)", ("weights",), _roll(1, by), 0.6

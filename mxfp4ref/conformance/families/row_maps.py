@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mxfp4ref.conformance.families.sampled import Sample
 from mxfp4ref.conformance.finding import Evidence
+from mxfp4ref.conformance.index_words import moved_runs
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE
 from mxfp4ref.model.call import MoeCall
 
@@ -16,7 +17,6 @@ __all__ = ["row_maps"]
 
 _FEWEST, _MOST = 6, 12  # tokens
 _LOUD = 4.0  # times the roundings
-_ROUNDING = 2.0**-9  # of bf16, relative
 _ROWS = 512  # that are tried for each
 _FITS, _OTHERS = (
     3.0,
@@ -48,10 +48,9 @@ def row_maps(call: MoeCall, some: Sequence[Sample]) -> Evidence | None:
             unscaled = products.view(rows, -1, GROUP_SIZE).sum(2) / factors
             scales += unscaled @ factors.T
             codes += factors @ unscaled.T
-        unit = sample.noise + _ROUNDING**2 * sample.error.square().mean()
         target = sample.error + scales.diagonal()
         for kind, predicted in zip(left, (scales, codes), strict=True):
-            left[kind] += (target[:, None] - predicted).square() / unit[:, None] / len(loud)
+            left[kind] += (target[:, None] - predicted).square() / sample.roundings[:, None] / len(loud)
     for kind, rest in left.items():
         if (source := _sources(rest)) is not None:
             return Evidence.of_kind(
@@ -78,14 +77,7 @@ def _sources(rest: Tensor) -> Tensor | None:
 
 def _in_words(source: Tensor) -> str:
     """The first blocks of rows that are moved."""
-    runs: list[tuple[int, int, int]] = []  # first row, last row, the first one's source
-    for row, other in enumerate(source.tolist()):
-        if other < 0 or other == row:
-            continue
-        if runs and runs[-1][1] == row - 1 and other - row == runs[-1][2] - runs[-1][0]:
-            runs[-1] = (runs[-1][0], row, runs[-1][2])
-        else:
-            runs.append((row, row, other))
+    runs = moved_runs(source.tolist())
     listed = ", ".join(_run(*run) for run in runs[:_NAMED])
     return f"{listed}{', ...' * (len(runs) > _NAMED)}"
 

@@ -21,6 +21,7 @@ from mxfp4ref.sm90.activation import up_and_gate
 __all__ = ["Sample", "samples"]
 
 _TOKENS, _COLUMNS = 48, 1024
+_ROUNDING = 2.0**-9  # of bf16, relative
 _LEAST = 1e-6  # singular value of rows of length 1, which are distinct
 _SIZE = 1 << 26  # elements of GEMM2's weights, of the experts that are used
 
@@ -52,6 +53,11 @@ class Sample:
     bias: Tensor
     error: Tensor
     noise: Tensor
+
+    @property
+    def roundings(self) -> Tensor:
+        """The variance of the roundings `[H]`, which are coarser where the error is far larger than the right row."""
+        return self.noise + _ROUNDING**2 * self.error.square().mean()
 
     @property
     def loudness(self) -> float:

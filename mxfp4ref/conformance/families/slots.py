@@ -19,6 +19,7 @@ from mxfp4ref.conformance.families.hypothesis import (
     slot_outputs,
 )
 from mxfp4ref.conformance.families.index_maps import expert_maps
+from mxfp4ref.conformance.families.places import stage_before_gemm2
 from mxfp4ref.conformance.families.slot_kinds import attributes, slots_of_kind
 from mxfp4ref.conformance.finding import OTHER_EXPERTS
 from mxfp4ref.model.call import MoeCall
@@ -215,7 +216,6 @@ def _ranks() -> Iterator[Hypothesis]:
 def _miscounted(call: MoeCall) -> Iterator[Hypothesis]:
     """Some kind of slots that does not count, or counts twice."""
     biased = call.experts.fc2_biases is not None and call.tp_rank == 0
-    before = "fc1" if call.experts.fc1_biases is None else "activation"  # which adds that bias to zeros too
     for one in attributes(call, local_of(Pipeline(call))):
         words, of_rows = one.words, one.of_rows
         skipped = ("slots", "finalize") if one.of_places else _S  # or the loop of the sum is another
@@ -236,7 +236,7 @@ def _miscounted(call: MoeCall) -> Iterator[Hypothesis]:
         )
         yield of_slots(
             "dropped slots",
-            (before, "fc2") if zero else skipped,
+            (stage_before_gemm2(call), "fc2") if zero else skipped,
             f"the slots {words} are left out of the sum{or_zero}",
             without,
             1.3,

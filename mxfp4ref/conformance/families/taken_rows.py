@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mxfp4ref.conformance.families.distances import last_place
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline, SlotRows, of_slots, slot_outputs
+from mxfp4ref.conformance.families.places import stage_before_gemm2
 from mxfp4ref.conformance.families.row_offsets import sorted_rows
 from mxfp4ref.conformance.finding import counted
 from mxfp4ref.conformance.index_words import Rule, map_rules
@@ -272,8 +273,9 @@ def _left_out(slots: SlotRows, rows: _Rows, solved: _Solved, wrong: Tensor) -> I
     kept, counts = _weighing(slots, rows, ~wrong.any(1)), rows.counts
     bare = slots.call.experts.fc2_biases is None or slots.call.tp_rank > 0
     zero = bool((solved.source == _ZERO).all())
-    before = "fc1" if slots.call.experts.fc1_biases is None else "activation"  # which adds that bias to zeros
-    stages = (before, "fc2") if bare else (("fc2", "activation") if zero else ("slots",))
+    stages = (
+        (stage_before_gemm2(slots.call), "fc2") if bare else (("fc2", "activation") if zero else ("slots",))
+    )
     but = ", or zero: not computed" if bare else ", but for the fc2 bias" * zero
     least, right = int(solved.row.min()), kept.nonzero().flatten()
     after = int(right.max()) + 1 if len(right) else 0

@@ -23,7 +23,6 @@ __all__ = ["weight_tables"]
 
 _FEWEST, _MOST = 4, 12  # tokens
 _LOUD = 4.0  # times the roundings
-_ROUNDING = 2.0**-9  # of bf16, relative
 _SEEN = 9.0  # in a column, of the squares of its roundings
 # Of the errors' squares that roundings do not make: the most that may be left, and of the best of several ways.
 _LEFT, _LEAST = 0.03, 1e-4
@@ -106,8 +105,7 @@ def _columns(call: MoeCall, seen: Tensor) -> str:
 
 def _fitted(loud: Sequence[Sample], seen: Tensor, features: Callable[[Sample], Tensor]) -> _Fit | None:
     """The unknowns that explain the errors in the columns `seen`, with `features(sample) [H, m]`."""
-    # Rows that are far larger than the right ones are rounded more coarsely too.
-    units = [(s.noise + _ROUNDING**2 * s.error.square().mean()).sqrt()[seen] for s in loud]
+    units = [s.roundings.sqrt()[seen] for s in loud]
     parts = [features(s)[seen] / unit[:, None] for s, unit in zip(loud, units, strict=True)]
     errors = [s.error[seen] / unit for s, unit in zip(loud, units, strict=True)]
     used = torch.cat(parts).square().sum(0) > 0
