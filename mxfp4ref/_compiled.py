@@ -88,11 +88,12 @@ def _held_to(shapes: str, loop: Any) -> Any:
         for name, sizes in re.findall(r"(\w+)\[(.*?)\]", shapes)
     ]
 
+    places = [place for place, *_ in expected]
     fit: set[tuple[tuple[int, ...], ...]] = set()  # a layer has the same few again and again
 
     @functools.wraps(loop)
     def checked(*arguments: Any) -> Any:
-        given = tuple(arguments[place].shape for place, *_ in expected)
+        given = tuple([arguments[place].shape for place in places])
         if given not in fit:
             compare(given)
             if len(fit) < _REMEMBERED:
@@ -196,9 +197,8 @@ def _keep_freed_memory() -> None:
 
 def as_numpy(tensor: Tensor, dtype: npt.DTypeLike) -> np.ndarray[Any, Any]:
     """The bytes of a CPU tensor as numbers of a type, in the same memory if they are in order and aligned."""
-    tensor = tensor.detach().contiguous()
-    if (
-        tensor.data_ptr() % np.dtype(dtype).itemsize or tensor.stride(-1) != 1
-    ):  # 0, of an expanded single element
+    tensor = tensor.detach()
+    in_order = tensor.is_contiguous() and tensor.stride(-1) == 1  # 0, of an expanded single element
+    if not in_order or tensor.data_ptr() % np.dtype(dtype).itemsize:
         tensor = tensor.clone(memory_format=torch.contiguous_format)
     return tensor.view(torch.uint8).numpy().view(dtype)

@@ -13,13 +13,12 @@ from torch import Tensor
 
 from mxfp4ref._compiled import as_numpy, loops
 from mxfp4ref._compiler import uncompiled
-from mxfp4ref._spans import spans
 from mxfp4ref._validate import check_ids, check_tensor
 from mxfp4ref.sm90 import activation as transcribed_activation
 from mxfp4ref.sm90 import finalize as transcribed_finalize
 from mxfp4ref.sm90 import fp32, mufu
 from mxfp4ref.sm90.activation import ACTIVATIONS, SWIGLU_BIAS, Activation
-from mxfp4ref.sm90.threads import in_parallel
+from mxfp4ref.sm90.threads import spans_in_parallel
 
 __all__ = ["activate", "finalize", "to_bf16"]
 
@@ -100,7 +99,7 @@ def _activate(
         given = np.ascontiguousarray(of_rows[:, rows]).view(np.int32)
         compiled.activate(activation.id, x[rows], added[rows], given, of_bf16, *_tables(), out_bits[rows])
 
-    in_parallel(compute, list(spans(num_rows, _ROWS_AT_ONCE)), _CPU, out.numel() * _OPERATIONS)
+    spans_in_parallel(compute, num_rows, _ROWS_AT_ONCE, _CPU, out.numel() * _OPERATIONS)
     return out
 
 
@@ -116,7 +115,7 @@ def _finalize(
     def compute(tokens: slice) -> None:
         compiled.finalize(x[tokens], experts[tokens], weights[tokens], added, out_bits[tokens])
 
-    in_parallel(compute, list(spans(num_tokens, _ROWS_AT_ONCE)), _CPU, fc2_output.numel() * _OPERATIONS)
+    spans_in_parallel(compute, num_tokens, _ROWS_AT_ONCE, _CPU, fc2_output.numel() * _OPERATIONS)
     return out
 
 

@@ -13,7 +13,9 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["in_parallel"]
+from mxfp4ref._spans import spans
+
+__all__ = ["in_parallel", "spans_in_parallel"]
 
 _ENOUGH = 5 << 20  # weights; smaller pieces are no slower one after the other
 _T = TypeVar("_T")
@@ -36,6 +38,17 @@ def in_parallel(
             return list(pool.map(function, pieces))
         finally:
             torch.set_num_threads(threads)  # for threads that start later; a thread's own number is its own
+
+
+def spans_in_parallel(
+    function: Callable[[slice], object], length: int, step: int, device: torch.device, weights: int
+) -> None:
+    """Call a function with slices that cover `length`: of `step` for threads, one of all where there is little to do.
+
+    `weights` says how large all of it is.
+    """
+    pieces = list(spans(length, step if weights >= _ENOUGH else max(length, 1)))
+    in_parallel(function, pieces, device, weights)
 
 
 def _work_alone() -> None:

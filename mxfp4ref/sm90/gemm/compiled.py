@@ -59,7 +59,7 @@ def gemm(x: Tensor, packed: Tensor, scales: Tensor, order: Sequence[int], swappe
             out[..., columns] = gemm_in_order(x, packed[:, columns], scales[:, columns], order, swapped)
         return out
     ends = [num_rows * (expert + 1) for expert in range(batch)]
-    weights = [StoredWeights(packed[e], scales[e], (0, 0)) for e in range(batch)]
+    weights = [StoredWeights(packed[e], scales[e].flatten(), (0, 0)) for e in range(batch)]
     rows = x.reshape(-1, depth)
     out = grouped_gemm(compiled, rows, ends, weights.__getitem__, order, swapped.reshape(-1), num_columns)
     return out.view(batch, num_rows, num_columns)
@@ -90,32 +90,35 @@ def grouped_gemm(
         `[R, N] float32`.
     """
     check_tensor("x", x, dtype=torch.bfloat16, shape=("R", len(order) * GROUP_SIZE))
+    if ends[-1] != len(x):
+        raise ValueError(f"ends: expected the last to be the number of rows, {len(x)}, got {ends[-1]}")
     out = torch.empty(len(x), num_columns, dtype=torch.float32, device="cpu")
     num_groups = x.shape[1] // GROUP_SIZE
     by_group = as_numpy(x, np.uint16).reshape(len(x), num_groups, GROUP_SIZE).transpose(1, 0, 2)
+    x_bits, facts = np.ascontiguousarray(by_group), np.empty((num_groups, len(x), 4), np.int32)
+    compiled.classify(x_bits, facts)
     swaps, out_bits = as_numpy(swapped, np.bool_), as_numpy(out, np.int32)
     steps = _steps(order, bool(swaps.any()))
     pieces: list[tuple[Any, ...]] = []
     for expert, rows in _experts_with_rows(ends):
-        x_bits = np.ascontiguousarray(by_group[:, rows])
-        facts = np.empty((*x_bits.shape[:2], 4), np.int32)
-        compiled.classify(x_bits, facts)
         packed, scales, orders = weights(expert)
         if num_groups % 4:
-            scales = pad(scales.reshape(-1, num_groups), (0, -num_groups % 4))
-        of_expert = x_bits, facts, as_numpy(packed, np.int32), as_numpy(scales.flatten(), np.int32)
+            scales = pad(scales.reshape(-1, num_groups), (0, -num_groups % 4)).flatten()
+        of_expert = as_numpy(packed, np.int32), as_numpy(scales, np.int32), np.array(orders)
         for columns in spans(num_columns, _COLUMNS_AT_ONCE):
-            bounds = np.array([columns.start, columns.stop])
-            pieces.append((*of_expert, np.array(orders), bounds, steps, swaps[rows], out_bits[rows]))
-    weights_a_piece = len(ends) * num_columns * x.shape[1]
-    in_parallel(lambda piece: compiled.gemm(*piece), pieces, x.device, weights_a_piece)
+            pieces.append((rows, *of_expert, np.array([columns.start, columns.stop])))
+
+    def compute(piece: tuple[Any, ...]) -> None:
+        compiled.gemm(x_bits, facts, swaps, *piece, steps, out_bits)
+
+    in_parallel(compute, pieces, x.device, len(ends) * num_columns * x.shape[1])
     return out
 
 
-def _experts_with_rows(ends: Sequence[int]) -> Iterator[tuple[int, slice]]:
+def _experts_with_rows(ends: Sequence[int]) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
     for expert, (start, end) in enumerate(pairwise([0, *ends])):
         if end > start:
-            yield expert, slice(start, end)
+            yield expert, np.array([start, end])
 
 
 def _steps(order: Sequence[int], any_swapped: bool) -> np.ndarray[Any, Any]:

@@ -81,7 +81,7 @@ def find_largest(x_exponents, w_exponents, largest):
 
 
 @compiled()
-def split_sum(x_bits, group, m, cut_bits, sums, w, largest, per_unit, total, t):
+def split_sum(x_bits, group, row, cut_bits, sums, w, largest, per_unit, total, t):
     """t from the steps' sums of products that are not cut, and the others.
 
     Converting to int32 cuts toward zero. 16 products below 3 * 2^25 units and a sum below 2^26 fit.
@@ -95,7 +95,7 @@ def split_sum(x_bits, group, m, cut_bits, sums, w, largest, per_unit, total, t):
             total[0, j] = i32(i32(carried * per_unit[0, j]) + i32(sums[step, j] * per_unit[0, j]))
         for k in range(16 * step, 16 * step + 16):
             if cut_bits >> k & 1:
-                x = float32_of(i32(x_bits[group, m, k]) << 16)
+                x = float32_of(i32(x_bits[group, row, k]) << 16)
                 for j in range(COLUMNS):
                     total[0, j] = i32(total[0, j] + i32(x * w[k, j] * per_unit[0, j]))
     for j in range(COLUMNS):
@@ -166,7 +166,7 @@ def accumulate(acc, m, t, scales, carefully):
 
 
 @compiled()
-def find_careful_rows(facts, scale_words, careful):
+def find_careful_rows(facts, first_row, scale_words, careful):
     """Rows in which, with the scales of these columns, a product or a sum may overflow or be subnormal."""
     careful[:] = False
     for group in range(facts.shape[0]):
@@ -175,34 +175,36 @@ def find_careful_rows(facts, scale_words, careful):
             byte = scale_byte(scale_words, group, j)
             lowest = min(lowest, byte if byte > 0 else i32(254))  # a scale of 0 makes no subnormals
             highest = max(highest, byte)
-        for m in range(facts.shape[1]):
+        for m in range(len(careful)):
+            row = first_row + m
             # Else sums of 2^14 products stay below 2^127 and are multiples of 2^-126. Inf as a scale is no matter.
-            too_high = facts[group, m, BOUND] + highest - 127 > 112
-            too_low = facts[group, m, UNIT] + lowest - 127 < -126
-            careful[m] |= too_high or too_low or facts[group, m, WAY] == WIDE
+            too_high = facts[group, row, BOUND] + highest - 127 > 112
+            too_low = facts[group, row, UNIT] + lowest - 127 < -126
+            careful[m] |= too_high or too_low or facts[group, row, WAY] == WIDE
 
 
 @compiled(
-    "void(uint16[:,:,::1], int32[:,:,::1], int32[:,::1], int32[::1], int64[::1], int64[::1], int64[:,::1], "
-    "boolean[::1], int32[:,:])",
-    shapes="x_bits[G, M, 32] facts[G, M, 4] packed[N, 4*G] scales[N*G/4] orders[2] columns[2] steps[S, 2] swapped[M] "
-    "out[M, N]",
+    "void(uint16[:,:,::1], int32[:,:,::1], boolean[::1], int64[::1], int32[:,::1], int32[::1], int64[::1], "
+    "int64[::1], int64[:,::1], int32[:,::1])",
+    shapes="x_bits[G, R, 32] facts[G, R, 4] swapped[R] rows[2] packed[N, 4*G] scales[N*G/4] orders[2] columns[2] "
+    "steps[S, 2] out[R, N]",
 )
-def gemm(x_bits, facts, packed, scales, orders, columns, steps, swapped, out):
-    """The accumulators' bits for all rows of one expert and some of its columns.
+def gemm(x_bits, facts, swapped, rows, packed, scales, orders, columns, steps, out):
+    """The accumulators' bits for the rows of one expert and some of its columns.
 
     Args:
-        x_bits: `[G, M, 32]`, bf16.
-        facts: `[G, M, 4]`, of `row_loops.classify`.
+        x_bits: `[G, R, 32]`, bf16.
+        facts: `[G, R, 4]`, of `row_loops.classify`.
+        swapped: `[R]`, rows that take the second group before the first.
+        rows: the expert's first row, and the one after its last.
         packed: `[N, K/8]`, eight E2M1 codes a word, in the byte order orders[0].
         scales: `[N * ceil(G/4)]`, those of four groups a word, in the byte order orders[1].
         orders: the two byte orders.
         columns: the first column, and the one after the last; whole blocks of 16 where weights are not LOGICAL.
         steps: `[steps, 2]`, groups in their order and which rows take the step: EVERY_ROW or the value of `swapped`.
-        swapped: `[M]`, rows that take the second group before the first.
-        out: `[M, N]`, written in these columns.
+        out: `[R, N]`, written in these rows and columns.
     """
-    num_groups, num_rows = facts.shape[:2]
+    num_groups, first_row, num_rows = len(facts), rows[0], rows[1] - rows[0]
     words, scale_words = vectors(4 * num_groups, i32), vectors((num_groups + 3) // 4, i32)
     w, w_exponents, scale = vectors(32, f32), vectors(32, i8), vectors(1, f32)
     x, x_exponents = np.empty(32, f32), np.empty(32, i8)
@@ -213,11 +215,11 @@ def gemm(x_bits, facts, packed, scales, orders, columns, steps, swapped, out):
     with_exponents = np.zeros(num_groups, np.bool_)
     for group in range(num_groups):
         for m in range(num_rows):
-            with_exponents[group] |= facts[group, m, WAY] != PLAIN
+            with_exponents[group] |= facts[group, first_row + m, WAY] != PLAIN
 
     for first in range(columns[0], columns[1], COLUMNS):
         fetch(packed, scales, orders, first, columns[1], words, scale_words)
-        find_careful_rows(facts, scale_words, careful)
+        find_careful_rows(facts, first_row, scale_words, careful)
         acc[:] = 0
         for step in range(len(steps)):
             group, taken_by = steps[step]
@@ -226,26 +228,27 @@ def gemm(x_bits, facts, packed, scales, orders, columns, steps, swapped, out):
             if with_exponents[group]:
                 find_exponents(w, w_exponents)
             for m in range(num_rows):
-                if taken_by != EVERY_ROW and taken_by != swapped[m]:
+                row = first_row + m
+                if taken_by != EVERY_ROW and taken_by != swapped[row]:
                     continue
-                way, cut_bits = facts[group, m, WAY], facts[group, m, CUT_BITS]
+                way, cut_bits = facts[group, row, WAY], facts[group, row, CUT_BITS]
                 if way == WIDE:
-                    load_wide(x_bits, group, m, wide_exponents, x_parts)
+                    load_wide(x_bits, group, row, wide_exponents, x_parts)
                     wide_sum(x_parts, wide_exponents, w, w_exponents, wide_largest, parts, t)
                 else:
-                    load(x_bits, group, m, cut_bits, x)
+                    load(x_bits, group, row, cut_bits, x)
                     step_sums(x, w, sums)
                     if way == PLAIN:
                         for j in range(COLUMNS):
                             t[0, j] = sums[0, j] + sums[1, j]
                     else:
-                        load_exponents(x_bits, group, m, x_exponents)
+                        load_exponents(x_bits, group, row, x_exponents)
                         find_largest(x_exponents, w_exponents, largest)
-                        split_sum(x_bits, group, m, cut_bits, sums, w, largest, per_unit, total, t)
+                        split_sum(x_bits, group, row, cut_bits, sums, w, largest, per_unit, total, t)
                 accumulate(acc, m, t, scale, careful[m])
         for m in range(num_rows):
             for lane in range(COLUMNS):
                 column = first + column_of_lane(lane, orders[0])
                 if column < columns[1]:
                     number = acc[m, lane] + f32(0)  # the epilogue: -0 becomes +0
-                    out[m, column] = bits_of(number) if number == number else NAN_BITS
+                    out[first_row + m, column] = bits_of(number) if number == number else NAN_BITS

@@ -42,13 +42,13 @@ NO_EXPONENT = -1000  # of a zero in WIDE
 NONE = 1000  # the unit of zero
 
 
-@compiled("void(uint16[:,:,::1], int32[:,:,::1])", shapes="x[G, M, 32] facts[G, M, 4]")
+@compiled("void(uint16[:,:,::1], int32[:,:,::1])", shapes="x[G, R, 32] facts[G, R, 4]")
 def classify(x, facts):
     """The way of each row's group; whatever the weights, |t| < 2^bound and t is a multiple of 2^unit (not of WIDE).
 
     Args:
-        x: `[G, M, 32]`, bf16 bits.
-        facts: `[G, M, 4]`, written: the way, bound, unit, and a bit for each x whose products may have to be cut, in
+        x: `[G, R, 32]`, bf16 bits.
+        facts: `[G, R, 4]`, written: the way, bound, unit, and a bit for each x whose products may have to be cut, in
             WIDE all. The products of the others are multiples of 2^(bound - 24), which is more than the step keeps.
     """
     for group in range(x.shape[0]):
@@ -73,27 +73,27 @@ def classify(x, facts):
 
 
 @compiled()
-def load(x_bits, group, m, cut_bits, x):
+def load(x_bits, group, row, cut_bits, x):
     """Zeros in the place of what may have to be cut."""
     for k in range(32):
-        number = float32_of(i32(x_bits[group, m, k]) << 16)
+        number = float32_of(i32(x_bits[group, row, k]) << 16)
         x[k] = f32(0) if right(cut_bits, i32(k)) & i32(1) else number
 
 
 @compiled()
-def load_exponents(x_bits, group, m, exponents):
+def load_exponents(x_bits, group, row, exponents):
     """BIAS higher, 0 of zeros."""
     for k in range(32):
-        bits = x_bits[group, m, k]
+        bits = x_bits[group, row, k]
         exponent = i8(i16(right(bits, u16(7)) & i16(255)) - i16(127 - BIAS))
         exponents[k] = exponent if bits & u16(0x7FFF) else i8(0)
 
 
 @compiled()
-def load_wide(x_bits, group, m, exponents, parts):
+def load_wide(x_bits, group, row, exponents, parts):
     """Exponents, and x in float64: what is finite, and what is not, each with zeros for the other."""
     for k in range(32):
-        bits = i64(x_bits[group, m, k])
+        bits = i64(x_bits[group, row, k])
         exponents[k] = exponent_of_bf16(bits) if bits & 0x7FFF else NO_EXPONENT
         value = value_of_bf16(bits)
         is_finite = abs(value) < np.inf

@@ -369,7 +369,7 @@ def test_a_compiler_that_errs_is_found_out(monkeypatch: pytest.MonkeyPatch, orde
         @staticmethod
         def gemm(*arguments: Any) -> None:
             cpu_loops.gemm(*arguments)
-            if arguments[4].tolist() == [order, order]:
+            if arguments[6].tolist() == [order, order]:
                 arguments[-1][-1, -1] ^= 1
 
     monkeypatch.setitem(sys.modules, "mxfp4ref.sm90.gemm.cpu_loops", Wrong("wrong"))
