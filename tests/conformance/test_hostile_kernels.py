@@ -368,6 +368,7 @@ def test_ending_the_process(
 def test_a_bystander_may_end_the_process_later(case: Case, choice: Path, worker: Worker) -> None:
     """What an earlier run has left behind ends a later one, and only that."""
     assert isolated("exits_later", case, choice, worker).status == "equal"
+    choice.write_text("another")
     time.sleep(0.5)
     assert_reported(isolated("right", case, choice, worker), "crashed", "ended without a result: exit code 0")
     assert isolated("right", case, choice, worker).status == "equal"

@@ -160,9 +160,9 @@ def held_out() -> str:
 ## Kernels that are on no list
 
 `tools/tables/held_out.py` ran those of `tests/held_out_kernels/` and judged what was said of each: whether the stage
-is right, whether the sentence tells the mistake, and whether anything false was said. *At first sight* are 240 that
-were drawn by people who had not read the diagnosis, from the kinds of mistakes that are known and some that are not,
-and were judged before anything was mended by them; it has been since, so that they would do better now.
+is right, whether the sentence tells the mistake, and whether anything false was said. *At first sight* are
+kernels by people who had not read the diagnosis, of the kinds of mistakes that are known and some that are not,
+judged before anything was mended by them; it has been since, so that they would do better now.
 
 | where | kernels | detected | stage right | described | misleading |
 |---|---:|---:|---:|---:|---:|
