@@ -14,6 +14,7 @@ from mxfp4ref.conformance.families.search import FEWEST_BITS, Search
 from mxfp4ref.conformance.families.slots import slot_hypotheses
 from mxfp4ref.conformance.families.soon import quick
 from mxfp4ref.conformance.families.tensors import bias_hypotheses
+from mxfp4ref.conformance.families.weight_rules import weight_rules
 from mxfp4ref.conformance.families.weighting import weight_hypotheses
 from mxfp4ref.defects import DEFECTS, finalize
 from mxfp4ref.defects.variants.finalize import FinalizeVariant
@@ -58,7 +59,8 @@ def and_another(
         if now > until:
             break
         search = Search(first.change(pipeline), got, output, now + (until - now) / 2)
-        found = search.run(_second(pipeline.call), enough=_ENOUGH)
+        rules = weight_rules(search.rows, got, search.wrong)
+        found = search.run(chain(rules, _second(pipeline.call)), enough=_ENOUGH)
         both = [composed(first, match.hypothesis) for match in found]
         if kept := [h for h in both if all(_predicts(h, p, g) for _, p, g, _ in left)]:
             return kept

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from mxfp4ref.conformance.families.hypothesis import (
     slot_outputs,
 )
 from mxfp4ref.conformance.families.search import FEWEST_BITS, SURELY, Match, Search
+from mxfp4ref.conformance.families.weight_rules import weight_rules
 from mxfp4ref.sm90 import fp32
 
 __all__ = ["beside_a_sum"]
@@ -72,8 +74,9 @@ def beside_a_sum(
             continue
         if surprise(search.got, output) < FEWEST_BITS:
             return _nearly(search, hypothesis)  # this change alone is what is wrong, or nearly so
-        others_of_sum = (h for h in second() if _SUM & set(h.stages))
-        for match in Search(base, search.got, output, search.until).run(others_of_sum, enough=1):
+        inner = Search(base, search.got, output, search.until)
+        rules = weight_rules(inner.rows, inner.got, inner.wrong)
+        for match in inner.run((h for h in chain(rules, second()) if _SUM & set(h.stages)), enough=1):
             both = composed(hypothesis, match.hypothesis)
             result = both.run(search.pipeline)
             if result is not None and not bool(differing(result, search.got).any()):

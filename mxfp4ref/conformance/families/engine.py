@@ -40,6 +40,7 @@ from mxfp4ref.conformance.families.roundings import order_hypotheses, rounding_h
 from mxfp4ref.conformance.families.row_parameters import row_parameter_hypotheses
 from mxfp4ref.conformance.families.rows_beside import beside_hypotheses
 from mxfp4ref.conformance.families.search import FEWEST_BITS, SURELY, Match, Search, one_thread
+from mxfp4ref.conformance.families.skipped_slots import skipped_hypotheses
 from mxfp4ref.conformance.families.slices import slice_hypotheses
 from mxfp4ref.conformance.families.slots import slot_hypotheses
 from mxfp4ref.conformance.families.soon import is_small, quick, second, soon, two_in_the_sum
@@ -52,6 +53,7 @@ from mxfp4ref.conformance.families.tensors import (
     value_hypotheses,
 )
 from mxfp4ref.conformance.families.uniform_factors import clamps, uniform_factors
+from mxfp4ref.conformance.families.weight_rules import weight_rules
 from mxfp4ref.conformance.families.weighting import weight_hypotheses
 from mxfp4ref.conformance.finding import Evidence, in_words
 from mxfp4ref.conformance.reduction import clock_of, is_heavy
@@ -212,7 +214,18 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
     )
     by_place = hypotheses_by_place(call, search.wrong)
     taken = () if is_heavy(call) else taken_hypotheses(search.pipeline, search.rows, search.got, search.wrong)
-    yield chain(limit, wanted(factor), taken, wanted(known, slow=False), by_place, wanted(plain, slow=False))
+    weights = weight_rules(search.rows, search.got, search.wrong)
+    skipped = skipped_hypotheses(search.rows, search.got, search.wrong)
+    yield chain(
+        limit,
+        wanted(factor),
+        taken,
+        weights,
+        skipped,
+        wanted(known, slow=False),
+        by_place,
+        wanted(plain, slow=False),
+    )
     only = _stages_left(evidence)  # which may be more by now
     slow = of(slice_hypotheses, order_hypotheses, named_hypotheses)
     if small:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.families.another_bias import of_another_fc2_bias
-from mxfp4ref.conformance.families.gains import gains, grows_alike
+from mxfp4ref.conformance.families.gains import gains, grows_alike, of_one_row
 from mxfp4ref.conformance.families.sampled import Sample
 from mxfp4ref.conformance.finding import Evidence
 
@@ -23,6 +23,12 @@ __all__ = ["Space"]
 
 _TOKENS, _FEWEST, _PROFILED = 16, 5, 5
 _FEWEST_TOGETHER = 8  # tokens from which it is asked how errors go together over them
+_ONE_ROW = Evidence.of_kind(
+    ("slots", "finalize"),
+    "the errors are multiples of one row in all tokens, though these share no expert",
+    "a row that is none of theirs is added to them",
+    2,
+)
 _SURE = 20.0  # of a log likelihood ratio
 _NO_DOUBT = 80.0
 _NEARLY = 3.0
@@ -66,6 +72,8 @@ class Space:
             biased: whether there is an fc1 bias.
             function: whether the activation may be another function of up and gate.
         """
+        if of_one_row(self.samples):
+            return _ONE_ROW
         best, after = float(self.likelihoods.max()), self.likelihoods[_SHARES <= 0.2]
         if self.inside and float(self.likelihoods[_SHARES >= 0.8].max()) > best - _NEARLY:
             together = _together(self.samples, self.chosen)

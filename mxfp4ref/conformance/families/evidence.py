@@ -33,6 +33,7 @@ from mxfp4ref.conformance.families.places import named_columns, residue_in_words
 from mxfp4ref.conformance.families.row_maps import row_maps
 from mxfp4ref.conformance.families.sampled import samples
 from mxfp4ref.conformance.families.second_gemm import second_gemm
+from mxfp4ref.conformance.families.skipped_slots import of_skipped_slots
 from mxfp4ref.conformance.families.tile_sums import tile_sums
 from mxfp4ref.conformance.families.weight_tables import weight_tables
 from mxfp4ref.conformance.families.zero_rows import zero_rows
@@ -76,6 +77,8 @@ def gather(
     if (moved := moved_columns(got, want, wrong)) is not None:
         return [moved]
     found += _rows(pipeline, got, want, wrong)
+    if not found and (skipped := _skipped(pipeline, got, wrong, local)) is not None:
+        return [skipped]
     if not found and (added := added_rows(pipeline.call, got, want, wrong)) is not None:
         return [added]
     if not found and (lost := lost_terms(pipeline, got, want, wrong, local)) is not None:
@@ -89,6 +92,12 @@ def gather(
         solved = solved or list(second_gemm(pipeline, got, wrong, local, tokens))
         found = unless_in_another_order(pipeline.call, got, wrong, solved)
     return sorted(found, key=lambda e: -e.strength)
+
+
+def _skipped(pipeline: Pipeline, got: Tensor, wrong: Tensor, local: Tensor) -> Evidence | None:
+    if not bool((local < 0).any()) or is_heavy(pipeline.call):
+        return None
+    return of_skipped_slots(SlotRows.of(pipeline), got, wrong)
 
 
 def look_closer(pipeline: Pipeline, got: Tensor, wrong: Tensor, found: list[Evidence]) -> list[Evidence]:

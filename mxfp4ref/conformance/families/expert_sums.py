@@ -134,7 +134,11 @@ def other_sums(
         after = (
             "a factor on GEMM2's result or in the sum" if scaled else "GEMM1, activation and GEMM2 are right"
         )
-        sure = ("finalize",) if same_experts else ("finalize", "slots")
+        # Slots in another order than their weights may be what is meant as well.
+        moved = same_experts and all(
+            _alike(sorted(asked.values()), sorted(found.values())) for _, asked, found in fits
+        )
+        sure = ("finalize",) if same_experts and not moved else ("finalize", "slots")
         yield Evidence.of_kind(
             ("finalize", "fc2") if scaled else sure,
             "the routing weights used are others",
@@ -174,6 +178,10 @@ def other_sums(
     some = _of_which_rows(local, wrong, {a for a, _ in pairs}) if pairs else ""
     sentence = f"{OTHER_EXPERTS}{mapping}{some}: {shown}; {_RIGHT}"
     yield Evidence(("slots",) if conserved else ("slots", "finalize"), sentence, 3, kind=OTHER_EXPERTS)
+
+
+def _alike(asked: list[float], found: list[float]) -> bool:
+    return all(abs(a - f) <= _SAME * max(map(abs, asked)) for a, f in zip(asked, found, strict=True))
 
 
 def _sums_of(weights: list[float], found: dict[int, float]) -> bool:

@@ -1,4 +1,4 @@
-"""What the activation gains with GEMM1's output, and whether all tokens' errors are as of one factor on it."""
+"""What the activation gains with GEMM1's output; whether tokens' errors are as of one factor on it, or of one row."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from torch import Tensor
 
 from mxfp4ref.conformance.families.sampled import Sample
 
-__all__ = ["gains", "grows_alike"]
+__all__ = ["gains", "grows_alike", "of_one_row"]
 
 _FEWEST = 5  # tokens
 _FAR = 4.0  # standard errors
+_PARALLEL, _LOUD = 0.99, 8.0  # the cosine of the angle between errors, and how many roundings these are
+_COLUMNS = 16  # that an error has at least, in effect
 
 
 def gains(sample: Sample) -> Tensor:
@@ -34,3 +36,22 @@ def grows_alike(some: list[Sample]) -> bool:
     if len(factors) < _FEWEST:
         return False
     return bool(factors.mean().abs() > _FAR * factors.std() * len(factors) ** -0.5)
+
+
+def of_one_row(some: list[Sample]) -> bool:
+    """Whether errors of tokens that share no expert are multiples of one row, which therefore none of them has.
+
+    Of a token's own experts' weights GEMM2 makes no row that it makes of others' too.
+    """
+    loud = [s for s in some if s.loudness > _LOUD and _spread(s.error) >= _COLUMNS]
+    if len(loud) < _FEWEST:
+        return False
+    first, *others = loud
+    unit = first.error / first.error.norm()
+    apart = [s for s in others if not set(s.experts.tolist()) & set(first.experts.tolist())]
+    return bool(apart) and all(float((s.error @ unit).abs() / s.error.norm()) > _PARALLEL for s in others)
+
+
+def _spread(error: Tensor) -> float:
+    """As how many columns of one size the error is."""
+    return float(error.square().sum().square() / error.pow(4).sum())

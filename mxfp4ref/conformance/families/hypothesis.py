@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.finding import STAGES, UNKNOWN, Finding
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import KERNEL, Stages, forward
@@ -58,6 +59,14 @@ class Pipeline:
         call = self.checked.call
         output = forward(call, self.stages) if self.run_call is None else self.run_call(call)
         return output if self.after is None else self.after(output)
+
+    def gives(self, output: Tensor) -> bool:
+        """Whether it gives this output, in every bit."""
+        try:
+            own = self.run()
+        except FAILURES:
+            return False
+        return own.shape == output.shape and not bool(differing(own, output).any())
 
     @property
     def checked(self) -> Pipeline:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import chain
 
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from mxfp4ref.conformance.families.hypothesis import (
     composed,
     of_slots,
 )
+from mxfp4ref.conformance.families.weight_rules import weight_rules
 
 __all__ = ["alike", "pair_in_the_sum", "pairs"]
 
@@ -64,9 +66,10 @@ def pair_in_the_sum(
     if of_first is None:
         return None
     changed = of_first(rows)
-    telling = differing(changed.output(pipeline), got).sum(1).argsort(descending=True, stable=True)
+    wrong = differing(changed.output(pipeline), got)
+    telling = wrong.sum(1).argsort(descending=True, stable=True)
     some = telling[:_LOOKED_AT]
-    for second in seconds:
+    for second in chain(weight_rules(changed, got, wrong), seconds):
         try:
             both = changed if second.of_rows is None else second.of_rows(changed)
             run = pipeline if second.of_sum is None else second.change(pipeline)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mxfp4ref._spans import spans
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline, of_sum
+from mxfp4ref.conformance.families.slot_sums import slot_sum_hypotheses
 from mxfp4ref.defects.variants.finalize import FinalizeVariant
 from mxfp4ref.defects.variants.gemm import GemmVariant, Term, accumulate
 from mxfp4ref.defects.variants.rounding import bf16
@@ -149,21 +150,7 @@ def rounding_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
 
         yield _sum(f"each weighted row is {how}", each_product, cost + 0.2)
         yield _sum(f"the sum over the slots is {how} after each slot", each_sum, cost + 0.2)
-    yield _sum(
-        "the sum over the slots is rounded to bf16 after each slot",
-        lambda a, w, y, b: bf16(fp32.fma(w, fp32.add(y, b), a)),
-        1,
-    )
-    yield _sum(
-        "the sum over the slots is kept in float16",
-        lambda a, w, y, b: fp32.fma(w, fp32.add(y, b), a).half().float(),
-        1,
-    )
-    yield _sum(
-        "each weighted row and the sum over the slots are rounded to float16",
-        lambda a, w, y, b: fp32.add(a, fp32.mul(w, fp32.add(y, b)).half().float()).half().float(),
-        1.2,
-    )
+    yield from slot_sum_hypotheses()
 
 
 def _sum(words: str, step: Callable[..., Tensor], cost: float) -> Hypothesis:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import groupby
+from itertools import chain, groupby
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from mxfp4ref.conformance.families.places import (
     named_columns,
     tokens_in_words,
 )
+from mxfp4ref.conformance.families.weight_rules import weight_rules
 from mxfp4ref.conformance.reach import is_spread
 from mxfp4ref.conformance.reduction import clock_of, is_heavy, reduce_call
 from mxfp4ref.model.call import MoeCall
@@ -105,7 +106,7 @@ class Search:
         self.local = local_of(self.pipeline)
         self.tokens = self._probe_tokens()
         part = self.pipeline if self.whole else replace(self.pipeline, call=self._part_of(self.pipeline.call))
-        if not self.whole and bool(differing(part.run(), self.want[self.tokens]).any()):
+        if not self.whole and not part.gives(self.want[self.tokens]):
             self.tokens, part = torch.arange(len(self.got)), self.pipeline  # rows show where they lie
         self.part = part
         self.part_got, self.part_want = self.got[self.tokens], self.want[self.tokens]
@@ -329,12 +330,10 @@ class Search:
                 break
             base = first.change(self.pipeline)
             output = first.run(self.pipeline)
-            if output is None:
+            if output is None or surprise(self.got, output) < FEWEST_BITS:
                 continue
-            if surprise(self.got, output) < FEWEST_BITS:
-                continue
-            inner = Search(base, self.got, output, self.until)
-            found = inner.run(hypotheses(), enough=1)
+            got, inner = self.got, Search(base, self.got, output, self.until)
+            found = inner.run(chain(weight_rules(inner.rows, got, inner.wrong), hypotheses()), enough=1)
             self.tried += inner.tried
             same = [h for d, h in ranked if h is not first and alike(d) == alike(distance)]
             for match in found:

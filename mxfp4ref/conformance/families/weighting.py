@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -30,7 +29,6 @@ from mxfp4ref.sm90 import fp32
 __all__ = ["mul", "weighing", "weight_hypotheses"]
 
 _F = ("finalize",)
-_SLOTS = 8  # of which any may have another's weight
 _Weigh = Callable[[Tensor, Tensor], Tensor]  # weights [M, k] and local experts to other weights
 
 
@@ -58,6 +56,7 @@ def _weights() -> Iterator[tuple[str, _Weigh, float]]:
     )
     yield "put through a softmax again", lambda w, _: torch.softmax(w, 1), 1.2
     yield "taken as 1 / k", lambda w, _: torch.full_like(w, 1 / w.shape[1]), 1.1
+    yield "their mean", lambda w, _: w.mean(1, keepdim=True).expand_as(w).contiguous(), 1.3
     yield "multiplied by k", lambda w, _: w * w.shape[1], 1.2
     yield "divided by k", lambda w, _: w / w.shape[1], 1.2
     yield "replaced by their reciprocals", lambda w, _: 1 / w, 1.5
@@ -81,87 +80,11 @@ def _weights() -> Iterator[tuple[str, _Weigh, float]]:
     )
     yield "cut to TF32", lambda w, _: (w.view(torch.int32) & ~0x1FFF).view(torch.float32), 1.3
     yield "rounded to float8 e4m3", lambda w, _: w.to(torch.float8_e4m3fn).to(torch.float32), 1.4
-    yield "those of the next slot", lambda w, _: w.roll(-1, 1), 1.1
-    yield "those of the previous slot", lambda w, _: w.roll(1, 1), 1.1
-    yield "those of the slots in reverse", lambda w, _: w.flip(1), 1.15
-    yield (
-        "those of the other slot of its pair (2i and 2i+1 swapped)",
-        lambda w, _: _index(w, lambda i, n: (i ^ 1).clamp(max=n - 1)),
-        1.2,
-    )
-    yield "that of the first slot, for all", lambda w, _: w[:, :1].expand_as(w).contiguous(), 1.1
-    yield "that of the last slot, for all", lambda w, _: w[:, -1:].expand_as(w).contiguous(), 1.2
-    yield (
-        "the largest of the token, for all",
-        lambda w, _: w.amax(1, keepdim=True).expand_as(w).contiguous(),
-        1.3,
-    )
-    yield "the token's mean, for all", lambda w, _: w.mean(1, keepdim=True).expand_as(w).contiguous(), 1.3
-    yield "sorted, largest first, the ids not", lambda w, _: w.sort(1, descending=True).values, 1.2
-    yield "sorted, smallest first, the ids not", lambda w, _: w.sort(1).values, 1.2
-    yield (
-        "those of the order of ids (sorted by id, ids not)",
-        lambda w, e: w.gather(1, e.argsort(dim=1, stable=True)),
-        1.3,
-    )
     yield (
         "indexed by the expert's number instead of the slot's",
         lambda w, e: w.gather(1, e.clamp(min=0) % w.shape[1]),
         1.3,
     )
-    yield "1 for the first slot", lambda w, _: torch.cat((torch.ones_like(w[:, :1]), w[:, 1:]), 1), 1.4
-    yield "accumulated over the slots", lambda w, _: w.cumsum(1), 1.6
-
-
-def _weights_across_tokens() -> Iterator[tuple[str, _Weigh, float]]:
-    yield "those of the next token", lambda w, _: w.roll(-1, 0), 1.2
-    yield "those of the previous token", lambda w, _: w.roll(1, 0), 1.2
-    yield "those of the first token, for all", lambda w, _: w[:1].expand_as(w).contiguous(), 1.2
-    yield (
-        "read as [k, M] where they lie as [M, k] (transposed)",
-        lambda w, _: w.reshape(w.shape[1], -1).t().contiguous(),
-        1.2,
-    )
-    yield (
-        "lying as [k, M] where [M, k] is expected (transposed)",
-        lambda w, _: w.t().contiguous().view(w.shape),
-        1.2,
-    )
-    yield (
-        "one for all slots of a token, read at its number instead of token * k + slot",
-        lambda w, _: w.flatten()[: len(w), None].expand_as(w).contiguous(),
-        1.2,
-    )
-    yield (
-        "those of the token before, slot by slot in one list (index off by one)",
-        lambda w, _: w.flatten().roll(1).view(w.shape),
-        1.2,
-    )
-    yield (
-        "those one further in one list of all slots (index off by one)",
-        lambda w, _: w.flatten().roll(-1).view(w.shape),
-        1.2,
-    )
-
-
-def _weights_of_slots(top_k: int) -> Iterator[tuple[str, _Weigh, float]]:
-    """One slot's weight is another's, or two slots have each other's."""
-    for target, source in itertools.permutations(range(min(top_k, _SLOTS)), 2):
-        yield (
-            f"slot {target}'s routing weight is slot {source}'s",
-            lambda w, _, t=target, s=source: w.index_copy(1, torch.tensor([t]), w[:, [s]]),
-            1.3,
-        )
-        if target < source:
-            yield (
-                f"slots {target} and {source} have each other's routing weights",
-                lambda w, _, t=target, s=source: w.index_copy(1, torch.tensor([t, s]), w[:, [s, t]]),
-                1.3,
-            )
-
-
-def _index(w: Tensor, change: Callable[[Tensor, int], Tensor]) -> Tensor:
-    return w[:, change(torch.arange(w.shape[1], device=w.device), w.shape[1])]
 
 
 def weighing(words: str, change: _Weigh, cost: float, family: str = "routing weights") -> Hypothesis:
@@ -247,10 +170,6 @@ def weight_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     """Routing weights, the fc2 bias, and the sum."""
     for words, change, cost in _weights():
         yield weighing(f"the routing weights are {words}", change, cost)
-    for words, change, cost in _weights_of_slots(call.top_k):
-        yield weighing(words, change, cost)
-    for words, change, cost in _weights_across_tokens():
-        yield replace(weighing(f"the routing weights are {words}", change, cost), across_tokens=True)
     for again in (False, True):
         more = " and again in the sum" * again
         words = f"the routing weight is multiplied into GEMM1's input{more}"

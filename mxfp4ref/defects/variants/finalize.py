@@ -10,14 +10,14 @@ from torch import Tensor
 
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["FinalizeVariant", "fused"]
+__all__ = ["FinalizeVariant", "as_they_come", "fused"]
 
 
 def fused(acc: Tensor, scale: Tensor, y: Tensor, bias: Tensor) -> Tensor:
     return fp32.fma(scale, fp32.add(y, bias), acc)
 
 
-def _as_they_come(local: Tensor, scales: Tensor) -> Tensor:
+def as_they_come(local: Tensor, scales: Tensor) -> Tensor:
     return torch.arange(local.shape[1], device=local.device).expand_as(local)
 
 
@@ -33,7 +33,7 @@ class FinalizeVariant:
     """
 
     step: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = fused
-    order: Callable[[Tensor, Tensor], Tensor] = _as_they_come
+    order: Callable[[Tensor, Tensor], Tensor] = as_they_come
     first: float = 0.0
 
     def __call__(
