@@ -110,8 +110,9 @@ def test_what_all_ratios_share() -> None:
         == "0.4 times the asked weight for expert 3 in slot 1 of the token"
     )
     assert in_common([weights(0, 0.5, 0.1), weights(1, 0.5, 0.25)])[0].endswith("in 1 of the 2 tokens solved")
-    for other in (weights(1, 0.5, 0.2), weights(1, 0.2, 0.25)):
-        assert in_common([weights(0, 0.5, 0.1), other]) == ("", set()), "other factors, or experts and slots"
+    assert in_common([weights(0, 0.5, 0.1), weights(1, 0.2, 0.25)]) == ("", set()), "experts and slots"
+    other = in_common([weights(0, 0.5, 0.1), weights(1, 0.5, 0.2)])
+    assert other == ("those of slot 1 alone are wrong, 0.1 for 0.25 in token 0, 0.2 for 0.25 in token 1", set())
 
 
 def of_another_slot(call: MoeCall, target: int, source: int) -> Tensor:
@@ -129,33 +130,29 @@ def test_the_weight_of_another_slot_is_said_to_be_that_slots() -> None:
         ("finalize",),
         True,
     )
-    # What is solved alone says so too, as where something else is wrong besides.
-    wrong, pipeline = differing(got, want), prepared(call)
-    first = look_closer(pipeline, got, wrong, gather(pipeline, got, want, wrong))[0]
-    assert "slot 2's routing weight is slot 3's in each of the tokens solved" in first.sentence
-    assert first.stages == ("finalize",)
 
 
 @pytest.mark.parametrize(
     ("found", "words"),
     [
         (
-            ((0.3, 0.2, 0.2), (0.6, 0.1, 0.1)),
-            "slot 1's routing weight is slot 2's in each of the tokens solved",
+            ((0.3, 0.2, 0.2), (0.6, 0.6, 0.1)),
+            "those of slot 1 alone are wrong, 0.2 for 0.5 in token 0, 0.6 for 0.3",
         ),
-        (((0.3, 0.2, 0.2), (0.6, 0.6, 0.1)), ""),  # in one token another one's
-        (((0.3, 0.25, 0.2), (0.6, 0.25, 0.1)), ""),
+        (((0.3, 0.2, 0.1), (0.6, 0.6, 0.1)), ""),
         (((0.4, 0.4, 0.4), (0.7, 0.7, 0.7)), "all slots of a token have one weight"),
         (((0.4, 0.4, 0.4), (0.7, 0.7, 0.6)), ""),
     ],
 )
-def test_other_slots_weights_are_so_in_every_token(found: tuple[tuple[float, ...], ...], words: str) -> None:
+def test_which_slots_have_other_weights(found: tuple[tuple[float, ...], ...], words: str) -> None:
     asked = (0.3, 0.5, 0.2), (0.6, 0.3, 0.1)
     tokens = [
         Weights(t, (0, 1, 2), (4, 5, 6), a, f, (0.001,) * 3)
         for t, (a, f) in enumerate(zip(asked, found, strict=True))
     ]
-    assert in_common(tokens)[0] == words
+    told = in_common(tokens)[0]
+    assert told.startswith(words)
+    assert bool(told) == bool(words)
 
 
 def test_powers_of_what_was_asked_for() -> None:

@@ -14,9 +14,9 @@ from mxfp4ref.conformance import Kernel, Options, diagnose, differing, run
 from mxfp4ref.conformance.adapters import whole_arguments
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.evidence import gather
-from mxfp4ref.conformance.families.hypothesis import local_of
+from mxfp4ref.conformance.families.hypothesis import SlotRows, local_of
 from mxfp4ref.conformance.families.slot_kinds import position_in_expert
-from mxfp4ref.conformance.families.weighting import weight_hypotheses
+from mxfp4ref.conformance.families.weight_rules import weight_rules
 from mxfp4ref.conformance.finding import Evidence
 from mxfp4ref.conformance.stage_fit import reconcile
 from mxfp4ref.defects import DEFECTS
@@ -169,10 +169,9 @@ def test_weights_that_nothing_tells_are_not_refuted() -> None:
 def test_a_weight_read_at_the_tokens_number() -> None:
     call = call_of("gemm/uneven_experts")
     got, pipeline = one_weight_for_all_slots(call), prepared(call)
-    (found,) = (
-        h for h in weight_hypotheses(call) if (out := h.run(pipeline)) is not None and torch.equal(out, got)
-    )
-    assert "one for all slots of a token, read at its number" in found.words
+    rules = list(weight_rules(SlotRows.of(pipeline), got, differing(got, forward(call))))
+    exact = [h.words for h in rules if (out := h.run(pipeline)) is not None and torch.equal(out, got)]
+    assert any("read by the token's number from a list of all" in words for words in exact), exact
 
 
 def partial_blocks_of_the_next_expert(call: MoeCall, whole: int = 16) -> Tensor:

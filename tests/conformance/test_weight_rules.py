@@ -111,6 +111,16 @@ def test_no_rule_is_made_of_random_weights_or_of_what_is_no_sum_of_right_rows() 
     assert not list(weight_rules(*solved(call, forward(limit))))
 
 
+def test_weights_normalised_over_the_rank_are_no_slots_of_others() -> None:
+    """Where a token has one expert here, its weight grows by those of the other slots."""
+    call = captured("expert_rank_2_of_4")
+    here = call.token_final_scales.masked_fill(local_of(prepared(call)) < 0, 0.0)
+    got = weighted(call, lambda w: torch.where(here > 0, here / here.sum(1, keepdim=True), w))
+    wrong, pipeline = differing(got, forward(call)), prepared(call)
+    (first,) = gather(pipeline, got, forward(call), wrong)
+    assert "finalize" in first.stages
+
+
 def adding(call: MoeCall, row: Callable[[Tensor, int], Tensor], weight: float | None = None) -> Tensor:
     """Slots to be skipped add the row of all sorted ones that their number says."""
     local = local_of(prepared(call))

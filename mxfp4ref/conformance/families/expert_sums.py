@@ -100,7 +100,10 @@ def other_sums(
         return  # too little is wrong to show here
     if added := _foreign_slots(pipeline, fits, local):
         kind = "slots that are another rank's, or padded, are computed and added"
-        yield Evidence.of_kind(("slots",), kind, f"{added}; {_RIGHT}", 3)
+        # By experts that the token has anyway: these may as well get the weights that such slots leave.
+        own = all(set(found) <= set(asked) for _, asked, found in fits)
+        kind += ", or the weights are normalised without them" * own
+        yield Evidence.of_kind(("slots", "finalize")[: 1 + own], kind, f"{added}; {_RIGHT}", 3)
         return
     same_experts = all(set(asked) == set(found) for _, asked, found in fits)
     told = [_weights(fit, unsure[fit[0]], local, first) for fit in fits]

@@ -98,13 +98,6 @@ def _ids() -> Iterator[Hypothesis]:
             _selecting(lambda ids, n, size, rank, right, b=by: right(ids, n, size, rank).roll(b, 1)),
             1.4,
         )
-    yield Hypothesis(
-        "ids",
-        _S,
-        "a token's slots are computed in the order of their ids, their weights not",
-        _selecting(lambda ids, n, size, rank, right: right(ids.sort(1).values, n, size, rank)),
-        1.4,
-    )
 
 
 def _foreign(call: MoeCall) -> Iterator[Hypothesis]:

@@ -16,6 +16,7 @@ _LEAST = 2.0**-5  # singular value of rows of length 1, below which their own ro
 _DIGITS = 4  # told at most
 _POWERS = {2.0: "the squares", 3.0: "the cubes", 0.5: "the square roots", -1.0: "the reciprocals"}
 _FEWEST = 3  # weights that have to be so
+_LISTED = 4  # weights
 _DETERMINED = 0.05  # of the token's largest weight, that one may be unsure by
 
 
@@ -72,10 +73,10 @@ class Weights:
 def in_common(tokens: Sequence[Weights]) -> tuple[str, set[int]]:
     """What the weights that are wrong share, in words, and the experts if it is a factor.
 
-    That is one factor, for one expert or slot, that they are the weights of other slots, or one for all slots.
+    That is one factor, for one expert or slot, one weight for all slots, or that they are of one slot.
     """
     factor = _one_factor(tokens)
-    return factor if factor[0] else (_of_other_slots(tokens) or _one_for_all(tokens), set())
+    return factor if factor[0] else (_one_for_all(tokens) or _of_one_slot(tokens), set())
 
 
 def powers_of(tokens: Sequence[Weights]) -> str:
@@ -103,20 +104,17 @@ def _one_for_all(tokens: Sequence[Weights]) -> str:
     return "all slots of a token have one weight" if several and alike else ""
 
 
-def _of_other_slots(tokens: Sequence[Weights]) -> str:
-    """Which slot's weight each wrong one is, in every token, and is surely none of the others; "" if it is none."""
-    sources: dict[int, set[int]] = {}
-    for w in tokens:
-        wrong = {slot for _, slot, *_ in _wrong(w)}
-        asked = {s: a for s, a in zip(w.slots, w.asked, strict=True) if s >= 0}
-        for slot, found, unsure in zip(w.slots, w.found, w.unsure, strict=True):
-            if slot in wrong:
-                near = {s for s, a in asked.items() if abs(found - a) <= unsure + 2.0**-8 * abs(a)}
-                sources[slot] = sources.get(slot, near) & near
-    if not sources or -1 in sources or any(len(near) != 1 for near in sources.values()):
+def _of_one_slot(tokens: Sequence[Weights]) -> str:
+    """Which slot's weights alone are wrong, and what they are; "" if there are several."""
+    wrong = [(w, slot) for w in tokens for _, slot, *_ in _wrong(w)]
+    slots = {slot for _, slot in wrong}
+    if len(slots) != 1 or not any(set(w.slots) - slots for w in tokens):
         return ""
-    told = [f"slot {slot}'s routing weight is slot {near.pop()}'s" for slot, near in sorted(sources.items())]
-    return " and ".join(told) + (" in each of the tokens solved" if len(tokens) > 1 else "")
+    told = []
+    for w, slot in wrong[:_LISTED]:
+        n = w.slots.index(slot)
+        told.append(f"{digits(w.found[n], w.unsure[n])} for {w.asked[n]:.4g} in token {w.token}")
+    return f"those of slot {slots.pop()} alone are wrong, {', '.join(told)}{', ...' * (len(wrong) > _LISTED)}"
 
 
 def _one_factor(tokens: Sequence[Weights]) -> tuple[str, set[int]]:

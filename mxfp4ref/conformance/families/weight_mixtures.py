@@ -80,6 +80,22 @@ class Mixture:
         other = self.coefficients != torch.eye(len(self.constants))
         return (other.any(1) | (self.constants != 0)).nonzero().flatten().tolist()
 
+    @property
+    def constant(self) -> float:
+        """What all weights are, whatever was given; 0 where they are none such."""
+        same = not bool(self.coefficients.any()) and len(self.constants.unique()) == 1
+        return float(self.constants[0]) if same else 0.0
+
+    @property
+    def is_factor(self) -> bool:
+        """Whether all weights are their own, by one factor."""
+        factor = torch.eye(len(self.constants), dtype=torch.float64) * self.coefficients[0, 0]
+        return (
+            self.used == self.given
+            and torch.equal(self.coefficients, factor)
+            and not bool(self.constants.any())
+        )
+
     def counted(self) -> list[Mixture]:
         """As it is, and where the last slot alone is concerned, counted from the last."""
         late = not self.whole and self.changed == [len(self.constants) - 1]

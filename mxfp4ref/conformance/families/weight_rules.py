@@ -132,6 +132,8 @@ def _within_tokens(slots: SlotRows, table: _Table) -> Iterator[Hypothesis]:
             if any(torch.equal(weights, other) for other in seen):
                 continue
             seen.append(weights)
+            if one.constant in (1, 1 / weights.shape[1]) or one.is_factor:
+                continue  # which has words of its own
             for rule in one.counted():
                 words = rule.words()
                 if used != of and words.count(";") > 1:
