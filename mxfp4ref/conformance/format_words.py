@@ -17,7 +17,7 @@ from mxfp4ref.conformance.code_numberings import NUMBERINGS
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.finding import Finding
 from mxfp4ref.conformance.index_words import map_words
-from mxfp4ref.conformance.layout_words import layout_words, slice_words
+from mxfp4ref.conformance.layout_words import layout_words
 from mxfp4ref.conformance.quantizer_words import solved_quantizer
 from mxfp4ref.conformance.value_words import all_scaled, kinds_of, solved_values
 from mxfp4ref.formats.mxfp4 import E2M1_VALUES, GROUP_SIZE, decode_ue8m0, dequantize, pack_codes, unpack_codes
@@ -56,7 +56,7 @@ def format_finding(
     elif kind == "dequantize":
         words = ""
         if bool(got["values"].any()):  # else every code is 0 instead, which says less
-            words = _dequantize_words(inputs, got["values"], want["values"])
+            words = _dequantize_words(inputs, got["values"])
         if not words:
             words, exact = solved_values(inputs, got["values"], want["values"])
     else:
@@ -251,7 +251,7 @@ def _arrangements(codes: Tensor) -> Iterator[tuple[list[str], Tensor]]:
 # Dequantisation.
 
 
-def _dequantize_words(inputs: Mapping[str, Any], got: Tensor, want: Tensor) -> str:
+def _dequantize_words(inputs: Mapping[str, Any], got: Tensor) -> str:
     packed, scales = inputs["packed"].cpu(), inputs["scales"].cpu().view(torch.uint8)
     codes = unpack_codes(packed).to(torch.int64)
     best: list[str] | None = None
@@ -262,10 +262,7 @@ def _dequantize_words(inputs: Mapping[str, Any], got: Tensor, want: Tensor) -> s
             if found is not None:
                 words = [*order, *([f"scales are those of other groups: {moved}"] if moved else []), *found]
                 best = words if best is None or len(words) < len(best) else best
-    if best is not None:
-        return "; ".join(best)
-    dims = ((0, "row"), (1, "column")) if got.dim() == 2 else ()
-    return next(filter(None, (slice_words(got, want, dim, name) for dim, name in dims)), "")
+    return "; ".join(best) if best is not None else ""
 
 
 def _code_orders(codes: Tensor) -> Iterator[tuple[list[str], Tensor]]:

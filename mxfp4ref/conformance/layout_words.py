@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.index_words import map_words
-from mxfp4ref.conformance.value_words import bit_words, region_words
+from mxfp4ref.conformance.value_words import bit_words, region_words, slice_words
 from mxfp4ref.formats import layout
 from mxfp4ref.formats.generations import GENERATIONS
 
-__all__ = ["layout_words", "permutation_words", "slice_words"]
+__all__ = ["layout_words", "permutation_words"]
 
 _INVERSES = {
     "interleave_weights_sm90": "deinterleave_weights_sm90",
@@ -92,21 +92,6 @@ def _called(operation: str, *arguments: Any) -> Tensor | None:
     except (TypeError, ValueError):
         return None
     return made
-
-
-def slice_words(got: Tensor, want: Tensor, dim: int, name: str) -> str:
-    """Whether every slice along `dim` is another one's, in words."""
-    one, other = (t.movedim(dim, 0).flatten(1) for t in (got, want))
-    if len(one) < 2 or one.shape[1] < 2:
-        return ""
-    same = (one[:, None] == other[None]).all(2) if one.numel() * len(one) < 1 << 26 else None
-    if same is None or not bool(same.any(1).all()) or bool(same.diagonal().all()):
-        return ""
-    return _said(map_words(same.to(torch.uint8).argmax(1), name, len(one)), name)
-
-
-def _said(words: str, name: str) -> str:
-    return f"{name}s are those of others: {words}" if words else ""
 
 
 def permutation_words(got: Tensor, want: Tensor) -> str:

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from mxfp4ref._choices import Convention
 from mxfp4ref.conformance.comparison import differing
-from mxfp4ref.conformance.conditions import condition, indices_words
+from mxfp4ref.conformance.conditions import indices_words
 from mxfp4ref.conformance.index_words import map_words
+from mxfp4ref.conformance.value_tables import value_table
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE, dequantize, pack_codes, unpack_codes
 
-__all__ = ["all_scaled", "bit_words", "kinds_of", "region_words", "solved_values"]
+__all__ = ["all_scaled", "bit_words", "kinds_of", "region_words", "slice_words", "solved_values"]
 
 _ENOUGH = 16  # elements from which something is told
 _FEW = 2  # scale bytes that may be left over where all others follow a map
@@ -38,7 +39,10 @@ def solved_values(inputs: Mapping[str, Any], got: Tensor, want: Tensor) -> Words
         return found
     if words := region_words(got, want, ("row", "column"), ()):
         return words, True
-    return _of_some_size(got, want), False
+    dims = ((0, "row"), (1, "column")) if got.dim() == 2 else ()
+    if words := next(filter(None, (slice_words(got, want, dim, name) for dim, name in dims)), ""):
+        return words, True
+    return value_table(inputs, got, want)
 
 
 _NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -104,30 +108,6 @@ def _taken_words(changed: Mapping[int, int], taken: Mapping[int, int]) -> str:
     return f"scale bytes are taken for others{signed}: {words}" if words else ""
 
 
-def _of_some_size(got: Tensor, want: Tensor) -> str:
-    """Values that differ where they are large, or small, and what has become of them."""
-    wrong = differing(got, want) & ~(got.isnan() & want.isnan())
-    if int(wrong.sum()) < _ENOUGH or not bool(want[wrong].isfinite().all() | want[wrong].isinf().all()):
-        return ""
-    size = want.double().abs()
-    known = ~want.isnan()
-    where = condition(wrong[known], {"whose magnitude is": size[known]})
-    made = got[wrong].double()
-    instead = _became(made)
-    if not where or not instead:
-        return ""
-    return f"some values become {instead}: those {where}"
-
-
-def _became(values: Tensor) -> str:
-    if bool(values.isnan().all()):
-        return "NaN"
-    size = values.abs()
-    if not bool((size == size[0]).all()):
-        return ""
-    return "Inf" if bool(size.isinf().all()) else f"{'+-' if bool(size[0]) else ''}{float(size[0]):.4g}"
-
-
 def region_words(
     got: Tensor, want: Tensor, names: tuple[str, ...], others: Iterable[tuple[str, Tensor | None]]
 ) -> str:
@@ -154,13 +134,29 @@ def region_words(
                 return f"{words} in some places: in {where} only"
         first = here.flatten()[:1]
         if here.numel() >= _ENOUGH and not bool(differing(here.flatten(), first.expand(here.numel())).any()):
-            return f"some places hold {first.item():g} alone: {where}"
+            same = ~differing(got, first.expand(got.shape)).movedim(dim, 0).flatten(1).any(1)
+            return f"some places hold {first.item():g} alone: {indices_words(slices | same, name)}"
         right = want.movedim(dim, 0)
         for shift in (1, -1, 2, -2, len(right) // 2):
             if not bool(differing(here, right.roll(shift, 0)[slices]).any()):
                 whose = f"those {abs(shift)} {'before' if shift > 0 else 'after'} them"
                 return f"some places hold what belongs elsewhere: {where} {whose}"
     return ""
+
+
+def slice_words(got: Tensor, want: Tensor, dim: int, name: str) -> str:
+    """Whether every slice along `dim` is another one's, in words."""
+    one, other = (t.movedim(dim, 0).flatten(1) for t in (got, want))
+    if len(one) < 2 or one.shape[1] < 2:
+        return ""
+    same = (one[:, None] == other[None]).all(2) if one.numel() * len(one) < 1 << 26 else None
+    if same is None or not bool(same.any(1).all()) or bool(same.diagonal().all()):
+        return ""
+    return _said(map_words(same.to(torch.uint8).argmax(1), name, len(one)), name)
+
+
+def _said(words: str, name: str) -> str:
+    return f"{name}s are those of others: {words}" if words else ""
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

@@ -101,6 +101,39 @@ def test_operands_that_were_quantised(
     assert best.words.startswith(words)
 
 
+def fp8_by_64(a: Tensor) -> Tensor:
+    """E4M3, with codes by the reciprocal of the scale."""
+    blocks = a.unflatten(-1, (-1, 64))  # type: ignore[no-untyped-call]
+    largest = blocks.abs().amax(-1, keepdim=True)
+    return ((blocks * (448 / largest)).to(torch.float8_e4m3fn).float() * (largest / 448)).flatten(-2)  # type: ignore[no-any-return]
+
+
+def int8_by_row(a: Tensor) -> Tensor:
+    """With scales that are held in bf16."""
+    step = (a.abs().amax(-1, keepdim=True) / 127).bfloat16().float()
+    return (a / step).round().clamp(-127, 127) * step
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            fp8_by_64,
+            "each 64 that is its largest number's part of the type's, codes by the type's largest number over",
+        ),
+        (
+            int8_by_row,
+            "int8 (8 bits) and back, with one scale for each row that is its largest number's part of the",
+        ),
+    ],
+)
+def test_details_of_a_quantisation(change: Callable[[Tensor], Tensor], words: str) -> None:
+    got = layer(CALL, x=lambda rows, x: to_bf16(change(x.float())))
+    best, *_ = found(CALL, got, (h for h in quantised_hypotheses(CALL) if h.stages == ("input",)))
+    assert words in best.words
+    assert best.words.endswith(("over the block's", "held in bf16"))
+
+
 @pytest.mark.parametrize(
     "order", [[0, 2, 4, 6, 1, 3, 5, 7], [0, 4, 1, 5, 2, 6, 3, 7], [7, 5, 3, 1, 6, 4, 2, 0]]
 )

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline
+from mxfp4ref.conformance.families.narrow_types import Narrow, narrowings, types
 from mxfp4ref.conformance.families.tensors import mapped
 from mxfp4ref.formats.mxfp4 import E2M1_VALUES, GROUP_SIZE, dequantize, pack_codes, unpack_codes
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["TYPES", "decoding_hypotheses", "table_hypotheses"]
+__all__ = ["decoding_hypotheses", "readings", "table_hypotheses"]
 
 _GEMMS = ((("fc1",), "GEMM1's"), (("fc2",), "GEMM2's"), (("fc1", "fc2"), "both GEMMs'"))
 _Values = Callable[[Tensor, Tensor], Tensor]  # of codes and scales
@@ -52,7 +53,7 @@ def _with_entry(packed: Tensor, code: int, other: int) -> Tensor:
 def decoding_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     """Scales and codes of another format, and weights quantised again; predicted up to roundings."""
     for fcs, whose in _GEMMS:
-        for words, values in (*_scales(), *_codes(), *_quantised_again()):
+        for words, values in (*readings(), *_quantised_again()):
             yield Hypothesis(
                 "values",
                 fcs,
@@ -60,6 +61,12 @@ def decoding_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
                 lambda p, f=fcs, v=values: _decoding(p, f, v),
                 1.3 + 0.1 * len(fcs),
             )
+
+
+def readings() -> Iterator[tuple[str, _Values]]:
+    """Scale bytes and codes taken for those of another format, in words and as functions of both."""
+    yield from _scales()
+    yield from _codes()
 
 
 def _decoding(pipeline: Pipeline, fcs: tuple[str, ...], values: _Values) -> Pipeline:
@@ -170,43 +177,30 @@ def _quantised_again() -> Iterator[tuple[str, _Values]]:
         ("one scale for each 32 of K", lambda w: _largest(w, 1, GROUP_SIZE)),
         ("one scale for each 16 of K", lambda w: _largest(w, 1, 16)),
     )
-    for name, most, rounded in TYPES:
+    for narrow in narrowings():
         for words, largest in spans:
 
             def values(
                 p: Tensor,
                 s: Tensor,
-                most: float = most,
-                rounded: Callable[[Tensor], Tensor] = rounded,
+                narrow: Narrow = narrow,
                 largest: Callable[[Tensor], Tensor] = largest,
             ) -> Tensor:
                 weights = dequantize(p, s, convention="sm90", dtype=torch.float32)
-                scale = largest(weights).clamp(min=1e-30) / most
-                return rounded(weights / scale) * scale
+                return narrow(weights, largest(weights))
 
-            yield f"weights are quantised again, to {name} with {words}", values
-        if most > 200:
+            if narrow.likely:
+                yield (
+                    f"weights are quantised again, to {narrow.type.name} with {words} {narrow.scale}",
+                    values,
+                )
+    for one in types():
+        if one.floating and not one.rare:
 
-            def cast(p: Tensor, s: Tensor, rounded: Callable[[Tensor], Tensor] = rounded) -> Tensor:
+            def cast(p: Tensor, s: Tensor, rounded: Callable[[Tensor], Tensor] = one.rounded) -> Tensor:
                 return rounded(dequantize(p, s, convention="sm90", dtype=torch.float32))
 
-            yield f"weights are rounded to {name} without a scale", cast
-
-
-def _to_e2m1(values: Tensor) -> Tensor:
-    steps = torch.tensor(E2M1_VALUES[:8], device=values.device)
-    middles = (steps[1:] + steps[:-1]) / 2
-    return steps[torch.bucketize(values.abs(), middles)].copysign(values)
-
-
-# Name, largest number, and numbers of float32 rounded to it.
-TYPES: tuple[tuple[str, float, Callable[[Tensor], Tensor]], ...] = (
-    ("FP8 (float8_e4m3fn)", 448.0, lambda t: t.to(torch.float8_e4m3fn).to(torch.float32)),
-    ("FP8 (float8_e5m2)", 57344.0, lambda t: t.to(torch.float8_e5m2).to(torch.float32)),
-    ("int8 (8 bits)", 127.0, torch.round),
-    ("int4 (4 bits)", 7.0, torch.round),
-    ("NVFP4-like E2M1 (4 bits)", 6.0, _to_e2m1),
-)
+            yield f"weights are rounded to {one.name} without a scale", cast
 
 
 def _largest(weights: Tensor, tall: int, wide: int) -> Tensor:

@@ -20,6 +20,7 @@ from mxfp4ref.conformance.families.column_maps import column_map
 from mxfp4ref.conformance.families.distances import last_place
 from mxfp4ref.conformance.families.error_space import Space
 from mxfp4ref.conformance.families.expert_sums import other_sums
+from mxfp4ref.conformance.families.fc1_rows import fc1_rows
 from mxfp4ref.conformance.families.formula import Formula, fitted
 from mxfp4ref.conformance.families.hypothesis import Pipeline, SlotRows, local_of, slot_outputs
 from mxfp4ref.conformance.families.lost_rows import lost_rows
@@ -122,6 +123,8 @@ def _solved(pipeline: Pipeline, got: Tensor, wrong: Tensor, *, staged: bool) -> 
         return [table]
     if (moved := row_maps(pipeline.call, some)) is not None:
         return [moved]
+    if (rows := fc1_rows(pipeline, some)) is not None:
+        return [rows]
     if (operands := other_operands(pipeline, some, wrong.any(1))) is not None:
         return [operands]
     space = Space.of(some)

@@ -119,6 +119,7 @@ class Hypothesis:
         factor: that everything is multiplied with, where the change is no other.
         across_tokens: whether it takes numbers of other tokens, or a token's place among them.
         kind: as of a `Finding`.
+        variants: the same with other details, which are tried where it comes close.
     """
 
     family: str
@@ -134,6 +135,7 @@ class Hypothesis:
     factor: float | None = None
     across_tokens: bool = False
     kind: str = ""
+    variants: tuple[Hypothesis, ...] = ()
 
     @property
     def cheap(self) -> bool:

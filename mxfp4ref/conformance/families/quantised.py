@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.families.decodings import TYPES
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline
+from mxfp4ref.conformance.families.narrow_types import Narrow, narrowings
 from mxfp4ref.conformance.families.roundings import PLACES
 from mxfp4ref.conformance.reduction import is_heavy
 from mxfp4ref.model.call import MoeCall
@@ -18,100 +17,75 @@ from mxfp4ref.sm90 import fp32
 
 __all__ = ["quantised_hypotheses"]
 
-_BLOCKS = (128, 32, 64, 16)
-_Change = Callable[
-    [Tensor, Tensor], Tensor
-]  # of float32 numbers, and the largest magnitude of what shares a scale
-_SCALES: tuple[tuple[str, Callable[[Tensor, float], Tensor]], ...] = (
-    ("that is its largest number's part of the type's", lambda largest, most: largest / most),
-    ("that is a power of two, rounded up", lambda largest, most: _power(largest / most, up=True)),
-    (
-        "that is a power of two, as MX formats have it",
-        lambda largest, most: _power(largest, up=False) / 2.0 ** int(math.log2(most)),
-    ),
-)
-
-
-def _power(values: Tensor, *, up: bool) -> Tensor:
-    fraction, exponent = torch.frexp(values)
-    return torch.ldexp(torch.ones_like(values), exponent - ((fraction == 0.5).int() if up else 1))
-
-
-def _changes(span: str) -> Iterator[tuple[str, _Change, float]]:
-    for name, most, rounded in TYPES:
-        for rank, (scaled, scale) in enumerate(_SCALES):
-
-            def change(
-                x: Tensor,
-                largest: Tensor,
-                most: float = most,
-                rounded: Callable[[Tensor], Tensor] = rounded,
-                scale: Callable[[Tensor, float], Tensor] = scale,
-            ) -> Tensor:
-                step = scale(largest, most)
-                step = torch.where((step > 0) & step.isfinite(), step, 1.0)
-                codes = x / step
-                return rounded(torch.where(codes.isfinite(), codes.clamp(-most, most), codes)) * step
-
-            yield (
-                f"quantised to {name} and back, with one scale for {span} {scaled}",
-                change,
-                1.25 + 0.05 * rank,
-            )
+_SPANS = {**{f"each {n}": n for n in (128, 32, 64, 16)}, "each row": 0}
+_OPERANDS = ("the input is", "the activation is")
+_Change = Callable[[Pipeline], Callable[[Tensor], Tensor]]
 
 
 def quantised_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     """The input, a GEMM's output, the activation or the output, quantised and dequantised to bf16."""
-    for span, size in (*((f"each {n}", n) for n in _BLOCKS), ("each row", 0)):
-        for how, change, cost in _changes(span):
-
-            def by_block(x: Tensor, n: int = size, change: _Change = change) -> Tensor:
-                blocks = x.view(*x.shape[:-1], -1, n or x.shape[-1])
-                return change(blocks, blocks.abs().amax(-1, keepdim=True)).view_as(x)
-
-            yield _of_input(how, lambda p, c=by_block: c, cost)
-            for stage, whose, stages in PLACES:
-                yield _of_stage(stage, stages[:1], f"{whose} {how}", lambda p, c=by_block: c, cost)
-    if is_heavy(call):
-        return
     whole = _Whole(call)
-    for how, change, cost in _changes("the whole tensor"):
-        for which, of in enumerate((_of_input, _of_activation)):
-
-            def by_tensor(
-                p: Pipeline, change: _Change = change, which: int = which
-            ) -> Callable[[Tensor], Tensor]:
-                largest = whole.largest(p.call)[which]
-                return lambda x: change(x, largest)
-
-            yield of(how, by_tensor, cost)
-
-
-def _of_input(how: str, change: Callable[[Pipeline], Callable[[Tensor], Tensor]], cost: float) -> Hypothesis:
-    def on(p: Pipeline) -> Pipeline:
-        return p.calling(input=fp32.to_bf16(change(p)(fp32.widen(p.call.input))))
-
-    return Hypothesis("rounding", ("input",), f"the input is {how}", on, cost)
+    for place, (stages, put) in _PLACES.items():
+        for narrow in narrowings():
+            if narrow.of_operands and place not in _OPERANDS:
+                continue
+            yield from (
+                _at(place, stages, put, narrow, span, _by_block(size)) for span, size in _SPANS.items()
+            )
+            if place in _OPERANDS and not is_heavy(call):
+                yield _at(place, stages, put, narrow, "the whole tensor", whole.of(place))
 
 
-def _of_activation(
-    how: str, change: Callable[[Pipeline], Callable[[Tensor], Tensor]], cost: float
-) -> Hypothesis:
-    return _of_stage("round_activation", ("activation",), f"the activation is {how}", change, cost)
-
-
-def _of_stage(
-    stage: str,
+def _at(
+    place: str,
     stages: tuple[str, ...],
-    words: str,
-    change: Callable[[Pipeline], Callable[[Tensor], Tensor]],
-    cost: float,
+    put: Callable[[Pipeline, Callable[[Tensor], Tensor]], Pipeline],
+    narrow: Narrow,
+    span: str,
+    spread: Callable[[Narrow], _Change],
 ) -> Hypothesis:
-    def on(p: Pipeline) -> Pipeline:
-        way = change(p)
-        return p.staging(**{stage: lambda x: fp32.to_bf16(way(x))})
+    return Hypothesis(
+        "rounding",
+        stages,
+        f"{place} {narrow.words(span)}",
+        lambda p: put(p, spread(narrow)(p)),
+        narrow.cost + 0.1 * (len(stages) > 1),
+        variants=()
+        if narrow.how
+        else tuple(_at(place, stages, put, way, span, spread) for way in narrow.ways()),
+    )
 
-    return Hypothesis("rounding", stages, words, on, cost)
+
+def _by_block(size: int) -> Callable[[Narrow], _Change]:
+    """Of each so many numbers, the last block may be shorter; of each row if that is 0."""
+
+    def blocks(narrow: Narrow) -> _Change:
+        def change(x: Tensor) -> Tensor:
+            parts = torch.split(x, size or x.shape[-1], dim=-1)
+            return torch.cat([narrow(part, part.abs().amax(-1, keepdim=True)) for part in parts], dim=-1)
+
+        return lambda p: change
+
+    return blocks
+
+
+def _input(p: Pipeline, change: Callable[[Tensor], Tensor]) -> Pipeline:
+    return p.calling(input=fp32.to_bf16(change(fp32.widen(p.call.input))))
+
+
+def _staged(stage: str) -> Callable[[Pipeline, Callable[[Tensor], Tensor]], Pipeline]:
+    return lambda p, change: p.staging(**{stage: lambda x: fp32.to_bf16(change(x))})
+
+
+def _operands(p: Pipeline, change: Callable[[Tensor], Tensor]) -> Pipeline:
+    return _staged("round_activation")(_input(p, change), change)
+
+
+_PLACES: dict[str, tuple[tuple[str, ...], Callable[[Pipeline, Callable[[Tensor], Tensor]], Pipeline]]] = {
+    "the input is": (("input",), _input),
+    **{words: (stages[:1], _staged(stage)) for stage, words, stages in PLACES},
+    "the input and the activation are, as of a GEMM of 8-bit operands,": (("input", "activation"), _operands),
+}
 
 
 class _Whole:
@@ -120,6 +94,15 @@ class _Whole:
     def __init__(self, call: MoeCall) -> None:
         self.call = call
         self.known: tuple[Tensor, ...] = ()
+
+    def of(self, place: str) -> Callable[[Narrow], _Change]:
+        number = _OPERANDS.index(place)
+
+        def changed(narrow: Narrow, p: Pipeline) -> Callable[[Tensor], Tensor]:
+            largest = self.largest(p.call)[number]
+            return lambda x: narrow(x, largest)
+
+        return lambda narrow: lambda p: changed(narrow, p)
 
     def largest(self, call: MoeCall) -> tuple[Tensor, ...]:
         if not bool((call.input[:, None] == self.call.input).all(2).any(1).all()):

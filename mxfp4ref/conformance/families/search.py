@@ -188,7 +188,7 @@ class Search:
 
     def run(self, hypotheses: Iterable[Hypothesis], *, enough: int = 1 << 30) -> list[Match]:
         """Those that predict every wrong bit; the others that come nearer to the output are kept in `near`."""
-        found: list[Match] = []
+        found, variants = list[Match](), list[Hypothesis]()
         for hypothesis, output, of_all in self._predictions(hypotheses):
             if self.out_of_time() or len(found) >= enough:
                 break
@@ -204,15 +204,17 @@ class Search:
                 found.append(match)
             elif fits and not self.whole and not hypothesis.cheap:  # roundings may show in other tokens only
                 self.close.append(hypothesis)
+                variants += hypothesis.variants
             elif not fits:
                 distance = self._nearness(output, of_all=of_all)
+                variants += hypothesis.variants * (distance < _CLOSE)
                 if distance < 0.8:
                     self.near.append((distance, hypothesis))
                 if not hypothesis.name and share(equal, ~right) >= MOSTLY - 0.1:
                     self.partly.append(hypothesis)
                 if distance < _CLOSE and self._up_to_roundings(output, of_all=of_all):
                     self.close.append(hypothesis)
-        return found
+        return found or (self.run(variants, enough=enough) if variants else found)
 
     @cached_property
     def _noise(self) -> Tensor:
