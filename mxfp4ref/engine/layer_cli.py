@@ -214,10 +214,8 @@ def layer(
         from mxfp4ref.engine.served import ServedOptions, check_served
 
         with usage_errors(), progress(before=True) as step:
-            how = ServedOptions(router, ranks, options["diagnosis"], step)
+            how = ServedOptions(router, ranks, options["diagnosis"], step, tell=echo)
             served = check_served(found, input_path, served_path, how, result=result)
-        for line in served.lines:
-            echo(printable(line))
         echo(printable(f"{served_path}: {served.verdict}"), fg="green" if served.ok else "red", bold=True)
         sys.exit(0 if served.ok else NOT_EQUAL)
 

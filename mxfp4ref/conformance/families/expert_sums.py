@@ -137,11 +137,11 @@ def other_sums(
         after = (
             "a factor on GEMM2's result or in the sum" if scaled else "GEMM1, activation and GEMM2 are right"
         )
-        # Slots in another order than their weights may be what is meant as well.
-        moved = same_experts and all(
-            _alike(sorted(asked.values()), sorted(found.values())) for _, asked, found in fits
-        )
-        sure = ("finalize",) if same_experts and not moved else ("finalize", "slots")
+        # Slots in another order than their weights may be what is meant as well, and of a token's only slot its own
+        # weight is not told from those of foreign slots that are added.
+        moved = all(_alike(sorted(asked.values()), sorted(found.values())) for _, asked, found in fits)
+        told_apart = any(len(asked) > 1 for _, asked, _ in fits) or bool((local >= 0).all())
+        sure = ("finalize",) if same_experts and told_apart and not moved else ("finalize", "slots")
         yield Evidence.of_kind(
             ("finalize", "fc2") if scaled else sure,
             "the routing weights used are others",
@@ -200,6 +200,8 @@ def _foreign_slots(
 ) -> str:
     """Which slots that are not this rank's were computed by which experts, if that is all that the sums have more."""
     call, told = pipeline.call, list[str]()
+    if all(_rescaled(asked, found) for _, asked, found in fits):
+        return ""  # a factor of each token's own, as of weights that are normalised otherwise
     for token, asked, found in fits:
         foreign = (local[token] < 0).nonzero().flatten().tolist()
         weights = call.token_final_scales[token].tolist()
@@ -217,6 +219,12 @@ def _foreign_slots(
             which = expert + call.ep_rank * call.experts.num_experts
             told.append(f"id{'s' * (len(slots) > 1)} {ids} of token {token} by expert {which}")
     return ", ".join(told[:4]) + ", ..." * (len(told) > 4)
+
+
+def _rescaled(asked: dict[int, float], found: dict[int, float]) -> bool:
+    """Whether a token's weights are those asked for times one number."""
+    ratios = [found[e] / asked[e] for e in asked if asked[e]] if set(asked) == set(found) else []
+    return bool(ratios) and max(ratios) - min(ratios) < 2.0**-5 * abs(ratios[0])
 
 
 def _of_which_rows(local: Tensor, wrong: Tensor, experts: set[int]) -> str:

@@ -44,6 +44,13 @@ def _total(weights: Tensor, local: Tensor) -> Tensor:
     return total
 
 
+def _plain_total(weights: Tensor) -> Tensor:
+    """What each token's weights add up to; the factor they were multiplied by, if near."""
+    total = weights.sum(1, keepdim=True)
+    factor = total.round(decimals=4)
+    return torch.where((factor - total).abs() <= 2.0**-20 * total, factor, total)
+
+
 def _weights() -> Iterator[tuple[str, _Weigh, float]]:
     yield "not applied (all taken as 1)", lambda w, _: torch.ones_like(w), 1
     yield "applied twice (squared)", lambda w, _: mul(w, w), 1
@@ -52,6 +59,11 @@ def _weights() -> Iterator[tuple[str, _Weigh, float]]:
     yield (
         "divided by their sum over this rank's slots",
         lambda w, e: w / torch.where(e >= 0, w, 0.0).sum(1, keepdim=True),
+        1.2,
+    )
+    yield (
+        "normalised over this rank's slots instead of all of a token's",
+        lambda w, e: w / torch.where(e >= 0, w, 0.0).sum(1, keepdim=True) * _plain_total(w),
         1.2,
     )
     yield "put through a softmax again", lambda w, _: torch.softmax(w, 1), 1.2
