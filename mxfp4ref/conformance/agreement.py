@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from mxfp4ref.conformance.diagnosis import Diagnosis
 from mxfp4ref.conformance.finding import SEVERAL, STAGES, Finding, counted, in_words
 
-__all__ = ["agreed", "unrefuted"]
+__all__ = ["agreed", "name_defects", "unrefuted", "with_one_case"]
 
 _MOST_TOLD = 3  # different sentences
+_LEAST = 40  # wrong elements that explain a mistake by themselves
 _NUMBER = re.compile(r"\d[\d.,]*")
 _RIGHT = (" are right", " is right")
 _BEFORE_FINALIZE = {"input", "fc1", "activation", "fc2"}
@@ -63,6 +64,28 @@ def agreed(diagnoses: Sequence[Diagnosis]) -> Finding:
         or _several(findings)
         or Finding(_shared(findings), common=_common(diagnoses))
     )
+
+
+def with_one_case(finding: Finding, diagnoses: Mapping[str, Diagnosis]) -> Finding:
+    """The finding; where no bits of several cases are predicted, with what predicts all those of one by itself.
+
+    What is read off other cases is left out where that may be the same: it names causes which this case refutes.
+    """
+    amount = {case: int((d.bins > 0).sum()) for case, d in diagnoses.items() if d.finding.exact}
+    case = max(amount, key=lambda case: amount[case], default="")
+    if finding.exact or finding.cases or amount.get(case, 0) < _LEAST:
+        return finding
+    alone = diagnoses[case].finding
+    words = f"{case} by itself shows in every bit: {alone.sentence}"
+    if not finding.stages or set(alone.stages) & set(finding.stages):
+        return Finding(alone.stages, words)
+    return replace(finding, sentence="; ".join(filter(None, (finding.sentence, words))))
+
+
+def name_defects(exact: Iterable[Iterable[str] | None]) -> tuple[str, ...]:
+    """The defects that are in every one of the given sets; None counts as all defects."""
+    sets = [tuple(names) for names in exact if names is not None]
+    return tuple(name for name in (sets[0] if sets else ()) if all(name in names for names in sets))
 
 
 def _predicted(findings: list[Finding]) -> Finding | None:

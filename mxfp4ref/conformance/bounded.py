@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from mxfp4ref._choices import Storage
-from mxfp4ref.conformance.bounds import bound
+from mxfp4ref.conformance.bounds import bound, specials_alone
 from mxfp4ref.conformance.handing import to_device
 from mxfp4ref.conformance.router_bounds import routing_outside
 from mxfp4ref.goldens.runs import Run
@@ -43,16 +43,22 @@ def where_outside(
     return ~bounds.contains(outputs["output"], one.expected["output"])
 
 
-def all_within(kind: str, runs: Iterable[tuple[Run, Mapping[str, Tensor]]]) -> bool:
-    """Whether all outputs of a router, or of a call by whatever K tiles, lie within bounds; False of all else."""
+def all_within(kind: str, runs: Iterable[tuple[Run, Mapping[str, Tensor]]]) -> bool | None:
+    """Whether all outputs of a router, or of a call by whatever K tiles, lie within bounds.
+
+    None of all else, and where special values alone lie outside: how these are handled is no matter of the order.
+    """
     if kind == "routing":
         return all(routing_outside(one.inputs, outputs) == 0 for one, outputs in runs)
-    bounds = None
+    bounds, within = None, None
     for one, outputs in runs:
         call = one.inputs
         if not isinstance(call, MoeCall) or not call.experts.tactics_show:
-            return False
-        bounds = bounds or bound(to_device(call, "cpu"))
-        if not bool(bounds.contains(outputs["output"].cpu(), one.expected["output"].cpu()).all()):
-            return False
-    return bounds is not None
+            return None
+        call, got = to_device(call, "cpu"), outputs["output"].cpu()
+        bounds = bounds or bound(call)
+        outside = ~bounds.contains(got, one.expected["output"].cpu())
+        if bool(outside.any()):
+            return None if specials_alone(call, got, outside) else False
+        within = True
+    return within

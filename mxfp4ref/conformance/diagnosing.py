@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from mxfp4ref._default_device import on_cpu
-from mxfp4ref.conformance.agreement import agreed, unrefuted
+from mxfp4ref.conformance.agreement import agreed, name_defects, unrefuted, with_one_case
 from mxfp4ref.conformance.bounded import all_within
 from mxfp4ref.conformance.diagnosis import Diagnosis, Finding, Located, Prediction
 from mxfp4ref.conformance.families.engine import prepared
@@ -19,7 +19,7 @@ from mxfp4ref.conformance.finding import of_specials
 from mxfp4ref.conformance.looking import REAL_SECONDS, Known, is_large
 from mxfp4ref.conformance.plain import of_exception
 from mxfp4ref.conformance.reduction import is_heavy, thread_clock
-from mxfp4ref.conformance.results import CaseResult, name_defects
+from mxfp4ref.conformance.results import CaseResult
 from mxfp4ref.goldens import Goldens
 from mxfp4ref.goldens.runs import Run, runs
 from mxfp4ref.model.call import MoeCall
@@ -214,6 +214,7 @@ class Failing:
         if special and len(special) == len(outside):
             return Found(tuple(results), defects, of_specials(special, agreed(telling)))
         finding = unrefuted(_strongest(found.finding, telling), [one.finding for one in telling])
+        finding = with_one_case(finding, outside)
         return Found(tuple(results), defects, finding)
 
     def _again(self, result: CaseResult) -> CaseResult:

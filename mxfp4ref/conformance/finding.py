@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -16,6 +17,7 @@ __all__ = [
     "WITHIN",
     "Evidence",
     "Finding",
+    "alternatives",
     "counted",
     "in_words",
     "of_specials",
@@ -35,18 +37,29 @@ OTHERS = "; in the others "
 
 
 WITHIN = "within the bounds of a correct evaluation in another order"
-_ALTERNATIVES = 2  # that a sentence names
+_ALTERNATIVES = 3  # that a sentence names
+_OPENING = 3  # words, by which they are told from more of the same
 _ALIKE = 8  # words, below which a sentence is told whole
 
 
 def in_words(hypotheses: Sequence[str]) -> str:
     """Hypotheses that predict the same bits, as a sentence: the first, and that it is not told from the others."""
-    first, *others = hypotheses
+    return hypotheses[0] + alternatives(hypotheses[0], hypotheses[1:])
+
+
+def alternatives(first: str, others: Sequence[str]) -> str:
+    """That the first is not told from the others, as a sentence after it: those that open otherwise come first."""
     if not others:
-        return first
+        return ""
+    of_opening = Counter[tuple[str, ...]]()
+    place = []
+    for other in others:
+        of_opening[opening := tuple(other.split()[:_OPENING])] += 1
+        place.append(of_opening[opening])
+    apart = [other for _, other in sorted(zip(place, others, strict=True), key=lambda pair: pair[0])]
     more = f" and {len(others) - _ALTERNATIVES} more" if len(others) > _ALTERNATIVES else ""
-    told = "; ".join(_apart(other, first) for other in others[:_ALTERNATIVES])
-    return f"{first}. This output does not tell it from: {told}{more}"
+    told = "; ".join(_apart(other, first) for other in apart[:_ALTERNATIVES])
+    return f". This output does not tell it from: {told}{more}"
 
 
 def _apart(sentence: str, first: str) -> str:

@@ -73,21 +73,16 @@ def to_text(report: Report, *, verbose: bool = False) -> str:
 def _of_each_kind(failing: list[CaseResult]) -> list[CaseResult]:
     """The first failing cases, and the first of each other kind: what went wrong, and what the finding says of it.
 
-    First those with a finding; those that lie within bounds come last.
+    First those that tell most; those that lie within bounds come last.
     """
     told: list[CaseResult] = []
     kinds: set[tuple[str, str]] = set()
-    for result in sorted(failing, key=lambda result: (result.within_bounds, _untold(result))):
+    for result in sorted(failing, key=lambda result: result.untelling):
         kind = result.status, result.diagnosis.finding.sentence if result.diagnosis else ""
         if len(told) < (_FIRST if kind in kinds else _DETAILED):
             told.append(result)
             kinds.add(kind)
     return told
-
-
-def _untold(result: CaseResult) -> bool:
-    """Whether no diagnosis found anything."""
-    return result.diagnosis is None or not result.diagnosis.finding.sentence
 
 
 def tested(report: Report) -> list[str]:
@@ -107,7 +102,7 @@ def tested(report: Report) -> list[str]:
         r.status != "skipped" for r in report.results
     ):  # else the verdict has it
         lines.append(f"cases: {skipped}")
-    if count := report.within_bounds:
+    if (count := report.within_bounds) and not report.outside_bounds:
         of = f"{count} of {counted(sum(not r.ok for r in report.results), 'failing case')}"
         by = bounded_command(report) or "Options(mode='bounded')"
         lines.append(
@@ -135,7 +130,7 @@ def headline(result: CaseResult) -> str:
     if result.tiles:
         named = f"K tiles {', '.join(result.tiles)}"
         words += f" ({named if len(result.tiles) <= _NAMED else f'{len(result.tiles)} tactics'})"
-    if result.within_bounds:
+    if result.within_bounds and not (result.diagnosis and result.diagnosis.finding.exact):
         words += f"; {WITHIN}"
     if result.status == "within bounds":
         words += f" ({result.differing:,} of {result.elements:,} elements differ)"

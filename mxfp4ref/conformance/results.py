@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Self
 
 from mxfp4ref._choices import MODES
 from mxfp4ref._files import printable
 from mxfp4ref._shown import Shown
 from mxfp4ref.conformance.adapters import OTHER_KIND, SKIPPED_BEFORE
-from mxfp4ref.conformance.diagnosis import Diagnosis, Finding
+from mxfp4ref.conformance.case_result import PASSING, RECORDING, CaseResult
+from mxfp4ref.conformance.diagnosis import Finding
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN
-from mxfp4ref.conformance.finding import SEVERAL, SPECIAL, WITHIN, counted
+from mxfp4ref.conformance.finding import SEVERAL, SPECIAL, WITHIN, alternatives, counted
 from mxfp4ref.defects import DEFECTS
 
 __all__ = [
@@ -25,95 +25,11 @@ __all__ = [
     "CaseResult",
     "GoldensUsed",
     "Report",
-    "name_defects",
     "now",
 ]
 
-PASSING = ("equal", "within bounds", "skipped")
 _REASONS = 5  # that are told of skipped cases
-RECORDING = "recording"  # the kind of a call that was recorded elsewhere, which is no golden case
-
-
-@dataclass(frozen=True, repr=False)
-class CaseResult(Shown):
-    """What came of one case.
-
-    Attributes:
-        case, kind, why: of the golden case; of a recording its name, `RECORDING`, and what call it is.
-        status: "equal", "within bounds", "differs", "outside bounds", or one of `execution.PROBLEMS`.
-        tiles: the K tiles ("128x256", for GEMM1 and GEMM2) whose expected output the kernel's equals; the tactics
-            where all were run.
-        elements, differing: output elements compared and how many differ; in mode "bounded", and where no pair
-            of tiles agrees, from the closest expected output.
-        outside: elements outside their bounds, in mode "bounded".
-        within_bounds: of a call or a router that differs in mode "exact": that it stays within the bounds of mode
-            "bounded". False too where that was not asked, as of large calls.
-        message: the problem, in words.
-        diagnosis: of the first run that differs, and in it of one output.
-        runs, diagnosed_run: how many runs were compared, and of several the K tiles, or tactics, of the one that the
-            diagnosis is of.
-        kernel_seconds: for all runs of the kernel, with what is done to hand over a case and to get its outputs.
-        comparison_seconds: for expected outputs, bounds and reproducers.
-        diagnosis_seconds: for a diagnosis of this case alone.
-    """
-
-    case: str
-    kind: str
-    why: str
-    status: str
-    tiles: tuple[str, ...] = ()
-    elements: int = 0
-    differing: int = 0
-    outside: int = 0
-    message: str = ""
-    diagnosis: Diagnosis | None = None
-    kernel_seconds: float = 0.0
-    comparison_seconds: float = 0.0
-    diagnosis_seconds: float = 0.0
-    runs: int = 1
-    diagnosed_run: str = ""
-    within_bounds: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("case", "why", "message"):  # text of files and kernels, to be shown anywhere
-            object.__setattr__(self, name, printable(getattr(self, name), lines=name == "message"))
-
-    @property
-    def ok(self) -> bool:
-        return self.status in PASSING
-
-    @property
-    def proves_nothing(self) -> bool:
-        """Whether it passed, and any kernel would have."""
-        return False
-
-    @property
-    def compared(self) -> bool:
-        """Whether an element was compared, or the case failed before that."""
-        return self.status != "skipped" and (self.elements > 0 or not self.ok)
-
-    @property
-    def seconds(self) -> float:
-        """All that the case took."""
-        return self.kernel_seconds + self.comparison_seconds + self.diagnosis_seconds
-
-    @property
-    def diagnosed_part(self) -> str:
-        """Of which output and run the numbers of the diagnosis are, in words; "" if of all that was compared."""
-        found = self.diagnosis
-        if found is None or found.bins.numel() == self.elements:
-            return ""
-        run = f", tiles {self.diagnosed_run}, one of {self.runs} runs" if self.diagnosed_run else ""
-        return f"{found.output}{run}"
-
-    def lasting(self, kernel: float = 0.0, comparison: float = 0.0, diagnosis: float = 0.0) -> Self:
-        """The result, with so many more seconds."""
-        return replace(
-            self,
-            kernel_seconds=self.kernel_seconds + kernel,
-            comparison_seconds=self.comparison_seconds + comparison,
-            diagnosis_seconds=self.diagnosis_seconds + diagnosis,
-        )
+_TELLING = 4  # failing cases that are named where nothing else is known
 
 
 @dataclass(frozen=True)
@@ -276,8 +192,17 @@ class Report(Shown):
 
     @property
     def within_bounds(self) -> int:
-        """How many failing cases a kernel that only sums in another order may fail so, in mode exact."""
-        return sum(r.within_bounds for r in self.results)
+        """How many failing cases a kernel that only sums in another order may fail so, in mode exact.
+
+        0 where it is known to do more than that, as by a mistake that predicts every bit.
+        """
+        known = self.defects or (self.finding.exact and not self.finding.cases)
+        return 0 if known else sum(r.within_bounds is True for r in self.results)
+
+    @property
+    def outside_bounds(self) -> int:
+        """How many are known to fail as no kernel does that only sums in another order."""
+        return sum(r.within_bounds is False for r in self.results)
 
     @property
     def culprit(self) -> str:
@@ -285,7 +210,7 @@ class Report(Shown):
         from mxfp4ref.conformance.again import bounded_command
 
         count, found = self.within_bounds, self.finding
-        if not count or self.defects or (found.exact and not found.cases):
+        if not count:
             return self._culprit
         if count == len(self._failing):
             again = bounded_command(self)
@@ -294,7 +219,8 @@ class Report(Shown):
             words = f" All that differs lies {WITHIN}; {accepts}{f': {again}' if again else ''}."
             return words + (self._culprit if found.sentence else "")
         lie = "lies" if count == 1 else "lie"
-        return f" {count} of these {lie} {WITHIN}. Of the others:{self._culprit or ' nothing is known.'}"
+        out = f", {self.outside_bounds} outside those of any order" * (self.outside_bounds > 0)
+        return f" {count} of these {lie} {WITHIN}{out}. Of the others:{self._culprit or ' nothing is known.'}"
 
     @property
     def _culprit(self) -> str:
@@ -303,8 +229,10 @@ class Report(Shown):
             which = " or ".join(self.defects)
             summary = DEFECTS[self.defects[0]].summary
             more = "" if len(self.defects) == 1 else " (these cases do not tell them apart)"
+            others = [words for words in found.hypotheses if words.split(":")[0] not in self.defects]
             _, special, rest = found.sentence.partition(f"; {SPECIAL}")
-            return f" Every wrong bit is that of {which}{more}: {summary}{special}{rest}."
+            said = f"{summary}{alternatives(summary, others)}{special}{rest}"
+            return f" Every wrong bit is that of {which}{more}: {said}."
         where = f"; {found.where}" if found.stages else ""
         if found.sentence and found.cases:
             of = f"{found.cases[0]} of {counted(found.cases[1], 'failing case')}"
@@ -321,11 +249,20 @@ class Report(Shown):
             return f" Up to roundings, this explains all ids and weights: {found.sentence}."
         if found.sentence:
             return f" No hypothesis predicts every bit. The best evidence: {found.sentence}{where}."
-        if found.common:
-            return f" What is wrong is unknown; {found.common}."
-        if found.stages:
-            return f" What is wrong is unknown; {found.where}."
-        return " What is wrong is unknown." if any(r.diagnosis for r in self.results) else ""
+        if known := found.common or found.where:
+            return f" What is wrong is unknown; {known}.{self._most_telling}"
+        unknown = any(r.diagnosis for r in self.results)
+        return f" What is wrong is unknown.{self._most_telling}" if unknown else ""
+
+    @property
+    def _most_telling(self) -> str:
+        """Which failing cases to look at where nothing is known, of as many suites as may be; "" where one fails."""
+        failing = [r for r in self._failing if r.diagnosis is not None]
+        failing.sort(key=lambda r: (*r.untelling, -r.differing / r.elements))
+        firsts = {r.case.split("/")[0]: r.case for r in reversed(failing)}
+        names = [*reversed(firsts.values()), *(r.case for r in failing)]
+        told = ", ".join([*dict.fromkeys(names)][:_TELLING])
+        return f" Of those that fail these tell most: {told}." if len(failing) > 1 else ""
 
     @property
     def further(self) -> str:
@@ -337,12 +274,6 @@ class Report(Shown):
         if not calls or not again or self.defects or self.finding.exact:
             return ""
         return f" This was a quick diagnosis; a full one tries more: {again}"
-
-
-def name_defects(exact: Iterable[Iterable[str] | None]) -> tuple[str, ...]:
-    """The defects that are in every one of the given sets; None counts as all defects."""
-    sets = [tuple(names) for names in exact if names is not None]
-    return tuple(name for name in (sets[0] if sets else ()) if all(name in names for names in sets))
 
 
 def now() -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from torch import Tensor
 
 from mxfp4ref import forward
 from mxfp4ref.conformance import CaseResult, Diagnosis, Kernel, Options, Report, diagnose, run
 from mxfp4ref.conformance.adapters import whole_arguments
-from mxfp4ref.conformance.agreement import agreed, unrefuted
+from mxfp4ref.conformance.agreement import agreed, unrefuted, with_one_case
+from mxfp4ref.conformance.comparison import FAR
 from mxfp4ref.conformance.families import jury
 from mxfp4ref.conformance.families.engine import Result, prepared
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
@@ -21,6 +23,7 @@ from mxfp4ref.conformance.patterns import Pattern
 from mxfp4ref.conformance.stage_fit import Reach
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.model.call import MoeCall
+from tests.held_out_kernels.by_hand import with_experts
 
 GOLDENS = open_goldens()
 FACTOR = "a factor of 0.9 too many on the bf16 output"
@@ -66,9 +69,75 @@ def test_what_all_cases_say(plain: Diagnosis) -> None:
 
 
 def test_alternatives_that_only_some_cases_leave_are_excluded_by_the_others(plain: Diagnosis) -> None:
-    assert in_words("ABCDE") == f"A{TOLD_FROM}B; C and 2 more"
+    assert in_words("ABCDE") == f"A{TOLD_FROM}B; C; D and 1 more"
     words = said(plain, exact(*"ABCDE"), exact(*"AC"), exact(*"CEA"))
     assert words == f" Every wrong bit is predicted by this: A{TOLD_FROM}C."
+
+
+def test_alternatives_that_open_otherwise_are_told_before_more_of_the_same() -> None:
+    limits = [f"the limit is {n}" for n in range(4)]
+    assert in_words(("A", *limits, "B", "C")) == f"A{TOLD_FROM}{limits[0]}; B; C and 3 more"
+
+
+def test_what_has_a_name_is_told_with_what_has_none_and_predicts_the_same() -> None:
+    """Two experts with the same weights: the parameters of the first one, or its slots, as of ids read wrongly."""
+
+    def misread(call: MoeCall) -> Tensor:
+        ids = (
+            call.token_selected_experts.long()
+            .view(torch.int32)
+            .flatten()[: call.token_selected_experts.numel()]
+        )
+        return forward(
+            replace(call, token_selected_experts=ids.view_as(call.token_selected_experts), strict=False)
+        )
+
+    kernel = Kernel("it", ("moe",), whole_arguments, lambda kind, call: misread(call))
+    cases = [GOLDENS.load(name) for name in ("activation/parameters_by_expert", "activation/alpha_alone")]
+    report = run(kernel, cases[:1], Options(repeat=False))
+    assert report.defects == ("params_of_first_expert",)
+    assert report.finding.stages == ("activation", "slots")
+    assert "is that of params_of_first_expert" in report.verdict
+    assert "the expert ids are int64 in memory and read as int32" in report.verdict.split(TOLD_FROM)[1]
+
+
+def test_a_case_explained_by_itself_comes_before_what_is_read_off_another_one(plain: Diagnosis) -> None:
+    alone = exact("halves are swapped, for expert 1", stages=("fc1",))
+    causes = Finding(("activation", "fc1"), "another function: the formula, or the bias (b/other)")
+    cases = {
+        "a/few": replace(plain, finding=exact("few"), bins=plain.bins[:, :39]),
+        "a/case": replace(plain, finding=alone),
+    }
+    assert int((plain.bins > 0).sum()) > 40
+    words = f"a/case by itself shows in every bit: {alone.sentence}"
+    assert with_one_case(causes, cases) == with_one_case(Finding(), cases) == Finding(("fc1",), words)
+    elsewhere = replace(causes, stages=("finalize",))
+    assert with_one_case(elsewhere, cases) == replace(elsewhere, sentence=f"{causes.sentence}; {words}")
+    for finding in (causes, replace(causes, cases=(1, 2)), replace(causes, exact=True)):
+        assert with_one_case(finding, {"a/few": cases["a/few"]}) == finding
+    assert with_one_case(replace(causes, cases=(1, 2)), cases) == replace(causes, cases=(1, 2))
+
+
+def test_half_of_the_experts_is_one_kind_whatever_their_number() -> None:
+    """As of those in the second file of a checkpoint: two of four experts in one case, one of three in the other."""
+
+    def half(tensor: Tensor) -> Tensor:
+        up, gate = tensor[(len(tensor) + 1) // 2 :].chunk(2, 1)
+        return torch.cat((tensor[: (len(tensor) + 1) // 2], torch.cat((gate, up), 1)))
+
+    failures = []
+    for name in ("gemm/uneven_experts", "parallel/expert_rank_2_of_4_with_three_each"):
+        pipeline = prepared(GOLDENS.load(name).call())
+        experts = pipeline.call.experts
+        assert experts.fc1_scales is not None
+        changed = {"fc1_weights": half(experts.fc1_weights), "fc1_scales": half(experts.fc1_scales)}
+        got = forward(with_experts(pipeline.call, **changed))
+        failures.append(Failure(name, pipeline, got, forward(pipeline.call)))
+    finding = judge(failures, lambda: (), seconds=40.0).finding
+    assert finding.exact
+    assert (
+        "taken as [gate; up], for slots of the upper half of the experts (here 2, 3) only" in finding.sentence
+    )
 
 
 def test_what_most_cases_say_comes_with_the_count(plain: Diagnosis) -> None:
@@ -236,3 +305,25 @@ def test_what_another_case_refutes_is_not_repeated(sentence: str, left: str) -> 
     assert said.where == "it may lie in fc1 or input"
     assert unrefuted(one, [one, replace(other, stages=("fc1",))]) == one
     assert ", perhaps in finalize: " in unrefuted(one, [one, replace(other, hedged=True)]).sentence
+
+
+def test_where_nothing_is_known_the_cases_that_tell_most_are_named(plain: Diagnosis) -> None:
+    """Numbers that are known to be wrong before NaN and what another order may give, and one of each suite first."""
+    unknown = replace(plain, finding=Finding())
+    no_number = replace(unknown, ulps=(*unknown.ulps[:-1], (FAR, 3)))
+    results = [
+        CaseResult("a/raised", "moe", "", "raised"),
+        CaseResult("a/nan", "moe", "", "differs", elements=9, differing=9, diagnosis=no_number),
+        CaseResult("b/most", "moe", "", "differs", elements=9, differing=8, diagnosis=unknown),
+        CaseResult("b/few", "moe", "", "differs", elements=9, differing=1, diagnosis=unknown),
+        CaseResult("c/within", "moe", "", "differs", (), 9, 9, diagnosis=unknown, within_bounds=True),
+    ]
+    report = Report("it", "exact", tuple(results))
+    assert report.verdict.endswith(
+        "is unknown. Of those that fail these tell most: b/most, a/nan, c/within, b/few."
+    )
+    text = str(report)
+    assert text.index("b/most") < text.index("a/nan") < text.index("c/within")
+    assert "tell most" not in replace(report, results=tuple(results[:2])).verdict, (
+        "one of which anything is known"
+    )

@@ -20,8 +20,8 @@ from mxfp4ref.conformance import (
     run,
     run_case,
 )
+from mxfp4ref.conformance.agreement import name_defects
 from mxfp4ref.conformance.looking import SECONDS
-from mxfp4ref.conformance.results import name_defects
 from mxfp4ref.conformance.stand_ins import defect_outputs
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.goldens import Case, open_goldens

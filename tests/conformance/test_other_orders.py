@@ -21,6 +21,7 @@ from mxfp4ref.conformance import (
     Report,
     Search,
     diagnose,
+    report_text,
     run,
     run_case,
 )
@@ -124,6 +125,20 @@ def test_in_mode_exact_a_case_within_its_bounds_is_told_so() -> None:
     wrong = exactly(off((3, LARGE[0], 128)))
     assert (wrong.status, wrong.within_bounds) == ("differs", False)
     assert "bounds" not in headline(wrong)
+    named = exactly(load_kernel("defect:gate_up_swapped"))
+    assert named.diagnosis is not None
+    assert named.diagnosis.finding.exact
+    assert headline(replace(named, within_bounds=True)) == headline(named), "which says what is wrong"
+
+
+def test_special_values_alone_are_no_order() -> None:
+    """Whether these lie within bounds is not said: another order handles them as it likes."""
+    case = GOLDENS.load("ungated/relu_non_finite")
+    right = case.call()
+    finite = torch.where(forward(right).isfinite(), forward(right), 0)
+    kernel = Kernel("it", ("moe",), whole_arguments, lambda kind, call: finite)
+    result = run_case(kernel, case, Options(repeat=False, diagnosis="quick"))
+    assert (result.status, result.within_bounds) == ("differs", None)
 
 
 def test_cases_outside_their_bounds_come_first() -> None:
@@ -133,6 +148,7 @@ def test_cases_outside_their_bounds_come_first() -> None:
         for n in range(9)
     ]
     wrong = CaseResult("a/wrong", "moe", "the mistake", "differs", elements=9, differing=9)
+    known = replace(wrong, within_bounds=False)
     common = {"arguments": ("f.py:f",), "date": now(), "finding": Finding(("fc1",), "this is so")}
     text = str(Report("f.py:f", "exact", (*within, wrong), **common))
     assert text.index("a/wrong") < text.index("a/0")
@@ -141,6 +157,16 @@ def test_cases_outside_their_bounds_come_first() -> None:
     assert f"{line}what judges a kernel that sums so: mxfp4ref conform f.py:f --mode bounded\n" in text
     assert "10 of 10 cases fail. 9 of these lie within the bounds of" in text
     assert "Of the others: No hypothesis predicts every bit. The best evidence: this is so" in text
+    outside = str(Report("f.py:f", "exact", (*within, known), **common))
+    assert "--mode bounded" not in outside, "no order explains what is wrong"
+    assert (
+        "9 of these lie within the bounds of a correct evaluation in another order, 1 outside those of any order."
+        in outside
+    )
+    explained = Report(
+        "f.py:f", "exact", tuple(within), **{**common, "finding": replace(common["finding"], exact=True)}
+    )
+    assert "bounded" not in explained.verdict + "\n".join(report_text.tested(explained))
     alone = Report("f.py:f", "exact", tuple(within), **{**common, "finding": UNKNOWN})
     assert "of the 5 that were not run nothing is known" in replace(alone, left=5).verdict
     assert "accepts" not in replace(alone, left=5).verdict
@@ -162,8 +188,8 @@ def test_the_verdict_is_that_of_the_cases_outside_their_bounds() -> None:
     found = failing.verdict(results, None)
     report = Report("it", "exact", found.results, found.defects, finding=found.finding)
     assert (
-        " 1 of these lies within the bounds of a correct evaluation in another order. Of the others: "
-        in report.culprit
+        " 1 of these lies within the bounds of a correct evaluation in another order, 1 outside those of any order. "
+        "Of the others: " in report.culprit
     )
     assert "Every wrong bit in 1 of 1 failing case is predicted by this: gate_up_swapped" in report.culprit
 

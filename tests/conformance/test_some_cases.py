@@ -144,8 +144,5 @@ def test_a_plain_case_is_searched_where_no_other_is_explained(monkeypatch: pytes
     monkeypatch.setattr(jury, "_SEARCHED", 0)
     noise = [failure(case, torch.randn_like(failure(case).got)) for case in (ALIKE, OTHER)]
     verdict = jury.judge([*noise, failure(ONE)], lambda: [], seconds=0.0)
-    assert (
-        f"{ONE} by itself shows in every bit: in the activation the sigmoid takes e^x"
-        in verdict.finding.sentence
-    )
     assert verdict.by_case[ONE].exact
+    assert verdict.by_case[ONE].sentence.startswith("in the activation the sigmoid takes e^x")

@@ -24,7 +24,7 @@ from tests.test_rooms import FLOORS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "goldens" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```(python|sh|cpp)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(python|sh|cpp|text)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
 
@@ -83,7 +83,7 @@ int main(int, char** arguments) {
 def test_readme_does_what_it_says(
     builtin_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its first commands, from the nameless kernel on; that over one case and here, since all take seconds."""
+    """Its first commands, from the nameless kernel on, and what it quotes of the output."""
     page = ROOT / "README.md"
     monkeypatch.setenv("MXFP4REF_GOLDENS", str(builtin_root))
     monkeypatch.chdir(tmp_path)
@@ -91,12 +91,11 @@ def test_readme_does_what_it_says(
         Path(name).write_text(code, encoding="utf-8")
     lines = [shlex.split(line, comments=True)[1:] for line in _blocks(page, "sh")[0].splitlines()]
     assert lines[3] == ["conform", "kernel.py:fused_moe", "-x"]
-    lines[3] += ["--case", "parallel/sentinels_on_rank_3_of_4", "--no-isolate"]
+    lines[3] += ["--no-isolate", "--goldens", str(ROOT / "goldens")]
     said = [CliRunner().invoke(commands, line, env={"COLUMNS": "400"}) for line in lines[3:]]
     assert [result.exit_code for result in said] == [1, 0, 0]
-    assert (
-        "Every wrong bit is predicted by this: GEMM2's scales are those of the next expert" in said[0].output
-    )
+    (quoted,) = _blocks(page, "text")
+    assert said[0].output.endswith(f" {' '.join(quoted.split())}\n")
     assert "1 recorded call of 1 layer: 1 equal." in said[2].output
     (within,) = re.findall(
         r"limit forgotten: .* (\d+%) are within", (ROOT / "docs" / "tutorial.ipynb").read_text()

@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 
 from mxfp4ref._files import write_file
+from mxfp4ref.conformance.agreement import name_defects
 from mxfp4ref.conformance.bounds import STORAGE, bound
 from mxfp4ref.conformance.comparison import differing
-from mxfp4ref.conformance.results import name_defects
 from mxfp4ref.conformance.router_bounds import routing_outside
 from mxfp4ref.conformance.stand_ins import defect_outputs
 from mxfp4ref.defects import DEFECTS

@@ -59,12 +59,27 @@ from mxfp4ref.conformance.finding import Evidence, in_words
 from mxfp4ref.conformance.reduction import clock_of, is_heavy
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["Result", "investigate", "told"]
+__all__ = ["Result", "investigate", "nameless", "told"]
 
 _FOR_ALMOST = 3.0  # seconds
 _ALIKE = 0.6  # how much more a hypothesis may assume to be told beside the simplest
+_NAMELESS = 1.0  # what the simplest without a name assume: to have a name makes none more likely
 _WEIGHTS = FAMILIES["routing weights"]
 _Generator = Callable[[MoeCall], Iterable[Hypothesis]]
+_PLAIN: tuple[_Generator, ...] = (
+    slot_hypotheses,
+    permuted_hypotheses,
+    weight_hypotheses,
+    expert_hypotheses,
+    value_hypotheses,
+    constants,
+    activation_hypotheses,
+    more_activations,
+    bias_hypotheses,
+    rounding_hypotheses,
+    quantised_hypotheses,
+    output_hypotheses,
+)
 
 
 @dataclass(frozen=True)
@@ -197,21 +212,7 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
     limit = clamps(search.got, search.want, search.wrong)
     known = of(other_activations, named_hypotheses)  # before all others, for a quick diagnosis too
     small = is_small(search)
-    plain = of(
-        slot_hypotheses,
-        permuted_hypotheses,
-        weight_hypotheses,
-        expert_hypotheses,
-        value_hypotheses,
-        constants,
-        activation_hypotheses,
-        more_activations,
-        bias_hypotheses,
-        rounding_hypotheses,
-        quantised_hypotheses,
-        output_hypotheses,
-        *(() if small else (code_part_hypotheses,)),
-    )
+    plain = of(*_PLAIN, *(() if small else (code_part_hypotheses,)))
     by_place = hypotheses_by_place(call, search.wrong)
     taken = () if is_heavy(call) else taken_hypotheses(search.pipeline, search.rows, search.got, search.wrong)
     weights = weight_rules(search.rows, search.got, search.wrong)
@@ -263,6 +264,12 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
             activation_hypotheses,
         )
         yield (h for h in rest if not only & set(h.stages))
+
+
+def nameless(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
+    """Those that are tried at first, without a name: what one case shows, they may predict as well as one with it."""
+    generators = (generator(call) for generator in (other_activations, *_PLAIN))
+    return (h for h in chain(hypotheses_by_place(call, wrong), *generators) if not h.slow)
 
 
 def _thorough(search: Search, evidence: list[Evidence]) -> list[Match]:
@@ -317,7 +324,8 @@ def told(matches: Sequence[Match], evidence: Iterable[Evidence], calls: Iterable
     exact = {id(m.hypothesis): m.exact for m in matches}
     if found := of_first_factor(m.hypothesis for m in matches):
         best = found[0]
-        near = [h for h in found[1:] if h.words != best.words and h.cost <= best.cost + _ALIKE]
+        near = [h for h in found[1:] if h.words != best.words and _as_simple(h, best)]
+        near.sort(key=lambda h: h.stages[:1] == best.stages[:1])  # first what is wrong elsewhere
         words = tuple(h.words for h in (best, *near))
         sentence = in_words(words)
         if best.factor is not None and (known := factor_in_words(best.factor, calls)):
@@ -332,12 +340,16 @@ def told(matches: Sequence[Match], evidence: Iterable[Evidence], calls: Iterable
     return Finding((), evidence[0].sentence if evidence else "", False)
 
 
+def _as_simple(one: Hypothesis, best: Hypothesis) -> bool:
+    return one.cost <= max(best.cost, _NAMELESS) + _ALIKE
+
+
 def _agreed_stages(found: list[Hypothesis]) -> tuple[str, ...]:
     """Those of the simplest, and the one that others as simple add."""
     best = found[0]
     stages = list(best.stages)
     for other in found[1:]:
-        if other.cost <= best.cost + _ALIKE and stages and other.stages and other.stages[0] not in stages:
+        if _as_simple(other, best) and stages and other.stages and other.stages[0] not in stages:
             stages.append(other.stages[0])
     return tuple(stages[:2])
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.families.and_another import and_another
 from mxfp4ref.conformance.families.distances import surprise
-from mxfp4ref.conformance.families.engine import Result, told
+from mxfp4ref.conformance.families.engine import Result, nameless, told
 from mxfp4ref.conformance.families.evidence import gather, look_closer
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline
 from mxfp4ref.conformance.families.named import named_hypotheses
@@ -98,8 +99,8 @@ def judge(
         failures: the kernel calls that fail.
         passing: gives pipelines and outputs of the cases that pass, when they are needed.
         seconds: that may be taken, roughly.
-        known: named defects that predict every bit of some case; where one predicts all, no other is looked for that
-            has no name.
+        known: named defects that predict every bit of some case; where one predicts all, no more is tried than what
+            has a name, and the first of what has none.
     """
     until = thread_clock() + seconds
     failures = sorted(failures, key=telling, reverse=True)
@@ -135,23 +136,15 @@ def judge(
             seen.setdefault(match.hypothesis.words, _heard(match, failures))
         if verdict := _of_all(seen.values(), failures, passing):
             return verdict
-    verdict = _undecided(failures, passing, seen, results, by_case, until)
-    return verdict if alone is None else _and_alone(verdict, alone.case)
-
-
-def _and_alone(verdict: Verdict, case: str) -> Verdict:
-    """With what explains a case by itself, where the verdict says nothing as good."""
-    found, all_of_them = verdict.by_case[case], verdict.finding
-    if not found.exact or all_of_them.exact or all_of_them.cases:
-        return verdict
-    words = f"{case} by itself shows in every bit: {found.sentence}"
-    sentence = "; ".join(filter(None, (all_of_them.sentence, words)))
-    return replace(verdict, finding=replace(all_of_them, sentence=sentence))
+    return _undecided(failures, passing, seen, results, by_case, until)
 
 
 def _of_all(heard: Iterable[_Heard], failures: list[Failure], passing: _Passing) -> Verdict | None:
     """That of what predicts every bit of every case and leaves the others alone."""
-    full = [one.match for one in heard if len(one.cases) == len(failures)]
+    return _of_full([one.match for one in heard if len(one.cases) == len(failures)], failures, passing)
+
+
+def _of_full(full: list[Match], failures: list[Failure], passing: _Passing) -> Verdict | None:
     if not full or not (kept := _spared(full, passing)):
         return None
     finding = told(kept, (), [f.pipeline.call for f in failures])
@@ -162,14 +155,15 @@ def _of_all(heard: Iterable[_Heard], failures: list[Failure], passing: _Passing)
 def _of_known(
     failures: list[Failure], passing: _Passing, known: Collection[str], seconds: float
 ) -> Verdict | None:
-    """That of a defect that is known to predict some case, and of those with a name that are not told from it."""
-    most = failures[0]
+    """That of a defect that is known to predict some case, and of what is not told from it."""
+    most, *others = failures
     named = [h for h in named_hypotheses(most.pipeline.call) if h.name in known or not h.slow]
-    likely = [_heard(Match(h, True), failures) for h in named if h.name in known]
-    if not any(len(heard.cases) == len(failures) for heard in likely):
+    if not any(all(_predicted(h, f) for f in failures) for h in named if h.name in known):
         return None
-    result = investigated(most.pipeline, most.got, most.want, seconds=seconds, first=named)
-    return _of_all((_heard(match, failures) for match in result.matches), failures, passing)
+    every = chain(named, nameless(most.pipeline.call, differing(most.got, most.want)))
+    result = investigated(most.pipeline, most.got, most.want, seconds=seconds, first=every)
+    full = [m for m in result.matches if m.exact and all(_predicted(m.hypothesis, f) for f in others)]
+    return _of_full(full, failures, passing)
 
 
 def _heard(match: Match, failures: list[Failure]) -> _Heard:
@@ -230,6 +224,7 @@ def _undecided(
 ) -> Verdict:
     """No hypothesis predicts all: the one that predicts most by far, or the stage that the evidence agrees on."""
     proofs: list[Evidence] = []
+    case_of: dict[int, str] = {}
     with one_thread():
         for number, failure in enumerate(different(failures)):
             if number >= _READ or (number and thread_clock() > until + 5):
@@ -245,6 +240,7 @@ def _undecided(
             if strongest:
                 first = strongest[0]
                 proofs.append(first)
+                case_of[id(first)] = failure.case
                 by_case.setdefault(failure.case, first.finding())
     ranked = sorted(seen.values(), key=lambda heard: (-len(heard.cases), heard.match.hypothesis.cost))
     plain = [one for one in ranked if one.cases == ranked[0].cases and not one.match.hypothesis.name]
@@ -262,7 +258,10 @@ def _undecided(
         for one in proofs:
             votes[one.stages] += one.strength
         stages = max(votes, key=lambda s: votes[s])
-        best = max((one for one in proofs if one.stages == stages), key=lambda one: one.strength).finding()
+        first = max((one for one in proofs if one.stages == stages), key=lambda one: one.strength)
+        best = first.finding()
+        if len({one.sentence for one in proofs}) > 1:
+            best = replace(best, sentence=f"{first.sentence} ({case_of[id(first)]})")
     else:
         best = Finding()
     return Verdict(_of_some(failures, passing, ranked, proofs, best) or best, (), by_case)

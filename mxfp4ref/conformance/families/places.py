@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.families.slot_kinds import SlotKind, attributes, slots_of_kind
+from mxfp4ref.conformance.families.slot_kinds import HALVES, SlotKind, attributes, slots_of_kind
 from mxfp4ref.model.call import MoeCall
 
 __all__ = [
@@ -74,18 +74,17 @@ class Suspects:
     Attributes:
         words: which they are.
         experts: their numbers on this rank.
-        last: whether it is the last one, in any call.
+        of_any: which they are in any call, by how many there are, where that is not these numbers.
     """
 
     words: str
     experts: tuple[int, ...]
-    last: bool = False
+    of_any: Callable[[int], range] | None = None
 
     def among(self, call: MoeCall, local: Tensor) -> Tensor:
         """Which slots are theirs."""
-        if self.last:
-            return local == call.experts.num_experts - 1
-        return torch.isin(local, torch.tensor(self.experts, device=local.device))
+        experts = self.of_any(call.experts.num_experts) if self.of_any else self.experts
+        return torch.isin(local, torch.tensor([*experts], device=local.device))
 
 
 def suspected_experts(call: MoeCall, local: Tensor, wrong: Tensor) -> Suspects | None:
@@ -101,7 +100,11 @@ def suspected_experts(call: MoeCall, local: Tensor, wrong: Tensor) -> Suspects |
     ids = [s + call.ep_rank * count for s in suspects]
     if len(ids) == 1 and suspects[0] in (0, count - 1):
         last = suspects[0] > 0
-        return Suspects(f"the {'last' if last else 'first'} expert (here {ids[0]})", (suspects[0],), last)
+        of_any = (lambda n: range(n - 1, n)) if last else None
+        return Suspects(f"the {'last' if last else 'first'} expert (here {ids[0]})", (suspects[0],), of_any)
+    for half, words in HALVES:
+        if len(ids) > 1 and set(suspects) == used & set(half(count)):
+            return Suspects(f"the {words} (here {_listed(ids)})", tuple(suspects), half)
     return Suspects(f"expert{'s' if len(ids) > 1 else ''} {_listed(ids)}", tuple(suspects))
 
 

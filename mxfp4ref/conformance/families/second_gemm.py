@@ -310,7 +310,7 @@ def _of_activation(systems: list[_System], deltas: list[Tensor], of_expert: str)
             ("activation", "fc1"),
             f"GEMM2 is right, and the activation that it got{of_expert} is another function of the right GEMM1's "
             "output",
-            "the formula, its parameters, or the fc1 bias",
+            "the formula, its parameters, the fc1 bias, or which of GEMM1's rows are gate and which up",
             3,
         )
     apart = (points - points[nearest]).norm(dim=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +10,14 @@ from torch import Tensor
 
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["SlotKind", "attributes", "position_in_expert", "slots_of_kind"]
+__all__ = ["HALVES", "SlotKind", "attributes", "position_in_expert", "slots_of_kind"]
 
 _COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512)
+# Which experts are in the half, of so many.
+HALVES: tuple[tuple[Callable[[int], range], str], ...] = (
+    (lambda n: range((n + 1) // 2, n), "upper half of the experts"),
+    (lambda n: range((n + 1) // 2), "lower half of the experts"),
+)
 
 
 def position_in_expert(local: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,6 +122,9 @@ def attributes(call: MoeCall, local: Tensor) -> Iterator[SlotKind]:
         yield SlotKind(f"of experts with an {word} number", here & (local % 2 == parity))
     yield SlotKind("of the last expert", here & (local == call.experts.num_experts - 1))
     yield SlotKind("of the first expert", here & (local == 0))
+    for which, words in HALVES:
+        experts = torch.tensor([*which(call.experts.num_experts)], device=local.device)
+        yield SlotKind(f"of the {words}", torch.isin(local, experts))
     for expert in range(call.experts.num_experts if call.experts.num_experts <= 16 else 0):
         yield SlotKind(f"of expert {expert}", here & (local == expert))
     for threshold in (0.5, 0.25, 0.1, 0.05, 0.01):
