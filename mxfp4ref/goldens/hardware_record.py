@@ -9,6 +9,8 @@ bytes, `equal` (whether they were the model's), `repeatable` (whether a second l
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from mxfp4ref._files import mismatch, parse_json, read_file
@@ -18,7 +20,7 @@ from mxfp4ref.goldens.store import GoldenError, Goldens
 from mxfp4ref.model.forward import forward
 from mxfp4ref.sm90.tactics import Sm90Kernel
 
-__all__ = ["compare", "read"]
+__all__ = ["compare", "in_words", "read"]
 
 _RECORD = {
     "case": str,
@@ -27,6 +29,7 @@ _RECORD = {
     "equal": bool,
     "repeatable?": bool,
     "gpu": str,
+    "flashinfer?": str,
     "generation?": tuple(name for g in GENERATIONS for name in (g.name, g.recorded_as)),
 }
 
@@ -86,6 +89,21 @@ def compare(goldens: Goldens) -> tuple[list[dict[str, Any]], list[str]]:
             elif same and not record["equal"]:
                 problems.append(f"{where}: recorded as different, but the hashes are equal")
     return records, problems
+
+
+def in_words(records: Sequence[dict[str, Any]], contradictions: int) -> str:
+    """How many runs gave the model's bits and how many, of which releases, others; and how many `compare` rejects."""
+    if not records:
+        return "none"
+    other = Counter(str(r.get("flashinfer", "unknown")) for r in records if not r["equal"])
+    gpus = ", ".join(sorted({str(r["gpu"]) for r in records}))
+    equal = len(records) - other.total()
+    words = f"{len(records)} runs of golden calls on {gpus}: {equal} equal, {other.total()} differ"
+    if contradictions:
+        return f"{words}; {contradictions} contradict the goldens"
+    releases = ", ".join(f"{count} of {release}" for release, count in sorted(other.items()))
+    race = "a known race of these releases, see docs/releases.md"
+    return words + (f" (flashinfer: {releases}; {race})" if other else "")
 
 
 def _race_shows(record: dict[str, Any]) -> bool:

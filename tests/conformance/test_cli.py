@@ -285,7 +285,19 @@ def test_verify_holds_the_hardware_record_against_the_goldens(copy: Path) -> Non
     path = folder / "h100.jsonl"
     path.write_text(json.dumps(record) + "\n")
     assert compare(goldens) == ([record], [])
-    assert "1 runs on NVIDIA H100, 0 differ" in invoke("verify", "--goldens", copy, "--files-only").output
+    said = "hardware record: 1 runs of golden calls on NVIDIA H100: 1 equal, 0 differ\n"
+    assert said in invoke("verify", "--goldens", copy, "--files-only").output
+    race = {
+        "sha256": "0" * 64,
+        "equal": False,
+        "repeatable": False,
+        "generation": "0.6.9",
+        "flashinfer": "0.6.17",
+    }
+    path.write_text("".join(json.dumps(one) + "\n" for one in (record, {**record, **race})))
+    result = invoke("verify", "--goldens", copy, "--files-only")
+    assert result.exit_code == 0
+    assert "1 equal, 1 differ (flashinfer: 1 of 0.6.17; a known race of these releases" in result.output
 
     for change, message in (
         ({"sha256": "0" * 64}, "recorded SHA-256 000"),
@@ -297,6 +309,8 @@ def test_verify_holds_the_hardware_record_against_the_goldens(copy: Path) -> Non
         result = invoke("verify", "--goldens", copy, "--files-only")
         assert result.exit_code == 1
         assert message in result.output
+        assert "; 1 contradict the goldens\n" in result.output
+        assert "a known race" not in result.output
     path.write_text("{}\n")
     assert invoke("verify", "--goldens", copy).exit_code == 2
 

@@ -35,7 +35,8 @@ def verify(root: Path | None, files_only: bool) -> None:
     """Check the goldens, and this machine against them and against the hardware record.
 
     First the files: size, dtype, shape, SHA-256. Then this machine: the oracle has to give the stored bits of every
-    case. Then the record of what real GPUs gave, if there is one: its hashes have to be those of the goldens.
+    case. Then the record of what real GPUs gave, if there is one: its hashes have to be those of the goldens. Runs
+    that gave something else, by a known race of that release, are counted and told; they are no reason to fail.
 
     \b
     mxfp4ref verify --files-only             # seconds
@@ -53,13 +54,9 @@ def verify(root: Path | None, files_only: bool) -> None:
         problems = goldens.verify()
         echo(f"{goldens.root}: {len(goldens.names())} cases, {len(problems)} problems with files")
         if not problems:
-            records, differences = hardware_record.compare(goldens)
-            problems += differences
-            if records:
-                gpus = ", ".join(sorted({str(r["gpu"]) for r in records}))
-                echo(f"hardware record: {len(records)} runs on {gpus}, {len(differences)} differ")
-            else:
-                echo("hardware record: none")
+            records, contradictions = hardware_record.compare(goldens)
+            problems += contradictions
+            echo(f"hardware record: {hardware_record.in_words(records, len(contradictions))}")
         if not problems and not files_only:
             try:
                 with case_progress(goldens.names()) as advance:
