@@ -13,6 +13,7 @@ Rule = Callable[[Tensor, Tensor], Tensor]  # indices, and of each how many there
 
 _MOST_LISTED = 6
 _SEVERAL = 3  # indices that one rule moves
+_LARGEST = 64  # divisor
 
 
 def moved_runs(source: Iterable[int]) -> list[tuple[int, int, int]]:
@@ -115,9 +116,10 @@ def _blocks(name: str, count: int) -> Iterator[tuple[str, Rule]]:
             f"neighbouring blocks of {size} are exchanged: {name} n is {name} n ^ {size}",
             _by(lambda n, of, s: n ^ s, size),
         )
-        yield f"{name} n is {name} n // {2 * size}", _by(lambda n, of, s: n // s, 2 * size)
         yield f"{name} n is the first {name} of each {2 * size}", _by(lambda n, of, s: n // s * s, 2 * size)
         size *= 2
+    for size in range(2, min(count, _LARGEST)):
+        yield f"{name} n is {name} n // {size}", _by(lambda n, of, s: n // s, size)
     for rows in range(2, count):
         if count % rows == 0:
             yield (

@@ -62,12 +62,6 @@ def evidence(call: MoeCall, got: Tensor) -> list[tuple[tuple[str, ...], str]]:
             "GEMM1's weights (codes without the scales)",
         ),
         (
-            "alpha_by_slot",
-            "gpt_oss",
-            row_parameter_hypotheses,
-            "the SwiGLU alphas are indexed by the slot's place",
-        ),
-        (
             "last_row_tile_added_twice",
             "odd_tokens",
             slot_hypotheses,
@@ -80,7 +74,6 @@ def evidence(call: MoeCall, got: Tensor) -> list[tuple[tuple[str, ...], str]]:
             "the other K group of their pair",
         ),
         ("fc1_last_codes_of_the_next_row", "odd_tokens", k_hypotheses, "the codes of the row after"),
-        ("parameters_of_the_slot_number", "gpt_oss", row_parameter_hypotheses, "alphas and betas and limits"),
         ("fc1_bias_broadcast_along_tokens", "gpt_oss", row_parameter_hypotheses, "columns of each 128 get"),
         (
             "small_weights_lost_in_fp16",

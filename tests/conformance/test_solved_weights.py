@@ -112,7 +112,10 @@ def test_what_all_ratios_share() -> None:
     assert in_common([weights(0, 0.5, 0.1), weights(1, 0.5, 0.25)])[0].endswith("in 1 of the 2 tokens solved")
     assert in_common([weights(0, 0.5, 0.1), weights(1, 0.2, 0.25)]) == ("", set()), "experts and slots"
     other = in_common([weights(0, 0.5, 0.1), weights(1, 0.5, 0.2)])
-    assert other == ("those of slot 1 alone are wrong, 0.1 for 0.25 in token 0, 0.2 for 0.25 in token 1", set())
+    assert other == (
+        "those of slot 1 alone are wrong, 0.1 for 0.25 in token 0, 0.2 for 0.25 in token 1",
+        set(),
+    )
 
 
 def of_another_slot(call: MoeCall, target: int, source: int) -> Tensor:

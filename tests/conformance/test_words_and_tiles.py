@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from mxfp4ref import MoeCall, forward, quantize
-from mxfp4ref.conformance import diagnose, differing
+from mxfp4ref.conformance import diagnose
 from mxfp4ref.conformance.families.by_place import hypotheses_of_tiles
 from mxfp4ref.conformance.families.code_parts import code_part_hypotheses, scale_format_hypotheses
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.fragment_maps import fragment_map_hypotheses, swizzled_weights
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
-from mxfp4ref.conformance.families.row_experts import row_expert_hypotheses
 from mxfp4ref.conformance.families.search import Search
+from mxfp4ref.conformance.families.whose import whose_hypotheses
 from mxfp4ref.formats.mxfp4 import pack_codes, unpack_codes
 from mxfp4ref.sm90.fp32 import to_bf16
 from tests.held_out_kernels.by_hand import Rows, layer, with_experts
@@ -137,38 +137,6 @@ def test_scales_in_a_smaller_format() -> None:
     assert search.run(h for h in every if "GEMM2's scales are kept in FP8 (float8_e4m3fn)" in h.words)
 
 
-def _last_rows_expert(expert: Tensor) -> Tensor:
-    row = torch.arange(len(expert))
-    return expert[(row // 32 * 32 + 31).clamp(max=len(expert) - 1)]
-
-
-def _boundary_off(expert: Tensor) -> Tensor:
-    return expert[(torch.arange(len(expert)) + 2).clamp(max=len(expert) - 1)]
-
-
-def _counted(expert: Tensor) -> Tensor:
-    return torch.searchsorted(torch.unique(expert), expert)
-
-
-@pytest.mark.parametrize(
-    ("name", "whose", "words"),
-    [
-        ("prefill", _last_rows_expert, "tile of 32 sorted rows"),
-        ("gpt_oss", _boundary_off, "the last 2 rows of each expert with the weights of the expert after"),
-        ("idle_experts", _counted, "the n-th expert that has any with the weights of expert n"),
-    ],
-)
-def test_rows_by_the_weights_of_others(name: str, whose: Callable[[Tensor], Tensor], words: str) -> None:
-    call = captured(name)
-    got = layer(call, expert2=lambda rows: whose(rows.expert))
-    wrong = differing(got, forward(call)).any(1)
-    pipeline = prepared(call)
-    found = [
-        h for h in row_expert_hypotheses(pipeline.call, wrong) if words in h.words and h.stages == ("fc2",)
-    ]
-    assert any(not differing(output, got).any() for h in found if (output := h.run(pipeline)) is not None)
-
-
 def test_none_of_them_is_noise() -> None:
     call = captured("prefill")
     want = forward(call)
@@ -177,7 +145,7 @@ def test_none_of_them_is_noise() -> None:
     search = Search(prepared(call), got, want, torch.inf)
     every = chain(
         everything(search),
-        row_expert_hypotheses(search.pipeline.call, search.wrong.any(1)),
+        whose_hypotheses(search.pipeline, search.rows, got, search.wrong),
     )
     assert not search.run(every)
 

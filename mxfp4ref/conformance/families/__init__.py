@@ -32,7 +32,8 @@ _FAMILIES = (
     Family(
         "another expert's",
         "weights, scales, biases or SwiGLU parameters of another expert: the next one's, the first's for all, ...; "
-        "or for some rows: a tile's first row's, those kept for equal counts, the neighbour's at a boundary",
+        "or for some rows: a tile's first row's, those kept for equal counts, the neighbour's at a boundary; without "
+        "a known rule as a table, by experts or blocks of rows",
         ("scales_of_next_expert", "params_of_first_expert", "params_by_global_id"),
     ),
     Family(
@@ -86,7 +87,8 @@ _FAMILIES = (
     ),
     Family(
         "rows of an expert",
-        "rows taken from another place, among their expert's or all sorted rows: shifted, modulo n, blocks swapped; "
+        "rows taken from another place, among their expert's, all sorted rows or slots: shifted, modulo n, divided "
+        "by top-k, blocks swapped, for the result or for GEMM2's or GEMM1's input; "
         "the first or last n left out, where their number is a multiple; accumulators or workspaces of earlier ones; "
         "or from where wrong offsets of the experts' rows say: padded, without carry, in too few bits, the next's; "
         "elements exchanged in fragments, another swizzle, stale tiles of K",

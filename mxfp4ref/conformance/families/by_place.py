@@ -17,7 +17,6 @@ from mxfp4ref.conformance.families.memory_readings import route_readings, vector
 from mxfp4ref.conformance.families.misread import misread_hypotheses
 from mxfp4ref.conformance.families.output_memory import memory_hypotheses
 from mxfp4ref.conformance.families.outputs import input_factor_hypotheses
-from mxfp4ref.conformance.families.row_experts import row_expert_hypotheses
 from mxfp4ref.conformance.families.row_offsets import count_hypotheses, offset_hypotheses
 from mxfp4ref.conformance.families.tiles import tile_hypotheses
 from mxfp4ref.conformance.reduction import is_heavy
@@ -42,7 +41,6 @@ def hypotheses_by_place(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
         yield from chain(
             offset_hypotheses(call, tokens),
             count_hypotheses(call, tokens),
-            row_expert_hypotheses(call, tokens),
             route_readings(call, tokens),
             tile_hypotheses(call, wrong),
         )

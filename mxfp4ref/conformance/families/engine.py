@@ -44,6 +44,7 @@ from mxfp4ref.conformance.families.skipped_slots import skipped_hypotheses
 from mxfp4ref.conformance.families.slices import slice_hypotheses
 from mxfp4ref.conformance.families.slots import slot_hypotheses
 from mxfp4ref.conformance.families.soon import is_small, quick, second, soon, two_in_the_sum
+from mxfp4ref.conformance.families.table_words import by_table, table_and_rules
 from mxfp4ref.conformance.families.taken_rows import taken_hypotheses
 from mxfp4ref.conformance.families.tensors import (
     bias_hypotheses,
@@ -55,6 +56,7 @@ from mxfp4ref.conformance.families.tensors import (
 from mxfp4ref.conformance.families.uniform_factors import clamps, uniform_factors
 from mxfp4ref.conformance.families.weight_rules import weight_rules
 from mxfp4ref.conformance.families.weighting import weight_hypotheses
+from mxfp4ref.conformance.families.whose import whose_hypotheses
 from mxfp4ref.conformance.finding import Evidence, in_words
 from mxfp4ref.conformance.reduction import clock_of, is_heavy
 from mxfp4ref.model.call import MoeCall
@@ -65,6 +67,7 @@ _FOR_ALMOST = 3.0  # seconds
 _ALIKE = 0.6  # how much more a hypothesis may assume to be told beside the simplest
 _NAMELESS = 1.0  # what the simplest without a name assume: to have a name makes none more likely
 _WEIGHTS = FAMILIES["routing weights"]
+_WHOSE = ("another expert's", "ids", "ranks")  # families that may have the rule of a table of experts
 _Generator = Callable[[MoeCall], Iterable[Hypothesis]]
 _PLAIN: tuple[_Generator, ...] = (
     slot_hypotheses,
@@ -214,19 +217,15 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
     small = is_small(search)
     plain = of(*_PLAIN, *(() if small else (code_part_hypotheses,)))
     by_place = hypotheses_by_place(call, search.wrong)
-    taken = () if is_heavy(call) else taken_hypotheses(search.pipeline, search.rows, search.got, search.wrong)
-    weights = weight_rules(search.rows, search.got, search.wrong)
-    skipped = skipped_hypotheses(search.rows, search.got, search.wrong)
-    yield chain(
-        limit,
-        wanted(factor),
-        taken,
-        weights,
-        skipped,
-        wanted(known, slow=False),
-        by_place,
-        wanted(plain, slow=False),
+    given = search.rows, search.got, search.wrong
+    solved = (
+        ()
+        if is_heavy(call)
+        else chain(taken_hypotheses(search.pipeline, *given), whose_hypotheses(search.pipeline, *given))
     )
+    of_sum = chain(weight_rules(*given), skipped_hypotheses(*given))
+    plain = (h for h in wanted(plain, slow=False) if not search.tables or h.family in _WHOSE)
+    yield chain(limit, wanted(factor), solved, of_sum, wanted(known, slow=False), by_place, plain)
     only = _stages_left(evidence)  # which may be more by now
     slow = of(slice_hypotheses, order_hypotheses, named_hypotheses)
     if small:
@@ -324,13 +323,22 @@ def told(matches: Sequence[Match], evidence: Iterable[Evidence], calls: Iterable
     exact = {id(m.hypothesis): m.exact for m in matches}
     if found := of_first_factor(m.hypothesis for m in matches):
         best = found[0]
-        near = [h for h in found[1:] if h.words != best.words and _as_simple(h, best)]
+        table, given_by = table_and_rules(found)
+        near = [
+            h
+            for h in found[1:]
+            if _as_simple(h, best)
+            and not h.table
+            and h.words != best.words
+            and not h.words.startswith(tuple(given_by))
+        ]
         near.sort(key=lambda h: h.stages[:1] == best.stages[:1])  # first what is wrong elsewhere
         words = tuple(h.words for h in (best, *near))
-        sentence = in_words(words)
+        sentence = in_words((by_table(table, given_by), *words[1:]) if table else words)
         if best.factor is not None and (known := factor_in_words(best.factor, calls)):
             sentence += f". Note: {known}"
         sure = exact[id(best)]
+        words = (words[0], *given_by[1:], *words[1:]) if table else words
         return Finding(
             _agreed_stages(found), sentence, sure, hypotheses=words, kind=best.kind, hedged=not sure
         )

@@ -113,7 +113,7 @@ def look_closer(pipeline: Pipeline, got: Tensor, wrong: Tensor, found: list[Evid
 def _solved(pipeline: Pipeline, got: Tensor, wrong: Tensor, *, staged: bool) -> list[Evidence]:
     """What the errors of many tokens say; `staged` if a stage is known."""
     some = samples(pipeline, got, wrong, local_of(pipeline))
-    if (rows := mixed_up(pipeline, some)) is not None:
+    if (rows := mixed_up(pipeline, got, wrong, some)) is not None:
         return [rows]
     if (columns := column_map(pipeline.call, some)) is not None:
         return [columns]

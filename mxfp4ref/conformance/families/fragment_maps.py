@@ -19,7 +19,7 @@ from mxfp4ref.conformance.families.hypothesis import (
     slot_outputs,
 )
 from mxfp4ref.conformance.families.places import concerns_what_is_wrong
-from mxfp4ref.conformance.families.row_offsets import sorted_rows
+from mxfp4ref.conformance.families.pursuit import Rows
 from mxfp4ref.conformance.families.slot_kinds import position_in_expert
 from mxfp4ref.conformance.families.tensors import mapped
 from mxfp4ref.model.call import MoeCall
@@ -87,7 +87,8 @@ def _moved(matrix: _Matrix, words: str, of: _Map, cost: float, *, missing: float
     """`missing` is what stands for a row that the expert does not have; None for the element itself."""
 
     def on(rows: SlotRows) -> SlotRows:
-        order, position, count = sorted_rows(rows.local, rows.call.experts.num_experts)
+        found = Rows.of(rows.local)
+        order, position, count = found.flat, found.position, found.counts
         row = torch.arange(len(order), device=order.device)
 
         def moved(values: Tensor) -> Tensor:

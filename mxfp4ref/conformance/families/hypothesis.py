@@ -120,6 +120,7 @@ class Hypothesis:
         across_tokens: whether it takes numbers of other tokens, or a token's place among them.
         kind: as of a `Finding`.
         variants: the same with other details, which are tried where it comes close.
+        table: whether it is what was solved for one call alone, of which the others of its kind may be the rule.
     """
 
     family: str
@@ -136,6 +137,7 @@ class Hypothesis:
     across_tokens: bool = False
     kind: str = ""
     variants: tuple[Hypothesis, ...] = ()
+    table: bool = False
 
     @property
     def cheap(self) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline, SlotRows, local_of, of_slots
 from mxfp4ref.conformance.families.places import concerns_what_is_wrong
-from mxfp4ref.conformance.families.row_offsets import sorted_rows
+from mxfp4ref.conformance.families.pursuit import Rows
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import KERNEL, activate_rows
 from mxfp4ref.sm90 import fp32
@@ -70,7 +70,8 @@ class _Kept:
 def kept_hypotheses(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
     """Those that concern the tokens that are wrong, `wrong [M] bool`, and hardly any others."""
     local = local_of(Pipeline(call))
-    order, position, _ = sorted_rows(local, call.experts.num_experts)
+    sorted_rows = Rows.of(local)
+    order, position = sorted_rows.flat, sorted_rows.position
     if not len(order):
         return
     counts = torch.unique(local.flatten()[order], return_counts=True)[1].tolist()
@@ -108,9 +109,9 @@ def _hypothesis(stage: str, words: str, change: Callable[[SlotRows], SlotRows], 
 def _run(slots: SlotRows, kept: _Kept | None = None, over: int = 0) -> SlotRows:
     """The layer expert by expert; with `over`, what so many times the activation's columns are is written over it."""
     call = slots.call
-    order, position, counts = sorted_rows(slots.local, call.experts.num_experts)
-    expert = slots.local.flatten()[order]
-    x = call.input[order // slots.local.shape[1]]
+    found = Rows.of(slots.local)
+    order, position, counts, expert = found.flat, found.position, found.counts, found.expert
+    x = call.input[found.token]
     memory, hidden = x.flatten().clone(), x.shape[1]
     most = kept.rows or int(counts.max()) if kept is not None else 0
     before = torch.zeros(most, call.experts.gemm_shapes[kept.gemm if kept is not None else 0][0])

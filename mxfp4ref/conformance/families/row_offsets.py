@@ -7,7 +7,7 @@ offset wrong, and `_USES` what is done with it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import partial
 
 import torch
@@ -22,54 +22,25 @@ from mxfp4ref.conformance.families.hypothesis import (
     slot_outputs,
 )
 from mxfp4ref.conformance.families.places import concerns_what_is_wrong
+from mxfp4ref.conformance.families.pursuit import Rows
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["by_two_experts", "count_hypotheses", "offset_hypotheses", "sorted_rows"]
+__all__ = ["by_two_experts", "count_hypotheses", "offset_hypotheses"]
 
 _Starts = Callable[[Tensor], Tensor]  # rows by expert, `[E]`, to where each expert's begin
 
 
-@dataclass(frozen=True)
-class _Sorted:
-    """A call's R rows, by expert and within an expert by token.
-
-    Attributes:
-        flat: `[R]`, the slot's number in one list of all.
-        expert, position: `[R]`, and the row's number among its expert's.
-        counts: `[E]`, how many rows each expert has.
-    """
-
-    flat: Tensor
-    expert: Tensor
-    position: Tensor
-    counts: Tensor
-
-    @classmethod
-    def of(cls, local: Tensor, experts: int) -> _Sorted:
-        every = local.flatten()
-        order = every.argsort(stable=True)
-        order = order[every[order] >= 0]
-        expert = every[order]
-        counts = torch.bincount(expert, minlength=experts)
-        row = torch.arange(len(order), device=local.device)
-        return cls(order, expert, row - _offsets(counts)[expert], counts)
-
-    def source(self, starts: _Starts) -> Tensor:
-        """For each row the sorted row that is taken for it, `[R]`; one that is none is `R` or more."""
-        return starts(self.counts)[self.expert] + self.position
-
-    def owner(self, starts: _Starts) -> Tensor:
-        """For each sorted row the expert that takes it, the last of several, `[R]`; -1 where none does."""
-        found = torch.full((len(self.flat) + 1,), -1, device=self.flat.device)
-        source = self.source(starts).clamp(max=len(self.flat))
-        found[source] = self.expert  # in the order of the experts: on a CPU the last one stays
-        return found[:-1]
+def _source(rows: Rows, experts: int, starts: _Starts) -> Tensor:
+    """For each row the sorted row that is taken for it, `[R]`; one that is none is `R` or more."""
+    return starts(rows.per_expert(experts))[rows.expert] + rows.position
 
 
-def sorted_rows(local: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """By row, `[R]`: the slot's number, the place among its expert's rows, and how many these are."""
-    rows = _Sorted.of(local, experts)
-    return rows.flat, rows.position, rows.counts[rows.expert]
+def _owner(rows: Rows, experts: int, starts: _Starts) -> Tensor:
+    """For each sorted row the expert that takes it, the last of several, `[R]`; -1 where none does."""
+    found = torch.full((len(rows) + 1,), -1, device=rows.flat.device)
+    source = _source(rows, experts, starts).clamp(max=len(rows))
+    found[source] = rows.expert  # in the order of the experts: on a CPU the last one stays
+    return found[:-1]
 
 
 def _offsets(counts: Tensor) -> Tensor:
@@ -124,13 +95,13 @@ def _before(counts: Tensor) -> Tensor:
 
 def offset_hypotheses(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
     """Those that concern the tokens that are wrong, `wrong [M] bool`, and hardly any others."""
-    local = local_of(Pipeline(call))
-    rows = _Sorted.of(local, call.experts.num_experts)
+    local, experts = local_of(Pipeline(call)), call.experts.num_experts
+    rows = Rows.of(local)
     if not len(rows.flat):
         return
     here = torch.arange(len(rows.flat), device=local.device)
-    for words, starts, cost in _starts(call.experts.num_experts, len(rows.flat)):
-        source, owner = rows.source(starts), rows.owner(starts)
+    for words, starts, cost in _starts(experts, len(rows)):
+        source, owner = _source(rows, experts, starts), _owner(rows, experts, starts)
         for stages, use, change, moved in (
             (
                 ("input", "slots"),
@@ -174,8 +145,8 @@ def offset_hypotheses(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
 
 def count_hypotheses(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
     """As `offset_hypotheses`, of rows that are not computed: those beyond another expert's number of rows."""
-    local = local_of(Pipeline(call))
-    rows = _Sorted.of(local, call.experts.num_experts)
+    local, experts = local_of(Pipeline(call)), call.experts.num_experts
+    rows = Rows.of(local)
     counts: tuple[tuple[str, _Starts, float], ...] = (
         ("the expert with rows before it", lambda n: torch.where(n.cumsum(0) > n, _before(n), n), 1.2),
         ("the expert before it", lambda n: torch.cat((n[:1], n[:-1])), 1.25),
@@ -186,15 +157,15 @@ def count_hypotheses(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
     )
     for words, limit, cost in counts:
         concerned = torch.zeros_like(local, dtype=torch.bool).flatten()
-        concerned[rows.flat[rows.position >= limit(rows.counts)[rows.expert]]] = True
+        concerned[rows.flat[rows.position >= limit(rows.per_expert(experts))[rows.expert]]] = True
         tokens = concerned.view(local.shape).any(1)
         if not concerns_what_is_wrong(tokens, wrong):
             continue
 
         def on(rows: SlotRows, limit: _Starts = limit) -> SlotRows:
-            found = _Sorted.of(rows.local, rows.call.experts.num_experts)
+            found, count = Rows.of(rows.local), rows.call.experts.num_experts
             y = rows.y.flatten(0, 1).clone()
-            y[found.flat[found.position >= limit(found.counts)[found.expert]]] = 0
+            y[found.flat[found.position >= limit(found.per_expert(count))[found.expert]]] = 0
             return replace(rows, y=y.view_as(rows.y))
 
         one = of_slots(
@@ -210,9 +181,9 @@ def count_hypotheses(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
 
 def _reading_input(starts: _Starts) -> Callable[[SlotRows], SlotRows]:
     def on(rows: SlotRows) -> SlotRows:
-        call, found = rows.call, _Sorted.of(rows.local, rows.call.experts.num_experts)
+        call, found = rows.call, Rows.of(rows.local)
         token = torch.arange(len(call.input), device=call.input.device).repeat_interleave(call.top_k)
-        source = found.source(starts).clamp(max=len(found.flat) - 1)
+        source = _source(found, call.experts.num_experts, starts).clamp(max=len(found.flat) - 1)
         token[found.flat] = token[found.flat][source]
         return replace(rows, y=slot_outputs(Pipeline(call), call.input[token.view(rows.local.shape)]))
 
@@ -221,11 +192,11 @@ def _reading_input(starts: _Starts) -> Callable[[SlotRows], SlotRows]:
 
 def _reading_output(starts: _Starts) -> Callable[[SlotRows], SlotRows]:
     def on(rows: SlotRows) -> SlotRows:
-        found = _Sorted.of(rows.local, rows.call.experts.num_experts)
+        found = Rows.of(rows.local)
         y = rows.y.flatten(0, 1)
         taken = torch.cat((y[found.flat], torch.zeros_like(y[:1])))
         moved = y.clone()
-        moved[found.flat] = taken[found.source(starts).clamp(max=len(found.flat))]
+        moved[found.flat] = taken[_source(found, rows.call.experts.num_experts, starts).clamp(max=len(found))]
         return replace(rows, y=moved.view_as(rows.y))
 
     return on
@@ -235,8 +206,8 @@ def _owning(starts: _Starts, *, parameters: bool = True) -> Callable[[SlotRows],
     """With `parameters` all of the owner's, else its weights and scales only."""
 
     def on(rows: SlotRows) -> SlotRows:
-        found = _Sorted.of(rows.local, rows.call.experts.num_experts)
-        owner = found.owner(starts)
+        found = Rows.of(rows.local)
+        owner = _owner(found, rows.call.experts.num_experts, starts)
         slots = torch.where(owner >= 0, found.flat, -1)
         return by_two_experts(
             rows,

@@ -44,8 +44,7 @@ __all__ = ["FEWEST_BITS", "MOSTLY", "SURELY", "Match", "Search", "one_thread"]
 
 _CLOSE = 0.3  # of how far off the right output is
 _A_ROUNDING, _LARGEST = 1.2, 12.0  # times the roundings, on average and of one element
-_FAR_OFF = 8.0
-_LARGER = 4.0  # times, that rows are than the right ones
+_FAR_OFF, _LARGER = 8.0, 4.0  # times the roundings that are left; times, that rows are than the right ones
 SURELY = 0.95  # of the wrong elements predicted in every bit, and the others up to roundings: nothing else is tried
 MOSTLY = 0.8  # of the wrong elements, predicted in every bit
 FEWEST_BITS = 40  # that a match has to explain; see `surprise`
@@ -87,6 +86,7 @@ class Search:
         near: those that explain a part, and how far off they leave the output, from 0 to 1.
         close: those that explain all but roundings of the part that was looked at.
         partly: those that predict most of its wrong elements in every bit.
+        tables: whether a solved table predicts all.
         progress: called with the name of each named defect and how many there are.
     """
 
@@ -98,6 +98,7 @@ class Search:
     near: list[tuple[float, Hypothesis]] = field(default_factory=list)
     close: list[Hypothesis] = field(default_factory=list)
     partly: list[Hypothesis] = field(default_factory=list)
+    tables: bool = False
     progress: Callable[[str, int], None] | None = None
 
     def __post_init__(self) -> None:
@@ -201,7 +202,7 @@ class Search:
             equal = ~differing(output, got)
             fits = bool((equal | right).all())
             if fits and (match := self.confirm(hypothesis)) is not None:
-                found.append(match)
+                found, self.tables = [*found, match], self.tables or hypothesis.table
             elif fits and not self.whole and not hypothesis.cheap:  # roundings may show in other tokens only
                 self.close.append(hypothesis)
                 variants += hypothesis.variants

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mxfp4ref.conformance.families.pursuit import Rows
 from mxfp4ref.model.call import MoeCall
 
 __all__ = ["HALVES", "SlotKind", "attributes", "position_in_expert", "slots_of_kind"]
@@ -22,15 +23,10 @@ HALVES: tuple[tuple[Callable[[int], range], str], ...] = (
 
 def position_in_expert(local: Tensor) -> tuple[Tensor, Tensor]:
     """Of each slot, its row's number among its expert's and how many these are, `[M, k] int64`; -1, 0 if skipped."""
-    flat = local.flatten()
-    order = flat.argsort(stable=True)
-    counts = torch.bincount(flat.clamp(min=-1) + 1)
-    starts = (counts.cumsum(0) - counts)[flat[order] + 1]
-    position = torch.empty_like(flat)
-    position[order] = torch.arange(len(flat), device=flat.device) - starts
-    skipped = flat < 0
-    rows = torch.where(skipped, 0, counts[flat + 1])
-    return torch.where(skipped, -1, position).view_as(local), rows.view_as(local)
+    rows = Rows.of(local)
+    position, counts = torch.full_like(local, -1).flatten(), torch.zeros_like(local).flatten()
+    position[rows.flat], counts[rows.flat] = rows.position, rows.counts
+    return position.view_as(local), counts.view_as(local)
 
 
 @dataclass(frozen=True)

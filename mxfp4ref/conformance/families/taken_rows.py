@@ -1,106 +1,77 @@
-"""Which row's result each slot has, solved among all rows of a call, and the one map that says so.
+"""Which row's result, activation or input each slot has, solved among all rows of a call, and the map that says so.
 
 What GEMM2 gives for each row is known in every bit, so that a token's sum shows which rows were added up, or which
-are missing. Those that were moved suggest rules on their place: among their expert's rows, among all sorted rows,
-their token or their expert. A rule has to predict every bit, as all hypotheses do.
+are missing. Those that were moved suggest rules on their place: among their expert's rows, among all sorted rows, all
+slots, their token or their expert. A rule has to predict every bit, as all hypotheses do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.families.distances import last_place
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline, SlotRows, of_slots, slot_outputs
 from mxfp4ref.conformance.families.places import stage_before_gemm2
-from mxfp4ref.conformance.families.row_offsets import sorted_rows
+from mxfp4ref.conformance.families.pursuit import ZERO, Rows, Solved
+from mxfp4ref.conformance.families.row_sources import RowSource, row_sources
+from mxfp4ref.conformance.families.second_products import second_products
 from mxfp4ref.conformance.finding import counted
 from mxfp4ref.conformance.index_words import Rule, map_rules
-from mxfp4ref.conformance.reduction import by_every_expert
-from mxfp4ref.sm90.fp32 import bf16_to_fp64
+from mxfp4ref.model.call import MoeCall
+from mxfp4ref.model.forward import trace
 
 __all__ = ["taken_hypotheses"]
 
-_TOKENS, _FIRST = 64, 6  # that are solved, and before all others
-_ROWS = 8192  # of a call
-_WORK = 1 << 29  # multiplications of all tokens with all experts
-_LOUD, _QUIET = 3.0, 1.6  # times the roundings: before, and when explained
-_CANCELLED = 2.0**-12  # of the terms, that is left where they cancel
-_SUM = 2.0**-21  # of the terms, that float32 may round off in their sum
-_BEAM = 6  # ways to go on that are kept
 _SHOWS = 2.0**-4  # of a row's largest weight, from which another row would show
-_FEWEST = 2  # moved rows
 _MOST = 4  # rules of one numbering
-_WHOLE = 0.6  # of the tokens
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """The R rows of a call, by expert and within an expert by token; all `[R] int64`.
+def _index(rows: Rows, what: str) -> tuple[Tensor, Tensor]:
+    """Each row's number among what is counted, and how many of it there are."""
+    if what == "row":
+        return rows.position, rows.counts
+    numbers = {
+        "sorted row": torch.arange(len(rows)),
+        "slot": rows.flat,
+        "token": rows.token,
+        "expert": rows.expert,
+    }
+    number = numbers[what]
+    last = (
+        int(rows.token.max()) * rows.per_token + rows.per_token - 1 if what == "slot" else int(number.max())
+    )
+    return number, torch.full_like(number, last + 1)
 
-    Attributes:
-        flat: the slot's number in one list of all.
-        token, expert, position: whose they are; the last among the rows of the expert.
-        counts: how many rows the expert has.
-    """
 
-    flat: Tensor
-    token: Tensor
-    expert: Tensor
-    position: Tensor
-    counts: Tensor
-
-    @classmethod
-    def of(cls, local: Tensor, experts: int) -> _Rows:
-        flat, position, counts = sorted_rows(local, experts)
-        return cls(flat, flat // local.shape[1], local.flatten()[flat], position, counts)
-
-    def __len__(self) -> int:
-        return len(self.flat)
-
-    def index(self, what: str) -> tuple[Tensor, Tensor]:
-        """Each row's number among what is counted, and how many of it there are."""
-        if what == "row":
-            return self.position, self.counts
-        number = {"sorted row": torch.arange(len(self)), "token": self.token, "expert": self.expert}[what]
-        return number, torch.full_like(number, int(number.max()) + 1)
-
-    def at(self, what: str, index: Tensor) -> Tensor:
-        """Which row each one becomes, if its number becomes another one; -1 where there is none."""
-        if what == "sorted row":
-            return torch.where((index >= 0) & (index < len(self)), index, -1)
-        place = self.token if what == "token" else self.position
-        expert, wanted = (index, place) if what == "expert" else (self.expert, index)
+def _at(rows: Rows, what: str, index: Tensor) -> Tensor:
+    """Which row each one becomes, if its number becomes another one; -1 where there is none."""
+    if what == "sorted row":
+        return torch.where((index >= 0) & (index < len(rows)), index, -1)
+    if what == "slot":
+        keys, key = rows.flat, index
+        there, order = index >= 0, rows.flat.argsort()
+    else:
+        place = rows.token if what == "token" else rows.position
+        expert, wanted = (index, place) if what == "expert" else (rows.expert, index)
         size = int(torch.maximum(place.max(), wanted.max())) + 2
-        keys = self.expert * size + place  # which ascend
-        key = expert * size + wanted.clamp(min=-1)
-        found = torch.searchsorted(keys, key).clamp(max=len(keys) - 1)
-        return torch.where((keys[found] == key) & (wanted >= 0) & (expert >= 0), found, -1)
+        keys, key = rows.expert * size + place, expert * size + wanted.clamp(min=-1)
+        there, order = (wanted >= 0) & (expert >= 0), torch.arange(len(rows))
+    found = torch.searchsorted(keys[order], key).clamp(max=len(keys) - 1)
+    return torch.where((keys[order][found] == key) & there, order[found], -1)
 
 
 _NUMBERINGS = (
     ("row", "among the rows of an expert (its tokens in order)"),
     ("sorted row", "among all rows, sorted by expert"),
+    ("slot", "among the slots of all tokens, token by token,"),
     ("token", "among the tokens"),
     ("expert", "at the same place of another expert's rows"),
 )
-
-
-@dataclass(frozen=True)
-class _Solved:
-    """Of the tokens that were solved, which rows have which others' results: `[N] int64` each."""
-
-    row: Tensor
-    source: Tensor  # or `_ZERO`, or `_NOTHING` where the bias is missing too
-
-
-_ZERO, _NOTHING = -1, -2
-_Candidates = Callable[[int], Tensor]  # of an expert, what a row of it may have, `[C, H] float64`
 
 
 def taken_hypotheses(pipeline: Pipeline, slots: SlotRows, got: Tensor, wrong: Tensor) -> Iterator[Hypothesis]:
@@ -112,65 +83,83 @@ def taken_hypotheses(pipeline: Pipeline, slots: SlotRows, got: Tensor, wrong: Te
         got: `[M, H] bf16`, the kernel's output.
         wrong: `[M, H] bool`.
     """
-    call, experts = pipeline.call, pipeline.call.experts
-    tokens = (wrong.any(1) & got.isfinite().all(1)).nonzero().flatten()
-    rows = _Rows.of(slots.local, experts.num_experts)
-    if not len(tokens) or not 0 < len(rows) <= _ROWS or not bool(slots.y.isfinite().all()):
-        return
-    weights = torch.where(slots.local < 0, torch.nan, slots.weights).sort(1).values
-    alike = (weights.diff(dim=1) == 0).any(1)[tokens]  # of which it does not show which slot has which row
-    tokens = tokens if bool(alike.all()) else tokens[~alike]
-    tokens = tokens[:: -(-len(tokens) // _TOKENS)]
-    results = bf16_to_fp64(slots.y.contiguous()).flatten(0, 1)[rows.flat]
-    solved = _solved(pipeline, slots, got, tokens, lambda expert: results)
-    if solved is not None:
-        source = solved.source
-        if bool((source < 0).all()):
-            yield from _left_out(slots, rows, solved, wrong)
-        elif bool((source >= 0).all()):
-            same = bool((rows.expert[solved.row] == rows.expert[source]).all())
-            stages = ("input", "fc2") if same else ("finalize", "fc2")  # and what is between them, as well
-            what = "a row's input, or its result at any stage," if same else "GEMM2's row that is added up"
-            right = _weighing(slots, rows, ~wrong.any(1))
-            for cost, (name, where) in enumerate(_NUMBERINGS):
-                index, count = rows.index(name)
-                rules = (
-                    (words, rule)
-                    for words, rule in map_rules(index[source], index[solved.row], name, count[solved.row])
-                    if torch.equal(rule(index, count)[right], index[right])
-                )
-                for number, (words, rule) in enumerate(islice(rules, _MOST)):
-                    beyond = bool((rows.at(name, rule(index, count)) < 0).any())
-                    for own, more in ((False, ""), (True, ", where there is none its own"))[: 1 + beyond]:
-                        yield _hypothesis(
-                            stages,
-                            f"{where} {what} is another row's: {words}{more}",
-                            partial(_results, name=name, rule=rule, own=own),
-                            1.2 + cost / 20 + number / 100 + own / 200,
-                        )
-        return
-    size = call.num_tokens * experts.num_experts * 3 * experts.hidden_size * experts.intermediate_size
-    if size > _WORK or call.num_tokens == 1:
-        return
-    every = by_every_expert(call, torch.arange(call.num_tokens))
-    grid = bf16_to_fp64(slot_outputs(replace(pipeline, call=every)).contiguous())
-    if not bool(grid.isfinite().all()):
-        return
-    solved = _solved(pipeline, slots, got, tokens, lambda expert: grid[:, expert])
-    if solved is None or not bool((solved.source >= 0).all()):
-        return
-    token = rows.token[solved.row]
-    others = map_rules(solved.source, token, "token", torch.full_like(token, call.num_tokens))
-    for number, (words, rule) in enumerate(islice(others, _MOST)):
-        yield _hypothesis(
-            ("input", "slots"),
-            f"GEMM1's input rows are other tokens': {words}",
-            partial(_inputs, rule=rule),
-            1.3 + number / 100,
+    call, rows = pipeline.call, Rows.of(slots.local)
+    right = _weighing(slots, rows, ~wrong.any(1))
+    for one in row_sources(pipeline, slots, got, wrong, rows):
+        zero = one.solved.source < 0
+        if one.what == "input":
+            yield from _of_tokens(call, rows, one, right)
+        elif one.what == "activation" or not bool(zero.any()):
+            yield from _moved(call, rows, one, right)
+        elif bool(zero.all()):
+            yield from _left_out(slots, rows, one.solved, wrong)
+
+
+def _of_tokens(call: MoeCall, rows: Rows, taken: RowSource, right: Tensor) -> Iterator[Hypothesis]:
+    """Rules on which token's input each row has."""
+    for name, where in _NUMBERINGS[:4]:
+        index, count = _index(rows, name)
+        if name == "token":
+            count = torch.full_like(count, call.num_tokens)
+        row = taken.solved.row
+        others = _with_sizes(call, map_rules(taken.solved.source, index[row], name, count[row]))
+        for number, (words, rule) in enumerate(islice(others, _MOST)):
+            if not bool((rule(call, index, count) == rows.token)[right].all()):
+                continue
+            told = words if name == "token" else f"{words.replace(f'is {name} n', 'has token n')} {where}"
+            yield _hypothesis(
+                taken.stages,
+                f"{taken.words} are other tokens': {told}",
+                partial(_inputs, name=name, rule=rule),
+                1.3 + number / 100 + 0.1 * (name != "token"),
+            )
+
+
+_SIZES: dict[str, Callable[[MoeCall], int]] = {
+    "top_k": lambda call: call.top_k,
+    "the number of tokens": lambda call: call.num_tokens,
+    "the number of experts": lambda call: call.experts.num_experts,
+}
+_OfCall = Callable[[MoeCall, Tensor, Tensor], Tensor]  # a `Rule` in which sizes of the call may be
+
+
+def _with_sizes(call: MoeCall, rules: Iterable[tuple[str, Rule]]) -> Iterator[tuple[str, _OfCall]]:
+    """Rules, with sizes of the call that are their numbers before these."""
+    for words, rule in rules:
+        start, sign, number = words.rpartition("// ") if "// " in words else words.rpartition("modulo ")
+        for name, size in _SIZES.items() if sign else ():
+            if number == str(size(call)):
+                yield f"{start}{sign}{name}", partial(_by_size, divided=sign == "// ", size=size)
+        yield words, lambda _, n, of, rule=rule: rule(n, of)
+
+
+def _by_size(call: MoeCall, n: Tensor, _: Tensor, *, divided: bool, size: Callable[[MoeCall], int]) -> Tensor:
+    return n // size(call) if divided else n % size(call)
+
+
+def _moved(call: MoeCall, rows: Rows, taken: RowSource, right: Tensor) -> Iterator[Hypothesis]:
+    """Rules on which other row each one has, or none, that agree with those that are right."""
+    moving = _results if taken.what == "result" else _activations
+    row, source = (t[taken.solved.source >= 0] for t in (taken.solved.row, taken.solved.source))
+    for cost, (name, where) in enumerate(_NUMBERINGS):
+        index, count = _index(rows, name)
+        rules = (
+            one
+            for one in _with_sizes(call, map_rules(index[source], index[row], name, count[row]))
+            if torch.equal(one[1](call, index, count)[right], index[right])
         )
+        for number, (words, rule) in enumerate(islice(rules, _MOST)):
+            beyond = bool((_at(rows, name, rule(call, index, count)) < 0).any())
+            for own, more in ((False, ""), (True, ", where there is none its own"))[: 1 + beyond]:
+                yield _hypothesis(
+                    taken.stages,
+                    f"{where} {taken.words} is another row's: {words}{more}",
+                    partial(moving, name=name, rule=rule, own=own),
+                    1.2 + cost / 20 + number / 100 + own / 200,
+                )
 
 
-def _weighing(slots: SlotRows, rows: _Rows, tokens: Tensor) -> Tensor:
+def _weighing(slots: SlotRows, rows: Rows, tokens: Tensor) -> Tensor:
     """Which rows of some tokens, `[M] bool`, show in their sums, `[R] bool`."""
     shares = slots.weights.abs() / slots.weights.abs().amax(1, keepdim=True)
     return tokens[rows.token] & (shares.flatten()[rows.flat] > _SHOWS)
@@ -182,97 +171,45 @@ def _hypothesis(
     return replace(of_slots("rows of an expert", stages, words, change, cost), across_tokens=True)
 
 
-def _solved(
-    pipeline: Pipeline, slots: SlotRows, got: Tensor, tokens: Tensor, candidates: _Candidates
-) -> _Solved | None:
-    """The rows, or tokens, that wrong tokens' rows have the results of; None if few are explained by such."""
-    order, _, _ = sorted_rows(slots.local, pipeline.call.experts.num_experts)
-    number = torch.empty(slots.local.numel(), dtype=torch.int64)
-    number[order] = torch.arange(len(order))
-    number = number.view(slots.local.shape)
-    bias = pipeline.call.experts.fc2_biases if pipeline.call.tp_rank == 0 else None
-    found: list[tuple[int, int]] = []
-    done = 0
-    for at, token in enumerate(tokens.tolist()):
-        here = ((slots.local[token] >= 0) & (slots.weights[token] != 0)).nonzero().flatten()
-        experts = slots.local[token, here]
-        y, weights = bf16_to_fp64(slots.y[token, here].contiguous()), slots.weights[token, here].double()
-        more = torch.zeros_like(y) if bias is None else bf16_to_fp64(bias[experts].contiguous())
-        target = bf16_to_fp64(got[token].contiguous())
-        terms = weights[:, None] * (y + more)
-        size = target.abs().clamp(min=float(target.square().mean().sqrt()))  # lest few small ones decide
-        size = torch.maximum(size, _CANCELLED * terms.abs().sum(0))
-        noise = (last_place(size).square() / 12 + (_SUM * terms).square().sum(0)).sqrt()
-        others = [
-            torch.cat((candidates(e), torch.zeros_like(y[:1]), -more[i : i + 1])) / noise
-            for i, e in enumerate(experts.tolist())
-        ]
-        chosen = _pursued((target - terms.sum(0)) / noise, y / noise, weights, others)
-        if chosen is not None:
-            done += 1
-            for slot, source in chosen.items():
-                ends = source - len(others[slot])
-                found.append((int(number[token, here[slot]]), source if ends < -2 else -3 - ends))
-        if at + 1 in (_FIRST, len(tokens)) and done < _WHOLE * (at + 1):
-            return None
-    pairs = torch.tensor(found, dtype=torch.int64).view(-1, 2)
-    return _Solved(pairs[:, 0], pairs[:, 1]) if len(pairs) >= _FEWEST else None
+def _taken(call: MoeCall, rows: Rows, name: str, rule: _OfCall, own: bool) -> Tensor:
+    """The row that a rule says for each; where there is none a row's own, or -1."""
+    source = _at(rows, name, rule(call, *_index(rows, name)))
+    return torch.where(source < 0, torch.arange(len(rows)), source) if own else source
 
 
-def _pursued(error: Tensor, own: Tensor, weights: Tensor, others: list[Tensor]) -> dict[int, int] | None:
-    """Which slots have which of the other rows, at most one of each, if that leaves no more than roundings.
-
-    Args:
-        error: `[H]`, in roundings.
-        own: `[n, H]`, the slots' own rows, in these units.
-        weights: `[n]`.
-        others: for each slot `[C, H]`.
-    """
-    limit = _QUIET**2 * len(error)
-    size = float(error.square().sum())
-    squares = [rows.square().sum(1) for rows in others]
-    states = [(size, error, dict[int, int]())] if size > _LOUD**2 * len(error) else []
-    for _ in own:
-        further = []
-        for _, left, chosen in states:
-            for slot, (row, weight) in enumerate(zip(own, weights, strict=True)):
-                if slot in chosen:
-                    continue
-                rest = left + weight * row
-                sizes = rest.square().sum() - weight * (2 * others[slot] @ rest - weight * squares[slot])
-                for place in sizes.topk(min(_BEAM, len(sizes)), largest=False).indices.tolist():
-                    now = rest - weight * others[slot][place]
-                    further.append((float(sizes[place]), now, {**chosen, slot: place}))
-        states = sorted(further, key=lambda state: state[0])[:_BEAM]
-        if states and float(states[0][1].square().sum()) <= limit:
-            return states[0][2]
-    return None
-
-
-def _results(slots: SlotRows, name: str, rule: Rule, own: bool) -> SlotRows:
-    """With the rows of GEMM2 that a rule says; where there is none a row's own, or zeros."""
-    rows = _Rows.of(slots.local, slots.call.experts.num_experts)
-    source = rows.at(name, rule(*rows.index(name)))
-    if own:
-        source = torch.where(source < 0, torch.arange(len(rows)), source)
+def _results(slots: SlotRows, name: str, rule: _OfCall, own: bool) -> SlotRows:
+    """With the rows of GEMM2 that a rule says, or zeros."""
+    rows = Rows.of(slots.local)
     moved = slots.y.flatten(0, 1).clone()
-    moved[rows.flat] = torch.cat((moved[rows.flat], torch.zeros_like(moved[:1])))[source]
+    taken = torch.cat((moved[rows.flat], torch.zeros_like(moved[:1])))
+    moved[rows.flat] = taken[_taken(slots.call, rows, name, rule, own)]
     return replace(slots, y=moved.view_as(slots.y))
 
 
-def _inputs(slots: SlotRows, rule: Rule) -> SlotRows:
-    call = slots.call
-    token = torch.arange(call.num_tokens)
-    taken = rule(token, torch.full_like(token, call.num_tokens)).clamp(0, call.num_tokens - 1)
-    x = call.input[taken][:, None].expand(-1, call.top_k, -1)
-    return replace(slots, y=slot_outputs(Pipeline(call), x))
+def _activations(slots: SlotRows, name: str, rule: _OfCall, own: bool) -> SlotRows:
+    """With GEMM2 of the rows of the activation that a rule says, or of zeros."""
+    rows, right = Rows.of(slots.local), trace(slots.call).activation
+    taken = torch.cat((right, torch.zeros_like(right[:1])))[_taken(slots.call, rows, name, rule, own)]
+    moved = slots.y.flatten(0, 1).clone()
+    moved[rows.flat] = second_products(slots.call, taken, rows.expert)
+    return replace(slots, y=moved.view_as(slots.y))
 
 
-def _left_out(slots: SlotRows, rows: _Rows, solved: _Solved, wrong: Tensor) -> Iterator[Hypothesis]:
+def _inputs(slots: SlotRows, name: str, rule: _OfCall) -> SlotRows:
+    call, rows = slots.call, Rows.of(slots.local)
+    index, count = _index(rows, name)
+    if name == "token":
+        count = torch.full_like(count, call.num_tokens)
+    token = torch.arange(call.num_tokens).repeat_interleave(call.top_k)
+    token[rows.flat] = rule(call, index, count).clamp(0, call.num_tokens - 1)
+    return replace(slots, y=slot_outputs(Pipeline(call), call.input[token.view(slots.local.shape)]))
+
+
+def _left_out(slots: SlotRows, rows: Rows, solved: Solved, wrong: Tensor) -> Iterator[Hypothesis]:
     """The first or last rows of experts, of all or of those with some numbers of rows."""
     kept, counts = _weighing(slots, rows, ~wrong.any(1)), rows.counts
     bare = slots.call.experts.fc2_biases is None or slots.call.tp_rank > 0
-    zero = bool((solved.source == _ZERO).all())
+    zero = bool((solved.source == ZERO).all())
     stages = (
         (stage_before_gemm2(slots.call), "fc2") if bare else (("fc2", "activation") if zero else ("slots",))
     )
@@ -304,7 +241,7 @@ def _left_out(slots: SlotRows, rows: _Rows, solved: _Solved, wrong: Tensor) -> I
                         break  # which the numbers of rows do not decide
 
 
-def _place(rows: _Rows, which: str) -> Tensor:
+def _place(rows: Rows, which: str) -> Tensor:
     return rows.position if which == "first" else rows.counts - 1 - rows.position
 
 
@@ -322,12 +259,12 @@ def _conditions(least: int, most: int) -> Iterator[tuple[str, _Holds]]:
 
 
 def _without(slots: SlotRows, which: str, size: int, holds: _Holds, zero: bool) -> SlotRows:
-    rows = _Rows.of(slots.local, slots.call.experts.num_experts)
+    rows = Rows.of(slots.local)
     return _lost(slots, rows.flat[(_place(rows, which) < size) & holds(rows.counts)], zero)
 
 
 def _beyond(slots: SlotRows, first: int, zero: bool) -> SlotRows:
-    return _lost(slots, _Rows.of(slots.local, slots.call.experts.num_experts).flat[first:], zero)
+    return _lost(slots, Rows.of(slots.local).flat[first:], zero)
 
 
 def _lost(slots: SlotRows, lost: Tensor, zero: bool) -> SlotRows:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.families.hypothesis import Change, Hypothesis, Pipeline
 from mxfp4ref.conformance.families.index_maps import IndexMap, block_maps, expert_maps, neighbour_maps
+from mxfp4ref.conformance.families.tensor_groups import both_gemms, gemm_groups, groups_of, parameter_groups
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE, pack_codes, unpack_codes
 from mxfp4ref.model.call import MoeCall
 
@@ -26,52 +26,6 @@ _BYTES = GROUP_SIZE // 2  # of a K group's codes
 _On = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Tensors that go together: in words, the stages they belong to, their names."""
-
-    words: str
-    stages: tuple[str, ...]
-    names: tuple[str, ...]
-
-    def given(self, call: MoeCall) -> bool:
-        return any(getattr(call.experts, name) is not None for name in self.names)
-
-
-def _groups() -> Iterator[_Group]:
-    for number, fc in enumerate(("fc1", "fc2"), 1):
-        bias_stages = ("fc1", "activation") if number == 1 else ("finalize", "fc2")
-        yield _Group(f"GEMM{number}'s scales", (fc,), (f"{fc}_scales",))
-        yield _Group(f"GEMM{number}'s weights with their scales", (fc,), (f"{fc}_weights", f"{fc}_scales"))
-        yield _Group(f"GEMM{number}'s weights (codes without the scales)", (fc,), (f"{fc}_weights",))
-        yield _Group(f"the {fc} biases", bias_stages, (f"{fc}_biases",))
-        every = tuple(f"{fc}_{what}" for what in ("weights", "scales", "biases"))
-        yield _Group(f"GEMM{number}'s weights, scales and biases", (fc,), every)
-
-
-def _beside_the_codes() -> Iterator[_Group]:
-    for number, fc in enumerate(("fc1", "fc2"), 1):
-        words = f"GEMM{number}'s scales and biases, not its codes,"
-        yield _Group(words, (fc, ("activation", "finalize")[number - 1]), (f"{fc}_scales", f"{fc}_biases"))
-
-
-def _both() -> Iterator[_Group]:
-    for words, names in (
-        ("the scales of both GEMMs", ("scales",)),
-        ("the weights of both GEMMs, with their scales,", ("weights", "scales")),
-        ("the weights of both GEMMs, without the scales,", ("weights",)),
-        ("the biases of both GEMMs", ("biases",)),
-    ):
-        yield _Group(words, ("fc1", "fc2"), tuple(f"{fc}_{name}" for fc in ("fc1", "fc2") for name in names))
-
-
-def _parameters() -> Iterator[_Group]:
-    names = ("swiglu_alpha", "swiglu_beta", "swiglu_limit")
-    for name in names:
-        yield _Group(f"the SwiGLU {name.removeprefix('swiglu_')}", ("activation",), (name,))
-    yield _Group("all SwiGLU parameters", ("activation",), names)
-
-
 def mapped(names: tuple[str, ...], change: Callable[[str, Tensor], Tensor]) -> Change:
     """The change of these tensors, where they are given."""
 
@@ -84,21 +38,16 @@ def mapped(names: tuple[str, ...], change: Callable[[str, Tensor], Tensor]) -> C
 
 def expert_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     """Tensors of another expert."""
-    if call.experts.num_experts < 2:
-        return
-    given = {f.name for f in fields(call.experts) if isinstance(getattr(call.experts, f.name), Tensor)}
-    beside = () if call.experts.fc2_biases is None else _beside_the_codes()
-    for group in (*_groups(), *_both(), *_parameters(), *beside):
-        if group.given(call):
-            whole = given <= set(group.names)  # the expert as a whole, as where it is taken for a slot
-            for axis in expert_maps():
-                yield Hypothesis(
-                    "another expert's",
-                    ("fc1", "slots") if whole else group.stages,
-                    f"{group.words} are those of {axis.of('expert')}",
-                    mapped(group.names, _along(0, axis)),
-                    axis.cost,
-                )
+    for group in groups_of(call) if call.experts.num_experts > 1 else ():
+        for axis in expert_maps():
+            yield Hypothesis(
+                "another expert's",
+                group.stages,
+                group.of(axis.of("expert")),
+                mapped(group.names, _along(0, axis)),
+                axis.cost,
+                kind=group.kind,
+            )
 
 
 def _along(dim: int, axis: IndexMap, size: int = 1) -> Callable[[str, Tensor], Tensor]:
@@ -138,7 +87,7 @@ def layout_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
 
 
 def _layouts(call: MoeCall, *, biases: bool) -> Iterator[Hypothesis]:
-    for group in _groups():
+    for group in gemm_groups():
         alone = group.names[0].endswith("biases")
         if not group.given(call) or alone != biases:
             continue
@@ -263,7 +212,7 @@ def value_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     """Scales, codes and biases of other values, in one or both GEMMs, and in one half of fc1."""
     by_kind = (("scales", _scale_values), ("weights", _weight_values), ("biases", _bias_values))
     for kind, values in by_kind:
-        groups = [g for g in (*_groups(), *_both()) if all(name.endswith(kind) for name in g.names)]
+        groups = [g for g in (*gemm_groups(), *both_gemms()) if all(name.endswith(kind) for name in g.names)]
         for group in groups:
             if not group.given(call):
                 continue
@@ -312,7 +261,7 @@ _LIMITS = (
 
 def constants(call: MoeCall) -> Iterator[Hypothesis]:
     """SwiGLU parameters that are constants or of another value."""
-    for group in _parameters():
+    for group in parameter_groups():
         if not group.given(call) or len(group.names) > 1:
             continue
         name = group.names[0].removeprefix("swiglu_")
