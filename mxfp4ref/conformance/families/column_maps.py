@@ -78,36 +78,30 @@ def _solved(loud: Sequence[Sample], size: int, *, inside: bool) -> Tensor | None
     second = [w / u[:, None, None] for w, u in zip(second, units, strict=True)]
     right = [torch.einsum("nhbs,nbs->h", w, a) for w, a in zip(second, activation, strict=True)]
     target = [s.error / u + r for s, u, r in zip(loud, units, right, strict=True)]
-    powers = (
-        torch.stack([_powers(w, a) for w, a in zip(second, activation, strict=True)]).sum(0).clamp(min=1e-300)
-    )
+    # Columns of the weights are nearly at right angles: what a block gives has the squares of what its columns give.
+    squares = [w.square().sum(1) for w in second]
+    powers = sum(torch.einsum("nbs,ncs->bc", q, a.square()) for q, a in zip(squares, activation, strict=True))
+    assert isinstance(powers, Tensor)
     own = torch.arange(len(powers))
-    found, before = own, torch.full_like(own, -1)
+    found, before, most = own, torch.full_like(own, -1), torch.inf
     for _ in range(_SWEEPS):
-        if torch.equal(found, before):
+        rests = [
+            goal - torch.einsum("nhbs,nbs->h", w, a[:, found])
+            for w, a, goal in zip(second, activation, target, strict=True)
+        ]
+        left = sum(float(rest.square().sum()) for rest in rests)
+        if torch.equal(found, before) or left > most:
             break
-        before = found
+        before, most = found, left
         likeness = torch.zeros_like(powers)
-        for w, a, goal in zip(second, activation, target, strict=True):
-            rest = goal - torch.einsum("nhbs,nbs->h", w, a[:, found])
-            back = torch.einsum("nhbs,h->nbs", w, rest)
+        for w, a, q, rest in zip(second, activation, squares, rests, strict=True):
+            back = torch.einsum("nhbs,h->nbs", w, rest) + q * a[:, found]  # which is in the rest no more
             likeness += torch.einsum("nbs,ncs->bc", back, a)
-        # What a block that is there gives is in the rest no more.
-        gain = likeness + torch.where(own == found[:, None], powers, 0)
-        gain = 2 * gain - powers  # of the squares of what is left
-        found = gain.argmax(1)
-    left = [
-        g - torch.einsum("nhbs,nbs->h", w, a[:, found])
-        for w, a, g in zip(second, activation, target, strict=True)
-    ]
-    quiet = all(float(r.square().mean().sqrt()) <= _QUIET for r in left)
+        found = (2 * likeness - powers).argmax(1)  # by which the squares of what is left are less
+    else:
+        return None
+    quiet = all(float(rest.square().mean().sqrt()) <= _QUIET for rest in rests)
     return found if quiet and not torch.equal(found, own) else None
-
-
-def _powers(second: Tensor, activation: Tensor) -> Tensor:
-    """The squares of what each block of weights gives with each block of the activation, `[B, B]`, of a token."""
-    given = torch.einsum("nhbs,ncs->hbc", second, activation)
-    return given.square().sum(0)
 
 
 def _in_words(found: Tensor, size: int) -> str:

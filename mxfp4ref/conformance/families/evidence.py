@@ -115,6 +115,8 @@ def _solved(pipeline: Pipeline, got: Tensor, wrong: Tensor, *, staged: bool) -> 
     some = samples(pipeline, got, wrong, local_of(pipeline))
     if (rows := mixed_up(pipeline, got, wrong, some)) is not None:
         return [rows]
+    if (rows := fc1_rows(pipeline, some)) is not None:
+        return [rows]
     if (columns := column_map(pipeline.call, some)) is not None:
         return [columns]
     if (factors := column_factors(some)) is not None:
@@ -123,8 +125,6 @@ def _solved(pipeline: Pipeline, got: Tensor, wrong: Tensor, *, staged: bool) -> 
         return [table]
     if (moved := row_maps(pipeline.call, some)) is not None:
         return [moved]
-    if (rows := fc1_rows(pipeline, some)) is not None:
-        return [rows]
     if (operands := other_operands(pipeline, some, wrong.any(1))) is not None:
         return [operands]
     space = Space.of(some)

@@ -49,11 +49,12 @@ def fc1_rows(pipeline: Pipeline, some: Sequence[Sample]) -> Evidence | None:
         if inner % size or inner == size or len(fewer) < _FEWEST:
             continue
         found = _Rows(pipeline, fewer).solved(size)
-        own = torch.arange(2 * inner // size)
-        if found is None or torch.equal(found, own):
-            continue
+        up, gate = found.chunk(2)
+        columns = torch.equal(
+            gate, up + inner // size
+        )  # with the biases, columns of the activation are moved
         for biases in (True, False) if call.experts.fc1_biases is not None else (True,):
-            if rows.left(_each(found, size), biases=biases) <= _QUIET:
+            if not (biases and columns) and rows.left(_each(found, size), biases=biases) <= _QUIET:
                 whole = (
                     ", scales and biases" if biases and call.experts.fc1_biases is not None else " and scales"
                 )
@@ -131,8 +132,8 @@ class _Rows:
         rest = self.target - self._output(self._activated(fc1.contiguous()))
         return float(rest.square().mean(1).sqrt().max())
 
-    def solved(self, size: int) -> Tensor | None:
-        """For each block of rows the one that seems to be there, `[2 I / size]`; None if sweeps come to nothing."""
+    def solved(self, size: int) -> Tensor:
+        """For each block of rows the one that seems to be there, `[2 I / size]`."""
         blocks = self.fc1.unflatten(1, (-1, size))  # type: ignore[no-untyped-call]
         count, half = blocks.shape[1], blocks.shape[1] // 2
         one, other = torch.arange(count).repeat_interleave(count), torch.arange(count).repeat(count)
