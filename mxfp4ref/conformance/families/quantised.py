@@ -23,7 +23,7 @@ _Change = Callable[
     [Tensor, Tensor], Tensor
 ]  # of float32 numbers, and the largest magnitude of what shares a scale
 _SCALES: tuple[tuple[str, Callable[[Tensor, float], Tensor]], ...] = (
-    ("that is its largest number's part of the type's", lambda largest, most: largest / most),
+    ("that is their largest magnitude divided by {most:g}", lambda largest, most: largest / most),
     ("that is a power of two, rounded up", lambda largest, most: _power(largest / most, up=True)),
     (
         "that is a power of two, as MX formats have it",
@@ -54,7 +54,7 @@ def _changes(span: str) -> Iterator[tuple[str, _Change, float]]:
                 return rounded(torch.where(codes.isfinite(), codes.clamp(-most, most), codes)) * step
 
             yield (
-                f"quantised to {name} and back, with one scale for {span} {scaled}",
+                f"quantised to {name} and back, with one scale for {span} {scaled.format(most=most)}",
                 change,
                 1.25 + 0.05 * rank,
             )
