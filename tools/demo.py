@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from bench import peers
@@ -58,7 +59,10 @@ def check_recordings(console: Console) -> bool:
     }
     total = 0
     for kind, (names, check) in checks.items():
-        counts = [check(name) for name in track(names, f"checking {kind}", console=console, transient=True)]
+        words = f"checking {kind}"
+        if not console.is_terminal:
+            console.print(f"{words} ...")
+        counts = [check(name) for name in track(names, words, console=console, transient=True)]
         compared, differing = (sum(column) for column in zip(*counts, strict=True))
         table.add_row(kind, f"{compared:,}", f"{differing:,}")
         total += differing
@@ -70,7 +74,7 @@ def run_layer(console: Console) -> bool:
     """Print warm times and how many elements are not the real kernel's; return whether all of the drop-in's are."""
     goldens = open_goldens(ROOT / "goldens")
     case = goldens.load(CASE)
-    with console.status(f"making the weights of {case.id}"):
+    with doing(console, f"making the weights of {case.id}"):
         call = case.call()
     expected, digest = case.outputs[TILE_K], case.output_hashes[TILE_K]
     records = [r for r in hardware_record.read(goldens) if r["case"] == CASE and tuple(r["tile_k"]) == TILE_K]
@@ -91,7 +95,7 @@ def run_layer(console: Console) -> bool:
     )
     wrong = []
     for name, run in (runs | peers.approximations(call)).items():
-        with console.status(f"timing {name}"):
+        with doing(console, f"timing {name}"):
             output, milliseconds = timed(run, compiles=name != peers.FLASHINFERS_TESTS)
         wrong.append(recorded.count_differences(output, expected))
         table.add_row(name, f"{milliseconds:.0f}", f"{output.numel():,}", f"{wrong[-1]:,}")
@@ -103,14 +107,23 @@ def name_a_defect(console: Console) -> None:
     """Run a kernel that is wrong on purpose, print the verdict, and write the report."""
     goldens = open_goldens(ROOT / "goldens")
     cases = [goldens.load(name) for name in goldens.names(SUITE)]
-    with console.status(f"running {WRONG} over {SUITE}") as status:
-        report = conformance.run(
-            WRONG, cases, progress=lambda result: status.update(f"{WRONG} ran {result.case}")
-        )
+    with doing(console, f"running {WRONG} over {SUITE}") as now:
+        report = conformance.run(WRONG, cases, progress=lambda result: now(f"{WRONG} ran {result.case}"))
     REPORT.parent.mkdir(exist_ok=True)
     REPORT.write_text(to_html(report), encoding="utf-8")
     console.print(f"\n[bold]mxfp4ref conform {WRONG} --case {SUITE}[/]\n{escape(report.verdict)}")
     console.print(f"The whole report: {REPORT.relative_to(ROOT)}", highlight=False)
+
+
+@contextmanager
+def doing(console: Console, words: str) -> Iterator[Callable[[str], None]]:
+    """A spinner with what is done, and a function to tell it what else; a line where none can be drawn."""
+    if console.is_terminal:
+        with console.status(words) as status:
+            yield status.update
+    else:
+        console.print(f"{words} ...")
+        yield lambda words: None
 
 
 def timed(run: Callable[[], Tensor], compiles: bool) -> tuple[Tensor, float]:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxfp4ref import _compiler
 from mxfp4ref._files import printable as escaped
 
 __all__ = [
@@ -224,11 +225,11 @@ def printable(value: object, limit: int = MESSAGE) -> str:
 
 
 def of_exception(error: BaseException, without: str = "") -> str:
-    """An exception, its innermost frames, but those of the file `without` and of importing, and its cause."""
+    """An exception, its innermost frames, but those of `without`, of importing and of `uncompiled`, and its cause."""
     words = printable(_name_of(_class_of(error)), 80)
     if text := printable(error).strip():
         words += f": {text}"
-    aside = (without, importlib.__file__)
+    aside = (without, importlib.__file__, _compiler.__file__)
     frames = [
         f for f in _frames(_traceback_of(error)) if f[0] not in aside and not f[0].startswith("<frozen")
     ]

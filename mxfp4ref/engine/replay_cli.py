@@ -177,10 +177,10 @@ def _print_table(report: Report) -> None:
 
 def _note(result: CaseResult) -> str:
     """Why a call was not compared or is not equal: the first words of what is said below the table."""
-    if result.message or result.ok:
+    if result.ok:
         return result.message
     from mxfp4ref.conformance.report_text import wrong_elements
 
     found = result.diagnosis
-    words = (found.finding.sentence or found.stage) if found else ""
+    words = result.message or ((found.finding.sentence or found.stage) if found else "")
     return textwrap.shorten(words or f"{wrong_elements(result)} differ", _NOTE, placeholder=" ...")

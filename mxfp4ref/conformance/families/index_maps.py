@@ -92,12 +92,13 @@ def neighbour_maps() -> Iterator[IndexMap]:
         ("the {} counted from the end (order reversed)", lambda i, n: n - 1 - i, 1.4),
         ("the {} in the other half (halves swapped)", lambda i, n: (i + n // 2) % n, 1.3),
         (
-            "the {}s of both halves taken in turn (interleaved: 0, n/2, 1, ...)",
+            "the {}s of both halves interleaved (0, n/2, 1, ...)",
             lambda i, n: (i % 2) * (n // 2) + i // 2,
             1.4,
         ),
         (
-            "the {}s of the second and the first half taken in turn (interleaved: n/2, 0, n/2 + 1, ...)",
+            "the {}s of both halves interleaved, the second half's first (n/2, 0, n/2 + 1, ...: gpt-oss stores "
+            "gate and up so)",
             lambda i, n: (1 - i % 2) * (n // 2) + i // 2,
             1.4,
         ),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mxfp4ref.conformance.families.distances import last_place
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, SlotRows, of_slots
-from mxfp4ref.conformance.families.row_offsets import sorted_rows
+from mxfp4ref.conformance.families.pursuit import Rows
 from mxfp4ref.conformance.finding import Evidence
 from mxfp4ref.conformance.index_words import map_rules
 from mxfp4ref.sm90.fp32 import bf16_to_fp64
@@ -79,7 +79,7 @@ def of_skipped_slots(slots: SlotRows, got: Tensor, wrong: Tensor) -> Evidence | 
     """The same in words, row by row where there is no rule; arguments as of `skipped_hypotheses`."""
     if (solved := _solved(slots, got, wrong)) is None:
         return None
-    flat, _, _ = sorted_rows(slots.local, slots.call.experts.num_experts)
+    flat = Rows.of(slots.local).flat
     first = slots.call.ep_rank * slots.call.experts.num_experts
     told = []
     for one in solved.added[:_NAMED]:
@@ -99,7 +99,7 @@ def of_skipped_slots(slots: SlotRows, got: Tensor, wrong: Tensor) -> Evidence | 
 def _solved(slots: SlotRows, got: Tensor, wrong: Tensor) -> _Solved | None:
     skipped, call = slots.local < 0, slots.call
     tokens = (wrong.any(1) & got.isfinite().all(1)).nonzero().flatten()
-    flat, _, _ = sorted_rows(slots.local, call.experts.num_experts)
+    flat = Rows.of(slots.local).flat
     if not (
         len(tokens) >= _FEWEST
         and 0 < len(flat) * got.shape[1] <= _SIZE
@@ -193,7 +193,7 @@ def _rules(slots: SlotRows, solved: _Solved) -> Iterator[tuple[str, _Rows]]:
     number = torch.tensor([one.token * top_k + slot for one in solved.added for slot in one.slots])
     row = torch.tensor([one.row for one in solved.added for _ in one.slots])
     count = int((slots.local >= 0).sum())
-    flat, _, _ = sorted_rows(slots.local, slots.call.experts.num_experts)
+    flat = Rows.of(slots.local).flat
     if bool((row == row[0]).all()):
         own = int(row[0])
         first = " (the first one)" * (own == 0)
@@ -220,7 +220,7 @@ def _last(slots: SlotRows, number: Tensor) -> Tensor:
 def _own(slots: SlotRows, number: Tensor, last: bool) -> Tensor:
     """The sorted row of the first or last slot of a slot's token that is computed; -1 without any."""
     top_k = slots.local.shape[1]
-    flat, _, _ = sorted_rows(slots.local, slots.call.experts.num_experts)
+    flat = Rows.of(slots.local).flat
     place = torch.full((slots.local.numel(),), -1, dtype=torch.int64)
     place[flat] = torch.arange(len(flat))
     here = (slots.local >= 0).to(torch.int8)
@@ -230,7 +230,7 @@ def _own(slots: SlotRows, number: Tensor, last: bool) -> Tensor:
 
 
 def _adding(slots: SlotRows, which: _Kind, rows: _Rows, weighted: bool) -> SlotRows:
-    flat, _, _ = sorted_rows(slots.local, slots.call.experts.num_experts)
+    flat = Rows.of(slots.local).flat
     here = ((slots.local < 0) & which(slots.call.token_selected_experts)).flatten().nonzero().flatten()
     row = rows(slots, here)
     here, row = here[(row >= 0) & (row < len(flat))], row[(row >= 0) & (row < len(flat))]

@@ -83,7 +83,7 @@ class Mixture:
     @property
     def constant(self) -> float:
         """What all weights are, whatever was given; 0 where they are none such."""
-        same = not bool(self.coefficients.any()) and len(self.constants.unique()) == 1
+        same = not bool(self.coefficients.any()) and bool((self.constants == self.constants[0]).all())
         return float(self.constants[0]) if same else 0.0
 
     @property
