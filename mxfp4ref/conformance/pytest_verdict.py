@@ -187,8 +187,8 @@ class Verdict:
 
     def _report(self) -> Report:
         from mxfp4ref.conformance.diagnosing import Failing
+        from mxfp4ref.conformance.goldens_used import goldens_used
         from mxfp4ref.conformance.results import Report
-        from mxfp4ref.conformance.suite import goldens_used
 
         results = [outcome.result for outcome in self._outcomes]
         found = Failing("none").verdict(results, None)

@@ -29,7 +29,7 @@ _RESULT = {
     "diagnosis?": {"finding?": _FINDING, "*": object},
     "*": object,
 }
-_GOLDENS = {"path": str, "format": str, "sha256": str, "cases": int}
+_GOLDENS = {"path": str, "format": str, "sha256": str, "cases": int, "of?": int}
 _REPORT = {
     "format": _FORMATS,
     "kernel": str,
@@ -55,7 +55,7 @@ class WrittenReport:
         path: the file.
         kernel, mode, verdict, environment, left, interrupted, date, arguments: as in `results.Report`; what an
             earlier version did not write is empty.
-        goldens: as `results.GoldensUsed`, by name; empty where it is not known.
+        goldens: as `goldens_used.GoldensUsed`, by name; empty where it is not known.
         finding: the verdict's, in words.
         cases: for each case what `results.CaseResult` has, by name.
     """
@@ -124,7 +124,8 @@ def _contradiction(result: Mapping[str, Any]) -> str:
 
 def _negative(report: dict[str, Any]) -> str:
     """Which number of cases or elements cannot be one, in words; "" if all can."""
-    counts = {"left": report.get("left", 0), "goldens.cases": (report.get("goldens") or {}).get("cases", 0)}
+    goldens = report.get("goldens") or {}
+    counts = {"left": report.get("left", 0)} | {f"goldens.{n}": goldens.get(n, 0) for n in ("cases", "of")}
     for i, result in enumerate(report["results"]):
         counts |= {
             f"results[{i}].{name}": result[name]

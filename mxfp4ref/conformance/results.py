@@ -16,6 +16,7 @@ from mxfp4ref.conformance.case_result import PASSING, RECORDING, CaseResult
 from mxfp4ref.conformance.diagnosis import Finding
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN
 from mxfp4ref.conformance.finding import SEVERAL, SPECIAL, WITHIN, alternatives, counted
+from mxfp4ref.conformance.goldens_used import GoldensUsed
 from mxfp4ref.defects import DEFECTS
 
 __all__ = [
@@ -23,33 +24,12 @@ __all__ = [
     "PASSING",
     "RECORDING",
     "CaseResult",
-    "GoldensUsed",
     "Report",
     "now",
 ]
 
 _REASONS = 5  # that are told of skipped cases
 _TELLING = 4  # failing cases that are named where nothing else is known
-
-
-@dataclass(frozen=True)
-class GoldensUsed:
-    """Which goldens a kernel was compared with.
-
-    Attributes:
-        path: their folder.
-        format: of their files.
-        sha256: of their manifest, which has the SHA-256 of every file.
-        cases: how many there are.
-    """
-
-    path: str
-    format: str
-    sha256: str
-    cases: int
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "path", printable(self.path, lines=False))
 
 
 @dataclass(frozen=True, repr=False)
@@ -121,6 +101,8 @@ class Report(Shown):
         if self.proves_nothing:
             return "equal, but this proves nothing"
         nothing = sum(r.proves_nothing for r in self.results)
+        if self.goldens is not None and self.goldens.missing:
+            return "conforms on a few cases only"
         return "conforms" + (f", but {nothing:,} of {len(self.results):,} prove nothing" if nothing else "")
 
     @property
@@ -144,7 +126,9 @@ class Report(Shown):
         if not failed:
             how = "equals the expected bits" if self.mode == "exact" else "stays within the bounds"
             which = f"all {len(ran)} cases" if len(ran) > 1 else "the one case that ran"
-            return f"{self.kernel} conforms: it {how} in {which}{self._scope}."
+            unseen = "" if self.goldens is None else self.goldens.unseen
+            few = " on a few cases only" * bool(unseen)
+            return f"{self.kernel} conforms{few}: it {how} in {which}{self._scope}.{unseen}"
         fail = "fails" if failed == 1 else "fail"
         words = f"{self.kernel} does not conform: {of} {fail}{self._how}{self._scope}."
         left = f" {self.left} more were not run." if self.left else ""
@@ -186,7 +170,7 @@ class Report(Shown):
         """Of how many the cases that ran are some; "" if they are all."""
         ran = sum(r.status != "skipped" for r in self.results)
         if self.goldens is not None:
-            return f", of the goldens' {self.goldens.cases}" if ran < self.goldens.cases else ""
+            return self.goldens.scope(ran)
         given = len(self.results) + self.left
         return f", of {given}" if ran < given else ""
 

@@ -23,17 +23,17 @@ from mxfp4ref._validate import check_instance, shown
 from mxfp4ref.conformance.adapters import Kernel, KernelError
 from mxfp4ref.conformance.again import conform_arguments
 from mxfp4ref.conformance.diagnosing import Failed, Failing, diagnosed
+from mxfp4ref.conformance.goldens_used import goldens_used
 from mxfp4ref.conformance.kernels import check_device, environment, is_stand_in, load_kernel_here
 from mxfp4ref.conformance.options import Options
-from mxfp4ref.conformance.results import CaseResult, GoldensUsed, Report, now
+from mxfp4ref.conformance.results import CaseResult, Report, now
 from mxfp4ref.conformance.running import compare_case
 from mxfp4ref.conformance.side_by_side import side_by_side
 from mxfp4ref.conformance.worker import Worker
 from mxfp4ref.goldens import GoldenError, Goldens
 from mxfp4ref.goldens.case import Case
-from mxfp4ref.goldens.manifest import FORMAT
 
-__all__ = ["InternalError", "Interrupted", "goldens_used", "run", "run_case"]
+__all__ = ["InternalError", "Interrupted", "run", "run_case"]
 
 _DEFAULTS = Options()
 
@@ -264,8 +264,3 @@ class _State:
             arguments=self.arguments,
             verdict_seconds=now - before - of_cases,
         )
-
-
-def goldens_used(goldens: Goldens) -> GoldensUsed:
-    """Which they are, for a report."""
-    return GoldensUsed(str(goldens.root), FORMAT, goldens.sha256, len(goldens.entries))

@@ -48,9 +48,9 @@ def entries(cases: Mapping[str, Mapping[str, bytes]]) -> Entries:
     }
 
 
-def manifest_bytes(cases: Entries) -> bytes:
-    """The file `manifest.json` of a folder with these cases."""
-    return json_bytes({"format": FORMAT, "cases": cases})
+def manifest_bytes(cases: Entries, of: int = 0) -> bytes:
+    """The file `manifest.json` of a folder with these cases; `of` how many there are, if these are some of them."""
+    return json_bytes({"format": FORMAT, "cases": cases} | ({"of": of} if of else {}))
 
 
 def json_bytes(value: object) -> bytes:
@@ -59,13 +59,14 @@ def json_bytes(value: object) -> bytes:
 
 
 def write_builtin(goldens: Path, target: Path) -> None:
-    """Copy the cases of `BUILTIN` from a full folder of goldens to `target`, with a manifest of their own.
+    """Copy the cases of `BUILTIN` from a folder of goldens to `target`, with a manifest that says of how many.
 
     Raises:
         FileNotFoundError: `goldens` lacks its manifest or one of the cases.
         ValueError: a file is not the one that the manifest of `goldens` describes.
     """
-    recorded = json.loads((goldens / "manifest.json").read_bytes())["cases"]
+    manifest = json.loads((goldens / "manifest.json").read_bytes())
+    recorded = manifest["cases"]
     cases = {
         case_id: {kind: (goldens / f"{case_id}.{kind}").read_bytes() for kind in FILE_KINDS}
         for case_id in BUILTIN
@@ -80,4 +81,4 @@ def write_builtin(goldens: Path, target: Path) -> None:
             path = target / f"{case_id}.{kind}"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
-    (target / "manifest.json").write_bytes(manifest_bytes(found))
+    (target / "manifest.json").write_bytes(manifest_bytes(found, manifest.get("of", len(recorded))))

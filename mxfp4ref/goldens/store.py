@@ -24,7 +24,16 @@ from mxfp4ref.goldens.manifest import FILE_KINDS, FORMAT
 if TYPE_CHECKING:
     from mxfp4ref.goldens.case import Case
 
-__all__ = ["BUILTIN_ROOT", "KINDS", "GoldenError", "Goldens", "find_root", "is_other_file", "open_goldens"]
+__all__ = [
+    "BUILTIN_ROOT",
+    "FETCH",
+    "KINDS",
+    "GoldenError",
+    "Goldens",
+    "find_root",
+    "is_other_file",
+    "open_goldens",
+]
 
 KINDS = (
     *("moe", "quantize", "dequantize", "layout", "tensor_core", "gemm", "activation", "finalize"),
@@ -33,6 +42,7 @@ KINDS = (
 # In an installed package only: a wheel contains it, a checkout has all goldens.
 BUILTIN_ROOT = Path(__file__).resolve().parent / "builtin"
 _PACKAGE_PARENT = BUILTIN_ROOT.parents[2]
+FETCH = "mxfp4ref goldens fetch goldens.tar --sha256 HASH --into goldens"  # how to get all
 
 _NAME = re.compile(r"[a-z0-9_]+/[a-z0-9_]+")
 # Files of the root folder that belong there and are no cases.
@@ -62,6 +72,11 @@ class Goldens:
     """The cases under one root folder; `open_goldens` finds it.
 
     If they are regenerated meanwhile, a case is read as it was before or as it is afterwards.
+
+    Attributes:
+        entries: for each case the size and SHA-256 of its files.
+        sha256: of the manifest, and so of all files.
+        of: how many cases there are: more than these, if they are the few that a wheel has.
     """
 
     def __init__(self, root: Path) -> None:
@@ -69,20 +84,26 @@ class Goldens:
         self.entries = self._manifest()
 
     def __repr__(self) -> str:
-        return f"Goldens({str(self.root)!r}: {len(self.entries)} cases in {len(self.suites)} suites)"
+        return f"Goldens({str(self.root)!r}: {self.count} in {len(self.suites)} suites)"
+
+    @property
+    def count(self) -> str:
+        """How many they are: "190 cases", "13 of 190 cases"."""
+        few = f"{len(self.entries)} of " if len(self.entries) < self.of else ""
+        return f"{few}{self.of} cases"
 
     def _manifest(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """For each case the size and SHA-256 of its files."""
         path = self.root / "manifest.json"
         data = _read(path)
-        self.sha256 = hashlib.sha256(data).hexdigest()  # of the manifest, and so of all files
+        self.sha256 = hashlib.sha256(data).hexdigest()
         manifest = _parse(path, data)
-        if wrong := mismatch(manifest, {"format": (FORMAT,), "cases": {"*": _ENTRY}}, "manifest"):
+        if wrong := mismatch(manifest, {"format": (FORMAT,), "cases": {"*": _ENTRY}, "of?": int}, "manifest"):
             raise GoldenError(f"{path}: {wrong}")
         cases: dict[str, dict[str, dict[str, Any]]] = manifest["cases"]
         for name in cases:
             if not _NAME.fullmatch(name):
                 raise GoldenError(f"{path}: expected names of cases as suite/case, got {name!r}")
+        self.of = max(manifest.get("of", 0), len(cases))
         return cases
 
     @property
@@ -122,8 +143,8 @@ class Goldens:
 
         if name not in self.entries:
             hint = did_you_mean(name, self.entries)
-            if self.root == BUILTIN_ROOT:
-                hint += "; these are the few that come with the package, a checkout has all"
+            if len(self.entries) < self.of:
+                hint += f"; these are {self.count}, the few that come with the package; to get all: {FETCH}"
             raise GoldenError(f"{name!r}: no such case in {self.root}{hint}")
         paths = {kind: self.root / f"{name}.{kind}" for kind in FILE_KINDS}
         data = {kind: _read(path) for kind, path in paths.items()}
@@ -221,7 +242,9 @@ def _read(path: Path) -> bytes:
     try:
         return read_file(path)
     except OSError as error:
-        raise GoldenError(f"{path}: cannot be read: {error.strerror}") from error
+        gone = isinstance(error, FileNotFoundError) and path.name == "manifest.json"
+        hint = f"; to get goldens: {FETCH}" if gone else ""
+        raise GoldenError(f"{path}: cannot be read: {error.strerror}{hint}") from error
 
 
 def _parse(path: Path, data: bytes) -> dict[str, Any]:

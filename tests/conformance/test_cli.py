@@ -31,6 +31,7 @@ from mxfp4ref.formats.generations import GENERATIONS
 from mxfp4ref.goldens import Goldens, open_goldens, tensor_bytes
 from mxfp4ref.goldens.hardware_record import compare
 from mxfp4ref.goldens.runs import runs
+from mxfp4ref.goldens.store import FETCH
 from mxfp4ref.model.forward import forward
 from mxfp4ref.model.parallel import Ranks
 from mxfp4ref.sm90.activation import ACTIVATIONS
@@ -85,6 +86,37 @@ def test_conform_passes(tmp_path: Path) -> None:
     assert "\x1b" not in result.output
     written = json.loads((tmp_path / "r.json").read_text())
     assert (written["format"], written["ok"], written["results"][0]["differing"]) == (FORMAT, True, 0)
+
+
+def test_a_verdict_on_the_built_in_cases_says_of_how_many_they_are_and_how_to_get_all(
+    builtin_root: Path, tmp_path: Path
+) -> None:
+    """A wrong kernel may pass these few: nobody takes them for all, on a terminal or in a report."""
+    few, every = len(Goldens(builtin_root).entries), len(open_goldens().entries)
+    files = [word for kind in ("json", "junit", "html") for word in (f"--{kind}", tmp_path / f"r.{kind}")]
+    result = invoke("conform", "oracle", "--goldens", builtin_root, "--case", "finalize", *files)
+    assert result.exit_code == 0, result.output
+    verdict = result.output.split("\n")[-2]
+    assert verdict.startswith("oracle conforms on a few cases only: it equals ")
+    assert (
+        f"ran, of the goldens' {every}, of which {few} are built in. What only the other {every - few} "
+        in verdict
+    )
+    assert verdict.endswith(f": {FETCH}")
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert (written["verdict"], written["cases"]["ran"]) == (verdict, 1)
+    assert (written["goldens"]["cases"], written["goldens"]["of"]) == (few, every)
+    assert f'"goldens.of" value="{every}"' in (tmp_path / "r.junit").read_text()
+    assert "conforms on a few cases only" in (tmp_path / "r.html").read_text()
+    assert (
+        f"{few} of {every} cases, 0 problems"
+        in invoke("verify", "--files-only", "--goldens", builtin_root).output
+    )
+    wrong = ("defect:bf16_finalize", "--diagnosis", "none", "--case", "finalize", "--goldens", builtin_root)
+    assert f"of the goldens' {every}, of which {few} are built in." in invoke("conform", *wrong).output
+    unknown = invoke("show", "gemm/ordinary", "--goldens", builtin_root)
+    assert (unknown.exit_code, FETCH in unknown.output) == (2, True)
+    assert FETCH in invoke("show", "gemm/ordinary", "--goldens", tmp_path).output
 
 
 def test_conform_fails_names_the_defect_and_writes_everything(tmp_path: Path) -> None:

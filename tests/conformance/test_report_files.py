@@ -23,13 +23,12 @@ from mxfp4ref.conformance.again import command, conform_arguments, selection_arg
 from mxfp4ref.conformance.cli.report_files import ReportFiles
 from mxfp4ref.conformance.comparison import Difference
 from mxfp4ref.conformance.diagnosis import ULP_BINS, Diagnosis, Finding
+from mxfp4ref.conformance.goldens_used import GoldensUsed, goldens_used
 from mxfp4ref.conformance.html_report import to_html
 from mxfp4ref.conformance.report import to_json, to_junit
 from mxfp4ref.conformance.report_comparison import compare_reports
 from mxfp4ref.conformance.report_reading import read_report
 from mxfp4ref.conformance.report_text import headline, to_text
-from mxfp4ref.conformance.results import GoldensUsed
-from mxfp4ref.conformance.suite import goldens_used
 from mxfp4ref.goldens import Goldens, open_goldens
 
 SMALL = "finalize/slot_order"
@@ -172,7 +171,11 @@ def test_last_failed_of_another_run_says_so(tmp_path: Path) -> None:
 
 
 def test_numbers_of_cases_are_not_negative(tmp_path: Path) -> None:
-    for more in ({"left": -3}, {"goldens": replace(goldens_used(GOLDENS), cases=-1)}):
+    for more in (
+        {"left": -3},
+        {"goldens": replace(goldens_used(GOLDENS), cases=-1)},
+        {"goldens": replace(goldens_used(GOLDENS), of=-1)},
+    ):
         with pytest.raises(ValueError, match="expected 0 or more, got -"):
             read_report(written(tmp_path / "a.json", result_of(SMALL), **more))
     for name in ("elements", "differing"):

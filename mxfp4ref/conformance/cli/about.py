@@ -75,7 +75,7 @@ def list_cases(patterns: tuple[str, ...], as_json: bool, root: Path | None) -> N
         return
     heads = ("case", "kind", "memory", "made to catch, or kept for")
     echo_rows(heads, [(row["case"], row["kind"], _memory(row["bytes"]), _about(row)) for row in rows])
-    echo(f"{len(rows)} of {len(goldens.names())} cases in {goldens.root}")
+    echo(f"{len(rows)} of {goldens.of} cases, in {goldens.root}")
 
 
 def _memory(count: int) -> str:
@@ -190,7 +190,7 @@ def _gpus() -> dict[str, str]:
 def _check_goldens(root: Path | None, facts: dict[str, str]) -> str:
     try:
         goldens = open_goldens(root)
-        facts["goldens"] = f"{len(goldens.names())} cases in {goldens.root}"
+        facts["goldens"] = f"{goldens.count} in {goldens.root}"
         found = goldens.verify()
     except Exception as error:  # whatever it is belongs into the report
         return f"{type(error).__name__}: {error}"

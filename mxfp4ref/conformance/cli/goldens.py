@@ -52,7 +52,7 @@ def verify(root: Path | None, files_only: bool) -> None:
     with usage_errors():
         goldens = open_goldens(root)
         problems = goldens.verify()
-        echo(f"{goldens.root}: {len(goldens.names())} cases, {len(problems)} problems with files")
+        echo(f"{goldens.root}: {goldens.count}, {len(problems)} problems with files")
         if not problems:
             records, contradictions = hardware_record.compare(goldens)
             problems += contradictions
