@@ -242,7 +242,7 @@ class Report(Shown):
     def _most_telling(self) -> str:
         """Which failing cases to look at where nothing is known, of as many suites as may be; "" where one fails."""
         failing = [r for r in self._failing if r.diagnosis is not None]
-        failing.sort(key=lambda r: (*r.untelling, -r.differing / r.elements))
+        failing.sort(key=lambda r: (*r.untelling, -r.differing / max(r.elements, 1)))
         firsts = {r.case.split("/")[0]: r.case for r in reversed(failing)}
         names = [*reversed(firsts.values()), *(r.case for r in failing)]
         told = ", ".join([*dict.fromkeys(names)][:_TELLING])

@@ -177,6 +177,8 @@ def _pursued(
         weights: `[n]`.
         others: for each slot `[C, H]`.
     """
+    if not len(own):
+        return None
     limit = _QUIET**2 * len(error)
     if sum(map(len, others)) < len(error) / 2:  # no sum of changes may leave more
         changes = torch.cat([rows - row for rows, row in zip(others, own, strict=True)])
