@@ -317,6 +317,8 @@ def _other(value: Any, before: Any) -> bool:
     """Whether something in a container was replaced or removed; a module that is imported later may add to a dict."""
     if type(value) is dict:
         return any(value.get(name) is not item for name, item in before.items())
+    if type(value) is set:  # of which a copy may have another order
+        return bool(value != before)
     return len(value) != len(before) or not all(map(is_, value, before))
 
 

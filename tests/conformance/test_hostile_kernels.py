@@ -42,7 +42,7 @@ from mxfp4ref.conformance.cli.conform import _Selection
 from mxfp4ref.conformance.html_report import to_html
 from mxfp4ref.conformance.report import to_json, to_junit
 from mxfp4ref.conformance.report_text import to_text
-from mxfp4ref.conformance.surroundings import surroundings
+from mxfp4ref.conformance.surroundings import interference, surroundings
 from mxfp4ref.conformance.worker import Worker
 from mxfp4ref.goldens import Case, open_goldens
 from tests.helpers import hostile_kernels
@@ -635,3 +635,17 @@ def test_what_an_import_replaces_is_no_verdict_in_this_process(tmp_path: Path) -
     ):
         run(f"{path}:f", [GOLDENS.load("finalize/slot_order")], OPTIONS, isolate=False)
     assert (CaseResult.ok, torch.equal) == (ok, equal)
+
+
+def test_a_set_is_not_replaced_by_what_is_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A set's copy may have another order: numbers whose hashes collide."""
+    numbers = set[int]()
+    for number in (272, 1160, 1560, 128, 520):
+        numbers.add(number)
+    monkeypatch.setattr(sys.modules[interference.__module__], "NUMBERS", numbers, raising=False)
+    assert list(numbers) != list(numbers.copy())
+    assert not interference()()
+    restore = interference()
+    numbers.discard(128)
+    assert "NUMBERS" in restore()
+    assert 128 in numbers

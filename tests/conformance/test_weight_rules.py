@@ -15,7 +15,7 @@ from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.evidence import gather, look_closer
 from mxfp4ref.conformance.families.gains import of_one_row
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, SlotRows, local_of
-from mxfp4ref.conformance.families.row_offsets import sorted_rows
+from mxfp4ref.conformance.families.pursuit import Rows
 from mxfp4ref.conformance.families.sampled import samples
 from mxfp4ref.conformance.families.skipped_slots import of_skipped_slots, skipped_hypotheses
 from mxfp4ref.conformance.families.slot_sums import slot_sum_hypotheses
@@ -124,7 +124,7 @@ def test_weights_normalised_over_the_rank_are_no_slots_of_others() -> None:
 def adding(call: MoeCall, row: Callable[[Tensor, int], Tensor], weight: float | None = None) -> Tensor:
     """Slots to be skipped add the row of all sorted ones that their number says."""
     local = local_of(prepared(call))
-    flat, _, _ = sorted_rows(local, call.experts.num_experts)
+    flat = Rows.of(local).flat
     skipped = (local < 0).flatten().nonzero().flatten()
     source = flat[row(skipped, len(flat))]
 

@@ -114,12 +114,10 @@ class _InShape:
 
 _NAMED = (finalize_slots_reversed, finalize_by_expert, finalize_by_weight)
 # The kernel's own, and those that are named defects: order, type of the products (none: one FMA), type of the sums.
-_KNOWN = frozenset(
-    {
-        *(("", products, "float32") for products in ("", "float32", "bf16")),
-        *((order, "", "float32") for order, by, _ in _ORDERS if by in _NAMED),
-        ("", "bf16", "bf16"),
-    }
+_KNOWN = (
+    *(("", products, "float32") for products in ("", "float32", "bf16")),
+    *((order, "", "float32") for order, by, _ in _ORDERS if by in _NAMED),
+    ("", "bf16", "bf16"),
 )
 
 

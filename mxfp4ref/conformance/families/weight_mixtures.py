@@ -98,7 +98,7 @@ class Mixture:
 
     def counted(self) -> list[Mixture]:
         """As it is, and where the last slot alone is concerned, counted from the last."""
-        late = not self.whole and self.changed == [len(self.constants) - 1]
+        late = not self.whole and self.changed == [len(self.constants) - 1] != [0]
         return [self, *([replace(self, back=True)] if late else [])]
 
     def of(self, top_k: int) -> tuple[Tensor, Tensor]:
