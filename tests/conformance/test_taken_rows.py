@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from mxfp4ref import MoeCall, forward
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.evidence import gather
-from mxfp4ref.conformance.families.hypothesis import SlotRows
+from mxfp4ref.conformance.families.hypothesis import SlotRows, local_of
 from mxfp4ref.conformance.families.slots import slot_hypotheses
 from mxfp4ref.conformance.families.taken_rows import taken_hypotheses
 from mxfp4ref.sm90.fp32 import to_bf16
@@ -98,6 +99,20 @@ def test_foreign_slots_that_were_added_are_told() -> None:
     assert "slots that are another rank's, or padded, are computed and added: id" in first.sentence
     assert "by expert 9" in first.sentence
     assert all(int(number) % 5 == 0 for number in re.findall(r"ids? (\d+)", first.sentence))
+
+
+def test_weights_normalised_over_a_rank_s_slots_are_no_foreign_slots() -> None:
+    """Of a token's only slot both look alike, and both are said then."""
+    call = captured("expert_rank_2_of_4")
+    own = local_of(prepared(call)) >= 0
+    call = call.select((own.sum(1) == 1).nonzero().flatten())
+    weights, own = call.token_final_scales, local_of(prepared(call)) >= 0
+    over_own = weights / (weights * own).sum(1, keepdim=True) * weights.sum(1, keepdim=True)
+    got = forward(replace(call, token_final_scales=over_own))
+    want = forward(call)
+    first = gather(prepared(call), got, want, differing(got, want))[0]
+    assert "as if normalised over this rank's slots" in first.sentence
+    assert set(first.stages) == {"finalize", "slots"}
 
 
 def test_the_first_id_of_the_next_rank_has_words() -> None:

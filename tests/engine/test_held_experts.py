@@ -139,7 +139,7 @@ def test_another_mistake_is_no_other_experts(root: Path) -> None:
         assert other_experts(layer, call, wrong) == ""
         assert whose_output(layer, hidden(layer), wrong, None, Ranks()) == ""
     _, _, other = held(root, range(4))
-    other[:, :32] *= 2  # more is wrong than that
+    other.view(torch.int16)[:, :32] ^= 1  # more is wrong than that
     assert other_experts(layer, call, other) == ""
 
 
@@ -202,8 +202,10 @@ def test_weights_of_other_ranks_may_be_zero(root: Path) -> None:
     assert any("weights of other ranks' slots are 0" in line for line in found.lines)
     weights = served[WEIGHTS] * mine
     weights[mine] *= torch.linspace(0.5, 1, int(mine.sum()))
-    found = checked(layer, served | {WEIGHTS: weights})
-    assert found.verdict.startswith("the router is wrong: ids are right, and weights are others"), found
+    others = served[WEIGHTS] * torch.where(mine, 1, torch.rand(mine.shape))
+    for wrong in (weights, others):
+        found = checked(layer, served | {WEIGHTS: wrong})
+        assert found.verdict.startswith("the router is wrong: ids are right, and weights are others"), found
 
 
 @pytest.mark.parametrize("others", [-1, len(MINE)])

@@ -88,10 +88,18 @@ def of_skipped_slots(slots: SlotRows, got: Tensor, wrong: Tensor) -> Evidence | 
         which = f"slot{'s' * (len(one.slots) > 1)} {', '.join(map(str, one.slots))} of token {one.token}"
         told.append(f"{which} {one.times:.3g} x sorted row {one.row}, token {token}'s of expert {expert}")
     rule = next((f"{words}: " for words, _ in _rules(slots, solved)), "")
+    # Of a token's only row, its own weight is not told from those of slots that add it once more.
+    alone = all(
+        int(flat[one.row]) // slots.local.shape[1] == one.token
+        and int((slots.local[one.token] >= 0).sum()) == 1
+        for one in solved.added
+    )
+    or_weights = "; or that row's weight is that much larger, as if normalised over this rank's slots" * alone
     return Evidence.of_kind(
         ("slots", "finalize"),
         "slots that are padded or another rank's add rows of other slots",
-        f"{rule}{'; '.join(told)}{', ...' * (len(solved.added) > _NAMED)}; all else of these tokens is right",
+        f"{rule}{'; '.join(told)}{', ...' * (len(solved.added) > _NAMED)}{or_weights}; all else of these tokens is "
+        "right",
         3,
     )
 
