@@ -250,13 +250,16 @@ class Report(Shown):
 
     @property
     def further(self) -> str:
-        """After a quick diagnosis that does not explain every bit of a call, the line of the full one."""
+        """After a quick diagnosis that does not explain every bit of a call, or of one, the line of the full one."""
         from mxfp4ref.conformance.again import full_command
 
         calls = [r for r in self._failing if r.diagnosis is not None and r.kind in ("moe", RECORDING)]
         again = full_command(self)
-        if not calls or not again or self.defects or self.finding.exact:
+        if not calls or not again:
             return ""
+        if self.defects or self.finding.exact:
+            alone = f" A quick diagnosis of one case; a full one tells what else predicts its bits: {again}"
+            return alone * (len(calls) == 1)
         return f" This was a quick diagnosis; a full one tries more: {again}"
 
 

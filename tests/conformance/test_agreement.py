@@ -47,7 +47,12 @@ def test_a_quick_diagnosis_names_the_line_of_the_full_one(plain: Diagnosis) -> N
     quick = Report("it", "exact", (failed,), arguments=given, selection=("--case", "gemm"))
     line = "a full one tries more: mxfp4ref conform mine.py:f --no-repeat --case gemm"
     assert quick.verdict.endswith(f"What is wrong is unknown. This was a quick diagnosis; {line}")
-    assert "quick" not in replace(quick, finding=exact(FACTOR)).verdict
+    explained = replace(quick, finding=exact(FACTOR))
+    assert (
+        "A quick diagnosis of one case; a full one tells what else predicts its bits: mxfp4ref"
+        in explained.verdict
+    )
+    assert "quick" not in replace(explained, results=(failed, failed)).verdict
     assert "quick" not in replace(quick, arguments=given[:1]).verdict
 
 
