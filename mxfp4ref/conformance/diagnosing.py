@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -181,9 +182,19 @@ class Failing:
         start = thread_clock()
         result = one.looked_at(result, tuple(self._suspects), "quick", seconds)
         self._left -= thread_clock() - start
+        self._suspect(result, one)
+        return result
+
+    def add(self, result: CaseResult, failed: Failed) -> None:
+        """A result that has its diagnosis, for the verdict."""
+        self._failures[result.case] = one = _Failure(failed)
+        with suppress(Exception):  # of outputs that nobody has thought of, which the result says
+            one.located = failed.located()
+        self._suspect(result, one)
+
+    def _suspect(self, result: CaseResult, one: _Failure) -> None:
         if result.diagnosis is not None and one.located is not None and not one.located.blank:
             self._suspects |= dict.fromkeys(result.diagnosis.exact)
-        return result
 
     def verdict(self, results: list[CaseResult], goldens: Goldens | None, *, search: bool = True) -> Found:
         """All results with their diagnoses, and what they say together; `search` for what else they may say."""

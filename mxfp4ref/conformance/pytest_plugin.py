@@ -21,6 +21,7 @@ from mxfp4ref.conformance.pytest_verdict import SUITE, Outcome, Summary, Told, V
 if TYPE_CHECKING:
     from mxfp4ref.conformance import Options
     from mxfp4ref.conformance.adapters import Kernel
+    from mxfp4ref.conformance.diagnosing import Failed
     from mxfp4ref.conformance.results import CaseResult
     from mxfp4ref.conformance.worker import Worker
     from mxfp4ref.goldens import Case, Goldens
@@ -134,8 +135,12 @@ def pytest_runtest_makereport(
 
         report.mxfp4_unusable = call.excinfo.errisinstance((pytest.UsageError, GoldenError))  # type: ignore[attr-defined]
     if isinstance(item, _ConformanceItem) and report.when == "call" and item.result is not None:
+        from mxfp4ref.conformance.pytest_together import Kept
+
         tested = _under_test(item.config)
-        outcome = Outcome(item.result, tested.kernel.name, tested.environment, tested.arguments)
+        kernel, where = tested.kernel, (tested.environment, tested.arguments)
+        kept = Kept.of(item.failed, kernel.generation)
+        outcome = Outcome(item.result, kernel.name, *where, kept)
         report.mxfp4_outcome = outcome.to_text()  # type: ignore[attr-defined]
     return report
 
@@ -178,6 +183,7 @@ class _ConformanceItem(pytest.Item):
     """One golden case, run through the kernel."""
 
     result: CaseResult | None = None
+    failed: Failed | None = None
 
     def runtest(self) -> None:
         from mxfp4ref.conformance.heartbeat import heartbeat
@@ -185,7 +191,7 @@ class _ConformanceItem(pytest.Item):
         stderr = self.config.stash.get(_STDERR, None)
         with heartbeat(lambda words: print(words, file=stderr, flush=True)) as now:
             now(f"{SUITE}::{self.name}" if stderr is not None else "")
-            self.result = _run(self.config, self.name)
+            self.result, self.failed = _run(self.config, self.name)
         if self.result.status == "skipped":
             pytest.skip(self.result.message)
         if not self.result.ok:
@@ -264,18 +270,21 @@ def _open(root: str | None) -> Goldens:
         raise pytest.UsageError(str(error)) from error
 
 
-def _run(config: pytest.Config, name: str) -> CaseResult:
-    """A case's result, with as much of a diagnosis as is wanted."""
-    from mxfp4ref.conformance import run_case
+def _run(config: pytest.Config, name: str) -> tuple[CaseResult, Failed | None]:
+    """A case's result, with as much of a diagnosis as is wanted, and what that is of."""
+    from mxfp4ref.conformance.diagnosing import diagnosed
+    from mxfp4ref.conformance.running import compare_case
 
     how = config.getoption("mxfp4_diagnosis")
     failures = config.stash.get(_FAILURES, 0)
     tested = _under_test(config)
     options = replace(tested.options, diagnosis="quick" if failures >= _FULLY and how == "full" else how)
     case = _goldens(config).load(name)
-    result = run_case(tested.kernel, case, options, worker=tested.worker)
+    result, failed = compare_case(tested.kernel, case, options, tested.worker)
+    if failed is not None:
+        result = diagnosed(result, failed, options.diagnosis)
     config.stash[_FAILURES] = failures + (not result.ok)
-    return result
+    return result, failed
 
 
 _FAILURES = pytest.StashKey[int]()

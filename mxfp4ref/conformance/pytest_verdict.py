@@ -7,8 +7,10 @@ import os
 import pickle
 import signal
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ import pytest
 from mxfp4ref._files import quoted
 
 if TYPE_CHECKING:
+    from mxfp4ref.conformance.pytest_together import Kept
     from mxfp4ref.conformance.results import CaseResult, Report
     from mxfp4ref.goldens import Goldens
 
@@ -27,12 +30,13 @@ SUITE = "mxfp4"  # what the tests' names begin with
 
 @dataclass(frozen=True)
 class Outcome:
-    """A case's result, the kernel's name, where it ran, and the arguments of `mxfp4ref conform` for it."""
+    """A case's result, the kernel's name, where it ran, the arguments of `mxfp4ref conform`, what it gave."""
 
     result: CaseResult
     kernel: str
     environment: Mapping[str, str]
     arguments: tuple[str, ...]
+    kept: Kept | None = None
 
     def to_text(self) -> str:
         """As text, as which xdist carries it."""
@@ -141,14 +145,15 @@ class Verdict:
             self._lost |= untold
         asked = any(str(arg).startswith("--mxfp4-kernel") for arg in self._config.invocation_params.args)
         again = any(self._config.getoption(name, False) for name in ("lf", "stepwise"))
-        self._none_chosen = asked and not (self._chosen or stopped or dry or again)
+        collected = session.exitstatus != pytest.ExitCode.USAGE_ERROR  # such as a kernel that cannot be loaded
+        self._none_chosen = asked and collected and not (self._chosen or stopped or dry or again)
         wrong = self._nothing_compared or bool(self._lost) or self._none_chosen
         if self._html is not None and self._outcomes:
             from mxfp4ref._files import write_file
             from mxfp4ref.conformance.html_report import to_html
 
             try:
-                write_file(self._html, to_html(self._report()))
+                write_file(self._html, to_html(self._report))
                 self._said = f"report: {self._html}"
             except Exception as error:  # a full disk; the verdict is told all the same
                 wrong = True
@@ -169,7 +174,7 @@ class Verdict:
             elif count := len(self._passed_over):
                 terminalreporter.write_line(f"ERROR: --mxfp4-kernel: none ran, {count:,} were skipped before")
             return
-        report = self._report()
+        report = self._report
         terminalreporter.section(f"{SUITE}ref")
         good = report.ok and not self._lost
         terminalreporter.write_line(report.verdict, bold=True, green=good, red=not good)
@@ -185,20 +190,23 @@ class Verdict:
                 f"ERROR: --mxfp4-kernel: none of the {len(report.results)} cases of {spec} ran on any element"
             )
 
+    @cached_property
     def _report(self) -> Report:
-        from mxfp4ref.conformance.diagnosing import Failing
         from mxfp4ref.conformance.goldens_used import goldens_used
+        from mxfp4ref.conformance.pytest_together import verdict
         from mxfp4ref.conformance.results import Report
 
-        results = [outcome.result for outcome in self._outcomes]
-        found = Failing("none").verdict(results, None)
-        last = self._outcomes[-1]
+        outcomes, last = sorted(self._outcomes, key=lambda one: one.result.case), self._outcomes[-1]
+        given = [(outcome.result, outcome.kept) for outcome in outcomes]
+        start, diagnosis = time.perf_counter(), self._config.getoption("mxfp4_diagnosis")
+        found = verdict(given, self._goldens, diagnosis, search=not self._interrupted)
+        together = time.perf_counter() - start
         return Report(
             last.kernel,
             self._config.getoption("mxfp4_mode"),
             found.results,
             found.defects,
-            sum(result.seconds for result in results),
+            sum(outcome.result.seconds for outcome in outcomes) + together,
             last.environment,
             found.finding,
             left=len(self._lost),
@@ -206,6 +214,7 @@ class Verdict:
             goldens=goldens_used(self._goldens),
             date=self._date,
             arguments=last.arguments,
+            verdict_seconds=together,
             line=" ".join(map(quoted, ("pytest", *map(str, self._config.invocation_params.args)))),
         )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mxfp4ref.conformance import html_report, worker  # here, since pytester forgets what its sessions import
+from mxfp4ref.conformance import diagnosing, html_report, worker  # before pytester forgets what it imports
 from mxfp4ref.conformance.adapters import KernelError
 from mxfp4ref.goldens import Case, GoldenError, Goldens
 
@@ -58,6 +58,20 @@ def test_failure_is_the_diagnosis_and_other_kinds_are_skipped(pytester: pytest.P
         ]
     )
     result.stdout.no_fnmatch_line("*Traceback*")
+
+
+def test_the_verdict_is_of_all_failures_together_as_in_conform(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no vote of what was found for each case by itself: here that is nothing."""
+    monkeypatch.setattr(diagnosing, "diagnosed", lambda result, failed, diagnosis: result)
+    cases = ("mxfp4::finalize/slot_order", "mxfp4::finalize/cancelling_experts")
+    kernel = "--mxfp4-kernel=defect:bf16_finalize"
+    result = pytester.runpytest(kernel, *cases)
+    result.assert_outcomes(failed=2)
+    result.stdout.fnmatch_lines(["*2 of 2 cases fail*. Every wrong bit is that of bf16_finalize: *"])
+    result = pytester.runpytest(kernel, *cases, "--mxfp4-diagnosis=none")
+    result.stdout.no_fnmatch_line("*Every wrong bit*")
 
 
 def test_ids_can_be_pasted_back(pytester: pytest.Pytester) -> None:
