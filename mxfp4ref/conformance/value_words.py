@@ -146,7 +146,7 @@ def region_words(
 
 
 def slice_words(got: Tensor, want: Tensor, dim: int, name: str, *, listed: bool = False) -> str:
-    """Whether every slice along `dim` is another one's, in words: by a rule, or else the first of them if `listed`."""
+    """Whether every slice along `dim` is another one's, by a rule in words, or else a list if `listed`."""
     one, other = (t.movedim(dim, 0).flatten(1) for t in (got, want))
     if len(one) < 2 or one.shape[1] < 2:
         return ""
