@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.index_words import map_words
+from mxfp4ref.conformance.index_words import map_words, moved_runs
 from mxfp4ref.conformance.value_words import bit_words, region_words, slice_words
 from mxfp4ref.formats import layout
 from mxfp4ref.formats.generations import GENERATIONS
@@ -22,6 +22,8 @@ _INVERSES = {
     "halves_to_interleaved": "interleaved_to_halves",
 }
 _PERIODS = (2, 4, 8, 16, 32, 64, 128, 256)
+_CHUNKS = (256, 128, 64, 32, 16, 8)  # bytes that stay together
+_LISTED = 6
 _ENOUGH = 16  # blocks from which a permutation is told
 
 
@@ -44,7 +46,10 @@ def layout_words(inputs: Mapping[str, Any], got: Tensor, want: Tensor) -> str:
     for dim, name in enumerate(names):
         if words := slice_words(got, want, dim, name):
             return words
-    return permutation_words(got, want) or _constant_words(got, want)
+    if words := permutation_words(got, want) or _constant_words(got, want):
+        return words
+    slices = (slice_words(got, want, dim, name, listed=True) for dim, name in enumerate(names))
+    return next(filter(None, slices), "") or _moved_words(got, want)
 
 
 def _operations(inputs: Mapping[str, Any]) -> Iterator[tuple[str, Tensor | None]]:
@@ -72,6 +77,7 @@ def _operations(inputs: Mapping[str, Any]) -> Iterator[tuple[str, Tensor | None]
 def _there(inputs: Mapping[str, Any], want: Tensor) -> Iterator[tuple[str, Tensor | None]]:
     """What there may be in some places only."""
     yield from _operations(inputs)
+    yield "the nibbles of every byte are exchanged", (want & 15) << 4 | want >> 4
     for dim in range(1, want.dim()):
         yield f"dimension {dim} is in reverse", want.flip(dim)
 
@@ -97,7 +103,7 @@ def _called(operation: str, *arguments: Any) -> Tensor | None:
 def permutation_words(got: Tensor, want: Tensor) -> str:
     """One permutation of the bytes, or bits, of every block of some size."""
     one, other = got.flatten(), want.flatten()
-    for period in _PERIODS:
+    for period in (*_PERIODS, *{got.shape[-1], got[0].numel()} - set(_PERIODS)):
         if len(one) % period == 0 and len(one) // period >= _ENOUGH:
             places = _permutation(one.view(-1, period), other.view(-1, period))
             if places is not None:
@@ -140,3 +146,25 @@ def _constant_words(got: Tensor, want: Tensor) -> str:
     places = rows.nonzero().flatten().tolist()
     where = f" of rows {places[0]} to {places[-1]} of {len(rows)}" if len(places) < len(rows) else ""
     return f"every byte{where} that differs is {values.pop()}"
+
+
+def _moved_words(got: Tensor, want: Tensor) -> str:
+    """Where each chunk of bytes has come from, if all of them stand somewhere."""
+    for size in _CHUNKS:
+        if got.numel() % size or got.numel() < 2 * size:
+            continue
+        one, other = (t.reshape(-1, size).tolist() for t in (got, want))
+        places: dict[tuple[int, ...], int] = {}
+        for place, chunk in enumerate(other):
+            places.setdefault(tuple(chunk), place)
+        own = [chunk == there for chunk, there in zip(one, other, strict=True)]
+        source = [n if own[n] else places.get(tuple(chunk), -1) for n, chunk in enumerate(one)]
+        if -1 not in source:
+            runs = moved_runs(source)
+            shown = ", ".join(
+                f"{first * size} to {last * size + size - 1} are those from {place * size} on"
+                for first, last, place in runs[:_LISTED]
+            )
+            more = ", ..." * (len(runs) > _LISTED)
+            return f"bytes are right but at other places, in chunks of {size}: {shown}{more}"
+    return ""

@@ -87,6 +87,7 @@ class Groups:
             "that are of their row number": index % self.columns,
             "whose largest magnitude is at index": largest.indices,
             "whose right scale byte is": self.right,
+            "where the last bit of the right scale byte is": self.right & 1,
         }
 
 

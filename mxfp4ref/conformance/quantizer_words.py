@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from mxfp4ref.conformance.layout_words import permutation_words
 from mxfp4ref.conformance.quantizer_codes import code_words
 from mxfp4ref.conformance.quantizer_groups import Groups, Words, other_rule, to_tf32
 from mxfp4ref.conformance.quantizer_scales import scale_words
@@ -35,7 +36,7 @@ def solved_quantizer(
     groups = Groups.of(values, rule, got, want)
     if not bool(groups.ordinary.any()):
         return "", False
-    words, exact = _of_other_values(groups) or _by_part(groups) or ([], False)
+    words, exact = _of_other_values(groups) or _by_part(groups) or _in_another_order(groups) or ([], False)
     odd = _odd_words(groups) if words else []
     return "; ".join([*words, *odd]), bool(words) and exact and not odd
 
@@ -82,6 +83,15 @@ def _of_other_values(of: Groups) -> Words | None:
                 more = [] if rule == of.rule else [other_rule(rule, of.rule)]
                 return [f"{words}: {count:,} codes differ", *more], True
     return None
+
+
+def _in_another_order(of: Groups) -> Words | None:
+    """Whether scales are right, and codes the right ones at other places of their group."""
+    if not torch.equal(of.scales[of.ordinary], of.right[of.ordinary]):
+        return None
+    one, other = (t[of.ordinary].to(torch.uint8) for t in (of.codes, of.right_codes))
+    words = permutation_words(one, other)
+    return (["scales are right", words.replace("byte", "code")], True) if words else None
 
 
 def _by_part(of: Groups) -> Words | None:

@@ -12,13 +12,14 @@ from torch import Tensor
 from mxfp4ref._choices import Convention
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.conditions import indices_words
-from mxfp4ref.conformance.index_words import map_words
+from mxfp4ref.conformance.index_words import map_words, moved_runs
 from mxfp4ref.conformance.value_tables import value_table
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE, dequantize, pack_codes, unpack_codes
 
 __all__ = ["all_scaled", "bit_words", "kinds_of", "region_words", "slice_words", "solved_values"]
 
 _ENOUGH = 16  # elements from which something is told
+_LISTED = 6
 _FEW = 2  # scale bytes that may be left over where all others follow a map
 
 Words = tuple[str, bool]  # what is wrong, and whether that accounts for all
@@ -144,15 +145,28 @@ def region_words(
     return ""
 
 
-def slice_words(got: Tensor, want: Tensor, dim: int, name: str) -> str:
-    """Whether every slice along `dim` is another one's, in words."""
+def slice_words(got: Tensor, want: Tensor, dim: int, name: str, *, listed: bool = False) -> str:
+    """Whether every slice along `dim` is another one's, by a rule in words, or else a list if `listed`."""
     one, other = (t.movedim(dim, 0).flatten(1) for t in (got, want))
     if len(one) < 2 or one.shape[1] < 2:
         return ""
     same = (one[:, None] == other[None]).all(2) if one.numel() * len(one) < 1 << 26 else None
     if same is None or not bool(same.any(1).all()) or bool(same.diagonal().all()):
         return ""
-    return _said(map_words(same.to(torch.uint8).argmax(1), name, len(one)), name)
+    source = torch.where(same.diagonal(), torch.arange(len(one)), same.to(torch.uint8).argmax(1))
+    words = map_words(source, name, len(one))
+    if listed and not words and bool((same.diagonal() | (same.sum(1) == 1)).all()):
+        words = _runs_listed(source)
+    return _said(words, name)
+
+
+def _runs_listed(source: Tensor) -> str:
+    runs = moved_runs(source.tolist())
+    shown = (
+        f"{first} is {place}" if first == last else f"{first} to {last} are {place} to {place + last - first}"
+        for first, last, place in runs[:_LISTED]
+    )
+    return ", ".join(shown) + ", ..." * (len(runs) > _LISTED)
 
 
 def _said(words: str, name: str) -> str:
