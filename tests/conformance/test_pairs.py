@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from mxfp4ref import forward
-from mxfp4ref.conformance.families.engine import prepared, told
+from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.outputs import factor_hypotheses
 from mxfp4ref.conformance.families.roundings import rounding_hypotheses
 from mxfp4ref.conformance.families.search import Search
+from mxfp4ref.conformance.families.telling import told
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import Stages
 from mxfp4ref.sm90.fp32 import mul

@@ -14,10 +14,11 @@ from mxfp4ref.conformance.agreement import agreed
 from mxfp4ref.conformance.diagnosing import Found
 from mxfp4ref.conformance.families import jury
 from mxfp4ref.conformance.families.activations import activation_hypotheses
-from mxfp4ref.conformance.families.engine import Result, prepared, told
+from mxfp4ref.conformance.families.engine import Result, prepared
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
 from mxfp4ref.conformance.families.jury import Failure, _heard, _of_some
 from mxfp4ref.conformance.families.search import Match
+from mxfp4ref.conformance.families.telling import told
 from mxfp4ref.conformance.finding import UNKNOWN, Finding
 from mxfp4ref.conformance.reduction import clock_of
 from mxfp4ref.conformance.suite import _State

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from mxfp4ref import MoeCall, forward
 from mxfp4ref.conformance import differing
-from mxfp4ref.conformance.families.engine import prepared, told
+from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.evidence import look_closer
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, SlotRows
 from mxfp4ref.conformance.families.jury import Failure, judge
 from mxfp4ref.conformance.families.search import Match
+from mxfp4ref.conformance.families.telling import told
 from mxfp4ref.conformance.families.whose import whose_hypotheses
 from tests.held_out_kernels.by_hand import Rows, layer, with_experts
 from tests.held_out_kernels.calls import captured
@@ -95,6 +96,19 @@ def test_rules_are_told_after_the_table_that_they_give() -> None:
         "GEMM2's scales are those of other experts: expert 1 has those of expert 0, 4 of 1, 7 of 2 (rules that give "
         "this: the n-th expert that has rows has those of expert n (idle ones are not counted); or the n-th "
     )
+
+
+def test_what_is_all_that_an_expert_has_is_told_of_slots_and_of_weights() -> None:
+    """Without biases and parameters another expert for a slot gives the same as the weights of another one."""
+    call = captured("idle_experts")
+    got = by("problem_sizes_compacted_pointers_not")(call)
+    finding = told([Match(h, True) for h in predicting(call, got)], (), [call])
+    assert finding.stages == ("slots", "fc1")
+    slots, weights = finding.sentence.split(". This output does not tell it from: ", 1)
+    assert slots.startswith(
+        "slots are computed by other experts: expert 1 is replaced by expert 0, 4 by 1, 7 by 2"
+    )
+    assert weights.startswith("the weights of both GEMMs, with their scales, are those of other experts: ")
 
 
 def test_the_only_rule_is_told_before_its_table() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from itertools import islice
 
@@ -14,12 +15,23 @@ from mxfp4ref.formats.experts import Experts
 from mxfp4ref.model.forward import KERNEL
 from mxfp4ref.sm90.activation import Activation
 
-__all__ = ["each"]
+__all__ = ["each", "one_thread"]
 
 _AT_ONCE = 32
 _BYTES = 1 << 24  # of the experts of one forward
 _ROWS = 256  # which the activation takes at once
 _NAMES = tuple(field.name for field in fields(Experts))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Small tensors are computed faster by one thread than by many that wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def each(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mxfp4ref.conformance.families import FAMILIES
 from mxfp4ref.conformance.families.activations import activation_hypotheses, other_activations
+from mxfp4ref.conformance.families.batches import one_thread
 from mxfp4ref.conformance.families.blank import of_blank
 from mxfp4ref.conformance.families.by_place import hypotheses_by_place, hypotheses_of_tiles
 from mxfp4ref.conformance.families.code_parts import code_part_hypotheses, small_weight_hypotheses
@@ -20,8 +21,7 @@ from mxfp4ref.conformance.families.distances import surprise
 from mxfp4ref.conformance.families.evidence import gather, look_closer
 from mxfp4ref.conformance.families.fragment_maps import fragment_map_hypotheses, swizzled_weights
 from mxfp4ref.conformance.families.fragments import fragment_hypotheses
-from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline, of_first_factor
-from mxfp4ref.conformance.families.known_factors import factor_in_words
+from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline
 from mxfp4ref.conformance.families.lost_rows import none_right
 from mxfp4ref.conformance.families.memory_readings import matrix_readings
 from mxfp4ref.conformance.families.more_activations import more_activations
@@ -39,13 +39,13 @@ from mxfp4ref.conformance.families.regions import k_hypotheses, row_hypotheses, 
 from mxfp4ref.conformance.families.roundings import order_hypotheses, rounding_hypotheses
 from mxfp4ref.conformance.families.row_parameters import row_parameter_hypotheses
 from mxfp4ref.conformance.families.rows_beside import beside_hypotheses
-from mxfp4ref.conformance.families.search import FEWEST_BITS, SURELY, Match, Search, one_thread
+from mxfp4ref.conformance.families.search import FEWEST_BITS, SURELY, Match, Search
 from mxfp4ref.conformance.families.skipped_slots import skipped_hypotheses
 from mxfp4ref.conformance.families.slices import slice_hypotheses
 from mxfp4ref.conformance.families.slots import slot_hypotheses
 from mxfp4ref.conformance.families.soon import is_small, quick, second, soon, two_in_the_sum
-from mxfp4ref.conformance.families.table_words import by_table, table_and_rules
 from mxfp4ref.conformance.families.taken_rows import taken_hypotheses
+from mxfp4ref.conformance.families.telling import told
 from mxfp4ref.conformance.families.tensors import (
     bias_hypotheses,
     constants,
@@ -57,15 +57,13 @@ from mxfp4ref.conformance.families.uniform_factors import clamps, uniform_factor
 from mxfp4ref.conformance.families.weight_rules import weight_rules
 from mxfp4ref.conformance.families.weighting import weight_hypotheses
 from mxfp4ref.conformance.families.whose import whose_hypotheses
-from mxfp4ref.conformance.finding import Evidence, in_words
+from mxfp4ref.conformance.finding import Evidence
 from mxfp4ref.conformance.reduction import clock_of, is_heavy
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["Result", "investigate", "nameless", "told"]
+__all__ = ["Result", "investigate", "nameless"]
 
 _FOR_ALMOST = 3.0  # seconds
-_ALIKE = 0.6  # how much more a hypothesis may assume to be told beside the simplest
-_NAMELESS = 1.0  # what the simplest without a name assume: to have a name makes none more likely
 _WEIGHTS = FAMILIES["routing weights"]
 _WHOSE = ("another expert's", "ids", "ranks")  # families that may have the rule of a table of experts
 _Generator = Callable[[MoeCall], Iterable[Hypothesis]]
@@ -218,11 +216,8 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
     plain = of(*_PLAIN, *(() if small else (code_part_hypotheses,)))
     by_place = hypotheses_by_place(call, search.wrong)
     given = search.rows, search.got, search.wrong
-    solved = (
-        ()
-        if is_heavy(call)
-        else chain(taken_hypotheses(search.pipeline, *given), whose_hypotheses(search.pipeline, *given))
-    )
+    by_rows = (one(search.pipeline, *given) for one in (taken_hypotheses, whose_hypotheses))
+    solved = () if is_heavy(call) else chain.from_iterable(by_rows)
     of_sum = chain(weight_rules(*given), skipped_hypotheses(*given))
     plain = (h for h in wanted(plain, slow=False) if not search.tables or h.family in _WHOSE)
     yield chain(limit, wanted(factor), solved, of_sum, wanted(known, slow=False), by_place, plain)
@@ -315,51 +310,6 @@ def _stages_left(evidence: list[Evidence]) -> set[str]:
     if weak is None:
         return set()
     return set(weak.stages) | ({"slots"} if "fc2" in weak.stages else set())
-
-
-def told(matches: Sequence[Match], evidence: Iterable[Evidence], calls: Iterable[MoeCall]) -> Finding:
-    """What to tell of calls: the simplest hypothesis, and those not told apart from it; without any, the evidence."""
-    evidence = list(evidence)
-    exact = {id(m.hypothesis): m.exact for m in matches}
-    if found := of_first_factor(m.hypothesis for m in matches):
-        best = found[0]
-        table, given_by = table_and_rules(found)
-        near = [
-            h
-            for h in found[1:]
-            if _as_simple(h, best)
-            and not h.table
-            and h.words != best.words
-            and not h.words.startswith(tuple(given_by))
-        ]
-        near.sort(key=lambda h: h.stages[:1] == best.stages[:1])  # first what is wrong elsewhere
-        words = tuple(h.words for h in (best, *near))
-        sentence = in_words((by_table(table, given_by), *words[1:]) if table else words)
-        if best.factor is not None and (known := factor_in_words(best.factor, calls)):
-            sentence += f". Note: {known}"
-        sure = exact[id(best)]
-        words = (words[0], *given_by[1:], *words[1:]) if table else words
-        return Finding(
-            _agreed_stages(found), sentence, sure, hypotheses=words, kind=best.kind, hedged=not sure
-        )
-    for one in evidence:
-        if one.stages:
-            return one.finding()
-    return Finding((), evidence[0].sentence if evidence else "", False)
-
-
-def _as_simple(one: Hypothesis, best: Hypothesis) -> bool:
-    return one.cost <= max(best.cost, _NAMELESS) + _ALIKE
-
-
-def _agreed_stages(found: list[Hypothesis]) -> tuple[str, ...]:
-    """Those of the simplest, and the one that others as simple add."""
-    best = found[0]
-    stages = list(best.stages)
-    for other in found[1:]:
-        if _as_simple(other, best) and stages and other.stages and other.stages[0] not in stages:
-            stages.append(other.stages[0])
-    return tuple(stages[:2])
 
 
 def prepared(call: MoeCall) -> Pipeline:

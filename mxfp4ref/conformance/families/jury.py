@@ -11,14 +11,16 @@ from torch import Tensor
 
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.families.and_another import and_another
+from mxfp4ref.conformance.families.batches import one_thread
 from mxfp4ref.conformance.families.distances import surprise
-from mxfp4ref.conformance.families.engine import Result, nameless, told
+from mxfp4ref.conformance.families.engine import Result, nameless
 from mxfp4ref.conformance.families.evidence import gather, look_closer
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline
 from mxfp4ref.conformance.families.named import named_hypotheses
 from mxfp4ref.conformance.families.nan_bits import investigated
 from mxfp4ref.conformance.families.order_of_cases import different, plain_one, telling
-from mxfp4ref.conformance.families.search import FEWEST_BITS, Match, one_thread
+from mxfp4ref.conformance.families.search import FEWEST_BITS, Match
+from mxfp4ref.conformance.families.telling import told
 from mxfp4ref.conformance.families.whose import whose_table
 from mxfp4ref.conformance.finding import OTHERS, Evidence
 from mxfp4ref.conformance.reduction import thread_clock
@@ -294,10 +296,9 @@ def _tables(
     if (table := next((one.match.hypothesis for one in ranked if one.match.hypothesis.table), None)) is None:
         return None
     by_rule = max((one.cases for one in ranked if one.match.hypothesis.kind == table.kind), key=len)
-    others = [f for f in failures if f.case not in by_rule][:_READ]
     found: dict[str, str] = {}
     with one_thread():
-        for one in others:
+        for one in [f for f in failures if f.case not in by_rule][:_READ]:
             if thread_clock() < until + _FOR_A_SECOND:
                 found[one.case] = whose_table(one.pipeline, one.got, differing(one.got, one.want), table.kind)
     told = [f"in {case} {words}" for case, words in found.items() if words]

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import differing
-from mxfp4ref.conformance.families.engine import Result, investigate, told
+from mxfp4ref.conformance.families.engine import Result, investigate
 from mxfp4ref.conformance.families.hypothesis import Pipeline
+from mxfp4ref.conformance.families.telling import told
 
 __all__ = ["investigated"]
 

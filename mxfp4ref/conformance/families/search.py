@@ -40,7 +40,7 @@ from mxfp4ref.conformance.reduction import clock_of, is_heavy, reduce_call
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["FEWEST_BITS", "MOSTLY", "SURELY", "Match", "Search", "one_thread"]
+__all__ = ["FEWEST_BITS", "MOSTLY", "SURELY", "Match", "Search"]
 
 _CLOSE = 0.3  # of how far off the right output is
 _A_ROUNDING, _LARGEST = 1.2, 12.0  # times the roundings, on average and of one element
@@ -61,17 +61,6 @@ class Match:
 
     hypothesis: Hypothesis
     exact: bool
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Small tensors are computed faster by one thread than by many that wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @dataclass

@@ -7,7 +7,7 @@ from itertools import takewhile
 
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
 
-__all__ = ["by_table", "own_words", "table_and_rules"]
+__all__ = ["beside_a_table", "by_table", "own_words", "table_and_rules"]
 
 _RULES = 3  # that are told
 
@@ -29,6 +29,13 @@ def by_table(table: Hypothesis, rules: Sequence[str]) -> str:
     told = "; or ".join(own_words(rule, table.kind) for rule in rules[:_RULES])
     more = f"; and {len(rules) - _RULES} more" if len(rules) > _RULES else ""
     return f"{table.words} (rules that give this: {told}{more})"
+
+
+def beside_a_table(found: Sequence[Hypothesis], kind: str, rules: Sequence[str]) -> list[Hypothesis]:
+    """Hypotheses without the tables and rules of a kind, and of the tables of each other kind the first one."""
+    others = [h for h in found if not h.words.startswith(tuple(rules))]
+    tables = {h.kind: h for h in reversed(others) if h.table and h.kind != kind}
+    return [h for h in others if not h.table or tables.get(h.kind) is h]
 
 
 def own_words(words: str, kind: str) -> str:

@@ -1,0 +1,56 @@
+"""What to tell of hypotheses that predict an output, or of the evidence where none does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, of_first_factor
+from mxfp4ref.conformance.families.known_factors import factor_in_words
+from mxfp4ref.conformance.families.search import Match
+from mxfp4ref.conformance.families.table_words import beside_a_table, by_table, table_and_rules
+from mxfp4ref.conformance.finding import Evidence, in_words
+from mxfp4ref.model.call import MoeCall
+
+__all__ = ["told"]
+
+_ALIKE = 0.6  # how much more a hypothesis may assume to be told beside the simplest
+_NAMELESS = 1.0  # what the simplest without a name assume: to have a name makes none more likely
+
+
+def told(matches: Sequence[Match], evidence: Iterable[Evidence], calls: Iterable[MoeCall]) -> Finding:
+    """What to tell of calls: the simplest hypothesis, and those not told apart from it; without any, the evidence."""
+    evidence = list(evidence)
+    exact = {id(m.hypothesis): m.exact for m in matches}
+    if found := of_first_factor(m.hypothesis for m in matches):
+        best = found[0]
+        table, given_by = table_and_rules(found)
+        likely = [h for h in found[1:] if _as_simple(h, best) and h.words != best.words]
+        near = beside_a_table(likely, best.kind, given_by)
+        near.sort(key=lambda h: h.stages[:1] == best.stages[:1])  # first what is wrong elsewhere
+        words = tuple(h.words for h in (best, *near))
+        sentence = in_words((by_table(table, given_by), *words[1:]) if table else words)
+        if best.factor is not None and (known := factor_in_words(best.factor, calls)):
+            sentence += f". Note: {known}"
+        sure = exact[id(best)]
+        words = (words[0], *given_by[1:], *words[1:]) if table else words
+        return Finding(
+            _agreed_stages(found), sentence, sure, hypotheses=words, kind=best.kind, hedged=not sure
+        )
+    for one in evidence:
+        if one.stages:
+            return one.finding()
+    return Finding((), evidence[0].sentence if evidence else "", False)
+
+
+def _as_simple(one: Hypothesis, best: Hypothesis) -> bool:
+    return one.cost <= max(best.cost, _NAMELESS) + _ALIKE
+
+
+def _agreed_stages(found: list[Hypothesis]) -> tuple[str, ...]:
+    """Those of the simplest, and the one that others as simple add."""
+    best = found[0]
+    stages = list(best.stages)
+    for other in found[1:]:
+        if _as_simple(other, best) and stages and other.stages and other.stages[0] not in stages:
+            stages.append(other.stages[0])
+    return tuple(stages[:2])
