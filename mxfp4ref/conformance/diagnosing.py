@@ -17,6 +17,7 @@ from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN, Hypothesis, Pipeline
 from mxfp4ref.conformance.families.jury import Failure, Verdict, judge
 from mxfp4ref.conformance.finding import of_specials
+from mxfp4ref.conformance.guarded import listening
 from mxfp4ref.conformance.looking import REAL_SECONDS, Known, is_large
 from mxfp4ref.conformance.plain import of_exception
 from mxfp4ref.conformance.reduction import is_heavy, thread_clock
@@ -242,7 +243,11 @@ class Failing:
         """What they come to; where some lie within bounds and some do not, what the latter come to."""
         within = {r.case for r in results if r.within_bounds}
         outside = {case: one for case, one in together.items() if case not in within}
-        found = _judged(outside or together, results, goldens, self._suspects)
+        failed: dict[str, None] = {}
+        with listening(failed):
+            found = _judged(outside or together, results, goldens, self._suspects)
+        for line in failed:
+            self._note(line)
         if not outside:  # evidence says what is wrong, which none of them need be
             by_case = {case: one if one.exact else UNKNOWN for case, one in found.by_case.items()}
             finding = found.finding if found.finding.exact or found.finding.cases else UNKNOWN

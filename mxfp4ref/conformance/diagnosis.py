@@ -19,6 +19,7 @@ from mxfp4ref.conformance.comparison import FAR, Difference, difference_at, diff
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN, Finding, Hypothesis
 from mxfp4ref.conformance.feeding import feeds_of, feeds_of_quantizer
 from mxfp4ref.conformance.finding import WITHIN, Evidence, counted, of_specials
+from mxfp4ref.conformance.guarded import guarded, listening
 from mxfp4ref.conformance.looking import REAL_SECONDS, SECONDS, HowToLook, Known, is_large, look
 from mxfp4ref.conformance.options import Search
 from mxfp4ref.conformance.patterns import Pattern, patterns
@@ -207,8 +208,11 @@ class Located:
             one = trace(one_token(inputs, token))
             feeds = feeds_of(inputs, one, token, first.index[1])
             could = reached(inputs, self.want, self._wrong)
-            found = patterns(inputs, self.got, self.want, self._wrong, could)
-            table = attribution(inputs, self._wrong, could)
+            failed: dict[str, None] = {}
+            with listening(failed):
+                found = guarded(patterns, inputs, self.got, self.want, self._wrong, could) or ()
+                table = guarded(attribution, inputs, self._wrong, could) or ()
+            found += tuple(map(Pattern, failed))
             local = local_experts(inputs)
             experts = torch.where(local < 0, -1, local + inputs.ep_rank * inputs.experts.num_experts).cpu()
         elif kind == "quantize":

@@ -14,6 +14,7 @@ from mxfp4ref.conformance.families.named import named_hypotheses
 from mxfp4ref.conformance.families.nan_bits import investigated
 from mxfp4ref.conformance.families.probe import probed
 from mxfp4ref.conformance.finding import Evidence
+from mxfp4ref.conformance.guarded import listening
 from mxfp4ref.conformance.reduction import clock_of, is_heavy
 from mxfp4ref.conformance.suspects import Prediction, Progress, named_finding, try_defects
 from mxfp4ref.model.call import MoeCall
@@ -69,7 +70,8 @@ def look(call: MoeCall, got: Tensor, want: Tensor, how: HowToLook) -> Known:
         return (), Finding(), ("too large for a quick diagnosis",)
     small, rows_got, rows_want, note = part
     first = [h for h in named_hypotheses(small) if h.name in first_names]
-    with on_cpu():
+    failed: dict[str, None] = {}
+    with on_cpu(), listening(failed):
         result = investigated(
             prepared(small),
             rows_got,
@@ -89,4 +91,4 @@ def look(call: MoeCall, got: Tensor, want: Tensor, how: HowToLook) -> Known:
     how.found.extend(m.hypothesis for m in result.matches if m.exact)
     exact = (h.name for h in how.found if h.name)
     predictions = tuple(Prediction(name, 1.0, True) for name in dict.fromkeys(exact))
-    return predictions, result.finding, (*remarks, *note)
+    return predictions, result.finding, (*remarks, *note, *failed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -132,7 +133,7 @@ def _slots(call: MoeCall, mask: Tensor, could: Tensor) -> list[Pattern]:
     words, rarest = min(having, key=lambda one: int(one[1].sum()), default=("", could))
     others = int(rarest.sum()) - count
     # That some kind would have all of them by chance.
-    if len(kinds) * math.comb(count + others, count) > _CHANCE * math.comb(total, count):
+    if Fraction(len(kinds) * math.comb(count + others, count), math.comb(total, count)) > _CHANCE:
         return []
     place = f"every token that differs has slots {words}"
     rest = f"{others} of the {total - count} others do, too" if others else "none of the others does"

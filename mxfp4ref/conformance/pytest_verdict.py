@@ -145,7 +145,9 @@ class Verdict:
             self._lost |= untold
         asked = any(str(arg).startswith("--mxfp4-kernel") for arg in self._config.invocation_params.args)
         again = any(self._config.getoption(name, False) for name in ("lf", "stepwise"))
-        collected = session.exitstatus != pytest.ExitCode.USAGE_ERROR  # such as a kernel that cannot be loaded
+        collected = (
+            session.exitstatus != pytest.ExitCode.USAGE_ERROR
+        )  # such as a kernel that cannot be loaded
         self._none_chosen = asked and collected and not (self._chosen or stopped or dry or again)
         wrong = self._nothing_compared or bool(self._lost) or self._none_chosen
         if self._html is not None and self._outcomes:
@@ -210,7 +212,8 @@ class Verdict:
             last.environment,
             found.finding,
             left=len(self._lost),
-            interrupted=self._interrupted or (bool(self._lost) and all(result.ok for result in results)),
+            interrupted=self._interrupted
+            or (bool(self._lost) and all(result.ok for result in found.results)),
             goldens=goldens_used(self._goldens),
             date=self._date,
             arguments=last.arguments,

@@ -20,10 +20,11 @@ from mxfp4ref.conformance.families.error_space import Space
 from mxfp4ref.conformance.families.evidence import gather
 from mxfp4ref.conformance.families.fragments import fragment_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, local_of
+from mxfp4ref.conformance.families.orders_of_k import order_hypotheses
 from mxfp4ref.conformance.families.outputs import inner_hypotheses, output_hypotheses
 from mxfp4ref.conformance.families.places import named_columns, tokens_in_words
 from mxfp4ref.conformance.families.regions import k_hypotheses
-from mxfp4ref.conformance.families.roundings import order_hypotheses, rounding_hypotheses
+from mxfp4ref.conformance.families.roundings import rounding_hypotheses
 from mxfp4ref.conformance.families.row_parameters import row_parameter_hypotheses
 from mxfp4ref.conformance.families.sampled import samples
 from mxfp4ref.conformance.families.search import Match

@@ -15,8 +15,8 @@ from mxfp4ref.conformance.families.column_factors import column_factors
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.evidence import gather
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, local_of
+from mxfp4ref.conformance.families.orders_of_k import order_hypotheses
 from mxfp4ref.conformance.families.permuted import permuted_hypotheses
-from mxfp4ref.conformance.families.roundings import order_hypotheses
 from mxfp4ref.conformance.families.sampled import samples
 from mxfp4ref.conformance.families.slots import slot_hypotheses
 from mxfp4ref.conformance.index_words import pair_words

@@ -13,10 +13,10 @@ from mxfp4ref.conformance import diagnose, differing
 from mxfp4ref.conformance.families.code_parts import code_part_hypotheses
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
+from mxfp4ref.conformance.families.orders_of_k import order_hypotheses
 from mxfp4ref.conformance.families.quantised import quantised_hypotheses
 from mxfp4ref.conformance.families.roundings import rounding_hypotheses
 from mxfp4ref.conformance.families.search import Search
-from mxfp4ref.conformance.families.slices import slice_hypotheses
 from mxfp4ref.defects.variants.gemm import GemmVariant
 from mxfp4ref.formats.generations import NEWEST
 from mxfp4ref.formats.mxfp4 import pack_codes, unpack_codes
@@ -165,7 +165,7 @@ def at(end: int) -> Callable[..., Tensor]:
 def test_slices_of_k_that_are_not_alike() -> None:
     call = open_goldens().load("gemm/mirrored_hidden_384").call()
     got = layer(call, gemm1=at(128))
-    best, *_ = found(call, got, slice_hypotheses(call))
+    best, *_ = found(call, got, order_hypotheses(call))
     assert best.stages == ("fc1",)
     assert best.words.startswith(
         "in GEMM1 K is split in 2 slices of whole tiles of 128 (the last ones longer"

@@ -192,7 +192,8 @@ def swiglu_clamps_up_with_beta_in_it(call: MoeCall) -> Tensor:
     stage="activation",
     says=(
         r"sigmoid|silu|sigma",
-        r"unclamped|not (clamped|limited)|raw|(before|without|ignor\w+|no) (the |its |a )?(gate'?s? )?(clamp|limit)",
+        r"unclamped|not (clamped|limited)|raw|(before|without|ignor\w+|no) (the |its |a )?(gate'?s? )?(clamp|limit)|"
+        r"not for the sigmoid",
     ),
     story="the sigmoid is computed early, of the gate as it was before the clamp; the factor is the clamped gate",
 )

@@ -22,6 +22,7 @@ _NOTHING = Evidence(
     "what differs lies within the interval of all correct evaluations: a correct kernel that sums in another order "
     "could give this, so that it proves nothing of a formula or a stage",
     2,
+    rounding=True,
 )
 
 

@@ -27,6 +27,7 @@ from mxfp4ref.conformance.families.memory_readings import matrix_readings
 from mxfp4ref.conformance.families.more_activations import more_activations
 from mxfp4ref.conformance.families.named import named_hypotheses
 from mxfp4ref.conformance.families.nearly import nearly
+from mxfp4ref.conformance.families.orders_of_k import order_hypotheses, repeat_hypotheses
 from mxfp4ref.conformance.families.outputs import (
     factor_hypotheses,
     inner_hypotheses,
@@ -36,13 +37,13 @@ from mxfp4ref.conformance.families.permuted import permuted_hypotheses
 from mxfp4ref.conformance.families.preparations import loading_hypotheses, preparation_hypotheses
 from mxfp4ref.conformance.families.quantised import quantised_hypotheses
 from mxfp4ref.conformance.families.regions import k_hypotheses, row_hypotheses, rows_at
-from mxfp4ref.conformance.families.roundings import order_hypotheses, rounding_hypotheses
+from mxfp4ref.conformance.families.roundings import rounding_hypotheses
 from mxfp4ref.conformance.families.row_parameters import row_parameter_hypotheses
 from mxfp4ref.conformance.families.rows_beside import beside_hypotheses
 from mxfp4ref.conformance.families.search import FEWEST_BITS, SURELY, Match, Search
 from mxfp4ref.conformance.families.skipped_slots import skipped_hypotheses
-from mxfp4ref.conformance.families.slices import slice_hypotheses
 from mxfp4ref.conformance.families.slots import slot_hypotheses
+from mxfp4ref.conformance.families.solved_constants import constant_hypotheses
 from mxfp4ref.conformance.families.soon import is_small, quick, second, soon, two_in_the_sum
 from mxfp4ref.conformance.families.taken_rows import taken_hypotheses
 from mxfp4ref.conformance.families.telling import told
@@ -58,6 +59,7 @@ from mxfp4ref.conformance.families.weight_rules import weight_rules
 from mxfp4ref.conformance.families.weighting import weight_hypotheses
 from mxfp4ref.conformance.families.whose import whose_hypotheses
 from mxfp4ref.conformance.finding import Evidence
+from mxfp4ref.conformance.guarded import guarded, guarded_each
 from mxfp4ref.conformance.reduction import clock_of, is_heavy
 from mxfp4ref.model.call import MoeCall
 
@@ -139,7 +141,7 @@ def investigate(
             if zero is not None and none_right(want, search.wrong):
                 # Much gives zeros; where sums cancel but for their roundings, those that round otherwise do.
                 weights = (h for h in named_hypotheses(pipeline.call) if h.name in _WEIGHTS.members)
-                orders = (slice_hypotheses, order_hypotheses, rounding_hypotheses)
+                orders = (order_hypotheses, rounding_hypotheses)
                 every = chain(weights, *(one(pipeline.call) for one in orders))
                 found = [m for m in search.run(every if zero.rounding else ()) if m.exact]
                 finding = of_blank(zero, sorted(found, key=lambda m: m.hypothesis.cost))
@@ -156,14 +158,14 @@ def investigate(
                     if (
                         not heavy
                         and not _certain(evidence)
-                        and (found := soon(search, _stages_left(evidence)))
+                        and (found := guarded(soon, search, _stages_left(evidence)) or [])
                     ):
                         break
                 if search.out_of_time():
                     break
         if not found and not heavy and thorough and not known:
             with search.extra(_FOR_ALMOST):
-                found = two_in_the_sum(search)
+                found = guarded(two_in_the_sum, search) or []
         if not found and not heavy:
             with search.extra(_FOR_ALMOST):
                 found = search.almost(least=SURELY)
@@ -171,10 +173,10 @@ def investigate(
         if not found and thorough and not heavy and not few and known is None:
             with search.share(0.5):
                 found = search.run_twos(lambda: rounding_hypotheses(pipeline.call), most=2)
-            found = found or ([] if _certain(evidence) else _thorough(search, evidence))
+            found = found or ([] if _certain(evidence) else guarded(_thorough, search, evidence) or [])
         if not found and not few:
             with search.extra(_FOR_ALMOST):
-                found = search.almost() or nearly(search)
+                found = search.almost() or guarded(nearly, search) or []
     # Much gives zeros, or NaN, but not in these rows only.
     blank = next((e for e in evidence if e.zeros or (e.lost and none_right(want, search.wrong))), None)
     if blank is not None and blank.zeros:
@@ -207,27 +209,30 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
                 yield h
 
     def of(*generators: _Generator) -> Iterator[Hypothesis]:
-        return chain.from_iterable(generator(call) for generator in generators)
+        return chain.from_iterable(guarded_each(generator, call) for generator in generators)
 
     factor = [h for f in uniform_factors(search.got, search.want, search.wrong) for h in factor_hypotheses(f)]
     limit = clamps(search.got, search.want, search.wrong)
     known = of(other_activations, named_hypotheses)  # before all others, for a quick diagnosis too
     small = is_small(search)
     plain = of(*_PLAIN, *(() if small else (code_part_hypotheses,)))
-    by_place = hypotheses_by_place(call, search.wrong)
+    by_place = guarded_each(hypotheses_by_place, call, search.wrong)
     given = search.rows, search.got, search.wrong
-    by_rows = (one(search.pipeline, *given) for one in (taken_hypotheses, whose_hypotheses))
+    by_rows = (guarded_each(one, search.pipeline, *given) for one in (taken_hypotheses, whose_hypotheses))
     solved = () if is_heavy(call) else chain.from_iterable(by_rows)
-    of_sum = chain(weight_rules(*given), skipped_hypotheses(*given))
+    of_sum = chain(guarded_each(weight_rules, *given), guarded_each(skipped_hypotheses, *given))
     plain = (h for h in wanted(plain, slow=False) if not search.tables or h.family in _WHOSE)
     yield chain(limit, wanted(factor), solved, of_sum, wanted(known, slow=False), by_place, plain)
     only = _stages_left(evidence)  # which may be more by now
-    slow = of(slice_hypotheses, order_hypotheses, named_hypotheses)
+    if not is_heavy(call):
+        yield wanted(guarded_each(constant_hypotheses, search.pipeline, *given[1:]))
+    slow = chain(wanted(of(order_hypotheses)), wanted(of(named_hypotheses), slow=True))
+    small |= any(e.rounding for e in evidence)
     if small:
-        yield wanted(slow, slow=True)
+        yield slow
     if not small and not is_heavy(call):
         yield wanted(fragment_map_hypotheses(call, search.wrong))
-    yield wanted(of(row_parameter_hypotheses, k_hypotheses))
+    yield wanted(of(row_parameter_hypotheses, k_hypotheses, repeat_hypotheses))
     rearranged = of(
         matrix_readings,
         beside_hypotheses,
@@ -246,7 +251,7 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
         )
     )
     if not small:
-        yield wanted(slow, slow=True)
+        yield slow
     if only and not _certain(evidence):  # should the evidence mislead, and as the first of two changes
         rest = of(
             slot_hypotheses,

@@ -6,8 +6,9 @@ unknowns, and have a solution within the roundings, the solution is what the ker
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,13 +33,15 @@ from mxfp4ref.conformance.families.output_memory import rows_of_the_input
 from mxfp4ref.conformance.families.output_rows import rows_of_others
 from mxfp4ref.conformance.families.places import named_columns, residue_in_words
 from mxfp4ref.conformance.families.row_maps import row_maps
-from mxfp4ref.conformance.families.sampled import samples
+from mxfp4ref.conformance.families.sampled import Sample, samples
 from mxfp4ref.conformance.families.second_gemm import second_gemm
 from mxfp4ref.conformance.families.skipped_slots import of_skipped_slots
+from mxfp4ref.conformance.families.solved_constants import solved_constant
 from mxfp4ref.conformance.families.tile_sums import tile_sums
 from mxfp4ref.conformance.families.weight_tables import weight_tables
 from mxfp4ref.conformance.families.zero_rows import zero_rows
 from mxfp4ref.conformance.finding import Evidence, counted
+from mxfp4ref.conformance.guarded import guarded, guarded_each
 from mxfp4ref.conformance.reach import is_spread, reached
 from mxfp4ref.conformance.reduction import is_heavy, local_experts
 from mxfp4ref.model.call import MoeCall
@@ -73,24 +76,25 @@ def gather(
     tokens = _telling(got, want, wrong, local)
     if (tiny := _near_underflow(got, want, wrong)) is not None:
         return [_kept_subnormals(pipeline, got, wrong) or tiny]
-    if (kept := rows_of_the_input(pipeline.call, got, wrong)) is not None:
+    if (kept := guarded(rows_of_the_input, pipeline.call, got, wrong)) is not None:
         return [kept]
-    if (moved := moved_columns(got, want, wrong)) is not None:
+    if (moved := guarded(moved_columns, got, want, wrong)) is not None:
         return [moved]
-    found += _rows(pipeline, got, want, wrong)
-    if not found and (skipped := _skipped(pipeline, got, wrong, local)) is not None:
+    found += guarded_each(_rows, pipeline, got, want, wrong)
+    if not found and (skipped := guarded(_skipped, pipeline, got, wrong, local)) is not None:
         return [skipped]
-    if not found and (added := added_rows(pipeline.call, got, want, wrong)) is not None:
+    if not found and (added := guarded(added_rows, pipeline.call, got, want, wrong)) is not None:
         return [added]
-    if not found and (lost := lost_terms(pipeline, got, want, wrong, local)) is not None:
+    if not found and (lost := guarded(lost_terms, pipeline, got, want, wrong, local)) is not None:
         return unless_in_another_order(pipeline.call, got, wrong, [lost])
-    if not found and (tile := tile_sums(pipeline, got, wrong, local)) is not None:
+    if not found and (tile := guarded(tile_sums, pipeline, got, wrong, local)) is not None:
         return [tile]
     alone = wrong if outside is None else wrong & outside
-    found += _single(pipeline.call, got, want, alone) or _columns(pipeline, got, want, alone, tokens)
+    single = list(guarded_each(_single, pipeline.call, got, want, alone))
+    found += single or guarded_each(_columns, pipeline, got, want, alone, tokens)
     if not found:
-        solved = list(other_sums(pipeline, got, wrong, local, tokens))
-        solved = solved or list(second_gemm(pipeline, got, wrong, local, tokens))
+        solved = list(guarded_each(other_sums, pipeline, got, wrong, local, tokens))
+        solved = solved or list(guarded_each(second_gemm, pipeline, got, wrong, local, tokens))
         found = unless_in_another_order(pipeline.call, got, wrong, solved)
     return sorted(found, key=lambda e: -e.strength)
 
@@ -106,36 +110,44 @@ def look_closer(pipeline: Pipeline, got: Tensor, wrong: Tensor, found: list[Evid
     staged = any(e.stages for e in found)
     if any(e.zeros or e.final or e.strength >= (3 if e.stages else 2) for e in found):
         return found
-    solved = _solved(pipeline, got, wrong, staged=staged)
-    return [*unless_in_another_order(pipeline.call, got, wrong, solved), *found]
-
-
-def _solved(pipeline: Pipeline, got: Tensor, wrong: Tensor, *, staged: bool) -> list[Evidence]:
-    """What the errors of many tokens say; `staged` if a stage is known."""
     some = samples(pipeline, got, wrong, local_of(pipeline))
-    if (rows := mixed_up(pipeline, got, wrong, some)) is not None:
-        return [rows]
-    if (rows := fc1_rows(pipeline, some)) is not None:
-        return [rows]
-    if (columns := column_map(pipeline.call, some)) is not None:
-        return [columns]
-    if (factors := column_factors(some)) is not None:
-        return [factors]
-    if (table := weight_tables(pipeline.call, some, everywhere=bool(wrong.any(1).all()))) is not None:
-        return [table]
-    if (moved := row_maps(pipeline.call, some)) is not None:
-        return [moved]
-    if (operands := other_operands(pipeline, some, wrong.any(1))) is not None:
-        return [operands]
+    solved = unless_in_another_order(
+        pipeline.call, got, wrong, _solved(pipeline, got, some, wrong, staged=staged)
+    )
+    constant = None if any(e.strength > 2 for e in solved) else guarded(solved_constant, pipeline.call, some)
+    return [constant, *found] if constant is not None else [*solved, *found]
+
+
+def _solved(
+    pipeline: Pipeline, got: Tensor, some: list[Sample], wrong: Tensor, *, staged: bool
+) -> list[Evidence]:
+    """What the errors of many tokens say; `staged` if a stage is known."""
+    tables: tuple[Callable[[], Evidence | None], ...] = (
+        partial(mixed_up, pipeline, got, wrong, some),
+        partial(fc1_rows, pipeline, some),
+        partial(column_map, pipeline.call, some),
+        partial(column_factors, some),
+        partial(weight_tables, pipeline.call, some, everywhere=bool(wrong.any(1).all())),
+        partial(row_maps, pipeline.call, some),
+        partial(other_operands, pipeline, some, wrong.any(1)),
+    )
+    for table in tables:
+        if (found := guarded(table)) is not None:
+            return [found]
+    return list(guarded_each(_of_space, pipeline.call, some, staged=staged))
+
+
+def _of_space(call: MoeCall, some: list[Sample], *, staged: bool) -> Iterator[Evidence]:
+    """Where the errors lie, if no table was solved."""
     space = Space.of(some)
-    formula = fitted(some, pipeline.call.experts.swiglu_limit) if space is not None and space.inside else None
+    formula = fitted(some, call.experts.swiglu_limit) if space is not None and space.inside else None
     if formula is not None and formula.proved:
-        return [_other_function(formula)]
-    if space is None or staged:
-        return []
-    biased = pipeline.call.experts.fc1_biases is not None
-    where = space.placed(biased=biased, function=formula is None or formula.explained > _PARTLY)
-    return [where] if where else []
+        yield _other_function(formula)
+    elif space is not None and not staged:
+        biased = call.experts.fc1_biases is not None
+        where = space.placed(biased=biased, function=formula is None or formula.explained > _PARTLY)
+        if where:
+            yield where
 
 
 def _other_function(formula: Formula) -> Evidence:

@@ -35,7 +35,13 @@ __all__ = [
 
 _ANYWHERE = ("factor", "routing weights")  # families of which other places give the same up to roundings
 _UNLIKE = 1.1  # factor between those of two slots
-FAILURES = (ValueError, TypeError, IndexError, RuntimeError)  # of a change that is not defined on a call
+FAILURES = (
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    RuntimeError,
+)  # of a change that is not defined on a call
 
 
 @dataclass(frozen=True)

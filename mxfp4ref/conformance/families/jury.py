@@ -12,27 +12,33 @@ from torch import Tensor
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.families.and_another import and_another
 from mxfp4ref.conformance.families.batches import one_thread
-from mxfp4ref.conformance.families.distances import surprise
 from mxfp4ref.conformance.families.engine import Result, nameless
 from mxfp4ref.conformance.families.evidence import gather, look_closer
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline
 from mxfp4ref.conformance.families.named import named_hypotheses
 from mxfp4ref.conformance.families.nan_bits import investigated
-from mxfp4ref.conformance.families.order_of_cases import different, plain_one, telling
-from mxfp4ref.conformance.families.search import FEWEST_BITS, Match
+from mxfp4ref.conformance.families.order_of_cases import (
+    different,
+    next_case,
+    plain_one,
+    says_much,
+    telling,
+)
+from mxfp4ref.conformance.families.search import Match
 from mxfp4ref.conformance.families.telling import told
 from mxfp4ref.conformance.families.whose import whose_table
 from mxfp4ref.conformance.finding import OTHERS, Evidence
 from mxfp4ref.conformance.reduction import thread_clock
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["Failure", "Verdict", "judge"]
+__all__ = ["Failure", "Heard", "Verdict", "judge"]
 
 _SEARCHED = 4  # cases that are searched by themselves
 _READ = 12  # whose evidence is read
 _TOLD = 2  # cases, of tables that no rule gives
 _FOR_A_SECOND = 6.0  # seconds, to look for a change beside the one that predicts most cases
 _FOR_A_PLAIN_ONE = 15.0  # seconds, where none of those searched is explained
+_HEARD, _ROUGHLY = 24, 4  # hypotheses of a case that others are asked of: that predict every bit, or fewer
 _SUPPORTED = 0.5  # of the elements that are wrong, or would be, in a case of a kind
 _Passing = Callable[[], Iterable[tuple[Pipeline, Tensor]]]
 _Kind = tuple[object, ...]
@@ -72,20 +78,22 @@ class Verdict:
 
 
 @dataclass
-class _Heard:
+class Heard:
     """A hypothesis that predicts every bit of some case, and what other failing cases say of it.
 
     Attributes:
         match: the hypothesis.
         cases: in which it predicts every bit.
         kinds: of these cases.
-        refuting: the kinds of the cases where it predicts few of the wrong bits, or wrong ones.
+        against: the cases where it predicts few of the wrong bits, or wrong ones.
+        refuting: the kinds of these.
         all_heard: whether all cases were asked.
     """
 
     match: Match
     cases: list[str] = field(default_factory=list)
     kinds: set[_Kind] = field(default_factory=set)
+    against: list[str] = field(default_factory=list)
     refuting: set[_Kind] = field(default_factory=set)
     all_heard: bool = True
 
@@ -111,24 +119,24 @@ def judge(
     if known and (verdict := _of_known(failures, passing, known, seconds)):
         return verdict
     by_case: dict[str, Finding] = {}
-    seen: dict[str, _Heard] = {}
-    results: list[Result] = []
-    for number, failure in enumerate(different(failures)):
+    seen: dict[str, Heard] = {}
+    results: dict[str, Result] = {}
+    for number in range(min(_SEARCHED, len(failures))):
         left = until - thread_clock()
-        if number >= _SEARCHED or left < 1:
+        if left < 1:
             break
+        failure = next_case(failures, results, list(seen.values()))
         share = left * 0.6
         how = {"seconds": share, "thorough": number < 2, "outside": failure.outside}
-        result = investigated(failure.pipeline, failure.got, failure.want, **how)
-        results.append(result)
+        result = results[failure.case] = investigated(failure.pipeline, failure.got, failure.want, **how)
         by_case[failure.case] = result.finding
-        for match in result.matches:
+        for match in _worth_hearing(result):
             if match.hypothesis.words not in seen:
                 seen[match.hypothesis.words] = _heard(match, failures)
         if verdict := _of_all(seen.values(), failures, passing):
             return verdict
     alone = None
-    if not any(match.exact for result in results for match in result.matches):
+    if not any(match.exact for result in results.values() for match in result.matches):
         alone = plain_one(f for f in failures if f.case not in by_case)
     if alone is not None:
         start = thread_clock()
@@ -136,14 +144,20 @@ def judge(
         result = investigated(alone.pipeline, alone.got, alone.want, **how)
         until += thread_clock() - start
         by_case[alone.case] = result.finding
-        for match in result.matches:
+        for match in _worth_hearing(result):
             seen.setdefault(match.hypothesis.words, _heard(match, failures))
         if verdict := _of_all(seen.values(), failures, passing):
             return verdict
     return _undecided(failures, passing, seen, results, by_case, until)
 
 
-def _of_all(heard: Iterable[_Heard], failures: list[Failure], passing: _Passing) -> Verdict | None:
+def _worth_hearing(result: Result) -> list[Match]:
+    """The simplest of what explains a case."""
+    exact = [match for match in result.matches if match.exact]
+    return exact[:_HEARD] or list(result.matches[:_ROUGHLY])
+
+
+def _of_all(heard: Iterable[Heard], failures: list[Failure], passing: _Passing) -> Verdict | None:
     """That of what predicts every bit of every case and leaves the others alone."""
     return _of_full([one.match for one in heard if len(one.cases) == len(failures)], failures, passing)
 
@@ -170,9 +184,9 @@ def _of_known(
     return _of_full(full, failures, passing)
 
 
-def _heard(match: Match, failures: list[Failure]) -> _Heard:
+def _heard(match: Match, failures: list[Failure]) -> Heard:
     """In which cases a hypothesis predicts every bit, and which kinds of cases refute it."""
-    heard = _Heard(match)
+    heard = Heard(match)
     with one_thread():
         for index, failure in enumerate(failures):
             output = match.hypothesis.run(failure.pipeline)
@@ -184,6 +198,7 @@ def _heard(match: Match, failures: list[Failure]) -> _Heard:
                     heard.cases.append(failure.case)
                     heard.kinds.add(_kind(failure.pipeline.call))
                 elif bool(moved.any()) and float((~other)[concerned].double().mean()) < _SUPPORTED:
+                    heard.against.append(failure.case)
                     heard.refuting.add(_kind(failure.pipeline.call))
             if match.hypothesis.slow and len(heard.cases) <= index - 4:
                 heard.all_heard = index == len(failures) - 1
@@ -221,8 +236,8 @@ def _spared(matches: list[Match], passing: _Passing, kinds: set[_Kind] | None = 
 def _undecided(
     failures: list[Failure],
     passing: _Passing,
-    seen: dict[str, _Heard],
-    results: list[Result],
+    seen: dict[str, Heard],
+    results: dict[str, Result],
     by_case: dict[str, Finding],
     until: float,
 ) -> Verdict:
@@ -233,8 +248,8 @@ def _undecided(
         for number, failure in enumerate(different(failures)):
             if number >= _READ or (number and thread_clock() > until + 5):
                 break
-            if number < len(results) and results[number].evidence:
-                evidence: list[Evidence] = list(results[number].evidence)
+            if failure.case in results and results[failure.case].evidence:
+                evidence: list[Evidence] = list(results[failure.case].evidence)
             else:
                 wrong = differing(failure.got, failure.want)
                 wrong = wrong if failure.outside is None else wrong & failure.outside.any(1, keepdim=True)
@@ -252,11 +267,19 @@ def _undecided(
         return two
     if (tables := _tables(failures, ranked, by_case, until)) is not None:
         return tables
-    if ranked and 2 * len(ranked[0].cases) >= len(failures):
-        cases = ranked[0].cases
+    if (
+        ranked
+        and 2 * len(cases := ranked[0].cases) >= len(failures)
+        and not ranked[0].refuting & ranked[0].kinds
+        and says_much(failures, cases)
+    ):
         alike = [heard.match for heard in ranked if heard.cases == cases]
         found = told(alike, (), [f.pipeline.call for f in failures if f.case in cases])
-        some = replace(found, exact=False, cases=(len(cases), len(failures)))
+        others = [
+            one for case, one in by_case.items() if case not in cases and one.sentence and not one.hedged
+        ]
+        words = found.sentence + (OTHERS + others[0].sentence if others else "")
+        some = replace(found, sentence=words, exact=False, cases=(len(cases), len(failures)))
         return Verdict(some, (), by_case)
     proofs = [one for one in proofs if not _refuted(one, proofs)]
     if proofs:
@@ -273,7 +296,7 @@ def _undecided(
     return Verdict(_of_some(failures, passing, ranked, proofs, best) or best, (), by_case)
 
 
-def _two(failures: list[Failure], passing: _Passing, heard: _Heard, until: float) -> Verdict | None:
+def _two(failures: list[Failure], passing: _Passing, heard: Heard, until: float) -> Verdict | None:
     """The change that predicts most cases, with a second one that predicts the others too."""
     others = [(f.pipeline, f.got) for f in failures if f.case not in heard.cases]
     first = heard.match.hypothesis
@@ -290,7 +313,7 @@ def _two(failures: list[Failure], passing: _Passing, heard: _Heard, until: float
 
 
 def _tables(
-    failures: list[Failure], ranked: list[_Heard], by_case: dict[str, Finding], until: float
+    failures: list[Failure], ranked: list[Heard], by_case: dict[str, Finding], until: float
 ) -> Verdict | None:
     """Other experts' tensors, solved for each case, where no rule gives those of all: not that of some of them."""
     if (table := next((one.match.hypothesis for one in ranked if one.match.hypothesis.table), None)) is None:
@@ -316,7 +339,7 @@ def _predicted(hypothesis: Hypothesis, failure: Failure) -> bool:
 
 
 def _of_some(
-    failures: list[Failure], passing: _Passing, ranked: list[_Heard], proofs: list[Evidence], best: Finding
+    failures: list[Failure], passing: _Passing, ranked: list[Heard], proofs: list[Evidence], best: Finding
 ) -> Finding | None:
     """What predicts every bit of fewer than half of the cases, where no case of their kinds says otherwise.
 
@@ -330,7 +353,7 @@ def _of_some(
             continue
         if elsewhere >= len(heard.cases) or (best.stages and not stages & set(best.stages)):
             continue
-        if sum(surprise(f.got, f.want) for f in told_by) < FEWEST_BITS:
+        if not says_much(failures, heard.cases):
             continue
         alike = [h.match for h in ranked if h.cases == heard.cases and not h.refuting & h.kinds]
         kept = _spared(alike, passing, heard.kinds)

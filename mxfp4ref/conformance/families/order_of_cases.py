@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 from mxfp4ref.conformance.comparison import differing
+from mxfp4ref.conformance.families.distances import surprise
+from mxfp4ref.conformance.families.search import FEWEST_BITS
 
 if TYPE_CHECKING:
-    from mxfp4ref.conformance.families.jury import Failure
+    from mxfp4ref.conformance.families.jury import Failure, Heard
 
-__all__ = ["different", "plain_one", "telling"]
+__all__ = ["different", "next_case", "numbers_told", "plain_one", "says_much", "telling"]
 
 
 def telling(failure: Failure) -> tuple[float, ...]:
     """How much a case tells: many wrong numbers, several experts, and equations that can be solved."""
     call = failure.pipeline.call
-    wrong = differing(failure.got, failure.want)
     finite = failure.got.isfinite() & failure.want.isfinite()
-    amount = float((wrong & finite).sum().clamp(max=512)) / 512
+    amount = float(numbers_told(failure).sum().clamp(max=512)) / 512
     several = min(call.experts.num_experts, 4) / 4
     solvable = call.experts.hidden_size >= 2 * call.experts.intermediate_size
-    return (amount + several + 0.3 * solvable + 0.2 * (call.top_k > 1) - 0.5 * float((~finite).any()),)
+    blank = 2.0 * (amount == 0)
+    return (
+        amount - blank + several + 0.3 * solvable + 0.2 * (call.top_k > 1) - 0.5 * float((~finite).any()),
+    )
+
+
+def numbers_told(failure: Failure) -> Tensor:
+    """Where a wrong number came out, `[M, H] bool`: not zero or NaN, which much gives, so that they tell little."""
+    got, want = failure.got, failure.want
+    return differing(got, want) & got.isfinite() & want.isfinite() & (got != 0)
 
 
 def different(failures: list[Failure]) -> Iterator[Failure]:
@@ -42,6 +55,21 @@ def different(failures: list[Failure]) -> Iterator[Failure]:
             kinds.add(kind)
             yield failure
     yield from later
+
+
+def next_case(failures: list[Failure], known: Collection[str], heard: list[Heard]) -> Failure:
+    """The most telling case that is not known yet: of those that nothing explains, first what is against the best."""
+    left = [f for f in different(failures) if f.case not in known]
+    best = max(heard, key=lambda one: len(one.cases), default=None)
+    explained = {case for one in heard for case in one.cases}
+    against = [f for f in left if best is not None and f.case in best.against]
+    return next((f for f in (*against, *left) if f.case not in explained), left[0])
+
+
+def says_much(failures: list[Failure], cases: Collection[str]) -> bool:
+    """Whether predicting these cases tells anything: not zeros, or what is no number, which much gives."""
+    some = [f for f in failures if f.case in cases]
+    return sum(surprise(torch.where(numbers_told(f), f.got, f.want), f.want) for f in some) >= FEWEST_BITS
 
 
 def plain_one(failures: Iterable[Failure]) -> Failure | None:

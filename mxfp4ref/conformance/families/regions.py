@@ -14,7 +14,7 @@ from mxfp4ref.conformance.families.tensors import mapped
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["k_hypotheses", "row_hypotheses", "rows_at"]
+__all__ = ["k_hypotheses", "k_regions", "row_hypotheses", "rows_at"]
 
 _BYTES = GROUP_SIZE // 2  # of a K group's codes
 _On = Callable[[Tensor], Tensor]
@@ -22,7 +22,7 @@ _Where = Callable[[int], Tensor]
 _Region = tuple[str, _Where, float]  # words, the size to `[n] bool`, cost
 
 
-def _k_regions(groups: int) -> Iterator[_Region]:
+def k_regions(groups: int) -> Iterator[_Region]:
     """Places along K, by group of 32."""
     for size in (128, 256, 512, 1024):
         whole = size // GROUP_SIZE
@@ -184,8 +184,8 @@ def _bases(kind: str) -> Iterator[tuple[str, tuple[str, ...], _On, float]]:
 def k_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     """Some of K, of either GEMM."""
     experts = call.experts
-    yield from _of("K", "fc2", list(_k_regions(experts.intermediate_size // GROUP_SIZE)))
-    yield from _of("K", "fc1", list(_k_regions(experts.hidden_size // GROUP_SIZE)))
+    yield from _of("K", "fc2", list(k_regions(experts.intermediate_size // GROUP_SIZE)))
+    yield from _of("K", "fc1", list(k_regions(experts.hidden_size // GROUP_SIZE)))
 
 
 def row_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:

@@ -1,24 +1,20 @@
-"""Hypotheses on roundings between the stages, and on the order in which a GEMM's K groups are summed."""
+"""Hypotheses on roundings between the stages."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from mxfp4ref._spans import spans
-from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline, of_sum
+from mxfp4ref.conformance.families.hypothesis import Hypothesis, of_sum
 from mxfp4ref.conformance.families.slot_sums import slot_sum_hypotheses
 from mxfp4ref.defects.variants.finalize import FinalizeVariant
-from mxfp4ref.defects.variants.gemm import GemmVariant, Term, accumulate
-from mxfp4ref.defects.variants.rounding import bf16
-from mxfp4ref.formats.mxfp4 import GROUP_SIZE, dequantize
+from mxfp4ref.defects.variants.gemm import GemmVariant
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["PLACES", "order_hypotheses", "rounding_hypotheses"]
+__all__ = ["PLACES", "rounding_hypotheses"]
 
 _Round = Callable[[Tensor], Tensor]
 
@@ -71,7 +67,7 @@ def _roundings() -> Iterator[tuple[str, _Round, float]]:
 
 def _kept() -> Iterator[tuple[str, _Round, float]]:
     """Of float32 to a type that holds more than bf16 does, with which the next stage goes on."""
-    yield "float16", _half, 1.05
+    yield "float16", lambda x: x.half().float(), 1.05
     yield "tf32 (10 bits of mantissa, cut)", lambda x: _cut(x, 13), 1.15
     for bits in (10, 8, 9, 11, 12):
         name = "tf32 (10 bits of mantissa" if bits == 10 else f"some type ({bits} bits of mantissa"
@@ -155,153 +151,3 @@ def rounding_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
 
 def _sum(words: str, step: Callable[..., Tensor], cost: float) -> Hypothesis:
     return of_sum("rounding", ("finalize",), words, FinalizeVariant(step), cost)
-
-
-_Accumulate = Callable[[list[Term]], Tensor]
-
-
-def _parts(size: Callable[[int], int], *, kernels: bool = False) -> _Accumulate:
-    """So many groups at a time from zero, then their sums in order; `kernels` if each part adds +0 as one does."""
-
-    def run(terms: list[Term]) -> Tensor:
-        parts = [accumulate(terms[part]) for part in spans(len(terms), max(size(len(terms)), 1))]
-        total, *rest = (fp32.add(t, torch.zeros_like(t)) for t in parts) if kernels else parts
-        for part in rest:
-            total = fp32.add(total, part)
-        return total
-
-    return run
-
-
-def _strided(count: int) -> _Accumulate:
-    def run(terms: list[Term]) -> Tensor:
-        total, *rest = (accumulate(terms[start::count]) for start in range(min(count, len(terms))))
-        for part in rest:
-            total = fp32.add(total, part)
-        return total
-
-    return run
-
-
-def _tree(terms: list[Term]) -> Tensor:
-    parts = [fp32.mul(term.t, term.scale) for term in terms]
-    while len(parts) > 1:
-        pairs = [fp32.add(a, b) for a, b in zip(parts[::2], parts[1::2], strict=False)]
-        parts = pairs + parts[2 * len(pairs) :]
-    return parts[0]
-
-
-def _rounded(change: _Round) -> _Accumulate:
-    def run(terms: list[Term]) -> Tensor:
-        acc = torch.zeros_like(terms[0].t)
-        for term in terms:
-            acc = change(fp32.fma(term.t, term.scale, acc))
-        return acc
-
-    return run
-
-
-def _partial(rounding: _Round, size: Callable[[int], int]) -> _Accumulate:
-    def run(terms: list[Term]) -> Tensor:
-        total, *rest = (
-            rounding(accumulate(terms[part])) for part in spans(len(terms), max(size(len(terms)), 1))
-        )
-        for part in rest:
-            total = rounding(fp32.add(total, part))
-        return total
-
-    return run
-
-
-def _half(x: Tensor) -> Tensor:
-    return x.half().float()
-
-
-def _orders() -> Iterator[tuple[str, _Accumulate, float]]:
-    for count in (2, 3, 4, 8):
-        yield (
-            f"K is split in {count} parts that are added in float32",
-            _parts(lambda n, c=count: -(-n // c)),
-            1,
-        )
-        yield f"K groups are summed in {count} interleaved parts", _strided(count), 1.3
-    for size in (1, 2, 4, 8, 16):
-        yield (
-            f"{size} K groups ({size * GROUP_SIZE} of K) at a time are summed from zero",
-            _parts(lambda n, s=size: s),
-            1.2,
-        )
-    yield "K groups are summed in descending order", lambda terms: accumulate(terms[::-1]), 1
-    yield "K groups are summed as a tree", _tree, 1.1
-    yield "the sum of K groups is kept in bf16", _rounded(bf16), 1
-    yield "the sum of K groups is kept in float16", _rounded(_half), 1
-    for count in (2, 4):
-        yield (
-            f"K is split in {count} parts, each rounded to bf16",
-            _partial(bf16, lambda n, c=count: -(-n // c)),
-            1.2,
-        )
-        yield (
-            f"K is split in {count} parts, each rounded to float16",
-            _partial(_half, lambda n, c=count: -(-n // c)),
-            1.3,
-        )
-    for size in (2, 4, 8):
-        yield f"the sum of each {size} K groups is rounded to bf16", _partial(bf16, lambda n, s=size: s), 1.3
-    yield (
-        "K groups' sums are scaled after a rounding to float16",
-        lambda ts: accumulate([replace(t, t=_half(t.t)) for t in ts]),
-        1.2,
-    )
-    yield (
-        "the first and the second half of K change places",
-        lambda ts: accumulate(ts[len(ts) // 2 :] + ts[: len(ts) // 2]),
-        1.3,
-    )
-
-
-def _one_by_one(dtype: torch.dtype) -> Callable[..., Tensor]:
-    """A GEMM of scaled weights that adds one product after the other, in a type."""
-
-    def gemm(x: Tensor, packed: Tensor, scales: Tensor, **how: object) -> Tensor:
-        weights = dequantize(packed, scales, convention="sm90", dtype=torch.float32)
-        total = torch.zeros(*x.shape[:2], weights.shape[1], dtype=dtype, device=x.device)
-        for k in range(x.shape[2]):
-            product = fp32.widen(x[:, :, k].contiguous())[:, :, None] * weights[:, None, :, k]
-            total = (total.float() + product).to(dtype)
-        return total.float()
-
-    return gemm
-
-
-def order_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
-    """In one GEMM or in both."""
-    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "float16"), (torch.float32, "float32")):
-        for fc in ("fc1", "fc2"):
-
-            def single(p: Pipeline, fc: str = fc, dtype: torch.dtype = dtype) -> Pipeline:
-                return p.staging(**{f"{fc}_gemm": _one_by_one(dtype)})
-
-            words = f"in GEMM{fc[-1]} products are added one by one in {name}"
-            yield Hypothesis("order of sums", (fc,), words, single, 1.2, slow=True)
-    plain = lambda n, tile: list(range(n))  # noqa: E731
-    every = [(words, GemmVariant(accumulate=change), cost) for words, change, cost in _orders()]
-    for count in (2, 3, 4, 8):  # it shows in the sign of zero alone
-        part = _parts(lambda n, c=count: -(-n // c), kernels=True)
-        words = (
-            f"K is split in {count} parts, as of split-K, that are added in float32 without the kernel's +0"
-        )
-        every.append((words, GemmVariant(accumulate=part, add_zero=False), 1.1))
-    for words, variant, cost in every:
-        for fcs in (("fc1",), ("fc2",), ("fc1", "fc2")):
-            where = f"GEMM{fcs[0][-1]}" if len(fcs) == 1 else "both GEMMs"
-            for order, extra in ((None, 0.0), (plain, 0.2)):
-                gemm = replace(variant, order=order)
-                also = ", in ascending order" if order else ""
-
-                def on(p: Pipeline, gemm: GemmVariant = gemm, fcs: tuple[str, ...] = fcs) -> Pipeline:
-                    return p.staging(**{f"{fc}_gemm": gemm for fc in fcs})
-
-                yield Hypothesis(
-                    "order of sums", fcs, f"in {where} {words}{also}", on, cost + extra, slow=True
-                )
