@@ -134,6 +134,14 @@ def test_details_of_a_quantisation(change: Callable[[Tensor], Tensor], words: st
     assert best.words.endswith(("over the block's", "held in bf16"))
 
 
+def test_an_activation_that_was_bf16_before_it_was_quantised() -> None:
+    got = layer(CALL, activation=lambda rows, a: to_bf16(fp8_by_64(to_bf16(a).float())))
+    best, *_ = found(
+        CALL, got, (h for h in quantised_hypotheses(CALL) if h.words.startswith("the activation is"))
+    )
+    assert best.words.endswith("rounded to bf16 before, codes by the type's largest number over the block's")
+
+
 @pytest.mark.parametrize(
     "order", [[0, 2, 4, 6, 1, 3, 5, 7], [0, 4, 1, 5, 2, 6, 3, 7], [7, 5, 3, 1, 6, 4, 2, 0]]
 )

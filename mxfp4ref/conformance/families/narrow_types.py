@@ -47,15 +47,19 @@ class Narrow:
         type: there.
         scale: of which kind.
         how: what is computed otherwise, in words; "" for codes that are a quotient and a scale in float32.
+        of_bf16: whether numbers are rounded to bf16 before.
     """
 
     type: Type
     scale: str
     how: str = ""
+    of_bf16: bool = False
 
     def __call__(self, x: Tensor, largest: Tensor) -> Tensor:
         """Numbers of float32, with the largest magnitude of what shares their scale, broadcast."""
         most = self.type.most
+        if self.of_bf16:
+            x, largest = x.bfloat16().float(), largest.bfloat16().float()
         step = _SCALES[self.scale](largest, most)
         step = torch.where((step > 0) & step.isfinite(), step, 1.0)
         codes, step = _WAYS[self.how](x, step, torch.where(largest > 0, largest, 1.0), most)
@@ -64,7 +68,7 @@ class Narrow:
 
     def words(self, span: str) -> str:
         """How numbers are quantised, where `span` shares a scale."""
-        how = f", {self.how}" * bool(self.how)
+        how = ", rounded to bf16 before" * self.of_bf16 + f", {self.how}" * bool(self.how)
         return f"quantised to {self.type.name} and back, with one scale for {span} {self.scale}{how}"
 
     @property
@@ -79,11 +83,19 @@ class Narrow:
 
     @property
     def cost(self) -> float:
-        return 1.25 + 0.05 * list(_SCALES).index(self.scale) + 0.1 * self.type.rare + 0.1 * bool(self.how)
+        return (
+            1.25
+            + 0.05 * list(_SCALES).index(self.scale)
+            + 0.1 * self.type.rare
+            + 0.1 * (bool(self.how) + self.of_bf16)
+        )
 
     def ways(self) -> Iterator[Narrow]:
-        """The same computed in other ways, which changes few codes, or all numbers by little."""
-        yield from (replace(self, how=how) for how in _WAYS if how)
+        """The same with one detail more, which changes few codes, or all numbers by little."""
+        if not self.how:
+            yield from (replace(self, how=how) for how in _WAYS if how)
+            if not self.of_bf16:
+                yield replace(self, of_bf16=True)
 
 
 def narrowings() -> Iterator[Narrow]:

@@ -50,9 +50,7 @@ def _at(
         f"{place} {narrow.words(span)}",
         lambda p: put(p, spread(narrow)(p)),
         narrow.cost + 0.1 * (len(stages) > 1),
-        variants=()
-        if narrow.how
-        else tuple(_at(place, stages, put, way, span, spread) for way in narrow.ways()),
+        variants=tuple(_at(place, stages, put, way, span, spread) for way in narrow.ways()),
     )
 
 

@@ -197,9 +197,9 @@ class Search:
                 variants += hypothesis.variants
             elif not fits:
                 distance = self._nearness(output, of_all=of_all)
-                variants += hypothesis.variants * (distance < _CLOSE)
                 if distance < 0.8:
                     self.near.append((distance, hypothesis))
+                    variants += hypothesis.variants
                 if not hypothesis.name and share(equal, ~right) >= MOSTLY - 0.1:
                     self.partly.append(hypothesis)
                 if distance < _CLOSE and self._up_to_roundings(output, of_all=of_all):
