@@ -84,26 +84,26 @@ def test_alternatives_that_open_otherwise_are_told_before_more_of_the_same() -> 
     assert in_words(("A", *limits, "B", "C")) == f"A{TOLD_FROM}{limits[0]}; B; C and 3 more"
 
 
-def test_what_has_a_name_is_told_with_what_has_none_and_predicts_the_same() -> None:
+def test_what_has_a_name_is_told_with_what_has_none_and_predicts_the_same(plain: Diagnosis) -> None:
     """Two experts with the same weights: the parameters of the first one, or its slots, as of ids read wrongly."""
 
-    def misread(call: MoeCall) -> Tensor:
-        ids = (
-            call.token_selected_experts.long()
-            .view(torch.int32)
-            .flatten()[: call.token_selected_experts.numel()]
-        )
-        return forward(
-            replace(call, token_selected_experts=ids.view_as(call.token_selected_experts), strict=False)
-        )
-
-    kernel = Kernel("it", ("moe",), whole_arguments, lambda kind, call: misread(call))
-    cases = [GOLDENS.load(name) for name in ("activation/parameters_by_expert", "activation/alpha_alone")]
-    report = run(kernel, cases[:1], Options(repeat=False))
-    assert report.defects == ("params_of_first_expert",)
-    assert report.finding.stages == ("activation", "slots")
-    assert "is that of params_of_first_expert" in report.verdict
-    assert "the expert ids are int64 in memory and read as int32" in report.verdict.split(TOLD_FROM)[1]
+    call = GOLDENS.load("activation/parameters_by_expert").call()
+    ids = call.token_selected_experts
+    read = ids.long().view(torch.int32).flatten()[: ids.numel()].view_as(ids)
+    got = forward(replace(call, token_selected_experts=read, strict=False))
+    failure = Failure("a", prepared(call), got, forward(call))
+    found = judge([failure], lambda: (), seconds=40.0, known=("params_of_first_expert",))
+    assert found.hypotheses[0].name == "params_of_first_expert"
+    assert found.finding.stages == ("activation", "slots")
+    assert "the expert ids are int64 in memory and read as int32" in found.finding.sentence
+    failed = CaseResult("a", "moe", "", "differs", diagnosis=plain)
+    report = Report("it", "exact", (failed,), ("params_of_first_expert",), finding=found.finding)
+    first, others = report.verdict.split(TOLD_FROM)
+    assert first.endswith(
+        "is that of params_of_first_expert: the first expert's parameters used for all, as if they were scalars"
+    )
+    assert "the expert ids are int64 in memory and read as int32" in others
+    assert "params_of_first_expert" not in others
 
 
 def test_a_case_explained_by_itself_comes_before_what_is_read_off_another_one(plain: Diagnosis) -> None:
