@@ -149,9 +149,8 @@ class Verdict:
             self._lost |= untold
         asked = any(str(arg).startswith("--mxfp4-kernel") for arg in self._config.invocation_params.args)
         again = any(self._config.getoption(name, False) for name in ("lf", "stepwise"))
-        collected = (
-            session.exitstatus != pytest.ExitCode.USAGE_ERROR
-        )  # such as a kernel that cannot be loaded
+        # What cannot be loaded is said by itself.
+        collected = session.exitstatus != pytest.ExitCode.USAGE_ERROR
         self._none_chosen = asked and collected and not (self._chosen or stopped or dry or again)
         wrong = self._nothing_compared or bool(self._lost) or self._none_chosen
         if self._html is not None and self._outcomes:
