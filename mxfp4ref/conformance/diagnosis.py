@@ -54,6 +54,7 @@ __all__ = [
 ]
 
 _MANY = 0.25  # of the elements
+_FEW = 8  # wrong elements, that a mistake may predict by chance
 ULP_BINS = (1, 2, 4, 16, 256, FAR - 1, FAR)  # the largest distance of each; the last is that with a NaN
 
 
@@ -103,6 +104,17 @@ class Diagnosis(Shown):
     def mask(self) -> Tensor:
         """Where the output differs, `bool` like it."""
         return self.bins > 0
+
+    @property
+    def proof(self) -> str:
+        """What the finding rests on, in words."""
+        if not self.finding.exact:
+            return (
+                "all ids and weights, up to roundings" if self.finding.stages == ("routing",) else "evidence"
+            )
+        wrong = int(self.mask.sum())
+        few = f", but {wrong} {'is' if wrong == 1 else 'are'} few: another mistake may give the same"
+        return "every wrong bit" + few * (wrong < _FEW)
 
     @property
     def exact(self) -> tuple[str, ...]:

@@ -114,7 +114,8 @@ def _installed(
         weights = fused_moe.interleave_moe_weights_for_sm90_mixed_gemm
         scales = fused_moe.interleave_moe_scales_for_sm90_mixed_gemm
     except (ImportError, AttributeError, ValueError) as error:
-        raise KernelError(f"kernel: flashinfer: {type(error).__name__}: {error}") from error
+        hint = "; pip install 'mxfp4ref[kernel]'" if getattr(error, "name", "") == "flashinfer" else ""
+        raise KernelError(f"kernel: flashinfer: {type(error).__name__}: {error}{hint}") from error
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise KernelError("kernel: flashinfer needs a CUDA device, and torch sees none here")
     return generation, function, weights, scales

@@ -140,7 +140,8 @@ def pytest_runtest_makereport(
         tested = _under_test(item.config)
         kernel, where = tested.kernel, (tested.environment, tested.arguments)
         kept = Kept.of(item.failed, kernel.generation)
-        outcome = Outcome(item.result, kernel.name, *where, kept)
+        told = report.longrepr if isinstance(report.longrepr, Told) else None
+        outcome = Outcome(item.result, kernel.name, *where, kept, told)
         report.mxfp4_outcome = outcome.to_text()  # type: ignore[attr-defined]
     return report
 
@@ -206,8 +207,9 @@ class _ConformanceItem(pytest.Item):
         if isinstance(excinfo.value, _Nonconformance):
             assert self.result is not None
             head, *more = headline(self.result).split("\n")
-            sentence = self.result.diagnosis.finding.sentence if self.result.diagnosis else ""
-            summary = head.removeprefix(f"{self.name}: ") + (f": {sentence}" if sentence else "")
+            found = self.result.diagnosis
+            why = f": {found.finding.sentence} ({found.proof})" if found and found.finding.sentence else ""
+            summary = head.removeprefix(f"{self.name}: ") + why
             tested = _under_test(self.config)
             again = case_command(tested.kernel.name, tested.arguments, self.result)
             lines = case_lines(self.result, again)

@@ -30,13 +30,14 @@ SUITE = "mxfp4"  # what the tests' names begin with
 
 @dataclass(frozen=True)
 class Outcome:
-    """A case's result, the kernel's name, where it ran, the arguments of `mxfp4ref conform`, what it gave."""
+    """A case's result, the kernel's name, where it ran, arguments for `conform`, what it gave and is told."""
 
     result: CaseResult
     kernel: str
     environment: Mapping[str, str]
     arguments: tuple[str, ...]
     kept: Kept | None = None
+    told: Told | None = None
 
     def to_text(self) -> str:
         """As text, as which xdist carries it."""
@@ -118,6 +119,7 @@ class Verdict:
     def _choose(self, ids: Sequence[str]) -> None:
         self._chosen.update(one for one in ids if one.startswith(f"{SUITE}::"))
 
+    @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if not report.nodeid.startswith(f"{SUITE}::"):
             return
@@ -125,7 +127,9 @@ class Verdict:
         if hasattr(report, "mxfp4_outcome") or report.failed or report.skipped:
             self._told.add(report.nodeid)
         if hasattr(report, "mxfp4_outcome"):
-            self._outcomes.append(Outcome.of_text(report.mxfp4_outcome))
+            self._outcomes.append(outcome := Outcome.of_text(report.mxfp4_outcome))
+            if outcome.told is not None:  # of which xdist makes a text without a summary
+                report.longrepr = outcome.told  # type: ignore[assignment]
         elif report.failed:  # before there was a result, or the worker is gone
             self._lost.add(report.nodeid)
         elif report.skipped:  # by a mark, or another plugin
@@ -145,9 +149,8 @@ class Verdict:
             self._lost |= untold
         asked = any(str(arg).startswith("--mxfp4-kernel") for arg in self._config.invocation_params.args)
         again = any(self._config.getoption(name, False) for name in ("lf", "stepwise"))
-        collected = (
-            session.exitstatus != pytest.ExitCode.USAGE_ERROR
-        )  # such as a kernel that cannot be loaded
+        # What cannot be loaded is said by itself.
+        collected = session.exitstatus != pytest.ExitCode.USAGE_ERROR
         self._none_chosen = asked and collected and not (self._chosen or stopped or dry or again)
         wrong = self._nothing_compared or bool(self._lost) or self._none_chosen
         if self._html is not None and self._outcomes:

@@ -146,7 +146,7 @@ def wrong_elements(result: CaseResult) -> str:
 
 def case_lines(result: CaseResult, again: str = "") -> list[str]:
     """What there is to say of a failing case, a line each; `again` is the command that runs it again."""
-    lines = [f"{'recorded call' if result.kind == RECORDING else 'why this case'}: {result.why}"]
+    lines = [f"{'recorded call' if result.kind == RECORDING else 'this case tests'}: {result.why}"]
     last = [f"again: {again}"] if again else []
     if (found := result.diagnosis) is None:
         return lines + last
@@ -159,10 +159,7 @@ def diagnosis_lines(found: Diagnosis, wrong: str = "") -> list[str]:
     """What a diagnosis says, a line each; `wrong` says of the elements it is about what they are, if not all."""
     lines = []
     if found.finding.sentence:
-        how = "every wrong bit" if found.finding.exact else "evidence"
-        if found.finding.stages == ("routing",) and not found.finding.exact:
-            how = "all ids and weights, up to roundings"
-        lines.append(f"finding ({how}): {found.finding}")
+        lines.append(f"finding ({found.proof}): {found.finding}")
     lines.append(f"first: {found.output} {found.first}")
     lines += [f"feeds it: {words}" for words in found.feeds]
     lines += [f"pattern: {words}" for words in found.patterns]

@@ -118,14 +118,15 @@ def _replay(folder: Path, options: dict[str, Any], interruption: Interruption) -
         check_no_swap()
     with usage_errors():
         kernel = [] if options["kernel"] is None else sources(options["kernel"])
+        beside = "" if options["kernel"] is None else "; what the kernel takes, twice a call, is not in it"
         files.check(chain(_files_of(folder, options["autotune_cache"]), kernel))
-        with files.stdout_kept(), progress(lines=True) as step:
+        with files.stdout_kept(), progress(lines=True, first="now the first call") as step:
             report: Report
             try:
                 report = replay_folder(
                     folder,
                     ReplayOptions(**options),
-                    begin=lambda expected: echo(str(expected), err=True),
+                    begin=lambda expected: echo(f"{expected}{beside}", err=True),
                     progress=lambda result, total: step(_line(result), total),
                 )
             except Interrupted as interrupted:

@@ -124,6 +124,7 @@ class ReplayReport(Report):
             words += f" {counted(count, 'call')} {'has' if count == 1 else 'have'} another "
             words += f"{' and '.join(parameters)} than the first of the layer."
         words += f" {self.left} more were not replayed." if self.left else ""
-        if set(counts) == {"equal"} and not zeros and not local and "--kernel" not in self.arguments:
+        of_a_kernel = not own and "--kernel" not in self.arguments
+        if set(counts) == {"equal"} and of_a_kernel and not zeros and not local:
             words += _HANDED
         return words + self.culprit + self.further

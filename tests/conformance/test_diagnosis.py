@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from mxfp4ref import forward
@@ -116,6 +117,15 @@ def test_an_unnamed_mistake_gets_places_and_a_stage(unnamed: Report) -> None:
     assert "fc2" in result.diagnosis.finding.stages
     assert result.diagnosis.attribution[0].by == "column, by 16"
     assert int(result.diagnosis.mask.sum()) == result.differing == sum(n for _, n in result.diagnosis.ulps)
+
+
+def test_a_finding_on_few_elements_says_that_they_are(case: Case) -> None:
+    found = result_of("defect:bf16_finalize", case).diagnosis
+    assert found is not None
+    assert found.proof == "every wrong bit"
+    few = replace(found, bins=torch.zeros_like(found.bins))
+    few.bins.view(-1)[:2] = 1
+    assert "finding (every wrong bit, but 2 are few: another mistake may give the same)" in str(few)
 
 
 def test_exposed_stages_are_compared() -> None:

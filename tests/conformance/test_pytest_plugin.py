@@ -74,6 +74,13 @@ def test_the_verdict_is_of_all_failures_together_as_in_conform(
     result.stdout.no_fnmatch_line("*Every wrong bit*")
 
 
+def test_a_kernel_that_cannot_be_loaded_is_told_and_nothing_else(pytester: pytest.Pytester) -> None:
+    result = pytester.runpytest("--mxfp4-kernel=plain:nowhere:f", *ARGUMENTS)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert "cannot import 'nowhere'" in (said := result.stdout.str() + result.stderr.str())
+    assert "deselected" not in said
+
+
 def test_ids_can_be_pasted_back(pytester: pytest.Pytester) -> None:
     """And then select that test and nothing else; as can those of the fixture, with brackets and slashes."""
     pytester.makepyfile(
@@ -193,6 +200,7 @@ def test_xdist_with_ids_and_a_report(pytester: pytest.Pytester) -> None:
     result = pytester.runpytest_subprocess(*arguments)
     result.assert_outcomes(failed=1, skipped=1)
     result.stdout.fnmatch_lines(["*Every wrong bit is that of renorm_missing*", "report: *r.html"])
+    result.stdout.fnmatch_lines(["FAILED mxfp4::routing/mixtral_ties - differs in *"])
     html = (pytester.path / "r.html").read_text()
     assert "Every wrong bit is that of renorm_missing" in html
     assert "Map of routing/mixtral_ties" in html

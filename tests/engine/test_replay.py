@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 from mxfp4ref import __version__
 from mxfp4ref.__main__ import commands
 from mxfp4ref._choices import Diagnosing
+from mxfp4ref.conformance.cli import shared
 from mxfp4ref.conformance.diagnosis import Located
 from mxfp4ref.conformance.html_report import to_html
 from mxfp4ref.conformance.looking import SECONDS
@@ -174,10 +176,16 @@ def test_one_flipped_bit_is_found_and_located(tmp_path: Path, monkeypatch: pytes
     assert "data:image/png" in files["html"].read_text()
 
 
-def test_how_long_it_takes_is_said_before_and_each_call_as_it_ends(tmp_path: Path) -> None:
+def test_how_long_it_takes_is_said_before_and_each_call_as_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And that it is at the first one, which may take long."""
+    told: list[str] = []
+    monkeypatch.setattr(shared, "heartbeat", lambda say: nullcontext(told.append))
     for number in (1, 2, 3):
         recorded.write_call(tmp_path, SMALL_CALL, forward(SMALL), number=number)
     result = CliRunner().invoke(commands, ["replay", str(tmp_path), "--max-calls", "2"])
+    assert told[0] == "now the first call"
     first, *each = result.stderr.splitlines()
     assert re.fullmatch(
         r"2 recorded calls: about \d+ s to compare; up to 2 minutes of the processor more if all differ",

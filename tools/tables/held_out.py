@@ -346,6 +346,7 @@ def main(
     do: Callable[[tuple[str, str]], Judged] = partial(work, goldens=goldens, whole=whole)
     console = Console()
     rows: list[Judged] = []
+    console.print(f"{len(todo)} runs, {jobs} side by side; over the goldens each takes a minute or more")
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         for row in pool.map(do, todo):
             rows.append(row)

@@ -107,7 +107,7 @@ def regenerate(check: bool, only: tuple[str, ...], jobs: int, root: Path | None)
     from mxfp4ref.goldens import writing  # imports the definitions of all cases
 
     start, jobs = time.monotonic(), limited_jobs(jobs)
-    with usage_errors(), progress(lines=True) as step:
+    with usage_errors(), progress(lines=True, first="now the first cases") as step:
         result = writing.regenerate(root, only, check=check, jobs=jobs, progress=step)
     for difference in result.differences:
         echo(difference)
