@@ -329,7 +329,7 @@ def _tables(
     if not told or 2 * count < total:
         return None
     cases = None if count == total else (count, total)
-    sentence = f"{table.kind}: {'; '.join(told[:_TOLD])}{'; in other cases others' * (total > _TOLD)}"
+    sentence = f"{table.kind}: {'; '.join(told[:_TOLD])}; ... ({count} of {total} failing cases)"
     return Verdict(Finding(table.stages, sentence, count == total, cases, kind=table.kind), (), by_case)
 
 
