@@ -12,6 +12,7 @@ from torch import Tensor
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.families.and_another import and_another
 from mxfp4ref.conformance.families.batches import one_thread
+from mxfp4ref.conformance.families.case_tables import tables_by_case
 from mxfp4ref.conformance.families.engine import Result, nameless
 from mxfp4ref.conformance.families.evidence import gather, look_closer
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline
@@ -26,7 +27,6 @@ from mxfp4ref.conformance.families.order_of_cases import (
 )
 from mxfp4ref.conformance.families.search import Match
 from mxfp4ref.conformance.families.telling import told
-from mxfp4ref.conformance.families.whose import whose_table
 from mxfp4ref.conformance.finding import OTHERS, Evidence
 from mxfp4ref.conformance.reduction import thread_clock
 from mxfp4ref.model.call import MoeCall
@@ -35,7 +35,6 @@ __all__ = ["Failure", "Heard", "Verdict", "judge"]
 
 _SEARCHED = 4  # cases that are searched by themselves
 _READ = 12  # whose evidence is read
-_TOLD = 2  # cases, of tables that no rule gives
 _FOR_A_SECOND = 6.0  # seconds, to look for a change beside the one that predicts most cases
 _FOR_A_PLAIN_ONE = 15.0  # seconds, where none of those searched is explained
 _HEARD, _ROUGHLY = 24, 4  # hypotheses of a case that others are asked of: that predict every bit, or fewer
@@ -265,8 +264,8 @@ def _undecided(
     plain = [one for one in ranked if one.cases == ranked[0].cases and not one.match.hypothesis.name]
     if plain and (two := _two(failures, passing, plain[0], until)) is not None:
         return two
-    if (tables := _tables(failures, ranked, by_case, until)) is not None:
-        return tables
+    if (tables := tables_by_case(failures, ranked, until + _FOR_A_SECOND)) is not None:
+        return Verdict(tables, (), by_case)
     if (
         ranked
         and 2 * len(cases := ranked[0].cases) >= len(failures)
@@ -310,27 +309,6 @@ def _two(failures: list[Failure], passing: _Passing, heard: Heard, until: float)
         return None
     exact = replace(told(kept, (), [f.pipeline.call for f in failures]), exact=True, hedged=False)
     return Verdict(exact, tuple(m.hypothesis for m in kept), {f.case: exact for f in failures})
-
-
-def _tables(
-    failures: list[Failure], ranked: list[Heard], by_case: dict[str, Finding], until: float
-) -> Verdict | None:
-    """Other experts' tensors, solved for each case, where no rule gives those of all: not that of some of them."""
-    if (table := next((one.match.hypothesis for one in ranked if one.match.hypothesis.table), None)) is None:
-        return None
-    by_rule = max((one.cases for one in ranked if one.match.hypothesis.kind == table.kind), key=len)
-    found: dict[str, str] = {}
-    with one_thread():
-        for one in [f for f in failures if f.case not in by_rule][:_READ]:
-            if thread_clock() < until + _FOR_A_SECOND:
-                found[one.case] = whose_table(one.pipeline, one.got, differing(one.got, one.want), table.kind)
-    told = [f"in {case} {words}" for case, words in found.items() if words]
-    count, total = len(by_rule) + len(told), len(failures)
-    if not told or 2 * count < total:
-        return None
-    cases = None if count == total else (count, total)
-    sentence = f"{table.kind}: {'; '.join(told[:_TOLD])}{'; in other cases others' * (total > _TOLD)}"
-    return Verdict(Finding(table.stages, sentence, count == total, cases, kind=table.kind), (), by_case)
 
 
 def _predicted(hypothesis: Hypothesis, failure: Failure) -> bool:
