@@ -84,7 +84,7 @@ def evidence(call: MoeCall, got: Tensor) -> list[tuple[tuple[str, ...], str]]:
         ),
         ("exp2_by_a_cubic_polynomial", "gpt_oss", step_hypotheses, "is a polynomial of degree 3"),
         ("accumulators_through_tf32", "odd_tokens", rounding_hypotheses, "ties away from zero) on the way"),
-        ("down_projection_in_two_k_slices", "tiny_values", order_hypotheses, "as of split-K"),
+        ("down_projection_in_two_k_slices", "tiny_values", order_hypotheses, "split in 2 slices"),
         (
             "k_unrolled_by_256_without_a_rest",
             "padded_hidden",

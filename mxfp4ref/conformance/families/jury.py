@@ -18,13 +18,7 @@ from mxfp4ref.conformance.families.evidence import gather, look_closer
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline
 from mxfp4ref.conformance.families.named import named_hypotheses
 from mxfp4ref.conformance.families.nan_bits import investigated
-from mxfp4ref.conformance.families.order_of_cases import (
-    different,
-    next_case,
-    plain_one,
-    says_much,
-    telling,
-)
+from mxfp4ref.conformance.families.order_of_cases import different, next_case, plain_one, says_much, telling
 from mxfp4ref.conformance.families.search import Match
 from mxfp4ref.conformance.families.telling import told
 from mxfp4ref.conformance.finding import OTHERS, Evidence
