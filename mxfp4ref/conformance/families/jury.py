@@ -248,9 +248,7 @@ def _undecided(
                 wrong = wrong if failure.outside is None else wrong & failure.outside.any(1, keepdim=True)
                 evidence = gather(failure.pipeline, failure.got, failure.want, wrong, failure.outside)
                 evidence = look_closer(failure.pipeline, failure.got, wrong, evidence)
-            strongest = [e for e in evidence if e.stages]
-            if strongest:
-                first = strongest[0]
+            if (first := next((e for e in evidence if e.stages), None)) is not None:
                 proofs.append(first)
                 case_of[id(first)] = failure.case
                 by_case.setdefault(failure.case, first.finding())
