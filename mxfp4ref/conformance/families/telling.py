@@ -47,10 +47,10 @@ def _as_simple(one: Hypothesis, best: Hypothesis) -> bool:
 
 
 def _agreed_stages(found: list[Hypothesis]) -> tuple[str, ...]:
-    """Those of the simplest, and the one that others as simple add."""
-    best = found[0]
-    stages = list(best.stages)
-    for other in found[1:]:
-        if _as_simple(other, best) and stages and other.stages and other.stages[0] not in stages:
-            stages.append(other.stages[0])
-    return tuple(stages[:2])
+    """Those of the simplest, and the one that others as simple add: of those first the likeliest of each."""
+    best, *others = found
+    if not best.stages:
+        return ()
+    alike = [one.stages for one in others if _as_simple(one, best)]
+    stages = (*best.stages, *(s for one in alike for s in one[:1]), *(s for one in alike for s in one[1:]))
+    return tuple(dict.fromkeys(stages))[:2]
