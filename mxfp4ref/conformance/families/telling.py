@@ -27,7 +27,7 @@ def told(matches: Sequence[Match], evidence: Iterable[Evidence], calls: Iterable
         likely = [h for h in found[1:] if _as_simple(h, best) and h.words != best.words]
         near = beside_a_table(likely, best.kind, given_by)
         near.sort(key=lambda h: h.stages[:1] == best.stages[:1])  # first what is wrong elsewhere
-        words = tuple(h.words for h in (best, *near))
+        words = tuple(dict.fromkeys(h.words for h in (best, *near)))
         sentence = in_words((by_table(table, given_by), *words[1:]) if table else words)
         if best.factor is not None and (known := factor_in_words(best.factor, calls)):
             sentence += f". Note: {known}"
