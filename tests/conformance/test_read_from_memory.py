@@ -19,7 +19,7 @@ from mxfp4ref.conformance.families.memory_readings import (
     route_readings,
     vector_readings,
 )
-from mxfp4ref.conformance.families.output_rows import rows_of_others
+from mxfp4ref.conformance.families.output_rows import another_stride, rows_of_others
 from mxfp4ref.conformance.families.slot_kinds import position_in_expert
 from mxfp4ref.conformance.families.slots import slot_hypotheses
 
@@ -163,3 +163,18 @@ def test_rows_of_the_output_by_a_rule() -> None:
     found = rows_of_others(kept, want, differing(kept, want).any(1))
     assert found is not None
     assert "the tokens whose rows should be zeros: not cleared" in found.sentence
+
+
+def test_an_output_read_with_another_stride() -> None:
+    want = torch.randn(6, 128, generator=torch.Generator().manual_seed(3)).bfloat16()
+    memory = torch.full((6, 160), 7.0).bfloat16()
+    memory[:, :128] = want
+    further = another_stride(memory.flatten()[: want.numel()].view(6, 128), want)
+    assert further is not None
+    assert "lie 32 elements further apart in memory than they are long" in further.sentence
+    dense = another_stride(
+        torch.cat([want.flatten(), want.new_zeros(240)]).as_strided((6, 128), (168, 1)), want
+    )
+    assert dense is not None
+    assert "read as if 40 elements further apart" in dense.sentence
+    assert another_stride(want.roll(1, 0), want) is None

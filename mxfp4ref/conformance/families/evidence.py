@@ -30,7 +30,7 @@ from mxfp4ref.conformance.families.mixed_up import mixed_up
 from mxfp4ref.conformance.families.moved_columns import moved_columns
 from mxfp4ref.conformance.families.operands import other_operands
 from mxfp4ref.conformance.families.output_memory import rows_of_the_input
-from mxfp4ref.conformance.families.output_rows import rows_of_others
+from mxfp4ref.conformance.families.output_rows import another_stride, rows_of_others
 from mxfp4ref.conformance.families.places import named_columns, residue_in_words
 from mxfp4ref.conformance.families.row_maps import row_maps
 from mxfp4ref.conformance.families.sampled import Sample, samples
@@ -180,7 +180,7 @@ def _rows(pipeline: Pipeline, got: Tensor, want: Tensor, wrong: Tensor) -> Itera
     if bool(lost.any()) and (not bool(others.any()) or _near_underflow(got, want, others) is not None):
         yield from lost_rows(pipeline.call, got, want, lost)
         return
-    if (moved := rows_of_others(got, want, rows)) is not None:
+    if (moved := rows_of_others(got, want, rows) or another_stride(got, want)) is not None:
         yield moved
 
 
