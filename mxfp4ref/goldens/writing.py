@@ -237,7 +237,8 @@ def _differences(root: Path, cases: dict[str, Files], complete: bool) -> list[st
                 differences.append(f"{path}: differs")
     if complete:
         manifest = root / "manifest.json"
-        if not manifest.is_file() or manifest.read_bytes() != manifest_bytes(entries(cases)):
+        of = len(DEFINITIONS) if len(cases) < len(DEFINITIONS) else 0
+        if not manifest.is_file() or manifest.read_bytes() != manifest_bytes(entries(cases), of):
             differences.append(f"{manifest}: {'differs' if manifest.is_file() else 'missing'}")
         known = {f"{case_id}.{kind}" for case_id, files in cases.items() for kind in files}
         for path in sorted(path for path in root.rglob("*") if path.is_file()):
@@ -247,12 +248,13 @@ def _differences(root: Path, cases: dict[str, Files], complete: bool) -> list[st
     return differences
 
 
-def _listed(root: Path) -> Entries:
-    """What the manifest of a root lists that is to be written to."""
+def _listed(root: Path) -> tuple[Entries, int]:
+    """What the manifest of a root lists that is to be written to, and of how many cases it says that they are."""
     if not root.exists() or not any(root.iterdir()):
-        return {}
+        return {}, 0
     try:
-        return Goldens(root).entries
+        goldens = Goldens(root)
+        return goldens.entries, goldens.of * (goldens.of > len(goldens.entries))
     except GoldenError as error:
         raise GoldenError(
             f"{root}: expected an empty folder to write to, or goldens with their manifest; got neither, {error}"
@@ -265,7 +267,7 @@ def _write_tree(root: Path, cases: dict[str, Files], complete: bool) -> None:
     Every file is replaced in one step; after an interruption some cases may not be those of the manifest, which
     reading them reports.
     """
-    listed = _listed(root)
+    listed, of = _listed(root)
     paths = {
         root / f"{case_id}.{kind}": data for case_id, files in cases.items() for kind, data in files.items()
     }
@@ -285,8 +287,7 @@ def _write_tree(root: Path, cases: dict[str, Files], complete: bool) -> None:
         )  # after an interruption, what tells that it is ours
     for path, data in changed.items():
         write_file(path, data, root)
-    write_file(
-        root / "manifest.json", manifest_bytes(entries(cases) if complete else listed | entries(cases))
-    )
+    manifest = manifest_bytes(entries(cases)) if complete else manifest_bytes(listed | entries(cases), of)
+    write_file(root / "manifest.json", manifest)
     for path in gone:
         path.unlink(missing_ok=True)

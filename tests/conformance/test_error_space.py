@@ -60,7 +60,11 @@ KERNELS: dict[str, tuple[Callable[[], Tensor], set[str], str]] = {
     "other fc2": (lambda: overwritten("fc2_weights"), {"fc2"}, "GEMM2"),
     "input in fp8": (lambda: forward(replace(CALL, input=in_fp8(CALL.input))), {"fc1", "input"}, "GEMM1"),
     "activation in fp8": (lambda: staged(round_activation=in_fp8), {"activation"}, "in proportion"),
-    "other rows": (lambda: staged(finalize=second_slot_of_the_next_token), {"slots", "finalize"}, "by token"),
+    "other rows": (
+        lambda: staged(finalize=second_slot_of_the_next_token),
+        {"slots", "finalize"},
+        "other rows'",
+    ),
 }
 
 

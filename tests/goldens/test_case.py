@@ -156,7 +156,7 @@ def test_names_and_suites(builtin_root: Path, monkeypatch: pytest.MonkeyPatch) -
     assert goldens.names("gemm") == ["gemm/underflow_in_gemm1", MOE]
     with pytest.raises(GoldenError, match=r"suite: expected one of .*gemm.*, got 'gem'"):
         goldens.names("gem")
-    with pytest.raises(GoldenError, match=f"no such case.*did you mean {MOE}.*a checkout has all"):
+    with pytest.raises(GoldenError, match=f"no such case.*did you mean {MOE}.*to get all"):
         goldens.load("gemm/wide_exponent")
     with pytest.raises(GoldenError, match=r"goldens; did you mean gemm/ordinary\?$"):
         open_goldens(CHECKOUT).load("gemm/nothing")
