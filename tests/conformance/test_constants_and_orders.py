@@ -21,6 +21,7 @@ from mxfp4ref.conformance.families.orders_of_k import order_hypotheses, repeat_h
 from mxfp4ref.conformance.families.sampled import samples
 from mxfp4ref.conformance.families.search import Match
 from mxfp4ref.conformance.families.solved_constants import constant_hypotheses, solved_constant
+from mxfp4ref.conformance.families.telling import told
 from mxfp4ref.conformance.guarded import guarded, listening
 from mxfp4ref.conformance.patterns import patterns
 from mxfp4ref.goldens import open_goldens
@@ -189,3 +190,10 @@ def test_what_fails_raises_where_nobody_listens() -> None:
     with listening(failed):
         assert guarded(lambda: 1 // 0) is None
     assert len(failed) == 1
+
+
+def test_words_that_two_orders_share_are_told_once() -> None:
+    one, *others = (
+        Match(Hypothesis("", ("fc2",), words, lambda p: p), True) for words in ("a", "b", "b", "c")
+    )
+    assert told([one, *others], (), ()).hypotheses == ("a", "b", "c")
