@@ -13,6 +13,7 @@ from torch import Tensor
 from mxfp4ref import MoeCall, forward
 from mxfp4ref.conformance import diagnose, differing
 from mxfp4ref.conformance.families import engine
+from mxfp4ref.conformance.families.code_parts import scale_format_hypotheses
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, local_of
 from mxfp4ref.conformance.families.jury import Failure, Heard
@@ -197,3 +198,12 @@ def test_words_that_two_orders_share_are_told_once() -> None:
         Match(Hypothesis("", ("fc2",), words, lambda p: p), True) for words in ("a", "b", "b", "c")
     )
     assert told([one, *others], (), ()).hypotheses == ("a", "b", "c")
+
+
+def test_what_gives_nan_by_infinite_scales_is_told_as_that() -> None:
+    """Not as weights of FP8, which has no infinity: the NaN come of groups that are masked."""
+    call = GOLDENS.load("step_and_situ/step_all_at_once").call()
+    got = layer(call, gemm1=in_turns(2, 1))
+    assert predicting(scale_format_hypotheses(call), call, got)[0] == (
+        "GEMM1's sums are NaN wherever a scale in them is infinite (byte 255), as of 0 x Inf"
+    )

@@ -12,7 +12,8 @@ from torch import Tensor
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline
 from mxfp4ref.conformance.families.tensors import mapped
 from mxfp4ref.conformance.reduction import is_heavy
-from mxfp4ref.formats.mxfp4 import E2M1_VALUES, GROUP_SIZE, pack_codes, unpack_codes
+from mxfp4ref.defects.variants.gemm import GemmVariant
+from mxfp4ref.formats.mxfp4 import E2M1_VALUES, GROUP_SIZE, decode_ue8m0, pack_codes, unpack_codes
 from mxfp4ref.model.call import MoeCall
 
 __all__ = ["code_part_hypotheses", "scale_format_hypotheses", "small_weight_hypotheses"]
@@ -144,6 +145,7 @@ _BEYOND = (("infinite", 255), ("zero", 0), ("the largest power of two", None), (
 
 def scale_format_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     """Scales kept in a format of a smaller range: those below it are zero, or its least; those above it infinite."""
+    yield from _infinite_scales(call)
     for whose, fcs, more in _GEMMS:
         for words, least, largest in _FORMATS:
             for above, high in _BEYOND:
@@ -159,6 +161,23 @@ def scale_format_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
                     ),
                     1.3 + more + 0.02 * (high != 255),
                 )
+
+
+def _infinite_scales(call: MoeCall) -> Iterator[Hypothesis]:
+    """Where a scale is infinite much gives NaN: this says no more than that."""
+    gemm = GemmVariant(
+        decode_scales=lambda s: torch.where(s == 255, torch.nan, decode_ue8m0(s, convention="sm90"))
+    )
+    for whose, fcs, more in _GEMMS:
+        scales = [getattr(call.experts, f"{fc}_scales") for fc in fcs]
+        if any(t is not None and bool((t.view(torch.uint8) == 255).any()) for t in scales):
+            yield Hypothesis(
+                "values",
+                fcs,
+                f"{whose} sums are NaN wherever a scale in them is infinite (byte 255), as of 0 x Inf",
+                lambda p, fcs=fcs: p.staging(**{f"{fc}_gemm": gemm for fc in fcs}),
+                0.9 + more,
+            )
 
 
 def _limited(scales: Tensor, zero: int, largest: int, above: int | None) -> Tensor:
