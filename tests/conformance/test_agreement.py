@@ -260,12 +260,14 @@ def test_which_of_the_failing_cases_are_meant(plain: Diagnosis) -> None:
 
 
 def test_alternatives_of_what_predicts_some_cases_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two of three hypotheses predict the one case, and none the other."""
+    """Two of three hypotheses predict the one case, and none the other, which is of another kind."""
 
     def negative(call: MoeCall) -> Tensor:
         return -forward(call)
 
-    calls = [GOLDENS.load(name).call() for name in ("finalize/slot_order", "finalize/missing_experts")]
+    calls = [
+        GOLDENS.load(name).call() for name in ("finalize/slot_order", "parallel/sentinels_on_rank_3_of_4")
+    ]
     outputs = negative(calls[0]), forward(calls[1]).flip(1)
     failures = [
         Failure(name, prepared(call), got, forward(call))

@@ -87,7 +87,7 @@ def row_sources(
 
 def _second_of(pipeline: Pipeline) -> Callable[[int], Tensor]:
     """Of an expert, what its GEMM2 gives for every row's activation, `[R, H] float64`."""
-    experts, activation = pipeline.call.experts, trace(pipeline.call).activation.float()
+    experts, activation = pipeline.call.experts, trace(pipeline.call).activation.double()
     assert experts.fc2_scales is not None
     scales = experts.fc2_scales
 
@@ -95,7 +95,8 @@ def _second_of(pipeline: Pipeline) -> Callable[[int], Tensor]:
     def of(expert: int) -> Tensor:
         some = slice(expert, expert + 1)
         dense = dequantize(experts.fc2_weights[some], scales[some], convention="sm90", dtype=torch.float32)
-        return bf16_to_fp64(to_bf16(activation @ dense[0].T))
+        products = activation @ dense[0].double().T  # autocast would take float32 for bf16
+        return bf16_to_fp64(to_bf16(products.float()))
 
     return of
 
