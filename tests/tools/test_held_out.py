@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -42,7 +44,15 @@ def kernel_of(function: Any = forward, **changes: Any) -> Wrong:
     return Wrong("kernel", "theme", function=function, story="", **given)
 
 
-@pytest.mark.parametrize("name", KERNELS)
+def some_always() -> Iterator[Any]:
+    """The first five of each theme; the others are slow tests."""
+    seen = Counter[str]()
+    for name, kernel in KERNELS.items():
+        seen[kernel.theme] += 1
+        yield pytest.param(name, marks=pytest.mark.slow) if seen[kernel.theme] > 5 else name
+
+
+@pytest.mark.parametrize("name", list(some_always()))
 def test_each_kernel_is_wrong_on_a_call(tool: ModuleType, name: str) -> None:
     kernel = KERNELS[name]
     _, _, expected, got = tool.one_call(kernel)
