@@ -13,6 +13,7 @@ from mxfp4ref.defects.definition import defect
 from mxfp4ref.defects.variants.finalize import FinalizeVariant
 from mxfp4ref.defects.variants.gemm import GemmVariant
 from mxfp4ref.defects.variants.rounding import bf16, keep
+from mxfp4ref.defects.variants.sums import pairwise
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import Stages, trace
 from mxfp4ref.sm90 import fp32
@@ -169,10 +170,7 @@ def finalize_pairwise(fc2_output: Tensor, local: Tensor, scales: Tensor, bias: _
     """slots summed as a tree"""
     slots = [slice(slot, slot + 1) for slot in range(local.shape[1])]
     products = [finalize(fc2_output[:, slot], local[:, slot], scales[:, slot], bias) for slot in slots]
-    while len(products) > 1:
-        pairs = [fp32.add(a, b) for a, b in zip(products[::2], products[1::2], strict=False)]
-        products = pairs + products[len(pairs) * 2 :]
-    return products[0]
+    return pairwise(products)
 
 
 @defect("finalize", "wider references", kind="arithmetic")

@@ -16,6 +16,7 @@ from mxfp4ref.conformance.families.activation_steps import (
     step_hypotheses,
 )
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
+from mxfp4ref.defects.variants.rounding import half
 from mxfp4ref.defects.variants.swiglu import Operands, SwigluVariant, clamp_both, multiply_in_order, silu
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
@@ -77,7 +78,7 @@ def _sigmoids() -> Iterator[tuple[str, Callable[[Tensor], Tensor], float]]:
         1.2,
     )
     yield "the sigmoid is rounded to bf16", lambda z: fp32.widen(fp32.to_bf16(sigmoid(z))), 1.2
-    yield "the sigmoid is rounded to float16", lambda z: sigmoid(z).half().float(), 1.3
+    yield "the sigmoid is rounded to float16", lambda z: half(sigmoid(z)), 1.3
     yield "the sigmoid is that of the argument in bf16", lambda z: sigmoid(fp32.widen(fp32.to_bf16(z))), 1.3
     yield "the sigmoid is 1/2 + tanh(x / 2) / 2 in float32", lambda z: 0.5 + 0.5 * torch.tanh(0.5 * z), 1.2
     yield "the sigmoid is 1 (gate alone)", torch.ones_like, 1.3

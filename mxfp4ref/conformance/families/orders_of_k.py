@@ -17,7 +17,8 @@ from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline
 from mxfp4ref.conformance.families.regions import k_regions
 from mxfp4ref.conformance.reduction import is_heavy
 from mxfp4ref.defects.variants.gemm import GemmVariant, Term, accumulate
-from mxfp4ref.defects.variants.rounding import bf16, keep
+from mxfp4ref.defects.variants.rounding import bf16, half, keep
+from mxfp4ref.defects.variants.sums import in_turn, pairwise
 from mxfp4ref.formats.generations import Generation
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE, dequantize
 from mxfp4ref.model.call import MoeCall
@@ -31,13 +32,9 @@ __all__ = ["GemmOfParts", "order_hypotheses", "repeat_hypotheses"]
 _TILE = 128  # of K, in the kernel's mainloop
 _GROUPS = _TILE // GROUP_SIZE
 _Parts = Callable[[int], list[list[int]]]  # of the number of K groups
-_Order = Callable[[list[int], list[int]], list[int]]  # of a part, and the kernel's order of all groups
+# Of a part, and the kernel's order of all groups; None: as the kernel orders a GEMM of the part's groups alone.
+_Order = Callable[[list[int], list[int]], list[int]] | None
 _Round = Callable[[Tensor], Tensor]
-
-
-def _alone(part: list[int], kernel: list[int]) -> list[int]:
-    """As the kernel orders a GEMM of these groups alone: `group_scaled_gemm` does."""
-    return part
 
 
 def _as_all(part: list[int], kernel: list[int]) -> list[int]:
@@ -60,7 +57,7 @@ _WALKS: tuple[tuple[str, Callable[[int], list[int]], tuple[_Order, ...]], ...] =
     (
         "K groups are summed in descending order",
         lambda n: list(range(n))[::-1],
-        (_backwards, _alone, _as_given),
+        (_backwards, None, _as_given),
     ),
     ("K groups are summed in ascending order", lambda n: list(range(n)), (_as_given,)),
     (
@@ -68,32 +65,18 @@ _WALKS: tuple[tuple[str, Callable[[int], list[int]], tuple[_Order, ...]], ...] =
         lambda n: [
             g for start in reversed(range(0, n, _GROUPS)) for g in range(start, min(start + _GROUPS, n))
         ],
-        (_alone, _as_given),
+        (None, _as_given),
     ),
     (
         "the first and the second half of K change places",
         lambda n: [*range(n // 2, n), *range(n // 2)],
-        (_alone, _as_given),
+        (None, _as_given),
     ),
 )
 
 
-def _sequence(parts: list[Tensor], rounded: _Round) -> Tensor:
-    total, *rest = parts
-    for part in rest:
-        total = rounded(fp32.add(total, part))
-    return total
-
-
 def _from_the_last(parts: list[Tensor], rounded: _Round) -> Tensor:
-    return _sequence(parts[::-1], rounded)
-
-
-def _tree(parts: list[Tensor], rounded: _Round) -> Tensor:
-    while len(parts) > 1:
-        pairs = [rounded(fp32.add(a, b)) for a, b in zip(parts[::2], parts[1::2], strict=False)]
-        parts = pairs + parts[2 * len(pairs) :]
-    return parts[0]
+    return in_turn(parts[::-1], rounded)
 
 
 @dataclass(frozen=True)
@@ -108,8 +91,8 @@ class GemmOfParts:
     """
 
     parts: _Parts
-    order: _Order = _alone
-    add: Callable[[list[Tensor], _Round], Tensor] = _sequence
+    order: _Order = None
+    add: Callable[[list[Tensor], _Round], Tensor] = in_turn
     rounded: _Round = keep
 
     def __call__(
@@ -127,7 +110,7 @@ class GemmOfParts:
         sums = []
         for part in filter(None, self.parts(len(kernel))):
             places = torch.tensor(part)
-            if self.order is not _alone:  # where the kernel puts it so that it is summed in this order
+            if self.order is not None:  # where the kernel puts it so that it is summed in this order
                 places[group_order(len(part), tactic.tile_k, generation)] = torch.tensor(
                     self.order(part, kernel)
                 )
@@ -189,11 +172,11 @@ def _all_parts(depth: int) -> Iterator[tuple[str, _Parts, float]]:
 _ROUNDINGS: tuple[tuple[str, _Round, float], ...] = (
     ("in float32", keep, 0.0),
     ("in bf16, each part and sum rounded", bf16, 0.15),
-    ("in float16, each part and sum rounded", lambda x: x.half().float(), 0.2),
+    ("in float16, each part and sum rounded", half, 0.2),
 )
 _SUMS = (
-    ("one after the other", _sequence, 0.0),
-    ("as a tree", _tree, 0.1),
+    ("one after the other", in_turn, 0.0),
+    ("as a tree", pairwise, 0.1),
     ("from the last on", _from_the_last, 0.2),
 )
 
@@ -204,8 +187,8 @@ def _gemms(depth: int) -> Iterator[tuple[str, GemmOfParts, float]]:
         several = len(parts(depth // GROUP_SIZE)) > 2
         for how, rounded, more in _ROUNDINGS if "accumulators" not in words else _ROUNDINGS[:1]:
             for sums, add, extra in _SUMS if several and rounded is keep else _SUMS[:1]:
-                told = f"K is {words} {how}{f', {sums}' * (add is not _sequence)}"
-                yield told, GemmOfParts(parts, _alone, add, rounded), cost + more + extra
+                told = f"K is {words} {how}{f', {sums}' * (add is not in_turn)}"
+                yield told, GemmOfParts(parts, None, add, rounded), cost + more + extra
             if rounded is keep and depth > 2 * _TILE:  # only then the kernel's order is another one
                 told = f"K is {words} {how}, the groups in the order that they have among all"
                 yield told, GemmOfParts(parts, _as_all), cost + more + 0.1
@@ -218,7 +201,7 @@ def repeat_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     """Some of K, of which each run comes twice; of one GEMM."""
     experts = call.experts
     for fc, depth in (("fc2", experts.intermediate_size), ("fc1", experts.hidden_size)):
-        orders = (_alone, _as_all) if depth > 2 * _TILE else (_alone,)
+        orders = (None, _as_all) if depth > 2 * _TILE else (None,)
         for (words, where, cost), (number, order) in product(
             k_regions(depth // GROUP_SIZE), enumerate(orders)
         ):
@@ -262,17 +245,13 @@ def _running(rounded: _Round) -> Callable[[list[Term]], Tensor]:
     return run
 
 
-def _half(x: Tensor) -> Tensor:
-    return x.half().float()
-
-
 def _rounded() -> Iterator[tuple[str, Callable[..., Tensor], float]]:
     """Other roundings within the sum."""
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "float16"), (torch.float32, "float32")):
         yield f"products are added one by one in {name}", _one_by_one(dtype), 1.2
-    for name, rounded in (("bf16", bf16), ("float16", _half)):
+    for name, rounded in (("bf16", bf16), ("float16", half)):
         yield f"the sum of K groups is kept in {name}", GemmVariant(accumulate=_running(rounded)), 1
-    short = GemmVariant(accumulate=lambda terms: accumulate([replace(t, t=_half(t.t)) for t in terms]))
+    short = GemmVariant(accumulate=lambda terms: accumulate([replace(t, t=half(t.t)) for t in terms]))
     yield "K groups' sums are scaled after a rounding to float16", short, 1.2
 
 

@@ -11,6 +11,7 @@ from mxfp4ref.conformance.families.hypothesis import Hypothesis, of_sum
 from mxfp4ref.conformance.families.slot_sums import slot_sum_hypotheses
 from mxfp4ref.defects.variants.finalize import FinalizeVariant
 from mxfp4ref.defects.variants.gemm import GemmVariant
+from mxfp4ref.defects.variants.rounding import bf16, half
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
 
@@ -35,7 +36,7 @@ def _roundings() -> Iterator[tuple[str, _Round, float]]:
     yield "rounded to float16 on the way", _through(torch.float16), 1
     yield (
         "cast to float16 and back once it is bf16: below 2^-17 bits are lost, below 2^-25 all, above 65504 it is Inf",
-        lambda x: fp32.to_bf16(fp32.widen(fp32.to_bf16(x)).half().float()),
+        lambda x: fp32.to_bf16(half(bf16(x))),
         1.1,
     )
     yield "rounded to float8 e4m3 on the way", _through(torch.float8_e4m3fn), 1.1
@@ -67,7 +68,7 @@ def _roundings() -> Iterator[tuple[str, _Round, float]]:
 
 def _kept() -> Iterator[tuple[str, _Round, float]]:
     """Of float32 to a type that holds more than bf16 does, with which the next stage goes on."""
-    yield "float16", lambda x: x.half().float(), 1.05
+    yield "float16", half, 1.05
     yield "tf32 (10 bits of mantissa, cut)", lambda x: _cut(x, 13), 1.15
     for bits in (10, 8, 9, 11, 12):
         name = "tf32 (10 bits of mantissa" if bits == 10 else f"some type ({bits} bits of mantissa"
@@ -88,8 +89,8 @@ def _away(x: Tensor, dropped: int) -> Tensor:
 
 def _short(x: Tensor, dropped: int) -> Tensor:
     bits = x.view(torch.int32)
-    half = (1 << (dropped - 1)) - 1 + (bits >> dropped & 1)
-    return torch.where(x.isfinite(), (bits + half) >> dropped << dropped, bits).view(torch.float32)
+    nearest = (1 << (dropped - 1)) - 1 + (bits >> dropped & 1)
+    return torch.where(x.isfinite(), (bits + nearest) >> dropped << dropped, bits).view(torch.float32)
 
 
 def _finite(x: Tensor) -> Tensor:

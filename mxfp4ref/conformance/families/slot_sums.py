@@ -12,7 +12,8 @@ from torch import Tensor
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, of_sum
 from mxfp4ref.defects.finalize import finalize_by_expert, finalize_by_weight, finalize_slots_reversed
 from mxfp4ref.defects.variants.finalize import FinalizeVariant, as_they_come
-from mxfp4ref.defects.variants.rounding import bf16
+from mxfp4ref.defects.variants.rounding import bf16, half, keep
+from mxfp4ref.defects.variants.sums import in_turn, pairwise
 from mxfp4ref.sm90 import fp32
 
 __all__ = ["slot_sum_hypotheses"]
@@ -21,19 +22,11 @@ _Round = Callable[[Tensor], Tensor]
 _Order = Callable[[Tensor, Tensor], Tensor]
 
 
-def _half(x: Tensor) -> Tensor:
-    return x.half().float()
-
-
-def _kept(x: Tensor) -> Tensor:
-    return x
-
-
 # Words, the rounding of what is float32, how much it assumes.
 _TYPES: tuple[tuple[str, _Round, float], ...] = (
-    ("float32", _kept, 0.0),
+    ("float32", keep, 0.0),
     ("bf16", bf16, 0.05),
-    ("float16", _half, 0.1),
+    ("float16", half, 0.1),
 )
 _ORDERS: tuple[tuple[str, _Order, float], ...] = (
     ("", as_they_come, 0.0),
@@ -54,36 +47,22 @@ _ORDERS: tuple[tuple[str, _Order, float], ...] = (
 _Shape = Callable[[list[Tensor], _Round], Tensor]
 
 
-def _in_turn(terms: list[Tensor], rounding: _Round) -> Tensor:
-    total, *others = terms
-    for term in others:
-        total = rounding(fp32.add(total, term))
-    return total
-
-
-def _neighbours(terms: list[Tensor], rounding: _Round) -> Tensor:
-    while len(terms) > 1:
-        pairs = [rounding(fp32.add(a, b)) for a, b in zip(terms[::2], terms[1::2], strict=False)]
-        terms = pairs + terms[2 * len(pairs) :]
-    return terms[0]
-
-
 def _halves(terms: list[Tensor], rounding: _Round) -> Tensor:
     """Each with the one that is half as many further on, as lanes of a warp exchange theirs."""
     while len(terms) > 1:
-        half = -(-len(terms) // 2)
-        pairs = [rounding(fp32.add(a, b)) for a, b in zip(terms, terms[half:], strict=False)]
-        terms = pairs + terms[len(pairs) : half]
+        apart = -(-len(terms) // 2)
+        pairs = [rounding(fp32.add(a, b)) for a, b in zip(terms, terms[apart:], strict=False)]
+        terms = pairs + terms[len(pairs) : apart]
     return terms[0]
 
 
 def _two(terms: list[Tensor], rounding: _Round) -> Tensor:
-    parts = [_in_turn(part, rounding) for part in (terms[::2], terms[1::2]) if part]
-    return _in_turn(parts, rounding)
+    parts = [in_turn(part, rounding) for part in (terms[::2], terms[1::2]) if part]
+    return in_turn(parts, rounding)
 
 
 _SHAPES: tuple[tuple[str, _Shape, float], ...] = (
-    ("as a tree of neighbours", _neighbours, 0.1),
+    ("as a tree of neighbours", pairwise, 0.1),
     ("as a tree of those that are half of all slots apart", _halves, 0.15),
     ("in two sums, of the even and of the odd ones, that are added at the end", _two, 0.2),
 )
@@ -124,12 +103,12 @@ _KNOWN = (
 def slot_sum_hypotheses() -> Iterator[Hypothesis]:
     """All that are no named defect."""
     for (name, rounding, more), (order, by, cost) in product(_TYPES, _ORDERS):
-        sums = "formed in float32" if rounding is _kept else f"kept in {name}, rounded to it after each slot"
+        sums = "formed in float32" if rounding is keep else f"kept in {name}, rounded to it after each slot"
         for products, first, further in (("", None, 0.0), *_TYPES):
             if (order, products, name) in _KNOWN:
                 continue
             of = f", of weighted rows that are rounded to {products} first" * bool(products)
-            of += ", as by atomic additions" * (first is rounding is not _kept)
+            of += ", as by atomic additions" * (first is rounding is not keep)
             words = f"the sum over the slots is {sums}{order}{of}"
             variant = FinalizeVariant(_step(first, rounding), by)
             yield of_sum("sum of slots", ("finalize",), words, variant, 1 + more + cost + further)
@@ -137,7 +116,7 @@ def slot_sum_hypotheses() -> Iterator[Hypothesis]:
         _TYPES, _TYPES, _SHAPES
     ):
         for order, by, cost in _ORDERS[:3:2]:
-            if shape is not _neighbours or order or not products == name == "float32":
+            if shape is not pairwise or order or not products == name == "float32":
                 words = f"the weighted rows, rounded to {products}, are added in {name} {how}{order}"
                 total = _InShape(shape, by, first, rounding)
                 yield of_sum("sum of slots", ("finalize",), words, total, 1.1 + more + further + cost + extra)
