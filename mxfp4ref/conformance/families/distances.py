@@ -8,11 +8,21 @@ from torch import Tensor
 from mxfp4ref.conformance.comparison import differing, ulp_distance
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["angle_between", "last_place", "may_underflow", "share", "solvable", "surprise", "ulps_apart"]
+__all__ = [
+    "angle_between",
+    "last_place",
+    "may_underflow",
+    "share",
+    "solvable",
+    "sum_noise",
+    "surprise",
+    "ulps_apart",
+]
 
 _UNDERFLOW = 2.0**-100  # below which sums lose what is below float32's least number
 _SMALL = 2.0**-9  # the least number of FP8 e4m3; that of fp16 is smaller
 _BELOW = 0.05  # of those kept
+_SUM = 2.0**-21  # of the terms, that float32 may round off in their sum
 
 
 def surprise(got: Tensor, want: Tensor) -> float:
@@ -40,6 +50,11 @@ def last_place(values: Tensor) -> Tensor:
     """A unit in the last place that bf16 has for numbers of any dtype, as float64."""
     values = values.to(torch.float64)
     return torch.ldexp(torch.ones_like(values), torch.frexp(values).exponent - 8)
+
+
+def sum_noise(size: Tensor, terms: Tensor) -> Tensor:
+    """How far off a sum may be, `[H]`: rounded to bf16 where it has this size `[H]`, of terms `[n, H]` in float32."""
+    return (last_place(size).square() / 12 + (_SUM * terms).square().sum(0)).sqrt()
 
 
 def solvable(values: Tensor) -> bool:

@@ -32,6 +32,7 @@ from mxfp4ref.conformance.families.operands import other_operands
 from mxfp4ref.conformance.families.output_memory import rows_of_the_input
 from mxfp4ref.conformance.families.output_rows import another_stride, rows_of_others
 from mxfp4ref.conformance.families.places import named_columns, residue_in_words
+from mxfp4ref.conformance.families.pursuit import biases_of
 from mxfp4ref.conformance.families.row_maps import row_maps
 from mxfp4ref.conformance.families.sampled import Sample, samples
 from mxfp4ref.conformance.families.second_gemm import second_gemm
@@ -204,10 +205,7 @@ def _kept_subnormals(pipeline: Pipeline, got: Tensor, wrong: Tensor) -> Evidence
     if int(kept.sum()) < _FEWEST or is_heavy(pipeline.call):
         return None
     rows = SlotRows.of(pipeline)
-    terms = bf16_to_fp64(rows.y.contiguous())
-    biases = pipeline.call.experts.fc2_biases
-    if biases is not None and pipeline.call.tp_rank == 0:
-        terms = terms + bf16_to_fp64(biases)[rows.local.clamp(min=0)]
+    terms = bf16_to_fp64(rows.y.contiguous()) + biases_of(rows, rows.local.clamp(min=0))
     weights = torch.where(rows.local >= 0, rows.weights, 0.0).double()
     off = (bf16_to_fp64(got) - (terms * weights[..., None]).sum(1)).abs()[kept]
     if not float((off <= _HALF).float().mean()) > _ALMOST_ALL:

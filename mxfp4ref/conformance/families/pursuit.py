@@ -12,20 +12,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.families.distances import last_place
+from mxfp4ref.conformance.families.distances import sum_noise
 from mxfp4ref.conformance.families.hypothesis import SlotRows
 from mxfp4ref.sm90.fp32 import bf16_to_fp64
 
-__all__ = ["NOTHING", "OWN", "ZERO", "Candidates", "Rows", "Solved", "biases_of", "solve", "telling_tokens"]
+__all__ = [
+    "NOTHING",
+    "OWN",
+    "ZERO",
+    "Candidates",
+    "Rows",
+    "Solved",
+    "biases_of",
+    "showing",
+    "solve",
+    "telling_tokens",
+]
 
 _TOKENS, _FIRST = 64, 6  # tokens that are solved, and before all others
 _LOUD, _QUIET = 3.0, 1.6  # times the roundings: before, and when explained
 _BETTER, _AS_WELL = 1.05, 1.2  # times less is left, as squares, by what explains more; times more, as well
 _CANCELLED = 2.0**-12  # of the terms, that is left where they cancel
-_SUM = 2.0**-21  # of the terms, that float32 may round off in their sum
 _BEAM = 6  # ways to go on that are kept
 _FEWEST = 2  # changed rows
 _WHOLE = 0.6  # of the tokens
+_SHOWS = 2.0**-4  # of a row's largest weight, from which another row would show
 ZERO, NOTHING, OWN = -1, -2, -3  # instead of a candidate; NOTHING where the fc2 bias is missing too
 
 Candidates = Callable[[int], Tensor]  # of a sorted row what it may have, with the fc2 bias, `[C, H] float64`
@@ -105,6 +116,12 @@ def biases_of(slots: SlotRows, experts: Tensor) -> Tensor:
     return bf16_to_fp64(bias[experts].contiguous())
 
 
+def showing(slots: SlotRows, rows: Rows, tokens: Tensor) -> Tensor:
+    """Which rows of some tokens, `[M] bool`, show in their sums, `[R] bool`."""
+    shares = slots.weights.abs() / slots.weights.abs().amax(1, keepdim=True)
+    return tokens[rows.token] & (shares.flatten()[rows.flat] > _SHOWS)
+
+
 def telling_tokens(slots: SlotRows, got: Tensor, wrong: Tensor) -> Tensor:
     """Wrong tokens to solve: those without equal weights, which leave open which slot has what, if there are any."""
     tokens = (wrong.any(1) & got.isfinite().all(1)).nonzero().flatten()
@@ -139,7 +156,7 @@ def solve(
         terms = weights[:, None] * own
         size = target.abs().clamp(min=float(target.square().mean().sqrt()))  # lest few small ones decide
         size = torch.maximum(size, _CANCELLED * terms.abs().sum(0))
-        noise = (last_place(size).square() / 12 + (_SUM * terms).square().sum(0)).sqrt()
+        noise = sum_noise(size, terms)
         error = (target - terms.sum(0)) / noise
         if float(error.square().mean()) <= _LOUD**2:
             continue

@@ -14,9 +14,9 @@ from itertools import islice, product
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.families.distances import last_place
+from mxfp4ref.conformance.families.distances import sum_noise
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, SlotRows, of_slots
-from mxfp4ref.conformance.families.pursuit import Rows
+from mxfp4ref.conformance.families.pursuit import Rows, biases_of
 from mxfp4ref.conformance.finding import Evidence
 from mxfp4ref.conformance.index_words import map_rules
 from mxfp4ref.sm90.fp32 import bf16_to_fp64
@@ -26,7 +26,6 @@ __all__ = ["of_skipped_slots", "skipped_hypotheses"]
 _TOKENS, _FEWEST, _WHOLE = 24, 2, 0.75  # that are solved, that have to be, and the part of them
 _SIZE, _SLOTS = 1 << 24, 8  # of all rows of a call, of a token
 _QUIET, _LOUD = 1.6, 4.0  # times the roundings
-_SUM = 2.0**-21  # of the terms, that float32 may round off in their sum
 _SAME = 2.0**-6  # relative, of weights
 _NAMED = 4
 _Kind = Callable[[Tensor], Tensor]  # ids to those that are meant
@@ -105,7 +104,7 @@ def of_skipped_slots(slots: SlotRows, got: Tensor, wrong: Tensor) -> Evidence | 
 
 
 def _solved(slots: SlotRows, got: Tensor, wrong: Tensor) -> _Solved | None:
-    skipped, call = slots.local < 0, slots.call
+    skipped = slots.local < 0
     tokens = (wrong.any(1) & got.isfinite().all(1)).nonzero().flatten()
     flat = Rows.of(slots.local).flat
     if not (
@@ -115,9 +114,7 @@ def _solved(slots: SlotRows, got: Tensor, wrong: Tensor) -> _Solved | None:
     ):
         return None
     tokens = tokens[:: -(-len(tokens) // _TOKENS)]
-    results = bf16_to_fp64(slots.y.contiguous())
-    if call.experts.fc2_biases is not None and call.tp_rank == 0:
-        results = results + bf16_to_fp64(call.experts.fc2_biases)[slots.local.clamp(min=0)]
+    results = bf16_to_fp64(slots.y.contiguous()) + biases_of(slots, slots.local.clamp(min=0))
     terms = torch.where(skipped, 0.0, slots.weights).double()[..., None] * results
     rows = results.flatten(0, 1)[flat]
     if not bool(rows.isfinite().all()):
@@ -126,7 +123,7 @@ def _solved(slots: SlotRows, got: Tensor, wrong: Tensor) -> _Solved | None:
     for token in tokens.tolist():
         target = bf16_to_fp64(got[token].contiguous())
         size = target.abs().clamp(min=float(target.square().mean().sqrt()))
-        noise = (last_place(size).square() / 12 + (_SUM * terms[token]).square().sum(0)).sqrt()
+        noise = sum_noise(size, terms[token])
         error = (target - terms[token].sum(0)) / noise
         most = min(int(skipped[token].sum()), _SLOTS)
         if (

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline, SlotRows, of_slots, slot_outputs
 from mxfp4ref.conformance.families.places import stage_before_gemm2
-from mxfp4ref.conformance.families.pursuit import ZERO, Rows, Solved
+from mxfp4ref.conformance.families.pursuit import ZERO, Rows, Solved, showing
 from mxfp4ref.conformance.families.row_sources import RowSource, row_sources
 from mxfp4ref.conformance.families.second_products import second_products
 from mxfp4ref.conformance.finding import counted
@@ -27,7 +27,6 @@ from mxfp4ref.model.forward import trace
 
 __all__ = ["taken_hypotheses"]
 
-_SHOWS = 2.0**-4  # of a row's largest weight, from which another row would show
 _MOST = 4  # rules of one numbering
 
 
@@ -84,7 +83,7 @@ def taken_hypotheses(pipeline: Pipeline, slots: SlotRows, got: Tensor, wrong: Te
         wrong: `[M, H] bool`.
     """
     call, rows = pipeline.call, Rows.of(slots.local)
-    right = _weighing(slots, rows, ~wrong.any(1))
+    right = showing(slots, rows, ~wrong.any(1))
     for one in row_sources(pipeline, slots, got, wrong, rows):
         zero = one.solved.source < 0
         if one.what == "input":
@@ -159,12 +158,6 @@ def _moved(call: MoeCall, rows: Rows, taken: RowSource, right: Tensor) -> Iterat
                 )
 
 
-def _weighing(slots: SlotRows, rows: Rows, tokens: Tensor) -> Tensor:
-    """Which rows of some tokens, `[M] bool`, show in their sums, `[R] bool`."""
-    shares = slots.weights.abs() / slots.weights.abs().amax(1, keepdim=True)
-    return tokens[rows.token] & (shares.flatten()[rows.flat] > _SHOWS)
-
-
 def _hypothesis(
     stages: tuple[str, ...], words: str, change: Callable[[SlotRows], SlotRows], cost: float
 ) -> Hypothesis:
@@ -207,7 +200,7 @@ def _inputs(slots: SlotRows, name: str, rule: _OfCall) -> SlotRows:
 
 def _left_out(slots: SlotRows, rows: Rows, solved: Solved, wrong: Tensor) -> Iterator[Hypothesis]:
     """The first or last rows of experts, of all or of those with some numbers of rows."""
-    kept, counts = _weighing(slots, rows, ~wrong.any(1)), rows.counts
+    kept, counts = showing(slots, rows, ~wrong.any(1)), rows.counts
     bare = slots.call.experts.fc2_biases is None or slots.call.tp_rank > 0
     zero = bool((solved.source == ZERO).all())
     stages = (

@@ -16,8 +16,9 @@ from itertools import islice, product
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.families.distances import last_place, solvable
+from mxfp4ref.conformance.families.distances import solvable, sum_noise
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, SlotRows, of_slots
+from mxfp4ref.conformance.families.pursuit import biases_of
 from mxfp4ref.conformance.families.solved_weights import unsure_of
 from mxfp4ref.conformance.families.weight_mixtures import ORDERS, Mixture, none
 from mxfp4ref.conformance.index_words import Rule, map_rules
@@ -30,7 +31,6 @@ _TOKENS, _FIRST = 64, 6  # that are solved, and before all others
 _WHOLE = 0.6  # of these tokens
 _QUIET = 1.6  # times the roundings, that may be left
 _SMALL = 2.0**-4  # of a row, what is taken for small numbers, which are rounded less
-_SUM = 2.0**-21  # of the terms, that float32 may round off in their sum
 _DETERMINED = 0.05  # of the token's largest weight, that one may be unsure by
 _TIMES = 1.7  # how far off a weight may be, in what it is unsure by
 _SAME = 2.0**-18
@@ -85,20 +85,17 @@ def _solved(slots: SlotRows, got: Tensor, wrong: Tensor) -> _Table | None:
     tokens = tokens[:: max(len(tokens) // _TOKENS, 1)][:_TOKENS]
     if not len(tokens) or not solvable(bf16_to_fp64(got[tokens].contiguous())):
         return None
-    bias = slots.call.experts.fc2_biases if slots.call.tp_rank == 0 else None
     found = torch.full((len(tokens), slots.local.shape[1]), torch.nan, dtype=torch.float64)
     unsure, done = torch.zeros_like(found), 0
     for at, token in enumerate(tokens.tolist()):
         here = (slots.local[token] >= 0).nonzero().flatten()
-        y = bf16_to_fp64(slots.y[token, here].contiguous())
-        if bias is not None:
-            y = y + bf16_to_fp64(bias[slots.local[token, here]].contiguous())
+        y = bf16_to_fp64(slots.y[token, here].contiguous()) + biases_of(slots, slots.local[token, here])
         target = bf16_to_fp64(got[token].contiguous())
         terms = slots.weights[token, here, None].abs() * y
         size = target.abs().clamp(
             min=_SMALL * float(target.square().mean().sqrt())
         )  # lest few small ones decide
-        noise = (last_place(size).square() / 12 + (_SUM * terms).square().sum(0)).sqrt()
+        noise = sum_noise(size, terms)
         rows, row = y / noise, target / noise
         if bool(rows.isfinite().all()) and 4 * len(y) <= len(target):
             weights = torch.linalg.lstsq(rows.T, row[:, None], driver="gelsd").solution[:, 0]

@@ -19,7 +19,7 @@ from mxfp4ref.conformance.families.expert_rules import Rule, rules
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline, SlotRows, of_slots
 from mxfp4ref.conformance.families.index_maps import expert_maps
 from mxfp4ref.conformance.families.other_experts import OtherExperts, with_others
-from mxfp4ref.conformance.families.pursuit import Rows, Solved, solve, telling_tokens
+from mxfp4ref.conformance.families.pursuit import Rows, Solved, showing, solve, telling_tokens
 from mxfp4ref.conformance.families.table_words import own_words
 from mxfp4ref.conformance.families.tensor_groups import WHOLE, Group, groups_of, whole_experts
 from mxfp4ref.conformance.finding import Evidence
@@ -28,7 +28,6 @@ from mxfp4ref.model.call import MoeCall
 
 __all__ = ["whose_evidence", "whose_hypotheses", "whose_table"]
 
-_SHOWS = 2.0**-4  # of a row's largest weight, from which another row would show
 _BLOCKS = (128, 64, 32, 16, 8)  # rows
 _AGREE = 0.8  # of the rows that were solved
 _ROWS_OF_A_BLOCK = 1.5  # that are solved, on average, for a table by blocks
@@ -178,9 +177,7 @@ def _allowed(
     for name in names:
         flat = getattr(call.experts, name).reshape(count, -1)
         alike &= torch.stack([(flat == one).all(1) for one in flat])
-    shares = slots.weights.abs() / slots.weights.abs().amax(1, keepdim=True)
-    shows = right[rows.token] & (shares.flatten()[rows.flat] > _SHOWS)
-    may = alike[rows.expert] | ~shows[:, None]
+    may = alike[rows.expert] | ~showing(slots, rows, right)[:, None]
     may[solved.row] = solved.may
     return may
 
