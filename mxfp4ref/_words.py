@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 
-__all__ = ["check_keywords", "did_you_mean", "shown"]
+__all__ = ["check_keywords", "did_you_mean", "shortened", "shown"]
 
 _AS_WELL = 0.1  # of 1
 
@@ -31,6 +31,12 @@ def check_keywords(
             hints = (did_you_mean(name, more, ending=f" of {part}") for part, more in (parts or {}).items())
             hint = did_you_mean(name, known) or next(filter(None, hints), "")
             raise TypeError(f"{called}() got an unexpected keyword argument {name!r}{hint}")
+
+
+def shortened(parts: Iterable[str], most: int, joint: str = ", ") -> str:
+    """The first of these, with "..." in the place of more."""
+    some = list(parts)
+    return joint.join([*some[:most], *["..."] * (len(some) > most)])
 
 
 def shown(value: object) -> str:

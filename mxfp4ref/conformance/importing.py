@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from mxfp4ref._validate import did_you_mean, shown
+from mxfp4ref._words import shortened
 from mxfp4ref.conformance.adapters import KernelError
 from mxfp4ref.conformance.plain import of_exception
 from mxfp4ref.conformance.source import functions_in
@@ -73,7 +74,7 @@ def _instead(name: str, owner: Any) -> str:
         return hint
     module = getattr(owner, "__name__", "")
     own = [n for n in found if n[0] != "_" and getattr(getattr(owner, n), "__module__", None) == module]
-    return f"; it has {', '.join(own[:_MOST])}{', ...' * (len(own) > _MOST)}" if own else ""
+    return f"; it has {shortened(own, _MOST)}" if own else ""
 
 
 def check_takes(spec: str, function: Callable[..., Any], positional: int, names: Iterable[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxfp4ref._words import shortened
 from mxfp4ref.conformance.index_words import map_words, moved_runs
 from mxfp4ref.conformance.value_words import bit_words, region_words, slice_words
 from mxfp4ref.formats import layout
@@ -160,11 +161,9 @@ def _moved_words(got: Tensor, want: Tensor) -> str:
         own = [chunk == there for chunk, there in zip(one, other, strict=True)]
         source = [n if own[n] else places.get(tuple(chunk), -1) for n, chunk in enumerate(one)]
         if -1 not in source:
-            runs = moved_runs(source)
-            shown = ", ".join(
+            told = (
                 f"{first * size} to {last * size + size - 1} are those from {place * size} on"
-                for first, last, place in runs[:_LISTED]
+                for first, last, place in moved_runs(source)
             )
-            more = ", ..." * (len(runs) > _LISTED)
-            return f"bytes are right but at other places, in chunks of {size}: {shown}{more}"
+            return f"bytes are right but at other places, in chunks of {size}: {shortened(told, _LISTED)}"
     return ""

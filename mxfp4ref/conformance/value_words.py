@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._choices import Convention
+from mxfp4ref._words import shortened
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.conditions import indices_words
 from mxfp4ref.conformance.index_words import map_words, moved_runs
@@ -161,12 +162,11 @@ def slice_words(got: Tensor, want: Tensor, dim: int, name: str, *, listed: bool 
 
 
 def _runs_listed(source: Tensor) -> str:
-    runs = moved_runs(source.tolist())
-    shown = (
+    told = (
         f"{first} is {place}" if first == last else f"{first} to {last} are {place} to {place + last - first}"
-        for first, last, place in runs[:_LISTED]
+        for first, last, place in moved_runs(source.tolist())
     )
-    return ", ".join(shown) + ", ..." * (len(runs) > _LISTED)
+    return shortened(told, _LISTED)
 
 
 def _said(words: str, name: str) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mxfp4ref._choices import STRATEGIES, RouterName
 from mxfp4ref._spans import runs
+from mxfp4ref._words import shortened
 from mxfp4ref.checkpoint.layer import CheckpointLayer, ExpertsInFiles
 from mxfp4ref.checkpoint.run import layer_call, route_input, run_layer
 from mxfp4ref.conformance.comparison import differing
@@ -251,7 +252,7 @@ def _told(layer: CheckpointLayer, found: Mapping[int, int], names: Sequence[str]
         f"the checkpoint's {_spelled(range(other, other + last - first + 1))}"
         for first, last, other in moved_runs(source)
     ]
-    changed = ", ".join(told[:_LISTED]) + ", ..." * (len(told) > _LISTED)
+    changed = shortened(told, _LISTED)
     whose = "" if layer.expert_ids is None else "this rank's "
     size = len(mine)
     ranks = sorted({other // size for other in found.values()})

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mxfp4ref._words import shortened
 from mxfp4ref.conformance.families.places import stage_before_gemm2
 from mxfp4ref.conformance.families.sampled import Sample
 from mxfp4ref.conformance.finding import Evidence
@@ -111,12 +112,11 @@ def _in_words(found: Tensor, size: int) -> str:
 
 
 def _listed(found: Tensor, size: int) -> str:
-    runs = moved_runs(found.tolist())
-    shown = ", ".join(
+    told = (
         f"{_columns(first, last, size)} are those of {_columns(other, other + last - first, size)}"
-        for first, last, other in runs[:_LISTED]
+        for first, last, other in moved_runs(found.tolist())
     )
-    return f"columns {shown}{', ...' * (len(runs) > _LISTED)}"
+    return f"columns {shortened(told, _LISTED)}"
 
 
 def _columns(first: int, last: int, size: int) -> str:

@@ -9,6 +9,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from mxfp4ref._words import shortened
 from mxfp4ref.conformance.families.distances import last_place, may_underflow, solvable
 from mxfp4ref.conformance.families.hypothesis import Pipeline, slot_outputs
 from mxfp4ref.conformance.families.known_factors import factor_in_words
@@ -122,8 +123,8 @@ def other_sums(
             return
         twice = [(t, e) for t, asked, found in fits for e in asked if found[e] > 1.5 * asked[e] > 0]
         if twice and all(_counted(asked[e], found[e]) for _, asked, found in fits for e in asked):
-            listed = ", ".join(f"token {t}'s of expert {e + first}" for t, e in twice[:4])
-            details = f"{listed}{', ...' * (len(twice) > 4)}; {_RIGHT}"
+            which = (f"token {t}'s of expert {e + first}" for t, e in twice)
+            details = f"{shortened(which, 4)}; {_RIGHT}"
             yield Evidence.of_kind(("slots", "finalize"), "some slots' terms are added twice", details, 3)
             return
     conserved = all(_sums_of(call.token_final_scales[token].tolist(), found) for token, _, found in fits)
@@ -218,7 +219,7 @@ def _foreign_slots(
             ids = ", ".join(str(int(call.token_selected_experts[token, s])) for s in slots)
             which = expert + call.ep_rank * call.experts.num_experts
             told.append(f"id{'s' * (len(slots) > 1)} {ids} of token {token} by expert {which}")
-    return ", ".join(told[:4]) + ", ..." * (len(told) > 4)
+    return shortened(told, 4)
 
 
 def _rescaled(asked: dict[int, float], found: dict[int, float]) -> bool:

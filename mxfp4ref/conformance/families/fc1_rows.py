@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mxfp4ref._words import shortened
 from mxfp4ref.conformance.families.hypothesis import Pipeline
 from mxfp4ref.conformance.families.sampled import Sample
 from mxfp4ref.conformance.finding import Evidence
@@ -83,12 +84,11 @@ def _in_words(found: Tensor, size: int) -> str:
                 return f"joined shard by shard [up; gate; up; gate; ...], of {shards} shards"
     if rule := map_words(found, f"block of {size} rows", len(found)):
         return rule
-    runs = moved_runs(found.tolist())
-    shown = ", ".join(
+    told = (
         f"{_span(first, last, size)} are {_span(other, other + last - first, size)}"
-        for first, last, other in runs[:_LISTED]
+        for first, last, other in moved_runs(found.tolist())
     )
-    return f"{shown}{', ...' * (len(runs) > _LISTED)}"
+    return shortened(told, _LISTED)
 
 
 def _span(first: int, last: int, size: int) -> str:

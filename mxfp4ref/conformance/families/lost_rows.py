@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from mxfp4ref._words import shortened
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.families.places import named_columns
 from mxfp4ref.conformance.finding import Evidence
@@ -35,8 +36,7 @@ def lost_rows(call: MoeCall, got: Tensor, want: Tensor, lost: Tensor) -> Iterato
     rows = lost.any(1)
     kind = "NaN" if bool(got[lost].isnan().all()) else "NaN or infinite"
     tokens = rows.nonzero().flatten().tolist()
-    shown = ", ".join(map(str, tokens[:8])) + ", ..." * (len(tokens) > 8)
-    of = f"token{'s' * (len(tokens) > 1)} {shown}"
+    of = f"token{'s' * (len(tokens) > 1)} {shortened(map(str, tokens), 8)}"
     if bool(lost[rows].all()):
         others, right, alone = want[~rows], "", ""
         if bool(others.isfinite().any()):

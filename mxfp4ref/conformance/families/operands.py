@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._spans import runs
+from mxfp4ref._words import shortened
 from mxfp4ref.conformance.families.gemm_operands import Change, Gemm, block_of, gained_by, gemms
 from mxfp4ref.conformance.families.hypothesis import Pipeline, local_of
 from mxfp4ref.conformance.families.places import fitting_attributes
@@ -211,7 +212,7 @@ def _told(gemm: Gemm, found: list[Change], slots: str) -> Evidence:
     return Evidence.of_kind(
         of_weights if own else of_input,
         f"in {gemm.name} operands are others along K{slots}",
-        f"{'; '.join(shown[:_LISTED])}{'; ...' * (len(shown) > _LISTED)}{more}",
+        f"{shortened(shown, _LISTED, '; ')}{more}",
         4,
     )
 

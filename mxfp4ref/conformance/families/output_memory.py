@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from mxfp4ref._words import shortened
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline, SlotRows, finalized, local_of
 from mxfp4ref.conformance.finding import Evidence, counted
 from mxfp4ref.model.call import MoeCall
@@ -133,8 +134,7 @@ def rows_of_the_input(call: MoeCall, got: Tensor, wrong: Tensor) -> Evidence | N
     if not tokens or -1 in sources.values() or not all(bool(got[t].any()) for t in tokens):
         return None
     if all(t == source for t, source in sources.items()):
-        listed = ", ".join(map(str, tokens[:6])) + ", ..." * (len(tokens) > 6)
-        which = f"{counted(len(tokens), 'token')} ({listed})"
+        which = f"{counted(len(tokens), 'token')} ({shortened(map(str, tokens), 6)})"
     else:
         which = ", ".join(f"token {t} has token {s}'s" for t, s in list(sources.items())[:4])
     kind = "rows of the output are rows of the input (hidden states), unchanged"

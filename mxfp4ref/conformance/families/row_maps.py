@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mxfp4ref._words import shortened
 from mxfp4ref.conformance.families.sampled import Sample
 from mxfp4ref.conformance.finding import Evidence
 from mxfp4ref.conformance.index_words import moved_runs
@@ -77,9 +78,7 @@ def _sources(rest: Tensor) -> Tensor | None:
 
 def _in_words(source: Tensor) -> str:
     """The first blocks of rows that are moved."""
-    runs = moved_runs(source.tolist())
-    listed = ", ".join(_run(*run) for run in runs[:_NAMED])
-    return f"{listed}{', ...' * (len(runs) > _NAMED)}"
+    return shortened((_run(*run) for run in moved_runs(source.tolist())), _NAMED)
 
 
 def _run(first: int, last: int, other: int) -> str:

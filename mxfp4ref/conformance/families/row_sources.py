@@ -9,6 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from mxfp4ref._words import shortened
 from mxfp4ref.conformance.families.hypothesis import Pipeline, SlotRows, slot_outputs
 from mxfp4ref.conformance.families.pursuit import NOTHING, Rows, Solved, biases_of, solve, telling_tokens
 from mxfp4ref.conformance.finding import Evidence
@@ -120,6 +121,6 @@ def taken_evidence(pipeline: Pipeline, slots: SlotRows, got: Tensor, wrong: Tens
             told.append(f"{own} has that of {whose}" if s >= 0 else f"{own} has zeros")
         by = set((token - rows.token[row]).tolist())
         further = f" (always {by.pop():+d} tokens on)" if len(by) == 1 else ""
-        listed = f"{'; '.join(told[:_LISTED])}{'; ...' * (len(told) > _LISTED)}{further}"
-        return Evidence.of_kind(stages, kind, f"{listed}; all else of the tokens solved is right", 4)
+        words = f"{shortened(told, _LISTED, '; ')}{further}; all else of the tokens solved is right"
+        return Evidence.of_kind(stages, kind, words, 4)
     return None

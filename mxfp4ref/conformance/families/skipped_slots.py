@@ -14,6 +14,7 @@ from itertools import islice, product
 import torch
 from torch import Tensor
 
+from mxfp4ref._words import shortened
 from mxfp4ref.conformance.families.distances import sum_noise
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, SlotRows, of_slots
 from mxfp4ref.conformance.families.pursuit import Rows, biases_of
@@ -81,7 +82,7 @@ def of_skipped_slots(slots: SlotRows, got: Tensor, wrong: Tensor) -> Evidence | 
     flat = Rows.of(slots.local).flat
     first = slots.call.ep_rank * slots.call.experts.num_experts
     told = []
-    for one in solved.added[:_NAMED]:
+    for one in solved.added:
         token, slot = divmod(int(flat[one.row]), slots.local.shape[1])
         expert = int(slots.local[token, slot]) + first
         which = f"slot{'s' * (len(one.slots) > 1)} {', '.join(map(str, one.slots))} of token {one.token}"
@@ -97,8 +98,7 @@ def of_skipped_slots(slots: SlotRows, got: Tensor, wrong: Tensor) -> Evidence | 
     return Evidence.of_kind(
         ("slots", "finalize"),
         "slots that are padded or another rank's add rows of other slots",
-        f"{rule}{'; '.join(told)}{', ...' * (len(solved.added) > _NAMED)}{or_weights}; all else of these tokens is "
-        "right",
+        f"{rule}{shortened(told, _NAMED, '; ')}{or_weights}; all else of these tokens is right",
         3,
     )
 

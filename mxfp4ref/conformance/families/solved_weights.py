@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mxfp4ref._words import shortened
+
 __all__ = ["Weights", "digits", "in_common", "powers_of", "unsure_of"]
 
 _SIGMAS = 3.0
@@ -111,10 +113,10 @@ def _of_one_slot(tokens: Sequence[Weights]) -> str:
     if len(slots) != 1 or not any(set(w.slots) - slots for w in tokens):
         return ""
     told = []
-    for w, slot in wrong[:_LISTED]:
+    for w, slot in wrong:
         n = w.slots.index(slot)
         told.append(f"{digits(w.found[n], w.unsure[n])} for {w.asked[n]:.4g} in token {w.token}")
-    return f"those of slot {slots.pop()} alone are wrong, {', '.join(told)}{', ...' * (len(wrong) > _LISTED)}"
+    return f"those of slot {slots.pop()} alone are wrong, {shortened(told, _LISTED)}"
 
 
 def _one_factor(tokens: Sequence[Weights]) -> tuple[str, set[int]]:

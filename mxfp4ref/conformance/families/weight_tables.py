@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mxfp4ref._words import shortened
 from mxfp4ref.conformance.families.places import named_columns
 from mxfp4ref.conformance.families.sampled import Sample
 from mxfp4ref.conformance.families.solved_weights import unsure_of
@@ -181,14 +182,14 @@ def _of_groups(call: MoeCall, fit: _Fit, where: str) -> Evidence | None:
     changed = fit.changed(ones)
     if not changed or fit.uniform(ones):
         return None
-    listed = ", ".join(
+    told = (
         f"{g} (K {g * GROUP_SIZE} to {g * GROUP_SIZE + GROUP_SIZE - 1}) {_times(1 + float(fit.off[g]))}"
-        for g in changed[:_NAMED]
+        for g in changed
     )
     return Evidence.of_kind(
         ("fc2", "activation"),
         f"in GEMM2{where} these K groups do not count once",
-        f"{listed}{', ...' * (len(changed) > _NAMED)}; GEMM1 is right",
+        f"{shortened(told, _NAMED)}; GEMM1 is right",
         3,
     )
 
@@ -204,11 +205,11 @@ def _of_codes(call: MoeCall, fit: _Fit, where: str) -> Evidence | None:
     changed = fit.changed(right)
     if not changed or fit.uniform(right):
         return None
-    listed = ", ".join(f"{c} ({right[c]:g}) as {float(right[c] + fit.off[c]):.3g}" for c in changed[:_NAMED])
+    told = (f"{c} ({right[c]:g}) as {float(right[c] + fit.off[c]):.3g}" for c in changed)
     return Evidence.of_kind(
         ("fc2",),
         f"GEMM2{where} reads codes of its weights as other values than E2M1 has, as by another table",
-        f"code {listed}{', ...' * (len(changed) > _NAMED)}; GEMM1 is right",
+        f"code {shortened(told, _NAMED)}; GEMM1 is right",
         3,
     )
 
@@ -218,11 +219,11 @@ def _of_bytes(call: MoeCall, fit: _Fit, where: str) -> Evidence | None:
     changed = [b for b in fit.changed(ones) if bool(fit.unsure[b].isfinite())]
     if not changed or fit.uniform(ones):
         return None
-    listed = ", ".join(f"{b} (2^{b - 127}) {1 + float(fit.off[b]):.3g}x" for b in changed[:_NAMED])
+    told = (f"{b} (2^{b - 127}) {1 + float(fit.off[b]):.3g}x" for b in changed)
     return Evidence.of_kind(
         ("fc2",),
         f"GEMM2{where} decodes its scale bytes otherwise than as exponents E8M0, each byte alike wherever it stands, "
         "as of another format or dtype",
-        f"byte {listed}{', ...' * (len(changed) > _NAMED)} of what it means; GEMM1 is right",
+        f"byte {shortened(told, _NAMED)} of what it means; GEMM1 is right",
         3,
     )

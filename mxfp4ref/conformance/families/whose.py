@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from mxfp4ref._words import shortened
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.families.expert_rules import Rule, rules
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline, SlotRows, of_slots
@@ -109,7 +110,7 @@ def _by_row(call: MoeCall, rows: Rows, solved: Solved) -> str:
         f"token {rows.token[row]}'s expert {int(rows.expert[row]) + first} by {source + first}"
         for row, source in zip(solved.row.tolist(), solved.source.tolist(), strict=True)
     ]
-    return ", ".join(told[:_LISTED]) + ", ..." * (len(told) > _LISTED)
+    return shortened(told, _LISTED)
 
 
 def _by_number(call: MoeCall, rows: Rows, table: _Table) -> Iterator[tuple[str, Rule, float]]:
@@ -220,11 +221,11 @@ def _pairs(group: Group, experts: Tensor, whose: Tensor) -> str:
     """ "expert 1 has those of 0, 2 of 1"."""
     pairs = list(zip(experts.tolist(), whose.tolist(), strict=True))
     of = group.has.split()[-1]
-    told = [f"{a} {of} {b}" for a, b in pairs[1:_LISTED]]
+    told = [f"{a} {of} {b}" for a, b in pairs[1:]]
     start = f"expert {pairs[0][0]} {group.has} expert {pairs[0][1]}"
     if len(pairs) == 2 and pairs[0] == pairs[1][::-1]:
         start = f"experts {pairs[0][0]} and {pairs[0][1]} are exchanged, {start}"
-    return ", ".join([start, *told]) + ", ..." * (len(pairs) > _LISTED)
+    return shortened([start, *told], _LISTED)
 
 
 def _by_block(group: Group, cells: Tensor, whose: Tensor, size: int, first: int) -> str:
@@ -234,7 +235,7 @@ def _by_block(group: Group, cells: Tensor, whose: Tensor, size: int, first: int)
     for b in torch.unique(block).tolist():
         pairs = _pairs(group, expert[block == b], whose[block == b])
         told.append(f"in its rows {size * b} to {size * b + size - 1} {pairs}")
-    return "; ".join(told[: _LISTED // 2]) + "; ..." * (len(told) > _LISTED // 2)
+    return shortened(told, _LISTED // 2, "; ")
 
 
 def _sorted_blocks(cells: Tensor, whose: Tensor, size: int) -> str:
@@ -242,7 +243,7 @@ def _sorted_blocks(cells: Tensor, whose: Tensor, size: int) -> str:
         f"{size * b} to {size * b + size - 1} those of expert {e}"
         for b, e in zip(cells.tolist(), whose.tolist(), strict=True)
     ]
-    return f"rows, sorted by expert, {', '.join(told[:_LISTED])}{', ...' * (len(told) > _LISTED)}"
+    return f"rows, sorted by expert, {shortened(told, _LISTED)}"
 
 
 def whose_table(pipeline: Pipeline, got: Tensor, wrong: Tensor, kind: str) -> str:

@@ -16,7 +16,7 @@ from mxfp4ref._spans import spans
 from mxfp4ref.formats.humming import e4m3_table, e4m3_weights
 from mxfp4ref.sm90 import fp8
 from mxfp4ref.sm90.fp32 import FP32_NAN
-from mxfp4ref.sm90.threads import in_parallel
+from mxfp4ref.sm90.threads import spans_in_parallel
 
 __all__ = ["fp8_gemm", "fp8_gemm_in_order"]
 
@@ -68,7 +68,7 @@ def _gemm(compiled: Any, x: Tensor, packed: Tensor, offsets: Tensor) -> Tensor:
         bounds = np.array([columns.start, columns.stop])
         compiled.gemm(*arguments, table, values, exponents, bounds, out_numbers)
 
-    in_parallel(compute, list(spans(len(packed), _COLUMNS_AT_ONCE)), x.device, packed.numel() * 2)
+    spans_in_parallel(compute, len(packed), _COLUMNS_AT_ONCE, x.device, packed.numel() * 2)
     # A NaN among the products of an element, whatever the other factor, makes it NaN.
     nan = (x & 0x7F == _NAN).any(1, keepdim=True)
     if bool((offsets > 12).any()):
