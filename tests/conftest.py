@@ -20,8 +20,10 @@ from mxfp4ref.goldens.manifest import write_builtin
 from tests.helpers import forked
 
 torch.set_num_threads(1)
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a suite in a shell's background: tests send it
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# Tests send these, and a suite in a shell's background or under nohup ignores them.
+for sent, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(sent) is signal.SIG_IGN:
+        signal.signal(sent, usual)
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=100, database=None)
 # To look for more: pytest --hypothesis-profile=search

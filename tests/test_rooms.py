@@ -73,7 +73,7 @@ def test_no_module_is_long(path: Path) -> None:
 
 # Their names come out of files, and are checked where they are read.
 _FROM_FILES = {
-    *("goldens/generator.py: rule", "goldens/runs.py: operation", "conformance/reproducer.py: kind"),
+    *("goldens/generator.py: rule", "goldens/runs.py: operation", "conformance/reports/reproducer.py: kind"),
     "defects/variants/router.py: preset",
 }
 

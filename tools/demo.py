@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mxfp4ref import conformance
-from mxfp4ref.conformance.html_report import to_html
+from mxfp4ref.conformance.reports.html_report import to_html
 from mxfp4ref.goldens import hardware_record
 from mxfp4ref.goldens.store import open_goldens
 

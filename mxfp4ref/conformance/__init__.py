@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 from mxfp4ref._lazy import lazy
 
 if TYPE_CHECKING:
-    from mxfp4ref.conformance.adapters import Kernel, KernelError, Skip
-    from mxfp4ref.conformance.bounds import Bounds, bound
+    from mxfp4ref.conformance.bounds.call_bounds import Bounds, bound
     from mxfp4ref.conformance.comparison import assert_bits_equal, differing, first_difference
     from mxfp4ref.conformance.diagnosis import Diagnosis, NothingDiffers, diagnose
-    from mxfp4ref.conformance.kernels import load_kernel
+    from mxfp4ref.conformance.kernels.adapters import Kernel, KernelError, Skip
+    from mxfp4ref.conformance.kernels.loading import load_kernel
     from mxfp4ref.conformance.options import Options, Search
     from mxfp4ref.conformance.results import CaseResult, Report
     from mxfp4ref.conformance.suite import Interrupted, run, run_case
@@ -42,11 +42,11 @@ __all__ = [
 __getattr__, __dir__ = lazy(
     __name__,
     {
-        "adapters": ("Kernel", "KernelError", "Skip"),
-        "bounds": ("Bounds", "bound"),
+        "kernels.adapters": ("Kernel", "KernelError", "Skip"),
+        "bounds.call_bounds": ("Bounds", "bound"),
         "comparison": ("assert_bits_equal", "differing", "first_difference"),
         "diagnosis": ("Diagnosis", "NothingDiffers", "diagnose"),
-        "kernels": ("load_kernel",),
+        "kernels.loading": ("load_kernel",),
         "options": ("Options", "Search"),
         "results": ("CaseResult", "Report"),
         "suite": ("Interrupted", "run", "run_case"),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._validate import no_storage
-from mxfp4ref.conformance.plain import TensorError, like, raw_bytes, resolved, tensor_of
+from mxfp4ref.conformance.isolation.plain import TensorError, like, raw_bytes, resolved, tensor_of
 from mxfp4ref.formats.mxfp4 import E2M1_VALUES, unpack_codes
 
 __all__ = [

@@ -10,17 +10,17 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from mxfp4ref._default_device import on_cpu
-from mxfp4ref.conformance.agreement import agreed, name_defects, unrefuted, with_one_case
-from mxfp4ref.conformance.bounded import all_within
+from mxfp4ref.conformance.bounds.bounded import all_within
 from mxfp4ref.conformance.diagnosis import Diagnosis, Finding, Located, Prediction
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN, Hypothesis, Pipeline
 from mxfp4ref.conformance.families.jury import Failure, Verdict, judge
-from mxfp4ref.conformance.finding import of_specials
-from mxfp4ref.conformance.guarded import listening
+from mxfp4ref.conformance.findings.agreement import agreed, name_defects, unrefuted, with_one_case
+from mxfp4ref.conformance.findings.finding import of_specials
+from mxfp4ref.conformance.findings.guarded import listening
+from mxfp4ref.conformance.findings.reduction import is_heavy, thread_clock
+from mxfp4ref.conformance.isolation.plain import of_exception
 from mxfp4ref.conformance.looking import REAL_SECONDS, Known, is_large
-from mxfp4ref.conformance.plain import of_exception
-from mxfp4ref.conformance.reduction import is_heavy, thread_clock
 from mxfp4ref.conformance.results import CaseResult
 from mxfp4ref.goldens import Goldens
 from mxfp4ref.goldens.runs import Run, runs

@@ -12,23 +12,19 @@ from torch import Tensor
 from mxfp4ref._choices import EFFORTS, Effort
 from mxfp4ref._shown import Shown
 from mxfp4ref._validate import check_choice
-from mxfp4ref.conformance.attribution import Attribution, attribution
-from mxfp4ref.conformance.bounded import where_outside
-from mxfp4ref.conformance.bounds import specials_alone
+from mxfp4ref.conformance.bounds.bounded import where_outside
+from mxfp4ref.conformance.bounds.call_bounds import specials_alone
 from mxfp4ref.conformance.comparison import FAR, Difference, difference_at, differing, ulp_distance
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN, Finding, Hypothesis
-from mxfp4ref.conformance.feeding import feeds_of, feeds_of_quantizer
-from mxfp4ref.conformance.finding import WITHIN, Evidence, counted, of_specials
-from mxfp4ref.conformance.guarded import guarded, listening
-from mxfp4ref.conformance.looking import REAL_SECONDS, SECONDS, HowToLook, Known, is_large, look
-from mxfp4ref.conformance.options import Search
-from mxfp4ref.conformance.patterns import Pattern, patterns
-from mxfp4ref.conformance.reach import reached
-from mxfp4ref.conformance.reduction import local_experts, one_token
-from mxfp4ref.conformance.shown_progress import shown_progress
-from mxfp4ref.conformance.stage_fit import Reach, Reconciled, reconcile, stage_of_exposed
-from mxfp4ref.conformance.stage_words import finding_of_stage
-from mxfp4ref.conformance.suspects import (
+from mxfp4ref.conformance.findings.attribution import Attribution, attribution
+from mxfp4ref.conformance.findings.feeding import feeds_of, feeds_of_quantizer
+from mxfp4ref.conformance.findings.finding import WITHIN, Evidence, counted, of_specials
+from mxfp4ref.conformance.findings.guarded import guarded, listening
+from mxfp4ref.conformance.findings.patterns import Pattern, patterns
+from mxfp4ref.conformance.findings.reach import reached
+from mxfp4ref.conformance.findings.reduction import local_experts, one_token
+from mxfp4ref.conformance.findings.stage_fit import Reach, Reconciled, reconcile, stage_of_exposed
+from mxfp4ref.conformance.findings.suspects import (
     Prediction,
     Progress,
     named_finding,
@@ -36,6 +32,10 @@ from mxfp4ref.conformance.suspects import (
     predicted_by,
     special_predictions,
 )
+from mxfp4ref.conformance.looking import REAL_SECONDS, SECONDS, HowToLook, Known, is_large, look
+from mxfp4ref.conformance.options import Search
+from mxfp4ref.conformance.shown_progress import shown_progress
+from mxfp4ref.conformance.stage_words import finding_of_stage
 from mxfp4ref.formats.humming_experts import HummingExperts
 from mxfp4ref.goldens.runs import Run
 from mxfp4ref.model.call import MoeCall
@@ -96,7 +96,7 @@ class Diagnosis(Shown):
 
     def __str__(self) -> str:
         """What a report says of it, in whole sentences."""
-        from mxfp4ref.conformance.report_text import diagnosis_lines
+        from mxfp4ref.conformance.reports.report_text import diagnosis_lines
 
         return "\n".join(diagnosis_lines(self))
 

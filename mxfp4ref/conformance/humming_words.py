@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mxfp4ref._default_device import on_cpu
 from mxfp4ref.conformance.comparison import differing
-from mxfp4ref.conformance.finding import Finding, in_words
-from mxfp4ref.conformance.reduction import one_token
+from mxfp4ref.conformance.findings.finding import Finding, in_words
+from mxfp4ref.conformance.findings.reduction import one_token
 from mxfp4ref.formats.humming import COMPENSATION
 from mxfp4ref.formats.humming_experts import HummingExperts
 from mxfp4ref.model.call import MoeCall

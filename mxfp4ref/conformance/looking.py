@@ -13,10 +13,10 @@ from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis
 from mxfp4ref.conformance.families.named import named_hypotheses
 from mxfp4ref.conformance.families.nan_bits import investigated
 from mxfp4ref.conformance.families.probe import probed
-from mxfp4ref.conformance.finding import Evidence
-from mxfp4ref.conformance.guarded import listening
-from mxfp4ref.conformance.reduction import clock_of, is_heavy
-from mxfp4ref.conformance.suspects import Prediction, Progress, named_finding, try_defects
+from mxfp4ref.conformance.findings.finding import Evidence
+from mxfp4ref.conformance.findings.guarded import listening
+from mxfp4ref.conformance.findings.reduction import clock_of, is_heavy
+from mxfp4ref.conformance.findings.suspects import Prediction, Progress, named_finding, try_defects
 from mxfp4ref.model.call import MoeCall
 
 __all__ = ["REAL_SECONDS", "SECONDS", "HowToLook", "Known", "is_large", "look"]

@@ -20,10 +20,10 @@ from mxfp4ref.conformance.pytest_verdict import SUITE, Outcome, Summary, Told, V
 
 if TYPE_CHECKING:
     from mxfp4ref.conformance import Options
-    from mxfp4ref.conformance.adapters import Kernel
     from mxfp4ref.conformance.diagnosing import Failed
+    from mxfp4ref.conformance.isolation.worker import Worker
+    from mxfp4ref.conformance.kernels.adapters import Kernel
     from mxfp4ref.conformance.results import CaseResult
-    from mxfp4ref.conformance.worker import Worker
     from mxfp4ref.goldens import Case, Goldens
 
 _FULLY = 3  # failures of a session that are diagnosed fully, and the others quickly
@@ -199,9 +199,9 @@ class _ConformanceItem(pytest.Item):
             raise _Nonconformance(self.result)
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
-        from mxfp4ref.conformance.adapters import KernelError
-        from mxfp4ref.conformance.again import case_command
-        from mxfp4ref.conformance.report_text import case_lines, headline
+        from mxfp4ref.conformance.kernels.adapters import KernelError
+        from mxfp4ref.conformance.reports.again import case_command
+        from mxfp4ref.conformance.reports.report_text import case_lines, headline
         from mxfp4ref.goldens import GoldenError
 
         if isinstance(excinfo.value, _Nonconformance):
@@ -309,11 +309,11 @@ _LOADED = pytest.StashKey["_UnderTest | pytest.UsageError"]()
 def _under_test(config: pytest.Config) -> _UnderTest:
     """What is tested; loaded, or found that it cannot be, when first asked for."""
     from mxfp4ref.conformance import Options
-    from mxfp4ref.conformance.adapters import KernelError
-    from mxfp4ref.conformance.again import conform_arguments
     from mxfp4ref.conformance.cli.supervised import others_code_begins
-    from mxfp4ref.conformance.kernels import environment, is_stand_in, load_kernel_here
-    from mxfp4ref.conformance.worker import Worker
+    from mxfp4ref.conformance.isolation.worker import Worker
+    from mxfp4ref.conformance.kernels.adapters import KernelError
+    from mxfp4ref.conformance.kernels.loading import environment, is_stand_in, load_kernel_here
+    from mxfp4ref.conformance.reports.again import conform_arguments
 
     if _LOADED not in config.stash:
         spec, device = config.getoption("mxfp4_kernel"), config.getoption("mxfp4_device")

@@ -155,7 +155,7 @@ class Verdict:
         wrong = self._nothing_compared or bool(self._lost) or self._none_chosen
         if self._html is not None and self._outcomes:
             from mxfp4ref._files import write_file
-            from mxfp4ref.conformance.html_report import to_html
+            from mxfp4ref.conformance.reports.html_report import to_html
 
             try:
                 write_file(self._html, to_html(self._report))

@@ -11,12 +11,12 @@ from datetime import UTC, datetime
 from mxfp4ref._choices import MODES
 from mxfp4ref._files import printable
 from mxfp4ref._shown import Shown
-from mxfp4ref.conformance.adapters import OTHER_KIND, SKIPPED_BEFORE
 from mxfp4ref.conformance.case_result import PASSING, RECORDING, CaseResult
 from mxfp4ref.conformance.diagnosis import Finding
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN
-from mxfp4ref.conformance.finding import SEVERAL, SPECIAL, WITHIN, alternatives, counted
+from mxfp4ref.conformance.findings.finding import SEVERAL, SPECIAL, WITHIN, alternatives, counted
 from mxfp4ref.conformance.goldens_used import GoldensUsed
+from mxfp4ref.conformance.kernels.adapters import OTHER_KIND, SKIPPED_BEFORE
 from mxfp4ref.defects import DEFECTS
 
 __all__ = [
@@ -79,7 +79,7 @@ class Report(Shown):
 
     def __str__(self) -> str:
         """What the command prints."""
-        from mxfp4ref.conformance.report_text import to_text
+        from mxfp4ref.conformance.reports.report_text import to_text
 
         return to_text(self)
 
@@ -191,7 +191,7 @@ class Report(Shown):
     @property
     def culprit(self) -> str:
         """What is wrong, as sentences after others; "" if nothing is known."""
-        from mxfp4ref.conformance.again import bounded_command
+        from mxfp4ref.conformance.reports.again import bounded_command
 
         count, found = self.within_bounds, self.finding
         if not count:
@@ -251,7 +251,7 @@ class Report(Shown):
     @property
     def further(self) -> str:
         """After a quick diagnosis that does not explain every bit of a call, or of one, the line of the full one."""
-        from mxfp4ref.conformance.again import full_command
+        from mxfp4ref.conformance.reports.again import full_command
 
         calls = [r for r in self._failing if r.diagnosis is not None and r.kind in ("moe", RECORDING)]
         again = full_command(self)

@@ -11,24 +11,24 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._validate import check_instance
-from mxfp4ref.conformance.adapters import Kernel, KernelError, rows_left
-from mxfp4ref.conformance.bounded import outside_bounds
+from mxfp4ref.conformance.bounds.bounded import outside_bounds
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.diagnosing import Failed
-from mxfp4ref.conformance.execution import Outcome, execute_within
 from mxfp4ref.conformance.families.distances import angle_between
-from mxfp4ref.conformance.finding import counted
-from mxfp4ref.conformance.handing import to_device
-from mxfp4ref.conformance.kernels import is_stand_in
+from mxfp4ref.conformance.findings.finding import counted
+from mxfp4ref.conformance.findings.reduction import reduce_call
+from mxfp4ref.conformance.isolation.execution import Outcome, execute_within
+from mxfp4ref.conformance.isolation.handing import to_device
+from mxfp4ref.conformance.isolation.plain import like, raw_bytes, tensor_of
+from mxfp4ref.conformance.isolation.processes import KILLED
+from mxfp4ref.conformance.isolation.standard_streams import FOR_GOOD
+from mxfp4ref.conformance.isolation.worker import Worker
+from mxfp4ref.conformance.kernels.adapters import Kernel, KernelError, rows_left
+from mxfp4ref.conformance.kernels.loading import is_stand_in
 from mxfp4ref.conformance.memory import free, says_so, too_large
 from mxfp4ref.conformance.options import Options
-from mxfp4ref.conformance.plain import like, raw_bytes, tensor_of
-from mxfp4ref.conformance.processes import KILLED
-from mxfp4ref.conformance.reduction import reduce_call
-from mxfp4ref.conformance.reproducer import write_reproducer
+from mxfp4ref.conformance.reports.reproducer import write_reproducer
 from mxfp4ref.conformance.results import CaseResult
-from mxfp4ref.conformance.standard_streams import FOR_GOOD
-from mxfp4ref.conformance.worker import Worker
 from mxfp4ref.formats.generations import NEWEST
 from mxfp4ref.goldens.case import Case
 from mxfp4ref.goldens.runs import Run, runs

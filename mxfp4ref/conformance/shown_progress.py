@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mxfp4ref.conformance.suspects import Progress
+from mxfp4ref.conformance.findings.suspects import Progress
 
 __all__ = ["shown_progress"]
 

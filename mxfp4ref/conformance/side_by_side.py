@@ -10,8 +10,8 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from mxfp4ref.conformance.adapters import KernelError
-from mxfp4ref.conformance.worker import Worker
+from mxfp4ref.conformance.isolation.worker import Worker
+from mxfp4ref.conformance.kernels.adapters import KernelError
 
 __all__ = ["side_by_side"]
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from mxfp4ref.conformance.finding import Finding
-from mxfp4ref.conformance.format_words import format_finding
+from mxfp4ref.conformance.findings.finding import Finding
 from mxfp4ref.conformance.humming_words import residual_finding
-from mxfp4ref.conformance.routing_words import routing_finding
+from mxfp4ref.conformance.routers.routing_words import routing_finding
+from mxfp4ref.conformance.values.format_words import format_finding
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.humming import call_of
 

@@ -20,16 +20,16 @@ from typing import Any
 import torch
 
 from mxfp4ref._validate import check_instance, shown
-from mxfp4ref.conformance.adapters import Kernel, KernelError
-from mxfp4ref.conformance.again import conform_arguments
 from mxfp4ref.conformance.diagnosing import Failed, Failing, diagnosed
 from mxfp4ref.conformance.goldens_used import goldens_used
-from mxfp4ref.conformance.kernels import check_device, environment, is_stand_in, load_kernel_here
+from mxfp4ref.conformance.isolation.worker import Worker
+from mxfp4ref.conformance.kernels.adapters import Kernel, KernelError
+from mxfp4ref.conformance.kernels.loading import check_device, environment, is_stand_in, load_kernel_here
 from mxfp4ref.conformance.options import Options
+from mxfp4ref.conformance.reports.again import conform_arguments
 from mxfp4ref.conformance.results import CaseResult, Report, now
 from mxfp4ref.conformance.running import compare_case
 from mxfp4ref.conformance.side_by_side import side_by_side
-from mxfp4ref.conformance.worker import Worker
 from mxfp4ref.goldens import GoldenError, Goldens
 from mxfp4ref.goldens.case import Case
 

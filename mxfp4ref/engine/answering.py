@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
-from mxfp4ref.conformance.adapters import KernelError
-from mxfp4ref.conformance.execution import Outcome, execute_within
-from mxfp4ref.conformance.kernels import is_stand_in, load_kernel
-from mxfp4ref.conformance.worker import Worker
+from mxfp4ref.conformance.isolation.execution import Outcome, execute_within
+from mxfp4ref.conformance.isolation.worker import Worker
+from mxfp4ref.conformance.kernels.adapters import KernelError
+from mxfp4ref.conformance.kernels.loading import is_stand_in, load_kernel
 from mxfp4ref.engine.replay_report import ReplayOptions
 from mxfp4ref.formats.experts import Sm90Experts
 from mxfp4ref.formats.resize import to_logical

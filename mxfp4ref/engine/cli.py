@@ -77,7 +77,7 @@ def record(
     Exit codes: the script's; 2 if nothing was recorded.
     """
     from mxfp4ref._validate import check_float
-    from mxfp4ref.conformance.finding import counted
+    from mxfp4ref.conformance.findings.finding import counted
     from mxfp4ref.engine.recorder import Recorder, run_script
     from mxfp4ref.engine.recordings import find_recordings
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from mxfp4ref.conformance.finding import counted
+from mxfp4ref.conformance.findings.finding import counted
 from mxfp4ref.engine.calls import release_of
 from mxfp4ref.engine.recordings import Recording, Unreadable
 from mxfp4ref.engine.unshown import owned

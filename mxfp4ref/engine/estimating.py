@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._choices import Diagnosing
-from mxfp4ref.conformance.finding import counted
+from mxfp4ref.conformance.findings.finding import counted
 from mxfp4ref.conformance.looking import REAL_SECONDS, SECONDS
 from mxfp4ref.engine.calls import arguments_of
 from mxfp4ref.engine.fitting import PROBED

@@ -19,9 +19,9 @@ from mxfp4ref._words import shortened
 from mxfp4ref.checkpoint.layer import CheckpointLayer, ExpertsInFiles
 from mxfp4ref.checkpoint.run import layer_call, route_input, run_layer
 from mxfp4ref.conformance.comparison import differing
-from mxfp4ref.conformance.finding import counted
-from mxfp4ref.conformance.index_words import moved_runs
-from mxfp4ref.conformance.reduction import clock_of, local_experts
+from mxfp4ref.conformance.findings.finding import counted
+from mxfp4ref.conformance.findings.index_words import moved_runs
+from mxfp4ref.conformance.findings.reduction import clock_of, local_experts
 from mxfp4ref.engine.fitting import closest_kernel, fitting_kernels
 from mxfp4ref.formats.experts import PARAMETERS, Experts
 from mxfp4ref.model.call import MoeCall

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mxfp4ref.conformance.adapters import KernelError
-from mxfp4ref.conformance.execution import execute
-from mxfp4ref.conformance.kernels import is_stand_in, load_kernel
-from mxfp4ref.conformance.worker import Worker
+from mxfp4ref.conformance.isolation.execution import execute
+from mxfp4ref.conformance.isolation.worker import Worker
+from mxfp4ref.conformance.kernels.adapters import KernelError
+from mxfp4ref.conformance.kernels.loading import is_stand_in, load_kernel
 from mxfp4ref.engine.autotune import read_autotune_cache
 from mxfp4ref.engine.calls import Layers, arguments_of, read_call, release_of
 from mxfp4ref.engine.fitting import fitting_kernels

@@ -180,7 +180,7 @@ def _note(result: CaseResult) -> str:
     """Why a call was not compared or is not equal: the first words of what is said below the table."""
     if result.ok:
         return result.message
-    from mxfp4ref.conformance.report_text import wrong_elements
+    from mxfp4ref.conformance.reports.report_text import wrong_elements
 
     found = result.diagnosis
     words = result.message or ((found.finding.sentence or found.stage) if found else "")

@@ -10,7 +10,7 @@ from pathlib import Path
 from mxfp4ref._choices import DIAGNOSES, MODES, Diagnosing, Mode
 from mxfp4ref._shown import Shown
 from mxfp4ref._validate import check_choice, check_int
-from mxfp4ref.conformance.finding import counted
+from mxfp4ref.conformance.findings.finding import counted
 from mxfp4ref.conformance.results import CaseResult, Report
 from mxfp4ref.engine.unshown import unshown
 

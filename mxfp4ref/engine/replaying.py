@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.agreement import agreed, name_defects
-from mxfp4ref.conformance.bounded import where_outside
+from mxfp4ref.conformance.bounds.bounded import where_outside
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.diagnosis import Located
-from mxfp4ref.conformance.execution import Outcome
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
-from mxfp4ref.conformance.kernels import environment
-from mxfp4ref.conformance.plain import of_exception
+from mxfp4ref.conformance.findings.agreement import agreed, name_defects
+from mxfp4ref.conformance.isolation.execution import Outcome
+from mxfp4ref.conformance.isolation.plain import of_exception
+from mxfp4ref.conformance.kernels.loading import environment
 from mxfp4ref.conformance.results import PASSING, RECORDING, CaseResult, now
 from mxfp4ref.conformance.suite import Interrupted
 from mxfp4ref.engine.answering import answering

@@ -32,8 +32,8 @@ from mxfp4ref.checkpoint.shards import CheckpointError
 from mxfp4ref.checkpoint.writing import open_of_others
 from mxfp4ref.conformance.comparison import differing, in_words
 from mxfp4ref.conformance.diagnosis import diagnose
-from mxfp4ref.conformance.plain import of_exception
-from mxfp4ref.conformance.report_text import case_lines
+from mxfp4ref.conformance.isolation.plain import of_exception
+from mxfp4ref.conformance.reports.report_text import case_lines
 from mxfp4ref.conformance.results import CaseResult
 from mxfp4ref.engine.fitting import closest_kernel, fitting_kernels
 from mxfp4ref.engine.held_experts import other_experts, whose_output

@@ -14,11 +14,11 @@ from mxfp4ref._validate import check_tensor
 from mxfp4ref.checkpoint.layer import CheckpointLayer
 from mxfp4ref.checkpoint.router import gate_of, router_to_run
 from mxfp4ref.checkpoint.run import ROUTING, route_input
+from mxfp4ref.conformance.bounds.router_bounds import routing_outside
 from mxfp4ref.conformance.comparison import differing, in_words, ulp_distance
-from mxfp4ref.conformance.finding import counted
-from mxfp4ref.conformance.router_bounds import routing_outside
-from mxfp4ref.conformance.routing_hypotheses import near
-from mxfp4ref.conformance.routing_words import routing_finding
+from mxfp4ref.conformance.findings.finding import counted
+from mxfp4ref.conformance.routers.routing_hypotheses import near
+from mxfp4ref.conformance.routers.routing_words import routing_finding
 from mxfp4ref.routing.route import PADDING_ID
 
 __all__ = ["check_routing", "from_local_ids", "no_experts", "same"]

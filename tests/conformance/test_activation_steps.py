@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mxfp4ref import Experts, MoeCall, quantize
 from mxfp4ref.conformance import differing
-from mxfp4ref.conformance.families.activation_steps import step_hypotheses
 from mxfp4ref.conformance.families.engine import prepared
+from mxfp4ref.conformance.families.hypotheses.activation_steps import step_hypotheses
 from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.activation import sigmoid
 from tests.held_out_kernels.by_hand import layer

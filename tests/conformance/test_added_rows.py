@@ -11,17 +11,17 @@ from torch import Tensor
 
 from mxfp4ref import MoeCall, forward
 from mxfp4ref.conformance import differing
-from mxfp4ref.conformance.families.added_rows import added_rows
-from mxfp4ref.conformance.families.another_bias import of_another_fc2_bias
-from mxfp4ref.conformance.families.bias_sums import bias_sum_hypotheses
-from mxfp4ref.conformance.families.column_factors import column_factors
 from mxfp4ref.conformance.families.engine import prepared
+from mxfp4ref.conformance.families.hypotheses.bias_sums import bias_sum_hypotheses
+from mxfp4ref.conformance.families.hypotheses.input_norms import norm_hypotheses
+from mxfp4ref.conformance.families.hypotheses.memory_readings import vector_readings
+from mxfp4ref.conformance.families.hypotheses.more_activations import more_activations
+from mxfp4ref.conformance.families.hypotheses.rows_beside import beside_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, local_of
-from mxfp4ref.conformance.families.input_norms import norm_hypotheses
-from mxfp4ref.conformance.families.memory_readings import vector_readings
-from mxfp4ref.conformance.families.more_activations import more_activations
-from mxfp4ref.conformance.families.rows_beside import beside_hypotheses
 from mxfp4ref.conformance.families.sampled import Sample, samples
+from mxfp4ref.conformance.families.solved.added_rows import added_rows
+from mxfp4ref.conformance.families.solved.another_bias import of_another_fc2_bias
+from mxfp4ref.conformance.families.solved.column_factors import column_factors
 from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.fp32 import to_bf16
 from mxfp4ref.sm90.swiglu import swiglu

@@ -10,17 +10,17 @@ from torch import Tensor
 
 from mxfp4ref import forward
 from mxfp4ref.conformance import CaseResult, Diagnosis, Kernel, Options, Report, diagnose, run
-from mxfp4ref.conformance.adapters import whole_arguments
-from mxfp4ref.conformance.agreement import agreed, unrefuted, with_one_case
 from mxfp4ref.conformance.comparison import FAR
 from mxfp4ref.conformance.families import jury
 from mxfp4ref.conformance.families.engine import Result, prepared
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
 from mxfp4ref.conformance.families.jury import Failure, judge
 from mxfp4ref.conformance.families.search import Match
-from mxfp4ref.conformance.finding import OTHER_EXPERTS, Evidence, Finding, in_words
-from mxfp4ref.conformance.patterns import Pattern
-from mxfp4ref.conformance.stage_fit import Reach
+from mxfp4ref.conformance.findings.agreement import agreed, unrefuted, with_one_case
+from mxfp4ref.conformance.findings.finding import OTHER_EXPERTS, Evidence, Finding, in_words
+from mxfp4ref.conformance.findings.patterns import Pattern
+from mxfp4ref.conformance.findings.stage_fit import Reach
+from mxfp4ref.conformance.kernels.adapters import whole_arguments
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.model.call import MoeCall
 from tests.held_out_kernels.by_hand import with_experts

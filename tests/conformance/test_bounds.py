@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.bounds import Bounds, bound
-from mxfp4ref.conformance.stand_ins import torch_bf16
+from mxfp4ref.conformance.bounds.call_bounds import Bounds, bound
+from mxfp4ref.conformance.kernels.stand_ins import torch_bf16
 from mxfp4ref.defects import get_defect
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.formats.mxfp4 import dequantize

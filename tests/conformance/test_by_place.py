@@ -15,7 +15,7 @@ from mxfp4ref.conformance.families.by_place import hypotheses_by_place
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.evidence import gather
 from mxfp4ref.conformance.families.hypothesis import local_of
-from mxfp4ref.conformance.families.tile_sums import tile_sums
+from mxfp4ref.conformance.families.solved.tile_sums import tile_sums
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90.finalize import finalize
 from mxfp4ref.sm90.fp32 import to_bf16

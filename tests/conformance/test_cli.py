@@ -23,9 +23,9 @@ from mxfp4ref._validate import check_tensor
 from mxfp4ref.checkpoint import CheckpointLayer, read_layer, run_layer, write_layer
 from mxfp4ref.conformance import comparison
 from mxfp4ref.conformance.comparison import differing
-from mxfp4ref.conformance.finding import STAGES
-from mxfp4ref.conformance.report import FORMAT
-from mxfp4ref.conformance.reproducer import load_reproducer, reproduce, write_reproducer
+from mxfp4ref.conformance.findings.finding import STAGES
+from mxfp4ref.conformance.reports.report import FORMAT
+from mxfp4ref.conformance.reports.reproducer import load_reproducer, reproduce, write_reproducer
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.formats.generations import GENERATIONS
 from mxfp4ref.goldens import Goldens, open_goldens, tensor_bytes
@@ -217,7 +217,8 @@ def test_reproducer_reproduces(
         (tmp_path / name).mkdir()
     monkeypatch.syspath_prepend(tmp_path)  # puts the path back that the script adds to
     monkeypatch.chdir(tmp_path / "here")
-    source = "from mxfp4ref.conformance.stand_ins import defect_kernel\nwrong = defect_kernel('{}', 'cpu').function\n"
+    imports = "from mxfp4ref.conformance.kernels.stand_ins import defect_kernel\n"
+    source = imports + "wrong = defect_kernel('{}', 'cpu').function\n"
     Path("kernel_of_this_test.py").write_text(source.format("gate_up_swapped"))
     case, one = open_goldens().load("gemm/ordinary"), runs(open_goldens().load("gemm/ordinary"))[0]
     wrong = {"output": DEFECTS["gate_up_swapped"].run(one.inputs)}

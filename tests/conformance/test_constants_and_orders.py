@@ -13,18 +13,18 @@ from torch import Tensor
 from mxfp4ref import MoeCall, forward
 from mxfp4ref.conformance import diagnose, differing
 from mxfp4ref.conformance.families import engine
-from mxfp4ref.conformance.families.code_parts import scale_format_hypotheses
 from mxfp4ref.conformance.families.engine import prepared
+from mxfp4ref.conformance.families.hypotheses.code_parts import scale_format_hypotheses
+from mxfp4ref.conformance.families.hypotheses.orders_of_k import order_hypotheses, repeat_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, local_of
 from mxfp4ref.conformance.families.jury import Failure, Heard
 from mxfp4ref.conformance.families.order_of_cases import next_case, says_much
-from mxfp4ref.conformance.families.orders_of_k import order_hypotheses, repeat_hypotheses
 from mxfp4ref.conformance.families.sampled import samples
 from mxfp4ref.conformance.families.search import Match
-from mxfp4ref.conformance.families.solved_constants import constant_hypotheses, solved_constant
+from mxfp4ref.conformance.families.solved.solved_constants import constant_hypotheses, solved_constant
 from mxfp4ref.conformance.families.telling import told
-from mxfp4ref.conformance.guarded import guarded, listening
-from mxfp4ref.conformance.patterns import patterns
+from mxfp4ref.conformance.findings.guarded import guarded, listening
+from mxfp4ref.conformance.findings.patterns import patterns
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.activation import clamp, sigmoid

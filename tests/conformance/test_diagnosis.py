@@ -21,9 +21,9 @@ from mxfp4ref.conformance import (
     run,
     run_case,
 )
-from mxfp4ref.conformance.agreement import name_defects
+from mxfp4ref.conformance.findings.agreement import name_defects
+from mxfp4ref.conformance.kernels.stand_ins import defect_outputs
 from mxfp4ref.conformance.looking import SECONDS
-from mxfp4ref.conformance.stand_ins import defect_outputs
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.goldens import Case, open_goldens
 from tests.helpers import layers

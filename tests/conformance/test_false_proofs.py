@@ -12,18 +12,18 @@ from torch import Tensor
 
 from mxfp4ref import forward
 from mxfp4ref.conformance import CaseResult, Kernel, Options, diagnose, differing, run_case
-from mxfp4ref.conformance.adapters import whole_arguments
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.evidence import Evidence, gather
-from mxfp4ref.conformance.families.formula import fitted
+from mxfp4ref.conformance.families.hypotheses.outputs import output_hypotheses
 from mxfp4ref.conformance.families.hypothesis import local_of
 from mxfp4ref.conformance.families.jury import _refuted
 from mxfp4ref.conformance.families.named import named_hypotheses
-from mxfp4ref.conformance.families.outputs import output_hypotheses
 from mxfp4ref.conformance.families.sampled import samples
 from mxfp4ref.conformance.families.search import Search
-from mxfp4ref.conformance.families.second_gemm import _permuted
-from mxfp4ref.conformance.stage_fit import reconcile
+from mxfp4ref.conformance.families.solved.formula import fitted
+from mxfp4ref.conformance.families.solved.second_gemm import _permuted
+from mxfp4ref.conformance.findings.stage_fit import reconcile
+from mxfp4ref.conformance.kernels.adapters import whole_arguments
 from mxfp4ref.formats.mxfp4 import dequantize, pack_codes, unpack_codes
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.model.call import MoeCall

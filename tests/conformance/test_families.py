@@ -15,9 +15,9 @@ from torch import Tensor
 from mxfp4ref.__main__ import commands
 from mxfp4ref.conformance import Kernel, Options, diagnose, run
 from mxfp4ref.conformance.families import FAMILIES, family_of
-from mxfp4ref.conformance.families.activations import activation_hypotheses
 from mxfp4ref.conformance.families.batches import each
 from mxfp4ref.conformance.families.engine import prepared
+from mxfp4ref.conformance.families.hypotheses.activations import activation_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Pipeline
 from mxfp4ref.conformance.families.places import named_columns
 from mxfp4ref.conformance.families.slot_kinds import position_in_expert

@@ -9,10 +9,10 @@ from torch import Tensor
 from mxfp4ref import MoeCall, forward
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.families.engine import prepared
-from mxfp4ref.conformance.families.fc1_rows import fc1_rows
 from mxfp4ref.conformance.families.hypothesis import local_of
 from mxfp4ref.conformance.families.sampled import samples
-from mxfp4ref.conformance.finding import Evidence
+from mxfp4ref.conformance.families.solved.fc1_rows import fc1_rows
+from mxfp4ref.conformance.findings.finding import Evidence
 from tests.held_out_kernels.by_hand import with_experts
 from tests.held_out_kernels.calls import captured
 

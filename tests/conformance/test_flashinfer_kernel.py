@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mxfp4ref import torch_ref_cutlass_fused_moe
 from mxfp4ref.conformance import run
-from mxfp4ref.conformance.flashinfer_kernel import flashinfer_kernel
+from mxfp4ref.conformance.kernels.flashinfer_kernel import flashinfer_kernel
 from mxfp4ref.formats.experts import PARAMETERS
 from mxfp4ref.formats.generations import generation_of
 from mxfp4ref.formats.layout import fold_scales_sm90, interleave_weights_sm90

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import differing
-from mxfp4ref.conformance.format_words import format_finding
+from mxfp4ref.conformance.values.format_words import format_finding
 from mxfp4ref.goldens import Case, open_goldens
 from mxfp4ref.goldens.runs import runs
 from tests.helpers.wrong_formats import DEQUANTIZERS, LAYOUTS, QUANTIZERS

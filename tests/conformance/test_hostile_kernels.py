@@ -29,21 +29,21 @@ from mxfp4ref.conformance import (
     KernelError,
     Options,
     Report,
-    kernel_process,
     load_kernel,
     memory,
     run,
     run_case,
     running,
 )
-from mxfp4ref.conformance import worker as worker_module
-from mxfp4ref.conformance.adapters import whole_arguments
 from mxfp4ref.conformance.cli.conform import _Selection
-from mxfp4ref.conformance.html_report import to_html
-from mxfp4ref.conformance.report import to_json, to_junit
-from mxfp4ref.conformance.report_text import to_text
-from mxfp4ref.conformance.surroundings import interference, surroundings
-from mxfp4ref.conformance.worker import Worker
+from mxfp4ref.conformance.isolation import kernel_process
+from mxfp4ref.conformance.isolation import worker as worker_module
+from mxfp4ref.conformance.isolation.surroundings import interference, surroundings
+from mxfp4ref.conformance.isolation.worker import Worker
+from mxfp4ref.conformance.kernels.adapters import whole_arguments
+from mxfp4ref.conformance.reports.html_report import to_html
+from mxfp4ref.conformance.reports.report import to_json, to_junit
+from mxfp4ref.conformance.reports.report_text import to_text
 from mxfp4ref.goldens import Case, open_goldens
 from tests.helpers import hostile_kernels
 from tests.helpers.hostile_files import CHECKOUT
@@ -203,7 +203,7 @@ REPLACING = [
     ("replaces_not_equal", "Tensor.__ne__"),
     ("replaces_differing", "mxfp4ref.conformance.running.differing"),
     ("replaces_code_of_differing", "mxfp4ref.conformance.comparison.differing"),
-    ("replaces_comparison_of_bytes", "mxfp4ref.conformance.plain.raw_bytes"),
+    ("replaces_comparison_of_bytes", "mxfp4ref.conformance.isolation.plain.raw_bytes"),
     ("replaces_what_passes", "mxfp4ref.conformance.results.PASSING"),
     ("replaces_what_is_held_by_a_constant", "mxfp4ref.conformance.comparison._INTEGERS"),
     ("empties_a_module_of_the_kit", "mxfp4ref.conformance.running.__name__"),

@@ -16,14 +16,15 @@ import pytest
 import torch
 
 from mxfp4ref._files import printable
-from mxfp4ref.conformance import CaseResult, Options, Report, pictures, run
-from mxfp4ref.conformance.attribution import Attribution
+from mxfp4ref.conformance import CaseResult, Options, Report, run
 from mxfp4ref.conformance.comparison import Difference
 from mxfp4ref.conformance.diagnosis import ULP_BINS, Diagnosis, Finding
+from mxfp4ref.conformance.findings.attribution import Attribution
 from mxfp4ref.conformance.goldens_used import GoldensUsed
-from mxfp4ref.conformance.html_report import thread_url, to_html
-from mxfp4ref.conformance.report import to_json, to_junit
-from mxfp4ref.conformance.report_text import to_text
+from mxfp4ref.conformance.reports import pictures
+from mxfp4ref.conformance.reports.html_report import thread_url, to_html
+from mxfp4ref.conformance.reports.report import to_json, to_junit
+from mxfp4ref.conformance.reports.report_text import to_text
 from mxfp4ref.goldens import open_goldens
 from tests.helpers.kernels_under_test import good
 

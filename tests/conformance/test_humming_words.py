@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mxfp4ref import MoeCall, forward
 from mxfp4ref.conformance import diagnose
-from mxfp4ref.conformance.finding import Finding
+from mxfp4ref.conformance.findings.finding import Finding
 from mxfp4ref.formats.humming_experts import HummingExperts
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.goldens.runs import runs

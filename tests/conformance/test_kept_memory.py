@@ -10,7 +10,7 @@ from torch import Tensor
 from mxfp4ref import MoeCall, forward
 from mxfp4ref.conformance import differing
 from mxfp4ref.conformance.families.engine import prepared
-from mxfp4ref.conformance.families.kept_memory import kept_hypotheses
+from mxfp4ref.conformance.families.hypotheses.kept_memory import kept_hypotheses
 from mxfp4ref.sm90 import fp32
 from tests.held_out_kernels.by_hand import Rows, layer
 from tests.held_out_kernels.calls import captured

@@ -24,7 +24,7 @@ from mxfp4ref.conformance import (
     run_case,
     running,
 )
-from mxfp4ref.conformance.adapters import logical_arguments, plain_arguments, sm90_arguments
+from mxfp4ref.conformance.kernels.adapters import logical_arguments, plain_arguments, sm90_arguments
 from mxfp4ref.formats import humming
 from mxfp4ref.formats.generations import BYTEWISE, NEWEST
 from mxfp4ref.formats.layout import fold_scales_sm90, interleave_weights_sm90

@@ -11,7 +11,7 @@ import torch
 
 from mxfp4ref import MoeCall, forward
 from mxfp4ref.conformance import diagnose
-from mxfp4ref.conformance.families.known_factors import factor_in_words, simple_between
+from mxfp4ref.conformance.families.solved.known_factors import factor_in_words, simple_between
 from mxfp4ref.sm90.fp32 import to_bf16
 from tests.held_out_kernels.by_hand import layer
 from tests.held_out_kernels.calls import captured

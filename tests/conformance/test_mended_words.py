@@ -12,26 +12,26 @@ from torch import Tensor
 from mxfp4ref import MoeCall, forward
 from mxfp4ref.conformance import differing
 from mxfp4ref.conformance.diagnosis import diagnose
-from mxfp4ref.conformance.families.activation_steps import step_hypotheses
 from mxfp4ref.conformance.families.blank import of_blank
-from mxfp4ref.conformance.families.code_parts import small_weight_hypotheses
 from mxfp4ref.conformance.families.engine import prepared
-from mxfp4ref.conformance.families.error_space import Space
 from mxfp4ref.conformance.families.evidence import gather
-from mxfp4ref.conformance.families.fragments import fragment_hypotheses
+from mxfp4ref.conformance.families.hypotheses.activation_steps import step_hypotheses
+from mxfp4ref.conformance.families.hypotheses.code_parts import small_weight_hypotheses
+from mxfp4ref.conformance.families.hypotheses.fragments import fragment_hypotheses
+from mxfp4ref.conformance.families.hypotheses.orders_of_k import order_hypotheses
+from mxfp4ref.conformance.families.hypotheses.outputs import inner_hypotheses, output_hypotheses
+from mxfp4ref.conformance.families.hypotheses.regions import k_hypotheses
+from mxfp4ref.conformance.families.hypotheses.roundings import rounding_hypotheses
+from mxfp4ref.conformance.families.hypotheses.row_parameters import row_parameter_hypotheses
+from mxfp4ref.conformance.families.hypotheses.slots import slot_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, local_of
-from mxfp4ref.conformance.families.orders_of_k import order_hypotheses
-from mxfp4ref.conformance.families.outputs import inner_hypotheses, output_hypotheses
 from mxfp4ref.conformance.families.places import named_columns, tokens_in_words
-from mxfp4ref.conformance.families.regions import k_hypotheses
-from mxfp4ref.conformance.families.roundings import rounding_hypotheses
-from mxfp4ref.conformance.families.row_parameters import row_parameter_hypotheses
 from mxfp4ref.conformance.families.sampled import samples
 from mxfp4ref.conformance.families.search import Match
-from mxfp4ref.conformance.families.slots import slot_hypotheses
-from mxfp4ref.conformance.families.uniform_factors import clamps
-from mxfp4ref.conformance.finding import Evidence
-from mxfp4ref.conformance.stage_fit import reconcile
+from mxfp4ref.conformance.families.solved.error_space import Space
+from mxfp4ref.conformance.families.solved.uniform_factors import clamps
+from mxfp4ref.conformance.findings.finding import Evidence
+from mxfp4ref.conformance.findings.stage_fit import reconcile
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.goldens.runs import runs
 from mxfp4ref.sm90.fp32 import to_bf16

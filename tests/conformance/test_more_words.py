@@ -11,15 +11,15 @@ from torch import Tensor
 
 from mxfp4ref import Stages, forward
 from mxfp4ref.conformance import diagnose, differing
-from mxfp4ref.conformance.families.column_factors import column_factors
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.evidence import gather
+from mxfp4ref.conformance.families.hypotheses.orders_of_k import order_hypotheses
+from mxfp4ref.conformance.families.hypotheses.permuted import permuted_hypotheses
+from mxfp4ref.conformance.families.hypotheses.slots import slot_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, local_of
-from mxfp4ref.conformance.families.orders_of_k import order_hypotheses
-from mxfp4ref.conformance.families.permuted import permuted_hypotheses
 from mxfp4ref.conformance.families.sampled import samples
-from mxfp4ref.conformance.families.slots import slot_hypotheses
-from mxfp4ref.conformance.index_words import pair_words
+from mxfp4ref.conformance.families.solved.column_factors import column_factors
+from mxfp4ref.conformance.findings.index_words import pair_words
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.goldens.runs import runs
 from mxfp4ref.model.call import MoeCall

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref import quantize
-from mxfp4ref.conformance.format_words import format_finding
+from mxfp4ref.conformance.values.format_words import format_finding
 from mxfp4ref.formats.mxfp4 import pack_codes, unpack_codes
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.goldens.runs import runs

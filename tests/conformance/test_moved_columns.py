@@ -11,8 +11,8 @@ from torch import Tensor
 from mxfp4ref import forward
 from mxfp4ref.conformance import diagnose
 from mxfp4ref.conformance.comparison import differing
-from mxfp4ref.conformance.families.moved_columns import moved_columns
-from mxfp4ref.conformance.stage_fit import reconcile
+from mxfp4ref.conformance.families.solved.moved_columns import moved_columns
+from mxfp4ref.conformance.findings.stage_fit import reconcile
 from mxfp4ref.goldens import open_goldens
 
 CALL = open_goldens().load("gemm/ordinary").call()

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from mxfp4ref import Experts, MoeCall, forward, quantize
 from mxfp4ref.conformance.comparison import differing
-from mxfp4ref.conformance.families.column_maps import column_map
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.hypothesis import local_of
-from mxfp4ref.conformance.families.operands import other_operands
 from mxfp4ref.conformance.families.sampled import samples
-from mxfp4ref.conformance.finding import Evidence
+from mxfp4ref.conformance.families.solved.column_maps import column_map
+from mxfp4ref.conformance.families.solved.operands import other_operands
+from mxfp4ref.conformance.findings.finding import Evidence
 from mxfp4ref.formats.mxfp4 import pack_codes, unpack_codes
 from mxfp4ref.model.forward import KERNEL
 

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from mxfp4ref import MoeCall, forward
 from mxfp4ref.conformance import diagnose, differing
-from mxfp4ref.conformance.families.code_parts import code_part_hypotheses
 from mxfp4ref.conformance.families.engine import prepared
+from mxfp4ref.conformance.families.hypotheses.code_parts import code_part_hypotheses
+from mxfp4ref.conformance.families.hypotheses.orders_of_k import order_hypotheses
+from mxfp4ref.conformance.families.hypotheses.quantised import quantised_hypotheses
+from mxfp4ref.conformance.families.hypotheses.roundings import rounding_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
-from mxfp4ref.conformance.families.orders_of_k import order_hypotheses
-from mxfp4ref.conformance.families.quantised import quantised_hypotheses
-from mxfp4ref.conformance.families.roundings import rounding_hypotheses
 from mxfp4ref.conformance.families.search import Search
 from mxfp4ref.defects.variants.gemm import GemmVariant
 from mxfp4ref.formats.generations import NEWEST

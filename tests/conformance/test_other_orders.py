@@ -21,21 +21,21 @@ from mxfp4ref.conformance import (
     Report,
     Search,
     diagnose,
-    report_text,
     run,
     run_case,
 )
-from mxfp4ref.conformance.adapters import whole_arguments
-from mxfp4ref.conformance.attribution import attribution
-from mxfp4ref.conformance.bounds import bound
+from mxfp4ref.conformance.bounds.call_bounds import bound
 from mxfp4ref.conformance.diagnosing import Failing, _Failure
 from mxfp4ref.conformance.families.another_order import unless_in_another_order
 from mxfp4ref.conformance.families.engine import Result
 from mxfp4ref.conformance.families.slot_kinds import position_in_expert
-from mxfp4ref.conformance.finding import UNKNOWN, Evidence, Finding, in_words
-from mxfp4ref.conformance.kernels import load_kernel
-from mxfp4ref.conformance.reduction import local_experts
-from mxfp4ref.conformance.report_text import case_lines, headline
+from mxfp4ref.conformance.findings.attribution import attribution
+from mxfp4ref.conformance.findings.finding import UNKNOWN, Evidence, Finding, in_words
+from mxfp4ref.conformance.findings.reduction import local_experts
+from mxfp4ref.conformance.kernels.adapters import whole_arguments
+from mxfp4ref.conformance.kernels.loading import load_kernel
+from mxfp4ref.conformance.reports import report_text
+from mxfp4ref.conformance.reports.report_text import case_lines, headline
 from mxfp4ref.conformance.results import now
 from mxfp4ref.conformance.running import compare_case
 from mxfp4ref.conformance.shown_progress import shown_progress

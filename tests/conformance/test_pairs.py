@@ -7,8 +7,8 @@ from torch import Tensor
 
 from mxfp4ref import forward
 from mxfp4ref.conformance.families.engine import prepared
-from mxfp4ref.conformance.families.outputs import factor_hypotheses
-from mxfp4ref.conformance.families.roundings import rounding_hypotheses
+from mxfp4ref.conformance.families.hypotheses.outputs import factor_hypotheses
+from mxfp4ref.conformance.families.hypotheses.roundings import rounding_hypotheses
 from mxfp4ref.conformance.families.search import Search
 from mxfp4ref.conformance.families.telling import told
 from mxfp4ref.model.call import MoeCall

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.patterns import patterns
+from mxfp4ref.conformance.findings.patterns import patterns
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from mxfp4ref.conformance import diagnosing, html_report, worker  # before pytester forgets what it imports
-from mxfp4ref.conformance.adapters import KernelError
+from mxfp4ref.conformance import diagnosing
+from mxfp4ref.conformance.isolation import worker
+from mxfp4ref.conformance.kernels.adapters import KernelError
+from mxfp4ref.conformance.reports import html_report
 from mxfp4ref.goldens import Case, GoldenError, Goldens
 
 pytest_plugins = ["pytester"]

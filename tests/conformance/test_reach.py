@@ -12,12 +12,12 @@ from torch import Tensor
 
 from mxfp4ref import MoeCall, forward
 from mxfp4ref.conformance import diagnose, differing
-from mxfp4ref.conformance.attribution import attribution
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.evidence import gather
-from mxfp4ref.conformance.patterns import patterns
-from mxfp4ref.conformance.reach import is_spread, reached
-from mxfp4ref.conformance.stand_ins import defect_outputs
+from mxfp4ref.conformance.findings.attribution import attribution
+from mxfp4ref.conformance.findings.patterns import patterns
+from mxfp4ref.conformance.findings.reach import is_spread, reached
+from mxfp4ref.conformance.kernels.stand_ins import defect_outputs
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.defects.variants.swiglu import SwigluVariant
 from mxfp4ref.goldens import open_goldens

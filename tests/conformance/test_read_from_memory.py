@@ -12,16 +12,16 @@ from torch import Tensor
 from mxfp4ref import Experts, MoeCall, forward, quantize
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.families.engine import prepared
-from mxfp4ref.conformance.families.expert_sums import other_sums
-from mxfp4ref.conformance.families.hypothesis import Hypothesis
-from mxfp4ref.conformance.families.memory_readings import (
+from mxfp4ref.conformance.families.hypotheses.memory_readings import (
     matrix_readings,
     route_readings,
     vector_readings,
 )
-from mxfp4ref.conformance.families.output_rows import another_stride, rows_of_others
+from mxfp4ref.conformance.families.hypotheses.slots import slot_hypotheses
+from mxfp4ref.conformance.families.hypothesis import Hypothesis
 from mxfp4ref.conformance.families.slot_kinds import position_in_expert
-from mxfp4ref.conformance.families.slots import slot_hypotheses
+from mxfp4ref.conformance.families.solved.expert_sums import other_sums
+from mxfp4ref.conformance.families.solved.output_rows import another_stride, rows_of_others
 
 
 @pytest.fixture(scope="module")

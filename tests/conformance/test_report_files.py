@@ -19,16 +19,16 @@ from safetensors.torch import save_file
 
 from mxfp4ref.__main__ import commands
 from mxfp4ref.conformance import CaseResult, Options, Report, run
-from mxfp4ref.conformance.again import command, conform_arguments, selection_arguments
 from mxfp4ref.conformance.cli.report_files import ReportFiles
 from mxfp4ref.conformance.comparison import Difference
 from mxfp4ref.conformance.diagnosis import ULP_BINS, Diagnosis, Finding
 from mxfp4ref.conformance.goldens_used import GoldensUsed, goldens_used
-from mxfp4ref.conformance.html_report import to_html
-from mxfp4ref.conformance.report import to_json, to_junit
-from mxfp4ref.conformance.report_comparison import compare_reports
-from mxfp4ref.conformance.report_reading import read_report
-from mxfp4ref.conformance.report_text import headline, to_text
+from mxfp4ref.conformance.reports.again import command, conform_arguments, selection_arguments
+from mxfp4ref.conformance.reports.html_report import to_html
+from mxfp4ref.conformance.reports.report import to_json, to_junit
+from mxfp4ref.conformance.reports.report_comparison import compare_reports
+from mxfp4ref.conformance.reports.report_reading import read_report
+from mxfp4ref.conformance.reports.report_text import headline, to_text
 from mxfp4ref.goldens import Goldens, open_goldens
 
 SMALL = "finalize/slot_order"

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mxfp4ref.conformance import Kernel, Options, run
-from mxfp4ref.conformance.adapters import keyword_arguments
-from mxfp4ref.conformance.router_bounds import routing_outside
-from mxfp4ref.conformance.stand_ins import defect_outputs
+from mxfp4ref.conformance.bounds.router_bounds import routing_outside
+from mxfp4ref.conformance.kernels.adapters import keyword_arguments
+from mxfp4ref.conformance.kernels.stand_ins import defect_outputs
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.goldens.runs import run_stage, runs

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance import Kernel, Options, run
-from mxfp4ref.conformance.adapters import keyword_arguments
 from mxfp4ref.conformance.comparison import differing
-from mxfp4ref.conformance.finding import Finding
-from mxfp4ref.conformance.report import to_json
-from mxfp4ref.conformance.report_text import to_text
-from mxfp4ref.conformance.routing_words import routing_finding
-from mxfp4ref.conformance.stand_ins import defect_outputs
+from mxfp4ref.conformance.findings.finding import Finding
+from mxfp4ref.conformance.kernels.adapters import keyword_arguments
+from mxfp4ref.conformance.kernels.stand_ins import defect_outputs
+from mxfp4ref.conformance.reports.report import to_json
+from mxfp4ref.conformance.reports.report_text import to_text
+from mxfp4ref.conformance.routers.routing_words import routing_finding
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.goldens.runs import Run, runs

@@ -12,19 +12,11 @@ from typing import Any
 
 import pytest
 
-from mxfp4ref.conformance import (
-    CaseResult,
-    Interrupted,
-    Options,
-    Report,
-    diagnosing,
-    execution,
-    families,
-    run,
-    suspects,
-)
-from mxfp4ref.conformance.adapters import KernelError
+from mxfp4ref.conformance import CaseResult, Interrupted, Options, Report, diagnosing, families, run
 from mxfp4ref.conformance.diagnosing import Failing
+from mxfp4ref.conformance.findings import suspects
+from mxfp4ref.conformance.isolation import execution
+from mxfp4ref.conformance.kernels.adapters import KernelError
 from mxfp4ref.conformance.side_by_side import side_by_side
 from mxfp4ref.goldens import Goldens, open_goldens
 from tests.helpers import forked, kernels_under_test

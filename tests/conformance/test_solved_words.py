@@ -11,9 +11,9 @@ from torch import Tensor
 
 from mxfp4ref import dequantize, quantize
 from mxfp4ref.conformance.diagnosis import diagnose
-from mxfp4ref.conformance.finding import Finding
-from mxfp4ref.conformance.format_words import format_finding
-from mxfp4ref.conformance.routing_words import routing_finding
+from mxfp4ref.conformance.findings.finding import Finding
+from mxfp4ref.conformance.routers.routing_words import routing_finding
+from mxfp4ref.conformance.values.format_words import format_finding
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE, pack_codes, unpack_codes
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.goldens.runs import runs

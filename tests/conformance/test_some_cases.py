@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance import CaseResult, Options, Report, diagnose
-from mxfp4ref.conformance.agreement import agreed
 from mxfp4ref.conformance.diagnosing import Found
 from mxfp4ref.conformance.families import jury
-from mxfp4ref.conformance.families.activations import activation_hypotheses
 from mxfp4ref.conformance.families.engine import Result, prepared
+from mxfp4ref.conformance.families.hypotheses.activations import activation_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
 from mxfp4ref.conformance.families.jury import Failure, _heard, _of_some
 from mxfp4ref.conformance.families.search import Match
 from mxfp4ref.conformance.families.telling import told
-from mxfp4ref.conformance.finding import UNKNOWN, Finding
-from mxfp4ref.conformance.reduction import clock_of
+from mxfp4ref.conformance.findings.agreement import agreed
+from mxfp4ref.conformance.findings.finding import UNKNOWN, Finding
+from mxfp4ref.conformance.findings.reduction import clock_of
+from mxfp4ref.conformance.findings.suspects import Verdict
 from mxfp4ref.conformance.suite import _State
-from mxfp4ref.conformance.suspects import Verdict
 from mxfp4ref.goldens import open_goldens
 
 GOLDENS = open_goldens()
@@ -115,9 +115,11 @@ def test_of_a_call_of_real_size_all_threads_count(monkeypatch: pytest.MonkeyPatc
     call = pipeline(ONE).call
     monkeypatch.setattr(time, "thread_time", lambda: 1.0)
     monkeypatch.setattr(time, "process_time", lambda: 2.0)
-    monkeypatch.setattr("mxfp4ref.conformance.reduction.seconds_loading", lambda: 0.25)  # which do not count
+    monkeypatch.setattr(
+        "mxfp4ref.conformance.findings.reduction.seconds_loading", lambda: 0.25
+    )  # which do not count
     for heavy, seconds in {False: 1.0, True: 2.0}.items():
-        monkeypatch.setattr("mxfp4ref.conformance.reduction.is_heavy", lambda _, heavy=heavy: heavy)
+        monkeypatch.setattr("mxfp4ref.conformance.findings.reduction.is_heavy", lambda _, heavy=heavy: heavy)
         assert clock_of(call)() == seconds - 0.25
 
 

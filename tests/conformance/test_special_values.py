@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance import Options, run
-from mxfp4ref.conformance.kernels import load_kernel
+from mxfp4ref.conformance.kernels.loading import load_kernel
 from mxfp4ref.goldens import open_goldens
 
 CASES = (

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance import CaseResult, Search, diagnose
-from mxfp4ref.conformance.bounds import bound
+from mxfp4ref.conformance.bounds.call_bounds import bound
 from mxfp4ref.conformance.comparison import differing
-from mxfp4ref.conformance.report_text import case_lines
-from mxfp4ref.conformance.stage_fit import reconcile
+from mxfp4ref.conformance.findings.stage_fit import reconcile
+from mxfp4ref.conformance.reports.report_text import case_lines
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.formats.mxfp4 import dequantize
 from mxfp4ref.goldens import open_goldens

@@ -26,10 +26,10 @@ from mxfp4ref.conformance import (
     run,
     run_case,
 )
-from mxfp4ref.conformance.adapters import KernelError
-from mxfp4ref.conformance.execution import execute_within
-from mxfp4ref.conformance.kernel_process import _same_experts
-from mxfp4ref.conformance.kernels import load_kernel_here
+from mxfp4ref.conformance.isolation.execution import execute_within
+from mxfp4ref.conformance.isolation.kernel_process import _same_experts
+from mxfp4ref.conformance.kernels.adapters import KernelError
+from mxfp4ref.conformance.kernels.loading import load_kernel_here
 from mxfp4ref.conformance.suite import InternalError
 from mxfp4ref.goldens import Case, GoldenError, open_goldens
 from mxfp4ref.sm90.tactics import Sm90Kernel

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mxfp4ref.conformance import reduction, suspects
 from mxfp4ref.conformance.comparison import differing
-from mxfp4ref.conformance.reduction import isolate, local_experts, reduce_call
-from mxfp4ref.conformance.suspects import Verdict, try_defects
+from mxfp4ref.conformance.findings import reduction, suspects
+from mxfp4ref.conformance.findings.reduction import isolate, local_experts, reduce_call
+from mxfp4ref.conformance.findings.suspects import Verdict, try_defects
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.formats.generations import BYTEWISE, PLAIN, WORDWISE, Generation
 from mxfp4ref.model.call import MoeCall

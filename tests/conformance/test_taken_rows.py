@@ -14,9 +14,9 @@ from mxfp4ref import MoeCall, forward
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.evidence import gather
+from mxfp4ref.conformance.families.hypotheses.slots import slot_hypotheses
 from mxfp4ref.conformance.families.hypothesis import SlotRows, local_of
-from mxfp4ref.conformance.families.slots import slot_hypotheses
-from mxfp4ref.conformance.families.taken_rows import taken_hypotheses
+from mxfp4ref.conformance.families.solved.taken_rows import taken_hypotheses
 from mxfp4ref.sm90.fp32 import to_bf16
 from tests.held_out_kernels.by_hand import Rows, layer
 from tests.held_out_kernels.calls import captured

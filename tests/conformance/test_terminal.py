@@ -16,7 +16,7 @@ from mxfp4ref.__main__ import commands
 from mxfp4ref._choices import ACTIVATION_NAMES, ROUTER_NAMES
 from mxfp4ref.conformance.cli import completing, terminal
 from mxfp4ref.conformance.cli.shared import limited_jobs
-from mxfp4ref.conformance.kernels import STAND_INS
+from mxfp4ref.conformance.kernels.loading import STAND_INS
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.routing import PRESETS

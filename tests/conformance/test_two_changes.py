@@ -9,16 +9,16 @@ import torch
 
 from mxfp4ref import Experts, MoeCall
 from mxfp4ref.conformance import differing
-from mxfp4ref.conformance.families.activations import activation_hypotheses
 from mxfp4ref.conformance.families.and_another import and_another
 from mxfp4ref.conformance.families.beside_a_sum import beside_a_sum
 from mxfp4ref.conformance.families.engine import prepared
+from mxfp4ref.conformance.families.hypotheses.activations import activation_hypotheses
+from mxfp4ref.conformance.families.hypotheses.roundings import rounding_hypotheses
+from mxfp4ref.conformance.families.hypotheses.slots import slot_hypotheses
+from mxfp4ref.conformance.families.hypotheses.weighting import weight_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
-from mxfp4ref.conformance.families.roundings import rounding_hypotheses
 from mxfp4ref.conformance.families.search import Match, Search
-from mxfp4ref.conformance.families.slots import slot_hypotheses
 from mxfp4ref.conformance.families.soon import two_in_the_sum
-from mxfp4ref.conformance.families.weighting import weight_hypotheses
 from mxfp4ref.defects import finalize
 from mxfp4ref.defects.variants.finalize import FinalizeVariant
 from mxfp4ref.defects.variants.swiglu import SwigluVariant

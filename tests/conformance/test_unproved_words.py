@@ -11,14 +11,14 @@ from torch import Tensor
 
 from mxfp4ref import forward
 from mxfp4ref.conformance import Kernel, Options, diagnose, differing, run
-from mxfp4ref.conformance.adapters import whole_arguments
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.evidence import gather
 from mxfp4ref.conformance.families.hypothesis import SlotRows, local_of
 from mxfp4ref.conformance.families.slot_kinds import position_in_expert
-from mxfp4ref.conformance.families.weight_rules import weight_rules
-from mxfp4ref.conformance.finding import Evidence
-from mxfp4ref.conformance.stage_fit import reconcile
+from mxfp4ref.conformance.families.solved.weight_rules import weight_rules
+from mxfp4ref.conformance.findings.finding import Evidence
+from mxfp4ref.conformance.findings.stage_fit import reconcile
+from mxfp4ref.conformance.kernels.adapters import whole_arguments
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.formats.mxfp4 import dequantize
 from mxfp4ref.goldens import open_goldens

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mxfp4ref import dequantize
-from mxfp4ref.conformance.finding import Finding
-from mxfp4ref.conformance.format_words import format_finding
+from mxfp4ref.conformance.findings.finding import Finding
+from mxfp4ref.conformance.values.format_words import format_finding
 from mxfp4ref.formats.mxfp4 import E2M1_VALUES, pack_codes
 
 SCALES = torch.arange(256, dtype=torch.uint8).view(64, 4)[

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mxfp4ref.conformance import processes
 from mxfp4ref.conformance.cli import supervised
+from mxfp4ref.conformance.isolation import processes
 
 _START = """\
 import sys
@@ -58,7 +58,7 @@ def test_what_is_watched_ends_with_who_watches() -> None:
     """Else it went on, and held the pipes open for whoever had killed the other."""
     start = """\
 import os, time
-from mxfp4ref.conformance.processes import end_with_parent
+from mxfp4ref.conformance.isolation.processes import end_with_parent
 if not os.fork():
     end_with_parent()
     print("ready", flush=True)

@@ -14,14 +14,14 @@ from torch import Tensor
 from mxfp4ref import MoeCall, forward
 from mxfp4ref.conformance import differing
 from mxfp4ref.conformance.families.batches import one_thread
-from mxfp4ref.conformance.families.decodings import decoding_hypotheses, table_hypotheses
 from mxfp4ref.conformance.families.engine import prepared
+from mxfp4ref.conformance.families.hypotheses.decodings import decoding_hypotheses, table_hypotheses
+from mxfp4ref.conformance.families.hypotheses.preparations import loading_hypotheses, preparation_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, local_of
-from mxfp4ref.conformance.families.preparations import loading_hypotheses, preparation_hypotheses
-from mxfp4ref.conformance.families.row_maps import row_maps
 from mxfp4ref.conformance.families.sampled import samples
 from mxfp4ref.conformance.families.search import Search
-from mxfp4ref.conformance.families.weight_tables import weight_tables
+from mxfp4ref.conformance.families.solved.row_maps import row_maps
+from mxfp4ref.conformance.families.solved.weight_tables import weight_tables
 from mxfp4ref.formats.layout import deinterleave_weights_sm90
 from mxfp4ref.formats.mxfp4 import dequantize
 from mxfp4ref.sm90 import fp32

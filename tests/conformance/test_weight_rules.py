@@ -13,13 +13,13 @@ from mxfp4ref import MoeCall, forward
 from mxfp4ref.conformance import differing
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.evidence import gather, look_closer
-from mxfp4ref.conformance.families.gains import of_one_row
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, SlotRows, local_of
-from mxfp4ref.conformance.families.pursuit import Rows
 from mxfp4ref.conformance.families.sampled import samples
-from mxfp4ref.conformance.families.skipped_slots import of_skipped_slots, skipped_hypotheses
-from mxfp4ref.conformance.families.slot_sums import slot_sum_hypotheses
-from mxfp4ref.conformance.families.weight_rules import weight_rules
+from mxfp4ref.conformance.families.solved.gains import of_one_row
+from mxfp4ref.conformance.families.solved.pursuit import Rows
+from mxfp4ref.conformance.families.solved.skipped_slots import of_skipped_slots, skipped_hypotheses
+from mxfp4ref.conformance.families.solved.slot_sums import slot_sum_hypotheses
+from mxfp4ref.conformance.families.solved.weight_rules import weight_rules
 from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.finalize import finalize
 from tests.held_out_kernels.by_hand import layer, with_experts

@@ -16,8 +16,8 @@ from mxfp4ref.conformance.families.evidence import look_closer
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, SlotRows
 from mxfp4ref.conformance.families.jury import Failure, judge
 from mxfp4ref.conformance.families.search import Match
+from mxfp4ref.conformance.families.solved.whose import whose_hypotheses
 from mxfp4ref.conformance.families.telling import told
-from mxfp4ref.conformance.families.whose import whose_hypotheses
 from tests.held_out_kernels.by_hand import Rows, layer, with_experts
 from tests.held_out_kernels.calls import captured
 from tests.held_out_kernels.definition import load_all

@@ -12,12 +12,12 @@ from torch import Tensor
 from mxfp4ref import MoeCall, forward, quantize
 from mxfp4ref.conformance import diagnose
 from mxfp4ref.conformance.families.by_place import hypotheses_of_tiles
-from mxfp4ref.conformance.families.code_parts import code_part_hypotheses, scale_format_hypotheses
 from mxfp4ref.conformance.families.engine import prepared
-from mxfp4ref.conformance.families.fragment_maps import fragment_map_hypotheses, swizzled_weights
+from mxfp4ref.conformance.families.hypotheses.code_parts import code_part_hypotheses, scale_format_hypotheses
+from mxfp4ref.conformance.families.hypotheses.fragment_maps import fragment_map_hypotheses, swizzled_weights
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
 from mxfp4ref.conformance.families.search import Search
-from mxfp4ref.conformance.families.whose import whose_hypotheses
+from mxfp4ref.conformance.families.solved.whose import whose_hypotheses
 from mxfp4ref.formats.mxfp4 import pack_codes, unpack_codes
 from mxfp4ref.sm90.fp32 import to_bf16
 from tests.held_out_kernels.by_hand import Rows, layer, with_experts

@@ -22,9 +22,10 @@ from click.testing import CliRunner, Result
 
 from mxfp4ref import conformance
 from mxfp4ref.__main__ import commands
-from mxfp4ref.conformance import CaseResult, Report, diagnose, html_report, report, report_text
+from mxfp4ref.conformance import CaseResult, Report, diagnose
 from mxfp4ref.conformance.diagnosis import NothingDiffers
-from mxfp4ref.conformance.reproducer import load_reproducer, write_reproducer
+from mxfp4ref.conformance.reports import html_report, report, report_text
+from mxfp4ref.conformance.reports.reproducer import load_reproducer, write_reproducer
 from mxfp4ref.goldens import Case, open_goldens
 from mxfp4ref.goldens.runs import runs
 from tests.helpers import hostile_files

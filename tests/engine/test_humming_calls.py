@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 
 from mxfp4ref.__main__ import commands
-from mxfp4ref.conformance.bounds import bound
+from mxfp4ref.conformance.bounds.call_bounds import bound
 from mxfp4ref.conformance.diagnosis import diagnose
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.engine import replay

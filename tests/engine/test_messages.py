@@ -10,8 +10,8 @@ import torch
 from click.testing import CliRunner, Result
 
 from mxfp4ref.__main__ import commands
-from mxfp4ref.conformance.finding import in_words
-from mxfp4ref.conformance.report import to_json
+from mxfp4ref.conformance.findings.finding import in_words
+from mxfp4ref.conformance.reports.report import to_json
 from mxfp4ref.conformance.results import CaseResult, Report
 from mxfp4ref.defects import get_defect
 from mxfp4ref.engine.describing import described

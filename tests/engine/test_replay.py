@@ -23,9 +23,9 @@ from mxfp4ref.__main__ import commands
 from mxfp4ref._choices import Diagnosing
 from mxfp4ref.conformance.cli import shared
 from mxfp4ref.conformance.diagnosis import Located
-from mxfp4ref.conformance.html_report import to_html
 from mxfp4ref.conformance.looking import SECONDS
-from mxfp4ref.conformance.report import to_junit
+from mxfp4ref.conformance.reports.html_report import to_html
+from mxfp4ref.conformance.reports.report import to_junit
 from mxfp4ref.defects import get_defect
 from mxfp4ref.engine import estimating
 from mxfp4ref.engine.recordings import Recording

@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 
 from mxfp4ref.__main__ import commands
-from mxfp4ref.conformance.adapters import KernelError
+from mxfp4ref.conformance.kernels.adapters import KernelError
 from mxfp4ref.engine import replaying
 from mxfp4ref.engine.replaying import ReplayOptions, replay
 from tests.helpers import recorded

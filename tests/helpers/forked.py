@@ -144,7 +144,7 @@ def serve(fd: int, parent: int, used: bool) -> None:
     """The original returns when `parent` ends, and a copy when it has run what it is for."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     import mxfp4ref.conformance.cli.conform
-    import mxfp4ref.conformance.kernel_process
+    import mxfp4ref.conformance.isolation.kernel_process
 
     if used:
         from tests.helpers import layers

@@ -32,7 +32,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mxfp4ref.conformance import Skip, comparison, plain, results, running
+from mxfp4ref.conformance import Skip, comparison, results, running
+from mxfp4ref.conformance.isolation import plain
 from mxfp4ref.goldens import Case
 from tests.helpers.kernels_under_test import good
 

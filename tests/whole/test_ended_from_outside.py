@@ -19,8 +19,8 @@ import pytest
 from click.testing import CliRunner
 
 from mxfp4ref.__main__ import commands
-from mxfp4ref.conformance import report_text
 from mxfp4ref.conformance.cli import shared
+from mxfp4ref.conformance.reports import report_text
 from tests.helpers.hostile_files import CHECKOUT, COMMANDS, make_folder
 
 MXFP4REF = (sys.executable, "-m", "mxfp4ref")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mxfp4ref._choices import CONVENTIONS, REDUCTIONS
 from mxfp4ref.conformance import suite as conformance
-from mxfp4ref.conformance.bounds import bound
+from mxfp4ref.conformance.bounds.call_bounds import bound
 from mxfp4ref.conformance.comparison import differing, ulp_distance
 from mxfp4ref.conformance.diagnosis import diagnose
 from mxfp4ref.defects import DEFECTS

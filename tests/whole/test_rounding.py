@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mxfp4ref._rounding import check_rounding
-from mxfp4ref.conformance.bounds import bound
+from mxfp4ref.conformance.bounds.call_bounds import bound
 from mxfp4ref.formats.mxfp4 import dequantize
 from mxfp4ref.goldens import open_goldens, run_stage
 from mxfp4ref.goldens.runs import runs

@@ -34,7 +34,7 @@ import peers
 import torch
 
 from mxfp4ref import MoeCall, dequantize, quantize
-from mxfp4ref.conformance.flashinfer_kernel import flashinfer_kernel
+from mxfp4ref.conformance.kernels.flashinfer_kernel import flashinfer_kernel
 from mxfp4ref.formats import layout
 
 MIB = 1 << 20

@@ -1,7 +1,7 @@
 """Launching the real kernel on a GPU, and what machine it ran on.
 
 Works with an installed flashinfer or with the archive that `build_kernel.py` packs (unpack it and put the folder
-on PYTHONPATH). The kernel is the package's: `mxfp4ref.conformance.flashinfer_kernel`.
+on PYTHONPATH). The kernel is the package's: `mxfp4ref.conformance.kernels.flashinfer_kernel`.
 """
 
 from __future__ import annotations

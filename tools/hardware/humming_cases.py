@@ -37,7 +37,7 @@ from torch import Tensor
 
 from mxfp4ref import MoeCall, forward
 from mxfp4ref._files import write_file
-from mxfp4ref.conformance.flashinfer_kernel import flashinfer_w4a8_kernel
+from mxfp4ref.conformance.kernels.flashinfer_kernel import flashinfer_w4a8_kernel
 from mxfp4ref.formats.humming_experts import HummingExperts
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.goldens.runs import runs

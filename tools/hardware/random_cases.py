@@ -31,8 +31,8 @@ from torch import Tensor
 from mxfp4ref import Experts, MoeCall, forward
 from mxfp4ref._files import write_file
 from mxfp4ref.conformance import Skip
-from mxfp4ref.conformance.flashinfer_kernel import flashinfer_kernel
-from mxfp4ref.conformance.handing import to_device
+from mxfp4ref.conformance.isolation.handing import to_device
+from mxfp4ref.conformance.kernels.flashinfer_kernel import flashinfer_kernel
 from mxfp4ref.sm90.activation import ACTIVATIONS, SITU
 from mxfp4ref.sm90.tactics import Sm90Kernel, runnable_tactics
 

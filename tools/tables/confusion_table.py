@@ -23,11 +23,11 @@ from pathlib import Path
 import torch
 
 from mxfp4ref._files import write_file
-from mxfp4ref.conformance.agreement import name_defects
-from mxfp4ref.conformance.bounds import STORAGE, bound
+from mxfp4ref.conformance.bounds.call_bounds import STORAGE, bound
+from mxfp4ref.conformance.bounds.router_bounds import routing_outside
 from mxfp4ref.conformance.comparison import differing
-from mxfp4ref.conformance.router_bounds import routing_outside
-from mxfp4ref.conformance.stand_ins import defect_outputs
+from mxfp4ref.conformance.findings.agreement import name_defects
+from mxfp4ref.conformance.kernels.stand_ins import defect_outputs
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.goldens import open_goldens, tensor_bytes
 from mxfp4ref.goldens.runs import runs

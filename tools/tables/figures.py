@@ -14,8 +14,8 @@ import matplotlib as mpl
 from mxfp4ref import forward
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.diagnosis import ulp_bins
-from mxfp4ref.conformance.html_report import environment
-from mxfp4ref.conformance.pictures import LEGEND, PAPER, mismatch_maps
+from mxfp4ref.conformance.reports.html_report import environment
+from mxfp4ref.conformance.reports.pictures import LEGEND, PAPER, mismatch_maps
 from mxfp4ref.defects import get_defect
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.sm90.gemm.order import group_order

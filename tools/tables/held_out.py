@@ -49,7 +49,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from mxfp4ref import forward, quantize
 from mxfp4ref._files import write_file
 from mxfp4ref.conformance import Diagnosis, Options, Report, diagnose, differing, run
-from mxfp4ref.conformance.adapters import Kernel, keyword_arguments, whole_arguments
+from mxfp4ref.conformance.kernels.adapters import Kernel, keyword_arguments, whole_arguments
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.goldens.case import Case
 from mxfp4ref.goldens.runs import runs

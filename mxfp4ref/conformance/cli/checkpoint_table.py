@@ -11,7 +11,7 @@ from mxfp4ref._files import printable
 from mxfp4ref.checkpoint.disk import ranges
 from mxfp4ref.checkpoint.inspection import Counts, Inspection, LayerEntry
 from mxfp4ref.conformance.cli.terminal import echo, echo_rows
-from mxfp4ref.conformance.finding import counted
+from mxfp4ref.conformance.findings.finding import counted
 
 __all__ = ["as_object", "show"]
 

@@ -18,7 +18,7 @@ from click.shell_completion import (
 )
 
 from mxfp4ref.conformance.cli.command import command
-from mxfp4ref.conformance.finding import STAGES
+from mxfp4ref.conformance.findings.finding import STAGES
 from mxfp4ref.conformance.source import functions_in
 from mxfp4ref.goldens import open_goldens
 

@@ -200,9 +200,9 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
 
 def _conform(spec: str, root: Path | None, options: dict[str, Any], interruption: Interruption) -> int:
     """Run the kernel and tell what came of it; the exit code."""
-    from mxfp4ref.conformance.again import selection_arguments
-    from mxfp4ref.conformance.kernels import is_stand_in
+    from mxfp4ref.conformance.kernels.loading import is_stand_in
     from mxfp4ref.conformance.options import Options
+    from mxfp4ref.conformance.reports.again import selection_arguments
     from mxfp4ref.conformance.running import NOT_DUMPED
     from mxfp4ref.conformance.suite import Interrupted, run
 

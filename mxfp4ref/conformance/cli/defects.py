@@ -14,7 +14,7 @@ from mxfp4ref.conformance.cli import completing
 from mxfp4ref.conformance.cli.command import command
 from mxfp4ref.conformance.cli.shared import UsageError, goldens_option, usage_errors
 from mxfp4ref.conformance.cli.terminal import echo, echo_json
-from mxfp4ref.conformance.finding import STAGES
+from mxfp4ref.conformance.findings.finding import STAGES
 from mxfp4ref.goldens import open_goldens
 
 if TYPE_CHECKING:

@@ -45,7 +45,7 @@ def verify(root: Path | None, files_only: bool) -> None:
     Exit codes: 0 all is as it has to be; 1 something is not, and is listed; 2 there are no goldens.
     """
     from mxfp4ref.conformance.options import Options
-    from mxfp4ref.conformance.report_text import headline
+    from mxfp4ref.conformance.reports.report_text import headline
     from mxfp4ref.conformance.suite import run
     from mxfp4ref.goldens import hardware_record
 

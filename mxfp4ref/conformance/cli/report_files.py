@@ -77,7 +77,7 @@ class ReportFiles:
             UsageError, ValueError: a folder is missing, or a file would replace another one or an input.
             ModuleNotFoundError: what an HTML report needs is not installed.
         """
-        from mxfp4ref.conformance.html_report import check_html
+        from mxfp4ref.conformance.reports.html_report import check_html
 
         if len({path.resolve() for path in self.paths.values()}) < len(self.paths):
             raise UsageError(
@@ -113,7 +113,7 @@ class ReportFiles:
         Raises:
             BrokenPipeError: nobody reads the text; the files are written.
         """
-        from mxfp4ref.conformance import html_report, report
+        from mxfp4ref.conformance.reports import html_report, report
 
         render = render or {
             "json": report.to_json,
@@ -175,7 +175,7 @@ def pop_report_files(options: dict[str, Any]) -> ReportFiles:
 
 def print_report(result: Report, *, verbose: bool) -> None:
     """The report; wrapped on a terminal, and click drops the colours where the output is none."""
-    from mxfp4ref.conformance.report_text import to_text
+    from mxfp4ref.conformance.reports.report_text import to_text
 
     *lines, verdict = to_text(result, verbose=verbose).split("\n")
     cases = {f"{one.case}:" for one in result.results}

@@ -41,7 +41,7 @@ def that_fit(goldens: Goldens, names: list[str], spec: str, device: str | None) 
 
     A kernel on a CPU that gets weights in logical layout is taken to dequantise all experts to float32.
     """
-    from mxfp4ref.conformance.kernels import is_stand_in
+    from mxfp4ref.conformance.kernels.loading import is_stand_in
 
     if is_stand_in(spec) or (available := memory.free()) is None:
         return names
@@ -63,7 +63,7 @@ def that_fit(goldens: Goldens, names: list[str], spec: str, device: str | None) 
 
 def failed_in(path: Path, goldens: Goldens, chosen: list[str], run: tuple[str, str]) -> list[str]:
     """Those of the chosen cases that failed in an earlier report; `run` is the kernel and the mode of this one."""
-    from mxfp4ref.conformance.report_reading import read_report
+    from mxfp4ref.conformance.reports.report_reading import read_report
 
     earlier = read_report(path)
     failed = [case for case, result in earlier.cases.items() if not result["ok"]]

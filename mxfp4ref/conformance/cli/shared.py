@@ -191,7 +191,7 @@ def case_progress(
 
     On a terminal a case that fails is also told at once, in a line, and in a second one what is known of it.
     """
-    from mxfp4ref.conformance.report_text import headline
+    from mxfp4ref.conformance.reports.report_text import headline
 
     done = failed = 0
     skipped = False  # which takes no time, and says nothing of how long the others take

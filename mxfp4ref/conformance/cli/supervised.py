@@ -17,8 +17,8 @@ from pathlib import Path
 import click
 
 from mxfp4ref.conformance.cli.shared import INTERRUPTED, NOT_EQUAL, USAGE, Presses
+from mxfp4ref.conformance.isolation.processes import end_with_parent, how_it_ended, python
 from mxfp4ref.conformance.memory import limits
-from mxfp4ref.conformance.processes import end_with_parent, how_it_ended, python
 
 __all__ = ["begin", "end", "main", "needed", "others_code_begins", "supervise"]
 

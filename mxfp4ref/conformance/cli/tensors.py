@@ -17,12 +17,12 @@ from mxfp4ref.conformance.cli.command import command
 from mxfp4ref.conformance.cli.report_files import ReportFiles
 from mxfp4ref.conformance.cli.shared import NOT_EQUAL, USAGE, describe, usage_errors
 from mxfp4ref.conformance.cli.terminal import echo
-from mxfp4ref.conformance.finding import counted
+from mxfp4ref.conformance.findings.finding import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mxfp4ref.conformance.report_comparison import Changes
+    from mxfp4ref.conformance.reports.report_comparison import Changes
 
 __all__ = ["compare"]
 
@@ -57,8 +57,8 @@ def compare(a: Path, b: Path, json_file: Path | None) -> None:
     in common, or the JSON could not be written. Cases that only one report has, as after conform --last-failed, are
     told and do not count.
     """
-    from mxfp4ref.conformance.report_comparison import compare_reports
-    from mxfp4ref.conformance.report_reading import is_report, read_report
+    from mxfp4ref.conformance.reports.report_comparison import compare_reports
+    from mxfp4ref.conformance.reports.report_reading import is_report, read_report
 
     files = ReportFiles({} if json_file is None else {"json": json_file})
     with usage_errors():
@@ -82,7 +82,7 @@ def compare(a: Path, b: Path, json_file: Path | None) -> None:
 def _compared(a: Path, b: Path) -> list[dict[str, Any]]:
     """What is to be said of each tensor of two files."""
     from mxfp4ref.conformance.comparison import differing, in_words
-    from mxfp4ref.conformance.report_reading import is_report, read_report
+    from mxfp4ref.conformance.reports.report_reading import is_report, read_report
 
     for path, beside in ((a, b), (b, a)):
         if is_report(path) or path.suffix == ".json":

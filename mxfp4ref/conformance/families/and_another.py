@@ -9,13 +9,13 @@ from torch import Tensor
 
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.families.distances import surprise
+from mxfp4ref.conformance.families.hypotheses.slots import slot_hypotheses
+from mxfp4ref.conformance.families.hypotheses.tensors import bias_hypotheses
+from mxfp4ref.conformance.families.hypotheses.weighting import weight_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline, composed, of_sum
 from mxfp4ref.conformance.families.search import FEWEST_BITS, Search
-from mxfp4ref.conformance.families.slots import slot_hypotheses
+from mxfp4ref.conformance.families.solved.weight_rules import weight_rules
 from mxfp4ref.conformance.families.soon import quick
-from mxfp4ref.conformance.families.tensors import bias_hypotheses
-from mxfp4ref.conformance.families.weight_rules import weight_rules
-from mxfp4ref.conformance.families.weighting import weight_hypotheses
 from mxfp4ref.defects import DEFECTS, finalize
 from mxfp4ref.defects.variants.finalize import FinalizeVariant
 from mxfp4ref.model.call import MoeCall

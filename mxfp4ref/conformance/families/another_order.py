@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from mxfp4ref.conformance.bounds import bound
-from mxfp4ref.conformance.finding import Evidence
-from mxfp4ref.conformance.reduction import is_heavy, reduce_call
-from mxfp4ref.conformance.stage_fit import fit_finalize
+from mxfp4ref.conformance.bounds.call_bounds import bound
+from mxfp4ref.conformance.findings.finding import Evidence
+from mxfp4ref.conformance.findings.reduction import is_heavy, reduce_call
+from mxfp4ref.conformance.findings.stage_fit import fit_finalize
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward
 

@@ -26,7 +26,7 @@ from mxfp4ref.conformance.families.hypothesis import (
     slot_outputs,
 )
 from mxfp4ref.conformance.families.search import FEWEST_BITS, SURELY, Match, Search
-from mxfp4ref.conformance.families.weight_rules import weight_rules
+from mxfp4ref.conformance.families.solved.weight_rules import weight_rules
 from mxfp4ref.sm90 import fp32
 
 __all__ = ["beside_a_sum"]

@@ -6,7 +6,7 @@ import re
 from itertools import chain, combinations
 
 from mxfp4ref.conformance.families.search import Match
-from mxfp4ref.conformance.finding import STAGES, Evidence, Finding
+from mxfp4ref.conformance.findings.finding import STAGES, Evidence, Finding
 
 __all__ = ["of_blank"]
 

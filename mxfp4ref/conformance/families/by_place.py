@@ -7,19 +7,19 @@ from itertools import chain
 
 from torch import Tensor
 
-from mxfp4ref.conformance.families.bias_sums import bias_sum_hypotheses
-from mxfp4ref.conformance.families.code_parts import scale_format_hypotheses
+from mxfp4ref.conformance.families.hypotheses.bias_sums import bias_sum_hypotheses
+from mxfp4ref.conformance.families.hypotheses.code_parts import scale_format_hypotheses
+from mxfp4ref.conformance.families.hypotheses.input_norms import norm_hypotheses
+from mxfp4ref.conformance.families.hypotheses.k_stages import k_stage_hypotheses
+from mxfp4ref.conformance.families.hypotheses.kept_memory import kept_hypotheses
+from mxfp4ref.conformance.families.hypotheses.memory_readings import route_readings, vector_readings
+from mxfp4ref.conformance.families.hypotheses.misread import misread_hypotheses
+from mxfp4ref.conformance.families.hypotheses.output_memory import memory_hypotheses
+from mxfp4ref.conformance.families.hypotheses.outputs import input_factor_hypotheses
+from mxfp4ref.conformance.families.hypotheses.row_offsets import count_hypotheses, offset_hypotheses
+from mxfp4ref.conformance.families.hypotheses.tiles import tile_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
-from mxfp4ref.conformance.families.input_norms import norm_hypotheses
-from mxfp4ref.conformance.families.k_stages import k_stage_hypotheses
-from mxfp4ref.conformance.families.kept_memory import kept_hypotheses
-from mxfp4ref.conformance.families.memory_readings import route_readings, vector_readings
-from mxfp4ref.conformance.families.misread import misread_hypotheses
-from mxfp4ref.conformance.families.output_memory import memory_hypotheses
-from mxfp4ref.conformance.families.outputs import input_factor_hypotheses
-from mxfp4ref.conformance.families.row_offsets import count_hypotheses, offset_hypotheses
-from mxfp4ref.conformance.families.tiles import tile_hypotheses
-from mxfp4ref.conformance.reduction import is_heavy
+from mxfp4ref.conformance.findings.reduction import is_heavy
 from mxfp4ref.model.call import MoeCall
 
 __all__ = ["hypotheses_by_place", "hypotheses_of_tiles"]

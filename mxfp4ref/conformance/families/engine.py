@@ -10,57 +10,57 @@ from itertools import chain
 from torch import Tensor
 
 from mxfp4ref.conformance.families import FAMILIES
-from mxfp4ref.conformance.families.activations import activation_hypotheses, other_activations
 from mxfp4ref.conformance.families.batches import one_thread
 from mxfp4ref.conformance.families.blank import of_blank
 from mxfp4ref.conformance.families.by_place import hypotheses_by_place, hypotheses_of_tiles
-from mxfp4ref.conformance.families.code_parts import code_part_hypotheses, small_weight_hypotheses
-from mxfp4ref.conformance.families.codes import code_hypotheses
-from mxfp4ref.conformance.families.decodings import decoding_hypotheses, table_hypotheses
 from mxfp4ref.conformance.families.distances import surprise
 from mxfp4ref.conformance.families.evidence import gather, look_closer
-from mxfp4ref.conformance.families.fragment_maps import fragment_map_hypotheses, swizzled_weights
-from mxfp4ref.conformance.families.fragments import fragment_hypotheses
-from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline
-from mxfp4ref.conformance.families.lost_rows import none_right
-from mxfp4ref.conformance.families.memory_readings import matrix_readings
-from mxfp4ref.conformance.families.more_activations import more_activations
-from mxfp4ref.conformance.families.named import named_hypotheses
-from mxfp4ref.conformance.families.nearly import nearly
-from mxfp4ref.conformance.families.orders_of_k import order_hypotheses, repeat_hypotheses
-from mxfp4ref.conformance.families.outputs import (
+from mxfp4ref.conformance.families.hypotheses.activations import activation_hypotheses, other_activations
+from mxfp4ref.conformance.families.hypotheses.code_parts import code_part_hypotheses, small_weight_hypotheses
+from mxfp4ref.conformance.families.hypotheses.codes import code_hypotheses
+from mxfp4ref.conformance.families.hypotheses.decodings import decoding_hypotheses, table_hypotheses
+from mxfp4ref.conformance.families.hypotheses.fragment_maps import fragment_map_hypotheses, swizzled_weights
+from mxfp4ref.conformance.families.hypotheses.fragments import fragment_hypotheses
+from mxfp4ref.conformance.families.hypotheses.memory_readings import matrix_readings
+from mxfp4ref.conformance.families.hypotheses.more_activations import more_activations
+from mxfp4ref.conformance.families.hypotheses.orders_of_k import order_hypotheses, repeat_hypotheses
+from mxfp4ref.conformance.families.hypotheses.outputs import (
     factor_hypotheses,
     inner_hypotheses,
     output_hypotheses,
 )
-from mxfp4ref.conformance.families.permuted import permuted_hypotheses
-from mxfp4ref.conformance.families.preparations import loading_hypotheses, preparation_hypotheses
-from mxfp4ref.conformance.families.quantised import quantised_hypotheses
-from mxfp4ref.conformance.families.regions import k_hypotheses, row_hypotheses, rows_at
-from mxfp4ref.conformance.families.roundings import rounding_hypotheses
-from mxfp4ref.conformance.families.row_parameters import row_parameter_hypotheses
-from mxfp4ref.conformance.families.rows_beside import beside_hypotheses
-from mxfp4ref.conformance.families.search import FEWEST_BITS, SURELY, Match, Search
-from mxfp4ref.conformance.families.skipped_slots import skipped_hypotheses
-from mxfp4ref.conformance.families.slots import slot_hypotheses
-from mxfp4ref.conformance.families.solved_constants import constant_hypotheses
-from mxfp4ref.conformance.families.soon import is_small, quick, second, soon, two_in_the_sum
-from mxfp4ref.conformance.families.taken_rows import taken_hypotheses
-from mxfp4ref.conformance.families.telling import told
-from mxfp4ref.conformance.families.tensors import (
+from mxfp4ref.conformance.families.hypotheses.permuted import permuted_hypotheses
+from mxfp4ref.conformance.families.hypotheses.preparations import loading_hypotheses, preparation_hypotheses
+from mxfp4ref.conformance.families.hypotheses.quantised import quantised_hypotheses
+from mxfp4ref.conformance.families.hypotheses.regions import k_hypotheses, row_hypotheses, rows_at
+from mxfp4ref.conformance.families.hypotheses.roundings import rounding_hypotheses
+from mxfp4ref.conformance.families.hypotheses.row_parameters import row_parameter_hypotheses
+from mxfp4ref.conformance.families.hypotheses.rows_beside import beside_hypotheses
+from mxfp4ref.conformance.families.hypotheses.slots import slot_hypotheses
+from mxfp4ref.conformance.families.hypotheses.tensors import (
     bias_hypotheses,
     constants,
     expert_hypotheses,
     layout_hypotheses,
     value_hypotheses,
 )
-from mxfp4ref.conformance.families.uniform_factors import clamps, uniform_factors
-from mxfp4ref.conformance.families.weight_rules import weight_rules
-from mxfp4ref.conformance.families.weighting import weight_hypotheses
-from mxfp4ref.conformance.families.whose import whose_hypotheses
-from mxfp4ref.conformance.finding import Evidence
-from mxfp4ref.conformance.guarded import guarded, guarded_each
-from mxfp4ref.conformance.reduction import clock_of, is_heavy
+from mxfp4ref.conformance.families.hypotheses.weighting import weight_hypotheses
+from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline
+from mxfp4ref.conformance.families.named import named_hypotheses
+from mxfp4ref.conformance.families.nearly import nearly
+from mxfp4ref.conformance.families.search import FEWEST_BITS, SURELY, Match, Search
+from mxfp4ref.conformance.families.solved.lost_rows import none_right
+from mxfp4ref.conformance.families.solved.skipped_slots import skipped_hypotheses
+from mxfp4ref.conformance.families.solved.solved_constants import constant_hypotheses
+from mxfp4ref.conformance.families.solved.taken_rows import taken_hypotheses
+from mxfp4ref.conformance.families.solved.uniform_factors import clamps, uniform_factors
+from mxfp4ref.conformance.families.solved.weight_rules import weight_rules
+from mxfp4ref.conformance.families.solved.whose import whose_hypotheses
+from mxfp4ref.conformance.families.soon import is_small, quick, second, soon, two_in_the_sum
+from mxfp4ref.conformance.families.telling import told
+from mxfp4ref.conformance.findings.finding import Evidence
+from mxfp4ref.conformance.findings.guarded import guarded, guarded_each
+from mxfp4ref.conformance.findings.reduction import clock_of, is_heavy
 from mxfp4ref.model.call import MoeCall
 
 __all__ = ["Result", "investigate", "nameless"]

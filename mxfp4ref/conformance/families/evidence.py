@@ -14,37 +14,37 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import differing, ulp_distance
-from mxfp4ref.conformance.families.added_rows import added_rows
 from mxfp4ref.conformance.families.another_order import unless_in_another_order
-from mxfp4ref.conformance.families.column_factors import column_factors
-from mxfp4ref.conformance.families.column_maps import column_map
 from mxfp4ref.conformance.families.distances import last_place
-from mxfp4ref.conformance.families.error_space import Space
-from mxfp4ref.conformance.families.expert_sums import other_sums
-from mxfp4ref.conformance.families.fc1_rows import fc1_rows
-from mxfp4ref.conformance.families.formula import Formula, fitted
+from mxfp4ref.conformance.families.hypotheses.output_memory import rows_of_the_input
 from mxfp4ref.conformance.families.hypothesis import Pipeline, SlotRows, local_of, slot_outputs
-from mxfp4ref.conformance.families.lost_rows import lost_rows
-from mxfp4ref.conformance.families.lost_terms import lost_terms
-from mxfp4ref.conformance.families.mixed_up import mixed_up
-from mxfp4ref.conformance.families.moved_columns import moved_columns
-from mxfp4ref.conformance.families.operands import other_operands
-from mxfp4ref.conformance.families.output_memory import rows_of_the_input
-from mxfp4ref.conformance.families.output_rows import another_stride, rows_of_others
 from mxfp4ref.conformance.families.places import named_columns, residue_in_words
-from mxfp4ref.conformance.families.pursuit import biases_of
-from mxfp4ref.conformance.families.row_maps import row_maps
 from mxfp4ref.conformance.families.sampled import Sample, samples
-from mxfp4ref.conformance.families.second_gemm import second_gemm
-from mxfp4ref.conformance.families.skipped_slots import of_skipped_slots
-from mxfp4ref.conformance.families.solved_constants import solved_constant
-from mxfp4ref.conformance.families.tile_sums import tile_sums
-from mxfp4ref.conformance.families.weight_tables import weight_tables
-from mxfp4ref.conformance.families.zero_rows import zero_rows
-from mxfp4ref.conformance.finding import Evidence, counted
-from mxfp4ref.conformance.guarded import guarded, guarded_each
-from mxfp4ref.conformance.reach import is_spread, reached
-from mxfp4ref.conformance.reduction import is_heavy, local_experts
+from mxfp4ref.conformance.families.solved.added_rows import added_rows
+from mxfp4ref.conformance.families.solved.column_factors import column_factors
+from mxfp4ref.conformance.families.solved.column_maps import column_map
+from mxfp4ref.conformance.families.solved.error_space import Space
+from mxfp4ref.conformance.families.solved.expert_sums import other_sums
+from mxfp4ref.conformance.families.solved.fc1_rows import fc1_rows
+from mxfp4ref.conformance.families.solved.formula import Formula, fitted
+from mxfp4ref.conformance.families.solved.lost_rows import lost_rows
+from mxfp4ref.conformance.families.solved.lost_terms import lost_terms
+from mxfp4ref.conformance.families.solved.mixed_up import mixed_up
+from mxfp4ref.conformance.families.solved.moved_columns import moved_columns
+from mxfp4ref.conformance.families.solved.operands import other_operands
+from mxfp4ref.conformance.families.solved.output_rows import another_stride, rows_of_others
+from mxfp4ref.conformance.families.solved.pursuit import biases_of
+from mxfp4ref.conformance.families.solved.row_maps import row_maps
+from mxfp4ref.conformance.families.solved.second_gemm import second_gemm
+from mxfp4ref.conformance.families.solved.skipped_slots import of_skipped_slots
+from mxfp4ref.conformance.families.solved.solved_constants import solved_constant
+from mxfp4ref.conformance.families.solved.tile_sums import tile_sums
+from mxfp4ref.conformance.families.solved.weight_tables import weight_tables
+from mxfp4ref.conformance.families.solved.zero_rows import zero_rows
+from mxfp4ref.conformance.findings.finding import Evidence, counted
+from mxfp4ref.conformance.findings.guarded import guarded, guarded_each
+from mxfp4ref.conformance.findings.reach import is_spread, reached
+from mxfp4ref.conformance.findings.reduction import is_heavy, local_experts
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.fp32 import bf16_to_fp64

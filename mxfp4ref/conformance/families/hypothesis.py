@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import differing
-from mxfp4ref.conformance.finding import STAGES, UNKNOWN, Finding
+from mxfp4ref.conformance.findings.finding import STAGES, UNKNOWN, Finding
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import KERNEL, Stages, forward
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.families.and_another import and_another
 from mxfp4ref.conformance.families.batches import one_thread
-from mxfp4ref.conformance.families.case_tables import tables_by_case
 from mxfp4ref.conformance.families.engine import Result, nameless
 from mxfp4ref.conformance.families.evidence import gather, look_closer
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline
@@ -20,9 +19,10 @@ from mxfp4ref.conformance.families.named import named_hypotheses
 from mxfp4ref.conformance.families.nan_bits import investigated
 from mxfp4ref.conformance.families.order_of_cases import different, next_case, plain_one, says_much, telling
 from mxfp4ref.conformance.families.search import Match
+from mxfp4ref.conformance.families.solved.case_tables import tables_by_case
 from mxfp4ref.conformance.families.telling import told
-from mxfp4ref.conformance.finding import OTHERS, Evidence
-from mxfp4ref.conformance.reduction import thread_clock
+from mxfp4ref.conformance.findings.finding import OTHERS, Evidence
+from mxfp4ref.conformance.findings.reduction import thread_clock
 from mxfp4ref.model.call import MoeCall
 
 __all__ = ["Failure", "Heard", "Verdict", "judge"]

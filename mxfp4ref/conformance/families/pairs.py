@@ -17,7 +17,7 @@ from mxfp4ref.conformance.families.hypothesis import (
     composed,
     of_slots,
 )
-from mxfp4ref.conformance.families.weight_rules import weight_rules
+from mxfp4ref.conformance.families.solved.weight_rules import weight_rules
 
 __all__ = ["alike", "pair_in_the_sum", "pairs"]
 

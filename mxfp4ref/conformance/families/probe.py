@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import differing
-from mxfp4ref.conformance.reduction import is_heavy, reduce_call
+from mxfp4ref.conformance.findings.reduction import is_heavy, reduce_call
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mxfp4ref.conformance.families.distances import last_place, solvable
 from mxfp4ref.conformance.families.hypothesis import Pipeline
-from mxfp4ref.conformance.families.solved_weights import Weights, unsure_of
-from mxfp4ref.conformance.reduction import local_experts
+from mxfp4ref.conformance.families.solved.solved_weights import Weights, unsure_of
+from mxfp4ref.conformance.findings.reduction import local_experts
 from mxfp4ref.formats.mxfp4 import dequantize
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import trace

@@ -34,9 +34,9 @@ from mxfp4ref.conformance.families.places import (
     named_columns,
     tokens_in_words,
 )
-from mxfp4ref.conformance.families.weight_rules import weight_rules
-from mxfp4ref.conformance.reach import is_spread
-from mxfp4ref.conformance.reduction import clock_of, is_heavy, reduce_call
+from mxfp4ref.conformance.families.solved.weight_rules import weight_rules
+from mxfp4ref.conformance.findings.reach import is_spread
+from mxfp4ref.conformance.findings.reduction import clock_of, is_heavy, reduce_call
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.families.pursuit import Rows
+from mxfp4ref.conformance.families.solved.pursuit import Rows
 from mxfp4ref.model.call import MoeCall
 
 __all__ = ["HALVES", "SlotKind", "attributes", "position_in_expert", "slots_of_kind"]

@@ -6,25 +6,25 @@ from collections.abc import Iterator
 from itertools import chain
 
 from mxfp4ref.conformance.comparison import ulp_distance
-from mxfp4ref.conformance.families.activations import activation_hypotheses, other_activations
 from mxfp4ref.conformance.families.beside_a_sum import beside_a_sum
-from mxfp4ref.conformance.families.bias_sums import bias_sum_hypotheses
 from mxfp4ref.conformance.families.distances import surprise
-from mxfp4ref.conformance.families.hypothesis import Hypothesis
-from mxfp4ref.conformance.families.more_activations import more_activations
-from mxfp4ref.conformance.families.named import named_hypotheses
-from mxfp4ref.conformance.families.pairs import alike, pair_in_the_sum
-from mxfp4ref.conformance.families.places import suspected_experts
-from mxfp4ref.conformance.families.roundings import rounding_hypotheses
-from mxfp4ref.conformance.families.search import FEWEST_BITS, Match, Search
-from mxfp4ref.conformance.families.slots import slot_hypotheses
-from mxfp4ref.conformance.families.tensors import (
+from mxfp4ref.conformance.families.hypotheses.activations import activation_hypotheses, other_activations
+from mxfp4ref.conformance.families.hypotheses.bias_sums import bias_sum_hypotheses
+from mxfp4ref.conformance.families.hypotheses.more_activations import more_activations
+from mxfp4ref.conformance.families.hypotheses.roundings import rounding_hypotheses
+from mxfp4ref.conformance.families.hypotheses.slots import slot_hypotheses
+from mxfp4ref.conformance.families.hypotheses.tensors import (
     bias_hypotheses,
     constants,
     expert_hypotheses,
     value_hypotheses,
 )
-from mxfp4ref.conformance.families.weighting import weight_hypotheses
+from mxfp4ref.conformance.families.hypotheses.weighting import weight_hypotheses
+from mxfp4ref.conformance.families.hypothesis import Hypothesis
+from mxfp4ref.conformance.families.named import named_hypotheses
+from mxfp4ref.conformance.families.pairs import alike, pair_in_the_sum
+from mxfp4ref.conformance.families.places import suspected_experts
+from mxfp4ref.conformance.families.search import FEWEST_BITS, Match, Search
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, of_first_factor
-from mxfp4ref.conformance.families.known_factors import factor_in_words
 from mxfp4ref.conformance.families.search import Match
-from mxfp4ref.conformance.families.table_words import beside_a_table, by_table, table_and_rules
-from mxfp4ref.conformance.finding import Evidence, in_words
+from mxfp4ref.conformance.families.solved.known_factors import factor_in_words
+from mxfp4ref.conformance.families.solved.table_words import beside_a_table, by_table, table_and_rules
+from mxfp4ref.conformance.findings.finding import Evidence, in_words
 from mxfp4ref.model.call import MoeCall
 
 __all__ = ["told"]

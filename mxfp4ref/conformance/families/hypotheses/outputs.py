@@ -1,0 +1,255 @@
+"""Hypotheses on rows, columns and values of what lies between the stages, and on one factor on all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from mxfp4ref.conformance.families.hypotheses.index_maps import block_maps, expert_maps, neighbour_maps
+from mxfp4ref.conformance.families.hypotheses.weighting import mul, weighing
+from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline, of_output
+from mxfp4ref.model.call import MoeCall
+from mxfp4ref.sm90 import fp32
+
+__all__ = ["factor_hypotheses", "inner_hypotheses", "input_factor_hypotheses", "output_hypotheses"]
+
+_F = ("finalize",)
+
+
+def factor_hypotheses(factor: float) -> Iterator[Hypothesis]:
+    """One factor on everything, at each place where it could be."""
+    return (replace(h, factor=factor) for h in _factor_hypotheses(factor))
+
+
+def _factor_hypotheses(factor: float) -> Iterator[Hypothesis]:
+    of = f"a factor of {factor:.9g}"
+
+    def scaled(t: Tensor) -> Tensor:
+        return mul(t, torch.tensor(factor, dtype=torch.float32, device=t.device))
+
+    def to_y(pipeline: Pipeline) -> Pipeline:
+        before = pipeline.stages.round_fc2
+        return pipeline.staging(round_fc2=lambda t: before(scaled(fp32.widen(t))))
+
+    def after(output: Tensor) -> Tensor:
+        return fp32.to_bf16(scaled(fp32.widen(output)))
+
+    def before_rounding(pipeline: Pipeline) -> Pipeline:
+        before = pipeline.stages.finalize  # another rounding may follow
+        return pipeline.staging(finalize=lambda *rows: scaled(before(*rows)))
+
+    def on_y_after(pipeline: Pipeline) -> Pipeline:
+        before = pipeline.stages.round_fc2
+        return pipeline.staging(round_fc2=lambda t: after(before(t)))
+
+    yield weighing(f"{of} too many on the routing weights", lambda w, _: scaled(w), 1.1, "factor")
+    yield Hypothesis(
+        "factor", _F, f"{of} too many on the sum, before its rounding to bf16", before_rounding, 1.2
+    )
+    yield of_output("factor", _F, f"{of} too many on the bf16 output", after, 1.2)
+    yield Hypothesis(
+        "factor",
+        ("fc2", "finalize"),
+        f"{of} too many on GEMM2's result, before its rounding to bf16",
+        to_y,
+        1.3,
+    )
+    yield Hypothesis("factor", ("fc2", "finalize"), f"{of} too many on GEMM2's bf16 result", on_y_after, 1.4)
+    yield Hypothesis(
+        "factor",
+        ("activation", "fc2"),
+        f"{of} too many on the activation, before its rounding to bf16",
+        lambda p: p.staging(round_activation=lambda t, b=p.stages.round_activation: b(scaled(t))),
+        1.4,
+    )
+    yield Hypothesis(
+        "factor",
+        ("activation", "fc2"),
+        f"{of} too many on the bf16 activation",
+        lambda p: p.staging(round_activation=lambda t, b=p.stages.round_activation: after(b(t))),
+        1.5,
+    )
+
+
+def input_factor_hypotheses() -> Iterator[Hypothesis]:
+    """A factor on the input, or on GEMM1's result, which the activation bends."""
+    for factor in (2.0, 0.5, 4.0, 0.25, 8.0, 0.125, -1.0, 3.0, 1 / 3, 6.0, 1 / 6, 10.0, 0.1):
+
+        def scaled(t: Tensor, f: float = factor) -> Tensor:
+            return mul(fp32.widen(t), torch.tensor(f, dtype=torch.float32, device=t.device))
+
+        of = f"a factor of {factor:.6g}"
+        yield Hypothesis(
+            "factor",
+            ("input", "fc1"),
+            f"{of} too many on the input",
+            lambda p, s=scaled: p.calling(input=fp32.to_bf16(s(p.call.input))),
+            1.3,
+            factor=factor,
+        )
+        yield Hypothesis(
+            "factor",
+            ("fc1",),
+            f"{of} too many on GEMM1's result",
+            lambda p, s=scaled: p.staging(round_fc1=lambda t, b=p.stages.round_fc1: b(s(t))),
+            1.4,
+            factor=factor,
+        )
+
+
+def _tokens() -> Iterator[tuple[str, Callable[[Tensor], Tensor], float]]:
+    """Rows of a matrix `[M, H]` that are others: words, the change."""
+    for axis in expert_maps():
+        yield (
+            f"the rows are those of {axis.of('token')}",
+            lambda t, a=axis: t[a.index(len(t)).to(t.device)],
+            axis.cost,
+        )
+    yield "the last token's row is zero", lambda t: torch.cat((t[:-1], torch.zeros_like(t[-1:]))), 1.2
+    yield "the first token's row is zero", lambda t: torch.cat((torch.zeros_like(t[:1]), t[1:])), 1.3
+    yield "the last token's row is that of the one before", lambda t: torch.cat((t[:-1], t[-2:-1])), 1.4
+    for count in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096):
+        yield (
+            f"the rows of tokens from {count} on are zero",
+            lambda t, c=count: torch.cat((t[:c], torch.zeros_like(t[c:]))),
+            1.5,
+        )
+        yield (
+            f"the rows of the last tokens that fill no block of {count} are zero",
+            lambda t, c=count: torch.cat((t[: len(t) // c * c], torch.zeros_like(t[len(t) // c * c :]))),
+            1.6,
+        )
+    yield "the previous token's row is added", lambda t: (t.float() + t.float().roll(1, 0)).to(t.dtype), 1.5
+    yield (
+        "rows add up over the tokens (accumulators are not cleared)",
+        lambda t: t.float().cumsum(0).to(t.dtype),
+        1.5,
+    )
+
+
+def _columns() -> Iterator[tuple[str, Callable[[Tensor], Tensor], float]]:
+    for axis in (*neighbour_maps(), *block_maps()):
+        yield (
+            f"the columns are those of {axis.of('column')}",
+            lambda t, a=axis: t[:, a.index(t.shape[1]).to(t.device)],
+            axis.cost,
+        )
+    for count in (1, 8, 16, 32, 64, 128):
+        yield (
+            f"the last {count} columns are zero",
+            lambda t, c=count: torch.cat((t[:, :-c], torch.zeros_like(t[:, -c:])), 1),
+            1.4,
+        )
+    yield (
+        "the second half of the columns is zero",
+        lambda t: torch.cat((t[:, : t.shape[1] // 2], torch.zeros_like(t[:, t.shape[1] // 2 :])), 1),
+        1.3,
+    )
+
+
+def _values() -> Iterator[tuple[str, Callable[[Tensor], Tensor], float]]:
+    yield "everything is zero", torch.zeros_like, 0.9
+    yield "NaN is zero", lambda t: torch.where(t.isnan(), 0.0, t), 1.1
+    yield "NaN and infinities are zero", lambda t: torch.where(t.isfinite(), t, 0.0), 1.1
+    yield "NaN is zero and infinities the largest numbers", lambda t: torch.nan_to_num(t), 1.1
+    yield "infinities are the largest numbers", lambda t: torch.where(t.isinf(), torch.nan_to_num(t), t), 1.2
+    yield "infinities are NaN", lambda t: torch.where(t.isinf(), torch.nan, t), 1.2
+    yield "negative numbers are zero", lambda t: t.clamp(min=0), 1.3
+    yield "signs are dropped", torch.abs, 1.3
+    yield "everything is cut off at the largest float16 number, 65504", lambda t: t.clamp(-65504, 65504), 1.2
+    yield (
+        "everything beyond the largest float16 number is infinite",
+        lambda t: (
+            t.to(torch.float16)
+            .isinf()
+            .logical_and(t.isfinite())
+            .to(t.dtype)
+            .mul(torch.inf)
+            .nan_to_num(0, torch.inf)
+            .copysign(t)
+            .where(t.abs() > 65504, t)
+        ),
+        1.4,
+    )
+    yield (
+        "subnormal numbers are zero",
+        lambda t: torch.where((t.view(torch.int16) & 0x7F80) == 0, t * 0, t),
+        1.1,
+    )
+    yield "-0 is +0", lambda t: torch.where(t == 0, 0.0, t), 1.1
+    yield "everything is added to itself (written twice)", lambda t: t + t, 1.1
+
+
+def output_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
+    """The output, the input and the rows between them, taken from another place or written over."""
+    # GEMM2's rows are the output's columns, GEMM1's K the input's.
+    for changes, stages in ((_tokens, _F), (_columns, ("fc2", "finalize")), (_values, _F)):
+        for words, change, cost in changes():
+            found = of_output("output", stages, f"in the output {words}", change, cost + 0.2)
+            yield replace(found, across_tokens=changes is _tokens)
+    for changes, stages in ((_tokens, ("input",)), (_columns, ("input", "fc1")), (_values, ("input",))):
+        for words, change, cost in changes():
+            left_out = changes is _columns and "zero" in words
+            in_gemm1 = words.replace("columns are", "of K are").replace("zero", "left out")
+            yield Hypothesis(
+                "input",
+                stages,
+                f"in the input {words}" + f", or in GEMM1 {in_gemm1}" * left_out,
+                lambda p, c=change: p.calling(input=c(p.call.input)),
+                cost + 0.2,
+                across_tokens=changes is _tokens,
+            )
+
+
+def _not_cleared(t: Tensor, size: int, *, every: bool) -> Tensor:
+    tiles = [t[:, start : start + size] for start in range(0, t.shape[1], size)]
+    if len(tiles) < 2:
+        raise ValueError("size: expected one of which there are several tiles")
+    made = tiles[:1]
+    for before, tile in pairwise(tiles):
+        start = (made[-1] if every else before)[:, : tile.shape[1]].contiguous()
+        made.append(fp32.add(tile.contiguous(), start))
+    return torch.cat(made, 1)
+
+
+def inner_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
+    """Columns between the stages taken from another place."""
+    for words, change, cost in _columns():
+        if "zero" in words:
+            continue
+        yield Hypothesis(
+            "GEMM2's input",
+            ("fc2", "activation"),
+            f"in the activation {words}",
+            lambda p, c=change: p.staging(round_activation=lambda t, b=p.stages.round_activation: c(b(t))),
+            cost + 0.8,
+        )
+        yield Hypothesis(
+            "GEMM2's output",
+            ("fc2",),
+            f"in GEMM2's output {words}",
+            lambda p, c=change: p.staging(round_fc2=lambda t, b=p.stages.round_fc2: c(b(t))),
+            cost + 0.8,
+        )
+        yield Hypothesis(
+            "GEMM1's output",
+            ("fc1", "activation"),
+            f"in GEMM1's output {words}",
+            lambda p, c=change: p.staging(round_fc1=lambda t, b=p.stages.round_fc1: c(b(t))),
+            cost + 0.9,
+        )
+    for size in (8, 16, 32, 64, 128, 256):
+        for every, words, cost in ((False, "the tile before", 1.6), (True, "all tiles before", 1.7)):
+            yield Hypothesis(
+                "GEMM2's output",
+                ("fc2",),
+                f"GEMM2's accumulators are not cleared: a tile of {size} columns starts from those of {words}",
+                lambda p, s=size, e=every: p.staging(
+                    round_fc2=lambda t, b=p.stages.round_fc2: b(_not_cleared(fp32.widen(t), s, every=e))
+                ),
+                cost,
+            )

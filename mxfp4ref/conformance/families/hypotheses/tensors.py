@@ -1,0 +1,284 @@
+"""Hypotheses on the experts' tensors: read at another place, scaled, dropped, or in another order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from mxfp4ref.conformance.families.hypotheses.index_maps import (
+    IndexMap,
+    block_maps,
+    expert_maps,
+    neighbour_maps,
+)
+from mxfp4ref.conformance.families.hypothesis import Change, Hypothesis, Pipeline
+from mxfp4ref.conformance.families.solved.tensor_groups import (
+    both_gemms,
+    gemm_groups,
+    groups_of,
+    parameter_groups,
+)
+from mxfp4ref.formats.mxfp4 import GROUP_SIZE, pack_codes, unpack_codes
+from mxfp4ref.model.call import MoeCall
+
+__all__ = [
+    "bias_hypotheses",
+    "constants",
+    "expert_hypotheses",
+    "layout_hypotheses",
+    "mapped",
+    "value_hypotheses",
+]
+
+_BYTES = GROUP_SIZE // 2  # of a K group's codes
+_On = Callable[[Tensor], Tensor]
+
+
+def mapped(names: tuple[str, ...], change: Callable[[str, Tensor], Tensor]) -> Change:
+    """The change of these tensors, where they are given."""
+
+    def on(pipeline: Pipeline) -> Pipeline:
+        tensors = {name: getattr(pipeline.call.experts, name) for name in names}
+        return pipeline.having(**{n: change(n, t) for n, t in tensors.items() if t is not None})
+
+    return on
+
+
+def expert_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
+    """Tensors of another expert."""
+    for group in groups_of(call) if call.experts.num_experts > 1 else ():
+        for axis in expert_maps():
+            yield Hypothesis(
+                "another expert's",
+                group.stages,
+                group.of(axis.of("expert")),
+                mapped(group.names, _along(0, axis)),
+                axis.cost,
+                kind=group.kind,
+            )
+
+
+def _along(dim: int, axis: IndexMap, size: int = 1) -> Callable[[str, Tensor], Tensor]:
+    """The map along a dimension that counts so many elements as one."""
+
+    def change(name: str, tensor: Tensor) -> Tensor:
+        unit = size if name.endswith("weights") and dim == 2 else 1
+        shape = tensor.shape
+        parted = tensor.reshape(*shape[:dim], shape[dim] // unit, -1)
+        return parted.index_select(dim, axis.index(parted.shape[dim]).to(tensor.device)).reshape(shape)
+
+    return change
+
+
+def _row_parts(call: MoeCall, names: tuple[str, ...]) -> Iterator[tuple[str, Callable[[_On], _On]]]:
+    """Rows taken together: all, or for an fc1 with gates the rows of up and gate each by themselves."""
+    yield "", lambda change: change
+    if call.experts.gated and all(name.startswith("fc1") for name in names):
+        yield " within each of the halves up and gate", lambda change: lambda t: _halves(t, change, (0, 1))
+        yield " within the up half", lambda change: lambda t: _halves(t, change, (0,))
+        yield " within the gate half", lambda change: lambda t: _halves(t, change, (1,))
+
+
+def _halves(tensor: Tensor, change: _On, which: tuple[int, ...]) -> Tensor:
+    parts = tensor.chunk(2, dim=1)
+    return torch.cat([change(part) if i in which else part for i, part in enumerate(parts)], dim=1)
+
+
+def bias_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
+    """Biases in another order."""
+    return _layouts(call, biases=True)
+
+
+def layout_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
+    """Rows and K groups of weights and scales in another order."""
+    return _layouts(call, biases=False)
+
+
+def _layouts(call: MoeCall, *, biases: bool) -> Iterator[Hypothesis]:
+    for group in gemm_groups():
+        alone = group.names[0].endswith("biases")
+        if not group.given(call) or alone != biases:
+            continue
+        fc = group.names[0][:3]
+        for part, within in _row_parts(call, group.names):
+            for axis in (*neighbour_maps(), *block_maps()):
+                row = axis.of("row") + axis.of_up_and_gate * (fc == "fc1" and call.experts.gated and not part)
+                yield Hypothesis(
+                    "rows",
+                    group.stages,
+                    f"{group.words} are in each row those of {row}{part}",
+                    mapped(group.names, _rows(axis, within)),
+                    axis.cost + 0.3 * bool(part),
+                )
+        if not alone and len(group.names) < 3:
+            for axis in (*neighbour_maps(), *block_maps((2, 4, 8, 16))):
+                yield Hypothesis(
+                    "K groups",
+                    group.stages,
+                    f"{group.words} are in each K group of 32 those of {axis.of('K group')}",
+                    mapped(group.names, _along(2, axis, _BYTES)),
+                    axis.cost + 0.1,
+                )
+        if group.names == (f"{fc}_weights",):
+            for axis in (*neighbour_maps(), *block_maps((2, 4, 8))):
+                yield Hypothesis(
+                    "K groups",
+                    group.stages,
+                    f"the bytes of {group.words} within each K group are those of {axis.of('byte')}",
+                    mapped(group.names, _within_groups(axis)),
+                    axis.cost + 0.4,
+                )
+
+
+def _rows(axis: IndexMap, within: Callable[[_On], _On]) -> Callable[[str, Tensor], Tensor]:
+    change = within(lambda t: t.index_select(1, axis.index(t.shape[1]).to(t.device)))
+    return lambda _, tensor: change(tensor)
+
+
+def _within_groups(axis: IndexMap) -> Callable[[str, Tensor], Tensor]:
+    def change(_: str, tensor: Tensor) -> Tensor:
+        groups = tensor.view(*tensor.shape[:2], -1, _BYTES)
+        return groups[..., axis.index(_BYTES).to(tensor.device)].view_as(tensor)
+
+    return change
+
+
+def _scale_values() -> Iterator[tuple[str, _On, float]]:
+    for shift in (1, -1, 2, -2, 3, -3, 4, -4, 5, -5, 6, -6, 7, -7, 8, -8):
+        factor = f"{2**shift}x" if shift > 0 else f"1/{2**-shift} of"
+        words = f"{factor} what they should be (every scale byte {abs(shift)} too {'high' if shift > 0 else 'low'})"
+        yield (
+            words,
+            lambda s, d=shift: (s.to(torch.int16) + d).clamp(0, 255).to(torch.uint8),
+            abs(shift) ** 0.3,
+        )
+    yield "taken as 1 (byte 127): they are not applied", lambda s: torch.full_like(s, 127), 1
+    yield "those of the first row, used for all rows", lambda s: s[:, :1].expand_as(s).contiguous(), 1.1
+    yield "the largest of each row's", lambda s: s.amax(2, keepdim=True).expand_as(s).contiguous(), 1.5
+    yield (
+        "the largest of each expert's",
+        lambda s: s.amax((1, 2), keepdim=True).expand_as(s).contiguous(),
+        1.5,
+    )
+    yield "the smallest of each row's", lambda s: s.amin(2, keepdim=True).expand_as(s).contiguous(), 1.7
+    for size in (2, 4):
+        yield f"the largest of each {size} K groups'", lambda s, n=size: _largest(s, n), 1.6
+    yield "at most 1 (bytes cut off at 127)", lambda s: s.clamp(max=127), 1.6
+    yield "at least 1 (bytes cut off at 127)", lambda s: s.clamp(min=127), 1.6
+    yield "inverted (2^-e for 2^e)", lambda s: (254 - s.to(torch.int16)).clamp(0, 255).to(torch.uint8), 1.6
+    yield "squared", lambda s: (2 * s.to(torch.int16) - 127).clamp(0, 255).to(torch.uint8), 1.6
+    yield "applied to a power of four (lowest bit of the byte cleared)", lambda s: s & 0xFE, 1.8
+    yield "read with the highest bit of the byte cleared", lambda s: s & 0x7F, 1.8
+
+
+def _largest(scales: Tensor, size: int) -> Tensor:
+    if scales.shape[2] % size:
+        return scales
+    grouped = scales.view(*scales.shape[:2], -1, size)
+    return grouped.amax(3, keepdim=True).expand_as(grouped).reshape(scales.shape)
+
+
+def _codes(change: Callable[[Tensor], Tensor]) -> _On:
+    def on(packed: Tensor) -> Tensor:
+        table = pack_codes(change(unpack_codes(torch.arange(256, dtype=torch.uint8)[:, None]))).flatten()
+        return table.to(packed.device)[packed.to(torch.int32)]
+
+    return on
+
+
+def _weight_values() -> Iterator[tuple[str, _On, float]]:
+    def table(*magnitudes: int) -> _On:
+        of = torch.tensor(magnitudes, dtype=torch.uint8)
+        return _codes(lambda c: c & 8 | of[(c & 7).to(torch.int64)])
+
+    yield "without their signs", _codes(lambda c: c & 7), 1
+    yield "with the opposite sign", _codes(lambda c: c ^ 8), 1
+    yield "with the low code of each byte taken twice", lambda p: p & 15 | p << 4, 1.1
+    yield "with the high code of each byte taken twice", lambda p: p >> 4 | p & 0xF0, 1.1
+    yield "with the largest code (6) read as 4", table(0, 1, 2, 3, 4, 5, 6, 6), 1.3
+    yield "with 4 and 6 cut off at 3", table(0, 1, 2, 3, 4, 5, 5, 5), 1.4
+    yield "with 0.5 read as 1", table(0, 2, 2, 3, 4, 5, 6, 7), 1.4
+    yield "with 1.5 read as 1 and 3 as 2 (mantissa bit dropped)", table(0, 0, 2, 2, 4, 4, 6, 6), 1.4
+    yield "with codes one too high", table(1, 2, 3, 4, 5, 6, 7, 7), 1.6
+    yield "with codes one too low", table(0, 0, 1, 2, 3, 4, 5, 6), 1.6
+    yield "with sign and lowest bit exchanged", _codes(lambda c: (c & 1) << 3 | c & 6 | c >> 3), 1.6
+    yield "with the bits of each code in reverse", _codes(_reversed_bits), 1.6
+
+
+def _reversed_bits(codes: Tensor) -> Tensor:
+    return (codes & 1) << 3 | (codes & 2) << 1 | (codes & 4) >> 1 | codes >> 3
+
+
+def _bias_values() -> Iterator[tuple[str, _On, float]]:
+    yield "dropped", torch.zeros_like, 0.9
+    yield "with the opposite sign", torch.neg, 1
+    for factor in (2.0, 0.5):
+        yield f"{factor:g} times what they should be", lambda b, f=factor: (b.float() * f).to(b.dtype), 1.1
+
+
+def value_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
+    """Scales, codes and biases of other values, in one or both GEMMs, and in one half of fc1."""
+    by_kind = (("scales", _scale_values), ("weights", _weight_values), ("biases", _bias_values))
+    for kind, values in by_kind:
+        groups = [g for g in (*gemm_groups(), *both_gemms()) if all(name.endswith(kind) for name in g.names)]
+        for group in groups:
+            if not group.given(call):
+                continue
+            for words, change, cost in values():
+                for part, within in _row_parts(call, group.names):
+                    inside = within(change)
+                    yield Hypothesis(
+                        "values",
+                        group.stages,
+                        f"{group.words} are {words}{part}",
+                        mapped(group.names, lambda _, t, c=inside: c(t)),
+                        cost + 0.3 * bool(part),
+                    )
+
+
+_ALPHAS = (1.702, 1.0, 1.7, 1.5, 2.0, 0.5, -1.0, 1.595769, 0.0)
+_BETAS = (1.0, 0.0, -1.0, 0.5, 2.0, 1.702)
+# fmt: off
+_LIMITS = (
+    7, 10, 5, 6, 8, 20, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5.5, 6.5, 7.5, 9,
+    0.5, 0.25, 0.75, 1.25, 12, 14, 15, 16, 24, 25, 30, 32, 50, 64, 100, 127, 128, 448, 0,
+)
+# fmt: on
+
+
+def constants(call: MoeCall) -> Iterator[Hypothesis]:
+    """SwiGLU parameters that are constants or of another value."""
+    for group in parameter_groups():
+        if not group.given(call) or len(group.names) > 1:
+            continue
+        name = group.names[0].removeprefix("swiglu_")
+        values = {"alpha": _ALPHAS, "beta": _BETAS, "limit": _LIMITS}
+        for value in values[name]:
+            yield Hypothesis(
+                "values",
+                group.stages,
+                f"the SwiGLU {name} is hard-coded as {value:g}",
+                mapped(group.names, lambda _, t, v=value: torch.full_like(t, v)),
+                1.2,
+            )
+        for words, change in (
+            ("doubled", lambda t: t * 2),
+            ("halved", lambda t: t / 2),
+            ("one too high", lambda t: t + 1),
+            ("of the opposite sign", torch.neg),
+            ("its reciprocal", lambda t: 1 / t),
+            ("the largest of all experts'", lambda t: t.max().expand_as(t).contiguous()),
+            ("the smallest of all experts'", lambda t: t.min().expand_as(t).contiguous()),
+            ("the experts' mean", lambda t: t.mean().expand_as(t).contiguous()),
+            ("cut to an integer", torch.trunc),
+            ("rounded to float16", lambda t: t.to(torch.float16).to(t.dtype)),
+        ):
+            yield Hypothesis(
+                "values",
+                group.stages,
+                f"the SwiGLU {name} is {words}",
+                mapped(group.names, lambda _, t, c=change: c(t)),
+                1.5,
+            )

@@ -1,0 +1,1 @@
+"""What an output that differs proves by itself: equations that are solved, not hypotheses that are tried."""

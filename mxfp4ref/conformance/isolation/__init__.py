@@ -1,0 +1,1 @@
+"""Running a kernel that may do anything, in a process of its own or in this one."""

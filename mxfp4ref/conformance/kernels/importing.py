@@ -1,0 +1,148 @@
+"""Anybody's function by its name: `package.module:function`, or `path/to/adapter.py:function`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mxfp4ref._validate import did_you_mean, shown
+from mxfp4ref._words import shortened
+from mxfp4ref.conformance.isolation.plain import of_exception
+from mxfp4ref.conformance.kernels.adapters import KernelError
+from mxfp4ref.conformance.source import functions_in
+
+__all__ = ["check_takes", "import_function"]
+
+_MOST = 8  # functions that are listed
+_files: set[str] = set()  # the names of modules that are files loaded here
+
+
+def import_function(path: str, names: Collection[str]) -> Callable[..., Any]:
+    """The function that a name leads to; modules of the working directory are found too.
+
+    Args:
+        path: `package.module:function`, or `file.py:function`.
+        names: what else might have been meant, for the message.
+
+    Raises:
+        KernelError: the name is none, nothing can be imported by it, or that is no function.
+    """
+    module_name, _, name = path.rpartition(":")
+    if not module_name or not name:
+        hint = (
+            f"; {path} stands alone, with nothing before it" if path in names else did_you_mean(path, names)
+        )
+        if not hint and "." in path and ":" not in path:
+            hint = f"; did you mean {':'.join(path.rsplit('.', 1))}?"
+        if path.endswith(".py"):
+            functions = functions_in(Path(path))
+            if functions is None:
+                hint = f"; {path} is no file of Python here"
+            else:
+                public = [function for function in functions if not function.startswith("_")]
+                meant = (f"{path}:{function}" for function in public[:_MOST] or ["FUNCTION"])
+                hint = f"; did you mean {' or '.join(meant)}?"
+        raise KernelError(
+            "kernel: expected package.module:function, file.py:function, one of these two after logical:, plain: or "
+            f"stage:KIND:, or one of {', '.join(names)}; got {shown(path)}{hint}"
+        )
+    value: Any = _module(module_name)
+    for part in name.split("."):
+        try:
+            value = getattr(value, part)
+        except AttributeError:
+            raise KernelError(f"kernel: {module_name!r} has no {name!r}{_instead(part, value)}") from None
+        except Exception as error:
+            raise KernelError(f"kernel: {module_name!r} has no {name!r}: {of_exception(error)}") from None
+    if not callable(value):
+        raise KernelError(f"kernel: {path!r} is no function but {type(value).__name__}")
+    function: Callable[..., Any] = value
+    return function
+
+
+def _instead(name: str, owner: Any) -> str:
+    """The functions that a module or another object has, as the end of a message, those spelt nearly so first."""
+    found = [other for other in dir(owner) if callable(getattr(owner, other, None))]
+    if hint := did_you_mean(name, found):
+        return hint
+    module = getattr(owner, "__name__", "")
+    own = [n for n in found if n[0] != "_" and getattr(getattr(owner, n), "__module__", None) == module]
+    return f"; it has {shortened(own, _MOST)}" if own else ""
+
+
+def check_takes(spec: str, function: Callable[..., Any], positional: int, names: Iterable[str]) -> None:
+    """Raise KernelError unless a function can be called with so many arguments and these by name.
+
+    One whose signature cannot be read is called without, one that wants an `output` is given it.
+    """
+    try:
+        signature = inspect.signature(function)
+    except Exception:  # of a callable without a signature, or with one that raises
+        return
+    try:
+        output = ["output"] if "output" in signature.parameters and not positional else []
+        signature.bind(*[None] * positional, **dict.fromkeys([*names, *output]))
+    except TypeError as error:
+        raise KernelError(
+            f"kernel: {spec} cannot be called: {error}. Its parameters are {signature}; "
+            f"{_called(positional, names)}. `mxfp4ref init adapter` writes one to fill in"
+        ) from None
+
+
+def _called(positional: int, names: Iterable[str]) -> str:
+    if positional:
+        return "it is called f(x, ids, scales, w1, s1, w2, s2, **parameters)"
+    return (
+        f"it is called with flashinfer's arguments by name: {', '.join(names)}, and those that a case has besides, "
+        "such as swiglu_limit. plain:... is called f(x, ids, scales, w1, s1, w2, s2, **parameters) instead"
+    )
+
+
+def _module(name: str) -> ModuleType:
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)
+    try:
+        return _file(Path(name)) if name.endswith(".py") else importlib.import_module(name)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit too
+        hint = ""
+        if isinstance(error, ModuleNotFoundError) and Path(*name.split(".")).with_suffix(".py").is_file():
+            hint = f"; did you mean {Path(*name.split('.')).with_suffix('.py')}:...?"
+        raise KernelError(f"kernel: cannot import {name!r}: {of_exception(error, __file__)}{hint}") from error
+
+
+def _file(path: Path) -> ModuleType:
+    """The module in a file, which may import its neighbours."""
+    if not path.is_file():
+        near = did_you_mean(path.stem, (found.stem for found in path.parent.glob("*.py")), ending=".py")
+        raise FileNotFoundError(f"there is no file {str(path)!r}{near}")
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    # A torch.py is nobody's torch but its own.
+    name = path.stem if path.stem not in sys.modules or path.stem in _files else f"kernel_{path.stem}"
+    _files.add(name)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    before = sys.modules.get(name)
+    sys.modules[name] = module  # as importing does: dataclasses and pickle look there
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        if before is None:
+            del sys.modules[name]
+        else:
+            sys.modules[name] = before
+        raise
+    return module
