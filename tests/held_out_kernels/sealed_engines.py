@@ -216,7 +216,7 @@ def swiglu_buffer_read_expert_by_expert(call: MoeCall) -> Tensor:
     ),
     story="a warp for each K group of fc2, and their results are added as a tree, not one after another",
 )
-def fc2_groups_added_as_a_tree(call: MoeCall) -> Tensor:
+def groups_of_fc2_added_as_a_tree(call: MoeCall) -> Tensor:
     def gemm(x: Tensor, packed: Tensor, scales: Tensor, tactic: Tactic) -> Tensor:
         depths = zip(x.split(32, 1), packed.split(16, 1), scales.split(1, 1), strict=True)
         parts = [right_gemm(*(part.contiguous() for part in depth), tactic) for depth in depths]
