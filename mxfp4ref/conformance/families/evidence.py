@@ -57,6 +57,9 @@ _BINADES = 40  # that no sum of products spans
 _LEAST = 2.0**-125  # twice the least float32 and bf16 number that is not subnormal
 _NORMAL, _HALF = 2.0**-126, 2.0**-133 * 0.501  # the least normal number; half a unit of subnormal ones
 _FEWEST, _ALMOST_ALL = 4, 0.9  # elements that are subnormal, and the part of them that has to be explained
+_SAME = (
+    "they hold the same numbers in every wrong row, which depend on no input: overwritten, or not written; "
+)
 _PARTLY = 0.05  # of the errors, from which a function of up and gate is not excluded
 
 
@@ -271,7 +274,8 @@ def _columns(
         yield Evidence.of_kind(("fc2", "finalize"), kind, details, 2)
     elif float(share.mean()) < 0.3 and (words := residue_in_words(columns)):
         kind = f"single elements differ, all of them {words}"
-        yield Evidence.of_kind(("fc2", "finalize"), kind, after, 2)
+        same = bool((got[wrong.any(1)][:, columns] == got[tokens[0], columns]).all())
+        yield Evidence.of_kind(("fc2", "finalize"), kind, _SAME * same + after, 2)
     elif float(share.mean()) < 0.3:
         yield Evidence(
             (),

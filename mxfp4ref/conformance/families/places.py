@@ -24,6 +24,8 @@ __all__ = [
     "tokens_in_words",
 ]
 
+_ORDINALS = {2: "second", 4: "fourth", 8: "eighth"}
+_REPEATED = 0.75  # of the periods have some of the columns
 _FEWEST_COLUMNS = 8  # of which a common rest is no chance
 _MOSTLY = 0.8  # of the places that a change concerns, which come out wrong
 
@@ -157,13 +159,20 @@ def named_columns(columns: Tensor, among: Tensor | None = None) -> tuple[str, _C
 
 
 def residue_in_words(columns: Tensor) -> str:
-    """Words for columns, `[H] bool`, that all leave the same rest by 8, 4 or 2; "" of few, or where they do not."""
+    """Words for columns, `[H] bool`, that repeat at a period and follow each other inside of it; else ""."""
     chosen = columns.nonzero().flatten()
     if len(chosen) < _FEWEST_COLUMNS:
         return ""
-    for step, word in ((8, "eighth"), (4, "fourth"), (2, "second")):
-        if bool((chosen % step == chosen[0] % step).all()):
-            return f"in every {word} column, from {int(chosen[0]) % step} on"
+    for period in (2, 4, 8, 16, 32, 64, 128):
+        places = torch.unique(chosen % period)
+        first, last = int(places[0]), int(places[-1])
+        repeats = len(torch.unique(chosen // period)) >= max(_REPEATED * (len(columns) // period), 2)
+        if len(places) > period // 2 or last - first + 1 > len(places) or not repeats:
+            continue
+        if len(places) == 1 and period in _ORDINALS:
+            return f"in every {_ORDINALS[period]} column, from {first} on"
+        here = f"columns {first} to {last}" if last > first else f"column {first}"
+        return f"in {here} of every {period}"
     return ""
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.findings.conditions import condition
+from mxfp4ref.conformance.number_formats import NUMBER_FORMATS
 from mxfp4ref.conformance.routers.routing_hypotheses import View, near
 from mxfp4ref.conformance.routers.routing_weighings import Weighing
 
@@ -65,6 +64,13 @@ def _of_a_sum(view: View, ids: Tensor, weights: Tensor, right: Tensor) -> str:
     for one in (float(f"{middle:.1g}"), float(f"{middle:.2g}"), float(f"{middle:.3g}"), middle):
         if one and bool(((added - one).abs() <= reach).all()) and len(added) >= _ENOUGH:
             return f"a constant is added to {what} before dividing by it: {one:.4g}"
+    if view.preset.normalize == "softmax" and len(over) >= _ENOUGH and bool((added > 0).all()):
+        further = view.logits.amax(1).double() + added.log()
+        unsure = reach / added + 2.0**-23
+        middle = float(further[unsure.argmin()])
+        for digits in range(4):
+            if bool(((further - (one := round(middle, digits))).abs() <= unsure).all()):
+                return f"the softmax has one logit more in its sum, {one + 0:g} in every token, as an attention sink"
     for limit, inside, words in (
         (over.min(), total < over.min(), "smaller ones count as"),
         (over.max(), total > over.max(), "larger ones count as"),
@@ -78,20 +84,9 @@ def _of_a_sum(view: View, ids: Tensor, weights: Tensor, right: Tensor) -> str:
     return ""
 
 
-_NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
-    "rounded to float8 e4m3": lambda x: x.clamp(-448, 448).to(torch.float8_e4m3fn),
-    "rounded to float8 e5m2": lambda x: x.to(torch.float8_e5m2),
-    "cut to bf16": lambda x: (x.view(torch.int32) >> 16 << 16).view(torch.float32),
-    "cut to tf32": lambda x: (x.view(torch.int32) >> 13 << 13).view(torch.float32),
-    "rounded to whole 255ths": lambda x: (x.double() * 255).round() / 255,
-    "rounded to whole 127ths": lambda x: (x.double() * 127).round() / 127,
-    "rounded to whole 256ths": lambda x: (x.double() * 256).round() / 256,
-}
-
-
 def _as_numbers(weights: Tensor, right: Tensor) -> str:
     """Each the number of some format that is next to the right weight; a few ulp may take it to the other side."""
-    for words, rounded in _NUMBERS.items():
+    for words, rounded in NUMBER_FORMATS.items():
         near_ones = [rounded((right * (1 + off)).float()).double() for off in (-_ULPS, 0.0, _ULPS)]
         fits = torch.stack([(weights - one).abs() <= 2.0**-23 * one.abs() for one in near_ones]).any(0)
         if bool(fits.all()):

@@ -27,6 +27,7 @@ __all__ = ["routing_finding"]
 
 _STAY = "while the weights stay where they were"
 _FEWEST = 4  # weights from which a factor is told
+_FURTHEST = 4  # tokens away, whose row of a table may be taken
 _BF16, _FP16 = 2.0**-8, 2.0**-11
 # Of a sentence, what is right or a matter of rounding, and the numbers of its own case.
 _RIGHT = ("ids are right", "weights are right for these ids", "the others are right")
@@ -239,6 +240,13 @@ def _from_table(view: View, ids: Tensor, want: Tensor) -> Iterator[_Candidate]:
     for words, taken in rows.items():
         if torch.equal(taken, ids):
             yield 1, [f"the table's row of {words} is taken"], ids
+    for shift in range(1, min(_FURTHEST, len(ids) - _FEWEST) + 1):
+        before, after = slice(None, -shift), slice(shift, None)
+        for here, there, way in ((before, after, "ahead"), (after, before, "behind")):
+            if torch.equal(view.table[view.token_ids[there]], ids[here]):
+                tokens = "next" if way == "ahead" else "previous"
+                which = f"the {tokens} token's" if shift == 1 else f"those {shift} tokens {way}"
+                yield 1, [f"the table is looked up with other tokens' ids, {which}: shifted by {shift}"], ids
 
 
 def _moved(view: View, ids: Tensor, want: Tensor) -> Iterator[_Candidate]:

@@ -147,7 +147,7 @@ def rounding_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
 
         yield _sum(f"each weighted row is {how}", each_product, cost + 0.2)
         yield _sum(f"the sum over the slots is {how} after each slot", each_sum, cost + 0.2)
-    yield from slot_sum_hypotheses()
+    yield from slot_sum_hypotheses(call.experts.num_experts)
 
 
 def _sum(words: str, step: Callable[..., Tensor], cost: float) -> Hypothesis:

@@ -19,6 +19,7 @@ from mxfp4ref.conformance.families.hypothesis import (
     of_sum,
     slot_outputs,
 )
+from mxfp4ref.conformance.number_formats import NUMBER_FORMATS
 from mxfp4ref.defects.finalize import activation_weighted
 from mxfp4ref.defects.variants.finalize import FinalizeVariant
 from mxfp4ref.defects.variants.rounding import bf16, keep
@@ -76,22 +77,8 @@ def _weights() -> Iterator[tuple[str, _Weigh, float]]:
     yield "taken without sign", lambda w, _: w.abs(), 1.2
     yield "of the opposite sign", lambda w, _: -w, 1.2
     yield "cut off at 1", lambda w, _: w.clamp(max=1), 1.3
-    yield "rounded to bf16", lambda w, _: bf16(w), 1.05
-    yield (
-        "cut to bf16 (lower half of the bits dropped)",
-        lambda w, _: (w.view(torch.int32) & -65536).view(torch.float32),
-        1.2,
-    )
-    yield "rounded to float16", lambda w, _: w.to(torch.float16).to(torch.float32), 1.1
-    yield (
-        "rounded to TF32",
-        lambda w, _: ((w.view(torch.int32) + 0xFFF + (w.view(torch.int32) >> 13 & 1)) & ~0x1FFF).view(
-            torch.float32
-        ),
-        1.3,
-    )
-    yield "cut to TF32", lambda w, _: (w.view(torch.int32) & ~0x1FFF).view(torch.float32), 1.3
-    yield "rounded to float8 e4m3", lambda w, _: w.to(torch.float8_e4m3fn).to(torch.float32), 1.4
+    for number, (words, rounded) in enumerate(NUMBER_FORMATS.items()):
+        yield words, lambda w, _, rounded=rounded: rounded(w), 1.05 + 0.05 * number
     yield (
         "indexed by the expert's number instead of the slot's",
         lambda w, e: w.gather(1, e.clamp(min=0) % w.shape[1]),

@@ -15,6 +15,7 @@ from mxfp4ref.defects.variants.finalize import FinalizeVariant, as_they_come
 from mxfp4ref.defects.variants.rounding import bf16, half, keep
 from mxfp4ref.defects.variants.sums import in_turn, pairwise
 from mxfp4ref.sm90 import fp32
+from mxfp4ref.sm90.finalize import finalize
 
 __all__ = ["slot_sum_hypotheses"]
 
@@ -91,6 +92,33 @@ class _InShape:
         return self.shape(terms, self.sums)
 
 
+@dataclass(frozen=True)
+class _ByOwner:
+    """A weighted sum of which each owner of experts forms its part, called as `finalize`; the parts are rounded."""
+
+    owner: Callable[[Tensor], Tensor]
+    owners: int
+    parts: _Round
+    sums: _Round
+
+    def __call__(self, y: Tensor, local: Tensor, weights: Tensor, bias: Tensor | None = None) -> Tensor:
+        of = self.owner(local)
+        own = (torch.where(of == n, local, -1) for n in range(self.owners))
+        return in_turn([self.parts(finalize(y, one, weights, bias)) for one in own], self.sums)
+
+
+def _owners(experts: int) -> Iterator[tuple[str, Callable[[Tensor], Tensor], int]]:
+    for owners in (2, 4, 8):
+        if owners <= experts // 2:
+            share = -(-experts // owners)
+            yield f"each of {owners} owners of {share} experts", lambda local, n=share: local // n, owners
+            yield (
+                f"each of {owners} owners of every {owners}. expert",
+                lambda local, n=owners: local % n,
+                owners,
+            )
+
+
 _NAMED = (finalize_slots_reversed, finalize_by_expert, finalize_by_weight)
 # The kernel's own, and those that are named defects: order, type of the products (none: one FMA), type of the sums.
 _KNOWN = (
@@ -100,8 +128,8 @@ _KNOWN = (
 )
 
 
-def slot_sum_hypotheses() -> Iterator[Hypothesis]:
-    """All that are no named defect."""
+def slot_sum_hypotheses(experts: int) -> Iterator[Hypothesis]:
+    """All that are no named defect, of a rank with so many experts."""
     for (name, rounding, more), (order, by, cost) in product(_TYPES, _ORDERS):
         sums = "formed in float32" if rounding is keep else f"kept in {name}, rounded to it after each slot"
         for products, first, further in (("", None, 0.0), *_TYPES):
@@ -120,6 +148,12 @@ def slot_sum_hypotheses() -> Iterator[Hypothesis]:
                 words = f"the weighted rows, rounded to {products}, are added in {name} {how}{order}"
                 total = _InShape(shape, by, first, rounding)
                 yield of_sum("sum of slots", ("finalize",), words, total, 1.1 + more + further + cost + extra)
+    for (who, whose, owners), (held, parts, more) in product(_owners(experts), _TYPES):
+        for added, rounded, further in _TYPES[:2]:
+            if owners == 2 or not held == added == "float32":
+                words = f"{who} sums its own slots, the sums are rounded to {held} and added in {added}"
+                of_owners = _ByOwner(whose, owners, parts, rounded)
+                yield of_sum("sum of slots", ("finalize",), words, of_owners, 1.2 + more + further)
 
 
 def _step(first: _Round | None, rounding: _Round) -> Callable[..., Tensor]:
