@@ -16,7 +16,7 @@ from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN, Hypothesis, Pipeline
 from mxfp4ref.conformance.families.jury import Failure, Verdict, judge
 from mxfp4ref.conformance.findings.agreement import agreed, name_defects, unrefuted, with_one_case
-from mxfp4ref.conformance.findings.finding import of_specials
+from mxfp4ref.conformance.findings.finding import counted, of_specials
 from mxfp4ref.conformance.findings.guarded import listening
 from mxfp4ref.conformance.findings.reduction import is_heavy, thread_clock
 from mxfp4ref.conformance.isolation.plain import of_exception
@@ -110,6 +110,11 @@ class _Failure:
         """Whether special values alone are wrong, as far as it was looked at."""
         return self.located is not None and self.located.special
 
+    @property
+    def nan_bits(self) -> bool:
+        """Whether the bits of NaN alone are, as far as it was looked at."""
+        return self.located is not None and self.located.nan_bits
+
     def bounded(self, result: CaseResult) -> CaseResult:
         """The result, with whether it lies within bounds; it may not where that was not asked, or takes long."""
         runs, self.failed = (
@@ -200,11 +205,13 @@ class Failing:
     def verdict(self, results: list[CaseResult], goldens: Goldens | None, *, search: bool = True) -> Found:
         """All results with their diagnoses, and what they say together; `search` for what else they may say."""
         full = search and self._diagnosis == "full"
+        # Neither says anything of the numbers, which is what all others are asked of.
         special = [case for case, one in self._failures.items() if one.special]
+        aside = {*special, *(case for case, one in self._failures.items() if one.nan_bits)}
         together = {
             case: one.failed
             for case, one in self._failures.items()
-            if one.failed.together and case not in special
+            if one.failed.together and case not in aside
         }
         found = Verdict(Finding(), (), {})
         names: tuple[str, ...] = ()
@@ -217,9 +224,7 @@ class Failing:
             results = [self._again(result) for result in results]
         # What a correct evaluation may give says nothing of what is wrong elsewhere.
         outside = {r.case: r.diagnosis for r in results if r.diagnosis is not None and not r.within_bounds}
-        telling = [
-            one for case, one in outside.items() if case not in special or len(special) == len(outside)
-        ]
+        telling = [one for case, one in outside.items() if case not in aside or outside.keys() <= aside]
         telling = telling or [r.diagnosis for r in results if r.diagnosis is not None]
         exact = [one.exact for one in telling]
         defects = name_defects([names, *exact] if together and full else exact)
@@ -227,6 +232,9 @@ class Failing:
             return Found(tuple(results), defects, of_specials(special, agreed(telling)))
         finding = unrefuted(_strongest(found.finding, telling), [one.finding for one in telling])
         finding = with_one_case(finding, outside)
+        if not outside.keys() <= aside and (others := len(aside - set(special))) and finding.sentence:
+            words = f"{finding.sentence}; beside that, in {counted(others, 'case')} NaN alone has other bits"
+            finding = replace(finding, sentence=words, exact=False)
         return Found(tuple(results), defects, finding)
 
     def _again(self, result: CaseResult) -> CaseResult:

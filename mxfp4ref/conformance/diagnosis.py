@@ -18,7 +18,7 @@ from mxfp4ref.conformance.comparison import FAR, Difference, difference_at, diff
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN, Finding, Hypothesis
 from mxfp4ref.conformance.findings.attribution import Attribution, attribution
 from mxfp4ref.conformance.findings.feeding import feeds_of, feeds_of_quantizer
-from mxfp4ref.conformance.findings.finding import WITHIN, Evidence, counted, of_specials
+from mxfp4ref.conformance.findings.finding import WITHIN, Evidence, counted, of_nan_bits, of_specials
 from mxfp4ref.conformance.findings.guarded import guarded, listening
 from mxfp4ref.conformance.findings.patterns import Pattern, patterns
 from mxfp4ref.conformance.findings.reach import reached
@@ -36,6 +36,7 @@ from mxfp4ref.conformance.looking import REAL_SECONDS, SECONDS, HowToLook, Known
 from mxfp4ref.conformance.options import Search
 from mxfp4ref.conformance.shown_progress import shown_progress
 from mxfp4ref.conformance.stage_words import finding_of_stage
+from mxfp4ref.defects import DEFECTS
 from mxfp4ref.formats.humming_experts import HummingExperts
 from mxfp4ref.goldens.runs import Run
 from mxfp4ref.model.call import MoeCall
@@ -184,7 +185,7 @@ class Located:
 
     Of a call in mode bounded, `outside` is where it leaves its bounds, `[M, H] bool`: these elements alone are wrong,
     and counted. What differs within bounds is shown in `bins` alone. `special` is whether special values alone are
-    wrong.
+    wrong, `nan_bits` whether the bits of NaN alone are.
     """
 
     def __init__(
@@ -210,6 +211,9 @@ class Located:
         self._outside = outside if outside is not None and bool(outside.any()) else None
         self._wrong = mask if self._outside is None else self._outside
         self.special = self._outside is not None and specials_alone(inputs, self.got, self._outside)
+        self.nan_bits = (
+            bool((self.got.isnan() & self.want.isnan())[self._wrong].all()) if kind == "moe" else False
+        )
         first = difference_at(self.got, self.want, tuple(self._wrong.nonzero()[0].tolist()))
         feeds: tuple[str, ...] = ()
         found: tuple[Pattern, ...] = ()
@@ -284,6 +288,13 @@ class Located:
             return predictions, in_words or named, ()
         if not self.inputs.experts.tactics_show:  # no MXFP4 weights, of which all hypotheses are
             return (), Finding(), ()
+        if self.nan_bits:
+            bits = torch.unique(
+                self.got[self.got.isnan()].view(torch.int16).to(torch.int32) & 0xFFFF
+            ).tolist()
+            named_so = f"nan_as_{bits[0]:04x}" if len(bits) == 1 else ""
+            predictions = (Prediction(named_so, 1.0, True),) if named_so in DEFECTS else ()
+            return predictions, named_finding(predictions) if predictions else of_nan_bits(bits), ()
         if self.special:
             predictions = special_predictions(self.inputs, self.outputs, self.expected)
             return predictions, named_finding(predictions) if predictions else of_specials(), ()

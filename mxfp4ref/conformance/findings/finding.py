@@ -20,6 +20,7 @@ __all__ = [
     "alternatives",
     "counted",
     "in_words",
+    "of_nan_bits",
     "of_specials",
 ]
 
@@ -138,6 +139,18 @@ def of_specials(cases: Sequence[str] = (), named: Finding = UNKNOWN) -> Finding:
     if not named.exact:
         return Finding((), f"{SPECIAL}: {_HANDLED}{leave}", kind=SPECIAL)
     return replace(named, sentence=f"{named.sentence}; {SPECIAL}{leave}")
+
+
+def of_nan_bits(bits: Sequence[int]) -> Finding:
+    """That of outputs that are right but for the bits of NaN, which these are."""
+    written = ", ".join(f"0x{one:04X}" for one in bits[:_ALTERNATIVES]) + ", ..." * (
+        len(bits) > _ALTERNATIVES
+    )
+    sentence = (
+        f"every number is right, and NaN is written as {written}, not as the SM90 kernel's 0x7FFF; "
+        "`mxfp4ref.sm90.fp32.to_bf16` rounds as that does, and mode bounded takes any NaN for another"
+    )
+    return Finding(("finalize",), sentence, len(bits) == 1, kind="NaN is written with other bits")
 
 
 @dataclass(frozen=True)
