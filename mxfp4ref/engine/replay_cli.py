@@ -75,6 +75,7 @@ _COLOURS = {"equal": "green", "within bounds": "green", "skipped": "bright_black
     metavar="SECONDS",
     help="With --kernel: limit for each of its calls.",
 )
+@click.option("-v", "--verbose", is_flag=True, help="All of each failing call.")
 @diagnosis_option
 @report_files
 def replay(folder: Path, **options: Any) -> None:
@@ -113,7 +114,7 @@ def _replay(folder: Path, options: dict[str, Any], interruption: Interruption) -
     from mxfp4ref.engine.replay_report import ReplayOptions
     from mxfp4ref.engine.replaying import replay as replay_folder
 
-    files = pop_report_files(options)
+    files, verbose = pop_report_files(options), options.pop("verbose")
     if options["kernel"] is not None:
         check_no_swap()
     with usage_errors():
@@ -138,7 +139,7 @@ def _replay(folder: Path, options: dict[str, Any], interruption: Interruption) -
         _print_table(report)
         if problems := report.environment.get("not read of the autotune cache"):
             echo(f"not read of the autotune cache: {problems}", err=True)
-        print_report(report, verbose=False)
+        print_report(report, verbose=verbose)
 
     complete = files.write_after(show, report)
     if interruption.signal:

@@ -40,6 +40,7 @@ OTHERS = "; in the others "
 WITHIN = "within the bounds of a correct evaluation in another order"
 _ALTERNATIVES = 3  # that a sentence names
 _OPENING = 3  # words, by which they are told from more of the same
+_FILLERS = {"is", "are", "the", "and", "in", "of", "activation"}
 _ALIKE = 8  # words, below which a sentence is told whole
 
 
@@ -50,9 +51,10 @@ def in_words(hypotheses: Sequence[str]) -> str:
 
 def alternatives(first: str, others: Sequence[str]) -> str:
     """That the first is not told from the others, as a sentence after it: those that open otherwise come first."""
+    others = [other for other in others if not _same(other, first)]
+    of_opening = Counter[tuple[str, ...]]()
     if not others:
         return ""
-    of_opening = Counter[tuple[str, ...]]()
     place = []
     for other in others:
         of_opening[opening := tuple(other.split()[:_OPENING])] += 1
@@ -63,11 +65,19 @@ def alternatives(first: str, others: Sequence[str]) -> str:
     return f". This output does not tell it from: {told}{more}"
 
 
+def _same(sentence: str, first: str) -> bool:
+    """Whether it says no more than the first one, which may be that of a named defect, in other words."""
+    said, told = ({*one.replace(",", "").split()} - _FILLERS for one in (sentence, first))
+    return said <= told
+
+
 def _apart(sentence: str, first: str) -> str:
     """A sentence, or what it says in other words than the first one, if most of its words are the same."""
     words, others = sentence.split(), first.split()
     before = _alike(words, others)
     after = _alike(words[before:][::-1], others[before:][::-1])
+    if len(words) - before - after < _OPENING:  # too few to be read alone
+        before, after = max(before - 1, 0), max(after - 1, 0)
     own = words[before : len(words) - after]
     told = " ".join([*["..."] * bool(before), *own, *["..."] * bool(after)])
     cut = told.count("(") != told.count(")")

@@ -187,7 +187,8 @@ def _values() -> Iterator[tuple[str, Callable[[Tensor], Tensor], float]]:
 def output_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     """The output, the input and the rows between them, taken from another place or written over."""
     # GEMM2's rows are the output's columns, GEMM1's K the input's.
-    for changes, stages in ((_tokens, _F), (_columns, ("fc2", "finalize")), (_values, _F)):
+    # Rows of other tokens are what other rows of the input give, too, where these are routed alike.
+    for changes, stages in ((_tokens, (*_F, "input")), (_columns, ("fc2", "finalize")), (_values, _F)):
         for words, change, cost in changes():
             found = of_output("output", stages, f"in the output {words}", change, cost + 0.2)
             yield replace(found, across_tokens=changes is _tokens)

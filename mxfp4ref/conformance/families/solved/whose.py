@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mxfp4ref._words import shortened
 from mxfp4ref.conformance.comparison import differing
-from mxfp4ref.conformance.families.hypotheses.index_maps import expert_maps
+from mxfp4ref.conformance.families.hypotheses.index_maps import IndexMap, expert_maps
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline, SlotRows, of_slots
 from mxfp4ref.conformance.families.solved.expert_rules import Rule, rules
 from mxfp4ref.conformance.families.solved.other_experts import OtherExperts, with_others
@@ -57,14 +57,21 @@ def whose_hypotheses(
 
         tables = list(_tables(call, group, rows, may, solved))
         fitting = [one for one in rules() if agrees(one[1](call, rows))]
-        maps = (axis.index(call.experts.num_experts)[rows.expert] for axis in expert_maps())
-        if tables and not fitting and not any(map(agrees, maps)):
+        maps = [axis for axis in expert_maps() if agrees(_mapped(axis, call, rows))]
+        for axis in maps:
+            yield _hypothesis(group, group.of(axis.of("expert")), partial(_mapped, axis), axis.cost)
+        if tables and not fitting and not maps:
             fitting += [one for one in _by_number(call, rows, tables[0]) if agrees(one[1](call, rows))]
         for words, rule, cost in fitting:
-            yield _hypothesis(group, words.format(has=group.has), rule, cost)
+            yield _hypothesis(group, f"{group.kind}: {words.format(has=group.has)}", rule, cost)
         for number, table in enumerate(tables):
             of_call = partial(_of_this_call if table.by_rows else _of_any_call, rows, table.whose)
-            yield replace(_hypothesis(group, table.words, of_call, 2.5 + number / 100), table=True)
+            words = f"{group.kind}: {table.words}"
+            yield replace(_hypothesis(group, words, of_call, 2.5 + number / 100), table=True)
+
+
+def _mapped(axis: IndexMap, call: MoeCall, rows: Rows) -> Tensor:
+    return axis.index(call.experts.num_experts)[rows.expert]
 
 
 def whose_evidence(pipeline: Pipeline, slots: SlotRows, got: Tensor, wrong: Tensor) -> Evidence | None:
@@ -148,7 +155,7 @@ def _hypothesis(group: Group, words: str, rule: Rule, cost: float) -> Hypothesis
     def on(slots: SlotRows) -> SlotRows:
         return with_others(slots, group.names, rule(slots.call, Rows.of(slots.local)))
 
-    one = of_slots("another expert's", group.stages, f"{group.kind}: {words}", on, cost)
+    one = of_slots("another expert's", group.stages, words, on, cost)
     return replace(one, across_tokens=True, kind=group.kind)
 
 
