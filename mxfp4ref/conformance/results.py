@@ -28,6 +28,7 @@ __all__ = [
     "now",
 ]
 
+_REASON = 300  # letters of a message that a verdict has
 _REASONS = 5  # that are told of skipped cases
 _TELLING = 4  # failing cases that are named where nothing else is known
 
@@ -235,8 +236,14 @@ class Report(Shown):
             return f" No hypothesis predicts every bit. The best evidence: {found.sentence}{where}."
         if known := found.common or found.where:
             return f" What is wrong is unknown; {known}.{self._most_telling}"
-        unknown = any(r.diagnosis for r in self.results)
-        return f" What is wrong is unknown.{self._most_telling}" if unknown else ""
+        if any(r.diagnosis for r in self.results):
+            return f" What is wrong is unknown.{self._most_telling}"
+        first = next((r for r in self._failing if r.message), None)
+        return (
+            ""
+            if first is None
+            else f" {first.case}: {first.status}: {' '.join(first.message.split())[:_REASON]}."
+        )
 
     @property
     def _most_telling(self) -> str:
