@@ -31,6 +31,7 @@ from mxfp4ref.conformance.families.hypotheses.outputs import (
 )
 from mxfp4ref.conformance.families.hypotheses.permuted import permuted_hypotheses
 from mxfp4ref.conformance.families.hypotheses.preparations import loading_hypotheses, preparation_hypotheses
+from mxfp4ref.conformance.families.hypotheses.prepared_weights import prepared_weight_hypotheses
 from mxfp4ref.conformance.families.hypotheses.quantised import quantised_hypotheses
 from mxfp4ref.conformance.families.hypotheses.regions import k_hypotheses, row_hypotheses, rows_at
 from mxfp4ref.conformance.families.hypotheses.roundings import rounding_hypotheses
@@ -244,7 +245,7 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
     )
     yield wanted(
         chain(
-            of(code_hypotheses, small_weight_hypotheses),
+            of(prepared_weight_hypotheses, code_hypotheses, small_weight_hypotheses),
             rearranged,
             of(decoding_hypotheses, table_hypotheses),
             () if small else hypotheses_of_tiles(call, search.wrong),
