@@ -81,7 +81,7 @@ def step_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
         yield activation_hypothesis(words, as_stage(run), cost)
     for words, function, cost in _sigmoids():
         yield activation_hypothesis(words, SwigluVariant(sigmoid=function), cost)
-    for words, run, cost in _orders(call):
+    for words, run, cost in (*_orders(call), *_sources(call)):
         yield activation_hypothesis(words, as_stage(run), cost)
     if call.activation.id == SWIGLU:
         for alpha, beta, limit in _OF_GPT_OSS:
@@ -213,15 +213,9 @@ def _orders(call: MoeCall) -> Iterator[tuple[str, OfSwiglu, float]]:
     if experts.swiglu_limit is None:
         return
 
-    def halves(x: Tensor, bias: _Maybe) -> tuple[Tensor, Tensor]:
-        value = fp32.widen(x)
-        value = value if bias is None else _add(value, fp32.widen(bias).expand_as(value))
-        up, gate = value.chunk(2, dim=-1)
-        return up, gate
-
     def shifted(again: bool) -> OfSwiglu:
         def run(x: Tensor, bias: _Maybe, alpha: _Maybe, beta: _Maybe, limit: _Maybe) -> Tensor:
-            up, gate = halves(x, bias)
+            up, gate = _halves(x, bias, None)
             if beta is not None and limit is not None:
                 limit = limit.expand_as(up)
                 up = _max(_min(up, limit), -limit) if again else up
@@ -230,29 +224,86 @@ def _orders(call: MoeCall) -> Iterator[tuple[str, OfSwiglu, float]]:
 
         return run
 
-    def apart(of_sigmoid: bool, of_product: bool, of_silu: bool) -> OfSwiglu:
-        """Gate is clamped in these places only."""
-
-        def run(x: Tensor, bias: _Maybe, alpha: _Maybe, beta: _Maybe, limit: _Maybe) -> Tensor:
-            up, gate = halves(x, bias)
-            if limit is None:
-                return swiglu(x, bias, alpha, beta, limit)
-            limit = limit.expand_as(gate)
-            up, clamped = clamp_both(up, gate, limit)
-            scaled = clamped if of_sigmoid else gate
-            scaled = scaled if alpha is None else _mul(scaled, alpha.expand_as(gate))
-            gated = _mul(clamped if of_product else gate, sigmoid(scaled))
-            gated = _min(gated, limit) if of_silu else gated
-            return _mul(gated, up if beta is None else _add(up, beta.expand_as(up)))
-
-        return run
+    def silu_clamped(x: Tensor, bias: _Maybe, alpha: _Maybe, beta: _Maybe, limit: _Maybe) -> Tensor:
+        up, gate = _halves(x, bias, None)
+        if limit is None:
+            return swiglu(x, bias, alpha, beta, limit)
+        limit = limit.expand_as(gate)
+        scaled = gate if alpha is None else _mul(gate, alpha.expand_as(gate))
+        gated = _min(_mul(gate, sigmoid(scaled)), limit)
+        up, _ = clamp_both(up, gate, limit)
+        return _mul(gated, up if beta is None else _add(up, beta.expand_as(up)))
 
     if experts.swiglu_beta is not None:
         yield "beta is added to up before the clamp to the limit, not after it", shifted(False), 1
         yield "up is clamped to the limit again after beta is added", shifted(True), 1.1
-    yield "gate is clamped for the sigmoid only, not where it is multiplied", apart(True, False, False), 1.1
-    yield "gate is clamped where it is multiplied, not for the sigmoid", apart(False, True, False), 1.1
-    yield "silu(gate) is clamped to the limit instead of gate", apart(False, False, True), 1.1
+    yield "silu(gate) is clamped to the limit instead of gate", silu_clamped, 1.1
+
+
+_WHOLE = 1 << 30  # columns, more than there are
+_USES = ("the sigmoid", "the product", "the product's other side")  # of gate, of gate again, and of up
+_Source = Callable[
+    [Tensor, _Maybe, _Maybe], tuple[Tensor, Tensor]
+]  # GEMM1's output, bias and limit to up and gate
+
+
+def _sources(call: MoeCall) -> Iterator[tuple[str, OfSwiglu, float]]:
+    """One of the three uses of up and gate has them from another place or an earlier step."""
+    experts = call.experts
+    sources: list[tuple[str, _Source, float]] = []
+    if experts.fc1_biases is not None:
+        sources.append(("without the fc1 bias", lambda x, _, limit: _halves(x, None, limit), 1.0))
+    if experts.swiglu_limit is not None:
+        sources.append(("without the clamp", lambda x, bias, _: _halves(x, bias, None), 1.0))
+    for block in (2, 4, 8, 16, _WHOLE):
+        for by, words in ((-1, "before"), (1, "after")):
+            if block == 2 and by > 0:
+                continue
+            within = (
+                ""
+                if block == 1 << 30
+                else f" in blocks of {block}, whose {'first' if by < 0 else 'last'} has its own"
+            )
+            sources.append((f"of the column {words} it{within}", _beside(block, by), 1.4))
+    sources.append(("of the other column of its pair", _other_of_pair, 1.4))
+    for use, what in enumerate(("gate", "gate", "up")):
+        for words, source, cost in sources:
+            if use < 2 or "clamp" not in words:
+                yield f"{_USES[use]} takes {what} {words}", _having(use, source), cost + 0.1
+
+
+def _halves(x: Tensor, bias: _Maybe, limit: _Maybe) -> tuple[Tensor, Tensor]:
+    value = fp32.widen(x) if bias is None else _add(fp32.widen(x), fp32.widen(bias).expand_as(x))
+    up, gate = value.chunk(2, dim=-1)
+    return (up, gate) if limit is None else clamp_both(up, gate, limit.expand_as(up))
+
+
+def _beside(block: int, by: int) -> _Source:
+    def source(x: Tensor, bias: _Maybe, limit: _Maybe) -> tuple[Tensor, Tensor]:
+        up, gate = _halves(x, bias, limit)
+        at = torch.arange(up.shape[-1], device=up.device)
+        there = (at + by).clamp(0, len(at) - 1)
+        there = torch.where(there // block == at // block, there, at)
+        return up[..., there], gate[..., there]
+
+    return source
+
+
+def _other_of_pair(x: Tensor, bias: _Maybe, limit: _Maybe) -> tuple[Tensor, Tensor]:
+    up, gate = _halves(x, bias, limit)
+    at = torch.arange(up.shape[-1], device=up.device) ^ 1
+    return up[..., at], gate[..., at]
+
+
+def _having(use: int, source: _Source) -> OfSwiglu:
+    def run(x: Tensor, bias: _Maybe, alpha: _Maybe, beta: _Maybe, limit: _Maybe) -> Tensor:
+        (up, gate), (other_up, other_gate) = _halves(x, bias, limit), source(x, bias, limit)
+        scaled = other_gate if use == 0 else gate
+        gate, up = other_gate if use == 1 else gate, other_up if use == 2 else up
+        scaled = scaled if alpha is None else _mul(scaled, alpha.expand_as(gate))
+        return _mul(_mul(gate, sigmoid(scaled)), up if beta is None else _add(up, beta.expand_as(up)))
+
+    return run
 
 
 def _with(alpha: float, beta: float, limit: float) -> OfSwiglu:
