@@ -40,6 +40,7 @@ from mxfp4ref.conformance.families.solved.skipped_slots import of_skipped_slots
 from mxfp4ref.conformance.families.solved.solved_constants import solved_constant
 from mxfp4ref.conformance.families.solved.tile_sums import tile_sums
 from mxfp4ref.conformance.families.solved.weight_tables import weight_tables
+from mxfp4ref.conformance.families.solved.wrong_experts import wrong_experts
 from mxfp4ref.conformance.families.solved.zero_rows import zero_rows
 from mxfp4ref.conformance.findings.finding import Evidence, counted
 from mxfp4ref.conformance.findings.guarded import guarded, guarded_each
@@ -150,8 +151,12 @@ def _of_space(call: MoeCall, some: list[Sample], *, staged: bool) -> Iterator[Ev
     elif space is not None and not staged:
         biased = call.experts.fc1_biases is not None
         where = space.placed(biased=biased, function=formula is None or formula.explained > _PARTLY)
+        only = guarded(wrong_experts, call, some)
+        words = f"only slots of {only} are off, as far as the errors' sizes say"
         if where:
-            yield where
+            yield replace(where, sentence=f"{where.sentence}; {words}") if only else where
+        elif only:
+            yield Evidence((), words, 1)
 
 
 def _other_function(formula: Formula) -> Evidence:
