@@ -121,6 +121,8 @@ def test_a_case_explained_by_itself_comes_before_what_is_read_off_another_one(pl
     for finding in (causes, replace(causes, cases=(1, 2)), replace(causes, exact=True)):
         assert with_one_case(finding, {"a/few": cases["a/few"]}) == finding
     assert with_one_case(replace(causes, cases=(1, 2)), cases) == replace(causes, cases=(1, 2))
+    special = {"a/special_values": cases["a/case"], "b/other": replace(plain, finding=causes)}
+    assert with_one_case(causes, special) == causes, "much gives the numbers of special values"
 
 
 def test_half_of_the_experts_is_one_kind_whatever_their_number() -> None:

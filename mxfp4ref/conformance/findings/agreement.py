@@ -14,6 +14,7 @@ __all__ = ["agreed", "name_defects", "unrefuted", "with_one_case"]
 
 _MOST_TOLD = 3  # different sentences
 _LEAST = 40  # wrong elements that explain a mistake by themselves
+_SPECIAL_VALUES = re.compile("special|non_finite")  # cases whose numbers many mistakes give, beside others
 _NUMBER = re.compile(r"\d[\d.,]*")
 _RIGHT = (" are right", " is right")
 _BEFORE_FINALIZE = {"input", "fc1", "activation", "fc2"}
@@ -71,7 +72,8 @@ def with_one_case(finding: Finding, diagnoses: Mapping[str, Diagnosis]) -> Findi
 
     What is read off other cases is left out where that may be the same: it names causes which this case refutes.
     """
-    amount = {case: int((d.bins > 0).sum()) for case, d in diagnoses.items() if d.finding.exact}
+    plain = {case: d for case, d in diagnoses.items() if not _SPECIAL_VALUES.search(case)} or diagnoses
+    amount = {case: int((d.bins > 0).sum()) for case, d in plain.items() if d.finding.exact}
     case = max(amount, key=lambda case: amount[case], default="")
     if finding.exact or finding.cases or amount.get(case, 0) < _LEAST:
         return finding
