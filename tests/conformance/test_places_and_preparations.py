@@ -18,6 +18,7 @@ from mxfp4ref.conformance.families.hypotheses.weighting import weight_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, SlotRows, local_of
 from mxfp4ref.conformance.families.places import residue_in_words
 from mxfp4ref.conformance.families.sampled import samples
+from mxfp4ref.conformance.families.solved.row_sources import taken_evidence
 from mxfp4ref.conformance.families.solved.slot_sums import slot_sum_hypotheses
 from mxfp4ref.conformance.families.solved.whose import whose_hypotheses
 from mxfp4ref.conformance.families.solved.wrong_experts import wrong_experts
@@ -108,6 +109,14 @@ def test_experts_that_are_off(kernel: str) -> None:
     some = samples(pipeline, got, differing(got, right("prefill")), local_of(pipeline))
     odd = kernel.endswith("odd_experts")
     assert wrong_experts(pipeline.call, some) == "experts 1, 3, 5, 7 (the odd ones)" * odd
+
+
+def test_rows_beside_them_at_the_end_of_experts() -> None:
+    pipeline, got = prepared(captured("prefill")), of("gather_clamps_one_row_too_early", "prefill")
+    found = taken_evidence(pipeline, SlotRows.of(pipeline), got, differing(got, right("prefill")))
+    assert found is not None
+    assert "(always the row 1 before it among those sorted by expert)" in found.sentence
+    assert "each of these is the last row of its expert" in found.sentence
 
 
 def test_the_plain_rule_of_a_table_of_experts_is_told_first() -> None:

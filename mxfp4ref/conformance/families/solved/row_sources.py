@@ -128,6 +128,21 @@ def taken_evidence(pipeline: Pipeline, slots: SlotRows, got: Tensor, wrong: Tens
             told.append(f"{own} has that of {whose}" if s >= 0 else f"{own} has zeros")
         by = set((token - rows.token[row]).tolist())
         further = f" (always {by.pop():+d} tokens on)" if len(by) == 1 else ""
+        along = set((row - source).tolist()) if one.what != "input" else set()
+        if len(along) == 1 and len(row) > 1 and not further:
+            away = along.pop()
+            way = "before" if away > 0 else "after"
+            further = f" (always the row {abs(away)} {way} it among those sorted by expert)"
+        further += _at_the_end(rows, row)
         words = f"{shortened(told, _LISTED, '; ')}{further}; all else of the tokens solved is right"
         return Evidence.of_kind(stages, kind, words, 4)
     return None
+
+
+def _at_the_end(rows: Rows, row: Tensor) -> str:
+    """Whether these rows are all the first, or all the last, of their expert."""
+    if len(torch.unique(rows.expert[row])) < 2:
+        return ""
+    if bool((rows.position[row] == rows.counts[row] - 1).all()):
+        return "; each of these is the last row of its expert"
+    return "; each of these is the first row of its expert" if not bool(rows.position[row].any()) else ""
