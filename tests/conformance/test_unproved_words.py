@@ -87,7 +87,7 @@ def test_another_order_of_summation_is_no_other_formula() -> None:
     assert "another order" not in str(found)
 
 
-@pytest.mark.parametrize("case", ["gemm/mirrored_hidden_384", "gemm/wide_exponents", "gemm/ordinary"])
+@pytest.mark.parametrize("case", ["gemm/wide_exponents", "gemm/ordinary"])
 def test_nothing_is_named_that_only_gives_zeros(case: str) -> None:
     call = call_of(case)
     want = forward(call)

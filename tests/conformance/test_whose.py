@@ -133,6 +133,7 @@ def test_a_table_up_to_roundings_is_evidence() -> None:
     assert f"GEMM2's scales are {TABLE}; all else of the tokens solved is right" == found.sentence
 
 
+@pytest.mark.slow
 def test_a_rule_of_one_case_that_another_refutes_is_withdrawn() -> None:
     """In both calls experts have those of others, in one of them by chance those of the one before."""
     one, other = captured("prefill"), captured("equal_weights")
