@@ -65,8 +65,8 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def named() -> Report:
-    goldens = open_goldens()
-    return run("defect:ep_sentinel_aliases", [goldens.load(name) for name in CASES], Options(repeat=False))
+    cases = [open_goldens().load(name) for name in CASES]
+    return run("defect:ep_sentinel_aliases", cases, Options(repeat=False, diagnosis="quick"))
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,8 @@ def test_the_verdict_comes_first_with_the_thread_and_the_command(html: str, name
     assert "mxfp4ref conform defect:ep_sentinel_aliases" in head
     assert {"href": "https://github.com/vllm-project/vllm/issues/42034", "rel": "noreferrer"} in page.all("a")
     assert (
-        "conform defect:ep_sentinel_aliases --no-repeat --case parallel/sentinels_on_rank_3_of_4" in page.text
+        "conform defect:ep_sentinel_aliases --diagnosis quick --no-repeat --case parallel/sentinels_on_rank_3_of_4"
+        in page.text
     )
     assert page.text.index("tokens without an expert") < page.text.index("output at [1, 0]")
 

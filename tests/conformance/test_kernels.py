@@ -336,7 +336,8 @@ class TestFlashinfer:
         )
         cases = [case for case in map(GOLDENS.load, GOLDENS.names()) if case.kind == "w4a8"]
         assert len(cases) >= 7
-        report = run("flashinfer-w4a8", cases, device="cpu", isolate=False)
+        options = Options(diagnosis="quick")
+        report = run("flashinfer-w4a8", cases, options, device="cpu", isolate=False)
         assert report.ok != wrong
         assert {result.status for result in report.results} == ({"differs"} if wrong else {"equal"})
         if wrong:

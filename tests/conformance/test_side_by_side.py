@@ -150,7 +150,12 @@ def test_diagnoses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_progress_sees_a_quick_diagnosis() -> None:
     seen: list[CaseResult] = []
-    report = run("defect:last_slot_dropped", cases()[:1], Options(repeat=False), progress=seen.append)
+    report = run(
+        "defect:last_slot_dropped",
+        cases()[:1],
+        Options(repeat=False, diagnosis="quick"),
+        progress=seen.append,
+    )
     assert seen[0].diagnosis is not None
     assert report.defects == ("last_slot_dropped",)
 
