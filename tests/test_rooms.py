@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,14 +21,18 @@ FLOORS = (
 )
 ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = {path: path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
-TREES = {path: ast.parse(text) for path, text in MODULES.items()}
 # The command's entry point, and the names that `import mxfp4ref` offers.
 DOORS = ("__init__", "__main__")
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(MODULES[path])
+
+
 def imports_of(path: Path) -> Iterator[tuple[int, str]]:
     """Line and full name of everything of this package that a module imports, inside functions too."""
-    for node in ast.walk(TREES[path]):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: a relative import"
             for alias in node.names:
@@ -78,8 +83,8 @@ _FROM_FILES = {
 def test_choices_are_literal_types() -> None:
     """What is one of a few words says in its type which: an editor completes them, mypy refuses others."""
     wide = set()
-    for path, tree in TREES.items():
-        for scope in ast.walk(tree):
+    for path in MODULES:
+        for scope in ast.walk(tree_of(path)):
             if not isinstance(scope, ast.FunctionDef | ast.ClassDef):
                 continue
             fields = [node for node in ast.iter_child_nodes(scope) if isinstance(node, ast.AnnAssign)]
