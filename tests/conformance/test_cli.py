@@ -119,6 +119,7 @@ def test_a_verdict_on_the_built_in_cases_says_of_how_many_they_are_and_how_to_ge
     assert FETCH in invoke("show", "gemm/ordinary", "--goldens", tmp_path).output
 
 
+@pytest.mark.usefixtures("patient")
 def test_conform_fails_names_the_defect_and_writes_everything(tmp_path: Path) -> None:
     files = {kind: tmp_path / f"r.{kind}" for kind in ("json", "junit", "html")}
     options = [x for kind, path in files.items() for x in (f"--{kind}", path)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -21,10 +20,8 @@ from mxfp4ref.conformance import (
     run,
     run_case,
 )
-from mxfp4ref.conformance.families import engine
 from mxfp4ref.conformance.findings.agreement import name_defects
 from mxfp4ref.conformance.kernels.stand_ins import defect_outputs
-from mxfp4ref.conformance.looking import SECONDS
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.goldens import Case, open_goldens
 from tests.helpers import layers, usual
@@ -62,20 +59,17 @@ def small_cases() -> list[Case]:
 
 
 @pytest.mark.parametrize("name", usual.first(6, NAMED))
-def test_defects_are_named(name: str, small_cases: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
-    """On two of the cases that are there for it; `tools/tables/confusion_table.py` does all defects on all cases.
-
-    Without the families that are nothing but more hypotheses of other mistakes.
-    """
+@pytest.mark.usefixtures("patient")
+def test_defects_are_named(name: str, small_cases: list[Case]) -> None:
+    """On two of the cases that are there for it; `tools/tables/confusion_table.py` does all defects on all cases."""
     cases = [case for case in small_cases if name in case.catches][:2]
-    monkeypatch.setattr(engine, "_PLAIN", ())
-    monkeypatch.setitem(SECONDS, "quick", math.inf)
     options = Options(repeat=False, diagnosis="quick")
     report = run(f"defect:{name}", cases, options)
     assert not report.ok
     assert name in report.defects
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_defect_that_confuses_experts_is_named_although_few_are_kept() -> None:
     case = GOLDENS.load("gemm/uneven_experts")
     assert case.experts.num_experts > case.call().top_k
@@ -120,6 +114,7 @@ def test_an_unnamed_mistake_gets_places_and_a_stage(unnamed: Report) -> None:
     assert int(result.diagnosis.mask.sum()) == result.differing == sum(n for _, n in result.diagnosis.ulps)
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_finding_on_few_elements_says_that_they_are(case: Case) -> None:
     found = result_of("defect:bf16_finalize", case).diagnosis
     assert found is not None
@@ -129,6 +124,7 @@ def test_a_finding_on_few_elements_says_that_they_are(case: Case) -> None:
     assert "finding (every wrong bit, but 2 are few: another mistake may give the same)" in str(few)
 
 
+@pytest.mark.usefixtures("patient")
 def test_exposed_stages_are_compared() -> None:
     result = result_of("tests.helpers.kernels_under_test:with_trace", first_tokens(SMALL, 2))
     assert result.diagnosis is not None

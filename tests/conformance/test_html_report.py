@@ -27,6 +27,7 @@ from mxfp4ref.conformance.reports.report import to_json, to_junit
 from mxfp4ref.conformance.reports.report_text import to_text
 from mxfp4ref.goldens import open_goldens
 from tests.helpers.kernels_under_test import good
+from tests.helpers.patience import be_patient
 
 CASES = ("parallel/sentinels_on_rank_3_of_4", "finalize/slot_order", "layout/swap_halves")
 
@@ -66,7 +67,9 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def named() -> Report:
     cases = [open_goldens().load(name) for name in CASES]
-    return run("defect:ep_sentinel_aliases", cases, Options(repeat=False, diagnosis="quick"))
+    with pytest.MonkeyPatch.context() as patch:
+        be_patient(patch)
+        return run("defect:ep_sentinel_aliases", cases, Options(repeat=False, diagnosis="quick"))
 
 
 @pytest.fixture(scope="module")

@@ -320,6 +320,7 @@ class TestFlashinfer:
         with pytest.raises(KernelError, match="needs a CUDA device"):
             load_kernel("flashinfer")
 
+    @pytest.mark.usefixtures("patient")
     @pytest.mark.parametrize("wrong", [False, True])
     def test_fp8_activations(self, wrong: bool) -> None:
         def w4a8(*, enable_pdl: bool, use_wfp4afp8_humming: bool, **arguments: Any) -> list[Any]:

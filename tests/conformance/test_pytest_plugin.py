@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from mxfp4ref.conformance import diagnosing
-from mxfp4ref.conformance.families import engine
 from mxfp4ref.conformance.isolation import worker
 from mxfp4ref.conformance.kernels.adapters import KernelError
 from mxfp4ref.conformance.reports import html_report
@@ -43,6 +42,7 @@ def test_collects_a_test_for_each_case(pytester: pytest.Pytester) -> None:
     result.stdout.fnmatch_lines(["mxfp4::finalize/slot_order PASSED*", "mxfp4::layout/swap_halves PASSED*"])
 
 
+@pytest.mark.usefixtures("patient")
 def test_failure_is_the_diagnosis_and_other_kinds_are_skipped(pytester: pytest.Pytester) -> None:
     kernel = "--mxfp4-kernel=defect:last_slot_dropped"
     result = pytester.runpytest(kernel, "--mxfp4-diagnosis=quick", *ARGUMENTS)
@@ -66,12 +66,12 @@ def test_failure_is_the_diagnosis_and_other_kinds_are_skipped(pytester: pytest.P
     result.stdout.no_fnmatch_line("*Traceback*")
 
 
+@pytest.mark.usefixtures("patient")
 def test_the_verdict_is_of_all_failures_together_as_in_conform(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is no vote of what was found for each case by itself: here that is nothing."""
     monkeypatch.setattr(diagnosing, "diagnosed", lambda result, failed, diagnosis: result)
-    monkeypatch.setattr(engine, "_PLAIN", ())  # nor does it need hypotheses that have no name
     cases = ("mxfp4::finalize/slot_order", "mxfp4::finalize/cancelling_experts")
     kernel = "--mxfp4-kernel=defect:bf16_finalize"
     result = pytester.runpytest(kernel, *cases)

@@ -314,6 +314,7 @@ def test_a_diagnosis_that_fails_costs_no_result(tmp_path: Path, monkeypatch: pyt
     assert first.message.startswith("no diagnosis: ValueError: of the kit")
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_known_defect_is_named(tmp_path: Path) -> None:
     recorded.write_call(tmp_path, SMALL_CALL, get_defect("bf16_finalize").run(SMALL))
     result = only(report := replay(tmp_path, ReplayOptions(diagnosis="quick")))
@@ -648,6 +649,7 @@ def test_a_graph_whose_whole_tokens_differ_says_that_it_cannot_tell(tmp_path: Pa
     assert only(replay(tmp_path / "eager", COMPARE_ONLY)).status == "differs"
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_wrong_kernel_in_a_graph_is_still_wrong(tmp_path: Path) -> None:
     in_graph("safetensors", tmp_path, (SM90_CALL, flipped(EXPECTED, 2, 3)))
     assert only(replay(tmp_path, COMPARE_ONLY)).status == "differs"

@@ -18,7 +18,6 @@ from mxfp4ref.conformance import suite as conformance
 from mxfp4ref.conformance.bounds.call_bounds import bound
 from mxfp4ref.conformance.comparison import differing, ulp_distance
 from mxfp4ref.conformance.diagnosis import diagnose
-from mxfp4ref.conformance.families import engine
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.formats import layout, mxfp4, quantize, resize
 from mxfp4ref.formats.experts import Experts
@@ -322,9 +321,9 @@ def test_constants_made_in_all_modes_at_once() -> None:
         forget_constants()
 
 
-def test_diagnosis(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In all modes at once: named defects and what is solved for; other families are run by the same forward."""
-    monkeypatch.setattr(engine, "_PLAIN", ())
+@pytest.mark.usefixtures("patient")
+def test_diagnosis() -> None:
+    """In all modes at once."""
     experts = layers.random_experts(14, num_experts=2, parameters=("swiglu_limit",))
     call = layers.random_call(14, experts, tokens=2, top_k=1)
     wrong, right = ({"output": f(call)} for f in (DEFECTS["limit_ignored"].run, moe.forward))
