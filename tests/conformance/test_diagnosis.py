@@ -124,7 +124,6 @@ def test_a_finding_on_few_elements_says_that_they_are(case: Case) -> None:
     assert "finding (every wrong bit, but 2 are few: another mistake may give the same)" in str(few)
 
 
-@pytest.mark.usefixtures("patient")
 def test_exposed_stages_are_compared() -> None:
     result = result_of("tests.helpers.kernels_under_test:with_trace", first_tokens(SMALL, 2))
     assert result.diagnosis is not None
