@@ -18,6 +18,7 @@ from hypothesis import settings
 from mxfp4ref.conformance import heartbeat
 from mxfp4ref.goldens.manifest import write_builtin
 from tests.helpers import forked
+from tests.helpers.patience import be_patient
 
 torch.set_num_threads(1)
 # Tests send these, and a suite in a shell's background or under nohup ignores them.
@@ -41,6 +42,12 @@ def builtin_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # Tests do not depend on how fast a machine is; those of the sign of life set it themselves.
 heartbeat.SILENCE = 1e6
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """See `tests/helpers/patience.py`."""
+    be_patient(monkeypatch)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,19 @@ FLOORS = (
     ("engine",),
 )
 ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+MODULES = {path: path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
 # The command's entry point, and the names that `import mxfp4ref` offers.
 DOORS = ("__init__", "__main__")
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(MODULES[path])
+
+
 def imports_of(path: Path) -> Iterator[tuple[int, str]]:
     """Line and full name of everything of this package that a module imports, inside functions too."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: a relative import"
             for alias in node.names:
@@ -40,9 +47,7 @@ def test_every_folder_is_a_room() -> None:
     assert folders == set(ROOMS)
 
 
-@pytest.mark.parametrize(
-    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.relative_to(PACKAGE).as_posix()
-)
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
 def test_imports_point_down(path: Path) -> None:
     inside = path.relative_to(PACKAGE)
     if len(inside.parts) == 1 and inside.stem in DOORS:
@@ -64,11 +69,8 @@ def test_imports_point_down(path: Path) -> None:
             )
 
 
-@pytest.mark.parametrize(
-    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.relative_to(PACKAGE).as_posix()
-)
-def test_no_module_is_long(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 350
+def test_no_module_is_long() -> None:
+    assert [path.name for path, text in MODULES.items() if len(text.splitlines()) > 350] == []
 
 
 # Their names come out of files, and are checked where they are read.
@@ -81,8 +83,8 @@ _FROM_FILES = {
 def test_choices_are_literal_types() -> None:
     """What is one of a few words says in its type which: an editor completes them, mypy refuses others."""
     wide = set()
-    for path in sorted(PACKAGE.rglob("*.py")):
-        for scope in ast.walk(ast.parse(path.read_text())):
+    for path in MODULES:
+        for scope in ast.walk(tree_of(path)):
             if not isinstance(scope, ast.FunctionDef | ast.ClassDef):
                 continue
             fields = [node for node in ast.iter_child_nodes(scope) if isinstance(node, ast.AnnAssign)]

@@ -84,6 +84,7 @@ def test_alternatives_that_open_otherwise_are_told_before_more_of_the_same() -> 
     assert in_words(("A", *limits, "B", "C")) == f"A{TOLD_FROM}{limits[0]}; B; C and 3 more"
 
 
+@pytest.mark.slow
 def test_what_has_a_name_is_told_with_what_has_none_and_predicts_the_same(plain: Diagnosis) -> None:
     """Two experts with the same weights: the parameters of the first one, or its slots, as of ids read wrongly."""
 
@@ -125,6 +126,7 @@ def test_a_case_explained_by_itself_comes_before_what_is_read_off_another_one(pl
     assert with_one_case(causes, special) == causes, "much gives the numbers of special values"
 
 
+@pytest.mark.slow
 def test_half_of_the_experts_is_one_kind_whatever_their_number() -> None:
     """As of those in the second file of a checkpoint: two of four experts in one case, one of three in the other."""
 

@@ -119,10 +119,12 @@ def test_a_verdict_on_the_built_in_cases_says_of_how_many_they_are_and_how_to_ge
     assert FETCH in invoke("show", "gemm/ordinary", "--goldens", tmp_path).output
 
 
+@pytest.mark.usefixtures("patient")
 def test_conform_fails_names_the_defect_and_writes_everything(tmp_path: Path) -> None:
     files = {kind: tmp_path / f"r.{kind}" for kind in ("json", "junit", "html")}
     options = [x for kind, path in files.items() for x in (f"--{kind}", path)]
     cases = ("--case", SMALL, "--case", "finalize/cancelling_experts", "--case", "layout/swap*")
+    options += ["--diagnosis", "quick"]
     result = invoke("conform", "defect:bf16_finalize", *cases, "--dump", tmp_path / "d", *options)
     assert result.exit_code == 1
     assert "finalize/slot_order: differs in" in result.output

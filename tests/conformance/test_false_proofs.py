@@ -140,6 +140,7 @@ def test_a_flipped_bit_is_no_row_of_gemm2() -> None:
     assert found.finding.sentence.startswith("a single element differs, [0, 3]: damaged")
 
 
+@pytest.mark.slow
 def test_a_code_read_as_another_in_one_gemm() -> None:
     def zeroed(call: MoeCall) -> Tensor:
         codes = unpack_codes(call.experts.fc1_weights)

@@ -9,6 +9,7 @@ import errno
 import io
 import json
 import os
+import subprocess
 import sys
 import time
 import warnings
@@ -45,13 +46,14 @@ from mxfp4ref.conformance.reports.html_report import to_html
 from mxfp4ref.conformance.reports.report import to_json, to_junit
 from mxfp4ref.conformance.reports.report_text import to_text
 from mxfp4ref.goldens import Case, open_goldens
-from tests.helpers import hostile_kernels
+from tests.helpers import forked, hostile_kernels
 from tests.helpers.hostile_files import CHECKOUT
 
 GOLDENS = open_goldens()
 SPEC = "tests.helpers.hostile_kernels:chosen"
 OPTIONS = Options(timeout=30, diagnosis="none")
 QUICK = Options(timeout=1, diagnosis="none")
+ONCE = Options(timeout=30, diagnosis="none", repeat=False)
 
 PUT_BACK = "which was put back"
 # What a kernel does; the status; words of the message. The same, isolated or not.
@@ -249,7 +251,10 @@ def choice(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def worker(choice: Path) -> Iterator[Worker]:
-    with Worker(SPEC) as process:
+    with pytest.MonkeyPatch.context() as patch:  # for this process only: some tests need fresh ones
+        patch.setattr(subprocess, "Popen", forked.ForkingPopen)
+        process = Worker(SPEC)
+    with process:
         yield process
 
 
@@ -283,7 +288,7 @@ def test_isolated(name: str, status: str, message: str, case: Case, choice: Path
     assert_reported(result, status, message)
     if status not in ("equal", "differs"):
         assert_renders(result)
-    assert isolated("wrong", case, choice, worker).differing == 1  # nothing is left behind
+    assert isolated("wrong", case, choice, worker, ONCE).differing == 1  # nothing is left behind
 
 
 @pytest.mark.parametrize(("name", "status", "message"), EVERYWHERE)
@@ -300,7 +305,7 @@ def test_in_this_process(name: str, status: str, message: str, case: Case) -> No
         torch.get_rng_state().tolist(),
     )
     assert importing == (*sys.meta_path, *sys.path_hooks, warnings.showwarning)
-    assert run_case(load_kernel(hostile_kernels.wrong), case, OPTIONS).differing == 1
+    assert run_case(load_kernel(hostile_kernels.wrong), case, ONCE).differing == 1
 
 
 @pytest.mark.parametrize(("name", "replaced"), REPLACING)
@@ -323,6 +328,7 @@ def test_what_cannot_be_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert restore() == "the working directory for good"
 
 
+@pytest.mark.usefixtures("copied_processes")
 def test_state_between_cases(choice: Path) -> None:
     """Right alone, and wrong after another case: that is seen, and said."""
     goldens = open_goldens()
@@ -336,6 +342,7 @@ def test_state_between_cases(choice: Path) -> None:
     )
 
 
+@pytest.mark.usefixtures("copied_processes")
 def test_the_need_of_memory_is_told(case: Case, choice: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the system has killed the process, and of layers of whole size before that."""
     monkeypatch.setattr(running, "free", lambda: 3 << 28)
@@ -590,6 +597,7 @@ def test_a_signature_that_raises(case: Case) -> None:
     assert run_case(kernel, case).status == "equal"
 
 
+@pytest.mark.usefixtures("copied_processes")
 def test_no_room_for_a_process(case: Case, choice: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At first it is a fault of the environment; after a crash it costs that case, not the report."""
 

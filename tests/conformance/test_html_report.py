@@ -27,6 +27,7 @@ from mxfp4ref.conformance.reports.report import to_json, to_junit
 from mxfp4ref.conformance.reports.report_text import to_text
 from mxfp4ref.goldens import open_goldens
 from tests.helpers.kernels_under_test import good
+from tests.helpers.patience import be_patient
 
 CASES = ("parallel/sentinels_on_rank_3_of_4", "finalize/slot_order", "layout/swap_halves")
 
@@ -65,8 +66,10 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def named() -> Report:
-    goldens = open_goldens()
-    return run("defect:ep_sentinel_aliases", [goldens.load(name) for name in CASES], Options(repeat=False))
+    cases = [open_goldens().load(name) for name in CASES]
+    with pytest.MonkeyPatch.context() as patch:
+        be_patient(patch)
+        return run("defect:ep_sentinel_aliases", cases, Options(repeat=False, diagnosis="quick"))
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +106,8 @@ def test_the_verdict_comes_first_with_the_thread_and_the_command(html: str, name
     assert "mxfp4ref conform defect:ep_sentinel_aliases" in head
     assert {"href": "https://github.com/vllm-project/vllm/issues/42034", "rel": "noreferrer"} in page.all("a")
     assert (
-        "conform defect:ep_sentinel_aliases --no-repeat --case parallel/sentinels_on_rank_3_of_4" in page.text
+        "conform defect:ep_sentinel_aliases --diagnosis quick --no-repeat --case parallel/sentinels_on_rank_3_of_4"
+        in page.text
     )
     assert page.text.index("tokens without an expert") < page.text.index("output at [1, 0]")
 

@@ -88,6 +88,7 @@ def test_nothing_is_known_of_most(factor: float) -> None:
     assert factor_in_words(factor, [weighted(1.0)]) == ""
 
 
+@pytest.mark.slow
 def test_a_diagnosis_says_it(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = time.thread_time
     monkeypatch.setattr("time.thread_time", lambda: clock() / 6)  # quick, on a busy machine too

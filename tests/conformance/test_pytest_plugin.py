@@ -28,6 +28,8 @@ ARGUMENTS = (
     "layout/swap_halves",
 )
 
+COPIED = ("-W", "ignore:Module already imported")  # a process that is a copy has imported the plugin
+
 
 @pytest.fixture(autouse=True)
 def _ini(pytester: pytest.Pytester) -> None:
@@ -40,8 +42,10 @@ def test_collects_a_test_for_each_case(pytester: pytest.Pytester) -> None:
     result.stdout.fnmatch_lines(["mxfp4::finalize/slot_order PASSED*", "mxfp4::layout/swap_halves PASSED*"])
 
 
+@pytest.mark.usefixtures("patient")
 def test_failure_is_the_diagnosis_and_other_kinds_are_skipped(pytester: pytest.Pytester) -> None:
-    result = pytester.runpytest("--mxfp4-kernel=defect:last_slot_dropped", *ARGUMENTS)
+    kernel = "--mxfp4-kernel=defect:last_slot_dropped"
+    result = pytester.runpytest(kernel, "--mxfp4-diagnosis=quick", *ARGUMENTS)
     result.assert_outcomes(failed=1, skipped=1)
     result.stdout.fnmatch_lines(
         ["*slot_order: differs in *", "*last_slot_dropped predicts exactly these bits*"]
@@ -52,7 +56,7 @@ def test_failure_is_the_diagnosis_and_other_kinds_are_skipped(pytester: pytest.P
             "  first: output at [[]0, 0]: *",
             "  feeds it: input[[]0[]]: *",
             "  feeds it: slot 0: *",
-            "  again: mxfp4ref conform defect:last_slot_dropped --case finalize/slot_order *",
+            "  again: mxfp4ref conform defect:last_slot_dropped --diagnosis quick --case finalize/slot_order *",
             "*= mxfp4ref =*",
             "defect:last_slot_dropped does not conform: 1 of 1 case fails, of the goldens' *",
             "1 skipped, of kinds that it does not run.",
@@ -62,6 +66,7 @@ def test_failure_is_the_diagnosis_and_other_kinds_are_skipped(pytester: pytest.P
     result.stdout.no_fnmatch_line("*Traceback*")
 
 
+@pytest.mark.usefixtures("patient")
 def test_the_verdict_is_of_all_failures_together_as_in_conform(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,6 +81,7 @@ def test_the_verdict_is_of_all_failures_together_as_in_conform(
     result.stdout.no_fnmatch_line("*Every wrong bit*")
 
 
+@pytest.mark.usefixtures("copied_processes")
 def test_a_kernel_that_cannot_be_loaded_is_told_and_nothing_else(pytester: pytest.Pytester) -> None:
     result = pytester.runpytest("--mxfp4-kernel=plain:nowhere:f", *ARGUMENTS)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
@@ -198,7 +204,8 @@ def test_keyword_expression_and_junit(pytester: pytest.Pytester) -> None:
 def test_xdist_with_ids_and_a_report(pytester: pytest.Pytester) -> None:
     pytest.importorskip("xdist")
     ids = ("mxfp4::routing/mixtral_ties", "mxfp4::layout/swap_halves")
-    arguments = ("--mxfp4-kernel=defect:renorm_missing", "-n", "1", "--mxfp4-html=r.html", *ids)
+    kernel = ("--mxfp4-kernel=defect:renorm_missing", "--mxfp4-diagnosis=quick")
+    arguments = (*kernel, "-n", "1", "--mxfp4-html=r.html", *ids)
     result = pytester.runpytest_subprocess(*arguments)
     result.assert_outcomes(failed=1, skipped=1)
     result.stdout.fnmatch_lines(["*Every wrong bit is that of renorm_missing*", "report: *r.html"])
@@ -296,13 +303,14 @@ def test_a_kernel_that_ends_its_process_fails(pytester: pytest.Pytester) -> None
     result.stdout.fnmatch_lines(["*slot_order: crashed: *ended without a result: exit code 0*"])
 
 
+@pytest.mark.usefixtures("copied_processes")
 def test_a_kernel_that_ends_pytests_own_process_fails(pytester: pytest.Pytester) -> None:
     """And one that does not has the exit code, and the output, of a session that nobody watches."""
     pytester.makepyfile(
         ends="import os\n\ndef f(**arguments): os._exit(0)\n",
         raises="import os\n\ndef f(**arguments): raise ValueError(os.getppid())\n",
     )
-    arguments = ("--mxfp4-no-isolate", *ARGUMENTS)
+    arguments = (*COPIED, "--mxfp4-no-isolate", *ARGUMENTS)
     result = pytester.runpytest_subprocess("--mxfp4-kernel=ends:f", *arguments)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stderr.fnmatch_lines(["The kernel does not conform: it ended its process (exit code 0) before*"])
@@ -390,9 +398,10 @@ def test_a_session_that_is_ended_by_sigterm_has_a_verdict_and_a_report(pytester:
     assert "interrupted, no verdict" in (pytester.path / "r.html").read_text()
 
 
+@pytest.mark.usefixtures("copied_processes")
 def test_a_long_case_is_told_on_stderr(pytester: pytest.Pytester) -> None:
     """Past pytest's capture; the silence is made short, the case is as long as it is."""
     pytester.makeconftest("from mxfp4ref.conformance import heartbeat\nheartbeat.SILENCE = 0.001\n")
-    result = pytester.runpytest_subprocess("--mxfp4-kernel=oracle", *ARGUMENTS)
+    result = pytester.runpytest_subprocess("--mxfp4-kernel=oracle", *COPIED, *ARGUMENTS)
     result.assert_outcomes(passed=2)
     assert "s] mxfp4::finalize/slot_order" in result.stderr.str()

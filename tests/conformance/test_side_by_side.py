@@ -148,9 +148,15 @@ def test_diagnoses(monkeypatch: pytest.MonkeyPatch) -> None:
         Options(diagnosis="deep")
 
 
+@pytest.mark.usefixtures("patient")
 def test_progress_sees_a_quick_diagnosis() -> None:
     seen: list[CaseResult] = []
-    report = run("defect:last_slot_dropped", cases()[:1], Options(repeat=False), progress=seen.append)
+    report = run(
+        "defect:last_slot_dropped",
+        cases()[:1],
+        Options(repeat=False, diagnosis="quick"),
+        progress=seen.append,
+    )
     assert seen[0].diagnosis is not None
     assert report.defects == ("last_slot_dropped",)
 

@@ -124,10 +124,11 @@ def of_another_slot(call: MoeCall, target: int, source: int) -> Tensor:
     return forward(replace(call, token_final_scales=weights))
 
 
+@pytest.mark.usefixtures("patient")
 def test_the_weight_of_another_slot_is_said_to_be_that_slots() -> None:
     call = captured("prefill")
     got, want = of_another_slot(call, 2, 3), forward(call)
-    found = diagnose("moe", call, {"output": got}, {"output": want}).finding
+    found = diagnose("moe", call, {"output": got}, {"output": want}, diagnosis="quick").finding
     assert (found.sentence, found.stages, found.exact) == (
         "slot 2's routing weight is slot 3's",
         ("finalize",),

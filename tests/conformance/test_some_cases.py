@@ -143,6 +143,7 @@ def test_names_and_hypotheses_share_the_limit_of_a_call_of_real_size(monkeypatch
     assert given == [12.0]
 
 
+@pytest.mark.slow
 def test_a_plain_case_is_searched_where_no_other_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jury, "_SEARCHED", 0)
     noise = [failure(case, torch.randn_like(failure(case).got)) for case in (ALIKE, OTHER)]

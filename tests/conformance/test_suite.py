@@ -218,8 +218,9 @@ def test_torch_reference_fails_exact_and_passes_bounded() -> None:
     assert all(r.outside == 0 for r in bounded.results)
 
 
+@pytest.mark.usefixtures("patient")
 def test_bounded_catches_a_mistake(case: Case) -> None:
-    report = run("defect:last_slot_dropped", [case], Options(mode="bounded"))
+    report = run("defect:last_slot_dropped", [case], Options(mode="bounded", diagnosis="quick"))
     assert report.results[0].status == "outside bounds"
     assert report.defects == ("last_slot_dropped",)
 

@@ -120,7 +120,8 @@ def test_the_first_id_of_the_next_rank_has_words() -> None:
     ids = call.token_selected_experts
     pipeline = prepared(call)
     got = layer(call, local=lambda right: torch.where(ids == 12, 0, right))
-    named = [h for h in slot_hypotheses(call) if not differing(h.run(pipeline), got).any()]
+    asked = (h for h in slot_hypotheses(call) if "first id" in h.words)
+    named = [h for h in asked if not differing(h.run(pipeline), got).any()]
     assert (
         "slots with the first id of the next rank, to be skipped, are computed by the rank's first expert"
         in [h.words for h in named]

@@ -21,6 +21,7 @@ from mxfp4ref.conformance.families.telling import told
 from tests.held_out_kernels.by_hand import Rows, layer, with_experts
 from tests.held_out_kernels.calls import captured
 from tests.held_out_kernels.definition import load_all
+from tests.helpers import usual
 
 Kernel = Callable[[MoeCall], Tensor]
 ODD = torch.tensor([3, 0, 7, 1, 4, 6, 2, 5])  # an order of 8 experts that no rule gives
@@ -65,22 +66,20 @@ TABLE = (
 
 @pytest.mark.parametrize(
     ("kernel", "name", "words"),
-    [
+    usual.first(4, [
         (having("fc1_scales"), "prefill", f"GEMM1's scales are {TABLE}"),
+        (having("fc1_biases", "swiglu_beta"), "gpt_oss", ""),
+        (multiplied(last_rows_expert), "prefill", "each tile of 32 sorted rows, which may hold rows of several"),
+        (by("experts_stacked_by_sorted_names"), "many_experts", BY_NAME),
         (having("fc1_weights"), "equal_weights", f"GEMM1's weights (codes without the scales) are {TABLE}"),
         (having("fc2_weights", "fc2_scales"), "prefill", f"GEMM2's weights with their scales are {TABLE}"),
         (having("fc2_biases"), "gpt_oss", f"the fc2 biases are {TABLE}"),
         (having("swiglu_alpha"), "gpt_oss", f"the SwiGLU alpha are {TABLE}"),
-        (having("fc1_biases", "swiglu_beta"), "gpt_oss", ""),
         (multiplied(second_tile), "prefill", "in its rows 8 to 15 expert 0 has those of expert 3, 1 of 0"),
-        (multiplied(last_rows_expert), "prefill", "each tile of 32 sorted rows, which may hold rows of several"),
-        (by("experts_stacked_by_sorted_names"), "many_experts", BY_NAME),
         (by("expert_ids_of_another_block_size"), "prefill", "padded to blocks of 16, and a row has those of"),
-        pytest.param(by("alpha_by_slot"), "gpt_oss",
-                     "the SwiGLU alpha are those of other experts: they are indexed by the", marks=pytest.mark.slow),
-        pytest.param(by("experts_beyond_eight_are_the_first"), "many_experts",
-                     "expert 8 is replaced by expert 0, 9 by 0, 10 b", marks=pytest.mark.slow),
-    ],
+        (by("alpha_by_slot"), "gpt_oss", "the SwiGLU alpha are those of other experts: they are indexed by the"),
+        (by("experts_beyond_eight_are_the_first"), "many_experts", "expert 8 is replaced by expert 0, 9 by 0, 10 b"),
+    ]),
 )  # fmt: skip
 def test_whose_tensors_are_solved(kernel: Kernel, name: str, words: str) -> None:
     call = captured(name)
@@ -133,6 +132,7 @@ def test_a_table_up_to_roundings_is_evidence() -> None:
     assert f"GEMM2's scales are {TABLE}; all else of the tokens solved is right" == found.sentence
 
 
+@pytest.mark.slow
 def test_a_rule_of_one_case_that_another_refutes_is_withdrawn() -> None:
     """In both calls experts have those of others, in one of them by chance those of the one before."""
     one, other = captured("prefill"), captured("equal_weights")

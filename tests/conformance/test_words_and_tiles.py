@@ -137,6 +137,7 @@ def test_scales_in_a_smaller_format() -> None:
     assert search.run(h for h in every if "GEMM2's scales are kept in FP8 (float8_e4m3fn)" in h.words)
 
 
+@pytest.mark.slow
 def test_none_of_them_is_noise() -> None:
     call = captured("prefill")
     want = forward(call)

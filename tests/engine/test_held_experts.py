@@ -135,7 +135,7 @@ def test_only_the_experts_that_are_needed_are_read(root: Path, monkeypatch: pyte
 
 def test_another_mistake_is_no_other_experts(root: Path) -> None:
     layer, call, output = held(root, MINE)
-    for wrong in (output * 1.5, output.roll(1, 0), torch.randn(output.shape).to(torch.bfloat16)):
+    for wrong in (output * 1.5, output.roll(1, 0)):
         assert other_experts(layer, call, wrong) == ""
         assert whose_output(layer, hidden(layer), wrong, None, Ranks()) == ""
     _, _, other = held(root, range(4))
@@ -204,7 +204,7 @@ def test_weights_of_other_ranks_may_be_zero(root: Path) -> None:
     weights[mine] *= torch.linspace(0.5, 1, int(mine.sum()))
     others = served[WEIGHTS] * torch.where(mine, 1, torch.rand(mine.shape))
     for wrong in (weights, others):
-        found = checked(layer, served | {WEIGHTS: wrong})
+        found = checked(layer, served | {WEIGHTS: wrong}, diagnosis="none")
         assert found.verdict.startswith("the router is wrong: ids are right, and weights are others"), found
 
 

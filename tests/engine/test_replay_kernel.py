@@ -37,6 +37,7 @@ def test_the_output_is_the_kernels(wrong: Path) -> None:
     assert one.ok
 
 
+@pytest.mark.usefixtures("copied_processes")
 def test_a_kernel_of_ones_own(wrong: Path, tmp_path: Path) -> None:
     (tmp_path / "kernel.py").write_text(
         "from mxfp4ref import torch_ref_cutlass_fused_moe\n"

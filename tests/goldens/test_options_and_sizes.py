@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.model.call import MoeCall
 
@@ -14,7 +12,9 @@ OPTIONS = ("fc1_biases", "fc2_biases", "swiglu_alpha", "swiglu_beta", "swiglu_li
 def sizes_of(call: MoeCall) -> set[str]:
     """In words, what is large about a call: a tile has 128 rows or columns, a warp 32 lanes."""
     experts = call.experts
-    rows = torch.bincount(call.token_selected_experts.flatten().clamp(min=0))
+    _, rows = call.token_selected_experts.clamp(min=0).unique(
+        return_counts=True
+    )  # not bincount: ids are any int32
     facts = {
         "H > 256": experts.hidden_size > 256,
         "I > 128": experts.intermediate_size > 128,

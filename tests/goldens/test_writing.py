@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -247,11 +247,13 @@ def test_wrong_usage(arguments: tuple[str, ...], message: str) -> None:
     assert message in result.output
 
 
-def test_the_tool_is_the_command() -> None:
+def test_the_tool_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     tool = Path(__file__).resolve().parents[2] / "tools" / "tables" / "regenerate_goldens.py"
-    command = [sys.executable, str(tool), "--check", "--only", SMALL, "--jobs", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "1 cases, equal byte for byte" in done.stdout
+    monkeypatch.setattr(sys, "argv", [str(tool), "--check", "--only", SMALL, "--jobs", "1"])
+    with pytest.raises(SystemExit) as done:
+        runpy.run_path(str(tool), run_name="__main__")
+    assert not done.value.code
+    assert "1 cases, equal byte for byte" in capsys.readouterr().out
 
 
 def test_installed_package_can_check_but_not_write(

@@ -149,8 +149,8 @@ def contents(folder: Path) -> dict[str, object]:
             is_there = os.lstat(path)
             is_file = stat.S_ISREG(is_there.st_mode)
             about_files = (is_there.st_ino, is_there.st_size, is_there.st_mtime_ns) if is_file else ()
-            target = os.readlink(path) if os.path.islink(path) else ""
-            found[os.path.relpath(path, folder)] = (is_there.st_mode, target, *about_files)
+            target = os.readlink(path) if stat.S_ISLNK(is_there.st_mode) else ""
+            found[path[len(f"{folder}/") :]] = (is_there.st_mode, target, *about_files)
     return found
 
 

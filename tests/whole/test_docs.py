@@ -32,6 +32,7 @@ def _blocks(page: Path, language: str) -> list[str]:
     return [code for kind, code in BLOCK.findall(page.read_text(encoding="utf-8")) if kind == language]
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if _blocks(p, "python")], ids=lambda p: p.relative_to(ROOT).as_posix()
 )

@@ -321,8 +321,9 @@ def test_constants_made_in_all_modes_at_once() -> None:
         forget_constants()
 
 
+@pytest.mark.usefixtures("patient")
 def test_diagnosis() -> None:
-    """All defects at once, in all modes at once: a diagnosis takes long."""
+    """In all modes at once."""
     experts = layers.random_experts(14, num_experts=2, parameters=("swiglu_limit",))
     call = layers.random_call(14, experts, tokens=2, top_k=1)
     wrong, right = ({"output": f(call)} for f in (DEFECTS["limit_ignored"].run, moe.forward))
