@@ -82,13 +82,8 @@ class _Several:
     gemm_shapes: tuple[tuple[int, int], tuple[int, int]]
 
     def stored(self, _: str, number: int) -> StoredWeights:
-        (weights,), (scales,) = self.weights(_, number)
+        weights, scales = (tensor[number % self.count] for tensor in self.pairs[number // self.count])
         return StoredWeights(weights, scales.reshape(-1), (0, 0))
-
-    def weights(self, _: str, number: int) -> tuple[Tensor, Tensor]:
-        weights, scales = self.pairs[number // self.count]
-        one = slice(number % self.count, number % self.count + 1)
-        return weights[one], scales[one]
 
 
 @dataclass(frozen=True)
@@ -197,9 +192,15 @@ class _Token:
         name, count = ("fc1", "fc2")[which], len(self.slots)
         pairs = [(c[f"{name}_weights"], c[f"{name}_scales"]) for c in changed]
         gemms = [getattr(c.pipeline.stages, f"{name}_gemm") for c in changed]
-        shapes = self.part.call.experts.gemm_shapes
+        shapes, kernel = self.part.call.experts.gemm_shapes, self.part.call.kernel
+        how = {"tactic": kernel.tactics[which], "generation": kernel.generation}
 
         def sums(places: list[int]) -> list[Tensor]:
+            if usual[places[0]] is None:
+                gemm, pair, rows = gemms[places[0]], pairs[places[0]], _stacked(x, places)[0][:, None]
+                found = gemm(rows, *pair, **how, positions=torch.zeros(rows.shape[:2], dtype=torch.int64))
+                check_stage(f"{name}_gemm", found, (count, 1, shapes[which][0]))
+                return [found[:, 0].contiguous()]
             groups: dict[
                 tuple[int, ...], list[int]
             ] = {}  # of the same weights, which take several rows at once
