@@ -134,7 +134,7 @@ class _Token:
             n: None if (t := getattr(part.call.experts, n)) is None else t[self.used] for n in _NAMES
         }
         ids = torch.full_like(local, -1, dtype=torch.int32)
-        ids[0, self.slots] = torch.arange(len(slots), dtype=torch.int32)
+        ids[0, self.slots] = torch.arange(len(slots), dtype=torch.int32, device=local.device)
         call = part.having(**self.right).call
         self.numbers = ids.to(torch.int64)
         self.few = replace(part, call=unchecked(call, token_selected_experts=ids, ep_size=1, ep_rank=0))
@@ -198,16 +198,14 @@ class _Token:
         def sums(places: list[int]) -> list[Tensor]:
             if usual[places[0]] is None:
                 gemm, pair, rows = gemms[places[0]], pairs[places[0]], _stacked(x, places)[0][:, None]
-                found = gemm(rows, *pair, **how, positions=torch.zeros(rows.shape[:2], dtype=torch.int64))
+                found = gemm(rows, *pair, **how, positions=rows.new_zeros(rows.shape[:2], dtype=torch.int64))
                 check_stage(f"{name}_gemm", found, (count, 1, shapes[which][0]))
                 return [found[:, 0].contiguous()]
-            groups: dict[
-                tuple[int, ...], list[int]
-            ] = {}  # of the same weights, which take several rows at once
+            groups: dict[tuple[int, ...], list[int]] = {}  # of the same weights: rows of one GEMM
             for i in places:
                 groups.setdefault(tuple(map(id, pairs[i])), []).append(i)
             rows = torch.cat([_stacked(x, group).transpose(0, 1).flatten(0, 1) for group in groups.values()])
-            none = torch.zeros(len(rows), dtype=torch.int64)
+            none = rows.new_zeros(len(rows), dtype=torch.int64)
             ends = list(accumulate(len(group) for group in groups.values() for _ in range(count)))
             routed = Rows(token=none, slot=none, expert=none, position=none, per_expert=none, ends=ends)
             experts = _Several([pairs[group[0]] for group in groups.values()], count, shapes)
@@ -222,7 +220,7 @@ class _Token:
                 )
             return [by_place[i] for i in places]
 
-        together = compiled_loops() is not None
+        together = self.local.device.type == "cpu" and compiled_loops() is not None
         usual = [True if together and gemm is getattr(KERNEL, f"{name}_gemm") else None for gemm in gemms]
         return _shared(x, [(*pair, gemm) for pair, gemm in zip(pairs, gemms, strict=True)], usual, sums)
 
@@ -246,7 +244,10 @@ class _Token:
         def activated(places: list[int]) -> list[Tensor]:
             rows = _stacked(x, places)
             joined = {n: _joined([changed[i][n] for i in places]) for n in names}
-            call, number = self.part.having(**joined).call, torch.arange(rows.shape[0] * rows.shape[1])
+            call, number = (
+                self.part.having(**joined).call,
+                torch.arange(rows.shape[0] * rows.shape[1], device=rows.device),
+            )
             found = activate_rows(call, rows.flatten(0, 1), number, stages[places[0]])
             return list(found.view(*rows.shape[:2], -1))
 
@@ -276,7 +277,7 @@ class _Token:
             finalize, rounding = stages[places[0]]
             local, bias = changed[places[0]].local, biases[places[0]]
             if usual[places[0]] is not None:  # each has experts of its own
-                numbers = torch.arange(len(places) * count).view(-1, count)
+                numbers = torch.arange(len(places) * count, device=local.device).view(-1, count)
                 local = numbers.new_full((len(places), call.top_k), -1).index_copy_(1, self.slots, numbers)
                 bias = None if bias is None else _joined([changed[i]["fc2_biases"] for i in places])
             weights = call.token_final_scales.expand(len(places), -1).contiguous()
