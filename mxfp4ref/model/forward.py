@@ -37,6 +37,7 @@ __all__ = [
     "activate_rows",
     "check_stage",
     "forward",
+    "gemm_rows",
     "select_local",
     "trace",
 ]
@@ -186,7 +187,7 @@ def _forward(
     """The stages in order."""
     experts = call.experts
     x = call.input.index_select(0, rows.token)
-    fc1_accumulators, fc1_output = _gemm(call, 0, x, rows, stages.fc1_gemm, stages.round_fc1, keep)
+    fc1_accumulators, fc1_output = gemm_rows(call, 0, x, rows, stages.fc1_gemm, stages.round_fc1, keep)
     check_stage("round_fc1", fc1_output, (len(x), experts.gemm_shapes[0][0]))
     at_once = _ROWS_AT_ONCE if x.device.type == "cpu" else _ROWS_AT_ONCE_ON_GPU
     activation = torch.cat(
@@ -196,7 +197,9 @@ def _forward(
         ]
     )
     check_stage("round_activation", activation, (len(x), experts.intermediate_size))
-    fc2_accumulators, fc2_output = _gemm(call, 1, activation, rows, stages.fc2_gemm, stages.round_fc2, keep)
+    fc2_accumulators, fc2_output = gemm_rows(
+        call, 1, activation, rows, stages.fc2_gemm, stages.round_fc2, keep
+    )
     check_stage("round_fc2", fc2_output, (len(x), experts.hidden_size))
     by_slot = fc2_output.new_zeros(*local.shape, experts.hidden_size)
     by_slot.view(-1, experts.hidden_size).index_copy_(0, rows.token * call.top_k + rows.slot, fc2_output)
@@ -215,7 +218,7 @@ def _forward(
     return output, kept if keep else {}
 
 
-def _gemm(
+def gemm_rows(
     call: MoeCall,
     which: int,
     x: Tensor,

@@ -31,6 +31,7 @@ __all__ = [
     "of_sum",
     "roughly",
     "slot_outputs",
+    "unchecked",
 ]
 
 _ANYWHERE = ("factor", "routing weights")  # families of which other places give the same up to roundings
@@ -89,7 +90,7 @@ class Pipeline:
 
     def having(self, **tensors: Any) -> Pipeline:
         """With other tensors of the experts, which are not checked here."""
-        return replace(self, call=_unchecked(self.call, experts=_unchecked(self.call.experts, **tensors)))
+        return replace(self, call=unchecked(self.call, experts=unchecked(self.call.experts, **tensors)))
 
     def then(self, change: Callable[[Tensor], Tensor]) -> Pipeline:
         """With the output changed afterwards."""
@@ -97,7 +98,7 @@ class Pipeline:
         return replace(self, after=change if before is None else lambda output: change(before(output)))
 
 
-def _unchecked(record: Any, **fields: Any) -> Any:
+def unchecked(record: Any, **fields: Any) -> Any:
     """As `replace`, without the checks of a new record."""
     new = object.__new__(type(record))
     new.__dict__.update(record.__dict__ | fields)
@@ -124,6 +125,7 @@ class Hypothesis:
         of_output: the change, where it is one of the output.
         factor: that everything is multiplied with, where the change is no other.
         across_tokens: whether it takes numbers of other tokens, or a token's place among them.
+        across_experts: whether it takes numbers of other experts, in a family that does not.
         kind: as of a `Finding`.
         variants: the same with other details, which are tried where it comes close.
         table: whether it is what was solved for one call alone, of which the others of its kind may be the rule.
@@ -141,6 +143,7 @@ class Hypothesis:
     of_output: Callable[[Tensor], Tensor] | None = None
     factor: float | None = None
     across_tokens: bool = False
+    across_experts: bool = False
     kind: str = ""
     variants: tuple[Hypothesis, ...] = ()
     table: bool = False

@@ -289,7 +289,10 @@ class Search:
         if not kinds:
             return []
         right = slot_outputs(self.part)
-        local, weights = self.local[self.tokens], self.part.call.token_final_scales
+        named = [(words, mask_of) for words, _, mask_of in kinds]
+        masks = torch.stack([mask[self.tokens] for _, mask, _ in kinds])
+        weights = self.part.call.token_final_scales
+        given = [t.repeat(len(kinds), 1) for t in (self.local[self.tokens], weights)]
         found: list[Match] = []
         for hypothesis, y in each(self.part, hypotheses, _slot_outputs):
             if self.out_of_time() or len(found) >= enough:
@@ -297,10 +300,10 @@ class Search:
             self.tried += 1
             if y is None or y.shape != right.shape:
                 continue
-            for words, mask, mask_of in kinds:
-                merged = torch.where(mask[self.tokens][..., None], y, right)
-                if bool(differing(finalized(self.part, merged, local, weights), self.part_got).any()):
-                    continue
+            merged = torch.where(masks[..., None], y, right).flatten(0, 1)  # of all kinds at once
+            sums = finalized(self.part, merged, *given).view(len(kinds), *self.part_got.shape)
+            other = differing(sums, self.part_got.expand_as(sums)).flatten(1).any(1).tolist()
+            for words, mask_of in (pair for pair, off in zip(named, other, strict=True) if not off):
                 limited = in_slots(hypothesis, words, mask_of)
                 output = limited.run(self.pipeline)
                 if output is not None and not bool(differing(output, self.got).any()):

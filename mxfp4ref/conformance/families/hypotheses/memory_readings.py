@@ -69,6 +69,7 @@ def _readings(call: MoeCall, *, matrices: bool) -> Iterator[Hypothesis]:
                 f"{what} {words}",
                 mapped((name,), lambda _, t, r=read: r(t).reshape(t.shape).contiguous()),
                 cost,
+                across_experts=True,
             )
 
 

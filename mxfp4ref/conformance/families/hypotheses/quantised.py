@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mxfp4ref.conformance.families.hypotheses.narrow_types import Narrow, narrowings
 from mxfp4ref.conformance.families.hypotheses.roundings import PLACES
@@ -59,8 +59,10 @@ def _by_block(size: int) -> Callable[[Narrow], _Change]:
 
     def blocks(narrow: Narrow) -> _Change:
         def change(x: Tensor) -> Tensor:
-            parts = torch.split(x, size or x.shape[-1], dim=-1)
-            return torch.cat([narrow(part, part.abs().amax(-1, keepdim=True)) for part in parts], dim=-1)
+            wide = size or x.shape[-1]
+            parts = pad(x, (0, -x.shape[-1] % wide)).reshape(len(x), -1, wide)
+            found = narrow(parts, parts.abs().amax(-1, keepdim=True)).flatten(-2)
+            return found[..., : x.shape[-1]].contiguous()
 
         return lambda p: change
 

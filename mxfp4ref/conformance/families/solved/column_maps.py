@@ -8,6 +8,7 @@ What is found has to give the output of every token up to roundings.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,6 +31,23 @@ _LISTED = 6
 _SIZE = 1 << 25  # weights of all rows
 
 
+@dataclass(frozen=True)
+class _Token:
+    """In units of the roundings, with the routing weights.
+
+    Attributes:
+        second: `[n, H, I]`, GEMM2's weights.
+        squares: `[n, I]`, of its columns.
+        activation: `[n, I]`, the right one.
+        target: `[H]`, the kernel's row.
+    """
+
+    second: Tensor
+    squares: Tensor
+    activation: Tensor
+    target: Tensor
+
+
 def column_map(call: MoeCall, some: Sequence[Sample]) -> Evidence | None:
     """What follows, if GEMM2 has the activation's columns in another order, the same in all rows.
 
@@ -41,8 +59,14 @@ def column_map(call: MoeCall, some: Sequence[Sample]) -> Evidence | None:
     inner = call.experts.intermediate_size
     if len(loud) < _FEWEST or sum(s.second.numel() for s in loud) > _SIZE:
         return None
+    units = [s.roundings.sqrt() for s in loud]
+    second = [s.second * s.weights[:, None, None] / u[:, None] for s, u in zip(loud, units, strict=True)]
+    tokens = [
+        _Token(w, w.square().sum(1), s.activation, s.error / u + torch.einsum("nhi,ni->h", w, s.activation))
+        for s, u, w in zip(loud, units, second, strict=True)
+    ]
     for size, inside in (*((size, False) for size in _BLOCKS), *((size, True) for size in _PERIODS)):
-        if inner % size or inner == size or (found := _solved(loud, size, inside=inside)) is None:
+        if inner % size or inner == size or (found := _solved(tokens, size, inside=inside)) is None:
             continue
         words = f"in each {size} {_listed(found, 1)}" if inside else _in_words(found, size)
         return Evidence.of_kind(
@@ -63,41 +87,39 @@ def _how(found: Tensor) -> str:
     )
 
 
-def _solved(loud: Sequence[Sample], size: int, *, inside: bool) -> Tensor | None:
+def _solved(tokens: Sequence[_Token], size: int, *, inside: bool) -> Tensor | None:
     """For each block of columns the one that is there, `[B] int64`; None if that does not explain all tokens.
 
     If `inside`, for each column of a block, in all blocks alike.
     """
 
     def parted(values: Tensor) -> Tensor:
+        """`[n, I]` to `[n, B, size]`."""
         blocks: Tensor = values.unflatten(-1, (-1, size))  # type: ignore[no-untyped-call]
         return blocks.transpose(-1, -2) if inside else blocks
 
-    second = [parted(s.second) * s.weights[:, None, None, None] for s in loud]  # [n, H, B, size]
-    activation = [parted(s.activation) for s in loud]
-    units = [s.roundings.sqrt() for s in loud]
-    second = [w / u[:, None, None] for w, u in zip(second, units, strict=True)]
-    right = [torch.einsum("nhbs,nbs->h", w, a) for w, a in zip(second, activation, strict=True)]
-    target = [s.error / u + r for s, u, r in zip(loud, units, right, strict=True)]
+    def taken(values: Tensor) -> Tensor:
+        """With the columns that were found."""
+        blocks = parted(values)[:, found]
+        return (blocks.transpose(-1, -2) if inside else blocks).flatten(-2)
+
     # Columns of the weights are nearly at right angles: what a block gives has the squares of what its columns give.
-    squares = [w.square().sum(1) for w in second]
-    powers = sum(torch.einsum("nbs,ncs->bc", q, a.square()) for q, a in zip(squares, activation, strict=True))
-    assert isinstance(powers, Tensor)
+    powers = torch.stack(
+        [torch.einsum("nbs,ncs->bc", parted(t.squares), parted(t.activation.square())) for t in tokens]
+    ).sum(0)
     own = torch.arange(len(powers))
     found, before, most = own, torch.full_like(own, -1), torch.inf
     for _ in range(_SWEEPS):
-        rests = [
-            goal - torch.einsum("nhbs,nbs->h", w, a[:, found])
-            for w, a, goal in zip(second, activation, target, strict=True)
-        ]
+        rests = [t.target - torch.einsum("nhi,ni->h", t.second, taken(t.activation)) for t in tokens]
         left = sum(float(rest.square().sum()) for rest in rests)
         if torch.equal(found, before) or left > most:
             break
         before, most = found, left
         likeness = torch.zeros_like(powers)
-        for w, a, q, rest in zip(second, activation, squares, rests, strict=True):
-            back = torch.einsum("nhbs,h->nbs", w, rest) + q * a[:, found]  # which is in the rest no more
-            likeness += torch.einsum("nbs,ncs->bc", back, a)
+        for t, rest in zip(tokens, rests, strict=True):
+            back = torch.einsum("nhi,h->ni", t.second, rest)
+            back += t.squares * taken(t.activation)  # which is in the rest no more
+            likeness += torch.einsum("nbs,ncs->bc", parted(back), parted(t.activation))
         found = (2 * likeness - powers).argmax(1)  # by which the squares of what is left are less
     else:
         return None

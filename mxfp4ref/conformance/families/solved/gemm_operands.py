@@ -95,28 +95,29 @@ class Gemm:
         """What each K group adds to the accumulators, `[r, G, N]`."""
         return torch.einsum("rngs,rgs->rgn", self.weights[self.expert[rows]], self.x[rows])
 
-    def products(self, rows: Tensor, source: Source, group: int) -> tuple[Tensor, Tensor]:
-        """What a group adds with another operand, `[r, N]`, and of which rows there is one."""
+    def products(self, rows: Tensor, source: Source, group: int, columns: slice) -> tuple[Tensor, Tensor]:
+        """What a group adds to `n` columns with another operand, `[r, n]`, and of which rows there is one."""
         expert, at = self.expert[rows], group + source.by * (source.along == "K")
-        weights, scales = self.weights[expert, :, group], self.scales[expert, :, group]
-        x, there = self.x[rows, group], torch.ones(len(rows), dtype=torch.bool)
-        if source.what in ("left out", "twice"):
-            return (source.what == "twice") * 2 * torch.einsum("rns,rs->rn", weights, x), there
+        other, there = expert, torch.ones(len(rows), dtype=torch.bool)
+        x, of_weights = self.x[rows, group], source.what in ("weights", "operands")
         if source.what in ("input", "operands"):
             inputs, there = self.others(rows, source)
             x = inputs[:, at]
-        if source.what in ("weights", "operands"):
+        if of_weights or source.what == "scales":
             other, there_too = self.experts(rows, source)
-            weights, there = self.weights[other, :, at], there & there_too
+            there = there & there_too
+        number = torch.arange(self.weights.shape[1])
+        at_row = (
+            number if source.what == "input" or source.along != "rows" else shifted(len(number), source.by)
+        )
+        at_row = at_row[columns]
         if source.what == "scales":
-            other, there = self.experts(rows, source)
-            scales = self.scales[other, :, at]
-        if source.along == "rows" and source.what != "input":
-            at_row = shifted(weights.shape[1], source.by)
-            weights, scales = weights[:, at_row], scales[:, at_row]
-        if source.what == "scales":
-            weights = self.codes[expert, :, group] * scales[..., None]
-        return torch.einsum("rns,rs->rn", weights, x), there
+            codes = self.codes[expert, columns, group]
+            weights = codes * self.scales[other[:, None], at_row, at][..., None]
+        else:
+            weights = self.weights[other[:, None], at_row, at if of_weights else group]
+        factor = {"left out": 0, "twice": 2}.get(source.what, 1)
+        return factor * torch.einsum("rns,rs->rn", weights, x), there
 
     def others(self, rows: Tensor, source: Source) -> tuple[Tensor, Tensor]:
         """The input that rows have instead, `[r, G, 32]`, and which do."""

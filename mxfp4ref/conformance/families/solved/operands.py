@@ -114,25 +114,32 @@ class _State:
     def left(self) -> float:
         return float(self._rest(self.sums).square().mean().sqrt())
 
-    def _gain(self, change: Change) -> Tensor:
-        """What the change adds to the sums, `[r, G, N]` by the groups that it concerns."""
+    def _gain(self, change: Change) -> tuple[slice, Tensor]:
+        """What the change adds to the sums, `[r, G, n]` by the groups that it concerns, and to which columns."""
+        inside = self.gemm.parts[change.part].nonzero()
+        columns = slice(int(inside[0]), int(inside[-1]) + 1)
         groups = range(change.first, change.last + 1)
-        products, there = zip(*(self.gemm.products(self.rows, change.source, g) for g in groups), strict=True)
-        now = self.parts[:, change.first : change.last + 1]
-        gain = torch.where(there[0][:, None, None], torch.stack(products, 1) - now, 0.0)
-        return torch.where(self.gemm.parts[change.part], gain, 0.0)
+        given = (self.gemm.products(self.rows, change.source, g, columns) for g in groups)
+        products, there = zip(*given, strict=True)
+        now = self.parts[:, change.first : change.last + 1, columns]
+        return columns, torch.where(there[0][:, None, None], torch.stack(products, 1) - now, 0.0)
 
     def take(self, change: Change) -> None:
-        gain = self._gain(change)
-        self.parts[:, change.first : change.last + 1] += gain
-        self.sums = self.sums + gain.double().sum(1)
+        columns, gain = self._gain(change)
+        self.parts[:, change.first : change.last + 1, columns] += gain
+        self.sums = self._with(columns, gain)
+
+    def _with(self, columns: slice, gain: Tensor) -> Tensor:
+        sums = self.sums.clone()
+        sums[:, columns] += gain.double().sum(1)
+        return sums
 
     def best(self, before: Sequence[Change]) -> Change | None:
         """The change that leaves least, if it leaves less by far than there is; it is taken."""
         rest = self._rest(self.sums)
         size = float(rest.square().sum())
         sizes = {
-            change: float(self._rest(self.sums + self._gain(change).double().sum(1)).square().sum())
+            change: float(self._rest(self._with(*self._gain(change))).square().sum())
             for change in self._promising(rest)
             if not any(
                 change.part == c.part and change.first <= c.last and c.first <= change.last for c in before
@@ -153,14 +160,15 @@ class _State:
         """Changes that go the right way, by the derivative."""
         back = (rest / self.unit)[self.place] * self.weights[:, None]
         slope = self.gemm.slope(self.rows, self.sums, back).float()
-        blocks = [mask.view(-1, block_of(mask)).all(1) for mask in self.gemm.parts.values()]
+        masks = torch.stack(list(self.gemm.parts.values()))
+        blocks = masks.view(len(masks), -1, block_of(masks[0])).all(2).to(slope.dtype)
         found: list[tuple[float, Change]] = []
         for source, gained, there in gained_by(self.gemm, self.rows, self.parts, slope):
             by_block = gained[there].sum(0)
             at = torch.arange(by_block.shape[1]) + source.by * (source.along == "K")
             exists = (at >= 0) & (at < len(at))
-            for part, mask in zip(self.gemm.parts, blocks, strict=True):
-                scores = torch.where(exists, by_block[mask].sum(0), -torch.inf).tolist()
+            every = torch.where(exists, blocks @ by_block, -torch.inf).tolist()
+            for part, scores in zip(self.gemm.parts, every, strict=True):
                 found += [(s, Change(source, g, g, part)) for g, s in enumerate(scores) if s > 0]
                 total, first, last = _best_run(scores)
                 if last > first:
