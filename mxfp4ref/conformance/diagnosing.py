@@ -28,7 +28,7 @@ from mxfp4ref.model.call import MoeCall
 
 __all__ = ["Failed", "Failing", "Found", "diagnosed"]
 
-_SECONDS = 25.0  # for the hypotheses of a run
+_SECONDS = 32.0  # for the hypotheses of a run
 # Of the processor, for all quick diagnoses: then suspects are tried, and evidence is read.
 _QUICK_SECONDS = 8.0
 _SUSPECTS_SECONDS = 0.1

@@ -22,7 +22,7 @@ from mxfp4ref.model.call import MoeCall
 __all__ = ["REAL_SECONDS", "SECONDS", "HowToLook", "Known", "is_large", "look"]
 
 # Of the processor: for hypotheses, and on a layer of real size for the named defects and hypotheses together.
-SECONDS = {"quick": 0.7, "full": 30.0}
+SECONDS = {"quick": 0.7, "full": 40.0}
 REAL_SECONDS = {"quick": 4.0, "full": 60.0}
 _QUICK_ELEMENTS = 1 << 18  # of an output: solving for what is in a larger one takes minutes
 Known = tuple[tuple[Prediction, ...], Finding, tuple[str, ...]]  # named defects, finding, remarks

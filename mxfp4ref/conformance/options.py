@@ -19,7 +19,7 @@ class Search:
     Attributes:
         effort: "full", or "quick" for about a second: the likeliest hypotheses only.
         seconds: of the processor, for trying hypotheses, in place of what is usual: "quick" 0.7 (a layer of real size
-            4), "full" 50 (60). What is read off the output comes on top of that.
+            4), "full" 40 (60). What is read off the output comes on top of that.
         mode: "exact", or "bounded" for a kernel that may sum in another order.
     """
 

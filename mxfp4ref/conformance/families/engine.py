@@ -57,7 +57,7 @@ from mxfp4ref.conformance.families.solved.taken_rows import taken_hypotheses
 from mxfp4ref.conformance.families.solved.uniform_factors import clamps, uniform_factors
 from mxfp4ref.conformance.families.solved.weight_rules import weight_rules
 from mxfp4ref.conformance.families.solved.whose import whose_hypotheses
-from mxfp4ref.conformance.families.soon import is_small, quick, second, soon, two_in_the_sum
+from mxfp4ref.conformance.families.soon import is_gross, is_small, quick, second, soon, two_in_the_sum
 from mxfp4ref.conformance.families.telling import told
 from mxfp4ref.conformance.findings.finding import Evidence
 from mxfp4ref.conformance.findings.guarded import guarded, guarded_each
@@ -216,7 +216,9 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
     limit = clamps(search.got, search.want, search.wrong)
     known = of(other_activations, named_hypotheses)  # before all others, for a quick diagnosis too
     small = is_small(search)
-    plain = of(*_PLAIN, *(() if small else (code_part_hypotheses,)))
+    gross = not is_heavy(call) and is_gross(search)  # as no rounding is, nor another order of sums
+    plain = of(*(one for one in _PLAIN if not (gross and one is rounding_hypotheses)))
+    plain = plain if small else chain(plain, of(code_part_hypotheses))
     by_place = guarded_each(hypotheses_by_place, call, search.wrong)
     given = search.rows, search.got, search.wrong
     by_rows = (guarded_each(one, search.pipeline, *given) for one in (taken_hypotheses, whose_hypotheses))
@@ -227,27 +229,32 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
     only = _stages_left(evidence)  # which may be more by now
     if not is_heavy(call):
         yield wanted(guarded_each(constant_hypotheses, search.pipeline, *given[1:]))
-    slow = chain(wanted(of(order_hypotheses)), wanted(of(named_hypotheses), slow=True))
+    slow = chain(wanted(() if gross else of(order_hypotheses)), wanted(of(named_hypotheses), slow=True))
     small |= any(e.rounding for e in evidence)
     if small:
         yield slow
+    yield wanted(  # what explains most per second, by the held-out kernels
+        of(
+            repeat_hypotheses,
+            matrix_readings,
+            prepared_weight_hypotheses,
+            preparation_hypotheses,
+            layout_hypotheses,
+            k_hypotheses,
+        )
+    )
     if not small and not is_heavy(call):
         yield wanted(fragment_map_hypotheses(call, search.wrong))
-    yield wanted(of(row_parameter_hypotheses, k_hypotheses, repeat_hypotheses))
-    rearranged = of(
-        matrix_readings,
-        beside_hypotheses,
-        layout_hypotheses,
-        preparation_hypotheses,
-        fragment_hypotheses,
-        swizzled_weights,
-        inner_hypotheses,
-    )
     yield wanted(
         chain(
-            of(prepared_weight_hypotheses, code_hypotheses, small_weight_hypotheses),
-            rearranged,
-            of(decoding_hypotheses, table_hypotheses),
+            of(
+                row_parameter_hypotheses,
+                beside_hypotheses,
+                fragment_hypotheses,
+                swizzled_weights,
+                inner_hypotheses,
+            ),
+            of(code_hypotheses, small_weight_hypotheses, decoding_hypotheses, table_hypotheses),
             () if small else hypotheses_of_tiles(call, search.wrong),
         )
     )

@@ -25,7 +25,6 @@ from mxfp4ref.conformance.families.solved.column_factors import column_factors
 from mxfp4ref.conformance.families.solved.column_maps import column_map
 from mxfp4ref.conformance.families.solved.error_space import Space
 from mxfp4ref.conformance.families.solved.expert_sums import other_sums
-from mxfp4ref.conformance.families.solved.fc1_rows import fc1_rows
 from mxfp4ref.conformance.families.solved.formula import Formula, fitted
 from mxfp4ref.conformance.families.solved.lost_rows import lost_rows
 from mxfp4ref.conformance.families.solved.lost_terms import lost_terms
@@ -129,7 +128,6 @@ def _solved(
     """What the errors of many tokens say; `staged` if a stage is known."""
     tables: tuple[Callable[[], Evidence | None], ...] = (
         partial(mixed_up, pipeline, got, wrong, some),
-        partial(fc1_rows, pipeline, some),
         partial(column_map, pipeline.call, some),
         partial(column_factors, some),
         partial(weight_tables, pipeline.call, some, everywhere=bool(wrong.any(1).all())),

@@ -28,9 +28,11 @@ from mxfp4ref.conformance.families.search import FEWEST_BITS, Match, Search
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["is_small", "quick", "second", "soon", "two_in_the_sum"]
+__all__ = ["is_gross", "is_small", "quick", "second", "soon", "two_in_the_sum"]
 
 _FIRST = 5  # changes of the sum, each of which is tried with all others
+_GROSS = 0.25  # of the right row: four times what FP8 makes of operands
+_ORDINARY = 2.0**-20  # below which a narrower type may lose all of a number
 _NEARLY = 0.15  # of how far off the right output is, that one change leaves
 
 
@@ -100,6 +102,14 @@ def two_in_the_sum(search: Search) -> list[Match]:
         if pair := pair_in_the_sum(search.pipeline, search.rows, search.got, first, seconds):
             return [Match(pair, True)]
     return []
+
+
+def is_gross(search: Search) -> bool:
+    """Whether what is wrong is far more than a rounding, or another order of a sum, makes of ordinary numbers."""
+    want, got = (fp32.widen(t.contiguous()) for t in (search.part_want, search.part_got))
+    size = want.square().mean().sqrt()
+    off = (got - want).square().mean().sqrt()
+    return bool(off.isfinite() & (off > _GROSS * size) & (size > _ORDINARY))
 
 
 def is_small(search: Search) -> bool:

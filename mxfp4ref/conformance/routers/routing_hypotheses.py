@@ -18,9 +18,10 @@ from mxfp4ref.conformance.bounds.router_bounds import given_factor, preset_of, s
 from mxfp4ref.routing import scoring
 from mxfp4ref.routing.models import Preset
 
-__all__ = ["SCORES", "Selection", "View", "near", "rounded", "selections", "to_float32"]
+__all__ = ["SCORES", "Selection", "View", "near", "rounded", "rows_of_the_table", "selections", "to_float32"]
 
 _ULPS = 8 * 2.0**-23  # relative
+_FURTHEST = 4  # tokens away, whose row of a table may be taken
 
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid(logit)": torch.sigmoid,
@@ -293,3 +294,21 @@ def selections(view: View) -> Iterator[tuple[int, Selection]]:
         for other in changes[index + 1 :]:
             if not one.keys() & other.keys():
                 yield 2, Selection(**one, **other)
+
+
+def rows_of_the_table(view: View, ids: Tensor) -> Iterator[str]:
+    """Which rows of the table of token ids the ids are, if not the right ones."""
+    assert view.table is not None
+    assert view.token_ids is not None
+    rows = {f"token id {shift:+d}": view.table.roll(-shift, 0)[view.token_ids] for shift in (1, -1)}
+    rows["the token's place in the batch"] = view.table[view.places % len(view.table)]
+    for words, taken in rows.items():
+        if torch.equal(taken, ids):
+            yield f"the table's row of {words} is taken"
+    for shift in range(1, min(_FURTHEST, len(ids) - _FURTHEST) + 1):
+        before, after = slice(None, -shift), slice(shift, None)
+        for here, there, way in ((before, after, "ahead"), (after, before, "behind")):
+            if torch.equal(view.table[view.token_ids[there]], ids[here]):
+                tokens = "next" if way == "ahead" else "previous"
+                which = f"the {tokens} token's" if shift == 1 else f"those {shift} tokens {way}"
+                yield f"the table is looked up with other tokens' ids, {which}: shifted by {shift}"

@@ -20,14 +20,19 @@ from mxfp4ref.conformance.findings.index_words import map_words
 from mxfp4ref.conformance.routers.router_solving import ids_of_a_rank, right_half, solved_router
 from mxfp4ref.conformance.routers.router_weights import some_weights
 from mxfp4ref.conformance.routers.routing_factors import factor_between, factor_words, factors_by_part
-from mxfp4ref.conformance.routers.routing_hypotheses import Selection, View, near, selections
+from mxfp4ref.conformance.routers.routing_hypotheses import (
+    Selection,
+    View,
+    near,
+    rows_of_the_table,
+    selections,
+)
 from mxfp4ref.conformance.routers.routing_weighings import Weighing, weighings
 
 __all__ = ["routing_finding"]
 
 _STAY = "while the weights stay where they were"
 _FEWEST = 4  # weights from which a factor is told
-_FURTHEST = 4  # tokens away, whose row of a table may be taken
 _BF16, _FP16 = 2.0**-8, 2.0**-11
 # Of a sentence, what is right or a matter of rounding, and the numbers of its own case.
 _RIGHT = ("ids are right", "weights are right for these ids", "the others are right")
@@ -230,23 +235,11 @@ def _selected(view: View, ids: Tensor, want: Tensor) -> Iterator[_Candidate]:
 
 
 def _from_table(view: View, ids: Tensor, want: Tensor) -> Iterator[_Candidate]:
-    assert view.table is not None
-    assert view.token_ids is not None
     if bool(Selection().agrees(view, ids).all()):
         yield 1, ["experts are selected by score instead of by the table of token ids"], ids
     yield from _moved(view, ids, want)
-    rows = {f"token id {shift:+d}": view.table.roll(-shift, 0)[view.token_ids] for shift in (1, -1)}
-    rows["the token's place in the batch"] = view.table[view.places % len(view.table)]
-    for words, taken in rows.items():
-        if torch.equal(taken, ids):
-            yield 1, [f"the table's row of {words} is taken"], ids
-    for shift in range(1, min(_FURTHEST, len(ids) - _FEWEST) + 1):
-        before, after = slice(None, -shift), slice(shift, None)
-        for here, there, way in ((before, after, "ahead"), (after, before, "behind")):
-            if torch.equal(view.table[view.token_ids[there]], ids[here]):
-                tokens = "next" if way == "ahead" else "previous"
-                which = f"the {tokens} token's" if shift == 1 else f"those {shift} tokens {way}"
-                yield 1, [f"the table is looked up with other tokens' ids, {which}: shifted by {shift}"], ids
+    for words in rows_of_the_table(view, ids):
+        yield 1, [words], ids
 
 
 def _moved(view: View, ids: Tensor, want: Tensor) -> Iterator[_Candidate]:
