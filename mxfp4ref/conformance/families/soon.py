@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, islice
 
 from mxfp4ref.conformance.comparison import ulp_distance
 from mxfp4ref.conformance.families.beside_a_sum import beside_a_sum
@@ -11,6 +11,7 @@ from mxfp4ref.conformance.families.distances import surprise
 from mxfp4ref.conformance.families.hypotheses.activations import activation_hypotheses, other_activations
 from mxfp4ref.conformance.families.hypotheses.bias_sums import bias_sum_hypotheses
 from mxfp4ref.conformance.families.hypotheses.more_activations import more_activations
+from mxfp4ref.conformance.families.hypotheses.orders_of_k import order_hypotheses
 from mxfp4ref.conformance.families.hypotheses.roundings import rounding_hypotheses
 from mxfp4ref.conformance.families.hypotheses.slots import slot_hypotheses
 from mxfp4ref.conformance.families.hypotheses.tensors import (
@@ -32,7 +33,7 @@ __all__ = ["is_gross", "is_small", "quick", "second", "soon", "two_in_the_sum"]
 
 _FIRST = 5  # changes of the sum, each of which is tried with all others
 _GROSS = 0.25  # of the right row: four times what FP8 makes of operands
-_ORDINARY = 2.0**-20  # below which a narrower type may lose all of a number
+_TRIED, _FAR = 4, 8.0  # of the roundings, and of the orders; times what they make
 _NEARLY = 0.15  # of how far off the right output is, that one change leaves
 
 
@@ -105,11 +106,15 @@ def two_in_the_sum(search: Search) -> list[Match]:
 
 
 def is_gross(search: Search) -> bool:
-    """Whether what is wrong is far more than a rounding, or another order of a sum, makes of ordinary numbers."""
+    """Whether what is wrong is far more than a rounding, or another order of a sum, makes: some are tried."""
     want, got = (fp32.widen(t.contiguous()) for t in (search.part_want, search.part_got))
-    size = want.square().mean().sqrt()
     off = (got - want).square().mean().sqrt()
-    return bool(off.isfinite() & (off > _GROSS * size) & (size > _ORDINARY))
+    if not bool(off.isfinite() & (off > _GROSS * want.square().mean().sqrt())):
+        return False
+    every = chain(islice(rounding_hypotheses(search.part.call), _TRIED), order_hypotheses(search.part.call))
+    outputs = (h.run(search.part) for h in islice(every, 2 * _TRIED))
+    made = (fp32.widen(out.contiguous()) - want for out in outputs if out is not None)
+    return all(bool(off > _FAR * change.square().mean().sqrt()) for change in made)
 
 
 def is_small(search: Search) -> bool:
