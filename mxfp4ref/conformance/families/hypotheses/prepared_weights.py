@@ -60,7 +60,6 @@ def _changes() -> Iterator[tuple[str, Callable[[Tensor, Tensor], _Both], float]]
     for groups in (2, 4, 8):
         span = f"each {groups * GROUP_SIZE} along K"
         words = f"scales are one for {span}, the largest of its groups'"
-        yield f"{words}, codes as they were", lambda c, s, g=groups: (c, _largest(s, g)), 1.4
         yield f"weights are quantised once more: {words}, codes rounded to it", _rounded_to(groups), 1.3
 
 

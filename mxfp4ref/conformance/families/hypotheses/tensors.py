@@ -91,6 +91,9 @@ def bias_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     return _layouts(call, biases=True)
 
 
+_AS_COLUMNS = ", or so are the activation's columns, as they are stored or as GEMM2 reads them"
+
+
 def layout_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     """Rows and K groups of weights and scales in another order."""
     return _layouts(call, biases=False)
@@ -103,12 +106,20 @@ def _layouts(call: MoeCall, *, biases: bool) -> Iterator[Hypothesis]:
             continue
         fc = group.names[0][:3]
         for part, within in _row_parts(call, group.names):
+            # Rows of up and of gate that move alike, with all they have, are the activation's columns.
+            moved = "each of" in part
+            whole = {
+                n
+                for n in (f"{fc}_weights", f"{fc}_scales", f"{fc}_biases")
+                if getattr(call.experts, n) is not None
+            }
+            columns = fc == "fc1" and moved and whole <= set(group.names)
             for axis in (*neighbour_maps(), *block_maps()):
                 row = axis.of("row") + axis.of_up_and_gate * (fc == "fc1" and call.experts.gated and not part)
                 yield Hypothesis(
                     "rows",
-                    group.stages,
-                    f"{group.words} are in each row those of {row}{part}",
+                    ("activation", "fc1") if columns else group.stages,
+                    f"{group.words} are in each row those of {row}{part}{_AS_COLUMNS * columns}",
                     mapped(group.names, _rows(axis, within)),
                     axis.cost + 0.3 * bool(part),
                 )
