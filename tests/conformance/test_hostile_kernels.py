@@ -13,7 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import redirect_stderr
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -38,6 +38,7 @@ from mxfp4ref.conformance import (
 from mxfp4ref.conformance.cli.conform import _Selection
 from mxfp4ref.conformance.isolation import kernel_process
 from mxfp4ref.conformance.isolation import worker as worker_module
+from mxfp4ref.conformance.isolation.execution import Outcome, execute
 from mxfp4ref.conformance.isolation.surroundings import interference, surroundings
 from mxfp4ref.conformance.isolation.worker import Worker
 from mxfp4ref.conformance.kernels.adapters import whole_arguments
@@ -45,6 +46,7 @@ from mxfp4ref.conformance.reports.html_report import to_html
 from mxfp4ref.conformance.reports.report import to_json, to_junit
 from mxfp4ref.conformance.reports.report_text import to_text
 from mxfp4ref.goldens import Case, open_goldens
+from mxfp4ref.goldens.runs import Run
 from tests.helpers import hostile_kernels
 from tests.helpers.hostile_files import CHECKOUT
 
@@ -192,6 +194,11 @@ EVERYWHERE = [
         "equal",
         "json.dumps, os.write, pickle.load and ",
     ),
+    (
+        "methods_of_json_and_functions_of_re",
+        "equal",
+        f"JSONDecoder.decode, re.search, re.compile, {PUT_BACK}",
+    ),
     ("replaces_what_reads_goldens", "differs", f"safetensors.torch.load, {PUT_BACK}"),
     ("slow_switches", "equal", f"the switch interval, garbage collection's debugging, {PUT_BACK}"),
     ("least_of_memory_and_files", "equal", f"the limits of resources, {PUT_BACK}"),
@@ -334,6 +341,27 @@ def test_state_between_cases(choice: Path) -> None:
         "right when run alone, twice in a new process, and not after 1 other run in one: the"
         in second.message
     )
+
+
+def test_arguments_that_an_earlier_run_spoils(case: Case) -> None:
+    """As by a method of torch's that it replaced: where nothing ran before, they are right."""
+    kernel = load_kernel(hostile_kernels.right)
+
+    class Spoilt:
+        runs, tried_alone = 2, 0
+
+        def execute(self, seconds: float, case: Case, one: Run, **options: Any) -> Outcome:
+            return Outcome(problem="layout differs", message="no shape")
+
+        def another(self) -> Any:
+            return nullcontext(Fresh())
+
+    class Fresh:
+        def execute(self, seconds: float, case: Case, one: Run) -> Outcome:
+            return execute(kernel, case.kind, one.inputs, one.expected)
+
+    result = run_case(kernel, case, OPTIONS, worker=Spoilt())  # type: ignore[arg-type]
+    assert_reported(result, "layout differs", "no shape; right when run alone")
 
 
 def test_the_need_of_memory_is_told(case: Case, choice: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import os
 import pickle
 import queue
 import random
+import re
 import resource
 import signal
 import sys
@@ -396,9 +397,9 @@ class _LyingFunctions(TorchFunctionMode):
 
 def leaves_function_mode(**arguments: Any) -> Any:
     if _times("function_mode") % 2:  # the second run is under the first's mode
-        _kept.append(wrong(**arguments))
+        _kept.extend([wrong(**arguments), wrong(**arguments)])
         _LyingFunctions().__enter__()
-    return _kept[-1]
+    return _kept.pop()
 
 
 class _FailingDispatch(TorchDispatchMode):
@@ -408,9 +409,9 @@ class _FailingDispatch(TorchDispatchMode):
 
 def leaves_dispatch_mode(**arguments: Any) -> Any:
     if _times("dispatch_mode") % 2:
-        _kept.append(wrong(**arguments))
+        _kept.extend([wrong(**arguments), wrong(**arguments)])
         _FailingDispatch().__enter__()
-    return _kept[-1]
+    return _kept.pop()
 
 
 # What becomes of the inputs
@@ -757,6 +758,13 @@ def thread_that_goes_on(**arguments: Any) -> Any:
 
     threading.Thread(target=scribble, daemon=True).start()
     return result.clone()
+
+
+def methods_of_json_and_functions_of_re(**arguments: Any) -> Any:
+    result = right(**arguments)
+    json.JSONDecoder.decode = lambda decoder, text: {}  # type: ignore[method-assign,assignment]
+    re.compile = re.search = lambda *arguments: None  # type: ignore[assignment]
+    return result
 
 
 def forks_and_both_return(**arguments: Any) -> Any:
