@@ -9,6 +9,7 @@ import errno
 import io
 import json
 import os
+import platform
 import sys
 import time
 import warnings
@@ -108,6 +109,12 @@ EVERYWHERE = [
         "unstable",
         "output, of run 1 of 2, was changed after it had been returned",
     ),
+    (
+        "returns_a_buffer_of_its_own",
+        "unstable",
+        "output: the second run returned the same memory as the first",
+    ),
+    ("writes_whole_tiles", "wrong output", "wrote behind the end of the tensor that it was given"),
     ("poison", "not written", "wrote nothing"),
     ("not_a_number", "differs", ""),
     # What lies
@@ -400,6 +407,13 @@ def test_a_bystander_may_end_the_process_later(case: Case, choice: Path, worker:
     time.sleep(0.5)
     assert_reported(isolated("right", case, choice, worker), "crashed", "ended without a result: exit code 0")
     assert isolated("right", case, choice, worker).status == "equal"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="whose memory can be filled")
+def test_memory_that_is_zero_by_chance(case: Case) -> None:
+    """A workspace that nobody clears is zero in a new process, and only there."""
+    result = run_case(load_kernel(hostile_kernels.adds_to_what_was_in_memory), case, OPTIONS)
+    assert_reported(result, "unstable", "a second run on the same inputs gave")
 
 
 def test_what_outlives_its_process(case: Case, choice: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,7 @@ CHOSEN = "MXFP4REF_TEST_HOSTILE"  # the environment's variable with the file tha
 
 _calls: dict[str, int] = {}
 _kept: list[Any] = []
+_buffers: dict[Any, Tensor] = {}
 
 
 def chosen(**arguments: Any) -> Any:
@@ -282,6 +283,24 @@ def clears_what_it_returned_before(**arguments: Any) -> Any:
         _kept.pop().zero_()
     _kept.append(right(**arguments).clone())
     return _kept[-1]
+
+
+def returns_a_buffer_of_its_own(**arguments: Any) -> Any:
+    result = right(**arguments)
+    return _buffers.setdefault(result.shape, torch.empty_like(result)).copy_(result)
+
+
+def writes_whole_tiles(output: Tensor, **arguments: Any) -> None:
+    output.copy_(right(**arguments))
+    ctypes.memset(output.data_ptr() + output.nbytes, 0, 2)
+
+
+def adds_to_what_was_in_memory(**arguments: Any) -> Any:
+    """Right as long as all memory is new."""
+    result = right(**arguments)
+    workspace = torch.empty(10 << 20).view(-1, result.shape[1])  # so large that it is never used before
+    workspace[: len(result)] += result
+    return workspace[: len(result)].bfloat16()
 
 
 # What lies
