@@ -93,7 +93,12 @@ class Verdict:
 
         self._date = now()
         self._interrupted = self._terminated = False
-        self._none_chosen = False  # though they were asked for, and not in a file of settings
+        self._none_chosen = self._passing_over = (
+            False  # though asked for; by a command line about other tests
+        )
+        self._overruled = (
+            0  # failed, which another plugin has made of no account, unless as an expected failure
+        )
         self._said = ""  # of the report's file
         self._end_as_ctrl_c_does()
 
@@ -128,6 +133,7 @@ class Verdict:
             self._told.add(report.nodeid)
         if hasattr(report, "mxfp4_outcome"):
             self._outcomes.append(outcome := Outcome.of_text(report.mxfp4_outcome))
+            self._overruled += not (outcome.result.ok or report.failed or hasattr(report, "wasxfail"))
             if outcome.told is not None:  # of which xdist makes a text without a summary
                 report.longrepr = outcome.told  # type: ignore[assignment]
         elif report.failed:  # before there was a result, or the worker is gone
@@ -147,11 +153,16 @@ class Verdict:
         dry = self._config.getoption("collectonly") or self._config.getoption("setuponly", False)
         if not stopped and not dry:
             self._lost |= untold
-        asked = any(str(arg).startswith("--mxfp4-kernel") for arg in self._config.invocation_params.args)
+        line = [str(arg) for arg in self._config.invocation_params.args]
+        # With the kernel in a file of settings, a line that chooses tests may be about others.
+        about_others = not any(arg.startswith("--mxfp4-kernel") for arg in line) and any(
+            arg.startswith(("-k", "-m", "--deselect")) or "::" in arg for arg in line
+        )
         again = any(self._config.getoption(name, False) for name in ("lf", "stepwise"))
         # What cannot be loaded is said by itself.
         collected = session.exitstatus != pytest.ExitCode.USAGE_ERROR
-        self._none_chosen = asked and collected and not (self._chosen or stopped or dry or again)
+        self._none_chosen = collected and not (self._chosen or stopped or dry or again or about_others)
+        self._passing_over = collected and about_others and not (self._chosen or dry)
         wrong = self._nothing_compared or bool(self._lost) or self._none_chosen
         if self._html is not None and self._outcomes:
             from mxfp4ref._files import write_file
@@ -168,6 +179,8 @@ class Verdict:
         only_unusable = bool(self._unusable) and self._unusable == session.testsfailed
         if wrong and (session.exitstatus == pytest.ExitCode.OK or only_unusable):
             session.exitstatus = pytest.ExitCode.USAGE_ERROR
+        if self._overruled and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         lost = f"{len(self._lost):,} without a result" if self._lost else ""
@@ -176,6 +189,8 @@ class Verdict:
                 terminalreporter.write_line(f"ERROR: --mxfp4-kernel: {lost}, none with one")
             elif self._none_chosen:
                 terminalreporter.write_line("ERROR: --mxfp4-kernel: none ran, all were deselected")
+            elif self._passing_over:
+                terminalreporter.write_line("--mxfp4-kernel: none ran, all were deselected: no verdict on it")
             elif count := len(self._passed_over):
                 terminalreporter.write_line(f"ERROR: --mxfp4-kernel: none ran, {count:,} were skipped before")
             return

@@ -40,7 +40,7 @@ __all__ = ["NOT_DUMPED", "compare_case"]
 
 NOT_DUMPED = "its reproducer was not written"  # in the message of a result
 _LARGEST = 1 << 30  # bytes of the weights of a reproducer
-_ALONE = ("raised", "wrong output", "not written", "unstable")  # what an earlier call may bring about
+_ALONE = ("raised", "layout differs", "wrong output", "not written", "unstable")  # by an earlier call, maybe
 _ALONE_AT_MOST = 3  # failing cases of a process that are run alone, each in a new one
 _STATE = "the kernel keeps state between calls, or chance decides"
 _NOT_RUN_AGAIN = ("timed out", "unstable", "interfered")  # to see whether a part of the call fails likewise

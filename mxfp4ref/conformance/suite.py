@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sized
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -39,7 +39,9 @@ _DEFAULTS = Options()
 
 
 class InternalError(Exception):
-    """An error of this package itself, its cause: there is no verdict."""
+    """An error of this package itself, its cause: there is no verdict; `report` as of a `GoldenError`."""
+
+    report: Report | None = None
 
 
 class Interrupted(KeyboardInterrupt):
@@ -76,11 +78,11 @@ def run(
 
     Raises:
         KernelError: the kernel cannot be loaded, or its device is not here.
-        GoldenError: a case is damaged.
+        GoldenError: a case is damaged; with a report of the cases that had been run.
         TypeError: an argument is something else, or something else than a case is among the cases.
         ValueError: a callable to be isolated, cases side by side of a kernel that is not, or all tactics of a kernel
             whose tactics cannot be chosen.
-        InternalError: a mistake of this package, its cause.
+        InternalError: a mistake of this package, its cause; with a report of the cases that had been run.
         Interrupted: as KeyboardInterrupt, with a report of the cases that had been run.
     """
     check_instance("options", options, Options)
@@ -154,6 +156,11 @@ def _run(
         state.left = todo.left(len(state.results))
         with _own_errors():
             return state.report(loaded.name)
+    except (GoldenError, InternalError) as error:  # after hours, maybe
+        state.left = todo.left(len(state.results), count=False)
+        with suppress(Exception):  # where the error is in what makes a report
+            error.report = state.report(loaded.name, interrupted=True) if state.results else None
+        raise
     except KeyboardInterrupt:
         state.left = todo.left(len(state.results), count=False)
         raise Interrupted(state.report(loaded.name, interrupted=True)) from None

@@ -13,7 +13,7 @@ import torch
 
 from mxfp4ref._words import did_you_mean
 from mxfp4ref.engine.arguments import generation_in_record, layout_of_release
-from mxfp4ref.engine.recordings import FUNCTIONS, Recording
+from mxfp4ref.engine.recordings import FUNCTIONS, Recording, Unreadable
 from mxfp4ref.formats.experts import PARAMETERS, Experts, Sm90Experts
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.flashinfer import torch_ref_cutlass_fused_moe
@@ -88,7 +88,7 @@ def arguments_of(recording: Recording) -> dict[str, Any]:
     """The recorded arguments by name, those that were not given with their defaults.
 
     Raises:
-        Unreadable, Incomplete: as `Recording.arguments`.
+        Unreadable, Incomplete: as `Recording.arguments`; or an argument is missing that a call which returned had.
         NotImplementedError: an argument that the function does not have.
     """
     positional, keywords = recording.arguments()
@@ -96,6 +96,8 @@ def arguments_of(recording: Recording) -> dict[str, Any]:
         bound = _SIGNATURE.bind(*positional, **{k: v for k, v in keywords.items() if k not in _OURS})
     except TypeError as error:
         unknown = next((name for name in keywords if name not in _SIGNATURE.parameters), None)
+        if unknown is None and recording.returned():
+            raise Unreadable(f"inputs: {error}, which the call had, since it returned") from None
         raise NotImplementedError(
             f"arguments: {error}{did_you_mean(unknown, _SIGNATURE.parameters)}"
         ) from None

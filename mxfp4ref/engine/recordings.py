@@ -86,6 +86,10 @@ class Recording:
         """Whether a CUDA graph captured the call, so that its tensors were read after the whole graph."""
         return self.path.parent.name == FLUSHES or self.metadata().get("graph_capture") is True
 
+    def returned(self) -> bool:
+        """Whether the call did, so that its output was written."""
+        return bool(self._files("outputs"))
+
     def arguments(self) -> tuple[list[Any], dict[str, Any]]:
         """Positional and keyword arguments of the call, on the CPU; files are mapped into memory, not copied.
 
@@ -137,6 +141,8 @@ class Recording:
 
     def _tensors(self, kind: str, metadata: Mapping[str, Any]) -> dict[str, Tensor]:
         files = self._files(kind)
+        if not files and kind == "inputs" and self.returned():
+            raise Unreadable("no recorded inputs, which are written before the output that is there")
         if not files:
             raise Incomplete(_missing(kind, str(metadata.get("execution_status"))))
         load = _LOADERS[files[0].suffix.removeprefix(".")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import runpy
 import shutil
@@ -28,7 +29,7 @@ from mxfp4ref.conformance.reports.report import FORMAT
 from mxfp4ref.conformance.reports.reproducer import load_reproducer, reproduce, write_reproducer
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.formats.generations import GENERATIONS
-from mxfp4ref.goldens import Goldens, open_goldens, tensor_bytes
+from mxfp4ref.goldens import GoldenError, Goldens, open_goldens, tensor_bytes
 from mxfp4ref.goldens.hardware_record import compare
 from mxfp4ref.goldens.runs import runs
 from mxfp4ref.goldens.store import FETCH
@@ -309,6 +310,37 @@ def test_verify(copy: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "hardware record: none" in result.output
     assert "oracle conforms" in result.output
+
+
+@pytest.mark.parametrize(
+    ("where", "error", "said"),
+    [
+        ("goldens.store._verify", GoldenError("truncated?"), "Error: truncated?"),
+        ("conformance.suite.compare_case", TypeError("ours"), "an error of mxfp4ref itself, no verdict"),
+    ],
+)
+def test_what_ends_a_run_costs_no_result_before_it(
+    copy: Path, where: str, error: Exception, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _, name = f"mxfp4ref.{where}".rpartition(".")
+    function = getattr(importlib.import_module(path), name)
+
+    def broken(*arguments: Any) -> Any:
+        if any("layout/swap_halves" in str(getattr(one, "id", one)) for one in arguments):
+            raise error
+        return function(*arguments)
+
+    monkeypatch.setattr(f"mxfp4ref.{where}", broken)
+    written = copy / "report.json"
+    result = invoke("conform", "oracle", "--goldens", copy, "--json", written)
+    assert (result.exit_code, said in result.output) == (2, True), result.output
+    report = json.loads(written.read_text())
+    assert [(one["case"], one["status"]) for one in report["results"]] == [
+        (SMALL, "equal"),
+        (OVERFLOWING, "equal"),
+    ]
+    assert (report["interrupted"], report["left"]) == (True, 1)
+    assert "interrupted, no verdict; 0 of 2 cases failed" in result.output
 
 
 def test_verify_holds_the_hardware_record_against_the_goldens(copy: Path) -> None:

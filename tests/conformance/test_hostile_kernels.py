@@ -9,12 +9,13 @@ import errno
 import io
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import redirect_stderr
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -39,6 +40,7 @@ from mxfp4ref.conformance import (
 from mxfp4ref.conformance.cli.conform import _Selection
 from mxfp4ref.conformance.isolation import kernel_process
 from mxfp4ref.conformance.isolation import worker as worker_module
+from mxfp4ref.conformance.isolation.execution import Outcome, execute
 from mxfp4ref.conformance.isolation.surroundings import interference, surroundings
 from mxfp4ref.conformance.isolation.worker import Worker
 from mxfp4ref.conformance.kernels.adapters import whole_arguments
@@ -46,6 +48,7 @@ from mxfp4ref.conformance.reports.html_report import to_html
 from mxfp4ref.conformance.reports.report import to_json, to_junit
 from mxfp4ref.conformance.reports.report_text import to_text
 from mxfp4ref.goldens import Case, open_goldens
+from mxfp4ref.goldens.runs import Run
 from tests.helpers import forked, hostile_kernels
 from tests.helpers.hostile_files import CHECKOUT
 
@@ -108,6 +111,12 @@ EVERYWHERE = [
         "unstable",
         "output, of run 1 of 2, was changed after it had been returned",
     ),
+    (
+        "returns_a_buffer_of_its_own",
+        "unstable",
+        "output: the second run returned the same memory as the first",
+    ),
+    ("writes_whole_tiles", "wrong output", "wrote behind the end of the tensor that it was given"),
     ("poison", "not written", "wrote nothing"),
     ("not_a_number", "differs", ""),
     # What lies
@@ -193,6 +202,11 @@ EVERYWHERE = [
         "functions_of_python",
         "equal",
         "json.dumps, os.write, pickle.load and ",
+    ),
+    (
+        "methods_of_json_and_functions_of_re",
+        "equal",
+        f"JSONDecoder.decode, re.search, re.compile, {PUT_BACK}",
     ),
     ("replaces_what_reads_goldens", "differs", f"safetensors.torch.load, {PUT_BACK}"),
     ("slow_switches", "equal", f"the switch interval, garbage collection's debugging, {PUT_BACK}"),
@@ -342,6 +356,27 @@ def test_state_between_cases(choice: Path) -> None:
     )
 
 
+def test_arguments_that_an_earlier_run_spoils(case: Case) -> None:
+    """As by a method of torch's that it replaced: where nothing ran before, they are right."""
+    kernel = load_kernel(hostile_kernels.right)
+
+    class Spoilt:
+        runs, tried_alone = 2, 0
+
+        def execute(self, seconds: float, case: Case, one: Run, **options: Any) -> Outcome:
+            return Outcome(problem="layout differs", message="no shape")
+
+        def another(self) -> Any:
+            return nullcontext(Fresh())
+
+    class Fresh:
+        def execute(self, seconds: float, case: Case, one: Run) -> Outcome:
+            return execute(kernel, case.kind, one.inputs, one.expected)
+
+    result = run_case(kernel, case, OPTIONS, worker=Spoilt())  # type: ignore[arg-type]
+    assert_reported(result, "layout differs", "no shape; right when run alone")
+
+
 @pytest.mark.usefixtures("copied_processes")
 def test_the_need_of_memory_is_told(case: Case, choice: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the system has killed the process, and of layers of whole size before that."""
@@ -379,6 +414,13 @@ def test_a_bystander_may_end_the_process_later(case: Case, choice: Path, worker:
     time.sleep(0.5)
     assert_reported(isolated("right", case, choice, worker), "crashed", "ended without a result: exit code 0")
     assert isolated("right", case, choice, worker).status == "equal"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="whose memory can be filled")
+def test_memory_that_is_zero_by_chance(case: Case) -> None:
+    """A workspace that nobody clears is zero in a new process, and only there."""
+    result = run_case(load_kernel(hostile_kernels.adds_to_what_was_in_memory), case, OPTIONS)
+    assert_reported(result, "unstable", "a second run on the same inputs gave")
 
 
 def test_what_outlives_its_process(case: Case, choice: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,7 +154,40 @@ def test_a_kernel_whose_cases_are_all_deselected_has_not_passed(
     result.stdout.fnmatch_lines(["ERROR: --mxfp4-kernel: none ran, all were deselected"])
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     pytester.makeini(f"[pytest]\naddopts = {kernel} -p no:cacheprovider")
-    assert pytester.runpytest(*arguments, *ARGUMENTS).ret == pytest.ExitCode.OK
+    result = pytester.runpytest(*arguments, *ARGUMENTS)
+    assert result.ret == pytest.ExitCode.OK
+    result.stdout.fnmatch_lines(["--mxfp4-kernel: none ran, all were deselected: no verdict on it"])
+    pytester.makeini(f"[pytest]\naddopts = {kernel} {' '.join(arguments)} -p no:cacheprovider")
+    result = pytester.runpytest(*ARGUMENTS)
+    result.stdout.fnmatch_lines(["ERROR: --mxfp4-kernel: none ran, all were deselected"])
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+
+
+@pytest.mark.parametrize(
+    ("hook", "code"),
+    [
+        ("pytest_runtest_call(item):\n    try:\n        yield\n    except Exception:\n        pass", 1),
+        (
+            "pytest_runtest_makereport(item, call):\n"
+            "    report = yield\n    report.outcome = 'passed'\n    return report",
+            1,
+        ),
+        ("pytest_runtest_setup(item):\n    item.add_marker(pytest.mark.xfail)\n    yield", 0),
+    ],
+    ids=["swallowed", "passed", "expected"],
+)
+def test_a_failure_that_another_plugin_overrules_is_one(
+    pytester: pytest.Pytester, hook: str, code: int
+) -> None:
+    """As one does that runs a failing test until it passes; that a mark expects a failure is the user's word."""
+    pytester.makeconftest(f"import pytest\n@pytest.hookimpl(wrapper=True)\ndef {hook}\n")
+    result = pytester.runpytest(
+        "--mxfp4-kernel=defect:last_slot_dropped",
+        "--mxfp4-case=finalize/slot_order",
+        "--mxfp4-diagnosis=none",
+    )
+    result.stdout.fnmatch_lines(["defect:last_slot_dropped does not conform: *"])
+    assert result.ret == code
 
 
 def test_a_damaged_golden_is_no_failure_of_the_kernel(

@@ -300,6 +300,12 @@ def test_reports_that_are_compared_are_reports(tmp_path: Path) -> None:
         assert result.exit_code == 2
         assert "other.json: " in result.output
         assert "safetensors" not in result.output
+    failed = json.loads(plain.read_text())
+    wrong = {"stages": [], "sentence": "", "exact": True, "hypotheses": [5]}
+    failed["results"][0] |= {"ok": False, "status": "differs", "diagnosis": {"finding": wrong}}
+    other.write_text(json.dumps(failed))
+    result = invoke("compare", plain, other)
+    assert (result.exit_code, "finding.hypotheses[0]: expected str, got 5" in result.output) == (2, True)
     result = invoke("conform", "oracle", "--case", SMALL, "--json", "")
     assert (result.exit_code, result.output) == (2, "Error: cannot write .: it is a folder\n")
 

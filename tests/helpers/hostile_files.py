@@ -42,6 +42,7 @@ _CALLS = [
     replace(call, experts=layers.to_sm90(call.experts)) for call in rank_calls(_LOGICAL, Ranks(ep_size=2))
 ]
 CALL = f"calls/rank0/{recorded.TIME}_pid0_cutlass_fused_moe_call0001"
+FLUSH = f"calls/{recorded.TIME}_pid7_cutlass_fused_moe_call0002/graph_flushes/flush_0001"
 
 # What reads them, all of which succeed as long as nothing is spoilt; and what of the folder they may write.
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -256,6 +257,16 @@ def tensors(name: str, **values: torch.Tensor) -> Spoil:
     return write(name, safetensors.torch.save(values))
 
 
+def without(name: str, tensor: str) -> Spoil:
+    """A file that lacks one of its tensors."""
+
+    def spoil(folder: Path) -> None:
+        found = safetensors.torch.load((folder / name).read_bytes())
+        tensors(name, **{key: value for key, value in found.items() if key != tensor})(folder)
+
+    return spoil
+
+
 DEEP = "[" * 100_000
 PICKLE = b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x07echo no\x85R."
 __all__ = [
@@ -263,6 +274,7 @@ __all__ = [
     "CASES",
     "COMMANDS",
     "DEEP",
+    "FLUSH",
     "INDEX",
     "PICKLE",
     "Outcome",

@@ -15,6 +15,7 @@ import os
 import pickle
 import queue
 import random
+import re
 import resource
 import signal
 import sys
@@ -41,6 +42,7 @@ CHOSEN = "MXFP4REF_TEST_HOSTILE"  # the environment's variable with the file tha
 
 _calls: dict[str, int] = {}
 _kept: list[Any] = []
+_buffers: dict[Any, Tensor] = {}
 
 
 def chosen(**arguments: Any) -> Any:
@@ -283,6 +285,24 @@ def clears_what_it_returned_before(**arguments: Any) -> Any:
     return _kept[-1]
 
 
+def returns_a_buffer_of_its_own(**arguments: Any) -> Any:
+    result = right(**arguments)
+    return _buffers.setdefault(result.shape, torch.empty_like(result)).copy_(result)
+
+
+def writes_whole_tiles(output: Tensor, **arguments: Any) -> None:
+    output.copy_(right(**arguments))
+    ctypes.memset(output.data_ptr() + output.nbytes, 0, 2)
+
+
+def adds_to_what_was_in_memory(**arguments: Any) -> Any:
+    """Right as long as all memory is new."""
+    result = right(**arguments)
+    workspace = torch.empty(10 << 20).view(-1, result.shape[1])  # so large that it is never used before
+    workspace[: len(result)] += result
+    return workspace[: len(result)].bfloat16()
+
+
 # What lies
 
 
@@ -396,9 +416,9 @@ class _LyingFunctions(TorchFunctionMode):
 
 def leaves_function_mode(**arguments: Any) -> Any:
     if _times("function_mode") % 2:  # the second run is under the first's mode
-        _kept.append(wrong(**arguments))
+        _kept.extend([wrong(**arguments), wrong(**arguments)])
         _LyingFunctions().__enter__()
-    return _kept[-1]
+    return _kept.pop()
 
 
 class _FailingDispatch(TorchDispatchMode):
@@ -408,9 +428,9 @@ class _FailingDispatch(TorchDispatchMode):
 
 def leaves_dispatch_mode(**arguments: Any) -> Any:
     if _times("dispatch_mode") % 2:
-        _kept.append(wrong(**arguments))
+        _kept.extend([wrong(**arguments), wrong(**arguments)])
         _FailingDispatch().__enter__()
-    return _kept[-1]
+    return _kept.pop()
 
 
 # What becomes of the inputs
@@ -757,6 +777,13 @@ def thread_that_goes_on(**arguments: Any) -> Any:
 
     threading.Thread(target=scribble, daemon=True).start()
     return result.clone()
+
+
+def methods_of_json_and_functions_of_re(**arguments: Any) -> Any:
+    result = right(**arguments)
+    json.JSONDecoder.decode = lambda decoder, text: {}  # type: ignore[method-assign,assignment]
+    re.compile = re.search = lambda *arguments: None  # type: ignore[assignment]
+    return result
 
 
 def forks_and_both_return(**arguments: Any) -> Any:

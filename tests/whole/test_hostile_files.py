@@ -24,6 +24,7 @@ from tests.helpers.hostile_files import (
     CALL,
     COMMANDS,
     DEEP,
+    FLUSH,
     INDEX,
     LAYOUT,
     MANIFEST,
@@ -48,6 +49,7 @@ from tests.helpers.hostile_files import (
     sparse,
     tensor_file,
     tensors,
+    without,
     write,
 )
 from tools.hardware import recorded
@@ -792,7 +794,14 @@ for name, value in (
     ("integers", one_tensor("I16", [2, 3], 12, "result")),
 ):
     hostile(f"outputs: {name}", write(f"{CALL}/outputs.safetensors", value), "wrong output", replay=1)
-hostile("inputs: a pipe", fifo(f"{CALL}/inputs.safetensors"), "no recorded inputs", replay=0)
+hostile("inputs: a pipe", fifo(f"{CALL}/inputs.safetensors"), "unreadable.*no recorded inputs", replay=1)
+for where, place in (("", CALL), (" of a flush", FLUSH)):
+    hostile(
+        f"inputs: a tensor less{where}",
+        without(f"{place}/inputs.safetensors", "kwarg_input"),
+        "unreadable.*missing a required argument: 'input', which the call had",
+        replay=1,
+    )
 hostile("inputs: a terabyte", sparse(f"{CALL}/inputs.safetensors"), "inputs.safetensors: cannot", replay=1)
 hostile("outputs: a folder", directory(f"{CALL}/outputs.safetensors"), "no recorded output", replay=0)
 

@@ -35,7 +35,7 @@ from mxfp4ref.conformance.cli.shared import (
 )
 from mxfp4ref.conformance.cli.supervised import end, others_code_begins
 from mxfp4ref.conformance.cli.terminal import echo
-from mxfp4ref.goldens import Goldens, open_goldens
+from mxfp4ref.goldens import GoldenError, Goldens, open_goldens
 
 if TYPE_CHECKING:
     from mxfp4ref.goldens import Case
@@ -204,13 +204,14 @@ def _conform(spec: str, root: Path | None, options: dict[str, Any], interruption
     from mxfp4ref.conformance.options import Options
     from mxfp4ref.conformance.reports.again import selection_arguments
     from mxfp4ref.conformance.running import NOT_DUMPED
-    from mxfp4ref.conformance.suite import Interrupted, run
+    from mxfp4ref.conformance.suite import InternalError, Interrupted, run
 
     files = pop_report_files(options)
     patterns, excluded, earlier, isolate, device, verbose = (
         options.pop(name) for name in ("patterns", "excluded", "earlier", "isolate", "device", "verbose")
     )
     options["repeat"] = not options.pop("no_repeat")
+    broken: GoldenError | InternalError | None = None
     with files.stdout_kept(), usage_errors():
         goldens = open_goldens(root)
         out = select(goldens, excluded, "--exclude")
@@ -237,6 +238,10 @@ def _conform(spec: str, root: Path | None, options: dict[str, Any], interruption
                 )
             except Interrupted as interrupted:
                 result = interrupted.report
+            except (GoldenError, InternalError) as error:
+                if error.report is None:
+                    raise
+                result, broken = error.report, error
             interruption.done = True  # what is left to do is short, and worth the wait
     # An interruption that did not end the run may have cut anything in it short.
     result = replace(result, interrupted=result.interrupted or bool(interruption.signal))
@@ -246,6 +251,9 @@ def _conform(spec: str, root: Path | None, options: dict[str, Any], interruption
     if options["dump"] is not None and any(not r.ok and NOT_DUMPED not in r.message for r in result.results):
         with files.stdout_kept():
             echo(f"Reproducers: {options['dump']}")
+    if broken is not None:
+        with usage_errors():
+            raise broken
     if interruption.signal and not result.interrupted:
         echo(
             "interrupted while the reports were written: all cases had been run, and the verdict holds",

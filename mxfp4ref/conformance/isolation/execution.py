@@ -27,6 +27,7 @@ from mxfp4ref.conformance.isolation.handing import Handed, to_device
 from mxfp4ref.conformance.isolation.plain import (
     Like,
     TensorError,
+    fill_new_memory,
     like,
     of_exception,
     printable,
@@ -229,7 +230,9 @@ def collect(
         with without_modes():  # which the first run may have left switched on
             handed.poison_output()
             _poison_freed_memory(expected, kernel.device)
+        fill_new_memory(0xA5 if where else 0)
         one = _run_once(kernel, kind, handed, expected, report, abandoned)
+        fill_new_memory(0)
         with without_modes():
             if not one.problem and (changes := handed.changes()):
                 one = replace(one, problem="input modified", message=f"the kernel changed {changes}")

@@ -18,16 +18,18 @@ from mxfp4ref.conformance.isolation.plain import (
     alias,
     geometry,
     like,
+    memory,
     raw_bytes,
     tensor_of,
     without_modes,
 )
-from mxfp4ref.conformance.kernels.adapters import Arguments
+from mxfp4ref.conformance.kernels.adapters import Arguments, poisoned
 
 __all__ = ["Handed", "to_device"]
 
 _COPY_BYTES = 1 << 26
 _SAMPLES, _SAMPLE = 256, 1 << 16  # evenly spaced in a larger tensor
+_ROWS_BEYOND = 256  # behind `output`, as many as the largest tile has: who writes whole tiles writes there
 
 
 class Handed:
@@ -46,11 +48,15 @@ class Handed:
         self._given.pop("output", None)
         self._returned: list[dict[str, Tensor]] = []
         self._before = {name: _noted(tensor) for name, tensor in _tensors(self._given)}
+        self._places = {memory(tensor) for _, tensor in _tensors(self._given)}
 
     def poison_output(self) -> None:
         """Give the kernel a new `output`, if it takes one, which holds the poison."""
         if self._output is not None:
-            self.keywords["output"] = output = self._output.clone()
+            rows = len(self._output)
+            whole = poisoned(self._output.new_empty(rows + _ROWS_BEYOND, *self._output.shape[1:]))
+            self.keywords["output"] = output = whole[:rows]
+            self._beyond = whole[rows:], raw_bytes(whole[rows:])
             self._place = geometry(output), address(output)
 
     def disagreement(self, outputs: Mapping[str, Any], kept: Mapping[str, bytes]) -> str:
@@ -67,6 +73,8 @@ class Handed:
             return f"output: the kernel changed the tensor that it was given from {before} to {after}"
         if address(given) != place:
             return "output: the kernel put the given tensor elsewhere: views of it see nothing of the result"
+        if raw_bytes(self._beyond[0]) != self._beyond[1]:
+            return "output: the kernel wrote behind the end of the tensor that it was given"
         if outputs["output"] is given or (written := raw_bytes(given)) == raw_bytes(self._output):
             return ""
         if self.zeros_in_rows_left(written) == kept["output"]:
@@ -91,7 +99,16 @@ class Handed:
                     return (
                         f"{name}, of run {number + 1} of {len(runs)}, was changed after it had been returned"
                     )
-        return ""
+        return self._returned_again()
+
+    def _returned_again(self) -> str:
+        """That the output of a run lies where that of the one before does, and in no input, in words; or ""."""
+        places = [memory(one["output"]) for one in self._returned if "output" in one]
+        if len(set(places)) == len(places) or places[0] in (0, *self._places):
+            return ""
+        return (
+            "output: the second run returned the same memory as the first, which a later call will write over"
+        )
 
     def changes(self) -> str:
         """What the kernel has changed in its inputs, in words, or ""."""

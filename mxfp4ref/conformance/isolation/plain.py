@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,8 +30,10 @@ __all__ = [
     "TensorError",
     "address",
     "alias",
+    "fill_new_memory",
     "geometry",
     "like",
+    "memory",
     "of_exception",
     "printable",
     "raw_bytes",
@@ -92,6 +95,17 @@ def without_modes() -> Iterator[None]:
     """Inside, no subclass and no mode that a kernel has left switched on sees what torch does."""
     with _no_functions(), _no_dispatch():
         yield
+
+
+def fill_new_memory(byte: int) -> None:
+    """From now on glibc fills what it hands out, unless `byte` is 0: a kernel may count on zeros, which is luck."""
+    _mallopt(_PERTURB, byte)
+
+
+_PERTURB = -6
+_mallopt = (getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None) or (
+    lambda option, value: 0
+)
 
 
 def like(value: object) -> Like:
@@ -190,6 +204,11 @@ def address(value: object) -> int:
     """Where a tensor's first element lies in memory."""
     like(value)
     return _data_ptr(value)  # type: ignore[arg-type]
+
+
+def memory(value: Any) -> int:
+    """Where the memory begins that a tensor is a view of."""
+    return address(value) - int(_offset(value)) * _element_size(value)
 
 
 def geometry(value: object) -> str:

@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import builtins
 import ctypes
+import dataclasses
 import gc
 import hashlib
 import json
 import locale
 import logging
+import math
+import operator
 import os
 import pickle
 import queue
 import random
+import re
 import signal
 import sys
 import threading
@@ -138,8 +142,21 @@ _TOLD: tuple[_Setting, ...] = (
     _attribute("logging's threshold", logging.root.manager, "disable"),
 )
 # By whose functions goldens are read, and others that the kit's process needs for the next case.
-_READING = (hashlib, json, safetensors.torch)
-_NEEDED = (*_READING, ctypes, os, pickle, queue, threading, threading.Thread, threading.Event, time)
+_READING = (hashlib, json, json.JSONDecoder, json.JSONEncoder, re, safetensors.torch)
+_NEEDED = (
+    *_READING,
+    ctypes,
+    dataclasses,
+    math,
+    operator,
+    os,
+    pickle,
+    queue,
+    threading,
+    threading.Thread,
+    threading.Event,
+    time,
+)
 # Used by many kernels as they should be, and put back without a word.
 _UNTOLD: tuple[_Setting, ...] = (
     ("torch's random numbers", lambda: torch.get_rng_state().numpy().tobytes(), _seed_torch),

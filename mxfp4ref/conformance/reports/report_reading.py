@@ -17,7 +17,7 @@ __all__ = ["WrittenReport", "is_report", "read_report"]
 
 _BYTE_ORDER_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # as some shells redirect
 _FORMATS = ("mxfp4ref-report-1", FORMAT)
-_FINDING = {"stages": [str], "sentence": str, "exact": bool, "*": object}
+_FINDING = {"stages": [str], "sentence": str, "exact": bool, "hypotheses?": [str], "*": object}
 _RESULT = {
     "case": str,
     "status": str,
