@@ -209,7 +209,7 @@ def test_sums_in_other_orders_and_types_are_told(
         return total.float()
 
     got = layer(call, finalize=sums)
-    (told,) = exact(call, got, list(slot_sum_hypotheses()))
+    (told,) = exact(call, got, list(slot_sum_hypotheses(call.experts.num_experts)))
     assert f"kept in {name}" in told
     assert words in told
     assert f"weighted rows that are rounded to {name} first, as by atomic additions" in told

@@ -84,4 +84,6 @@ def test_what_is_not_told_apart_is_cut_at_no_bracket() -> None:
         "cut to bf16 instead of rounded, in every second column, from 1 on"  # nor down to "the output is ..."
     )
     told = in_words([f"output_truncated: the output {alike}", f"the output is {alike}"])
-    assert told.endswith(f"tell it from: the output is {alike}")
+    assert told == f"output_truncated: the output {alike}", "the same in other words"
+    told = in_words([f"output_truncated: the output {alike}", f"the sum is {alike}"])
+    assert told.endswith(f"tell it from: the sum is {alike}")

@@ -72,6 +72,7 @@ EXEMPT = {
     "model.forward.Rows": "a result",
     "model.forward.check_stage": "a check of what stages give",
     "model.forward.activate_rows": "a stage, called with checked tensors only",
+    "model.forward.gemm_rows": "a stage, called with checked tensors only",
     "model.forward.select_local": "a stage, called with checked tensors only",
     "formats.experts.StoredWeights": "a result",
     "formats.humming.PreparedWeights": "a result",

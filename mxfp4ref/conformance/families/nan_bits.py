@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.families.engine import Result, investigate
-from mxfp4ref.conformance.families.hypothesis import Pipeline
+from mxfp4ref.conformance.families.hypothesis import Finding, Pipeline
 from mxfp4ref.conformance.families.telling import told
 
 __all__ = ["investigated"]
@@ -36,7 +36,10 @@ def investigated(pipeline: Pipeline, got: Tensor, want: Tensor, **how: Any) -> R
         tried = result.tried
     again = investigate(pipeline, alike, want, **how)
     found, finding = list(again.matches), again.finding
-    if finding.exact and bool(alike.isnan()[differing(alike, want)].all()):
+    only_nan = bool(alike.isnan()[differing(alike, want)].all())
+    if only_nan and not found:
+        return replace(again, finding=Finding())
+    if only_nan and finding.exact:
         # NaN is what many mistakes give: alone it shows none but those that concern it.
         found = [m for m in found if m.exact and "nan" in m.hypothesis.words.lower()]
         finding = told(found, again.evidence, [pipeline.call])

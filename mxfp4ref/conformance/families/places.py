@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 _ORDINALS = {2: "second", 4: "fourth", 8: "eighth"}
-_REPEATED = 0.75  # of the periods have some of the columns
+_REPEATED = 0.4  # of the periods have some of the columns
 _FEWEST_COLUMNS = 8  # of which a common rest is no chance
 _MOSTLY = 0.8  # of the places that a change concerns, which come out wrong
 
@@ -163,7 +163,7 @@ def residue_in_words(columns: Tensor) -> str:
     chosen = columns.nonzero().flatten()
     if len(chosen) < _FEWEST_COLUMNS:
         return ""
-    for period in (2, 4, 8, 16, 32, 64, 128):
+    for period in (128, 64, 32, 16, 8, 4, 2):
         places = torch.unique(chosen % period)
         first, last = int(places[0]), int(places[-1])
         repeats = len(torch.unique(chosen // period)) >= max(_REPEATED * (len(columns) // period), 2)

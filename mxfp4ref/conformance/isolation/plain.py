@@ -33,7 +33,6 @@ __all__ = [
     "fill_new_memory",
     "geometry",
     "like",
-    "memory",
     "of_exception",
     "printable",
     "raw_bytes",
@@ -204,11 +203,6 @@ def address(value: object) -> int:
     """Where a tensor's first element lies in memory."""
     like(value)
     return _data_ptr(value)  # type: ignore[arg-type]
-
-
-def memory(value: Any) -> int:
-    """Where the memory begins that a tensor is a view of."""
-    return address(value) - int(_offset(value)) * _element_size(value)
 
 
 def geometry(value: object) -> str:
