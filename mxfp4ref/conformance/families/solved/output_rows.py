@@ -21,10 +21,11 @@ _PADDINGS = range(8, 257, 8)  # elements between two rows in memory
 def rows_of_others(got: Tensor, want: Tensor, rows: Tensor) -> Evidence | None:
     """What follows, if each of these rows, `[M] bool`, is another token's; `got` and `want` are `[M, H] bf16`.
 
-    Rows of zeros are no evidence, as many tokens may have them; but a rule that gives all others has to give them.
+    Rows of zeros or NaN are no evidence, as many tokens may have them; but a rule that gives all others has to give
+    them.
     """
     place = {_bytes(row): token for token, row in enumerate(want)}
-    telling = rows & got.any(1)
+    telling = rows & (got.isfinite() & (got != 0)).any(1)
     tokens = telling.nonzero().flatten().tolist()
     pairs = [(token, place[key]) for token in tokens if (key := _bytes(got[token])) in place]
     if not pairs or len(pairs) < len(tokens):
