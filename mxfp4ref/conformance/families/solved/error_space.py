@@ -157,9 +157,8 @@ def _before(
         )
     as_by_little = fc1 == profile["fc1 0.02"] > other + _SURE and _off(chosen) < _LITTLE
     little = ", by little beside its size, as by a rounding" * as_by_little
-    return Evidence.of_kind(
-        ("fc1", "input"), unlike, f"GEMM1 or its input is wrong{little}; GEMM2 and the sum are right", 2
-    )
+    what = f"GEMM1 or its input is wrong{little}, or single elements of the activation are"
+    return Evidence.of_kind(("fc1", "activation"), unlike, f"{what}; GEMM2 and the sum are right", 2)
 
 
 def _after(some: list[Sample], together: dict[str, float]) -> Evidence | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mxfp4ref._words import shortened
 from mxfp4ref.conformance.families.hypothesis import Pipeline, SlotRows
 from mxfp4ref.conformance.families.sampled import Sample
 from mxfp4ref.conformance.families.solved.row_sources import taken_evidence
@@ -46,6 +47,16 @@ def _other_weights(pipeline: Pipeline, loud: list[Sample]) -> Evidence | None:
             "cannot be told apart from this output",
             1,
             kind=_WEIGHTS,
+        )
+    if all(weights.left_out is not None for weights in told) and any(weights.left_out for weights in told):
+        slots = [
+            f"slot{'s' * (len(lost) > 1)} {', '.join(map(str, lost))} of token {weights.token}"
+            for weights in told
+            if (lost := weights.left_out)
+        ]
+        kind = "slots are left out of the sum, or GEMM2 gives zeros for their rows"
+        return Evidence.of_kind(
+            ("slots", "finalize"), kind, f"{shortened(slots, 4)}; the others are right", 4
         )
     by_expert: dict[int, list[float]] = {}
     for weights in told:

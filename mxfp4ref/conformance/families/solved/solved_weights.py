@@ -19,6 +19,7 @@ _DIGITS = 4  # told at most
 _POWERS = {2.0: "the squares", 3.0: "the cubes", 0.5: "the square roots", -1.0: "the reciprocals"}
 _FEWEST = 3  # weights that have to be so
 _LISTED = 4  # weights
+_SAME = 2.0**-6  # relative, that a right weight may be off
 _DETERMINED = 0.05  # of the token's largest weight, that one may be unsure by
 
 
@@ -63,6 +64,20 @@ class Weights:
         """The experts whose weights the output does not tell."""
         most = _DETERMINED * max(map(abs, (*self.asked, *self.found)), default=0.0)
         return tuple(e for e, u in zip(self.experts, self.unsure, strict=True) if not u <= most)
+
+    @property
+    def left_out(self) -> list[int] | None:
+        """The slots that have no weight where all others have theirs; None where others differ, too."""
+        each = list(zip(self.slots, self.asked, self.found, self.unsure, strict=True))
+        lost = [
+            slot for slot, asked, found, unsure in each if asked and abs(found) <= unsure < abs(asked) / 8
+        ]
+        right = all(
+            abs(found - asked) <= max(unsure, _SAME * abs(asked))
+            for slot, asked, found, unsure in each
+            if slot not in lost
+        )
+        return lost if right else None
 
     def __str__(self) -> str:
         each = zip(self.experts, self.found, self.unsure, strict=True)
