@@ -208,7 +208,7 @@ def test_an_activation_that_moved_is_not_called_a_wrong_gemm1() -> None:
         return where.stages
 
     assert placed("activation_blocks_transposed") == ("fc1", "activation")
-    assert placed("input_tail_of_the_next_token") == ("fc1", "input")
+    assert placed("input_tail_of_the_next_token") == ("fc1", "activation")
 
 
 def test_columns_of_which_some_are_right_by_chance() -> None:
