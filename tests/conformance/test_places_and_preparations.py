@@ -196,6 +196,20 @@ def test_routers_with_a_sink_or_another_tokens_row() -> None:
         assert words in routing_finding(one.inputs, got, one.expected).sentence
 
 
+def test_scales_of_other_groups() -> None:
+    for kernel, case, words in (
+        ("scales_expanded_by_repeat", "every_packed_byte", "repeated, not interleaved"),
+        (
+            "groups_of_sixteen",
+            "every_code_every_scale_ocp_bfloat16",
+            "groups are taken to have 16 elements, not 32",
+        ),
+    ):
+        one = runs(GOLDENS.load(f"formats/{case}"))[0]
+        got = run_on(load_all()[kernel], one.inputs)
+        assert words in diagnose("dequantize", one.inputs, got, one.expected).finding.sentence
+
+
 def test_a_verdict_says_why_nothing_was_compared() -> None:
     def kernel(kind: str, call: MoeCall) -> Tensor:
         raise RuntimeError("no such layout")

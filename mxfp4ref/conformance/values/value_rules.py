@@ -35,6 +35,7 @@ def computed_otherwise(inputs: Mapping[str, Any], got: Tensor) -> str:
     code = torch.tensor(E2M1_VALUES, dtype=torch.float64)[unpack_codes(packed).long()]
     ways = (
         *_computations(code, scales, inputs["convention"]),
+        *_of_other_groups(code, decode_ue8m0(scales, inputs["convention"], torch.float64)),
         *((w, f(packed, scales)) for w, f in readings()),
     )
     return next((words for words, made in ways if _same(made.to(got.dtype), got)), "")
@@ -74,3 +75,30 @@ def _computations(code: Tensor, scales: Tensor, convention: Convention) -> Itera
             (code * factor.clamp(max=largest).half().double()).clamp(-largest, largest).half().double()
         )
         yield f"code times scale is formed in fp16, saturating at 65504{more}", saturated
+
+
+def _of_other_groups(code: Tensor, factors: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Values with the scales of other groups, in words: of codes `[..., K]` and scales `[..., K / 32]` in float64."""
+    groups, at = factors.shape[-1], torch.arange(code.shape[-1])
+    every = torch.arange(code.numel()).view(code.shape)
+    yield (
+        "element k has the scale of group k modulo their number: repeated, not interleaved",
+        code * factors[..., at % groups],
+    )
+    for size in (8, 16, 64, 128):
+        words = f"groups are taken to have {size} elements, not {GROUP_SIZE}: element k has scale k // {size}"
+        yield f"{words} of its row, around the end", code * factors[..., at // size % groups]
+        yield f"{words} of all, around the end", code * factors.flatten()[every // size % factors.numel()]
+    for by, words in ((1, "next"), (-1, "previous")):
+        told = f"each group has the scale of the {words} one"
+        yield f"{told} of its row, around the end", code * factors[..., (at // GROUP_SIZE + by) % groups]
+        yield (
+            f"{told} of all, around the end",
+            code * factors.flatten()[(every // GROUP_SIZE + by) % factors.numel()],
+        )
+    if factors.dim() == 2:
+        turned = factors.T.reshape(factors.shape)
+        yield (
+            "the scales are read as [K / 32, N], which lie as [N, K / 32]",
+            code * turned[:, at // GROUP_SIZE],
+        )
