@@ -182,7 +182,7 @@ def test_named_bits_of_nan_keep_their_name() -> None:
     assert found.exact == ("nan_as_7fc0",)
 
 
-def test_routers_with_a_sink_or_another_tokens_row() -> None:
+def test_routers_with_a_sink_another_tokens_row_or_sum() -> None:
     for case, kernel, words in (
         ("gpt_oss_bf16_ties", "expert_softmax_with_a_sink", "one logit more in its sum, 0 in every token"),
         (
@@ -190,6 +190,12 @@ def test_routers_with_a_sink_or_another_tokens_row() -> None:
             "hash_layer_with_the_draft_layers_tokens",
             "the next token's: shifted by 1",
         ),
+        (
+            "deepseek_v3_groups",
+            "weights_divided_by_the_biased_sum",
+            "divided by the sum of the scores with the corr",
+        ),
+        ("deepseek_v4_flash", "weights_over_the_sum_of_the_first_four", "divided by the sum of the first 4"),
     ):
         one = runs(GOLDENS.load(f"routing/{case}"))[0]
         got = run_on(load_all()[kernel], one.inputs)

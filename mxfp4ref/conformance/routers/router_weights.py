@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -78,10 +80,23 @@ def _of_a_sum(view: View, ids: Tensor, weights: Tensor, right: Tensor) -> str:
         made = torch.where(inside, limit, total)
         if _ENOUGH <= int(inside.sum()) < len(over) and bool(near(over, made, _RATIO).all()):
             return f"{what} is limited before dividing by it: {words} {float(limit):.5g}"
+    for words, made in _other_sums(view, ids, scores):
+        if len(over) >= _ENOUGH and bool(near(over, made, _RATIO).all()):
+            return f"the scores are divided by {words}, not by the sum of all that were selected"
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         if bool(near(over, total.to(dtype).to(torch.float64), _RATIO).all()):
             return f"{what} is rounded to {name} before dividing by it"
     return ""
+
+
+def _other_sums(view: View, ids: Tensor, scores: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """What weights may be divided by, in words and by token, where `scores` are those of the selected experts."""
+    if bool(view.bias.any()):
+        yield "the sum of the scores with the correction bias", (scores + view.bias[ids]).sum(1)
+    for count in range(1, scores.shape[1]):
+        yield f"the sum of the first {count}", scores[:, :count].sum(1)
+        yield f"the sum without the first {count}", scores[:, count:].sum(1)
+    yield "the root of the sum of their squares", scores.square().sum(1).sqrt()
 
 
 def _as_numbers(weights: Tensor, right: Tensor) -> str:
