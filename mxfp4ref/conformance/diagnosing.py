@@ -224,7 +224,8 @@ class Failing:
             results = [self._again(result) for result in results]
         # What a correct evaluation may give says nothing of what is wrong elsewhere.
         outside = {r.case: r.diagnosis for r in results if r.diagnosis is not None and not r.within_bounds}
-        telling = [one for case, one in outside.items() if case not in aside or outside.keys() <= aside]
+        all_aside = outside.keys() <= aside
+        telling = [one for case, one in outside.items() if case not in aside or all_aside]
         telling = telling or [r.diagnosis for r in results if r.diagnosis is not None]
         exact = [one.exact for one in telling]
         defects = name_defects([names, *exact] if together and full else exact)
@@ -232,7 +233,7 @@ class Failing:
             return Found(tuple(results), defects, of_specials(special, agreed(telling)))
         finding = unrefuted(_strongest(found.finding, telling), [one.finding for one in telling])
         finding = with_one_case(finding, outside)
-        if not outside.keys() <= aside and (others := len(aside - set(special))) and finding.sentence:
+        if not all_aside and (others := len(aside - set(special))) and finding.sentence:
             words = f"{finding.sentence}; beside that, in {counted(others, 'case')} NaN alone has other bits"
             finding = replace(finding, sentence=words, exact=False)
         return Found(tuple(results), defects, finding)

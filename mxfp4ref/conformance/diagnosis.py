@@ -211,9 +211,7 @@ class Located:
         self._outside = outside if outside is not None and bool(outside.any()) else None
         self._wrong = mask if self._outside is None else self._outside
         self.special = self._outside is not None and specials_alone(inputs, self.got, self._outside)
-        self.nan_bits = (
-            bool((self.got.isnan() & self.want.isnan())[self._wrong].all()) if kind == "moe" else False
-        )
+        self.nan_bits = kind == "moe" and bool((self.got.isnan() & self.want.isnan())[self._wrong].all())
         first = difference_at(self.got, self.want, tuple(self._wrong.nonzero()[0].tolist()))
         feeds: tuple[str, ...] = ()
         found: tuple[Pattern, ...] = ()

@@ -64,9 +64,6 @@ __all__ = ["STORAGE", "Bounds", "bound", "specials_alone"]
 
 _LARGEST_SCALE = 252  # with larger scale bytes a scaled weight may overflow
 _NO_NUMBER = 255  # the scale byte that is NaN, or infinite
-_FLAT = 128  # beyond it the sigmoid is 1, or less than any float32
-_SIGMOIDUNIT = 2.0**-22
-_SWISH_MINIMUM_AT = -1.2784645427610738  # z sigmoid(z) falls before it and rises after it
 _BLOCK = 32  # products within which the probabilistic bound allows for truncation
 
 

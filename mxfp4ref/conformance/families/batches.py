@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate, islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from mxfp4ref.sm90.gemm.compiled import compiled_loops
 
 __all__ = ["each", "one_thread"]
 
+_T = TypeVar("_T")
 _AT_ONCE = 32
 _BYTES = 1 << 24  # of the experts that are computed at once
 _ROWS = 256  # which the activation takes at once
@@ -67,10 +68,7 @@ def each(
 
 
 def _computed(one: Hypothesis, part: Pipeline, compute: Callable[[Pipeline], Tensor]) -> Tensor | None:
-    try:
-        return compute(one.change(part))
-    except FAILURES:
-        return None
+    return _tried(lambda part: compute(one.change(part)), part)
 
 
 @dataclass(frozen=True)
@@ -315,8 +313,9 @@ def _joined(tensors: list[Any]) -> Tensor | None:
     return None if tensors[0] is None else torch.cat(tensors)
 
 
-def _tried(change: Callable[[Tensor], Tensor], output: Tensor) -> Tensor | None:
+def _tried(compute: Callable[[_T], Tensor], given: _T) -> Tensor | None:
+    """None where it is not defined."""
     try:
-        return change(output)
+        return compute(given)
     except FAILURES:
         return None

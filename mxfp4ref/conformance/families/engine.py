@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cache, wraps
 from itertools import chain
 
 from torch import Tensor
@@ -216,8 +217,12 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
     limit = clamps(search.got, search.want, search.wrong)
     known = of(other_activations, named_hypotheses)  # before all others, for a quick diagnosis too
     small = is_small(search)
-    gross = not is_heavy(call) and is_gross(search)  # as no rounding is, nor another order of sums
-    plain = of(*(one for one in _PLAIN if not (gross and one is rounding_hypotheses)))
+    gross = cache(lambda: not is_heavy(call) and is_gross(search))  # asked only when their turn comes
+
+    def unless_gross(generator: _Generator) -> _Generator:
+        return wraps(generator)(lambda call: () if gross() else generator(call))
+
+    plain = of(*(unless_gross(one) if one is rounding_hypotheses else one for one in _PLAIN))
     plain = plain if small else chain(plain, of(code_part_hypotheses))
     by_place = guarded_each(hypotheses_by_place, call, search.wrong)
     given = search.rows, search.got, search.wrong
@@ -229,7 +234,7 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
     only = _stages_left(evidence)  # which may be more by now
     if not is_heavy(call):
         yield wanted(guarded_each(constant_hypotheses, search.pipeline, *given[1:]))
-    slow = chain(wanted(() if gross else of(order_hypotheses)), wanted(of(named_hypotheses), slow=True))
+    slow = chain(wanted(of(unless_gross(order_hypotheses))), wanted(of(named_hypotheses), slow=True))
     small |= any(e.rounding for e in evidence)
     if small:
         yield slow

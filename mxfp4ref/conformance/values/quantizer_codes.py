@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.findings.conditions import condition, indices_words
+from mxfp4ref.conformance.number_formats import to_tf32
 from mxfp4ref.conformance.values.quantizer_groups import (
     ENOUGH,
     MAGNITUDES,
@@ -16,7 +17,6 @@ from mxfp4ref.conformance.values.quantizer_groups import (
     Groups,
     Words,
     nearest_codes,
-    to_tf32,
 )
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE
 

@@ -19,7 +19,6 @@ __all__ = [
     "Words",
     "nearest_codes",
     "other_rule",
-    "to_tf32",
 ]
 
 NAN_BYTE = 255
@@ -94,11 +93,6 @@ class Groups:
 def nearest_codes(scaled: Tensor) -> Tensor:
     size = scaled.abs()[..., None]
     return ((size > MIDPOINTS) | ((size == MIDPOINTS) & _EVEN_ABOVE)).sum(-1)
-
-
-def to_tf32(x: Tensor) -> Tensor:
-    bits = x.float().view(torch.int32)
-    return torch.where(x.isfinite(), (bits + 0xFFF + (bits >> 13 & 1)) >> 13 << 13, bits).view(torch.float32)
 
 
 def other_rule(rule: str, right: str) -> str:

@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from mxfp4ref.conformance.number_formats import cut, to_tf32
 from mxfp4ref.conformance.values.layout_words import permutation_words
 from mxfp4ref.conformance.values.quantizer_codes import code_words
-from mxfp4ref.conformance.values.quantizer_groups import Groups, Words, other_rule, to_tf32
+from mxfp4ref.conformance.values.quantizer_groups import Groups, Words, other_rule
 from mxfp4ref.conformance.values.quantizer_scales import scale_words
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE, unpack_codes
 from mxfp4ref.formats.quantize import SCALE_RULES, quantize
@@ -41,19 +42,14 @@ def solved_quantizer(
     return "; ".join([*words, *odd]), bool(words) and exact and not odd
 
 
-def _cut(bits: int) -> Callable[[Tensor], Tensor]:
-    """float32 with so many bits of the significand cut off."""
-    return lambda x: (x.float().view(torch.int32) >> bits << bits).view(torch.float32)
-
-
 _VALUES: dict[str, Callable[[Tensor], Tensor]] = {
     "values are rounded to bf16 before they are quantised, so that some are rounded twice": lambda x: (
         x.bfloat16()
     ),
     "values are rounded to fp16 before they are quantised": lambda x: x.half(),
     "values are rounded to tf32 before they are quantised, so that some are rounded twice": to_tf32,
-    "values are cut to bf16 before they are quantised": _cut(16),
-    "values are cut to tf32 before they are quantised": _cut(13),
+    "values are cut to bf16 before they are quantised": cut(16),
+    "values are cut to tf32 before they are quantised": cut(13),
     "values are rounded to float8 e4m3 before they are quantised": lambda x: x.float().to(
         torch.float8_e4m3fn
     ),

@@ -9,6 +9,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from mxfp4ref.conformance.families.hypotheses.index_maps import shifted
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
 from mxfp4ref.defects.variants.swiglu import SwigluVariant, clamp_both
 from mxfp4ref.model.call import MoeCall
@@ -242,9 +243,8 @@ def _orders(call: MoeCall) -> Iterator[tuple[str, OfSwiglu, float]]:
 
 _WHOLE = 1 << 30  # columns, more than there are
 _USES = ("the sigmoid", "the product", "the product's other side")  # of gate, of gate again, and of up
-_Source = Callable[
-    [Tensor, _Maybe, _Maybe], tuple[Tensor, Tensor]
-]  # GEMM1's output, bias and limit to up and gate
+# GEMM1's output, bias and limit to up and gate.
+_Source = Callable[[Tensor, _Maybe, _Maybe], tuple[Tensor, Tensor]]
 
 
 def _sources(call: MoeCall) -> Iterator[tuple[str, OfSwiglu, float]]:
@@ -259,13 +259,11 @@ def _sources(call: MoeCall) -> Iterator[tuple[str, OfSwiglu, float]]:
         for by, words in ((-1, "before"), (1, "after")):
             if block == 2 and by > 0:
                 continue
-            within = (
-                ""
-                if block == 1 << 30
-                else f" in blocks of {block}, whose {'first' if by < 0 else 'last'} has its own"
-            )
-            sources.append((f"of the column {words} it{within}", _beside(block, by), 1.4))
-    sources.append(("of the other column of its pair", _other_of_pair, 1.4))
+            end = "first" if by < 0 else "last"
+            within = f" in blocks of {block}, whose {end} has its own" * (block < _WHOLE)
+            sources.append((f"of the column {words} it{within}", _of_columns(_beside(block, by)), 1.4))
+    pairs = _of_columns(lambda n: torch.arange(n) ^ 1)
+    sources.append(("of the other column of its pair", pairs, 1.4))
     for use, what in enumerate(("gate", "gate", "up")):
         for words, source, cost in sources:
             if use < 2 or "clamp" not in words:
@@ -278,21 +276,21 @@ def _halves(x: Tensor, bias: _Maybe, limit: _Maybe) -> tuple[Tensor, Tensor]:
     return (up, gate) if limit is None else clamp_both(up, gate, limit.expand_as(up))
 
 
-def _beside(block: int, by: int) -> _Source:
+def _beside(block: int, by: int) -> Callable[[int], Tensor]:
+    def places(size: int) -> Tensor:
+        at, there = torch.arange(size), shifted(size, by)
+        return torch.where(there // block == at // block, there, at)
+
+    return places
+
+
+def _of_columns(places: Callable[[int], Tensor]) -> _Source:
     def source(x: Tensor, bias: _Maybe, limit: _Maybe) -> tuple[Tensor, Tensor]:
         up, gate = _halves(x, bias, limit)
-        at = torch.arange(up.shape[-1], device=up.device)
-        there = (at + by).clamp(0, len(at) - 1)
-        there = torch.where(there // block == at // block, there, at)
+        there = places(up.shape[-1]).to(up.device)
         return up[..., there], gate[..., there]
 
     return source
-
-
-def _other_of_pair(x: Tensor, bias: _Maybe, limit: _Maybe) -> tuple[Tensor, Tensor]:
-    up, gate = _halves(x, bias, limit)
-    at = torch.arange(up.shape[-1], device=up.device) ^ 1
-    return up[..., at], gate[..., at]
 
 
 def _having(use: int, source: _Source) -> OfSwiglu:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mxfp4ref.conformance.families.hypotheses.tensors import mapped
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline
+from mxfp4ref.conformance.families.solved.tensor_groups import GEMMS
 from mxfp4ref.conformance.findings.reduction import is_heavy
 from mxfp4ref.defects.variants.gemm import GemmVariant
 from mxfp4ref.formats.mxfp4 import E2M1_VALUES, GROUP_SIZE, decode_ue8m0, pack_codes, unpack_codes
@@ -18,11 +19,7 @@ from mxfp4ref.model.call import MoeCall
 
 __all__ = ["code_part_hypotheses", "scale_format_hypotheses", "small_weight_hypotheses"]
 
-_GEMMS = (
-    ("GEMM1's", ("fc1",), 0.0),
-    ("GEMM2's", ("fc2",), 0.0),
-    ("both GEMMs'", ("fc1", "fc2"), 0.2),
-)
+_BOTH = 0.2  # cost more than of one GEMM
 _PARTS = (("signs", 8), ("magnitudes", 7), ("codes", 15))
 _NTHS = {2: "second", 4: "fourth", 8: "eighth"}
 _KNOWN = {
@@ -36,14 +33,14 @@ _Places = Callable[[Tensor], Tensor]  # the number of a code in its row, to that
 
 def code_part_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     """The sign, magnitude or all of each code taken from another of its byte or word, or lost in every n-th."""
-    for whose, fcs, more in _GEMMS:
+    for fcs, whose in GEMMS:
         for words, change, cost in _changes():
             yield Hypothesis(
                 "values",
                 fcs,
                 f"{whose} weights have {words}",
                 mapped(tuple(f"{fc}_weights" for fc in fcs), lambda _, t, c=change: c(t)),
-                cost + more,
+                cost + _BOTH * (len(fcs) > 1),
             )
 
 
@@ -146,7 +143,7 @@ _BEYOND = (("infinite", 255), ("zero", 0), ("the largest power of two", None), (
 def scale_format_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     """Scales kept in a format of a smaller range: those below it are zero, or its least; those above it infinite."""
     yield from _infinite_scales(call)
-    for whose, fcs, more in _GEMMS:
+    for fcs, whose in GEMMS:
         for words, least, largest in _FORMATS:
             for above, high in _BEYOND:
                 low = least - 1  # which a tie to even rounds to zero
@@ -159,7 +156,7 @@ def scale_format_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
                         tuple(f"{fc}_scales" for fc in fcs),
                         lambda _, s, a=low + 127, b=largest + 127, h=high: _limited(s, a, b, h),
                     ),
-                    1.3 + more + 0.02 * (high != 255),
+                    1.3 + _BOTH * (len(fcs) > 1) + 0.02 * (high != 255),
                 )
 
 
@@ -168,7 +165,7 @@ def _infinite_scales(call: MoeCall) -> Iterator[Hypothesis]:
     gemm = GemmVariant(
         decode_scales=lambda s: torch.where(s == 255, torch.nan, decode_ue8m0(s, convention="sm90"))
     )
-    for whose, fcs, more in _GEMMS:
+    for fcs, whose in GEMMS:
         scales = [getattr(call.experts, f"{fc}_scales") for fc in fcs]
         if any(t is not None and bool((t.view(torch.uint8) == 255).any()) for t in scales):
             yield Hypothesis(
@@ -176,7 +173,7 @@ def _infinite_scales(call: MoeCall) -> Iterator[Hypothesis]:
                 fcs,
                 f"{whose} sums are NaN wherever a scale in them is infinite (byte 255), as of 0 x Inf",
                 lambda p, fcs=fcs: p.staging(**{f"{fc}_gemm": gemm for fc in fcs}),
-                0.9 + more,
+                0.9 + _BOTH * (len(fcs) > 1),
             )
 
 
@@ -189,7 +186,7 @@ def small_weight_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     """Weights that are lost below a size, or codes in groups of small scales: as in a format of a smaller range."""
     magnitudes = torch.tensor(E2M1_VALUES[:8], dtype=torch.float64)
     exponents = torch.arange(256) - 127
-    for whose, fcs, more in _GEMMS:
+    for fcs, whose in GEMMS:
         scales = [getattr(call.experts, f"{fc}_scales") for fc in fcs]
         if any(t is None for t in scales) or is_heavy(call):
             continue
@@ -199,12 +196,12 @@ def small_weight_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
         for size in sizes[1 : 4 * _SCALES]:
             lost = (magnitudes * exponents[:, None].double().exp2() < size).sum(1) - 1
             words = f"below {size:.4g} are zero, as in float16 or FP8 of too small a range"
-            yield _losing(f"{whose} weights {words}", fcs, lost, 1.4 + more)
+            yield _losing(f"{whose} weights {words}", fcs, lost, 1.4)
         for exponent in few[:-1]:
             for code in range(1, 6):
                 lost = torch.where(exponents <= exponent, code, 0)
                 words = f"up to {magnitudes[code]:g} times their scale are zero where that is 2^{exponent} or less"
-                yield _losing(f"{whose} small weights are lost: those {words}", fcs, lost, 1.5 + more)
+                yield _losing(f"{whose} small weights are lost: those {words}", fcs, lost, 1.5)
 
 
 def _losing(words: str, fcs: tuple[str, ...], lost: Tensor, cost: float) -> Hypothesis:
@@ -221,4 +218,4 @@ def _losing(words: str, fcs: tuple[str, ...], lost: Tensor, cost: float) -> Hypo
             changed[f"{fc}_weights"] = table.to(packed.device)[rows, packed.long()]
         return p.having(**changed)
 
-    return Hypothesis("values", fcs, words, on, cost)
+    return Hypothesis("values", fcs, words, on, cost + _BOTH * (len(fcs) > 1))

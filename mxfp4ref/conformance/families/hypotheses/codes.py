@@ -9,13 +9,13 @@ from torch import Tensor
 
 from mxfp4ref.conformance.families.hypotheses.tensors import mapped
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
+from mxfp4ref.conformance.families.solved.tensor_groups import GEMMS
 from mxfp4ref.formats.mxfp4 import pack_codes, unpack_codes
 from mxfp4ref.model.call import MoeCall
 
 __all__ = ["code_hypotheses"]
 
 _MAGNITUDES = ("0", "0.5", "1", "1.5", "2", "3", "4", "6")
-_GEMMS = ((("fc1",), "GEMM1's"), (("fc2",), "GEMM2's"), (("fc1", "fc2"), "both GEMMs'"))
 
 
 def code_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
@@ -24,7 +24,7 @@ def code_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
         for other in dict.fromkeys((code - 1, code + 1, 0)):
             if other == code or other not in range(8):
                 continue
-            for fcs, whose in _GEMMS:
+            for fcs, whose in GEMMS:
                 yield Hypothesis(
                     "values",
                     fcs,

@@ -10,13 +10,13 @@ from torch import Tensor
 from mxfp4ref.conformance.families.hypotheses.narrow_types import Narrow, narrowings, types
 from mxfp4ref.conformance.families.hypotheses.tensors import mapped
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline
+from mxfp4ref.conformance.families.solved.tensor_groups import GEMMS
 from mxfp4ref.formats.mxfp4 import E2M1_VALUES, GROUP_SIZE, dequantize, pack_codes, unpack_codes
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
 
 __all__ = ["decoding_hypotheses", "readings", "table_hypotheses"]
 
-_GEMMS = ((("fc1",), "GEMM1's"), (("fc2",), "GEMM2's"), (("fc1", "fc2"), "both GEMMs'"))
 _Values = Callable[[Tensor, Tensor], Tensor]  # of codes and scales
 
 
@@ -26,7 +26,7 @@ def table_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
         for other in range(16):
             if code == other or {code, other} == {0, 8}:
                 continue
-            for fcs, whose in _GEMMS:
+            for fcs, whose in GEMMS:
                 yield Hypothesis(
                     "values",
                     fcs,
@@ -52,7 +52,7 @@ def _with_entry(packed: Tensor, code: int, other: int) -> Tensor:
 
 def decoding_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     """Scales and codes of another format, and weights quantised again; predicted up to roundings."""
-    for fcs, whose in _GEMMS:
+    for fcs, whose in GEMMS:
         for words, values in (*readings(), *_quantised_again()):
             yield Hypothesis(
                 "values",

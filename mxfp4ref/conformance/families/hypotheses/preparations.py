@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mxfp4ref.conformance.families.hypotheses.tensors import mapped
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
+from mxfp4ref.conformance.families.solved.tensor_groups import GEMMS
 from mxfp4ref.formats import humming
 from mxfp4ref.formats.generations import BYTEWISE, WORDWISE
 from mxfp4ref.formats.layout import (
@@ -29,7 +30,6 @@ __all__ = ["loading_hypotheses", "preparation_hypotheses"]
 
 _BYTES = GROUP_SIZE // 2  # of a K group's codes
 _On = Callable[[Tensor], Tensor]
-_GEMMS = ((("fc1",), "GEMM1's"), (("fc2",), "GEMM2's"), (("fc1", "fc2"), "both GEMMs'"))
 _PARTS = (
     ("scales", ("scales",)),
     ("weights (codes without the scales)", ("weights",)),
@@ -75,7 +75,7 @@ def _interleaved() -> Iterator[Hypothesis]:
         ("interleaved for Humming's FP8 kernel once too often", lambda t: humming.interleave(t.contiguous())),
         ("not interleaved for Humming's FP8 kernel", lambda t: humming.deinterleave(t.contiguous())),
     ]
-    for fcs, whose in _GEMMS:
+    for fcs, whose in GEMMS:
         for words, change in steps:
             yield _of(fcs, f"{whose} weights are {words}", "weights", change, 1.0)
 
@@ -95,7 +95,7 @@ def _folded() -> Iterator[Hypothesis]:
         def twice(t: Tensor, g: object = generation) -> Tensor:
             return fold_scales_sm90(t.contiguous(), g).reshape(t.shape)  # type: ignore[arg-type]
 
-        for fcs, whose in _GEMMS:
+        for fcs, whose in GEMMS:
             by = f"(layout of flashinfer {release})"
             yield _of(fcs, f"{whose} scales are not folded {by}", "scales", raw, 1.0)
             yield _of(fcs, f"{whose} scales are folded once too often {by}", "scales", twice, 1.1)
@@ -103,7 +103,7 @@ def _folded() -> Iterator[Hypothesis]:
 
 def _tiled(call: MoeCall) -> Iterator[Hypothesis]:
     """Scales in tiles, as other kernels want them, that are read row by row, and the other way round."""
-    for fcs, whose in _GEMMS:
+    for fcs, whose in GEMMS:
         for reading, order in (
             ("lie in {} and are read row by row", 0),
             ("lie row by row and are read as {}", 1),

@@ -7,13 +7,16 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from mxfp4ref.conformance.families.hypotheses.tensors import largest_of_groups
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline
-from mxfp4ref.formats.mxfp4 import E2M1_VALUES, GROUP_SIZE, pack_codes, unpack_codes
+from mxfp4ref.conformance.families.solved.tensor_groups import GEMMS
+from mxfp4ref.formats.mxfp4 import E2M1_VALUES, GROUP_SIZE, SCALE_BIAS, pack_codes, unpack_codes
+from mxfp4ref.formats.quantize import step_tables
 from mxfp4ref.model.call import MoeCall
 
 __all__ = ["prepared_weight_hypotheses"]
 
-_GEMMS = (("GEMM1's", ("fc1",), 0.0), ("GEMM2's", ("fc2",), 0.0), ("both GEMMs'", ("fc1", "fc2"), 0.2))
+_BOTH = 0.2  # cost more than of one GEMM
 _PRUNED = ((2, 4), (1, 2), (4, 8))  # that are kept, of how many along K
 _REACHES = (1, 2, 3, 4, 7, 8, 15)  # exponents, of 1 to 4 bits
 _Both = tuple[Tensor, Tensor]  # codes `[E, N, K] uint8` and scale bytes `[E, N, K / 32] int64`
@@ -24,9 +27,13 @@ def prepared_weight_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     if call.experts.fc1_scales is None or call.experts.fc2_scales is None:
         return
     for words, change, cost in _changes():
-        for whose, fcs, more in _GEMMS:
+        for fcs, whose in GEMMS:
             yield Hypothesis(
-                "values", fcs, f"{whose} {words}", lambda p, f=fcs, c=change: _on(p, f, c), cost + more
+                "values",
+                fcs,
+                f"{whose} {words}",
+                lambda p, f=fcs, c=change: _on(p, f, c),
+                cost + _BOTH * (len(fcs) > 1),
             )
     if call.experts.gated:
         for words, merge in (("largest", torch.maximum), ("smallest", torch.minimum)):
@@ -69,21 +76,17 @@ def _pruned(codes: Tensor, kept: int, of: int) -> Tensor:
     return torch.where(order.flatten(2) < kept, codes, 0)
 
 
-def _largest(scales: Tensor, groups: int) -> Tensor:
-    return scales.view(*scales.shape[:2], -1, groups).amax(3).repeat_interleave(groups, 2)
-
-
 def _rounded_to(groups: int) -> Callable[[Tensor, Tensor], _Both]:
     values = torch.tensor(E2M1_VALUES[:8])
-    middles = (values[1:] + values[:-1]) / 2
+    steps = step_tables("floor")[1][SCALE_BIAS].contiguous()  # the least magnitude of each code, ties to even
 
     def change(codes: Tensor, scales: Tensor) -> _Both:
-        merged = _largest(scales, groups)
+        if scales.shape[2] % groups:
+            raise ValueError("scales: no whole spans")
+        merged = largest_of_groups(scales, groups)
         factors = (scales - merged).float().exp2().repeat_interleave(GROUP_SIZE, 2)
-        wanted = values.to(codes.device)[(codes & 7).long()] * factors
-        low = torch.bucketize(wanted, middles.to(codes.device))
-        tie = (low < 7) & (wanted == middles.to(codes.device)[low.clamp(max=6)]) & (low % 2 == 1)
-        return (low + tie.long()).to(torch.uint8) | codes & 8, merged
+        wanted = (values.to(codes.device)[(codes & 7).long()] * factors).view(torch.int32)
+        return torch.bucketize(wanted, steps.to(codes.device), right=True).to(torch.uint8) | codes & 8, merged
 
     return change
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, of_sum
 from mxfp4ref.conformance.families.solved.slot_sums import slot_sum_hypotheses
+from mxfp4ref.conformance.number_formats import nearest
 from mxfp4ref.defects.variants.finalize import FinalizeVariant
 from mxfp4ref.defects.variants.gemm import GemmVariant
 from mxfp4ref.defects.variants.rounding import bf16, half
@@ -46,7 +47,7 @@ def _roundings() -> Iterator[tuple[str, _Round, float]]:
         name, cost = (
             ("tf32 (10 bits of mantissa", 1.1) if bits == 10 else (f"some type ({bits} bits of mantissa", 1.3)
         )
-        for ties, way, more in (("away from zero", _away, 0.0), ("to even", _short, 0.1)):
+        for ties, way, more in (("away from zero", _away, 0.0), ("to even", nearest, 0.1)):
             yield (
                 f"rounded to {name}, ties {ties}) on the way, and so rounded twice",
                 lambda x, way=way, dropped=23 - bits: fp32.to_bf16(way(x, dropped)),
@@ -55,7 +56,7 @@ def _roundings() -> Iterator[tuple[str, _Round, float]]:
     yield "rounded away from zero", lambda x: _upper(x, 0xFFFF), 1.4
     yield "rounded down", lambda x: torch.where(x < 0, _upper(x, 0xFFFF), _upper(x, 0)), 1.4
     yield "rounded up", lambda x: torch.where(x < 0, _upper(x, 0), _upper(x, 0xFFFF)), 1.4
-    yield "rounded to 7 bits (one bit of bf16 lost)", lambda x: fp32.to_bf16(_short(x, 17)), 1.3
+    yield "rounded to 7 bits (one bit of bf16 lost)", lambda x: fp32.to_bf16(nearest(x, 17)), 1.3
     yield (
         "with subnormal numbers as zeros",
         lambda x: fp32.to_bf16(torch.where(x.abs() < 2.0**-126, x * 0, x)),
@@ -72,7 +73,7 @@ def _kept() -> Iterator[tuple[str, _Round, float]]:
     yield "tf32 (10 bits of mantissa, cut)", lambda x: _cut(x, 13), 1.15
     for bits in (10, 8, 9, 11, 12):
         name = "tf32 (10 bits of mantissa" if bits == 10 else f"some type ({bits} bits of mantissa"
-        for ties, way in (("to even", _short), ("away from zero", _away)):
+        for ties, way in (("to even", nearest), ("away from zero", _away)):
             yield f"{name}, ties {ties})", lambda x, way=way, dropped=23 - bits: way(x, dropped), 1.25
 
 
@@ -85,12 +86,6 @@ def _away(x: Tensor, dropped: int) -> Tensor:
     """Rounded with ties away from zero, as cvt.rna does."""
     bits = x.contiguous().view(torch.int32)
     return _cut(torch.where(x.isfinite(), bits + (1 << (dropped - 1)), bits).view(torch.float32), dropped)
-
-
-def _short(x: Tensor, dropped: int) -> Tensor:
-    bits = x.view(torch.int32)
-    nearest = (1 << (dropped - 1)) - 1 + (bits >> dropped & 1)
-    return torch.where(x.isfinite(), (bits + nearest) >> dropped << dropped, bits).view(torch.float32)
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -175,7 +175,7 @@ def _scale_values() -> Iterator[tuple[str, _On, float]]:
     )
     yield "the smallest of each row's", lambda s: s.amin(2, keepdim=True).expand_as(s).contiguous(), 1.7
     for size in (2, 4):
-        yield f"the largest of each {size} K groups'", lambda s, n=size: _largest(s, n), 1.6
+        yield f"the largest of each {size} K groups'", lambda s, n=size: largest_of_groups(s, n), 1.6
     yield "at most 1 (bytes cut off at 127)", lambda s: s.clamp(max=127), 1.6
     yield "at least 1 (bytes cut off at 127)", lambda s: s.clamp(min=127), 1.6
     yield "inverted (2^-e for 2^e)", lambda s: (254 - s.to(torch.int16)).clamp(0, 255).to(torch.uint8), 1.6
@@ -184,7 +184,8 @@ def _scale_values() -> Iterator[tuple[str, _On, float]]:
     yield "read with the highest bit of the byte cleared", lambda s: s & 0x7F, 1.8
 
 
-def _largest(scales: Tensor, size: int) -> Tensor:
+def largest_of_groups(scales: Tensor, size: int) -> Tensor:
+    """Each scale byte the largest of so many K groups', `[E, N, G]`; as they are where these do not fill G."""
     if scales.shape[2] % size:
         return scales
     grouped = scales.view(*scales.shape[:2], -1, size)

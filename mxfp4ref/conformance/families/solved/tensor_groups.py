@@ -9,7 +9,16 @@ from torch import Tensor
 
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["WHOLE", "Group", "both_gemms", "gemm_groups", "groups_of", "parameter_groups", "whole_experts"]
+__all__ = [
+    "GEMMS",
+    "WHOLE",
+    "Group",
+    "both_gemms",
+    "gemm_groups",
+    "groups_of",
+    "parameter_groups",
+    "whole_experts",
+]
 
 WHOLE = ("fc1", "slots")  # stages of all that an expert has
 _SWIGLU = ("swiglu_alpha", "swiglu_beta", "swiglu_limit")
@@ -36,6 +45,10 @@ class Group:
     def kind(self) -> str:
         """Of all hypotheses on whose they are."""
         return self.of("other experts")
+
+
+# One GEMM's tensors, or both alike: the prefixes of their names, and whose they are.
+GEMMS = ((("fc1",), "GEMM1's"), (("fc2",), "GEMM2's"), (("fc1", "fc2"), "both GEMMs'"))
 
 
 def gemm_groups() -> Iterator[Group]:
