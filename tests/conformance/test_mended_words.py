@@ -22,7 +22,6 @@ from mxfp4ref.conformance.families.hypotheses.orders_of_k import order_hypothese
 from mxfp4ref.conformance.families.hypotheses.outputs import inner_hypotheses, output_hypotheses
 from mxfp4ref.conformance.families.hypotheses.regions import k_hypotheses
 from mxfp4ref.conformance.families.hypotheses.roundings import rounding_hypotheses
-from mxfp4ref.conformance.families.hypotheses.row_parameters import row_parameter_hypotheses
 from mxfp4ref.conformance.families.hypotheses.slots import slot_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, local_of
 from mxfp4ref.conformance.families.places import named_columns, tokens_in_words
@@ -75,7 +74,6 @@ def evidence(call: MoeCall, got: Tensor) -> list[tuple[tuple[str, ...], str]]:
             "the other K group of their pair",
         ),
         ("fc1_last_codes_of_the_next_row", "odd_tokens", k_hypotheses, "the codes of the row after"),
-        ("fc1_bias_broadcast_along_tokens", "gpt_oss", row_parameter_hypotheses, "columns of each 128 get"),
         (
             "small_weights_lost_in_fp16",
             "odd_tokens",
@@ -126,19 +124,6 @@ def test_accumulators_that_are_not_cleared() -> None:
     assert [h.words.rsplit("of ", 1)[1] for h in asked if torch.equal(h.run(pipeline), got)] == [
         "the tile before"
     ]
-
-
-def test_terms_lost_in_a_race() -> None:
-    call = captured("prefill")
-    ((stages, words),) = evidence(call, KERNELS["terms_lost_in_a_race"].function(call))
-    assert stages == ("slots", "finalize")
-    assert "terms are missing in" in words
-    assert "blocks of 64 columns" in words
-    noise = torch.randn(call.num_tokens, 4, generator=torch.Generator().manual_seed(0)).repeat_interleave(
-        64, 1
-    )
-    wrong = forward(call).float() * (1 + torch.where(noise > 1.5, noise, 0))  # of as many blocks, and no term
-    assert "terms" not in str(evidence(call, to_bf16(wrong)))
 
 
 def test_what_is_near_underflow_proves_nothing() -> None:

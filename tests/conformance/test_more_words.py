@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
-import torch
 from torch import Tensor
 
-from mxfp4ref import Stages, forward
+from mxfp4ref import forward
 from mxfp4ref.conformance import diagnose, differing
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.evidence import gather
 from mxfp4ref.conformance.families.hypotheses.orders_of_k import order_hypotheses
 from mxfp4ref.conformance.families.hypotheses.permuted import permuted_hypotheses
 from mxfp4ref.conformance.families.hypotheses.slots import slot_hypotheses
-from mxfp4ref.conformance.families.hypothesis import Hypothesis, local_of
-from mxfp4ref.conformance.families.sampled import samples
-from mxfp4ref.conformance.families.solved.column_factors import column_factors
+from mxfp4ref.conformance.families.hypothesis import Hypothesis
 from mxfp4ref.conformance.findings.index_words import pair_words
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.goldens.runs import runs
 from mxfp4ref.model.call import MoeCall
-from mxfp4ref.sm90.fp32 import to_bf16
-from tests.held_out_kernels.by_hand import Rows, layer
 from tests.held_out_kernels.calls import captured
 from tests.held_out_kernels.definition import load_all, run_on
 
 KERNELS = load_all()
 GOLDENS = open_goldens()
-FACTORS = torch.linspace(1.0, 1.5, 256)
 
 
 def predicting(hypotheses: Iterable[Hypothesis], call: MoeCall, got: Tensor) -> list[str]:
@@ -82,42 +76,6 @@ def test_numbers_by_a_rule() -> None:
     assert pair_words([(5, 1), (6, 2), (3, 3), (7, 3)], "expert", range(8)) == "expert n is expert n modulo 4"
     assert not pair_words([(5, 1), (6, 2), (3, 3)], "expert", range(8)), "too few"
     assert not pair_words([(5, 1), (6, 2), (7, 3), (7, 4)], "expert", range(8))
-
-
-def factors_of(got: Tensor, call: MoeCall) -> str | None:
-    pipeline = prepared(call)
-    found = column_factors(samples(pipeline, got, differing(got, forward(call)), local_of(pipeline)))
-    return None if found is None else found.sentence
-
-
-def times(factors: Tensor) -> Callable[[Rows, Tensor], Tensor]:
-    return lambda rows, acc: to_bf16(acc * factors)
-
-
-def test_columns_with_factors_of_their_own() -> None:
-    call = captured("gpt_oss")
-    said = factors_of(layer(call, fc2=times(FACTORS)), call)
-    assert said is not None
-    assert "from 1.01 to 1.49" in said
-    assert factors_of(layer(call, fc2=times(FACTORS[:1] * 1.25)), call) is None, "one for all"
-    assert factors_of(forward(call, replace(Stages(), round_fc2=lambda x: x)), call) is None, "roundings"
-    noise = torch.randn(40, 256, generator=torch.Generator().manual_seed(0))
-    assert factors_of(to_bf16(forward(call).float() * (1 + noise / 4)), call) is None
-    assert factors_of(KERNELS["fc2_codes_overwritten"].function(call), call) is None
-    assert factors_of(KERNELS["expert_off_by_one"].function(call), call) is None
-
-
-def test_another_fc2_bias_is_no_factor_by_column() -> None:
-    call = GOLDENS.load("options/alltoall_foreign_tokens").call()  # whose bias is most of a row
-    assert factors_of(KERNELS["fc2_bias_permuted"].function(call), call) is None
-    assert factors_of(layer(call, fc2=times(FACTORS[::2])), call) is not None
-    call = GOLDENS.load("ungated/relu2_layer").call()  # whose activations are positive
-    off = torch.randn(call.experts.hidden_size, generator=torch.Generator().manual_seed(0))
-    output = forward(call).float()
-    assert (
-        factors_of(to_bf16(output + output.std() * off * call.token_final_scales.sum(1)[:, None]), call)
-        is None
-    )
 
 
 @pytest.mark.parametrize("preset", ["mixtral", "gpt_oss"])

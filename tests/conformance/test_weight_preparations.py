@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import cache
 
-import pytest
 import torch
 from torch import Tensor
 
 from mxfp4ref import MoeCall, forward
-from mxfp4ref.conformance import differing
 from mxfp4ref.conformance.families.batches import one_thread
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.hypotheses.decodings import decoding_hypotheses, table_hypotheses
 from mxfp4ref.conformance.families.hypotheses.preparations import loading_hypotheses, preparation_hypotheses
-from mxfp4ref.conformance.families.hypothesis import Hypothesis, local_of
-from mxfp4ref.conformance.families.sampled import samples
+from mxfp4ref.conformance.families.hypothesis import Hypothesis
 from mxfp4ref.conformance.families.search import Search
-from mxfp4ref.conformance.families.solved.row_maps import row_maps
-from mxfp4ref.conformance.families.solved.weight_tables import weight_tables
 from mxfp4ref.formats.layout import deinterleave_weights_sm90
 from mxfp4ref.formats.mxfp4 import dequantize
 from mxfp4ref.sm90 import fp32
-from tests.held_out_kernels.by_hand import groups_of, layer, right_gemm, with_experts
+from tests.held_out_kernels.by_hand import layer, with_experts
 from tests.held_out_kernels.calls import captured
 
 RANDOM = random.Random(31)
@@ -49,14 +43,6 @@ def predicting(hypotheses: Callable[[MoeCall], Iterable[Hypothesis]], got: Tenso
     with one_thread():
         found = search(got).run(hypotheses(captured("odd_tokens")))
     return [match.hypothesis.words for match in found]
-
-
-def table_of(got: Tensor, name: str = "odd_tokens") -> str:
-    call, want = call_and_output(name)
-    pipeline = prepared(call)
-    with one_thread():
-        found = weight_tables(pipeline.call, samples(pipeline, got, differing(got, want), local_of(pipeline)))
-    return found.sentence if found else ""
 
 
 def test_scales_in_tiles() -> None:
@@ -159,71 +145,3 @@ def test_weights_with_noise_are_not_quantised_again() -> None:
         one = search(got)
         assert not one.run(h for h in decoding_hypotheses(call) if "again" in h.words)
         assert not one.almost()
-    assert not table_of(got)
-
-
-def test_any_table_of_codes_is_solved() -> None:
-    call, _ = call_and_output("odd_tokens")
-    pipeline = prepared(call)
-    (found,) = [h for h in decoding_hypotheses(call) if h.words == "GEMM2's codes are read as E3M0"]
-    got = found.run(pipeline)
-    assert got is not None
-    words = table_of(got)
-    assert "reads codes of its weights as other values" in words
-    assert "1 (0.5) as 0.25, 2 (1) as 0.5" in words
-
-
-@pytest.mark.parametrize("factor", [lambda s: s.float() - 127, lambda s: 3.0 ** (s.float() - 127)])
-def test_any_decoding_of_scale_bytes_is_solved(factor: Callable[[Tensor], Tensor]) -> None:
-    call, _ = call_and_output("odd_tokens")
-
-    def gemm(x: Tensor, packed: Tensor, scales: Tensor, tactic: object) -> Tensor:
-        parts = groups_of(x, packed, torch.full_like(scales.view(torch.uint8), 127))
-        return (parts * factor(scales.view(torch.uint8)).T[:, None]).sum(0)
-
-    words = table_of(layer(call, gemm2=gemm))
-    assert "decodes its scale bytes otherwise" in words
-    assert "byte 120 (2^-7) " in words
-    solved = float(words.split("byte 120 (2^-7) ")[1].split("x")[0])
-    assert solved == pytest.approx(float(factor(torch.tensor(120))) * 2.0**7, rel=0.02, abs=2.0**-6)
-
-
-def test_parts_of_k_in_some_rows_and_columns() -> None:
-    """Counted otherwise in one expert's first rows, in columns 32 to 63."""
-    call, _ = call_and_output("prefill")
-    experts = call.experts
-    packed, scales = experts.fc2_weights[3], experts.fc2_scales
-    assert scales is not None
-
-    def gemm(x: Tensor, codes: Tensor, own: Tensor, tactic: object) -> Tensor:
-        acc = right_gemm(x, codes, own, tactic).clone()  # type: ignore[arg-type]
-        if torch.equal(codes, packed):
-            acc[:9, 32:64] -= groups_of(x[:9], codes[32:64], own[32:64])[2:4].sum(0)
-        return acc
-
-    assert table_of(layer(call, gemm2=gemm), "prefill") == (
-        "in GEMM2 of expert 3, in columns 32 to 63, these K groups do not count once: 2 (K 64 to 95) is left out, "
-        "3 (K 96 to 127) is left out; GEMM1 is right"
-    )
-
-
-@pytest.mark.parametrize("kind", ["scales", "weights"])
-def test_rows_that_have_another_rows(kind: str) -> None:
-    call, want = call_and_output("odd_tokens")
-    row = torch.arange(256)
-    row[40:72], row[200] = row[40:72] + 100, 3
-    tensor = getattr(call.experts, f"fc2_{kind}")[:, row].contiguous()
-    got = forward(with_experts(call, **{f"fc2_{kind}": tensor}))
-    pipeline = prepared(call)
-    with one_thread():
-        found = row_maps(pipeline.call, samples(pipeline, got, differing(got, want), local_of(pipeline)))
-    assert found is not None
-    assert f"GEMM2's {kind}" in found.sentence
-    assert "rows 40 to 71 have those of rows 140 to 171, row 200 has row 3's;" in found.sentence
-
-
-def test_one_factor_is_no_table() -> None:
-    call, _ = call_and_output("odd_tokens")
-    assert not table_of(layer(call, gemm2=_dense(lambda w: 1.3 * w)))
-    halved = replace(call, token_final_scales=call.token_final_scales * 0.5)
-    assert not table_of(forward(halved))

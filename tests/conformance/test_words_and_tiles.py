@@ -11,7 +11,6 @@ from torch import Tensor
 
 from mxfp4ref import MoeCall, forward, quantize
 from mxfp4ref.conformance import diagnose
-from mxfp4ref.conformance.families.by_place import hypotheses_of_tiles
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.hypotheses.code_parts import code_part_hypotheses, scale_format_hypotheses
 from mxfp4ref.conformance.families.hypotheses.fragment_maps import fragment_map_hypotheses, swizzled_weights
@@ -43,13 +42,6 @@ def scales_in_e4m3(call: MoeCall) -> Tensor:
     call = with_experts(call, fc2_scales=low.to(torch.uint8))
     kept = torch.where(low <= 127 - 10, 0, low).to(torch.uint8)
     return torch.stack((forward(call), forward(with_experts(call, fc2_scales=kept))))
-
-
-def later_stage(call: MoeCall) -> Tensor:
-    def activation(rows: Rows, a: Tensor) -> Tensor:
-        return to_bf16(torch.cat((a[:, 64:], a[:, -64:]), 1))
-
-    return layer(call, activation=activation)
 
 
 def registers(call: MoeCall) -> Tensor:
@@ -91,7 +83,6 @@ def everything(search: Search) -> Iterator[Hypothesis]:
     call, wrong = search.pipeline.call, search.wrong
     return chain(
         code_part_hypotheses(call),
-        hypotheses_of_tiles(call, wrong),
         fragment_map_hypotheses(call, wrong),
         swizzled_weights(call),
     )
@@ -105,7 +96,6 @@ def everything(search: Search) -> Iterator[Hypothesis]:
             "GEMM1's weights have the magnitudes of the code at the other end of each word of 4",
         ),
         (third_sign_lost, "GEMM2's weights have no sign in every fourth code, from 2 on"),
-        (later_stage, "in each K tile of 64 it is that of the tile 1 further on"),
         (registers, "each tile of 4 rows of an expert x 8 columns"),
         (
             unswizzled,

@@ -7,11 +7,7 @@ from itertools import chain
 
 from torch import Tensor
 
-from mxfp4ref.conformance.families.hypotheses.bias_sums import bias_sum_hypotheses
 from mxfp4ref.conformance.families.hypotheses.code_parts import scale_format_hypotheses
-from mxfp4ref.conformance.families.hypotheses.input_norms import norm_hypotheses
-from mxfp4ref.conformance.families.hypotheses.k_stages import k_stage_hypotheses
-from mxfp4ref.conformance.families.hypotheses.kept_memory import kept_hypotheses
 from mxfp4ref.conformance.families.hypotheses.memory_readings import route_readings, vector_readings
 from mxfp4ref.conformance.families.hypotheses.misread import misread_hypotheses
 from mxfp4ref.conformance.families.hypotheses.output_memory import memory_hypotheses
@@ -22,7 +18,7 @@ from mxfp4ref.conformance.families.hypothesis import Hypothesis
 from mxfp4ref.conformance.findings.reduction import is_heavy
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["hypotheses_by_place", "hypotheses_of_tiles"]
+__all__ = ["hypotheses_by_place"]
 
 
 def hypotheses_by_place(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
@@ -33,8 +29,6 @@ def hypotheses_by_place(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
         memory_hypotheses(call),
         input_factor_hypotheses(),
         scale_format_hypotheses(call),
-        norm_hypotheses(),
-        bias_sum_hypotheses(call),
     )
     if not is_heavy(call):
         tokens = wrong.any(1)
@@ -44,10 +38,3 @@ def hypotheses_by_place(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
             route_readings(call, tokens),
             tile_hypotheses(call, wrong),
         )
-
-
-def hypotheses_of_tiles(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
-    """On tiles of K and tiles of rows; `wrong [M, H] bool`."""
-    yield from k_stage_hypotheses(call)
-    if not is_heavy(call):
-        yield from kept_hypotheses(call, wrong.any(1))

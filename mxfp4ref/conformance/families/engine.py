@@ -13,12 +13,11 @@ from torch import Tensor
 from mxfp4ref.conformance.families import FAMILIES
 from mxfp4ref.conformance.families.batches import one_thread
 from mxfp4ref.conformance.families.blank import of_blank
-from mxfp4ref.conformance.families.by_place import hypotheses_by_place, hypotheses_of_tiles
+from mxfp4ref.conformance.families.by_place import hypotheses_by_place
 from mxfp4ref.conformance.families.distances import surprise
 from mxfp4ref.conformance.families.evidence import gather, look_closer
 from mxfp4ref.conformance.families.hypotheses.activations import activation_hypotheses, other_activations
 from mxfp4ref.conformance.families.hypotheses.code_parts import code_part_hypotheses, small_weight_hypotheses
-from mxfp4ref.conformance.families.hypotheses.codes import code_hypotheses
 from mxfp4ref.conformance.families.hypotheses.decodings import decoding_hypotheses, table_hypotheses
 from mxfp4ref.conformance.families.hypotheses.fragment_maps import fragment_map_hypotheses, swizzled_weights
 from mxfp4ref.conformance.families.hypotheses.fragments import fragment_hypotheses
@@ -36,8 +35,6 @@ from mxfp4ref.conformance.families.hypotheses.prepared_weights import prepared_w
 from mxfp4ref.conformance.families.hypotheses.quantised import quantised_hypotheses
 from mxfp4ref.conformance.families.hypotheses.regions import k_hypotheses, row_hypotheses, rows_at
 from mxfp4ref.conformance.families.hypotheses.roundings import rounding_hypotheses
-from mxfp4ref.conformance.families.hypotheses.row_parameters import row_parameter_hypotheses
-from mxfp4ref.conformance.families.hypotheses.rows_beside import beside_hypotheses
 from mxfp4ref.conformance.families.hypotheses.slots import slot_hypotheses
 from mxfp4ref.conformance.families.hypotheses.tensors import (
     bias_hypotheses,
@@ -251,16 +248,13 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
     if not small and not is_heavy(call):
         yield wanted(fragment_map_hypotheses(call, search.wrong))
     yield wanted(
-        chain(
-            of(
-                row_parameter_hypotheses,
-                beside_hypotheses,
-                fragment_hypotheses,
-                swizzled_weights,
-                inner_hypotheses,
-            ),
-            of(code_hypotheses, small_weight_hypotheses, decoding_hypotheses, table_hypotheses),
-            () if small else hypotheses_of_tiles(call, search.wrong),
+        of(
+            fragment_hypotheses,
+            swizzled_weights,
+            inner_hypotheses,
+            small_weight_hypotheses,
+            decoding_hypotheses,
+            table_hypotheses,
         )
     )
     if not small:

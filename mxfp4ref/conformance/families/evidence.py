@@ -6,9 +6,8 @@ unknowns, and have a solution within the roundings, the solution is what the ker
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,24 +20,18 @@ from mxfp4ref.conformance.families.hypothesis import Pipeline, SlotRows, local_o
 from mxfp4ref.conformance.families.places import named_columns, residue_in_words
 from mxfp4ref.conformance.families.sampled import Sample, samples
 from mxfp4ref.conformance.families.solved.added_rows import added_rows
-from mxfp4ref.conformance.families.solved.column_factors import column_factors
 from mxfp4ref.conformance.families.solved.column_maps import column_map
 from mxfp4ref.conformance.families.solved.error_space import Space
 from mxfp4ref.conformance.families.solved.expert_sums import other_sums
 from mxfp4ref.conformance.families.solved.formula import Formula, fitted
 from mxfp4ref.conformance.families.solved.lost_rows import lost_rows
-from mxfp4ref.conformance.families.solved.lost_terms import lost_terms
 from mxfp4ref.conformance.families.solved.mixed_up import mixed_up
 from mxfp4ref.conformance.families.solved.moved_columns import moved_columns
-from mxfp4ref.conformance.families.solved.operands import other_operands
 from mxfp4ref.conformance.families.solved.output_rows import another_stride, rows_of_others
 from mxfp4ref.conformance.families.solved.pursuit import biases_of
-from mxfp4ref.conformance.families.solved.row_maps import row_maps
 from mxfp4ref.conformance.families.solved.second_gemm import second_gemm
 from mxfp4ref.conformance.families.solved.skipped_slots import of_skipped_slots
 from mxfp4ref.conformance.families.solved.solved_constants import solved_constant
-from mxfp4ref.conformance.families.solved.tile_sums import tile_sums
-from mxfp4ref.conformance.families.solved.weight_tables import weight_tables
 from mxfp4ref.conformance.families.solved.wrong_experts import wrong_experts
 from mxfp4ref.conformance.families.solved.zero_rows import zero_rows
 from mxfp4ref.conformance.findings.finding import Evidence, counted
@@ -89,10 +82,6 @@ def gather(
         return [skipped]
     if not found and (added := guarded(added_rows, pipeline.call, got, want, wrong)) is not None:
         return [added]
-    if not found and (lost := guarded(lost_terms, pipeline, got, want, wrong, local)) is not None:
-        return unless_in_another_order(pipeline.call, got, wrong, [lost])
-    if not found and (tile := guarded(tile_sums, pipeline, got, wrong, local)) is not None:
-        return [tile]
     alone = wrong if outside is None else wrong & outside
     single = list(guarded_each(_single, pipeline.call, got, want, alone))
     found += single or guarded_each(_columns, pipeline, got, want, alone, tokens)
@@ -126,17 +115,9 @@ def _solved(
     pipeline: Pipeline, got: Tensor, some: list[Sample], wrong: Tensor, *, staged: bool
 ) -> list[Evidence]:
     """What the errors of many tokens say; `staged` if a stage is known."""
-    tables: tuple[Callable[[], Evidence | None], ...] = (
-        partial(mixed_up, pipeline, got, wrong, some),
-        partial(column_map, pipeline.call, some),
-        partial(column_factors, some),
-        partial(weight_tables, pipeline.call, some, everywhere=bool(wrong.any(1).all())),
-        partial(row_maps, pipeline.call, some),
-        partial(other_operands, pipeline, some, wrong.any(1)),
-    )
-    for table in tables:
-        if (found := guarded(table)) is not None:
-            return [found]
+    found = guarded(mixed_up, pipeline, got, wrong, some) or guarded(column_map, pipeline.call, some)
+    if found is not None:
+        return [found]
     return list(guarded_each(_of_space, pipeline.call, some, staged=staged))
 
 

@@ -9,7 +9,6 @@ from mxfp4ref.conformance.comparison import ulp_distance
 from mxfp4ref.conformance.families.beside_a_sum import beside_a_sum
 from mxfp4ref.conformance.families.distances import surprise
 from mxfp4ref.conformance.families.hypotheses.activations import activation_hypotheses, other_activations
-from mxfp4ref.conformance.families.hypotheses.bias_sums import bias_sum_hypotheses
 from mxfp4ref.conformance.families.hypotheses.more_activations import more_activations
 from mxfp4ref.conformance.families.hypotheses.orders_of_k import order_hypotheses
 from mxfp4ref.conformance.families.hypotheses.roundings import rounding_hypotheses
@@ -56,9 +55,7 @@ def quick(call: MoeCall) -> Iterator[Hypothesis]:
 def second(call: MoeCall) -> Iterator[Hypothesis]:
     """That may be the second of two changes."""
     named = (h for h in named_hypotheses(call) if not h.slow)
-    return chain(
-        named, weight_hypotheses(call), bias_sum_hypotheses(call), slot_hypotheses(call), quick(call)
-    )
+    return chain(named, weight_hypotheses(call), slot_hypotheses(call), quick(call))
 
 
 def soon(search: Search, only: set[str]) -> list[Match]:
@@ -99,7 +96,7 @@ def two_in_the_sum(search: Search) -> list[Match]:
         output = first.run(search.pipeline)
         if output is None or search.out_of_time() or surprise(search.got, output) < FEWEST_BITS:
             continue
-        seconds = chain(weight_hypotheses(call), bias_sum_hypotheses(call), slot_hypotheses(call))
+        seconds = chain(weight_hypotheses(call), slot_hypotheses(call))
         if pair := pair_in_the_sum(search.pipeline, search.rows, search.got, first, seconds):
             return [Match(pair, True)]
     return []
