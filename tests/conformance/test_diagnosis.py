@@ -58,7 +58,7 @@ def small_cases() -> list[Case]:
     return [GOLDENS.load(name) for name in GOLDENS.names() if name not in WHOLE_SIZE]
 
 
-@pytest.mark.parametrize("name", usual.first(6, NAMED))
+@pytest.mark.parametrize("name", usual.first(3, NAMED))
 @pytest.mark.usefixtures("patient")
 def test_defects_are_named(name: str, small_cases: list[Case]) -> None:
     """On two of the cases that are there for it; `tools/tables/confusion_table.py` does all defects on all cases."""
@@ -78,6 +78,7 @@ def test_a_defect_that_confuses_experts_is_named_although_few_are_kept() -> None
     )
 
 
+@pytest.mark.slow
 def test_a_defect_in_one_token_only_is_not_named(case: Case) -> None:
     """It predicts that token exactly, and others too that are right."""
     dropped = DEFECTS["last_slot_dropped"].run(case.call())

@@ -74,7 +74,7 @@ def seen(got: Tensor) -> list[tuple[tuple[str, ...], str]]:
     return [(e.stages, e.sentence) for e in found if e.stages]
 
 
-@pytest.mark.parametrize("name", usual.first(4, KERNELS))
+@pytest.mark.parametrize("name", usual.first(2, KERNELS))
 def test_the_stage_is_proved(name: str) -> None:
     kernel, stages, words = KERNELS[name]
     said, sentence = seen(kernel())[0]
@@ -89,7 +89,7 @@ def by_chance(x: Tensor) -> Tensor:
     return ((x.contiguous().view(torch.int32) + up) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
-@pytest.mark.parametrize("stage", ["round_activation", "round_fc2"])
+@pytest.mark.parametrize("stage", usual.first(1, ["round_activation", "round_fc2"]))
 def test_the_stage_of_roundings_that_need_not_be_wrong(stage: str) -> None:
     experts = layers.random_experts(7, num_experts=4, hidden=256, inner=256)  # fewer columns tell too little
     call = layers.random_call(7, experts, tokens=24, top_k=2)

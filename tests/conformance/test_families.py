@@ -30,6 +30,7 @@ from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import Stages, forward
 from mxfp4ref.sm90 import fp32
 from tests.helpers import layers
+from tests.helpers.usual import first
 
 EXPERTS = layers.random_experts(
     5, num_experts=4, hidden=256, inner=128, biases=True, parameters=layers.PARAMETERS
@@ -162,11 +163,12 @@ def _no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SECONDS, "full", math.inf)
 
 
-ALWAYS = ("another expert's", "ids")  # found early in the search, the others after 5 s and more
+ALWAYS = ("another expert's",)  # found early in the search, the others after 5 s and more
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in MEMBERS]
+    "name",
+    [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in MEMBERS],
 )
 def test_a_member_is_told_in_words(name: str) -> None:
     kernel, stage, words = MEMBERS[name]
@@ -221,7 +223,7 @@ UNNAMED: dict[str, tuple[Callable[[MoeCall], Tensor], str, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", UNNAMED)
+@pytest.mark.parametrize("name", first(2, UNNAMED))
 def test_what_is_in_no_family_gets_its_stage_and_no_name(name: str) -> None:
     kernel, stage, words = UNNAMED[name]
     output = kernel(CALL)

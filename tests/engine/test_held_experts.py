@@ -19,6 +19,7 @@ from mxfp4ref.model.forward import forward
 from mxfp4ref.model.parallel import Ranks
 from mxfp4ref.sm90.tactics import Sm90Kernel
 from tests.helpers.checkpoints import make_checkpoint, write_config
+from tests.helpers.usual import first
 
 EXPERTS, MINE = 12, range(8, 12)  # of rank 2 of 3
 BY_NAME = sorted(range(EXPERTS), key=str)
@@ -66,42 +67,45 @@ def checked(layer: CheckpointLayer, served: dict[str, Tensor], **how: object) ->
 
 @pytest.mark.parametrize(
     ("others", "part", "kind", "says"),
-    [
-        (
-            BY_NAME[8:],
-            "",
-            "deepseek_v4",
-            "this rank's experts 8 to 11 are the checkpoint's 6 to 9, those of ranks 1 to 2: as names of experts "
-            "sorted as strings, 10 before 2, deal them out",
-        ),
-        (
-            range(4, 8),
-            "",
-            "deepseek_v4",
-            "this rank's experts 8 to 11 are the checkpoint's 4 to 7, those of rank 1",
-        ),
-        ([8, 2, 10, 11], "", "gpt_oss", "this rank's expert 9 is the checkpoint's 2, those of rank 0"),
-        (
-            range(4),
-            "fc2",
-            "deepseek_v4",
-            "the fc2 weights and fc2 scales of this rank's experts 8 to 11 are those of the checkpoint's 0 to 3, "
-            "those of rank 0",
-        ),
-        (
-            range(4),
-            "fc2_biases",  # no token has expert 8
-            "gpt_oss",
-            "the fc2 biases of this rank's experts 9 to 11 are those of the checkpoint's 1 to 3, those of rank 0",
-        ),
-        (
-            [8, 8, 10, 10],
-            "fc1_scales",
-            "gpt_oss",
-            "the fc1 scales of this rank's expert 9 are those of the checkpoint's 8, expert 11 are those of the "
-            "checkpoint's 10, those of rank 2",
-        ),
-    ],
+    first(
+        3,
+        [
+            (
+                BY_NAME[8:],
+                "",
+                "deepseek_v4",
+                "this rank's experts 8 to 11 are the checkpoint's 6 to 9, those of ranks 1 to 2: as names of experts "
+                "sorted as strings, 10 before 2, deal them out",
+            ),
+            (
+                range(4, 8),
+                "",
+                "deepseek_v4",
+                "this rank's experts 8 to 11 are the checkpoint's 4 to 7, those of rank 1",
+            ),
+            ([8, 2, 10, 11], "", "gpt_oss", "this rank's expert 9 is the checkpoint's 2, those of rank 0"),
+            (
+                range(4),
+                "fc2",
+                "deepseek_v4",
+                "the fc2 weights and fc2 scales of this rank's experts 8 to 11 are those of the checkpoint's 0 to 3, "
+                "those of rank 0",
+            ),
+            (
+                range(4),
+                "fc2_biases",  # no token has expert 8
+                "gpt_oss",
+                "the fc2 biases of this rank's experts 9 to 11 are those of the checkpoint's 1 to 3, those of rank 0",
+            ),
+            (
+                [8, 8, 10, 10],
+                "fc1_scales",
+                "gpt_oss",
+                "the fc1 scales of this rank's expert 9 are those of the checkpoint's 8, expert 11 are those of the "
+                "checkpoint's 10, those of rank 2",
+            ),
+        ],
+    ),
 )
 def test_a_rank_that_holds_other_experts(
     root: Path, others: Sequence[int], part: str, kind: str, says: str
@@ -133,6 +137,7 @@ def test_only_the_experts_that_are_needed_are_read(root: Path, monkeypatch: pyte
     assert set(range(4)) <= read
 
 
+@pytest.mark.slow
 def test_another_mistake_is_no_other_experts(root: Path) -> None:
     layer, call, output = held(root, MINE)
     for wrong in (output * 1.5, output.roll(1, 0)):
@@ -176,7 +181,7 @@ def own_slots(root: Path) -> tuple[CheckpointLayer, dict[str, Tensor], Tensor]:
     return layer, served, mine
 
 
-@pytest.mark.parametrize("zero", [True, False])
+@pytest.mark.parametrize("zero", first(1, [True, False]))
 def test_weights_normalised_over_the_rank_s_own_slots(root: Path, zero: bool) -> None:
     layer, served, mine = own_slots(root)
     weights = served[WEIGHTS]
@@ -195,6 +200,7 @@ def test_weights_normalised_over_the_rank_s_own_slots(root: Path, zero: bool) ->
         assert "computed and added" not in alone.verdict
 
 
+@pytest.mark.slow
 def test_weights_of_other_ranks_may_be_zero(root: Path) -> None:
     layer, served, mine = own_slots(root)
     found = checked(layer, served | {WEIGHTS: served[WEIGHTS] * mine})

@@ -1,6 +1,6 @@
 """Hostile input: whatever a public function is given, it gives a right result or names the wrong argument.
 
-How many inputs are tried: every change of every argument alone, and MXFP4REF_FUZZ_EXAMPLES (default 25) random
+How many inputs are tried: every change of every argument alone, and MXFP4REF_FUZZ_EXAMPLES (default 10) random
 combinations for each function. `pytest tests/whole/test_fuzz.py` prints the count.
 """
 
@@ -22,7 +22,7 @@ import mxfp4ref
 from tests.helpers import fuzzing
 from tests.helpers.fuzz_targets import TARGETS
 
-EXAMPLES = int(os.environ.get("MXFP4REF_FUZZ_EXAMPLES", "25"))
+EXAMPLES = int(os.environ.get("MXFP4REF_FUZZ_EXAMPLES", "10"))
 counts: dict[str, int] = {}
 
 # Public names that are not fuzzed here, and why.

@@ -321,6 +321,7 @@ def test_constants_made_in_all_modes_at_once() -> None:
         forget_constants()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("patient")
 def test_diagnosis() -> None:
     """In all modes at once."""

@@ -222,14 +222,16 @@ def _miscounted(call: MoeCall) -> Iterator[Hypothesis]:
         def twice(rows: SlotRows, kind: Callable[[SlotRows], Tensor] = kind) -> SlotRows:
             return replace(rows, weights=torch.where(kind(rows), 2 * rows.weights, rows.weights))
 
-        # Without a bias a row that is not added may as well be zero, and rows of an expert are tiles of GEMMs.
+        # Without a bias a row that is not added may as well be zero, and rows of an expert are tiles of GEMMs,
+        # or, the first ones, what there is room for.
         zero = of_rows and not biased
+        either = ("slots" if words.startswith("that are rows beyond") else stage_before_gemm2(call), "fc2")
         or_zero = (
             ", or their rows are zero: not computed or not written by a GEMM or by the activation" * zero
         )
         yield of_slots(
             "dropped slots",
-            (stage_before_gemm2(call), "fc2") if zero else skipped,
+            either if zero else skipped,
             f"the slots {words} are left out of the sum{or_zero}",
             without,
             1.3,

@@ -161,7 +161,7 @@ def _sets(tiles: _Tiles, blocks: Tensor, weighs: Tensor) -> Iterator[tuple[str, 
 def _of_either(hypothesis: Hypothesis) -> Hypothesis:
     """Of rows that are zero as a whole, as they are too where GEMM1's are."""
     words = f"{hypothesis.words}, or GEMM1's tiles of these rows are not"
-    return replace(hypothesis, stages=("fc1", "fc2"), words=words)
+    return replace(hypothesis, stages=("fc2", "fc1"), words=words)
 
 
 def _changed(
