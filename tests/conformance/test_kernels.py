@@ -338,6 +338,7 @@ class TestFlashinfer:
         cases = [case for case in map(GOLDENS.load, GOLDENS.names()) if case.kind == "w4a8"]
         assert len(cases) >= 7
         options = Options(diagnosis="quick")
+        cases = cases[:3] if wrong else cases
         report = run("flashinfer-w4a8", cases, options, device="cpu", isolate=False)
         assert report.ok != wrong
         assert {result.status for result in report.results} == ({"differs"} if wrong else {"equal"})

@@ -100,7 +100,7 @@ def test_what_is_not_run_takes_no_time(told: list[str], monkeypatch: pytest.Monk
     monkeypatch.setattr(shared, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     with shared.case_progress([FIRST, SECOND], 1) as advance:
         advance(CaseResult(FIRST, "moe", "", "differs"))
-    assert told[-1] == "1 of 2 done; 1 failed; now the diagnosis of all together"
+    assert told[-1] == "1 of 2 done; 1 failed; now the diagnosis of all together, a minute or two at most"
 
 
 def test_the_last_line_is_not_the_end(told: list[str]) -> None:

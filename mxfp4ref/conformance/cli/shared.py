@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from mxfp4ref._choices import DIAGNOSES, MODES
 from mxfp4ref._files import printable
 from mxfp4ref.conformance.cli.terminal import animated, console, echo
-from mxfp4ref.conformance.heartbeat import heartbeat
+from mxfp4ref.conformance.heartbeat import ALL_TOGETHER, heartbeat
 from mxfp4ref.conformance.memory import cause_of, not_enough, ran_out
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def case_progress(
                     said = str(found.finding) or found.stage or f"first: {found.output} {found.first}"
                     echo(f"    {said}", err=True)
             ended = done == len(names) or failed == max_failures
-            last = "the diagnosis of all together" if failed else "the end of the run"
+            last = ALL_TOGETHER if failed else "the end of the run"
             words = f"{failed} failed; now {last if ended else names[done]}"
             if ended and done < len(names):  # there is no rate: the other cases are not run
                 step(f"{done} of {len(names)} done; {words}", 0)
