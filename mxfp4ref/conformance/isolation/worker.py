@@ -42,7 +42,7 @@ _LOAD_SECONDS = 60  # for importing the kernel, if a run has less
 _OWN_SECONDS = 600  # for what the kit does itself in the process: importing torch, generating weights
 _END_SECONDS = 2  # for a process that was told to end, or whose pipe is closed
 _DRAIN_SECONDS = 0.1  # for what an earlier run printed and has not been read yet
-_SHOWN, _TAIL = 1 << 16, 1 << 11  # bytes of what the kernel prints: passed on, and kept for a crash
+_SHOWN, _TAIL = 1 << 16, 1 << 13  # bytes of what the kernel prints: passed on, and kept for a crash
 
 _RESULT = {
     **{"problem": str, "message": str, "left": str, "seconds": float | int, "runs": int},
