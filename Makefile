@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := $(VENV)/.demo
 READY := $(VENV)/.ready
-# Compiled at first use, which each of the tests' workers would do for itself: the longest first. What they import is
-# compiled with them; all of torch, as pip does it, takes a minute.
-LOOPS := sm90.gemm.cpu_loops sm90.elementwise_loops formats.layout_loops sm90.gemm.fp8_loops formats.mxfp4_loops \
-	defects.variants.gemm_loops
+# Compiled at first use, which each of the tests' workers would do for itself. What they import is compiled with them;
+# all of torch, as pip does it, takes a minute.
+LOOPS := import mxfp4ref.sm90.gemm.cpu_loops, mxfp4ref.sm90.gemm.fp8_loops, mxfp4ref.formats.mxfp4_loops
+OTHERS := import mxfp4ref.sm90.elementwise_loops, mxfp4ref.formats.layout_loops, mxfp4ref.defects.variants.gemm_loops
 
 .PHONY: demo test check format clean
 
@@ -37,7 +37,7 @@ $(DEMO) $(READY): pyproject.toml constraints.txt
 	@echo "Installing mxfp4ref[$(EXTRAS)] into $(VENV); torch is large, this takes a minute or more ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@echo "Compiling its loops for this CPU ..."
-	@printf '%s\n' $(LOOPS) | PYTHONDONTWRITEBYTECODE= xargs -P 2 -I{} $(BIN)/python -c 'import mxfp4ref.{}' || true
+	@export PYTHONDONTWRITEBYTECODE=; $(BIN)/python -c '$(LOOPS)' & $(BIN)/python -c '$(OTHERS)'; wait
 	@touch $@
 
 clean:
