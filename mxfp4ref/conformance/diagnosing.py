@@ -16,6 +16,7 @@ from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN, Hypothesis, Pipeline
 from mxfp4ref.conformance.families.jury import Failure, Verdict, judge
 from mxfp4ref.conformance.findings.agreement import agreed, name_defects, unrefuted, with_one_case
+from mxfp4ref.conformance.findings.exposed import with_exposed
 from mxfp4ref.conformance.findings.finding import counted, of_specials
 from mxfp4ref.conformance.findings.guarded import listening
 from mxfp4ref.conformance.findings.reduction import is_heavy, thread_clock
@@ -233,6 +234,8 @@ class Failing:
             return Found(tuple(results), defects, of_specials(special, agreed(telling)))
         finding = unrefuted(_strongest(found.finding, telling), [one.finding for one in telling])
         finding = with_one_case(finding, outside)
+        calls = (self._failures[case].failed for case in outside if case in self._failures)
+        finding = with_exposed(finding, ((f.run.inputs, f.outputs) for f in calls if f.kind == "moe"))
         if not all_aside and (others := len(aside - set(special))) and finding.sentence:
             words = f"{finding.sentence}; beside that, in {counted(others, 'case')} NaN alone has other bits"
             finding = replace(finding, sentence=words, exact=False)

@@ -17,13 +17,14 @@ from mxfp4ref.conformance.bounds.call_bounds import specials_alone
 from mxfp4ref.conformance.comparison import FAR, Difference, difference_at, differing, ulp_distance
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN, Finding, Hypothesis
 from mxfp4ref.conformance.findings.attribution import Attribution, attribution
+from mxfp4ref.conformance.findings.exposed import exposed
 from mxfp4ref.conformance.findings.feeding import feeds_of, feeds_of_quantizer
 from mxfp4ref.conformance.findings.finding import WITHIN, Evidence, counted, of_nan_bits, of_specials
 from mxfp4ref.conformance.findings.guarded import guarded, listening
 from mxfp4ref.conformance.findings.patterns import Pattern, patterns
 from mxfp4ref.conformance.findings.reach import reached
 from mxfp4ref.conformance.findings.reduction import local_experts, one_token
-from mxfp4ref.conformance.findings.stage_fit import Reach, Reconciled, reconcile, stage_of_exposed
+from mxfp4ref.conformance.findings.stage_fit import Reach, Reconciled, reconcile
 from mxfp4ref.conformance.findings.suspects import (
     Prediction,
     Progress,
@@ -296,8 +297,8 @@ class Located:
         if self.special:
             predictions = special_predictions(self.inputs, self.outputs, self.expected)
             return predictions, named_finding(predictions) if predictions else of_specials(), ()
-        exposed = stage_of_exposed(self.inputs, self.outputs)
-        seen = Evidence(exposed, self._reconciled().words, 3) if exposed else None
+        shown = exposed(self.inputs, self.outputs)
+        seen = Evidence((shown.stage,), shown.words, 3) if shown is not None else None
         seconds = SECONDS[diagnosis] if seconds is None else seconds
         limit = REAL_SECONDS[diagnosis] if limit is None else limit
         how = HowToLook(suspects, diagnosis, seconds, limit, progress, seen, self.found, self._outside)

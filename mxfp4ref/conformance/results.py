@@ -199,9 +199,9 @@ class Report(Shown):
             return self._culprit
         if count == len(self._failing):
             again = bounded_command(self)
-            unknown = f"of the {self.left} that were not run nothing is known"
-            accepts = unknown if self.left else "mode bounded accepts it"
-            words = f" All that differs lies {WITHIN}; {accepts}{f': {again}' if again else ''}."
+            unknown = f". Some mistakes do too: mode bounded goes on to what tells, of the {self.left} not run yet"
+            accepts = unknown if self.left else "; mode bounded accepts it"
+            words = f" All that differs lies {WITHIN}{accepts}{f': {again}' if again else ''}."
             return words + (self._culprit if found.sentence else "")
         lie = "lies" if count == 1 else "lie"
         out = f", {self.outside_bounds} outside those of any order" * (self.outside_bounds > 0)

@@ -50,7 +50,7 @@ def test_log2_e_that_is_typed_wrong() -> None:
     got = KERNELS["log2e_typed_with_two_digits_swapped"].function(call)
     found = constant_hypotheses(prepared(call), got, differing(got, forward(call)))
     assert predicting(found, call, got)[0] == (
-        "in the activation the sigmoid's argument is multiplied by 1.4472 in place of log2(e), 1.4427"
+        "in the activation the sigmoid's argument is multiplied by 1.4472 in place of log2(e), 1.442695"
     )
 
 

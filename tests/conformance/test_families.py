@@ -213,7 +213,7 @@ UNNAMED: dict[str, tuple[Callable[[MoeCall], Tensor], str, str]] = {
         "GEMM2 is right",
     ),
     "fc2": (unlike("fc2_weights"), "", "no activation gives this output by the right GEMM2"),
-    "fc1": (unlike("fc1_weights"), "fc1", "GEMM2 is right"),
+    "fc1": (unlike("fc1_weights"), "fc1", "GEMM2 used an activation"),
     "bits": (flipped, "", "single elements are far off, without a pattern of columns"),
     "weights": (
         weighing(lambda w: torch.rand(w.shape, generator=torch.Generator().manual_seed(3))),

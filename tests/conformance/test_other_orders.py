@@ -169,7 +169,7 @@ def test_cases_outside_their_bounds_come_first() -> None:
     )
     assert "bounded" not in explained.verdict + "\n".join(report_text.tested(explained))
     alone = Report("f.py:f", "exact", tuple(within), **{**common, "finding": UNKNOWN})
-    assert "of the 5 that were not run nothing is known" in replace(alone, left=5).verdict
+    assert "mode bounded goes on to what tells, of the 5 not run yet" in replace(alone, left=5).verdict
     assert "accepts" not in replace(alone, left=5).verdict
     assert alone.verdict.endswith(
         " All that differs lies within the bounds of a correct evaluation in another order; mode bounded accepts it: "

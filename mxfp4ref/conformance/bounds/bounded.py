@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from mxfp4ref._choices import Storage
-from mxfp4ref.conformance.bounds.call_bounds import bound, specials_alone
+from mxfp4ref.conformance.bounds.call_bounds import bound, intermediates_within, specials_alone
 from mxfp4ref.conformance.bounds.router_bounds import routing_outside
 from mxfp4ref.conformance.isolation.handing import to_device
 from mxfp4ref.goldens.runs import Run
@@ -44,7 +44,7 @@ def where_outside(
 
 
 def all_within(kind: str, runs: Iterable[tuple[Run, Mapping[str, Tensor]]]) -> bool | None:
-    """Whether all outputs of a router, or of a call by whatever K tiles, lie within bounds.
+    """Whether all outputs of a router, or of a call by whatever K tiles, lie within bounds, and intermediates too.
 
     None of all else, and where special values alone lie outside: how these are handled is no matter of the order.
     """
@@ -60,5 +60,8 @@ def all_within(kind: str, runs: Iterable[tuple[Run, Mapping[str, Tensor]]]) -> b
         outside = ~bounds.contains(got, one.expected["output"].cpu())
         if bool(outside.any()):
             return None if specials_alone(call, got, outside) else False
+        returned = {name: tensor.cpu() for name, tensor in outputs.items() if name != "output"}
+        if not intermediates_within(call, returned):
+            return False
         within = True
     return within

@@ -31,6 +31,7 @@ that of an evaluation in which it does not, or an infinity; NaN only where the k
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +60,7 @@ from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import MoeTrace, trace
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["STORAGE", "Bounds", "bound", "specials_alone"]
+__all__ = ["STORAGE", "Bounds", "bound", "intermediates_within", "specials_alone"]
 
 
 _LARGEST_SCALE = 252  # with larger scale bytes a scaled weight may overflow
@@ -137,6 +138,32 @@ def specials_alone(call: MoeCall, output: Tensor, outside: Tensor) -> bool:
         return bool(_bound(call, "wider", None, anyhow=True).contains(output)[outside].all())
 
 
+@uncompiled
+def intermediates_within(call: MoeCall, returned: Mapping[str, Tensor]) -> bool:
+    """Whether a correct evaluation may give these intermediates, of the names and shapes of `MoeTrace`."""
+    local = local_experts(call)
+    expert = local[local >= 0].sort(stable=True).values
+    names = [name for name in ("fc1_output", "activation", "fc2_output") if name in returned]
+    with torch.no_grad():
+        for one in torch.unique(expert) if names else ():
+            token = (local == one).nonzero(as_tuple=True)[0]
+            kernels = trace(call) if _has_specials(call) else None
+            for name, value in _Expert(call, int(one), kernels, "wider", None, 1, False).stages(token):
+                if name in names:
+                    rows = returned[name][expert == one] if len(returned[name]) == len(expert) else None
+                    if rows is None or rows.shape != value.low.shape or rows.dtype != torch.bfloat16:
+                        return False
+                    if not bool(_in_bf16(value).contains(rows.contiguous()).all()):
+                        return False
+    return True
+
+
+def _in_bf16(value: Interval) -> Bounds:
+    value = widened(value)
+    low, high = flushed(nearest_bf16(value.low), nearest_bf16(value.high))
+    return Bounds(low.to(torch.float32), high.to(torch.float32), value.overflows)
+
+
 def _bound(call: MoeCall, storage: str, confidence: float | None, *, anyhow: bool = False) -> Bounds:
     local = local_experts(call)
     shape = (*local.shape, call.experts.hidden_size)
@@ -154,10 +181,7 @@ def _bound(call: MoeCall, storage: str, confidence: float | None, *, anyhow: boo
     largest = torch.where(torch.isfinite(ends), ends, 0.0).abs().amax(0)
     error = _gamma(2 * call.top_k) * largest.sum(1) + TINY * ((largest > 0) & (largest < 2 * TINY)).sum(1)
     beyond = overflows.any(1) | (largest.sum(1) >= HUGE)
-    total = widened(Interval(ends.amin(0).sum(1) - error, ends.amax(0).sum(1) + error, beyond))
-    low, high = (nearest_bf16(end) for end in (total.low, total.high))
-    low, high = flushed(low, high)
-    return Bounds(low.to(torch.float32), high.to(torch.float32), total.overflows)
+    return _in_bf16(Interval(ends.amin(0).sum(1) - error, ends.amax(0).sum(1) + error, beyond))
 
 
 def _has_specials(call: MoeCall) -> bool:
@@ -197,23 +221,31 @@ class _Expert:
 
     def output(self, token: Tensor) -> Interval:
         """Its output, with its bias, for its tokens: `[N, H]`."""
+        *_, (_, value) = self.stages(token)
+        return value
+
+    def stages(self, token: Tensor) -> Iterator[tuple[str, Interval]]:
+        """Each intermediate by its name in `MoeTrace`, and the output."""
         call, storage = self.call, self.storage
         some = call.experts.select(torch.tensor([self.expert], device=call.input.device))
         x = fp32.bf16_to_fp64(call.input[token].contiguous())
         value = Interval(x, x, torch.zeros_like(x, dtype=torch.bool))
         value = stored(self._gemm(value, some.fc1_weights[0], some.fc1_scales, "fc1_output"), storage)
+        yield "fc1_output", value
         if some.fc1_biases is not None:
             value = add(value, some.fc1_biases[0])
             value = stored(value, storage) if storage == "wider" else value
         parameters = [float(of_experts[self.expert]) for of_experts in _parameters(call)]
         activation, special = activated(call.activation, value, parameters)
         activation = stored(self._settled(activation, special, "activation"), storage)
+        yield "activation", activation
         value = self._gemm(activation, some.fc2_weights[0], some.fc2_scales, "fc2_output")
         value = stored(value, storage)
+        yield "fc2_output", value
         if some.fc2_biases is not None and call.tp_rank == 0:
             value = add(value, some.fc2_biases[0])
             value = stored(value, storage) if storage == "wider" else value
-        return value
+        yield "output", value
 
     def _settled(self, value: Interval, special: Tensor, name: str) -> Interval:
         """With the kernel's own values of a stage where they are special, or with anything."""

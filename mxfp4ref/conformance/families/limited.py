@@ -39,14 +39,32 @@ def in_rows(hypothesis: Hypothesis, words: str, tokens: Tensor, count: int) -> H
     return _limited(hypothesis, words, 1.5, merge)
 
 
-def in_columns(hypothesis: Hypothesis, words: str, columns: Callable[[int], Tensor]) -> Hypothesis:
+def in_columns(
+    hypothesis: Hypothesis, words: str, columns: Callable[[int], Tensor], call: MoeCall
+) -> Hypothesis:
     def merge(right: Pipeline, wrong: Pipeline) -> Tensor:
         rows = right.run()
         return torch.where(columns(rows.shape[1]).to(rows.device), wrong.run(), rows)
 
     limited = _limited(hypothesis, words, 1, merge)
-    # Slots are whole rows: what is another slot's in some columns only became so where there are columns.
-    return replace(limited, stages=("fc2", "finalize")) if limited.stages == ("slots",) else limited
+    # Slots and tokens are whole rows: what is another's in some columns only became so where there are columns.
+    if limited.stages != ("slots",) and not (limited.across_tokens and limited.of_output):
+        return limited
+    if _passes_columns_through(call):
+        of_activation = (
+            "or so it is in the activation that GEMM2 reads, each column of which is one of the output's"
+        )
+        limited = replace(limited, words=f"{limited.words}, {of_activation}")
+    return replace(limited, stages=("fc2", "finalize"))
+
+
+def _passes_columns_through(call: MoeCall) -> bool:
+    """Whether each of GEMM2's columns is no more than one of the activation's, as where a case tests this."""
+    codes = call.experts.fc2_weights
+    if codes.dtype != torch.uint8:
+        return False
+    count = ((codes & 0x07) != 0).sum(-1) + ((codes & 0x70) != 0).sum(-1)
+    return bool((count <= 1).all())
 
 
 def in_slots(hypothesis: Hypothesis, words: str, mask_of: Callable[[MoeCall, Tensor], Tensor]) -> Hypothesis:

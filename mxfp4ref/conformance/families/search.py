@@ -276,7 +276,7 @@ class Search:
             zeros = not bool(self.got[applied].any())  # which many things give
             told = not zeros or hypothesis.words.endswith("everything is zero")
             if told and named and hypothesis.stages[0] in ("fc2", "finalize", "slots"):
-                limited = in_columns(hypothesis, *named)
+                limited = in_columns(hypothesis, *named, self.pipeline.call)
                 if zeros and not is_spread(call, self.got, self.want, self.wrong, self.tokens.tolist()):
                     limited = replace(limited, stages=())  # columns of the activation may be zero, too
                 return Match(limited, True)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.bounds.call_bounds import bound
-from mxfp4ref.conformance.comparison import differing, first_difference
 from mxfp4ref.conformance.families.distances import solvable
 from mxfp4ref.conformance.families.solved.known_factors import factor_in_words
 from mxfp4ref.conformance.families.solved.solved_weights import digits
+from mxfp4ref.conformance.findings.exposed import exposed
 from mxfp4ref.conformance.findings.finding import counted
 from mxfp4ref.conformance.findings.reduction import is_heavy, local_experts, one_token, reduce_call
 from mxfp4ref.formats.mxfp4 import dequantize
@@ -21,7 +21,7 @@ from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward, trace
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["Reach", "Reconciled", "fit_finalize", "numbers", "reconcile", "stage_of_exposed"]
+__all__ = ["Reach", "Reconciled", "fit_finalize", "numbers", "reconcile"]
 
 _TOKENS = 1  # of a large call, whose interval is computed: for each expert it takes as long as ten forwards
 _FITTED_TOKENS, _LOOKED_AT = 4, 32
@@ -35,7 +35,6 @@ _SPECIAL = (
 )
 _UNSURE = "up to what correct evaluations may differ by"
 _ANOTHER_ACTIVATION = "it is GEMM2 of another activation"
-_STAGES = ("fc1_output", "activation", "fc2_output")
 
 
 Reach = Literal["", "before finalize", "other than the sum's weights", "rounding"]
@@ -84,9 +83,8 @@ def reconcile(call: MoeCall, outputs: Mapping[str, Tensor], mask: Tensor) -> Rec
         outputs: the kernel's `output`, and any intermediates under the names of `MoeTrace`.
         mask: `[M, H] bool`, where the output differs from the expected one, or where it leaves its bounds.
     """
-    exposed = [name for name in _STAGES if name in outputs]
-    if exposed:
-        return Reconciled(_exposed(call, outputs, exposed))
+    if (shown := exposed(call, outputs)) is not None:
+        return Reconciled(shown.words)
     if not call.experts.tactics_show:
         return Reconciled("")
     wrong = mask.any(1)
@@ -131,41 +129,8 @@ def reconcile(call: MoeCall, outputs: Mapping[str, Tensor], mask: Tensor) -> Rec
     return Reconciled(f"{reach}: {words}{gemm2}", reach)
 
 
-def stage_of_exposed(call: MoeCall, outputs: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """The stage of the first intermediate that the kernel returned which differs from the trace; none without any."""
-    exposed = [name for name in _STAGES if name in outputs]
-    if not exposed:
-        return ()
-    right = trace(call)
-    for name, stage in zip(_STAGES, ("fc1", "activation", "fc2"), strict=True):
-        if name in exposed:
-            got, want = outputs[name], getattr(right, name)
-            if got.shape != want.shape or got.dtype != want.dtype or bool(differing(got, want).any()):
-                return (stage,)
-    return ("finalize",) if exposed[-1] == "fc2_output" else ()
-
-
 def _of(tokens: list[int]) -> str:
     return f" {tokens[0]}" if len(tokens) == 1 else f"s {', '.join(map(str, tokens))}"
-
-
-def _exposed(call: MoeCall, outputs: Mapping[str, Tensor], names: list[str]) -> str:
-    """The first of the intermediates that the kernel returned which differs from the trace."""
-    right = trace(call)
-    for name in names:
-        want = getattr(right, name)
-        got = outputs[name]
-        if got.shape != want.shape or got.dtype != want.dtype:
-            return f"{name}: expected {want.dtype} {list(want.shape)}, got {got.dtype} {list(got.shape)}"
-        difference = first_difference(got, want)
-        if difference is not None:
-            count = int(differing(got, want).sum())
-            row = difference.index[0]
-            return (
-                f"{name} is the first stage that differs, in {count:,} of {want.numel():,} elements; {difference}; "
-                f"row {row} is token {int(right.token[row])}, slot {int(right.slot[row])}"
-            )
-    return f"finalize: {', '.join(names)} agree in all bits"
 
 
 def fit_finalize(call: MoeCall, output: Tensor, mask: Tensor) -> str | None:

@@ -8,7 +8,7 @@ far as the roundings to bf16 allow.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,7 +34,10 @@ _ZERO = 2.0**-5  # times that a K group counts
 _ALIKE = 2.0**-5  # of a factor, that slots may differ by
 _MARGIN = 1.6  # over the expected length of the rounding errors
 _SIGMAS = 6.0  # of a solved number's standard deviation: more is no chance
-_THOSE_ROWS = "it is in those rows of GEMM1 (weights, scales, bias) or in the activation"
+_THOSE_ROWS = (
+    "it is in those rows of GEMM1 (weights, scales, bias), in the activation, or GEMM2 reads those of K wrongly (a "
+    "stale tile, or another row's)"
+)
 _FEWEST, _TOGETHER = 5, 0.5  # wrong columns of one row; the part of any row's that each has
 _SMOOTH, _ROUGH = 0.6, 0.85  # of neighbours' differences, as a share of any two's
 _NEAR = 0.25  # standard deviations of up and gate, up to which the nearest number of a row is a neighbour
@@ -122,13 +125,8 @@ def second_gemm(
         if (moved := _rearranged(right, right + change, unsure, of_expert, where)) is not None:
             yield moved
             return
-        yield Evidence.of_kind(
-            ("fc1", "activation"),
-            f"GEMM2 is right, and the activation that it got{of_expert} is wrong{where}",
-            _THOSE_ROWS,
-            3,
-            block,
-        )
+        kind = f"GEMM2 used an activation{of_expert} that is wrong{where}"
+        yield replace(Evidence.of_kind(("fc1", "activation"), kind, _THOSE_ROWS, 3, block), hedged=True)
 
 
 def _rearranged(
@@ -295,8 +293,9 @@ def _of_activation(systems: list[_System], deltas: list[Tensor], of_expert: str)
         near = last - first + 1 <= max(1.5 * len(columns), 8) or len(columns) <= 4
         if near and others > len(columns) // 2:
             where = f"in its columns {first} to {last} of {inner}"
-            kind = f"GEMM2 is right, and the activation that it got{of_expert} is wrong {where}"
-            return Evidence.of_kind(("fc1", "activation"), kind, _THOSE_ROWS, 3, (first, last))
+            kind = f"GEMM2 used an activation{of_expert} that is wrong {where}"
+            there = Evidence.of_kind(("fc1", "activation"), kind, _THOSE_ROWS, 3, (first, last))
+            return replace(there, hedged=True)
     points = torch.stack([torch.cat([getattr(s, n) for s in systems]).flatten() for n in ("up", "gate")], 1)
     points = (points - points.mean(0)) / (points.std(0) + 1e-30)
     row = torch.arange(right.numel()) // right.shape[1]  # each slot's expert has parameters of its own
@@ -321,12 +320,9 @@ def _of_activation(systems: list[_System], deltas: list[Tensor], of_expert: str)
     ):
         kind = f"GEMM2 is right, and got another activation{of_expert}"
         return Evidence.of_kind(("activation", "fc1"), kind, "GEMM1 or the activation is wrong", 2)
-    return Evidence.of_kind(
-        ("fc1", "input"),
-        f"GEMM2 is right, and the activation that it got{of_expert} is no function of the right GEMM1's output",
-        "GEMM1 (its weights' codes, scales or order) or its input is wrong",
-        2,
-    )
+    kind = f"GEMM2 used an activation{of_expert} that is no function of the right GEMM1's output"
+    why = "GEMM1 (its weights' codes, scales or order) or its input is wrong, or GEMM2 reads other rows of it"
+    return replace(Evidence.of_kind(("fc1", "input"), kind, why, 2), hedged=True)
 
 
 def _unsure(system: _System, part: slice = slice(None)) -> Tensor:

@@ -150,7 +150,7 @@ def _constants(call: MoeCall) -> Iterator[_Constant]:
             _of_argument,
             forms=(
                 (
-                    f"the sigmoid's argument is multiplied by {{}} in place of log2(e), {_LOG2_E:.5g}",
+                    f"the sigmoid's argument is multiplied by {{}} in place of log2(e), {_LOG2_E:.7g}",
                     lambda v: _of_sigmoid(log2_e=v),
                     _LOG2_E,
                 ),
