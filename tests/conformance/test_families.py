@@ -29,7 +29,7 @@ from mxfp4ref.goldens import open_goldens, tensor_bytes
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import Stages, forward
 from mxfp4ref.sm90 import fp32
-from tests.helpers import layers
+from tests.helpers import layers, usual
 
 EXPERTS = layers.random_experts(
     5, num_experts=4, hidden=256, inner=128, biases=True, parameters=layers.PARAMETERS
@@ -162,11 +162,12 @@ def _no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SECONDS, "full", math.inf)
 
 
-ALWAYS = ("another expert's", "ids")  # found early in the search, the others after 5 s and more
+FOUND_EARLY = "another expert's"  # in the search, the others after 5 s and more
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in MEMBERS]
+    "name",
+    usual.first(1, sorted(MEMBERS, key=lambda name: name != FOUND_EARLY)),
 )
 def test_a_member_is_told_in_words(name: str) -> None:
     kernel, stage, words = MEMBERS[name]
@@ -221,7 +222,7 @@ UNNAMED: dict[str, tuple[Callable[[MoeCall], Tensor], str, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", UNNAMED)
+@pytest.mark.parametrize("name", usual.first(2, UNNAMED))
 def test_what_is_in_no_family_gets_its_stage_and_no_name(name: str) -> None:
     kernel, stage, words = UNNAMED[name]
     output = kernel(CALL)
@@ -231,6 +232,7 @@ def test_what_is_in_no_family_gets_its_stage_and_no_name(name: str) -> None:
     assert not found.exact
 
 
+@pytest.mark.slow
 def test_one_finding_for_all_cases() -> None:
     """Cases that pass, and those that the first one leaves open, decide."""
     goldens = open_goldens()

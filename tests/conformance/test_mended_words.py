@@ -38,6 +38,7 @@ from mxfp4ref.sm90.fp32 import to_bf16
 from tests.held_out_kernels.by_hand import Rows, layer
 from tests.held_out_kernels.calls import captured
 from tests.held_out_kernels.definition import load_all
+from tests.helpers import usual
 
 KERNELS = load_all()
 
@@ -49,49 +50,62 @@ def evidence(call: MoeCall, got: Tensor) -> list[tuple[tuple[str, ...], str]]:
 
 @pytest.mark.parametrize(
     ("kernel", "call", "generator", "words"),
-    [
-        (
-            "activation_blocks_transposed",
-            "odd_tokens",
-            fragment_hypotheses,
-            "activation (rows x columns) are transposed",
-        ),
-        (
-            "fc1_code_blocks_transposed",
-            "odd_tokens",
-            fragment_hypotheses,
-            "GEMM1's weights (codes without the scales)",
-        ),
-        (
-            "last_row_tile_added_twice",
-            "odd_tokens",
-            slot_hypotheses,
-            "the last, unfilled 8 rows of their expert are added",
-        ),
-        (
-            "fc1_scales_exchanged_in_the_last_tile",
-            "odd_tokens",
-            k_hypotheses,
-            "the other K group of their pair",
-        ),
-        ("fc1_last_codes_of_the_next_row", "odd_tokens", k_hypotheses, "the codes of the row after"),
-        ("fc1_bias_broadcast_along_tokens", "gpt_oss", row_parameter_hypotheses, "columns of each 128 get"),
-        (
-            "small_weights_lost_in_fp16",
-            "odd_tokens",
-            small_weight_hypotheses,
-            "both GEMMs' small weights are lost",
-        ),
-        ("exp2_by_a_cubic_polynomial", "gpt_oss", step_hypotheses, "is a polynomial of degree 3"),
-        ("accumulators_through_tf32", "odd_tokens", rounding_hypotheses, "ties away from zero) on the way"),
-        ("down_projection_in_two_k_slices", "tiny_values", order_hypotheses, "split in 2 slices"),
-        (
-            "k_unrolled_by_256_without_a_rest",
-            "padded_hidden",
-            output_hypotheses,
-            "the last 128 of K are left",
-        ),
-    ],
+    usual.first(
+        4,
+        [
+            (
+                "activation_blocks_transposed",
+                "odd_tokens",
+                fragment_hypotheses,
+                "activation (rows x columns) are transposed",
+            ),
+            (
+                "fc1_code_blocks_transposed",
+                "odd_tokens",
+                fragment_hypotheses,
+                "GEMM1's weights (codes without the scales)",
+            ),
+            (
+                "last_row_tile_added_twice",
+                "odd_tokens",
+                slot_hypotheses,
+                "the last, unfilled 8 rows of their expert are added",
+            ),
+            (
+                "fc1_scales_exchanged_in_the_last_tile",
+                "odd_tokens",
+                k_hypotheses,
+                "the other K group of their pair",
+            ),
+            ("fc1_last_codes_of_the_next_row", "odd_tokens", k_hypotheses, "the codes of the row after"),
+            (
+                "fc1_bias_broadcast_along_tokens",
+                "gpt_oss",
+                row_parameter_hypotheses,
+                "columns of each 128 get",
+            ),
+            (
+                "small_weights_lost_in_fp16",
+                "odd_tokens",
+                small_weight_hypotheses,
+                "both GEMMs' small weights are lost",
+            ),
+            ("exp2_by_a_cubic_polynomial", "gpt_oss", step_hypotheses, "is a polynomial of degree 3"),
+            (
+                "accumulators_through_tf32",
+                "odd_tokens",
+                rounding_hypotheses,
+                "ties away from zero) on the way",
+            ),
+            ("down_projection_in_two_k_slices", "tiny_values", order_hypotheses, "split in 2 slices"),
+            (
+                "k_unrolled_by_256_without_a_rest",
+                "padded_hidden",
+                output_hypotheses,
+                "the last 128 of K are left",
+            ),
+        ],
+    ),
 )
 def test_a_hypothesis_predicts_it(
     kernel: str, call: str, generator: Callable[[MoeCall], list[Hypothesis]], words: str
@@ -165,6 +179,7 @@ def test_a_sum_that_cancels_is_not_left_out() -> None:
     assert "are zero: nothing was added up" in str(evidence(ordinary, torch.zeros_like(forward(ordinary))))
 
 
+@pytest.mark.slow
 def test_zeros_of_sums_that_cancel_are_predicted_by_named_defects() -> None:
     one = runs(open_goldens().load("finalize/biases_cancel"))[0]
     zeros = {"output": torch.zeros_like(one.expected["output"])}
@@ -195,6 +210,7 @@ def test_rows_of_zeros_are_left_out_where_their_experts_are_right_in_others() ->
     assert zeros_in(alone, torch.arange(1, call.num_tokens, 2)) == ()  # rows of GEMM2 may be missing
 
 
+@pytest.mark.slow
 def test_an_activation_that_moved_is_not_called_a_wrong_gemm1() -> None:
     pipeline = prepared(captured("prefill"))
 
@@ -278,6 +294,7 @@ def test_nan_everywhere_is_told_by_what_concerns_nan(
     assert (finding.stages, finding.hedged) == (stages, bool(stages))
 
 
+@pytest.mark.slow
 def test_elements_of_one_magnitude_are_a_clamp() -> None:
     one = runs(open_goldens().load("finalize/slot_order"))[0]
     want = one.expected["output"]

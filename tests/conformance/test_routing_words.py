@@ -37,7 +37,7 @@ def found(function: Wrong, one: Run) -> Finding | None:
     return None if same else routing_finding(one.inputs, outputs, one.expected)
 
 
-@pytest.mark.parametrize("name", [*WRONG, *OTHER_SHAPES])
+@pytest.mark.parametrize("name", usual.first(8, [*OTHER_SHAPES, *WRONG]))
 def test_wrong_routers_are_described(name: str) -> None:
     presets, function, words = {**WRONG, **OTHER_SHAPES}[name]
     cases = [CASES[case] for case in PLAIN if CASES[case].inputs["preset"] in presets]
@@ -69,7 +69,9 @@ NAMED = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name, defect in DEFECTS.items() if defect.target == "routing"])
+@pytest.mark.parametrize(
+    "name", usual.first(6, [name for name, defect in DEFECTS.items() if defect.target == "routing"])
+)
 def test_named_defects_are_described(name: str) -> None:
     """On every case that shows them."""
     for case, one in CASES.items():
@@ -90,7 +92,7 @@ def test_right_routers_are_said_to_be_right(name: str) -> None:
             assert any(words in finding.sentence for words in right)
 
 
-@pytest.mark.parametrize("name", usual.first(2, ["mixtral", "deepseek_v4_pro", "deepseek_v3_groups"]))
+@pytest.mark.parametrize("name", usual.first(1, ["mixtral", "deepseek_v4_pro", "deepseek_v3_groups"]))
 def test_noise_is_not_named(name: str) -> None:
     one = CASES[name]
     generator = torch.Generator().manual_seed(1)

@@ -124,6 +124,7 @@ def of_another_slot(call: MoeCall, target: int, source: int) -> Tensor:
     return forward(replace(call, token_final_scales=weights))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("patient")
 def test_the_weight_of_another_slot_is_said_to_be_that_slots() -> None:
     call = captured("prefill")

