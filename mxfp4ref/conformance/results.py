@@ -199,7 +199,9 @@ class Report(Shown):
             return self._culprit
         if count == len(self._failing):
             again = bounded_command(self)
-            unknown = f". Some mistakes do too: mode bounded goes on to what tells, of the {self.left} not run yet"
+            unknown = (
+                f". Some mistakes do too: mode bounded goes on to what tells, of the {self.left} not run yet"
+            )
             accepts = unknown if self.left else "; mode bounded accepts it"
             words = f" All that differs lies {WITHIN}{accepts}{f': {again}' if again else ''}."
             return words + (self._culprit if found.sentence else "")

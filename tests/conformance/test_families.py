@@ -233,6 +233,7 @@ def test_what_is_in_no_family_gets_its_stage_and_no_name(name: str) -> None:
     assert not found.exact
 
 
+@pytest.mark.slow
 def test_one_finding_for_all_cases() -> None:
     """Cases that pass, and those that the first one leaves open, decide."""
     goldens = open_goldens()

@@ -159,6 +159,7 @@ def test_a_sum_that_cancels_is_not_left_out() -> None:
     assert "are zero: nothing was added up" in str(evidence(ordinary, torch.zeros_like(forward(ordinary))))
 
 
+@pytest.mark.slow
 def test_zeros_of_sums_that_cancel_are_predicted_by_named_defects() -> None:
     one = runs(open_goldens().load("finalize/biases_cancel"))[0]
     zeros = {"output": torch.zeros_like(one.expected["output"])}
@@ -273,6 +274,7 @@ def test_nan_everywhere_is_told_by_what_concerns_nan(
     assert (finding.stages, finding.hedged) == (stages, bool(stages))
 
 
+@pytest.mark.slow
 def test_elements_of_one_magnitude_are_a_clamp() -> None:
     one = runs(open_goldens().load("finalize/slot_order"))[0]
     want = one.expected["output"]

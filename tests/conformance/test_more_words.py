@@ -65,6 +65,7 @@ def test_rows_of_zeros_are_no_k_groups() -> None:
     assert "GEMM2's rows are zero" in found.sentence
 
 
+@pytest.mark.slow
 def test_products_added_one_by_one() -> None:
     call = captured("padded_slots")
     got = KERNELS["fc2_products_added_in_bf16"].function(call)

