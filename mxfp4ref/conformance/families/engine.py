@@ -241,6 +241,7 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
     yield wanted(  # what explains most per second, by the held-out kernels
         of(
             repeat_hypotheses,
+            inner_hypotheses,
             matrix_readings,
             prepared_weight_hypotheses,
             preparation_hypotheses,
@@ -257,7 +258,6 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
                 beside_hypotheses,
                 fragment_hypotheses,
                 swizzled_weights,
-                inner_hypotheses,
             ),
             of(code_hypotheses, small_weight_hypotheses, decoding_hypotheses, table_hypotheses),
             () if small else hypotheses_of_tiles(call, search.wrong),
