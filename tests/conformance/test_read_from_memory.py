@@ -135,7 +135,7 @@ def test_rows_that_may_be_zero_before_the_sum(call: MoeCall) -> None:
     words = "rows beyond the first 8 of their expert are left out of the sum, or their rows are zero"
     found = exact(call, got, slot_hypotheses, words)
     assert found is not None
-    assert found.stages == ("slots", "fc2")
+    assert found.stages == ("slots", "fc1", "activation", "fc2")
 
 
 def test_routes_of_another_chunk(call: MoeCall) -> None:

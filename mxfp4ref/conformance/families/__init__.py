@@ -57,7 +57,7 @@ _FAMILIES = (
         "other values: scales by a power of two, taken as 1, the first row's, of another format; codes without sign, "
         "cut off, of another table, transposed in blocks of 8 x 8, with signs or magnitudes of others; "
         "scales held in a smaller format; small weights lost; weights quantised again; biases doubled; "
-        "SwiGLU parameters that are constants",
+        "SwiGLU parameters that are constants, or each other's",
         (
             *("scale_bias_125", "scale_truncated", "scale_as_integer", "scale_ocp_ends", "half_code_flushed"),
             *("codes_as_int4", "params_bf16", "limit_ignored", "alpha_ignored", "beta_ignored"),
@@ -125,16 +125,17 @@ _FAMILIES = (
     ),
     Family(
         "output",
-        "rows or columns of the output at another place, zero, stale or added up, or added onto the input; rows that "
-        "are not written and keep the input; NaN and infinities replaced",
+        "rows or columns of the output at another place, rotated, zero, stale or added up, or added onto the input; "
+        "rows that are not written and keep the input; NaN and infinities replaced",
         ("nan_as_7fc0", "nan_as_ffc0", "minus_zero_kept"),
     ),
     Family(
         "input",
-        "rows or columns of the input at another place, zero, stale or added up; NaN and infinities replaced",
+        "rows or columns of the input at another place or pitch, rotated, zero, stale or added up; NaN and "
+        "infinities replaced",
     ),
     Family("GEMM1's output", "columns of GEMM1's output at another place"),
-    Family("GEMM2's input", "columns of the activation at another place"),
+    Family("GEMM2's input", "columns of the activation at another place, or rotated"),
     Family(
         "GEMM2's output", "columns of GEMM2's output at another place, or added to those of the tile after"
     ),

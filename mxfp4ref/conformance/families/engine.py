@@ -238,6 +238,7 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
     yield wanted(  # what explains most per second, by the held-out kernels
         of(
             repeat_hypotheses,
+            inner_hypotheses,
             matrix_readings,
             prepared_weight_hypotheses,
             preparation_hypotheses,
@@ -251,7 +252,6 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
         of(
             fragment_hypotheses,
             swizzled_weights,
-            inner_hypotheses,
             small_weight_hypotheses,
             decoding_hypotheses,
             table_hypotheses,

@@ -27,6 +27,7 @@ from mxfp4ref.conformance.families.solved.formula import Formula, fitted
 from mxfp4ref.conformance.families.solved.lost_rows import lost_rows
 from mxfp4ref.conformance.families.solved.mixed_up import mixed_up
 from mxfp4ref.conformance.families.solved.moved_columns import moved_columns
+from mxfp4ref.conformance.families.solved.output_function import function_of_output
 from mxfp4ref.conformance.families.solved.output_rows import another_stride, rows_of_others
 from mxfp4ref.conformance.families.solved.pursuit import biases_of
 from mxfp4ref.conformance.families.solved.second_gemm import second_gemm
@@ -77,6 +78,8 @@ def gather(
         return [kept]
     if (moved := guarded(moved_columns, got, want, wrong)) is not None:
         return [moved]
+    if (function := guarded(function_of_output, got, want)) is not None:
+        return [function]
     found += guarded_each(_rows, pipeline, got, want, wrong)
     if not found and (skipped := guarded(_skipped, pipeline, got, wrong, local)) is not None:
         return [skipped]

@@ -114,7 +114,7 @@ class Hypothesis:
 
     Attributes:
         family: the kind of change, a key of `FAMILIES`.
-        stages: where it lies, one or two of `STAGES`.
+        stages: where it lies, of `STAGES`; more than two, as where rows are zero, are told in its words alone.
         words: what is wrong, without a full stop.
         change: the pipeline with the change in it.
         cost: how much it assumes; of several that explain the same the least is told.

@@ -45,8 +45,8 @@ class SlotKind:
 
     @property
     def of_rows(self) -> bool:
-        """Whether it goes by the row's place among its expert's, as tiles of a GEMM do."""
-        return " row" in self.words
+        """Whether it goes by the expert or the row's place among its expert's, as tiles and weights of a GEMM do."""
+        return " row" in self.words or " expert" in self.words
 
     @property
     def of_places(self) -> bool:

@@ -13,6 +13,7 @@ from mxfp4ref.model.call import MoeCall
 
 __all__ = ["told"]
 
+_MOST = 2  # stages that are told
 _ALIKE = 0.6  # how much more a hypothesis may assume to be told beside the simplest
 _NAMELESS = 1.0  # what the simplest without a name assume: to have a name makes none more likely
 
@@ -47,10 +48,13 @@ def _as_simple(one: Hypothesis, best: Hypothesis) -> bool:
 
 
 def _agreed_stages(found: list[Hypothesis]) -> tuple[str, ...]:
-    """Those of the simplest, and the one that others as simple add: of those first the likeliest of each."""
+    """Those of the simplest, and the one that others as simple add: of those first the likeliest of each.
+
+    None where one of these may lie in more than two.
+    """
     best, *others = found
-    if not best.stages:
-        return ()
     alike = [one.stages for one in others if _as_simple(one, best)]
+    if not best.stages or any(len(stages) > _MOST for stages in (best.stages, *alike)):
+        return ()
     stages = (*best.stages, *(s for one in alike for s in one[:1]), *(s for one in alike for s in one[1:]))
-    return tuple(dict.fromkeys(stages))[:2]
+    return tuple(dict.fromkeys(stages))[:_MOST]

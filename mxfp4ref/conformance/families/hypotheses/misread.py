@@ -1,4 +1,4 @@
-"""Hypotheses on routing weights that are read with another stride, and on fc2 biases of other slots or ranks."""
+"""Hypotheses on routing weights and input rows read with another stride, on fc2 biases of other slots or ranks."""
 
 from __future__ import annotations
 
@@ -9,18 +9,27 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.families.hypotheses.weighting import weighing
-from mxfp4ref.conformance.families.hypothesis import Change, Hypothesis, Pipeline, SlotRows, of_slots
+from mxfp4ref.conformance.families.hypothesis import (
+    Change,
+    Hypothesis,
+    Pipeline,
+    SlotRows,
+    of_slots,
+    slot_outputs,
+)
 from mxfp4ref.model.call import MoeCall
 
 __all__ = ["misread_hypotheses"]
 
 _F = ("finalize",)
+_PADS, _TOKENS = (8, 16, 32, 64, 128), 256  # elements; the most tokens, each of which is computed again
 _CHUNKS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
 def misread_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     """Those that can show on a call."""
     yield from _weights(call)
+    yield from _inputs(call)
     if call.experts.fc2_biases is not None:
         yield from _biases(call)
 
@@ -62,6 +71,28 @@ def _weights(call: MoeCall) -> Iterator[Hypothesis]:
                 ),
                 across_tokens=True,
             )
+
+
+def _inputs(call: MoeCall) -> Iterator[Hypothesis]:
+    """Rows of the input that lie at another pitch than they are read at."""
+    tokens, hidden = call.input.shape
+    for more in _PADS if 1 < tokens <= _TOKENS else ():
+        for words, read, cost in (
+            (f"the input is read as if its rows lay {more} elements further apart than they do", _read, 1.2),
+            (
+                f"the input is read densely where its rows lie {more} elements apart, which are zero",
+                _lying,
+                1.3,
+            ),
+        ):
+
+            def on(
+                rows: SlotRows, read: Callable[[Tensor, int], Tensor] = read, pitch: int = hidden + more
+            ) -> SlotRows:
+                x = read(rows.call.input, pitch)[:, None].expand(-1, rows.call.top_k, -1)
+                return replace(rows, y=slot_outputs(Pipeline(rows.call), x))
+
+            yield replace(of_slots("input", ("input",), words, on, cost), across_tokens=True)
 
 
 def _strides(top_k: int) -> Iterator[tuple[int, str]]:

@@ -144,11 +144,27 @@ def _columns() -> Iterator[tuple[str, Callable[[Tensor], Tensor], float]]:
             lambda t, c=count: torch.cat((t[:, :-c], torch.zeros_like(t[:, -c:])), 1),
             1.4,
         )
+    for size in (16, 32, 64, 128, 256, 512):
+        yield (
+            f"the columns are rotated, each block of {size} by a Hadamard matrix",
+            lambda t, n=size: _rotated(t, n),
+            1.3,
+        )
     yield (
         "the second half of the columns is zero",
         lambda t: torch.cat((t[:, : t.shape[1] // 2], torch.zeros_like(t[:, t.shape[1] // 2 :])), 1),
         1.3,
     )
+
+
+def _rotated(t: Tensor, size: int) -> Tensor:
+    """Each block of columns times a Hadamard matrix, whose rows have length 1."""
+    parts, step = t.double().reshape(len(t), -1, size), 1
+    while step < size:
+        one, other = parts.reshape(len(t), -1, size // (2 * step), 2, step).unbind(3)
+        parts, step = torch.stack((one + other, one - other), 3), 2 * step
+    found: Tensor = (parts * size**-0.5).reshape(t.shape).float().to(t.dtype)
+    return found
 
 
 def _values() -> Iterator[tuple[str, Callable[[Tensor], Tensor], float]]:

@@ -19,7 +19,6 @@ from mxfp4ref.conformance.families.hypothesis import (
     of_slots,
     slot_outputs,
 )
-from mxfp4ref.conformance.families.places import stage_before_gemm2
 from mxfp4ref.conformance.families.slot_kinds import attributes, slots_of_kind
 from mxfp4ref.conformance.findings.finding import OTHER_EXPERTS
 from mxfp4ref.model.call import MoeCall
@@ -222,16 +221,14 @@ def _miscounted(call: MoeCall) -> Iterator[Hypothesis]:
         def twice(rows: SlotRows, kind: Callable[[SlotRows], Tensor] = kind) -> SlotRows:
             return replace(rows, weights=torch.where(kind(rows), 2 * rows.weights, rows.weights))
 
-        # Without a bias a row that is not added may as well be zero, and rows of an expert are tiles of GEMMs,
-        # or, the first ones, what there is room for.
+        # Without a bias a row that is not added may as well be zero, in any stage.
         zero = of_rows and not biased
-        either = ("slots" if words.startswith("that are rows beyond") else stage_before_gemm2(call), "fc2")
         or_zero = (
             ", or their rows are zero: not computed or not written by a GEMM or by the activation" * zero
         )
         yield of_slots(
             "dropped slots",
-            either if zero else skipped,
+            ("slots", "fc1", "activation", "fc2") if zero else skipped,
             f"the slots {words} are left out of the sum{or_zero}",
             without,
             1.3,

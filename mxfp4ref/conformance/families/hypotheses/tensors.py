@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import permutations
 
 import torch
 from torch import Tensor
@@ -261,7 +262,8 @@ _LIMITS = (
 
 
 def constants(call: MoeCall) -> Iterator[Hypothesis]:
-    """SwiGLU parameters that are constants or of another value."""
+    """SwiGLU parameters that are constants, of another value, or one another's."""
+    yield from _exchanged(call)
     for group in parameter_groups():
         if not group.given(call) or len(group.names) > 1:
             continue
@@ -294,3 +296,37 @@ def constants(call: MoeCall) -> Iterator[Hypothesis]:
                 mapped(group.names, lambda _, t, c=change: c(t)),
                 1.5,
             )
+
+
+def _exchanged(call: MoeCall) -> Iterator[Hypothesis]:
+    """SwiGLU parameters in each other's places, or all in one table whose axes are taken the other way round."""
+    names = ("swiglu_alpha", "swiglu_beta", "swiglu_limit")
+    given = {name: t for name in names if (t := getattr(call.experts, name)) is not None}
+
+    def hypothesis(words: str, change: Change, cost: float) -> Hypothesis:
+        return Hypothesis("values", ("activation",), words, change, cost, across_experts=True)
+
+    for order in permutations(names):
+        moved = {name: other for name, other in zip(names, order, strict=True) if name != other}
+        if given.keys() & moved.keys():
+            told = ", ".join(f"{name[7:]} is the {other[7:]}" for name, other in moved.items())
+            yield hypothesis(
+                f"the SwiGLU parameters are exchanged: {told}",
+                lambda p, m=moved: p.having(**{n: getattr(p.call.experts, o) for n, o in m.items()}),
+                1.2,
+            )
+    if len(given) < 2:
+        return
+    for by_expert in (False, True):
+        lie, read = ("[{0}, E]", "[E, {0}]")[:: -1 if by_expert else 1]
+
+        def on(pipeline: Pipeline, by_expert: bool = by_expert) -> Pipeline:
+            experts, own = pipeline.call.experts, list(given.values())
+            table = torch.stack([getattr(experts, name).flatten() for name in given], int(by_expert))
+            parts = (table.view(len(given), -1) if by_expert else table.view(-1, len(given)).T).contiguous()
+            return pipeline.having(**{n: t.view(o.shape) for n, t, o in zip(given, parts, own, strict=True)})
+
+        table = f"{', '.join(name[7:] for name in given)} lie in one table {lie}, which is read as {read}"
+        yield hypothesis(
+            f"the SwiGLU parameters {table.format(len(given))}: other experts' and each other's", on, 1.3
+        )
