@@ -6,6 +6,7 @@ share the cores. `tests/helpers/modes.py` is where several threads have to give 
 
 from __future__ import annotations
 
+import gc
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ for sent, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP,
     if signal.getsignal(sent) is signal.SIG_IGN:
         signal.signal(sent, usual)
 
-settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=100, database=None)
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50, database=None)
 # To look for more: pytest --hypothesis-profile=search
 settings.register_profile("search", deadline=None, max_examples=2000, print_blob=True)
 settings.load_profile("repeatable")
@@ -38,6 +39,11 @@ def builtin_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("wheel") / "builtin"
     write_builtin(Path(__file__).resolve().parents[1] / "goldens", root)
     return root
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected stays: the collector need not look at it each time."""
+    gc.freeze()
 
 
 # Tests do not depend on how fast a machine is; those of the sign of life set it themselves.

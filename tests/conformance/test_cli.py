@@ -631,7 +631,8 @@ def test_list_names_cases_as_other_commands_take_them() -> None:
     (row,) = (row for row in rows if row["case"] == SMALL)
     assert row["catches"] == list(open_goldens().load(SMALL).catches)
     assert max(map(len, invoke("list").output.splitlines())) <= 140
-    names = [case for case in open_goldens().names() if "limit_ignored" in open_goldens().load(case).catches]
+    goldens = open_goldens()
+    names = [case for case in goldens.names() if "limit_ignored" in goldens.load(case).catches]
     assert f"{len(names)} of " in (caught := invoke("list", "limit_ignored").output)
     assert [line.split()[0] for line in caught.splitlines()[1:-1]] == names
     refused = invoke("list", "finlize")
