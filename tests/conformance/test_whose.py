@@ -66,7 +66,7 @@ TABLE = (
 
 @pytest.mark.parametrize(
     ("kernel", "name", "words"),
-    usual.first(4, [
+    usual.first(1, [
         (having("fc1_scales"), "prefill", f"GEMM1's scales are {TABLE}"),
         (having("fc1_biases", "swiglu_beta"), "gpt_oss", ""),
         (multiplied(last_rows_expert), "prefill", "each tile of 32 sorted rows, which may hold rows of several"),
@@ -111,6 +111,7 @@ def test_what_is_all_that_an_expert_has_is_told_of_slots_and_of_weights() -> Non
     assert weights.startswith("the weights of both GEMMs, with their scales, are those of other experts: ")
 
 
+@pytest.mark.slow
 def test_the_only_rule_is_told_before_its_table() -> None:
     call = captured("gpt_oss")
     sentence = told(
@@ -121,6 +122,7 @@ def test_the_only_rule_is_told_before_its_table() -> None:
                              "5 of 4, 6 of 5, 7 of 6")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_table_up_to_roundings_is_evidence() -> None:
     call = captured("prefill")
     want, got = forward(call), having("fc2_scales")(call)

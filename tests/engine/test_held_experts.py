@@ -18,6 +18,7 @@ from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward
 from mxfp4ref.model.parallel import Ranks
 from mxfp4ref.sm90.tactics import Sm90Kernel
+from tests.helpers import usual
 from tests.helpers.checkpoints import make_checkpoint, write_config
 
 EXPERTS, MINE = 12, range(8, 12)  # of rank 2 of 3
@@ -66,42 +67,45 @@ def checked(layer: CheckpointLayer, served: dict[str, Tensor], **how: object) ->
 
 @pytest.mark.parametrize(
     ("others", "part", "kind", "says"),
-    [
-        (
-            BY_NAME[8:],
-            "",
-            "deepseek_v4",
-            "this rank's experts 8 to 11 are the checkpoint's 6 to 9, those of ranks 1 to 2: as names of experts "
-            "sorted as strings, 10 before 2, deal them out",
-        ),
-        (
-            range(4, 8),
-            "",
-            "deepseek_v4",
-            "this rank's experts 8 to 11 are the checkpoint's 4 to 7, those of rank 1",
-        ),
-        ([8, 2, 10, 11], "", "gpt_oss", "this rank's expert 9 is the checkpoint's 2, those of rank 0"),
-        (
-            range(4),
-            "fc2",
-            "deepseek_v4",
-            "the fc2 weights and fc2 scales of this rank's experts 8 to 11 are those of the checkpoint's 0 to 3, "
-            "those of rank 0",
-        ),
-        (
-            range(4),
-            "fc2_biases",  # no token has expert 8
-            "gpt_oss",
-            "the fc2 biases of this rank's experts 9 to 11 are those of the checkpoint's 1 to 3, those of rank 0",
-        ),
-        (
-            [8, 8, 10, 10],
-            "fc1_scales",
-            "gpt_oss",
-            "the fc1 scales of this rank's expert 9 are those of the checkpoint's 8, expert 11 are those of the "
-            "checkpoint's 10, those of rank 2",
-        ),
-    ],
+    usual.first(
+        2,
+        [
+            (
+                BY_NAME[8:],
+                "",
+                "deepseek_v4",
+                "this rank's experts 8 to 11 are the checkpoint's 6 to 9, those of ranks 1 to 2: as names of experts "
+                "sorted as strings, 10 before 2, deal them out",
+            ),
+            (
+                range(4, 8),
+                "",
+                "deepseek_v4",
+                "this rank's experts 8 to 11 are the checkpoint's 4 to 7, those of rank 1",
+            ),
+            ([8, 2, 10, 11], "", "gpt_oss", "this rank's expert 9 is the checkpoint's 2, those of rank 0"),
+            (
+                range(4),
+                "fc2",
+                "deepseek_v4",
+                "the fc2 weights and fc2 scales of this rank's experts 8 to 11 are those of the checkpoint's 0 to 3, "
+                "those of rank 0",
+            ),
+            (
+                range(4),
+                "fc2_biases",  # no token has expert 8
+                "gpt_oss",
+                "the fc2 biases of this rank's experts 9 to 11 are those of the checkpoint's 1 to 3, those of rank 0",
+            ),
+            (
+                [8, 8, 10, 10],
+                "fc1_scales",
+                "gpt_oss",
+                "the fc1 scales of this rank's expert 9 are those of the checkpoint's 8, expert 11 are those of the "
+                "checkpoint's 10, those of rank 2",
+            ),
+        ],
+    ),
 )
 def test_a_rank_that_holds_other_experts(
     root: Path, others: Sequence[int], part: str, kind: str, says: str
@@ -223,6 +227,7 @@ def test_local_ids_in_the_file(root: Path, others: int) -> None:
     assert (wrong.ok, "only the ids" in wrong.verdict) == (False, False)
 
 
+@pytest.mark.slow
 def test_what_is_known_is_told_before_the_diagnosis(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, served, _ = own_slots(root)
     told: list[str] = []
