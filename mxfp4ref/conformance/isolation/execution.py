@@ -288,8 +288,7 @@ def _run_once(
     report: Callable[[str], None],
     abandoned: Callable[[], bool],
 ) -> Collected:
-    process = os.getpid()
-    left = ""
+    process, left = os.getpid(), ""
     restore = surroundings()
     report(RUN)
     start = _clock()
