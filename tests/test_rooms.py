@@ -82,7 +82,7 @@ _FROM_FILES = {
 def test_choices_are_literal_types() -> None:
     """What is one of a few words says in its type which: an editor completes them, mypy refuses others."""
     wide = set()
-    for path in MODULES:
+    for path in (path for path, text in MODULES.items() if "check_choice" in text):
         for scope in ast.walk(tree_of(path)):
             if not isinstance(scope, ast.FunctionDef | ast.ClassDef):
                 continue

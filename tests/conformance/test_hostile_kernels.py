@@ -41,7 +41,8 @@ from mxfp4ref.conformance.cli.conform import _Selection
 from mxfp4ref.conformance.isolation import kernel_process
 from mxfp4ref.conformance.isolation import worker as worker_module
 from mxfp4ref.conformance.isolation.execution import Outcome, execute
-from mxfp4ref.conformance.isolation.surroundings import interference, surroundings
+from mxfp4ref.conformance.isolation.interference import interference
+from mxfp4ref.conformance.isolation.surroundings import surroundings
 from mxfp4ref.conformance.isolation.worker import Worker
 from mxfp4ref.conformance.kernels.adapters import whole_arguments
 from mxfp4ref.conformance.reports.html_report import to_html
@@ -49,9 +50,8 @@ from mxfp4ref.conformance.reports.report import to_json, to_junit
 from mxfp4ref.conformance.reports.report_text import to_text
 from mxfp4ref.goldens import Case, open_goldens
 from mxfp4ref.goldens.runs import Run
-from tests.helpers import forked, hostile_kernels
+from tests.helpers import forked, hostile_kernels, usual
 from tests.helpers.hostile_files import CHECKOUT
-from tests.helpers.usual import first
 
 GOLDENS = open_goldens()
 SPEC = "tests.helpers.hostile_kernels:chosen"
@@ -572,7 +572,7 @@ def test_an_error_of_the_kit_is_not_the_kernels(
     assert "does not conform" not in err
 
 
-@pytest.mark.parametrize("isolation", first(1, ["--isolate", "--no-isolate"]))
+@pytest.mark.parametrize("isolation", usual.first(1, ["--isolate", "--no-isolate"]))
 def test_modules_of_the_working_directory_are_not_the_kits_and_nothing_warns(
     isolation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -117,6 +117,7 @@ def exactly(kernel: Kernel) -> CaseResult:
     return run_case(kernel, GOLDENS.load(CASE), Options(repeat=False, diagnosis="quick"))
 
 
+@pytest.mark.slow
 def test_in_mode_exact_a_case_within_its_bounds_is_told_so() -> None:
     result = exactly(off(near()))
     assert (result.status, result.within_bounds) == ("differs", True)

@@ -338,15 +338,19 @@ def test_a_kernel_that_ends_its_process_fails(pytester: pytest.Pytester) -> None
 
 @pytest.mark.usefixtures("copied_processes")
 def test_a_kernel_that_ends_pytests_own_process_fails(pytester: pytest.Pytester) -> None:
-    """And one that does not has the exit code, and the output, of a session that nobody watches."""
-    pytester.makepyfile(
-        ends="import os\n\ndef f(**arguments): os._exit(0)\n",
-        raises="import os\n\ndef f(**arguments): raise ValueError(os.getppid())\n",
-    )
+    pytester.makepyfile(ends="import os\n\ndef f(**arguments): os._exit(0)\n")
     arguments = (*COPIED, "--mxfp4-no-isolate", *ARGUMENTS)
     result = pytester.runpytest_subprocess("--mxfp4-kernel=ends:f", *arguments)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stderr.fnmatch_lines(["The kernel does not conform: it ended its process (exit code 0) before*"])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("copied_processes")
+def test_a_session_that_is_watched_ends_as_one_that_is_not(pytester: pytest.Pytester) -> None:
+    """With its exit code and its output."""
+    pytester.makepyfile(raises="import os\n\ndef f(**arguments): raise ValueError(os.getppid())\n")
+    arguments = (*COPIED, "--mxfp4-no-isolate", *ARGUMENTS)
     result = pytester.runpytest_subprocess("--mxfp4-kernel=raises:f", *arguments)
     result.assert_outcomes(failed=1, skipped=1)
     assert result.ret == pytest.ExitCode.TESTS_FAILED

@@ -131,11 +131,9 @@ def test_searches_are_limited_in_processor_time() -> None:
         assert "monotonic" not in path.read_text(encoding="utf-8"), path.name
 
 
+@pytest.mark.usefixtures("patient")
 def test_diagnoses(monkeypatch: pytest.MonkeyPatch) -> None:
     some = cases()[:1]
-    run(
-        "defect:last_slot_dropped", some, Options(diagnosis="quick")
-    )  # what is compiled at first takes more than a quick diagnosis may
     (none,) = run("defect:last_slot_dropped", some, COMPARE).results
     assert none.diagnosis is None
     quick = run("defect:last_slot_dropped", some, Options(diagnosis="quick", repeat=False))

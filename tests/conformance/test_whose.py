@@ -66,7 +66,7 @@ TABLE = (
 
 @pytest.mark.parametrize(
     ("kernel", "name", "words"),
-    usual.first(2, [
+    usual.first(1, [
         (having("fc1_scales"), "prefill", f"GEMM1's scales are {TABLE}"),
         (having("fc1_biases", "swiglu_beta"), "gpt_oss", ""),
         (multiplied(last_rows_expert), "prefill", "each tile of 32 sorted rows, which may hold rows of several"),

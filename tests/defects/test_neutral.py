@@ -21,7 +21,7 @@ from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward
 from mxfp4ref.sm90.activation import GEGLU, GELU, IDENTITY, RELU, RELU2, SITU, SWIGLU_STEP
 from mxfp4ref.sm90.tactics import Sm90Kernel
-from tests.helpers import defect_calls, layers
+from tests.helpers import defect_calls, layers, usual
 from tests.helpers.defect_outputs import as_bytes
 
 Change = Callable[[MoeCall], MoeCall]
@@ -327,7 +327,7 @@ def base(generation: Generation) -> MoeCall:
     return replace(defect_calls.every_option().select(slice(4)), kernel=Sm90Kernel(generation=generation))
 
 
-@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("generation", usual.first(1, GENERATIONS))
 @pytest.mark.parametrize("name", MOE)
 def test_moe(name: str, generation: Generation) -> None:
     call = MOE[name](base(generation))

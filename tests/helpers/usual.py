@@ -11,7 +11,7 @@ __all__ = ["first"]
 
 
 def first(count: int, cases: Iterable[Any]) -> list[Any]:
-    """The others take as long, measure words rather than bits, and are run by `-m slow`."""
+    """The others take as long, run the same code, and are run by `-m slow`."""
     return [
         case
         if n < count

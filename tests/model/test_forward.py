@@ -142,7 +142,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@settings(max_examples=30)
+@settings(max_examples=16)
 @given(
     seed=st.integers(0, 2**32 - 1),
     kind=st.sampled_from(HARD),

@@ -104,9 +104,9 @@ def easy_experts(
 
 def easy_call(layout: Generation | None, **changes: Any) -> MoeCall:
     generator = torch.Generator().manual_seed(1)
-    experts = easy_experts(generator, layout, 2, 384, 128)
+    experts = easy_experts(generator, layout, 2, 256, 128)
     arguments: dict[str, Any] = {
-        "input": integers(generator, -2, 2, 5, 384).to(torch.bfloat16),
+        "input": integers(generator, -2, 2, 5, 256).to(torch.bfloat16),
         # Of rank 1 are 2 and 3: padding, other ranks' experts, one named twice, one token without any.
         "token_selected_experts": torch.tensor([[2, 3], [3, 2], [-1, 3], [3, 3], [0, 9]], dtype=torch.int32),
         "token_final_scales": 0.25 * integers(generator, 1, 9, 5, 2),
@@ -146,7 +146,7 @@ def test_some_tokens_at_a_time(interpreted: None, monkeypatch: pytest.MonkeyPatc
         scales = unfold_scales_sm90(getattr(call.experts, name))
         scales[:, ::2, :2] = 252
         getattr(call.experts, name).copy_(fold_scales_sm90(scales))
-    monkeypatch.setattr(gpu, "_INTERMEDIATE_BYTES", 3 * 2 * (2 * (3 * 128 + 384) + 4 * (2 * 128 + 384)))
+    monkeypatch.setattr(gpu, "_INTERMEDIATE_BYTES", 3 * 2 * (2 * (3 * 128 + 256) + 4 * (2 * 128 + 256)))
     parts = list(gpu.forward_in_parts(call, keep=True, tiles=MIDDLE))
     assert [len(output) for output, _ in parts] == [3, 2]
     assert_same_trace(parts, trace(call))
@@ -162,7 +162,7 @@ def test_calls_without_rows(interpreted: None, tokens: int) -> None:
     )
     assert_same_trace(list(gpu.forward_in_parts(call, keep=True)), trace(call))
     output = torch.cat([output for output, _ in gpu.forward_in_parts(call, keep=False)])
-    bits.assert_same(output, torch.zeros(tokens, 384, dtype=torch.bfloat16))
+    bits.assert_same(output, torch.zeros(tokens, 256, dtype=torch.bfloat16))
 
 
 def test_routing_interpreted(interpreted: None) -> None:

@@ -168,6 +168,7 @@ def test_every_kernel_says_what_is_looked_for() -> None:
         wrong(stage="fc1", says=("x",), story="")(KERNELS["all_zeros"].function)
 
 
+@pytest.mark.slow
 def test_words_that_say_nothing_describe_no_kernel(tool: ModuleType) -> None:
     words = (
         "The kernel does not conform: 57 of 58 cases fail. 1,018 elements of the output lie outside the "

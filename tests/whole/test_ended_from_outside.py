@@ -87,7 +87,9 @@ def test_closed_streams(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "r.json").read_bytes())["ok"] is True
 
 
-@pytest.mark.parametrize("arguments", [("--version",), ("goldens", "pack", "-")])
+@pytest.mark.parametrize(
+    "arguments", [("--version",), pytest.param(("goldens", "pack", "-"), marks=pytest.mark.slow)]
+)
 def test_a_closed_stdout(arguments: tuple[str, ...]) -> None:
     command = subprocess.run(
         ["sh", "-c", '"$@" >&-', "sh", *MXFP4REF, *arguments],

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mxfp4ref.conformance.comparison import differing, first_difference
 from mxfp4ref.conformance.isolation.handing import Handed, to_device
+from mxfp4ref.conformance.isolation.interference import interference
 from mxfp4ref.conformance.isolation.plain import (
     Like,
     TensorError,
@@ -36,7 +37,7 @@ from mxfp4ref.conformance.isolation.plain import (
     tensor_of,
     without_modes,
 )
-from mxfp4ref.conformance.isolation.surroundings import interference, surroundings
+from mxfp4ref.conformance.isolation.surroundings import surroundings
 from mxfp4ref.conformance.kernels.adapters import (
     INTERMEDIATES,
     Kernel,
@@ -287,8 +288,7 @@ def _run_once(
     report: Callable[[str], None],
     abandoned: Callable[[], bool],
 ) -> Collected:
-    process = os.getpid()
-    left = ""
+    process, left = os.getpid(), ""
     restore = surroundings()
     report(RUN)
     start = _clock()

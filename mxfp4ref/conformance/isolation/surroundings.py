@@ -29,14 +29,12 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from operator import is_
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
-from torch.library import Library
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -49,7 +47,7 @@ except ImportError:  # on Windows
 from mxfp4ref.conformance.isolation.plain import printable, without_modes
 from mxfp4ref.conformance.isolation.standard_streams import FOR_GOOD, STREAMS, stream_of, streams_files
 
-__all__ = ["interference", "modes_of_torch", "settings_of_the_kit", "surroundings"]
+__all__ = ["CODE", "FUNCTIONS", "READING", "listed", "modes_of_torch", "settings_of_the_kit", "surroundings"]
 
 _builtins = vars(builtins)
 _Setting = tuple[str, Callable[[], Any], Callable[[Any], object]]
@@ -142,9 +140,9 @@ _TOLD: tuple[_Setting, ...] = (
     _attribute("logging's threshold", logging.root.manager, "disable"),
 )
 # By whose functions goldens are read, and others that the kit's process needs for the next case.
-_READING = (hashlib, json, json.JSONDecoder, json.JSONEncoder, re, safetensors.torch)
+READING = (hashlib, json, json.JSONDecoder, json.JSONEncoder, re, safetensors.torch)
 _NEEDED = (
-    *_READING,
+    *READING,
     ctypes,
     dataclasses,
     math,
@@ -191,7 +189,7 @@ def surroundings() -> Callable[[], str]:
                 sys.modules[name] = module
         for owner, whose, members in needed:
             for name, value in members.items():
-                if name not in vars(owner) or (isinstance(value, _CODE) and vars(owner)[name] is not value):
+                if name not in vars(owner) or (isinstance(value, CODE) and vars(owner)[name] is not value):
                     setattr(owner, name, value)
                     changed.append(f"{whose}.{name}")
         with without_modes():
@@ -204,7 +202,7 @@ def surroundings() -> Callable[[], str]:
                     changed += [setting[0]] * told
                 except Exception:  # a lowered hard limit, a working directory that was removed
                     changed.append(f"{setting[0]}{FOR_GOOD}")
-        return _listed(changed)
+        return listed(changed)
 
     return restore
 
@@ -246,104 +244,10 @@ def _differs(setting: _Setting, value: Any) -> bool:
 _PLAIN = ("builtins", "torch")
 
 
-def interference() -> Callable[[], str]:
-    """Take note of functions, classes and constants that a verdict rests on; what is returned undoes replacements.
-
-    They are this package's, functions with their code and constants with what they hold, and torch's. It says in
-    words what a kernel had replaced.
-    """
-    ours = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == "mxfp4ref"]
-    # Copies of all that they have, since these take less time than to choose what is code.
-    noted: dict[Any, dict[str, Any]] = {module: dict(vars(module)) for module in ours}
-    # Most of it is imported into many modules: it is looked at once, since looking takes longer than anything here.
-    every = {id(value): value for found in noted.values() for value in found.values()}
-    names = {module.__name__ for module in ours}
-    classes = [value for value in every.values() if isinstance(value, type) and value.__module__ in names]
-    noted |= {owner: dict(vars(owner)) for owner in classes}
-    every |= {id(value): value for owner in classes for value in noted[owner].values()}
-    bodies = [(f, f.__code__, f.__defaults__) for f in every.values() if type(f) is FunctionType]
-    containers = {key for key, value in every.items() if type(value) in _CONTAINERS}
-    held = {
-        f"{owner.__name__}.{name}": (value, value.copy())
-        for owner, found in noted.items()
-        for name, value in found.items()
-        if id(value) in containers and name.isupper()
-    }
-    noted |= {owner: _code_of(owner, _FUNCTIONS) for owner in (torch, torch.Tensor, *_READING)}
-    operators = _operators_of_python()
-
-    def restore() -> str:
-        changed = []
-        for owner, found in noted.items():
-            now = vars(owner)
-            if len(now) == len(found) and all(map(is_, now.values(), found.values())):
-                continue
-            for name, value in found.items():
-                new = now.get(name)
-                matters = issubclass(type(value), _CODE) or name.isupper() or name not in now
-                # torch replaces some functions by its own when it imports its compiler.
-                if new is not value and matters and {_package_of(value), _package_of(new)} != {"torch"}:
-                    setattr(owner, name, value)
-                    changed.append(f"{found.get('__name__') or owner.__name__}.{name}")
-        for name in [name for name in vars(torch.Tensor) if name in _INHERITED - noted[torch.Tensor].keys()]:
-            delattr(torch.Tensor, name)
-            changed.append(f"Tensor.{name}")
-        if new_ones := _operators_of_python() - operators:
-            for library in [one for one in gc.get_objects() if type(one) is Library]:
-                if library._op_impls & new_ones:
-                    library._destroy()  # type: ignore[no-untyped-call]
-            changed += [f"torch's operator {one}" for one in sorted(new_ones)]
-        for name, (value, before) in held.items():
-            if _other(value, before):
-                value.clear()
-                value.extend(before) if type(value) is list else value.update(before)
-                changed.append(name)
-        for function, code, defaults in bodies:
-            if function.__code__ is code and function.__defaults__ is defaults:
-                continue
-            if _package_of(function) == "mxfp4ref":
-                function.__code__, function.__defaults__ = code, defaults
-                changed.append(f"{function.__module__}.{function.__qualname__}")
-        return _listed(changed)
-
-    return restore
+FUNCTIONS = (FunctionType, BuiltinFunctionType)
+CODE = (*FUNCTIONS, type, property, staticmethod, classmethod)
 
 
-def _operators_of_python() -> frozenset[str]:
-    """torch's own operators that somebody has replaced on the CPU by functions of Python: aten/mul.Tensor/CPU."""
-    every = getattr(torch.library, "_impls", ())
-    return frozenset(
-        one for one in every if one.startswith("aten/") and one.rpartition("/")[2] in _ON_THE_CPU
-    )
-
-
-_ON_THE_CPU = ("CPU", "AutogradCPU", "CompositeExplicitAutograd", "CompositeImplicitAutograd")
-_INHERITED = frozenset(dir(torch._C.TensorBase)) - frozenset(vars(torch.Tensor))
-
-
-def _package_of(value: Any) -> str:
-    """The package that something says it is from; what `exec` made may say nothing."""
-    return str(getattr(value, "__module__", "")).partition(".")[0]
-
-
-def _code_of(owner: Any, kinds: tuple[type, ...]) -> dict[str, Any]:
-    return {name: value for name, value in vars(owner).items() if issubclass(type(value), kinds)}
-
-
-def _other(value: Any, before: Any) -> bool:
-    """Whether something in a container was replaced or removed; a module that is imported later may add to a dict."""
-    if type(value) is dict:
-        return any(value.get(name) is not item for name, item in before.items())
-    if type(value) is set:  # of which a copy may have another order
-        return bool(value != before)
-    return len(value) != len(before) or not all(map(is_, value, before))
-
-
-_CONTAINERS = frozenset((dict, list, set))
-_FUNCTIONS = (FunctionType, BuiltinFunctionType)
-_CODE = (*_FUNCTIONS, type, property, staticmethod, classmethod)
-
-
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
     shown = ", ".join(printable(name, 120) for name in names[:_MOST_NAMED])
     return shown if len(names) <= _MOST_NAMED else f"{shown} and {len(names) - _MOST_NAMED} more"

@@ -23,8 +23,9 @@ import torch
 
 from mxfp4ref._validate import did_you_mean, shown
 from mxfp4ref._version import __version__
+from mxfp4ref.conformance.isolation.interference import interference
 from mxfp4ref.conformance.isolation.plain import printable
-from mxfp4ref.conformance.isolation.surroundings import interference, modes_of_torch, settings_of_the_kit
+from mxfp4ref.conformance.isolation.surroundings import modes_of_torch, settings_of_the_kit
 from mxfp4ref.conformance.kernels.adapters import (
     Kernel,
     KernelError,

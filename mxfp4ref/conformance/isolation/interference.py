@@ -1,0 +1,143 @@
+"""What a kernel may replace in the kit's own process so that a wrong result passes, and how that is undone."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable
+from operator import is_
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch.library import Library
+
+from mxfp4ref.conformance.isolation.surroundings import CODE, FUNCTIONS, READING, listed
+
+__all__ = ["interference"]
+
+
+class _Parts(NamedTuple):
+    """What a module or a class of this package has: a copy of all, and what of it is looked into."""
+
+    members: dict[str, Any]
+    classes: list[type]
+    functions: list[FunctionType]
+    containers: list[tuple[str, Any]]
+
+
+# Of the last time, since most have not changed, and to see that takes a tenth of the time of looking at each.
+_KNOWN: dict[Any, _Parts] = {}
+
+
+def _parts(owner: Any) -> _Parts:
+    now, known = vars(owner), _KNOWN.get(owner)
+    if known is not None and _same(now, known.members):
+        return known
+    members = dict(now)
+    return _Parts(
+        members,
+        [
+            value
+            for value in members.values()
+            if isinstance(value, type) and value.__module__ == owner.__name__
+        ],
+        [value for value in members.values() if type(value) is FunctionType],
+        [(name, value) for name, value in members.items() if type(value) in _CONTAINERS and name.isupper()],
+    )
+
+
+def _same(now: Any, before: dict[str, Any]) -> bool:
+    return list(now) == list(before) and all(map(is_, now.values(), before.values()))
+
+
+def interference() -> Callable[[], str]:
+    """Take note of functions, classes and constants that a verdict rests on; what is returned undoes replacements.
+
+    They are this package's, functions with their code and constants with what they hold, and torch's. It says in
+    words what a kernel had replaced.
+    """
+    ours = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == "mxfp4ref"]
+    parts: dict[Any, _Parts] = {module: _parts(module) for module in ours}
+    parts |= {owner: _parts(owner) for found in list(parts.values()) for owner in found.classes}
+    _KNOWN.clear()  # of modules that are gone
+    _KNOWN.update(parts)
+    noted: dict[Any, dict[str, Any]] = {owner: found.members for owner, found in parts.items()}
+    functions = {function for found in parts.values() for function in found.functions}
+    bodies = [(f, f.__code__, f.__defaults__) for f in functions]
+    held = {
+        f"{owner.__name__}.{name}": (value, value.copy())
+        for owner, found in parts.items()
+        for name, value in found.containers
+    }
+    noted |= {owner: _code_of(owner, FUNCTIONS) for owner in (torch, torch.Tensor, *READING)}
+    operators = _operators_of_python()
+
+    def restore() -> str:
+        changed = []
+        for owner, found in noted.items():
+            now = vars(owner)
+            if len(now) == len(found) and all(map(is_, now.values(), found.values())):
+                continue
+            for name, value in found.items():
+                new = now.get(name)
+                matters = issubclass(type(value), CODE) or name.isupper() or name not in now
+                # torch replaces some functions by its own when it imports its compiler.
+                if new is not value and matters and {_package_of(value), _package_of(new)} != {"torch"}:
+                    setattr(owner, name, value)
+                    changed.append(f"{found.get('__name__') or owner.__name__}.{name}")
+        for name in [name for name in vars(torch.Tensor) if name in _INHERITED - noted[torch.Tensor].keys()]:
+            delattr(torch.Tensor, name)
+            changed.append(f"Tensor.{name}")
+        if new_ones := _operators_of_python() - operators:
+            for library in [one for one in gc.get_objects() if type(one) is Library]:
+                if library._op_impls & new_ones:
+                    library._destroy()  # type: ignore[no-untyped-call]
+            changed += [f"torch's operator {one}" for one in sorted(new_ones)]
+        for name, (value, before) in held.items():
+            if _other(value, before):
+                value.clear()
+                value.extend(before) if type(value) is list else value.update(before)
+                changed.append(name)
+        for function, code, defaults in bodies:
+            if function.__code__ is code and function.__defaults__ is defaults:
+                continue
+            if _package_of(function) == "mxfp4ref":
+                function.__code__, function.__defaults__ = code, defaults
+                changed.append(f"{function.__module__}.{function.__qualname__}")
+        return listed(changed)
+
+    return restore
+
+
+def _operators_of_python() -> frozenset[str]:
+    """torch's own operators that somebody has replaced on the CPU by functions of Python: aten/mul.Tensor/CPU."""
+    every = getattr(torch.library, "_impls", ())
+    return frozenset(
+        one for one in every if one.startswith("aten/") and one.rpartition("/")[2] in _ON_THE_CPU
+    )
+
+
+_ON_THE_CPU = ("CPU", "AutogradCPU", "CompositeExplicitAutograd", "CompositeImplicitAutograd")
+_INHERITED = frozenset(dir(torch._C.TensorBase)) - frozenset(vars(torch.Tensor))
+
+
+def _package_of(value: Any) -> str:
+    """The package that something says it is from; what `exec` made may say nothing."""
+    return str(getattr(value, "__module__", "")).partition(".")[0]
+
+
+def _code_of(owner: Any, kinds: tuple[type, ...]) -> dict[str, Any]:
+    return {name: value for name, value in vars(owner).items() if issubclass(type(value), kinds)}
+
+
+def _other(value: Any, before: Any) -> bool:
+    """Whether something in a container was replaced or removed; a module that is imported later may add to a dict."""
+    if type(value) is dict:
+        return any(value.get(name) is not item for name, item in before.items())
+    if type(value) is set:  # of which a copy may have another order
+        return bool(value != before)
+    return len(value) != len(before) or not all(map(is_, value, before))
+
+
+_CONTAINERS = frozenset((dict, list, set))
