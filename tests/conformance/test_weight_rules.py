@@ -52,6 +52,23 @@ def scaled(weights: Tensor, slot: int, factor: float) -> Tensor:
     return weights * torch.where(torch.arange(weights.shape[1]) == slot, factor, 1.0)
 
 
+@pytest.mark.parametrize(("times", "number", "expert"), [(False, 1.0, -1), (True, 0.25, 0)])
+def test_the_weight_of_one_expert(times: bool, number: float, expert: int) -> None:
+    call = captured("prefill")
+    expert %= call.experts.num_experts
+    weights = call.token_final_scales
+    wrong = torch.where(call.token_selected_experts == expert, weights * number if times else number, weights)
+    got, pipeline = forward(replace(call, token_final_scales=wrong)), prepared(call)
+    rules = weight_rules(SlotRows.of(pipeline), got, differing(got, forward(call)))
+    words = next(
+        h.words for h in sorted(rules, key=lambda h: h.cost) if not differing(h.run(pipeline), got).any()
+    )
+    whose = "the last expert's" if expert else "expert 0's"
+    assert (
+        words == f"{whose} routing weight is {number:g}{' times its own' * times}, in every token that has it"
+    )
+
+
 @pytest.mark.parametrize("name", usual.first(1, ["prefill", "expert_rank_2_of_4", "top_8"]))
 @pytest.mark.parametrize(
     ("weights", "words"),

@@ -75,6 +75,7 @@ def weight_rules(slots: SlotRows, got: Tensor, wrong: Tensor) -> Iterator[Hypoth
     """
     if (table := _solved(slots, got, wrong)) is None:
         return
+    yield from _of_an_expert(slots, table)
     yield from islice(_within_tokens(slots, table), 2 * _MOST)
     yield from islice(_across_tokens(slots, table, ~wrong.any(1)), _MOST)
 
@@ -108,6 +109,33 @@ def _solved(slots: SlotRows, got: Tensor, wrong: Tensor) -> _Table | None:
             return None
     known = found.isfinite().any(1)
     return _Table(tokens[known], found[known], unsure[known]) if bool(known.any()) else None
+
+
+def _of_an_expert(slots: SlotRows, table: _Table) -> Iterator[Hypothesis]:
+    """A number, or one times its own, as the weight of the only expert whose weights are others."""
+    given, local = slots.weights.double()[table.tokens], slots.local[table.tokens]
+    allowed = _TIMES * table.unsure + _SAME * table.found.abs()
+    experts = torch.unique(local[table.known & ((table.found - given).abs() > allowed)]).tolist()
+    here = table.known & torch.isin(local, torch.tensor(experts))
+    if len(experts) != 1 or int(here.sum()) <= 2:
+        return
+    (expert,) = experts
+    last = expert == slots.call.experts.num_experts - 1
+    words = "the last expert's" if last else f"expert {expert}'s"
+    for times, own in ((False, torch.ones_like(given)), (True, given)):
+        found, off = (t[here] / own[here] for t in (table.found, allowed))
+        number = _simple(float(found.median()), float(off.min()))
+        if bool(((found - number).abs() <= off).all()):
+
+            def change(rows: SlotRows, times: bool = times, number: float = number) -> SlotRows:
+                its = rows.local == (rows.call.experts.num_experts - 1 if last else expert)
+                new = rows.weights * number if times else torch.full_like(rows.weights, number)
+                return replace(rows, weights=torch.where(its, new, rows.weights))
+
+            told = (
+                f"{words} routing weight is {number:g}{' times its own' * times}, in every token that has it"
+            )
+            yield of_slots("routing weights", ("finalize",), told, change, 1.05)
 
 
 def _within_tokens(slots: SlotRows, table: _Table) -> Iterator[Hypothesis]:
