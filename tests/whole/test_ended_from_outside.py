@@ -21,7 +21,6 @@ from click.testing import CliRunner
 from mxfp4ref.__main__ import commands
 from mxfp4ref.conformance.cli import shared
 from mxfp4ref.conformance.reports import report_text
-from tests.helpers import usual
 from tests.helpers.hostile_files import CHECKOUT, COMMANDS, make_folder
 
 MXFP4REF = (sys.executable, "-m", "mxfp4ref")
@@ -88,7 +87,9 @@ def test_closed_streams(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "r.json").read_bytes())["ok"] is True
 
 
-@pytest.mark.parametrize("arguments", usual.first(1, [("--version",), ("goldens", "pack", "-")]))
+@pytest.mark.parametrize(
+    "arguments", [("--version",), pytest.param(("goldens", "pack", "-"), marks=pytest.mark.slow)]
+)
 def test_a_closed_stdout(arguments: tuple[str, ...]) -> None:
     command = subprocess.run(
         ["sh", "-c", '"$@" >&-', "sh", *MXFP4REF, *arguments],
