@@ -216,6 +216,7 @@ EVERYWHERE = [
 REPLACING = [
     ("replaces_not_equal", "Tensor.__ne__"),
     ("replaces_differing", "mxfp4ref.conformance.running.differing"),
+    ("replaces_what_is_remembered", "mxfp4ref.conformance.running.differing"),
     ("replaces_code_of_differing", "mxfp4ref.conformance.comparison.differing"),
     ("replaces_comparison_of_bytes", "mxfp4ref.conformance.isolation.plain.raw_bytes"),
     ("replaces_what_passes", "mxfp4ref.conformance.results.PASSING"),
