@@ -239,7 +239,7 @@ def test_xdist_with_ids_and_a_report(pytester: pytest.Pytester) -> None:
     ids = ("mxfp4::routing/mixtral_ties", "mxfp4::layout/swap_halves")
     kernel = ("--mxfp4-kernel=defect:renorm_missing", "--mxfp4-diagnosis=quick")
     arguments = (*kernel, "-n", "1", "--mxfp4-html=r.html", *ids)
-    result = pytester.runpytest_subprocess(*arguments)
+    result = pytester.runpytest_inprocess(*arguments)
     result.assert_outcomes(failed=1, skipped=1)
     result.stdout.fnmatch_lines(["*Every wrong bit is that of renorm_missing*", "report: *r.html"])
     result.stdout.fnmatch_lines(["FAILED mxfp4::routing/mixtral_ties - differs in *"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -66,6 +67,18 @@ def calls() -> list[tuple[Original, int, int]]:
     ]
 
 
+def always() -> list[Any]:
+    """Of each original the smallest and the largest number of ranks; the others are slow tests."""
+    every = calls()
+    names = [original.name for original, _, _ in every]
+    return [
+        pytest.param(*one, marks=pytest.mark.slow)
+        if names[number] in names[:number] and names[number] in names[number + 1 :]
+        else one
+        for number, one in enumerate(every)
+    ]
+
+
 def of_unpadded(depth: int, rows: list[slice]) -> Callable[..., Tensor]:
     """The GEMM of a layer without padding: it gets none of it to see, neither along K nor along the rows."""
 
@@ -113,7 +126,7 @@ def expected(original: Original, layer: Layer, tokens: Tokens, rank: Rank) -> Te
 
 @pytest.mark.parametrize(
     ("original", "tp_size", "ep_size"),
-    calls(),
+    always(),
     ids=lambda value: value.name if isinstance(value, Original) else str(value),
 )
 def test_the_call_of_every_rank(original: Original, tp_size: int, ep_size: int) -> None:

@@ -34,7 +34,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mxfp4ref.conformance import Skip, comparison, results, running
-from mxfp4ref.conformance.isolation import plain
+from mxfp4ref.conformance.isolation import interference, plain
 from mxfp4ref.goldens import Case
 from tests.helpers.kernels_under_test import good
 
@@ -337,6 +337,15 @@ def replaces_not_equal(**arguments: Any) -> Any:
 def replaces_differing(**arguments: Any) -> Any:
     result = wrong(**arguments)
     comparison.differing = running.differing = _nothing_differs
+    return result
+
+
+def replaces_what_is_remembered(**arguments: Any) -> Any:
+    """Both the function and what was noted of it, as far as that has a name."""
+    result = wrong(**arguments)
+    running.differing = _nothing_differs
+    if known := interference._KNOWN.get(running):
+        known.members["differing"] = _nothing_differs
     return result
 
 

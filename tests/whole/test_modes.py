@@ -262,10 +262,14 @@ def check(name: str, got: Any) -> None:
 NOT_COMPILED = ("generator", "golden", "comparison", "conformance", "gemm")
 
 
+# What moves bytes and computes nothing: a compiler follows all of it, for seconds, and has nothing to round.
+MOVING = ("resize", "layout halves", "layout scales", "layout weights", "mxfp4 codes", "routing packed")
+
+
 def names(*modes: str) -> list[Any]:
     """Pairs of a mode and a computation."""
     return [
-        (mode, name)
+        pytest.param(mode, name, marks=pytest.mark.slow if mode == "compiled" and name in MOVING else ())
         for mode in modes
         for name in COMPUTATIONS
         if mode != "compiled" or name not in NOT_COMPILED

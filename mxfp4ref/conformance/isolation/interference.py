@@ -62,7 +62,8 @@ def interference() -> Callable[[], str]:
     parts |= {owner: _parts(owner) for found in list(parts.values()) for owner in found.classes}
     _KNOWN.clear()  # of modules that are gone
     _KNOWN.update(parts)
-    noted: dict[Any, dict[str, Any]] = {owner: found.members for owner, found in parts.items()}
+    # Copies, since a kernel finds the others under a name.
+    noted: dict[Any, dict[str, Any]] = {owner: dict(found.members) for owner, found in parts.items()}
     functions = {function for found in parts.values() for function in found.functions}
     bodies = [(f, f.__code__, f.__defaults__) for f in functions]
     held = {
