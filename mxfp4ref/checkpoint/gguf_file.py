@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import itertools
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -80,13 +81,13 @@ def metadata(file: Path) -> dict[str, Any]:
     """
     fields = _open(file).fields
     architecture = fields.get("general.architecture")
-    name = "" if architecture is None else str(architecture.contents())
+    name = "" if architecture is None else str(_contents(file, architecture))
     values: dict[str, Any] = {"model_type": name}
     for key, field in fields.items():
         owner, _, rest = key.partition(".")
         if owner != name or rest in _ELSEWHERE:
             continue
-        value = field.contents()
+        value = _contents(file, field)
         if isinstance(value, list) and rest in _KEYS:
             if len(set(value)) != 1:
                 raise CheckpointError(
@@ -104,6 +105,15 @@ def metadata(file: Path) -> dict[str, Any]:
     return values
 
 
+def _contents(file: Path, field: Any) -> Any:
+    try:
+        return field.contents()
+    except ValueError as error:  # text that is not UTF-8
+        raise CheckpointError(
+            f"{file}: {field.name}: expected a value that can be read, got: {error}"
+        ) from None
+
+
 def _find(file: Path, name: str) -> Any:
     tensor = next((tensor for tensor in _open(file).tensors if tensor.name == name), None)
     if tensor is None:
@@ -119,10 +129,28 @@ def _read(file: Path, size: int, changed: int) -> Any:
         raise CheckpointError(
             f"{file}: expected the package gguf to read it: pip install 'mxfp4ref[gguf]' ({error})"
         ) from None
+
+    class Whole(GGUFReader):  # type: ignore[misc]
+        """What the header counts has to be there: without that an array of 2^60 is read for as many steps."""
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, *order: Any, **named: Any) -> Any:
+            found = super()._get(offset, dtype, count, *order, **named)
+            if offset < 0 or len(found) < int(count):
+                raise ValueError(f"it ends before what it says is at {offset:,}")
+            return found
+
     try:
-        return GGUFReader(file)
+        with np.errstate(over="raise"):  # of offsets
+            reader = Whole(file)
     except Exception as error:  # whatever a file that is none makes of the reader
         raise CheckpointError(f"{file}: expected a GGUF file, got {type(error).__name__}: {error}") from None
+    ordered = sorted(reader.tensors, key=lambda tensor: tensor.data_offset)
+    for one, other in itertools.pairwise(ordered):
+        if one.data_offset + one.n_bytes > other.data_offset:
+            raise CheckpointError(
+                f"{file}: expected tensors beside each other, {other.name} lies in {one.name}"
+            )
+    return reader
 
 
 def _open(file: Path) -> Any:

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import file_fuzz
+from tests.helpers import file_fuzz, hostile_gguf
 from tests.helpers.hostile_files import (
     CALL,
     COMMANDS,
@@ -488,6 +489,17 @@ hostile(
     "layer",
     "checkpoint",
 )
+for name, (data, says) in hostile_gguf.LYING.items() if find_spec("gguf") else ():
+    hostile(
+        f"GGUF: {name}",
+        both(
+            lambda f: [p.unlink() for p in (f / "checkpoint").iterdir()],
+            write("checkpoint/z.gguf", data),
+        ),
+        says,
+        "layer",
+        "checkpoint",
+    )
 hostile("shard: a folder", directory(SHARD), "cannot be read: .*expected a regular file", "layer")
 hostile(
     "shard: a device without end",
