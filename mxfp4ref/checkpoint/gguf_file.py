@@ -130,7 +130,7 @@ def _read(file: Path, size: int, changed: int) -> Any:
             f"{file}: expected the package gguf to read it: pip install 'mxfp4ref[gguf]' ({error})"
         ) from None
 
-    class Whole(GGUFReader):
+    class Whole(GGUFReader):  # type: ignore[misc, unused-ignore]
         """What the header counts has to be there: without that an array of 2^60 is read for as many steps."""
 
         def _get(self, offset: int, dtype: Any, count: int = 1, *order: Any, **named: Any) -> Any:

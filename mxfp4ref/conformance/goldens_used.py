@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mxfp4ref._files import printable
-from mxfp4ref.goldens import Goldens
+from mxfp4ref.goldens import Case, GoldenError, Goldens
 from mxfp4ref.goldens.manifest import FORMAT
 from mxfp4ref.goldens.store import FETCH
 
-__all__ = ["GoldensUsed", "goldens_used"]
+__all__ = ["GoldensUsed", "goldens_used", "load_unchanged"]
 
 
 @dataclass(frozen=True)
@@ -61,3 +61,18 @@ class GoldensUsed:
 def goldens_used(goldens: Goldens) -> GoldensUsed:
     """Which they are, for a report."""
     return GoldensUsed(str(goldens.root), FORMAT, goldens.sha256, len(goldens.entries), goldens.of)
+
+
+def load_unchanged(goldens: Goldens, name: str, sha256: str) -> Case:
+    """A case of goldens whose manifest had this SHA-256 before the kernel under test ran.
+
+    Raises:
+        GoldenError: as `Goldens.load`; or they were changed meanwhile, by whomever: a verdict is on one set of them.
+    """
+    case = goldens.load(name)
+    if goldens.sha256 != sha256:
+        raise GoldenError(
+            f"{goldens.root}: expected goldens that stay as they are while a kernel is compared with them, got "
+            "another manifest than at first: something, maybe the kernel, has rewritten them"
+        )
+    return case

@@ -92,6 +92,7 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(f"{what}: expected --mxfp4-kernel=..., which says what is tested")
         return
     config.stash[_CHOSEN] = _chosen(config, ids)
+    config.stash[_SHA256] = _goldens(config).sha256
     if not hasattr(config, "workerinput"):  # xdist's workers report to this one
         config.pluginmanager.register(Verdict(config, _goldens(config)))
         config.stash[_STDERR] = uncaptured_stderr(config)
@@ -240,6 +241,7 @@ def _names(config: pytest.Config) -> list[str]:
 
 
 _CHOSEN = pytest.StashKey[list[str]]()
+_SHA256 = pytest.StashKey[str]()
 
 
 def _chosen(config: pytest.Config, ids: list[str] | None) -> list[str]:
@@ -275,13 +277,14 @@ def _open(root: str | None) -> Goldens:
 def _run(config: pytest.Config, name: str) -> tuple[CaseResult, Failed | None]:
     """A case's result, with as much of a diagnosis as is wanted, and what that is of."""
     from mxfp4ref.conformance.diagnosing import diagnosed
+    from mxfp4ref.conformance.goldens_used import load_unchanged
     from mxfp4ref.conformance.running import compare_case
 
     how = config.getoption("mxfp4_diagnosis")
     failures = config.stash.get(_FAILURES, 0)
     tested = _under_test(config)
     options = replace(tested.options, diagnosis="quick" if failures >= _FULLY and how == "full" else how)
-    case = _goldens(config).load(name)
+    case = load_unchanged(_goldens(config), name, config.stash[_SHA256])
     result, failed = compare_case(tested.kernel, case, options, tested.worker)
     if failed is not None:
         result = diagnosed(result, failed, options.diagnosis)

@@ -8,7 +8,7 @@ import pickle
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -96,9 +96,7 @@ class Verdict:
         self._none_chosen = self._passing_over = (
             False  # though asked for; by a command line about other tests
         )
-        self._overruled = (
-            0  # failed, which another plugin has made of no account, unless as an expected failure
-        )
+        self._failed = 0  # whatever another plugin has made of it, but for an expected failure
         self._said = ""  # of the report's file
         self._end_as_ctrl_c_does()
 
@@ -133,7 +131,7 @@ class Verdict:
             self._told.add(report.nodeid)
         if hasattr(report, "mxfp4_outcome"):
             self._outcomes.append(outcome := Outcome.of_text(report.mxfp4_outcome))
-            self._overruled += not (outcome.result.ok or report.failed or hasattr(report, "wasxfail"))
+            self._failed += not (outcome.result.ok or hasattr(report, "wasxfail"))
             if outcome.told is not None:  # of which xdist makes a text without a summary
                 report.longrepr = outcome.told  # type: ignore[assignment]
         elif report.failed:  # before there was a result, or the worker is gone
@@ -146,7 +144,15 @@ class Verdict:
         compared = any(outcome.result.compared for outcome in self._outcomes)
         return bool(self._outcomes or self._passed_over) and not self._lost and not compared
 
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, None, None]:
+        """After all other plugins but what prints, some of which make every exit code 0."""
+        try:
+            return (yield)
+        finally:
+            self._finish(session)
+
+    def _finish(self, session: pytest.Session) -> None:
         self._interrupted = session.exitstatus == pytest.ExitCode.INTERRUPTED
         stopped = self._interrupted or session.shouldstop or session.shouldfail
         untold = self._chosen - self._told  # such as where another plugin runs the tests, in its own way
@@ -179,7 +185,7 @@ class Verdict:
         only_unusable = bool(self._unusable) and self._unusable == session.testsfailed
         if wrong and (session.exitstatus == pytest.ExitCode.OK or only_unusable):
             session.exitstatus = pytest.ExitCode.USAGE_ERROR
-        if self._overruled and session.exitstatus == pytest.ExitCode.OK:
+        if self._failed and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:

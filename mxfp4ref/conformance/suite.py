@@ -21,7 +21,7 @@ import torch
 
 from mxfp4ref._validate import check_instance, shown
 from mxfp4ref.conformance.diagnosing import Failed, Failing, diagnosed
-from mxfp4ref.conformance.goldens_used import goldens_used
+from mxfp4ref.conformance.goldens_used import goldens_used, load_unchanged
 from mxfp4ref.conformance.isolation.worker import Worker
 from mxfp4ref.conformance.kernels.adapters import Kernel, KernelError
 from mxfp4ref.conformance.kernels.loading import check_device, environment, is_stand_in, load_kernel_here
@@ -199,7 +199,7 @@ class _Todo(Iterator[Callable[[], Case]]):
     def __init__(self, cases: Goldens | Iterable[Case]) -> None:
         self._all = cases.names() if isinstance(cases, Goldens) else cases
         self._each = (
-            iter([partial(cases.load, name) for name in cases.names()])
+            iter([partial(load_unchanged, cases, name, cases.sha256) for name in cases.names()])
             if isinstance(cases, Goldens)
             else (partial(_checked, case) for case in cases)
         )

@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections import Counter
@@ -49,10 +50,10 @@ from mxfp4ref.conformance.kernels.adapters import whole_arguments
 from mxfp4ref.conformance.reports.html_report import to_html
 from mxfp4ref.conformance.reports.report import to_json, to_junit
 from mxfp4ref.conformance.reports.report_text import to_text
-from mxfp4ref.goldens import Case, open_goldens
+from mxfp4ref.goldens import Case, GoldenError, open_goldens
 from mxfp4ref.goldens.runs import Run
 from tests.helpers import forked, hostile_kernels, usual
-from tests.helpers.hostile_files import CHECKOUT
+from tests.helpers.hostile_files import CHECKOUT, copy_goldens
 
 GOLDENS = open_goldens()
 SPEC = "tests.helpers.hostile_kernels:chosen"
@@ -206,6 +207,7 @@ EVERYWHERE = [
         "equal",
         f"JSONDecoder.decode, re.search, re.compile, {PUT_BACK}",
     ),
+    ("folder_of_temporary_files", "equal", ""),
     ("replaces_what_reads_goldens", "differs", f"safetensors.torch.load, {PUT_BACK}"),
     ("slow_switches", "equal", f"the switch interval, garbage collection's debugging, {PUT_BACK}"),
     ("least_of_memory_and_files", "equal", f"the limits of resources, {PUT_BACK}"),
@@ -327,6 +329,7 @@ def test_in_this_process(name: str, status: str, message: str, case: Case) -> No
         torch.get_rng_state().tolist(),
     )
     assert importing == (*sys.meta_path, *sys.path_hooks, warnings.showwarning)
+    assert tempfile.tempdir != "/nowhere"
     assert run_case(load_kernel(hostile_kernels.wrong), case, ONCE).differing == 1
 
 
@@ -336,6 +339,14 @@ def test_replacing_what_compares(name: str, replaced: str, case: Case, choice: P
     kernel = load_kernel(getattr(hostile_kernels, name))
     result = run_case(kernel, case, OPTIONS)
     assert_reported(result, "interfered", replaced)
+    assert run_case(load_kernel(hostile_kernels.wrong), case, OPTIONS).status == "differs"
+
+
+def test_replaced_dtypes_are_told_in_this_process(case: Case) -> None:
+    """They were an error of the kit, in which these stand for what they are called."""
+    result = run_case(load_kernel(hostile_kernels.replaces_dtypes), case, ONCE)
+    assert_reported(result, "interfered", "the kernel replaced torch.int16, torch.bool")
+    assert (torch.int16.itemsize, torch.bool.itemsize) == (2, 1)
     assert run_case(load_kernel(hostile_kernels.wrong), case, OPTIONS).status == "differs"
 
 
@@ -412,6 +423,17 @@ def test_ending_the_process(
     assert_reported(result, status, message)
     assert_renders(result)
     assert isolated("right", case, choice, worker).status == "equal"
+
+
+@pytest.mark.usefixtures("copied_processes")
+def test_a_process_that_cannot_be_put_in_order_is_replaced(
+    case: Case, choice: Path, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one without memory for a thread the next run would wait for as long as the kit's own work may take."""
+    monkeypatch.setattr(worker_module, "_OWN_SECONDS", 30)
+    result = isolated("least_of_memory_for_good", case, choice, worker, ONCE)
+    assert_reported(result, "equal", "the kernel changed the limits of resources for good")
+    assert isolated("right", case, choice, worker, ONCE).status == "equal"
 
 
 @pytest.mark.usefixtures("copied_processes")
@@ -645,6 +667,27 @@ def test_a_signature_that_raises(case: Case) -> None:
     kernel = load_kernel(Odd())
     assert kernel.name == r"\x1b[2J"
     assert run_case(kernel, case).status == "equal"
+
+
+@pytest.mark.usefixtures("copied_processes")
+def test_goldens_that_a_kernel_rewrites(tmp_path: Path) -> None:
+    """What agrees with the manifest that it wrote is not what it was to be compared with."""
+    cases = ("finalize/slot_order", "finalize/cancelling_experts")
+    copy_goldens(tmp_path, cases)
+    forger = tmp_path / "forger.py"
+    forger.write_text(
+        "from pathlib import Path\n"
+        "from tests.helpers.hostile_files import forge\n"
+        "from tests.helpers.hostile_kernels import right\n"
+        "def f(**arguments):\n"
+        f"    forge('finalize/slot_order', lambda s: s.update(why='mine'))(Path({str(tmp_path)!r}))\n"
+        "    return right(**arguments)\n"
+    )
+    with pytest.raises(GoldenError, match="maybe the kernel, has rewritten them") as error:
+        run(f"{forger}:f", open_goldens(tmp_path / "goldens"), OPTIONS)
+    assert error.value.report is not None
+    assert [one.status for one in error.value.report.results] == ["equal"]
+    assert not error.value.report.ok
 
 
 @pytest.mark.usefixtures("copied_processes")

@@ -173,8 +173,9 @@ def test_a_kernel_whose_cases_are_all_deselected_has_not_passed(
             1,
         ),
         ("pytest_runtest_setup(item):\n    item.add_marker(pytest.mark.xfail)\n    yield", 0),
+        ("pytest_sessionfinish(session):\n    session.exitstatus = 0\n    yield", 1),
     ],
-    ids=["swallowed", "passed", "expected"],
+    ids=["swallowed", "passed", "expected", "exit code"],
 )
 def test_a_failure_that_another_plugin_overrules_is_one(
     pytester: pytest.Pytester, hook: str, code: int

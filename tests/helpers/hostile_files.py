@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,16 +73,21 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 WRITES = {"export": "exported", "regenerate": "goldens", "layer output": "out.safetensors"}
 
 
-def make_folder(root: Path) -> None:
-    """One of everything, in a new folder."""
-    for name in CASES:
+def copy_goldens(root: Path, cases: Sequence[str]) -> None:
+    """Some cases in a new folder `goldens` there."""
+    for name in cases:
         (root / "goldens" / name).parent.mkdir(parents=True, exist_ok=True)
         for kind in ("json", "safetensors"):
             shutil.copy(CHECKOUT / f"{name}.{kind}", root / "goldens" / f"{name}.{kind}")
     manifest = json.loads((CHECKOUT / "manifest.json").read_text())
     (root / MANIFEST).write_text(
-        json.dumps(manifest | {"cases": {name: manifest["cases"][name] for name in CASES}})
+        json.dumps(manifest | {"cases": {name: manifest["cases"][name] for name in cases}})
     )
+
+
+def make_folder(root: Path) -> None:
+    """One of everything, in a new folder."""
+    copy_goldens(root, CASES)
     pair, digest = next(iter(Goldens(root / "goldens").load(MOE).output_hashes.items()))
     record = {"case": MOE, "tile_k": list(pair), "sha256": digest, "equal": True, "gpu": "NVIDIA H100"}
     (root / RECORD).parent.mkdir()
@@ -279,6 +284,7 @@ __all__ = [
     "PICKLE",
     "Outcome",
     "contents",
+    "copy_goldens",
     "make_folder",
     "run",
 ]

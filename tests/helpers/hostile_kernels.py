@@ -391,6 +391,12 @@ def replaces_an_operator_of_torch(**arguments: Any) -> Any:
     return result
 
 
+def replaces_dtypes(**arguments: Any) -> Any:
+    result = wrong(**arguments)
+    torch.int16, torch.bool = torch.int64, torch.int8
+    return result
+
+
 def replaces_what_reads_goldens(**arguments: Any) -> Any:
     import safetensors.torch
 
@@ -773,6 +779,18 @@ def least_of_memory_and_files(**arguments: Any) -> Any:
     result = right(**arguments)
     for number in (resource.RLIMIT_AS, resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE):
         resource.setrlimit(number, (3, resource.getrlimit(number)[1]))
+    return result
+
+
+def folder_of_temporary_files(**arguments: Any) -> Any:
+    result = right(**arguments)
+    tempfile.tempdir = "/nowhere"
+    return result
+
+
+def least_of_memory_for_good(**arguments: Any) -> Any:
+    result = right(**arguments)
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 20, 1 << 20))
     return result
 
 

@@ -84,7 +84,8 @@ def interference() -> Callable[[], str]:
                 new = now.get(name)
                 matters = issubclass(type(value), CODE) or name.isupper() or name not in now
                 # torch replaces some functions by its own when it imports its compiler.
-                if new is not value and matters and {_package_of(value), _package_of(new)} != {"torch"}:
+                its_own = callable(value) and {_package_of(value), _package_of(new)} == {"torch"}
+                if new is not value and matters and not its_own:
                     setattr(owner, name, value)
                     changed.append(f"{found.get('__name__') or owner.__name__}.{name}")
         for name in [name for name in vars(torch.Tensor) if name in _INHERITED - noted[torch.Tensor].keys()]:

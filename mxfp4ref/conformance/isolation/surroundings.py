@@ -25,6 +25,7 @@ import random
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -163,6 +164,7 @@ _UNTOLD: tuple[_Setting, ...] = (
     ("sys.meta_path", lambda: list(sys.meta_path), lambda v: _missing_added(sys.meta_path, v)),
     ("sys.path_hooks", lambda: list(sys.path_hooks), lambda v: _missing_added(sys.path_hooks, v)),
     _attribute("warnings.showwarning", warnings, "showwarning"),
+    _attribute("tempfile.tempdir", tempfile, "tempdir"),
     ("warnings' filters", lambda: list(warnings.filters), lambda v: setattr(warnings, "filters", v)),
 )
 
@@ -224,10 +226,7 @@ _OF_THE_KIT = ("the working directory", "the umask", "sys.stdin", "sys.stdout", 
 
 def modes_of_torch() -> list[str]:
     """The names of torch's modes that are switched on in this thread, but for that of a default device."""
-    modes = [
-        *_get_current_dispatch_mode_stack(),
-        *_get_current_function_mode_stack(),  # type: ignore[no-untyped-call]
-    ]
+    modes = _get_current_dispatch_mode_stack() + _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     return [type(mode).__name__ for mode in modes if not isinstance(mode, DeviceContext)]
 
 
@@ -244,10 +243,11 @@ def _differs(setting: _Setting, value: Any) -> bool:
 _PLAIN = ("builtins", "torch")
 
 
-FUNCTIONS = (FunctionType, BuiltinFunctionType)
+FUNCTIONS = (FunctionType, BuiltinFunctionType, torch.dtype)
 CODE = (*FUNCTIONS, type, property, staticmethod, classmethod)
 
 
 def listed(names: list[str]) -> str:
+    names = sorted(names, key=lambda name: not name.endswith(FOR_GOOD))  # which is always told
     shown = ", ".join(printable(name, 120) for name in names[:_MOST_NAMED])
     return shown if len(names) <= _MOST_NAMED else f"{shown} and {len(names) - _MOST_NAMED} more"

@@ -29,6 +29,7 @@ from mxfp4ref.conformance.isolation.execution import PROBLEMS, RUN, Collected, O
 from mxfp4ref.conformance.isolation.kernel_process import LOAD, LOADED, RESULT, request_of, unframed
 from mxfp4ref.conformance.isolation.plain import LARGEST_STAGE, Like, printable
 from mxfp4ref.conformance.isolation.processes import MARK, how_it_ended, kill, marked, python
+from mxfp4ref.conformance.isolation.standard_streams import FOR_GOOD
 from mxfp4ref.conformance.kernels.adapters import INTERMEDIATES, Kernel, KernelError
 from mxfp4ref.formats.generations import generation_named
 from mxfp4ref.goldens import Case
@@ -140,7 +141,10 @@ class Worker:
             if self._process is None:
                 self._start()
             self._channel.ask(request)
-            return judge(_collected(*self._channel.answer(RESULT, seconds, expected), expected), expected)
+            found = _collected(*self._channel.answer(RESULT, seconds, expected), expected)
+            if FOR_GOOD in found.left:  # which the next run is not to suffer from
+                self._stop()
+            return judge(found, expected)
         except _Ended as ended:
             self._stop()
             problem = "timed out" if isinstance(ended, _TimedOut) else "crashed"
