@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mxfp4ref._validate import no_storage
+from mxfp4ref._validate import check_instance, no_storage
 from mxfp4ref.conformance.isolation.plain import TensorError, like, raw_bytes, resolved, tensor_of
 from mxfp4ref.formats.mxfp4 import E2M1_VALUES, unpack_codes
 
@@ -85,6 +85,7 @@ def differing(got: Tensor, expected: Tensor) -> Tensor:
         ValueError: they have different shapes.
     """
     for name, tensor in (("got", got), ("expected", expected)):
+        check_instance(name, tensor, Tensor)
         if kind := no_storage(tensor):
             raise TypeError(f"{name}: expected a tensor with dense storage, got a {kind} tensor")
     if got.dtype != expected.dtype:

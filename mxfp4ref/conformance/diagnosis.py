@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mxfp4ref._choices import EFFORTS, Effort
 from mxfp4ref._shown import Shown
-from mxfp4ref._validate import check_choice
+from mxfp4ref._validate import check_choice, check_instance, shown
 from mxfp4ref.conformance.bounds.bounded import where_outside
 from mxfp4ref.conformance.bounds.call_bounds import specials_alone
 from mxfp4ref.conformance.comparison import FAR, Difference, difference_at, differing, ulp_distance
@@ -40,6 +40,7 @@ from mxfp4ref.conformance.stage_words import finding_of_stage
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.formats.humming_experts import HummingExperts
 from mxfp4ref.goldens.runs import Run
+from mxfp4ref.goldens.store import KINDS
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import trace
 
@@ -156,6 +157,10 @@ def diagnose(
             within the bounds of a correct evaluation in another order. It is a ValueError.
         TypeError, ValueError: an output is missing, or of another dtype or shape than expected.
     """
+    if kind not in KINDS:
+        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {shown(kind)}")
+    check_instance("inputs", inputs, MoeCall if kind == "moe" else Mapping)
+    check_instance("outputs", outputs, Mapping)
     if not isinstance(diagnosis, Search):
         check_choice("diagnosis", diagnosis, EFFORTS)
         diagnosis = Search(diagnosis)
@@ -201,7 +206,8 @@ class Located:
             raise ValueError(f"outputs: expected {', '.join(expected)}, got {', '.join(outputs) or 'none'}")
         name = next((n for n in expected if bool(differing(outputs[n], expected[n]).any())), None)
         if name is None:
-            elements = sum(tensor.numel() for tensor in expected.values())
+            if not (elements := sum(tensor.numel() for tensor in expected.values())):
+                raise ValueError("expected: expected a tensor with elements, got none")
             raise NothingDiffers(
                 f"nothing differs: {', '.join(expected)}: all {counted(elements, 'element')} have the expected bits"
             )

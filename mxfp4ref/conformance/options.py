@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mxfp4ref._choices import DIAGNOSES, EFFORTS, MODES, STORAGE, Diagnosing, Effort, Mode, Storage
 from mxfp4ref._shown import Shown
-from mxfp4ref._validate import check_below, check_choice, check_int
+from mxfp4ref._validate import check_below, check_bool, check_choice, check_instance, check_int
 
 __all__ = ["Options", "Search"]
 
@@ -73,6 +73,10 @@ class Options(Shown):
                     raise ValueError(
                         f"{name}: expected mode bounded, or {usual} in mode exact, which has no bounds, got {value!r}"
                     )
+        for name in ("repeat", "all_tactics"):
+            check_bool(name, getattr(self, name))
+        if self.dump is not None:
+            check_instance("dump", self.dump, Path)
         check_int("jobs", self.jobs, minimum=1)
         if self.max_failures is not None:
             check_int("max_failures", self.max_failures, minimum=1)

@@ -86,6 +86,9 @@ def run(
         Interrupted: as KeyboardInterrupt, with a report of the cases that had been run.
     """
     check_instance("options", options, Options)
+    for name, given, wanted in (("device", device, str), ("isolate", isolate, bool)):
+        if given is not None:
+            check_instance(name, given, wanted)
     if isinstance(cases, str) or not isinstance(cases, Goldens | Iterable):
         raise TypeError(f"cases: expected Goldens or Case objects, got {type(cases).__name__} {shown(cases)}")
     if isolate and not isinstance(kernel, str):
@@ -170,6 +173,8 @@ def run_case(
     kernel: Kernel, case: Case, options: Options = _DEFAULTS, *, worker: Worker | None = None
 ) -> CaseResult:
     """Run a kernel on one case; arguments as in `run`."""
+    check_instance("kernel", kernel, Kernel)
+    check_instance("options", options, Options)
     result, failure = compare_case(kernel, case, options, worker)
     return result if failure is None else diagnosed(result, failure, options.diagnosis)
 

@@ -125,7 +125,12 @@ def fetch_archive(source: str, sha256: str, folder: Path, progress: Progress = l
             raise GoldenError(f"{source}: {problems[0].replace(f'{unpacked}{os.sep}', '')}")
         if folder.exists():
             os.chmod(unpacked, stat.S_IMODE(folder.stat().st_mode))
-        os.replace(unpacked, folder)
+        try:
+            os.replace(unpacked, folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise FileExistsError(f"{folder}: somebody else has put something there meanwhile") from error
     return Goldens(folder)
 
 

@@ -79,8 +79,8 @@ class Goldens:
         of: how many cases there are: more than these, if they are the few that a wheel has.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root)
         self.entries = self._manifest()
 
     def __repr__(self) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -22,11 +23,11 @@ from click.testing import CliRunner, Result
 
 from mxfp4ref import conformance
 from mxfp4ref.__main__ import commands
-from mxfp4ref.conformance import CaseResult, Report, diagnose
+from mxfp4ref.conformance import CaseResult, Options, Report, diagnose, differing, load_kernel, run
 from mxfp4ref.conformance.diagnosis import NothingDiffers
 from mxfp4ref.conformance.reports import html_report, report, report_text
 from mxfp4ref.conformance.reports.reproducer import load_reproducer, write_reproducer
-from mxfp4ref.goldens import Case, open_goldens
+from mxfp4ref.goldens import Case, Goldens, open_goldens
 from mxfp4ref.goldens.runs import runs
 from tests.helpers import hostile_files
 from tests.helpers.hostile_files import LAYOUT, MOE
@@ -287,6 +288,37 @@ def test_a_file_that_is_no_reproducer(tmp_path: Path, metadata: dict[str, str] |
 def test_run_with_anything(arguments: tuple[object, ...], message: str) -> None:
     with pytest.raises(TypeError, match=f"^{message}"):
         conformance.run(*arguments)  # type: ignore[arg-type]
+
+
+_WRONG = {"output": torch.zeros(8, 128, dtype=torch.bfloat16)}
+
+
+@pytest.mark.parametrize(
+    ("work", "message"),
+    [
+        (lambda one: Options(dump="reproducers"), "dump: expected Path, got str"),
+        (lambda one: Options(repeat="no"), "repeat: expected a bool, got str"),
+        (lambda one: Options(all_tactics=0), "all_tactics: expected a bool, got int"),
+        (lambda one: run("oracle", [], device=torch.device("cpu")), "device: expected str, got device"),
+        (lambda one: run("a:b", [], device=b"cpu"), "device: expected str, got bytes"),
+        (lambda one: run("oracle", [], isolate="no"), "isolate: expected bool, got str"),
+        (lambda one: load_kernel("oracle", torch.device("cpu")), "device: expected str, got device"),
+        (lambda one: conformance.run_case("oracle", CASE), "kernel: expected Kernel, got str"),
+        (lambda one: conformance.run_case(load_kernel("oracle"), CASE, {}), "options: expected Options, got"),
+        (lambda one: differing([1], torch.ones(1)), "got: expected Tensor, got list"),
+        (lambda one: diagnose("moe", None, _WRONG, one.expected), "inputs: expected MoeCall, got NoneType"),
+        (lambda one: diagnose("moe", one.inputs, None, one.expected), "outputs: expected Mapping, got None"),
+        (lambda one: diagnose("mo", one.inputs, _WRONG, one.expected), "kind: expected one of moe, "),
+        (lambda one: diagnose("moe", one.inputs, {}, {}), "expected: expected a tensor with elements, got"),
+        (lambda one: Goldens(b"goldens"), "argument should be a str "),
+    ],
+)
+def test_calls_with_anything(work: Callable[[Any], object], message: str) -> None:
+    """They were errors of Python's own, of the kit after the kernel had run, or "nothing differs" of nothing."""
+    with pytest.raises((TypeError, ValueError), match=f"^{message}") as error:
+        work(runs(open_goldens().load(MOE))[0])
+    assert type(error.value) is not NothingDiffers
+    assert Goldens(str(open_goldens().root)).count == open_goldens().count
 
 
 def test_no_cases_are_no_conformance() -> None:

@@ -181,6 +181,19 @@ def test_nothing_is_replaced(archive: tuple[Path, str], tmp_path: Path) -> None:
     assert not (tmp_path / "nowhere").exists()
 
 
+def test_two_who_unpack_into_one_folder(archive: tuple[Path, str], tmp_path: Path) -> None:
+    """The second one says so, in words of its own."""
+
+    def another(size: int) -> None:
+        if not (tmp_path / "got").exists():
+            fetch_archive(str(archive[0]), archive[1], tmp_path / "got")
+
+    with pytest.raises(FileExistsError, match=r"got: somebody else has put something there meanwhile$"):
+        fetch_archive(str(archive[0]), archive[1], tmp_path / "got", another)
+    assert os.listdir(tmp_path) == ["got"]
+    assert not open_goldens(tmp_path / "got").verify()
+
+
 def test_a_folder_that_cannot_be_replaced_is_refused_at_once(
     archive: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -88,10 +88,10 @@ def interference() -> Callable[[], str]:
                 if new is not value and matters and not its_own:
                     setattr(owner, name, value)
                     changed.append(f"{found.get('__name__') or owner.__name__}.{name}")
-        for name in [name for name in vars(torch.Tensor) if name in _INHERITED - noted[torch.Tensor].keys()]:
+        for name in vars(torch.Tensor).keys() & _INHERITED - noted[torch.Tensor].keys():
             delattr(torch.Tensor, name)
             changed.append(f"Tensor.{name}")
-        if new_ones := _operators_of_python() - operators:
+        if new_ones := frozenset(filter(_on_the_cpu, _operators_of_python() - operators)):
             for library in [one for one in gc.get_objects() if type(one) is Library]:
                 if library._op_impls & new_ones:
                     library._destroy()  # type: ignore[no-untyped-call]
@@ -113,11 +113,13 @@ def interference() -> Callable[[], str]:
 
 
 def _operators_of_python() -> frozenset[str]:
-    """torch's own operators that somebody has replaced on the CPU by functions of Python: aten/mul.Tensor/CPU."""
-    every = getattr(torch.library, "_impls", ())
-    return frozenset(
-        one for one in every if one.startswith("aten/") and one.rpartition("/")[2] in _ON_THE_CPU
-    )
+    """Operators that somebody has replaced by functions of Python: aten/mul.Tensor/CPU."""
+    return frozenset(getattr(torch.library, "_impls", ()))
+
+
+def _on_the_cpu(operator: str) -> bool:
+    """Whether it is torch's own, for the CPU."""
+    return operator.startswith("aten/") and operator.rpartition("/")[2] in _ON_THE_CPU
 
 
 _ON_THE_CPU = ("CPU", "AutogradCPU", "CompositeExplicitAutograd", "CompositeImplicitAutograd")

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from mxfp4ref._validate import did_you_mean, shown
+from mxfp4ref._validate import check_instance, did_you_mean, shown
 from mxfp4ref._version import __version__
 from mxfp4ref.conformance.isolation.interference import interference
 from mxfp4ref.conformance.isolation.plain import printable
@@ -149,6 +149,7 @@ def is_stand_in(spec: str) -> bool:
 
 def check_device(device: str) -> None:
     """Raise KernelError unless tensors can be put on a device and read from it, here."""
+    check_instance("device", device, str)
     try:
         wanted = torch.device(device)
         if wanted.type == "cuda":
