@@ -24,7 +24,7 @@ from mxfp4ref.conformance.families.hypotheses.regions import k_hypotheses
 from mxfp4ref.conformance.families.hypotheses.roundings import rounding_hypotheses
 from mxfp4ref.conformance.families.hypotheses.slots import slot_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, local_of
-from mxfp4ref.conformance.families.places import named_columns, tokens_in_words
+from mxfp4ref.conformance.families.places import named_columns, named_tokens
 from mxfp4ref.conformance.families.sampled import samples
 from mxfp4ref.conformance.families.search import Match
 from mxfp4ref.conformance.families.solved.error_space import Space
@@ -240,7 +240,9 @@ def test_tokens_are_told_as_tokens(step: slice, words: str) -> None:
     chosen = torch.zeros(call.num_tokens, dtype=torch.bool)
     chosen[step] = True
     local = local_of(prepared(call))
-    assert tokens_in_words(call, local, chosen, torch.ones_like(chosen)) == words
+    (named, where), *_ = named_tokens(call, local, chosen, torch.ones_like(chosen))
+    assert named == words
+    assert torch.equal(where(call, local), chosen)
 
 
 def test_zeros_of_the_smallest_numbers_may_have_underflowed() -> None:

@@ -30,7 +30,7 @@ from mxfp4ref.conformance.families.hypotheses.outputs import (
     output_hypotheses,
 )
 from mxfp4ref.conformance.families.hypotheses.permuted import permuted_hypotheses
-from mxfp4ref.conformance.families.hypotheses.preparations import loading_hypotheses, preparation_hypotheses
+from mxfp4ref.conformance.families.hypotheses.preparations import preparation_hypotheses
 from mxfp4ref.conformance.families.hypotheses.prepared_weights import prepared_weight_hypotheses
 from mxfp4ref.conformance.families.hypotheses.quantised import quantised_hypotheses
 from mxfp4ref.conformance.families.hypotheses.regions import k_hypotheses, row_hypotheses, rows_at
@@ -290,12 +290,11 @@ def _thorough(search: Search, evidence: list[Evidence]) -> list[Match]:
             if inner and call.experts.gated
             else []
         ),
-        lambda: search.run_in_slots(left(loading_hypotheses(call))),
         lambda: search.run_in_slots(left(quick(call))),
+        lambda: search.run_in_slots(left(layout_hypotheses(call))),
         *((lambda part=part: search.run_in_slots(left(part(call)))) for part in parts),
         lambda: search.run(left(row_hypotheses(call)), enough=12),
         lambda: search.run_twos(lambda: second(call)),
-        lambda: search.run_in_slots(left(layout_hypotheses(call))),
     ]
 
     def left(hypotheses: Iterable[Hypothesis]) -> Iterator[Hypothesis]:

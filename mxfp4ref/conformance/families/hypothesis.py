@@ -128,6 +128,7 @@ class Hypothesis:
         across_experts: whether it takes numbers of other experts, in a family that does not.
         kind: as of a `Finding`.
         variants: the same with other details, which are tried where it comes close.
+        place: of one that holds in a part, at the end of its words which: other parts may fit as well.
         table: whether it is what was solved for one call alone, of which the others of its kind may be the rule.
     """
 
@@ -147,6 +148,7 @@ class Hypothesis:
     kind: str = ""
     variants: tuple[Hypothesis, ...] = ()
     table: bool = False
+    place: str = ""
 
     @property
     def cheap(self) -> bool:

@@ -32,6 +32,8 @@ _READ = 12  # whose evidence is read
 _FOR_A_SECOND = 6.0  # seconds, to look for a change beside the one that predicts most cases
 _FOR_A_PLAIN_ONE = 10.0  # seconds, where none of those searched is explained
 _HEARD, _ROUGHLY = 24, 4  # hypotheses of a case that others are asked of: that predict every bit, or fewer
+_TELLING = 11  # cases, the most telling ones, after which what predicts one alone is heard no further
+_RARE = 8  # times as many cases are predicted as refute it
 _SUPPORTED = 0.5  # of the elements that are wrong, or would be, in a case of a kind
 _Passing = Callable[[], Iterable[tuple[Pipeline, Tensor]]]
 _Kind = tuple[object, ...]
@@ -193,7 +195,8 @@ def _heard(match: Match, failures: list[Failure]) -> Heard:
                 elif bool(moved.any()) and float((~other)[concerned].double().mean()) < _SUPPORTED:
                     heard.against.append(failure.case)
                     heard.refuting.add(_kind(failure.pipeline.call))
-            if match.hypothesis.slow and len(heard.cases) <= index - 4:
+            least = index - 4 if match.hypothesis.slow else 1 if index >= _TELLING else -1
+            if len(heard.cases) <= least:
                 heard.all_heard = index == len(failures) - 1
                 break
     return heard
@@ -261,7 +264,7 @@ def _undecided(
     if (
         ranked
         and 2 * len(cases := ranked[0].cases) >= len(failures)
-        and not ranked[0].refuting & ranked[0].kinds
+        and (not ranked[0].refuting & ranked[0].kinds or _RARE * len(ranked[0].against) <= len(cases))
         and says_much(failures, cases)
     ):
         alike = [heard.match for heard in ranked if heard.cases == cases]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
 
@@ -27,16 +27,17 @@ __all__ = ["in_columns", "in_rows", "in_slots", "in_slots_alone"]
 _KINDS = 4  # that are tried
 
 
-def in_rows(hypothesis: Hypothesis, words: str, tokens: Tensor, count: int) -> Hypothesis:
-    def merge(right: Pipeline, wrong: Pipeline) -> Tensor:
-        rows, other = right.run(), wrong.run()
-        if len(rows) != count:
-            raise ValueError("tokens: of another call")
-        rows = rows.clone()
-        rows[tokens] = other[tokens]
-        return rows
+def in_rows(hypothesis: Hypothesis, words: str, tokens_of: MaskOf) -> Hypothesis:
+    """A hypothesis that holds for some tokens, which `tokens_of` gives as a mask of a call, `[M] bool`."""
 
-    return _limited(hypothesis, words, 1.5, merge)
+    def merge(right: Pipeline, wrong: Pipeline) -> Tensor:
+        tokens = tokens_of(right.call, local_of(right))
+        return torch.where(tokens[:, None], wrong.run(), right.run())
+
+    limited = _limited(hypothesis, words, 1.5, merge)
+    if not hypothesis.cheap and hypothesis.stages[:1] in (("fc1",), ("fc2",)):  # shared by all tokens
+        limited = replace(limited, cost=limited.cost + 0.6)
+    return limited
 
 
 def in_columns(
@@ -78,14 +79,13 @@ def in_slots(hypothesis: Hypothesis, words: str, mask_of: Callable[[MoeCall, Ten
 
 def in_slots_alone(
     hypothesis: Hypothesis, kinds: Iterable[tuple[SlotKind, MaskOf]], pipeline: Pipeline, got: Tensor
-) -> Hypothesis | None:
-    """A hypothesis that holds in some tokens, in their slots of a kind only, if that predicts every bit of `got`."""
+) -> Iterator[Hypothesis]:
+    """A hypothesis that holds in some tokens, in their slots of a kind only, where that predicts every bit of `got`."""
     for kind, mask_of in islice((pair for pair in kinds if not pair[0].tokens), _KINDS):
         limited = in_slots(hypothesis, kind.words, mask_of)
         output = limited.run(pipeline)
         if output is not None and not bool(differing(output, got).any()):
-            return limited
-    return None
+            yield limited
 
 
 def _limited(
@@ -106,4 +106,5 @@ def _limited(
         change=change,
         cost=hypothesis.cost + cost,
         name="",
+        place=words,
     )

@@ -13,9 +13,12 @@ from mxfp4ref.conformance.families.distances import surprise
 from mxfp4ref.conformance.families.search import FEWEST_BITS
 
 if TYPE_CHECKING:
+    from mxfp4ref.formats.experts import Experts
     from mxfp4ref.conformance.families.jury import Failure, Heard
 
 __all__ = ["different", "next_case", "numbers_told", "plain_one", "says_much", "telling"]
+
+_ROWS = 4
 
 
 def telling(failure: Failure) -> tuple[float, ...]:
@@ -23,12 +26,18 @@ def telling(failure: Failure) -> tuple[float, ...]:
     call = failure.pipeline.call
     finite = failure.got.isfinite() & failure.want.isfinite()
     amount = float(numbers_told(failure).sum().clamp(max=512)) / 512
-    several = min(call.experts.num_experts, 4) / 4
+    several = min(_different_experts(call.experts), 4) / 4
     solvable = call.experts.hidden_size >= 2 * call.experts.intermediate_size
     blank = 2.0 * (amount == 0)
     return (
         amount - blank + several + 0.3 * solvable + 0.2 * (call.top_k > 1) - 0.5 * float((~finite).any()),
     )
+
+
+def _different_experts(experts: Experts) -> int:
+    """How many there are that are no other's copy, or its negative, as far as a few rows show."""
+    rows = experts.fc2_weights[:, :_ROWS]
+    return len(torch.unique((rows & 0x77 if rows.dtype == torch.uint8 else rows.abs()).flatten(1), dim=0))
 
 
 def numbers_told(failure: Failure) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,43 +15,23 @@ from mxfp4ref.model.call import MoeCall
 __all__ = [
     "MaskOf",
     "concerns_what_is_wrong",
-    "fitting_attributes",
     "kinds_of_tokens",
     "named_columns",
+    "named_experts",
     "residue_in_words",
     "stage_before_gemm2",
     "suspected_experts",
-    "tokens_in_words",
+    "named_tokens",
 ]
 
 _ORDINALS = {2: "second", 4: "fourth", 8: "eighth"}
 _REPEATED = 0.4  # of the periods have some of the columns
 _FEWEST_COLUMNS = 8  # of which a common rest is no chance
+_LISTED = 8
 _MOSTLY = 0.8  # of the places that a change concerns, which come out wrong
 
 MaskOf = Callable[[MoeCall, Tensor], Tensor]
 _Columns = Callable[[int], Tensor]  # of a width, which
-
-
-def fitting_attributes(
-    call: MoeCall, local: Tensor, wrong: Tensor, *, most: int = 8
-) -> list[tuple[str, Tensor, MaskOf]]:
-    """Kinds of slots that every wrong token has one of and no right token, the most telling first.
-
-    Args:
-        call: the call.
-        local: its local experts, `[M, k]`.
-        wrong: `[M] bool`.
-    """
-    here = local >= 0
-    found: list[tuple[str, Tensor, MaskOf]] = []
-    for kind, mask_of in _kinds(call, local, wrong):
-        mask = kind.mask
-        if not bool(mask.any()) or torch.equal(mask, here):
-            continue
-        if torch.equal(mask.any(1), wrong) and not any(torch.equal(mask, other) for _, other, _ in found):
-            found.append((kind.words, mask, mask_of))
-    return found[:most]
 
 
 def stage_before_gemm2(call: MoeCall) -> str:
@@ -75,18 +55,16 @@ class Suspects:
 
     Attributes:
         words: which they are.
-        experts: their numbers on this rank.
-        of_any: which they are in any call, by how many there are, where that is not these numbers.
+        of_any: their numbers on the rank of any call, by how many experts it has.
     """
 
     words: str
-    experts: tuple[int, ...]
-    of_any: Callable[[int], range] | None = None
+    of_any: Callable[[int], Collection[int]]
 
     def among(self, call: MoeCall, local: Tensor) -> Tensor:
         """Which slots are theirs."""
-        experts = self.of_any(call.experts.num_experts) if self.of_any else self.experts
-        return torch.isin(local, torch.tensor([*experts], device=local.device))
+        experts = self.of_any(call.experts.num_experts)
+        return torch.isin(local, torch.tensor([*experts], dtype=local.dtype, device=local.device))
 
 
 def suspected_experts(call: MoeCall, local: Tensor, wrong: Tensor) -> Suspects | None:
@@ -94,20 +72,38 @@ def suspected_experts(call: MoeCall, local: Tensor, wrong: Tensor) -> Suspects |
     in_right = set(local[~wrong].flatten().tolist())
     suspects = sorted(set(local[wrong].flatten().tolist()) - in_right - {-1})
     used = set(local.flatten().tolist()) - {-1}
-    if not suspects or len(suspects) > 8 or len(suspects) == len(used):
+    if not suspects or len(suspects) > _LISTED or len(suspects) == len(used):
         return None
     if not bool(torch.isin(local[wrong], torch.tensor(suspects, device=local.device)).any(1).all()):
         return None
-    count = call.experts.num_experts
-    ids = [s + call.ep_rank * count for s in suspects]
-    if len(ids) == 1 and suspects[0] in (0, count - 1):
-        last = suspects[0] > 0
-        of_any = (lambda n: range(n - 1, n)) if last else None
-        return Suspects(f"the {'last' if last else 'first'} expert (here {ids[0]})", (suspects[0],), of_any)
+    return named_experts(call, set(suspects), used - set(suspects))
+
+
+def named_experts(call: MoeCall, some: set[int], others: set[int]) -> Suspects | None:
+    """Words for some experts of this rank, of which others are none, or for all but these; None if both are many."""
     for half, words in HALVES:
-        if len(ids) > 1 and set(suspects) == used & set(half(count)):
-            return Suspects(f"the {words} (here {_listed(ids)})", tuple(suspects), half)
-    return Suspects(f"expert{'s' if len(ids) > 1 else ''} {_listed(ids)}", tuple(suspects))
+        of_half = set(half(call.experts.num_experts))
+        if len(some) > 1 and some <= of_half and not others & of_half:
+            return Suspects(f"the {words} (here {_listed(_ids(call, some))})", half)
+    if len(some) > 1 and 0 < len(others) < len(some):
+        rest = _few_experts(call, others)
+        return Suspects(
+            f"all experts but {rest.words}", lambda n: [e for e in range(n) if e not in rest.of_any(n)]
+        )
+    return _few_experts(call, some) if len(some) <= _LISTED else None
+
+
+def _few_experts(call: MoeCall, some: set[int]) -> Suspects:
+    ids = _ids(call, some)
+    if some == {0}:
+        return Suspects(f"the first expert (here {ids[0]})", lambda n: (0,))
+    if some == {call.experts.num_experts - 1}:
+        return Suspects(f"the last expert (here {ids[0]})", lambda n: (n - 1,))
+    return Suspects(f"expert{'s' * (len(ids) > 1)} {_listed(ids)}", lambda n: some)
+
+
+def _ids(call: MoeCall, some: Iterable[int]) -> list[int]:
+    return sorted(s + call.ep_rank * call.experts.num_experts for s in some)
 
 
 def _kinds(call: MoeCall, local: Tensor, wrong: Tensor) -> Iterator[tuple[SlotKind, MaskOf]]:
@@ -128,15 +124,24 @@ def kinds_of_tokens(
             yield kind, mask_of
 
 
-def tokens_in_words(call: MoeCall, local: Tensor, chosen: Tensor, among: Tensor) -> str:
-    """Words for the tokens `chosen [M] bool` among those of `among`; "" if they are too many to name."""
-    if int(chosen.sum()) == 1:
-        token = int(chosen.nonzero()[0])
-        return f"for token {token}{', the last' * (token == len(chosen) - 1 > 0)}"
-    for kind, _ in kinds_of_tokens(call, local, chosen, among):
-        return f"for {kind.tokens or f'tokens with slots {kind.words}'}"
+def named_tokens(call: MoeCall, local: Tensor, chosen: Tensor, among: Tensor) -> Iterator[tuple[str, MaskOf]]:
+    """Words for the tokens `chosen [M] bool` among those of `among`, and how to find them in any call, `[M] bool`.
+
+    The likeliest first; none if they are too many to name.
+    """
     rows = chosen.nonzero().flatten().tolist()
-    return f"for token{'s' if len(rows) > 1 else ''} {_listed(rows)}" if len(rows) <= 8 else ""
+
+    def listed(call: MoeCall, local: Tensor) -> Tensor:
+        return torch.isin(torch.arange(len(local), device=local.device), chosen.nonzero().flatten())
+
+    if len(rows) == 1:
+        yield f"for token {rows[0]}{', the last' * (rows[0] == len(chosen) - 1 > 0)}", listed
+    kinds = list(kinds_of_tokens(call, local, chosen, among))
+    for kind, mask_of in kinds:
+        words = f"for {kind.tokens or f'tokens with slots {kind.words}'}"
+        yield words, lambda call, local, mask_of=mask_of: mask_of(call, local).any(1)
+    if not kinds and 1 < len(rows) <= _LISTED:
+        yield f"for tokens {_listed(rows)}", listed
 
 
 def named_columns(columns: Tensor, among: Tensor | None = None) -> tuple[str, _Columns] | None:
@@ -222,4 +227,4 @@ def _column_sets(columns: Tensor) -> Iterator[tuple[str, _Columns]]:
 
 
 def _listed(items: list[int]) -> str:
-    return ", ".join(map(str, items[:8])) + (", ..." if len(items) > 8 else "")
+    return ", ".join(map(str, items[:_LISTED])) + (", ..." if len(items) > _LISTED else "")

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import chain, groupby
+from itertools import chain, groupby, islice
 
 import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.families.batches import each
+from mxfp4ref.conformance.families.concerned import kinds_concerned, slots_concerned
 from mxfp4ref.conformance.families.distances import angle_between, last_place, share, surprise, ulps_apart
 from mxfp4ref.conformance.families.hypothesis import (
     FAILURES,
@@ -28,12 +29,7 @@ from mxfp4ref.conformance.families.hypothesis import (
 from mxfp4ref.conformance.families.limited import in_columns, in_rows, in_slots, in_slots_alone
 from mxfp4ref.conformance.families.named import NUMBER_OF_NAMES
 from mxfp4ref.conformance.families.pairs import alike, pairs
-from mxfp4ref.conformance.families.places import (
-    fitting_attributes,
-    kinds_of_tokens,
-    named_columns,
-    tokens_in_words,
-)
+from mxfp4ref.conformance.families.places import kinds_of_tokens, named_columns, named_tokens
 from mxfp4ref.conformance.families.solved.weight_rules import weight_rules
 from mxfp4ref.conformance.findings.reach import is_spread
 from mxfp4ref.conformance.findings.reduction import clock_of, is_heavy, reduce_call
@@ -47,6 +43,7 @@ _A_ROUNDING, _LARGEST = 1.2, 12.0  # times the roundings, on average and of one 
 _FAR_OFF, _LARGER = 8.0, 4.0  # times the roundings that are left; times, that rows are than the right ones
 SURELY = 0.95  # of the wrong elements predicted in every bit, and the others up to roundings: nothing else is tried
 MOSTLY = 0.8  # of the wrong elements, predicted in every bit
+_PLACES = 4  # that are told, of a change that holds in a part
 FEWEST_BITS = 40  # that a match has to explain; see `surprise`
 
 
@@ -190,8 +187,8 @@ class Search:
                 continue
             equal = ~differing(output, got)
             fits = bool((equal | right).all())
-            if fits and (match := self.confirm(hypothesis)) is not None:
-                found, self.tables = [*found, match], self.tables or hypothesis.table
+            if fits and (matches := self.confirm(hypothesis)):
+                found, self.tables = [*found, *matches], self.tables or hypothesis.table
             elif fits and not self.whole and not hypothesis.cheap:  # roundings may show in other tokens only
                 self.close.append(hypothesis)
                 variants += hypothesis.variants
@@ -241,35 +238,29 @@ class Search:
         found.sort(key=lambda pair: -pair[0])
         return [match for part, match in found if part >= max(0.9 * found[0][0], least)]
 
-    def confirm(self, hypothesis: Hypothesis) -> Match | None:
-        """On the whole call, everywhere or in a part that has words."""
+    def confirm(self, hypothesis: Hypothesis) -> list[Match]:
+        """On the whole call, everywhere or in a part that has words, or in each of several that it may be."""
         output = hypothesis.run(self.pipeline)
         if output is None:
-            return None
+            return []
         equal = ~differing(output, self.got)
         if bool(equal.all()):
-            return Match(hypothesis, True)
+            return [Match(hypothesis, True)]
         if not bool((equal | ~self.wrong).all()) or surprise(self.got, self.want) < FEWEST_BITS:
-            return None
+            return []
         moved = differing(output, self.want)
-        return self._limited(hypothesis, output, applied=moved & equal, spared=moved & ~equal)
+        limited = self._limited(hypothesis, applied=moved & equal, spared=moved & ~equal)
+        return [Match(one, True) for one in limited]
 
-    def _limited(
-        self, hypothesis: Hypothesis, output: Tensor, applied: Tensor, spared: Tensor
-    ) -> Match | None:
-        """A hypothesis that holds in some tokens or some columns only."""
+    def _limited(self, hypothesis: Hypothesis, applied: Tensor, spared: Tensor) -> list[Hypothesis]:
+        """A hypothesis that holds in some tokens or some columns only, the likeliest first."""
         call = self.pipeline.call
         tokens, others = applied.any(1), spared.any(1)
         if not bool((tokens & others).any()):
-            kinds = kinds_of_tokens(call, self.local, tokens, tokens | others)
-            if (some := in_slots_alone(hypothesis, kinds, self.pipeline, self.got)) is not None:
-                return Match(some, True)
-            if words := tokens_in_words(call, self.local, tokens, tokens | others):
-                limited = in_rows(hypothesis, words, tokens.nonzero().flatten(), len(tokens))
-                if not hypothesis.cheap and hypothesis.stages[0] in ("fc1", "fc2"):  # shared by all tokens
-                    limited = replace(limited, cost=limited.cost + 0.6)
-                return Match(limited, True)
-            return None
+            given = call, self.local, tokens, tokens | others
+            found = list(in_slots_alone(hypothesis, kinds_of_tokens(*given), self.pipeline, self.got))
+            found += [in_rows(hypothesis, *named) for named in islice(named_tokens(*given), _PLACES)]
+            return found
         columns, rest = applied.any(0), spared.any(0)
         if not bool((columns & rest).any()):
             named = named_columns(columns, columns | rest)
@@ -279,37 +270,36 @@ class Search:
                 limited = in_columns(hypothesis, *named, self.pipeline.call)
                 if zeros and not is_spread(call, self.got, self.want, self.wrong, self.tokens.tolist()):
                     limited = replace(limited, stages=())  # columns of the activation may be zero, too
-                return Match(limited, True)
-        return None
+                return [limited]
+        return []
 
     def run_in_slots(self, hypotheses: Iterable[Hypothesis], *, enough: int = 4) -> list[Match]:
-        """Those that predict every bit when they hold for one kind of slots only."""
-        wrong = self.wrong.any(1)
-        kinds = fitting_attributes(self.pipeline.call, self.local, wrong)
-        if not kinds:
-            return []
-        right = slot_outputs(self.part)
-        named = [(words, mask_of) for words, _, mask_of in kinds]
-        masks = torch.stack([mask[self.tokens] for _, mask, _ in kinds])
-        weights = self.part.call.token_final_scales
-        given = [t.repeat(len(kinds), 1) for t in (self.local[self.tokens], weights)]
-        found: list[Match] = []
+        """Those that predict every bit when they hold for some kind of slots or some experts only."""
+        right, local, found = slot_outputs(self.part), self.local[self.tokens], list[Match]()
         for hypothesis, y in each(self.part, hypotheses, _slot_outputs):
             if self.out_of_time() or len(found) >= enough:
                 break
             self.tried += 1
             if y is None or y.shape != right.shape:
                 continue
-            merged = torch.where(masks[..., None], y, right).flatten(0, 1)  # of all kinds at once
-            sums = finalized(self.part, merged, *given).view(len(kinds), *self.part_got.shape)
-            other = differing(sums, self.part_got.expand_as(sums)).flatten(1).any(1).tolist()
-            for words, mask_of in (pair for pair, off in zip(named, other, strict=True) if not off):
-                limited = in_slots(hypothesis, words, mask_of)
-                output = limited.run(self.pipeline)
-                if output is not None and not bool(differing(output, self.got).any()):
-                    found.append(Match(limited, True))
-                    break
+            if slots_concerned(self.part, right, y, local, self.part_got) is not None:
+                found += self._in_slots(hypothesis)
         return found
+
+    def _in_slots(self, hypothesis: Hypothesis) -> list[Match]:
+        """The hypothesis in the kinds of slots for which it predicts every bit of the whole call."""
+        try:
+            changed = _slot_outputs(hypothesis.change(self.pipeline))
+        except FAILURES:
+            return []
+        call, local, got = self.pipeline.call, self.local, self.got
+        if changed.shape != self.rows.y.shape:
+            return []
+        concerned = slots_concerned(self.pipeline, self.rows.y, changed, local, got)
+        if concerned is None or not bool((concerned == 0).any()):
+            return []
+        kinds = islice(kinds_concerned(call, local, concerned), _PLACES)
+        return [Match(in_slots(hypothesis, *kind), True) for kind in kinds]
 
     def run_twos(self, hypotheses: Callable[[], Iterable[Hypothesis]], *, most: int = 5) -> list[Match]:
         """Two changes at once: those that came nearest, each with another one."""

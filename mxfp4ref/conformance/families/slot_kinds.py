@@ -54,11 +54,12 @@ class SlotKind:
         return " place" in self.words
 
 
-def attributes(call: MoeCall, local: Tensor) -> Iterator[SlotKind]:
-    """Kinds of slots."""
+def attributes(call: MoeCall, local: Tensor, *, every: bool = False) -> Iterator[SlotKind]:
+    """Kinds of slots: those that are some of the call's, or `every` one."""
     here = local >= 0
     position, rows = position_in_expert(local)
     tokens, top_k = local.shape
+    most = tokens if not every else _COUNTS[-1] + 1
     slot = torch.arange(top_k, device=local.device).expand_as(local)
     token = torch.arange(tokens, device=local.device)[:, None].expand_as(local)
     weights = call.token_final_scales
@@ -83,13 +84,15 @@ def attributes(call: MoeCall, local: Tensor) -> Iterator[SlotKind]:
     yield SlotKind("that are the last row of their expert", here & (position == rows - 1))
     yield SlotKind("that are the first row of their expert", here & (position == 0))
     for count in _COUNTS:
-        if count < tokens:
+        if count < most:
             yield SlotKind(
                 f"that are rows beyond the first {count} of their expert", here & (position >= count)
             )
             yield of_tokens(f"tokens from {count} on", token >= count)
+            if count > 1:
+                yield of_tokens(f"the first {count} tokens", token < count)
             yield SlotKind(f"of experts with at most {count} row{'s' * (count > 1)}", here & (rows <= count))
-        if count > 1 and count < tokens:
+        if count > 1 and count < most:
             yield SlotKind(
                 f"that are the last row of each {count} of their expert",
                 here & (position % count == count - 1),
@@ -101,7 +104,7 @@ def attributes(call: MoeCall, local: Tensor) -> Iterator[SlotKind]:
                 f"in the last, unfilled {count} rows of their expert",
                 here & (position >= rows // count * count),
             )
-        if count % 8 == 0 and count < tokens:  # as a half of the rows of an MMA's fragment
+        if count % 8 == 0 and count < most:  # as a half of the rows of an MMA's fragment
             half = here & (position % count >= count // 2)
             yield SlotKind(f"in the second half of each {count} rows of their expert", half)
             yield SlotKind(
@@ -130,5 +133,5 @@ def attributes(call: MoeCall, local: Tensor) -> Iterator[SlotKind]:
 
 def slots_of_kind(words: str, call: MoeCall, local: Tensor) -> Tensor:
     """The slots of the kind that has these words, `[M, k] bool`; none where a call has no such kind."""
-    found = {kind.words: kind.mask for kind in attributes(call, local)}
-    return found.get(words, torch.zeros_like(local, dtype=torch.bool))
+    none = torch.zeros_like(local, dtype=torch.bool)
+    return next((kind.mask for kind in attributes(call, local, every=True) if kind.words == words), none)

@@ -9,8 +9,11 @@ from mxfp4ref.conformance.comparison import ulp_distance
 from mxfp4ref.conformance.families.beside_a_sum import beside_a_sum
 from mxfp4ref.conformance.families.distances import surprise
 from mxfp4ref.conformance.families.hypotheses.activations import activation_hypotheses, other_activations
+from mxfp4ref.conformance.families.hypotheses.memory_readings import matrix_readings
 from mxfp4ref.conformance.families.hypotheses.more_activations import more_activations
 from mxfp4ref.conformance.families.hypotheses.orders_of_k import order_hypotheses
+from mxfp4ref.conformance.families.hypotheses.outputs import inner_hypotheses
+from mxfp4ref.conformance.families.hypotheses.preparations import loading_hypotheses, preparation_hypotheses
 from mxfp4ref.conformance.families.hypotheses.roundings import rounding_hypotheses
 from mxfp4ref.conformance.families.hypotheses.slots import slot_hypotheses
 from mxfp4ref.conformance.families.hypotheses.tensors import (
@@ -59,7 +62,7 @@ def second(call: MoeCall) -> Iterator[Hypothesis]:
 
 
 def soon(search: Search, only: set[str]) -> list[Match]:
-    """What takes little and is likely: experts alone that no right token has, and two changes.
+    """What takes little and is likely: a change of some experts alone, as of what is loaded, and two changes.
 
     Of the two one is in the sum, or explains nearly all.
 
@@ -76,6 +79,11 @@ def soon(search: Search, only: set[str]) -> list[Match]:
                 return found
     if surprise(search.got, search.want) < FEWEST_BITS:
         return []
+    with search.share(0.3):
+        loaded = (matrix_readings, loading_hypotheses, inner_hypotheses, preparation_hypotheses)
+        some = chain.from_iterable(one(call) for one in loaded)
+        if found := search.run_in_slots(h for h in some if not only or only & set(h.stages)):
+            return found
     with search.share(0.3):
         first = (h for h in second(call) if not only or only & set(h.stages))
         if found := beside_a_sum(search, first, lambda: chain(second(call), bias_hypotheses(call))):

@@ -14,6 +14,7 @@ from mxfp4ref.model.call import MoeCall
 __all__ = ["told"]
 
 _MOST = 2  # stages that are told
+_PLACES = 2  # beside the likeliest, that are
 _ALIKE = 0.6  # how much more a hypothesis may assume to be told beside the simplest
 _NAMELESS = 1.0  # what the simplest without a name assume: to have a name makes none more likely
 
@@ -29,7 +30,9 @@ def told(matches: Sequence[Match], evidence: Iterable[Evidence], calls: Iterable
         near = beside_a_table(likely, best.kind, given_by)
         near.sort(key=lambda h: h.stages[:1] == best.stages[:1])  # first what is wrong elsewhere
         words = tuple(dict.fromkeys(h.words for h in (best, *near)))
-        sentence = in_words((by_table(table, given_by), *words[1:]) if table else words)
+        places = [h for h in near if h.place and _anywhere(h) == _anywhere(best)]
+        first = by_table(table, given_by) if table else _in_places([best, *places])
+        sentence = in_words((first, *(w for w in words[1:] if w not in {h.words for h in places})))
         if best.factor is not None and (known := factor_in_words(best.factor, calls)):
             sentence += f". Note: {known}"
         sure = exact[id(best)]
@@ -41,6 +44,16 @@ def told(matches: Sequence[Match], evidence: Iterable[Evidence], calls: Iterable
         if one.stages:
             return one.finding()
     return Finding((), evidence[0].sentence if evidence else "", False)
+
+
+def _anywhere(one: Hypothesis) -> str:
+    return one.words.removesuffix(f", {one.place}") if one.place else one.words
+
+
+def _in_places(alike: Sequence[Hypothesis]) -> str:
+    """The first one's words, with the other places in which it may hold as well."""
+    others = list(dict.fromkeys(h.place for h in alike[1:]))[:_PLACES]
+    return alike[0].words + (f" (or {', or '.join(others)})" if others else "")
 
 
 def _as_simple(one: Hypothesis, best: Hypothesis) -> bool:
