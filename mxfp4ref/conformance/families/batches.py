@@ -41,34 +41,34 @@ def one_thread() -> Iterator[None]:
 
 
 def each(
-    part: Pipeline, hypotheses: Iterable[Hypothesis], compute: Callable[[Pipeline], Tensor]
-) -> Iterator[tuple[Hypothesis, Tensor | None]]:
-    """What `compute` gives for each hypothesis, `[1, ...]`; None where it is not defined.
+    part: Pipeline, hypotheses: Iterable[Hypothesis], look: Callable[[Tensor], Sequence[_T]]
+) -> Iterator[tuple[Hypothesis, Tensor | None, _T | None]]:
+    """Each hypothesis, its output `[M, H]`, and what is seen in GEMM2's rows of it; None where not defined.
 
     Args:
-        part: the right pipeline; those of one token are computed some at a time.
+        part: the right pipeline; hypotheses on one token are computed some at a time, and rows seen of these alone.
         hypotheses: any.
-        compute: `Pipeline.run` or what gives `slot_outputs`.
+        look: gets the rows of several, `[P, k, H]`, zeros where a slot is skipped, and gives something of each.
     """
     local = local_of(part)
     if len(local) != 1 or part.stages.select_local is not KERNEL.select_local or not bool((local >= 0).any()):
         for one in hypotheses:
-            yield one, _computed(one, part, compute)
+            yield one, _computed(one, part), None
         return
     token = _Token(part, local)
     rest = iter(hypotheses)
     while some := list(islice(rest, token.at_once)):
         changed = [token.changed(one) for one in some]
         try:
-            outputs = iter(token.outputs([c for c in changed if c], slots=compute is not Pipeline.run))
+            outputs = iter(token.outputs([c for c in changed if c], look))
         except FAILURES:  # one of them, of numbers that nobody has thought of
             outputs, changed = iter(()), [None] * len(some)
         for one, known in zip(some, changed, strict=True):
-            yield one, next(outputs) if known else _computed(one, part, compute)
+            yield one, *(next(outputs) if known else (_computed(one, part), None))
 
 
-def _computed(one: Hypothesis, part: Pipeline, compute: Callable[[Pipeline], Tensor]) -> Tensor | None:
-    return _tried(lambda part: compute(one.change(part)), part)
+def _computed(one: Hypothesis, part: Pipeline) -> Tensor | None:
+    return _tried(lambda part: one.change(part).run(), part)
 
 
 @dataclass(frozen=True)
@@ -176,15 +176,19 @@ class _Token:
         local = self.numbers if base is self.few else self.local
         return _Changed(changed.having(**tensors), biases, local) if simple else None
 
-    def outputs(self, changed: list[_Changed], *, slots: bool) -> _Rows:
-        """Of each its output `[1, H]`, or what GEMM2 gives for each slot, `[1, k, H]`."""
+    def outputs(
+        self, changed: list[_Changed], look: Callable[[Tensor], Sequence[_T]]
+    ) -> Iterator[tuple[Tensor | None, _T | None]]:
+        """Of each its output `[1, H]`, and what is seen in what GEMM2 gives for each slot."""
         inputs = {id(c.pipeline.call.input): c.pipeline.call.input for c in changed}
         inputs = {number: row.expand(len(self.slots), -1) for number, row in inputs.items()}
         x: _Rows = [inputs[id(c.pipeline.call.input)] for c in changed]
         x = self._rounded("round_fc1", changed, self._gemm(0, changed, x))
         x = self._rounded("round_activation", changed, self._activated(changed, x))
         x = self._rounded("round_fc2", changed, self._gemm(1, changed, x))
-        return self._of_slots(changed, x) if slots else self._summed(changed, x)
+        some = [i for i, rows in enumerate(x) if rows is not None]
+        seen = dict(zip(some, look(self._by_slot(x, some)), strict=True)) if some else {}
+        return zip(self._summed(changed, x), (seen.get(i) for i in range(len(x))), strict=True)
 
     def _gemm(self, which: int, changed: list[_Changed], x: _Rows) -> _Rows:
         name, count = ("fc1", "fc2")[which], len(self.slots)
@@ -286,19 +290,6 @@ class _Token:
             y if y is None or c.pipeline.after is None else _tried(c.pipeline.after, y)
             for y, c in zip(sums, changed, strict=True)
         ]
-
-    def _of_slots(self, changed: list[_Changed], x: _Rows) -> _Rows:
-        """As `slot_outputs` gives them, each slot's a sum of one."""
-        some = [i for i, c in enumerate(changed) if x[i] is not None and c.pipeline.after is None]
-        found: _Rows = [None] * len(changed)
-        if some:
-            y = self._by_slot(x, some)
-            there = torch.where(self.local[0] < 0, -1, 0).repeat(len(some))[:, None]
-            ones = torch.ones_like(there, dtype=torch.float32)
-            sums = KERNEL.finalize(y.flatten(0, 1)[:, None].contiguous(), there, ones, None)
-            for i, rows in zip(some, KERNEL.round_output(sums).view(y.shape)[:, None], strict=True):
-                found[i] = rows
-        return found
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

@@ -18,6 +18,7 @@ from mxfp4ref.conformance.families.batches import each
 from mxfp4ref.conformance.families.distances import last_place, share, surprise
 from mxfp4ref.conformance.families.evidence import gather
 from mxfp4ref.conformance.families.hypothesis import (
+    FAILURES,
     Hypothesis,
     Pipeline,
     composed,
@@ -57,14 +58,12 @@ def beside_a_sum(
         return []
     one, *others = told
     found: list[Hypothesis] = []
-    for hypothesis, y in each(one.part, (h for h in first if _BEFORE & set(h.stages)), slot_outputs):
+    for hypothesis, _, y in each(one.part, (h for h in first if _BEFORE & set(h.stages)), _of_each):
         if search.out_of_time():
             break
         search.tried += 1
-        if (
-            y is not None
-            and one.explained_by(y)
-            and all(fit.explained_by(_rows(fit, hypothesis)) for fit in others)
+        if one.explained_by(_computed(one, hypothesis) if y is None else y) and all(
+            fit.explained_by(_rows(fit, hypothesis)) for fit in others
         ):
             found.append(hypothesis)
     found.sort(key=lambda h: h.cost)
@@ -173,5 +172,16 @@ class _Fit:
 
 
 def _rows(fit: _Fit, hypothesis: Hypothesis) -> Tensor | None:
-    (_, y), *_ = each(fit.part, [hypothesis], slot_outputs)
-    return y
+    ((_, _, y),) = each(fit.part, [hypothesis], _of_each)
+    return _computed(fit, hypothesis) if y is None else y
+
+
+def _of_each(rows: Tensor) -> list[Tensor]:
+    return list(rows[:, None])
+
+
+def _computed(fit: _Fit, hypothesis: Hypothesis) -> Tensor | None:
+    try:
+        return slot_outputs(hypothesis.change(fit.part))
+    except FAILURES:
+        return None

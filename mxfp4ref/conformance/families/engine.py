@@ -55,7 +55,7 @@ from mxfp4ref.conformance.families.solved.taken_rows import taken_hypotheses
 from mxfp4ref.conformance.families.solved.uniform_factors import clamps, uniform_factors
 from mxfp4ref.conformance.families.solved.weight_rules import weight_rules
 from mxfp4ref.conformance.families.solved.whose import whose_hypotheses
-from mxfp4ref.conformance.families.soon import is_gross, is_small, quick, second, soon, two_in_the_sum
+from mxfp4ref.conformance.families.soon import is_gross, is_small, second, soon, two_in_the_sum
 from mxfp4ref.conformance.families.telling import told
 from mxfp4ref.conformance.findings.finding import Evidence
 from mxfp4ref.conformance.findings.guarded import guarded, guarded_each
@@ -281,18 +281,8 @@ def nameless(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
 def _thorough(search: Search, evidence: list[Evidence]) -> list[Match]:
     call, only = search.pipeline.call, _stages_left(evidence)
     inner = next((e.inner for e in evidence if e.inner is not None), None)
-    parts: list[_Generator] = [k_hypotheses, row_hypotheses]
-    if "fc1" in only:
-        parts.reverse()
     passes: list[Callable[[], list[Match]]] = [
-        *(
-            [lambda: search.run(rows_at(*inner)), lambda: search.run_in_slots(rows_at(*inner))]
-            if inner and call.experts.gated
-            else []
-        ),
-        lambda: search.run_in_slots(left(quick(call))),
-        lambda: search.run_in_slots(left(layout_hypotheses(call))),
-        *((lambda part=part: search.run_in_slots(left(part(call)))) for part in parts),
+        *([lambda: search.run(rows_at(*inner))] if inner and call.experts.gated else []),
         lambda: search.run(left(row_hypotheses(call)), enough=12),
         lambda: search.run_twos(lambda: second(call)),
     ]

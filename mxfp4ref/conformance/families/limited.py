@@ -80,7 +80,7 @@ def in_slots(hypothesis: Hypothesis, words: str, mask_of: Callable[[MoeCall, Ten
 def in_slots_alone(
     hypothesis: Hypothesis, kinds: Iterable[tuple[SlotKind, MaskOf]], pipeline: Pipeline, got: Tensor
 ) -> Iterator[Hypothesis]:
-    """A hypothesis that holds in some tokens, in their slots of a kind only, where that predicts every bit of `got`."""
+    """A hypothesis in the slots of a kind that some tokens have, where that predicts every bit of `got`."""
     for kind, mask_of in islice((pair for pair in kinds if not pair[0].tokens), _KINDS):
         limited = in_slots(hypothesis, kind.words, mask_of)
         output = limited.run(pipeline)

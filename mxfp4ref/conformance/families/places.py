@@ -18,10 +18,10 @@ __all__ = [
     "kinds_of_tokens",
     "named_columns",
     "named_experts",
+    "named_tokens",
     "residue_in_words",
     "stage_before_gemm2",
     "suspected_experts",
-    "named_tokens",
 ]
 
 _ORDINALS = {2: "second", 4: "fourth", 8: "eighth"}

@@ -20,7 +20,6 @@ from mxfp4ref.conformance.families.hypothesis import (
     Hypothesis,
     Pipeline,
     SlotRows,
-    finalized,
     local_of,
     of_first_factor,
     roughly,
@@ -146,14 +145,15 @@ class Search:
 
     def _predictions(
         self, hypotheses: Iterable[Hypothesis]
-    ) -> Iterator[tuple[Hypothesis, Tensor | None, bool]]:
-        """Each hypothesis' output, of the whole call (True) or of its part (False)."""
+    ) -> Iterator[tuple[Hypothesis, Tensor | None, bool, bool]]:
+        """Each hypothesis' output, whether it fits in some slots, and of the whole call (True) or of its part."""
         known = self.pipeline.run_call is None
         for of_rows, some in groupby(hypotheses, lambda h: known and h.cheap):
             if of_rows:
-                yield from ((h, self._from_rows(h), True) for h in some)
+                yield from ((h, self._from_rows(h), False, True) for h in some)
             else:
-                yield from ((h, output, self.whole) for h, output in each(self.part, some, Pipeline.run))
+                for h, output, partly in each(self.part, some, self._in_some_slots):
+                    yield h, output, bool(partly), self.whole
 
     def _from_rows(self, h: Hypothesis) -> Tensor | None:
         try:
@@ -176,7 +176,7 @@ class Search:
     def run(self, hypotheses: Iterable[Hypothesis], *, enough: int = 1 << 30) -> list[Match]:
         """Those that predict every wrong bit; the others that come nearer to the output are kept in `near`."""
         found, variants = list[Match](), list[Hypothesis]()
-        for hypothesis, output, of_all in self._predictions(hypotheses):
+        for hypothesis, output, partly, of_all in self._predictions(hypotheses):
             if self.out_of_time() or len(found) >= enough:
                 break
             self.tried += 1
@@ -187,7 +187,9 @@ class Search:
                 continue
             equal = ~differing(output, got)
             fits = bool((equal | right).all())
-            if fits and (matches := self.confirm(hypothesis)):
+            if (fits and (matches := self.confirm(hypothesis))) or (
+                (fits or partly) and not hypothesis.cheap and (matches := self._in_slots(hypothesis))
+            ):
                 found, self.tables = [*found, *matches], self.tables or hypothesis.table
             elif fits and not self.whole and not hypothesis.cheap:  # roundings may show in other tokens only
                 self.close.append(hypothesis)
@@ -202,6 +204,11 @@ class Search:
                 if distance < _CLOSE and self._up_to_roundings(output, of_all=of_all):
                     self.close.append(hypothesis)
         return found or (self.run(variants, enough=enough) if variants else found)
+
+    @cached_property
+    def _much(self) -> bool:
+        """Whether it says enough to find out a part by it."""
+        return self.pipeline.run_call is None and surprise(self.got, self.want) >= FEWEST_BITS
 
     @cached_property
     def _noise(self) -> Tensor:
@@ -273,32 +280,30 @@ class Search:
                 return [limited]
         return []
 
-    def run_in_slots(self, hypotheses: Iterable[Hypothesis], *, enough: int = 4) -> list[Match]:
-        """Those that predict every bit when they hold for some kind of slots or some experts only."""
-        right, local, found = slot_outputs(self.part), self.local[self.tokens], list[Match]()
-        for hypothesis, y in each(self.part, hypotheses, _slot_outputs):
-            if self.out_of_time() or len(found) >= enough:
-                break
-            self.tried += 1
-            if y is None or y.shape != right.shape:
-                continue
-            if slots_concerned(self.part, right, y, local, self.part_got) is not None:
-                found += self._in_slots(hypothesis)
+    def _in_some_slots(self, y: Tensor) -> list[bool]:
+        """Of each of some rows, `[P, k, H]`, whether the part that is looked at has them in some of its slots."""
+        if y.shape[1] == 1 or not self._much:
+            return [False] * len(y)
+        rows, count = self.rows, len(y)
+        given = (t[self.tokens].expand(count, *t.shape[1:]) for t in (rows.y, rows.local, rows.weights))
+        want, got = (t.expand(count, -1) for t in (self.part_want, self.part_got))
+        concerned, fits = slots_concerned(self.part, SlotRows(rows.call, *given), y, want, got)
+        found: list[bool] = (fits & (concerned == 0).any(1)).tolist()
         return found
 
     def _in_slots(self, hypothesis: Hypothesis) -> list[Match]:
         """The hypothesis in the kinds of slots for which it predicts every bit of the whole call."""
         try:
-            changed = _slot_outputs(hypothesis.change(self.pipeline))
+            changed = hypothesis.change(self.pipeline)
+            if not self._much or changed.run_call is not None or changed.after is not None:
+                return []
+            y = slot_outputs(changed)
+            concerned, fits = slots_concerned(self.pipeline, self.rows, y, self.want, self.got)
         except FAILURES:
             return []
-        call, local, got = self.pipeline.call, self.local, self.got
-        if changed.shape != self.rows.y.shape:
+        if not bool(fits.all()) or not bool((concerned == 0).any()):
             return []
-        concerned = slots_concerned(self.pipeline, self.rows.y, changed, local, got)
-        if concerned is None or not bool((concerned == 0).any()):
-            return []
-        kinds = islice(kinds_concerned(call, local, concerned), _PLACES)
+        kinds = islice(kinds_concerned(self.pipeline.call, self.local, concerned), _PLACES)
         return [Match(in_slots(hypothesis, *kind), True) for kind in kinds]
 
     def run_twos(self, hypotheses: Callable[[], Iterable[Hypothesis]], *, most: int = 5) -> list[Match]:
@@ -326,9 +331,3 @@ class Search:
                     both += pairs(self.pipeline, self.got, same, match.hypothesis)
                     return [Match(pair, True) for pair in both]
         return []
-
-
-def _slot_outputs(pipeline: Pipeline) -> Tensor:
-    if pipeline.run_call is not None or pipeline.after is not None:
-        raise ValueError("pipeline: expected one whose slots are seen")
-    return slot_outputs(pipeline)

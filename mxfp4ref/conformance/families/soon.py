@@ -9,11 +9,7 @@ from mxfp4ref.conformance.comparison import ulp_distance
 from mxfp4ref.conformance.families.beside_a_sum import beside_a_sum
 from mxfp4ref.conformance.families.distances import surprise
 from mxfp4ref.conformance.families.hypotheses.activations import activation_hypotheses, other_activations
-from mxfp4ref.conformance.families.hypotheses.memory_readings import matrix_readings
-from mxfp4ref.conformance.families.hypotheses.more_activations import more_activations
 from mxfp4ref.conformance.families.hypotheses.orders_of_k import order_hypotheses
-from mxfp4ref.conformance.families.hypotheses.outputs import inner_hypotheses
-from mxfp4ref.conformance.families.hypotheses.preparations import loading_hypotheses, preparation_hypotheses
 from mxfp4ref.conformance.families.hypotheses.roundings import rounding_hypotheses
 from mxfp4ref.conformance.families.hypotheses.slots import slot_hypotheses
 from mxfp4ref.conformance.families.hypotheses.tensors import (
@@ -26,7 +22,6 @@ from mxfp4ref.conformance.families.hypotheses.weighting import weight_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
 from mxfp4ref.conformance.families.named import named_hypotheses
 from mxfp4ref.conformance.families.pairs import alike, pair_in_the_sum
-from mxfp4ref.conformance.families.places import suspected_experts
 from mxfp4ref.conformance.families.search import FEWEST_BITS, Match, Search
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
@@ -62,28 +57,15 @@ def second(call: MoeCall) -> Iterator[Hypothesis]:
 
 
 def soon(search: Search, only: set[str]) -> list[Match]:
-    """What takes little and is likely: a change of some experts alone, as of what is loaded, and two changes.
-
-    Of the two one is in the sum, or explains nearly all.
+    """Two changes that take little and are likely: one of them is in the sum, or explains nearly all.
 
     Args:
         search: of one output.
         only: the stages that the evidence leaves; empty where it leaves all.
     """
     call = search.pipeline.call
-    before = not only or bool(only & {"input", "fc1", "activation"})
-    if before and suspected_experts(call, search.local, search.wrong.any(1)):
-        with search.share(0.3):
-            some = chain(other_activations(call), activation_hypotheses(call), more_activations(call))
-            if found := search.run_in_slots(h for h in some if h.cost < 1.6):
-                return found
     if surprise(search.got, search.want) < FEWEST_BITS:
         return []
-    with search.share(0.3):
-        loaded = (matrix_readings, loading_hypotheses, inner_hypotheses, preparation_hypotheses)
-        some = chain.from_iterable(one(call) for one in loaded)
-        if found := search.run_in_slots(h for h in some if not only or only & set(h.stages)):
-            return found
     with search.share(0.3):
         first = (h for h in second(call) if not only or only & set(h.stages))
         if found := beside_a_sum(search, first, lambda: chain(second(call), bias_hypotheses(call))):
