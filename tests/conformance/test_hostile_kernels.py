@@ -335,11 +335,18 @@ def test_in_this_process(name: str, status: str, message: str, case: Case) -> No
 
 @pytest.mark.parametrize(("name", "replaced"), REPLACING)
 def test_replacing_what_compares(name: str, replaced: str, case: Case, choice: Path, worker: Worker) -> None:
-    assert isolated(name, case, choice, worker).status == "differs"
+    result = isolated(name, case, choice, worker)
+    assert (result.status, " for good" in result.message) == ("differs", True), result.message
     kernel = load_kernel(getattr(hostile_kernels, name))
     result = run_case(kernel, case, OPTIONS)
     assert_reported(result, "interfered", replaced)
     assert run_case(load_kernel(hostile_kernels.wrong), case, OPTIONS).status == "differs"
+
+
+def test_what_a_kernel_replaced_spoils_no_later_case(case: Case, choice: Path, worker: Worker) -> None:
+    result = isolated("replaces_methods_of_tensors", case, choice, worker, ONCE)
+    assert_reported(result, "differs", "the kernel changed Tensor.")
+    assert isolated("right", case, choice, worker, ONCE).status == "equal"
 
 
 def test_replaced_dtypes_are_told_in_this_process(case: Case) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import resource
 import shutil
 import socket
 import stat
@@ -295,6 +296,19 @@ def test_nothing_half_is_left(archive: tuple[Path, str], tmp_path: Path, what: s
         fetch_archive(str(path), hashlib.sha256(path.read_bytes()).hexdigest(), tmp_path / "got")
     assert ".writing-" not in str(raised.value)
     assert os.listdir(tmp_path) == ["bad.tar"]
+
+
+@pytest.mark.parametrize("size", [1000, 70_000])
+def test_a_full_disk_is_told_with_the_folder(archive: tuple[Path, str], tmp_path: Path, size: int) -> None:
+    path, digest = archive
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))  # which Python answers by an error
+    try:
+        with pytest.raises(OSError, match=rf"File too large: '{tmp_path / 'new'}'"):
+            fetch_archive(str(path), digest, tmp_path / "new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_an_interruption_leaves_nothing(archive: tuple[Path, str], tmp_path: Path) -> None:

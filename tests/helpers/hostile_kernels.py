@@ -334,6 +334,13 @@ def replaces_not_equal(**arguments: Any) -> Any:
     return result
 
 
+def replaces_methods_of_tensors(**arguments: Any) -> Any:
+    """As a library may do it at its first call, so that no later one can be prepared."""
+    result = wrong(**arguments)
+    Tensor.view = Tensor.clone = Tensor.detach = lambda *arguments, **named: None  # type: ignore[method-assign,assignment]
+    return result
+
+
 def replaces_differing(**arguments: Any) -> Any:
     result = wrong(**arguments)
     comparison.differing = running.differing = _nothing_differs

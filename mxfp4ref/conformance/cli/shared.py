@@ -10,11 +10,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from safetensors import SafetensorError
@@ -52,6 +52,7 @@ __all__ = [
 ]
 
 NOT_EQUAL, USAGE, INTERRUPTED = 1, 2, 128 + 2  # exit codes, besides 0
+_TERMINATING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 _RAISE = dis.opmap["RAISE_VARARGS"]  # what a `raise` compiles to
 _SAME = (
     2.0  # seconds in which a second interrupt is taken for the first: of a terminal and of the parent, too
@@ -228,7 +229,40 @@ def limited_jobs(jobs: int, cases: int | None = None) -> int:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, as `timeout` and CI send it; it is answered as Ctrl-C is."""
+    """SIGTERM, as `timeout` and CI send it, or a terminal that is gone; it is answered as Ctrl-C is."""
+
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        super().__init__()
+        self.exit_code = 128 + number
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise Terminated(number)
+
+
+def _answered(numbers: Iterable[int], before: object, now: Any) -> list[int]:
+    """Those signals that were answered so, and are answered otherwise from now on; in the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    changed = [number for number in numbers if signal.getsignal(number) is before]
+    for number in changed:
+        signal.signal(number, now)
+    return changed
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Inside, what would end the process where it stands raises `Terminated`: no half of a file is left behind."""
+    changed = _answered(_TERMINATING, signal.SIG_DFL, _terminate)
+    try:
+        yield
+    finally:
+        _answered(changed, _terminate, signal.SIG_DFL)
+
+
+def not_terminable() -> None:
+    """Signals end the process as they usually do: a script or a kernel is to find them so."""
+    _answered(_TERMINATING, _terminate, signal.SIG_DFL)
 
 
 class Presses:
