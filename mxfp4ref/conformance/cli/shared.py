@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +52,6 @@ __all__ = [
 ]
 
 NOT_EQUAL, USAGE, INTERRUPTED = 1, 2, 128 + 2  # exit codes, besides 0
-_TERMINATING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 _RAISE = dis.opmap["RAISE_VARARGS"]  # what a `raise` compiles to
 _SAME = (
     2.0  # seconds in which a second interrupt is taken for the first: of a terminal and of the parent, too
@@ -236,35 +235,6 @@ class Terminated(KeyboardInterrupt):
         self.exit_code = 128 + number
 
 
-def _terminate(number: int, frame: object) -> None:
-    raise Terminated(number)
-
-
-def _answered(numbers: Iterable[int], before: object, now: Any) -> list[int]:
-    """Those signals that were answered so, and are answered otherwise from now on; in the main thread only."""
-    if threading.current_thread() is not threading.main_thread():
-        return []
-    changed = [number for number in numbers if signal.getsignal(number) is before]
-    for number in changed:
-        signal.signal(number, now)
-    return changed
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """Inside, what would end the process where it stands raises `Terminated`: no half of a file is left behind."""
-    changed = _answered(_TERMINATING, signal.SIG_DFL, _terminate)
-    try:
-        yield
-    finally:
-        _answered(changed, _terminate, signal.SIG_DFL)
-
-
-def not_terminable() -> None:
-    """Signals end the process as they usually do: a script or a kernel is to find them so."""
-    _answered(_TERMINATING, _terminate, signal.SIG_DFL)
-
-
 class Presses:
     """Ctrl-C, as often as it is pressed."""
 
@@ -278,6 +248,42 @@ class Presses:
         self._last = now
         self._count += 1
         return self._count
+
+
+_usual = {signal.SIGINT: signal.default_int_handler} | {
+    getattr(signal, name): signal.SIG_DFL for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)
+}
+_changed: dict[int, Any] = {}  # the handlers that `terminable` has set
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Inside, what would end the process where it stands raises `Terminated`: no half of a file is left behind.
+
+    An interrupt that comes twice, of a terminal and of the parent, does so once: it is not to end the tidying up.
+    """
+    presses = Presses()
+
+    def end(number: int, frame: object) -> None:
+        if presses.take():
+            raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in _usual.items():
+            if signal.getsignal(number) is handler:
+                signal.signal(number, end)
+                _changed[number] = end
+    try:
+        yield
+    finally:
+        not_terminable()
+
+
+def not_terminable() -> None:
+    """Signals end the process as they usually do: a script or a kernel is to find them so."""
+    for number in [*_changed] if threading.current_thread() is threading.main_thread() else ():
+        if signal.getsignal(number) is _changed.pop(number):
+            signal.signal(number, _usual[number])
 
 
 @dataclass
