@@ -16,6 +16,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mxfp4ref._files import name_in_utf8, read_file, replacing, write_file
@@ -88,25 +89,29 @@ def write_inputs(
     time = datetime.now().strftime("%Y%m%d_%H%M%S_%f")[:-3]
     path = folder / f"{time}_pid{os.getpid()}_{function}_call{number:04d}"
     path.mkdir(parents=True)
-    _save(inputs.tensors, path / "inputs.safetensors")
-    release = loaded_release() if module.startswith("flashinfer") else ""
-    metadata = {
-        "function_name": function,
-        "module": module,
-        "call_sequence": number,
-        "timestamp": time,
-        "process_id": os.getpid(),
-        "input_metadata": inputs.values,
-        "output_metadata": {},
-        "tensor_info": {"input_tensor_keys": list(inputs.tensors), "output_tensor_keys": []},
-        "tensor_details": inputs.details,
-        "tensor_format": "safetensors",
-        "versions": {"torch": torch.__version__, "python": sys.version}
-        | ({"flashinfer": release} if release else {}),
-        "execution_status": "inputs_saved",
-        "graph_capture": False,
-    } | ({"recorder": recorder} if recorder else {})
-    write_file(path / "metadata.jsonl", json.dumps(metadata) + "\n")
+    try:
+        _save(inputs.tensors, path / "inputs.safetensors")
+        release = loaded_release() if module.startswith("flashinfer") else ""
+        metadata = {
+            "function_name": function,
+            "module": module,
+            "call_sequence": number,
+            "timestamp": time,
+            "process_id": os.getpid(),
+            "input_metadata": inputs.values,
+            "output_metadata": {},
+            "tensor_info": {"input_tensor_keys": list(inputs.tensors), "output_tensor_keys": []},
+            "tensor_details": inputs.details,
+            "tensor_format": "safetensors",
+            "versions": {"torch": torch.__version__, "python": sys.version}
+            | ({"flashinfer": release} if release else {}),
+            "execution_status": "inputs_saved",
+            "graph_capture": False,
+        } | ({"recorder": recorder} if recorder else {})
+        write_file(path / "metadata.jsonl", json.dumps(metadata) + "\n")
+    except BaseException:  # half of a call is none
+        shutil.rmtree(path, ignore_errors=True)
+        raise
     return path
 
 
@@ -152,5 +157,8 @@ def write_call(folder: Path, number: int, given: Mapping[str, Any], output: Tens
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    with replacing(path) as partial, name_in_utf8(partial) as name:
-        safetensors.torch.save_file(tensors, name)
+    try:
+        with replacing(path) as partial, name_in_utf8(partial) as name:
+            safetensors.torch.save_file(tensors, name)
+    except SafetensorError as error:
+        raise OSError(f"{path.name} cannot be written: {error}") from error
