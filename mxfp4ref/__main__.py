@@ -145,6 +145,9 @@ def main(verdict: str | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a character that its encoding lacks is no reason to stop
             stream.reconfigure(errors="backslashreplace")
+    if words := memory.few_files():
+        print(f"Error: {words}", file=sys.stderr)
+        sys.exit(2)
     if verdict is not None or supervised.needed(sys.argv[1:]):
         _run(lambda: supervised.main(commands, verdict))
     _run(lambda: commands(prog_name="mxfp4ref"))

@@ -15,6 +15,7 @@ if sys.platform != "win32":
 
 __all__ = [
     "cause_of",
+    "few_files",
     "free",
     "limits",
     "needed",
@@ -28,6 +29,7 @@ __all__ = [
 NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # what torch says, in a RuntimeError
 _OWN = 700 << 20  # of a process with torch and this package
 _CGROUP = Path("/sys/fs/cgroup")
+_FILES = 24  # open at once: the kit's own, with a kernel's process, and some for the kernel
 _FEW_PROCESSES = 1000  # a limit below is one that somebody has set
 
 
@@ -43,6 +45,13 @@ def limits() -> str:
     soft = resource.getrlimit(resource.RLIMIT_NPROC)[0]
     found += [f"{soft:,} processes and threads (ulimit -u)"] if 0 <= soft < _FEW_PROCESSES else []
     return f"the limit is {' and '.join(found)}" if found else ""
+
+
+def few_files() -> str:
+    """That this process may open too few files, in words; "" if they are enough for the kit itself."""
+    if sys.platform == "win32" or not 0 <= (soft := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < _FILES:
+        return ""
+    return f"expected at least {_FILES} open files, the limit is {soft} (ulimit -n)"
 
 
 def time_limit() -> str:

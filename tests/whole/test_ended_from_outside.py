@@ -325,3 +325,17 @@ def test_a_limit_of_time_is_told_as_that(hard: bool) -> None:
     assert (command.returncode, command.stdout) == (2, b"")
     assert b"the limit is 2 s of a processor's time (ulimit -t)" in command.stderr
     assert b"memory" not in command.stderr
+
+
+@pytest.mark.parametrize("number", [5, 8])
+def test_too_few_open_files_are_no_verdict(number: int) -> None:
+    command = subprocess.run(
+        [*MXFP4REF, "conform", "oracle", "--goldens", CHECKOUT, "--case", "gemm/ordinary"],
+        capture_output=True,
+        env=ENVIRONMENT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (number, number)),
+        check=False,
+    )
+    assert (command.returncode, command.stdout) == (2, b"")
+    words = f"Error: expected at least 24 open files, the limit is {number} (ulimit -n)\n"
+    assert command.stderr.decode() == words
