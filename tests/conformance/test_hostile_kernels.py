@@ -226,6 +226,8 @@ REPLACING = [
     ("empties_a_module_of_the_kit", "mxfp4ref.conformance.running.__name__"),
     ("replaces_an_operator_of_torch", "torch's operator aten/cosh/CPU"),
     ("replaces_expected_outputs", "Case.outputs"),
+    ("hides_a_field", "CaseResult.status"),
+    ("hides_a_builtin", "mxfp4ref.conformance.running.max"),
 ]
 # What ends or blocks the process that it runs in.
 ENDING = [
@@ -469,6 +471,12 @@ def test_what_outlives_its_process(case: Case, choice: Path, monkeypatch: pytest
         assert len(worker_module.marked(process._mark)) == 2 or not Path("/proc/self/environ").exists()
     assert time.monotonic() - start < 15
     assert worker_module.marked(process._mark) == []
+
+
+def test_a_watchdog_ends_with_its_run(case: Case, choice: Path, worker: Worker) -> None:
+    assert isolated("watchdog", case, choice, worker, ONCE).status == "equal"
+    time.sleep(1)
+    assert isolated("right", case, choice, worker, ONCE).status == "equal"
 
 
 def test_what_is_printed(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import ctypes
+import faulthandler
 import gc
 import io
 import json
@@ -33,7 +34,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mxfp4ref.conformance import Skip, comparison, results, running
+from mxfp4ref.conformance import CaseResult, Skip, comparison, results, running
 from mxfp4ref.conformance.isolation import interference, plain
 from mxfp4ref.goldens import Case
 from tests.helpers.kernels_under_test import good
@@ -412,6 +413,19 @@ def replaces_what_reads_goldens(**arguments: Any) -> Any:
     return result
 
 
+def hides_a_field(**arguments: Any) -> Any:
+    """Behind a property that takes what is written and says what it likes."""
+    result = wrong(**arguments)
+    CaseResult.status = property(lambda result: "equal", lambda result, value: None)  # type: ignore[assignment,misc]
+    return result
+
+
+def hides_a_builtin(**arguments: Any) -> Any:
+    result = wrong(**arguments)
+    running.max = lambda *numbers: 0  # type: ignore[attr-defined]
+    return result
+
+
 def replaces_expected_outputs(**arguments: Any) -> Any:
     result = wrong(**arguments)
     Case.outputs = property(lambda case: {(128, 128): result})  # type: ignore[assignment]
@@ -757,6 +771,12 @@ def tiny_threads(**arguments: Any) -> Any:
 def clocks(**arguments: Any) -> Any:
     result = right(**arguments)
     time.perf_counter = time.monotonic = time.time = lambda: sys.exit(0)
+    return result
+
+
+def watchdog(**arguments: Any) -> Any:
+    result = right(**arguments)
+    faulthandler.dump_traceback_later(0.5, exit=True)
     return result
 
 

@@ -147,6 +147,7 @@ def serve() -> None:
             lambda *told: collect(kernel, kind, inputs, expected, *told, repeat=repeat),  # noqa: B023
             reported=answers.send,
         )
+        faulthandler.cancel_dump_traceback_later()  # which could end the process in a later run
         assert found is not None
         if replaced := undo():  # the next run is not to suffer from it, and this kernel may need it
             found = replace(found, left=listed([f"{replaced}{FOR_GOOD}", *filter(None, [found.left])]))
