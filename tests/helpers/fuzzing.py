@@ -106,11 +106,20 @@ def _column_major(t: Tensor) -> Tensor:
     return t.permute(*reversed(range(t.dim()))).contiguous().permute(*reversed(range(t.dim())))
 
 
+def _odd_strides(t: Tensor) -> Tensor:
+    """Where there is one element only, contiguous all the same."""
+    t = t.contiguous()
+    return t.as_strided(
+        t.shape, [7 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)]
+    )
+
+
 # Changes that leave shape, dtype and values alone: the result has to have the same bits.
 HARMLESS: dict[str, Callable[[Tensor], Tensor]] = {
     "shifted": _shifted,
     "strided": _strided,
     "column major": _column_major,
+    "odd strides": _odd_strides,
     "inference tensor": lambda t: _inference(t),
 }
 
