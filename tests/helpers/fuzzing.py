@@ -124,6 +124,13 @@ HARMLESS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def _freed(t: Tensor) -> Tensor:
+    """As FSDP leaves a weight between its uses."""
+    t = t.clone()
+    t.untyped_storage().resize_(t.nbytes // 2)
+    return t
+
+
 def _inference(t: Tensor) -> Tensor:
     with torch.inference_mode():
         return t.clone()
@@ -167,6 +174,7 @@ HARMFUL: dict[str, Callable[[Tensor], Any]] = {
     "transposed": lambda t: t.transpose(0, -1),
     "expanded": lambda t: t[:1].expand(t.shape),
     "rows that overlap": lambda t: t.contiguous().as_strided(t.shape, (1,) * t.dim()),
+    "half freed": lambda t: _freed(t),
     "huge": lambda t: t.new_zeros(1).expand(HUGE // max(t[0].numel(), 1), *t.shape[1:]),
     "huge last": lambda t: t.new_zeros(1).expand(*t.shape[:-1], HUGE // max(t[..., 0].numel(), 1)),
     "huge and empty": lambda t: t.new_zeros(1).expand(HUGE, 1)[:, :0],
