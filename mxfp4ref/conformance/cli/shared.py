@@ -300,7 +300,7 @@ class Interruption:
 
 @contextmanager
 def interrupted_once() -> Iterator[Interruption]:
-    """Ctrl-C raises KeyboardInterrupt, SIGTERM `Terminated`; of both, the second is only told, the third raises."""
+    """Ctrl-C raises KeyboardInterrupt, SIGTERM and SIGHUP `Terminated`; the second is only told, the third raises."""
     found = Interruption()
     if threading.current_thread() is not threading.main_thread():
         yield found
@@ -314,9 +314,10 @@ def interrupted_once() -> Iterator[Interruption]:
             with suppress(OSError):
                 os.write(2, _AGAIN)
         elif which > 2 or (which and not found.done):
-            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+            raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    answered = [number for number in _usual if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in {*answered, signal.SIGINT, signal.SIGTERM}}
     try:
         yield found
     finally:
