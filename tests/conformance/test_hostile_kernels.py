@@ -351,6 +351,17 @@ def test_what_a_kernel_replaced_spoils_no_later_case(case: Case, choice: Path, w
     assert isolated("right", case, choice, worker, ONCE).status == "equal"
 
 
+def test_a_replaced_method_of_c_is_told(case: Case, choice: Path, worker: Worker) -> None:
+    """In its own process a kernel may only hand over other bits than it returned, which it has to compute."""
+    told = "mxfp4ref.conformance.isolation.plain._data_ptr"
+    result = run_case(load_kernel(hostile_kernels.replaces_what_finds_memory), case, OPTIONS)
+    assert_reported(result, "interfered", f"the kernel replaced {told}")
+    result = isolated("replaces_what_finds_memory", case, choice, worker)
+    assert_reported(result, "equal", f"the kernel changed {told} for good")
+    for kernel in ("wrong", "right"):
+        assert isolated(kernel, case, choice, worker, ONCE).ok == (kernel == "right")
+
+
 def test_replaced_dtypes_are_told_in_this_process(case: Case) -> None:
     """They were an error of the kit, in which these stand for what they are called."""
     result = run_case(load_kernel(hostile_kernels.replaces_dtypes), case, ONCE)
