@@ -171,6 +171,13 @@ def test_another_archive_is_not_unpacked(archive: tuple[Path, str], tmp_path: Pa
     assert os.listdir(tmp_path) == []
 
 
+def test_no_archive_goes_into_the_goldens(root: Path) -> None:
+    """They would not be as their manifest says any more."""
+    result = CliRunner().invoke(commands, ["goldens", "pack", str(root / "a.tar"), "--goldens", str(root)])
+    assert (result.exit_code, "expected one outside of the goldens" in result.output) == (2, True)
+    assert not (root / "a.tar").exists()
+
+
 def test_nothing_is_replaced(archive: tuple[Path, str], tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("mine")

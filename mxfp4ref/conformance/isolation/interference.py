@@ -83,7 +83,9 @@ def interference() -> Callable[[], str]:
                 continue
             for name, value in found.items():
                 new = now.get(name)
-                matters = issubclass(type(value), CODE) or callable(value) or name.isupper() or name not in now
+                matters = (
+                    issubclass(type(value), CODE) or callable(value) or name.isupper() or name not in now
+                )
                 # torch replaces some functions by its own when it imports its compiler.
                 its_own = callable(value) and {_package_of(value), _package_of(new)} == {"torch"}
                 if new is not value and matters and not its_own:
