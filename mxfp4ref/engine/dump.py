@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mxfp4ref._files import name_in_utf8, read_file, replacing, write_file
+from mxfp4ref._validate import no_storage
 from mxfp4ref.engine.arguments import loaded_release
 from mxfp4ref.engine.counting import rank
 from mxfp4ref.engine.install import FUNCTION, MODULE
@@ -52,7 +53,9 @@ class Stored:
 
     def _add(self, key: str, value: Any) -> Any:
         if isinstance(value, Tensor):
-            here = value.detach().cpu().contiguous()
+            if kind := no_storage(value):
+                raise ValueError(f"{key}: expected a tensor with dense storage, got a {kind} tensor")
+            here = value.detach().resolve_neg().resolve_conj().cpu().contiguous()
             known = {tensor.untyped_storage().data_ptr() for tensor in self.tensors.values()}
             self.tensors[key] = here.clone() if here.untyped_storage().data_ptr() in known else here
             shape, stride = list(value.shape), list(value.stride())
