@@ -16,15 +16,14 @@ import click
 
 from mxfp4ref._version import __version__
 
-# As of a process that SIGINT, SIGPIPE or SIGTERM ended.
-_INTERRUPTED, _NOT_READ, _TERMINATED = 128 + 2, 128 + 13, 128 + 15
+_INTERRUPTED, _NOT_READ = 128 + 2, 128 + 13  # as of a process that SIGINT or SIGPIPE ended
 
 try:
     from mxfp4ref.conformance import memory
     from mxfp4ref.conformance.cli import COMMANDS as CONFORMANCE
     from mxfp4ref.conformance.cli import supervised
     from mxfp4ref.conformance.cli.command import Group
-    from mxfp4ref.conformance.cli.shared import Terminated, UsageError
+    from mxfp4ref.conformance.cli.shared import Terminated, UsageError, terminable
     from mxfp4ref.engine.cli import COMMANDS as ENGINE
 except KeyboardInterrupt:
     sys.exit(_INTERRUPTED)
@@ -49,8 +48,8 @@ def _ended_from_outside() -> Iterator[None]:
         finally:
             if not getattr(sys.stdout, "closed", True):
                 sys.stdout.flush()
-    except Terminated:
-        sys.exit(_TERMINATED)
+    except Terminated as terminated:
+        sys.exit(terminated.exit_code)
     except KeyboardInterrupt:
         sys.exit(_INTERRUPTED)
     except OSError as error:
@@ -85,7 +84,7 @@ class _Commands(Group):
             return super().make_context(*arguments, **options)
 
     def invoke(self, context: click.Context) -> Any:
-        with _ended_from_outside():
+        with _ended_from_outside(), terminable():
             return super().invoke(context)
 
     def _main_shell_completion(self, *arguments: Any, **options: Any) -> None:
@@ -146,6 +145,9 @@ def main(verdict: str | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a character that its encoding lacks is no reason to stop
             stream.reconfigure(errors="backslashreplace")
+    if words := memory.few_files():
+        print(f"Error: {words}", file=sys.stderr)
+        sys.exit(2)
     if verdict is not None or supervised.needed(sys.argv[1:]):
         _run(lambda: supervised.main(commands, verdict))
     _run(lambda: commands(prog_name="mxfp4ref"))

@@ -11,7 +11,7 @@ import shutil
 import stat
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
@@ -25,12 +25,14 @@ __all__ = [
     "folders_below",
     "mismatch",
     "name_in_utf8",
+    "naming",
     "parse_json",
     "printable",
     "quoted",
     "read_file",
     "replacing",
     "write_file",
+    "write_tree",
 ]
 
 
@@ -60,32 +62,55 @@ def read_file(path: Path) -> bytes:
         os.close(descriptor)
 
 
-def folders_below(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+def folders_below(root: Path, *, links: bool = True) -> Iterator[tuple[Path, list[str], list[str]]]:
     """A folder and all below, each with the names of its folders and files, sorted: as `os.walk`, topmost first.
 
-    Links are followed, but no folder is entered twice, whatever leads to it.
+    No folder is entered twice, whatever leads to it, and they may be nested as deeply as the system lets them.
+
+    Args:
+        root: where to begin.
+        links: follow links to folders.
 
     Raises:
         OSError: a folder cannot be read.
     """
-
-    def refuse(error: OSError) -> None:
-        raise error
-
     seen = set()
-    for place, folders, files in os.walk(root, onerror=refuse, followlinks=True):
+    left = [root]
+    while left:
+        place = left.pop()
         status = os.stat(place)
         if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        folders.sort()
-        yield Path(place), folders, sorted(files)
+        with os.scandir(place) as found:
+            entries = sorted((entry.name, _is_folder(entry), entry.is_symlink()) for entry in found)
+        folders = [name for name, is_folder, _ in entries if is_folder]
+        yield place, folders, [name for name, is_folder, _ in entries if not is_folder]
+        entered = [name for name, is_folder, is_link in entries if is_folder and (links or not is_link)]
+        left += [place / name for name in reversed(entered)]
 
 
-def files_below(root: Path) -> Iterator[Path]:
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def files_below(root: Path, *, links: bool = True) -> Iterator[Path]:
     """All files below a folder, in the order of `folders_below`, and with its errors."""
-    return (place / name for place, _, files in folders_below(root) for name in files)
+    return (place / name for place, _, files in folders_below(root, links=links) for name in files)
+
+
+@contextmanager
+def naming(path: Path, partial: Path | None = None) -> Iterator[None]:
+    """Inside, an error that tells no file, as Python's of a full disk, or the `partial` one, tells this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename in (None, str(partial)):
+            error.filename = str(path)
+        raise
 
 
 def parse_json(data: str | bytes) -> Any:
@@ -226,19 +251,18 @@ def replacing(path: Path, root: Path | None = None) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".writing-{uuid.uuid4().hex}")
     try:
-        yield partial
-        if path.exists():
-            os.chmod(partial, stat.S_IMODE(path.stat().st_mode))
-        descriptor = os.open(partial, os.O_RDWR)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(partial, path)
-    except BaseException as error:
+        with naming(path, partial):
+            yield partial
+            if path.exists():
+                os.chmod(partial, stat.S_IMODE(path.stat().st_mode))
+            descriptor = os.open(partial, os.O_RDWR)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            os.replace(partial, path)
+    except BaseException:
         partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno and error.filename in (None, str(partial)):
-            error.filename = str(path)  # of a full disk Python says no name
         raise
 
 
@@ -246,6 +270,22 @@ def write_file(path: Path, data: str | bytes, root: Path | None = None) -> None:
     """Write a file, text as UTF-8, whole or not at all; as `replacing`."""
     with replacing(path, root) as partial:
         partial.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def write_tree(root: Path, files: Mapping[Path, str | bytes]) -> None:
+    """Write files below a root, each as `write_file`; none if one of them is there with other bytes.
+
+    Raises:
+        OSError: as of `replacing`, or somebody else's file would be lost.
+    """
+    for name, data in files.items():
+        path, new = root / name, data.encode() if isinstance(data, str) else data
+        if path.is_file() and not (path.stat().st_size == len(new) and read_file(path) == new):
+            raise FileExistsError(
+                errno.EEXIST, "expected no file, or one with the bytes that would be written", str(path)
+            )
+    for name, data in files.items():
+        write_file(root / name, data, root)
 
 
 def printable(text: str, *, lines: bool = True) -> str:

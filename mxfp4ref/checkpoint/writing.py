@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mxfp4ref._files import name_in_utf8, replacing
-from mxfp4ref._validate import check_choice, check_instance, shown
+from mxfp4ref._validate import check_choice, check_instance, no_storage, shown
 from mxfp4ref.checkpoint.format import ROUTER, CheckpointFormat
 from mxfp4ref.checkpoint.formats import FORMATS
 from mxfp4ref.checkpoint.layer import CheckpointLayer
@@ -81,8 +81,12 @@ def save(path: str | Path, tensors: dict[str, Tensor], *, about: str = "") -> No
         about: what of this package wrote it, for `open_of_others`.
 
     Raises:
-        CheckpointError: the file cannot be written.
+        CheckpointError: the file cannot be written, or a tensor has no bits of its elements to write.
     """
+    for key, tensor in tensors.items():
+        if kind := no_storage(tensor):
+            raise CheckpointError(f"{key}: expected a tensor with dense storage, got a {kind} tensor")
+    tensors = {key: tensor.resolve_neg().resolve_conj() for key, tensor in tensors.items()}
     try:
         with replacing(Path(path)) as partial, name_in_utf8(partial) as name:
             safetensors.torch.save_file(tensors, name, {_WRITER: about} if about else None)

@@ -13,11 +13,23 @@ if TYPE_CHECKING:
 if sys.platform != "win32":
     import resource
 
-__all__ = ["cause_of", "free", "limits", "needed", "not_enough", "ran_out", "says_so", "too_large"]
+__all__ = [
+    "cause_of",
+    "few_files",
+    "free",
+    "limits",
+    "needed",
+    "not_enough",
+    "ran_out",
+    "says_so",
+    "time_limit",
+    "too_large",
+]
 
 NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # what torch says, in a RuntimeError
 _OWN = 700 << 20  # of a process with torch and this package
 _CGROUP = Path("/sys/fs/cgroup")
+_FILES = 24  # open at once: the kit's own, with a kernel's process, and some for the kernel
 _FEW_PROCESSES = 1000  # a limit below is one that somebody has set
 
 
@@ -33,6 +45,23 @@ def limits() -> str:
     soft = resource.getrlimit(resource.RLIMIT_NPROC)[0]
     found += [f"{soft:,} processes and threads (ulimit -u)"] if 0 <= soft < _FEW_PROCESSES else []
     return f"the limit is {' and '.join(found)}" if found else ""
+
+
+def few_files() -> str:
+    """That this process may open too few files, in words; "" if they are enough for the kit itself."""
+    if sys.platform == "win32" or not 0 <= (soft := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < _FILES:
+        return ""
+    return f"expected at least {_FILES} open files, the limit is {soft} (ulimit -n)"
+
+
+def time_limit() -> str:
+    """How much of a processor's time this process may take, if that is limited; else ""."""
+    if (
+        sys.platform == "win32"
+        or (soft := resource.getrlimit(resource.RLIMIT_CPU)[0]) == resource.RLIM_INFINITY
+    ):
+        return ""
+    return f"the limit is {soft:,} s of a processor's time (ulimit -t)"
 
 
 def ran_out(error: BaseException) -> bool:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from mxfp4ref.goldens.case import Case
 __all__ = ["InternalError", "Interrupted", "run", "run_case"]
 
 _DEFAULTS = Options()
+_COUNTED = 1000  # cases of an iterator that were not run, at most
 
 
 class InternalError(Exception):
@@ -216,10 +218,10 @@ class _Todo(Iterator[Callable[[], Case]]):
         return one
 
     def left(self, done: int, *, count: bool = True) -> int:
-        """How many are left when so many are done; those of an iterator are known once it is exhausted."""
+        """How many are left when so many are done; of an iterator, which may have no end, not more than a few."""
         if isinstance(self._all, Sized):
             return len(self._all) - done
-        return self._taken - done + (sum(1 for _ in self._each) if count else 0)
+        return self._taken - done + (sum(1 for _ in islice(self._each, _COUNTED)) if count else 0)
 
 
 def _checked(case: Case) -> Case:

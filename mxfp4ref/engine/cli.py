@@ -104,6 +104,8 @@ def record(
             words = f"the script ended with {ended} before any call of" if ended else "expected calls of"
             missing = f"; {_FLASHINFERS} is not here: {recorder.missing}" if recorder.missing else ""
             words += f" {' or of '.join(recorder.hooked)} in this process{missing}"
+            if recorder.left_out:  # there were some
+                words = "what was wrong stands above"
             UsageError(
                 f"{script}: {f'nothing recorded; {words}' if recorder.hooked else f'not run; {recorder.missing}'}"
             ).show()

@@ -16,9 +16,11 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mxfp4ref._files import name_in_utf8, read_file, replacing, write_file
+from mxfp4ref._validate import no_storage
 from mxfp4ref.engine.arguments import loaded_release
 from mxfp4ref.engine.counting import rank
 from mxfp4ref.engine.install import FUNCTION, MODULE
@@ -51,7 +53,9 @@ class Stored:
 
     def _add(self, key: str, value: Any) -> Any:
         if isinstance(value, Tensor):
-            here = value.detach().cpu().contiguous()
+            if kind := no_storage(value):
+                raise ValueError(f"{key}: expected a tensor with dense storage, got a {kind} tensor")
+            here = value.detach().resolve_neg().resolve_conj().cpu().contiguous()
             known = {tensor.untyped_storage().data_ptr() for tensor in self.tensors.values()}
             self.tensors[key] = here.clone() if here.untyped_storage().data_ptr() in known else here
             shape, stride = list(value.shape), list(value.stride())
@@ -88,25 +92,29 @@ def write_inputs(
     time = datetime.now().strftime("%Y%m%d_%H%M%S_%f")[:-3]
     path = folder / f"{time}_pid{os.getpid()}_{function}_call{number:04d}"
     path.mkdir(parents=True)
-    _save(inputs.tensors, path / "inputs.safetensors")
-    release = loaded_release() if module.startswith("flashinfer") else ""
-    metadata = {
-        "function_name": function,
-        "module": module,
-        "call_sequence": number,
-        "timestamp": time,
-        "process_id": os.getpid(),
-        "input_metadata": inputs.values,
-        "output_metadata": {},
-        "tensor_info": {"input_tensor_keys": list(inputs.tensors), "output_tensor_keys": []},
-        "tensor_details": inputs.details,
-        "tensor_format": "safetensors",
-        "versions": {"torch": torch.__version__, "python": sys.version}
-        | ({"flashinfer": release} if release else {}),
-        "execution_status": "inputs_saved",
-        "graph_capture": False,
-    } | ({"recorder": recorder} if recorder else {})
-    write_file(path / "metadata.jsonl", json.dumps(metadata) + "\n")
+    try:
+        _save(inputs.tensors, path / "inputs.safetensors")
+        release = loaded_release() if module.startswith("flashinfer") else ""
+        metadata = {
+            "function_name": function,
+            "module": module,
+            "call_sequence": number,
+            "timestamp": time,
+            "process_id": os.getpid(),
+            "input_metadata": inputs.values,
+            "output_metadata": {},
+            "tensor_info": {"input_tensor_keys": list(inputs.tensors), "output_tensor_keys": []},
+            "tensor_details": inputs.details,
+            "tensor_format": "safetensors",
+            "versions": {"torch": torch.__version__, "python": sys.version}
+            | ({"flashinfer": release} if release else {}),
+            "execution_status": "inputs_saved",
+            "graph_capture": False,
+        } | ({"recorder": recorder} if recorder else {})
+        write_file(path / "metadata.jsonl", json.dumps(metadata) + "\n")
+    except BaseException:  # half of a call is none
+        shutil.rmtree(path, ignore_errors=True)
+        raise
     return path
 
 
@@ -152,5 +160,8 @@ def write_call(folder: Path, number: int, given: Mapping[str, Any], output: Tens
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    with replacing(path) as partial, name_in_utf8(partial) as name:
-        safetensors.torch.save_file(tensors, name)
+    try:
+        with replacing(path) as partial, name_in_utf8(partial) as name:
+            safetensors.torch.save_file(tensors, name)
+    except SafetensorError as error:
+        raise OSError(f"{path.name} cannot be written: {error}") from error

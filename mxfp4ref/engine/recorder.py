@@ -29,6 +29,7 @@ from mxfp4ref.model.forward import MoeTrace
 __all__ = ["Recorder", "run_script"]
 
 _THEIR_NAME, _OUR_NAME = FUNCTIONS
+_PROBLEMS = 20  # different ones that are kept
 _THEIRS = (
     MODULE,
     f"{MODULE}.core",
@@ -193,7 +194,7 @@ class Recorder:
 
     def _leave_out(self, problem: str) -> None:
         self.left_out += 1
-        if problem not in self.problems:
+        if problem not in self.problems and len(self.problems) < _PROBLEMS:
             self.problems += (problem,)
 
 

@@ -214,5 +214,6 @@ def _check_weights(name: str, weights: Tensor) -> Tensor:
 
 def _in_words(tensor: Tensor) -> Tensor:
     """The bytes of a tensor, contiguous and where they can be viewed as words of 32 bits."""
-    tensor = tensor.contiguous().view(torch.uint8)
+    # Flat in between: a dimension of one element may have any stride, of which a view as bytes makes an error.
+    tensor = tensor.contiguous().flatten().view(tensor.shape).view(torch.uint8)
     return tensor.clone() if tensor.storage_offset() % 4 else tensor

@@ -15,7 +15,6 @@ import re
 import shutil
 import stat
 import tarfile
-import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
@@ -24,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from mxfp4ref._files import UNFINISHED, read_file, replacing
+from mxfp4ref._files import UNFINISHED, folders_below, naming, read_file, replacing
 from mxfp4ref._lock import locked
 from mxfp4ref._validate import shown
 from mxfp4ref.goldens.manifest import FILE_KINDS
@@ -69,7 +68,12 @@ def write_archive(goldens: Goldens, path: Path) -> str:
 def _files_of(goldens: Goldens) -> list[str]:
     """What is to be packed, sorted."""
     cases = [f"{name}.{kind}" for name in goldens.entries for kind in FILE_KINDS]
-    below = [p for p in goldens.root.rglob("*") if is_other_file(p.relative_to(goldens.root))]
+    below = [
+        place / name
+        for place, folders, files in folders_below(goldens.root, links=False)
+        for name in (*folders, *files)
+        if is_other_file((place / name).relative_to(goldens.root))
+    ]
     if link := next((p for p in below if p.is_symlink()), None):
         raise GoldenError(
             f"{link}: expected no link, it leads to {os.readlink(link)!r}; put a file in its place"
@@ -108,7 +112,7 @@ def fetch_archive(source: str, sha256: str, folder: Path, progress: Progress = l
     folder = folder.absolute()
     if not folder.parent.is_dir():
         raise FileNotFoundError(f"{folder}: there is no folder {folder.parent}")
-    with _beside(folder) as place:
+    with _told_of(folder), _beside(folder) as place:
         if folder.exists():
             _check_replaceable(folder, place)
         archive, unpacked = place / "archive", place / "goldens"
@@ -166,26 +170,44 @@ def _beside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(place, ignore_errors=True)
 
 
+@contextmanager
+def _told_of(folder: Path) -> Iterator[None]:
+    """Inside, an error in what is beside a folder for a while is one of that folder."""
+    try:
+        yield
+    except OSError as error:
+        if UNFINISHED.search(str(error.filename)):
+            error.filename = str(folder)
+        raise
+
+
 def _copy(source: str, target: Path, progress: Progress) -> str:
     """Copy a file or what a URL gives; its SHA-256."""
     digest, size = hashlib.sha256(), 0
-    try:
-        with _opened(source) as stream, target.open("xb") as file:
-            while chunk := stream.read(_CHUNK):
-                size += len(chunk)
-                if size > _LARGEST:
-                    raise ValueError(f"{source}: expected at most {_LARGEST:,} bytes, got more")
-                digest.update(chunk)
-                file.write(chunk)
-                progress(size)
-            missing = getattr(stream, "length", None)  # of a download that has ended early
-    except urllib.error.URLError as error:
-        raise OSError(f"{source}: cannot be read: {error}") from error
-    except http.client.HTTPException as error:
-        raise OSError(f"{source}: cannot be read: {type(error).__name__}: {error}") from error
+    with _opened(source) as stream, naming(target), target.open("xb") as file:
+        while chunk := _chunk(stream, source):
+            size += len(chunk)
+            if size > _LARGEST:
+                raise ValueError(f"{source}: expected at most {_LARGEST:,} bytes, got more")
+            digest.update(chunk)
+            file.write(chunk)
+            progress(size)
+        missing = getattr(stream, "length", None)  # of a download that has ended early
     if missing:
         raise OSError(f"{source}: ended after {size:,} bytes, {missing:,} before its end")
     return digest.hexdigest()
+
+
+def _chunk(stream: IO[bytes], source: str) -> bytes:
+    try:
+        return stream.read(_CHUNK)
+    except (OSError, http.client.HTTPException) as error:
+        raise _unreadable(source, error) from error
+
+
+def _unreadable(source: str, error: Exception) -> OSError:
+    words = error if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+    return OSError(f"{source}: cannot be read: {words}")
 
 
 def _opened(source: str) -> IO[bytes]:
@@ -193,7 +215,10 @@ def _opened(source: str) -> IO[bytes]:
     if separator and scheme.lower() not in _SCHEMES:
         raise ValueError(f"source: expected a path or a URL of {', '.join(_SCHEMES)}, got {shown(source)}")
     if separator and scheme.lower() != "file":
-        stream: IO[bytes] = urllib.request.urlopen(source, timeout=_SECONDS)
+        try:
+            stream: IO[bytes] = urllib.request.urlopen(source, timeout=_SECONDS)
+        except (OSError, http.client.HTTPException) as error:
+            raise _unreadable(source, error) from error
         return stream
     path = Path(urllib.request.url2pathname(urllib.parse.urlsplit(source).path) if separator else source)
     if not path.is_file():
@@ -220,7 +245,7 @@ def _unpack(archive: Path, folder: Path, source: str) -> None:
                 if path.exists():
                     raise ValueError(f"{source}: expected each file once, got {member.name} twice")
                 path.parent.mkdir(parents=True, exist_ok=True)
-                with path.open("xb") as file:
+                with naming(path), path.open("xb") as file:
                     shutil.copyfileobj(stream, file)
     except tarfile.TarError as error:
         raise ValueError(f"{source}: expected a tar archive, got {type(error).__name__}: {error}") from error

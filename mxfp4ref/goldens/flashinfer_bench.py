@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from mxfp4ref._files import write_file
+from mxfp4ref._files import write_tree
 from mxfp4ref.formats.experts import PARAMETERS
 from mxfp4ref.goldens.case import EXPERT_TENSORS, Case
 from mxfp4ref.goldens.store import Goldens
@@ -99,7 +99,7 @@ def export_flashinfer_bench(goldens: Goldens, folder: Path | str) -> tuple[list[
 
     There is one definition for each set of optional inputs (biases, parameters of the activation) that occurs,
     with every size variable. A workload is a case; its file also has the expected `output`, of the default tactic.
-    Files of earlier exports are replaced; no link below the root is followed.
+    Nothing is replaced but by the same bytes, as of an earlier export; no link below the root is followed.
 
     Args:
         goldens: what to export.
@@ -114,7 +114,7 @@ def export_flashinfer_bench(goldens: Goldens, folder: Path | str) -> tuple[list[
         TypeError: `goldens` or `folder` is something else.
         GoldenError: a damaged case.
         ValueError: `folder` is inside of the goldens.
-        OSError: a file cannot be written.
+        OSError: a file cannot be written, or another one is there.
     """
     if not isinstance(goldens, Goldens):
         raise TypeError(
@@ -128,6 +128,7 @@ def export_flashinfer_bench(goldens: Goldens, folder: Path | str) -> tuple[list[
             f"folder: expected one outside of the goldens in {goldens.root}, got {str(folder)!r}"
         )
     workloads: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    files: dict[Path, str | bytes] = {}
     left_out: dict[str, str] = {}
     exported: list[str] = []
     for name in goldens.names():
@@ -146,14 +147,14 @@ def export_flashinfer_bench(goldens: Goldens, folder: Path | str) -> tuple[list[
             left_out[name] = "not all of its output is written"
         else:
             optional = tuple(tensor for tensor in _OPTIONAL if tensor in case.tensors)
-            workloads.setdefault(optional, []).append(_write_workload(case, optional, folder))
+            workloads.setdefault(optional, []).append(_workload(case, optional, files))
             exported.append(name)
     for optional, traces in workloads.items():
         definition = _definition(optional)
-        path = folder / "definitions" / _OP_TYPE / f"{definition['name']}.json"
-        write_file(path, _json(definition, indent=2), folder)
+        files[Path("definitions", _OP_TYPE, f"{definition['name']}.json")] = _json(definition, indent=2)
         lines = "".join(_json(trace) for trace in traces)
-        write_file(folder / "workloads" / _OP_TYPE / f"{definition['name']}.jsonl", lines, folder)
+        files[Path("workloads", _OP_TYPE, f"{definition['name']}.jsonl")] = lines
+    write_tree(folder, files)
     return exported, left_out
 
 
@@ -184,13 +185,13 @@ def _definition(optional: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def _write_workload(case: Case, optional: tuple[str, ...], folder: Path) -> dict[str, Any]:
-    """Write a case's tensors; return the line that describes it."""
+def _workload(case: Case, optional: tuple[str, ...], files: dict[Path, str | bytes]) -> dict[str, Any]:
+    """The line that describes a case, whose tensors go into the files."""
     tensors = {name: case.tensors[name] for name in _inputs(optional)}
     tensors |= {name: tensors[name].view(torch.int8) for name in _BYTES}
     identifier = case.id.replace("/", "-")
     path = Path("blob", "workloads", _OP_TYPE, _name(optional), f"{identifier}.safetensors")
-    write_file(folder / path, safetensors.torch.save({**tensors, "output": case.outputs[_TILE_K]}), folder)
+    files[path] = safetensors.torch.save({**tensors, "output": case.outputs[_TILE_K]})
     inputs: dict[str, Any] = {
         name: {"type": "safetensors", "path": path.as_posix(), "tensor_key": name} for name in tensors
     }

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from mxfp4ref._files import UNFINISHED, mismatch, parse_json, read_file
+from mxfp4ref._files import UNFINISHED, files_below, mismatch, parse_json, read_file
 from mxfp4ref._lock import locked
 from mxfp4ref._words import did_you_mean
 from mxfp4ref.goldens.error import GoldenError
@@ -179,7 +179,7 @@ class Goldens:
             except GoldenError as error:
                 problems.append(str(error))
         known = {f"{name}.{kind}" for name in self.entries for kind in FILE_KINDS}
-        for path in sorted(path for path in self.root.rglob("*") if path.is_file()):
+        for path in sorted(path for path in files_below(self.root, links=False) if path.is_file()):
             relative = path.relative_to(self.root)
             if not is_other_file(relative) and relative.as_posix() not in known:
                 problems.append(f"{path}: not in the manifest")

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mxfp4ref._files import read_file, write_file
+from mxfp4ref._files import files_below, read_file, write_file
 from mxfp4ref._lock import locked
 from mxfp4ref.goldens.case import dtype_name, tensor_bytes
 from mxfp4ref.goldens.cases import DEFINITIONS
@@ -176,7 +176,7 @@ def regenerate(
             differences = _differences(root, cases, complete)
         else:
             _write_tree(root, cases, complete)
-        size = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+        size = sum(path.stat().st_size for path in files_below(root, links=False) if path.is_file())
     return Regenerated(root, len(selected), tuple(differences), size)
 
 
@@ -213,9 +213,13 @@ def _build_all(case_ids: Sequence[str], jobs: int, progress: Progress) -> dict[s
     else:
         with _executor(min(jobs, len(ordered))) as executor:
             futures = {executor.submit(build_case, case_id): case_id for case_id in ordered}
-            for future in as_completed(futures):
-                built[futures[future]] = future.result()
-                progress(futures[future], len(ordered))
+            try:
+                for future in as_completed(futures):
+                    built[futures[future]] = future.result()
+                    progress(futures[future], len(ordered))
+            except BaseException:
+                executor.shutdown(cancel_futures=True)
+                raise
     return {case_id: built[case_id] for case_id in case_ids}
 
 
@@ -241,7 +245,7 @@ def _differences(root: Path, cases: dict[str, Files], complete: bool) -> list[st
         if not manifest.is_file() or manifest.read_bytes() != manifest_bytes(entries(cases), of):
             differences.append(f"{manifest}: {'differs' if manifest.is_file() else 'missing'}")
         known = {f"{case_id}.{kind}" for case_id, files in cases.items() for kind in files}
-        for path in sorted(path for path in root.rglob("*") if path.is_file()):
+        for path in sorted(path for path in files_below(root, links=False) if path.is_file()):
             relative = path.relative_to(root)
             if not is_other_file(relative) and relative.as_posix() not in known:
                 differences.append(f"{path}: not a file of any case")

@@ -13,8 +13,8 @@ from click.testing import CliRunner, Result
 
 from mxfp4ref.__main__ import commands
 from mxfp4ref.checkpoint import inspection
-from mxfp4ref.checkpoint.inspection import Counts, inspect
-from mxfp4ref.conformance.cli.checkpoint_table import _unusual
+from mxfp4ref.checkpoint.inspection import Counts, Inspection, LayerEntry, inspect
+from mxfp4ref.conformance.cli.checkpoint_table import _unusual, show
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.formats.mxfp4 import pack_codes
 from tests.helpers.checkpoints import (
@@ -176,3 +176,14 @@ def test_unusual_weights_and_scales_are_counted(
 def test_many_codes_at_the_end_are_unusual() -> None:
     assert _unusual(Counts(codes=1000, saturated_codes=130)) == ""
     assert _unusual(Counts(codes=1000, saturated_codes=160)) == "16.0 % of codes at +-6"
+
+
+def test_many_reasons_are_summed_up(capsys: pytest.CaptureFixture[str]) -> None:
+    """An index may name as many layers as it likes."""
+    layers = [LayerEntry(n, "gpt_oss", f"{n}.", refused=f"{n}.x: expected it") for n in range(1000)]
+    show(Inspection(Path("c"), "", 1, 1, layers))
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("refused")]
+    assert told[19:] == [
+        "refused: layer 19: 19.x: expected it",
+        "refused, too: layer 20 to 999; --json has each reason",
+    ]

@@ -338,3 +338,12 @@ def test_arguments_are_checked() -> None:
     )  # fmt: skip
     with pytest.raises(ValueError, match="call: expected MXFP4 weights beside bf16 activations"):
         bound(replace(call, experts=dense))
+    expected = forward(call)
+    for output, error, words in (
+        (expected[:1], ValueError, r"output: expected .*, got bfloat16 \[1, "),
+        (expected.view(torch.int16), TypeError, "output: expected a bfloat16 or"),
+        (torch._neg_view(-expected), TypeError, "output: expected .* got a lazily negated"),
+        (None, TypeError, "output: expected"),
+    ):
+        with pytest.raises(error, match=words):
+            bound(call).contains(output)  # type: ignore[arg-type]

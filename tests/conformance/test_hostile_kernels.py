@@ -226,6 +226,8 @@ REPLACING = [
     ("empties_a_module_of_the_kit", "mxfp4ref.conformance.running.__name__"),
     ("replaces_an_operator_of_torch", "torch's operator aten/cosh/CPU"),
     ("replaces_expected_outputs", "Case.outputs"),
+    ("hides_a_field", "CaseResult.status"),
+    ("hides_a_builtin", "mxfp4ref.conformance.running.max"),
 ]
 # What ends or blocks the process that it runs in.
 ENDING = [
@@ -335,11 +337,29 @@ def test_in_this_process(name: str, status: str, message: str, case: Case) -> No
 
 @pytest.mark.parametrize(("name", "replaced"), REPLACING)
 def test_replacing_what_compares(name: str, replaced: str, case: Case, choice: Path, worker: Worker) -> None:
-    assert isolated(name, case, choice, worker).status == "differs"
+    result = isolated(name, case, choice, worker)
+    assert (result.status, " for good" in result.message) == ("differs", True), result.message
     kernel = load_kernel(getattr(hostile_kernels, name))
     result = run_case(kernel, case, OPTIONS)
     assert_reported(result, "interfered", replaced)
     assert run_case(load_kernel(hostile_kernels.wrong), case, OPTIONS).status == "differs"
+
+
+def test_what_a_kernel_replaced_spoils_no_later_case(case: Case, choice: Path, worker: Worker) -> None:
+    result = isolated("replaces_methods_of_tensors", case, choice, worker, ONCE)
+    assert_reported(result, "differs", "the kernel changed Tensor.")
+    assert isolated("right", case, choice, worker, ONCE).status == "equal"
+
+
+def test_a_replaced_method_of_c_is_told(case: Case, choice: Path, worker: Worker) -> None:
+    """In its own process a kernel may only hand over other bits than it returned, which it has to compute."""
+    told = "mxfp4ref.conformance.isolation.plain._data_ptr"
+    result = run_case(load_kernel(hostile_kernels.replaces_what_finds_memory), case, OPTIONS)
+    assert_reported(result, "interfered", f"the kernel replaced {told}")
+    result = isolated("replaces_what_finds_memory", case, choice, worker)
+    assert_reported(result, "equal", f"the kernel changed {told} for good")
+    for kernel in ("wrong", "right"):
+        assert isolated(kernel, case, choice, worker, ONCE).ok == (kernel == "right")
 
 
 def test_replaced_dtypes_are_told_in_this_process(case: Case) -> None:
@@ -462,6 +482,12 @@ def test_what_outlives_its_process(case: Case, choice: Path, monkeypatch: pytest
         assert len(worker_module.marked(process._mark)) == 2 or not Path("/proc/self/environ").exists()
     assert time.monotonic() - start < 15
     assert worker_module.marked(process._mark) == []
+
+
+def test_a_watchdog_ends_with_its_run(case: Case, choice: Path, worker: Worker) -> None:
+    assert isolated("watchdog", case, choice, worker, ONCE).status == "equal"
+    time.sleep(1)
+    assert isolated("right", case, choice, worker, ONCE).status == "equal"
 
 
 def test_what_is_printed(

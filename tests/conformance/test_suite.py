@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import threading
@@ -81,6 +82,12 @@ def test_many_reasons_are_counted() -> None:
 
 
 @pytest.mark.usefixtures("copied_processes")
+def test_cases_without_an_end(case: Case) -> None:
+    """They are not run when enough have failed, and not all counted."""
+    report = run(kernels_under_test.raises, itertools.repeat(case), Options(max_failures=2, diagnosis="none"))
+    assert (len(report.results), report.left) == (2, 1000)
+
+
 def test_a_kernel_may_skip_what_it_lacks() -> None:
     """When it is called; in a process of its own too, and only in a first run."""
     cases = [GOLDENS.load(name) for name in ("activation/alpha_alone", SMALL)]

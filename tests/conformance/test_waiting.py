@@ -114,7 +114,9 @@ def test_a_quick_run_says_nothing_on_the_way() -> None:
     assert invoke("conform", "oracle", *TWO).stderr == ""
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
 @pytest.mark.parametrize("swallowed", [False, True])
 def test_what_ends_a_run_from_outside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int, swallowed: bool

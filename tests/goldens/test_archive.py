@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import resource
 import shutil
 import socket
 import stat
@@ -170,6 +171,13 @@ def test_another_archive_is_not_unpacked(archive: tuple[Path, str], tmp_path: Pa
     assert os.listdir(tmp_path) == []
 
 
+def test_no_archive_goes_into_the_goldens(root: Path) -> None:
+    """They would not be as their manifest says any more."""
+    result = CliRunner().invoke(commands, ["goldens", "pack", str(root / "a.tar"), "--goldens", str(root)])
+    assert (result.exit_code, "expected one outside of the goldens" in result.output) == (2, True)
+    assert not (root / "a.tar").exists()
+
+
 def test_nothing_is_replaced(archive: tuple[Path, str], tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("mine")
@@ -295,6 +303,19 @@ def test_nothing_half_is_left(archive: tuple[Path, str], tmp_path: Path, what: s
         fetch_archive(str(path), hashlib.sha256(path.read_bytes()).hexdigest(), tmp_path / "got")
     assert ".writing-" not in str(raised.value)
     assert os.listdir(tmp_path) == ["bad.tar"]
+
+
+@pytest.mark.parametrize("size", [1000, 70_000])
+def test_a_full_disk_is_told_with_the_folder(archive: tuple[Path, str], tmp_path: Path, size: int) -> None:
+    path, digest = archive
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))  # which Python answers by an error
+    try:
+        with pytest.raises(OSError, match=rf"File too large: '{tmp_path / 'new'}'"):
+            fetch_archive(str(path), digest, tmp_path / "new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_an_interruption_leaves_nothing(archive: tuple[Path, str], tmp_path: Path) -> None:

@@ -169,6 +169,18 @@ def test_command_refuses(builtin_root: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
+def test_nothing_of_others_is_replaced(builtin_root: Path, tmp_path: Path) -> None:
+    goldens, folder = open_goldens(builtin_root), tmp_path / "a"
+    export_flashinfer_bench(goldens, folder)
+    name = sorted(contents_of(folder))[-1]
+    shutil.rmtree(folder)
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_text("mine")
+    result = invoke("export", str(folder), "--goldens", str(builtin_root))
+    assert (result.exit_code, f"written: '{folder / name}'" in result.output) == (2, True), result.output
+    assert contents_of(folder) == {name: b"mine"}
+
+
 @pytest.mark.usefixtures("copied_processes")
 def test_the_other_package_is_not_needed() -> None:
     script = (

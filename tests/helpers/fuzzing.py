@@ -106,13 +106,29 @@ def _column_major(t: Tensor) -> Tensor:
     return t.permute(*reversed(range(t.dim()))).contiguous().permute(*reversed(range(t.dim())))
 
 
+def _odd_strides(t: Tensor) -> Tensor:
+    """Where there is one element only, contiguous all the same."""
+    t = t.contiguous()
+    return t.as_strided(
+        t.shape, [7 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)]
+    )
+
+
 # Changes that leave shape, dtype and values alone: the result has to have the same bits.
 HARMLESS: dict[str, Callable[[Tensor], Tensor]] = {
     "shifted": _shifted,
     "strided": _strided,
     "column major": _column_major,
+    "odd strides": _odd_strides,
     "inference tensor": lambda t: _inference(t),
 }
+
+
+def _freed(t: Tensor) -> Tensor:
+    """As FSDP leaves a weight between its uses."""
+    t = t.clone()
+    t.untyped_storage().resize_(t.nbytes // 2)
+    return t
 
 
 def _inference(t: Tensor) -> Tensor:
@@ -158,6 +174,7 @@ HARMFUL: dict[str, Callable[[Tensor], Any]] = {
     "transposed": lambda t: t.transpose(0, -1),
     "expanded": lambda t: t[:1].expand(t.shape),
     "rows that overlap": lambda t: t.contiguous().as_strided(t.shape, (1,) * t.dim()),
+    "half freed": lambda t: _freed(t),
     "huge": lambda t: t.new_zeros(1).expand(HUGE // max(t[0].numel(), 1), *t.shape[1:]),
     "huge last": lambda t: t.new_zeros(1).expand(*t.shape[:-1], HUGE // max(t[..., 0].numel(), 1)),
     "huge and empty": lambda t: t.new_zeros(1).expand(HUGE, 1)[:, :0],

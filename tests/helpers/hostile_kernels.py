@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import ctypes
+import faulthandler
 import gc
 import io
 import json
@@ -33,7 +34,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mxfp4ref.conformance import Skip, comparison, results, running
+from mxfp4ref.conformance import CaseResult, Skip, comparison, results, running
 from mxfp4ref.conformance.isolation import interference, plain
 from mxfp4ref.goldens import Case
 from tests.helpers.kernels_under_test import good
@@ -334,6 +335,13 @@ def replaces_not_equal(**arguments: Any) -> Any:
     return result
 
 
+def replaces_methods_of_tensors(**arguments: Any) -> Any:
+    """As a library may do it at its first call, so that no later one can be prepared."""
+    result = wrong(**arguments)
+    Tensor.view = Tensor.clone = Tensor.detach = lambda *arguments, **named: None  # type: ignore[method-assign,assignment]
+    return result
+
+
 def replaces_differing(**arguments: Any) -> Any:
     result = wrong(**arguments)
     comparison.differing = running.differing = _nothing_differs
@@ -359,6 +367,14 @@ def replaces_comparison_of_bytes(**arguments: Any) -> Any:
     result = wrong(**arguments)
     running._count_differing = lambda got, expected: 0
     plain.raw_bytes = lambda value: b""
+    return result
+
+
+def replaces_what_finds_memory(**arguments: Any) -> Any:
+    """A method of torch's C classes, under the kit's name for it."""
+    result, instead, find = wrong(**arguments), right(**arguments).clone(), plain._data_ptr
+    where = find(result)
+    plain._data_ptr = lambda tensor: find(instead if find(tensor) == where else tensor)
     return result
 
 
@@ -402,6 +418,19 @@ def replaces_what_reads_goldens(**arguments: Any) -> Any:
 
     result = wrong(**arguments)
     safetensors.torch.load = lambda data: {}
+    return result
+
+
+def hides_a_field(**arguments: Any) -> Any:
+    """Behind a property that takes what is written and says what it likes."""
+    result = wrong(**arguments)
+    CaseResult.status = property(lambda result: "equal", lambda result, value: None)  # type: ignore[assignment,misc]
+    return result
+
+
+def hides_a_builtin(**arguments: Any) -> Any:
+    result = wrong(**arguments)
+    running.max = lambda *numbers: 0  # type: ignore[attr-defined]
     return result
 
 
@@ -750,6 +779,12 @@ def tiny_threads(**arguments: Any) -> Any:
 def clocks(**arguments: Any) -> Any:
     result = right(**arguments)
     time.perf_counter = time.monotonic = time.time = lambda: sys.exit(0)
+    return result
+
+
+def watchdog(**arguments: Any) -> Any:
+    result = right(**arguments)
+    faulthandler.dump_traceback_later(0.5, exit=True)
     return result
 
 

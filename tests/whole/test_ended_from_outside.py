@@ -21,6 +21,9 @@ from click.testing import CliRunner
 from mxfp4ref.__main__ import commands
 from mxfp4ref.conformance.cli import shared
 from mxfp4ref.conformance.reports import report_text
+from mxfp4ref.goldens import Goldens
+from mxfp4ref.goldens.archive import write_archive
+from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.hostile_files import CHECKOUT, COMMANDS, make_folder
 
 MXFP4REF = (sys.executable, "-m", "mxfp4ref")
@@ -236,3 +239,103 @@ def test_a_hasty_second_ctrl_c_costs_neither_report_nor_exit_code(tmp_path: Path
             time.sleep(0.01)
         assert command.wait(30) == 130
     assert (tmp_path / "report").read_text() == "whole"
+
+
+WRITING = """
+import os, sys, time
+from mxfp4ref.__main__ import main
+
+def wait(*arguments):
+    print("writing", flush=True)
+    time.sleep(60)
+
+os.fsync = os.replace = wait
+main()
+"""
+
+
+@pytest.mark.usefixtures("copied_processes")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("command", ["pack", "fetch", "export"])
+def test_no_half_of_a_file_is_left(command: str, number: int, tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    digest = write_archive(Goldens(tmp_path / "goldens"), tmp_path / "goldens.tar")
+    (tmp_path / "new").mkdir()
+    arguments = {
+        "pack": ("goldens", "pack", "new/goldens.tar", "--goldens", "goldens"),
+        "fetch": ("goldens", "fetch", "goldens.tar", "--sha256", digest, "--into", "new/goldens"),
+        "export": ("export", "new/exported", "--goldens", "goldens"),
+    }
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITING, *arguments[command]],
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": ENVIRONMENT, "cwd": tmp_path},
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == b"writing\n"
+        process.send_signal(number)
+        assert (process.wait(30), process.stderr.read()) == (128 + number, b"")
+    assert [path for path in (tmp_path / "new").rglob("*") if path.is_file() or path.name[0] == "."] == []
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGBUS"), reason="which tells of it")
+def test_a_file_that_becomes_shorter_is_no_verdict(tmp_path: Path) -> None:
+    """It is mapped into memory: who reads behind its end is ended by the system."""
+    make_checkpoint(tmp_path / "checkpoint", "gpt_oss")
+    (tmp_path / "sitecustomize.py").write_text(SHORTENS.format(checkout=str(CHECKOUT.parent)))
+    command = subprocess.run(
+        [*MXFP4REF, "checkpoint", "checkpoint"],
+        capture_output=True,
+        env=ENVIRONMENT | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ENVIRONMENT['PYTHONPATH']}"},
+        cwd=tmp_path,
+        check=False,
+    )
+    assert (command.returncode, command.stdout) == (2, b"")
+    assert b"signal SIGBUS, as of a file that became shorter while it was read" in command.stderr
+    assert b"there is no verdict" in command.stderr
+
+
+SHORTENS = """
+import sys
+sys.path.insert(0, {checkout!r})
+import inspect
+import os
+from mxfp4ref.checkpoint import shards
+read = shards._read_file
+
+def shortened(file, wanted):
+    tensors = read(file, wanted)
+    if any(frame.function == "_load" for frame in inspect.stack()):
+        os.truncate(file, 4096)
+    return tensors
+
+shards._read_file = shortened
+"""
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_a_limit_of_time_is_told_as_that(hard: bool) -> None:
+    command = subprocess.run(
+        [*MXFP4REF, "conform", "oracle", "--goldens", CHECKOUT, "--diagnosis", "none"],
+        capture_output=True,
+        env=ENVIRONMENT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (2, 2 if hard else 60)),
+        check=False,
+    )
+    assert (command.returncode, command.stdout) == (2, b"")
+    assert b"the limit is 2 s of a processor's time (ulimit -t)" in command.stderr
+    assert b"memory" not in command.stderr
+
+
+@pytest.mark.parametrize("number", [5, 8])
+def test_too_few_open_files_are_no_verdict(number: int) -> None:
+    command = subprocess.run(
+        [*MXFP4REF, "conform", "oracle", "--goldens", CHECKOUT, "--case", "gemm/ordinary"],
+        capture_output=True,
+        env=ENVIRONMENT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (number, number)),
+        check=False,
+    )
+    assert (command.returncode, command.stdout) == (2, b"")
+    words = f"Error: expected at least 24 open files, the limit is {number} (ulimit -n)\n"
+    assert command.stderr.decode() == words

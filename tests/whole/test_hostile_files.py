@@ -1004,6 +1004,31 @@ def test_hostile(folder: Path, name: str, command: str) -> None:
     assert command != "regenerate" or outcome.code == 0 or not written
 
 
+@pytest.mark.parametrize(
+    ("command", "place"),
+    [
+        (COMMANDS["verify files"], "goldens/hardware"),
+        (COMMANDS["regenerate"], "goldens/hardware"),
+        (("goldens", "pack", "packed.tar", "--goldens", "goldens"), "goldens/hardware"),
+        (COMMANDS["replay"], "calls"),
+        (("replay", "calls", "--autotune-cache", "caches", "--any-tile", "--diagnosis=none"), "caches"),
+    ],
+)
+def test_folders_nested_deeply(folder: Path, command: tuple[str, ...], place: str) -> None:
+    (folder / "caches").mkdir()
+    shutil.copy(folder / "autotune.json", folder / "caches")
+    nested = [folder / place]
+    for _ in range(1500):
+        nested.append(nested[-1] / "a")
+        nested[-1].mkdir()
+    try:
+        outcome = run(folder, command)
+    finally:
+        for one in nested[:0:-1]:  # which shutil cannot remove
+            one.rmdir()
+    assert (outcome.code, outcome.problem) == (0, ""), outcome.output
+
+
 FOREIGN = [
     *(
         name

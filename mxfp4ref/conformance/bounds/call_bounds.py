@@ -40,7 +40,7 @@ from torch import Tensor
 
 from mxfp4ref._choices import STORAGE, Storage
 from mxfp4ref._compiler import uncompiled
-from mxfp4ref._validate import check_below, check_choice
+from mxfp4ref._validate import check_below, check_choice, check_tensor
 from mxfp4ref.conformance.bounds.activation_bounds import activated, is_enclosed
 from mxfp4ref.conformance.bounds.intervals import (
     HUGE,
@@ -68,6 +68,9 @@ _NO_NUMBER = 255  # the scale byte that is NaN, or infinite
 _BLOCK = 32  # products within which the probabilistic bound allows for truncation
 
 
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)  # of outputs
+
+
 @dataclass(frozen=True)
 class Bounds:
     """An interval for each output element.
@@ -82,12 +85,17 @@ class Bounds:
     overflows: Tensor
 
     def contains(self, output: Tensor, expected: Tensor | None = None) -> Tensor:
-        """Whether each element of `[M, H] bf16` lies in its interval, as bool.
+        """Whether each element of `[..., M, H] bf16` lies in its interval, as bool.
 
         Args:
             output: what a kernel gave.
             expected: what the SM90 kernel gives. Where something overflows, NaN is accepted only where it is NaN.
+
+        Raises:
+            TypeError, ValueError: one of them is something else, or of another shape.
         """
+        for name, tensor in {"output": output, "expected": output if expected is None else expected}.items():
+            check_tensor(name, tensor, dtype=_FLOATS, shape=("...", *self.lower.shape))
         value = fp32.widen(output)
         inside = (self.lower <= value) & (value <= self.upper)
         inside |= torch.isnan(self.lower) & torch.isnan(value)

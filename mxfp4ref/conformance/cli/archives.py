@@ -83,6 +83,8 @@ def pack(file: Path, root: Path | None) -> None:
         with usage_errors():
             found = open_goldens(root)
             check_no_input(path, files_below(found.root))
+            if path.resolve().is_relative_to(found.root.resolve()):
+                raise ValueError(f"FILE: expected one outside of the goldens in {found.root}, got {path}")
             digest = write_archive(found, path)
         if to_stdout:
             with path.open("rb") as packed:

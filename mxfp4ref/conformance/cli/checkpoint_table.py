@@ -16,6 +16,7 @@ from mxfp4ref.conformance.findings.finding import counted
 __all__ = ["as_object", "show"]
 
 _MANY = 0.15  # of codes at +-6: more than the eighth that they are where all codes are equally frequent
+_REASONS = 20  # that are told for some layers each; more are as a rule the same one, with other names in it
 _COLUMNS = ("layers", "format", "experts", "H x I", "router", "size", "unusual")
 
 
@@ -40,8 +41,12 @@ def show(found: Inspection) -> None:
     if carried:
         _echo(f"carried along, without effect here: {_some(carried)}")
     refused = [entry for entry in found.layers if entry.refused]
-    for reason, some in groupby(refused, key=lambda entry: entry.refused):
+    reasons = [(reason, [*some]) for reason, some in groupby(refused, key=lambda entry: entry.refused)]
+    for reason, some in reasons[:_REASONS]:
         _echo(f"refused: layer {ranges([entry.layer for entry in some])}: {reason}")
+    if others := reasons[_REASONS:]:
+        entries = [entry for _, some in others for entry in some]
+        _echo(f"refused, too: layer {ranges([entry.layer for entry in entries])}; --json has each reason")
     if not refused:
         first = found.layers[0].layer
         line = shlex.join(

@@ -128,9 +128,9 @@ def regenerate(check: bool, only: tuple[str, ...], jobs: int, root: Path | None)
 def export(folder: Path, root: Path | None) -> None:
     """Write the goldens to DIR as a data set of flashinfer-bench: definitions, workloads, a reference.
 
-    DIR is created if it is not there, and files of an earlier export are replaced. Every kernel call with stored
-    weights and a finite output becomes a workload; the others are listed with the reason. flashinfer-bench is not
-    needed for that.
+    DIR is created if it is not there; a file in it that has other bytes than would be written is refused. Every
+    kernel call with stored weights and a finite output becomes a workload; the others are listed with the reason.
+    flashinfer-bench is not needed for that.
 
     \b
     mxfp4ref export DIR

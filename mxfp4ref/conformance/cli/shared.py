@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from safetensors import SafetensorError
@@ -228,7 +228,11 @@ def limited_jobs(jobs: int, cases: int | None = None) -> int:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, as `timeout` and CI send it; it is answered as Ctrl-C is."""
+    """SIGTERM, as `timeout` and CI send it, or a terminal that is gone; it is answered as Ctrl-C is."""
+
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        super().__init__()
+        self.exit_code = 128 + number
 
 
 class Presses:
@@ -246,6 +250,42 @@ class Presses:
         return self._count
 
 
+_usual = {signal.SIGINT: signal.default_int_handler} | {
+    getattr(signal, name): signal.SIG_DFL for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)
+}
+_changed: dict[int, Any] = {}  # the handlers that `terminable` has set
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Inside, what would end the process where it stands raises `Terminated`: no half of a file is left behind.
+
+    An interrupt that comes twice, of a terminal and of the parent, does so once: it is not to end the tidying up.
+    """
+    presses = Presses()
+
+    def end(number: int, frame: object) -> None:
+        if presses.take():
+            raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in _usual.items():
+            if signal.getsignal(number) is handler:
+                signal.signal(number, end)
+                _changed[number] = end
+    try:
+        yield
+    finally:
+        not_terminable()
+
+
+def not_terminable() -> None:
+    """Signals end the process as they usually do: a script or a kernel is to find them so."""
+    for number in [*_changed] if threading.current_thread() is threading.main_thread() else ():
+        if signal.getsignal(number) is _changed.pop(number):
+            signal.signal(number, _usual[number])
+
+
 @dataclass
 class Interruption:
     """What has come from outside: `signal`, the first, or 0; once all is `done`, no first one raises anything."""
@@ -260,7 +300,7 @@ class Interruption:
 
 @contextmanager
 def interrupted_once() -> Iterator[Interruption]:
-    """Ctrl-C raises KeyboardInterrupt, SIGTERM `Terminated`; of both, the second is only told, the third raises."""
+    """Ctrl-C raises KeyboardInterrupt, SIGTERM and SIGHUP `Terminated`; the second is only told, the third raises."""
     found = Interruption()
     if threading.current_thread() is not threading.main_thread():
         yield found
@@ -274,9 +314,10 @@ def interrupted_once() -> Iterator[Interruption]:
             with suppress(OSError):
                 os.write(2, _AGAIN)
         elif which > 2 or (which and not found.done):
-            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+            raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    answered = [number for number in _usual if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in {*answered, signal.SIGINT, signal.SIGTERM}}
     try:
         yield found
     finally:

@@ -1,7 +1,8 @@
 """A command that may end at any place, with any exit code, has the one that it wrote before: no other is a verdict.
 
-That is one that runs a kernel in its own process, and any where memory or threads are limited: C libraries that get
-none, such as OpenBLAS and libgomp, end the process, and with the exit code of a kernel that does not conform.
+That is one that runs a kernel in its own process; one that maps files into memory, which ends it where they become
+shorter; and any where memory, threads or time are limited: C libraries that get none, such as OpenBLAS and libgomp,
+end the process, and with the exit code of a kernel that does not conform.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from pathlib import Path
 
 import click
 
-from mxfp4ref.conformance.cli.shared import INTERRUPTED, NOT_EQUAL, USAGE, Presses
+from mxfp4ref.conformance.cli.shared import INTERRUPTED, NOT_EQUAL, USAGE, Presses, not_terminable
 from mxfp4ref.conformance.isolation.processes import end_with_parent, how_it_ended, python
-from mxfp4ref.conformance.memory import limits
+from mxfp4ref.conformance.memory import limits, time_limit
 
 __all__ = ["begin", "end", "main", "needed", "others_code_begins", "supervise"]
 
@@ -33,6 +34,7 @@ _PASSED_ON = (
     signal.SIGINT,
     *(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)),
 )
+_MAPPING = ("checkpoint", "checkpoint-report", "invariance", "layer", "replay")  # commands that map files
 _PATIENCE = 3  # so many interrupts end the process at once, as it says itself
 _NONE, _BEGUN = (
     b"none",
@@ -44,13 +46,19 @@ _others_code = False  # whether it has begun
 
 def needed(arguments: Sequence[str]) -> bool:
     """Whether a command with these arguments has to be watched."""
-    return (arguments[:1] == ["conform"] and "--no-isolate" in arguments) or bool(limits())
+    command = "".join(arguments[:1])
+    return (
+        command in _MAPPING
+        or (command == "conform" and "--no-isolate" in arguments)
+        or bool(limits() or time_limit())
+    )
 
 
 def others_code_begins() -> None:
     """From here on a kernel or a script runs in this process: how that ends is its doing."""
     global _others_code
     _others_code = True
+    not_terminable()
     if _verdict is not None:
         _write(_verdict, _BEGUN)
 
@@ -95,6 +103,11 @@ def main(commands: click.Group, verdict: str | None) -> None:
         raise
 
 
+def _limit(number: int) -> str:
+    """The limit at which the system sends that signal, as far as it is known, or all of memory and threads."""
+    return time_limit() if number == getattr(signal, "SIGXCPU", 0) else limits()
+
+
 def supervise(start: str, arguments: Sequence[str], without: str | None) -> int:
     """Run Python in a process of its own, with the exit code that it writes by `end`; returns that.
 
@@ -136,7 +149,7 @@ def supervise(start: str, arguments: Sequence[str], without: str | None) -> int:
     how = how_it_ended(process.returncode)
     if state != _BEGUN:
         words = f"Error: the process ended ({how}) before it was done, and there is no verdict"
-        print("; ".join(filter(None, (words, limits()))), file=sys.stderr)
+        print("; ".join(filter(None, (words, _limit(-process.returncode)))), file=sys.stderr)
         return USAGE
     if without is None:
         return process.returncode if process.returncode >= 0 else 128 - process.returncode

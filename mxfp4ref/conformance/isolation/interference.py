@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import gc
 import sys
 from collections.abc import Callable
@@ -82,12 +83,18 @@ def interference() -> Callable[[], str]:
                 continue
             for name, value in found.items():
                 new = now.get(name)
-                matters = issubclass(type(value), CODE) or name.isupper() or name not in now
+                matters = (
+                    issubclass(type(value), CODE) or callable(value) or name.isupper() or name not in now
+                )
                 # torch replaces some functions by its own when it imports its compiler.
                 its_own = callable(value) and {_package_of(value), _package_of(new)} == {"torch"}
                 if new is not value and matters and not its_own:
                     setattr(owner, name, value)
                     changed.append(f"{found.get('__name__') or owner.__name__}.{name}")
+        for owner in parts:
+            for name in _hiding(owner, noted[owner]):
+                delattr(owner, name)
+                changed.append(f"{vars(owner).get('__name__') or owner.__name__}.{name}")
         for name in vars(torch.Tensor).keys() & _INHERITED - noted[torch.Tensor].keys():
             delattr(torch.Tensor, name)
             changed.append(f"Tensor.{name}")
@@ -110,6 +117,17 @@ def interference() -> Callable[[], str]:
         return listed(changed)
 
     return restore
+
+
+def _hiding(owner: Any, before: dict[str, Any]) -> list[str]:
+    """New names that hide others: a class's hide its instances' fields, a module's hide Python's builtins."""
+    if len(now := vars(owner)) == len(before):
+        return []
+    new = [name for name in now if name not in before]
+    return new if isinstance(owner, type) else [name for name in new if name in _BUILTINS]
+
+
+_BUILTINS = frozenset(vars(builtins))
 
 
 def _operators_of_python() -> frozenset[str]:

@@ -10,10 +10,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+from mxfp4ref.conformance.memory import time_limit
+
 __all__ = ["KILLED", "MARK", "end_with_parent", "how_it_ended", "kill", "marked", "python"]
 
 MARK = "MXFP4REF_WORKER"  # the environment's variable that tells the processes of a kernel
 KILLED = ", as the system does it that runs out of memory"  # of a process that SIGKILL has ended
+_HINTS = {
+    "SIGKILL": KILLED,
+    "SIGBUS": ", as of a file that became shorter while it was read",
+    "SIGXCPU": ", as at a limit of a processor's time (ulimit -t)",
+}
 
 
 def python(start: str, *arguments: str) -> list[str]:
@@ -55,8 +62,11 @@ def how_it_ended(code: int) -> str:
     """A process's exit code, or the signal that killed it, in words."""
     if code >= 0:
         return f"exit code {code}"
-    hint = KILLED if code == -signal.SIGKILL else ""
     try:
-        return f"signal {signal.Signals(-code).name}{hint}"
+        name = signal.Signals(-code).name
     except ValueError:  # a real-time signal, of which few have names
         return f"signal {-code}"
+    hint = _HINTS.get(name, "")
+    if hint == KILLED and (limit := time_limit()):
+        hint = f", as the system does it at a limit; {limit}"
+    return f"signal {name}{hint}"
