@@ -18,7 +18,8 @@ from mxfp4ref.conformance.families import FAMILIES, family_of
 from mxfp4ref.conformance.families.batches import each
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.hypotheses.activations import activation_hypotheses
-from mxfp4ref.conformance.families.hypothesis import Pipeline
+from mxfp4ref.conformance.families.hypotheses.tensors import value_hypotheses
+from mxfp4ref.conformance.families.hypothesis import slot_outputs
 from mxfp4ref.conformance.families.places import named_columns
 from mxfp4ref.conformance.families.slot_kinds import position_in_expert
 from mxfp4ref.conformance.looking import SECONDS
@@ -257,13 +258,21 @@ def test_one_finding_for_all_cases() -> None:
 def test_activations_that_are_computed_at_once_are_those_of_each_alone() -> None:
     part = prepared(CALL.select(slice(3, 4)))
     some = [*activation_hypotheses(part.call)][::9]
-    outputs = [output for _, output in each(part, some, Pipeline.run)]
+    outputs = [output for _, output, _ in each(part, some, list)]
     assert len({tensor_bytes(output) for output in outputs if output is not None}) > len(some) / 2
     for hypothesis, output in zip(some, outputs, strict=True):
         alone = hypothesis.run(part)
         assert output is not None
         assert alone is not None
         assert torch.equal(output, alone), hypothesis.words
+
+
+def test_rows_that_are_seen_are_what_the_second_gemm_gives() -> None:
+    part = prepared(CALL.select(slice(3, 4)))
+    some = [*value_hypotheses(part.call)][::29]
+    for hypothesis, _, rows in each(part, some, list):
+        assert rows is not None
+        assert torch.equal(rows[None], slot_outputs(hypothesis.change(part))), hypothesis.words
 
 
 def test_every_named_defect_of_the_layer_has_a_family() -> None:

@@ -21,6 +21,12 @@ def _number(call: MoeCall) -> Tensor:
     return torch.arange(len(call.input))
 
 
+def _scales(call: MoeCall, fc: str) -> Tensor:
+    scales = getattr(call.experts, f"{fc}_scales")
+    assert isinstance(scales, Tensor)
+    return scales.clone()
+
+
 def _reshaped(scales: Tensor) -> Tensor:
     """Each expert's scales read as if they lay transposed."""
     return scales.transpose(1, 2).contiguous().view(scales.shape)
@@ -54,7 +60,7 @@ def fc2_bias_in_the_first_tile_of_tokens(call: MoeCall) -> Tensor:
     story="the loader transposes fc2's scales of all experts but the first",
 )
 def fc2_scales_transposed_but_the_first(call: MoeCall) -> Tensor:
-    scales = call.experts.fc2_scales.clone()
+    scales = _scales(call, "fc2")
     scales[1:] = _reshaped(scales)[1:]
     return forward(with_experts(call, fc2_scales=scales))
 
@@ -65,14 +71,14 @@ def fc2_scales_transposed_but_the_first(call: MoeCall) -> Tensor:
     story="fc1's scales are transposed for experts of one file of two",
 )
 def fc1_scales_transposed_for_odd_experts(call: MoeCall) -> Tensor:
-    scales = call.experts.fc1_scales.clone()
+    scales = _scales(call, "fc1")
     scales[1::2] = _reshaped(scales)[1::2]
     return forward(with_experts(call, fc1_scales=scales))
 
 
 @wrong(
     stage="fc1",
-    says=(r"gate|up|halves|half", r"swap|exchang|instead", r"expert"),
+    says=(r"gate|up|halves|half", r"swap|exchang|instead|change places", r"expert"),
     story="w1 and w3 are swapped for the upper half of the experts, from the second file",
 )
 def halves_swapped_in_the_second_file(call: MoeCall) -> Tensor:
@@ -80,7 +86,7 @@ def halves_swapped_in_the_second_file(call: MoeCall) -> Tensor:
     if not experts.gated:
         return forward(call)
     half = (experts.num_experts + 1) // 2
-    weights, scales = experts.fc1_weights.clone(), experts.fc1_scales.clone()
+    weights, scales = experts.fc1_weights.clone(), _scales(call, "fc1")
     for t in (weights, scales):
         t[half:] = t[half:].roll(t.shape[1] // 2, 1)
     return forward(with_experts(call, fc1_weights=weights, fc1_scales=scales))
@@ -99,7 +105,7 @@ def fc2_nibbles_swapped_but_the_last(call: MoeCall) -> Tensor:
 
 @wrong(
     stage="finalize",
-    says=(r"weight", r"second|place 1|last place|odd"),
+    says=(r"weight", r"second|place 1|slot 1|last place|odd"),
     story="the second slot of every token is summed with the first one's weight",
 )
 def second_weight_is_the_first(call: MoeCall) -> Tensor:
@@ -161,6 +167,6 @@ def next_expert_from_token_eight_on(call: MoeCall) -> Tensor:
     story="fc2's scales are one row late in experts with an even number",
 )
 def fc2_scale_rows_late_in_even_experts(call: MoeCall) -> Tensor:
-    scales = call.experts.fc2_scales.clone()
+    scales = _scales(call, "fc2")
     scales[::2] = scales[::2].roll(-1, 1)
     return forward(with_experts(call, fc2_scales=scales))
