@@ -89,9 +89,8 @@ def compare_case(
             return result.lasting(kernel=running, comparison=time.perf_counter() - start - running), None
         compared = _compare(case.kind, outcome, candidates, options)
         if outcome.message and not compared.wrong:
-            result = CaseResult(
-                **about, status="wrong output", message=_joined(outcome.message, _put_back(left))
-            )
+            message = _joined(outcome.message, _put_back(left))
+            result = CaseResult(**about, status="wrong output", message=message)
             return result.lasting(kernel=running, comparison=time.perf_counter() - start - running), None
         if compared.wrong and failure is not None:
             failure = replace(failure, further=(*failure.further, (compared.closest, outcome.outputs)))
@@ -130,10 +129,8 @@ def _right_alone(
         or case.is_whole_layer
     ):
         return ""
-    tried, worker.tried_alone = (
-        worker.tried_alone,
-        _ALONE_AT_MOST,
-    )  # one that is wrong alone, too, is the last
+    # One that is wrong alone, too, is the last.
+    tried, worker.tried_alone = worker.tried_alone, _ALONE_AT_MOST
     try:
         with worker.another() as fresh:
             outcome = fresh.execute(options.timeout, case, one)
@@ -187,9 +184,9 @@ def _smallest(
     candidates: Iterable[Run],
     worker: Worker | None,
 ) -> tuple[Run, Mapping[str, Tensor]]:
-    """The smallest part of a call that fails as all of it did, and what the kernel gave for it; else all of it.
+    """The smallest part of a call that gives the bits that all of it gave, and the kernel's outputs; else all of it.
 
-    Tried are the first token that differs, and that with all before it: a mistake may need a token's place.
+    Tried are the first token that differs, and it with all before it. Of a call too large, any wrong part serves.
 
     Raises:
         ValueError: no part does, and all of it is too large to write.
@@ -197,6 +194,7 @@ def _smallest(
     one, outcome = failed
     if not isinstance(one.inputs, MoeCall):
         return one, outcome.outputs
+    smaller: tuple[Run, Mapping[str, Tensor]] | None = None
     call, want = to_device(one.inputs, "cpu"), one.expected["output"].cpu()
     token = 0 if outcome.problem else int(differing(outcome.outputs["output"], want).any(1).nonzero()[0])
     for first in () if outcome.problem in _NOT_RUN_AGAIN else dict.fromkeys((token, 0)):
@@ -208,28 +206,30 @@ def _smallest(
         if worker is not None:
             again = worker.execute_call(options.timeout, part, repeat=bool(outcome.problem))
         else:
-            inputs = "moe", part, small.expected
-            again = execute_within(options.timeout, kernel, inputs, repeat=bool(outcome.problem))
+            given = "moe", part, small.expected
+            again = execute_within(options.timeout, kernel, given, repeat=bool(outcome.problem))
         if again.problem or outcome.problem:
             before, now = (f"{ran.problem}: {ran.message}".split(": ")[:2] for ran in (outcome, again))
             if before == now:  # the class of what was raised, too
                 return small, {}
             continue
         # A kernel that chooses its K tiles may choose others for fewer tokens.
-        parts = {}
-        for other in candidates:
-            by_other = replace(part, kernel=other.inputs.kernel)
-            expected = Run(other.tiles, by_other, {"output": forward(by_other)})
-            parts[expected] = _bits(expected)
-        compared = _compare("moe", again, parts, options)
+        by_tiles = [(other.tiles, replace(part, kernel=other.inputs.kernel)) for other in candidates]
+        parts = [Run(tiles, own, {"output": forward(own)}) for tiles, own in by_tiles]
+        compared = _compare("moe", again, {run: _bits(run) for run in parts}, options)
         if compared.wrong:
-            return compared.closest, again.outputs
+            smaller = compared.closest, again.outputs
+            alone, among = (ran.outputs["output"].cpu() for ran in (again, outcome))
+            if not bool(differing(alone, among[first : token + 1]).any()):
+                return smaller
     size = sum(tensor.nbytes for tensor in vars(call.experts).values() if isinstance(tensor, Tensor))
-    if size > _LARGEST:
+    if size <= _LARGEST:
+        return one, outcome.outputs
+    if smaller is None:
         raise ValueError(
             f"no part of the call was seen to fail as it did, and all of it is {size / 2**30:.1f} GiB"
         )
-    return one, outcome.outputs
+    return smaller
 
 
 @dataclass(frozen=True)

@@ -175,8 +175,13 @@ def test_no_reproducer_replaces_what_is_none(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("only_if", "kept"),
-    [("len(output) > 0", 1), ("len(output) > 2", 3), ("len(output) > 3", 16)],
-    ids=["one token", "those before it too", "all"],
+    [
+        ("len(output) > 0", 1),
+        ("len(output) > 2", 3),
+        ("len(output) > 3", 16),
+        ("not output[min(2, len(output) - 1)].mul_(2 if len(output) > 2 else 3).any()", 3),
+    ],
+    ids=["one token", "those before it too", "all", "wrong otherwise alone"],
 )
 def test_a_reproducer_is_cut_to_what_was_seen_to_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, only_if: str, kept: int
