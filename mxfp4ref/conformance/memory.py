@@ -13,7 +13,17 @@ if TYPE_CHECKING:
 if sys.platform != "win32":
     import resource
 
-__all__ = ["cause_of", "free", "limits", "needed", "not_enough", "ran_out", "says_so", "too_large"]
+__all__ = [
+    "cause_of",
+    "free",
+    "limits",
+    "needed",
+    "needed_for",
+    "not_enough",
+    "ran_out",
+    "says_so",
+    "too_large",
+]
 
 NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # what torch says, in a RuntimeError
 _OWN = 700 << 20  # of a process with torch and this package
@@ -76,7 +86,12 @@ def needed(case: Case, *, dequantised: bool = False) -> int:
 
     With `dequantised`, where it has all of them in float32, 32 bits for each of 4.
     """
-    return case.nbytes * (8 if dequantised else 1) + _OWN
+    return needed_for(case.nbytes * (8 if dequantised else 1))
+
+
+def needed_for(tensors: int) -> int:
+    """The same of a case with so many bytes of tensors."""
+    return tensors + _OWN
 
 
 def too_large(case: Case, available: int | None) -> str:

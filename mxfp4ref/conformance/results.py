@@ -273,11 +273,7 @@ class Report(Shown):
         if any(r.diagnosis for r in self.results):
             return f" What is wrong is unknown.{self._most_telling}"
         first = next((r for r in self._failing if r.message), None)
-        return (
-            ""
-            if first is None
-            else f" {first.case}: {first.status}: {' '.join(first.message.split())[:_REASON]}."
-        )
+        return "" if first is None else f" {first.case}: {first.status}: {_beginning(first.message)}."
 
     @property
     def _most_telling(self) -> str:
@@ -302,6 +298,15 @@ class Report(Shown):
             alone = f" A quick diagnosis of one case; a full one tells what else predicts its bits: {again}"
             return alone * (len(calls) == 1)
         return f" This was a quick diagnosis; a full one tries more: {again}"
+
+
+def _beginning(message: str) -> str:
+    """A message in a line; of a long one as many whole parts as a verdict has room for."""
+    words = " ".join(message.split())
+    if len(words) <= _REASON:
+        return words
+    ends = [end.start() for end in re.finditer(r"[.;:,] ", words[:_REASON])]
+    return f"{words[: ends[-1]] if ends else words[:_REASON].rpartition(' ')[0]} ... (all of it stands above)"
 
 
 def now() -> str:
