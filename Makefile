@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := $(VENV)/.demo
+OURS := $(VENV)/.made-by-make
+INSTALLING := $(VENV)/.installing
 READY := $(VENV)/.ready
 # Compiled at first use, which each of the tests' workers would do for itself. What they import is compiled with them;
 # all of torch, as pip does it, takes a minute.
@@ -29,13 +31,23 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# One that an interrupted make left half made is made anew, and one that something else made is left alone.
+define NEW_VENV
+{ if test -e $(VENV) || test -L $(VENV); then \
+    if ! test -e $(OURS); then echo "$(VENV) has no working pip, and make did not make it: repair it or move it away"; exit 1; fi; \
+    echo "$(VENV) is half made, as an interrupted make leaves it: it is made anew"; rm -rf $(VENV); \
+  fi; mkdir $(VENV) && touch $(OURS) && $(PYTHON) -m venv $(VENV); }
+endef
+
 # What the package itself needs, and what tests need beyond (Triton alone is 1 GB).
-$(DEMO): EXTRAS := report
+$(DEMO): EXTRAS := report,test
 $(READY): EXTRAS := dev
 $(DEMO) $(READY): pyproject.toml constraints.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(NEW_VENV)
 	@echo "Installing mxfp4ref[$(EXTRAS)] into $(VENV); torch is large, this takes a minute or more ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@if test -e $(INSTALLING); then echo "The last installation was interrupted: all of it is installed again"; fi
+	@again=$$(test ! -e $(INSTALLING) || echo --ignore-installed); touch $(INSTALLING); \
+	$(BIN)/python -m pip install $$again --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[$(EXTRAS)]' && rm $(INSTALLING)
 	@echo "Compiling its loops for this CPU ..."
 	@export PYTHONDONTWRITEBYTECODE=; $(BIN)/python -c '$(LOOPS)' & $(BIN)/python -c '$(OTHERS)'; wait
 	@touch $@

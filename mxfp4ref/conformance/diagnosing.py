@@ -17,7 +17,7 @@ from mxfp4ref.conformance.families.hypothesis import UNKNOWN, Hypothesis, Pipeli
 from mxfp4ref.conformance.families.jury import Failure, Verdict, judge
 from mxfp4ref.conformance.findings.agreement import agreed, name_defects, unrefuted, with_one_case
 from mxfp4ref.conformance.findings.exposed import with_exposed
-from mxfp4ref.conformance.findings.finding import counted, of_specials
+from mxfp4ref.conformance.findings.finding import added, counted, of_specials
 from mxfp4ref.conformance.findings.guarded import listening
 from mxfp4ref.conformance.findings.reduction import is_heavy, thread_clock
 from mxfp4ref.conformance.isolation.plain import of_exception
@@ -237,8 +237,8 @@ class Failing:
         calls = (self._failures[case].failed for case in outside if case in self._failures)
         finding = with_exposed(finding, ((f.run.inputs, f.outputs) for f in calls if f.kind == "moe"))
         if not all_aside and (others := len(aside - set(special))) and finding.sentence:
-            words = f"{finding.sentence}; beside that, in {counted(others, 'case')} NaN alone has other bits"
-            finding = replace(finding, sentence=words, exact=False)
+            besides = f"; beside that, in {counted(others, 'case')} NaN alone has other bits"
+            finding = replace(finding, sentence=added(finding.sentence, besides), exact=False)
         return Found(tuple(results), defects, finding)
 
     def _again(self, result: CaseResult) -> CaseResult:

@@ -14,8 +14,12 @@ ALL_TOGETHER = "the diagnosis of all together, a minute or two at most"
 
 
 @contextmanager
-def heartbeat(say: Callable[[str], None], seconds: float | None = None) -> Iterator[Callable[[str], None]]:
+def heartbeat(
+    say: Callable[[str], None], seconds: float | None = None
+) -> Iterator[Callable[[str | Callable[[], str]], None]]:
     """A function to call with what is done from now on, in words, or "" for nothing that is worth a line.
+
+    Or with a function that says it, each time anew.
 
     Args:
         say: called, in a thread, with "[ 25 s] ", the words and how long they have been true, after each so many
@@ -24,19 +28,19 @@ def heartbeat(say: Callable[[str], None], seconds: float | None = None) -> Itera
     """
     silence = SILENCE if seconds is None else seconds
     start = since = time.monotonic()
-    words = ""
+    words: str | Callable[[], str] = ""
     ended = threading.Event()
 
-    def now(what: str) -> None:
+    def now(what: str | Callable[[], str]) -> None:
         nonlocal words, since
         words, since = what, time.monotonic()
 
     def beat() -> None:
         while not ended.wait(silence):
-            told = words
+            told = words() if callable(words) else words
             if told and not ended.is_set():
                 moment = time.monotonic()
-                lasting = f", {moment - since:.0f} s" if moment - since >= 1 else ""
+                lasting = f", for {moment - since:.0f} s" if moment - since >= 1 else ""
                 say(f"[{moment - start:3.0f} s] {told}{lasting}")
 
     thread = threading.Thread(target=beat, name="heartbeat", daemon=True)

@@ -19,6 +19,7 @@ __all__ = [
     "free",
     "limits",
     "needed",
+    "needed_for",
     "not_enough",
     "ran_out",
     "says_so",
@@ -105,7 +106,12 @@ def needed(case: Case, *, dequantised: bool = False) -> int:
 
     With `dequantised`, where it has all of them in float32, 32 bits for each of 4.
     """
-    return case.nbytes * (8 if dequantised else 1) + _OWN
+    return needed_for(case.nbytes * (8 if dequantised else 1))
+
+
+def needed_for(tensors: int) -> int:
+    """The same of a case with so many bytes of tensors."""
+    return tensors + _OWN
 
 
 def too_large(case: Case, available: int | None) -> str:

@@ -14,7 +14,15 @@ from mxfp4ref._shown import Shown
 from mxfp4ref.conformance.case_result import PASSING, RECORDING, CaseResult
 from mxfp4ref.conformance.diagnosis import Finding
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN
-from mxfp4ref.conformance.findings.finding import SEVERAL, SPECIAL, WITHIN, alternatives, counted
+from mxfp4ref.conformance.findings.finding import (
+    SEVERAL,
+    SPECIAL,
+    WITHIN,
+    added,
+    alternatives,
+    counted,
+    listed,
+)
 from mxfp4ref.conformance.goldens_used import GoldensUsed
 from mxfp4ref.conformance.kernels.adapters import OTHER_KIND, SKIPPED_BEFORE
 from mxfp4ref.defects import DEFECTS
@@ -113,7 +121,17 @@ class Report(Shown):
 
     @property
     def verdict(self) -> str:
-        """The result in a sentence or two."""
+        """The result in a sentence or two, or a few more."""
+        return " ".join(self.sentences)
+
+    @property
+    def sentences(self) -> list[str]:
+        """The verdict's: what came of it, then what is wrong and how far that was looked for, if anything is."""
+        return [self.outcome, *filter(None, (self.culprit.strip(), self.further.strip(), self.unfinished))]
+
+    @property
+    def outcome(self) -> str:
+        """The result without what is wrong."""
         ran = [r for r in self.results if r.status != "skipped"]
         failed = sum(not r.ok for r in ran)
         of = f"{failed} of {counted(len(ran), 'case')}"
@@ -131,9 +149,23 @@ class Report(Shown):
             few = " on a few cases only" * bool(unseen)
             return f"{self.kernel} conforms{few}: it {how} in {which}{self._scope}.{unseen}"
         fail = "fails" if failed == 1 else "fail"
-        words = f"{self.kernel} does not conform: {of} {fail}{self._how}{self._scope}."
-        left = f" {self.left} more were not run." if self.left else ""
-        return words + left + self.culprit + self.further
+        return f"{self.kernel} does not conform: {of} {fail}{self._how}{self._scope}."
+
+    @property
+    def unfinished(self) -> str:
+        """Where a run stopped since enough had failed: from how few that is judged, and how to run the others."""
+        from mxfp4ref.conformance.reports.again import whole_command
+
+        if not self.left or self.interrupted:
+            return ""
+        failed = len(self._failing)
+        few = "the one case" if failed == 1 else f"the {failed:,} cases"
+        others = counted(self.left, "other case")
+        if "--maxfail" not in self.selection:
+            return f"Judged from {few} that failed; {others} not run may tell more."
+        option = "-x" if failed == 1 else "--maxfail"
+        again = f": {whole_command(self)}" if self.arguments else "."
+        return f"Judged from {few} that failed; without {option}, {others} may tell more{again}"
 
     @property
     def skipped(self) -> str:
@@ -218,7 +250,7 @@ class Report(Shown):
             more = "" if len(self.defects) == 1 else " (these cases do not tell them apart)"
             others = [words for words in found.hypotheses if words.split(":")[0] not in self.defects]
             _, special, rest = found.sentence.partition(f"; {SPECIAL}")
-            said = f"{summary}{alternatives(summary, others)}{special}{rest}"
+            said = f"{summary}{special}{listed(rest)[0]}{alternatives(summary, others)}"
             return f" Every wrong bit is that of {which}{more}: {said}."
         where = f"; {found.where}" if found.stages else ""
         if found.sentence and found.cases:
@@ -226,26 +258,22 @@ class Report(Shown):
             of += " that were searched" * (found.cases[1] < len(self._failing) - self.within_bounds)
             if found.exact:
                 return f" Each is explained in every bit, by different sentences; {of} by this: {found.sentence}."
-            return f" Every wrong bit in {of} is predicted by this: {found.sentence}{where}."
+            return f" Every wrong bit in {of} is predicted by this: {added(found.sentence, where)}."
         if found.sentence and found.exact:
             return f" Every wrong bit is predicted by this: {found.sentence}."
         of_some = found.stages == ("routing",) and re.match(r"in \d", found.sentence)
         if found.kind == SEVERAL or of_some:
-            return f" No one sentence explains all: {found.sentence}{where}."
+            return f" No one sentence explains all: {added(found.sentence, where)}."
         if found.sentence and found.stages == ("routing",):
             return f" Up to roundings, this explains all ids and weights: {found.sentence}."
         if found.sentence:
-            return f" No hypothesis predicts every bit. The best evidence: {found.sentence}{where}."
+            return f" No hypothesis predicts every bit. The best evidence: {added(found.sentence, where)}."
         if known := found.common or found.where:
             return f" What is wrong is unknown; {known}.{self._most_telling}"
         if any(r.diagnosis for r in self.results):
             return f" What is wrong is unknown.{self._most_telling}"
         first = next((r for r in self._failing if r.message), None)
-        return (
-            ""
-            if first is None
-            else f" {first.case}: {first.status}: {' '.join(first.message.split())[:_REASON]}."
-        )
+        return "" if first is None else f" {first.case}: {first.status}: {_beginning(first.message)}."
 
     @property
     def _most_telling(self) -> str:
@@ -270,6 +298,15 @@ class Report(Shown):
             alone = f" A quick diagnosis of one case; a full one tells what else predicts its bits: {again}"
             return alone * (len(calls) == 1)
         return f" This was a quick diagnosis; a full one tries more: {again}"
+
+
+def _beginning(message: str) -> str:
+    """A message in a line; of a long one as many whole parts as a verdict has room for."""
+    words = " ".join(message.split())
+    if len(words) <= _REASON:
+        return words
+    ends = [end.start() for end in re.finditer(r"[.;:,] ", words[:_REASON])]
+    return f"{words[: ends[-1]] if ends else words[:_REASON].rpartition(' ')[0]} ... (all of it stands above)"
 
 
 def now() -> str:

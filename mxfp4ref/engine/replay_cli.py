@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import textwrap
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = ["replay"]
 
-_NOTE = 60  # characters of a finding in the table
 _COLOURS = {"equal": "green", "within bounds": "green", "skipped": "bright_black"}
 
 
@@ -178,11 +176,12 @@ def _print_table(report: Report) -> None:
 
 
 def _note(result: CaseResult) -> str:
-    """Why a call was not compared or is not equal: the first words of what is said below the table."""
+    """Why a call was not compared or is not equal: the first part of what is said below the table."""
     if result.ok:
         return result.message
+    from mxfp4ref.conformance.findings.finding import listed
     from mxfp4ref.conformance.reports.report_text import wrong_elements
 
     found = result.diagnosis
     words = result.message or ((found.finding.sentence or found.stage) if found else "")
-    return textwrap.shorten(words or f"{wrong_elements(result)} differ", _NOTE, placeholder=" ...")
+    return listed(words)[0].split("; ")[0] or f"{wrong_elements(result)} differ"

@@ -96,7 +96,8 @@ class ReplayReport(Report):
     """The results of a replay; `kernel` is the folder, or the kernel that ran on the calls in it."""
 
     @property
-    def verdict(self) -> str:
+    def outcome(self) -> str:
+        """The result without what is wrong."""
         counts = Counter(result.status for result in self.results)
         layers = len({r.layer for r in self.results if isinstance(r, ReplayResult)} - {0})
         words = f"{self.kernel}: interrupted, no verdict; " if self.interrupted else ""
@@ -127,4 +128,8 @@ class ReplayReport(Report):
         of_a_kernel = not own and "--kernel" not in self.arguments
         if set(counts) == {"equal"} and of_a_kernel and not zeros and not local:
             words += _HANDED
-        return words + self.culprit + self.further
+        return words
+
+    @property
+    def unfinished(self) -> str:
+        return ""  # no call that fails ends a replay

@@ -23,6 +23,7 @@ from mxfp4ref.conformance.findings.agreement import agreed, name_defects
 from mxfp4ref.conformance.isolation.execution import Outcome
 from mxfp4ref.conformance.isolation.plain import of_exception
 from mxfp4ref.conformance.kernels.loading import environment
+from mxfp4ref.conformance.looking import Known
 from mxfp4ref.conformance.results import PASSING, RECORDING, CaseResult, now
 from mxfp4ref.conformance.suite import Interrupted
 from mxfp4ref.engine.answering import answering
@@ -238,6 +239,14 @@ class _Run:
             "" if prediction else "no prediction: the autotune cache has nothing for this layer",
         )
 
+    def _as_before(self, located: Located) -> Known | None:
+        """What earlier calls that differed came to, if that predicts every bit of this one too."""
+        if not self._suspects:
+            return None
+        effort = "full" if located.large else "quick"
+        known = located.search(tuple(self._suspects), effort, seconds=_AS_BEFORE, limit=_AS_BEFORE_REAL)
+        return known if known[1].exact else None
+
     def _differing(self, recording: Recording, call: MoeCall, output: Tensor) -> dict[str, Any]:
         call = replace(call, kernel=closest_kernel(call, output))
         expected = forward(call)
@@ -259,7 +268,8 @@ class _Run:
             start = time.perf_counter()
             located = Located("moe", call, outputs, right, outside)
             try:
-                diagnosis = located.told(located.search(tuple(self._suspects), effort))
+                known = self._as_before(located) or located.search(tuple(self._suspects), effort)
+                diagnosis = located.told(known)
                 # The next call that differs may do so for the same reason.
                 self._suspects = dict.fromkeys([*diagnosis.exact, *located.found, *self._suspects])
                 found["diagnosis"] = diagnosis
@@ -274,6 +284,7 @@ class _Run:
         return found
 
 
+_AS_BEFORE, _AS_BEFORE_REAL = 0.1, 2.0  # seconds, of the second on a layer of real size
 _NOT_WRITTEN = "no token has an expert of this rank: with enable_alltoall the kernel writes nothing"
 _UNCLEAR = (
     "whole tokens differ, and a CUDA graph made the call: flashinfer's recorder reads inputs and output after the "

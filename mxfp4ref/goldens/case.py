@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +16,7 @@ from mxfp4ref._shown import Shown
 from mxfp4ref.formats.experts import PARAMETERS, Experts
 from mxfp4ref.goldens.error import GoldenError
 from mxfp4ref.goldens.generator import generate
+from mxfp4ref.goldens.manifest import derived_bytes
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90.activation import SWIGLU
 from mxfp4ref.sm90.tactics import Sm90Kernel
@@ -85,11 +85,7 @@ class Case(Shown):
     def nbytes(self) -> int:
         """Bytes of all its tensors, of the derived ones with every expert, as a kernel is handed them."""
         stored = sum(tensor.nbytes for tensor in self.tensors.values())
-        sizes = [
-            (2 if recipe["rule"] == "bf16" else 1) * math.prod(recipe["shape"])
-            for recipe in self.derived.values()
-        ]
-        return int(stored + sum(sizes))
+        return int(stored + derived_bytes(self.derived))
 
     @property
     def is_whole_layer(self) -> bool:

@@ -8,11 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["BUILTIN", "FILE_KINDS", "FORMAT", "entries", "json_bytes", "manifest_bytes", "write_builtin"]
+__all__ = [
+    "BUILTIN",
+    "FILE_KINDS",
+    "FORMAT",
+    "derived_bytes",
+    "entries",
+    "json_bytes",
+    "manifest_bytes",
+    "write_builtin",
+]
 
 FORMAT = "mxfp4ref-goldens-1"
 FILE_KINDS = ("json", "safetensors")
@@ -56,6 +66,13 @@ def manifest_bytes(cases: Entries, of: int = 0) -> bytes:
 def json_bytes(value: object) -> bytes:
     """The one way in which the goldens write JSON, so that equal content is equal bytes."""
     return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def derived_bytes(recipes: Mapping[str, Mapping[str, Any]]) -> int:
+    """Bytes of the tensors that a case's recipes derive, with every expert."""
+    return sum(
+        (2 if recipe["rule"] == "bf16" else 1) * math.prod(recipe["shape"]) for recipe in recipes.values()
+    )
 
 
 def write_builtin(goldens: Path, target: Path) -> None:

@@ -19,7 +19,7 @@ from mxfp4ref._files import UNFINISHED, files_below, mismatch, parse_json, read_
 from mxfp4ref._lock import locked
 from mxfp4ref._words import did_you_mean
 from mxfp4ref.goldens.error import GoldenError
-from mxfp4ref.goldens.manifest import FILE_KINDS, FORMAT
+from mxfp4ref.goldens.manifest import FILE_KINDS, FORMAT, derived_bytes
 
 if TYPE_CHECKING:
     from mxfp4ref.goldens.case import Case
@@ -136,29 +136,47 @@ class Goldens:
             self.entries = self._manifest()
             return self._load(name)
 
-    def _load(self, name: str) -> Case:
-        import safetensors.torch
+    def about(self, name: str) -> dict[str, Any]:
+        """What is said of a case, verified, without its tensors and without torch; errors as of `load`.
 
-        from mxfp4ref.goldens.case import verified_case
+        Beside the keys of its JSON file "bytes", as of `Case.nbytes`, but for the stored file's header.
+        """
+        try:
+            sidecar, _ = self._sidecar(name)
+        except GoldenError:
+            with locked(self.root):
+                self.entries = self._manifest()
+                sidecar, _ = self._sidecar(name)
+        stored = self.entries[name]["safetensors"]["bytes"]
+        return {**sidecar, "bytes": stored + derived_bytes(sidecar["derived"])}
 
+    def _sidecar(self, name: str) -> tuple[dict[str, Any], Path]:
+        """What is in a case's JSON file, and where its tensors are."""
         if name not in self.entries:
             hint = did_you_mean(name, self.entries)
             if len(self.entries) < self.of:
                 hint += f"; these are {self.count}, the few that come with the package; to get all: {FETCH}"
             raise GoldenError(f"{name!r}: no such case in {self.root}{hint}")
-        paths = {kind: self.root / f"{name}.{kind}" for kind in FILE_KINDS}
-        data = {kind: _read(path) for kind, path in paths.items()}
-        for kind, path in paths.items():
-            _verify(str(path), data[kind], self.entries[name][kind])
-        sidecar = _parse(paths["json"], data["json"])
+        path = self.root / f"{name}.json"
+        data = _read(path)
+        _verify(str(path), data, self.entries[name]["json"])
+        sidecar = _parse(path, data)
         if wrong := mismatch(sidecar, _SIDECAR, "case"):
-            raise GoldenError(f"{paths['json']}: {wrong}")
+            raise GoldenError(f"{path}: {wrong}")
+        return sidecar, path.with_suffix(".safetensors")
+
+    def _load(self, name: str) -> Case:
+        import safetensors.torch
+
+        from mxfp4ref.goldens.case import verified_case
+
+        sidecar, path = self._sidecar(name)
+        data = _read(path)
+        _verify(str(path), data, self.entries[name]["safetensors"])
         try:
-            tensors = safetensors.torch.load(data["safetensors"])
+            tensors = safetensors.torch.load(data)
         except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
-            raise GoldenError(
-                f"{paths['safetensors']}: expected tensors, got {type(error).__name__}: {error}"
-            ) from error
+            raise GoldenError(f"{path}: expected tensors, got {type(error).__name__}: {error}") from error
         return verified_case(name, sidecar, tensors)
 
     def verify(self) -> list[str]:

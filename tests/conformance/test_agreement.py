@@ -17,7 +17,7 @@ from mxfp4ref.conformance.families.hypothesis import Hypothesis
 from mxfp4ref.conformance.families.jury import Failure, judge
 from mxfp4ref.conformance.families.search import Match
 from mxfp4ref.conformance.findings.agreement import agreed, unrefuted, with_one_case
-from mxfp4ref.conformance.findings.finding import OTHER_EXPERTS, Evidence, Finding, in_words
+from mxfp4ref.conformance.findings.finding import OTHER_EXPERTS, Evidence, Finding, added, in_words, listed
 from mxfp4ref.conformance.findings.patterns import Pattern
 from mxfp4ref.conformance.findings.stage_fit import Reach
 from mxfp4ref.conformance.kernels.adapters import whole_arguments
@@ -27,7 +27,7 @@ from tests.held_out_kernels.by_hand import with_experts
 
 GOLDENS = open_goldens()
 FACTOR = "a factor of 0.9 too many on the bf16 output"
-TOLD_FROM = ". This output does not tell it from: "
+TOLD_FROM = ". The same bits would come from: "
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +74,20 @@ def test_what_all_cases_say(plain: Diagnosis) -> None:
 
 
 def test_alternatives_that_only_some_cases_leave_are_excluded_by_the_others(plain: Diagnosis) -> None:
-    assert in_words("ABCDE") == f"A{TOLD_FROM}B; C; D and 1 more"
+    assert in_words("ABCDEFG") == f"A{TOLD_FROM}(1) B; (2) C; (3) D; (4) E; (5) F; and 1 more"
+    assert listed(in_words("ABCDEFG")) == ("A", [*"BCDEF", "and 1 more"])
+    assert listed(added(in_words("AB"), "; beside that, C") + ".") == ("A; beside that, C", ["B"])
+    assert listed("A.") == ("A.", [])
     words = said(plain, exact(*"ABCDE"), exact(*"AC"), exact(*"CEA"))
     assert words == f" Every wrong bit is predicted by this: A{TOLD_FROM}C."
 
 
 def test_alternatives_that_open_otherwise_are_told_before_more_of_the_same() -> None:
     limits = [f"the limit is {n}" for n in range(4)]
-    assert in_words(("A", *limits, "B", "C")) == f"A{TOLD_FROM}{limits[0]}; B; C and 3 more"
+    assert (
+        in_words(("A", *limits, "B", "C"))
+        == f"A{TOLD_FROM}(1) {limits[0]}; (2) B; (3) C; (4) {limits[1]}; (5) {limits[2]}; and 1 more"
+    )
 
 
 @pytest.mark.slow

@@ -194,6 +194,9 @@ class TestFiles:
             ("logical:own_kernel:few", "cannot be called"),
             ("stage:layuot:own_kernel:f", "did you mean layout?"),
             ("orcale", "did you mean oracle?"),
+            ("plan:own_kernel:few", "got 'plan:' in 'plan:own_kernel:few'; did you mean plain:?"),
+            ("own_kernel:f", "with plain: before it, f(x, ids, scales, w1, s1, w2, s2, **parameters)"),
+            ("plain:own_kernel:few", "without plain:, or with logical: in its place, with flashinfer's"),
         ],
     )
     def test_what_is_meant_is_said(self, spec: str, message: str) -> None:

@@ -11,7 +11,10 @@ import torch
 
 from mxfp4ref import MoeCall, forward
 from mxfp4ref.conformance import diagnose
+from mxfp4ref.conformance.families.hypothesis import Hypothesis
+from mxfp4ref.conformance.families.search import Match
 from mxfp4ref.conformance.families.solved.known_factors import factor_in_words, simple_between
+from mxfp4ref.conformance.families.telling import told
 from mxfp4ref.sm90.fp32 import to_bf16
 from tests.held_out_kernels.by_hand import layer
 from tests.held_out_kernels.calls import captured
@@ -86,6 +89,21 @@ def test_constants(factor: float, words: str) -> None:
 @pytest.mark.parametrize("factor", [1.0, -1.0, 0.0, math.inf, math.nan, 1.1, 3.3])
 def test_nothing_is_known_of_most(factor: float) -> None:
     assert factor_in_words(factor, [weighted(1.0)]) == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "note"),
+    [
+        ("the SwiGLU alpha is hard-coded as 1.702", "1.702 is gpt-oss's, the alpha of quick GELU"),
+        ("the SwiGLU limit is 7 for all experts", "7 is gpt-oss's"),
+        ("the SwiGLU alpha is hard-coded as 1.5", ""),
+        ("the SwiGLU limit is 7 times too large", ""),
+    ],
+)
+def test_parameters_of_models(words: str, note: str) -> None:
+    hypothesis = Hypothesis("parameters", ("activation",), words, lambda p: None, 1.0)
+    found = told([Match(hypothesis, True)], (), [])
+    assert found.sentence == words + f". Note: {note}" * bool(note)
 
 
 @pytest.mark.slow

@@ -205,11 +205,16 @@ def test_what_was_not_run_is_told_with_the_line_that_runs_it() -> None:
         *("k", "exact", (result_of(SMALL, "differs"),)),
         **{"left": 7, "date": "today", "arguments": ("k.py:f",), "selection": selection},
     )
-    line = "not run: 7 cases; to run all: mxfp4ref conform k.py:f --case gemm --case --maxfail --last-failed a.json"
-    assert f"{line} --jobs 3" in to_text(report).split("\n")
-    assert "not run: 7 cases" in to_text(replace(report, arguments=())).split("\n")
-    assert "to run all: mxfp4ref" in to_html(report)
-    assert "not run: " not in to_text(replace(report, left=0))
+    line = "mxfp4ref conform k.py:f --case gemm --case --maxfail --last-failed a.json --jobs 3"
+    stopped = f"Judged from the one case that failed; without -x, 7 other cases may tell more: {line}"
+    assert to_text(report).split("\n")[-1] == stopped
+    assert stopped in to_html(report)
+    of_python = to_text(replace(report, arguments=(), selection=()))
+    assert of_python.endswith("from the one case that failed; 7 other cases not run may tell more.")
+    interrupted = to_text(replace(report, interrupted=True)).split("\n")
+    assert f"not run: 7 cases; to run all: {line}" in interrupted
+    for whole in (replace(report, left=0), replace(report, results=(result_of(SMALL),), interrupted=True)):
+        assert "may tell more" not in to_text(whole)
 
 
 def test_some_failures_of_each_kind_are_told_in_full() -> None:

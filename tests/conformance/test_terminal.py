@@ -49,6 +49,7 @@ def helps(command, *names):
 
 run("--version")
 helps(commands)
+run("list")
 for line in ("", "conform defect:", "show ", "conform --case g", "layer --"):
     run(COMP_LINE=f"mxfp4ref {line}", _MXFP4REF_COMPLETE="bash_complete")
 print(sorted({"torch", "numpy", "numba", "rich"} & set(sys.modules)))

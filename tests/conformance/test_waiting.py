@@ -72,8 +72,8 @@ def test_a_slow_case_is_named_where_no_bar_can_be_drawn(monkeypatch: pytest.Monk
     monkeypatch.setattr(shared, "echo", echo)
     before_each_case(monkeypatch, lambda case: None if case == FIRST else waited(said))
     assert invoke("conform", "oracle", *TWO).exit_code == 0
-    rate = r"(, about \d+ s more at this rate)?"
-    assert re.fullmatch(rf"\[ *\d+ s\] 1 of 2 done{rate}; 0 failed; now {SECOND}(, \d+ s)?", told[0])
+    rate = r"(, about \d+ s more)?"
+    assert re.fullmatch(rf"\[ *\d+ s\] 1 of 2 done{rate}; 0 failed; now {SECOND}(, for \d+ s)?", told[0])
 
 
 def waited(said: threading.Event) -> None:
@@ -84,7 +84,7 @@ def waited(said: threading.Event) -> None:
 def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What a heartbeat would say."""
     words: list[str] = []
-    monkeypatch.setattr(shared, "heartbeat", lambda say: nullcontext(words.append))
+    monkeypatch.setattr(shared, "heartbeat", lambda say: nullcontext(lambda what: words.append(what())))
     return words
 
 
@@ -176,19 +176,38 @@ def test_layers_that_may_not_fit_are_left_out(
     monkeypatch.setattr(memory, "free", lambda: gib << 30)
     goldens = open_goldens()
     names = [FIRST, *goldens.names("models")]
-    fit = that_fit(goldens, names, spec, device)
+    fit, lines = that_fit(goldens, names, spec, device)
     assert [f"models/{name}" for name in left] == [name for name in names if name not in fit]
-    told = capsys.readouterr().err.splitlines()
-    assert [line.split()[0] for line in told] == [f"models/{name}" for name in left]
-    assert all("runs it" in line for line in told)
+    assert [line.split()[0] for line in lines] == [f"models/{name}" for name in left]
+    assert all("runs it" in line for line in lines)
+    assert capsys.readouterr().err == "", "which is told once the kernel is loaded"
 
 
 def test_skipped_cases_say_nothing_of_how_long_others_take(
     told: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = iter(range(0, 1000, 90))
+    clock = iter(range(0, 1000, 20))
     monkeypatch.setattr(shared, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     with shared.case_progress([FIRST] * 4) as advance:
         for status in ("equal", "skipped", "equal"):
             advance(CaseResult(FIRST, "moe", "", status))
-    assert ["at this rate" in words for words in told] == [False, True, False, False]
+    assert [" s more" in words for words in told] == [False, True, False, False]
+
+
+def test_an_estimate_goes_down_and_is_dropped_when_it_was_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = [0.0]
+    heard: list[Callable[[], str]] = []
+    monkeypatch.setattr(shared, "heartbeat", lambda say: nullcontext(heard.append))
+    monkeypatch.setattr(shared, "time", SimpleNamespace(monotonic=lambda: moments[-1]))
+    words = []
+    with shared.progress(total=4) as step:
+        moments.append(30.0)
+        step("call 1", 4)
+        for moment in (40.0, 100.0, 130.0):
+            moments.append(moment)
+            words.append(heard[-1]())
+    assert words == [
+        "1 of 4 done, about 80 s more; call 1",
+        "1 of 4 done, about 20 s more; call 1",
+        "1 of 4 done; call 1",
+    ]

@@ -104,11 +104,13 @@ def test_what_is_all_that_an_expert_has_is_told_of_slots_and_of_weights() -> Non
     got = by("problem_sizes_compacted_pointers_not")(call)
     finding = told([Match(h, True) for h in predicting(call, got)], (), [call])
     assert finding.stages == ("slots", "fc1")
-    slots, weights = finding.sentence.split(". This output does not tell it from: ", 1)
+    slots, weights = finding.sentence.split(". The same bits would come from: ", 1)
     assert slots.startswith(
         "slots are computed by other experts: expert 1 is replaced by expert 0, 4 by 1, 7 by 2"
     )
-    assert weights.startswith("the weights of both GEMMs, with their scales, are those of other experts: ")
+    assert weights.startswith(
+        "(1) the weights of both GEMMs, with their scales, are those of other experts: "
+    )
 
 
 @pytest.mark.slow

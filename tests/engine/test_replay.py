@@ -180,12 +180,12 @@ def test_how_long_it_takes_is_said_before_and_each_call_as_it_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And that it is at the first one, which may take long."""
-    told: list[str] = []
+    told: list[Any] = []
     monkeypatch.setattr(shared, "heartbeat", lambda say: nullcontext(told.append))
     for number in (1, 2, 3):
         recorded.write_call(tmp_path, SMALL_CALL, forward(SMALL), number=number)
     result = CliRunner().invoke(commands, ["replay", str(tmp_path), "--max-calls", "2"])
-    assert told[0] == "now the first call"
+    assert told[0]() == "now the first call"
     first, *each = result.stderr.splitlines()
     assert re.fullmatch(
         r"2 recorded calls: about \d+ s to compare; up to 80 s of the processor more if all differ",
@@ -332,13 +332,13 @@ def test_what_explained_one_call_is_tried_first_on_the_next(
         recorded.write_call(tmp_path, SMALL_CALL, scaled, number=number)
     given, search = [], Located.search
 
-    def noted(self: Located, suspects: tuple[Any, ...], diagnosis: str) -> Any:
-        given.append(suspects)
-        return search(self, suspects, diagnosis)
+    def noted(self: Located, suspects: tuple[Any, ...], diagnosis: str, **limits: float) -> Any:
+        given.append((len(suspects) > 0, diagnosis, sorted(limits)))
+        return search(self, suspects, diagnosis, **limits)
 
     monkeypatch.setattr(Located, "search", noted)
-    report = replay(tmp_path, ReplayOptions(diagnosis="quick"))
-    assert [len(suspects) > 0 for suspects in given] == [False, True]
+    report = replay(tmp_path, ReplayOptions())
+    assert given == [(False, "full", []), (True, "quick", ["limit", "seconds"])]
     sentences = {r.diagnosis.finding.sentence for r in report.results if r.diagnosis}
     assert len(sentences) == 1
     assert "a factor of 0.9" in sentences.pop()

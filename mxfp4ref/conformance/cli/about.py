@@ -20,7 +20,7 @@ from mxfp4ref.conformance.cli import completing
 from mxfp4ref.conformance.cli.command import command
 from mxfp4ref.conformance.cli.shared import NOT_EQUAL, UsageError, goldens_option, usage_errors
 from mxfp4ref.conformance.cli.terminal import echo, echo_json, echo_rows
-from mxfp4ref.conformance.memory import needed
+from mxfp4ref.conformance.memory import needed_for
 from mxfp4ref.goldens import Goldens, open_goldens
 
 __all__ = ["doctor", "list_cases"]
@@ -93,17 +93,15 @@ def _about(row: dict[str, Any]) -> str:
 
 
 def _chosen(goldens: Goldens, patterns: tuple[str, ...]) -> list[str]:
-    from mxfp4ref.defects import DEFECTS
-
     names = goldens.names()
     chosen: set[str] = set()
     for pattern in patterns:
-        if pattern in DEFECTS:
-            found = [name for name in names if pattern in goldens.load(name).catches]
-        else:
-            found = [name for name in names if _matches(name, pattern)]
-            found = found or [name for name in names if goldens.load(name).kind == pattern]
+        found = [name for name in names if _matches(name, pattern)]
+        for key in ("catches", "kind"):
+            found = found or [name for name in names if pattern in _listed(goldens.about(name)[key])]
         if not found:
+            from mxfp4ref.defects import DEFECTS
+
             if pattern in DEFECTS:
                 raise UsageError(f"GLOB: no case is made for {pattern}: mxfp4ref explain {pattern}")
             hint = did_you_mean(pattern, [*goldens.suites, *names, *DEFECTS])
@@ -116,10 +114,14 @@ def _matches(name: str, pattern: str) -> bool:
     return fnmatch.fnmatch(name, pattern) or name.split("/")[0] == pattern
 
 
+def _listed(value: Any) -> list[str]:
+    return value if isinstance(value, list) else [value]
+
+
 def _row(goldens: Goldens, name: str) -> dict[str, Any]:
-    case = goldens.load(name)
-    about = {"case": case.id, "kind": case.kind, "why": case.why, "unique_for": case.unique_for or ""}
-    return {**about, "catches": list(case.catches), "bytes": needed(case)}
+    case = goldens.about(name)
+    about = {key: case[key] for key in ("kind", "why", "unique_for", "catches")}
+    return {"case": name, **about, "bytes": needed_for(case["bytes"])}
 
 
 @command()

@@ -38,6 +38,9 @@ from mxfp4ref.conformance.cli.terminal import echo
 from mxfp4ref.goldens import GoldenError, Goldens, open_goldens
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mxfp4ref.conformance.results import CaseResult
     from mxfp4ref.goldens import Case
 
 __all__ = ["conform"]
@@ -216,7 +219,7 @@ def _conform(spec: str, root: Path | None, options: dict[str, Any], interruption
         goldens = open_goldens(root)
         out = select(goldens, excluded, "--exclude")
         names = [n for n in select(goldens, patterns, "--case") or goldens.names() if n not in out]
-        names = names if patterns else that_fit(goldens, names, spec, device)
+        names, left_out = (names, []) if patterns else that_fit(goldens, names, spec, device)
         if not names:
             raise UsageError("--exclude: none of the chosen cases is left")
         if earlier is not None:
@@ -233,7 +236,7 @@ def _conform(spec: str, root: Path | None, options: dict[str, Any], interruption
                     Options(**options),
                     device=device,
                     isolate=isolate,
-                    progress=advance,
+                    progress=partial(_advance, advance, left_out),
                     note=partial(echo, err=True),
                 )
             except Interrupted as interrupted:
@@ -266,6 +269,13 @@ def _conform(spec: str, root: Path | None, options: dict[str, Any], interruption
     if not result.compared:
         raise UsageError(f"{spec}: none of the cases that ran has an element to compare")
     return NOT_EQUAL if not result.ok else 0 if complete else USAGE
+
+
+def _advance(advance: Callable[[CaseResult], None], left_out: list[str], result: CaseResult) -> None:
+    """After the first case tell what is left out: of a kernel that cannot be loaded that is all there is to tell."""
+    while left_out:
+        echo(left_out.pop(0), err=True)
+    advance(result)
 
 
 def _takes_all_experts(spec: str) -> bool:

@@ -28,7 +28,15 @@ def init() -> None:
 
 @init.command()
 @click.argument("path", type=click.Path(dir_okay=False, path_type=Path), default="adapter.py")
-def adapter(path: Path) -> None:
+@click.option(
+    "--like",
+    type=click.Choice(("plain", "flashinfer")),
+    default="plain",
+    show_default=True,
+    help="The arguments that it gets: a few with weights in logical layout, or those of flashinfer's "
+    "cutlass_fused_moe with weights in SM90 layout.",
+)
+def adapter(path: Path, like: str) -> None:
     """Write an adapter: a function that hands the golden cases to a kernel of yours.
 
     PATH is a new Python file, by default adapter.py; nothing is written over.
@@ -36,6 +44,7 @@ def adapter(path: Path) -> None:
     \b
     mxfp4ref init adapter my_adapter.py
     mxfp4ref conform plain:my_adapter.py:fused_moe
+    mxfp4ref init adapter like_flashinfer.py --like flashinfer
 
     Exit codes: 0 written; 2 the file exists, or cannot be written.
     """
@@ -45,9 +54,10 @@ def adapter(path: Path) -> None:
         which: ", ".join(f"{one.id} {one.name}" for one in ACTIVATIONS.values() if one.gated is gated)
         for which, gated in (("gated", True), ("ungated", False))
     }
-    _write("adapter", path, listed)
+    plain = like == "plain"
+    _write("adapter" if plain else "flashinfer", path, listed)
     echo(f"Wrote {path}. It runs as it is, with the reference in the kernel's place:")
-    echo(f"  mxfp4ref conform plain:{path}:fused_moe")
+    echo(f"  mxfp4ref conform {'plain:' * plain}{path}:fused_moe")
 
 
 @init.command()

@@ -175,11 +175,12 @@ def pop_report_files(options: dict[str, Any]) -> ReportFiles:
 
 def print_report(result: Report, *, verbose: bool) -> None:
     """The report; wrapped on a terminal, and click drops the colours where the output is none."""
-    from mxfp4ref.conformance.reports.report_text import to_text
+    from mxfp4ref.conformance.reports.report_text import to_text, verdict_lines
 
-    *lines, verdict = to_text(result, verbose=verbose).split("\n")
+    lines, last = to_text(result, verbose=verbose).split("\n"), len(verdict_lines(result))
     cases = {f"{one.case}:" for one in result.results}
-    for line in lines:
+    for line in lines[:-last]:
         echo(line, bold=line.partition(" ")[0] in cases or None)
     colour = "yellow" if result.proves_nothing else "green" if result.ok else "red"
-    echo(verdict, fg=colour, bold=True)
+    for n, line in enumerate(lines[-last:]):
+        echo(line, fg=None if n else colour, bold=not n)

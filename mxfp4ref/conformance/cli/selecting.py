@@ -36,29 +36,30 @@ def select(goldens: Goldens, patterns: Iterable[str], option: str) -> list[str]:
     return [name for name in names if name in chosen]
 
 
-def that_fit(goldens: Goldens, names: list[str], spec: str, device: str | None) -> list[str]:
-    """The cases without layers of whole size that a kernel may have no memory for; what is left out is told.
+def that_fit(
+    goldens: Goldens, names: list[str], spec: str, device: str | None
+) -> tuple[list[str], list[str]]:
+    """The cases without layers of whole size that a kernel may have no memory for, and a line for each left out.
 
     A kernel on a CPU that gets weights in logical layout is taken to dequantise all experts to float32.
     """
     from mxfp4ref.conformance.kernels.loading import is_stand_in
 
     if is_stand_in(spec) or (available := memory.free()) is None:
-        return names
+        return names, []
     dequantises = spec.startswith(("plain:", "logical:")) and device in (None, "cpu")
-    fit = []
+    fit, lines = [], []
     for name in names:
         case = goldens.load(name) if name.startswith(_WHOLE_SIZE) else None
         if case is None or (needs := memory.needed(case, dequantised=dequantises)) <= available:
             fit.append(name)
             continue
         how = ", all experts dequantised to float32," if dequantises else ""
-        echo(
+        lines.append(
             f"{name} is left out: it may need {needs / 2**30:.1f} GiB{how} and {available / 2**30:.1f} GiB are free; "
-            f"--case {name} runs it",
-            err=True,
+            f"--case {name} runs it"
         )
-    return fit
+    return fit, lines
 
 
 def failed_in(path: Path, goldens: Goldens, chosen: list[str], run: tuple[str, str]) -> list[str]:

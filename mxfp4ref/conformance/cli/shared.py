@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,8 @@ goldens_option = click.option(
     "--goldens",
     "root",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of the goldens; by default $MXFP4REF_GOLDENS, ./goldens here or above, or the built-in few.",
+    help="Folder of the goldens; by default $MXFP4REF_GOLDENS; else all those of the checkout, if this is run in one "
+    "or from its environment (a folder goldens here, above, or beside the package); else the few in the wheel.",
 )
 
 
@@ -160,7 +162,7 @@ def progress(
 
     start = time.monotonic()
     with heartbeat(say) as now:
-        now(_so_far(0, total, 0.0, first))
+        now(partial(_so_far, 0, total, 0.0, first))
 
         def line(name: str, total: int, rate: bool = True) -> None:
             count = next(done)
@@ -169,15 +171,17 @@ def progress(
             words = f"now {name}" if before and total else name
             if lines:  # which has told the name
                 words = "now the end of the run" if count == total else ""
-            now(_so_far(count, total, (time.monotonic() - start) * rate, words))
+            moment = time.monotonic()
+            end = moment + (moment - start) / count * (total - count) * rate if total and count else 0.0
+            now(partial(_so_far, count, total, end, words))
 
         yield line
 
 
-def _so_far(count: int, total: int | None, seconds: float, now: str) -> str:
-    """ "12 of 69 done, about 40 s more at this rate; 3 failed; now gemm/ordinary"."""
-    left = seconds / count * (total - count) if total and count else 0.0
-    rate = f", about {left:.0f} s more at this rate" if left >= 1 else ""
+def _so_far(count: int, total: int | None, end: float, now: str) -> str:
+    """ "12 of 69 done, about 40 s more; 3 failed; now gemm/ordinary", where that ends at a moment to come."""
+    left = end - time.monotonic()
+    rate = f", about {left:.0f} s more" if left >= 1 else ""
     return "; ".join(filter(None, (f"{count} of {total} done{rate}" if total else "", now)))
 
 
@@ -191,6 +195,7 @@ def case_progress(
 
     On a terminal a case that fails is also told at once, in a line, and in a second one what is known of it.
     """
+    from mxfp4ref.conformance.findings.finding import listed
     from mxfp4ref.conformance.reports.report_text import headline
 
     done = failed = 0
@@ -203,8 +208,11 @@ def case_progress(
             done, failed = done + 1, failed + (not result.ok)
             if not result.ok and sys.stderr.isatty():
                 echo(headline(result).split("\n")[0], err=True)
-                if (found := result.diagnosis) is not None:
-                    said = str(found.finding) or found.stage or f"first: {found.output} {found.first}"
+                found = result.diagnosis
+                if found is not None and (found.finding.exact or not result.within_bounds):
+                    said = (
+                        listed(str(found.finding))[0] or found.stage or f"first: {found.output} {found.first}"
+                    )
                     echo(f"    {said}", err=True)
             ended = done == len(names) or failed == max_failures
             last = ALL_TOGETHER if failed else "the end of the run"

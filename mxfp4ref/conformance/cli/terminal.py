@@ -86,7 +86,8 @@ def wrapped(line: str, width: int | None, hang: int | None = None) -> str:
     if hang is None:
         indent = len(line) - len(line.lstrip())
         gaps = [gap.end() for gap in re.finditer(r"(?<=\S) {2,}", line) if gap.end() <= width // 2]
-        hang = gaps[-1] if gaps else min(indent + 4, width // 2)
+        item = line.startswith("- ", indent)
+        hang = gaps[-1] if gaps else min(indent + (2 if item else 4), width // 2)
     lines, end = [""], 0
     for unit in _UNIT.finditer(line):
         gap = line[end : unit.start()]

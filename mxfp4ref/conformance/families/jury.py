@@ -21,7 +21,7 @@ from mxfp4ref.conformance.families.order_of_cases import different, next_case, p
 from mxfp4ref.conformance.families.search import Match
 from mxfp4ref.conformance.families.solved.case_tables import tables_by_case
 from mxfp4ref.conformance.families.telling import told
-from mxfp4ref.conformance.findings.finding import OTHERS, Evidence
+from mxfp4ref.conformance.findings.finding import OTHERS, Evidence, added
 from mxfp4ref.conformance.findings.reduction import thread_clock
 from mxfp4ref.model.call import MoeCall
 
@@ -272,7 +272,7 @@ def _undecided(
         others = [
             one for case, one in by_case.items() if case not in cases and one.sentence and not one.hedged
         ]
-        words = found.sentence + (OTHERS + others[0].sentence if others else "")
+        words = added(found.sentence, OTHERS + others[0].sentence) if others else found.sentence
         some = replace(found, sentence=words, exact=False, cases=(len(cases), len(failures)))
         return Verdict(some, (), by_case)
     proofs = [one for one in proofs if not _refuted(one, proofs)]
@@ -333,7 +333,7 @@ def _of_some(
         if not kept:
             continue
         found = told(kept, (), [f.pipeline.call for f in told_by])
-        words = found.sentence + (OTHERS + best.sentence if best.sentence else "")
+        words = added(found.sentence, OTHERS + best.sentence) if best.sentence else found.sentence
         return Finding(best.stages or found.stages, words, False, (len(heard.cases), len(failures)))
     return None
 

@@ -12,6 +12,7 @@ from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.families.engine import Result, investigate
 from mxfp4ref.conformance.families.hypothesis import Finding, Pipeline
 from mxfp4ref.conformance.families.telling import told
+from mxfp4ref.conformance.findings.finding import added
 
 __all__ = ["investigated"]
 
@@ -44,9 +45,7 @@ def investigated(pipeline: Pipeline, got: Tensor, want: Tensor, **how: Any) -> R
         found = [m for m in found if m.exact and "nan" in m.hypothesis.words.lower()]
         finding = told(found, again.evidence, [pipeline.call])
     if finding.sentence:
-        sentence = (
-            f"{finding.sentence}; but for the bits of NaN, which are others than the SM90 kernel's 0x7FFF"
-        )
-        finding = replace(finding, sentence=sentence, exact=False)
+        besides = "; but for the bits of NaN, which are others than the SM90 kernel's 0x7FFF"
+        finding = replace(finding, sentence=added(finding.sentence, besides), exact=False)
     matches = tuple(replace(m, exact=False) for m in found)
     return replace(again, matches=matches, finding=finding, tried=tried + again.tried)

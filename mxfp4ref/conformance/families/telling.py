@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, of_first_factor
 from mxfp4ref.conformance.families.search import Match
-from mxfp4ref.conformance.families.solved.known_factors import factor_in_words
+from mxfp4ref.conformance.families.solved.known_factors import factor_in_words, parameter_in_words
 from mxfp4ref.conformance.families.solved.table_words import beside_a_table, by_table, table_and_rules
-from mxfp4ref.conformance.findings.finding import Evidence, in_words
+from mxfp4ref.conformance.findings.finding import Evidence, added, in_words
 from mxfp4ref.model.call import MoeCall
 
 __all__ = ["told"]
@@ -33,8 +33,9 @@ def told(matches: Sequence[Match], evidence: Iterable[Evidence], calls: Iterable
         places = [h for h in near if h.place and _anywhere(h) == _anywhere(best)]
         first = by_table(table, given_by) if table else _in_places([best, *places])
         sentence = in_words((first, *(w for w in words[1:] if w not in {h.words for h in places})))
-        if best.factor is not None and (known := factor_in_words(best.factor, calls)):
-            sentence += f". Note: {known}"
+        known = factor_in_words(best.factor, calls) if best.factor else parameter_in_words(best.words)
+        if known:
+            sentence = added(sentence, f". Note: {known}")
         sure = exact[id(best)]
         words = (words[0], *given_by[1:], *words[1:]) if table else words
         return Finding(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 
 __all__ = [
     "OTHERS",
@@ -17,11 +17,14 @@ __all__ = [
     "WITHIN",
     "Evidence",
     "Finding",
+    "added",
     "alternatives",
     "counted",
     "in_words",
+    "listed",
     "of_nan_bits",
     "of_specials",
+    "others_than",
 ]
 
 STAGES = (
@@ -38,10 +41,10 @@ OTHERS = "; in the others "
 
 
 WITHIN = "within the bounds of a correct evaluation in another order"
-_ALTERNATIVES = 3  # that a sentence names
+_ALTERNATIVES = 5  # that a sentence names
 _OPENING = 3  # words, by which they are told from more of the same
 _FILLERS = {"is", "are", "the", "and", "in", "of", "activation"}
-_ALIKE = 8  # words, below which a sentence is told whole
+_ALSO = ". The same bits would come from: "  # what follows comes last, and is numbered if there are several
 
 
 def in_words(hypotheses: Sequence[str]) -> str:
@@ -50,43 +53,36 @@ def in_words(hypotheses: Sequence[str]) -> str:
 
 
 def alternatives(first: str, others: Sequence[str]) -> str:
-    """That the first is not told from the others, as a sentence after it: those that open otherwise come first."""
-    others = [other for other in others if not _same(other, first)]
+    """That others give the same bits as the first, as a sentence after it: those that open otherwise come first."""
     of_opening = Counter[tuple[str, ...]]()
-    if not others:
-        return ""
     place = []
-    for other in others:
+    for other in (others := others_than(first, others)):
         of_opening[opening := tuple(other.split()[:_OPENING])] += 1
         place.append(of_opening[opening])
+    if len(others) < 2:
+        return _ALSO + others[0] if others else ""
     apart = [other for _, other in sorted(zip(place, others, strict=True), key=lambda pair: pair[0])]
-    more = f" and {len(others) - _ALTERNATIVES} more" if len(others) > _ALTERNATIVES else ""
-    told = "; ".join(_apart(other, first) for other in apart[:_ALTERNATIVES])
-    return f". This output does not tell it from: {told}{more}"
+    more = f"; and {len(others) - _ALTERNATIVES} more" if len(others) > _ALTERNATIVES else ""
+    return _ALSO + "; ".join(f"({n}) {one}" for n, one in enumerate(apart[:_ALTERNATIVES], 1)) + more
 
 
-def _same(sentence: str, first: str) -> bool:
-    """Whether it says no more than the first one, which may be that of a named defect, in other words."""
-    said, told = ({*one.replace(",", "").split()} - _FILLERS for one in (sentence, first))
-    return said <= told
+def others_than(first: str, others: Sequence[str]) -> list[str]:
+    """Those that say more than the first one, which may be that of a named defect, in other words."""
+    told = {*first.replace(",", "").split()} - _FILLERS
+    return [other for other in others if not {*other.replace(",", "").split()} - _FILLERS <= told]
 
 
-def _apart(sentence: str, first: str) -> str:
-    """A sentence, or what it says in other words than the first one, if most of its words are the same."""
-    words, others = sentence.split(), first.split()
-    before = _alike(words, others)
-    after = _alike(words[before:][::-1], others[before:][::-1])
-    if len(words) - before - after < _OPENING:  # too few to be read alone
-        before, after = max(before - 1, 0), max(after - 1, 0)
-    own = words[before : len(words) - after]
-    told = " ".join([*["..."] * bool(before), *own, *["..."] * bool(after)])
-    cut = told.count("(") != told.count(")")
-    return sentence if not own or not before or cut or before + after < max(_ALIKE, len(words) / 2) else told
+def added(sentence: str, words: str) -> str:
+    """A sentence with words after it, but before what would give the same bits, which comes last."""
+    first, also, others = sentence.partition(_ALSO)
+    return first + words.partition(_ALSO)[0] + also + others
 
 
-def _alike(words: list[str], others: list[str]) -> int:
-    """How many of their first ones are the same."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(words, others, strict=False)))
+def listed(words: str) -> tuple[str, list[str]]:
+    """Words without what would give the same bits, and that, one by one."""
+    first, _, others = words.partition(_ALSO)
+    items = re.split(r"(?:^|; )\(\d\) |; (?=and \d+ more$)", others.removesuffix("."))
+    return first, [item for item in items if item]
 
 
 def counted(count: int, noun: str) -> str:
@@ -128,7 +124,7 @@ class Finding:
 
     def __str__(self) -> str:
         where = f" [{'perhaps ' * self.hedged}{' or '.join(self.stages)}]" if self.stages else ""
-        return f"{self.sentence}{where}" if self.sentence else ""
+        return added(self.sentence, where) if self.sentence else ""
 
 
 UNKNOWN = Finding()
@@ -148,7 +144,7 @@ def of_specials(cases: Sequence[str] = (), named: Finding = UNKNOWN) -> Finding:
     leave = f"; to leave {'them' if cases[1:] else 'it'} out:{without}" * bool(cases)
     if not named.exact:
         return Finding((), f"{SPECIAL}: {_HANDLED}{leave}", kind=SPECIAL)
-    return replace(named, sentence=f"{named.sentence}; {SPECIAL}{leave}")
+    return replace(named, sentence=added(named.sentence, f"; {SPECIAL}{leave}"))
 
 
 def of_nan_bits(bits: Sequence[int]) -> Finding:

@@ -16,7 +16,7 @@ from mxfp4ref.conformance.findings.reach import is_spread
 from mxfp4ref.conformance.findings.reduction import local_experts
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["Pattern", "patterns"]
+__all__ = ["EVERYWHERE", "Pattern", "patterns"]
 
 _COLUMN_BLOCKS = (
     (128, "128-column block"),
@@ -27,6 +27,7 @@ _COLUMN_BLOCKS = (
 _MOST_LISTED = 8
 _CHANCE = 0.01  # that as many wrong tokens or columns have a pattern, above which it is none
 _OF_THOSE = ", of those that could"  # where some could not have differed
+EVERYWHERE = "every token differs somewhere"  # which says the least
 _ONE = "a single element differs"
 
 
@@ -143,9 +144,9 @@ def _slots(call: MoeCall, mask: Tensor, could: Tensor) -> list[Pattern]:
 def _tokens(mask: Tensor, could: Tensor) -> list[Pattern]:
     wrong = mask.any(1)
     if bool(wrong.all()):
-        return [Pattern("every token differs somewhere")] if len(wrong) > 1 else []
+        return [Pattern(EVERYWHERE)] if len(wrong) > 1 else []
     if torch.equal(wrong, could):
-        return [Pattern(f"every token differs somewhere{_OF_THOSE}")] if int(wrong.sum()) > 1 else []
+        return [Pattern(f"{EVERYWHERE}{_OF_THOSE}")] if int(wrong.sum()) > 1 else []
     rows = wrong.nonzero().flatten().tolist()
     regular = _regular(wrong, could, 1, "token")
     return regular or [Pattern.of(f"only token{_plural(rows)} {_listed(rows)}", len(wrong), len(rows))]

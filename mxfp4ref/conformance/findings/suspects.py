@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.families.named import stages_of
-from mxfp4ref.conformance.findings.finding import Finding
+from mxfp4ref.conformance.findings.finding import Finding, in_words
 from mxfp4ref.conformance.findings.reduction import Part, clock_of, is_heavy, isolate, reduce_call
 from mxfp4ref.conformance.kernels.stand_ins import defect_outputs
 from mxfp4ref.defects import DEFECTS, gemm
@@ -281,6 +281,5 @@ def named_finding(predictions: tuple[Prediction, ...]) -> Finding:
     if not exact:
         return Finding()
     defect = DEFECTS[exact[0]]
-    others = f" (not told apart here from {', '.join(exact[1:4])})" if exact[1:] else ""
     hypotheses = tuple(f"{name}: {DEFECTS[name].summary}" for name in exact)
-    return Finding(stages_of(defect), hypotheses[0] + others, True, hypotheses=hypotheses)
+    return Finding(stages_of(defect), in_words(hypotheses), True, hypotheses=hypotheses)

@@ -59,6 +59,7 @@ FLASHINFER_TAKES = (
     ),
 )
 PLAIN_TAKES = (7, ())
+_PREFIXES = ("plain:", "logical:", "stage:KIND:")
 STAND_INS = ("oracle", "torch-bf16", "defect:NAME", "flashinfer", "flashinfer-w4a8")
 
 
@@ -136,6 +137,11 @@ def load_kernel(spec: str | Callable[..., Any], device: str | None = None) -> Ke
             )
         return Kernel(
             spec, (kind,), keyword_arguments, import_function(path, STAND_INS), device=device or "cpu"
+        )
+    if ":" in rest:
+        raise KernelError(
+            f"kernel: expected one of {', '.join(_PREFIXES)} before module:function, or nothing, "
+            f"got {head + ':'!r} in {spec!r}{did_you_mean(f'{head}:', _PREFIXES)}"
         )
     function = import_function(spec, STAND_INS)
     check_takes(spec, function, *FLASHINFER_TAKES)

@@ -11,9 +11,10 @@ from typing import Any
 
 from mxfp4ref._files import printable
 from mxfp4ref.conformance.diagnosis import Diagnosis
+from mxfp4ref.conformance.findings.finding import listed
 from mxfp4ref.conformance.reports.again import command
 from mxfp4ref.conformance.reports.pictures import LEGEND, PAPER, mismatch_maps
-from mxfp4ref.conformance.reports.report_text import by_suite, predicted, tested
+from mxfp4ref.conformance.reports.report_text import by_suite, common_patterns, predicted, tested
 from mxfp4ref.conformance.results import CaseResult, Report
 from mxfp4ref.defects import DEFECTS
 
@@ -31,7 +32,6 @@ _OWNERS = {
     "triton": "triton-lang/triton",
     "vllm": "vllm-project/vllm",
 }
-_MOST_PATTERNS = 4  # that are told of all cases together
 
 
 def to_html(report: Report) -> str:
@@ -54,7 +54,10 @@ def to_html(report: Report) -> str:
         suites=[_suite(suite, results) for suite, results in by_suite(report)],
         failures=failures,
         anchor=lambda result: anchors[id(result)],
-        common=_common_patterns(report),
+        sentences=[listed(sentence) for sentence in report.sentences],
+        listed=listed,
+        shares=_shares,
+        common=common_patterns(report),
         defects=[DEFECTS[name] for name in report.defects],
         thread_url=thread_url,
         legend=LEGEND,
@@ -108,15 +111,6 @@ def _suite(name: str, results: list[CaseResult]) -> dict[str, Any]:
     }
 
 
-def _common_patterns(report: Report) -> list[tuple[str, int, int]]:
-    """What half of the failing cases or more have in common: the pattern, in how many of how many cases."""
-    told = [r.diagnosis.patterns for r in report.results if r.diagnosis is not None]
-    counts = Counter(words for patterns in told for words in patterns)
-    return [
-        (words, n, len(told)) for words, n in counts.most_common(_MOST_PATTERNS) if 1 < n >= len(told) / 2
-    ]
-
-
 def _failure(number: int, result: CaseResult, report: Report) -> dict[str, Any]:
     found = result.diagnosis
     named = dict(zip((p.name for p in found.predictions), predicted(found), strict=True)) if found else {}
@@ -133,6 +127,22 @@ def _failure(number: int, result: CaseResult, report: Report) -> dict[str, Any]:
         "distances": _distances(found) if found is not None else [],
         "differing": sum(count for _, count in found.ulps) if found is not None else 0,
     }
+
+
+def _shares(found: Diagnosis) -> list[tuple[str, str, int, int, str]]:
+    """Rows of the attribution table: those with a share, and one of each kind for all in which nothing differs."""
+    rows, right = [], Counter[str]()
+    for row in found.attribution:
+        right[row.by] += row.elements * (not row.differing)
+    for by in dict.fromkeys(row.by for row in found.attribution):
+        wrong = [row for row in found.attribution if row.by == by and row.differing]
+        for row in wrong:
+            percent = 100 * row.differing / row.elements
+            share = "< 1" if percent < 1 else "> 99" if 99 < percent < 100 else f"{percent:.0f}"
+            rows.append((by, row.place, row.differing, row.elements, f"{share} %"))
+        if right[by]:
+            rows.append((by, "all others" if wrong else "all", 0, right[by], "none"))
+    return rows
 
 
 def _distances(found: Diagnosis) -> list[tuple[Any, int, float]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from mxfp4ref._files import printable
 from mxfp4ref.conformance.findings.attribution import ALL_TOKENS, OF_SLOTS
-from mxfp4ref.conformance.findings.finding import WITHIN, counted
+from mxfp4ref.conformance.findings.finding import WITHIN, counted, listed
+from mxfp4ref.conformance.findings.patterns import EVERYWHERE
 from mxfp4ref.conformance.kernels.adapters import OTHER_KIND
 from mxfp4ref.conformance.reports.again import bounded_command, command, whole_command
 from mxfp4ref.conformance.results import RECORDING, CaseResult, Report
@@ -20,11 +22,13 @@ __all__ = [
     "PARTS",
     "by_suite",
     "case_lines",
+    "common_patterns",
     "diagnosis_lines",
     "headline",
     "predicted",
     "tested",
     "to_text",
+    "verdict_lines",
     "wrong_elements",
 ]
 
@@ -33,11 +37,12 @@ _OF_CALLS = ("recorded with flashinfer", "ranks", "activation")
 PARTS = ("kernel", "comparison", "diagnosis")
 _FIRST, _DETAILED = 2, 5  # failing cases that are told in full: the first ones, and those of other kinds
 _NAMED = 9  # three K tiles for each GEMM: so many are listed, and more, which are tactics, are counted
+_MOST_PATTERNS, _PATTERNS = 4, 2  # of all cases together, and of these in the verdict of a terminal
 _KINDS, _ROWS = 3, 6  # of the attribution table, and of each kind, on a terminal
 
 
 def to_text(report: Report, *, verbose: bool = False) -> str:
-    """The report for a terminal, without colours: suites, every failing case in detail, what was tested, the verdict.
+    """The report for a terminal, without colours: suites, failing cases in detail, what was tested, the verdict.
 
     Args:
         report: what to show.
@@ -58,7 +63,7 @@ def to_text(report: Report, *, verbose: bool = False) -> str:
     failing = [r for r in report.results if not r.ok]
     full = failing if verbose else _of_each_kind(failing)
     for result in full:
-        said = case_lines(result, command(report, result))
+        said = case_lines(result, command(report, result), brief=not verbose)
         lines += ["", headline(result), *(f"    {line}" for line in said)]
     told = {id(result) for result in full}
     if others := [result for result in failing if id(result) not in told]:
@@ -67,7 +72,37 @@ def to_text(report: Report, *, verbose: bool = False) -> str:
             f"{counted(len(others), 'other failing case')}; -v and reports in files tell all of each:",
         ]
         lines += [f"    {headline(result)}" for result in others]
-    return printable("\n".join([*lines, "", *tested(report), report.verdict]))
+    return printable("\n".join([*lines, "", *tested(report), "", *verdict_lines(report)]))
+
+
+def verdict_lines(report: Report) -> list[str]:
+    """The verdict, a line for each of its sentences and for each change that would give the same bits.
+
+    Where nothing predicts every bit, the patterns that most failing cases share come before the last.
+    """
+    lines = []
+    for sentence in report.sentences:
+        first, others = listed(sentence)
+        lines.append(f"{first}{'.' * bool(others)}")
+        if others:
+            lines.append("The same bits would come from:")
+            more = " in the HTML and JSON reports" * others[-1].startswith("and ")
+            lines += [*(f"  - {other}" for other in others[:-1]), f"  - {others[-1]}{more}"]
+    if not (report.defects or report.finding.exact):
+        shared = [one for one in common_patterns(report) if one[0] not in report.verdict][:_PATTERNS]
+        lines += [
+            f"Pattern in {count} of {counted(all_of, 'failing case')}: {words}."
+            for words, count, all_of in shared
+        ]
+    return lines
+
+
+def common_patterns(report: Report) -> list[tuple[str, int, int]]:
+    """What half of the failing cases or more have in common: the pattern, in how many of how many cases."""
+    told = [r.diagnosis.patterns for r in report.results if r.diagnosis is not None]
+    counts = Counter(words for patterns in told for words in patterns if not words.startswith(EVERYWHERE))
+    most = counts.most_common(_MOST_PATTERNS)
+    return [(words, n, len(told)) for words, n in most if 1 < n >= len(told) / 2]
 
 
 def _of_each_kind(failing: list[CaseResult]) -> list[CaseResult]:
@@ -114,7 +149,7 @@ def tested(report: Report) -> list[str]:
     rest = report.seconds - sum(parts.values())
     beside = ", of processes side by side" if rest < -0.1 else f", other {rest:.1f}" if rest >= 0.1 else ""
     lines.append(f"seconds: {report.seconds:.1f} in all; {shares}{beside}")
-    if report.left:
+    if report.left and not report.unfinished:  # else the verdict has it
         again = whole_command(report)
         lines.append(f"not run: {counted(report.left, 'case')}{f'; to run all: {again}' if again else ''}")
     return lines
@@ -144,7 +179,7 @@ def wrong_elements(result: CaseResult) -> str:
     return f"{result.outside:,} of {result.elements:,} elements{of_runs} ({result.differing:,} differ)"
 
 
-def case_lines(result: CaseResult, again: str = "") -> list[str]:
+def case_lines(result: CaseResult, again: str = "", *, brief: bool = False) -> list[str]:
     """What there is to say of a failing case, a line each; `again` is the command that runs it again."""
     lines = [f"{'recorded call' if result.kind == RECORDING else 'this case tests'}: {result.why}"]
     last = [f"again: {again}"] if again else []
@@ -152,17 +187,28 @@ def case_lines(result: CaseResult, again: str = "") -> list[str]:
         return lines + last
     part = [f"what follows is of {part}"] if (part := result.diagnosed_part) else []
     wrong = "outside bounds" * bool(result.outside)
-    return [*lines, *part, *diagnosis_lines(found, wrong), *last]
+    return [*lines, *part, *diagnosis_lines(found, wrong, brief=brief), *last]
 
 
-def diagnosis_lines(found: Diagnosis, wrong: str = "") -> list[str]:
-    """What a diagnosis says, a line each; `wrong` says of the elements it is about what they are, if not all."""
+def diagnosis_lines(found: Diagnosis, wrong: str = "", *, brief: bool = False) -> list[str]:
+    """What a diagnosis says, a line each.
+
+    Args:
+        found: the diagnosis.
+        wrong: says of the elements it is about what they are, if not all.
+        brief: without what nobody needs who knows what is wrong, where every bit is predicted.
+    """
     lines = []
+    brief = brief and found.finding.exact
     if found.finding.sentence:
-        lines.append(f"finding ({found.proof}): {found.finding}")
+        sentence, others = listed(str(found.finding))
+        lines.append(f"finding ({found.proof}): {sentence}")
+        lines += [f"the same bits would come from: {other}" for other in others if not brief]
     lines.append(f"first: {found.output} {found.first}")
+    if brief:
+        return lines
     lines += [f"feeds it: {words}" for words in found.feeds]
-    lines += [f"pattern: {words}" for words in found.patterns]
+    lines += [f"pattern: {words}" for words in found.patterns if words != EVERYWHERE]
     if found.stage and not found.finding.exact and found.stage != found.finding.sentence:
         lines.append(f"stage: {found.stage}")
     lines += [f"defect: {words}" for words in predicted(found)]

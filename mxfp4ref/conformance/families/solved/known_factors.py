@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["factor_in_words", "simple_between"]
+__all__ = ["factor_in_words", "parameter_in_words", "simple_between"]
 
 _T = TypeVar("_T")
 _SAME = 2.0**-20  # relative: of two that were computed in float32
@@ -23,12 +24,25 @@ _NUMBERS = {
     1.702: "the alpha of quick GELU",
 }
 _MODELS = {2.5: "DeepSeek-V3's", 1.5: "DeepSeek-V4-Flash's", 2.827: "Kimi-K2's"}
+_PARAMETERS = {
+    "alpha": {1.702: "gpt-oss's, the alpha of quick GELU"},
+    "limit": {7.0: "gpt-oss's", 10.0: "DeepSeek-V4's"},
+}
 _CONSTANTS = {
     1 / math.log(2): "log2(e)",
     math.log(2): "ln 2",
     **_NUMBERS,
     **{1 / number: f"1 / {words}" for number, words in _NUMBERS.items()},
 }
+
+
+def parameter_in_words(words: str) -> str:
+    """Whose the alpha or limit is that a sentence says to be used for all: "7 is gpt-oss's"; "" if it says none."""
+    said = re.search(
+        r"SwiGLU (alpha|limit) is (?:hard-coded as )?(\d+(?:\.\d+)?)(?: for all experts)?$", words
+    )
+    known = said and _PARAMETERS[said[1]].get(float(said[2]))
+    return f"{said[2]} is {known}" if said and known else ""
 
 
 def factor_in_words(factor: float, calls: Iterable[MoeCall], *, unsure: float = _SAME) -> str:
