@@ -58,7 +58,7 @@ def small_cases() -> list[Case]:
     return [GOLDENS.load(name) for name in GOLDENS.names() if name not in WHOLE_SIZE]
 
 
-@pytest.mark.parametrize("name", usual.first(3, NAMED))
+@pytest.mark.parametrize("name", usual.first(1, NAMED))
 @pytest.mark.usefixtures("patient")
 def test_defects_are_named(name: str, small_cases: list[Case]) -> None:
     """On two of the cases that are there for it; `tools/tables/confusion_table.py` does all defects on all cases."""

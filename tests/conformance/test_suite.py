@@ -50,8 +50,9 @@ def result_of(spec: str, case: Case) -> CaseResult:
     return run_case(load_kernel(spec), case)
 
 
-def test_oracle_conforms_on_all_small_cases() -> None:
-    names = [name for name in GOLDENS.names() if name not in WHOLE_SIZE]
+@pytest.mark.parametrize("part", range(3))
+def test_oracle_conforms_on_all_small_cases(part: int) -> None:
+    names = [name for name in GOLDENS.names() if name not in WHOLE_SIZE][part::3]
     report = run("oracle", (GOLDENS.load(name) for name in names), Options(repeat=False))
     assert [r.case for r in report.results if r.status != "equal"] == []
     assert report.ok
@@ -206,8 +207,8 @@ def test_isolation_survives_a_hang(case: Case) -> None:
     assert "killed" in report.results[0].message
 
 
+@pytest.mark.usefixtures("copied_processes")
 def test_isolation_survives_a_crash(case: Case) -> None:
-    """In processes that begin as those of users do."""
     other = GOLDENS.load("formats/every_code_by_row")
     report = run("tests.helpers.kernels_under_test:dies_once", [case, other], isolate=True)
     assert [r.status for r in report.results] == ["crashed", "equal"]

@@ -64,7 +64,7 @@ FIRST = "the first 2 rows of each expert whose number of rows is no multiple of 
 
 @pytest.mark.parametrize(
     ("kernel", "name", "words", "stages"),
-    first(4, [
+    first(2, [
         (result_of(lambda r: here(r) - r.position // 24 * 24), "tokens_150", MODULO, SAME),
         (result_of(lambda r: here(r) % 192), "tokens_150", "is sorted row n modulo 192", ANY),
         (result_of(lambda r: (here(r) + 3) % len(r.token)), "gpt_oss", AROUND, ANY),
