@@ -99,8 +99,8 @@ def check_takes(spec: str, function: Callable[..., Any], positional: int, names:
 def _called(positional: int, names: Iterable[str]) -> str:
     if positional:
         return (
-            "with plain: before it, it is called f(x, ids, scales, w1, s1, w2, s2, **parameters); without plain:, or with "
-            "logical: in its place, with flashinfer's arguments by name"
+            "with plain: before it, it is called f(x, ids, scales, w1, s1, w2, s2, **parameters); without plain:, or "
+            "with logical: in its place, with flashinfer's arguments by name"
         )
     return (
         f"it is called with flashinfer's arguments by name: {', '.join(names)}, and those that a case has besides, "

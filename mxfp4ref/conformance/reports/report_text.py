@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mxfp4ref._files import printable
@@ -71,7 +72,12 @@ def to_text(report: Report, *, verbose: bool = False) -> str:
             "",
             f"{counted(len(others), 'other failing case')}; -v and reports in files tell all of each:",
         ]
-        lines += [f"    {headline(result)}" for result in others]
+        said = {result.message: result.case for result in reversed(full)}
+        for result in others:
+            before = said.setdefault(result.message, result.case)
+            again = result.message != "" and before != result.case
+            words = headline(replace(result, message=f"as {before}") if again else result)
+            lines.append(f"    {words}")
     return printable("\n".join([*lines, "", *tested(report), "", *verdict_lines(report)]))
 
 
