@@ -37,6 +37,8 @@ def is_large(inputs: Any, got: Tensor) -> bool:
 class HowToLook:
     """How to look for what is wrong, as in `diagnose`.
 
+    With a `limit` of 0 no named defects are tried on a layer of real size but those that are suspected.
+
     `known` is the stage of an intermediate that differs, `outside` where the output leaves its bounds, in mode
     bounded.
     """
@@ -59,7 +61,7 @@ def look(call: MoeCall, got: Tensor, want: Tensor, how: HowToLook) -> Known:
     seconds, clock = how.seconds, clock_of(call)
     first_names = tuple(s for s in how.suspects if isinstance(s, str))
     # Each is confirmed on more tokens than the families are; of zeros nothing is, unless it is known already.
-    if is_heavy(call) and (first_names or bool(got.any())):
+    if is_heavy(call) and (first_names or (how.limit > 0 and bool(got.any()))):
         limit, start = how.limit, clock()
         verdict = try_defects(call, got, want, first=first_names, seconds=limit, progress=how.progress)
         seconds = min(seconds, limit - (clock() - start))

@@ -102,7 +102,7 @@ class ReplayReport(Report):
         layers = len({r.layer for r in self.results if isinstance(r, ReplayResult)} - {0})
         words = f"{self.kernel}: interrupted, no verdict; " if self.interrupted else ""
         words += f"{self.kernel} on " if "--kernel" in self.arguments else ""
-        words += f"{counted(len(self.results), 'recorded call')} of {counted(layers, 'layer')}: "
+        words += f"{counted(len(self.results), 'recorded call')} of {counted(layers, 'layer')}{': ' * bool(counts)}"
         words += (
             ", ".join(
                 f"{count} {_STATUS_OF_MANY.get(status, status) if count > 1 else status}"

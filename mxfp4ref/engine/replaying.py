@@ -137,6 +137,9 @@ class _Run:
         self._layers = Layers()
         self._suspects: dict[str | Hypothesis, None] = {}
         self._shown: set[str] = set()
+        self._unexplained = (
+            False  # whether a full search of a call of real size found nothing that predicts it
+        )
         self.calls = Calls()
         self.answer: Callable[[MoeCall], Outcome] | None = None
 
@@ -244,7 +247,8 @@ class _Run:
         if not self._suspects:
             return None
         effort = "full" if located.large else "quick"
-        known = located.search(tuple(self._suspects), effort, seconds=_AS_BEFORE, limit=_AS_BEFORE_REAL)
+        limit = _FOR_NAMES * any(isinstance(one, str) for one in self._suspects)
+        known = located.search(tuple(self._suspects), effort, seconds=_AS_BEFORE, limit=limit)
         return known if known[1].exact else None
 
     def _differing(self, recording: Recording, call: MoeCall, output: Tensor) -> dict[str, Any]:
@@ -267,9 +271,14 @@ class _Run:
         if effort != "none":
             start = time.perf_counter()
             located = Located("moe", call, outputs, right, outside)
+            if located.large and self._unexplained and effort == "full":
+                effort = (
+                    "quick"  # as of cases: such a search takes a minute, and one that finds nothing is enough
+                )
             try:
                 known = self._as_before(located) or located.search(tuple(self._suspects), effort)
                 diagnosis = located.told(known)
+                self._unexplained |= located.large and not known[1].exact
                 # The next call that differs may do so for the same reason.
                 self._suspects = dict.fromkeys([*diagnosis.exact, *located.found, *self._suspects])
                 found["diagnosis"] = diagnosis
@@ -284,7 +293,7 @@ class _Run:
         return found
 
 
-_AS_BEFORE, _AS_BEFORE_REAL = 0.1, 2.0  # seconds, of the second on a layer of real size
+_AS_BEFORE, _FOR_NAMES = 0.1, 2.0  # seconds, of the second for named defects on a layer of real size
 _NOT_WRITTEN = "no token has an expert of this rank: with enable_alltoall the kernel writes nothing"
 _UNCLEAR = (
     "whole tokens differ, and a CUDA graph made the call: flashinfer's recorder reads inputs and output after the "

@@ -217,6 +217,18 @@ def test_what_was_not_run_is_told_with_the_line_that_runs_it() -> None:
         assert "may tell more" not in to_text(whole)
 
 
+def test_the_same_message_is_told_once() -> None:
+    cases = [replace(result_of(SMALL, "refused"), case=f"a/{n}", message="no such layout") for n in range(4)]
+    lines = to_text(Report("k", "exact", tuple(cases))).split("\n")
+    assert {"    a/2: refused: as a/0", "    a/3: refused: as a/0"} <= {*lines}
+
+
+def test_a_long_message_ends_where_a_part_of_it_does() -> None:
+    message = f"expected {'x ' * 60}; got {'y ' * 59}y, which is {'z ' * 60}"
+    report = Report("k", "exact", (replace(result_of(SMALL, "raised"), message=message),))
+    assert report.verdict.endswith("y y ... (all of it stands above).")
+
+
 def test_some_failures_of_each_kind_are_told_in_full() -> None:
     def failing(name: str, sentence: str = "", status: str = "differs") -> CaseResult:
         first = Difference((0, 0), "0x0000", "0x0001", "0", "9e-41", 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mxfp4ref._files import printable
@@ -71,14 +72,18 @@ def to_text(report: Report, *, verbose: bool = False) -> str:
             "",
             f"{counted(len(others), 'other failing case')}; -v and reports in files tell all of each:",
         ]
-        lines += [f"    {headline(result)}" for result in others]
+        first = {result.message: result.case for result in reversed(full)}
+        for result in others:
+            before = first.setdefault(result.message, result.case)
+            again = result.message != "" and before != result.case
+            lines.append(f"    {headline(replace(result, message=f'as {before}') if again else result)}")
     return printable("\n".join([*lines, "", *tested(report), "", *verdict_lines(report)]))
 
 
 def verdict_lines(report: Report) -> list[str]:
     """The verdict, a line for each of its sentences and for each change that would give the same bits.
 
-    Where nothing predicts every bit, the patterns that most failing cases share come before the last.
+    Where nothing predicts every bit, the patterns that most failing cases share follow.
     """
     lines = []
     for sentence in report.sentences:
