@@ -338,7 +338,8 @@ def test_in_this_process(name: str, status: str, message: str, case: Case) -> No
 @pytest.mark.parametrize(("name", "replaced"), REPLACING)
 def test_replacing_what_compares(name: str, replaced: str, case: Case, choice: Path, worker: Worker) -> None:
     result = isolated(name, case, choice, worker)
-    assert (result.status, " for good" in result.message) == ("differs", True), result.message
+    here = "interfered" if ".isolation." in replaced else "differs"  # what reads the outputs, of those of its process
+    assert (result.status, " for good" in result.message) == (here, True), result.message
     kernel = load_kernel(getattr(hostile_kernels, name))
     result = run_case(kernel, case, OPTIONS)
     assert_reported(result, "interfered", replaced)
@@ -352,12 +353,12 @@ def test_what_a_kernel_replaced_spoils_no_later_case(case: Case, choice: Path, w
 
 
 def test_a_replaced_method_of_c_is_told(case: Case, choice: Path, worker: Worker) -> None:
-    """In its own process a kernel may only hand over other bits than it returned, which it has to compute."""
+    """In its own process, too: there it could hand over other bits than it returned."""
     told = "mxfp4ref.conformance.isolation.plain._data_ptr"
     result = run_case(load_kernel(hostile_kernels.replaces_what_finds_memory), case, OPTIONS)
     assert_reported(result, "interfered", f"the kernel replaced {told}")
     result = isolated("replaces_what_finds_memory", case, choice, worker)
-    assert_reported(result, "equal", f"the kernel changed {told} for good")
+    assert_reported(result, "interfered", f"the kernel replaced {told}: what it returned cannot be known")
     for kernel in ("wrong", "right"):
         assert isolated(kernel, case, choice, worker, ONCE).ok == (kernel == "right")
 

@@ -151,6 +151,9 @@ def serve() -> None:
         assert found is not None
         if replaced := undo():  # the next run is not to suffer from it, and this kernel may need it
             found = replace(found, left=listed([f"{replaced}{FOR_GOOD}", *filter(None, [found.left])]))
+            if __package__ in replaced and not found.problem:  # what reads its outputs here
+                words = f"the kernel replaced {replaced}: what it returned cannot be known"
+                found = replace(found, problem="interfered", message=words)
         if found.problem == "input modified":
             latest = None
         blobs = [one[name] for one in found.runs for name in expected]
