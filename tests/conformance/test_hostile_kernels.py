@@ -338,7 +338,9 @@ def test_in_this_process(name: str, status: str, message: str, case: Case) -> No
 @pytest.mark.parametrize(("name", "replaced"), REPLACING)
 def test_replacing_what_compares(name: str, replaced: str, case: Case, choice: Path, worker: Worker) -> None:
     result = isolated(name, case, choice, worker)
-    here = "interfered" if ".isolation." in replaced else "differs"  # what reads the outputs, of those of its process
+    here = (
+        "interfered" if ".isolation." in replaced else "differs"
+    )  # what reads the outputs, of those of its process
     assert (result.status, " for good" in result.message) == (here, True), result.message
     kernel = load_kernel(getattr(hostile_kernels, name))
     result = run_case(kernel, case, OPTIONS)
