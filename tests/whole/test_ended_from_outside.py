@@ -197,6 +197,17 @@ def test_the_second_ctrl_c_is_told_and_the_third_ends(
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_handlers_of_signals_are_put_back_in_whatever_order() -> None:
+    """As of `replay`, which asks for the usual ones for a process of its own while it answers them itself."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    with shared.terminable():
+        with shared.interrupted_once():
+            shared.not_terminable()
+        assert signal.getsignal(signal.SIGINT) is not before[0]
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
 INTERRUPTED_TWICE = """
 import os, signal, sys, threading, time
 from mxfp4ref.conformance.cli.shared import interrupted_once

@@ -290,8 +290,9 @@ def terminable() -> Iterator[None]:
 def not_terminable() -> None:
     """Signals end the process as they usually do: a script or a kernel is to find them so."""
     for number in [*_changed] if threading.current_thread() is threading.main_thread() else ():
-        if signal.getsignal(number) is _changed.pop(number):
+        if signal.getsignal(number) is _changed[number]:  # else another's, which puts this one back
             signal.signal(number, _usual[number])
+            del _changed[number]
 
 
 @dataclass
