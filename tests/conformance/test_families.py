@@ -83,7 +83,7 @@ MEMBERS: dict[str, tuple[Callable[[MoeCall], Tensor], str, str]] = {
     "values": (
         changed("fc1_scales", (3,), lambda s: s + 1),
         "fc1",
-        "GEMM1's scales are 2x what they should be (every scale byte 1 too high), for slots of expert 3 only",
+        "GEMM1's scales are 2x what they should be (every scale byte 1 too high), for slots of the last expert",
     ),
     "constant": (
         lambda call: having(call, swiglu_limit=torch.full_like(call.experts.swiglu_limit, 1.5)),
@@ -214,7 +214,7 @@ UNNAMED: dict[str, tuple[Callable[[MoeCall], Tensor], str, str]] = {
         "GEMM2 is right",
     ),
     "fc2": (unlike("fc2_weights"), "", "no activation gives this output by the right GEMM2"),
-    "fc1": (unlike("fc1_weights"), "fc1", "GEMM2 used an activation"),
+    "fc1": (unlike("fc1_weights"), "fc1", "GEMM2 is right, and got another activation"),
     "bits": (flipped, "", "single elements are far off, without a pattern of columns"),
     "weights": (
         weighing(lambda w: torch.rand(w.shape, generator=torch.Generator().manual_seed(3))),
