@@ -244,6 +244,8 @@ class Report(Shown):
     @property
     def _culprit(self) -> str:
         found = self.finding
+        one = self.left and len(self._failing) == 1  # which what is wrong elsewhere may explain as well
+        every = "In this one case every wrong bit" if one else "Every wrong bit"
         if self.defects:
             which = " or ".join(self.defects)
             summary = DEFECTS[self.defects[0]].summary
@@ -251,7 +253,7 @@ class Report(Shown):
             others = [words for words in found.hypotheses if words.split(":")[0] not in self.defects]
             _, special, rest = found.sentence.partition(f"; {SPECIAL}")
             said = f"{summary}{special}{listed(rest)[0]}{alternatives(summary, others)}"
-            return f" Every wrong bit is that of {which}{more}: {said}."
+            return f" {every} is that of {which}{more}: {said}."
         where = f"; {found.where}" if found.stages else ""
         if found.sentence and found.cases:
             of = f"{found.cases[0]} of {counted(found.cases[1], 'failing case')}"
@@ -260,7 +262,7 @@ class Report(Shown):
                 return f" Each is explained in every bit, by different sentences; {of} by this: {found.sentence}."
             return f" Every wrong bit in {of} is predicted by this: {added(found.sentence, where)}."
         if found.sentence and found.exact:
-            return f" Every wrong bit is predicted by this: {found.sentence}."
+            return f" {every} is predicted by this: {found.sentence}."
         of_some = found.stages == ("routing",) and re.match(r"in \d", found.sentence)
         if found.kind == SEVERAL or of_some:
             return f" No one sentence explains all: {added(found.sentence, where)}."

@@ -209,6 +209,9 @@ def test_what_was_not_run_is_told_with_the_line_that_runs_it() -> None:
     stopped = f"Judged from the one case that failed; without -x, 7 other cases may tell more: {line}"
     assert to_text(report).split("\n")[-1] == stopped
     assert stopped in to_html(report)
+    found = replace(report, finding=Finding(("fc1",), "all is twice as large", True))
+    assert "\nIn this one case every wrong bit is predicted by this: all is twice" in to_text(found)
+    assert "\nEvery wrong bit is predicted by this: all is twice" in to_text(replace(found, left=0))
     of_python = to_text(replace(report, arguments=(), selection=()))
     assert of_python.endswith("from the one case that failed; 7 other cases not run may tell more.")
     interrupted = to_text(replace(report, interrupted=True)).split("\n")
