@@ -103,12 +103,12 @@ def files_below(root: Path, *, links: bool = True) -> Iterator[Path]:
 
 
 @contextmanager
-def naming(path: Path, partial: Path | None = None) -> Iterator[None]:
-    """Inside, an error that tells no file, as Python's of a full disk, or the `partial` one, tells this one."""
+def naming(path: Path) -> Iterator[None]:
+    """Inside, an error that tells no file, as Python's of a full disk, or an unfinished one, tells this one."""
     try:
         yield
     except OSError as error:
-        if error.errno and error.filename in (None, str(partial)):
+        if error.errno and (error.filename is None or UNFINISHED.search(str(error.filename))):
             error.filename = str(path)
         raise
 
@@ -251,7 +251,7 @@ def replacing(path: Path, root: Path | None = None) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".writing-{uuid.uuid4().hex}")
     try:
-        with naming(path, partial):
+        with naming(path):
             yield partial
             if path.exists():
                 os.chmod(partial, stat.S_IMODE(path.stat().st_mode))

@@ -137,9 +137,7 @@ class _Run:
         self._layers = Layers()
         self._suspects: dict[str | Hypothesis, None] = {}
         self._shown: set[str] = set()
-        self._unexplained = (
-            False  # whether a full search of a call of real size found nothing that predicts it
-        )
+        self._unexplained = False  # whether nothing was found that predicts some call of real size
         self.calls = Calls()
         self.answer: Callable[[MoeCall], Outcome] | None = None
 
@@ -271,10 +269,9 @@ class _Run:
         if effort != "none":
             start = time.perf_counter()
             located = Located("moe", call, outputs, right, outside)
-            if located.large and self._unexplained and effort == "full":
-                effort = (
-                    "quick"  # as of cases: such a search takes a minute, and one that finds nothing is enough
-                )
+            # Such a search takes a minute: as of cases, one that finds nothing is enough.
+            if located.large and self._unexplained:
+                effort = "quick"
             try:
                 known = self._as_before(located) or located.search(tuple(self._suspects), effort)
                 diagnosis = located.told(known)

@@ -112,7 +112,7 @@ def fetch_archive(source: str, sha256: str, folder: Path, progress: Progress = l
     folder = folder.absolute()
     if not folder.parent.is_dir():
         raise FileNotFoundError(f"{folder}: there is no folder {folder.parent}")
-    with _told_of(folder), _beside(folder) as place:
+    with naming(folder), _beside(folder) as place:
         if folder.exists():
             _check_replaceable(folder, place)
         archive, unpacked = place / "archive", place / "goldens"
@@ -168,17 +168,6 @@ def _beside(folder: Path) -> Iterator[Path]:
         yield place
     finally:
         shutil.rmtree(place, ignore_errors=True)
-
-
-@contextmanager
-def _told_of(folder: Path) -> Iterator[None]:
-    """Inside, an error in what is beside a folder for a while is one of that folder."""
-    try:
-        yield
-    except OSError as error:
-        if UNFINISHED.search(str(error.filename)):
-            error.filename = str(folder)
-        raise
 
 
 def _copy(source: str, target: Path, progress: Progress) -> str:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from safetensors import SafetensorError
 
@@ -44,6 +44,7 @@ BUILTIN_ROOT = Path(__file__).resolve().parent / "builtin"
 _PACKAGE_PARENT = BUILTIN_ROOT.parents[2]
 FETCH = "mxfp4ref goldens fetch goldens.tar --sha256 HASH --into goldens"  # how to get all
 
+_T = TypeVar("_T")
 _NAME = re.compile(r"[a-z0-9_]+/[a-z0-9_]+")
 # Files of the root folder that belong there and are no cases.
 _OTHER_FILES = ("README.md", "manifest.json", "defect_matrix.md", "defect_matrix.svg")
@@ -127,28 +128,27 @@ class Goldens:
         Raises:
             GoldenError: no such case, or a file is missing, damaged, renamed or not the one in the manifest.
         """
-        try:
-            return self._load(name)
-        except GoldenError:
-            pass
-        # Damaged, or somebody is writing: once they are done, the manifest tells which.
-        with locked(self.root):
-            self.entries = self._manifest()
-            return self._load(name)
+        return self._read(lambda: self._load(name))
 
     def about(self, name: str) -> dict[str, Any]:
         """What is said of a case, verified, without its tensors and without torch; errors as of `load`.
 
         Beside the keys of its JSON file "bytes", as of `Case.nbytes`, but for the stored file's header.
         """
-        try:
-            sidecar, _ = self._sidecar(name)
-        except GoldenError:
-            with locked(self.root):
-                self.entries = self._manifest()
-                sidecar, _ = self._sidecar(name)
+        sidecar, _ = self._read(lambda: self._sidecar(name))
         stored = self.entries[name]["safetensors"]["bytes"]
         return {**sidecar, "bytes": stored + derived_bytes(sidecar["derived"])}
+
+    def _read(self, read: Callable[[], _T]) -> _T:
+        """What `read` gives, of these entries or, if that fails, of those that are there once nobody writes."""
+        try:
+            return read()
+        except GoldenError:
+            pass
+        # Damaged, or somebody is writing: once they are done, the manifest tells which.
+        with locked(self.root):
+            self.entries = self._manifest()
+            return read()
 
     def _sidecar(self, name: str) -> tuple[dict[str, Any], Path]:
         """What is in a case's JSON file, and where its tensors are."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -21,10 +22,11 @@ def _number(call: MoeCall) -> Tensor:
     return torch.arange(len(call.input))
 
 
-def _scales(call: MoeCall, fc: str) -> Tensor:
-    scales = getattr(call.experts, f"{fc}_scales")
-    assert isinstance(scales, Tensor)
-    return scales.clone()
+def _with_scales(call: MoeCall, fc: str, some: slice, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """The output where the scales of some experts are changed."""
+    scales = getattr(call.experts, f"{fc}_scales").clone()
+    scales[some] = change(scales)[some]
+    return forward(with_experts(call, **{f"{fc}_scales": scales}))
 
 
 def _reshaped(scales: Tensor) -> Tensor:
@@ -48,10 +50,7 @@ def first_eight_tokens_twice(call: MoeCall) -> Tensor:
     story="the bias of fc2 is lost beyond the first tile of 16 tokens",
 )
 def fc2_bias_in_the_first_tile_of_tokens(call: MoeCall) -> Tensor:
-    other = (
-        forward(with_experts(call, fc2_biases=None)) if call.experts.fc2_biases is not None else forward(call)
-    )
-    return _some_tokens(call, _number(call) >= 16, other)
+    return _some_tokens(call, _number(call) >= 16, forward(with_experts(call, fc2_biases=None)))
 
 
 @wrong(
@@ -60,9 +59,7 @@ def fc2_bias_in_the_first_tile_of_tokens(call: MoeCall) -> Tensor:
     story="the loader transposes fc2's scales of all experts but the first",
 )
 def fc2_scales_transposed_but_the_first(call: MoeCall) -> Tensor:
-    scales = _scales(call, "fc2")
-    scales[1:] = _reshaped(scales)[1:]
-    return forward(with_experts(call, fc2_scales=scales))
+    return _with_scales(call, "fc2", slice(1, None), _reshaped)
 
 
 @wrong(
@@ -71,9 +68,7 @@ def fc2_scales_transposed_but_the_first(call: MoeCall) -> Tensor:
     story="fc1's scales are transposed for experts of one file of two",
 )
 def fc1_scales_transposed_for_odd_experts(call: MoeCall) -> Tensor:
-    scales = _scales(call, "fc1")
-    scales[1::2] = _reshaped(scales)[1::2]
-    return forward(with_experts(call, fc1_scales=scales))
+    return _with_scales(call, "fc1", slice(1, None, 2), _reshaped)
 
 
 @wrong(
@@ -86,10 +81,12 @@ def halves_swapped_in_the_second_file(call: MoeCall) -> Tensor:
     if not experts.gated:
         return forward(call)
     half = (experts.num_experts + 1) // 2
-    weights, scales = experts.fc1_weights.clone(), _scales(call, "fc1")
-    for t in (weights, scales):
-        t[half:] = t[half:].roll(t.shape[1] // 2, 1)
-    return forward(with_experts(call, fc1_weights=weights, fc1_scales=scales))
+    weights = experts.fc1_weights.clone()
+    weights[half:] = weights[half:].roll(weights.shape[1] // 2, 1)
+    swapped = with_experts(call, fc1_weights=weights)
+    return _with_scales(
+        swapped, "fc1", slice(half, None), lambda scales: scales.roll(scales.shape[1] // 2, 1)
+    )
 
 
 @wrong(
@@ -167,6 +164,4 @@ def next_expert_from_token_eight_on(call: MoeCall) -> Tensor:
     story="fc2's scales are one row late in experts with an even number",
 )
 def fc2_scale_rows_late_in_even_experts(call: MoeCall) -> Tensor:
-    scales = _scales(call, "fc2")
-    scales[::2] = scales[::2].roll(-1, 1)
-    return forward(with_experts(call, fc2_scales=scales))
+    return _with_scales(call, "fc2", slice(None, None, 2), lambda scales: scales.roll(-1, 1))

@@ -258,7 +258,8 @@ class Presses:
         return self._count
 
 
-_usual = {signal.SIGINT: signal.default_int_handler} | {
+# Of the signals that end a process from outside.
+USUAL_HANDLERS = {signal.SIGINT: signal.default_int_handler} | {
     getattr(signal, name): signal.SIG_DFL for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)
 }
 _changed: dict[int, Any] = {}  # the handlers that `terminable` has set
@@ -277,7 +278,7 @@ def terminable() -> Iterator[None]:
             raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
 
     if threading.current_thread() is threading.main_thread():
-        for number, handler in _usual.items():
+        for number, handler in USUAL_HANDLERS.items():
             if signal.getsignal(number) is handler:
                 signal.signal(number, end)
                 _changed[number] = end
@@ -291,7 +292,7 @@ def not_terminable() -> None:
     """Signals end the process as they usually do: a script or a kernel is to find them so."""
     for number in [*_changed] if threading.current_thread() is threading.main_thread() else ():
         if signal.getsignal(number) is _changed[number]:  # else another's, which puts this one back
-            signal.signal(number, _usual[number])
+            signal.signal(number, USUAL_HANDLERS[number])
             del _changed[number]
 
 
@@ -325,7 +326,7 @@ def interrupted_once() -> Iterator[Interruption]:
         elif which > 2 or (which and not found.done):
             raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
 
-    answered = [number for number in _usual if signal.getsignal(number) is not signal.SIG_IGN]
+    answered = [number for number in USUAL_HANDLERS if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, handle) for number in {*answered, signal.SIGINT, signal.SIGTERM}}
     try:
         yield found

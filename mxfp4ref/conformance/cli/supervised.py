@@ -17,7 +17,14 @@ from pathlib import Path
 
 import click
 
-from mxfp4ref.conformance.cli.shared import INTERRUPTED, NOT_EQUAL, USAGE, Presses, not_terminable
+from mxfp4ref.conformance.cli.shared import (
+    INTERRUPTED,
+    NOT_EQUAL,
+    USAGE,
+    USUAL_HANDLERS,
+    Presses,
+    not_terminable,
+)
 from mxfp4ref.conformance.isolation.processes import end_with_parent, how_it_ended, python
 from mxfp4ref.conformance.memory import limits, time_limit
 
@@ -30,10 +37,7 @@ verdict = sys.argv.pop(1)
 from mxfp4ref.__main__ import main
 main(verdict)
 """
-_PASSED_ON = (
-    signal.SIGINT,
-    *(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)),
-)
+_PASSED_ON = tuple(USUAL_HANDLERS)
 _MAPPING = ("checkpoint", "checkpoint-report", "invariance", "layer", "replay")  # commands that map files
 _PATIENCE = 3  # so many interrupts end the process at once, as it says itself
 _NONE, _BEGUN = (

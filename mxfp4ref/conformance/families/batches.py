@@ -19,7 +19,7 @@ from mxfp4ref.formats.experts import Experts, StoredWeights
 from mxfp4ref.model.forward import KERNEL, Rows, activate_rows, check_stage, gemm_rows
 from mxfp4ref.sm90.gemm.compiled import compiled_loops
 
-__all__ = ["each", "one_thread"]
+__all__ = ["each", "one_thread", "tried"]
 
 _T = TypeVar("_T")
 _AT_ONCE = 32
@@ -53,7 +53,7 @@ def each(
     local = local_of(part)
     if len(local) != 1 or part.stages.select_local is not KERNEL.select_local or not bool((local >= 0).any()):
         for one in hypotheses:
-            yield one, _computed(one, part), None
+            yield one, one.run(part), None
         return
     token = _Token(part, local)
     rest = iter(hypotheses)
@@ -64,11 +64,7 @@ def each(
         except FAILURES:  # one of them, of numbers that nobody has thought of
             outputs, changed = iter(()), [None] * len(some)
         for one, known in zip(some, changed, strict=True):
-            yield one, *(next(outputs) if known else (_computed(one, part), None))
-
-
-def _computed(one: Hypothesis, part: Pipeline) -> Tensor | None:
-    return _tried(lambda part: one.change(part).run(), part)
+            yield one, *(next(outputs) if known else (one.run(part), None))
 
 
 @dataclass(frozen=True)
@@ -287,7 +283,7 @@ class _Token:
 
         sums = _shared(x, [(*s, b) for s, b in zip(stages, biases, strict=True)], usual, summed)
         return [
-            y if y is None or c.pipeline.after is None else _tried(c.pipeline.after, y)
+            y if y is None or c.pipeline.after is None else tried(c.pipeline.after, y)
             for y, c in zip(sums, changed, strict=True)
         ]
 
@@ -304,7 +300,7 @@ def _joined(tensors: list[Any]) -> Tensor | None:
     return None if tensors[0] is None else torch.cat(tensors)
 
 
-def _tried(compute: Callable[[_T], Tensor], given: _T) -> Tensor | None:
+def tried(compute: Callable[[_T], Tensor], given: _T) -> Tensor | None:
     """None where it is not defined."""
     try:
         return compute(given)

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import differing
-from mxfp4ref.conformance.families.batches import each
+from mxfp4ref.conformance.families.batches import each, tried
 from mxfp4ref.conformance.families.distances import last_place, share, surprise
 from mxfp4ref.conformance.families.evidence import gather
 from mxfp4ref.conformance.families.hypothesis import (
-    FAILURES,
     Hypothesis,
     Pipeline,
     composed,
@@ -181,7 +180,4 @@ def _of_each(rows: Tensor) -> list[Tensor]:
 
 
 def _computed(fit: _Fit, hypothesis: Hypothesis) -> Tensor | None:
-    try:
-        return slot_outputs(hypothesis.change(fit.part))
-    except FAILURES:
-        return None
+    return tried(lambda part: slot_outputs(hypothesis.change(part)), fit.part)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.families.hypothesis import Pipeline, SlotRows, finalized
-from mxfp4ref.conformance.families.places import MaskOf, named_experts
-from mxfp4ref.conformance.families.slot_kinds import attributes, slots_of_kind
+from mxfp4ref.conformance.families.places import MaskOf, kinds_of_slots, named_experts
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
 
@@ -66,8 +64,7 @@ def kinds_concerned(call: MoeCall, local: Tensor, concerned: Tensor) -> Iterator
     """Words for the slots that are concerned, as after "slots", and how to find them in any call."""
     known, chosen = concerned != FREE, concerned == 1
     yes, no = (set(local[known & side].tolist()) for side in (chosen, ~chosen))
-    if yes and no and not yes & no and (experts := named_experts(call, yes, no)) is not None:
-        yield f"of {experts.words}", experts.among
-    for kind in attributes(call, local):
+    experts = named_experts(call, yes, no) if yes and no and not yes & no else None
+    for kind, mask_of in kinds_of_slots(call, local, experts):
         if torch.equal(kind.mask & known, chosen):
-            yield kind.words, partial(slots_of_kind, kind.words)
+            yield kind.words, mask_of

@@ -14,7 +14,6 @@ from mxfp4ref.conformance.families import FAMILIES
 from mxfp4ref.conformance.families.batches import one_thread
 from mxfp4ref.conformance.families.blank import of_blank
 from mxfp4ref.conformance.families.by_place import hypotheses_by_place
-from mxfp4ref.conformance.families.distances import surprise
 from mxfp4ref.conformance.families.evidence import gather, look_closer
 from mxfp4ref.conformance.families.hypotheses.activations import activation_hypotheses, other_activations
 from mxfp4ref.conformance.families.hypotheses.code_parts import code_part_hypotheses, small_weight_hypotheses
@@ -47,7 +46,7 @@ from mxfp4ref.conformance.families.hypotheses.weighting import weight_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline
 from mxfp4ref.conformance.families.named import named_hypotheses
 from mxfp4ref.conformance.families.nearly import nearly
-from mxfp4ref.conformance.families.search import FEWEST_BITS, SURELY, Match, Search
+from mxfp4ref.conformance.families.search import SURELY, Match, Search
 from mxfp4ref.conformance.families.solved.lost_rows import none_right
 from mxfp4ref.conformance.families.solved.skipped_slots import skipped_hypotheses
 from mxfp4ref.conformance.families.solved.solved_constants import constant_hypotheses
@@ -168,12 +167,11 @@ def investigate(
         if not found and not heavy:
             with search.extra(_FOR_ALMOST):
                 found = search.almost(least=SURELY)
-        few = surprise(got, want) < FEWEST_BITS  # of which some small part of a family is always right
-        if not found and thorough and not heavy and not few and known is None:
+        if not found and thorough and not heavy and not search.few and known is None:
             with search.share(0.5):
                 found = search.run_twos(lambda: rounding_hypotheses(pipeline.call), most=2)
             found = found or ([] if _certain(evidence) else guarded(_thorough, search, evidence) or [])
-        if not found and not few:
+        if not found and not search.few:
             with search.extra(_FOR_ALMOST):
                 found = search.almost() or guarded(nearly, search) or []
     # Much gives zeros, or NaN, but not in these rows only.

@@ -15,6 +15,7 @@ from mxfp4ref.model.call import MoeCall
 __all__ = [
     "MaskOf",
     "concerns_what_is_wrong",
+    "kinds_of_slots",
     "kinds_of_tokens",
     "named_columns",
     "named_experts",
@@ -106,10 +107,12 @@ def _ids(call: MoeCall, some: Iterable[int]) -> list[int]:
     return sorted(s + call.ep_rank * call.experts.num_experts for s in some)
 
 
-def _kinds(call: MoeCall, local: Tensor, wrong: Tensor) -> Iterator[tuple[SlotKind, MaskOf]]:
-    """Kinds of slots, and how to find them in any call."""
-    if (found := suspected_experts(call, local, wrong)) is not None:
-        yield SlotKind(f"of {found.words}", found.among(call, local)), found.among
+def kinds_of_slots(
+    call: MoeCall, local: Tensor, experts: Suspects | None
+) -> Iterator[tuple[SlotKind, MaskOf]]:
+    """Kinds of slots, first that of some experts, and how to find them in any call."""
+    if experts is not None:
+        yield SlotKind(f"of {experts.words}", experts.among(call, local)), experts.among
     for kind in attributes(call, local):
         yield kind, partial(slots_of_kind, kind.words)
 
@@ -118,7 +121,7 @@ def kinds_of_tokens(
     call: MoeCall, local: Tensor, chosen: Tensor, among: Tensor
 ) -> Iterator[tuple[SlotKind, MaskOf]]:
     """Kinds of slots that the tokens `chosen [M] bool` have, and no other of those of `among`."""
-    for kind, mask_of in _kinds(call, local, chosen | ~among):
+    for kind, mask_of in kinds_of_slots(call, local, suspected_experts(call, local, chosen | ~among)):
         tokens = kind.mask.any(1)
         if bool(tokens.any()) and torch.equal(tokens & among, chosen & among):
             yield kind, mask_of

@@ -206,9 +206,9 @@ class Search:
         return found or (self.run(variants, enough=enough) if variants else found)
 
     @cached_property
-    def _much(self) -> bool:
-        """Whether it says enough to find out a part by it."""
-        return self.pipeline.run_call is None and surprise(self.got, self.want) >= FEWEST_BITS
+    def few(self) -> bool:
+        """Whether so little is wrong that some small part of a family always predicts it."""
+        return surprise(self.got, self.want) < FEWEST_BITS
 
     @cached_property
     def _noise(self) -> Tensor:
@@ -253,7 +253,7 @@ class Search:
         equal = ~differing(output, self.got)
         if bool(equal.all()):
             return [Match(hypothesis, True)]
-        if not bool((equal | ~self.wrong).all()) or surprise(self.got, self.want) < FEWEST_BITS:
+        if not bool((equal | ~self.wrong).all()) or self.few:
             return []
         moved = differing(output, self.want)
         limited = self._limited(hypothesis, applied=moved & equal, spared=moved & ~equal)
@@ -282,7 +282,7 @@ class Search:
 
     def _in_some_slots(self, y: Tensor) -> list[bool]:
         """Of each of some rows, `[P, k, H]`, whether the part that is looked at has them in some of its slots."""
-        if y.shape[1] == 1 or not self._much:
+        if y.shape[1] == 1 or self.few:
             return [False] * len(y)
         rows, count = self.rows, len(y)
         given = (t[self.tokens].expand(count, *t.shape[1:]) for t in (rows.y, rows.local, rows.weights))
@@ -295,7 +295,7 @@ class Search:
         """The hypothesis in the kinds of slots for which it predicts every bit of the whole call."""
         try:
             changed = hypothesis.change(self.pipeline)
-            if not self._much or changed.run_call is not None or changed.after is not None:
+            if self.few or changed.run_call is not None or changed.after is not None:
                 return []
             y = slot_outputs(changed)
             concerned, fits = slots_concerned(self.pipeline, self.rows, y, self.want, self.got)

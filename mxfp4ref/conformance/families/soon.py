@@ -64,7 +64,7 @@ def soon(search: Search, only: set[str]) -> list[Match]:
         only: the stages that the evidence leaves; empty where it leaves all.
     """
     call = search.pipeline.call
-    if surprise(search.got, search.want) < FEWEST_BITS:
+    if search.few:
         return []
     with search.share(0.3):
         first = (h for h in second(call) if not only or only & set(h.stages))

@@ -30,9 +30,8 @@ def told(matches: Sequence[Match], evidence: Iterable[Evidence], calls: Iterable
         near = beside_a_table(likely, best.kind, given_by)
         near.sort(key=lambda h: h.stages[:1] == best.stages[:1])  # first what is wrong elsewhere
         words = tuple(dict.fromkeys(h.words for h in (best, *near)))
-        first_of = {
-            _anywhere(h): h.words for h in reversed([best, *near])
-        }  # of each that holds in a part: one part
+        # Of each that holds in a part, one part.
+        first_of = {_anywhere(h): h.words for h in reversed([best, *near])}
         others = [w for w in words[1:] if w in first_of.values()]
         sentence = in_words((by_table(table, given_by) if table else _in_places(best, near), *others))
         known = factor_in_words(best.factor, calls) if best.factor else parameter_in_words(best.words)
@@ -55,10 +54,8 @@ def _anywhere(one: Hypothesis) -> str:
 
 def _in_places(best: Hypothesis, near: Iterable[Hypothesis]) -> str:
     """Its words, with the other places in which it may hold as well."""
-    others = list(dict.fromkeys(h.place for h in near if h.place and _anywhere(h) == _anywhere(best)))[
-        :_PLACES
-    ]
-    return best.words + (f" (or {', or '.join(others)})" if others else "")
+    others = dict.fromkeys(h.place for h in near if h.place and _anywhere(h) == _anywhere(best))
+    return best.words + (f" (or {', or '.join([*others][:_PLACES])})" if others else "")
 
 
 def _as_simple(one: Hypothesis, best: Hypothesis) -> bool:
