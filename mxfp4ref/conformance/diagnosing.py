@@ -13,8 +13,9 @@ from mxfp4ref._default_device import on_cpu
 from mxfp4ref.conformance.bounds.bounded import all_within
 from mxfp4ref.conformance.diagnosis import Diagnosis, Finding, Located, Prediction
 from mxfp4ref.conformance.families.engine import prepared
+from mxfp4ref.conformance.families.hearing import Failure
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN, Hypothesis, Pipeline
-from mxfp4ref.conformance.families.jury import Failure, Verdict, judge
+from mxfp4ref.conformance.families.jury import Verdict, judge
 from mxfp4ref.conformance.findings.agreement import agreed, name_defects, unrefuted, with_one_case
 from mxfp4ref.conformance.findings.exposed import with_exposed
 from mxfp4ref.conformance.findings.finding import added, counted, of_specials

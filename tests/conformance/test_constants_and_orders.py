@@ -14,10 +14,10 @@ from mxfp4ref import MoeCall, forward
 from mxfp4ref.conformance import diagnose, differing
 from mxfp4ref.conformance.families import engine
 from mxfp4ref.conformance.families.engine import prepared
+from mxfp4ref.conformance.families.hearing import Failure, Heard
 from mxfp4ref.conformance.families.hypotheses.code_parts import scale_format_hypotheses
 from mxfp4ref.conformance.families.hypotheses.orders_of_k import order_hypotheses, repeat_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, local_of
-from mxfp4ref.conformance.families.jury import Failure, Heard
 from mxfp4ref.conformance.families.order_of_cases import next_case, says_much
 from mxfp4ref.conformance.families.sampled import samples
 from mxfp4ref.conformance.families.search import Match

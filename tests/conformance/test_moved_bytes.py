@@ -50,5 +50,5 @@ def test_codes_of_a_group_in_another_order() -> None:
     )
     assert finding.exact
     assert (
-        "codes are right but in another order, with a period of 32: code n is code n -8" in finding.sentence
+        "codes are right but in another order, with a period of 32: code n is code n - 8" in finding.sentence
     )

@@ -154,7 +154,7 @@ def test_rows_of_the_output_by_a_rule() -> None:
     got = want.roll(-4, 0)
     found = rows_of_others(got, want, differing(got, want).any(1))
     assert found is not None
-    assert "token n is token n +4, around the end" in found.sentence
+    assert "token n is token n + 4, around the end" in found.sentence
     damaged = got.clone()
     damaged[2, 5] += 1
     assert rows_of_others(damaged, want, differing(damaged, want).any(1)) is None

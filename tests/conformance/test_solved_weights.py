@@ -12,8 +12,9 @@ from mxfp4ref import MoeCall, forward
 from mxfp4ref.conformance import diagnose, differing
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.evidence import gather, look_closer
+from mxfp4ref.conformance.families.hearing import Failure
 from mxfp4ref.conformance.families.hypotheses.weighting import weight_hypotheses
-from mxfp4ref.conformance.families.jury import Failure, judge
+from mxfp4ref.conformance.families.jury import judge
 from mxfp4ref.conformance.families.solved.solved_weights import Weights, in_common, powers_of, unsure_of
 from mxfp4ref.conformance.findings.finding import Evidence
 from mxfp4ref.defects.finalize import activation_weighted

@@ -13,9 +13,10 @@ from mxfp4ref.conformance import CaseResult, Options, Report, diagnose
 from mxfp4ref.conformance.diagnosing import Found
 from mxfp4ref.conformance.families import jury
 from mxfp4ref.conformance.families.engine import Result, prepared
+from mxfp4ref.conformance.families.hearing import Failure, hear
 from mxfp4ref.conformance.families.hypotheses.activations import activation_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
-from mxfp4ref.conformance.families.jury import Failure, _heard, _of_some
+from mxfp4ref.conformance.families.jury import _of_some
 from mxfp4ref.conformance.families.search import Match
 from mxfp4ref.conformance.families.telling import told
 from mxfp4ref.conformance.findings.agreement import agreed
@@ -61,7 +62,7 @@ def said(finding: Finding | None) -> str:
 
 def test_what_predicts_one_case_of_three_is_said_first() -> None:
     failures = [failure(ONE), of_another_kind(), of_another_kind()]
-    heard = _heard(match(), failures)
+    heard = hear(match(), failures)
     assert heard.cases == [ONE]
     best = Finding(("activation", "fc1"), "GEMM2 is right, and got another activation")
     words = said(_of_some(failures, tuple, [heard], [], best))
@@ -79,10 +80,10 @@ def test_what_a_case_alike_refutes_is_not_said() -> None:
         ([failure(ONE), failure(ALIKE, otherwise), of_another_kind()], []),
         ([failure(ONE), of_another_kind(), of_another_kind()], [(pipeline(ALIKE), pipeline(ALIKE).run())]),
     ):
-        assert _of_some(failures, lambda p=passing: p, [_heard(match(), failures)], [], UNKNOWN) is None
+        assert _of_some(failures, lambda p=passing: p, [hear(match(), failures)], [], UNKNOWN) is None
     failures = [failure(ONE), of_another_kind(), of_another_kind()]
     elsewhere = Finding(("finalize",), "the routing weights used are others")
-    assert _of_some(failures, tuple, [_heard(match(), failures)], [], elsewhere) is None
+    assert _of_some(failures, tuple, [hear(match(), failures)], [], elsewhere) is None
 
 
 def test_what_follows_from_a_prediction_of_most_bits_is_hedged() -> None:

@@ -56,7 +56,7 @@ def shifted_tokens(call: MoeCall) -> Tensor:
 
 SAME, ANY, ZERO = ("input", "fc2"), ("finalize", "fc2"), ("fc2", "activation")
 MODULO = "row n is row n modulo 24"
-AROUND = "sorted row n is sorted row n +3, around the end"
+AROUND = "sorted row n is sorted row n + 3, around the end"
 LAST = "the last 8 rows of each expert that has a multiple of 8 rows are left out, or zero: not computed"
 BEYOND = "of all rows, sorted by expert, those from number 64 on are left out, or zero: not computed"
 FIRST = "the first 2 rows of each expert whose number of rows is no multiple of 4 are left out, but for the fc2 bias"
@@ -68,7 +68,7 @@ FIRST = "the first 2 rows of each expert whose number of rows is no multiple of 
         (result_of(lambda r: here(r) - r.position // 24 * 24), "tokens_150", MODULO, SAME),
         (result_of(lambda r: here(r) % 192), "tokens_150", "is sorted row n modulo 192", ANY),
         (result_of(lambda r: (here(r) + 3) % len(r.token)), "gpt_oss", AROUND, ANY),
-        (shifted_tokens, "gpt_oss", "token n is token n +5, around the end", ("input", "slots")),
+        (shifted_tokens, "gpt_oss", "token n is token n + 5, around the end", ("input", "slots")),
         (without(lambda r: (counts(r) % 8 == 0) & (r.position >= counts(r) - 8)), "prefill", LAST, ("fc1", "fc2")),
         (without(lambda r: torch.arange(len(r.position)) >= 64), "prefill", BEYOND, ("fc1", "fc2")),
         (without(lambda r: (counts(r) % 4 != 0) & (r.position < 2)), "gpt_oss", FIRST, ZERO),

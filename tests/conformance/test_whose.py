@@ -13,8 +13,9 @@ from mxfp4ref import MoeCall, forward
 from mxfp4ref.conformance import differing
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.evidence import look_closer
+from mxfp4ref.conformance.families.hearing import Failure
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, SlotRows
-from mxfp4ref.conformance.families.jury import Failure, judge
+from mxfp4ref.conformance.families.jury import judge
 from mxfp4ref.conformance.families.search import Match
 from mxfp4ref.conformance.families.solved.whose import whose_hypotheses
 from mxfp4ref.conformance.families.telling import told

@@ -51,7 +51,8 @@ def each(
         look: gets the rows of several, `[P, k, H]`, zeros where a slot is skipped, and gives something of each.
     """
     local = local_of(part)
-    if len(local) != 1 or part.stages.select_local is not KERNEL.select_local or not bool((local >= 0).any()):
+    usual = part.rows is None and part.stages.select_local is KERNEL.select_local
+    if len(local) != 1 or not usual or not bool((local >= 0).any()):
         for one in hypotheses:
             yield one, one.run(part), None
         return
@@ -163,6 +164,7 @@ class _Token:
         others = [(getattr(call, name), getattr(right, name)) for name in names]
         simple = (
             changed.run_call is None
+            and changed.rows is None
             and changed.stages.select_local is KERNEL.select_local
             and type(call) is type(right)
             and _alike(call.input, right.input)

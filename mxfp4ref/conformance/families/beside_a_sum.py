@@ -72,6 +72,8 @@ def beside_a_sum(
             continue
         if surprise(search.got, output) < FEWEST_BITS:
             return _nearly(search, hypothesis)  # this change alone is what is wrong, or nearly so
+        if not search.leaves_another(output):
+            continue
         inner = Search(base, search.got, output, search.until)
         rules = weight_rules(inner.rows, inner.got, inner.wrong)
         for match in inner.run((h for h in chain(rules, second()) if _SUM & set(h.stages)), enough=1):

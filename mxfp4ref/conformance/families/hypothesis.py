@@ -52,19 +52,26 @@ class Pipeline:
     Attributes:
         call: its experts in logical layout, not strict.
         stages: as in `forward`.
-        run_call: computes the output; None for `forward` with the stages.
+        rows: what is done with the slots' rows, experts and weights before the weighted sum.
+        run_call: computes the output; None for `forward` with the stages, and `rows` between.
         after: what is done with the output.
     """
 
     call: MoeCall
     stages: Stages = KERNEL
+    rows: Callable[[SlotRows], SlotRows] | None = None
     run_call: Callable[[MoeCall], Tensor] | None = None
     after: Callable[[Tensor], Tensor] | None = None
 
     def run(self) -> Tensor:
         """The output `[M, H] bf16`."""
         call = self.checked.call
-        output = forward(call, self.stages) if self.run_call is None else self.run_call(call)
+        if self.run_call is not None:
+            output = self.run_call(call)
+        elif self.rows is not None:
+            return SlotRows.of(replace(self, call=call)).output(self)
+        else:
+            output = forward(call, self.stages)
         return output if self.after is None else self.after(output)
 
     def gives(self, output: Tensor) -> bool:
@@ -91,6 +98,22 @@ class Pipeline:
     def having(self, **tensors: Any) -> Pipeline:
         """With other tensors of the experts, which are not checked here."""
         return replace(self, call=unchecked(self.call, experts=unchecked(self.call.experts, **tensors)))
+
+    def summing(self, change: Callable[[SlotRows], SlotRows]) -> Pipeline:
+        """With the slots' rows, experts and weights changed before the weighted sum."""
+        self.check_open()
+        before = self.rows
+        return replace(self, rows=change if before is None else lambda rows: change(before(rows)))
+
+    def computing(self, run: Callable[[Pipeline], Tensor]) -> Pipeline:
+        """With an output that is computed otherwise, by what gets this pipeline of any call, without `after`."""
+        self.check_open()
+        return replace(self, run_call=lambda call: run(replace(self, call=call, after=None)))
+
+    def check_open(self) -> None:
+        """ValueError where the output is computed as a whole: what is changed inside of it would be lost."""
+        if self.run_call is not None:
+            raise ValueError("run_call: expected none, so that there are stages to change")
 
     def then(self, change: Callable[[Tensor], Tensor]) -> Pipeline:
         """With the output changed afterwards."""
@@ -169,21 +192,27 @@ class SlotRows:
     """What the weighted sum is made of.
 
     Attributes:
-        call: whose these are.
+        pipeline: whose these are.
         y: `[M, k, H] bf16`, what GEMM2 gives; zeros where the slot is skipped.
         local: `[M, k] int64`, the rank's expert, -1 where the slot is skipped.
         weights: `[M, k] float32`.
     """
 
-    call: MoeCall
+    pipeline: Pipeline
     y: Tensor
     local: Tensor
     weights: Tensor
 
     @classmethod
-    def of(cls, pipeline: Pipeline) -> SlotRows:
-        call = pipeline.call
-        return cls(call, slot_outputs(pipeline), local_of(pipeline), call.token_final_scales)
+    def of(cls, pipeline: Pipeline, x: Tensor | None = None) -> SlotRows:
+        """Of a pipeline, and as `slot_outputs` of an input for each slot."""
+        weights = pipeline.call.token_final_scales
+        rows = cls(pipeline, slot_outputs(pipeline, x), local_of(pipeline), weights)
+        return rows if pipeline.rows is None else pipeline.rows(rows)
+
+    @property
+    def call(self) -> MoeCall:
+        return self.pipeline.call
 
     def output(self, pipeline: Pipeline) -> Tensor:
         """The output of a pipeline that has these rows."""
@@ -195,15 +224,7 @@ def of_slots(
     family: str, stages: tuple[str, ...], words: str, change: Callable[[SlotRows], SlotRows], cost: float
 ) -> Hypothesis:
     """A change of the slots' rows, experts or weights."""
-
-    def on(pipeline: Pipeline) -> Pipeline:
-        def run(call: MoeCall) -> Tensor:
-            inside = replace(pipeline, call=call, after=None)
-            return change(SlotRows.of(inside)).output(inside)
-
-        return replace(pipeline, run_call=run)
-
-    return Hypothesis(family, stages, words, on, cost, of_rows=change)
+    return Hypothesis(family, stages, words, lambda p: p.summing(change), cost, of_rows=change)
 
 
 def of_sum(
@@ -234,13 +255,14 @@ def local_of(pipeline: Pipeline) -> Tensor:
 
 
 def composed(first: Hypothesis, second: Hypothesis) -> Hypothesis:
-    """Both changes at once."""
+    """Both changes at once; one of the slots' rows is put in before one that may compute the output as a whole."""
+    one, other = (first, second) if second.of_rows is None or first.of_rows else (second, first)
     stages = tuple(dict.fromkeys((*first.stages, *second.stages)))[:2]
     return Hypothesis(
         "two",
         stages,
         f"two things: {first.words}; and {second.words}",
-        lambda p: second.change(first.change(p)),
+        lambda p: other.change(one.change(p)),
         first.cost + second.cost + 5,
         slow=first.slow or second.slow,
     )
@@ -252,7 +274,11 @@ def slot_outputs(pipeline: Pipeline, x: Tensor | None = None) -> Tensor:
     Args:
         pipeline: its weighted sum and what comes after are left out.
         x: `[M, k, H] bf16`, an input for each slot; by default the token's.
+
+    Raises:
+        ValueError: its output is computed as a whole.
     """
+    pipeline.check_open()
     call = pipeline.call
     tokens, top_k = call.token_selected_experts.shape
     if x is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 
 from torch import Tensor
@@ -14,6 +14,7 @@ from mxfp4ref.conformance.families.and_another import and_another
 from mxfp4ref.conformance.families.batches import one_thread
 from mxfp4ref.conformance.families.engine import Result, nameless
 from mxfp4ref.conformance.families.evidence import gather, look_closer
+from mxfp4ref.conformance.families.hearing import Failure, Heard, Kind, hear, kind_of, predicted
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline
 from mxfp4ref.conformance.families.named import named_hypotheses
 from mxfp4ref.conformance.families.nan_bits import investigated
@@ -23,38 +24,16 @@ from mxfp4ref.conformance.families.solved.case_tables import tables_by_case
 from mxfp4ref.conformance.families.telling import told
 from mxfp4ref.conformance.findings.finding import OTHERS, Evidence, added
 from mxfp4ref.conformance.findings.reduction import thread_clock
-from mxfp4ref.model.call import MoeCall
 
-__all__ = ["Failure", "Heard", "Verdict", "judge"]
+__all__ = ["Verdict", "judge"]
 
 _SEARCHED = 4  # cases that are searched by themselves
 _READ = 12  # whose evidence is read
 _FOR_A_SECOND = 6.0  # seconds, to look for a change beside the one that predicts most cases
 _FOR_A_PLAIN_ONE = 10.0  # seconds, where none of those searched is explained
 _HEARD, _ROUGHLY = 24, 4  # hypotheses of a case that others are asked of: that predict every bit, or fewer
-_TELLING = 11  # cases, the most telling ones, after which what predicts one alone is heard no further
 _RARE = 8  # times as many cases are predicted as refute it
-_SUPPORTED = 0.5  # of the elements that are wrong, or would be, in a case of a kind
 _Passing = Callable[[], Iterable[tuple[Pipeline, Tensor]]]
-_Kind = tuple[object, ...]
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A case that fails.
-
-    Attributes:
-        case: its id.
-        pipeline: the right one, as `engine.prepared` makes it.
-        got, want: `[M, H] bf16`.
-        outside: `[M, H] bool`, in mode bounded, where it leaves its bounds.
-    """
-
-    case: str
-    pipeline: Pipeline
-    got: Tensor
-    want: Tensor
-    outside: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -70,27 +49,6 @@ class Verdict:
     finding: Finding
     hypotheses: tuple[Hypothesis, ...]
     by_case: dict[str, Finding]
-
-
-@dataclass
-class Heard:
-    """A hypothesis that predicts every bit of some case, and what other failing cases say of it.
-
-    Attributes:
-        match: the hypothesis.
-        cases: in which it predicts every bit.
-        kinds: of these cases.
-        against: the cases where it predicts few of the wrong bits, or wrong ones.
-        refuting: the kinds of these.
-        all_heard: whether all cases were asked.
-    """
-
-    match: Match
-    cases: list[str] = field(default_factory=list)
-    kinds: set[_Kind] = field(default_factory=set)
-    against: list[str] = field(default_factory=list)
-    refuting: set[_Kind] = field(default_factory=set)
-    all_heard: bool = True
 
 
 def judge(
@@ -125,9 +83,13 @@ def judge(
         how = {"seconds": share, "thorough": number < 2, "outside": failure.outside}
         result = results[failure.case] = investigated(failure.pipeline, failure.got, failure.want, **how)
         by_case[failure.case] = result.finding
+        if len(results) == len(failures) and all(
+            any(e.rounding for e in r.evidence) for r in results.values()
+        ):
+            return Verdict(result.finding, (), by_case)  # of zeros, which much gives where sums cancel
         for match in _worth_hearing(result):
             if match.hypothesis.words not in seen:
-                seen[match.hypothesis.words] = _heard(match, failures)
+                seen[match.hypothesis.words] = hear(match, failures)
         if verdict := _of_all(seen.values(), failures, passing):
             return verdict
     alone = None
@@ -140,8 +102,12 @@ def judge(
         until += thread_clock() - start
         by_case[alone.case] = result.finding
         for match in _worth_hearing(result):
-            seen.setdefault(match.hypothesis.words, _heard(match, failures))
+            seen.setdefault(match.hypothesis.words, hear(match, failures))
         if verdict := _of_all(seen.values(), failures, passing):
+            return verdict
+    if seen:  # what most cases say may be true of all with other details
+        most = max(seen.values(), key=lambda heard: len(heard.cases)).match.hypothesis
+        if verdict := _of_all([hear(Match(h, True), failures) for h in most.variants], failures, passing):
             return verdict
     return _undecided(failures, passing, seen, results, by_case, until)
 
@@ -171,56 +137,20 @@ def _of_known(
     """That of a defect that is known to predict some case, and of what is not told from it."""
     most, *others = failures
     named = [h for h in named_hypotheses(most.pipeline.call) if h.name in known or not h.slow]
-    if not any(all(_predicted(h, f) for f in failures) for h in named if h.name in known):
+    if not any(all(predicted(h, f) for f in failures) for h in named if h.name in known):
         return None
     every = chain(named, nameless(most.pipeline.call, differing(most.got, most.want)))
     result = investigated(most.pipeline, most.got, most.want, seconds=seconds, first=every)
-    full = [m for m in result.matches if m.exact and all(_predicted(m.hypothesis, f) for f in others)]
+    full = [m for m in result.matches if m.exact and all(predicted(m.hypothesis, f) for f in others)]
     return _of_full(full, failures, passing)
 
 
-def _heard(match: Match, failures: list[Failure]) -> Heard:
-    """In which cases a hypothesis predicts every bit, and which kinds of cases refute it."""
-    heard = Heard(match)
-    with one_thread():
-        for index, failure in enumerate(failures):
-            output = match.hypothesis.run(failure.pipeline)
-            if output is not None and output.shape == failure.got.shape:
-                other = differing(output, failure.got)
-                moved = differing(output, failure.want)
-                concerned = moved | differing(failure.got, failure.want)
-                if not bool(other.any()):
-                    heard.cases.append(failure.case)
-                    heard.kinds.add(_kind(failure.pipeline.call))
-                elif bool(moved.any()) and float((~other)[concerned].double().mean()) < _SUPPORTED:
-                    heard.against.append(failure.case)
-                    heard.refuting.add(_kind(failure.pipeline.call))
-            least = index - 4 if match.hypothesis.slow else 1 if index >= _TELLING else -1
-            if len(heard.cases) <= least:
-                heard.all_heard = index == len(failures) - 1
-                break
-    return heard
-
-
-def _kind(call: MoeCall) -> _Kind:
-    """What decides which code of a kernel a call takes: one kind may be wrong where another is not."""
-    experts = call.experts
-    given = (
-        experts.swiglu_alpha,
-        experts.swiglu_beta,
-        experts.swiglu_limit,
-        experts.fc1_biases,
-        experts.fc2_biases,
-    )
-    return (call.activation, *(t is None for t in given), call.ep_size > 1, call.tp_size > 1)
-
-
-def _spared(matches: list[Match], passing: _Passing, kinds: set[_Kind] | None = None) -> list[Match]:
+def _spared(matches: list[Match], passing: _Passing, kinds: set[Kind] | None = None) -> list[Match]:
     """Those that leave the passing cases (of some kinds) as they are, the simplest first."""
     kept = sorted(matches, key=lambda m: m.hypothesis.cost)
     with one_thread():
         for pipeline, want in passing():
-            if kinds is not None and _kind(pipeline.call) not in kinds:
+            if kinds is not None and kind_of(pipeline.call) not in kinds:
                 continue
             outputs = [(m, m.hypothesis.run(pipeline)) for m in kept]
             kept = [m for m, out in outputs if out is None or not bool(differing(out, want).any())]
@@ -292,23 +222,18 @@ def _undecided(
 
 def _two(failures: list[Failure], passing: _Passing, heard: Heard, until: float) -> Verdict | None:
     """The change that predicts most cases, with a second one that predicts the others too."""
-    others = [(f.pipeline, f.got) for f in failures if f.case not in heard.cases]
+    others = [(f.pipeline, f.got, f.want) for f in failures if f.case not in heard.cases]
     first = heard.match.hypothesis
     if not heard.cases or not heard.all_heard or first.slow or first.family == "two":
         return None
     with one_thread():
         clock = thread_clock
         both = and_another(first, others, clock=clock, until=max(until, clock() + _FOR_A_SECOND))
-        both = [h for h in both if all(_predicted(h, f) for f in failures if f.case in heard.cases)]
+        both = [h for h in both if all(predicted(h, f) for f in failures if f.case in heard.cases)]
     if not (kept := _spared([Match(h, True) for h in both], passing)):
         return None
     exact = replace(told(kept, (), [f.pipeline.call for f in failures]), exact=True, hedged=False)
     return Verdict(exact, tuple(m.hypothesis for m in kept), {f.case: exact for f in failures})
-
-
-def _predicted(hypothesis: Hypothesis, failure: Failure) -> bool:
-    output = hypothesis.run(failure.pipeline)
-    return output is not None and not bool(differing(output, failure.got).any())
 
 
 def _of_some(

@@ -13,14 +13,12 @@ from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.families.hypothesis import (
     Hypothesis,
     Pipeline,
-    finalized,
+    SlotRows,
     local_of,
-    slot_outputs,
 )
 from mxfp4ref.conformance.families.places import MaskOf
 from mxfp4ref.conformance.families.slot_kinds import SlotKind
 from mxfp4ref.model.call import MoeCall
-from mxfp4ref.model.forward import KERNEL
 
 __all__ = ["in_columns", "in_rows", "in_slots", "in_slots_alone"]
 
@@ -70,9 +68,15 @@ def _passes_columns_through(call: MoeCall) -> bool:
 
 def in_slots(hypothesis: Hypothesis, words: str, mask_of: Callable[[MoeCall, Tensor], Tensor]) -> Hypothesis:
     def merge(right: Pipeline, wrong: Pipeline) -> Tensor:
-        call, local = right.call, local_of(right)
-        y = torch.where(mask_of(call, local)[..., None], slot_outputs(wrong), slot_outputs(right))
-        return finalized(right, y, local, call.token_final_scales)
+        rows, other = SlotRows.of(right), SlotRows.of(wrong)
+        mask = mask_of(right.call, local_of(right))
+        merged = replace(
+            rows,
+            y=torch.where(mask[..., None], other.y, rows.y),
+            local=torch.where(mask, other.local, rows.local),
+            weights=torch.where(mask, other.weights, rows.weights),
+        )
+        return merged.output(right)
 
     return _limited(hypothesis, f"for slots {words} only", 1, merge)
 
@@ -98,7 +102,7 @@ def _limited(
             inside = replace(pipeline, call=call)
             return merge(inside, hypothesis.change(inside))
 
-        return Pipeline(pipeline.call, KERNEL, run)
+        return Pipeline(pipeline.call, run_call=run)
 
     return replace(
         hypothesis,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from mxfp4ref.conformance.families.hypothesis import STAGES, Hypothesis, Pipeline
 from mxfp4ref.defects import DEFECTS, Defect, activation, arguments, finalize, gemm, weights
 from mxfp4ref.model.call import MoeCall
+from mxfp4ref.model.forward import KERNEL
 
 __all__ = ["NUMBER_OF_NAMES", "named_hypotheses", "stages_of"]
 
@@ -89,4 +89,6 @@ def _slow(defect: Defect) -> bool:
 def _running(pipeline: Pipeline, defect: Defect) -> Pipeline:
     if not defect.applies(pipeline.call):
         return pipeline
-    return replace(pipeline, run_call=defect.run)
+    if pipeline.stages is not KERNEL or pipeline.rows is not None:
+        raise ValueError("pipeline: expected the kernel's stages, since a named defect has its own")
+    return pipeline.computing(lambda inside: defect.run(inside.call))

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.families.distances import surprise
+from mxfp4ref.conformance.families.hearing import Failure, Heard
 from mxfp4ref.conformance.families.search import FEWEST_BITS
-
-if TYPE_CHECKING:
-    from mxfp4ref.conformance.families.jury import Failure, Heard
-    from mxfp4ref.formats.experts import Experts
+from mxfp4ref.formats.experts import Experts
 
 __all__ = ["different", "next_case", "numbers_told", "plain_one", "says_much", "telling"]
 

@@ -15,7 +15,6 @@ from mxfp4ref.conformance.families.hypothesis import (
     Pipeline,
     SlotRows,
     composed,
-    of_slots,
 )
 from mxfp4ref.conformance.families.solved.weight_rules import weight_rules
 
@@ -41,9 +40,7 @@ def pairs(pipeline: Pipeline, got: Tensor, firsts: list[Hypothesis], second: Hyp
     """
     found = []
     for first in [h for h in firsts if not h.name][:_TRIED]:
-        if first.of_rows is not None and second.of_rows is not None:
-            continue  # the one would not see what the other does
-        pair = composed(first, second) if first.of_rows is None else composed(second, first)
+        pair = composed(first, second)
         output = pair.run(pipeline)
         if output is not None and not bool(differing(output, got).any()):
             found.append(pair)
@@ -75,19 +72,9 @@ def pair_in_the_sum(
             run = pipeline if second.of_sum is None else second.change(pipeline)
             few = replace(both, y=both.y[some], local=both.local[some], weights=both.weights[some])
             if (second.of_rows or second.of_sum) and not bool(differing(few.output(run), got[some]).any()):
-                pair = _pair(first, second)
+                pair = composed(first, second)
                 if not bool(differing(pair.change(pipeline).run(), got).any()):
                     return pair
         except FAILURES:
             continue
     return None
-
-
-def _pair(first: Hypothesis, second: Hypothesis) -> Hypothesis:
-    """Both changes at once, of which the first is of the slots' rows."""
-    both = composed(first, second)
-    one, other = first.of_rows, second.of_rows
-    assert one is not None
-    if other is None:
-        return replace(both, change=lambda p: first.change(second.change(p)))
-    return of_slots("two", both.stages, both.words, lambda rows: other(one(rows)), both.cost)

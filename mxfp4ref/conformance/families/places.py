@@ -85,7 +85,7 @@ def named_experts(call: MoeCall, some: set[int], others: set[int]) -> Suspects |
     for half, words in HALVES:
         of_half = set(half(call.experts.num_experts))
         if len(some) > 1 and some <= of_half and not others & of_half:
-            return Suspects(f"the {words} (here {_listed(_ids(call, some))})", half)
+            return Suspects(f"the {words}", half)
     if len(some) > 1 and 0 < len(others) < len(some):
         rest = _few_experts(call, others)
         return Suspects(
@@ -97,9 +97,9 @@ def named_experts(call: MoeCall, some: set[int], others: set[int]) -> Suspects |
 def _few_experts(call: MoeCall, some: set[int]) -> Suspects:
     ids = _ids(call, some)
     if some == {0}:
-        return Suspects(f"the first expert (here {ids[0]})", lambda n: (0,))
+        return Suspects("the first expert", lambda n: (0,))
     if some == {call.experts.num_experts - 1}:
-        return Suspects(f"the last expert (here {ids[0]})", lambda n: (n - 1,))
+        return Suspects("the last expert", lambda n: (n - 1,))
     return Suspects(f"expert{'s' * (len(ids) > 1)} {_listed(ids)}", lambda n: some)
 
 

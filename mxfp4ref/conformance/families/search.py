@@ -23,7 +23,6 @@ from mxfp4ref.conformance.families.hypothesis import (
     local_of,
     of_first_factor,
     roughly,
-    slot_outputs,
 )
 from mxfp4ref.conformance.families.limited import in_columns, in_rows, in_slots, in_slots_alone
 from mxfp4ref.conformance.families.named import NUMBER_OF_NAMES
@@ -105,8 +104,8 @@ class Search:
 
     @cached_property
     def rows(self) -> SlotRows:
-        """Of the whole call."""
-        return SlotRows.of(self.pipeline)
+        """Of the whole call; without the mistake that is known, where that computes the output as a whole."""
+        return SlotRows.of(replace(self.pipeline, run_call=None))
 
     @property
     def whole(self) -> bool:
@@ -287,7 +286,7 @@ class Search:
         rows, count = self.rows, len(y)
         given = (t[self.tokens].expand(count, *t.shape[1:]) for t in (rows.y, rows.local, rows.weights))
         want, got = (t.expand(count, -1) for t in (self.part_want, self.part_got))
-        concerned, fits = slots_concerned(self.part, SlotRows(rows.call, *given), y, want, got)
+        concerned, fits = slots_concerned(self.part, SlotRows(rows.pipeline, *given), y, want, got)
         found: list[bool] = (fits & (concerned == 0).any(1)).tolist()
         return found
 
@@ -297,7 +296,7 @@ class Search:
             changed = hypothesis.change(self.pipeline)
             if self.few or changed.run_call is not None or changed.after is not None:
                 return []
-            y = slot_outputs(changed)
+            y = SlotRows.of(changed).y
             concerned, fits = slots_concerned(self.pipeline, self.rows, y, self.want, self.got)
         except FAILURES:
             return []
@@ -305,6 +304,14 @@ class Search:
             return []
         kinds = islice(kinds_concerned(self.pipeline.call, self.local, concerned), _PLACES)
         return [Match(in_slots(hypothesis, *kind), True) for kind in kinds]
+
+    def leaves_another(self, output: Tensor) -> bool:
+        """Whether something else is wrong besides what gives this output.
+
+        Not where this one is wrong only where the kernel's is right: then it concerns less than was thought.
+        """
+        rest = differing(output, self.got)
+        return bool((rest & self.wrong).any()) and surprise(self.got, output) >= FEWEST_BITS
 
     def run_twos(self, hypotheses: Callable[[], Iterable[Hypothesis]], *, most: int = 5) -> list[Match]:
         """Two changes at once: those that came nearest, each with another one."""
@@ -320,7 +327,7 @@ class Search:
                 break
             base = first.change(self.pipeline)
             output = first.run(self.pipeline)
-            if output is None or surprise(self.got, output) < FEWEST_BITS:
+            if output is None or not self.leaves_another(output):
                 continue
             got, inner = self.got, Search(base, self.got, output, self.until)
             found = inner.run(chain(weight_rules(inner.rows, got, inner.wrong), hypotheses()), enough=1)

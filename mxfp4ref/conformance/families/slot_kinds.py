@@ -128,6 +128,9 @@ def attributes(call: MoeCall, local: Tensor, *, every: bool = False) -> Iterator
         yield SlotKind(f"of expert {expert}", here & (local == expert))
     for threshold in (0.5, 0.25, 0.1, 0.05, 0.01):
         yield SlotKind(f"with a weight below {threshold:g}", here & (weights < threshold))
+        if every or bool((weights < 0).any()):
+            small = here & (weights.abs() < threshold)
+            yield SlotKind(f"with a weight of magnitude below {threshold:g}", small)
     yield SlotKind("with a negative weight", here & (weights < 0))
 
 

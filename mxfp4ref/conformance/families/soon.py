@@ -7,7 +7,6 @@ from itertools import chain, islice
 
 from mxfp4ref.conformance.comparison import ulp_distance
 from mxfp4ref.conformance.families.beside_a_sum import beside_a_sum
-from mxfp4ref.conformance.families.distances import surprise
 from mxfp4ref.conformance.families.hypotheses.activations import activation_hypotheses, other_activations
 from mxfp4ref.conformance.families.hypotheses.orders_of_k import order_hypotheses
 from mxfp4ref.conformance.families.hypotheses.roundings import rounding_hypotheses
@@ -22,7 +21,7 @@ from mxfp4ref.conformance.families.hypotheses.weighting import weight_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
 from mxfp4ref.conformance.families.named import named_hypotheses
 from mxfp4ref.conformance.families.pairs import alike, pair_in_the_sum
-from mxfp4ref.conformance.families.search import FEWEST_BITS, Match, Search
+from mxfp4ref.conformance.families.search import Match, Search
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
 
@@ -84,7 +83,7 @@ def two_in_the_sum(search: Search) -> list[Match]:
             starts.setdefault(alike(distance), first)
     for first in list(starts.values())[:_FIRST]:
         output = first.run(search.pipeline)
-        if output is None or search.out_of_time() or surprise(search.got, output) < FEWEST_BITS:
+        if output is None or search.out_of_time() or not search.leaves_another(output):
             continue
         seconds = chain(weight_hypotheses(call), slot_hypotheses(call))
         if pair := pair_in_the_sum(search.pipeline, search.rows, search.got, first, seconds):

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 __all__ = [
     "OTHERS",
@@ -43,13 +44,16 @@ OTHERS = "; in the others "
 WITHIN = "within the bounds of a correct evaluation in another order"
 _ALTERNATIVES = 5  # that a sentence names
 _OPENING = 3  # words, by which they are told from more of the same
+_NUMBERS = 4  # beside the first one, that are told
+_NUMBER = re.compile(r"(?<![\w.^-])\d+(?:\.\d+)?(?:e[+-]?\d+)?(?![\w^])")
 _FILLERS = {"is", "are", "the", "and", "in", "of", "activation"}
 _ALSO = ". The same bits would come from: "  # what follows comes last, and is numbered if there are several
 
 
 def in_words(hypotheses: Sequence[str]) -> str:
     """Hypotheses that predict the same bits, as a sentence: the first, and that it is not told from the others."""
-    return hypotheses[0] + alternatives(hypotheses[0], hypotheses[1:])
+    first, *others = _by_number(hypotheses)
+    return first + alternatives(first, others)
 
 
 def alternatives(first: str, others: Sequence[str]) -> str:
@@ -64,6 +68,24 @@ def alternatives(first: str, others: Sequence[str]) -> str:
     apart = [other for _, other in sorted(zip(place, others, strict=True), key=lambda pair: pair[0])]
     more = f"; and {len(others) - _ALTERNATIVES} more" if len(others) > _ALTERNATIVES else ""
     return _ALSO + "; ".join(f"({n}) {one}" for n, one in enumerate(apart[:_ALTERNATIVES], 1)) + more
+
+
+def _by_number(hypotheses: Sequence[str]) -> list[str]:
+    """Those that differ in one number told as one, at the place of the first: "rows below 8 (or 16, 32)"."""
+    alike: dict[tuple[str, ...], list[list[str]]] = {}
+    for words in dict.fromkeys(hypotheses):
+        alike.setdefault(tuple(_NUMBER.split(words)), []).append(_NUMBER.findall(words))
+    told = []
+    for between, numbers in alike.items():
+        varied = [place for place, some in enumerate(zip(*numbers, strict=True)) if len(set(some)) > 1]
+        if len(varied) == 1:
+            (place,) = varied
+            others = [one[place] for one in numbers[1:]]
+            more = f"{', '.join(others[:_NUMBERS])}{', ...' * (len(others) > _NUMBERS)}"
+            numbers = [[*numbers[0]]]
+            numbers[0][place] += f" (or {more})"
+        told += ["".join(chain(*zip(between, (*one, ""), strict=True))) for one in numbers]
+    return told
 
 
 def others_than(first: str, others: Sequence[str]) -> list[str]:

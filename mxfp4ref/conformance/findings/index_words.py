@@ -80,16 +80,20 @@ def _by(rule: Callable[[Tensor, Tensor, int], Tensor], number: int) -> Rule:
     return lambda n, of: rule(n, of, number)
 
 
+def _signed(number: int) -> str:
+    return f"{'-' if number < 0 else '+'} {abs(number)}"
+
+
 def _shifts(got: Tensor, want: Tensor, name: str, count: Tensor) -> Iterator[tuple[str, Rule]]:
     moved = got != want
     shift = int((got - want)[moved][0])
     if bool(moved[0]):
-        yield f"{name} n is {name} n {shift:+d}", lambda n, of: n + shift
+        yield f"{name} n is {name} n {_signed(shift)}", lambda n, of: n + shift
         around = shift % int(count[0])
         around -= int(count[0]) * (around > int(count[0]) // 2)
-        yield f"{name} n is {name} n {around:+d}, around the end", lambda n, of: (n + around) % of
+        yield f"{name} n is {name} n {_signed(around)}, around the end", lambda n, of: (n + around) % of
         yield (
-            f"{name} n is {name} n {shift:+d}, the last ones stay",
+            f"{name} n is {name} n {_signed(shift)}, the last ones stay",
             lambda n, of: (n + shift).clamp(min=0).minimum(of - 1),
         )
     yield f"every {name} is {name} {int(got[0])}", _by(lambda n, of, to: n * 0 + to, int(got[0]))
@@ -102,7 +106,7 @@ def _late_shift(got: Tensor, want: Tensor, name: str) -> Iterator[tuple[str, Rul
     shift, first = int((got - want)[moved][0]), int(want[moved].min())
     if len(torch.unique(want[want >= first])) >= _SEVERAL:
         yield (
-            f"from {name} {first} on {name} n is {name} n {shift:+d}",
+            f"from {name} {first} on {name} n is {name} n {_signed(shift)}",
             lambda n, of: torch.where(n >= first, n + shift, n),
         )
 

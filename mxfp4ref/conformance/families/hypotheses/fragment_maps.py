@@ -23,7 +23,6 @@ from mxfp4ref.conformance.families.places import concerns_what_is_wrong
 from mxfp4ref.conformance.families.slot_kinds import position_in_expert
 from mxfp4ref.conformance.families.solved.pursuit import Rows
 from mxfp4ref.model.call import MoeCall
-from mxfp4ref.model.forward import KERNEL
 
 __all__ = ["fragment_map_hypotheses", "swizzled_weights"]
 
@@ -58,16 +57,17 @@ def _input(rows: SlotRows, moved: _Change, order: Tensor) -> Tensor:
     x = rows.call.input[:, None].expand(-1, rows.call.top_k, -1).clone()
     flat = x.flatten(0, 1)
     flat[order] = moved(flat[order])
-    return slot_outputs(Pipeline(rows.call), flat.view(x.shape))
+    return slot_outputs(rows.pipeline, flat.view(x.shape))
 
 
 def _fc1(rows: SlotRows, moved: _Change, order: Tensor) -> Tensor:
-    return slot_outputs(Pipeline(rows.call, replace(KERNEL, round_fc1=lambda t: moved(KERNEL.round_fc1(t)))))
+    rounded = rows.pipeline.stages.round_fc1
+    return slot_outputs(rows.pipeline.staging(round_fc1=lambda t: moved(rounded(t))))
 
 
 def _activation(rows: SlotRows, moved: _Change, order: Tensor) -> Tensor:
-    stages = replace(KERNEL, round_activation=lambda t: moved(KERNEL.round_activation(t)))
-    return slot_outputs(Pipeline(rows.call, stages))
+    rounded = rows.pipeline.stages.round_activation
+    return slot_outputs(rows.pipeline.staging(round_activation=lambda t: moved(rounded(t))))
 
 
 def _result(rows: SlotRows, moved: _Change, order: Tensor) -> Tensor:

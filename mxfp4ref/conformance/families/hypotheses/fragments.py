@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.families.hypotheses.tensors import mapped
-from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline, SlotRows, of_slots, slot_outputs
+from mxfp4ref.conformance.families.hypothesis import Hypothesis, SlotRows, of_slots, slot_outputs
 from mxfp4ref.conformance.families.slot_kinds import position_in_expert
 from mxfp4ref.formats.mxfp4 import pack_codes, unpack_codes
 from mxfp4ref.model.call import MoeCall
-from mxfp4ref.model.forward import KERNEL
 
 __all__ = ["fragment_hypotheses"]
 
@@ -84,9 +83,9 @@ def _activation(rows: SlotRows, block: _Block) -> Tensor:
     _, position, count = _sorted(rows)
 
     def rounded(t: Tensor) -> Tensor:
-        return block.transposed(KERNEL.round_activation(t), position, count)
+        return block.transposed(rows.pipeline.stages.round_activation(t), position, count)
 
-    return slot_outputs(Pipeline(rows.call, replace(KERNEL, round_activation=rounded)))
+    return slot_outputs(rows.pipeline.staging(round_activation=rounded))
 
 
 def _input(rows: SlotRows, block: _Block) -> Tensor:
@@ -94,7 +93,7 @@ def _input(rows: SlotRows, block: _Block) -> Tensor:
     x = rows.call.input[:, None].expand(-1, rows.call.top_k, -1).clone()
     flat = x.flatten(0, 1)
     flat[order] = block.transposed(flat[order], position, count)
-    return slot_outputs(Pipeline(rows.call), flat.view(x.shape))
+    return slot_outputs(rows.pipeline, flat.view(x.shape))
 
 
 def _codes_transposed(packed: Tensor, size: int) -> Tensor:

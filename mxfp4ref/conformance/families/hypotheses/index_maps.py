@@ -55,10 +55,14 @@ def expert_maps() -> Iterator[IndexMap]:
     yield from _maps(
         ("the next {}", lambda i, n: (i + 1) % n, 1),
         ("the previous {}", lambda i, n: (i - 1) % n, 1),
-        ("the first {}, used for all", lambda i, n: i * 0, 1),
+        (
+            "the first {}",
+            lambda i, n: i * 0,
+            0.99,
+        ),  # likelier, of one expert, than to come next after the last
         ("the next {}, the last one keeping its own", lambda i, n: (i + 1).clamp(max=n - 1), 1.2),
         ("the previous {}, the first one keeping its own", lambda i, n: (i - 1).clamp(min=0), 1.2),
-        ("the last {}, used for all", lambda i, n: i * 0 + n - 1, 1.3),
+        ("the last {}", lambda i, n: i * 0 + n - 1, 1.3),
         ("the other {} of its pair (2i and 2i+1 swapped)", lambda i, n: (i ^ 1).clamp(max=n - 1), 1.4),
         ("the {} counted from the end (order reversed)", lambda i, n: n - 1 - i, 1.5),
         ("the {} in the other half (halves swapped)", lambda i, n: (i + n // 2) % n, 1.6),
@@ -86,8 +90,8 @@ def neighbour_maps() -> Iterator[IndexMap]:
         ("the previous {}", lambda i, n: (i - 1) % n, 1),
         ("the next {}, the last one keeping its own", lambda i, n: (i + 1).clamp(max=n - 1), 1.2),
         ("the previous {}, the first one keeping its own", lambda i, n: (i - 1).clamp(min=0), 1.2),
-        ("the first {}, used for all", lambda i, n: i * 0, 1.2),
-        ("the last {}, used for all", lambda i, n: i * 0 + n - 1, 1.5),
+        ("the first {}", lambda i, n: i * 0, 1.2),
+        ("the last {}", lambda i, n: i * 0 + n - 1, 1.5),
         ("the other {} of its pair (2i and 2i+1 swapped)", lambda i, n: (i ^ 1).clamp(max=n - 1), 1.3),
         ("the {} counted from the end (order reversed)", lambda i, n: n - 1 - i, 1.4),
         ("the {} in the other half (halves swapped)", lambda i, n: (i + n // 2) % n, 1.3),

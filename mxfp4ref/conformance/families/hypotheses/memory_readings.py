@@ -148,23 +148,23 @@ def route_readings(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
     for words, read, cost in _types(call.token_selected_experts.to(torch.int64)):
 
         def on(rows: SlotRows, read: _Read = read) -> SlotRows:
-            other = _reading(rows.call, read)
+            other = _reading(rows.pipeline, read)
             return replace(rows, y=slot_outputs(other), local=local_of(other))
 
         told = f"the expert ids {words}: slots are computed by other experts, or left out"
         hypothesis = of_slots("ids", ("slots",), told, on, cost)
-        moved = (local_of(_reading(call, read)) != local).any(1)
+        moved = (local_of(_reading(Pipeline(call), read)) != local).any(1)
         if bool(moved.any()) and concerns_what_is_wrong(moved, wrong):
             yield replace(hypothesis, across_tokens=True)
 
 
-def _reading(call: MoeCall, read: _Read) -> Pipeline:
+def _reading(pipeline: Pipeline, read: _Read) -> Pipeline:
     """With the ids read so."""
-    ids = call.token_selected_experts
+    call, ids = pipeline.call, pipeline.call.token_selected_experts
     local = select_local(
         read(ids.long()).view(ids.shape), call.experts.num_experts, call.ep_size, call.ep_rank
     )
-    return Pipeline(call).staging(select_local=lambda *_: local)
+    return pipeline.staging(select_local=lambda *_: local)
 
 
 def _types(tensor: Tensor) -> Iterator[tuple[str, _Read, float]]:

@@ -90,7 +90,7 @@ def _inputs(call: MoeCall) -> Iterator[Hypothesis]:
                 rows: SlotRows, read: Callable[[Tensor, int], Tensor] = read, pitch: int = hidden + more
             ) -> SlotRows:
                 x = read(rows.call.input, pitch)[:, None].expand(-1, rows.call.top_k, -1)
-                return replace(rows, y=slot_outputs(Pipeline(rows.call), x))
+                return replace(rows, y=slot_outputs(rows.pipeline, x))
 
             yield replace(of_slots("input", ("input",), words, on, cost), across_tokens=True)
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from mxfp4ref._words import shortened
-from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline, SlotRows, finalized, local_of
+from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline, SlotRows, local_of
 from mxfp4ref.conformance.findings.finding import Evidence, counted
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
@@ -85,13 +84,11 @@ def _rounded(sign: int) -> Callable[[Pipeline], Pipeline]:
 
 def _unrounded(sign: int) -> Callable[[Pipeline], Pipeline]:
     def on(pipeline: Pipeline) -> Pipeline:
-        def run(call: MoeCall) -> Tensor:
-            inside = replace(pipeline, call=call, after=None).staging(round_output=lambda sums: sums)
-            rows = SlotRows.of(inside)
-            sums = finalized(inside, rows.y, rows.local, rows.weights)
-            return pipeline.stages.round_output(fp32.add(sums, _signed(call, sign)))
+        def run(inside: Pipeline) -> Tensor:
+            sums = SlotRows.of(inside).output(inside.staging(round_output=lambda sums: sums))
+            return inside.stages.round_output(fp32.add(sums, _signed(inside.call, sign)))
 
-        return replace(pipeline, run_call=run)
+        return pipeline.computing(run)
 
     return on
 
@@ -100,8 +97,8 @@ def _from_the_input(sign: int) -> Callable[[Pipeline], Pipeline]:
     """The sum begins with the input."""
 
     def on(pipeline: Pipeline) -> Pipeline:
-        def run(call: MoeCall) -> Tensor:
-            rows = SlotRows.of(replace(pipeline, call=call, after=None))
+        def run(inside: Pipeline) -> Tensor:
+            call, rows = inside.call, SlotRows.of(inside)
             bias = call.experts.fc2_biases if call.tp_rank == 0 else None
             total = _signed(call, sign)
             for slot in range(call.top_k):
@@ -110,9 +107,9 @@ def _from_the_input(sign: int) -> Callable[[Pipeline], Pipeline]:
                     row = fp32.add(row, fp32.widen(bias[local.clamp(min=0)]))
                 weight = rows.weights[:, slot, None].expand_as(row).contiguous()
                 total = torch.where(local[:, None] >= 0, fp32.fma(weight, row, total), total)
-            return pipeline.stages.round_output(total)
+            return inside.stages.round_output(total)
 
-        return replace(pipeline, run_call=run)
+        return pipeline.computing(run)
 
     return on
 

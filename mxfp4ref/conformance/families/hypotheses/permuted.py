@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline, SlotRows, of_slots, slot_outputs
+from mxfp4ref.conformance.families.hypothesis import Hypothesis, SlotRows, of_slots, slot_outputs
 from mxfp4ref.model.call import MoeCall
 
 __all__ = ["permuted_hypotheses"]
@@ -48,7 +48,7 @@ def _weights(rows: SlotRows, source: Tensor) -> SlotRows:
 
 def _input(rows: SlotRows, source: Tensor) -> SlotRows:
     token = (source // rows.call.top_k).view(rows.local.shape)
-    return replace(rows, y=slot_outputs(Pipeline(rows.call), rows.call.input[token]))
+    return replace(rows, y=slot_outputs(rows.pipeline, rows.call.input[token]))
 
 
 _WHAT: tuple[tuple[str, tuple[str, ...], Callable[[SlotRows, Tensor], SlotRows]], ...] = (

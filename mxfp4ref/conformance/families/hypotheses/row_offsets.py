@@ -185,7 +185,7 @@ def _reading_input(starts: _Starts) -> Callable[[SlotRows], SlotRows]:
         token = torch.arange(len(call.input), device=call.input.device).repeat_interleave(call.top_k)
         source = _source(found, call.experts.num_experts, starts).clamp(max=len(found.flat) - 1)
         token[found.flat] = token[found.flat][source]
-        return replace(rows, y=slot_outputs(Pipeline(call), call.input[token.view(rows.local.shape)]))
+        return replace(rows, y=slot_outputs(rows.pipeline, call.input[token.view(rows.local.shape)]))
 
     return on
 
@@ -241,7 +241,7 @@ def by_two_experts(
     local = torch.full_like(rows.local, -1).flatten()
     local[slots[slots >= 0]] = pair[slots >= 0]
     ids = local.view(rows.local.shape).to(torch.int32)
-    pipeline = Pipeline(rows.call).having(**tensors)
+    pipeline = rows.pipeline.having(**tensors)
     pipeline = pipeline.calling(token_selected_experts=ids, ep_size=1, ep_rank=0)
     pipeline = pipeline.staging(select_local=lambda ids, *_: ids.to(torch.int64))  # one may come twice
     return replace(rows, y=slot_outputs(pipeline))

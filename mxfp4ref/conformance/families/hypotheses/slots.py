@@ -271,7 +271,7 @@ def _routes(call: MoeCall) -> Iterator[Hypothesis]:
         def on(rows: SlotRows, source: Callable[[Tensor, int], Tensor] = source) -> SlotRows:
             at = source(torch.arange(len(rows.local), device=rows.local.device), len(rows.local))
             local = rows.local[at]
-            other = Pipeline(rows.call).staging(select_local=lambda *_: local)
+            other = rows.pipeline.staging(select_local=lambda *_: local)
             return replace(rows, y=slot_outputs(other), local=local, weights=rows.weights[at])
 
         told = f"tokens have the routes, expert ids and weights, of {words}"

@@ -13,18 +13,14 @@ from mxfp4ref.conformance.families.hypothesis import (
     Hypothesis,
     Pipeline,
     SlotRows,
-    finalized,
-    local_of,
     of_slots,
     of_sum,
-    slot_outputs,
 )
 from mxfp4ref.conformance.number_formats import NUMBER_FORMATS
 from mxfp4ref.defects.finalize import activation_weighted
 from mxfp4ref.defects.variants.finalize import FinalizeVariant
 from mxfp4ref.defects.variants.rounding import bf16, keep
 from mxfp4ref.model.call import MoeCall
-from mxfp4ref.model.forward import forward
 from mxfp4ref.sm90 import fp32
 
 __all__ = ["mul", "weighing", "weight_hypotheses"]
@@ -107,15 +103,14 @@ def _row_weight(again: bool) -> Change:
     """The routing weight multiplied into the input, and 1 or itself afterwards."""
 
     def on(pipeline: Pipeline) -> Pipeline:
-        def run(call: MoeCall) -> Tensor:
-            inside = Pipeline(call, pipeline.stages)
-            weights = call.token_final_scales
+        def run(inside: Pipeline) -> Tensor:
+            call, weights = inside.call, inside.call.token_final_scales
             x = fp32.widen(call.input)[:, None].expand(-1, call.top_k, -1)
-            scaled = fp32.to_bf16(mul(x, weights[..., None]).contiguous())
-            y = slot_outputs(inside, scaled)
-            return finalized(inside, y, local_of(inside), weights if again else torch.ones_like(weights))
+            rows = SlotRows.of(inside, fp32.to_bf16(mul(x, weights[..., None]).contiguous()))
+            rows = rows if again else replace(rows, weights=torch.ones_like(weights))
+            return rows.output(inside)
 
-        return Pipeline(pipeline.call, pipeline.stages, run, pipeline.after)
+        return pipeline.computing(run)
 
     return on
 
@@ -123,10 +118,7 @@ def _row_weight(again: bool) -> Change:
 def _activation_weight(pipeline: Pipeline) -> Pipeline:
     """The routing weight multiplied into the activation before its rounding, and again in the sum."""
 
-    def run(call: MoeCall) -> Tensor:
-        return forward(call, replace(pipeline.stages, activate=activation_weighted(call)))
-
-    return replace(pipeline, run_call=run)
+    return pipeline.computing(lambda inside: inside.staging(activate=activation_weighted(inside.call)).run())
 
 
 def _twice() -> Iterator[tuple[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]]]:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.families.batches import one_thread
+from mxfp4ref.conformance.families.hearing import Failure, Heard
 from mxfp4ref.conformance.families.hypothesis import Finding
 from mxfp4ref.conformance.families.solved.whose import whose_table
 from mxfp4ref.conformance.findings.reduction import thread_clock
-
-if TYPE_CHECKING:
-    from mxfp4ref.conformance.families.jury import Failure, Heard
 
 __all__ = ["tables_by_case"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -111,5 +112,5 @@ def with_others(slots: SlotRows, names: Iterable[str], other: Tensor) -> SlotRow
     if "fc2_biases" in some:
         local = slots.local.flatten().clone()
         local[rows.flat] = other
-        found = SlotRows(found.call, found.y, local.view_as(slots.local), found.weights)
+        found = replace(found, local=local.view_as(slots.local))
     return found

@@ -195,7 +195,7 @@ def _inputs(slots: SlotRows, name: str, rule: _OfCall) -> SlotRows:
         count = torch.full_like(count, call.num_tokens)
     token = torch.arange(call.num_tokens).repeat_interleave(call.top_k)
     token[rows.flat] = rule(call, index, count).clamp(0, call.num_tokens - 1)
-    return replace(slots, y=slot_outputs(Pipeline(call), call.input[token.view(slots.local.shape)]))
+    return replace(slots, y=slot_outputs(slots.pipeline, call.input[token.view(slots.local.shape)]))
 
 
 def _left_out(slots: SlotRows, rows: Rows, solved: Solved, wrong: Tensor) -> Iterator[Hypothesis]:

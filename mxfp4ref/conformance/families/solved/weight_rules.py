@@ -76,6 +76,7 @@ def weight_rules(slots: SlotRows, got: Tensor, wrong: Tensor) -> Iterator[Hypoth
     if (table := _solved(slots, got, wrong)) is None:
         return
     yield from _of_an_expert(slots, table)
+    yield from _above_a_threshold(slots, table)
     yield from islice(_within_tokens(slots, table), 2 * _MOST)
     yield from islice(_across_tokens(slots, table, ~wrong.any(1)), _MOST)
 
@@ -136,6 +137,39 @@ def _of_an_expert(slots: SlotRows, table: _Table) -> Iterator[Hypothesis]:
                 f"{words} routing weight is {number:g}{' times its own' * times}, in every token that has it"
             )
             yield of_slots("routing weights", ("finalize",), told, change, 1.05)
+
+
+def _above_a_threshold(slots: SlotRows, table: _Table) -> Iterator[Hypothesis]:
+    """Weights below a number taken for zero: it lies between those that were and those that were not."""
+    given = slots.weights.double()[table.tokens]
+    allowed = _TIMES * table.unsure + _SAME * given.abs()
+    lost, kept = (table.known & ((table.found - asked).abs() <= allowed) for asked in (0 * given, given))
+    if bool((table.known & ~lost & ~kept).any()):
+        return
+    lost, kept = lost & ~kept, kept & ~lost
+    if not bool(lost.any()) or not bool(kept.any()):
+        return
+    number_of = {
+        magnitude: _simple(float(low + high) / 2, float(high - low) / 2.01)
+        for magnitude, size in ((False, given), (True, given.abs()))
+        if (low := size[lost].amax()) < (high := size[kept].amin())
+    }
+    if False in number_of:
+        yield replace(
+            _left_out(number_of[False], False),
+            variants=tuple(_left_out(n, True) for m, n in number_of.items() if m),
+        )
+    elif True in number_of:
+        yield _left_out(number_of[True], True)
+
+
+def _left_out(number: float, magnitude: bool) -> Hypothesis:
+    def change(rows: SlotRows) -> SlotRows:
+        size = rows.weights.abs() if magnitude else rows.weights
+        return replace(rows, local=torch.where(size < number, -1, rows.local))
+
+    words = f"the slots with a weight{' of magnitude' * magnitude} below {number:g} are left out of the sum"
+    return of_slots("dropped slots", ("slots", "finalize"), words, change, 1.35)
 
 
 def _within_tokens(slots: SlotRows, table: _Table) -> Iterator[Hypothesis]:
