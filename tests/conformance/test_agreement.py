@@ -84,11 +84,19 @@ def test_alternatives_that_only_some_cases_leave_are_excluded_by_the_others(plai
 
 
 def test_alternatives_that_open_otherwise_are_told_before_more_of_the_same() -> None:
-    limits = [f"the limit is {n}" for n in range(4)]
+    limits = [f"the limit is {n}" for n in ("none", "too low", "too high", "another's")]
     assert (
         in_words(("A", *limits, "B", "C"))
         == f"A{TOLD_FROM}(1) {limits[0]}; (2) B; (3) C; (4) {limits[1]}; (5) {limits[2]}; and 1 more"
     )
+
+
+def test_what_differs_in_a_number_is_told_as_one() -> None:
+    words = [f"rows from {n} on of bf16, 2^-3 of them" for n in (8, 16, 32, 4, 2, 1, 64)]
+    assert in_words(words) == "rows from 8 (or 16, 32, 4, 2, ...) on of bf16, 2^-3 of them"
+    apart = ["token 3 is token 4", "token 5 is token 6"]
+    assert in_words(apart) == TOLD_FROM.join(apart)
+    assert in_words(["fc1 is x", "fc2 is x"]) == f"fc1 is x{TOLD_FROM}fc2 is x"
 
 
 @pytest.mark.slow
@@ -293,6 +301,19 @@ def test_alternatives_of_what_predicts_some_cases_are_told(monkeypatch: pytest.M
     monkeypatch.setattr(jury, "investigated", lambda *_, **__: result)
     found = judge(failures, lambda: (), seconds=9.0).finding
     assert found == Finding(("finalize",), f"A{TOLD_FROM}B", False, (1, 2), hypotheses=("A", "B"))
+
+
+def test_zeros_where_sums_cancel_are_given_no_name() -> None:
+    """Another rounding of the weights gives the same zeros as weights of another size, which is what was wrong."""
+
+    def summed_to_one(call: MoeCall) -> Tensor:
+        weights = call.token_final_scales
+        return forward(replace(call, token_final_scales=weights / weights.sum(1, keepdim=True)))
+
+    kernel = Kernel("it", ("moe",), whole_arguments, lambda kind, call: summed_to_one(call))
+    found = run(kernel, [GOLDENS.load("finalize/biases_cancel")], Options(repeat=False))
+    assert not found.defects
+    assert not found.finding.exact
 
 
 def test_a_quick_run_repeats_the_finding() -> None:

@@ -40,7 +40,7 @@ _CASES = (
             "(transposed), for slots of all experts but the first expert",
             marks=pytest.mark.slow,
         ),
-        (rows_of_the_second_tile_twice, ", for slots that are rows beyond the first 8 of their expert only"),
+        (rows_of_the_second_tile_twice, "rows beyond the first 8 of their expert"),
     ],
 )
 def test_one_rule_for_all_cases(function: Callable[[MoeCall], Tensor], words: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
@@ -17,7 +18,15 @@ from mxfp4ref.conformance.families.hypotheses.activations import activation_hypo
 from mxfp4ref.conformance.families.hypotheses.roundings import rounding_hypotheses
 from mxfp4ref.conformance.families.hypotheses.slots import slot_hypotheses
 from mxfp4ref.conformance.families.hypotheses.weighting import weight_hypotheses
-from mxfp4ref.conformance.families.hypothesis import Hypothesis
+from mxfp4ref.conformance.families.hypothesis import (
+    Hypothesis,
+    SlotRows,
+    composed,
+    of_output,
+    of_slots,
+    of_sum,
+)
+from mxfp4ref.conformance.families.named import named_hypotheses
 from mxfp4ref.conformance.families.search import Match, Search
 from mxfp4ref.conformance.families.soon import two_in_the_sum
 from mxfp4ref.defects import finalize
@@ -129,6 +138,60 @@ def test_an_order_of_slots_shows_in_some_cases() -> None:
     assert alone is not None
     assert differing(alone, got).any()
     until = time.thread_time() + 1.0  # orders of the sum are tried first
-    (both, *_) = and_another(cut, [(pipeline, got)], clock=time.thread_time, until=until)
+    (both, *_) = and_another(cut, [(pipeline, got, pipeline.run())], clock=time.thread_time, until=until)
     assert both.words == f"two things: {words}; and slots summed from the last to the first"
-    assert not and_another(cut, [(pipeline, alone)], clock=time.thread_time, until=until)
+    assert not and_another(cut, [(pipeline, alone, pipeline.run())], clock=time.thread_time, until=until)
+
+
+def halved(rows: SlotRows) -> SlotRows:
+    return replace(rows, weights=rows.weights * 0.5)
+
+
+def without_first(rows: SlotRows) -> SlotRows:
+    return replace(rows, local=torch.cat((rows.local[:, :1] * 0 - 1, rows.local[:, 1:]), 1))
+
+
+def test_changes_of_rows_and_of_stages_are_composed_in_either_order() -> None:
+    """None erases what the other changes: a second change that did would undo a first that is false."""
+    half = of_slots("", ("finalize",), "half", halved, 1)
+    fewer = of_slots("", ("slots",), "fewer", without_first, 1)
+    reverse = of_sum("", ("finalize",), "reverse", FinalizeVariant(order=finalize.finalize_slots_reversed), 1)
+    unclamped = next(h for h in some(CALL) if "neither is clamped" in h.words)
+    rest = replace(
+        CALL,
+        token_selected_experts=torch.cat(
+            (CALL.token_selected_experts[:, :1] * 0 - 1, CALL.token_selected_experts[:, 1:]), 1
+        ),
+    )
+    halves = replace(CALL, token_final_scales=CALL.token_final_scales * 0.5)
+    both = replace(rest, token_final_scales=halves.token_final_scales)
+    for one, other, wanted in (
+        (half, fewer, prepared(both).run()),
+        (half, unclamped, unclamped.run(prepared(halves))),
+        (half, reverse, reverse.run(prepared(halves))),
+    ):
+        for pair in (composed(one, other), composed(other, one)):
+            output = pair.run(prepared(CALL))
+            assert output is not None
+            assert wanted is not None
+            assert not differing(output, wanted).any(), pair.words
+
+
+def test_nothing_is_changed_inside_of_what_is_computed_as_a_whole() -> None:
+    whole = prepared(CALL).computing(lambda inside: -inside.run())
+    half = of_slots("", ("finalize",), "half", halved, 1)
+    assert half.run(whole) is None
+    assert all(h.run(half.change(prepared(CALL))) is None for h in islice(named_hypotheses(CALL), 3))
+
+
+def test_a_change_that_is_wrong_only_where_the_kernel_is_right_leaves_no_other() -> None:
+    pipeline = prepared(CALL)
+    want = pipeline.run()
+    got = torch.cat((-want[:4], want[4:]))
+    search = Search(pipeline, got, want, time.thread_time() + 60)
+    assert not search.leaves_another(-want)
+    assert search.leaves_another(torch.cat((want[:4], -want[4:])))
+    negative = of_output("", ("finalize",), "negative", torch.neg, 1)
+    assert not and_another(
+        negative, [(pipeline, got, want)], clock=time.thread_time, until=time.thread_time() + 9
+    )

@@ -69,6 +69,23 @@ def test_the_weight_of_one_expert(times: bool, number: float, expert: int) -> No
     )
 
 
+@pytest.mark.parametrize(
+    ("sign", "words", "also"),
+    [(1.0, ["below 0.2"], ["of magnitude below 0.2"]), (-1.0, ["of magnitude below 0.2"], [])],
+)
+def test_a_threshold_below_which_weights_are_lost(sign: float, words: list[str], also: list[str]) -> None:
+    """Also where the largest of a token, of either sign, is far above it."""
+    call = captured("prefill")
+    weights = torch.rand(call.token_final_scales.shape, generator=torch.Generator().manual_seed(3)) + 0.01
+    weights[:, 0] *= sign
+    call = replace(call, token_final_scales=weights)
+    got = weighted(call, lambda w: torch.where(w.abs() < 0.2, 0.0, w))
+    left_out = [h for h in weight_rules(*solved(call, got)) if h.family == "dropped slots"]
+    told = [f"the slots with a weight {one} are left out of the sum" for one in (*words, *also)]
+    assert exact(call, got, left_out) == told[: len(words)]
+    assert exact(call, got, [v for h in left_out for v in h.variants]) == told[len(words) :]
+
+
 @pytest.mark.parametrize("name", usual.first(1, ["prefill", "expert_rank_2_of_4", "top_8"]))
 @pytest.mark.parametrize(
     ("weights", "words"),
@@ -80,7 +97,7 @@ def test_the_weight_of_one_expert(times: bool, number: float, expert: int) -> No
         (lambda w: w.cumsum(1), "are accumulated over the slots"),
         (lambda w: w.amax(1, True).expand_as(w), "of all slots of a token is the slot with the largest weight's"),
         (lambda w: w.sort(1).values, "the weights are sorted, the ids are not"),
-        (lambda w: w.roll(3, 0), "those of other tokens: token n is token n -3, around the end"),
+        (lambda w: w.roll(3, 0), "those of other tokens: token n is token n - 3, around the end"),
         (lambda w: w[torch.arange(len(w)) // 2 * 2], "token n is the first token of each 2"),
         (lambda w: w.flatten().roll(-5).view(w.shape), "5 places on"),
         (lambda w: w.t().reshape(w.shape), "in which they lie as [k, M]"),

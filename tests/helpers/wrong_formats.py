@@ -173,7 +173,7 @@ LAYOUTS: dict[str, tuple[str, Callable[..., Outputs], str]] = {
         _moved(lambda t: t.view(2, -1, 2, 16, 16).flip(2).reshape(t.shape)),
         "neighbouring blocks of 16 are exchanged: row n is row n ^ 16",
     ),
-    "columns": ("swap_halves", _moved(lambda t: t.roll(1, 2)), "column n is column n -1, around the end"),
+    "columns": ("swap_halves", _moved(lambda t: t.roll(1, 2)), "column n is column n - 1, around the end"),
     "words": (
         "interleave_weights",
         _moved(lambda t: t.view(2, -1, 4).flip(2).reshape(t.shape)),

@@ -128,7 +128,7 @@ WRONG: dict[str, tuple[tuple[str, ...], Wrong, str]] = {
         _then(lambda i, w, a: (i, w.bfloat16().float())),
         "weights are rounded to bf16",
     ),
-    "ids one further": (_ALL, _then(lambda i, w, a: (i + 1, w)), "ids are renumbered: id n is id n +1"),
+    "ids one further": (_ALL, _then(lambda i, w, a: (i + 1, w)), "ids are renumbered: id n is id n + 1"),
     "ids of a rank": (_ALL, _then(lambda i, w, a: (i % 4, w)), "ids are renumbered: id n is id n modulo 4"),
     "ids from behind": (
         _ALL,
@@ -149,7 +149,7 @@ WRONG: dict[str, tuple[tuple[str, ...], Wrong, str]] = {
     "the token before": (
         ("deepseek_v3", "gpt_oss"),
         _then(lambda i, w, a: (i.roll(1, 0), w.roll(1, 0))),
-        "ids and weights are those of other tokens: token n is token n -1, around the end",
+        "ids and weights are those of other tokens: token n is token n - 1, around the end",
     ),
     "bias subtracted": (
         ("deepseek_v3",),

@@ -233,7 +233,9 @@ def _miscounted(call: MoeCall) -> Iterator[Hypothesis]:
             without,
             1.3,
         )
-        yield of_slots("dropped slots", skipped, f"the slots {words} are added twice", twice, 1.4)
+        doubled = ("slots", "fc2") if zero else skipped
+        or_large = ", or GEMM2's rows of them are twice as large" * zero
+        yield of_slots("dropped slots", doubled, f"the slots {words} are added twice{or_large}", twice, 1.4)
         for factor, what in ((0, "zero, not computed"), (2, "added twice")) if biased else ():
 
             def rows_alone(
