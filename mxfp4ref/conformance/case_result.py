@@ -65,6 +65,11 @@ class CaseResult(Shown):
         return self.status in PASSING
 
     @property
+    def fails_outright(self) -> bool:
+        """Whether it fails, and not as a correct evaluation in another order would, which may be no mistake."""
+        return not self.ok and not self.within_bounds
+
+    @property
     def proves_nothing(self) -> bool:
         """Whether it passed, and any kernel would have."""
         return False

@@ -46,7 +46,8 @@ class Options(Shown):
         diagnosis: where bits differ, look for what is wrong: "quick", about a second for each case as it comes;
             "full", at the end also up to a minute for all of them together; "none", only compare.
         dump: a folder for reproducers of the cases that fail.
-        max_failures: how many cases may fail before the rest is left out; None for no limit.
+        max_failures: how many cases may fail before the rest is left out; None for no limit. Those that lie within
+            the bounds of a correct evaluation in another order do not count: they may be no mistake, and tell little.
         jobs: how many cases run side by side, each in a process of its own, with a share of torch's threads.
     """
 

@@ -163,7 +163,7 @@ class Report(Shown):
         others = counted(self.left, "other case")
         if "--maxfail" not in self.selection:
             return f"Judged from {few} that failed; {others} not run may tell more."
-        option = "-x" if failed == 1 else "--maxfail"
+        option = "-x" if "--maxfail 1" in " ".join(self.selection) else "--maxfail"
         again = f": {whole_command(self)}" if self.arguments else "."
         return f"Judged from {few} that failed; without {option}, {others} may tell more{again}"
 

@@ -156,7 +156,7 @@ def _run(
                     state.diagnose_last(failure)
                 if progress is not None:
                     progress(state.results[-1])
-                if sum(not r.ok for r in state.results) == options.max_failures:
+                if sum(r.fails_outright for r in state.results) == options.max_failures:
                     break
         state.left = todo.left(len(state.results))
         with _own_errors():

@@ -16,6 +16,7 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
+from mxfp4ref import MoeCall, forward
 from mxfp4ref.__main__ import commands
 from mxfp4ref.conformance import (
     CaseResult,
@@ -29,7 +30,7 @@ from mxfp4ref.conformance import (
 )
 from mxfp4ref.conformance.isolation.execution import execute_within
 from mxfp4ref.conformance.isolation.kernel_process import _same_experts
-from mxfp4ref.conformance.kernels.adapters import KernelError
+from mxfp4ref.conformance.kernels.adapters import KernelError, whole_arguments
 from mxfp4ref.conformance.kernels.loading import load_kernel_here
 from mxfp4ref.conformance.suite import InternalError
 from mxfp4ref.goldens import Case, GoldenError, open_goldens
@@ -87,6 +88,20 @@ def test_cases_without_an_end(case: Case) -> None:
     """They are not run when enough have failed, and not all counted."""
     report = run(kernels_under_test.raises, itertools.repeat(case), Options(max_failures=2, diagnosis="none"))
     assert (len(report.results), report.left) == (2, 1000)
+
+
+def test_what_lies_within_bounds_stops_no_run() -> None:
+    """Zeros where a sum cancels but for its roundings: a correct kernel may give them, and they tell little."""
+
+    def summed_to_one(kind: str, call: MoeCall) -> Tensor:
+        weights = call.token_final_scales
+        return forward(replace(call, token_final_scales=weights / weights.sum(1, keepdim=True)))
+
+    kernel = Kernel("it", ("moe",), whole_arguments, summed_to_one)
+    cases = [GOLDENS.load(name) for name in ("finalize/biases_cancel", SMALL, SMALL)]
+    report = run(kernel, cases, Options(max_failures=1, repeat=False))
+    assert [r.within_bounds for r in report.results] == [True, False]
+    assert report.left == 1
 
 
 def test_a_kernel_may_skip_what_it_lacks() -> None:

@@ -127,7 +127,7 @@ __all__ = ["conform"]
     "max_failures",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Stop when so many cases have failed.",
+    help="Stop when so many cases have failed, those within the bounds of a correct evaluation aside.",
 )
 @click.option("-x", "max_failures", flag_value=1, type=int, help="The same as --maxfail 1.")
 @click.option(

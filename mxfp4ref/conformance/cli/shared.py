@@ -198,14 +198,14 @@ def case_progress(
     from mxfp4ref.conformance.findings.finding import listed
     from mxfp4ref.conformance.reports.report_text import headline
 
-    done = failed = 0
+    done = failed = outright = 0
     skipped = False  # which takes no time, and says nothing of how long the others take
     with progress(first=f"now {names[0]}" if names else "", total=len(names)) as step:
 
         def advance(result: CaseResult) -> None:
-            nonlocal done, failed, skipped
+            nonlocal done, failed, outright, skipped
             skipped |= result.status == "skipped"
-            done, failed = done + 1, failed + (not result.ok)
+            done, failed, outright = done + 1, failed + (not result.ok), outright + result.fails_outright
             if not result.ok and sys.stderr.isatty():
                 echo(headline(result).split("\n")[0], err=True)
                 found = result.diagnosis
@@ -214,7 +214,7 @@ def case_progress(
                         listed(str(found.finding))[0] or found.stage or f"first: {found.output} {found.first}"
                     )
                     echo(f"    {said}", err=True)
-            ended = done == len(names) or failed == max_failures
+            ended = done == len(names) or outright == max_failures
             last = ALL_TOGETHER if failed else "the end of the run"
             words = f"{failed} failed; now {last if ended else names[done]}"
             if ended and done < len(names):  # there is no rate: the other cases are not run
