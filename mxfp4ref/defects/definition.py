@@ -41,7 +41,7 @@ from mxfp4ref.formats.experts import Experts, Sm90Experts
 from mxfp4ref.formats.generations import GENERATIONS
 from mxfp4ref.formats.humming_experts import HummingExperts, Sm90HummingExperts
 from mxfp4ref.model.call import MoeCall
-from mxfp4ref.model.forward import Stages, forward
+from mxfp4ref.model.forward import KERNEL, Stages, forward
 from mxfp4ref.model.humming import STAGES
 from mxfp4ref.sm90.activation import Activation
 
@@ -59,6 +59,7 @@ __all__ = [
 ]
 
 Applies = Callable[[Any], bool]
+Change = Callable[[MoeCall], tuple[MoeCall, Stages]]
 _Target = Literal["moe", "routing", "dequantize", "w4a8"]
 _Kind = Literal["defect", "arithmetic"]
 _Change = TypeVar("_Change", bound=Callable[..., Any])
@@ -80,6 +81,7 @@ class Defect:
         run: the wrong pipeline.
         applies: False for a call on which the defect cannot show, and on which `run` may fail; True promises
             nothing.
+        change: of target "moe", what `run` takes the output of: the call that is computed instead, and its stages.
     """
 
     name: str
@@ -89,6 +91,7 @@ class Defect:
     target: _Target
     run: Callable[[Any], Any]
     applies: Applies
+    change: Change | None = None
 
 
 DEFINED: dict[str, Defect] = {}
@@ -123,11 +126,12 @@ def defect(
         summary = " ".join((change.__doc__ or "").split())
         for generation in GENERATIONS:
             summary = summary.replace(f"{{{generation.name}}}", generation.spans)
-        target, run, sensible = _pipeline(changes, change)
+        other = _elsewhere(changes, change)
+        target, run, sensible, changed = other if other else _of_moe(changes, change)
         shows = (lambda call: sensible(call) and applies(call)) if applies else sensible
         if target == "moe":
             shows = _unless_prepared(shows)
-        DEFINED[name] = Defect(name, summary, seen_in, kind, target, run, shows)
+        DEFINED[name] = Defect(name, summary, seen_in, kind, target, run, shows, changed)
         return change
 
     return register
@@ -162,37 +166,47 @@ def logical(call: MoeCall) -> MoeCall:
     return call
 
 
-def _pipeline(changes: str, change: Callable[..., Any]) -> tuple[_Target, Callable[[Any], Any], Applies]:
-    """The target, the pipeline with the change in it, and whether that can show on a call."""
+_Defined = tuple[_Target, Callable[[Any], Any], Applies, Change | None]
+
+
+def _elsewhere(changes: str, change: Callable[..., Any]) -> _Defined | None:
+    """Of a change of something else than a call: target, wrong pipeline, whether it can show on a call, no change."""
     whole, _, part = changes.partition(".")
     if whole == "dequantize":
-        return "dequantize", change, _always
+        return "dequantize", change, _always, None
     if whole == "router":
-        return "routing", lambda call: rerouted(call, **{part: change}), _always
+        return "routing", lambda call: rerouted(call, **{part: change}), _always, None
     if whole == "routing":
-        return "routing", lambda call: _routed(change(call)), _always
+        return "routing", lambda call: _routed(change(call)), _always, None
     if (whole, part) == ("w4a8", "stages"):
-        return "w4a8", lambda call: forward(logical(call), change(logical(call))), _always
+        return "w4a8", lambda call: forward(logical(call), change(logical(call))), _always, None
     if whole == "w4a8" and part:
         changed = dict.fromkeys(part.split(), change)
 
         def run_changed(call: MoeCall) -> Tensor:
             return forward(logical(call), replace(STAGES[call.input.dtype], **changed))
 
-        return "w4a8", run_changed, _always
+        return "w4a8", run_changed, _always, None
     if whole == "w4a8":
-        return "w4a8", lambda call: forward(change(logical(call))), _always
+        return "w4a8", lambda call: forward(change(logical(call))), _always, None
+    return None
+
+
+def _of_moe(changes: str, change: Callable[..., Any]) -> _Defined:
+    changed, sensible = _call_and_stages(changes, change)
+    return "moe", lambda call: forward(*changed(logical(call))), sensible, changed
+
+
+def _call_and_stages(changes: str, change: Callable[..., Any]) -> tuple[Change, Applies]:
+    """What a call with logical experts is changed to, and whether that can show on it."""
+    whole, _, part = changes.partition(".")
     if whole == "call":
-        return "moe", lambda call: forward(change(logical(call))), _always
+        return lambda call: (change(call), KERNEL), _always
     if whole == "stages":
-        return "moe", lambda call: forward(logical(call), change(logical(call))), _always
+        return lambda call: (call, change(call)), _always
     if whole == "activation":
         is_part = runs(*part.split())
-
-        def run(call: MoeCall) -> Tensor:
-            return forward(activated_by(logical(call), change) if is_part(call) else logical(call))
-
-        return "moe", run, is_part
+        return lambda call: (activated_by(call, change) if is_part(call) else call, KERNEL), is_part
     sensible: Applies = runs("Swiglu", "SwigluBias") if whole == "swiglu" else _always
     if part:
         whole, variant = _VARIANTS[whole]
@@ -200,12 +214,12 @@ def _pipeline(changes: str, change: Callable[..., Any]) -> tuple[_Target, Callab
     names = whole.split()
     if set(names) <= _STAGES:
         stages = Stages(**dict.fromkeys(names, change))
-        return "moe", lambda call: forward(logical(call), stages), sensible
+        return lambda call: (call, stages), sensible
     if not set(names) <= _TENSORS:
         raise ValueError(
             f"changes: expected tensors of the experts, stages, or a part of one, got {changes!r}"
         )
-    return "moe", lambda call: forward(change_tensors(logical(call), *names, change=change)), given(*names)
+    return lambda call: (change_tensors(call, *names, change=change), KERNEL), given(*names)
 
 
 def change_tensors(call: MoeCall, *names: str, change: Callable[[Tensor], Tensor | None]) -> MoeCall:

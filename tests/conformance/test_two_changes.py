@@ -29,6 +29,7 @@ from mxfp4ref.conformance.families.hypothesis import (
 from mxfp4ref.conformance.families.named import named_hypotheses
 from mxfp4ref.conformance.families.search import Match, Search
 from mxfp4ref.conformance.families.soon import two_in_the_sum
+from mxfp4ref.conformance.families.twos import likely_pairs
 from mxfp4ref.defects import finalize
 from mxfp4ref.defects.variants.finalize import FinalizeVariant
 from mxfp4ref.defects.variants.swiglu import SwigluVariant
@@ -195,3 +196,21 @@ def test_a_change_that_is_wrong_only_where_the_kernel_is_right_leaves_no_other()
     assert not and_another(
         negative, [(pipeline, got, want)], clock=time.thread_time, until=time.thread_time() + 9
     )
+
+
+def test_two_changes_before_the_sum_neither_of_which_shows_alone() -> None:
+    pipeline = prepared(CALL)
+    one, other = (
+        next(h for h in named_hypotheses(CALL) if h.name == name)
+        for name in ("gate_up_swapped", "limit_ignored")
+    )
+    got = composed(one, other).run(pipeline)
+    assert got is not None
+    search = Search(pipeline, got, pipeline.run(), time.thread_time() + 60)
+    (match,) = search.run(likely_pairs(search.part), enough=1)
+    assert match.exact
+    assert sorted(match.hypothesis.words.removeprefix("two things: ").split("; and ")) == [
+        one.words,
+        other.words,
+    ]
+    assert not search.near

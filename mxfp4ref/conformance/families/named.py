@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields, replace
 
 from mxfp4ref.conformance.families.hypothesis import STAGES, Hypothesis, Pipeline
 from mxfp4ref.defects import DEFECTS, Defect, activation, arguments, finalize, gemm, weights
 from mxfp4ref.model.call import MoeCall
-from mxfp4ref.model.forward import KERNEL
+from mxfp4ref.model.forward import KERNEL, Stages
 
 __all__ = ["NUMBER_OF_NAMES", "named_hypotheses", "stages_of"]
 
@@ -89,6 +90,8 @@ def _slow(defect: Defect) -> bool:
 def _running(pipeline: Pipeline, defect: Defect) -> Pipeline:
     if not defect.applies(pipeline.call):
         return pipeline
-    if pipeline.stages is not KERNEL or pipeline.rows is not None:
-        raise ValueError("pipeline: expected the kernel's stages, since a named defect has its own")
-    return pipeline.computing(lambda inside: defect.run(inside.call))
+    pipeline.check_open()
+    assert defect.change is not None
+    call, stages = defect.change(pipeline.call)
+    pairs = ((f.name, getattr(stages, f.name), getattr(KERNEL, f.name)) for f in fields(Stages))
+    return replace(pipeline, call=call).staging(**{name: new for name, new, own in pairs if new is not own})

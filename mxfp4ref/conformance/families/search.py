@@ -195,7 +195,7 @@ class Search:
                 variants += hypothesis.variants
             elif not fits:
                 distance = self._nearness(output, of_all=of_all)
-                if distance < 0.8:
+                if distance < 0.8 and hypothesis.family != "two":
                     self.near.append((distance, hypothesis))
                     variants += hypothesis.variants
                 if not hypothesis.name and share(equal, ~right) >= MOSTLY - 0.1:

@@ -22,11 +22,13 @@ from mxfp4ref.conformance.families.hypothesis import Hypothesis
 from mxfp4ref.conformance.families.named import named_hypotheses
 from mxfp4ref.conformance.families.pairs import alike, pair_in_the_sum
 from mxfp4ref.conformance.families.search import Match, Search
+from mxfp4ref.conformance.families.twos import BEFORE_THE_SUM, likely_pairs
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
 
 __all__ = ["is_gross", "is_small", "quick", "second", "soon", "two_in_the_sum"]
 
+_PAIRS = 4  # that are told
 _FIRST = 5  # changes of the sum, each of which is tried with all others
 _GROSS = 0.25  # of the right row: four times what FP8 makes of operands
 _TRIED, _FAR = 4, 8.0  # of the roundings, and of the orders; times what they make
@@ -69,6 +71,10 @@ def soon(search: Search, only: set[str]) -> list[Match]:
         first = (h for h in second(call) if not only or only & set(h.stages))
         if found := beside_a_sum(search, first, lambda: chain(second(call), bias_hypotheses(call))):
             return found
+    if not only or only & BEFORE_THE_SUM:
+        with search.share(0.2):
+            if found := search.run(likely_pairs(search.part), enough=_PAIRS):
+                return found
     if min((distance for distance, _ in search.near), default=1.0) > _NEARLY:
         return []
     with search.share(0.3):
