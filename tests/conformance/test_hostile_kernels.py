@@ -436,6 +436,18 @@ def test_the_need_of_memory_is_told(case: Case, choice: Path, monkeypatch: pytes
     assert said.getvalue() == "models/deepseek_v4_pro needs about 13.2 GiB, and 1.0 GiB were free\n"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="where the limits of what has ended are known")
+@pytest.mark.usefixtures("copied_processes")
+def test_a_limit_of_time_that_a_kernel_has_set_is_no_lack_of_memory(case: Case, choice: Path) -> None:
+    choice.write_text("limits_its_time")
+    with Worker(SPEC) as process:
+        result = run_case(process.kernel, case, OPTIONS, worker=process)
+    assert_reported(
+        result, "crashed", "as the system does it at a limit; the limit is 1 s of a processor's time"
+    )
+    assert "GiB" not in result.message
+
+
 @pytest.mark.usefixtures("copied_processes")
 @pytest.mark.parametrize(("name", "status", "message"), ENDING)
 def test_ending_the_process(

@@ -894,6 +894,12 @@ def kills_itself(**arguments: Any) -> Any:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def limits_its_time(**arguments: Any) -> Any:
+    resource.setrlimit(resource.RLIMIT_CPU, (1, 1))
+    while True:
+        pass
+
+
 def killed_by_real_time_signal(**arguments: Any) -> Any:
     os.kill(os.getpid(), 44)
     time.sleep(60)
