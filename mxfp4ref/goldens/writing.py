@@ -249,9 +249,14 @@ def _build_side_by_side(case_ids: Sequence[str], jobs: int, progress: Progress) 
 def _begin() -> None:
     """A process has one thread, because all of them fill the cores, and ends with that which has started it."""
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    parent.join()
+    os._exit(1)
 
 
 @contextmanager
