@@ -348,6 +348,16 @@ def test_replacing_what_compares(name: str, replaced: str, case: Case, choice: P
     assert run_case(load_kernel(hostile_kernels.wrong), case, OPTIONS).status == "differs"
 
 
+@pytest.mark.parametrize(
+    ("name", "replaced"),
+    [("hides_how_outcomes_are_made", "Outcome.__new__"), ("replaces_as_if_by_torch", "torch.frombuffer")],
+)
+def test_replacing_in_this_process(name: str, replaced: str, case: Case) -> None:
+    result = run_case(load_kernel(getattr(hostile_kernels, name)), case, ONCE)
+    assert_reported(result, "interfered", replaced)
+    assert run_case(load_kernel(hostile_kernels.wrong), case, ONCE).status == "differs"
+
+
 def test_what_a_kernel_replaced_spoils_no_later_case(case: Case, choice: Path, worker: Worker) -> None:
     result = isolated("replaces_methods_of_tensors", case, choice, worker, ONCE)
     assert_reported(result, "differs", "the kernel changed Tensor.")
