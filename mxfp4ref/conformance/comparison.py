@@ -19,6 +19,7 @@ __all__ = [
     "differing",
     "first_difference",
     "in_words",
+    "plain_tensor",
     "ulp_distance",
 ]
 
@@ -84,7 +85,7 @@ def differing(got: Tensor, expected: Tensor) -> Tensor:
         TypeError: they have different dtypes, or one has no bits of its elements: meta, quantized, sparse, nested.
         ValueError: they have different shapes.
     """
-    got, expected = _plain("got", got), _plain("expected", expected)
+    got, expected = plain_tensor("got", got), plain_tensor("expected", expected)
     if got.dtype != expected.dtype:
         raise TypeError(f"got: expected dtype {expected.dtype}, got {got.dtype}")
     if got.shape != expected.shape:
@@ -101,7 +102,7 @@ def ulp_distance(got: Tensor, expected: Tensor) -> Tensor:
     that are further apart count, of packed float4 the bytes.
     """
     differs = differing(got, expected)
-    got, expected = _plain("got", got), _plain("expected", expected)
+    got, expected = plain_tensor("got", got), plain_tensor("expected", expected)
     if got.dtype.is_complex:
         return ulp_distance(*map(_parts, (got, expected))).amax(-1)
     distance = _apart(_ordered(got), _ordered(expected).to(got.device))
@@ -141,7 +142,7 @@ def in_words(got: Tensor, expected: Tensor) -> str:
 
 def difference_at(got: Tensor, expected: Tensor, index: tuple[int, ...]) -> Difference:
     """Describe one element of both tensors."""
-    got, expected = _plain("got", got), _plain("expected", expected)
+    got, expected = plain_tensor("got", got), plain_tensor("expected", expected)
     one, other = (resolved(tensor[index]).reshape(1).cpu() for tensor in (got, expected))
     return Difference(
         index=index,
@@ -177,7 +178,7 @@ def assert_bits_equal(got: Tensor, expected: Tensor, name: str = "output") -> No
         )
 
 
-def _plain(name: str, value: Tensor) -> Tensor:
+def plain_tensor(name: str, value: Tensor) -> Tensor:
     """What a tensor holds, whatever the methods of a subclass say of it."""
     check_instance(name, value, Tensor)
     tensor = alias(value)
