@@ -264,18 +264,21 @@ def _end_at_sigterm() -> None:
 
 def _html_file(config: pytest.Config, goldens: Goldens) -> Path | None:
     """Where the report goes, if one is wanted, once it is clear that it can be written."""
-    if not (name := config.getoption("mxfp4_html")):
+    if (name := config.getoption("mxfp4_html")) is None:
         return None
     from click import ClickException
 
     from mxfp4ref._files import files_below
     from mxfp4ref.conformance.cli.report_files import ReportFiles
+    from mxfp4ref.conformance.cli.selecting import sources
 
-    path: Path = config.invocation_params.dir / name
+    here, kernel = config.invocation_params.dir, config.getoption("mxfp4_kernel")
+    inputs = [*sources(kernel), *(here / argument.partition("::")[0] for argument in config.args)]
+    path: Path = here / name
     try:
         if path.is_dir():
             raise ValueError(f"{path}: expected a file to write to, it is a folder")
-        ReportFiles({"html": path}).check(files_below(goldens.root))
+        ReportFiles({"html": path}).check([*files_below(goldens.root), *inputs])
     except (ClickException, ModuleNotFoundError, ValueError, OSError) as error:
         raise pytest.UsageError(f"--mxfp4-html: {error}") from error
     return path

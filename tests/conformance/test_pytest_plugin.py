@@ -260,6 +260,18 @@ def test_the_report_says_how_pytest_ran(pytester: pytest.Pytester) -> None:
     assert f"mxfp4ref conform defect:last_slot_dropped {case}" in html
 
 
+@pytest.mark.parametrize("name", ["kernel.py", "test_of_mine.py", ""])
+def test_a_report_in_place_of_an_input(pytester: pytest.Pytester, name: str) -> None:
+    pytester.makepyfile(kernel="def f(**arguments): ...", test_of_mine="def test(): ...")
+    before = {path: path.read_bytes() for path in pytester.path.glob("*.py")}
+    pytester.syspathinsert()
+    arguments = ("--mxfp4-kernel=kernel:f", f"--mxfp4-html={name}", "test_of_mine.py::test", *ARGUMENTS)
+    result = pytester.runpytest(*arguments)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"*--mxfp4-html: *{name}: expected *"])
+    assert before == {path: path.read_bytes() for path in pytester.path.glob("*.py")}
+
+
 def test_a_report_that_cannot_be_written(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     """Is told before the kernel runs, or else costs neither the verdict nor the others' results."""
     result = pytester.runpytest("--mxfp4-kernel=oracle", "--mxfp4-html=none/r.html", *ARGUMENTS)
