@@ -251,8 +251,9 @@ def _chosen(found: Found, prefix: str, count: int | None, wanted: Sequence[int] 
             raise CheckpointError(f"{prefix}experts.{absent[0]}.*: expected in the checkpoint, not there")
         return tuple(wanted)
     if count not in (None, len(present)):
+        wanted_ones = f"experts 0 to {count - 1}" if count else "no expert"
         raise CheckpointError(
-            f"{prefix}experts.*: expected experts 0 to {count - 1}, as config.json says, found {len(present)}, the "
+            f"{prefix}experts.*: expected {wanted_ones}, as config.json says, found {len(present)}, the "
             f"last of them {max(present)}; experts= (--experts on the command line) reads some of them"
         )
     for expert in range(len(present)):

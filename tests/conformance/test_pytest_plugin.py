@@ -191,6 +191,22 @@ def test_a_failure_that_another_plugin_overrules_is_one(
     assert result.ret == code
 
 
+def test_cases_that_another_plugin_repeats_are_counted_once(pytester: pytest.Pytester) -> None:
+    """As xdist's `--dist each` does; the verdict spoke of more cases than there are."""
+    pytester.makeconftest("def pytest_collection_modifyitems(items): items *= 2\n")
+    result = pytester.runpytest("--mxfp4-kernel=oracle", *ARGUMENTS)
+    result.assert_outcomes(passed=4)
+    result.stdout.fnmatch_lines(["oracle conforms: * in all 2 cases, *"])
+
+
+def test_a_kernel_without_a_name_is_told(pytester: pytest.Pytester) -> None:
+    """As of a variable that is not set, in CI; nothing was checked, with exit code 0."""
+    pytester.makepyfile("def test(): ...")
+    result = pytester.runpytest("--mxfp4-kernel=")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*--mxfp4-kernel: expected a kernel, got nothing*"])
+
+
 def test_a_damaged_golden_is_no_failure_of_the_kernel(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
