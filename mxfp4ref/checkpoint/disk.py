@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ from mxfp4ref.checkpoint.shards import CheckpointError, Shards, open_shards
 from mxfp4ref.formats.quantize import SCALE_RULES
 from mxfp4ref.routing.models import PRESETS
 
-__all__ = ["FORMATS", "ReadOptions", "find_layers", "open_layer", "ranges", "read_layer"]
+__all__ = ["FORMATS", "ReadOptions", "find_layers", "left_out", "open_layer", "ranges", "read_layer"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -47,6 +48,7 @@ class ReadOptions(Shown):
 
 
 _DEFAULTS = ReadOptions()
+_OF_EXPERTS = re.compile("(?<!shared_)expert|_exps")
 
 
 def find_layers(
@@ -81,6 +83,33 @@ def find_layers(
     return dict(sorted(best.items(), key=lambda item: (isinstance(item[0], str), item[0])))
 
 
+def left_out(
+    shards: Shards,
+    found: Mapping[int | str, tuple[CheckpointFormat, str]],
+    format: CheckpointFormat | None = None,
+) -> dict[int | str, str]:
+    """Layers with experts that `find_layers` has not found: layer -> why.
+
+    One whose number another layer has is called by its prefix.
+    """
+    tensors: dict[tuple[int | str, str], list[str]] = {}  # by layer and prefix: the ends of their names
+    for name in shards.files:
+        parts = name.split(".")
+        at = next((n for n, part in enumerate(parts) if re.fullmatch("[0-9]{1,6}", part)), len(parts))
+        if _OF_EXPERTS.search(end := ".".join(parts[at + 1 :])):
+            layer = f"mtp.{parts[at]}" if parts[at - 1 : at] == ["mtp"] else int(parts[at])
+            tensors.setdefault((layer, ".".join(parts[: at + 1])), []).append(end)
+    naming = ", ".join(FORMATS) if format is None else format.name
+    layers: dict[int | str, str] = {}
+    for (layer, place), ends in tensors.items():
+        if not any(prefix.startswith(f"{place}.") for _, prefix in found.values()):
+            layers[place if layer in found or layer in layers else layer] = (
+                f"expected experts in the naming of {naming}, found {min(ends)} and {len(ends) - 1} other tensors; "
+                "a name map may say what they are"
+            )
+    return dict(sorted(layers.items(), key=lambda item: (isinstance(item[0], str), item[0])))
+
+
 def open_layer(
     checkpoint: str | Path,
     layer: int | str,
@@ -104,6 +133,8 @@ def open_layer(
     shards = open_shards(checkpoint)
     layers = find_layers(shards, options.format)
     if layer not in layers:
+        if reason := left_out(shards, layers, options.format).get(layer):
+            raise CheckpointError(f"layer {shown(layer)}: {reason}")
         raise ValueError(
             f"layer: expected one of {ranges(list(layers))} in {shards.root}, got {shown(layer)}"
         )
@@ -220,8 +251,9 @@ def _chosen(found: Found, prefix: str, count: int | None, wanted: Sequence[int] 
             raise CheckpointError(f"{prefix}experts.{absent[0]}.*: expected in the checkpoint, not there")
         return tuple(wanted)
     if count not in (None, len(present)):
+        wanted_ones = f"experts 0 to {count - 1}" if count else "no expert"
         raise CheckpointError(
-            f"{prefix}experts.*: expected experts 0 to {count - 1}, as config.json says, found {len(present)}, the "
+            f"{prefix}experts.*: expected {wanted_ones}, as config.json says, found {len(present)}, the "
             f"last of them {max(present)}; experts= (--experts on the command line) reads some of them"
         )
     for expert in range(len(present)):

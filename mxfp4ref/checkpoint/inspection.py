@@ -13,7 +13,7 @@ from torch import Tensor
 from mxfp4ref._spans import spans
 from mxfp4ref._validate import shown
 from mxfp4ref.checkpoint.config import Config, read_config
-from mxfp4ref.checkpoint.disk import ReadOptions, find_layers, layer_at, ranges
+from mxfp4ref.checkpoint.disk import ReadOptions, find_layers, layer_at, left_out, ranges
 from mxfp4ref.checkpoint.format import CheckpointFormat, Found
 from mxfp4ref.checkpoint.layer import CheckpointLayer, ExpertsInFiles, Swiglu
 from mxfp4ref.checkpoint.router import checked_router
@@ -77,7 +77,7 @@ class LayerEntry:
     """What is known of a layer.
 
     Attributes:
-        layer, format, prefix: as `find_layers` has them.
+        layer, format, prefix: as `find_layers` has them; of what is in no known format, as `left_out` has it and "".
         experts, hidden_size, intermediate_size: E, H and I, 0 if it cannot be told.
         router: in words, "" if it cannot be told.
         parameters, bytes: of the experts, and of all tensors below the prefix, as stored.
@@ -140,13 +140,18 @@ def inspect(
     """
     shards = open_shards(checkpoint)
     found = find_layers(shards, options.format)
-    if absent := [layer for layer in layers if layer not in found]:
+    unknown = left_out(shards, found, options.format)
+    everything = sorted({**found, **unknown}, key=lambda layer: (isinstance(layer, str), layer))
+    if absent := [layer for layer in layers if layer not in everything]:
         raise ValueError(
-            f"layer: expected one of {ranges(list(found))} in {shards.root}, got {shown(absent[0])}"
+            f"layer: expected one of {ranges(everything)} in {shards.root}, got {shown(absent[0])}"
         )
     config = read_config(shards.root, options.config)
     entries = []
-    for layer in layers or found:
+    for layer in layers or everything:
+        if layer in unknown:
+            entries.append(LayerEntry(layer, "", "", refused=unknown[layer]))
+            continue
         entry = LayerEntry(layer, found[layer][0].name, found[layer][1])
         try:
             _look(entry, shards, found[layer], config, options)
@@ -154,7 +159,13 @@ def inspect(
             entry.refused = str(error)
         entries.append(entry)
     if weights:
-        _count(entries, shards, {entry.layer: found[entry.layer][0] for entry in entries}, options, step)
+        _count(
+            entries,
+            shards,
+            {entry.layer: found[entry.layer][0] for entry in entries if entry.layer in found},
+            options,
+            step,
+        )
     return Inspection(
         shards.root,
         str(config.values.get("model_type", "")),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._validate import check_instance, no_storage
-from mxfp4ref.conformance.isolation.plain import TensorError, like, raw_bytes, resolved, tensor_of
+from mxfp4ref.conformance.isolation.plain import TensorError, alias, like, raw_bytes, resolved, tensor_of
 from mxfp4ref.formats.mxfp4 import E2M1_VALUES, unpack_codes
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "differing",
     "first_difference",
     "in_words",
+    "plain_tensor",
     "ulp_distance",
 ]
 
@@ -84,10 +85,7 @@ def differing(got: Tensor, expected: Tensor) -> Tensor:
         TypeError: they have different dtypes, or one has no bits of its elements: meta, quantized, sparse, nested.
         ValueError: they have different shapes.
     """
-    for name, tensor in (("got", got), ("expected", expected)):
-        check_instance(name, tensor, Tensor)
-        if kind := no_storage(tensor):
-            raise TypeError(f"{name}: expected a tensor with dense storage, got a {kind} tensor")
+    got, expected = plain_tensor("got", got), plain_tensor("expected", expected)
     if got.dtype != expected.dtype:
         raise TypeError(f"got: expected dtype {expected.dtype}, got {got.dtype}")
     if got.shape != expected.shape:
@@ -104,6 +102,7 @@ def ulp_distance(got: Tensor, expected: Tensor) -> Tensor:
     that are further apart count, of packed float4 the bytes.
     """
     differs = differing(got, expected)
+    got, expected = plain_tensor("got", got), plain_tensor("expected", expected)
     if got.dtype.is_complex:
         return ulp_distance(*map(_parts, (got, expected))).amax(-1)
     distance = _apart(_ordered(got), _ordered(expected).to(got.device))
@@ -143,7 +142,8 @@ def in_words(got: Tensor, expected: Tensor) -> str:
 
 def difference_at(got: Tensor, expected: Tensor, index: tuple[int, ...]) -> Difference:
     """Describe one element of both tensors."""
-    one, other = (resolved(tensor[index].detach()).reshape(1).cpu() for tensor in (got, expected))
+    got, expected = plain_tensor("got", got), plain_tensor("expected", expected)
+    one, other = (resolved(tensor[index]).reshape(1).cpu() for tensor in (got, expected))
     return Difference(
         index=index,
         got_bits=_hexadecimal(one),
@@ -176,6 +176,15 @@ def assert_bits_equal(got: Tensor, expected: Tensor, name: str = "output") -> No
         raise AssertionError(
             f"{name}: {count:,} of {got.numel():,} elements differ; first {first_difference(got, expected)}"
         )
+
+
+def plain_tensor(name: str, value: Tensor) -> Tensor:
+    """What a tensor holds, whatever the methods of a subclass say of it."""
+    check_instance(name, value, Tensor)
+    tensor = alias(value)
+    if kind := no_storage(tensor) or "memoryless" * (tensor.numel() > 0 and not tensor.data_ptr()):
+        raise TypeError(f"{name}: expected a tensor with dense storage, got a {kind} tensor")
+    return tensor
 
 
 def _count(ulps: int) -> str:

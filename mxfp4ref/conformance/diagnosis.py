@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mxfp4ref._choices import EFFORTS, Effort
 from mxfp4ref._shown import Shown
-from mxfp4ref._validate import check_choice, check_instance, shown
+from mxfp4ref._validate import check_choice, shown
 from mxfp4ref.conformance.bounds.bounded import where_outside
 from mxfp4ref.conformance.bounds.call_bounds import specials_alone
 from mxfp4ref.conformance.comparison import FAR, Difference, difference_at, differing, ulp_distance
@@ -35,12 +35,12 @@ from mxfp4ref.conformance.findings.suspects import (
 )
 from mxfp4ref.conformance.looking import REAL_SECONDS, SECONDS, HowToLook, Known, is_large, look
 from mxfp4ref.conformance.options import Search
+from mxfp4ref.conformance.question import checked_suspects, checked_tensors
 from mxfp4ref.conformance.shown_progress import shown_progress
 from mxfp4ref.conformance.stage_words import finding_of_stage
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.formats.humming_experts import HummingExperts
 from mxfp4ref.goldens.runs import Run
-from mxfp4ref.goldens.store import KINDS
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import trace
 
@@ -155,17 +155,17 @@ def diagnose(
     Raises:
         NothingDiffers: all outputs equal those expected, in every bit; in mode bounded, all of a call's output lies
             within the bounds of a correct evaluation in another order. It is a ValueError.
-        TypeError, ValueError: an output is missing, or of another dtype or shape than expected.
+        TypeError, ValueError: an argument is wrong, an output missing, or its dtype or shape not that of the inputs'.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {shown(kind)}")
-    check_instance("inputs", inputs, MoeCall if kind == "moe" else Mapping)
-    check_instance("outputs", outputs, Mapping)
+    outputs, expected = checked_tensors(kind, inputs, outputs, expected)
+    some = checked_suspects(suspects)
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress: expected a function, got {shown(progress)}")
     if not isinstance(diagnosis, Search):
         check_choice("diagnosis", diagnosis, EFFORTS)
         diagnosis = Search(diagnosis)
     outside = None
-    if diagnosis.mode == "bounded" and "output" in outputs and "output" in expected:
+    if diagnosis.mode == "bounded" and kind == "moe":
         outside = where_outside(Run("", inputs, expected), outputs)
     located = Located(kind, inputs, outputs, expected, outside)
     if outside is not None and not bool(outside.any()):
@@ -177,7 +177,7 @@ def diagnose(
         )
     with shown_progress(progress) as told:
         known = located.search(
-            tuple(suspects or ()),
+            some,
             diagnosis.effort,
             seconds=diagnosis.seconds,
             limit=diagnosis.seconds,
@@ -202,8 +202,6 @@ class Located:
         expected: Mapping[str, Tensor],
         outside: Tensor | None = None,
     ) -> None:
-        if any(n not in outputs for n in expected):
-            raise ValueError(f"outputs: expected {', '.join(expected)}, got {', '.join(outputs) or 'none'}")
         name = next((n for n in expected if bool(differing(outputs[n], expected[n]).any())), None)
         if name is None:
             if not (elements := sum(tensor.numel() for tensor in expected.values())):

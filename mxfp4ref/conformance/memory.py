@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,12 +56,16 @@ def few_files() -> str:
     return f"expected at least {_FILES} open files, the limit is {soft} (ulimit -n)"
 
 
-def time_limit() -> str:
-    """How much of a processor's time this process may take, if that is limited; else ""."""
-    if (
-        sys.platform == "win32"
-        or (soft := resource.getrlimit(resource.RLIMIT_CPU)[0]) == resource.RLIM_INFINITY
-    ):
+def time_limit(pid: int = 0, used: float = float("inf")) -> str:
+    """How much of a processor's time a process, this one by default, may take, if it may take no more than `used`.
+
+    Else "".
+    """
+    if sys.platform == "win32":
+        return ""
+    limits_of = partial(resource.prlimit, pid) if pid else resource.getrlimit
+    soft = limits_of(resource.RLIMIT_CPU)[0]
+    if soft == resource.RLIM_INFINITY or soft > used:
         return ""
     return f"the limit is {soft:,} s of a processor's time (ulimit -t)"
 

@@ -86,8 +86,12 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
 
 def pytest_configure(config: pytest.Config) -> None:
     ids = _take_ids(config)
-    if not config.getoption("mxfp4_kernel"):
-        if ids is not None or config.getoption("mxfp4_html"):
+    if config.getoption("mxfp4_kernel") == "":
+        raise pytest.UsageError(
+            "--mxfp4-kernel: expected a kernel, got nothing, as of a variable that is not set"
+        )
+    if config.getoption("mxfp4_kernel") is None:
+        if ids is not None or config.getoption("mxfp4_html") is not None:
             what = f"{SUITE}::..." if ids is not None else "--mxfp4-html"
             raise pytest.UsageError(f"{what}: expected --mxfp4-kernel=..., which says what is tested")
         return

@@ -80,7 +80,7 @@ class Verdict:
     def __init__(self, config: pytest.Config, goldens: Goldens) -> None:
         self._config = config
         self._goldens = goldens
-        self._outcomes: list[Outcome] = []
+        self._by_case: dict[str, Outcome] = {}  # the first that failed, of one that another plugin repeats
         self._chosen: set[str] = (
             set()
         )  # that are to be run, and of which there was a report that tells something
@@ -130,7 +130,9 @@ class Verdict:
         if hasattr(report, "mxfp4_outcome") or report.failed or report.skipped:
             self._told.add(report.nodeid)
         if hasattr(report, "mxfp4_outcome"):
-            self._outcomes.append(outcome := Outcome.of_text(report.mxfp4_outcome))
+            outcome = Outcome.of_text(report.mxfp4_outcome)
+            if (earlier := self._by_case.get(report.nodeid)) is None or earlier.result.ok:
+                self._by_case[report.nodeid] = outcome
             self._failed += not (outcome.result.ok or hasattr(report, "wasxfail"))
             if outcome.told is not None:  # of which xdist makes a text without a summary
                 report.longrepr = outcome.told  # type: ignore[assignment]
@@ -138,6 +140,10 @@ class Verdict:
             self._lost.add(report.nodeid)
         elif report.skipped:  # by a mark, or another plugin
             self._passed_over.add(report.nodeid)
+
+    @property
+    def _outcomes(self) -> list[Outcome]:
+        return list(self._by_case.values())
 
     @property
     def _nothing_compared(self) -> bool:
@@ -264,18 +270,21 @@ def _end_at_sigterm() -> None:
 
 def _html_file(config: pytest.Config, goldens: Goldens) -> Path | None:
     """Where the report goes, if one is wanted, once it is clear that it can be written."""
-    if not (name := config.getoption("mxfp4_html")):
+    if (name := config.getoption("mxfp4_html")) is None:
         return None
     from click import ClickException
 
     from mxfp4ref._files import files_below
     from mxfp4ref.conformance.cli.report_files import ReportFiles
+    from mxfp4ref.conformance.cli.selecting import sources
 
-    path: Path = config.invocation_params.dir / name
+    here, kernel = config.invocation_params.dir, config.getoption("mxfp4_kernel")
+    inputs = [*sources(kernel), *(here / argument.partition("::")[0] for argument in config.args)]
+    path: Path = here / name
     try:
         if path.is_dir():
             raise ValueError(f"{path}: expected a file to write to, it is a folder")
-        ReportFiles({"html": path}).check(files_below(goldens.root))
+        ReportFiles({"html": path}).check([*files_below(goldens.root), *inputs])
     except (ClickException, ModuleNotFoundError, ValueError, OSError) as error:
         raise pytest.UsageError(f"--mxfp4-html: {error}") from error
     return path

@@ -6,8 +6,13 @@ import fnmatch
 import hashlib
 import json
 import multiprocessing
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,8 +158,8 @@ def regenerate(
         progress: called for each finished case with its name and with the number of cases.
 
     Raises:
-        GoldenError: a pattern matches no case, there is no folder to write to, it has something else in it, or a case
-            is without a reason. Nothing has been written then.
+        GoldenError: a pattern matches no case, there is no folder to write to, it has something else in it, a case is
+            without a reason, or one of the processes has ended. Nothing has been written then.
         OSError: a file cannot be written.
     """
     root = _default_root(writing=not check) if root is None else root
@@ -205,28 +210,66 @@ def _default_root(*, writing: bool) -> Path:
 def _build_all(case_ids: Sequence[str], jobs: int, progress: Progress) -> dict[str, Files]:
     """The files of all cases. The large ones are started first."""
     ordered = sorted(case_ids, key=lambda case_id: not case_id.startswith("models/"))
-    built = {}
+    built: dict[str, Files] = {}
     if jobs == 1:
         for case_id in ordered:
             built[case_id] = build_case(case_id)
             progress(case_id, len(ordered))
     else:
-        with _executor(min(jobs, len(ordered))) as executor:
-            futures = {executor.submit(build_case, case_id): case_id for case_id in ordered}
-            try:
-                for future in as_completed(futures):
-                    built[futures[future]] = future.result()
-                    progress(futures[future], len(ordered))
-            except BaseException:
-                executor.shutdown(cancel_futures=True)
-                raise
+        built = _build_side_by_side(ordered, min(jobs, len(ordered)), progress)
     return {case_id: built[case_id] for case_id in case_ids}
 
 
-def _executor(jobs: int) -> Executor:
-    # Spawned, because a fork of torch's thread pool can hang; one thread each, because the processes fill the cores.
+def _build_side_by_side(case_ids: Sequence[str], jobs: int, progress: Progress) -> dict[str, Files]:
+    """The files of cases, by so many processes, none of which is left whatever happens."""
+    built = {}
+    # Spawned, because a fork of torch's thread pool can hang.
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
+    others = set(multiprocessing.active_children())
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin) as executor:
+        try:
+            with _uninterrupted():  # and so are the processes: that is for this one to tell
+                futures = {executor.submit(build_case, case_id): case_id for case_id in case_ids}
+            for future in as_completed(futures):
+                built[futures[future]] = future.result()
+                progress(futures[future], len(case_ids))
+        except BaseException as error:
+            for process in set(multiprocessing.active_children()) - others:
+                process.kill()
+            executor.shutdown(cancel_futures=True)
+            if isinstance(error, BrokenProcessPool):
+                words = (
+                    "one has ended before its case was done, as the system ends it that runs out of memory"
+                )
+                raise GoldenError(f"--jobs: expected {jobs} processes that do their work, {words}") from None
+            raise
+    return built
+
+
+def _begin() -> None:
+    """A process has one thread, because all of them fill the cores, and ends with that which has started it."""
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Inside, Ctrl-C waits; processes that are started there never get it."""
+    if os.name != "posix":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _differences(root: Path, cases: dict[str, Files], complete: bool) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from mxfp4ref.__main__ import commands
-from mxfp4ref.checkpoint import inspection
+from mxfp4ref.checkpoint import CheckpointError, inspection, read_layer
 from mxfp4ref.checkpoint.inspection import Counts, Inspection, LayerEntry, inspect
 from mxfp4ref.conformance.cli.checkpoint_table import _unusual, show
 from mxfp4ref.formats.experts import Experts
@@ -98,6 +98,39 @@ def test_what_would_be_refused_and_why(tmp_path: Path) -> None:
         )
     )
     assert given.exit_code == 0, given.output
+
+
+@pytest.mark.parametrize(
+    ("place", "layers", "layer"),
+    [
+        ("layers.1", [0, 1, 2], 1),
+        ("model.layers.7", [0, 2, 7], 7),
+        ("tower.layers.0", [0, 2, "tower.layers.0"], None),
+        ("model.mtp.0", [0, 2, "mtp.0"], "mtp.0"),
+    ],
+)
+def test_layers_in_no_known_naming_are_refused(
+    tmp_path: Path, place: str, layers: list[int | str], layer: int | str | None
+) -> None:
+    def rename(tensors: Tensors) -> None:
+        for name in list(tensors):
+            renamed = name.replace(".w", ".u").replace("layers.1", place)
+            tensors[renamed] = tensors.pop(name).clone()
+
+    make_checkpoint(tmp_path, "deepseek_v4", rename)
+    result = invoke("checkpoint", tmp_path, "--names-only", "--json")
+    assert result.exit_code == 1
+    entries = json.loads(result.output)["layers"]
+    assert [entry["layer"] for entry in entries] == layers
+    unknown = "found ffn.experts.0.u1.scale and 23 other tensors; a name map may say what they are"
+    assert [entry["refused"].endswith(unknown) for entry in entries] == [
+        one in (layer, place) for one in layers
+    ]
+    report = invoke("checkpoint-report", tmp_path)
+    assert (report.exit_code, unknown in report.stderr) == (2, True)
+    if layer is not None:
+        with pytest.raises(CheckpointError, match=f"^layer {layer!r}: expected experts in the naming of "):
+            read_layer(tmp_path, layer)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from mxfp4ref.conformance.comparison import (
     in_words,
     ulp_distance,
 )
+from tests.helpers.hostile_kernels import _Liar, _Wrapper
 
 EVERY_BF16 = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
 
@@ -207,3 +208,15 @@ def test_lazily_negated_and_conjugated_tensors_are_what_they_say() -> None:
     assert_bits_equal(z.conj(), z.conj().resolve_conj())
     assert_bits_equal(z.conj().imag, torch.tensor([-2.0, 4.0]))
     assert bool(differing(z.conj().imag, z.imag).all())
+
+
+@pytest.mark.parametrize("compare", [differing, ulp_distance, first_difference, in_words])
+def test_subclasses_are_compared_by_what_they_hold(compare: Callable[..., object]) -> None:
+    held = torch.tensor([1.0, -0.0, torch.nan])
+    for one, other in ((held, held.flip(0)), (held, held.clone())):
+        honest = str(compare(one, other))
+        assert str(compare(one.as_subclass(_Liar), other)) == honest
+        assert str(compare(one, other.as_subclass(_Liar))) == honest
+    for name, pair in (("got", (_Wrapper(held), held)), ("expected", (held, _Wrapper(held)))):
+        with pytest.raises(TypeError, match=f"^{name}: expected a tensor with dense storage, got a"):
+            compare(*pair)

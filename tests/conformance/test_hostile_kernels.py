@@ -348,6 +348,16 @@ def test_replacing_what_compares(name: str, replaced: str, case: Case, choice: P
     assert run_case(load_kernel(hostile_kernels.wrong), case, OPTIONS).status == "differs"
 
 
+@pytest.mark.parametrize(
+    ("name", "replaced"),
+    [("hides_how_outcomes_are_made", "Outcome.__new__"), ("replaces_as_if_by_torch", "torch.frombuffer")],
+)
+def test_replacing_in_this_process(name: str, replaced: str, case: Case) -> None:
+    result = run_case(load_kernel(getattr(hostile_kernels, name)), case, ONCE)
+    assert_reported(result, "interfered", replaced)
+    assert run_case(load_kernel(hostile_kernels.wrong), case, ONCE).status == "differs"
+
+
 def test_what_a_kernel_replaced_spoils_no_later_case(case: Case, choice: Path, worker: Worker) -> None:
     result = isolated("replaces_methods_of_tensors", case, choice, worker, ONCE)
     assert_reported(result, "differs", "the kernel changed Tensor.")
@@ -434,6 +444,18 @@ def test_the_need_of_memory_is_told(case: Case, choice: Path, monkeypatch: pytes
     with redirect_stderr(io.StringIO()) as said:
         assert whole.load("models/deepseek_v4_pro").nbytes > 12 << 30
     assert said.getvalue() == "models/deepseek_v4_pro needs about 13.2 GiB, and 1.0 GiB were free\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where the limits of what has ended are known")
+@pytest.mark.usefixtures("copied_processes")
+def test_a_limit_of_time_that_a_kernel_has_set_is_no_lack_of_memory(case: Case, choice: Path) -> None:
+    choice.write_text("limits_its_time")
+    with Worker(SPEC) as process:
+        result = run_case(process.kernel, case, OPTIONS, worker=process)
+    assert_reported(
+        result, "crashed", "as the system does it at a limit; the limit is 1 s of a processor's time"
+    )
+    assert "GiB" not in result.message
 
 
 @pytest.mark.usefixtures("copied_processes")

@@ -191,6 +191,22 @@ def test_a_failure_that_another_plugin_overrules_is_one(
     assert result.ret == code
 
 
+def test_cases_that_another_plugin_repeats_are_counted_once(pytester: pytest.Pytester) -> None:
+    """As xdist's `--dist each` does; the verdict spoke of more cases than there are."""
+    pytester.makeconftest("def pytest_collection_modifyitems(items): items *= 2\n")
+    result = pytester.runpytest("--mxfp4-kernel=oracle", *ARGUMENTS)
+    result.assert_outcomes(passed=4)
+    result.stdout.fnmatch_lines(["oracle conforms: * in all 2 cases, *"])
+
+
+def test_a_kernel_without_a_name_is_told(pytester: pytest.Pytester) -> None:
+    """As of a variable that is not set, in CI; nothing was checked, with exit code 0."""
+    pytester.makepyfile("def test(): ...")
+    result = pytester.runpytest("--mxfp4-kernel=")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*--mxfp4-kernel: expected a kernel, got nothing*"])
+
+
 def test_a_damaged_golden_is_no_failure_of_the_kernel(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,6 +274,18 @@ def test_the_report_says_how_pytest_ran(pytester: pytest.Pytester) -> None:
     assert f" {' '.join(arguments)} &#39;--mxfp4-case=finalize/slot_*&#39;" in html
     case = "--diagnosis quick --case finalize/slot_order --dump reproducers"
     assert f"mxfp4ref conform defect:last_slot_dropped {case}" in html
+
+
+@pytest.mark.parametrize("name", ["kernel.py", "test_of_mine.py", ""])
+def test_a_report_in_place_of_an_input(pytester: pytest.Pytester, name: str) -> None:
+    pytester.makepyfile(kernel="def f(**arguments): ...", test_of_mine="def test(): ...")
+    before = {path: path.read_bytes() for path in pytester.path.glob("*.py")}
+    pytester.syspathinsert()
+    arguments = ("--mxfp4-kernel=kernel:f", f"--mxfp4-html={name}", "test_of_mine.py::test", *ARGUMENTS)
+    result = pytester.runpytest(*arguments)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"*--mxfp4-html: *{name}: expected *"])
+    assert before == {path: path.read_bytes() for path in pytester.path.glob("*.py")}
 
 
 def test_a_report_that_cannot_be_written(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:

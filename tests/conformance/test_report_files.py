@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import pickle
 import shlex
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import save_file
@@ -452,7 +454,7 @@ def test_reports_that_cannot_be_compared(tmp_path: Path) -> None:
     for other, message in (
         ("later.json", "report.format: expected one of 'mxfp4ref-report-1', 'mxfp4ref-report-2', got"),
         ("broken.json", "broken.json: report.results[0]: expected an object"),
-        ("other.json", "other.json: report: expected the key 'format'"),
+        ("other.json", "got other JSON (report: expected the key 'format', got [])"),
         ("page.html", "got an HTML page"),
     ):
         refused = invoke("compare", good, tmp_path / other)
@@ -531,3 +533,28 @@ def test_the_command_with_odd_names_is_what_a_shell_gives_back() -> None:
     )
     assert given.stdout.split(b"\0")[1:-1] == list(names)
     assert command(Report("kernel", "exact", (), arguments=("\ud800",))).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("content", "came"),
+    [
+        (b"", "an empty file"),
+        (safetensors.torch.save({"output": torch.ones(2)}), "tensors (a safetensors file)"),
+        (b"PK\3\4archive/data.pkl", "a zip archive, as torch.save and numpy.savez write it"),
+        (pickle.dumps({}), "a pickle"),
+        (b"\x93NUMPY", "a numpy array"),
+        (b"GGUF\3", "a GGUF file"),
+        (b"<testsuite/>", "an HTML or XML file"),
+        (b'{"model_type": "gpt_oss"}', "other JSON (report: expected the key 'format', got ['model_type'])"),
+        (b"[]", "other JSON (report: expected an object, got [])"),
+    ],
+)
+def test_what_came_instead_of_a_report_is_told_by_its_content(
+    tmp_path: Path, content: bytes, came: str
+) -> None:
+    (tmp_path / "report.json").write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"report\.json: expected a report, as conform --json writes it, got "
+    ) as error:
+        read_report(tmp_path / "report.json")
+    assert str(error.value).endswith(came)

@@ -290,6 +290,8 @@ def test_run_with_anything(arguments: tuple[object, ...], message: str) -> None:
         conformance.run(*arguments)  # type: ignore[arg-type]
 
 
+_CODES = {name: torch.zeros(1, 16, dtype=torch.uint8) for name in ("packed", "scales")}
+_OUTPUT = r"{}\['output'\]: expected a bfloat16 tensor of shape \[8, 128\], got "
 _WRONG = {"output": torch.zeros(8, 128, dtype=torch.bfloat16)}
 
 
@@ -309,7 +311,45 @@ _WRONG = {"output": torch.zeros(8, 128, dtype=torch.bfloat16)}
         (lambda one: diagnose("moe", None, _WRONG, one.expected), "inputs: expected MoeCall, got NoneType"),
         (lambda one: diagnose("moe", one.inputs, None, one.expected), "outputs: expected Mapping, got None"),
         (lambda one: diagnose("mo", one.inputs, _WRONG, one.expected), "kind: expected one of moe, "),
-        (lambda one: diagnose("moe", one.inputs, {}, {}), "expected: expected a tensor with elements, got"),
+        (lambda one: diagnose("moe", one.inputs, {}, {}), "expected: expected output, got none"),
+        *(
+            (lambda one, wrong=wrong: diagnose("moe", one.inputs, *wrong(one.expected)), message)
+            for wrong, message in (
+                (lambda right: (_WRONG, [right]), "expected: expected Mapping, got list"),
+                (lambda right: ({"y": 1}, {"y": 1}), "expected: expected output, got 'y'"),
+                (lambda right: (_WRONG, {"output": right["output"].float()}), _OUTPUT.format("expected")),
+                (lambda right: (_WRONG, {"output": right["output"][0]}), _OUTPUT.format("expected")),
+                (lambda right: ({"output": right["output"][None]}, right), _OUTPUT.format("outputs")),
+                (
+                    lambda right: ({"output": None}, right),
+                    r"outputs\['output'\]: expected Tensor, got NoneType",
+                ),
+                (
+                    lambda right: (_WRONG | {"activation": 1}, right),
+                    r"outputs\['activation'\]: expected Tensor",
+                ),
+            )
+        ),
+        *(
+            (lambda one, how=how: diagnose("moe", one.inputs, _WRONG, one.expected, **how), message)
+            for how, message in (
+                (
+                    {"suspects": "limit_ignored"},
+                    "suspects: expected names of defects and hypotheses, got 'lim",
+                ),
+                ({"suspects": ["limit_ignore"]}, "suspects: .*did you mean limit_ignored"),
+                ({"suspects": [3]}, "suspects: expected str, got int"),
+                ({"progress": 3}, "progress: expected a function, got 3"),
+            )
+        ),
+        (
+            lambda one: diagnose("quantize", {}, _CODES, _CODES),
+            "inputs: expected those of kind quantize, got T",
+        ),
+        (
+            lambda one: diagnose("layout", {"before": 1}, _CODES, _CODES),
+            "expected: expected after, got 'packed'",
+        ),
         (lambda one: Goldens(b"goldens"), "argument should be a str "),
     ],
 )

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import runpy
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +23,7 @@ from click.testing import CliRunner, Result
 
 from mxfp4ref.__main__ import commands
 from mxfp4ref.goldens import (
+    GoldenError,
     Goldens,
     open_goldens,
     tensor_bytes,
@@ -309,3 +315,61 @@ def test_normal_inputs_are_normal() -> None:
     values = Source("test/normal").normal("x", 1 << 14).to(torch.float64).numpy()
     assert abs(float(np.mean(values))) < 0.05
     assert 1.0 < float(np.std(values)) < 1.3
+
+
+def _built(case_id: str) -> dict[str, bytes]:
+    if case_id == "hangs":
+        time.sleep(60)
+    if case_id == "dies":
+        os._exit(0)
+    return {"json": case_id.encode()}
+
+
+@pytest.fixture
+def copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes for cases are copies of this one, which start at once."""
+    monkeypatch.setattr(writing.multiprocessing, "get_context", lambda kind: get_context("fork"))
+    monkeypatch.setattr(writing, "build_case", _built)
+
+
+@pytest.mark.usefixtures("copied")
+def test_no_case_is_waited_for_when_another_fails() -> None:
+    def interrupted(case_id: str, total: int) -> None:
+        raise KeyboardInterrupt
+
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        writing._build_all(["hangs", "one"], 2, interrupted)
+    with pytest.raises(
+        GoldenError, match="--jobs: expected 2 processes that do their work, one has ended before"
+    ):
+        writing._build_all(["hangs", "dies"], 2, interrupted)
+    assert time.monotonic() - start < 30
+    assert not multiprocessing.active_children()
+    names = ["one", "two", "three"]
+    assert writing._build_all(names, 2, lambda case_id, total: None) == {name: _built(name) for name in names}
+
+
+STARTS = """
+import multiprocessing, os, time
+from mxfp4ref.goldens import writing
+
+def build(case_id):
+    os.kill(os.getppid(), 9)
+    time.sleep(60)
+
+get_context = multiprocessing.get_context
+multiprocessing.get_context = lambda kind: get_context("fork")
+writing.build_case = build
+build.__module__, build.__qualname__ = writing.__name__, "build_case"
+writing._build_all(["one", "two"], 2, print)
+"""
+
+
+@pytest.mark.usefixtures("copied_processes")
+def test_processes_end_with_the_one_that_started_them() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", STARTS], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as one:
+        one.communicate(timeout=30)  # until no process has its pipes any more
+    assert one.returncode == -signal.SIGKILL

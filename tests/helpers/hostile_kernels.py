@@ -35,7 +35,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mxfp4ref.conformance import CaseResult, Skip, comparison, results, running
-from mxfp4ref.conformance.isolation import interference, plain
+from mxfp4ref.conformance.isolation import execution, interference, plain
 from mxfp4ref.goldens import Case
 from tests.helpers.kernels_under_test import good
 
@@ -367,6 +367,20 @@ def replaces_comparison_of_bytes(**arguments: Any) -> Any:
     result = wrong(**arguments)
     running._count_differing = lambda got, expected: 0
     plain.raw_bytes = lambda value: b""
+    return result
+
+
+def hides_how_outcomes_are_made(**arguments: Any) -> Any:
+    result = wrong(**arguments)
+    execution.Outcome.__new__ = lambda cls, *values, **named: None  # type: ignore[assignment,method-assign]
+    return result
+
+
+def replaces_as_if_by_torch(**arguments: Any) -> Any:
+    """By what says that it is torch's own, as what torch itself replaces does."""
+    result, instead = wrong(**arguments), right(**arguments).clone()
+    torch.frombuffer = lambda *values, **named: instead
+    torch.frombuffer.__module__ = "torch"
     return result
 
 
@@ -892,6 +906,12 @@ def exits_later(**arguments: Any) -> Any:
 
 def kills_itself(**arguments: Any) -> Any:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def limits_its_time(**arguments: Any) -> Any:
+    resource.setrlimit(resource.RLIMIT_CPU, (1, 1))
+    while True:
+        pass
 
 
 def killed_by_real_time_signal(**arguments: Any) -> Any:

@@ -11,7 +11,7 @@ import click
 
 from mxfp4ref.conformance.cli.checkpoints import layers_option
 from mxfp4ref.conformance.cli.command import command
-from mxfp4ref.conformance.cli.shared import progress, usage_errors
+from mxfp4ref.conformance.cli.shared import UsageError, progress, usage_errors
 from mxfp4ref.conformance.cli.terminal import echo, echo_json, echo_rows
 
 if TYPE_CHECKING:
@@ -40,11 +40,16 @@ def checkpoint_report(checkpoint: Path, layers: tuple[int | str, ...], as_json: 
     Exit codes: 0 reported, whatever is lost; 2 a layer cannot be read.
     """
     from mxfp4ref.checkpoint import find_layers, open_shards, read_layer
+    from mxfp4ref.checkpoint.disk import left_out
     from mxfp4ref.formats.humming import PreparationLoss, preparation_loss
 
     losses: dict[str, PreparationLoss] = {}
     with usage_errors(), progress() as step:
-        numbers: tuple[int | str, ...] = layers or tuple(find_layers(open_shards(checkpoint)))
+        found = find_layers(shards := open_shards(checkpoint))
+        if not layers and (unknown := left_out(shards, found)):
+            layer, reason = next(iter(unknown.items()))
+            raise UsageError(f"layer {layer}: {reason}; --layer reports of others")
+        numbers: tuple[int | str, ...] = layers or tuple(found)
         for number in numbers:
             experts = read_layer(checkpoint, number, limit=math.inf, multiple=32).experts
             for gemm in ("fc1", "fc2"):

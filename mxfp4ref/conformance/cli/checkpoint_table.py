@@ -57,7 +57,7 @@ def show(found: Inspection) -> None:
 
 def _row(entry: LayerEntry) -> tuple[str, ...]:
     return (
-        entry.format,
+        entry.format or "?",
         f"{entry.experts or '?'}",
         f"{entry.hidden_size} x {entry.intermediate_size}" if entry.experts else "?",
         entry.router or "?",

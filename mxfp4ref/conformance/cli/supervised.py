@@ -25,7 +25,7 @@ from mxfp4ref.conformance.cli.shared import (
     Presses,
     not_terminable,
 )
-from mxfp4ref.conformance.isolation.processes import end_with_parent, how_it_ended, python
+from mxfp4ref.conformance.isolation.processes import end_with_parent, how_it_ended, python, wait
 from mxfp4ref.conformance.memory import limits, time_limit
 
 __all__ = ["begin", "end", "main", "needed", "others_code_begins", "supervise"]
@@ -139,7 +139,7 @@ def supervise(start: str, arguments: Sequence[str], without: str | None) -> int:
         here = threading.current_thread() is threading.main_thread()
         before = {number: signal.signal(number, pass_on) for number in _PASSED_ON if here}
         try:
-            process.wait()
+            limit = wait(process)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -150,7 +150,7 @@ def supervise(start: str, arguments: Sequence[str], without: str | None) -> int:
         return INTERRUPTED
     if -process.returncode in (passed if here else _PASSED_ON):  # others are the kernel's doing
         return 128 - process.returncode
-    how = how_it_ended(process.returncode)
+    how = how_it_ended(process.returncode, limit)
     if state != _BEGUN:
         words = f"Error: the process ended ({how}) before it was done, and there is no verdict"
         print("; ".join(filter(None, (words, _limit(-process.returncode)))), file=sys.stderr)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import builtins
 import gc
+import os
 import sys
 from collections.abc import Callable
 from operator import is_
+from pathlib import Path
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -87,13 +89,12 @@ def interference() -> Callable[[], str]:
                     issubclass(type(value), CODE) or callable(value) or name.isupper() or name not in now
                 )
                 # torch replaces some functions by its own when it imports its compiler.
-                its_own = callable(value) and {_package_of(value), _package_of(new)} == {"torch"}
-                if new is not value and matters and not its_own:
+                if new is not value and matters and not (_is_torchs(value) and _is_torchs(new)):
                     setattr(owner, name, value)
                     changed.append(f"{found.get('__name__') or owner.__name__}.{name}")
         for owner in parts:
             for name in _hiding(owner, noted[owner]):
-                delattr(owner, name)
+                _take_away(owner, name)
                 changed.append(f"{vars(owner).get('__name__') or owner.__name__}.{name}")
         for name in vars(torch.Tensor).keys() & _INHERITED - noted[torch.Tensor].keys():
             delattr(torch.Tensor, name)
@@ -127,6 +128,17 @@ def _hiding(owner: Any, before: dict[str, Any]) -> list[str]:
     return new if isinstance(owner, type) else [name for name in new if name in _BUILTINS]
 
 
+def _take_away(owner: Any, name: str) -> None:
+    delattr(owner, name)
+    if name == "__new__":  # without one Python does not make objects of such a class as before any more
+        make = owner.__new__
+
+        def new(cls: type, *arguments: object, **named: object) -> Any:
+            return make(cls) if make is object.__new__ else make(cls, *arguments, **named)
+
+        owner.__new__ = new
+
+
 _BUILTINS = frozenset(vars(builtins))
 
 
@@ -142,6 +154,17 @@ def _on_the_cpu(operator: str) -> bool:
 
 _ON_THE_CPU = ("CPU", "AutogradCPU", "CompositeExplicitAutograd", "CompositeImplicitAutograd")
 _INHERITED = frozenset(dir(torch._C.TensorBase)) - frozenset(vars(torch.Tensor))
+
+
+def _is_torchs(value: Any) -> bool:
+    """Whether a function lives in a module of torch and was written in a file of it, whatever it says itself."""
+    if type(value) is not FunctionType or not value.__code__.co_filename.startswith(_TORCH):
+        return False
+    module = sys.modules.get(value.__globals__.get("__name__", ""))
+    return module is not None and value.__globals__ is vars(module)
+
+
+_TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 
 
 def _package_of(value: Any) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mxfp4ref.conformance.memory import time_limit
 
-__all__ = ["KILLED", "MARK", "end_with_parent", "how_it_ended", "kill", "marked", "python"]
+__all__ = ["KILLED", "MARK", "end_with_parent", "how_it_ended", "kill", "marked", "python", "wait"]
 
 MARK = "MXFP4REF_WORKER"  # the environment's variable that tells the processes of a kernel
 KILLED = ", as the system does it that runs out of memory"  # of a process that SIGKILL has ended
@@ -58,8 +58,27 @@ def marked(mark: str) -> list[int]:
     return found
 
 
-def how_it_ended(code: int) -> str:
-    """A process's exit code, or the signal that killed it, in words."""
+def wait(process: subprocess.Popen[bytes]) -> str:
+    """Wait for a process; the limit of a processor's time that it had reached, which may be its own, in words."""
+    limit = ""
+    with contextlib.suppress(AttributeError, OSError):  # no Linux, or it was waited for elsewhere
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        limit = time_limit(process.pid, _seconds_used(process.pid) + 1)
+    process.wait()
+    return limit
+
+
+def _seconds_used(pid: int) -> float:
+    """Of a processor's time; on Linux."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def how_it_ended(code: int, limit: str = "") -> str:
+    """A process's exit code, or the signal that killed it, in words.
+
+    `limit` is that of a processor's time which it had reached.
+    """
     if code >= 0:
         return f"exit code {code}"
     try:
@@ -67,6 +86,6 @@ def how_it_ended(code: int) -> str:
     except ValueError:  # a real-time signal, of which few have names
         return f"signal {-code}"
     hint = _HINTS.get(name, "")
-    if hint == KILLED and (limit := time_limit()):
+    if hint == KILLED and limit:
         hint = f", as the system does it at a limit; {limit}"
     return f"signal {name}{hint}"

@@ -28,7 +28,7 @@ from mxfp4ref._files import mismatch
 from mxfp4ref.conformance.isolation.execution import PROBLEMS, RUN, Collected, Outcome, judge, likes
 from mxfp4ref.conformance.isolation.kernel_process import LOAD, LOADED, RESULT, request_of, unframed
 from mxfp4ref.conformance.isolation.plain import LARGEST_STAGE, Like, printable
-from mxfp4ref.conformance.isolation.processes import MARK, how_it_ended, kill, marked, python
+from mxfp4ref.conformance.isolation.processes import MARK, how_it_ended, kill, marked, python, wait
 from mxfp4ref.conformance.isolation.standard_streams import FOR_GOOD
 from mxfp4ref.conformance.kernels.adapters import INTERMEDIATES, Kernel, KernelError
 from mxfp4ref.formats.generations import generation_named
@@ -216,7 +216,7 @@ class _Channel:
         self._process = process
         self._answers: queue.SimpleQueue[tuple[dict[str, Any], list[bytes]] | _Ended] = queue.SimpleQueue()
         self._largest = 0  # bytes of an answer
-        self._tail = b""
+        self._tail, self._limit, self._over = b"", "", threading.Event()
         streams = ((self._print, process.stderr), (self._read, process.stdout))
         self._printing, self._reading = self._threads = [
             threading.Thread(target=work, args=(stream,), daemon=True) for work, stream in streams
@@ -280,13 +280,13 @@ class _Channel:
                 self._answers.put(_Ended(_ELSE))
                 while stream.read(1 << 16):
                     pass
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_END_SECONDS)
+        self._over.wait(_END_SECONDS)
         self._answers.put(self._ended())
 
     def _wait(self) -> None:
         """A process that has forked may end without the end of its pipe."""
-        self._process.wait()
+        self._limit = wait(self._process)
+        self._over.set()
         self._reading.join(1)
         self._answers.put(self._ended())
 
@@ -299,7 +299,7 @@ class _Channel:
             self._tail.decode("utf-8", "backslashreplace").partition("\n\nExtension modules:")[0].strip()
         )
         last = f"; the last it printed: {printable(printed)}" if printed else ""
-        return _Ended(f"the kernel's process ended without a result: {how_it_ended(code)}{last}")
+        return _Ended(f"the kernel's process ended without a result: {how_it_ended(code, self._limit)}{last}")
 
     def _print(self, stream: IO[bytes]) -> None:
         shown = 0

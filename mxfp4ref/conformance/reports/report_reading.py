@@ -16,6 +16,13 @@ from mxfp4ref.conformance.results import PASSING
 __all__ = ["WrittenReport", "is_report", "read_report"]
 
 _BYTE_ORDER_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # as some shells redirect
+_BEGINNINGS = {
+    b"PK\3\4": "a zip archive, as torch.save and numpy.savez write it",
+    b"\x80": "a pickle",
+    b"\x93NUMPY": "a numpy array",
+    b"GGUF": "a GGUF file",
+    b"<": "an HTML or XML file",
+}
 _FORMATS = ("mxfp4ref-report-1", FORMAT)
 _FINDING = {"stages": [str], "sentence": str, "exact": bool, "hypotheses?": [str], "*": object}
 _RESULT = {
@@ -81,13 +88,15 @@ def read_report(path: Path) -> WrittenReport:
         OSError: it cannot be read.
         ValueError: it is no report, or one of a format that this version does not know.
     """
+    content = read_file(path)
     try:
-        value = parse_json(read_file(path))
+        value = parse_json(content)
     except ValueError as error:
-        raise ValueError(
-            f"{path}: expected a report, as conform --json writes it, got no JSON: {error}"
-        ) from None
+        came = _kind_of(content) or f"no JSON: {error}"
+        raise ValueError(f"{path}: expected a report, as conform --json writes it, got {came}") from None
     wrong = mismatch(value, _REPORT, "report")
+    if wrong and not (isinstance(value, dict) and str(value.get("format")).startswith("mxfp4ref-")):
+        wrong = f"expected a report, as conform --json writes it, got other JSON ({wrong})"
     if not wrong and value.get("goldens") is not None:
         wrong = mismatch(value["goldens"], _GOLDENS, "report.goldens")
     if not wrong and len({result["case"] for result in value["results"]}) < len(value["results"]):
@@ -111,13 +120,22 @@ def read_report(path: Path) -> WrittenReport:
     )
 
 
+def _kind_of(content: bytes) -> str:
+    """What a file of another kind is, in words; "" where that is not known."""
+    if not content:
+        return "an empty file"
+    if 0 < int.from_bytes(content[:8], "little") <= len(content) - 8 and content[8:9] == b"{":
+        return "tensors (a safetensors file)"
+    return next((words for start, words in _BEGINNINGS.items() if content.lstrip().startswith(start)), "")
+
+
 def _contradiction(result: Mapping[str, Any]) -> str:
     """Which of a case's numbers its status, or how many elements it has, rules out, in words; "" if none is."""
     status, elements = result["status"], result["elements"]
     most = {"equal": (0, 0), "within bounds": (elements, 0)}.get(status, (elements, elements))
     for name, limit in zip(("differing", "outside"), most, strict=True):
         if (count := result.get(name, 0)) > limit:
-            said = f"{name}={count} with status {status} and elements={elements}"
+            said = f"{name}={shown(count)} with status {status} and elements={elements}"
             return f"report.results: {shown(result['case'])} has {said}"
     return ""
 
@@ -132,7 +150,9 @@ def _negative(report: dict[str, Any]) -> str:
             for name in ("elements", "differing", "outside")
             if name in result
         }
-    return next((f"report.{name}: expected 0 or more, got {n}" for name, n in counts.items() if n < 0), "")
+    return next(
+        (f"report.{name}: expected 0 or more, got {shown(n)}" for name, n in counts.items() if n < 0), ""
+    )
 
 
 def is_report(path: Path) -> bool:
