@@ -434,6 +434,8 @@ def test_compare(tmp_path: Path) -> None:
     values = torch.arange(6, dtype=torch.float32).reshape(2, 3).to(torch.bfloat16)
     other = values.clone()
     other[1, 2] = 5.03125
+    nan = other.clone()
+    nan[0] = torch.tensor([torch.nan, torch.inf, torch.nan])
     a, b, c = (tmp_path / f"{name}.safetensors" for name in "abc")
     safetensors.torch.save_file({"output": values}, a)
     safetensors.torch.save_file({"output": other}, b)
@@ -451,6 +453,11 @@ def test_compare(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "1 of 6 elements differ, at most 1 ulp; first at [1, 2]: got 0x40A1 (5.03125)" in result.output
     assert result.output.splitlines()[-1] == "different: 1 of 1 tensor"
+    safetensors.torch.save_file({"output": nan}, b)
+    assert (
+        " 4 of 6 elements differ, at most 16,384 ulp, 2 of them with a NaN; "
+        in invoke("compare", b, a).output
+    )
     result = invoke("compare", a, c)  # of an output alone, with what `layer` writes
     assert result.exit_code == 0
     assert f"more: only in {c}, not compared" in result.output

@@ -290,6 +290,10 @@ def test_what_changed_between_two_reports(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert result.output.startswith("other torch: 2.12; now 2.13\nnewly failing (1):\n  a/fails_now: differs")
     assert result.output.endswith("2 cases got worse, 1 is as it was, 2 were not run\n")
+    alike = [result_of(f"a/{n}", "raised", message="no key 'x'") for n in range(3)]
+    passed = written(tmp_path / "passed.json", *(result_of(f"a/{n}") for n in range(3)))
+    changes = compare_reports(read_report(passed), read_report(written(tmp_path / "raised.json", *alike)))
+    assert changes.failing == ("a/0: raised; no key 'x'", "a/1: raised; as a/0", "a/2: raised; as a/0")
     again = tmp_path / "again.json"
     again.write_bytes(old.read_bytes())
     same = invoke("compare", old, again)
@@ -449,14 +453,21 @@ def test_reports_that_cannot_be_compared(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text(json.dumps({"format": "mxfp4ref-report-1", "results": [1]}))
     (tmp_path / "other.json").write_text("{}")
     (tmp_path / "page.html").write_text("<!DOCTYPE html>")
+    torch.save(torch.ones(2), tmp_path / "saved.pt")
+    save_file({"output": torch.ones(2)}, tmp_path / "x.safetensors")
     for other, message in (
         ("later.json", "report.format: expected one of 'mxfp4ref-report-1', 'mxfp4ref-report-2', got"),
         ("broken.json", "broken.json: report.results[0]: expected an object"),
         ("other.json", "other.json: report: expected the key 'format'"),
         ("page.html", "got an HTML page"),
+        ("saved.pt", f"expected a report as conform --json writes it, as {good} is, got what torch or numpy"),
+        ("x.safetensors", f"expected a report as conform --json writes it, as {good} is, got tensors"),
     ):
         refused = invoke("compare", good, tmp_path / other)
         assert (refused.exit_code, message in refused.output) == (2, True), refused.output
+    refused = invoke("compare", tmp_path / "x.safetensors", tmp_path / "saved.pt")
+    assert "expected a safetensors file, or two reports" in refused.output
+    assert "safetensors.torch.save_file(" in refused.output
 
 
 def test_reports_that_say_nothing_or_two_things(tmp_path: Path) -> None:
