@@ -53,7 +53,7 @@ def compare_case(
     check_instance("case", case, Case)
     start, running = time.perf_counter(), 0.0
     about: dict[str, Any] = {"case": case.id, "kind": case.kind, "why": case.why}
-    if reason := kernel.unable(case):
+    if reason := kernel.unable(case.kind, case.parameters):
         return CaseResult(**about, status="skipped", message=reason), None
     all_runs = _runs(kernel, case)
     # As bytes, before the kernel runs: nothing that it does in this process changes them.

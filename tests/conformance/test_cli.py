@@ -273,6 +273,7 @@ def test_reproducer_reproduces(
     [
         (["conform"], "expected one KERNEL, as the argument or as --kernel"),
         (["conform", "nonsense"], "expected package.module:function"),
+        (["conform", "limit_ignored"], "did you mean defect:limit_ignored?"),
         (["conform", "oracle", "--case", "nosuch/*"], "matches none of the"),
         (["conform", "oracle", "--goldens", "no_such_folder"], "no_such_folder"),
         (["conform", "oracle", "--mode", "loose"], "'loose' is not one of"),
@@ -295,6 +296,20 @@ def test_wrong_usage_exits_with_2_and_says_why(arguments: list[str], message: st
     assert result.exit_code == 2
     assert message in result.output
     assert "Traceback" not in result.output
+
+
+def test_what_can_be_told_before_torch_is_imported_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes seconds: that a file is not there, and that nothing was run yet."""
+
+    def interrupted(*arguments: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["mxfp4ref.conformance.cli.conform"], "_conform", interrupted)
+    result = invoke("conform", "plain:absent.py:f")
+    assert (result.exit_code, "there is no file 'absent.py'" in result.output) == (2, True)
+    result = invoke("conform", "oracle")
+    said = "oracle: interrupted before any case was run: no verdict\n"
+    assert (result.exit_code, result.output) == (130, said)
 
 
 def test_damaged_goldens_are_no_verdict(copy: Path) -> None:
@@ -612,7 +627,7 @@ def test_init_writes_a_router_that_conforms_as_it_is(tmp_path: Path, monkeypatch
     result = invoke("conform", "stage:routing:router.py:route", "--no-repeat")
     assert result.exit_code == 0, result.output
     assert "14 passed" in result.output
-    told = [line for line in result.output.splitlines() if "passed" in line]
+    told = [line for line in result.output.splitlines() if line.endswith("passed")]
     assert len(told) == 1  # nothing of suites that are not a router's
 
 
@@ -685,6 +700,16 @@ def test_a_run_stops_when_enough_has_failed(option: tuple[str, ...], failures: i
         "may tell more: mxfp4ref conform defect:limit_ignored --diagnosis none --case activation"
     )
     assert "may tell more" not in invoke(*arguments).output
+    others = (
+        "--case",
+        "activation/bias_before_clamp",
+        "--case",
+        "gemm/ordinary",
+        "--case",
+        "layout/swap_halves",
+    )
+    more = invoke(*arguments[:2], *others, "--diagnosis=none", "-x").output
+    assert "without -x, 1 other case may tell more: " in more  # which no layout is
     assert invoke(*arguments, "--maxfail", "0").exit_code == 2
 
 

@@ -18,11 +18,12 @@ from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
 from mxfp4ref.__main__ import commands
-from mxfp4ref.conformance import CaseResult, Options, Report, run
+from mxfp4ref.conformance import CaseResult, Options, Report, memory, run
 from mxfp4ref.conformance.cli.report_files import ReportFiles
 from mxfp4ref.conformance.comparison import Difference
 from mxfp4ref.conformance.diagnosis import ULP_BINS, Diagnosis, Finding
 from mxfp4ref.conformance.goldens_used import GoldensUsed, goldens_used
+from mxfp4ref.conformance.kernels import loading
 from mxfp4ref.conformance.reports.again import command, conform_arguments, selection_arguments
 from mxfp4ref.conformance.reports.html_report import to_html
 from mxfp4ref.conformance.reports.report import to_json, to_junit
@@ -124,7 +125,10 @@ def test_an_interrupted_run_writes_its_reports(tmp_path: Path, monkeypatch: pyte
     files = [x for kind in ("json", "junit", "html") for x in (f"--{kind}", tmp_path / f"r.{kind}")]
     result = invoke("conform", "oracle", "--case", SMALL, "--case", "gemm/ordinary", *files)
     assert result.exit_code == 130
-    assert result.output.splitlines()[-1].startswith("oracle: interrupted, no verdict; 0 of 1 case failed")
+    assert result.output.splitlines()[-2:] == [
+        f"oracle: interrupted, no verdict; 0 of 1 case failed, of the goldens' {open_goldens().of}.",
+        f"1 case was not run; to run all: mxfp4ref conform oracle --case {SMALL} --case gemm/ordinary",
+    ]
     found = json.loads((tmp_path / "r.json").read_text())
     assert (found["ok"], found["interrupted"], found["left"]) == (False, True, 1)
     assert 'errors="1"' in (tmp_path / "r.junit").read_text()
@@ -132,13 +136,20 @@ def test_an_interrupted_run_writes_its_reports(tmp_path: Path, monkeypatch: pyte
     assert "conforms" not in (tmp_path / "r.html").read_text().replace("does not conform", "")
 
 
-def test_last_failed(tmp_path: Path) -> None:
+def test_last_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     earlier = written(tmp_path / "a.json", result_of(SMALL, "differs"), result_of("gemm/ordinary"), left=3)
     compare = ("conform", "oracle", "--diagnosis", "none", "--last-failed")
     result = invoke(*compare, earlier)
     assert result.exit_code == 0
     assert "in the one case that ran" in result.output
     assert "3 more cases were not run then" in result.output
+    monkeypatch.setattr(memory, "free", lambda: 1 << 20)
+    monkeypatch.setattr(loading, "is_stand_in", lambda spec: False)
+    assert "models/" not in invoke(*compare, earlier).output  # which is not of what was asked for
+    large = written(tmp_path / "large.json", result_of("models/deepseek_v4_flash", "differs"))
+    refused = invoke(*compare, large)
+    assert (refused.exit_code, "_flash is left out: it may need" in refused.output) == (2, True)
+    monkeypatch.undo()
     for wrong, message in (
         (written(tmp_path / "b.json", result_of("gemm/ordinary")), "nothing to run"),
         (written(tmp_path / "c.json", result_of("gemm/of_old", "differs")), "are not in"),
@@ -214,8 +225,18 @@ def test_what_was_not_run_is_told_with_the_line_that_runs_it() -> None:
     assert "\nEvery wrong bit is predicted by this: all is twice" in to_text(replace(found, left=0))
     of_python = to_text(replace(report, arguments=(), selection=()))
     assert of_python.endswith("from the one case that failed; 7 other cases not run may tell more.")
-    interrupted = to_text(replace(report, interrupted=True)).split("\n")
-    assert f"not run: 7 cases; to run all: {line}" in interrupted
+    interrupted = replace(report, interrupted=True)
+    assert to_text(interrupted).endswith(f"\n7 cases were not run; to run all: {line}")
+    none = replace(interrupted, results=(), left=9, unable=2)
+    assert (
+        none.verdict
+        == f"k: interrupted before any case was run: no verdict. 7 cases were not run; to run all: {line}"
+    )
+    some = to_text(replace(report, unable=3))
+    assert "without -x, 4 other cases may tell more" in some
+    assert "cases: 8 = 1 failed + 4 not run + 3 not run, of other kinds" in some
+    assert "may tell more" not in to_text(replace(found, unable=7))  # and the verdict is on all that there is
+    assert "\nEvery wrong bit is predicted by this: all is twice" in to_text(replace(found, unable=7))
     for whole in (replace(report, left=0), replace(report, results=(result_of(SMALL),), interrupted=True)):
         assert "may tell more" not in to_text(whole)
 
@@ -247,6 +268,9 @@ def test_some_failures_of_each_kind_are_told_in_full() -> None:
         failing("unknown"),
         failing("crash", status="crashed"),
     )
+    interrupted = Report("k", "exact", results, left=7, interrupted=True)
+    undone = "7 cases were not run and what fails was not diagnosed together."
+    assert to_text(interrupted).endswith(f"\n{undone}")
     text = to_text(Report("k", "exact", results))
     told = [one.split("\n")[0].split(":")[0].removeprefix("suite/") for one in text.split("\n\n")[1:-2]]
     assert told == ["0", "1", "other", "unknown", "crash"]

@@ -16,7 +16,8 @@ from mxfp4ref._validate import did_you_mean, shown
 from mxfp4ref._words import shortened
 from mxfp4ref.conformance.isolation.plain import of_exception
 from mxfp4ref.conformance.kernels.adapters import KernelError
-from mxfp4ref.conformance.source import functions_in
+from mxfp4ref.conformance.source import functions_in, missing_file
+from mxfp4ref.defects import DEFECTS
 
 __all__ = ["check_takes", "import_function"]
 
@@ -41,6 +42,8 @@ def import_function(path: str, names: Collection[str]) -> Callable[..., Any]:
         )
         if not hint and "." in path and ":" not in path:
             hint = f"; did you mean {':'.join(path.rsplit('.', 1))}?"
+        if path in DEFECTS:
+            hint = f"; did you mean defect:{path}?"
         if path.endswith(".py"):
             functions = functions_in(Path(path))
             if functions is None:
@@ -53,6 +56,8 @@ def import_function(path: str, names: Collection[str]) -> Callable[..., Any]:
             "kernel: expected package.module:function, file.py:function, one of these two after logical:, plain: or "
             f"stage:KIND:, or one of {', '.join(names)}; got {shown(path)}{hint}"
         )
+    if missing := missing_file(path):
+        raise KernelError(missing)
     value: Any = _module(module_name)
     for part in name.split("."):
         try:
@@ -125,9 +130,6 @@ def _module(name: str) -> ModuleType:
 
 def _file(path: Path) -> ModuleType:
     """The module in a file, which may import its neighbours."""
-    if not path.is_file():
-        near = did_you_mean(path.stem, (found.stem for found in path.parent.glob("*.py")), ending=".py")
-        raise FileNotFoundError(f"there is no file {str(path)!r}{near}")
     folder = str(path.resolve().parent)
     if folder not in sys.path:
         sys.path.append(folder)

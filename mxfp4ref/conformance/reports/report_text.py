@@ -136,10 +136,12 @@ def tested(report: Report) -> list[str]:
     lines.append(f"tested: {', '.join([*versions, report.date])}")
     if calls := [f"{name} {report.environment[name]}" for name in _OF_CALLS if name in report.environment]:
         lines.append(f"calls: {'; '.join(calls)}")
-    if (skipped := report.skipped) and any(
-        r.status != "skipped" for r in report.results
-    ):  # else the verdict has it
-        lines.append(f"cases: {skipped}")
+    skipped = (
+        report.skipped if any(r.status != "skipped" for r in report.results) else ""
+    )  # the verdict has it
+    counts = _counts(report) if report.command == "conform" else ""  # in which that of a replay is
+    if counts or skipped:
+        lines.append(f"cases: {'; '.join(filter(None, (counts, skipped)))}")
     if (count := report.within_bounds) and not report.outside_bounds:
         of = f"{count} of {counted(sum(not r.ok for r in report.results), 'failing case')}"
         by = bounded_command(report) or "Options(mode='bounded')"
@@ -154,10 +156,23 @@ def tested(report: Report) -> list[str]:
     rest = report.seconds - sum(parts.values())
     beside = ", of processes side by side" if rest < -0.1 else f", other {rest:.1f}" if rest >= 0.1 else ""
     lines.append(f"seconds: {report.seconds:.1f} in all; {shares}{beside}")
-    if report.left and not report.unfinished:  # else the verdict has it
+    if report.left > report.unable and not report.unfinished:  # else the verdict has it
         again = whole_command(report)
         lines.append(f"not run: {counted(report.left, 'case')}{f'; to run all: {again}' if again else ''}")
     return lines
+
+
+def _counts(report: Report) -> str:
+    """What came of how many of the cases; these add up."""
+    chosen = len(report.results) + report.left
+    others = max(report.goldens.cases - chosen, 0) if report.goldens is not None else 0
+    skipped = sum(r.status == "skipped" for r in report.results)
+    failed = sum(not r.ok for r in report.results)
+    counts = {"passed": len(report.results) - skipped - failed, "failed": failed, "skipped": skipped}
+    counts |= {"not run": report.left - report.unable, "not run, of other kinds": report.unable}
+    counts |= {"left out as too large": report.too_large, "not chosen": others - report.too_large}
+    told = " + ".join(f"{count:,} {what}" for what, count in counts.items() if count > 0)
+    return f"{chosen + others:,} = {told}"
 
 
 def headline(result: CaseResult) -> str:
