@@ -184,7 +184,11 @@ def test_no_reproducer_replaces_what_is_none(tmp_path: Path, name: str) -> None:
     ids=["one token", "those before it too", "all", "wrong otherwise alone"],
 )
 def test_a_reproducer_is_cut_to_what_was_seen_to_fail(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, only_if: str, kept: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    only_if: str,
+    kept: int,
 ) -> None:
     """A mistake in the third token, which needs none or some of the others."""
     monkeypatch.syspath_prepend(tmp_path)
@@ -200,6 +204,7 @@ def test_a_reproducer_is_cut_to_what_was_seen_to_fail(
     _, call, expected = load_reproducer(path)
     assert len(call.input) == len(expected["output"]) == kept
     assert reproduce(path, "kernel_by_place:f") == 1
+    assert ("[0, 0] here is [2, 0] of the whole call" in capsys.readouterr().out) == (kept == 1)
     sys.modules.pop("kernel_by_place")
 
 
