@@ -5,6 +5,7 @@ from __future__ import annotations
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,7 +34,9 @@ def test_without_what_tests_need_they_are_left_out_and_a_kernel_can_be_tested(
 ) -> None:
     """`make demo` brings pytest alone, and `pytest --mxfp4-kernel` in the checkout reads conftest.py."""
     with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "hypothesis", None)  # importing it fails
+        patch.delitem(sys.modules, "hypothesis")
+        nowhere = SimpleNamespace(find_spec=lambda *arguments: None)
+        patch.setattr(sys, "meta_path", [nowhere])  # nothing that was not imported can be
         found = runpy.run_path(str(Path(__file__).with_name("conftest.py")))
         assert found["collect_ignore_glob"] == ["*"]
         assert "`make test` sets up what they need" in found["pytest_report_header"]()[0]

@@ -25,6 +25,7 @@ from mxfp4ref.conformance.findings.finding import (
 )
 from mxfp4ref.conformance.goldens_used import GoldensUsed
 from mxfp4ref.conformance.kernels.adapters import OTHER_KIND, SKIPPED_BEFORE
+from mxfp4ref.conformance.kernels.importing import call_form
 from mxfp4ref.defects import DEFECTS
 
 __all__ = [
@@ -38,6 +39,8 @@ __all__ = [
 
 _REASON = 300  # letters of a message that a verdict has
 _REASONS = 5  # that are told of skipped cases
+# How what a kernel raises begins that is called in another form than it is written for.
+_OF_CALLS = tuple(f"{name}Error" for name in ("Attribute", "Index", "Key", "Type", "Value"))
 _TELLING = 4  # failing cases that are named where nothing else is known
 
 
@@ -291,7 +294,18 @@ class Report(Shown):
         if any(r.diagnosis for r in self.results):
             return f" What is wrong is unknown.{self._most_telling}"
         first = next((r for r in self._failing if r.message), None)
-        return "" if first is None else f" {first.case}: {first.status}: {_beginning(first.message)}."
+        if first is None:
+            return ""
+        said = f"{first.status}: {_beginning(first.message)}."
+        ran = [(r.status, r.message) for r in self.results if r.status != "skipped"]
+        if (
+            len(ran) > 1
+            and len(set(ran)) == 1
+            and first.status == "raised"
+            and first.message.startswith(_OF_CALLS)
+        ):
+            return f" All are alike: {said} {call_form(self.kernel)}".rstrip()
+        return f" {first.case}: {said}"
 
     @property
     def _most_telling(self) -> str:

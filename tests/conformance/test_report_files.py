@@ -244,7 +244,24 @@ def test_what_was_not_run_is_told_with_the_line_that_runs_it() -> None:
 def test_the_same_message_is_told_once() -> None:
     cases = [replace(result_of(SMALL, "refused"), case=f"a/{n}", message="no such layout") for n in range(4)]
     lines = to_text(Report("k", "exact", tuple(cases))).split("\n")
-    assert {"    a/2: refused: as a/0", "    a/3: refused: as a/0"} <= {*lines}
+    assert "    2 refused as a/0: a/2, a/3" in lines
+
+
+@pytest.mark.parametrize(
+    ("kernel", "hint"),
+    [
+        ("k.py:f", " all by name; plain:k.py:f is called f(x, ids, scales, w1, s1, w2, s2, **parameters)."),
+        ("logical:k.py:f", " all by name; plain:k.py:f is called f(x, ids,"),
+        ("plain:k.py:f", " s2, **parameters); k.py:f is called with flashinfer's arguments by name."),
+        ("stage:routing:k.py:f", "All are alike: raised: KeyError: 'x'."),
+    ],
+)
+def test_where_all_raise_the_same_the_form_of_the_call_is_told(kernel: str, hint: str) -> None:
+    """Which no signature tells of one that takes all, `(*arguments, **named)`."""
+    cases = [result_of(name, "raised", message="KeyError: 'x'") for name in ("a/b", "a/c")]
+    assert hint in Report(kernel, "exact", tuple(cases)).verdict
+    other = (*cases, result_of("a/d"))
+    assert Report(kernel, "exact", other).verdict.endswith(" a/b: raised: KeyError: 'x'.")
 
 
 def test_a_long_message_ends_where_a_part_of_it_does() -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mxfp4ref._files import printable
+from mxfp4ref._words import shortened
 from mxfp4ref.conformance.findings.attribution import ALL_TOKENS, OF_SLOTS
 from mxfp4ref.conformance.findings.finding import WITHIN, counted, listed
 from mxfp4ref.conformance.findings.patterns import EVERYWHERE
@@ -37,6 +38,7 @@ _TOLD = ("mxfp4ref", "torch", "gpu")
 _OF_CALLS = ("recorded with flashinfer", "ranks", "activation")
 PARTS = ("kernel", "comparison", "diagnosis")
 _FIRST, _DETAILED = 2, 5  # failing cases that are told in full: the first ones, and those of other kinds
+_ALIKE = 3  # cases that are named of those that failed alike
 _NAMED = 9  # three K tiles for each GEMM: so many are listed, and more, which are tactics, are counted
 _MOST_PATTERNS, _PATTERNS = 4, 2  # of all cases together, and of these in the verdict of a terminal
 _KINDS, _ROWS = 3, 6  # of the attribution table, and of each kind, on a terminal
@@ -73,10 +75,17 @@ def to_text(report: Report, *, verbose: bool = False) -> str:
             f"{counted(len(others), 'other failing case')}; -v and reports in files tell all of each:",
         ]
         first = {result.message: result.case for result in reversed(full)}
+        alike: dict[tuple[str, str], list[str]] = {}
         for result in others:
             before = first.setdefault(result.message, result.case)
-            again = result.message != "" and before != result.case
-            lines.append(f"    {headline(replace(result, message=f'as {before}') if again else result)}")
+            if not result.message or before == result.case:
+                lines.append(f"    {headline(result)}")
+            elif result.diagnosis is not None:
+                lines.append(f"    {headline(replace(result, message=f'as {before}'))}")
+            else:
+                alike.setdefault((result.status, before), []).append(result.case)
+        for (status, before), cases in alike.items():
+            lines.append(f"    {len(cases)} {status} as {before}: {shortened(cases, _ALIKE)}")
     return printable("\n".join([*lines, "", *tested(report), "", *verdict_lines(report)]))
 
 
