@@ -685,7 +685,9 @@ def test_doctor(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["facts"]["vllm"] == "not installed"
     assert found["facts"]["environment"] == "no MXFP4REF* and no FLASHINFER*"
     assert found["facts"]["torch"] == torch.__version__
-    assert "conforms" in found["facts"]["self-test"]
+    assert found["facts"]["self-test"].startswith(
+        "oracle conforms: 1 of 3 cases, every fourth of activation, "
+    )
     (copy / f"{SMALL}.safetensors").write_bytes(b"")
     ill = invoke("doctor", "--goldens", copy)
     assert ill.exit_code == 1
@@ -699,7 +701,8 @@ def test_a_run_stops_when_enough_has_failed(option: tuple[str, ...], failures: i
     assert result.exit_code == 1
     assert f"does not conform: {failures} of " in result.output
     few = "the one case" if failures == 1 else f"the {failures} cases"
-    last = result.output.splitlines()[-1]
+    *before, last = result.output.splitlines()
+    assert f"SHA-256: {open_goldens().sha256}" in before  # in a line that no terminal breaks
     assert last.startswith(f"Judged from {few} that failed; without {option[0]}, ")
     assert last.endswith(
         "may tell more: mxfp4ref conform defect:limit_ignored --diagnosis none --case activation"

@@ -140,7 +140,8 @@ def tested(report: Report) -> list[str]:
         return []
     lines = []
     if (used := report.goldens) is not None:
-        lines.append(f"goldens: {used.path} ({used.format}, {used.count}, manifest SHA-256 {used.sha256})")
+        lines.append(f"goldens: {used.path} ({used.format}, {used.count}; SHA-256 of the manifest below)")
+        lines.append(f"SHA-256: {used.sha256}")  # which fits a line of 80
     versions = [f"{name} {report.environment[name]}" for name in _TOLD if name in report.environment]
     lines.append(f"tested: {', '.join([*versions, report.date])}")
     if calls := [f"{name} {report.environment[name]}" for name in _OF_CALLS if name in report.environment]:
