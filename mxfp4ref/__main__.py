@@ -26,6 +26,7 @@ try:
     from mxfp4ref.conformance.cli.shared import Terminated, UsageError, terminable
     from mxfp4ref.engine.cli import COMMANDS as ENGINE
 except KeyboardInterrupt:
+    print("interrupted: nothing was run", file=sys.stderr)
     sys.exit(_INTERRUPTED)
 except (
     ValueError,

@@ -9,12 +9,12 @@ from __future__ import annotations
 import gc
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
 
 from mxfp4ref.conformance import heartbeat
 from mxfp4ref.goldens.manifest import write_builtin
@@ -27,10 +27,21 @@ for sent, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP,
     if signal.getsignal(sent) is signal.SIG_IGN:
         signal.signal(sent, usual)
 
-settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50, database=None)
-# To look for more: pytest --hypothesis-profile=search
-settings.register_profile("search", deadline=None, max_examples=2000, print_blob=True)
-settings.load_profile("repeatable")
+try:
+    from hypothesis import settings
+except ModuleNotFoundError:  # `make demo` brings pytest alone, which is enough for --mxfp4-kernel
+    collect_ignore_glob = ["*"]
+else:
+    settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50, database=None)
+    # To look for more: pytest --hypothesis-profile=search
+    settings.register_profile("search", deadline=None, max_examples=2000, print_blob=True)
+    settings.load_profile("repeatable")
+
+
+def pytest_report_header() -> list[str]:
+    return ["tests/: left out, hypothesis is not installed: `make test` sets up what they need"] * (
+        sys.modules.get("hypothesis") is None
+    )
 
 
 @pytest.fixture(scope="session")

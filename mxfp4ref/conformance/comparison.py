@@ -126,7 +126,7 @@ def first_difference(got: Tensor, expected: Tensor) -> Difference | None:
 
 
 def in_words(got: Tensor, expected: Tensor) -> str:
-    """How two tensors of one dtype and shape differ: how many elements, how far, and the first."""
+    """How two tensors of one dtype and shape differ: how many elements, how far, how many with a NaN, the first."""
     first = first_difference(got, expected)
     if first is None:
         return "equal"
@@ -137,7 +137,9 @@ def in_words(got: Tensor, expected: Tensor) -> str:
     if len(numbers) and not first.counts:
         most = ("at most " if int(numbers.max()) < FAR - 1 else "") + _count(int(numbers.max()))
         furthest = f", by {most}" if first.whole else f", {most} ulp"
-    return f"{int(mask.sum()):,} of {mask.numel():,} elements differ{furthest}; first {first}"
+    if count := len(distance) - len(numbers):
+        furthest += f", {count:,} of them with a NaN"
+    return f"{len(distance):,} of {mask.numel():,} elements differ{furthest}; first {first}"
 
 
 def difference_at(got: Tensor, expected: Tensor, index: tuple[int, ...]) -> Difference:

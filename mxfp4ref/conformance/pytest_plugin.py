@@ -6,16 +6,15 @@ first needed: without the option and the fixtures, no torch.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import pytest
 
 from mxfp4ref._choices import DIAGNOSES, MODES
+from mxfp4ref.conformance.pytest_choosing import chosen, goldens_of, names_of, take_ids
 from mxfp4ref.conformance.pytest_verdict import SUITE, Outcome, Summary, Told, Verdict, uncaptured_stderr
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from mxfp4ref.conformance.isolation.worker import Worker
     from mxfp4ref.conformance.kernels.adapters import Kernel
     from mxfp4ref.conformance.results import CaseResult
-    from mxfp4ref.goldens import Case, Goldens
+    from mxfp4ref.goldens import Case
 
 _FULLY = 3  # failures of a session that are diagnosed fully, and the others quickly
 
@@ -85,7 +84,7 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    ids = _take_ids(config)
+    ids = take_ids(config)
     if config.getoption("mxfp4_kernel") == "":
         raise pytest.UsageError(
             "--mxfp4-kernel: expected a kernel, got nothing, as of a variable that is not set"
@@ -95,24 +94,22 @@ def pytest_configure(config: pytest.Config) -> None:
             what = f"{SUITE}::..." if ids is not None else "--mxfp4-html"
             raise pytest.UsageError(f"{what}: expected --mxfp4-kernel=..., which says what is tested")
         return
-    config.stash[_CHOSEN] = _chosen(config, ids)
-    config.stash[_SHA256] = _goldens(config).sha256
+    given = getattr(config, "workerinput", {}).get(_KEY)
+    config.stash[_LARGE], config.stash[_CHOSEN] = given or chosen(config, ids)
+    config.stash[_SHA256] = goldens_of(config).sha256
     if not hasattr(config, "workerinput"):  # xdist's workers report to this one
-        config.pluginmanager.register(Verdict(config, _goldens(config)))
+        config.pluginmanager.register(Verdict(config, goldens_of(config), config.stash[_LARGE]))
         config.stash[_STDERR] = uncaptured_stderr(config)
 
 
 _STDERR = pytest.StashKey[IO[str] | None]()
 
 
-def _take_ids(config: pytest.Config) -> list[str] | None:
-    """Take the tests of this plugin out of pytest's arguments, which are files to it; None if there were none."""
-    own = [arg for arg in config.args if arg == SUITE or arg.startswith(f"{SUITE}::")]
-    own = [arg for arg in own if not (config.invocation_params.dir / arg).exists()]
-    if not own:
-        return None
-    config.args[:] = [arg for arg in config.args if arg not in own]
-    return [arg.removeprefix(SUITE).removeprefix("::") for arg in own]
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """All of xdist's workers collect what this process chose: what memory is free changes."""
+    if _CHOSEN in node.config.stash:
+        node.workerinput[_KEY] = node.config.stash[_LARGE], node.config.stash[_CHOSEN]
 
 
 @pytest.hookimpl(wrapper=True)
@@ -153,13 +150,13 @@ def pytest_runtest_makereport(
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "mxfp4_case" in metafunc.fixturenames:
-        metafunc.parametrize("mxfp4_case", _names(metafunc.config), indirect=True)
+        metafunc.parametrize("mxfp4_case", names_of(metafunc.config), indirect=True)
 
 
 @pytest.fixture
 def mxfp4_case(request: pytest.FixtureRequest) -> Case:
     """A golden case; a test that asks for it runs once for each."""
-    return _goldens(request.config).load(request.param)
+    return goldens_of(request.config).load(request.param)
 
 
 @pytest.fixture(scope="session")
@@ -232,50 +229,10 @@ class _Nonconformance(AssertionError):
     """A case that the kernel does not pass."""
 
 
-def _names(config: pytest.Config) -> list[str]:
-    """The cases of `--mxfp4-case`, by default all."""
-    names = _goldens(config).names()
-    patterns = config.getoption("mxfp4_case")
-    if not patterns:
-        return names
-    chosen = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
-    if not chosen:
-        raise pytest.UsageError(f"--mxfp4-case: {' '.join(patterns)} matches none of the {len(names)} cases")
-    return chosen
-
-
 _CHOSEN = pytest.StashKey[list[str]]()
+_LARGE = pytest.StashKey[list[str]]()  # what is left out, a line each
+_KEY = "mxfp4_chosen"
 _SHA256 = pytest.StashKey[str]()
-
-
-def _chosen(config: pytest.Config, ids: list[str] | None) -> list[str]:
-    """Those of them that were asked for by the names of their tests; "" stands for all."""
-    from mxfp4ref._validate import did_you_mean
-
-    names = _names(config)
-    if ids is None or "" in ids:
-        return names
-    for one in ids:
-        if one not in names:
-            among = " of --mxfp4-case" if config.getoption("mxfp4_case") else ""
-            raise pytest.UsageError(
-                f"{SUITE}::{one}: none of the {len(names)} cases{among} has that name{did_you_mean(one, names)}"
-            )
-    return [name for name in names if name in ids]
-
-
-def _goldens(config: pytest.Config) -> Goldens:
-    return _open(config.getoption("mxfp4_goldens"))
-
-
-@cache
-def _open(root: str | None) -> Goldens:
-    from mxfp4ref.goldens import GoldenError, open_goldens
-
-    try:
-        return open_goldens(root)
-    except GoldenError as error:
-        raise pytest.UsageError(str(error)) from error
 
 
 def _run(config: pytest.Config, name: str) -> tuple[CaseResult, Failed | None]:
@@ -288,7 +245,7 @@ def _run(config: pytest.Config, name: str) -> tuple[CaseResult, Failed | None]:
     failures = config.stash.get(_FAILURES, 0)
     tested = _under_test(config)
     options = replace(tested.options, diagnosis="quick" if failures >= _FULLY and how == "full" else how)
-    case = load_unchanged(_goldens(config), name, config.stash[_SHA256])
+    case = load_unchanged(goldens_of(config), name, config.stash[_SHA256])
     result, failed = compare_case(tested.kernel, case, options, tested.worker)
     if failed is not None:
         result = diagnosed(result, failed, options.diagnosis)
@@ -331,7 +288,7 @@ def _under_test(config: pytest.Config) -> _UnderTest:
                 timeout=config.getoption("mxfp4_timeout"),
                 diagnosis=config.getoption("mxfp4_diagnosis"),
             )
-            arguments = conform_arguments(spec, options, device, isolate, _goldens(config))
+            arguments = conform_arguments(spec, options, device, isolate, goldens_of(config))
             if not is_stand_in(spec) if isolate is None else isolate:
                 worker = Worker(spec, device, options.timeout)
                 config.add_cleanup(worker.stop)

@@ -12,6 +12,7 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import IO, TYPE_CHECKING, Any
 
 import pytest
@@ -77,8 +78,9 @@ class Told:
 class Verdict:
     """What all cases say together, and the report. A kernel that ran no case has not passed, as in `conform`."""
 
-    def __init__(self, config: pytest.Config, goldens: Goldens) -> None:
+    def __init__(self, config: pytest.Config, goldens: Goldens, too_large: list[str]) -> None:
         self._config = config
+        self._too_large = too_large
         self._goldens = goldens
         self._by_case: dict[str, Outcome] = {}  # the first that failed, of one that another plugin repeats
         self._chosen: set[str] = (
@@ -206,14 +208,22 @@ class Verdict:
             elif count := len(self._passed_over):
                 terminalreporter.write_line(f"ERROR: --mxfp4-kernel: none ran, {count:,} were skipped before")
             return
+        from mxfp4ref.conformance.cli.terminal import wrapped
+        from mxfp4ref.conformance.reports.report_text import verdict_lines
+
         report = self._report
         terminalreporter.section(f"{SUITE}ref")
         good = report.ok and not self._lost
-        terminalreporter.write_line(report.verdict, bold=True, green=good, red=not good)
+        width = get_terminal_size().columns if terminalreporter.isatty else None
+        for n, line in enumerate(verdict_lines(report)):
+            colour = {"bold": True, "green": good, "red": not good} if not n else {}
+            terminalreporter.write_line(wrapped(line, width), **colour)
         skipped = "" if self._nothing_compared else report.skipped  # the verdict has it
         before = f"{count:,} skipped before they ran" if (count := len(self._passed_over)) else ""
         if told := "; ".join(filter(None, (skipped, before, lost))):
             terminalreporter.write_line(f"{told}.")
+        for line in self._too_large:
+            terminalreporter.write_line(wrapped(line, width))
         if self._said:
             terminalreporter.write_line(self._said)
         if self._nothing_compared:
@@ -242,6 +252,7 @@ class Verdict:
             last.environment,
             found.finding,
             left=len(self._lost),
+            too_large=len(self._too_large),
             interrupted=self._interrupted
             or (bool(self._lost) and all(result.ok for result in found.results)),
             goldens=goldens_used(self._goldens),

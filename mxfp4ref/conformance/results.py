@@ -25,6 +25,7 @@ from mxfp4ref.conformance.findings.finding import (
 )
 from mxfp4ref.conformance.goldens_used import GoldensUsed
 from mxfp4ref.conformance.kernels.adapters import OTHER_KIND, SKIPPED_BEFORE
+from mxfp4ref.conformance.kernels.importing import call_form
 from mxfp4ref.defects import DEFECTS
 
 __all__ = [
@@ -38,6 +39,8 @@ __all__ = [
 
 _REASON = 300  # letters of a message that a verdict has
 _REASONS = 5  # that are told of skipped cases
+# How what a kernel raises begins that is called in another form than it is written for.
+_OF_CALLS = tuple(f"{name}Error" for name in ("Attribute", "Index", "Key", "Type", "Value"))
 _TELLING = 4  # failing cases that are named where nothing else is known
 
 
@@ -54,6 +57,8 @@ class Report(Shown):
         environment: versions and machine.
         finding: what is wrong, in words, and in which stage, as far as all cases together say.
         left: how many of the chosen cases were not run, since enough had failed or the run was interrupted.
+        unable: how many of these are none that the kernel runs, of other kinds.
+        too_large: how many of the goldens' cases were not chosen since they may not fit into memory.
         interrupted: whether the run was: then there is no verdict.
         goldens: which; None for cases that were given by themselves.
         date: when the run began: UTC, ISO 8601.
@@ -72,6 +77,8 @@ class Report(Shown):
     environment: Mapping[str, str] = field(default_factory=dict)
     finding: Finding = UNKNOWN
     left: int = 0
+    unable: int = 0
+    too_large: int = 0
     interrupted: bool = False
     goldens: GoldensUsed | None = None
     date: str = ""
@@ -135,6 +142,8 @@ class Report(Shown):
         ran = [r for r in self.results if r.status != "skipped"]
         failed = sum(not r.ok for r in ran)
         of = f"{failed} of {counted(len(ran), 'case')}"
+        if self.interrupted and not ran:
+            return f"{self.kernel}: interrupted before any case was run: no verdict."
         if self.interrupted:
             return f"{self.kernel}: interrupted, no verdict; {of} failed{self._scope}."
         if not ran:
@@ -153,14 +162,22 @@ class Report(Shown):
 
     @property
     def unfinished(self) -> str:
-        """Where a run stopped since enough had failed: from how few that is judged, and how to run the others."""
-        from mxfp4ref.conformance.reports.again import whole_command
+        """Where a run stopped, from outside or since enough had failed: what was left undone, and how to do it."""
+        from mxfp4ref.conformance.reports.again import full_command, whole_command
 
-        if not self.left or self.interrupted:
-            return ""
         failed = len(self._failing)
+        if self.interrupted:
+            together = sum(r.diagnosis is not None for r in self._failing) > 1 and not full_command(self)
+            run = "was" if self._others == 1 else "were"
+            undone = [f"{counted(self._others, 'case')} {run} not run"] if self._others else []
+            undone += ["what fails was not diagnosed together"] if together else []
+            again = f"; to run all: {line}" if (line := whole_command(self)) else "."
+            words = " and ".join(undone)
+            return f"{words[0].upper()}{words[1:]}{again}" if undone else ""
+        if not self._others:
+            return ""
         few = "the one case" if failed == 1 else f"the {failed:,} cases"
-        others = counted(self.left, "other case")
+        others = counted(self._others, "other case")
         if "--maxfail" not in self.selection:
             return f"Judged from {few} that failed; {others} not run may tell more."
         option = "-x" if "--maxfail 1" in " ".join(self.selection) else "--maxfail"
@@ -168,17 +185,21 @@ class Report(Shown):
         return f"Judged from {few} that failed; without {option}, {others} may tell more{again}"
 
     @property
+    def _others(self) -> int:
+        """How many cases were not run that the kernel runs."""
+        return self.left - self.unable
+
+    @property
     def skipped(self) -> str:
         """How many cases were skipped and why, the most frequent reason first; "" if none were."""
         skipped = [r for r in self.results if r.status == "skipped"]
         reasons = Counter(" ".join(r.message.split()) for r in skipped if OTHER_KIND not in r.message)
         others = len(skipped) - reasons.total()
-        of = len(self.results) - others
         words = []
         for reason, count in reasons.most_common(_REASONS):
             before = self.command != "conform" or any(known in reason for known in SKIPPED_BEFORE)
             by = "" if before else " by the kernel"
-            words.append(f"{count:,} of {of:,} skipped{by}: {reason}")
+            words.append(f"{count:,} skipped{by}: {reason}")
         if more := reasons.total() - sum(count for _, count in reasons.most_common(_REASONS)):
             words.append(f"{more:,} for {counted(len(reasons) - _REASONS, 'other reason')}")
         return "; ".join(
@@ -231,10 +252,8 @@ class Report(Shown):
             return self._culprit
         if count == len(self._failing):
             again = bounded_command(self)
-            unknown = (
-                f". Some mistakes do too: mode bounded goes on to what tells, of the {self.left} not run yet"
-            )
-            accepts = unknown if self.left else "; mode bounded accepts it"
+            unknown = f". Some mistakes do too: mode bounded goes on to what tells, of the {self._others} not run yet"
+            accepts = unknown if self._others else "; mode bounded accepts it"
             words = f" All that differs lies {WITHIN}{accepts}{f': {again}' if again else ''}."
             return words + (self._culprit if found.sentence else "")
         lie = "lies" if count == 1 else "lie"
@@ -244,7 +263,7 @@ class Report(Shown):
     @property
     def _culprit(self) -> str:
         found = self.finding
-        one = self.left and len(self._failing) == 1  # which what is wrong elsewhere may explain as well
+        one = self._others and len(self._failing) == 1  # which what is wrong elsewhere may explain as well
         every = "In this one case every wrong bit" if one else "Every wrong bit"
         if self.defects:
             which = " or ".join(self.defects)
@@ -275,7 +294,18 @@ class Report(Shown):
         if any(r.diagnosis for r in self.results):
             return f" What is wrong is unknown.{self._most_telling}"
         first = next((r for r in self._failing if r.message), None)
-        return "" if first is None else f" {first.case}: {first.status}: {_beginning(first.message)}."
+        if first is None:
+            return ""
+        said = f"{first.status}: {_beginning(first.message)}."
+        ran = [(r.status, r.message) for r in self.results if r.status != "skipped"]
+        if (
+            len(ran) > 1
+            and len(set(ran)) == 1
+            and first.status == "raised"
+            and first.message.startswith(_OF_CALLS)
+        ):
+            return f" All are alike: {said} {call_form(self.kernel)}".rstrip()
+        return f" {first.case}: {said}"
 
     @property
     def _most_telling(self) -> str:

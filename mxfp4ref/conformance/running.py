@@ -53,7 +53,7 @@ def compare_case(
     check_instance("case", case, Case)
     start, running = time.perf_counter(), 0.0
     about: dict[str, Any] = {"case": case.id, "kind": case.kind, "why": case.why}
-    if reason := kernel.unable(case):
+    if reason := kernel.unable(case.kind, case.parameters):
         return CaseResult(**about, status="skipped", message=reason), None
     all_runs = _runs(kernel, case)
     # As bytes, before the kernel runs: nothing that it does in this process changes them.
@@ -202,7 +202,7 @@ def _smallest(
         rows = want[first : token + 1]
         if part.num_tokens == call.num_tokens or bool(differing(forward(part), rows).any()):
             continue
-        small = Run(one.tiles, part, {"output": rows})
+        small = Run(one.tiles, part, {"output": rows}, first)
         if worker is not None:
             again = worker.execute_call(options.timeout, part, repeat=bool(outcome.problem))
         else:
@@ -215,7 +215,7 @@ def _smallest(
             continue
         # A kernel that chooses its K tiles may choose others for fewer tokens.
         by_tiles = [(other.tiles, replace(part, kernel=other.inputs.kernel)) for other in candidates]
-        parts = [Run(tiles, own, {"output": forward(own)}) for tiles, own in by_tiles]
+        parts = [Run(tiles, own, {"output": forward(own)}, first) for tiles, own in by_tiles]
         compared = _compare("moe", again, {run: _bits(run) for run in parts}, options)
         if compared.wrong:
             smaller = compared.closest, again.outputs

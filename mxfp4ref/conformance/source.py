@@ -6,8 +6,19 @@ import ast
 from pathlib import Path
 
 from mxfp4ref._files import read_file
+from mxfp4ref._words import did_you_mean
 
-__all__ = ["functions_in"]
+__all__ = ["functions_in", "missing_file"]
+
+
+def missing_file(kernel: str) -> str:
+    """That a kernel's name has a file of Python that is not there, in words; "" if it has none, or it is."""
+    name = kernel.rpartition(":")[0].rpartition(":")[2]
+    path = Path(name)
+    if not name.endswith(".py") or path.is_file():
+        return ""
+    near = did_you_mean(path.stem, (found.stem for found in path.parent.glob("*.py")), ending=".py")
+    return f"kernel: cannot import, there is no file {name!r}{near}"
 
 
 def functions_in(file: Path) -> list[str] | None:

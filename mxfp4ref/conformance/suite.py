@@ -11,7 +11,7 @@ computes for it, and a router's ids and weights in those of `router_bounds`; all
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -158,16 +158,16 @@ def _run(
                     progress(state.results[-1])
                 if sum(r.fails_outright for r in state.results) == options.max_failures:
                     break
-        state.left = todo.left(len(state.results))
+        state.leave(todo, loaded)
         with _own_errors():
             return state.report(loaded.name)
     except (GoldenError, InternalError) as error:  # after hours, maybe
-        state.left = todo.left(len(state.results), count=False)
+        state.leave(todo, loaded, count=False)
         with suppress(Exception):  # where the error is in what makes a report
             error.report = state.report(loaded.name, interrupted=True) if state.results else None
         raise
     except KeyboardInterrupt:
-        state.left = todo.left(len(state.results), count=False)
+        state.leave(todo, loaded, count=False)
         raise Interrupted(state.report(loaded.name, interrupted=True)) from None
 
 
@@ -204,6 +204,7 @@ class _Todo(Iterator[Callable[[], Case]]):
     """The cases, each as a function that loads it."""
 
     def __init__(self, cases: Goldens | Iterable[Case]) -> None:
+        self._goldens = cases if isinstance(cases, Goldens) else None
         self._all = cases.names() if isinstance(cases, Goldens) else cases
         self._each = (
             iter([partial(load_unchanged, cases, name, cases.sha256) for name in cases.names()])
@@ -222,6 +223,16 @@ class _Todo(Iterator[Callable[[], Case]]):
         if isinstance(self._all, Sized):
             return len(self._all) - done
         return self._taken - done + (sum(1 for _ in islice(self._each, _COUNTED)) if count else 0)
+
+    def unable(self, done: int, kernel: Kernel) -> int:
+        """How many of those the kernel does not run, as far as that can be told without an iterator's cases."""
+        count = 0
+        with suppress(GoldenError, TypeError):  # of damaged goldens, and of what is no case
+            left: Sequence[Any] = self._all[done:] if isinstance(self._all, Sequence) else ()
+            for one in left:
+                about = self._goldens.about(one) if self._goldens is not None else vars(_checked(one))
+                count += bool(kernel.unable(about["kind"], about["parameters"]))
+        return count
 
 
 def _checked(case: Case) -> Case:
@@ -244,8 +255,13 @@ class _State:
         self.failing = Failing(self.options.diagnosis, self.note)
         self.results: list[CaseResult] = []
         self.environment: dict[str, str] = {}
-        self.left = 0
+        self.left = self.unable = 0
         self.done = 0.0  # when the last case was
+
+    def leave(self, todo: _Todo, kernel: Kernel, *, count: bool = True) -> None:
+        """What is left to do is left out."""
+        done = len(self.results)
+        self.left, self.unable = todo.left(done, count=count), todo.unable(done, kernel)
 
     def diagnose_last(self, failure: Failed | None) -> None:
         """A quick diagnosis of the last result, which counts for it if it is interrupted, too."""
@@ -272,6 +288,7 @@ class _State:
             environment=self.environment,
             finding=found.finding,
             left=self.left,
+            unable=self.unable,
             interrupted=interrupted,
             goldens=None if self.goldens is None else goldens_used(self.goldens),
             date=self.date,

@@ -176,7 +176,7 @@ def _print_table(report: Report) -> None:
 
 
 def _note(result: CaseResult) -> str:
-    """Why a call was not compared or is not equal: the first part of what is said below the table."""
+    """Why a call was not compared or is not equal, without what else would give the same bits."""
     if result.ok:
         return result.message
     from mxfp4ref.conformance.findings.finding import listed
@@ -184,4 +184,4 @@ def _note(result: CaseResult) -> str:
 
     found = result.diagnosis
     words = result.message or ((found.finding.sentence or found.stage) if found else "")
-    return listed(words)[0].split("; ")[0] or f"{wrong_elements(result)} differ"
+    return listed(words)[0] or f"{wrong_elements(result)} differ"

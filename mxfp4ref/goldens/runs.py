@@ -73,11 +73,15 @@ _RESULTS = ("activation_float32", "output_float32", "ambiguous")
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One run of a case: the tiles it is for ("" where there are none), the inputs, the expected outputs."""
+    """One run of a case: the tiles it is for ("" where there are none), the inputs, the expected outputs.
+
+    Of a part of a call `first_token` is the whole call's token that its first one is.
+    """
 
     tiles: str
     inputs: Any
     expected: Mapping[str, Tensor]
+    first_token: int = 0
 
 
 def runs(case: Case) -> list[Run]:

@@ -184,7 +184,11 @@ def test_no_reproducer_replaces_what_is_none(tmp_path: Path, name: str) -> None:
     ids=["one token", "those before it too", "all", "wrong otherwise alone"],
 )
 def test_a_reproducer_is_cut_to_what_was_seen_to_fail(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, only_if: str, kept: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    only_if: str,
+    kept: int,
 ) -> None:
     """A mistake in the third token, which needs none or some of the others."""
     monkeypatch.syspath_prepend(tmp_path)
@@ -200,6 +204,7 @@ def test_a_reproducer_is_cut_to_what_was_seen_to_fail(
     _, call, expected = load_reproducer(path)
     assert len(call.input) == len(expected["output"]) == kept
     assert reproduce(path, "kernel_by_place:f") == 1
+    assert ("[0, 0] here is [2, 0] of the whole call" in capsys.readouterr().out) == (kept == 1)
     sys.modules.pop("kernel_by_place")
 
 
@@ -273,6 +278,7 @@ def test_reproducer_reproduces(
     [
         (["conform"], "expected one KERNEL, as the argument or as --kernel"),
         (["conform", "nonsense"], "expected package.module:function"),
+        (["conform", "limit_ignored"], "did you mean defect:limit_ignored?"),
         (["conform", "oracle", "--case", "nosuch/*"], "matches none of the"),
         (["conform", "oracle", "--goldens", "no_such_folder"], "no_such_folder"),
         (["conform", "oracle", "--mode", "loose"], "'loose' is not one of"),
@@ -295,6 +301,20 @@ def test_wrong_usage_exits_with_2_and_says_why(arguments: list[str], message: st
     assert result.exit_code == 2
     assert message in result.output
     assert "Traceback" not in result.output
+
+
+def test_what_can_be_told_before_torch_is_imported_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes seconds: that a file is not there, and that nothing was run yet."""
+
+    def interrupted(*arguments: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["mxfp4ref.conformance.cli.conform"], "_conform", interrupted)
+    result = invoke("conform", "plain:absent.py:f")
+    assert (result.exit_code, "there is no file 'absent.py'" in result.output) == (2, True)
+    result = invoke("conform", "oracle")
+    said = "oracle: interrupted before any case was run: no verdict\n"
+    assert (result.exit_code, result.output) == (130, said)
 
 
 def test_damaged_goldens_are_no_verdict(copy: Path) -> None:
@@ -434,6 +454,8 @@ def test_compare(tmp_path: Path) -> None:
     values = torch.arange(6, dtype=torch.float32).reshape(2, 3).to(torch.bfloat16)
     other = values.clone()
     other[1, 2] = 5.03125
+    nan = other.clone()
+    nan[0] = torch.tensor([torch.nan, torch.inf, torch.nan])
     a, b, c = (tmp_path / f"{name}.safetensors" for name in "abc")
     safetensors.torch.save_file({"output": values}, a)
     safetensors.torch.save_file({"output": other}, b)
@@ -451,6 +473,11 @@ def test_compare(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "1 of 6 elements differ, at most 1 ulp; first at [1, 2]: got 0x40A1 (5.03125)" in result.output
     assert result.output.splitlines()[-1] == "different: 1 of 1 tensor"
+    safetensors.torch.save_file({"output": nan}, b)
+    assert (
+        " 4 of 6 elements differ, at most 16,384 ulp, 2 of them with a NaN; "
+        in invoke("compare", b, a).output
+    )
     result = invoke("compare", a, c)  # of an output alone, with what `layer` writes
     assert result.exit_code == 0
     assert f"more: only in {c}, not compared" in result.output
@@ -605,7 +632,7 @@ def test_init_writes_a_router_that_conforms_as_it_is(tmp_path: Path, monkeypatch
     result = invoke("conform", "stage:routing:router.py:route", "--no-repeat")
     assert result.exit_code == 0, result.output
     assert "14 passed" in result.output
-    told = [line for line in result.output.splitlines() if "passed" in line]
+    told = [line for line in result.output.splitlines() if line.endswith("passed")]
     assert len(told) == 1  # nothing of suites that are not a router's
 
 
@@ -658,7 +685,9 @@ def test_doctor(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["facts"]["vllm"] == "not installed"
     assert found["facts"]["environment"] == "no MXFP4REF* and no FLASHINFER*"
     assert found["facts"]["torch"] == torch.__version__
-    assert "conforms" in found["facts"]["self-test"]
+    assert found["facts"]["self-test"].startswith(
+        "oracle conforms: 1 of 3 cases, every fourth of activation, "
+    )
     (copy / f"{SMALL}.safetensors").write_bytes(b"")
     ill = invoke("doctor", "--goldens", copy)
     assert ill.exit_code == 1
@@ -672,12 +701,23 @@ def test_a_run_stops_when_enough_has_failed(option: tuple[str, ...], failures: i
     assert result.exit_code == 1
     assert f"does not conform: {failures} of " in result.output
     few = "the one case" if failures == 1 else f"the {failures} cases"
-    last = result.output.splitlines()[-1]
+    *before, last = result.output.splitlines()
+    assert f"SHA-256: {open_goldens().sha256}" in before  # in a line that no terminal breaks
     assert last.startswith(f"Judged from {few} that failed; without {option[0]}, ")
     assert last.endswith(
         "may tell more: mxfp4ref conform defect:limit_ignored --diagnosis none --case activation"
     )
     assert "may tell more" not in invoke(*arguments).output
+    others = (
+        "--case",
+        "activation/bias_before_clamp",
+        "--case",
+        "gemm/ordinary",
+        "--case",
+        "layout/swap_halves",
+    )
+    more = invoke(*arguments[:2], *others, "--diagnosis=none", "-x").output
+    assert "without -x, 1 other case may tell more: " in more  # which no layout is
     assert invoke(*arguments, "--maxfail", "0").exit_code == 2
 
 

@@ -97,6 +97,7 @@ def test_numbers_of_one_run_and_output_are_said_to_be_of_these() -> None:
     assert labels
     assert all(f": {count:,} of {elements:,} elements differ" in label for label in labels)
     assert "1 of 1 cases ran" in page.text
+    assert '<td class="length"></td>' not in html  # distances that no element has take no room
 
 
 def test_the_verdict_comes_first_with_the_thread_and_the_command(html: str, named: Report) -> None:

@@ -20,11 +20,12 @@ from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
 from mxfp4ref.__main__ import commands
-from mxfp4ref.conformance import CaseResult, Options, Report, run
+from mxfp4ref.conformance import CaseResult, Options, Report, memory, run
 from mxfp4ref.conformance.cli.report_files import ReportFiles
 from mxfp4ref.conformance.comparison import Difference
 from mxfp4ref.conformance.diagnosis import ULP_BINS, Diagnosis, Finding
 from mxfp4ref.conformance.goldens_used import GoldensUsed, goldens_used
+from mxfp4ref.conformance.kernels import loading
 from mxfp4ref.conformance.reports.again import command, conform_arguments, selection_arguments
 from mxfp4ref.conformance.reports.html_report import to_html
 from mxfp4ref.conformance.reports.report import to_json, to_junit
@@ -126,7 +127,10 @@ def test_an_interrupted_run_writes_its_reports(tmp_path: Path, monkeypatch: pyte
     files = [x for kind in ("json", "junit", "html") for x in (f"--{kind}", tmp_path / f"r.{kind}")]
     result = invoke("conform", "oracle", "--case", SMALL, "--case", "gemm/ordinary", *files)
     assert result.exit_code == 130
-    assert result.output.splitlines()[-1].startswith("oracle: interrupted, no verdict; 0 of 1 case failed")
+    assert result.output.splitlines()[-2:] == [
+        f"oracle: interrupted, no verdict; 0 of 1 case failed, of the goldens' {open_goldens().of}.",
+        f"1 case was not run; to run all: mxfp4ref conform oracle --case {SMALL} --case gemm/ordinary",
+    ]
     found = json.loads((tmp_path / "r.json").read_text())
     assert (found["ok"], found["interrupted"], found["left"]) == (False, True, 1)
     assert 'errors="1"' in (tmp_path / "r.junit").read_text()
@@ -134,13 +138,20 @@ def test_an_interrupted_run_writes_its_reports(tmp_path: Path, monkeypatch: pyte
     assert "conforms" not in (tmp_path / "r.html").read_text().replace("does not conform", "")
 
 
-def test_last_failed(tmp_path: Path) -> None:
+def test_last_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     earlier = written(tmp_path / "a.json", result_of(SMALL, "differs"), result_of("gemm/ordinary"), left=3)
     compare = ("conform", "oracle", "--diagnosis", "none", "--last-failed")
     result = invoke(*compare, earlier)
     assert result.exit_code == 0
     assert "in the one case that ran" in result.output
     assert "3 more cases were not run then" in result.output
+    monkeypatch.setattr(memory, "free", lambda: 1 << 20)
+    monkeypatch.setattr(loading, "is_stand_in", lambda spec: False)
+    assert "models/" not in invoke(*compare, earlier).output  # which is not of what was asked for
+    large = written(tmp_path / "large.json", result_of("models/deepseek_v4_flash", "differs"))
+    refused = invoke(*compare, large)
+    assert (refused.exit_code, "_flash is left out: it may need" in refused.output) == (2, True)
+    monkeypatch.undo()
     for wrong, message in (
         (written(tmp_path / "b.json", result_of("gemm/ordinary")), "nothing to run"),
         (written(tmp_path / "c.json", result_of("gemm/of_old", "differs")), "are not in"),
@@ -216,8 +227,18 @@ def test_what_was_not_run_is_told_with_the_line_that_runs_it() -> None:
     assert "\nEvery wrong bit is predicted by this: all is twice" in to_text(replace(found, left=0))
     of_python = to_text(replace(report, arguments=(), selection=()))
     assert of_python.endswith("from the one case that failed; 7 other cases not run may tell more.")
-    interrupted = to_text(replace(report, interrupted=True)).split("\n")
-    assert f"not run: 7 cases; to run all: {line}" in interrupted
+    interrupted = replace(report, interrupted=True)
+    assert to_text(interrupted).endswith(f"\n7 cases were not run; to run all: {line}")
+    none = replace(interrupted, results=(), left=9, unable=2)
+    assert (
+        none.verdict
+        == f"k: interrupted before any case was run: no verdict. 7 cases were not run; to run all: {line}"
+    )
+    some = to_text(replace(report, unable=3))
+    assert "without -x, 4 other cases may tell more" in some
+    assert "cases: 8 = 1 failed + 4 not run + 3 not run, of other kinds" in some
+    assert "may tell more" not in to_text(replace(found, unable=7))  # and the verdict is on all that there is
+    assert "\nEvery wrong bit is predicted by this: all is twice" in to_text(replace(found, unable=7))
     for whole in (replace(report, left=0), replace(report, results=(result_of(SMALL),), interrupted=True)):
         assert "may tell more" not in to_text(whole)
 
@@ -225,7 +246,24 @@ def test_what_was_not_run_is_told_with_the_line_that_runs_it() -> None:
 def test_the_same_message_is_told_once() -> None:
     cases = [replace(result_of(SMALL, "refused"), case=f"a/{n}", message="no such layout") for n in range(4)]
     lines = to_text(Report("k", "exact", tuple(cases))).split("\n")
-    assert {"    a/2: refused: as a/0", "    a/3: refused: as a/0"} <= {*lines}
+    assert "    2 refused as a/0: a/2, a/3" in lines
+
+
+@pytest.mark.parametrize(
+    ("kernel", "hint"),
+    [
+        ("k.py:f", " all by name; plain:k.py:f is called f(x, ids, scales, w1, s1, w2, s2, **parameters)."),
+        ("logical:k.py:f", " all by name; plain:k.py:f is called f(x, ids,"),
+        ("plain:k.py:f", " s2, **parameters); k.py:f is called with flashinfer's arguments by name."),
+        ("stage:routing:k.py:f", "All are alike: raised: KeyError: 'x'."),
+    ],
+)
+def test_where_all_raise_the_same_the_form_of_the_call_is_told(kernel: str, hint: str) -> None:
+    """Which no signature tells of one that takes all, `(*arguments, **named)`."""
+    cases = [result_of(name, "raised", message="KeyError: 'x'") for name in ("a/b", "a/c")]
+    assert hint in Report(kernel, "exact", tuple(cases)).verdict
+    other = (*cases, result_of("a/d"))
+    assert Report(kernel, "exact", other).verdict.endswith(" a/b: raised: KeyError: 'x'.")
 
 
 def test_a_long_message_ends_where_a_part_of_it_does() -> None:
@@ -249,6 +287,9 @@ def test_some_failures_of_each_kind_are_told_in_full() -> None:
         failing("unknown"),
         failing("crash", status="crashed"),
     )
+    interrupted = Report("k", "exact", results, left=7, interrupted=True)
+    undone = "7 cases were not run and what fails was not diagnosed together."
+    assert to_text(interrupted).endswith(f"\n{undone}")
     text = to_text(Report("k", "exact", results))
     told = [one.split("\n")[0].split(":")[0].removeprefix("suite/") for one in text.split("\n\n")[1:-2]]
     assert told == ["0", "1", "other", "unknown", "crash"]
@@ -292,6 +333,10 @@ def test_what_changed_between_two_reports(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert result.output.startswith("other torch: 2.12; now 2.13\nnewly failing (1):\n  a/fails_now: differs")
     assert result.output.endswith("2 cases got worse, 1 is as it was, 2 were not run\n")
+    alike = [result_of(f"a/{n}", "raised", message="no key 'x'") for n in range(3)]
+    passed = written(tmp_path / "passed.json", *(result_of(f"a/{n}") for n in range(3)))
+    changes = compare_reports(read_report(passed), read_report(written(tmp_path / "raised.json", *alike)))
+    assert changes.failing == ("a/0: raised; no key 'x'", "a/1: raised; as a/0", "a/2: raised; as a/0")
     again = tmp_path / "again.json"
     again.write_bytes(old.read_bytes())
     same = invoke("compare", old, again)
@@ -451,14 +496,21 @@ def test_reports_that_cannot_be_compared(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text(json.dumps({"format": "mxfp4ref-report-1", "results": [1]}))
     (tmp_path / "other.json").write_text("{}")
     (tmp_path / "page.html").write_text("<!DOCTYPE html>")
+    torch.save(torch.ones(2), tmp_path / "saved.pt")
+    save_file({"output": torch.ones(2)}, tmp_path / "x.safetensors")
     for other, message in (
         ("later.json", "report.format: expected one of 'mxfp4ref-report-1', 'mxfp4ref-report-2', got"),
         ("broken.json", "broken.json: report.results[0]: expected an object"),
         ("other.json", "got other JSON (report: expected the key 'format', got [])"),
         ("page.html", "got an HTML page"),
+        ("saved.pt", f"expected a report as conform --json writes it, as {good} is, got what torch or numpy"),
+        ("x.safetensors", f"expected a report as conform --json writes it, as {good} is, got tensors"),
     ):
         refused = invoke("compare", good, tmp_path / other)
         assert (refused.exit_code, message in refused.output) == (2, True), refused.output
+    refused = invoke("compare", tmp_path / "x.safetensors", tmp_path / "saved.pt")
+    assert "expected a safetensors file, or two reports" in refused.output
+    assert "safetensors.torch.save_file(" in refused.output
 
 
 def test_reports_that_say_nothing_or_two_things(tmp_path: Path) -> None:

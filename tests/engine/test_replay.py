@@ -29,6 +29,7 @@ from mxfp4ref.conformance.reports.report import to_junit
 from mxfp4ref.defects import get_defect
 from mxfp4ref.engine import estimating
 from mxfp4ref.engine.recordings import Recording
+from mxfp4ref.engine.replay_cli import _note
 from mxfp4ref.engine.replaying import ReplayOptions, ReplayReport, ReplayResult, replay
 from mxfp4ref.formats.generations import BYTEWISE
 from mxfp4ref.goldens import open_goldens
@@ -473,6 +474,8 @@ def test_local_ids_are_doubted_in_each_report(tmp_path: Path) -> None:
 
 def test_notes_of_calls_that_are_equal_are_in_each_report(tmp_path: Path) -> None:
     noted = ReplayResult("a", "recording", "", "equal", elements=1, message="no prediction: of a cache")
+    raised = replace(noted, status="raised", message="RuntimeError: no (k.py:3 in f; k.py:9 in g); of 2")
+    assert _note(raised) == raised.message
     zeros = replace(noted, case="b", message="zeros prove nothing", all_zero=True)
     report = ReplayReport("calls", "exact", (noted, zeros))
     html = to_html(report)

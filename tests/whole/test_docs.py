@@ -108,6 +108,11 @@ def test_readme_does_what_it_says(
     lines[3] += ["--no-isolate", "--goldens", str(ROOT / "goldens")]
     said = [CliRunner().invoke(commands, line, env={"COLUMNS": "400"}) for line in lines[3:]]
     assert [result.exit_code for result in said] == [1, 0, 0]
+    left = {
+        path.name + "/" * path.is_dir()
+        for path in (*Path().iterdir(), Path("adapter.py"), Path("report.html"))
+    }
+    assert left <= {line.strip("\n").removeprefix("/") for line in (ROOT / ".gitignore").read_text().split()}
     (quoted,) = _blocks(page, "text")
     added = f" --no-isolate --goldens {ROOT / 'goldens'}"
     assert said[0].output.replace(added, "").endswith(f"\n{quoted.strip()}\n")

@@ -25,6 +25,7 @@ from mxfp4ref.goldens import Goldens, open_goldens
 
 __all__ = ["doctor", "list_cases"]
 
+_TRIED = ("activation", "finalize", "gemm")  # suites of the self-test, every fourth case
 _NAMED, _WIDTH = 2, 50  # of a case, in the list: defects, and characters of its reason
 _ENVIRONMENT = ("MXFP4REF", "FLASHINFER")  # how the names begin of variables that change what is computed
 _ENGINES = ("flashinfer-python", "vllm", "sglang")  # of which a report says that they are absent, too
@@ -206,13 +207,14 @@ def _check_bits(root: Path | None, facts: dict[str, str]) -> str:
 
     try:
         goldens = open_goldens(root)
-        small = [name for name in goldens.names() if name.split("/")[0] in ("activation", "finalize", "gemm")]
+        small = [name for name in goldens.names() if name.split("/")[0] in _TRIED]
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             report = run("oracle", [goldens.load(name) for name in small[::4]], Options(repeat=False))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    facts["self-test"] = report.verdict
+    which = f"{len(small[::4])} of {len(goldens.entries)} cases, every fourth of {', '.join(_TRIED)}"
+    facts["self-test"] = f"oracle {report.judged}: {which}; `mxfp4ref conform oracle` runs all"
     return report.verdict if not report.ok else "; ".join(str(warning.message) for warning in said)
 
 

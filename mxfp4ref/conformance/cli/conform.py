@@ -17,7 +17,7 @@ from mxfp4ref.conformance import memory
 from mxfp4ref.conformance.cli import completing
 from mxfp4ref.conformance.cli.command import command
 from mxfp4ref.conformance.cli.report_files import pop_report_files, print_report, report_files
-from mxfp4ref.conformance.cli.selecting import failed_in, select, sources, that_fit
+from mxfp4ref.conformance.cli.selecting import failed_in, select, sources, too_large
 from mxfp4ref.conformance.cli.shared import (
     INTERRUPTED,
     NOT_EQUAL,
@@ -35,6 +35,7 @@ from mxfp4ref.conformance.cli.shared import (
 )
 from mxfp4ref.conformance.cli.supervised import end, others_code_begins
 from mxfp4ref.conformance.cli.terminal import echo
+from mxfp4ref.conformance.source import missing_file
 from mxfp4ref.goldens import GoldenError, Goldens, open_goldens
 
 if TYPE_CHECKING:
@@ -195,8 +196,15 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
     spec = kernel if kernel_option is None else kernel_option
     assert spec is not None
     check_no_swap()
+    if missing := missing_file(spec):  # before torch is imported, which takes seconds
+        raise UsageError(missing)
     with interrupted_once() as interruption:
-        code = _conform(spec, root, options, interruption)
+        try:
+            code = _conform(spec, root, options, interruption)
+        except KeyboardInterrupt:
+            if not interruption.ran:
+                echo(f"{spec}: interrupted before any case was run: no verdict", err=True)
+            raise
         end(code)
         sys.exit(code)
 
@@ -219,11 +227,15 @@ def _conform(spec: str, root: Path | None, options: dict[str, Any], interruption
         goldens = open_goldens(root)
         out = select(goldens, excluded, "--exclude")
         names = [n for n in select(goldens, patterns, "--case") or goldens.names() if n not in out]
-        names, left_out = (names, []) if patterns else that_fit(goldens, names, spec, device)
         if not names:
             raise UsageError("--exclude: none of the chosen cases is left")
         if earlier is not None:
             names = failed_in(earlier, goldens, names, (spec, options["mode"]))
+        large = {} if patterns else too_large(goldens, names, spec, device)
+        left_out = [f"{name} is left out: {why}; --case {name} runs it" for name, why in large.items()]
+        names = [name for name in names if name not in large]
+        if not names:
+            raise UsageError("; ".join(left_out))
         options["jobs"] = limited_jobs(options["jobs"], len(names))
         files.check(chain(files_below(goldens.root), sources(spec), [earlier] if earlier else ()))
         if isolate is False and not is_stand_in(spec):
@@ -236,7 +248,7 @@ def _conform(spec: str, root: Path | None, options: dict[str, Any], interruption
                     Options(**options),
                     device=device,
                     isolate=isolate,
-                    progress=partial(_advance, advance, left_out),
+                    progress=partial(_advance, advance, left_out, interruption),
                     note=partial(echo, err=True),
                 )
             except Interrupted as interrupted:
@@ -249,7 +261,8 @@ def _conform(spec: str, root: Path | None, options: dict[str, Any], interruption
     # An interruption that did not end the run may have cut anything in it short.
     result = replace(result, interrupted=result.interrupted or bool(interruption.signal))
     limits = options["max_failures"], options["jobs"]
-    result = replace(result, selection=selection_arguments(patterns, earlier, *limits, excluded))
+    selection = selection_arguments(patterns, earlier, *limits, excluded)
+    result = replace(result, selection=selection, too_large=len(large))
     complete = files.write_after(partial(print_report, result, verbose=verbose), result)
     if options["dump"] is not None and any(not r.ok and NOT_DUMPED not in r.message for r in result.results):
         with files.stdout_kept():
@@ -271,8 +284,14 @@ def _conform(spec: str, root: Path | None, options: dict[str, Any], interruption
     return NOT_EQUAL if not result.ok else 0 if complete else USAGE
 
 
-def _advance(advance: Callable[[CaseResult], None], left_out: list[str], result: CaseResult) -> None:
+def _advance(
+    advance: Callable[[CaseResult], None],
+    left_out: list[str],
+    interruption: Interruption,
+    result: CaseResult,
+) -> None:
     """After the first case tell what is left out: of a kernel that cannot be loaded that is all there is to tell."""
+    interruption.ran = True
     while left_out:
         echo(left_out.pop(0), err=True)
     advance(result)

@@ -16,7 +16,7 @@ from mxfp4ref.conformance.cli.shared import UsageError
 from mxfp4ref.conformance.cli.terminal import echo
 from mxfp4ref.goldens import Goldens
 
-__all__ = ["failed_in", "select", "sources", "that_fit"]
+__all__ = ["failed_in", "select", "sources", "too_large"]
 
 _WHOLE_SIZE = "models/"  # the suite of layers that take GiB of memory
 
@@ -36,30 +36,27 @@ def select(goldens: Goldens, patterns: Iterable[str], option: str) -> list[str]:
     return [name for name in names if name in chosen]
 
 
-def that_fit(
-    goldens: Goldens, names: list[str], spec: str, device: str | None
-) -> tuple[list[str], list[str]]:
-    """The cases without layers of whole size that a kernel may have no memory for, and a line for each left out.
+def too_large(goldens: Goldens, names: Iterable[str], spec: str, device: str | None) -> dict[str, str]:
+    """The layers of whole size among cases that a kernel may have no memory for, each with why it is left out.
 
     A kernel on a CPU that gets weights in logical layout is taken to dequantise all experts to float32.
     """
     from mxfp4ref.conformance.kernels.loading import is_stand_in
 
     if is_stand_in(spec) or (available := memory.free()) is None:
-        return names, []
+        return {}
     dequantises = spec.startswith(("plain:", "logical:")) and device in (None, "cpu")
-    fit, lines = [], []
-    for name in names:
-        case = goldens.load(name) if name.startswith(_WHOLE_SIZE) else None
-        if case is None or (needs := memory.needed(case, dequantised=dequantises)) <= available:
-            fit.append(name)
-            continue
-        how = ", all experts dequantised to float32," if dequantises else ""
-        lines.append(
-            f"{name} is left out: it may need {needs / 2**30:.1f} GiB{how} and {available / 2**30:.1f} GiB are free; "
-            f"--case {name} runs it"
-        )
-    return fit, lines
+    how = ", all experts dequantised to float32," if dequantises else ""
+    needs = {
+        name: memory.needed(goldens.load(name), dequantised=dequantises)
+        for name in names
+        if name.startswith(_WHOLE_SIZE)
+    }
+    return {
+        name: f"it may need {count / 2**30:.1f} GiB{how} and {available / 2**30:.1f} GiB are free"
+        for name, count in needs.items()
+        if count > available
+    }
 
 
 def failed_in(path: Path, goldens: Goldens, chosen: list[str], run: tuple[str, str]) -> list[str]:

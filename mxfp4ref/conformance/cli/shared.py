@@ -54,9 +54,7 @@ __all__ = [
 
 NOT_EQUAL, USAGE, INTERRUPTED = 1, 2, 128 + 2  # exit codes, besides 0
 _RAISE = dis.opmap["RAISE_VARARGS"]  # what a `raise` compiles to
-_SAME = (
-    2.0  # seconds in which a second interrupt is taken for the first: of a terminal and of the parent, too
-)
+_SAME = 2.0  # seconds in which a second interrupt is the first one: of a terminal and of the parent, too
 _AGAIN = b"\ninterrupted before: the reports are being written; a third Ctrl-C ends at once, without them\n"
 
 diagnosis_option = click.option(
@@ -298,9 +296,10 @@ def not_terminable() -> None:
 
 @dataclass
 class Interruption:
-    """What has come from outside: `signal`, the first, or 0; once all is `done`, no first one raises anything."""
+    """What has come from outside: `signal`, the first, or 0; whether a case `ran`; once all is `done` none raises."""
 
     signal: int = 0
+    ran: bool = False
     done: bool = False
 
     @property

@@ -85,9 +85,11 @@ def _compared(a: Path, b: Path) -> list[dict[str, Any]]:
     from mxfp4ref.conformance.reports.report_reading import is_report, read_report
 
     for path, beside in ((a, b), (b, a)):
+        if is_report(path) and (came := _OTHER_KINDS.get(beside.suffix)):
+            raise ValueError(
+                f"{beside}: expected a report as conform --json writes it, as {path} is, got {came}"
+            )
         if is_report(path) or path.suffix == ".json":
-            if beside.suffix in (".html", ".htm"):
-                raise ValueError(f"{beside}: expected a report as conform --json writes it, got an HTML page")
             for either in (path, beside):
                 read_report(either)  # says what is wrong with it
     one, other = _load(a), _load(b)
@@ -176,8 +178,23 @@ def _print(changes: Changes) -> None:
     )
 
 
-def _load(path: Path) -> dict[str, Tensor]:
-    from mxfp4ref.checkpoint.shards import open_shards
+_OTHER_KINDS = {".html": "an HTML page", ".htm": "an HTML page", ".safetensors": "tensors"} | dict.fromkeys(
+    (".pt", ".pth", ".npy", ".npz"), "what torch or numpy saved"
+)
 
-    shards = open_shards(path)
+
+def _load(path: Path) -> dict[str, Tensor]:
+    from mxfp4ref.checkpoint.shards import CheckpointError, open_shards
+
+    try:
+        shards = open_shards(path)
+    except CheckpointError as error:
+        if (came := _OTHER_KINDS.get(path.suffix, "tensors")) == "tensors":
+            raise
+        hint = "; safetensors.torch.save_file({'output': output}, 'output.safetensors') writes a tensor" * (
+            "saved" in came
+        )
+        raise ValueError(
+            f"{path}: expected a safetensors file, or two reports as conform --json writes them, got {came}{hint}"
+        ) from error
     return shards.read(shards.files)

@@ -15,7 +15,6 @@ from mxfp4ref.conformance.isolation.plain import TensorError, printable
 from mxfp4ref.formats.experts import PARAMETERS
 from mxfp4ref.formats.generations import NEWEST, Generation
 from mxfp4ref.formats.layout import fold_scales_sm90, interleave_weights_sm90
-from mxfp4ref.goldens.case import Case
 from mxfp4ref.goldens.runs import OUTPUTS
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import MoeTrace
@@ -94,11 +93,11 @@ class Kernel:
     forces_tactics: bool = False
     generation: Generation = NEWEST
 
-    def unable(self, case: Case) -> str:
-        """Why it cannot be compared on a case, or ""."""
-        if case.kind not in self.kinds:
-            return f"{self.name} {OTHER_KIND} {case.kind}"
-        if "tile_n" in case.parameters and not self.forces_tile_k:
+    def unable(self, kind: str, parameters: Mapping[str, Any]) -> str:
+        """Why it cannot be compared on a case of this kind with these parameters, or ""."""
+        if kind not in self.kinds:
+            return f"{self.name} {OTHER_KIND} {kind}"
+        if "tile_n" in parameters and not self.forces_tile_k:
             return f"{_OWN_TILE}, and {self.name} chooses its own"
         return ""
 

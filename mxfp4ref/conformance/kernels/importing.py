@@ -16,10 +16,12 @@ from mxfp4ref._validate import did_you_mean, shown
 from mxfp4ref._words import shortened
 from mxfp4ref.conformance.isolation.plain import of_exception
 from mxfp4ref.conformance.kernels.adapters import KernelError
-from mxfp4ref.conformance.source import functions_in
+from mxfp4ref.conformance.source import functions_in, missing_file
+from mxfp4ref.defects import DEFECTS
 
-__all__ = ["check_takes", "import_function"]
+__all__ = ["call_form", "check_takes", "import_function"]
 
+PLAIN = "x, ids, scales, w1, s1, w2, s2, **parameters"  # after plain:
 _MOST = 8  # functions that are listed
 _files: set[str] = set()  # the names of modules that are files loaded here
 
@@ -41,6 +43,8 @@ def import_function(path: str, names: Collection[str]) -> Callable[..., Any]:
         )
         if not hint and "." in path and ":" not in path:
             hint = f"; did you mean {':'.join(path.rsplit('.', 1))}?"
+        if path in DEFECTS:
+            hint = f"; did you mean defect:{path}?"
         if path.endswith(".py"):
             functions = functions_in(Path(path))
             if functions is None:
@@ -53,6 +57,8 @@ def import_function(path: str, names: Collection[str]) -> Callable[..., Any]:
             "kernel: expected package.module:function, file.py:function, one of these two after logical:, plain: or "
             f"stage:KIND:, or one of {', '.join(names)}; got {shown(path)}{hint}"
         )
+    if missing := missing_file(path):
+        raise KernelError(missing)
     value: Any = _module(module_name)
     for part in name.split("."):
         try:
@@ -96,15 +102,26 @@ def check_takes(spec: str, function: Callable[..., Any], positional: int, names:
         ) from None
 
 
+def call_form(spec: str) -> str:
+    """How a kernel of that name is called, and by which it is otherwise; "" where there is one way only."""
+    head, _, rest = spec.partition(":")
+    if not rest or head in ("stage", "defect"):
+        return ""
+    if head == "plain":
+        return f"It was called f({PLAIN}); {rest} is called with flashinfer's arguments by name."
+    path = rest if head == "logical" else spec
+    return f"It was called with flashinfer's arguments, all by name; plain:{path} is called f({PLAIN})."
+
+
 def _called(positional: int, names: Iterable[str]) -> str:
     if positional:
         return (
-            "with plain: before it, it is called f(x, ids, scales, w1, s1, w2, s2, **parameters); without plain:, or "
+            f"with plain: before it, it is called f({PLAIN}); without plain:, or "
             "with logical: in its place, with flashinfer's arguments by name"
         )
     return (
         f"it is called with flashinfer's arguments by name: {', '.join(names)}, and those that a case has besides, "
-        "such as swiglu_limit; with plain: before it, f(x, ids, scales, w1, s1, w2, s2, **parameters)"
+        f"such as swiglu_limit; with plain: before it, f({PLAIN})"
     )
 
 
@@ -125,9 +142,6 @@ def _module(name: str) -> ModuleType:
 
 def _file(path: Path) -> ModuleType:
     """The module in a file, which may import its neighbours."""
-    if not path.is_file():
-        near = did_you_mean(path.stem, (found.stem for found in path.parent.glob("*.py")), ending=".py")
-        raise FileNotFoundError(f"there is no file {str(path)!r}{near}")
     folder = str(path.resolve().parent)
     if folder not in sys.path:
         sys.path.append(folder)

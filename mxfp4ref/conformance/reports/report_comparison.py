@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,27 +63,40 @@ def compare_reports(old: WrittenReport, new: WrittenReport) -> Changes:
         raise ValueError(
             f"expected a case that ran in {old.path} or {new.path} among those that both have, all were skipped"
         )
-    found: dict[str, list[str]] = {name: [] for name in Changes.__annotations__ if name != "alike"}
-    found["conditions"] += _conditions(old, new)
+    found: dict[str, list[tuple[str, str, str]]] = {
+        name: [] for name in Changes.__annotations__ if name not in ("conditions", "alike")
+    }
     alike = 0
     for case in dict.fromkeys((*old.cases, *new.cases)):
         before, now = old.cases.get(case), new.cases.get(case)
         was, is_now = _state(before), _state(now)
         if is_now == "failed" and was != "failed":
-            found["failing" if was == "passed" else "first_failing"].append(f"{case}: {_told(now)}")
+            found["failing" if was == "passed" else "first_failing"].append((case, *_told(now)))
         elif was == "passed" and is_now == "skipped":
-            found["lost"].append(f"{case}: {_told(now)}")
+            found["lost"].append((case, *_told(now)))
         elif was == "failed" and is_now == "passed":
-            found["passing"].append(f"{case}: {_told(now)}")
+            found["passing"].append((case, *_told(now)))
         elif not is_now:
-            found["not_run"].append(f"{case}: it was {_told(before)}")
+            words, why = _told(before)
+            found["not_run"].append((case, f"it was {words}", why))
         elif not was:
-            found["only_new"].append(f"{case}: {_told(now)}")
+            found["only_new"].append((case, *_told(now)))
         elif _told(before) != _told(now):
-            found["changed"].append(f"{case}: {_told(before)}; now {_told(now)}")
+            (old_words, old_why), (words, why) = _told(before), _told(now)
+            whys = f"before: {old_why}; now: {why or 'nothing is known'}" if old_why not in ("", why) else why
+            found["changed"].append((case, f"{old_words}; now {words}", whys))
         else:
             alike += 1
-    return Changes(**{name: tuple(lines) for name, lines in found.items()}, alike=alike)
+    told = {name: tuple(_each_why_once(lines)) for name, lines in found.items()}
+    return Changes(tuple(_conditions(old, new)), **told, alike=alike)
+
+
+def _each_why_once(cases: Iterable[tuple[str, str, str]]) -> Iterator[str]:
+    """A line for each case, what came of it and why; in place of a reason that was told, of which case it was."""
+    first: dict[str, str] = {}
+    for case, words, why in cases:
+        before = first.setdefault(why, case)
+        yield f"{case}: {'; '.join(filter(None, (words, why and (why if before == case else f'as {before}'))))}"
 
 
 def _state(result: Mapping[str, Any] | None) -> str:
@@ -94,11 +107,12 @@ def _state(result: Mapping[str, Any] | None) -> str:
     return "skipped" if result["status"] == "skipped" or not result["elements"] else "passed"
 
 
-def _told(result: Mapping[str, Any] | None) -> str:
+def _told(result: Mapping[str, Any] | None) -> tuple[str, str]:
+    """What came of a case, and why."""
     if result is None:
-        return "not run"
+        return "not run", ""
     if result["status"] == "skipped":  # why names the kernel
-        return "skipped"
+        return "skipped", ""
     words = str(result["status"]) + ", of no elements" * (result["ok"] and not result["elements"])
     if not result["ok"] and result["elements"]:
         outside = result.get("outside", 0)  # in mode bounded
@@ -108,7 +122,7 @@ def _told(result: Mapping[str, Any] | None) -> str:
     finding = next(
         iter(found.get("hypotheses", ())), found.get("sentence", "")
     )  # without what is not told from it
-    return "; ".join(filter(None, (words, finding or result["message"].split("\n")[0])))
+    return words, finding or result["message"].split("\n")[0]
 
 
 def _conditions(old: WrittenReport, new: WrittenReport) -> Iterator[str]:

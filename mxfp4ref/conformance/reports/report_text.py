@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mxfp4ref._files import printable
+from mxfp4ref._words import shortened
 from mxfp4ref.conformance.findings.attribution import ALL_TOKENS, OF_SLOTS
 from mxfp4ref.conformance.findings.finding import WITHIN, counted, listed
 from mxfp4ref.conformance.findings.patterns import EVERYWHERE
@@ -37,6 +38,7 @@ _TOLD = ("mxfp4ref", "torch", "gpu")
 _OF_CALLS = ("recorded with flashinfer", "ranks", "activation")
 PARTS = ("kernel", "comparison", "diagnosis")
 _FIRST, _DETAILED = 2, 5  # failing cases that are told in full: the first ones, and those of other kinds
+_ALIKE = 3  # cases that are named of those that failed alike
 _NAMED = 9  # three K tiles for each GEMM: so many are listed, and more, which are tactics, are counted
 _MOST_PATTERNS, _PATTERNS = 4, 2  # of all cases together, and of these in the verdict of a terminal
 _KINDS, _ROWS = 3, 6  # of the attribution table, and of each kind, on a terminal
@@ -73,10 +75,17 @@ def to_text(report: Report, *, verbose: bool = False) -> str:
             f"{counted(len(others), 'other failing case')}; -v and reports in files tell all of each:",
         ]
         first = {result.message: result.case for result in reversed(full)}
+        alike: dict[tuple[str, str], list[str]] = {}
         for result in others:
             before = first.setdefault(result.message, result.case)
-            again = result.message != "" and before != result.case
-            lines.append(f"    {headline(replace(result, message=f'as {before}') if again else result)}")
+            if not result.message or before == result.case:
+                lines.append(f"    {headline(result)}")
+            elif result.diagnosis is not None:
+                lines.append(f"    {headline(replace(result, message=f'as {before}'))}")
+            else:
+                alike.setdefault((result.status, before), []).append(result.case)
+        for (status, before), cases in alike.items():
+            lines.append(f"    {len(cases)} {status} as {before}: {shortened(cases, _ALIKE)}")
     return printable("\n".join([*lines, "", *tested(report), "", *verdict_lines(report)]))
 
 
@@ -131,15 +140,18 @@ def tested(report: Report) -> list[str]:
         return []
     lines = []
     if (used := report.goldens) is not None:
-        lines.append(f"goldens: {used.path} ({used.format}, {used.count}, manifest SHA-256 {used.sha256})")
+        lines.append(f"goldens: {used.path} ({used.format}, {used.count}; SHA-256 of the manifest below)")
+        lines.append(f"SHA-256: {used.sha256}")  # which fits a line of 80
     versions = [f"{name} {report.environment[name]}" for name in _TOLD if name in report.environment]
     lines.append(f"tested: {', '.join([*versions, report.date])}")
     if calls := [f"{name} {report.environment[name]}" for name in _OF_CALLS if name in report.environment]:
         lines.append(f"calls: {'; '.join(calls)}")
-    if (skipped := report.skipped) and any(
-        r.status != "skipped" for r in report.results
-    ):  # else the verdict has it
-        lines.append(f"cases: {skipped}")
+    skipped = (
+        report.skipped if any(r.status != "skipped" for r in report.results) else ""
+    )  # the verdict has it
+    counts = _counts(report) if report.command == "conform" else ""  # in which that of a replay is
+    if counts or skipped:
+        lines.append(f"cases: {'; '.join(filter(None, (counts, skipped)))}")
     if (count := report.within_bounds) and not report.outside_bounds:
         of = f"{count} of {counted(sum(not r.ok for r in report.results), 'failing case')}"
         by = bounded_command(report) or "Options(mode='bounded')"
@@ -154,10 +166,23 @@ def tested(report: Report) -> list[str]:
     rest = report.seconds - sum(parts.values())
     beside = ", of processes side by side" if rest < -0.1 else f", other {rest:.1f}" if rest >= 0.1 else ""
     lines.append(f"seconds: {report.seconds:.1f} in all; {shares}{beside}")
-    if report.left and not report.unfinished:  # else the verdict has it
+    if report.left > report.unable and not report.unfinished:  # else the verdict has it
         again = whole_command(report)
         lines.append(f"not run: {counted(report.left, 'case')}{f'; to run all: {again}' if again else ''}")
     return lines
+
+
+def _counts(report: Report) -> str:
+    """What came of how many of the cases; these add up."""
+    chosen = len(report.results) + report.left
+    others = max(report.goldens.cases - chosen, 0) if report.goldens is not None else 0
+    skipped = sum(r.status == "skipped" for r in report.results)
+    failed = sum(not r.ok for r in report.results)
+    counts = {"passed": len(report.results) - skipped - failed, "failed": failed, "skipped": skipped}
+    counts |= {"not run": report.left - report.unable, "not run, of other kinds": report.unable}
+    counts |= {"left out as too large": report.too_large, "not chosen": others - report.too_large}
+    told = " + ".join(f"{count:,} {what}" for what, count in counts.items() if count > 0)
+    return f"{chosen + others:,} = {told}"
 
 
 def headline(result: CaseResult) -> str:

@@ -101,6 +101,7 @@ def write_reproducer(
         "case": printable(case.id),
         "kernel": printable(kernel),
         "bounds": json.dumps(bounds),
+        "first_token": str(one.first_token),
     }
     owned = {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
     script = folder / f"{name}.py"
@@ -180,6 +181,8 @@ def reproduce(path: Path, kernel: str, device: str | None = None) -> int:
     for name, want in one.expected.items():
         got = outcome.outputs[name].cpu()
         print(f"{name}: {in_words(got, want)}")
+        if (first := metadata.get("first_token", "0")) != "0":
+            print(printable(f"    [0, 0] here is [{first}, 0] of the whole call"))
         wrong |= bool(differing(got, want).any())
         if name in one.got:
             same = not bool(differing(got, one.got[name]).any())
