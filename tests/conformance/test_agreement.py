@@ -296,6 +296,7 @@ def test_alternatives_of_what_predicts_some_cases_are_told(monkeypatch: pytest.M
     assert found == Finding(("finalize",), f"A{TOLD_FROM}B", False, (1, 2), hypotheses=("A", "B"))
 
 
+@pytest.mark.slow
 def test_a_quick_run_repeats_the_finding() -> None:
     def scaled(call: MoeCall) -> Tensor:
         return forward(replace(call, token_final_scales=call.token_final_scales * 2.5))
