@@ -103,6 +103,7 @@ def unnamed(copied_processes_of_module: None) -> Report:
     return run("tests.helpers.kernels_under_test:second_half_of_columns", [first_tokens(SMALL, 2)])
 
 
+@pytest.mark.slow
 def test_an_unnamed_mistake_gets_places_and_a_stage(unnamed: Report) -> None:
     (result,) = unnamed.results
     assert result.diagnosis is not None
@@ -140,6 +141,7 @@ def test_name_defects_intersects() -> None:
     assert name_defects([]) == ()
 
 
+@pytest.mark.slow
 def test_verdict_without_a_named_defect_gives_the_finding(unnamed: Report) -> None:
     assert unnamed.defects == ()
     assert "does not conform: 1 of 1 case fails. Every wrong bit is predicted by this: " in unnamed.verdict

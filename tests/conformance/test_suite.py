@@ -89,6 +89,7 @@ def test_cases_without_an_end(case: Case) -> None:
     assert (len(report.results), report.left) == (2, 1000)
 
 
+@pytest.mark.usefixtures("copied_processes")
 def test_a_kernel_may_skip_what_it_lacks() -> None:
     """When it is called; in a process of its own too, and only in a first run."""
     cases = [GOLDENS.load(name) for name in ("activation/alpha_alone", SMALL)]

@@ -320,7 +320,7 @@ shards._read_file = shortened
 """
 
 
-@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("hard", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_limit_of_time_is_told_as_that(hard: bool) -> None:
     command = subprocess.run(
         [*MXFP4REF, "conform", "oracle", "--goldens", CHECKOUT, "--diagnosis", "none"],

@@ -6,7 +6,7 @@ import builtins
 import gc
 import sys
 from collections.abc import Callable
-from operator import is_
+from operator import attrgetter, is_
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -65,8 +65,8 @@ def interference() -> Callable[[], str]:
     _KNOWN.update(parts)
     # Copies, since a kernel finds the others under a name.
     noted: dict[Any, dict[str, Any]] = {owner: dict(found.members) for owner, found in parts.items()}
-    functions = {function for found in parts.values() for function in found.functions}
-    bodies = [(f, f.__code__, f.__defaults__) for f in functions]
+    functions = [*{function for found in parts.values() for function in found.functions}]
+    bodies = [(one, [*map(one, functions)]) for one in map(attrgetter, ("__code__", "__defaults__"))]
     held = {
         f"{owner.__name__}.{name}": (value, value.copy())
         for owner, found in parts.items()
@@ -82,13 +82,14 @@ def interference() -> Callable[[], str]:
             if len(now) == len(found) and all(map(is_, now.values(), found.values())):
                 continue
             for name, value in found.items():
-                new = now.get(name)
+                if (new := now.get(name)) is value:
+                    continue
                 matters = (
                     issubclass(type(value), CODE) or callable(value) or name.isupper() or name not in now
                 )
                 # torch replaces some functions by its own when it imports its compiler.
                 its_own = callable(value) and {_package_of(value), _package_of(new)} == {"torch"}
-                if new is not value and matters and not its_own:
+                if matters and not its_own:
                     setattr(owner, name, value)
                     changed.append(f"{found.get('__name__') or owner.__name__}.{name}")
         for owner in parts:
@@ -108,7 +109,9 @@ def interference() -> Callable[[], str]:
                 value.clear()
                 value.extend(before) if type(value) is list else value.update(before)
                 changed.append(name)
-        for function, code, defaults in bodies:
+        if all(all(map(is_, map(now, functions), before)) for now, before in bodies):
+            return listed(changed)
+        for function, code, defaults in zip(functions, *(before for _, before in bodies), strict=True):
             if function.__code__ is code and function.__defaults__ is defaults:
                 continue
             if _package_of(function) == "mxfp4ref":
