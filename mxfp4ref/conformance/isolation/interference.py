@@ -58,7 +58,8 @@ def interference() -> Callable[[], str]:
     They are this package's, functions with their code and constants with what they hold, and torch's. It says in
     words what a kernel had replaced.
     """
-    ours = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == "mxfp4ref"]
+    every = list(sys.modules.items())
+    ours = [module for name, module in every if name.startswith("mxfp4ref.") or name == "mxfp4ref"]
     parts: dict[Any, _Parts] = {module: _parts(module) for module in ours}
     parts |= {owner: _parts(owner) for found in list(parts.values()) for owner in found.classes}
     _KNOWN.clear()  # of modules that are gone
