@@ -32,7 +32,7 @@ try:
 except ModuleNotFoundError:  # `make demo` brings pytest alone, which is enough for --mxfp4-kernel
     collect_ignore_glob = ["*"]
 else:
-    settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50, database=None)
+    settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=25, database=None)
     # To look for more: pytest --hypothesis-profile=search
     settings.register_profile("search", deadline=None, max_examples=2000, print_blob=True)
     settings.load_profile("repeatable")
@@ -54,6 +54,12 @@ def builtin_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pytest_collection_finish() -> None:
     """What is imported and collected stays: the collector need not look at it each time."""
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """pytest collects garbage five times over at its end, to hear of exceptions in it: once is enough."""
+    gc.collect()
     gc.freeze()
 
 

@@ -54,7 +54,7 @@ def test_run_deepseek_layer(tmp_path: Path) -> None:
     layer = read_layer(tmp_path, 1)
     logits = router_logits(layer, hidden)
     reference = (hidden.double() @ layer.router_weight.double().T).float()
-    torch.testing.assert_close(logits, reference, rtol=1e-6, atol=1e-6)
+    assert torch.allclose(logits, reference, rtol=1e-6, atol=1e-6)
     routing = deepseek_v4(logits, layer.router_bias, top_k=TOP_K, routed_scaling_factor=1.5, padded=padded)
     routed = forward(MoeCall(hidden, routing.ids, routing.scales, layer.experts))
     assert torch.equal(result["token_selected_experts"], routing.ids)
@@ -98,7 +98,7 @@ def test_run_gpt_oss_layer(tmp_path: Path, kind: str) -> None:
     layer = read_layer(tmp_path, 1)
     linear = hidden.double() @ layer.router_weight.double().T + layer.router_bias.double()
     assert result["logits"].dtype == torch.bfloat16
-    torch.testing.assert_close(result["logits"].double(), linear, rtol=2**-8, atol=0)
+    assert torch.allclose(result["logits"].double(), linear, rtol=2**-8, atol=0)
     routing = gpt_oss(result["logits"], top_k=TOP_K)
     wide = torch.nn.functional.pad(hidden, (0, 128 - GPT_OSS_H))
     expected = forward(MoeCall(wide, routing.ids, routing.scales, layer.experts))

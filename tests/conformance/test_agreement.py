@@ -316,6 +316,7 @@ def test_zeros_where_sums_cancel_are_given_no_name() -> None:
     assert not found.finding.exact
 
 
+@pytest.mark.slow
 def test_a_quick_run_repeats_the_finding() -> None:
     def scaled(call: MoeCall) -> Tensor:
         return forward(replace(call, token_final_scales=call.token_final_scales * 2.5))

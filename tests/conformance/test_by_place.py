@@ -145,6 +145,7 @@ def test_what_predicts_every_bit(kernel: Callable[[MoeCall], Tensor], name: str,
     assert predicting(call, kernel(call), words)
 
 
+@pytest.mark.slow
 def test_noise_leaves_none() -> None:
     call = captured("equal_weights")
     right = forward(call)

@@ -68,6 +68,7 @@ def by_hand(alpha: float | None, more: float, limit: float | None) -> Callable[.
     return swiglu
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("constants", "words"),
     first(
@@ -89,6 +90,7 @@ def test_constants_of_the_clamped_form(
     assert predicting(found, call, got)[0] == f"in the activation {words}"
 
 
+@pytest.mark.slow
 def test_a_constant_that_no_exact_arithmetic_gives() -> None:
     """The activation is rounded otherwise besides: it is still told what the errors show."""
     call = captured("tensor_rank_1_of_2")
@@ -103,6 +105,7 @@ def test_a_constant_that_no_exact_arithmetic_gives() -> None:
     assert "is added to up" in found.sentence
 
 
+@pytest.mark.slow
 def test_no_constant_of_another_mistake() -> None:
     call = captured("tensor_rank_1_of_2")
     got = layer(call, activation=lambda rows, a: fp32.to_bf16(a.roll(1, 1)))

@@ -69,6 +69,7 @@ def test_defects_are_named(name: str, small_cases: list[Case]) -> None:
     assert name in report.defects
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("patient")
 def test_a_defect_that_confuses_experts_is_named_although_few_are_kept() -> None:
     case = GOLDENS.load("gemm/uneven_experts")
@@ -102,6 +103,7 @@ def unnamed(copied_processes_of_module: None) -> Report:
     return run("tests.helpers.kernels_under_test:second_half_of_columns", [first_tokens(SMALL, 2)])
 
 
+@pytest.mark.slow
 def test_an_unnamed_mistake_gets_places_and_a_stage(unnamed: Report) -> None:
     (result,) = unnamed.results
     assert result.diagnosis is not None
@@ -139,6 +141,7 @@ def test_name_defects_intersects() -> None:
     assert name_defects([]) == ()
 
 
+@pytest.mark.slow
 def test_verdict_without_a_named_defect_gives_the_finding(unnamed: Report) -> None:
     assert unnamed.defects == ()
     assert "does not conform: 1 of 1 case fails. Every wrong bit is predicted by this: " in unnamed.verdict
@@ -146,12 +149,15 @@ def test_verdict_without_a_named_defect_gives_the_finding(unnamed: Report) -> No
 
 @pytest.mark.parametrize(
     ("hidden", "inner", "num_experts", "ep_size", "tokens", "extras"),
-    [
-        (128, 128, 1, 1, 1, False),
-        (128, 256, 1, 2, 2, True),
-        (256, 128, 3, 1, 0, False),
-        (384, 128, 2, 4, 1, True),
-    ],
+    usual.first(
+        2,
+        [
+            (128, 128, 1, 1, 1, False),
+            (128, 256, 1, 2, 2, True),
+            (256, 128, 3, 1, 0, False),
+            (384, 128, 2, 4, 1, True),
+        ],
+    ),
 )
 def test_every_defect_is_defined_on_every_shape(
     hidden: int, inner: int, num_experts: int, ep_size: int, tokens: int, extras: bool

@@ -89,6 +89,7 @@ def by_chance(x: Tensor) -> Tensor:
     return ((x.contiguous().view(torch.int32) + up) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", usual.first(1, ["round_activation", "round_fc2"]))
 def test_the_stage_of_roundings_that_need_not_be_wrong(stage: str) -> None:
     experts = layers.random_experts(7, num_experts=4, hidden=256, inner=256)  # fewer columns tell too little
@@ -107,6 +108,7 @@ def test_the_stage_of_roundings_that_need_not_be_wrong(stage: str) -> None:
     assert one.sentence.endswith("lies within the interval of all correct evaluations, and need not be wrong")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", usual.first(1, [0.1, 0.01]))
 def test_noise_has_no_stage(size: float) -> None:
     output = fp32.widen(EXPECTED)

@@ -63,6 +63,7 @@ def test_what_shows_in_an_intermediate_alone_is_no_other_order() -> None:
     assert not all_within("moe", [(one, {"output": output, **shown})])
 
 
+@pytest.mark.slow
 def test_the_verdict_is_what_intermediates_show() -> None:
     cases = [GOLDENS.load(name) for name in (CANCELLING, "gemm/ordinary", "gemm/overflow")]
     report = run(kernel(neighbours_scales), cases, Options(diagnosis="quick", repeat=False))

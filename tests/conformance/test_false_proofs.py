@@ -84,6 +84,7 @@ def test_a_bf16_sum_in_gemm2_is_no_other_activation() -> None:
     assert "activation" not in stage
 
 
+@pytest.mark.slow
 def test_a_factor_is_not_held_against_other_tiles() -> None:
     """What is expected depends so much on the K tiles that those of most equal elements are others, by chance."""
 

@@ -59,7 +59,7 @@ def test_layouts(name: str) -> None:
     assert words in (sentence(CASES[f"layout/{case}"], function) or "")
 
 
-@pytest.mark.parametrize("name", first(2, [name for name, case in CASES.items() if case.kind != "moe"]))
+@pytest.mark.parametrize("name", first(1, [name for name, case in CASES.items() if case.kind != "moe"]))
 def test_noise_is_not_named(name: str) -> None:
     """Bits that have changed here and there have no explanation, and a sentence about them would mislead."""
     generator = torch.Generator().manual_seed(0)

@@ -335,6 +335,7 @@ def test_in_this_process(name: str, status: str, message: str, case: Case) -> No
     assert run_case(load_kernel(hostile_kernels.wrong), case, ONCE).differing == 1
 
 
+@pytest.mark.usefixtures("copied_processes")
 @pytest.mark.parametrize(("name", "replaced"), REPLACING)
 def test_replacing_what_compares(name: str, replaced: str, case: Case, choice: Path, worker: Worker) -> None:
     result = isolated(name, case, choice, worker)
@@ -358,12 +359,14 @@ def test_replacing_in_this_process(name: str, replaced: str, case: Case) -> None
     assert run_case(load_kernel(hostile_kernels.wrong), case, ONCE).status == "differs"
 
 
+@pytest.mark.usefixtures("copied_processes")
 def test_what_a_kernel_replaced_spoils_no_later_case(case: Case, choice: Path, worker: Worker) -> None:
     result = isolated("replaces_methods_of_tensors", case, choice, worker, ONCE)
     assert_reported(result, "differs", "the kernel changed Tensor.")
     assert isolated("right", case, choice, worker, ONCE).status == "equal"
 
 
+@pytest.mark.usefixtures("copied_processes")
 def test_a_replaced_method_of_c_is_told(case: Case, choice: Path, worker: Worker) -> None:
     """In its own process, too: there it could hand over other bits than it returned."""
     told = "mxfp4ref.conformance.isolation.plain._data_ptr"

@@ -31,14 +31,14 @@ _CASES = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "words"),
     [
         (first_eight_tokens_twice, ", for the first 8 tokens"),
-        pytest.param(
+        (
             fc2_scales_transposed_but_the_first,
             "(transposed), for slots of all experts but the first expert",
-            marks=pytest.mark.slow,
         ),
         (rows_of_the_second_tile_twice, "rows beyond the first 8 of their expert"),
     ],

@@ -25,6 +25,7 @@ from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90.fp32 import to_bf16
 from tests.held_out_kernels.by_hand import layer
 from tests.held_out_kernels.calls import captured
+from tests.helpers.usual import first
 
 
 def found(call: MoeCall, got: Tensor, every: Iterable[Hypothesis]) -> Finding:
@@ -39,7 +40,7 @@ def rotated(t: Tensor, size: int) -> Tensor:
     return to_bf16((t.double().unflatten(1, (-1, size)) @ matrix).flatten(1).float())
 
 
-@pytest.mark.parametrize("size", [16, 128])
+@pytest.mark.parametrize("size", first(1, [16, 128]))
 def test_rotated_columns(size: int) -> None:
     call = captured("odd_tokens")
     got = layer(call, x=lambda rows, x: rotated(x, size))
@@ -97,6 +98,7 @@ def test_no_function_of_the_right_output(function: Callable[[Tensor], Tensor]) -
     assert not any("function of the right one" in one.sentence for one in of_output(function))
 
 
+@pytest.mark.slow
 def test_rows_that_are_zero_in_any_stage_prove_none() -> None:
     call = captured("prefill")
     last = call.experts.num_experts - 1

@@ -34,6 +34,7 @@ BLOCKS = COLUMNS // 8 % 4
 EXCHANGED = in_some_rows(COLUMNS + 8 * (BLOCKS == 1).int() - 8 * (BLOCKS == 2).int())
 
 
+@pytest.mark.slow
 def test_blocks_exchanged_in_some_rows() -> None:
     found = diagnose("moe", CALL, {"output": EXCHANGED}, {"output": RIGHT}, diagnosis="quick")
     assert found.finding.sentence.endswith(

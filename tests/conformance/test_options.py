@@ -65,6 +65,7 @@ def test_a_mistake_without_a_gate_is_diagnosed() -> None:
     assert "2" in str(result.diagnosis.finding)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "other"),
     first(1, [("ungated/gelu_at_rounding_boundaries", "Silu"), ("ungated/identity_with_biases", "Relu")]),

@@ -46,6 +46,7 @@ def gemm_of_float16(x: Tensor, packed: Tensor, scales: Tensor, tactic: object) -
     return GemmVariant()(x[None], packed[None], scales[None], **given)[0]  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("hooks", "stage", "words"),
     first(
@@ -84,18 +85,21 @@ def int8_by_tensor(rows: Rows, taken: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("hooks", "stage", "words"),
-    [
-        (
-            {"x": int8_by_tensor},
-            "input",
-            "the input is quantised to int8 (8 bits) and back, with one scale for the whole",
-        ),
-        (
-            {"activation": lambda rows, a: to_bf16(mxfp8(a))},
-            "activation",
-            "the activation is quantised to FP8 (float8_e4m3fn) and back, with one scale for each 32",
-        ),
-    ],
+    first(
+        1,
+        [
+            (
+                {"x": int8_by_tensor},
+                "input",
+                "the input is quantised to int8 (8 bits) and back, with one scale for the whole",
+            ),
+            (
+                {"activation": lambda rows, a: to_bf16(mxfp8(a))},
+                "activation",
+                "the activation is quantised to FP8 (float8_e4m3fn) and back, with one scale for each 32",
+            ),
+        ],
+    ),
 )
 def test_operands_that_were_quantised(
     hooks: dict[str, Callable[..., Tensor]], stage: str, words: str
@@ -121,16 +125,19 @@ def int8_by_row(a: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [
-        (
-            fp8_by_64,
-            "each 64 that is its largest number's part of the type's, codes by the type's largest number over",
-        ),
-        (
-            int8_by_row,
-            "int8 (8 bits) and back, with one scale for each row that is its largest number's part of the",
-        ),
-    ],
+    first(
+        1,
+        [
+            (
+                fp8_by_64,
+                "each 64 that is its largest number's part of the type's, codes by the type's largest number over",
+            ),
+            (
+                int8_by_row,
+                "int8 (8 bits) and back, with one scale for each row that is its largest number's part of the",
+            ),
+        ],
+    ),
 )
 def test_details_of_a_quantisation(change: Callable[[Tensor], Tensor], words: str) -> None:
     got = layer(CALL, x=lambda rows, x: to_bf16(change(x.float())))

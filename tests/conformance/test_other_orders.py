@@ -68,6 +68,7 @@ def off(*places: tuple[int, int, int]) -> Kernel:
     return Kernel("off", ("moe",), whole_arguments, lambda kind, call: with_bits(*places))
 
 
+@pytest.mark.slow
 def test_what_is_told_of_one_element_is_of_one_outside_its_bounds() -> None:
     """Not of one that another order of summation may give, though it comes first."""
     kernel = off(near(), (3, LARGE[0], 128), (3, LARGE[1], 128))
@@ -283,6 +284,7 @@ def test_nan_for_an_infinity_is_no_other_order_and_shows_no_layout() -> None:
     assert "NaN where an infinity is expected in 11 elements" in " ".join(found.patterns)
 
 
+@pytest.mark.slow
 def test_what_lies_within_bounds_hides_no_pattern_of_columns() -> None:
     """Elements that another order of summation gives count as right where others are far off."""
     case = GOLDENS.load("gemm/ordinary")

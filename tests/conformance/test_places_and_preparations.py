@@ -79,6 +79,7 @@ def test_weights_that_a_loader_made_others_of(kernel: str, words: str) -> None:
     assert [w for w in found if w.startswith(words)] == found != []
 
 
+@pytest.mark.slow
 def test_uses_of_gate() -> None:
     for kernel, words in {
         "sigmoid_of_the_column_before": "the sigmoid takes gate of the column before it in blocks of 8",
@@ -120,6 +121,7 @@ def test_rows_beside_them_at_the_end_of_experts() -> None:
     assert "each of these is the last row of its expert" in found.sentence
 
 
+@pytest.mark.slow
 def test_the_plain_rule_of_a_table_of_experts_is_told_first() -> None:
     call = captured("odd_tokens")
     scales = call.experts.fc2_scales
@@ -206,6 +208,7 @@ def test_routers_with_a_sink_another_tokens_row_or_sum() -> None:
         assert words in routing_finding(one.inputs, got, one.expected).sentence
 
 
+@pytest.mark.slow
 def test_scales_of_other_groups() -> None:
     for kernel, case, words in (
         ("scales_expanded_by_repeat", "every_packed_byte", "repeated, not interleaved"),

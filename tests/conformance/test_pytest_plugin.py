@@ -66,6 +66,7 @@ def test_failure_is_the_diagnosis_and_other_kinds_are_skipped(pytester: pytest.P
     result.stdout.no_fnmatch_line("*Traceback*")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("patient")
 def test_the_verdict_is_of_all_failures_together_as_in_conform(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch

@@ -37,7 +37,7 @@ def found(function: Wrong, one: Run) -> Finding | None:
     return None if same else routing_finding(one.inputs, outputs, one.expected)
 
 
-@pytest.mark.parametrize("name", usual.first(8, [*WRONG, *OTHER_SHAPES]))
+@pytest.mark.parametrize("name", usual.first(3, [*WRONG, *OTHER_SHAPES]))
 def test_wrong_routers_are_described(name: str) -> None:
     presets, function, words = {**WRONG, **OTHER_SHAPES}[name]
     cases = [CASES[case] for case in PLAIN if CASES[case].inputs["preset"] in presets]
@@ -70,7 +70,7 @@ NAMED = {
 
 
 @pytest.mark.parametrize(
-    "name", usual.first(6, [name for name, defect in DEFECTS.items() if defect.target == "routing"])
+    "name", usual.first(2, [name for name, defect in DEFECTS.items() if defect.target == "routing"])
 )
 def test_named_defects_are_described(name: str) -> None:
     """On every case that shows them."""
@@ -126,6 +126,7 @@ def test_a_correct_router_is_pointed_to_mode_bounded() -> None:
     assert named.verdict.endswith(f"mode bounded accepts it: {line}")
 
 
+@pytest.mark.slow
 def test_one_mistake_is_one_sentence_whatever_its_number() -> None:
     """A factor applied twice is 2.5x in one model and 1.5x in the other; what is right does not dilute it."""
 

@@ -117,6 +117,7 @@ def routed(name: str, **changes: Any) -> tuple[Any, dict[str, Tensor]]:
     return one, router(**{**one.inputs, **changes}, stable=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", usual.first(1, ["deepseek_v3_groups", "deepseek_v4_flash", "mixtral"]))
 def test_a_constant_in_the_sum(name: str) -> None:
     one, right = routed(name)
@@ -133,6 +134,7 @@ def test_a_constant_in_the_sum(name: str) -> None:
     assert sentence.endswith(f"before dividing by it: {constant}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", usual.first(1, ["deepseek_v4_flash", "gpt_oss_bf16_ties"]))
 def test_multiplied_logits(name: str) -> None:
     (one,) = runs(GOLDENS.load(f"routing/{name}"))
@@ -158,6 +160,7 @@ def test_a_shared_expert_in_the_last_slot(name: str) -> None:
     assert sentence.endswith(f"the others are those of a router of fewer experts: top-{top_k}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", usual.first(1, ["deepseek_v4_flash", "deepseek_v4_pro"]))
 def test_a_multiple_of_the_bias(name: str) -> None:
     (one,) = runs(GOLDENS.load(f"routing/{name}"))

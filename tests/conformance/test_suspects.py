@@ -63,14 +63,14 @@ def verdict_on(call: MoeCall, name: str, seconds: float = 60.0) -> Verdict:
     return try_defects(call, output, expected, seconds=seconds)
 
 
-@pytest.mark.parametrize("name", first(4, FEW))
+@pytest.mark.parametrize("name", first(2, FEW))
 def test_defects_are_named(name: str) -> None:
     found = verdict_on(layer(), name)
     assert [(p.name, p.exact) for p in found.predictions] == [(name, True)]
     assert found.remarks == ()
 
 
-@pytest.mark.parametrize("name", OF_RANKS)
+@pytest.mark.parametrize("name", first(2, OF_RANKS))
 def test_defects_of_ranks_are_named(name: str) -> None:
     call = layer(ep_size=4, ep_rank=3)
     assert name in [p.name for p in verdict_on(call, name).predictions if p.exact]

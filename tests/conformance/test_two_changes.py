@@ -61,6 +61,7 @@ def test_a_clamp_and_another_use_of_the_weights() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_clamp_and_weights_of_no_rule() -> None:
     scales = torch.rand(8, 2, generator=torch.Generator().manual_seed(5)) + 0.1
     (match,) = found(replace(CALL, token_final_scales=scales), CALL)
@@ -88,6 +89,7 @@ def test_one_change_is_not_told_as_two() -> None:
     assert not found(CALL, CALL)
 
 
+@pytest.mark.slow
 def test_roundings_that_are_left_are_no_second_change() -> None:
     pipeline = prepared(CALL)
     base = pipeline.staging(activate=SwigluVariant(clamp=lambda up, gate, limit: (up, gate)))

@@ -105,6 +105,7 @@ def test_nothing_is_named_that_only_gives_zeros(case: str) -> None:
 CLAMP = "activation/non_finite_before_clamp"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", first(1, [0x7FFF, -1]))
 def test_nan_everywhere_is_first_that_of_what_concerns_nan(bits: int) -> None:
     """Much else gives nothing but NaN there, as swapped rows do; a kernel's NaN may have other bits."""
@@ -159,6 +160,7 @@ def test_zeros_are_predicted_by_what_another_case_names(monkeypatch: pytest.Monk
     assert "last_slot_dropped" not in alone.verdict
 
 
+@pytest.mark.slow
 def test_zeros_of_one_case_name_nothing_in_another() -> None:
     """`last_slot_dropped` gives zeros too where tokens have one slot: what it predicts of zeros is no proof of it."""
     names = ("finalize/flush_boundary_of_products", "ungated/relu_special_values")

@@ -64,6 +64,7 @@ def test_a_part_in_which_a_table_holds() -> None:
     assert not finding.exact
 
 
+@pytest.mark.slow
 def test_values_that_nothing_orders() -> None:
     some = torch.rand(64, 128, generator=torch.Generator().manual_seed(1)) < 0.05
     finding = found(lambda r: torch.where(some & (r.abs() < 2.0**120), 0 * r.abs(), r))

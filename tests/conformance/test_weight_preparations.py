@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterable
 from functools import cache
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -45,6 +46,7 @@ def predicting(hypotheses: Callable[[MoeCall], Iterable[Hypothesis]], got: Tenso
     return [match.hypothesis.words for match in found]
 
 
+@pytest.mark.slow
 def test_scales_in_tiles() -> None:
     call, _ = call_and_output("odd_tokens")
     rows, groups = 32, 4
@@ -55,6 +57,7 @@ def test_scales_in_tiles() -> None:
     assert any("tiles of 32 rows x 4 K groups" in words for words in predicting(preparation_hypotheses, got))
 
 
+@pytest.mark.slow
 def test_shards_of_up_and_gate() -> None:
     call, _ = call_and_output("odd_tokens")
     parts = call.experts.fc1_weights.chunk(8, 1)
@@ -64,6 +67,7 @@ def test_shards_of_up_and_gate() -> None:
     assert "4 shards" in words
 
 
+@pytest.mark.slow
 def test_blocks_of_rows() -> None:
     call, _ = call_and_output("odd_tokens")
     scales = call.experts.fc2_scales
@@ -73,6 +77,7 @@ def test_blocks_of_rows() -> None:
     assert words == "GEMM2's scales are in the first 32 of each 64 rows those of the last 32"
 
 
+@pytest.mark.slow
 def test_tiles_of_k_that_are_stale() -> None:
     call, _ = call_and_output("odd_tokens")
     late = call.experts.fc1_weights.clone()

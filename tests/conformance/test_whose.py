@@ -99,6 +99,7 @@ def test_rules_are_told_after_the_table_that_they_give() -> None:
     )
 
 
+@pytest.mark.slow
 def test_what_is_all_that_an_expert_has_is_told_of_slots_and_of_weights() -> None:
     """Without biases and parameters another expert for a slot gives the same as the weights of another one."""
     call = captured("idle_experts")
@@ -155,6 +156,7 @@ def test_a_rule_of_one_case_that_another_refutes_is_withdrawn() -> None:
     assert finding.exact
 
 
+@pytest.mark.slow
 def test_a_table_by_experts_is_one_of_other_calls_too() -> None:
     """By the experts' numbers on their rank, on which the second call has experts 8 to 11."""
     calls = [captured("idle_experts"), captured("expert_rank_2_of_4")]
@@ -165,6 +167,7 @@ def test_a_table_by_experts_is_one_of_other_calls_too() -> None:
     assert not bool(differing(table.change(prepared(calls[0])).run(), kernel(calls[0])).any())
 
 
+@pytest.mark.slow
 def test_equal_tensors_are_no_others() -> None:
     """Experts with one alpha: which of them it is does not show, and a rule that moves only these is none."""
     call = captured("gpt_oss")

@@ -324,6 +324,7 @@ def test_a_known_defect_is_named(tmp_path: Path) -> None:
     assert "bf16_finalize" in report.verdict
 
 
+@pytest.mark.slow
 def test_what_explained_one_call_is_tried_first_on_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -129,7 +129,7 @@ def assert_same_trace(parts: list[tuple[Tensor, dict[str, Tensor]]], expected: M
 # --- interpreted ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", first(2, LAYOUTS))
+@pytest.mark.parametrize("layout", first(1, LAYOUTS))
 def test_the_forward_interpreted(interpreted: None, layout: Generation | None) -> None:
     call = easy_call(layout)
     parts = list(gpu.forward_in_parts(call, keep=True, tiles=MIDDLE))
@@ -191,11 +191,14 @@ def test_routing_interpreted(interpreted: None) -> None:
 
 @pytest.mark.parametrize(
     ("layout", "tactic", "generation", "tiles"),
-    [
-        (None, Tactic((64, 16, 256)), BYTEWISE, NARROW),
-        (BYTEWISE, Tactic((64, 32, 256)), WORDWISE, WIDE),
-        (WORDWISE, Tactic((64, 64, 256)), WORDWISE, MIDDLE),
-    ],
+    first(
+        2,
+        [
+            (None, Tactic((64, 16, 256)), BYTEWISE, NARROW),
+            (BYTEWISE, Tactic((64, 32, 256)), WORDWISE, WIDE),
+            (WORDWISE, Tactic((64, 64, 256)), WORDWISE, MIDDLE),
+        ],
+    ),
 )
 def test_the_gemm_interpreted(
     interpreted: None, layout: Generation | None, tactic: Tactic, generation: Generation, tiles: Tiles

@@ -76,7 +76,7 @@ bf16 = st.integers(-0x7E80, 0x7E80).map(  # up to 2^126: no sum or product overf
 )
 
 
-@settings(max_examples=500)
+@settings(max_examples=200)
 @given(bf16, bf16, st.floats(2.0**-10, 1.0, width=32), st.sampled_from(RoutedScaling), st.booleans())
 def test_any_rounding(routed, shared, factor, placement, with_shared):
     if placement is RoutedScaling.FUSED_WITH_SHARED_ADD_BF16:

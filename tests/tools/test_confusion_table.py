@@ -27,6 +27,7 @@ def tool() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_names_and_problems(tool: ModuleType) -> None:
     columns = [tool.column(name) for name in ("finalize/cancelling_experts", "gemm/mirrored_hidden_384")]
     assert tool.names_of("gate_up_swapped", columns) == (2, ("gate_up_swapped",))

@@ -26,6 +26,7 @@ def tool() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_two_cases_catch_each_member(tool: ModuleType) -> None:
     cases = tool.cases()
     found = {

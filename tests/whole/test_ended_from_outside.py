@@ -77,11 +77,21 @@ def test_a_closed_pipe(arguments: tuple[str, ...]) -> None:
     assert (command.returncode, command.stderr) == (141, b"")
 
 
+WITHOUT_STREAMS = """
+import os, sys
+sys.stdin = sys.stdout = sys.stderr = sys.__stdin__ = sys.__stdout__ = sys.__stderr__ = None
+os.closerange(0, 3)
+from mxfp4ref.__main__ import main
+main()
+"""
+
+
+@pytest.mark.usefixtures("copied_processes")
 def test_closed_streams(tmp_path: Path) -> None:
     """The report's number is none of theirs, and what could not be printed is no success."""
     arguments = ("conform", "oracle", "--goldens", CHECKOUT, "--case", "finalize/slot_order")
     command = subprocess.run(
-        ["sh", "-c", '"$@" --json r.json <&- >&- 2>&-', "sh", *MXFP4REF, *arguments],
+        [sys.executable, "-c", WITHOUT_STREAMS, *arguments, "--json", "r.json"],
         env=ENVIRONMENT,
         cwd=tmp_path,
         check=False,
@@ -119,18 +129,26 @@ def test_too_little_memory_is_no_verdict(megabytes: int) -> None:
     assert megabytes == 20 or f"the limit is {megabytes * 10**6 >> 20} MiB (ulimit -v)" in last
 
 
+LIMITED = """
+import resource
+resource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))
+from mxfp4ref.__main__ import main
+main()
+"""
+
+
 def _limit_memory(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
 
 
+@pytest.mark.usefixtures("copied_processes")
 def test_a_script_may_end_as_it_likes_where_memory_is_limited(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\n")
     command = subprocess.run(
-        [*MXFP4REF, "record", "--output", tmp_path / "calls", script],
+        [sys.executable, "-c", LIMITED, "record", "--output", tmp_path / "calls", script],
         capture_output=True,
         env=ENVIRONMENT,
-        preexec_fn=partial(_limit_memory, 1 << 40),
         check=False,
     )
     assert command.returncode == 128 + signal.SIGTERM
@@ -320,7 +338,7 @@ shards._read_file = shortened
 """
 
 
-@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("hard", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_limit_of_time_is_told_as_that(hard: bool) -> None:
     command = subprocess.run(
         [*MXFP4REF, "conform", "oracle", "--goldens", CHECKOUT, "--diagnosis", "none"],

@@ -265,14 +265,21 @@ NOT_COMPILED = ("generator", "golden", "comparison", "conformance", "gemm")
 # What moves bytes and computes nothing, where a compiler has nothing to round, and what is made of others of these.
 MOVING = ("resize", "layout halves", "layout scales", "layout weights", "mxfp4 codes", "routing packed")
 MADE_OF_OTHERS = ("parallel", "layer", "oracle", "moe.trace", "routing.mixtral", "routing.gpt_oss")
+PARTS_OF_OTHERS = (
+    "mxfp4.decode_ue8m0",
+    "mxfp4.fp32_to_ue8m0",
+    "mxfp4.dequantize",
+    "fp32",
+    "tensor_core.step",
+)
 
 
 def rarely(mode: str, name: str) -> bool:
-    """Of a run of the kit two modes are enough: what it computes is what the others do."""
+    """Of a run of the kit and of bounds two modes are enough: what they compute is what the others do."""
     return (
-        name in MOVING + MADE_OF_OTHERS
+        name in MOVING + MADE_OF_OTHERS + PARTS_OF_OTHERS
         if mode == "compiled"
-        else name == "conformance" and mode not in [*MODES][:2]
+        else name in ("conformance", "bounds") and mode not in [*MODES][:2]
     )
 
 

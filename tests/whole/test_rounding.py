@@ -90,6 +90,7 @@ def test_what_computes_refuses() -> None:
             compute()
 
 
+@pytest.mark.usefixtures("copied_processes")
 def test_torch_threads_that_were_started_in_another_mode() -> None:
     code = (
         "import ctypes, torch; from mxfp4ref.routing.scoring import softmax\n"

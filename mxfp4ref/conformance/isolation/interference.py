@@ -7,7 +7,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable
-from operator import is_
+from operator import attrgetter, is_
 from pathlib import Path
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -60,15 +60,16 @@ def interference() -> Callable[[], str]:
     They are this package's, functions with their code and constants with what they hold, and torch's. It says in
     words what a kernel had replaced.
     """
-    ours = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == "mxfp4ref"]
+    every = list(sys.modules.items())
+    ours = [module for name, module in every if name.startswith("mxfp4ref.") or name == "mxfp4ref"]
     parts: dict[Any, _Parts] = {module: _parts(module) for module in ours}
     parts |= {owner: _parts(owner) for found in list(parts.values()) for owner in found.classes}
     _KNOWN.clear()  # of modules that are gone
     _KNOWN.update(parts)
     # Copies, since a kernel finds the others under a name.
     noted: dict[Any, dict[str, Any]] = {owner: dict(found.members) for owner, found in parts.items()}
-    functions = {function for found in parts.values() for function in found.functions}
-    bodies = [(f, f.__code__, f.__defaults__) for f in functions]
+    functions = [*{function for found in parts.values() for function in found.functions}]
+    bodies = [(one, [*map(one, functions)]) for one in map(attrgetter, ("__code__", "__defaults__"))]
     held = {
         f"{owner.__name__}.{name}": (value, value.copy())
         for owner, found in parts.items()
@@ -84,12 +85,13 @@ def interference() -> Callable[[], str]:
             if len(now) == len(found) and all(map(is_, now.values(), found.values())):
                 continue
             for name, value in found.items():
-                new = now.get(name)
+                if (new := now.get(name)) is value:
+                    continue
                 matters = (
                     issubclass(type(value), CODE) or callable(value) or name.isupper() or name not in now
                 )
                 # torch replaces some functions by its own when it imports its compiler.
-                if new is not value and matters and not (_is_torchs(value) and _is_torchs(new)):
+                if matters and not (_is_torchs(value) and _is_torchs(new)):
                     setattr(owner, name, value)
                     changed.append(f"{found.get('__name__') or owner.__name__}.{name}")
         for owner in parts:
@@ -109,7 +111,9 @@ def interference() -> Callable[[], str]:
                 value.clear()
                 value.extend(before) if type(value) is list else value.update(before)
                 changed.append(name)
-        for function, code, defaults in bodies:
+        if all(all(map(is_, map(now, functions), before)) for now, before in bodies):
+            return listed(changed)
+        for function, code, defaults in zip(functions, *(before for _, before in bodies), strict=True):
             if function.__code__ is code and function.__defaults__ is defaults:
                 continue
             if _package_of(function) == "mxfp4ref":

@@ -7,6 +7,7 @@ import importlib
 import re
 from base64 import b64encode
 from collections import Counter
+from functools import cache
 from typing import Any
 
 from mxfp4ref._files import printable
@@ -87,6 +88,11 @@ def thread_url(seen_in: str) -> str:
 def environment() -> Any:
     """jinja2's, with the templates of reports; with the error of `check_html`."""
     check_html()
+    return _environment()
+
+
+@cache  # compiling the templates takes longer than all else
+def _environment() -> Any:
     jinja2 = importlib.import_module("jinja2")
     return jinja2.Environment(
         loader=jinja2.PackageLoader("mxfp4ref.conformance"),
