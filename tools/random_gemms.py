@@ -44,12 +44,10 @@ def differing(seed: int) -> tuple[int, int]:
     order = group_order(sizes["groups"], tactic.tile_k)
     swapped = first_pair_swapped(x, None, tactic, generation)
     layout = generation.layout
-    stored = StoredWeights(packed[0], scales[0].flatten(), (0, 0))
+    stored = StoredWeights(packed, scales.flatten(1), (0, 0))
     if rng.random() < 0.7:
-        in_order = layout.interleave(packed)[0], layout.fold(scales)[0].flatten()
-        stored = StoredWeights(*in_order, layout.ORDERS)
-    rows, columns = x[0], sizes["columns"]
-    got = grouped_gemm(compiled_loops(), rows, [len(rows)], lambda _: stored, order, swapped[0], columns)
+        stored = StoredWeights(layout.interleave(packed), layout.fold(scales).flatten(1), layout.ORDERS)
+    got = grouped_gemm(compiled_loops(), x[0], [x.shape[1]], stored, order, swapped[0])
     expected = gemm_in_order(x, packed, scales, order, swapped)[0]
     return got.numel(), int((got.view(torch.int32) != expected.view(torch.int32)).sum())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Self
@@ -25,11 +25,11 @@ PARAMETERS = ("swiglu_alpha", "swiglu_beta", "swiglu_limit", "situ_beta", "situ_
 
 
 class StoredWeights(NamedTuple):
-    """The MXFP4 weights of one GEMM of one expert as they lie in memory.
+    """The MXFP4 weights of one GEMM of all experts as they lie in memory.
 
     Attributes:
-        packed: `[N, K/2] uint8`.
-        scales: `[N * K/32] uint8`.
+        packed: `[E, N, K/2] uint8`.
+        scales: `[E, N * K/32] uint8`.
         orders: the byte orders of the two, `ORDERS` of the module that describes them, 0 for the logical one.
     """
 
@@ -163,10 +163,10 @@ class Experts(Shown):
             getattr(self, f"{gemm}_weights")[one], None if scales is None else scales[one]
         )
 
-    def stored(self, gemm: str, expert: int) -> StoredWeights:
-        """MXFP4 weights of "fc1" or "fc2" of one expert, as they are."""
-        scales = getattr(self, f"{gemm}_scales")[expert].reshape(-1).view(torch.uint8)
-        return StoredWeights(getattr(self, f"{gemm}_weights")[expert], scales, self._orders)
+    def stored(self, gemm: str, used: Sequence[int]) -> StoredWeights:
+        """MXFP4 weights of "fc1" or "fc2", as they are; those `used` have to be modelled."""
+        scales = getattr(self, f"{gemm}_scales").flatten(1).view(torch.uint8)
+        return StoredWeights(getattr(self, f"{gemm}_weights"), scales, self._orders)
 
     def to(self, device: torch.device | str) -> Self:
         """The same experts on another device."""
@@ -267,7 +267,7 @@ class PlainExperts(Sm90Experts):
 
     _possible: ClassVar[tuple[Generation, ...]] = (PLAIN,)
 
-    def stored(self, gemm: str, expert: int) -> StoredWeights:
-        weights = super().stored(gemm, expert)
-        plain.check(weights.scales)
+    def stored(self, gemm: str, used: Sequence[int]) -> StoredWeights:
+        weights = super().stored(gemm, used)
+        plain.check(weights.scales[list(used)])
         return weights

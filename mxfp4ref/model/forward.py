@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -238,10 +237,9 @@ def gemm_rows(
             loops,
             x,
             rows.ends,
-            partial(experts.stored, name),
+            experts.stored(name, [expert for expert, _ in rows.by_expert]),
             group_order(x.shape[1] // GROUP_SIZE, tactic.tile_k, generation),
             first_pair_swapped(x[None], rows.position[None], tactic, generation)[0],
-            num_columns,
         )
         return result if keep else result[:0], rounding(result)
 
