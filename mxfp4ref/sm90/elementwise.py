@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,9 @@ from mxfp4ref.sm90 import fp32, mufu
 from mxfp4ref.sm90.activation import ACTIVATIONS, SWIGLU_BIAS, Activation
 from mxfp4ref.sm90.threads import spans_in_parallel
 
-__all__ = ["activate", "finalize", "to_bf16"]
+__all__ = ["activate", "activated", "elementwise_loops", "finalize", "rounded", "to_bf16", "weighted_sum"]
+
+Array = np.ndarray[Any, Any]
 
 _CPU = torch.device("cpu")
 _ROWS_AT_ONCE = 16  # the share of a thread
@@ -38,7 +41,7 @@ def activate(
             check_tensor(name, parameter, dtype=torch.float32, shape=("...",))
     if bias is not None:
         check_tensor("bias", bias, dtype=_BIASES, shape=("...",))
-    compiled = _loops(fc1_output)
+    compiled = _loops_for(fc1_output)
     vary = any(p is not None and p.dim() > 0 and p.shape[-1] != 1 for p in parameters)
     if (
         compiled is None
@@ -59,7 +62,7 @@ def finalize(fc2_output: Tensor, local: Tensor, scales: Tensor, bias: Tensor | N
     if bias is not None:
         check_tensor("bias", bias, dtype=_BIASES, shape=("E", "H"), sizes=sizes)
         check_ids("local", local, minimum=-1, maximum=len(bias) - 1)
-    compiled = _loops(fc2_output)
+    compiled = _loops_for(fc2_output)
     if compiled is None or not _all_bf16(fc2_output, bias):
         return transcribed_finalize.finalize(fc2_output, local, scales, bias)
     return _finalize(compiled, fc2_output, local, scales, bias)
@@ -69,7 +72,7 @@ def finalize(fc2_output: Tensor, local: Tensor, scales: Tensor, bias: Tensor | N
 def to_bf16(x: Tensor) -> Tensor:
     """As `fp32.to_bf16`."""
     check_tensor("x", x, dtype=torch.float32, shape=("...",))
-    compiled = _loops(x)
+    compiled = _loops_for(x)
     return fp32.to_bf16(x) if compiled is None or not x.dim() else _to_bf16(compiled, x)
 
 
@@ -81,47 +84,65 @@ def _activate(
     parameters: Sequence[Tensor | None],
 ) -> Tensor:
     *leading, width = fc1_output.shape
-    inner = width // 2 if activation.gated else width
-    out = torch.empty(*leading, inner, dtype=torch.float32, device="cpu")
     num_rows = math.prod(leading)
+    x = as_numpy(fc1_output, np.int16).reshape(num_rows, width)
+    added = None if bias is None else as_numpy(bias.expand_as(fc1_output), np.int16).reshape(num_rows, width)
     of_rows = np.empty((len(parameters), num_rows), np.float32)
     for row, parameter, default in zip(of_rows, parameters, activation.defaults.values(), strict=True):
         row[:] = (
             default if parameter is None else as_numpy(parameter.expand(*leading, 1), np.float32).reshape(-1)
         )
-    x = as_numpy(fc1_output, np.int16).reshape(num_rows, width)
-    added = x[:0] if bias is None else as_numpy(bias.expand_as(fc1_output), np.int16).reshape(num_rows, width)
-    out_bits = as_numpy(out, np.int32).reshape(num_rows, inner)
-    scaled = activation.id == SWIGLU_BIAS and parameters[0] is not None  # by alpha
-    of_bf16 = np.empty(0, np.int32) if scaled or bias is not None else _sigmoids(compiled)
-
-    def compute(rows: slice) -> None:
-        given = np.ascontiguousarray(of_rows[:, rows]).view(np.int32)
-        compiled.activate(activation.id, x[rows], added[rows], given, of_bf16, *_tables(), out_bits[rows])
-
-    spans_in_parallel(compute, num_rows, _ROWS_AT_ONCE, _CPU, out.numel() * _OPERATIONS)
-    return out
+    out = activated(compiled, activation.id, x, added, of_rows)
+    return torch.from_numpy(out.view(np.float32)).view(*leading, out.shape[1])
 
 
 def _finalize(
     compiled: Any, fc2_output: Tensor, local: Tensor, scales: Tensor, bias: Tensor | None
 ) -> Tensor:
-    num_tokens, _, hidden_size = fc2_output.shape
-    out = torch.empty(num_tokens, hidden_size, dtype=torch.float32, device="cpu")
-    x, out_bits = as_numpy(fc2_output, np.int16), as_numpy(out, np.int32)
-    experts, weights = as_numpy(local, np.int64), as_numpy(scales, np.int32)
-    added = np.empty((0, hidden_size), np.int16) if bias is None else as_numpy(bias, np.int16)
-
-    def compute(tokens: slice) -> None:
-        compiled.finalize(x[tokens], experts[tokens], weights[tokens], added, out_bits[tokens])
-
-    spans_in_parallel(compute, num_tokens, _ROWS_AT_ONCE, _CPU, fc2_output.numel() * _OPERATIONS)
-    return out
+    given = as_numpy(fc2_output, np.int16), as_numpy(local, np.int64), as_numpy(scales, np.int32)
+    out = weighted_sum(compiled, *given, None if bias is None else as_numpy(bias, np.int16))
+    return torch.from_numpy(out.view(np.float32))
 
 
 def _to_bf16(compiled: Any, x: Tensor) -> Tensor:
-    out = torch.empty(x.shape, dtype=torch.bfloat16, device="cpu")
-    compiled.to_bf16(as_numpy(x, np.int32).reshape(-1), as_numpy(out, np.int16).reshape(-1))
+    return torch.from_numpy(rounded(compiled, as_numpy(x, np.int32)).reshape(x.shape)).view(torch.bfloat16)
+
+
+def activated(
+    compiled: Any, activation: int, fc1_output: Array, bias: Array | None, parameters: Array
+) -> Array:
+    """As `activate`, of the bits of `[R, 2I]`, of a bias like it and of `[P, R] float32`."""
+    num_rows, width = fc1_output.shape
+    out = np.empty((num_rows, width // 2 if ACTIVATIONS[activation].gated else width), np.int32)
+    added = fc1_output[:0] if bias is None else bias
+    scaled = activation == SWIGLU_BIAS and (parameters[0] != 1).any()  # by alpha
+    of_bf16 = np.empty(0, np.int32) if scaled or bias is not None else _sigmoids(compiled)
+
+    def compute(rows: slice) -> None:
+        given = np.ascontiguousarray(parameters[:, rows]).view(np.int32)
+        compiled.activate(activation, fc1_output[rows], added[rows], given, of_bf16, *_tables(), out[rows])
+
+    spans_in_parallel(compute, num_rows, _ROWS_AT_ONCE, _CPU, out.size * _OPERATIONS)
+    return out
+
+
+def weighted_sum(compiled: Any, fc2_output: Array, local: Array, scales: Array, bias: Array | None) -> Array:
+    """As `finalize`, of bits."""
+    num_tokens, _, hidden_size = fc2_output.shape
+    out = np.empty((num_tokens, hidden_size), np.int32)
+    added = np.empty((0, hidden_size), np.int16) if bias is None else bias
+
+    def compute(tokens: slice) -> None:
+        compiled.finalize(fc2_output[tokens], local[tokens], scales[tokens], added, out[tokens])
+
+    spans_in_parallel(compute, num_tokens, _ROWS_AT_ONCE, _CPU, fc2_output.size * _OPERATIONS)
+    return out
+
+
+def rounded(compiled: Any, bits: Array) -> Array:
+    """As `to_bf16`, of bits."""
+    out = np.empty(bits.shape, np.int16)
+    compiled.to_bf16(bits.reshape(-1), out.reshape(-1))
     return out
 
 
@@ -147,11 +168,15 @@ def _all_bf16(x: Tensor, bias: Tensor | None) -> bool:
     return x.dtype == torch.bfloat16 and (bias is None or bias.dtype == torch.bfloat16)
 
 
-def _loops(x: Tensor) -> Any:
-    if x.device.type != "cpu":
-        return None
+def _loops_for(x: Tensor) -> Any:
+    return elementwise_loops() if x.device.type == "cpu" else None
+
+
+def elementwise_loops() -> ModuleType | None:
+    """The loops, or None, after one warning, where they cannot be used."""
     consequence = "the activation and the weighted sum take 10 times as long as need be"
-    return loops("mxfp4ref.sm90.elementwise_loops", _try_out, consequence)
+    loaded: ModuleType | None = loops("mxfp4ref.sm90.elementwise_loops", _try_out, consequence)
+    return loaded
 
 
 def _try_out(compiled: Any) -> None:

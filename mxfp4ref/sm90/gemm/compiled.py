@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache, partial
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -90,35 +91,39 @@ def grouped_gemm(
     check_tensor("x", x, dtype=torch.bfloat16, shape=("R", len(order) * GROUP_SIZE))
     if ends[-1] != len(x):
         raise ValueError(f"ends: expected the last to be the number of rows, {len(x)}, got {ends[-1]}")
-    rows, swaps = as_numpy(x, np.uint16), as_numpy(swapped, np.bool_)
-    out = multiply(compiled, rows, np.asarray(ends), weights, tuple(order), swaps)
+    rows, swaps = as_numpy(x, np.int16), as_numpy(swapped, np.bool_)
+    out = multiply(compiled, rows, ends, weights, tuple(order), swaps)
     return torch.from_numpy(out.view(np.float32))
 
 
 def multiply(
-    compiled: Any, x: Array, ends: Array, weights: StoredWeights, order: tuple[int, ...], swapped: Array
+    compiled: Any,
+    x: Array,
+    ends: Sequence[int],
+    weights: StoredWeights,
+    order: tuple[int, ...],
+    swapped: Array,
 ) -> Array:
     """As `grouped_gemm`, from the bits of `x` to those of the accumulators, `[R, N] int32`."""
     depth, num_columns = x.shape[1], weights.packed.shape[1]
     num_groups = depth // GROUP_SIZE
-    x_bits = np.ascontiguousarray(x.reshape(len(x), num_groups, GROUP_SIZE).transpose(1, 0, 2))
+    x_bits = np.ascontiguousarray(
+        x.view(np.uint16).reshape(len(x), num_groups, GROUP_SIZE).transpose(1, 0, 2)
+    )
     facts, out = np.empty((num_groups, len(x), 4), np.int32), np.empty((len(x), num_columns), np.int32)
     compiled.classify(x_bits, facts)
-    starts = np.concatenate(([0], ends[:-1]))
-    used = np.flatnonzero(ends > starts)
-    packed, scales, numbers = _in_place(weights, used)
+    used = [(expert, start, end) for expert, (start, end) in enumerate(pairwise([0, *ends])) if start < end]
+    packed, scales, numbers = _in_place(weights, [expert for expert, _, _ in used])
     if num_groups % 4:
         scales = pad(scales.reshape(-1, num_groups), (0, -num_groups % 4)).view(len(scales), -1)
     pieces = [
-        (number, starts[expert], ends[expert], columns.start, columns.stop)
-        for number, expert in zip(numbers, used, strict=True)
+        (number, start, end, columns.start, columns.stop)
+        for number, (_, start, end) in zip(numbers, used, strict=True)
         for columns in spans(num_columns, _COLUMNS_AT_ONCE)
     ]
-    of_pieces, words = (
-        np.array(pieces, np.int64).reshape(-1, 5),
-        (as_numpy(t, np.int32) for t in (packed, scales)),
-    )
-    given = x_bits, facts, swapped, *words, np.array(weights.orders), _steps(order, bool(swapped.any()))
+    of_pieces = np.array(pieces, np.int64).reshape(-1, 5)
+    stored = as_numpy(packed, np.int32), as_numpy(scales, np.int32), np.array(weights.orders)
+    given = x_bits, facts, swapped, *stored, _steps(order, bool(swapped.any()))
 
     def compute(some: slice) -> None:
         compiled.gemm(*given, of_pieces[some], out)
@@ -127,12 +132,11 @@ def multiply(
     return out
 
 
-def _in_place(weights: StoredWeights, used: Array) -> tuple[Tensor, Tensor, Array]:
+def _in_place(weights: StoredWeights, used: list[int]) -> tuple[Tensor, Tensor, Sequence[int]]:
     """Weights, scales and the numbers of the used experts there: all, or copies where no loop could read them."""
     for tensor in (weights.packed, weights.scales):
         if not tensor.is_contiguous() or tensor.data_ptr() % 4:
-            chosen = torch.from_numpy(used)
-            return weights.packed[chosen], weights.scales[chosen], np.arange(len(used))
+            return weights.packed[used], weights.scales[used], range(len(used))
     return weights.packed, weights.scales, used
 
 
