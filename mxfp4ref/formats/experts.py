@@ -79,15 +79,11 @@ class Experts(Shown):
         experts, hidden, inner = self.num_experts, self.hidden_size, self.intermediate_size
         packing = 2 if self.quantized else 1
         fc1_rows = 2 * inner if self.gated else inner
-        for name, value, rows, depth in (
-            ("fc1", fc1, fc1_rows, hidden),
-            ("fc2", self.fc2_weights, hidden, inner),
-        ):
+        check_tensor("fc1_weights", fc1, dtype=fc1.dtype, shape=(experts, fc1_rows, hidden // packing))
+        for name, rows, depth in (("fc1", fc1_rows, hidden), ("fc2", hidden, inner)):
             if depth % GROUP_SIZE or not depth:
                 wanted = f"a multiple of {GROUP_SIZE} values along K" + ", not 0" * (not depth)
                 raise ValueError(f"{name}_weights: expected {wanted}, got {depth}")
-            shape: tuple[int, ...] = (experts, rows, depth // packing)
-            check_tensor(f"{name}_weights", value, dtype=fc1.dtype, shape=shape)
             scales = getattr(self, f"{name}_scales")
             if self.quantized:
                 self._check_scales(f"{name}_scales", scales, (experts, rows, depth // GROUP_SIZE))
