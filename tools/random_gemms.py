@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mxfp4ref._compiled import as_numpy
 from mxfp4ref.formats.experts import StoredWeights
 from mxfp4ref.formats.generations import GENERATIONS
 from mxfp4ref.sm90.gemm.compiled import compiled_loops, grouped_gemm
@@ -47,9 +48,10 @@ def differing(seed: int) -> tuple[int, int]:
     stored = StoredWeights(packed, scales.flatten(1), (0, 0))
     if rng.random() < 0.7:
         stored = StoredWeights(layout.interleave(packed), layout.fold(scales).flatten(1), layout.ORDERS)
-    got = grouped_gemm(compiled_loops(), x[0], [x.shape[1]], stored, order, swapped[0])
+    rows = as_numpy(x[0], np.int16)
+    out = grouped_gemm(compiled_loops(), rows, [len(rows)], stored, order, swapped[0].numpy())
     expected = gemm_in_order(x, packed, scales, order, swapped)[0]
-    return got.numel(), int((got.view(torch.int32) != expected.view(torch.int32)).sum())
+    return out.size, int((torch.from_numpy(out) != expected.view(torch.int32)).sum())
 
 
 def main() -> int:

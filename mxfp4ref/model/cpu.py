@@ -14,8 +14,8 @@ from mxfp4ref.formats.humming_experts import HummingExperts
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.rows import Array, Rows, local_experts, route
-from mxfp4ref.sm90.elementwise import activated, elementwise_loops, rounded, weighted_sum
-from mxfp4ref.sm90.gemm.compiled import compiled_loops, multiply
+from mxfp4ref.sm90.elementwise import activated, elementwise_loops, parameter_rows, rounded, weighted_sum
+from mxfp4ref.sm90.gemm.compiled import compiled_loops, grouped_gemm
 from mxfp4ref.sm90.gemm.order import group_order
 
 __all__ = ["ROWS_AT_ONCE", "TOKENS_AT_ONCE", "forward_in_parts", "usable"]
@@ -81,19 +81,17 @@ def _gemm(call: MoeCall, which: int, x: Array, rows: Rows) -> Array:
     """The accumulators of GEMM1 (`which` 0) or GEMM2 (1)."""
     tactic, generation = call.kernel.tactics[which], call.kernel.generation
     weights = call.experts.stored(("fc1", "fc2")[which], rows.used)
-    order = tuple(group_order(x.shape[1] // GROUP_SIZE, tactic.tile_k, generation))
+    order = group_order(x.shape[1] // GROUP_SIZE, tactic.tile_k, generation)
     swapped = generation.first_pair_swapped(rows.position, tactic.tile_n, tactic.tile_k)
-    return multiply(compiled_loops(), x, rows.ends, weights, order, swapped)
+    return grouped_gemm(compiled_loops(), x, rows.ends, weights, order, swapped)
 
 
 def _activation(call: MoeCall, fc1_output: Array, expert: Array) -> Array:
     """The activation in bf16, with the bias and the parameters of each row's expert."""
     activation, experts = call.activation, call.experts
     bias = None if experts.fc1_biases is None else as_numpy(experts.fc1_biases, np.int16)
-    parameters = np.empty((len(activation.defaults), experts.num_experts), np.float32)
-    for values, (name, default) in zip(parameters, activation.defaults.items(), strict=True):
-        given = getattr(experts, name)
-        values[:] = default if given is None else as_numpy(given, np.float32)
+    given = [getattr(experts, name) for name in activation.defaults]
+    parameters = parameter_rows(activation, given, (experts.num_experts,))
     out = np.empty((len(fc1_output), experts.intermediate_size), np.int16)
     for some in spans(len(out), ROWS_AT_ONCE):
         added = None if bias is None else bias[expert[some]]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mxfp4ref._compiled import as_numpy
 from mxfp4ref._compiler import uncompiled
 from mxfp4ref._shown import Shown
 from mxfp4ref._spans import spans
@@ -24,7 +25,7 @@ from mxfp4ref.sm90.activation import Activation
 from mxfp4ref.sm90.elementwise import activate, finalize, to_bf16
 from mxfp4ref.sm90.gemm.compiled import compiled_loops, grouped_gemm
 from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
-from mxfp4ref.sm90.gemm.order import first_pair_swapped, group_order
+from mxfp4ref.sm90.gemm.order import group_order
 from mxfp4ref.sm90.threads import in_parallel
 
 __all__ = [
@@ -218,14 +219,12 @@ def gemm_rows(
     num_columns = experts.gemm_shapes[which][0]
     loops = compiled_loops() if gemm is group_scaled_gemm and x.device.type == "cpu" else None
     if loops is not None:
-        result = grouped_gemm(
-            loops,
-            x,
-            rows.ends,
-            experts.stored(name, rows.used),
-            group_order(x.shape[1] // GROUP_SIZE, tactic.tile_k, generation),
-            first_pair_swapped(x[None], rows.position[None], tactic, generation)[0],
-        )
+        check_tensor("x", x, dtype=torch.bfloat16, shape=("R", experts.gemm_shapes[which][1]))
+        order = group_order(x.shape[1] // GROUP_SIZE, tactic.tile_k, generation)
+        swapped = generation.first_pair_swapped(rows.position, tactic.tile_n, tactic.tile_k).numpy()
+        weights = experts.stored(name, rows.used)
+        bits = grouped_gemm(loops, as_numpy(x, np.int16), rows.ends, weights, order, swapped)
+        result = torch.from_numpy(bits.view(np.float32))
         return result if keep else result[:0], rounding(result)
 
     def of_expert(piece: tuple[int, slice]) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,16 @@ from mxfp4ref.sm90 import fp32, mufu
 from mxfp4ref.sm90.activation import ACTIVATIONS, SWIGLU_BIAS, Activation
 from mxfp4ref.sm90.threads import spans_in_parallel
 
-__all__ = ["activate", "activated", "elementwise_loops", "finalize", "rounded", "to_bf16", "weighted_sum"]
+__all__ = [
+    "activate",
+    "activated",
+    "elementwise_loops",
+    "finalize",
+    "parameter_rows",
+    "rounded",
+    "to_bf16",
+    "weighted_sum",
+]
 
 Array = np.ndarray[Any, Any]
 
@@ -50,7 +59,11 @@ def activate(
         or activation.id not in compiled.ACTIVATIONS
     ):
         return transcribed_activation.activate(activation, fc1_output, bias, parameters)
-    return _activate(compiled, activation, fc1_output, bias, parameters)
+    *leading, width = fc1_output.shape
+    x = as_numpy(fc1_output, np.int16).reshape(-1, width)
+    added = None if bias is None else as_numpy(bias.expand_as(fc1_output), np.int16).reshape(x.shape)
+    out = activated(compiled, activation.id, x, added, parameter_rows(activation, parameters, (*leading, 1)))
+    return torch.from_numpy(out.view(np.float32)).view(*leading, out.shape[1])
 
 
 @uncompiled
@@ -65,7 +78,9 @@ def finalize(fc2_output: Tensor, local: Tensor, scales: Tensor, bias: Tensor | N
     compiled = _loops_for(fc2_output)
     if compiled is None or not _all_bf16(fc2_output, bias):
         return transcribed_finalize.finalize(fc2_output, local, scales, bias)
-    return _finalize(compiled, fc2_output, local, scales, bias)
+    given = as_numpy(fc2_output, np.int16), as_numpy(local, np.int64), as_numpy(scales, np.int32)
+    out = weighted_sum(compiled, *given, None if bias is None else as_numpy(bias, np.int16))
+    return torch.from_numpy(out.view(np.float32))
 
 
 @uncompiled
@@ -73,39 +88,19 @@ def to_bf16(x: Tensor) -> Tensor:
     """As `fp32.to_bf16`."""
     check_tensor("x", x, dtype=torch.float32, shape=("...",))
     compiled = _loops_for(x)
-    return fp32.to_bf16(x) if compiled is None or not x.dim() else _to_bf16(compiled, x)
+    if compiled is None or not x.dim():
+        return fp32.to_bf16(x)
+    return torch.from_numpy(rounded(compiled, as_numpy(x, np.int32))).view(torch.bfloat16)
 
 
-def _activate(
-    compiled: Any,
-    activation: Activation,
-    fc1_output: Tensor,
-    bias: Tensor | None,
-    parameters: Sequence[Tensor | None],
-) -> Tensor:
-    *leading, width = fc1_output.shape
-    num_rows = math.prod(leading)
-    x = as_numpy(fc1_output, np.int16).reshape(num_rows, width)
-    added = None if bias is None else as_numpy(bias.expand_as(fc1_output), np.int16).reshape(num_rows, width)
-    of_rows = np.empty((len(parameters), num_rows), np.float32)
-    for row, parameter, default in zip(of_rows, parameters, activation.defaults.values(), strict=True):
-        row[:] = (
-            default if parameter is None else as_numpy(parameter.expand(*leading, 1), np.float32).reshape(-1)
-        )
-    out = activated(compiled, activation.id, x, added, of_rows)
-    return torch.from_numpy(out.view(np.float32)).view(*leading, out.shape[1])
-
-
-def _finalize(
-    compiled: Any, fc2_output: Tensor, local: Tensor, scales: Tensor, bias: Tensor | None
-) -> Tensor:
-    given = as_numpy(fc2_output, np.int16), as_numpy(local, np.int64), as_numpy(scales, np.int32)
-    out = weighted_sum(compiled, *given, None if bias is None else as_numpy(bias, np.int16))
-    return torch.from_numpy(out.view(np.float32))
-
-
-def _to_bf16(compiled: Any, x: Tensor) -> Tensor:
-    return torch.from_numpy(rounded(compiled, as_numpy(x, np.int32)).reshape(x.shape)).view(torch.bfloat16)
+def parameter_rows(
+    activation: Activation, parameters: Sequence[Tensor | None], shape: tuple[int, ...]
+) -> Array:
+    """Each parameter, or what is compiled in for None, in as many rows as the shape has: `[P, R] float32`."""
+    rows = np.empty((len(parameters), math.prod(shape)), np.float32)
+    for row, parameter, default in zip(rows, parameters, activation.defaults.values(), strict=True):
+        row[:] = default if parameter is None else as_numpy(parameter.expand(shape), np.float32).reshape(-1)
+    return rows
 
 
 def activated(
@@ -191,19 +186,27 @@ def _try_out(compiled: Any) -> None:
             else x.view(torch.bfloat16)
         )
 
+    def bits(tensor: Tensor) -> Array:
+        return as_numpy(tensor, np.int16 if tensor.element_size() == 2 else np.int32)
+
     x, bias = any_bits(8, 128, near_one=True), any_bits(8, 128, near_one=True)
     parameters = tuple(any_bits(8, 1, near_one=True).to(torch.float32) for _ in range(3))
-    results = []
+    results: list[tuple[Array, Tensor]] = []
     for activation in (ACTIVATIONS[id] for id in compiled.ACTIVATIONS):
         given = parameters[: len(activation.defaults)]
         for some, added in (([None] * len(given), None), ([None, *given][: len(given)], None), (given, bias)):
             expected = transcribed_activation.activate(activation, x, added, some)
-            results += [(_activate(compiled, activation, x, added, some), expected)]
-            results += [(_to_bf16(compiled, expected), fp32.to_bf16(expected))]
+            rows, added_bits = (
+                parameter_rows(activation, some, (8, 1)),
+                None if added is None else bits(added),
+            )
+            results += [(activated(compiled, activation.id, bits(x), added_bits, rows), expected)]
+            results += [(rounded(compiled, bits(expected)), fp32.to_bf16(expected))]
     local = torch.arange(-1, 7, device="cpu").view(4, 2)
     weighted = (x.view(4, 2, 128), local, parameters[0].view(4, 2))
+    arrays = bits(weighted[0]), local.numpy(), bits(weighted[2])
     for added in (None, bias):
-        results += [(_finalize(compiled, *weighted, added), transcribed_finalize.finalize(*weighted, added))]
-    for got, expected in results:
-        if not torch.equal(got.view(torch.uint8), expected.view(torch.uint8)):
-            raise ArithmeticError("some elements of a trial are wrong")
+        got = weighted_sum(compiled, *arrays, None if added is None else bits(added))
+        results += [(got, transcribed_finalize.finalize(*weighted, added))]
+    if not all(np.array_equal(got, bits(expected)) for got, expected in results):
+        raise ArithmeticError("some elements of a trial are wrong")

@@ -16,7 +16,6 @@ from torch.nn.functional import pad
 from mxfp4ref._compiled import as_numpy, loops
 from mxfp4ref._compiler import uncompiled
 from mxfp4ref._spans import spans
-from mxfp4ref._validate import check_tensor
 from mxfp4ref.formats.experts import StoredWeights
 from mxfp4ref.formats.generations import GENERATIONS
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE
@@ -24,7 +23,7 @@ from mxfp4ref.sm90.gemm.reference import gemm_in_order
 from mxfp4ref.sm90.gemm.trial import check_gemm
 from mxfp4ref.sm90.threads import spans_in_parallel
 
-__all__ = ["compiled_loops", "gemm", "grouped_gemm", "multiply"]
+__all__ = ["compiled_loops", "gemm", "grouped_gemm"]
 
 Array = np.ndarray[Any, Any]
 
@@ -62,49 +61,29 @@ def gemm(x: Tensor, packed: Tensor, scales: Tensor, order: Sequence[int], swappe
         return out
     ends = [num_rows * (expert + 1) for expert in range(batch)]
     weights = StoredWeights(packed, scales.flatten(1), (0, 0))
-    out = grouped_gemm(compiled, x.reshape(-1, depth), ends, weights, order, swapped.reshape(-1))
-    return out.view(batch, num_rows, num_columns)
+    rows, swaps = as_numpy(x.reshape(-1, depth), np.int16), as_numpy(swapped.reshape(-1), np.bool_)
+    bits = grouped_gemm(compiled, rows, ends, weights, order, swaps)
+    return torch.from_numpy(bits.view(np.float32)).view(batch, num_rows, num_columns)
 
 
-@uncompiled
 def grouped_gemm(
-    compiled: Any,
-    x: Tensor,
-    ends: Sequence[int],
-    weights: StoredWeights,
-    order: Sequence[int],
-    swapped: Tensor,
-) -> Tensor:
-    """The float32 accumulators of all rows of a layer, which are sorted by expert.
+    compiled: Any, x: Array, ends: Sequence[int], weights: StoredWeights, order: Sequence[int], swapped: Array
+) -> Array:
+    """The float32 accumulators of all rows of a layer, which are sorted by expert, from bits to bits.
 
     Args:
         compiled: `compiled_loops()`.
-        x: `[R, K] bf16`.
+        x: `[R, K] int16`, of bf16.
         ends: where the rows of each expert end, and those of the next one start.
         weights: of all experts.
         order: as for `gemm`.
-        swapped: as for `gemm`, `[R]`.
+        swapped: as for `gemm`, `[R] bool`.
 
     Returns:
-        `[R, N] float32`.
+        `[R, N] int32`.
     """
-    check_tensor("x", x, dtype=torch.bfloat16, shape=("R", len(order) * GROUP_SIZE))
     if ends[-1] != len(x):
         raise ValueError(f"ends: expected the last to be the number of rows, {len(x)}, got {ends[-1]}")
-    rows, swaps = as_numpy(x, np.int16), as_numpy(swapped, np.bool_)
-    out = multiply(compiled, rows, ends, weights, tuple(order), swaps)
-    return torch.from_numpy(out.view(np.float32))
-
-
-def multiply(
-    compiled: Any,
-    x: Array,
-    ends: Sequence[int],
-    weights: StoredWeights,
-    order: tuple[int, ...],
-    swapped: Array,
-) -> Array:
-    """As `grouped_gemm`, from the bits of `x` to those of the accumulators, `[R, N] int32`."""
     depth, num_columns = x.shape[1], weights.packed.shape[1]
     num_groups = depth // GROUP_SIZE
     x_bits = np.ascontiguousarray(
@@ -123,7 +102,7 @@ def multiply(
     ]
     of_pieces = np.array(pieces, np.int64).reshape(-1, 5)
     stored = as_numpy(packed, np.int32), as_numpy(scales, np.int32), np.array(weights.orders)
-    given = x_bits, facts, swapped, *stored, _steps(order, bool(swapped.any()))
+    given = x_bits, facts, swapped, *stored, _steps(tuple(order), bool(swapped.any()))
 
     def compute(some: slice) -> None:
         compiled.gemm(*given, of_pieces[some], out)
@@ -159,7 +138,8 @@ def _try_out(compiled: Any) -> None:
         if layout is not None:
             packed, scales, orders = layout.interleave(packed), layout.fold(scales), layout.ORDERS
         stored = StoredWeights(packed, scales.flatten(1), orders)
-        return grouped_gemm(compiled, x[0], [len(x[0])], stored, order, swaps[0])[None]
+        out = grouped_gemm(compiled, as_numpy(x[0], np.int16), [x.shape[1]], stored, order, swaps[0].numpy())
+        return torch.from_numpy(out.view(np.float32))[None]
 
     for layout in (None, *(generation.layout for generation in GENERATIONS)):
         check_gemm(partial(gemm, layout), torch.device("cpu"))
