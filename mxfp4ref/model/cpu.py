@@ -18,7 +18,7 @@ from mxfp4ref.sm90.elementwise import activated, elementwise_loops, parameter_ro
 from mxfp4ref.sm90.gemm.compiled import compiled_loops, grouped_gemm
 from mxfp4ref.sm90.gemm.order import group_order
 
-__all__ = ["ROWS_AT_ONCE", "TOKENS_AT_ONCE", "forward_in_parts", "usable"]
+__all__ = ["ROWS_AT_ONCE", "TOKENS_AT_ONCE", "forward_in_parts", "gemm", "usable"]
 
 TOKENS_AT_ONCE = 512  # bounds the memory of the per-slot outputs; tokens do not influence each other
 ROWS_AT_ONCE = 256  # of the activation, likewise
@@ -57,10 +57,10 @@ def forward_in_parts(call: MoeCall, *, keep: bool) -> Iterator[tuple[Tensor, dic
 
 def _forward(call: MoeCall, x: Array, rows: Rows, local: Array, scales: Array) -> dict[str, Array]:
     """The bits of what the stages give, by name."""
-    fc1_accumulators = _gemm(call, 0, x[rows.token], rows)
+    fc1_accumulators = gemm(call, 0, x[rows.token], rows)
     fc1_output = rounded(elementwise_loops(), fc1_accumulators)
     activation = _activation(call, fc1_output, rows.expert)
-    fc2_accumulators = _gemm(call, 1, activation, rows)
+    fc2_accumulators = gemm(call, 1, activation, rows)
     fc2_output = rounded(elementwise_loops(), fc2_accumulators)
     by_slot = np.empty((*local.shape, fc2_output.shape[1]), np.int16)
     by_slot[rows.token, rows.slot] = fc2_output
@@ -77,12 +77,12 @@ def _forward(call: MoeCall, x: Array, rows: Rows, local: Array, scales: Array) -
     }
 
 
-def _gemm(call: MoeCall, which: int, x: Array, rows: Rows) -> Array:
-    """The accumulators of GEMM1 (`which` 0) or GEMM2 (1)."""
+def gemm(call: MoeCall, which: int, x: Array, rows: Rows) -> Array:
+    """The accumulators of GEMM1 (`which` 0) or GEMM2 (1), as bits."""
     tactic, generation = call.kernel.tactics[which], call.kernel.generation
     weights = call.experts.stored(("fc1", "fc2")[which], rows.used)
     order = group_order(x.shape[1] // GROUP_SIZE, tactic.tile_k, generation)
-    swapped = generation.first_pair_swapped(rows.position, tactic.tile_n, tactic.tile_k)
+    swapped = np.asarray(generation.first_pair_swapped(rows.position, tactic.tile_n, tactic.tile_k))
     return grouped_gemm(compiled_loops(), x, rows.ends, weights, order, swapped)
 
 

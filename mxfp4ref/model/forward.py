@@ -16,16 +16,14 @@ from mxfp4ref._shown import Shown
 from mxfp4ref._spans import spans
 from mxfp4ref._validate import check_ids, check_instance, check_tensor
 from mxfp4ref.formats.humming_experts import HummingExperts
-from mxfp4ref.formats.mxfp4 import GROUP_SIZE
 from mxfp4ref.model import cpu, gpu
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.dense import dense_gemm
 from mxfp4ref.model.rows import Rows, route, select_local
 from mxfp4ref.sm90.activation import Activation
 from mxfp4ref.sm90.elementwise import activate, finalize, to_bf16
-from mxfp4ref.sm90.gemm.compiled import compiled_loops, grouped_gemm
+from mxfp4ref.sm90.gemm.compiled import compiled_loops
 from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
-from mxfp4ref.sm90.gemm.order import group_order
 from mxfp4ref.sm90.threads import in_parallel
 
 __all__ = [
@@ -213,34 +211,20 @@ def gemm_rows(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """GEMM1 (`which` 0) or GEMM2 (1) of all rows: accumulators, if they are to be kept, and rounded output."""
-
-    experts, tactic, generation = call.experts, call.kernel.tactics[which], call.kernel.generation
-    name = ("fc1", "fc2")[which]
-    num_columns = experts.gemm_shapes[which][0]
-    loops = compiled_loops() if gemm is group_scaled_gemm and x.device.type == "cpu" else None
-    if loops is not None:
-        check_tensor("x", x, dtype=torch.bfloat16, shape=("R", experts.gemm_shapes[which][1]))
-        order = group_order(x.shape[1] // GROUP_SIZE, tactic.tile_k, generation)
-        swapped = generation.first_pair_swapped(rows.position, tactic.tile_n, tactic.tile_k).numpy()
-        weights = experts.stored(name, rows.used)
-        bits = grouped_gemm(loops, as_numpy(x, np.int16), rows.ends, weights, order, swapped)
-        result = torch.from_numpy(bits.view(np.float32))
+    num_columns, depth = call.experts.gemm_shapes[which]
+    if gemm is group_scaled_gemm and x.device.type == "cpu" and compiled_loops() is not None:
+        check_tensor("x", x, dtype=torch.bfloat16, shape=("R", depth))
+        result = torch.from_numpy(cpu.gemm(call, which, as_numpy(x, np.int16), rows).view(np.float32))
         return result if keep else result[:0], rounding(result)
+    how = {"tactic": call.kernel.tactics[which], "generation": call.kernel.generation}
 
     def of_expert(piece: tuple[int, slice]) -> tuple[Tensor, Tensor]:
         expert, some = piece
-        weights, scales = experts.weights(name, expert)
-        result = gemm(
-            x[None, some],
-            weights,
-            scales,
-            tactic=tactic,
-            generation=generation,
-            positions=rows.position[None, some],
-        )[0]
+        weights = call.experts.weights(("fc1", "fc2")[which], expert)
+        result = gemm(x[None, some], *weights, **how, positions=rows.position[None, some])[0]
         return result if keep else result[:0], rounding(result)
 
-    results = in_parallel(of_expert, rows.by_expert, x.device, x.shape[1] * num_columns)
+    results = in_parallel(of_expert, rows.by_expert, x.device, depth * num_columns)
     accumulators, outputs = zip(*results, strict=True)
     return torch.cat(accumulators), torch.cat(outputs)
 

@@ -117,7 +117,7 @@ def activated(
         given = np.ascontiguousarray(parameters[:, rows]).view(np.int32)
         compiled.activate(activation, fc1_output[rows], added[rows], given, of_bf16, *_tables(), out[rows])
 
-    spans_in_parallel(compute, num_rows, _ROWS_AT_ONCE, _CPU, out.size * _OPERATIONS)
+    spans_in_parallel(compute, num_rows, _ROWS_AT_ONCE, out.size * _OPERATIONS)
     return out
 
 
@@ -130,7 +130,7 @@ def weighted_sum(compiled: Any, fc2_output: Array, local: Array, scales: Array, 
     def compute(tokens: slice) -> None:
         compiled.finalize(fc2_output[tokens], local[tokens], scales[tokens], added, out[tokens])
 
-    spans_in_parallel(compute, num_tokens, _ROWS_AT_ONCE, _CPU, fc2_output.size * _OPERATIONS)
+    spans_in_parallel(compute, num_tokens, _ROWS_AT_ONCE, fc2_output.size * _OPERATIONS)
     return out
 
 

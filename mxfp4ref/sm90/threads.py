@@ -63,12 +63,10 @@ def in_parallel(
     return [found[number] for number in range(len(pieces))]
 
 
-def spans_in_parallel(
-    function: Callable[[slice], object], length: int, step: int, device: torch.device, weights: int
-) -> None:
-    """Call a function with slices that cover `length`: of `step` for threads, one of all where there is little to do.
+def spans_in_parallel(function: Callable[[slice], object], length: int, step: int, weights: int) -> None:
+    """Call a loop with slices that cover `length`: of `step` for threads, one of all where there is little to do.
 
     `weights` says how large all of it is.
     """
     pieces = list(spans(length, step if weights >= _ENOUGH else max(length, 1)))
-    in_parallel(function, pieces, device, weights)
+    in_parallel(function, pieces, torch.device("cpu"), weights)

@@ -107,7 +107,7 @@ def grouped_gemm(
     def compute(some: slice) -> None:
         compiled.gemm(*given, of_pieces[some], out)
 
-    spans_in_parallel(compute, len(of_pieces), 1, torch.device("cpu"), len(ends) * num_columns * depth)
+    spans_in_parallel(compute, len(of_pieces), 1, len(ends) * num_columns * depth)
     return out
 
 
