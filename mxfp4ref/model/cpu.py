@@ -26,14 +26,17 @@ _DTYPES = {2: torch.bfloat16, 4: torch.float32}  # by the bytes of an element
 
 
 def usable(call: MoeCall) -> bool:
-    """Whether a call's forward is computed here: MXFP4 beside bf16, on a CPU that loops compile for."""
+    """Whether a call's forward is computed here: MXFP4 beside bf16, on a CPU that the loops compile for."""
     if (
         call.input.device.type != "cpu"
         or not call.experts.quantized
         or isinstance(call.experts, HummingExperts)
     ):
         return False
-    return compiled_loops() is not None and elementwise_loops() is not None
+    elements = elementwise_loops()
+    return (
+        compiled_loops() is not None and elements is not None and call.activation.id in elements.ACTIVATIONS
+    )
 
 
 def forward_in_parts(call: MoeCall, *, keep: bool) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
