@@ -215,10 +215,13 @@ def no_storage(tensor: Tensor) -> str:
         return "quantized"
     if tensor.layout != torch.strided:
         return str(tensor.layout)
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    reach = tensor.storage_offset() + sum((size - 1) * stride for size, stride in steps) + 1
-    freed = tensor.numel() and reach * tensor.element_size() > tensor.untyped_storage().nbytes()
-    return "partly or wholly freed" if freed else ""  # as sharded weights are between their uses
+    length = tensor.numel()
+    if length and not tensor.is_contiguous():
+        length = (
+            sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+        )
+    freed = (tensor.storage_offset() + length) * tensor.element_size() > tensor.untyped_storage().nbytes()
+    return "partly or wholly freed" if length and freed else ""  # as sharded weights are between their uses
 
 
 def _no_writing(tensor: Tensor, inputs: Mapping[str, Tensor | None]) -> str:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -68,15 +69,17 @@ def test_weights_of_another_depth_are_refused() -> None:
         fp8_gemm(x[0].to(torch.uint8), packed[0], scales[0])
     with pytest.raises(ValueError, match="tensor_core_sum: expected"):
         tensor_core_sum(x.double(), torch.zeros(1, 64, 128).double())
-    loops, stored = compiled_loops(), StoredWeights(packed[0, :, :32], scales[0, :, :2].flatten(), (0, 0))
+    stored, rows = (
+        StoredWeights(packed[..., :32], scales[..., :2].flatten(1), (0, 0)),
+        np.ones((3, 64), np.int16),
+    )
     with pytest.raises(ValueError, match="gemm: expected swapped"):
-        grouped_gemm(
-            loops, x[0].bfloat16(), [3], lambda _: stored, [0, 1], torch.zeros(2, dtype=torch.bool), 64
-        )
-    with pytest.raises(ValueError, match="gemm: expected out"):
-        grouped_gemm(
-            loops, x[0].bfloat16(), [3], lambda _: stored, [0, 1], torch.zeros(3, dtype=torch.bool), 65
-        )
+        grouped_gemm(compiled_loops(), rows, [3], stored, [0, 1], np.zeros(2, np.bool_))
+    with pytest.raises(ValueError, match="ends: expected the last to be the number of rows, 3, got 4"):
+        grouped_gemm(compiled_loops(), rows, [4], stored, [0, 1], np.zeros(3, np.bool_))
+    stored = stored._replace(scales=stored.scales[:, 2:])
+    with pytest.raises(ValueError, match="gemm: expected scales"):
+        grouped_gemm(compiled_loops(), rows, [3], stored, [0, 1], np.zeros(3, np.bool_))
 
 
 def changed(stage: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:

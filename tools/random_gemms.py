@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mxfp4ref._compiled import as_numpy
 from mxfp4ref.formats.experts import StoredWeights
 from mxfp4ref.formats.generations import GENERATIONS
 from mxfp4ref.sm90.gemm.compiled import compiled_loops, grouped_gemm
@@ -44,14 +45,13 @@ def differing(seed: int) -> tuple[int, int]:
     order = group_order(sizes["groups"], tactic.tile_k)
     swapped = first_pair_swapped(x, None, tactic, generation)
     layout = generation.layout
-    stored = StoredWeights(packed[0], scales[0].flatten(), (0, 0))
+    stored = StoredWeights(packed, scales.flatten(1), (0, 0))
     if rng.random() < 0.7:
-        in_order = layout.interleave(packed)[0], layout.fold(scales)[0].flatten()
-        stored = StoredWeights(*in_order, layout.ORDERS)
-    rows, columns = x[0], sizes["columns"]
-    got = grouped_gemm(compiled_loops(), rows, [len(rows)], lambda _: stored, order, swapped[0], columns)
+        stored = StoredWeights(layout.interleave(packed), layout.fold(scales).flatten(1), layout.ORDERS)
+    rows = as_numpy(x[0], np.int16)
+    out = grouped_gemm(compiled_loops(), rows, [len(rows)], stored, order, swapped[0].numpy())
     expected = gemm_in_order(x, packed, scales, order, swapped)[0]
-    return got.numel(), int((got.view(torch.int32) != expected.view(torch.int32)).sum())
+    return out.size, int((torch.from_numpy(out) != expected.view(torch.int32)).sum())
 
 
 def main() -> int:

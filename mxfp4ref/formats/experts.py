@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Self
@@ -25,11 +25,11 @@ PARAMETERS = ("swiglu_alpha", "swiglu_beta", "swiglu_limit", "situ_beta", "situ_
 
 
 class StoredWeights(NamedTuple):
-    """The MXFP4 weights of one GEMM of one expert as they lie in memory.
+    """The MXFP4 weights of one GEMM of all experts as they lie in memory.
 
     Attributes:
-        packed: `[N, K/2] uint8`.
-        scales: `[N * K/32] uint8`.
+        packed: `[E, N, K/2] uint8`.
+        scales: `[E, N * K/32] uint8`.
         orders: the byte orders of the two, `ORDERS` of the module that describes them, 0 for the logical one.
     """
 
@@ -79,15 +79,11 @@ class Experts(Shown):
         experts, hidden, inner = self.num_experts, self.hidden_size, self.intermediate_size
         packing = 2 if self.quantized else 1
         fc1_rows = 2 * inner if self.gated else inner
-        for name, value, rows, depth in (
-            ("fc1", fc1, fc1_rows, hidden),
-            ("fc2", self.fc2_weights, hidden, inner),
-        ):
+        check_tensor("fc1_weights", fc1, dtype=fc1.dtype, shape=(experts, fc1_rows, hidden // packing))
+        for name, rows, depth in (("fc1", fc1_rows, hidden), ("fc2", hidden, inner)):
             if depth % GROUP_SIZE or not depth:
                 wanted = f"a multiple of {GROUP_SIZE} values along K" + ", not 0" * (not depth)
                 raise ValueError(f"{name}_weights: expected {wanted}, got {depth}")
-            shape: tuple[int, ...] = (experts, rows, depth // packing)
-            check_tensor(f"{name}_weights", value, dtype=fc1.dtype, shape=shape)
             scales = getattr(self, f"{name}_scales")
             if self.quantized:
                 self._check_scales(f"{name}_scales", scales, (experts, rows, depth // GROUP_SIZE))
@@ -163,10 +159,10 @@ class Experts(Shown):
             getattr(self, f"{gemm}_weights")[one], None if scales is None else scales[one]
         )
 
-    def stored(self, gemm: str, expert: int) -> StoredWeights:
-        """MXFP4 weights of "fc1" or "fc2" of one expert, as they are."""
-        scales = getattr(self, f"{gemm}_scales")[expert].reshape(-1).view(torch.uint8)
-        return StoredWeights(getattr(self, f"{gemm}_weights")[expert], scales, self._orders)
+    def stored(self, gemm: str, used: Sequence[int]) -> StoredWeights:
+        """MXFP4 weights of "fc1" or "fc2", as they are; those `used` have to be modelled."""
+        scales = getattr(self, f"{gemm}_scales").flatten(1).view(torch.uint8)
+        return StoredWeights(getattr(self, f"{gemm}_weights"), scales, self._orders)
 
     def to(self, device: torch.device | str) -> Self:
         """The same experts on another device."""
@@ -267,7 +263,7 @@ class PlainExperts(Sm90Experts):
 
     _possible: ClassVar[tuple[Generation, ...]] = (PLAIN,)
 
-    def stored(self, gemm: str, expert: int) -> StoredWeights:
-        weights = super().stored(gemm, expert)
-        plain.check(weights.scales)
+    def stored(self, gemm: str, used: Sequence[int]) -> StoredWeights:
+        weights = super().stored(gemm, used)
+        plain.check(weights.scales[list(used)])
         return weights

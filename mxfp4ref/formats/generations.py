@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pickle import PicklingError
-from typing import Protocol
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from mxfp4ref._validate import check_instance, shown
@@ -58,8 +57,9 @@ class Generation:
         releases: the releases of flashinfer-python that have it.
         recorded_as: its name in the stored goldens and hardware records.
         layout: where the bytes of its weights and scales lie.
-        first_pair_swapped: (positions of rows in their expert, tile_n, tile_k) to whether the kernel rounds the
-            product of the second K group alone and fuses the first one's; see `docs/arithmetic.md`, "The exception".
+        first_pair_swapped: (positions of rows in their expert, a tensor or an array, tile_n, tile_k) to whether the
+            kernel rounds the product of the second K group alone and fuses the first one's; see
+            `docs/arithmetic.md`, "The exception".
         tiles: M, N and K of the tiles that its GEMMs offer; tactics are numbered in this order, four clusters a tile.
         swaps_groups: whether the last two groups of every K tile but the first and the last trade places.
         refused: tiles that are offered but do not run, for lack of shared memory.
@@ -71,7 +71,7 @@ class Generation:
     releases: tuple[str, ...]
     recorded_as: str
     layout: Layout
-    first_pair_swapped: Callable[[Tensor, int, int], Tensor]
+    first_pair_swapped: Callable[[Any, int, int], Any]
     tiles: tuple[Tile, ...]
     swaps_groups: bool = True
     refused: frozenset[Tile] = frozenset()
@@ -117,17 +117,17 @@ def _by_number(release: str) -> list[int]:
 _SWAPPING_TILES = {(16, 256), (32, 512), (64, 128), (64, 256), (64, 512), (128, 128), (128, 256)}
 
 
-def _some_rows_of_some_tiles(positions: Tensor, tile_n: int, tile_k: int) -> Tensor:
+def _some_rows_of_some_tiles(positions: Any, tile_n: int, tile_k: int) -> Any:
     row = positions % tile_n
     return (row < 8) & (row % 2 == 0) & ((tile_n, tile_k) in _SWAPPING_TILES)
 
 
-def _every_row(positions: Tensor, tile_n: int, tile_k: int) -> Tensor:
-    return torch.ones_like(positions, dtype=torch.bool)  # read off the machine code of 0.6.15.post1
+def _every_row(positions: Any, tile_n: int, tile_k: int) -> Any:
+    return positions >= 0  # read off the machine code of 0.6.15.post1
 
 
-def _no_row(positions: Tensor, tile_n: int, tile_k: int) -> Tensor:
-    return torch.zeros_like(positions, dtype=torch.bool)
+def _no_row(positions: Any, tile_n: int, tile_k: int) -> Any:
+    return positions < 0
 
 
 _RACE = (

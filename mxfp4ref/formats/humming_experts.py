@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,7 +78,7 @@ class HummingExperts(Experts):
             **{name: getattr(logical, name) for name in names},
         )
 
-    def stored(self, gemm: str, expert: int) -> StoredWeights:
+    def stored(self, gemm: str, used: Sequence[int]) -> StoredWeights:
         raise TypeError("experts: these are exponent offsets and not scales; take weights()")
 
 

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from mxfp4ref._compiled import as_numpy
 from mxfp4ref._compiler import uncompiled
 from mxfp4ref._shown import Shown
 from mxfp4ref._spans import spans
 from mxfp4ref._validate import check_ids, check_instance, check_tensor
 from mxfp4ref.formats.humming_experts import HummingExperts
-from mxfp4ref.formats.mxfp4 import GROUP_SIZE
-from mxfp4ref.model import gpu
+from mxfp4ref.model import cpu, gpu
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.dense import dense_gemm
+from mxfp4ref.model.rows import Rows, route, select_local
 from mxfp4ref.sm90.activation import Activation
 from mxfp4ref.sm90.elementwise import activate, finalize, to_bf16
-from mxfp4ref.sm90.gemm.compiled import compiled_loops, grouped_gemm
+from mxfp4ref.sm90.gemm.compiled import compiled_loops
 from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
-from mxfp4ref.sm90.gemm.order import first_pair_swapped, group_order
 from mxfp4ref.sm90.threads import in_parallel
 
 __all__ = [
@@ -32,7 +31,6 @@ __all__ = [
     "KERNEL",
     "AnyStages",
     "MoeTrace",
-    "Rows",
     "Stages",
     "activate_rows",
     "check_stage",
@@ -42,22 +40,7 @@ __all__ = [
     "trace",
 ]
 
-_TOKENS_AT_ONCE = 512  # bounds the memory of the per-slot outputs; tokens do not influence each other
-_ROWS_AT_ONCE, _ROWS_AT_ONCE_ON_GPU = 256, 4096  # of the activation, likewise; a GPU is paced by launches
-
-
-def select_local(ids: Tensor, num_local: int, ep_size: int, ep_rank: int) -> Tensor:
-    """This rank's index of each slot's expert, `[M, k] int64`; -1 where the slot is not this rank's.
-
-    The rank owns the global ids `[ep_rank * num_local, (ep_rank + 1) * num_local)`. Where a token names an
-    expert twice only the first slot counts (`docs/arithmetic.md`, section 5).
-    """
-    local = ids.to(torch.int64) - ep_rank * num_local
-    local = torch.where((local < 0) | (local >= num_local), -1, local)
-    for slot in range(1, ids.shape[1]):
-        repeated = (local[:, :slot] == local[:, slot, None]).any(1)
-        local[:, slot] = torch.where(repeated, -1, local[:, slot])
-    return local
+_ROWS_AT_ONCE_ON_GPU = 4096  # of the activation; a GPU is paced by launches
 
 
 @dataclass(frozen=True)
@@ -148,27 +131,27 @@ def _forward_in_parts(
     """Outputs and, if they are to be kept, the intermediates by name, for some tokens at a time."""
     check_instance("call", call, MoeCall)
     forward_rows, defaults, _ = _path(call)
-    if stages is None and gpu.usable(call):
-        yield from gpu.forward_in_parts(call, keep=keep)
-        return
     if stages is None:
+        for fast in (gpu, cpu):
+            if fast.usable(call):
+                yield from fast.forward_in_parts(call, keep=keep)
+                return
         stages = defaults
     check_instance("stages", stages, type(defaults))
-    rows_before = torch.zeros(call.experts.num_experts, dtype=torch.int64, device=call.input.device)
-    for start in range(0, max(call.num_tokens, 1), _TOKENS_AT_ONCE):
-        with torch.no_grad(), torch.autocast(call.input.device.type, enabled=False):
-            few = call.num_tokens <= _TOKENS_AT_ONCE
-            part = call if few else call.select(slice(start, start + _TOKENS_AT_ONCE))
-            ids, num_experts = part.token_selected_experts, call.experts.num_experts
+    device, num_experts = call.input.device, call.experts.num_experts
+    before = np.zeros(num_experts, np.int64)
+    for tokens in spans(max(call.num_tokens, 1), cpu.TOKENS_AT_ONCE):
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            part = call if call.num_tokens <= cpu.TOKENS_AT_ONCE else call.select(tokens)
+            ids = part.token_selected_experts
             local = stages.select_local(ids, num_experts, call.ep_size, call.ep_rank)
             check_stage("select_local", local, ids.shape, torch.int64)
             check_ids("stages.select_local", local, minimum=-1, maximum=num_experts - 1)
-            rows = _route(local, rows_before)
+            rows = route(local.cpu().numpy(), before).on(device)
             output, kept = forward_rows(part, local, rows, stages, keep)
             check_stage("round_output", output, part.input.shape)
-            rows_before += rows.per_expert
         if keep:
-            kept["token"] += start
+            kept["token"] += tokens.start
         yield output, kept
 
 
@@ -189,7 +172,7 @@ def _forward(
     x = call.input.index_select(0, rows.token)
     fc1_accumulators, fc1_output = gemm_rows(call, 0, x, rows, stages.fc1_gemm, stages.round_fc1, keep)
     check_stage("round_fc1", fc1_output, (len(x), experts.gemm_shapes[0][0]))
-    at_once = _ROWS_AT_ONCE if x.device.type == "cpu" else _ROWS_AT_ONCE_ON_GPU
+    at_once = cpu.ROWS_AT_ONCE if x.device.type == "cpu" else _ROWS_AT_ONCE_ON_GPU
     activation = torch.cat(
         [
             stages.round_activation(activate_rows(call, fc1_output[some], rows.expert[some], stages.activate))
@@ -228,37 +211,20 @@ def gemm_rows(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """GEMM1 (`which` 0) or GEMM2 (1) of all rows: accumulators, if they are to be kept, and rounded output."""
-
-    experts, tactic, generation = call.experts, call.kernel.tactics[which], call.kernel.generation
-    name = ("fc1", "fc2")[which]
-    num_columns = experts.gemm_shapes[which][0]
-    loops = compiled_loops() if gemm is group_scaled_gemm and x.device.type == "cpu" else None
-    if loops is not None:
-        result = grouped_gemm(
-            loops,
-            x,
-            rows.ends,
-            partial(experts.stored, name),
-            group_order(x.shape[1] // GROUP_SIZE, tactic.tile_k, generation),
-            first_pair_swapped(x[None], rows.position[None], tactic, generation)[0],
-            num_columns,
-        )
+    num_columns, depth = call.experts.gemm_shapes[which]
+    if gemm is group_scaled_gemm and x.device.type == "cpu" and compiled_loops() is not None:
+        check_tensor("x", x, dtype=torch.bfloat16, shape=("R", depth))
+        result = torch.from_numpy(cpu.gemm(call, which, as_numpy(x, np.int16), rows).view(np.float32))
         return result if keep else result[:0], rounding(result)
+    how = {"tactic": call.kernel.tactics[which], "generation": call.kernel.generation}
 
     def of_expert(piece: tuple[int, slice]) -> tuple[Tensor, Tensor]:
         expert, some = piece
-        weights, scales = experts.weights(name, expert)
-        result = gemm(
-            x[None, some],
-            weights,
-            scales,
-            tactic=tactic,
-            generation=generation,
-            positions=rows.position[None, some],
-        )[0]
+        weights = call.experts.weights(("fc1", "fc2")[which], expert)
+        result = gemm(x[None, some], *weights, **how, positions=rows.position[None, some])[0]
         return result if keep else result[:0], rounding(result)
 
-    results = in_parallel(of_expert, rows.by_expert, x.device, x.shape[1] * num_columns)
+    results = in_parallel(of_expert, rows.by_expert, x.device, depth * num_columns)
     accumulators, outputs = zip(*results, strict=True)
     return torch.cat(accumulators), torch.cat(outputs)
 
@@ -278,42 +244,3 @@ def activate_rows(call: MoeCall, fc1_output: Tensor, expert: Tensor, stage: Call
     result = stage(activation, fc1_output, bias, parameters)
     check_stage("activate", result, (len(fc1_output), call.experts.intermediate_size))
     return result
-
-
-@dataclass(frozen=True)
-class Rows:
-    """R routed rows, expert by expert, in token order within an expert."""
-
-    token: Tensor  # [R]
-    slot: Tensor  # [R]
-    expert: Tensor  # [R]
-    position: Tensor  # [R], the row's position among all rows of its expert
-    per_expert: Tensor  # [E]
-    ends: list[int]  # where each expert's rows end
-
-    @property
-    def by_expert(self) -> list[tuple[int, slice]]:
-        """Each expert that has rows, and which; without any row, an empty piece keeps every shape and dtype."""
-        bounds = itertools.pairwise([0, *self.ends])
-        pieces = [(expert, slice(*ends)) for expert, ends in enumerate(bounds) if ends[0] < ends[1]]
-        return pieces or [(0, slice(0, 0))]
-
-
-def _route(local: Tensor, rows_before: Tensor) -> Rows:
-    """The routed rows of some tokens, `rows_before` of each expert's rows being of earlier tokens."""
-    flat = local.flatten()
-    per_expert = torch.bincount(flat + 1, minlength=len(rows_before) + 1)[1:]  # without skipped slots, -1
-    ends = per_expert.cumsum(0)
-    skipped = flat.numel() - int(ends[-1])  # which come first
-    routed = torch.argsort(flat, stable=True)[skipped:]
-    expert = flat.index_select(0, routed)
-    starts = ends - per_expert - rows_before
-    position = torch.arange(len(routed), device=flat.device) - starts.index_select(0, expert)
-    return Rows(
-        token=routed // local.shape[1],
-        slot=routed % local.shape[1],
-        expert=expert,
-        position=position,
-        per_expert=per_expert,
-        ends=ends.tolist(),
-    )

@@ -12,7 +12,9 @@ from torch import Tensor
 from mxfp4ref._spans import spans
 from mxfp4ref.formats.humming_experts import HummingExperts
 from mxfp4ref.model.call import MoeCall
-from mxfp4ref.model.forward import AnyStages, MoeTrace, Rows, activate_rows, check_stage
+from mxfp4ref.model.cpu import ROWS_AT_ONCE
+from mxfp4ref.model.forward import AnyStages, MoeTrace, activate_rows, check_stage
+from mxfp4ref.model.rows import Rows
 from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.elementwise import activate, finalize, to_bf16
 from mxfp4ref.sm90.gemm.fp8 import fp8_gemm
@@ -20,7 +22,6 @@ from mxfp4ref.sm90.row_quantize import QuantizedRows, quantize_rows, scale_rows
 
 __all__ = ["HUMMING", "STAGES", "HummingStages", "HummingTrace", "call_of", "forward_rows", "inputs_of"]
 
-_ROWS_AT_ONCE = 256
 # What is called otherwise where experts are given tensor by tensor.
 _TENSOR_NAMES = {"fc1_scales": "fc1_offsets", "fc2_scales": "fc2_offsets"}
 
@@ -110,7 +111,7 @@ def forward_rows(
     activation = torch.cat(
         [
             activate_rows(call, fc1_output[some], rows.expert[some], stages.activate)
-            for some in spans(max(len(x), 1), _ROWS_AT_ONCE)
+            for some in spans(max(len(x), 1), ROWS_AT_ONCE)
         ]
     )
     fc2_input = stages.quantize_activation(activation, experts.fc2_residual.index_select(0, rows.expert))

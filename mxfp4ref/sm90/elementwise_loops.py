@@ -57,8 +57,8 @@ u16, i32, i64, f32, f64 = np.uint16, np.int32, np.int64, np.float32, np.float64
 @compiled()
 def number_of(bits):
     """The float32 number of these bits, flushed."""
-    zero = -0.0 if bits < 0 else 0.0
-    return f64(i32(bits).view(f32)) if bits & INF_BITS else zero
+    number = f64(i32(bits).view(f32))
+    return number if bits & INF_BITS else math.copysign(0.0, number)
 
 
 @compiled()
@@ -70,8 +70,9 @@ def bits_of(number):
 def rounded(number):
     """To nearest even with 24 bits, flushed below 2^-126 after that; Inf beyond the range."""
     magnitude = abs(number)
-    kept = max(magnitude, SMALLEST) if magnitude >= ROUNDS_TO_SMALLEST else 0.0
-    return f64(f32(math.copysign(kept, number) if number == number else number))
+    kept = SMALLEST if magnitude < SMALLEST else magnitude
+    kept = 0.0 if magnitude < ROUNDS_TO_SMALLEST else kept
+    return f64(f32(math.copysign(kept, number)))
 
 
 @compiled()
@@ -82,17 +83,14 @@ def fma(a, b, c):
     of_c = total - product
     lost = (product - (total - of_c)) + (c - of_c)
     bits = f64(total).view(i64)
-    if bits & TAIL == TIE and lost != 0:
-        bits += 1 if (lost < 0) == (total < 0) else -1
+    bits += i64((bits & TAIL == TIE) & (lost != 0)) * (1 - 2 * i64((lost < 0) != (total < 0)))
     return rounded(i64(bits).view(f64))
 
 
 @compiled()
 def minimum(a, b):
     """The other operand where one is NaN; -0 is below +0."""
-    if a != a or b != b:
-        return b if a != a else a
-    return a if a < b or (a == b and math.copysign(1.0, a) < 0) else b
+    return a if (a < b) | (b != b) | ((a == b) & (math.copysign(1.0, a) < 0)) else b
 
 
 @compiled()
@@ -211,8 +209,9 @@ def activate(
         ex2_rows, ex2_squares, rcp_rows, rcp_squares: the tables of `mufu`.
         out: `[R, I]`, written.
     """
-    first = second = third = of_first = of_second = 1.0
     before = fc1_output.shape[1] - out.shape[1]  # columns before those of the gate
+    gate, up, weight = np.empty(out.shape[1], f64), np.ones(out.shape[1], f64), np.empty(out.shape[1], f64)
+    first = second = third = of_first = of_second = 1.0
     for row in range(out.shape[0]):
         if parameters.shape[0] > 0:
             first = number_of(parameters[0, row])
@@ -220,46 +219,55 @@ def activate(
             second = number_of(parameters[1, row])
         if parameters.shape[0] > 2:
             third = number_of(parameters[2, row])
+        for i in range(out.shape[1]):
+            gate[i] = number_of(i32(fc1_output[row, i + before]) << 16)
+            if before:
+                up[i] = number_of(i32(fc1_output[row, i]) << 16)
+        if len(bias):
+            for i in range(out.shape[1]):
+                gate[i] = rounded(gate[i] + number_of(i32(bias[row, i + before]) << 16))
+                if before:
+                    up[i] = rounded(up[i] + number_of(i32(bias[row, i]) << 16))
+        if activation == SWIGLU_BIAS:
+            for i in range(out.shape[1]):
+                gate[i], up[i] = minimum(gate[i], third), rounded(clamp(up[i], third) + second)
+        if activation in (GEGLU, GELU):
+            for i in range(out.shape[1]):
+                weight[i] = rounded(1.0 + erf(rounded(gate[i] * HALF_SQRT2), ex2_rows, ex2_squares))
+                gate[i] = rounded(0.5 * gate[i])
+        elif activation == GEGLU_TANH:
+            for i in range(out.shape[1]):
+                inner = fma(rounded(CUBIC * gate[i]), gate[i], SQRT_2_PI)
+                gate[i] = fma(gate[i], tanh_approx(rounded(gate[i] * inner), ex2_squares), gate[i])
+                weight[i] = 0.5
+        elif activation in (RELU, RELU2, IDENTITY):
+            for i in range(out.shape[1]):
+                if activation != IDENTITY and not gate[i] > 0 and gate[i] == gate[i]:
+                    gate[i] = 0.0
+                weight[i] = gate[i] if activation == RELU2 else 1.0
+        else:
+            for i in range(out.shape[1]):
+                bits = fc1_output[row, i + before]
+                if len(of_bf16) and gate[i] == number_of(i32(bits) << 16):
+                    weight[i] = number_of(of_bf16[u16(bits)])
+                else:
+                    scaled = rounded(gate[i] * first) if activation == SWIGLU_BIAS else gate[i]
+                    weight[i] = sigmoid(scaled, ex2_rows, ex2_squares, rcp_rows, rcp_squares)
         if activation == SITU:
             of_first = reciprocal(first, rcp_rows, rcp_squares)
             of_second = reciprocal(second, rcp_rows, rcp_squares)
-        for i in range(out.shape[1]):
-            gate, up = number_of(i32(fc1_output[row, i + before]) << 16), 1.0
-            if before:
-                up = number_of(i32(fc1_output[row, i]) << 16)
-            if len(bias):
-                gate = rounded(gate + number_of(i32(bias[row, i + before]) << 16))
-                if before:
-                    up = rounded(up + number_of(i32(bias[row, i]) << 16))
-            unclamped = scaled = gate
-            if activation == SWIGLU_BIAS:
-                up, gate = clamp(up, third), minimum(gate, third)
-                scaled = rounded(gate * first)
-                up = rounded(up + second)
-            if activation in (GEGLU, GELU):
-                weight = rounded(1.0 + erf(rounded(gate * HALF_SQRT2), ex2_rows, ex2_squares))
-                gate = rounded(0.5 * gate)
-            elif activation == GEGLU_TANH:
-                inner = fma(rounded(CUBIC * gate), gate, SQRT_2_PI)
-                gate = fma(gate, tanh_approx(rounded(gate * inner), ex2_squares), gate)
-                weight = 0.5
-            elif activation in (RELU, RELU2, IDENTITY):
-                if activation != IDENTITY and not gate > 0 and gate == gate:
-                    gate = 0.0
-                weight = gate if activation == RELU2 else 1.0
-            elif len(of_bf16) and gate == unclamped:
-                weight = number_of(of_bf16[u16(fc1_output[row, i + before])])
-            else:
-                weight = sigmoid(scaled, ex2_rows, ex2_squares, rcp_rows, rcp_squares)
-            if activation == SITU:
-                gate, up = rounded(gate * of_first), rounded(up * of_second)
+            for i in range(out.shape[1]):
+                gate[i], up[i] = rounded(gate[i] * of_first), rounded(up[i] * of_second)
                 for _ in range(2):  # each in turn: two copies of tanh would take long to compile
-                    gate, up = up, tanh(gate, ex2_rows, ex2_squares, rcp_rows, rcp_squares)
-                weight, gate, up = rounded(weight * gate), first, rounded(up * second)
-            weighted = rounded(gate * weight)
-            if activation == SWIGLU_STEP:
-                weighted, up = minimum(weighted, first), clamp(up, first)
-            out[row, i] = bits_of(rounded(weighted * up))
+                    gate[i], up[i] = up[i], tanh(gate[i], ex2_rows, ex2_squares, rcp_rows, rcp_squares)
+                weight[i], gate[i], up[i] = rounded(weight[i] * gate[i]), first, rounded(up[i] * second)
+        for i in range(out.shape[1]):
+            gate[i] = rounded(gate[i] * weight[i])
+        if activation == SWIGLU_STEP:
+            for i in range(out.shape[1]):
+                gate[i], up[i] = minimum(gate[i], first), clamp(up[i], first)
+        for i in range(out.shape[1]):
+            out[row, i] = bits_of(rounded(gate[i] * up[i]))
 
 
 @compiled(
@@ -276,7 +284,7 @@ def finalize(fc2_output, local, scales, bias, out):
         bias: `[E, H]`, bf16 bits, or `[0, H]` for none.
         out: `[M, H]`, written.
     """
-    acc = np.empty(out.shape[1], f64)
+    acc, y = np.empty(out.shape[1], f64), np.empty(out.shape[1], f64)
     for token in range(out.shape[0]):
         acc[:] = 0
         for slot in range(local.shape[1]):
@@ -285,10 +293,12 @@ def finalize(fc2_output, local, scales, bias, out):
                 continue
             scale = number_of(scales[token, slot])
             for h in range(out.shape[1]):
-                y = number_of(i32(fc2_output[token, slot, h]) << 16)
-                if len(bias):
-                    y = rounded(y + number_of(i32(bias[expert, h]) << 16))
-                acc[h] = fma(scale, y, acc[h])
+                y[h] = number_of(i32(fc2_output[token, slot, h]) << 16)
+            if len(bias):
+                for h in range(out.shape[1]):
+                    y[h] = rounded(y[h] + number_of(i32(bias[expert, h]) << 16))
+            for h in range(out.shape[1]):
+                acc[h] = fma(scale, y[h], acc[h])
         for h in range(out.shape[1]):
             out[token, h] = bits_of(acc[h])
 

@@ -7,8 +7,9 @@ the bottleneck. Nothing that is computed depends on it.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from threading import Thread
 from typing import TypeVar
 
 import torch
@@ -30,27 +31,42 @@ def in_parallel(
     `weights` says how large a piece is: how many weights it has to work on. The function may read tensors of the
     caller, but has to return what it makes: modes of the caller, such as inference mode, do not hold in the threads.
     """
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or min(threads, len(pieces)) < 2 or weights < _ENOUGH:
+    threads = min(torch.get_num_threads(), len(pieces))
+    if device.type != "cpu" or threads < 2 or weights < _ENOUGH:
         return [function(piece) for piece in pieces]
-    with ThreadPoolExecutor(min(threads, len(pieces)), initializer=_work_alone) as pool:
+    found: dict[int, _R] = {}
+    errors: list[BaseException] = []
+    left = iter(range(len(pieces)))
+
+    def work() -> None:
         try:
-            return list(pool.map(function, pieces))
-        finally:
-            torch.set_num_threads(threads)  # for threads that start later; a thread's own number is its own
+            with torch.no_grad():
+                for number in left:
+                    found[number] = function(pieces[number])
+        except BaseException as error:
+            errors.append(error)
+            deque(left, maxlen=0)  # which nobody has to do any more
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # for this thread and those that start now
+    try:
+        others = [Thread(target=work) for _ in range(threads - 1)]
+        for thread in others:
+            thread.start()
+        work()
+        for thread in others:
+            thread.join()
+    finally:
+        torch.set_num_threads(before)
+    if errors:
+        raise errors[0]
+    return [found[number] for number in range(len(pieces))]
 
 
-def spans_in_parallel(
-    function: Callable[[slice], object], length: int, step: int, device: torch.device, weights: int
-) -> None:
-    """Call a function with slices that cover `length`: of `step` for threads, one of all where there is little to do.
+def spans_in_parallel(function: Callable[[slice], object], length: int, step: int, weights: int) -> None:
+    """Call a loop with slices that cover `length`: of `step` for threads, one of all where there is little to do.
 
     `weights` says how large all of it is.
     """
     pieces = list(spans(length, step if weights >= _ENOUGH else max(length, 1)))
-    in_parallel(function, pieces, device, weights)
-
-
-def _work_alone() -> None:
-    torch.set_num_threads(1)
-    torch.set_grad_enabled(False)
+    in_parallel(function, pieces, torch.device("cpu"), weights)

@@ -11,7 +11,7 @@ import torch
 from mxfp4ref.formats.experts import PARAMETERS
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.flashinfer import torch_ref_cutlass_fused_moe
-from mxfp4ref.model.forward import forward, trace
+from mxfp4ref.model.forward import KERNEL, forward, trace
 from mxfp4ref.model.layer import moe_layer
 from mxfp4ref.model.parallel import Ranks, forward_all_ranks, split_intermediate
 from mxfp4ref.routing.presets import mixtral
@@ -19,6 +19,7 @@ from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.activation import ACTIVATIONS, RELU2, SITU, SWIGLU, SWIGLU_BIAS, SWIGLU_STEP, activate
 from tests.helpers import bits, layers
 from tests.helpers.drop_in import arguments_of
+from tests.helpers.forward_calls import assert_same_trace
 
 BARE = layers.random_experts(7, hidden=128, inner=128, biases=True)
 GIVEN = {
@@ -49,6 +50,7 @@ def test_the_trace_has_this_activation(activation_type: int, experts: Any) -> No
     expected = activate(call.activation, rows.fc1_output, own.fc1_biases, parameters)
     bits.assert_same(rows.activation, fp32.to_bf16(expected))
     bits.assert_same(rows.output, forward(call))
+    assert_same_trace(trace(call, KERNEL), rows)  # stage by stage
 
 
 def test_each_activation_gives_other_bits() -> None:

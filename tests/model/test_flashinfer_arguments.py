@@ -92,7 +92,7 @@ def test_its_experts() -> None:
     assert isinstance(some, PlainExperts)
     for name in ("fc1_weights", "fc1_scales", "fc2_weights", "fc2_scales"):
         bits.assert_same(getattr(back, name), getattr(EXPERTS, name))
-    assert experts.stored("fc1", 2).orders == (0, to_sm90(EXPERTS, BYTEWISE).stored("fc1", 2).orders[1])
+    assert experts.stored("fc1", [2]).orders == (0, to_sm90(EXPERTS, BYTEWISE).stored("fc1", [2]).orders[1])
     wordwise = layers.to_sm90(EXPERTS).fc1_scales
     with pytest.raises(ValueError, match=r"^fc1_scales: expected folded scales .* \(plain\) as torch.int32"):
         replace(experts, fc1_scales=wordwise)

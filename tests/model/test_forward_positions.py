@@ -10,9 +10,9 @@ import torch
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.formats.generations import BYTEWISE
 from mxfp4ref.formats.mxfp4 import pack_codes
-from mxfp4ref.model import forward as moe
+from mxfp4ref.model import cpu
 from mxfp4ref.model.call import MoeCall
-from mxfp4ref.model.forward import forward, trace
+from mxfp4ref.model.forward import DENSE, KERNEL, forward, trace
 from mxfp4ref.sm90.tactics import Sm90Kernel
 from tests.helpers import bits
 from tests.helpers.forward_calls import (
@@ -96,7 +96,8 @@ def test_parts_of_any_length(at_once: int, monkeypatch: pytest.MonkeyPatch) -> N
     swapping = replace(make_hard(CALL, 3, "tiny"), kernel=Sm90Kernel.of_tiles((256, 128), (16, 64)))
     calls = [*CALLS.values(), swapping, underflowing_call(12, kernel=Sm90Kernel.of_tiles((256, 128)))]
     expected = [trace(call) for call in calls]
-    monkeypatch.setattr(moe, "_TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr(cpu, "TOKENS_AT_ONCE", at_once)
     for call, whole in zip(calls, expected, strict=True):
         bits.assert_same(forward(call), whole.output)
-        assert_same_trace(trace(call), whole)
+        for stages in (None, KERNEL if call.experts.quantized else DENSE):
+            assert_same_trace(trace(call, stages), whole)

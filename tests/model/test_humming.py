@@ -137,7 +137,7 @@ def test_what_can_be_prepared() -> None:
     with pytest.raises(ValueError, match="fc2_residual: expected"):
         replace(EXPERTS, fc2_residual=torch.ones(2))
     with pytest.raises(TypeError, match="exponent offsets"):
-        EXPERTS.stored("fc1", 0)
+        EXPERTS.stored("fc1", [0])
 
 
 def arguments_of(call: MoeCall) -> dict[str, Any]:

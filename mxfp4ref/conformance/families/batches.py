@@ -8,16 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate, islice
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.families.hypothesis import FAILURES, Hypothesis, Pipeline, local_of, unchecked
-from mxfp4ref.formats.experts import Experts, StoredWeights
-from mxfp4ref.model.forward import KERNEL, Rows, activate_rows, check_stage, gemm_rows
-from mxfp4ref.sm90.gemm.compiled import compiled_loops
+from mxfp4ref.formats.experts import Experts
+from mxfp4ref.model.forward import KERNEL, activate_rows, check_stage
 
 __all__ = ["each", "one_thread", "tried"]
 
@@ -66,19 +65,6 @@ def each(
             outputs, changed = iter(()), [None] * len(some)
         for one, known in zip(some, changed, strict=True):
             yield one, *(next(outputs) if known else (one.run(part), None))
-
-
-@dataclass(frozen=True)
-class _Several:
-    """What `gemm_rows` takes of experts: those of several hypotheses, `count` of each."""
-
-    pairs: Sequence[tuple[Tensor, Tensor]]
-    count: int
-    gemm_shapes: tuple[tuple[int, int], tuple[int, int]]
-
-    def stored(self, _: str, number: int) -> StoredWeights:
-        weights, scales = (tensor[number % self.count] for tensor in self.pairs[number // self.count])
-        return StoredWeights(weights, scales.reshape(-1), (0, 0))
 
 
 @dataclass(frozen=True)
@@ -192,36 +178,19 @@ class _Token:
         name, count = ("fc1", "fc2")[which], len(self.slots)
         pairs = [(c[f"{name}_weights"], c[f"{name}_scales"]) for c in changed]
         gemms = [getattr(c.pipeline.stages, f"{name}_gemm") for c in changed]
-        shapes, kernel = self.part.call.experts.gemm_shapes, self.part.call.kernel
+        num_columns, kernel = self.part.call.experts.gemm_shapes[which][0], self.part.call.kernel
         how = {"tactic": kernel.tactics[which], "generation": kernel.generation}
 
         def sums(places: list[int]) -> list[Tensor]:
-            if usual[places[0]] is None:
-                gemm, pair, rows = gemms[places[0]], pairs[places[0]], _stacked(x, places)[0][:, None]
-                found = gemm(rows, *pair, **how, positions=rows.new_zeros(rows.shape[:2], dtype=torch.int64))
-                check_stage(f"{name}_gemm", found, (count, 1, shapes[which][0]))
-                return [found[:, 0].contiguous()]
-            groups: dict[tuple[int, ...], list[int]] = {}  # of the same weights: rows of one GEMM
-            for i in places:
-                groups.setdefault(tuple(map(id, pairs[i])), []).append(i)
-            rows = torch.cat([_stacked(x, group).transpose(0, 1).flatten(0, 1) for group in groups.values()])
-            none = rows.new_zeros(len(rows), dtype=torch.int64)
-            ends = list(accumulate(len(group) for group in groups.values() for _ in range(count)))
-            routed = Rows(token=none, slot=none, expert=none, position=none, per_expert=none, ends=ends)
-            experts = _Several([pairs[group[0]] for group in groups.values()], count, shapes)
-            call = unchecked(self.part.call, experts=experts)
-            _, found = gemm_rows(call, which, rows, routed, gemms[places[0]], lambda result: result, False)
-            check_stage(f"{name}_gemm", found, (len(rows), shapes[which][0]))
-            pieces = torch.split(found, [count * len(group) for group in groups.values()])
-            by_place: dict[int, Tensor] = {}
-            for group, piece in zip(groups.values(), pieces, strict=True):
-                by_place |= zip(
-                    group, piece.view(count, len(group), -1).transpose(0, 1).contiguous(), strict=True
-                )
-            return [by_place[i] for i in places]
+            gemm, pair, rows = gemms[places[0]], pairs[places[0]], _stacked(x, places).transpose(0, 1)
+            found = gemm(rows, *pair, **how, positions=rows.new_zeros(rows.shape[:2], dtype=torch.int64))
+            check_stage(f"{name}_gemm", found, (count, len(places), num_columns))
+            return list(found.transpose(0, 1).contiguous())
 
-        together = self.local.device.type == "cpu" and compiled_loops() is not None
-        usual = [True if together and gemm is getattr(KERNEL, f"{name}_gemm") else None for gemm in gemms]
+        ours = getattr(KERNEL, f"{name}_gemm")  # takes all rows of the same weights together
+        usual = [
+            tuple(map(id, pair)) if gemm is ours else None for pair, gemm in zip(pairs, gemms, strict=True)
+        ]
         return _shared(x, [(*pair, gemm) for pair, gemm in zip(pairs, gemms, strict=True)], usual, sums)
 
     def _rounded(self, stage: str, changed: list[_Changed], x: _Rows) -> _Rows:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
+from functools import lru_cache, partial
 from itertools import pairwise
 from types import ModuleType
 from typing import Any
@@ -16,15 +16,16 @@ from torch.nn.functional import pad
 from mxfp4ref._compiled import as_numpy, loops
 from mxfp4ref._compiler import uncompiled
 from mxfp4ref._spans import spans
-from mxfp4ref._validate import check_tensor
 from mxfp4ref.formats.experts import StoredWeights
 from mxfp4ref.formats.generations import GENERATIONS
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE
 from mxfp4ref.sm90.gemm.reference import gemm_in_order
 from mxfp4ref.sm90.gemm.trial import check_gemm
-from mxfp4ref.sm90.threads import in_parallel
+from mxfp4ref.sm90.threads import spans_in_parallel
 
 __all__ = ["compiled_loops", "gemm", "grouped_gemm"]
+
+Array = np.ndarray[Any, Any]
 
 _COLUMNS_AT_ONCE = 1024  # of an expert, on one thread
 
@@ -59,69 +60,67 @@ def gemm(x: Tensor, packed: Tensor, scales: Tensor, order: Sequence[int], swappe
             out[..., columns] = gemm_in_order(x, packed[:, columns], scales[:, columns], order, swapped)
         return out
     ends = [num_rows * (expert + 1) for expert in range(batch)]
-    weights = [StoredWeights(packed[e], scales[e].flatten(), (0, 0)) for e in range(batch)]
-    rows = x.reshape(-1, depth)
-    out = grouped_gemm(compiled, rows, ends, weights.__getitem__, order, swapped.reshape(-1), num_columns)
-    return out.view(batch, num_rows, num_columns)
+    weights = StoredWeights(packed, scales.flatten(1), (0, 0))
+    rows, swaps = as_numpy(x.reshape(-1, depth), np.int16), as_numpy(swapped.reshape(-1), np.bool_)
+    bits = grouped_gemm(compiled, rows, ends, weights, order, swaps)
+    return torch.from_numpy(bits.view(np.float32)).view(batch, num_rows, num_columns)
 
 
-@uncompiled
 def grouped_gemm(
-    compiled: Any,
-    x: Tensor,
-    ends: Sequence[int],
-    weights: Callable[[int], StoredWeights],
-    order: Sequence[int],
-    swapped: Tensor,
-    num_columns: int,
-) -> Tensor:
-    """The float32 accumulators of all rows of a layer, which are sorted by expert.
+    compiled: Any, x: Array, ends: Sequence[int], weights: StoredWeights, order: Sequence[int], swapped: Array
+) -> Array:
+    """The float32 accumulators of all rows of a layer, which are sorted by expert, from bits to bits.
 
     Args:
         compiled: `compiled_loops()`.
-        x: `[R, K] bf16`.
+        x: `[R, K] int16`, of bf16.
         ends: where the rows of each expert end, and those of the next one start.
-        weights: gives the weights of an expert.
+        weights: of all experts.
         order: as for `gemm`.
-        swapped: as for `gemm`, `[R]`.
-        num_columns: N, the same of every expert.
+        swapped: as for `gemm`, `[R] bool`.
 
     Returns:
-        `[R, N] float32`.
+        `[R, N] int32`.
     """
-    check_tensor("x", x, dtype=torch.bfloat16, shape=("R", len(order) * GROUP_SIZE))
     if ends[-1] != len(x):
         raise ValueError(f"ends: expected the last to be the number of rows, {len(x)}, got {ends[-1]}")
-    out = torch.empty(len(x), num_columns, dtype=torch.float32, device="cpu")
-    num_groups = x.shape[1] // GROUP_SIZE
-    by_group = as_numpy(x, np.uint16).reshape(len(x), num_groups, GROUP_SIZE).transpose(1, 0, 2)
-    x_bits, facts = np.ascontiguousarray(by_group), np.empty((num_groups, len(x), 4), np.int32)
+    depth, num_columns = x.shape[1], weights.packed.shape[1]
+    num_groups = depth // GROUP_SIZE
+    x_bits = np.ascontiguousarray(
+        x.view(np.uint16).reshape(len(x), num_groups, GROUP_SIZE).transpose(1, 0, 2)
+    )
+    facts, out = np.empty((num_groups, len(x), 4), np.int32), np.empty((len(x), num_columns), np.int32)
     compiled.classify(x_bits, facts)
-    swaps, out_bits = as_numpy(swapped, np.bool_), as_numpy(out, np.int32)
-    steps = _steps(order, bool(swaps.any()))
-    pieces: list[tuple[Any, ...]] = []
-    for expert, rows in _experts_with_rows(ends):
-        packed, scales, orders = weights(expert)
-        if num_groups % 4:
-            scales = pad(scales.reshape(-1, num_groups), (0, -num_groups % 4)).flatten()
-        of_expert = as_numpy(packed, np.int32), as_numpy(scales, np.int32), np.array(orders)
-        for columns in spans(num_columns, _COLUMNS_AT_ONCE):
-            pieces.append((rows, *of_expert, np.array([columns.start, columns.stop])))
+    used = [(expert, start, end) for expert, (start, end) in enumerate(pairwise([0, *ends])) if start < end]
+    packed, scales, numbers = _in_place(weights, [expert for expert, _, _ in used])
+    if num_groups % 4:
+        scales = pad(scales.reshape(-1, num_groups), (0, -num_groups % 4)).view(len(scales), -1)
+    pieces = [
+        (number, start, end, columns.start, columns.stop)
+        for number, (_, start, end) in zip(numbers, used, strict=True)
+        for columns in spans(num_columns, _COLUMNS_AT_ONCE)
+    ]
+    of_pieces = np.array(pieces, np.int64).reshape(-1, 5)
+    stored = as_numpy(packed, np.int32), as_numpy(scales, np.int32), np.array(weights.orders)
+    given = x_bits, facts, swapped, *stored, _steps(tuple(order), bool(swapped.any()))
 
-    def compute(piece: tuple[Any, ...]) -> None:
-        compiled.gemm(x_bits, facts, swaps, *piece, steps, out_bits)
+    def compute(some: slice) -> None:
+        compiled.gemm(*given, of_pieces[some], out)
 
-    in_parallel(compute, pieces, x.device, len(ends) * num_columns * x.shape[1])
+    spans_in_parallel(compute, len(of_pieces), 1, len(ends) * num_columns * depth)
     return out
 
 
-def _experts_with_rows(ends: Sequence[int]) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
-    for expert, (start, end) in enumerate(pairwise([0, *ends])):
-        if end > start:
-            yield expert, np.array([start, end])
+def _in_place(weights: StoredWeights, used: list[int]) -> tuple[Tensor, Tensor, Sequence[int]]:
+    """Weights, scales and the numbers of the used experts there: all, or copies where no loop could read them."""
+    for tensor in (weights.packed, weights.scales):
+        if not tensor.is_contiguous() or tensor.data_ptr() % 4:
+            return weights.packed[used], weights.scales[used], range(len(used))
+    return weights.packed, weights.scales, used
 
 
-def _steps(order: Sequence[int], any_swapped: bool) -> np.ndarray[Any, Any]:
+@lru_cache
+def _steps(order: tuple[int, ...], any_swapped: bool) -> Array:
     """Groups in their order and who takes them: 0 rows that do not swap the first two, 1 rows that do, 2 all."""
     steps = [(group, 2) for group in order]
     if any_swapped and len(steps) > 1:
@@ -135,11 +134,12 @@ def _try_out(compiled: Any) -> None:
     def gemm(
         layout: Any, x: Tensor, packed: Tensor, scales: Tensor, order: list[int], swaps: Tensor
     ) -> Tensor:
-        columns, orders = packed.shape[1], (0, 0)
+        orders = (0, 0)
         if layout is not None:
             packed, scales, orders = layout.interleave(packed), layout.fold(scales), layout.ORDERS
-        stored = StoredWeights(packed[0], scales[0].flatten(), orders)
-        return grouped_gemm(compiled, x[0], [len(x[0])], lambda _: stored, order, swaps[0], columns)[None]
+        stored = StoredWeights(packed, scales.flatten(1), orders)
+        out = grouped_gemm(compiled, as_numpy(x[0], np.int16), [x.shape[1]], stored, order, swaps[0].numpy())
+        return torch.from_numpy(out.view(np.float32))[None]
 
     for layout in (None, *(generation.layout for generation in GENERATIONS)):
         check_gemm(partial(gemm, layout), torch.device("cpu"))

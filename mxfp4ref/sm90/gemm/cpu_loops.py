@@ -184,71 +184,74 @@ def find_careful_rows(facts, first_row, scale_words, careful):
 
 
 @compiled(
-    "void(uint16[:,:,::1], int32[:,:,::1], boolean[::1], int64[::1], int32[:,::1], int32[::1], int64[::1], "
-    "int64[::1], int64[:,::1], int32[:,::1])",
-    shapes="x_bits[G, R, 32] facts[G, R, 4] swapped[R] rows[2] packed[N, 4*G] scales[N*G/4] orders[2] columns[2] "
-    "steps[S, 2] out[R, N]",
+    "void(uint16[:,:,::1], int32[:,:,::1], boolean[::1], int32[:,:,::1], int32[:,::1], int64[::1], "
+    "int64[:,::1], int64[:,::1], int32[:,::1])",
+    shapes="x_bits[G, R, 32] facts[G, R, 4] swapped[R] packed[E, N, 4*G] scales[E, N*G/4] orders[2] steps[S, 2] "
+    "pieces[P, 5] out[R, N]",
 )
-def gemm(x_bits, facts, swapped, rows, packed, scales, orders, columns, steps, out):
-    """The accumulators' bits for the rows of one expert and some of its columns.
+def gemm(x_bits, facts, swapped, packed, scales, orders, steps, pieces, out):
+    """The accumulators' bits of some pieces: rows of an expert and some of its columns.
 
     Args:
         x_bits: `[G, R, 32]`, bf16.
         facts: `[G, R, 4]`, of `row_loops.classify`.
         swapped: `[R]`, rows that take the second group before the first.
-        rows: the expert's first row, and the one after its last.
-        packed: `[N, K/8]`, eight E2M1 codes a word, in the byte order orders[0].
-        scales: `[N * ceil(G/4)]`, those of four groups a word, in the byte order orders[1].
+        packed: `[E, N, K/8]`, eight E2M1 codes a word, in the byte order orders[0].
+        scales: `[E, N * ceil(G/4)]`, those of four groups a word, in the byte order orders[1].
         orders: the two byte orders.
-        columns: the first column, and the one after the last; whole blocks of 16 where weights are not LOGICAL.
         steps: `[steps, 2]`, groups in their order and which rows take the step: EVERY_ROW or the value of `swapped`.
+        pieces: `[P, 5]`, the expert, the first row and the one after the last, the first column and the one after the
+            last; whole blocks of 16 columns where weights are not LOGICAL.
         out: `[R, N]`, written in these rows and columns.
     """
-    num_groups, first_row, num_rows = len(facts), rows[0], rows[1] - rows[0]
+    num_groups = len(facts)
     words, scale_words = vectors(4 * num_groups, i32), vectors((num_groups + 3) // 4, i32)
     w, w_exponents, scale = vectors(32, f32), vectors(32, i8), vectors(1, f32)
     x, x_exponents = np.empty(32, f32), np.empty(32, i8)
     sums, largest, per_unit, total = vectors(2, f32), vectors(2, i8), vectors(1, f32), vectors(1, i32)
     x_parts, wide_exponents = np.empty((2, 32), f64), np.empty(32, i16)
     parts, wide_largest = vectors(2, f64), vectors(1, i16)
-    t, acc, careful = vectors(1, f32), vectors(num_rows, f32), np.empty(num_rows, np.bool_)
-    with_exponents = np.zeros(num_groups, np.bool_)
-    for group in range(num_groups):
-        for m in range(num_rows):
-            with_exponents[group] |= facts[group, first_row + m, WAY] != PLAIN
+    t, with_exponents = vectors(1, f32), np.empty(num_groups, np.bool_)
 
-    for first in range(columns[0], columns[1], COLUMNS):
-        fetch(packed, scales, orders, first, columns[1], words, scale_words)
-        find_careful_rows(facts, first_row, scale_words, careful)
-        acc[:] = 0
-        for step in range(len(steps)):
-            group, taken_by = steps[step]
-            unpack(words, group, orders[0], w)
-            unpack_scales(scale_words, group, scale)
-            if with_exponents[group]:
-                find_exponents(w, w_exponents)
+    for expert, first_row, last_row, first_column, last_column in pieces:
+        num_rows = last_row - first_row
+        acc, careful = vectors(num_rows, f32), np.empty(num_rows, np.bool_)
+        with_exponents[:] = False
+        for group in range(num_groups):
             for m in range(num_rows):
-                row = first_row + m
-                if taken_by != EVERY_ROW and taken_by != swapped[row]:
-                    continue
-                way, cut_bits = facts[group, row, WAY], facts[group, row, CUT_BITS]
-                if way == WIDE:
-                    load_wide(x_bits, group, row, wide_exponents, x_parts)
-                    wide_sum(x_parts, wide_exponents, w, w_exponents, wide_largest, parts, t)
-                else:
-                    load(x_bits, group, row, cut_bits, x)
-                    step_sums(x, w, sums)
-                    if way == PLAIN:
-                        for j in range(COLUMNS):
-                            t[0, j] = sums[0, j] + sums[1, j]
+                with_exponents[group] |= facts[group, first_row + m, WAY] != PLAIN
+        for first in range(first_column, last_column, COLUMNS):
+            fetch(packed, scales, expert, orders, first, last_column, words, scale_words)
+            find_careful_rows(facts, first_row, scale_words, careful)
+            acc[:] = 0
+            for step in range(len(steps)):
+                group, taken_by = steps[step]
+                unpack(words, group, orders[0], w)
+                unpack_scales(scale_words, group, scale)
+                if with_exponents[group]:
+                    find_exponents(w, w_exponents)
+                for m in range(num_rows):
+                    row = first_row + m
+                    if taken_by != EVERY_ROW and taken_by != swapped[row]:
+                        continue
+                    way, cut_bits = facts[group, row, WAY], facts[group, row, CUT_BITS]
+                    if way == WIDE:
+                        load_wide(x_bits, group, row, wide_exponents, x_parts)
+                        wide_sum(x_parts, wide_exponents, w, w_exponents, wide_largest, parts, t)
                     else:
-                        load_exponents(x_bits, group, row, x_exponents)
-                        find_largest(x_exponents, w_exponents, largest)
-                        split_sum(x_bits, group, row, cut_bits, sums, w, largest, per_unit, total, t)
-                accumulate(acc, m, t, scale, careful[m])
-        for m in range(num_rows):
-            for lane in range(COLUMNS):
-                column = first + column_of_lane(lane, orders[0])
-                if column < columns[1]:
-                    number = acc[m, lane] + f32(0)  # the epilogue: -0 becomes +0
-                    out[first_row + m, column] = bits_of(number) if number == number else NAN_BITS
+                        load(x_bits, group, row, cut_bits, x)
+                        step_sums(x, w, sums)
+                        if way == PLAIN:
+                            for j in range(COLUMNS):
+                                t[0, j] = sums[0, j] + sums[1, j]
+                        else:
+                            load_exponents(x_bits, group, row, x_exponents)
+                            find_largest(x_exponents, w_exponents, largest)
+                            split_sum(x_bits, group, row, cut_bits, sums, w, largest, per_unit, total, t)
+                    accumulate(acc, m, t, scale, careful[m])
+            for m in range(num_rows):
+                for lane in range(COLUMNS):
+                    column = first + column_of_lane(lane, orders[0])
+                    if column < last_column:
+                        number = acc[m, lane] + f32(0)  # the epilogue: -0 becomes +0
+                        out[first_row + m, column] = bits_of(number) if number == number else NAN_BITS

@@ -68,7 +68,7 @@ def _gemm(compiled: Any, x: Tensor, packed: Tensor, offsets: Tensor) -> Tensor:
         bounds = np.array([columns.start, columns.stop])
         compiled.gemm(*arguments, table, values, exponents, bounds, out_numbers)
 
-    spans_in_parallel(compute, len(packed), _COLUMNS_AT_ONCE, x.device, packed.numel() * 2)
+    spans_in_parallel(compute, len(packed), _COLUMNS_AT_ONCE, packed.numel() * 2)
     # A NaN among the products of an element, whatever the other factor, makes it NaN.
     nan = (x & 0x7F == _NAN).any(1, keepdim=True)
     if bool((offsets > 12).any()):

@@ -43,4 +43,5 @@ def first_pair_swapped(x: Tensor, positions: Tensor | None, tactic: Tactic, gene
     """
     if positions is None:
         positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
-    return generation.first_pair_swapped(positions, tactic.tile_n, tactic.tile_k)
+    swapped: Tensor = generation.first_pair_swapped(positions, tactic.tile_n, tactic.tile_k)
+    return swapped

@@ -22,6 +22,7 @@ from mxfp4ref.sm90.gemm.bit_loops import (
     i16,
     i32,
     i64,
+    left,
     lowest_bit_of_bf16,
     right,
     u16,
@@ -51,25 +52,29 @@ def classify(x, facts):
         facts: `[G, R, 4]`, written: the way, bound, unit, and a bit for each x whose products may have to be cut, in
             WIDE all. The products of the others are multiples of 2^(bound - 24), which is more than the step keeps.
     """
+    last_bits, numbers = np.empty(32, i32), np.empty(32, f64)
     for group in range(x.shape[0]):
         for row in range(x.shape[1]):
-            total, unit, lowest, highest = 0.0, i32(NONE), i32(LOWEST), i32(HIGHEST)
+            unit, lowest, highest = i32(NONE), i32(LOWEST), i32(HIGHEST)
             for k in range(32):
                 bits = i32(x[group, row, k] & 0x7FFF)
                 exponent = i32((bits >> 7) - 127)
-                unit = min(unit, lowest_bit_of_bf16(bits) if bits else i32(NONE))
+                last_bits[k] = lowest_bit_of_bf16(bits) if bits else i32(NONE)
+                unit = min(unit, last_bits[k])
                 lowest = min(lowest, exponent if bits else i32(LOWEST))
                 highest = max(highest, exponent)
-                total += f64(float32_of(bits << 16))
-            bound, unit = math.frexp(6 * total)[1], unit - 1  # weights are multiples of 0.5 up to 6
-            cut = 0
+                numbers[k] = f64(float32_of(bits << 16))
+            for half in (16, 8, 4, 2, 1):  # by pairs, since one after the other would wait for each sum
+                for k in range(half):
+                    numbers[k] += numbers[k + half]
+            bound, unit = math.frexp(6 * numbers[0])[1], unit - 1  # weights are multiples of 0.5 up to 6
+            cut = i32(0)
             for k in range(32):
-                bits = i32(x[group, row, k] & 0x7FFF)
-                cut |= i32(bits != 0 and bound - (lowest_bit_of_bf16(bits) - 1) > DIGITS) << k
+                cut |= left(i32(bound - (last_bits[k] - 1) > DIGITS), i32(k))
             in_range = lowest >= LOWEST and highest <= HIGHEST
             facts[group, row, WAY] = (SPLIT if cut else PLAIN) if in_range else WIDE
             facts[group, row, BOUND], facts[group, row, UNIT] = bound, unit
-            facts[group, row, CUT_BITS] = i32(cut) if in_range else i32(-1)
+            facts[group, row, CUT_BITS] = cut if in_range else i32(-1)
 
 
 @compiled()

@@ -52,23 +52,23 @@ def place_of_scales(column, four, num_columns, num_fours, order):
 
 
 @compiled()
-def fetch(packed, scales, orders, first, last, words, scale_words):
+def fetch(packed, scales, expert, orders, first, last, words, scale_words):
     """Lay columns side by side, 32 at a time: as many rows of memory as a CPU reads ahead in."""
-    num_columns, num_fours = packed.shape[0], len(scale_words)
+    num_columns, num_fours = packed.shape[1], len(scale_words)
     for strip in range(0, COLUMNS, 32):
-        for group in range(packed.shape[1] // 4):
+        for group in range(packed.shape[2] // 4):
             for lane in range(strip, strip + 32, 8):
                 column = first + column_of_lane(lane, orders[0])  # and the next ones
                 for j in range(8):
                     if column + j < last:
                         for i in range(4):
-                            words[4 * group + i, lane + j] = packed[column + j, 4 * group + i]
+                            words[4 * group + i, lane + j] = packed[expert, column + j, 4 * group + i]
     for lane in range(COLUMNS):
         column = first + column_of_lane(lane, orders[0])
         if column < last:
             for four in range(num_fours):
                 place = place_of_scales(column, four, num_columns, num_fours, orders[1])
-                scale_words[four, lane] = scales[place]
+                scale_words[four, lane] = scales[expert, place]
 
 
 @compiled()

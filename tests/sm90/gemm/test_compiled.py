@@ -151,6 +151,13 @@ def test_cancelling_rows_of_every_way() -> None:
         assert_right(bits.bf16(x), pack_codes(torch.from_numpy(codes.astype(np.uint8))), scales)
 
 
+def accumulators(
+    x: Tensor, ends: list[int], stored: StoredWeights, order: list[int], swapped: Tensor
+) -> Tensor:
+    out = grouped_gemm(cpu_loops, _compiled.as_numpy(x, np.int16), ends, stored, order, swapped.numpy())
+    return torch.from_numpy(out).view(torch.float32)
+
+
 @pytest.mark.parametrize("scale_order", [None, *GENERATIONS], ids=repr)
 @pytest.mark.parametrize("packed_order", [None, *GENERATIONS], ids=repr)
 @pytest.mark.parametrize("num_columns", [64, 192])
@@ -170,10 +177,7 @@ def test_all_experts_of_a_layer_in_every_byte_order(
     order, swapped = group_order(groups, 128), torch.arange(len(x)) % 3 == 0
     ends = np.cumsum(counts).tolist()
 
-    def weights(expert: int) -> StoredWeights:
-        return StoredWeights(stored[expert], folded[expert].flatten(), orders)
-
-    got = grouped_gemm(cpu_loops, x, ends, weights, order, swapped, num_columns)
+    got = accumulators(x, ends, StoredWeights(stored, folded.flatten(1), orders), order, swapped)
     for expert, (count, end) in enumerate(zip(counts, ends, strict=True)):
         rows = slice(end - count, end)
         alone = (packed[expert, None], scales[expert, None], order, swapped[None, rows])
@@ -189,8 +193,8 @@ def test_every_code_and_scale_at_every_place_of_a_byte_order(generation: Generat
     packed, scales = pack_codes(codes), (100 + torch.arange(64 * 4).view(1, 64, 4) % 50).to(torch.uint8)
     one_hot, nothing = torch.eye(depth, dtype=torch.bfloat16), torch.zeros(depth, dtype=torch.bool)
     layout = generation.layout
-    stored = StoredWeights(layout.interleave(packed)[0], layout.fold(scales)[0].flatten(), layout.ORDERS)
-    got = grouped_gemm(cpu_loops, one_hot, [depth], lambda expert: stored, [0, 1, 2, 3], nothing, 64)
+    stored = StoredWeights(layout.interleave(packed), layout.fold(scales).flatten(1), layout.ORDERS)
+    got = accumulators(one_hot, [depth], stored, [0, 1, 2, 3], nothing)
     bits.assert_same(got.T, dequantize(packed[0], scales[0], dtype=torch.float32))
 
 
@@ -369,7 +373,7 @@ def test_a_compiler_that_errs_is_found_out(monkeypatch: pytest.MonkeyPatch, orde
         @staticmethod
         def gemm(*arguments: Any) -> None:
             cpu_loops.gemm(*arguments)
-            if arguments[6].tolist() == [order, order]:
+            if arguments[5].tolist() == [order, order]:
                 arguments[-1][-1, -1] ^= 1
 
     monkeypatch.setitem(sys.modules, "mxfp4ref.sm90.gemm.cpu_loops", Wrong("wrong"))
