@@ -153,7 +153,7 @@ MEMBERS: dict[str, tuple[Callable[[MoeCall], Tensor], str, str]] = {
     "two": (
         two,
         "activation",
-        "two things: in the activation neither is clamped; and the routing weights are applied twice (squared)",
+        "two things: limit_ignored: SwiGLU limit dropped; and the routing weights are applied twice (squared)",
     ),
 }
 

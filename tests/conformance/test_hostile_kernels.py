@@ -792,6 +792,17 @@ def test_what_an_import_replaces_is_no_verdict_in_this_process(tmp_path: Path) -
     assert (CaseResult.ok, torch.equal) == (ok, equal)
 
 
+def test_a_name_is_not_replaced_by_another_of_the_same_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last of a module's names, so that its values stand in the same order."""
+    module = sys.modules[interference.__module__]
+    name, value = next(reversed(vars(module).items()))
+    restore = interference()
+    monkeypatch.delattr(module, name)
+    monkeypatch.setattr(module, f"_another_{name}", value, raising=False)
+    assert name in restore()
+    assert vars(module)[name] is value
+
+
 def test_a_set_is_not_replaced_by_what_is_equal(monkeypatch: pytest.MonkeyPatch) -> None:
     """A set's copy may have another order: numbers whose hashes collide."""
     numbers = set[int]()

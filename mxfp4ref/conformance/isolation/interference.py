@@ -82,7 +82,7 @@ def interference() -> Callable[[], str]:
         changed = []
         for owner, found in noted.items():
             now = vars(owner)
-            if len(now) == len(found) and all(map(is_, now.values(), found.values())):
+            if [*now] == [*found] and all(map(is_, now.values(), found.values())):
                 continue
             for name, value in found.items():
                 if (new := now.get(name)) is value:
