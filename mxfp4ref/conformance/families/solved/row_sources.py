@@ -37,7 +37,7 @@ class RowSource:
     """What rows have of others.
 
     Attributes:
-        what: "result", "activation" or "input".
+        what: "result", "added" (a result beside the own one), "activation" or "input".
         solved: of the rows that have others', which row or, of the input, token.
         words: for what they have.
         stages: of hypotheses.
@@ -58,9 +58,12 @@ def row_sources(
     if not len(tokens) or not 0 < len(rows) <= _ROWS or not bool(slots.y.isfinite().all()):
         return
 
-    def solved_by(others: Callable[[int], Tensor], zeros: bool = True) -> Solved | None:
+    def solved_by(
+        others: Callable[[int], Tensor], zeros: bool = True, own: Tensor | None = None
+    ) -> Solved | None:
         def candidates(row: int) -> Tensor:
-            return others(int(rows.expert[row])) + biases_of(slots, rows.expert[row])
+            found = others(int(rows.expert[row])) + biases_of(slots, rows.expert[row])
+            return found if own is None else found + own[row]
 
         found = solve(slots, got, tokens, candidates, zeros=zeros)
         return None if found is None else found.changed
@@ -75,6 +78,11 @@ def row_sources(
         yield RowSource("result", solved, words, stages)
         if bool((solved.source >= 0).any()):
             return
+    solved = solved_by(lambda expert: results, zeros=False, own=results)
+    if solved is not None and bool((rows.expert[solved.row] == rows.expert[solved.source]).all()):
+        words = "rows have, beside their own, what GEMM2 gives for another row of their expert"
+        yield RowSource("added", solved, words, ("fc2", "finalize"))
+        return
     work = len(rows) * experts.num_experts * experts.hidden_size * experts.intermediate_size
     if experts.quantized and work <= _WORK:
         solved = solved_by(_second_of(pipeline))
@@ -119,8 +127,9 @@ def taken_evidence(pipeline: Pipeline, slots: SlotRows, got: Tensor, wrong: Tens
             continue
         token = source if one.what == "input" else rows.token[source]
         same = one.what == "input" or bool((rows.expert[row] == rows.expert[source])[source >= 0].all())
-        stages = one.stages if one.what == "activation" else ("slots", "input" if same else "finalize")
-        kind = f"{one.words} are other {'tokens' if same else 'rows'}'"
+        own_stages = one.what in ("activation", "added")
+        stages = one.stages if own_stages else ("slots", "input" if same else "finalize")
+        kind = f"{one.words} are other {'tokens' if same else 'rows'}'" if one.what != "added" else one.words
         told = []
         for r, s, t in zip(row.tolist(), source.tolist(), token.tolist(), strict=True):
             own = f"token {rows.token[r]}, expert {int(rows.expert[r]) + first}"

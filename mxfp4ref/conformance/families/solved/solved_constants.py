@@ -39,6 +39,7 @@ _FEWEST, _LOUD_TOKENS = 4, 16  # tokens, and how many are enough where errors ar
 _SURE = 6.0  # standard deviations
 _ALIKE = 9.0  # in what constants leave that explain the errors alike
 _WHOLLY = 0.9  # of the errors' squares that roundings do not make
+_QUIET, _REST = 2.0, 2.0**-8  # times the roundings, or of the errors' squares, that are left at most
 _STARTS = (0.0, -0.6, 0.6, 2.5)  # relative to the right value
 _STEPS = 6  # of Newton's method
 _WITHIN = 5.0  # standard deviations, in which the constant is sought
@@ -283,7 +284,9 @@ def _fits(call: MoeCall, some: list[Sample]) -> list[_Fit]:
     errors = _Errors(call, some[:: -(-len(some) // _LOUD_TOKENS)])
     errors = errors if errors.loud else _Errors(call, some)
     fits = map(errors.fit, _constants(call))
-    return sorted((fit for fit in fits if fit is not None), key=lambda fit: fit.left)
+    found = sorted((fit for fit in fits if fit is not None), key=lambda fit: fit.left)
+    size = float(errors.errors.square().sum())
+    return [fit for fit in found if fit.left <= max(_QUIET**2 * len(errors.errors), _REST * size)]
 
 
 def solved_constant(call: MoeCall, some: list[Sample]) -> Evidence | None:
