@@ -195,10 +195,26 @@ def _keep_freed_memory() -> None:
     torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
 
 
+class _Memory:
+    """A tensor's memory as numpy takes it; `Tensor.numpy` forbids its owner to resize it from then on."""
+
+    def __init__(self, tensor: Tensor, dtype: np.dtype[Any]) -> None:
+        self.tensor = tensor  # which keeps it
+        *rows, last = tensor.shape or (1,)
+        self.__array_interface__ = {
+            "shape": (*rows, last * tensor.element_size() // dtype.itemsize),
+            "typestr": dtype.str,
+            "data": (tensor.data_ptr(), False),
+            "version": 3,
+        }
+
+
 def as_numpy(tensor: Tensor, dtype: npt.DTypeLike) -> np.ndarray[Any, Any]:
     """The bytes of a CPU tensor as numbers of a type, in the same memory if they are in order and aligned."""
-    tensor = tensor.detach()
+    tensor, dtype = tensor.detach(), np.dtype(dtype)
     in_order = tensor.is_contiguous() and tensor.stride(-1) == 1  # 0, of an expanded single element
-    if not in_order or tensor.data_ptr() % np.dtype(dtype).itemsize:
-        tensor = tensor.clone(memory_format=torch.contiguous_format)
-    return tensor.view(torch.uint8).numpy().view(dtype)
+    if not in_order or tensor.data_ptr() % dtype.itemsize or tensor.is_neg():
+        tensor = tensor.resolve_neg().clone(memory_format=torch.contiguous_format)
+    if not tensor.numel():
+        return tensor.view(torch.uint8).numpy().view(dtype)
+    return np.asarray(_Memory(tensor, dtype))

@@ -71,6 +71,8 @@ def attributes(call: MoeCall, local: Tensor, *, every: bool = False) -> Iterator
         yield SlotKind(f"of the {word} place of a token", here & (slot == at))
     for at in range(1, top_k - 1):
         yield SlotKind(f"of place {at} of a token", here & (slot == at))
+    for at in range(2, top_k):
+        yield SlotKind(f"of places from {at} on of a token", here & (slot >= at))
     if top_k > 2:
         for parity, word in ((1, "odd"), (0, "even")):
             yield SlotKind(f"of {word} places of a token", here & (slot % 2 == parity))

@@ -72,7 +72,7 @@ def soon(search: Search, only: set[str]) -> list[Match]:
         if found := beside_a_sum(search, first, lambda: chain(second(call), bias_hypotheses(call))):
             return found
     if not only or only & BEFORE_THE_SUM:
-        with search.share(0.2):
+        with search.share(0.15):
             if found := search.run(likely_pairs(search.part), enough=_PAIRS):
                 return found
     if min((distance for distance, _ in search.near), default=1.0) > _NEARLY:

@@ -122,6 +122,11 @@ def _blocks(name: str, count: int) -> Iterator[tuple[str, Rule]]:
         )
         yield f"{name} n is the first {name} of each {2 * size}", _by(lambda n, of, s: n // s * s, 2 * size)
         size *= 2
+    for size in (2, 4, 8, 16, 32, 64):
+        yield (
+            f"in reverse in each whole block of {size}: {name} n is {name} n ^ {size - 1}",
+            _by(lambda n, of, s: torch.where(n // s * s + s <= of, n ^ (s - 1), n), size),
+        )
     for size in range(2, min(count, _LARGEST)):
         yield f"{name} n is {name} n // {size}", _by(lambda n, of, s: n // s, size)
     for rows in range(2, count):

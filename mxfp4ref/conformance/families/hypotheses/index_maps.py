@@ -65,6 +65,7 @@ def expert_maps() -> Iterator[IndexMap]:
         ("the last {}", lambda i, n: i * 0 + n - 1, 1.3),
         ("the other {} of its pair (2i and 2i+1 swapped)", lambda i, n: (i ^ 1).clamp(max=n - 1), 1.4),
         ("the {} counted from the end (order reversed)", lambda i, n: n - 1 - i, 1.5),
+        ("the {} at its place in the first half, for both halves", lambda i, n: i % max(n // 2, 1), 1.5),
         ("the {} in the other half (halves swapped)", lambda i, n: (i + n // 2) % n, 1.6),
         ("the first {} of its pair", lambda i, n: i & ~1, 1.7),
         ("the {} with half its number", lambda i, n: i // 2, 1.8),

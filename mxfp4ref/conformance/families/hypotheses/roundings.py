@@ -41,6 +41,11 @@ def _roundings() -> Iterator[tuple[str, _Round, float]]:
         1.1,
     )
     yield "rounded to float8 e4m3 on the way", _through(torch.float8_e4m3fn), 1.1
+    yield (
+        "cast to float8 e4m3 and back once it is bf16",
+        lambda x: _through(torch.float8_e4m3fn)(bf16(x)),
+        1.2,
+    )
     yield "rounded to float8 e5m2 on the way", _through(torch.float8_e5m2), 1.2
     yield "cut to tf32 (10 bits of mantissa) on the way", lambda x: fp32.to_bf16(_cut(x, 13)), 1.2
     for bits in (10, 8, 9, 11, 12):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import permutations
+from itertools import chain, permutations
 
 import torch
 from torch import Tensor
@@ -231,6 +231,20 @@ def _bias_values() -> Iterator[tuple[str, _On, float]]:
         yield f"{factor:g} times what they should be", lambda b, f=factor: (b.float() * f).to(b.dtype), 1.1
 
 
+def _cut_off_scales(call: MoeCall, names: tuple[str, ...]) -> Iterator[tuple[str, _On, float]]:
+    """Near the largest or the least byte of these tensors; at 127 it is tried anyway."""
+    own = torch.cat([getattr(call.experts, name).flatten() for name in names])
+    low, high = int(own.min()), int(own.max())
+    for byte in range(max(high - _CUT_OFF, 0), high):
+        if byte != 127:
+            words = f"at most 2^{byte - 127} (bytes cut off at {byte})"
+            yield words, lambda s, b=byte: s.clamp(max=b), 1.7
+    for byte in range(low + 1, min(low + _CUT_OFF, 255) + 1):
+        if byte != 127:
+            words = f"at least 2^{byte - 127} (bytes cut off at {byte})"
+            yield words, lambda s, b=byte: s.clamp(min=b), 1.7
+
+
 def value_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     """Scales, codes and biases of other values, in one or both GEMMs, and in one half of fc1."""
     by_kind = (("scales", _scale_values), ("weights", _weight_values), ("biases", _bias_values))
@@ -239,7 +253,8 @@ def value_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
         for group in groups:
             if not group.given(call):
                 continue
-            for words, change, cost in values():
+            cut_off = _cut_off_scales(call, group.names) if kind == "scales" else ()
+            for words, change, cost in chain(values(), cut_off):
                 for part, within in _row_parts(call, group.names):
                     inside = within(change)
                     yield Hypothesis(
@@ -251,6 +266,7 @@ def value_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
                     )
 
 
+_CUT_OFF = 8  # bytes from the largest, or the least
 _ALPHAS = (1.702, 1.0, 1.7, 1.5, 2.0, 0.5, -1.0, 1.595769, 0.0)
 _BETAS = (1.0, 0.0, -1.0, 0.5, 2.0, 1.702)
 # fmt: off
