@@ -15,7 +15,7 @@ from mxfp4ref.conformance.diagnosis import Diagnosis, Finding, Located, Predicti
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.hearing import Failure
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN, Hypothesis, Pipeline
-from mxfp4ref.conformance.families.jury import Verdict, judge
+from mxfp4ref.conformance.families.jury import Verdict, judge, narrowed
 from mxfp4ref.conformance.findings.agreement import agreed, name_defects, unrefuted, with_one_case
 from mxfp4ref.conformance.findings.exposed import with_exposed
 from mxfp4ref.conformance.findings.finding import added, counted, of_specials
@@ -270,8 +270,9 @@ class Failing:
             if suspects and result.case in within:
                 again = self._failures[result.case].looked_at(result, suspects, "quick", _SUSPECTS_SECONDS)
                 results[i] = again if _predicting(again) else result
-        words = set(found.finding.hypotheses)
-        if all(words & _predicting(r) for r in results if r.case in within):
+        predicted = [_predicting(r) for r in results if r.case in within]
+        found = narrowed(found, predicted, [one.run.inputs for one in together.values()])
+        if all(words.intersection(found.finding.hypotheses) for words in predicted):
             return found
         return replace(found, hypotheses=(), finding=_of_some(found.finding, len(outside)))
 

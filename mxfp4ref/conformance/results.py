@@ -258,7 +258,8 @@ class Report(Shown):
             return words + (self._culprit if found.sentence else "")
         lie = "lies" if count == 1 else "lie"
         out = f", {self.outside_bounds} outside those of any order" * (self.outside_bounds > 0)
-        return f" {count} of these {lie} {WITHIN}{out}. Of the others:{self._culprit or ' nothing is known.'}"
+        others = self._culprit or " Nothing is known."
+        return f" {count} of these {lie} {WITHIN}{out}; what follows is of the others.{others}"
 
     @property
     def _culprit(self) -> str:
@@ -288,7 +289,8 @@ class Report(Shown):
         if found.sentence and found.stages == ("routing",):
             return f" Up to roundings, this explains all ids and weights: {found.sentence}."
         if found.sentence:
-            return f" No hypothesis predicts every bit. The best evidence: {added(found.sentence, where)}."
+            best = added(found.sentence, where)
+            return f" No single change predicts every bit of all that fails. The best evidence: {best}."
         if known := found.common or found.where:
             return f" What is wrong is unknown; {known}.{self._most_telling}"
         if any(r.diagnosis for r in self.results):
@@ -298,13 +300,10 @@ class Report(Shown):
             return ""
         said = f"{first.status}: {_beginning(first.message)}."
         ran = [(r.status, r.message) for r in self.results if r.status != "skipped"]
-        if (
-            len(ran) > 1
-            and len(set(ran)) == 1
-            and first.status == "raised"
-            and first.message.startswith(_OF_CALLS)
-        ):
-            return f" All are alike: {said} {call_form(self.kernel)}".rstrip()
+        of_calls = first.status == "raised" and first.message.startswith(_OF_CALLS)
+        if of_calls and len(set(ran)) == 1 and (len(ran) > 1 or self.left):
+            which = "All are alike" if len(ran) > 1 else first.case
+            return f" {which}: {said} {call_form(self.kernel)}".rstrip()
         return f" {first.case}: {said}"
 
     @property

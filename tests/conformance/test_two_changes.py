@@ -142,7 +142,10 @@ def test_an_order_of_slots_shows_in_some_cases() -> None:
     assert differing(alone, got).any()
     until = time.thread_time() + 1.0  # orders of the sum are tried first
     (both, *_) = and_another(cut, [(pipeline, got, pipeline.run())], clock=time.thread_time, until=until)
-    assert both.words == f"two things: {words}; and slots summed from the last to the first"
+    assert (
+        both.words
+        == f"two things: {words}; and finalize_slots_reversed: slots summed from the last to the first"
+    )
     assert not and_another(cut, [(pipeline, alone, pipeline.run())], clock=time.thread_time, until=until)
 
 

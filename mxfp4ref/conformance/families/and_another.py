@@ -12,24 +12,15 @@ from mxfp4ref.conformance.families.distances import surprise
 from mxfp4ref.conformance.families.hypotheses.slots import slot_hypotheses
 from mxfp4ref.conformance.families.hypotheses.tensors import bias_hypotheses
 from mxfp4ref.conformance.families.hypotheses.weighting import weight_hypotheses
-from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline, composed, of_sum
+from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline, composed
+from mxfp4ref.conformance.families.named import named_hypotheses
 from mxfp4ref.conformance.families.search import FEWEST_BITS, Search
 from mxfp4ref.conformance.families.solved.weight_rules import weight_rules
 from mxfp4ref.conformance.families.soon import quick
-from mxfp4ref.defects import DEFECTS, finalize
-from mxfp4ref.defects.variants.finalize import FinalizeVariant
 from mxfp4ref.model.call import MoeCall
 
 __all__ = ["and_another"]
 
-_SUMS = (
-    ("finalize_slots_reversed", FinalizeVariant(order=finalize.finalize_slots_reversed)),
-    ("finalize_by_expert", FinalizeVariant(order=finalize.finalize_by_expert)),
-    ("finalize_by_weight", FinalizeVariant(order=finalize.finalize_by_weight)),
-    ("finalize_unfused", FinalizeVariant(finalize.finalize_unfused)),
-    ("finalize_pairwise", finalize.finalize_pairwise),
-    ("finalize_float64", finalize.finalize_float64),
-)
 _SEARCHED = 2  # cases
 _ENOUGH = 12  # second changes, tried on all cases
 Case = tuple[Pipeline, Tensor, Tensor]  # the right one, the kernel's output and the right output
@@ -74,7 +65,7 @@ def _predicts(hypothesis: Hypothesis, pipeline: Pipeline, got: Tensor) -> bool:
 
 
 def _second(call: MoeCall) -> Iterator[Hypothesis]:
-    """None by the name of a defect, which is a pipeline of its own."""
-    for defect, variant in _SUMS:
-        yield of_sum("sum of slots", ("finalize",), DEFECTS[defect].summary, variant, 1)
-    yield from chain(weight_hypotheses(call), slot_hypotheses(call), bias_hypotheses(call), quick(call))
+    named = (h for h in named_hypotheses(call) if not h.slow)
+    yield from chain(
+        named, weight_hypotheses(call), slot_hypotheses(call), bias_hypotheses(call), quick(call)
+    )

@@ -24,8 +24,9 @@ from mxfp4ref.conformance.families.solved.case_tables import tables_by_case
 from mxfp4ref.conformance.families.telling import told
 from mxfp4ref.conformance.findings.finding import OTHERS, Evidence, added
 from mxfp4ref.conformance.findings.reduction import thread_clock
+from mxfp4ref.model.call import MoeCall
 
-__all__ = ["Verdict", "judge"]
+__all__ = ["Verdict", "judge", "narrowed"]
 
 _SEARCHED = 4  # cases that are searched by themselves
 _READ = 12  # whose evidence is read
@@ -110,6 +111,21 @@ def judge(
         if verdict := _of_all([hear(Match(h, True), failures) for h in most.variants], failures, passing):
             return verdict
     return _undecided(failures, passing, seen, results, by_case, until)
+
+
+def narrowed(verdict: Verdict, predicted: Collection[Collection[str]], calls: Iterable[MoeCall]) -> Verdict:
+    """With the hypotheses that predict other cases too; as it is where none does.
+
+    Args:
+        verdict: of some cases.
+        predicted: in words, what predicts every bit of each of the others.
+        calls: of all of them.
+    """
+    kept = [h for h in verdict.hypotheses if all(h.words in words for words in predicted)]
+    if not kept or len(kept) == len(verdict.hypotheses):
+        return verdict
+    finding = replace(told([Match(h, True) for h in kept], (), calls), exact=True, hedged=False)
+    return replace(verdict, finding=finding, hypotheses=tuple(kept))
 
 
 def _worth_hearing(result: Result) -> list[Match]:
