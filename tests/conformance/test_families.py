@@ -30,6 +30,7 @@ from mxfp4ref.goldens import open_goldens, tensor_bytes
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import Stages, forward
 from mxfp4ref.sm90 import fp32
+from tests.held_out_kernels.by_hand import Rows, layer
 from tests.helpers import layers
 from tests.helpers.usual import first
 
@@ -38,6 +39,13 @@ EXPERTS = layers.random_experts(
 )
 CALL = layers.random_call(5, EXPERTS, tokens=16, top_k=2)
 EXPECTED = forward(CALL)
+
+
+MOST = int(EXPERTS.fc2_scales.max())
+
+
+def in_fp8(activation: Tensor) -> Tensor:
+    return fp32.to_bf16(activation).to(torch.float8_e4m3fn).to(torch.bfloat16)
 
 
 def having(call: MoeCall, **tensors: Any) -> Tensor:
@@ -150,6 +158,30 @@ MEMBERS: dict[str, tuple[Callable[[MoeCall], Tensor], str, str]] = {
         "finalize",
         "the sum over the slots is kept in float16",
     ),
+    "experts of the first half": (
+        lambda call: having(
+            call, **{n: getattr(call.experts, n)[[0, 1, 0, 1]] for n in ("fc1_weights", "fc1_scales")}
+        ),
+        "fc1",
+        "those of the expert at its place in the first half, for both halves",
+    ),
+    "scales cut off": (
+        lambda call: having(call, fc2_scales=call.experts.fc2_scales.clamp(max=MOST - 2)),
+        "fc2",
+        f"GEMM2's scales are at most 2^{MOST - 2 - 127} (bytes cut off at {MOST - 2})",
+    ),
+    "an activation in FP8": (
+        lambda call: forward(call, Stages(round_activation=in_fp8)),
+        "activation",
+        "the activation is cast to float8 e4m3 and back once it is bf16",
+    ),
+    "blocks of tokens in reverse": (
+        lambda call: forward(
+            replace(call, input=call.input.view(2, 8, -1).flip(1).reshape(call.input.shape))
+        ),
+        "input",
+        "in reverse in each whole block of 8: token n is token n ^ 7",
+    ),
     "two": (
         two,
         "activation",
@@ -162,6 +194,20 @@ MEMBERS: dict[str, tuple[Callable[[MoeCall], Tensor], str, str]] = {
 def _no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is found does not depend on how busy the machine is."""
     monkeypatch.setitem(SECONDS, "full", math.inf)
+
+
+def test_rows_that_begin_with_what_gemm2_gave_for_others() -> None:
+    def fc2(rows: Rows, acc: Tensor) -> Tensor:
+        before = acc.clone()
+        for expert in rows.expert.unique():
+            its = (rows.expert == expert).nonzero().flatten()
+            before[its[4:]] += acc[its[:-4]]
+        return fp32.to_bf16(before)
+
+    found = diagnose("moe", CALL, {"output": layer(CALL, fc2=fc2)}, {"output": EXPECTED}).finding
+    assert found.sentence.startswith("rows have, beside their own, what GEMM2 gives for another row")
+    assert "always the row 4 before it" in found.sentence
+    assert found.stages == ("fc2", "finalize")
 
 
 @pytest.mark.slow
