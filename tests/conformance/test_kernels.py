@@ -184,6 +184,7 @@ class TestFiles:
         [
             ("own_kernel", "package.module:function, file.py:function"),
             ("own_kernel.f", "did you mean own_kernel:f?"),
+            ("plain:own_kernel.py", "did you mean plain:own_kernel.py:few?"),
             ("own_kernl.py:f", "there is no file 'own_kernl.py'; did you mean own_kernel.py"),
             ("own_kernel:fw", "has no 'fw'; did you mean few"),
             (

@@ -26,12 +26,13 @@ _MOST = 8  # functions that are listed
 _files: set[str] = set()  # the names of modules that are files loaded here
 
 
-def import_function(path: str, names: Collection[str]) -> Callable[..., Any]:
+def import_function(path: str, names: Collection[str], before: str = "") -> Callable[..., Any]:
     """The function that a name leads to; modules of the working directory are found too.
 
     Args:
         path: `package.module:function`, or `file.py:function`.
         names: what else might have been meant, for the message.
+        before: what stands before the path, as "plain:", for the message too.
 
     Raises:
         KernelError: the name is none, nothing can be imported by it, or that is no function.
@@ -42,7 +43,7 @@ def import_function(path: str, names: Collection[str]) -> Callable[..., Any]:
             f"; {path} stands alone, with nothing before it" if path in names else did_you_mean(path, names)
         )
         if not hint and "." in path and ":" not in path:
-            hint = f"; did you mean {':'.join(path.rsplit('.', 1))}?"
+            hint = f"; did you mean {before}{':'.join(path.rsplit('.', 1))}?"
         if path in DEFECTS:
             hint = f"; did you mean defect:{path}?"
         if path.endswith(".py"):
@@ -51,7 +52,7 @@ def import_function(path: str, names: Collection[str]) -> Callable[..., Any]:
                 hint = f"; {path} is no file of Python here"
             else:
                 public = [function for function in functions if not function.startswith("_")]
-                meant = (f"{path}:{function}" for function in public[:_MOST] or ["FUNCTION"])
+                meant = (f"{before}{path}:{function}" for function in public[:_MOST] or ["FUNCTION"])
                 hint = f"; did you mean {' or '.join(meant)}?"
         raise KernelError(
             "kernel: expected package.module:function, file.py:function, one of these two after logical:, plain: or "

@@ -123,7 +123,7 @@ def load_kernel(spec: str | Callable[..., Any], device: str | None = None) -> Ke
     if head == "defect":
         return defect_kernel(rest, device or "cpu")
     if head in ("logical", "plain"):
-        function = import_function(rest, STAND_INS)
+        function = import_function(rest, STAND_INS, f"{head}:")
         prepare = logical_arguments(function) if head == "logical" else plain_arguments
         check_takes(spec, function, *(PLAIN_TAKES if head == "plain" else FLASHINFER_TAKES))
         return Kernel(spec, ("moe",), prepare, function, device=device or "cpu")
@@ -135,9 +135,8 @@ def load_kernel(spec: str | Callable[..., Any], device: str | None = None) -> Ke
                 f"kernel: expected stage:KIND:package.module:function, KIND one of {', '.join(stages)}; "
                 f"got {spec!r}{did_you_mean(kind, stages)}"
             )
-        return Kernel(
-            spec, (kind,), keyword_arguments, import_function(path, STAND_INS), device=device or "cpu"
-        )
+        function = import_function(path, STAND_INS, f"stage:{kind}:")
+        return Kernel(spec, (kind,), keyword_arguments, function, device=device or "cpu")
     if ":" in rest:
         raise KernelError(
             f"kernel: expected one of {', '.join(_PREFIXES)} before module:function, or nothing, "
