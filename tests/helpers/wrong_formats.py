@@ -177,7 +177,7 @@ LAYOUTS: dict[str, tuple[str, Callable[..., Outputs], str]] = {
     "words": (
         "interleave_weights",
         _moved(lambda t: t.view(2, -1, 4).flip(2).reshape(t.shape)),
-        "with a period of 4: in reverse: byte n is byte 3 - n",
+        "in reverse in each whole block of 4: column n is column n ^ 3",
     ),
     "generation": (
         "fold_scales_0_6_16",
