@@ -78,8 +78,7 @@ def beside_a_sum(
         rules = weight_rules(inner.rows, inner.got, inner.wrong)
         for match in inner.run((h for h in chain(rules, second()) if _SUM & set(h.stages)), enough=1):
             both = composed(hypothesis, match.hypothesis)
-            result = both.run(search.pipeline)
-            if result is not None and not bool(differing(result, search.got).any()):
+            if both.predicts(search.pipeline, search.got):
                 return [Match(both, True)]
     if found and all(fit.explained_by(_rows(fit, found[0]), asked=True) for fit in told):
         return _nearly(search, found[0])  # what is left may be another order of summation: no second change

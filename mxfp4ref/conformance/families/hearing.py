@@ -8,11 +8,11 @@ from torch import Tensor
 
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.families.batches import one_thread
-from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline
+from mxfp4ref.conformance.families.hypothesis import Pipeline
 from mxfp4ref.conformance.families.search import Match
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["Failure", "Heard", "Kind", "hear", "kind_of", "predicted"]
+__all__ = ["Failure", "Heard", "Kind", "hear", "kind_of"]
 
 _TELLING = 11  # cases, the most telling ones, after which what predicts one alone is heard no further
 _SUPPORTED = 0.5  # of the elements that are wrong, or would be, in a case of a kind
@@ -92,8 +92,3 @@ def kind_of(call: MoeCall) -> Kind:
         experts.fc2_biases,
     )
     return (call.activation, *(t is None for t in given), call.ep_size > 1, call.tp_size > 1)
-
-
-def predicted(hypothesis: Hypothesis, failure: Failure) -> bool:
-    output = hypothesis.run(failure.pipeline)
-    return output is not None and not bool(differing(output, failure.got).any())

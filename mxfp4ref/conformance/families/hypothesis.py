@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ __all__ = [
     "Pipeline",
     "SlotRows",
     "composed",
+    "fields_set",
     "finalized",
     "of_first_factor",
     "of_output",
@@ -128,6 +129,12 @@ def unchecked(record: Any, **fields: Any) -> Any:
     return new
 
 
+def fields_set(one: Any, other: Any) -> dict[str, Any]:
+    """The fields of the second of two records that are not the first one's, as objects."""
+    values = ((f.name, getattr(one, f.name), getattr(other, f.name)) for f in fields(one))
+    return {name: new for name, old, new in values if new is not old}
+
+
 Change = Callable[[Pipeline], Pipeline]
 
 
@@ -185,6 +192,11 @@ class Hypothesis:
         except FAILURES:
             return None
         return output if output.shape == pipeline.call.input.shape else None
+
+    def predicts(self, pipeline: Pipeline, got: Tensor) -> bool:
+        """Whether it gives every bit of an output."""
+        output = self.run(pipeline)
+        return output is not None and output.shape == got.shape and not bool(differing(output, got).any())
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from mxfp4ref.conformance.families.and_another import and_another
 from mxfp4ref.conformance.families.batches import one_thread
 from mxfp4ref.conformance.families.engine import Result, nameless
 from mxfp4ref.conformance.families.evidence import gather, look_closer
-from mxfp4ref.conformance.families.hearing import Failure, Heard, Kind, hear, kind_of, predicted
+from mxfp4ref.conformance.families.hearing import Failure, Heard, Kind, hear, kind_of
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline
 from mxfp4ref.conformance.families.named import named_hypotheses
 from mxfp4ref.conformance.families.nan_bits import investigated
@@ -153,11 +153,13 @@ def _of_known(
     """That of a defect that is known to predict some case, and of what is not told from it."""
     most, *others = failures
     named = [h for h in named_hypotheses(most.pipeline.call) if h.name in known or not h.slow]
-    if not any(all(predicted(h, f) for f in failures) for h in named if h.name in known):
+    if not any(all(h.predicts(f.pipeline, f.got) for f in failures) for h in named if h.name in known):
         return None
     every = chain(named, nameless(most.pipeline.call, differing(most.got, most.want)))
     result = investigated(most.pipeline, most.got, most.want, seconds=seconds, first=every)
-    full = [m for m in result.matches if m.exact and all(predicted(m.hypothesis, f) for f in others)]
+    full = [
+        m for m in result.matches if m.exact and all(m.hypothesis.predicts(f.pipeline, f.got) for f in others)
+    ]
     return _of_full(full, failures, passing)
 
 
@@ -245,7 +247,9 @@ def _two(failures: list[Failure], passing: _Passing, heard: Heard, until: float)
     with one_thread():
         clock = thread_clock
         both = and_another(first, others, clock=clock, until=max(until, clock() + _FOR_A_SECOND))
-        both = [h for h in both if all(predicted(h, f) for f in failures if f.case in heard.cases)]
+        both = [
+            h for h in both if all(h.predicts(f.pipeline, f.got) for f in failures if f.case in heard.cases)
+        ]
     if not (kept := _spared([Match(h, True) for h in both], passing)):
         return None
     exact = replace(told(kept, (), [f.pipeline.call for f in failures]), exact=True, hedged=False)

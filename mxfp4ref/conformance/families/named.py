@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 
-from mxfp4ref.conformance.families.hypothesis import STAGES, Hypothesis, Pipeline
+from mxfp4ref.conformance.families.hypothesis import STAGES, Hypothesis, Pipeline, fields_set
 from mxfp4ref.defects import DEFECTS, Defect, activation, arguments, finalize, gemm, weights
 from mxfp4ref.model.call import MoeCall
-from mxfp4ref.model.forward import KERNEL, Stages
+from mxfp4ref.model.forward import KERNEL
 
 __all__ = ["NUMBER_OF_NAMES", "named_hypotheses", "stages_of"]
 
@@ -93,5 +93,4 @@ def _running(pipeline: Pipeline, defect: Defect) -> Pipeline:
     pipeline.check_open()
     assert defect.change is not None
     call, stages = defect.change(pipeline.call)
-    pairs = ((f.name, getattr(stages, f.name), getattr(KERNEL, f.name)) for f in fields(Stages))
-    return replace(pipeline, call=call).staging(**{name: new for name, new, own in pairs if new is not own})
+    return replace(pipeline, call=call).staging(**fields_set(KERNEL, stages))

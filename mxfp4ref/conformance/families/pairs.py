@@ -41,8 +41,7 @@ def pairs(pipeline: Pipeline, got: Tensor, firsts: list[Hypothesis], second: Hyp
     found = []
     for first in [h for h in firsts if not h.name][:_TRIED]:
         pair = composed(first, second)
-        output = pair.run(pipeline)
-        if output is not None and not bool(differing(output, got).any()):
+        if pair.predicts(pipeline, got):
             found.append(pair)
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import chain, combinations, groupby, product
 from typing import Any
 
@@ -24,6 +24,7 @@ from mxfp4ref.conformance.families.hypothesis import (
     Hypothesis,
     Pipeline,
     composed,
+    fields_set,
     unchecked,
 )
 from mxfp4ref.conformance.families.named import named_hypotheses
@@ -105,7 +106,7 @@ def _fields_set(right: Pipeline, hypothesis: Hypothesis) -> set[str]:
     if changed.run_call or changed.rows or changed.after or type(changed.call) is not type(right.call):
         return set()
     return {
-        name for level in zip(_levels(right), _levels(changed), strict=True) for name in _differing(*level)
+        name for level in zip(_levels(right), _levels(changed), strict=True) for name in fields_set(*level)
     }
 
 
@@ -113,17 +114,11 @@ def _levels(pipeline: Pipeline) -> tuple[Any, ...]:
     return pipeline.call.experts, unchecked(pipeline.call, experts=None), pipeline.stages
 
 
-def _differing(one: Any, other: Any) -> dict[str, Any]:
-    """The fields of `other` that are not `one`'s."""
-    values = ((f.name, getattr(one, f.name), getattr(other, f.name)) for f in fields(one))
-    return {name: new for name, old, new in values if new is not old}
-
-
 def _both(one: Change, other: Change) -> Change:
     def change(right: Pipeline) -> Pipeline:
         base, more = one(right), other(right)
         experts, call, stages = (
-            unchecked(had, **_differing(before, has))
+            unchecked(had, **fields_set(before, has))
             for before, had, has in zip(_levels(right), _levels(base), _levels(more), strict=True)
         )
         return replace(right, call=unchecked(call, experts=experts), stages=stages)

@@ -154,13 +154,9 @@ def _above_a_threshold(slots: SlotRows, table: _Table) -> Iterator[Hypothesis]:
         for magnitude, size in ((False, given), (True, given.abs()))
         if (low := size[lost].amax()) < (high := size[kept].amin())
     }
-    if False in number_of:
-        yield replace(
-            _left_out(number_of[False], False),
-            variants=tuple(_left_out(n, True) for m, n in number_of.items() if m),
-        )
-    elif True in number_of:
-        yield _left_out(number_of[True], True)
+    rules = [_left_out(number, magnitude) for magnitude, number in number_of.items()]
+    if rules:
+        yield replace(rules[0], variants=tuple(rules[1:]))
 
 
 def _left_out(number: float, magnitude: bool) -> Hypothesis:
