@@ -20,12 +20,11 @@ from mxfp4ref.conformance.findings.reduction import reduce_call
 from mxfp4ref.conformance.isolation.execution import Outcome, execute_within
 from mxfp4ref.conformance.isolation.handing import to_device
 from mxfp4ref.conformance.isolation.plain import like, raw_bytes, tensor_of
-from mxfp4ref.conformance.isolation.processes import KILLED
 from mxfp4ref.conformance.isolation.standard_streams import FOR_GOOD
 from mxfp4ref.conformance.isolation.worker import Worker
 from mxfp4ref.conformance.kernels.adapters import Kernel, KernelError, rows_left
 from mxfp4ref.conformance.kernels.loading import is_stand_in
-from mxfp4ref.conformance.memory import free, says_so, too_large
+from mxfp4ref.conformance.memory import KILLED, killed, says_so, supply
 from mxfp4ref.conformance.options import Options
 from mxfp4ref.conformance.reports.reproducer import write_reproducer
 from mxfp4ref.conformance.results import CaseResult
@@ -67,10 +66,10 @@ def compare_case(
         candidates = {one: bits.get(one) or _bits(one)} if kernel.forces_tile_k else bits
         before = time.perf_counter()
         if worker is not None:
-            available = free()
+            before_it = supply()
             outcome = worker.execute(options.timeout, case, one, repeat=repeat)
             if outcome.problem == "crashed" and KILLED in outcome.message:
-                outcome = replace(outcome, message=f"{outcome.message}; {too_large(case, available)}")
+                outcome = replace(outcome, message=killed(outcome.message, case, before_it))
         else:
             inputs = case.kind, one.inputs, one.expected
             outcome = execute_within(options.timeout, kernel, inputs, repeat=repeat)
