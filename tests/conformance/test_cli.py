@@ -7,6 +7,7 @@ import importlib
 import json
 import runpy
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from os import environ
@@ -303,15 +304,52 @@ def test_wrong_usage_exits_with_2_and_says_why(arguments: list[str], message: st
     assert "Traceback" not in result.output
 
 
-def test_what_can_be_told_before_torch_is_imported_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which takes seconds: that a file is not there, and that nothing was run yet."""
+_WITHOUT_TORCH = """\
+import sys
+from click.testing import CliRunner
+from mxfp4ref.__main__ import commands
+
+for line in sys.stdin.read().splitlines():
+    result = CliRunner().invoke(commands, ["conform", *line.split()])
+    print(result.exit_code, "torch" in sys.modules, result.output.splitlines()[-1])
+"""
+
+
+def test_what_can_be_told_before_torch_is_imported_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Which takes seconds, as does importing a kernel: what is wrong with a name, and that nothing was run yet."""
+    (tmp_path / "adapter.py").write_text("import torch\n\ndef fused_moe(x):\n    return x\n")
+    wrong = {
+        "plain:absent.py:f": "there is no file 'absent.py'",
+        "plain:adapter.py:fused_mo": "'adapter.py' has no 'fused_mo'; did you mean fused_moe?",
+        "adapter:f": "'adapter' has no 'f'; it has fused_moe",
+        "adapter.py": "did you mean adapter.py:fused_moe?",
+        "no_such_package.module:f": "No module named 'no_such_package'",
+        "pln:adapter.py:fused_moe": "got 'pln:' in 'pln:adapter.py:fused_moe'; did you mean plain:?",
+        "stage:gem:adapter.py:fused_moe": "did you mean gemm?",
+        "defect:limit_ignord": "did you mean limit_ignored?",
+        "plain:adapter.py:fused_moe --case gem": "--case: 'gem' matches none of the",
+        "plain:adapter.py:fused_moe --exclude gemm/*x": "--exclude: 'gemm/*x' matches none of the",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_TORCH],
+        input="\n".join(wrong),
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={**environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert done.stderr == ""
+    for line, words in zip(done.stdout.splitlines(), wrong.values(), strict=True):
+        assert line.startswith("2 False Error: ")
+        assert words in line
 
     def interrupted(*arguments: Any) -> int:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules["mxfp4ref.conformance.cli.conform"], "_conform", interrupted)
-    result = invoke("conform", "plain:absent.py:f")
-    assert (result.exit_code, "there is no file 'absent.py'" in result.output) == (2, True)
     result = invoke("conform", "oracle")
     said = "oracle: interrupted before any case was run: no verdict\n"
     assert (result.exit_code, result.output) == (130, said)
