@@ -127,9 +127,12 @@ def layer(
     """Run a whole mixture-of-experts layer of a checkpoint: router, experts, output.
 
     \b
-    mxfp4ref layer --checkpoint DeepSeek-V4-Flash --layer 3 --input hidden.safetensors --output out.safetensors
-    mxfp4ref layer --checkpoint gpt-oss-20b --layer 3 --input hidden.safetensors --tp-size 4 --tp-rank 1
-    mxfp4ref layer --checkpoint DeepSeek-V4-Flash --layer 3 --input hidden.safetensors --served served.safetensors
+    mxfp4ref layer --checkpoint DeepSeek-V4-Flash --layer 3 \\
+        --input hidden.safetensors --output out.safetensors
+    mxfp4ref layer --checkpoint gpt-oss-20b --layer 3 \\
+        --input hidden.safetensors --tp-size 4 --tp-rank 1
+    mxfp4ref layer --checkpoint DeepSeek-V4-Flash --layer 3 \\
+        --input hidden.safetensors --served served.safetensors
 
     With --experts, --ep-rank or --tp-rank it is one rank's output, `rank_output`: its own sum, rounded to bf16, as
     the kernel hands it to the all-reduce; fc2's bias is on --tp-rank 0 only, and a routed factor that the model

@@ -81,9 +81,9 @@ def replay(folder: Path, **options: Any) -> None:
 
     \b
     mxfp4ref replay flashinfer_dumps --html report.html
-    mxfp4ref replay flashinfer_dumps --autotune-cache autotune.json --diagnosis none
+    mxfp4ref replay dumps --autotune-cache autotune.json --diagnosis none
     mxfp4ref replay flashinfer_dumps --max-calls 4 --diagnosis quick
-    mxfp4ref replay flashinfer_dumps --kernel plain:kernel.py:fused_moe --mode bounded
+    mxfp4ref replay dumps --kernel plain:kernel.py:fused_moe --mode bounded
 
     DIR holds what flashinfer's own recorder wrote, with no change of the engine:
 

@@ -97,7 +97,7 @@ def test_help_fits_and_cuts_no_word(width: int, monkeypatch: pytest.MonkeyPatch)
         words = {word for line in text.split("\n") for word in line.split()}
         assert set((command.help or "").replace("\b", "").split()) <= words, names
         for line in text.split("\n"):  # only what is one word, one command or one piece of code is wider
-            assert len(line) <= width or terminal.wrapped(line, width) == line, (names, line)
+            assert len(line) <= width or (width < 80 and terminal.wrapped(line, width) == line), (names, line)
 
 
 @pytest.mark.parametrize("line", [

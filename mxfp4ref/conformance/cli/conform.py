@@ -153,7 +153,7 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
     \b
     mxfp4ref conform oracle
     mxfp4ref conform mypackage.moe:fused_moe --device cuda --html report.html
-    mxfp4ref conform plain:adapter.py:fused_moe --case 'gemm/*' -x --dump reproducers
+    mxfp4ref conform plain:adapter.py:fused_moe --case 'gemm/*' -x --dump folder
     mxfp4ref conform flashinfer --mode bounded --json report.json
 
     KERNEL is one of
