@@ -15,14 +15,8 @@ from mxfp4ref._choices import ACTIVATION_NAMES, ROUTER_NAMES, SCALE_RULES, STRAT
 from mxfp4ref._files import check_no_input, printable
 from mxfp4ref.conformance.cli.checkpoints import Experts, Layer, read_options, reading
 from mxfp4ref.conformance.cli.command import command
-from mxfp4ref.conformance.cli.shared import (
-    NOT_EQUAL,
-    describe,
-    diagnosis_option,
-    first_values,
-    progress,
-    usage_errors,
-)
+from mxfp4ref.conformance.cli.progress import progress
+from mxfp4ref.conformance.cli.shared import NOT_EQUAL, describe, diagnosis_option, first_values, usage_errors
 from mxfp4ref.conformance.cli.terminal import echo
 
 __all__ = ["layer"]

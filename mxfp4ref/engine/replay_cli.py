@@ -14,6 +14,7 @@ import click
 from mxfp4ref._files import files_below
 from mxfp4ref.conformance.cli import completing
 from mxfp4ref.conformance.cli.command import command
+from mxfp4ref.conformance.cli.progress import progress
 from mxfp4ref.conformance.cli.report_files import pop_report_files, print_report, report_files
 from mxfp4ref.conformance.cli.selecting import sources
 from mxfp4ref.conformance.cli.shared import (
@@ -25,7 +26,6 @@ from mxfp4ref.conformance.cli.shared import (
     diagnosis_option,
     interrupted_once,
     mode_option,
-    progress,
     usage_errors,
 )
 from mxfp4ref.conformance.cli.terminal import echo, echo_rows

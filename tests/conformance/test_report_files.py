@@ -24,6 +24,7 @@ from mxfp4ref.conformance import CaseResult, Options, Report, memory, run
 from mxfp4ref.conformance.cli.report_files import ReportFiles
 from mxfp4ref.conformance.comparison import Difference
 from mxfp4ref.conformance.diagnosis import ULP_BINS, Diagnosis, Finding
+from mxfp4ref.conformance.findings.finding import WITHIN
 from mxfp4ref.conformance.goldens_used import GoldensUsed, goldens_used
 from mxfp4ref.conformance.kernels import loading
 from mxfp4ref.conformance.reports.again import command, conform_arguments, selection_arguments
@@ -104,7 +105,8 @@ def test_a_report_on_stdout_is_alone_there() -> None:
     )
     assert result.exit_code == 1
     found = json.loads(result.stdout)
-    assert found["cases"] == {"chosen": 1, "ran": 1, "failed": 1}
+    none = dict.fromkeys(("passed", "passed_over", "skipped", "not_run"), 0)
+    assert found["cases"] == {"chosen": 1, "ran": 1, "failed": 1, **none}
     assert found["goldens"]["sha256"] == GOLDENS.sha256
     assert found["arguments"] == ["defect:last_slot_dropped", "--diagnosis", "none", "--case", SMALL]
     assert f"{SMALL}: differs in" in result.stderr
@@ -243,6 +245,37 @@ def test_what_was_not_run_is_told_with_the_line_that_runs_it() -> None:
         assert "may tell more" not in to_text(whole)
 
 
+def test_a_case_that_was_passed_over_is_told_wherever_failing_ones_are_counted() -> None:
+    """`-x` ended neither at it nor without it; all counts add up to the goldens' cases."""
+    over, wrong = result_of("a/over", "differs", within_bounds=True), result_of("a/wrong", "differs")
+    used = GoldensUsed("goldens", "f", "0" * 64, 9)
+    report = Report(
+        *("k", "exact", (result_of("a/right"), over, wrong, result_of("a/not", "skipped"))),
+        **{"left": 3, "date": "today", "goldens": used, "selection": ("--maxfail", "1")},
+    )
+    text = to_text(report)
+    assert "k does not conform: 2 of 3 cases fail (1 of them passed over, within bounds), of the" in text
+    assert "\na            1 passed, 2 FAILED (1 passed over, within bounds), 1 skipped\n" in f"\n{text}"
+    counts = (
+        "9 = 1 passed + 1 failed + 1 failed within bounds, passed over + 1 skipped + 3 not run + 2 not chosen"
+    )
+    assert f"\ncases: {counts}" in text
+    html = to_html(report)
+    assert counts in html
+    assert "✗ 2 failed (1 passed over, within bounds)" in html
+    cases = json.loads(to_json(report))["cases"]
+    assert cases == {
+        "chosen": 7,
+        "ran": 3,
+        "passed": 1,
+        "failed": 2,
+        "passed_over": 1,
+        "skipped": 1,
+        "not_run": 3,
+    }
+    assert "passed over" not in to_text(replace(report, selection=()))  # where no limit was
+
+
 def test_the_same_message_is_told_once() -> None:
     cases = [replace(result_of(SMALL, "refused"), case=f"a/{n}", message="no such layout") for n in range(4)]
     lines = to_text(Report("k", "exact", tuple(cases))).split("\n")
@@ -298,7 +331,16 @@ def test_some_failures_of_each_kind_are_told_in_full() -> None:
     assert last[1:] == [f"    suite/{n}: differs" for n in range(2, 8)]
     assert "other failing" not in to_text(Report("k", "exact", results), verbose=True)
     many = Report("k", "exact", tuple(failing(str(n), f"row {n}") for n in range(20)))
-    assert "15 other failing cases" in to_text(many)
+    suite = "    suite: 15 differ: 5, 6, 7, ..."
+    assert (
+        f"\n15 other failing cases by suite; -v and reports in files tell all of each:\n{suite}\n"
+        in to_text(many)
+    )
+    within = [replace(one, case="b/c", within_bounds=True) for one in alike[:3]]
+    several = (*results, *map(replace, alike), *within)
+    text = to_text(Report("k", "exact", several))
+    assert "\n    suite: 14 differ: 2, 3, 4, ...; all: rows of fc1\n" in text
+    assert f"\n    b: 3 differ, 3 of them {WITHIN}: c, c, c; all: rows of fc1\n" in text
     assert json.loads(to_json(many))["results"][19]["diagnosis"]["finding"]["sentence"] == "row 19"
     assert "row 19" in to_html(many)
 

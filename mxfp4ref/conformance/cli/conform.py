@@ -16,6 +16,7 @@ from mxfp4ref._files import files_below
 from mxfp4ref.conformance import memory
 from mxfp4ref.conformance.cli import completing
 from mxfp4ref.conformance.cli.command import command
+from mxfp4ref.conformance.cli.progress import case_progress
 from mxfp4ref.conformance.cli.report_files import pop_report_files, print_report, report_files
 from mxfp4ref.conformance.cli.selecting import failed_in, select, sources, too_large
 from mxfp4ref.conformance.cli.shared import (
@@ -24,7 +25,6 @@ from mxfp4ref.conformance.cli.shared import (
     USAGE,
     Interruption,
     UsageError,
-    case_progress,
     check_no_swap,
     diagnosis_option,
     goldens_option,

@@ -32,7 +32,11 @@ def to_json(report: Report) -> str:
         "cases": {
             "chosen": len(report.results) + report.left,
             "ran": sum(r.status != "skipped" for r in report.results),
+            "passed": sum(r.ok and r.status != "skipped" for r in report.results),
             "failed": sum(not r.ok for r in report.results),
+            "passed_over": report.passed_over(report.results),  # of those that failed
+            "skipped": sum(r.status == "skipped" for r in report.results),
+            "not_run": report.left,
         },
         "left": report.left,
         "goldens": report.goldens and asdict(report.goldens),
