@@ -135,9 +135,10 @@ def test_conform_fails_names_the_defect_and_writes_everything(tmp_path: Path) ->
     assert "Every wrong bit is that of bf16_finalize" in result.output
 
     written = json.loads(files["json"].read_text())
-    assert written["defects"] == ["bf16_finalize"]
+    counts = {"every_wrong_bit_of": 2, "failing_cases": 2, "named_defects_of_all": ["bf16_finalize"]}
+    assert written["finding"]["predicts"] == counts
     failed = [r for r in written["results"] if not r["ok"]]
-    assert failed[0]["diagnosis"]["predictions"][0]["exact"] is True
+    assert failed[0]["diagnosis"]["predictions"][0]["every_wrong_bit_of_this_output"] is True
     assert sum(b["elements"] for b in failed[0]["diagnosis"]["ulps"]) > 0
 
     suite = ElementTree.parse(files["junit"]).getroot().find("testsuite")

@@ -24,12 +24,11 @@ from mxfp4ref.conformance import CaseResult, Options, Report, memory, run
 from mxfp4ref.conformance.cli.report_files import ReportFiles
 from mxfp4ref.conformance.comparison import Difference
 from mxfp4ref.conformance.diagnosis import ULP_BINS, Diagnosis, Finding
-from mxfp4ref.conformance.findings.finding import WITHIN
 from mxfp4ref.conformance.goldens_used import GoldensUsed, goldens_used
 from mxfp4ref.conformance.kernels import loading
 from mxfp4ref.conformance.reports.again import command, conform_arguments, selection_arguments
 from mxfp4ref.conformance.reports.html_report import to_html
-from mxfp4ref.conformance.reports.report import to_json, to_junit
+from mxfp4ref.conformance.reports.report import _predicted, to_json, to_junit
 from mxfp4ref.conformance.reports.report_comparison import compare_reports
 from mxfp4ref.conformance.reports.report_reading import read_report
 from mxfp4ref.conformance.reports.report_text import headline, to_text
@@ -276,6 +275,29 @@ def test_a_case_that_was_passed_over_is_told_wherever_failing_ones_are_counted()
     assert "passed over" not in to_text(replace(report, selection=()))  # where no limit was
 
 
+@pytest.mark.parametrize(
+    ("defects", "exact", "cases", "predicted"),
+    [
+        ((), False, None, 0),
+        ((), False, (2, 3), 2),
+        ((), True, None, 3),
+        ((), True, (2, 3), 2),
+        (("d",), False, None, 3),
+    ],
+)
+def test_what_a_finding_predicts_says_of_how_much_in_json(
+    defects: tuple[str, ...], exact: bool, cases: tuple[int, int] | None, predicted: int
+) -> None:
+    """A reader took `exact`, and `defects`, for the verdict on all cases."""
+    results = tuple(result_of(f"a/{n}", "differs") for n in range(3))
+    report = Report("k", "exact", results, defects, finding=Finding(("fc1",), "so", exact, cases))
+    written = json.loads(to_json(replace(report, defects=())) if defects else to_json(report))
+    assert not {"exact", "defects"} & {*written, *written["finding"]}
+    found = _predicted(report)
+    assert found == {"every_wrong_bit_of": predicted, "failing_cases": 3, "named_defects_of_all": [*defects]}
+    assert defects or written["finding"]["predicts"] == found
+
+
 def test_the_same_message_is_told_once() -> None:
     cases = [replace(result_of(SMALL, "refused"), case=f"a/{n}", message="no such layout") for n in range(4)]
     lines = to_text(Report("k", "exact", tuple(cases))).split("\n")
@@ -340,8 +362,10 @@ def test_some_failures_of_each_kind_are_told_in_full() -> None:
     several = (*results, *map(replace, alike), *within)
     text = to_text(Report("k", "exact", several))
     assert "\n    suite: 14 differ: 2, 3, 4, ...; all: rows of fc1\n" in text
-    assert f"\n    b: 3 differ, 3 of them {WITHIN}: c, c, c; all: rows of fc1\n" in text
-    assert json.loads(to_json(many))["results"][19]["diagnosis"]["finding"]["sentence"] == "row 19"
+    assert "\n    b: 3 differ, 3 within bounds: c, c, c; all: rows of fc1\n" in text
+    written_many = json.loads(to_json(many))
+    found = written_many["results"][19]["diagnosis"]["finding"]
+    assert (found["sentence"], found["predicts"]) == ("row 19", {"every_wrong_bit_of_this_output": False})
     assert "row 19" in to_html(many)
 
 
@@ -374,7 +398,12 @@ def test_what_changed_between_two_reports(tmp_path: Path) -> None:
     result = invoke("compare", old, new)
     assert result.exit_code == 1
     assert result.output.startswith("other torch: 2.12; now 2.13\nnewly failing (1):\n  a/fails_now: differs")
-    assert result.output.endswith("2 cases got worse, 1 is as it was, 2 were not run\n")
+    counts = (
+        "cases: 9 = 1 newly failing + 1 passed, and skipped now + 1 failing, and not run before + 1 newly passing"
+        " + 1 another result, neither better nor worse + 2 in the old report only, not run now"
+        " + 1 in the new report only + 1 as they were; 7 in the old report, 7 in the new, 5 in both"
+    )
+    assert result.output.endswith(f"{counts}\n2 cases got worse, 1 is as it was, 2 were not run\n")
     alike = [result_of(f"a/{n}", "raised", message="no key 'x'") for n in range(3)]
     passed = written(tmp_path / "passed.json", *(result_of(f"a/{n}") for n in range(3)))
     changes = compare_reports(read_report(passed), read_report(written(tmp_path / "raised.json", *alike)))
@@ -444,6 +473,7 @@ def test_what_changed_as_json(tmp_path: Path) -> None:
     result = invoke("compare", str(old), str(new), "--json", str(changes))
     assert result.exit_code == 1
     written = json.loads(changes.read_text())
+    assert written["cases"] == {"old": 1, "new": 1, "both": 1, "either": 1}
     assert (written["kind"], written["ok"], written["worse"], written["alike"]) == ("reports", False, 1, 0)
     assert written["failing"][0].startswith("finalize/slot_order: differs in ")
     one, other = tmp_path / "one.safetensors", tmp_path / "other.safetensors"

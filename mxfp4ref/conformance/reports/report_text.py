@@ -104,7 +104,7 @@ def _by_suite(others: list[CaseResult], full: list[CaseResult]) -> Iterator[str]
     for suite, results in suites.items():
         names = shortened((r.case.rpartition("/")[2] for r in results), _ALIKE)
         within = sum(r.within_bounds is True for r in results)
-        words = f"{suite}: {in_which_way(results)}{f', {within} of them {WITHIN}' if within else ''}: {names}"
+        words = f"{suite}: {in_which_way(results)}{f', {within} within bounds' if within else ''}: {names}"
         (said, count), *_ = Counter(map(_said, results)).most_common(1)
         most = f"; {'all' if count == len(results) else f'{count} of them'}: {said}"
         yield words + most * bool(said and 2 * count >= len(results))
