@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import re
 import runpy
 import shutil
 import subprocess
@@ -692,7 +693,9 @@ def test_no_report_replaces_the_kernel(tmp_path: Path, monkeypatch: pytest.Monke
     assert Path("adapter.py").read_text() == text
 
 
-def test_list_names_cases_as_other_commands_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_list_names_cases_as_other_commands_take_them(
+    monkeypatch: pytest.MonkeyPatch, builtin_root: Path
+) -> None:
     shown = invoke("list", "finalize", "gemm/ord*")
     assert shown.exit_code == 0
     assert SMALL in shown.output
@@ -704,9 +707,19 @@ def test_list_names_cases_as_other_commands_take_them(monkeypatch: pytest.Monkey
     assert row["catches"] == list(open_goldens().load(SMALL).catches)
     assert max(map(len, invoke("list").output.splitlines())) <= 140
     goldens = open_goldens()
-    names = [case for case in goldens.names() if "limit_ignored" in goldens.load(case).catches]
-    assert f"{len(names)} of " in (caught := invoke("list", "limit_ignored").output)
-    assert [line.split()[0] for line in caught.splitlines()[1:-1]] == names
+    made = [case for case in goldens.names() if "limit_ignored" in goldens.load(case).catches]
+    table = (goldens.root / "defect_matrix.md").read_text()
+    count = int(re.search(r"^\| limit_ignored \| defect \| (\d+) \|", table, re.MULTILINE)[1])  # type: ignore[index]
+    caught = invoke("list", "limit_ignored").output
+    assert f"{count} of " in caught
+    listed = [line.split()[0] for line in caught.splitlines()[1:-2]]
+    assert {"activation/bias_before_clamp", *made} < {*listed}
+    assert len(listed) == count
+    assert caught.endswith(
+        f"\nlimit_ignored: {len(made)} of these are made for it; the others catch it too\n"
+    )
+    few = invoke("list", "limit_ignored", "--goldens", builtin_root)
+    assert "; goldens/defect_matrix.md of a checkout has those that catch it besides\n" in few.output
     monkeypatch.setattr(Goldens, "_load", None)  # no tensor is read for it
     assert json.loads(invoke("list", "--json", SMALL).output)[0]["bytes"] > 0
     refused = invoke("list", "finlize")
