@@ -718,7 +718,7 @@ def test_list_names_cases_as_other_commands_take_them(
     assert caught.endswith(
         f"\nlimit_ignored: {len(made)} of these are made for it; the others catch it too\n"
     )
-    few = invoke("list", "limit_ignored", "--goldens", builtin_root)
+    few = invoke("list", "ep_sentinel_aliases", "--goldens", builtin_root)
     assert "; goldens/defect_matrix.md of a checkout has those that catch it besides\n" in few.output
     monkeypatch.setattr(Goldens, "_load", None)  # no tensor is read for it
     assert json.loads(invoke("list", "--json", SMALL).output)[0]["bytes"] > 0

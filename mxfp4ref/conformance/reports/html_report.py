@@ -14,7 +14,7 @@ from mxfp4ref._files import printable
 from mxfp4ref.conformance.diagnosis import Diagnosis
 from mxfp4ref.conformance.findings.finding import listed
 from mxfp4ref.conformance.reports.again import command
-from mxfp4ref.conformance.reports.pictures import LEGEND, PAPER, mismatch_maps
+from mxfp4ref.conformance.reports.pictures import LEGEND, PAPER, darkened, mismatch_maps
 from mxfp4ref.conformance.reports.report_text import by_suite, common_patterns, predicted, tested
 from mxfp4ref.conformance.results import CaseResult, Report
 from mxfp4ref.defects import DEFECTS
@@ -63,6 +63,7 @@ def to_html(report: Report) -> str:
         thread_url=thread_url,
         legend=LEGEND,
         paper=PAPER,
+        darkened=darkened(),
     )
     return printable(html)
 
