@@ -151,7 +151,7 @@ def test_conform_fails_names_the_defect_and_writes_everything(tmp_path: Path) ->
     assert "bf16_finalize" in (failure.text or "")
 
     html = files["html"].read_text()
-    assert html.count("data:image/png;base64,") == 4 * len(failed)  # a map by token and one by expert, twice
+    assert html.count("data:image/png;base64,") == 2 * len(failed)  # a map by token and one by expert
     assert "Every wrong bit is that of bf16_finalize" in html
     assert "http://" not in html.replace("http://www.w3.org", "")
     assert "https://" not in html.replace("https://github.com/", "")
@@ -691,6 +691,25 @@ def test_no_report_replaces_the_kernel(tmp_path: Path, monkeypatch: pytest.Monke
     assert refused.exit_code == 2
     assert "adapter.py" in refused.output
     assert Path("adapter.py").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "code"),
+    [("| limit_ignored |  |", "| limit_ignored |", 2), ("42.7 %", "\0\x1b[2J", 0), ("## activation", "", 0)],
+)
+def test_a_damaged_matrix_is_told(tmp_path: Path, old: str, new: str, code: int) -> None:
+    """It is no golden: what else it may say of cases that there are is believed."""
+    goldens = open_goldens()
+    shutil.copy(goldens.root / "manifest.json", tmp_path)
+    for name in goldens.names():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.json").symlink_to(goldens.root / f"{name}.json")
+    text = (goldens.root / "defect_matrix.md").read_text()
+    assert old in text
+    (tmp_path / "defect_matrix.md").write_text(text.replace(old, new))
+    result = invoke("list", "limit_ignored", "--goldens", tmp_path)
+    assert (result.exit_code, "\x1b" in result.output) == (code, False)
+    assert ("defect_matrix.md: expected a share of " in result.output) == (code == 2)
 
 
 def test_list_names_cases_as_other_commands_take_them(
