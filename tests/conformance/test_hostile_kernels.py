@@ -597,8 +597,8 @@ def test_what_an_earlier_run_printed_is_not_that_of_a_crash(case: Case, choice: 
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ("import sys; sys.exit(0)", "cannot import 'hostile_module': SystemExit: 0"),
-        ("raise GeneratorExit", "GeneratorExit"),
+        ("f = abs; import sys; sys.exit(0)", "cannot import 'hostile_module': SystemExit: 0"),
+        ("f = abs; raise GeneratorExit", "GeneratorExit"),
         ("def __getattr__(name): raise RuntimeError('no\\x1b')", r"has no 'f': RuntimeError: no\x1b"),
         ("f = 5", "is no function but int"),
     ],
@@ -618,8 +618,14 @@ def test_imports(lines: str, message: str, tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ("import os; os._exit(0)", "was imported, the kernel's process ended without a result: exit code 0"),
-        ("import time; time.sleep(60)", "was imported, no result within 1 s; its process was killed"),
+        (
+            "f = abs; import os; os._exit(0)",
+            "was imported, the kernel's process ended without a result: exit code 0",
+        ),
+        (
+            "f = abs; import time; time.sleep(60)",
+            "was imported, no result within 1 s; its process was killed",
+        ),
     ],
 )
 def test_imports_that_do_not_end(
