@@ -45,7 +45,7 @@ def _decoded_by(table: Sequence[float], packed: Tensor) -> Tensor:
     says=(
         f"{FC1}|input|\\bx\\b",
         "column|\\bK\\b|\\bk\\b",
-        "next|later|ahead|\\+ ?128|128 (on|further)|another|other",
+        "next|after|later|ahead|\\+ ?128|128 (on|further)|another|other",
     ),
     story="the empty barrier is arrived at before a K tile's last wgmma has read it: GEMM1 takes the last 16 columns "
     "of each K tile of x from the tile that TMA loads after it",
@@ -63,7 +63,7 @@ def second_stage_released_one_step_early(call: MoeCall) -> Tensor:
 
 @wrong(
     stage="fc2",
-    says=(FC2, "code|value|weight|decod", "subnormal|0\\.75|0\\.5|\\bzero"),
+    says=(FC2, "code|value|weight|decod|E2M1", "subnormal|0\\.75|0\\.5|\\bzero"),
     story="E2M1 is widened by adding 126 to the exponent field, without a case for exponent 0: GEMM2's zeros become "
     "0.5 of their sign and 0.5 becomes 0.75",
 )
@@ -275,7 +275,7 @@ def second_last_odd_row_is_the_one_before(call: MoeCall) -> Tensor:
     says=(
         "activation|swiglu|\\bup\\b|gate|GEMM ?1|fc1",
         "row|token",
-        "overwrit|alias|another|other|half|later|in place|already",
+        "overwrit|written|alias|another|other|half|later|in place|already",
     ),
     story="the activation is written into GEMM1's output, the last rows first: row r's goes over up or gate of row "
     "r / 2, which are still to be read",
@@ -295,7 +295,7 @@ def second_activation_over_its_input(call: MoeCall) -> Tensor:
 @wrong(
     stage=("input", "fc1", "finalize"),
     says=(
-        f"{FC1}|input|\\bx\\b",
+        f"{FC1}|input|\\bx\\b|\\bread|gather",
         "row|token",
         MOVED,
         SUM,
