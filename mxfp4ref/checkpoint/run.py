@@ -259,11 +259,11 @@ def _finite(logits: Tensor, hidden: Tensor) -> Tensor:
         token, expert = bad.nonzero()[0].tolist()
         of_token = hidden[token]
         cause = "".join(
-            f", as hidden[{token}, {i}] is {of_token[i].item()}" for i in (~of_token.isfinite()).nonzero()[:1, 0]
+            f", as hidden[{token}, {i}] is {of_token[i].item()}"
+            for i in (~of_token.isfinite()).nonzero()[:1, 0]
         )
         raise ValueError(
-            f"hidden: expected numbers of which the router makes logits below +inf, got {logits[token, expert].item()} "
-            f"at token {token}, expert {expert}{cause}"
+            f"hidden: expected numbers whose logits are below +inf, got {logits[token, expert].item()} at token {token}, expert {expert}{cause}"
         )
     return logits
 

@@ -74,7 +74,9 @@ def test_numbers_that_no_router_takes_are_told_by_their_argument(tmp_path: Path)
     with pytest.raises(ValueError, match=r"^hidden: expected .*got inf at token 3, expert 0$"):
         route_input(layer, {"hidden": hidden})
     hidden[3, 7] = torch.nan
-    with pytest.raises(ValueError, match=r"^hidden: expected .*got nan at token 3, .*, as hidden\[3, 7\] is nan$"):
+    with pytest.raises(
+        ValueError, match=r"^hidden: expected .*got nan at token 3, .*, as hidden\[3, 7\] is nan$"
+    ):
         route_input(layer, {"hidden": hidden})
 
 

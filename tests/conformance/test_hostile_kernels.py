@@ -497,7 +497,9 @@ def test_the_need_of_memory_is_told(case: Case, choice: Path, monkeypatch: pytes
     with Worker(SPEC) as process:
         first, result = (run_case(process.kernel, case, OPTIONS, worker=process) for _ in range(2))
     assert first.status == result.status == "crashed"
-    assert first.message.endswith("SIGKILL, which it or another program sent: the system was not short of memory")
+    assert first.message.endswith(
+        "SIGKILL, which it or another program sent: the system was not short of memory"
+    )
     assert "signal SIGKILL, as the system does it that runs out of memory" in result.message
     assert "finalize/slot_order needs about 0.7 GiB, and 0.8 GiB were free" in result.message
     monkeypatch.setattr(memory, "free", lambda: 1 << 30)
