@@ -11,6 +11,7 @@ from mxfp4ref.conformance.families.hypotheses.outputs import factor_hypotheses
 from mxfp4ref.conformance.families.hypotheses.roundings import rounding_hypotheses
 from mxfp4ref.conformance.families.search import Search
 from mxfp4ref.conformance.families.telling import told
+from mxfp4ref.conformance.families.twos import nearest_of_two
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import Stages
 from mxfp4ref.sm90.fp32 import mul
@@ -26,7 +27,7 @@ def test_a_factor_and_a_rounding_are_told_with_all_places_of_the_factor() -> Non
     pipeline, got = prepared(call), forward(call, Stages(round_output=doubled_and_cut))
     search = Search(pipeline, got, forward(call), 1e300)
     assert search.run(factor_hypotheses(2.0)) == []
-    found = search.run_twos(lambda: rounding_hypotheses(call), most=2)
+    found = nearest_of_two(search, lambda: rounding_hypotheses(call), most=2)
     words = [match.hypothesis.words for match in found]
     assert all("the output is cut to bf16 instead of rounded" in one for one in words)
     for place in ("on the sum", "on the routing weights", "on GEMM2's result", "on the activation"):

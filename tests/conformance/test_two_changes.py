@@ -11,7 +11,6 @@ import torch
 
 from mxfp4ref import Experts, MoeCall
 from mxfp4ref.conformance import differing
-from mxfp4ref.conformance.families.and_another import and_another
 from mxfp4ref.conformance.families.beside_a_sum import beside_a_sum
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.hypotheses.activations import activation_hypotheses
@@ -26,10 +25,10 @@ from mxfp4ref.conformance.families.hypothesis import (
     of_slots,
     of_sum,
 )
+from mxfp4ref.conformance.families.likely_pairs import likely_pairs
 from mxfp4ref.conformance.families.named import named_hypotheses
 from mxfp4ref.conformance.families.search import Match, Search
-from mxfp4ref.conformance.families.soon import two_in_the_sum
-from mxfp4ref.conformance.families.twos import likely_pairs
+from mxfp4ref.conformance.families.twos import in_other_cases, nearest_of_two
 from mxfp4ref.defects import finalize
 from mxfp4ref.defects.variants.finalize import FinalizeVariant
 from mxfp4ref.defects.variants.swiglu import SwigluVariant
@@ -45,7 +44,7 @@ def found(got_of: MoeCall, right: MoeCall) -> list[Match]:
     unclamped = SwigluVariant(clamp=lambda up, gate, limit: (up, gate))
     got = prepared(got_of).staging(activate=unclamped).run()
     search = Search(pipeline, got, pipeline.run(), time.thread_time() + 60)
-    return beside_a_sum(search, some(right), lambda: weight_hypotheses(right))
+    return beside_a_sum(search, some(right))
 
 
 def some(right: MoeCall) -> list[Hypothesis]:
@@ -79,7 +78,7 @@ def test_a_slot_less_and_weights_in_bf16() -> None:
     got = prepared(replace(CALL, token_selected_experts=ids, token_final_scales=scales)).run()
     search = Search(pipeline, got, pipeline.run(), time.thread_time() + 60)
     assert not search.run(h for h in slot_hypotheses(CALL) if h.of_rows)
-    (match,) = two_in_the_sum(search)
+    (match,) = nearest_of_two(search, lambda: weight_hypotheses(CALL))
     assert match.hypothesis.stages == ("slots", "finalize")
     assert "the slots of the last place of a token are left out" in match.hypothesis.words
     assert "the routing weights are rounded to bf16" in match.hypothesis.words
@@ -98,7 +97,7 @@ def test_roundings_that_are_left_are_no_second_change() -> None:
     assert rounded is not None
     got = torch.where(torch.arange(rounded.shape[1]) % 2 == 0, rounded, base.run())
     search = Search(pipeline, got, pipeline.run(), time.thread_time() + 60)
-    (match,) = beside_a_sum(search, some(CALL), lambda: weight_hypotheses(CALL))
+    (match,) = beside_a_sum(search, some(CALL))
     assert match.hypothesis.words.startswith("in the activation neither is clamped, up to roundings (9")
     assert "finalize" not in match.hypothesis.stages
     assert not match.exact
@@ -109,7 +108,7 @@ def test_noise_is_not_two_changes() -> None:
     want = pipeline.run()
     noise = torch.randn(want.shape, generator=torch.Generator().manual_seed(6)) * want.float().std()
     search = Search(pipeline, to_bf16(want.float() + noise), want, time.thread_time() + 60)
-    assert not beside_a_sum(search, some(CALL), lambda: weight_hypotheses(CALL))
+    assert not beside_a_sum(search, some(CALL))
 
 
 def test_huge_rows_do_not_make_noise_a_rounding() -> None:
@@ -121,7 +120,7 @@ def test_huge_rows_do_not_make_noise_a_rounding() -> None:
         next(iter(some(CALL))),
         change=lambda p: p.having(fc2_scales=p.call.experts.fc2_scales + 9),  # times 512
     )
-    assert not beside_a_sum(search, [scaled], lambda: weight_hypotheses(CALL))
+    assert not beside_a_sum(search, [scaled])
 
 
 @pytest.mark.slow
@@ -141,12 +140,12 @@ def test_an_order_of_slots_shows_in_some_cases() -> None:
     assert alone is not None
     assert differing(alone, got).any()
     until = time.thread_time() + 1.0  # orders of the sum are tried first
-    (both, *_) = and_another(cut, [(pipeline, got, pipeline.run())], clock=time.thread_time, until=until)
+    (both, *_) = in_other_cases(cut, [(pipeline, got, pipeline.run())], clock=time.thread_time, until=until)
     assert (
         both.words
         == f"two things: {words}; and finalize_slots_reversed: slots summed from the last to the first"
     )
-    assert not and_another(cut, [(pipeline, alone, pipeline.run())], clock=time.thread_time, until=until)
+    assert not in_other_cases(cut, [(pipeline, alone, pipeline.run())], clock=time.thread_time, until=until)
 
 
 def halved(rows: SlotRows) -> SlotRows:
@@ -198,7 +197,7 @@ def test_a_change_that_is_wrong_only_where_the_kernel_is_right_leaves_no_other()
     assert not search.leaves_another(-want)
     assert search.leaves_another(torch.cat((want[:4], -want[4:])))
     negative = of_output("", ("finalize",), "negative", torch.neg, 1)
-    assert not and_another(
+    assert not in_other_cases(
         negative, [(pipeline, got, want)], clock=time.thread_time, until=time.thread_time() + 9
     )
 

@@ -6,9 +6,8 @@ with whatever weights fit each token best, is one of the two; what is wrong in t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from mxfp4ref.conformance.families.hypothesis import (
     slot_outputs,
 )
 from mxfp4ref.conformance.families.search import FEWEST_BITS, SURELY, Match, Search
-from mxfp4ref.conformance.families.solved.weight_rules import weight_rules
+from mxfp4ref.conformance.families.twos import either_of_two, with_a_second
 from mxfp4ref.sm90 import fp32
 
 __all__ = ["beside_a_sum"]
@@ -39,17 +38,12 @@ _TOKENS, _FEWEST = 6, 3  # that a first change is tried on
 _MOST = 6  # first changes, of which the second is searched for
 
 
-def beside_a_sum(
-    search: Search,
-    first: Iterable[Hypothesis],
-    second: Callable[[], Iterable[Hypothesis]],
-) -> list[Match]:
+def beside_a_sum(search: Search, first: Iterable[Hypothesis]) -> list[Match]:
     """The two of them, or the first alone where no second one is known; empty if there is none.
 
     Args:
         search: of one output.
         first: hypotheses on what comes before the weighted sum; others are left out.
-        second: hypotheses on the sum; others are left out.
     """
     fits = [_Fit.of(search, token) for token in _tokens(search)]
     told = [fit for fit in fits if fit is not None and fit.left(fit.right) > _FAR_OFF]
@@ -67,17 +61,16 @@ def beside_a_sum(
             found.append(hypothesis)
     found.sort(key=lambda h: h.cost)
     for hypothesis in found[:_MOST]:
-        base, output = hypothesis.change(search.pipeline), hypothesis.run(search.pipeline)
+        output = hypothesis.run(search.pipeline)
         if output is None or search.out_of_time():
             continue
         if surprise(search.got, output) < FEWEST_BITS:
             return _nearly(search, hypothesis)  # this change alone is what is wrong, or nearly so
         if not search.leaves_another(output):
             continue
-        inner = Search(base, search.got, output, search.until)
-        rules = weight_rules(inner.rows, inner.got, inner.wrong)
-        for match in inner.run((h for h in chain(rules, second()) if _SUM & set(h.stages)), enough=1):
-            both = composed(hypothesis, match.hypothesis)
+        of_sum = (h for h in either_of_two(search.pipeline.call) if _SUM & set(h.stages))
+        for second in with_a_second(search, hypothesis, of_sum):
+            both = composed(hypothesis, second)
             if both.predicts(search.pipeline, search.got):
                 return [Match(both, True)]
     if found and all(fit.explained_by(_rows(fit, found[0]), asked=True) for fit in told):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from itertools import chain
 
 from torch import Tensor
@@ -54,8 +54,9 @@ from mxfp4ref.conformance.families.solved.taken_rows import taken_hypotheses
 from mxfp4ref.conformance.families.solved.uniform_factors import clamps, uniform_factors
 from mxfp4ref.conformance.families.solved.weight_rules import weight_rules
 from mxfp4ref.conformance.families.solved.whose import whose_hypotheses
-from mxfp4ref.conformance.families.soon import is_gross, is_small, second, soon, two_in_the_sum
+from mxfp4ref.conformance.families.soon import is_gross, is_small, soon
 from mxfp4ref.conformance.families.telling import told
+from mxfp4ref.conformance.families.twos import either_of_two, nearest_of_two
 from mxfp4ref.conformance.findings.finding import Evidence
 from mxfp4ref.conformance.findings.guarded import guarded, guarded_each
 from mxfp4ref.conformance.findings.reduction import clock_of, is_heavy
@@ -163,14 +164,12 @@ def investigate(
                     break
         if not found and not heavy and thorough and not known:
             with search.extra(_FOR_ALMOST):
-                found = guarded(two_in_the_sum, search) or []
+                found = guarded(nearest_of_two, search, partial(_of_the_sum, pipeline.call)) or []
         if not found and not heavy:
             with search.extra(_FOR_ALMOST):
                 found = search.almost(least=SURELY)
         if not found and thorough and not heavy and not search.few and known is None:
-            with search.share(0.5):
-                found = search.run_twos(lambda: rounding_hypotheses(pipeline.call), most=2)
-            found = found or ([] if _certain(evidence) else guarded(_thorough, search, evidence) or [])
+            found = [] if _certain(evidence) else guarded(_thorough, search, evidence) or []
         if not found and not search.few:
             with search.extra(_FOR_ALMOST):
                 found = search.almost() or guarded(nearly, search) or []
@@ -258,16 +257,13 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
     if not small:
         yield slow
     if only and not _certain(evidence):  # should the evidence mislead, and as the first of two changes
-        rest = of(
-            slot_hypotheses,
-            weight_hypotheses,
-            expert_hypotheses,
-            value_hypotheses,
-            constants,
-            other_activations,
-            activation_hypotheses,
-        )
-        yield (h for h in rest if not only & set(h.stages))
+        rest = guarded_each(either_of_two, call)
+        yield (h for h in rest if not h.name and not only & set(h.stages))
+
+
+def _of_the_sum(call: MoeCall) -> Iterator[Hypothesis]:
+    """What takes little as the second of two changes."""
+    return chain(weight_hypotheses(call), slot_hypotheses(call), rounding_hypotheses(call))
 
 
 def nameless(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
@@ -282,7 +278,7 @@ def _thorough(search: Search, evidence: list[Evidence]) -> list[Match]:
     passes: list[Callable[[], list[Match]]] = [
         *([lambda: search.run(rows_at(*inner))] if inner and call.experts.gated else []),
         lambda: search.run(left(row_hypotheses(call)), enough=12),
-        lambda: search.run_twos(lambda: second(call)),
+        lambda: nearest_of_two(search, partial(either_of_two, call)),
     ]
 
     def left(hypotheses: Iterable[Hypothesis]) -> Iterator[Hypothesis]:

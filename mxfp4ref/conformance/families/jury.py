@@ -10,7 +10,6 @@ from itertools import chain
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import differing
-from mxfp4ref.conformance.families.and_another import and_another
 from mxfp4ref.conformance.families.batches import one_thread
 from mxfp4ref.conformance.families.engine import Result, nameless
 from mxfp4ref.conformance.families.evidence import gather, look_closer
@@ -22,6 +21,7 @@ from mxfp4ref.conformance.families.order_of_cases import different, next_case, p
 from mxfp4ref.conformance.families.search import Match
 from mxfp4ref.conformance.families.solved.case_tables import tables_by_case
 from mxfp4ref.conformance.families.telling import told
+from mxfp4ref.conformance.families.twos import in_other_cases
 from mxfp4ref.conformance.findings.finding import OTHERS, Evidence, added
 from mxfp4ref.conformance.findings.reduction import thread_clock
 from mxfp4ref.model.call import MoeCall
@@ -246,7 +246,7 @@ def _two(failures: list[Failure], passing: _Passing, heard: Heard, until: float)
         return None
     with one_thread():
         clock = thread_clock
-        both = and_another(first, others, clock=clock, until=max(until, clock() + _FOR_A_SECOND))
+        both = in_other_cases(first, others, clock=clock, until=max(until, clock() + _FOR_A_SECOND))
         both = [
             h for h in both if all(h.predicts(f.pipeline, f.got) for f in failures if f.case in heard.cases)
         ]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import chain, groupby, islice
+from itertools import groupby, islice
 
 import torch
 from torch import Tensor
@@ -21,14 +21,11 @@ from mxfp4ref.conformance.families.hypothesis import (
     Pipeline,
     SlotRows,
     local_of,
-    of_first_factor,
     roughly,
 )
 from mxfp4ref.conformance.families.limited import in_columns, in_rows, in_slots, in_slots_alone
 from mxfp4ref.conformance.families.named import NUMBER_OF_NAMES
-from mxfp4ref.conformance.families.pairs import alike, pairs
 from mxfp4ref.conformance.families.places import kinds_of_tokens, named_columns, named_tokens
-from mxfp4ref.conformance.families.solved.weight_rules import weight_rules
 from mxfp4ref.conformance.findings.reach import is_spread
 from mxfp4ref.conformance.findings.reduction import clock_of, is_heavy, reduce_call
 from mxfp4ref.model.call import MoeCall
@@ -312,29 +309,3 @@ class Search:
         """
         rest = differing(output, self.got)
         return bool((rest & self.wrong).any()) and surprise(self.got, output) >= FEWEST_BITS
-
-    def run_twos(self, hypotheses: Callable[[], Iterable[Hypothesis]], *, most: int = 5) -> list[Match]:
-        """Two changes at once: those that came nearest, each with another one."""
-        kept = {id(h) for h in of_first_factor(h for _, h in self.near)}
-        near = [pair for pair in self.near if id(pair[1]) in kept]
-        ranked = sorted(near, key=lambda pair: pair[0] + 0.02 * pair[1].cost)
-        starts: dict[float, Hypothesis] = {}  # of those that come equally near, the simplest
-        for distance, first in ranked:
-            if first.of_rows is None and not first.name:
-                starts.setdefault(alike(distance), first)
-        for distance, first in list(starts.items())[:most]:
-            if self.out_of_time():
-                break
-            base = first.change(self.pipeline)
-            output = first.run(self.pipeline)
-            if output is None or not self.leaves_another(output):
-                continue
-            got, inner = self.got, Search(base, self.got, output, self.until)
-            found = inner.run(chain(weight_rules(inner.rows, got, inner.wrong), hypotheses()), enough=1)
-            self.tried += inner.tried
-            same = [h for d, h in ranked if h is not first and alike(d) == alike(distance)]
-            for match in found:
-                if both := pairs(self.pipeline, self.got, [first], match.hypothesis):
-                    both += pairs(self.pipeline, self.got, same, match.hypothesis)
-                    return [Match(pair, True) for pair in both]
-        return []

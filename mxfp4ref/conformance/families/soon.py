@@ -2,59 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 from itertools import chain, islice
 
 from mxfp4ref.conformance.comparison import ulp_distance
 from mxfp4ref.conformance.families.beside_a_sum import beside_a_sum
-from mxfp4ref.conformance.families.hypotheses.activations import activation_hypotheses, other_activations
 from mxfp4ref.conformance.families.hypotheses.orders_of_k import order_hypotheses
 from mxfp4ref.conformance.families.hypotheses.roundings import rounding_hypotheses
-from mxfp4ref.conformance.families.hypotheses.slots import slot_hypotheses
-from mxfp4ref.conformance.families.hypotheses.tensors import (
-    bias_hypotheses,
-    constants,
-    expert_hypotheses,
-    value_hypotheses,
-)
-from mxfp4ref.conformance.families.hypotheses.weighting import weight_hypotheses
-from mxfp4ref.conformance.families.hypothesis import Hypothesis
-from mxfp4ref.conformance.families.named import named_hypotheses
-from mxfp4ref.conformance.families.pairs import alike, pair_in_the_sum
+from mxfp4ref.conformance.families.likely_pairs import BEFORE_THE_SUM, likely_pairs
 from mxfp4ref.conformance.families.search import Match, Search
-from mxfp4ref.conformance.families.twos import BEFORE_THE_SUM, likely_pairs
-from mxfp4ref.model.call import MoeCall
+from mxfp4ref.conformance.families.twos import either_of_two, nearest_of_two
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["is_gross", "is_small", "quick", "second", "soon", "two_in_the_sum"]
+__all__ = ["is_gross", "is_small", "soon"]
 
 _PAIRS = 4  # that are told
-_FIRST = 5  # changes of the sum, each of which is tried with all others
 _GROSS = 0.25  # of the right row: four times what FP8 makes of operands
 _TRIED, _FAR = 4, 8.0  # of the roundings, and of the orders; times what they make
 _NEARLY = 0.15  # of how far off the right output is, that one change leaves
-
-
-def quick(call: MoeCall) -> Iterator[Hypothesis]:
-    """Those of whole tensors, values and formulas."""
-    return (
-        h
-        for generator in (
-            expert_hypotheses,
-            value_hypotheses,
-            constants,
-            other_activations,
-            activation_hypotheses,
-            rounding_hypotheses,
-        )
-        for h in generator(call)
-    )
-
-
-def second(call: MoeCall) -> Iterator[Hypothesis]:
-    """That may be the second of two changes."""
-    named = (h for h in named_hypotheses(call) if not h.slow)
-    return chain(named, weight_hypotheses(call), slot_hypotheses(call), quick(call))
 
 
 def soon(search: Search, only: set[str]) -> list[Match]:
@@ -64,12 +29,11 @@ def soon(search: Search, only: set[str]) -> list[Match]:
         search: of one output.
         only: the stages that the evidence leaves; empty where it leaves all.
     """
-    call = search.pipeline.call
     if search.few:
         return []
+    every = partial(either_of_two, search.pipeline.call)
     with search.share(0.3):
-        first = (h for h in second(call) if not only or only & set(h.stages))
-        if found := beside_a_sum(search, first, lambda: chain(second(call), bias_hypotheses(call))):
+        if found := beside_a_sum(search, (h for h in every() if not only or only & set(h.stages))):
             return found
     if not only or only & BEFORE_THE_SUM:
         with search.share(0.15):
@@ -78,23 +42,7 @@ def soon(search: Search, only: set[str]) -> list[Match]:
     if min((distance for distance, _ in search.near), default=1.0) > _NEARLY:
         return []
     with search.share(0.3):
-        return search.run_twos(lambda: second(call), most=1)
-
-
-def two_in_the_sum(search: Search) -> list[Match]:
-    """Two changes of the weights, the slots or the sum, of which the nearest leaves much to explain."""
-    call, starts = search.pipeline.call, dict[float, Hypothesis]()
-    for distance, first in sorted(search.near, key=lambda pair: pair[0] + 0.02 * pair[1].cost):
-        if first.of_rows is not None:
-            starts.setdefault(alike(distance), first)
-    for first in list(starts.values())[:_FIRST]:
-        output = first.run(search.pipeline)
-        if output is None or search.out_of_time() or not search.leaves_another(output):
-            continue
-        seconds = chain(weight_hypotheses(call), slot_hypotheses(call))
-        if pair := pair_in_the_sum(search.pipeline, search.rows, search.got, first, seconds):
-            return [Match(pair, True)]
-    return []
+        return nearest_of_two(search, every, most=1)
 
 
 def is_gross(search: Search) -> bool:

@@ -1,138 +1,114 @@
-"""Two mistakes before the weighted sum, neither of which shows without the other: every pair of the likely ones."""
+"""Two changes at once: a first one that explains a part, and a second one that explains the rest."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from itertools import chain, combinations, groupby, product
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+
+from torch import Tensor
 
 from mxfp4ref.conformance.comparison import differing
-from mxfp4ref.conformance.families.batches import each
+from mxfp4ref.conformance.families.distances import surprise
 from mxfp4ref.conformance.families.hypotheses.activations import activation_hypotheses, other_activations
-from mxfp4ref.conformance.families.hypotheses.preparations import preparation_hypotheses
+from mxfp4ref.conformance.families.hypotheses.roundings import rounding_hypotheses
+from mxfp4ref.conformance.families.hypotheses.slots import slot_hypotheses
 from mxfp4ref.conformance.families.hypotheses.tensors import (
     bias_hypotheses,
     constants,
     expert_hypotheses,
-    layout_hypotheses,
     value_hypotheses,
 )
-from mxfp4ref.conformance.families.hypothesis import (
-    FAILURES,
-    Change,
-    Hypothesis,
-    Pipeline,
-    composed,
-    fields_set,
-    unchecked,
-)
+from mxfp4ref.conformance.families.hypotheses.weighting import weight_hypotheses
+from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline, composed, of_first_factor
 from mxfp4ref.conformance.families.named import named_hypotheses
+from mxfp4ref.conformance.families.search import FEWEST_BITS, Match, Search
+from mxfp4ref.conformance.families.solved.weight_rules import weight_rules
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["BEFORE_THE_SUM", "likely_pairs"]
+__all__ = ["either_of_two", "in_other_cases", "nearest_of_two", "with_a_second"]
 
-BEFORE_THE_SUM = {"input", "fc1", "activation", "fc2"}
-_LIKELY = 1.1  # the most that one of two assumes
-
-
-@dataclass(frozen=True)
-class _One:
-    """A change, the fields that it sets, and its number among those of one token that give different outputs."""
-
-    hypothesis: Hypothesis
-    sets: frozenset[str]
-    number: int
-
-    def beside(self, other: _One) -> Hypothesis:
-        """Both; the tensors that either makes are the same objects in all of its pairs."""
-        one, two = self.hypothesis, other.hypothesis
-        return replace(composed(one, two), change=_both(one.change, two.change))
+_TOLD = 8  # first changes that leave an output at the same distance, by their words
+_SEARCHED = 2  # cases
+_ENOUGH = 12  # second changes, tried on all cases
+Case = tuple[Pipeline, Tensor, Tensor]  # the right one, the kernel's output and the right output
 
 
-def likely_pairs(part: Pipeline) -> Iterator[Hypothesis]:
-    """Pairs of changes of different tensors, parameters and stages, those of named defects first.
-
-    Args:
-        part: the right pipeline of one token; of changes that give the same there, one is paired.
-    """
-    outputs, known = [part.run()], list[_One]()
-    for _, some in groupby(sorted(_every(part.call), key=lambda h: h.cost), lambda h: h.cost):
-        new = list[_One]()
-        for h, output, _ in each(part, some, list):
-            h = replace(h, change=_once(h.change))
-            sets = _fields_set(part, h)
-            if sets and output is not None and all(bool(differing(output, o).any()) for o in outputs):
-                new.append(_One(h, frozenset(sets), len(outputs)))
-                outputs.append(output)
-        pairs = [
-            pair
-            for pair in chain(product(known, new), combinations(new, 2))
-            if not pair[0].sets & pair[1].sets
-        ]
-        known += new
-        for one, other in sorted(pairs, key=_activation):
-            yield one.beside(other)
-
-
-def _activation(pair: tuple[_One, _One]) -> int:
-    """A number by which pairs with the same activation, which takes longest, are computed together."""
-    return min((one.number for one in pair if "activate" in one.sets), default=0)
-
-
-def _every(call: MoeCall) -> Iterator[Hypothesis]:
-    generators = (
-        named_hypotheses,
-        value_hypotheses,
+def either_of_two(call: MoeCall) -> Iterator[Hypothesis]:
+    """That may be one of two: those of the sum first, then those of whole tensors, values and formulas."""
+    yield from (h for h in named_hypotheses(call) if not h.slow)
+    for generator in (
+        weight_hypotheses,
+        slot_hypotheses,
         bias_hypotheses,
+        expert_hypotheses,
+        value_hypotheses,
+        constants,
         other_activations,
         activation_hypotheses,
-        constants,
-        expert_hypotheses,
-        preparation_hypotheses,
-        layout_hypotheses,
-    )
-    for h in chain.from_iterable(generator(call) for generator in generators):
-        if h.cost <= _LIKELY and set(h.stages) <= BEFORE_THE_SUM and not h.slow:
-            yield h
+        rounding_hypotheses,
+    ):
+        yield from generator(call)
 
 
-def _fields_set(right: Pipeline, hypothesis: Hypothesis) -> set[str]:
-    """Which fields of experts, call and stages a change sets; none where it is more than that."""
-    try:
-        changed = hypothesis.change(right)
-    except FAILURES:
-        return set()
-    if changed.run_call or changed.rows or changed.after or type(changed.call) is not type(right.call):
-        return set()
-    return {
-        name for level in zip(_levels(right), _levels(changed), strict=True) for name in fields_set(*level)
-    }
+def with_a_second(
+    search: Search, first: Hypothesis, seconds: Iterable[Hypothesis], *, enough: int = 1
+) -> list[Hypothesis]:
+    """What predicts every bit once the first change is made: other weights of the sum, or one of these."""
+    output = first.run(search.pipeline)
+    if output is None or search.out_of_time():
+        return []
+    inner = Search(first.change(search.pipeline), search.got, output, search.until)
+    found = inner.run(chain(weight_rules(inner.rows, inner.got, inner.wrong), seconds), enough=enough)
+    search.tried += inner.tried
+    return [match.hypothesis for match in found]
 
 
-def _levels(pipeline: Pipeline) -> tuple[Any, ...]:
-    return pipeline.call.experts, unchecked(pipeline.call, experts=None), pipeline.stages
+def nearest_of_two(
+    search: Search, seconds: Callable[[], Iterable[Hypothesis]], *, most: int = 5
+) -> list[Match]:
+    """The changes that came nearest, each with a second one; told by all words of the first that give the same."""
+    kept = {id(h) for h in of_first_factor(h for _, h in search.near)}
+    near = [pair for pair in search.near if id(pair[1]) in kept]
+    starts: dict[float, list[Hypothesis]] = {}
+    for distance, first in sorted(near, key=lambda pair: pair[0] + 0.02 * pair[1].cost):
+        if not first.name:
+            starts.setdefault(round(distance, 2), []).append(first)
+    for firsts in list(starts.values())[:most]:
+        output = firsts[0].run(search.pipeline)
+        if output is None or search.out_of_time() or not search.leaves_another(output):
+            continue
+        for second in with_a_second(search, firsts[0], seconds()):
+            both = (composed(first, second) for first in firsts[:_TOLD])
+            if found := [Match(h, True) for h in both if h.predicts(search.pipeline, search.got)]:
+                return found
+    return []
 
 
-def _both(one: Change, other: Change) -> Change:
-    def change(right: Pipeline) -> Pipeline:
-        base, more = one(right), other(right)
-        experts, call, stages = (
-            unchecked(had, **fields_set(before, has))
-            for before, had, has in zip(_levels(right), _levels(base), _levels(more), strict=True)
-        )
-        return replace(right, call=unchecked(call, experts=experts), stages=stages)
+def in_other_cases(
+    first: Hypothesis, others: list[Case], *, clock: Callable[[], float], until: float
+) -> list[Hypothesis]:
+    """Both changes at once, that predict every bit of cases which the first one alone does not predict.
 
-    return change
-
-
-def _once(change: Change) -> Change:
-    """Computed once for each pipeline that follows itself."""
-    known: list[tuple[Pipeline, Pipeline]] = []
-
-    def remembered(pipeline: Pipeline) -> Pipeline:
-        if not known or known[0][0] is not pipeline:
-            known[:] = [(pipeline, change(pipeline))]
-        return known[0][1]
-
-    return remembered
+    Args:
+        first: the one change.
+        others: the cases.
+        clock, until: what tells the time, and when to stop.
+    """
+    left, another = [], False
+    for pipeline, got, want in others:
+        output = first.run(pipeline)
+        if output is None:
+            return []
+        left.append((surprise(got, output), pipeline, got, want))
+        another |= bool((differing(output, got) & differing(want, got)).any())
+    if not another or sum(bits for bits, *_ in left) < FEWEST_BITS:
+        return []  # the first change predicts too much, or all
+    left.sort(key=lambda one: -one[0])
+    for _, pipeline, got, want in left[:_SEARCHED]:
+        now = clock()
+        search = Search(pipeline, got, want, now + (until - now) / 2)
+        found = with_a_second(search, first, either_of_two(pipeline.call), enough=_ENOUGH)
+        both = [composed(first, second) for second in found]
+        if kept := [h for h in both if all(h.predicts(p, g) for _, p, g, _ in left)]:
+            return kept
+    return []
