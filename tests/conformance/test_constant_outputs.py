@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -124,6 +125,43 @@ def up_rows_doubled(call: MoeCall) -> Tensor:
     scales = scales.clone()
     scales[:, 32:64] += 1
     return forward(with_experts(call, fc1_scales=scales))
+
+
+def up_rows_zero(call: MoeCall) -> Tensor:
+    codes = call.experts.fc1_weights.clone()
+    codes[:, 32:64] = 0
+    return forward(with_experts(call, fc1_weights=codes))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "case", "words"),
+    [
+        (
+            up_rows_doubled,
+            "gemm/ordinary",
+            "2 times; K of GEMM2, or columns of the activation, or GEMM1 gives so many",
+        ),
+        (
+            up_rows_doubled,
+            "ungated/silu_special_values",
+            "2 times; K of GEMM2, or columns of the activation, or GEMM1",
+        ),
+        (
+            up_rows_zero,
+            "gemm/ordinary",
+            "not at all; K of GEMM2, or columns of the activation, or GEMM1 gives zeros",
+        ),
+    ],
+)
+def test_gemm1_is_not_called_right_where_it_may_give_so_much(
+    kernel: Callable[[MoeCall], Tensor], case: str, words: str
+) -> None:
+    call = golden(case)
+    got, want = kernel(call), forward(call)
+    found = gather(prepared(call), got, want, differing(got, want))
+    (one,) = [e for e in found if "these K groups do not count once" in e.sentence]
+    assert one.stages == ()
+    assert f"1 (K 32 to 63) {words}" in one.sentence
 
 
 def test_some_of_k_that_is_scaled_may_be_so_in_what_it_is_multiplied_with() -> None:

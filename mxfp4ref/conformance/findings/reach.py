@@ -98,4 +98,4 @@ def passes_factors(call: MoeCall) -> bool:
     """Whether a factor on rows of GEMM1, of its up half where it has two, is one on columns of the activation."""
     experts = call.experts
     between = (experts.fc1_biases, experts.swiglu_beta, experts.swiglu_limit)
-    return experts.gated and all(t is None for t in between)
+    return all(t is None for t in between)

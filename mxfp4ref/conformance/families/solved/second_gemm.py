@@ -252,7 +252,7 @@ def _groups(call: MoeCall, systems: list[_System], of_expert: str) -> Evidence |
     )
     kind = f"in GEMM2{of_expert} these K groups do not count once"
     if lost or passes_factors(call):
-        what = "GEMM1 gives zeros" if lost else "GEMM1's up half gives as much more or less"
+        what = "GEMM1 gives zeros" if lost else "GEMM1 gives so many times as much"
         whence = f"K of GEMM2, or columns of the activation, or {what} for them"
         return Evidence.of_kind((), kind, f"{shortened(told, 4)}; {whence}", 2)
     return Evidence.of_kind(("fc2", "activation"), kind, f"{shortened(told, 4)}; GEMM1 is right", 3)
