@@ -263,7 +263,8 @@ def _finite(logits: Tensor, hidden: Tensor) -> Tensor:
             for i in (~of_token.isfinite()).nonzero()[:1, 0]
         )
         raise ValueError(
-            f"hidden: expected numbers whose logits are below +inf, got {logits[token, expert].item()} at token {token}, expert {expert}{cause}"
+            f"hidden: expected numbers whose logits are below +inf, got {logits[token, expert].item()} at "
+            f"token {token}, expert {expert}{cause}"
         )
     return logits
 
