@@ -30,6 +30,8 @@ __all__ = [
     "expert_hypotheses",
     "layout_hypotheses",
     "mapped",
+    "of_codes",
+    "of_gemms",
     "value_hypotheses",
 ]
 
@@ -45,6 +47,15 @@ def mapped(names: tuple[str, ...], change: Callable[[str, Tensor], Tensor]) -> C
         return pipeline.having(**{n: change(n, t) for n, t in tensors.items() if t is not None})
 
     return on
+
+
+def of_gemms(
+    family: str, fcs: tuple[str, ...], words: str, what: str, change: _On, cost: float
+) -> Hypothesis:
+    """That the `what` ("weights", "scales") of these GEMMs are changed alike."""
+    return Hypothesis(
+        family, fcs, words, mapped(tuple(f"{fc}_{what}" for fc in fcs), lambda _, t: change(t)), cost
+    )
 
 
 def expert_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
@@ -193,10 +204,13 @@ def largest_of_groups(scales: Tensor, size: int) -> Tensor:
     return grouped.amax(3, keepdim=True).expand_as(grouped).reshape(scales.shape)
 
 
-def _codes(change: Callable[[Tensor], Tensor]) -> _On:
+def of_codes(change: _On) -> _On:
+    """The change of codes, each by itself, as one of packed bytes."""
+
     def on(packed: Tensor) -> Tensor:
-        table = pack_codes(change(unpack_codes(torch.arange(256, dtype=torch.uint8)[:, None]))).flatten()
-        return table.to(packed.device)[packed.to(torch.int32)]
+        codes = change(unpack_codes(torch.arange(256, dtype=torch.uint8)[:, None]))
+        table = pack_codes(codes.to(torch.uint8)).flatten()
+        return table.to(packed.device)[packed.view(torch.uint8).to(torch.int32)]
 
     return on
 
@@ -204,10 +218,10 @@ def _codes(change: Callable[[Tensor], Tensor]) -> _On:
 def _weight_values() -> Iterator[tuple[str, _On, float]]:
     def table(*magnitudes: int) -> _On:
         of = torch.tensor(magnitudes, dtype=torch.uint8)
-        return _codes(lambda c: c & 8 | of[(c & 7).to(torch.int64)])
+        return of_codes(lambda c: c & 8 | of[(c & 7).to(torch.int64)])
 
-    yield "without their signs", _codes(lambda c: c & 7), 1
-    yield "with the opposite sign", _codes(lambda c: c ^ 8), 1
+    yield "without their signs", of_codes(lambda c: c & 7), 1
+    yield "with the opposite sign", of_codes(lambda c: c ^ 8), 1
     yield "with the low code of each byte taken twice", lambda p: p & 15 | p << 4, 1.1
     yield "with the high code of each byte taken twice", lambda p: p >> 4 | p & 0xF0, 1.1
     yield "with the largest code (6) read as 4", table(0, 1, 2, 3, 4, 5, 6, 6), 1.3
@@ -216,8 +230,8 @@ def _weight_values() -> Iterator[tuple[str, _On, float]]:
     yield "with 1.5 read as 1 and 3 as 2 (mantissa bit dropped)", table(0, 0, 2, 2, 4, 4, 6, 6), 1.4
     yield "with codes one too high", table(1, 2, 3, 4, 5, 6, 7, 7), 1.6
     yield "with codes one too low", table(0, 0, 1, 2, 3, 4, 5, 6), 1.6
-    yield "with sign and lowest bit exchanged", _codes(lambda c: (c & 1) << 3 | c & 6 | c >> 3), 1.6
-    yield "with the bits of each code in reverse", _codes(_reversed_bits), 1.6
+    yield "with sign and lowest bit exchanged", of_codes(lambda c: (c & 1) << 3 | c & 6 | c >> 3), 1.6
+    yield "with the bits of each code in reverse", of_codes(_reversed_bits), 1.6
 
 
 def _reversed_bits(codes: Tensor) -> Tensor:
@@ -235,14 +249,12 @@ def _cut_off_scales(call: MoeCall, names: tuple[str, ...]) -> Iterator[tuple[str
     """Near the largest or the least byte of these tensors; at 127 it is tried anyway."""
     own = torch.cat([getattr(call.experts, name).flatten() for name in names])
     low, high = int(own.min()), int(own.max())
-    for byte in range(max(high - _CUT_OFF, 0), high):
+    most = (("at most", byte, {"max": byte}) for byte in range(max(high - _CUT_OFF, 0), high))
+    least = (("at least", byte, {"min": byte}) for byte in range(low + 1, min(low + _CUT_OFF, 255) + 1))
+    for how, byte, ends in chain(most, least):
         if byte != 127:
-            words = f"at most 2^{byte - 127} (bytes cut off at {byte})"
-            yield words, lambda s, b=byte: s.clamp(max=b), 1.7
-    for byte in range(low + 1, min(low + _CUT_OFF, 255) + 1):
-        if byte != 127:
-            words = f"at least 2^{byte - 127} (bytes cut off at {byte})"
-            yield words, lambda s, b=byte: s.clamp(min=b), 1.7
+            words = f"{how} 2^{byte - 127} (bytes cut off at {byte})"
+            yield words, lambda s, ends=ends: s.clamp(**ends), 1.7
 
 
 def value_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:

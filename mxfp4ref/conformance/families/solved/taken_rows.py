@@ -175,19 +175,16 @@ def _taken(call: MoeCall, rows: Rows, name: str, rule: _OfCall, own: bool) -> Te
 def _results(slots: SlotRows, name: str, rule: _OfCall, own: bool) -> SlotRows:
     """With the rows of GEMM2 that a rule says, or zeros."""
     rows = Rows.of(slots.local)
-    moved = slots.y.flatten(0, 1).clone()
-    taken = torch.cat((moved[rows.flat], torch.zeros_like(moved[:1])))
-    moved[rows.flat] = taken[_taken(slots.call, rows, name, rule, own)]
-    return replace(slots, y=moved.view_as(slots.y))
+    y = slots.y.flatten(0, 1)[rows.flat]
+    taken = torch.cat((y, torch.zeros_like(y[:1])))[_taken(slots.call, rows, name, rule, own)]
+    return slots.placing(rows.flat, taken)
 
 
 def _activations(slots: SlotRows, name: str, rule: _OfCall, own: bool) -> SlotRows:
     """With GEMM2 of the rows of the activation that a rule says, or of zeros."""
     rows, right = Rows.of(slots.local), trace(slots.call).activation
     taken = torch.cat((right, torch.zeros_like(right[:1])))[_taken(slots.call, rows, name, rule, own)]
-    moved = slots.y.flatten(0, 1).clone()
-    moved[rows.flat] = second_products(slots.call, taken, rows.expert)
-    return replace(slots, y=moved.view_as(slots.y))
+    return slots.placing(rows.flat, second_products(slots.call, taken, rows.expert))
 
 
 def _inputs(slots: SlotRows, name: str, rule: _OfCall) -> SlotRows:
@@ -265,9 +262,7 @@ def _beyond(slots: SlotRows, first: int, zero: bool) -> SlotRows:
 def _lost(slots: SlotRows, lost: Tensor, zero: bool) -> SlotRows:
     """Without these slots, or, if `zero`, with rows of zeros for them."""
     if zero:
-        y = slots.y.flatten(0, 1).clone()
-        y[lost] = 0
-        return replace(slots, y=y.view_as(slots.y))
+        return slots.placing(lost, 0)
     local = slots.local.flatten().clone()
     local[lost] = -1
     return replace(slots, local=local.view_as(slots.local))
