@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 _BYTES = GROUP_SIZE // 2  # of a K group's codes
+_AS_COLUMNS = ", or so are the activation's columns, as they are stored or as GEMM2 reads them"
 _On = Callable[[Tensor], Tensor]
 
 
@@ -103,9 +104,6 @@ def bias_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     return _layouts(call, biases=True)
 
 
-_AS_COLUMNS = ", or so are the activation's columns, as they are stored or as GEMM2 reads them"
-
-
 def layout_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     """Rows and K groups of weights and scales in another order."""
     return _layouts(call, biases=False)
@@ -117,22 +115,20 @@ def _layouts(call: MoeCall, *, biases: bool) -> Iterator[Hypothesis]:
         if not group.given(call) or alone != biases:
             continue
         fc = group.names[0][:3]
+        every = (f"{fc}_{what}" for what in ("weights", "scales", "biases"))
+        whole = {name for name in every if getattr(call.experts, name) is not None}
         for part, within in _row_parts(call, group.names):
             # Rows of up and of gate that move alike, with all they have, are the activation's columns.
             moved = "each of" in part
-            whole = {
-                n
-                for n in (f"{fc}_weights", f"{fc}_scales", f"{fc}_biases")
-                if getattr(call.experts, n) is not None
-            }
             columns = fc == "fc1" and moved and whole <= set(group.names)
             for axis in (*neighbour_maps(), *block_maps()):
+                change = within(lambda t, a=axis: t.index_select(1, a.index(t.shape[1]).to(t.device)))
                 row = axis.of("row") + axis.of_up_and_gate * (fc == "fc1" and call.experts.gated and not part)
                 yield Hypothesis(
                     "rows",
                     ("activation", "fc1") if columns else group.stages,
                     f"{group.words} are in each row those of {row}{part}{_AS_COLUMNS * columns}",
-                    mapped(group.names, _rows(axis, within)),
+                    mapped(group.names, lambda _, t, c=change: c(t)),
                     axis.cost + 0.3 * bool(part),
                 )
         if not alone and len(group.names) < 3:
@@ -150,22 +146,13 @@ def _layouts(call: MoeCall, *, biases: bool) -> Iterator[Hypothesis]:
                     "K groups",
                     group.stages,
                     f"the bytes of {group.words} within each K group are those of {axis.of('byte')}",
-                    mapped(group.names, _within_groups(axis)),
+                    mapped(group.names, lambda _, t, a=axis: _within_groups(t, a.index(_BYTES))),
                     axis.cost + 0.4,
                 )
 
 
-def _rows(axis: IndexMap, within: Callable[[_On], _On]) -> Callable[[str, Tensor], Tensor]:
-    change = within(lambda t: t.index_select(1, axis.index(t.shape[1]).to(t.device)))
-    return lambda _, tensor: change(tensor)
-
-
-def _within_groups(axis: IndexMap) -> Callable[[str, Tensor], Tensor]:
-    def change(_: str, tensor: Tensor) -> Tensor:
-        groups = tensor.view(*tensor.shape[:2], -1, _BYTES)
-        return groups[..., axis.index(_BYTES).to(tensor.device)].view_as(tensor)
-
-    return change
+def _within_groups(packed: Tensor, index: Tensor) -> Tensor:
+    return packed.view(*packed.shape[:2], -1, _BYTES)[..., index.to(packed.device)].flatten(2)
 
 
 def _scale_values() -> Iterator[tuple[str, _On, float]]:
@@ -231,11 +218,11 @@ def _weight_values() -> Iterator[tuple[str, _On, float]]:
     yield "with codes one too high", table(1, 2, 3, 4, 5, 6, 7, 7), 1.6
     yield "with codes one too low", table(0, 0, 1, 2, 3, 4, 5, 6), 1.6
     yield "with sign and lowest bit exchanged", of_codes(lambda c: (c & 1) << 3 | c & 6 | c >> 3), 1.6
-    yield "with the bits of each code in reverse", of_codes(_reversed_bits), 1.6
-
-
-def _reversed_bits(codes: Tensor) -> Tensor:
-    return (codes & 1) << 3 | (codes & 2) << 1 | (codes & 4) >> 1 | codes >> 3
+    yield (
+        "with the bits of each code in reverse",
+        of_codes(lambda c: (c & 1) << 3 | (c & 2) << 1 | (c & 4) >> 1 | c >> 3),
+        1.6,
+    )
 
 
 def _bias_values() -> Iterator[tuple[str, _On, float]]:

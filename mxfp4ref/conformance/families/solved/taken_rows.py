@@ -19,11 +19,12 @@ from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline, SlotR
 from mxfp4ref.conformance.families.places import stage_before_gemm2
 from mxfp4ref.conformance.families.solved.pursuit import ZERO, Rows, Solved, showing
 from mxfp4ref.conformance.families.solved.row_sources import RowSource, row_sources
-from mxfp4ref.conformance.families.solved.second_products import second_products
 from mxfp4ref.conformance.findings.finding import counted
 from mxfp4ref.conformance.findings.index_words import Rule, map_rules
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import trace
+from mxfp4ref.sm90.elementwise import to_bf16
+from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
 
 __all__ = ["taken_hypotheses"]
 
@@ -184,7 +185,25 @@ def _activations(slots: SlotRows, name: str, rule: _OfCall, own: bool) -> SlotRo
     """With GEMM2 of the rows of the activation that a rule says, or of zeros."""
     rows, right = Rows.of(slots.local), trace(slots.call).activation
     taken = torch.cat((right, torch.zeros_like(right[:1])))[_taken(slots.call, rows, name, rule, own)]
-    return slots.placing(rows.flat, second_products(slots.call, taken, rows.expert))
+    return slots.placing(rows.flat, _second_products(slots.call, taken, rows.expert))
+
+
+def _second_products(call: MoeCall, activation: Tensor, expert: Tensor) -> Tensor:
+    """Rounded, `[R, H] bf16`, of rows of the activation `[R, I] bf16` and their experts `[R]`."""
+    y = activation.new_zeros(len(activation), call.experts.hidden_size)
+    for number in torch.unique(expert).tolist():
+        mine = expert == number
+        codes, scales = call.experts.weights("fc2", number)
+        assert scales is not None
+        product = group_scaled_gemm(
+            activation[None, mine],
+            codes,
+            scales,
+            tactic=call.kernel.tactics[1],
+            generation=call.kernel.generation,
+        )
+        y[mine] = to_bf16(product[0])
+    return y
 
 
 def _inputs(slots: SlotRows, name: str, rule: _OfCall) -> SlotRows:
