@@ -6,10 +6,6 @@ DEMO := $(VENV)/.demo
 OURS := $(VENV)/.made-by-make
 INSTALLING := $(VENV)/.installing
 READY := $(VENV)/.ready
-# Compiled at first use, which each of the tests' workers would do for itself. What they import is compiled with them;
-# all of torch, as pip does it, takes a minute.
-LOOPS := import mxfp4ref.sm90.gemm.cpu_loops, mxfp4ref.sm90.gemm.fp8_loops, mxfp4ref.formats.mxfp4_loops
-OTHERS := import mxfp4ref.sm90.elementwise_loops, mxfp4ref.formats.layout_loops, mxfp4ref.defects.variants.gemm_loops
 
 .PHONY: demo test check format clean
 
@@ -44,12 +40,9 @@ $(DEMO): EXTRAS := report,test
 $(READY): EXTRAS := dev
 $(DEMO) $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(NEW_VENV)
-	@echo "Installing mxfp4ref[$(EXTRAS)] into $(VENV); torch is large, this takes a minute or more ..."
 	@if test -e $(INSTALLING); then echo "The last installation was interrupted: all of it is installed again"; fi
 	@again=$$(test ! -e $(INSTALLING) || echo --ignore-installed); touch $(INSTALLING); \
-	$(BIN)/python -m pip install $$again --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[$(EXTRAS)]' && rm $(INSTALLING)
-	@echo "Compiling its loops for this CPU ..."
-	@export PYTHONDONTWRITEBYTECODE=; $(BIN)/python -c '$(LOOPS)' & $(BIN)/python -c '$(OTHERS)'; wait
+	$(BIN)/python tools/install.py $(EXTRAS) $$again && rm $(INSTALLING)
 	@touch $@
 
 clean:

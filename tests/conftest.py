@@ -14,14 +14,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-from mxfp4ref.conformance import heartbeat
-from mxfp4ref.goldens.manifest import write_builtin
-from tests.helpers import forked
-from tests.helpers.patience import be_patient
+try:
+    import torch
 
-torch.set_num_threads(1)
+    from mxfp4ref.conformance import heartbeat
+    from mxfp4ref.goldens.manifest import write_builtin
+    from tests.helpers import forked
+    from tests.helpers.patience import be_patient
+except ModuleNotFoundError as error:  # of a Python that is not that of .venv
+    missing = f"tests/: {sys.executable} has no {error.name}: `make test` sets up what they need"
+else:
+    missing = ""
+    torch.set_num_threads(1)
+    # Tests do not depend on how fast a machine is; those of the sign of life set it themselves.
+    heartbeat.SILENCE = 1e6
+
 # Tests send these, and a suite in a shell's background or under nohup ignores them.
 for sent, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(sent) is signal.SIG_IGN:
@@ -38,10 +46,15 @@ else:
     settings.load_profile("repeatable")
 
 
-def pytest_report_header() -> list[str]:
-    return ["tests/: left out, hypothesis is not installed: `make test` sets up what they need"] * (
-        sys.modules.get("hypothesis") is None
-    )
+def pytest_configure() -> None:
+    if missing:
+        raise pytest.UsageError(missing)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if sys.modules.get("hypothesis") is None:  # not in the header, which -q leaves out
+        words = "tests/: left out, hypothesis is not installed: `make test` sets up what they need"
+        terminalreporter.write_line(words)
 
 
 @pytest.fixture(scope="session")
@@ -61,10 +74,6 @@ def pytest_sessionfinish() -> None:
     """pytest collects garbage five times over at its end, to hear of exceptions in it: once is enough."""
     gc.collect()
     gc.freeze()
-
-
-# Tests do not depend on how fast a machine is; those of the sign of life set it themselves.
-heartbeat.SILENCE = 1e6
 
 
 @pytest.fixture

@@ -39,4 +39,9 @@ def test_without_what_tests_need_they_are_left_out_and_a_kernel_can_be_tested(
         patch.setattr(sys, "meta_path", [nowhere])  # nothing that was not imported can be
         found = runpy.run_path(str(Path(__file__).with_name("conftest.py")))
         assert found["collect_ignore_glob"] == ["*"]
-        assert "`make test` sets up what they need" in found["pytest_report_header"]()[0]
+        said: list[str] = []
+        found["pytest_terminal_summary"](SimpleNamespace(write_line=said.append))
+        assert "`make test` sets up what they need" in said[0]
+        patch.setitem(sys.modules, "torch", None)
+        with pytest.raises(pytest.UsageError, match="has no torch: `make test` sets up what they need"):
+            runpy.run_path(str(Path(__file__).with_name("conftest.py")))["pytest_configure"]()

@@ -231,7 +231,7 @@ def route_input(
                 f"logits: expected in the input file, the experts of {layer.prefix}* have a space of their own, of "
                 f"{layer.hidden_size}, and hidden is in it"
             )
-        logits = given["logits"] if "logits" in given else router_logits(layer, hidden)
+        logits = given["logits"] if "logits" in given else _finite(router_logits(layer, hidden), hidden)
         check_tensor(
             "logits", logits, dtype=(torch.float32, torch.bfloat16), shape=(len(hidden), layer.num_experts)
         )
@@ -250,6 +250,23 @@ def route_input(
     check_ids(ROUTING[0], ids, minimum=PADDING_ID, maximum=layer.num_experts - 1)
     routing = Routing(ids.to(torch.int32), weights, torch.zeros(len(ids), dtype=torch.bool, device="cpu"))
     return None, with_shared(routing, layer) if layer.fused else routing
+
+
+def _finite(logits: Tensor, hidden: Tensor) -> Tensor:
+    """The logits, or ValueError with what of `hidden` makes one that no router takes."""
+    bad = torch.isnan(logits) | (logits == torch.inf)
+    if bool(bad.any()):
+        token, expert = bad.nonzero()[0].tolist()
+        of_token = hidden[token]
+        cause = "".join(
+            f", as hidden[{token}, {i}] is {of_token[i].item()}"
+            for i in (~of_token.isfinite()).nonzero()[:1, 0]
+        )
+        raise ValueError(
+            f"hidden: expected numbers whose logits are below +inf, got {logits[token, expert].item()} at "
+            f"token {token}, expert {expert}{cause}"
+        )
+    return logits
 
 
 def _latent(layer: CheckpointLayer) -> bool:

@@ -6,7 +6,7 @@ import sys
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from mxfp4ref.goldens.case import Case
@@ -15,19 +15,25 @@ if sys.platform != "win32":
     import resource
 
 __all__ = [
+    "KILLED",
+    "Supply",
     "cause_of",
     "few_files",
     "free",
+    "killed",
     "limits",
     "needed",
     "needed_for",
     "not_enough",
     "ran_out",
     "says_so",
+    "supply",
     "time_limit",
     "too_large",
 ]
 
+KILLED = ", as the system does it that runs out of memory"  # said of a process that SIGKILL has ended
+_SENT = ", which it or another program sent: the system was not short of memory"
 NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # what torch says, in a RuntimeError
 _OWN = 700 << 20  # of a process with torch and this package
 _CGROUP = Path("/sys/fs/cgroup")
@@ -104,6 +110,29 @@ def free() -> int | None:
         limit, used = ((_CGROUP / f"memory.{name}").read_text() for name in ("max", "current"))
         found.append(max(int(limit) - int(used), 0))
     return min(found, default=None)
+
+
+class Supply(NamedTuple):
+    """What the system says of its memory; None where it does not say."""
+
+    free: int | None  # bytes
+    kills: int | None  # of processes, for lack of memory, since it started
+
+
+def supply() -> Supply:
+    """As the system has it now."""
+    kills = None
+    with suppress(OSError, ValueError, KeyError):
+        lines = Path("/proc/vmstat").read_text().splitlines()
+        kills = int(dict(line.split() for line in lines)["oom_kill"])
+    return Supply(free(), kills)
+
+
+def killed(message: str, case: Case, before: Supply) -> str:
+    """The message that a case's process was KILLED, with the memory that it needs if it was for lack of that."""
+    if before.kills is not None and supply().kills == before.kills:
+        return message.replace(KILLED, _SENT)
+    return f"{message}; {too_large(case, before.free)}"
 
 
 def needed(case: Case, *, dequantised: bool = False) -> int:

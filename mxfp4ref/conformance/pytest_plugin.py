@@ -239,7 +239,7 @@ def _run(config: pytest.Config, name: str) -> tuple[CaseResult, Failed | None]:
     """A case's result, with as much of a diagnosis as is wanted, and what that is of."""
     from mxfp4ref.conformance.diagnosing import diagnosed
     from mxfp4ref.conformance.goldens_used import load_unchanged
-    from mxfp4ref.conformance.running import compare_case
+    from mxfp4ref.conformance.running import compare_case, told_alone
 
     how = config.getoption("mxfp4_diagnosis")
     failures = config.stash.get(_FAILURES, 0)
@@ -249,6 +249,7 @@ def _run(config: pytest.Config, name: str) -> tuple[CaseResult, Failed | None]:
     result, failed = compare_case(tested.kernel, case, options, tested.worker)
     if failed is not None:
         result = diagnosed(result, failed, options.diagnosis)
+    result = told_alone(result, tested.worker)
     config.stash[_FAILURES] = failures + (not result.ok)
     return result, failed
 

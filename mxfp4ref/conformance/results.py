@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -28,14 +28,7 @@ from mxfp4ref.conformance.kernels.adapters import OTHER_KIND, SKIPPED_BEFORE
 from mxfp4ref.conformance.kernels.importing import call_form
 from mxfp4ref.defects import DEFECTS
 
-__all__ = [
-    "MODES",
-    "PASSING",
-    "RECORDING",
-    "CaseResult",
-    "Report",
-    "now",
-]
+__all__ = ["MODES", "PASSING", "RECORDING", "CaseResult", "Report", "in_which_way", "now"]
 
 _REASON = 300  # letters of a message that a verdict has
 _REASONS = 5  # that are told of skipped cases
@@ -212,12 +205,15 @@ class Report(Shown):
 
     @property
     def _how(self) -> str:
-        """How many fail in which way; "" if all do in one."""
-        counts = Counter(r.status for r in self._failing)
-        told = (
-            f"{n} {'differ' if status == 'differs' and n > 1 else status}" for status, n in counts.items()
-        )
-        return f" ({', '.join(told)})" if len(counts) > 1 else ""
+        """How many fail in which way, if not all do in one, and how many of them were passed over."""
+        words = [in_which_way(self._failing)] if len({r.status for r in self._failing}) > 1 else []
+        words += [f"{n} of them passed over, within bounds"] if (n := self.passed_over(self.results)) else []
+        return f" ({'; '.join(words)})" if words else ""
+
+    def passed_over(self, results: Iterable[CaseResult]) -> int:
+        """How many of these fail, and no limit of failures counted them: they lie within bounds."""
+        limited = "--maxfail" in self.selection
+        return sum(not r.ok and not r.fails_outright for r in results) if limited else 0
 
     @property
     def _scope(self) -> str:
@@ -329,6 +325,14 @@ class Report(Shown):
             alone = f" A quick diagnosis of one case; a full one tells what else predicts its bits: {again}"
             return alone * (len(calls) == 1)
         return f" This was a quick diagnosis; a full one tries more: {again}"
+
+
+def in_which_way(failing: Iterable[CaseResult]) -> str:
+    """ "3 differ, 1 raised"."""
+    counts = Counter(r.status for r in failing)
+    return ", ".join(
+        f"{n} {'differ' if status == 'differs' and n > 1 else status}" for status, n in counts.items()
+    )
 
 
 def _beginning(message: str) -> str:

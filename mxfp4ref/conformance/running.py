@@ -20,12 +20,11 @@ from mxfp4ref.conformance.findings.reduction import reduce_call
 from mxfp4ref.conformance.isolation.execution import Outcome, execute_within
 from mxfp4ref.conformance.isolation.handing import to_device
 from mxfp4ref.conformance.isolation.plain import like, raw_bytes, tensor_of
-from mxfp4ref.conformance.isolation.processes import KILLED
 from mxfp4ref.conformance.isolation.standard_streams import FOR_GOOD
 from mxfp4ref.conformance.isolation.worker import Worker
-from mxfp4ref.conformance.kernels.adapters import Kernel, KernelError, rows_left
+from mxfp4ref.conformance.kernels.adapters import Kernel, rows_left
 from mxfp4ref.conformance.kernels.loading import is_stand_in
-from mxfp4ref.conformance.memory import free, says_so, too_large
+from mxfp4ref.conformance.memory import KILLED, killed, says_so, supply
 from mxfp4ref.conformance.options import Options
 from mxfp4ref.conformance.reports.reproducer import write_reproducer
 from mxfp4ref.conformance.results import CaseResult
@@ -36,12 +35,11 @@ from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward
 from mxfp4ref.sm90.tactics import Sm90Kernel, each_kernel
 
-__all__ = ["NOT_DUMPED", "compare_case"]
+__all__ = ["NOT_DUMPED", "compare_case", "told_alone"]
 
 NOT_DUMPED = "its reproducer was not written"  # in the message of a result
 _LARGEST = 1 << 30  # bytes of the weights of a reproducer
 _ALONE = ("raised", "layout differs", "wrong output", "not written", "unstable")  # by an earlier call, maybe
-_ALONE_AT_MOST = 3  # failing cases of a process that are run alone, each in a new one
 _STATE = "the kernel keeps state between calls, or chance decides"
 _NOT_RUN_AGAIN = ("timed out", "unstable", "interfered")  # to see whether a part of the call fails likewise
 
@@ -49,7 +47,7 @@ _NOT_RUN_AGAIN = ("timed out", "unstable", "interfered")  # to see whether a par
 def compare_case(
     kernel: Kernel, case: Case, options: Options, worker: Worker | None = None
 ) -> tuple[CaseResult, Failed | None]:
-    """The result without a diagnosis, and what is to be diagnosed."""
+    """The result without a diagnosis and without `told_alone`, and what is to be diagnosed."""
     check_instance("case", case, Case)
     start, running = time.perf_counter(), 0.0
     about: dict[str, Any] = {"case": case.id, "kind": case.kind, "why": case.why}
@@ -60,17 +58,17 @@ def compare_case(
     bits = {one: _bits(one) for one in all_runs}
     needed = _by_tactic(kernel, case) if options.all_tactics else _needed(kernel, case, all_runs)
     found: list[_Comparison] = []
-    left, unsaid, alone = "", "", ""
+    left, unsaid = "", ""
     failure: Failed | None = None
     for index, one in enumerate(needed):
         repeat = options.repeat and (index == 0 or options.all_tactics) and not _takes_long(kernel, case)
         candidates = {one: bits.get(one) or _bits(one)} if kernel.forces_tile_k else bits
         before = time.perf_counter()
         if worker is not None:
-            available = free()
+            before_it = supply()
             outcome = worker.execute(options.timeout, case, one, repeat=repeat)
             if outcome.problem == "crashed" and KILLED in outcome.message:
-                outcome = replace(outcome, message=f"{outcome.message}; {too_large(case, available)}")
+                outcome = replace(outcome, message=killed(outcome.message, case, before_it))
         else:
             inputs = case.kind, one.inputs, one.expected
             outcome = execute_within(options.timeout, kernel, inputs, repeat=repeat)
@@ -83,8 +81,9 @@ def compare_case(
                 unsaid = _dump(options, kernel, case, (one, outcome), candidates, worker)
             told = options.all_tactics or (kernel.forces_tile_k and len(all_runs) > 1)
             which = f" ({'tactics' if options.all_tactics else 'K tiles'} {one.tiles})" if told else ""
-            alone = _right_alone(worker, case, one, candidates, options) if outcome.problem in _ALONE else ""
-            message = _joined(outcome.message + which, alone, _put_back(left), unsaid)
+            if outcome.problem in _ALONE:
+                _run_alone(worker, case, one, candidates, options)
+            message = _joined(outcome.message + which, _put_back(left), unsaid)
             result = CaseResult(**about, status=outcome.problem, message=message)
             return result.lasting(kernel=running, comparison=time.perf_counter() - start - running), None
         compared = _compare(case.kind, outcome, candidates, options)
@@ -95,7 +94,7 @@ def compare_case(
         if compared.wrong and failure is not None:
             failure = replace(failure, further=(*failure.further, (compared.closest, outcome.outputs)))
         elif compared.wrong and not any(earlier.wrong for earlier in found):
-            alone = _right_alone(worker, case, one, candidates, options)
+            _run_alone(worker, case, one, candidates, options)
             unsaid = _dump(options, kernel, case, (compared.closest, outcome), candidates, worker)
             if options.diagnosis != "none":
                 failure = Failed(case.kind, compared.closest, outcome.outputs, compared.where)
@@ -107,40 +106,40 @@ def compare_case(
         elements=sum(compared.elements for compared in found),
         differing=sum(compared.differing for compared in found),
         outside=sum(compared.outside or 0 for compared in found),
-        message=_joined(alone, _put_back(left), unsaid),
+        message=_joined(_put_back(left), unsaid),
         runs=len(found),
         diagnosed_run=failure.run.tiles if failure is not None and len(found) > 1 else "",
     )
     return result.lasting(kernel=running, comparison=time.perf_counter() - start - running), failure
 
 
-def _right_alone(
+def _run_alone(
     worker: Worker | None,
     case: Case,
     one: Run,
     candidates: Mapping[Run, Mapping[str, bytes]],
     options: Options,
-) -> str:
-    """That a run that failed after others is right in a new process, in words; "" if it is not, or was not tried."""
-    if (
-        worker is None
-        or (before := worker.runs - 1) < 1
-        or worker.tried_alone >= _ALONE_AT_MOST
-        or case.is_whole_layer
-    ):
-        return ""
-    # One that is wrong alone, too, is the last.
-    tried, worker.tried_alone = worker.tried_alone, _ALONE_AT_MOST
-    try:
-        with worker.another() as fresh:
+) -> None:
+    """Have a run that failed after others run once more, in a new process: `told_alone` says if it is right there."""
+    if worker is None or (before := worker.runs - 1) < 1 or case.is_whole_layer:
+        return
+    process = worker
+
+    def right() -> str:
+        with process.another() as fresh:
             outcome = fresh.execute(options.timeout, case, one)
-    except (KernelError, OSError, RuntimeError):  # no room for a second process
-        return ""
-    if outcome.problem or _compare(case.kind, outcome, candidates, options).wrong:
-        return ""
-    worker.tried_alone = tried + 1
-    others = counted(before, "other run")
-    return f"right when run alone, twice in a new process, and not after {others} in one: {_STATE}"
+        if outcome.problem or _compare(case.kind, outcome, candidates, options).wrong:
+            return ""
+        others = counted(before, "other run")
+        return f"right when run alone, twice in a new process, and not after {others} in one: {_STATE}"
+
+    worker.alone.add(case.id, right)
+
+
+def told_alone(result: CaseResult, worker: Worker | None) -> CaseResult:
+    """The result, with what came of it when it was run alone, if it was to be; that takes seconds."""
+    words = "" if worker is None or result.ok else worker.alone.words(result.case)
+    return replace(result, message=_joined(result.message, words)) if words else result
 
 
 def _bits(one: Run) -> dict[str, bytes]:

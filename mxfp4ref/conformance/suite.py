@@ -29,7 +29,7 @@ from mxfp4ref.conformance.kernels.loading import check_device, environment, is_s
 from mxfp4ref.conformance.options import Options
 from mxfp4ref.conformance.reports.again import conform_arguments
 from mxfp4ref.conformance.results import CaseResult, Report, now
-from mxfp4ref.conformance.running import compare_case
+from mxfp4ref.conformance.running import compare_case, told_alone
 from mxfp4ref.conformance.side_by_side import side_by_side
 from mxfp4ref.goldens import GoldenError, Goldens
 from mxfp4ref.goldens.case import Case
@@ -129,7 +129,7 @@ def _run(
         options.jobs > 1 or (not is_stand_in(kernel) if isolate is None else isolate)
     ):
         threads = max(torch.get_num_threads() // options.jobs, 1) if options.jobs > 1 else None
-        worker = stack.enter_context(Worker(kernel, device, options.timeout, threads=threads))
+        worker = state.worker = stack.enter_context(Worker(kernel, device, options.timeout, threads=threads))
         loaded = worker.kernel
         # What it says of this package is not asked of a process that a kernel is in.
         state.environment = {**worker.environment, **environment("cpu")}
@@ -178,7 +178,8 @@ def run_case(
     check_instance("kernel", kernel, Kernel)
     check_instance("options", options, Options)
     result, failure = compare_case(kernel, case, options, worker)
-    return result if failure is None else diagnosed(result, failure, options.diagnosis)
+    result = result if failure is None else diagnosed(result, failure, options.diagnosis)
+    return told_alone(result, worker)
 
 
 def _compare(
@@ -255,6 +256,7 @@ class _State:
         self.failing = Failing(self.options.diagnosis, self.note)
         self.results: list[CaseResult] = []
         self.environment: dict[str, str] = {}
+        self.worker: Worker | None = None
         self.left = self.unable = 0
         self.done = 0.0  # when the last case was
 
@@ -275,16 +277,21 @@ class _State:
     def report(self, kernel: str, *, interrupted: bool = False) -> Report:
         """With a diagnosis of all cases together, unless the run was interrupted, maybe in one."""
         before = self.done = self.done or time.perf_counter()
+        if (
+            self.worker is not None and not interrupted
+        ):  # the kernel has run: another process does not disturb it
+            self.worker.alone.begin()
         found = self.failing.verdict(self.results, self.goldens, search=not interrupted)
         now = time.perf_counter()
         of_cases = sum(r.diagnosis_seconds for r in found.results)
         of_cases -= sum(r.diagnosis_seconds for r in self.results)  # which counts for them already
+        results = found.results if interrupted else tuple(told_alone(r, self.worker) for r in found.results)
         return Report(
             kernel=kernel,
             mode=self.options.mode,
-            results=found.results,
+            results=results,
             defects=found.defects,
-            seconds=now - self.start,
+            seconds=time.perf_counter() - self.start,
             environment=self.environment,
             finding=found.finding,
             left=self.left,

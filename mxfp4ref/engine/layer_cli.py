@@ -15,14 +15,8 @@ from mxfp4ref._choices import ACTIVATION_NAMES, ROUTER_NAMES, SCALE_RULES, STRAT
 from mxfp4ref._files import check_no_input, printable
 from mxfp4ref.conformance.cli.checkpoints import Experts, Layer, read_options, reading
 from mxfp4ref.conformance.cli.command import command
-from mxfp4ref.conformance.cli.shared import (
-    NOT_EQUAL,
-    describe,
-    diagnosis_option,
-    first_values,
-    progress,
-    usage_errors,
-)
+from mxfp4ref.conformance.cli.progress import progress
+from mxfp4ref.conformance.cli.shared import NOT_EQUAL, describe, diagnosis_option, first_values, usage_errors
 from mxfp4ref.conformance.cli.terminal import echo
 
 __all__ = ["layer"]
@@ -127,9 +121,12 @@ def layer(
     """Run a whole mixture-of-experts layer of a checkpoint: router, experts, output.
 
     \b
-    mxfp4ref layer --checkpoint DeepSeek-V4-Flash --layer 3 --input hidden.safetensors --output out.safetensors
-    mxfp4ref layer --checkpoint gpt-oss-20b --layer 3 --input hidden.safetensors --tp-size 4 --tp-rank 1
-    mxfp4ref layer --checkpoint DeepSeek-V4-Flash --layer 3 --input hidden.safetensors --served served.safetensors
+    mxfp4ref layer --checkpoint DeepSeek-V4-Flash --layer 3 \\
+        --input hidden.safetensors --output out.safetensors
+    mxfp4ref layer --checkpoint gpt-oss-20b --layer 3 \\
+        --input hidden.safetensors --tp-size 4 --tp-rank 1
+    mxfp4ref layer --checkpoint DeepSeek-V4-Flash --layer 3 \\
+        --input hidden.safetensors --served served.safetensors
 
     With --experts, --ep-rank or --tp-rank it is one rank's output, `rank_output`: its own sum, rounded to bf16, as
     the kernel hands it to the all-reduce; fc2's bias is on --tp-rank 0 only, and a routed factor that the model

@@ -14,6 +14,7 @@ import click
 from mxfp4ref._files import files_below
 from mxfp4ref.conformance.cli import completing
 from mxfp4ref.conformance.cli.command import command
+from mxfp4ref.conformance.cli.progress import progress
 from mxfp4ref.conformance.cli.report_files import pop_report_files, print_report, report_files
 from mxfp4ref.conformance.cli.selecting import sources
 from mxfp4ref.conformance.cli.shared import (
@@ -25,7 +26,6 @@ from mxfp4ref.conformance.cli.shared import (
     diagnosis_option,
     interrupted_once,
     mode_option,
-    progress,
     usage_errors,
 )
 from mxfp4ref.conformance.cli.terminal import echo, echo_rows
@@ -81,9 +81,9 @@ def replay(folder: Path, **options: Any) -> None:
 
     \b
     mxfp4ref replay flashinfer_dumps --html report.html
-    mxfp4ref replay flashinfer_dumps --autotune-cache autotune.json --diagnosis none
+    mxfp4ref replay dumps --autotune-cache autotune.json --diagnosis none
     mxfp4ref replay flashinfer_dumps --max-calls 4 --diagnosis quick
-    mxfp4ref replay flashinfer_dumps --kernel plain:kernel.py:fused_moe --mode bounded
+    mxfp4ref replay dumps --kernel plain:kernel.py:fused_moe --mode bounded
 
     DIR holds what flashinfer's own recorder wrote, with no change of the engine:
 

@@ -21,6 +21,7 @@ from mxfp4ref.checkpoint import (
     router_logits,
     run_layer,
 )
+from mxfp4ref.checkpoint.run import route_input
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import forward
 from mxfp4ref.model.parallel import Ranks, forward_all_ranks, gather, rank_calls
@@ -63,6 +64,20 @@ def test_run_deepseek_layer(tmp_path: Path) -> None:
     written = load_file(tmp_path / "y")
     assert sorted(written) == sorted(result)
     assert all(same_bits(written[name], result[name]) for name in result)
+
+
+def test_numbers_that_no_router_takes_are_told_by_their_argument(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "deepseek_v4")
+    layer = read_layer(tmp_path, 1)
+    hidden = torch.zeros(5, DEEPSEEK_H, dtype=torch.bfloat16)
+    hidden[3] = 3e38 * layer.router_weight[0].sign()
+    with pytest.raises(ValueError, match=r"^hidden: expected .*got inf at token 3, expert 0$"):
+        route_input(layer, {"hidden": hidden})
+    hidden[3, 7] = torch.nan
+    with pytest.raises(
+        ValueError, match=r"^hidden: expected .*got nan at token 3, .*, as hidden\[3, 7\] is nan$"
+    ):
+        route_input(layer, {"hidden": hidden})
 
 
 def test_without_the_shared_expert_it_is_no_output(tmp_path: Path) -> None:

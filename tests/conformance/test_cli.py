@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import re
 import runpy
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from os import environ
@@ -134,9 +136,10 @@ def test_conform_fails_names_the_defect_and_writes_everything(tmp_path: Path) ->
     assert "Every wrong bit is that of bf16_finalize" in result.output
 
     written = json.loads(files["json"].read_text())
-    assert written["defects"] == ["bf16_finalize"]
+    counts = {"every_wrong_bit_of": 2, "failing_cases": 2, "named_defects_of_all": ["bf16_finalize"]}
+    assert written["finding"]["predicts"] == counts
     failed = [r for r in written["results"] if not r["ok"]]
-    assert failed[0]["diagnosis"]["predictions"][0]["exact"] is True
+    assert failed[0]["diagnosis"]["predictions"][0]["every_wrong_bit_of_this_output"] is True
     assert sum(b["elements"] for b in failed[0]["diagnosis"]["ulps"]) > 0
 
     suite = ElementTree.parse(files["junit"]).getroot().find("testsuite")
@@ -148,7 +151,7 @@ def test_conform_fails_names_the_defect_and_writes_everything(tmp_path: Path) ->
     assert "bf16_finalize" in (failure.text or "")
 
     html = files["html"].read_text()
-    assert html.count("data:image/png;base64,") == 4 * len(failed)  # a map by token and one by expert, twice
+    assert html.count("data:image/png;base64,") == 2 * len(failed)  # a map by token and one by expert
     assert "Every wrong bit is that of bf16_finalize" in html
     assert "http://" not in html.replace("http://www.w3.org", "")
     assert "https://" not in html.replace("https://github.com/", "")
@@ -303,15 +306,52 @@ def test_wrong_usage_exits_with_2_and_says_why(arguments: list[str], message: st
     assert "Traceback" not in result.output
 
 
-def test_what_can_be_told_before_torch_is_imported_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which takes seconds: that a file is not there, and that nothing was run yet."""
+_WITHOUT_TORCH = """\
+import sys
+from click.testing import CliRunner
+from mxfp4ref.__main__ import commands
+
+for line in sys.stdin.read().splitlines():
+    result = CliRunner().invoke(commands, ["conform", *line.split()])
+    print(result.exit_code, "torch" in sys.modules, result.output.splitlines()[-1])
+"""
+
+
+def test_what_can_be_told_before_torch_is_imported_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Which takes seconds, as does importing a kernel: what is wrong with a name, and that nothing was run yet."""
+    (tmp_path / "adapter.py").write_text("import torch\n\ndef fused_moe(x):\n    return x\n")
+    wrong = {
+        "plain:absent.py:f": "there is no file 'absent.py'",
+        "plain:adapter.py:fused_mo": "'adapter.py' has no 'fused_mo'; did you mean fused_moe?",
+        "adapter:f": "'adapter' has no 'f'; it has fused_moe",
+        "adapter.py": "did you mean adapter.py:fused_moe?",
+        "no_such_package.module:f": "No module named 'no_such_package'",
+        "pln:adapter.py:fused_moe": "got 'pln:' in 'pln:adapter.py:fused_moe'; did you mean plain:?",
+        "stage:gem:adapter.py:fused_moe": "did you mean gemm?",
+        "defect:limit_ignord": "did you mean limit_ignored?",
+        "plain:adapter.py:fused_moe --case gem": "--case: 'gem' matches none of the",
+        "plain:adapter.py:fused_moe --exclude gemm/*x": "--exclude: 'gemm/*x' matches none of the",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_TORCH],
+        input="\n".join(wrong),
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={**environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert done.stderr == ""
+    for line, words in zip(done.stdout.splitlines(), wrong.values(), strict=True):
+        assert line.startswith("2 False Error: ")
+        assert words in line
 
     def interrupted(*arguments: Any) -> int:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules["mxfp4ref.conformance.cli.conform"], "_conform", interrupted)
-    result = invoke("conform", "plain:absent.py:f")
-    assert (result.exit_code, "there is no file 'absent.py'" in result.output) == (2, True)
     result = invoke("conform", "oracle")
     said = "oracle: interrupted before any case was run: no verdict\n"
     assert (result.exit_code, result.output) == (130, said)
@@ -653,7 +693,28 @@ def test_no_report_replaces_the_kernel(tmp_path: Path, monkeypatch: pytest.Monke
     assert Path("adapter.py").read_text() == text
 
 
-def test_list_names_cases_as_other_commands_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("old", "new", "code"),
+    [("| limit_ignored |  |", "| limit_ignored |", 2), ("42.7 %", "\0\x1b[2J", 0), ("## activation", "", 0)],
+)
+def test_a_damaged_matrix_is_told(tmp_path: Path, old: str, new: str, code: int) -> None:
+    """It is no golden: what else it may say of cases that there are is believed."""
+    goldens = open_goldens()
+    shutil.copy(goldens.root / "manifest.json", tmp_path)
+    for name in goldens.names():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.json").symlink_to(goldens.root / f"{name}.json")
+    text = (goldens.root / "defect_matrix.md").read_text()
+    assert old in text
+    (tmp_path / "defect_matrix.md").write_text(text.replace(old, new))
+    result = invoke("list", "limit_ignored", "--goldens", tmp_path)
+    assert (result.exit_code, "\x1b" in result.output) == (code, False)
+    assert ("defect_matrix.md: expected a share of " in result.output) == (code == 2)
+
+
+def test_list_names_cases_as_other_commands_take_them(
+    monkeypatch: pytest.MonkeyPatch, builtin_root: Path
+) -> None:
     shown = invoke("list", "finalize", "gemm/ord*")
     assert shown.exit_code == 0
     assert SMALL in shown.output
@@ -665,9 +726,19 @@ def test_list_names_cases_as_other_commands_take_them(monkeypatch: pytest.Monkey
     assert row["catches"] == list(open_goldens().load(SMALL).catches)
     assert max(map(len, invoke("list").output.splitlines())) <= 140
     goldens = open_goldens()
-    names = [case for case in goldens.names() if "limit_ignored" in goldens.load(case).catches]
-    assert f"{len(names)} of " in (caught := invoke("list", "limit_ignored").output)
-    assert [line.split()[0] for line in caught.splitlines()[1:-1]] == names
+    made = [case for case in goldens.names() if "limit_ignored" in goldens.load(case).catches]
+    table = (goldens.root / "defect_matrix.md").read_text()
+    count = int(re.search(r"^\| limit_ignored \| defect \| (\d+) \|", table, re.MULTILINE)[1])  # type: ignore[index]
+    caught = invoke("list", "limit_ignored").output
+    assert f"{count} of " in caught
+    listed = [line.split()[0] for line in caught.splitlines()[1:-2]]
+    assert {"activation/bias_before_clamp", *made} < {*listed}
+    assert len(listed) == count
+    assert caught.endswith(
+        f"\nlimit_ignored: {len(made)} of these are made for it; the others catch it too\n"
+    )
+    few = invoke("list", "ep_sentinel_aliases", "--goldens", builtin_root)
+    assert "; goldens/defect_matrix.md of a checkout has those that catch it besides\n" in few.output
     monkeypatch.setattr(Goldens, "_load", None)  # no tensor is read for it
     assert json.loads(invoke("list", "--json", SMALL).output)[0]["bytes"] > 0
     refused = invoke("list", "finlize")
@@ -702,7 +773,9 @@ def test_a_run_stops_when_enough_has_failed(option: tuple[str, ...], failures: i
     assert f"does not conform: {failures} of " in result.output
     few = "the one case" if failures == 1 else f"the {failures} cases"
     *before, last = result.output.splitlines()
-    assert f"SHA-256: {open_goldens().sha256}" in before  # in a line that no terminal breaks
+    digest = open_goldens().sha256
+    assert sum(f"SHA-256 {digest[:12]}...)" in line for line in before) == 1
+    assert digest not in result.output  # which -v tells, as JSON does
     assert last.startswith(f"Judged from {few} that failed; without {option[0]}, ")
     assert last.endswith(
         "may tell more: mxfp4ref conform defect:limit_ignored --diagnosis none --case activation"

@@ -114,6 +114,19 @@ def test_no_constant_of_another_mistake() -> None:
     assert list(constant_hypotheses(pipeline, got, wrong)) == []
 
 
+def test_a_constant_beside_zero_is_zero() -> None:
+    """The sigmoid of alpha 0, which numbers of about 1e-7 give as well."""
+    call = captured("gpt_oss")
+    pipeline = prepared(call)
+    got = forward(with_experts(call, swiglu_alpha=torch.zeros(call.experts.num_experts)))
+    wrong = differing(got, forward(call))
+    words = [h.words for h in constant_hypotheses(pipeline, got, wrong)]
+    assert "in the activation the SwiGLU alpha is 0 for all experts" in words
+    found = solved_constant(call, samples(pipeline, got, wrong, local_of(pipeline)))
+    assert found is not None
+    assert "the SwiGLU alpha is 0 (+- " in found.sentence
+
+
 def in_turns(count: int, size: int) -> Callable[..., Tensor]:
     """A GEMM of so many accumulators that take `size` K groups each in turn."""
 
@@ -144,7 +157,7 @@ def test_some_of_k_counts_twice_whatever_k_is() -> None:
     asked = [h for h in repeat_hypotheses(three) if "the rest of K beyond whole tiles of 256" in h.words]
     words = "in GEMM2 the rest of K beyond whole tiles of 256 counts twice"
     for call in (three, one):
-        assert words in predicting(iter(asked), call, kernel(call))
+        assert any(one.startswith(words) for one in predicting(iter(asked), call, kernel(call)))
 
 
 def failure(case: str, call: MoeCall, got: Tensor) -> Failure:

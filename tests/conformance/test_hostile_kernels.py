@@ -16,7 +16,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from mxfp4ref.conformance import (
 from mxfp4ref.conformance.cli.conform import _Selection
 from mxfp4ref.conformance.isolation import kernel_process
 from mxfp4ref.conformance.isolation import worker as worker_module
+from mxfp4ref.conformance.isolation.alone import Alone
 from mxfp4ref.conformance.isolation.execution import Outcome, execute
 from mxfp4ref.conformance.isolation.interference import interference
 from mxfp4ref.conformance.isolation.surroundings import surroundings
@@ -411,12 +412,66 @@ def test_state_between_cases(choice: Path) -> None:
     )
 
 
+def test_no_case_waits_for_a_process_of_its_own() -> None:
+    """The first that failed after others took as long as a process takes to start, and import the kernel."""
+    ran: list[str] = []
+
+    def work(case: str, words: str = "", error: type[Exception] | None = None) -> Callable[[], str]:
+        def run() -> str:
+            ran.append(case)
+            if error is not None:
+                raise error(case)
+            return words
+
+        return run
+
+    alone = Alone()
+    for case in "abcd":
+        alone.add(case, work(case, f"{case} is right"))
+    assert ran == []
+    assert [alone.words(case) for case in "dbca"] == ["", "b is right", "c is right", "a is right"]
+    assert ran == ["a", "b", "c"]  # three at most
+    for first in (work("a"), work("a", error=OSError)):  # the last, if it is wrong alone, too
+        ran.clear()
+        alone = Alone()
+        alone.add("a", first)
+        alone.add("b", work("b", "right"))
+        assert [alone.words(case) for case in "abc"] == ["", "", ""]
+        alone.add("c", work("c", "right"))
+        assert (alone.words("c"), ran) == ("", ["a"])
+    alone = Alone()
+    alone.add("a", work("a", error=ValueError))
+    with pytest.raises(ValueError, match="a"):  # a mistake of ours is told as one
+        alone.words("a")
+
+
+@pytest.mark.usefixtures("copied_processes")
+def test_a_second_process_begins_after_the_last_case(choice: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel is not to share the machine with a copy of itself: it may run out of time or memory."""
+    events: list[str] = []
+    original = Alone.begin
+
+    def begin(alone: Alone) -> None:
+        events.append("alone")
+        original(alone)
+
+    monkeypatch.setattr(Alone, "begin", begin)
+    goldens = open_goldens()
+    cases = [
+        goldens.load(f"finalize/{name}") for name in ("slot_order", "cancelling_experts", "missing_experts")
+    ]
+    choice.write_text("keeps_a_buffer")
+    report = run(SPEC, cases, OPTIONS, progress=lambda result: events.append(result.status))
+    assert events[:4] == ["equal", "differs", "differs", "alone"]
+    assert "right when run alone" in report.results[1].message
+
+
 def test_arguments_that_an_earlier_run_spoils(case: Case) -> None:
     """As by a method of torch's that it replaced: where nothing ran before, they are right."""
     kernel = load_kernel(hostile_kernels.right)
 
     class Spoilt:
-        runs, tried_alone = 2, 0
+        runs, alone = 2, Alone()
 
         def execute(self, seconds: float, case: Case, one: Run, **options: Any) -> Outcome:
             return Outcome(problem="layout differs", message="no shape")
@@ -435,11 +490,16 @@ def test_arguments_that_an_earlier_run_spoils(case: Case) -> None:
 @pytest.mark.usefixtures("copied_processes")
 def test_the_need_of_memory_is_told(case: Case, choice: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the system has killed the process, and of layers of whole size before that."""
-    monkeypatch.setattr(running, "free", lambda: 3 << 28)
+    supplies = iter(memory.Supply(3 << 28, kills) for kills in (5, 5, 5, 6))
+    monkeypatch.setattr(memory, "supply", lambda: next(supplies))
+    monkeypatch.setattr(running, "supply", lambda: next(supplies))
     choice.write_text("kills_itself")
     with Worker(SPEC) as process:
-        result = run_case(process.kernel, case, OPTIONS, worker=process)
-    assert result.status == "crashed"
+        first, result = (run_case(process.kernel, case, OPTIONS, worker=process) for _ in range(2))
+    assert first.status == result.status == "crashed"
+    assert first.message.endswith(
+        "SIGKILL, which it or another program sent: the system was not short of memory"
+    )
     assert "signal SIGKILL, as the system does it that runs out of memory" in result.message
     assert "finalize/slot_order needs about 0.7 GiB, and 0.8 GiB were free" in result.message
     monkeypatch.setattr(memory, "free", lambda: 1 << 30)
@@ -542,8 +602,8 @@ def test_what_an_earlier_run_printed_is_not_that_of_a_crash(case: Case, choice: 
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ("import sys; sys.exit(0)", "cannot import 'hostile_module': SystemExit: 0"),
-        ("raise GeneratorExit", "GeneratorExit"),
+        ("f = abs; import sys; sys.exit(0)", "cannot import 'hostile_module': SystemExit: 0"),
+        ("f = abs; raise GeneratorExit", "GeneratorExit"),
         ("def __getattr__(name): raise RuntimeError('no\\x1b')", r"has no 'f': RuntimeError: no\x1b"),
         ("f = 5", "is no function but int"),
     ],
@@ -563,8 +623,14 @@ def test_imports(lines: str, message: str, tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ("import os; os._exit(0)", "was imported, the kernel's process ended without a result: exit code 0"),
-        ("import time; time.sleep(60)", "was imported, no result within 1 s; its process was killed"),
+        (
+            "f = abs; import os; os._exit(0)",
+            "was imported, the kernel's process ended without a result: exit code 0",
+        ),
+        (
+            "f = abs; import time; time.sleep(60)",
+            "was imported, no result within 1 s; its process was killed",
+        ),
     ],
 )
 def test_imports_that_do_not_end(

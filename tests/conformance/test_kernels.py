@@ -24,6 +24,7 @@ from mxfp4ref.conformance import (
     run_case,
     running,
 )
+from mxfp4ref.conformance.kernel_names import wrong_name
 from mxfp4ref.conformance.kernels.adapters import logical_arguments, plain_arguments, sm90_arguments
 from mxfp4ref.formats import humming
 from mxfp4ref.formats.generations import BYTEWISE, NEWEST
@@ -149,7 +150,7 @@ class TestFiles:
             "def f(x, ids, scales, w1, s1, w2, s2, **others):\n    return x * 0\n"
         )
         Path("own_kernel.py").write_text("from neighbour import f\n\ndef few(x):\n    return x\n")
-        Path("broken.py").write_text("import math\n\nx = 1 / 0\n")
+        Path("broken.py").write_text("import math\n\nx = 1 / 0\nf = math.sqrt\n")
 
     @pytest.mark.parametrize(
         ("spec", "message"),
@@ -204,6 +205,23 @@ class TestFiles:
         with pytest.raises(KernelError) as error:
             load_kernel(spec)
         assert message in str(error.value)
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "from neighbour import *",
+            "from neighbour import f as g",
+            "globals().update(g=lambda **named: 0)",
+            "def __getattr__(name):\n    return lambda **named: 0",
+            "import sys\nsys.modules[__name__].g = len",
+            "if 1:\n    class g: pass",
+            "g = len",
+            "def broken(",
+        ],
+    )
+    def test_a_name_is_refused_unread_only_where_the_file_cannot_have_it(self, text: str) -> None:
+        Path("dynamic.py").write_text(text)
+        assert wrong_name("dynamic.py:g") == wrong_name("logical:dynamic:g") == ""
 
     @pytest.mark.parametrize("spec", ["broken:f", "broken.py:f"])
     def test_an_error_while_importing_is_where_it_was_raised(self, spec: str) -> None:

@@ -97,7 +97,7 @@ def test_nothing_is_known_of_most(factor: float) -> None:
         ("the SwiGLU alpha is hard-coded as 1.702", "1.702 is gpt-oss's, the alpha of quick GELU"),
         ("the SwiGLU limit is 7 for all experts", "7 is gpt-oss's"),
         ("the SwiGLU alpha is hard-coded as 1.5", ""),
-        ("the SwiGLU limit is 7 times too large", ""),
+        ("the SwiGLU limit is 7 times the right one", ""),
     ],
 )
 def test_parameters_of_models(words: str, note: str) -> None:

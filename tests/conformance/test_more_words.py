@@ -57,12 +57,23 @@ def test_rows_of_gemm2_beside_a_bias(kernel: str, words: str) -> None:
     assert found.startswith(f"GEMM2's rows of slots in the last, unfilled 8 rows of their expert are {words}")
 
 
+def test_slots_of_light_weights_left_out() -> None:
+    call = captured("prefill")
+    got = KERNELS["november_light_slots_pruned"].function(call)
+    asked = (h for h in slot_hypotheses(call) if "of the token's largest" in h.words)
+    (found,) = predicting(asked, call, got)
+    assert found.startswith(
+        "the slots with a weight below 0.25 of the token's largest are left out of the sum"
+    )
+
+
 def test_rows_of_zeros_are_no_k_groups() -> None:
     call = GOLDENS.load("layout/padded_halves").call()
     got, right = KERNELS["row_tail_not_computed"].function(call), forward(call)
     (found,) = gather(prepared(call), got, right, differing(got, right))
     assert found.stages == ("fc2", "activation")
-    assert "GEMM2's rows are zero" in found.sentence
+    assert found.hedged
+    assert "add nothing, but for the fc2 bias, as if GEMM2's rows are zero" in found.sentence
 
 
 @pytest.mark.slow

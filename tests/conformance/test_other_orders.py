@@ -170,7 +170,7 @@ def test_cases_outside_their_bounds_come_first() -> None:
     explained = Report(
         "f.py:f", "exact", tuple(within), **{**common, "finding": replace(common["finding"], exact=True)}
     )
-    assert "bounded" not in explained.verdict + "\n".join(report_text.tested(explained))
+    assert "bounded" not in explained.verdict + "\n".join(report_text.tested(explained, full=True))
     alone = Report("f.py:f", "exact", tuple(within), **{**common, "finding": UNKNOWN})
     assert "mode bounded goes on to what tells, of the 5 not run yet" in replace(alone, left=5).verdict
     assert "accepts" not in replace(alone, left=5).verdict

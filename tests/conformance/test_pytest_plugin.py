@@ -32,8 +32,10 @@ COPIED = ("-W", "ignore:Module already imported")  # a process that is a copy ha
 
 
 @pytest.fixture(autouse=True)
-def _ini(pytester: pytest.Pytester) -> None:
-    pytester.makeini("[pytest]\nfilterwarnings = error\naddopts = -p no:benchmark\n")
+def _settings(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all sessions in here, whatever ini file a test writes: pytest-benchmark warns under pytest-xdist."""
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:benchmark")
+    pytester.makeini("[pytest]\nfilterwarnings = error\n")
 
 
 def test_collects_a_test_for_each_case(pytester: pytest.Pytester) -> None:

@@ -28,7 +28,7 @@ from mxfp4ref.conformance.goldens_used import GoldensUsed, goldens_used
 from mxfp4ref.conformance.kernels import loading
 from mxfp4ref.conformance.reports.again import command, conform_arguments, selection_arguments
 from mxfp4ref.conformance.reports.html_report import to_html
-from mxfp4ref.conformance.reports.report import to_json, to_junit
+from mxfp4ref.conformance.reports.report import _predicted, to_json, to_junit
 from mxfp4ref.conformance.reports.report_comparison import compare_reports
 from mxfp4ref.conformance.reports.report_reading import read_report
 from mxfp4ref.conformance.reports.report_text import headline, to_text
@@ -104,7 +104,8 @@ def test_a_report_on_stdout_is_alone_there() -> None:
     )
     assert result.exit_code == 1
     found = json.loads(result.stdout)
-    assert found["cases"] == {"chosen": 1, "ran": 1, "failed": 1}
+    none = dict.fromkeys(("passed", "passed_over", "skipped", "not_run"), 0)
+    assert found["cases"] == {"chosen": 1, "ran": 1, "failed": 1, **none}
     assert found["goldens"]["sha256"] == GOLDENS.sha256
     assert found["arguments"] == ["defect:last_slot_dropped", "--diagnosis", "none", "--case", SMALL]
     assert f"{SMALL}: differs in" in result.stderr
@@ -243,6 +244,60 @@ def test_what_was_not_run_is_told_with_the_line_that_runs_it() -> None:
         assert "may tell more" not in to_text(whole)
 
 
+def test_a_case_that_was_passed_over_is_told_wherever_failing_ones_are_counted() -> None:
+    """`-x` ended neither at it nor without it; all counts add up to the goldens' cases."""
+    over, wrong = result_of("a/over", "differs", within_bounds=True), result_of("a/wrong", "differs")
+    used = GoldensUsed("goldens", "f", "0" * 64, 9)
+    report = Report(
+        *("k", "exact", (result_of("a/right"), over, wrong, result_of("a/not", "skipped"))),
+        **{"left": 3, "date": "today", "goldens": used, "selection": ("--maxfail", "1")},
+    )
+    text = to_text(report)
+    assert "k does not conform: 2 of 3 cases fail (1 of them passed over, within bounds), of the" in text
+    assert "\na            1 passed, 2 FAILED (1 passed over, within bounds), 1 skipped\n" in f"\n{text}"
+    counts = (
+        "9 = 1 passed + 1 failed + 1 failed within bounds, passed over + 1 skipped + 3 not run + 2 not chosen"
+    )
+    assert f"\ncases: {counts}" in text
+    html = to_html(report)
+    assert counts in html
+    assert "✗ 2 failed (1 passed over, within bounds)" in html
+    cases = json.loads(to_json(report))["cases"]
+    assert cases == {
+        "chosen": 7,
+        "ran": 3,
+        "passed": 1,
+        "failed": 2,
+        "passed_over": 1,
+        "skipped": 1,
+        "not_run": 3,
+    }
+    assert "passed over" not in to_text(replace(report, selection=()))  # where no limit was
+
+
+@pytest.mark.parametrize(
+    ("defects", "exact", "cases", "predicted"),
+    [
+        ((), False, None, 0),
+        ((), False, (2, 3), 2),
+        ((), True, None, 3),
+        ((), True, (2, 3), 2),
+        (("d",), False, None, 3),
+    ],
+)
+def test_what_a_finding_predicts_says_of_how_much_in_json(
+    defects: tuple[str, ...], exact: bool, cases: tuple[int, int] | None, predicted: int
+) -> None:
+    """A reader took `exact`, and `defects`, for the verdict on all cases."""
+    results = tuple(result_of(f"a/{n}", "differs") for n in range(3))
+    report = Report("k", "exact", results, defects, finding=Finding(("fc1",), "so", exact, cases))
+    written = json.loads(to_json(replace(report, defects=())) if defects else to_json(report))
+    assert not {"exact", "defects"} & {*written, *written["finding"]}
+    found = _predicted(report)
+    assert found == {"every_wrong_bit_of": predicted, "failing_cases": 3, "named_defects_of_all": [*defects]}
+    assert defects or written["finding"]["predicts"] == found
+
+
 def test_the_same_message_is_told_once() -> None:
     cases = [replace(result_of(SMALL, "refused"), case=f"a/{n}", message="no such layout") for n in range(4)]
     lines = to_text(Report("k", "exact", tuple(cases))).split("\n")
@@ -298,8 +353,19 @@ def test_some_failures_of_each_kind_are_told_in_full() -> None:
     assert last[1:] == [f"    suite/{n}: differs" for n in range(2, 8)]
     assert "other failing" not in to_text(Report("k", "exact", results), verbose=True)
     many = Report("k", "exact", tuple(failing(str(n), f"row {n}") for n in range(20)))
-    assert "15 other failing cases" in to_text(many)
-    assert json.loads(to_json(many))["results"][19]["diagnosis"]["finding"]["sentence"] == "row 19"
+    suite = "    suite: 15 differ: 5, 6, 7, ..."
+    assert (
+        f"\n15 other failing cases by suite; -v and reports in files tell all of each:\n{suite}\n"
+        in to_text(many)
+    )
+    within = [replace(one, case="b/c", within_bounds=True) for one in alike[:3]]
+    several = (*results, *map(replace, alike), *within)
+    text = to_text(Report("k", "exact", several))
+    assert "\n    suite: 14 differ: 2, 3, 4, ...; all: rows of fc1\n" in text
+    assert "\n    b: 3 differ, 3 within bounds: c, c, c; all: rows of fc1\n" in text
+    written_many = json.loads(to_json(many))
+    found = written_many["results"][19]["diagnosis"]["finding"]
+    assert (found["sentence"], found["predicts"]) == ("row 19", {"every_wrong_bit_of_this_output": False})
     assert "row 19" in to_html(many)
 
 
@@ -332,7 +398,12 @@ def test_what_changed_between_two_reports(tmp_path: Path) -> None:
     result = invoke("compare", old, new)
     assert result.exit_code == 1
     assert result.output.startswith("other torch: 2.12; now 2.13\nnewly failing (1):\n  a/fails_now: differs")
-    assert result.output.endswith("2 cases got worse, 1 is as it was, 2 were not run\n")
+    counts = (
+        "cases: 9 = 1 newly failing + 1 passed, and skipped now + 1 failing, and not run before + 1 newly passing"
+        " + 1 another result, neither better nor worse + 2 in the old report only, not run now"
+        " + 1 in the new report only + 1 as they were; 7 in the old report, 7 in the new, 5 in both"
+    )
+    assert result.output.endswith(f"{counts}\n2 cases got worse, 1 is as it was, 2 were not run\n")
     alike = [result_of(f"a/{n}", "raised", message="no key 'x'") for n in range(3)]
     passed = written(tmp_path / "passed.json", *(result_of(f"a/{n}") for n in range(3)))
     changes = compare_reports(read_report(passed), read_report(written(tmp_path / "raised.json", *alike)))
@@ -402,6 +473,7 @@ def test_what_changed_as_json(tmp_path: Path) -> None:
     result = invoke("compare", str(old), str(new), "--json", str(changes))
     assert result.exit_code == 1
     written = json.loads(changes.read_text())
+    assert written["cases"] == {"old": 1, "new": 1, "both": 1, "either": 1}
     assert (written["kind"], written["ok"], written["worse"], written["alike"]) == ("reports", False, 1, 0)
     assert written["failing"][0].startswith("finalize/slot_order: differs in ")
     one, other = tmp_path / "one.safetensors", tmp_path / "other.safetensors"

@@ -16,7 +16,8 @@ from mxfp4ref.__main__ import commands
 from mxfp4ref._choices import ACTIVATION_NAMES, ROUTER_NAMES
 from mxfp4ref.conformance.cli import completing, terminal
 from mxfp4ref.conformance.cli.shared import limited_jobs
-from mxfp4ref.conformance.kernels.loading import STAND_INS
+from mxfp4ref.conformance.kernel_names import STAND_INS
+from mxfp4ref.conformance.source import defect_names
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.routing import PRESETS
@@ -29,7 +30,7 @@ NAME = "gemm/underflow_in_gemm1"
 def test_names_without_torch_are_those_of_the_rooms() -> None:
     assert list(ROUTER_NAMES) == list(PRESETS)
     assert list(ACTIVATION_NAMES) == [a.name for a in ACTIVATIONS.values() if a.gated]
-    assert completing.defect_names() == sorted(DEFECTS)
+    assert defect_names() == sorted(DEFECTS)
     assert {name.removesuffix("NAME") for name in STAND_INS} < set(completing._KERNELS)
 
 
@@ -96,7 +97,7 @@ def test_help_fits_and_cuts_no_word(width: int, monkeypatch: pytest.MonkeyPatch)
         words = {word for line in text.split("\n") for word in line.split()}
         assert set((command.help or "").replace("\b", "").split()) <= words, names
         for line in text.split("\n"):  # only what is one word, one command or one piece of code is wider
-            assert len(line) <= width or terminal.wrapped(line, width) == line, (names, line)
+            assert len(line) <= width or (width < 80 and terminal.wrapped(line, width) == line), (names, line)
 
 
 @pytest.mark.parametrize("line", [

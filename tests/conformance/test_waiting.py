@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 
 from mxfp4ref.__main__ import commands
 from mxfp4ref.conformance import heartbeat, memory, suite
-from mxfp4ref.conformance.cli import report_files, shared
+from mxfp4ref.conformance.cli import progress, report_files
 from mxfp4ref.conformance.cli.selecting import too_large
 from mxfp4ref.conformance.results import CaseResult
 from mxfp4ref.goldens import open_goldens
@@ -69,7 +69,7 @@ def test_a_slow_case_is_named_where_no_bar_can_be_drawn(monkeypatch: pytest.Monk
             said.set()
 
     monkeypatch.setattr(heartbeat, "SILENCE", 0.001)
-    monkeypatch.setattr(shared, "echo", echo)
+    monkeypatch.setattr(progress, "echo", echo)
     before_each_case(monkeypatch, lambda case: None if case == FIRST else waited(said))
     assert invoke("conform", "oracle", *TWO).exit_code == 0
     rate = r"(, about \d+ s more)?"
@@ -84,12 +84,12 @@ def waited(said: threading.Event) -> None:
 def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What a heartbeat would say."""
     words: list[str] = []
-    monkeypatch.setattr(shared, "heartbeat", lambda say: nullcontext(lambda what: words.append(what())))
+    monkeypatch.setattr(progress, "heartbeat", lambda say: nullcontext(lambda what: words.append(what())))
     return words
 
 
 def test_a_part_is_not_done_before_it_ends(told: list[str]) -> None:
-    with shared.progress(before=True) as step:
+    with progress.progress(before=True) as step:
         step("experts 0 to 3", 1)
         step("now the diagnosis", 0)
     assert told[1:] == ["0 of 1 done; now experts 0 to 3", "now the diagnosis"]
@@ -97,14 +97,14 @@ def test_a_part_is_not_done_before_it_ends(told: list[str]) -> None:
 
 def test_what_is_not_run_takes_no_time(told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 1000, 90))
-    monkeypatch.setattr(shared, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    with shared.case_progress([FIRST, SECOND], 1) as advance:
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with progress.case_progress([FIRST, SECOND], 1) as advance:
         advance(CaseResult(FIRST, "moe", "", "differs"))
     assert told[-1] == "1 of 2 done; 1 failed; now the diagnosis of all together, a minute or two at most"
 
 
 def test_the_last_line_is_not_the_end(told: list[str]) -> None:
-    with shared.progress(lines=True) as step:
+    with progress.progress(lines=True) as step:
         step("call 1", 2)
         step("call 2", 2)
     assert told[-2:] == ["1 of 2 done", "2 of 2 done; now the end of the run"]
@@ -186,27 +186,37 @@ def test_skipped_cases_say_nothing_of_how_long_others_take(
     told: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter(range(0, 1000, 20))
-    monkeypatch.setattr(shared, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    with shared.case_progress([FIRST] * 4) as advance:
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with progress.case_progress([FIRST] * 4) as advance:
         for status in ("equal", "skipped", "equal"):
             advance(CaseResult(FIRST, "moe", "", status))
-    assert [" s more" in words for words in told] == [False, True, False, False]
+    assert [" s more" in words for words in told] == [False, False, False, False]
+    with progress.case_progress([FIRST] * 4) as advance:
+        for _ in range(3):
+            advance(CaseResult(FIRST, "moe", "", "equal"))
+    assert [" s more" in words for words in told[4:]] == [False, False, True, True]
 
 
-def test_an_estimate_goes_down_and_is_dropped_when_it_was_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_estimate_waits_for_ground_and_is_dropped_when_it_was_wrong(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     moments = [0.0]
     heard: list[Callable[[], str]] = []
-    monkeypatch.setattr(shared, "heartbeat", lambda say: nullcontext(heard.append))
-    monkeypatch.setattr(shared, "time", SimpleNamespace(monotonic=lambda: moments[-1]))
+    monkeypatch.setattr(progress, "heartbeat", lambda say: nullcontext(heard.append))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: moments[-1]))
     words = []
-    with shared.progress(total=4) as step:
-        moments.append(30.0)
-        step("call 1", 4)
-        for moment in (40.0, 100.0, 130.0):
+    with progress.progress(total=4) as step:
+        for n, moment in enumerate((300.0, 340.0), 1):  # of which the first was for what is compiled
+            moments.append(moment)
+            step(f"call {n}", 4)
+            words.append(heard[-1]())
+        for moment in (350.0, 415.0, 430.0):
             moments.append(moment)
             words.append(heard[-1]())
     assert words == [
-        "1 of 4 done, about 80 s more; call 1",
-        "1 of 4 done, about 20 s more; call 1",
         "1 of 4 done; call 1",
+        "2 of 4 done, about 80 s more; call 2",
+        "2 of 4 done, about 70 s more; call 2",
+        "2 of 4 done, about 5 s more; call 2",
+        "2 of 4 done; call 2",
     ]

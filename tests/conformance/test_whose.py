@@ -175,3 +175,16 @@ def test_equal_tensors_are_no_others() -> None:
     call = with_experts(call, swiglu_alpha=torch.full_like(call.experts.swiglu_alpha, 1.5))
     got = layer(call, x=lambda rows, x: x + 1)
     assert not predicting(replace(call), got)
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_a_table_of_experts_is_not_told_beside_a_rule_where_they_are_copies(copies: bool) -> None:
+    """Of two copies it names either: "the next expert" and "expert 0 by 3" would be told of one mistake."""
+    call = prepared(captured("prefill")).call
+    experts = torch.arange(call.experts.num_experts) % (2 if copies else call.experts.num_experts)
+    call = replace(call, experts=call.experts.select(experts))
+    kind = "slots are computed by other experts"
+    table = Hypothesis("ids", ("slots",), f"{kind}: expert 0 by 3", lambda p: p, 1.0, kind=kind, table=True)
+    rule = Hypothesis("ids", ("slots",), "slots are computed by the next expert", lambda p: p, 1.1, kind=kind)
+    sentence = told([Match(table, True), Match(rule, True)], (), [call]).sentence
+    assert sentence == rule.words + "; expert 0 by 3" * (not copies)

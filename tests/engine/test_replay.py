@@ -21,7 +21,7 @@ from torch import Tensor
 from mxfp4ref import __version__
 from mxfp4ref.__main__ import commands
 from mxfp4ref._choices import Diagnosing
-from mxfp4ref.conformance.cli import shared
+from mxfp4ref.conformance.cli import progress
 from mxfp4ref.conformance.diagnosis import Located
 from mxfp4ref.conformance.looking import SECONDS
 from mxfp4ref.conformance.reports.html_report import to_html
@@ -182,7 +182,7 @@ def test_how_long_it_takes_is_said_before_and_each_call_as_it_ends(
 ) -> None:
     """And that it is at the first one, which may take long."""
     told: list[Any] = []
-    monkeypatch.setattr(shared, "heartbeat", lambda say: nullcontext(told.append))
+    monkeypatch.setattr(progress, "heartbeat", lambda say: nullcontext(told.append))
     for number in (1, 2, 3):
         recorded.write_call(tmp_path, SMALL_CALL, forward(SMALL), number=number)
     result = CliRunner().invoke(commands, ["replay", str(tmp_path), "--max-calls", "2"])

@@ -218,6 +218,7 @@ def test_the_second_ctrl_c_is_told_and_the_third_ends(
 def test_handlers_of_signals_are_put_back_in_whatever_order() -> None:
     """As of `replay`, which asks for the usual ones for a process of its own while it answers them itself."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test in which `main` ended has it ignored
     before = [signal.getsignal(number) for number in numbers]
     with shared.terminable():
         with shared.interrupted_once():

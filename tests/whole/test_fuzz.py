@@ -61,6 +61,7 @@ EXEMPT_MODULES = {
     "mxfp4ref.goldens.flashinfer_bench": "tests/goldens",
     "mxfp4ref.goldens.writing": "tests/goldens",
     "mxfp4ref.goldens.error": "an exception",
+    "mxfp4ref.goldens.matrix": "reads a file beside the goldens; tests/conformance/test_cli.py damages it",
     "mxfp4ref.checkpoint": "tests/checkpoint damages files and tensors; a CheckpointError names them",
     "mxfp4ref.conformance": "takes what `execution` checked; tests/conformance runs kernels that misbehave",
     "mxfp4ref.engine": "tests/engine damages recorded folders and files",

@@ -15,7 +15,7 @@ from mxfp4ref import forward
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.diagnosis import ulp_bins
 from mxfp4ref.conformance.reports.html_report import environment
-from mxfp4ref.conformance.reports.pictures import LEGEND, PAPER, mismatch_maps
+from mxfp4ref.conformance.reports.pictures import LEGEND, PAPER, darkened, mismatch_maps
 from mxfp4ref.defects import get_defect
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.sm90.gemm.order import group_order
@@ -161,12 +161,13 @@ def tensor_core_step() -> Figure:
     return figure
 
 
-MAPS = """{% from "map.svg.j2" import draw %}
+MAPS = """{% from "map.svg.j2" import dark_cells, draw %}
 <svg xmlns="http://www.w3.org/2000/svg" width="840" height="{{ height + 76 }}" viewBox="0 0 840 {{ height + 76 }}">
 <style>
 {% include "map.css.j2" %}
 text { font: 12px sans-serif; fill: var(--ink); }
 </style>
+{{ dark_cells(darkened) }}
 <rect width="100%" height="100%" fill="var(--paper)"/>
 {% for map, title in maps %}
 <text x="{{ 420 * loop.index0 + 46 }}" y="18">{{ title }}</text>
@@ -195,7 +196,8 @@ def famous_maps() -> str:
             )
         )
     height = int(maps[0][0].top + maps[0][0].height + 34)
-    return environment().from_string(MAPS).render(maps=maps, height=height, legend=LEGEND, paper=PAPER)
+    colours = {"legend": LEGEND, "paper": PAPER, "darkened": darkened()}
+    return environment().from_string(MAPS).render(maps=maps, height=height, **colours)
 
 
 def _canvas(width: float, height: float) -> tuple[Figure, Axes]:

@@ -21,7 +21,9 @@ from mxfp4ref.conformance.cli.command import command
 from mxfp4ref.conformance.cli.shared import NOT_EQUAL, UsageError, goldens_option, usage_errors
 from mxfp4ref.conformance.cli.terminal import echo, echo_json, echo_rows
 from mxfp4ref.conformance.memory import needed_for
+from mxfp4ref.conformance.source import defect_names
 from mxfp4ref.goldens import Goldens, open_goldens
+from mxfp4ref.goldens.matrix import caught_in
 
 __all__ = ["doctor", "list_cases"]
 
@@ -53,8 +55,8 @@ _PACKAGES = (
 def list_cases(patterns: tuple[str, ...], as_json: bool, root: Path | None) -> None:
     """List the golden cases, with what each is made to catch.
 
-    GLOB is a suite, a pattern of names, a kind such as quantize, or a named defect, for the cases that are made to
-    catch it; without one, all are listed.
+    GLOB is a suite, a pattern of names, a kind such as quantize, or a named defect, for the cases that catch it, be
+    they made for it or not; without one, all are listed.
 
     \b
     mxfp4ref list
@@ -77,6 +79,14 @@ def list_cases(patterns: tuple[str, ...], as_json: bool, root: Path | None) -> N
     heads = ("case", "kind", "memory", "made to catch, or kept for")
     echo_rows(heads, [(row["case"], row["kind"], _memory(row["bytes"]), _about(row)) for row in rows])
     echo(f"{len(rows)} of {goldens.of} cases, in {goldens.root}")
+    for defect in sorted({*patterns} & {*defect_names()}):
+        made = sum(defect in row["catches"] for row in rows)
+        others = (
+            "goldens/defect_matrix.md of a checkout has those that catch it besides"
+            if caught_in(goldens.root, defect) is None
+            else "the others catch it too"
+        )
+        echo(f"{defect}: {made} of these are made for it; {others}")
 
 
 def _memory(count: int) -> str:
@@ -98,8 +108,10 @@ def _chosen(goldens: Goldens, patterns: tuple[str, ...]) -> list[str]:
     chosen: set[str] = set()
     for pattern in patterns:
         found = [name for name in names if _matches(name, pattern)]
-        for key in ("catches", "kind"):
-            found = found or [name for name in names if pattern in _listed(goldens.about(name)[key])]
+        if not found and pattern in defect_names():
+            seen = caught_in(goldens.root, pattern) or {}
+            found = [name for name in names if name in seen or pattern in goldens.about(name)["catches"]]
+        found = found or [name for name in names if pattern == goldens.about(name)["kind"]]
         if not found:
             from mxfp4ref.defects import DEFECTS
 
@@ -113,10 +125,6 @@ def _chosen(goldens: Goldens, patterns: tuple[str, ...]) -> list[str]:
 
 def _matches(name: str, pattern: str) -> bool:
     return fnmatch.fnmatch(name, pattern) or name.split("/")[0] == pattern
-
-
-def _listed(value: Any) -> list[str]:
-    return value if isinstance(value, list) else [value]
 
 
 def _row(goldens: Goldens, name: str) -> dict[str, Any]:

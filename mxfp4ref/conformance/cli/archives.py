@@ -11,7 +11,8 @@ import click
 
 from mxfp4ref._files import check_no_input, files_below, quoted
 from mxfp4ref.conformance.cli.command import Group
-from mxfp4ref.conformance.cli.shared import goldens_option, progress, usage_errors
+from mxfp4ref.conformance.cli.progress import progress
+from mxfp4ref.conformance.cli.shared import goldens_option, usage_errors
 from mxfp4ref.conformance.cli.terminal import echo
 from mxfp4ref.goldens import open_goldens
 

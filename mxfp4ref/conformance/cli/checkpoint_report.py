@@ -11,7 +11,8 @@ import click
 
 from mxfp4ref.conformance.cli.checkpoints import layers_option
 from mxfp4ref.conformance.cli.command import command
-from mxfp4ref.conformance.cli.shared import UsageError, progress, usage_errors
+from mxfp4ref.conformance.cli.progress import progress
+from mxfp4ref.conformance.cli.shared import UsageError, usage_errors
 from mxfp4ref.conformance.cli.terminal import echo, echo_json, echo_rows
 
 if TYPE_CHECKING:

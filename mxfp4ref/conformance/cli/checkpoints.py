@@ -13,7 +13,8 @@ import click
 
 from mxfp4ref._choices import SCALE_RULES, ScaleRule
 from mxfp4ref.conformance.cli.command import command
-from mxfp4ref.conformance.cli.shared import progress, usage_errors
+from mxfp4ref.conformance.cli.progress import progress
+from mxfp4ref.conformance.cli.shared import usage_errors
 from mxfp4ref.conformance.cli.terminal import echo_json
 
 __all__ = ["Experts", "Layer", "checkpoint", "layers_option", "read_options", "reading"]

@@ -19,10 +19,10 @@ from click.shell_completion import (
 
 from mxfp4ref.conformance.cli.command import command
 from mxfp4ref.conformance.findings.finding import STAGES
-from mxfp4ref.conformance.source import functions_in
+from mxfp4ref.conformance.source import defect_names, functions_in
 from mxfp4ref.goldens import open_goldens
 
-__all__ = ["cases", "completion", "defect_globs", "defect_names", "explained", "globs", "kernels"]
+__all__ = ["cases", "completion", "defect_globs", "explained", "globs", "kernels"]
 
 _KERNELS = (
     "oracle",
@@ -37,7 +37,6 @@ _KERNELS = (
 # Names of files that are no more than that in a command line, where a shell puts them as they are.
 _PLAIN = re.compile(r"[\w@%+=,./-]+")
 _FAMILY = re.compile(r'^ +Family\(\s*"([^"]+)"', re.MULTILINE)
-_DEFECT = re.compile(r"^@defect\((?:.|\n)*?^def (\w+)", re.MULTILINE)
 
 
 @add_completion_class
@@ -134,13 +133,6 @@ def defect_globs(context: click.Context, parameter: click.Parameter, incomplete:
 def _explainable() -> Iterable[str]:
     text = (files("mxfp4ref.conformance") / "families" / "__init__.py").read_text("utf-8")
     return dict.fromkeys((*defect_names(), *_FAMILY.findall(text), *STAGES))
-
-
-def defect_names() -> list[str]:
-    """The keys of `mxfp4ref.defects.DEFECTS`, read from the source: importing it takes seconds."""
-    folder = files("mxfp4ref") / "defects"
-    texts = (path.read_text("utf-8") for path in folder.iterdir() if path.name.endswith(".py"))
-    return sorted(name for text in texts for name in _DEFECT.findall(text))
 
 
 def _cases(context: click.Context) -> list[str]:

@@ -16,6 +16,7 @@ from mxfp4ref._files import files_below
 from mxfp4ref.conformance import memory
 from mxfp4ref.conformance.cli import completing
 from mxfp4ref.conformance.cli.command import command
+from mxfp4ref.conformance.cli.progress import case_progress
 from mxfp4ref.conformance.cli.report_files import pop_report_files, print_report, report_files
 from mxfp4ref.conformance.cli.selecting import failed_in, select, sources, too_large
 from mxfp4ref.conformance.cli.shared import (
@@ -24,7 +25,6 @@ from mxfp4ref.conformance.cli.shared import (
     USAGE,
     Interruption,
     UsageError,
-    case_progress,
     check_no_swap,
     diagnosis_option,
     goldens_option,
@@ -35,7 +35,7 @@ from mxfp4ref.conformance.cli.shared import (
 )
 from mxfp4ref.conformance.cli.supervised import end, others_code_begins
 from mxfp4ref.conformance.cli.terminal import echo
-from mxfp4ref.conformance.source import missing_file
+from mxfp4ref.conformance.kernel_names import wrong_name
 from mxfp4ref.goldens import GoldenError, Goldens, open_goldens
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
     \b
     mxfp4ref conform oracle
     mxfp4ref conform mypackage.moe:fused_moe --device cuda --html report.html
-    mxfp4ref conform plain:adapter.py:fused_moe --case 'gemm/*' -x --dump reproducers
+    mxfp4ref conform plain:adapter.py:fused_moe --case 'gemm/*' -x --dump folder
     mxfp4ref conform flashinfer --mode bounded --json report.json
 
     KERNEL is one of
@@ -196,8 +196,8 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
     spec = kernel if kernel_option is None else kernel_option
     assert spec is not None
     check_no_swap()
-    if missing := missing_file(spec):  # before torch is imported, which takes seconds
-        raise UsageError(missing)
+    if wrong := wrong_name(spec):  # before torch is imported, which takes seconds
+        raise UsageError(wrong)
     with interrupted_once() as interruption:
         try:
             code = _conform(spec, root, options, interruption)
@@ -211,24 +211,26 @@ def conform(kernel: str | None, kernel_option: str | None, root: Path | None, **
 
 def _conform(spec: str, root: Path | None, options: dict[str, Any], interruption: Interruption) -> int:
     """Run the kernel and tell what came of it; the exit code."""
+    files = pop_report_files(options)
+    patterns, excluded, earlier, isolate, device, verbose = (
+        options.pop(name) for name in ("patterns", "excluded", "earlier", "isolate", "device", "verbose")
+    )
+    options["repeat"] = not options.pop("no_repeat")
+    with usage_errors():  # before torch is imported, too
+        goldens = open_goldens(root)
+        out = select(goldens, excluded, "--exclude")
+        names = [n for n in select(goldens, patterns, "--case") or goldens.names() if n not in out]
+        if not names:
+            raise UsageError("--exclude: none of the chosen cases is left")
+
     from mxfp4ref.conformance.kernels.loading import is_stand_in
     from mxfp4ref.conformance.options import Options
     from mxfp4ref.conformance.reports.again import selection_arguments
     from mxfp4ref.conformance.running import NOT_DUMPED
     from mxfp4ref.conformance.suite import InternalError, Interrupted, run
 
-    files = pop_report_files(options)
-    patterns, excluded, earlier, isolate, device, verbose = (
-        options.pop(name) for name in ("patterns", "excluded", "earlier", "isolate", "device", "verbose")
-    )
-    options["repeat"] = not options.pop("no_repeat")
     broken: GoldenError | InternalError | None = None
     with files.stdout_kept(), usage_errors():
-        goldens = open_goldens(root)
-        out = select(goldens, excluded, "--exclude")
-        names = [n for n in select(goldens, patterns, "--case") or goldens.names() if n not in out]
-        if not names:
-            raise UsageError("--exclude: none of the chosen cases is left")
         if earlier is not None:
             names = failed_in(earlier, goldens, names, (spec, options["mode"]))
         large = {} if patterns else too_large(goldens, names, spec, device)

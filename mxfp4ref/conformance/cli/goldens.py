@@ -11,15 +11,14 @@ import click
 
 from mxfp4ref.conformance.cli import completing
 from mxfp4ref.conformance.cli.command import command
+from mxfp4ref.conformance.cli.progress import case_progress, progress
 from mxfp4ref.conformance.cli.shared import (
     NOT_EQUAL,
     UsageError,
-    case_progress,
     describe,
     first_values,
     goldens_option,
     limited_jobs,
-    progress,
     usage_errors,
 )
 from mxfp4ref.conformance.cli.terminal import echo

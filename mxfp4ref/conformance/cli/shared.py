@@ -1,19 +1,16 @@
-"""What the commands share: exit codes, the option for the goldens, the progress bar, how a tensor is shown."""
+"""What the commands share: exit codes, the option for the goldens, signals, how a tensor is shown."""
 
 from __future__ import annotations
 
 import dis
-import itertools
 import math
 import os
 import signal
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +19,11 @@ from safetensors import SafetensorError
 
 from mxfp4ref._choices import DIAGNOSES, MODES
 from mxfp4ref._files import printable
-from mxfp4ref.conformance.cli.terminal import animated, console, echo
-from mxfp4ref.conformance.heartbeat import ALL_TOGETHER, heartbeat
+from mxfp4ref.conformance.cli.terminal import echo
 from mxfp4ref.conformance.memory import cause_of, not_enough, ran_out
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from mxfp4ref.conformance.results import CaseResult
 
 __all__ = [
     "INTERRUPTED",
@@ -39,7 +33,6 @@ __all__ = [
     "Presses",
     "Terminated",
     "UsageError",
-    "case_progress",
     "check_no_swap",
     "describe",
     "diagnosis_option",
@@ -48,7 +41,6 @@ __all__ = [
     "interrupted_once",
     "limited_jobs",
     "mode_option",
-    "progress",
     "usage_errors",
 ]
 
@@ -129,98 +121,6 @@ def _said(error: BaseException) -> bool:
         return True
     ours = str(last.tb_frame.f_globals.get("__name__")).partition(".")[0] == "mxfp4ref"
     return ours and last.tb_frame.f_code.co_code[last.tb_lasti] == _RAISE
-
-
-@contextmanager
-def progress(
-    *, lines: bool = False, first: str = "", total: int | None = None, before: bool = False
-) -> Iterator[Callable[..., None]]:
-    """A function to call after each step, or `before` it, with its name and the number of steps; 0 if unknown.
-
-    A third argument is whether the steps to come may take as long as those done.
-
-    It moves a progress bar on stderr, which shows `first` and `total` until then. Where none can be drawn it prints a
-    line, if `lines`; and how far it has come, after each so many seconds that pass in silence.
-    """
-    done = itertools.count(0 if before else 1)
-    if animated():
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-        with Progress(*columns, console=console(), transient=True) as bar:
-            task = bar.add_task(first, total=total)
-            yield lambda name, total, rate=True: bar.update(
-                task, completed=next(done), total=total or None, description=name
-            )
-        return
-
-    def say(words: str) -> None:
-        with suppress(OSError, ValueError):  # stderr is closed
-            echo(words, err=True)
-
-    start = time.monotonic()
-    with heartbeat(say) as now:
-        now(partial(_so_far, 0, total, 0.0, first))
-
-        def line(name: str, total: int, rate: bool = True) -> None:
-            count = next(done)
-            if lines:
-                echo(f"[{count:3}/{total}] {name}", err=True)
-            words = f"now {name}" if before and total else name
-            if lines:  # which has told the name
-                words = "now the end of the run" if count == total else ""
-            moment = time.monotonic()
-            end = moment + (moment - start) / count * (total - count) * rate if total and count else 0.0
-            now(partial(_so_far, count, total, end, words))
-
-        yield line
-
-
-def _so_far(count: int, total: int | None, end: float, now: str) -> str:
-    """ "12 of 69 done, about 40 s more; 3 failed; now gemm/ordinary", where that ends at a moment to come."""
-    left = end - time.monotonic()
-    rate = f", about {left:.0f} s more" if left >= 1 else ""
-    return "; ".join(filter(None, (f"{count} of {total} done{rate}" if total else "", now)))
-
-
-@contextmanager
-def case_progress(
-    names: Sequence[str], max_failures: int | None = None
-) -> Iterator[Callable[[CaseResult], None]]:
-    """`progress` of a conformance run over these cases: how many have failed, and which one is running.
-
-    After the last case, or so many failures, that is the diagnosis of those that failed.
-
-    On a terminal a case that fails is also told at once, in a line, and in a second one what is known of it.
-    """
-    from mxfp4ref.conformance.findings.finding import listed
-    from mxfp4ref.conformance.reports.report_text import headline
-
-    done = failed = outright = 0
-    skipped = False  # which takes no time, and says nothing of how long the others take
-    with progress(first=f"now {names[0]}" if names else "", total=len(names)) as step:
-
-        def advance(result: CaseResult) -> None:
-            nonlocal done, failed, outright, skipped
-            skipped |= result.status == "skipped"
-            done, failed, outright = done + 1, failed + (not result.ok), outright + result.fails_outright
-            if not result.ok and sys.stderr.isatty():
-                echo(headline(result).split("\n")[0], err=True)
-                found = result.diagnosis
-                if found is not None and (found.finding.exact or not result.within_bounds):
-                    said = (
-                        listed(str(found.finding))[0] or found.stage or f"first: {found.output} {found.first}"
-                    )
-                    echo(f"    {said}", err=True)
-            ended = done == len(names) or outright == max_failures
-            last = ALL_TOGETHER if failed else "the end of the run"
-            words = f"{failed} failed; now {last if ended else names[done]}"
-            if ended and done < len(names):  # there is no rate: the other cases are not run
-                step(f"{done} of {len(names)} done; {words}", 0)
-            else:
-                step(words, len(names), not skipped)
-
-        yield advance
 
 
 def limited_jobs(jobs: int, cases: int | None = None) -> int:

@@ -154,10 +154,11 @@ _HEADINGS = {
     "lost": "passed, and skipped now",
     "first_failing": "failing, and not run before",
     "passing": "newly passing",
-    "changed": "changed",
+    "changed": "another result, neither better nor worse",
     "not_run": "in the old report only, not run now",
     "only_new": "in the new report only",
 }
+_WHERE = {"old": "the old report", "new": "the new", "both": "both"}
 
 
 def _print(changes: Changes) -> None:
@@ -168,6 +169,12 @@ def _print(changes: Changes) -> None:
             echo(f"{heading} ({len(lines)}):", bold=True)
             for line in lines:
                 echo(f"  {printable(line, lines=False)}")
+    if changes.alike < changes.cases["either"]:
+        counts = {heading: len(getattr(changes, name)) for name, heading in _HEADINGS.items()}
+        counts["as they were"] = changes.alike
+        told = " + ".join(f"{count} {heading}" for heading, count in counts.items() if count)
+        of = ", ".join(f"{changes.cases[name]} in {words}" for name, words in _WHERE.items())
+        echo(f"cases: {changes.cases['either']} = {told}; {of}")
     words = f"{counted(changes.worse, 'case')} got worse" if changes.worse else "no case got worse"
     count = len(changes.not_run)
     not_run = f", {count} {'was' if count == 1 else 'were'} not run" if count else ""

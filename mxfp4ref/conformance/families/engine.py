@@ -12,7 +12,13 @@ from torch import Tensor
 
 from mxfp4ref.conformance.families import FAMILIES
 from mxfp4ref.conformance.families.batches import one_thread
-from mxfp4ref.conformance.families.blank import of_blank
+from mxfp4ref.conformance.families.blank import (
+    constant_alone,
+    numbers_alone,
+    of_blank,
+    of_constant,
+    wherever_from,
+)
 from mxfp4ref.conformance.families.by_place import hypotheses_by_place
 from mxfp4ref.conformance.families.evidence import gather, look_closer
 from mxfp4ref.conformance.families.hypotheses.code_parts import code_part_hypotheses, small_weight_hypotheses
@@ -168,7 +174,16 @@ def investigate(
         found,
         key=lambda m: (not m.exact, of_nan and "nan" not in m.hypothesis.words.lower(), m.hypothesis.cost),
     )
-    finding = told(matches, evidence, [pipeline.call]) if blank is None else of_blank(blank, matches)
+    if blank is None and any(m.exact for m in matches) and constant_alone(got, want):
+        matches = [m for m in matches if m.exact]
+        if (same := of_constant(pipeline, got, want, matches)) is not None:
+            matches = [replace(m, exact=False) for m in matches]
+            return Result(tuple(matches), tuple(evidence), same, search.tried, not search.out_of_time())
+        matches = wherever_from(matches)
+    if blank is None:
+        finding = told(matches, evidence, [pipeline.call])
+    else:
+        finding = of_blank(blank, matches, numbers=blank.lost and numbers_alone(pipeline.call))
     return Result(tuple(matches), tuple(evidence), finding, search.tried, not search.out_of_time())
 
 
@@ -255,7 +270,7 @@ def _thorough(search: Search, evidence: list[Evidence]) -> list[Match]:
     call, only = search.pipeline.call, _stages_left(evidence)
     inner = next((e.inner for e in evidence if e.inner is not None), None)
     passes: list[Callable[[], list[Match]]] = [
-        *([lambda: search.run(rows_at(*inner))] if inner and call.experts.gated else []),
+        *([lambda: search.run(rows_at(call, *inner))] if inner and call.experts.gated else []),
         lambda: search.run(left(row_hypotheses(call)), enough=12),
         lambda: nearest_of_two(search, partial(either_of_two, call)),
     ]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.families.batches import one_thread
+from mxfp4ref.conformance.families.blank import constant_alone, of_constant, wherever_from
 from mxfp4ref.conformance.families.engine import Result, nameless
 from mxfp4ref.conformance.families.evidence import gather, look_closer
 from mxfp4ref.conformance.families.hearing import Failure, Heard, Kind, hear, kind_of
@@ -142,6 +143,11 @@ def _of_all(heard: Iterable[Heard], failures: list[Failure], passing: _Passing) 
 def _of_full(full: list[Match], failures: list[Failure], passing: _Passing) -> Verdict | None:
     if not full or not (kept := _spared(full, passing)):
         return None
+    if all(constant_alone(f.got, f.want) for f in failures):
+        same = {f.case: one for f in failures if (one := of_constant(f.pipeline, f.got, f.want, kept))}
+        if len(same) == len(failures):
+            return Verdict(same[failures[0].case], (), same)
+        kept = wherever_from(kept)
     finding = told(kept, (), [f.pipeline.call for f in failures])
     exact = replace(finding, exact=True, hedged=False)
     return Verdict(exact, tuple(m.hypothesis for m in kept), {f.case: exact for f in failures})

@@ -13,7 +13,7 @@ from mxfp4ref.conformance.families.hearing import Failure, Heard
 from mxfp4ref.conformance.families.search import FEWEST_BITS
 from mxfp4ref.formats.experts import Experts
 
-__all__ = ["different", "next_case", "numbers_told", "plain_one", "says_much", "telling"]
+__all__ = ["different", "different_experts", "next_case", "numbers_told", "plain_one", "says_much", "telling"]
 
 _ROWS = 4
 
@@ -23,7 +23,7 @@ def telling(failure: Failure) -> tuple[float, ...]:
     call = failure.pipeline.call
     finite = failure.got.isfinite() & failure.want.isfinite()
     amount = float(numbers_told(failure).sum().clamp(max=512)) / 512
-    several = min(_different_experts(call.experts), 4) / 4
+    several = min(different_experts(call.experts), 4) / 4
     solvable = call.experts.hidden_size >= 2 * call.experts.intermediate_size
     blank = 2.0 * (amount == 0)
     return (
@@ -31,7 +31,7 @@ def telling(failure: Failure) -> tuple[float, ...]:
     )
 
 
-def _different_experts(experts: Experts) -> int:
+def different_experts(experts: Experts) -> int:
     """How many there are that are no other's copy, or its negative, as far as a few rows show."""
     rows = experts.fc2_weights[:, :_ROWS]
     return len(torch.unique((rows & 0x77 if rows.dtype == torch.uint8 else rows.abs()).flatten(1), dim=0))

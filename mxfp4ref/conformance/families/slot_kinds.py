@@ -83,6 +83,9 @@ def attributes(call: MoeCall, local: Tensor, *, every: bool = False) -> Iterator
     )
     yield SlotKind("with the largest weight of the token", here & (weights == weights.amax(1, keepdim=True)))
     yield SlotKind("with the smallest weight of the token", here & (weights == weights.amin(1, keepdim=True)))
+    for share in (0.25, 0.5):
+        light = here & (weights < share * weights.amax(1, keepdim=True))
+        yield SlotKind(f"with a weight below {share:g} of the token's largest", light)
     yield SlotKind("that are the last row of their expert", here & (position == rows - 1))
     yield SlotKind("that are the first row of their expert", here & (position == 0))
     for count in _COUNTS:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, of_first_factor
+from mxfp4ref.conformance.families.order_of_cases import different_experts
 from mxfp4ref.conformance.families.search import Match
 from mxfp4ref.conformance.families.solved.known_factors import factor_in_words, parameter_in_words
 from mxfp4ref.conformance.families.solved.table_words import beside_a_table, by_table, table_and_rules
 from mxfp4ref.conformance.findings.finding import Evidence, added, in_words
+from mxfp4ref.formats.experts import Experts
 from mxfp4ref.model.call import MoeCall
 
 __all__ = ["told"]
@@ -21,7 +23,7 @@ _NAMELESS = 1.0  # what the simplest without a name assume: to have a name makes
 
 def told(matches: Sequence[Match], evidence: Iterable[Evidence], calls: Iterable[MoeCall]) -> Finding:
     """What to tell of calls: the simplest hypothesis, and those not told apart from it; without any, the evidence."""
-    evidence = list(evidence)
+    evidence, calls = list(evidence), list(calls)
     exact = {id(m.hypothesis): m.exact for m in matches}
     if found := of_first_factor(m.hypothesis for m in matches):
         best = found[0]
@@ -33,7 +35,11 @@ def told(matches: Sequence[Match], evidence: Iterable[Evidence], calls: Iterable
         # Of each that holds in a part, one part.
         first_of = {_anywhere(h): h.words for h in reversed([best, *near])}
         others = [w for w in words[1:] if w in first_of.values()]
-        sentence = in_words((by_table(table, given_by) if table else _in_places(best, near), *others))
+        # Of experts that are copies a table names any one, which may be another one than the rule says.
+        if table and len(given_by) == 1 and any(_copies(call.experts) for call in calls):
+            sentence = in_words((given_by[0], *others))
+        else:
+            sentence = in_words((by_table(table, given_by) if table else _in_places(best, near), *others))
         known = factor_in_words(best.factor, calls) if best.factor else parameter_in_words(best.words)
         if known:
             sentence = added(sentence, f". Note: {known}")
@@ -46,6 +52,11 @@ def told(matches: Sequence[Match], evidence: Iterable[Evidence], calls: Iterable
         if one.stages:
             return one.finding()
     return Finding((), evidence[0].sentence if evidence else "", False)
+
+
+def _copies(experts: Experts) -> bool:
+    """Whether some expert is another's copy."""
+    return different_experts(experts) < experts.num_experts
 
 
 def _anywhere(one: Hypothesis) -> str:

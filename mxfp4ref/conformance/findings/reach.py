@@ -16,7 +16,7 @@ from mxfp4ref.formats.mxfp4 import dequantize
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["is_spread", "reached"]
+__all__ = ["is_spread", "passes_factors", "reached"]
 
 _FIRST = 64  # bytes of a row of weights, of which hardly any is zero in all
 _SIZES = 0x77  # the bits of two E2M1 codes without their signs
@@ -92,3 +92,10 @@ def is_spread(
             shows &= ((from_wrong == 0) | (error[:, None] * loud > visible * from_wrong)).all(1)
         told.append(shows)
     return bool(told) and float(torch.cat(told).double().mean()) >= _SHARE
+
+
+def passes_factors(call: MoeCall) -> bool:
+    """Whether a factor on rows of GEMM1, of its up half where it has two, is one on columns of the activation."""
+    experts = call.experts
+    between = (experts.fc1_biases, experts.swiglu_beta, experts.swiglu_limit)
+    return all(t is None for t in between)

@@ -10,12 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mxfp4ref.conformance.memory import time_limit
+from mxfp4ref.conformance.memory import KILLED, time_limit
 
-__all__ = ["KILLED", "MARK", "end_with_parent", "how_it_ended", "kill", "marked", "python", "wait"]
+__all__ = ["MARK", "end_with_parent", "how_it_ended", "kill", "marked", "python", "wait"]
 
 MARK = "MXFP4REF_WORKER"  # the environment's variable that tells the processes of a kernel
-KILLED = ", as the system does it that runs out of memory"  # of a process that SIGKILL has ended
 _HINTS = {
     "SIGKILL": KILLED,
     "SIGBUS": ", as of a file that became shorter while it was read",

@@ -25,6 +25,7 @@ from typing import IO, Any
 import torch
 
 from mxfp4ref._files import mismatch
+from mxfp4ref.conformance.isolation.alone import Alone
 from mxfp4ref.conformance.isolation.execution import PROBLEMS, RUN, Collected, Outcome, judge, likes
 from mxfp4ref.conformance.isolation.kernel_process import LOAD, LOADED, RESULT, request_of, unframed
 from mxfp4ref.conformance.isolation.plain import LARGEST_STAGE, Like, printable
@@ -72,7 +73,8 @@ class Worker:
     Attributes:
         kernel: what is known of the kernel here: everything but its functions.
         environment: versions and machine, as in `results.Report`.
-        runs, tried_alone: how many cases its process has run, and how many failing ones another one has, alone.
+        runs: how many cases its process has run.
+        alone: failing ones that others like it run, of all processes of a run.
 
     Raises:
         KernelError: the kernel cannot be loaded, or not within `seconds`.
@@ -85,9 +87,10 @@ class Worker:
         seconds: float | None = None,
         *,
         threads: int | None = None,
+        alone: Alone | None = None,
     ) -> None:
         self._arguments, self._seconds = (spec, device), seconds
-        self.runs = self.tried_alone = 0
+        self.runs, self.alone = 0, alone or Alone()
         self._threads = threads  # of torch in the process; None for as many as it takes
         self._over = False
         self._process: subprocess.Popen[bytes] | None = None
@@ -115,7 +118,7 @@ class Worker:
 
     def another(self) -> Worker:
         """One more process for the same kernel."""
-        return Worker(*self._arguments, self._seconds, threads=self._threads)
+        return Worker(*self._arguments, self._seconds, threads=self._threads, alone=self.alone)
 
     def stop(self, seconds: float = _END_SECONDS) -> None:
         """End the process, for good; it has so many seconds to end by itself."""

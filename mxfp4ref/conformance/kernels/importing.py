@@ -7,17 +7,15 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mxfp4ref._validate import did_you_mean, shown
+from mxfp4ref._validate import did_you_mean
 from mxfp4ref._words import shortened
 from mxfp4ref.conformance.isolation.plain import of_exception
 from mxfp4ref.conformance.kernels.adapters import KernelError
-from mxfp4ref.conformance.source import functions_in, missing_file
-from mxfp4ref.defects import DEFECTS
 
 __all__ = ["call_form", "check_takes", "import_function"]
 
@@ -26,40 +24,18 @@ _MOST = 8  # functions that are listed
 _files: set[str] = set()  # the names of modules that are files loaded here
 
 
-def import_function(path: str, names: Collection[str], before: str = "") -> Callable[..., Any]:
-    """The function that a name leads to; modules of the working directory are found too.
+def import_function(path: str) -> Callable[..., Any]:
+    """The function that a name leads to, in which `wrong_name` sees nothing wrong.
+
+    Modules of the working directory are found too.
 
     Args:
         path: `package.module:function`, or `file.py:function`.
-        names: what else might have been meant, for the message.
-        before: what stands before the path, as "plain:", for the message too.
 
     Raises:
-        KernelError: the name is none, nothing can be imported by it, or that is no function.
+        KernelError: nothing can be imported by it, or that is no function.
     """
     module_name, _, name = path.rpartition(":")
-    if not module_name or not name:
-        hint = (
-            f"; {path} stands alone, with nothing before it" if path in names else did_you_mean(path, names)
-        )
-        if not hint and "." in path and ":" not in path:
-            hint = f"; did you mean {before}{':'.join(path.rsplit('.', 1))}?"
-        if path in DEFECTS:
-            hint = f"; did you mean defect:{path}?"
-        if path.endswith(".py"):
-            functions = functions_in(Path(path))
-            if functions is None:
-                hint = f"; {path} is no file of Python here"
-            else:
-                public = [function for function in functions if not function.startswith("_")]
-                meant = (f"{before}{path}:{function}" for function in public[:_MOST] or ["FUNCTION"])
-                hint = f"; did you mean {' or '.join(meant)}?"
-        raise KernelError(
-            "kernel: expected package.module:function, file.py:function, one of these two after logical:, plain: or "
-            f"stage:KIND:, or one of {', '.join(names)}; got {shown(path)}{hint}"
-        )
-    if missing := missing_file(path):
-        raise KernelError(missing)
     value: Any = _module(module_name)
     for part in name.split("."):
         try:

@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 
-from mxfp4ref._validate import check_instance, did_you_mean, shown
+from mxfp4ref._validate import check_instance, shown
 from mxfp4ref._version import __version__
 from mxfp4ref.conformance.isolation.interference import interference
 from mxfp4ref.conformance.isolation.plain import printable
 from mxfp4ref.conformance.isolation.surroundings import modes_of_torch, settings_of_the_kit
+from mxfp4ref.conformance.kernel_names import wrong_name
 from mxfp4ref.conformance.kernels.adapters import (
     Kernel,
     KernelError,
@@ -59,8 +60,6 @@ FLASHINFER_TAKES = (
     ),
 )
 PLAIN_TAKES = (7, ())
-_PREFIXES = ("plain:", "logical:", "stage:KIND:")
-STAND_INS = ("oracle", "torch-bf16", "defect:NAME", "flashinfer", "flashinfer-w4a8")
 
 
 def load_kernel_here(spec: str | Callable[..., Any], device: str | None = None) -> Kernel:
@@ -111,6 +110,8 @@ def load_kernel(spec: str | Callable[..., Any], device: str | None = None) -> Ke
             raise TypeError(f"kernel: expected a name or a callable, got {type(spec).__name__} {shown(spec)}")
         name = printable(getattr(spec, "__qualname__", type(spec).__name__), 200)
         return Kernel(name, ("moe",), sm90_arguments(spec), spec, device=device or "cpu")
+    if wrong := wrong_name(spec):
+        raise KernelError(wrong)
     head, _, rest = spec.partition(":")
     if spec == "oracle":
         return Kernel(spec, KINDS, whole_arguments, run_stage, forces_tile_k=True, device=device or "cpu")
@@ -123,26 +124,15 @@ def load_kernel(spec: str | Callable[..., Any], device: str | None = None) -> Ke
     if head == "defect":
         return defect_kernel(rest, device or "cpu")
     if head in ("logical", "plain"):
-        function = import_function(rest, STAND_INS, f"{head}:")
+        function = import_function(rest)
         prepare = logical_arguments(function) if head == "logical" else plain_arguments
         check_takes(spec, function, *(PLAIN_TAKES if head == "plain" else FLASHINFER_TAKES))
         return Kernel(spec, ("moe",), prepare, function, device=device or "cpu")
     if head == "stage":
         kind, _, path = rest.partition(":")
-        if kind not in KINDS or kind == "moe":
-            stages = [k for k in KINDS if k != "moe"]
-            raise KernelError(
-                f"kernel: expected stage:KIND:package.module:function, KIND one of {', '.join(stages)}; "
-                f"got {spec!r}{did_you_mean(kind, stages)}"
-            )
-        function = import_function(path, STAND_INS, f"stage:{kind}:")
+        function = import_function(path)
         return Kernel(spec, (kind,), keyword_arguments, function, device=device or "cpu")
-    if ":" in rest:
-        raise KernelError(
-            f"kernel: expected one of {', '.join(_PREFIXES)} before module:function, or nothing, "
-            f"got {head + ':'!r} in {spec!r}{did_you_mean(f'{head}:', _PREFIXES)}"
-        )
-    function = import_function(spec, STAND_INS)
+    function = import_function(spec)
     check_takes(spec, function, *FLASHINFER_TAKES)
     return Kernel(spec, ("moe",), sm90_arguments(function), function, device=device or "cpu")
 

@@ -14,7 +14,7 @@ from mxfp4ref._files import printable
 from mxfp4ref.conformance.diagnosis import Diagnosis
 from mxfp4ref.conformance.findings.finding import listed
 from mxfp4ref.conformance.reports.again import command
-from mxfp4ref.conformance.reports.pictures import LEGEND, PAPER, mismatch_maps
+from mxfp4ref.conformance.reports.pictures import LEGEND, PAPER, darkened, mismatch_maps
 from mxfp4ref.conformance.reports.report_text import by_suite, common_patterns, predicted, tested
 from mxfp4ref.conformance.results import CaseResult, Report
 from mxfp4ref.defects import DEFECTS
@@ -51,8 +51,8 @@ def to_html(report: Report) -> str:
         script=script,
         script_hash=b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         again=command(report),
-        tested=[line.split(": ", 1) for line in tested(report)],
-        suites=[_suite(suite, results) for suite, results in by_suite(report)],
+        tested=[line.split(": ", 1) for line in tested(report, full=True)],
+        suites=[_suite(suite, results, report.passed_over(results)) for suite, results in by_suite(report)],
         failures=failures,
         anchor=lambda result: anchors[id(result)],
         sentences=[listed(sentence) for sentence in report.sentences],
@@ -63,6 +63,7 @@ def to_html(report: Report) -> str:
         thread_url=thread_url,
         legend=LEGEND,
         paper=PAPER,
+        darkened=darkened(),
     )
     return printable(html)
 
@@ -103,12 +104,13 @@ def _environment() -> Any:
     )
 
 
-def _suite(name: str, results: list[CaseResult]) -> dict[str, Any]:
+def _suite(name: str, results: list[CaseResult], passed_over: int) -> dict[str, Any]:
     ran = [r for r in results if r.status != "skipped"]
     return {
         "name": name,
         "passed": sum(r.ok for r in ran),
         "failed": sum(not r.ok for r in ran),
+        "passed_over": passed_over,
         "skipped": len(results) - len(ran),
         "elements": sum(r.elements for r in ran),
         "differing": sum(r.differing for r in ran),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mxfp4ref.conformance.diagnosis import ULP_BINS
 
-__all__ = ["LEGEND", "PAPER", "Band", "MismatchMap", "UlpClass", "mismatch_maps"]
+__all__ = ["LEGEND", "PAPER", "Band", "MismatchMap", "UlpClass", "darkened", "mismatch_maps"]
 
 _ROWS, _COLUMNS = 64, 256  # a map's cells; larger outputs are pooled
 _TILE = 128  # columns of an output tile of most of the kernel's tactics
@@ -62,7 +62,7 @@ class MismatchMap:
 
     Attributes:
         title: what its rows are.
-        light, dark: the cells on light and on dark paper, each a PNG in base64, transparent where the bits are equal.
+        cells: a PNG in base64, in the colours for light paper and transparent where the bits are equal.
         left, top, width, height: the plot's place.
         x, y: the names of the axes below and at the left.
         columns: ticks below, of no width.
@@ -72,8 +72,7 @@ class MismatchMap:
     """
 
     title: str
-    light: str
-    dark: str
+    cells: str
     height: float
     x: str
     y: str
@@ -121,6 +120,21 @@ def mismatch_maps(bins: Tensor, experts: Tensor | None = None) -> list[MismatchM
     return [_map("Rows of each expert by columns", flat, "column", "expert", experts=ids)]
 
 
+def darkened() -> list[list[float]]:
+    """What a filter makes of red, green and blue on dark paper, from 0 to 1: for each of 256 shades another.
+
+    A shade that no class has, as of a screen with other colours, is taken for the nearest that one has.
+    """
+    tables = []
+    for at in (1, 3, 5):
+        light, dark = (
+            [int(getattr(one, name)[at : at + 2], 16) for one in LEGEND] for name in ("light", "dark")
+        )
+        nearest = (min(range(len(LEGEND)), key=lambda i: abs(light[i] - shade)) for shade in range(256))
+        tables.append([dark[i] / 255 for i in nearest])
+    return tables
+
+
 def _map(
     title: str, bins: Tensor, x: str, y: str, *, tiled: bool = False, experts: Tensor | None = None
 ) -> MismatchMap:
@@ -136,7 +150,6 @@ def _map(
     return MismatchMap(
         title,
         _png(pooled, [one.light for one in LEGEND]),
-        _png(pooled, [one.dark for one in LEGEND]),
         height,
         x,
         y,

@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 from mxfp4ref._files import printable
 from mxfp4ref.conformance.comparison import FAR
+from mxfp4ref.conformance.findings.finding import Finding
 from mxfp4ref.conformance.reports.again import command
 from mxfp4ref.conformance.reports.report_text import PARTS, case_lines, headline
 from mxfp4ref.conformance.results import CaseResult, Report
@@ -16,23 +17,30 @@ from mxfp4ref.conformance.results import CaseResult, Report
 __all__ = ["FORMAT", "to_json", "to_junit"]
 
 FORMAT = "mxfp4ref-report-2"
+_EVERY = "every_wrong_bit_of_this_output"
 
 
 def to_json(report: Report) -> str:
-    """The report as a JSON object; its keys are the attributes of `Report`, `CaseResult` and `Diagnosis`."""
+    """The report as a JSON object; its keys are the attributes of `Report`, `CaseResult` and `Diagnosis`.
+
+    But for what a finding predicts, which says of how much: it is not to be taken for the verdict.
+    """
     value = {
         "format": FORMAT,
         "kernel": report.kernel,
         "mode": report.mode,
         "ok": report.ok,
         "verdict": report.verdict,
-        "defects": list(report.defects),
-        "finding": asdict(report.finding),
+        "finding": _finding(report.finding) | {"predicts": _predicted(report)},
         "interrupted": report.interrupted,
         "cases": {
             "chosen": len(report.results) + report.left,
             "ran": sum(r.status != "skipped" for r in report.results),
+            "passed": sum(r.ok and r.status != "skipped" for r in report.results),
             "failed": sum(not r.ok for r in report.results),
+            "passed_over": report.passed_over(report.results),  # of those that failed
+            "skipped": sum(r.status == "skipped" for r in report.results),
+            "not_run": report.left,
         },
         "left": report.left,
         "goldens": report.goldens and asdict(report.goldens),
@@ -45,6 +53,21 @@ def to_json(report: Report) -> str:
         "results": [_result(r, report.mode) for r in report.results],
     }
     return json.dumps(value, indent=1) + "\n"
+
+
+def _finding(found: Finding) -> dict[str, Any]:
+    return {name: value for name, value in asdict(found).items() if name not in ("exact", "cases")}
+
+
+def _predicted(report: Report) -> dict[str, Any]:
+    """Of how many of the failing cases the finding predicts every wrong bit, and which named defects do of all."""
+    failing, found = sum(not r.ok for r in report.results), report.finding
+    some = found.cases[0] if found.cases else failing * found.exact
+    return {
+        "every_wrong_bit_of": failing if report.defects else some,
+        "failing_cases": failing,
+        "named_defects_of_all": list(report.defects),
+    }
 
 
 def to_junit(report: Report) -> str:
@@ -110,8 +133,10 @@ def _result(result: CaseResult, mode: str) -> dict[str, Any]:
         value["diagnosis"] = {
             **{f.name: getattr(found, f.name) for f in fields(found) if f.name not in ("bins", "experts")},
             "first": asdict(found.first) | {"ulps": None if ulps >= FAR else ulps},
-            "finding": asdict(found.finding),
-            "predictions": [asdict(p) for p in found.predictions],
+            "finding": _finding(found.finding) | {"predicts": {_EVERY: found.finding.exact}},
+            "predictions": [
+                {"name": p.name, "fraction": p.fraction, _EVERY: p.exact} for p in found.predictions
+            ],
             "attribution": [asdict(row) for row in found.attribution],
             "ulps": [{"up_to": None if top >= FAR else top, "elements": count} for top, count in found.ulps],
         }

@@ -26,7 +26,9 @@ class Changes:
         changed: cases that fail or pass in another way, or other ones that are skipped in one report only.
         not_run: cases that only the old report has, as where the new run was of some of them.
         only_new: other cases that only the new report has.
-        alike: how many cases are as they were.
+        alike: how many cases are as they were: the same result, in the same elements, with the same finding.
+        cases: how many the "old" report has, the "new" one, "both", and "either", in which each stands in one of the
+            lists above or is as it was.
     """
 
     conditions: tuple[str, ...]
@@ -38,6 +40,7 @@ class Changes:
     not_run: tuple[str, ...]
     only_new: tuple[str, ...]
     alike: int
+    cases: Mapping[str, int]
 
     @property
     def worse(self) -> int:
@@ -64,7 +67,7 @@ def compare_reports(old: WrittenReport, new: WrittenReport) -> Changes:
             f"expected a case that ran in {old.path} or {new.path} among those that both have, all were skipped"
         )
     found: dict[str, list[tuple[str, str, str]]] = {
-        name: [] for name in Changes.__annotations__ if name not in ("conditions", "alike")
+        name: [] for name in Changes.__annotations__ if name not in ("conditions", "alike", "cases")
     }
     alike = 0
     for case in dict.fromkeys((*old.cases, *new.cases)):
@@ -88,7 +91,9 @@ def compare_reports(old: WrittenReport, new: WrittenReport) -> Changes:
         else:
             alike += 1
     told = {name: tuple(_each_why_once(lines)) for name, lines in found.items()}
-    return Changes(tuple(_conditions(old, new)), **told, alike=alike)
+    counts = {"old": len(old.cases), "new": len(new.cases), "both": len(common)}
+    counts["either"] = counts["old"] + counts["new"] - counts["both"]
+    return Changes(tuple(_conditions(old, new)), **told, alike=alike, cases=counts)
 
 
 def _each_why_once(cases: Iterable[tuple[str, str, str]]) -> Iterator[str]:

@@ -24,7 +24,7 @@ _BEGINNINGS = {
     b"<": "an HTML or XML file",
 }
 _FORMATS = ("mxfp4ref-report-1", FORMAT)
-_FINDING = {"stages": [str], "sentence": str, "exact": bool, "hypotheses?": [str], "*": object}
+_FINDING = {"stages": [str], "sentence": str, "exact?": bool, "hypotheses?": [str], "*": object}
 _RESULT = {
     "case": str,
     "status": str,

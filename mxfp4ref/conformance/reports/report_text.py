@@ -14,7 +14,7 @@ from mxfp4ref.conformance.findings.finding import WITHIN, counted, listed
 from mxfp4ref.conformance.findings.patterns import EVERYWHERE
 from mxfp4ref.conformance.kernels.adapters import OTHER_KIND
 from mxfp4ref.conformance.reports.again import bounded_command, command, whole_command
-from mxfp4ref.conformance.results import RECORDING, CaseResult, Report
+from mxfp4ref.conformance.results import RECORDING, CaseResult, Report, in_which_way
 from mxfp4ref.defects import DEFECTS
 
 if TYPE_CHECKING:
@@ -34,11 +34,13 @@ __all__ = [
     "wrong_elements",
 ]
 
+_DIGITS = 12  # of a SHA-256, which JSON and HTML have whole
 _TOLD = ("mxfp4ref", "torch", "gpu")
 _OF_CALLS = ("recorded with flashinfer", "ranks", "activation")
 PARTS = ("kernel", "comparison", "diagnosis")
 _FIRST, _DETAILED = 2, 5  # failing cases that are told in full: the first ones, and those of other kinds
 _ALIKE = 3  # cases that are named of those that failed alike
+_LISTED = 12  # failing cases beside these that have a line each; of more, each suite has one
 _NAMED = 9  # three K tiles for each GEMM: so many are listed, and more, which are tactics, are counted
 _MOST_PATTERNS, _PATTERNS = 4, 2  # of all cases together, and of these in the verdict of a terminal
 _KINDS, _ROWS = 3, 6  # of the attribution table, and of each kind, on a terminal
@@ -59,7 +61,8 @@ def to_text(report: Report, *, verbose: bool = False) -> str:
         passed = sum(r.ok and r.status != "skipped" for r in results)
         skipped = sum(r.status == "skipped" for r in results)
         failed = len(results) - passed - skipped
-        words = [f"{passed} passed", *([f"{failed} FAILED"] if failed else [])]
+        over = f" ({n} passed over, within bounds)" if (n := report.passed_over(results)) else ""
+        words = [f"{passed} passed", *([f"{failed} FAILED{over}"] if failed else [])]
         lines.append(f"{suite:12} {', '.join([*words, *([f'{skipped} skipped'] if skipped else [])])}")
         if verbose:
             lines += [f"    {headline(r)}" for r in results if r.ok]
@@ -70,23 +73,49 @@ def to_text(report: Report, *, verbose: bool = False) -> str:
         lines += ["", headline(result), *(f"    {line}" for line in said)]
     told = {id(result) for result in full}
     if others := [result for result in failing if id(result) not in told]:
-        lines += [
-            "",
-            f"{counted(len(others), 'other failing case')}; -v and reports in files tell all of each:",
-        ]
-        first = {result.message: result.case for result in reversed(full)}
-        alike: dict[tuple[str, str], list[str]] = {}
-        for result in others:
-            before = first.setdefault(result.message, result.case)
-            if not result.message or before == result.case:
-                lines.append(f"    {headline(result)}")
-            elif result.diagnosis is not None:
-                lines.append(f"    {headline(replace(result, message=f'as {before}'))}")
-            else:
-                alike.setdefault((result.status, before), []).append(result.case)
-        for (status, before), cases in alike.items():
-            lines.append(f"    {len(cases)} {status} as {before}: {shortened(cases, _ALIKE)}")
-    return printable("\n".join([*lines, "", *tested(report), "", *verdict_lines(report)]))
+        many = " by suite" * (len(others) > _LISTED)
+        where = "; -v and reports in files tell all of each:"
+        lines += ["", f"{counted(len(others), 'other failing case')}{many}{where}"]
+        lines += [f"    {line}" for line in (_by_suite if many else _one_by_one)(others, full)]
+    return printable("\n".join([*lines, "", *tested(report, full=verbose), "", *verdict_lines(report)]))
+
+
+def _one_by_one(others: list[CaseResult], full: list[CaseResult]) -> Iterator[str]:
+    """A line for each, or for those that say what one said that is told in full."""
+    first = {result.message: result.case for result in reversed(full)}
+    alike: dict[tuple[str, str], list[str]] = {}
+    for result in others:
+        before = first.setdefault(result.message, result.case)
+        if not result.message or before == result.case:
+            yield headline(result)
+        elif result.diagnosis is not None:
+            yield headline(replace(result, message=f"as {before}"))
+        else:
+            alike.setdefault((result.status, before), []).append(result.case)
+    for (status, before), cases in alike.items():
+        yield f"{len(cases)} {status} as {before}: {shortened(cases, _ALIKE)}"
+
+
+def _by_suite(others: list[CaseResult], full: list[CaseResult]) -> Iterator[str]:
+    """A line for each suite: how many fail in which way, which, and what is found in most of them."""
+    suites: dict[str, list[CaseResult]] = {}
+    for result in others:
+        suites.setdefault(result.case.rpartition("/")[0], []).append(result)
+    for suite, results in suites.items():
+        names = shortened((r.case.rpartition("/")[2] for r in results), _ALIKE)
+        within = sum(r.within_bounds is True for r in results)
+        words = f"{suite}: {in_which_way(results)}{f', {within} within bounds' if within else ''}: {names}"
+        (said, count), *_ = Counter(map(_said, results)).most_common(1)
+        most = f"; {'all' if count == len(results) else f'{count} of them'}: {said}"
+        yield words + most * bool(said and 2 * count >= len(results))
+
+
+def _said(result: CaseResult) -> str:
+    """What is found, without what is of this case alone, or the message, in a line."""
+    found = result.diagnosis.finding if result.diagnosis is not None else None
+    if found is None:
+        return result.message.split("\n")[0]
+    return found.kind or listed(found.sentence)[0]
 
 
 def verdict_lines(report: Report) -> list[str]:
@@ -134,14 +163,17 @@ def _of_each_kind(failing: list[CaseResult]) -> list[CaseResult]:
     return told
 
 
-def tested(report: Report) -> list[str]:
-    """What was tested, with what, when, how long it took, and what was not; nothing of a report that has no date."""
+def tested(report: Report, *, full: bool) -> list[str]:
+    """What was tested, with what, when, how long it took, and what was not; nothing of a report that has no date.
+
+    With `full`, the goldens' SHA-256 is whole.
+    """
     if not report.date:
         return []
     lines = []
     if (used := report.goldens) is not None:
-        lines.append(f"goldens: {used.path} ({used.format}, {used.count}; SHA-256 of the manifest below)")
-        lines.append(f"SHA-256: {used.sha256}")  # which fits a line of 80
+        digest = used.sha256 if full else f"{used.sha256[:_DIGITS]}..."
+        lines.append(f"goldens: {used.path} ({used.format}, {used.count}, manifest's SHA-256 {digest})")
     versions = [f"{name} {report.environment[name]}" for name in _TOLD if name in report.environment]
     lines.append(f"tested: {', '.join([*versions, report.date])}")
     if calls := [f"{name} {report.environment[name]}" for name in _OF_CALLS if name in report.environment]:
@@ -178,7 +210,9 @@ def _counts(report: Report) -> str:
     others = max(report.goldens.cases - chosen, 0) if report.goldens is not None else 0
     skipped = sum(r.status == "skipped" for r in report.results)
     failed = sum(not r.ok for r in report.results)
-    counts = {"passed": len(report.results) - skipped - failed, "failed": failed, "skipped": skipped}
+    over = report.passed_over(report.results)
+    counts = {"passed": len(report.results) - skipped - failed, "failed": failed - over}
+    counts |= {"failed within bounds, passed over": over, "skipped": skipped}
     counts |= {"not run": report.left - report.unable, "not run, of other kinds": report.unable}
     counts |= {"left out as too large": report.too_large, "not chosen": others - report.too_large}
     told = " + ".join(f"{count:,} {what}" for what, count in counts.items() if count > 0)

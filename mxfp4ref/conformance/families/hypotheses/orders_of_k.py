@@ -13,7 +13,7 @@ from itertools import chain, groupby, product
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.families.hypotheses.regions import k_regions
+from mxfp4ref.conformance.families.hypotheses.regions import k_regions, or_operand
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline
 from mxfp4ref.conformance.findings.reduction import is_heavy
 from mxfp4ref.defects.variants.gemm import GemmVariant, Term, accumulate
@@ -202,13 +202,14 @@ def repeat_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     experts = call.experts
     for fc, depth in (("fc2", experts.intermediate_size), ("fc1", experts.hidden_size)):
         orders = (None, _as_all) if depth > 2 * _TILE else (None,)
+        stages, also = or_operand(call, fc, zero=False)
         for (words, where, cost), (number, order) in product(
             k_regions(depth // GROUP_SIZE), enumerate(orders)
         ):
             verb = "count" if " K groups (" in words else "counts"
-            yield _hypothesis(
-                (fc,), f"{words} {verb} twice", GemmOfParts(_twice(where), order), cost + 0.3 + 0.1 * number
-            )
+            gemm = GemmOfParts(_twice(where), order)
+            one = _hypothesis((fc,), f"{words} {verb} twice{also}", gemm, cost + 0.3 + 0.1 * number)
+            yield replace(one, stages=stages)
 
 
 def _twice(where: Callable[[int], Tensor]) -> _Parts:

@@ -11,10 +11,11 @@ from torch import Tensor
 from mxfp4ref.conformance.families.hypotheses.index_maps import shifted
 from mxfp4ref.conformance.families.hypotheses.tensors import mapped
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
+from mxfp4ref.conformance.findings.reach import passes_factors
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["k_hypotheses", "k_regions", "row_hypotheses", "rows_at"]
+__all__ = ["k_hypotheses", "k_regions", "or_operand", "row_hypotheses", "rows_at"]
 
 _BYTES = GROUP_SIZE // 2  # of a K group's codes
 _On = Callable[[Tensor], Tensor]
@@ -185,21 +186,37 @@ def _bases(kind: str) -> Iterator[tuple[str, tuple[str, ...], _On, float]]:
             yield f"are those of the row {row}", ("weights", "scales"), _roll(1, by), 0.6
 
 
+def or_operand(call: MoeCall, fc: str, *, zero: bool) -> tuple[tuple[str, ...], str]:
+    """The stages of some K of a GEMM that is left out or scaled, and words: so may be what it is multiplied with.
+
+    A factor on GEMM1's output is one on GEMM2's input only where nothing is added or clamped between them.
+    """
+    if fc == "fc1":
+        return ("fc1", "input"), f", or the input is {'zero' if zero else 'scaled so'} there"
+    if zero:
+        return ("fc2", "fc1"), ", or GEMM1 gives zeros for them"
+    return (
+        (("fc2", "fc1"), ", or what GEMM1 gives for them is scaled so")
+        if passes_factors(call)
+        else (("fc2",), "")
+    )
+
+
 def k_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     """Some of K, of either GEMM."""
     experts = call.experts
-    yield from _of("K", "fc2", list(k_regions(experts.intermediate_size // GROUP_SIZE)))
-    yield from _of("K", "fc1", list(k_regions(experts.hidden_size // GROUP_SIZE)))
+    yield from _of(call, "K", "fc2", list(k_regions(experts.intermediate_size // GROUP_SIZE)))
+    yield from _of(call, "K", "fc1", list(k_regions(experts.hidden_size // GROUP_SIZE)))
 
 
 def row_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     """Some rows of the halves of fc1; of fc2 the wrong columns tell which rows, so that it is tried elsewhere."""
     if not call.experts.gated:
         return
-    yield from _of("rows", "fc1", list(_row_regions(call.experts.intermediate_size)))
+    yield from _of(call, "rows", "fc1", list(_row_regions(call.experts.intermediate_size)))
 
 
-def rows_at(first: int, last: int) -> Iterator[Hypothesis]:
+def rows_at(call: MoeCall, first: int, last: int) -> Iterator[Hypothesis]:
     """Rows `first` to `last` of up, of gate, or of both."""
     regions: list[_Region] = []
     for size in (1, 8, 16, 32, 64):
@@ -211,19 +228,21 @@ def rows_at(first: int, last: int) -> Iterator[Hypothesis]:
         ):
             where = _in_halves(lambda i, _, a=low, b=high: (i >= a) & (i <= b), halves)
             regions.append((f"rows {low} to {high}{part}", where, 1.2 + size / 100 + 0.2 * len(halves)))
-    yield from _of("rows", "fc1", regions)
+    yield from _of(call, "rows", "fc1", regions)
 
 
-def _of(kind: str, fc: str, regions: list[_Region]) -> Iterator[Hypothesis]:
+def _of(call: MoeCall, kind: str, fc: str, regions: list[_Region]) -> Iterator[Hypothesis]:
     for base, which, change, extra in _bases(kind):
         for words, where, cost in regions:
             if "tile of 64" in words and "left out" not in base:
                 continue
-            zero = kind == "K" and fc == "fc2" and "left out" in base
+            zero = "left out" in base
+            scaled = zero or "x their value" in base or "sign" in base
+            stages, also = or_operand(call, fc, zero=zero) if kind == "K" and scaled else ((fc,), "")
             yield Hypothesis(
                 "part of K" if kind == "K" else "some rows",
-                ("fc2", "fc1") if zero else (fc,),  # rows of GEMM1 that give zeros show alike
-                f"GEMM{fc[-1]}: {words} {_agreeing(words, base)}{', or GEMM1 gives zeros for them' * zero}",
+                stages,
+                f"GEMM{fc[-1]}: {words} {_agreeing(words, base)}{also}",
                 mapped(tuple(f"{fc}_{w}" for w in which), _in_region(kind, where, change)),
                 cost + extra + 0.6,
             )

@@ -147,17 +147,19 @@ def _before(
             2,
         )
     if profile["even"] > profile["another"] - _SURE:
-        return Evidence.of_kind(
-            ("fc1", "activation"),
-            f"{unlike}, as if it were another row's or column's",
-            "GEMM1 has other weights, scales or input, or the activation is written or read at other places; GEMM2's "
-            "weights and the sum are right",
-            2,
+        kind = f"{unlike}, as if it were another row's or column's"
+        what = (
+            "GEMM1 has other weights, scales or input, or the activation is written or read at other places"
         )
+        details = f"{what}; GEMM2's weights and the sum are right"
+        return replace(Evidence.of_kind(("fc1", "activation"), kind, details, 2), hedged=True)
     as_by_little = fc1 == profile["fc1 0.02"] > other + _SURE and _off(chosen) < _LITTLE
     little = ", by little beside its size, as by a rounding" * as_by_little
-    what = f"GEMM1 or its input is wrong{little}, or single elements of the activation are"
-    return Evidence.of_kind(("fc1", "activation"), unlike, f"{what}; GEMM2 and the sum are right", 2)
+    surely = fc1 > max(proportional, other) + _SURE
+    single = ", or single elements of the activation are" * (not surely)
+    what = f"GEMM1 or its input is wrong{little}{single}; GEMM2 and the sum are right"
+    found = Evidence.of_kind(("fc1", "input" if surely else "activation"), unlike, what, 2)
+    return replace(found, hedged=True)
 
 
 def _after(some: list[Sample], together: dict[str, float]) -> Evidence | None:

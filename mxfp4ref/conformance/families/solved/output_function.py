@@ -36,6 +36,9 @@ def function_of_output(got: Tensor, want: Tensor) -> Evidence | None:
     far = (off.abs() > _FAR * unit) & ((value - factor * right).abs() > _FAR * unit)
     if int(far[1:].logical_and(allowed < off.abs()[1:] / _FAR).sum()) < _FEWEST:
         return None
+    if bool((value == value[0]).all()):
+        words = f"every element of the output is {float(value[0]):.4g}: nothing that was computed shows in it"
+        return Evidence((), words, 2, lost=True)
     size, by_size = right.abs().sort()
     points = [int(by_size[int(part * (len(size) - 1))]) for part in _TOLD]
     told = ", ".join(f"{float(right[p]):.4g} becomes {float(value[p]):.4g}" for p in points)

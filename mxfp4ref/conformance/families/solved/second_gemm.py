@@ -20,6 +20,7 @@ from mxfp4ref.conformance.families.places import suspected_experts
 from mxfp4ref.conformance.families.solved.known_factors import factor_in_words
 from mxfp4ref.conformance.families.solved.solved_weights import unsure_of
 from mxfp4ref.conformance.findings.finding import Evidence
+from mxfp4ref.conformance.findings.reach import passes_factors
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE, dequantize
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import trace
@@ -225,12 +226,14 @@ def _groups(call: MoeCall, systems: list[_System], of_expert: str) -> Evidence |
         return None
     determined = mean[~mean.isnan()]
     if float(determined.abs().max()) < _ZERO:
-        return Evidence(
-            ("fc2", "activation"),
-            f"GEMM2's rows{of_expert} are zero in most slots of the tokens that were looked at, and the fc2 bias is "
-            "added: rows that are not computed, not written, or of an activation of zeros",
-            2,
-        )
+        biased = call.experts.fc2_biases is not None and call.tp_rank == 0
+        added = ", but for the fc2 bias" * biased
+        whence = "or of an activation of zeros"
+        whence += ", or slots left out of the sum" * (not biased)
+        nothing = f"most slots{of_expert} of the tokens that were looked at add nothing{added}"
+        rows = f"as if GEMM2's rows are zero: rows that are not computed, not written, {whence}"
+        found = Evidence(("fc2", "activation") if biased else (), f"{nothing}, {rows}", 2)
+        return replace(found, hedged=biased)
     if float(determined.max() - determined.min()) < 2.0**-5 * float(determined.abs().max()):
         known = "" if of_expert else factor_in_words(float(determined.mean()), [call], unsure=_ROUNDING)
         return Evidence.of_kind(
@@ -240,16 +243,19 @@ def _groups(call: MoeCall, systems: list[_System], of_expert: str) -> Evidence |
             f"sum{'; ' * bool(known)}{known}",
             2,
         )
+    chosen = off.nonzero().flatten().tolist()
+    lost = all(abs(float(mean[g])) < _ZERO for g in chosen)
     told = (
-        f"{g} (K {g * GROUP_SIZE} to {g * GROUP_SIZE + GROUP_SIZE - 1}) {float(mean[g]):.3g} times"
-        for g in off.nonzero().flatten().tolist()
+        f"{g} (K {g * GROUP_SIZE} to {g * GROUP_SIZE + GROUP_SIZE - 1}) "
+        + ("not at all" if abs(float(mean[g])) < _ZERO else f"{float(mean[g]):.3g} times")
+        for g in chosen
     )
-    return Evidence.of_kind(
-        ("fc2", "activation"),
-        f"in GEMM2{of_expert} these K groups do not count once",
-        f"{shortened(told, 4)}; GEMM1 is right",
-        3,
-    )
+    kind = f"in GEMM2{of_expert} these K groups do not count once"
+    if lost or passes_factors(call):
+        what = "GEMM1 gives zeros" if lost else "GEMM1 gives so many times as much"
+        whence = f"K of GEMM2, or columns of the activation, or {what} for them"
+        return Evidence.of_kind((), kind, f"{shortened(told, 4)}; {whence}", 2)
+    return Evidence.of_kind(("fc2", "activation"), kind, f"{shortened(told, 4)}; GEMM1 is right", 3)
 
 
 def _block(systems: list[_System]) -> tuple[int, int] | None:

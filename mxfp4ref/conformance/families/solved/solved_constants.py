@@ -190,9 +190,8 @@ def _constants(call: MoeCall) -> Iterator[_Constant]:
         if not math.isfinite(middle):
             continue
         if given is not None and middle:
-            yield _Constant(
-                f"{word} is {{}} times too large", 1.0, partial(_of_parameter, index, factor=True)
-            )
+            times = f"{word} is {{}} times the right one"
+            yield _Constant(times, 1.0, partial(_of_parameter, index, factor=True))
         yield _Constant(
             f"{word} is {{}} for all experts", middle, partial(_of_parameter, index, factor=False)
         )
@@ -300,9 +299,9 @@ def solved_constant(call: MoeCall, some: list[Sample]) -> Evidence | None:
 
 
 def _shown(value: float, unsure: float) -> str:
-    """With the digits that are known."""
+    """With the digits that are known; 0 where that may be it."""
     digits = max(1, math.ceil(math.log10(abs(value) / unsure))) if value and unsure else 6
-    return f"{value:.{min(digits, 8)}g}"
+    return "0" if abs(value) <= _WITHIN * unsure else f"{value:.{min(digits, 8)}g}"
 
 
 def constant_hypotheses(pipeline: Pipeline, got: Tensor, wrong: Tensor) -> Iterator[Hypothesis]:
@@ -321,7 +320,8 @@ def constant_hypotheses(pipeline: Pipeline, got: Tensor, wrong: Tensor) -> Itera
                 return float((~differing(output, wanted)).double().mean())
 
             low, high = sorted((fit.value + by * _WITHIN * fit.unsure) * times for by in (-1, 1))
-            exact = _refined(equal, low, high)
+            zero = low < 0 < high and equal(0.0) == 1  # beside which no other number is likely
+            exact = 0.0 if zero else _refined(equal, low, high)
             if equal(exact) < 1:
                 continue
             digits = next(d for d in range(1, 18) if equal(float(f"{exact:.{d}g}")) == 1)
