@@ -17,7 +17,7 @@ from mxfp4ref.conformance.families.hypotheses.more_activations import more_activ
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, local_of
 from mxfp4ref.conformance.families.sampled import Sample, samples
 from mxfp4ref.conformance.families.solved.added_rows import added_rows
-from mxfp4ref.conformance.families.solved.another_bias import of_another_fc2_bias
+from mxfp4ref.conformance.families.solved.gains import of_another_fc2_bias
 from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.fp32 import to_bf16
 from mxfp4ref.sm90.swiglu import swiglu

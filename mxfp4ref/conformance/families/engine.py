@@ -21,7 +21,6 @@ from mxfp4ref.conformance.families.blank import (
 )
 from mxfp4ref.conformance.families.by_place import hypotheses_by_place
 from mxfp4ref.conformance.families.evidence import gather, look_closer
-from mxfp4ref.conformance.families.hypotheses.activations import activation_hypotheses, other_activations
 from mxfp4ref.conformance.families.hypotheses.code_parts import code_part_hypotheses, small_weight_hypotheses
 from mxfp4ref.conformance.families.hypotheses.decodings import decoding_hypotheses, table_hypotheses
 from mxfp4ref.conformance.families.hypotheses.fragment_maps import fragment_map_hypotheses, swizzled_weights
@@ -40,18 +39,9 @@ from mxfp4ref.conformance.families.hypotheses.prepared_weights import prepared_w
 from mxfp4ref.conformance.families.hypotheses.quantised import quantised_hypotheses
 from mxfp4ref.conformance.families.hypotheses.regions import k_hypotheses, row_hypotheses, rows_at
 from mxfp4ref.conformance.families.hypotheses.roundings import rounding_hypotheses
-from mxfp4ref.conformance.families.hypotheses.slots import slot_hypotheses
-from mxfp4ref.conformance.families.hypotheses.tensors import (
-    bias_hypotheses,
-    constants,
-    expert_hypotheses,
-    layout_hypotheses,
-    value_hypotheses,
-)
-from mxfp4ref.conformance.families.hypotheses.weighting import weight_hypotheses
+from mxfp4ref.conformance.families.hypotheses.tensors import layout_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline
 from mxfp4ref.conformance.families.named import named_hypotheses
-from mxfp4ref.conformance.families.nearly import nearly
 from mxfp4ref.conformance.families.search import SURELY, Match, Search
 from mxfp4ref.conformance.families.solved.lost_rows import none_right
 from mxfp4ref.conformance.families.solved.skipped_slots import skipped_hypotheses
@@ -62,7 +52,7 @@ from mxfp4ref.conformance.families.solved.weight_rules import weight_rules
 from mxfp4ref.conformance.families.solved.whose import whose_hypotheses
 from mxfp4ref.conformance.families.soon import is_gross, is_small, soon
 from mxfp4ref.conformance.families.telling import told
-from mxfp4ref.conformance.families.twos import either_of_two, nearest_of_two
+from mxfp4ref.conformance.families.twos import SIMPLE, either_of_two, nearest_of_two, second_of_two
 from mxfp4ref.conformance.findings.finding import Evidence
 from mxfp4ref.conformance.findings.guarded import guarded, guarded_each
 from mxfp4ref.conformance.findings.reduction import clock_of, is_heavy
@@ -75,15 +65,9 @@ _WEIGHTS = FAMILIES["routing weights"]
 _WHOSE = ("another expert's", "ids", "ranks")  # families that may have the rule of a table of experts
 _Generator = Callable[[MoeCall], Iterable[Hypothesis]]
 _PLAIN: tuple[_Generator, ...] = (
-    slot_hypotheses,
+    *SIMPLE,
     permuted_hypotheses,
-    weight_hypotheses,
-    expert_hypotheses,
-    value_hypotheses,
-    constants,
-    activation_hypotheses,
     more_activations,
-    bias_hypotheses,
     rounding_hypotheses,
     quantised_hypotheses,
     output_hypotheses,
@@ -170,7 +154,7 @@ def investigate(
                     break
         if not found and not heavy and thorough and not known:
             with search.extra(_FOR_ALMOST):
-                found = guarded(nearest_of_two, search, partial(_of_the_sum, pipeline.call)) or []
+                found = guarded(nearest_of_two, search, partial(second_of_two, pipeline.call)) or []
         if not found and not heavy:
             with search.extra(_FOR_ALMOST):
                 found = search.almost(least=SURELY)
@@ -178,7 +162,7 @@ def investigate(
             found = [] if _certain(evidence) else guarded(_thorough, search, evidence) or []
         if not found and not search.few:
             with search.extra(_FOR_ALMOST):
-                found = search.almost() or guarded(nearly, search) or []
+                found = search.almost() or guarded(search.nearly) or []
     # Much gives zeros, or NaN, but not in these rows only.
     blank = next((e for e in evidence if e.zeros or (e.lost and none_right(want, search.wrong))), None)
     if blank is not None and blank.zeros:
@@ -224,7 +208,7 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
 
     factor = [h for f in uniform_factors(search.got, search.want, search.wrong) for h in factor_hypotheses(f)]
     limit = clamps(search.got, search.want, search.wrong)
-    known = of(other_activations, named_hypotheses)  # before all others, for a quick diagnosis too
+    known = of(named_hypotheses)  # before all others, for a quick diagnosis too
     small = is_small(search)
     gross = cache(lambda: not is_heavy(call) and is_gross(search))  # asked only when their turn comes
 
@@ -276,14 +260,9 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
         yield (h for h in rest if not h.name and not only & set(h.stages))
 
 
-def _of_the_sum(call: MoeCall) -> Iterator[Hypothesis]:
-    """What takes little as the second of two changes."""
-    return chain(weight_hypotheses(call), slot_hypotheses(call), rounding_hypotheses(call))
-
-
 def nameless(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
     """Those that are tried at first, without a name: what one case shows, they may predict as well as one with it."""
-    generators = (generator(call) for generator in (other_activations, *_PLAIN))
+    generators = (generator(call) for generator in _PLAIN)
     return (h for h in chain(hypotheses_by_place(call, wrong), *generators) if not h.slow)
 
 

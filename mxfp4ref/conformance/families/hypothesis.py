@@ -96,6 +96,16 @@ class Pipeline:
         """With other stages."""
         return replace(self, stages=replace(self.stages, **stages))
 
+    def behind(self, stage: str, change: Callable[[Tensor], Tensor]) -> Pipeline:
+        """With what a stage gives changed."""
+        right = getattr(self.stages, stage)
+        return self.staging(**{stage: lambda *given: change(right(*given))})
+
+    def before(self, rounding: str, change: Callable[[Tensor], Tensor]) -> Pipeline:
+        """With what is rounded changed."""
+        right = getattr(self.stages, rounding)
+        return self.staging(**{rounding: lambda x: right(change(x))})
+
     def having(self, **tensors: Any) -> Pipeline:
         """With other tensors of the experts, which are not checked here."""
         return replace(self, call=unchecked(self.call, experts=unchecked(self.call.experts, **tensors)))
@@ -225,6 +235,12 @@ class SlotRows:
     @property
     def call(self) -> MoeCall:
         return self.pipeline.call
+
+    def placing(self, places: Tensor, rows: Tensor | float) -> SlotRows:
+        """With other rows of GEMM2 at these places in one list of all slots."""
+        y = self.y.flatten(0, 1).clone()
+        y[places] = rows
+        return replace(self, y=y.view_as(self.y))
 
     def output(self, pipeline: Pipeline) -> Tensor:
         """The output of a pipeline that has these rows."""

@@ -9,15 +9,8 @@ from typing import Any
 
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.families.batches import each
-from mxfp4ref.conformance.families.hypotheses.activations import activation_hypotheses, other_activations
 from mxfp4ref.conformance.families.hypotheses.preparations import preparation_hypotheses
-from mxfp4ref.conformance.families.hypotheses.tensors import (
-    bias_hypotheses,
-    constants,
-    expert_hypotheses,
-    layout_hypotheses,
-    value_hypotheses,
-)
+from mxfp4ref.conformance.families.hypotheses.tensors import layout_hypotheses
 from mxfp4ref.conformance.families.hypothesis import (
     FAILURES,
     Change,
@@ -28,6 +21,7 @@ from mxfp4ref.conformance.families.hypothesis import (
     unchecked,
 )
 from mxfp4ref.conformance.families.named import named_hypotheses
+from mxfp4ref.conformance.families.twos import SIMPLE
 from mxfp4ref.model.call import MoeCall
 
 __all__ = ["BEFORE_THE_SUM", "likely_pairs"]
@@ -81,17 +75,7 @@ def _activation(pair: tuple[_One, _One]) -> int:
 
 
 def _every(call: MoeCall) -> Iterator[Hypothesis]:
-    generators = (
-        named_hypotheses,
-        value_hypotheses,
-        bias_hypotheses,
-        other_activations,
-        activation_hypotheses,
-        constants,
-        expert_hypotheses,
-        preparation_hypotheses,
-        layout_hypotheses,
-    )
+    generators = (named_hypotheses, *SIMPLE, preparation_hypotheses, layout_hypotheses)
     for h in chain.from_iterable(generator(call) for generator in generators):
         if h.cost <= _LIKELY and set(h.stages) <= BEFORE_THE_SUM and not h.slow:
             yield h

@@ -31,13 +31,14 @@ from mxfp4ref.conformance.findings.reduction import clock_of, is_heavy, reduce_c
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["FEWEST_BITS", "MOSTLY", "SURELY", "Match", "Search"]
+__all__ = ["FEWEST_BITS", "SURELY", "Match", "Search"]
 
 _CLOSE = 0.3  # of how far off the right output is
 _A_ROUNDING, _LARGEST = 1.2, 12.0  # times the roundings, on average and of one element
 _FAR_OFF, _LARGER = 8.0, 4.0  # times the roundings that are left; times, that rows are than the right ones
 SURELY = 0.95  # of the wrong elements predicted in every bit, and the others up to roundings: nothing else is tried
-MOSTLY = 0.8  # of the wrong elements, predicted in every bit
+_MOSTLY = 0.8  # of the wrong elements, predicted in every bit
+_SPARED = 0.97  # of the right elements, which have to stay so
 _PLACES = 4  # that are told, of a change that holds in a part
 FEWEST_BITS = 40  # that a match has to explain; see `surprise`
 
@@ -195,7 +196,7 @@ class Search:
                 if distance < 0.8 and hypothesis.family != "two":
                     self.near.append((distance, hypothesis))
                     variants += hypothesis.variants
-                if not hypothesis.name and share(equal, ~right) >= MOSTLY - 0.1:
+                if not hypothesis.name and share(equal, ~right) >= _MOSTLY - 0.1:
                     self.partly.append(hypothesis)
                 if distance < _CLOSE and self._up_to_roundings(output, of_all=of_all):
                     self.close.append(hypothesis)
@@ -228,18 +229,42 @@ class Search:
             rest <= _A_ROUNDING and error >= _FAR_OFF * max(rest, 1.0) and float(off.abs().max()) <= _LARGEST
         )
 
+    def _outputs(self, hypotheses: Iterable[Hypothesis]) -> Iterator[tuple[Hypothesis, Tensor]]:
+        """Each of other words with its output of the whole call, while there is time."""
+        for hypothesis in {h.words: h for h in hypotheses}.values():
+            output = hypothesis.run(self.pipeline)
+            if output is not None and not self.out_of_time():
+                yield hypothesis, output
+
     def almost(self, *, least: float = 0.0) -> list[Match]:
         """Those that predict the whole output up to roundings, those with the fewest first; `least` in every bit."""
         found = []
-        for hypothesis in {h.words: h for h in self.close}.values():
-            output = hypothesis.run(self.pipeline)
-            if output is None or output.shape != self.got.shape or self.out_of_time():
-                continue
+        for hypothesis, output in self._outputs(self.close):
             if self._up_to_roundings(output, of_all=True):
                 part = float((~differing(output, self.got))[self.wrong].double().mean())
                 found.append((part, Match(roughly(hypothesis, "up to roundings", part, self.rows), False)))
         found.sort(key=lambda pair: -pair[0])
         return [match for part, match in found if part >= max(0.9 * found[0][0], least)]
+
+    def nearly(self) -> list[Match]:
+        """The one that predicts most bits, a change of which some detail is another; none without.
+
+        Nor where one of another stage comes near, or NaN, which many mistakes give, is all that is wrong.
+        """
+        if bool(self.got[self.wrong].isnan().all()):
+            return []
+        found: list[tuple[float, Hypothesis]] = []
+        for hypothesis, output in self._outputs(self.partly):
+            equal = ~differing(output, self.got)
+            part = share(equal, self.wrong)
+            if part >= _MOSTLY and share(equal, ~self.wrong) >= _SPARED:
+                found.append((part, hypothesis))
+        part, best = max(found, key=lambda pair: pair[0], default=(0.0, None))
+        if best is None or any(
+            1 - other < 2 * (1 - part) for other, h in found if not set(h.stages) & set(best.stages)
+        ):
+            return []
+        return [Match(roughly(best, "or nearly so", part), False)]
 
     def confirm(self, hypothesis: Hypothesis) -> list[Match]:
         """On the whole call, everywhere or in a part that has words, or in each of several that it may be."""

@@ -25,29 +25,41 @@ from mxfp4ref.conformance.families.search import FEWEST_BITS, Match, Search
 from mxfp4ref.conformance.families.solved.weight_rules import weight_rules
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["either_of_two", "in_other_cases", "nearest_of_two", "with_a_second"]
+__all__ = [
+    "SIMPLE",
+    "either_of_two",
+    "in_other_cases",
+    "nearest_of_two",
+    "second_of_two",
+    "with_a_second",
+]
 
 _TOLD = 8  # first changes that leave an output at the same distance, by their words
 _SEARCHED = 2  # cases
 _ENOUGH = 12  # second changes, tried on all cases
 Case = tuple[Pipeline, Tensor, Tensor]  # the right one, the kernel's output and the right output
+# Of slots, weights, whole tensors, values and formulas.
+SIMPLE = (
+    other_activations,
+    slot_hypotheses,
+    weight_hypotheses,
+    expert_hypotheses,
+    value_hypotheses,
+    constants,
+    activation_hypotheses,
+    bias_hypotheses,
+)
 
 
 def either_of_two(call: MoeCall) -> Iterator[Hypothesis]:
-    """That may be one of two: those of the sum first, then those of whole tensors, values and formulas."""
-    yield from (h for h in named_hypotheses(call) if not h.slow)
-    for generator in (
-        weight_hypotheses,
-        slot_hypotheses,
-        bias_hypotheses,
-        expert_hypotheses,
-        value_hypotheses,
-        constants,
-        other_activations,
-        activation_hypotheses,
-        rounding_hypotheses,
-    ):
-        yield from generator(call)
+    """That may be one of two."""
+    named = (h for h in named_hypotheses(call) if not h.slow)
+    return chain(named, *(generator(call) for generator in (*SIMPLE, rounding_hypotheses)))
+
+
+def second_of_two(call: MoeCall) -> Iterator[Hypothesis]:
+    """Those that take little beside a first change."""
+    return chain(weight_hypotheses(call), slot_hypotheses(call), rounding_hypotheses(call))
 
 
 def with_a_second(

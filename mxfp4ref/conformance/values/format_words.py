@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from mxfp4ref.conformance.findings.finding import Finding
 from mxfp4ref.conformance.findings.index_words import map_words
 from mxfp4ref.conformance.values.code_numberings import NUMBERINGS
 from mxfp4ref.conformance.values.layout_words import layout_words
+from mxfp4ref.conformance.values.quantizer_groups import MAGNITUDES, nearest_codes
 from mxfp4ref.conformance.values.quantizer_words import solved_quantizer
 from mxfp4ref.conformance.values.value_words import all_scaled, kinds_of, solved_values
 from mxfp4ref.formats.mxfp4 import E2M1_VALUES, GROUP_SIZE, decode_ue8m0, dequantize, pack_codes, unpack_codes
@@ -27,11 +29,6 @@ __all__ = ["format_finding"]
 
 _NAN = 255
 _MOST = 0.9
-_MAGNITUDES = torch.tensor(E2M1_VALUES[:8], dtype=torch.float64, device="cpu")
-_MIDPOINTS = (_MAGNITUDES[1:] + _MAGNITUDES[:-1]) / 2
-_EVEN_ABOVE = torch.tensor([False, True] * 3 + [False])  # whether the upper code of a midpoint is even
-
-
 _SEVERAL = "several scale bytes"
 
 
@@ -185,34 +182,21 @@ def _code_words(groups: Tensor, scales: Tensor, got: Tensor) -> list[str] | None
     return [f"codes are others: {others}"] if others else None
 
 
-def _nearest(ties_up: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    def rounding(scaled: Tensor) -> Tensor:
-        m = scaled.abs()[..., None]
-        return ((m > _MIDPOINTS) | ((m == _MIDPOINTS) & ties_up(scaled)[..., None])).sum(-1)
-
-    return rounding
-
-
-def _to_even(scaled: Tensor) -> Tensor:
-    m = scaled.abs()[..., None]
-    return ((m > _MIDPOINTS) | ((m == _MIDPOINTS) & _EVEN_ABOVE)).sum(-1)
-
-
 _ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
-    "": _to_even,
-    "ties are rounded away from zero instead of to even": _nearest(
-        lambda x: torch.ones_like(x, dtype=torch.bool)
+    "": nearest_codes,
+    "ties are rounded away from zero instead of to even": partial(
+        nearest_codes, ties_up=lambda x: torch.ones_like(x, dtype=torch.bool)
     ),
-    "ties are rounded toward zero instead of to even": _nearest(
-        lambda x: torch.zeros_like(x, dtype=torch.bool)
+    "ties are rounded toward zero instead of to even": partial(
+        nearest_codes, ties_up=lambda x: torch.zeros_like(x, dtype=torch.bool)
     ),
-    "ties are rounded up, toward +Inf, instead of to even": _nearest(lambda x: x > 0),
-    "ties are rounded down, toward -Inf, instead of to even": _nearest(lambda x: x < 0),
+    "ties are rounded up, toward +Inf, instead of to even": partial(nearest_codes, ties_up=lambda x: x > 0),
+    "ties are rounded down, toward -Inf, instead of to even": partial(nearest_codes, ties_up=lambda x: x < 0),
     "codes are truncated toward zero instead of rounded": lambda x: (
-        x.abs()[..., None] >= _MAGNITUDES[1:]
+        x.abs()[..., None] >= MAGNITUDES[1:]
     ).sum(-1),
     "codes are rounded away from zero instead of to nearest": lambda x: (
-        x.abs()[..., None] > _MAGNITUDES[:-1]
+        x.abs()[..., None] > MAGNITUDES[:-1]
     ).sum(-1),
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -90,9 +90,11 @@ class Groups:
         }
 
 
-def nearest_codes(scaled: Tensor) -> Tensor:
+def nearest_codes(scaled: Tensor, ties_up: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Magnitudes' codes, ties to even, or away from zero where that is said of the numbers."""
     size = scaled.abs()[..., None]
-    return ((size > MIDPOINTS) | ((size == MIDPOINTS) & _EVEN_ABOVE)).sum(-1)
+    up = _EVEN_ABOVE if ties_up is None else ties_up(scaled)[..., None]
+    return ((size > MIDPOINTS) | ((size == MIDPOINTS) & up)).sum(-1)
 
 
 def other_rule(rule: str, right: str) -> str:

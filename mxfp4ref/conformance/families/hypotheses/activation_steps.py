@@ -17,7 +17,7 @@ from mxfp4ref.sm90 import fp32, mufu
 from mxfp4ref.sm90.activation import SWIGLU, Activation, sigmoid
 from mxfp4ref.sm90.swiglu import swiglu
 
-__all__ = ["OfSwiglu", "activation_hypothesis", "as_stage", "step_hypotheses"]
+__all__ = ["OfSwiglu", "activation_hypothesis", "as_stage", "halves", "step_hypotheses"]
 
 OfSwiglu = Callable[..., Tensor]  # called as `swiglu`
 _Maybe = Tensor | None
@@ -216,7 +216,7 @@ def _orders(call: MoeCall) -> Iterator[tuple[str, OfSwiglu, float]]:
 
     def shifted(again: bool) -> OfSwiglu:
         def run(x: Tensor, bias: _Maybe, alpha: _Maybe, beta: _Maybe, limit: _Maybe) -> Tensor:
-            up, gate = _halves(x, bias, None)
+            up, gate = halves(x, bias, None)
             if beta is not None and limit is not None:
                 limit = limit.expand_as(up)
                 up = _max(_min(up, limit), -limit) if again else up
@@ -226,7 +226,7 @@ def _orders(call: MoeCall) -> Iterator[tuple[str, OfSwiglu, float]]:
         return run
 
     def silu_clamped(x: Tensor, bias: _Maybe, alpha: _Maybe, beta: _Maybe, limit: _Maybe) -> Tensor:
-        up, gate = _halves(x, bias, None)
+        up, gate = halves(x, bias, None)
         if limit is None:
             return swiglu(x, bias, alpha, beta, limit)
         limit = limit.expand_as(gate)
@@ -252,9 +252,9 @@ def _sources(call: MoeCall) -> Iterator[tuple[str, OfSwiglu, float]]:
     experts = call.experts
     sources: list[tuple[str, _Source, float]] = []
     if experts.fc1_biases is not None:
-        sources.append(("without the fc1 bias", lambda x, _, limit: _halves(x, None, limit), 1.0))
+        sources.append(("without the fc1 bias", lambda x, _, limit: halves(x, None, limit), 1.0))
     if experts.swiglu_limit is not None:
-        sources.append(("without the clamp", lambda x, bias, _: _halves(x, bias, None), 1.0))
+        sources.append(("without the clamp", lambda x, bias, _: halves(x, bias, None), 1.0))
     for block in (2, 4, 8, 16, _WHOLE):
         for by, words in ((-1, "before"), (1, "after")):
             if block == 2 and by > 0:
@@ -270,7 +270,8 @@ def _sources(call: MoeCall) -> Iterator[tuple[str, OfSwiglu, float]]:
                 yield f"{_USES[use]} takes {what} {words}", _having(use, source), cost + 0.1
 
 
-def _halves(x: Tensor, bias: _Maybe, limit: _Maybe) -> tuple[Tensor, Tensor]:
+def halves(x: Tensor, bias: _Maybe, limit: _Maybe) -> tuple[Tensor, Tensor]:
+    """Up and gate, clamped where there is a limit."""
     value = fp32.widen(x) if bias is None else _add(fp32.widen(x), fp32.widen(bias).expand_as(x))
     up, gate = value.chunk(2, dim=-1)
     return (up, gate) if limit is None else clamp_both(up, gate, limit.expand_as(up))
@@ -286,7 +287,7 @@ def _beside(block: int, by: int) -> Callable[[int], Tensor]:
 
 def _of_columns(places: Callable[[int], Tensor]) -> _Source:
     def source(x: Tensor, bias: _Maybe, limit: _Maybe) -> tuple[Tensor, Tensor]:
-        up, gate = _halves(x, bias, limit)
+        up, gate = halves(x, bias, limit)
         there = places(up.shape[-1]).to(up.device)
         return up[..., there], gate[..., there]
 
@@ -295,7 +296,7 @@ def _of_columns(places: Callable[[int], Tensor]) -> _Source:
 
 def _having(use: int, source: _Source) -> OfSwiglu:
     def run(x: Tensor, bias: _Maybe, alpha: _Maybe, beta: _Maybe, limit: _Maybe) -> Tensor:
-        (up, gate), (other_up, other_gate) = _halves(x, bias, limit), source(x, bias, limit)
+        (up, gate), (other_up, other_gate) = halves(x, bias, limit), source(x, bias, limit)
         scaled = other_gate if use == 0 else gate
         gate, up = other_gate if use == 1 else gate, other_up if use == 2 else up
         scaled = scaled if alpha is None else _mul(scaled, alpha.expand_as(gate))

@@ -13,11 +13,12 @@ from mxfp4ref.conformance.families.hypotheses.activation_steps import (
     OfSwiglu,
     activation_hypothesis,
     as_stage,
+    halves,
     step_hypotheses,
 )
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
 from mxfp4ref.defects.variants.rounding import half
-from mxfp4ref.defects.variants.swiglu import Operands, SwigluVariant, clamp_both, multiply_in_order, silu
+from mxfp4ref.defects.variants.swiglu import Operands, SwigluVariant, multiply_in_order, silu
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.activation import ACTIVATIONS, SWIGLU, SWIGLU_BIAS, sigmoid
@@ -188,10 +189,7 @@ def _wholes() -> Iterator[tuple[str, OfSwiglu, float]]:
     ) -> Tensor:
         if bias is None:
             return swiglu(x, bias, alpha, beta, limit)
-        up, gate = fp32.widen(x).chunk(2, -1)
-        if limit is not None:
-            up, gate = clamp_both(up, gate, limit.expand_as(up))
-        value = torch.cat((up, gate), -1)
+        value = torch.cat(halves(x, None, limit), -1)
         value = fp32.add(value, fp32.widen(bias).expand_as(value))
         return swiglu(value, None, alpha, beta, None)
 
@@ -201,10 +199,8 @@ def _wholes() -> Iterator[tuple[str, OfSwiglu, float]]:
         ) -> Tensor:
             if alpha is None or limit is None:
                 return swiglu(x, bias, alpha, beta, limit)
-            value = fp32.widen(x) if bias is None else fp32.add(fp32.widen(x), fp32.widen(bias).expand_as(x))
-            up, gate = value.chunk(2, -1)
+            (_, gate), (up, clamped) = halves(x, bias, None), halves(x, bias, limit)
             scaled = _min(_mul(gate, alpha.expand_as(gate)), limit.expand_as(gate))
-            up, clamped = clamp_both(up, gate, limit.expand_as(up))
             up = up if beta is None else fp32.add(up, beta.expand_as(up))
             return _mul(_mul(clamped if of_product else gate, sigmoid(scaled)), up)
 

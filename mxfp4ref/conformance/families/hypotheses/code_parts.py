@@ -9,7 +9,7 @@ from itertools import permutations, product
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.families.hypotheses.tensors import mapped
+from mxfp4ref.conformance.families.hypotheses.tensors import of_gemms
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline
 from mxfp4ref.conformance.families.solved.tensor_groups import GEMMS
 from mxfp4ref.conformance.findings.reduction import is_heavy
@@ -35,13 +35,8 @@ def code_part_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     """The sign, magnitude or all of each code taken from another of its byte or word, or lost in every n-th."""
     for fcs, whose in GEMMS:
         for words, change, cost in _changes():
-            yield Hypothesis(
-                "values",
-                fcs,
-                f"{whose} weights have {words}",
-                mapped(tuple(f"{fc}_weights" for fc in fcs), lambda _, t, c=change: c(t)),
-                cost + _BOTH * (len(fcs) > 1),
-            )
+            both = _BOTH * (len(fcs) > 1)
+            yield of_gemms("values", fcs, f"{whose} weights have {words}", "weights", change, cost + both)
 
 
 def _changes() -> Iterator[tuple[str, Callable[[Tensor], Tensor], float]]:
@@ -58,9 +53,9 @@ def _changes() -> Iterator[tuple[str, Callable[[Tensor], Tensor], float]]:
             where = f"in every {nth} code, from {at} on"
             if step == 2:
                 where += f" (the {('low', 'high')[at]} one of each byte)"
-            yield f"no sign {where}", _masked(7, step, at), 1.4 + step / 40
-            yield f"the opposite sign {where}", _flipped(step, at), 1.5 + step / 40
-            yield f"zero {where}", _masked(0, step, at), 1.45 + step / 40
+            yield f"no sign {where}", _every(step, at, lambda codes: codes & 7), 1.4 + step / 40
+            yield f"the opposite sign {where}", _every(step, at, lambda codes: codes ^ 8), 1.5 + step / 40
+            yield f"zero {where}", _every(step, at, torch.zeros_like), 1.45 + step / 40
 
 
 def _places() -> Iterator[tuple[str, _Places, float]]:
@@ -68,20 +63,20 @@ def _places() -> Iterator[tuple[str, _Places, float]]:
     yield "the low code of the byte for both", lambda i: i & ~1, 1.4
     yield "the high code of the byte for both", lambda i: i | 1, 1.4
     for size in (4, 8):
-        yield f"the code at the other end of each word of {size} (reversed)", _reversed(size), 1.5
+        yield (
+            f"the code at the other end of each word of {size} (reversed)",
+            lambda i, s=size: i // s * s + s - 1 - i % s,
+            1.5,
+        )
         yield f"the first code of each word of {size} for all", lambda i, s=size: i // s * s, 1.5
         yield f"the code in the other half of each word of {size}", lambda i, s=size: i ^ (s // 2), 1.5
-        yield f"the next code in each word of {size} (rotated)", _rotated(size, 1), 1.5
-        yield f"the code before in each word of {size} (rotated)", _rotated(size, -1), 1.5
+        for by, which in ((1, "the next code"), (-1, "the code before")):
+            yield (
+                f"{which} in each word of {size} (rotated)",
+                lambda i, s=size, by=by: i // s * s + (i + by) % s,
+                1.5,
+            )
     yield "the code two before or after (bytes exchanged in pairs)", lambda i: i ^ 2, 1.5
-
-
-def _reversed(size: int) -> _Places:
-    return lambda i: i // size * size + size - 1 - i % size
-
-
-def _rotated(size: int, by: int) -> _Places:
-    return lambda i: i // size * size + (i + by) % size
 
 
 def _orders() -> Iterator[tuple[_Places, str, str]]:
@@ -116,18 +111,15 @@ def _taken(bits: int, places: _Places) -> Callable[[Tensor], Tensor]:
     return change
 
 
-def _masked(bits: int, step: int, at: int) -> Callable[[Tensor], Tensor]:
-    return lambda packed: _every(packed, step, at, lambda codes: codes & bits)
+def _every(step: int, at: int, change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """With every n-th code changed."""
 
+    def on(packed: Tensor) -> Tensor:
+        codes = unpack_codes(packed).clone()
+        codes[..., at::step] = change(codes[..., at::step])
+        return pack_codes(codes)
 
-def _flipped(step: int, at: int) -> Callable[[Tensor], Tensor]:
-    return lambda packed: _every(packed, step, at, lambda codes: codes ^ 8)
-
-
-def _every(packed: Tensor, step: int, at: int, change: Callable[[Tensor], Tensor]) -> Tensor:
-    codes = unpack_codes(packed).clone()
-    codes[..., at::step] = change(codes[..., at::step])
-    return pack_codes(codes)
+    return on
 
 
 # Format, least and largest exponent of a power of two in it, and how much is rounded up to the least one.
@@ -147,15 +139,13 @@ def scale_format_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
         for words, least, largest in _FORMATS:
             for above, high in _BEYOND:
                 low = least - 1  # which a tie to even rounds to zero
-                yield Hypothesis(
+                yield of_gemms(
                     "values",
                     fcs,
                     f"{whose} scales are kept in {words}: those below 2^{least} are zero, those above "
                     f"2^{largest} {above}",
-                    mapped(
-                        tuple(f"{fc}_scales" for fc in fcs),
-                        lambda _, s, a=low + 127, b=largest + 127, h=high: _limited(s, a, b, h),
-                    ),
+                    "scales",
+                    lambda s, a=low + 127, b=largest + 127, h=high: _limited(s, a, b, h),
                     1.3 + _BOTH * (len(fcs) > 1) + 0.02 * (high != 255),
                 )
 

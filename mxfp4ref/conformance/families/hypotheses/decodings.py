@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.families.hypotheses.narrow_types import Narrow, narrowings, types
-from mxfp4ref.conformance.families.hypotheses.tensors import mapped
+from mxfp4ref.conformance.families.hypotheses.tensors import of_codes, of_gemms
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline
 from mxfp4ref.conformance.families.solved.tensor_groups import GEMMS
-from mxfp4ref.formats.mxfp4 import E2M1_VALUES, GROUP_SIZE, dequantize, pack_codes, unpack_codes
+from mxfp4ref.formats.mxfp4 import E2M1_VALUES, GROUP_SIZE, dequantize, unpack_codes
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
 
@@ -27,27 +27,15 @@ def table_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
             if code == other or {code, other} == {0, 8}:
                 continue
             for fcs, whose in GEMMS:
-                yield Hypothesis(
+                yield of_gemms(
                     "values",
                     fcs,
-                    f"{whose} weights have one wrong entry in the table of E2M1 codes: code {code} ({_value(code)}) "
-                    f"is read as {_value(other)}",
-                    mapped(
-                        tuple(f"{fc}_weights" for fc in fcs),
-                        lambda _, t, c=code, o=other: _with_entry(t, c, o),
-                    ),
+                    f"{whose} weights have one wrong entry in the table of E2M1 codes: code {code} "
+                    f"({E2M1_VALUES[code]:g}) is read as {E2M1_VALUES[other]:g}",
+                    "weights",
+                    of_codes(lambda codes, c=code, o=other: torch.where(codes == c, o, codes)),
                     1.6 + 0.1 * len(fcs),
                 )
-
-
-def _value(code: int) -> str:
-    return f"{E2M1_VALUES[code]:g}"
-
-
-def _with_entry(packed: Tensor, code: int, other: int) -> Tensor:
-    codes = unpack_codes(torch.arange(256, dtype=torch.uint8)[:, None])
-    table = pack_codes(torch.where(codes == code, other, codes).to(torch.uint8)).flatten()
-    return table.to(packed.device)[packed.view(torch.uint8).to(torch.int32)]
 
 
 def decoding_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:

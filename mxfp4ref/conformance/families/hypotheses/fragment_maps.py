@@ -24,7 +24,14 @@ from mxfp4ref.conformance.families.slot_kinds import position_in_expert
 from mxfp4ref.conformance.families.solved.pursuit import Rows
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["fragment_map_hypotheses", "swizzled_weights"]
+__all__ = [
+    "ACTIVATION",
+    "INPUT",
+    "Matrix",
+    "fragment_map_hypotheses",
+    "moved_elements",
+    "swizzled_weights",
+]
 
 # From the rows' places in their expert `[R, 1]` and the columns `[1, n]` to those that are read: rows, columns.
 _Change = Callable[[Tensor], Tensor]  # of the sorted rows
@@ -45,46 +52,37 @@ _CHUNK = 8  # bf16 numbers of 16 bytes
 
 
 @dataclass(frozen=True)
-class _Matrix:
+class Matrix:
     """A matrix of the sorted rows: in words, its stages, how it is changed."""
 
     words: str
     stages: tuple[str, ...]
-    change: Callable[[SlotRows, _Change, Tensor], Tensor]
+    change: Callable[[SlotRows, _Change, Tensor], SlotRows]
 
 
-def _input(rows: SlotRows, moved: _Change, order: Tensor) -> Tensor:
+def _input(rows: SlotRows, moved: _Change, order: Tensor) -> SlotRows:
     x = rows.call.input[:, None].expand(-1, rows.call.top_k, -1).clone()
     flat = x.flatten(0, 1)
     flat[order] = moved(flat[order])
-    return slot_outputs(rows.pipeline, flat.view(x.shape))
+    return replace(rows, y=slot_outputs(rows.pipeline, flat.view(x.shape)))
 
 
-def _fc1(rows: SlotRows, moved: _Change, order: Tensor) -> Tensor:
-    rounded = rows.pipeline.stages.round_fc1
-    return slot_outputs(rows.pipeline.staging(round_fc1=lambda t: moved(rounded(t))))
+def _staged(stage: str) -> Callable[[SlotRows, _Change, Tensor], SlotRows]:
+    return lambda rows, moved, _: replace(rows, y=slot_outputs(rows.pipeline.behind(stage, moved)))
 
 
-def _activation(rows: SlotRows, moved: _Change, order: Tensor) -> Tensor:
-    rounded = rows.pipeline.stages.round_activation
-    return slot_outputs(rows.pipeline.staging(round_activation=lambda t: moved(rounded(t))))
+def _result(rows: SlotRows, moved: _Change, order: Tensor) -> SlotRows:
+    return rows.placing(order, moved(rows.y.flatten(0, 1)[order]))
 
 
-def _result(rows: SlotRows, moved: _Change, order: Tensor) -> Tensor:
-    y = rows.y.clone()
-    flat = y.flatten(0, 1)
-    flat[order] = moved(flat[order])
-    return flat.view(y.shape)
+_RESULT = Matrix("GEMM2's result", ("fc2", "finalize"), _result)
+ACTIVATION = Matrix("the activation", ("activation", "fc2"), _staged("round_activation"))
+INPUT = Matrix("the matrix of GEMM1's input rows", ("input", "fc1"), _input)
+_FC1 = Matrix("GEMM1's result", ("fc1", "activation"), _staged("round_fc1"))
 
 
-_RESULT = _Matrix("GEMM2's result", ("fc2", "finalize"), _result)
-_ACTIVATION = _Matrix("the activation", ("activation", "fc2"), _activation)
-_INPUT = _Matrix("the matrix of GEMM1's input rows", ("input", "fc1"), _input)
-_FC1 = _Matrix("GEMM1's result", ("fc1", "activation"), _fc1)
-
-
-def _moved(matrix: _Matrix, words: str, of: _Map, cost: float, *, missing: float | None = 0.0) -> Hypothesis:
-    """`missing` is what stands for a row that the expert does not have; None for the element itself."""
+def moved_elements(matrix: Matrix, words: str, of: _Map, cost: float, *, whole: int = 1) -> Hypothesis:
+    """Zeros stand for a row that the expert does not have; its last ones that fill no `whole` block stay."""
 
     def on(rows: SlotRows) -> SlotRows:
         found = Rows.of(rows.local)
@@ -101,10 +99,10 @@ def _moved(matrix: _Matrix, words: str, of: _Map, cost: float, *, missing: float
                 raise ValueError("columns: not of whole blocks")
             there = (source >= 0) & (source < count[:, None])
             taken = values[(row - position)[:, None] + torch.where(there, source, position[:, None]), other]
-            instead = values if missing is None else torch.full_like(values, missing)
-            return torch.where(there, taken, instead)
+            filled = (position // whole * whole + whole <= count)[:, None]
+            return torch.where(filled, torch.where(there, taken, 0), values)
 
-        return replace(rows, y=matrix.change(rows, moved, order))
+        return matrix.change(rows, moved, order)
 
     return replace(of_slots("rows of an expert", matrix.stages, words, on, cost), across_tokens=True)
 
@@ -122,10 +120,10 @@ def fragment_map_hypotheses(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis
 
 
 def _exchanges() -> Iterator[Hypothesis]:
-    for matrix, more in ((_RESULT, 0.0), (_ACTIVATION, 0.1), (_FC1, 0.2), (_INPUT, 0.2)):
+    for matrix, more in ((_RESULT, 0.0), (ACTIVATION, 0.1), (_FC1, 0.2), (INPUT, 0.2)):
         for row in (1, 2, 4, 8):
             for column in (1, 2, 4, 8, 16, 32, 64):
-                yield _moved(
+                yield moved_elements(
                     matrix,
                     f"in {matrix.words} elements of a fragment are exchanged (as registers taken for each other): in "
                     f"each tile of {2 * row} rows of an expert x {2 * column} columns, row r + {row}, column c and "
@@ -134,9 +132,9 @@ def _exchanges() -> Iterator[Hypothesis]:
                     1.6 + more + 0.01 * (row * column != 8),
                 )
         yield from _swizzled(matrix, more)
-    for matrix in (_ACTIVATION, _RESULT):  # of GEMM1's result, of gate and of up: rows_beside
+    for matrix in (ACTIVATION, _RESULT):  # of GEMM1's result, of gate and of up: rows_beside
         for row in (1, 8, 2, 4):
-            yield _moved(
+            yield moved_elements(
                 matrix,
                 f"in {matrix.words} rows r and r + {row} of each {2 * row} rows of an expert have each other's "
                 "numbers, which are another token's",
@@ -151,9 +149,9 @@ def _exchanged(row: Tensor, column: Tensor, i: int, j: int) -> tuple[Tensor, Ten
     return torch.where(differ, row ^ i, row), torch.where(differ, column ^ j, column)
 
 
-def _swizzled(matrix: _Matrix, more: float) -> Iterator[Hypothesis]:
+def _swizzled(matrix: Matrix, more: float) -> Iterator[Hypothesis]:
     for number, ((one, first), (other, second)) in enumerate(combinations(_SWIZZLES, 2)):
-        yield _moved(
+        yield moved_elements(
             matrix,
             f"{matrix.words} lies in shared memory with one swizzle and is read with another, {one} and {other}: "
             "chunks of 8 columns (16 bytes) are permuted within a row, by the row",
@@ -188,7 +186,7 @@ def swizzled_weights(call: MoeCall) -> Iterator[Hypothesis]:
 
 def _stale(call: MoeCall) -> Iterator[tuple[_Change, Hypothesis]]:
     """Row tiles that hold in some tiles of K what the tile before held; first which rows these are."""
-    for matrix in (_INPUT, _ACTIVATION, _RESULT):
+    for matrix in (INPUT, ACTIVATION, _RESULT):
         kind = "columns" if matrix is _RESULT else "K"
         for size in (8, 16, 32, 64, 128):
             if size >= call.num_tokens:
@@ -200,7 +198,7 @@ def _stale(call: MoeCall) -> Iterator[tuple[_Change, Hypothesis]]:
                 ):
                     yield (
                         late,
-                        _moved(
+                        moved_elements(
                             matrix,
                             f"in {matrix.words} {which} has the tile before's numbers in {words} of {kind} "
                             "(a stale tile of other rows)",
@@ -213,9 +211,9 @@ def _stale(call: MoeCall) -> Iterator[tuple[_Change, Hypothesis]]:
                     )
 
 
-def _blocks(matrix: _Matrix, call: MoeCall) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+def _blocks(matrix: Matrix, call: MoeCall) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
     experts = call.experts
-    width = experts.intermediate_size if matrix is _ACTIVATION else experts.hidden_size
+    width = experts.intermediate_size if matrix is ACTIVATION else experts.hidden_size
     for size in (64, 32, 128):
         if size < width:
             yield f"the last {size}", lambda c, n=width - size: c >= n

@@ -26,7 +26,7 @@ from mxfp4ref.conformance.families.places import concerns_what_is_wrong
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import select_local
 
-__all__ = ["matrix_readings", "route_readings", "vector_readings"]
+__all__ = ["lying_at", "matrix_readings", "route_readings", "sought_at", "vector_readings"]
 
 _Read = Callable[[Tensor], Tensor]
 
@@ -130,11 +130,23 @@ def _offsets(tensor: Tensor) -> Iterator[tuple[str, _Read, float]]:
 
 
 def _at(tensor: Tensor, strides: Sequence[int], offset: int = 0) -> Tensor:
-    index = torch.full((1,), offset)
+    """What is read where elements are sought at these distances in memory; zeros beyond its end."""
+    index = torch.full((1,), offset, device=tensor.device)
     for size, step in zip(tensor.shape, strides, strict=True):
-        index = index[..., None] + torch.arange(size) * step
+        index = index[..., None] + torch.arange(size, device=tensor.device) * step
     inside = (index[0] >= 0) & (index[0] < tensor.numel())
     return torch.where(inside, tensor.flatten()[index[0].clamp(0, tensor.numel() - 1)], 0)
+
+
+def sought_at(tensor: Tensor, stride: int) -> Tensor:
+    """A matrix whose rows lie densely, read as if they lay so far apart; zeros after the end."""
+    return _at(tensor, (stride, 1))
+
+
+def lying_at(tensor: Tensor, stride: int) -> Tensor:
+    """A matrix whose rows lie so far apart, with zeros between them, read as if they lay densely."""
+    wide = torch.nn.functional.pad(tensor, (0, max(stride - tensor.shape[1], 0)))
+    return wide.flatten()[: tensor.numel()].view(tensor.shape)
 
 
 def route_readings(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:

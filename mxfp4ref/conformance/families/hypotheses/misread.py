@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from mxfp4ref.conformance.families.hypotheses.memory_readings import lying_at, sought_at
 from mxfp4ref.conformance.families.hypotheses.weighting import weighing
 from mxfp4ref.conformance.families.hypothesis import (
     Change,
@@ -49,8 +50,8 @@ def _weights(call: MoeCall) -> Iterator[Hypothesis]:
     for stride, what in _strides(call.top_k):
         apart = f"with {stride} slots a token ({what})"
         for words, read, cost in (
-            (f"read {apart} where they lie with {call.top_k}", _read, 1.3),
-            (f"read with {call.top_k} slots a token where they lie {apart}", _lying, 1.4),
+            (f"read {apart} where they lie with {call.top_k}", sought_at, 1.3),
+            (f"read with {call.top_k} slots a token where they lie {apart}", lying_at, 1.4),
         ):
             yield replace(
                 weighing(
@@ -78,10 +79,14 @@ def _inputs(call: MoeCall) -> Iterator[Hypothesis]:
     tokens, hidden = call.input.shape
     for more in _PADS if 1 < tokens <= _TOKENS else ():
         for words, read, cost in (
-            (f"the input is read as if its rows lay {more} elements further apart than they do", _read, 1.2),
+            (
+                f"the input is read as if its rows lay {more} elements further apart than they do",
+                sought_at,
+                1.2,
+            ),
             (
                 f"the input is read densely where its rows lie {more} elements apart, which are zero",
-                _lying,
+                lying_at,
                 1.3,
             ),
         ):
@@ -114,22 +119,6 @@ def _strides(top_k: int) -> Iterator[tuple[int, str]]:
 def _stride(top_k: int, what: str) -> int:
     """The one that has these words; top-k itself where that is the same."""
     return next((stride for stride, words in _strides(top_k) if words == what), top_k)
-
-
-def _read(tensor: Tensor, stride: int) -> Tensor:
-    """Rows of a matrix, read where they would begin if they lay so far apart; zeros after the end."""
-    rows, width = tensor.shape
-    index = torch.arange(rows, device=tensor.device)[:, None] * stride + torch.arange(
-        width, device=tensor.device
-    )
-    flat = torch.cat((tensor.flatten(), tensor.new_zeros(1)))
-    return flat[index.clamp(max=tensor.numel())]
-
-
-def _lying(tensor: Tensor, stride: int) -> Tensor:
-    """A matrix whose rows lie so far apart, with zeros between them, read as if they lay densely."""
-    wide = torch.nn.functional.pad(tensor, (0, max(stride - tensor.shape[1], 0)))
-    return wide.flatten()[: tensor.numel()].view(tensor.shape)
 
 
 def _biases(call: MoeCall) -> Iterator[Hypothesis]:

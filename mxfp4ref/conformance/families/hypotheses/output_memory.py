@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._words import shortened
-from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline, SlotRows, local_of
+from mxfp4ref.conformance.families.hypothesis import Change, Hypothesis, Pipeline, SlotRows, local_of
 from mxfp4ref.conformance.findings.finding import Evidence, counted
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
@@ -25,9 +25,9 @@ def memory_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     if call.input.dtype == torch.bfloat16 and call.input.shape[1] == call.experts.hidden_size:
         for sign, how in ((1, "added onto"), (-1, "subtracted from")):
             for rounding, total, cost in (
-                ("before the rounding to bf16", _unrounded(sign), 1.2),
+                ("before the rounding to bf16", _computing(_unrounded, sign), 1.2),
                 ("after the rounding to bf16", _rounded(sign), 1.2),
-                ("slot by slot", _from_the_input(sign), 1.3),
+                ("slot by slot", _computing(_from_the_input, sign), 1.3),
             ):
                 yield Hypothesis(
                     "output",
@@ -60,7 +60,7 @@ def memory_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
             )
 
 
-def _keeping(which: _Which, source: Callable[[Pipeline, Tensor], Tensor]) -> Callable[[Pipeline], Pipeline]:
+def _keeping(which: _Which, source: Callable[[Pipeline, Tensor], Tensor]) -> Change:
     def on(pipeline: Pipeline) -> Pipeline:
         chosen = which(pipeline.call, local_of(pipeline))[:, None]
         return pipeline.then(lambda out: torch.where(chosen, source(pipeline, out), out))
@@ -72,46 +72,35 @@ def _signed(call: MoeCall, sign: int) -> Tensor:
     return fp32.widen(call.input.contiguous()) * sign
 
 
-def _rounded(sign: int) -> Callable[[Pipeline], Pipeline]:
+def _rounded(sign: int) -> Change:
     def on(pipeline: Pipeline) -> Pipeline:
-        def more(out: Tensor) -> Tensor:
-            return fp32.to_bf16(fp32.add(_signed(pipeline.call, sign), fp32.widen(out)))
-
-        return pipeline.then(more)
+        more = _signed(pipeline.call, sign)
+        return pipeline.then(lambda out: fp32.to_bf16(fp32.add(more, fp32.widen(out))))
 
     return on
 
 
-def _unrounded(sign: int) -> Callable[[Pipeline], Pipeline]:
-    def on(pipeline: Pipeline) -> Pipeline:
-        def run(inside: Pipeline) -> Tensor:
-            sums = SlotRows.of(inside).output(inside.staging(round_output=lambda sums: sums))
-            return inside.stages.round_output(fp32.add(sums, _signed(inside.call, sign)))
-
-        return pipeline.computing(run)
-
-    return on
+def _computing(run: Callable[[Pipeline, int], Tensor], sign: int) -> Change:
+    return lambda p: p.computing(lambda inside: run(inside, sign))
 
 
-def _from_the_input(sign: int) -> Callable[[Pipeline], Pipeline]:
+def _unrounded(inside: Pipeline, sign: int) -> Tensor:
+    sums = SlotRows.of(inside).output(inside.staging(round_output=lambda sums: sums))
+    return inside.stages.round_output(fp32.add(sums, _signed(inside.call, sign)))
+
+
+def _from_the_input(inside: Pipeline, sign: int) -> Tensor:
     """The sum begins with the input."""
-
-    def on(pipeline: Pipeline) -> Pipeline:
-        def run(inside: Pipeline) -> Tensor:
-            call, rows = inside.call, SlotRows.of(inside)
-            bias = call.experts.fc2_biases if call.tp_rank == 0 else None
-            total = _signed(call, sign)
-            for slot in range(call.top_k):
-                local, row = rows.local[:, slot], fp32.widen(rows.y[:, slot].contiguous())
-                if bias is not None:
-                    row = fp32.add(row, fp32.widen(bias[local.clamp(min=0)]))
-                weight = rows.weights[:, slot, None].expand_as(row).contiguous()
-                total = torch.where(local[:, None] >= 0, fp32.fma(weight, row, total), total)
-            return inside.stages.round_output(total)
-
-        return pipeline.computing(run)
-
-    return on
+    call, rows = inside.call, SlotRows.of(inside)
+    bias = call.experts.fc2_biases if call.tp_rank == 0 else None
+    total = _signed(call, sign)
+    for slot in range(call.top_k):
+        local, row = rows.local[:, slot], fp32.widen(rows.y[:, slot].contiguous())
+        if bias is not None:
+            row = fp32.add(row, fp32.widen(bias[local.clamp(min=0)]))
+        weight = rows.weights[:, slot, None].expand_as(row).contiguous()
+        total = torch.where(local[:, None] >= 0, fp32.fma(weight, row, total), total)
+    return inside.stages.round_output(total)
 
 
 def rows_of_the_input(call: MoeCall, got: Tensor, wrong: Tensor) -> Evidence | None:

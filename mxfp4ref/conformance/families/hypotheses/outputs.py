@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mxfp4ref.conformance.families.hypotheses.index_maps import block_maps, expert_maps, neighbour_maps
 from mxfp4ref.conformance.families.hypotheses.weighting import mul, weighing
-from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline, of_output
+from mxfp4ref.conformance.families.hypothesis import Change, Hypothesis, of_output
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
 
@@ -22,57 +22,37 @@ _F = ("finalize",)
 
 def factor_hypotheses(factor: float) -> Iterator[Hypothesis]:
     """One factor on everything, at each place where it could be."""
-    return (replace(h, factor=factor) for h in _factor_hypotheses(factor))
-
-
-def _factor_hypotheses(factor: float) -> Iterator[Hypothesis]:
-    of = f"a factor of {factor:.9g}"
+    of = f"a factor of {factor:.9g} too many on"
 
     def scaled(t: Tensor) -> Tensor:
-        return mul(t, torch.tensor(factor, dtype=torch.float32, device=t.device))
+        return mul(fp32.widen(t), torch.tensor(factor, dtype=torch.float32, device=t.device))
 
-    def to_y(pipeline: Pipeline) -> Pipeline:
-        before = pipeline.stages.round_fc2
-        return pipeline.staging(round_fc2=lambda t: before(scaled(fp32.widen(t))))
+    def after(t: Tensor) -> Tensor:
+        return fp32.to_bf16(scaled(t))
 
-    def after(output: Tensor) -> Tensor:
-        return fp32.to_bf16(scaled(fp32.widen(output)))
-
-    def before_rounding(pipeline: Pipeline) -> Pipeline:
-        before = pipeline.stages.finalize  # another rounding may follow
-        return pipeline.staging(finalize=lambda *rows: scaled(before(*rows)))
-
-    def on_y_after(pipeline: Pipeline) -> Pipeline:
-        before = pipeline.stages.round_fc2
-        return pipeline.staging(round_fc2=lambda t: after(before(t)))
-
-    yield weighing(f"{of} too many on the routing weights", lambda w, _: scaled(w), 1.1, "factor")
-    yield Hypothesis(
-        "factor", _F, f"{of} too many on the sum, before its rounding to bf16", before_rounding, 1.2
+    yield replace(weighing(f"{of} the routing weights", lambda w, _: scaled(w), 1.1, "factor"), factor=factor)
+    places: tuple[tuple[str, tuple[str, ...], Change, float], ...] = (
+        # Another rounding may follow.
+        ("the sum, before its rounding to bf16", _F, lambda p: p.behind("finalize", scaled), 1.2),
+        ("the bf16 output", _F, lambda p: p.then(after), 1.2),
+        (
+            "GEMM2's result, before its rounding to bf16",
+            ("fc2", "finalize"),
+            lambda p: p.before("round_fc2", scaled),
+            1.3,
+        ),
+        ("GEMM2's bf16 result", ("fc2", "finalize"), lambda p: p.behind("round_fc2", after), 1.4),
+        (
+            "the activation, before its rounding to bf16",
+            ("activation", "fc2"),
+            lambda p: p.before("round_activation", scaled),
+            1.4,
+        ),
+        ("the bf16 activation", ("activation", "fc2"), lambda p: p.behind("round_activation", after), 1.5),
     )
-    yield of_output("factor", _F, f"{of} too many on the bf16 output", after, 1.2)
-    yield Hypothesis(
-        "factor",
-        ("fc2", "finalize"),
-        f"{of} too many on GEMM2's result, before its rounding to bf16",
-        to_y,
-        1.3,
-    )
-    yield Hypothesis("factor", ("fc2", "finalize"), f"{of} too many on GEMM2's bf16 result", on_y_after, 1.4)
-    yield Hypothesis(
-        "factor",
-        ("activation", "fc2"),
-        f"{of} too many on the activation, before its rounding to bf16",
-        lambda p: p.staging(round_activation=lambda t, b=p.stages.round_activation: b(scaled(t))),
-        1.4,
-    )
-    yield Hypothesis(
-        "factor",
-        ("activation", "fc2"),
-        f"{of} too many on the bf16 activation",
-        lambda p: p.staging(round_activation=lambda t, b=p.stages.round_activation: after(b(t))),
-        1.5,
-    )
+    for place, stages, change, cost in places:
+        of_output = after if place == "the bf16 output" else None
+        yield Hypothesis("factor", stages, f"{of} {place}", change, cost, of_output=of_output, factor=factor)
 
 
 def input_factor_hypotheses() -> Iterator[Hypothesis]:
@@ -95,7 +75,7 @@ def input_factor_hypotheses() -> Iterator[Hypothesis]:
             "factor",
             ("fc1",),
             f"{of} too many on GEMM1's result",
-            lambda p, s=scaled: p.staging(round_fc1=lambda t, b=p.stages.round_fc1: b(s(t))),
+            lambda p, s=scaled: p.before("round_fc1", s),
             1.4,
             factor=factor,
         )
@@ -238,35 +218,26 @@ def inner_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     for words, change, cost in _columns():
         if "zero" in words:
             continue
-        yield Hypothesis(
-            "GEMM2's input",
-            ("fc2", "activation"),
-            f"in the activation {words}",
-            lambda p, c=change: p.staging(round_activation=lambda t, b=p.stages.round_activation: c(b(t))),
-            cost + 0.8,
-        )
-        yield Hypothesis(
-            "GEMM2's output",
-            ("fc2",),
-            f"in GEMM2's output {words}",
-            lambda p, c=change: p.staging(round_fc2=lambda t, b=p.stages.round_fc2: c(b(t))),
-            cost + 0.8,
-        )
-        yield Hypothesis(
-            "GEMM1's output",
-            ("fc1", "activation"),
-            f"in GEMM1's output {words}",
-            lambda p, c=change: p.staging(round_fc1=lambda t, b=p.stages.round_fc1: c(b(t))),
-            cost + 0.9,
-        )
+        for family, where, stage, stages, more in (
+            ("GEMM2's input", "the activation", "round_activation", ("fc2", "activation"), 0.8),
+            ("GEMM2's output", "GEMM2's output", "round_fc2", ("fc2",), 0.8),
+            ("GEMM1's output", "GEMM1's output", "round_fc1", ("fc1", "activation"), 0.9),
+        ):
+            yield Hypothesis(
+                family,
+                stages,
+                f"in {where} {words}",
+                lambda p, s=stage, c=change: p.behind(s, c),
+                cost + more,
+            )
     for size in (8, 16, 32, 64, 128, 256):
         for every, words, cost in ((False, "the tile before", 1.6), (True, "all tiles before", 1.7)):
             yield Hypothesis(
                 "GEMM2's output",
                 ("fc2",),
                 f"GEMM2's accumulators are not cleared: a tile of {size} columns starts from those of {words}",
-                lambda p, s=size, e=every: p.staging(
-                    round_fc2=lambda t, b=p.stages.round_fc2: b(_not_cleared(fp32.widen(t), s, every=e))
+                lambda p, s=size, e=every: p.before(
+                    "round_fc2", lambda t: _not_cleared(fp32.widen(t), s, every=e)
                 ),
                 cost,
             )

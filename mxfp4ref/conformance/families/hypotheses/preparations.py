@@ -12,11 +12,11 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.families.hypotheses.tensors import mapped
+from mxfp4ref.conformance.families.hypotheses.tensors import mapped, of_gemms
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
 from mxfp4ref.conformance.families.solved.tensor_groups import GEMMS
 from mxfp4ref.formats import humming
-from mxfp4ref.formats.generations import BYTEWISE, WORDWISE
+from mxfp4ref.formats.generations import BYTEWISE, WORDWISE, Generation
 from mxfp4ref.formats.layout import (
     deinterleave_weights_sm90,
     fold_scales_sm90,
@@ -50,25 +50,24 @@ def preparation_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
 
 
 def _of(fcs: tuple[str, ...], words: str, what: str, change: _On, cost: float) -> Hypothesis:
-    names = tuple(f"{fc}_{what}" for fc in fcs)
-    return Hypothesis("rows", fcs, words, mapped(names, lambda _, t: change(t)), cost + 0.1 * len(fcs))
+    return of_gemms("rows", fcs, words, what, change, cost + 0.1 * len(fcs))
 
 
 def _interleaved() -> Iterator[Hypothesis]:
     """The order that a kernel's weights have in memory."""
-    of = {"flashinfer 0.6.10 to 0.6.15": BYTEWISE, "flashinfer from 0.6.16 on": WORDWISE}
+    old, new = "flashinfer 0.6.10 to 0.6.15", "flashinfer from 0.6.16 on"
     steps: list[tuple[str, _On]] = []
-    for release, generation in of.items():
-
-        def there(t: Tensor, g: object = generation) -> Tensor:
-            return interleave_weights_sm90(t.contiguous(), g)  # type: ignore[arg-type]
-
-        def back(t: Tensor, g: object = generation) -> Tensor:
-            return deinterleave_weights_sm90(t.contiguous(), g)  # type: ignore[arg-type]
-
-        steps.append((f"interleaved once too often (layout of {release})", there))
-        steps.append((f"not interleaved (raw, where a kernel of {release} reads its layout)", back))
-    old, new = of
+    for release, kernel in ((old, BYTEWISE), (new, WORDWISE)):
+        steps += [
+            (
+                f"interleaved once too often (layout of {release})",
+                lambda t, k=kernel: interleave_weights_sm90(t.contiguous(), k),
+            ),
+            (
+                f"not interleaved (raw, where a kernel of {release} reads its layout)",
+                lambda t, k=kernel: deinterleave_weights_sm90(t.contiguous(), k),
+            ),
+        ]
     steps += [
         (f"interleaved for {old} and read by {new}", lambda t: _read(t, BYTEWISE, WORDWISE)),
         (f"interleaved for {new} and read by {old}", lambda t: _read(t, WORDWISE, BYTEWISE)),
@@ -80,20 +79,19 @@ def _interleaved() -> Iterator[Hypothesis]:
             yield _of(fcs, f"{whose} weights are {words}", "weights", change, 1.0)
 
 
-def _read(packed: Tensor, stored: object, read: object) -> Tensor:
-    return deinterleave_weights_sm90(interleave_weights_sm90(packed.contiguous(), stored), read)  # type: ignore[arg-type]
+def _read(packed: Tensor, stored: Generation, read: Generation) -> Tensor:
+    return deinterleave_weights_sm90(interleave_weights_sm90(packed.contiguous(), stored), read)
 
 
 def _folded() -> Iterator[Hypothesis]:
     """The order that a kernel's scales have in memory."""
-    for generation, release in ((BYTEWISE, "0.6.10 to 0.6.15"), (WORDWISE, "from 0.6.16 on")):
+    for kernel, release in ((BYTEWISE, "0.6.10 to 0.6.15"), (WORDWISE, "from 0.6.16 on")):
 
-        def raw(t: Tensor, g: object = generation) -> Tensor:
-            shape = g.layout.folded_shape(*t.shape)  # type: ignore[attr-defined]
-            return unfold_scales_sm90(t.reshape(shape), g).view_as(t)  # type: ignore[arg-type]
+        def raw(t: Tensor, kernel: Generation = kernel) -> Tensor:
+            return unfold_scales_sm90(t.reshape(kernel.layout.folded_shape(*t.shape)), kernel).view_as(t)
 
-        def twice(t: Tensor, g: object = generation) -> Tensor:
-            return fold_scales_sm90(t.contiguous(), g).reshape(t.shape)  # type: ignore[arg-type]
+        def twice(t: Tensor, kernel: Generation = kernel) -> Tensor:
+            return fold_scales_sm90(t.contiguous(), kernel).reshape(t.shape)
 
         for fcs, whose in GEMMS:
             by = f"(layout of flashinfer {release})"
@@ -133,12 +131,7 @@ def _blackwell(scales: Tensor, *, back: bool) -> Tensor:
     experts, rows, groups = scales.shape
     if rows % 128 or groups % 4:
         raise ValueError("scales: no whole blocks of 128x4")
-    there = (0, 1, 4, 3, 2, 5)
-    if not back:
-        parts = scales.reshape(experts, rows // 128, 4, 32, groups // 4, 4)
-        return parts.permute(there).reshape(scales.shape)
-    parts = scales.reshape(experts, rows // 128, groups // 4, 32, 4, 4)
-    return parts.permute(there).reshape(scales.shape)
+    return _laid_out(scales, (experts, rows // 128, 4, 32, groups // 4, 4), (0, 1, 4, 3, 2, 5), back)
 
 
 def _in_tiles(scales: Tensor, tall: int, wide: int, turned: bool, back: bool) -> Tensor:
@@ -147,11 +140,15 @@ def _in_tiles(scales: Tensor, tall: int, wide: int, turned: bool, back: bool) ->
     if rows % tall or groups % wide or (rows == tall and groups == wide and not turned):
         raise ValueError("scales: no whole tiles")
     sizes = (experts, rows // tall, tall, groups // wide, wide)
-    order = (0, 1, 3, 4, 2) if turned else (0, 1, 3, 2, 4)
+    return _laid_out(scales, sizes, (0, 1, 3, 4, 2) if turned else (0, 1, 3, 2, 4), back)
+
+
+def _laid_out(scales: Tensor, sizes: tuple[int, ...], order: tuple[int, ...], back: bool) -> Tensor:
+    """With axes of these sizes in this order in memory; or from there."""
     if not back:
         return scales.reshape(sizes).permute(order).reshape(scales.shape)
     stored = scales.reshape([sizes[d] for d in order])
-    return stored.permute([order.index(d) for d in range(5)]).reshape(scales.shape)
+    return stored.permute([order.index(d) for d in range(len(order))]).reshape(scales.shape)
 
 
 def _shards(call: MoeCall) -> Iterator[Hypothesis]:

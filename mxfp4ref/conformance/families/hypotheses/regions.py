@@ -70,13 +70,7 @@ def _row_regions(inner: int) -> Iterator[_Region]:
     ):
 
         def rows(inside: Callable[[Tensor, int], Tensor], halves: tuple[int, ...] = halves) -> _Where:
-            def where(n: int) -> Tensor:
-                index = torch.arange(n // 2)
-                chosen = inside(index, n // 2)
-                nothing = torch.zeros_like(chosen)
-                return torch.cat([chosen if half in halves else nothing for half in (0, 1)])
-
-            return where
+            return _in_halves(inside, halves)
 
         yield f"the rows{part}", rows(lambda i, n: i >= 0), 1.1 + 2 * extra
         for block in (64, 128, 32, 16, 8):
@@ -104,6 +98,16 @@ def _row_regions(inner: int) -> Iterator[_Region]:
                 )
         yield f"the last row{part}", rows(lambda i, n: i == n - 1), 1.5 + extra
         yield f"the first row{part}", rows(lambda i, n: i == 0), 1.6 + extra
+
+
+def _in_halves(inside: Callable[[Tensor, int], Tensor], halves: tuple[int, ...]) -> _Where:
+    """The same rows of up (0), of gate (1), or of both; of the rows' numbers in a half and how many it has."""
+
+    def where(n: int) -> Tensor:
+        chosen = inside(torch.arange(n // 2), n // 2)
+        return torch.cat([chosen if half in halves else torch.zeros_like(chosen) for half in (0, 1)])
+
+    return where
 
 
 def _roll(dim: int, by: int) -> _On:
@@ -222,12 +226,7 @@ def rows_at(call: MoeCall, first: int, last: int) -> Iterator[Hypothesis]:
             (" of the gate half", (1,)),
             (" of each half", (0, 1)),
         ):
-
-            def where(n: int, low: int = low, high: int = high, halves: tuple[int, ...] = halves) -> Tensor:
-                index = torch.arange(n)
-                inside = (index % (n // 2) >= low) & (index % (n // 2) <= high)
-                return inside & torch.isin(index // (n // 2), torch.tensor(halves))
-
+            where = _in_halves(lambda i, _, a=low, b=high: (i >= a) & (i <= b), halves)
             regions.append((f"rows {low} to {high}{part}", where, 1.2 + size / 100 + 0.2 * len(halves)))
     yield from _of(call, "rows", "fc1", regions)
 

@@ -129,10 +129,7 @@ def offset_hypotheses(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
                 owner != rows.expert,
             ),
         ):
-            concerned = torch.zeros_like(local, dtype=torch.bool).flatten()
-            concerned[rows.flat[moved]] = True
-            tokens = concerned.view(local.shape).any(1)
-            if concerns_what_is_wrong(tokens, wrong):
+            if concerns_what_is_wrong(_tokens(rows, moved, wrong), wrong):
                 one = of_slots(
                     "rows of an expert",
                     stages,
@@ -156,17 +153,14 @@ def count_hypotheses(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
         ("the average expert, rounded up", lambda n: (-(-n.sum() // len(n))).expand_as(n), 1.5),
     )
     for words, limit, cost in counts:
-        concerned = torch.zeros_like(local, dtype=torch.bool).flatten()
-        concerned[rows.flat[rows.position >= limit(rows.per_expert(experts))[rows.expert]]] = True
-        tokens = concerned.view(local.shape).any(1)
-        if not concerns_what_is_wrong(tokens, wrong):
+        moved = rows.position >= limit(rows.per_expert(experts))[rows.expert]
+        if not concerns_what_is_wrong(_tokens(rows, moved, wrong), wrong):
             continue
 
         def on(rows: SlotRows, limit: _Starts = limit) -> SlotRows:
             found, count = Rows.of(rows.local), rows.call.experts.num_experts
-            y = rows.y.flatten(0, 1).clone()
-            y[found.flat[found.position >= limit(found.per_expert(count))[found.expert]]] = 0
-            return replace(rows, y=y.view_as(rows.y))
+            beyond = found.position >= limit(found.per_expert(count))[found.expert]
+            return rows.placing(found.flat[beyond], 0)
 
         one = of_slots(
             "rows of an expert",
@@ -177,6 +171,11 @@ def count_hypotheses(call: MoeCall, wrong: Tensor) -> Iterator[Hypothesis]:
             cost,
         )
         yield replace(one, across_tokens=True, slow=True)
+
+
+def _tokens(rows: Rows, moved: Tensor, wrong: Tensor) -> Tensor:
+    """Those of some rows, `[M] bool` as `wrong`."""
+    return torch.zeros_like(wrong).index_fill(0, rows.token[moved], True)
 
 
 def _reading_input(starts: _Starts) -> Callable[[SlotRows], SlotRows]:
@@ -195,9 +194,8 @@ def _reading_output(starts: _Starts) -> Callable[[SlotRows], SlotRows]:
         found = Rows.of(rows.local)
         y = rows.y.flatten(0, 1)
         taken = torch.cat((y[found.flat], torch.zeros_like(y[:1])))
-        moved = y.clone()
-        moved[found.flat] = taken[_source(found, rows.call.experts.num_experts, starts).clamp(max=len(found))]
-        return replace(rows, y=moved.view_as(rows.y))
+        source = _source(found, rows.call.experts.num_experts, starts).clamp(max=len(found))
+        return rows.placing(found.flat, taken[source])
 
     return on
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.families.hypotheses.index_maps import expert_maps
+from mxfp4ref.conformance.families.hypotheses.index_maps import IndexMap, expert_maps
 from mxfp4ref.conformance.families.hypothesis import (
     Change,
     Hypothesis,
@@ -31,16 +31,28 @@ _PADDED = -(1 << 40)
 _ONCE = ", each expert once a token"
 
 
-def _selecting(
-    change: Callable[[Tensor, int, int, int, Callable[..., Tensor]], Tensor], *, once: bool = False
-) -> Change:
-    """Another `select_local`; gets the ids, E, ep_size, ep_rank, the right one. With `once` none counts twice."""
+@dataclass(frozen=True)
+class _Ids:
+    """What `select_local` gets, the ids as `int64`, and what it should give."""
+
+    ids: Tensor
+    n: int
+    size: int
+    rank: int
+    local: Tensor
+
+
+_Select = Callable[[_Ids], Tensor]
+
+
+def _selecting(change: _Select, *, once: bool = False) -> Change:
+    """Another `select_local`. With `once` no expert counts twice in a token."""
 
     def on(pipeline: Pipeline) -> Pipeline:
         right = pipeline.stages.select_local
 
         def select(ids: Tensor, n: int, size: int, rank: int) -> Tensor:
-            local = change(ids, n, size, rank, right)
+            local = change(_Ids(ids.to(torch.int64), n, size, rank, right(ids, n, size, rank)))
             return select_local(local, n, 1, 0) if once else local
 
         return pipeline.staging(select_local=select)
@@ -48,14 +60,11 @@ def _selecting(
     return on
 
 
-def _mapped_local(change: Callable[[Tensor, int], Tensor], once: bool) -> Change:
+def _mapped(axis: IndexMap) -> _Select:
     """Another of this rank's experts for each slot that is this rank's."""
-
-    def select(ids: Tensor, n: int, size: int, rank: int, right: Callable[..., Tensor]) -> Tensor:
-        local = right(ids, n, size, rank)
-        return torch.where(local >= 0, change(local.clamp(min=0), n), -1)
-
-    return _selecting(select, once=once)
+    return lambda of: torch.where(
+        of.local >= 0, axis.index(of.n).to(of.local.device)[of.local.clamp(min=0)], -1
+    )
 
 
 def _ids() -> Iterator[Hypothesis]:
@@ -65,7 +74,7 @@ def _ids() -> Iterator[Hypothesis]:
             _S,
             f"slots are computed by {axis.of('expert')} (weights, scales, biases and parameters alike)"
             + _ONCE * once,
-            _mapped_local(lambda local, n, axis=axis: axis.index(n).to(local.device)[local], once),
+            _selecting(_mapped(axis), once=once),
             axis.cost + 0.05 + 0.3 * once,
             kind=OTHER_EXPERTS,
         )
@@ -74,11 +83,7 @@ def _ids() -> Iterator[Hypothesis]:
             "ids",
             _S,
             f"every slot of a token is computed by the expert of {words} slot",
-            _selecting(
-                lambda ids, n, size, rank, right, a=at: right(ids, n, size, rank)[:, [a]].expand(
-                    -1, ids.shape[1]
-                )
-            ),
+            _selecting(lambda of, a=at: of.local[:, [a]].expand_as(of.local)),
             1.3,
         )
     for by, words in ((1, "before"), (-1, "after")):
@@ -86,7 +91,7 @@ def _ids() -> Iterator[Hypothesis]:
             "ids",
             _S,
             f"a token's slots are computed by the experts of the token {words}",
-            _selecting(lambda ids, n, size, rank, right, b=by: right(ids, n, size, rank).roll(b, 0)),
+            _selecting(lambda of, b=by: of.local.roll(b, 0)),
             1.5,
             across_tokens=True,
         )
@@ -94,7 +99,7 @@ def _ids() -> Iterator[Hypothesis]:
             "ids",
             _S,
             f"a slot is computed by the expert of the slot {words} it, with its own weight",
-            _selecting(lambda ids, n, size, rank, right, b=by: right(ids, n, size, rank).roll(b, 1)),
+            _selecting(lambda of, b=by: of.local.roll(b, 1)),
             1.4,
         )
 
@@ -111,37 +116,29 @@ def _foreign(call: MoeCall) -> Iterator[Hypothesis]:
         ("slots of later ranks", lambda place, n: place >= n),
         ("slots of earlier ranks", lambda place, n: (place < 0) & (place != _PADDED)),
     )
-    whats: tuple[tuple[str, Callable[[Tensor, int, int, int], Tensor]], ...] = (
-        ("by the rank's first expert", lambda ids, n, size, rank: ids * 0),
-        ("by the rank's last expert", lambda ids, n, size, rank: ids * 0 + n - 1),
-        (
-            "by the expert with their id modulo the rank's number of experts",
-            lambda ids, n, size, rank: ids % n,
-        ),
+    whats: tuple[tuple[str, _Select], ...] = (
+        ("by the rank's first expert", lambda of: of.ids * 0),
+        ("by the rank's last expert", lambda of: of.ids * 0 + of.n - 1),
+        ("by the expert with their id modulo the rank's number of experts", lambda of: of.ids % of.n),
         (
             "by the nearest of the rank's experts (ids are clamped to its range)",
-            lambda ids, n, size, rank: (ids - rank * n).clamp(0, n - 1),
+            lambda of: (of.ids - of.rank * of.n).clamp(0, of.n - 1),
         ),
         (
             "by the expert that a negative index counts from the end",
-            lambda ids, n, size, rank: (ids - rank * n) % n,
+            lambda of: (of.ids - of.rank * of.n) % of.n,
         ),
     )
     for words, chosen in kinds if call.ep_size > 1 else kinds[:2]:
         for where, expert in whats:
 
             def select(
-                ids: Tensor,
-                n: int,
-                size: int,
-                rank: int,
-                right: Callable[..., Tensor],
+                of: _Ids,
                 chosen: Callable[[Tensor, int], Tensor] = chosen,
-                expert: Callable[[Tensor, int, int, int], Tensor] = expert,
+                expert: _Select = expert,
             ) -> Tensor:
-                local, ids = right(ids, n, size, rank), ids.to(torch.int64)
-                place = torch.where(ids < 0, _PADDED, ids - rank * n)  # among this rank's experts
-                return torch.where((local < 0) & chosen(place, n), expert(ids, n, size, rank), local)
+                place = torch.where(of.ids < 0, _PADDED, of.ids - of.rank * of.n)  # among this rank's experts
+                return torch.where((of.local < 0) & chosen(place, of.n), expert(of), of.local)
 
             for once in (False, True):
                 yield Hypothesis(
@@ -168,39 +165,29 @@ def _ranks() -> Iterator[Hypothesis]:
     )
     for words, owned in ways:
 
-        def select(
-            ids: Tensor,
-            n: int,
-            size: int,
-            rank: int,
-            right: Callable[..., Tensor],
-            owned: Callable[[int, int, int], tuple[int, int]] = owned,
-        ) -> Tensor:
-            first, count = owned(n, size, rank)
-            local = ids.to(torch.int64) - first
+        def select(of: _Ids, owned: Callable[[int, int, int], tuple[int, int]] = owned) -> Tensor:
+            first, count = owned(of.n, of.size, of.rank)
+            local = of.ids - first
             return torch.where((local >= 0) & (local < count), local, -1)
 
         yield Hypothesis(
             "ranks", _S, f"the range of ids of this rank is taken {words}", _selecting(select), 1.3
         )
 
-    def first_kept(ids: Tensor, n: int, size: int, rank: int, right: Callable[..., Tensor]) -> Tensor:
-        local = right(ids, n, size, rank) + 1
-        return torch.where(local > 0, local % n, -1)
-
     yield Hypothesis(
-        "ranks", _S, "local ids are one too high, modulo the rank's experts", _selecting(first_kept), 2
+        "ranks",
+        _S,
+        "local ids are one too high, modulo the rank's experts",
+        _selecting(lambda of: torch.where(of.local >= 0, (of.local + 1) % of.n, -1)),
+        2,
     )
-
-    def strided(ids: Tensor, n: int, size: int, rank: int, right: Callable[..., Tensor]) -> Tensor:
-        ids = ids.to(torch.int64)
-        return torch.where((ids >= 0) & (ids % size == rank), ids // size, -1)
-
     yield Hypothesis(
         "ranks",
         _S,
         "experts are dealt out to ranks in turn (id modulo ep_size) instead of in blocks",
-        _selecting(strided),
+        _selecting(
+            lambda of: torch.where((of.ids >= 0) & (of.ids % of.size == of.rank), of.ids // of.size, -1)
+        ),
         1.4,
     )
 
@@ -285,16 +272,9 @@ def _repeated(call: MoeCall) -> Iterator[Hypothesis]:
         for target in range(min(call.top_k, 8)):
             if source != target and (abs(source - target) == 1 or source == 0):
 
-                def select(
-                    ids: Tensor,
-                    n: int,
-                    size: int,
-                    rank: int,
-                    right: Callable[..., Tensor],
-                    pair: tuple[int, int] = (source, target),
-                ) -> Tensor:
-                    local = right(ids, n, size, rank).clone()
-                    local[:, pair[1]] = local[:, pair[0]]
+                def select(of: _Ids, source: int = source, target: int = target) -> Tensor:
+                    local = of.local.clone()
+                    local[:, target] = local[:, source]
                     return local
 
                 yield Hypothesis(

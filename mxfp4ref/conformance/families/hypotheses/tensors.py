@@ -30,10 +30,13 @@ __all__ = [
     "expert_hypotheses",
     "layout_hypotheses",
     "mapped",
+    "of_codes",
+    "of_gemms",
     "value_hypotheses",
 ]
 
 _BYTES = GROUP_SIZE // 2  # of a K group's codes
+_AS_COLUMNS = ", or so are the activation's columns, as they are stored or as GEMM2 reads them"
 _On = Callable[[Tensor], Tensor]
 
 
@@ -45,6 +48,15 @@ def mapped(names: tuple[str, ...], change: Callable[[str, Tensor], Tensor]) -> C
         return pipeline.having(**{n: change(n, t) for n, t in tensors.items() if t is not None})
 
     return on
+
+
+def of_gemms(
+    family: str, fcs: tuple[str, ...], words: str, what: str, change: _On, cost: float
+) -> Hypothesis:
+    """That the `what` ("weights", "scales") of these GEMMs are changed alike."""
+    return Hypothesis(
+        family, fcs, words, mapped(tuple(f"{fc}_{what}" for fc in fcs), lambda _, t: change(t)), cost
+    )
 
 
 def expert_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
@@ -92,9 +104,6 @@ def bias_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     return _layouts(call, biases=True)
 
 
-_AS_COLUMNS = ", or so are the activation's columns, as they are stored or as GEMM2 reads them"
-
-
 def layout_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     """Rows and K groups of weights and scales in another order."""
     return _layouts(call, biases=False)
@@ -106,22 +115,20 @@ def _layouts(call: MoeCall, *, biases: bool) -> Iterator[Hypothesis]:
         if not group.given(call) or alone != biases:
             continue
         fc = group.names[0][:3]
+        every = (f"{fc}_{what}" for what in ("weights", "scales", "biases"))
+        whole = {name for name in every if getattr(call.experts, name) is not None}
         for part, within in _row_parts(call, group.names):
             # Rows of up and of gate that move alike, with all they have, are the activation's columns.
             moved = "each of" in part
-            whole = {
-                n
-                for n in (f"{fc}_weights", f"{fc}_scales", f"{fc}_biases")
-                if getattr(call.experts, n) is not None
-            }
             columns = fc == "fc1" and moved and whole <= set(group.names)
             for axis in (*neighbour_maps(), *block_maps()):
+                change = within(lambda t, a=axis: t.index_select(1, a.index(t.shape[1]).to(t.device)))
                 row = axis.of("row") + axis.of_up_and_gate * (fc == "fc1" and call.experts.gated and not part)
                 yield Hypothesis(
                     "rows",
                     ("activation", "fc1") if columns else group.stages,
                     f"{group.words} are in each row those of {row}{part}{_AS_COLUMNS * columns}",
-                    mapped(group.names, _rows(axis, within)),
+                    mapped(group.names, lambda _, t, c=change: c(t)),
                     axis.cost + 0.3 * bool(part),
                 )
         if not alone and len(group.names) < 3:
@@ -139,22 +146,13 @@ def _layouts(call: MoeCall, *, biases: bool) -> Iterator[Hypothesis]:
                     "K groups",
                     group.stages,
                     f"the bytes of {group.words} within each K group are those of {axis.of('byte')}",
-                    mapped(group.names, _within_groups(axis)),
+                    mapped(group.names, lambda _, t, a=axis: _within_groups(t, a.index(_BYTES))),
                     axis.cost + 0.4,
                 )
 
 
-def _rows(axis: IndexMap, within: Callable[[_On], _On]) -> Callable[[str, Tensor], Tensor]:
-    change = within(lambda t: t.index_select(1, axis.index(t.shape[1]).to(t.device)))
-    return lambda _, tensor: change(tensor)
-
-
-def _within_groups(axis: IndexMap) -> Callable[[str, Tensor], Tensor]:
-    def change(_: str, tensor: Tensor) -> Tensor:
-        groups = tensor.view(*tensor.shape[:2], -1, _BYTES)
-        return groups[..., axis.index(_BYTES).to(tensor.device)].view_as(tensor)
-
-    return change
+def _within_groups(packed: Tensor, index: Tensor) -> Tensor:
+    return packed.view(*packed.shape[:2], -1, _BYTES)[..., index.to(packed.device)].flatten(2)
 
 
 def _scale_values() -> Iterator[tuple[str, _On, float]]:
@@ -193,10 +191,13 @@ def largest_of_groups(scales: Tensor, size: int) -> Tensor:
     return grouped.amax(3, keepdim=True).expand_as(grouped).reshape(scales.shape)
 
 
-def _codes(change: Callable[[Tensor], Tensor]) -> _On:
+def of_codes(change: _On) -> _On:
+    """The change of codes, each by itself, as one of packed bytes."""
+
     def on(packed: Tensor) -> Tensor:
-        table = pack_codes(change(unpack_codes(torch.arange(256, dtype=torch.uint8)[:, None]))).flatten()
-        return table.to(packed.device)[packed.to(torch.int32)]
+        codes = change(unpack_codes(torch.arange(256, dtype=torch.uint8)[:, None]))
+        table = pack_codes(codes.to(torch.uint8)).flatten()
+        return table.to(packed.device)[packed.view(torch.uint8).to(torch.int32)]
 
     return on
 
@@ -204,10 +205,10 @@ def _codes(change: Callable[[Tensor], Tensor]) -> _On:
 def _weight_values() -> Iterator[tuple[str, _On, float]]:
     def table(*magnitudes: int) -> _On:
         of = torch.tensor(magnitudes, dtype=torch.uint8)
-        return _codes(lambda c: c & 8 | of[(c & 7).to(torch.int64)])
+        return of_codes(lambda c: c & 8 | of[(c & 7).to(torch.int64)])
 
-    yield "without their signs", _codes(lambda c: c & 7), 1
-    yield "with the opposite sign", _codes(lambda c: c ^ 8), 1
+    yield "without their signs", of_codes(lambda c: c & 7), 1
+    yield "with the opposite sign", of_codes(lambda c: c ^ 8), 1
     yield "with the low code of each byte taken twice", lambda p: p & 15 | p << 4, 1.1
     yield "with the high code of each byte taken twice", lambda p: p >> 4 | p & 0xF0, 1.1
     yield "with the largest code (6) read as 4", table(0, 1, 2, 3, 4, 5, 6, 6), 1.3
@@ -216,12 +217,12 @@ def _weight_values() -> Iterator[tuple[str, _On, float]]:
     yield "with 1.5 read as 1 and 3 as 2 (mantissa bit dropped)", table(0, 0, 2, 2, 4, 4, 6, 6), 1.4
     yield "with codes one too high", table(1, 2, 3, 4, 5, 6, 7, 7), 1.6
     yield "with codes one too low", table(0, 0, 1, 2, 3, 4, 5, 6), 1.6
-    yield "with sign and lowest bit exchanged", _codes(lambda c: (c & 1) << 3 | c & 6 | c >> 3), 1.6
-    yield "with the bits of each code in reverse", _codes(_reversed_bits), 1.6
-
-
-def _reversed_bits(codes: Tensor) -> Tensor:
-    return (codes & 1) << 3 | (codes & 2) << 1 | (codes & 4) >> 1 | codes >> 3
+    yield "with sign and lowest bit exchanged", of_codes(lambda c: (c & 1) << 3 | c & 6 | c >> 3), 1.6
+    yield (
+        "with the bits of each code in reverse",
+        of_codes(lambda c: (c & 1) << 3 | (c & 2) << 1 | (c & 4) >> 1 | c >> 3),
+        1.6,
+    )
 
 
 def _bias_values() -> Iterator[tuple[str, _On, float]]:
@@ -235,14 +236,12 @@ def _cut_off_scales(call: MoeCall, names: tuple[str, ...]) -> Iterator[tuple[str
     """Near the largest or the least byte of these tensors; at 127 it is tried anyway."""
     own = torch.cat([getattr(call.experts, name).flatten() for name in names])
     low, high = int(own.min()), int(own.max())
-    for byte in range(max(high - _CUT_OFF, 0), high):
+    most = (("at most", byte, {"max": byte}) for byte in range(max(high - _CUT_OFF, 0), high))
+    least = (("at least", byte, {"min": byte}) for byte in range(low + 1, min(low + _CUT_OFF, 255) + 1))
+    for how, byte, ends in chain(most, least):
         if byte != 127:
-            words = f"at most 2^{byte - 127} (bytes cut off at {byte})"
-            yield words, lambda s, b=byte: s.clamp(max=b), 1.7
-    for byte in range(low + 1, min(low + _CUT_OFF, 255) + 1):
-        if byte != 127:
-            words = f"at least 2^{byte - 127} (bytes cut off at {byte})"
-            yield words, lambda s, b=byte: s.clamp(min=b), 1.7
+            words = f"{how} 2^{byte - 127} (bytes cut off at {byte})"
+            yield words, lambda s, ends=ends: s.clamp(**ends), 1.7
 
 
 def value_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:

@@ -176,14 +176,8 @@ def weight_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     if call.experts.fc2_biases is not None and call.tp_rank == 0:
         for words, step, cost in _bias_use():
             yield of_sum("fc2 bias", _F, words, FinalizeVariant(step), cost)
-
-        def once(y: Tensor, local: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-            first = torch.arange(local.shape[1], device=local.device) == (local >= 0).to(torch.int8).argmax(
-                1, keepdim=True
-            )
-            return _with_bias_where(y, local, w, bias, first)
-
-        yield of_sum("fc2 bias", _F, "the fc2 bias is added for a token's first slot only", once, 1.3)
+        words = "the fc2 bias is added for a token's first slot only"
+        yield of_sum("fc2 bias", _F, words, _with_bias_once, 1.3)
     if call.experts.fc2_biases is not None and call.tp_rank > 0:
         yield Hypothesis(
             "fc2 bias",
@@ -212,10 +206,11 @@ def _biased(y: Tensor, local: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else fp32.add(fp32.widen(y), fp32.widen(bias[local.clamp(min=0)]))
 
 
-def _with_bias_where(y: Tensor, local: Tensor, w: Tensor, bias: Tensor | None, chosen: Tensor) -> Tensor:
+def _with_bias_once(y: Tensor, local: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    first = (local >= 0).to(torch.int8).argmax(1, keepdim=True)
     acc = torch.zeros_like(fp32.widen(y[:, 0].contiguous()))
     both = _biased(y, local, bias)
     for slot in range(local.shape[1]):
-        row = torch.where(chosen[:, slot, None], both[:, slot], fp32.widen(y[:, slot].contiguous()))
+        row = torch.where(first == slot, both[:, slot], fp32.widen(y[:, slot].contiguous()))
         acc = torch.where(local[:, slot, None] >= 0, fp32.fma(w[:, slot, None].expand_as(row), row, acc), acc)
     return acc

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.families.sampled import Sample
-from mxfp4ref.conformance.families.solved.another_bias import of_another_fc2_bias
-from mxfp4ref.conformance.families.solved.gains import gains, grows_alike, of_one_row
+from mxfp4ref.conformance.families.solved.gains import gains, grows_alike, of_another_fc2_bias, of_one_row
 from mxfp4ref.conformance.findings.finding import Evidence
 
 __all__ = ["Space"]

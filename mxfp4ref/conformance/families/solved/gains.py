@@ -1,4 +1,4 @@
-"""What the activation gains with GEMM1's output; whether tokens' errors are as of one factor on it, or of one row."""
+"""What the activation gains with GEMM1's output; whether errors are as of one factor on it, of one row, or a bias."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from torch import Tensor
 
 from mxfp4ref.conformance.families.sampled import Sample
 
-__all__ = ["gains", "grows_alike", "of_one_row"]
+__all__ = ["gains", "grows_alike", "of_another_fc2_bias", "of_one_row"]
 
 _FEWEST = 5  # tokens
 _FAR = 4.0  # standard errors
 _PARALLEL, _LOUD = 0.99, 8.0  # the cosine of the angle between errors, and how many roundings these are
 _COLUMNS = 16  # that an error has at least, in effect
+_LEVERAGE = 0.9  # of a token, above which the others say too little of it
+_EXPLAINED = 0.9  # of the errors' squares that roundings do not make
+_TOLD = 4  # tokens of which they do not
 
 
 def gains(sample: Sample) -> Tensor:
@@ -55,3 +58,26 @@ def of_one_row(some: list[Sample]) -> bool:
 def _spread(error: Tensor) -> float:
     """As how many columns of one size the error is."""
     return float(error.square().sum().square() / error.pow(4).sum())
+
+
+def of_another_fc2_bias(some: list[Sample]) -> bool:
+    """Whether a row for each expert, times the routing weights, predicts the errors of tokens not fitted to."""
+    ids = sorted({e for s in some for e in s.experts.tolist()})
+    weights = torch.zeros(len(some), len(ids), dtype=torch.float64)
+    for row, sample in zip(weights, some, strict=True):
+        for weight, expert in zip(sample.weights, sample.experts.tolist(), strict=True):
+            row[ids.index(expert)] += weight
+    errors = torch.stack([s.error for s in some])
+    units = (
+        torch.stack([s.noise for s in some]).mean(1, keepdim=True).sqrt()
+    )  # each token counts by its roundings
+    weights, errors = weights / units, errors / units
+    hat = weights @ torch.linalg.pinv(weights)
+    leverage = hat.diagonal()
+    told = leverage < _LEVERAGE
+    if int(told.sum()) < _TOLD:
+        return False
+    rest = ((errors - hat @ errors) / (1 - leverage.clamp(max=_LEVERAGE))[:, None])[told]
+    total, quiet = errors[told].square().sum(), (1 / (1 - leverage[told])).sum() * errors.shape[1]
+    left = float((rest.square().sum() - quiet) / (total - quiet).clamp(min=1e-300))
+    return left <= 1 - _EXPLAINED

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from mxfp4ref.conformance.comparison import differing
+from mxfp4ref.conformance.families.hypotheses.memory_readings import lying_at, sought_at
 from mxfp4ref.conformance.findings.finding import Evidence
 from mxfp4ref.conformance.findings.index_words import map_words
 
@@ -44,26 +44,19 @@ def rows_of_others(got: Tensor, want: Tensor, rows: Tensor) -> Evidence | None:
 def another_stride(got: Tensor, want: Tensor) -> Evidence | None:
     """Whether the output was written with one distance between its rows and read with another; both `[M, H] bf16`."""
     for padding in _PADDINGS:
+        stride = want.shape[1] + padding
         for read, words in (
             (
-                _packed,
+                lying_at,
                 f"lie {padding} elements further apart in memory than they are long, and are read as if dense",
             ),
-            (_spread, f"lie densely in memory, and are read as if {padding} elements further apart"),
+            (sought_at, f"lie densely in memory, and are read as if {padding} elements further apart"),
         ):
-            known = read(torch.ones_like(want), padding) != 0  # the rest is what memory held
-            if not bool((differing(got, read(want, padding)) & known).any()):
+            known = read(torch.ones_like(want), stride) != 0  # the rest is what memory held
+            if not bool((differing(got, read(want, stride)) & known).any()):
                 kind = "the output is read with another stride than it was written with"
                 return Evidence.of_kind(("finalize",), kind, f"its rows {words}", 3)
     return None
-
-
-def _packed(rows: Tensor, padding: int) -> Tensor:
-    return pad(rows, (0, padding)).flatten()[: rows.numel()].view(rows.shape)
-
-
-def _spread(rows: Tensor, padding: int) -> Tensor:
-    return pad(rows.flatten(), (0, len(rows) * padding)).view(len(rows), -1)[:, : rows.shape[1]]
 
 
 def _empty(want: Tensor, tokens: list[int]) -> str:

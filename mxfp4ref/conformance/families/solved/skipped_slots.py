@@ -225,13 +225,10 @@ def _last(slots: SlotRows, number: Tensor) -> Tensor:
 def _own(slots: SlotRows, number: Tensor, last: bool) -> Tensor:
     """The sorted row of the first or last slot of a slot's token that is computed; -1 without any."""
     top_k = slots.local.shape[1]
-    flat = Rows.of(slots.local).flat
-    place = torch.full((slots.local.numel(),), -1, dtype=torch.int64)
-    place[flat] = torch.arange(len(flat))
-    here = (slots.local >= 0).to(torch.int8)
+    row, here = Rows.of(slots.local).numbers(slots.local), (slots.local >= 0).to(torch.int8)
     slot = top_k - 1 - here.flip(1).argmax(1) if last else here.argmax(1)
     token = number // top_k
-    return place[token * top_k + slot[token]]
+    return row[token, slot[token]]
 
 
 def _adding(slots: SlotRows, which: _Kind, rows: _Rows, weighted: bool) -> SlotRows:
@@ -239,13 +236,9 @@ def _adding(slots: SlotRows, which: _Kind, rows: _Rows, weighted: bool) -> SlotR
     here = ((slots.local < 0) & which(slots.call.token_selected_experts)).flatten().nonzero().flatten()
     row = rows(slots, here)
     here, row = here[(row >= 0) & (row < len(flat))], row[(row >= 0) & (row < len(flat))]
-    y, local, weights = (
-        slots.y.flatten(0, 1).clone(),
-        slots.local.flatten().clone(),
-        slots.weights.flatten().clone(),
-    )
-    y[here], local[here] = y[flat[row]], slots.local.flatten()[flat[row]]
+    local, weights = slots.local.flatten().clone(), slots.weights.flatten().clone()
+    local[here] = local[flat[row]]
     if not weighted:
         weights[here] = 1.0
-    shape = slots.local.shape
-    return replace(slots, y=y.view_as(slots.y), local=local.view(shape), weights=weights.view(shape))
+    added = slots.placing(here, slots.y.flatten(0, 1)[flat[row]])
+    return replace(added, local=local.view_as(slots.local), weights=weights.view_as(slots.weights))

@@ -19,11 +19,12 @@ from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline, SlotR
 from mxfp4ref.conformance.families.places import stage_before_gemm2
 from mxfp4ref.conformance.families.solved.pursuit import ZERO, Rows, Solved, showing
 from mxfp4ref.conformance.families.solved.row_sources import RowSource, row_sources
-from mxfp4ref.conformance.families.solved.second_products import second_products
 from mxfp4ref.conformance.findings.finding import counted
 from mxfp4ref.conformance.findings.index_words import Rule, map_rules
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import trace
+from mxfp4ref.sm90.elementwise import to_bf16
+from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
 
 __all__ = ["taken_hypotheses"]
 
@@ -175,19 +176,34 @@ def _taken(call: MoeCall, rows: Rows, name: str, rule: _OfCall, own: bool) -> Te
 def _results(slots: SlotRows, name: str, rule: _OfCall, own: bool) -> SlotRows:
     """With the rows of GEMM2 that a rule says, or zeros."""
     rows = Rows.of(slots.local)
-    moved = slots.y.flatten(0, 1).clone()
-    taken = torch.cat((moved[rows.flat], torch.zeros_like(moved[:1])))
-    moved[rows.flat] = taken[_taken(slots.call, rows, name, rule, own)]
-    return replace(slots, y=moved.view_as(slots.y))
+    y = slots.y.flatten(0, 1)[rows.flat]
+    taken = torch.cat((y, torch.zeros_like(y[:1])))[_taken(slots.call, rows, name, rule, own)]
+    return slots.placing(rows.flat, taken)
 
 
 def _activations(slots: SlotRows, name: str, rule: _OfCall, own: bool) -> SlotRows:
     """With GEMM2 of the rows of the activation that a rule says, or of zeros."""
     rows, right = Rows.of(slots.local), trace(slots.call).activation
     taken = torch.cat((right, torch.zeros_like(right[:1])))[_taken(slots.call, rows, name, rule, own)]
-    moved = slots.y.flatten(0, 1).clone()
-    moved[rows.flat] = second_products(slots.call, taken, rows.expert)
-    return replace(slots, y=moved.view_as(slots.y))
+    return slots.placing(rows.flat, _second_products(slots.call, taken, rows.expert))
+
+
+def _second_products(call: MoeCall, activation: Tensor, expert: Tensor) -> Tensor:
+    """Rounded, `[R, H] bf16`, of rows of the activation `[R, I] bf16` and their experts `[R]`."""
+    y = activation.new_zeros(len(activation), call.experts.hidden_size)
+    for number in torch.unique(expert).tolist():
+        mine = expert == number
+        codes, scales = call.experts.weights("fc2", number)
+        assert scales is not None
+        product = group_scaled_gemm(
+            activation[None, mine],
+            codes,
+            scales,
+            tactic=call.kernel.tactics[1],
+            generation=call.kernel.generation,
+        )
+        y[mine] = to_bf16(product[0])
+    return y
 
 
 def _inputs(slots: SlotRows, name: str, rule: _OfCall) -> SlotRows:
@@ -265,9 +281,7 @@ def _beyond(slots: SlotRows, first: int, zero: bool) -> SlotRows:
 def _lost(slots: SlotRows, lost: Tensor, zero: bool) -> SlotRows:
     """Without these slots, or, if `zero`, with rows of zeros for them."""
     if zero:
-        y = slots.y.flatten(0, 1).clone()
-        y[lost] = 0
-        return replace(slots, y=y.view_as(slots.y))
+        return slots.placing(lost, 0)
     local = slots.local.flatten().clone()
     local[lost] = -1
     return replace(slots, local=local.view_as(slots.local))
