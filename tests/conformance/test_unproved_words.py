@@ -27,7 +27,10 @@ from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import trace
 from mxfp4ref.sm90 import fp32
 from tests.held_out_kernels.calls import captured
-from tests.held_out_kernels.second_draw_kernels import second_activation_over_its_input
+from tests.held_out_kernels.second_draw_kernels import (
+    second_activation_over_its_input,
+    second_split_tiles_meet_in_bf16,
+)
 from tests.helpers import usual
 from tests.helpers.usual import first
 
@@ -68,6 +71,13 @@ def test_of_an_activation_that_is_right_in_part_the_input_is_right() -> None:
     found = evidence(call, second_activation_over_its_input(call))
     assert any(e.stages == ("fc1", "activation") and "read or overwrite others" in e.sentence for e in found)
     assert not any("input" in e.stages for e in found)
+
+
+def test_roundings_in_some_columns_alone_are_not_spread_by_chance() -> None:
+    call = captured("prefill")
+    found = evidence(call, second_split_tiles_meet_in_bf16(call))
+    assert [e.stages for e in found] == [("fc2", "finalize")]
+    assert "all in columns 192 to 255 of 256" in found[0].sentence
 
 
 def in_float32(call: MoeCall, inside: Callable[[Tensor], Tensor] = lambda h: h) -> Tensor:

@@ -144,7 +144,9 @@ def taken_evidence(pipeline: Pipeline, slots: SlotRows, got: Tensor, wrong: Tens
             by_row = True
         at_the_end = _at_the_end(rows, row)
         stages = one.stages
-        if one.what in ("result", "input") and not (same and (by_row or at_the_end)):  # no GEMM's own order of rows
+        if one.what in ("result", "input") and not (
+            same and (by_row or at_the_end)
+        ):  # no GEMM's own order of rows
             stages = ("slots", "input" if same else "finalize")
         further += at_the_end
         words = f"{shortened(told, _LISTED, '; ')}{further}; all else of the tokens solved is right"
