@@ -304,7 +304,7 @@ def _binades(values: Tensor) -> float:
 
 
 def _scattered(wrong: Tensor) -> Iterator[Evidence]:
-    """Single roundings: the columns that have all of them, or whether they are spread over the tokens as by chance."""
+    """Single roundings: the columns that have all, or whether they are spread over the tokens as by chance."""
     counts = wrong.sum(1).to(torch.float64)
     counts = counts[counts > 0]
     share = float(counts.mean()) / wrong.shape[1]
