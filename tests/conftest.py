@@ -14,14 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-from mxfp4ref.conformance import heartbeat
-from mxfp4ref.goldens.manifest import write_builtin
 from tests.helpers import forked
-from tests.helpers.patience import be_patient
 
-torch.set_num_threads(1)
 # Tests send these, and a suite in a shell's background or under nohup ignores them.
 for sent, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(sent) is signal.SIG_IGN:
@@ -47,13 +42,24 @@ def pytest_report_header() -> list[str]:
 @pytest.fixture(scope="session")
 def builtin_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The goldens of an installed package, written as the wheel's build does."""
+    from mxfp4ref.goldens.manifest import write_builtin
+
     root = tmp_path_factory.mktemp("wheel") / "builtin"
     write_builtin(Path(__file__).resolve().parents[1] / "goldens", root)
     return root
 
 
 def pytest_collection_finish() -> None:
-    """What is imported and collected stays: the collector need not look at it each time."""
+    """What is imported and collected stays: the collector need not look at it each time.
+
+    What takes seconds to import is imported here, which xdist's first process does not come to.
+    """
+    import torch
+
+    from mxfp4ref.conformance import heartbeat
+
+    torch.set_num_threads(1)
+    heartbeat.SILENCE = 1e6  # tests do not depend on how fast a machine is; those of the sign of life set it
     gc.freeze()
 
 
@@ -63,13 +69,11 @@ def pytest_sessionfinish() -> None:
     gc.freeze()
 
 
-# Tests do not depend on how fast a machine is; those of the sign of life set it themselves.
-heartbeat.SILENCE = 1e6
-
-
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """See `tests/helpers/patience.py`."""
+    from tests.helpers.patience import be_patient
+
     be_patient(monkeypatch)
 
 
