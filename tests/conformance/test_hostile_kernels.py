@@ -299,6 +299,7 @@ def assert_renders(result: CaseResult) -> None:
     assert "evil conforms: it equals all" not in texts[0].splitlines()
 
 
+@pytest.mark.usefixtures("copied_processes")
 @pytest.mark.parametrize(("name", "status", "message"), EVERYWHERE)
 def test_isolated(name: str, status: str, message: str, case: Case, choice: Path, worker: Worker) -> None:
     result = isolated(name, case, choice, worker)
