@@ -11,24 +11,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-try:
-    import torch
-
-    from mxfp4ref.conformance import heartbeat
-    from mxfp4ref.goldens.manifest import write_builtin
-    from tests.helpers import forked
-    from tests.helpers.patience import be_patient
-except ModuleNotFoundError as error:  # of a Python that is not that of .venv
-    missing = f"tests/: {sys.executable} has no {error.name}: `make test` sets up what they need"
-else:
-    missing = ""
-    torch.set_num_threads(1)
-    # Tests do not depend on how fast a machine is; those of the sign of life set it themselves.
-    heartbeat.SILENCE = 1e6
+from tests.helpers import forked
 
 # Tests send these, and a suite in a shell's background or under nohup ignores them.
 for sent, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
@@ -47,8 +35,9 @@ else:
 
 
 def pytest_configure() -> None:
-    if missing:
-        raise pytest.UsageError(missing)
+    if (missing := next((name for name in ("torch", "numba") if find_spec(name) is None), None)) is not None:
+        words = f"tests/: {sys.executable} has no {missing}: `make test` sets up what they need"
+        raise pytest.UsageError(words)  # it is a Python that is not that of .venv
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -60,13 +49,24 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(scope="session")
 def builtin_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The goldens of an installed package, written as the wheel's build does."""
+    from mxfp4ref.goldens.manifest import write_builtin
+
     root = tmp_path_factory.mktemp("wheel") / "builtin"
     write_builtin(Path(__file__).resolve().parents[1] / "goldens", root)
     return root
 
 
 def pytest_collection_finish() -> None:
-    """What is imported and collected stays: the collector need not look at it each time."""
+    """What is imported and collected stays: the collector need not look at it each time.
+
+    What takes seconds to import is imported here, which xdist's first process does not come to.
+    """
+    import torch
+
+    from mxfp4ref.conformance import heartbeat
+
+    torch.set_num_threads(1)
+    heartbeat.SILENCE = 1e6  # tests do not depend on how fast a machine is; those of the sign of life set it
     gc.freeze()
 
 
@@ -79,6 +79,8 @@ def pytest_sessionfinish() -> None:
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """See `tests/helpers/patience.py`."""
+    from tests.helpers.patience import be_patient
+
     be_patient(monkeypatch)
 
 

@@ -26,7 +26,6 @@ import pytest
 import torch
 
 from mxfp4ref import forward
-from mxfp4ref.__main__ import main
 from mxfp4ref.conformance import (
     CaseResult,
     Kernel,
@@ -54,6 +53,7 @@ from mxfp4ref.conformance.reports.report_text import to_text
 from mxfp4ref.goldens import Case, GoldenError, open_goldens
 from mxfp4ref.goldens.runs import Run
 from tests.helpers import forked, hostile_kernels, usual
+from tests.helpers.commands import exit_code
 from tests.helpers.hostile_files import CHECKOUT, copy_goldens
 
 GOLDENS = open_goldens()
@@ -300,6 +300,7 @@ def assert_renders(result: CaseResult) -> None:
     assert "evil conforms: it equals all" not in texts[0].splitlines()
 
 
+@pytest.mark.usefixtures("copied_processes")
 @pytest.mark.parametrize(("name", "status", "message"), EVERYWHERE)
 def test_isolated(name: str, status: str, message: str, case: Case, choice: Path, worker: Worker) -> None:
     result = isolated(name, case, choice, worker)
@@ -652,7 +653,7 @@ def test_devices_that_are_not_here(device: str, case: Case) -> None:
 
 @pytest.mark.usefixtures("copied_processes")
 def test_without_isolation_the_command_needs_a_verdict(
-    choice: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    choice: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A kernel that ends the process with exit code 0 does not conform; one that closes stdout does not end it."""
     for name, code, said in (
@@ -663,12 +664,8 @@ def test_without_isolation_the_command_needs_a_verdict(
         ("redirected_streams", 0, "conforms: it equals"),
     ):
         choice.write_text(name)
-        command = ["mxfp4ref", "conform", "--no-isolate", SPEC, "--case", "finalize/slot_order"]
-        command += ["--diagnosis", "none"]
-        monkeypatch.setattr(sys, "argv", command)
-        with pytest.raises(SystemExit) as done:
-            main()
-        assert done.value.code == code
+        options = ("--no-isolate", "--case", "finalize/slot_order", "--diagnosis", "none")
+        assert exit_code("conform", SPEC, *options) == code
         out, err = capfd.readouterr()
         assert said in (err if name.startswith("exits") else out)
         assert ("it ended its process" in err) == name.startswith("exits")
@@ -714,12 +711,8 @@ def test_an_error_of_the_kit_is_not_the_kernels(
     )
     monkeypatch.chdir(tmp_path)
     goldens = ("--goldens", str(CHECKOUT), "--case", "finalize/slot_order", "--no-repeat")
-    options = ("--no-isolate", "--diagnosis", "none")
-    monkeypatch.setattr(sys, "argv", ["mxfp4ref", "conform", *options, "kernel.py:wrong", *goldens])
-    with pytest.raises(SystemExit) as done:
-        main()
+    assert exit_code("conform", "--no-isolate", "--diagnosis", "none", "kernel.py:wrong", *goldens) == 2
     err = capfd.readouterr().err
-    assert done.value.code == 2
     assert "TypeError" in err
     assert "an error of mxfp4ref itself" in err
     assert "does not conform" not in err
@@ -734,11 +727,9 @@ def test_modules_of_the_working_directory_are_not_the_kits_and_nothing_warns(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONWARNINGS", "error")
     goldens = ("--goldens", str(CHECKOUT), "--case", "finalize/slot_order", "--no-repeat")
-    monkeypatch.setattr(sys, "argv", ["mxfp4ref", "conform", isolation, "kernel.py:good", *goldens])
-    with pytest.raises(SystemExit) as done:
-        main()
+    code = exit_code("conform", isolation, "kernel.py:good", *goldens)
     out, err = capfd.readouterr()
-    assert (done.value.code, err) == (0, ""), out
+    assert (code, err) == (0, ""), out
 
 
 def test_no_room_for_the_verdict_is_not_the_kernels_fault(
@@ -748,10 +739,7 @@ def test_no_room_for_the_verdict_is_not_the_kernels_fault(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    monkeypatch.setattr(sys, "argv", ["mxfp4ref", "conform", "--no-isolate", SPEC])
-    with pytest.raises(SystemExit) as done:
-        main()
-    assert done.value.code == 2
+    assert exit_code("conform", "--no-isolate", SPEC) == 2
     assert capsys.readouterr() == ("", "Error: OSError: [Errno 28] No space left on device\n")
 
 

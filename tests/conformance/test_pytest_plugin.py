@@ -386,12 +386,14 @@ def test_a_kernel_that_ends_its_process_fails(pytester: pytest.Pytester) -> None
 
 
 @pytest.mark.usefixtures("copied_processes")
-def test_a_kernel_that_ends_pytests_own_process_fails(pytester: pytest.Pytester) -> None:
+def test_a_kernel_that_ends_pytests_own_process_fails(
+    pytester: pytest.Pytester, capfd: pytest.CaptureFixture[str]
+) -> None:
     pytester.makepyfile(ends="import os\n\ndef f(**arguments): os._exit(0)\n")
-    arguments = (*COPIED, "--mxfp4-no-isolate", *ARGUMENTS)
-    result = pytester.runpytest_subprocess("--mxfp4-kernel=ends:f", *arguments)
-    assert result.ret == pytest.ExitCode.TESTS_FAILED
-    result.stderr.fnmatch_lines(["The kernel does not conform: it ended its process (exit code 0) before*"])
+    arguments = ["--mxfp4-kernel=ends:f", *COPIED, "--mxfp4-no-isolate", *ARGUMENTS]
+    assert pytest.main(arguments) == pytest.ExitCode.TESTS_FAILED
+    words = "The kernel does not conform: it ended its process (exit code 0) before"
+    assert capfd.readouterr().err.startswith(words)
 
 
 @pytest.mark.slow

@@ -100,7 +100,7 @@ def test_what_lies_within_bounds_stops_no_run() -> None:
 
     kernel = Kernel("it", ("moe",), whole_arguments, summed_to_one)
     cases = [GOLDENS.load(name) for name in ("finalize/biases_cancel", SMALL, SMALL)]
-    report = run(kernel, cases, Options(max_failures=1, repeat=False))
+    report = run(kernel, cases, Options(max_failures=1, repeat=False, diagnosis="quick"))
     assert [r.within_bounds for r in report.results] == [True, False]
     assert report.left == 1
 

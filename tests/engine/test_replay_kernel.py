@@ -46,7 +46,7 @@ def test_a_kernel_of_ones_own(wrong: Path, tmp_path: Path) -> None:
     )
     files = ("--json", str(tmp_path / "r.json"))
     arguments = ["replay", str(wrong), "--kernel", f"{tmp_path / 'kernel.py'}:f", "--mode", "bounded"]
-    result = CliRunner().invoke(commands, [*arguments, "--diagnosis", "quick", *files])
+    result = CliRunner().invoke(commands, [*arguments, "--diagnosis", "none", *files])
     assert result.exit_code == 1, result.output
     assert "1 outside bounds" in result.output
     found = json.loads((tmp_path / "r.json").read_text())
@@ -70,6 +70,7 @@ def test_mode_bounded_of_what_was_recorded(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.usefixtures("copied_processes")
 def test_what_cannot_answer(wrong: Path) -> None:
     with pytest.raises(KernelError, match="expected one that runs whole calls, got 'stage:routing"):
         replay(wrong, ReplayOptions(kernel="stage:routing:math:sqrt"))

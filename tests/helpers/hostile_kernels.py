@@ -682,7 +682,7 @@ def grad_and_inference_mode(**arguments: Any) -> Any:
 
 
 def deterministic(**arguments: Any) -> Any:
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")  # `use_deterministic_algorithms` imports the compiler
     return right(**arguments)
 
 

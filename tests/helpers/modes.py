@@ -42,7 +42,8 @@ MODES: dict[str, Callable[[], Any]] = {
     "default device": lambda: setting(torch.set_default_device, "meta", None),
     "device context": lambda: torch.device("meta"),
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-    "deterministic algorithms": lambda: setting(torch.use_deterministic_algorithms, True, False),
+    # The same flags as of `use_deterministic_algorithms`, which imports torch's compiler, for 3 s.
+    "deterministic algorithms": lambda: setting(torch.set_deterministic_debug_mode, "error", "default"),
     "inference mode": torch.inference_mode,
     "no grad": torch.no_grad,
     "one thread": lambda: threads(1),

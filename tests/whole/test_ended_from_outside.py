@@ -19,11 +19,12 @@ import pytest
 from click.testing import CliRunner
 
 from mxfp4ref.__main__ import commands
-from mxfp4ref.conformance.cli import shared
+from mxfp4ref.conformance.cli import shared, supervised
 from mxfp4ref.conformance.reports import report_text
 from mxfp4ref.goldens import Goldens
 from mxfp4ref.goldens.archive import write_archive
 from tests.helpers.checkpoints import make_checkpoint
+from tests.helpers.commands import exit_code
 from tests.helpers.hostile_files import CHECKOUT, COMMANDS, make_folder
 
 MXFP4REF = (sys.executable, "-m", "mxfp4ref")
@@ -129,14 +130,6 @@ def test_too_little_memory_is_no_verdict(megabytes: int) -> None:
     assert megabytes == 20 or f"the limit is {megabytes * 10**6 >> 20} MiB (ulimit -v)" in last
 
 
-LIMITED = """
-import resource
-resource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))
-from mxfp4ref.__main__ import main
-main()
-"""
-
-
 def _limit_memory(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
 
@@ -145,13 +138,13 @@ def _limit_memory(size: int) -> None:
 def test_a_script_may_end_as_it_likes_where_memory_is_limited(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\n")
-    command = subprocess.run(
-        [sys.executable, "-c", LIMITED, "record", "--output", tmp_path / "calls", script],
-        capture_output=True,
-        env=ENVIRONMENT,
-        check=False,
-    )
-    assert command.returncode == 128 + signal.SIGTERM
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 40, before[1]))
+    try:
+        assert supervised.needed(["record"])  # else this process would end
+        assert exit_code("record", "--output", tmp_path / "calls", script) == 128 + signal.SIGTERM
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 @pytest.mark.parametrize("wanted", ["bash_complete", "zsh_complete", "nonsense"])
@@ -305,25 +298,21 @@ def test_no_half_of_a_file_is_left(command: str, number: int, tmp_path: Path) ->
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGBUS"), reason="which tells of it")
-def test_a_file_that_becomes_shorter_is_no_verdict(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("copied_processes")
+def test_a_file_that_becomes_shorter_is_no_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """It is mapped into memory: who reads behind its end is ended by the system."""
     make_checkpoint(tmp_path / "checkpoint", "gpt_oss")
-    (tmp_path / "sitecustomize.py").write_text(SHORTENS.format(checkout=str(CHECKOUT.parent)))
-    command = subprocess.run(
-        [*MXFP4REF, "checkpoint", "checkpoint"],
-        capture_output=True,
-        env=ENVIRONMENT | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ENVIRONMENT['PYTHONPATH']}"},
-        cwd=tmp_path,
-        check=False,
-    )
-    assert (command.returncode, command.stdout) == (2, b"")
-    assert b"signal SIGBUS, as of a file that became shorter while it was read" in command.stderr
-    assert b"there is no verdict" in command.stderr
+    monkeypatch.setattr(supervised, "_START", SHORTENS + supervised._START)
+    assert exit_code("checkpoint", tmp_path / "checkpoint") == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "signal SIGBUS, as of a file that became shorter while it was read" in err
+    assert "there is no verdict" in err
 
 
 SHORTENS = """
-import sys
-sys.path.insert(0, {checkout!r})
 import inspect
 import os
 from mxfp4ref.checkpoint import shards

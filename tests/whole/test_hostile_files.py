@@ -14,6 +14,7 @@ import runpy
 import shutil
 import sys
 import zipfile
+from contextlib import chdir
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -1004,6 +1005,9 @@ def test_hostile(folder: Path, name: str, command: str) -> None:
     assert command != "regenerate" or outcome.code == 0 or not written
 
 
+NESTED = 1100  # more than Python has frames
+
+
 @pytest.mark.parametrize(
     ("command", "place"),
     [
@@ -1017,15 +1021,16 @@ def test_hostile(folder: Path, name: str, command: str) -> None:
 def test_folders_nested_deeply(folder: Path, command: tuple[str, ...], place: str) -> None:
     (folder / "caches").mkdir()
     shutil.copy(folder / "autotune.json", folder / "caches")
-    nested = [folder / place]
-    for _ in range(1100):  # more than Python has frames
-        nested.append(nested[-1] / "a")
-        nested[-1].mkdir()
-    try:
-        outcome = run(folder, command)
-    finally:
-        for one in nested[:0:-1]:  # which shutil cannot remove
-            one.rmdir()
+    with chdir(folder / place):  # so that no path is long
+        for _ in range(NESTED):
+            os.mkdir("a")
+            os.chdir("a")
+        try:
+            outcome = run(folder, command)
+        finally:
+            for _ in range(NESTED):  # which shutil cannot remove
+                os.chdir("..")
+                os.rmdir("a")
     assert (outcome.code, outcome.problem) == (0, ""), outcome.output
 
 

@@ -286,7 +286,7 @@ def test_first_use_by_many_threads_in_any_mode_at_once_and_then_after_a_fork() -
     run(
         "torch.set_flush_denormal(True)\n"
         "torch.set_default_dtype(torch.float64)\n"
-        "torch.use_deterministic_algorithms(True)\n"
+        "torch.set_deterministic_debug_mode('error')\n"
         "def use_in_any_mode():\n"
         "    with torch.device('meta'), torch.inference_mode(), torch.autocast('cpu', torch.bfloat16):\n"
         "        use()\n"
