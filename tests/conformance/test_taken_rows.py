@@ -16,10 +16,12 @@ from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.evidence import gather
 from mxfp4ref.conformance.families.hypotheses.slots import slot_hypotheses
 from mxfp4ref.conformance.families.hypothesis import SlotRows, local_of
+from mxfp4ref.conformance.families.solved.row_sources import taken_evidence
 from mxfp4ref.conformance.families.solved.taken_rows import taken_hypotheses
 from mxfp4ref.sm90.fp32 import to_bf16
 from tests.held_out_kernels.by_hand import Rows, layer
 from tests.held_out_kernels.calls import captured
+from tests.held_out_kernels.second_draw_kernels import second_last_odd_row_is_the_one_before
 from tests.helpers.usual import first
 
 Source = Callable[[Rows], Tensor]
@@ -80,6 +82,15 @@ def test_a_map_is_solved(
     call = captured(name)
     found = predicting(call, kernel(call))
     assert stages in [s for told, s in found.items() if words in told], found
+
+
+def test_a_row_at_the_end_of_an_expert_may_be_another_at_any_stage() -> None:
+    call = captured("prefill")
+    got, want = second_last_odd_row_is_the_one_before(call), forward(call)
+    found = taken_evidence(prepared(call), SlotRows.of(prepared(call)), got, differing(got, want))
+    assert found is not None
+    assert found.stages == SAME
+    assert "each of these is the last row of its expert" in found.sentence
 
 
 def test_what_is_no_sum_of_right_rows_gives_none() -> None:

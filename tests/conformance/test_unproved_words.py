@@ -27,6 +27,10 @@ from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import trace
 from mxfp4ref.sm90 import fp32
 from tests.held_out_kernels.calls import captured
+from tests.held_out_kernels.second_draw_kernels import (
+    second_activation_over_its_input,
+    second_split_tiles_meet_in_bf16,
+)
 from tests.helpers import usual
 from tests.helpers.usual import first
 
@@ -60,6 +64,20 @@ def test_one_tokens_factor_is_not_everyones(case: str) -> None:
     assert "everything counts" not in str(evidence(call, got))
     assert reconcile(call, {"output": got}, differing(got, forward(call))).words.startswith("finalize: ")
     assert "as far as bf16 shows" in str(evidence(call, weighed(call, call.token_final_scales * 0.6)))
+
+
+def test_of_an_activation_that_is_right_in_part_the_input_is_right() -> None:
+    call = call_of("gemm/first_groups_underflow")
+    found = evidence(call, second_activation_over_its_input(call))
+    assert any(e.stages == ("fc1", "activation") and "read or overwrite others" in e.sentence for e in found)
+    assert not any("input" in e.stages for e in found)
+
+
+def test_roundings_in_some_columns_alone_are_not_spread_by_chance() -> None:
+    call = captured("prefill")
+    found = evidence(call, second_split_tiles_meet_in_bf16(call))
+    assert [e.stages for e in found] == [("fc2", "finalize")]
+    assert "all in columns 192 to 255 of 256" in found[0].sentence
 
 
 def in_float32(call: MoeCall, inside: Callable[[Tensor], Tensor] = lambda h: h) -> Tensor:

@@ -47,6 +47,7 @@ __all__ = ["gather", "look_closer"]
 
 _TOKENS = 6  # that are looked at
 _GROSS = 32  # ulp
+_BY_CHANCE = 1e-6  # and below: not so
 _BINADES = 40  # that no sum of products spans
 _LEAST = 2.0**-125  # twice the least float32 and bf16 number that is not subnormal
 _NORMAL, _HALF = 2.0**-126, 2.0**-133 * 0.501  # the least normal number; half a unit of subnormal ones
@@ -303,7 +304,7 @@ def _binades(values: Tensor) -> float:
 
 
 def _scattered(wrong: Tensor) -> Iterator[Evidence]:
-    """Single roundings: whether they are spread over the tokens as by chance."""
+    """Single roundings: the columns that have all, or whether they are spread over the tokens as by chance."""
     counts = wrong.sum(1).to(torch.float64)
     counts = counts[counts > 0]
     share = float(counts.mean()) / wrong.shape[1]
@@ -312,7 +313,14 @@ def _scattered(wrong: Tensor) -> Iterator[Evidence]:
     dispersion = float(counts.var()) / (float(counts.mean()) * (1 - share) + 1e-30)
     count = int(wrong.sum())
     how = f"{counted(count, 'element')} {'is' if count == 1 else 'are'} a rounding off, "
-    if dispersion < 2:
+    columns = wrong.any(0).nonzero().flatten()
+    first, last, size = int(columns[0]), int(columns[-1]), wrong.shape[1]
+    if ((last - first + 1) / size) ** count * size < _BY_CHANCE:
+        what = (
+            "GEMM2 or what follows it sums or rounds otherwise there; what is before GEMM2 would show in all"
+        )
+        yield Evidence(("fc2", "finalize"), f"{how}all in columns {first} to {last} of {size}: {what}", 2)
+    elif dispersion < 2:
         words = "spread over rows and columns as by chance, as roundings in GEMM2 or after it are, or noise"
         yield Evidence((), how + words, 1)
     elif dispersion > 4:

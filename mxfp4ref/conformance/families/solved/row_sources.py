@@ -127,8 +127,6 @@ def taken_evidence(pipeline: Pipeline, slots: SlotRows, got: Tensor, wrong: Tens
             continue
         token = source if one.what == "input" else rows.token[source]
         same = one.what == "input" or bool((rows.expert[row] == rows.expert[source])[source >= 0].all())
-        own_stages = one.what in ("activation", "added")
-        stages = one.stages if own_stages else ("slots", "input" if same else "finalize")
         kind = f"{one.words} are other {'tokens' if same else 'rows'}'" if one.what != "added" else one.words
         told = []
         for r, s, t in zip(row.tolist(), source.tolist(), token.tolist(), strict=True):
@@ -138,11 +136,19 @@ def taken_evidence(pipeline: Pipeline, slots: SlotRows, got: Tensor, wrong: Tens
         by = set((token - rows.token[row]).tolist())
         further = f" (always {by.pop():+d} tokens on)" if len(by) == 1 else ""
         along = set((row - source).tolist()) if one.what != "input" else set()
+        by_row = False
         if len(along) == 1 and len(row) > 1 and not further:
             away = along.pop()
             way = "before" if away > 0 else "after"
             further = f" (always the row {abs(away)} {way} it among those sorted by expert)"
-        further += _at_the_end(rows, row)
+            by_row = True
+        at_the_end = _at_the_end(rows, row)
+        stages = one.stages
+        if one.what in ("result", "input") and not (
+            same and (by_row or at_the_end)
+        ):  # no GEMM's own order of rows
+            stages = ("slots", "input" if same else "finalize")
+        further += at_the_end
         words = f"{shortened(told, _LISTED, '; ')}{further}; all else of the tokens solved is right"
         return Evidence.of_kind(stages, kind, words, 4)
     return None

@@ -328,6 +328,11 @@ def _of_activation(systems: list[_System], deltas: list[Tensor], of_expert: str)
         return Evidence.of_kind(("activation", "fc1"), kind, "GEMM1 or the activation is wrong", 2)
     kind = f"GEMM2 used an activation{of_expert} that is no function of the right GEMM1's output"
     why = "GEMM1 (its weights' codes, scales or order) or its input is wrong, or GEMM2 reads other rows of it"
+    known = 2 * unsure < 2.0**-9 * right.abs()
+    kept = known & ((found - right).abs() <= 2.0**-8 * right.abs())
+    if 4 * int(kept.sum()) > int(known.sum()):  # of another input all would be wrong
+        why = "GEMM1, or single elements of the activation, which may read or overwrite others"
+        return replace(Evidence.of_kind(("fc1", "activation"), kind, why, 2), hedged=True)
     return replace(Evidence.of_kind(("fc1", "input"), kind, why, 2), hedged=True)
 
 
