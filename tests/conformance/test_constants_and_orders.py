@@ -194,7 +194,7 @@ def test_what_fails_is_told_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch
         raise OverflowError("int too large to convert to float")
         yield
 
-    monkeypatch.setattr(engine, "other_activations", fails)
+    monkeypatch.setattr(engine, "named_hypotheses", fails)
     call = captured("odd_tokens")
     assert call.experts.fc2_scales is not None
     got = forward(with_experts(call, fc2_scales=call.experts.fc2_scales + 1))

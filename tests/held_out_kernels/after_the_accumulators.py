@@ -11,7 +11,7 @@ from mxfp4ref.sm90.finalize import finalize
 from mxfp4ref.sm90.fp32 import to_bf16
 from mxfp4ref.sm90.swiglu import swiglu
 from mxfp4ref.sm90.tactics import Tactic
-from tests.held_out_kernels.by_hand import Rows, layer, right_gemm
+from tests.held_out_kernels.by_hand import Rows, layer, right_gemm, up_and_gate
 from tests.held_out_kernels.definition import wrong
 
 Maybe = Tensor | None
@@ -21,14 +21,6 @@ OTHERS = "next|previous|before|after|another|other|earlier|shift|neighbou?r|inst
 MISSING = "left out|missing|drop|zero|lost|not computed|lack|omit|skipp|ignored|not (loaded|added|read)"
 LOG2_E = 1.4426950408889634
 CUBIC = (0.07711909, 0.22756439, 0.69514614, 1.0)  # 2^f for f from 0 to 1
-
-
-def _halves(fc1: Tensor, bias: Maybe) -> tuple[Tensor, Tensor]:
-    value = fp32.widen(fc1)
-    if bias is not None:
-        value = fp32.add(value, fp32.widen(bias).expand_as(value))
-    up, gate = value.chunk(2, dim=-1)
-    return up, gate
 
 
 def _paired_sum(by_slot: Tensor, local: Tensor, weights: Tensor, bias: Maybe) -> Tensor:
@@ -79,7 +71,7 @@ def exp2_by_a_cubic_polynomial(call: MoeCall) -> Tensor:
         return value * torch.exp2(whole)
 
     def act(fc1: Tensor, bias: Maybe, alpha: Maybe, beta: Maybe, limit: Maybe) -> Tensor:
-        up, gate = _halves(fc1, bias)
+        up, gate = up_and_gate(fc1, bias)
         if limit is not None:
             limit = limit.expand_as(up)
             up, gate = fp32.maximum(fp32.minimum(up, limit), -limit), fp32.minimum(gate, limit)
@@ -101,7 +93,7 @@ def clamp_by_comparison_keeps_nan(call: MoeCall) -> Tensor:
         right = swiglu(fc1, bias, alpha, beta, limit)
         if limit is None:
             return right
-        up, gate = _halves(fc1, bias)
+        up, gate = up_and_gate(fc1, bias)
         return right.masked_fill(up.isnan() | gate.isnan(), torch.nan)
 
     return layer(call, swiglu=act)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,15 +11,25 @@ from torch import Tensor
 
 from mxfp4ref import Experts, MoeCall
 from mxfp4ref.formats.mxfp4 import dequantize
+from mxfp4ref.goldens.runs import run_stage
 from mxfp4ref.model.forward import select_local
-from mxfp4ref.sm90.activation import SWIGLU, SWIGLU_BIAS, activate
+from mxfp4ref.sm90.activation import SWIGLU, SWIGLU_BIAS, activate, clamp
 from mxfp4ref.sm90.finalize import finalize
-from mxfp4ref.sm90.fp32 import to_bf16
+from mxfp4ref.sm90.fp32 import add, minimum, to_bf16, widen
 from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
 from mxfp4ref.sm90.swiglu import swiglu
 from mxfp4ref.sm90.tactics import Tactic
 
-__all__ = ["Rows", "groups_of", "layer", "local_experts", "with_experts"]
+__all__ = [
+    "Rows",
+    "groups_of",
+    "layer",
+    "local_experts",
+    "plain_up_and_gate",
+    "right_routing",
+    "up_and_gate",
+    "with_experts",
+]
 
 HOOKS = (
     *("local", "x", "expert1", "gemm1", "fc1", "parameters", "swiglu", "activation"),
@@ -49,6 +59,32 @@ def with_experts(call: MoeCall, **changes: Tensor | None) -> MoeCall:
 def local_experts(call: MoeCall) -> Tensor:
     """`[M, k] int64`, -1 where a slot is skipped."""
     return select_local(call.token_selected_experts, call.experts.num_experts, call.ep_size, call.ep_rank)
+
+
+def right_routing(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What is right for the inputs of a routing case."""
+    routed = run_stage("routing", inputs)
+    assert isinstance(routed, dict)
+    return routed
+
+
+def up_and_gate(fc1: Tensor, bias: Tensor | None, limit: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """With their biases, clamped; as the kernel computes them."""
+    value = widen(fc1)
+    if bias is not None:
+        value = add(value, widen(bias).expand_as(value))
+    up, gate = value.chunk(2, dim=-1)
+    if limit is None:
+        return up, gate
+    limit = limit.expand_as(up)
+    return clamp(up, limit), minimum(gate, limit)
+
+
+def plain_up_and_gate(fc1: Tensor, bias: Tensor | None, limit: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same by torch."""
+    value = fc1.float() if bias is None else fc1.float() + bias.float()
+    up, gate = value.chunk(2, -1)
+    return (up, gate) if limit is None else (up.clamp(-limit, limit), gate.minimum(limit))
 
 
 def layer(call: MoeCall, **hooks: Callable[..., Any]) -> Tensor:

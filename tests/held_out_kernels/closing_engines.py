@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from mxfp4ref import MoeCall, dequantize, forward, quantize
+from mxfp4ref.goldens.runs import routing_options
 from mxfp4ref.routing.models import PRESETS
-from mxfp4ref.routing.presets import ROUTERS, RoutedScaling
+from mxfp4ref.routing.presets import ROUTERS
 from mxfp4ref.sm90.finalize import finalize
 from mxfp4ref.sm90.fp32 import to_bf16
-from tests.held_out_kernels.by_hand import Rows, layer, with_experts
+from tests.held_out_kernels.by_hand import Rows, layer, right_routing, with_experts
 from tests.held_out_kernels.definition import wrong
 from tests.held_out_kernels.serving import _encoded
 
@@ -313,12 +314,9 @@ def output_soft_capped_at_five(call: MoeCall) -> Tensor:
     story="unbiased scores are divided by the sum of the biased ones, which were at hand from the top-k",
 )
 def weights_divided_by_the_biased_sum(**inputs: Any) -> dict[str, Tensor]:
-    options = {name: value for name, value in inputs.items() if name not in ("preset", "logits")}
-    if "routed_scaling" in options:
-        options["routed_scaling"] = RoutedScaling(options["routed_scaling"])
-    routed = ROUTERS[inputs["preset"]](inputs["logits"], **options)
+    routed = ROUTERS[inputs["preset"]](inputs["logits"], **routing_options(inputs))
     if "correction_bias" not in inputs:
-        return {"ids": routed.ids, "scales": routed.scales}
+        return right_routing(inputs)
     scores = PRESETS[inputs["preset"]].score(inputs["logits"])
     ids = routed.ids.long().clamp(min=0)
     right = scores.gather(1, ids).sum(1, keepdim=True)

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from mxfp4ref import MoeCall, dequantize, forward, quantize
 from mxfp4ref.formats.mxfp4 import pack_codes, unpack_codes
-from mxfp4ref.routing.presets import ROUTERS, RoutedScaling
-from tests.held_out_kernels.by_hand import layer, with_experts
+from tests.held_out_kernels.by_hand import layer, right_routing, with_experts
 from tests.held_out_kernels.definition import wrong
 from tests.held_out_kernels.routers import _grouped, in_torch
 
@@ -116,14 +115,6 @@ def limit_of_one_element(call: MoeCall) -> Tensor:
     return forward(with_experts(call, swiglu_limit=torch.cat([limit[:1], torch.zeros_like(limit[1:])])))
 
 
-def _routed(inputs: dict[str, Any]) -> dict[str, Tensor]:
-    options = {name: value for name, value in inputs.items() if name not in ("preset", "logits")}
-    if "routed_scaling" in options:
-        options["routed_scaling"] = RoutedScaling(options["routed_scaling"])
-    routed = ROUTERS[inputs["preset"]](inputs["logits"], **options)
-    return {"ids": routed.ids, "scales": routed.scales}
-
-
 @wrong(
     kind="routing",
     stage="routing",
@@ -132,8 +123,8 @@ def _routed(inputs: dict[str, Any]) -> dict[str, Tensor]:
 )
 def correction_bias_loaded_as_bf16(**inputs: Any) -> dict[str, Tensor]:
     if "correction_bias" not in inputs:
-        return _routed(inputs)
-    return _routed({**inputs, "correction_bias": inputs["correction_bias"].bfloat16().float()})
+        return right_routing(inputs)
+    return right_routing({**inputs, "correction_bias": inputs["correction_bias"].bfloat16().float()})
 
 
 @wrong(
@@ -147,12 +138,12 @@ def correction_bias_loaded_as_bf16(**inputs: Any) -> dict[str, Tensor]:
 )
 def padded_rows_are_routed(**inputs: Any) -> dict[str, Tensor]:
     if "padded" not in inputs:
-        return _routed(inputs)
+        return right_routing(inputs)
     plain = {name: value for name, value in inputs.items() if name != "padded"}
     if "token_ids" in plain:
         plain["token_ids"] = plain["token_ids"].masked_fill(inputs["padded"], 0)
     plain["logits"] = torch.where(inputs["padded"][:, None], 0, plain["logits"])
-    return _routed(plain)
+    return right_routing(plain)
 
 
 @wrong(
@@ -192,8 +183,8 @@ def correction_bias_added_to_the_logits(**inputs: Any) -> dict[str, Tensor]:
 )
 def one_group_too_many(**inputs: Any) -> dict[str, Tensor]:
     if inputs.get("topk_group", 1) >= inputs.get("n_group", 1):
-        return _routed(inputs)
-    return _routed({**inputs, "topk_group": inputs["topk_group"] + 1})
+        return right_routing(inputs)
+    return right_routing({**inputs, "topk_group": inputs["topk_group"] + 1})
 
 
 @wrong(

@@ -13,13 +13,13 @@ from mxfp4ref.formats.generations import BYTEWISE, WORDWISE
 from mxfp4ref.formats.layout import deinterleave_weights_sm90, interleave_weights_sm90
 from mxfp4ref.formats.mxfp4 import E2M1_VALUES, decode_ue8m0, unpack_codes
 from mxfp4ref.model.forward import select_local
-from mxfp4ref.routing import PRESETS, ROUTERS, RoutedScaling, routing_weights
+from mxfp4ref.routing import PRESETS, routing_weights
 from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.activation import clamp, sigmoid
 from mxfp4ref.sm90.fp32 import to_bf16, to_fp16
 from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
 from mxfp4ref.sm90.tactics import Tactic
-from tests.held_out_kernels.by_hand import Rows, layer, local_experts, with_experts
+from tests.held_out_kernels.by_hand import Rows, layer, local_experts, right_routing, with_experts
 from tests.held_out_kernels.definition import wrong
 
 NOT_DONE = (
@@ -345,7 +345,7 @@ def combine_buffer_viewed_without_its_row_padding(call: MoeCall) -> Tensor:
 )
 def argmax_rounds_mask_by_value(**inputs: Any) -> dict[str, Tensor]:
     if "n_group" in inputs or "tid2eid" in inputs:
-        return _routed(inputs)
+        return right_routing(inputs)
     preset, padded = PRESETS[inputs["preset"]], inputs.get("padded")
     logits = inputs["logits"]
     if padded is not None:
@@ -384,9 +384,9 @@ def argmax_rounds_mask_by_value(**inputs: Any) -> dict[str, Tensor]:
 )
 def normalised_with_the_runner_up(**inputs: Any) -> dict[str, Tensor]:
     if "tid2eid" in inputs:
-        return _routed(inputs)
+        return right_routing(inputs)
     top_k = inputs["top_k"]
-    routed = _routed({**inputs, "top_k": top_k + 1})
+    routed = right_routing({**inputs, "top_k": top_k + 1})
     return {name: tensor[:, :top_k].contiguous() for name, tensor in routed.items()}
 
 
@@ -421,14 +421,6 @@ def scales_spread_with_repeat(**inputs: Any) -> dict[str, Tensor]:
     product = (values * spread).to(dtype)
     bits, nan = (torch.int16, 0x7FFF) if dtype == torch.bfloat16 else (torch.int32, 0x7FFFFFFF)
     return {"values": torch.where(product.isnan(), nan, product.view(bits)).to(bits).view(dtype)}
-
-
-def _routed(inputs: dict[str, Any]) -> dict[str, Tensor]:
-    options = {name: value for name, value in inputs.items() if name not in ("preset", "logits")}
-    if "routed_scaling" in options:
-        options["routed_scaling"] = RoutedScaling(options["routed_scaling"])
-    routing = ROUTERS[inputs["preset"]](inputs["logits"], **options)
-    return {"ids": routing.ids, "scales": routing.scales}
 
 
 def _active(call: MoeCall) -> list[int]:

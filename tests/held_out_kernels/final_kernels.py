@@ -11,16 +11,15 @@ from torch import Tensor
 from mxfp4ref import MoeCall, forward
 from mxfp4ref.formats.mxfp4 import decode_ue8m0, dequantize, pack_codes, unpack_codes
 from mxfp4ref.formats.quantize import quantize, step_tables
-from mxfp4ref.goldens.runs import routing_options
 from mxfp4ref.routing.models import PRESETS
-from mxfp4ref.routing.presets import ROUTERS, RoutedScaling, routing_weights
+from mxfp4ref.routing.presets import RoutedScaling, routing_weights
 from mxfp4ref.sm90 import fp32, mufu
-from mxfp4ref.sm90.activation import SWIGLU, SWIGLU_BIAS, clamp, sigmoid
+from mxfp4ref.sm90.activation import SWIGLU, SWIGLU_BIAS, sigmoid
 from mxfp4ref.sm90.finalize import finalize
 from mxfp4ref.sm90.gemm import compiled
 from mxfp4ref.sm90.gemm.order import first_pair_swapped, group_order
 from mxfp4ref.sm90.tactics import Tactic
-from tests.held_out_kernels.by_hand import Rows, layer, right_gemm, with_experts
+from tests.held_out_kernels.by_hand import Rows, layer, right_gemm, right_routing, up_and_gate, with_experts
 from tests.held_out_kernels.definition import wrong
 
 GROUP = 32
@@ -167,17 +166,6 @@ def tokens_dispatched_in_fp8(call: MoeCall) -> Tensor:
 # Activation
 
 
-def _halves(fc1: Tensor, bias: Tensor | None, limit: Tensor | None) -> tuple[Tensor, Tensor]:
-    value = fp32.widen(fc1)
-    if bias is not None:
-        value = fp32.add(value, fp32.widen(bias).expand_as(value))
-    up, gate = value.chunk(2, dim=-1)
-    if limit is None:
-        return up, gate
-    limit = limit.expand_as(up)
-    return clamp(up, limit), fp32.minimum(gate, limit)
-
-
 def _glu(up: Tensor, gate: Tensor, logistic: Tensor, beta: Tensor | None) -> Tensor:
     linear = up if beta is None else fp32.add(up, beta.expand_as(up))
     return fp32.mul(fp32.mul(gate, logistic), linear)
@@ -197,7 +185,7 @@ Parameter = Tensor | None
 )
 def logistic_function_by_one_tanh_instruction(call: MoeCall) -> Tensor:
     def swiglu(fc1: Tensor, bias: Parameter, alpha: Parameter, beta: Parameter, limit: Parameter) -> Tensor:
-        up, gate = _halves(fc1, bias, limit)
+        up, gate = up_and_gate(fc1, bias, limit)
         half = torch.full_like(gate, 0.5)
         logistic = fp32.fma(mufu.tanh(fp32.mul(_times_alpha(gate, alpha), half)), half, half)
         return _glu(up, gate, logistic, beta)
@@ -212,7 +200,7 @@ def logistic_function_by_one_tanh_instruction(call: MoeCall) -> Tensor:
 )
 def gate_times_alpha_kept_in_its_register(call: MoeCall) -> Tensor:
     def swiglu(fc1: Tensor, bias: Parameter, alpha: Parameter, beta: Parameter, limit: Parameter) -> Tensor:
-        up, gate = _halves(fc1, bias, limit)
+        up, gate = up_and_gate(fc1, bias, limit)
         gate = _times_alpha(gate, alpha)
         return _glu(up, gate, sigmoid(gate), beta)
 
@@ -227,7 +215,7 @@ def gate_times_alpha_kept_in_its_register(call: MoeCall) -> Tensor:
 )
 def linear_half_plus_beta_in_the_input_dtype(call: MoeCall) -> Tensor:
     def swiglu(fc1: Tensor, bias: Parameter, alpha: Parameter, beta: Parameter, limit: Parameter) -> Tensor:
-        up, gate = _halves(fc1, bias, limit)
+        up, gate = up_and_gate(fc1, bias, limit)
         linear = up if beta is None else fp32.add(up, beta.expand_as(up))
         linear = fp32.widen(fp32.to_bf16(linear))
         return _glu(linear, gate, sigmoid(_times_alpha(gate, alpha)), None)
@@ -306,11 +294,6 @@ def combine_reduces_by_mean_and_counts_the_zero(call: MoeCall) -> Tensor:
 # Routers
 
 
-def _right_routing(inputs: dict[str, Any]) -> dict[str, Tensor]:
-    routed = ROUTERS[inputs["preset"]](inputs["logits"], **routing_options(inputs))
-    return {"ids": routed.ids, "scales": routed.scales}
-
-
 @wrong(
     stage="routing",
     kind="routing",
@@ -320,8 +303,8 @@ def _right_routing(inputs: dict[str, Any]) -> dict[str, Tensor]:
 def correction_bias_cast_with_the_model(**inputs: Any) -> dict[str, Tensor]:
     bias = inputs.get("correction_bias")
     if bias is None:
-        return _right_routing(inputs)
-    return _right_routing({**inputs, "correction_bias": fp32.widen(fp32.to_bf16(bias))})
+        return right_routing(inputs)
+    return right_routing({**inputs, "correction_bias": fp32.widen(fp32.to_bf16(bias))})
 
 
 @wrong(
@@ -332,7 +315,7 @@ def correction_bias_cast_with_the_model(**inputs: Any) -> dict[str, Tensor]:
     "bits that the addition rounded away are lost",
 )
 def unbiased_scores_recovered_by_subtraction(**inputs: Any) -> dict[str, Tensor]:
-    right = _right_routing(inputs)
+    right = right_routing(inputs)
     bias = inputs.get("correction_bias")
     if bias is None:
         return right

@@ -19,21 +19,13 @@ from mxfp4ref.sm90.finalize import finalize
 from mxfp4ref.sm90.fp32 import to_bf16, widen
 from mxfp4ref.sm90.swiglu import swiglu
 from mxfp4ref.sm90.tactics import Tactic
-from tests.held_out_kernels.by_hand import Rows, layer, local_experts, right_gemm, with_experts
+from tests.held_out_kernels.by_hand import Rows, layer, local_experts, right_gemm, up_and_gate, with_experts
 from tests.held_out_kernels.definition import wrong
 
 
 def _bf16(x: Tensor) -> Tensor:
     """Rounded to bf16, as float32."""
     return widen(to_bf16(x))
-
-
-def _up_and_gate(fc1: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    value = widen(fc1)
-    if bias is not None:
-        value = fp32.add(value, widen(bias))
-    up, gate = value.chunk(2, dim=-1)
-    return up, gate
 
 
 # Sums and roundings of the GEMMs
@@ -179,7 +171,7 @@ def swiglu_clamps_up_with_beta_in_it(call: MoeCall) -> Tensor:
     ) -> Tensor:
         if beta is None or limit is None:
             return swiglu(fc1, bias, alpha, beta, limit)
-        up, gate = _up_and_gate(fc1, bias)
+        up, gate = up_and_gate(fc1, bias)
         gate = fp32.minimum(gate, limit.expand_as(gate))
         scaled = gate if alpha is None else fp32.mul(gate, alpha.expand_as(gate))
         up = clamp(fp32.add(up, beta.expand_as(up)), limit.expand_as(up))
@@ -203,7 +195,7 @@ def swiglu_sigmoid_taken_ahead_of_the_clamp(call: MoeCall) -> Tensor:
     ) -> Tensor:
         if limit is None:
             return swiglu(fc1, bias, alpha, beta, limit)
-        up, gate = _up_and_gate(fc1, bias)
+        up, gate = up_and_gate(fc1, bias)
         limit = limit.expand_as(up)
         factor = sigmoid(gate if alpha is None else fp32.mul(gate, alpha.expand_as(gate)))
         up = clamp(up, limit)

@@ -12,7 +12,7 @@ from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.finalize import finalize
 from mxfp4ref.sm90.fp32 import to_bf16
 from mxfp4ref.sm90.tactics import Tactic
-from tests.held_out_kernels.by_hand import Rows, groups_of, layer, right_gemm, with_experts
+from tests.held_out_kernels.by_hand import Rows, groups_of, layer, plain_up_and_gate, right_gemm, with_experts
 from tests.held_out_kernels.definition import wrong
 
 Maybe = Tensor | None
@@ -40,13 +40,6 @@ def _up_or_down(x: Tensor, seed: int) -> Tensor:
     return to_bf16(torch.where(x.isfinite(), bits.view(torch.float32), x))
 
 
-def _plain(fc1: Tensor, bias: Maybe, limit: Maybe) -> tuple[Tensor, Tensor]:
-    """Up and gate, with the bias and clamped."""
-    value = fc1.float() if bias is None else fc1.float() + bias.float()
-    up, gate = value.chunk(2, -1)
-    return (up, gate) if limit is None else (up.clamp(-limit, limit), gate.minimum(limit))
-
-
 @wrong(
     stage="activation",
     says=("activation|gate|formula", f"tanh|{OTHER}"),
@@ -54,7 +47,7 @@ def _plain(fc1: Tensor, bias: Maybe, limit: Maybe) -> tuple[Tensor, Tensor]:
 )
 def tanh_of_gate(call: MoeCall) -> Tensor:
     def formula(fc1: Tensor, bias: Maybe, alpha: Maybe, beta: Maybe, limit: Maybe) -> Tensor:
-        up, gate = _plain(fc1, bias, limit)
+        up, gate = plain_up_and_gate(fc1, bias, limit)
         return torch.tanh(gate) * up
 
     return layer(call, swiglu=formula)
@@ -63,7 +56,7 @@ def tanh_of_gate(call: MoeCall) -> Tensor:
 @wrong(stage="activation", says=("activation|gate|formula", f"mish|softplus|{OTHER}"), story="Mish for SiLU")
 def mish_of_gate(call: MoeCall) -> Tensor:
     def formula(fc1: Tensor, bias: Maybe, alpha: Maybe, beta: Maybe, limit: Maybe) -> Tensor:
-        up, gate = _plain(fc1, bias, limit)
+        up, gate = plain_up_and_gate(fc1, bias, limit)
         return torch.nn.functional.mish(gate) * up
 
     return layer(call, swiglu=formula)
@@ -76,7 +69,7 @@ def mish_of_gate(call: MoeCall) -> Tensor:
 )
 def beta_added_to_the_product(call: MoeCall) -> Tensor:
     def formula(fc1: Tensor, bias: Maybe, alpha: Maybe, beta: Maybe, limit: Maybe) -> Tensor:
-        up, gate = _plain(fc1, bias, limit)
+        up, gate = plain_up_and_gate(fc1, bias, limit)
         scaled = gate if alpha is None else gate * alpha
         product = gate * torch.sigmoid(scaled) * up
         return product if beta is None else product + beta

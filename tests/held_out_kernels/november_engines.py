@@ -10,15 +10,13 @@ from torch import Tensor
 
 from mxfp4ref import MoeCall, forward
 from mxfp4ref.formats.layout import halves_to_interleaved
-from mxfp4ref.goldens.runs import routing_options
 from mxfp4ref.routing.models import PRESETS
-from mxfp4ref.routing.presets import ROUTERS
 from mxfp4ref.routing.route import routing_weights
 from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.finalize import finalize
 from mxfp4ref.sm90.fp32 import to_bf16, widen
 from mxfp4ref.sm90.tactics import Tactic
-from tests.held_out_kernels.by_hand import Rows, layer, right_gemm, with_experts
+from tests.held_out_kernels.by_hand import Rows, layer, right_gemm, right_routing, with_experts
 from tests.held_out_kernels.definition import wrong
 
 WEIGHT = "routing|weight|final.scale"
@@ -275,11 +273,6 @@ def _scores(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return scores, scores if bias is None else scores + bias
 
 
-def _route(inputs: dict[str, Any]) -> dict[str, Tensor]:
-    routed = ROUTERS[inputs["preset"]](inputs["logits"], **routing_options(inputs))
-    return {"ids": routed.ids, "scales": routed.scales}
-
-
 @wrong(
     stage="routing",
     kind="routing",
@@ -287,7 +280,7 @@ def _route(inputs: dict[str, Any]) -> dict[str, Tensor]:
     story="top-k is asked for k + 1 to have room for a shared expert: the weights are normalised over all of them",
 )
 def november_normalised_over_one_more(**inputs: Any) -> dict[str, Tensor]:
-    routed = _route(inputs)
+    routed = right_routing(inputs)
     scores, keys = _scores(inputs)
     ids = routed["ids"].long().clamp(min=0)
     further = keys.scatter(1, ids, -torch.inf).argmax(1, keepdim=True)
@@ -304,7 +297,7 @@ def november_normalised_over_one_more(**inputs: Any) -> dict[str, Tensor]:
     story="a lane of the warp holds E / 32 neighbouring experts, the ids are made as if it held every 32nd",
 )
 def november_ids_of_strided_lanes(**inputs: Any) -> dict[str, Tensor]:
-    routed = _route(inputs)
+    routed = right_routing(inputs)
     ids, each = routed["ids"], inputs["logits"].shape[1] // 32
     if "tid2eid" in inputs or each < 2:
         return routed
@@ -322,7 +315,7 @@ def november_ids_of_strided_lanes(**inputs: Any) -> dict[str, Tensor]:
 )
 def november_key_of_score_and_id(**inputs: Any) -> dict[str, Tensor]:
     if "tid2eid" in inputs:
-        return _route(inputs)
+        return right_routing(inputs)
     preset = PRESETS[inputs["preset"]]
     scores, keys = _scores(inputs)
     keys = (keys.contiguous().view(torch.int32) & -65536).view(torch.float32)

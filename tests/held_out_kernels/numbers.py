@@ -13,7 +13,14 @@ from mxfp4ref.sm90.finalize import finalize
 from mxfp4ref.sm90.fp32 import to_bf16
 from mxfp4ref.sm90.swiglu import swiglu
 from mxfp4ref.sm90.tactics import Tactic
-from tests.held_out_kernels.by_hand import Rows, layer, local_experts, right_gemm, with_experts
+from tests.held_out_kernels.by_hand import (
+    Rows,
+    layer,
+    local_experts,
+    plain_up_and_gate,
+    right_gemm,
+    with_experts,
+)
 from tests.held_out_kernels.definition import wrong
 
 Maybe = Tensor | None
@@ -21,13 +28,6 @@ FC1, FC2 = "GEMM ?1|fc1|first GEMM", "GEMM ?2|fc2|second GEMM"
 OTHER = "another|other|instead|function|formula"
 FLUSHED = "underflow|subnormal|denormal|flush|small|zero"
 NORMAL = 2.0**-126  # the smallest float32 and bf16 number that is not subnormal
-
-
-def _plain(fc1: Tensor, bias: Maybe, limit: Maybe) -> tuple[Tensor, Tensor]:
-    """Up and gate, with the bias and clamped."""
-    value = fc1.float() if bias is None else fc1.float() + bias.float()
-    up, gate = value.chunk(2, -1)
-    return (up, gate) if limit is None else (up.clamp(-limit, limit), gate.minimum(limit))
 
 
 def _one(x: Maybe) -> Tensor | float:
@@ -46,7 +46,7 @@ def _zero(x: Maybe) -> Tensor | float:
 def activation_subnormals_kept(call: MoeCall) -> Tensor:
     def formula(fc1: Tensor, bias: Maybe, alpha: Maybe, beta: Maybe, limit: Maybe) -> Tensor:
         right = swiglu(fc1, bias, alpha, beta, limit)
-        up, gate = _plain(fc1, bias, limit)
+        up, gate = plain_up_and_gate(fc1, bias, limit)
         exact = (
             gate.double() * torch.sigmoid(gate.double() * _one(alpha)) * (up.double() + _zero(beta))
         ).float()
@@ -113,7 +113,7 @@ def fc2_column_scales(call: MoeCall) -> Tensor:
 )
 def epilogue_in_fp16(call: MoeCall) -> Tensor:
     def formula(fc1: Tensor, bias: Maybe, alpha: Maybe, beta: Maybe, limit: Maybe) -> Tensor:
-        up, gate = (part.half().float() for part in _plain(fc1, bias, limit))
+        up, gate = (part.half().float() for part in plain_up_and_gate(fc1, bias, limit))
         sigmoid = torch.sigmoid((gate * _one(alpha)).half().float()).half().float()
         silu = (gate * sigmoid).half().float()
         return (silu * (up + _zero(beta)).half().float()).half().float()
@@ -128,7 +128,7 @@ def epilogue_in_fp16(call: MoeCall) -> Tensor:
 )
 def silu_rounded_to_bf16(call: MoeCall) -> Tensor:
     def formula(fc1: Tensor, bias: Maybe, alpha: Maybe, beta: Maybe, limit: Maybe) -> Tensor:
-        up, gate = _plain(fc1, bias, limit)
+        up, gate = plain_up_and_gate(fc1, bias, limit)
         return to_bf16(gate * torch.sigmoid(gate * _one(alpha))).float() * (up + _zero(beta))
 
     return layer(call, swiglu=formula)
@@ -144,7 +144,7 @@ def silu_rounded_to_bf16(call: MoeCall) -> Tensor:
 )
 def exp2_without_log2e(call: MoeCall) -> Tensor:
     def formula(fc1: Tensor, bias: Maybe, alpha: Maybe, beta: Maybe, limit: Maybe) -> Tensor:
-        up, gate = _plain(fc1, bias, limit)
+        up, gate = plain_up_and_gate(fc1, bias, limit)
         return gate / (1 + torch.exp2(-gate * _one(alpha))) * (up + _zero(beta))
 
     return layer(call, swiglu=formula)
@@ -160,7 +160,7 @@ def up_clamped_on_one_side(call: MoeCall) -> Tensor:
         right = swiglu(fc1, bias, alpha, beta, limit)
         if limit is None:
             return right
-        up, gate = _plain(fc1, bias, None)
+        up, gate = plain_up_and_gate(fc1, bias, None)
         halves = torch.cat([up.minimum(limit), gate.minimum(limit)], -1)
         return torch.where(
             up < -limit, swiglu(halves, None, alpha, beta, torch.full_like(limit, torch.inf)), right
@@ -176,7 +176,7 @@ def up_clamped_on_one_side(call: MoeCall) -> Tensor:
 )
 def alpha_outside_the_sigmoid(call: MoeCall) -> Tensor:
     def formula(fc1: Tensor, bias: Maybe, alpha: Maybe, beta: Maybe, limit: Maybe) -> Tensor:
-        up, gate = _plain(fc1, bias, limit)
+        up, gate = plain_up_and_gate(fc1, bias, limit)
         gate = gate * _one(alpha)
         return gate * torch.sigmoid(gate) * (up + _zero(beta))
 
@@ -186,7 +186,7 @@ def alpha_outside_the_sigmoid(call: MoeCall) -> Tensor:
 @wrong(stage="activation", says=("activation|gate", f"relu|{OTHER}"), story="relu(gate) where silu is meant")
 def relu_of_gate(call: MoeCall) -> Tensor:
     def formula(fc1: Tensor, bias: Maybe, alpha: Maybe, beta: Maybe, limit: Maybe) -> Tensor:
-        up, gate = _plain(fc1, bias, limit)
+        up, gate = plain_up_and_gate(fc1, bias, limit)
         return gate.relu() * (up + _zero(beta))
 
     return layer(call, swiglu=formula)
@@ -212,7 +212,7 @@ def fc1_bias_scaled_with_the_last_group(call: MoeCall) -> Tensor:
 def fc1_bias_added_in_bf16(call: MoeCall) -> Tensor:
     def formula(fc1: Tensor, bias: Maybe, alpha: Maybe, beta: Maybe, limit: Maybe) -> Tensor:
         value = fc1 if bias is None else to_bf16(fc1.float() + bias.float())
-        up, gate = _plain(value, None, limit)
+        up, gate = plain_up_and_gate(value, None, limit)
         return gate * torch.sigmoid(gate * _one(alpha)) * (up + _zero(beta))
 
     return layer(call, swiglu=formula)

@@ -9,19 +9,11 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.routing.models import PRESETS
-from mxfp4ref.routing.presets import ROUTERS, RoutedScaling
+from tests.held_out_kernels.by_hand import right_routing
 from tests.held_out_kernels.definition import wrong
 
 Routed = dict[str, Tensor]
 WEIGHTS = "weight|scale"
-
-
-def _right(inputs: dict[str, Any]) -> Routed:
-    options = {name: value for name, value in inputs.items() if name not in ("preset", "logits")}
-    if "routed_scaling" in options:
-        options["routed_scaling"] = RoutedScaling(options["routed_scaling"])
-    routed = ROUTERS[inputs["preset"]](inputs["logits"], **options)
-    return {"ids": routed.ids, "scales": routed.scales}
 
 
 def _times(routed: Routed, factor: float | Tensor) -> Routed:
@@ -86,7 +78,7 @@ def softmax_twice(**inputs: Any) -> Routed:
     twice = dict(inputs)
     if inputs["preset"] in ("mixtral", "gpt_oss"):
         twice["logits"] = inputs["logits"].float().softmax(1)
-    return _right(twice)
+    return right_routing(twice)
 
 
 @wrong(
@@ -96,7 +88,7 @@ def softmax_twice(**inputs: Any) -> Routed:
     story="the weights of the model with factor 2.5 for one with 1.5: all 1.667 times too large",
 )
 def weights_five_thirds(**inputs: Any) -> Routed:
-    return _times(_right(inputs), 2.5 / 1.5)
+    return _times(right_routing(inputs), 2.5 / 1.5)
 
 
 @wrong(
@@ -107,12 +99,12 @@ def weights_five_thirds(**inputs: Any) -> Routed:
 )
 def ties_to_the_higher_id(**inputs: Any) -> Routed:
     if "tid2eid" in inputs:
-        return _right(inputs)
+        return right_routing(inputs)
     count, mirrored = inputs["logits"].shape[1], dict(inputs)
     mirrored["logits"] = inputs["logits"].flip(1)
     if "correction_bias" in inputs:
         mirrored["correction_bias"] = inputs["correction_bias"].flip(0)
-    routed = _right(mirrored)
+    routed = right_routing(mirrored)
     ids = torch.where(routed["ids"] < 0, -1, count - 1 - routed["ids"])
     return {"ids": ids, "scales": routed["scales"]}
 
@@ -210,8 +202,8 @@ def softplus_without_the_root(**inputs: Any) -> Routed:
 )
 def factor_before_normalisation(**inputs: Any) -> Routed:
     if inputs.get("routed_scaling") != "in_weights":
-        return _right(inputs)
-    return _right({**inputs, "routed_scaling": "none"})
+        return right_routing(inputs)
+    return right_routing({**inputs, "routed_scaling": "none"})
 
 
 @wrong(
@@ -221,7 +213,7 @@ def factor_before_normalisation(**inputs: Any) -> Routed:
     story="ids are sorted ascending, the weights stay in the order of the scores",
 )
 def ids_sorted_weights_not(**inputs: Any) -> Routed:
-    routed = _right(inputs)
+    routed = right_routing(inputs)
     return {"ids": routed["ids"].sort(1).values, "scales": routed["scales"]}
 
 
@@ -233,7 +225,7 @@ def ids_sorted_weights_not(**inputs: Any) -> Routed:
 )
 def factor_applied_twice(**inputs: Any) -> Routed:
     scaled = inputs.get("routed_scaling") == "in_weights"
-    return _times(_right(inputs), inputs["routed_scaling_factor"] if scaled else 1.0)
+    return _times(right_routing(inputs), inputs["routed_scaling_factor"] if scaled else 1.0)
 
 
 @wrong(

@@ -15,9 +15,9 @@ from mxfp4ref.sm90.activation import sigmoid
 from mxfp4ref.sm90.finalize import finalize
 from mxfp4ref.sm90.fp32 import to_bf16
 from mxfp4ref.sm90.tactics import Tactic
-from tests.held_out_kernels.by_hand import Rows, groups_of, layer, right_gemm, with_experts
+from tests.held_out_kernels.by_hand import Rows, groups_of, layer, right_gemm, right_routing, with_experts
 from tests.held_out_kernels.definition import wrong
-from tests.held_out_kernels.routers import _grouped, _right, in_torch
+from tests.held_out_kernels.routers import _grouped, in_torch
 
 Tensors = dict[str, Tensor]
 FC1 = "GEMM ?1|fc1|first GEMM|w13|gate|\\bup\\b"
@@ -367,8 +367,8 @@ def outputs_sent_as_logarithms(call: MoeCall) -> Tensor:
 )
 def hash_layer_with_the_draft_layers_tokens(**inputs: Any) -> Tensors:
     if "tid2eid" not in inputs:
-        return _right(inputs)
-    return _right({**inputs, "token_ids": inputs["token_ids"].roll(-1)})
+        return right_routing(inputs)
+    return right_routing({**inputs, "token_ids": inputs["token_ids"].roll(-1)})
 
 
 @wrong(

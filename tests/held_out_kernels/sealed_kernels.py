@@ -17,22 +17,10 @@ from mxfp4ref.sm90.activation import sigmoid
 from mxfp4ref.sm90.fp32 import to_bf16
 from mxfp4ref.sm90.swiglu import swiglu
 from mxfp4ref.sm90.tactics import Tactic
-from tests.held_out_kernels.by_hand import Rows, layer, right_gemm, with_experts
+from tests.held_out_kernels.by_hand import Rows, layer, right_gemm, up_and_gate, with_experts
 from tests.held_out_kernels.definition import wrong
 
 Maybe = Tensor | None
-
-
-def _clamped(fc1: Tensor, bias: Maybe, limit: Maybe) -> tuple[Tensor, Tensor]:
-    """Up and gate with their biases, clamped."""
-    value = fp32.widen(fc1)
-    if bias is not None:
-        value = fp32.add(value, fp32.widen(bias).expand_as(value))
-    up, gate = value.chunk(2, dim=-1)
-    if limit is None:
-        return up, gate
-    limit = limit.expand_as(up)
-    return fp32.maximum(fp32.minimum(up, limit), -limit), fp32.minimum(gate, limit)
 
 
 def _times(x: Tensor, factor: Maybe) -> Tensor:
@@ -43,7 +31,7 @@ def _with_sigmoid(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]
     """The activation with another function in place of the sigmoid."""
 
     def act(fc1: Tensor, bias: Maybe, alpha: Maybe, beta: Maybe, limit: Maybe) -> Tensor:
-        up, gate = _clamped(fc1, bias, limit)
+        up, gate = up_and_gate(fc1, bias, limit)
         linear = up if beta is None else fp32.add(up, beta.expand_as(up))
         return fp32.mul(fp32.mul(gate, function(_times(gate, alpha))), linear)
 
@@ -243,8 +231,8 @@ def sigmoid_of_the_gate_without_its_bias(call: MoeCall) -> Tensor:
     def act(fc1: Tensor, bias: Maybe, alpha: Maybe, beta: Maybe, limit: Maybe) -> Tensor:
         if bias is None:
             return swiglu(fc1, bias, alpha, beta, limit)
-        up, gate = _clamped(fc1, bias, limit)
-        _, unbiased = _clamped(fc1, None, limit)
+        up, gate = up_and_gate(fc1, bias, limit)
+        _, unbiased = up_and_gate(fc1, None, limit)
         linear = up if beta is None else fp32.add(up, beta.expand_as(up))
         return fp32.mul(fp32.mul(gate, sigmoid(_times(unbiased, alpha))), linear)
 

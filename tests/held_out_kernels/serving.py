@@ -10,12 +10,11 @@ from torch import Tensor
 from mxfp4ref import MoeCall, dequantize, forward, quantize
 from mxfp4ref.routing import routing_weights
 from mxfp4ref.routing.models import PRESETS
-from mxfp4ref.routing.presets import ROUTERS, RoutedScaling
 from mxfp4ref.sm90.finalize import finalize
 from mxfp4ref.sm90.fp32 import to_bf16
 from mxfp4ref.sm90.swiglu import swiglu
 from mxfp4ref.sm90.tactics import Tactic
-from tests.held_out_kernels.by_hand import Rows, layer
+from tests.held_out_kernels.by_hand import Rows, layer, right_routing
 from tests.held_out_kernels.definition import wrong
 
 ROUNDED = "bf16|bfloat16|round|precision"
@@ -131,14 +130,6 @@ def served_by_the_path_of_gpt_oss(call: MoeCall) -> Tensor:
     return layer(call, parameters=parameters, weights=lambda local, weights: weights.softmax(1))
 
 
-def _routed(inputs: dict[str, Any], **changes: Any) -> dict[str, Tensor]:
-    options = {name: value for name, value in (inputs | changes).items() if name not in ("preset", "logits")}
-    if "routed_scaling" in options:
-        options["routed_scaling"] = RoutedScaling(options["routed_scaling"])
-    routed = ROUTERS[inputs["preset"]](inputs["logits"], **options)
-    return {"ids": routed.ids, "scales": routed.scales}
-
-
 @wrong(
     kind="routing",
     stage="routing",
@@ -147,8 +138,8 @@ def _routed(inputs: dict[str, Any], **changes: Any) -> dict[str, Tensor]:
 )
 def last_slot_is_a_fused_shared_expert(**inputs: Any) -> dict[str, Tensor]:
     if "tid2eid" in inputs or "correction_bias" not in inputs:
-        return _routed(inputs)
-    routed = _routed(inputs, top_k=inputs["top_k"] - 1)
+        return right_routing(inputs)
+    routed = right_routing(inputs | {"top_k": inputs["top_k"] - 1})
     padded = routed["ids"][:, :1] < 0
     shared = torch.full_like(routed["ids"][:, :1], inputs["logits"].shape[1]).masked_fill(padded, -1)
     return {
@@ -165,7 +156,7 @@ def last_slot_is_a_fused_shared_expert(**inputs: Any) -> dict[str, Tensor]:
 )
 def experts_of_other_groups_score_zero(**inputs: Any) -> dict[str, Tensor]:
     if "n_group" not in inputs:
-        return _routed(inputs)
+        return right_routing(inputs)
     scores = inputs["logits"].double().sigmoid().float()
     biased = (scores + inputs["correction_bias"]).unflatten(1, (inputs["n_group"], -1))
     order = biased.topk(2, dim=2).values.sum(2).sort(dim=1, descending=True, stable=True).indices
@@ -190,9 +181,9 @@ def experts_of_other_groups_score_zero(**inputs: Any) -> dict[str, Tensor]:
 )
 def hash_table_read_by_position(**inputs: Any) -> dict[str, Tensor]:
     if "tid2eid" not in inputs:
-        return _routed(inputs)
+        return right_routing(inputs)
     place = torch.arange(len(inputs["token_ids"])) % len(inputs["tid2eid"])
-    return _routed(inputs, token_ids=place.to(inputs["token_ids"].dtype))
+    return right_routing(inputs | {"token_ids": place.to(inputs["token_ids"].dtype)})
 
 
 def _encoded(values: Tensor, scales: Tensor) -> dict[str, Tensor]:

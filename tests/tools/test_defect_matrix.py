@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.goldens import Case, open_goldens
 from mxfp4ref.sm90.tactics import Sm90Kernel
+from tests.helpers.tools import load_tool
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def load_tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "defect_matrix", ROOT / "tools" / "tables" / "defect_matrix.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["defect_matrix"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
+tool = load_tool("tables/defect_matrix.py")
 GOLDENS = open_goldens(ROOT / "goldens")
 
 # Few cases that catch much, and for each defect of these some that has to be caught.

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -22,20 +19,14 @@ from tests.held_out_kernels.calls import CALLS, captured
 from tests.held_out_kernels.definition import STAGES, Wrong, load_all, wrong
 from tests.held_out_kernels.formats import _rounded_half_away
 from tests.held_out_kernels.routers import in_torch
+from tests.helpers.tools import load_tool
 
-ROOT = Path(__file__).resolve().parents[2]
 KERNELS = load_all()
 
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("held_out", ROOT / "tools" / "tables" / "held_out.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("tables/held_out.py")
 
 
 def kernel_of(function: Any = forward, **changes: Any) -> Wrong:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import re
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.tools import load_tool
+
 ROOT = Path(__file__).resolve().parents[2]
-_SPEC = importlib.util.spec_from_file_location("install", ROOT / "tools" / "install.py")
-assert _SPEC is not None
-assert _SPEC.loader is not None
-install = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(install)
+install = load_tool("install.py")
 
 PIP = """\
 Obtaining file:///somewhere

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.families.hypotheses.activation_steps import activation_hypothesis
+from mxfp4ref.conformance.families.hypotheses.activations import clamps
 from mxfp4ref.conformance.families.hypotheses.tensors import mapped
-from mxfp4ref.conformance.families.hypothesis import Hypothesis
+from mxfp4ref.conformance.families.hypothesis import Change, Hypothesis, Pipeline
 from mxfp4ref.defects.variants.swiglu import Operands, SwigluVariant
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
@@ -50,6 +52,7 @@ def more_activations(call: MoeCall) -> Iterator[Hypothesis]:
     yield from _short_tables(call)
     if call.activation.id not in (SWIGLU, SWIGLU_BIAS):
         return
+    yield from _of_bias_and_clamp(call)
     for steps in _STEPS:
         for dtype, name in _TYPES:
             for divided in (True, False):
@@ -60,6 +63,31 @@ def more_activations(call: MoeCall) -> Iterator[Hypothesis]:
                     f"computed as {how}"
                 )
                 yield activation_hypothesis(words, SwigluVariant(product=sigmoid), 1.1 + 0.1 * len(steps))
+
+
+def _of_bias_and_clamp(call: MoeCall) -> Iterator[Hypothesis]:
+    """Another fc1 bias and another clamp at once."""
+    if call.experts.fc1_biases is None or call.experts.swiglu_limit is None:
+        return
+    biases: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = (
+        (
+            "fc1's bias of gate is added to up and the other way round (its halves are not exchanged)",
+            lambda t: t.roll(t.shape[1] // 2, 1),
+        ),
+        ("fc1's bias is left out", torch.zeros_like),
+        ("fc1's bias is doubled", lambda t: t * 2),
+    )
+    for words, change in biases:
+        biased = mapped(("fc1_biases",), lambda _, t, c=change: c(t))
+        for how, clamp, cost in clamps():
+
+            def on(pipeline: Pipeline, biased: Change = biased, clamp: Any = clamp) -> Pipeline:
+                return biased(pipeline).staging(activate=SwigluVariant(clamp=clamp))
+
+            how = how.replace("neither is clamped", "up and gate are not clamped to the limit")
+            yield Hypothesis(
+                "activation", ("activation", "fc1"), f"two things: {words}; and {how}", on, cost + 3
+            )
 
 
 @dataclass(frozen=True)
