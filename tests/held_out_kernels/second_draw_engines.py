@@ -149,7 +149,7 @@ def second_dispatched_in_fp8(call: MoeCall) -> Tensor:
 
 @wrong(
     stage=("slots", "input", "finalize"),
-    says=("row|token|output", f"{MOVED}|sort|invers|shuffl"),
+    says=("\\brow|token", f"{MOVED}|sort|invers|shuffl"),
     story="tokens are sorted by their first expert before the layer, and brought back by the permutation that sorted "
     "them, not by its inverse",
 )

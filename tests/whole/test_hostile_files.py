@@ -1103,7 +1103,7 @@ def test_no_report_replaces_the_kernel(
     package = "of_a_user"
     (folder / package).mkdir()
     for name in ("__init__", "kernels"):
-        (folder / package / f"{name}.py").write_text("raise AssertionError('imported')\n")
+        (folder / package / f"{name}.py").write_text("f = 1\nraise AssertionError('imported')\n")
     monkeypatch.syspath_prepend(folder)
     before = contents(folder)
     report = (option, file.format(package))
