@@ -81,7 +81,7 @@ def test_a_constant_that_fills_rows_and_columns_may_be_of_any_stage(value: float
     assert found.stages == ()
     what = "NaN" if value != value else f"{value:.4g}".replace("0", "zero")
     assert f"every element that differs is {what}, in columns 32 to 47, for tokens" in found.sentence
-    assert "any stage may leave that; as by mistake 0" in found.sentence
+    assert "any stage may leave that; among what gives this: mistake 0" in found.sentence
 
 
 def test_zeros_that_a_single_stage_gives_are_told_as_that() -> None:

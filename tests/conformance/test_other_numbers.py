@@ -200,7 +200,7 @@ def test_zeros_that_another_order_of_a_sum_leaves() -> None:
     got = layer(call, gemm1=at(768))
     assert not got.any()
     finding = diagnose("moe", call, {"output": got}, {"output": forward(call)}).finding
-    assert "nothing was written; as where in GEMM1 K is split in 2 slices" in finding.sentence
+    assert "nothing was written; among what gives this: in GEMM1 K is split in 2 slices" in finding.sentence
     assert "fc1" in finding.stages
     assert finding.hedged
     assert not finding.exact

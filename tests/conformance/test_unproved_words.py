@@ -15,6 +15,7 @@ from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.evidence import gather
 from mxfp4ref.conformance.families.hypothesis import SlotRows, local_of
 from mxfp4ref.conformance.families.slot_kinds import position_in_expert
+from mxfp4ref.conformance.families.solved import second_gemm
 from mxfp4ref.conformance.families.solved.weight_rules import weight_rules
 from mxfp4ref.conformance.findings.finding import Evidence
 from mxfp4ref.conformance.findings.stage_fit import reconcile
@@ -133,8 +134,8 @@ def test_nan_everywhere_is_first_that_of_what_concerns_nan(bits: int) -> None:
     got = torch.full_like(got.view(torch.int16), bits).view(torch.bfloat16)
     finding = diagnose("moe", call, {"output": got}, {"output": want}, diagnosis="quick").finding
     assert (finding.exact, finding.stages, finding.hedged) == (False, ("activation",), True)
-    assert "; as by clamp_propagates_nan: " in finding.sentence
-    assert "other mistakes that do not concern NaN" in finding.sentence
+    assert "; among what gives this: clamp_propagates_nan: " in finding.sentence
+    assert "other mistakes of which none concerns NaN" in finding.sentence
     assert ("but for the bits of NaN" in finding.sentence) == (bits == -1)
     assert "all other rows" not in finding.sentence, "there are none"
 
@@ -241,3 +242,11 @@ def test_an_expert_is_not_said_to_be_another_in_all_of_its_rows() -> None:
     assert bool(differing(got, want).any())
     assert "slots are computed by other experts" in found[0].sentence
     assert ", not in all of their rows" in found[0].sentence or "on of an expert only" in found[0].sentence
+
+
+def test_numbers_that_are_a_little_wrong_are_not_in_other_places() -> None:
+    torch.manual_seed(1)
+    right = torch.randn(3, 64, dtype=torch.float64)
+    unsure = torch.full_like(right, 0.02)
+    assert second_gemm._permuted(right, right.roll(1, 1) + 0.001 * torch.randn_like(right), unsure)
+    assert not second_gemm._permuted(right, right + 0.02 * torch.randn_like(right), unsure)

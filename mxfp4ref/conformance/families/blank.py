@@ -13,7 +13,7 @@ from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.families.hypothesis import Pipeline, local_of
 from mxfp4ref.conformance.families.places import named_columns, named_tokens
 from mxfp4ref.conformance.families.search import Match
-from mxfp4ref.conformance.findings.finding import STAGES, Evidence, Finding
+from mxfp4ref.conformance.findings.finding import STAGES, Evidence, Finding, counted
 from mxfp4ref.conformance.findings.reach import is_spread
 from mxfp4ref.conformance.findings.reduction import is_heavy
 from mxfp4ref.model.call import MoeCall
@@ -35,10 +35,11 @@ def of_blank(blank: Evidence, matches: list[Match], *, numbers: bool = False) ->
     With `numbers` all on the way to NaN should be numbers, any of which may have been lost.
     """
     stages, concerned = _covering(matches, blank) if blank.lost or blank.rounding else ((), [])
-    sentence = blank.sentence + _named(concerned or matches, "where" if blank.rounding else "by")
+    sentence = blank.sentence + _named(concerned or matches)
     stages = () if numbers else stages
     if stages and len(matches) > len(concerned):
-        sentence += f"; so would {len(matches) - len(concerned)} other mistakes that do not concern NaN"
+        others = counted(len(matches) - len(concerned), "other mistake")
+        sentence += f"; so would {others} of which none concerns NaN"
     return Finding(stages or blank.stages, sentence, kind=blank.kind, hedged=bool(stages) or blank.hedged)
 
 
@@ -90,7 +91,7 @@ def of_constant(pipeline: Pipeline, got: Tensor, want: Tensor, matches: list[Mat
         where += [words for words, _ in of_rows][:1]
     stages = [stage for stage in STAGES if any(stage in one for one in of)]
     whence = "any stage" if anywhere else f"{', '.join(stages[:-1])} or {stages[-1]}"
-    told = _named([m for m in matches if m.hypothesis.stages and not m.hypothesis.name], "by")
+    told = _named([m for m in matches if m.hypothesis.stages and not m.hypothesis.name])
     told = told if len(matches) <= _FEW else f"; so do {len(matches)} of the mistakes that were tried"
     return Finding((), f"{', '.join(where)}: {whence} may leave that{told}", kind=kind)
 
@@ -105,15 +106,14 @@ def numbers_alone(call: MoeCall) -> bool:
     return all(t is None or bool(t.isfinite().all()) for t in tensors)
 
 
-def _named(matches: list[Match], way: str) -> str:
+def _named(matches: list[Match]) -> str:
     """The simplest of what gives it, of each stage, and how many others there are; "" if nothing does."""
     firsts: dict[tuple[str, ...], Match] = {}
     of_stages = [firsts.setdefault(m.hypothesis.stages, m) for m in matches]
     others = [m for m, first in zip(matches, of_stages, strict=True) if m is not first]
     names = [m.hypothesis.words for m in (*firsts.values(), *others)]
-    more = f", or {len(names) - _MOST_NAMED} others that were tried" * (len(names) > _MOST_NAMED)
-    told = f", or {way} ".join(names[:_MOST_NAMED])
-    return f"; as {way} {told}{more}" if names else ""
+    more = f"; and {len(names) - _MOST_NAMED} more that were tried" * (len(names) > _MOST_NAMED)
+    return f"; among what gives this: {'; or '.join(names[:_MOST_NAMED])}{more}" if names else ""
 
 
 def _shared(of: Iterable[tuple[str, ...]]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from mxfp4ref._words import shortened
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.families.places import named_columns
-from mxfp4ref.conformance.findings.finding import Evidence
+from mxfp4ref.conformance.findings.finding import Evidence, counted
 from mxfp4ref.conformance.findings.reach import is_spread
 from mxfp4ref.conformance.findings.reduction import is_heavy
 from mxfp4ref.model.call import MoeCall
@@ -39,6 +39,8 @@ def lost_rows(call: MoeCall, got: Tensor, want: Tensor, lost: Tensor) -> Iterato
     of = f"token{'s' * (len(tokens) > 1)} {shortened(map(str, tokens), 8)}"
     if bool(lost[rows].all()):
         others, right, alone = want[~rows], "", ""
+        if bool(rows.all()):
+            of, alone = f"all {counted(len(tokens), 'token')}", ", or the output was not written"
         if bool(others.isfinite().any()):
             near = bool(differing(got[~rows], others).any())
             right = f", and all other rows are right{' but for what underflows' * near}"

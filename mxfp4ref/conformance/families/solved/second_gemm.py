@@ -34,6 +34,7 @@ _ROUNDING = 2.0**-9  # of bf16, relative, of each slot's row and of the sum
 _ZERO = 2.0**-5  # times that a K group counts
 _ALIKE = 2.0**-5  # of a factor, that slots may differ by
 _MARGIN = 1.6  # over the expected length of the rounding errors
+_MOVED = 8  # times, that numbers in other places are further from the right ones than sorted numbers are
 _SIGMAS = 6.0  # of a solved number's standard deviation: more is no chance
 _THOSE_ROWS = (
     "it is in those rows of GEMM1 (weights, scales, bias), in the activation, or GEMM2 reads those of K wrongly (a "
@@ -153,11 +154,16 @@ def _alike_by_column(off: Tensor) -> bool:
 
 
 def _permuted(right: Tensor, found: Tensor, unsure: Tensor) -> bool:
-    """Whether each row has the right one's numbers, as exactly as they are solved; not where too few are distinct."""
+    """Whether each row has the right one's numbers, as exactly as they are solved, in other places.
+
+    Not where too few are distinct, or what is wrong is so little that they lie where they should about as well.
+    """
     one, (other, order) = right.sort(1).values, found.sort(1)
     if float(unsure.square().mean().sqrt()) * _SIGMAS > float(right.square().mean().sqrt()) / 2:
         return False
     if any(len(row.unique()) <= len(row) // 2 for row in right):
+        return False
+    if bool(((found - right).abs().sum(1) < _MOVED * (one - other).abs().sum(1)).any()):
         return False
     return bool(((one - other).abs() <= _SIGMAS * unsure.gather(1, order) + 2.0**-7 * other.abs()).all())
 
