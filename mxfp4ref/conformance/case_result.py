@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -10,9 +11,10 @@ from mxfp4ref._shown import Shown
 from mxfp4ref.conformance.comparison import FAR
 from mxfp4ref.conformance.diagnosis import Diagnosis
 
-__all__ = ["PASSING", "RECORDING", "CaseResult"]
+__all__ = ["PASSING", "RECORDING", "CaseResult", "enough"]
 
 PASSING = ("equal", "within bounds", "skipped")
+_FURTHER = 2  # cases that are run beyond a limit of failures, while what is wrong is unknown
 RECORDING = "recording"  # the kind of a call that was recorded elsewhere, which is no golden case
 
 
@@ -108,3 +110,14 @@ class CaseResult(Shown):
             comparison_seconds=self.comparison_seconds + comparison,
             diagnosis_seconds=self.diagnosis_seconds + diagnosis,
         )
+
+
+def enough(outright: Sequence[CaseResult], limit: int | None) -> bool:
+    """Whether so many cases have failed outright that the others are left out.
+
+    Where no diagnosis predicts every bit of any of them, a few more are run: cases differ in how much they tell.
+    """
+    if limit is None or len(outright) < limit:
+        return False
+    unknown = all(r.diagnosis is not None and not r.diagnosis.finding.exact for r in outright)
+    return len(outright) >= limit + _FURTHER * unknown

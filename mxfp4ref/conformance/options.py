@@ -48,6 +48,7 @@ class Options(Shown):
         dump: a folder for reproducers of the cases that fail.
         max_failures: how many cases may fail before the rest is left out; None for no limit. Those that lie within
             the bounds of a correct evaluation in another order do not count: they may be no mistake, and tell little.
+            While no diagnosis predicts every bit of any that does, two more may.
         jobs: how many cases run side by side, each in a process of its own, with a share of torch's threads.
     """
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from mxfp4ref._validate import check_instance, shown
+from mxfp4ref.conformance.case_result import enough
 from mxfp4ref.conformance.diagnosing import Failed, Failing, diagnosed
 from mxfp4ref.conformance.goldens_used import goldens_used, load_unchanged
 from mxfp4ref.conformance.isolation.worker import Worker
@@ -156,7 +157,7 @@ def _run(
                     state.diagnose_last(failure)
                 if progress is not None:
                     progress(state.results[-1])
-                if sum(r.fails_outright for r in state.results) == options.max_failures:
+                if enough([r for r in state.results if r.fails_outright], options.max_failures):
                     break
         state.leave(todo, loaded)
         with _own_errors():

@@ -128,7 +128,8 @@ __all__ = ["conform"]
     "max_failures",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Stop when so many cases have failed, those within the bounds of a correct evaluation aside.",
+    help="Stop when so many cases have failed, those within the bounds of a correct evaluation aside; two cases "
+    "later while none says what is wrong.",
 )
 @click.option("-x", "max_failures", flag_value=1, type=int, help="The same as --maxfail 1.")
 @click.option(

@@ -96,17 +96,20 @@ def case_progress(
 
     On a terminal a case that fails is also told at once, in a line, and in a second one what is known of it.
     """
+    from mxfp4ref.conformance.case_result import enough
     from mxfp4ref.conformance.findings.finding import listed
     from mxfp4ref.conformance.reports.report_text import headline
 
-    done = failed = outright = 0
+    done = failed = 0
+    outright: list[CaseResult] = []
     skipped = False  # which takes no time, and says nothing of how long the others take
     with progress(first=f"now {names[0]}" if names else "", total=len(names)) as step:
 
         def advance(result: CaseResult) -> None:
-            nonlocal done, failed, outright, skipped
+            nonlocal done, failed, skipped
             skipped |= result.status == "skipped"
-            done, failed, outright = done + 1, failed + (not result.ok), outright + result.fails_outright
+            done, failed = done + 1, failed + (not result.ok)
+            outright.extend([result] * result.fails_outright)
             if not result.ok and sys.stderr.isatty():
                 echo(headline(result).split("\n")[0], err=True)
                 found = result.diagnosis
@@ -115,9 +118,9 @@ def case_progress(
                         listed(str(found.finding))[0] or found.stage or f"first: {found.output} {found.first}"
                     )
                     echo(f"    {said}", err=True)
-            ended = done == len(names) or outright == max_failures
+            ended = done == len(names) or enough(outright, max_failures)
             last = ALL_TOGETHER if failed else "the end of the run"
-            over = failed - outright if max_failures else 0
+            over = failed - len(outright) if max_failures else 0
             told = f"{failed} failed{f', {over} of them passed over, within bounds' if over else ''}"
             words = f"{told}; now {last if ended else names[done]}"
             if ended and done < len(names):  # there is no rate: the other cases are not run
