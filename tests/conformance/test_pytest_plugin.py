@@ -58,7 +58,7 @@ def test_failure_is_the_diagnosis_and_other_kinds_are_skipped(pytester: pytest.P
             "  first: output at [[]0, 0]: *",
             "  feeds it: input[[]0[]]: *",
             "  feeds it: slot 0: *",
-            "  again: mxfp4ref conform defect:last_slot_dropped --diagnosis quick --case finalize/slot_order *",
+            "  again: mxfp4ref conform defect:last_slot_dropped --case finalize/slot_order *",
             "*= mxfp4ref =*",
             "defect:last_slot_dropped does not conform: 1 of 1 case fails, of the goldens' *",
             "1 skipped, of kinds that it does not run.",
@@ -292,7 +292,7 @@ def test_the_report_says_how_pytest_ran(pytester: pytest.Pytester) -> None:
     pytester.runpytest(*arguments, "--mxfp4-case=finalize/slot_*")
     html = (pytester.path / "r.html").read_text()
     assert f" {' '.join(arguments)} &#39;--mxfp4-case=finalize/slot_*&#39;" in html
-    case = "--diagnosis quick --case finalize/slot_order --dump reproducers"
+    case = "--case finalize/slot_order --dump reproducers"
     assert f"mxfp4ref conform defect:last_slot_dropped {case}" in html
 
 
