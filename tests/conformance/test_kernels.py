@@ -26,10 +26,12 @@ from mxfp4ref.conformance import (
 )
 from mxfp4ref.conformance.kernel_names import wrong_name
 from mxfp4ref.conformance.kernels.adapters import logical_arguments, plain_arguments, sm90_arguments
+from mxfp4ref.conformance.kernels.loading import runnable
 from mxfp4ref.formats import humming
 from mxfp4ref.formats.generations import BYTEWISE, NEWEST
 from mxfp4ref.formats.layout import fold_scales_sm90, interleave_weights_sm90
 from mxfp4ref.goldens import Case, open_goldens
+from mxfp4ref.goldens.store import KINDS
 from mxfp4ref.model.flashinfer import torch_ref_cutlass_fused_moe
 from mxfp4ref.sm90.tactics import Sm90Kernel, runnable_tactics, tactics_of
 from tests.helpers import kernels_under_test
@@ -114,6 +116,18 @@ def test_a_quantiser_may_return_a_tuple() -> None:
     assert report.ok
     ran = [r.case for r in report.results if r.status == "equal"]
     assert ran == [name for name in GOLDENS.names() if "/quantize_" in name]
+
+
+@pytest.mark.parametrize(
+    "spec", ["oracle", "defect:limit_ignored", "plain:absent:f", "stage:layout:absent:f"]
+)
+def test_a_name_tells_which_cases_are_run(spec: str) -> None:
+    kinds = {"oracle": set(KINDS), "stage:layout:absent:f": {"layout"}}.get(spec, {"moe"})
+    chooses = spec == "plain:absent:f"
+    wanted = [
+        n for n in GOLDENS.names() if GOLDENS.about(n)["kind"] in kinds and not (chooses and "tile_n/" in n)
+    ]
+    assert runnable(spec, GOLDENS, GOLDENS.names()) == wanted
 
 
 def test_a_kernel_that_chooses_its_tiles_is_not_held_against_an_n_tile() -> None:

@@ -103,6 +103,12 @@ def test_what_is_not_run_takes_no_time(told: list[str], monkeypatch: pytest.Monk
     assert told[-1] == "1 of 2 done; 1 failed; now the diagnosis of all together, a minute or two at most"
 
 
+def test_what_a_kernel_cannot_run_is_not_waited_for(told: list[str]) -> None:
+    others = ("--case", "layout/swap_halves", "--case", "layout/interleave_*", "--diagnosis", "none")
+    assert invoke("conform", "torch-bf16", "--case", FIRST, *others).exit_code == 0
+    assert [words[:11] for words in told] == ["0 of 1 done", "1 of 1 done"]
+
+
 def test_the_last_line_is_not_the_end(told: list[str]) -> None:
     with progress.progress(lines=True) as step:
         step("call 1", 2)
