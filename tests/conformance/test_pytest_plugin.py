@@ -343,15 +343,20 @@ def test_isolation(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_exit_first_stops_at_the_first_failure(pytester: pytest.Pytester) -> None:
+    """What was chosen and not run is counted as that, and the verdict says what it was judged from."""
+    cases = ("finalize/slot_order", "finalize/unusual_weights", "layout/swap_halves")
+    chosen = [f"--mxfp4-case={name}" for name in cases]
     arguments = (
         "--mxfp4-kernel=defect:last_slot_dropped",
-        "-x",
-        "--mxfp4-case",
-        "finalize/*",
         "--mxfp4-diagnosis=none",
+        "--mxfp4-html=r.html",
+        "-x",
     )
-    result = pytester.runpytest("-p", "no:cacheprovider", *arguments)
+    result = pytester.runpytest("-p", "no:cacheprovider", *arguments, *chosen)
     assert result.parseoutcomes()["failed"] == 1
+    result.stdout.fnmatch_lines(["Judged from the one case that failed; 1 other case not run may tell more."])
+    html = (pytester.path / "r.html").read_text()
+    assert " = 1 failed + 1 not run + 1 not run, of other kinds + " in html
 
 
 def test_fixtures(pytester: pytest.Pytester) -> None:
