@@ -261,7 +261,9 @@ def _conform(spec: str, root: Path | None, options: dict[str, Any], interruption
                 result, broken = error.report, error
             interruption.done = True  # what is left to do is short, and worth the wait
     # An interruption that did not end the run may have cut anything in it short.
-    result = replace(result, interrupted=result.interrupted or bool(interruption.signal))
+    result = replace(
+        result, interrupted=result.interrupted or bool(interruption.signal), seconds=interruption.seconds
+    )
     limits = options["max_failures"], options["jobs"]
     selection = selection_arguments(patterns, earlier, *limits, excluded)
     result = replace(result, selection=selection, too_large=len(large))
