@@ -88,6 +88,7 @@ class Verdict:
         )  # that are to be run, and of which there was a report that tells something
         self._told: set[str] = set()
         self._lost: set[str] = set()
+        self._undone: set[str] = set()  # since the session was stopped
         self._unusable = 0  # of those: a kernel that cannot be loaded by xdist's workers, a damaged golden
         self._passed_over: set[str] = set()
         self._html = _html_file(config, goldens)
@@ -165,8 +166,8 @@ class Verdict:
         stopped = self._interrupted or session.shouldstop or session.shouldfail
         untold = self._chosen - self._told  # such as where another plugin runs the tests, in its own way
         dry = self._config.getoption("collectonly") or self._config.getoption("setuponly", False)
-        if not stopped and not dry:
-            self._lost |= untold
+        if not dry:
+            self._undone, self._lost = (untold, self._lost) if stopped else (set(), self._lost | untold)
         line = [str(arg) for arg in self._config.invocation_params.args]
         # With the kernel in a file of settings, a line that chooses tests may be about others.
         about_others = not any(arg.startswith("--mxfp4-kernel") for arg in line) and any(
@@ -235,6 +236,7 @@ class Verdict:
     @cached_property
     def _report(self) -> Report:
         from mxfp4ref.conformance.goldens_used import goldens_used
+        from mxfp4ref.conformance.kernels.loading import runnable
         from mxfp4ref.conformance.pytest_together import verdict
         from mxfp4ref.conformance.results import Report
 
@@ -243,6 +245,8 @@ class Verdict:
         start, diagnosis = time.perf_counter(), self._config.getoption("mxfp4_diagnosis")
         found = verdict(given, self._goldens, diagnosis, search=not self._interrupted)
         together = time.perf_counter() - start
+        left = self._undone | self._lost
+        undone = [one.removeprefix(f"{SUITE}::") for one in self._undone - self._lost]
         return Report(
             last.kernel,
             self._config.getoption("mxfp4_mode"),
@@ -251,7 +255,8 @@ class Verdict:
             sum(outcome.result.seconds for outcome in outcomes) + together,
             last.environment,
             found.finding,
-            left=len(self._lost),
+            left=len(left),
+            unable=len(undone) - len(runnable(self._config.getoption("mxfp4_kernel"), self._goldens, undone)),
             too_large=len(self._too_large),
             interrupted=self._interrupted
             or (bool(self._lost) and all(result.ok for result in found.results)),

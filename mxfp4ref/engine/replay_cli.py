@@ -131,7 +131,9 @@ def _replay(folder: Path, options: dict[str, Any], interruption: Interruption) -
             except Interrupted as interrupted:
                 report = interrupted.report
             interruption.done = True
-    report = replace(report, interrupted=report.interrupted or bool(interruption.signal))
+    report = replace(
+        report, interrupted=report.interrupted or bool(interruption.signal), seconds=interruption.seconds
+    )
 
     def show() -> None:
         _print_table(report)

@@ -72,7 +72,7 @@ _HUMMING_NAMES = _NAMES | {
     "fc2_scales": "quant_scales[3]",
     "fc2_residual": "quant_scales[4]",
 }
-_IN_LOGICAL_LAYOUT = (
+IN_LOGICAL_LAYOUT = (
     '; weights and scales as a checkpoint has them are taken with weight_layout="logical", and the kernel takes '
     "what interleave_weights_sm90 and fold_scales_sm90 of mxfp4ref.formats.layout make of them"
 )
@@ -191,7 +191,7 @@ def experts_of(arguments: Mapping[str, Any]) -> Experts:
         experts = kind(**values)
     except (TypeError, ValueError) as error:
         field, _, rest = str(error).partition(":")
-        hint = "" if layout != "sm90" or not _looks_logical(arguments) else _IN_LOGICAL_LAYOUT
+        hint = "" if layout != "sm90" or not _looks_logical(arguments) else IN_LOGICAL_LAYOUT
         raise type(error)(f"{names.get(field, field)}:{rest}{hint}") from None
     unnamed = arguments["weight_layout"] is None and arguments["kernel"] is None
     if unnamed and isinstance(experts, Sm90Experts) and experts.generation is BYTEWISE:

@@ -22,6 +22,7 @@ from mxfp4ref.conformance.findings.finding import OTHER_EXPERTS, Evidence, Findi
 from mxfp4ref.conformance.findings.patterns import Pattern
 from mxfp4ref.conformance.findings.stage_fit import Reach
 from mxfp4ref.conformance.kernels.adapters import whole_arguments
+from mxfp4ref.conformance.reports.again import bounded_command, command
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.model.call import MoeCall
 from tests.held_out_kernels.by_hand import with_experts
@@ -53,6 +54,12 @@ def test_a_quick_diagnosis_names_the_line_of_the_full_one(plain: Diagnosis) -> N
         "A quick diagnosis of one case; a full one tells what else predicts its bits: mxfp4ref"
         in explained.verdict
     )
+    assert command(quick, failed).startswith("mxfp4ref conform mine.py:f --no-repeat --case a ")
+    assert bounded_command(quick) == "mxfp4ref conform mine.py:f --no-repeat --case gemm --mode bounded"
+    session = replace(quick, line="pytest --mxfp4-kernel mine.py:f 'mxfp4::a b' --mxfp4-diagnosis quick -x")
+    line = "pytest --mxfp4-kernel mine.py:f 'mxfp4::a b' -x --mxfp4-"
+    assert session.verdict.endswith(f": {line}diagnosis=full")
+    assert bounded_command(session) == f"{line}diagnosis=full --mxfp4-mode=bounded"
     assert "quick" not in replace(explained, results=(failed, failed)).verdict
     assert "quick" not in replace(quick, arguments=given[:1]).verdict
 

@@ -724,7 +724,7 @@ def test_list_names_cases_as_other_commands_take_them(
     assert [row["case"] for row in rows] == open_goldens().names()
     (row,) = (row for row in rows if row["case"] == SMALL)
     assert row["catches"] == list(open_goldens().load(SMALL).catches)
-    assert max(map(len, invoke("list").output.splitlines())) <= 140
+    assert "..." not in invoke("list").output
     goldens = open_goldens()
     made = [case for case in goldens.names() if "limit_ignored" in goldens.load(case).catches]
     table = (goldens.root / "defect_matrix.md").read_text()

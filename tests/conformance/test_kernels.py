@@ -26,10 +26,12 @@ from mxfp4ref.conformance import (
 )
 from mxfp4ref.conformance.kernel_names import wrong_name
 from mxfp4ref.conformance.kernels.adapters import logical_arguments, plain_arguments, sm90_arguments
+from mxfp4ref.conformance.kernels.loading import runnable
 from mxfp4ref.formats import humming
 from mxfp4ref.formats.generations import BYTEWISE, NEWEST
 from mxfp4ref.formats.layout import fold_scales_sm90, interleave_weights_sm90
 from mxfp4ref.goldens import Case, open_goldens
+from mxfp4ref.goldens.store import KINDS
 from mxfp4ref.model.flashinfer import torch_ref_cutlass_fused_moe
 from mxfp4ref.sm90.tactics import Sm90Kernel, runnable_tactics, tactics_of
 from tests.helpers import kernels_under_test
@@ -84,6 +86,16 @@ def test_adapters_hand_everything_over(spec: str) -> None:
         assert "128x128" in result.tiles
 
 
+def test_a_prefix_that_is_one_too_many_is_told_first_and_without_our_frames(case: Case) -> None:
+    found = result_of("logical:tests.helpers.kernels_under_test:good", case)
+    assert found.status == "raised"
+    assert found.message.startswith(
+        "did you mean tests.helpers.kernels_under_test:good? ValueError: quant_scales[0]"
+    )
+    assert len(found.message) < 350
+    assert re.findall(r"\.py:\d+ in (\w+)", found.message) == ["good"]
+
+
 @pytest.mark.usefixtures("copied_processes")
 def test_stage_kernels() -> None:
     report = run("stage:dequantize:tests.helpers.kernels_under_test:stage_dequantize", GOLDENS)
@@ -104,6 +116,18 @@ def test_a_quantiser_may_return_a_tuple() -> None:
     assert report.ok
     ran = [r.case for r in report.results if r.status == "equal"]
     assert ran == [name for name in GOLDENS.names() if "/quantize_" in name]
+
+
+@pytest.mark.parametrize(
+    "spec", ["oracle", "defect:limit_ignored", "plain:absent:f", "stage:layout:absent:f"]
+)
+def test_a_name_tells_which_cases_are_run(spec: str) -> None:
+    kinds = {"oracle": set(KINDS), "stage:layout:absent:f": {"layout"}}.get(spec, {"moe"})
+    chooses = spec == "plain:absent:f"
+    wanted = [
+        n for n in GOLDENS.names() if GOLDENS.about(n)["kind"] in kinds and not (chooses and "tile_n/" in n)
+    ]
+    assert runnable(spec, GOLDENS, GOLDENS.names()) == wanted
 
 
 def test_a_kernel_that_chooses_its_tiles_is_not_held_against_an_n_tile() -> None:
@@ -147,7 +171,8 @@ class TestFiles:
         monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", ".")])
         monkeypatch.setattr(sys, "modules", sys.modules.copy())
         Path("neighbour.py").write_text(
-            "def f(x, ids, scales, w1, s1, w2, s2, **others):\n    return x * 0\n"
+            "def f(x, ids, scales, w1, s1, w2, s2, **others):\n    return x * 0\n\n"
+            "def like_flashinfer(*, input, quant_scales, **others):\n    return input\n"
         )
         Path("own_kernel.py").write_text("from neighbour import f\n\ndef few(x):\n    return x\n")
         Path("broken.py").write_text("import math\n\nx = 1 / 0\nf = math.sqrt\n")
@@ -192,12 +217,17 @@ class TestFiles:
                 "plain:own_kernel:few",
                 "cannot be called: too many positional arguments. Its parameters are (x)",
             ),
-            ("own_kernel:f", "cannot be called: missing a required argument: 'x'"),
+            (
+                "own_kernel:f",
+                "kernel: did you mean plain:own_kernel:f? own_kernel:f is called with flashinfer's",
+            ),
+            ("logical:own_kernel.py:f", "kernel: did you mean plain:own_kernel.py:f?"),
+            ("plain:neighbour:like_flashinfer", "kernel: did you mean neighbour:like_flashinfer?"),
             ("logical:own_kernel:few", "cannot be called"),
             ("stage:layuot:own_kernel:f", "did you mean layout?"),
             ("orcale", "did you mean oracle?"),
             ("plan:own_kernel:few", "got 'plan:' in 'plan:own_kernel:few'; did you mean plain:?"),
-            ("own_kernel:f", "with plain: before it, f(x, ids, scales, w1, s1, w2, s2, **parameters)"),
+            ("own_kernel:few", "with plain: before it, f(x, ids, scales, w1, s1, w2, s2, **parameters)"),
             ("plain:own_kernel:few", "without plain:, or with logical: in its place, with flashinfer's"),
         ],
     )

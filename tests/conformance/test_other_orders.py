@@ -256,7 +256,7 @@ def test_seconds_of_an_interrupted_diagnosis_are_counted(monkeypatch: pytest.Mon
         run(off(near()), [GOLDENS.load(CASE)], Options(repeat=False))
     assert raised.value.report.results[0].diagnosis_seconds >= 0.02
     text = str(Report("f.py:f", "exact", (), date=now(), seconds=5.0))
-    assert "seconds: 5.0 in all; comparison 0.0, diagnosis 0.0, other 5.0" in text
+    assert "seconds: 5.0 in all; comparison 0.0, diagnosis 0.0, start and other 5.0" in text
 
 
 OVERFLOWS = "gemm/first_group_overflows"

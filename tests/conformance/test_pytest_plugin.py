@@ -58,7 +58,7 @@ def test_failure_is_the_diagnosis_and_other_kinds_are_skipped(pytester: pytest.P
             "  first: output at [[]0, 0]: *",
             "  feeds it: input[[]0[]]: *",
             "  feeds it: slot 0: *",
-            "  again: mxfp4ref conform defect:last_slot_dropped --diagnosis quick --case finalize/slot_order *",
+            "  again: mxfp4ref conform defect:last_slot_dropped --case finalize/slot_order *",
             "*= mxfp4ref =*",
             "defect:last_slot_dropped does not conform: 1 of 1 case fails, of the goldens' *",
             "1 skipped, of kinds that it does not run.",
@@ -292,7 +292,7 @@ def test_the_report_says_how_pytest_ran(pytester: pytest.Pytester) -> None:
     pytester.runpytest(*arguments, "--mxfp4-case=finalize/slot_*")
     html = (pytester.path / "r.html").read_text()
     assert f" {' '.join(arguments)} &#39;--mxfp4-case=finalize/slot_*&#39;" in html
-    case = "--diagnosis quick --case finalize/slot_order --dump reproducers"
+    case = "--case finalize/slot_order --dump reproducers"
     assert f"mxfp4ref conform defect:last_slot_dropped {case}" in html
 
 
@@ -343,15 +343,20 @@ def test_isolation(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_exit_first_stops_at_the_first_failure(pytester: pytest.Pytester) -> None:
+    """What was chosen and not run is counted as that, and the verdict says what it was judged from."""
+    cases = ("finalize/slot_order", "finalize/unusual_weights", "layout/swap_halves")
+    chosen = [f"--mxfp4-case={name}" for name in cases]
     arguments = (
         "--mxfp4-kernel=defect:last_slot_dropped",
-        "-x",
-        "--mxfp4-case",
-        "finalize/*",
         "--mxfp4-diagnosis=none",
+        "--mxfp4-html=r.html",
+        "-x",
     )
-    result = pytester.runpytest("-p", "no:cacheprovider", *arguments)
+    result = pytester.runpytest("-p", "no:cacheprovider", *arguments, *chosen)
     assert result.parseoutcomes()["failed"] == 1
+    result.stdout.fnmatch_lines(["Judged from the one case that failed; 1 other case not run may tell more."])
+    html = (pytester.path / "r.html").read_text()
+    assert " = 1 failed + 1 not run + 1 not run, of other kinds + " in html
 
 
 def test_fixtures(pytester: pytest.Pytester) -> None:

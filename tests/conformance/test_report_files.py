@@ -642,7 +642,9 @@ def test_seconds_include_all() -> None:
     result = result_of(SMALL).lasting(kernel=1, comparison=2, diagnosis=3)
     assert result.seconds == 6
     report = Report("k", "exact", (result,), seconds=20, date="now", verdict_seconds=10)
-    assert "seconds: 20.0 in all; kernel 1.0, comparison 2.0, diagnosis 13.0, other 4.0" in to_text(report)
+    assert "seconds: 20.0 in all; kernel 1.0, comparison 2.0, diagnosis 13.0, start and other 4.0" in to_text(
+        report
+    )
     assert replace(report, date="") != report
 
 

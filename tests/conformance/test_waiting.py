@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 
 from mxfp4ref.__main__ import commands
 from mxfp4ref.conformance import heartbeat, memory, suite
-from mxfp4ref.conformance.cli import progress, report_files
+from mxfp4ref.conformance.cli import progress, report_files, shared
 from mxfp4ref.conformance.cli.selecting import too_large
 from mxfp4ref.conformance.results import CaseResult
 from mxfp4ref.goldens import open_goldens
@@ -101,6 +101,17 @@ def test_what_is_not_run_takes_no_time(told: list[str], monkeypatch: pytest.Monk
     with progress.case_progress([FIRST, SECOND], 1) as advance:
         advance(CaseResult(FIRST, "moe", "", "differs"))
     assert told[-1] == "1 of 2 done; 1 failed; now the diagnosis of all together, a minute or two at most"
+
+
+def test_what_a_kernel_cannot_run_is_not_waited_for(told: list[str]) -> None:
+    others = ("--case", "layout/swap_halves", "--case", "layout/interleave_*", "--diagnosis", "none")
+    assert invoke("conform", "torch-bf16", "--case", FIRST, *others).exit_code == 0
+    assert [words[:11] for words in told] == ["0 of 1 done", "1 of 1 done"]
+
+
+def test_the_seconds_of_a_command_are_those_since_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared.Interruption, "seconds", 77.0)
+    assert "seconds: 77.0 in all; " in invoke("conform", "oracle", "--case", FIRST).output
 
 
 def test_the_last_line_is_not_the_end(told: list[str]) -> None:

@@ -19,7 +19,7 @@ from mxfp4ref._words import did_you_mean
 from mxfp4ref.conformance.cli import completing
 from mxfp4ref.conformance.cli.command import command
 from mxfp4ref.conformance.cli.shared import NOT_EQUAL, UsageError, goldens_option, usage_errors
-from mxfp4ref.conformance.cli.terminal import echo, echo_json, echo_rows
+from mxfp4ref.conformance.cli.terminal import columns, echo, echo_json, echo_rows
 from mxfp4ref.conformance.memory import needed_for
 from mxfp4ref.conformance.source import defect_names
 from mxfp4ref.goldens import Goldens, open_goldens
@@ -99,7 +99,7 @@ def _about(row: dict[str, Any]) -> str:
     return (
         ", ".join([*first, *([f"{more} more"] if more > 0 else [])])
         or row["unique_for"]
-        or textwrap.shorten(row["why"], _WIDTH)
+        or (row["why"] if columns() is None else textwrap.shorten(row["why"], _WIDTH))
     )
 
 

@@ -224,7 +224,7 @@ def _conform(spec: str, root: Path | None, options: dict[str, Any], interruption
         if not names:
             raise UsageError("--exclude: none of the chosen cases is left")
 
-    from mxfp4ref.conformance.kernels.loading import is_stand_in
+    from mxfp4ref.conformance.kernels.loading import is_stand_in, runnable
     from mxfp4ref.conformance.options import Options
     from mxfp4ref.conformance.reports.again import selection_arguments
     from mxfp4ref.conformance.running import NOT_DUMPED
@@ -243,7 +243,7 @@ def _conform(spec: str, root: Path | None, options: dict[str, Any], interruption
         files.check(chain(files_below(goldens.root), sources(spec), [earlier] if earlier else ()))
         if isolate is False and not is_stand_in(spec):
             others_code_begins()
-        with case_progress(names, options["max_failures"]) as advance:
+        with case_progress(runnable(spec, goldens, names), options["max_failures"]) as advance:
             try:
                 result = run(
                     spec,
@@ -262,7 +262,9 @@ def _conform(spec: str, root: Path | None, options: dict[str, Any], interruption
                 result, broken = error.report, error
             interruption.done = True  # what is left to do is short, and worth the wait
     # An interruption that did not end the run may have cut anything in it short.
-    result = replace(result, interrupted=result.interrupted or bool(interruption.signal))
+    result = replace(
+        result, interrupted=result.interrupted or bool(interruption.signal), seconds=interruption.seconds
+    )
     limits = options["max_failures"], options["jobs"]
     selection = selection_arguments(patterns, earlier, *limits, excluded)
     result = replace(result, selection=selection, too_large=len(large))

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -196,11 +196,20 @@ def not_terminable() -> None:
 
 @dataclass
 class Interruption:
-    """What has come from outside: `signal`, the first, or 0; whether a case `ran`; once all is `done` none raises."""
+    """What has come from outside: `signal`, the first, or 0; whether a case `ran`; once all is `done` none raises.
+
+    It began with the command, before torch was imported, which may take longer than all cases.
+    """
 
     signal: int = 0
     ran: bool = False
     done: bool = False
+    start: float = field(default_factory=time.perf_counter)
+
+    @property
+    def seconds(self) -> float:
+        """Since the command began."""
+        return time.perf_counter() - self.start
 
     @property
     def exit_code(self) -> int:

@@ -45,8 +45,8 @@ from mxfp4ref.conformance.kernels.adapters import (
     is_poison,
     outputs_by_name,
     poisoned,
+    raised_words,
     rows_left,
-    without_argument,
 )
 
 __all__ = [
@@ -310,7 +310,7 @@ def _run_once(
     except Skip as reason:
         found = Collected(problem="skipped", message=printable(reason) or "the kernel skips this case")
     except BaseException as error:
-        found = Collected(problem="raised", message=of_exception(error, __file__) + without_argument(error))
+        found = Collected(problem="raised", message=raised_words(kernel.name, error))
     else:
         found = Collected((kept,), stages, message=disagreement)
     if os.getpid() != process:  # a copy of this process that the kernel forked off, and that returned, too

@@ -102,6 +102,7 @@ def fill_new_memory(byte: int) -> None:
 
 
 _PERTURB = -6
+_ROOM = __file__.removesuffix("plain.py")
 _mallopt = (getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None) or (
     lambda option, value: 0
 )
@@ -238,14 +239,20 @@ def printable(value: object, limit: int = MESSAGE) -> str:
 
 
 def of_exception(error: BaseException, without: str = "") -> str:
-    """An exception, its innermost frames, but those of `without`, of importing and of `uncompiled`, and its cause."""
+    """An exception, its innermost frames, but those of importing and of `uncompiled`, and its cause.
+
+    `without`: a file or a folder whose frames are told only where there are no others, and those of this room never.
+    """
     words = printable(_name_of(_class_of(error)), 80)
     if text := printable(error).strip():
         words += f": {text}"
-    aside = (without, importlib.__file__, _compiler.__file__)
+    aside = (importlib.__file__, _compiler.__file__)
     frames = [
         f for f in _frames(_traceback_of(error)) if f[0] not in aside and not f[0].startswith("<frozen")
     ]
+    if without:
+        frames = [f for f in frames if not f[0].startswith(_ROOM)]
+        frames = [f for f in frames if not f[0].startswith(without)] or frames
     where = "; ".join(
         f"{printable(file, 200)}:{line} in {printable(name, 80)}" for file, line, name in frames[-3:]
     )

@@ -6,17 +6,19 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.isolation.plain import TensorError, printable
+from mxfp4ref.conformance.isolation.plain import TensorError, of_exception, printable
 from mxfp4ref.formats.experts import PARAMETERS
 from mxfp4ref.formats.generations import NEWEST, Generation
 from mxfp4ref.formats.layout import fold_scales_sm90, interleave_weights_sm90
 from mxfp4ref.goldens.runs import OUTPUTS
 from mxfp4ref.model.call import MoeCall
+from mxfp4ref.model.flashinfer_arguments import IN_LOGICAL_LAYOUT
 from mxfp4ref.model.forward import MoeTrace
 from mxfp4ref.model.humming import call_of
 from mxfp4ref.sm90.activation import SWIGLU
@@ -34,14 +36,15 @@ __all__ = [
     "outputs_by_name",
     "plain_arguments",
     "poisoned",
+    "raised_words",
     "rows_left",
     "sm90_arguments",
     "takes",
     "whole_arguments",
-    "without_argument",
 ]
 
 INTERMEDIATES = ("fc1_output", "activation", "fc2_output")  # those of `MoeTrace` that a diagnosis looks at
+_PACKAGE = str(Path(__file__).parents[2] / "_")[:-1]  # whose frames tell nothing about a kernel
 _POISON = 0x7FA5  # a NaN of bf16 and of fp16 that no arithmetic produces
 _OPTIONAL = ("fc1_biases", "fc2_biases", *PARAMETERS)
 
@@ -213,15 +216,16 @@ def sm90_arguments(
     return prepare
 
 
-def without_argument(error: BaseException) -> str:
-    """What to do about an argument that a kernel does not have, to be added to the message, or ""."""
-    name = re.search(
-        r"unexpected keyword argument '(\w+)'", printable(error) if type(error) is TypeError else ""
-    )
+def raised_words(kernel: str, error: BaseException) -> str:
+    """What a kernel of that name raised, and what to do about it where that is known."""
+    words = of_exception(error, without=_PACKAGE)
+    if kernel.startswith("logical:") and IN_LOGICAL_LAYOUT in words:
+        return f"did you mean {kernel.removeprefix('logical:')}? {words.replace(IN_LOGICAL_LAYOUT, '')}"
+    name = re.search(r"unexpected keyword argument '(\w+)'", words if type(error) is TypeError else "")
     if name is None:
-        return ""
+        return words
     return (
-        f"; a kernel without {name[1]} can take **others and, if there are any, "
+        f"{words}; a kernel without {name[1]} can take **others and, if there are any, "
         f'raise mxfp4ref.conformance.Skip("no {name[1]}")'
     )
 

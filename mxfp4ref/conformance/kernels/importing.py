@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +19,24 @@ from mxfp4ref.conformance.kernels.adapters import KernelError
 
 __all__ = ["call_form", "check_takes", "import_function"]
 
+_Takes = tuple[int, tuple[str, ...]]
 PLAIN = "x, ids, scales, w1, s1, w2, s2, **parameters"  # after plain:
+# What every call hands over, the number of arguments by place and the others' names.
+_PLAIN_TAKES: _Takes = (7, ())
+_FLASHINFER_TAKES: _Takes = (
+    0,
+    (
+        "input",
+        "token_selected_experts",
+        "token_final_scales",
+        "fc1_expert_weights",
+        "fc2_expert_weights",
+        "output_dtype",
+        "quant_scales",
+        "use_w4_group_scaling",
+        *("tp_size", "tp_rank", "ep_size", "ep_rank"),
+    ),
+)
 _MOST = 8  # functions that are listed
 _files: set[str] = set()  # the names of modules that are files loaded here
 
@@ -60,8 +77,8 @@ def _instead(name: str, owner: Any) -> str:
     return f"; it has {shortened(own, _MOST)}" if own else ""
 
 
-def check_takes(spec: str, function: Callable[..., Any], positional: int, names: Iterable[str]) -> None:
-    """Raise KernelError unless a function can be called with so many arguments and these by name.
+def check_takes(spec: str, function: Callable[..., Any]) -> None:
+    """Raise KernelError unless a function can be called as its name says, and say which name it could be called by.
 
     One whose signature cannot be read is called without, one that wants an `output` is given it.
     """
@@ -69,14 +86,33 @@ def check_takes(spec: str, function: Callable[..., Any], positional: int, names:
         signature = inspect.signature(function)
     except Exception:  # of a callable without a signature, or with one that raises
         return
+    head, _, path = spec.partition(":")
+    plain, path = head == "plain", path if head in ("plain", "logical") else spec
+    ways = _FLASHINFER_TAKES, _PLAIN_TAKES
+    if not (error := _misfit(signature, *ways[plain])):
+        return
+    if not _misfit(signature, *ways[not plain]):
+        meant, called = (
+            (path, f"f({PLAIN})") if plain else (f"plain:{path}", "with flashinfer's arguments by name")
+        )
+        raise KernelError(
+            f"kernel: did you mean {meant}? {spec} is called {called}, and its parameters are "
+            f"{shortened(signature.parameters, _MOST)}"
+        )
+    raise KernelError(
+        f"kernel: {spec} cannot be called: {error}. Its parameters are {signature}; "
+        f"{_called(*ways[plain])}. `mxfp4ref init adapter` writes one to fill in"
+    )
+
+
+def _misfit(signature: inspect.Signature, positional: int, names: tuple[str, ...]) -> str:
+    """Why a function cannot be called with so many arguments and these by name, or ""."""
+    output = ["output"] if "output" in signature.parameters and not positional else []
     try:
-        output = ["output"] if "output" in signature.parameters and not positional else []
         signature.bind(*[None] * positional, **dict.fromkeys([*names, *output]))
     except TypeError as error:
-        raise KernelError(
-            f"kernel: {spec} cannot be called: {error}. Its parameters are {signature}; "
-            f"{_called(positional, names)}. `mxfp4ref init adapter` writes one to fill in"
-        ) from None
+        return str(error)
+    return ""
 
 
 def call_form(spec: str) -> str:
@@ -90,7 +126,7 @@ def call_form(spec: str) -> str:
     return f"It was called with flashinfer's arguments, all by name; plain:{path} is called f({PLAIN})."
 
 
-def _called(positional: int, names: Iterable[str]) -> str:
+def _called(positional: int, names: tuple[str, ...]) -> str:
     if positional:
         return (
             f"with plain: before it, it is called f({PLAIN}); without plain:, or "

@@ -16,7 +16,7 @@ A kernel is named by a string:
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -39,27 +39,11 @@ from mxfp4ref.conformance.kernels.adapters import (
 from mxfp4ref.conformance.kernels.flashinfer_kernel import flashinfer_kernel, flashinfer_w4a8_kernel
 from mxfp4ref.conformance.kernels.importing import check_takes, import_function
 from mxfp4ref.conformance.kernels.stand_ins import defect_kernel, torch_bf16
+from mxfp4ref.goldens import Goldens
 from mxfp4ref.goldens.runs import run_stage
 from mxfp4ref.goldens.store import KINDS
 
-__all__ = ["check_device", "environment", "is_stand_in", "load_kernel", "load_kernel_here"]
-
-# What every call hands over, the number of arguments by place and the others' names.
-FLASHINFER_TAKES = (
-    0,
-    (
-        "input",
-        "token_selected_experts",
-        "token_final_scales",
-        "fc1_expert_weights",
-        "fc2_expert_weights",
-        "output_dtype",
-        "quant_scales",
-        "use_w4_group_scaling",
-        *("tp_size", "tp_rank", "ep_size", "ep_rank"),
-    ),
-)
-PLAIN_TAKES = (7, ())
+__all__ = ["check_device", "environment", "is_stand_in", "load_kernel", "load_kernel_here", "runnable"]
 
 
 def load_kernel_here(spec: str | Callable[..., Any], device: str | None = None) -> Kernel:
@@ -126,15 +110,27 @@ def load_kernel(spec: str | Callable[..., Any], device: str | None = None) -> Ke
     if head in ("logical", "plain"):
         function = import_function(rest)
         prepare = logical_arguments(function) if head == "logical" else plain_arguments
-        check_takes(spec, function, *(PLAIN_TAKES if head == "plain" else FLASHINFER_TAKES))
+        check_takes(spec, function)
         return Kernel(spec, ("moe",), prepare, function, device=device or "cpu")
     if head == "stage":
         kind, _, path = rest.partition(":")
         function = import_function(path)
         return Kernel(spec, (kind,), keyword_arguments, function, device=device or "cpu")
     function = import_function(spec)
-    check_takes(spec, function, *FLASHINFER_TAKES)
+    check_takes(spec, function)
     return Kernel(spec, ("moe",), sm90_arguments(function), function, device=device or "cpu")
+
+
+def runnable(spec: str, goldens: Goldens, names: Iterable[str]) -> list[str]:
+    """The cases that a kernel may run, as far as its name tells; nobody else's code is imported."""
+    if is_stand_in(spec):
+        kernel = load_kernel(spec)
+    else:
+        head, _, rest = spec.partition(":")
+        kind = {"stage": rest.partition(":")[0], "flashinfer-w4a8": "w4a8"}.get(head, "moe")
+        kernel = Kernel(spec, (kind,), whole_arguments, run_stage, forces_tile_k=spec == "flashinfer")
+    about = {name: goldens.about(name) for name in names}
+    return [name for name, case in about.items() if not kernel.unable(case["kind"], case["parameters"])]
 
 
 def is_stand_in(spec: str) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 from mxfp4ref._files import quoted
@@ -21,6 +23,7 @@ __all__ = [
 ]
 
 _LIMITS = ("--maxfail", "--max-calls")
+_QUICK = ("--diagnosis", "quick")
 _TIMEOUT = 600  # seconds, the command's default
 
 
@@ -90,10 +93,28 @@ def whole_command(report: Report) -> str:
 
 def full_command(report: Report) -> str:
     """The line that looks for what is wrong with `--diagnosis full`; "" of a run that did, or of no name."""
-    quick = ("--diagnosis", "quick")
-    given = report.arguments
-    at = next((i for i in range(len(given)) if given[i : i + 2] == quick), None)
-    return "" if at is None else _shell(report.command, *given[:at], *given[at + 2 :], *report.selection)
+    given = _fully(report.arguments)
+    if given == report.arguments:
+        return ""
+    return _of_pytest(report) or _shell(report.command, *given, *report.selection)
+
+
+def _fully(arguments: tuple[str, ...]) -> tuple[str, ...]:
+    """The same with a full diagnosis, where they ask for a quick one: what to do next is to look closer."""
+    at = next((i for i in range(len(arguments)) if arguments[i : i + 2] == _QUICK), None)
+    return arguments if at is None else (*arguments[:at], *arguments[at + 2 :])
+
+
+def _of_pytest(report: Report, *, mode: str = "") -> str:
+    """A session's own line, which chooses the same cases, with a full diagnosis, in this mode; "" of none."""
+    words = shlex.split(report.line)
+    quick = _fully(report.arguments) != report.arguments
+    wanted = {"--mxfp4-diagnosis": "full" * quick, "--mxfp4-mode": mode}
+    for name, value in wanted.items() if words else ():
+        if value:
+            words = [w for before, w in pairwise(["", *words]) if name not in (w.partition("=")[0], before)]
+            words.append(f"{name}={value}")
+    return " ".join(map(quoted, words))
 
 
 def _kept(report: Report) -> list[str]:
@@ -104,9 +125,10 @@ def _kept(report: Report) -> list[str]:
 
 def bounded_command(report: Report) -> str:
     """The line that runs the chosen cases in mode bounded; "" of a kernel that is no name."""
-    return (
-        _shell("conform", *report.arguments, *_kept(report), "--mode", "bounded") if report.arguments else ""
-    )
+    if not report.arguments:
+        return ""
+    given = (*_fully(report.arguments), *_kept(report))
+    return _of_pytest(report, mode="bounded") or _shell("conform", *given, "--mode", "bounded")
 
 
 def case_command(kernel: str, arguments: tuple[str, ...], result: CaseResult) -> str:
@@ -120,7 +142,7 @@ def case_command(kernel: str, arguments: tuple[str, ...], result: CaseResult) ->
         return ""
     if not arguments:
         return f"run({kernel}, [open_goldens().load({result.case!r})])"
-    return _shell("conform", *arguments, "--case", result.case, "--dump", "reproducers")
+    return _shell("conform", *_fully(arguments), "--case", result.case, "--dump", "reproducers")
 
 
 def _shell(*arguments: str) -> str:

@@ -196,7 +196,13 @@ def tested(report: Report, *, full: bool) -> list[str]:
     parts["diagnosis"] += report.verdict_seconds
     shares = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
     rest = report.seconds - sum(parts.values())
-    beside = ", of processes side by side" if rest < -0.1 else f", other {rest:.1f}" if rest >= 0.1 else ""
+    beside = (
+        ", of processes side by side"
+        if rest < -0.1
+        else f", start and other {rest:.1f}"
+        if rest >= 0.1
+        else ""
+    )
     lines.append(f"seconds: {report.seconds:.1f} in all; {shares}{beside}")
     if report.left > report.unable and not report.unfinished:  # else the verdict has it
         again = whole_command(report)
