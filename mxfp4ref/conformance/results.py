@@ -286,7 +286,8 @@ class Report(Shown):
             return f" Up to roundings, this explains all ids and weights: {found.sentence}."
         if found.sentence:
             best = added(found.sentence, where)
-            return f" No single change predicts every bit of all that fails. The best evidence: {best}."
+            none = "No single change that was tried predicts every bit of all that fails"
+            return f" {none}. The best evidence: {best}."
         if known := found.common or found.where:
             return f" What is wrong is unknown; {known}.{self._most_telling}"
         if any(r.diagnosis for r in self.results):

@@ -197,7 +197,7 @@ def test_evidence_of_one_kind_with_numbers_of_its_own_in_each_case(plain: Diagno
     ]
     words = said(plain, *weights, evidence(("slots", "finalize"), OTHER_EXPERTS, "token 0"))
     assert words == (
-        " No single change predicts every bit of all that fails. The best evidence: "
+        " No single change that was tried predicts every bit of all that fails. The best evidence: "
         "in 6 of 7 failing cases the routing weights used are "
         "others; in the first of them: token 0 is x; it lies in finalize."
     )

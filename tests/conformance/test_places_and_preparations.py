@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -111,6 +112,8 @@ def test_experts_that_are_off(kernel: str) -> None:
     some = samples(pipeline, got, differing(got, right("prefill")), local_of(pipeline))
     odd = kernel.endswith("odd_experts")
     assert wrong_experts(pipeline.call, some) == "experts 1, 3, 5, 7 (the odd ones)" * odd
+    beyond = [replace(one, error=torch.full_like(one.error, 1e200)) for one in some]
+    assert wrong_experts(pipeline.call, beyond) == "", "their squares overflow"
 
 
 def test_rows_beside_them_at_the_end_of_experts() -> None:

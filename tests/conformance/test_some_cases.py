@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,12 +16,12 @@ from mxfp4ref.conformance.families import jury
 from mxfp4ref.conformance.families.engine import Result, prepared
 from mxfp4ref.conformance.families.hearing import Failure, hear
 from mxfp4ref.conformance.families.hypotheses.activations import activation_hypotheses
-from mxfp4ref.conformance.families.hypothesis import Hypothesis
-from mxfp4ref.conformance.families.jury import _of_some
+from mxfp4ref.conformance.families.hypothesis import Hypothesis, roughly
+from mxfp4ref.conformance.families.jury import _of_most, _of_some, _worth_hearing
 from mxfp4ref.conformance.families.search import Match
 from mxfp4ref.conformance.families.telling import told
 from mxfp4ref.conformance.findings.agreement import agreed
-from mxfp4ref.conformance.findings.finding import UNKNOWN, Finding
+from mxfp4ref.conformance.findings.finding import UNKNOWN, Evidence, Finding
 from mxfp4ref.conformance.findings.reduction import clock_of
 from mxfp4ref.conformance.findings.suspects import Verdict
 from mxfp4ref.conformance.suite import _State
@@ -84,6 +85,34 @@ def test_what_a_case_alike_refutes_is_not_said() -> None:
     failures = [failure(ONE), of_another_kind(), of_another_kind()]
     elsewhere = Finding(("finalize",), "the routing weights used are others")
     assert _of_some(failures, tuple, [hear(match(), failures)], [], elsewhere) is None
+
+
+def test_what_predicts_most_wrong_elements_is_the_best_evidence() -> None:
+    near, words = failure(ONE).got.clone(), match().hypothesis.words
+    near[0, 0] += 1
+    failures = [failure(ONE, near), failure(ALIKE)]
+    here = match().hypothesis
+    result = Result((Match(roughly(here, "up to roundings", 0.5), False, here),), (), UNKNOWN, 1, True)
+    heard = [hear(one, failures) for one in _worth_hearing(result)]
+    evidence = Finding(("activation",), "the activation is another function")
+    assert said(_of_most(failures, heard, [], evidence)) == (
+        " No single change that was tried predicts every bit of all that fails. The best evidence: in 2 of 2 failing "
+        f"cases {words}, or nearly so (99% of the wrong elements in every bit); it may lie in activation."
+    )
+    more = [*failures, of_another_kind()]
+    assert _of_most(more, [hear(match(), more)], [], UNKNOWN) is None, "which another case refutes"
+    elsewhere = Evidence(("finalize",), "the routing weights used are others", 3)
+    assert _of_most(failures, heard, [elsewhere] * 2, UNKNOWN) is None, "as many prove something else"
+
+
+def test_what_is_mostly_right_is_heard_to_the_end() -> None:
+    """Many cases have a second mistake too, before one that shows the first alone."""
+    near = failure(ONE).got.clone()
+    near[0, 0] += 1
+    two, one = failure(ONE, near), replace(failure(ONE), case="the last")
+    heard = hear(match(), [*(replace(two, case=str(number)) for number in range(12)), one])
+    assert heard.all_heard
+    assert heard.cases == ["the last"]
 
 
 def test_what_follows_from_a_prediction_of_most_bits_is_hedged() -> None:

@@ -52,12 +52,17 @@ def counts(rows: Rows) -> Tensor:
     return torch.bincount(rows.expert)[rows.expert]
 
 
+def tokens_in_turn(call: MoeCall) -> Tensor:
+    return layer(call, x=lambda r, x: call.input[(r.token * call.top_k + r.slot) % call.num_tokens])
+
+
 def shifted_tokens(call: MoeCall) -> Tensor:
     return layer(call, x=lambda rows, x: call.input[(rows.token + 5) % call.num_tokens])
 
 
 SAME, ANY, ZERO = ("input", "fc2"), ("finalize", "fc2"), ("fc2", "activation")
 MODULO = "row n is row n modulo 24"
+IN_TURN = "slot n has token n modulo the number of tokens among the slots of all tokens (token by token)"
 AROUND = "sorted row n is sorted row n + 3, around the end"
 LAST = "the last 8 rows of each expert that has a multiple of 8 rows are left out, or zero: not computed"
 BEYOND = "of all rows, sorted by expert, those from number 64 on are left out, or zero: not computed"
@@ -70,6 +75,7 @@ FIRST = "the first 2 rows of each expert whose number of rows is no multiple of 
         (result_of(lambda r: here(r) - r.position // 24 * 24), "tokens_150", MODULO, SAME),
         (result_of(lambda r: here(r) % 192), "tokens_150", "is sorted row n modulo 192", ANY),
         (result_of(lambda r: (here(r) + 3) % len(r.token)), "gpt_oss", AROUND, ANY),
+        (tokens_in_turn, "gpt_oss", IN_TURN, ("input", "slots")),
         (shifted_tokens, "gpt_oss", "token n is token n + 5, around the end", ("input", "slots")),
         (without(lambda r: (counts(r) % 8 == 0) & (r.position >= counts(r) - 8)), "prefill", LAST, ("fc1", "fc2")),
         (without(lambda r: torch.arange(len(r.position)) >= 64), "prefill", BEYOND, ("fc1", "fc2")),

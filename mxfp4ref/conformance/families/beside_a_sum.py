@@ -82,7 +82,7 @@ def _nearly(search: Search, first: Hypothesis) -> list[Match]:
     """The first change alone, if that predicts nearly all bits, but not all."""
     output = first.run(search.pipeline)
     part = 0.0 if output is None else share(~differing(output, search.got), search.wrong)
-    return [Match(roughly(first, "up to roundings", part), False)] if SURELY <= part < 1 else []
+    return [Match(roughly(first, "up to roundings", part), False, first)] if SURELY <= part < 1 else []
 
 
 def _alone(search: Search, first: Hypothesis) -> Match:

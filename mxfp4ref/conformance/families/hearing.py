@@ -45,6 +45,7 @@ class Heard:
         match: the hypothesis.
         cases: in which it predicts every bit.
         kinds: of these cases.
+        mostly: the cases where it predicts most of the wrong bits, or all; of how many elements, and of how many.
         against: the cases where it predicts few of the wrong bits, or wrong ones.
         refuting: the kinds of these.
         all_heard: whether all cases were asked.
@@ -53,9 +54,20 @@ class Heard:
     match: Match
     cases: list[str] = field(default_factory=list)
     kinds: set[Kind] = field(default_factory=set)
+    mostly: dict[str, tuple[int, int]] = field(default_factory=dict)
     against: list[str] = field(default_factory=list)
     refuting: set[Kind] = field(default_factory=set)
     all_heard: bool = True
+
+    @property
+    def predicted(self) -> int:
+        """How many wrong elements it predicts in the cases where these are most."""
+        return sum(count for count, _ in self.mostly.values())
+
+    @property
+    def part(self) -> float:
+        """Which part of the wrong elements of these cases that is."""
+        return self.predicted / max(sum(total for _, total in self.mostly.values()), 1)
 
 
 def hear(match: Match, failures: list[Failure]) -> Heard:
@@ -68,14 +80,17 @@ def hear(match: Match, failures: list[Failure]) -> Heard:
                 other = differing(output, failure.got)
                 moved = differing(output, failure.want)
                 concerned = moved | differing(failure.got, failure.want)
+                count, total = int((concerned & ~other).sum()), int(concerned.sum())
+                if bool(moved.any()) and count >= _SUPPORTED * total:
+                    heard.mostly[failure.case] = count, total
                 if not bool(other.any()):
                     heard.cases.append(failure.case)
                     heard.kinds.add(kind_of(failure.pipeline.call))
-                elif bool(moved.any()) and float((~other)[concerned].double().mean()) < _SUPPORTED:
+                elif bool(moved.any()) and count < _SUPPORTED * total:
                     heard.against.append(failure.case)
                     heard.refuting.add(kind_of(failure.pipeline.call))
             least = index - 4 if match.hypothesis.slow else 1 if index >= _TELLING else -1
-            if len(heard.cases) <= least:
+            if len(heard.cases) <= least and 2 * len(heard.mostly) <= index:
                 heard.all_heard = index == len(failures) - 1
                 break
     return heard

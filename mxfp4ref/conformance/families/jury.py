@@ -15,7 +15,7 @@ from mxfp4ref.conformance.families.blank import constant_alone, of_constant, whe
 from mxfp4ref.conformance.families.engine import Result, nameless
 from mxfp4ref.conformance.families.evidence import gather, look_closer
 from mxfp4ref.conformance.families.hearing import Failure, Heard, Kind, hear, kind_of
-from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline
+from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline, roughly
 from mxfp4ref.conformance.families.named import named_hypotheses
 from mxfp4ref.conformance.families.nan_bits import investigated
 from mxfp4ref.conformance.families.order_of_cases import different, next_case, plain_one, says_much, telling
@@ -132,7 +132,7 @@ def narrowed(verdict: Verdict, predicted: Collection[Collection[str]], calls: It
 def _worth_hearing(result: Result) -> list[Match]:
     """The simplest of what explains a case."""
     exact = [match for match in result.matches if match.exact]
-    return exact[:_HEARD] or list(result.matches[:_ROUGHLY])
+    return exact[:_HEARD] or [Match(m.plain or m.hypothesis, False) for m in result.matches[:_ROUGHLY]]
 
 
 def _of_all(heard: Iterable[Heard], failures: list[Failure], passing: _Passing) -> Verdict | None:
@@ -241,7 +241,8 @@ def _undecided(
             best = replace(best, sentence=f"{first.sentence} ({case_of[id(first)]})")
     else:
         best = Finding()
-    return Verdict(_of_some(failures, passing, ranked, proofs, best) or best, (), by_case)
+    some_bits = _of_some(failures, passing, ranked, proofs, best) or _of_most(failures, ranked, proofs, best)
+    return Verdict(some_bits or best, (), by_case)
 
 
 def _two(failures: list[Failure], passing: _Passing, heard: Heard, until: float) -> Verdict | None:
@@ -287,6 +288,30 @@ def _of_some(
         words = added(found.sentence, OTHERS + best.sentence) if best.sentence else found.sentence
         return Finding(best.stages or found.stages, words, False, (len(heard.cases), len(failures)))
     return None
+
+
+def _of_most(
+    failures: list[Failure], ranked: list[Heard], proofs: list[Evidence], best: Finding
+) -> Finding | None:
+    """What predicts most wrong elements in every bit, of cases of which few or none say otherwise.
+
+    Of fewer than half of the cases it says less than `best`, the evidence.
+    """
+    likely = []
+    for heard in ranked:
+        stages, count = set(heard.match.hypothesis.stages), len(heard.mostly)
+        elsewhere = sum(one.strength >= 2 and not stages & set(one.stages) for one in proofs)
+        if not count or _RARE * len(heard.against) > count or elsewhere >= count:
+            continue
+        if (2 * count >= len(failures) or not best.sentence) and says_much(failures, heard.mostly):
+            likely.append(heard)
+    if not likely:
+        return None
+    most = max(likely, key=lambda heard: heard.predicted)
+    said = Match(roughly(most.match.hypothesis, "or nearly so", most.part), False)
+    found = told([said], (), [f.pipeline.call for f in failures if f.case in most.mostly])
+    of = f"in {len(most.mostly)} of {len(failures)} failing cases "
+    return replace(found, sentence=of * (len(failures) > 1) + found.sentence, hypotheses=())
 
 
 def _refuted(one: Evidence, proofs: list[Evidence]) -> bool:

@@ -50,10 +50,12 @@ class Match:
     Attributes:
         hypothesis: with its place in it.
         exact: whether it predicts every bit of the output, wrong and right ones.
+        plain: the hypothesis without words on this output, where `hypothesis` says how much of it is predicted.
     """
 
     hypothesis: Hypothesis
     exact: bool
+    plain: Hypothesis | None = None
 
 
 @dataclass
@@ -242,7 +244,8 @@ class Search:
         for hypothesis, output in self._outputs(self.close):
             if self._up_to_roundings(output, of_all=True):
                 part = float((~differing(output, self.got))[self.wrong].double().mean())
-                found.append((part, Match(roughly(hypothesis, "up to roundings", part, self.rows), False)))
+                said = roughly(hypothesis, "up to roundings", part, self.rows)
+                found.append((part, Match(said, False, hypothesis)))
         found.sort(key=lambda pair: -pair[0])
         return [match for part, match in found if part >= max(0.9 * found[0][0], least)]
 
@@ -264,7 +267,7 @@ class Search:
             1 - other < 2 * (1 - part) for other, h in found if not set(h.stages) & set(best.stages)
         ):
             return []
-        return [Match(roughly(best, "or nearly so", part), False)]
+        return [Match(roughly(best, "or nearly so", part), False, best)]
 
     def confirm(self, hypothesis: Hypothesis) -> list[Match]:
         """On the whole call, everywhere or in a part that has words, or in each of several that it may be."""

@@ -68,7 +68,7 @@ def _at(rows: Rows, what: str, index: Tensor) -> Tensor:
 _NUMBERINGS = (
     ("row", "among the rows of an expert (its tokens in order)"),
     ("sorted row", "among all rows, sorted by expert"),
-    ("slot", "among the slots of all tokens, token by token,"),
+    ("slot", "among the slots of all tokens (token by token)"),
     ("token", "among the tokens"),
     ("expert", "at the same place of another expert's rows"),
 )

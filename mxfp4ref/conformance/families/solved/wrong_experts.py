@@ -55,22 +55,24 @@ def _sizes(some: Sequence[Sample]) -> dict[int, float]:
         for expert, weight, y in zip(sample.experts.tolist(), sample.weights, sample.y, strict=True):
             row[ids.index(expert)] += (weight * y.norm()).square()
     unit = shares.sum(1, keepdim=True).clamp(min=1e-300)
-    sizes = _not_negative(shares / unit, squares / unit[:, 0])
-    enough = (shares > 0).sum(0) >= _EACH
+    shares, squares = shares / unit, squares / unit[:, 0]
+    finite = squares.isfinite() & shares.isfinite().all(1)  # not where a row is zero, or overflows
+    sizes = _not_negative(shares[finite], squares[finite])
+    enough = (shares[finite] > 0).sum(0) >= _EACH
     return {e: float(s) for e, s, told in zip(ids, sizes, enough.tolist(), strict=True) if told}
 
 
 def _not_negative(shares: Tensor, squares: Tensor) -> Tensor:
     """The least squares solution of which no part is negative: one after another those that would be are left out."""
-    kept = torch.ones(shares.shape[1], dtype=torch.bool)
+    kept = (shares > 0).any(0)
     found = torch.zeros(shares.shape[1], dtype=torch.float64)
     while bool(kept.any()):
         solution = torch.linalg.lstsq(shares[:, kept], squares[:, None], driver="gelsd").solution[:, 0]
-        if bool((solution >= 0).all()):
+        right = solution >= 0
+        if bool(right.all()):
             found[kept] = solution
             break
-        places = kept.nonzero().flatten()
-        kept[places[solution < 0]] = False
+        kept[kept.clone()] = right  # fewer each time, whatever the solution is
     return found
 
 
