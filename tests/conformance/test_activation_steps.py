@@ -122,6 +122,17 @@ def test_a_large_gate_is_nan() -> None:
     assert "NaN of a large argument, above 11.09, of which e^x overflows float16" in words
 
 
+def test_a_sigmoid_whose_argument_is_clamped() -> None:
+    def run(fc1: Tensor, *_: Maybe) -> Tensor:
+        up, gate = fc1.float().chunk(2, -1)
+        return gate / (1 + torch.exp2((gate * -1.4426950408889634).clamp(-8, 8))) * up
+
+    words = told(call(parameters=False, size=1.4), run)
+    assert words == [
+        "in the activation the argument of the sigmoid's exponential, as 2^-x, is kept within -8 and 8"
+    ]
+
+
 def told(one: MoeCall, swiglu: Callable[..., Tensor]) -> list[str]:
     """The hypotheses that predict what the kernel gives."""
     pipeline, got = prepared(one), layer(one, swiglu=swiglu)

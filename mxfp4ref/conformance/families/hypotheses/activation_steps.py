@@ -25,6 +25,7 @@ _Function = Callable[[Tensor], Tensor]
 _add, _max, _min, _mul = fp32.add, fp32.maximum, fp32.minimum, fp32.mul
 _TYPES = ((torch.bfloat16, "bf16"), (torch.float16, "float16"))
 # Above these e^x is infinite, and e^x / (1 + e^x) is NaN.
+_SATURATES = (4, 5, 6, 8, 10, 12, 16, 20)  # arguments beyond which a sigmoid may be taken for constant
 _OVERFLOWS = ((88.722839, "float32"), (11.0898664, "float16"))
 # 2^f by a polynomial, lowest power first, relative errors as small as can be: of f from 0 to 1 with 1 for f = 0, as
 # FlashAttention-4 has them; with any number for it; and of f from -1/2 to 1/2.
@@ -150,6 +151,13 @@ def _sigmoids() -> Iterator[tuple[str, _Function, float]]:
             lambda z, most=most: sigmoid(z).masked_fill(z > most, torch.nan),
             1.1,
         )
+    for most in _SATURATES:
+        for scale, name in ((1.0, "e^-x"), (math.log(2), "2^-x")):
+            yield (
+                f"the argument of the sigmoid's exponential, as {name}, is kept within -{most} and {most}",
+                lambda z, most=most * scale: sigmoid(z.clamp(-most, most)),
+                1.3,
+            )
     for powers, start in ((_POLYNOMIALS, "0"), (_CENTRED, "-1/2")):
         for coefficients in powers:
             first = ", 1 for 0" * (coefficients[0] == 1)
