@@ -20,8 +20,8 @@ _MOST_CHARACTERS = 100
 class Shown:
     """A dataclass (declared with `repr=False`) that shows itself in a line, and in a notebook as a table.
 
-    Fields that have their default value are left out, unless it is `_WHOLE`. Keywords that are no fields are told with
-    the field that is spelt nearly so.
+    Fields that have their default value are left out, unless it is `_WHOLE`. Keywords that are no fields are told
+    with the field that is spelt nearly so.
     """
 
     _WHOLE: ClassVar[bool] = False  # whether its defaults are shown too
