@@ -20,10 +20,11 @@ _MOST_CHARACTERS = 100
 class Shown:
     """A dataclass (declared with `repr=False`) that shows itself in a line, and in a notebook as a table.
 
-    Fields that have their default value are left out. Keywords that are no fields are told with the field that is
-    spelt nearly so.
+    Fields that have their default value are left out, unless it is `_WHOLE`. Keywords that are no fields are told
+    with the field that is spelt nearly so.
     """
 
+    _WHOLE: ClassVar[bool] = False  # whether its defaults are shown too
     _PARTS: ClassVar[tuple[type, ...]] = ()  # classes of its fields, whose fields may have been meant
 
     def __new__(cls, *values: Any, **named: Any) -> Self:
@@ -47,7 +48,7 @@ class Shown:
     def _shown(self) -> Iterator[tuple[str, str]]:
         for field in fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
-            if not _is_default(field, value):
+            if self._WHOLE or not _is_default(field, value):
                 yield field.name, _text(value)
 
 

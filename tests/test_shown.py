@@ -9,6 +9,7 @@ import torch
 
 from mxfp4ref import MoeCall, Sm90Kernel, trace
 from mxfp4ref._shown import Shown
+from mxfp4ref.conformance import Options
 from mxfp4ref.goldens import open_goldens
 
 GOLDENS = open_goldens()
@@ -47,6 +48,9 @@ def test_no_object_shows_numbers_of_tensors(name: str) -> None:
 
 def test_a_trace_and_goldens(call: MoeCall) -> None:
     assert "fc1_output=bfloat16[16, 256]" in repr(trace(call))
+    assert repr(Options(jobs=2)).startswith(
+        "Options(mode='exact', storage='wider', confidence=None, timeout=None, "
+    )
     assert repr(GOLDENS).endswith(f": {len(GOLDENS.names())} cases in {len(GOLDENS.suites)} suites)")
 
 

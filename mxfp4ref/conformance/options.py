@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from mxfp4ref._choices import DIAGNOSES, EFFORTS, MODES, STORAGE, Diagnosing, Effort, Mode, Storage
 from mxfp4ref._shown import Shown
@@ -51,6 +52,8 @@ class Options(Shown):
             While no diagnosis predicts every bit of any that does, two more may.
         jobs: how many cases run side by side, each in a process of its own, with a share of torch's threads.
     """
+
+    _WHOLE: ClassVar[bool] = True
 
     mode: Mode = "exact"
     storage: Storage = "wider"

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import pairwise
 
 from mxfp4ref._choices import MODES
 from mxfp4ref._files import printable
@@ -173,7 +174,7 @@ class Report(Shown):
         others = counted(self._others, "other case")
         if "--maxfail" not in self.selection:
             return f"Judged from {few} that failed; {others} not run may tell more."
-        option = "-x" if "--maxfail 1" in " ".join(self.selection) else "--maxfail"
+        option = "-x" if ("--maxfail", "1") in pairwise(self.selection) else "--maxfail"
         again = f": {whole_command(self)}" if self.arguments else "."
         return f"Judged from {few} that failed; without {option}, {others} may tell more{again}"
 

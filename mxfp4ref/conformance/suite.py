@@ -238,6 +238,8 @@ class _Todo(Iterator[Callable[[], Case]]):
 
 
 def _checked(case: Case) -> Case:
+    if isinstance(case, str):
+        raise TypeError(f"cases: expected Case, got str; did you mean open_goldens().load({shown(case)})?")
     check_instance("cases", case, Case)
     return case
 

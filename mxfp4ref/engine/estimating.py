@@ -22,7 +22,7 @@ __all__ = ["Estimate", "estimate"]
 _PRODUCT = 6e-11  # of an activation and a weight
 _WEIGHT = 3.5e-10  # of an expert that is used, in each forward
 _BYTE = 4e-9  # of the experts, once a call: read, told from those of other layers, unpacked
-_START = 1.5  # for the compiled loops
+_START = 10  # at most, to load the compiled loops: 1 where the files were read before
 _FORWARDS = 4  # of a whole call: for pairs of K tiles that fit the first tokens
 _PAIRS = 9  # at most, each of which is tried on the first tokens
 _LARGE = 1 << 25  # products of a token, in a layer of real size
@@ -35,7 +35,7 @@ class Estimate:
     Attributes:
         calls: how many there are.
         large: how many of them are of real size.
-        comparing: seconds to compare all of them, by as many threads as torch has.
+        comparing: seconds to compare all of them, by as many threads as torch has, once all is loaded.
         diagnosing: seconds more, if all differ.
     """
 
@@ -47,7 +47,9 @@ class Estimate:
     def __str__(self) -> str:
         """In a line."""
         words = f"{counted(self.calls, 'recorded call')}{f', {self.large:,} of real size' if self.large else ''}: "
-        words += f"about {_duration(self.comparing)} to compare"
+        words += (
+            f"about {_duration(self.comparing)} to compare, after up to {_START} s to load compiled loops"
+        )
         return words + (
             f"; up to {_duration(self.diagnosing)} of the processor more if all differ"
             if self.diagnosing
@@ -62,7 +64,7 @@ def estimate(recordings: Sequence[Recording], diagnosis: Diagnosing = "full") ->
         recordings: the calls.
         diagnosis: as in `ReplayOptions`.
     """
-    comparing, more, large = _START, 0.0, 0
+    comparing, more, large = 0.0, 0.0, 0
     for recording in recordings:
         try:
             arguments = arguments_of(recording)

@@ -117,7 +117,11 @@ def _replay(folder: Path, options: dict[str, Any], interruption: Interruption) -
         check_no_swap()
     with usage_errors():
         kernel = [] if options["kernel"] is None else sources(options["kernel"])
-        beside = "" if options["kernel"] is None else "; what the kernel takes, twice a call, is not in it"
+        beside = (
+            ""
+            if options["kernel"] is None
+            else "; what the kernel takes, to start and twice a call, is not in it"
+        )
         files.check(chain(_files_of(folder, options["autotune_cache"]), kernel))
         with files.stdout_kept(), progress(lines=True, first="now the first call") as step:
             report: Report

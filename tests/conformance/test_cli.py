@@ -140,7 +140,14 @@ def test_conform_fails_names_the_defect_and_writes_everything(tmp_path: Path) ->
     assert written["finding"]["predicts"] == counts
     failed = [r for r in written["results"] if not r["ok"]]
     assert failed[0]["diagnosis"]["predictions"][0]["every_wrong_bit_of_this_output"] is True
-    assert sum(b["elements"] for b in failed[0]["diagnosis"]["ulps"]) > 0
+    ulps = failed[0]["diagnosis"]["ulps"]
+    assert sum(b["elements"] for b in ulps) > 0
+    assert [(b["up_to"], b["nan"]) for b in ulps[3:]] == [
+        (16, False),
+        (256, False),
+        (None, False),
+        (None, True),
+    ]
 
     suite = ElementTree.parse(files["junit"]).getroot().find("testsuite")
     assert suite is not None

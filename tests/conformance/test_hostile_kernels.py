@@ -5,6 +5,7 @@ They share a process as long as they leave it alive, and run on the smallest gol
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import io
 import json
@@ -39,7 +40,7 @@ from mxfp4ref.conformance import (
     running,
 )
 from mxfp4ref.conformance.cli.conform import _Selection
-from mxfp4ref.conformance.isolation import kernel_process
+from mxfp4ref.conformance.isolation import crash_dumps, kernel_process
 from mxfp4ref.conformance.isolation import worker as worker_module
 from mxfp4ref.conformance.isolation.alone import Alone
 from mxfp4ref.conformance.isolation.execution import Outcome, execute
@@ -238,11 +239,11 @@ ENDING = [
     (
         "segmentation_fault",
         "crashed",
-        "signal SIGSEGV; the last it printed: Fatal Python error: Segmentation fault",
+        "signal SIGSEGV (",
     ),
     ("never_gives_up_the_lock", "timed out", "no result within 1 s; its process was killed"),
     ("stops_itself", "timed out", "no result within 1 s; its process was killed"),
-    ("floods_and_dies", "crashed", "signal SIGABRT; the last it printed: "),
+    ("floods_and_dies", "crashed", "in floods_and_dies); the last it printed: "),
     ("closes_everything", "crashed", "ended without a result"),
     ("puts_a_file_in_place_of_the_pipe", "crashed", "ended without a result: exit code 1"),
     ("writes_into_every_pipe", "crashed", "wrote something else into the pipe to the kit"),
@@ -598,6 +599,25 @@ def test_what_an_earlier_run_printed_is_not_that_of_a_crash(case: Case, choice: 
     assert isolated("prints_and_is_right", case, choice, worker).status == "equal"
     died = isolated("dies_silently", case, choice, worker)
     assert (died.status, died.message.partition("; ")[2]) == ("crashed", "the last it printed: of this run")
+
+
+def test_of_a_crash_the_kernels_own_line_is_told_and_no_dump() -> None:
+    """The dump comes in pieces; what looks like one and is none is text of the kernel's."""
+    frames = [
+        f'  File "{file}", line 3 in f\n' for file in (ctypes.__file__, "/a/k.py", crash_dumps.__file__)
+    ]
+    dump = f"Fatal Python error: Segmentation fault\n\nStack (most recent call first):\n{''.join(frames)}"
+    dump += "\n\nExtension modules: numpy.a, torch.b (total: 2)\n"
+    words = crash_dumps.last_words
+    assert words(f"mine\n{dump}".encode()) == " (/a/k.py:3 in f); the last it printed: mine"
+    assert words(dump.replace("/a/k.py", ctypes.__file__).encode()) == ""
+    assert (
+        words(b"not Fatal Python error: Aborted") == "; the last it printed: not Fatal Python error: Aborted"
+    )
+    pieces = ["mine\n", "Fatal Python error: ", "Segmentation fault\n\nStack", " (most"]
+    printed = ["".join(pieces[: n + 1]).encode() for n in range(4)]
+    shown = [crash_dumps.before_dump(tail, new.encode()) for tail, new in zip(printed, pieces, strict=True)]
+    assert shown == [b"mine\n", b"", b"", b""]
 
 
 @pytest.mark.parametrize(

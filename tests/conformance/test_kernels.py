@@ -152,6 +152,7 @@ def test_a_kernel_that_chooses_its_tiles_is_not_held_against_an_n_tile() -> None
         ("tests.helpers.kernels_under_test:absent", "has no 'absent'"),
         ("tests.helpers.kernels_under_test:GOLDENS", "has no"),
         ("defect:limit_ignord", "limit_ignored"),
+        ("defect:limit", "got 'limit'; did you mean limit_"),
         ("stage:moe:tests.helpers.kernels_under_test:good", "KIND one of quantize, dequantize"),
         ("flashinfer", "flashinfer"),
     ],

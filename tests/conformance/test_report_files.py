@@ -261,7 +261,11 @@ def test_a_case_that_was_passed_over_is_told_wherever_failing_ones_are_counted()
     assert f"\ncases: {counts}" in text
     html = to_html(report)
     assert counts in html
-    assert "✗ 2 failed (1 passed over, within bounds)" in html
+    assert "✗ 2 failed (1 passed over, within bounds),</span>" in html
+    assert "</span>," not in html
+    assert command(replace(report, arguments=("k",))) == "mxfp4ref conform k -x"
+    ten = replace(report, arguments=("k",), selection=("--maxfail", "10"))
+    assert "without --maxfail, 3 other cases may tell more: mxfp4ref conform k" in ten.verdict
     cases = json.loads(to_json(report))["cases"]
     assert cases == {
         "chosen": 7,

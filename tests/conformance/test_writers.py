@@ -281,7 +281,10 @@ def test_a_file_that_is_no_reproducer(tmp_path: Path, metadata: dict[str, str] |
         ((["oracle"], []), "kernel: expected a name or a callable, got list"),
         (("oracle", 5), "cases: expected Goldens or Case objects, got int 5"),
         (("oracle", "gemm/ordinary"), "cases: expected Goldens or Case objects, got str"),
-        (("oracle", ["gemm/ordinary"]), "cases: expected Case, got str"),
+        (
+            ("oracle", ["gemm/ordinary"]),
+            r"cases: expected Case, got str; did you mean open_goldens\(\).load\('gemm/ordinary'\)",
+        ),
         (("oracle", [], "exact"), "options: expected Options, got str"),
     ],
 )

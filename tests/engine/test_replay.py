@@ -189,7 +189,8 @@ def test_how_long_it_takes_is_said_before_and_each_call_as_it_ends(
     assert told[0]() == "now the first call"
     first, *each = result.stderr.splitlines()
     assert re.fullmatch(
-        r"2 recorded calls: about \d+ s to compare; up to 80 s of the processor more if all differ",
+        r"2 recorded calls: about \d+ s to compare, after up to 10 s to load compiled loops; "
+        "up to 80 s of the processor more if all differ",
         first,
     )
     assert [line.split(",")[0] for line in each] == [
@@ -204,11 +205,16 @@ def test_how_long_it_takes_is_said_before_and_each_call_as_it_ends(
 @pytest.mark.parametrize(
     ("tokens", "diagnosis", "words"),
     [
-        (8, "none", "1 recorded call, 1 of real size: about 2 s to compare"),
+        (
+            8,
+            "none",
+            "1 recorded call, 1 of real size: about 1 s to compare, after up to 10 s to load compiled loops",
+        ),
         (
             512,
             "full",
-            "1 recorded call, 1 of real size: about 8 s to compare; up to 60 s of the processor more if all differ",
+            "1 recorded call, 1 of real size: about 7 s to compare, after up to 10 s to load compiled loops; "
+            "up to 60 s of the processor more if all differ",
         ),
     ],
 )

@@ -26,6 +26,7 @@ import torch
 
 from mxfp4ref._files import mismatch
 from mxfp4ref.conformance.isolation.alone import Alone
+from mxfp4ref.conformance.isolation.crash_dumps import before_dump, last_words
 from mxfp4ref.conformance.isolation.execution import PROBLEMS, RUN, Collected, Outcome, judge, likes
 from mxfp4ref.conformance.isolation.kernel_process import LOAD, LOADED, RESULT, request_of, unframed
 from mxfp4ref.conformance.isolation.plain import LARGEST_STAGE, Like, printable
@@ -298,19 +299,19 @@ class _Channel:
         if code is None:
             return _Ended("its process closed the pipe to the kit")
         self._printing.join(0.2)
-        printed = (
-            self._tail.decode("utf-8", "backslashreplace").partition("\n\nExtension modules:")[0].strip()
-        )
-        last = f"; the last it printed: {printable(printed)}" if printed else ""
-        return _Ended(f"the kernel's process ended without a result: {how_it_ended(code, self._limit)}{last}")
+        ended = f"{how_it_ended(code, self._limit)}{last_words(self._tail)}"
+        return _Ended(f"the kernel's process ended without a result: {ended}")
 
     def _print(self, stream: IO[bytes]) -> None:
         shown = 0
         with stream:
             while chunk := stream.read1(1 << 16):  # type: ignore[attr-defined]
-                self._tail = (self._tail + chunk)[-_TAIL:]
+                kept = slice(-_TAIL, None) if before_dump(self._tail, b"_") else slice(2 * _TAIL)
+                self._tail = (self._tail + chunk)[kept]
                 if shown < _SHOWN:
-                    text = chunk[: _SHOWN - shown].decode("utf-8", "backslashreplace")
+                    text = before_dump(self._tail, chunk)[: _SHOWN - shown].decode(
+                        "utf-8", "backslashreplace"
+                    )
                     lines = [printable(line, _SHOWN) for line in text.split("\n")]
                     shown += len(chunk)
                     lines += ["[what else the kernel prints is not shown]\n"] * (shown >= _SHOWN)

@@ -146,4 +146,8 @@ def case_command(kernel: str, arguments: tuple[str, ...], result: CaseResult) ->
 
 
 def _shell(*arguments: str) -> str:
-    return " ".join(map(quoted, ("mxfp4ref", *arguments)))
+    words = ["mxfp4ref", *arguments]
+    if (first := ("--maxfail", "1")) in (pairs := list(pairwise(words))):
+        at = pairs.index(first)
+        words[at : at + 2] = ["-x"]
+    return " ".join(map(quoted, words))

@@ -138,6 +138,9 @@ def _result(result: CaseResult, mode: str) -> dict[str, Any]:
                 {"name": p.name, "fraction": p.fraction, _EVERY: p.exact} for p in found.predictions
             ],
             "attribution": [asdict(row) for row in found.attribution],
-            "ulps": [{"up_to": None if top >= FAR else top, "elements": count} for top, count in found.ulps],
+            "ulps": [  # the last but one has no limit, the last is that with a NaN
+                {"up_to": None if top >= FAR - 1 else top, "nan": top == FAR, "elements": count}
+                for top, count in found.ulps
+            ],
         }
     return value
