@@ -14,15 +14,15 @@ from mxfp4ref.conformance import CaseResult, Options, Report, diagnose
 from mxfp4ref.conformance.diagnosing import Found
 from mxfp4ref.conformance.families import jury
 from mxfp4ref.conformance.families.engine import Result, prepared
-from mxfp4ref.conformance.families.hearing import Failure, hear
+from mxfp4ref.conformance.families.hearing import Failure, Heard, hear
 from mxfp4ref.conformance.families.hypotheses.activations import activation_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, roughly
-from mxfp4ref.conformance.families.jury import _of_most, _of_some, _worth_hearing
+from mxfp4ref.conformance.families.jury import _hear_all, _of_most, _of_some, _worth_hearing
 from mxfp4ref.conformance.families.search import Match
 from mxfp4ref.conformance.families.telling import told
 from mxfp4ref.conformance.findings.agreement import agreed
 from mxfp4ref.conformance.findings.finding import UNKNOWN, Evidence, Finding
-from mxfp4ref.conformance.findings.reduction import clock_of
+from mxfp4ref.conformance.findings.reduction import clock_of, thread_clock
 from mxfp4ref.conformance.findings.suspects import Verdict
 from mxfp4ref.conformance.suite import _State
 from mxfp4ref.goldens import open_goldens
@@ -113,6 +113,15 @@ def test_what_is_mostly_right_is_heard_to_the_end() -> None:
     heard = hear(match(), [*(replace(two, case=str(number)) for number in range(12)), one])
     assert heard.all_heard
     assert heard.cases == ["the last"]
+
+
+def test_of_what_explains_a_case_the_simplest_is_heard_though_the_time_is_up() -> None:
+    named = [replace(match().hypothesis, words=words) for words in ("A", "B")]
+    result = Result(tuple(Match(one, True) for one in named), (), UNKNOWN, 2, True)
+    for seconds, words in ((-1.0, ["A"]), (60.0, ["A", "B"])):
+        seen: dict[str, Heard] = {}
+        _hear_all(result, seen, [failure(ONE)], thread_clock() + seconds)
+        assert [*seen] == words
 
 
 def test_what_follows_from_a_prediction_of_most_bits_is_hedged() -> None:

@@ -182,6 +182,11 @@ def test_changes_of_rows_and_of_stages_are_composed_in_either_order() -> None:
             assert not differing(output, wanted).any(), pair.words
 
 
+def test_two_changes_lie_where_each_is_likeliest() -> None:
+    both = of_slots("", ("fc1", "fc2"), "one", halved, 1), of_slots("", ("finalize",), "other", halved, 1)
+    assert composed(*both).stages == ("fc1", "finalize")
+
+
 def test_nothing_is_changed_inside_of_what_is_computed_as_a_whole() -> None:
     whole = prepared(CALL).computing(lambda inside: -inside.run())
     half = of_slots("", ("finalize",), "half", halved, 1)

@@ -285,7 +285,8 @@ def local_of(pipeline: Pipeline) -> Tensor:
 def composed(first: Hypothesis, second: Hypothesis) -> Hypothesis:
     """Both changes at once; one of the slots' rows is put in before one that may compute the output as a whole."""
     one, other = (first, second) if second.of_rows is None or first.of_rows else (second, first)
-    stages = tuple(dict.fromkeys((*first.stages, *second.stages)))[:2]
+    likeliest = (*first.stages[:1], *second.stages[:1])
+    stages = tuple(dict.fromkeys((*likeliest, *first.stages, *second.stages)))[:2]
     return Hypothesis(
         "two",
         stages,

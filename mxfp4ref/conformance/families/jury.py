@@ -32,6 +32,7 @@ __all__ = ["Verdict", "judge", "narrowed"]
 _SEARCHED = 4  # cases that are searched by themselves
 _READ = 12  # whose evidence is read
 _FOR_A_SECOND = 6.0  # seconds, to look for a change beside the one that predicts most cases
+_BEYOND = 5.0  # seconds, to hear what was found, and to read evidence
 _FOR_A_PLAIN_ONE = 10.0  # seconds, where none of those searched is explained
 _HEARD, _ROUGHLY = 24, 4  # hypotheses of a case that others are asked of: that predict every bit, or fewer
 _RARE = 8  # times as many cases are predicted as refute it
@@ -89,9 +90,7 @@ def judge(
             any(e.rounding for e in r.evidence) for r in results.values()
         ):
             return Verdict(result.finding, (), by_case)  # of zeros, which much gives where sums cancel
-        for match in _worth_hearing(result):
-            if match.hypothesis.words not in seen:
-                seen[match.hypothesis.words] = hear(match, failures)
+        _hear_all(result, seen, failures, until + _BEYOND)
         if verdict := _of_all(seen.values(), failures, passing):
             return verdict
     alone = None
@@ -103,8 +102,7 @@ def judge(
         result = investigated(alone.pipeline, alone.got, alone.want, **how)
         until += thread_clock() - start
         by_case[alone.case] = result.finding
-        for match in _worth_hearing(result):
-            seen.setdefault(match.hypothesis.words, hear(match, failures))
+        _hear_all(result, seen, failures, until + _BEYOND)
         if verdict := _of_all(seen.values(), failures, passing):
             return verdict
     if seen:  # what most cases say may be true of all with other details
@@ -127,6 +125,15 @@ def narrowed(verdict: Verdict, predicted: Collection[Collection[str]], calls: It
         return verdict
     finding = replace(told([Match(h, True) for h in kept], (), calls), exact=True, hedged=False)
     return replace(verdict, finding=finding, hypotheses=tuple(kept))
+
+
+def _hear_all(result: Result, seen: dict[str, Heard], failures: list[Failure], until: float) -> None:
+    """Adds what all failures say of what explains a case: of the simplest, and while there is time of others."""
+    for number, match in enumerate(_worth_hearing(result)):
+        if number and thread_clock() > until:
+            break
+        if match.hypothesis.words not in seen:
+            seen[match.hypothesis.words] = hear(match, failures)
 
 
 def _worth_hearing(result: Result) -> list[Match]:
@@ -196,7 +203,7 @@ def _undecided(
     case_of: dict[int, str] = {}
     with one_thread():
         for number, failure in enumerate(different(failures)):
-            if number >= _READ or (number and thread_clock() > until + 5):
+            if number >= _READ or (number and thread_clock() > until + _BEYOND):
                 break
             if failure.case in results and results[failure.case].evidence:
                 evidence: list[Evidence] = list(results[failure.case].evidence)
@@ -204,7 +211,8 @@ def _undecided(
                 wrong = differing(failure.got, failure.want)
                 wrong = wrong if failure.outside is None else wrong & failure.outside.any(1, keepdim=True)
                 evidence = gather(failure.pipeline, failure.got, failure.want, wrong, failure.outside)
-                evidence = look_closer(failure.pipeline, failure.got, wrong, evidence)
+                if thread_clock() <= until + _BEYOND:
+                    evidence = look_closer(failure.pipeline, failure.got, wrong, evidence)
             if (first := next((e for e in evidence if e.stages), None)) is not None:
                 proofs.append(first)
                 case_of[id(first)] = failure.case

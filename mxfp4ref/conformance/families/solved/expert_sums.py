@@ -166,7 +166,7 @@ def other_sums(
             ("slots", "fc2") if bare else ("slots", "finalize")[: 1 + ended],
             f"slots are left out{', or GEMM2 gives zeros for their rows' * bare}",
             f"token {token} lacks slot{'s' * (len(slots) > 1)} {', '.join(map(str, slots))} (expert "
-            f"{', '.join(str(e + first) for e in missing)}), the others have their weights",
+            f"{', '.join(str(e + first) for e in missing)}), its other slots are added with the right weights",
             3,
         )
         return
