@@ -14,7 +14,7 @@ def did_you_mean(word: object, words: Iterable[str], *, ending: str = "") -> str
     """Which of these words, each with this ending, are spelt nearly so, as the end of a message, or ""."""
     words = list(words)
     near = difflib.get_close_matches(word, words, n=3) if isinstance(word, str) else []
-    if not near and word:  # the beginning of longer ones
+    if not near and isinstance(word, str) and word:  # the beginning of longer ones
         near = [one for one in words if one.startswith(f"{word}_")][:3]
         return f"; did you mean {' or '.join(one + ending for one in near)}?" if near else ""
     # The nearest, and those that may as well have been meant.

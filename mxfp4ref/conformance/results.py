@@ -196,9 +196,8 @@ class Report(Shown):
             words.append(f"{count:,} skipped{by}: {reason}")
         if more := reasons.total() - sum(count for _, count in reasons.most_common(_REASONS)):
             words.append(f"{more:,} for {counted(len(reasons) - _REASONS, 'other reason')}")
-        return "; ".join(
-            [*words, *([f"{others:,} skipped, of kinds that it does not run"] if others else [])]
-        )
+        of_other_kinds = [f"{others:,} skipped, of kinds that it does not run"] * (others > 0)
+        return "; ".join(words + of_other_kinds)
 
     @property
     def _failing(self) -> list[CaseResult]:
