@@ -38,7 +38,6 @@ from mxfp4ref.conformance.kernels.flashinfer_kernel import flashinfer_kernel
 from mxfp4ref.formats import layout
 
 MIB = 1 << 20
-PAUSE = 0.02  # seconds; some ms after an operation torch's other threads still wait for the next one, on a core each
 Run = Callable[[], object]
 
 
@@ -107,7 +106,6 @@ def measured(sizes: Sizes, candidates: dict[str, Run], prefix: str = "") -> Iter
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(sizes.turns + 1):
         for name, run in candidates.items():
-            time.sleep(PAUSE)
             taken = milliseconds(run, sizes.device)
             if turn:
                 times[name].append(taken)
