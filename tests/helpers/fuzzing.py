@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mxfp4ref._validate import no_storage
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.formats.generations import GENERATIONS
 from mxfp4ref.formats.resize import to_sm90
@@ -377,5 +378,5 @@ def fingerprints(value: Any) -> list[tuple[torch.dtype, tuple[int, ...], bytes]]
             t.detach().resolve_neg().contiguous().flatten().view(torch.uint8).numpy().tobytes(),
         )
         for t in tensors(value)
-        if not t.is_nested and t.layout == torch.strided and t.device.type == "cpu" and t.numel() < 1 << 20
+        if not no_storage(t) and t.device.type == "cpu" and t.numel() < 1 << 20
     ]
