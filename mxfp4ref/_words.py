@@ -12,14 +12,15 @@ _AS_WELL = 0.1  # of 1
 
 def did_you_mean(word: object, words: Iterable[str], *, ending: str = "") -> str:
     """Which of these words, each with this ending, are spelt nearly so, as the end of a message, or ""."""
+    if not isinstance(word, str) or not word:
+        return ""
     words = list(words)
-    near = difflib.get_close_matches(word, words, n=3) if isinstance(word, str) else []
-    if not near and isinstance(word, str) and word:  # the beginning of longer ones
+    if near := difflib.get_close_matches(word, words, n=3):
+        # The nearest, and those that may as well have been meant.
+        likeness = [difflib.SequenceMatcher(None, one, word).ratio() for one in near]
+        near = [one for one, much in zip(near, likeness, strict=True) if much > max(likeness) - _AS_WELL]
+    else:  # the beginning of longer ones
         near = [one for one in words if one.startswith(f"{word}_")][:3]
-        return f"; did you mean {' or '.join(one + ending for one in near)}?" if near else ""
-    # The nearest, and those that may as well have been meant.
-    likeness = [difflib.SequenceMatcher(None, one, str(word)).ratio() for one in near]
-    near = [one for one, much in zip(near, likeness, strict=True) if much > max(likeness) - _AS_WELL]
     return f"; did you mean {' or '.join(one + ending for one in near)}?" if near else ""
 
 

@@ -69,9 +69,13 @@ def _wrong_path(path: str, before: str = "") -> str:
     if file is None or bound is None or name.split(".")[0] in bound:
         return ""
     functions = functions_in(file) or []
-    public = [function for function in functions if not function.startswith("_")]
+    public = _public(functions)
     instead = did_you_mean(name, functions) or (f"; it has {shortened(public, _MOST)}" if public else "")
     return f"kernel: {module!r} has no {name!r}{instead}"
+
+
+def _public(functions: Sequence[str]) -> list[str]:
+    return [function for function in functions if not function.startswith("_")]
 
 
 def _meant(path: str, before: str) -> str:
@@ -80,8 +84,7 @@ def _meant(path: str, before: str) -> str:
         functions = functions_in(Path(path))
         if functions is None:
             return f"; {path} is no file of Python here"
-        public = [function for function in functions if not function.startswith("_")]
-        meant = (f"{before}{path}:{function}" for function in public[:_MOST] or ["FUNCTION"])
+        meant = (f"{before}{path}:{function}" for function in _public(functions)[:_MOST] or ["FUNCTION"])
         return f"; did you mean {' or '.join(meant)}?"
     if path in defect_names():
         return f"; did you mean defect:{path}?"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from mxfp4ref.conformance.isolation.plain import printable
+from mxfp4ref.conformance.isolation.plain import PACKAGE, printable
 
 __all__ = ["before_dump", "last_words"]
 
@@ -17,7 +17,7 @@ _BEGIN = re.compile(rf"(?:^|(?<=\n))Fatal Python error: (?:(?:{_SIGNALS})\n|\Z)"
 _BEGIN_OF_BYTES = re.compile(_BEGIN.pattern.encode())
 _FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
 _PYTHONS = re.compile(rf"{re.escape(sysconfig.get_path('stdlib'))}/(?!(site|dist)-packages/)")
-_OTHERS = tuple(str(folder / "_")[:-1] for folder in (Path(torch.__file__).parent, Path(__file__).parents[2]))
+_OTHERS = (str(Path(torch.__file__).parent / "_")[:-1], PACKAGE)
 
 
 def before_dump(tail: bytes, new: bytes) -> bytes:

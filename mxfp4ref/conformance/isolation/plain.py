@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -26,6 +27,7 @@ from mxfp4ref._files import printable as escaped
 
 __all__ = [
     "LARGEST_STAGE",
+    "PACKAGE",
     "Like",
     "TensorError",
     "address",
@@ -103,6 +105,7 @@ def fill_new_memory(byte: int) -> None:
 
 _PERTURB = -6
 _ROOM = __file__.removesuffix("plain.py")
+PACKAGE = str(Path(__file__).parents[2] / "_")[:-1]  # with which files begin that tell nothing about a kernel
 _mallopt = (getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None) or (
     lambda option, value: 0
 )

@@ -6,13 +6,12 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.isolation.plain import TensorError, of_exception, printable
+from mxfp4ref.conformance.isolation.plain import PACKAGE, TensorError, of_exception, printable
 from mxfp4ref.formats.experts import PARAMETERS
 from mxfp4ref.formats.generations import NEWEST, Generation
 from mxfp4ref.formats.layout import fold_scales_sm90, interleave_weights_sm90
@@ -44,7 +43,6 @@ __all__ = [
 ]
 
 INTERMEDIATES = ("fc1_output", "activation", "fc2_output")  # those of `MoeTrace` that a diagnosis looks at
-_PACKAGE = str(Path(__file__).parents[2] / "_")[:-1]  # whose frames tell nothing about a kernel
 _POISON = 0x7FA5  # a NaN of bf16 and of fp16 that no arithmetic produces
 _OPTIONAL = ("fc1_biases", "fc2_biases", *PARAMETERS)
 
@@ -218,7 +216,7 @@ def sm90_arguments(
 
 def raised_words(kernel: str, error: BaseException) -> str:
     """What a kernel of that name raised, and what to do about it where that is known."""
-    words = of_exception(error, without=_PACKAGE)
+    words = of_exception(error, without=PACKAGE)
     if kernel.startswith("logical:") and IN_LOGICAL_LAYOUT in words:
         return f"did you mean {kernel.removeprefix('logical:')}? {words.replace(IN_LOGICAL_LAYOUT, '')}"
     name = re.search(r"unexpected keyword argument '(\w+)'", words if type(error) is TypeError else "")

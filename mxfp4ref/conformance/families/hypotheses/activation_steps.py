@@ -24,8 +24,8 @@ _Maybe = Tensor | None
 _Function = Callable[[Tensor], Tensor]
 _add, _max, _min, _mul = fp32.add, fp32.maximum, fp32.minimum, fp32.mul
 _TYPES = ((torch.bfloat16, "bf16"), (torch.float16, "float16"))
-# Above these e^x is infinite, and e^x / (1 + e^x) is NaN.
 _SATURATES = (4, 5, 6, 8, 10, 12, 16, 20)  # arguments beyond which a sigmoid may be taken for constant
+# Above these e^x is infinite, and e^x / (1 + e^x) is NaN.
 _OVERFLOWS = ((88.722839, "float32"), (11.0898664, "float16"))
 # 2^f by a polynomial, lowest power first, relative errors as small as can be: of f from 0 to 1 with 1 for f = 0, as
 # FlashAttention-4 has them; with any number for it; and of f from -1/2 to 1/2.

@@ -136,17 +136,15 @@ def taken_evidence(pipeline: Pipeline, slots: SlotRows, got: Tensor, wrong: Tens
         by = set((token - rows.token[row]).tolist())
         further = f" (always {by.pop():+d} tokens on)" if len(by) == 1 else ""
         along = set((row - source).tolist()) if one.what != "input" else set()
-        by_row = False
-        if len(along) == 1 and len(row) > 1 and not further:
+        by_row = len(along) == 1 and len(row) > 1 and not further
+        if by_row:
             away = along.pop()
             way = "before" if away > 0 else "after"
             further = f" (always the row {abs(away)} {way} it among those sorted by expert)"
-            by_row = True
         at_the_end = _at_the_end(rows, row)
+        of_a_gemm = same and (by_row or at_the_end)  # which has its own order of rows
         stages = one.stages
-        if one.what in ("result", "input") and not (
-            same and (by_row or at_the_end)
-        ):  # no GEMM's own order of rows
+        if one.what in ("result", "input") and not of_a_gemm:
             stages = ("slots", "input" if same else "finalize")
         further += at_the_end
         words = f"{shortened(told, _LISTED, '; ')}{further}; all else of the tokens solved is right"
