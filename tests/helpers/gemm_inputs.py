@@ -13,7 +13,9 @@ from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
 from mxfp4ref.sm90.gemm.reference import group_scaled_gemm_reference
 from tests.helpers import bits
 
-KINDS = ("ordinary", "mirrored", "wide", "wider", "raw", "tiny", "subnormal", "huge", "sparse", "lonely")
+KINDS = (
+    "ordinary", "mirrored", "wide", "wider", "raw", "tiny", "subnormal", "huge", "lower", "upper", "sparse", "lonely",
+)  # fmt: skip
 SCALES = ("ordinary", "spread", "any", "low", "high", "ends", "by column")
 
 
@@ -27,6 +29,8 @@ def random_x(rng: np.random.Generator, kind: str, batch: int, rows: int, depth: 
         "wider": 40,
         "tiny": 12,
         "huge": 3,
+        "lower": 50,
+        "upper": 50,
         "sparse": 20,
         "lonely": 120,
     }
@@ -35,7 +39,7 @@ def random_x(rng: np.random.Generator, kind: str, batch: int, rows: int, depth: 
     if kind == "subnormal":  # in bf16, and mostly in the sum of a group too
         x = rng.integers(0, 2, shape) << 15 | rng.integers(0, 0x0100, shape)
         return np.where(rng.random(shape) < 0.95, x & 0x8000, x)
-    centre = {"tiny": 8, "huge": 250}.get(kind, 127)
+    centre = {"tiny": 8, "huge": 250, "lower": 62, "upper": 204}.get(kind, 127)
     exponent = np.clip(centre + rng.integers(-width[kind], width[kind] + 1, shape), 0, 254)
     x = rng.integers(0, 2, shape) << 15 | exponent << 7 | rng.integers(0, 128, shape)
     if kind in ("sparse", "lonely"):

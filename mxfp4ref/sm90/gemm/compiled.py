@@ -86,10 +86,8 @@ def grouped_gemm(
         raise ValueError(f"ends: expected the last to be the number of rows, {len(x)}, got {ends[-1]}")
     depth, num_columns = x.shape[1], weights.packed.shape[1]
     num_groups = depth // GROUP_SIZE
-    x_bits = np.ascontiguousarray(
-        x.view(np.uint16).reshape(len(x), num_groups, GROUP_SIZE).transpose(1, 0, 2)
-    )
-    facts, out = np.empty((num_groups, len(x), 4), np.int32), np.empty((len(x), num_columns), np.int32)
+    x_bits = x.view(np.uint16).reshape(len(x), num_groups, GROUP_SIZE).transpose(1, 0, 2).copy()
+    facts, out = np.empty((num_groups, len(x), 5), np.int32), np.empty((len(x), num_columns), np.int32)
     compiled.classify(x_bits, facts)
     used = [(expert, start, end) for expert, (start, end) in enumerate(pairwise([0, *ends])) if start < end]
     packed, scales, numbers = _in_place(weights, [expert for expert, _, _ in used])

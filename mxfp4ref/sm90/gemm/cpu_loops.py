@@ -23,6 +23,7 @@ from mxfp4ref.sm90.gemm.row_loops import (
     BIAS,
     BOUND,
     CUT_BITS,
+    MOVED,
     NO_EXPONENT,
     PLAIN,
     UNIT,
@@ -82,7 +83,7 @@ def find_largest(x_exponents, w_exponents, largest):
 
 @compiled()
 def split_sum(x_bits, group, row, cut_bits, sums, w, largest, per_unit, total, t):
-    """t from the steps' sums of products that are not cut, and the others.
+    """t from the steps' sums of products that are not cut, and the others; in place of sums[0] what is carried.
 
     Converting to int32 cuts toward zero. 16 products below 3 * 2^25 units and a sum below 2^26 fit.
     """
@@ -93,6 +94,8 @@ def split_sum(x_bits, group, row, cut_bits, sums, w, largest, per_unit, total, t
             unit = i32(max(of_products, i32(bits_of(carried) & i32(EXPONENT))) - i32(CUT << 23))
             per_unit[0, j] = float32_of(i32(254 << 23) - unit)
             total[0, j] = i32(i32(carried * per_unit[0, j]) + i32(sums[step, j] * per_unit[0, j]))
+            if step:
+                sums[0, j] = carried
         for k in range(16 * step, 16 * step + 16):
             if cut_bits >> k & 1:
                 x = float32_of(i32(x_bits[group, row, k]) << 16)
@@ -100,6 +103,15 @@ def split_sum(x_bits, group, row, cut_bits, sums, w, largest, per_unit, total, t
                     total[0, j] = i32(total[0, j] + i32(x * w[k, j] * per_unit[0, j]))
     for j in range(COLUMNS):
         t[0, j] = toward_zero(total[0, j], per_unit[0, j])
+
+
+@compiled()
+def move_back(sums, t, moved):
+    """t in its place, where it may overflow; Inf after the first step stays."""
+    power = float32_of(i32((127 + moved) << 23))
+    for j in range(COLUMNS):
+        carried = sums[0, j] * power
+        t[0, j] = carried if abs(carried) == np.inf else t[0, j] * power
 
 
 @compiled()
@@ -186,15 +198,15 @@ def find_careful_rows(facts, first_row, scale_words, careful):
 @compiled(
     "void(uint16[:,:,::1], int32[:,:,::1], boolean[::1], int32[:,:,::1], int32[:,::1], int64[::1], "
     "int64[:,::1], int64[:,::1], int32[:,::1])",
-    shapes="x_bits[G, R, 32] facts[G, R, 4] swapped[R] packed[E, N, 4*G] scales[E, N*G/4] orders[2] steps[S, 2] "
+    shapes="x_bits[G, R, 32] facts[G, R, 5] swapped[R] packed[E, N, 4*G] scales[E, N*G/4] orders[2] steps[S, 2] "
     "pieces[P, 5] out[R, N]",
 )
 def gemm(x_bits, facts, swapped, packed, scales, orders, steps, pieces, out):
     """The accumulators' bits of some pieces: rows of an expert and some of its columns.
 
     Args:
-        x_bits: `[G, R, 32]`, bf16.
-        facts: `[G, R, 4]`, of `row_loops.classify`.
+        x_bits: `[G, R, 32]`, bf16, as `row_loops.classify` leaves them.
+        facts: `[G, R, 5]`, of `row_loops.classify`.
         swapped: `[R]`, rows that take the second group before the first.
         packed: `[E, N, K/8]`, eight E2M1 codes a word, in the byte order orders[0].
         scales: `[E, N * ceil(G/4)]`, those of four groups a word, in the byte order orders[1].
@@ -248,6 +260,8 @@ def gemm(x_bits, facts, swapped, packed, scales, orders, steps, pieces, out):
                             load_exponents(x_bits, group, row, x_exponents)
                             find_largest(x_exponents, w_exponents, largest)
                             split_sum(x_bits, group, row, cut_bits, sums, w, largest, per_unit, total, t)
+                        if facts[group, row, MOVED]:
+                            move_back(sums, t, facts[group, row, MOVED])
                     accumulate(acc, m, t, scale, careful[m])
             for m in range(num_rows):
                 for lane in range(COLUMNS):

@@ -3,7 +3,9 @@
 - PLAIN. All products are multiples of one unit and all their sums below 2^24 of it: float32 holds them exactly.
 - SPLIT. Small products lose bits beside large ones. Those that may are cut to integers before they are added, the
   others, mostly all but two or three of the 32, are added as in PLAIN.
-- WIDE. Inf, NaN, or exponents so near the ends that float32 would leave its range: each is cut, in float64.
+- WIDE. Exponents so far apart, or so near the lower end, that float32 would leave its range: each is cut, in float64.
+
+Exponents that are near an end and not far apart are moved into the middle first, and the sum back.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from mxfp4ref.sm90.gemm.bit_loops import (
 __all__ = ["classify"]
 
 PLAIN, SPLIT, WIDE = 0, 1, 2  # facts[group, row, WAY]
-WAY, BOUND, UNIT, CUT_BITS = 0, 1, 2, 3
+WAY, BOUND, UNIT, CUT_BITS, MOVED = 0, 1, 2, 3, 4
 
 # Exponents of x of PLAIN and SPLIT. All else then stays in float32's normal range, and int8 holds the exponents of
 # products, BIAS higher: 3 to 127, less if a factor is zero, which has no part in the largest exponent.
@@ -43,27 +45,31 @@ NO_EXPONENT = -1000  # of a zero in WIDE
 NONE = 1000  # the unit of zero
 
 
-@compiled("void(uint16[:,:,::1], int32[:,:,::1])", shapes="x[G, R, 32] facts[G, R, 4]")
+@compiled("void(uint16[:,:,::1], int32[:,:,::1])", shapes="x[G, R, 32] facts[G, R, 5]")
 def classify(x, facts):
-    """The way of each row's group; whatever the weights, |t| < 2^bound and t is a multiple of 2^unit (not of WIDE).
+    """The way of each row's group; whatever the weights, |t| < 2^bound and t is a multiple of 2^unit, or not finite.
 
     Args:
-        x: `[G, R, 32]`, bf16 bits.
-        facts: `[G, R, 4]`, written: the way, bound, unit, and a bit for each x whose products may have to be cut, in
-            WIDE all. The products of the others are multiples of 2^(bound - 24), which is more than the step keeps.
+        x: `[G, R, 32]`, bf16 bits, changed: exponents are moved; beside Inf and NaN finite numbers become zeros,
+            since they have no part in the sum, unless it may overflow without Inf.
+        facts: `[G, R, 5]`, written: the way, bound, unit, a bit for each x whose products may have to be cut, in
+            WIDE all, and how far down exponents were moved. The products of the others are multiples of
+            2^(bound - 24), which is more than the step keeps.
     """
     last_bits, numbers = np.empty(32, i32), np.empty(32, f64)
     for group in range(x.shape[0]):
         for row in range(x.shape[1]):
-            unit, lowest, highest = i32(NONE), i32(LOWEST), i32(HIGHEST)
+            unit, lowest, highest, any_infinite = i32(NONE), i32(NONE), i32(-NONE), False
             for k in range(32):
                 bits = i32(x[group, row, k] & 0x7FFF)
                 exponent = i32((bits >> 7) - 127)
+                finite = exponent < 128
+                any_infinite |= not finite
                 last_bits[k] = lowest_bit_of_bf16(bits) if bits else i32(NONE)
                 unit = min(unit, last_bits[k])
-                lowest = min(lowest, exponent if bits else i32(LOWEST))
-                highest = max(highest, exponent)
-                numbers[k] = f64(float32_of(bits << 16))
+                lowest = min(lowest, exponent if bits else i32(NONE))
+                highest = max(highest, exponent if bits else i32(-NONE))
+                numbers[k] = f64(float32_of(bits << 16)) if finite else 0.0
             for half in (16, 8, 4, 2, 1):  # by pairs, since one after the other would wait for each sum
                 for k in range(half):
                     numbers[k] += numbers[k + half]
@@ -71,10 +77,20 @@ def classify(x, facts):
             cut = i32(0)
             for k in range(32):
                 cut |= left(i32(bound - (last_bits[k] - 1) > DIGITS), i32(k))
-            in_range = lowest >= LOWEST and highest <= HIGHEST
-            facts[group, row, WAY] = (SPLIT if cut else PLAIN) if in_range else WIDE
+            moved = max(highest - HIGHEST, min(lowest - LOWEST, 0))
+            way = SPLIT if cut else PLAIN
+            if any_infinite and bound <= 127:
+                way, moved, cut = PLAIN, 0, i32(0)
+                for k in range(32):
+                    x[group, row, k] *= (x[group, row, k] & 0x7FFF) >= 0x7F80
+            elif any_infinite or lowest - moved < LOWEST or (moved and unit < -126):
+                way, moved, cut = WIDE, 0, i32(-1)
+            elif moved:
+                for k in range(32):
+                    x[group, row, k] -= left(moved, i32(7)) if x[group, row, k] & 0x7FFF else 0
+            facts[group, row, WAY], facts[group, row, MOVED] = way, moved
             facts[group, row, BOUND], facts[group, row, UNIT] = bound, unit
-            facts[group, row, CUT_BITS] = cut if in_range else i32(-1)
+            facts[group, row, CUT_BITS] = cut
 
 
 @compiled()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -94,20 +95,25 @@ def test_ends_of_the_exponents(low: int, high: int) -> None:
 
 
 def test_each_way_is_gone() -> None:
-    """The kinds of inputs have rows of all three ways, and one row has groups of all three."""
-    x = torch.cat([problem(1, kind, "ordinary", rows=4)[0] for kind in ("ordinary", "wide", "raw")], 1)
-    x[0, 0, :32], x[0, 0, 32:64], x[0, 0, 64:96] = 1.0, torch.tensor([1.0, 2.0**-30]).repeat(16), torch.inf
-    facts = classified(x)
+    """The kinds of inputs have rows of all three ways, moved or not, and one row has groups of all three."""
+    kinds = ("ordinary", "wide", "raw", "lower", "upper")
+    x = torch.cat([problem(1, kind, "ordinary", rows=4)[0] for kind in kinds], 1)
+    x[0, 0, :32], x[0, 0, 32:64] = 1.0, torch.tensor([1.0, 2.0**-30]).repeat(16)
+    x[0, 0, 64:96] = torch.tensor([1.0, 2.0**-125]).repeat(16)
+    facts, _ = classified(x)
     for way in (row_loops.PLAIN, row_loops.SPLIT, row_loops.WIDE):
         assert (facts[..., row_loops.WAY] == way).mean() > 0.02
     assert facts[:3, 0, row_loops.WAY].tolist() == [row_loops.PLAIN, row_loops.SPLIT, row_loops.WIDE]
+    assert (facts[..., row_loops.MOVED] < -20).any()
+    assert (facts[..., row_loops.MOVED] > 20).any()
 
 
-def classified(x: Tensor) -> np.ndarray:
-    by_group = x[0].unflatten(1, (-1, 32)).transpose(0, 1).contiguous()
-    facts = np.empty((*by_group.shape[:2], 4), np.int32)
+def classified(x: Tensor) -> tuple[np.ndarray, Tensor]:
+    """The facts, and x as the GEMM takes it."""
+    by_group = x[0].unflatten(1, (-1, 32)).transpose(0, 1).clone(memory_format=torch.contiguous_format)
+    facts = np.empty((*by_group.shape[:2], 5), np.int32)
     cpu_loops.classify(by_group.view(torch.int16).numpy().view(np.uint16), facts)
-    return facts
+    return facts, by_group
 
 
 def test_facts_hold_for_any_weights() -> None:
@@ -116,13 +122,37 @@ def test_facts_hold_for_any_weights() -> None:
     x[0, 0, :3] = torch.tensor([1.0, -0.75, 2.0**-9])  # 6 (1.75 + 2^-9) < 2^4, multiples of 2^-10
     x[0, 1, 0] = 2.0**20
     x[0, 1, 1] = 1.0
-    assert classified(x)[0].tolist() == [
-        [row_loops.PLAIN, 4, -10, 0],
-        [row_loops.PLAIN, 23, -1, 0],
-        [row_loops.PLAIN, 0, 999, 0],
+    assert classified(x)[0][0].tolist() == [
+        [row_loops.PLAIN, 4, -10, 0, 0],
+        [row_loops.PLAIN, 23, -1, 0, 0],
+        [row_loops.PLAIN, 0, 999, 0, 0],
     ]
     x[0, 1, 1], x[0, 1, 31] = 0.5, 2.0**-40
-    assert classified(x)[0, 1].tolist() == [row_loops.SPLIT, 23, -41, -(1 << 31) | 2]
+    assert classified(x)[0][0, 1].tolist() == [row_loops.SPLIT, 23, -41, -(1 << 31) | 2, 0]
+
+
+def test_a_group_whose_exponents_are_near_an_end_is_moved() -> None:
+    """So far as need be, if nothing of it may be subnormal; beside Inf and NaN finite numbers do not matter."""
+    split, wide = row_loops.SPLIT, row_loops.WIDE
+    cases = [  # x, its way, how far it is moved, x as moved
+        ([2.0**127, -(2.0**6)], split, 65, [2.0**62, -(2.0**-59)]),
+        ([2.0**127, -(2.0**5)], wide, 0, [2.0**127, -(2.0**5)]),
+        ([2.0**-125, 2.0**-20], split, -66, [2.0**-59, 2.0**46]),
+        ([2.0**-126, 2.0**-20], wide, 0, [2.0**-126, 2.0**-20]),  # half of it is subnormal
+        ([1.0, math.inf, -math.inf], row_loops.PLAIN, 0, [0.0, math.inf, -math.inf]),
+        (
+            [2.0**125, math.inf],
+            wide,
+            0,
+            [2.0**125, math.inf],
+        ),  # six times that is Inf by itself, in its own step
+    ]
+    for numbers, way, moved, as_moved in cases:
+        x = torch.zeros(1, 1, 32, dtype=torch.bfloat16)
+        x[0, 0, : len(numbers)] = torch.tensor(numbers)
+        facts, left = classified(x)
+        assert (facts[0, 0, row_loops.WAY], facts[0, 0, row_loops.MOVED]) == (way, moved)
+        assert left[0, 0, : len(numbers)].tolist() == as_moved
 
 
 def test_exponents_at_the_ends_of_each_way() -> None:
@@ -141,7 +171,7 @@ def test_exponents_at_the_ends_of_each_way() -> None:
 def test_cancelling_rows_of_every_way() -> None:
     """A sum of large terms that leaves a small one: carried between steps, then between groups."""
     rng = np.random.default_rng(5)
-    for kind in ("ordinary", "wide", "wider", "lonely", "raw"):
+    for kind in ("ordinary", "wide", "wider", "lower", "upper", "huge", "lonely", "raw"):
         x = random_x(rng, kind, 1, 24, 256)
         codes = rng.integers(0, 16, (1, 40, 256))
         x[..., 16:32], codes[..., 16:32] = x[..., :16] ^ 0x8000, codes[..., :16]
@@ -398,8 +428,11 @@ def test_the_trial_goes_every_way() -> None:
         return gemm_in_order(x, *rest)
 
     check_gemm(right, torch.device("cpu"))
-    ways = classified(seen[0])[..., row_loops.WAY]
-    assert all((ways == way).sum() > 10 for way in (row_loops.PLAIN, row_loops.SPLIT, row_loops.WIDE))
+    facts, _ = classified(seen[0])
+    ways, moved = facts[..., row_loops.WAY], facts[..., row_loops.MOVED]
+    for way in (row_loops.PLAIN, row_loops.SPLIT, row_loops.WIDE):
+        assert (ways == way).sum() > 10
+        assert way == row_loops.WIDE or ((ways == way) & (moved != 0)).any()
     for wrong in (
         lambda x, packed, scales, order, swapped: right(x, packed, scales.clamp(max=254), order, swapped),
         lambda x, packed, scales, order, swapped: right(x, packed, scales.clamp(min=1), order, swapped),
