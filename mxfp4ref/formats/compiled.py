@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._compiled import as_numpy, loops
+from mxfp4ref._threads import spans_in_parallel
 from mxfp4ref.formats import bytewise, mxfp4, wordwise
 from mxfp4ref.formats import quantize as quantizing
 
 __all__ = ["deinterleave", "interleave", "look_up", "quantize"]
 
 _WORDS = {4: np.int32, 8: np.int64}  # as wide as two values of bf16, of float32
+_GROUPS_AT_ONCE = 1 << 15  # of 32 values, on one thread
+_BLOCK = 16  # rows that a byte order mixes
 
 
 def look_up(packed: Tensor, scales: Tensor, pairs: Tensor, out: Tensor) -> None:
@@ -57,7 +60,12 @@ def _look_up(compiled: Any, packed: Tensor, scales: Tensor, pairs: Tensor, out: 
     word = _WORDS[pairs.element_size()]
     words = as_numpy(out, word).reshape(-1, 16)
     table = as_numpy(pairs, word).reshape(256, 256)
-    compiled.dequantize(as_numpy(packed, np.uint8), as_numpy(scales, np.uint8), table, words)
+    codes, scale_bytes = as_numpy(packed, np.uint8), as_numpy(scales, np.uint8)
+
+    def read(groups: slice) -> None:
+        compiled.dequantize(codes[groups], scale_bytes[groups], table, words[groups])
+
+    spans_in_parallel(read, len(words), _GROUPS_AT_ONCE, out.numel())
 
 
 def _quantize(compiled: Any, values: Tensor, rule: str, packed: Tensor, scales: Tensor) -> None:
@@ -65,7 +73,11 @@ def _quantize(compiled: Any, values: Tensor, rule: str, packed: Tensor, scales: 
     bits = as_numpy(values, np.int16) if narrow else as_numpy(values.to(torch.float32), np.int32)
     steps = [as_numpy(table, np.int32) for table in quantizing.step_tables(rule)]
     codes, scale_bytes = as_numpy(packed, np.uint8), as_numpy(scales, np.uint8)
-    compiled.quantize(bits, 16 if narrow else 0, *steps, codes, scale_bytes)
+
+    def write(groups: slice) -> None:
+        compiled.quantize(bits[groups], 16 if narrow else 0, *steps, codes[groups], scale_bytes[groups])
+
+    spans_in_parallel(write, len(codes), _GROUPS_AT_ONCE, values.numel())
 
 
 def _formats() -> Any:
@@ -91,7 +103,7 @@ def _try_out_formats(compiled: Any) -> None:
 
 
 def _layouts(weights: Tensor, layout: ModuleType) -> Any:
-    if weights.device.type != "cpu" or layout not in (wordwise, bytewise):
+    if weights.device.type != "cpu" or layout not in (wordwise, bytewise) or not weights.numel():
         return None
     consequence = "weights change their layout 3 to 12 times more slowly"
     return loops("mxfp4ref.formats.layout_loops", _try_out_layouts, consequence)
@@ -100,12 +112,13 @@ def _layouts(weights: Tensor, layout: ModuleType) -> Any:
 def _move(loop: Any, source: Tensor, layout: ModuleType) -> Tensor:
     experts, rows, width = source.shape
     out = torch.empty((experts, rows, width), dtype=torch.uint8, device="cpu")
-    shape = (experts * rows, width // 16, 4)
-    loop(
-        as_numpy(source, np.uint32).reshape(shape),
-        as_numpy(out, np.uint32).reshape(shape),
-        layout is wordwise,
-    )
+    shape = (experts * rows // _BLOCK, _BLOCK, width // 16, 4)
+    blocks, moved = as_numpy(source, np.uint32).reshape(shape), as_numpy(out, np.uint32).reshape(shape)
+
+    def move(some: slice) -> None:
+        loop(blocks[some].reshape(-1, *shape[2:]), moved[some].reshape(-1, *shape[2:]), layout is wordwise)
+
+    spans_in_parallel(move, len(blocks), max(1, _GROUPS_AT_ONCE // (_BLOCK * shape[2])), 2 * source.numel())
     return out
 
 

@@ -10,7 +10,7 @@ __all__ = ["dequantize", "quantize"]
 
 MAGNITUDE, SCALE_NAN = 0x7FFFFFFF, 255
 
-i32, i64, u8 = np.int32, np.int64, np.uint8
+i32, i64, left = np.int32, np.int64, np.left_shift
 
 
 @compiled(
@@ -34,8 +34,8 @@ def dequantize(packed, scales, pairs, out):
 
 
 @compiled(
-    "void(int16[:,::1], int64, int32[::1], int32[:,::1], uint8[:,::1], uint8[::1])",
-    "void(int32[:,::1], int64, int32[::1], int32[:,::1], uint8[:,::1], uint8[::1])",
+    "void(int16[:,::1], int32, int32[::1], int32[:,::1], uint8[:,::1], uint8[::1])",
+    "void(int32[:,::1], int32, int32[::1], int32[:,::1], uint8[:,::1], uint8[::1])",
     shapes="values[G, 32] scale_steps[255] code_steps[256, 7] packed[G, 16] scales[G]",
 )
 def quantize(values, shift, scale_steps, code_steps, packed, scales):
@@ -48,21 +48,20 @@ def quantize(values, shift, scale_steps, code_steps, packed, scales):
         code_steps: `[256, 7]`, by scale byte that of each code from 1 on.
         packed, scales: `[groups, 16]` and `[groups]`, written.
     """
+    codes = np.empty(32, i32)
     for group in range(len(scales)):
         largest = i32(0)
         for k in range(32):
-            largest = max(largest, i32(i32(values[group, k]) << shift) & i32(MAGNITUDE))
+            largest = max(largest, i32(left(i32(values[group, k]), shift) & i32(MAGNITUDE)))
         scale = max((i64(largest) >> 23) - 4, 0)  # no rule has a smaller one
         while scale < SCALE_NAN and largest >= scale_steps[scale]:
             scale += 1
         scales[group] = scale
-        steps = code_steps[scale]
+        for k in range(32):
+            bits = i32(left(i32(values[group, k]), shift))
+            code = i32(8) if bits < 0 else i32(0)
+            for step in range(7):
+                code = i32(code + i32(i32(bits & i32(MAGNITUDE)) >= code_steps[scale, step]))
+            codes[k] = code
         for i in range(16):
-            byte = 0
-            for half in range(2):
-                bits = i32(i32(values[group, 2 * i + half]) << shift)
-                code = 8 if bits < 0 else 0
-                for step in range(7):
-                    code += (bits & i32(MAGNITUDE)) >= steps[step]
-                byte |= code << (4 * half)
-            packed[group, i] = byte if scale < SCALE_NAN else 0
+            packed[group, i] = codes[2 * i] | codes[2 * i + 1] << 4 if scale < SCALE_NAN else 0

@@ -14,6 +14,7 @@ from mxfp4ref._compiled import as_numpy
 from mxfp4ref._compiler import uncompiled
 from mxfp4ref._shown import Shown
 from mxfp4ref._spans import spans
+from mxfp4ref._threads import in_parallel
 from mxfp4ref._validate import check_ids, check_instance, check_tensor
 from mxfp4ref.formats.humming_experts import HummingExperts
 from mxfp4ref.model import cpu, gpu
@@ -24,7 +25,6 @@ from mxfp4ref.sm90.activation import Activation
 from mxfp4ref.sm90.elementwise import activate, finalize, to_bf16
 from mxfp4ref.sm90.gemm.compiled import compiled_loops
 from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
-from mxfp4ref.sm90.threads import in_parallel
 
 __all__ = [
     "DENSE",

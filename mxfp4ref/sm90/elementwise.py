@@ -14,12 +14,12 @@ from torch import Tensor
 
 from mxfp4ref._compiled import as_numpy, loops
 from mxfp4ref._compiler import uncompiled
+from mxfp4ref._threads import spans_in_parallel
 from mxfp4ref._validate import check_ids, check_tensor
 from mxfp4ref.sm90 import activation as transcribed_activation
 from mxfp4ref.sm90 import finalize as transcribed_finalize
 from mxfp4ref.sm90 import fp32, mufu
 from mxfp4ref.sm90.activation import ACTIVATIONS, SWIGLU_BIAS, Activation
-from mxfp4ref.sm90.threads import spans_in_parallel
 
 __all__ = [
     "activate",

@@ -16,12 +16,12 @@ from torch.nn.functional import pad
 from mxfp4ref._compiled import as_numpy, loops
 from mxfp4ref._compiler import uncompiled
 from mxfp4ref._spans import spans
+from mxfp4ref._threads import spans_in_parallel
 from mxfp4ref.formats.experts import StoredWeights
 from mxfp4ref.formats.generations import GENERATIONS
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE
 from mxfp4ref.sm90.gemm.reference import gemm_in_order
 from mxfp4ref.sm90.gemm.trial import check_gemm
-from mxfp4ref.sm90.threads import spans_in_parallel
 
 __all__ = ["compiled_loops", "gemm", "grouped_gemm"]
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from mxfp4ref._compiled import as_numpy, loops
 from mxfp4ref._compiler import uncompiled
 from mxfp4ref._spans import spans
+from mxfp4ref._threads import spans_in_parallel
 from mxfp4ref.formats.humming import e4m3_table, e4m3_weights
 from mxfp4ref.sm90 import fp8
 from mxfp4ref.sm90.fp32 import FP32_NAN
-from mxfp4ref.sm90.threads import spans_in_parallel
 
 __all__ = ["fp8_gemm", "fp8_gemm_in_order"]
 
