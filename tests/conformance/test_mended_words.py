@@ -165,7 +165,7 @@ def test_zeros_of_sums_that_cancel_are_predicted_by_named_defects() -> None:
     zeros = {"output": torch.zeros_like(one.expected["output"])}
     found = diagnose("moe", one.inputs, zeros, one.expected, diagnosis="quick")
     assert "weights_bf16" in found.exact
-    assert "as where weights_bf16: " in found.finding.sentence
+    assert "among what gives this: weights_bf16: " in found.finding.sentence
     assert not found.finding.exact  # zeros may be other mistakes'
     assert "nothing was added up" not in str(found)
     assert reconcile(one.inputs, zeros, found.mask).reach == "rounding"

@@ -37,6 +37,7 @@ EXEMPT_MODULES = {
     "mxfp4ref._rounding": "takes nothing; tests/whole/test_rounding.py",
     "mxfp4ref._ieee": "arithmetic on checked tensors",
     "mxfp4ref._spans": "called with checked sizes only",
+    "mxfp4ref._threads": "called with checked sizes only",
     "mxfp4ref.formats.compiled": "fast ways of formats.mxfp4, quantize and layout, which check",
     "mxfp4ref.formats.layout_loops": "compiled loops, called by formats.compiled only",
     "mxfp4ref.formats.mxfp4_loops": "compiled loops, called by formats.compiled only",
