@@ -234,6 +234,18 @@ def test_layers_of_whole_size_take_most_of_the_time() -> None:
     assert in_advance(Pace(small, sizes), "", 1) == []
 
 
+def test_the_diagnosis_of_all_together_says_what_it_is_at(told: list[str]) -> None:
+    with progress.case_progress([FIRST]) as advance:
+        advance(CaseResult(FIRST, "moe", "", "differs"))
+        with heartbeat.at_work(f"{SECOND} (1 of 4)", lambda: 30.5):
+            heartbeat.trying("ids")
+        heartbeat.trying("nothing that is told")
+    assert (
+        told[-1]
+        == f"1 of 1 done, about 30 s more; 1 failed; now all together: {SECOND} (1 of 4), trying: ids"
+    )
+
+
 def test_a_bar_says_how_long_is_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

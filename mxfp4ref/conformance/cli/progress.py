@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mxfp4ref._words import duration
 from mxfp4ref.conformance.cli.terminal import animated, console, echo
-from mxfp4ref.conformance.heartbeat import ALL_TOGETHER, heartbeat
+from mxfp4ref.conformance.heartbeat import ALL_TOGETHER, heartbeat, told_to
 from mxfp4ref.conformance.pace import Pace
 
 if TYPE_CHECKING:
@@ -28,12 +27,12 @@ def progress(
     """A function to call after each step, or `before` it, with its name and the number of steps; 0 if unknown.
 
     A third argument is how many seconds the steps to come may take, by default what those done tell; `left` is that
-    of all steps, and 0 where nothing is known of it.
+    of all steps, and 0 where nothing is known of it. With False as the fourth the step is not done yet.
 
     It moves a progress bar on stderr, which shows `first` and `total` until then. Where none can be drawn it prints a
     line, if `lines`; and how far it has come, after each so many seconds that pass in silence.
     """
-    done = itertools.count(0 if before else 1)
+    count = -1 if before else 0
     moments = [time.monotonic()]
 
     def end(total: int, seconds: float | None) -> float:
@@ -44,9 +43,12 @@ def progress(
         with _bar() as bar:
             task = bar.add_task(first, total=total, end=moments[0] + left)
 
-            def move(name: str, total: int, seconds: float | None = None) -> None:
-                now = {"completed": next(done), "total": total or None, "end": end(total, seconds)}
-                bar.update(task, description=name, **now)
+            def move(name: str, total: int, seconds: float | None = None, done: bool = True) -> None:
+                nonlocal count
+                count += done
+                bar.update(
+                    task, description=name, completed=count, total=total or None, end=end(total, seconds)
+                )
 
             yield move
         return
@@ -58,8 +60,9 @@ def progress(
     with heartbeat(say) as now:
         now(partial(_so_far, 0, total, moments[0] + left, first))
 
-        def line(name: str, total: int, seconds: float | None = None) -> None:
-            count = next(done)
+        def line(name: str, total: int, seconds: float | None = None, done: bool = True) -> None:
+            nonlocal count
+            count += done
             if lines:
                 echo(f"[{count:3}/{total}] {name}", err=True)
             words = f"now {name}" if before and total else name
@@ -117,7 +120,7 @@ def _rest(end: float) -> str:
 
 def _so_far(count: int, total: int | None, end: float, now: str) -> str:
     """ "12 of 69 done, about 40 s more; 3 failed; now gemm/ordinary"."""
-    so_far = [f"{count} of {total} done", _rest(end)] if total else []
+    so_far = [f"{count} of {total} done" if total else "", _rest(end)]
     return "; ".join(filter(None, (", ".join(filter(None, so_far)), now)))
 
 
@@ -137,13 +140,14 @@ def case_progress(
 
     told_of = {*names}
     done = failed = 0
+    told = ""
     outright: list[CaseResult] = []
     pace = pace or Pace(names, {})
     before = time.monotonic()
     with progress(first=f"now {names[0]}" if names else "", total=len(names), left=pace.left) as step:
 
         def advance(result: CaseResult) -> None:
-            nonlocal done, failed, before
+            nonlocal done, failed, told, before
             if result.case not in told_of:
                 return
             done, failed = done + 1, failed + (not result.ok)
@@ -169,4 +173,8 @@ def case_progress(
             else:
                 step(words, len(names), pace.left)
 
-        yield advance
+        def at(what: str, seconds: float) -> None:
+            step(f"{told}; now all together: {what}", len(names) * (done == len(names)), seconds, False)
+
+        with told_to(at):
+            yield advance

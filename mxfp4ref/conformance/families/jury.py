@@ -25,6 +25,7 @@ from mxfp4ref.conformance.families.telling import told
 from mxfp4ref.conformance.families.twos import in_other_cases
 from mxfp4ref.conformance.findings.finding import OTHERS, Evidence, added
 from mxfp4ref.conformance.findings.reduction import thread_clock
+from mxfp4ref.conformance.heartbeat import at_work
 from mxfp4ref.model.call import MoeCall
 
 __all__ = ["Verdict", "judge", "narrowed"]
@@ -71,20 +72,26 @@ def judge(
             has a name, and the first of what has none.
     """
     until = thread_clock() + seconds
+
+    def left() -> float:
+        return until + _BEYOND - thread_clock()
+
     failures = sorted(failures, key=telling, reverse=True)
-    if known and (verdict := _of_known(failures, passing, known, seconds)):
-        return verdict
+    with at_work("what was suspected", left):
+        if known and (verdict := _of_known(failures, passing, known, seconds)):
+            return verdict
     by_case: dict[str, Finding] = {}
     seen: dict[str, Heard] = {}
     results: dict[str, Result] = {}
-    for number in range(min(_SEARCHED, len(failures))):
-        left = until - thread_clock()
-        if left < 1:
+    most = min(_SEARCHED, len(failures))
+    for number in range(most):
+        share = 0.6 * (until - thread_clock())
+        if share < 0.6:
             break
         failure = next_case(failures, results, list(seen.values()))
-        share = left * 0.6
         how = {"seconds": share, "thorough": number < 2, "outside": failure.outside}
-        result = results[failure.case] = investigated(failure.pipeline, failure.got, failure.want, **how)
+        with at_work(f"{failure.case} ({number + 1} of {most})", left):
+            result = results[failure.case] = investigated(failure.pipeline, failure.got, failure.want, **how)
         by_case[failure.case] = result.finding
         if len(results) == len(failures) and all(
             any(e.rounding for e in r.evidence) for r in results.values()
@@ -99,17 +106,19 @@ def judge(
     if alone is not None:
         start = thread_clock()
         how = {"seconds": _FOR_A_PLAIN_ONE, "outside": alone.outside}
-        result = investigated(alone.pipeline, alone.got, alone.want, **how)
+        with at_work(alone.case, lambda: _FOR_A_PLAIN_ONE + left()):
+            result = investigated(alone.pipeline, alone.got, alone.want, **how)
         until += thread_clock() - start
         by_case[alone.case] = result.finding
         _hear_all(result, seen, failures, until + _BEYOND)
         if verdict := _of_all(seen.values(), failures, passing):
             return verdict
     if seen:  # what most cases say may be true of all with other details
-        most = max(seen.values(), key=lambda heard: len(heard.cases)).match.hypothesis
-        if verdict := _of_all([hear(Match(h, True), failures) for h in most.variants], failures, passing):
+        best = max(seen.values(), key=lambda heard: len(heard.cases)).match.hypothesis
+        if verdict := _of_all([hear(Match(h, True), failures) for h in best.variants], failures, passing):
             return verdict
-    return _undecided(failures, passing, seen, results, by_case, until)
+    with at_work("what some of them show, and two mistakes at once", lambda: _FOR_A_SECOND + left()):
+        return _undecided(failures, passing, seen, results, by_case, until)
 
 
 def narrowed(verdict: Verdict, predicted: Collection[Collection[str]], calls: Iterable[MoeCall]) -> Verdict:

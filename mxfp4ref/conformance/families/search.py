@@ -28,6 +28,7 @@ from mxfp4ref.conformance.families.named import NUMBER_OF_NAMES
 from mxfp4ref.conformance.families.places import kinds_of_tokens, named_columns, named_tokens
 from mxfp4ref.conformance.findings.reach import is_spread
 from mxfp4ref.conformance.findings.reduction import clock_of, is_heavy, reduce_call
+from mxfp4ref.conformance.heartbeat import trying
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
 
@@ -174,11 +175,14 @@ class Search:
 
     def run(self, hypotheses: Iterable[Hypothesis], *, enough: int = 1 << 30) -> list[Match]:
         """Those that predict every wrong bit; the others that come nearer to the output are kept in `near`."""
-        found, variants = list[Match](), list[Hypothesis]()
+        found, variants, family = list[Match](), list[Hypothesis](), ""
         for hypothesis, output, partly, of_all in self._predictions(hypotheses):
             if self.out_of_time() or len(found) >= enough:
                 break
             self.tried += 1
+            if hypothesis.family != family:
+                family = hypothesis.family
+                trying("two mistakes at once" if family == "two" else family)
             if hypothesis.name and self.progress is not None:
                 self.progress(hypothesis.name, NUMBER_OF_NAMES)
             got, right = (self.got, ~self.wrong) if of_all else (self.part_got, self.part_right)
