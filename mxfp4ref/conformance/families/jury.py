@@ -245,7 +245,7 @@ def _undecided(
         ]
         words = added(found.sentence, OTHERS + others[0].sentence) if others else found.sentence
         some = replace(found, sentence=words, exact=False, cases=(len(cases), len(failures)))
-        return Verdict(some, (), by_case)
+        return Verdict(some, (), by_case | _explained(cases, found))
     proofs = [one for one in proofs if not _refuted(one, proofs)]
     if proofs:
         votes = Counter[tuple[str, ...]]()
@@ -258,8 +258,14 @@ def _undecided(
             best = replace(best, sentence=f"{first.sentence} ({case_of[id(first)]})")
     else:
         best = Finding()
-    some_bits = _of_some(failures, passing, ranked, proofs, best) or _of_most(failures, ranked, proofs, best)
-    return Verdict(some_bits or best, (), by_case)
+    if (some_cases := _of_some(failures, passing, ranked, proofs, best)) is not None:
+        return replace(some_cases, by_case=by_case | some_cases.by_case)
+    return Verdict(_of_most(failures, ranked, proofs, best) or best, (), by_case)
+
+
+def _explained(cases: Iterable[str], found: Finding) -> dict[str, Finding]:
+    """Of cases of which this predicts every bit: it is told in the place of evidence on them."""
+    return dict.fromkeys(cases, replace(found, exact=True, hedged=False))
 
 
 def _two(failures: list[Failure], passing: _Passing, heard: Heard, until: float) -> Verdict | None:
@@ -282,7 +288,7 @@ def _two(failures: list[Failure], passing: _Passing, heard: Heard, until: float)
 
 def _of_some(
     failures: list[Failure], passing: _Passing, ranked: list[Heard], proofs: list[Evidence], best: Finding
-) -> Finding | None:
+) -> Verdict | None:
     """What predicts every bit of fewer than half of the cases, where no case of their kinds says otherwise.
 
     Nor may as many cases prove that it lies elsewhere. `best` is said of the others.
@@ -303,7 +309,8 @@ def _of_some(
             continue
         found = told(kept, (), [f.pipeline.call for f in told_by])
         words = added(found.sentence, OTHERS + best.sentence) if best.sentence else found.sentence
-        return Finding(best.stages or found.stages, words, False, (len(heard.cases), len(failures)))
+        some = Finding(best.stages or found.stages, words, False, (len(heard.cases), len(failures)))
+        return Verdict(some, (), _explained(heard.cases, found))
     return None
 
 
