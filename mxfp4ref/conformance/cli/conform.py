@@ -224,6 +224,7 @@ def _conform(spec: str, root: Path | None, options: dict[str, Any], interruption
         if not names:
             raise UsageError("--exclude: none of the chosen cases is left")
 
+    from mxfp4ref._compiled import compile_loops
     from mxfp4ref.conformance.kernels.loading import is_stand_in, runnable
     from mxfp4ref.conformance.options import Options
     from mxfp4ref.conformance.reports.again import selection_arguments
@@ -243,6 +244,7 @@ def _conform(spec: str, root: Path | None, options: dict[str, Any], interruption
         files.check(chain(files_below(goldens.root), sources(spec), [earlier] if earlier else ()))
         if isolate is False and not is_stand_in(spec):
             others_code_begins()
+        compile_loops()  # here, since it is no part of the first case
         to_run = runnable(spec, goldens, names)
         pace = pace_of(goldens, to_run, spec)
         left_out += in_advance(pace, "--exclude 'models/*'", options["max_failures"])
