@@ -147,16 +147,22 @@ class Search:
         self, hypotheses: Iterable[Hypothesis]
     ) -> Iterator[tuple[Hypothesis, Tensor | None, bool, bool]]:
         """Each hypothesis' output, whether it fits in some slots, and of the whole call (True) or of its part."""
-        known = self.pipeline.run_call is None
-        for of_rows, some in groupby(hypotheses, lambda h: known and h.cheap):
-            if of_rows:
-                yield from ((h, self._from_rows(h), False, True) for h in some)
+        known, part = self.pipeline.run_call is None, not self.whole
+        for (cheap, across), some in groupby(
+            hypotheses, lambda h: (known and h.cheap, part and h.across_tokens)
+        ):
+            if cheap or across:
+                yield from ((h, self._by_itself(h, cheap), False, cheap) for h in some)
             else:
-                for h, output, partly in each(self.part, some, self._in_some_slots):
-                    yield h, output, bool(partly), self.whole
+                for h, rows, partly in each(self.part, some, self._in_some_slots):
+                    yield h, rows, bool(partly), self.whole
 
-    def _from_rows(self, h: Hypothesis) -> Tensor | None:
+    def _by_itself(self, h: Hypothesis, cheap: bool) -> Tensor | None:
+        """Its output, of the rows of all slots; or the part's, which takes numbers of tokens beyond it."""
         try:
+            if not cheap:
+                changed = h.change(self.pipeline)
+                return replace(changed, call=changed.call.select(self.tokens)).run()
             if h.of_output is not None:
                 return h.of_output(self.want)
             if h.of_rows is not None:
@@ -180,8 +186,7 @@ class Search:
             if self.out_of_time() or len(found) >= enough:
                 break
             self.tried += 1
-            if hypothesis.family != family:
-                family = hypothesis.family
+            if family != (family := hypothesis.family):
                 trying("two mistakes at once" if family == "two" else family)
             if hypothesis.name and self.progress is not None:
                 self.progress(hypothesis.name, NUMBER_OF_NAMES)
