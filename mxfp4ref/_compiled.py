@@ -19,7 +19,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -29,7 +29,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["as_numpy", "compiled", "loops", "seconds_loading"]
+__all__ = ["LOOPS", "as_numpy", "compile_loops", "compiled", "loops", "seconds_loading"]
+
+# All modules of loops that are asked for.
+LOOPS = (
+    "mxfp4ref.sm90.gemm.cpu_loops",
+    "mxfp4ref.sm90.gemm.fp8_loops",
+    "mxfp4ref.sm90.elementwise_loops",
+    "mxfp4ref.formats.mxfp4_loops",
+    "mxfp4ref.formats.layout_loops",
+    "mxfp4ref.defects.variants.gemm_loops",
+)
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -140,6 +150,13 @@ def loops(name: str, trial: Callable[[Any], None], consequence: str) -> Any:
     return _loaded[name]
 
 
+def compile_loops() -> None:
+    """Compile all that this CPU has no loops of yet, or read them, so that no first call is charged with that."""
+    with suppress(Exception), _lock, _told_of_compiling():  # where something is wrong, `loops` says so
+        for name in LOOPS:
+            importlib.import_module(name)
+
+
 def seconds_loading() -> float:
     """Seconds of the processor that went into loops at their first use, of all threads: mostly into compiling."""
     return sum(_loading)
@@ -168,8 +185,8 @@ def _load(name: str, trial: Callable[[Any], None], consequence: str) -> ModuleTy
 
 @contextmanager
 def _told_of_compiling() -> Iterator[None]:
-    """Say once, at a terminal, why nothing happens for a while; not of what comes out of a cache."""
-    if not sys.stderr.isatty() or "pytest" in sys.modules:
+    """Say once why nothing happens for a while; not of what comes out of a cache."""
+    if sys.stderr is None or "pytest" in sys.modules:
         yield
         return
     event: Any = importlib.import_module("numba.core.event")
@@ -178,7 +195,8 @@ def _told_of_compiling() -> Iterator[None]:
         def on_start(self, happened: Any) -> None:
             if not _told:
                 _told.append(True)
-                print(_COMPILING, file=sys.stderr, flush=True)
+                with suppress(OSError, ValueError):  # stderr is closed
+                    print(_COMPILING, file=sys.stderr, flush=True)
 
         def on_end(self, happened: Any) -> None:
             pass

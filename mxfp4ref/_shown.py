@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields
 from html import escape
+from types import FunctionType
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
@@ -71,6 +72,8 @@ def _text(value: object) -> str:
         return _cut([f"{key}: {_text(item)}" for key, item in value.items()], "{}")
     if isinstance(value, (tuple, list)):
         return _cut([_start(_text(item)) for item in value], "()" if isinstance(value, tuple) else "[]")
+    if isinstance(value, FunctionType):  # its address says nothing
+        return "a function" if "<" in value.__qualname__ else value.__qualname__
     text = repr(value)
     if isinstance(value, Shown) or len(text) <= _MOST_CHARACTERS:
         return text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 
-__all__ = ["check_keywords", "did_you_mean", "shortened", "shown"]
+__all__ = ["check_keywords", "did_you_mean", "duration", "shortened", "shown"]
 
 _AS_WELL = 0.1  # of 1
 
@@ -36,6 +36,13 @@ def check_keywords(
             hints = (did_you_mean(name, more, ending=f" of {part}") for part, more in (parts or {}).items())
             hint = did_you_mean(name, known) or next(filter(None, hints), "")
             raise TypeError(f"{called}() got an unexpected keyword argument {name!r}{hint}")
+
+
+def duration(seconds: float) -> str:
+    """For a reader who waits: "10 s", "3 minutes", "2.5 hours"."""
+    if seconds < 90:
+        return f"{max(round(seconds, -1 if seconds > 10 else 0), 1):.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
 def shortened(parts: Iterable[str], most: int, joint: str = ", ") -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 import mxfp4ref
-from mxfp4ref import forward
+from mxfp4ref import _compiled, forward
 from mxfp4ref.defects.variants.gemm import tensor_core_sum
 from mxfp4ref.formats.experts import StoredWeights
 from mxfp4ref.model.forward import KERNEL
@@ -32,6 +33,25 @@ MODULES = [
     for path in PACKAGE.rglob("*_loops.py")
 ]
 TABLES = {"of_bf16", "ex2_rows", "ex2_squares", "rcp_rows", "rcp_squares"}  # of one size
+
+
+def test_what_is_compiled_first_is_all_that_is_asked_for() -> None:
+    texts = "".join(path.read_text("utf-8") for path in PACKAGE.rglob("*.py"))
+    assert sorted(re.findall(r'loops\(\s*"(mxfp4ref[\w.]+)"', texts)) == sorted(_compiled.LOOPS)
+
+
+def test_compiling_is_told_once_also_into_a_pipe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "a_loop.py").write_text("import numba\n\n@numba.njit('i8(i8)')\ndef f(x):\n    return x\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(_compiled, "LOOPS", ("a_loop", "no_such_loop"))
+    monkeypatch.setattr(_compiled, "_told", [])
+    monkeypatch.delitem(sys.modules, "pytest")
+    for _ in range(2):
+        _compiled.compile_loops()
+        monkeypatch.delitem(sys.modules, "a_loop")
+    assert capsys.readouterr().err == f"{_compiled._COMPILING}\n"
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -7,10 +7,15 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
-from mxfp4ref import MoeCall, Sm90Kernel, trace
+from mxfp4ref import MoeCall, Sm90Kernel, Stages, trace
 from mxfp4ref._shown import Shown
+from mxfp4ref.checkpoint import ReadOptions
 from mxfp4ref.conformance import Options
+from mxfp4ref.conformance.kernels.loading import load_kernel
+from mxfp4ref.defects import DEFECTS
+from mxfp4ref.engine import ReplayOptions
 from mxfp4ref.goldens import open_goldens
+from mxfp4ref.routing import PRESETS
 
 GOLDENS = open_goldens()
 
@@ -52,6 +57,16 @@ def test_a_trace_and_goldens(call: MoeCall) -> None:
         "Options(mode='exact', storage='wider', confidence=None, timeout=None, "
     )
     assert repr(GOLDENS).endswith(f": {len(GOLDENS.names())} cases in {len(GOLDENS.suites)} suites)")
+
+
+def test_functions_are_shown_by_name_and_options_whole() -> None:
+    assert repr(Stages(activate=lambda *given: given[1])) == "Stages(activate=a function)"
+    for shown in map(repr, (DEFECTS["limit_ignored"], PRESETS["mixtral"], load_kernel("oracle"))):
+        assert " at 0x" not in shown
+    assert "score=softmax" in repr(PRESETS["mixtral"])
+    assert repr(ReadOptions()) == "ReadOptions(config={}, experts=None, quantize=None, format=None)"
+    assert repr(ReplayOptions()).startswith("ReplayOptions(")
+    assert "diagnosis='full'" in repr(ReplayOptions())
 
 
 def test_long_values_and_markup() -> None:

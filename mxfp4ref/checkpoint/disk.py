@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -40,6 +40,8 @@ class ReadOptions(Shown):
             `mxfp4ref.formats.quantize`.
         format: the checkpoint's own names (`read_name_map`); by default those of `FORMATS` are tried.
     """
+
+    _WHOLE: ClassVar[bool] = True
 
     config: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     experts: Sequence[int] | None = None

@@ -1,4 +1,4 @@
-"""A sign of life, where no progress bar can be drawn: what is being done, told whenever nothing was for a while."""
+"""A sign of life: what is being done, told whenever nothing was for a while, and what a long diagnosis is at."""
 
 from __future__ import annotations
 
@@ -6,11 +6,48 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
-__all__ = ["ALL_TOGETHER", "SILENCE", "heartbeat"]
+__all__ = ["ALL_TOGETHER", "SILENCE", "at_work", "heartbeat", "told_to", "trying"]
 
 SILENCE = 10.0  # seconds
 ALL_TOGETHER = "the diagnosis of all together, a minute or two at most"
+
+_TOLD: ContextVar[Callable[[str, float], None] | None] = ContextVar("who is told", default=None)
+_AT: ContextVar[Callable[[str], None] | None] = ContextVar("what is done", default=None)
+
+
+@contextmanager
+def told_to(say: Callable[[str, float], None]) -> Iterator[None]:
+    """Inside, `say` is called with what a long diagnosis is at, and how many seconds more it takes at most."""
+    before = _TOLD.set(say)
+    try:
+        yield
+    finally:
+        _TOLD.reset(before)
+
+
+@contextmanager
+def at_work(words: str, left: Callable[[], float]) -> Iterator[None]:
+    """Inside, this is done, with so many seconds left when it is asked; of what is `trying`, that is told too."""
+    say = _TOLD.get()
+
+    def tell(what: str) -> None:
+        if say is not None:
+            say(f"{words}{f', trying: {what}' if what else ''}", left())
+
+    tell("")
+    before = _AT.set(tell)
+    try:
+        yield
+    finally:
+        _AT.reset(before)
+
+
+def trying(what: str) -> None:
+    """Tell what is tried, a kind of mistake, where that is `at_work`."""
+    if (tell := _AT.get()) is not None:
+        tell(what)
 
 
 @contextmanager

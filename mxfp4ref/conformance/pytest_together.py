@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mxfp4ref._choices import Diagnosing
 from mxfp4ref.conformance.diagnosing import Failed, Failing, Found
-from mxfp4ref.conformance.heartbeat import ALL_TOGETHER, heartbeat
+from mxfp4ref.conformance.heartbeat import ALL_TOGETHER, heartbeat, told_to
 from mxfp4ref.conformance.results import CaseResult
 from mxfp4ref.formats.generations import NEWEST, Generation
 from mxfp4ref.goldens import Goldens
@@ -56,4 +56,7 @@ def verdict(
             failing.add(result, kept.failed(result.case, goldens))
     with heartbeat(lambda words: print(words, file=sys.stderr, flush=True)) as now:
         now(ALL_TOGETHER)
-        return failing.verdict([result for result, _ in results], goldens, search=search)
+        with told_to(
+            lambda words, seconds: now(f"all together: {words}, {max(seconds, 1):.0f} s more at most")
+        ):
+            return failing.verdict([result for result, _ in results], goldens, search=search)

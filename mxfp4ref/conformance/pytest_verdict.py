@@ -118,6 +118,15 @@ class Verdict:
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self._choose([item.nodeid for item in session.items])
 
+    def pytest_report_collectionfinish(self, config: pytest.Config, items: list[pytest.Item]) -> list[str]:
+        from mxfp4ref.conformance.cli.selecting import in_advance, pace_of
+        from mxfp4ref.conformance.kernels.loading import runnable
+
+        kernel = config.getoption("mxfp4_kernel")
+        names = [item.name for item in items if item.nodeid.startswith(f"{SUITE}::")]
+        pace = pace_of(self._goldens, runnable(kernel, self._goldens, names), kernel)
+        return in_advance(pace, "-k 'not models'", config.getoption("maxfail"))
+
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, ids: Sequence[str]) -> None:
         self._choose(ids)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from mxfp4ref._compiled import compile_loops
 from mxfp4ref._validate import check_instance, shown
 from mxfp4ref.conformance.case_result import enough
 from mxfp4ref.conformance.diagnosing import Failed, Failing, diagnosed
@@ -125,6 +126,7 @@ def _run(
 ) -> Report:
     """As `run`; what the stack gets ends with it."""
     (device, isolate), options = where, state.options
+    compile_loops()  # before a process of the kernel's, which may use this package, does so each time anew
     worker: Worker | None = None
     if isinstance(kernel, str) and (
         options.jobs > 1 or (not is_stand_in(kernel) if isolate is None else isolate)

@@ -33,6 +33,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from mxfp4ref._shown import Shown
 from mxfp4ref.defects.variants.finalize import FinalizeVariant
 from mxfp4ref.defects.variants.gemm import GemmVariant
 from mxfp4ref.defects.variants.router import RoutingCall, rerouted, route
@@ -65,8 +66,8 @@ _Kind = Literal["defect", "arithmetic"]
 _Change = TypeVar("_Change", bound=Callable[..., Any])
 
 
-@dataclass(frozen=True)
-class Defect:
+@dataclass(frozen=True, repr=False)
+class Defect(Shown):
     """One way to be wrong, as a pipeline that differs from the kernel in exactly that.
 
     Attributes:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._choices import Diagnosing
+from mxfp4ref._words import duration
 from mxfp4ref.conformance.findings.finding import counted
 from mxfp4ref.conformance.looking import REAL_SECONDS, SECONDS
 from mxfp4ref.engine.calls import arguments_of
@@ -47,11 +48,9 @@ class Estimate:
     def __str__(self) -> str:
         """In a line."""
         words = f"{counted(self.calls, 'recorded call')}{f', {self.large:,} of real size' if self.large else ''}: "
-        words += (
-            f"about {_duration(self.comparing)} to compare, after up to {_START} s to load compiled loops"
-        )
+        words += f"about {duration(self.comparing)} to compare, after up to {_START} s to load compiled loops"
         return words + (
-            f"; up to {_duration(self.diagnosing)} of the processor more if all differ"
+            f"; up to {duration(self.diagnosing)} of the processor more if all differ"
             if self.diagnosing
             else ""
         )
@@ -99,10 +98,3 @@ def _cost(arguments: Mapping[str, Any]) -> tuple[float, int]:
         + _BYTE * (fc1.nbytes + fc2.nbytes)
     )
     return seconds, int(weights * top_k)
-
-
-def _duration(seconds: float) -> str:
-    """For a reader who waits: "10 s", "3 minutes", "2.5 hours"."""
-    if seconds < 90:
-        return f"{max(round(seconds, -1 if seconds > 10 else 0), 1):.0f} s"
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

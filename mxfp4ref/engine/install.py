@@ -14,7 +14,7 @@ import inspect
 import logging
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -24,6 +24,7 @@ from typing import Any
 __all__ = [
     "FUNCTION",
     "MODULE",
+    "Waiting",
     "called",
     "install",
     "installed",
@@ -222,21 +223,26 @@ def _relay(number: int, free: int) -> CodeType:
     return code
 
 
-class _Waiting(MetaPathFinder):
-    """Takes the function over as soon as flashinfer's module has been executed."""
+class Waiting(MetaPathFinder):
+    """Calls `arrived` with each of these modules as soon as it has been executed, while this is in `sys.meta_path`.
 
-    looking = False
+    An import does not fail by that: what `arrived` raises is logged.
+    """
+
+    def __init__(self, modules: Collection[str], arrived: Callable[[ModuleType], None]) -> None:
+        self._modules, self._arrived = modules, arrived
+        self._looking = False
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != MODULE or self.looking:
+        if name not in self._modules or self._looking:
             return None
-        self.looking = True
+        self._looking = True
         try:
             spec = importlib.util.find_spec(name)
         finally:
-            self.looking = False
+            self._looking = False
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
@@ -244,15 +250,19 @@ class _Waiting(MetaPathFinder):
         def exec_module(module: ModuleType) -> None:
             execute(module)
             with _lock:
-                if self in sys.meta_path:  # not restored meanwhile
-                    sys.meta_path.remove(self)
+                if self in sys.meta_path:
                     try:
-                        _arrived(module)
-                    except Exception:  # the engine's import must not fail
-                        logging.getLogger("mxfp4ref.engine").exception("%s: not taken over", MODULE)
+                        self._arrived(module)
+                    except Exception:
+                        logging.getLogger("mxfp4ref.engine").exception("%s: not taken over", name)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-_waiting = _Waiting()
+def _came_later(package: ModuleType) -> None:
+    sys.meta_path.remove(_waiting)
+    _arrived(package)
+
+
+_waiting = Waiting((MODULE,), _came_later)

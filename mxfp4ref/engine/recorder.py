@@ -18,11 +18,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from mxfp4ref.engine.arguments import capturing
 from mxfp4ref.engine.dump import Stored, write_inputs, write_outputs
-from mxfp4ref.engine.install import MODULE, Kernel, take_over, unwrapped
+from mxfp4ref.engine.install import MODULE, Kernel, Waiting, take_over, unwrapped
 from mxfp4ref.engine.recordings import FUNCTIONS, Unreadable, find_recordings
 from mxfp4ref.model.forward import MoeTrace
 
@@ -82,7 +83,8 @@ class Recorder:
     def recording(self) -> Iterator[Recorder]:
         """While this lasts flashinfer's function and this package's drop-in are recorded, whoever holds them.
 
-        flashinfer is imported if it is installed. A call that one of these functions makes of another is part of it.
+        flashinfer is imported if it is installed; one that can be imported only later is recorded from then on.
+        A call that one of these functions makes of another is part of it.
 
         Raises:
             TypeError: flashinfer's function is not one of Python.
@@ -99,10 +101,18 @@ class Recorder:
             self.missing = "" if self.hooked else self.missing
             self._take_over(_OURS, getattr(importlib.import_module(_OURS), _OUR_NAME))
             self.hooked += (f"mxfp4ref.{_OUR_NAME}",)
+            waiting = Waiting(_THEIRS, self._came)
+            sys.meta_path.insert(0, waiting)
+            self._taken.callback(sys.meta_path.remove, waiting)
             try:
                 yield self
             finally:
                 self._functions.clear()
+
+    def _came(self, module: ModuleType) -> None:
+        """Record the function of a module of flashinfer's that is imported after the recording has begun."""
+        if (function := getattr(module, _THEIR_NAME, None)) is not None:
+            self._hook(module.__name__, unwrapped(function))
 
     def _hook(self, module: str, function: Any) -> None:
         """Record the calls of a function that flashinfer has in this module, once under however many names."""
@@ -118,38 +128,11 @@ class Recorder:
         self._taken.callback(take_over(function, record))
         self._functions.append(function)
 
-    def _within_a_late_one(self) -> bool:
-        """Whether this call of the drop-in is one within a function of a flashinfer that came after the recording.
-
-        Its later calls are recorded.
-        """
-        within = False
-        for module in _THEIRS:
-            function = unwrapped(getattr(sys.modules.get(module), _THEIR_NAME, None))
-            if function is None or any(function is other for other in self._functions):
-                continue
-            code = getattr(function, "__code__", None)
-            frame = sys._getframe()
-            while frame is not None and frame.f_code is not code:
-                frame = frame.f_back  # type: ignore[assignment]
-            within |= frame is not None or code is None
-            try:
-                with self._lock:
-                    self._hook(module, function)
-            except TypeError as error:
-                self._leave_out(str(error))
-        return within
-
     def _call(
         self, name: str, module: str, kernel: Kernel, arguments: tuple[Any, ...], named: dict[str, Any]
     ) -> Any:
         """Record a call; one that it makes of the other function is not recorded again."""
         if getattr(self._inside, "now", False):
-            return kernel(*arguments, **named)
-        if name == _OUR_NAME and self._within_a_late_one():
-            self._leave_out(
-                "a flashinfer that came after the recording had begun made the call; its later ones are recorded"
-            )
             return kernel(*arguments, **named)
         self._inside.now = True
         try:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from mxfp4ref._choices import DIAGNOSES, MODES, Diagnosing, Mode
 from mxfp4ref._shown import Shown
@@ -35,6 +36,8 @@ class ReplayOptions(Shown):
         device: where the kernel's tensors go.
         timeout: seconds for each call of the kernel; None for no limit.
     """
+
+    _WHOLE: ClassVar[bool] = True
 
     autotune_cache: Path | None = None
     any_tile: bool = False

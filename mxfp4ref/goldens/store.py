@@ -130,12 +130,12 @@ class Goldens:
         """
         return self._read(lambda: self._load(name))
 
-    def about(self, name: str) -> dict[str, Any]:
-        """What is said of a case, verified, without its tensors and without torch; errors as of `load`.
+    def about(self, name: str, *, tensors: bool = False) -> dict[str, Any]:
+        """What is said of a case, verified, without torch; with `tensors` their file is too; errors as of `load`.
 
         Beside the keys of its JSON file "bytes", as of `Case.nbytes`, but for the stored file's header.
         """
-        sidecar, _ = self._read(lambda: self._sidecar(name))
+        sidecar, _ = self._read(lambda: self._stored(name) if tensors else self._sidecar(name))
         stored = self.entries[name]["safetensors"]["bytes"]
         return {**sidecar, "bytes": stored + derived_bytes(sidecar["derived"])}
 
@@ -165,14 +165,20 @@ class Goldens:
             raise GoldenError(f"{path}: {wrong}")
         return sidecar, path.with_suffix(".safetensors")
 
+    def _stored(self, name: str) -> tuple[dict[str, Any], bytes]:
+        """What is in a case's JSON file, and the bytes of the other."""
+        sidecar, path = self._sidecar(name)
+        data = _read(path)
+        _verify(str(path), data, self.entries[name]["safetensors"])
+        return sidecar, data
+
     def _load(self, name: str) -> Case:
         import safetensors.torch
 
         from mxfp4ref.goldens.case import verified_case
 
-        sidecar, path = self._sidecar(name)
-        data = _read(path)
-        _verify(str(path), data, self.entries[name]["safetensors"])
+        sidecar, data = self._stored(name)
+        path = self.root / f"{name}.safetensors"
         try:
             tensors = safetensors.torch.load(data)
         except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:

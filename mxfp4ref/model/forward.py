@@ -43,14 +43,14 @@ __all__ = [
 _ROWS_AT_ONCE_ON_GPU = 4096  # of the activation; a GPU is paced by launches
 
 
-@dataclass(frozen=True)
-class AnyStages:
+@dataclass(frozen=True, repr=False)
+class AnyStages(Shown):
     """What the stages of all kinds of experts have."""
 
     select_local: Callable[[Tensor, int, int, int], Tensor] = select_local
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Stages(AnyStages):
     """The computation as replaceable stages: `replace(KERNEL, activate=...)` is a kernel with another one.
 

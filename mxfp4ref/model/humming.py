@@ -26,7 +26,7 @@ __all__ = ["HUMMING", "STAGES", "HummingStages", "HummingTrace", "call_of", "for
 _TENSOR_NAMES = {"fc1_scales": "fc1_offsets", "fc2_scales": "fc2_offsets"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class HummingStages(AnyStages):
     """The computation as replaceable stages, as `Stages` for W4A16.
 

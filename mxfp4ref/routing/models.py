@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mxfp4ref._choices import Normalize
+from mxfp4ref._shown import Shown
 from mxfp4ref.routing.scoring import raw_logits, sigmoid, softmax, sqrt_softplus
 
 __all__ = ["DEEPSEEK_V3", "DEEPSEEK_V4", "GPT_OSS", "MIXTRAL", "PRESETS", "Preset"]
 
 
-@dataclass(frozen=True)
-class Preset:
+@dataclass(frozen=True, repr=False)
+class Preset(Shown):
     """The router of a family of models; the function of this name in `presets.py` computes it.
 
     Attributes:

@@ -21,6 +21,7 @@ from mxfp4ref.conformance.findings.agreement import agreed, unrefuted, with_one_
 from mxfp4ref.conformance.findings.finding import OTHER_EXPERTS, Evidence, Finding, added, in_words, listed
 from mxfp4ref.conformance.findings.patterns import Pattern
 from mxfp4ref.conformance.findings.stage_fit import Reach
+from mxfp4ref.conformance.heartbeat import told_to
 from mxfp4ref.conformance.kernels.adapters import whole_arguments
 from mxfp4ref.conformance.reports.again import bounded_command, command
 from mxfp4ref.goldens import open_goldens
@@ -307,8 +308,13 @@ def test_alternatives_of_what_predicts_some_cases_are_told(monkeypatch: pytest.M
     ]
     result = Result(tuple(matches), (), Finding(), 3, True)
     monkeypatch.setattr(jury, "investigated", lambda *_, **__: result)
-    found = judge(failures, lambda: (), seconds=9.0).finding
-    assert found == Finding(("finalize",), f"A{TOLD_FROM}B", False, (1, 2), hypotheses=("A", "B"))
+    said: list[str] = []
+    with told_to(lambda words, seconds: said.append(words)):
+        found = judge(failures, lambda: (), seconds=9.0)
+    assert {"what was suspected", "a (1 of 2)", "b (2 of 2)"} <= set(said)
+    assert found.by_case["a"].exact
+    assert not found.by_case["b"].exact
+    assert found.finding == Finding(("finalize",), f"A{TOLD_FROM}B", False, (1, 2), hypotheses=("A", "B"))
 
 
 def test_zeros_where_sums_cancel_are_given_no_name() -> None:

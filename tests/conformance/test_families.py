@@ -18,10 +18,13 @@ from mxfp4ref.conformance.families import FAMILIES, family_of
 from mxfp4ref.conformance.families.batches import each
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.hypotheses.activations import activation_hypotheses
+from mxfp4ref.conformance.families.hypotheses.outputs import output_hypotheses
 from mxfp4ref.conformance.families.hypotheses.tensors import value_hypotheses
 from mxfp4ref.conformance.families.hypothesis import slot_outputs
 from mxfp4ref.conformance.families.places import named_columns
+from mxfp4ref.conformance.families.search import Search
 from mxfp4ref.conformance.families.slot_kinds import position_in_expert
+from mxfp4ref.conformance.findings.reduction import thread_clock
 from mxfp4ref.conformance.looking import SECONDS
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.defects.variants.finalize import FinalizeVariant
@@ -266,6 +269,16 @@ UNNAMED: dict[str, tuple[Callable[[MoeCall], Tensor], str, str]] = {
         "the routing weights used are others",
     ),
 }
+
+
+def test_rows_of_other_tokens_are_looked_for_beyond_the_one_that_is_looked_at() -> None:
+    call = prepared(open_goldens().load("finalize/slot_order").call()).call
+    got = forward(replace(call, input=call.input[(torch.arange(call.num_tokens) - 1).clamp(min=0)]))
+    search = Search(prepared(call), got, forward(call), thread_clock() + 60)
+    assert len(search.tokens) == 1
+    previous = "in the input the rows are those of the previous token, the first one keeping its own"
+    some = [h for h in output_hypotheses(call) if h.words == previous]
+    assert [m.hypothesis.words for m in search.run(some) if m.hypothesis.words == previous] == [previous]
 
 
 @pytest.mark.parametrize("name", first(1, UNNAMED))

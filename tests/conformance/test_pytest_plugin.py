@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from mxfp4ref.conformance import diagnosing, memory
+from mxfp4ref.conformance.cli import selecting
 from mxfp4ref.conformance.isolation import worker
 from mxfp4ref.conformance.kernels.adapters import KernelError
 from mxfp4ref.conformance.reports import html_report
@@ -137,6 +138,14 @@ def test_layers_that_may_not_fit_are_left_out_as_by_conform(
     for named in ("mxfp4::models/deepseek_v4_flash", "--mxfp4-case=models/deepseek_v4_flash"):
         result = pytester.runpytest(*kernel, named, "--collect-only", "-q")
         assert "mxfp4::models/deepseek_v4_flash" in result.outlines
+
+
+def test_how_long_it_takes_is_said_in_advance(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selecting, "_LONG", 0.01)
+    result = pytester.runpytest("--mxfp4-kernel=oracle", *ARGUMENTS)
+    result.stdout.fnmatch_lines(["collected 2 items", "2 cases take about 1 s"])
 
 
 def test_last_failed(pytester: pytest.Pytester) -> None:

@@ -66,12 +66,16 @@ def test_what_predicts_one_case_of_three_is_said_first() -> None:
     heard = hear(match(), failures)
     assert heard.cases == [ONE]
     best = Finding(("activation", "fc1"), "GEMM2 is right, and got another activation")
-    words = said(_of_some(failures, tuple, [heard], [], best))
-    assert words == (
+    found = _of_some(failures, tuple, [heard], [], best)
+    assert found is not None
+    assert [(case, one.exact) for case, one in found.by_case.items()] == [(ONE, True)]
+    assert said(found.finding) == (
         f" Every wrong bit in 1 of 3 failing cases is predicted by this: {match().hypothesis.words}; in the others "
         "GEMM2 is right, and got another activation; it lies in activation or fc1."
     )
-    assert "in the others" not in said(_of_some(failures, tuple, [heard], [], UNKNOWN))
+    alone = _of_some(failures, tuple, [heard], [], UNKNOWN)
+    assert alone is not None
+    assert "in the others" not in said(alone.finding)
 
 
 def test_what_a_case_alike_refutes_is_not_said() -> None:

@@ -17,7 +17,7 @@ from mxfp4ref._choices import ACTIVATION_NAMES, ROUTER_NAMES
 from mxfp4ref.conformance.cli import completing, terminal
 from mxfp4ref.conformance.cli.shared import limited_jobs
 from mxfp4ref.conformance.kernel_names import STAND_INS
-from mxfp4ref.conformance.source import defect_names
+from mxfp4ref.conformance.source import defect_names, written_defects
 from mxfp4ref.defects import DEFECTS
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.routing import PRESETS
@@ -31,6 +31,9 @@ def test_names_without_torch_are_those_of_the_rooms() -> None:
     assert list(ROUTER_NAMES) == list(PRESETS)
     assert list(ACTIVATION_NAMES) == [a.name for a in ACTIVATIONS.values() if a.gated]
     assert defect_names() == sorted(DEFECTS)
+    told = ("name", "summary", "seen_in", "kind", "target")
+    written = [[getattr(one, field) for field in told] for one in written_defects().values()]
+    assert written == [[getattr(one, field) for field in told] for one in DEFECTS.values()]
     assert {name.removesuffix("NAME") for name in STAND_INS} < set(completing._KERNELS)
 
 
@@ -39,9 +42,9 @@ import sys
 from click.testing import CliRunner
 from mxfp4ref.__main__ import commands
 
-def run(*arguments, **environment):
+def run(*arguments, code=0, **environment):
     result = CliRunner().invoke(commands, arguments, prog_name="mxfp4ref", env=environment)
-    assert result.exit_code == 0 and result.output.strip(), (arguments, environment, result.output)
+    assert result.exit_code == code and result.output.strip(), (arguments, environment, result.output)
 
 def helps(command, *names):
     run(*names, "--help")
@@ -50,7 +53,10 @@ def helps(command, *names):
 
 run("--version")
 helps(commands)
-run("list")
+for line in ("list", "show gemm/ordinary", "explain limit_ignored", "explain slots", "defects routing"):
+    run(*line.split())
+for line in ("list limit_ignord", "show gemm/ordinry", "explain limit_ignord", "defects limit_ignord"):
+    run(*line.split(), code=2)
 for line in ("", "conform defect:", "show ", "conform --case g", "layer --"):
     run(COMP_LINE=f"mxfp4ref {line}", _MXFP4REF_COMPLETE="bash_complete")
 print(sorted({"torch", "numpy", "numba", "rich"} & set(sys.modules)))

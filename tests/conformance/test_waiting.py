@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
 
 from mxfp4ref.__main__ import commands
 from mxfp4ref.conformance import heartbeat, memory, suite
 from mxfp4ref.conformance.cli import progress, report_files, shared
-from mxfp4ref.conformance.cli.selecting import too_large
+from mxfp4ref.conformance.cli.selecting import in_advance, too_large
+from mxfp4ref.conformance.pace import Pace
 from mxfp4ref.conformance.results import CaseResult
 from mxfp4ref.goldens import open_goldens
 
@@ -196,16 +198,64 @@ def test_layers_that_may_not_fit_are_left_out(
 def test_skipped_cases_say_nothing_of_how_long_others_take(
     told: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = iter(range(0, 1000, 20))
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    with progress.case_progress([FIRST] * 4) as advance:
-        for status in ("equal", "skipped", "equal"):
-            advance(CaseResult(FIRST, "moe", "", status))
-    assert [" s more" in words for words in told] == [False, False, False, False]
-    with progress.case_progress([FIRST] * 4) as advance:
-        for _ in range(3):
-            advance(CaseResult(FIRST, "moe", "", "equal"))
-    assert [" s more" in words for words in told[4:]] == [False, False, True, True]
+    moments = [0.0]
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: moments[-1]))
+
+    def says_how_long(names: list[str], *statuses: Any) -> list[bool]:
+        told.clear()
+        with progress.case_progress(names) as advance:
+            for case, status in zip(names, statuses, strict=False):
+                moments.append(moments[-1] + 20)
+                advance(CaseResult(case, "moe", "", status))
+        return [" s more" in words for words in told]
+
+    eight = [f"a/{n}" for n in range(8)]
+    assert says_how_long(eight, "equal", "skipped", "equal") == [False, False, False, False]
+    assert says_how_long(eight[:4], "equal", "equal", "equal") == [False, False, True, True]
+
+
+def test_layers_of_whole_size_take_most_of_the_time() -> None:
+    small = [f"gemm/{n}" for n in range(8)]
+    sizes = {**dict.fromkeys(small, 1 << 20), "models/a": 4 << 30, "models/b": 1 << 30}
+    pace = Pace([*small, *list(sizes)[-2:]], sizes)
+    assert 20 < pace.left < 40
+    assert pace.largest == "models/a"
+    (line,) = in_advance(pace, "-k 'not models'", None)
+    assert line == (
+        "10 cases take about 30 s, most of it for models/a; -k 'not models' leaves out layers of whole size"
+    )
+    for name in small:
+        pace.done(name, 1.0)
+    before = pace.left
+    pace.done("models/b", 0.0, ran=False)
+    assert pace.left < before
+    pace.done("models/a", 100.0)
+    assert pace.left == 0
+    assert in_advance(Pace(small, sizes), "", 1) == []
+
+
+def test_the_diagnosis_of_all_together_says_what_it_is_at(told: list[str]) -> None:
+    with progress.case_progress([FIRST]) as advance:
+        advance(CaseResult(FIRST, "moe", "", "differs"))
+        with heartbeat.at_work(f"{SECOND} (1 of 4)", lambda: 30.5):
+            heartbeat.trying("ids")
+        heartbeat.trying("nothing that is told")
+    assert (
+        told[-1]
+        == f"1 of 1 done, about 30 s more; 1 failed; now all together: {SECOND} (1 of 4), trying: ids"
+    )
+
+
+def test_a_bar_says_how_long_is_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(progress, "animated", lambda: True)
+    monkeypatch.setattr(progress, "console", lambda: Console(stderr=True, force_terminal=True, no_color=True))
+    with progress.progress(first="now gemm/ordinary", total=9, left=99.5):
+        pass
+    shown = re.sub(r"\x1b\[[0-9;?]*\w", "", capsys.readouterr().err)
+    assert "0/9 0:00 of 1:39 now gemm/ordinary" in shown
 
 
 def test_an_estimate_waits_for_ground_and_is_dropped_when_it_was_wrong(

@@ -113,11 +113,9 @@ def _chosen(goldens: Goldens, patterns: tuple[str, ...]) -> list[str]:
             found = [name for name in names if name in seen or pattern in goldens.about(name)["catches"]]
         found = found or [name for name in names if pattern == goldens.about(name)["kind"]]
         if not found:
-            from mxfp4ref.defects import DEFECTS
-
-            if pattern in DEFECTS:
+            if pattern in defect_names():
                 raise UsageError(f"GLOB: no case is made for {pattern}: mxfp4ref explain {pattern}")
-            hint = did_you_mean(pattern, [*goldens.suites, *names, *DEFECTS])
+            hint = did_you_mean(pattern, [*goldens.suites, *names, *defect_names()])
             raise UsageError(f"GLOB: {pattern!r} matches none of the {len(names)} cases{hint}")
         chosen.update(found)
     return [name for name in names if not patterns or name in chosen]

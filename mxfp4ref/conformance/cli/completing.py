@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Iterable
 from contextlib import suppress
-from importlib.resources import files
 from pathlib import Path
 
 import click
@@ -36,7 +35,6 @@ _KERNELS = (
 )
 # Names of files that are no more than that in a command line, where a shell puts them as they are.
 _PLAIN = re.compile(r"[\w@%+=,./-]+")
-_FAMILY = re.compile(r'^ +Family\(\s*"([^"]+)"', re.MULTILINE)
 
 
 @add_completion_class
@@ -131,8 +129,9 @@ def defect_globs(context: click.Context, parameter: click.Parameter, incomplete:
 
 
 def _explainable() -> Iterable[str]:
-    text = (files("mxfp4ref.conformance") / "families" / "__init__.py").read_text("utf-8")
-    return dict.fromkeys((*defect_names(), *_FAMILY.findall(text), *STAGES))
+    from mxfp4ref.conformance.families import FAMILIES
+
+    return dict.fromkeys((*defect_names(), *FAMILIES, *STAGES))
 
 
 def _cases(context: click.Context) -> list[str]:

@@ -18,7 +18,7 @@ from mxfp4ref.conformance.cli import completing
 from mxfp4ref.conformance.cli.command import command
 from mxfp4ref.conformance.cli.progress import case_progress
 from mxfp4ref.conformance.cli.report_files import pop_report_files, print_report, report_files
-from mxfp4ref.conformance.cli.selecting import failed_in, select, sources, too_large
+from mxfp4ref.conformance.cli.selecting import failed_in, in_advance, pace_of, select, sources, too_large
 from mxfp4ref.conformance.cli.shared import (
     INTERRUPTED,
     NOT_EQUAL,
@@ -224,6 +224,7 @@ def _conform(spec: str, root: Path | None, options: dict[str, Any], interruption
         if not names:
             raise UsageError("--exclude: none of the chosen cases is left")
 
+    from mxfp4ref._compiled import compile_loops
     from mxfp4ref.conformance.kernels.loading import is_stand_in, runnable
     from mxfp4ref.conformance.options import Options
     from mxfp4ref.conformance.reports.again import selection_arguments
@@ -243,7 +244,11 @@ def _conform(spec: str, root: Path | None, options: dict[str, Any], interruption
         files.check(chain(files_below(goldens.root), sources(spec), [earlier] if earlier else ()))
         if isolate is False and not is_stand_in(spec):
             others_code_begins()
-        with case_progress(runnable(spec, goldens, names), options["max_failures"]) as advance:
+        compile_loops()  # here, since it is no part of the first case
+        to_run = runnable(spec, goldens, names)
+        pace = pace_of(goldens, to_run, spec)
+        left_out += in_advance(pace, "--exclude 'models/*'", options["max_failures"])
+        with case_progress(to_run, options["max_failures"], pace) as advance:
             try:
                 result = run(
                     spec,
@@ -295,7 +300,7 @@ def _advance(
     interruption: Interruption,
     result: CaseResult,
 ) -> None:
-    """After the first case tell what is left out: of a kernel that cannot be loaded that is all there is to tell."""
+    """After the first case tell what to expect: of a kernel that cannot be loaded that is all there is to tell."""
     interruption.ran = True
     while left_out:
         echo(left_out.pop(0), err=True)

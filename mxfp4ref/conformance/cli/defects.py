@@ -15,6 +15,7 @@ from mxfp4ref.conformance.cli.command import command
 from mxfp4ref.conformance.cli.shared import UsageError, goldens_option, usage_errors
 from mxfp4ref.conformance.cli.terminal import echo, echo_json
 from mxfp4ref.conformance.findings.finding import STAGES
+from mxfp4ref.conformance.source import written_defects
 from mxfp4ref.goldens import open_goldens
 
 if TYPE_CHECKING:
@@ -41,12 +42,11 @@ def defects(patterns: tuple[str, ...], as_json: bool) -> None:
     it.
     """
     from mxfp4ref.conformance.families import FAMILIES
-    from mxfp4ref.defects import DEFECTS
 
-    chosen = _chosen(patterns)
+    known, chosen = written_defects(), _chosen(patterns)
     if as_json:
         fields = ("name", "kind", "target", "summary", "seen_in")
-        echo_json([{n: getattr(DEFECTS[name], n) for n in fields} for name in chosen])
+        echo_json([{n: getattr(known[name], n) for n in fields} for name in chosen])
         return
     width = max(map(len, chosen), default=0)
     for family in FAMILIES.values():
@@ -55,38 +55,36 @@ def defects(patterns: tuple[str, ...], as_json: bool) -> None:
             echo(family.name, bold=True)
             echo(f"  {family.summary}")
             _list(members, width)
-    for target in dict.fromkeys(DEFECTS[name].target for name in chosen if DEFECTS[name].target != "moe"):
+    for target in dict.fromkeys(known[name].target for name in chosen if known[name].target != "moe"):
         echo(f"defects of {target}", bold=True)
-        _list([name for name in chosen if DEFECTS[name].target == target], width)
+        _list([name for name in chosen if known[name].target == target], width)
 
 
 def _chosen(patterns: Sequence[str]) -> list[str]:
     """The defects that any of the patterns means; all without one."""
     from mxfp4ref.conformance.families import FAMILIES, family_of
-    from mxfp4ref.conformance.families.named import stages_of
-    from mxfp4ref.defects import DEFECTS
+    from mxfp4ref.conformance.families.named_stages import stages_of
 
+    known = written_defects()
     words: dict[str, set[str]] = {}  # what a pattern may mean besides the names
-    for name, defect in DEFECTS.items():
+    for name, defect in known.items():
         family = family_of(name)
         kinds = {"arithmetic"} & {defect.kind}
-        words[name] = {defect.target, *stages_of(defect), *kinds} | ({family.name} if family else set())
+        words[name] = {defect.target, *stages_of(name), *kinds} | ({family.name} if family else set())
     chosen: set[str] = set()
     for pattern in patterns:
-        found = {n for n in DEFECTS if pattern in words[n] or fnmatch.fnmatchcase(n, pattern)}
+        found = {n for n in known if pattern in words[n] or fnmatch.fnmatchcase(n, pattern)}
         if not found and pattern not in FAMILIES:
-            hint = did_you_mean(pattern, [*DEFECTS, *FAMILIES, *STAGES])
-            raise UsageError(f"GLOB: {pattern!r} matches none of the {len(DEFECTS)} defects{hint}")
+            hint = did_you_mean(pattern, [*known, *FAMILIES, *STAGES])
+            raise UsageError(f"GLOB: {pattern!r} matches none of the {len(known)} defects{hint}")
         chosen |= found
-    return [name for name in DEFECTS if not patterns or name in chosen]
+    return [name for name in known if not patterns or name in chosen]
 
 
 def _list(names: Sequence[str], width: int = 0) -> None:
     """Defects, a line each; the summaries begin below each other, after the longest name or further right."""
-    from mxfp4ref.defects import DEFECTS
-
     width = max([width, *map(len, names)])
-    for defect in map(DEFECTS.__getitem__, names):
+    for defect in map(written_defects().__getitem__, names):
         nature = "" if defect.kind == "defect" else " (another arithmetic)"
         echo(f"    {defect.name:{width}}  {defect.summary}{nature}")
 
@@ -109,8 +107,8 @@ def explain(words: tuple[str, ...], root: Path | None) -> None:
     Exit codes: 0 explained; 2 there is none of that name. `mxfp4ref defects` lists them.
     """
     from mxfp4ref.conformance.families import FAMILIES, family_of
-    from mxfp4ref.defects import DEFECTS
 
+    known = written_defects()
     name = " ".join(words)  # families have names of several words, which a shell completes without quotes
     if name in STAGES:
         _explain_stage(name)
@@ -118,17 +116,17 @@ def explain(words: tuple[str, ...], root: Path | None) -> None:
         _explain_family(FAMILIES[name])
     if name in STAGES or name in FAMILIES:
         return
-    if name not in DEFECTS:
-        if hint := did_you_mean(name, [*DEFECTS, *FAMILIES, *STAGES]):
+    if name not in known:
+        if hint := did_you_mean(name, [*known, *FAMILIES, *STAGES]):
             raise UsageError(f"NAME: there is no defect, family or stage {name!r}{hint}")
         raise UsageError(
-            f"NAME: expected one of the {len(DEFECTS)} defects, a family ({', '.join(FAMILIES)}) or a stage "
+            f"NAME: expected one of the {len(known)} defects, a family ({', '.join(FAMILIES)}) or a stage "
             f"({', '.join(STAGES)}); got {name!r}"
         )
+    found = known[name]
     with usage_errors():
-        found = DEFECTS[name]
         goldens = open_goldens(root)
-        catching = [case for case in goldens.names() if found.name in goldens.load(case).catches]
+        catching = [case for case in goldens.names() if name in goldens.about(case)["catches"]]
     echo(found.name, bold=True)
     echo(found.summary)
     nature = "a mistake" if found.kind == "defect" else "another arithmetic that means the same"
@@ -156,12 +154,11 @@ _STAGES = {
 
 
 def _explain_stage(name: str) -> None:
-    from mxfp4ref.conformance.families.named import stages_of
-    from mxfp4ref.defects import DEFECTS
+    from mxfp4ref.conformance.families.named_stages import stages_of
 
     echo(f"stage {name}", bold=True)
     echo(f"What is in it: {_STAGES[name]}.")
-    members = [defect.name for defect in DEFECTS.values() if name in stages_of(defect)]
+    members = [defect for defect in written_defects() if name in stages_of(defect)]
     echo("Named defects that lie in it, or may:" if members else "No named defect lies in it.")
     _list(members)
 

@@ -15,7 +15,6 @@ from mxfp4ref.conformance.cli.progress import case_progress, progress
 from mxfp4ref.conformance.cli.shared import (
     NOT_EQUAL,
     UsageError,
-    describe,
     first_values,
     goldens_option,
     limited_jobs,
@@ -165,22 +164,27 @@ def show(case: str, root: Path | None, values: bool) -> None:
     Exit codes: 0 shown; 2 there is no such case, or it is damaged. `mxfp4ref list` has the names.
     """
     with usage_errors():
-        loaded = open_goldens(root).load(case)
-    echo(loaded.id, bold=True)
-    echo(f"kind: {loaded.kind}")
-    echo(f"why: {loaded.why}")
-    if loaded.catches:
-        echo(f"catches: {', '.join(loaded.catches)}")
-    if loaded.unique_for:
-        echo(f"kept for: {loaded.unique_for}")
-    for name, value in loaded.parameters.items():
+        goldens = open_goldens(root)
+        about = goldens.about(case, tensors=True)  # without torch, which takes seconds to import
+        tensors = goldens.load(case).tensors if values else {}
+    echo(case, bold=True)
+    echo(f"kind: {about['kind']}")
+    echo(f"why: {about['why']}")
+    if about["catches"]:
+        echo(f"catches: {', '.join(about['catches'])}")
+    if about["unique_for"]:
+        echo(f"kept for: {about['unique_for']}")
+    for name, value in about["parameters"].items():
         echo(f"{name} = {value!r}")
     echo("tensors:")
-    for name, tensor in sorted(loaded.tensors.items()):
-        echo(f"  {name:24} {describe(tensor)}")
+    for name, tensor in sorted(about["tensors"].items()):
+        echo(f"  {name:24} {tensor['dtype']} {tensor['shape']}")
         if values:
-            echo(f"  {'':24} {first_values(tensor)}")
-    for name, recipe in loaded.derived.items():
+            echo(f"  {'':24} {first_values(tensors[name])}")
+    for name, recipe in about["derived"].items():
         echo(f"  {name:24} generated: {recipe['rule']} {recipe['shape']}, seed {recipe['seed']}")
-    for pair, digest in loaded.output_hashes.items() if loaded.kind == "moe" else ():
-        echo(f"output for K tiles {pair[0]}x{pair[1]}: SHA-256 {digest}")
+    for output in about["outputs"]:
+        for gemm1, gemm2 in output["tile_k"]:
+            echo(
+                f"output for K tiles {gemm1}x{gemm2}: SHA-256 {about['tensors'][output['tensor']]['sha256']}"
+            )

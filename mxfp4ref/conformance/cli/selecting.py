@@ -6,19 +6,22 @@ import fnmatch
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from importlib.machinery import PathFinder
 from pathlib import Path
 
 from mxfp4ref._files import printable
-from mxfp4ref._words import did_you_mean
+from mxfp4ref._words import did_you_mean, duration
 from mxfp4ref.conformance import memory
 from mxfp4ref.conformance.cli.shared import UsageError
 from mxfp4ref.conformance.cli.terminal import echo
-from mxfp4ref.goldens import Goldens
+from mxfp4ref.conformance.pace import Pace
+from mxfp4ref.goldens import GoldenError, Goldens
 
-__all__ = ["failed_in", "select", "sources", "too_large"]
+__all__ = ["failed_in", "in_advance", "pace_of", "select", "sources", "too_large"]
 
 _WHOLE_SIZE = "models/"  # the suite of layers that take GiB of memory
+_LONG = 20.0  # seconds of a run, of which is told in advance
 
 
 def select(goldens: Goldens, patterns: Iterable[str], option: str) -> list[str]:
@@ -57,6 +60,27 @@ def too_large(goldens: Goldens, names: Iterable[str], spec: str, device: str | N
         for name, count in needs.items()
         if count > available
     }
+
+
+def pace_of(goldens: Goldens, names: Sequence[str], spec: str) -> Pace:
+    """How long these cases will take."""
+    from mxfp4ref.conformance.kernels.loading import is_stand_in
+
+    sizes = {}
+    for name in names:
+        with suppress(GoldenError):  # running it says what is wrong with it
+            sizes[name] = goldens.about(name)["bytes"]
+    return Pace(names, sizes, stand_in=is_stand_in(spec))
+
+
+def in_advance(pace: Pace, option: str, max_failures: int | None) -> list[str]:
+    """A line that says how long the cases take, if that is long; `option` leaves out layers of whole size."""
+    if (seconds := pace.left) < _LONG:
+        return []
+    words = f"{pace.count} cases take {'up to' if max_failures else 'about'} {duration(seconds)}"
+    if pace.largest:
+        words += f", most of it for {pace.largest}; {option} leaves out layers of whole size"
+    return [words]
 
 
 def failed_in(path: Path, goldens: Goldens, chosen: list[str], run: tuple[str, str]) -> list[str]:

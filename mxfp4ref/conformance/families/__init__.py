@@ -7,8 +7,10 @@ defects.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
+
+from mxfp4ref.conformance.source import written_defects
 
 __all__ = ["FAMILIES", "Family", "family_of"]
 
@@ -172,24 +174,20 @@ _FAMILIES = (
 )
 
 
+_BY_MODULE = {
+    **dict.fromkeys(("activation", "step_and_situ", "ungated"), "activation"),
+    "gemm": "order of sums",
+    "finalize": "sum of slots",
+}
+
+
 def _with_members() -> dict[str, Family]:
     """The other defects go to the family of the module that they are written in."""
-    from dataclasses import replace
-
-    from mxfp4ref.defects import DEFECTS, activation, finalize, gemm, step_and_situ, ungated
-
     known = {name for family in _FAMILIES for name in family.members}
     found = {family.name: family for family in _FAMILIES}
-    for module, name in (
-        (activation, "activation"),
-        (step_and_situ, "activation"),
-        (ungated, "activation"),
-        (gemm, "order of sums"),
-        (finalize, "sum of slots"),
-    ):
-        more = tuple(d for d in DEFECTS if d in vars(module) and d not in known)
-        found[name] = replace(found[name], members=found[name].members + more)
-        known |= set(more)
+    for module, name in _BY_MODULE.items():
+        more = [d.name for d in written_defects().values() if d.module == module and d.name not in known]
+        found[name] = replace(found[name], members=(*found[name].members, *more))
     return found
 
 

@@ -25,6 +25,7 @@ from mxfp4ref.conformance.families.telling import told
 from mxfp4ref.conformance.families.twos import in_other_cases
 from mxfp4ref.conformance.findings.finding import OTHERS, Evidence, added
 from mxfp4ref.conformance.findings.reduction import thread_clock
+from mxfp4ref.conformance.heartbeat import at_work
 from mxfp4ref.model.call import MoeCall
 
 __all__ = ["Verdict", "judge", "narrowed"]
@@ -71,20 +72,26 @@ def judge(
             has a name, and the first of what has none.
     """
     until = thread_clock() + seconds
+
+    def left() -> float:
+        return until + _BEYOND - thread_clock()
+
     failures = sorted(failures, key=telling, reverse=True)
-    if known and (verdict := _of_known(failures, passing, known, seconds)):
-        return verdict
+    with at_work("what was suspected", left):
+        if known and (verdict := _of_known(failures, passing, known, seconds)):
+            return verdict
     by_case: dict[str, Finding] = {}
     seen: dict[str, Heard] = {}
     results: dict[str, Result] = {}
-    for number in range(min(_SEARCHED, len(failures))):
-        left = until - thread_clock()
-        if left < 1:
+    most = min(_SEARCHED, len(failures))
+    for number in range(most):
+        share = 0.6 * (until - thread_clock())
+        if share < 0.6:
             break
         failure = next_case(failures, results, list(seen.values()))
-        share = left * 0.6
         how = {"seconds": share, "thorough": number < 2, "outside": failure.outside}
-        result = results[failure.case] = investigated(failure.pipeline, failure.got, failure.want, **how)
+        with at_work(f"{failure.case} ({number + 1} of {most})", left):
+            result = results[failure.case] = investigated(failure.pipeline, failure.got, failure.want, **how)
         by_case[failure.case] = result.finding
         if len(results) == len(failures) and all(
             any(e.rounding for e in r.evidence) for r in results.values()
@@ -99,17 +106,19 @@ def judge(
     if alone is not None:
         start = thread_clock()
         how = {"seconds": _FOR_A_PLAIN_ONE, "outside": alone.outside}
-        result = investigated(alone.pipeline, alone.got, alone.want, **how)
+        with at_work(alone.case, lambda: _FOR_A_PLAIN_ONE + left()):
+            result = investigated(alone.pipeline, alone.got, alone.want, **how)
         until += thread_clock() - start
         by_case[alone.case] = result.finding
         _hear_all(result, seen, failures, until + _BEYOND)
         if verdict := _of_all(seen.values(), failures, passing):
             return verdict
     if seen:  # what most cases say may be true of all with other details
-        most = max(seen.values(), key=lambda heard: len(heard.cases)).match.hypothesis
-        if verdict := _of_all([hear(Match(h, True), failures) for h in most.variants], failures, passing):
+        best = max(seen.values(), key=lambda heard: len(heard.cases)).match.hypothesis
+        if verdict := _of_all([hear(Match(h, True), failures) for h in best.variants], failures, passing):
             return verdict
-    return _undecided(failures, passing, seen, results, by_case, until)
+    with at_work("what some of them show, and two mistakes at once", lambda: _FOR_A_SECOND + left()):
+        return _undecided(failures, passing, seen, results, by_case, until)
 
 
 def narrowed(verdict: Verdict, predicted: Collection[Collection[str]], calls: Iterable[MoeCall]) -> Verdict:
@@ -236,7 +245,7 @@ def _undecided(
         ]
         words = added(found.sentence, OTHERS + others[0].sentence) if others else found.sentence
         some = replace(found, sentence=words, exact=False, cases=(len(cases), len(failures)))
-        return Verdict(some, (), by_case)
+        return Verdict(some, (), by_case | _explained(cases, found))
     proofs = [one for one in proofs if not _refuted(one, proofs)]
     if proofs:
         votes = Counter[tuple[str, ...]]()
@@ -249,8 +258,14 @@ def _undecided(
             best = replace(best, sentence=f"{first.sentence} ({case_of[id(first)]})")
     else:
         best = Finding()
-    some_bits = _of_some(failures, passing, ranked, proofs, best) or _of_most(failures, ranked, proofs, best)
-    return Verdict(some_bits or best, (), by_case)
+    if (some_cases := _of_some(failures, passing, ranked, proofs, best)) is not None:
+        return replace(some_cases, by_case=by_case | some_cases.by_case)
+    return Verdict(_of_most(failures, ranked, proofs, best) or best, (), by_case)
+
+
+def _explained(cases: Iterable[str], found: Finding) -> dict[str, Finding]:
+    """Of cases of which this predicts every bit: it is told in the place of evidence on them."""
+    return dict.fromkeys(cases, replace(found, exact=True, hedged=False))
 
 
 def _two(failures: list[Failure], passing: _Passing, heard: Heard, until: float) -> Verdict | None:
@@ -273,7 +288,7 @@ def _two(failures: list[Failure], passing: _Passing, heard: Heard, until: float)
 
 def _of_some(
     failures: list[Failure], passing: _Passing, ranked: list[Heard], proofs: list[Evidence], best: Finding
-) -> Finding | None:
+) -> Verdict | None:
     """What predicts every bit of fewer than half of the cases, where no case of their kinds says otherwise.
 
     Nor may as many cases prove that it lies elsewhere. `best` is said of the others.
@@ -294,7 +309,8 @@ def _of_some(
             continue
         found = told(kept, (), [f.pipeline.call for f in told_by])
         words = added(found.sentence, OTHERS + best.sentence) if best.sentence else found.sentence
-        return Finding(best.stages or found.stages, words, False, (len(heard.cases), len(failures)))
+        some = Finding(best.stages or found.stages, words, False, (len(heard.cases), len(failures)))
+        return Verdict(some, (), _explained(heard.cases, found))
     return None
 
 

@@ -28,6 +28,7 @@ from mxfp4ref.conformance.families.named import NUMBER_OF_NAMES
 from mxfp4ref.conformance.families.places import kinds_of_tokens, named_columns, named_tokens
 from mxfp4ref.conformance.findings.reach import is_spread
 from mxfp4ref.conformance.findings.reduction import clock_of, is_heavy, reduce_call
+from mxfp4ref.conformance.heartbeat import trying
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
 
@@ -146,16 +147,22 @@ class Search:
         self, hypotheses: Iterable[Hypothesis]
     ) -> Iterator[tuple[Hypothesis, Tensor | None, bool, bool]]:
         """Each hypothesis' output, whether it fits in some slots, and of the whole call (True) or of its part."""
-        known = self.pipeline.run_call is None
-        for of_rows, some in groupby(hypotheses, lambda h: known and h.cheap):
-            if of_rows:
-                yield from ((h, self._from_rows(h), False, True) for h in some)
+        known, part = self.pipeline.run_call is None, not self.whole
+        for (cheap, across), some in groupby(
+            hypotheses, lambda h: (known and h.cheap, part and h.across_tokens)
+        ):
+            if cheap or across:
+                yield from ((h, self._by_itself(h, cheap), False, cheap) for h in some)
             else:
-                for h, output, partly in each(self.part, some, self._in_some_slots):
-                    yield h, output, bool(partly), self.whole
+                for h, rows, partly in each(self.part, some, self._in_some_slots):
+                    yield h, rows, bool(partly), self.whole
 
-    def _from_rows(self, h: Hypothesis) -> Tensor | None:
+    def _by_itself(self, h: Hypothesis, cheap: bool) -> Tensor | None:
+        """Its output, of the rows of all slots; or the part's, which takes numbers of tokens beyond it."""
         try:
+            if not cheap:
+                changed = h.change(self.pipeline)
+                return replace(changed, call=changed.call.select(self.tokens)).run()
             if h.of_output is not None:
                 return h.of_output(self.want)
             if h.of_rows is not None:
@@ -174,11 +181,13 @@ class Search:
 
     def run(self, hypotheses: Iterable[Hypothesis], *, enough: int = 1 << 30) -> list[Match]:
         """Those that predict every wrong bit; the others that come nearer to the output are kept in `near`."""
-        found, variants = list[Match](), list[Hypothesis]()
+        found, variants, family = list[Match](), list[Hypothesis](), ""
         for hypothesis, output, partly, of_all in self._predictions(hypotheses):
             if self.out_of_time() or len(found) >= enough:
                 break
             self.tried += 1
+            if family != (family := hypothesis.family):
+                trying("two mistakes at once" if family == "two" else family)
             if hypothesis.name and self.progress is not None:
                 self.progress(hypothesis.name, NUMBER_OF_NAMES)
             got, right = (self.got, ~self.wrong) if of_all else (self.part_got, self.part_right)

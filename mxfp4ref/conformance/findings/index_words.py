@@ -93,7 +93,7 @@ def _shifts(got: Tensor, want: Tensor, name: str, count: Tensor) -> Iterator[tup
         around -= int(count[0]) * (around > int(count[0]) // 2)
         yield f"{name} n is {name} n {_signed(around)}, around the end", lambda n, of: (n + around) % of
         yield (
-            f"{name} n is {name} n {_signed(shift)}, the last ones stay",
+            f"{name} n is {name} n {_signed(shift)}, {'the last' if shift > 0 else f'{name} 0'} where there is none",
             lambda n, of: (n + shift).clamp(min=0).minimum(of - 1),
         )
     yield f"every {name} is {name} {int(got[0])}", _by(lambda n, of, to: n * 0 + to, int(got[0]))
@@ -116,8 +116,9 @@ def _blocks(name: str, count: int) -> Iterator[tuple[str, Rule]]:
         yield f"{name} n is {name} n modulo {size}", _by(lambda n, of, s: n % s, size)
     size = 1
     while size < count:
+        whose = f"blocks of {size}" if size > 1 else f"{name}s"
         yield (
-            f"neighbouring blocks of {size} are exchanged: {name} n is {name} n ^ {size}",
+            f"neighbouring {whose} are exchanged: {name} n is {name} n ^ {size}",
             _by(lambda n, of, s: n ^ s, size),
         )
         yield f"{name} n is the first {name} of each {2 * size}", _by(lambda n, of, s: n // s * s, 2 * size)

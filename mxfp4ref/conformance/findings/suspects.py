@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import differing
-from mxfp4ref.conformance.families.named import stages_of
+from mxfp4ref.conformance.families.named_stages import stages_of
 from mxfp4ref.conformance.findings.finding import Finding, in_words
 from mxfp4ref.conformance.findings.reduction import Part, clock_of, is_heavy, isolate, reduce_call
 from mxfp4ref.conformance.kernels.stand_ins import defect_outputs
@@ -282,4 +282,4 @@ def named_finding(predictions: tuple[Prediction, ...]) -> Finding:
         return Finding()
     defect = DEFECTS[exact[0]]
     hypotheses = tuple(f"{name}: {DEFECTS[name].summary}" for name in exact)
-    return Finding(stages_of(defect), in_words(hypotheses), True, hypotheses=hypotheses)
+    return Finding(stages_of(defect.name), in_words(hypotheses), True, hypotheses=hypotheses)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxfp4ref._shown import Shown
 from mxfp4ref.conformance.isolation.plain import PACKAGE, TensorError, of_exception, printable
 from mxfp4ref.formats.experts import PARAMETERS
 from mxfp4ref.formats.generations import NEWEST, Generation
@@ -68,8 +69,8 @@ class Skip(Exception):
     """
 
 
-@dataclass(frozen=True)
-class Kernel:
+@dataclass(frozen=True, repr=False)
+class Kernel(Shown):
     """A function under test and how it is called.
 
     Attributes:
