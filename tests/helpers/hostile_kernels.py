@@ -613,6 +613,10 @@ def raises_from(**arguments: Any) -> Any:
     raise RuntimeError("the outer one") from ValueError("what it came from")
 
 
+def raises_a_group(**arguments: Any) -> Any:
+    raise ExceptionGroup("several", [ExceptionGroup("two", [ValueError("the first")]), TypeError("another")])
+
+
 def recursion(**arguments: Any) -> Any:
     return recursion(**arguments)
 
@@ -814,6 +818,23 @@ def functions_of_python(**arguments: Any) -> Any:
     pickle.load = json.dumps = os.write = lambda *arguments, **named: sys.exit(0)  # type: ignore[assignment]
     threading.Event = None  # type: ignore[assignment,misc]
     vars(queue).clear()
+    return result
+
+
+def garbage_collection(**arguments: Any) -> Any:
+    """There would be one at each object, and each would fail without a word."""
+    result = right(**arguments)
+    sys.unraisablehook = lambda event: None
+    gc.callbacks.append(lambda *event: sys.exit(0))
+    gc.set_threshold(1)
+    return result
+
+
+def settings_of_arithmetic(**arguments: Any) -> Any:
+    result = right(**arguments)
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+    torch.set_anomaly_enabled(True)
+    sys.set_int_max_str_digits(640)
     return result
 
 
