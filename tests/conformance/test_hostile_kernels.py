@@ -251,6 +251,7 @@ ENDING = [
     ("never_gives_up_the_lock", "timed out", "no result within 1 s; its process was killed"),
     ("stops_itself", "timed out", "no result within 1 s; its process was killed"),
     ("floods_and_dies", "crashed", "in floods_and_dies); the last it printed: "),
+    ("waits_for_no_pipe", "equal", ""),
     ("closes_everything", "crashed", "ended without a result"),
     ("puts_a_file_in_place_of_the_pipe", "crashed", "ended without a result: exit code 1"),
     ("writes_into_every_pipe", "crashed", "wrote something else into the pipe to the kit"),

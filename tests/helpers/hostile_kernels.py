@@ -25,6 +25,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -971,6 +972,14 @@ def prints_and_is_right(**arguments: Any) -> Any:
 def dies_silently(**arguments: Any) -> Any:
     os.write(2, b"of this run\n")
     os._exit(3)
+
+
+def waits_for_no_pipe(**arguments: Any) -> Any:
+    """As an event loop does it with what it reads from."""
+    for number in range(200):
+        with suppress(OSError):
+            os.set_blocking(number, False)
+    return right(**arguments)
 
 
 def closes_everything(**arguments: Any) -> Any:
