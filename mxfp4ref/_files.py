@@ -21,6 +21,8 @@ from mxfp4ref._words import did_you_mean, shown
 __all__ = [
     "UNFINISHED",
     "check_no_input",
+    "check_outside",
+    "check_replaceable",
     "files_below",
     "folders_below",
     "mismatch",
@@ -214,6 +216,36 @@ def check_no_input(path: Path, inputs: Iterable[Path]) -> None:
                 raise ValueError(f"{path}: expected another file than the input {other} to write to")
 
 
+def check_outside(name: str, path: Path, goldens: Path) -> None:
+    """Raise ValueError if what is to be written would lie among goldens, of which it is none."""
+    if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(goldens)):
+        raise ValueError(f"{name}: expected one outside of the goldens in {goldens}, got {str(path)!r}")
+
+
+def check_replaceable(path: Path, root: Path | None = None) -> None:
+    """Raise OSError if a file cannot be written by `replacing`, as far as that can be known before."""
+    if _is_device(path):
+        return
+    links = [path]
+    if root is not None:
+        links += [root / folder for folder in path.relative_to(root).parents if folder != Path()]
+    for link in links:
+        if link.is_symlink():
+            leads = os.path.realpath(link)
+            raise OSError(errno.ELOOP, f"expected no link to write to, it leads to {leads}", str(link))
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "expected a file to write to, it is a folder", str(path))
+    if path.exists() and not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, "expected a file that may be written to", str(path))
+    if path.parent.exists() and not os.access(path.parent, os.W_OK):
+        raise PermissionError(errno.EACCES, "expected a folder that may be written to", str(path.parent))
+
+
+def _is_device(path: Path) -> bool:
+    """Whether it is there, and no file or folder: a pipe, too."""
+    return path.exists() and not (path.is_file() or path.is_dir())
+
+
 @contextmanager
 def replacing(path: Path, root: Path | None = None) -> Iterator[Path]:
     """The name of a new file beside `path`, which takes its place at the end, in one step.
@@ -227,10 +259,7 @@ def replacing(path: Path, root: Path | None = None) -> Iterator[Path]:
     Raises:
         OSError: it cannot be written, is a link or a folder, or a folder between it and `root` is a link.
     """
-    links = [path]
-    if root is not None:
-        links += [root / folder for folder in path.relative_to(root).parents if folder != Path()]
-    if path.exists() and not (path.is_file() or path.is_dir()):
+    if _is_device(path):
         with (
             tempfile.TemporaryDirectory() as folder
         ):  # not by its name, which libraries may give to another file
@@ -238,15 +267,7 @@ def replacing(path: Path, root: Path | None = None) -> Iterator[Path]:
             with Path(folder, "partial").open("rb") as source, path.open("wb") as target:
                 shutil.copyfileobj(source, target)
         return
-    for link in links:
-        if link.is_symlink():
-            raise OSError(
-                errno.ELOOP, f"expected no link to write to, it leads to {link.resolve()}", str(link)
-            )
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "expected a file to write to, it is a folder", str(path))
-    if path.exists() and not os.access(path, os.W_OK):
-        raise PermissionError(errno.EACCES, "expected a file that may be written to", str(path))
+    check_replaceable(path, root)
     if root is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".writing-{uuid.uuid4().hex}")

@@ -17,6 +17,7 @@ __all__ = [
     "check_bool",
     "check_choice",
     "check_float",
+    "check_function",
     "check_ids",
     "check_instance",
     "check_int",
@@ -37,6 +38,12 @@ def check_instance(name: str, value: object, wanted: type, *, exact: bool = Fals
     """Raise TypeError unless `value` is a `wanted`; `exact` refuses subclasses, too."""
     if not isinstance(value, wanted) or (exact and type(value) is not wanted):
         raise TypeError(f"{name}: expected {wanted.__name__}, got {type(value).__name__}")
+
+
+def check_function(name: str, value: object) -> None:
+    """Raise TypeError unless `value` can be called, or is None."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name}: expected a function, got {shown(value)}")
 
 
 def check_tensor(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 
-__all__ = ["check_keywords", "did_you_mean", "duration", "shortened", "shown"]
+__all__ = ["check_keywords", "did_you_mean", "duration", "listed", "shortened", "shown"]
 
 _AS_WELL = 0.1  # of 1
+_MOST = 8  # words that are listed
 
 
 def did_you_mean(word: object, words: Iterable[str], *, ending: str = "") -> str:
@@ -49,6 +50,13 @@ def shortened(parts: Iterable[str], most: int, joint: str = ", ") -> str:
     """The first of these, with "..." in the place of more."""
     some = list(parts)
     return joint.join([*some[:most], *["..."] * (len(some) > most)])
+
+
+def listed(words: Iterable[str]) -> str:
+    """Words, of many the first ones and how many others; "none" of none."""
+    words = list(words)
+    more = [f"{len(words) - _MOST:,} others"] if len(words) > _MOST else []
+    return ", ".join([*words[:_MOST], *more]) or "none"
 
 
 def shown(value: object) -> str:

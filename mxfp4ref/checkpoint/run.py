@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mxfp4ref._choices import RouterName
-from mxfp4ref._files import check_no_input
+from mxfp4ref._files import check_no_input, check_replaceable
 from mxfp4ref._validate import check_ids, check_tensor, did_you_mean
 from mxfp4ref.checkpoint.error import CheckpointError
 from mxfp4ref.checkpoint.layer import CheckpointLayer, ExpertsInFiles, has_shared_expert
 from mxfp4ref.checkpoint.router import route_layer, router_logits, with_shared
 from mxfp4ref.checkpoint.shards import open_shards
 from mxfp4ref.checkpoint.streaming import forward_in_parts
-from mxfp4ref.checkpoint.writing import save
+from mxfp4ref.checkpoint.writing import save, writing
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.layer import finish_output, moe_layer
 from mxfp4ref.model.parallel import Ranks, split_intermediate
@@ -30,11 +30,13 @@ __all__ = [
     "OUTPUTS",
     "ROUTER_INPUTS",
     "ROUTING",
+    "check_result_path",
     "check_whose_output",
     "layer_call",
     "read_input",
     "route_input",
     "run_layer",
+    "write_result",
 ]
 
 ROUTING = ("token_selected_experts", "token_final_scales")
@@ -85,9 +87,8 @@ def run_layer(
         CheckpointError: the input file is damaged or has other tensors, config.json does not say what the router
             needs, or the output cannot be written.
     """
-    if output_path is not None and not isinstance(input_path, Mapping):
-        shards = open_shards(input_path)
-        check_no_input(Path(output_path), {shards.root, *shards.files.values()})
+    if output_path is not None:
+        check_result_path(output_path, input_path)
     given = read_input(input_path)
     shared_output = given.get("shared_output")
     latent = _latent(layer)
@@ -135,8 +136,22 @@ def run_layer(
         **({} if logits is None else {"ambiguous": routing.ambiguous}),
     }
     if output_path is not None:
-        save(output_path, result, about=_BY_THIS_PACKAGE)
+        write_result(output_path, result)
     return result
+
+
+def check_result_path(path: str | Path, input_path: str | Path | Mapping[str, Tensor]) -> None:
+    """Raise ValueError or CheckpointError if a layer's result cannot be written there, or would replace its input."""
+    if not isinstance(input_path, Mapping):
+        shards = open_shards(input_path)
+        check_no_input(Path(path), {shards.root, *shards.files.values()})
+    with writing(path):
+        check_replaceable(Path(path))
+
+
+def write_result(path: str | Path, result: dict[str, Tensor]) -> None:
+    """Write what `run_layer` gave. Raises CheckpointError if that is not possible."""
+    save(path, result, about=_BY_THIS_PACKAGE)
 
 
 def of_one_rank(layer: CheckpointLayer, ranks: Ranks) -> bool:

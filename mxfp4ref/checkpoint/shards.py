@@ -8,7 +8,7 @@ wrong but not run anything; names in an index cannot leave its folder.
 from __future__ import annotations
 
 import errno
-import os.path
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from mxfp4ref.checkpoint.error import CheckpointError
 from mxfp4ref.formats.mxfp4 import SCALE_DTYPES
 from mxfp4ref.formats.quantize import fp32_to_ue8m0
 
-__all__ = ["CheckpointError", "Shards", "open_shards", "read_json"]
+__all__ = ["CheckpointError", "Shards", "open_shards", "open_tensors", "read_json"]
 
 INDEX = "model.safetensors.index.json"
 GGUF = ".gguf"
@@ -171,9 +171,11 @@ def _read_index(index: Path) -> dict[str, Path]:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def open_tensors(file: Path) -> Iterator[Any]:
+    """A safetensors file, as its library opens it, which says of each that cannot be read that it is not there."""
     if file.exists() and not file.is_file():  # a pipe would be waited for
         raise OSError(errno.EINVAL, "expected a regular file", str(file))
+    os.close(os.open(file, os.O_RDONLY))
     with name_in_utf8(file) as name, safe_open(name, framework="pt") as reader:
         yield reader
 
@@ -182,7 +184,7 @@ def _names(file: Path) -> list[str]:
     if file.suffix == GGUF:
         return gguf_file.tensor_names(file)
     try:
-        with _opened(file) as reader:
+        with open_tensors(file) as reader:
             return list(reader.keys())
     except _UNREADABLE as error:
         raise CheckpointError(f"{file}: expected a safetensors file, got: {error}") from None
@@ -194,7 +196,7 @@ def _read_file(file: Path, wanted: Sequence[str]) -> dict[str, Tensor]:
     tensors = {}
     name = wanted[0]
     try:
-        with _opened(file) as reader:
+        with open_tensors(file) as reader:
             present = set(reader.keys())
             for name in wanted:
                 if name not in present:

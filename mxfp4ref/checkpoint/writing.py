@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors.torch
@@ -17,7 +19,7 @@ from mxfp4ref.checkpoint.shards import CheckpointError, Shards, open_shards
 from mxfp4ref.formats.experts import Experts
 from mxfp4ref.formats.resize import resize_experts
 
-__all__ = ["open_of_others", "save", "write_layer"]
+__all__ = ["open_of_others", "save", "write_layer", "writing"]
 
 
 def write_layer(path: str | Path, layer: CheckpointLayer, *, format: CheckpointFormat | None = None) -> None:
@@ -87,9 +89,15 @@ def save(path: str | Path, tensors: dict[str, Tensor], *, about: str = "") -> No
         if kind := no_storage(tensor):
             raise CheckpointError(f"{key}: expected a tensor with dense storage, got a {kind} tensor")
     tensors = {key: tensor.resolve_neg().resolve_conj() for key, tensor in tensors.items()}
+    with writing(path), replacing(Path(path)) as partial, name_in_utf8(partial) as name:
+        safetensors.torch.save_file(tensors, name, {_WRITER: about} if about else None)
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Inside, what says that the file cannot be written is a CheckpointError."""
     try:
-        with replacing(Path(path)) as partial, name_in_utf8(partial) as name:
-            safetensors.torch.save_file(tensors, name, {_WRITER: about} if about else None)
+        yield
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: expected a file that can be written, got: {error}") from None
 

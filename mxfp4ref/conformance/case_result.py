@@ -60,7 +60,7 @@ class CaseResult(Shown):
 
     def __post_init__(self) -> None:
         for name in ("case", "why", "message"):  # text of files and kernels, to be shown anywhere
-            object.__setattr__(self, name, printable(getattr(self, name), lines=name == "message"))
+            object.__setattr__(self, name, printable(getattr(self, name), lines=False))
 
     @property
     def ok(self) -> bool:

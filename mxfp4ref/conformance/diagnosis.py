@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mxfp4ref._choices import EFFORTS, Effort
 from mxfp4ref._shown import Shown
-from mxfp4ref._validate import check_choice, shown
+from mxfp4ref._validate import check_choice, check_function
 from mxfp4ref.conformance.bounds.bounded import where_outside
 from mxfp4ref.conformance.bounds.call_bounds import specials_alone
 from mxfp4ref.conformance.comparison import FAR, Difference, difference_at, differing, ulp_distance
@@ -159,8 +159,7 @@ def diagnose(
     """
     outputs, expected = checked_tensors(kind, inputs, outputs, expected)
     some = checked_suspects(suspects)
-    if progress is not None and not callable(progress):
-        raise TypeError(f"progress: expected a function, got {shown(progress)}")
+    check_function("progress", progress)
     if not isinstance(diagnosis, Search):
         check_choice("diagnosis", diagnosis, EFFORTS)
         diagnosis = Search(diagnosis)

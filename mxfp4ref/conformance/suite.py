@@ -19,9 +19,10 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mxfp4ref._compiled import compile_loops
-from mxfp4ref._validate import check_instance, shown
+from mxfp4ref._validate import check_function, check_instance, shown
 from mxfp4ref.conformance.case_result import enough
 from mxfp4ref.conformance.diagnosing import Failed, Failing, diagnosed
 from mxfp4ref.conformance.goldens_used import goldens_used, load_unchanged
@@ -93,7 +94,9 @@ def run(
     for name, given, wanted in (("device", device, str), ("isolate", isolate, bool)):
         if given is not None:
             check_instance(name, given, wanted)
-    if isinstance(cases, str) or not isinstance(cases, Goldens | Iterable):
+    check_function("progress", progress)
+    check_function("note", note)
+    if isinstance(cases, str | Tensor) or not isinstance(cases, Goldens | Iterable):
         raise TypeError(f"cases: expected Goldens or Case objects, got {type(cases).__name__} {shown(cases)}")
     if isolate and not isinstance(kernel, str):
         raise ValueError(f"isolate: expected a kernel given by its name, got {type(kernel).__name__}")

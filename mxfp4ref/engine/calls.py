@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -22,6 +23,7 @@ from mxfp4ref.model.flashinfer_arguments import call_of
 __all__ = ["Layers", "arguments_of", "read_call", "release_of"]
 
 _SIGNATURE = inspect.signature(torch_ref_cutlass_fused_moe)
+_RELEASE = re.compile(r"[0-9][0-9A-Za-z.+!_-]{0,79}")
 _OURS = {"strict": False, "trace": False}  # what the kernel accepted is not refused
 
 
@@ -81,7 +83,7 @@ def release_of(metadata: Mapping[str, Any]) -> str | None:
     """The release of flashinfer that made the recording, if it says so."""
     versions = metadata.get("versions")
     release = versions.get("flashinfer") if isinstance(versions, dict) else None
-    return release if isinstance(release, str) and release[:1].isdigit() else None
+    return release if isinstance(release, str) and _RELEASE.fullmatch(release) else None
 
 
 def arguments_of(recording: Recording) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 
+from mxfp4ref._words import listed
 from mxfp4ref.conformance.findings.finding import counted
 from mxfp4ref.engine.calls import release_of
 from mxfp4ref.engine.recordings import Recording, Unreadable
@@ -13,8 +14,6 @@ from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90.activation import ACTIVATIONS
 
 __all__ = ["Calls", "described", "zeros_words"]
-
-_MOST = 8  # ranks, or activations, that are listed
 
 
 class Calls:
@@ -40,12 +39,7 @@ class Calls:
     @property
     def environment(self) -> dict[str, str]:
         """For a report, by name."""
-        return {name: _listed(sorted(words)) for name, words in self._found.items() if words}
-
-
-def _listed(words: list[str]) -> str:
-    more = [f"{len(words) - _MOST:,} others"] if len(words) > _MOST else []
-    return ", ".join([*words[:_MOST], *more])
+        return {name: listed(sorted(words)) for name, words in self._found.items() if words}
 
 
 def described(call: MoeCall) -> str:

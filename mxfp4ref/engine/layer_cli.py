@@ -16,7 +16,14 @@ from mxfp4ref._files import check_no_input, printable
 from mxfp4ref.conformance.cli.checkpoints import Experts, Layer, read_options, reading
 from mxfp4ref.conformance.cli.command import command
 from mxfp4ref.conformance.cli.progress import progress
-from mxfp4ref.conformance.cli.shared import NOT_EQUAL, describe, diagnosis_option, first_values, usage_errors
+from mxfp4ref.conformance.cli.shared import (
+    NOT_EQUAL,
+    USAGE,
+    describe,
+    diagnosis_option,
+    first_values,
+    usage_errors,
+)
 from mxfp4ref.conformance.cli.terminal import echo
 
 __all__ = ["layer"]
@@ -146,7 +153,7 @@ def layer(
     written.
     """
     from mxfp4ref.checkpoint import fuse_shared, open_layer, open_shards, run_layer
-    from mxfp4ref.checkpoint.run import check_whose_output
+    from mxfp4ref.checkpoint.run import check_result_path, check_whose_output
     from mxfp4ref.model.parallel import Ranks
     from mxfp4ref.model.placement import place_experts
     from mxfp4ref.sm90.activation import ACTIVATIONS
@@ -161,6 +168,7 @@ def layer(
         if output_path is not None:
             inputs = [*root.iterdir()] if root.is_dir() else [root, root.parent / "config.json"]
             check_no_input(output_path, [*inputs, *filter(None, (options["name_map"], served_path))])
+            check_result_path(output_path, input_path)
         how = read_options(options["changes"], options["quantize"], options["name_map"], options["experts"])
         found = open_layer(root, index, **given("alpha", "beta", "limit"), options=how)
         if options["ep_rank"] is not None:
@@ -192,14 +200,13 @@ def layer(
         if served_path is not None:
             check_whose_output(open_shards(served_path).files, found, ranks)
         with progress(before=True) as step:
-            result = run_layer(found, input_path, output_path, router=router, ranks=ranks, step=step)
+            result = run_layer(found, input_path, router=router, ranks=ranks, step=step)
         routed = "logits" in result  # by a router, and not by ids in the input
         if routed and found.image_bias is not None and "image_mask" not in open_shards(input_path).files:
             echo("no image_mask in the input: all tokens were routed as text", err=True)
     for name, tensor in result.items():
         echo(f"{name:22}  {describe(tensor):22}  {first_values(tensor)}")
-    if output_path is not None:
-        echo(f"written: {output_path}")
+    complete = output_path is None or _written(output_path, result)
     if served_path is None:
         from mxfp4ref.checkpoint.run import read_input
         from mxfp4ref.engine.unshown import shown_by_layer, unshown
@@ -214,7 +221,24 @@ def layer(
             how = ServedOptions(router, ranks, options["diagnosis"], step, tell=echo)
             served = check_served(found, input_path, served_path, how, result=result)
         echo(printable(f"{served_path}: {served.verdict}"), fg="green" if served.ok else "red", bold=True)
-        sys.exit(0 if served.ok else NOT_EQUAL)
+        if not served.ok:
+            sys.exit(NOT_EQUAL)
+    if not complete:
+        sys.exit(USAGE)
+
+
+def _written(path: Path, result: dict[str, Any]) -> bool:
+    """Write the result, which has been printed; whether that went well. If not, it has been told."""
+    from mxfp4ref.checkpoint import CheckpointError
+    from mxfp4ref.checkpoint.run import write_result
+
+    try:
+        write_result(path, result)
+    except CheckpointError as error:
+        echo(f"Error: {error}", err=True)
+        return False
+    echo(f"written: {path}")
+    return True
 
 
 def _experts_of_rank(num_experts: int, options: Mapping[str, Any]) -> tuple[int, ...]:

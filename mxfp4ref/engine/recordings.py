@@ -24,12 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor
 
 from mxfp4ref._files import folders_below, name_in_utf8, parse_json, read_file
 from mxfp4ref._validate import no_storage
+from mxfp4ref._words import listed
+from mxfp4ref.checkpoint.shards import open_tensors
 from mxfp4ref.formats.generations import generation_named
 from mxfp4ref.sm90.tactics import Sm90Kernel, Tactic
 
@@ -37,7 +38,10 @@ __all__ = ["FLUSHES", "FUNCTIONS", "Incomplete", "Recording", "Unreadable", "fin
 
 FUNCTIONS = ("cutlass_fused_moe", "torch_ref_cutlass_fused_moe")
 FLUSHES = "graph_flushes"
-_FOLDER = re.compile(r"^(?P<time>\d{8}_\d{6}_\d{3})_pid(?P<pid>\d+)_(?P<function>.+)_call(?P<number>\d+)$")
+_FOLDER = re.compile(
+    r"(?P<time>\d{8}_\d{6}_\d{3})_pid(?P<pid>\d{1,20})_(?P<function>.+)_call(?P<number>\d+)", re.ASCII
+)
+_NUMBERED = re.compile(r"arg_\d{1,3}", re.ASCII)
 _NOT_KEPT = (
     "flashinfer's recorder keeps tensors in lists from 0.6.12 on; `mxfp4ref record` does for older releases"
 )
@@ -102,11 +106,14 @@ class Recording:
         if not isinstance(stored, dict):
             raise Unreadable(f"metadata.jsonl: expected an object under input_metadata, got {stored!r:.80}")
         values: dict[str, Any] = {key: _value(key, value, tensors) for key, value in stored.items()}
+        if other := [key for key in tensors.keys() & stored.keys() if not _is_tensor(stored[key])]:
+            key = sorted(other)[0]
+            raise Unreadable(f"inputs: expected one value of {key}, got {stored[key]!r:.80} and a tensor")
         # Tensors in lists have keys such as kwarg_quant_scales__0, and are part of the list's value.
         within = {key for key in tensors if key not in values and key.partition("__")[0] in values}
         values |= {key: tensor for key, tensor in tensors.items() if key not in within}
         keywords = {k.removeprefix("kwarg_"): v for k, v in values.items() if k.startswith("kwarg_")}
-        numbered = {k: v for k, v in values.items() if re.fullmatch(r"arg_\d+", k)}
+        numbered = {k: v for k, v in values.items() if _NUMBERED.fullmatch(k)}
         if unknown := values.keys() - numbered.keys() - {f"kwarg_{name}" for name in keywords}:
             raise Unreadable(
                 f"inputs: expected arg_0, arg_1, ... and kwarg_NAME, got {sorted(unknown)[0]!r:.80}"
@@ -133,7 +140,7 @@ class Recording:
         for key in ("result", "result__0", "result_0"):
             if key in tensors:
                 return tensors[key]
-        raise Unreadable(f"outputs: expected a tensor named result, got {', '.join(tensors)[:80] or 'none'}")
+        raise Unreadable(f"outputs: expected a tensor named result, got {listed(tensors)}")
 
     def _files(self, kind: str) -> list[Path]:
         # The order in which flashinfer's own replay looks for them.
@@ -218,14 +225,14 @@ def _names(path: Path, root: Path) -> tuple[str, int | None, str, str]:
         folder.parent.relative_to(root).as_posix() if folder.is_relative_to(root) and folder != root else "."
     )
     flush = "" if folder == path else f" {path.name}"
-    if (found := _FOLDER.match(folder.name)) is None:
+    if (found := _FOLDER.fullmatch(folder.name)) is None:
         return above, None, folder.name + flush, ""
     return above, int(found["pid"]), f"call{found['number']}{flush}", found["time"]
 
 
 def _is_call(path: Path, files: list[str]) -> bool:
     """Whether it is a call of the function, as far as folder and metadata tell; damaged ones count."""
-    named = _FOLDER.match((path.parent.parent if path.parent.name == FLUSHES else path).name)
+    named = _FOLDER.fullmatch((path.parent.parent if path.parent.name == FLUSHES else path).name)
     if named is not None:
         return named["function"] in FUNCTIONS
     if "metadata.jsonl" not in files:
@@ -265,7 +272,7 @@ def _missing(kind: str, status: str) -> str:
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
-    with name_in_utf8(path) as name, safetensors.safe_open(name, framework="pt") as file:
+    with open_tensors(path) as file:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
@@ -276,6 +283,10 @@ def _load_pt(path: Path) -> dict[str, Tensor]:
 
 
 _LOADERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {"pt": _load_pt, "safetensors": _load_safetensors}
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, dict) and value.get("type") == "torch.Tensor"
 
 
 def _value(key: str, value: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from mxfp4ref._choices import DIAGNOSES, MODES, Diagnosing, Mode
 from mxfp4ref._shown import Shown
-from mxfp4ref._validate import check_choice, check_int
+from mxfp4ref._validate import check_below, check_bool, check_choice, check_instance, check_int
 from mxfp4ref.conformance.findings.finding import counted
 from mxfp4ref.conformance.results import CaseResult, Report
 from mxfp4ref.engine.unshown import unshown
@@ -51,6 +51,11 @@ class ReplayOptions(Shown):
     def __post_init__(self) -> None:
         check_choice("diagnosis", self.diagnosis, DIAGNOSES)
         check_choice("mode", self.mode, MODES)
+        check_bool("any_tile", self.any_tile)
+        for name, wanted in (("autotune_cache", Path), ("kernel", str), ("device", str)):
+            if (value := getattr(self, name)) is not None:
+                check_instance(name, value, wanted)
+        check_below("timeout", self.timeout, 1e9, "seconds, above 0 and below 10^9")  # as threads take them
         if self.kernel is None and self.device is not None:
             raise ValueError(f"device: expected kernel with it, got {self.device!r} alone")
         if self.max_calls is not None:

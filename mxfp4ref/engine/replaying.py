@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxfp4ref._validate import check_function, check_instance
+from mxfp4ref._validate import shown as in_short
 from mxfp4ref.conformance.bounds.bounded import where_outside
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.diagnosis import Located
@@ -67,10 +69,15 @@ def replay(
         KernelError: the options' kernel cannot be loaded, or does not run whole calls.
         Interrupted: as KeyboardInterrupt, with a report of the calls that had been replayed.
     """
-    options = options or ReplayOptions()
+    options = ReplayOptions() if options is None else options
+    if not isinstance(folder, str | Path):
+        raise TypeError(f"folder: expected a path, got {type(folder).__name__}")
+    check_instance("options", options, ReplayOptions)
+    check_function("begin", begin)
+    check_function("progress", progress)
     root = Path(folder)
     if not root.is_dir():
-        raise FileNotFoundError(f"expected a folder of recorded calls, got {root}")
+        raise FileNotFoundError(f"folder: expected one of recorded calls, got {in_short(str(root))}")
     recordings = find_recordings(root)
     if not recordings:
         raise FileNotFoundError(

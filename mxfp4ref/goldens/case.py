@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._shown import Shown
+from mxfp4ref._words import listed
 from mxfp4ref.formats.experts import PARAMETERS, Experts
 from mxfp4ref.goldens.error import GoldenError
 from mxfp4ref.goldens.generator import generate
@@ -194,7 +195,8 @@ def verified_case(name: str, sidecar: dict[str, Any], tensors: dict[str, Tensor]
     if f"{sidecar['suite']}/{sidecar['name']}" != name:
         raise GoldenError(f"{name}: the file says that it is {sidecar['suite']}/{sidecar['name']}: renamed?")
     if set(tensors) != set(sidecar["tensors"]):
-        raise GoldenError(f"{name}: expected the tensors {sorted(sidecar['tensors'])}, got {sorted(tensors)}")
+        wanted, there = (listed(sorted(names)) for names in (sidecar["tensors"], tensors))
+        raise GoldenError(f"{name}: expected the tensors {wanted}, got {there}")
     for key, recorded in sidecar["tensors"].items():
         tensor = tensors[key]
         got = {"dtype": dtype_name(tensor), "shape": list(tensor.shape)}

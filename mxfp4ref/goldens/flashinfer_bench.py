@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from mxfp4ref._files import write_tree
+from mxfp4ref._files import check_outside, write_tree
 from mxfp4ref.formats.experts import PARAMETERS
 from mxfp4ref.goldens.case import EXPERT_TENSORS, Case
 from mxfp4ref.goldens.store import Goldens
@@ -123,10 +123,7 @@ def export_flashinfer_bench(goldens: Goldens, folder: Path | str) -> tuple[list[
     if not isinstance(folder, str | Path):
         raise TypeError(f"folder: expected a path, got {type(folder).__name__}")
     folder = Path(folder)
-    if folder.resolve().is_relative_to(goldens.root.resolve()):
-        raise ValueError(
-            f"folder: expected one outside of the goldens in {goldens.root}, got {str(folder)!r}"
-        )
+    check_outside("folder", folder, goldens.root)
     workloads: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     files: dict[Path, str | bytes] = {}
     left_out: dict[str, str] = {}

@@ -325,7 +325,9 @@ def _write_tree(root: Path, cases: dict[str, Files], complete: bool) -> None:
     known = {root / f"{name}.{kind}" for name in listed for kind in FILE_KINDS}
     for path in [*changed, *gone]:
         if path.is_symlink() or path.parent.is_symlink():
-            raise GoldenError(f"{path}: expected a file inside {root}, got a link to {path.resolve()}")
+            raise GoldenError(
+                f"{path}: expected a file inside {root}, got a link to {os.path.realpath(path)}"
+            )
         if path.exists() and path not in known:
             raise GoldenError(f"{path}: expected a file of the manifest, or none; this one would be lost")
     if not (root / "manifest.json").exists():

@@ -403,7 +403,7 @@ def test_what_ends_a_run_costs_no_result_before_it(
         return function(*arguments)
 
     monkeypatch.setattr(f"mxfp4ref.{where}", broken)
-    written = copy / "report.json"
+    written = copy.parent / "report.json"
     result = invoke("conform", "oracle", "--goldens", copy, "--json", written)
     assert (result.exit_code, said in result.output) == (2, True), result.output
     report = json.loads(written.read_text())

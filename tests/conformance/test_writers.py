@@ -81,6 +81,7 @@ OBSTACLES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a folder": (Path.mkdir, "it is a folder|is a directory"),
     "a link": (lambda path: path.symlink_to("b.safetensors"), "expected no link to write to, it leads to"),
     "a link to nothing": (lambda path: path.symlink_to("nothing"), "expected no link to write to"),
+    "a link to itself": (lambda path: path.symlink_to("out"), "expected no link to write to"),
     "a full disk": (lambda path: None, r"No space left on device: .*\bout"),
 }
 
@@ -107,9 +108,9 @@ def test_what_cannot_be_written_is_said_and_costs_nothing_else(
     assert result.exit_code == 2, result.output
     assert [line for line in result.output.splitlines() if "rror" in line], result.output
     assert re.search(says, result.output), result.output
-    refused_at_once = obstacle == "a folder"  # by click, before anything runs
-    if kind != "layer":
-        assert refused_at_once or "oracle conforms" in result.output
+    refused_at_once = obstacle != "a full disk"  # before anything runs
+    said = ("token_final_scales" if kind == "layer" else "oracle conforms") in result.output
+    assert said != refused_at_once, result.output
     after = hostile_files.contents(folder)
     written = {"whole"} if kind != "layer" and not refused_at_once else set()
     assert {p for p in before.keys() | after.keys() if before.get(p) != after.get(p)} == written
@@ -122,6 +123,18 @@ def test_reports_are_no_goldens_and_not_each_other(folder: Path) -> None:
         result = conform("--json", name)
         assert result.exit_code == 2
         assert "expected another file than the input" in result.output
+    for where in ("goldens", "goldens/finalize", "calls/../goldens"):
+        for option in (("--html", f"{where}/new"), ("--dump", where)):
+            result = conform(*option, kernel="defect:bf16_finalize", case=MOE)
+            assert result.exit_code == 2
+            assert f"{option[0]}: expected one outside of the goldens" in result.output
+    (folder / "new").mkdir()
+    for name in ("new/finalize-slot_order.py", "new/x.safetensors"):
+        result = conform("--dump", "new", "--json", name, kernel="defect:bf16_finalize", case=MOE)
+        assert result.exit_code == 2
+        assert "expected another file than the reproducers of --dump new" in result.output
+    (folder / "new").rmdir()
+    assert conform("--dump", "new", "--json", "new", kernel="defect:bf16_finalize").exit_code == 2
     result = conform("--json", "r", "--html", f"{folder}/r")
     assert result.exit_code == 2
     assert "expected a file of its own for each" in result.output
@@ -307,6 +320,9 @@ _WRONG = {"output": torch.zeros(8, 128, dtype=torch.bfloat16)}
         (lambda one: run("oracle", [], device=torch.device("cpu")), "device: expected str, got device"),
         (lambda one: run("a:b", [], device=b"cpu"), "device: expected str, got bytes"),
         (lambda one: run("oracle", [], isolate="no"), "isolate: expected bool, got str"),
+        (lambda one: run("oracle", torch.tensor(1)), "cases: expected Goldens or Case objects, got Tensor"),
+        (lambda one: run("oracle", [], progress=5), "progress: expected a function, got 5"),
+        (lambda one: run("oracle", [], note="x"), "note: expected a function, got 'x'"),
         (lambda one: load_kernel("oracle", torch.device("cpu")), "device: expected str, got device"),
         (lambda one: conformance.run_case("oracle", CASE), "kernel: expected Kernel, got str"),
         (lambda one: conformance.run_case(load_kernel("oracle"), CASE, {}), "options: expected Options, got"),

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -805,3 +806,22 @@ def test_nothing_to_replay_is_wrong_usage(tmp_path: Path, make: Any, words: str)
     assert words in result.output
     assert "FLASHINFER_LOGLEVEL=10" in result.output
     assert invoke("replay", tmp_path / "absent").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("work", "message"),
+    [
+        (lambda: ReplayOptions(autotune_cache="cache.json"), "autotune_cache: expected Path, got str"),  # type: ignore[arg-type]
+        (lambda: ReplayOptions(any_tile=1), "any_tile: expected a bool, got int 1"),  # type: ignore[arg-type]
+        (lambda: ReplayOptions(kernel=print), "kernel: expected str, got builtin_function"),  # type: ignore[arg-type]
+        (lambda: ReplayOptions(kernel="oracle", device=0), "device: expected str, got int"),  # type: ignore[arg-type]
+        (lambda: ReplayOptions(timeout=float("nan")), "timeout: expected a finite"),
+        (lambda: replay(5), "folder: expected a path, got int"),  # type: ignore[arg-type]
+        (lambda: replay(".", {}), "options: expected ReplayOptions, got dict"),  # type: ignore[arg-type]
+        (lambda: replay(".", progress=3), "progress: expected a function, got 3"),  # type: ignore[arg-type]
+        (lambda: replay("a\nb\x1b[2J"), r"folder: expected one of recorded calls, got 'a\\nb\\x1b\[2J'"),
+    ],
+)
+def test_arguments_of_another_type_are_named(work: Callable[[], object], message: str) -> None:
+    with pytest.raises((TypeError, ValueError, FileNotFoundError), match=f"^{message}"):
+        work()

@@ -25,6 +25,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -613,6 +614,10 @@ def raises_from(**arguments: Any) -> Any:
     raise RuntimeError("the outer one") from ValueError("what it came from")
 
 
+def raises_a_group(**arguments: Any) -> Any:
+    raise ExceptionGroup("several", [ExceptionGroup("two", [ValueError("the first")]), TypeError("another")])
+
+
 def recursion(**arguments: Any) -> Any:
     return recursion(**arguments)
 
@@ -817,6 +822,23 @@ def functions_of_python(**arguments: Any) -> Any:
     return result
 
 
+def garbage_collection(**arguments: Any) -> Any:
+    """There would be one at each object, and each would fail without a word."""
+    result = right(**arguments)
+    sys.unraisablehook = lambda event: None
+    gc.callbacks.append(lambda *event: sys.exit(0))
+    gc.set_threshold(1)
+    return result
+
+
+def settings_of_arithmetic(**arguments: Any) -> Any:
+    result = right(**arguments)
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+    torch.set_anomaly_enabled(True)
+    sys.set_int_max_str_digits(640)
+    return result
+
+
 def slow_switches(**arguments: Any) -> Any:
     result = right(**arguments)
     sys.setswitchinterval(1000)
@@ -950,6 +972,14 @@ def prints_and_is_right(**arguments: Any) -> Any:
 def dies_silently(**arguments: Any) -> Any:
     os.write(2, b"of this run\n")
     os._exit(3)
+
+
+def waits_for_no_pipe(**arguments: Any) -> Any:
+    """As an event loop does it with what it reads from."""
+    for number in range(200):
+        with suppress(OSError):
+            os.set_blocking(number, False)
+    return right(**arguments)
 
 
 def closes_everything(**arguments: Any) -> Any:

@@ -14,6 +14,7 @@ import runpy
 import shutil
 import sys
 import zipfile
+from collections.abc import Callable
 from contextlib import chdir
 from importlib.util import find_spec
 from pathlib import Path
@@ -741,6 +742,12 @@ for name, one, other, says in (
         "differ, 9,223,372,036,854,775,806 or more ulp",
     ),
     ("bool", torch.tensor([True]), torch.tensor([False]), "1 of 1 elements differ"),
+    (
+        "bool of other bits",
+        torch.tensor([2], dtype=torch.uint8).view(torch.bool),
+        torch.tensor([True]),
+        r"got 0x02 \(True\), expected 0x01 \(True\)",
+    ),
     ("scalars", torch.tensor(1.0), torch.tensor(2.0), r"first at \[\]: got 0x3F800000"),
     ("only NaN", torch.tensor([torch.nan]), -torch.tensor([torch.nan]), "NaNs of other bits"),
     ("empty, of other shapes", torch.ones(0, 3), torch.ones(3, 0), r"float32 \[0, 3\] in a"),
@@ -754,6 +761,27 @@ for name, one, other, says in (
 hostile(
     "compared: nothing to differ",
     both(*(tensors(n, output=torch.ones(0)) for n in BOTH)),
+    "expected a tensor with elements, got none that both",
+    "compare",
+)
+MANY = {f"t{number:03}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for number in range(300)}
+hostile(
+    "compared: 300 other names",
+    write("b.safetensors", tensor_file(MANY)),
+    r"got output in a.safetensors and t000, [t0-7, ]+, 292 others in b.safetensors",
+    "compare",
+)
+hostile(
+    "golden tensors: 300 other names",
+    forge_tensors(MOE, tensor_file(MANY)),
+    r"got t000, [t0-7, ]+, 292 others",
+    "show",
+    "conform",
+    verify=1,
+)
+hostile(
+    "compared: no elements of vast sizes",
+    both(*(write(name, one_tensor("BF16", [0, 1 << 62, 1 << 62], 0)) for name in BOTH)),
     "expected a tensor with elements, got none that both",
     "compare",
 )
@@ -782,6 +810,11 @@ for name, spoil, says in (
     ("a key twice", write(METADATA, '{"input_metadata": {}, "input_metadata": {}}'), "JSON object a line"),
     ("arguments in a list", write(METADATA, '{"input_metadata": [[]]}'), "an object under input_metadata"),
     ("an argument -1", write(METADATA, '{"input_metadata": {"arg_9": 1}}'), "without a gap, got arg_9"),
+    (
+        "an argument of 5,000 digits",
+        write(METADATA, json.dumps({"input_metadata": {"arg_" + "9" * 5000: 1}})),
+        "kwarg_NAME, got 'arg_999",
+    ),
     (
         "arguments that command",
         write(METADATA, json.dumps({"input_metadata": {ESCAPE: 1}})),
@@ -821,15 +854,20 @@ hostile("inputs: a terabyte", sparse(f"{CALL}/inputs.safetensors"), "inputs.safe
 hostile("outputs: a folder", directory(f"{CALL}/outputs.safetensors"), "no recorded output", replay=0)
 
 
-def argument(name: str, value: object) -> Spoil:
-    """Another value of an argument that is no tensor, in both lines of the metadata."""
+def edit_last(name: str, change: Callable[[Any], object]) -> Spoil:
+    """Change the last line of the metadata, and leave no other."""
 
     def spoil(folder: Path) -> None:
-        stored = json.loads((folder / METADATA).read_text().splitlines()[-1])
-        stored["input_metadata"][f"kwarg_{name}"] = value
-        write(METADATA, json.dumps(stored))(folder)
+        stored = json.loads((folder / name).read_text().splitlines()[-1])
+        change(stored)
+        write(name, json.dumps(stored))(folder)
 
     return spoil
+
+
+def argument(name: str, value: object) -> Spoil:
+    """Another value of an argument that is no tensor."""
+    return edit_last(METADATA, lambda stored: stored["input_metadata"].update({f"kwarg_{name}": value}))
 
 
 DEEP_LIST: list[object] = []
@@ -839,6 +877,8 @@ for name, key, value, code in (
     ("rank 5 of 2", "ep_rank", 5, 1),
     ("a rank of 10^30", "ep_rank", 10**30, 1),
     ("0 ranks", "tp_size", 0, 1),
+    ("endless ranks", "ep_size", float("inf"), 1),
+    ("an input that is a number, too", "input", 3, 1),
     ("ranks in words", "ep_size", ESCAPE, 1),
     ("a rank that is true", "ep_rank", True, 1),
     ("an output dtype of Python's", "output_dtype", {"type": "torch.dtype", "value": "torch.load"}, 0),
@@ -860,6 +900,24 @@ for name, key, value, code in (
     ("an argument that commands", ESCAPE, 1, 0),
 ):
     hostile(f"arguments: {name}", argument(key, value), "(skipped|refused|unreadable)", replay=code)
+hostile(
+    "outputs: a name of two lines",
+    tensors(f"{CALL}/outputs.safetensors", **{"a\nrank0: equal": BF16}),
+    r"\A(?!.*\nrank0: equal).*got a\\nrank0: equal",
+    replay=1,
+)
+hostile(
+    "metadata: a release of two lines",
+    edit_last(METADATA, lambda m: m["versions"].update(flashinfer="9\nrank0: equal")),
+    r"\A(?!.*rank0: equal)",
+    replay=0,
+)
+hostile(
+    "calls: one beside another of the same name, but for a line's end",
+    lambda f: shutil.copytree(f / CALL, f / f"{CALL}\n"),
+    r"4 recorded calls.*call0001\\n",
+    replay=0,
+)
 hostile(
     "calls: a folder that commands",
     lambda f: (f / "calls/rank0").rename(f / "calls" / ESCAPE.replace("/", "")),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from mxfp4ref._files import check_no_input, files_below, quoted
+from mxfp4ref._files import check_no_input, check_outside, files_below, quoted
 from mxfp4ref.conformance.cli.command import Group
 from mxfp4ref.conformance.cli.progress import progress
 from mxfp4ref.conformance.cli.shared import goldens_option, usage_errors
@@ -84,8 +84,7 @@ def pack(file: Path, root: Path | None) -> None:
         with usage_errors():
             found = open_goldens(root)
             check_no_input(path, files_below(found.root))
-            if path.resolve().is_relative_to(found.root.resolve()):
-                raise ValueError(f"FILE: expected one outside of the goldens in {found.root}, got {path}")
+            check_outside("FILE", path, found.root)
             digest = write_archive(found, path)
         if to_stdout:
             with path.open("rb") as packed:

@@ -241,7 +241,8 @@ def _conform(spec: str, root: Path | None, options: dict[str, Any], interruption
         if not names:
             raise UsageError("; ".join(left_out))
         options["jobs"] = limited_jobs(options["jobs"], len(names))
-        files.check(chain(files_below(goldens.root), sources(spec), [earlier] if earlier else ()))
+        inputs = chain(files_below(goldens.root), sources(spec), [earlier] if earlier else ())
+        files.check(inputs, goldens.root, options["dump"])
         if isolate is False and not is_stand_in(spec):
             others_code_begins()
         compile_loops()  # here, since it is no part of the first case

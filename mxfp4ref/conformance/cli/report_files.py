@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from mxfp4ref._files import check_no_input, write_file
+from mxfp4ref._files import check_no_input, check_outside, check_replaceable, write_file
 from mxfp4ref.conformance.cli.shared import UsageError
 from mxfp4ref.conformance.cli.terminal import echo
 
@@ -70,16 +70,24 @@ class ReportFiles:
                 stack.enter_context(redirect_stdout(sys.stderr))
             yield
 
-    def check(self, inputs: Iterable[Path]) -> None:
+    def check(
+        self, inputs: Iterable[Path], goldens: Path | None = None, reproducers: Path | None = None
+    ) -> None:
         """Before the run, which may take long, refuse what cannot be written.
+
+        Args:
+            inputs: files that none of them may replace.
+            goldens: a folder that they may not be in.
+            reproducers: another one that is written to, of files that none of them may replace.
 
         Raises:
             UsageError, ValueError: a folder is missing, or a file would replace another one or an input.
+            OSError: it, or its folder, may not be written to, or is a link.
             ModuleNotFoundError: what an HTML report needs is not installed.
         """
         from mxfp4ref.conformance.reports.html_report import check_html
 
-        if len({path.resolve() for path in self.paths.values()}) < len(self.paths):
+        if len({os.path.realpath(path) for path in self.paths.values()}) < len(self.paths):
             raise UsageError(
                 "--json, --junit, --html: expected a file of its own for each, and - for one at most"
             )
@@ -94,6 +102,14 @@ class ReportFiles:
             if path.is_dir():  # "", too
                 raise UsageError(f"cannot write {path}: it is a folder")
             check_no_input(path, inputs)
+            check_replaceable(path)
+            if reproducers is not None and _is_reproducer(path, reproducers):
+                raise UsageError(
+                    f"{path}: expected another file than the reproducers of --dump {reproducers}"
+                )
+        for name, path in (*self.paths.items(), *([("dump", reproducers)] if reproducers else [])):
+            if goldens is not None and path != _STDOUT:
+                check_outside(f"--{name}", path, goldens)
 
     def write_after(
         self,
@@ -147,6 +163,12 @@ class ReportFiles:
         if unread:
             raise unread[0]
         return all(done)
+
+
+def _is_reproducer(path: Path, folder: Path) -> bool:
+    """Whether a file could be one of those, or lies where their folder will be."""
+    found, place = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    return found == place or (found.parent == place and found.suffix in (".py", ".safetensors"))
 
 
 def _attempt(what: str, write: Callable[[], None]) -> bool:

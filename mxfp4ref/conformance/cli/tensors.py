@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mxfp4ref._files import printable
+from mxfp4ref._words import listed
 from mxfp4ref.conformance.cli.command import command
 from mxfp4ref.conformance.cli.report_files import ReportFiles
 from mxfp4ref.conformance.cli.shared import NOT_EQUAL, USAGE, describe, usage_errors
@@ -122,7 +123,7 @@ def _compared(a: Path, b: Path) -> list[dict[str, Any]]:
 
 
 def _named(tensors: Mapping[str, Tensor]) -> str:
-    return ", ".join(sorted(tensors)) or "none"
+    return listed(sorted(tensors))
 
 
 def _likely_pair(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str:

@@ -97,6 +97,7 @@ class _Answers:
             self._stat() != self._identity
         ):  # the kernel has closed it, and a file of its own may be in its place
             os._exit(1)
+        _wait_for(self._pipe)
         for part in _framed(name, header or {}, blobs or []):
             view = memoryview(part)
             while view:
@@ -108,6 +109,12 @@ class _Answers:
         except OSError:
             return (-1, -1)
         return found.st_dev, found.st_ino
+
+
+def _wait_for(number: int) -> None:
+    """Make a pipe one that is waited for, which a kernel's event loop may have changed."""
+    if os.name == "posix":
+        os.set_blocking(number, True)
 
 
 def serve() -> None:
@@ -133,6 +140,7 @@ def serve() -> None:
         return
     latest: Case | None = None
     while True:
+        _wait_for(requests.fileno())
         try:
             kind, inputs, tactics, expected, repeat = pickle.load(requests)
         except EOFError:

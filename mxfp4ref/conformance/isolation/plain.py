@@ -52,6 +52,7 @@ _class_of = type
 _name_of = vars(type)["__name__"].__get__
 _traceback_of = vars(BaseException)["__traceback__"].__get__
 _cause_of = vars(BaseException)["__cause__"].__get__
+_members_of, _DEEPEST = vars(BaseExceptionGroup)["exceptions"].__get__, 100  # groups in groups
 _base = torch._C.TensorBase
 _detach, _contiguous, _to, _size, _stride = _base.detach, _base.contiguous, _base.to, _base.size, _base.stride
 _data_ptr, _offset, _element_size, _storage = (
@@ -260,11 +261,15 @@ def of_exception(error: BaseException, without: str = "") -> str:
         f"{printable(file, 200)}:{line} in {printable(name, 80)}" for file, line, name in frames[-3:]
     )
     words += f" ({where})" if where else ""
-    cause = _cause_of(error)
-    if cause is None or cause is error:
+    inner, which, depth = error, "the first of them", 0
+    while issubclass(_class_of(inner), BaseExceptionGroup) and depth < _DEEPEST:
+        inner, depth = _members_of(inner)[0], depth + 1
+    if inner is error:
+        inner, which = _cause_of(error), "its cause"
+    if inner is None or inner is error:
         return words
-    text = printable(cause).strip()
-    return f"{words}; its cause: {printable(_name_of(_class_of(cause)), 80)}{f': {text}' if text else ''}"
+    text = printable(inner).strip()
+    return f"{words}; {which}: {printable(_name_of(_class_of(inner)), 80)}{f': {text}' if text else ''}"
 
 
 def _frames(traceback: TracebackType | None) -> Iterator[tuple[str, int, str]]:

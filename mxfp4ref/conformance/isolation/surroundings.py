@@ -65,6 +65,10 @@ def _replaced(owner: dict[Any, Any] | os._Environ[str], before: dict[Any, Any]) 
     owner.update({name: value for name, value in before.items() if owner.get(name) is not value})
 
 
+def _refilled(owner: list[Any], before: list[Any]) -> None:
+    owner[:] = before
+
+
 def _missing_added(owner: list[Any], before: list[Any]) -> None:
     """Put back what was removed from a list to which importing a module may add."""
     owner[:0] = [value for value in before if value not in owner]
@@ -115,6 +119,8 @@ _TOLD: tuple[_Setting, ...] = (
         torch.set_float32_matmul_precision,
     ),
     _attribute("torch.backends.cudnn.enabled", torch.backends.cudnn, "enabled"),
+    _attribute("torch.backends.mkldnn.enabled", torch.backends.mkldnn, "enabled"),
+    ("torch's anomaly mode", torch.is_anomaly_enabled, torch.set_anomaly_enabled),
     ("the working directory", os.getcwd, os.chdir),
     ("the environment", lambda: dict(os.environ), lambda before: _replaced(os.environ, before)),
     ("the limits of resources", _limits, _limits),
@@ -132,12 +138,16 @@ _TOLD: tuple[_Setting, ...] = (
     ),
     ("garbage collection", gc.isenabled, lambda on: gc.enable() if on else gc.disable()),
     ("garbage collection's debugging", gc.get_debug, gc.set_debug),
+    ("garbage collection's thresholds", gc.get_threshold, lambda numbers: gc.set_threshold(*numbers)),
+    ("garbage collection's callbacks", lambda: list(gc.callbacks), lambda v: _refilled(gc.callbacks, v)),
+    ("the digits of an int", sys.get_int_max_str_digits, sys.set_int_max_str_digits),
     *(stream_of(name, number) for number, name in enumerate(STREAMS)),
     _attribute("sys.excepthook", sys, "excepthook"),
+    _attribute("sys.unraisablehook", sys, "unraisablehook"),
     _attribute("threading.excepthook", threading, "excepthook"),
     ("threads' trace function", threading.gettrace, threading.settrace),
     ("threads' profile function", threading.getprofile, threading.setprofile),
-    ("sys.path", lambda: list(sys.path), lambda before: sys.path.__setitem__(slice(None), before)),
+    ("sys.path", lambda: list(sys.path), lambda before: _refilled(sys.path, before)),
     _attribute("logging's threshold", logging.root.manager, "disable"),
 )
 # By whose functions goldens are read, and others that the kit's process needs for the next case.
