@@ -14,7 +14,7 @@ from mxfp4ref.conformance.families.batches import one_thread
 from mxfp4ref.conformance.families.blank import constant_alone, of_constant, wherever_from
 from mxfp4ref.conformance.families.engine import Result, nameless
 from mxfp4ref.conformance.families.evidence import gather, look_closer
-from mxfp4ref.conformance.families.hearing import Failure, Heard, Kind, hear, kind_of
+from mxfp4ref.conformance.families.hearing import Failure, Heard, Kind, hear, kind_of, refuted
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline, roughly
 from mxfp4ref.conformance.families.named import named_hypotheses
 from mxfp4ref.conformance.families.nan_bits import investigated
@@ -47,11 +47,13 @@ class Verdict:
         finding: of the kernel.
         hypotheses: those that predict every bit of every case, the simplest first.
         by_case: what was found for cases by themselves.
+        refuted: whether what predicts every bit of a case makes the others worse.
     """
 
     finding: Finding
     hypotheses: tuple[Hypothesis, ...]
     by_case: dict[str, Finding]
+    refuted: Callable[[str], bool] = lambda case: False
 
 
 def judge(
@@ -109,7 +111,10 @@ def judge(
         most = max(seen.values(), key=lambda heard: len(heard.cases)).match.hypothesis
         if verdict := _of_all([hear(Match(h, True), failures) for h in most.variants], failures, passing):
             return verdict
-    return _undecided(failures, passing, seen, results, by_case, until)
+    exact = {f.case: f.found for f in failures}
+    exact |= {case: tuple(m.hypothesis for m in r.matches if m.exact) for case, r in results.items()}
+    undecided = _undecided(failures, passing, seen, results, by_case, until)
+    return replace(undecided, refuted=lambda case: refuted(exact.get(case, ()), failures))
 
 
 def narrowed(verdict: Verdict, predicted: Collection[Collection[str]], calls: Iterable[MoeCall]) -> Verdict:
@@ -243,8 +248,11 @@ def _undecided(
         for one in proofs:
             votes[one.stages] += one.strength
         stages = max(votes, key=lambda s: votes[s])
-        first = max((one for one in proofs if one.stages == stages), key=lambda one: one.strength)
-        best = first.finding()
+        first = max(
+            (one for one in proofs if set(one.stages) & set(stages)),
+            key=lambda one: (one.strength, one.stages == stages),
+        )
+        best = replace(first.finding(), stages=stages)
         if len({one.sentence for one in proofs}) > 1:
             best = replace(best, sentence=f"{first.sentence} ({case_of[id(first)]})")
     else:
