@@ -166,6 +166,12 @@ def _bases(kind: str) -> Iterator[tuple[str, tuple[str, ...], _On, float]]:
             0.5 + extra,
         )
     if kind == "rows":
+        yield (
+            "are those of the other half (up for gate, gate for up)",
+            ("weights", "scales"),
+            lambda t: t.roll(t.shape[1] // 2, 1),
+            0.3,
+        )
         for block in (1, 8, 16, 32, 64):
             yield f"are those {block} before them", ("weights", "scales"), _roll(1, block), 0.6
             yield f"have the scales of those {block} before them", ("scales",), _roll(1, block), 0.6

@@ -1,0 +1,119 @@
+"""Tiles of columns that are others', rows behind padding, codes of one GEMM, roundings and sums of parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from mxfp4ref import MoeCall, forward
+from mxfp4ref.conformance.families.engine import prepared
+from mxfp4ref.conformance.families.hearing import Failure, refuted
+from mxfp4ref.conformance.families.hypotheses.code_parts import code_part_hypotheses
+from mxfp4ref.conformance.families.hypotheses.columns_of_tiles import tile_column_hypotheses
+from mxfp4ref.conformance.families.hypotheses.orders_of_k import order_hypotheses, repeat_hypotheses
+from mxfp4ref.conformance.families.hypotheses.outputs import output_hypotheses
+from mxfp4ref.conformance.families.hypotheses.regions import row_hypotheses
+from mxfp4ref.conformance.families.hypotheses.roundings import rounding_hypotheses
+from mxfp4ref.conformance.families.hypotheses.tensors import layout_hypotheses
+from mxfp4ref.conformance.families.hypothesis import Hypothesis
+from mxfp4ref.conformance.families.search import Search
+from mxfp4ref.conformance.families.telling import told
+from mxfp4ref.sm90 import fp32
+from mxfp4ref.sm90.fp32 import to_bf16, widen
+from tests.held_out_kernels.by_hand import Rows, layer, with_experts
+from tests.held_out_kernels.calls import captured
+from tests.held_out_kernels.formulas_and_tiles import input_normalised_again
+from tests.held_out_kernels.second_draw_engines import second_padded_before_the_cut
+from tests.held_out_kernels.second_draw_kernels import (
+    second_gate_from_the_accumulators,
+    second_partial_sums_cleared_by_the_tile,
+    second_split_tiles_meet_in_bf16,
+    second_up_overwritten_by_the_gate,
+)
+from tests.helpers.usual import first
+
+
+def last_tile_stale(call: MoeCall) -> Tensor:
+    def x(rows: Rows, given: Tensor) -> Tensor:
+        return torch.cat((given[:, :-64], given[:, -192:-128]), 1)
+
+    return layer(call, x=x)
+
+
+def fourth_tile(call: MoeCall) -> Tensor:
+    def fc1(rows: Rows, acc: Tensor) -> Tensor:
+        tiles = acc.unflatten(-1, (-1, 32)).clone()
+        tiles[:, 3::4] = tiles[:, 2::4]
+        return to_bf16(tiles.flatten(-2))
+
+    return layer(call, fc1=fc1)
+
+
+def nibbles_of_fc2(call: MoeCall) -> Tensor:
+    codes = call.experts.fc2_weights
+    return forward(with_experts(call, fc2_weights=codes << 4 | codes >> 4))
+
+
+def of_the_other_half(call: MoeCall) -> Iterator[Hypothesis]:
+    """Few of many."""
+    return (h for h in row_hypotheses(call) if "the other half" in h.words)
+
+
+KERNELS: list[tuple[Callable[[MoeCall], Tensor], Callable[[MoeCall], Iterable[Hypothesis]], str, str]] = [
+    (last_tile_stale, tile_column_hypotheses, "input", "the last tile of 64 columns is the one 2 before"),
+    (nibbles_of_fc2, code_part_hypotheses, "fc2", "GEMM2's codes are exchanged in each byte"),
+    (fourth_tile, tile_column_hypotheses, "fc1", "every fourth tile of 32 columns is the one before"),
+    (input_normalised_again, output_hypotheses, "input", "divided by its root mean square"),
+    (
+        second_gate_from_the_accumulators,
+        rounding_hypotheses,
+        "fc1",
+        "the gate half of GEMM1's output alone is kept",
+    ),
+    (second_up_overwritten_by_the_gate, of_the_other_half, "fc1", "up half are those of the other half"),
+    (second_padded_before_the_cut, layout_hypotheses, "fc1", "64 further on, as behind padding"),
+    (
+        second_split_tiles_meet_in_bf16,
+        order_hypotheses,
+        "fc2",
+        "stored in bf16 before they are added, in the last 64 columns",
+    ),
+    (second_partial_sums_cleared_by_the_tile, repeat_hypotheses, "fc1", "sums are not cleared by K group"),
+]
+
+
+@pytest.mark.parametrize(("kernel", "every", "stage", "words"), first(4, KERNELS))
+def test_changes_that_no_list_had(
+    kernel: Callable[[MoeCall], Tensor],
+    every: Callable[[MoeCall], Iterable[Hypothesis]],
+    stage: str,
+    words: str,
+) -> None:
+    call = captured("prefill")
+    search = Search(prepared(call), kernel(call), forward(call), 1e300)
+    found = search.run(every(call)) or search.almost()
+    finding = told(sorted(found, key=lambda match: match.hypothesis.cost), [], [call])
+    assert words in finding.sentence
+    assert stage in finding.stages
+
+
+def test_what_makes_other_cases_worse_is_refuted() -> None:
+    """A change that fits one case by chance takes others further from what came out; one of two mistakes does not."""
+    calls = [prepared(captured(name)) for name in ("odd_tokens", "prefill")]
+    want = [pipeline.run() for pipeline in calls]
+
+    def halved(t: Tensor) -> Tensor:
+        return to_bf16(fp32.mul(widen(t), torch.full(t.shape, 0.5)))
+
+    moved = Hypothesis(
+        "output", ("finalize",), "moved", lambda p: p.then(lambda t: t.roll(32, 1)), of_output=None
+    )
+    one = Hypothesis("output", ("finalize",), "halved", lambda p: p.then(halved))
+    both = [Failure(str(i), p, halved(w).abs(), w) for i, (p, w) in enumerate(zip(calls, want, strict=True))]
+    assert refuted((moved,), both)
+    assert not refuted((one,), both)
+    assert not refuted((moved, one), both)
+    assert not refuted((), both)
