@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
 from torch import Tensor
 
 from mxfp4ref import MoeCall, forward
+from mxfp4ref.conformance import differing
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.hearing import Failure, refuted
 from mxfp4ref.conformance.families.hypotheses.code_parts import code_part_hypotheses
 from mxfp4ref.conformance.families.hypotheses.columns_of_tiles import tile_column_hypotheses
+from mxfp4ref.conformance.families.hypotheses.decodings import CODE_TABLES
 from mxfp4ref.conformance.families.hypotheses.orders_of_k import order_hypotheses, repeat_hypotheses
 from mxfp4ref.conformance.families.hypotheses.outputs import output_hypotheses
-from mxfp4ref.conformance.families.hypotheses.regions import row_hypotheses
+from mxfp4ref.conformance.families.hypotheses.regions import half_hypotheses
 from mxfp4ref.conformance.families.hypotheses.roundings import rounding_hypotheses
 from mxfp4ref.conformance.families.hypotheses.tensors import layout_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
 from mxfp4ref.conformance.families.search import Search
+from mxfp4ref.conformance.families.solved.code_tables import code_table_hypotheses
 from mxfp4ref.conformance.families.telling import told
+from mxfp4ref.defects.variants.gemm import GemmVariant
+from mxfp4ref.formats.mxfp4 import E2M1_VALUES
 from mxfp4ref.sm90 import fp32
 from mxfp4ref.sm90.fp32 import to_bf16, widen
 from tests.held_out_kernels.by_hand import Rows, layer, with_experts
@@ -57,11 +62,6 @@ def nibbles_of_fc2(call: MoeCall) -> Tensor:
     return forward(with_experts(call, fc2_weights=codes << 4 | codes >> 4))
 
 
-def of_the_other_half(call: MoeCall) -> Iterator[Hypothesis]:
-    """Few of many."""
-    return (h for h in row_hypotheses(call) if "the other half" in h.words)
-
-
 KERNELS: list[tuple[Callable[[MoeCall], Tensor], Callable[[MoeCall], Iterable[Hypothesis]], str, str]] = [
     (last_tile_stale, tile_column_hypotheses, "input", "the last tile of 64 columns is the one 2 before"),
     (nibbles_of_fc2, code_part_hypotheses, "fc2", "GEMM2's codes are exchanged in each byte"),
@@ -73,7 +73,7 @@ KERNELS: list[tuple[Callable[[MoeCall], Tensor], Callable[[MoeCall], Iterable[Hy
         "fc1",
         "the gate half of GEMM1's output alone is kept",
     ),
-    (second_up_overwritten_by_the_gate, of_the_other_half, "fc1", "up half are those of the other half"),
+    (second_up_overwritten_by_the_gate, half_hypotheses, "fc1", "up half are those of the other half"),
     (second_padded_before_the_cut, layout_hypotheses, "fc1", "64 further on, as behind padding"),
     (
         second_split_tiles_meet_in_bf16,
@@ -98,6 +98,30 @@ def test_changes_that_no_list_had(
     finding = told(sorted(found, key=lambda match: match.hypothesis.cost), [], [call])
     assert words in finding.sentence
     assert stage in finding.stages
+
+
+@pytest.mark.parametrize("fc", first(1, ["fc1", "fc2"]))
+def test_any_table_of_codes_is_solved(fc: str) -> None:
+    """From all errors together, in the exact arithmetic: by its name, or by its numbers."""
+    pipeline = prepared(captured("odd_tokens"))
+    negative = [-1.5 * value for value in E2M1_VALUES[:8]]
+    for table, words in (
+        (
+            list(CODE_TABLES["int4 (two's complement)"]),
+            "codes are read as int4 (two's complement): 0.5 as 1, 1 as 2,",
+        ),
+        (
+            [*E2M1_VALUES[:8], *negative],
+            "weights are decoded by another table of codes: -0.5 as -0.75, -1 as -1.5,",
+        ),
+    ):
+        values = torch.tensor(table, dtype=torch.float64)
+        gemm = GemmVariant(decode_codes=lambda codes, values=values: values[codes])
+        got = pipeline.staging(**{f"{fc}_gemm": gemm}).run()
+        found = list(code_table_hypotheses(pipeline, got, differing(got, pipeline.run())))
+        assert any(h.words.startswith(f"GEMM{fc[-1]}'s {words}") and h.predicts(pipeline, got) for h in found)
+    got = pipeline.then(lambda t: t.roll(1, 1)).run()
+    assert not list(code_table_hypotheses(pipeline, got, differing(got, pipeline.run())))
 
 
 def test_what_makes_other_cases_worse_is_refuted() -> None:

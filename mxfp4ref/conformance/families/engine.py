@@ -38,12 +38,18 @@ from mxfp4ref.conformance.families.hypotheses.permuted import permuted_hypothese
 from mxfp4ref.conformance.families.hypotheses.preparations import preparation_hypotheses
 from mxfp4ref.conformance.families.hypotheses.prepared_weights import prepared_weight_hypotheses
 from mxfp4ref.conformance.families.hypotheses.quantised import quantised_hypotheses
-from mxfp4ref.conformance.families.hypotheses.regions import k_hypotheses, row_hypotheses, rows_at
+from mxfp4ref.conformance.families.hypotheses.regions import (
+    half_hypotheses,
+    k_hypotheses,
+    row_hypotheses,
+    rows_at,
+)
 from mxfp4ref.conformance.families.hypotheses.roundings import rounding_hypotheses
 from mxfp4ref.conformance.families.hypotheses.tensors import layout_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline
 from mxfp4ref.conformance.families.named import named_hypotheses
 from mxfp4ref.conformance.families.search import SURELY, Match, Search
+from mxfp4ref.conformance.families.solved.code_tables import code_table_hypotheses
 from mxfp4ref.conformance.families.solved.lost_rows import none_right
 from mxfp4ref.conformance.families.solved.skipped_slots import skipped_hypotheses
 from mxfp4ref.conformance.families.solved.solved_constants import constant_hypotheses
@@ -229,6 +235,8 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
     only = _stages_left(evidence)  # which may be more by now
     if not is_heavy(call):
         yield wanted(guarded_each(constant_hypotheses, search.pipeline, *given[1:]))
+        if not small and (not only or only & {"fc1", "fc2"}):
+            yield wanted(guarded_each(code_table_hypotheses, search.pipeline, *given[1:]))
     slow = chain(wanted(of(unless_gross(order_hypotheses))), wanted(of(named_hypotheses), slow=True))
     small |= any(e.rounding for e in evidence)
     if small:
@@ -240,6 +248,7 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
             repeat_hypotheses,
             inner_hypotheses,
             tile_column_hypotheses,
+            half_hypotheses,
             matrix_readings,
             prepared_weight_hypotheses,
             preparation_hypotheses,
