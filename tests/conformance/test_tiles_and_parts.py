@@ -120,6 +120,14 @@ def test_any_table_of_codes_is_solved(fc: str) -> None:
         got = pipeline.staging(**{f"{fc}_gemm": gemm}).run()
         found = list(code_table_hypotheses(pipeline, got, differing(got, pipeline.run())))
         assert any(h.words.startswith(f"GEMM{fc[-1]}'s {words}") and h.predicts(pipeline, got) for h in found)
+    scaled = to_bf16(widen(pipeline.call.input) * 1.5)
+    got = pipeline.calling(input=scaled).run()
+    found = list(code_table_hypotheses(pipeline, got, differing(got, pipeline.run())))
+    assert all("table" not in h.words for h in found if "fc1" in h.stages), "a factor shows none"
+    assert any(
+        h.words.startswith("a factor of 1.5 too many on GEMM1's weights or scales, on the input")
+        for h in found
+    )
     got = pipeline.then(lambda t: t.roll(1, 1)).run()
     assert not list(code_table_hypotheses(pipeline, got, differing(got, pipeline.run())))
 

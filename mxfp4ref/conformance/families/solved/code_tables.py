@@ -109,11 +109,9 @@ def code_table_hypotheses(pipeline: Pipeline, got: Tensor, wrong: Tensor) -> Ite
         if (known := _known(solved)) is not None:
             yield _told(fc, *known)
         coarse, fine = (_rounded(solved, *within) for within in _ROUND_WITHIN)
-        tables = (
-            [coarse]
-            if torch.equal(coarse, fine) or rows.equal(coarse) == 1
-            else [coarse, _refined(rows, fine)]
-        )
+        tables = [coarse]
+        if _factor(coarse) is None and not torch.equal(coarse, fine) and rows.equal(coarse) < 1:
+            tables.append(_refined(rows, fine))
         yield from (_told(fc, table) for table in tables if bool((table != _RIGHT).any()))
 
 
@@ -180,14 +178,25 @@ def _known(solved: _Solved) -> tuple[Tensor, str] | None:
     return None
 
 
+def _factor(table: Tensor) -> float | None:
+    """By which all entries are larger than the right ones, if it is one."""
+    factors = torch.unique(table[_RIGHT != 0] / _RIGHT[_RIGHT != 0])
+    return float(factors) if len(factors) == 1 else None
+
+
 def _told(fc: str, table: Tensor, name: str = "") -> Hypothesis:
+    gemm = _exact(table)
     others = [
         f"{'-' * (code == 8)}{E2M1_VALUES[code]:g} as {float(table[code]):.6g}".replace("--", "-")
         for code in range(16)
         if table[code] != _RIGHT[code]
     ]
+    if (factor := _factor(table)) is not None:  # so may GEMM1's result be, or its operand
+        operand, stage = ("the input", "input") if fc == "fc1" else ("the activation", "activation")
+        where = f"GEMM{fc[-1]}'s weights or scales, on {operand}, or on its result"
+        words = f"a factor of {factor:.6g} too many on {where}"
+        return Hypothesis("factor", (fc, stage), words, lambda p: p.staging(**{f"{fc}_gemm": gemm}), 1.5)
     how = f"codes are read as {name}" if name else "weights are decoded by another table of codes"
-    gemm = _exact(table)
     return Hypothesis(
         "values",
         (fc,),
