@@ -15,6 +15,7 @@ from mxfp4ref.conformance.families.hearing import Failure, refuted
 from mxfp4ref.conformance.families.hypotheses.code_parts import code_part_hypotheses
 from mxfp4ref.conformance.families.hypotheses.columns_of_tiles import tile_column_hypotheses
 from mxfp4ref.conformance.families.hypotheses.decodings import CODE_TABLES
+from mxfp4ref.conformance.families.hypotheses.memory_readings import matrix_readings
 from mxfp4ref.conformance.families.hypotheses.orders_of_k import order_hypotheses, repeat_hypotheses
 from mxfp4ref.conformance.families.hypotheses.outputs import output_hypotheses
 from mxfp4ref.conformance.families.hypotheses.regions import half_hypotheses
@@ -31,6 +32,7 @@ from mxfp4ref.sm90.fp32 import to_bf16, widen
 from tests.held_out_kernels.by_hand import Rows, layer, with_experts
 from tests.held_out_kernels.calls import captured
 from tests.held_out_kernels.formulas_and_tiles import input_normalised_again
+from tests.held_out_kernels.november_kernels import november_a_scale_for_each_sixteen
 from tests.held_out_kernels.second_draw_engines import second_padded_before_the_cut
 from tests.held_out_kernels.second_draw_kernels import (
     second_gate_from_the_accumulators,
@@ -81,6 +83,7 @@ KERNELS: list[tuple[Callable[[MoeCall], Tensor], Callable[[MoeCall], Iterable[Hy
         "fc2",
         "stored in bf16 before they are added, in the last 64 columns",
     ),
+    (november_a_scale_for_each_sixteen, matrix_readings, "fc1", "as NVFP4 has them"),
     (second_partial_sums_cleared_by_the_tile, repeat_hypotheses, "fc1", "sums are not cleared by K group"),
 ]
 
