@@ -15,7 +15,8 @@ from mxfp4ref.conformance.diagnosis import Diagnosis, Finding, Located, Predicti
 from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.hearing import Failure
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN, Hypothesis, Pipeline
-from mxfp4ref.conformance.families.jury import Verdict, judge, narrowed
+from mxfp4ref.conformance.families.jury import judge
+from mxfp4ref.conformance.families.verdict import Verdict, narrowed
 from mxfp4ref.conformance.findings.agreement import agreed, name_defects, unrefuted, with_one_case
 from mxfp4ref.conformance.findings.exposed import with_exposed
 from mxfp4ref.conformance.findings.finding import added, counted, of_specials
@@ -211,9 +212,7 @@ class Failing:
         special = [case for case, one in self._failures.items() if one.special]
         aside = {*special, *(case for case, one in self._failures.items() if one.nan_bits)}
         together = {
-            case: one.failed
-            for case, one in self._failures.items()
-            if one.failed.together and case not in aside
+            case: one for case, one in self._failures.items() if one.failed.together and case not in aside
         }
         found = Verdict(Finding(), (), {})
         names: tuple[str, ...] = ()
@@ -234,7 +233,7 @@ class Failing:
         if special and len(special) == len(outside):
             return Found(tuple(results), defects, of_specials(special, agreed(telling)))
         finding = unrefuted(_strongest(found.finding, telling), [one.finding for one in telling])
-        finding = with_one_case(finding, outside)
+        finding = with_one_case(finding, outside, found.refuted)
         calls = (self._failures[case].failed for case in outside if case in self._failures)
         finding = with_exposed(finding, ((f.run.inputs, f.outputs) for f in calls if f.kind == "moe"))
         if not all_aside and (others := len(aside - set(special))) and finding.sentence:
@@ -251,7 +250,7 @@ class Failing:
         return again if again.diagnosis is not None and again.diagnosis.exact else result
 
     def _judged(
-        self, together: Mapping[str, Failed], results: list[CaseResult], goldens: Goldens | None
+        self, together: Mapping[str, _Failure], results: list[CaseResult], goldens: Goldens | None
     ) -> Verdict:
         """What they come to; where some lie within bounds and some do not, what the latter come to."""
         within = {r.case for r in results if r.within_bounds}
@@ -271,7 +270,7 @@ class Failing:
                 again = self._failures[result.case].looked_at(result, suspects, "quick", _SUSPECTS_SECONDS)
                 results[i] = again if _predicting(again) else result
         predicted = [_predicting(r) for r in results if r.case in within]
-        found = narrowed(found, predicted, [one.run.inputs for one in together.values()])
+        found = narrowed(found, predicted, [one.failed.run.inputs for one in together.values()])
         if all(words.intersection(found.finding.hypotheses) for words in predicted):
             return found
         return replace(found, hypotheses=(), finding=_of_some(found.finding, len(outside)))
@@ -308,18 +307,18 @@ def _strongest(judged: Finding, telling: list[Diagnosis]) -> Finding:
 
 
 def _judged(
-    failures: Mapping[str, Failed],
+    failures: Mapping[str, _Failure],
     results: list[CaseResult],
     goldens: Goldens | None,
     known: Collection[str],
 ) -> Verdict:
     """What the calls that are diagnosed together come to."""
     wrong = []
-    for case, failed in failures.items():
+    for case, one in failures.items():
+        failed, found = one.failed, () if one.located is None else tuple(one.located.found)
         got, want = failed.outputs["output"].cpu(), failed.run.expected["output"].cpu()
-        outside = failed.outside if failed.outside is None or bool(failed.outside.any()) else None
-        outside = None if outside is None else outside.cpu()
-        wrong.append(Failure(case, prepared(failed.run.inputs), got, want, outside))
+        outside = None if (some := failed.outside) is None or not bool(some.any()) else some.cpu()
+        wrong.append(Failure(case, prepared(failed.run.inputs), got, want, outside, found))
     right = [r.case for r in results if r.status == "equal" and r.kind == "moe"]
 
     def passing() -> Iterator[tuple[Pipeline, Tensor]]:

@@ -140,6 +140,7 @@ def test_a_case_explained_by_itself_comes_before_what_is_read_off_another_one(pl
     assert int((plain.bins > 0).sum()) > 40
     words = f"a/case by itself shows in every bit: {alone.sentence}"
     assert with_one_case(causes, cases) == with_one_case(Finding(), cases) == Finding(("fc1",), words)
+    assert with_one_case(causes, cases, lambda case: case == "a/case") == causes, "others refute it"
     elsewhere = replace(causes, stages=("finalize",))
     assert with_one_case(elsewhere, cases) == replace(elsewhere, sentence=f"{causes.sentence}; {words}")
     for finding in (causes, replace(causes, cases=(1, 2)), replace(causes, exact=True)):

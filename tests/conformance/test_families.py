@@ -208,7 +208,9 @@ def test_rows_that_begin_with_what_gemm2_gave_for_others() -> None:
         return fp32.to_bf16(before)
 
     found = diagnose("moe", CALL, {"output": layer(CALL, fc2=fc2)}, {"output": EXPECTED}).finding
-    assert found.sentence.startswith("rows have, beside their own, what GEMM2 gives for another row")
+    assert found.sentence.startswith(
+        "rows have, added to their own as by sums not cleared, what GEMM2 gives for another row"
+    )
     assert "always the row 4 before it" in found.sentence
     assert found.stages == ("fc2", "finalize")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from mxfp4ref.conformance.families.hearing import Failure, Heard, hear
 from mxfp4ref.conformance.families.hypotheses.activations import activation_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, roughly
 from mxfp4ref.conformance.families.jury import _hear_all, _of_most, _of_some, _worth_hearing
-from mxfp4ref.conformance.families.search import Match
+from mxfp4ref.conformance.families.search import Match, Search
+from mxfp4ref.conformance.families.soon import for_a_share
 from mxfp4ref.conformance.families.telling import told
 from mxfp4ref.conformance.findings.agreement import agreed
 from mxfp4ref.conformance.findings.finding import UNKNOWN, Evidence, Finding
@@ -193,3 +195,31 @@ def test_a_plain_case_is_searched_where_no_other_is_explained(monkeypatch: pytes
     verdict = jury.judge([*noise, failure(ONE)], lambda: [], seconds=0.0)
     assert verdict.by_case[ONE].exact
     assert verdict.by_case[ONE].sentence.startswith("in the activation the sigmoid takes e^x")
+
+
+def test_of_evidence_that_agrees_the_strongest_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most cases prove no more than a stage, one of them shows which rows."""
+    weak, strong = (
+        Evidence(("fc1", "input"), "GEMM1 is wrong", 2),
+        Evidence(("fc1", "activation"), "in rows 3", 3),
+    )
+    said_of = iter([[weak], [weak], [strong]])
+    for name, value in (
+        ("_SEARCHED", 0),
+        ("plain_one", lambda _: None),
+        ("gather", lambda *_: next(said_of)),
+        ("look_closer", lambda *given: given[-1]),
+    ):
+        monkeypatch.setattr(jury, name, value)
+    some = [replace(of_another_kind(), case=str(number)) for number in range(3)]
+    finding = jury.judge(some, lambda: [], seconds=0.0).finding
+    assert finding.sentence.startswith("in rows 3 (")
+    assert finding.stages == ("fc1", "input")
+
+
+def test_a_share_of_the_time_leaves_the_rest_for_later() -> None:
+    search = cast(Search, SimpleNamespace(clock=iter(range(99)).__next__, until=20))
+    every = iter([match().hypothesis] * 20)
+    some = list(for_a_share(search, every, 0.25))
+    assert len(some) == 4
+    assert len(list(every)) == 20 - len(some)

@@ -41,7 +41,8 @@ _FAMILIES = (
     Family(
         "rows",
         "rows of a GEMM's weights, scales or bias in another order: shifted, swapped or reversed by 1 to 128, "
-        "interleaved, transposed, in tiles or shards, in another kernel's layout; of up and gate together or of one",
+        "interleaved, transposed, in tiles or shards, behind padding, in another kernel's layout; of up and gate "
+        "together or of one",
         (
             *("gate_up_swapped", "gate_up_interleaved", "scales_not_swapped", "biases_not_swapped"),
             "ungated_halves_swapped",
@@ -51,7 +52,7 @@ _FAMILIES = (
     ),
     Family(
         "K groups",
-        "K groups of 32, or bytes within them, in another order; stale tiles of K",
+        "K groups of 32, or codes within them, in another order; stale tiles of K",
         ("scale_off_by_one_group", "nibble_order", "nibble_split"),
     ),
     Family(
@@ -71,7 +72,7 @@ _FAMILIES = (
         "part of K",
         "some of K left out, rescaled, or another expert's: the tail, one group, one tile, every second group",
     ),
-    Family("some rows", "some rows of fc1 left out, rescaled, or another row's or expert's"),
+    Family("some rows", "some rows of fc1 left out, rescaled, or another row's, half's or expert's"),
     Family(
         "ids",
         "slots computed by another expert: the next one, ids modulo n, a neighbouring slot's or token's",
@@ -128,16 +129,16 @@ _FAMILIES = (
     Family(
         "output",
         "rows or columns of the output at another place, rotated, zero, stale or added up, or added onto the input; "
-        "rows that are not written and keep the input; NaN and infinities replaced",
+        "rows that are not written and keep the input; normalised again; NaN and infinities replaced",
         ("nan_as_7fc0", "nan_as_ffc0", "minus_zero_kept"),
     ),
     Family(
         "input",
-        "rows or columns of the input at another place or pitch, rotated, zero, stale or added up; NaN and "
-        "infinities replaced",
+        "rows or columns of the input at another place or pitch, in tiles, rotated, zero, stale or added up; "
+        "normalised again; NaN and infinities replaced",
     ),
-    Family("GEMM1's output", "columns of GEMM1's output at another place"),
-    Family("GEMM2's input", "columns of the activation at another place, or rotated"),
+    Family("GEMM1's output", "columns of GEMM1's output, or tiles of them, at another place"),
+    Family("GEMM2's input", "columns of the activation, or tiles of them, at another place, or rotated"),
     Family(
         "GEMM2's output", "columns of GEMM2's output at another place, or added to those of the tile after"
     ),
@@ -152,7 +153,7 @@ _FAMILIES = (
     Family(
         "rounding",
         "cut instead of rounded, by way of float16, float8, tf32 or some bits of mantissa, ties away, at each "
-        "place where a number is rounded, one rounding more or less",
+        "place where a number is rounded, of up or gate alone, one rounding more or less",
         (
             *("gemm1_kept_fp32", "act_kept_fp32", "gemm2_kept_fp32", "fc1_truncated", "activation_truncated"),
             *("fc2_truncated", "output_truncated", "round_half_away", "bf16_saturates", "activation_fp16"),
@@ -160,7 +161,8 @@ _FAMILIES = (
         ),
     ),
     Family(
-        "order of sums", "K in n parts, interleaved, as a tree, descending, partial sums in bf16 or float16"
+        "order of sums",
+        "K in n parts, interleaved, as a tree, descending, partial sums in bf16 or float16, or not cleared",
     ),
     Family(
         "tiles",

@@ -22,6 +22,7 @@ from mxfp4ref.conformance.families.blank import (
 from mxfp4ref.conformance.families.by_place import hypotheses_by_place
 from mxfp4ref.conformance.families.evidence import gather, look_closer
 from mxfp4ref.conformance.families.hypotheses.code_parts import code_part_hypotheses, small_weight_hypotheses
+from mxfp4ref.conformance.families.hypotheses.columns_of_tiles import tile_column_hypotheses
 from mxfp4ref.conformance.families.hypotheses.decodings import decoding_hypotheses, table_hypotheses
 from mxfp4ref.conformance.families.hypotheses.fragment_maps import fragment_map_hypotheses, swizzled_weights
 from mxfp4ref.conformance.families.hypotheses.fragments import fragment_hypotheses
@@ -37,12 +38,18 @@ from mxfp4ref.conformance.families.hypotheses.permuted import permuted_hypothese
 from mxfp4ref.conformance.families.hypotheses.preparations import preparation_hypotheses
 from mxfp4ref.conformance.families.hypotheses.prepared_weights import prepared_weight_hypotheses
 from mxfp4ref.conformance.families.hypotheses.quantised import quantised_hypotheses
-from mxfp4ref.conformance.families.hypotheses.regions import k_hypotheses, row_hypotheses, rows_at
+from mxfp4ref.conformance.families.hypotheses.regions import (
+    half_hypotheses,
+    k_hypotheses,
+    row_hypotheses,
+    rows_at,
+)
 from mxfp4ref.conformance.families.hypotheses.roundings import rounding_hypotheses
 from mxfp4ref.conformance.families.hypotheses.tensors import layout_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline
 from mxfp4ref.conformance.families.named import named_hypotheses
 from mxfp4ref.conformance.families.search import SURELY, Match, Search
+from mxfp4ref.conformance.families.solved.code_tables import code_table_hypotheses
 from mxfp4ref.conformance.families.solved.lost_rows import none_right
 from mxfp4ref.conformance.families.solved.skipped_slots import skipped_hypotheses
 from mxfp4ref.conformance.families.solved.solved_constants import constant_hypotheses
@@ -50,7 +57,7 @@ from mxfp4ref.conformance.families.solved.taken_rows import taken_hypotheses
 from mxfp4ref.conformance.families.solved.uniform_factors import clamps, uniform_factors
 from mxfp4ref.conformance.families.solved.weight_rules import weight_rules
 from mxfp4ref.conformance.families.solved.whose import whose_hypotheses
-from mxfp4ref.conformance.families.soon import is_gross, is_small, soon
+from mxfp4ref.conformance.families.soon import for_a_share, is_gross, is_small, soon
 from mxfp4ref.conformance.families.telling import told
 from mxfp4ref.conformance.families.twos import SIMPLE, either_of_two, nearest_of_two, second_of_two
 from mxfp4ref.conformance.findings.finding import Evidence
@@ -61,6 +68,7 @@ from mxfp4ref.model.call import MoeCall
 __all__ = ["Result", "investigate", "nameless"]
 
 _FOR_ALMOST = 3.0  # seconds
+_FOR_ORDERS = 0.25  # of the time that is left, before the long lists
 _WEIGHTS = FAMILIES["routing weights"]
 _WHOSE = ("another expert's", "ids", "ranks")  # families that may have the rule of a table of experts
 _Generator = Callable[[MoeCall], Iterable[Hypothesis]]
@@ -227,14 +235,20 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
     only = _stages_left(evidence)  # which may be more by now
     if not is_heavy(call):
         yield wanted(guarded_each(constant_hypotheses, search.pipeline, *given[1:]))
+        if not small and (not only or only & {"fc1", "fc2"}):
+            yield wanted(guarded_each(code_table_hypotheses, search.pipeline, *given[1:]))
     slow = chain(wanted(of(unless_gross(order_hypotheses))), wanted(of(named_hypotheses), slow=True))
     small |= any(e.rounding for e in evidence)
     if small:
         yield slow
+    elif not is_heavy(call):  # roundings of a coarse format look like more than that
+        yield for_a_share(search, slow, _FOR_ORDERS)
     yield wanted(  # what explains most per second, by the held-out kernels
         of(
             repeat_hypotheses,
             inner_hypotheses,
+            tile_column_hypotheses,
+            half_hypotheses,
             matrix_readings,
             prepared_weight_hypotheses,
             preparation_hypotheses,

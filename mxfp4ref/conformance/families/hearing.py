@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.families.batches import one_thread
-from mxfp4ref.conformance.families.hypothesis import Pipeline
+from mxfp4ref.conformance.families.distances import angle_between, ulps_apart
+from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline
 from mxfp4ref.conformance.families.search import Match
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["Failure", "Heard", "Kind", "hear", "kind_of"]
+__all__ = ["Failure", "Heard", "Kind", "hear", "kind_of", "refuted"]
 
 _TELLING = 11  # cases, the most telling ones, after which what predicts one alone is heard no further
+_SIMPLEST = 4  # of those that predict the same
 _SUPPORTED = 0.5  # of the elements that are wrong, or would be, in a case of a kind
 Kind = tuple[object, ...]
 
@@ -28,6 +31,7 @@ class Failure:
         pipeline: the right one, as `engine.prepared` makes it.
         got, want: `[M, H] bf16`.
         outside: `[M, H] bool`, in mode bounded, where it leaves its bounds.
+        found: what predicts every bit of it, by a quick look.
     """
 
     case: str
@@ -35,6 +39,7 @@ class Failure:
     got: Tensor
     want: Tensor
     outside: Tensor | None = None
+    found: tuple[Hypothesis, ...] = ()
 
 
 @dataclass
@@ -94,6 +99,30 @@ def hear(match: Match, failures: list[Failure]) -> Heard:
                 heard.all_heard = index == len(failures) - 1
                 break
     return heard
+
+
+def refuted(hypotheses: Sequence[Hypothesis], failures: list[Failure]) -> bool:
+    """Whether each of those that predict every bit of some case makes more of the others worse than better.
+
+    What is one of two mistakes brings others nearer to what came out, if it shows in them at all.
+    """
+    with one_thread():
+        return bool(hypotheses) and all(_worsens(h, failures) for h in hypotheses[:_SIMPLEST])
+
+
+def _worsens(hypothesis: Hypothesis, failures: list[Failure]) -> bool:
+    nearer, farther = 0, 0
+    for failure in failures[:_TELLING]:
+        output = hypothesis.run(failure.pipeline)
+        if output is None or not bool(differing(output, failure.want).any()):
+            continue
+        ulps, angles = (
+            [measure(one, failure.got) for one in (output, failure.want)]
+            for measure in (ulps_apart, angle_between)
+        )
+        better = ulps[0] < ulps[1] or angles[0] < angles[1]
+        nearer, farther = nearer + better, farther + (not better)
+    return farther > nearer
 
 
 def kind_of(call: MoeCall) -> Kind:

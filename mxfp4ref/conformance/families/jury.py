@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 
 from torch import Tensor
@@ -14,8 +14,8 @@ from mxfp4ref.conformance.families.batches import one_thread
 from mxfp4ref.conformance.families.blank import constant_alone, of_constant, wherever_from
 from mxfp4ref.conformance.families.engine import Result, nameless
 from mxfp4ref.conformance.families.evidence import gather, look_closer
-from mxfp4ref.conformance.families.hearing import Failure, Heard, Kind, hear, kind_of
-from mxfp4ref.conformance.families.hypothesis import Finding, Hypothesis, Pipeline, roughly
+from mxfp4ref.conformance.families.hearing import Failure, Heard, Kind, hear, kind_of, refuted
+from mxfp4ref.conformance.families.hypothesis import Finding, Pipeline, roughly
 from mxfp4ref.conformance.families.named import named_hypotheses
 from mxfp4ref.conformance.families.nan_bits import investigated
 from mxfp4ref.conformance.families.order_of_cases import different, next_case, plain_one, says_much, telling
@@ -23,12 +23,12 @@ from mxfp4ref.conformance.families.search import Match
 from mxfp4ref.conformance.families.solved.case_tables import tables_by_case
 from mxfp4ref.conformance.families.telling import told
 from mxfp4ref.conformance.families.twos import in_other_cases
+from mxfp4ref.conformance.families.verdict import Verdict
 from mxfp4ref.conformance.findings.finding import OTHERS, Evidence, added
 from mxfp4ref.conformance.findings.reduction import thread_clock
 from mxfp4ref.conformance.heartbeat import at_work
-from mxfp4ref.model.call import MoeCall
 
-__all__ = ["Verdict", "judge", "narrowed"]
+__all__ = ["judge"]
 
 _SEARCHED = 4  # cases that are searched by themselves
 _READ = 12  # whose evidence is read
@@ -38,21 +38,6 @@ _FOR_A_PLAIN_ONE = 10.0  # seconds, where none of those searched is explained
 _HEARD, _ROUGHLY = 24, 4  # hypotheses of a case that others are asked of: that predict every bit, or fewer
 _RARE = 8  # times as many cases are predicted as refute it
 _Passing = Callable[[], Iterable[tuple[Pipeline, Tensor]]]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What all failures say together.
-
-    Attributes:
-        finding: of the kernel.
-        hypotheses: those that predict every bit of every case, the simplest first.
-        by_case: what was found for cases by themselves.
-    """
-
-    finding: Finding
-    hypotheses: tuple[Hypothesis, ...]
-    by_case: dict[str, Finding]
 
 
 def judge(
@@ -83,16 +68,22 @@ def judge(
     by_case: dict[str, Finding] = {}
     seen: dict[str, Heard] = {}
     results: dict[str, Result] = {}
+
+    def look_at(failure: Failure, seconds: float, work: str, *, thorough: bool = True) -> Result:
+        how = {"seconds": seconds, "thorough": thorough, "outside": failure.outside}
+        with at_work(work, left):
+            result = investigated(failure.pipeline, failure.got, failure.want, **how)
+        by_case[failure.case] = result.finding
+        return result
+
     most = min(_SEARCHED, len(failures))
     for number in range(most):
         share = 0.6 * (until - thread_clock())
         if share < 0.6:
             break
         failure = next_case(failures, results, list(seen.values()))
-        how = {"seconds": share, "thorough": number < 2, "outside": failure.outside}
-        with at_work(f"{failure.case} ({number + 1} of {most})", left):
-            result = results[failure.case] = investigated(failure.pipeline, failure.got, failure.want, **how)
-        by_case[failure.case] = result.finding
+        work = f"{failure.case} ({number + 1} of {most})"
+        result = results[failure.case] = look_at(failure, share, work, thorough=number < 2)
         if len(results) == len(failures) and all(
             any(e.rounding for e in r.evidence) for r in results.values()
         ):
@@ -105,11 +96,8 @@ def judge(
         alone = plain_one(f for f in failures if f.case not in by_case)
     if alone is not None:
         start = thread_clock()
-        how = {"seconds": _FOR_A_PLAIN_ONE, "outside": alone.outside}
-        with at_work(alone.case, lambda: _FOR_A_PLAIN_ONE + left()):
-            result = investigated(alone.pipeline, alone.got, alone.want, **how)
+        result = look_at(alone, _FOR_A_PLAIN_ONE, alone.case)
         until += thread_clock() - start
-        by_case[alone.case] = result.finding
         _hear_all(result, seen, failures, until + _BEYOND)
         if verdict := _of_all(seen.values(), failures, passing):
             return verdict
@@ -117,23 +105,11 @@ def judge(
         best = max(seen.values(), key=lambda heard: len(heard.cases)).match.hypothesis
         if verdict := _of_all([hear(Match(h, True), failures) for h in best.variants], failures, passing):
             return verdict
+    exact = {f.case: f.found for f in failures}
+    exact |= {case: tuple(m.hypothesis for m in r.matches if m.exact) for case, r in results.items()}
     with at_work("what some of them show, and two mistakes at once", lambda: _FOR_A_SECOND + left()):
-        return _undecided(failures, passing, seen, results, by_case, until)
-
-
-def narrowed(verdict: Verdict, predicted: Collection[Collection[str]], calls: Iterable[MoeCall]) -> Verdict:
-    """With the hypotheses that predict other cases too; as it is where none does.
-
-    Args:
-        verdict: of some cases.
-        predicted: in words, what predicts every bit of each of the others.
-        calls: of all of them.
-    """
-    kept = [h for h in verdict.hypotheses if all(h.words in words for words in predicted)]
-    if not kept or len(kept) == len(verdict.hypotheses):
-        return verdict
-    finding = replace(told([Match(h, True) for h in kept], (), calls), exact=True, hedged=False)
-    return replace(verdict, finding=finding, hypotheses=tuple(kept))
+        undecided = _undecided(failures, passing, seen, results, by_case, until)
+    return replace(undecided, refuted=lambda case: refuted(exact.get(case, ()), failures))
 
 
 def _hear_all(result: Result, seen: dict[str, Heard], failures: list[Failure], until: float) -> None:
@@ -252,8 +228,11 @@ def _undecided(
         for one in proofs:
             votes[one.stages] += one.strength
         stages = max(votes, key=lambda s: votes[s])
-        first = max((one for one in proofs if one.stages == stages), key=lambda one: one.strength)
-        best = first.finding()
+        first = max(
+            (one for one in proofs if set(one.stages) & set(stages)),
+            key=lambda one: (one.strength, one.stages == stages),
+        )
+        best = replace(first.finding(), stages=stages)
         if len({one.sentence for one in proofs}) > 1:
             best = replace(best, sentence=f"{first.sentence} ({case_of[id(first)]})")
     else:

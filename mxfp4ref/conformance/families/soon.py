@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from itertools import chain, islice
 
@@ -9,12 +10,13 @@ from mxfp4ref.conformance.comparison import ulp_distance
 from mxfp4ref.conformance.families.beside_a_sum import beside_a_sum
 from mxfp4ref.conformance.families.hypotheses.orders_of_k import order_hypotheses
 from mxfp4ref.conformance.families.hypotheses.roundings import rounding_hypotheses
+from mxfp4ref.conformance.families.hypothesis import Hypothesis
 from mxfp4ref.conformance.families.likely_pairs import BEFORE_THE_SUM, likely_pairs
 from mxfp4ref.conformance.families.search import Match, Search
 from mxfp4ref.conformance.families.twos import either_of_two, nearest_of_two
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["is_gross", "is_small", "soon"]
+__all__ = ["for_a_share", "is_gross", "is_small", "soon"]
 
 _PAIRS = 4  # that are told
 _GROSS = 0.25  # of the right row: four times what FP8 makes of operands
@@ -43,6 +45,15 @@ def soon(search: Search, only: set[str]) -> list[Match]:
         return []
     with search.share(0.3):
         return nearest_of_two(search, every, most=1)
+
+
+def for_a_share(search: Search, hypotheses: Iterator[Hypothesis], part: float) -> Iterator[Hypothesis]:
+    """The first of these, as many as a part of the time that is left allows; the others stay where they are."""
+    until = search.clock() + part * (search.until - search.clock())
+    for one in hypotheses:
+        yield one
+        if search.clock() > until:
+            break
 
 
 def is_gross(search: Search) -> bool:

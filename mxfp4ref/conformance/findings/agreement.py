@@ -67,15 +67,20 @@ def agreed(diagnoses: Sequence[Diagnosis]) -> Finding:
     )
 
 
-def with_one_case(finding: Finding, diagnoses: Mapping[str, Diagnosis]) -> Finding:
+def with_one_case(
+    finding: Finding, diagnoses: Mapping[str, Diagnosis], refuted: Callable[[str], bool] = lambda case: False
+) -> Finding:
     """The finding; where no bits of several cases are predicted, with what predicts all those of one by itself.
 
-    What is read off other cases is left out where that may be the same: it names causes which this case refutes.
+    Not with what is `refuted` by the other cases. What is read off other cases is left out where that may be it:
+    it names causes which this case refutes.
     """
     plain = {case: d for case, d in diagnoses.items() if not _SPECIAL_VALUES.search(case)} or diagnoses
     amount = {case: int((d.bins > 0).sum()) for case, d in plain.items() if d.finding.exact}
-    case = max(amount, key=lambda case: amount[case], default="")
-    if finding.exact or finding.cases or amount.get(case, 0) < _LEAST:
+    if finding.exact or finding.cases:
+        return finding
+    likely = (case for case in sorted(amount, key=lambda c: -amount[c]) if amount[case] >= _LEAST)
+    if (case := next((case for case in likely if not refuted(case)), None)) is None:
         return finding
     alone = diagnoses[case].finding
     words = f"{case} by itself shows in every bit: {alone.sentence}"

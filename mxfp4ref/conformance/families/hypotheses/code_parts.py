@@ -9,11 +9,12 @@ from itertools import permutations, product
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.families.hypotheses.tensors import of_gemms
+from mxfp4ref.conformance.families.hypotheses.tensors import mapped, of_gemms
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, Pipeline
 from mxfp4ref.conformance.families.solved.tensor_groups import GEMMS
 from mxfp4ref.conformance.findings.reduction import is_heavy
 from mxfp4ref.defects.variants.gemm import GemmVariant
+from mxfp4ref.defects.weights import nibble_order, nibble_split
 from mxfp4ref.formats.mxfp4 import E2M1_VALUES, GROUP_SIZE, decode_ue8m0, pack_codes, unpack_codes
 from mxfp4ref.model.call import MoeCall
 
@@ -33,10 +34,28 @@ _Places = Callable[[Tensor], Tensor]  # the number of a code in its row, to that
 
 def code_part_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     """The sign, magnitude or all of each code taken from another of its byte or word, or lost in every n-th."""
+    yield from _in_another_order()
     for fcs, whose in GEMMS:
         for words, change, cost in _changes():
             both = _BOTH * (len(fcs) > 1)
             yield of_gemms("values", fcs, f"{whose} weights have {words}", "weights", change, cost + both)
+
+
+def _in_another_order() -> Iterator[Hypothesis]:
+    """Codes of one GEMM in an order that a named defect has in both; so may be what they are multiplied with."""
+    for fc, operand, stage in (("fc1", "the input's", "input"), ("fc2", "the activation's", "activation")):
+        for words, change, also in (
+            ("exchanged in each byte (nibbles swapped)", nibble_order, "in pairs (2i and 2i+1)"),
+            (
+                "split by nibbles in each K group (gguf's order)",
+                nibble_split,
+                "in each 32 (0, 16, 1, 17, ...)",
+            ),
+        ):
+            told = f"GEMM{fc[-1]}'s codes are {words}, or {operand} columns are in another order {also}"
+            yield Hypothesis(
+                "K groups", (fc, stage), told, mapped((f"{fc}_weights",), lambda _, t, c=change: c(t)), 0.95
+            )
 
 
 def _changes() -> Iterator[tuple[str, Callable[[Tensor], Tensor], float]]:

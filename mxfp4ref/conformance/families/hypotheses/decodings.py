@@ -15,7 +15,7 @@ from mxfp4ref.formats.mxfp4 import E2M1_VALUES, GROUP_SIZE, dequantize, unpack_c
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.sm90 import fp32
 
-__all__ = ["decoding_hypotheses", "readings", "table_hypotheses"]
+__all__ = ["CODE_TABLES", "decoding_hypotheses", "readings", "table_hypotheses"]
 
 _Values = Callable[[Tensor, Tensor], Tensor]  # of codes and scales
 
@@ -119,30 +119,32 @@ _NF4 = (
 _FP4 = (0.0, 0.0052083333, 0.6666667, 1.0, 0.3333333, 0.5, 0.1666667, 0.25)  # of bitsandbytes
 
 
+def _signed(*magnitudes: float) -> tuple[float, ...]:
+    return (*magnitudes, *(-m for m in magnitudes))
+
+
+CODE_TABLES = {
+    "int4 (two's complement)": tuple(float(c - 16 * (c > 7)) for c in range(16)),
+    "int4 with an offset of 8": tuple(float(c - 8) for c in range(16)),
+    "uint4": tuple(float(c) for c in range(16)),
+    "sign and magnitude": _signed(*map(float, range(8))),
+    "E3M0": _signed(0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0),
+    "E1M2": _signed(*(c / 4 for c in range(8))),
+    "E2M1 with exponents of another bias (1, 1.5, 2, 3, 4, 6, 8, 12 without subnormals)": _signed(
+        0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0
+    ),
+    "NF4": _NF4,
+    "NF4, signs last": (*_NF4[8:], *_NF4[:8]),
+    "FP4 of bitsandbytes": _signed(*_FP4),
+    "E2M1 over its largest value": _signed(*(v / 6 for v in E2M1_VALUES[:8])),
+    "E2M1 without subnormals (0.5 as 0.75)": _signed(0.0, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
+    "E2M1 with 6 as infinity's 8": _signed(0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0),
+}
+
+
 def _codes() -> Iterator[tuple[str, _Values]]:
     """The 16 codes in other formats of 4 bits."""
-
-    def signed(*magnitudes: float) -> tuple[float, ...]:
-        return (*magnitudes, *(-m for m in magnitudes))
-
-    tables = {
-        "int4 (two's complement)": tuple(float(c - 16 * (c > 7)) for c in range(16)),
-        "int4 with an offset of 8": tuple(float(c - 8) for c in range(16)),
-        "uint4": tuple(float(c) for c in range(16)),
-        "sign and magnitude": signed(*map(float, range(8))),
-        "E3M0": signed(0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0),
-        "E1M2": signed(*(c / 4 for c in range(8))),
-        "E2M1 with exponents of another bias (1, 1.5, 2, 3, 4, 6, 8, 12 without subnormals)": signed(
-            0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0
-        ),
-        "NF4": _NF4,
-        "NF4, signs last": (*_NF4[8:], *_NF4[:8]),
-        "FP4 of bitsandbytes": signed(*_FP4),
-        "E2M1 over its largest value": signed(*(v / 6 for v in E2M1_VALUES[:8])),
-        "E2M1 without subnormals (0.5 as 0.75)": signed(0.0, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
-        "E2M1 with 6 as infinity's 8": signed(0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0),
-    }
-    for name, table in tables.items():
+    for name, table in CODE_TABLES.items():
         yield f"codes are read as {name}", lambda p, s, t=table: _by_table(p, s, t)
 
 

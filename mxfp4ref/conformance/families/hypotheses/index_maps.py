@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["IndexMap", "block_maps", "expert_maps", "neighbour_maps", "shifted"]
+__all__ = ["IndexMap", "block_maps", "expert_maps", "neighbour_maps", "padded_maps", "shifted", "taken"]
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,30 @@ def block_maps(sizes: tuple[int, ...] = (4, 8, 16, 32, 64, 128)) -> Iterator[Ind
             (f"each block of {size} {{}}s with its halves swapped", _swap_inside(size), 1.8),
         )
         yield IndexMap(f"a {size}-wide transposition of the {{}}s", _transposed(size), 1.9)
+
+
+def padded_maps() -> Iterator[IndexMap]:
+    """Along rows or columns, shifted by so many, as by padding in between; -1 where nothing is left, see `taken`."""
+    for size in (8, 16, 32, 64, 128, 1, 2):
+        yield from _maps(
+            (
+                f"the {{}} {size} further on, as behind padding, and nothing in the last {size}",
+                lambda i, n, s=size: torch.where(i + s < n, i + s, -1),
+                1.5,
+            ),
+            (
+                f"the {{}} {size} before it, as behind padding, and nothing in the first {size}",
+                lambda i, n, s=size: torch.where(i >= s, i - s, -1),
+                1.5,
+            ),
+        )
+
+
+def taken(tensor: Tensor, dim: int, places: Tensor) -> Tensor:
+    """The places along a dimension, zeros where one is -1."""
+    places = places.to(tensor.device)
+    found = tensor.index_select(dim, places.clamp(min=0))
+    return found.index_fill(dim, (places < 0).nonzero().flatten(), 0)
 
 
 def _second_half(i: Tensor, n: int) -> Tensor:

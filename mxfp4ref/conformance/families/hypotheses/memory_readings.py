@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, permutations
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,8 +24,11 @@ from mxfp4ref.conformance.families.hypothesis import (
     slot_outputs,
 )
 from mxfp4ref.conformance.families.places import concerns_what_is_wrong
+from mxfp4ref.conformance.families.solved.tensor_groups import GEMMS
+from mxfp4ref.formats.mxfp4 import GROUP_SIZE
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import select_local
+from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
 
 __all__ = ["lying_at", "matrix_readings", "route_readings", "sought_at", "vector_readings"]
 
@@ -53,7 +57,42 @@ def vector_readings(call: MoeCall) -> Iterator[Hypothesis]:
 
 def matrix_readings(call: MoeCall) -> Iterator[Hypothesis]:
     """Of codes and scales."""
-    return _readings(call, matrices=True)
+    return chain(_readings(call, matrices=True), _scales_of_half_groups())
+
+
+def _scales_of_half_groups() -> Iterator[Hypothesis]:
+    """A scale for each 16 of K, as NVFP4 has one: twice as many as a row has."""
+    for fcs, whose in GEMMS:
+        for over, where in (
+            (True, "the second half of K has those of the next row"),
+            (False, "the second half of K has the row's own once more"),
+        ):
+            gemm = _by_half_groups(beyond=over)
+            yield Hypothesis(
+                "K groups",
+                fcs,
+                f"{whose} scales are read as one for each 16 of K, as NVFP4 has them: {where}",
+                lambda p, fcs=fcs, gemm=gemm: p.staging(**{f"{fc}_gemm": gemm for fc in fcs}),
+                1.2 + 0.2 * len(fcs),
+            )
+
+
+def _by_half_groups(*, beyond: bool) -> Callable[..., Tensor]:
+    """A GEMM in which each 16 of K are a group of their own, filled up with zeros."""
+
+    def gemm(x: Tensor, packed: Tensor, scales: Tensor, **how: Any) -> Tensor:
+        rows, groups = scales.shape[1:]
+        place = torch.arange(2 * groups, device=scales.device)
+        place = place if beyond else place % groups
+        at = (torch.arange(rows, device=scales.device)[:, None] * groups + place) % (rows * groups)
+        half = GROUP_SIZE // 2
+        wide, codes = (
+            torch.nn.functional.pad(t.reshape(*t.shape[:2], -1, size), (0, size)).flatten(2)
+            for t, size in ((x, half), (packed, half // 2))
+        )
+        return group_scaled_gemm(wide, codes, scales.flatten(1)[:, at], **how)
+
+    return gemm
 
 
 def _readings(call: MoeCall, *, matrices: bool) -> Iterator[Hypothesis]:

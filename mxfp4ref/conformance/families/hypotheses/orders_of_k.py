@@ -75,6 +75,16 @@ _WALKS: tuple[tuple[str, Callable[[int], list[int]], tuple[_Order, ...]], ...] =
 )
 
 
+def _stored(which: slice) -> Callable[[list[Tensor], _Round], Tensor]:
+    """Some of the parts' sums wait in memory as bf16 for the others; they are added in float32."""
+
+    def add(parts: list[Tensor], rounded: _Round) -> Tensor:
+        waiting = {*range(len(parts))[which]}
+        return in_turn([bf16(p) if i in waiting else p for i, p in enumerate(parts)], rounded)
+
+    return add
+
+
 def _from_the_last(parts: list[Tensor], rounded: _Round) -> Tensor:
     return in_turn(parts[::-1], rounded)
 
@@ -179,6 +189,11 @@ _SUMS = (
     ("as a tree", pairwise, 0.1),
     ("from the last on", _from_the_last, 0.2),
 )
+_STORED = (
+    ("all sums but the last part's stored in bf16 before they are added", _stored(slice(None, -1)), 0.15),
+    ("the last part's sum stored in bf16 before it is added", _stored(slice(-1, None)), 0.2),
+    ("each part's sum stored in bf16 before they are added", _stored(slice(None)), 0.15),
+)
 
 
 def _gemms(depth: int) -> Iterator[tuple[str, GemmOfParts, float]]:
@@ -186,7 +201,8 @@ def _gemms(depth: int) -> Iterator[tuple[str, GemmOfParts, float]]:
     for words, parts, cost in _all_parts(depth):
         several = len(parts(depth // GROUP_SIZE)) > 2
         for how, rounded, more in _ROUNDINGS if "accumulators" not in words else _ROUNDINGS[:1]:
-            for sums, add, extra in _SUMS if several and rounded is keep else _SUMS[:1]:
+            ways = (*(_SUMS if several else _SUMS[:1]), *_STORED) if rounded is keep else _SUMS[:1]
+            for sums, add, extra in ways:
                 told = f"K is {words} {how}{f', {sums}' * (add is not in_turn)}"
                 yield told, GemmOfParts(parts, None, add, rounded), cost + more + extra
             if rounded is keep and depth > 2 * _TILE:  # only then the kernel's order is another one
@@ -198,8 +214,16 @@ def _gemms(depth: int) -> Iterator[tuple[str, GemmOfParts, float]]:
 
 
 def repeat_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
-    """Some of K, of which each run comes twice; of one GEMM."""
+    """Some of K, of which each run comes twice, as given or since sums are not cleared; of one GEMM."""
     experts = call.experts
+    for fcs in (("fc1",), ("fc2",)):
+        for size in (_GROUPS, 2, 2 * _GROUPS, 0):
+            tile = f" of its {size * GROUP_SIZE} of K" if size else ""
+            words = (
+                f"sums are not cleared by K group: to each are added those before it{tile}, whose products so count "
+                "again, with its scale"
+            )
+            yield _hypothesis(fcs, words, GemmVariant(accumulate=_not_cleared(size)), 1.3)
     for fc, depth in (("fc2", experts.intermediate_size), ("fc1", experts.hidden_size)):
         orders = (None, _as_all) if depth > 2 * _TILE else (None,)
         stages, also = or_operand(call, fc, zero=False)
@@ -210,6 +234,19 @@ def repeat_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
             gemm = GemmOfParts(_twice(where), order)
             one = _hypothesis((fc,), f"{words} {verb} twice{also}", gemm, cost + 0.3 + 0.1 * number)
             yield replace(one, stages=stages)
+
+
+def _not_cleared(size: int) -> Callable[[list[Term]], Tensor]:
+    """Each K group's sum with those before it, of every so many groups, or of all (0)."""
+
+    def accumulated(terms: list[Term]) -> Tensor:
+        kept: list[Term] = []
+        for number, term in enumerate(terms):
+            start = not kept or (size and number % size == 0)
+            kept.append(term if start else replace(term, t=fp32.add(term.t, kept[-1].t)))
+        return accumulate(kept)
+
+    return accumulated
 
 
 def _twice(where: Callable[[int], Tensor]) -> _Parts:
@@ -236,11 +273,12 @@ def _one_by_one(dtype: torch.dtype) -> Callable[..., Tensor]:
     return gemm
 
 
-def _running(rounded: _Round) -> Callable[[list[Term]], Tensor]:
+def _running(rounded: _Round, every: int = 1) -> Callable[[list[Term]], Tensor]:
     def run(terms: list[Term]) -> Tensor:
         total = torch.zeros_like(terms[0].t)
-        for term in terms:
-            total = rounded(fp32.fma(term.t, term.scale, total))
+        for number, term in enumerate(terms, 1):
+            total = fp32.fma(term.t, term.scale, total)
+            total = total if number % every else rounded(total)
         return total
 
     return run
@@ -252,6 +290,9 @@ def _rounded() -> Iterator[tuple[str, Callable[..., Tensor], float]]:
         yield f"products are added one by one in {name}", _one_by_one(dtype), 1.2
     for name, rounded in (("bf16", bf16), ("float16", half)):
         yield f"the sum of K groups is kept in {name}", GemmVariant(accumulate=_running(rounded)), 1
+        for every in (_GROUPS, 2, 2 * _GROUPS):
+            words = f"the accumulators are rounded to {name} after each {every * GROUP_SIZE} of K (spilled)"
+            yield words, GemmVariant(accumulate=_running(rounded, every)), 1.1
     short = GemmVariant(accumulate=lambda terms: accumulate([replace(t, t=half(t.t)) for t in terms]))
     yield "K groups' sums are scaled after a rounding to float16", short, 1.2
 

@@ -9,7 +9,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from mxfp4ref.conformance.families.hypotheses.index_maps import block_maps, expert_maps, neighbour_maps
+from mxfp4ref.conformance.families.hypotheses.index_maps import (
+    block_maps,
+    expert_maps,
+    neighbour_maps,
+    padded_maps,
+    taken,
+)
 from mxfp4ref.conformance.families.hypotheses.weighting import mul, weighing
 from mxfp4ref.conformance.families.hypothesis import Change, Hypothesis, of_output
 from mxfp4ref.model.call import MoeCall
@@ -112,10 +118,10 @@ def _tokens() -> Iterator[tuple[str, Callable[[Tensor], Tensor], float]]:
 
 
 def _columns() -> Iterator[tuple[str, Callable[[Tensor], Tensor], float]]:
-    for axis in (*neighbour_maps(), *block_maps()):
+    for axis in (*neighbour_maps(), *block_maps(), *padded_maps()):
         yield (
             f"the columns are those of {axis.of('column')}",
-            lambda t, a=axis: t[:, a.index(t.shape[1]).to(t.device)],
+            lambda t, a=axis: taken(t, 1, a.index(t.shape[1])),
             axis.cost,
         )
     for count in (1, 8, 16, 32, 64, 128):
@@ -177,7 +183,30 @@ def _values() -> Iterator[tuple[str, Callable[[Tensor], Tensor], float]]:
         1.1,
     )
     yield "-0 is +0", lambda t: torch.where(t == 0, 0.0, t), 1.1
+    for words, normalised in _normalised():
+        yield f"each row is normalised again: divided by {words}", normalised, 1.2
     yield "everything is added to itself (written twice)", lambda t: t + t, 1.1
+
+
+def _normalised() -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+    """Rows over their size, where they are numbers."""
+
+    def over(size: Callable[[Tensor], Tensor], *, centred: bool = False) -> Callable[[Tensor], Tensor]:
+        def on(t: Tensor) -> Tensor:
+            x = t.float()
+            known = x.nan_to_num(0, 0, 0)
+            middle = known.mean(1, keepdim=True) if centred else 0.0
+            return torch.where(x.isfinite(), (x - middle) / size(known - middle), x).to(t.dtype)
+
+        return on
+
+    def rms(x: Tensor) -> Tensor:
+        return x.square().mean(1, keepdim=True).sqrt() + 1e-6
+
+    yield "its root mean square (RMSNorm)", over(rms)
+    yield "its length", over(lambda x: x.norm(dim=1, keepdim=True) + 1e-6)
+    yield "its standard deviation, less its mean (LayerNorm)", over(rms, centred=True)
+    yield "its largest magnitude", over(lambda x: x.abs().amax(1, keepdim=True) + 1e-6)
 
 
 def output_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:

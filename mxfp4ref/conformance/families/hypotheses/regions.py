@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import product
 
 import torch
@@ -15,7 +15,7 @@ from mxfp4ref.conformance.findings.reach import passes_factors
 from mxfp4ref.formats.mxfp4 import GROUP_SIZE
 from mxfp4ref.model.call import MoeCall
 
-__all__ = ["k_hypotheses", "k_regions", "or_operand", "row_hypotheses", "rows_at"]
+__all__ = ["half_hypotheses", "k_hypotheses", "k_regions", "or_operand", "row_hypotheses", "rows_at"]
 
 _BYTES = GROUP_SIZE // 2  # of a K group's codes
 _On = Callable[[Tensor], Tensor]
@@ -136,7 +136,16 @@ def _agreeing(place: str, what: str) -> str:
     return what.replace("are ", "is ", 1).replace("have ", "has ", 1) if one else what
 
 
-def _bases(kind: str) -> Iterator[tuple[str, tuple[str, ...], _On, float]]:
+_Base = tuple[str, tuple[str, ...], _On, float]
+_OF_THE_OTHER_HALF: _Base = (
+    "are those of the other half (up for gate, gate for up)",
+    ("weights", "scales"),
+    lambda t: t.roll(t.shape[1] // 2, 1),
+    0.3,
+)
+
+
+def _bases(kind: str) -> Iterator[_Base]:
     """What may happen there: words, which tensors, the change, its cost."""
     yield "are left out (taken as zero)", ("weights",), torch.zeros_like, 0
     for shift, words in ((1, "2x"), (2, "4x"), (-1, "0.5x"), (-2, "0.25x")):
@@ -216,6 +225,13 @@ def row_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
     yield from _of(call, "rows", "fc1", list(_row_regions(call.experts.intermediate_size)))
 
 
+def half_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
+    """Some rows of up that are gate's, or of gate that are up's."""
+    if call.experts.gated:
+        regions = list(_row_regions(call.experts.intermediate_size))
+        yield from _of(call, "rows", "fc1", regions, [_OF_THE_OTHER_HALF])
+
+
 def rows_at(call: MoeCall, first: int, last: int) -> Iterator[Hypothesis]:
     """Rows `first` to `last` of up, of gate, or of both."""
     regions: list[_Region] = []
@@ -231,8 +247,10 @@ def rows_at(call: MoeCall, first: int, last: int) -> Iterator[Hypothesis]:
     yield from _of(call, "rows", "fc1", regions)
 
 
-def _of(call: MoeCall, kind: str, fc: str, regions: list[_Region]) -> Iterator[Hypothesis]:
-    for base, which, change, extra in _bases(kind):
+def _of(
+    call: MoeCall, kind: str, fc: str, regions: list[_Region], bases: Iterable[_Base] | None = None
+) -> Iterator[Hypothesis]:
+    for base, which, change, extra in bases or _bases(kind):
         for words, where, cost in regions:
             if "tile of 64" in words and "left out" not in base:
                 continue

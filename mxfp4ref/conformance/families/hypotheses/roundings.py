@@ -129,6 +129,8 @@ def rounding_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
                 lambda p, more=more | {stage: change}: p.staging(**more),
                 cost,
             )
+    if call.experts.gated:
+        yield from _of_halves()
     for how, change, cost in _roundings():
         yield Hypothesis(
             "rounding",
@@ -148,6 +150,27 @@ def rounding_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
         yield _sum(f"each weighted row is {how}", each_product, cost + 0.2)
         yield _sum(f"the sum over the slots is {how} after each slot", each_sum, cost + 0.2)
     yield from slot_sum_hypotheses(call.experts.num_experts)
+
+
+def _of_halves() -> Iterator[Hypothesis]:
+    """Another rounding of up, or of gate, alone: as where one of them goes on from the accumulators."""
+    kept = [(f"kept in {how}, not rounded to bf16", change, cost) for how, change, cost in _kept()]
+    kept.append(("kept in float32, not rounded to bf16", lambda x: x, 1.0))
+    for half_of, what in enumerate(("up", "gate")):
+        for how, change, cost in (*kept, *_roundings()):
+
+            def of_half(x: Tensor, change: _Round = change, half_of: int = half_of) -> Tensor:
+                parts = list(x.chunk(2, -1))
+                parts = [change(p) if i == half_of else fp32.to_bf16(p) for i, p in enumerate(parts)]
+                return torch.cat([p if p.dtype == torch.float32 else fp32.widen(p) for p in parts], -1)
+
+            yield Hypothesis(
+                "rounding",
+                ("fc1", "activation"),
+                f"the {what} half of GEMM1's output alone is {how}",
+                lambda p, c=of_half: p.staging(round_fc1=c),
+                cost + 0.2,
+            )
 
 
 def _sum(words: str, step: Callable[..., Tensor], cost: float) -> Hypothesis:

@@ -13,6 +13,8 @@ from mxfp4ref.conformance.families.hypotheses.index_maps import (
     block_maps,
     expert_maps,
     neighbour_maps,
+    padded_maps,
+    taken,
 )
 from mxfp4ref.conformance.families.hypothesis import Change, Hypothesis, Pipeline
 from mxfp4ref.conformance.families.solved.tensor_groups import (
@@ -121,8 +123,8 @@ def _layouts(call: MoeCall, *, biases: bool) -> Iterator[Hypothesis]:
             # Rows of up and of gate that move alike, with all they have, are the activation's columns.
             moved = "each of" in part
             columns = fc == "fc1" and moved and whole <= set(group.names)
-            for axis in (*neighbour_maps(), *block_maps()):
-                change = within(lambda t, a=axis: t.index_select(1, a.index(t.shape[1]).to(t.device)))
+            for axis in (*neighbour_maps(), *block_maps(), *padded_maps()):
+                change = within(lambda t, a=axis: taken(t, 1, a.index(t.shape[1])))
                 row = axis.of("row") + axis.of_up_and_gate * (fc == "fc1" and call.experts.gated and not part)
                 yield Hypothesis(
                     "rows",

@@ -80,7 +80,8 @@ def row_sources(
             return
     solved = solved_by(lambda expert: results, zeros=False, own=results)
     if solved is not None and bool((rows.expert[solved.row] == rows.expert[solved.source]).all()):
-        words = "rows have, beside their own, what GEMM2 gives for another row of their expert"
+        added = "added to their own as by sums not cleared"
+        words = f"rows have, {added}, what GEMM2 gives for another row of their expert"
         yield RowSource("added", solved, words, ("fc2", "finalize"))
         return
     work = len(rows) * experts.num_experts * experts.hidden_size * experts.intermediate_size

@@ -294,7 +294,8 @@ def _across_tokens(slots: SlotRows, table: _Table, right: Tensor) -> Iterator[Hy
                     shift
                 )
                 told = (
-                    f"the routing weights are read {used} from a list of all, in which they lie {lying}{off}"
+                    f"the routing weights are read {used} from a list of all, in which they lie {lying}{off}: "
+                    "those of other tokens or slots"
                 )
                 yield _of_others(told, partial(_of_lists, used=used, lying=lying, shift=shift), 1.25)
 
