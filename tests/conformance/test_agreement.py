@@ -318,6 +318,7 @@ def test_alternatives_of_what_predicts_some_cases_are_told(monkeypatch: pytest.M
     assert found.finding == Finding(("finalize",), f"A{TOLD_FROM}B", False, (1, 2), hypotheses=("A", "B"))
 
 
+@pytest.mark.slow
 def test_zeros_where_sums_cancel_are_given_no_name() -> None:
     """Another rounding of the weights gives the same zeros as weights of another size, which is what was wrong."""
 

@@ -114,6 +114,7 @@ def test_no_constant_of_another_mistake() -> None:
     assert list(constant_hypotheses(pipeline, got, wrong)) == []
 
 
+@pytest.mark.slow
 def test_a_constant_beside_zero_is_zero() -> None:
     """The sigmoid of alpha 0, which numbers of about 1e-7 give as well."""
     call = captured("gpt_oss")

@@ -199,6 +199,7 @@ def _no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SECONDS, "full", math.inf)
 
 
+@pytest.mark.slow
 def test_rows_that_begin_with_what_gemm2_gave_for_others() -> None:
     def fc2(rows: Rows, acc: Tensor) -> Tensor:
         before = acc.clone()
