@@ -28,7 +28,7 @@ def take_ids(config: pytest.Config) -> list[str] | None:
 
 def names_of(config: pytest.Config) -> list[str]:
     """The cases of `--mxfp4-case`, by default all."""
-    names = goldens_of(config).names()
+    names = goldens_of(config).in_order_to_run()
     patterns = config.getoption("mxfp4_case")
     if not patterns:
         return names

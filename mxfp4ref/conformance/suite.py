@@ -212,9 +212,9 @@ class _Todo(Iterator[Callable[[], Case]]):
 
     def __init__(self, cases: Goldens | Iterable[Case]) -> None:
         self._goldens = cases if isinstance(cases, Goldens) else None
-        self._all = cases.names() if isinstance(cases, Goldens) else cases
+        self._all = cases.in_order_to_run() if isinstance(cases, Goldens) else cases
         self._each = (
-            iter([partial(load_unchanged, cases, name, cases.sha256) for name in cases.names()])
+            iter([partial(load_unchanged, cases, name, cases.sha256) for name in cases.in_order_to_run()])
             if isinstance(cases, Goldens)
             else (partial(_checked, case) for case in cases)
         )

@@ -42,6 +42,7 @@ KINDS = (
 # In an installed package only: a wheel contains it, a checkout has all goldens.
 BUILTIN_ROOT = Path(__file__).resolve().parent / "builtin"
 _PACKAGE_PARENT = BUILTIN_ROOT.parents[2]
+_ORDINARY = ("finalize/weights_with_a_routed_factor", "gemm/uneven_experts", "gemm/ordinary")
 FETCH = "mxfp4ref goldens fetch goldens.tar --sha256 HASH --into goldens"  # how to get all
 
 _T = TypeVar("_T")
@@ -121,6 +122,11 @@ class Goldens:
             hint = did_you_mean(suite, self.suites)
             raise GoldenError(f"suite: expected one of {', '.join(self.suites)}, got {suite!r}{hint}")
         return sorted(name for name in self.entries if suite in (None, name.split("/")[0]))
+
+    def in_order_to_run(self) -> list[str]:
+        """All cases, ordinary data first: most mistakes show on it, and few of them look alike there."""
+        first = [name for name in _ORDINARY if name in self.entries]
+        return list(dict.fromkeys([*first, *self.names()]))
 
     def load(self, name: str) -> Case:
         """A case, all of its bytes verified.

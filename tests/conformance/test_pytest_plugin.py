@@ -448,10 +448,10 @@ def test_no_verdict_without_every_result(pytester: pytest.Pytester, how: str) ->
     pytester.makeconftest(
         "import os, pytest\n"
         "def pytest_runtest_setup(item):\n"
-        "    if item.name == 'gemm/ordinary':\n"
+        "    if item.name == 'sizes/eight_slots':\n"
         + ("        raise RuntimeError\n" if how == "lost" else "        raise KeyboardInterrupt\n")
     )
-    chosen = ("--mxfp4-case=finalize/slot_order", "--mxfp4-case=gemm/ordinary")
+    chosen = ("--mxfp4-case=finalize/slot_order", "--mxfp4-case=sizes/eight_slots")
     arguments = ("--mxfp4-kernel=oracle", *chosen, "--mxfp4-html=report.html")
     result = pytester.runpytest_inprocess(*arguments, no_reraise_ctrlc=True)
     assert result.ret == (

@@ -219,8 +219,8 @@ def _conform(spec: str, root: Path | None, options: dict[str, Any], interruption
     options["repeat"] = not options.pop("no_repeat")
     with usage_errors():  # before torch is imported, too
         goldens = open_goldens(root)
-        out = select(goldens, excluded, "--exclude")
-        names = [n for n in select(goldens, patterns, "--case") or goldens.names() if n not in out]
+        out, chosen = select(goldens, excluded, "--exclude"), select(goldens, patterns, "--case")
+        names = [n for n in goldens.in_order_to_run() if (not chosen or n in chosen) and n not in out]
         if not names:
             raise UsageError("--exclude: none of the chosen cases is left")
 
