@@ -7,6 +7,7 @@ import io
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +25,7 @@ try:
     from mxfp4ref.conformance.cli import supervised
     from mxfp4ref.conformance.cli.command import Group
     from mxfp4ref.conformance.cli.shared import Terminated, UsageError, terminable
+    from mxfp4ref.conformance.isolation.processes import KERNEL_THREAD
     from mxfp4ref.engine.cli import COMMANDS as ENGINE
 except KeyboardInterrupt:
     print("interrupted: nothing was run", file=sys.stderr)
@@ -159,12 +161,20 @@ def _only_to_read(path: str, flags: int) -> int:
 
 
 def _run(command: Callable[[], Any]) -> None:
-    """Run what ends the process; Ctrl-C while Python cleans up, which takes a while, changes no exit code."""
+    """Run what ends the process; Ctrl-C while Python cleans up, which takes a while, changes no exit code.
+
+    Nor does a kernel's run that was given up: a thread that Python ends in C++ code, as of torch, aborts the process.
+    """
     try:
         command()
-    except SystemExit:
+    except SystemExit as done:
         with suppress(ValueError):  # in another thread than the main one
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if any(thread.name == KERNEL_THREAD for thread in threading.enumerate()):
+            for stream in filter(None, (sys.stdout, sys.stderr)):
+                with suppress(OSError, ValueError):
+                    stream.flush()
+            os._exit(done.code if isinstance(done.code, int) else 0)
         raise
 
 

@@ -260,6 +260,36 @@ def test_a_hasty_second_ctrl_c_costs_neither_report_nor_exit_code(tmp_path: Path
     assert (tmp_path / "report").read_text() == "whole"
 
 
+GIVEN_UP = """
+import sys
+import torch
+from mxfp4ref.__main__ import commands, main
+from mxfp4ref.conformance.isolation.execution import in_thread
+
+def run(report, abandoned):
+    report("run")
+    while True:
+        torch.ones(4096).sum()
+
+@commands.command("waiting")
+def waiting():
+    assert in_thread(run, 0.1)[0] is None
+    print("does not conform")
+    sys.exit(1)
+
+sys.argv = ["mxfp4ref", "waiting"]
+main()
+"""
+
+
+def test_a_run_that_was_given_up_changes_no_exit_code() -> None:
+    """It may still compute, in C++ code, in which Python cannot end a thread without an abort of the process."""
+    process = subprocess.run(
+        [sys.executable, "-c", GIVEN_UP], capture_output=True, env=ENVIRONMENT, check=False
+    )
+    assert (process.returncode, process.stdout, process.stderr) == (1, b"does not conform\n", b"")
+
+
 WRITING = """
 import os, sys, time
 from mxfp4ref.__main__ import main

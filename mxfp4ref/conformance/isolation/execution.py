@@ -37,6 +37,7 @@ from mxfp4ref.conformance.isolation.plain import (
     tensor_of,
     without_modes,
 )
+from mxfp4ref.conformance.isolation.processes import KERNEL_THREAD
 from mxfp4ref.conformance.isolation.surroundings import surroundings
 from mxfp4ref.conformance.kernels.adapters import (
     INTERMEDIATES,
@@ -184,7 +185,7 @@ def in_thread(
         except BaseException as error:  # not in the kernel itself
             events.put(Collected(problem="raised", message=of_exception(error)))
 
-    thread = threading.Thread(target=target, daemon=True, name="kernel")
+    thread = threading.Thread(target=target, daemon=True, name=KERNEL_THREAD)
     doing = ""
     try:
         thread.start()
