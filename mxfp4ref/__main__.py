@@ -148,12 +148,19 @@ def main(verdict: str | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a character that its encoding lacks is no reason to stop
             stream.reconfigure(errors="backslashreplace")
-    if words := memory.few_files():
+    if words := memory.few_files() or _wrong_variable():
         print(f"Error: {words}", file=sys.stderr)
         sys.exit(2)
     if verdict is not None or supervised.needed(sys.argv[1:]):
         _run(lambda: supervised.main(commands, verdict))
     _run(lambda: commands(prog_name="mxfp4ref"))
+
+
+def _wrong_variable() -> str:
+    """In words; "" if none is wrong of those that are read while a kernel computes, whose fault it would seem."""
+    found = os.environ.get("MXFP4REF_GPU_GEMM") or "emulated"
+    expected = "MXFP4REF_GPU_GEMM: expected 'emulated' in the environment, or nothing"
+    return "" if found == "emulated" else f"{expected}, got {found[:80]!r}"
 
 
 def _only_to_read(path: str, flags: int) -> int:

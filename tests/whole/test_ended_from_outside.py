@@ -158,6 +158,18 @@ def test_completion_that_no_shell_asked_for(wanted: str) -> None:
 
 
 @pytest.mark.usefixtures("copied_processes")
+def test_a_wrong_variable_is_no_verdict_on_a_kernel() -> None:
+    command = subprocess.run(
+        [*MXFP4REF, "conform", "oracle", "--goldens", CHECKOUT, "--case", "finalize/slot_order"],
+        capture_output=True,
+        env=ENVIRONMENT | {"MXFP4REF_GPU_GEMM": "emulate"},
+        check=False,
+    )
+    words = b"Error: MXFP4REF_GPU_GEMM: expected 'emulated' in the environment, or nothing, got 'emulate'\n"
+    assert (command.returncode, command.stdout, command.stderr) == (2, b"", words)
+
+
+@pytest.mark.usefixtures("copied_processes")
 def test_a_full_disk() -> None:
     with Path("/dev/full").open("wb") as full:
         command = subprocess.run(
