@@ -51,10 +51,13 @@ def _ended_from_outside() -> Iterator[None]:
         finally:
             if not getattr(sys.stdout, "closed", True):
                 sys.stdout.flush()
-    except Terminated as terminated:
-        sys.exit(terminated.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(_INTERRUPTED)
+    except KeyboardInterrupt as interrupted:
+        first: BaseException | None = interrupted
+        while not (
+            first is None or isinstance(first, Terminated)
+        ):  # `Interrupted`, with a report, came of it
+            first = first.__context__
+        sys.exit(_INTERRUPTED if first is None else first.exit_code)
     except OSError as error:
         for name in ("stdout", "stderr"):  # Python flushes them once more at its end, and fails again
             try:

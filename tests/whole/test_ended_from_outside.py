@@ -31,11 +31,17 @@ MXFP4REF = (sys.executable, "-m", "mxfp4ref")
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
 
 
+INTERRUPTED_WITH_A_REPORT = KeyboardInterrupt()
+INTERRUPTED_WITH_A_REPORT.__context__ = shared.Terminated(signal.SIGHUP)
+
+
 @pytest.mark.parametrize("name", commands.commands)
 @pytest.mark.parametrize(
     ("error", "code"),
     [
         (KeyboardInterrupt(), 130),
+        (shared.Terminated(signal.SIGTERM), 143),
+        (INTERRUPTED_WITH_A_REPORT, 129),
         (BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)), 141),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 2),
     ],
