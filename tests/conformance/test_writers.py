@@ -298,6 +298,13 @@ def test_a_file_that_is_no_reproducer(tmp_path: Path, metadata: dict[str, str] |
         load_reproducer(path)
 
 
+@pytest.mark.parametrize("inside", ["goldens", "goldens/finalize", "link/new"])
+def test_from_python_too_no_reproducer_lies_among_goldens(folder: Path, inside: str) -> None:
+    (folder / "link").symlink_to(folder / "goldens")
+    with pytest.raises(ValueError, match=r"^dump: expected one outside of the goldens"):
+        run("oracle", Goldens(folder / "goldens"), Options(dump=folder / inside))
+
+
 # Arguments of the kit that are nothing of the kind.
 
 

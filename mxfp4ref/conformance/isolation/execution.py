@@ -3,9 +3,8 @@
 A run has two halves. `collect` runs the kernel and keeps nothing of what it gave but bytes; with isolation that is
 all that happens in the kernel's process. `judge` looks at these bytes, where the kernel has never been.
 
-In this process a kernel runs in a thread, which is abandoned when its time is over: it may go on using the processor
-or the GPU; one that never gives up the interpreter's lock cannot be stopped at all, and one that ends its process
-ends this one. `worker.Worker` runs it in a process of its own, which is killed and replaced.
+In this process a kernel runs in a thread, abandoned when its time is over, which may compute on; what never gives
+up the interpreter's lock cannot be stopped. `worker.Worker` runs it in a process, which is killed and replaced.
 """
 
 from __future__ import annotations
