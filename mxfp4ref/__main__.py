@@ -7,6 +7,7 @@ import io
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +25,7 @@ try:
     from mxfp4ref.conformance.cli import supervised
     from mxfp4ref.conformance.cli.command import Group
     from mxfp4ref.conformance.cli.shared import Terminated, UsageError, terminable
+    from mxfp4ref.conformance.isolation.processes import KERNEL_THREAD
     from mxfp4ref.engine.cli import COMMANDS as ENGINE
 except KeyboardInterrupt:
     print("interrupted: nothing was run", file=sys.stderr)
@@ -49,10 +51,13 @@ def _ended_from_outside() -> Iterator[None]:
         finally:
             if not getattr(sys.stdout, "closed", True):
                 sys.stdout.flush()
-    except Terminated as terminated:
-        sys.exit(terminated.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(_INTERRUPTED)
+    except KeyboardInterrupt as interrupted:
+        first: BaseException | None = interrupted
+        while not (
+            first is None or isinstance(first, Terminated)
+        ):  # `Interrupted`, with a report, came of it
+            first = first.__context__
+        sys.exit(_INTERRUPTED if first is None else first.exit_code)
     except OSError as error:
         for name in ("stdout", "stderr"):  # Python flushes them once more at its end, and fails again
             try:
@@ -146,7 +151,7 @@ def main(verdict: str | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a character that its encoding lacks is no reason to stop
             stream.reconfigure(errors="backslashreplace")
-    if words := memory.few_files():
+    if words := memory.few_files() or _wrong_variable():
         print(f"Error: {words}", file=sys.stderr)
         sys.exit(2)
     if verdict is not None or supervised.needed(sys.argv[1:]):
@@ -154,17 +159,32 @@ def main(verdict: str | None = None) -> None:
     _run(lambda: commands(prog_name="mxfp4ref"))
 
 
+def _wrong_variable() -> str:
+    """In words; "" if none is wrong of those that are read while a kernel computes, whose fault it would seem."""
+    found = os.environ.get("MXFP4REF_GPU_GEMM") or "emulated"
+    expected = "MXFP4REF_GPU_GEMM: expected 'emulated' in the environment, or nothing"
+    return "" if found == "emulated" else f"{expected}, got {found[:80]!r}"
+
+
 def _only_to_read(path: str, flags: int) -> int:
     return os.open(path, os.O_RDONLY)
 
 
 def _run(command: Callable[[], Any]) -> None:
-    """Run what ends the process; Ctrl-C while Python cleans up, which takes a while, changes no exit code."""
+    """Run what ends the process; Ctrl-C while Python cleans up, which takes a while, changes no exit code.
+
+    Nor does a kernel's run that was given up: a thread that Python ends in C++ code, as of torch, aborts the process.
+    """
     try:
         command()
-    except SystemExit:
+    except SystemExit as done:
         with suppress(ValueError):  # in another thread than the main one
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if any(thread.name == KERNEL_THREAD for thread in threading.enumerate()):
+            for stream in filter(None, (sys.stdout, sys.stderr)):
+                with suppress(OSError, ValueError):
+                    stream.flush()
+            os._exit(done.code if isinstance(done.code, int) else 0)
         raise
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mxfp4ref._compiled import compile_loops
+from mxfp4ref._files import check_outside
 from mxfp4ref._validate import check_function, check_instance, shown
 from mxfp4ref.conformance.case_result import enough
 from mxfp4ref.conformance.diagnosing import Failed, Failing, diagnosed
@@ -85,8 +86,8 @@ def run(
         KernelError: the kernel cannot be loaded, or its device is not here.
         GoldenError: a case is damaged; with a report of the cases that had been run.
         TypeError: an argument is something else, or something else than a case is among the cases.
-        ValueError: a callable to be isolated, cases side by side of a kernel that is not, or all tactics of a kernel
-            whose tactics cannot be chosen.
+        ValueError: reproducers among the goldens, a callable to be isolated, cases side by side of a kernel that is
+            not, or all tactics of a kernel whose tactics cannot be chosen.
         InternalError: a mistake of this package, its cause; with a report of the cases that had been run.
         Interrupted: as KeyboardInterrupt, with a report of the cases that had been run.
     """
@@ -104,6 +105,8 @@ def run(
         what = "one that is not isolated" if isinstance(kernel, str) else type(kernel).__name__
         raise ValueError(f"jobs: expected 1, or a kernel given by its name and isolated, got {what}")
     goldens = cases if isinstance(cases, Goldens) else None
+    if goldens is not None and options.dump is not None:
+        check_outside("dump", options.dump, goldens.root)
     arguments = (
         conform_arguments(kernel, options, device, isolate, goldens) if isinstance(kernel, str) else ()
     )

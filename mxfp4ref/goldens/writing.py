@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from mxfp4ref._files import files_below, read_file, write_file
+from mxfp4ref._files import UNFINISHED, files_below, read_file, write_file
 from mxfp4ref._lock import locked
 from mxfp4ref.goldens.case import dtype_name, tensor_bytes
 from mxfp4ref.goldens.cases import DEFINITIONS
@@ -297,7 +297,7 @@ def _differences(root: Path, cases: dict[str, Files], complete: bool) -> list[st
 
 def _listed(root: Path) -> tuple[Entries, int]:
     """What the manifest of a root lists that is to be written to, and of how many cases it says that they are."""
-    if not root.exists() or not any(root.iterdir()):
+    if not root.exists() or all(UNFINISHED.fullmatch(path.name) for path in root.iterdir()):
         return {}, 0
     try:
         goldens = Goldens(root)

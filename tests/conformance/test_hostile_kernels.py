@@ -9,6 +9,7 @@ import ctypes
 import errno
 import io
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -175,6 +176,7 @@ EVERYWHERE = [
     ("default_device", "equal", ""),
     ("grad_and_inference_mode", "equal", ""),
     ("deterministic", "equal", "the kernel changed torch's deterministic mode"),
+    ("prints_and_logs_its_way", "equal", f"torch's print options, torch's repeated warnings, {PUT_BACK}"),
     ("working_directory", "equal", f"the working directory, {PUT_BACK}"),
     ("environment", "equal", f"the environment, {PUT_BACK}"),
     ("modules", "equal", "sys.modules['"),
@@ -395,6 +397,16 @@ def test_replaced_dtypes_are_told_in_this_process(case: Case) -> None:
     assert_reported(result, "interfered", "the kernel replaced torch.int16, torch.bool")
     assert (torch.int16.itemsize, torch.bool.itemsize) == (2, 1)
     assert run_case(load_kernel(hostile_kernels.wrong), case, OPTIONS).status == "differs"
+
+
+def test_logging_is_put_back() -> None:
+    root = logging.getLogger()
+    before = root.level, list(root.handlers), logging.getLogRecordFactory()
+    restore = surroundings()
+    logging.basicConfig(level=1, force=True)
+    logging.setLogRecordFactory(dict)
+    assert restore() == ""
+    assert (root.level, root.handlers, logging.getLogRecordFactory()) == before
 
 
 def test_what_cannot_be_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,11 +21,11 @@ import safetensors.torch
 import torch
 from click.testing import CliRunner, Result
 
-from mxfp4ref import conformance
+from mxfp4ref import _files, conformance
 from mxfp4ref.__main__ import commands
 from mxfp4ref.conformance import CaseResult, Options, Report, diagnose, differing, load_kernel, run
 from mxfp4ref.conformance.diagnosis import NothingDiffers
-from mxfp4ref.conformance.reports import html_report, report, report_text
+from mxfp4ref.conformance.reports import html_report, report, report_text, reproducer
 from mxfp4ref.conformance.reports.reproducer import load_reproducer, write_reproducer
 from mxfp4ref.goldens import Case, Goldens, open_goldens
 from mxfp4ref.goldens.runs import runs
@@ -253,6 +253,21 @@ def test_a_reproducer_holds_words_as_words(folder: Path) -> None:
     assert len(list((folder / "d").iterdir())) == len(list(folder.glob("d/*"))) == 8
 
 
+def test_a_reproducer_that_a_killed_run_has_begun_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(path: Path, data: str | bytes, root: Path) -> None:
+        _files.write_file(path, data, root)
+        raise KeyboardInterrupt
+
+    arguments = CASE, runs(CASE)[0], "oracle", {}
+    monkeypatch.setattr(reproducer, "write_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_reproducer(tmp_path, *arguments)
+    monkeypatch.undo()
+    assert write_reproducer(tmp_path, *arguments).with_suffix(".safetensors").is_file()
+
+
 def test_a_reproducer_that_cannot_be_written_is_no_reason_to_stop(folder: Path) -> None:
     (folder / "dump").write_text("mine")
     case = open_goldens().load(MOE)
@@ -281,6 +296,13 @@ def test_a_file_that_is_no_reproducer(tmp_path: Path, metadata: dict[str, str] |
     safetensors.torch.save_file({"a": torch.ones(1)}, path, metadata)
     with pytest.raises(ValueError, match=r"x\.safetensors: expected a reproducer, got "):
         load_reproducer(path)
+
+
+@pytest.mark.parametrize("inside", ["goldens", "goldens/finalize", "link/new"])
+def test_from_python_too_no_reproducer_lies_among_goldens(folder: Path, inside: str) -> None:
+    (folder / "link").symlink_to(folder / "goldens")
+    with pytest.raises(ValueError, match=r"^dump: expected one outside of the goldens"):
+        run("oracle", Goldens(folder / "goldens"), Options(dump=folder / inside))
 
 
 # Arguments of the kit that are nothing of the kind.

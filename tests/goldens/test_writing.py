@@ -128,6 +128,12 @@ def test_interrupted_run_leaves_old_files_whole(root: Path, monkeypatch: pytest.
     assert not list(root.rglob(".writing-*"))
 
 
+def test_what_a_killed_run_leaves_is_no_reason_to_refuse(tmp_path: Path) -> None:
+    """The first file of a new root that has not got its name."""
+    (tmp_path / f".writing-{'0' * 32}").write_text("{")
+    assert regenerate("--root", str(tmp_path), "--only", SMALL).exit_code == 0
+
+
 # Nothing is lost.
 
 

@@ -12,6 +12,7 @@ import faulthandler
 import gc
 import io
 import json
+import logging
 import os
 import pickle
 import queue
@@ -688,6 +689,14 @@ def grad_and_inference_mode(**arguments: Any) -> Any:
 
 def deterministic(**arguments: Any) -> Any:
     torch.set_deterministic_debug_mode("error")  # `use_deterministic_algorithms` imports the compiler
+    return right(**arguments)
+
+
+def prints_and_logs_its_way(**arguments: Any) -> Any:
+    torch.set_printoptions(precision=0, threshold=0)
+    torch.set_warn_always(True)
+    logging.basicConfig(level=1, force=True)
+    logging.setLogRecordFactory(dict)
     return right(**arguments)
 
 

@@ -31,11 +31,17 @@ MXFP4REF = (sys.executable, "-m", "mxfp4ref")
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
 
 
+INTERRUPTED_WITH_A_REPORT = KeyboardInterrupt()
+INTERRUPTED_WITH_A_REPORT.__context__ = shared.Terminated(signal.SIGHUP)
+
+
 @pytest.mark.parametrize("name", commands.commands)
 @pytest.mark.parametrize(
     ("error", "code"),
     [
         (KeyboardInterrupt(), 130),
+        (shared.Terminated(signal.SIGTERM), 143),
+        (INTERRUPTED_WITH_A_REPORT, 129),
         (BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)), 141),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 2),
     ],
@@ -158,6 +164,18 @@ def test_completion_that_no_shell_asked_for(wanted: str) -> None:
 
 
 @pytest.mark.usefixtures("copied_processes")
+def test_a_wrong_variable_is_no_verdict_on_a_kernel() -> None:
+    command = subprocess.run(
+        [*MXFP4REF, "conform", "oracle", "--goldens", CHECKOUT, "--case", "finalize/slot_order"],
+        capture_output=True,
+        env=ENVIRONMENT | {"MXFP4REF_GPU_GEMM": "emulate"},
+        check=False,
+    )
+    words = b"Error: MXFP4REF_GPU_GEMM: expected 'emulated' in the environment, or nothing, got 'emulate'\n"
+    assert (command.returncode, command.stdout, command.stderr) == (2, b"", words)
+
+
+@pytest.mark.usefixtures("copied_processes")
 def test_a_full_disk() -> None:
     with Path("/dev/full").open("wb") as full:
         command = subprocess.run(
@@ -258,6 +276,36 @@ def test_a_hasty_second_ctrl_c_costs_neither_report_nor_exit_code(tmp_path: Path
             time.sleep(0.01)
         assert command.wait(30) == 130
     assert (tmp_path / "report").read_text() == "whole"
+
+
+GIVEN_UP = """
+import sys
+import torch
+from mxfp4ref.__main__ import commands, main
+from mxfp4ref.conformance.isolation.execution import in_thread
+
+def run(report, abandoned):
+    report("run")
+    while True:
+        torch.ones(4096).sum()
+
+@commands.command("waiting")
+def waiting():
+    assert in_thread(run, 0.1)[0] is None
+    print("does not conform")
+    sys.exit(1)
+
+sys.argv = ["mxfp4ref", "waiting"]
+main()
+"""
+
+
+def test_a_run_that_was_given_up_changes_no_exit_code() -> None:
+    """It may still compute, in C++ code, in which Python cannot end a thread without an abort of the process."""
+    process = subprocess.run(
+        [sys.executable, "-c", GIVEN_UP], capture_output=True, env=ENVIRONMENT, check=False
+    )
+    assert (process.returncode, process.stdout, process.stderr) == (1, b"does not conform\n", b"")
 
 
 WRITING = """

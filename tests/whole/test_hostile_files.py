@@ -699,6 +699,12 @@ hostile(
     "compare",
 )
 hostile(
+    "compared: 5,000 tensors of other names",  # each with each would take a minute
+    both(*(tensors(n, **{f"{n}{i}": BF16[0, :1].clone() for i in range(5000)}) for n in BOTH)),
+    "expected a tensor that both files have",
+    "compare",
+)
+hostile(
     "compared: metadata that is a number",
     write("a.safetensors", tensor_file({"__metadata__": 3})),
     "expected a safetensors file",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -128,11 +129,12 @@ def _named(tensors: Mapping[str, Tensor]) -> str:
 
 def _likely_pair(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str:
     """A hint where a tensor of one file is like just one of the other's."""
-    alike = [(x, y) for x in one for y in other if describe(one[x]) == describe(other[y])]
-    if len(alike) != 1:
+    in_one, in_other = (Counter(map(describe, tensors.values())) for tensors in (one, other))
+    alike = [kind for kind in in_one if kind in in_other]
+    if len(alike) != 1 or in_one[alike[0]] * in_other[alike[0]] != 1:
         return ""
-    ((x, y),) = alike
-    return f": {x} and {y} are both {describe(one[x])}; save them under one name"
+    x, y = (next(name for name in found if describe(found[name]) == alike[0]) for found in (one, other))
+    return f": {x} and {y} are both {alike[0]}; save them under one name"
 
 
 def _print_tensors(rows: list[dict[str, Any]]) -> None:

@@ -3,9 +3,8 @@
 A run has two halves. `collect` runs the kernel and keeps nothing of what it gave but bytes; with isolation that is
 all that happens in the kernel's process. `judge` looks at these bytes, where the kernel has never been.
 
-In this process a kernel runs in a thread, which is abandoned when its time is over: it may go on using the processor
-or the GPU; one that never gives up the interpreter's lock cannot be stopped at all, and one that ends its process
-ends this one. `worker.Worker` runs it in a process of its own, which is killed and replaced.
+In this process a kernel runs in a thread, abandoned when its time is over, which may compute on; what never gives
+up the interpreter's lock cannot be stopped. `worker.Worker` runs it in a process, which is killed and replaced.
 """
 
 from __future__ import annotations
@@ -37,6 +36,7 @@ from mxfp4ref.conformance.isolation.plain import (
     tensor_of,
     without_modes,
 )
+from mxfp4ref.conformance.isolation.processes import KERNEL_THREAD
 from mxfp4ref.conformance.isolation.surroundings import surroundings
 from mxfp4ref.conformance.kernels.adapters import (
     INTERMEDIATES,
@@ -184,7 +184,7 @@ def in_thread(
         except BaseException as error:  # not in the kernel itself
             events.put(Collected(problem="raised", message=of_exception(error)))
 
-    thread = threading.Thread(target=target, daemon=True, name="kernel")
+    thread = threading.Thread(target=target, daemon=True, name=KERNEL_THREAD)
     doing = ""
     try:
         thread.start()

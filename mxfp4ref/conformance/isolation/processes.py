@@ -12,8 +12,9 @@ from pathlib import Path
 
 from mxfp4ref.conformance.memory import KILLED, time_limit
 
-__all__ = ["MARK", "end_with_parent", "how_it_ended", "kill", "marked", "python", "wait"]
+__all__ = ["KERNEL_THREAD", "MARK", "end_with_parent", "how_it_ended", "kill", "marked", "python", "wait"]
 
+KERNEL_THREAD = "kernel"  # the name of a thread that runs one
 MARK = "MXFP4REF_WORKER"  # the environment's variable that tells the processes of a kernel
 _HINTS = {
     "SIGKILL": KILLED,

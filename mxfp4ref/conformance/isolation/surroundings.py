@@ -50,7 +50,7 @@ from mxfp4ref.conformance.isolation.standard_streams import FOR_GOOD, STREAMS, s
 
 __all__ = ["CODE", "FUNCTIONS", "READING", "listed", "modes_of_torch", "settings_of_the_kit", "surroundings"]
 
-_builtins = vars(builtins)
+_builtins, _PRINT = vars(builtins), torch._tensor_str.PRINT_OPTS  # which torch has no function to read
 _Setting = tuple[str, Callable[[], Any], Callable[[Any], object]]
 _MOST_NAMED = 3
 
@@ -120,6 +120,8 @@ _TOLD: tuple[_Setting, ...] = (
     ),
     _attribute("torch.backends.cudnn.enabled", torch.backends.cudnn, "enabled"),
     _attribute("torch.backends.mkldnn.enabled", torch.backends.mkldnn, "enabled"),
+    ("torch's print options", lambda: dict(vars(_PRINT)), lambda before: vars(_PRINT).update(before)),
+    ("torch's repeated warnings", torch.is_warn_always_enabled, torch.set_warn_always),
     ("torch's anomaly mode", torch.is_anomaly_enabled, torch.set_anomaly_enabled),
     ("the working directory", os.getcwd, os.chdir),
     ("the environment", lambda: dict(os.environ), lambda before: _replaced(os.environ, before)),
@@ -171,6 +173,13 @@ _UNTOLD: tuple[_Setting, ...] = (
     ("torch's random numbers", lambda: torch.get_rng_state().numpy().tobytes(), _seed_torch),
     ("Python's random numbers", random.getstate, random.setstate),
     ("numpy's random numbers", lambda: np.random.get_state(legacy=True), lambda s: np.random.set_state(s)),  # noqa: NPY002
+    ("logging's level", lambda: logging.root.level, logging.root.setLevel),
+    (
+        "logging's handlers",
+        lambda: list(logging.root.handlers),
+        lambda v: _refilled(logging.root.handlers, v),
+    ),
+    ("logging's records", logging.getLogRecordFactory, logging.setLogRecordFactory),
     ("sys.meta_path", lambda: list(sys.meta_path), lambda v: _missing_added(sys.meta_path, v)),
     ("sys.path_hooks", lambda: list(sys.path_hooks), lambda v: _missing_added(sys.path_hooks, v)),
     _attribute("warnings.showwarning", warnings, "showwarning"),

@@ -111,8 +111,8 @@ def write_reproducer(
     text = _SCRIPT.format(**names, path=f"sys.path += {places!r}  # the kernel is there\n" if places else "")
     _check_ours(script)
     try:
+        write_file(script, text, folder)  # first: by it what an interruption leaves is known as a reproducer
         write_file(script.with_suffix(".safetensors"), safetensors.torch.save(owned, metadata), folder)
-        write_file(script, text, folder)
     except SafetensorError as error:
         raise OSError(f"{script.with_suffix('.safetensors')}: {error}") from error
     return script
