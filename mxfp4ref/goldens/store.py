@@ -125,8 +125,8 @@ class Goldens:
 
     def in_order_to_run(self) -> list[str]:
         """All cases, ordinary data first: most mistakes show on it, and few of them look alike there."""
-        first = [name for name in _ORDINARY if name in self.entries]
-        return list(dict.fromkeys([*first, *self.names()]))
+        names = self.names()
+        return list(dict.fromkeys([*(name for name in _ORDINARY if name in names), *names]))
 
     def load(self, name: str) -> Case:
         """A case, all of its bytes verified.

@@ -281,3 +281,11 @@ def test_verify_needs_a_bit_that_was_checked(root: Path, monkeypatch: pytest.Mon
     assert result.exit_code == 1
     assert "oracle ran on 1 case without an element to compare: no verdict." in result.output
     assert "no bit of this machine was checked" in result.output
+
+
+def test_ordinary_data_of_several_experts_is_run_first() -> None:
+    goldens = open_goldens(Path(__file__).resolve().parents[2] / "goldens")
+    first, *rest = goldens.in_order_to_run()
+    assert first == "finalize/weights_with_a_routed_factor"
+    assert sorted([first, *rest]) == goldens.names()
+    assert goldens.load(first).call().experts.num_experts == 8
