@@ -41,8 +41,8 @@ _FAMILIES = (
     Family(
         "rows",
         "rows of a GEMM's weights, scales or bias in another order: shifted, swapped or reversed by 1 to 128, "
-        "interleaved, transposed, in tiles or shards, behind padding, in another kernel's layout; some of a block for "
-        "the others too; scales picked by a thread's lane; of up and gate together or of one",
+        "interleaved, transposed, in tiles or shards, behind padding, in another kernel's layout; some of a block "
+        "for the others too; scales picked by a thread's lane; of up and gate together or of one",
         (
             *("gate_up_swapped", "gate_up_interleaved", "scales_not_swapped", "biases_not_swapped"),
             "ungated_halves_swapped",
@@ -145,9 +145,9 @@ _FAMILIES = (
     Family(
         "activation",
         "another activation of the kernel; clamps of up and gate on one side, both, none, or zero beyond the limit; "
-        "sigmoid, one branch for both signs, GELU, ReLU and approximations; columns activated twice; alpha and beta at other places; bias to one half, twice, after the clamp; up and gate "
-        "exchanged; parameters by slot, token or row; the exponential by a polynomial; steps in another order, "
-        "each in float16 or bf16; NaN of a large gate",
+        "sigmoid, one branch for both signs, GELU, ReLU and approximations; columns activated twice; alpha and beta "
+        "at other places; bias to one half, twice, after the clamp; up and gate exchanged; parameters by slot, token or "
+        "row; the exponential by a polynomial; steps in another order, each in float16 or bf16; NaN of a large gate",
         ("activation_type_ignored",),
     ),
     Family(

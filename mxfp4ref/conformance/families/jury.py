@@ -204,8 +204,11 @@ def _undecided(
                 by_case.setdefault(failure.case, first.finding())
     ranked = sorted(seen.values(), key=lambda heard: (-len(heard.cases), heard.match.hypothesis.cost))
     plain = [one for one in ranked if one.cases == ranked[0].cases and not one.match.hypothesis.name]
-    if plain and (two := _two(failures, passing, plain[0], until)) is not None:
-        return two
+    if plain:
+        of_others = (one for one in proofs if case_of[id(one)] not in plain[0].cases)
+        stages = {stage for one in of_others for stage in one.stages}
+        if (two := _two(failures, passing, plain[0], stages, until)) is not None:
+            return two
     if (tables := tables_by_case(failures, ranked, until + _FOR_A_SECOND)) is not None:
         return Verdict(tables, (), by_case)
     if (
@@ -247,15 +250,17 @@ def _explained(cases: Iterable[str], found: Finding) -> dict[str, Finding]:
     return dict.fromkeys(cases, replace(found, exact=True, hedged=False))
 
 
-def _two(failures: list[Failure], passing: _Passing, heard: Heard, until: float) -> Verdict | None:
-    """The change that predicts most cases, with a second one that predicts the others too."""
+def _two(
+    failures: list[Failure], passing: _Passing, heard: Heard, stages: set[str], until: float
+) -> Verdict | None:
+    """The change that predicts most cases, with a second one, likely of these stages, that predicts the others too."""
     others = [(f.pipeline, f.got, f.want) for f in failures if f.case not in heard.cases]
     first = heard.match.hypothesis
     if not heard.cases or not heard.all_heard or first.slow or first.family == "two":
         return None
     with one_thread():
         clock = thread_clock
-        both = in_other_cases(first, others, clock=clock, until=max(until, clock() + _FOR_A_SECOND))
+        both = in_other_cases(first, others, stages, clock=clock, until=max(until, clock() + _FOR_A_SECOND))
         both = [
             h for h in both if all(h.predicts(f.pipeline, f.got) for f in failures if f.case in heard.cases)
         ]
