@@ -206,8 +206,8 @@ def _undecided(
     plain = [one for one in ranked if one.cases == ranked[0].cases and not one.match.hypothesis.name]
     if plain:
         of_others = (one for one in proofs if case_of[id(one)] not in plain[0].cases)
-        stages = {stage for one in of_others for stage in one.stages}
-        if (two := _two(failures, passing, plain[0], stages, until)) is not None:
+        elsewhere = {stage for one in of_others for stage in one.stages}
+        if (two := _two(failures, passing, plain[0], elsewhere, until)) is not None:
             return two
     if (tables := tables_by_case(failures, ranked, until + _FOR_A_SECOND)) is not None:
         return Verdict(tables, (), by_case)
@@ -253,7 +253,7 @@ def _explained(cases: Iterable[str], found: Finding) -> dict[str, Finding]:
 def _two(
     failures: list[Failure], passing: _Passing, heard: Heard, stages: set[str], until: float
 ) -> Verdict | None:
-    """The change that predicts most cases, with a second one, likely of these stages, that predicts the others too."""
+    """The change that predicts most cases, with a second one, likely in these stages, for the others."""
     others = [(f.pipeline, f.got, f.want) for f in failures if f.case not in heard.cases]
     first = heard.match.hypothesis
     if not heard.cases or not heard.all_heard or first.slow or first.family == "two":
