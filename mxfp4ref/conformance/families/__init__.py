@@ -147,7 +147,8 @@ _FAMILIES = (
         "another activation of the kernel; clamps of up and gate on one side, both, none, or zero beyond the limit; "
         "sigmoid, one branch for both signs, GELU, ReLU and approximations; columns activated twice; alpha and beta "
         "at other places; bias to one half, twice, after the clamp; up and gate exchanged; parameters by slot, token "
-        "or row; the exponential by a polynomial; steps in another order, each in float16 or bf16; NaN of a large gate",
+        "or row; the exponential by a polynomial; steps in another order, each in float16 or bf16; NaN of a large "
+        "gate",
         ("activation_type_ignored",),
     ),
     Family(

@@ -70,10 +70,20 @@ def with_a_second(
     output = first.run(search.pipeline)
     if output is None or search.out_of_time():
         return []
-    inner = Search(first.change(search.pipeline), search.got, output, search.until)
+    inner = Search(_having(first, search), search.got, output, search.until)
     found = inner.run(chain(weight_rules(inner.rows, inner.got, inner.wrong), seconds), enough=enough)
     search.tried += inner.tried
     return [match.hypothesis for match in found]
+
+
+def _having(first: Hypothesis, search: Search) -> Pipeline:
+    """The pipeline with a change; that of routing weights alone as a call's, of which one token can be tried."""
+    pipeline = search.pipeline
+    if first.of_rows is not None and pipeline.rows is None and pipeline.run_call is None:
+        rows = first.of_rows(search.rows)
+        if rows.y is search.rows.y and rows.local is search.rows.local:
+            return pipeline.calling(token_final_scales=rows.weights.contiguous())
+    return first.change(pipeline)
 
 
 def nearest_of_two(
