@@ -24,6 +24,7 @@ _LOUD = 2.0  # squares of errors, of those that roundings make
 _HINT = 0.05  # of the errors, from which each expert's own function is tried
 _EXPLAINED = 0.4  # of the errors' squares that roundings do not make; of what is no function it is below 0.05
 _MOST_OF_PLANE, _LOST = 0.7, 0.02  # of the numbers, and of what is explained, to tell a part of the plane
+_NOWHERE_ELSE = 0.8  # of the errors, explained by a part of the plane, to say that all else is right
 _FAINT = 0.05  # squares of what is neither zero nor a part of the right activation, of the right one's
 _GATES, _UPS = 12, 6  # knots
 _POINTS = ((1.0, 1.0), (-1.0, 1.0), (3.0, 1.0), (0.5, 0.5), (-0.5, 0.5))  # gate, up
@@ -154,7 +155,7 @@ def _beyond(some: list[Sample], basis: _Basis, limits: Tensor) -> Formula | None
         return None
     near = [one for one in found if one[0] >= explained - _LOST]
     explained, _, words, what = max(near, key=lambda one: one[1])
-    return Formula(explained, False, "", words + what)
+    return Formula(explained, False, "", (words + what) * (explained >= _NOWHERE_ELSE))
 
 
 def _what(some: list[Sample], basis: _Basis, masks: list[Tensor], solution: Tensor) -> str:
