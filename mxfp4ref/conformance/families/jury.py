@@ -203,7 +203,8 @@ def _undecided(
                 case_of[id(first)] = failure.case
                 by_case.setdefault(failure.case, first.finding())
     ranked = sorted(seen.values(), key=lambda heard: (-len(heard.cases), heard.match.hypothesis.cost))
-    plain = [one for one in ranked if one.cases == ranked[0].cases and not one.match.hypothesis.name]
+    plain = [one for one in ranked if one.cases == ranked[0].cases]
+    plain.sort(key=lambda one: bool(one.match.hypothesis.name))
     if plain:
         of_others = (one for one in proofs if case_of[id(one)] not in plain[0].cases)
         elsewhere = {stage for one in of_others for stage in one.stages}

@@ -126,10 +126,15 @@ def in_other_cases(
     Args:
         first: the one change.
         others: the cases.
-        stages: in which evidence says that the second one lies; those are tried first.
+        stages: in which evidence says that the second one lies; those that are not the first one's are tried first.
         clock, until: what tells the time, and when to stop.
     """
-    left, another = [], False
+    own, left, another = set(first.stages), list[tuple[float, Pipeline, Tensor, Tensor]](), False
+
+    def likely(second: Hypothesis) -> bool:
+        elsewhere = set(stages) - own
+        return bool(elsewhere & set(second.stages)) if elsewhere else not own & set(second.stages)
+
     for pipeline, got, want in others:
         output = first.run(pipeline)
         if output is None:
@@ -143,10 +148,7 @@ def in_other_cases(
     for _, pipeline, got, want in left[:_SEARCHED]:
         now = clock()
         search = Search(pipeline, got, want, now + (until - now) / 2)
-        seconds = sorted(
-            either_of_two(pipeline.call),
-            key=lambda h: (bool(stages) and not set(stages) & set(h.stages), h.cost),
-        )
+        seconds = sorted(either_of_two(pipeline.call), key=lambda h: (not likely(h), h.cost))
         found = with_a_second(search, first, seconds, enough=_ENOUGH)
         both = [composed(first, second) for second in found]
         if kept := [h for h in both if all(h.predicts(p, g) for _, p, g, _ in left)]:
