@@ -28,6 +28,7 @@ from mxfp4ref.formats.mxfp4 import dequantize
 from mxfp4ref.goldens import open_goldens
 from mxfp4ref.model.call import MoeCall
 from tests.held_out_kernels.by_hand import layer, with_experts
+from tests.held_out_kernels.calls import captured
 from tests.held_out_kernels.definition import load_all
 from tests.helpers.usual import first
 
@@ -163,3 +164,12 @@ def test_roundings_of_terms_that_cancel_are_no_damage() -> None:
     call = GOLDENS.load("finalize/biases_cancel").call()
     got, right = KERNELS["fc2_accumulates_in_fp16"].function(call), forward(call)
     assert "far off" not in str(gather(prepared(call), got, right, differing(got, right)))
+
+
+def test_a_formula_is_another_one_beyond_each_experts_own_limit() -> None:
+    call = captured("gpt_oss")
+    got = KERNELS["third_zero_beyond_the_limit"].function(call)
+    pipeline, wrong = prepared(call), differing(got, forward(call))
+    formula = fitted(samples(pipeline, got, wrong, local_of(pipeline)), call.experts.swiglu_limit)
+    assert formula is not None
+    assert formula.where == "up is beyond the limit or gate above it, and is about 0 there"

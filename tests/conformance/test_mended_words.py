@@ -17,17 +17,24 @@ from mxfp4ref.conformance.families.engine import prepared
 from mxfp4ref.conformance.families.evidence import gather
 from mxfp4ref.conformance.families.hypotheses.activation_steps import step_hypotheses
 from mxfp4ref.conformance.families.hypotheses.code_parts import small_weight_hypotheses
+from mxfp4ref.conformance.families.hypotheses.formula_parts import formula_part_hypotheses
 from mxfp4ref.conformance.families.hypotheses.fragments import fragment_hypotheses
+from mxfp4ref.conformance.families.hypotheses.lane_scales import lane_scale_hypotheses
 from mxfp4ref.conformance.families.hypotheses.orders_of_k import order_hypotheses
 from mxfp4ref.conformance.families.hypotheses.outputs import inner_hypotheses, output_hypotheses
+from mxfp4ref.conformance.families.hypotheses.overlapping_blocks import overlapping_block_hypotheses
+from mxfp4ref.conformance.families.hypotheses.promotions import promotion_hypotheses
 from mxfp4ref.conformance.families.hypotheses.regions import k_hypotheses
 from mxfp4ref.conformance.families.hypotheses.roundings import rounding_hypotheses
 from mxfp4ref.conformance.families.hypotheses.slots import slot_hypotheses
+from mxfp4ref.conformance.families.hypotheses.tensors import bias_hypotheses
+from mxfp4ref.conformance.families.hypotheses.weighting import weight_hypotheses
 from mxfp4ref.conformance.families.hypothesis import Hypothesis, local_of
 from mxfp4ref.conformance.families.places import named_columns, named_tokens
 from mxfp4ref.conformance.families.sampled import samples
-from mxfp4ref.conformance.families.search import Match
+from mxfp4ref.conformance.families.search import Match, Search
 from mxfp4ref.conformance.families.solved.error_space import Space
+from mxfp4ref.conformance.families.solved.mixed_rows import mixed_row_hypotheses
 from mxfp4ref.conformance.families.solved.uniform_factors import clamps
 from mxfp4ref.conformance.findings.finding import Evidence
 from mxfp4ref.conformance.findings.stage_fit import reconcile
@@ -50,8 +57,56 @@ def evidence(call: MoeCall, got: Tensor) -> list[tuple[tuple[str, ...], str]]:
 @pytest.mark.parametrize(
     ("kernel", "call", "generator", "words"),
     first(
-        5,
+        13,
         [
+            (
+                "third_four_biases_for_eight_columns",
+                "gpt_oss",
+                bias_hypotheses,
+                "the first 4 rows of each 8, twice",
+            ),
+            (
+                "third_scale_row_by_lane_modulo_eight",
+                "odd_tokens",
+                lane_scale_hypotheses,
+                "rows of weights along the lanes of a fragment): of each 8 rows of weights that of row lane % 8",
+            ),
+            (
+                "third_zero_beyond_the_limit",
+                "gpt_oss",
+                formula_part_hypotheses,
+                "up becomes zero beyond the limit, on either side, instead of the limit and gate becomes zero above",
+            ),
+            (
+                "third_stable_sigmoid_without_its_negative_branch",
+                "odd_tokens",
+                formula_part_hypotheses,
+                "the sigmoid of a negative argument is that of its magnitude",
+            ),
+            (
+                "third_weight_multiplies_the_sum_so_far",
+                "odd_tokens",
+                weight_hypotheses,
+                "a slot's weight multiplies the sum so far",
+            ),
+            (
+                "third_overlapping_last_block_activates_twice",
+                "prefill",
+                overlapping_block_hypotheses,
+                "columns 128 to 255, which the last block of 256",
+            ),
+            (
+                "third_promoted_in_the_middle_of_a_group",
+                "odd_tokens",
+                promotion_hypotheses,
+                "the last 16 of each 32 get the scale of the group after",
+            ),
+            (
+                "third_exponent_of_a_zero_sum_shifted",
+                "odd_tokens",
+                promotion_hypotheses,
+                "a sum of zero becomes a power of two",
+            ),
             (
                 "activation_blocks_transposed",
                 "odd_tokens",
@@ -110,6 +165,18 @@ def test_a_hypothesis_predicts_it(
     exact = [h for h in asked if (out := h.run(pipeline)) is not None and not bool(differing(out, got).any())]
     assert exact
     assert all(set(h.stages) & set(held.stages) for h in exact)
+
+
+def test_a_part_of_k_from_another_row() -> None:
+    call = captured("prefill")
+    got = KERNELS["third_row_indices_refilled_at_half_of_k"].function(call)
+    search = Search(prepared(call), got, forward(call), 1e300)
+    found = search.run(mixed_row_hypotheses(search.pipeline, search.rows, got, search.wrong))
+    assert [match.exact for match in found] == [True]
+    assert (
+        "the second half of K is that of another row of the expert, 16 rows further"
+        in found[0].hypothesis.words
+    )
 
 
 def test_accumulators_that_are_not_cleared() -> None:

@@ -96,3 +96,24 @@ def test_a_softmax_of_a_softmax(preset: str) -> None:
     one = next(c for c in cases if c.inputs["preset"] == preset)
     got = run_on(KERNELS["softmax_twice"], one.inputs)
     assert "softmax is applied twice" in diagnose("routing", one.inputs, got, one.expected).finding.sentence
+
+
+@pytest.mark.parametrize(
+    ("kernel", "case", "words"),
+    [
+        (
+            "third_softplus_with_a_beta_of_twenty",
+            "routing/deepseek_v4_flash",
+            "softplus has a beta, log(1 + e^(c x)) / c: 5.3 or more",
+        ),
+        (
+            "third_hash_weights_in_order_of_score",
+            "routing/deepseek_v4_hash_layer",
+            "sorted by size, the largest first",
+        ),
+    ],
+)
+def test_a_router_with_other_numbers(kernel: str, case: str, words: str) -> None:
+    one = runs(GOLDENS.load(case))[0]
+    got = run_on(KERNELS[kernel], one.inputs)
+    assert words in diagnose("routing", one.inputs, got, one.expected).finding.sentence

@@ -14,8 +14,9 @@ from mxfp4ref.conformance.families.telling import told
 from mxfp4ref.conformance.families.twos import nearest_of_two
 from mxfp4ref.model.call import MoeCall
 from mxfp4ref.model.forward import Stages
-from mxfp4ref.sm90.fp32 import mul
+from mxfp4ref.sm90.fp32 import mul, to_bf16
 from tests.held_out_kernels.calls import captured
+from tests.held_out_kernels.definition import load_all
 
 
 def doubled_and_cut(x: Tensor) -> Tensor:
@@ -35,3 +36,17 @@ def test_a_factor_and_a_rounding_are_told_with_all_places_of_the_factor() -> Non
     finding = told(found, [], [call])
     assert finding.exact
     assert "finalize" in finding.stages
+
+
+def test_a_factor_that_is_rounded_nowhere_else_lies_in_the_sum() -> None:
+    """Elsewhere it gives three quarters of the bits at most."""
+    call: MoeCall = captured("odd_tokens")
+    got = load_all()["third_factor_folded_into_w2"].function(call)
+    search = Search(prepared(call), got, forward(call), 1e300)
+    assert search.run(factor_hypotheses(4 / 3)) == []
+    assert told(search.almost(), [], [call]).stages == ("finalize",)
+    in_gemm2 = forward(call, Stages(round_fc2=lambda x: to_bf16(mul(x, torch.full_like(x, 4 / 3)))))
+    search = Search(prepared(call), in_gemm2, forward(call), 1e300)
+    elsewhere = [h for h in factor_hypotheses(4 / 3) if h.stages == ("finalize",)]
+    assert search.run(elsewhere) == []
+    assert told(search.almost(), [], [call]).stages == ()

@@ -41,8 +41,8 @@ _FAMILIES = (
     Family(
         "rows",
         "rows of a GEMM's weights, scales or bias in another order: shifted, swapped or reversed by 1 to 128, "
-        "interleaved, transposed, in tiles or shards, behind padding, in another kernel's layout; of up and gate "
-        "together or of one",
+        "interleaved, transposed, in tiles or shards, behind padding, in another kernel's layout; some of a block "
+        "for the others too; scales picked by a thread's lane; of up and gate together or of one",
         (
             *("gate_up_swapped", "gate_up_interleaved", "scales_not_swapped", "biases_not_swapped"),
             "ungated_halves_swapped",
@@ -94,7 +94,7 @@ _FAMILIES = (
         "by top-k, blocks swapped, for the result or for GEMM2's or GEMM1's input; "
         "the first or last n left out, where their number is a multiple; accumulators or workspaces of earlier ones; "
         "or from where wrong offsets of the experts' rows say: padded, without carry, in too few bits, the next's; "
-        "elements exchanged in fragments, another swizzle, stale tiles of K",
+        "elements exchanged in fragments, another swizzle, stale tiles of K, a part of K from another row",
     ),
     Family(
         "permuted slots",
@@ -115,7 +115,7 @@ _FAMILIES = (
     ),
     Family(
         "sum of slots",
-        "the sum over a token's slots in another order, or overwritten",
+        "the sum over a token's slots in another order, or overwritten; weights that multiply the sum so far",
         (
             *("finalize_unfused", "finalize_slots_reversed", "finalize_by_expert", "finalize_by_weight"),
             *("finalize_pairwise", "finalize_float64", "no_ftz_finalize"),
@@ -144,10 +144,11 @@ _FAMILIES = (
     ),
     Family(
         "activation",
-        "another activation of the kernel; clamps of up and gate on one side, both, none; sigmoid, GELU, ReLU and "
-        "approximations; alpha and beta at other places; bias to one half, twice, after the clamp; up and gate "
-        "exchanged; parameters by slot, token or row; the exponential by a polynomial; steps in another order, "
-        "each in float16 or bf16; NaN of a large gate",
+        "another activation of the kernel; clamps of up and gate on one side, both, none, or zero beyond the limit; "
+        "sigmoid, one branch for both signs, GELU, ReLU and approximations; columns activated twice; alpha and beta "
+        "at other places; bias to one half, twice, after the clamp; up and gate exchanged; parameters by slot, token "
+        "or row; the exponential by a polynomial; steps in another order, each in float16 or bf16; NaN of a large "
+        "gate",
         ("activation_type_ignored",),
     ),
     Family(
@@ -162,7 +163,8 @@ _FAMILIES = (
     ),
     Family(
         "order of sums",
-        "K in n parts, interleaved, as a tree, descending, partial sums in bf16 or float16, or not cleared",
+        "K in n parts, interleaved, as a tree, descending, partial sums in bf16 or float16, not cleared, or scaled "
+        "after other numbers of steps or in the exponent field",
     ),
     Family(
         "tiles",

@@ -59,23 +59,29 @@ def beside_a_sum(search: Search, first: Iterable[Hypothesis]) -> list[Match]:
             fit.explained_by(_rows(fit, hypothesis)) for fit in others
         ):
             found.append(hypothesis)
+            if len(found) <= _MOST and (matches := _with_a_second(search, hypothesis)) is not None:
+                return matches
     found.sort(key=lambda h: h.cost)
-    for hypothesis in found[:_MOST]:
-        output = hypothesis.run(search.pipeline)
-        if output is None or search.out_of_time():
-            continue
-        if surprise(search.got, output) < FEWEST_BITS:
-            return _nearly(search, hypothesis)  # this change alone is what is wrong, or nearly so
-        if not search.leaves_another(output):
-            continue
-        of_sum = (h for h in either_of_two(search.pipeline.call) if _SUM & set(h.stages))
-        for second in with_a_second(search, hypothesis, of_sum):
-            both = composed(hypothesis, second)
-            if both.predicts(search.pipeline, search.got):
-                return [Match(both, True)]
     if found and all(fit.explained_by(_rows(fit, found[0]), asked=True) for fit in told):
         return _nearly(search, found[0])  # what is left may be another order of summation: no second change
     return [_alone(search, hypothesis) for hypothesis in found[:1]]
+
+
+def _with_a_second(search: Search, first: Hypothesis) -> list[Match] | None:
+    """With what is wrong in the sum, or the first change alone where that is nearly all; None if neither is known."""
+    output = first.run(search.pipeline)
+    if output is None or search.out_of_time():
+        return None
+    if surprise(search.got, output) < FEWEST_BITS:
+        return _nearly(search, first)
+    if not search.leaves_another(output):
+        return None
+    of_sum = (h for h in either_of_two(search.pipeline.call) if _SUM & set(h.stages))
+    for second in with_a_second(search, first, of_sum):
+        both = composed(first, second)
+        if both.predicts(search.pipeline, search.got):
+            return [Match(both, True)]
+    return None
 
 
 def _nearly(search: Search, first: Hypothesis) -> list[Match]:

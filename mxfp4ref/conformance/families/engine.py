@@ -26,6 +26,7 @@ from mxfp4ref.conformance.families.hypotheses.columns_of_tiles import tile_colum
 from mxfp4ref.conformance.families.hypotheses.decodings import decoding_hypotheses, table_hypotheses
 from mxfp4ref.conformance.families.hypotheses.fragment_maps import fragment_map_hypotheses, swizzled_weights
 from mxfp4ref.conformance.families.hypotheses.fragments import fragment_hypotheses
+from mxfp4ref.conformance.families.hypotheses.lane_scales import lane_scale_hypotheses
 from mxfp4ref.conformance.families.hypotheses.memory_readings import matrix_readings
 from mxfp4ref.conformance.families.hypotheses.more_activations import more_activations
 from mxfp4ref.conformance.families.hypotheses.orders_of_k import order_hypotheses, repeat_hypotheses
@@ -34,9 +35,11 @@ from mxfp4ref.conformance.families.hypotheses.outputs import (
     inner_hypotheses,
     output_hypotheses,
 )
+from mxfp4ref.conformance.families.hypotheses.overlapping_blocks import overlapping_block_hypotheses
 from mxfp4ref.conformance.families.hypotheses.permuted import permuted_hypotheses
 from mxfp4ref.conformance.families.hypotheses.preparations import preparation_hypotheses
 from mxfp4ref.conformance.families.hypotheses.prepared_weights import prepared_weight_hypotheses
+from mxfp4ref.conformance.families.hypotheses.promotions import promotion_hypotheses
 from mxfp4ref.conformance.families.hypotheses.quantised import quantised_hypotheses
 from mxfp4ref.conformance.families.hypotheses.regions import (
     half_hypotheses,
@@ -51,6 +54,7 @@ from mxfp4ref.conformance.families.named import named_hypotheses
 from mxfp4ref.conformance.families.search import SURELY, Match, Search
 from mxfp4ref.conformance.families.solved.code_tables import code_table_hypotheses
 from mxfp4ref.conformance.families.solved.lost_rows import none_right
+from mxfp4ref.conformance.families.solved.mixed_rows import mixed_row_hypotheses
 from mxfp4ref.conformance.families.solved.skipped_slots import skipped_hypotheses
 from mxfp4ref.conformance.families.solved.solved_constants import constant_hypotheses
 from mxfp4ref.conformance.families.solved.taken_rows import taken_hypotheses
@@ -246,6 +250,8 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
     yield wanted(  # what explains most per second, by the held-out kernels
         of(
             repeat_hypotheses,
+            *([] if is_heavy(call) else [promotion_hypotheses, lane_scale_hypotheses]),
+            overlapping_block_hypotheses,
             inner_hypotheses,
             tile_column_hypotheses,
             half_hypotheses,
@@ -257,6 +263,7 @@ def _tiers(call: MoeCall, search: Search, evidence: list[Evidence]) -> Iterator[
         )
     )
     if not small and not is_heavy(call):
+        yield wanted(guarded_each(mixed_row_hypotheses, search.pipeline, *given))
         yield wanted(fragment_map_hypotheses(call, search.wrong))
     yield wanted(
         of(

@@ -35,7 +35,7 @@ __all__ = [
     "unchecked",
 ]
 
-_ANYWHERE = ("factor", "routing weights")  # families of which other places give the same up to roundings
+_ANYWHERE = {"factor": 0.9, "routing weights": 2.0}  # the part of the bits that other places of it give, too
 _UNLIKE = 1.1  # factor between those of two slots
 FAILURES = (
     ValueError,
@@ -340,7 +340,7 @@ def roughly(hypothesis: Hypothesis, how: str, part: float, rows: SlotRows | None
     or in the sum.
     """
     words = f"{hypothesis.words}, {how} ({int(100 * part)}% of the wrong elements in every bit)"
-    stages = () if hypothesis.family in _ANYWHERE else hypothesis.stages
+    stages = () if part < _ANYWHERE.get(hypothesis.family, 0.0) else hypothesis.stages
     if rows is not None and hypothesis.family == "routing weights" and hypothesis.of_rows is not None:
         ratio = (hypothesis.of_rows(rows).weights / rows.weights).masked_fill(rows.local < 0, torch.nan)
         high, low = ratio.nan_to_num(-torch.inf).amax(1), ratio.nan_to_num(torch.inf).amin(1)

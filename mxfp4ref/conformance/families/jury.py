@@ -203,9 +203,13 @@ def _undecided(
                 case_of[id(first)] = failure.case
                 by_case.setdefault(failure.case, first.finding())
     ranked = sorted(seen.values(), key=lambda heard: (-len(heard.cases), heard.match.hypothesis.cost))
-    plain = [one for one in ranked if one.cases == ranked[0].cases and not one.match.hypothesis.name]
-    if plain and (two := _two(failures, passing, plain[0], until)) is not None:
-        return two
+    plain = [one for one in ranked if one.cases == ranked[0].cases]
+    plain.sort(key=lambda one: bool(one.match.hypothesis.name))
+    if plain:
+        of_others = (one for one in proofs if case_of[id(one)] not in plain[0].cases)
+        elsewhere = {stage for one in of_others for stage in one.stages}
+        if (two := _two(failures, passing, plain[0], elsewhere, until)) is not None:
+            return two
     if (tables := tables_by_case(failures, ranked, until + _FOR_A_SECOND)) is not None:
         return Verdict(tables, (), by_case)
     if (
@@ -247,15 +251,17 @@ def _explained(cases: Iterable[str], found: Finding) -> dict[str, Finding]:
     return dict.fromkeys(cases, replace(found, exact=True, hedged=False))
 
 
-def _two(failures: list[Failure], passing: _Passing, heard: Heard, until: float) -> Verdict | None:
-    """The change that predicts most cases, with a second one that predicts the others too."""
+def _two(
+    failures: list[Failure], passing: _Passing, heard: Heard, stages: set[str], until: float
+) -> Verdict | None:
+    """The change that predicts most cases, with a second one, likely in these stages, for the others."""
     others = [(f.pipeline, f.got, f.want) for f in failures if f.case not in heard.cases]
     first = heard.match.hypothesis
     if not heard.cases or not heard.all_heard or first.slow or first.family == "two":
         return None
     with one_thread():
         clock = thread_clock
-        both = in_other_cases(first, others, clock=clock, until=max(until, clock() + _FOR_A_SECOND))
+        both = in_other_cases(first, others, stages, clock=clock, until=max(until, clock() + _FOR_A_SECOND))
         both = [
             h for h in both if all(h.predicts(f.pipeline, f.got) for f in failures if f.case in heard.cases)
         ]

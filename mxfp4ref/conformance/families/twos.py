@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import chain
 
 from torch import Tensor
@@ -36,6 +36,7 @@ __all__ = [
 
 _TOLD = 8  # first changes that leave an output at the same distance, by their words
 _SEARCHED = 2  # cases
+_TELLING = 20 * FEWEST_BITS  # of a case, from which the smallest is searched
 _ENOUGH = 12  # second changes, tried on all cases
 Case = tuple[Pipeline, Tensor, Tensor]  # the right one, the kernel's output and the right output
 # Of slots, weights, whole tensors, values and formulas.
@@ -69,10 +70,20 @@ def with_a_second(
     output = first.run(search.pipeline)
     if output is None or search.out_of_time():
         return []
-    inner = Search(first.change(search.pipeline), search.got, output, search.until)
+    inner = Search(_having(first, search), search.got, output, search.until)
     found = inner.run(chain(weight_rules(inner.rows, inner.got, inner.wrong), seconds), enough=enough)
     search.tried += inner.tried
     return [match.hypothesis for match in found]
+
+
+def _having(first: Hypothesis, search: Search) -> Pipeline:
+    """The pipeline with a change; that of routing weights alone as a call's, of which one token can be tried."""
+    pipeline = search.pipeline
+    if first.of_rows is not None and pipeline.rows is None and pipeline.run_call is None:
+        rows = first.of_rows(search.rows)
+        if rows.y is search.rows.y and rows.local is search.rows.local:
+            return pipeline.calling(token_final_scales=rows.weights.contiguous())
+    return first.change(pipeline)
 
 
 def nearest_of_two(
@@ -96,17 +107,34 @@ def nearest_of_two(
     return []
 
 
+def _size(call: MoeCall) -> int:
+    """Multiplications, about."""
+    experts = call.experts
+    return call.num_tokens * call.top_k * experts.hidden_size * experts.intermediate_size
+
+
 def in_other_cases(
-    first: Hypothesis, others: list[Case], *, clock: Callable[[], float], until: float
+    first: Hypothesis,
+    others: list[Case],
+    stages: Collection[str] = (),
+    *,
+    clock: Callable[[], float],
+    until: float,
 ) -> list[Hypothesis]:
     """Both changes at once, that predict every bit of cases which the first one alone does not predict.
 
     Args:
         first: the one change.
         others: the cases.
+        stages: in which evidence says that the second one lies; those that are not the first one's are tried first.
         clock, until: what tells the time, and when to stop.
     """
-    left, another = [], False
+    own, left, another = set(first.stages), list[tuple[float, Pipeline, Tensor, Tensor]](), False
+
+    def likely(second: Hypothesis) -> bool:
+        elsewhere = set(stages) - own
+        return bool(elsewhere & set(second.stages)) if elsewhere else not own & set(second.stages)
+
     for pipeline, got, want in others:
         output = first.run(pipeline)
         if output is None:
@@ -115,11 +143,13 @@ def in_other_cases(
         another |= bool((differing(output, got) & differing(want, got)).any())
     if not another or sum(bits for bits, *_ in left) < FEWEST_BITS:
         return []  # the first change predicts too much, or all
-    left.sort(key=lambda one: -one[0])
+    # One that tells enough and takes little; of several the one that tells most.
+    left.sort(key=lambda one: (one[0] < _TELLING, _size(one[1].call) if one[0] >= _TELLING else 0, -one[0]))
     for _, pipeline, got, want in left[:_SEARCHED]:
         now = clock()
         search = Search(pipeline, got, want, now + (until - now) / 2)
-        found = with_a_second(search, first, either_of_two(pipeline.call), enough=_ENOUGH)
+        seconds = sorted(either_of_two(pipeline.call), key=lambda h: (not likely(h), h.cost))
+        found = with_a_second(search, first, seconds, enough=_ENOUGH)
         both = [composed(first, second) for second in found]
         if kept := [h for h in both if all(h.predicts(p, g) for _, p, g, _ in left)]:
             return kept

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mxfp4ref.conformance.routers.routing_hypotheses import Selection, View, near
 from mxfp4ref.conformance.routers.routing_weighings import Weighing
+from mxfp4ref.routing import scoring
 
 __all__ = ["changed_logits"]
 
@@ -17,9 +18,19 @@ _Change = Callable[[Tensor, float], Tensor]
 _TOKENS = 8  # on which the number is searched
 _CLOSE = 2.0**-16  # of weights, to within which a solved number fits
 _UNEQUAL = 2.0**-10
+_FURTHER = 4  # times as large a number that gives the same, as a limit that nothing reaches, leaves it open
 _GOLDEN = (5**0.5 - 1) / 2
 
+
+def _of_beta(x: Tensor, c: float) -> Tensor:
+    """The logits whose softplus is that of these with a beta, log(1 + e^(c x)) / c."""
+    plus = torch.nn.functional.softplus(x * c, threshold=scoring.SOFTPLUS_THRESHOLD) / c
+    return torch.where(plus > scoring.SOFTPLUS_THRESHOLD, plus, plus.expm1().log())
+
+
+_BETA = "softplus has a beta, log(1 + e^(c x)) / c"
 _CHANGES: dict[str, _Change] = {
+    _BETA: _of_beta,
     "logits are multiplied by a number": lambda x, c: x * c,
     "logits are capped smoothly, at c tanh(logit / c)": lambda x, c: c * (x / c).tanh(),
     "a number is added to all logits": lambda x, c: x + c,
@@ -41,6 +52,11 @@ def changed_logits(view: View, got: tuple[Tensor, ...], want: tuple[Tensor, ...]
     some = far.topk(min(_TOKENS, len(ids))).indices  # whose weights tell most
     part, their_ids, their_weights = view.take(some), ids[some], weights[some]
     for words, change in _CHANGES.items():
+        if words == _BETA:
+            if "softplus" not in view.right_score:
+                continue
+            if not view.biased:  # then a factor of the scores does not show
+                words = f"{_BETA}, or logits are multiplied by a number"
         number = _solved(part, their_ids, their_weights, change)
         if number is None:
             continue
@@ -51,11 +67,14 @@ def changed_logits(view: View, got: tuple[Tensor, ...], want: tuple[Tensor, ...]
                 near(weights, _plain(view, ids), _CLOSE).all()
             ):
                 continue
+            further = _with(view, change, _FURTHER * one)
+            flat = bool(near(Weighing().weights(further, ids) * view.factor, made, _CLOSE).all())
+            told = f"{one:.5g}{' or more' * flat}"
             if view.table is None and not bool(Selection().agrees(changed, ids).all()):
                 if not torch.equal(ids, want[0]):
                     continue
-                return f"ids are right; for the weights {words}: {one:.5g}"
-            return f"{words}: {one:.5g}, which explains ids and weights"
+                return f"ids are right; for the weights {words}: {told}"
+            return f"{words}: {told}, which explains ids and weights"
     return ""
 
 

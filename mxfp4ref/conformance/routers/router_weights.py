@@ -37,6 +37,10 @@ def _moved(weights: Tensor, right: Tensor) -> str:
     moved = {f"tokens, {abs(n)} {'before' if n > 0 else 'after'} them": right.roll(n, 0) for n in (1, -1)}
     moved["tokens, in reverse order"] = right.flip(0)
     moved["slots, in reverse order"] = right.flip(1)
+    for order, descending in (("the largest", True), ("the smallest", False)):
+        moved[f"slots: sorted by size, {order} first, which the ids are not"] = right.sort(
+            dim=1, descending=descending
+        ).values
     for n in range(1, right.shape[1]):
         moved[f"slots, {n} before them, around the end"] = right.roll(n, 1)
     for words, made in moved.items():

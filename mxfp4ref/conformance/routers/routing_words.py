@@ -40,7 +40,7 @@ _TIED = "ids differ only where scores tie or are a few ulp apart"
 _OWN = re.compile(
     r"all weights are \S+ the right ones: |(?<=the routed scaling factor) [\d.]+"
     r"|(?<=a factor of its own), .*|(?<=a factor of each expert): .*"
-    r"|(?<=before dividing by it): .*|(?<=by a number): .*"
+    r"|(?<=before dividing by it): .*|(?<=by a number): .*|(?<=. / c): .*"
     r"|(?<=number in the selection): .*|(?<=tanh.logit / c.): .*|(?<=all logits): .*"
     r"| instead of (sigmoid|softmax|sqrt|logit).*"
     r"|(?<=largest magnitude): .*|(?<=never selected): .*|(?<=selected by score): .*|(?<=others have one id): .*"

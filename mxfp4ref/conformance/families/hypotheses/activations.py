@@ -129,6 +129,32 @@ def _products() -> Iterator[tuple[str, _Product, float]]:
         lambda x: _mul(_mul(fp32.add(x.gate, x.beta), x.sigmoid), x.up),
         1.2,
     )
+    yield (
+        "beta is added to gate instead of up, before its sigmoid",
+        lambda x: _mul(_silu_of(fp32.add(x.gate, x.beta), x.alpha), x.up),
+        1.2,
+    )
+    yield (
+        "beta is added to both gate and up",
+        lambda x: _mul(_silu_of(fp32.add(x.gate, x.beta), x.alpha), x.shifted),
+        1.4,
+    )
+    yield (
+        "beta is added to the sigmoid's argument instead of up",
+        lambda x: _mul(_mul(x.gate, sigmoid(fp32.add(x.scaled, x.beta))), x.up),
+        1.4,
+    )
+    yield "beta is added to the product", lambda x: fp32.add(_mul(silu(x), x.up), x.beta), 1.4
+    yield (
+        "alpha multiplies up",
+        lambda x: _mul(_mul(x.gate, sigmoid(x.gate)), fp32.add(_mul(x.up, x.alpha), x.beta)),
+        1.4,
+    )
+    yield (
+        "alpha is added to gate",
+        lambda x: _mul(_mul(x.gate, sigmoid(fp32.add(x.gate, x.alpha))), x.shifted),
+        1.5,
+    )
     yield "beta is subtracted", lambda x: _mul(silu(x), fp32.add(x.up, -x.beta)), 1.2
     yield "beta multiplies up", lambda x: _mul(silu(x), _mul(x.up, x.beta)), 1.4
     yield "alpha multiplies the product", lambda x: _mul(multiply_in_order(x), x.alpha), 1.3
@@ -159,6 +185,10 @@ def _in(dtype: torch.dtype) -> _Product:
         return short(_mul(short(_mul(gate, sigmoid_of)), short(fp32.add(short(x.up), x.beta))))
 
     return product
+
+
+def _silu_of(gate: Tensor, alpha: Tensor) -> Tensor:
+    return _mul(gate, sigmoid(_mul(gate, alpha)))
 
 
 def _silu(t: Tensor) -> Tensor:

@@ -81,8 +81,13 @@ INPUT = Matrix("the matrix of GEMM1's input rows", ("input", "fc1"), _input)
 _FC1 = Matrix("GEMM1's result", ("fc1", "activation"), _staged("round_fc1"))
 
 
-def moved_elements(matrix: Matrix, words: str, of: _Map, cost: float, *, whole: int = 1) -> Hypothesis:
-    """Zeros stand for a row that the expert does not have; its last ones that fill no `whole` block stay."""
+def moved_elements(
+    matrix: Matrix, words: str, of: _Map, cost: float, *, whole: int = 1, own: bool = False
+) -> Hypothesis:
+    """Zeros, or a row's `own` numbers, stand for a row that the expert does not have.
+
+    Its last ones that fill no `whole` block stay.
+    """
 
     def on(rows: SlotRows) -> SlotRows:
         found = Rows.of(rows.local)
@@ -100,7 +105,7 @@ def moved_elements(matrix: Matrix, words: str, of: _Map, cost: float, *, whole: 
             there = (source >= 0) & (source < count[:, None])
             taken = values[(row - position)[:, None] + torch.where(there, source, position[:, None]), other]
             filled = (position // whole * whole + whole <= count)[:, None]
-            return torch.where(filled, torch.where(there, taken, 0), values)
+            return torch.where(filled, torch.where(there, taken, values if own else 0), values)
 
         return matrix.change(rows, moved, order)
 

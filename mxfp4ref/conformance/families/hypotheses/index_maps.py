@@ -112,6 +112,7 @@ def neighbour_maps() -> Iterator[IndexMap]:
         ("the {} at its place in the second half, for both halves", _second_half, 1.3),
         ("the {}s taken apart (all even ones, then all odd ones)", lambda i, n: _apart(i, n), 1.4),
         ("the first {} of its pair", lambda i, n: i & ~1, 1.5),
+        ("the second {} of its pair", lambda i, n: (i | 1).clamp(max=n - 1), 1.5),
         ("the {} with half its number", lambda i, n: i // 2, 1.6),
         ("the {} with twice its number, modulo the size", lambda i, n: 2 * i % n, 1.8),
     )
@@ -142,6 +143,30 @@ def block_maps(sizes: tuple[int, ...] = (4, 8, 16, 32, 64, 128)) -> Iterator[Ind
             (f"each block of {size} {{}}s with its halves swapped", _swap_inside(size), 1.8),
         )
         yield IndexMap(f"a {size}-wide transposition of the {{}}s", _transposed(size), 1.9)
+        yield from _repeats(size)
+
+
+def _repeats(size: int) -> Iterator[IndexMap]:
+    """Some of a block for the others of it, too; of one element there are words already."""
+    for part, times in ((size // 2, "twice"), (size // 4, "four times"), (size // 8, "eight times")):
+        if part < 2:
+            break
+        yield from _maps(
+            (
+                f"the first {part} {{}}s of each {size}, {times}",
+                lambda i, n, s=size, p=part: i // s * s + i % p,
+                1.65,
+            )
+        )
+    if size >= 4:
+        yield from _maps(
+            (f"the last {size // 2} {{}}s of each {size}, twice", _last_half(size), 1.7),
+            (
+                f"the first {size // 2} {{}}s of each {size}, each for two neighbours",
+                lambda i, n, s=size: i // s * s + i % s // 2,
+                1.85,
+            ),
+        )
 
 
 def padded_maps() -> Iterator[IndexMap]:
@@ -194,6 +219,10 @@ def _rotate(size: int) -> Callable[[Tensor, int], Tensor]:
 
 def _swap_inside(size: int) -> Callable[[Tensor, int], Tensor]:
     return lambda i, n: i ^ (size // 2) if n % size == 0 else i
+
+
+def _last_half(size: int) -> Callable[[Tensor, int], Tensor]:
+    return lambda i, n: i | (size // 2) if n % size == 0 else i
 
 
 def _transposed(size: int) -> Callable[[int], Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mxfp4ref.conformance.families.hypotheses.activation_steps import activation_hypothesis
 from mxfp4ref.conformance.families.hypotheses.activations import clamps
+from mxfp4ref.conformance.families.hypotheses.formula_parts import formula_part_hypotheses
 from mxfp4ref.conformance.families.hypotheses.tensors import mapped
 from mxfp4ref.conformance.families.hypothesis import Change, Hypothesis, Pipeline
 from mxfp4ref.defects.variants.swiglu import Operands, SwigluVariant
@@ -50,6 +51,7 @@ def more_activations(call: MoeCall) -> Iterator[Hypothesis]:
     """Those that can show on a call, of which another one's numbers are."""
     yield from _saturated()
     yield from _short_tables(call)
+    yield from formula_part_hypotheses(call)
     if call.activation.id not in (SWIGLU, SWIGLU_BIAS):
         return
     yield from _of_bias_and_clamp(call)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from mxfp4ref.conformance.families.hypotheses.recurrences import recurrences
 from mxfp4ref.conformance.families.hypothesis import (
     Change,
     Hypothesis,
@@ -198,6 +199,21 @@ def weight_hypotheses(call: MoeCall) -> Iterator[Hypothesis]:
                 lambda p, c=change: p.having(fc2_biases=c(p.call.experts.fc2_biases, p.call.tp_size)),
                 1.2,
             )
+    if call.experts.fc2_biases is not None and call.tp_rank == 0:
+        top_k = call.top_k
+        for words, factor in (
+            (("divided by top-k", 1 / top_k), ("multiplied by top-k", top_k)) if top_k > 1 else ()
+        ):
+            yield Hypothesis(
+                "fc2 bias",
+                _F,
+                f"the fc2 bias is {words}, {top_k}",
+                lambda p, f=factor: p.having(
+                    fc2_biases=(p.call.experts.fc2_biases.float() * f).to(torch.bfloat16)
+                ),
+                1.2,
+            )
+    yield from recurrences()
     for words, total, cost in _sums():
         yield of_sum("sum of slots", _F, words, lambda y, e, w, b, t=total: t(_biased(y, e, b), e, w), cost)
 

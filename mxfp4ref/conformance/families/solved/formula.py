@@ -24,6 +24,8 @@ _LOUD = 2.0  # squares of errors, of those that roundings make
 _HINT = 0.05  # of the errors, from which each expert's own function is tried
 _EXPLAINED = 0.4  # of the errors' squares that roundings do not make; of what is no function it is below 0.05
 _MOST_OF_PLANE, _LOST = 0.7, 0.02  # of the numbers, and of what is explained, to tell a part of the plane
+_NOWHERE_ELSE = 0.8  # of the errors, explained by a part of the plane, to say that all else is right
+_FAINT = 0.05  # squares of what is neither zero nor a part of the right activation, of the right one's
 _GATES, _UPS = 12, 6  # knots
 _POINTS = ((1.0, 1.0), (-1.0, 1.0), (3.0, 1.0), (0.5, 0.5), (-0.5, 0.5))  # gate, up
 
@@ -65,6 +67,8 @@ def fitted(some: list[Sample], limits: Tensor | None = None) -> Formula | None:
     explained, _ = _explained(some, basis, by_expert=False)
     if explained >= _EXPLAINED:
         return Formula(explained, False, _values(some, basis), _where(some, basis, limits, explained))
+    if limits is not None and (part := _beyond(some, basis, limits)) is not None:
+        return part
     if explained >= _HINT and len({e for s in some for e in s.experts.tolist()}) > 1:
         return Formula(max(explained, _explained(some, _Basis.of(some, 7, 4), by_expert=True)[0]), True)
     return Formula(explained, False)
@@ -116,27 +120,77 @@ def _regions(limited: bool) -> Iterator[tuple[str, _Region]]:
         yield "up is beyond the limit, on either side", lambda up, gate, limit: up.abs() > limit
         yield "gate is above the limit", lambda up, gate, limit: gate > limit
         yield "gate is below minus the limit", lambda up, gate, limit: gate < -limit
-        yield "up or gate is beyond the limit", lambda up, gate, limit: (up.abs() > limit) | (gate > limit)
+        yield (
+            "up is beyond the limit or gate above it",
+            lambda up, gate, limit: (up.abs() > limit) | (gate > limit),
+        )
+        yield (
+            "up or gate is beyond the limit",
+            lambda up, gate, limit: (up.abs() > limit) | (gate.abs() > limit),
+        )
     yield "gate is positive", lambda up, gate, limit: gate > 0
     yield "gate is negative", lambda up, gate, limit: gate < 0
     yield "up is positive", lambda up, gate, limit: up > 0
     yield "up is negative", lambda up, gate, limit: up < 0
 
 
+def _masks(some: list[Sample], region: _Region, limits: Tensor | None) -> list[Tensor]:
+    """Where each token is in a part, by each expert's own limit."""
+    infinite = torch.tensor([torch.inf], dtype=torch.float64)
+    limit = [infinite if limits is None else limits[s.experts].double()[:, None] for s in some]
+    return [region(s.up, s.gate, most).double() for s, most in zip(some, limit, strict=True)]
+
+
+def _beyond(some: list[Sample], basis: _Basis, limits: Tensor) -> Formula | None:
+    """A function that is another one beyond each expert's own limit only."""
+    found = []
+    for words, region in _regions(limited=True):
+        masks = _masks(some, region, limits)
+        size = float(torch.cat([mask.flatten() for mask in masks]).mean())
+        if "limit" in words and 0 < size <= _MOST_OF_PLANE:
+            explained, solution = _explained(some, basis, by_expert=False, masks=masks)
+            found.append((explained, -size, words, _what(some, basis, masks, solution)))
+    explained, _, words, what = max(found, default=(0.0, 0.0, "", ""))
+    if explained < _EXPLAINED:
+        return None
+    near = [one for one in found if one[0] >= explained - _LOST]
+    explained, _, words, what = max(near, key=lambda one: one[1])
+    return Formula(explained, False, "", (words + what) * (explained >= _NOWHERE_ELSE))
+
+
+def _what(some: list[Sample], basis: _Basis, masks: list[Tensor], solution: Tensor) -> str:
+    """What the function gives there, if it is nothing or a part of the right one."""
+    right, value = [], []
+    for s, mask in zip(some, masks, strict=True):
+        inside = mask > 0
+        own = s.activation[inside]
+        right.append(own)
+        value.append(own + basis(s.up[inside], s.gate[inside], own) @ solution)
+    wanted, got = torch.cat(right), torch.cat(value)
+    power = float(wanted.square().sum())
+    if not power:
+        return ""
+    factor = float(got @ wanted) / power
+    rest = float((got - factor * wanted).square().sum()) / power
+    if rest > _FAINT or abs(factor - 1) < 0.1:
+        return ""
+    return (
+        ", and is about 0 there" if abs(factor) < 0.1 else f", and is about {factor:.2g}x the right one there"
+    )
+
+
 def _where(some: list[Sample], basis: _Basis, limits: Tensor | None, explained: float) -> str:
     """The smallest part of the plane in which another function explains as much; "" if none does."""
     if bool((some[0].up == 1).all()):
         return ""
-    infinite = torch.tensor([torch.inf], dtype=torch.float64)
-    limit = [infinite if limits is None else limits[s.experts].double()[:, None] for s in some]
     found = []
     for words, region in _regions(limits is not None):
-        masks = [region(s.up, s.gate, most).double() for s, most in zip(some, limit, strict=True)]
+        masks = _masks(some, region, limits)
         size = float(torch.cat([mask.flatten() for mask in masks]).mean())
         if 0 < size <= _MOST_OF_PLANE:
-            part, _ = _explained(some, basis, by_expert=False, masks=masks)
+            part, solution = _explained(some, basis, by_expert=False, masks=masks)
             if part >= explained - _LOST:
-                found.append((size, words))
+                found.append((size, words + _what(some, basis, masks, solution)))
     return min(found)[1] if found else ""
 
 

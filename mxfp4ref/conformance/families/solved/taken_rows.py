@@ -26,7 +26,7 @@ from mxfp4ref.model.forward import trace
 from mxfp4ref.sm90.elementwise import to_bf16
 from mxfp4ref.sm90.gemm.cpu import group_scaled_gemm
 
-__all__ = ["taken_hypotheses"]
+__all__ = ["second_products", "taken_hypotheses"]
 
 _MOST = 4  # rules of one numbering
 
@@ -185,10 +185,10 @@ def _activations(slots: SlotRows, name: str, rule: _OfCall, own: bool) -> SlotRo
     """With GEMM2 of the rows of the activation that a rule says, or of zeros."""
     rows, right = Rows.of(slots.local), trace(slots.call).activation
     taken = torch.cat((right, torch.zeros_like(right[:1])))[_taken(slots.call, rows, name, rule, own)]
-    return slots.placing(rows.flat, _second_products(slots.call, taken, rows.expert))
+    return slots.placing(rows.flat, second_products(slots.call, taken, rows.expert))
 
 
-def _second_products(call: MoeCall, activation: Tensor, expert: Tensor) -> Tensor:
+def second_products(call: MoeCall, activation: Tensor, expert: Tensor) -> Tensor:
     """Rounded, `[R, H] bf16`, of rows of the activation `[R, I] bf16` and their experts `[R]`."""
     y = activation.new_zeros(len(activation), call.experts.hidden_size)
     for number in torch.unique(expert).tolist():

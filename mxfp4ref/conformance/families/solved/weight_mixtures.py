@@ -159,7 +159,10 @@ class Mixture:
         told = [(self._slot(self.used, n), self._source(n)) for n in self.changed]
         if len(told) == len(self.constants) and len({source for _, source in told}) == 1:
             return f"the routing weight of all slots of a token is {told[0][1]}"
-        return "; ".join(f"{slot}'s routing weight is {source}" for slot, source in told)
+        words = "; ".join(f"{slot}'s routing weight is {source}" for slot, source in told)
+        if len(told) > 1 and {f"{slot}'s" for slot, _ in told} == {source for _, source in told}:
+            words += ": they are exchanged" if len(told) == 2 else ": they are permuted"
+        return words
 
     def _slot(self, order: int, n: int) -> str:
         n = len(self.constants) - 1 - n if self.back else n
