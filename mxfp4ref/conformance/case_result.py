@@ -11,10 +11,11 @@ from mxfp4ref._shown import Shown
 from mxfp4ref.conformance.comparison import FAR
 from mxfp4ref.conformance.diagnosis import Diagnosis
 
-__all__ = ["PASSING", "RECORDING", "CaseResult", "enough"]
+__all__ = ["PASSING", "RECORDING", "STATE", "CaseResult", "enough"]
 
 PASSING = ("equal", "within bounds", "skipped")
 _FURTHER = 2  # cases that are run beyond a limit of failures, while what is wrong is unknown
+STATE = "the kernel keeps state between calls, or chance decides"  # in the message of a result
 RECORDING = "recording"  # the kind of a call that was recorded elsewhere, which is no golden case
 
 

@@ -12,7 +12,7 @@ from itertools import pairwise
 from mxfp4ref._choices import MODES
 from mxfp4ref._files import printable
 from mxfp4ref._shown import Shown
-from mxfp4ref.conformance.case_result import PASSING, RECORDING, CaseResult
+from mxfp4ref.conformance.case_result import PASSING, RECORDING, STATE, CaseResult
 from mxfp4ref.conformance.diagnosis import Finding
 from mxfp4ref.conformance.families.hypothesis import UNKNOWN
 from mxfp4ref.conformance.findings.finding import (
@@ -128,7 +128,9 @@ class Report(Shown):
     @property
     def sentences(self) -> list[str]:
         """The verdict's: what came of it, then what is wrong and how far that was looked for, if anything is."""
-        return [self.outcome, *filter(None, (self.culprit.strip(), self.further.strip(), self.unfinished))]
+        alone = [f"{r.case} is right when run alone: {STATE}." for r in self.results if STATE in r.message]
+        others = filter(None, (self.culprit.strip(), self.further.strip(), self.unfinished))
+        return [self.outcome, *alone[:1], *others]
 
     @property
     def outcome(self) -> str:
@@ -252,10 +254,9 @@ class Report(Shown):
             accepts = unknown if self._others else "; mode bounded accepts it"
             words = f" All that differs lies {WITHIN}{accepts}{f': {again}' if again else ''}."
             return words + (self._culprit if found.sentence else "")
-        lie = "lies" if count == 1 else "lie"
         out = f", {self.outside_bounds} outside those of any order" * (self.outside_bounds > 0)
-        others = self._culprit or " Nothing is known."
-        return f" {count} of these {lie} {WITHIN}{out}; what follows is of the others.{others}"
+        rest = f"what follows is of the others.{self._culprit or ' Nothing is known.'}"
+        return f" {count} of these lie{'s' * (count == 1)} {WITHIN}{out}; {rest}"
 
     @property
     def _culprit(self) -> str:
@@ -285,9 +286,8 @@ class Report(Shown):
         if found.sentence and found.stages == ("routing",):
             return f" Up to roundings, this explains all ids and weights: {found.sentence}."
         if found.sentence:
-            best = added(found.sentence, where)
             none = "No single change that was tried predicts every bit of all that fails"
-            return f" {none}. The best evidence: {best}."
+            return f" {none}. The best evidence: {added(found.sentence, where)}."
         if known := found.common or found.where:
             return f" What is wrong is unknown; {known}.{self._most_telling}"
         if any(r.diagnosis for r in self.results):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mxfp4ref._validate import check_instance
 from mxfp4ref.conformance.bounds.bounded import outside_bounds
+from mxfp4ref.conformance.case_result import STATE
 from mxfp4ref.conformance.comparison import differing
 from mxfp4ref.conformance.diagnosing import Failed
 from mxfp4ref.conformance.families.distances import angle_between
@@ -40,7 +41,6 @@ __all__ = ["NOT_DUMPED", "compare_case", "told_alone"]
 NOT_DUMPED = "its reproducer was not written"  # in the message of a result
 _LARGEST = 1 << 30  # bytes of the weights of a reproducer
 _ALONE = ("raised", "layout differs", "wrong output", "not written", "unstable")  # by an earlier call, maybe
-_STATE = "the kernel keeps state between calls, or chance decides"
 _NOT_RUN_AGAIN = ("timed out", "unstable", "interfered")  # to see whether a part of the call fails likewise
 
 
@@ -131,7 +131,7 @@ def _run_alone(
         if outcome.problem or _compare(case.kind, outcome, candidates, options).wrong:
             return ""
         others = counted(before, "other run")
-        return f"right when run alone, twice in a new process, and not after {others} in one: {_STATE}"
+        return f"right when run alone, twice in a new process, and not after {others} in one: {STATE}"
 
     worker.alone.add(case.id, right)
 

@@ -486,6 +486,8 @@ def test_a_second_process_begins_after_the_last_case(choice: Path, monkeypatch: 
     report = run(SPEC, cases, OPTIONS, progress=lambda result: events.append(result.status))
     assert events[:4] == ["equal", "differs", "differs", "alone"]
     assert "right when run alone" in report.results[1].message
+    state = "finalize/cancelling_experts is right when run alone: the kernel keeps state between calls, or"
+    assert report.sentences[1].startswith(state)
 
 
 def test_arguments_that_an_earlier_run_spoils(case: Case) -> None:

@@ -53,8 +53,10 @@ def result_of(spec: str, case: Case) -> CaseResult:
 def test_readme_names_the_arguments_that_a_kernel_is_called_with() -> None:
     """All of them, those of every call and those of some, by either prefix; by plain: the adapter's own."""
     page = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (text,) = (text for text in page.split("\n\n") if text.startswith("All arguments come by name"))
-    always, sometimes = (set(re.findall(r"`([a-z_0-9]+)`", part)) for part in text.split("Some cases have"))
+    text = page.partition("All arguments come by name")[2].partition("Weights come interleaved")[0]
+    parts = re.split("in some cases|for a kernel that takes it", text)
+    every, sometimes, asked = (set(re.findall(r"`([a-z_0-9]+)`", part)) for part in parts)
+    always = every | asked
 
     def kernel(*, output: Tensor | None = None, **others: Any) -> Any: ...
 

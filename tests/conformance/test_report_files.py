@@ -126,11 +126,11 @@ def test_an_interrupted_run_writes_its_reports(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(suite, "compare_case", interrupted_at_the_second)
     files = [x for kind in ("json", "junit", "html") for x in (f"--{kind}", tmp_path / f"r.{kind}")]
-    result = invoke("conform", "oracle", "--case", SMALL, "--case", "gemm/ordinary", *files)
+    result = invoke("conform", "oracle", "--case", SMALL, "--case", "sizes/eight_slots", *files)
     assert result.exit_code == 130
     assert result.output.splitlines()[-2:] == [
         f"oracle: interrupted, no verdict; 0 of 1 case failed, of the goldens' {open_goldens().of}.",
-        f"1 case was not run; to run all: mxfp4ref conform oracle --case {SMALL} --case gemm/ordinary",
+        f"1 case was not run; to run all: mxfp4ref conform oracle --case {SMALL} --case sizes/eight_slots",
     ]
     found = json.loads((tmp_path / "r.json").read_text())
     assert (found["ok"], found["interrupted"], found["left"]) == (False, True, 1)

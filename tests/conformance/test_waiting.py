@@ -24,7 +24,7 @@ from mxfp4ref.conformance.pace import Pace
 from mxfp4ref.conformance.results import CaseResult
 from mxfp4ref.goldens import open_goldens
 
-FIRST, SECOND = "finalize/slot_order", "gemm/ordinary"
+FIRST, SECOND = "finalize/slot_order", "sizes/eight_slots"
 TWO = ("--case", FIRST, "--case", SECOND, "--diagnosis", "none")
 
 

@@ -21,7 +21,7 @@ from tests.held_out_kernels.definition import wrong
 
 FC1, FC2 = "GEMM ?1|fc1|first GEMM", "GEMM ?2|fc2|second GEMM|down"
 INPUT = f"{FC1}|input|\\bx\\b|hidden|gather|\\bread"
-MOVED = "swap|exchang|permut|order|neighbou?r|another|other|next|previous|shuffl|xor|swizzl|instead of|from"
+MOVED = "swap|exchang|permut|order|neighbou?r|another|other(?! weights)|next|previous|shuffl|xor|swizzl|instead|from"
 SUM = "finali|sum|combin|output|weight|slot"
 
 Clamped = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
