@@ -17,7 +17,7 @@ from mxfp4ref.conformance.families.hearing import Failure
 from mxfp4ref.conformance.families.hypothesis import Hypothesis
 from mxfp4ref.conformance.families.jury import judge
 from mxfp4ref.conformance.families.search import Match
-from mxfp4ref.conformance.findings.agreement import agreed, unrefuted, with_one_case
+from mxfp4ref.conformance.findings.agreement import _several, agreed, unrefuted, with_one_case
 from mxfp4ref.conformance.findings.finding import OTHER_EXPERTS, Evidence, Finding, added, in_words, listed
 from mxfp4ref.conformance.findings.patterns import Pattern
 from mxfp4ref.conformance.findings.stage_fit import Reach
@@ -382,3 +382,15 @@ def test_where_nothing_is_known_the_cases_that_tell_most_are_named(plain: Diagno
     assert "tell most" not in replace(report, results=tuple(results[:2])).verdict, (
         "one of which anything is known"
     )
+
+
+def test_alternatives_are_no_findings_of_their_own() -> None:
+    """Nor how many there are: they belong to what is said before them."""
+    several = [
+        Finding((), f"all is zero; among what gives this: {n} rows; or B; and {n} more that were tried")
+        for n in (1, 2, 3)
+    ]
+    words = str(_several(several))
+    assert "in 3 of 3 among what gives this: 1 rows (with numbers of their own)" in words
+    assert "more that were tried" not in words
+    assert " or B" not in words

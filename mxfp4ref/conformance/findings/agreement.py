@@ -16,6 +16,7 @@ _MOST_TOLD = 3  # different sentences
 _LEAST = 40  # wrong elements that explain a mistake by themselves
 _SPECIAL_VALUES = re.compile("special|non_finite")  # cases whose numbers many mistakes give, beside others
 _NUMBER = re.compile(r"\d[\d.,]*")
+_ALTERNATIVE = re.compile(r"or |and [\d,]+ more ")  # to the part before it
 _RIGHT = (" are right", " is right")
 _BEFORE_FINALIZE = {"input", "fc1", "activation", "fc2"}
 _REACHES = {
@@ -171,7 +172,8 @@ def _several(findings: list[Finding]) -> Finding | None:
     said: dict[str, list[str]] = {}  # by the words without their numbers, as each case says it
     for finding in telling:
         parts = (finding.hypotheses[0] if finding.hypotheses else _kind(finding)).split("; ")
-        own = {_NUMBER.sub("", part): part for part in parts if not part.endswith(_RIGHT)}
+        parts = [part for part in parts if not part.endswith(_RIGHT) and not _ALTERNATIVE.match(part)]
+        own = {_NUMBER.sub("", part): part for part in parts}
         for words, part in own.items():
             said.setdefault(words, []).append(part)
     most = sorted(said.values(), key=len, reverse=True)
