@@ -215,12 +215,13 @@ class _Todo(Iterator[Callable[[], Case]]):
 
     def __init__(self, cases: Goldens | Iterable[Case]) -> None:
         self._goldens = cases if isinstance(cases, Goldens) else None
-        self._all = cases.in_order_to_run() if isinstance(cases, Goldens) else cases
-        self._each = (
-            iter([partial(load_unchanged, cases, name, cases.sha256) for name in cases.in_order_to_run()])
-            if isinstance(cases, Goldens)
-            else (partial(_checked, case) for case in cases)
-        )
+        self._all: Iterable[str | Case]
+        self._each: Iterator[Callable[[], Case]]
+        if isinstance(cases, Goldens):
+            names = self._all = cases.in_order_to_run()
+            self._each = iter([partial(load_unchanged, cases, name, cases.sha256) for name in names])
+        else:
+            self._all, self._each = cases, (partial(_checked, case) for case in cases)
         self._taken = 0
 
     def __next__(self) -> Callable[[], Case]:

@@ -43,6 +43,7 @@ BIAS = 63
 DIGITS = 24  # of float32
 NO_EXPONENT = -1000  # of a zero in WIDE
 NONE = 1000  # the unit of zero
+INFINITE = 128  # the exponent of Inf and NaN
 
 
 @compiled("void(uint16[:,:,::1], int32[:,:,::1])", shapes="x[G, R, 32] facts[G, R, 5]")
@@ -59,17 +60,15 @@ def classify(x, facts):
     last_bits, numbers = np.empty(32, i32), np.empty(32, f64)
     for group in range(x.shape[0]):
         for row in range(x.shape[1]):
-            unit, lowest, highest, any_infinite = i32(NONE), i32(NONE), i32(-NONE), False
+            unit, lowest, highest = i32(NONE), i32(NONE), i32(-NONE)
             for k in range(32):
                 bits = i32(x[group, row, k] & 0x7FFF)
                 exponent = i32((bits >> 7) - 127)
-                finite = exponent < 128
-                any_infinite |= not finite
                 last_bits[k] = lowest_bit_of_bf16(bits) if bits else i32(NONE)
                 unit = min(unit, last_bits[k])
                 lowest = min(lowest, exponent if bits else i32(NONE))
                 highest = max(highest, exponent if bits else i32(-NONE))
-                numbers[k] = f64(float32_of(bits << 16)) if finite else 0.0
+                numbers[k] = f64(float32_of(bits << 16)) if exponent < INFINITE else 0.0
             for half in (16, 8, 4, 2, 1):  # by pairs, since one after the other would wait for each sum
                 for k in range(half):
                     numbers[k] += numbers[k + half]
@@ -79,11 +78,11 @@ def classify(x, facts):
                 cut |= left(i32(bound - (last_bits[k] - 1) > DIGITS), i32(k))
             moved = max(highest - HIGHEST, min(lowest - LOWEST, 0))
             way = SPLIT if cut else PLAIN
-            if any_infinite and bound <= 127:
+            if highest == INFINITE and bound <= 127:
                 way, moved, cut = PLAIN, 0, i32(0)
                 for k in range(32):
                     x[group, row, k] *= (x[group, row, k] & 0x7FFF) >= 0x7F80
-            elif any_infinite or lowest - moved < LOWEST or (moved and unit < -126):
+            elif highest == INFINITE or lowest - moved < LOWEST or (moved and unit < -126):
                 way, moved, cut = WIDE, 0, i32(-1)
             elif moved:
                 for k in range(32):

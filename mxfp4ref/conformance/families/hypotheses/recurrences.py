@@ -15,9 +15,8 @@ __all__ = ["recurrences"]
 
 _F = ("finalize",)
 _add, _fma, _mul = fp32.add, fp32.fma, fp32.mul
-_Step = Callable[
-    [Tensor, Tensor, Tensor], Tensor
-]  # of the sum so far, the slot's weight and its row with its bias
+# Of the sum so far, the slot's weight and its row with its bias.
+_Step = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
